@@ -1,0 +1,225 @@
+"""Differentiation of the row losses: an autograd Function for eager mode, custom ops for torch.compile and export.
+
+The forward computes the gradient in the same launch, while the row is warm, and saves it; the backward hands it on,
+times the upstream gradient, which is folded in on the device and never read by the host. Two cases differ:
+
+- float16 logits: the gradient is computed in the backward with the upstream factor inside. A gradient of the order
+  1 / (N V) is below the smallest float16, and a loss scaler's factor comes too late for a value already rounded.
+- retain_graph: the saved gradient stays, and the backward returns a scaled copy. Without it the saved tensor is
+  scaled in place and given away, which costs no memory and, where the factor is 1, no pass.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from fastkd import backends
+from fastkd.divergences import ClosedForm, Divergence, function_name, function_named
+from fastkd.rows import Options, Result, Rows, Want
+
+
+def _graph_is_kept() -> bool:
+    """Whether the running backward was asked to retain its graph; True where torch cannot tell."""
+    ask = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
+    return True if ask is None else bool(ask())
+
+
+def _defers(student: Tensor, teacher: Tensor, want: Want) -> bool:
+    return (want.student_gradient and student.dtype == torch.float16) or (
+        want.teacher_gradient and teacher.dtype == torch.float16
+    )
+
+
+def _in_forward(want: Want) -> Want:
+    """What the forward call computes: no gradients where they are deferred."""
+    return want._replace(student_gradient=False, teacher_gradient=False, inplace=False) if want.deferred else want
+
+
+def _with_upstream(rows: Rows, upstream: Tensor) -> Rows:
+    """The rows with an upstream gradient, a scalar or one a row, folded into what multiplies the gradient."""
+    if upstream.dim() == 0:
+        scale = upstream if rows.scale is None else upstream * rows.scale
+        return rows._replace(scale=scale)
+    weight = upstream.contiguous() if rows.weight is None else upstream * rows.weight
+    return rows._replace(weight=weight)
+
+
+class KDRows(torch.autograd.Function):
+    """Eager mode. Returns (loss, distillation, cross_entropy, student_entropy); loss is [...] or its 0-dim sum."""
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any,
+        student: Tensor,
+        teacher: Tensor,
+        rows: Rows,
+        options: Options,
+        want: Want,
+        backend: str,
+        summed: bool,
+    ) -> tuple[Tensor | None, ...]:
+        kernels = backends.load(backend)
+        result: Result = kernels.kd_rows(student, teacher, rows, options, _in_forward(want))
+        if want.deferred:
+            ctx.save_for_backward(student, teacher)
+        else:
+            ctx.save_for_backward(result.student_gradient, result.teacher_gradient)
+        if want.inplace and not want.deferred:
+            torch.autograd.graph.increment_version(student)
+        ctx.call = (kernels, rows, options, want)
+        ctx.set_materialize_grads(False)
+        parts = result[4:]
+        ctx.mark_non_differentiable(*(part for part in parts if part is not None))
+        return (result.total if summed else result.loss, *parts)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, upstream: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        if upstream is None:
+            return (None,) * 7
+        kernels, rows, options, want = ctx.call
+        if want.deferred:
+            student, teacher = ctx.saved_tensors
+            if want.inplace and _graph_is_kept():
+                want = want._replace(inplace=False)  # the logits are needed again
+            rows = _with_upstream(rows, upstream)
+            result = kernels.kd_rows(student, teacher, rows, options, want)
+            if want.inplace:
+                torch.autograd.graph.increment_version(student)
+            return (result.student_gradient, result.teacher_gradient, *(None,) * 5)
+        gradients = ctx.saved_tensors
+        if _graph_is_kept():
+            gradients = tuple(None if gradient is None else gradient.clone() for gradient in gradients)
+        for gradient in gradients:
+            if gradient is not None:
+                kernels.scale_rows_(gradient, upstream)
+        return (*gradients, *(None,) * 5)
+
+
+# The custom op. A schema holds tensors, numbers and strings only, so Options and Want travel as flat lists, and a
+# divergence as the name of its function with the numbers beside it.
+_NUMBERS = ("alpha", "temperature", "teacher_temperature", "label_smoothing", "logit_scale", "softcap",
+            "teacher_logit_scale", "teacher_softcap", "scale")  # fmt: skip
+_INTEGERS = ("scale_by_temperature", "ignore_index", "vocab_size")
+_NONE = float("nan")
+
+
+def _flatten(options: Options, want: Want) -> tuple[str, list[float], list[int]]:
+    divergence = options.divergence
+    closed_form = divergence.closed_form
+    moments = (_NONE,) * 3 if closed_form is None else (closed_form.forward, closed_form.reverse, closed_form.cross)
+    degree = _NONE if divergence.degree is None else divergence.degree
+    numbers = [getattr(options, name) for name in _NUMBERS]
+    integers = [int(getattr(options, name)) for name in _INTEGERS]
+    return (
+        f"{divergence.name}|{function_name(divergence.function)}",
+        [*numbers, degree, *moments, *divergence.params],
+        [*integers, int(divergence.normalized), *(int(flag) for flag in want)],
+    )
+
+
+def _unflatten(names: str, numbers: list[float], integers: list[int]) -> tuple[Options, Want]:
+    name, _, function = names.partition("|")
+    own, (degree, *rest) = numbers[: len(_NUMBERS)], numbers[len(_NUMBERS) :]
+    moments, params = rest[:3], rest[3:]
+    settings = integers[: len(_INTEGERS)]
+    normalized, *want = integers[len(_INTEGERS) :]
+    divergence = Divergence(
+        name,
+        function_named(function),
+        tuple(params),
+        degree=None if degree != degree else degree,
+        closed_form=None if moments[0] != moments[0] else ClosedForm(*moments),
+        normalized=bool(normalized),
+    )
+    values: dict[str, Any] = dict(zip(_NUMBERS, own, strict=True)) | dict(zip(_INTEGERS, settings, strict=True))
+    values["scale_by_temperature"] = bool(values["scale_by_temperature"])
+    return Options(divergence, **values), Want(*map(bool, want))
+
+
+def _want(integers: list[int]) -> Want:
+    return Want(*map(bool, integers[-len(Want._fields) :]))
+
+
+@torch.library.custom_op("fastkd::kd_rows", mutates_args=())
+def kd_rows_op(
+    student: Tensor,
+    teacher: Tensor,
+    labels: Tensor | None,
+    weight: Tensor | None,
+    temperature: Tensor | None,
+    teacher_temperature: Tensor | None,
+    scale: Tensor | None,
+    backend: str,
+    divergence: str,
+    numbers: list[float],
+    integers: list[int],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Result as a tuple; what is not wanted is an empty tensor."""
+    options, want = _unflatten(divergence, numbers, integers)
+    rows = Rows(labels, weight, temperature, teacher_temperature, scale)
+    result = backends.load(backend).kd_rows(student, teacher, rows, options, _in_forward(want))
+    return tuple(student.new_empty(0) if tensor is None else tensor for tensor in result)  # type: ignore[return-value]
+
+
+@kd_rows_op.register_fake
+def _kd_rows_fake(student, teacher, *others):  # type: ignore[no-untyped-def]
+    want = _in_forward(_want(others[-1]))
+    dtype = torch.float64 if torch.float64 in (student.dtype, teacher.dtype) else torch.float32
+    lead = student.shape[:-1]
+
+    def row(wanted: bool) -> Tensor:
+        return student.new_empty(lead, dtype=dtype) if wanted else student.new_empty(0)
+
+    return (
+        row(True),
+        student.new_empty((), dtype=dtype),
+        student.new_empty(student.shape) if want.student_gradient else student.new_empty(0),
+        teacher.new_empty(teacher.shape) if want.teacher_gradient else student.new_empty(0),
+        *(row(want.parts) for _ in range(3)),
+    )
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    student, teacher, *rows, backend, divergence, numbers, integers = inputs
+    ctx.want = _want(integers)
+    ctx.save_for_backward(*((student, teacher, *rows) if ctx.want.deferred else output[2:4]))
+    ctx.call = (backend, divergence, numbers, [*integers[:-1], 0])  # the second call is not deferred
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx: Any, loss: Tensor | None, total: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+    # The loss is used per row or summed, never both (see kd_rows); either way it multiplies the gradient.
+    upstream = loss if total is None else total
+    if upstream is None:
+        return (None,) * 11
+    if ctx.want.deferred:
+        student, teacher, *rows = ctx.saved_tensors
+        gradients = kd_rows_op(student, teacher, *_with_upstream(Rows(*rows), upstream), *ctx.call)[2:4]
+    else:
+        factor = upstream.unsqueeze(-1) if upstream.dim() else upstream
+        gradients = tuple((gradient * factor).to(gradient.dtype) for gradient in ctx.saved_tensors)
+    return (
+        gradients[0] if ctx.want.student_gradient else None,
+        gradients[1] if ctx.want.teacher_gradient else None,
+        *(None,) * 9,
+    )
+
+
+kd_rows_op.register_autograd(_backward, setup_context=_setup_context)
+
+
+def kd_rows(
+    student: Tensor, teacher: Tensor, rows: Rows, options: Options, want: Want, backend: str, summed: bool
+) -> tuple[Tensor | None, ...]:
+    """(loss, distillation, cross_entropy, student_entropy), differentiable; the loss is [...] or its 0-dim sum."""
+    want = want._replace(deferred=_defers(student, teacher, want))
+    if not torch.compiler.is_compiling():
+        return KDRows.apply(student, teacher, rows, options, want, backend, summed)
+    results = kd_rows_op(student, teacher, *rows, backend, *_flatten(options, want))
+    loss = results[1] if summed else results[0]
+    return (loss, *(part.detach() if want.parts else None for part in results[4:]))

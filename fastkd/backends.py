@@ -1,0 +1,155 @@
+"""Which backend serves a call: one pure function, and what this machine has."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+import logging
+import os
+from collections.abc import Mapping
+from types import ModuleType
+from typing import NamedTuple
+
+import torch
+
+from fastkd.divergences import DEFINITIONS, Divergence
+
+logger = logging.getLogger("fastkd")
+
+MODULES = {"reference": "fastkd.reference", "cpu": "fastkd.cpu", "triton": "fastkd.kernels.rows"}
+KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+class BackendUnavailable(RuntimeError):  # noqa: N818 (a public name, read as the sentence it starts)
+    """A backend asked for by name cannot serve this call.
+
+    Attributes:
+        backend: the backend asked for.
+        reason: why it cannot.
+        remedy: what to do about it.
+    """
+
+    def __init__(self, backend: str, reason: str, remedy: str) -> None:
+        super().__init__(f"backend {backend!r} is unavailable: {reason}. {remedy}")
+        self.backend, self.reason, self.remedy = backend, reason, remedy
+
+
+class Obstacle(NamedTuple):
+    """Why a backend cannot serve a call, and what would let it."""
+
+    reason: str
+    remedy: str
+
+
+class Call(NamedTuple):
+    """What the choice of a backend may depend on."""
+
+    device: str
+    student_dtype: torch.dtype
+    teacher_dtype: torch.dtype
+    divergence: Divergence
+
+
+@functools.cache
+def available_backends() -> Mapping[str, Obstacle | None]:
+    """Every backend of this installation: None where it can run, else the obstacle.
+
+    Found once a process: a compiler or a driver installed later is seen by the next one.
+    """
+    return {"cpu": _cpu_obstacle(), "triton": _triton_obstacle(), "reference": None}
+
+
+def _cpu_obstacle() -> Obstacle | None:
+    try:
+        importlib.import_module("fastkd._C")
+    except ImportError as error:
+        return Obstacle(
+            f"the native extension is missing ({error})",
+            "Install a C++17 compiler with OpenMP and reinstall fastkd with FASTKD_NATIVE=1 to see its output",
+        )
+    return None
+
+
+def _triton_obstacle() -> Obstacle | None:
+    if importlib.util.find_spec("triton") is None:
+        return Obstacle("triton is not installed", "pip install 'fastkd[triton]'")
+    return None
+
+
+def interpreting() -> bool:
+    """Whether Triton kernels run in Triton's interpreter, on CPU tensors."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def obstacle(backend: str, call: Call, available: Mapping[str, Obstacle | None]) -> Obstacle | None:
+    """Why this backend cannot serve this call; None when it can."""
+    if available[backend] is not None or backend == "reference":
+        return available[backend]
+    for argument, dtype in (("student_logits", call.student_dtype), ("teacher", call.teacher_dtype)):
+        if dtype not in KERNEL_DTYPES:
+            return Obstacle(
+                f"{argument} is {dtype}, and its kernels take float32, bfloat16 and float16",
+                "Convert the logits, or use backend='reference'",
+            )
+    if backend == "cpu":
+        if call.device != "cpu":
+            return Obstacle(f"the logits are on {call.device!r}", "Use backend='triton' there")
+        if call.divergence.function not in DEFINITIONS:
+            return Obstacle(
+                f"divergence {call.divergence.name!r} is not compiled into the extension",
+                "Add it to fastkd/divergences.py and run `make divergences`, or use backend='reference'",
+            )
+    if backend == "triton" and call.device not in ("cuda", "xpu") and not (
+        call.device == "cpu" and interpreting()
+    ):
+        return Obstacle(
+            f"the logits are on {call.device!r}",
+            "Move them to a GPU, or set TRITON_INTERPRET=1 before importing triton to run its interpreter",
+        )
+    return None
+
+
+def choose(call: Call, available: Mapping[str, Obstacle | None]) -> tuple[str, str | None]:
+    """(backend, why it is a fallback or None) for backend="auto". Pure: everything it depends on is passed in.
+
+    A CPU tensor prefers cpu, any other triton; what cannot be served falls back to the reference.
+    """
+    preferred = "cpu" if call.device == "cpu" else "triton"
+    why = obstacle(preferred, call, available)
+    return (preferred, None) if why is None else ("reference", f"{preferred}: {why.reason}. {why.remedy}")
+
+
+@functools.cache
+def _log_once(line: str) -> None:
+    logger.warning(line)
+
+
+@functools.lru_cache(maxsize=1024)
+def select(backend: str, call: Call, override: str | None, strict: bool) -> str:
+    """The backend for a call that asks for `backend`, with FASTKD_BACKEND and FASTKD_STRICT applied.
+
+    A fallback is logged once for each reason; under FASTKD_STRICT=1 it raises BackendUnavailable.
+    """
+    available = available_backends()
+    wanted = override or backend
+    if wanted not in (*available, "auto"):
+        source = "FASTKD_BACKEND" if override else "backend"
+        raise ValueError(f"{source} must be 'auto' or one of {', '.join(available)}; got {wanted!r}")
+    if wanted != "auto":
+        why = obstacle(wanted, call, available)
+        if why is not None:
+            raise BackendUnavailable(wanted, *why)
+        return wanted
+    chosen, fallback = choose(call, available)
+    if fallback is not None:
+        if strict:
+            raise BackendUnavailable("auto", f"FASTKD_STRICT=1 forbids the fallback to {chosen}", fallback)
+        _log_once(f"fastkd falls back to the {chosen} backend ({fallback})")
+    return chosen
+
+
+@functools.cache
+def load(backend: str) -> ModuleType:
+    """The module of a backend; imported at its first use, so that `import fastkd` loads no kernels."""
+    return importlib.import_module(MODULES[backend])

@@ -1,0 +1,363 @@
+"""The divergences, each written once.
+
+A divergence is a sum over the vocabulary, ``D = sum_v phi(log p_v, log q_v)``, of the teacher's probabilities p
+and the student's q. Its definition is one pure function
+
+    (p, q, log_p, log_q, *params) -> (phi, g)        g = d phi / d log q,  with q = exp(log q)
+
+and every backend consumes that function: the reference runs it on tensors, the Triton kernel compiles the same code
+object, and ``csrc/generate.py`` emits it as a C++ functor. The gradients follow from it alone:
+
+    dD/ds_v = (g_v - q_v sum_u g_u) / T              s: student logits, log q = log_softmax(s / T)
+    dD/dt_v = (h_v - p_v sum_u h_u) / T              t: teacher logits, h = d phi / d log p
+
+A definition may use the names imported from torch below, arithmetic, comparisons and its parameters, and nothing
+else. It never handles log 0: the skeletons do (:func:`fastkd.reference.evaluate` states the policy). The logarithm
+of a mixture is always a ``logaddexp``, because ``log(beta * p + (1 - beta) * q)`` is log 0 once both underflow.
+
+docs/adding-a-divergence.md walks through a new one.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+# The vocabulary of a definition; kernels/skeleton.py and csrc/cpu/vec.h provide the same names.
+from torch import abs, exp, log1p, logaddexp, where  # noqa: A004 (a definition reads as the formula does)
+
+VOCABULARY = ("abs", "exp", "log1p", "logaddexp", "where")
+
+
+# Every definition by name: how a compiled graph, which can hold a string but no function, finds it again.
+_functions: dict[str, Callable[..., tuple[Any, Any]]] = {}
+
+
+def function_name(function: Callable[..., Any]) -> str:
+    """The name of a definition inside compiled graphs."""
+    return f"{function.__module__}.{function.__qualname__}"
+
+
+def function_named(name: str) -> Callable[..., tuple[Any, Any]]:
+    """The definition of that name."""
+    if name not in _functions:
+        raise KeyError(f"the divergence function {name} is not known yet: make its fastkd.Divergence outside the "
+                       "compiled function")
+    return _functions[name]
+
+
+@dataclass(frozen=True)
+class ClosedForm:
+    """Weights (forward, reverse, cross) of moments that one online sweep over the logits can collect.
+
+    With A = E_p[t' - s'] and B = E_q[s' - t'] of the tempered logits and C = E_p[-s']:
+
+        D = forward (A - lse_t + lse_s) + reverse (B - lse_s + lse_t) + cross (C + lse_s)
+        sum_v g_v = -forward + reverse (KL(q||p) + 1) - cross
+
+    so the sweep that sums phi and g is not needed.
+    """
+
+    forward: float = 0.0
+    reverse: float = 0.0
+    cross: float = 0.0
+
+
+@dataclass(frozen=True)
+class Divergence:
+    """A divergence between a teacher and a student distribution.
+
+    Args:
+        name: how it is called in messages, and its identity inside compiled graphs.
+        function: the definition, ``(p, q, log_p, log_q, *params) -> (phi, g)``.
+        params: the numbers passed to it.
+        degree: phi is homogeneous of this degree in (p, q), up to a multiple of p in its derivative, so that
+            Euler's identity gives the teacher's derivative as ``h = degree * phi - g``. None: unknown, and a
+            teacher that requires grad raises.
+        closed_form: set where the value follows from moments of one sweep.
+        normalized: False for a function of the tempered logits themselves, which then arrive as log_p and log_q.
+    """
+
+    name: str
+    function: Callable[..., tuple[Any, Any]]
+    params: tuple[float, ...] = ()
+    degree: float | None = None
+    closed_form: ClosedForm | None = None
+    normalized: bool = True
+
+    def __post_init__(self) -> None:
+        if not callable(self.function):
+            raise TypeError(f"function must be callable, got {type(self.function).__name__}")
+        object.__setattr__(self, "params", tuple(float(x) for x in self.params))
+        _functions[function_name(self.function)] = self.function
+
+    @property
+    def label(self) -> str:
+        """The name with its parameters, as tables and messages show it."""
+        return self.name + (f"({', '.join(f'{x:g}' for x in self.params)})" if self.params else "")
+
+
+def _unit(argument: str, value: float, *, open_right: bool = False) -> float:
+    value = float(value)
+    if not (0.0 <= value < 1.0 or (value == 1.0 and not open_right)):
+        raise ValueError(f"{argument} must be in [0, 1{')' if open_right else ']'}, got {value}")
+    return value
+
+
+def _finite(argument: str, value: float) -> float:
+    value = float(value)
+    if not math.isfinite(value):
+        raise ValueError(f"{argument} must be finite, got {value}")
+    return value
+
+
+def _forward_kl(p, q, log_p, log_q):
+    return p * (log_p - log_q), -p
+
+
+def forward_kl() -> Divergence:
+    """KL(p || q) = sum p (log p - log q), the loss of Hinton, Vinyals and Dean (2015)."""
+    return Divergence("forward_kl", _forward_kl, degree=1.0, closed_form=ClosedForm(forward=1.0))
+
+
+def _reverse_kl(p, q, log_p, log_q):
+    phi = q * (log_q - log_p)
+    return phi, phi + q
+
+
+def reverse_kl() -> Divergence:
+    """KL(q || p) = sum q (log q - log p), mode seeking (MiniLLM, Gu et al. 2024)."""
+    return Divergence("reverse_kl", _reverse_kl, degree=1.0, closed_form=ClosedForm(reverse=1.0))
+
+
+def _mixture(p, q, log_p, log_q, forward, reverse):
+    backward = reverse * q * (log_q - log_p)
+    return forward * p * (log_p - log_q) + backward, backward + reverse * q - forward * p
+
+
+def mixture(forward: float = 0.5, reverse: float = 0.5) -> Divergence:
+    """Weighted sum: forward KL(p || q) + reverse KL(q || p).
+
+    Args:
+        forward: weight of KL(p || q), finite and not negative.
+        reverse: weight of KL(q || p), likewise.
+    """
+    for argument, value in (("forward", forward), ("reverse", reverse)):
+        if _finite(argument, value) < 0:
+            raise ValueError(f"{argument} must not be negative, got {value}")
+    return Divergence(
+        "mixture", _mixture, (forward, reverse), 1.0, ClosedForm(forward=float(forward), reverse=float(reverse))
+    )
+
+
+def _soft_cross_entropy(p, q, log_p, log_q):
+    return -p * log_q, -p
+
+
+def soft_cross_entropy() -> Divergence:
+    """-sum p log q: forward KL plus the teacher's entropy, with the same student gradient.
+
+    Its teacher derivative is h = phi, and phi - g = phi + p differs from it by a multiple of p, which the
+    projection removes: hence degree 1.
+    """
+    return Divergence("soft_cross_entropy", _soft_cross_entropy, degree=1.0, closed_form=ClosedForm(cross=1.0))
+
+
+def _jsd(p, q, log_p, log_q, beta, rest, log_beta, log_rest):
+    log_m = logaddexp(log_p + log_beta, log_q + log_rest)
+    g = rest * q * (log_q - log_m)
+    return beta * p * (log_p - log_m) + g, g
+
+
+def jsd(beta: float = 0.5) -> Divergence:
+    """Generalised Jensen-Shannon: beta KL(p || m) + (1 - beta) KL(q || m), m = beta p + (1 - beta) q.
+
+    The end points follow the convention of GKD (Agarwal et al. 2024): beta = 0 is KL(p || q) and beta = 1 is
+    KL(q || p). They are limits of JSD / beta and JSD / (1 - beta); the formula itself is 0 there.
+
+    Args:
+        beta: the teacher's share of the mixture, in [0, 1].
+    """
+    beta = _unit("beta", beta)
+    if beta in (0.0, 1.0):
+        return reverse_kl() if beta else forward_kl()
+    return Divergence("jsd", _jsd, (beta, 1.0 - beta, math.log(beta), math.log1p(-beta)), degree=1.0)
+
+
+def _skew_forward_kl(p, q, log_p, log_q, log_alpha, log_rest):
+    log_m = logaddexp(log_p + log_alpha, log_q + log_rest)
+    return p * (log_p - log_m), -p * exp(log_q + log_rest - log_m)
+
+
+def skew_forward_kl(alpha: float = 0.1) -> Divergence:
+    """KL(p || m), m = alpha p + (1 - alpha) q (DistiLLM, Ko et al. 2024).
+
+    Args:
+        alpha: the skew, in [0, 1); 0 is forward KL.
+    """
+    alpha = _unit("alpha", alpha, open_right=True)
+    if alpha == 0.0:
+        return forward_kl()
+    return Divergence("skew_forward_kl", _skew_forward_kl, (math.log(alpha), math.log1p(-alpha)), degree=1.0)
+
+
+def _skew_reverse_kl(p, q, log_p, log_q, log_alpha, log_rest):
+    log_m = logaddexp(log_q + log_alpha, log_p + log_rest)
+    phi = q * (log_q - log_m)
+    return phi, phi + q * exp(log_p + log_rest - log_m)
+
+
+def skew_reverse_kl(alpha: float = 0.1) -> Divergence:
+    """KL(q || m), m = (1 - alpha) p + alpha q (DistiLLM, Ko et al. 2024); the gradient goes through m.
+
+    Args:
+        alpha: the skew, in [0, 1); 0 is reverse KL.
+    """
+    alpha = _unit("alpha", alpha, open_right=True)
+    if alpha == 0.0:
+        return reverse_kl()
+    return Divergence("skew_reverse_kl", _skew_reverse_kl, (math.log(alpha), math.log1p(-alpha)), degree=1.0)
+
+
+def _tvd(p, q, log_p, log_q):
+    return 0.5 * abs(p - q), 0.5 * q * (where(q > p, 1.0, 0.0) - where(q < p, 1.0, 0.0))
+
+
+def tvd() -> Divergence:
+    """Total variation distance, 1/2 sum |p - q| (f-distill, Wen et al. 2023); subgradient 0 where p = q."""
+    return Divergence("tvd", _tvd, degree=1.0)
+
+
+def _hellinger(p, q, log_p, log_q):
+    root_q = exp(0.5 * log_q)
+    gap = exp(0.5 * log_p) - root_q
+    return 0.5 * gap * gap, -0.5 * root_q * gap
+
+
+def hellinger() -> Divergence:
+    """Squared Hellinger distance, 1/2 sum (sqrt p - sqrt q)^2 = 1 - sum sqrt(p q)."""
+    return Divergence("hellinger", _hellinger, degree=1.0)
+
+
+def _alpha_beta(p, q, log_p, log_q, alpha, beta, degree, coefficient, p_share, q_share):
+    cross = exp(alpha * log_p + beta * log_q)
+    q_power = exp(degree * log_q)
+    phi = coefficient * (p_share * exp(degree * log_p) + q_share * q_power - cross)
+    return phi, coefficient * beta * (q_power - cross)
+
+
+def _alpha_beta_at_beta_0(p, q, log_p, log_q, alpha):
+    p_power = exp(alpha * log_p)
+    gap = exp(alpha * log_q) - p_power
+    return (p_power * (log_p - log_q) + gap / alpha) / alpha, gap / alpha
+
+
+def _alpha_beta_at_alpha_0(p, q, log_p, log_q, beta):
+    q_power = exp(beta * log_q)
+    g = q_power * (log_q - log_p)
+    return (g + (exp(beta * log_p) - q_power) / beta) / beta, g
+
+
+def _alpha_beta_at_sum_0(p, q, log_p, log_q, alpha):
+    ratio = alpha * (log_p - log_q)
+    gap = 1.0 - exp(ratio)
+    return -(ratio + gap) / (alpha * alpha), gap / alpha
+
+
+def _half_squared_gap(p, q, log_p, log_q):
+    gap = log_q - log_p
+    return 0.5 * gap * gap, gap
+
+
+def alpha_beta(alpha: float = 0.2, beta: float = 0.7) -> Divergence:
+    """Alpha-beta divergence (Cichocki et al. 2011; ABKD, Wang et al. 2025).
+
+        -1/(ab) sum [p^a q^b - a/(a+b) p^(a+b) - b/(a+b) q^(a+b)]
+
+    with its limits by continuity:
+
+        b = 0:       1/a^2 sum [p^a log(p^a/q^a) - p^a + q^a]     (a = 1: forward KL)
+        a = 0:       1/b^2 sum [q^b log(q^b/p^b) - q^b + p^b]     (b = 1: reverse KL)
+        a + b = 0:   1/a^2 sum [(p/q)^a - log((p/q)^a) - 1]
+        a = b = 0:   1/2 sum (log p - log q)^2
+
+    Args:
+        alpha: exponent of the teacher, finite.
+        beta: exponent of the student, finite.
+    """
+    a, b = _finite("alpha", alpha), _finite("beta", beta)
+    if a == 0.0 and b == 0.0:
+        return Divergence("alpha_beta_at_0", _half_squared_gap, degree=0.0)
+    if b == 0.0:
+        return Divergence("alpha_beta_at_beta_0", _alpha_beta_at_beta_0, (a,), degree=a)
+    if a == 0.0:
+        return Divergence("alpha_beta_at_alpha_0", _alpha_beta_at_alpha_0, (b,), degree=b)
+    if a + b == 0.0:
+        return Divergence("alpha_beta_at_sum_0", _alpha_beta_at_sum_0, (a,), degree=0.0)
+    return Divergence(
+        "alpha_beta", _alpha_beta, (a, b, a + b, 1.0 / (a * b), a / (a + b), b / (a + b)), degree=a + b
+    )
+
+
+def squared_error() -> Divergence:
+    """1/2 sum (s - t)^2 on the logits (Bucila et al. 2006; Ba and Caruana 2014).
+
+    The high-temperature limit of T^2 KL, up to V and the means. It sees s/T and t/T, so that with the usual T^2
+    the value does not depend on T.
+    """
+    return Divergence("squared_error", _half_squared_gap, degree=0.0, normalized=False)
+
+
+# One row a divergence: its name and how to make it with its defaults. Tests, benches and `doctor` run over it.
+TABLE: dict[str, Callable[..., Divergence]] = {
+    make.__name__: make
+    for make in (
+        forward_kl,
+        reverse_kl,
+        mixture,
+        soft_cross_entropy,
+        jsd,
+        skew_forward_kl,
+        skew_reverse_kl,
+        tvd,
+        hellinger,
+        alpha_beta,
+        squared_error,
+    )
+}
+
+# The definitions that csrc/generate.py emits, in the order of their number there.
+DEFINITIONS: tuple[Callable[..., tuple[Any, Any]], ...] = (
+    _forward_kl,
+    _reverse_kl,
+    _mixture,
+    _soft_cross_entropy,
+    _jsd,
+    _skew_forward_kl,
+    _skew_reverse_kl,
+    _tvd,
+    _hellinger,
+    _alpha_beta,
+    _alpha_beta_at_beta_0,
+    _alpha_beta_at_alpha_0,
+    _alpha_beta_at_sum_0,
+    _half_squared_gap,
+)
+
+_functions.update({function_name(function): function for function in DEFINITIONS})
+_DEFAULTS = {name: make() for name, make in TABLE.items()}
+
+
+def resolve(divergence: str | Divergence) -> Divergence:
+    """The divergence itself, or the one of that name with its default parameters."""
+    if isinstance(divergence, Divergence):
+        return divergence
+    if not isinstance(divergence, str):
+        raise TypeError(
+            f"divergence must be a name or a fastkd.Divergence, got {type(divergence).__name__}"
+        )
+    if divergence not in _DEFAULTS:
+        raise ValueError(f"divergence must be one of {', '.join(TABLE)}; got {divergence!r}")
+    return _DEFAULTS[divergence]

@@ -1,0 +1,51 @@
+"""nn.Module twins of the functions: they hold the options and nothing else."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastkd.functional import Parts, kd_loss
+
+
+class KDLoss(nn.Module):
+    """:func:`fastkd.kd_loss` with its options fixed; an option out of range raises here, not at the first step.
+
+    Args:
+        **options: keyword options of :func:`fastkd.kd_loss`, except mask, weight and num_items, which belong to a
+            batch and are passed to the call.
+
+    Shapes: student_logits and teacher [..., V], labels, mask and weight [...]; returns what kd_loss returns.
+    """
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__()
+        for argument in ("mask", "weight", "num_items"):
+            if argument in options:
+                raise TypeError(f"{argument} belongs to a batch: pass it to the call, not to KDLoss()")
+        self.options = options
+        # One row through the validation of kd_loss, so that there is one.
+        width = options.get("vocab_size")
+        row = torch.zeros(1, width if type(width) is int and width > 0 else 2)
+        kd_loss(row, row, torch.zeros(1, dtype=torch.int64), **(options | {"backend": "reference", "inplace": False}))
+
+    def forward(
+        self,
+        student_logits: Tensor,
+        teacher: Tensor,
+        labels: Tensor | None = None,
+        *,
+        mask: Tensor | None = None,
+        weight: Tensor | None = None,
+        num_items: int | float | Tensor | None = None,
+    ) -> Tensor | tuple[Tensor, Parts]:
+        """The loss of one batch."""
+        return kd_loss(
+            student_logits, teacher, labels, mask=mask, weight=weight, num_items=num_items, **self.options
+        )
+
+    def extra_repr(self) -> str:
+        """The options, as they were given."""
+        return ", ".join(f"{name}={value!r}" for name, value in self.options.items())

@@ -1,0 +1,157 @@
+"""The reference: the mathematics in plain PyTorch. It is the oracle of every other backend, and their fallback.
+
+Everything is computed in float32, or in float64 when a logit tensor is float64; [N, V] temporaries are not avoided.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastkd.divergences import Divergence
+from fastkd.rows import Options, Result, Rows, Want
+
+# A probability below this counts as 0 beside a logit of -inf on the other side (see evaluate).
+NEGLIGIBLE = 1e-30
+# With log 0 replaced by the most negative finite number, a term above this can only be infinite.
+INFINITE = 1e6
+
+
+def evaluate(divergence: Divergence, log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor]:
+    """(phi, g) of every entry, with the one policy for log 0, so that no definition has to handle it.
+
+    - Both sides at -inf: 0 * (-inf) = 0, the entry contributes nothing to the value and to the gradient.
+    - One side at -inf, the other's probability not negligible: log 0 is replaced by the most negative finite
+      number. Terms that carry a factor 0 vanish, and what is still above INFINITE is the mathematical infinity
+      (forward KL where p > 0 = q); g stays what it is in the limit (-p there).
+    - One side at -inf and the other below NEGLIGIBLE: nothing, as in the first case.
+    """
+    p, q = (log_p.exp(), log_q.exp()) if divergence.normalized else (torch.ones_like(log_p),) * 2
+    p_gone, q_gone = log_p == -torch.inf, log_q == -torch.inf
+    lowest = torch.finfo(log_p.dtype).min
+    phi, g = divergence.function(
+        p, q, log_p.masked_fill(p_gone, lowest), log_q.masked_fill(q_gone, lowest), *divergence.params
+    )
+    one_side = p_gone ^ q_gone
+    nothing = (p_gone & (q < NEGLIGIBLE)) | (q_gone & (p < NEGLIGIBLE)) | (p_gone & q_gone)
+
+    def settle(term: Tensor) -> Tensor:
+        term = torch.where(one_side & (term.abs() > INFINITE), term * torch.inf, term)
+        return term.masked_fill(nothing, 0.0)
+
+    return settle(phi), settle(g)
+
+
+def _adjust(logits: Tensor, scale: float, softcap: float) -> tuple[Tensor, Tensor | float]:
+    """Scaled and soft-capped logits z, and dz/dlogits. z = softcap * tanh(scale * logits / softcap)."""
+    if not softcap:
+        return (logits * scale, scale) if scale != 1.0 else (logits, 1.0)
+    squashed = torch.tanh(logits * (scale / softcap))
+    return softcap * squashed, scale * (1.0 - squashed * squashed)
+
+
+def _log_probabilities(logits: Tensor, temperature: Tensor | float, normalized: bool) -> Tensor:
+    tempered = logits / temperature
+    return torch.log_softmax(tempered, -1) if normalized else tempered
+
+
+def _project(derivative: Tensor, probabilities: Tensor, normalized: bool) -> Tensor:
+    """From a derivative by log-probabilities to one by tempered logits: x_v - p_v sum_u x_u."""
+    if not normalized:
+        return derivative
+    return derivative - probabilities * derivative.sum(-1, keepdim=True)
+
+
+def _cross_entropy(z: Tensor, labels: Tensor, valid: Tensor, smoothing: float) -> tuple[Tensor, Tensor]:
+    """(value [...], gradient [..., V]) of label-smoothed cross-entropy at temperature 1."""
+    log_q = torch.log_softmax(z, -1)
+    target = torch.where(valid, labels, 0).unsqueeze(-1)
+    value = -(1.0 - smoothing) * log_q.gather(-1, target).squeeze(-1)
+    gradient = log_q.exp().scatter_add(-1, target, torch.full_like(log_q[..., :1], smoothing - 1.0))
+    if smoothing:
+        value = value - smoothing * log_q.mean(-1)
+        gradient = gradient - smoothing / z.shape[-1]
+    return value, gradient
+
+
+def kd_rows(student: Tensor, teacher: Tensor, rows: Rows, options: Options, want: Want) -> Result:
+    """The loss of each row and its gradients; shapes and meaning as :class:`fastkd.rows.Result` has them."""
+    divergence, alpha, vocabulary = options.divergence, options.alpha, options.vocab_size
+    dtype = torch.float64 if torch.float64 in (student.dtype, teacher.dtype) else torch.float32
+
+    def per_row(value: Tensor | None, fallback: float) -> Tensor | float:
+        return fallback if value is None else value.to(dtype).unsqueeze(-1)
+
+    temperature = per_row(rows.temperature, options.temperature)
+    teacher_temperature = per_row(rows.teacher_temperature, options.teacher_temperature)
+    s, ds = _adjust(student[..., :vocabulary].to(dtype), options.logit_scale, options.softcap)
+    t, dt = _adjust(teacher[..., :vocabulary].to(dtype), options.teacher_logit_scale, options.teacher_softcap)
+
+    log_q = _log_probabilities(s, temperature, divergence.normalized)
+    log_p = _log_probabilities(t, teacher_temperature, divergence.normalized)
+    phi, g = evaluate(divergence, log_p, log_q)
+    t_squared: Tensor | float = temperature * temperature if options.scale_by_temperature else 1.0
+    distillation = phi.sum(-1) * (t_squared.squeeze(-1) if isinstance(t_squared, Tensor) else t_squared)
+
+    labels = rows.labels
+    with_labels = labels is not None and alpha < 1.0
+    if with_labels:
+        valid = (labels >= 0) & (labels < vocabulary)
+        cross_entropy, cross_entropy_gradient = _cross_entropy(s, labels, valid, options.label_smoothing)
+        cross_entropy = torch.where(valid, cross_entropy, torch.nan)
+    else:
+        cross_entropy = torch.zeros_like(distillation)
+
+    # A dropped row contributes 0 whatever its logits hold, so it is selected away and not multiplied by 0.
+    keep = torch.ones_like(distillation, dtype=torch.bool)
+    weight = torch.ones_like(distillation) if rows.weight is None else rows.weight.to(dtype)
+    if labels is not None:
+        keep = labels != options.ignore_index
+    keep = keep & (weight != 0)
+    for tempering in (rows.temperature, rows.teacher_temperature):
+        if tempering is not None:  # an invalid temperature poisons its row
+            weight = torch.where(tempering > 0, weight, torch.nan)
+    if with_labels:
+        weight = torch.where(valid, weight, torch.nan)
+
+    scale = options.scale if rows.scale is None else rows.scale.to(dtype)
+    row_scale = (weight * scale).unsqueeze(-1)
+    loss = torch.zeros_like(distillation)
+    if alpha:
+        loss = alpha * distillation
+    if with_labels:
+        loss = loss + (1.0 - alpha) * cross_entropy
+    loss = torch.where(keep, loss * weight, 0.0)
+
+    def finish(gradient: Tensor, like: Tensor) -> Tensor:
+        gradient = torch.where(keep.unsqueeze(-1), gradient * row_scale, 0.0).to(like.dtype)
+        padding = like.shape[-1] - vocabulary
+        return torch.nn.functional.pad(gradient, (0, padding)) if padding else gradient.contiguous()
+
+    student_gradient = teacher_gradient = None
+    if want.student_gradient:
+        gradient = torch.zeros_like(s)
+        if alpha:
+            gradient = _project(g, log_q.exp(), divergence.normalized) * (alpha * t_squared / temperature)
+        if with_labels:
+            gradient = gradient + (1.0 - alpha) * cross_entropy_gradient
+        student_gradient = finish(gradient * ds, student)
+    if want.teacher_gradient:
+        assert divergence.degree is not None  # validated
+        h = divergence.degree * phi - g
+        gradient = _project(h, log_p.exp(), divergence.normalized) * (alpha * t_squared / teacher_temperature)
+        teacher_gradient = finish(gradient * dt, teacher)
+    if want.inplace and student_gradient is not None:
+        student_gradient = student.copy_(student_gradient)
+
+    parts: tuple[Tensor | None, ...] = (None, None, None)
+    if want.parts:
+        log_q = torch.log_softmax(s / temperature, -1)
+        entropy = torch.special.entr(log_q.exp()).sum(-1)
+        parts = tuple(torch.where(keep, part, 0.0) for part in (distillation, cross_entropy, entropy))
+    return Result(loss, loss.sum() * scale, student_gradient, teacher_gradient, *parts)
+
+
+def scale_rows_(gradient: Tensor, upstream: Tensor) -> None:
+    """Multiply each row of gradient [..., V] by upstream, a scalar or [...]."""
+    gradient.mul_(upstream.unsqueeze(-1) if upstream.dim() else upstream)

@@ -1,0 +1,71 @@
+"""What every backend computes: the loss of each row, and its gradient in the same launch.
+
+A row is one position: V student logits and V teacher logits. A backend is a module with
+
+    kd_rows(student, teacher, rows, options, want) -> Result
+    scale_rows_(gradient, upstream) -> None
+
+and nothing else; :mod:`fastkd.functional` validates and reduces, :mod:`fastkd.autograd` differentiates.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+from fastkd.divergences import Divergence
+
+
+class Options(NamedTuple):
+    """What does not change from row to row; validated, hashable, free of tensors."""
+
+    divergence: Divergence
+    alpha: float = 1.0
+    temperature: float = 1.0  # where Rows.temperature is None
+    teacher_temperature: float = 1.0  # where Rows.teacher_temperature is None
+    scale_by_temperature: bool = True
+    label_smoothing: float = 0.0
+    ignore_index: int = -100
+    logit_scale: float = 1.0
+    softcap: float = 0.0  # 0: none
+    teacher_logit_scale: float = 1.0
+    teacher_softcap: float = 0.0
+    vocab_size: int = 0
+    scale: float = 1.0  # multiplies the total and every gradient; 1 where Rows.scale is given
+
+
+class Rows(NamedTuple):
+    """Tensors with one value a row, in the logits' leading shape [...], contiguous; None where not given."""
+
+    labels: Tensor | None = None  # int64
+    weight: Tensor | None = None  # float32 (float64 on the reference); a row of weight 0 is not read
+    temperature: Tensor | None = None  # float32
+    teacher_temperature: Tensor | None = None  # float32
+    scale: Tensor | None = None  # float32, 0-dim: Options.scale where only the device knows it
+
+
+class Want(NamedTuple):
+    """Which outputs a call needs."""
+
+    student_gradient: bool = False
+    teacher_gradient: bool = False
+    parts: bool = False
+    inplace: bool = False  # the student's gradient overwrites the student's logits
+    deferred: bool = False  # the gradients are computed by a second call, in the backward (fastkd.autograd)
+
+
+class Result(NamedTuple):
+    """Per-row results in the logits' leading shape; float32, or float64 on the reference in float64.
+
+    The loss of a row is weight (alpha * distillation + (1 - alpha) * cross_entropy); 0 in a row that is dropped.
+    Gradients are of that loss times scale, in the dtype and shape of the logits.
+    """
+
+    loss: Tensor
+    total: Tensor  # 0-dim, scale times the sum of loss, in a fixed order
+    student_gradient: Tensor | None = None
+    teacher_gradient: Tensor | None = None
+    distillation: Tensor | None = None
+    cross_entropy: Tensor | None = None
+    student_entropy: Tensor | None = None
