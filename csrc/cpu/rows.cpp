@@ -1,0 +1,806 @@
+// The row loss and its gradient on the CPU. Compiled once for each instruction set, into its own namespace.
+//
+// A row is cut into blocks of 2048 columns, and a row is three phases over its blocks:
+//
+//   statistics   maximum, sum of exponentials and moments of each block;  merged in double, in block order
+//   sums         of phi and g, where no closed form gives them;           merged likewise
+//   gradient     written block by block, last block first, since that one is still in the cache
+//
+// A block's numbers do not depend on who computes it, so the result is bitwise the same for any number of threads:
+// threads share the rows, or the blocks of a row where there are fewer rows than threads. The exponentials of the
+// first phase are kept in scratch memory while a row of them fits in the cache, and computed again otherwise.
+//
+// Phases are optimistic about log 0: arithmetic on -inf gives NaN exactly where the policy of
+// fastkd/reference.py (evaluate) matters, and a row whose merged sums are not finite is done again with the policy.
+
+#include "kernel.h"
+
+#include <omp.h>
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <limits>
+#include <memory>
+
+namespace fastkd::FASTKD_ISA {
+
+#include "vec.h"
+
+#include "../generated/divergences.h"
+
+namespace {
+
+constexpr int BLOCK = 2048;
+constexpr int STRIP = 16 * LANES;
+// Scratch for exponentials, a thread: with the logits streaming through, this stays in a 2 MB second-level cache.
+constexpr int64_t SCRATCH_BYTES = 5 << 18;
+constexpr int64_t STREAM_BYTES = 4 << 20;  // gradients from this size on are written past the cache
+constexpr float LOWEST = std::numeric_limits<float>::lowest();
+constexpr float FLOOR = -1e30f;      // the least maximum of a block, so that a block of -inf has one
+constexpr float NEGLIGIBLE = 1e-30f;  // as in fastkd/reference.py
+constexpr float INFINITE = 1e6f;
+constexpr float INF = std::numeric_limits<float>::infinity();
+
+// ---- rows in memory
+
+int64_t row_offset(const Rows& rows, const std::vector<int64_t>& sizes, int64_t row) {
+  int64_t offset = 0;
+  for (size_t d = sizes.size(); d-- > 0;) {
+    offset += (row % sizes[d]) * rows.strides[d];
+    row /= sizes[d];
+  }
+  return offset;
+}
+
+int element_size(Dtype dtype) { return dtype == Dtype::f32 ? 4 : 2; }
+
+// What turns a raw logit into z = softcap * tanh(scale * logit / softcap), and by what dz/dlogit is.
+struct Adjustment {
+  float scale = 1, softcap = 0;
+  bool identity() const { return scale == 1 && softcap == 0; }
+  V z(V x) const { return softcap == 0 ? x * scale : softcap * tanh(x * (scale / softcap)); }
+  V slope(V z) const {
+    const V squashed = z * (1 / softcap);
+    return softcap == 0 ? splat(scale) : scale * (1.0f - squashed * squashed);
+  }
+
+ private:
+  static V tanh(V x) {
+    // Below 0.6 the quotient of exponentials cancels; there an odd Taylor-like fit (Cephes) holds.
+    const V size = at_most(abs(x), splat(10.0f)), square = size * size;
+    V y = square * -5.70498872745e-3f + 2.06390887954e-2f;
+    y = y * square - 5.37397155531e-2f;
+    y = y * square + 1.33314422036e-1f;
+    y = y * square - 3.33332819422e-1f;
+    const V small = size + size * square * y;
+    const V large = 1.0f - 2.0f / (exp(2.0f * size) + 1.0f);
+    const V value = where(size < 0.625f, small, large);
+    return where(x == x, (V)((U)value | ((U)x & 0x80000000)), x);
+  }
+};
+
+// The maximum of n floats, a whole number of vectors; NaNs do not count.
+float maximum_of(const float* z, int n) {
+  V maximum = splat(FLOOR);
+  for (int i = 0; i < n; i += LANES) {
+    const V x = load(z + i);
+    maximum = x > maximum ? x : maximum;
+  }
+  float top = FLOOR;
+  for (int lane = 0; lane < LANES; ++lane) top = std::max(top, maximum[lane]);
+  return top;
+}
+
+int padded(int n) { return (n + LANES - 1) / LANES * LANES; }
+
+// n logits z of a row as floats, padded to whole vectors with FLOOR: in scratch, or where they are if that will do.
+const float* load_block(const char* row, Dtype dtype, int64_t start, int n, const Adjustment& adjust, float* scratch) {
+  const int whole = n / LANES * LANES;
+  if (dtype == Dtype::f32 && adjust.identity() && whole == n) return reinterpret_cast<const float*>(row) + start;
+  const int width = element_size(dtype);
+  const char* from = row + start * width;
+  alignas(64) char tail[LANES * 4] = {};
+  std::memcpy(tail, from + whole * width, (n - whole) * width);
+
+  auto convert = [&](auto read) {
+    for (int i = 0; i < whole; i += LANES) store(scratch + i, read(from + i * width));
+    if (whole < n) {
+      store(scratch + whole, read(tail));
+      for (int i = n; i < padded(n); ++i) scratch[i] = FLOOR;
+    }
+  };
+  auto floats = [](const char* x) { return load(reinterpret_cast<const float*>(x)); };
+  auto bf16 = [](const char* x) { return from_bf16(load_half(reinterpret_cast<const uint16_t*>(x))); };
+  auto fp16 = [](const char* x) { return from_fp16(load_half(reinterpret_cast<const uint16_t*>(x))); };
+  auto dispatch = [&](auto finish) {
+    switch (dtype) {
+      case Dtype::f32: return convert([=](const char* x) { return finish(floats(x)); });
+      case Dtype::bf16: return convert([=](const char* x) { return finish(bf16(x)); });
+      case Dtype::f16: return convert([=](const char* x) { return finish(fp16(x)); });
+    }
+  };
+  if (adjust.identity())
+    dispatch([](V x) { return x; });
+  else
+    dispatch([=](V x) { return adjust.z(x); });
+  return scratch;
+}
+
+// n floats to memory in its dtype.
+void store_block(char* row, Dtype dtype, int64_t start, int n, float* values, bool past_cache) {
+  const int width = element_size(dtype);
+  char* to = row + start * width;
+  auto* halves = reinterpret_cast<uint16_t*>(values);  // in place: half i never overtakes the float it came from
+  if (dtype == Dtype::bf16)
+    for (int i = 0; i < n; i += LANES) store_half(halves + i, to_bf16(load(values + i)));
+  if (dtype == Dtype::f16)
+    for (int i = 0; i < n; i += LANES) store_half(halves + i, to_fp16(load(values + i)));
+  const char* from = reinterpret_cast<const char*>(values);
+  past_cache ? stream(to, from, int64_t(n) * width) : (void)std::memcpy(to, from, int64_t(n) * width);
+}
+
+// ---- one side of a row
+
+// 2^(high + low) per unit of z, and 1/T: the softmax of z at temperature T.
+struct Softmax {
+  float high, low, lowest, inverse;  // lowest: below it exp2 is 0
+  explicit Softmax(double temperature) : inverse(float(1 / temperature)) {
+    const double factor = 1.4426950408889634 / temperature;
+    high = float(factor);
+    low = float(factor - high);
+    lowest = float(-126.9998 / factor);
+  }
+  // exp(gap / T) of z - maximum
+  V exponential(V gap) const { return exp2_core(at_least(gap, splat(lowest)), splat(high), splat(low)); }
+};
+
+// What the first phase leaves of a block. Moments are relative to the block's maxima.
+struct BlockStatistics {
+  float s_max, t_max;
+  double s_sum, t_sum;        // of exp((z - max) / T)
+  double forward, reverse;    // e_t (t' - s'), e_s (s' - t')
+  double cross, entropy;      // e_t s', e_s s'
+  double s_sum_at_1, s_total;  // exponentials at temperature 1; sum of z - max
+};
+
+// The same merged over a row, relative to the row's maxima; and the weight that turns e into a probability.
+struct RowStatistics {
+  double s_max, t_max, s_log_sum, t_log_sum, s_log_sum_at_1;
+  double forward, reverse, cross, entropy, s_mean;
+};
+
+enum Moments { FORWARD = 1, REVERSE = 2, CROSS = 4, SINGLE = 8, ALL = 7 };
+
+// The running sums of a block. They are taken strip by strip, so that a float32 sum is over few terms of one size.
+struct LaneSums {
+  V s_sum{}, t_sum{}, forward{}, reverse{}, cross{}, entropy{}, s_sum_at_1{}, s_total{};
+
+  FASTKD_INLINE void operator+=(const LaneSums& strip) {
+    s_sum += strip.s_sum;
+    t_sum += strip.t_sum;
+    forward += strip.forward;
+    reverse += strip.reverse;
+    cross += strip.cross;
+    entropy += strip.entropy;
+    s_sum_at_1 += strip.s_sum_at_1;
+    s_total += strip.s_total;
+  }
+};
+
+// Sums over a block. The exponentials are kept in s_exp and t_exp (and s_exp_at_1).
+template <int MOMENTS, bool AT_1, bool LOG_0>
+void block_statistics(const float* s, const float* t, int n, const Softmax& student, const Softmax& teacher,
+                      const Softmax& at_1, float s_threshold, float t_threshold, float* s_exp, float* t_exp,
+                      float* s_exp_at_1, BlockStatistics& out) {
+  const V s_max = splat(out.s_max), t_max = splat(out.t_max);
+  LaneSums sums;
+  for (int start = 0; start < n; start += STRIP) {
+    LaneSums strip;
+    const int end = std::min(start + STRIP, n);
+    for (int i = start; i < end; i += LANES) {
+      const V s_gap = load(s + i) - s_max, t_gap = load(t + i) - t_max;
+      const V e_s = student.exponential(s_gap), e_t = teacher.exponential(t_gap);
+      store(s_exp + i, e_s);
+      store(t_exp + i, e_t);
+      strip.s_sum += e_s;
+      strip.t_sum += e_t;
+      const V s_tempered = s_gap * student.inverse, difference = t_gap * teacher.inverse - s_tempered;
+      // With LOG_0, a probability of (almost) 0 silences its term, whatever the other factor is.
+      auto times = [](V e, V x, float threshold) { return LOG_0 ? where(e > threshold, e * x, V{}) : e * x; };
+      if (MOMENTS & FORWARD) strip.forward += times(e_t, difference, t_threshold);
+      if (MOMENTS & REVERSE) strip.reverse -= times(e_s, difference, s_threshold);
+      if (MOMENTS & CROSS) strip.cross += times(e_t, s_tempered, t_threshold);
+      if (MOMENTS & SINGLE) {
+        strip.entropy += times(e_s, s_tempered, s_threshold);
+        strip.s_total += i + LANES <= n ? s_gap : V{};
+      }
+      if (AT_1) {
+        const V e = at_1.exponential(s_gap);
+        store(s_exp_at_1 + i, e);
+        strip.s_sum_at_1 += e;
+      }
+    }
+    sums += strip;
+  }
+  out.s_sum = sum_lanes(sums.s_sum);
+  out.t_sum = sum_lanes(sums.t_sum);
+  out.forward = sum_lanes(sums.forward);
+  out.reverse = sum_lanes(sums.reverse);
+  out.cross = sum_lanes(sums.cross);
+  out.entropy = sum_lanes(sums.entropy);
+  out.s_sum_at_1 = sum_lanes(sums.s_sum_at_1);
+  out.s_total = sum_lanes(sums.s_total);
+  for (int i = n / LANES * LANES; i < n; ++i) out.s_total += s[i] - out.s_max;
+}
+
+using StatisticsKernel = decltype(&block_statistics<0, false, false>);
+
+template <bool AT_1, bool LOG_0>
+StatisticsKernel statistics_kernel(int moments) {
+  switch (moments) {
+    case 0: return block_statistics<0, AT_1, LOG_0>;
+    case FORWARD: return block_statistics<FORWARD, AT_1, LOG_0>;
+    case REVERSE: return block_statistics<REVERSE, AT_1, LOG_0>;
+    case FORWARD | REVERSE: return block_statistics<FORWARD | REVERSE, AT_1, LOG_0>;
+    case CROSS: return block_statistics<CROSS, AT_1, LOG_0>;
+    default: return block_statistics<ALL | SINGLE, AT_1, LOG_0>;
+  }
+}
+
+StatisticsKernel statistics_kernel(int moments, bool at_1, bool log_0) {
+  if (at_1) return log_0 ? statistics_kernel<true, true>(moments) : statistics_kernel<true, false>(moments);
+  return log_0 ? statistics_kernel<false, true>(moments) : statistics_kernel<false, false>(moments);
+}
+
+// ---- the divergence on a block
+
+// How a block's numbers become p, q and their logarithms.
+struct BlockView {
+  const float *s, *t, *s_exp, *t_exp;  // z and exp((z - max) / T)
+  float s_max, t_max;
+  float s_weight, t_weight;    // p = t_exp * t_weight
+  float s_inverse, t_inverse;  // log p = (t - t_max) * t_inverse + t_offset_low + t_offset
+  float s_offset, t_offset, s_offset_low, t_offset_low;  // the offset to twice float's precision
+};
+
+// phi and g of one vector, with the policy of fastkd/reference.py for log 0 where LOG_0.
+template <class Divergence, bool LOG_0, bool NORMALIZED>
+FASTKD_INLINE void evaluate(const BlockView& view, int i, const float* params, V& p, V& q, V& phi, V& g) {
+  p = NORMALIZED ? load(view.t_exp + i) * view.t_weight : splat(1);
+  q = NORMALIZED ? load(view.s_exp + i) * view.s_weight : splat(1);
+  const V log_p = ((load(view.t + i) - view.t_max) * view.t_inverse + view.t_offset_low) + view.t_offset;
+  const V log_q = ((load(view.s + i) - view.s_max) * view.s_inverse + view.s_offset_low) + view.s_offset;
+  if (!LOG_0) return Divergence::eval(p, q, log_p, log_q, params, phi, g);
+
+  const I p_gone = log_p == -INF, q_gone = log_q == -INF;
+  Divergence::eval(p, q, where(p_gone, splat(LOWEST), log_p), where(q_gone, splat(LOWEST), log_q), params, phi, g);
+  const I one_side = p_gone ^ q_gone;
+  const I nothing = (p_gone & (q < NEGLIGIBLE)) | (q_gone & (p < NEGLIGIBLE)) | (p_gone & q_gone);
+  auto settle = [&](V term) {
+    return where(nothing, V{}, where(one_side & (abs(term) > INFINITE), term * INF, term));
+  };
+  phi = settle(phi);
+  g = settle(g);
+}
+
+struct BlockSums {
+  double phi, g;
+};
+
+template <class Divergence, bool LOG_0, bool NORMALIZED>
+BlockSums block_sums(const BlockView& view, int n, const float* params) {
+  V phi_sum{}, g_sum{}, p, q, phi, g;
+  const int whole = n / LANES * LANES;
+  for (int start = 0; start < whole; start += STRIP) {
+    V phi_strip{}, g_strip{};
+    for (int i = start; i < std::min(start + STRIP, whole); i += LANES) {
+      evaluate<Divergence, LOG_0, NORMALIZED>(view, i, params, p, q, phi, g);
+      phi_strip += phi;
+      g_strip += g;
+    }
+    phi_sum += phi_strip;
+    g_sum += g_strip;
+  }
+  BlockSums sums{sum_lanes(phi_sum), sum_lanes(g_sum)};
+  if (whole == n) return sums;
+  evaluate<Divergence, LOG_0, NORMALIZED>(view, whole, params, p, q, phi, g);
+  for (int lane = 0; whole + lane < n; ++lane) {
+    sums.phi += phi[lane];
+    sums.g += g[lane];
+  }
+  return sums;
+}
+
+// (x_v - r_v sum_u x_u) * coefficient: the student's gradient (x = g, r = q) or the teacher's (x = h, r = p).
+template <class Divergence, bool LOG_0, bool NORMALIZED, bool TEACHER>
+void block_gradient(const BlockView& view, int n, const float* params, float degree, float sum, float coefficient,
+                    float* out) {
+  V p, q, phi, g;
+  for (int i = 0; i < n; i += LANES) {
+    evaluate<Divergence, LOG_0, NORMALIZED>(view, i, params, p, q, phi, g);
+    const V x = TEACHER ? degree * phi - g : g;
+    store(out + i, (NORMALIZED ? x - (TEACHER ? p : q) * sum : x) * coefficient);
+  }
+}
+
+// A divergence's kernels, with and without the policy for log 0.
+struct Kernels {
+  bool gradient_uses_logs;
+  decltype(&block_sums<forward_kl, false, true>) sums[2];
+  decltype(&block_gradient<forward_kl, false, true, false>) student[2], teacher[2];
+};
+
+template <class Divergence, bool NORMALIZED>
+constexpr Kernels kernels_of() {
+  return {Divergence::gradient_uses_logs,
+          {block_sums<Divergence, false, NORMALIZED>, block_sums<Divergence, true, NORMALIZED>},
+          {block_gradient<Divergence, false, NORMALIZED, false>, block_gradient<Divergence, true, NORMALIZED, false>},
+          {block_gradient<Divergence, false, NORMALIZED, true>, block_gradient<Divergence, true, NORMALIZED, true>}};
+}
+
+const Kernels& kernels_of(const Call& call) {
+#define FASTKD_NORMALIZED(name) kernels_of<name, true>(),
+#define FASTKD_RAW(name) kernels_of<name, false>(),
+  static constexpr Kernels normalized[] = {FASTKD_DIVERGENCES(FASTKD_NORMALIZED)};
+  static constexpr Kernels raw[] = {FASTKD_DIVERGENCES(FASTKD_RAW)};
+#undef FASTKD_NORMALIZED
+#undef FASTKD_RAW
+  return (call.normalized ? normalized : raw)[call.divergence];
+}
+
+// ---- a row
+
+struct Workspace {
+  std::unique_ptr<float[]> memory;
+  int64_t capacity = 0;
+  float* reserve(int64_t floats) {
+    if (floats > capacity) {
+      memory.reset(new float[floats]);
+      capacity = floats;
+    }
+    return memory.get();
+  }
+};
+
+// What a thread needs for one block: converted logits, exponentials where they are not kept, the gradient.
+struct BlockScratch {
+  alignas(64) float s[BLOCK], t[BLOCK], s_exp[BLOCK], t_exp[BLOCK], s_exp_at_1[BLOCK], gradient[BLOCK];
+};
+
+class Row {
+ public:
+  Row(const Call& call, Workspace& workspace)
+      : call_(call),
+        kernels_(kernels_of(call)),
+        s_adjust_{float(call.student_tempering.logit_scale), float(call.student_tempering.softcap)},
+        t_adjust_{float(call.teacher_tempering.logit_scale), float(call.teacher_tempering.softcap)},
+        blocks_((call.vocabulary + BLOCK - 1) / BLOCK),
+        statistics_(blocks_),
+        sums_(blocks_) {
+    const int64_t columns = blocks_ * BLOCK;
+    const int arrays = call.labels && call.alpha < 1 ? 3 : 2;
+    keeps_exponentials_ = call.vocabulary * arrays * 4 <= SCRATCH_BYTES;
+    if (keeps_exponentials_) {
+      s_exp_ = workspace.reserve(columns * arrays);
+      t_exp_ = s_exp_ + columns;
+      s_exp_at_1_ = arrays == 3 ? t_exp_ + columns : nullptr;
+    }
+    past_cache_ = call.rows * call.vocabulary * element_size(call.student.dtype) >= STREAM_BYTES;
+  }
+
+  int64_t blocks() const { return blocks_; }
+
+  // False where the row is dropped, which has then been dealt with.
+  bool start(int64_t row) {
+    row_ = row;
+    auto pointer = [&](const Rows& rows) {
+      return rows.data ? rows.data + row_offset(rows, call_.sizes, row) * element_size(rows.dtype) : nullptr;
+    };
+    student_ = pointer(call_.student);
+    teacher_ = pointer(call_.teacher);
+    student_gradient_ = pointer(call_.student_gradient);
+    teacher_gradient_ = pointer(call_.teacher_gradient);
+    label_ = call_.labels ? call_.labels[row] : -1;
+    weight_ = call_.weight ? call_.weight[row] : 1;
+    clear_padding();
+    if ((call_.labels && label_ == call_.ignore_index) || weight_ == 0) {
+      drop();
+      return false;
+    }
+    with_labels_ = call_.labels && call_.alpha < 1;
+    if (with_labels_ && (label_ < 0 || label_ >= call_.vocabulary)) {
+      weight_ = std::nan("");
+      label_ = 0;
+    }
+    s_temperature_ = temperature(call_.student_tempering);
+    t_temperature_ = temperature(call_.teacher_tempering);
+    student_softmax_ = Softmax(s_temperature_);
+    teacher_softmax_ = Softmax(t_temperature_);
+    separate_at_1_ = with_labels_ && s_temperature_ != 1;
+    moments_ = !call_.closed_form ? 0
+                                  : (call_.forward != 0) * FORWARD + (call_.reverse != 0) * REVERSE +
+                                        (call_.cross != 0) * CROSS;
+    if (call_.student_entropy || (with_labels_ && call_.label_smoothing > 0)) moments_ |= SINGLE;
+    log_0_ = false;
+    return true;
+  }
+
+  void statistics(int64_t b, BlockScratch& scratch) {
+    if (!needs_statistics()) return;
+    const int n = columns(b);
+    const float* s = load_student(b, scratch);
+    const float* t = load_teacher(b, scratch);
+    BlockStatistics& out = statistics_[b];
+    float s_threshold = 0, t_threshold = 0;
+    if (log_0_) {  // the weights of the first attempt still hold
+      s_threshold = NEGLIGIBLE / s_weight(b);
+      t_threshold = NEGLIGIBLE / t_weight(b);
+    } else {
+      out.s_max = maximum_of(s, padded(n));
+      out.t_max = maximum_of(t, padded(n));
+    }
+    statistics_kernel(moments_, separate_at_1_, log_0_)(
+        s, t, n, student_softmax_, teacher_softmax_, Softmax(1), s_threshold, t_threshold, s_exp(b, scratch),
+        t_exp(b, scratch), s_exp_at_1(b, scratch), out);
+  }
+
+  // False where the row has to be done again with the policy for log 0.
+  bool merge_statistics() {
+    if (!needs_statistics()) {
+      row_statistics_ = {};
+      return true;
+    }
+    RowStatistics& row = row_statistics_;
+    row = {FLOOR, FLOOR, 0, 0, 0, 0, 0, 0, 0, 0};
+    for (const BlockStatistics& block : statistics_) {
+      row.s_max = std::max(row.s_max, double(block.s_max));
+      row.t_max = std::max(row.t_max, double(block.t_max));
+    }
+    double s_sum = 0, t_sum = 0, s_sum_at_1 = 0;
+    const double s_inverse = 1 / s_temperature_, t_inverse = 1 / t_temperature_;
+    for (int64_t b = 0; b < blocks_; ++b) {
+      const BlockStatistics& block = statistics_[b];
+      const double s_gap = block.s_max - row.s_max, t_gap = block.t_max - row.t_max;
+      const double s_factor = std::exp(s_gap * s_inverse), t_factor = std::exp(t_gap * t_inverse);
+      const double shift = t_gap * t_inverse - s_gap * s_inverse;
+      s_sum += s_factor * block.s_sum;
+      t_sum += t_factor * block.t_sum;
+      row.forward += t_factor * (block.forward + shift * block.t_sum);
+      row.reverse += s_factor * (block.reverse - shift * block.s_sum);
+      row.cross += t_factor * (block.cross + s_gap * s_inverse * block.t_sum);
+      row.entropy += s_factor * (block.entropy + s_gap * s_inverse * block.s_sum);
+      row.s_mean += block.s_total + s_gap * columns(b);
+      if (separate_at_1_) s_sum_at_1 += std::exp(s_gap) * block.s_sum_at_1;
+    }
+    row.s_log_sum = std::log(s_sum);
+    row.t_log_sum = std::log(t_sum);
+    row.s_log_sum_at_1 = separate_at_1_ ? std::log(s_sum_at_1) : row.s_log_sum;
+    row.forward /= t_sum;
+    row.reverse /= s_sum;
+    row.cross /= t_sum;
+    row.entropy /= s_sum;
+    row.s_mean /= call_.vocabulary;
+    return log_0_ || std::isfinite(row.forward + row.reverse + row.cross + row.entropy);
+  }
+
+  bool needs_sums() const { return !call_.closed_form; }
+
+  void sums(int64_t b, BlockScratch& scratch) {
+    sums_[b] = kernels_.sums[log_0_](view(b, scratch, true), columns(b), call_.params.data());
+  }
+
+  // False where the row has to be done again with the policy for log 0.
+  bool merge_sums() {
+    phi_ = g_ = 0;
+    for (const BlockSums& block : sums_) {
+      phi_ += block.phi;
+      g_ += block.g;
+    }
+    return log_0_ || std::isfinite(phi_ + g_);
+  }
+
+  // Whether entries of probability 0 are treated one by one. Off at first: see the top of this file.
+  void set_policy_for_log_0(bool on) { log_0_ = on; }
+
+  // The value of the row; after it, gradient() may run on any block.
+  void finish() {
+    const RowStatistics& row = row_statistics_;
+    if (call_.closed_form) {
+      const double forward = row.forward - row.t_log_sum + row.s_log_sum;
+      const double reverse = row.reverse - row.s_log_sum + row.t_log_sum;
+      const double cross = row.s_log_sum - row.cross;
+      // A moment that was not collected is 0 here, and its term is not finite only if its weight is 0.
+      phi_ = g_ = 0;
+      if (call_.forward != 0) phi_ += call_.forward * forward, g_ -= call_.forward;
+      if (call_.reverse != 0) phi_ += call_.reverse * reverse, g_ += call_.reverse * (reverse + 1);
+      if (call_.cross != 0) phi_ += call_.cross * cross, g_ -= call_.cross;
+    }
+    const double square = call_.scale_by_temperature ? s_temperature_ * s_temperature_ : 1;
+    const double distillation = phi_ * square;
+    double cross_entropy = 0;
+    if (with_labels_) {
+      const double smoothing = call_.label_smoothing;
+      cross_entropy = row.s_log_sum_at_1 - (1 - smoothing) * (double(label_logit()) - row.s_max);
+      if (smoothing > 0) cross_entropy -= smoothing * row.s_mean;
+    }
+    double loss = call_.alpha == 0 ? 0 : call_.alpha * distillation;
+    if (with_labels_) loss += (1 - call_.alpha) * cross_entropy;
+    write(call_.loss, loss * weight_);
+    write(call_.distillation, distillation);
+    write(call_.cross_entropy, cross_entropy);
+    write(call_.student_entropy, row.s_log_sum - row.entropy);
+    const double scale = weight_ * call_.scale * (call_.scale_on_device ? *call_.scale_on_device : 1);
+    kd_scale_ = call_.alpha * square * scale;
+    ce_scale_ = (1 - call_.alpha) * scale;
+  }
+
+  bool needs_gradient() const { return student_gradient_ || teacher_gradient_; }
+
+  void gradient(int64_t b, BlockScratch& scratch) {
+    const int n = columns(b);
+    const bool student_z = s_adjust_.softcap != 0;
+    const bool logs = kernels_.gradient_uses_logs || teacher_gradient_ || !call_.normalized;
+    const BlockView v = view(b, scratch, logs || student_z);
+    if (teacher_gradient_) {
+      const double sum = call_.degree * phi_ - g_;
+      kernels_.teacher[log_0_](v, n, call_.params.data(), float(call_.degree), float(sum),
+                               float(kd_scale_ / t_temperature_), scratch.gradient);
+      if (!t_adjust_.identity()) chain(t_adjust_, v.t, n, scratch.gradient);
+      store_block(teacher_gradient_, call_.teacher.dtype, b * BLOCK, n, scratch.gradient, past_cache_);
+    }
+    if (!student_gradient_) return;
+    if (call_.alpha == 0)
+      std::fill_n(scratch.gradient, padded(n), 0.0f);
+    else
+      kernels_.student[log_0_](v, n, call_.params.data(), float(call_.degree), float(g_),
+                               float(kd_scale_ / s_temperature_), scratch.gradient);
+    if (with_labels_) add_cross_entropy(b, scratch, v);
+    if (!s_adjust_.identity()) chain(s_adjust_, v.s, n, scratch.gradient);
+    store_block(student_gradient_, call_.student.dtype, b * BLOCK, n, scratch.gradient, past_cache_);
+  }
+
+ private:
+  int columns(int64_t b) const { return int(std::min<int64_t>(BLOCK, call_.vocabulary - b * BLOCK)); }
+
+  const float* load_student(int64_t b, BlockScratch& scratch) const {
+    return load_block(student_, call_.student.dtype, b * BLOCK, columns(b), s_adjust_, scratch.s);
+  }
+  const float* load_teacher(int64_t b, BlockScratch& scratch) const {
+    return load_block(teacher_, call_.teacher.dtype, b * BLOCK, columns(b), t_adjust_, scratch.t);
+  }
+
+  float* s_exp(int64_t b, BlockScratch& scratch) const {
+    return keeps_exponentials_ ? s_exp_ + b * BLOCK : scratch.s_exp;
+  }
+  float* t_exp(int64_t b, BlockScratch& scratch) const {
+    return keeps_exponentials_ ? t_exp_ + b * BLOCK : scratch.t_exp;
+  }
+  float* s_exp_at_1(int64_t b, BlockScratch& scratch) const {
+    return keeps_exponentials_ && s_exp_at_1_ ? s_exp_at_1_ + b * BLOCK : scratch.s_exp_at_1;
+  }
+
+  // By what a block's exponentials are multiplied to be probabilities.
+  float s_weight(int64_t b) const {
+    return float(std::exp((statistics_[b].s_max - row_statistics_.s_max) / s_temperature_ - row_statistics_.s_log_sum));
+  }
+  float t_weight(int64_t b) const {
+    return float(std::exp((statistics_[b].t_max - row_statistics_.t_max) / t_temperature_ - row_statistics_.t_log_sum));
+  }
+
+  bool needs_statistics() const { return call_.normalized || with_labels_ || call_.student_entropy; }
+
+  // A number is valid where it is positive; anything else poisons the row.
+  double temperature(const Tempering& tempering) {
+    if (!tempering.per_row) return tempering.temperature;
+    const float value = tempering.per_row[row_];
+    if (value > 0) return value;
+    weight_ = std::nan("");
+    return 1;
+  }
+
+  BlockView view(int64_t b, BlockScratch& scratch, bool logits) {
+    BlockView v{};
+    const bool again = needs_statistics() && !keeps_exponentials_;
+    logits |= again;
+    v.s = logits ? load_student(b, scratch) : s_exp(b, scratch);  // never used where logits are not needed,
+    v.t = logits ? load_teacher(b, scratch) : t_exp(b, scratch);  // but loaded: the pointers must be good
+    v.s_exp = s_exp(b, scratch);
+    v.t_exp = t_exp(b, scratch);
+    v.s_inverse = student_softmax_.inverse;
+    v.t_inverse = teacher_softmax_.inverse;
+    if (!needs_statistics()) return v;
+    if (again) exponentials(b, v.s, v.t, scratch);
+    v.s_weight = s_weight(b);
+    v.t_weight = t_weight(b);
+    if (!call_.normalized) return v;
+    const BlockStatistics& block = statistics_[b];
+    const RowStatistics& row = row_statistics_;
+    v.s_max = block.s_max;
+    v.t_max = block.t_max;
+    const double s_offset = (block.s_max - row.s_max) / s_temperature_ - row.s_log_sum;
+    const double t_offset = (block.t_max - row.t_max) / t_temperature_ - row.t_log_sum;
+    v.s_offset = float(s_offset);
+    v.t_offset = float(t_offset);
+    v.s_offset_low = float(s_offset - v.s_offset);
+    v.t_offset_low = float(t_offset - v.t_offset);
+    return v;
+  }
+
+  // The exponentials of the first phase once more, where they were not kept.
+  void exponentials(int64_t b, const float* s, const float* t, BlockScratch& scratch) {
+    const int n = columns(b);
+    const V s_max = splat(statistics_[b].s_max), t_max = splat(statistics_[b].t_max);
+    for (int i = 0; i < n; i += LANES) {
+      store(scratch.s_exp + i, student_softmax_.exponential(load(s + i) - s_max));
+      store(scratch.t_exp + i, teacher_softmax_.exponential(load(t + i) - t_max));
+    }
+    if (separate_at_1_)
+      for (int i = 0; i < n; i += LANES) store(scratch.s_exp_at_1 + i, Softmax(1).exponential(load(s + i) - s_max));
+  }
+
+  void add_cross_entropy(int64_t b, BlockScratch& scratch, const BlockView& v) {
+    const int n = columns(b);
+    const float* e = separate_at_1_ ? s_exp_at_1(b, scratch) : v.s_exp;
+    const double weight = std::exp(statistics_[b].s_max - row_statistics_.s_max - row_statistics_.s_log_sum_at_1);
+    const V factor = splat(float(ce_scale_ * weight));
+    const V uniform = splat(float(ce_scale_ * call_.label_smoothing / call_.vocabulary));
+    for (int i = 0; i < n; i += LANES)
+      store(scratch.gradient + i, load(scratch.gradient + i) + (load(e + i) * factor - uniform));
+    const int64_t column = label_ - b * BLOCK;
+    if (column >= 0 && column < n) scratch.gradient[column] -= float(ce_scale_ * (1 - call_.label_smoothing));
+  }
+
+  static void chain(const Adjustment& adjust, const float* z, int n, float* gradient) {
+    for (int i = 0; i < n; i += LANES) store(gradient + i, load(gradient + i) * adjust.slope(load(z + i)));
+  }
+
+  float label_logit() const {
+    alignas(64) float z[LANES];
+    return load_block(student_, call_.student.dtype, label_, 1, s_adjust_, z)[0];
+  }
+
+  void write(float* to, double value) const {
+    if (to) to[row_] = float(value);
+  }
+
+  void clear(char* gradient, Dtype dtype, int64_t from, int64_t to) const {
+    if (gradient) std::memset(gradient + from * element_size(dtype), 0, (to - from) * element_size(dtype));
+  }
+  void clear_padding() const {
+    clear(student_gradient_, call_.student.dtype, call_.vocabulary, call_.student.width);
+    clear(teacher_gradient_, call_.teacher.dtype, call_.vocabulary, call_.teacher.width);
+  }
+  void drop() const {
+    clear(student_gradient_, call_.student.dtype, 0, call_.vocabulary);
+    clear(teacher_gradient_, call_.teacher.dtype, 0, call_.vocabulary);
+    for (float* out : {call_.loss, call_.distillation, call_.cross_entropy, call_.student_entropy}) write(out, 0);
+  }
+
+  const Call& call_;
+  const Kernels& kernels_;
+  const Adjustment s_adjust_, t_adjust_;
+  const int64_t blocks_;
+  std::vector<BlockStatistics> statistics_;
+  std::vector<BlockSums> sums_;
+  float *s_exp_ = nullptr, *t_exp_ = nullptr, *s_exp_at_1_ = nullptr;  // [blocks, BLOCK] where kept
+  bool keeps_exponentials_, past_cache_;
+
+  // The row at hand.
+  int64_t row_ = 0, label_ = 0;
+  char *student_ = nullptr, *teacher_ = nullptr, *student_gradient_ = nullptr, *teacher_gradient_ = nullptr;
+  double weight_ = 1, s_temperature_ = 1, t_temperature_ = 1;
+  Softmax student_softmax_{1}, teacher_softmax_{1};
+  bool with_labels_ = false, separate_at_1_ = false, log_0_ = false;
+  int moments_ = 0;
+  RowStatistics row_statistics_{};
+  double phi_ = 0, g_ = 0, kd_scale_ = 0, ce_scale_ = 0;
+};
+
+// The phases of a row. each(f) runs f on every block, by one thread or by a team; once(f) runs f once, with what it
+// wrote seen by all.
+template <class Each, class Once>
+void all_phases(Row& row, int64_t index, Each each, Once once) {
+  bool counted = false, finite = false;
+  once([&](bool* flags) { flags[0] = row.start(index); }, &counted);
+  if (!counted) return;
+  for (const bool policy : {false, true}) {
+    once([&](bool*) { row.set_policy_for_log_0(policy); }, &finite);
+    each([&](int64_t b, BlockScratch& scratch) { row.statistics(b, scratch); });
+    once([&](bool* flags) { flags[0] = row.merge_statistics(); }, &finite);
+    if (!finite) continue;
+    if (!row.needs_sums()) break;
+    each([&](int64_t b, BlockScratch& scratch) { row.sums(b, scratch); });
+    once([&](bool* flags) { flags[0] = row.merge_sums(); }, &finite);
+    if (finite) break;
+  }
+  once([&](bool*) { row.finish(); }, &finite);
+  if (row.needs_gradient())
+    each([&](int64_t b, BlockScratch& scratch) { row.gradient(row.blocks() - 1 - b, scratch); });
+}
+
+// Fresh pages cost more than the arithmetic: ask for huge ones before the first touch.
+void advise_huge_pages(const Call& call, const Rows& rows) {
+#if defined(__linux__)
+  constexpr uintptr_t HUGE = 2 << 20;
+  const auto begin = reinterpret_cast<uintptr_t>(rows.data);
+  const uintptr_t first = (begin + HUGE - 1) / HUGE * HUGE;
+  const uintptr_t last = (begin + call.rows * rows.width * element_size(rows.dtype)) / HUGE * HUGE;
+  if (rows.data && last > first + HUGE) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
+#endif
+}
+
+}  // namespace
+
+void kd_rows(const Call& call) {
+  static thread_local Workspace workspace;
+  if (call.student_gradient.data != call.student.data) advise_huge_pages(call, call.student_gradient);
+  advise_huge_pages(call, call.teacher_gradient);
+
+  const int64_t blocks = (call.vocabulary + BLOCK - 1) / BLOCK;
+  // A parallel region costs some microseconds: not for less work than that.
+  const int threads = call.rows * call.vocabulary < 4 * BLOCK ? 1 : call.threads;
+  if (call.rows >= threads || blocks == 1) {
+    const int64_t chunk = std::max<int64_t>(1, 4 * BLOCK / call.vocabulary);
+#pragma omp parallel num_threads(threads) if (threads > 1)
+    {
+      FlushSubnormals guard;
+      BlockScratch scratch;
+      Row row(call, workspace);
+      auto each = [&](auto phase) {
+        for (int64_t b = 0; b < row.blocks(); ++b) phase(b, scratch);
+      };
+      auto once = [&](auto step, bool* flags) { step(flags); };
+#pragma omp for schedule(dynamic, chunk)
+      for (int64_t i = 0; i < call.rows; ++i) all_phases(row, i, each, once);
+    }
+  } else {
+    Row row(call, workspace);
+    bool shared = false;
+#pragma omp parallel num_threads(threads)
+    {
+      FlushSubnormals guard;
+      BlockScratch scratch;
+      auto each = [&](auto phase) {
+#pragma omp for schedule(static)
+        for (int64_t b = 0; b < row.blocks(); ++b) phase(b, scratch);
+      };
+      auto once = [&](auto step, bool* flags) {
+#pragma omp single
+        step(&shared);
+        *flags = shared;
+#pragma omp barrier
+      };
+      for (int64_t i = 0; i < call.rows; ++i) all_phases(row, i, each, once);
+    }
+  }
+
+  double total = 0;
+  for (int64_t i = 0; i < call.rows; ++i) total += call.loss[i];
+  *call.total = float(total * call.scale * (call.scale_on_device ? *call.scale_on_device : 1));
+}
+
+// gradient[row] *= factor[row * stride], in place; a row whose factor is 1 is not touched.
+void scale_rows(const Call& call, const float* factor, int64_t stride) {
+  const Rows& rows = call.student_gradient;
+  const int64_t blocks = (rows.width + BLOCK - 1) / BLOCK;
+#pragma omp parallel for num_threads(call.threads) if (call.rows * rows.width >= 4 * BLOCK && call.threads > 1)
+  for (int64_t i = 0; i < call.rows * blocks; ++i) {
+    const int64_t row = i / blocks, start = i % blocks * BLOCK;
+    if (factor[row * stride] == 1) continue;
+    alignas(64) float scratch[BLOCK];
+    const int n = int(std::min<int64_t>(BLOCK, rows.width - start));
+    char* data = rows.data + row_offset(rows, call.sizes, row) * element_size(rows.dtype);
+    const float* values = load_block(data, rows.dtype, start, n, Adjustment{}, scratch);
+    for (int j = 0; j < n; j += LANES) store(scratch + j, load(values + j) * factor[row * stride]);
+    store_block(data, rows.dtype, start, n, scratch, false);
+  }
+}
+
+}  // namespace fastkd::FASTKD_ISA

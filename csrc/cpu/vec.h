@@ -1,0 +1,189 @@
+// A vector of floats, the vocabulary of the definitions on it, and conversions from and to bf16 and fp16.
+//
+// GCC's vector types carry the arithmetic, so that one source serves SSE2, AVX2, AVX-512 and NEON. Included inside
+// the namespace of one instruction set.
+
+#define FASTKD_INLINE inline __attribute__((always_inline))
+
+#if defined(__AVX512F__)
+constexpr int LANES = 16;
+#elif defined(__AVX2__)
+constexpr int LANES = 8;
+#else
+constexpr int LANES = 4;
+#endif
+
+typedef float V __attribute__((vector_size(LANES * 4)));
+typedef int32_t I __attribute__((vector_size(LANES * 4)));
+typedef uint32_t U __attribute__((vector_size(LANES * 4)));
+typedef uint16_t H __attribute__((vector_size(LANES * 2)));
+typedef float Unaligned __attribute__((vector_size(LANES * 4), aligned(4), may_alias));
+typedef uint16_t UnalignedH __attribute__((vector_size(LANES * 2), aligned(2), may_alias));
+
+FASTKD_INLINE V splat(float x) { return x - V{}; }
+FASTKD_INLINE V load(const float* x) { return *reinterpret_cast<const Unaligned*>(x); }
+FASTKD_INLINE void store(float* x, V v) { *reinterpret_cast<Unaligned*>(x) = v; }
+FASTKD_INLINE H load_half(const uint16_t* x) { return *reinterpret_cast<const UnalignedH*>(x); }
+FASTKD_INLINE void store_half(uint16_t* x, H v) { *reinterpret_cast<UnalignedH*>(x) = v; }
+FASTKD_INLINE V where(I mask, V a, V b) { return mask ? a : b; }
+FASTKD_INLINE V abs(V x) { return (V)((I)x & 0x7fffffff); }
+
+// With a NaN in x, both return x: a NaN in the logits reaches the loss.
+FASTKD_INLINE V at_least(V x, V low) { return low > x ? low : x; }
+FASTKD_INLINE V at_most(V x, V high) { return high < x ? high : x; }
+
+FASTKD_INLINE double sum_lanes(V v) {
+  double total = 0;
+  for (int i = 0; i < LANES; ++i) total += v[i];
+  return total;
+}
+
+// 2^(d * (high + low)), for d * high in [-127, 128]; 0 at the lower end. high + low is the factor to twice float's
+// precision: with float alone the relative error grows to 1e-6 at d * high = -30.
+//
+// The fraction is in [-1/2, 1/2], the polynomial is within 2e-9 of 2^fraction (Chebyshev fit of degree 6), and the
+// integer, read off the low bits of x + 1.5 * 2^23, goes straight into the exponent.
+FASTKD_INLINE V exp2_core(V d, V high, V low) {
+  const float magic = 12582912.0f;
+  const V shifted = d * high + magic;
+  const V integer = shifted - magic;
+  const V fraction = d * low + (d * high - integer);
+  V y = fraction * 1.546144469e-4f + 1.340042818e-3f;
+  y = y * fraction + 9.618056679e-3f;
+  y = y * fraction + 5.550327227e-2f;
+  y = y * fraction + 2.402265090e-1f;
+  y = y * fraction + 6.931472067e-1f;
+  y = y * fraction + 1.0f;
+  return (V)((U)y + ((U)shifted << 23));
+}
+
+constexpr float LOG2E_HIGH = 1.44269502162933349609375f, LOG2E_LOW = 1.925963033500011e-8f;
+
+FASTKD_INLINE V exp(V x) {
+  // 2^128 is the infinity that the core makes of exactly 128; below -127 / log2(e) it is 0.
+  x = at_most(at_least(x, splat(-88.02969f)), splat(88.722839f));
+  return where(x >= 88.722839f, splat(__builtin_inff()), exp2_core(x, splat(LOG2E_HIGH), splat(LOG2E_LOW)));
+}
+
+// log(1 + f) for f in [sqrt(1/2) - 1, sqrt(2) - 1]: f - f^2/2 + f^3 P(f), P as in the Cephes library.
+FASTKD_INLINE V log1p_near_0(V f) {
+  V y = f * 7.0376836292e-2f - 1.1514610310e-1f;
+  y = y * f + 1.1676998740e-1f;
+  y = y * f - 1.2420140846e-1f;
+  y = y * f + 1.4249322787e-1f;
+  y = y * f - 1.6668057665e-1f;
+  y = y * f + 2.0000714765e-1f;
+  y = y * f - 2.4999993993e-1f;
+  y = y * f + 3.3333331174e-1f;
+  const V square = f * f;
+  return f + (f * square * y - 0.5f * square);
+}
+
+// log(1 + x) for x in [0, 1].
+FASTKD_INLINE V log1p_of_unit(V x) {
+  const I upper = x > 0.41421356f;
+  const V f = where(upper, 0.5f * (x - 1.0f), x);
+  return log1p_near_0(f) + where(upper, splat(0.69314718f), splat(0.0f));
+}
+
+FASTKD_INLINE V log1p(V x) {
+  // 1 + x = 2^k m with m in [sqrt(1/2), sqrt(2)); what rounding 1 + x lost comes back as a first-order correction.
+  const V u = 1.0f + x;
+  const V lost = where(u > 3.0e38f, splat(0.0f), (x - (u - 1.0f)) / u);
+  const I k = ((I)u - 0x3f3504f3) >> 23;
+  const V m = (V)((I)u - (k << 23));
+  const V y = log1p_near_0(m - 1.0f) + (lost + __builtin_convertvector(k, V) * 0.69314718f);
+  const V special = where(u == 0.0f, splat(-__builtin_inff()), where(u > 0.0f, u, splat(__builtin_nanf(""))));
+  return where((u > 0.0f) & (u < 3.0e38f), y, special);
+}
+
+FASTKD_INLINE V logaddexp(V a, V b) {
+  const V gap = abs(a - b);
+  // exp(-gap), which is 0 long before the clamp.
+  const V ratio = exp2_core(at_least(-gap, splat(-88.02969f)), splat(LOG2E_HIGH), splat(LOG2E_LOW));
+  return at_least(a, b) + log1p_of_unit(ratio);
+}
+
+FASTKD_INLINE V from_bf16(H x) { return (V)(__builtin_convertvector(x, U) << 16); }
+
+FASTKD_INLINE H to_bf16(V x) {
+  const U bits = (U)x;
+  const U rounded = bits + (0x7fff + ((bits >> 16) & 1));  // to nearest, ties to even
+  const U quiet_nan = bits | 0x400000;
+  return __builtin_convertvector((x == x ? rounded : quiet_nan) >> 16, H);
+}
+
+#if defined(__AVX512F__)
+FASTKD_INLINE V from_fp16(H x) { return (V)_mm512_cvtph_ps((__m256i)x); }
+FASTKD_INLINE H to_fp16(V x) { return (H)_mm512_cvtps_ph((__m512)x, _MM_FROUND_TO_NEAREST_INT); }
+#elif defined(__F16C__)
+FASTKD_INLINE V from_fp16(H x) { return (V)_mm256_cvtph_ps((__m128i)x); }
+FASTKD_INLINE H to_fp16(V x) { return (H)_mm256_cvtps_ph((__m256)x, _MM_FROUND_TO_NEAREST_INT); }
+#else
+// Without conversion instructions: exact in integers and one float operation each.
+FASTKD_INLINE V from_fp16(H x) {
+  const U bits = __builtin_convertvector(x, U);
+  const U sign = (bits & 0x8000) << 16, magnitude = (bits & 0x7fff) << 13;
+  const V normal = (V)(magnitude + (112u << 23));
+  const V subnormal = (V)(magnitude + (113u << 23)) - 6.103515625e-5f;  // 2^-14
+  const V special = (V)(magnitude + (224u << 23));                       // infinities and NaNs
+  const I is_special = magnitude >= (31u << 23), is_subnormal = magnitude < (1u << 23);
+  return (V)((U)where(is_special, special, where(is_subnormal, subnormal, normal)) | sign);
+}
+
+FASTKD_INLINE H to_fp16(V x) {
+  const U sign = ((U)x >> 16) & 0x8000, magnitude = (U)x & 0x7fffffff;
+  const U normal = (magnitude + 0xfff + ((magnitude >> 13) & 1) - (112u << 23)) >> 13;
+  const U subnormal = (U)((V)magnitude + 0.5f) - 0x3f000000;  // the float addition rounds at 2^-24
+  const U special = magnitude > 0x7f800000 ? (0x7e00 - U{}) : (0x7c00 - U{});
+  const U finite = magnitude < (113u << 23) ? subnormal : normal;
+  return __builtin_convertvector((magnitude >= 0x477ff000 ? special : finite) | sign, H);
+}
+#endif
+
+// Subnormal operands cost a microcode assist each and are 0 for our purpose; restores what it found.
+class FlushSubnormals {
+ public:
+#if defined(__SSE2__)
+  FlushSubnormals() : saved_(_mm_getcsr()) { _mm_setcsr(saved_ | 0x8040); }
+  ~FlushSubnormals() { _mm_setcsr(saved_); }
+
+ private:
+  unsigned saved_;
+#elif defined(__aarch64__)
+  FlushSubnormals() {
+    asm volatile("mrs %0, fpcr" : "=r"(saved_));
+    asm volatile("msr fpcr, %0" ::"r"(saved_ | (1ull << 24)));
+  }
+  ~FlushSubnormals() { asm volatile("msr fpcr, %0" ::"r"(saved_)); }
+
+ private:
+  uint64_t saved_;
+#endif
+};
+
+// Copy past the cache: a gradient that does not fit there would evict the logits, and be read before it is written.
+FASTKD_INLINE void stream(char* to, const char* from, int64_t bytes) {
+#if defined(__SSE2__)
+  constexpr int64_t LINE = 64;
+  const int64_t head = std::min<int64_t>(bytes, -reinterpret_cast<intptr_t>(to) & (LINE - 1));
+  std::memcpy(to, from, head);
+  int64_t i = head;
+  for (; i + LINE <= bytes; i += LINE) {
+#if defined(__AVX512F__)
+    _mm512_stream_si512(reinterpret_cast<__m512i*>(to + i), _mm512_loadu_si512(from + i));
+#elif defined(__AVX2__)
+    for (int j = 0; j < LINE; j += 32)
+      _mm256_stream_si256(reinterpret_cast<__m256i*>(to + i + j),
+                          _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from + i + j)));
+#else
+    for (int j = 0; j < LINE; j += 16)
+      _mm_stream_si128(reinterpret_cast<__m128i*>(to + i + j),
+                       _mm_loadu_si128(reinterpret_cast<const __m128i*>(from + i + j)));
+#endif
+  }
+  std::memcpy(to + i, from + i, bytes - i);
+#else
+  std::memcpy(to, from, bytes);
+#endif
+}

@@ -1,0 +1,88 @@
+"""The cpu backend: allocates outputs and hands addresses to the native kernels (csrc/)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastkd import _C
+from fastkd.divergences import DEFINITIONS
+from fastkd.rows import Options, Result, Rows, Want
+
+_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+_NUMBER = {function: number for number, function in enumerate(DEFINITIONS)}
+_NOWHERE = (0, 0, 0, [])
+
+
+def _address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def _logits(tensor: Tensor | None) -> tuple[int, int, int, list[int]]:
+    if tensor is None:
+        return _NOWHERE
+    *strides, _ = tensor.stride()
+    return tensor.data_ptr(), _DTYPES[tensor.dtype], tensor.shape[-1], strides
+
+
+def _unit_stride(logits: Tensor) -> Tensor:
+    return logits if logits.stride(-1) == 1 or logits.shape[-1] == 1 else logits.contiguous()
+
+
+def kd_rows(student: Tensor, teacher: Tensor, rows: Rows, options: Options, want: Want) -> Result:
+    """The loss of each row and its gradients; shapes and meaning as :class:`fastkd.rows.Result` has them."""
+    divergence = options.divergence
+    lead = student.shape[:-1]
+    student_gradient = teacher_gradient = None
+    if want.student_gradient:
+        student_gradient = student if want.inplace else student.new_empty(student.shape)
+    if want.teacher_gradient:
+        teacher_gradient = teacher.new_empty(teacher.shape)
+    student, teacher = _unit_stride(student), _unit_stride(teacher)
+
+    def per_row() -> Tensor:
+        return torch.empty(lead, dtype=torch.float32)
+
+    loss, total = per_row(), torch.empty((), dtype=torch.float32)
+    parts = (per_row(), per_row(), per_row()) if want.parts else (None, None, None)
+    closed_form = divergence.closed_form
+    _C.kd_rows(
+        list(lead),
+        options.vocab_size,
+        _logits(student),
+        _logits(teacher),
+        _logits(student_gradient),
+        _logits(teacher_gradient),
+        (options.temperature, _address(rows.temperature), options.logit_scale, options.softcap),
+        (
+            options.teacher_temperature,
+            _address(rows.teacher_temperature),
+            options.teacher_logit_scale,
+            options.teacher_softcap,
+        ),
+        _address(rows.labels),
+        _address(rows.weight),
+        _address(rows.scale),
+        loss.data_ptr(),
+        total.data_ptr(),
+        *map(_address, parts),
+        _NUMBER[divergence.function],
+        divergence.params,
+        divergence.normalized,
+        [] if closed_form is None else [closed_form.forward, closed_form.reverse, closed_form.cross],
+        divergence.degree or 0.0,
+        options.alpha,
+        options.label_smoothing,
+        options.scale,
+        options.scale_by_temperature,
+        options.ignore_index,
+        torch.get_num_threads(),
+    )
+    return Result(loss, total, student_gradient, teacher_gradient, *parts)
+
+
+def scale_rows_(gradient: Tensor, upstream: Tensor) -> None:
+    """Multiply each row of gradient [..., V] by upstream, a scalar or [...]; by 1 costs nothing."""
+    upstream = upstream.to(torch.float32).contiguous()
+    stride = 1 if upstream.dim() else 0
+    _C.scale_rows(list(gradient.shape[:-1]), _logits(gradient), upstream.data_ptr(), stride, torch.get_num_threads())
