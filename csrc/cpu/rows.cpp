@@ -41,6 +41,7 @@ constexpr int BLOCK = 2048;
 constexpr int STRIP = 16 * LANES;
 // Scratch for exponentials, a thread: with the logits streaming through, this stays in a 2 MB second-level cache.
 constexpr int64_t SCRATCH_BYTES = 5 << 18;
+constexpr int64_t AHEAD = 8;  // blocks between what is asked of memory and what is computed on
 constexpr int64_t STREAM_BYTES = 4 << 20;  // gradients from this size on are written past the cache
 constexpr float LOWEST = std::numeric_limits<float>::lowest();
 constexpr float FLOOR = -1e30f;      // the least maximum of a block, so that a block of -inf has one
@@ -161,6 +162,17 @@ struct Softmax {
   V exponential(V gap) const { return exp2_core(at_least(gap, splat(lowest)), splat(high), splat(low)); }
 };
 
+// Logits that will be needed soon. Asked for line by line between the arithmetic, which hides the time memory takes:
+// the hardware's own prefetchers stop at page ends and idle while a block is computed on.
+struct Ahead {
+  const char *s = nullptr, *t = nullptr;
+  int s_width = 0, t_width = 0;  // bytes a column; 0: nothing to ask for
+  FASTKD_INLINE void ask(int i) const {
+    __builtin_prefetch(s + i * s_width, 0, 2);
+    __builtin_prefetch(t + i * t_width, 0, 2);
+  }
+};
+
 // What the first phase leaves of a block. Moments are relative to the block's maxima.
 struct BlockStatistics {
   float s_max, t_max;
@@ -198,13 +210,14 @@ struct LaneSums {
 template <int MOMENTS, bool AT_1, bool LOG_0>
 void block_statistics(const float* s, const float* t, int n, const Softmax& student, const Softmax& teacher,
                       const Softmax& at_1, float s_threshold, float t_threshold, float* s_exp, float* t_exp,
-                      float* s_exp_at_1, BlockStatistics& out) {
+                      float* s_exp_at_1, const Ahead& ahead, BlockStatistics& out) {
   const V s_max = splat(out.s_max), t_max = splat(out.t_max);
   LaneSums sums;
   for (int start = 0; start < n; start += STRIP) {
     LaneSums strip;
     const int end = std::min(start + STRIP, n);
     for (int i = start; i < end; i += LANES) {
+      ahead.ask(i);
       const V s_gap = load(s + i) - s_max, t_gap = load(t + i) - t_max;
       const V e_s = student.exponential(s_gap), e_t = teacher.exponential(t_gap);
       store(s_exp + i, e_s);
@@ -321,9 +334,10 @@ BlockSums block_sums(const BlockView& view, int n, const float* params) {
 // (x_v - r_v sum_u x_u) * coefficient: the student's gradient (x = g, r = q) or the teacher's (x = h, r = p).
 template <class Divergence, bool LOG_0, bool NORMALIZED, bool TEACHER>
 void block_gradient(const BlockView& view, int n, const float* params, float degree, float sum, float coefficient,
-                    float* out) {
+                    const Ahead& ahead, float* out) {
   V p, q, phi, g;
   for (int i = 0; i < n; i += LANES) {
+    ahead.ask(i);
     evaluate<Divergence, LOG_0, NORMALIZED>(view, i, params, p, q, phi, g);
     const V x = TEACHER ? degree * phi - g : g;
     store(out + i, (NORMALIZED ? x - (TEACHER ? p : q) * sum : x) * coefficient);
@@ -400,13 +414,16 @@ class Row {
   // False where the row is dropped, which has then been dealt with.
   bool start(int64_t row) {
     row_ = row;
-    auto pointer = [&](const Rows& rows) {
-      return rows.data ? rows.data + row_offset(rows, call_.sizes, row) * element_size(rows.dtype) : nullptr;
+    auto pointer = [&](const Rows& rows, int64_t index) {
+      return rows.data ? rows.data + row_offset(rows, call_.sizes, index) * element_size(rows.dtype) : nullptr;
     };
-    student_ = pointer(call_.student);
-    teacher_ = pointer(call_.teacher);
-    student_gradient_ = pointer(call_.student_gradient);
-    teacher_gradient_ = pointer(call_.teacher_gradient);
+    student_ = pointer(call_.student, row);
+    teacher_ = pointer(call_.teacher, row);
+    student_gradient_ = pointer(call_.student_gradient, row);
+    teacher_gradient_ = pointer(call_.teacher_gradient, row);
+    const bool last = row + 1 >= call_.rows;
+    next_student_ = last ? nullptr : pointer(call_.student, row + 1);
+    next_teacher_ = last ? nullptr : pointer(call_.teacher, row + 1);
     label_ = call_.labels ? call_.labels[row] : -1;
     weight_ = call_.weight ? call_.weight[row] : 1;
     clear_padding();
@@ -448,7 +465,7 @@ class Row {
     }
     statistics_kernel(moments_, separate_at_1_, log_0_)(
         s, t, n, student_softmax_, teacher_softmax_, Softmax(1), s_threshold, t_threshold, s_exp(b, scratch),
-        t_exp(b, scratch), s_exp_at_1(b, scratch), out);
+        t_exp(b, scratch), s_exp_at_1(b, scratch), ahead(b + AHEAD), out);
   }
 
   // False where the row has to be done again with the policy for log 0.
@@ -551,7 +568,7 @@ class Row {
     if (teacher_gradient_) {
       const double sum = call_.degree * phi_ - g_;
       kernels_.teacher[log_0_](v, n, call_.params.data(), float(call_.degree), float(sum),
-                               float(kd_scale_ / t_temperature_), scratch.gradient);
+                               float(kd_scale_ / t_temperature_), Ahead{}, scratch.gradient);
       if (!t_adjust_.identity()) chain(t_adjust_, v.t, n, scratch.gradient);
       store_block(teacher_gradient_, call_.teacher.dtype, b * BLOCK, n, scratch.gradient, past_cache_);
     }
@@ -560,7 +577,8 @@ class Row {
       std::fill_n(scratch.gradient, padded(n), 0.0f);
     else
       kernels_.student[log_0_](v, n, call_.params.data(), float(call_.degree), float(g_),
-                               float(kd_scale_ / s_temperature_), scratch.gradient);
+                               float(kd_scale_ / s_temperature_), ahead_of_next_row(blocks_ - 1 - b),
+                               scratch.gradient);
     if (with_labels_) add_cross_entropy(b, scratch, v);
     if (!s_adjust_.identity()) chain(s_adjust_, v.s, n, scratch.gradient);
     store_block(student_gradient_, call_.student.dtype, b * BLOCK, n, scratch.gradient, past_cache_);
@@ -568,6 +586,17 @@ class Row {
 
  private:
   int columns(int64_t b) const { return int(std::min<int64_t>(BLOCK, call_.vocabulary - b * BLOCK)); }
+
+  Ahead ahead_in(const char* student, const char* teacher, int64_t b) const {
+    const int s_width = element_size(call_.student.dtype), t_width = element_size(call_.teacher.dtype);
+    return {student + b * BLOCK * s_width, teacher + b * BLOCK * t_width, s_width, t_width};
+  }
+  // Block b of this row, if it has one.
+  Ahead ahead(int64_t b) const { return b < blocks_ ? ahead_in(student_, teacher_, b) : Ahead{}; }
+  // The first blocks of the next row, while the gradient of this one is written.
+  Ahead ahead_of_next_row(int64_t b) const {
+    return next_student_ && b < AHEAD ? ahead_in(next_student_, next_teacher_, b) : Ahead{};
+  }
 
   const float* load_student(int64_t b, BlockScratch& scratch) const {
     return load_block(student_, call_.student.dtype, b * BLOCK, columns(b), s_adjust_, scratch.s);
@@ -694,6 +723,7 @@ class Row {
 
   // The row at hand.
   int64_t row_ = 0, label_ = 0;
+  char *next_student_ = nullptr, *next_teacher_ = nullptr;
   char *student_ = nullptr, *teacher_ = nullptr, *student_gradient_ = nullptr, *teacher_gradient_ = nullptr;
   double weight_ = 1, s_temperature_ = 1, t_temperature_ = 1;
   Softmax student_softmax_{1}, teacher_softmax_{1};
@@ -747,7 +777,8 @@ void kd_rows(const Call& call) {
   // A parallel region costs some microseconds: not for less work than that.
   const int threads = call.rows * call.vocabulary < 4 * BLOCK ? 1 : call.threads;
   if (call.rows >= threads || blocks == 1) {
-    const int64_t chunk = std::max<int64_t>(1, 4 * BLOCK / call.vocabulary);
+    // Chunks of neighbouring rows, so that the next row is a thread's own; small enough to balance dropped rows.
+    const int64_t chunk = std::max({int64_t(1), 4 * BLOCK / call.vocabulary, call.rows / (16 * threads)});
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {
       FlushSubnormals guard;
