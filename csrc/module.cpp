@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "cpu/kernel.h"
+#include "memory.h"
 
 namespace py = pybind11;
 
@@ -138,6 +139,9 @@ PYBIND11_MODULE(_C, module) {
   module.doc() = "Native CPU kernels of fastkd; called by fastkd.cpu.";
   module.def("kd_rows", &kd_rows);
   module.def("scale_rows", &scale_rows);
+  module.def("new_output", &fastkd::new_output);
+  module.def("idle_output_bytes", &fastkd::idle_output_bytes, "Bytes kept for later outputs, free to the system.");
+  module.def("release_idle_outputs", &fastkd::release_idle_outputs, "Unmap them.");
   module.def("instruction_sets", &instruction_sets, "The instruction sets this processor has kernels for, best first.");
   module.def("instruction_set", [] { return chosen->name; }, "The one in use.");
   module.def("use_instruction_set", &use_instruction_set, py::arg("name"), "Use another one; for tests and benchmarks.");

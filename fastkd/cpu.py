@@ -12,6 +12,7 @@ from fastkd.rows import Options, Result, Rows, Want
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _NUMBER = {function: number for number, function in enumerate(DEFINITIONS)}
 _NOWHERE = (0, 0, 0, [])
+_LARGE = 4 << 20  # bytes from which page faults matter: csrc/memory.h
 
 
 def _address(tensor: Tensor | None) -> int:
@@ -29,15 +30,22 @@ def _unit_stride(logits: Tensor) -> Tensor:
     return logits if logits.stride(-1) == 1 or logits.shape[-1] == 1 else logits.contiguous()
 
 
+def _gradient_of(logits: Tensor) -> Tensor:
+    """An uninitialised contiguous tensor like logits, in memory that is reused from call to call."""
+    if logits.numel() * logits.element_size() < _LARGE:
+        return torch.empty(logits.shape, dtype=logits.dtype)
+    return torch.from_dlpack(_C.new_output(list(logits.shape), _DTYPES[logits.dtype]))
+
+
 def kd_rows(student: Tensor, teacher: Tensor, rows: Rows, options: Options, want: Want) -> Result:
     """The loss of each row and its gradients; shapes and meaning as :class:`fastkd.rows.Result` has them."""
     divergence = options.divergence
     lead = student.shape[:-1]
     student_gradient = teacher_gradient = None
     if want.student_gradient:
-        student_gradient = student if want.inplace else student.new_empty(student.shape)
+        student_gradient = student if want.inplace else _gradient_of(student)
     if want.teacher_gradient:
-        teacher_gradient = teacher.new_empty(teacher.shape)
+        teacher_gradient = _gradient_of(teacher)
     student, teacher = _unit_stride(student), _unit_stride(teacher)
 
     def per_row() -> Tensor:

@@ -19,9 +19,6 @@
 #if defined(__x86_64__)
 #include <immintrin.h>
 #endif
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
 
 #include <algorithm>
 #include <cmath>
@@ -755,24 +752,10 @@ void all_phases(Row& row, int64_t index, Each each, Once once) {
     each([&](int64_t b, BlockScratch& scratch) { row.gradient(row.blocks() - 1 - b, scratch); });
 }
 
-// Fresh pages cost more than the arithmetic: ask for huge ones before the first touch.
-void advise_huge_pages(const Call& call, const Rows& rows) {
-#if defined(__linux__)
-  constexpr uintptr_t HUGE = 2 << 20;
-  const auto begin = reinterpret_cast<uintptr_t>(rows.data);
-  const uintptr_t first = (begin + HUGE - 1) / HUGE * HUGE;
-  const uintptr_t last = (begin + call.rows * rows.width * element_size(rows.dtype)) / HUGE * HUGE;
-  if (rows.data && last > first + HUGE) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
-#endif
-}
-
 }  // namespace
 
 void kd_rows(const Call& call) {
   static thread_local Workspace workspace;
-  if (call.student_gradient.data != call.student.data) advise_huge_pages(call, call.student_gradient);
-  advise_huge_pages(call, call.teacher_gradient);
-
   const int64_t blocks = (call.vocabulary + BLOCK - 1) / BLOCK;
   // A parallel region costs some microseconds: not for less work than that.
   const int threads = call.rows * call.vocabulary < 4 * BLOCK ? 1 : call.threads;
