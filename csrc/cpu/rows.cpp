@@ -304,14 +304,16 @@ struct BlockSums {
   double phi, g;
 };
 
+// Also leaves g in g_out, which may be where t_exp was: nothing else needs that once g is known.
 template <class Divergence, bool LOG_0, bool NORMALIZED>
-BlockSums block_sums(const BlockView& view, int n, const float* params) {
+BlockSums block_sums(const BlockView& view, int n, const float* params, float* g_out) {
   V phi_sum{}, g_sum{}, p, q, phi, g;
   const int whole = n / LANES * LANES;
   for (int start = 0; start < whole; start += STRIP) {
     V phi_strip{}, g_strip{};
     for (int i = start; i < std::min(start + STRIP, whole); i += LANES) {
       evaluate<Divergence, LOG_0, NORMALIZED>(view, i, params, p, q, phi, g);
+      store(g_out + i, g);
       phi_strip += phi;
       g_strip += g;
     }
@@ -321,6 +323,7 @@ BlockSums block_sums(const BlockView& view, int n, const float* params) {
   BlockSums sums{sum_lanes(phi_sum), sum_lanes(g_sum)};
   if (whole == n) return sums;
   evaluate<Divergence, LOG_0, NORMALIZED>(view, whole, params, p, q, phi, g);
+  store(g_out + whole, g);
   for (int lane = 0; whole + lane < n; ++lane) {
     sums.phi += phi[lane];
     sums.g += g[lane];
@@ -338,6 +341,15 @@ void block_gradient(const BlockView& view, int n, const float* params, float deg
     evaluate<Divergence, LOG_0, NORMALIZED>(view, i, params, p, q, phi, g);
     const V x = TEACHER ? degree * phi - g : g;
     store(out + i, (NORMALIZED ? x - (TEACHER ? p : q) * sum : x) * coefficient);
+  }
+}
+
+// The student's gradient where g was kept.
+void block_projection(const float* g, const float* s_exp, float s_weight, int n, float sum, float coefficient,
+                      const Ahead& ahead, float* out) {
+  for (int i = 0; i < n; i += LANES) {
+    ahead.ask(i);
+    store(out + i, (load(g + i) - load(s_exp + i) * s_weight * sum) * coefficient);
   }
 }
 
@@ -507,7 +519,7 @@ class Row {
   bool needs_sums() const { return !call_.closed_form; }
 
   void sums(int64_t b, BlockScratch& scratch) {
-    sums_[b] = kernels_.sums[log_0_](view(b, scratch, true), columns(b), call_.params.data());
+    sums_[b] = kernels_.sums[log_0_](view(b, scratch, true), columns(b), call_.params.data(), g(b, scratch));
   }
 
   // False where the row has to be done again with the policy for log 0.
@@ -559,9 +571,8 @@ class Row {
 
   void gradient(int64_t b, BlockScratch& scratch) {
     const int n = columns(b);
-    const bool student_z = s_adjust_.softcap != 0;
-    const bool logs = kernels_.gradient_uses_logs || teacher_gradient_ || !call_.normalized;
-    const BlockView v = view(b, scratch, logs || student_z);
+    const bool logs = (kernels_.gradient_uses_logs && !keeps_g()) || teacher_gradient_ || !call_.normalized;
+    const BlockView v = view(b, scratch, logs || s_adjust_.softcap != 0);
     if (teacher_gradient_) {
       const double sum = call_.degree * phi_ - g_;
       kernels_.teacher[log_0_](v, n, call_.params.data(), float(call_.degree), float(sum),
@@ -572,6 +583,9 @@ class Row {
     if (!student_gradient_) return;
     if (call_.alpha == 0)
       std::fill_n(scratch.gradient, padded(n), 0.0f);
+    else if (keeps_g())
+      block_projection(g(b, scratch), v.s_exp, v.s_weight, n, float(g_), float(kd_scale_ / s_temperature_),
+                       ahead_of_next_row(blocks_ - 1 - b), scratch.gradient);
     else
       kernels_.student[log_0_](v, n, call_.params.data(), float(call_.degree), float(g_),
                                float(kd_scale_ / s_temperature_), ahead_of_next_row(blocks_ - 1 - b),
@@ -611,6 +625,10 @@ class Row {
   float* s_exp_at_1(int64_t b, BlockScratch& scratch) const {
     return keeps_exponentials_ && s_exp_at_1_ ? s_exp_at_1_ + b * BLOCK : scratch.s_exp_at_1;
   }
+
+  // Whether the phase of sums leaves g for the gradient, in the place of the teacher's exponentials.
+  bool keeps_g() const { return needs_sums() && keeps_exponentials_ && call_.normalized && !teacher_gradient_; }
+  float* g(int64_t b, BlockScratch& scratch) const { return keeps_g() ? t_exp(b, scratch) : scratch.gradient; }
 
   // By what a block's exponentials are multiplied to be probabilities.
   float s_weight(int64_t b) const {
