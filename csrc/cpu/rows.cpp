@@ -38,7 +38,7 @@ constexpr int BLOCK = 2048;
 constexpr int STRIP = 16 * LANES;
 // Scratch for exponentials, a thread: with the logits streaming through, this stays in a 2 MB second-level cache.
 constexpr int64_t SCRATCH_BYTES = 5 << 18;
-constexpr int64_t AHEAD = 8;  // blocks between what is asked of memory and what is computed on
+constexpr int64_t AHEAD = 4;  // blocks between what is asked of memory and what is computed on
 constexpr int64_t STREAM_BYTES = 4 << 20;  // gradients from this size on are written past the cache
 constexpr float LOWEST = std::numeric_limits<float>::lowest();
 constexpr float FLOOR = -1e30f;      // the least maximum of a block, so that a block of -inf has one
@@ -409,7 +409,8 @@ class Row {
         sums_(blocks_) {
     const int64_t columns = blocks_ * BLOCK;
     const int arrays = call.labels && call.alpha < 1 ? 3 : 2;
-    keeps_exponentials_ = call.vocabulary * arrays * 4 <= SCRATCH_BYTES;
+    const bool needed_later = needs_sums() || call.student_gradient.data || call.teacher_gradient.data;
+    keeps_exponentials_ = needed_later && call.vocabulary * arrays * 4 <= SCRATCH_BYTES;
     if (keeps_exponentials_) {
       s_exp_ = workspace.reserve(columns * arrays);
       t_exp_ = s_exp_ + columns;
