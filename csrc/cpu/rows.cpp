@@ -331,41 +331,57 @@ BlockSums block_sums(const BlockView& view, int n, const float* params, float* g
   return sums;
 }
 
+// Where a gradient goes: to scratch, for what is still to be done to it, or straight to memory past the cache.
+enum Form { SCRATCH, STREAM_F32, STREAM_BF16, FORMS };
+
+template <int FORM>
+FASTKD_INLINE void put(void* out, int i, V value) {
+  if (FORM == SCRATCH) store(static_cast<float*>(out) + i, value);
+  if (FORM == STREAM_F32) stream(static_cast<float*>(out) + i, value);
+  if (FORM == STREAM_BF16) stream(static_cast<uint16_t*>(out) + i, to_bf16(value));
+}
+
 // (x_v - r_v sum_u x_u) * coefficient: the student's gradient (x = g, r = q) or the teacher's (x = h, r = p).
-template <class Divergence, bool LOG_0, bool NORMALIZED, bool TEACHER>
+template <class Divergence, bool LOG_0, bool NORMALIZED, bool TEACHER, int FORM>
 void block_gradient(const BlockView& view, int n, const float* params, float degree, float sum, float coefficient,
-                    const Ahead& ahead, float* out) {
+                    const Ahead& ahead, void* out) {
   V p, q, phi, g;
   for (int i = 0; i < n; i += LANES) {
     ahead.ask(i);
     evaluate<Divergence, LOG_0, NORMALIZED>(view, i, params, p, q, phi, g);
     const V x = TEACHER ? degree * phi - g : g;
-    store(out + i, (NORMALIZED ? x - (TEACHER ? p : q) * sum : x) * coefficient);
+    put<FORM>(out, i, (NORMALIZED ? x - (TEACHER ? p : q) * sum : x) * coefficient);
   }
 }
 
 // The student's gradient where g was kept.
+template <int FORM>
 void block_projection(const float* g, const float* s_exp, float s_weight, int n, float sum, float coefficient,
-                      const Ahead& ahead, float* out) {
+                      const Ahead& ahead, void* out) {
   for (int i = 0; i < n; i += LANES) {
     ahead.ask(i);
-    store(out + i, (load(g + i) - load(s_exp + i) * s_weight * sum) * coefficient);
+    put<FORM>(out, i, (load(g + i) - load(s_exp + i) * s_weight * sum) * coefficient);
   }
 }
 
-// A divergence's kernels, with and without the policy for log 0.
+constexpr decltype(&block_projection<SCRATCH>) PROJECTION[FORMS] = {
+    block_projection<SCRATCH>, block_projection<STREAM_F32>, block_projection<STREAM_BF16>};
+
+// A divergence's kernels; indices [1] and *_log_0 are those with the policy for log 0.
 struct Kernels {
   bool gradient_uses_logs;
   decltype(&block_sums<forward_kl, false, true>) sums[2];
-  decltype(&block_gradient<forward_kl, false, true, false>) student[2], teacher[2];
+  decltype(&block_gradient<forward_kl, false, true, false, SCRATCH>) student[FORMS], student_log_0, teacher[2];
 };
 
-template <class Divergence, bool NORMALIZED>
+template <class D, bool NORMALIZED>
 constexpr Kernels kernels_of() {
-  return {Divergence::gradient_uses_logs,
-          {block_sums<Divergence, false, NORMALIZED>, block_sums<Divergence, true, NORMALIZED>},
-          {block_gradient<Divergence, false, NORMALIZED, false>, block_gradient<Divergence, true, NORMALIZED, false>},
-          {block_gradient<Divergence, false, NORMALIZED, true>, block_gradient<Divergence, true, NORMALIZED, true>}};
+  return {D::gradient_uses_logs,
+          {block_sums<D, false, NORMALIZED>, block_sums<D, true, NORMALIZED>},
+          {block_gradient<D, false, NORMALIZED, false, SCRATCH>, block_gradient<D, false, NORMALIZED, false, STREAM_F32>,
+           block_gradient<D, false, NORMALIZED, false, STREAM_BF16>},
+          block_gradient<D, true, NORMALIZED, false, SCRATCH>,
+          {block_gradient<D, false, NORMALIZED, true, SCRATCH>, block_gradient<D, true, NORMALIZED, true, SCRATCH>}};
 }
 
 const Kernels& kernels_of(const Call& call) {
@@ -582,15 +598,19 @@ class Row {
       store_block(teacher_gradient_, call_.teacher.dtype, b * BLOCK, n, scratch.gradient, past_cache_);
     }
     if (!student_gradient_) return;
+    const Form form = form_of(b, n);
+    char* const place = student_gradient_ + b * BLOCK * element_size(call_.student.dtype);
+    void* const out = form == SCRATCH ? static_cast<void*>(scratch.gradient) : place;
+    const Ahead next = ahead_of_next_row(blocks_ - 1 - b);
+    const float sum = float(g_), coefficient = float(kd_scale_ / s_temperature_);
     if (call_.alpha == 0)
       std::fill_n(scratch.gradient, padded(n), 0.0f);
     else if (keeps_g())
-      block_projection(g(b, scratch), v.s_exp, v.s_weight, n, float(g_), float(kd_scale_ / s_temperature_),
-                       ahead_of_next_row(blocks_ - 1 - b), scratch.gradient);
+      PROJECTION[form](g(b, scratch), v.s_exp, v.s_weight, n, sum, coefficient, next, out);
     else
-      kernels_.student[log_0_](v, n, call_.params.data(), float(call_.degree), float(g_),
-                               float(kd_scale_ / s_temperature_), ahead_of_next_row(blocks_ - 1 - b),
-                               scratch.gradient);
+      (log_0_ ? kernels_.student_log_0 : kernels_.student[form])(v, n, call_.params.data(), 0, sum, coefficient, next,
+                                                                 out);
+    if (form != SCRATCH) return;
     if (with_labels_) add_cross_entropy(b, scratch, v);
     if (!s_adjust_.identity()) chain(s_adjust_, v.s, n, scratch.gradient);
     store_block(student_gradient_, call_.student.dtype, b * BLOCK, n, scratch.gradient, past_cache_);
@@ -625,6 +645,16 @@ class Row {
   }
   float* s_exp_at_1(int64_t b, BlockScratch& scratch) const {
     return keeps_exponentials_ && s_exp_at_1_ ? s_exp_at_1_ + b * BLOCK : scratch.s_exp_at_1;
+  }
+
+  // A gradient is streamed where nothing more is to be done to it and whole vectors meet their alignment.
+  Form form_of(int64_t b, int n) const {
+    const Dtype dtype = call_.student.dtype;
+    const int bytes = LANES * element_size(dtype);
+    const bool aligned = reinterpret_cast<uintptr_t>(student_gradient_ + b * BLOCK * element_size(dtype)) % bytes == 0;
+    if (!past_cache_ || log_0_ || with_labels_ || call_.alpha == 0 || !s_adjust_.identity() || !aligned || n % LANES)
+      return SCRATCH;
+    return dtype == Dtype::f32 ? STREAM_F32 : dtype == Dtype::bf16 ? STREAM_BF16 : SCRATCH;
   }
 
   // Whether the phase of sums leaves g for the gradient, in the place of the teacher's exponentials.
