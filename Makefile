@@ -1,0 +1,78 @@
+# Everything runs in .venv, which the first target makes. `make help` lists the targets.
+#
+#   TORCH   the torch to install there, once; any other choice, such as a build for one GPU, is as good
+#   PYTHON  the interpreter that .venv is made from
+#   ARGS    further arguments for pytest or the demo: make test ARGS="-k jsd -x"
+
+PYTHON ?= python3
+VENV ?= .venv
+TORCH ?= torch==2.13.0
+ARGS ?=
+
+PY := $(VENV)/bin/python
+PIP := $(PY) -m pip --disable-pip-version-check --no-input
+PROJECT := pyproject.toml setup.py
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help build test heavy lint format bench divergences demo clean
+
+help: ## this list
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  \1\t/' | expand -t 16
+
+# torch comes first and by its exact version, or resolving fastkd would choose one. The second line is what
+# [build-system] in pyproject.toml asks for: the checkout is installed without build isolation, so that objects are
+# compiled once and not once for each install.
+$(VENV)/.torch:
+	test -x $(PY) || $(PYTHON) -m venv $(VENV)
+	$(PIP) install '$(TORCH)'
+	$(PIP) install 'setuptools>=77' wheel 'pybind11>=2.13' ninja
+	@touch $@
+
+build: $(VENV)/.torch ## the native extension, in place; compiles what changed
+	@$(PY) setup.py -q build_ext --inplace
+
+$(VENV)/.dev: $(VENV)/.torch $(PROJECT) | build
+	$(PIP) install --no-build-isolation -e '.[dev,triton]'
+	@touch $@
+
+$(VENV)/.demo: $(VENV)/.torch $(PROJECT) | build
+	$(PIP) install --no-build-isolation -e '.[demo]'
+	@touch $@
+
+$(VENV)/.bench: $(VENV)/.dev
+	$(PIP) install --no-build-isolation -e '.[bench]'
+	@touch $@
+
+test: $(VENV)/.dev build ## the tests, without the big grids
+	$(PY) -m pytest $(ARGS)
+
+heavy: $(VENV)/.dev build ## the big grids that `make test` leaves out
+	$(PY) -m pytest -m heavy $(ARGS)
+
+lint: $(VENV)/.dev ## ruff and mypy, as CI runs them
+	@status=0; for check in "ruff check ." "ruff format --check ." mypy; do \
+	    echo "$$check"; $(PY) -m $$check || status=1; done; exit $$status
+
+format: $(VENV)/.dev ## apply what ruff can mend
+	$(PY) -m ruff check --fix .
+	$(PY) -m ruff format .
+
+bench: $(VENV)/.bench build ## the benchmarks
+	$(PY) -m pytest bench --benchmark-only $(ARGS)
+
+divergences: $(VENV)/.dev ## after a change of fastkd/divergences.py: its C++ header, the extension, the table's tests
+	$(PY) csrc/generate.py
+	@$(MAKE) --no-print-directory build
+	$(PY) -m pytest -k "divergence or table" $(ARGS)
+
+build/demo/.stamp: examples/demo-requirements.txt | $(VENV)/.torch
+	$(PIP) install --no-deps --require-hashes --upgrade --target $(@D) -r $<
+	@touch $@
+
+demo: $(VENV)/.demo build/demo/.stamp build ## distil a small model on this machine, in plain PyTorch and with fastkd
+	$(PY) examples/demo.py $(ARGS)
+
+clean: ## remove what a build writes, but not .venv
+	rm -rf build dist *.egg-info fastkd/_C*.so fastkd/_build.json .mypy_cache .pytest_cache .ruff_cache .benchmarks
+	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
