@@ -22,6 +22,7 @@ ENTRY = ("p", "q", "log_p", "log_q")
 
 
 def refuse(node: ast.AST, what: str) -> SystemExit:
+    """The exception for a definition that cannot be translated."""
     return SystemExit(f"{SOURCE}:{getattr(node, 'lineno', '?')}: a definition cannot hold {what}")
 
 
@@ -48,6 +49,7 @@ def expression(node: ast.expr, vocabulary: tuple[str, ...]) -> str:
 
 
 def names(node: ast.AST) -> set[str]:
+    """The names that an expression reads."""
     return {child.id for child in ast.walk(node) if isinstance(child, ast.Name)}
 
 
@@ -114,6 +116,7 @@ def header(source: str) -> str:
 
 
 def main(arguments: list[str]) -> int:
+    """Write the header, or check it."""
     text = header(SOURCE.read_text())
     if "--check" in arguments:
         if HEADER.exists() and HEADER.read_text() == text:

@@ -36,7 +36,11 @@ def _defers(student: Tensor, teacher: Tensor, want: Want) -> bool:
 
 def _in_forward(want: Want) -> Want:
     """What the forward call computes: no gradients where they are deferred."""
-    return want._replace(student_gradient=False, teacher_gradient=False, inplace=False) if want.deferred else want
+    return (
+        want._replace(student_gradient=False, teacher_gradient=False, inplace=False)
+        if want.deferred
+        else want
+    )
 
 
 def _with_upstream(rows: Rows, upstream: Tensor) -> Rows:
@@ -52,7 +56,7 @@ class KDRows(torch.autograd.Function):
     """Eager mode. Returns (loss, distillation, cross_entropy, student_entropy); loss is [...] or its 0-dim sum."""
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any,
         student: Tensor,
         teacher: Tensor,
@@ -62,6 +66,7 @@ class KDRows(torch.autograd.Function):
         backend: str,
         summed: bool,
     ) -> tuple[Tensor | None, ...]:
+        """The loss and, unless it is deferred, its gradient."""
         kernels = backends.load(backend)
         result: Result = kernels.kd_rows(student, teacher, rows, options, _in_forward(want))
         if want.deferred:
@@ -78,7 +83,8 @@ class KDRows(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, upstream: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, upstream: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+        """The saved gradient times upstream, or the deferred one with upstream inside."""
         if upstream is None:
             return (None,) * 7
         kernels, rows, options, want = ctx.call
@@ -93,7 +99,9 @@ class KDRows(torch.autograd.Function):
             return (result.student_gradient, result.teacher_gradient, *(None,) * 5)
         gradients = ctx.saved_tensors
         if _graph_is_kept():
-            gradients = tuple(None if gradient is None else gradient.clone() for gradient in gradients)
+            gradients = tuple(
+                None if gradient is None else gradient.clone() for gradient in gradients
+            )
         for gradient in gradients:
             if gradient is not None:
                 kernels.scale_rows_(gradient, upstream)
@@ -111,7 +119,11 @@ _NONE = float("nan")
 def _flatten(options: Options, want: Want) -> tuple[str, list[float], list[int]]:
     divergence = options.divergence
     closed_form = divergence.closed_form
-    moments = (_NONE,) * 3 if closed_form is None else (closed_form.forward, closed_form.reverse, closed_form.cross)
+    moments = (
+        (_NONE,) * 3
+        if closed_form is None
+        else (closed_form.forward, closed_form.reverse, closed_form.cross)
+    )
     degree = _NONE if divergence.degree is None else divergence.degree
     numbers = [getattr(options, name) for name in _NUMBERS]
     integers = [int(getattr(options, name)) for name in _INTEGERS]
@@ -136,7 +148,9 @@ def _unflatten(names: str, numbers: list[float], integers: list[int]) -> tuple[O
         closed_form=None if moments[0] != moments[0] else ClosedForm(*moments),
         normalized=bool(normalized),
     )
-    values: dict[str, Any] = dict(zip(_NUMBERS, own, strict=True)) | dict(zip(_INTEGERS, settings, strict=True))
+    values: dict[str, Any] = dict(zip(_NUMBERS, own, strict=True)) | dict(
+        zip(_INTEGERS, settings, strict=True)
+    )
     values["scale_by_temperature"] = bool(values["scale_by_temperature"])
     return Options(divergence, **values), Want(*map(bool, want))
 
@@ -188,18 +202,27 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     student, teacher, *rows, backend, divergence, numbers, integers = inputs
     ctx.want = _want(integers)
     ctx.save_for_backward(*((student, teacher, *rows) if ctx.want.deferred else output[2:4]))
-    ctx.call = (backend, divergence, numbers, [*integers[:-1], 0])  # the second call is not deferred
+    ctx.call = (
+        backend,
+        divergence,
+        numbers,
+        [*integers[:-1], 0],
+    )  # the second call is not deferred
     ctx.set_materialize_grads(False)
 
 
-def _backward(ctx: Any, loss: Tensor | None, total: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+def _backward(
+    ctx: Any, loss: Tensor | None, total: Tensor | None, *_: Any
+) -> tuple[Tensor | None, ...]:
     # The loss is used per row or summed, never both (see kd_rows); either way it multiplies the gradient.
     upstream = loss if total is None else total
     if upstream is None:
         return (None,) * 11
     if ctx.want.deferred:
         student, teacher, *rows = ctx.saved_tensors
-        gradients = kd_rows_op(student, teacher, *_with_upstream(Rows(*rows), upstream), *ctx.call)[2:4]
+        gradients = kd_rows_op(student, teacher, *_with_upstream(Rows(*rows), upstream), *ctx.call)[
+            2:4
+        ]
     else:
         factor = upstream.unsqueeze(-1) if upstream.dim() else upstream
         gradients = tuple((gradient * factor).to(gradient.dtype) for gradient in ctx.saved_tensors)
@@ -214,7 +237,13 @@ kd_rows_op.register_autograd(_backward, setup_context=_setup_context)
 
 
 def kd_rows(
-    student: Tensor, teacher: Tensor, rows: Rows, options: Options, want: Want, backend: str, summed: bool
+    student: Tensor,
+    teacher: Tensor,
+    rows: Rows,
+    options: Options,
+    want: Want,
+    backend: str,
+    summed: bool,
 ) -> tuple[Tensor | None, ...]:
     """(loss, distillation, cross_entropy, student_entropy), differentiable; the loss is [...] or its 0-dim sum."""
     want = want._replace(deferred=_defers(student, teacher, want))

@@ -5,9 +5,11 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.util
+import json
 import logging
 import os
 from collections.abc import Mapping
+from pathlib import Path
 from types import ModuleType
 from typing import NamedTuple
 
@@ -64,6 +66,10 @@ def _cpu_obstacle() -> Obstacle | None:
     try:
         importlib.import_module("fastkd._C")
     except ImportError as error:
+        record = Path(__file__).with_name("_build.json")  # what setup.py says of the build
+        built = json.loads(record.read_text()) if record.is_file() else {}
+        if built.get("native") is False:
+            return Obstacle(built["reason"], built["remedy"])
         return Obstacle(
             f"the native extension is missing ({error})",
             "Install a C++17 compiler with OpenMP and reinstall fastkd with FASTKD_NATIVE=1 to see its output",
@@ -86,7 +92,10 @@ def obstacle(backend: str, call: Call, available: Mapping[str, Obstacle | None])
     """Why this backend cannot serve this call; None when it can."""
     if available[backend] is not None or backend == "reference":
         return available[backend]
-    for argument, dtype in (("student_logits", call.student_dtype), ("teacher", call.teacher_dtype)):
+    for argument, dtype in (
+        ("student_logits", call.student_dtype),
+        ("teacher", call.teacher_dtype),
+    ):
         if dtype not in KERNEL_DTYPES:
             return Obstacle(
                 f"{argument} is {dtype}, and its kernels take float32, bfloat16 and float16",
@@ -100,8 +109,10 @@ def obstacle(backend: str, call: Call, available: Mapping[str, Obstacle | None])
                 f"divergence {call.divergence.name!r} is not compiled into the extension",
                 "Add it to fastkd/divergences.py and run `make divergences`, or use backend='reference'",
             )
-    if backend == "triton" and call.device not in ("cuda", "xpu") and not (
-        call.device == "cpu" and interpreting()
+    if (
+        backend == "triton"
+        and call.device not in ("cuda", "xpu")
+        and not (call.device == "cpu" and interpreting())
     ):
         return Obstacle(
             f"the logits are on {call.device!r}",
@@ -117,7 +128,11 @@ def choose(call: Call, available: Mapping[str, Obstacle | None]) -> tuple[str, s
     """
     preferred = "cpu" if call.device == "cpu" else "triton"
     why = obstacle(preferred, call, available)
-    return (preferred, None) if why is None else ("reference", f"{preferred}: {why.reason}. {why.remedy}")
+    return (
+        (preferred, None)
+        if why is None
+        else ("reference", f"{preferred}: {why.reason}. {why.remedy}")
+    )
 
 
 @functools.cache
@@ -135,7 +150,9 @@ def select(backend: str, call: Call, override: str | None, strict: bool) -> str:
     wanted = override or backend
     if wanted not in (*available, "auto"):
         source = "FASTKD_BACKEND" if override else "backend"
-        raise ValueError(f"{source} must be 'auto' or one of {', '.join(available)}; got {wanted!r}")
+        raise ValueError(
+            f"{source} must be 'auto' or one of {', '.join(available)}; got {wanted!r}"
+        )
     if wanted != "auto":
         why = obstacle(wanted, call, available)
         if why is not None:
@@ -144,7 +161,9 @@ def select(backend: str, call: Call, override: str | None, strict: bool) -> str:
     chosen, fallback = choose(call, available)
     if fallback is not None:
         if strict:
-            raise BackendUnavailable("auto", f"FASTKD_STRICT=1 forbids the fallback to {chosen}", fallback)
+            raise BackendUnavailable(
+                "auto", f"FASTKD_STRICT=1 forbids the fallback to {chosen}", fallback
+            )
         _log_once(f"fastkd falls back to the {chosen} backend ({fallback})")
     return chosen
 

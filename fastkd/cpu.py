@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.utils.dlpack import from_dlpack
 
 from fastkd import _C
 from fastkd.divergences import DEFINITIONS
@@ -11,7 +12,7 @@ from fastkd.rows import Options, Result, Rows, Want
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _NUMBER = {function: number for number, function in enumerate(DEFINITIONS)}
-_NOWHERE = (0, 0, 0, [])
+_NOWHERE: tuple[int, int, int, list[int]] = (0, 0, 0, [])
 _LARGE = 4 << 20  # bytes from which page faults matter: csrc/memory.h
 
 
@@ -34,7 +35,7 @@ def _gradient_of(logits: Tensor) -> Tensor:
     """An uninitialised contiguous tensor like logits, in memory that is reused from call to call."""
     if logits.numel() * logits.element_size() < _LARGE:
         return torch.empty(logits.shape, dtype=logits.dtype)
-    return torch.from_dlpack(_C.new_output(list(logits.shape), _DTYPES[logits.dtype]))
+    return from_dlpack(_C.new_output(list(logits.shape), _DTYPES[logits.dtype]))
 
 
 def kd_rows(student: Tensor, teacher: Tensor, rows: Rows, options: Options, want: Want) -> Result:
@@ -77,7 +78,9 @@ def kd_rows(student: Tensor, teacher: Tensor, rows: Rows, options: Options, want
         _NUMBER[divergence.function],
         divergence.params,
         divergence.normalized,
-        [] if closed_form is None else [closed_form.forward, closed_form.reverse, closed_form.cross],
+        []
+        if closed_form is None
+        else [closed_form.forward, closed_form.reverse, closed_form.cross],
         divergence.degree or 0.0,
         options.alpha,
         options.label_smoothing,
@@ -93,4 +96,10 @@ def scale_rows_(gradient: Tensor, upstream: Tensor) -> None:
     """Multiply each row of gradient [..., V] by upstream, a scalar or [...]; by 1 costs nothing."""
     upstream = upstream.to(torch.float32).contiguous()
     stride = 1 if upstream.dim() else 0
-    _C.scale_rows(list(gradient.shape[:-1]), _logits(gradient), upstream.data_ptr(), stride, torch.get_num_threads())
+    _C.scale_rows(
+        list(gradient.shape[:-1]),
+        _logits(gradient),
+        upstream.data_ptr(),
+        stride,
+        torch.get_num_threads(),
+    )

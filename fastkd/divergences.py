@@ -43,8 +43,10 @@ def function_name(function: Callable[..., Any]) -> str:
 def function_named(name: str) -> Callable[..., tuple[Any, Any]]:
     """The definition of that name."""
     if name not in _functions:
-        raise KeyError(f"the divergence function {name} is not known yet: make its fastkd.Divergence outside the "
-                       "compiled function")
+        raise KeyError(
+            f"the divergence function {name} is not known yet: make its fastkd.Divergence outside the "
+            "compiled function"
+        )
     return _functions[name]
 
 
@@ -148,7 +150,11 @@ def mixture(forward: float = 0.5, reverse: float = 0.5) -> Divergence:
         if _finite(argument, value) < 0:
             raise ValueError(f"{argument} must not be negative, got {value}")
     return Divergence(
-        "mixture", _mixture, (forward, reverse), 1.0, ClosedForm(forward=float(forward), reverse=float(reverse))
+        "mixture",
+        _mixture,
+        (forward, reverse),
+        1.0,
+        ClosedForm(forward=float(forward), reverse=float(reverse)),
     )
 
 
@@ -162,7 +168,9 @@ def soft_cross_entropy() -> Divergence:
     Its teacher derivative is h = phi, and phi - g = phi + p differs from it by a multiple of p, which the
     projection removes: hence degree 1.
     """
-    return Divergence("soft_cross_entropy", _soft_cross_entropy, degree=1.0, closed_form=ClosedForm(cross=1.0))
+    return Divergence(
+        "soft_cross_entropy", _soft_cross_entropy, degree=1.0, closed_form=ClosedForm(cross=1.0)
+    )
 
 
 def _jsd(p, q, log_p, log_q, beta, rest, log_beta, log_rest):
@@ -183,7 +191,9 @@ def jsd(beta: float = 0.5) -> Divergence:
     beta = _unit("beta", beta)
     if beta in (0.0, 1.0):
         return reverse_kl() if beta else forward_kl()
-    return Divergence("jsd", _jsd, (beta, 1.0 - beta, math.log(beta), math.log1p(-beta)), degree=1.0)
+    return Divergence(
+        "jsd", _jsd, (beta, 1.0 - beta, math.log(beta), math.log1p(-beta)), degree=1.0
+    )
 
 
 def _skew_forward_kl(p, q, log_p, log_q, log_alpha, log_rest):
@@ -200,7 +210,9 @@ def skew_forward_kl(alpha: float = 0.1) -> Divergence:
     alpha = _unit("alpha", alpha, open_right=True)
     if alpha == 0.0:
         return forward_kl()
-    return Divergence("skew_forward_kl", _skew_forward_kl, (math.log(alpha), math.log1p(-alpha)), degree=1.0)
+    return Divergence(
+        "skew_forward_kl", _skew_forward_kl, (math.log(alpha), math.log1p(-alpha)), degree=1.0
+    )
 
 
 def _skew_reverse_kl(p, q, log_p, log_q, log_alpha, log_rest):
@@ -218,7 +230,9 @@ def skew_reverse_kl(alpha: float = 0.1) -> Divergence:
     alpha = _unit("alpha", alpha, open_right=True)
     if alpha == 0.0:
         return reverse_kl()
-    return Divergence("skew_reverse_kl", _skew_reverse_kl, (math.log(alpha), math.log1p(-alpha)), degree=1.0)
+    return Divergence(
+        "skew_reverse_kl", _skew_reverse_kl, (math.log(alpha), math.log1p(-alpha)), degree=1.0
+    )
 
 
 def _tvd(p, q, log_p, log_q):
@@ -297,7 +311,10 @@ def alpha_beta(alpha: float = 0.2, beta: float = 0.7) -> Divergence:
     if a + b == 0.0:
         return Divergence("alpha_beta_at_sum_0", _alpha_beta_at_sum_0, (a,), degree=0.0)
     return Divergence(
-        "alpha_beta", _alpha_beta, (a, b, a + b, 1.0 / (a * b), a / (a + b), b / (a + b)), degree=a + b
+        "alpha_beta",
+        _alpha_beta,
+        (a, b, a + b, 1.0 / (a * b), a / (a + b), b / (a + b)),
+        degree=a + b,
     )
 
 

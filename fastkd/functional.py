@@ -26,7 +26,7 @@ class Parts(NamedTuple):
     distillation: Tensor  # [...], with T^2 where scale_by_temperature
     cross_entropy: Tensor  # [...], 0 where alpha is 1 or there are no labels
     student_entropy: Tensor  # [...], in nats, of softmax(student / temperature)
-    count: Tensor  # 0-dim, the number of counted rows
+    counted: Tensor  # 0-dim, the number of counted rows
 
 
 def kd_loss(
@@ -112,9 +112,13 @@ def kd_loss(
     if reduction not in REDUCTIONS:
         raise ValueError(f"reduction must be one of {', '.join(REDUCTIONS)}; got {reduction!r}")
     if num_items is not None and reduction not in ("mean", "batchmean"):
-        raise ValueError(f"num_items is the denominator of 'mean' and 'batchmean'; reduction is {reduction!r}")
+        raise ValueError(
+            f"num_items is the denominator of 'mean' and 'batchmean'; reduction is {reduction!r}"
+        )
     if labels is None and alpha < 1.0:
-        raise ValueError(f"labels are needed for the cross-entropy term where alpha < 1; alpha is {alpha}")
+        raise ValueError(
+            f"labels are needed for the cross-entropy term where alpha < 1; alpha is {alpha}"
+        )
     if type(ignore_index) is not int:
         raise TypeError(f"ignore_index must be an int, got {type(ignore_index).__name__}")
     if label_smoothing and labels is None:
@@ -151,7 +155,11 @@ def kd_loss(
     float64 = torch.float64 in (student_logits.dtype, teacher.dtype)
     row_dtype = torch.float64 if float64 else torch.float32
     counted, row_weight = _weights(labels, ignore_index, mask, weight, row_dtype)
-    count = student_logits.numel() // max(student_logits.shape[-1], 1) if counted is None else counted.sum()
+    count = (
+        student_logits.numel() // max(student_logits.shape[-1], 1)
+        if counted is None
+        else counted.sum()
+    )
     scale = _scale(reduction, num_items, count, student_logits, row_dtype)
     options = Options(
         divergence,
@@ -175,12 +183,16 @@ def kd_loss(
         os.environ.get("FASTKD_BACKEND"),
         os.environ.get("FASTKD_STRICT") == "1",
     )
-    loss, *parts = autograd.kd_rows(student_logits, teacher, rows, options, want, chosen, reduction != "none")
+    summed = reduction != "none"
+    loss, distillation, cross_entropy, entropy = autograd.kd_rows(
+        student_logits, teacher, rows, options, want, chosen, summed
+    )
     assert loss is not None
     if not return_parts:
         return loss
-    count_tensor = count if isinstance(count, Tensor) else torch.tensor(count, device=device)
-    return loss, Parts(*parts, count_tensor)
+    assert distillation is not None and cross_entropy is not None and entropy is not None
+    counted_rows = count if isinstance(count, Tensor) else torch.tensor(count, device=device)
+    return loss, Parts(distillation, cross_entropy, entropy, counted_rows)
 
 
 def _received(value: object) -> str:
@@ -203,7 +215,9 @@ def _check_logits(student: Tensor, teacher: Tensor) -> None:
             f"got {tuple(teacher.shape[:-1])}"
         )
     if student.device != teacher.device:
-        raise ValueError(f"teacher must be on {student.device}, where student_logits are; got {teacher.device}")
+        raise ValueError(
+            f"teacher must be on {student.device}, where student_logits are; got {teacher.device}"
+        )
 
 
 def _vocabulary(vocab_size: int | None, student: int, teacher: int) -> int:
@@ -218,15 +232,21 @@ def _vocabulary(vocab_size: int | None, student: int, teacher: int) -> int:
     elif type(vocab_size) is not int:
         raise TypeError(f"vocab_size must be an int, got {type(vocab_size).__name__}")
     if not 1 <= vocab_size <= narrower:
-        raise ValueError(f"vocab_size must be in [1, {narrower}], the narrower of the two widths; got {vocab_size}")
+        raise ValueError(
+            f"vocab_size must be in [1, {narrower}], the narrower of the two widths; got {vocab_size}"
+        )
     return vocab_size
 
 
-def _number(argument: str, value: float, low: float, high: float, *, open_right: bool = False) -> float:
+def _number(
+    argument: str, value: float, low: float, high: float, *, open_right: bool = False
+) -> float:
     if isinstance(value, Tensor) or not isinstance(value, (int, float)):
         raise TypeError(f"{argument} must be a number, got {type(value).__name__}")
     if not (low <= value < high or (value == high and not open_right)):
-        raise ValueError(f"{argument} must be in [{low:g}, {high:g}{')' if open_right else ']'}, got {value}")
+        raise ValueError(
+            f"{argument} must be in [{low:g}, {high:g}{')' if open_right else ']'}, got {value}"
+        )
     return float(value)
 
 
@@ -263,7 +283,11 @@ def _temperature(
 
 
 def _check_rows(
-    argument: str, value: Tensor, lead: torch.Size, device: torch.device, dtypes: tuple[torch.dtype, ...]
+    argument: str,
+    value: Tensor,
+    lead: torch.Size,
+    device: torch.device,
+    dtypes: tuple[torch.dtype, ...],
 ) -> None:
     if not isinstance(value, Tensor):
         raise TypeError(f"{argument} must be a tensor, got {type(value).__name__}")
@@ -275,7 +299,9 @@ def _check_rows(
             f"{argument} must have one value a row, shape {tuple(lead)}; got {tuple(value.shape)}"
         )
     if value.device != device:
-        raise ValueError(f"{argument} must be on {device}, where student_logits are; got {value.device}")
+        raise ValueError(
+            f"{argument} must be on {device}, where student_logits are; got {value.device}"
+        )
     if value.requires_grad:
         raise ValueError(f"{argument} requires grad, and kd_loss has no gradient for it; detach it")
 
@@ -295,7 +321,9 @@ def _check_values(
     for argument, values in zip(("temperature", "teacher_temperature"), temperatures, strict=True):
         if values is not None and not bool((values > 0).all()):
             row = int((~(values > 0)).flatten().nonzero()[0])
-            raise ValueError(f"{argument} must be positive; row {row} has {float(values.flatten()[row])}")
+            raise ValueError(
+                f"{argument} must be positive; row {row} has {float(values.flatten()[row])}"
+            )
 
 
 def _check_inplace(student: Tensor, teacher: Tensor, want: Want) -> None:
@@ -304,19 +332,30 @@ def _check_inplace(student: Tensor, teacher: Tensor, want: Want) -> None:
     if want.student_gradient and student.is_leaf:
         raise ValueError("inplace=True would overwrite student_logits, a leaf that requires grad")
     if want.teacher_gradient:
-        raise ValueError("inplace=True overwrites student_logits, and the teacher's gradient needs them; detach one")
+        raise ValueError(
+            "inplace=True overwrites student_logits, and the teacher's gradient needs them; detach one"
+        )
     if student.stride(-1) != 1 and student.shape[-1] > 1:
         raise ValueError(
             f"inplace=True needs student_logits with a last stride of 1, got strides {student.stride()}"
         )
-    if any(stride == 0 and size > 1 for stride, size in zip(student.stride(), student.shape, strict=True)):
+    if any(
+        stride == 0 and size > 1
+        for stride, size in zip(student.stride(), student.shape, strict=True)
+    ):
         raise ValueError("inplace=True would write expanded student_logits more than once")
     if student.untyped_storage().data_ptr() == teacher.untyped_storage().data_ptr():
-        raise ValueError("inplace=True would overwrite the teacher: it shares its storage with student_logits")
+        raise ValueError(
+            "inplace=True would overwrite the teacher: it shares its storage with student_logits"
+        )
 
 
 def _weights(
-    labels: Tensor | None, ignore_index: int, mask: Tensor | None, weight: Tensor | None, dtype: torch.dtype
+    labels: Tensor | None,
+    ignore_index: int,
+    mask: Tensor | None,
+    weight: Tensor | None,
+    dtype: torch.dtype,
 ) -> tuple[Tensor | None, Tensor | None]:
     """(which rows are counted, weight of each row with 0 where mask drops it); None: all rows, weight 1."""
     counted = None if labels is None else labels != ignore_index
@@ -328,18 +367,28 @@ def _weights(
 
 
 def _scale(
-    reduction: str, num_items: int | float | Tensor | None, count: int | Tensor, student: Tensor, dtype: torch.dtype
+    reduction: str,
+    num_items: int | float | Tensor | None,
+    count: int | Tensor,
+    student: Tensor,
+    dtype: torch.dtype,
 ) -> float | Tensor:
     """One over what the summed loss is divided by: a float, or a 0-dim tensor where only the device knows it."""
     if num_items is not None:
         items = num_items
         if isinstance(items, Tensor):
             if items.numel() != 1:
-                raise ValueError(f"num_items must be a number or a tensor of one element, got {_received(items)}")
+                raise ValueError(
+                    f"num_items must be a number or a tensor of one element, got {_received(items)}"
+                )
             if items.device != student.device and items.device.type != "cpu":
-                raise ValueError(f"num_items must be on {student.device} or the CPU, got {items.device}")
+                raise ValueError(
+                    f"num_items must be on {student.device} or the CPU, got {items.device}"
+                )
             if items.requires_grad:
-                raise ValueError("num_items requires grad, and kd_loss has no gradient for it; detach it")
+                raise ValueError(
+                    "num_items requires grad, and kd_loss has no gradient for it; detach it"
+                )
             items = items.reshape(()).to(student.device, dtype, non_blocking=True)
             return items.reciprocal()
         if not isinstance(items, (int, float)):
@@ -349,8 +398,14 @@ def _scale(
         return 1.0 / items
     if reduction == "batchmean":
         if student.dim() == 1:
-            raise ValueError("reduction='batchmean' divides by the first dimension; student_logits have one row only")
+            raise ValueError(
+                "reduction='batchmean' divides by the first dimension; student_logits have one row only"
+            )
         return 1.0 / max(student.shape[0], 1)
     if reduction == "mean":
-        return count.clamp(min=1).to(dtype).reciprocal() if isinstance(count, Tensor) else 1.0 / max(count, 1)
+        return (
+            count.clamp(min=1).to(dtype).reciprocal()
+            if isinstance(count, Tensor)
+            else 1.0 / max(count, 1)
+        )
     return 1.0

@@ -30,7 +30,11 @@ def evaluate(divergence: Divergence, log_p: Tensor, log_q: Tensor) -> tuple[Tens
     p_gone, q_gone = log_p == -torch.inf, log_q == -torch.inf
     lowest = torch.finfo(log_p.dtype).min
     phi, g = divergence.function(
-        p, q, log_p.masked_fill(p_gone, lowest), log_q.masked_fill(q_gone, lowest), *divergence.params
+        p,
+        q,
+        log_p.masked_fill(p_gone, lowest),
+        log_q.masked_fill(q_gone, lowest),
+        *divergence.params,
     )
     one_side = p_gone ^ q_gone
     nothing = (p_gone & (q < NEGLIGIBLE)) | (q_gone & (p < NEGLIGIBLE)) | (p_gone & q_gone)
@@ -62,10 +66,10 @@ def _project(derivative: Tensor, probabilities: Tensor, normalized: bool) -> Ten
     return derivative - probabilities * derivative.sum(-1, keepdim=True)
 
 
-def _cross_entropy(z: Tensor, labels: Tensor, valid: Tensor, smoothing: float) -> tuple[Tensor, Tensor]:
+def _cross_entropy(z: Tensor, labels: Tensor, smoothing: float) -> tuple[Tensor, Tensor]:
     """(value [...], gradient [..., V]) of label-smoothed cross-entropy at temperature 1."""
     log_q = torch.log_softmax(z, -1)
-    target = torch.where(valid, labels, 0).unsqueeze(-1)
+    target = labels.unsqueeze(-1)
     value = -(1.0 - smoothing) * log_q.gather(-1, target).squeeze(-1)
     gradient = log_q.exp().scatter_add(-1, target, torch.full_like(log_q[..., :1], smoothing - 1.0))
     if smoothing:
@@ -85,34 +89,37 @@ def kd_rows(student: Tensor, teacher: Tensor, rows: Rows, options: Options, want
     temperature = per_row(rows.temperature, options.temperature)
     teacher_temperature = per_row(rows.teacher_temperature, options.teacher_temperature)
     s, ds = _adjust(student[..., :vocabulary].to(dtype), options.logit_scale, options.softcap)
-    t, dt = _adjust(teacher[..., :vocabulary].to(dtype), options.teacher_logit_scale, options.teacher_softcap)
+    t, dt = _adjust(
+        teacher[..., :vocabulary].to(dtype), options.teacher_logit_scale, options.teacher_softcap
+    )
 
     log_q = _log_probabilities(s, temperature, divergence.normalized)
     log_p = _log_probabilities(t, teacher_temperature, divergence.normalized)
     phi, g = evaluate(divergence, log_p, log_q)
     t_squared: Tensor | float = temperature * temperature if options.scale_by_temperature else 1.0
-    distillation = phi.sum(-1) * (t_squared.squeeze(-1) if isinstance(t_squared, Tensor) else t_squared)
-
-    labels = rows.labels
-    with_labels = labels is not None and alpha < 1.0
-    if with_labels:
-        valid = (labels >= 0) & (labels < vocabulary)
-        cross_entropy, cross_entropy_gradient = _cross_entropy(s, labels, valid, options.label_smoothing)
-        cross_entropy = torch.where(valid, cross_entropy, torch.nan)
-    else:
-        cross_entropy = torch.zeros_like(distillation)
+    distillation = phi.sum(-1) * (
+        t_squared.squeeze(-1) if isinstance(t_squared, Tensor) else t_squared
+    )
 
     # A dropped row contributes 0 whatever its logits hold, so it is selected away and not multiplied by 0.
-    keep = torch.ones_like(distillation, dtype=torch.bool)
+    labels = rows.labels
     weight = torch.ones_like(distillation) if rows.weight is None else rows.weight.to(dtype)
+    keep = weight != 0
     if labels is not None:
-        keep = labels != options.ignore_index
-    keep = keep & (weight != 0)
+        keep = keep & (labels != options.ignore_index)
     for tempering in (rows.temperature, rows.teacher_temperature):
         if tempering is not None:  # an invalid temperature poisons its row
             weight = torch.where(tempering > 0, weight, torch.nan)
-    if with_labels:
-        weight = torch.where(valid, weight, torch.nan)
+
+    cross_entropy = torch.zeros_like(distillation)
+    cross_entropy_gradient: Tensor | float = 0.0
+    with_labels = labels is not None and alpha < 1.0
+    if labels is not None and with_labels:
+        valid = (labels >= 0) & (labels < vocabulary)
+        cross_entropy, cross_entropy_gradient = _cross_entropy(
+            s, torch.where(valid, labels, 0), options.label_smoothing
+        )
+        weight = torch.where(valid, weight, torch.nan)  # and so does an invalid label
 
     scale = options.scale if rows.scale is None else rows.scale.to(dtype)
     row_scale = (weight * scale).unsqueeze(-1)
@@ -132,14 +139,18 @@ def kd_rows(student: Tensor, teacher: Tensor, rows: Rows, options: Options, want
     if want.student_gradient:
         gradient = torch.zeros_like(s)
         if alpha:
-            gradient = _project(g, log_q.exp(), divergence.normalized) * (alpha * t_squared / temperature)
+            gradient = _project(g, log_q.exp(), divergence.normalized) * (
+                alpha * t_squared / temperature
+            )
         if with_labels:
             gradient = gradient + (1.0 - alpha) * cross_entropy_gradient
         student_gradient = finish(gradient * ds, student)
     if want.teacher_gradient:
         assert divergence.degree is not None  # validated
         h = divergence.degree * phi - g
-        gradient = _project(h, log_p.exp(), divergence.normalized) * (alpha * t_squared / teacher_temperature)
+        gradient = _project(h, log_p.exp(), divergence.normalized) * (
+            alpha * t_squared / teacher_temperature
+        )
         teacher_gradient = finish(gradient * dt, teacher)
     if want.inplace and student_gradient is not None:
         student_gradient = student.copy_(student_gradient)
@@ -148,7 +159,9 @@ def kd_rows(student: Tensor, teacher: Tensor, rows: Rows, options: Options, want
     if want.parts:
         log_q = torch.log_softmax(s / temperature, -1)
         entropy = torch.special.entr(log_q.exp()).sum(-1)
-        parts = tuple(torch.where(keep, part, 0.0) for part in (distillation, cross_entropy, entropy))
+        parts = tuple(
+            torch.where(keep, part, 0.0) for part in (distillation, cross_entropy, entropy)
+        )
     return Result(loss, loss.sum() * scale, student_gradient, teacher_gradient, *parts)
 
 
