@@ -24,12 +24,19 @@ class KDLoss(nn.Module):
         super().__init__()
         for argument in ("mask", "weight", "num_items"):
             if argument in options:
-                raise TypeError(f"{argument} belongs to a batch: pass it to the call, not to KDLoss()")
+                raise TypeError(
+                    f"{argument} belongs to a batch: pass it to the call, not to KDLoss()"
+                )
         self.options = options
         # One row through the validation of kd_loss, so that there is one.
         width = options.get("vocab_size")
         row = torch.zeros(1, width if type(width) is int and width > 0 else 2)
-        kd_loss(row, row, torch.zeros(1, dtype=torch.int64), **(options | {"backend": "reference", "inplace": False}))
+        kd_loss(
+            row,
+            row,
+            torch.zeros(1, dtype=torch.int64),
+            **(options | {"backend": "reference", "inplace": False}),
+        )
 
     def forward(
         self,
@@ -43,7 +50,13 @@ class KDLoss(nn.Module):
     ) -> Tensor | tuple[Tensor, Parts]:
         """The loss of one batch."""
         return kd_loss(
-            student_logits, teacher, labels, mask=mask, weight=weight, num_items=num_items, **self.options
+            student_logits,
+            teacher,
+            labels,
+            mask=mask,
+            weight=weight,
+            num_items=num_items,
+            **self.options,
         )
 
     def extra_repr(self) -> str:

@@ -39,7 +39,9 @@ class Rows(NamedTuple):
     """Tensors with one value a row, in the logits' leading shape [...], contiguous; None where not given."""
 
     labels: Tensor | None = None  # int64
-    weight: Tensor | None = None  # float32 (float64 on the reference); a row of weight 0 is not read
+    weight: Tensor | None = (
+        None  # float32 (float64 on the reference); a row of weight 0 is not read
+    )
     temperature: Tensor | None = None  # float32
     teacher_temperature: Tensor | None = None  # float32
     scale: Tensor | None = None  # float32, 0-dim: Options.scale where only the device knows it
@@ -52,7 +54,9 @@ class Want(NamedTuple):
     teacher_gradient: bool = False
     parts: bool = False
     inplace: bool = False  # the student's gradient overwrites the student's logits
-    deferred: bool = False  # the gradients are computed by a second call, in the backward (fastkd.autograd)
+    deferred: bool = (
+        False  # the gradients are computed by a second call, in the backward (fastkd.autograd)
+    )
 
 
 class Result(NamedTuple):

@@ -1,0 +1,70 @@
+"""python -m fastkd: info, doctor and check.
+
+    python -m fastkd info [--json]                     what is installed, and what runs here
+    python -m fastkd doctor [--backend NAME] [--json]  are the numbers right on this machine
+    python -m fastkd check MODULE:NAME                 is this divergence right
+
+Exit codes: 0; 1 where something is wrong with the numbers; 2 where the command cannot be read. Needs torch only.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+
+from fastkd import check, doctor, info
+from fastkd.backends import MODULES
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m fastkd", description="Distillation losses: the installation."
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    described = commands.add_parser("info", help="versions, backends, environment")
+    examined = commands.add_parser(
+        "doctor", help="every backend against float64; exit code 1 if one is wrong"
+    )
+    examined.add_argument(
+        "--backend", choices=MODULES, help="only this one, which then has to run here"
+    )
+    for command in (described, examined):
+        command.add_argument("--json", action="store_true", help="one JSON object on stdout")
+    checked = commands.add_parser(
+        "check", help="a divergence of your own; exit code 1 if it is wrong"
+    )
+    checked.add_argument(
+        "target",
+        metavar="MODULE:NAME",
+        help="an importable module, and in it a fastkd.Divergence or a function without arguments that makes one",
+    )
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command; the exit code."""
+    parser = _parser()
+    chosen = parser.parse_args(arguments)
+    if chosen.command == "check":
+        try:
+            divergence = check.find(chosen.target)
+        except check.TargetError as error:
+            parser.exit(2, f"{parser.prog} check: {error}\n")
+        report = check.check(divergence)
+        print("\n".join(report.lines))
+        return 0 if report.ok else 1
+    if chosen.command == "info":
+        found = info.collect()
+        print(json.dumps(found, indent=2) if chosen.json else info.text(found))
+        return 0
+    diagnosis = doctor.examine(chosen.backend)
+    print(
+        json.dumps(diagnosis, indent=2, allow_nan=False) if chosen.json else doctor.text(diagnosis)
+    )
+    return 0 if diagnosis["ok"] else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
