@@ -173,10 +173,11 @@ def kd_rows_op(
     numbers: list[float],
     integers: list[int],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Result as a tuple; what is not wanted is an empty tensor."""
+    """Result as a tuple; what is not wanted is an empty tensor. The backend is chosen when it runs."""
     options, want = _unflatten(divergence, numbers, integers)
     rows = Rows(labels, weight, temperature, teacher_temperature, scale)
-    result = backends.load(backend).kd_rows(student, teacher, rows, options, _in_forward(want))
+    kernels = backends.load(backends.select(backend, student, teacher, options.divergence))
+    result = kernels.kd_rows(student, teacher, rows, options, _in_forward(want))
     return tuple(student.new_empty(0) if tensor is None else tensor for tensor in result)  # type: ignore[return-value]
 
 
@@ -248,6 +249,7 @@ def kd_rows(
     """(loss, distillation, cross_entropy, student_entropy), differentiable; the loss is [...] or its 0-dim sum."""
     want = want._replace(deferred=_defers(student, teacher, want))
     if not torch.compiler.is_compiling():
+        backend = backends.select(backend, student, teacher, options.divergence)
         return KDRows.apply(student, teacher, rows, options, want, backend, summed)
     results = kd_rows_op(student, teacher, *rows, backend, *_flatten(options, want))
     loss = results[1] if summed else results[0]

@@ -14,6 +14,7 @@ from types import ModuleType
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from fastkd.divergences import DEFINITIONS, Divergence
 
@@ -140,12 +141,20 @@ def _log_once(line: str) -> None:
     logger.warning(line)
 
 
-@functools.lru_cache(maxsize=1024)
-def select(backend: str, call: Call, override: str | None, strict: bool) -> str:
+def select(backend: str, student: Tensor, teacher: Tensor, divergence: Divergence) -> str:
     """The backend for a call that asks for `backend`, with FASTKD_BACKEND and FASTKD_STRICT applied.
 
     A fallback is logged once for each reason; under FASTKD_STRICT=1 it raises BackendUnavailable.
     """
+    call = Call(student.device.type, student.dtype, teacher.dtype, divergence)
+    environment = os.environ
+    return _select(
+        backend, call, environment.get("FASTKD_BACKEND"), environment.get("FASTKD_STRICT") == "1"
+    )
+
+
+@functools.lru_cache(maxsize=1024)
+def _select(backend: str, call: Call, override: str | None, strict: bool) -> str:
     available = available_backends()
     wanted = override or backend
     if wanted not in (*available, "auto"):

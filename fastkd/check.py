@@ -255,11 +255,11 @@ class _Check:
         """A student that equals the teacher is the best one."""
         divergence = self.divergence
         log_p, log_q = _rows(divergence.normalized)
-        best, g = _evaluate(divergence, log_p, log_p)
-        gradient = reference._project(g, log_p.exp(), divergence.normalized)
-        phi, _ = _evaluate(divergence, log_p, log_q)
-        rounding = 1e-10 * (phi.abs() + best.abs()).sum(-1)
-        if not bool((gradient.abs() <= 1e-10 * g.abs().sum(-1, keepdim=True)).all()):
+        best, at_best = _evaluate(divergence, log_p, log_p)
+        phi, g = _evaluate(divergence, log_p, log_q)
+        gradient = reference._project(at_best, log_p.exp(), divergence.normalized)
+        rounding = 1e-9 * (phi.abs() + best.abs()).sum(-1)
+        if not bool((gradient.abs() <= 1e-9 * g.abs().sum(-1, keepdim=True)).all()):
             self.bad("minimum", "the gradient is not 0 where the student equals the teacher")
         elif not bool((phi.sum(-1) >= best.sum(-1) - rounding).all()):
             at = int((phi.sum(-1) - best.sum(-1)).argmin())

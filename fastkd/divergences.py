@@ -37,7 +37,7 @@ _functions: dict[str, Callable[..., tuple[Any, Any]]] = {}
 
 def function_name(function: Callable[..., Any]) -> str:
     """The name of a definition inside compiled graphs."""
-    return f"{function.__module__}.{function.__qualname__}"
+    return f"{function.__module__}.{function.__name__}"
 
 
 def function_named(name: str) -> Callable[..., tuple[Any, Any]]:

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastkd import autograd, backends
+from fastkd import autograd
 from fastkd.divergences import Divergence, resolve
 from fastkd.rows import Options, Rows, Want
 
@@ -161,6 +161,8 @@ def kd_loss(
         else counted.sum()
     )
     scale = _scale(reduction, num_items, count, student_logits, row_dtype)
+    if torch.compiler.is_compiling() and not isinstance(scale, Tensor):
+        scale = student_logits.new_full((), scale, dtype=row_dtype)  # it may hold a dynamic size
     options = Options(
         divergence,
         alpha,
@@ -174,18 +176,12 @@ def kd_loss(
         _nonzero("teacher_logit_scale", teacher_logit_scale),
         _softcap("teacher_softcap", teacher_softcap),
         vocabulary,
-        scale if isinstance(scale, float) else 1.0,
+        1.0 if isinstance(scale, Tensor) else scale,
     )
-    rows = Rows(labels, row_weight, t_rows, tt_rows, None if isinstance(scale, float) else scale)
-    chosen = backends.select(
-        backend,
-        backends.Call(device.type, student_logits.dtype, teacher.dtype, divergence),
-        os.environ.get("FASTKD_BACKEND"),
-        os.environ.get("FASTKD_STRICT") == "1",
-    )
+    rows = Rows(labels, row_weight, t_rows, tt_rows, scale if isinstance(scale, Tensor) else None)
     summed = reduction != "none"
     loss, distillation, cross_entropy, entropy = autograd.kd_rows(
-        student_logits, teacher, rows, options, want, chosen, summed
+        student_logits, teacher, rows, options, want, backend, summed
     )
     assert loss is not None
     if not return_parts:
