@@ -1,0 +1,533 @@
+"""The triton backend: one program a row, one kernel for every divergence.
+
+Read top to bottom: what the kernel is given, the kernel, and the launchers that :mod:`fastkd.backends` calls. The
+sweeps over a row are in ``sweeps.py``, what a divergence may do is in ``skeleton.py``.
+
+A row is read twice where the divergence has a closed form (statistics, gradient) and three times where not, the last
+time backwards. Logits of any leading strides are addressed in place; a last stride other than 1 is copied.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastkd.divergences import Divergence
+from fastkd.rows import Options, Result, Rows, Want
+
+from .skeleton import bind
+from .sweeps import (
+    Moments,
+    Normalizer,
+    Row,
+    Sums,
+    log_probability,
+    read,
+    sweep_gradients,
+    sweep_statistics,
+    sweep_sums,
+    sweep_zeros,
+)
+
+# What a field's None switches off is compiled out: the callers below pass no flags beside the values.
+
+
+class View(NamedTuple):
+    """A tensor [n0, n1, n2, columns] with a last stride of 1."""
+
+    pointer: Any
+    strides: Any  # of n0, n1, n2
+    offsets: Any  # int64, one a row, where three strides do not reach every row; else None
+
+
+class Model(NamedTuple):
+    """The student's or the teacher's logits, and how they become tempered ones."""
+
+    logits: Any  # View
+    gradient: Any  # View, or None
+    width: Any  # columns of the gradient
+    scale: Any  # logit_scale
+    unit: Any  # |logit_scale|; 1 under a softcap
+    sign: Any  # -1 for a negative logit_scale without a softcap, else None
+    softcap: Any  # or None
+    gain: Any  # logit_scale / softcap
+    temperature: Any  # None for 1
+    temperatures: Any  # float32, one a row, or None
+
+
+class Inputs(NamedTuple):
+    """One value a row each, or None."""
+
+    labels: Any
+    weight: Any
+    scale: Any  # a single number for all rows
+
+
+class Outputs(NamedTuple):
+    """One float32 a row each; the parts may be None."""
+
+    loss: Any
+    distillation: Any
+    cross_entropy: Any
+    entropy: Any
+
+
+class Objective(NamedTuple):
+    """row loss = alpha T^2 D + rest CE, times scale."""
+
+    alpha: Any  # None for 0
+    rest: Any  # 1 - alpha; None without cross-entropy
+    smoothing: Any  # None for 0
+    scale: Any
+    degree: Any
+    ignore_index: Any
+
+
+class Factors(NamedTuple):
+    """What multiplies each term of a row's gradients; None where the term is not part of them."""
+
+    distillation: Any
+    cross_entropy: Any
+    teacher: Any
+
+
+@triton.jit
+def _row_pointer(view, row, sizes):
+    if view.offsets is not None:
+        offset = tl.load(view.offsets + row)
+    else:
+        rest = row // sizes[1]
+        # 64-bit before they meet a stride: 8192 rows of 262144 columns are 2^31 elements.
+        i0 = (rest // sizes[0]).to(tl.int64)
+        i1 = (rest % sizes[0]).to(tl.int64)
+        i2 = (row % sizes[1]).to(tl.int64)
+        offset = i0 * view.strides[0] + i1 * view.strides[1] + i2 * view.strides[2]
+    return view.pointer + offset
+
+
+@triton.jit
+def _open(model, row, sizes):
+    """(the row, its temperature)."""
+    temperature = 1.0
+    if model.temperatures is not None:
+        temperature = tl.load(model.temperatures + row)
+    elif model.temperature is not None:
+        temperature = model.temperature
+    gradient = None
+    if model.gradient is not None:
+        gradient = _row_pointer(model.gradient, row, sizes)
+    logits = _row_pointer(model.logits, row, sizes)
+    unit = tl.div_rn(model.unit, temperature)  # its error would be one of the temperature
+    opened = Row(logits, gradient, model.width, unit, model.sign, model.softcap, model.gain)
+    return opened, temperature
+
+
+@triton.jit
+def _cross_entropy(z_label, pivot, plain, spread, smoothing, V):
+    value = -log_probability(z_label, plain)
+    if smoothing is not None:
+        mean = plain.unit * spread / V + log_probability(pivot, plain)
+        value = (1.0 - smoothing) * value - smoothing * mean
+    return value
+
+
+@triton.jit
+def _keep_row(
+    row,
+    student_model,
+    teacher_model,
+    inputs,
+    outputs,
+    objective,
+    moments,
+    parameters,
+    sizes,
+    V,
+    width,
+    DIVERGENCE: tl.constexpr,
+    NORMALIZED: tl.constexpr,
+    SQUARED: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+):
+    """Loss, parts and gradients of a row that counts."""
+    ENTROPY: tl.constexpr = outputs.entropy is not None
+    WITH_LABEL: tl.constexpr = objective.rest is not None
+    weight = 1.0
+    if inputs.weight is not None:
+        weight = tl.load(inputs.weight + row)
+    student, s_temperature = _open(student_model, row, sizes)
+    if student_model.temperatures is not None:
+        weight = tl.where(s_temperature > 0, weight, float("nan"))
+    teacher, t_temperature = None, s_temperature
+    if teacher_model is not None:
+        teacher, t_temperature = _open(teacher_model, row, sizes)
+        if teacher_model.temperatures is not None:
+            weight = tl.where(t_temperature > 0, weight, float("nan"))
+    label, z_label, pivot, plain_unit = 0, 0.0, None, None
+    if WITH_LABEL:
+        label = tl.load(inputs.labels + row)
+        valid = (label >= 0) & (label < V)
+        weight = tl.where(valid, weight, float("nan"))
+        label = tl.where(valid, label, 0).to(tl.int32)
+        z_label, _ = read(student, label, V)
+        if objective.smoothing is not None:
+            pivot = tl.where(z_label == -float("inf"), 0.0, z_label)
+        if student_model.temperature is not None or student_model.temperatures is not None:
+            plain_unit = student_model.unit
+
+    # Without a normaliser, log p and log q are the tempered logits themselves.
+    s_norm = Normalizer(0.0, student.unit, 0.0)
+    t_norm, plain, phi, g = s_norm, s_norm, 0.0, 0.0
+    if NORMALIZED or WITH_LABEL or ENTROPY:
+        softmax_teacher = teacher if NORMALIZED else None
+        found = sweep_statistics(
+            student, softmax_teacher, plain_unit, pivot, moments, V, ENTROPY, BLOCK_V
+        )
+        plain, phi, g = found.plain, found.phi, found.g
+        if NORMALIZED:
+            s_norm, t_norm = found.student, found.teacher
+        if ENTROPY:
+            tl.store(outputs.entropy + row, found.entropy)
+
+    loss, cross_entropy = 0.0, 0.0
+    squared = s_temperature * s_temperature if SQUARED else 1.0
+    if teacher is not None:
+        if not NORMALIZED:
+            t_norm = Normalizer(0.0, teacher.unit, 0.0)
+        if moments is None:
+            phi, g = sweep_sums(
+                student, teacher, s_norm, t_norm, V, parameters, DIVERGENCE, NORMALIZED, BLOCK_V
+            )
+        distillation = squared * phi
+        if objective.alpha is not None:
+            loss = objective.alpha * distillation
+        if outputs.distillation is not None:
+            tl.store(outputs.distillation + row, distillation)
+    if WITH_LABEL:
+        cross_entropy = _cross_entropy(z_label, pivot, plain, found.spread, objective.smoothing, V)
+        loss += objective.rest * cross_entropy
+    if outputs.cross_entropy is not None:
+        tl.store(outputs.cross_entropy + row, cross_entropy)
+    tl.store(outputs.loss + row, weight * loss)
+
+    if width is not None:
+        scale = objective.scale
+        if inputs.scale is not None:
+            scale = tl.load(inputs.scale)
+        s_scale = weight * scale * student_model.scale
+        s_factor, t_factor, label_factor = None, None, None
+        if objective.alpha is not None:
+            s_factor = objective.alpha * squared / s_temperature * s_scale
+            t_factor = (
+                objective.alpha * squared / t_temperature * weight * scale * teacher_model.scale
+            )
+        if WITH_LABEL:
+            label_factor = objective.rest * s_scale
+        sweep_gradients(
+            student,
+            teacher,
+            s_norm,
+            t_norm,
+            plain,
+            Sums(phi, g, objective.degree * phi - g),
+            Factors(s_factor, label_factor, t_factor),
+            objective.degree,
+            label,
+            objective.smoothing,
+            V,
+            width,
+            parameters,
+            DIVERGENCE,
+            NORMALIZED,
+            BLOCK_V,
+        )
+
+
+@triton.jit
+def _drop_row(row, student_model, teacher_model, outputs, sizes, BLOCK_V: tl.constexpr):
+    """Zeros: nothing of the row is read."""
+    tl.store(outputs.loss + row, 0.0)
+    if outputs.distillation is not None:
+        tl.store(outputs.distillation + row, 0.0)
+        tl.store(outputs.cross_entropy + row, 0.0)
+        tl.store(outputs.entropy + row, 0.0)
+    if student_model.gradient is not None:
+        gradient = _row_pointer(student_model.gradient, row, sizes)
+        sweep_zeros(gradient, student_model.width, BLOCK_V)
+    if teacher_model is not None and teacher_model.gradient is not None:
+        gradient = _row_pointer(teacher_model.gradient, row, sizes)
+        sweep_zeros(gradient, teacher_model.width, BLOCK_V)
+
+
+@triton.jit(do_not_specialize=["sizes"])
+def kd_kernel(
+    student_model,
+    teacher_model,
+    inputs,
+    outputs,
+    objective,
+    moments,
+    parameters,
+    sizes,
+    V,
+    width,
+    DIVERGENCE: tl.constexpr,
+    NORMALIZED: tl.constexpr,
+    SQUARED: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+):
+    """One row: :class:`fastkd.rows.Result` says what of it is written."""
+    row = tl.program_id(0)
+    keep = row >= 0
+    if inputs.labels is not None:
+        keep = keep & (tl.load(inputs.labels + row) != objective.ignore_index)
+    if inputs.weight is not None:
+        keep = keep & (tl.load(inputs.weight + row) != 0)
+    if keep:
+        _keep_row(
+            row,
+            student_model,
+            teacher_model,
+            inputs,
+            outputs,
+            objective,
+            moments,
+            parameters,
+            sizes,
+            V,
+            width,
+            DIVERGENCE,
+            NORMALIZED,
+            SQUARED,
+            BLOCK_V,
+        )
+    else:
+        _drop_row(row, student_model, teacher_model, outputs, sizes, BLOCK_V)
+
+
+@triton.jit(do_not_specialize=["sizes"])
+def scale_kernel(gradient, width, upstream, upstream_stride, sizes, BLOCK_V: tl.constexpr):
+    """Multiply a row of a gradient in place; a factor of 1 costs one load."""
+    row = tl.program_id(0)
+    factor = tl.load(upstream + row * upstream_stride).to(tl.float32)
+    if factor != 1.0:
+        pointer = _row_pointer(gradient, row, sizes)
+        lanes = tl.arange(0, BLOCK_V)
+        for tile in range(tl.cdiv(width, BLOCK_V)):
+            columns = tile * BLOCK_V + lanes
+            value = tl.load(pointer + columns, mask=columns < width).to(tl.float32)
+            scaled = (factor * value).to(pointer.dtype.element_ty)
+            tl.store(pointer + columns, scaled, mask=columns < width)
+
+
+# (bytes of a row, BLOCK_V, num_warps), up to that size. Always eight entries a thread: one load of 16 bytes of a
+# low-precision row, and no tile in local memory on any target of tests/test_triton_aot.py, as there is with sixteen.
+# The wider a row, the fewer programs at a time, and the more of what a sweep has read is in L2 for the next one.
+TILES = ((4 << 10, 1024, 4), (128 << 10, 2048, 8), (1 << 62, 4096, 16))
+
+
+def tile(width: int, itemsize: int) -> tuple[int, int]:
+    """(BLOCK_V, num_warps) for rows of that many columns."""
+    block, warps = next(entry[1:] for entry in TILES if width * itemsize <= entry[0])
+    fitting = max(triton.next_power_of_2(width), 128)
+    return (block, warps) if fitting >= block else (fitting, max(fitting * warps // block, 1))
+
+
+class Layout(NamedTuple):
+    """How row numbers become addresses: row = (i0 * sizes[0] + i1) * sizes[1] + i2."""
+
+    sizes: tuple[int, int]
+    views: tuple[View, ...]
+
+
+def _layout(*tensors: Tensor) -> Layout:
+    """Address the rows of tensors [..., columns] of one leading shape, in place and in as few dimensions as they have.
+
+    Adjacent dimensions merge where every tensor steps through both with one stride: the shifted view logits[:, :-1]
+    keeps two, a contiguous tensor one.
+    """
+    sizes: list[int] = []
+    strides: list[tuple[int, ...]] = []
+    for axis, size in enumerate(tensors[0].shape[:-1]):
+        steps = tuple(tensor.stride(axis) for tensor in tensors)
+        if size == 1:
+            continue
+        if strides and all(
+            outer == step * size for outer, step in zip(strides[-1], steps, strict=True)
+        ):
+            sizes[-1] *= size
+            strides[-1] = steps
+        else:
+            sizes.append(size)
+            strides.append(steps)
+    if len(sizes) > 3:
+        return Layout(
+            (1, math.prod(sizes)), tuple(View(t, (0, 0, 0), _offsets(t)) for t in tensors)
+        )
+    padding = 3 - len(sizes)
+    sizes = [1] * padding + sizes
+    strides = [(0,) * len(tensors)] * padding + strides
+    by_tensor = zip(*strides, strict=True)
+    return Layout(
+        (sizes[1], sizes[2]),
+        tuple(View(t, s, None) for t, s in zip(tensors, by_tensor, strict=True)),
+    )
+
+
+def _offsets(tensor: Tensor) -> Tensor:
+    """Where each row of a tensor [..., columns] starts, int64: for what three strides cannot say."""
+    total = torch.zeros((), dtype=torch.int64, device=tensor.device)
+    for size, stride in zip(tensor.shape[:-1], tensor.stride()[:-1], strict=True):
+        total = total.unsqueeze(-1) + stride * torch.arange(size, device=tensor.device)
+    return total.flatten()
+
+
+def _unit_stride(logits: Tensor) -> Tensor:
+    return logits if logits.stride(-1) == 1 or logits.shape[-1] == 1 else logits.contiguous()
+
+
+def _on(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """Triton launches on the current device."""
+    return (
+        contextlib.nullcontext()
+        if device.type == "cpu"
+        else getattr(torch, device.type).device(device)
+    )
+
+
+def _model(
+    logits: View,
+    gradient: View | None,
+    scale: float,
+    softcap: float,
+    temperature: float,
+    temperatures: Tensor | None,
+) -> Model:
+    return Model(
+        logits,
+        gradient,
+        None if gradient is None else gradient.pointer.shape[-1],
+        scale,
+        1.0 if softcap else abs(scale),
+        None if softcap or scale > 0 else -1.0,
+        softcap or None,
+        scale / softcap if softcap else None,
+        None if temperature == 1.0 else temperature,
+        temperatures,
+    )
+
+
+def _moments(divergence: Divergence) -> Moments | None:
+    form = divergence.closed_form
+    if form is None:
+        return None
+    on_teacher = form.forward != 0 or form.cross != 0
+    return Moments(
+        form.forward if on_teacher else None,
+        form.cross if on_teacher else None,
+        form.reverse if form.reverse != 0 else None,
+    )
+
+
+def kd_rows(student: Tensor, teacher: Tensor, rows: Rows, options: Options, want: Want) -> Result:
+    """The loss of each row and its gradients; shapes and meaning as :class:`fastkd.rows.Result` has them."""
+    divergence, alpha, lead = options.divergence, options.alpha, student.shape[:-1]
+    with_label = rows.labels is not None and alpha < 1.0
+    student_gradient = teacher_gradient = None
+    source = _unit_stride(student)
+    if want.student_gradient:
+        student_gradient = source if want.inplace else student.new_empty(student.shape)
+    if want.teacher_gradient:  # where alpha is 0 the loss does not depend on the teacher
+        make = teacher.new_empty if alpha else teacher.new_zeros
+        teacher_gradient = make(teacher.shape)
+
+    def per_row(wanted: bool = True) -> Tensor | None:
+        return student.new_empty(lead, dtype=torch.float32) if wanted else None
+
+    outputs = Outputs(per_row(), *(per_row(want.parts) for _ in range(3)))
+    tensors = {
+        "student": source,
+        "teacher": _unit_stride(teacher) if alpha or want.parts else None,
+        "student_gradient": student_gradient,
+        "teacher_gradient": teacher_gradient if alpha else None,
+    }
+    given = {name: tensor for name, tensor in tensors.items() if tensor is not None}
+    sizes, views = _layout(*given.values())
+    view = dict.fromkeys(tensors) | dict(zip(given, views, strict=True))
+    student_model = _model(
+        view["student"],
+        view["student_gradient"],
+        options.logit_scale,
+        options.softcap,
+        options.temperature,
+        rows.temperature,
+    )
+    teacher_model = None
+    if view["teacher"] is not None:
+        teacher_model = _model(
+            view["teacher"],
+            view["teacher_gradient"],
+            options.teacher_logit_scale,
+            options.teacher_softcap,
+            options.teacher_temperature,
+            rows.teacher_temperature,
+        )
+    widths = [g.shape[-1] for g in (student_gradient, tensors["teacher_gradient"]) if g is not None]
+    block, warps = tile(options.vocab_size, max(student.itemsize, teacher.itemsize))
+    if lead.numel():
+        with _on(student.device):
+            kd_kernel[(lead.numel(),)](
+                student_model,
+                teacher_model,
+                Inputs(rows.labels, rows.weight, rows.scale),
+                outputs,
+                Objective(
+                    alpha or None,
+                    1.0 - alpha if with_label else None,
+                    options.label_smoothing or None,
+                    options.scale,
+                    divergence.degree or 0.0,
+                    options.ignore_index,
+                ),
+                _moments(divergence),
+                divergence.params,
+                sizes,
+                options.vocab_size,
+                max(widths, default=None),
+                bind(divergence.function),
+                divergence.normalized,
+                options.scale_by_temperature,
+                block,
+                num_warps=warps,
+                enable_fp_fusion=True,
+            )
+    if want.inplace and student_gradient is not None:
+        student_gradient = student if source is student else student.copy_(source)
+    total = outputs.loss.sum() * (options.scale if rows.scale is None else rows.scale)
+    return Result(outputs.loss, total, student_gradient, teacher_gradient, *outputs[1:])
+
+
+def scale_rows_(gradient: Tensor, upstream: Tensor) -> None:
+    """Multiply each row of gradient [..., V] by upstream, a scalar or [...]; by 1 costs no pass over it."""
+    if not gradient.numel():
+        return
+    sizes, (view,) = _layout(gradient)
+    width = gradient.shape[-1]
+    block, warps = tile(width, gradient.itemsize)
+    with _on(gradient.device):
+        scale_kernel[(gradient.numel() // width,)](
+            view,
+            width,
+            upstream.contiguous(),
+            1 if upstream.dim() else 0,
+            sizes,
+            block,
+            num_warps=warps,
+            enable_fp_fusion=True,
+        )

@@ -1,0 +1,307 @@
+"""The sweeps over a row: statistics, the sums of phi and g, and the gradients.
+
+All arithmetic is in float32. A sum over the vocabulary has one accumulator a lane of the tile and is reduced once, so
+that a row of 262144 entries adds some hundred numbers in sequence and not all of them.
+
+z are a row's logits after logit_scale and softcap, up to a positive factor. Differences of z are taken before the
+temperature (and that factor) multiplies them, so that an offset common to a row costs no digits. Columns past the
+vocabulary read as z = -inf on both sides, which the policy for log 0 makes count as nothing.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import triton
+import triton.language as tl
+
+from .skeleton import NEGLIGIBLE, evaluate, squash
+
+# A tile's lanes are added in fours before they meet an accumulator. Four neighbours lie in one thread, which loads 16
+# bytes at a time: the sum moves nothing, and accumulators need a quarter of the registers.
+FOLD = tl.constexpr(4)
+
+
+class Row(NamedTuple):
+    """One model's row. None is known at compile time."""
+
+    logits: Any  # the address of column 0
+    gradient: Any  # likewise, or None
+    width: Any  # columns of the gradient, padding included
+    unit: Any  # tempered logits are unit * z
+    sign: Any  # -1 for a negative logit_scale, else None
+    softcap: Any  # None for none: z = softcap * tanh(gain * logits)
+    gain: Any
+
+
+class Normalizer(NamedTuple):
+    """log_softmax(unit * z) = unit * (z - origin) - log_sum."""
+
+    origin: Any
+    unit: Any
+    log_sum: Any
+
+
+class Moments(NamedTuple):
+    """fastkd.divergences.ClosedForm: the weights of the moments to collect, None where it is 0."""
+
+    forward: Any  # None where both forward and cross are 0
+    cross: Any
+    reverse: Any
+
+
+class Sums(NamedTuple):
+    """Over the vocabulary: the divergence, and its derivatives by log q and by log p."""
+
+    phi: Any
+    g: Any
+    h: Any
+
+
+class Statistics(NamedTuple):
+    """What the first sweep knows of a row; 0 where it was not asked for."""
+
+    student: Any  # Normalizer
+    teacher: Any  # Normalizer
+    plain: Any  # Normalizer of the student at temperature 1
+    entropy: Any  # of the student, tempered
+    spread: Any  # sum of z - pivot
+    phi: Any  # the closed form's value
+    g: Any  # and sum of g
+
+
+@triton.jit
+def read(row, columns, V):
+    """(z, the derivative of z by logit_scale * logits) of these columns of a row."""
+    z = tl.load(row.logits + columns, mask=columns < V, other=-float("inf")).to(tl.float32)
+    slope = 1.0
+    if row.softcap is not None:
+        squashed, slope = squash(row.gain * z)
+        z = tl.where(columns < V, row.softcap * squashed, -float("inf"))
+    elif row.sign is not None:
+        z = tl.where(columns < V, row.sign * z, -float("inf"))
+    return z, slope
+
+
+@triton.jit
+def log_probability(z, normalizer):
+    """log_softmax of the tempered logits."""
+    return (z - normalizer.origin) * normalizer.unit - normalizer.log_sum
+
+
+@triton.jit
+def _fold(tile):
+    """[BLOCK_V] to [BLOCK_V / FOLD]."""
+    return tl.sum(tl.reshape(tile, [tile.shape[0] // FOLD, FOLD]), 1)
+
+
+@triton.jit
+def _fold_max(tile):
+    return tl.max(tl.reshape(tile, [tile.shape[0] // FOLD, FOLD]), 1)
+
+
+@triton.jit
+def _origin(top):
+    """The running maximum as an origin for z: 0 while every entry so far is -inf."""
+    return tl.where(top == -float("inf"), 0.0, top)
+
+
+@triton.jit
+def _closed_form(moments, p_moment, q_moment, s_sum, t_sum, p_lost, q_lost):
+    """(sum phi, sum g) from the moments and the sums of exponentials.
+
+    The two log-normalisers are subtracted as the log of a quotient, which is exactly 0 where p = q.
+    """
+    log_quotient = tl.log(tl.div_rn(s_sum, t_sum))
+    phi = 0.0
+    g = 0.0
+    if moments.forward is not None:
+        phi += tl.div_rn(p_moment, t_sum) + moments.forward * log_quotient
+        phi += moments.cross * tl.log(s_sum) + tl.where(p_lost >= NEGLIGIBLE, float("inf"), 0.0)
+        g -= moments.forward + moments.cross
+    if moments.reverse is not None:
+        reverse = tl.div_rn(q_moment, s_sum) - log_quotient
+        reverse += tl.where(q_lost >= NEGLIGIBLE, float("inf"), 0.0)
+        phi += moments.reverse * reverse
+        g += moments.reverse * (reverse + 1.0)
+    return phi, g
+
+
+@triton.jit
+def sweep_statistics(
+    student, teacher, plain_unit, pivot, moments, V, ENTROPY: tl.constexpr, BLOCK_V: tl.constexpr
+):
+    """Online softmax of both sides, with every moment that is asked for.
+
+    Sums of exponentials are relative to the running maximum. When it rises by `step` (tempered), earlier sums fade by
+    exp(-step), and a moment, a sum of e x with x relative to the maximum too, moves by -step times the sum of e.
+
+    moments None: none. plain_unit None: no normaliser at temperature 1. pivot None: no sum of z.
+    """
+    lanes = tl.arange(0, BLOCK_V)
+    lowest = tl.full([BLOCK_V // FOLD], -float("inf"), tl.float32)
+    zero = tl.zeros([BLOCK_V // FOLD], tl.float32)
+    s_top = tl.full([], -float("inf"), tl.float32)
+    t_top = s_top
+    s_sum, t_sum, plain_sum = zero, zero, zero
+    p_moment, q_moment, entropy_moment, spread = zero, zero, zero, zero
+    p_lost, q_lost = lowest, lowest  # the largest z of a side where the other is at -inf
+    for tile in range(tl.cdiv(V, BLOCK_V)):
+        columns = tile * BLOCK_V + lanes
+        s, _ = read(student, columns, V)
+        s_before = s_top
+        s_top = tl.maximum(s_top, tl.max(s, 0))
+        s_origin = _origin(s_top)
+        s_step = (s_origin - _origin(s_before)) * student.unit
+        s_fade = tl.exp((s_before - s_origin) * student.unit)
+        x_s = (s - s_origin) * student.unit
+        e_s = tl.exp(x_s)
+        if ENTROPY:
+            term = tl.where(s == -float("inf"), 0.0, e_s * x_s)
+            entropy_moment = s_fade * (entropy_moment - s_step * s_sum) + _fold(term)
+        if plain_unit is not None:
+            plain_fade = tl.exp((s_before - s_origin) * plain_unit)
+            plain_sum = plain_fade * plain_sum + _fold(tl.exp((s - s_origin) * plain_unit))
+        if pivot is not None:
+            spread += _fold(tl.where(columns < V, s - pivot, 0.0))
+        if teacher is not None:
+            t, _ = read(teacher, columns, V)
+            t_before = t_top
+            t_top = tl.maximum(t_top, tl.max(t, 0))
+            t_origin = _origin(t_top)
+            t_step = (t_origin - _origin(t_before)) * teacher.unit
+            t_fade = tl.exp((t_before - t_origin) * teacher.unit)
+            x_t = (t - t_origin) * teacher.unit
+            e_t = tl.exp(x_t)
+            if moments is not None:
+                s_gone = s == -float("inf")
+                t_gone = t == -float("inf")
+                if moments.forward is not None:
+                    weight = moments.forward + moments.cross
+                    term = e_t * (moments.forward * x_t - weight * x_s)
+                    shift = weight * s_step - moments.forward * t_step
+                    p_moment = t_fade * (p_moment + shift * t_sum)
+                    p_moment += _fold(tl.where(s_gone | t_gone, 0.0, term))
+                    p_lost = tl.maximum(p_lost, _fold_max(tl.where(s_gone, t, -float("inf"))))
+                if moments.reverse is not None:
+                    q_moment = s_fade * (q_moment + (t_step - s_step) * s_sum)
+                    q_moment += _fold(tl.where(s_gone | t_gone, 0.0, e_s * (x_s - x_t)))
+                    q_lost = tl.maximum(q_lost, _fold_max(tl.where(t_gone, s, -float("inf"))))
+            t_sum = t_fade * t_sum + _fold(e_t)
+        s_sum = s_fade * s_sum + _fold(e_s)
+
+    s_total = tl.sum(s_sum, 0)
+    t_total = tl.sum(t_sum, 0)
+    s_norm = Normalizer(_origin(s_top), student.unit, tl.log(s_total))
+    t_norm, plain, phi, g = s_norm, s_norm, 0.0, 0.0
+    if plain_unit is not None:
+        plain = Normalizer(_origin(s_top), plain_unit, tl.log(tl.sum(plain_sum, 0)))
+    if teacher is not None:
+        t_norm = Normalizer(_origin(t_top), teacher.unit, tl.log(t_total))
+        if moments is not None:
+            phi, g = _closed_form(
+                moments,
+                tl.sum(p_moment, 0),
+                tl.sum(q_moment, 0),
+                s_total,
+                t_total,
+                tl.exp(log_probability(tl.max(p_lost, 0), t_norm)),
+                tl.exp(log_probability(tl.max(q_lost, 0), s_norm)),
+            )
+    entropy = s_norm.log_sum - tl.div_rn(tl.sum(entropy_moment, 0), s_total)
+    return Statistics(s_norm, t_norm, plain, entropy, tl.sum(spread, 0), phi, g)
+
+
+@triton.jit
+def sweep_sums(
+    student,
+    teacher,
+    s_norm,
+    t_norm,
+    V,
+    parameters,
+    DIVERGENCE: tl.constexpr,
+    NORMALIZED: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+):
+    """(sum phi, sum g) of a divergence without a closed form."""
+    lanes = tl.arange(0, BLOCK_V)
+    phi_sum = tl.zeros([BLOCK_V // FOLD], tl.float32)
+    g_sum = phi_sum
+    for tile in range(tl.cdiv(V, BLOCK_V)):
+        columns = tile * BLOCK_V + lanes
+        s, _ = read(student, columns, V)
+        t, _ = read(teacher, columns, V)
+        log_q = log_probability(s, s_norm)
+        phi, g = evaluate(DIVERGENCE, parameters, log_probability(t, t_norm), log_q, NORMALIZED)
+        phi_sum += _fold(phi)
+        g_sum += _fold(g)
+    return tl.sum(phi_sum, 0), tl.sum(g_sum, 0)
+
+
+@triton.jit
+def _project(derivative, log_x, total, NORMALIZED: tl.constexpr):
+    """From a derivative by log-probabilities to one by tempered logits: g_v - q_v sum_u g_u."""
+    if NORMALIZED:
+        derivative -= tl.exp(log_x) * total
+    return derivative
+
+
+@triton.jit
+def _store(pointer, columns, value, width):
+    tl.store(pointer + columns, value.to(pointer.dtype.element_ty), mask=columns < width)
+
+
+@triton.jit
+def sweep_gradients(
+    student,
+    teacher,
+    s_norm,
+    t_norm,
+    plain,
+    sums,
+    factors,
+    degree,
+    label,
+    smoothing,
+    V,
+    width,
+    parameters,
+    DIVERGENCE: tl.constexpr,
+    NORMALIZED: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+):
+    """Write the gradients, in reverse order: what the sweep before read last is what the caches still hold."""
+    lanes = tl.arange(0, BLOCK_V)
+    tiles = tl.cdiv(width, BLOCK_V)
+    for back in range(tiles):
+        columns = (tiles - 1 - back) * BLOCK_V + lanes
+        s, s_slope = read(student, columns, V)
+        gradient = tl.zeros([BLOCK_V], tl.float32)
+        if factors.distillation is not None:
+            t, t_slope = read(teacher, columns, V)
+            log_q = log_probability(s, s_norm)
+            log_p = log_probability(t, t_norm)
+            phi, g = evaluate(DIVERGENCE, parameters, log_p, log_q, NORMALIZED)
+            gradient = _project(g, log_q, sums.g, NORMALIZED) * factors.distillation
+            if teacher.gradient is not None:
+                h = _project(degree * phi - g, log_p, sums.h, NORMALIZED)
+                h = tl.where(columns < V, h * t_slope * factors.teacher, 0.0)
+                _store(teacher.gradient, columns, h, teacher.width)
+        if student.gradient is not None:
+            if factors.cross_entropy is not None:
+                target = tl.where(columns == label, 1.0, 0.0)
+                if smoothing is not None:
+                    target = (1.0 - smoothing) * target + smoothing / V
+                q_plain = tl.exp(log_probability(s, plain))
+                gradient += (q_plain - target) * factors.cross_entropy
+            gradient = tl.where(columns < V, gradient * s_slope, 0.0)
+            _store(student.gradient, columns, gradient, student.width)
+
+
+@triton.jit
+def sweep_zeros(pointer, width, BLOCK_V: tl.constexpr):
+    """The gradient of a row that is dropped."""
+    lanes = tl.arange(0, BLOCK_V)
+    for tile in range(tl.cdiv(width, BLOCK_V)):
+        _store(pointer, tile * BLOCK_V + lanes, tl.zeros([BLOCK_V], tl.float32), width)

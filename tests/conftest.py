@@ -1,0 +1,62 @@
+"""The backends under test, and the conditions every test runs in."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+# OpenMP reads this when torch loads it. Its threads spin while they wait, and on a busy machine that makes every small
+# parallel operation a hundred times slower.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+import pytest
+import torch
+
+import fastkd
+
+# Triton reads this when it is imported, and `import fastkd` does not import it.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+# A developer's settings must not decide what is tested.
+for _setting in ("FASTKD_BACKEND", "FASTKD_STRICT", "FASTKD_CHECK"):
+    os.environ.pop(_setting, None)
+
+# Whether the Triton kernels, in the interpreter where there is no GPU, run the tests that are small enough for it.
+TRITON = False
+
+BACKENDS = ["reference"]
+if os.environ.get("FASTKD_TEST_WITHOUT_NATIVE") != "1":
+    BACKENDS.append("cpu")
+
+
+def _present(name: str) -> str:
+    """A backend that cannot run here fails its tests: a broken build is never green."""
+    obstacle = fastkd.available_backends()[name]
+    if obstacle is not None:
+        pytest.fail(
+            f"backend {name!r}: {obstacle.reason}. {obstacle.remedy}. FASTKD_TEST_WITHOUT_NATIVE=1 omits it"
+        )
+    return name
+
+
+@pytest.fixture(scope="session", params=BACKENDS)
+def backend(request: pytest.FixtureRequest) -> str:
+    """A backend for CPU tensors of any size."""
+    return _present(request.param)
+
+
+@pytest.fixture(scope="session", params=[*BACKENDS, *(["triton"] if TRITON else [])])
+def any_backend(request: pytest.FixtureRequest) -> str:
+    """As `backend`, and Triton's interpreter too: for tests of a few small rows."""
+    return _present(request.param)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def poisoned_memory() -> Iterator[None]:
+    """torch.empty is full of NaN (of the largest integer), so that an element nobody wrote shows."""
+    torch.use_deterministic_algorithms(True)
+    assert torch.utils.deterministic.fill_uninitialized_memory
+    assert torch.empty(3).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(False)

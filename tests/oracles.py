@@ -1,0 +1,291 @@
+"""What kd_loss should give: the published formulas in plain PyTorch, differentiated by autograd.
+
+Nothing here uses fastkd. In float64 this is the truth; in float32 it is the plain composition that a user would
+write, whose error is the bar for every backend (tests/accuracy.py).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def _times(log_x: Tensor, factor: Tensor) -> Tensor:
+    """x * factor with 0 * infinity = 0, in the value and in both derivatives."""
+    x = log_x.exp()
+    return x * factor.masked_fill(x == 0, 0.0)
+
+
+def forward_kl(log_p: Tensor, log_q: Tensor) -> Tensor:
+    return _times(log_p, log_p - log_q)
+
+
+def reverse_kl(log_p: Tensor, log_q: Tensor) -> Tensor:
+    return _times(log_q, log_q - log_p)
+
+
+def mixture(log_p: Tensor, log_q: Tensor, forward: float = 0.5, reverse: float = 0.5) -> Tensor:
+    return forward * forward_kl(log_p, log_q) + reverse * reverse_kl(log_p, log_q)
+
+
+def soft_cross_entropy(log_p: Tensor, log_q: Tensor) -> Tensor:
+    return _times(log_p, -log_q)
+
+
+def _log_mixture(log_x: Tensor, log_y: Tensor, share: float) -> Tensor:
+    """log(share x + (1 - share) y)"""
+    return torch.logaddexp(log_x + math.log(share), log_y + math.log1p(-share))
+
+
+def jsd(log_p: Tensor, log_q: Tensor, beta: float = 0.5) -> Tensor:
+    if beta in (0.0, 1.0):  # the convention of GKD
+        return reverse_kl(log_p, log_q) if beta else forward_kl(log_p, log_q)
+    log_m = _log_mixture(log_p, log_q, beta)
+    return beta * _times(log_p, log_p - log_m) + (1 - beta) * _times(log_q, log_q - log_m)
+
+
+def skew_forward_kl(log_p: Tensor, log_q: Tensor, alpha: float = 0.1) -> Tensor:
+    if alpha == 0.0:
+        return forward_kl(log_p, log_q)
+    return _times(log_p, log_p - _log_mixture(log_p, log_q, alpha))
+
+
+def skew_reverse_kl(log_p: Tensor, log_q: Tensor, alpha: float = 0.1) -> Tensor:
+    if alpha == 0.0:
+        return reverse_kl(log_p, log_q)
+    return _times(log_q, log_q - _log_mixture(log_q, log_p, alpha))
+
+
+def tvd(log_p: Tensor, log_q: Tensor) -> Tensor:
+    return 0.5 * (log_p.exp() - log_q.exp()).abs()
+
+
+def hellinger(log_p: Tensor, log_q: Tensor) -> Tensor:
+    return 0.5 * ((0.5 * log_p).exp() - (0.5 * log_q).exp()) ** 2
+
+
+def alpha_beta(log_p: Tensor, log_q: Tensor, alpha: float = 0.2, beta: float = 0.7) -> Tensor:
+    def power(exponent_p: float, exponent_q: float) -> Tensor:
+        terms = [e * x for e, x in ((exponent_p, log_p), (exponent_q, log_q)) if e]
+        return sum(terms[1:], terms[0]).exp()
+
+    gap = log_p - log_q
+    if alpha == 0 and beta == 0:
+        return 0.5 * gap**2
+    if beta == 0:
+        p_power, q_power = power(alpha, 0), power(0, alpha)
+        return (p_power * alpha * gap - p_power + q_power) / alpha**2
+    if alpha == 0:
+        p_power, q_power = power(beta, 0), power(0, beta)
+        return (-q_power * beta * gap - q_power + p_power) / beta**2
+    if alpha + beta == 0:
+        return ((alpha * gap).exp() - alpha * gap - 1) / alpha**2
+    degree = alpha + beta
+    inner = power(alpha, beta) - alpha / degree * power(degree, 0) - beta / degree * power(0, degree)
+    return -inner / (alpha * beta)
+
+
+def squared_error(tempered_teacher: Tensor, tempered_student: Tensor) -> Tensor:
+    return 0.5 * (tempered_student - tempered_teacher) ** 2
+
+
+DIVERGENCES: dict[str, Callable[..., Tensor]] = {
+    formula.__name__: formula
+    for formula in (
+        forward_kl,
+        reverse_kl,
+        mixture,
+        soft_cross_entropy,
+        jsd,
+        skew_forward_kl,
+        skew_reverse_kl,
+        tvd,
+        hellinger,
+        alpha_beta,
+        squared_error,
+    )
+}
+UNNORMALIZED = ("squared_error",)
+
+
+class Outcome(NamedTuple):
+    """The loss, its gradients and parts, and the terms of each: how far one unit of error moves it.
+
+    A log-probability x computed in floating point carries an error of the order of one unit in the last place times
+    max(1, |x|): the normaliser is the logarithm of a sum that is at least 1. The terms are what a result is a sum of,
+    and its derivatives by the log-probabilities times max(1, |x|).
+    """
+
+    loss: Tensor
+    student_gradient: Tensor
+    teacher_gradient: Tensor
+    distillation: Tensor
+    cross_entropy: Tensor
+    student_entropy: Tensor
+    counted: int
+    loss_terms: Tensor
+    student_terms: Tensor
+    teacher_terms: Tensor
+    distillation_terms: Tensor
+    cross_entropy_terms: Tensor
+    student_entropy_terms: Tensor
+
+
+def compose(
+    student: Tensor,
+    teacher: Tensor,
+    labels: Tensor | None = None,
+    *,
+    dtype: torch.dtype = torch.float64,
+    terms: bool = True,
+    upstream: Tensor | None = None,
+    divergence: str = "forward_kl",
+    parameters: dict[str, float] | None = None,
+    temperature: float | Tensor = 1.0,
+    teacher_temperature: float | Tensor | None = None,
+    alpha: float = 1.0,
+    scale_by_temperature: bool = True,
+    label_smoothing: float = 0.0,
+    ignore_index: int = -100,
+    mask: Tensor | None = None,
+    weight: Tensor | None = None,
+    reduction: str = "mean",
+    num_items: float | Tensor | None = None,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    teacher_logit_scale: float = 1.0,
+    teacher_softcap: float | None = None,
+    vocab_size: int | None = None,
+) -> Outcome:
+    """The loss of Hinton, Vinyals and Dean (2015) over any divergence, with the options of kd_loss."""
+    lead, device = student.shape[:-1], student.device
+    n = math.prod(lead)
+    vocabulary = student.shape[-1] if vocab_size is None else vocab_size
+    student_leaf = student.detach().to(dtype).requires_grad_()
+    teacher_leaf = teacher.detach().to(dtype).requires_grad_()
+
+    counted = torch.ones(n, dtype=torch.bool, device=device)
+    if labels is not None:
+        counted &= labels.reshape(n) != ignore_index
+    if mask is not None:
+        counted &= mask.reshape(n)
+    row_weight = torch.ones(n, dtype=dtype) if weight is None else weight.reshape(n).to(dtype)
+    rows = (counted & (row_weight != 0)).nonzero().squeeze(-1)  # a row that is not here is never read
+
+    def of_rows(value: float | Tensor) -> Tensor:
+        value = value.reshape(n)[rows] if isinstance(value, Tensor) else torch.full((len(rows),), value, dtype=dtype)
+        return value.to(dtype).unsqueeze(-1)
+
+    def adjusted(leaf: Tensor, scale: float, cap: float | None) -> Tensor:
+        z = leaf.reshape(n, leaf.shape[-1])[rows, :vocabulary] * scale
+        return z if cap is None else cap * torch.tanh(z / cap)
+
+    t_student = of_rows(temperature)
+    t_teacher = t_student if teacher_temperature is None else of_rows(teacher_temperature)
+    s = adjusted(student_leaf, logit_scale, softcap)
+    t = adjusted(teacher_leaf, teacher_logit_scale, teacher_softcap)
+    log_q, log_p = s / t_student, t / t_teacher
+    if divergence not in UNNORMALIZED:
+        log_q, log_p = log_q.log_softmax(-1), log_p.log_softmax(-1)
+    both_gone = (log_p == -torch.inf) & (log_q == -torch.inf)
+    phi = DIVERGENCES[divergence](
+        log_p.masked_fill(both_gone, 0.0), log_q.masked_fill(both_gone, 0.0), **(parameters or {})
+    ).masked_fill(both_gone, 0.0)
+    t_squared = t_student.squeeze(-1) ** 2 if scale_by_temperature else 1.0
+    distillation = phi.sum(-1) * t_squared
+    cross_entropy = torch.zeros_like(distillation)
+    if alpha < 1:
+        cross_entropy = F.cross_entropy(
+            s, labels.reshape(n)[rows], reduction="none", label_smoothing=label_smoothing
+        )
+    log_q_plain = (s.detach() / t_student).log_softmax(-1)
+    entropy = -_times(log_q_plain, log_q_plain).sum(-1)
+
+    factor = row_weight[rows]
+    loss_of_row = (1 - alpha) * cross_entropy
+    if alpha:
+        loss_of_row = loss_of_row + alpha * distillation
+
+    def spread(of_kept: Tensor) -> Tensor:
+        return torch.zeros(n, dtype=dtype, device=device).index_copy(0, rows, of_kept).reshape(lead)
+
+    loss = spread(loss_of_row * factor)
+    denominator = 1.0
+    if reduction in ("mean", "batchmean"):
+        denominator = max(int(counted.sum()), 1) if reduction == "mean" else max(student.shape[0], 1)
+        if num_items is not None:
+            denominator = float(num_items)
+    if reduction != "none":
+        loss = loss.sum() / denominator
+    upstream = torch.ones_like(loss) if upstream is None else upstream.to(dtype)
+    gradients = torch.autograd.grad(
+        loss, (student_leaf, teacher_leaf), upstream, retain_graph=True, allow_unused=True, materialize_grads=True
+    )
+    values = (spread(value.detach()) for value in (distillation, cross_entropy, entropy))
+    outcome = Outcome(loss.detach(), *gradients, *values, int(counted.sum()), *(loss.new_zeros(()),) * 6)
+    if not terms:
+        return outcome
+
+    # What follows measures the terms.
+    t_squared = torch.as_tensor(t_squared, dtype=dtype).expand(len(rows))
+    (by_q, q_by_q, q_by_p), (by_p, p_by_p, p_by_q) = _derivatives(phi, log_q, log_p), _derivatives(phi, log_p, log_q)
+    size_q, size_p = log_q.abs().clamp(1.0, 1e30), log_p.abs().clamp(1.0, 1e30)
+    own_q = _size(by_q) + _size(q_by_q * size_q) + _size(q_by_p * size_p)
+    # A definition gives (phi, g), and Euler's identity the teacher's derivative as a difference of the two.
+    own_p = _size(by_p) + _size(p_by_p * size_p) + _size(p_by_q * size_q) + _size(phi) + _size(by_q)
+    # The second derivatives are the size of what cancels inside phi where p is close to q.
+    cancelled = own_q + own_p + _size(by_q * size_q) + _size(by_p * size_p)
+    distillation_terms = (phi.abs() + cancelled).sum(-1) * t_squared
+    cross_entropy_terms = cross_entropy.abs() + cross_entropy.abs().clamp(min=1.0)
+    loss_terms = spread((alpha * distillation_terms + (1 - alpha) * cross_entropy_terms) * factor.abs())
+    if reduction != "none":
+        loss_terms = loss_terms.sum() / denominator
+    multiplier = (upstream.expand(lead).reshape(n)[rows] * factor).abs().unsqueeze(-1) / denominator
+
+    def gradient_terms(own: Tensor, log_x: Tensor, size: Tensor, by: Tensor, tempering: Tensor) -> Tensor:
+        """|g_v| and x_v |sum g|, which the gradient is the difference of, with the error of g and of x."""
+        if divergence not in UNNORMALIZED:
+            own = own + log_x.exp() * (own.sum(-1, keepdim=True) + size * by.sum(-1, keepdim=True).abs())
+        return own * alpha * t_squared.unsqueeze(-1) / tempering
+
+    student_terms = gradient_terms(own_q, log_q, size_q, by_q, t_student)
+    teacher_terms = gradient_terms(own_p, log_p, size_p, by_p, t_teacher)
+    if alpha < 1:
+        log_q = s.log_softmax(-1)
+        one_hot = F.one_hot(labels.reshape(n)[rows], vocabulary)
+        student_terms = student_terms + (1 - alpha) * (log_q.exp() * log_q.abs().clamp(1.0, 1e30) + one_hot)
+
+    def spread_wide(of_kept: Tensor, scale: float, width: int) -> Tensor:
+        wide = torch.zeros(n, width, dtype=dtype, device=device)
+        wide[rows, :vocabulary] = of_kept.detach() * multiplier * abs(scale)
+        return wide.reshape(*lead, width)
+
+    return Outcome(
+        *outcome[:7],
+        loss_terms.detach(),
+        spread_wide(student_terms, logit_scale, student.shape[-1]),
+        spread_wide(teacher_terms, teacher_logit_scale, teacher.shape[-1]),
+        spread(distillation_terms.detach()),
+        spread(cross_entropy_terms.detach()),
+        spread(_times(log_q_plain, (1 - log_q_plain) * log_q_plain.abs().clamp(min=1.0)).sum(-1)),
+    )
+
+
+def _size(value: Tensor) -> Tensor:
+    return value.detach().abs().nan_to_num(0.0, 0.0, 0.0)
+
+
+def _derivatives(phi: Tensor, log_x: Tensor, log_y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """d phi / d log x, and the derivatives of that by log x and by log y; entry by entry."""
+    (first,) = torch.autograd.grad(phi.sum(), log_x, create_graph=True, allow_unused=True, materialize_grads=True)
+    if not first.requires_grad:
+        return first, torch.zeros_like(phi), torch.zeros_like(phi)
+    second = torch.autograd.grad(
+        first.sum(), (log_x, log_y), retain_graph=True, allow_unused=True, materialize_grads=True
+    )
+    return (first.detach(), *second)

@@ -1,0 +1,245 @@
+"""Which backend serves a call, what is said when it is not the fast one, and what importing costs."""
+
+from __future__ import annotations
+
+import logging
+import os
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import pytest
+import torch
+from accuracy import logits, ran_on
+from torch import Tensor
+
+import fastkd
+from fastkd import BackendUnavailable, backends, kd_loss
+from fastkd.backends import Call, Obstacle, choose
+
+ALL: Mapping[str, Obstacle | None] = {"cpu": None, "triton": None, "reference": None}
+NO_COMPILER = Obstacle("no compiler", "Install one")
+NO_TRITON = Obstacle("no triton", "pip install it")
+F32, BF16, F16, F64 = torch.float32, torch.bfloat16, torch.float16, torch.float64
+
+
+def _theirs(p: Any, q: Any, log_p: Any, log_q: Any) -> tuple[Any, Any]:
+    return p * (log_p - log_q), -p
+
+
+THEIRS = fastkd.Divergence("theirs", _theirs)
+KL = fastkd.forward_kl()
+
+
+@pytest.fixture
+def undecided() -> Iterator[None]:
+    """Nothing found, chosen or logged yet."""
+
+    def forget() -> None:
+        for cached in (backends.available_backends, backends._select, backends._log_once):
+            cached.cache_clear()
+
+    forget()
+    yield
+    forget()
+
+
+# The table
+
+
+@pytest.mark.parametrize(
+    ("call", "available", "chosen", "why"),
+    [
+        (Call("cpu", F32, F32, KL), ALL, "cpu", None),
+        (Call("cpu", BF16, F16, KL), ALL, "cpu", None),
+        (Call("cuda", F32, F32, KL), ALL, "triton", None),
+        (Call("xpu", BF16, F32, KL), ALL, "triton", None),
+        # Triton compiles a definition of the user's; the extension holds those of the table.
+        (Call("cuda", F32, F32, THEIRS), ALL, "triton", None),
+        (Call("cpu", F32, F32, THEIRS), ALL, "reference", "cpu: divergence 'theirs' is not compiled"),
+        (Call("cpu", F64, F32, KL), ALL, "reference", "cpu: student_logits is torch.float64, and its kernels take"),
+        (Call("cpu", F32, F64, KL), ALL, "reference", "cpu: teacher is torch.float64, and its kernels take"),
+        (Call("cuda", F64, F64, KL), ALL, "reference", "triton: student_logits is torch.float64"),
+        (Call("mps", F32, F32, KL), ALL, "reference", "triton: the logits are on 'mps'. Move them to a GPU"),
+        (Call("cpu", F32, F32, KL), ALL | {"cpu": NO_COMPILER}, "reference", "cpu: no compiler. Install one"),
+        (Call("cuda", F32, F32, KL), ALL | {"triton": NO_TRITON}, "reference", "triton: no triton. pip install it"),
+        # What another device lacks is not this one's business.
+        (Call("cpu", F32, F32, KL), ALL | {"triton": NO_TRITON}, "cpu", None),
+        (Call("cuda", F32, F32, KL), ALL | {"cpu": NO_COMPILER}, "triton", None),
+    ],
+)
+def test_choose(call: Call, available: Mapping[str, Obstacle | None], chosen: str, why: str | None) -> None:
+    name, reason = choose(call, available)
+    assert name == chosen
+    assert reason == why or (reason is not None and why is not None and reason.startswith(why))
+
+
+def test_every_divergence_of_the_table_is_compiled() -> None:
+    made = [make() for make in fastkd.DIVERGENCES.values()]
+    made += [fastkd.alpha_beta(*limit) for limit in ((1.0, 0.0), (0.0, 1.0), (0.5, -0.5), (0.0, 0.0))]
+    for divergence in made:
+        assert choose(Call("cpu", F32, F32, divergence), ALL) == ("cpu", None), divergence.label
+
+
+def test_available_backends() -> None:
+    available = fastkd.available_backends()
+    assert set(available) == {"cpu", "triton", "reference"} and available["reference"] is None
+    assert all(why is None or (why.reason and why.remedy) for why in available.values())
+
+
+# What a call does
+
+
+@pytest.mark.usefixtures("undecided")
+def test_auto_takes_the_kernels(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the extension is built, it runs; `backend` fails here where it is not."""
+    ran = ran_on(monkeypatch, "reference", *({"cpu"} & {backend}))
+    monkeypatch.setenv("FASTKD_STRICT", "0")
+    if backend == "reference":
+        monkeypatch.setattr(backends, "_cpu_obstacle", lambda: NO_COMPILER)
+    student = logits(3, 9, seed=1).requires_grad_()
+    kd_loss(student, logits(3, 9, seed=2)).backward()
+    assert ran == [backend]
+
+
+@pytest.mark.usefixtures("undecided")
+def test_a_fallback_is_logged_once_with_its_reason(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(backends, "_cpu_obstacle", lambda: NO_COMPILER)
+    with caplog.at_level(logging.WARNING, logger="fastkd"):
+        for rows in (1, 2, 3):
+            kd_loss(logits(rows, 9, seed=3), logits(rows, 9, seed=4))
+        kd_loss(logits(3, 9, seed=3), logits(3, 9, seed=4), divergence="jsd")
+        kd_loss(logits(3, 9, seed=3).bfloat16(), logits(3, 9, seed=4))
+    assert [record.getMessage() for record in caplog.records] == [
+        "fastkd falls back to the reference backend (cpu: no compiler. Install one)"
+    ]
+
+
+@pytest.mark.usefixtures("undecided")
+def test_each_reason_is_logged(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backends, "_cpu_obstacle", lambda: None)
+    student, teacher = logits(3, 9, seed=5), logits(3, 9, seed=6)
+    with caplog.at_level(logging.WARNING, logger="fastkd"):
+        kd_loss(student.double(), teacher)
+        kd_loss(student, teacher.double())
+        kd_loss(student, teacher, divergence=THEIRS)
+        kd_loss(student, teacher, divergence=THEIRS, temperature=2.0)
+    reasons = [record.getMessage() for record in caplog.records]
+    assert len(reasons) == 3
+    assert "student_logits is torch.float64" in reasons[0] and "teacher is torch.float64" in reasons[1]
+    assert "divergence 'theirs' is not compiled into the extension" in reasons[2]
+
+
+@pytest.mark.usefixtures("undecided")
+def test_strict_makes_a_fallback_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backends, "_cpu_obstacle", lambda: NO_COMPILER)
+    monkeypatch.setenv("FASTKD_STRICT", "1")
+    student, teacher = logits(3, 9, seed=7), logits(3, 9, seed=8)
+    with pytest.raises(BackendUnavailable) as error:
+        kd_loss(student, teacher)
+    assert "FASTKD_STRICT=1 forbids the fallback to reference" in str(error.value)
+    assert "no compiler. Install one" in str(error.value)
+    kd_loss(student, teacher, backend="reference")  # asked for, and so no fallback
+    monkeypatch.setenv("FASTKD_STRICT", "0")
+    kd_loss(student, teacher)
+
+
+@pytest.mark.usefixtures("undecided")
+def test_a_backend_asked_for_by_name_is_that_one_or_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    student, teacher = logits(3, 9, seed=9), logits(3, 9, seed=10)
+    monkeypatch.setattr(backends, "_cpu_obstacle", lambda: NO_COMPILER)
+    monkeypatch.setattr(backends, "_triton_obstacle", lambda: None)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(BackendUnavailable) as error:
+        kd_loss(student, teacher, backend="cpu")
+    assert str(error.value) == "backend 'cpu' is unavailable: no compiler. Install one"
+    assert (error.value.backend, error.value.reason, error.value.remedy) == ("cpu", "no compiler", "Install one")
+    with pytest.raises(BackendUnavailable, match="backend 'triton' is unavailable: the logits are on 'cpu'"):
+        kd_loss(student, teacher, backend="triton")
+    with pytest.raises(BackendUnavailable, match="student_logits is torch.float64"):
+        kd_loss(student.double(), teacher, backend="triton")
+    with pytest.raises(ValueError) as wrong:
+        kd_loss(student, teacher, backend="cuda")
+    assert str(wrong.value) == "backend must be 'auto' or one of cpu, triton, reference; got 'cuda'"
+
+
+@pytest.mark.usefixtures("undecided")
+def test_fastkd_backend_overrides(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backends, "_cpu_obstacle", lambda: NO_COMPILER)
+    ran = ran_on(monkeypatch, "reference")
+    student, teacher = logits(3, 9, seed=11), logits(3, 9, seed=12)
+    monkeypatch.setenv("FASTKD_BACKEND", "reference")
+    kd_loss(student, teacher, backend="cpu")
+    kd_loss(student, teacher)
+    assert ran == ["reference"] * 2
+    monkeypatch.setenv("FASTKD_BACKEND", "cpu")
+    with pytest.raises(BackendUnavailable, match="backend 'cpu' is unavailable: no compiler"):
+        kd_loss(student, teacher, backend="reference")
+    monkeypatch.setenv("FASTKD_BACKEND", "gpu")
+    with pytest.raises(ValueError) as error:
+        kd_loss(student, teacher)
+    assert str(error.value) == "FASTKD_BACKEND must be 'auto' or one of cpu, triton, reference; got 'gpu'"
+    monkeypatch.setenv("FASTKD_BACKEND", "")
+    kd_loss(student, teacher)
+    assert len(ran) == 3
+
+
+@pytest.mark.parametrize("error", [RuntimeError("launch failed"), MemoryError(), FloatingPointError("NaN")])
+def test_an_error_is_no_reason_to_fall_back(
+    backend: str, error: Exception, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*_: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(backends.load(backend), "kd_rows", fails)
+    monkeypatch.setattr(backends, "choose", lambda *_: (backend, None))
+    backends._select.cache_clear()
+    with pytest.raises(type(error)) as raised:
+        kd_loss(logits(3, 9, seed=13), logits(3, 9, seed=14))
+    assert raised.value is error
+    backends._select.cache_clear()
+
+
+def test_a_backend_that_is_broken_is_no_reason_to_fall_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its module was found, and raises as it is imported."""
+
+    def broken(name: str) -> None:
+        raise ImportError(f"no {name}")
+
+    monkeypatch.setattr(backends, "load", broken)
+    with pytest.raises(ImportError, match="no reference"):
+        kd_loss(logits(3, 9, seed=13), logits(3, 9, seed=14), backend="reference")
+
+
+def test_nan_in_the_result_is_no_reason_to_fall_back(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    ran = ran_on(monkeypatch, *{"reference", backend})
+    student: Tensor = torch.full((2, 5), torch.nan)
+    assert kd_loss(student, student.clone(), backend=backend).isnan()
+    assert ran == [backend]
+
+
+# Importing
+
+
+def _python(code: str, **environment: str) -> str:
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, env=os.environ | environment
+    )
+    return done.stdout.strip()
+
+
+def test_import_loads_no_kernels() -> None:
+    code = "import sys, fastkd; print([m for m in sys.modules if m.split('.')[0] == 'triton' or m.startswith('fastkd.')])"
+    loaded = _python(code)
+    assert "triton" not in loaded
+    for module in ("fastkd.kernels", "fastkd._C", "fastkd.cpu", "fastkd.reference"):
+        assert repr(module) not in loaded
+
+
+def test_import_costs_less_than_a_tenth_of_a_second() -> None:
+    """Beyond torch. The best of several, since another process can only make it slower."""
+    code = "import time, torch; start = time.perf_counter(); import fastkd; print(time.perf_counter() - start)"
+    assert min(float(_python(code)) for _ in range(3)) < 0.1
