@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 import torch
 from contenders import DTYPES, LOSSES, Loss, Rows, eager_rows, fastkd_loss, from_definition
-from report import Table, add_arguments, emit
+from report import Table, add_arguments, emit, progress
 from torch import Tensor
 
 import fastkd
@@ -132,6 +132,7 @@ def main() -> None:
         loss = LOSSES.get(name) or from_definition(fastkd.DIVERGENCES[name]())
         for logits in LOGITS:
             for dtype in arguments.dtypes:
+                progress(loss.label, logits, dtype)
                 found = survey(loss, logits, DTYPES[dtype], arguments.seeds, arguments.vocabulary)
                 for what, table in tables.items():
                     both = {key: extremes(getattr(of, what)) for key, of in found.items()}

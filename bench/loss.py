@@ -41,11 +41,11 @@ from contenders import (
     random_logits,
     shape_of,
 )
-from report import Table, add_arguments, emit
+from report import Table, add_arguments, emit, progress
 
 CACHED_COLUMNS = 8_192  # times two tensors of 4 bytes: 64 KB, in any second-level cache
 OVERHEAD_SHAPE = (8, 1_000)
-OVERHEAD_ROUNDS = 1_000
+OVERHEAD_ROUNDS = 300
 WARM_UPS = 2
 
 Shape = tuple[int, int]
@@ -193,6 +193,7 @@ def main() -> None:
             for name in arguments.divergences:
                 loss = LOSSES[name]
                 row = [loss.label, f"{shape[0]} x {shape[1]:,}", dtype]
+                progress(*row)
 
                 losses = make(loss, DTYPES[dtype])
                 competing = steps(losses, inputs) | floors(shape, inputs)
@@ -210,6 +211,7 @@ def main() -> None:
                 measurements += record("forward", loss, shape, dtype, seconds)
         for name in arguments.divergences:
             loss = LOSSES[name]
+            progress(loss.label, "a small call", dtype)
             inputs = Inputs(*random_logits(*OVERHEAD_SHAPE, dtype=DTYPES[dtype]))
             losses = make(loss, DTYPES[dtype])
             seconds = interleave(steps(losses, inputs), OVERHEAD_ROUNDS)

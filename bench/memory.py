@@ -35,7 +35,7 @@ from contenders import (
     random_logits,
     shape_of,
 )
-from report import Table, add_arguments, emit
+from report import Table, add_arguments, emit, progress
 
 from fastkd import _C
 
@@ -121,6 +121,7 @@ def main() -> None:
             for shape in arguments.shapes:
                 for dtype in arguments.dtypes:
                     row = [LOSSES[divergence].label, layout, f"{shape[0]} x {shape[1]:,}", dtype]
+                    progress(*row)
                     for contender in CONTENDERS:
                         if contender == "eager, no upcast" and dtype == "float32":
                             row.append("-")

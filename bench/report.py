@@ -6,6 +6,7 @@ import argparse
 import json
 import os
 import platform
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -60,6 +61,7 @@ def machine() -> dict[str, str]:
         "fastkd": f"{fastkd.__version__} ({_C.instruction_set()})",
         "Python": platform.python_version(),
         "THP_MEM_ALLOC_ENABLE": os.environ.get("THP_MEM_ALLOC_ENABLE", "not set"),
+        "OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY", "not set"),
         "transparent huge pages": huge_pages.read_text().strip() if huge_pages.exists() else "none",
     }
 
@@ -91,6 +93,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every measurement")
     parser.add_argument("--markdown", type=Path, metavar="FILE", help="write the tables")
+
+
+def progress(*case: str) -> None:
+    """Say on standard error what is being measured: the tables come at the end."""
+    print(*case, sep=", ", file=sys.stderr, flush=True)
 
 
 def emit(

@@ -1,10 +1,11 @@
 """Every divergence of the table, timed by pytest-benchmark, to see whether a change made one slower.
 
     python -m pytest bench --benchmark-only --benchmark-save=before
-    python -m pytest bench --benchmark-only --benchmark-compare --benchmark-compare-fail=median:10%
+    python -m pytest bench --benchmark-only --benchmark-compare --benchmark-compare-fail=min:10%
 
-Small on purpose, so that the whole table takes a minute or two: bench/loss.py has the sizes of real
-models and the contenders. pytest collects tests/ by itself, and this only where it is named.
+The least time is compared, which other work on the machine disturbs least. Sizes are small, so that
+the whole table takes a minute or two: bench/loss.py has the sizes of real models and the contenders.
+pytest collects tests/ by itself, and this only where it is named.
 """
 
 from __future__ import annotations

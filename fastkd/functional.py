@@ -160,9 +160,12 @@ def kd_loss(
         if counted is None
         else counted.sum()
     )
-    scale = _scale(reduction, num_items, count, student_logits, row_dtype)
-    if torch.compiler.is_compiling() and not isinstance(scale, Tensor):
-        scale = student_logits.new_full((), scale, dtype=row_dtype)  # it may hold a dynamic size
+    items = _denominator(reduction, num_items, count, student_logits, row_dtype)
+    if torch.compiler.is_compiling() and not isinstance(items, Tensor):
+        items = student_logits.new_full(
+            (), items, dtype=row_dtype
+        )  # the number of rows is no constant
+    scale = items.reciprocal() if isinstance(items, Tensor) else 1.0 / items
     options = Options(
         divergence,
         alpha,
@@ -249,7 +252,7 @@ def _number(
 def _nonzero(argument: str, value: float) -> float:
     if not isinstance(value, (int, float)):
         raise TypeError(f"{argument} must be a number, got {type(value).__name__}")
-    if value == 0 or not math.isfinite(value):
+    if value == 0 or not -math.inf < value < math.inf:
         raise ValueError(f"{argument} must be finite and not 0, got {value}")
     return float(value)
 
@@ -259,7 +262,7 @@ def _softcap(argument: str, value: float | None) -> float:
         return 0.0
     if not isinstance(value, (int, float)):
         raise TypeError(f"{argument} must be a number or None, got {type(value).__name__}")
-    if not (value > 0 and math.isfinite(value)):
+    if not 0 < value < math.inf:
         raise ValueError(f"{argument} must be positive and finite, or None for none; got {value}")
     return float(value)
 
@@ -273,7 +276,7 @@ def _temperature(
         return 1.0, value.to(torch.float32).contiguous()
     if not isinstance(value, (int, float)):
         raise TypeError(f"{argument} must be a number or a tensor, got {type(value).__name__}")
-    if not (value > 0 and math.isfinite(value)):
+    if not 0 < value < math.inf:
         raise ValueError(f"{argument} must be positive and finite, got {value}")
     return float(value), None
 
@@ -362,14 +365,14 @@ def _weights(
     return counted, None if weight is None else weight.to(dtype).contiguous()
 
 
-def _scale(
+def _denominator(
     reduction: str,
     num_items: int | float | Tensor | None,
     count: int | Tensor,
     student: Tensor,
     dtype: torch.dtype,
-) -> float | Tensor:
-    """One over what the summed loss is divided by: a float, or a 0-dim tensor where only the device knows it."""
+) -> int | float | Tensor:
+    """What the summed loss is divided by: a number, or a 0-dim tensor where only the device knows it."""
     if num_items is not None:
         items = num_items
         if isinstance(items, Tensor):
@@ -386,22 +389,18 @@ def _scale(
                     "num_items requires grad, and kd_loss has no gradient for it; detach it"
                 )
             items = items.reshape(()).to(student.device, dtype, non_blocking=True)
-            return items.reciprocal()
+            return torch.where(items == 0, 1.0, items)  # 0: no row counts anywhere, so 0 / 1
         if not isinstance(items, (int, float)):
             raise TypeError(f"num_items must be a number or a tensor, got {type(items).__name__}")
-        if not (items > 0 and math.isfinite(items)):
+        if not 0 < items < math.inf:
             raise ValueError(f"num_items must be positive, got {items}")
-        return 1.0 / items
+        return items
     if reduction == "batchmean":
         if student.dim() == 1:
             raise ValueError(
                 "reduction='batchmean' divides by the first dimension; student_logits have one row only"
             )
-        return 1.0 / max(student.shape[0], 1)
+        return max(student.shape[0], 1)
     if reduction == "mean":
-        return (
-            count.clamp(min=1).to(dtype).reciprocal()
-            if isinstance(count, Tensor)
-            else 1.0 / max(count, 1)
-        )
-    return 1.0
+        return count.clamp(min=1).to(dtype) if isinstance(count, Tensor) else max(count, 1)
+    return 1

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import builtins
 import functools
+import inspect
 import types
 from collections.abc import Callable
 from typing import Any
@@ -104,6 +105,16 @@ def bind(function: Callable[..., Any]) -> Any:
         raise TypeError(
             f"the divergence function {name} must be a plain `def` that closes over nothing, for Triton"
         )
+    try:
+        text = inspect.getsource(function)
+    except OSError as error:
+        raise TypeError(
+            f"the divergence function {name} must be a `def` in a file, for Triton"
+        ) from error
+    if not text.lstrip().startswith("def "):
+        raise TypeError(
+            f"the divergence function {name} must be an undecorated `def` in a file, for Triton"
+        )
     words = {}
     for used in function.__code__.co_names:
         value = function.__globals__.get(used, getattr(builtins, used, None))
@@ -119,12 +130,7 @@ def bind(function: Callable[..., Any]) -> Any:
         function.__code__, {**words, "tl": tl}, function.__name__, function.__defaults__
     )
     rebound.__module__, rebound.__qualname__ = function.__module__, function.__qualname__
-    try:
-        return triton.jit(rebound)
-    except (ValueError, AttributeError, OSError) as error:  # Triton reads the source text
-        raise TypeError(
-            f"the divergence function {name} must be a `def` in a file, for Triton: {error}"
-        ) from error
+    return triton.jit(rebound)
 
 
 @triton.jit

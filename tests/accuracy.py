@@ -33,7 +33,9 @@ class Measured(NamedTuple):
     exact: Outcome
 
 
-def logits(*shape: int, seed: int, spread: float = 3.0, dtype: torch.dtype = torch.float32) -> Tensor:
+def logits(
+    *shape: int, seed: int, spread: float = 3.0, dtype: torch.dtype = torch.float32
+) -> Tensor:
     """Normal logits of that standard deviation."""
     return (spread * torch.randn(shape, generator=torch.Generator().manual_seed(seed))).to(dtype)
 
@@ -107,7 +109,11 @@ def gradient_bar(plain: Tensor, exact: Tensor, terms: Tensor, dtype: torch.dtype
     bar = (_largest(_error(plain, exact)) + ULP * _largest(terms) + UNDERFLOW).expand_as(exact)
     if dtype in (torch.bfloat16, torch.float16):  # one rounding of the exact gradient
         information = torch.finfo(dtype)
-        bar = bar + exact.abs() * information.eps / 2 + information.smallest_normal * information.eps / 2
+        bar = (
+            bar
+            + exact.abs() * information.eps / 2
+            + information.smallest_normal * information.eps / 2
+        )
     return bar
 
 
@@ -134,8 +140,12 @@ def bars(student: Tensor, teacher: Tensor, labels: Tensor | None = None, **argum
     return Bars(
         exact,
         value_bar(plain.loss, exact.loss, exact.loss_terms),
-        gradient_bar(plain.student_gradient, exact.student_gradient, exact.student_terms, student.dtype),
-        gradient_bar(plain.teacher_gradient, exact.teacher_gradient, exact.teacher_terms, teacher.dtype),
+        gradient_bar(
+            plain.student_gradient, exact.student_gradient, exact.student_terms, student.dtype
+        ),
+        gradient_bar(
+            plain.teacher_gradient, exact.teacher_gradient, exact.teacher_terms, teacher.dtype
+        ),
         (
             value_bar(plain.distillation, exact.distillation, exact.distillation_terms),
             value_bar(plain.cross_entropy, exact.cross_entropy, exact.cross_entropy_terms),
@@ -165,20 +175,38 @@ def check(
     s = student.detach().requires_grad_()
     t = teacher.detach().requires_grad_(teacher_gradient)
     loss, parts = fastkd.kd_loss(
-        s, t, labels, divergence=made(divergence, parameters), backend=backend, return_parts=True, **options
+        s,
+        t,
+        labels,
+        divergence=made(divergence, parameters),
+        backend=backend,
+        return_parts=True,
+        **options,
     )
     allowed = bars(
-        student, teacher, labels, divergence=divergence, parameters=parameters, upstream=upstream, **options
+        student,
+        teacher,
+        labels,
+        divergence=divergence,
+        parameters=parameters,
+        upstream=upstream,
+        **options,
     )
     exact = allowed.exact
     assert loss.dtype == torch.float32
     assert_within("loss", loss.detach(), exact.loss, allowed.loss)
-    for part, bar in zip(("distillation", "cross_entropy", "student_entropy"), allowed.parts, strict=True):
+    for part, bar in zip(
+        ("distillation", "cross_entropy", "student_entropy"), allowed.parts, strict=True
+    ):
         assert_within(part, getattr(parts, part), getattr(exact, part), bar)
     assert int(parts.counted) == exact.counted
     found = torch.autograd.grad(loss, (s, t) if teacher_gradient else (s,), upstream)
-    for gradient, given, side in zip(found, (student, teacher), ("student", "teacher"), strict=False):
+    for gradient, given, side in zip(
+        found, (student, teacher), ("student", "teacher"), strict=False
+    ):
         assert gradient.dtype == given.dtype
         which = f"{side}_gradient"
-        assert_within(f"gradient of the {side}", gradient, getattr(exact, which), getattr(allowed, which))
+        assert_within(
+            f"gradient of the {side}", gradient, getattr(exact, which), getattr(allowed, which)
+        )
     return Measured(loss.detach(), found[0], found[1] if teacher_gradient else None, parts, exact)

@@ -86,7 +86,9 @@ def alpha_beta(log_p: Tensor, log_q: Tensor, alpha: float = 0.2, beta: float = 0
     if alpha + beta == 0:
         return ((alpha * gap).exp() - alpha * gap - 1) / alpha**2
     degree = alpha + beta
-    inner = power(alpha, beta) - alpha / degree * power(degree, 0) - beta / degree * power(0, degree)
+    inner = (
+        power(alpha, beta) - alpha / degree * power(degree, 0) - beta / degree * power(0, degree)
+    )
     return -inner / (alpha * beta)
 
 
@@ -175,10 +177,16 @@ def compose(
     if mask is not None:
         counted &= mask.reshape(n)
     row_weight = torch.ones(n, dtype=dtype) if weight is None else weight.reshape(n).to(dtype)
-    rows = (counted & (row_weight != 0)).nonzero().squeeze(-1)  # a row that is not here is never read
+    rows = (
+        (counted & (row_weight != 0)).nonzero().squeeze(-1)
+    )  # a row that is not here is never read
 
     def of_rows(value: float | Tensor) -> Tensor:
-        value = value.reshape(n)[rows] if isinstance(value, Tensor) else torch.full((len(rows),), value, dtype=dtype)
+        value = (
+            value.reshape(n)[rows]
+            if isinstance(value, Tensor)
+            else torch.full((len(rows),), value, dtype=dtype)
+        )
         return value.to(dtype).unsqueeze(-1)
 
     def adjusted(leaf: Tensor, scale: float, cap: float | None) -> Tensor:
@@ -217,23 +225,35 @@ def compose(
     loss = spread(loss_of_row * factor)
     denominator = 1.0
     if reduction in ("mean", "batchmean"):
-        denominator = max(int(counted.sum()), 1) if reduction == "mean" else max(student.shape[0], 1)
+        denominator = (
+            max(int(counted.sum()), 1) if reduction == "mean" else max(student.shape[0], 1)
+        )
         if num_items is not None:
             denominator = float(num_items)
     if reduction != "none":
         loss = loss.sum() / denominator
     upstream = torch.ones_like(loss) if upstream is None else upstream.to(dtype)
     gradients = torch.autograd.grad(
-        loss, (student_leaf, teacher_leaf), upstream, retain_graph=True, allow_unused=True, materialize_grads=True
+        loss,
+        (student_leaf, teacher_leaf),
+        upstream,
+        retain_graph=True,
+        allow_unused=True,
+        materialize_grads=True,
     )
     values = (spread(value.detach()) for value in (distillation, cross_entropy, entropy))
-    outcome = Outcome(loss.detach(), *gradients, *values, int(counted.sum()), *(loss.new_zeros(()),) * 6)
+    outcome = Outcome(
+        loss.detach(), *gradients, *values, int(counted.sum()), *(loss.new_zeros(()),) * 6
+    )
     if not terms:
         return outcome
 
     # What follows measures the terms.
     t_squared = torch.as_tensor(t_squared, dtype=dtype).expand(len(rows))
-    (by_q, q_by_q, q_by_p), (by_p, p_by_p, p_by_q) = _derivatives(phi, log_q, log_p), _derivatives(phi, log_p, log_q)
+    (by_q, q_by_q, q_by_p), (by_p, p_by_p, p_by_q) = (
+        _derivatives(phi, log_q, log_p),
+        _derivatives(phi, log_p, log_q),
+    )
     size_q, size_p = log_q.abs().clamp(1.0, 1e30), log_p.abs().clamp(1.0, 1e30)
     own_q = _size(by_q) + _size(q_by_q * size_q) + _size(q_by_p * size_p)
     # A definition gives (phi, g), and Euler's identity the teacher's derivative as a difference of the two.
@@ -242,15 +262,21 @@ def compose(
     cancelled = own_q + own_p + _size(by_q * size_q) + _size(by_p * size_p)
     distillation_terms = (phi.abs() + cancelled).sum(-1) * t_squared
     cross_entropy_terms = cross_entropy.abs() + cross_entropy.abs().clamp(min=1.0)
-    loss_terms = spread((alpha * distillation_terms + (1 - alpha) * cross_entropy_terms) * factor.abs())
+    loss_terms = spread(
+        (alpha * distillation_terms + (1 - alpha) * cross_entropy_terms) * factor.abs()
+    )
     if reduction != "none":
         loss_terms = loss_terms.sum() / denominator
     multiplier = (upstream.expand(lead).reshape(n)[rows] * factor).abs().unsqueeze(-1) / denominator
 
-    def gradient_terms(own: Tensor, log_x: Tensor, size: Tensor, by: Tensor, tempering: Tensor) -> Tensor:
+    def gradient_terms(
+        own: Tensor, log_x: Tensor, size: Tensor, by: Tensor, tempering: Tensor
+    ) -> Tensor:
         """|g_v| and x_v |sum g|, which the gradient is the difference of, with the error of g and of x."""
         if divergence not in UNNORMALIZED:
-            own = own + log_x.exp() * (own.sum(-1, keepdim=True) + size * by.sum(-1, keepdim=True).abs())
+            own = own + log_x.exp() * (
+                own.sum(-1, keepdim=True) + size * by.sum(-1, keepdim=True).abs()
+            )
         return own * alpha * t_squared.unsqueeze(-1) / tempering
 
     student_terms = gradient_terms(own_q, log_q, size_q, by_q, t_student)
@@ -258,7 +284,9 @@ def compose(
     if alpha < 1:
         log_q = s.log_softmax(-1)
         one_hot = F.one_hot(labels.reshape(n)[rows], vocabulary)
-        student_terms = student_terms + (1 - alpha) * (log_q.exp() * log_q.abs().clamp(1.0, 1e30) + one_hot)
+        student_terms = student_terms + (1 - alpha) * (
+            log_q.exp() * log_q.abs().clamp(1.0, 1e30) + one_hot
+        )
 
     def spread_wide(of_kept: Tensor, scale: float, width: int) -> Tensor:
         wide = torch.zeros(n, width, dtype=dtype, device=device)
@@ -282,7 +310,9 @@ def _size(value: Tensor) -> Tensor:
 
 def _derivatives(phi: Tensor, log_x: Tensor, log_y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """d phi / d log x, and the derivatives of that by log x and by log y; entry by entry."""
-    (first,) = torch.autograd.grad(phi.sum(), log_x, create_graph=True, allow_unused=True, materialize_grads=True)
+    (first,) = torch.autograd.grad(
+        phi.sum(), log_x, create_graph=True, allow_unused=True, materialize_grads=True
+    )
     if not first.requires_grad:
         return first, torch.zeros_like(phi), torch.zeros_like(phi)
     second = torch.autograd.grad(

@@ -20,9 +20,13 @@ FLOATS = [torch.float32, torch.bfloat16, torch.float16]
 dtypes = pytest.mark.parametrize("dtype", FLOATS, ids=str)
 
 
-def _pair(dtype: torch.dtype = torch.float32, *lead: int, columns: int = 19) -> tuple[Tensor, Tensor]:
+def _pair(
+    dtype: torch.dtype = torch.float32, *lead: int, columns: int = 19
+) -> tuple[Tensor, Tensor]:
     lead = lead or (4,)
-    return logits(*lead, columns, seed=1, dtype=dtype).requires_grad_(), logits(*lead, columns, seed=2, dtype=dtype)
+    return logits(*lead, columns, seed=1, dtype=dtype).requires_grad_(), logits(
+        *lead, columns, seed=2, dtype=dtype
+    )
 
 
 def _gradient(student: Tensor, teacher: Tensor, **options: Any) -> Tensor:
@@ -61,14 +65,18 @@ def test_the_loss_squared(any_backend: str, dtype: torch.dtype) -> None:
         error = (student.grad.double() - allowed.exact.student_gradient).abs()
         # bfloat16 is rounded in the forward, and again by the factor.
         rounded_before = allowed.exact.student_gradient.abs() * torch.finfo(dtype).eps / 2
-        assert (error <= allowed.student_gradient + rounded_before * (dtype == torch.bfloat16)).all()
+        assert (
+            error <= allowed.student_gradient + rounded_before * (dtype == torch.bfloat16)
+        ).all()
 
 
 @dtypes
 def test_the_loss_used_twice(any_backend: str, dtype: torch.dtype) -> None:
     student, teacher = _pair(dtype)
     loss = kd_loss(student, teacher, reduction="none", backend=any_backend)
-    (2.0 * loss.sum() + 0.5 * loss[1] + (loss * torch.tensor([0.0, 0.0, 4.0, -2.0])).sum()).backward()
+    (
+        2.0 * loss.sum() + 0.5 * loss[1] + (loss * torch.tensor([0.0, 0.0, 4.0, -2.0])).sum()
+    ).backward()
     upstream = torch.tensor([2.0, 2.5, 6.0, 0.0])
     again = torch.autograd.grad(
         kd_loss(student, teacher, reduction="none", backend=any_backend), student, upstream
@@ -105,12 +113,19 @@ def test_float16_gradient_of_a_scaled_loss_does_not_underflow(backend: str) -> N
 
 @pytest.mark.parametrize("divergence", fastkd.DIVERGENCES)
 @dtypes
-def test_whichever_side_requires_grad_gets_it(any_backend: str, dtype: torch.dtype, divergence: str) -> None:
+def test_whichever_side_requires_grad_gets_it(
+    any_backend: str, dtype: torch.dtype, divergence: str
+) -> None:
     both = None
     for sides in ((True, True), (True, False), (False, True), (False, False)):
         student, teacher = _pair(dtype)
-        student, teacher = student.detach().requires_grad_(sides[0]), teacher.requires_grad_(sides[1])
-        loss = kd_loss(student, teacher, divergence=divergence, temperature=2.0, backend=any_backend)
+        student, teacher = (
+            student.detach().requires_grad_(sides[0]),
+            teacher.requires_grad_(sides[1]),
+        )
+        loss = kd_loss(
+            student, teacher, divergence=divergence, temperature=2.0, backend=any_backend
+        )
         assert loss.requires_grad == any(sides)
         if any(sides):
             loss.backward()
@@ -119,7 +134,9 @@ def test_whichever_side_requires_grad_gets_it(any_backend: str, dtype: torch.dty
         for side, leaf in enumerate((student, teacher)):
             assert (leaf.grad is not None) == sides[side]
             if leaf.grad is not None:  # which is not rounded by chance in another place
-                torch.testing.assert_close(leaf.grad, both[1 + side], rtol=torch.finfo(dtype).eps, atol=1e-6)
+                torch.testing.assert_close(
+                    leaf.grad, both[1 + side], rtol=torch.finfo(dtype).eps, atol=1e-6
+                )
 
 
 def test_the_same_tensor_on_both_sides(any_backend: str) -> None:
@@ -152,8 +169,12 @@ def test_an_inference_tensor_as_teacher(any_backend: str) -> None:
         computed = teacher * 1.0
     for dtype in FLOATS:
         leaf = student.detach().to(dtype).requires_grad_()
-        if dtype == torch.float16:  # keeps its teacher for the backward, which autograd refuses with a message
-            with pytest.raises(RuntimeError, match="Inference tensors cannot be saved for backward"):
+        if (
+            dtype == torch.float16
+        ):  # keeps its teacher for the backward, which autograd refuses with a message
+            with pytest.raises(
+                RuntimeError, match="Inference tensors cannot be saved for backward"
+            ):
                 kd_loss(leaf, computed, backend=any_backend)
         else:
             kd_loss(leaf, computed, backend=any_backend).backward()
@@ -168,9 +189,14 @@ def test_retain_graph(any_backend: str, dtype: torch.dtype) -> None:
     """A saved gradient is not scaled twice."""
     student, teacher = _pair(dtype)
     loss = kd_loss(student, teacher, reduction="none", backend=any_backend)
-    upstreams = [torch.tensor([1.0, 2.0, -4.0, 0.5]), torch.tensor([8.0, 0.0, 1.0, 1.0]), torch.ones(4)]
+    upstreams = [
+        torch.tensor([1.0, 2.0, -4.0, 0.5]),
+        torch.tensor([8.0, 0.0, 1.0, 1.0]),
+        torch.ones(4),
+    ]
     gradients = [
-        torch.autograd.grad(loss, student, upstream, retain_graph=call < 2)[0] for call, upstream in enumerate(upstreams)
+        torch.autograd.grad(loss, student, upstream, retain_graph=call < 2)[0]
+        for call, upstream in enumerate(upstreams)
     ]
     for gradient, upstream in zip(gradients, upstreams, strict=True):
         fresh = kd_loss(student, teacher, reduction="none", backend=any_backend)
@@ -211,8 +237,14 @@ def test_gradients_of_two_calls_share_no_memory(backend: str) -> None:
 
 @dtypes
 @pytest.mark.parametrize("use_reentrant", [True, False])
-def test_activation_checkpointing(any_backend: str, use_reentrant: bool, dtype: torch.dtype) -> None:
-    hidden, head, teacher = logits(4, 8, seed=8, dtype=dtype), logits(8, 19, seed=9, dtype=dtype), _pair(dtype)[1]
+def test_activation_checkpointing(
+    any_backend: str, use_reentrant: bool, dtype: torch.dtype
+) -> None:
+    hidden, head, teacher = (
+        logits(4, 8, seed=8, dtype=dtype),
+        logits(8, 19, seed=9, dtype=dtype),
+        _pair(dtype)[1],
+    )
 
     def step(hidden: Tensor, head: Tensor) -> Tensor:
         return kd_loss(hidden @ head, teacher, divergence="jsd", backend=any_backend)
@@ -239,9 +271,15 @@ def test_saved_tensor_hooks(any_backend: str, dtype: torch.dtype) -> None:
 
     def pack(tensor: Tensor) -> Any:
         packed.append(tensor)
-        return tensor.numpy(force=True).copy() if tensor.dtype != torch.bfloat16 else tensor.float().numpy()
+        return (
+            tensor.numpy(force=True).copy()
+            if tensor.dtype != torch.bfloat16
+            else tensor.float().numpy()
+        )
 
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda array: torch.from_numpy(array).to(dtype)):
+    with torch.autograd.graph.saved_tensors_hooks(
+        pack, lambda array: torch.from_numpy(array).to(dtype)
+    ):
         loss = kd_loss(student, teacher, backend=any_backend)
     loss.backward()
     assert packed and torch.equal(student.grad, expected)
@@ -274,13 +312,24 @@ def test_parts_are_not_differentiable(any_backend: str) -> None:
 
 @dtypes
 @pytest.mark.parametrize("divergence", ["forward_kl", "jsd", "squared_error"])
-def test_in_place_gives_the_same_gradient(backend: str, divergence: str, dtype: torch.dtype) -> None:
+def test_in_place_gives_the_same_gradient(
+    backend: str, divergence: str, dtype: torch.dtype
+) -> None:
     # 4101 columns: the gradient of one block is written while others are still to be read.
     student, teacher = _pair(dtype, 2, 3, columns=4101)
     labels = labels_for(2, 3, vocabulary=4099, seed=10, ignored=0.3)
-    options: dict[str, Any] = {"divergence": divergence, "alpha": 0.5, "vocab_size": 4099, "backend": backend}
+    options: dict[str, Any] = {
+        "divergence": divergence,
+        "alpha": 0.5,
+        "vocab_size": 4099,
+        "backend": backend,
+    }
     expected = _gradient(student, teacher, labels=labels, **options)
-    for reduction, upstream in (("mean", None), ("mean", torch.tensor(4.0)), ("none", torch.ones(2, 3) / 8)):
+    for reduction, upstream in (
+        ("mean", None),
+        ("mean", torch.tensor(4.0)),
+        ("none", torch.ones(2, 3) / 8),
+    ):
         leaf = student.detach().clone().requires_grad_()
         written = leaf * 1.0
         call = {"labels": labels, "reduction": reduction, **options}
@@ -289,7 +338,9 @@ def test_in_place_gives_the_same_gradient(backend: str, divergence: str, dtype: 
         torch.autograd.backward(loss, upstream)
         torch.autograd.backward(kd_loss(plain, teacher, **call), upstream)
         assert torch.equal(leaf.grad, plain.grad)
-        assert reduction == "none" or upstream is not None or torch.equal(written.detach(), expected)
+        assert (
+            reduction == "none" or upstream is not None or torch.equal(written.detach(), expected)
+        )
 
 
 def test_in_place_writes_into_the_logits(any_backend: str) -> None:
@@ -304,7 +355,9 @@ def test_in_place_writes_into_the_logits(any_backend: str) -> None:
 
 
 @dtypes
-def test_in_place_makes_a_later_use_of_the_logits_raise(any_backend: str, dtype: torch.dtype) -> None:
+def test_in_place_makes_a_later_use_of_the_logits_raise(
+    any_backend: str, dtype: torch.dtype
+) -> None:
     leaf, teacher = _pair(dtype)
     student = leaf.exp()  # saves its result for its own backward
     loss = kd_loss(student, teacher, inplace=True, backend=any_backend)
@@ -338,7 +391,9 @@ def test_in_place_and_retain_graph(any_backend: str, dtype: torch.dtype) -> None
 def test_in_place_where_no_row_counts(any_backend: str, rows: int) -> None:
     leaf = logits(rows, 19, seed=11).requires_grad_()
     mask = torch.zeros(rows, dtype=torch.bool)
-    loss = kd_loss(leaf * 1.0, logits(rows, 19, seed=12), mask=mask, inplace=True, backend=any_backend)
+    loss = kd_loss(
+        leaf * 1.0, logits(rows, 19, seed=12), mask=mask, inplace=True, backend=any_backend
+    )
     loss.backward()
     assert loss == 0 and leaf.grad is not None and not leaf.grad.any()
 
@@ -356,7 +411,10 @@ def test_in_place_refuses_what_it_would_break(any_backend: str) -> None:
             (student.t().contiguous().t(), teacher),
             "inplace=True needs student_logits with a last stride of 1, got strides (1, 4)",
         ),
-        ((student[:1].expand(4, 19), teacher), "inplace=True would write expanded student_logits more than once"),
+        (
+            (student[:1].expand(4, 19), teacher),
+            "inplace=True would write expanded student_logits more than once",
+        ),
         (
             (student, student.detach()),
             "inplace=True would overwrite the teacher: it shares its storage with student_logits",
@@ -387,7 +445,9 @@ def test_double_backward_raises(any_backend: str, dtype: torch.dtype) -> None:
         with pytest.raises(RuntimeError, match="twice"):
             (loss.sum() + penalty).backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="twice"):
-        torch.autograd.functional.hessian(lambda x: kd_loss(x, teacher, backend=any_backend), student.detach())
+        torch.autograd.functional.hessian(
+            lambda x: kd_loss(x, teacher, backend=any_backend), student.detach()
+        )
 
 
 @pytest.mark.parametrize("requires_grad", [True, False])

@@ -29,7 +29,9 @@ def fresh_compiler() -> Iterator[None]:
     torch._dynamo.reset()
 
 
-def _batch(rows: int, dtype: torch.dtype = torch.float32, columns: int = 37) -> tuple[Tensor, Tensor, Tensor]:
+def _batch(
+    rows: int, dtype: torch.dtype = torch.float32, columns: int = 37
+) -> tuple[Tensor, Tensor, Tensor]:
     student, teacher = (logits(rows, columns, seed=rows + side, dtype=dtype) for side in range(2))
     return student, teacher, labels_for(rows, vocabulary=columns, seed=rows, ignored=0.2)
 
@@ -38,28 +40,49 @@ def _batch(rows: int, dtype: torch.dtype = torch.float32, columns: int = 37) -> 
 CALLS: dict[str, dict[str, Any]] = {
     "defaults": {},
     "labels": {"labels": True, "alpha": 0.5, "temperature": 2.0, "label_smoothing": 0.1},
-    "per row": {"labels": True, "alpha": 0.5, "weight": True, "temperature": "rows", "reduction": "none"},
+    "per row": {
+        "labels": True,
+        "alpha": 0.5,
+        "weight": True,
+        "temperature": "rows",
+        "reduction": "none",
+    },
     "num_items": {"labels": True, "num_items": torch.tensor(7), "divergence": "jsd"},
     "batchmean": {"reduction": "batchmean", "divergence": fastkd.jsd(0.3)},
-    "padding": {"vocab_size": 31, "softcap": 9.0, "teacher_logit_scale": 0.5, "divergence": "alpha_beta"},
+    "padding": {
+        "vocab_size": 31,
+        "softcap": 9.0,
+        "teacher_logit_scale": 0.5,
+        "divergence": "alpha_beta",
+    },
     "masked": {"mask": True, "divergence": "squared_error", "reduction": "sum"},
 }
 
 
 def _loss_function(call: dict[str, Any], backend: str) -> Callable[..., Tensor]:
     """kd_loss with the options that are the same for every batch, and those that are not as arguments."""
-    fixed = {name: value for name, value in call.items() if name not in ("labels", "weight", "mask", "temperature")}
+    fixed = {
+        name: value
+        for name, value in call.items()
+        if name not in ("labels", "weight", "mask", "temperature")
+    }
     if isinstance(call.get("temperature"), float):
         fixed["temperature"] = call["temperature"]
 
-    def loss_function(student: Tensor, teacher: Tensor, labels: Tensor | None, **batch: Tensor) -> Tensor:
+    def loss_function(
+        student: Tensor, teacher: Tensor, labels: Tensor | None, **batch: Tensor
+    ) -> Tensor:
         return kd_loss(student, teacher, labels, backend=backend, **fixed, **batch)
 
     return loss_function
 
 
 def _compare(
-    compiled: Callable[..., Tensor], eager: Callable[..., Tensor], call: dict[str, Any], rows: int, dtype: torch.dtype
+    compiled: Callable[..., Tensor],
+    eager: Callable[..., Tensor],
+    call: dict[str, Any],
+    rows: int,
+    dtype: torch.dtype,
 ) -> None:
     """The compiled function against the eager one: value and both gradients."""
     student, teacher, labels = _batch(rows, dtype)
@@ -83,7 +106,9 @@ def _compare(
 
 @dtypes
 @pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
-def test_one_graph_and_no_recompilation_across_rows(backend: str, call: dict[str, Any], dtype: torch.dtype) -> None:
+def test_one_graph_and_no_recompilation_across_rows(
+    backend: str, call: dict[str, Any], dtype: torch.dtype
+) -> None:
     counter, eager = CompileCounterWithBackend("aot_eager"), _loss_function(call, backend)
     compiled = torch.compile(eager, fullgraph=True, dynamic=True, backend=counter)
     for rows in (5, 3, 17, 64, 2):
@@ -106,7 +131,11 @@ def test_a_temperature_that_changes_breaks_no_graph(any_backend: str, dynamic: b
     compiled = torch.compile(kd_loss, fullgraph=True, dynamic=dynamic, backend="aot_eager")
     student, teacher, labels = _batch(3)
     for temperature in (4.0, 2.0, 1.5, 1.0):
-        call: dict[str, Any] = {"temperature": temperature, "alpha": temperature / 8, "backend": any_backend}
+        call: dict[str, Any] = {
+            "temperature": temperature,
+            "alpha": temperature / 8,
+            "backend": any_backend,
+        }
         results = []
         for function in (compiled, kd_loss):
             leaf = student.clone().requires_grad_()
@@ -119,7 +148,10 @@ def test_inductor(backend: str) -> None:
     """A step as it is trained: head, shifted view, loss and backward in one graph."""
     torch.manual_seed(0)
     head, hidden = nn.Linear(16, 101), torch.randn(2, 9, 16)
-    teacher, labels = logits(2, 9, 101, seed=1), labels_for(2, 9, vocabulary=101, seed=2, ignored=0.2)
+    teacher, labels = (
+        logits(2, 9, 101, seed=1),
+        labels_for(2, 9, vocabulary=101, seed=2, ignored=0.2),
+    )
     loss_function = KDLoss(divergence="jsd", alpha=0.5, temperature=2.0, backend=backend)
 
     def step(hidden: Tensor) -> Tensor:
@@ -149,7 +181,9 @@ def test_parts_are_compiled(any_backend: str) -> None:
 
 
 def test_a_divergence_of_the_user_is_compiled() -> None:
-    def function(p: Tensor, q: Tensor, log_p: Tensor, log_q: Tensor, factor: float) -> tuple[Tensor, Tensor]:
+    def function(
+        p: Tensor, q: Tensor, log_p: Tensor, log_q: Tensor, factor: float
+    ) -> tuple[Tensor, Tensor]:
         return factor * p * (log_p - log_q), -factor * p
 
     mine = fastkd.Divergence("mine", function, (2.0,))
@@ -174,14 +208,18 @@ def test_errors_inside_a_compiled_function(any_backend: str) -> None:
     compiled = torch.compile(kd_loss, backend="aot_eager")
     with pytest.raises(ValueError, match="temperature must be positive and finite, got 0.0"):
         compiled(student, teacher, temperature=0.0, backend=any_backend)
-    with pytest.raises(ValueError, match="inplace=True is for eager mode; a compiled graph plans its own memory"):
+    with pytest.raises(
+        ValueError, match="inplace=True is for eager mode; a compiled graph plans its own memory"
+    ):
         compiled(student.requires_grad_() * 1.0, teacher, inplace=True, backend=any_backend)
 
 
 def test_double_backward_of_a_compiled_function_raises(any_backend: str) -> None:
     student, teacher, _ = _batch(3)
     leaf = student.requires_grad_()
-    loss = torch.compile(kd_loss, fullgraph=True, backend="aot_eager")(leaf, teacher, backend=any_backend)
+    loss = torch.compile(kd_loss, fullgraph=True, backend="aot_eager")(
+        leaf, teacher, backend=any_backend
+    )
     with pytest.raises(RuntimeError, match="double backward|twice"):
         (gradient,) = torch.autograd.grad(loss, leaf, create_graph=True)
         gradient.square().sum().backward()
@@ -199,11 +237,15 @@ class _Step(nn.Module):
         return self.loss(student, teacher, labels)
 
 
-@pytest.mark.parametrize("call", [{}, {"divergence": "jsd", "alpha": 0.5, "temperature": 2.0}], ids=str)
+@pytest.mark.parametrize(
+    "call", [{}, {"divergence": "jsd", "alpha": 0.5, "temperature": 2.0}], ids=str
+)
 def test_export_with_dynamic_rows(backend: str, call: dict[str, Any]) -> None:
     step = _Step(backend=backend, **call)
     rows = torch.export.Dim("rows", min=1)
-    exported = torch.export.export(step, _batch(5), dynamic_shapes=({0: rows}, {0: rows}, {0: rows}))
+    exported = torch.export.export(
+        step, _batch(5), dynamic_shapes=({0: rows}, {0: rows}, {0: rows})
+    )
     file = io.BytesIO()
     torch.export.save(exported, file)
     file.seek(0)
@@ -216,9 +258,13 @@ def test_export_with_dynamic_rows(backend: str, call: dict[str, Any]) -> None:
 # The op
 
 
-def _op_arguments(backend: str, dtype: torch.dtype, want: Want, divergence: str, per_row: bool) -> tuple[Any, ...]:
+def _op_arguments(
+    backend: str, dtype: torch.dtype, want: Want, divergence: str, per_row: bool
+) -> tuple[Any, ...]:
     student, teacher, labels = _batch(3, dtype, 9)
-    options = Options(resolve(divergence), alpha=0.5 if per_row else 1.0, vocab_size=9, temperature=2.0, scale=0.5)
+    options = Options(
+        resolve(divergence), alpha=0.5 if per_row else 1.0, vocab_size=9, temperature=2.0, scale=0.5
+    )
     rows: tuple[Tensor | None, ...] = (None,) * 5
     if per_row:
         options = options._replace(temperature=1.0, teacher_temperature=1.0, scale=1.0)
@@ -251,13 +297,19 @@ def test_opcheck(backend: str, want: Want, per_row: bool, divergence: str) -> No
     torch.library.opcheck(torch.ops.fastkd.kd_rows.default, arguments)
 
 
-def test_the_op_in_forward_mode_raises(any_backend: str) -> None:
-    """opcheck does not look at forward-mode differentiation, where an op can silently return 0."""
-    arguments = _op_arguments(any_backend, torch.float32, Want(student_gradient=True), "forward_kl", False)
-    with torch.autograd.forward_ad.dual_level():
-        dual = torch.autograd.forward_ad.make_dual(arguments[0].detach(), torch.ones(3, 9))
-        with pytest.raises((RuntimeError, NotImplementedError)):
-            torch.ops.fastkd.kd_rows(dual, *arguments[1:])
+def test_forward_mode_of_a_graph_raises(any_backend: str) -> None:
+    """opcheck does not look at forward-mode differentiation, where an op can silently have a derivative of 0."""
+    step, (student, teacher, labels) = _Step(backend=any_backend), _batch(3)
+    tangent = torch.ones_like(student)
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    exported = torch.export.export(step, (student, teacher, labels)).module()
+    for function in (compiled, exported):
+        with torch.autograd.forward_ad.dual_level():
+            dual = torch.autograd.forward_ad.make_dual(student, tangent)
+            with pytest.raises((RuntimeError, NotImplementedError)):
+                function(dual, teacher, labels)
+    with pytest.raises((RuntimeError, NotImplementedError)):
+        torch.func.jvp(lambda x: exported(x, teacher, labels), (student,), (tangent,))
 
 
 # Autocast
@@ -273,7 +325,9 @@ def test_autocast_leaves_the_loss_in_float32(any_backend: str, dtype: torch.dtyp
         student.retain_grad()
         loss = kd_loss(student, teacher, backend=any_backend)
         whole = kd_loss(student.float(), teacher, backend=any_backend)
-        compiled = torch.compile(kd_loss, fullgraph=True, backend="aot_eager")(student, teacher, backend=any_backend)
+        compiled = torch.compile(kd_loss, fullgraph=True, backend="aot_eager")(
+            student, teacher, backend=any_backend
+        )
     assert loss.dtype == whole.dtype == compiled.dtype == torch.float32
     outside = kd_loss(student.detach(), teacher, backend=any_backend)
     assert torch.equal(loss.detach(), outside)

@@ -205,7 +205,9 @@ BAD: list[tuple[dict[str, Any], type[Exception], str]] = [
 
 def _case(bad: tuple[dict[str, Any], type[Exception], str]) -> str:
     return "; ".join(
-        f"{name}={tuple(value.shape)} {value.dtype}" if isinstance(value, Tensor) else f"{name}={value!r}"
+        f"{name}={tuple(value.shape)} {value.dtype}"
+        if isinstance(value, Tensor)
+        else f"{name}={value!r}"
         for name, value in bad[0].items()
     )
 
@@ -213,7 +215,10 @@ def _case(bad: tuple[dict[str, Any], type[Exception], str]) -> str:
 @pytest.mark.parametrize("bad", BAD, ids=_case)
 def test_bad_inputs(any_backend: str, bad: tuple[dict[str, Any], type[Exception], str]) -> None:
     difference, kind, message = bad
-    call: dict[str, Any] = {"student_logits": logits(3, 7, seed=1), "teacher": logits(3, 7, seed=2)} | difference
+    call: dict[str, Any] = {
+        "student_logits": logits(3, 7, seed=1),
+        "teacher": logits(3, 7, seed=2),
+    } | difference
     with pytest.raises(kind) as error:
         kd_loss(**call, backend=any_backend)
     assert str(error.value) == message
@@ -234,7 +239,12 @@ def test_a_label_out_of_range_makes_its_row_nan(any_backend: str, label: int) ->
     """It is not used as an index, and no other row is touched; columns of padding are out of range too."""
     student = logits(3, 9, seed=3).requires_grad_()
     labels = torch.tensor([2, label, 6])
-    call: dict[str, Any] = {"alpha": 0.5, "vocab_size": 7, "reduction": "none", "backend": any_backend}
+    call: dict[str, Any] = {
+        "alpha": 0.5,
+        "vocab_size": 7,
+        "reduction": "none",
+        "backend": any_backend,
+    }
     loss = kd_loss(student, logits(3, 9, seed=4), labels, **call)
     (gradient,) = torch.autograd.grad(loss.sum(), student)
     assert loss.isnan().tolist() == [False, True, False]
@@ -242,14 +252,22 @@ def test_a_label_out_of_range_makes_its_row_nan(any_backend: str, label: int) ->
     good = kd_loss(student[::2], logits(3, 9, seed=4)[::2], labels[::2], **call)
     assert torch.equal(loss[::2], good)
     # Where the label is no target it only says whether the row is dropped.
-    assert kd_loss(student, logits(3, 9, seed=4), labels, vocab_size=7, backend=any_backend).isfinite()
+    assert kd_loss(
+        student, logits(3, 9, seed=4), labels, vocab_size=7, backend=any_backend
+    ).isfinite()
 
 
 @pytest.mark.parametrize("which", ["temperature", "teacher_temperature"])
 @pytest.mark.parametrize("value", [0.0, -1.0, math.nan])
-def test_a_temperature_that_is_not_positive_makes_its_row_nan(any_backend: str, which: str, value: float) -> None:
+def test_a_temperature_that_is_not_positive_makes_its_row_nan(
+    any_backend: str, which: str, value: float
+) -> None:
     student, teacher = logits(3, 7, seed=5).requires_grad_(), logits(3, 7, seed=6)
-    call: dict[str, Any] = {which: torch.tensor([2.0, value, 1.0]), "reduction": "none", "backend": any_backend}
+    call: dict[str, Any] = {
+        which: torch.tensor([2.0, value, 1.0]),
+        "reduction": "none",
+        "backend": any_backend,
+    }
     loss = kd_loss(student, teacher, **call)
     (gradient,) = torch.autograd.grad(loss.sum(), student)
     assert loss.isnan().tolist() == [False, True, False]
@@ -270,8 +288,14 @@ CHECKED: list[tuple[dict[str, Any], str]] = [
         "labels must be in [0, 5) or ignore_index (-100); row 0 has 5",
     ),
     ({"temperature": torch.tensor([1.0, 2.0, 0.0])}, "temperature must be positive; row 2 has 0.0"),
-    ({"teacher_temperature": torch.tensor([1.0, -2.0, 0.0])}, "teacher_temperature must be positive; row 1 has -2.0"),
-    ({"temperature": torch.tensor([math.nan, 1.0, 1.0])}, "temperature must be positive; row 0 has nan"),
+    (
+        {"teacher_temperature": torch.tensor([1.0, -2.0, 0.0])},
+        "teacher_temperature must be positive; row 1 has -2.0",
+    ),
+    (
+        {"temperature": torch.tensor([math.nan, 1.0, 1.0])},
+        "temperature must be positive; row 0 has nan",
+    ),
 ]
 
 
@@ -287,14 +311,18 @@ def test_fastkd_check_names_the_value(
     assert str(error.value) == message
 
 
-def test_fastkd_check_passes_what_is_dropped(any_backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fastkd_check_passes_what_is_dropped(
+    any_backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("FASTKD_CHECK", "1")
     student, teacher = logits(3, 7, seed=9), logits(3, 7, seed=10)
     kd_loss(student, teacher, _labels(1, -100, 6), alpha=0.5, backend=any_backend)
     kd_loss(student, teacher, _labels(1, 99, 6), backend=any_backend)  # no target
     mask = torch.tensor([True, False, True])
     kd_loss(student, teacher, _labels(1, 99, 6), mask=mask, alpha=0.5, backend=any_backend)
-    kd_loss(student, teacher, temperature=torch.tensor([1.0, -1.0, 1.0]), mask=mask, backend=any_backend)
+    kd_loss(
+        student, teacher, temperature=torch.tensor([1.0, -1.0, 1.0]), mask=mask, backend=any_backend
+    )
 
 
 # No row that counts
@@ -302,7 +330,11 @@ def test_fastkd_check_passes_what_is_dropped(any_backend: str, monkeypatch: pyte
 
 def _nothing_counts() -> dict[str, Callable[[], dict[str, Any]]]:
     def rows(n: int, **options: Any) -> dict[str, Any]:
-        return {"student_logits": logits(n, 7, seed=11), "teacher": logits(n, 7, seed=12), **options}
+        return {
+            "student_logits": logits(n, 7, seed=11),
+            "teacher": logits(n, 7, seed=12),
+            **options,
+        }
 
     ignored = torch.full((3,), -100)
     return {
@@ -330,7 +362,9 @@ def _nothing_counts() -> dict[str, Callable[[], dict[str, Any]]]:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("case", _nothing_counts().values(), ids=_nothing_counts())
-def test_no_row_counts(any_backend: str, case: Callable[[], dict[str, Any]], dtype: torch.dtype) -> None:
+def test_no_row_counts(
+    any_backend: str, case: Callable[[], dict[str, Any]], dtype: torch.dtype
+) -> None:
     """0 in the graph, with a gradient of zeros: a detached 0 hangs data parallelism, and 0 / 0 poisons the weights."""
     for divergence in ("forward_kl", "jsd"):
         for options in (
@@ -340,13 +374,18 @@ def test_no_row_counts(any_backend: str, case: Callable[[], dict[str, Any]], dty
             {"reduction": "none"},
             {"num_items": 5},
             {"num_items": torch.tensor(5)},
-            {"num_items": torch.tensor(0)},  # nor anywhere else in the batch
         ):
             call = case()
             student = call.pop("student_logits").to(dtype).requires_grad_()
             teacher = call.pop("teacher").to(dtype).requires_grad_()
             loss, parts = kd_loss(
-                student, teacher, divergence=divergence, return_parts=True, backend=any_backend, **call, **options
+                student,
+                teacher,
+                divergence=divergence,
+                return_parts=True,
+                backend=any_backend,
+                **call,
+                **options,
             )
             assert loss.shape == (student.shape[:-1] if options.get("reduction") == "none" else ())
             assert loss.dtype == torch.float32 and loss.requires_grad
@@ -354,7 +393,27 @@ def test_no_row_counts(any_backend: str, case: Callable[[], dict[str, Any]], dty
             assert parts.counted == (3 if "weight" in call and len(student) else 0)
             loss.sum().backward()
             for leaf in (student, teacher):
-                assert leaf.grad is not None and leaf.grad.shape == leaf.shape and not leaf.grad.any()
+                assert (
+                    leaf.grad is not None and leaf.grad.shape == leaf.shape and not leaf.grad.any()
+                )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("items", [0, 0.0])
+def test_no_row_counts_in_the_whole_batch(
+    any_backend: str, items: float, dtype: torch.dtype
+) -> None:
+    """num_items as a trainer counts it, on the device: 0 of 0, and not 0 / 0."""
+    student = logits(3, 7, seed=15, dtype=dtype).requires_grad_()
+    loss = kd_loss(
+        student,
+        logits(3, 7, seed=16),
+        torch.full((3,), -100),
+        num_items=torch.tensor(items),
+        backend=any_backend,
+    )
+    loss.backward()
+    assert loss == 0 and student.grad is not None and not student.grad.any()
 
 
 def test_one_row_that_counts_among_many(any_backend: str) -> None:

@@ -20,7 +20,9 @@ def threads() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-def _everything(backend: str, student: Tensor, teacher: Tensor, labels: Tensor, **options: Any) -> list[Tensor]:
+def _everything(
+    backend: str, student: Tensor, teacher: Tensor, labels: Tensor, **options: Any
+) -> list[Tensor]:
     """Every number a call gives: loss, parts and both gradients."""
     s, t = student.clone().requires_grad_(), teacher.clone().requires_grad_()
     loss, parts = kd_loss(s, t, labels, return_parts=True, backend=backend, **options)
@@ -44,10 +46,18 @@ def _counts(backend: str) -> list[list[int]]:
 def test_reruns_and_threads(
     backend: str, rows: int, columns: int, dtype: torch.dtype, divergence: str
 ) -> None:
-    student, teacher = logits(rows, columns, seed=1, dtype=dtype), logits(rows, columns, seed=2, dtype=dtype)
+    student, teacher = (
+        logits(rows, columns, seed=1, dtype=dtype),
+        logits(rows, columns, seed=2, dtype=dtype),
+    )
     labels = labels_for(rows, vocabulary=columns, seed=3)
     for reduction in ("none", "mean"):
-        options = {"divergence": divergence, "reduction": reduction, "alpha": 0.5, "temperature": 2.0}
+        options = {
+            "divergence": divergence,
+            "reduction": reduction,
+            "alpha": 0.5,
+            "temperature": 2.0,
+        }
         for counts in _counts(backend):
             runs = []
             for count in counts:

@@ -57,13 +57,24 @@ def test_every_divergence_has_a_published_formula() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @variants
-def test_value_and_gradients(backend: str, variant: tuple[str, dict[str, float]], dtype: torch.dtype) -> None:
+def test_value_and_gradients(
+    backend: str, variant: tuple[str, dict[str, float]], dtype: torch.dtype
+) -> None:
     # 37 columns: two SIMD vectors of 16 and a tail of 5; 5 rows: not a multiple of the threads.
     name, parameters = variant
     student, teacher = logits(5, 37, seed=1, dtype=dtype), logits(5, 37, seed=2, dtype=dtype)
     labels = labels_for(5, vocabulary=37, seed=3)
     for alpha in (1.0, 0.3):
-        check(backend, student, teacher, labels, divergence=name, parameters=parameters, temperature=2.0, alpha=alpha)
+        check(
+            backend,
+            student,
+            teacher,
+            labels,
+            divergence=name,
+            parameters=parameters,
+            temperature=2.0,
+            alpha=alpha,
+        )
 
 
 @pytest.mark.parametrize("weighted", [False, True], ids=["plain", "weighted"])
@@ -91,7 +102,9 @@ def test_gradcheck_of_every_parameter(variant: tuple[str, dict[str, float]]) -> 
     teacher = logits(2, 6, seed=7, dtype=torch.float64).requires_grad_()
 
     def loss(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
-        return kd_loss(student, teacher, divergence=made(*variant), temperature=1.5, backend="reference")
+        return kd_loss(
+            student, teacher, divergence=made(*variant), temperature=1.5, backend="reference"
+        )
 
     assert torch.autograd.gradcheck(loss, (student, teacher), atol=1e-7, rtol=1e-5)
 
@@ -117,7 +130,9 @@ BY_HAND = [
 
 
 @pytest.mark.parametrize(("name", "parameters", "value"), BY_HAND)
-def test_value_worked_out_by_hand(any_backend: str, name: str, parameters: dict[str, float], value: float) -> None:
+def test_value_worked_out_by_hand(
+    any_backend: str, name: str, parameters: dict[str, float], value: float
+) -> None:
     teacher = torch.tensor([[0.5, 0.25, 0.25]]).log()
     student = torch.tensor([[0.25, 0.25, 0.5]]).log()
     loss = kd_loss(student, teacher, divergence=made(name, parameters), backend=any_backend)
@@ -139,7 +154,9 @@ def test_value_worked_out_by_hand(any_backend: str, name: str, parameters: dict[
         ((1e-6, 1.1e-6), (0.0, 0.0)),
     ],
 )
-def test_alpha_beta_limits_are_continuous(near: tuple[float, float], limit: tuple[float, float], side: str) -> None:
+def test_alpha_beta_limits_are_continuous(
+    near: tuple[float, float], limit: tuple[float, float], side: str
+) -> None:
     student = logits(3, 7, seed=8, spread=1.0, dtype=torch.float64)
     teacher = logits(3, 7, seed=9, spread=1.0, dtype=torch.float64)
     leaf = (student if side == "student" else teacher).requires_grad_()
@@ -157,7 +174,10 @@ def test_end_points_are_the_kl_divergences() -> None:
 
 
 def test_jsd_over_beta_tends_to_the_kl_divergences() -> None:
-    student, teacher = logits(3, 9, seed=10, dtype=torch.float64), logits(3, 9, seed=11, dtype=torch.float64)
+    student, teacher = (
+        logits(3, 9, seed=10, dtype=torch.float64),
+        logits(3, 9, seed=11, dtype=torch.float64),
+    )
 
     def value(divergence: fastkd.Divergence) -> float:
         return kd_loss(student, teacher, divergence=divergence).item()
@@ -177,7 +197,8 @@ def test_high_temperature_tends_to_the_squared_error_of_centred_logits(backend: 
     expected = ((s - t) ** 2).sum(-1) / (2 * 50)
     assert ((hot - expected).abs() <= 0.01 * expected + bar).all()
     cold, warm = (
-        kd_loss(student, teacher, divergence="squared_error", temperature=t, backend=backend) for t in (1.0, 16.0)
+        kd_loss(student, teacher, divergence="squared_error", temperature=t, backend=backend)
+        for t in (1.0, 16.0)
     )
     assert cold.item() == pytest.approx(warm.item(), rel=1e-6)
 
@@ -185,12 +206,16 @@ def test_high_temperature_tends_to_the_squared_error_of_centred_logits(backend: 
 def test_alpha_beta_contains_forward_and_reverse_kl(backend: str) -> None:
     student, teacher = logits(4, 33, seed=14), logits(4, 33, seed=15)
     for parameters, name in (((1.0, 0.0), "forward_kl"), ((0.0, 1.0), "reverse_kl")):
-        family = kd_loss(student, teacher, divergence=fastkd.alpha_beta(*parameters), backend=backend)
+        family = kd_loss(
+            student, teacher, divergence=fastkd.alpha_beta(*parameters), backend=backend
+        )
         member = kd_loss(student, teacher, divergence=name, backend=backend)
         assert family.item() == pytest.approx(member.item(), rel=1e-5)
 
 
-@pytest.mark.parametrize("name", [name for name in fastkd.DIVERGENCES if made(name, None).closed_form])
+@pytest.mark.parametrize(
+    "name", [name for name in fastkd.DIVERGENCES if made(name, None).closed_form]
+)
 def test_closed_form_is_the_sum(name: str) -> None:
     closed = made(name, None).closed_form
     assert closed is not None
@@ -228,13 +253,19 @@ def pairs(draw: st.DrawFn) -> tuple[torch.Tensor, torch.Tensor, float]:
     spread = draw(st.sampled_from([0.1, 1.0, 8.0, 60.0]))
     seed = draw(st.integers(0, 2**31))
     student, teacher = (
-        (logits(rows, columns, seed=seed + side, spread=spread) * 16).round() / 16 for side in range(2)
+        (logits(rows, columns, seed=seed + side, spread=spread) * 16).round() / 16
+        for side in range(2)
     )
     return student, teacher, draw(st.sampled_from([0.5, 1.0, 4.0]))
 
 
 def _run(
-    backend: str, name: str, student: torch.Tensor, teacher: torch.Tensor, temperature: float, **options: Any
+    backend: str,
+    name: str,
+    student: torch.Tensor,
+    teacher: torch.Tensor,
+    temperature: float,
+    **options: Any,
 ) -> tuple[torch.Tensor, torch.Tensor, Bars]:
     """Rows' loss and gradient, and the error they may have."""
     leaf = student.detach().clone().requires_grad_()
@@ -268,10 +299,14 @@ def test_nothing_to_learn_from_oneself(any_backend: str, name: str, pair: Any) -
 @pytest.mark.parametrize("name", NORMALIZED)
 @properties
 @given(pair=pairs(), shifts=st.tuples(st.integers(-10_000, 10_000), st.integers(-10_000, 10_000)))
-def test_a_common_shift_changes_nothing(any_backend: str, name: str, pair: Any, shifts: Any) -> None:
+def test_a_common_shift_changes_nothing(
+    any_backend: str, name: str, pair: Any, shifts: Any
+) -> None:
     student, teacher, temperature = pair
     _, _, allowed = _run(any_backend, name, student, teacher, temperature)
-    loss, gradient, _ = _run(any_backend, name, student + shifts[0], teacher + shifts[1], temperature)
+    loss, gradient, _ = _run(
+        any_backend, name, student + shifts[0], teacher + shifts[1], temperature
+    )
     assert ((loss - allowed.exact.loss).abs() <= allowed.loss).all()
     assert ((gradient - allowed.exact.student_gradient).abs() <= allowed.student_gradient).all()
 
@@ -279,7 +314,9 @@ def test_a_common_shift_changes_nothing(any_backend: str, name: str, pair: Any, 
 @defaults
 @properties
 @given(pair=pairs(), data=st.data())
-def test_order_of_rows_and_columns_is_carried_along(any_backend: str, name: str, pair: Any, data: Any) -> None:
+def test_order_of_rows_and_columns_is_carried_along(
+    any_backend: str, name: str, pair: Any, data: Any
+) -> None:
     student, teacher, temperature = pair
     rows = torch.tensor(data.draw(st.permutations(range(student.shape[0]))))
     columns = torch.tensor(data.draw(st.permutations(range(student.shape[1]))))
@@ -289,7 +326,9 @@ def test_order_of_rows_and_columns_is_carried_along(any_backend: str, name: str,
     assert ((by_row[1] - gradient[rows]).abs() <= 2 * allowed.student_gradient[rows]).all()
     by_column = _run(any_backend, name, student[:, columns], teacher[:, columns], temperature)
     assert ((by_column[0] - loss).abs() <= 2 * allowed.loss).all()
-    assert ((by_column[1] - gradient[:, columns]).abs() <= 2 * allowed.student_gradient[:, columns]).all()
+    assert (
+        (by_column[1] - gradient[:, columns]).abs() <= 2 * allowed.student_gradient[:, columns]
+    ).all()
 
 
 @pytest.mark.parametrize("name", NORMALIZED)
@@ -298,7 +337,9 @@ def test_order_of_rows_and_columns_is_carried_along(any_backend: str, name: str,
 def test_gradient_of_a_row_sums_to_zero(any_backend: str, name: str, pair: Any) -> None:
     student, teacher, temperature = pair
     labels = torch.zeros(student.shape[0], dtype=torch.int64)
-    _, gradient, allowed = _run(any_backend, name, student, teacher, temperature, labels=labels, alpha=0.5)
+    _, gradient, allowed = _run(
+        any_backend, name, student, teacher, temperature, labels=labels, alpha=0.5
+    )
     assert (gradient.double().sum(-1).abs() <= allowed.student_gradient.sum(-1)).all()
 
 
@@ -330,7 +371,9 @@ def test_a_name_is_the_divergence_with_its_defaults(any_backend: str) -> None:
     student, teacher = logits(2, 5, seed=18), logits(2, 5, seed=19)
     for name, make in fastkd.DIVERGENCES.items():
         by_name = kd_loss(student, teacher, divergence=name, backend=any_backend)
-        assert torch.equal(by_name, kd_loss(student, teacher, divergence=make(), backend=any_backend))
+        assert torch.equal(
+            by_name, kd_loss(student, teacher, divergence=make(), backend=any_backend)
+        )
         assert getattr(fastkd, name) is make
 
 
@@ -344,7 +387,9 @@ def test_a_divergence_of_the_user() -> None:
     mine = fastkd.Divergence("chi_squared", _chi_squared, degree=1.0)
     student = logits(3, 11, seed=20, spread=1.0, dtype=torch.float64).requires_grad_()
     teacher = logits(3, 11, seed=21, spread=1.0, dtype=torch.float64).requires_grad_()
-    loss = kd_loss(student, teacher, divergence=mine, temperature=2.0, reduction="none", backend="reference")
+    loss = kd_loss(
+        student, teacher, divergence=mine, temperature=2.0, reduction="none", backend="reference"
+    )
     p, q = (teacher / 2).softmax(-1), (student / 2).softmax(-1)
     expected = 4 * ((p - q) ** 2 / q).sum(-1)
     torch.testing.assert_close(loss, expected)
@@ -357,7 +402,10 @@ def test_a_divergence_of_the_user() -> None:
 
 def test_a_divergence_of_unknown_degree_has_no_teacher_gradient() -> None:
     mine = fastkd.Divergence("chi_squared", _chi_squared)
-    student, teacher = logits(3, 11, seed=20).requires_grad_(), logits(3, 11, seed=21).requires_grad_()
+    student, teacher = (
+        logits(3, 11, seed=20).requires_grad_(),
+        logits(3, 11, seed=21).requires_grad_(),
+    )
     with pytest.raises(ValueError) as error:
         kd_loss(student, teacher, divergence=mine, backend="reference")
     assert str(error.value) == (

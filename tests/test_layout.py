@@ -39,7 +39,11 @@ def test_layouts(backend: str, layout: Callable[[Tensor], Tensor], dtype: torch.
     student, teacher = logits(2, 5, 37, seed=1, dtype=dtype), logits(2, 5, 37, seed=2, dtype=dtype)
     labels = labels_for(2, 5, vocabulary=37, seed=3, ignored=0.2)
     for divergence in ("forward_kl", "jsd"):
-        for s, t in ((layout(student), teacher), (student, layout(teacher)), (layout(student), layout(teacher))):
+        for s, t in (
+            (layout(student), teacher),
+            (student, layout(teacher)),
+            (layout(student), layout(teacher)),
+        ):
             assert torch.equal(s, student) and torch.equal(t, teacher)
             measured = check(backend, s, t, labels, divergence=divergence, alpha=0.5)
             assert measured.student_gradient.shape == student.shape
@@ -88,8 +92,24 @@ def test_labels_mask_and_weight_of_any_stride(backend: str) -> None:
     mask = (torch.rand(3, 4, generator=torch.Generator().manual_seed(15)) < 0.8).t()
     weight = upstream_for(3, 8)[:, ::2].t()
     temperature = torch.tensor(2.0).expand(4, 3)
-    check(backend, student, teacher, labels, mask=mask, weight=weight, temperature=temperature, alpha=0.5)
-    check(backend, student, teacher, labels[:, :1].expand(4, 3), weight=weight[:1].expand(4, 3), alpha=0.5)
+    check(
+        backend,
+        student,
+        teacher,
+        labels,
+        mask=mask,
+        weight=weight,
+        temperature=temperature,
+        alpha=0.5,
+    )
+    check(
+        backend,
+        student,
+        teacher,
+        labels[:, :1].expand(4, 3),
+        weight=weight[:1].expand(4, 3),
+        alpha=0.5,
+    )
 
 
 # Offsets of 64 bits
@@ -165,14 +185,18 @@ def _allocated(run: Callable[[], Any]) -> int:
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         run()
     events = profiler.profiler.kineto_results.events()
-    return sum(event.nbytes() for event in events if event.name() == "[memory]" and event.nbytes() > 0)
+    return sum(
+        event.nbytes() for event in events if event.name() == "[memory]" and event.nbytes() > 0
+    )
 
 
 def test_the_counter_counts() -> None:
     assert _allocated(lambda: torch.zeros(1000)) == 4000
 
 
-@pytest.mark.parametrize("layout", ["shifted as a language model shifts", "rows of a wider tensor", "off by one element"])
+@pytest.mark.parametrize(
+    "layout", ["shifted as a language model shifts", "rows of a wider tensor", "off by one element"]
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_a_view_is_not_copied(dtype: torch.dtype, layout: str) -> None:
     """The gradient is the one allocation of the size of the logits."""

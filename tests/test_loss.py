@@ -52,10 +52,16 @@ OPTIONS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("divergence", ["forward_kl", "jsd", "squared_error"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
-def test_every_option(backend: str, options: dict[str, Any], dtype: torch.dtype, divergence: str) -> None:
+def test_every_option(
+    backend: str, options: dict[str, Any], dtype: torch.dtype, divergence: str
+) -> None:
     # 43 columns: SIMD vectors of 4, 8 and 16 all leave a tail.
     options = dict(options)
-    labels = labels_for(4, 3, vocabulary=41, seed=1, ignored=0.2) if options.pop("labels", False) else None
+    labels = (
+        labels_for(4, 3, vocabulary=41, seed=1, ignored=0.2)
+        if options.pop("labels", False)
+        else None
+    )
     student, teacher = logits(4, 3, 43, seed=2, dtype=dtype), logits(4, 3, 43, seed=3, dtype=dtype)
     check(backend, student, teacher, labels, divergence=divergence, **options)
 
@@ -74,7 +80,9 @@ def test_t_squared_multiplies_value_and_gradient(any_backend: str) -> None:
     results = []
     for scaled in (True, False):
         student = logits(3, 20, seed=7).requires_grad_()
-        loss = kd_loss(student, teacher, temperature=4.0, scale_by_temperature=scaled, backend=any_backend)
+        loss = kd_loss(
+            student, teacher, temperature=4.0, scale_by_temperature=scaled, backend=any_backend
+        )
         loss.backward()
         results.append((loss.detach(), student.grad))
     # A power of 2, so that nothing rounds.
@@ -112,7 +120,9 @@ def test_alpha_0_is_cross_entropy(backend: str, smoothing: float) -> None:
     for ours in (True, False):
         student = logits(6, 33, seed=15).requires_grad_()
         if ours:
-            loss = kd_loss(student, teacher, labels, alpha=0.0, label_smoothing=smoothing, backend=backend)
+            loss = kd_loss(
+                student, teacher, labels, alpha=0.0, label_smoothing=smoothing, backend=backend
+            )
         else:
             loss = F.cross_entropy(student, labels, label_smoothing=smoothing)
         loss.backward()
@@ -133,7 +143,9 @@ def test_a_label_of_ignore_index_drops_its_row_whatever_alpha_is(any_backend: st
     for ignored in (-100, -1, 5):
         labels = torch.tensor([2, ignored, 4])
         for alpha in (1.0, 0.5):
-            measured = check(any_backend, student, teacher, labels, alpha=alpha, ignore_index=ignored)
+            measured = check(
+                any_backend, student, teacher, labels, alpha=alpha, ignore_index=ignored
+            )
             assert measured.loss[1] == 0 and measured.parts.counted == 2
             assert not measured.student_gradient[1].any()
 
@@ -153,7 +165,12 @@ def test_a_dropped_row_is_not_read(any_backend: str) -> None:
             any_backend, student, teacher, labels,
             mask=mask, weight=weight, alpha=0.5, temperature=2.0, divergence=divergence,
         )  # fmt: skip
-        for rows in (measured.loss, measured.student_gradient, measured.teacher_gradient, *measured.parts[:3]):
+        for rows in (
+            measured.loss,
+            measured.student_gradient,
+            measured.teacher_gradient,
+            *measured.parts[:3],
+        ):
             assert rows is not None and not rows[1:4].any()
         assert measured.parts.counted == 4  # a weight of 0 is still a row
         for reduction in ("sum", "mean", "batchmean"):
@@ -166,7 +183,11 @@ def test_a_dropped_row_is_not_read(any_backend: str) -> None:
 def test_label_weight_and_temperature_of_a_dropped_row_do_not_matter(any_backend: str) -> None:
     student, teacher = logits(4, 21, seed=22), logits(4, 21, seed=23)
     mask = torch.tensor([True, False, True, False])
-    clean = {"labels": torch.tensor([3, 0, 5, 0]), "weight": torch.ones(4), "temperature": torch.full((4,), 2.0)}
+    clean = {
+        "labels": torch.tensor([3, 0, 5, 0]),
+        "weight": torch.ones(4),
+        "temperature": torch.full((4,), 2.0),
+    }
     dirty = {
         "labels": torch.tensor([3, 10**12, 5, -7]),
         "weight": torch.tensor([1.0, torch.nan, 1.0, torch.inf]),
@@ -181,7 +202,9 @@ def test_label_weight_and_temperature_of_a_dropped_row_do_not_matter(any_backend
     torch.testing.assert_close(*results, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64], ids=str
+)
 def test_weight_of_any_float_type(backend: str, dtype: torch.dtype) -> None:
     student, teacher = logits(2, 3, 13, seed=24), logits(2, 3, 13, seed=25)
     weight = torch.tensor([[0.5, 1.0, 2.0], [0.0, -1.0, 0.25]], dtype=dtype)
@@ -195,7 +218,10 @@ def test_weight_of_any_float_type(backend: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("with_labels", [True, False])
 def test_reductions(any_backend: str, with_labels: bool, dtype: torch.dtype) -> None:
-    student, teacher = logits(2, 4, 17, seed=26, dtype=dtype), logits(2, 4, 17, seed=27, dtype=dtype)
+    student, teacher = (
+        logits(2, 4, 17, seed=26, dtype=dtype),
+        logits(2, 4, 17, seed=27, dtype=dtype),
+    )
     labels = None
     if with_labels:
         labels = labels_for(2, 4, vocabulary=17, seed=28)
@@ -207,7 +233,11 @@ def test_reductions(any_backend: str, with_labels: bool, dtype: torch.dtype) -> 
         total = rows.double().sum()
         for reduction, arguments, denominator in (
             ("sum", {}, 1),
-            ("mean", {}, 5 if with_labels else 8),  # the rows that count; neither V nor the weights are in it
+            (
+                "mean",
+                {},
+                5 if with_labels else 8,
+            ),  # the rows that count; neither V nor the weights are in it
             ("batchmean", {}, 2),
             ("mean", {"num_items": 7}, 7),
             ("mean", {"num_items": 12.5}, 12.5),
@@ -234,7 +264,13 @@ def test_micro_batches_add_up_to_the_batch(backend: str, reduction: str, as_tens
     labels[3] = -100  # a micro-batch without a single row
     items: Any = (labels != -100).sum()
     items = items if as_tensor else int(items)
-    options = {"alpha": 0.5, "temperature": 2.0, "reduction": reduction, "num_items": items, "backend": backend}
+    options = {
+        "alpha": 0.5,
+        "temperature": 2.0,
+        "reduction": reduction,
+        "num_items": items,
+        "backend": backend,
+    }
     whole = student.clone().requires_grad_()
     kd_loss(whole, teacher, labels, **options).backward()
     parts = student.clone().requires_grad_()
@@ -244,8 +280,12 @@ def test_micro_batches_add_up_to_the_batch(backend: str, reduction: str, as_tens
         losses.append(kd_loss(parts[micro], teacher[micro], labels[micro], **options))
         losses[-1].backward()
     torch.testing.assert_close(parts.grad, whole.grad, rtol=0, atol=0)
-    exact = bars(student, teacher, labels, alpha=0.5, temperature=2.0, reduction=reduction, num_items=items)
-    assert (sum(losses).double() - exact.exact.loss).abs() <= exact.loss + 8 * ULP * exact.exact.loss
+    exact = bars(
+        student, teacher, labels, alpha=0.5, temperature=2.0, reduction=reduction, num_items=items
+    )
+    assert (
+        sum(losses).double() - exact.exact.loss
+    ).abs() <= exact.loss + 8 * ULP * exact.exact.loss
 
 
 def test_default_reduction_is_the_mean_over_rows_that_count(any_backend: str) -> None:
@@ -298,7 +338,9 @@ def test_parts(any_backend: str) -> None:
     recombined = weight * (0.25 * parts.distillation + 0.75 * parts.cross_entropy)
     torch.testing.assert_close(loss.detach(), recombined, rtol=8 * ULP, atol=0)
     # The loss does not depend on who asked for parts.
-    assert torch.equal(loss.detach(), kd_loss(student, teacher, alpha=0.25, reduction="none", **call).detach())
+    assert torch.equal(
+        loss.detach(), kd_loss(student, teacher, alpha=0.25, reduction="none", **call).detach()
+    )
     _, parts = kd_loss(student, teacher, return_parts=True, **call)
     assert not parts.cross_entropy.any()
 
@@ -320,7 +362,13 @@ def test_any_leading_shape(backend: str, lead: tuple[int, ...]) -> None:
     mask = torch.ones(lead, dtype=torch.bool)
     weight = upstream_for(*lead)
     for reduction in ("none", "mean"):
-        call = {"alpha": 0.5, "mask": mask, "weight": weight, "temperature": weight.abs(), "reduction": reduction}
+        call = {
+            "alpha": 0.5,
+            "mask": mask,
+            "weight": weight,
+            "temperature": weight.abs(),
+            "reduction": reduction,
+        }
         measured = check(backend, student, teacher, labels, **call)
         assert measured.student_gradient.shape == (*lead, 11)
 
@@ -329,14 +377,34 @@ def test_any_leading_shape(backend: str, lead: tuple[int, ...]) -> None:
 
 
 def test_module_is_the_function(any_backend: str) -> None:
-    student, teacher, labels = logits(3, 13, seed=48), logits(3, 13, seed=49), labels_for(3, vocabulary=13, seed=50)
-    options: dict[str, Any] = {"divergence": fastkd.jsd(0.3), "temperature": 2.0, "alpha": 0.5, "backend": any_backend}
+    student, teacher, labels = (
+        logits(3, 13, seed=48),
+        logits(3, 13, seed=49),
+        labels_for(3, vocabulary=13, seed=50),
+    )
+    options: dict[str, Any] = {
+        "divergence": fastkd.jsd(0.3),
+        "temperature": 2.0,
+        "alpha": 0.5,
+        "backend": any_backend,
+    }
     module = KDLoss(**options)
-    batch: dict[str, Any] = {"mask": torch.tensor([True, False, True]), "weight": torch.rand(3), "num_items": 5}
-    assert torch.equal(module(student, teacher, labels, **batch), kd_loss(student, teacher, labels, **batch, **options))
-    assert torch.equal(module(student, teacher, labels), kd_loss(student, teacher, labels, **options))
+    batch: dict[str, Any] = {
+        "mask": torch.tensor([True, False, True]),
+        "weight": torch.rand(3),
+        "num_items": 5,
+    }
+    assert torch.equal(
+        module(student, teacher, labels, **batch),
+        kd_loss(student, teacher, labels, **batch, **options),
+    )
+    assert torch.equal(
+        module(student, teacher, labels), kd_loss(student, teacher, labels, **options)
+    )
     assert not list(module.parameters()) and not module.state_dict()
-    assert repr(module).startswith("KDLoss(divergence=Divergence(name='jsd'") and "temperature=2.0" in repr(module)
+    assert repr(module).startswith(
+        "KDLoss(divergence=Divergence(name='jsd'"
+    ) and "temperature=2.0" in repr(module)
 
 
 def test_module_is_copied_and_pickled(any_backend: str) -> None:
@@ -351,20 +419,46 @@ def test_module_is_copied_and_pickled(any_backend: str) -> None:
     [
         ({"temperature": 0.0}, ValueError, "temperature must be positive and finite, got 0.0"),
         ({"alpha": 2.0}, ValueError, "alpha must be in [0, 1], got 2.0"),
-        ({"divergence": "kl"}, ValueError, f"divergence must be one of {', '.join(fastkd.DIVERGENCES)}; got 'kl'"),
-        ({"reduction": "avg"}, ValueError, "reduction must be one of none, sum, mean, batchmean; got 'avg'"),
-        ({"vocab_size": 0}, ValueError, "vocab_size must be in [1, 2], the narrower of the two widths; got 0"),
+        (
+            {"divergence": "kl"},
+            ValueError,
+            f"divergence must be one of {', '.join(fastkd.DIVERGENCES)}; got 'kl'",
+        ),
+        (
+            {"reduction": "avg"},
+            ValueError,
+            "reduction must be one of none, sum, mean, batchmean; got 'avg'",
+        ),
+        (
+            {"vocab_size": 0},
+            ValueError,
+            "vocab_size must be in [1, 2], the narrower of the two widths; got 0",
+        ),
         (
             {"backend": "gpu"},
             ValueError,
             f"backend must be 'auto' or one of {', '.join(fastkd.available_backends())}; got 'gpu'",
         ),
-        ({"mask": None}, TypeError, "mask belongs to a batch: pass it to the call, not to KDLoss()"),
-        ({"weight": None}, TypeError, "weight belongs to a batch: pass it to the call, not to KDLoss()"),
-        ({"num_items": 4}, TypeError, "num_items belongs to a batch: pass it to the call, not to KDLoss()"),
+        (
+            {"mask": None},
+            TypeError,
+            "mask belongs to a batch: pass it to the call, not to KDLoss()",
+        ),
+        (
+            {"weight": None},
+            TypeError,
+            "weight belongs to a batch: pass it to the call, not to KDLoss()",
+        ),
+        (
+            {"num_items": 4},
+            TypeError,
+            "num_items belongs to a batch: pass it to the call, not to KDLoss()",
+        ),
     ],
 )
-def test_module_refuses_an_option_when_it_is_made(options: dict[str, Any], kind: type, message: str) -> None:
+def test_module_refuses_an_option_when_it_is_made(
+    options: dict[str, Any], kind: type, message: str
+) -> None:
     with pytest.raises(kind) as error:
         KDLoss(**options)
     assert str(error.value) == message
@@ -384,10 +478,16 @@ def test_module_refuses_an_unknown_option() -> None:
     ],
 )
 def test_module_accepts_what_the_function_accepts(options: dict[str, Any]) -> None:
-    student, teacher, labels = logits(3, 13, seed=53), logits(3, 13, seed=54), labels_for(3, vocabulary=11, seed=55)
+    student, teacher, labels = (
+        logits(3, 13, seed=53),
+        logits(3, 13, seed=54),
+        labels_for(3, vocabulary=11, seed=55),
+    )
     result = KDLoss(**options)(student.clone(), teacher, labels)
     expected = kd_loss(student.clone(), teacher, labels, **options)
-    pairs = zip(result, expected, strict=True) if isinstance(result, tuple) else [(result, expected)]
+    pairs = (
+        zip(result, expected, strict=True) if isinstance(result, tuple) else [(result, expected)]
+    )
     flat: list[tuple[Tensor, Tensor]] = []
     for ours, theirs in pairs:
         flat += zip(ours, theirs, strict=True) if isinstance(ours, tuple) else [(ours, theirs)]

@@ -19,20 +19,37 @@ defaults = pytest.mark.parametrize("divergence", fastkd.DIVERGENCES)
 # Two sweeps over a row, three sweeps, no normaliser.
 kinds = pytest.mark.parametrize("divergence", ["forward_kl", "jsd", "squared_error"])
 
-# One column; fewer than any SIMD vector; vectors of 4, 8 and 16 exactly, and with one column more and less; the block of
-# 2048 columns of the C++ kernel, likewise; two blocks; the vocabularies of language models (SmolLM2, Qwen, Gemma); a
-# prime-like width past 2^16, where a 16-bit index would wrap.
+# One column; fewer than any SIMD vector; vectors of 4, 8 and 16 exactly, and with one column more and less; the block
+# of 2048 columns of the C++ kernel, likewise; two blocks; the vocabularies of language models (SmolLM2, Qwen, Gemma),
+# and one column past 2^16, where a 16-bit index wraps.
 SMALL = [1, 2, 3, 4, 5, 7, 8, 9, 15, 16, 17, 31, 33, 64, 100]
 BLOCKS = [2047, 2048, 2049, 4096, 4097]
 WIDE = [49152, 65537, 151936, 262144]
 
 
 def _checked(
-    backend: str, rows: int, columns: int, divergence: str, dtype: torch.dtype = torch.float32, **options: Any
+    backend: str,
+    rows: int,
+    columns: int,
+    divergence: str,
+    dtype: torch.dtype = torch.float32,
+    **options: Any,
 ) -> None:
-    student, teacher = logits(rows, columns, seed=1, dtype=dtype), logits(rows, columns, seed=2, dtype=dtype)
+    student, teacher = (
+        logits(rows, columns, seed=1, dtype=dtype),
+        logits(rows, columns, seed=2, dtype=dtype),
+    )
     labels = labels_for(rows, vocabulary=columns, seed=3)
-    check(backend, student, teacher, labels, divergence=divergence, alpha=0.6, temperature=1.5, **options)
+    check(
+        backend,
+        student,
+        teacher,
+        labels,
+        divergence=divergence,
+        alpha=0.6,
+        temperature=1.5,
+        **options,
+    )
 
 
 @kinds
@@ -55,7 +72,9 @@ def test_wide_vocabularies(backend: str, columns: int, divergence: str) -> None:
 @defaults
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 @pytest.mark.parametrize("columns", BLOCKS + WIDE)
-def test_every_width_type_and_divergence(backend: str, columns: int, dtype: torch.dtype, divergence: str) -> None:
+def test_every_width_type_and_divergence(
+    backend: str, columns: int, dtype: torch.dtype, divergence: str
+) -> None:
     for rows in (1, 5):
         _checked(backend, rows, columns, divergence, dtype)
 
@@ -65,13 +84,17 @@ def test_memory_that_is_used_again_holds_nothing_old(backend: str, divergence: s
     """Outputs of 5 MB, where an allocator hands out what the call before left there."""
     for seed in range(3):
         student, teacher = logits(5, 262144, seed=seed), logits(5, 262144, seed=seed + 1)
-        check(backend, student, teacher, divergence=divergence, mask=torch.tensor([True, seed != 1, True, True, seed == 0]))
+        mask = torch.tensor([True, seed != 1, True, True, seed == 0])
+        check(backend, student, teacher, divergence=divergence, mask=mask)
 
 
 @kinds
 def test_flat_rows(backend: str, divergence: str) -> None:
     """262144 terms of one size: a running float32 sum loses three digits here."""
-    student, teacher = logits(2, 262144, seed=4, spread=0.05), logits(2, 262144, seed=5, spread=0.05)
+    student, teacher = (
+        logits(2, 262144, seed=4, spread=0.05),
+        logits(2, 262144, seed=5, spread=0.05),
+    )
     check(backend, student, teacher, divergence=divergence)
 
 
@@ -103,14 +126,19 @@ def test_types_and_their_mixtures(
     backend: str, student_dtype: torch.dtype, teacher_dtype: torch.dtype, divergence: str
 ) -> None:
     # 71 columns: four vectors of 16 and a tail.
-    student, teacher = logits(3, 71, seed=10, dtype=student_dtype), logits(3, 71, seed=11, dtype=teacher_dtype)
+    student, teacher = (
+        logits(3, 71, seed=10, dtype=student_dtype),
+        logits(3, 71, seed=11, dtype=teacher_dtype),
+    )
     labels = labels_for(3, vocabulary=71, seed=12)
     check(backend, student, teacher, labels, divergence=divergence, temperature=2.0, alpha=0.5)
 
 
 @kinds
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_narrow_types_are_widened_before_the_softmax(backend: str, dtype: torch.dtype, divergence: str) -> None:
+def test_narrow_types_are_widened_before_the_softmax(
+    backend: str, dtype: torch.dtype, divergence: str
+) -> None:
     """Close distributions: a log-softmax in the type of the logits gives a divergence of either sign."""
     student = logits(4, 4099, seed=13, dtype=dtype)
     teacher = (student.float() + logits(4, 4099, seed=14, spread=0.05)).to(dtype)
@@ -120,7 +148,10 @@ def test_narrow_types_are_widened_before_the_softmax(backend: str, dtype: torch.
 
 def test_bfloat16_gradient_is_rounded_twice_at_most(backend: str) -> None:
     """Once in the forward, and once more by an upstream factor that is no power of 2."""
-    student, teacher = logits(5, 300, seed=15, dtype=torch.bfloat16), logits(5, 300, seed=16, dtype=torch.bfloat16)
+    student, teacher = (
+        logits(5, 300, seed=15, dtype=torch.bfloat16),
+        logits(5, 300, seed=16, dtype=torch.bfloat16),
+    )
     upstream = upstream_for(5)
     leaf = student.clone().requires_grad_()
     loss = kd_loss(leaf, teacher, reduction="none", backend=backend)
@@ -135,7 +166,12 @@ def test_float64_runs_on_the_reference_in_float64(divergence: str) -> None:
     student = logits(4, 1000, seed=17, dtype=torch.float64)
     labels = labels_for(4, vocabulary=1000, seed=18)
     for teacher in (logits(4, 1000, seed=19, dtype=torch.float64), logits(4, 1000, seed=19)):
-        options: dict[str, Any] = {"divergence": divergence, "temperature": 0.7, "alpha": 0.5, "reduction": "none"}
+        options: dict[str, Any] = {
+            "divergence": divergence,
+            "temperature": 0.7,
+            "alpha": 0.5,
+            "reduction": "none",
+        }
         s, t = student.clone().requires_grad_(), teacher.clone().requires_grad_()
         loss = kd_loss(s, t, labels, backend="reference", **options)
         upstream = upstream_for(4).double()
@@ -146,7 +182,9 @@ def test_float64_runs_on_the_reference_in_float64(divergence: str) -> None:
         torch.testing.assert_close(gradients[0], exact.student_gradient, rtol=1e-10, atol=1e-14)
         assert gradients[1].dtype == teacher.dtype
         tolerance = 1e-10 if teacher.dtype == torch.float64 else torch.finfo(torch.float32).eps
-        torch.testing.assert_close(gradients[1].double(), exact.teacher_gradient, rtol=tolerance, atol=1e-12)
+        torch.testing.assert_close(
+            gradients[1].double(), exact.teacher_gradient, rtol=tolerance, atol=1e-12
+        )
 
 
 # Infinities: a column that a logits processor has forbidden
@@ -173,7 +211,9 @@ def test_a_column_that_both_forbid(backend: str, dtype: torch.dtype, divergence:
     assert measured.loss.isfinite().all()
     assert not measured.student_gradient[drop].any()
     kept = ~drop[0]
-    without = check(backend, student[:1, kept], teacher[:1, kept], divergence=divergence, temperature=2.0)
+    without = check(
+        backend, student[:1, kept], teacher[:1, kept], divergence=divergence, temperature=2.0
+    )
     torch.testing.assert_close(measured.loss[0], without.loss[0], rtol=1e-5, atol=1e-6)
 
 
@@ -184,7 +224,9 @@ INFINITE_WITHOUT_Q = {"forward_kl", "mixture", "soft_cross_entropy", "squared_er
 
 @defaults
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
-def test_a_column_that_the_teacher_forbids(backend: str, dtype: torch.dtype, divergence: str) -> None:
+def test_a_column_that_the_teacher_forbids(
+    backend: str, dtype: torch.dtype, divergence: str
+) -> None:
     student, teacher = logits(4, 50, seed=23, dtype=dtype), logits(4, 50, seed=24, dtype=dtype)
     _forbidden(teacher)
     if divergence in INFINITE_WITHOUT_P:
@@ -198,7 +240,9 @@ def test_a_column_that_the_teacher_forbids(backend: str, dtype: torch.dtype, div
 
 @defaults
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
-def test_a_column_that_the_student_forbids(backend: str, dtype: torch.dtype, divergence: str) -> None:
+def test_a_column_that_the_student_forbids(
+    backend: str, dtype: torch.dtype, divergence: str
+) -> None:
     """Forward KL is infinite there, and its gradient, q - p, is not."""
     student, teacher = logits(4, 50, seed=25, dtype=dtype), logits(4, 50, seed=26, dtype=dtype)
     _forbidden(student)
@@ -207,14 +251,18 @@ def test_a_column_that_the_student_forbids(backend: str, dtype: torch.dtype, div
         loss = kd_loss(student, teacher, divergence=divergence, reduction="none", backend=backend)
         assert loss.isposinf().tolist() == [True, False, True, True]
         return
-    measured = check(backend, student, teacher, divergence=divergence, teacher_gradient=not infinite)
+    measured = check(
+        backend, student, teacher, divergence=divergence, teacher_gradient=not infinite
+    )
     assert measured.loss.isposinf().tolist() == [infinite, False, infinite, infinite]
     assert measured.student_gradient.isfinite().all()
 
 
 @pytest.mark.parametrize("side", ["student", "teacher"])
 @defaults
-def test_negligible_mass_beside_a_forbidden_column(backend: str, divergence: str, side: str) -> None:
+def test_negligible_mass_beside_a_forbidden_column(
+    backend: str, divergence: str, side: str
+) -> None:
     """A probability of 1e-40 is 0 to float32: the same as if both sides forbade the column."""
     if divergence in UNNORMALIZED:
         return  # a squared error of logits knows no probability
@@ -235,7 +283,9 @@ def test_hard_labels_beside_a_forbidden_column(backend: str) -> None:
     labels = torch.tensor([3, 7, 39])  # the second row's target is impossible
     measured = check(backend, student, teacher, labels, alpha=0.5)
     assert measured.loss.isposinf().tolist() == [False, True, False]
-    smoothed = kd_loss(student, teacher, labels, alpha=0.5, label_smoothing=0.1, reduction="none", backend=backend)
+    smoothed = kd_loss(
+        student, teacher, labels, alpha=0.5, label_smoothing=0.1, reduction="none", backend=backend
+    )
     assert smoothed.isposinf().all()  # as torch.nn.functional.cross_entropy
 
 
@@ -244,7 +294,12 @@ def test_hard_labels_beside_a_forbidden_column(backend: str) -> None:
 
 @defaults
 def test_logits_of_1e4(backend: str, divergence: str) -> None:
-    check(backend, logits(4, 100, seed=31, spread=1e4), logits(4, 100, seed=32, spread=1e4), divergence=divergence)
+    check(
+        backend,
+        logits(4, 100, seed=31, spread=1e4),
+        logits(4, 100, seed=32, spread=1e4),
+        divergence=divergence,
+    )
 
 
 @pytest.mark.parametrize("shifts", [(1e4, 0.0), (0.0, 1e4), (1e4, -1e4), (-1e4, -1e4)], ids=str)
@@ -258,7 +313,10 @@ def test_a_common_shift_of_1e4(backend: str, divergence: str, shifts: tuple[floa
 @defaults
 def test_temperatures(backend: str, divergence: str, temperature: float) -> None:
     for dtype in FLOATS:
-        student, teacher = logits(3, 300, seed=35, dtype=dtype), logits(3, 300, seed=36, dtype=dtype)
+        student, teacher = (
+            logits(3, 300, seed=35, dtype=dtype),
+            logits(3, 300, seed=36, dtype=dtype),
+        )
         check(backend, student, teacher, divergence=divergence, temperature=temperature)
     student, teacher = logits(3, 300, seed=37, spread=1e3), logits(3, 300, seed=38, spread=1e3)
     check(backend, student, teacher, divergence=divergence, temperature=temperature)
@@ -276,7 +334,13 @@ def test_columns_whose_probability_underflows(backend: str, divergence: str) -> 
     gaps = torch.tensor([0.0, 80.0, 87.0, 88.5, 95.0, 103.0, 104.5, 150.0, 200.0, 300.0, 1e3, 1e5])
     student = -gaps.expand(12, 12).clone()
     teacher = -torch.stack([gaps.roll(shift) for shift in range(12)])
-    if divergence not in ("reverse_kl", "mixture", "squared_error", "soft_cross_entropy", "forward_kl"):
+    if divergence not in (
+        "reverse_kl",
+        "mixture",
+        "squared_error",
+        "soft_cross_entropy",
+        "forward_kl",
+    ):
         check(backend, student, teacher, divergence=divergence)
     # Beside a peak that both share, every divergence is moderate.
     student, teacher = -gaps.expand(6, 12).clone(), -gaps.expand(6, 12).clone()
@@ -292,7 +356,9 @@ def test_jsd_where_everything_but_one_column_underflows(backend: str, beta: floa
     student[:, 3] = teacher[0, 3] = teacher[1, 9] = 0.0
     measured = check(backend, student, teacher, divergence="jsd", parameters={"beta": beta})
     assert measured.loss[0].abs() < 1e-7 and (measured.student_gradient[0].abs() < 1e-7).all()
-    entropy = -(beta * math.log(beta) + (1 - beta) * math.log1p(-beta))  # the two rows share nothing
+    entropy = -(
+        beta * math.log(beta) + (1 - beta) * math.log1p(-beta)
+    )  # the two rows share nothing
     assert measured.loss[1].item() == pytest.approx(entropy, rel=1e-5)
 
 
@@ -317,4 +383,3 @@ def test_nan_and_inf_are_not_hidden(any_backend: str, value: float) -> None:
         assert loss.isnan().tolist() == [False, True, False]
         assert torch.equal(loss[::2], clean[::2])
         assert gradient[1].isnan().any() and gradient[::2].isfinite().all()
-
