@@ -58,7 +58,11 @@ format: $(VENV)/.dev ## apply what ruff can mend
 	$(PY) -m ruff check --fix .
 	$(PY) -m ruff format .
 
-bench: $(VENV)/.bench build ## the benchmarks
+bench: $(VENV)/.bench build ## the benchmarks: time (torch's buffers as they are, and in huge pages), memory, accuracy
+	$(PY) bench/loss.py
+	THP_MEM_ALLOC_ENABLE=1 $(PY) bench/loss.py
+	$(PY) bench/memory.py
+	$(PY) bench/accuracy.py
 	$(PY) -m pytest bench --benchmark-only $(ARGS)
 
 divergences: $(VENV)/.dev ## after a change of fastkd/divergences.py: its C++ header, the extension, the table's tests
@@ -67,11 +71,11 @@ divergences: $(VENV)/.dev ## after a change of fastkd/divergences.py: its C++ he
 	$(PY) -m pytest -k "divergence or table" $(ARGS)
 
 build/demo/.stamp: examples/demo-requirements.txt | $(VENV)/.torch
-	$(PIP) install --no-deps --require-hashes --upgrade --target $(@D) -r $<
+	$(PIP) install --no-deps --no-build-isolation --require-hashes --upgrade --target $(@D) -r $<
 	@touch $@
 
 demo: $(VENV)/.demo build/demo/.stamp build ## distil a small model on this machine, in plain PyTorch and with fastkd
-	$(PY) examples/demo.py $(ARGS)
+	OMP_WAIT_POLICY=passive $(PY) examples/demo.py $(ARGS)
 
 clean: ## remove what a build writes, but not .venv
 	rm -rf build dist *.egg-info fastkd/_C*.so fastkd/_build.json .mypy_cache .pytest_cache .ruff_cache .benchmarks

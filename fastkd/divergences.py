@@ -26,7 +26,7 @@ from dataclasses import dataclass
 from typing import Any
 
 # The vocabulary of a definition; kernels/skeleton.py and csrc/cpu/vec.h provide the same names.
-from torch import abs, exp, log1p, logaddexp, where  # noqa: A004 (a definition reads as the formula does)
+from torch import abs, exp, logaddexp, where  # noqa: A004 (a definition reads as the formula does)
 
 VOCABULARY = ("abs", "exp", "log1p", "logaddexp", "where")
 

@@ -38,7 +38,7 @@ FASTKD_INLINE double sum_lanes(V v) {
   return total;
 }
 
-// 2^(d * (high + low)), for d * high in [-127, 128]; 0 at the lower end. high + low is the factor to twice float's
+// 2^(d * (high + low)), for d * high in (-127, 128]; a subnormal, which is 0 to us, at the lower end. high + low is the factor to twice float's
 // precision: with float alone the relative error grows to 1e-6 at d * high = -30.
 //
 // The fraction is in [-1/2, 1/2], the polynomial is within 2e-9 of 2^fraction (Chebyshev fit of degree 6), and the
@@ -57,11 +57,14 @@ FASTKD_INLINE V exp2_core(V d, V high, V low) {
   return (V)((U)y + ((U)shifted << 23));
 }
 
+// Where exp becomes a subnormal, which is 0 to us. Times log2(e) it is above -127 by a margin: below -127 the mantissa
+// of exp2_core would borrow from its exponent.
+constexpr float EXP_LOWEST = -88.02f;
 constexpr float LOG2E_HIGH = 1.44269502162933349609375f, LOG2E_LOW = 1.925963033500011e-8f;
 
 FASTKD_INLINE V exp(V x) {
-  // 2^128 is the infinity that the core makes of exactly 128; below -127 / log2(e) it is 0.
-  x = at_most(at_least(x, splat(-88.02969f)), splat(88.722839f));
+  // 2^128 is out of the core's range.
+  x = at_most(at_least(x, splat(EXP_LOWEST)), splat(88.722839f));
   return where(x >= 88.722839f, splat(__builtin_inff()), exp2_core(x, splat(LOG2E_HIGH), splat(LOG2E_LOW)));
 }
 
@@ -100,7 +103,7 @@ FASTKD_INLINE V log1p(V x) {
 FASTKD_INLINE V logaddexp(V a, V b) {
   const V gap = abs(a - b);
   // exp(-gap), which is 0 long before the clamp.
-  const V ratio = exp2_core(at_least(-gap, splat(-88.02969f)), splat(LOG2E_HIGH), splat(LOG2E_LOW));
+  const V ratio = exp2_core(at_least(-gap, splat(EXP_LOWEST)), splat(LOG2E_HIGH), splat(LOG2E_LOW));
   return at_least(a, b) + log1p_of_unit(ratio);
 }
 

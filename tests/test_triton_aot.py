@@ -1,0 +1,254 @@
+"""Every Triton kernel compiles ahead of time, for GPUs that are not here, and keeps its tiles in registers.
+
+What is compiled is what the launchers launch: their calls are caught and specialised for the target as on its machine.
+Triton's interpreter may be on in the tests, so this runs in a process of its own, which is this file as a script.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+
+import fastkd
+from fastkd.rows import Options, Rows, Want
+
+TARGETS = ["cuda:80", "cuda:90", "cuda:100", "hip:gfx942"]
+LIMITS: dict[str, dict[str, float]] = {
+    "alpha_beta at alpha 0": {"alpha": 0.0, "beta": 0.5},
+    "alpha_beta at beta 0": {"alpha": 0.5, "beta": 0.0},
+    "alpha_beta at sum 0": {"alpha": 0.5, "beta": -0.5},
+    "alpha_beta at 0": {"alpha": 0.0, "beta": 0.0},
+}
+DIVERGENCES = [*fastkd.DIVERGENCES, *LIMITS]
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+# The rows of each entry of the table of tiles; and one that no vector load divides.
+WIDTHS = {"narrow": 1000, "medium": 16384, "wide": 128256, "odd": 50257}
+
+
+class Variant(NamedTuple):
+    """One specialisation of a kernel."""
+
+    divergence: str  # or "scale" for the kernel that scales gradients
+    kind: str
+    student: str = "bf16"
+    teacher: str = "bf16"
+    width: str = "wide"
+
+
+def variants(full: bool) -> list[Variant]:
+    """Every divergence without and with cross-entropy, and what else changes a kernel, on a few of them."""
+    both = ["fp32", "bf16"]
+    if full:
+        kinds, widths = ["distillation", "hinton", "everything"], [*WIDTHS]
+        return [
+            Variant(divergence, kind, dtype, dtype, width)
+            for divergence, kind, dtype, width in itertools.product(
+                DIVERGENCES, kinds, both, widths
+            )
+        ]
+    found = []
+    for divergence in DIVERGENCES:
+        found.append(Variant(divergence, "distillation", "fp32", "fp32"))
+        found.append(Variant(divergence, "hinton"))
+    # A closed form with all its moments, three sweeps, and no normaliser.
+    for divergence, dtype in itertools.product(("mixture", "jsd", "squared_error"), both):
+        found.append(Variant(divergence, "everything", dtype, dtype))
+    for width, dtype in itertools.product(("narrow", "medium", "odd"), both):
+        found.append(Variant("forward_kl", "hinton", dtype, dtype, width))
+        found.append(Variant("jsd", "everything", dtype, dtype, width))
+    found += [
+        Variant("forward_kl", "value"),
+        Variant("jsd", "value"),
+        Variant("jsd", "cross-entropy"),
+    ]
+    found += [
+        Variant("forward_kl", "hinton", "bf16", "fp32"),
+        Variant("jsd", "hinton", "fp16", "fp16"),
+    ]
+    return found + [Variant("scale", "", dtype) for dtype in DTYPES]
+
+
+class Resources(NamedTuple):
+    """What a compiled kernel needs of a thread."""
+
+    registers: int
+    local_bytes: int  # of local memory
+    local_in_loop: bool  # whether a loop reads or writes it
+
+
+class _Caught(Exception):  # noqa: N818 (no error: it carries a launch out of the launcher)
+    pass
+
+
+def _launch(variant: Variant) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
+    """(kernel, arguments, options) of the launch that serves a variant."""
+    from fastkd.kernels import rows as kernels
+
+    def catch(kernel: Any) -> Any:
+        def run(*arguments: Any, grid: Any, warmup: bool, **options: Any) -> None:
+            raise _Caught(kernel, arguments, options)
+
+        return run
+
+    for kernel in (kernels.kd_kernel, kernels.scale_kernel):
+        kernel.run = catch(kernel)
+    width = WIDTHS[variant.width]
+    # Shifted as a language model shifts its logits: two strides.
+    student, teacher = (
+        torch.empty(2, 3, width, dtype=DTYPES[dtype])[:, :-1]
+        for dtype in (variant.student, variant.teacher)
+    )
+    labels, numbers = torch.zeros(2, 2, dtype=torch.int64), torch.ones(2, 2)
+    try:
+        if variant.divergence == "scale":
+            kernels.scale_rows_(student, numbers)
+        parameters = LIMITS.get(variant.divergence, {})
+        divergence = fastkd.DIVERGENCES[variant.divergence.split()[0]](**parameters)
+        rows, options, want = {
+            "distillation": (Rows(), Options(divergence), Want(True)),
+            "hinton": (Rows(labels), Options(divergence, 0.5, 2.0, 2.0), Want(True)),
+            "value": (Rows(labels), Options(divergence, 0.5, 2.0, 2.0), Want()),
+            "cross-entropy": (Rows(labels), Options(divergence, 0.0), Want(True)),
+            "everything": (
+                Rows(labels, numbers, numbers, numbers, torch.ones(())),
+                Options(divergence, 0.5, label_smoothing=0.1, softcap=30.0, teacher_softcap=30.0),
+                Want(True, True, True),
+            ),
+        }[variant.kind]
+        kernels.kd_rows(student, teacher, rows, options._replace(vocab_size=width), want)
+    except _Caught as caught:
+        return caught.args
+    raise AssertionError("nothing was launched")
+
+
+def _compiled(variant: Variant, target: Any) -> dict[str, Any]:
+    """The texts and binaries that Triton makes of a variant."""
+    import triton
+    from triton.compiler import ASTSource, make_backend
+    from triton.runtime.jit import create_function_from_signature
+
+    kernel, arguments, options = _launch(variant)
+    backend = make_backend(target)
+    bind = create_function_from_signature(kernel.signature, kernel.params, backend)
+    bound, specialization, options = bind(*arguments, debug=False, **options)
+    parsed, signature, constants, attributes = kernel._pack_args(
+        backend, options, bound, specialization, options
+    )
+    source = ASTSource(kernel, signature, constants, attributes)
+    return triton.compile(source, target=target, options=parsed.__dict__).asm
+
+
+def _local_in_loop(sass: str) -> bool:
+    """Whether local memory is touched between a branch backwards and where it leads."""
+    code = re.findall(r"/\*([0-9a-f]{4,})\*/\s+([^;]*);", sass)
+    touched = [int(place, 16) for place, text in code if re.search(r"\b(STL|LDL)\b", text)]
+    jumps = [(place, re.search(r"\bBRA\b.*\b0x([0-9a-f]+)", text)) for place, text in code]
+    loops = [(int(jump[1], 16), int(place, 16)) for place, jump in jumps if jump is not None]
+    return any(first <= place <= last for place in touched for first, last in loops)
+
+
+def _cuda_resources(cubin: bytes) -> Resources:
+    from triton import knobs
+
+    def cuobjdump(what: str, path: str) -> str:
+        command = [knobs.nvidia.cuobjdump.path, what, path]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        usage = re.search(
+            r"REG:(\d+) STACK:(\d+) .*LOCAL:(\d+)", cuobjdump("--dump-resource-usage", file.name)
+        )
+        assert usage is not None
+        registers, stack, local = map(int, usage.groups())
+        in_loop = stack + local > 0 and _local_in_loop(cuobjdump("-sass", file.name))
+    return Resources(registers, stack + local, in_loop)
+
+
+def _hip_resources(text: str) -> Resources:
+    def field(name: str) -> int:
+        found = re.search(rf"\.{name}:\s+(\d+)", text)
+        assert found is not None, name
+        return int(found[1])
+
+    # Scalar registers spill to lanes of vector registers, which vgpr_count has; no memory is touched.
+    local = field("private_segment_fixed_size")
+    return Resources(field("vgpr_count"), local, local > 0 or field("vgpr_spill_count") > 0)
+
+
+def _measure(task: tuple[Variant, str]) -> Resources:
+    from triton.backends.compiler import GPUTarget
+
+    torch.set_num_threads(1)
+    variant, (vendor, _, architecture) = task[0], task[1].partition(":")
+    if vendor == "hip":
+        return _hip_resources(_compiled(variant, GPUTarget("hip", architecture, 64))["amdgcn"])
+    return _cuda_resources(_compiled(variant, GPUTarget("cuda", int(architecture), 32))["cubin"])
+
+
+def _run(target: str, full: bool, cache: Path) -> dict[Variant, Resources]:
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment["TRITON_CACHE_DIR"] = str(cache)
+    command = [sys.executable, __file__, target, str(int(full))]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return {Variant(*v): Resources(*r) for v, r in map(json.loads, done.stdout.splitlines())}
+
+
+def _check(target: str, full: bool, cache: Path) -> None:
+    found = _run(target, full, cache)
+    assert list(found) == variants(full)
+    in_loops = [f"{variant}: {used}" for variant, used in found.items() if used.local_in_loop]
+    assert not in_loops, "\n".join(in_loops)
+    # ptxas parks a few numbers of a row in local memory before a loop and takes them back after it, where that lets
+    # one more block fit. A tile has eight entries a thread: spilled, it would be 32 bytes.
+    large = [f"{variant}: {used}" for variant, used in found.items() if used.local_bytes >= 32]
+    assert not large, "\n".join(large)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_kernels_compile_and_keep_their_tiles_in_registers(target: str, tmp_path: Path) -> None:
+    _check(target, False, tmp_path)
+
+
+@pytest.mark.heavy
+@pytest.mark.parametrize("target", TARGETS)
+def test_every_variant(target: str, tmp_path: Path) -> None:
+    _check(target, True, tmp_path)
+
+
+def test_a_spill_in_a_loop_is_seen() -> None:
+    sass = """
+        /*0000*/                   MOV R1, c[0x0][0x28] ;
+        /*0010*/                   STL [R1], R8 ;
+        /*0020*/              @!P1 BRA 0x60 ;
+        /*0030*/                   {inside} R4, [R2] ;
+        /*0040*/               @P0 BRA.U 0x30 ;
+        /*0050*/                   LDL R8, [R1] ;
+        /*0060*/                   EXIT ;
+        /*0070*/                   BRA 0x70;
+    """
+    assert not _local_in_loop(sass.replace("{inside}", "LDG.E"))
+    assert _local_in_loop(sass.replace("{inside}", "LDL.LU"))
+
+
+if __name__ == "__main__":
+    wanted = variants(full=sys.argv[2] == "1")
+    workers = min(os.cpu_count() or 1, 8)
+    with ProcessPoolExecutor(workers, get_context("spawn")) as pool:
+        tasks = [(variant, sys.argv[1]) for variant in wanted]
+        for variant, used in zip(wanted, pool.map(_measure, tasks, chunksize=2), strict=True):
+            print(json.dumps([variant, used]), flush=True)
