@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from fastkd import backends
 from fastkd.divergences import ClosedForm, Divergence, function_name, function_named
@@ -48,8 +47,22 @@ def _with_upstream(rows: Rows, upstream: Tensor) -> Rows:
     if upstream.dim() == 0:
         scale = upstream if rows.scale is None else upstream * rows.scale
         return rows._replace(scale=scale)
-    weight = upstream.contiguous() if rows.weight is None else upstream * rows.weight
-    return rows._replace(weight=weight)
+    weight = upstream if rows.weight is None else upstream * rows.weight
+    return rows._replace(weight=weight.contiguous())
+
+
+class _Once(torch.autograd.Function):
+    """A gradient that raises where it is differentiated; a constant would be wrong without a word."""
+
+    @staticmethod
+    def forward(ctx: Any, gradient: Tensor) -> Tensor:
+        """The gradient itself."""
+        return gradient.view_as(gradient)
+
+    @staticmethod
+    def backward(ctx: Any, *_: Any) -> Tensor:
+        """Raise."""
+        raise RuntimeError("kd_loss has first derivatives only, and is being differentiated twice")
 
 
 class KDRows(torch.autograd.Function):
@@ -82,11 +95,21 @@ class KDRows(torch.autograd.Function):
         return (result.total if summed else result.loss, *parts)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, upstream: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
         """The saved gradient times upstream, or the deferred one with upstream inside."""
         if upstream is None:
             return (None,) * 7
+        with torch.no_grad():
+            gradients = KDRows._gradients(ctx, upstream)
+        if torch.is_grad_enabled():  # create_graph=True
+            gradients = tuple(
+                None if gradient is None else _Once.apply(gradient.requires_grad_())
+                for gradient in gradients
+            )
+        return (*gradients, *(None,) * 5)
+
+    @staticmethod
+    def _gradients(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         kernels, rows, options, want = ctx.call
         if want.deferred:
             student, teacher = ctx.saved_tensors
@@ -96,7 +119,7 @@ class KDRows(torch.autograd.Function):
             result = kernels.kd_rows(student, teacher, rows, options, want)
             if want.inplace:
                 torch.autograd.graph.increment_version(student)
-            return (result.student_gradient, result.teacher_gradient, *(None,) * 5)
+            return result.student_gradient, result.teacher_gradient
         gradients = ctx.saved_tensors
         if _graph_is_kept():
             gradients = tuple(
@@ -105,7 +128,7 @@ class KDRows(torch.autograd.Function):
         for gradient in gradients:
             if gradient is not None:
                 kernels.scale_rows_(gradient, upstream)
-        return (*gradients, *(None,) * 5)
+        return gradients
 
 
 # The custom op. A schema holds tensors, numbers and strings only, so Options and Want travel as flat lists, and a

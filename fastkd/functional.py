@@ -135,7 +135,9 @@ def kd_loss(
     if weight is not None:
         _check_rows("weight", weight, lead, device, LOGIT_DTYPES)
     if os.environ.get("FASTKD_CHECK") == "1":
-        _check_values(labels if alpha < 1.0 else None, ignore_index, vocabulary, t_rows, tt_rows)
+        _check_values(
+            labels if alpha < 1.0 else None, ignore_index, vocabulary, mask, t_rows, tt_rows
+        )
 
     grad_enabled = torch.is_grad_enabled()
     want = Want(
@@ -306,11 +308,16 @@ def _check_rows(
 
 
 def _check_values(
-    labels: Tensor | None, ignore_index: int, vocabulary: int, *temperatures: Tensor | None
+    labels: Tensor | None,
+    ignore_index: int,
+    vocabulary: int,
+    mask: Tensor | None,
+    *temperatures: Tensor | None,
 ) -> None:
-    """The checks that wait for the device, under FASTKD_CHECK=1."""
+    """The checks that wait for the device, under FASTKD_CHECK=1; rows that mask drops may hold anything."""
     if labels is not None:
         bad = ((labels < 0) | (labels >= vocabulary)) & (labels != ignore_index)
+        bad = bad if mask is None else bad & mask
         if bad.any():
             row = int(bad.flatten().nonzero()[0])
             raise ValueError(
@@ -318,8 +325,11 @@ def _check_values(
                 f"row {row} has {int(labels.flatten()[row])}"
             )
     for argument, values in zip(("temperature", "teacher_temperature"), temperatures, strict=True):
-        if values is not None and not bool((values > 0).all()):
-            row = int((~(values > 0)).flatten().nonzero()[0])
+        if values is None:
+            continue
+        bad = ~(values > 0) if mask is None else ~(values > 0) & mask
+        if bad.any():
+            row = int(bad.flatten().nonzero()[0])
             raise ValueError(
                 f"{argument} must be positive; row {row} has {float(values.flatten()[row])}"
             )
@@ -343,7 +353,8 @@ def _check_inplace(student: Tensor, teacher: Tensor, want: Want) -> None:
         for stride, size in zip(student.stride(), student.shape, strict=True)
     ):
         raise ValueError("inplace=True would write expanded student_logits more than once")
-    if student.untyped_storage().data_ptr() == teacher.untyped_storage().data_ptr():
+    storages = student.untyped_storage().data_ptr(), teacher.untyped_storage().data_ptr()
+    if student.numel() and storages[0] == storages[1]:
         raise ValueError(
             "inplace=True would overwrite the teacher: it shares its storage with student_logits"
         )

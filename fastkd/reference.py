@@ -17,7 +17,12 @@ NEGLIGIBLE = 1e-30
 INFINITE = 1e6
 
 
-def evaluate(divergence: Divergence, log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor]:
+def evaluate(
+    divergence: Divergence,
+    log_p: Tensor,
+    log_q: Tensor,
+    probabilities: tuple[Tensor, Tensor] | None = None,
+) -> tuple[Tensor, Tensor]:
     """(phi, g) of every entry, with the one policy for log 0, so that no definition has to handle it.
 
     - Both sides at -inf: 0 * (-inf) = 0, the entry contributes nothing to the value and to the gradient.
@@ -25,8 +30,12 @@ def evaluate(divergence: Divergence, log_p: Tensor, log_q: Tensor) -> tuple[Tens
       number. Terms that carry a factor 0 vanish, and what is still above INFINITE is the mathematical infinity
       (forward KL where p > 0 = q); g stays what it is in the limit (-p there).
     - One side at -inf and the other below NEGLIGIBLE: nothing, as in the first case.
+
+    probabilities are (p, q) where the caller has them; a softmax is more exact than the exp of its logarithm.
     """
-    p, q = (log_p.exp(), log_q.exp()) if divergence.normalized else (torch.ones_like(log_p),) * 2
+    if not divergence.normalized:
+        probabilities = (torch.ones_like(log_p),) * 2
+    p, q = probabilities or (log_p.exp(), log_q.exp())
     p_gone, q_gone = log_p == -torch.inf, log_q == -torch.inf
     lowest = torch.finfo(log_p.dtype).min
     phi, g = divergence.function(
@@ -95,7 +104,8 @@ def kd_rows(student: Tensor, teacher: Tensor, rows: Rows, options: Options, want
 
     log_q = _log_probabilities(s, temperature, divergence.normalized)
     log_p = _log_probabilities(t, teacher_temperature, divergence.normalized)
-    phi, g = evaluate(divergence, log_p, log_q)
+    p, q = torch.softmax(t / teacher_temperature, -1), torch.softmax(s / temperature, -1)
+    phi, g = evaluate(divergence, log_p, log_q, (p, q))
     t_squared: Tensor | float = temperature * temperature if options.scale_by_temperature else 1.0
     distillation = phi.sum(-1) * (
         t_squared.squeeze(-1) if isinstance(t_squared, Tensor) else t_squared
@@ -121,7 +131,7 @@ def kd_rows(student: Tensor, teacher: Tensor, rows: Rows, options: Options, want
         )
         weight = torch.where(valid, weight, torch.nan)  # and so does an invalid label
 
-    scale = options.scale if rows.scale is None else rows.scale.to(dtype)
+    scale = options.scale if rows.scale is None else options.scale * rows.scale.to(dtype)
     row_scale = (weight * scale).unsqueeze(-1)
     loss = torch.zeros_like(distillation)
     if alpha:
@@ -139,26 +149,21 @@ def kd_rows(student: Tensor, teacher: Tensor, rows: Rows, options: Options, want
     if want.student_gradient:
         gradient = torch.zeros_like(s)
         if alpha:
-            gradient = _project(g, log_q.exp(), divergence.normalized) * (
-                alpha * t_squared / temperature
-            )
+            gradient = _project(g, q, divergence.normalized) * (alpha * t_squared / temperature)
         if with_labels:
             gradient = gradient + (1.0 - alpha) * cross_entropy_gradient
         student_gradient = finish(gradient * ds, student)
     if want.teacher_gradient:
         assert divergence.degree is not None  # validated
         h = divergence.degree * phi - g
-        gradient = _project(h, log_p.exp(), divergence.normalized) * (
-            alpha * t_squared / teacher_temperature
-        )
+        gradient = _project(h, p, divergence.normalized) * (alpha * t_squared / teacher_temperature)
         teacher_gradient = finish(gradient * dt, teacher)
     if want.inplace and student_gradient is not None:
         student_gradient = student.copy_(student_gradient)
 
     parts: tuple[Tensor | None, ...] = (None, None, None)
     if want.parts:
-        log_q = torch.log_softmax(s / temperature, -1)
-        entropy = torch.special.entr(log_q.exp()).sum(-1)
+        entropy = torch.special.entr(q).sum(-1)
         parts = tuple(
             torch.where(keep, part, 0.0) for part in (distillation, cross_entropy, entropy)
         )

@@ -32,7 +32,7 @@ class Options(NamedTuple):
     teacher_logit_scale: float = 1.0
     teacher_softcap: float = 0.0
     vocab_size: int = 0
-    scale: float = 1.0  # multiplies the total and every gradient; 1 where Rows.scale is given
+    scale: float = 1.0  # multiplies the total and every gradient
 
 
 class Rows(NamedTuple):
@@ -44,7 +44,7 @@ class Rows(NamedTuple):
     )
     temperature: Tensor | None = None  # float32
     teacher_temperature: Tensor | None = None  # float32
-    scale: Tensor | None = None  # float32, 0-dim: Options.scale where only the device knows it
+    scale: Tensor | None = None  # float32, 0-dim: another such factor, which only the device knows
 
 
 class Want(NamedTuple):

@@ -219,7 +219,7 @@ def _keep_row(
     if width is not None:
         scale = objective.scale
         if inputs.scale is not None:
-            scale = tl.load(inputs.scale)
+            scale *= tl.load(inputs.scale)
         s_scale = weight * scale * student_model.scale
         s_factor, t_factor, label_factor = None, None, None
         if objective.alpha is not None:
@@ -326,15 +326,17 @@ def scale_kernel(gradient, width, upstream, upstream_stride, sizes, BLOCK_V: tl.
             tl.store(pointer + columns, scaled, mask=columns < width)
 
 
-# (bytes of a row, BLOCK_V, num_warps), up to that size. Always eight entries a thread: one load of 16 bytes of a
-# low-precision row, and no tile in local memory on any target of tests/test_triton_aot.py, as there is with sixteen.
-# The wider a row, the fewer programs at a time, and the more of what a sweep has read is in L2 for the next one.
+# (bytes of a row, BLOCK_V, num_warps), up to that size. Eight entries a thread: one load of 16 bytes of a low-precision
+# row, and tiles that stay in registers on every target of tests/test_triton_aot.py, as they do not with sixteen. The
+# wider a row, the fewer programs at a time, and the more of what a sweep has read is in L2 for the next one.
 TILES = ((4 << 10, 1024, 4), (128 << 10, 2048, 8), (1 << 62, 4096, 16))
 
 
-def tile(width: int, itemsize: int) -> tuple[int, int]:
-    """(BLOCK_V, num_warps) for rows of that many columns."""
+def tile(width: int, itemsize: int, crowded: bool = False) -> tuple[int, int]:
+    """(BLOCK_V, num_warps) for rows of that many columns; half the entries a thread where registers are crowded."""
     block, warps = next(entry[1:] for entry in TILES if width * itemsize <= entry[0])
+    if crowded:
+        block //= 2
     fitting = max(triton.next_power_of_2(width), 128)
     return (block, warps) if fitting >= block else (fitting, max(fitting * warps // block, 1))
 
@@ -479,7 +481,9 @@ def kd_rows(student: Tensor, teacher: Tensor, rows: Rows, options: Options, want
             rows.teacher_temperature,
         )
     widths = [g.shape[-1] for g in (student_gradient, tensors["teacher_gradient"]) if g is not None]
-    block, warps = tile(options.vocab_size, max(student.itemsize, teacher.itemsize))
+    crowded = want.teacher_gradient or options.softcap > 0 or options.teacher_softcap > 0
+    itemsize = max(student.itemsize, teacher.itemsize)
+    block, warps = tile(options.vocab_size, itemsize, crowded)
     if lead.numel():
         with _on(student.device):
             kd_kernel[(lead.numel(),)](
@@ -509,7 +513,9 @@ def kd_rows(student: Tensor, teacher: Tensor, rows: Rows, options: Options, want
             )
     if want.inplace and student_gradient is not None:
         student_gradient = student if source is student else student.copy_(source)
-    total = outputs.loss.sum() * (options.scale if rows.scale is None else rows.scale)
+    total = outputs.loss.sum() * options.scale
+    if rows.scale is not None:
+        total = total * rows.scale
     return Result(outputs.loss, total, student_gradient, teacher_gradient, *outputs[1:])
 
 

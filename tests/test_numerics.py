@@ -274,7 +274,8 @@ def test_negligible_mass_beside_a_forbidden_column(
         s, t = student.clone().requires_grad_(), teacher.clone().requires_grad_()
         loss = kd_loss(s, t, divergence=divergence, reduction="none", backend=backend)
         results.append((loss.detach(), *torch.autograd.grad(loss.sum(), (s, t))))
-    torch.testing.assert_close(results[1], results[0], rtol=0, atol=0)
+    # To rounding: entries of -inf may be computed by other instructions than the rest.
+    torch.testing.assert_close(results[1], results[0], rtol=1e-6, atol=1e-7)
 
 
 def test_hard_labels_beside_a_forbidden_column(backend: str) -> None:
