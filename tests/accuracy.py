@@ -205,8 +205,10 @@ def check(
         found, (student, teacher), ("student", "teacher"), strict=False
     ):
         assert gradient.dtype == given.dtype
-        which = f"{side}_gradient"
-        assert_within(
-            f"gradient of the {side}", gradient, getattr(exact, which), getattr(allowed, which)
-        )
+        bar = getattr(allowed, f"{side}_gradient")
+        if backend == "reference":
+            # It is plain float32 PyTorch in another order: neither is the more exact of the two, and on rows of
+            # 150k columns whose sums lose three digits either may come out ahead.
+            bar = 2 * bar
+        assert_within(f"gradient of the {side}", gradient, getattr(exact, f"{side}_gradient"), bar)
     return Measured(loss.detach(), found[0], found[1] if teacher_gradient else None, parts, exact)
