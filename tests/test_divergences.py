@@ -235,7 +235,7 @@ def test_closed_form_is_the_sum(name: str) -> None:
 
 properties = settings(
     deadline=None,
-    max_examples=20,
+    max_examples=12,
     derandomize=True,
     database=None,
     phases=(Phase.explicit, Phase.generate, Phase.shrink),

@@ -80,12 +80,12 @@ def test_every_width_type_and_divergence(
 
 
 @kinds
-def test_memory_that_is_used_again_holds_nothing_old(backend: str, divergence: str) -> None:
-    """Outputs of 5 MB, where an allocator hands out what the call before left there."""
-    for seed in range(3):
-        student, teacher = logits(5, 262144, seed=seed), logits(5, 262144, seed=seed + 1)
-        mask = torch.tensor([True, seed != 1, True, True, seed == 0])
-        check(backend, student, teacher, divergence=divergence, mask=mask)
+def test_memory_that_is_used_again_holds_nothing_old(divergence: str) -> None:
+    """Outputs of 4 MB, from which on memory is handed out with what the call before left there."""
+    for seed in range(2):
+        student, teacher = logits(4, 262144, seed=seed), logits(4, 262144, seed=seed + 1)
+        mask = torch.tensor([True, True, seed == 0, True])
+        check("cpu", student, teacher, divergence=divergence, mask=mask)
 
 
 @kinds
