@@ -20,7 +20,6 @@ from fastkd import backends
 from fastkd.divergences import ClosedForm, Divergence, function_name, function_named
 from fastkd.rows import Options, Result, Rows, Want
 
-
 def _graph_is_kept() -> bool:
     """Whether the running backward was asked to retain its graph; True where torch cannot tell."""
     ask = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
@@ -260,6 +259,23 @@ def _backward(
 kd_rows_op.register_autograd(_backward, setup_context=_setup_context)
 
 
+def _eager(
+    student: Tensor,
+    teacher: Tensor,
+    rows: Rows,
+    options: Options,
+    want: Want,
+    backend: str,
+    summed: bool,
+) -> tuple[Tensor | None, ...]:
+    backend = backends.select(backend, student, teacher, options.divergence)
+    return KDRows.apply(student, teacher, rows, options, want, backend, summed)
+
+
+# Where a graph broke before the call, as it does for inplace=True (see kd_loss), the compiler tries again from here.
+_eager_for_compilers = torch.compiler.disable(_eager)
+
+
 def kd_rows(
     student: Tensor,
     teacher: Tensor,
@@ -272,8 +288,9 @@ def kd_rows(
     """(loss, distillation, cross_entropy, student_entropy), differentiable; the loss is [...] or its 0-dim sum."""
     want = want._replace(deferred=_defers(student, teacher, want))
     if not torch.compiler.is_compiling():
-        backend = backends.select(backend, student, teacher, options.divergence)
-        return KDRows.apply(student, teacher, rows, options, want, backend, summed)
+        return _eager(student, teacher, rows, options, want, backend, summed)
+    if want.inplace:
+        return _eager_for_compilers(student, teacher, rows, options, want, backend, summed)
     results = kd_rows_op(student, teacher, *rows, backend, *_flatten(options, want))
     loss = results[1] if summed else results[0]
     return (loss, *(part.detach() if want.parts else None for part in results[4:]))

@@ -90,7 +90,8 @@ def kd_loss(
         vocab_size: the columns that count, where a model pads its vocabulary; later columns have probability 0
             and gradient 0 on both sides. Needed where the widths differ.
         inplace: let the gradient overwrite student_logits, which saves one [..., V] tensor. Their version is
-            bumped, so that autograd raises where something else still needs them. Not in compiled functions.
+            bumped, so that autograd raises where something else still needs them. A compiled graph plans its
+            own memory: there it breaks the graph, or raises under fullgraph=True.
         return_parts: return (loss, :class:`Parts`).
         backend: "auto", or one of ``fastkd.available_backends()``.
 
