@@ -20,6 +20,7 @@ from fastkd import backends
 from fastkd.divergences import ClosedForm, Divergence, function_name, function_named
 from fastkd.rows import Options, Result, Rows, Want
 
+
 def _graph_is_kept() -> bool:
     """Whether the running backward was asked to retain its graph; True where torch cannot tell."""
     ask = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
