@@ -4,11 +4,13 @@
 //
 //   statistics   maximum, sum of exponentials and moments of each block;  merged in double, in block order
 //   sums         of phi and g, where no closed form gives them;           merged likewise
-//   gradient     written block by block, last block first, since that one is still in the cache
+//   gradient     written block by block
 //
 // A block's numbers do not depend on who computes it, so the result is bitwise the same for any number of threads:
 // threads share the rows, or the blocks of a row where there are fewer rows than threads. The exponentials of the
-// first phase are kept in scratch memory while a row of them fits in the cache, and computed again otherwise.
+// first phase are kept in scratch memory while a row of them fits in the cache. Then the gradient of a row, which
+// waits for memory, runs alongside the statistics of the next, which wait for arithmetic: see PendingGradient.
+// Otherwise they are computed again, last block first, since its logits are still in the cache.
 //
 // Phases are optimistic about log 0: arithmetic on -inf gives NaN exactly where the policy of
 // fastkd/reference.py (evaluate) matters, and a row whose merged sums are not finite is done again with the policy.
@@ -84,16 +86,20 @@ struct Adjustment {
   }
 };
 
-// The maximum of n floats, a whole number of vectors; NaNs do not count.
+// The maximum of n floats, a whole number of vectors; NaNs do not count. Four chains of comparisons, as one would wait
+// for each.
 float maximum_of(const float* z, int n) {
-  V maximum = splat(FLOOR);
-  for (int i = 0; i < n; i += LANES) {
+  V maxima[4] = {splat(FLOOR), splat(FLOOR), splat(FLOOR), splat(FLOOR)};
+  auto raise = [&](V& maximum, int i) {
     const V x = load(z + i);
     maximum = x > maximum ? x : maximum;
-  }
-  float top = FLOOR;
-  for (int lane = 0; lane < LANES; ++lane) top = std::max(top, maximum[lane]);
-  return top;
+  };
+  int i = 0;
+  for (; i + 4 * LANES <= n; i += 4 * LANES)
+    for (int chain = 0; chain < 4; ++chain) raise(maxima[chain], i + chain * LANES);
+  for (; i < n; i += LANES) raise(maxima[0], i);
+  auto higher = [](V a, V b) { return a > b ? a : b; };
+  return maximum_lane(higher(higher(maxima[0], maxima[1]), higher(maxima[2], maxima[3])));
 }
 
 int padded(int n) { return (n + LANES - 1) / LANES * LANES; }
@@ -146,18 +152,26 @@ void store_block(char* row, Dtype dtype, int64_t start, int n, float* values, bo
 
 // ---- one side of a row
 
-// 2^(high + low) per unit of z, and 1/T: the softmax of z at temperature T.
+// softmax(z / T), for a T within float's precision of the one asked for: that whose log2(e) / T is a float, so that
+// the exponentials, the logarithms and the moments are all of one and the same distribution.
 struct Softmax {
-  float high, low, lowest, inverse;  // lowest: below it exp2 is 0
-  explicit Softmax(double temperature) : inverse(float(1 / temperature)) {
-    const double factor = 1.4426950408889634 / temperature;
-    high = float(factor);
-    low = float(factor - high);
+  double temperature;
+  float factor, lowest, inverse;  // log2(e) / T; below lowest exp is 0; 1 / T
+  explicit Softmax(double asked) {
+    factor = float(std::clamp<double>(LOG2_E / asked, SMALLEST, LARGEST));
+    temperature = LOG2_E / factor;
     lowest = float(-126.9998 / factor);
+    inverse = float(1 / temperature);
   }
   // exp(gap / T) of z - maximum
-  V exponential(V gap) const { return exp2_core(at_least(gap, splat(lowest)), splat(high), splat(low)); }
+  V exponential(V gap) const { return exp2_of_negative(at_least(gap, splat(lowest)), splat(factor)); }
+
+ private:
+  static constexpr double LOG2_E = 1.4426950408889634;
+  static constexpr float SMALLEST = std::numeric_limits<float>::min(), LARGEST = std::numeric_limits<float>::max();
 };
+
+const Softmax UNTEMPERED(1);  // of the cross-entropy
 
 // Logits that will be needed soon. Asked for line by line between the arithmetic, which hides the time memory takes:
 // the hardware's own prefetchers stop at page ends and idle while a block is computed on.
@@ -167,6 +181,33 @@ struct Ahead {
   FASTKD_INLINE void ask(int i) const {
     __builtin_prefetch(s + i * s_width, 0, 2);
     __builtin_prefetch(t + i * t_width, 0, 2);
+  }
+};
+
+// How a block's numbers become p, q and their logarithms.
+struct BlockView {
+  const float *s, *t, *s_exp, *t_exp;  // z and exp((z - max) / T)
+  const float* g;                      // of the divergence, where it was kept
+  float s_max, t_max;
+  float s_weight, t_weight;    // p = t_exp * t_weight
+  float s_inverse, t_inverse;  // log p = (t - t_max) * t_inverse + t_offset_low + t_offset
+  float s_offset, t_offset, s_offset_low, t_offset_low;  // the offset to twice float's precision
+};
+
+using GradientKernel = void (*)(const BlockView&, int from, int to, const float* params, float degree, float sum,
+                                float coefficient, void* out);
+
+// The gradient of a block, ready to be written: at once, or strip by strip between those of another row's statistics,
+// so that its loads and stores, which wait for memory, overlap with arithmetic.
+struct PendingGradient {
+  GradientKernel kernel = nullptr;
+  BlockView view{};
+  const float* params = nullptr;
+  float degree = 0, sum = 0, coefficient = 0;
+  void* out = nullptr;
+
+  void write(int from, int to) const {
+    if (kernel) kernel(view, from, to, params, degree, sum, coefficient, out);
   }
 };
 
@@ -205,14 +246,16 @@ struct LaneSums {
 
 // Sums over a block. The exponentials are kept in s_exp and t_exp (and s_exp_at_1).
 template <int MOMENTS, bool AT_1, bool LOG_0>
-void block_statistics(const float* s, const float* t, int n, const Softmax& student, const Softmax& teacher,
-                      const Softmax& at_1, float s_threshold, float t_threshold, float* s_exp, float* t_exp,
-                      float* s_exp_at_1, const Ahead& ahead, BlockStatistics& out) {
+void block_statistics(const float* s, const float* t, int n, Softmax student, Softmax teacher, Softmax at_1,
+                      float s_threshold, float t_threshold, float* s_exp, float* t_exp, float* s_exp_at_1, Ahead ahead,
+                      const PendingGradient& alongside, BlockStatistics& out) {
   const V s_max = splat(out.s_max), t_max = splat(out.t_max);
-  LaneSums sums;
+  const V ratio = splat(float(student.temperature / teacher.temperature));
+  LaneSums sums;  // the moments times the student's temperature
   for (int start = 0; start < n; start += STRIP) {
     LaneSums strip;
     const int end = std::min(start + STRIP, n);
+    alongside.write(start, end);
     for (int i = start; i < end; i += LANES) {
       ahead.ask(i);
       const V s_gap = load(s + i) - s_max, t_gap = load(t + i) - t_max;
@@ -221,14 +264,14 @@ void block_statistics(const float* s, const float* t, int n, const Softmax& stud
       store(t_exp + i, e_t);
       strip.s_sum += e_s;
       strip.t_sum += e_t;
-      const V s_tempered = s_gap * student.inverse, difference = t_gap * teacher.inverse - s_tempered;
+      const V difference = t_gap * ratio - s_gap;
       // With LOG_0, a probability of (almost) 0 silences its term, whatever the other factor is.
       auto times = [](V e, V x, float threshold) { return LOG_0 ? where(e > threshold, e * x, V{}) : e * x; };
       if (MOMENTS & FORWARD) strip.forward += times(e_t, difference, t_threshold);
       if (MOMENTS & REVERSE) strip.reverse -= times(e_s, difference, s_threshold);
-      if (MOMENTS & CROSS) strip.cross += times(e_t, s_tempered, t_threshold);
+      if (MOMENTS & CROSS) strip.cross += times(e_t, s_gap, t_threshold);
       if (MOMENTS & SINGLE) {
-        strip.entropy += times(e_s, s_tempered, s_threshold);
+        strip.entropy += times(e_s, s_gap, s_threshold);
         strip.s_total += i + LANES <= n ? s_gap : V{};
       }
       if (AT_1) {
@@ -241,10 +284,10 @@ void block_statistics(const float* s, const float* t, int n, const Softmax& stud
   }
   out.s_sum = sum_lanes(sums.s_sum);
   out.t_sum = sum_lanes(sums.t_sum);
-  out.forward = sum_lanes(sums.forward);
-  out.reverse = sum_lanes(sums.reverse);
-  out.cross = sum_lanes(sums.cross);
-  out.entropy = sum_lanes(sums.entropy);
+  out.forward = sum_lanes(sums.forward) / student.temperature;
+  out.reverse = sum_lanes(sums.reverse) / student.temperature;
+  out.cross = sum_lanes(sums.cross) / student.temperature;
+  out.entropy = sum_lanes(sums.entropy) / student.temperature;
   out.s_sum_at_1 = sum_lanes(sums.s_sum_at_1);
   out.s_total = sum_lanes(sums.s_total);
   for (int i = n / LANES * LANES; i < n; ++i) out.s_total += s[i] - out.s_max;
@@ -270,15 +313,6 @@ StatisticsKernel statistics_kernel(int moments, bool at_1, bool log_0) {
 }
 
 // ---- the divergence on a block
-
-// How a block's numbers become p, q and their logarithms.
-struct BlockView {
-  const float *s, *t, *s_exp, *t_exp;  // z and exp((z - max) / T)
-  float s_max, t_max;
-  float s_weight, t_weight;    // p = t_exp * t_weight
-  float s_inverse, t_inverse;  // log p = (t - t_max) * t_inverse + t_offset_low + t_offset
-  float s_offset, t_offset, s_offset_low, t_offset_low;  // the offset to twice float's precision
-};
 
 // phi and g of one vector, with the policy of fastkd/reference.py for log 0 where LOG_0.
 template <class Divergence, bool LOG_0, bool NORMALIZED>
@@ -343,11 +377,10 @@ FASTKD_INLINE void put(void* out, int i, V value) {
 
 // (x_v - r_v sum_u x_u) * coefficient: the student's gradient (x = g, r = q) or the teacher's (x = h, r = p).
 template <class Divergence, bool LOG_0, bool NORMALIZED, bool TEACHER, int FORM>
-void block_gradient(const BlockView& view, int n, const float* params, float degree, float sum, float coefficient,
-                    const Ahead& ahead, void* out) {
+void block_gradient(const BlockView& view, int from, int to, const float* params, float degree, float sum,
+                    float coefficient, void* out) {
   V p, q, phi, g;
-  for (int i = 0; i < n; i += LANES) {
-    ahead.ask(i);
+  for (int i = from; i < to; i += LANES) {
     evaluate<Divergence, LOG_0, NORMALIZED>(view, i, params, p, q, phi, g);
     const V x = TEACHER ? degree * phi - g : g;
     put<FORM>(out, i, (NORMALIZED ? x - (TEACHER ? p : q) * sum : x) * coefficient);
@@ -356,22 +389,20 @@ void block_gradient(const BlockView& view, int n, const float* params, float deg
 
 // The student's gradient where g was kept.
 template <int FORM>
-void block_projection(const float* g, const float* s_exp, float s_weight, int n, float sum, float coefficient,
-                      const Ahead& ahead, void* out) {
-  for (int i = 0; i < n; i += LANES) {
-    ahead.ask(i);
-    put<FORM>(out, i, (load(g + i) - load(s_exp + i) * s_weight * sum) * coefficient);
-  }
+void block_projection(const BlockView& view, int from, int to, const float*, float, float sum, float coefficient,
+                      void* out) {
+  for (int i = from; i < to; i += LANES)
+    put<FORM>(out, i, (load(view.g + i) - load(view.s_exp + i) * view.s_weight * sum) * coefficient);
 }
 
-constexpr decltype(&block_projection<SCRATCH>) PROJECTION[FORMS] = {
+constexpr GradientKernel PROJECTION[FORMS] = {
     block_projection<SCRATCH>, block_projection<STREAM_F32>, block_projection<STREAM_BF16>};
 
 // A divergence's kernels; indices [1] and *_log_0 are those with the policy for log 0.
 struct Kernels {
   bool gradient_uses_logs;
   decltype(&block_sums<forward_kl, false, true>) sums[2];
-  decltype(&block_gradient<forward_kl, false, true, false, SCRATCH>) student[FORMS], student_log_0, teacher[2];
+  GradientKernel student[FORMS], student_log_0, teacher[2];
 };
 
 template <class D, bool NORMALIZED>
@@ -475,9 +506,10 @@ class Row {
     return true;
   }
 
-  void statistics(int64_t b, BlockScratch& scratch) {
-    if (!needs_statistics()) return;
+  // alongside: the same block of another row.
+  void statistics(int64_t b, BlockScratch& scratch, const PendingGradient& alongside = {}) {
     const int n = columns(b);
+    if (!needs_statistics()) return alongside.write(0, n);
     const float* s = load_student(b, scratch);
     const float* t = load_teacher(b, scratch);
     BlockStatistics& out = statistics_[b];
@@ -490,8 +522,8 @@ class Row {
       out.t_max = maximum_of(t, padded(n));
     }
     statistics_kernel(moments_, separate_at_1_, log_0_)(
-        s, t, n, student_softmax_, teacher_softmax_, Softmax(1), s_threshold, t_threshold, s_exp(b, scratch),
-        t_exp(b, scratch), s_exp_at_1(b, scratch), ahead(b + AHEAD), out);
+        s, t, n, student_softmax_, teacher_softmax_, UNTEMPERED, s_threshold, t_threshold, s_exp(b, scratch),
+        t_exp(b, scratch), s_exp_at_1(b, scratch), ahead(b + AHEAD), alongside, out);
   }
 
   // False where the row has to be done again with the policy for log 0.
@@ -507,7 +539,7 @@ class Row {
       row.t_max = std::max(row.t_max, double(block.t_max));
     }
     double s_sum = 0, t_sum = 0, s_sum_at_1 = 0;
-    const double s_inverse = 1 / s_temperature_, t_inverse = 1 / t_temperature_;
+    const double s_inverse = 1 / student_softmax_.temperature, t_inverse = 1 / teacher_softmax_.temperature;
     for (int64_t b = 0; b < blocks_; ++b) {
       const BlockStatistics& block = statistics_[b];
       const double s_gap = block.s_max - row.s_max, t_gap = block.t_max - row.t_max;
@@ -520,7 +552,7 @@ class Row {
       row.cross += t_factor * (block.cross + s_gap * s_inverse * block.t_sum);
       row.entropy += s_factor * (block.entropy + s_gap * s_inverse * block.s_sum);
       row.s_mean += block.s_total + s_gap * columns(b);
-      if (separate_at_1_) s_sum_at_1 += std::exp(s_gap) * block.s_sum_at_1;
+      if (separate_at_1_) s_sum_at_1 += std::exp(s_gap / UNTEMPERED.temperature) * block.s_sum_at_1;
     }
     row.s_log_sum = std::log(s_sum);
     row.t_log_sum = std::log(t_sum);
@@ -570,8 +602,8 @@ class Row {
     double cross_entropy = 0;
     if (with_labels_) {
       const double smoothing = call_.label_smoothing;
-      cross_entropy = row.s_log_sum_at_1 - (1 - smoothing) * (double(label_logit()) - row.s_max);
-      if (smoothing > 0) cross_entropy -= smoothing * row.s_mean;
+      const double target = (1 - smoothing) * (double(label_logit()) - row.s_max) + (smoothing > 0 ? smoothing * row.s_mean : 0);
+      cross_entropy = row.s_log_sum_at_1 - target / UNTEMPERED.temperature;
     }
     double loss = call_.alpha == 0 ? 0 : call_.alpha * distillation;
     if (with_labels_) loss += (1 - call_.alpha) * cross_entropy;
@@ -586,34 +618,45 @@ class Row {
 
   bool needs_gradient() const { return student_gradient_ || teacher_gradient_; }
 
-  void gradient(int64_t b, BlockScratch& scratch) {
+  // Whether the gradients of its blocks may wait for the next row's statistics.
+  bool can_wait() const { return keeps_exponentials_; }
+
+  void gradient(int64_t b, BlockScratch& scratch) { begin_gradient(b, scratch).write(0, columns(b)); }
+
+  // Writes what has to be written at once, and leaves what need not.
+  PendingGradient begin_gradient(int64_t b, BlockScratch& scratch) {
     const int n = columns(b);
     const bool logs = (kernels_.gradient_uses_logs && !keeps_g()) || teacher_gradient_ || !call_.normalized;
-    const BlockView v = view(b, scratch, logs || s_adjust_.softcap != 0);
+    PendingGradient pending;
+    pending.view = view(b, scratch, logs || s_adjust_.softcap != 0);
+    pending.params = call_.params.data();
     if (teacher_gradient_) {
-      const double sum = call_.degree * phi_ - g_;
-      kernels_.teacher[log_0_](v, n, call_.params.data(), float(call_.degree), float(sum),
-                               float(kd_scale_ / t_temperature_), Ahead{}, scratch.gradient);
-      if (!t_adjust_.identity()) chain(t_adjust_, v.t, n, scratch.gradient);
+      pending.kernel = kernels_.teacher[log_0_];
+      pending.degree = float(call_.degree);
+      pending.sum = float(call_.degree * phi_ - g_);
+      pending.coefficient = float(kd_scale_ / t_temperature_);
+      pending.out = scratch.gradient;
+      pending.write(0, n);
+      if (!t_adjust_.identity()) chain(t_adjust_, pending.view.t, n, scratch.gradient);
       store_block(teacher_gradient_, call_.teacher.dtype, b * BLOCK, n, scratch.gradient, past_cache_);
     }
-    if (!student_gradient_) return;
+    if (!student_gradient_) return {};
     const Form form = form_of(b, n);
-    char* const place = student_gradient_ + b * BLOCK * element_size(call_.student.dtype);
-    void* const out = form == SCRATCH ? static_cast<void*>(scratch.gradient) : place;
-    const Ahead next = ahead_of_next_row(blocks_ - 1 - b);
-    const float sum = float(g_), coefficient = float(kd_scale_ / s_temperature_);
+    pending.kernel = keeps_g() ? PROJECTION[form] : log_0_ ? kernels_.student_log_0 : kernels_.student[form];
+    pending.sum = float(g_);
+    pending.coefficient = float(kd_scale_ / s_temperature_);
+    pending.out = student_gradient_ + b * BLOCK * element_size(call_.student.dtype);
+    if (form != SCRATCH) return pending;
+
+    pending.out = scratch.gradient;
     if (call_.alpha == 0)
       std::fill_n(scratch.gradient, padded(n), 0.0f);
-    else if (keeps_g())
-      PROJECTION[form](g(b, scratch), v.s_exp, v.s_weight, n, sum, coefficient, next, out);
     else
-      (log_0_ ? kernels_.student_log_0 : kernels_.student[form])(v, n, call_.params.data(), 0, sum, coefficient, next,
-                                                                 out);
-    if (form != SCRATCH) return;
-    if (with_labels_) add_cross_entropy(b, scratch, v);
-    if (!s_adjust_.identity()) chain(s_adjust_, v.s, n, scratch.gradient);
+      pending.write(0, n);
+    if (with_labels_) add_cross_entropy(b, scratch, pending.view);
+    if (!s_adjust_.identity()) chain(s_adjust_, pending.view.s, n, scratch.gradient);
     store_block(student_gradient_, call_.student.dtype, b * BLOCK, n, scratch.gradient, past_cache_);
+    return {};
   }
 
  private:
@@ -623,11 +666,10 @@ class Row {
     const int s_width = element_size(call_.student.dtype), t_width = element_size(call_.teacher.dtype);
     return {student + b * BLOCK * s_width, teacher + b * BLOCK * t_width, s_width, t_width};
   }
-  // Block b of this row, if it has one.
-  Ahead ahead(int64_t b) const { return b < blocks_ ? ahead_in(student_, teacher_, b) : Ahead{}; }
-  // The first blocks of the next row, while the gradient of this one is written.
-  Ahead ahead_of_next_row(int64_t b) const {
-    return next_student_ && b < AHEAD ? ahead_in(next_student_, next_teacher_, b) : Ahead{};
+  // Block b of this row, or what comes after it in the next.
+  Ahead ahead(int64_t b) const {
+    if (b < blocks_) return ahead_in(student_, teacher_, b);
+    return next_student_ && b < 2 * blocks_ ? ahead_in(next_student_, next_teacher_, b - blocks_) : Ahead{};
   }
 
   const float* load_student(int64_t b, BlockScratch& scratch) const {
@@ -663,10 +705,10 @@ class Row {
 
   // By what a block's exponentials are multiplied to be probabilities.
   float s_weight(int64_t b) const {
-    return float(std::exp((statistics_[b].s_max - row_statistics_.s_max) / s_temperature_ - row_statistics_.s_log_sum));
+    return float(std::exp((statistics_[b].s_max - row_statistics_.s_max) / student_softmax_.temperature - row_statistics_.s_log_sum));
   }
   float t_weight(int64_t b) const {
-    return float(std::exp((statistics_[b].t_max - row_statistics_.t_max) / t_temperature_ - row_statistics_.t_log_sum));
+    return float(std::exp((statistics_[b].t_max - row_statistics_.t_max) / teacher_softmax_.temperature - row_statistics_.t_log_sum));
   }
 
   bool needs_statistics() const { return call_.normalized || with_labels_ || call_.student_entropy; }
@@ -688,6 +730,7 @@ class Row {
     v.t = logits ? load_teacher(b, scratch) : t_exp(b, scratch);  // but loaded: the pointers must be good
     v.s_exp = s_exp(b, scratch);
     v.t_exp = t_exp(b, scratch);
+    v.g = g(b, scratch);
     v.s_inverse = student_softmax_.inverse;
     v.t_inverse = teacher_softmax_.inverse;
     if (!needs_statistics()) return v;
@@ -699,8 +742,8 @@ class Row {
     const RowStatistics& row = row_statistics_;
     v.s_max = block.s_max;
     v.t_max = block.t_max;
-    const double s_offset = (block.s_max - row.s_max) / s_temperature_ - row.s_log_sum;
-    const double t_offset = (block.t_max - row.t_max) / t_temperature_ - row.t_log_sum;
+    const double s_offset = (block.s_max - row.s_max) / student_softmax_.temperature - row.s_log_sum;
+    const double t_offset = (block.t_max - row.t_max) / teacher_softmax_.temperature - row.t_log_sum;
     v.s_offset = float(s_offset);
     v.t_offset = float(t_offset);
     v.s_offset_low = float(s_offset - v.s_offset);
@@ -717,13 +760,14 @@ class Row {
       store(scratch.t_exp + i, teacher_softmax_.exponential(load(t + i) - t_max));
     }
     if (separate_at_1_)
-      for (int i = 0; i < n; i += LANES) store(scratch.s_exp_at_1 + i, Softmax(1).exponential(load(s + i) - s_max));
+      for (int i = 0; i < n; i += LANES) store(scratch.s_exp_at_1 + i, UNTEMPERED.exponential(load(s + i) - s_max));
   }
 
   void add_cross_entropy(int64_t b, BlockScratch& scratch, const BlockView& v) {
     const int n = columns(b);
     const float* e = separate_at_1_ ? s_exp_at_1(b, scratch) : v.s_exp;
-    const double weight = std::exp(statistics_[b].s_max - row_statistics_.s_max - row_statistics_.s_log_sum_at_1);
+    const double s_gap = statistics_[b].s_max - row_statistics_.s_max;
+    const double weight = std::exp(s_gap / UNTEMPERED.temperature - row_statistics_.s_log_sum_at_1);
     const V factor = splat(float(ce_scale_ * weight));
     const V uniform = splat(float(ce_scale_ * call_.label_smoothing / call_.vocabulary));
     for (int i = 0; i < n; i += LANES)
@@ -779,16 +823,16 @@ class Row {
   double phi_ = 0, g_ = 0, kd_scale_ = 0, ce_scale_ = 0;
 };
 
-// The phases of a row. each(f) runs f on every block, by one thread or by a team; once(f) runs f once, with what it
-// wrote seen by all.
-template <class Each, class Once>
-void all_phases(Row& row, int64_t index, Each each, Once once) {
+// The phases of a row up to its value; false where the row is dropped. each(f) runs f on every block, by one thread or
+// by a team; once(f) runs f once, with what it wrote seen by all. The first phase of a block is statistics(b, scratch).
+template <class Each, class Once, class Statistics>
+bool value_of(Row& row, int64_t index, Each each, Once once, Statistics statistics) {
   bool counted = false, finite = false;
   once([&](bool* flags) { flags[0] = row.start(index); }, &counted);
-  if (!counted) return;
+  if (!counted) return false;
   for (const bool policy : {false, true}) {
     once([&](bool*) { row.set_policy_for_log_0(policy); }, &finite);
-    each([&](int64_t b, BlockScratch& scratch) { row.statistics(b, scratch); });
+    each(statistics);
     once([&](bool* flags) { flags[0] = row.merge_statistics(); }, &finite);
     if (!finite) continue;
     if (!row.needs_sums()) break;
@@ -797,8 +841,7 @@ void all_phases(Row& row, int64_t index, Each each, Once once) {
     if (finite) break;
   }
   once([&](bool*) { row.finish(); }, &finite);
-  if (row.needs_gradient())
-    each([&](int64_t b, BlockScratch& scratch) { row.gradient(row.blocks() - 1 - b, scratch); });
+  return row.needs_gradient();
 }
 
 }  // namespace
@@ -814,14 +857,28 @@ void kd_rows(const Call& call) {
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {
       FlushSubnormals guard;
-      BlockScratch scratch;
-      Row row(call, workspace);
+      BlockScratch scratch, waiting_scratch;
+      Row rows[2] = {{call, workspace}, {call, workspace}};  // they take turns, and share the exponentials' memory
+      Row* waiting = nullptr;                                // whose gradient is still to be written
       auto each = [&](auto phase) {
-        for (int64_t b = 0; b < row.blocks(); ++b) phase(b, scratch);
+        for (int64_t b = 0; b < blocks; ++b) phase(b, scratch);
       };
       auto once = [&](auto step, bool* flags) { step(flags); };
 #pragma omp for schedule(dynamic, chunk)
-      for (int64_t i = 0; i < call.rows; ++i) all_phases(row, i, each, once);
+      for (int64_t i = 0; i < call.rows; ++i) {
+        Row& row = waiting == &rows[0] ? rows[1] : rows[0];
+        auto statistics = [&](int64_t b, BlockScratch& scratch) {
+          if (!waiting) return row.statistics(b, scratch);
+          row.statistics(b, scratch, waiting->begin_gradient(b, waiting_scratch));
+          if (b == blocks - 1) waiting = nullptr;
+        };
+        if (!value_of(row, i, each, once, statistics)) continue;
+        if (row.can_wait())
+          waiting = &row;
+        else
+          each([&](int64_t b, BlockScratch& scratch) { row.gradient(blocks - 1 - b, scratch); });
+      }
+      if (waiting) each([&](int64_t b, BlockScratch& scratch) { waiting->gradient(b, scratch); });
     }
   } else {
     Row row(call, workspace);
@@ -840,7 +897,11 @@ void kd_rows(const Call& call) {
         *flags = shared;
 #pragma omp barrier
       };
-      for (int64_t i = 0; i < call.rows; ++i) all_phases(row, i, each, once);
+      auto statistics = [&](int64_t b, BlockScratch& scratch) { row.statistics(b, scratch); };
+      for (int64_t i = 0; i < call.rows; ++i) {
+        if (!value_of(row, i, each, once, statistics)) continue;
+        each([&](int64_t b, BlockScratch& scratch) { row.gradient(row.blocks() - 1 - b, scratch); });
+      }
     }
   }
 
