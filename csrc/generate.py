@@ -69,18 +69,21 @@ def functor(function: ast.FunctionDef, vocabulary: tuple[str, ...]) -> str:
             case ast.Return(value=ast.Tuple(elts=[phi, g])):
                 lines.append(f"    value = {expression(phi, vocabulary)};")
                 lines.append(f"    slope = {expression(g, vocabulary)};")
-                needed = names(g)
+                needed, read = names(g), names(phi) | names(g)
             case ast.Expr(value=ast.Constant()):
                 continue
             case _:
                 raise refuse(statement, ast.unparse(statement))
-    for _ in uses:
-        needed = needed.union(*(uses.get(name, set()) for name in needed))
-    uses_logs = "true" if needed & {"log_p", "log_q"} else "false"
+
+    def uses_logs(reached: set[str]) -> str:
+        for _ in uses:
+            reached = reached.union(*(uses.get(name, set()) for name in reached))
+        return "true" if reached & {"log_p", "log_q"} else "false"
+
     return "\n".join(
         [
             f"struct {function.name.lstrip('_')} {{",
-            f"  static constexpr bool gradient_uses_logs = {uses_logs};",
+            f"  static constexpr bool uses_logs = {uses_logs(read)}, gradient_uses_logs = {uses_logs(needed)};",
             "  static FASTKD_INLINE void eval(V p, V q, V log_p, V log_q, const float* params, V& value, V& slope) {",
             *lines,
             "  }",

@@ -273,10 +273,6 @@ def _eager(
     return KDRows.apply(student, teacher, rows, options, want, backend, summed)
 
 
-# Where a graph broke before the call, as it does for inplace=True (see kd_loss), the compiler tries again from here.
-_eager_for_compilers = torch.compiler.disable(_eager)
-
-
 def kd_rows(
     student: Tensor,
     teacher: Tensor,
@@ -290,8 +286,10 @@ def kd_rows(
     want = want._replace(deferred=_defers(student, teacher, want))
     if not torch.compiler.is_compiling():
         return _eager(student, teacher, rows, options, want, backend, summed)
-    if want.inplace:
-        return _eager_for_compilers(student, teacher, rows, options, want, backend, summed)
+    if want.inplace:  # kd_loss broke the graph, and the compiler tries again from here
+        return torch.compiler.disable(_eager)(
+            student, teacher, rows, options, want, backend, summed
+        )
     results = kd_rows_op(student, teacher, *rows, backend, *_flatten(options, want))
     loss = results[1] if summed else results[0]
     return (loss, *(part.detach() if want.parts else None for part in results[4:]))

@@ -137,13 +137,28 @@ const float* load_block(const char* row, Dtype dtype, int64_t start, int n, cons
   return scratch;
 }
 
-// n floats to memory in its dtype.
+// Floats to bfloat16; the two may be the same memory, as half i never overtakes the float it comes from.
+#if defined(__AVX512F__) && __GNUC__ >= 10
+__attribute__((target("avx512bf16"))) void narrow_by_instruction(uint16_t* to, const float* from, int n) {
+  for (int i = 0; i < n; i += LANES) store_half(to + i, (H)_mm512_cvtneps_pbh(_mm512_loadu_ps(from + i)));
+}
+const bool HAS_INSTRUCTION = __builtin_cpu_supports("avx512bf16");
+#else
+void narrow_by_instruction(uint16_t*, const float*, int) {}
+constexpr bool HAS_INSTRUCTION = false;
+#endif
+
+void narrow_to_bf16(uint16_t* to, const float* from, int n) {
+  if (HAS_INSTRUCTION) return narrow_by_instruction(to, from, n);
+  for (int i = 0; i < n; i += LANES) store_half(to + i, to_bf16(load(from + i)));
+}
+
+// n floats to memory in its dtype; values is scratch, and n is rounded up to whole vectors there.
 void store_block(char* row, Dtype dtype, int64_t start, int n, float* values, bool past_cache) {
   const int width = element_size(dtype);
   char* to = row + start * width;
-  auto* halves = reinterpret_cast<uint16_t*>(values);  // in place: half i never overtakes the float it came from
-  if (dtype == Dtype::bf16)
-    for (int i = 0; i < n; i += LANES) store_half(halves + i, to_bf16(load(values + i)));
+  auto* halves = reinterpret_cast<uint16_t*>(values);
+  if (dtype == Dtype::bf16) narrow_to_bf16(halves, values, n);
   if (dtype == Dtype::f16)
     for (int i = 0; i < n; i += LANES) store_half(halves + i, to_fp16(load(values + i)));
   const char* from = reinterpret_cast<const char*>(values);
@@ -195,7 +210,7 @@ struct BlockView {
 };
 
 using GradientKernel = void (*)(const BlockView&, int from, int to, const float* params, float degree, float sum,
-                                float coefficient, void* out);
+                                float coefficient, float* out);
 
 // The gradient of a block, ready to be written: at once, or strip by strip between those of another row's statistics,
 // so that its loads and stores, which wait for memory, overlap with arithmetic.
@@ -204,10 +219,15 @@ struct PendingGradient {
   BlockView view{};
   const float* params = nullptr;
   float degree = 0, sum = 0, coefficient = 0;
-  void* out = nullptr;
+  float* out = nullptr;
+  char* place = nullptr;  // where it goes from out, which is scratch then
+  Dtype dtype = Dtype::f32;
+  bool past_cache = false;
 
   void write(int from, int to) const {
-    if (kernel) kernel(view, from, to, params, degree, sum, coefficient, out);
+    if (!kernel) return;
+    kernel(view, from, to, params, degree, sum, coefficient, out);
+    if (place) store_block(place, dtype, from, to - from, out + from, past_cache);
   }
 };
 
@@ -366,19 +386,17 @@ BlockSums block_sums(const BlockView& view, int n, const float* params, float* g
 }
 
 // Where a gradient goes: to scratch, for what is still to be done to it, or straight to memory past the cache.
-enum Form { SCRATCH, STREAM_F32, STREAM_BF16, FORMS };
+enum Form { SCRATCH, STREAM, FORMS };
 
 template <int FORM>
-FASTKD_INLINE void put(void* out, int i, V value) {
-  if (FORM == SCRATCH) store(static_cast<float*>(out) + i, value);
-  if (FORM == STREAM_F32) stream(static_cast<float*>(out) + i, value);
-  if (FORM == STREAM_BF16) stream(static_cast<uint16_t*>(out) + i, to_bf16(value));
+FASTKD_INLINE void put(float* out, int i, V value) {
+  FORM == STREAM ? stream(out + i, value) : store(out + i, value);
 }
 
 // (x_v - r_v sum_u x_u) * coefficient: the student's gradient (x = g, r = q) or the teacher's (x = h, r = p).
 template <class Divergence, bool LOG_0, bool NORMALIZED, bool TEACHER, int FORM>
 void block_gradient(const BlockView& view, int from, int to, const float* params, float degree, float sum,
-                    float coefficient, void* out) {
+                    float coefficient, float* out) {
   V p, q, phi, g;
   for (int i = from; i < to; i += LANES) {
     evaluate<Divergence, LOG_0, NORMALIZED>(view, i, params, p, q, phi, g);
@@ -390,27 +408,26 @@ void block_gradient(const BlockView& view, int from, int to, const float* params
 // The student's gradient where g was kept.
 template <int FORM>
 void block_projection(const BlockView& view, int from, int to, const float*, float, float sum, float coefficient,
-                      void* out) {
+                      float* out) {
   for (int i = from; i < to; i += LANES)
     put<FORM>(out, i, (load(view.g + i) - load(view.s_exp + i) * view.s_weight * sum) * coefficient);
 }
 
-constexpr GradientKernel PROJECTION[FORMS] = {
-    block_projection<SCRATCH>, block_projection<STREAM_F32>, block_projection<STREAM_BF16>};
+constexpr GradientKernel PROJECTION[FORMS] = {block_projection<SCRATCH>, block_projection<STREAM>};
 
 // A divergence's kernels; indices [1] and *_log_0 are those with the policy for log 0.
 struct Kernels {
-  bool gradient_uses_logs;
+  bool uses_logs, gradient_uses_logs;
   decltype(&block_sums<forward_kl, false, true>) sums[2];
   GradientKernel student[FORMS], student_log_0, teacher[2];
 };
 
 template <class D, bool NORMALIZED>
 constexpr Kernels kernels_of() {
-  return {D::gradient_uses_logs,
+  return {D::uses_logs,
+          D::gradient_uses_logs,
           {block_sums<D, false, NORMALIZED>, block_sums<D, true, NORMALIZED>},
-          {block_gradient<D, false, NORMALIZED, false, SCRATCH>, block_gradient<D, false, NORMALIZED, false, STREAM_F32>,
-           block_gradient<D, false, NORMALIZED, false, STREAM_BF16>},
+          {block_gradient<D, false, NORMALIZED, false, SCRATCH>, block_gradient<D, false, NORMALIZED, false, STREAM>},
           block_gradient<D, true, NORMALIZED, false, SCRATCH>,
           {block_gradient<D, false, NORMALIZED, true, SCRATCH>, block_gradient<D, true, NORMALIZED, true, SCRATCH>}};
 }
@@ -568,7 +585,8 @@ class Row {
   bool needs_sums() const { return !call_.closed_form; }
 
   void sums(int64_t b, BlockScratch& scratch) {
-    sums_[b] = kernels_.sums[log_0_](view(b, scratch, true), columns(b), call_.params.data(), g(b, scratch));
+    const bool logs = kernels_.uses_logs || log_0_ || !call_.normalized;
+    sums_[b] = kernels_.sums[log_0_](view(b, scratch, logs), columns(b), call_.params.data(), g(b, scratch));
   }
 
   // False where the row has to be done again with the policy for log 0.
@@ -626,7 +644,7 @@ class Row {
   // Writes what has to be written at once, and leaves what need not.
   PendingGradient begin_gradient(int64_t b, BlockScratch& scratch) {
     const int n = columns(b);
-    const bool logs = (kernels_.gradient_uses_logs && !keeps_g()) || teacher_gradient_ || !call_.normalized;
+    const bool logs = (kernels_.gradient_uses_logs && !keeps_g()) || teacher_gradient_ || log_0_ || !call_.normalized;
     PendingGradient pending;
     pending.view = view(b, scratch, logs || s_adjust_.softcap != 0);
     pending.params = call_.params.data();
@@ -641,14 +659,24 @@ class Row {
       store_block(teacher_gradient_, call_.teacher.dtype, b * BLOCK, n, scratch.gradient, past_cache_);
     }
     if (!student_gradient_) return {};
-    const Form form = form_of(b, n);
+    const Dtype dtype = call_.student.dtype;
+    char* const place = student_gradient_ + b * BLOCK * element_size(dtype);
+    // Stores past the cache need whole vectors at addresses that are multiples of their size.
+    const bool whole = reinterpret_cast<uintptr_t>(place) % sizeof(V) == 0 && n % LANES == 0;
+    const bool waits = !log_0_ && !with_labels_ && call_.alpha != 0 && s_adjust_.identity();
+    const Form form = waits && past_cache_ && dtype == Dtype::f32 && whole ? STREAM : SCRATCH;
     pending.kernel = keeps_g() ? PROJECTION[form] : log_0_ ? kernels_.student_log_0 : kernels_.student[form];
     pending.sum = float(g_);
     pending.coefficient = float(kd_scale_ / s_temperature_);
-    pending.out = student_gradient_ + b * BLOCK * element_size(call_.student.dtype);
-    if (form != SCRATCH) return pending;
+    pending.out = form == STREAM ? reinterpret_cast<float*>(place) : scratch.gradient;
+    if (form == STREAM) return pending;
+    if (waits) {
+      pending.place = place;
+      pending.dtype = dtype;
+      pending.past_cache = past_cache_;
+      return pending;
+    }
 
-    pending.out = scratch.gradient;
     if (call_.alpha == 0)
       std::fill_n(scratch.gradient, padded(n), 0.0f);
     else
@@ -689,18 +717,8 @@ class Row {
     return keeps_exponentials_ && s_exp_at_1_ ? s_exp_at_1_ + b * BLOCK : scratch.s_exp_at_1;
   }
 
-  // A gradient is streamed where nothing more is to be done to it and whole vectors meet their alignment.
-  Form form_of(int64_t b, int n) const {
-    const Dtype dtype = call_.student.dtype;
-    const int bytes = LANES * element_size(dtype);
-    const bool aligned = reinterpret_cast<uintptr_t>(student_gradient_ + b * BLOCK * element_size(dtype)) % bytes == 0;
-    if (!past_cache_ || log_0_ || with_labels_ || call_.alpha == 0 || !s_adjust_.identity() || !aligned || n % LANES)
-      return SCRATCH;
-    return dtype == Dtype::f32 ? STREAM_F32 : dtype == Dtype::bf16 ? STREAM_BF16 : SCRATCH;
-  }
-
   // Whether the phase of sums leaves g for the gradient, in the place of the teacher's exponentials.
-  bool keeps_g() const { return needs_sums() && keeps_exponentials_ && call_.normalized && !teacher_gradient_; }
+  bool keeps_g() const { return needs_sums() && kernels_.gradient_uses_logs && keeps_exponentials_ && call_.normalized && !teacher_gradient_; }
   float* g(int64_t b, BlockScratch& scratch) const { return keeps_g() ? t_exp(b, scratch) : scratch.gradient; }
 
   // By what a block's exponentials are multiplied to be probabilities.

@@ -3,7 +3,7 @@
 // Included inside the namespace of one instruction set, after vec.h, which defines V and the vocabulary.
 
 struct forward_kl {
-  static constexpr bool gradient_uses_logs = false;
+  static constexpr bool uses_logs = true, gradient_uses_logs = false;
   static FASTKD_INLINE void eval(V p, V q, V log_p, V log_q, const float* params, V& value, V& slope) {
     value = (p * (log_p - log_q));
     slope = (-p);
@@ -11,7 +11,7 @@ struct forward_kl {
 };
 
 struct reverse_kl {
-  static constexpr bool gradient_uses_logs = true;
+  static constexpr bool uses_logs = true, gradient_uses_logs = true;
   static FASTKD_INLINE void eval(V p, V q, V log_p, V log_q, const float* params, V& value, V& slope) {
     const V phi = (q * (log_q - log_p));
     value = phi;
@@ -20,7 +20,7 @@ struct reverse_kl {
 };
 
 struct mixture {
-  static constexpr bool gradient_uses_logs = true;
+  static constexpr bool uses_logs = true, gradient_uses_logs = true;
   static FASTKD_INLINE void eval(V p, V q, V log_p, V log_q, const float* params, V& value, V& slope) {
     const V forward = splat(params[0]);
     const V reverse = splat(params[1]);
@@ -31,7 +31,7 @@ struct mixture {
 };
 
 struct soft_cross_entropy {
-  static constexpr bool gradient_uses_logs = false;
+  static constexpr bool uses_logs = true, gradient_uses_logs = false;
   static FASTKD_INLINE void eval(V p, V q, V log_p, V log_q, const float* params, V& value, V& slope) {
     value = ((-p) * log_q);
     slope = (-p);
@@ -39,7 +39,7 @@ struct soft_cross_entropy {
 };
 
 struct jsd {
-  static constexpr bool gradient_uses_logs = true;
+  static constexpr bool uses_logs = true, gradient_uses_logs = true;
   static FASTKD_INLINE void eval(V p, V q, V log_p, V log_q, const float* params, V& value, V& slope) {
     const V beta = splat(params[0]);
     const V rest = splat(params[1]);
@@ -53,7 +53,7 @@ struct jsd {
 };
 
 struct skew_forward_kl {
-  static constexpr bool gradient_uses_logs = true;
+  static constexpr bool uses_logs = true, gradient_uses_logs = true;
   static FASTKD_INLINE void eval(V p, V q, V log_p, V log_q, const float* params, V& value, V& slope) {
     const V log_alpha = splat(params[0]);
     const V log_rest = splat(params[1]);
@@ -64,7 +64,7 @@ struct skew_forward_kl {
 };
 
 struct skew_reverse_kl {
-  static constexpr bool gradient_uses_logs = true;
+  static constexpr bool uses_logs = true, gradient_uses_logs = true;
   static FASTKD_INLINE void eval(V p, V q, V log_p, V log_q, const float* params, V& value, V& slope) {
     const V log_alpha = splat(params[0]);
     const V log_rest = splat(params[1]);
@@ -76,7 +76,7 @@ struct skew_reverse_kl {
 };
 
 struct tvd {
-  static constexpr bool gradient_uses_logs = false;
+  static constexpr bool uses_logs = false, gradient_uses_logs = false;
   static FASTKD_INLINE void eval(V p, V q, V log_p, V log_q, const float* params, V& value, V& slope) {
     value = (splat(0.5f) * abs((p - q)));
     slope = ((splat(0.5f) * q) * (where((q > p), splat(1.0f), splat(0.0f)) - where((q < p), splat(1.0f), splat(0.0f))));
@@ -84,7 +84,7 @@ struct tvd {
 };
 
 struct hellinger {
-  static constexpr bool gradient_uses_logs = true;
+  static constexpr bool uses_logs = true, gradient_uses_logs = true;
   static FASTKD_INLINE void eval(V p, V q, V log_p, V log_q, const float* params, V& value, V& slope) {
     const V root_q = exp((splat(0.5f) * log_q));
     const V gap = (exp((splat(0.5f) * log_p)) - root_q);
@@ -94,7 +94,7 @@ struct hellinger {
 };
 
 struct alpha_beta {
-  static constexpr bool gradient_uses_logs = true;
+  static constexpr bool uses_logs = true, gradient_uses_logs = true;
   static FASTKD_INLINE void eval(V p, V q, V log_p, V log_q, const float* params, V& value, V& slope) {
     const V alpha = splat(params[0]);
     const V beta = splat(params[1]);
@@ -111,7 +111,7 @@ struct alpha_beta {
 };
 
 struct alpha_beta_at_beta_0 {
-  static constexpr bool gradient_uses_logs = true;
+  static constexpr bool uses_logs = true, gradient_uses_logs = true;
   static FASTKD_INLINE void eval(V p, V q, V log_p, V log_q, const float* params, V& value, V& slope) {
     const V alpha = splat(params[0]);
     const V p_power = exp((alpha * log_p));
@@ -122,7 +122,7 @@ struct alpha_beta_at_beta_0 {
 };
 
 struct alpha_beta_at_alpha_0 {
-  static constexpr bool gradient_uses_logs = true;
+  static constexpr bool uses_logs = true, gradient_uses_logs = true;
   static FASTKD_INLINE void eval(V p, V q, V log_p, V log_q, const float* params, V& value, V& slope) {
     const V beta = splat(params[0]);
     const V q_power = exp((beta * log_q));
@@ -133,7 +133,7 @@ struct alpha_beta_at_alpha_0 {
 };
 
 struct alpha_beta_at_sum_0 {
-  static constexpr bool gradient_uses_logs = true;
+  static constexpr bool uses_logs = true, gradient_uses_logs = true;
   static FASTKD_INLINE void eval(V p, V q, V log_p, V log_q, const float* params, V& value, V& slope) {
     const V alpha = splat(params[0]);
     const V ratio = (alpha * (log_p - log_q));
@@ -144,7 +144,7 @@ struct alpha_beta_at_sum_0 {
 };
 
 struct half_squared_gap {
-  static constexpr bool gradient_uses_logs = true;
+  static constexpr bool uses_logs = true, gradient_uses_logs = true;
   static FASTKD_INLINE void eval(V p, V q, V log_p, V log_q, const float* params, V& value, V& slope) {
     const V gap = (log_q - log_p);
     value = ((splat(0.5f) * gap) * gap);
