@@ -29,7 +29,9 @@ BUILD_FOLDERS = ("csrc", "fastkd", "kernels")
 _installed = {distribution.name for distribution in importlib.metadata.distributions()}
 _absent = {"pip", "setuptools", "wheel", "pybind11", "ninja"} - _installed
 if _absent:
-    pytest.skip(f"to build offline, {sorted(_absent)} must be installed here", allow_module_level=True)
+    pytest.skip(
+        f"to build offline, {sorted(_absent)} must be installed here", allow_module_level=True
+    )
 if not (ROOT / "setup.py").is_file():
     pytest.skip("there is no checkout around these tests", allow_module_level=True)
 
