@@ -96,11 +96,6 @@ class Divergence:
         object.__setattr__(self, "params", tuple(float(x) for x in self.params))
         _functions[function_name(self.function)] = self.function
 
-    @property
-    def label(self) -> str:
-        """The name with its parameters, as tables and messages show it."""
-        return self.name + (f"({', '.join(f'{x:g}' for x in self.params)})" if self.params else "")
-
 
 def _unit(argument: str, value: float, *, open_right: bool = False) -> float:
     value = float(value)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple, TypedDict, overload
 
 import torch
 from torch import Tensor
@@ -12,6 +12,9 @@ from torch import Tensor
 from fastkd import autograd
 from fastkd.divergences import Divergence, resolve
 from fastkd.rows import Options, Rows, Want
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 REDUCTIONS = ("none", "sum", "mean", "batchmean")
 LOGIT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -29,6 +32,56 @@ class Parts(NamedTuple):
     counted: Tensor  # 0-dim, the number of counted rows
 
 
+class _Options(TypedDict, total=False):
+    """The keyword options of kd_loss but return_parts, which decides the type that comes back."""
+
+    divergence: str | Divergence
+    temperature: float | Tensor
+    teacher_temperature: float | Tensor | None
+    alpha: float
+    scale_by_temperature: bool
+    label_smoothing: float
+    ignore_index: int
+    mask: Tensor | None
+    weight: Tensor | None
+    reduction: str
+    num_items: int | float | Tensor | None
+    logit_scale: float
+    softcap: float | None
+    teacher_logit_scale: float
+    teacher_softcap: float | None
+    vocab_size: int | None
+    inplace: bool
+    backend: str
+
+
+@overload
+def kd_loss(
+    student_logits: Tensor,
+    teacher: Tensor,
+    labels: Tensor | None = None,
+    *,
+    return_parts: Literal[False] = False,
+    **options: Unpack[_Options],
+) -> Tensor: ...
+@overload
+def kd_loss(
+    student_logits: Tensor,
+    teacher: Tensor,
+    labels: Tensor | None = None,
+    *,
+    return_parts: Literal[True],
+    **options: Unpack[_Options],
+) -> tuple[Tensor, Parts]: ...
+@overload
+def kd_loss(
+    student_logits: Tensor,
+    teacher: Tensor,
+    labels: Tensor | None = None,
+    *,
+    return_parts: bool,
+    **options: Unpack[_Options],
+) -> Tensor | tuple[Tensor, Parts]: ...
 def kd_loss(
     student_logits: Tensor,
     teacher: Tensor,

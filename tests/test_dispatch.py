@@ -113,7 +113,7 @@ def test_every_divergence_of_the_table_is_compiled() -> None:
         fastkd.alpha_beta(*limit) for limit in ((1.0, 0.0), (0.0, 1.0), (0.5, -0.5), (0.0, 0.0))
     ]
     for divergence in made:
-        assert choose(Call("cpu", F32, F32, divergence), ALL) == ("cpu", None), divergence.label
+        assert choose(Call("cpu", F32, F32, divergence), ALL) == ("cpu", None), divergence.name
 
 
 def test_available_backends() -> None:
