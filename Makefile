@@ -67,7 +67,7 @@ bench: $(VENV)/.bench build ## the benchmarks: time (torch's buffers as they are
 
 divergences: $(VENV)/.dev ## after a change of fastkd/divergences.py: its C++ header, the extension, the table's tests
 	$(PY) csrc/generate.py
-	@$(MAKE) --no-print-directory build
+	@FASTKD_NATIVE=1 $(MAKE) --no-print-directory build
 	$(PY) -m pytest -k "divergence or table" $(ARGS)
 
 build/demo/.stamp: examples/demo-requirements.txt | $(VENV)/.torch

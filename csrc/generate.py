@@ -59,16 +59,18 @@ def functor(function: ast.FunctionDef, vocabulary: tuple[str, ...]) -> str:
     if tuple(arguments[:4]) != ENTRY:
         raise refuse(function, f"arguments that do not start with {', '.join(ENTRY)}")
     params = arguments[4:]
-    lines = [f"    const V {name} = splat(params[{i}]);" for i, name in enumerate(params)]
+    lines = [f"    const V {name} = splat(params_[{i}]);" for i, name in enumerate(params)]
     uses: dict[str, set[str]] = {}
     for statement in function.body:
         match statement:
+            case ast.Assign(targets=[ast.Name(id=name)]) if name in (*arguments, *uses):
+                raise refuse(statement, f"a second assignment to {name}")
             case ast.Assign(targets=[ast.Name(id=name)], value=value):
                 lines.append(f"    const V {name} = {expression(value, vocabulary)};")
                 uses[name] = names(value)
             case ast.Return(value=ast.Tuple(elts=[phi, g])):
-                lines.append(f"    value = {expression(phi, vocabulary)};")
-                lines.append(f"    slope = {expression(g, vocabulary)};")
+                lines.append(f"    phi_ = {expression(phi, vocabulary)};")
+                lines.append(f"    g_ = {expression(g, vocabulary)};")
                 needed, read = names(g), names(phi) | names(g)
             case ast.Expr(value=ast.Constant()):
                 continue
@@ -84,7 +86,7 @@ def functor(function: ast.FunctionDef, vocabulary: tuple[str, ...]) -> str:
         [
             f"struct {function.name.lstrip('_')} {{",
             f"  static constexpr bool uses_logs = {uses_logs(read)}, gradient_uses_logs = {uses_logs(needed)};",
-            "  static FASTKD_INLINE void eval(V p, V q, V log_p, V log_q, const float* params, V& value, V& slope) {",
+            "  static FASTKD_INLINE void eval(V p, V q, V log_p, V log_q, const float* params_, V& phi_, V& g_) {",
             *lines,
             "  }",
             "};",

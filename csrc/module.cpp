@@ -142,6 +142,7 @@ PYBIND11_MODULE(_C, module) {
   module.def("new_output", &fastkd::new_output);
   module.def("idle_output_bytes", &fastkd::idle_output_bytes, "Bytes kept for later outputs, free to the system.");
   module.def("release_idle_outputs", &fastkd::release_idle_outputs, "Unmap them.");
+  module.def("divergences", &fastkd::baseline::divergences, "The names of the definitions that are compiled in, by number.");
   module.def("instruction_sets", &instruction_sets, "The instruction sets this processor has kernels for, best first.");
   module.def("instruction_set", [] { return chosen->name; }, "The one in use.");
   module.def("use_instruction_set", &use_instruction_set, py::arg("name"), "Use another one; for tests and benchmarks.");

@@ -42,6 +42,15 @@ def _in_forward(want: Want) -> Want:
     )
 
 
+def _of_counted_rows(upstream: Tensor, rows: Rows, ignore_index: int) -> Tensor:
+    """An upstream gradient [...] with 0 for the rows that are dropped, where it may be infinite or NaN."""
+    if upstream.dim() and rows.weight is not None:
+        upstream = torch.where(rows.weight == 0, 0.0, upstream)
+    if upstream.dim() and rows.labels is not None:
+        upstream = torch.where(rows.labels == ignore_index, 0.0, upstream)
+    return upstream
+
+
 def _with_upstream(rows: Rows, upstream: Tensor) -> Rows:
     """The rows with an upstream gradient, a scalar or one a row, folded into what multiplies the gradient."""
     if upstream.dim() == 0:
@@ -111,6 +120,7 @@ class KDRows(torch.autograd.Function):
     @staticmethod
     def _gradients(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         kernels, rows, options, want = ctx.call
+        upstream = _of_counted_rows(upstream, rows, options.ignore_index)
         if want.deferred:
             student, teacher = ctx.saved_tensors
             if want.inplace and _graph_is_kept():
@@ -225,7 +235,8 @@ def _kd_rows_fake(student, teacher, *others):  # type: ignore[no-untyped-def]
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     student, teacher, *rows, backend, divergence, numbers, integers = inputs
     ctx.want = _want(integers)
-    ctx.save_for_backward(*((student, teacher, *rows) if ctx.want.deferred else output[2:4]))
+    ctx.save_for_backward(*((student, teacher) if ctx.want.deferred else output[2:4]), *rows)
+    ctx.ignore_index = integers[_INTEGERS.index("ignore_index")]
     ctx.call = (
         backend,
         divergence,
@@ -242,14 +253,15 @@ def _backward(
     upstream = loss if total is None else total
     if upstream is None:
         return (None,) * 11
+    first, second, *others = ctx.saved_tensors
+    rows = Rows(*others)
+    upstream = _of_counted_rows(upstream, rows, ctx.ignore_index)
     if ctx.want.deferred:
-        student, teacher, *rows = ctx.saved_tensors
-        gradients = kd_rows_op(student, teacher, *_with_upstream(Rows(*rows), upstream), *ctx.call)[
-            2:4
-        ]
+        result = kd_rows_op(first, second, *_with_upstream(rows, upstream), *ctx.call)
+        gradients = result[2:4]
     else:
         factor = upstream.unsqueeze(-1) if upstream.dim() else upstream
-        gradients = tuple((gradient * factor).to(gradient.dtype) for gradient in ctx.saved_tensors)
+        gradients = tuple((gradient * factor).to(gradient.dtype) for gradient in (first, second))
     return (
         gradients[0] if ctx.want.student_gradient else None,
         gradients[1] if ctx.want.teacher_gradient else None,

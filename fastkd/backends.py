@@ -65,7 +65,7 @@ def available_backends() -> Mapping[str, Obstacle | None]:
 
 def _cpu_obstacle() -> Obstacle | None:
     try:
-        importlib.import_module("fastkd._C")
+        extension = importlib.import_module("fastkd._C")
     except ImportError as error:
         record = Path(__file__).with_name("_build.json")  # what setup.py says of the build
         built = json.loads(record.read_text()) if record.is_file() else {}
@@ -74,6 +74,11 @@ def _cpu_obstacle() -> Obstacle | None:
         return Obstacle(
             f"the native extension is missing ({error})",
             "Install a C++17 compiler with OpenMP and reinstall fastkd with FASTKD_NATIVE=1 to see its output",
+        )
+    if extension.divergences() != [function.__name__.lstrip("_") for function in DEFINITIONS]:
+        return Obstacle(
+            "the native extension was built from another table of divergences",
+            "Run `make divergences`, or reinstall fastkd",
         )
     return None
 

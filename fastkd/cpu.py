@@ -20,6 +20,11 @@ def _address(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
 
+def _resolved(rows: Rows) -> Rows:
+    """Without the bit by which torch marks a view as negated, which an address does not carry."""
+    return Rows(*(None if value is None else value.resolve_neg() for value in rows))
+
+
 def _logits(tensor: Tensor | None) -> tuple[int, int, int, list[int]]:
     if tensor is None:
         return _NOWHERE
@@ -28,6 +33,7 @@ def _logits(tensor: Tensor | None) -> tuple[int, int, int, list[int]]:
 
 
 def _unit_stride(logits: Tensor) -> Tensor:
+    logits = logits.resolve_neg()
     return logits if logits.stride(-1) == 1 or logits.shape[-1] == 1 else logits.contiguous()
 
 
@@ -40,7 +46,7 @@ def _gradient_of(logits: Tensor) -> Tensor:
 
 def kd_rows(student: Tensor, teacher: Tensor, rows: Rows, options: Options, want: Want) -> Result:
     """The loss of each row and its gradients; shapes and meaning as :class:`fastkd.rows.Result` has them."""
-    divergence = options.divergence
+    divergence, rows = options.divergence, _resolved(rows)
     lead = student.shape[:-1]
     student_gradient = teacher_gradient = None
     if want.student_gradient:

@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 # The vocabulary of a definition; kernels/skeleton.py and csrc/cpu/vec.h provide the same names.
@@ -84,7 +84,7 @@ class Divergence:
     """
 
     name: str
-    function: Callable[..., tuple[Any, Any]]
+    function: Callable[..., tuple[Any, Any]] = field(repr=False)
     params: tuple[float, ...] = ()
     degree: float | None = None
     closed_form: ClosedForm | None = None
@@ -140,11 +140,13 @@ def mixture(forward: float = 0.5, reverse: float = 0.5) -> Divergence:
 
     Args:
         forward: weight of KL(p || q), finite and not negative.
-        reverse: weight of KL(q || p), likewise.
+        reverse: weight of KL(q || p), likewise; not both are 0.
     """
     for argument, value in (("forward", forward), ("reverse", reverse)):
         if _finite(argument, value) < 0:
             raise ValueError(f"{argument} must not be negative, got {value}")
+    if forward == reverse == 0:
+        raise ValueError("forward and reverse must not both be 0")
     return Divergence(
         "mixture",
         _mixture,

@@ -1,4 +1,4 @@
-"""kd_loss: validate, choose a backend, reduce."""
+"""kd_loss: validate, and work out the weight of each row and the denominator; fastkd.autograd does the rest."""
 
 from __future__ import annotations
 
@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 REDUCTIONS = ("none", "sum", "mean", "batchmean")
+# Numbers beyond these lose their meaning in float32, once they are multiplied or inverted.
+SMALLEST, LARGEST = 1e-30, 1e30
 LOGIT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -163,7 +165,7 @@ def kd_loss(
     vocabulary = _vocabulary(vocab_size, student_logits.shape[-1], teacher.shape[-1])
     alpha = _number("alpha", alpha, 0.0, 1.0)
     label_smoothing = _number("label_smoothing", label_smoothing, 0.0, 1.0, open_right=True)
-    if reduction not in REDUCTIONS:
+    if not isinstance(reduction, str) or reduction not in REDUCTIONS:
         raise ValueError(f"reduction must be one of {', '.join(REDUCTIONS)}; got {reduction!r}")
     if num_items is not None and reduction not in ("mean", "batchmean"):
         raise ValueError(
@@ -175,6 +177,17 @@ def kd_loss(
         )
     if type(ignore_index) is not int:
         raise TypeError(f"ignore_index must be an int, got {type(ignore_index).__name__}")
+    if not -(2**63) <= ignore_index < 2**63:
+        raise ValueError(f"ignore_index must fit in 64 bits, got {ignore_index}")
+    for argument, flag in (
+        ("scale_by_temperature", scale_by_temperature),
+        ("inplace", inplace),
+        ("return_parts", return_parts),
+    ):
+        if not isinstance(flag, bool):
+            raise TypeError(f"{argument} must be True or False, got {type(flag).__name__}")
+    if not isinstance(backend, str):
+        raise TypeError(f"backend must be a string, got {type(backend).__name__}")
     if label_smoothing and labels is None:
         raise ValueError("label_smoothing needs labels; labels is None")
     if teacher_temperature is None:
@@ -197,8 +210,8 @@ def kd_loss(
     want = Want(
         grad_enabled and student_logits.requires_grad,
         grad_enabled and teacher.requires_grad,
-        bool(return_parts),
-        bool(inplace),
+        return_parts,
+        inplace,
     )
     if want.teacher_gradient and divergence.degree is None:
         raise ValueError(
@@ -227,7 +240,7 @@ def kd_loss(
         alpha,
         t_value,
         tt_value,
-        bool(scale_by_temperature),
+        scale_by_temperature,
         label_smoothing,
         ignore_index,
         _nonzero("logit_scale", logit_scale),
@@ -262,8 +275,12 @@ def _check_logits(student: Tensor, teacher: Tensor) -> None:
             raise TypeError(
                 f"{argument} must be float32, bfloat16, float16 or float64, got {logits.dtype}"
             )
-        if logits.dim() == 0:
-            raise ValueError(f"{argument} must have a vocabulary dimension, got a 0-dim tensor")
+        if logits.layout != torch.strided:
+            raise TypeError(f"{argument} must be dense, got a tensor of layout {logits.layout}")
+        if logits.dim() == 0 or logits.shape[-1] == 0:
+            raise ValueError(
+                f"{argument} must have a vocabulary dimension, got shape {tuple(logits.shape)}"
+            )
     if student.shape[:-1] != teacher.shape[:-1]:
         raise ValueError(
             f"teacher must have the leading shape of student_logits, {tuple(student.shape[:-1])}; "
@@ -305,12 +322,20 @@ def _number(
     return float(value)
 
 
+def _in_range(argument: str, value: float) -> float:
+    if not SMALLEST <= abs(value) <= LARGEST:
+        raise ValueError(
+            f"{argument} must be of a size between {SMALLEST:g} and {LARGEST:g}, got {value}"
+        )
+    return float(value)
+
+
 def _nonzero(argument: str, value: float) -> float:
     if not isinstance(value, (int, float)):
         raise TypeError(f"{argument} must be a number, got {type(value).__name__}")
     if value == 0 or not -math.inf < value < math.inf:
         raise ValueError(f"{argument} must be finite and not 0, got {value}")
-    return float(value)
+    return _in_range(argument, value)
 
 
 def _softcap(argument: str, value: float | None) -> float:
@@ -320,7 +345,7 @@ def _softcap(argument: str, value: float | None) -> float:
         raise TypeError(f"{argument} must be a number or None, got {type(value).__name__}")
     if not 0 < value < math.inf:
         raise ValueError(f"{argument} must be positive and finite, or None for none; got {value}")
-    return float(value)
+    return _in_range(argument, value)
 
 
 def _temperature(
@@ -334,7 +359,7 @@ def _temperature(
         raise TypeError(f"{argument} must be a number or a tensor, got {type(value).__name__}")
     if not 0 < value < math.inf:
         raise ValueError(f"{argument} must be positive and finite, got {value}")
-    return float(value), None
+    return _in_range(argument, value), None
 
 
 def _check_rows(
@@ -449,6 +474,8 @@ def _denominator(
                 raise ValueError(
                     f"num_items must be on {student.device} or the CPU, got {items.device}"
                 )
+            if items.dtype == torch.bool or items.is_complex():
+                raise TypeError(f"num_items must be a real number, got {items.dtype}")
             if items.requires_grad:
                 raise ValueError(
                     "num_items requires grad, and kd_loss has no gradient for it; detach it"
@@ -459,7 +486,7 @@ def _denominator(
             raise TypeError(f"num_items must be a number or a tensor, got {type(items).__name__}")
         if not 0 < items < math.inf:
             raise ValueError(f"num_items must be positive, got {items}")
-        return items
+        return _in_range("num_items", items)
     if reduction == "batchmean":
         if student.dim() == 1:
             raise ValueError(

@@ -17,7 +17,7 @@ class KDLoss(nn.Module):
 
     Args:
         **options: keyword options of :func:`fastkd.kd_loss`, except mask, weight and num_items, which belong to a
-            batch and are passed to the call.
+            batch and are passed to the call; so is a temperature that is a tensor.
 
     Shapes: student_logits and teacher [..., V], labels, mask and weight [...]; returns what kd_loss returns.
     """
@@ -28,6 +28,11 @@ class KDLoss(nn.Module):
             if argument in options:
                 raise TypeError(
                     f"{argument} belongs to a batch: pass it to the call, not to KDLoss()"
+                )
+        for argument in ("temperature", "teacher_temperature"):
+            if isinstance(options.get(argument), Tensor):
+                raise TypeError(
+                    f"a tensor {argument} belongs to a batch: pass it to the call, not to KDLoss()"
                 )
         self.options = options
         # One row through the validation of kd_loss, so that there is one.
@@ -47,8 +52,15 @@ class KDLoss(nn.Module):
         mask: Tensor | None = None,
         weight: Tensor | None = None,
         num_items: int | float | Tensor | None = None,
+        temperature: Tensor | None = None,
+        teacher_temperature: Tensor | None = None,
     ) -> Tensor | tuple[Tensor, Parts]:
-        """The loss of one batch."""
+        """The loss of one batch. Temperatures, one a row, replace those of the options."""
+        options = self.options
+        if temperature is not None:
+            options = options | {"temperature": temperature}
+        if teacher_temperature is not None:
+            options = options | {"teacher_temperature": teacher_temperature}
         return kd_loss(
             student_logits,
             teacher,
@@ -56,7 +68,7 @@ class KDLoss(nn.Module):
             mask=mask,
             weight=weight,
             num_items=num_items,
-            **self.options,
+            **options,
         )
 
     def extra_repr(self) -> str:

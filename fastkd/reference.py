@@ -160,8 +160,12 @@ def kd_rows(student: Tensor, teacher: Tensor, rows: Rows, options: Options, want
         student_gradient = finish(gradient * ds, student)
     if want.teacher_gradient:
         assert divergence.degree is not None  # validated
-        h = divergence.degree * phi - g
-        gradient = _project(h, p, divergence.normalized) * (alpha * t_squared / teacher_temperature)
+        gradient = torch.zeros_like(t)
+        if alpha:
+            h = divergence.degree * phi - g
+            gradient = _project(h, p, divergence.normalized) * (
+                alpha * t_squared / teacher_temperature
+            )
         teacher_gradient = finish(gradient * dt, teacher)
     if want.inplace and student_gradient is not None:
         student_gradient = student.copy_(student_gradient)

@@ -5,7 +5,7 @@ A row is one position: V student logits and V teacher logits. A backend is a mod
     kd_rows(student, teacher, rows, options, want) -> Result
     scale_rows_(gradient, upstream) -> None
 
-and nothing else; :mod:`fastkd.functional` validates and reduces, :mod:`fastkd.autograd` differentiates.
+and nothing else; :mod:`fastkd.functional` validates and :mod:`fastkd.autograd` chooses the backend and differentiates.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """The triton backend: one program a row, one kernel for every divergence.
 
-Read top to bottom: what the kernel is given, the kernel, and the launchers that :mod:`fastkd.backends` calls. The
+Read top to bottom: what the kernel is given, the kernel, and the launchers that :mod:`fastkd.autograd` calls. The
 sweeps over a row are in ``sweeps.py``, what a divergence may do is in ``skeleton.py``.
 
 A row is read twice where the divergence has a closed form (statistics, gradient) and three times where not, the last

@@ -191,7 +191,7 @@ def test_no_gpu_and_a_home_that_cannot_be_written(installed: Path) -> None:
     assert said["kernels"] == [str(installed / "fastkd" / "kernels")]
     assert said["version"] == fastkd.__version__
     losses = said["losses"]
-    assert losses["auto"] == losses["cpu"] == pytest.approx(losses["reference"], rel=1e-6)
+    assert losses["auto"] == losses["cpu"] == pytest.approx(losses["reference"], rel=1e-5)
 
 
 @needs_compiler

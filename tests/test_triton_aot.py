@@ -219,7 +219,6 @@ def _check(target: str, full: bool, cache: Path) -> None:
     assert not large, "\n".join(large)
 
 
-@pytest.mark.heavy
 @pytest.mark.parametrize("target", TARGETS)
 def test_kernels_compile_and_keep_their_tiles_in_registers(target: str, tmp_path: Path) -> None:
     _check(target, False, tmp_path)

@@ -1,13 +1,14 @@
 // What crosses from Python to a kernel: plain numbers and pointers, no torch.
 #pragma once
 #include <cstdint>
+#include <string>
 #include <vector>
 
 namespace fastkd {
 
 enum class Dtype : int { f32 = 0, bf16 = 1, f16 = 2 };
 
-// A tensor [..., V]: any strides (in elements) over the leading dimensions, a unit stride over V.
+// The logits or gradients of all rows: any strides (in elements) over the leading dimensions, a unit stride over V.
 struct Rows {
   char* data = nullptr;
   Dtype dtype = Dtype::f32;
@@ -58,6 +59,7 @@ struct Call {
   namespace isa {                            \
   void kd_rows(const Call&);                 \
   void scale_rows(const Call&, const float* factor, int64_t stride); \
+  std::vector<std::string> divergences(); /* by number */ \
   }
 FASTKD_DECLARE(baseline)
 #if defined(__x86_64__)

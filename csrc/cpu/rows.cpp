@@ -61,11 +61,12 @@ int64_t row_offset(const Rows& rows, const std::vector<int64_t>& sizes, int64_t 
 
 int element_size(Dtype dtype) { return dtype == Dtype::f32 ? 4 : 2; }
 
-// What turns a raw logit into z = softcap * tanh(scale * logit / softcap), and by what dz/dlogit is.
+// What turns a raw logit into z = softcap * tanh(scale * logit / softcap) - shift, and by what dz/dlogit is.
 struct Adjustment {
   float scale = 1, softcap = 0;
-  bool identity() const { return scale == 1 && softcap == 0; }
-  V z(V x) const { return softcap == 0 ? x * scale : softcap * tanh(x * (scale / softcap)); }
+  float shift = 0;  // of a row whose logits are all so low that FLOOR would count beside them
+  bool identity() const { return scale == 1 && softcap == 0 && shift == 0; }
+  V z(V x) const { return softcap == 0 ? x * scale - shift : softcap * tanh(x * (scale / softcap)); }
   V slope(V z) const {
     const V squashed = z * (1 / softcap);
     return softcap == 0 ? splat(scale) : scale * (1.0f - squashed * squashed);
@@ -234,6 +235,7 @@ struct PendingGradient {
 // What the first phase leaves of a block. Moments are relative to the block's maxima.
 struct BlockStatistics {
   float s_max, t_max;
+  bool overflows;             // (z - max) / T is -inf somewhere
   double s_sum, t_sum;        // of exp((z - max) / T)
   double forward, reverse;    // e_t (t' - s'), e_s (s' - t')
   double cross, entropy;      // e_t s', e_s s'
@@ -393,7 +395,8 @@ FASTKD_INLINE void put(float* out, int i, V value) {
   FORM == STREAM ? stream(out + i, value) : store(out + i, value);
 }
 
-// (x_v - r_v sum_u x_u) * coefficient: the student's gradient (x = g, r = q) or the teacher's (x = h, r = p).
+// (x_v - r_v sum_u x_u) * coefficient: the student's gradient (x = g = d phi / d log q, r = q) or the teacher's
+// (x = h = d phi / d log p = degree * phi - g, r = p); fastkd/divergences.py derives it.
 template <class Divergence, bool LOG_0, bool NORMALIZED, bool TEACHER, int FORM>
 void block_gradient(const BlockView& view, int from, int to, const float* params, float degree, float sum,
                     float coefficient, float* out) {
@@ -466,8 +469,8 @@ class Row {
   Row(const Call& call, Workspace& workspace)
       : call_(call),
         kernels_(kernels_of(call)),
-        s_adjust_{float(call.student_tempering.logit_scale), float(call.student_tempering.softcap)},
-        t_adjust_{float(call.teacher_tempering.logit_scale), float(call.teacher_tempering.softcap)},
+        s_adjust_{float(call.student_tempering.logit_scale), float(call.student_tempering.softcap), 0},
+        t_adjust_{float(call.teacher_tempering.logit_scale), float(call.teacher_tempering.softcap), 0},
         blocks_((call.vocabulary + BLOCK - 1) / BLOCK),
         statistics_(blocks_),
         sums_(blocks_) {
@@ -510,6 +513,8 @@ class Row {
       weight_ = std::nan("");
       label_ = 0;
     }
+    set_shift(student_, call_.student.dtype, s_adjust_);
+    set_shift(teacher_, call_.teacher.dtype, t_adjust_);
     s_temperature_ = temperature(call_.student_tempering);
     t_temperature_ = temperature(call_.teacher_tempering);
     student_softmax_ = Softmax(s_temperature_);
@@ -538,6 +543,8 @@ class Row {
       out.s_max = maximum_of(s, padded(n));
       out.t_max = maximum_of(t, padded(n));
     }
+    out.overflows = gradients_need_logs() && (overflow(s, n, out.s_max, student_softmax_.inverse) ||
+                                              overflow(t, n, out.t_max, teacher_softmax_.inverse));
     statistics_kernel(moments_, separate_at_1_, log_0_)(
         s, t, n, student_softmax_, teacher_softmax_, UNTEMPERED, s_threshold, t_threshold, s_exp(b, scratch),
         t_exp(b, scratch), s_exp_at_1(b, scratch), ahead(b + AHEAD), alongside, out);
@@ -579,7 +586,9 @@ class Row {
     row.cross /= t_sum;
     row.entropy /= s_sum;
     row.s_mean /= call_.vocabulary;
-    return log_0_ || std::isfinite(row.forward + row.reverse + row.cross + row.entropy);
+    bool overflows = false;
+    for (const BlockStatistics& block : statistics_) overflows |= block.overflows;
+    return log_0_ || (!overflows && std::isfinite(row.forward + row.reverse + row.cross + row.entropy));
   }
 
   bool needs_sums() const { return !call_.closed_form; }
@@ -641,7 +650,7 @@ class Row {
 
   void gradient(int64_t b, BlockScratch& scratch) { begin_gradient(b, scratch).write(0, columns(b)); }
 
-  // Writes what has to be written at once, and leaves what need not.
+  // Picks the kernel of a block's gradients. Writes what has to be written at once, and leaves what need not.
   PendingGradient begin_gradient(int64_t b, BlockScratch& scratch) {
     const int n = columns(b);
     const bool logs = (kernels_.gradient_uses_logs && !keeps_g()) || teacher_gradient_ || log_0_ || !call_.normalized;
@@ -654,7 +663,10 @@ class Row {
       pending.sum = float(call_.degree * phi_ - g_);
       pending.coefficient = float(kd_scale_ / t_temperature_);
       pending.out = scratch.gradient;
-      pending.write(0, n);
+      if (call_.alpha == 0)
+        std::fill_n(scratch.gradient, padded(n), 0.0f);
+      else
+        pending.write(0, n);
       if (!t_adjust_.identity()) chain(t_adjust_, pending.view.t, n, scratch.gradient);
       store_block(teacher_gradient_, call_.teacher.dtype, b * BLOCK, n, scratch.gradient, past_cache_);
     }
@@ -721,6 +733,19 @@ class Row {
   bool keeps_g() const { return needs_sums() && kernels_.gradient_uses_logs && keeps_exponentials_ && call_.normalized && !teacher_gradient_; }
   float* g(int64_t b, BlockScratch& scratch) const { return keeps_g() ? t_exp(b, scratch) : scratch.gradient; }
 
+  // Whether logarithms are first seen in the gradient: the sums of phi and g would be NaN where log 0 matters.
+  bool gradients_need_logs() const {
+    return !needs_sums() && (teacher_gradient_ || (student_gradient_ && kernels_.gradient_uses_logs));
+  }
+
+  // Only a temperature below 1 takes finite gaps to -inf.
+  static bool overflow(const float* z, int n, float maximum, float inverse) {
+    if (inverse <= 1) return false;
+    float lowest = 0;
+    for (int i = 0; i < n; ++i) lowest = std::min(lowest, z[i] - maximum);
+    return lowest * inverse == -INF;
+  }
+
   // By what a block's exponentials are multiplied to be probabilities.
   float s_weight(int64_t b) const {
     return float(std::exp((statistics_[b].s_max - row_statistics_.s_max) / student_softmax_.temperature - row_statistics_.s_log_sum));
@@ -730,6 +755,21 @@ class Row {
   }
 
   bool needs_statistics() const { return call_.normalized || with_labels_ || call_.student_entropy; }
+
+  // A row with nothing above FLOOR is shifted to have its maximum at 0; one of -inf alone has no softmax and is NaN.
+  void set_shift(const char* row, Dtype dtype, Adjustment& adjust) {
+    adjust.shift = 0;
+    alignas(64) float z[BLOCK];
+    if (!needs_statistics() || !call_.normalized || !(load_block(row, dtype, 0, 1, adjust, z)[0] <= FLOOR)) return;
+    float top = -INF;
+    for (int64_t b = 0; b < blocks_ && top <= FLOOR; ++b) {
+      const float* block = load_block(row, dtype, b * BLOCK, columns(b), adjust, z);
+      for (int i = 0; i < columns(b); ++i)
+        if (!(block[i] <= top)) top = block[i];  // a NaN too
+    }
+    if (top == -INF) weight_ = std::nan("");
+    if (top <= FLOOR && top > -INF) adjust.shift = top;
+  }
 
   // A number is valid where it is positive; anything else poisons the row.
   double temperature(const Tempering& tempering) {
@@ -822,7 +862,7 @@ class Row {
 
   const Call& call_;
   const Kernels& kernels_;
-  const Adjustment s_adjust_, t_adjust_;
+  Adjustment s_adjust_, t_adjust_;
   const int64_t blocks_;
   std::vector<BlockStatistics> statistics_;
   std::vector<BlockSums> sums_;
@@ -926,6 +966,12 @@ void kd_rows(const Call& call) {
   double total = 0;
   for (int64_t i = 0; i < call.rows; ++i) total += call.loss[i];
   *call.total = float(total * call.scale * (call.scale_on_device ? *call.scale_on_device : 1));
+}
+
+std::vector<std::string> divergences() {
+#define FASTKD_NAME(name) #name,
+  return {FASTKD_DIVERGENCES(FASTKD_NAME)};
+#undef FASTKD_NAME
 }
 
 // gradient[row] *= factor[row * stride], in place; a row whose factor is 1 is not touched.

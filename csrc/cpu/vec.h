@@ -221,16 +221,6 @@ FASTKD_INLINE void stream(float* to, V v) {
 #endif
 }
 
-FASTKD_INLINE void stream(uint16_t* to, H v) {
-#if defined(__AVX512F__)
-  _mm256_stream_si256(reinterpret_cast<__m256i*>(to), (__m256i)v);
-#elif defined(__AVX2__)
-  _mm_stream_si128(reinterpret_cast<__m128i*>(to), (__m128i)v);
-#else
-  store_half(to, v);
-#endif
-}
-
 // Copy past the cache: a gradient that does not fit there would evict the logits, and be read before it is written.
 FASTKD_INLINE void stream(char* to, const char* from, int64_t bytes) {
 #if defined(__SSE2__)

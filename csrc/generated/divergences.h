@@ -4,151 +4,151 @@
 
 struct forward_kl {
   static constexpr bool uses_logs = true, gradient_uses_logs = false;
-  static FASTKD_INLINE void eval(V p, V q, V log_p, V log_q, const float* params, V& value, V& slope) {
-    value = (p * (log_p - log_q));
-    slope = (-p);
+  static FASTKD_INLINE void eval(V p, V q, V log_p, V log_q, const float* params_, V& phi_, V& g_) {
+    phi_ = (p * (log_p - log_q));
+    g_ = (-p);
   }
 };
 
 struct reverse_kl {
   static constexpr bool uses_logs = true, gradient_uses_logs = true;
-  static FASTKD_INLINE void eval(V p, V q, V log_p, V log_q, const float* params, V& value, V& slope) {
+  static FASTKD_INLINE void eval(V p, V q, V log_p, V log_q, const float* params_, V& phi_, V& g_) {
     const V phi = (q * (log_q - log_p));
-    value = phi;
-    slope = (phi + q);
+    phi_ = phi;
+    g_ = (phi + q);
   }
 };
 
 struct mixture {
   static constexpr bool uses_logs = true, gradient_uses_logs = true;
-  static FASTKD_INLINE void eval(V p, V q, V log_p, V log_q, const float* params, V& value, V& slope) {
-    const V forward = splat(params[0]);
-    const V reverse = splat(params[1]);
+  static FASTKD_INLINE void eval(V p, V q, V log_p, V log_q, const float* params_, V& phi_, V& g_) {
+    const V forward = splat(params_[0]);
+    const V reverse = splat(params_[1]);
     const V backward = ((reverse * q) * (log_q - log_p));
-    value = (((forward * p) * (log_p - log_q)) + backward);
-    slope = ((backward + (reverse * q)) - (forward * p));
+    phi_ = (((forward * p) * (log_p - log_q)) + backward);
+    g_ = ((backward + (reverse * q)) - (forward * p));
   }
 };
 
 struct soft_cross_entropy {
   static constexpr bool uses_logs = true, gradient_uses_logs = false;
-  static FASTKD_INLINE void eval(V p, V q, V log_p, V log_q, const float* params, V& value, V& slope) {
-    value = ((-p) * log_q);
-    slope = (-p);
+  static FASTKD_INLINE void eval(V p, V q, V log_p, V log_q, const float* params_, V& phi_, V& g_) {
+    phi_ = ((-p) * log_q);
+    g_ = (-p);
   }
 };
 
 struct jsd {
   static constexpr bool uses_logs = true, gradient_uses_logs = true;
-  static FASTKD_INLINE void eval(V p, V q, V log_p, V log_q, const float* params, V& value, V& slope) {
-    const V beta = splat(params[0]);
-    const V rest = splat(params[1]);
-    const V log_beta = splat(params[2]);
-    const V log_rest = splat(params[3]);
+  static FASTKD_INLINE void eval(V p, V q, V log_p, V log_q, const float* params_, V& phi_, V& g_) {
+    const V beta = splat(params_[0]);
+    const V rest = splat(params_[1]);
+    const V log_beta = splat(params_[2]);
+    const V log_rest = splat(params_[3]);
     const V log_m = logaddexp((log_p + log_beta), (log_q + log_rest));
     const V g = ((rest * q) * (log_q - log_m));
-    value = (((beta * p) * (log_p - log_m)) + g);
-    slope = g;
+    phi_ = (((beta * p) * (log_p - log_m)) + g);
+    g_ = g;
   }
 };
 
 struct skew_forward_kl {
   static constexpr bool uses_logs = true, gradient_uses_logs = true;
-  static FASTKD_INLINE void eval(V p, V q, V log_p, V log_q, const float* params, V& value, V& slope) {
-    const V log_alpha = splat(params[0]);
-    const V log_rest = splat(params[1]);
+  static FASTKD_INLINE void eval(V p, V q, V log_p, V log_q, const float* params_, V& phi_, V& g_) {
+    const V log_alpha = splat(params_[0]);
+    const V log_rest = splat(params_[1]);
     const V log_m = logaddexp((log_p + log_alpha), (log_q + log_rest));
-    value = (p * (log_p - log_m));
-    slope = ((-p) * exp(((log_q + log_rest) - log_m)));
+    phi_ = (p * (log_p - log_m));
+    g_ = ((-p) * exp(((log_q + log_rest) - log_m)));
   }
 };
 
 struct skew_reverse_kl {
   static constexpr bool uses_logs = true, gradient_uses_logs = true;
-  static FASTKD_INLINE void eval(V p, V q, V log_p, V log_q, const float* params, V& value, V& slope) {
-    const V log_alpha = splat(params[0]);
-    const V log_rest = splat(params[1]);
+  static FASTKD_INLINE void eval(V p, V q, V log_p, V log_q, const float* params_, V& phi_, V& g_) {
+    const V log_alpha = splat(params_[0]);
+    const V log_rest = splat(params_[1]);
     const V log_m = logaddexp((log_q + log_alpha), (log_p + log_rest));
     const V phi = (q * (log_q - log_m));
-    value = phi;
-    slope = (phi + (q * exp(((log_p + log_rest) - log_m))));
+    phi_ = phi;
+    g_ = (phi + (q * exp(((log_p + log_rest) - log_m))));
   }
 };
 
 struct tvd {
   static constexpr bool uses_logs = false, gradient_uses_logs = false;
-  static FASTKD_INLINE void eval(V p, V q, V log_p, V log_q, const float* params, V& value, V& slope) {
-    value = (splat(0.5f) * abs((p - q)));
-    slope = ((splat(0.5f) * q) * (where((q > p), splat(1.0f), splat(0.0f)) - where((q < p), splat(1.0f), splat(0.0f))));
+  static FASTKD_INLINE void eval(V p, V q, V log_p, V log_q, const float* params_, V& phi_, V& g_) {
+    phi_ = (splat(0.5f) * abs((p - q)));
+    g_ = ((splat(0.5f) * q) * (where((q > p), splat(1.0f), splat(0.0f)) - where((q < p), splat(1.0f), splat(0.0f))));
   }
 };
 
 struct hellinger {
   static constexpr bool uses_logs = true, gradient_uses_logs = true;
-  static FASTKD_INLINE void eval(V p, V q, V log_p, V log_q, const float* params, V& value, V& slope) {
+  static FASTKD_INLINE void eval(V p, V q, V log_p, V log_q, const float* params_, V& phi_, V& g_) {
     const V root_q = exp((splat(0.5f) * log_q));
     const V gap = (exp((splat(0.5f) * log_p)) - root_q);
-    value = ((splat(0.5f) * gap) * gap);
-    slope = (((-splat(0.5f)) * root_q) * gap);
+    phi_ = ((splat(0.5f) * gap) * gap);
+    g_ = (((-splat(0.5f)) * root_q) * gap);
   }
 };
 
 struct alpha_beta {
   static constexpr bool uses_logs = true, gradient_uses_logs = true;
-  static FASTKD_INLINE void eval(V p, V q, V log_p, V log_q, const float* params, V& value, V& slope) {
-    const V alpha = splat(params[0]);
-    const V beta = splat(params[1]);
-    const V degree = splat(params[2]);
-    const V coefficient = splat(params[3]);
-    const V p_share = splat(params[4]);
-    const V q_share = splat(params[5]);
+  static FASTKD_INLINE void eval(V p, V q, V log_p, V log_q, const float* params_, V& phi_, V& g_) {
+    const V alpha = splat(params_[0]);
+    const V beta = splat(params_[1]);
+    const V degree = splat(params_[2]);
+    const V coefficient = splat(params_[3]);
+    const V p_share = splat(params_[4]);
+    const V q_share = splat(params_[5]);
     const V cross = exp(((alpha * log_p) + (beta * log_q)));
     const V q_power = exp((degree * log_q));
     const V phi = (coefficient * (((p_share * exp((degree * log_p))) + (q_share * q_power)) - cross));
-    value = phi;
-    slope = ((coefficient * beta) * (q_power - cross));
+    phi_ = phi;
+    g_ = ((coefficient * beta) * (q_power - cross));
   }
 };
 
 struct alpha_beta_at_beta_0 {
   static constexpr bool uses_logs = true, gradient_uses_logs = true;
-  static FASTKD_INLINE void eval(V p, V q, V log_p, V log_q, const float* params, V& value, V& slope) {
-    const V alpha = splat(params[0]);
+  static FASTKD_INLINE void eval(V p, V q, V log_p, V log_q, const float* params_, V& phi_, V& g_) {
+    const V alpha = splat(params_[0]);
     const V p_power = exp((alpha * log_p));
     const V gap = (exp((alpha * log_q)) - p_power);
-    value = (((p_power * (log_p - log_q)) + (gap / alpha)) / alpha);
-    slope = (gap / alpha);
+    phi_ = (((p_power * (log_p - log_q)) + (gap / alpha)) / alpha);
+    g_ = (gap / alpha);
   }
 };
 
 struct alpha_beta_at_alpha_0 {
   static constexpr bool uses_logs = true, gradient_uses_logs = true;
-  static FASTKD_INLINE void eval(V p, V q, V log_p, V log_q, const float* params, V& value, V& slope) {
-    const V beta = splat(params[0]);
+  static FASTKD_INLINE void eval(V p, V q, V log_p, V log_q, const float* params_, V& phi_, V& g_) {
+    const V beta = splat(params_[0]);
     const V q_power = exp((beta * log_q));
     const V g = (q_power * (log_q - log_p));
-    value = ((g + ((exp((beta * log_p)) - q_power) / beta)) / beta);
-    slope = g;
+    phi_ = ((g + ((exp((beta * log_p)) - q_power) / beta)) / beta);
+    g_ = g;
   }
 };
 
 struct alpha_beta_at_sum_0 {
   static constexpr bool uses_logs = true, gradient_uses_logs = true;
-  static FASTKD_INLINE void eval(V p, V q, V log_p, V log_q, const float* params, V& value, V& slope) {
-    const V alpha = splat(params[0]);
+  static FASTKD_INLINE void eval(V p, V q, V log_p, V log_q, const float* params_, V& phi_, V& g_) {
+    const V alpha = splat(params_[0]);
     const V ratio = (alpha * (log_p - log_q));
     const V gap = (splat(1.0f) - exp(ratio));
-    value = ((-(ratio + gap)) / (alpha * alpha));
-    slope = (gap / alpha);
+    phi_ = ((-(ratio + gap)) / (alpha * alpha));
+    g_ = (gap / alpha);
   }
 };
 
 struct half_squared_gap {
   static constexpr bool uses_logs = true, gradient_uses_logs = true;
-  static FASTKD_INLINE void eval(V p, V q, V log_p, V log_q, const float* params, V& value, V& slope) {
+  static FASTKD_INLINE void eval(V p, V q, V log_p, V log_q, const float* params_, V& phi_, V& g_) {
     const V gap = (log_q - log_p);
-    value = ((splat(0.5f) * gap) * gap);
-    slope = gap;
+    phi_ = ((splat(0.5f) * gap) * gap);
+    g_ = gap;
   }
 };
 
