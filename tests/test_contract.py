@@ -81,6 +81,38 @@ BAD: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"divergence": "kl"}, ValueError, f"divergence must be one of {NAMES}; got 'kl'"),
     ({"divergence": fastkd.jsd}, TypeError, "divergence must be a name or a fastkd.Divergence, got function"),
     # Temperatures
+    (
+        {"temperature": 1e-31},
+        ValueError,
+        "temperature must be of a size between 1e-30 and 1e+30, got 1e-31",
+    ),
+    (
+        {"softcap": 10**400},
+        ValueError,
+        f"softcap must be of a size between 1e-30 and 1e+30, got {10**400}",
+    ),
+    (
+        {"logit_scale": -1e-40},
+        ValueError,
+        "logit_scale must be of a size between 1e-30 and 1e+30, got -1e-40",
+    ),
+    ({"ignore_index": 2**63}, ValueError, f"ignore_index must fit in 64 bits, got {2**63}"),
+    ({"inplace": 1}, TypeError, "inplace must be True or False, got int"),
+    (
+        {"scale_by_temperature": "no"},
+        TypeError,
+        "scale_by_temperature must be True or False, got str",
+    ),
+    (
+        {"num_items": torch.tensor(True)},
+        TypeError,
+        "num_items must be a real number, got torch.bool",
+    ),
+    (
+        {"student_logits": torch.ones(3, 7).to_sparse()},
+        TypeError,
+        "student_logits must be dense, got a tensor of layout torch.sparse_coo",
+    ),
     ({"temperature": 0.0}, ValueError, "temperature must be positive and finite, got 0.0"),
     ({"temperature": -1}, ValueError, "temperature must be positive and finite, got -1"),
     ({"temperature": math.nan}, ValueError, "temperature must be positive and finite, got nan"),

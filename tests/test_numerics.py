@@ -217,6 +217,76 @@ def test_a_column_that_both_forbid(backend: str, dtype: torch.dtype, divergence:
     torch.testing.assert_close(measured.loss[0], without.loss[0], rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize(
+    "divergence", ["forward_kl", "reverse_kl", "mixture", "soft_cross_entropy", "jsd"]
+)
+@pytest.mark.parametrize("temperatures", [(0.5, 0.5), (1.0, 0.9), (0.9, 1.0), (2.0, 1.0)], ids=str)
+def test_a_mask_of_the_lowest_number(
+    backend: str, temperatures: tuple[float, float], divergence: str
+) -> None:
+    """As -inf, it counts as nothing; below a temperature of 1 it overflows to -inf on the way."""
+    student, teacher = logits(3, 20, seed=31), logits(3, 20, seed=32)
+    student[:, 15:] = teacher[:, 15:] = torch.finfo(torch.float32).min
+    names = ("temperature", "teacher_temperature")
+    options = {"divergence": divergence, **dict(zip(names, temperatures, strict=True))}
+    found = []
+    for kept in (slice(None), slice(15)):
+        sides = [x[:, kept].clone().requires_grad_() for x in (student, teacher)]
+        loss = kd_loss(*sides, backend=backend, **options)
+        found.append((loss.detach(), *(x[:, :15] for x in torch.autograd.grad(loss, sides))))
+    for masked, without in zip(*found, strict=True):
+        torch.testing.assert_close(masked, without, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("side", ["student", "teacher"])
+def test_rows_far_below_0(backend: str, side: str) -> None:
+    """A row is what its differences are, also where every logit is one that masks are made of."""
+    lowest = torch.finfo(torch.float32).min
+    low = torch.tensor([[lowest] * 4, [-2e30, -2e30, -1e31, -2e30], [-math.inf, -math.inf, -5, -6]])
+    near = torch.tensor([[0.0] * 4, [0.0, 0.0, -math.inf, 0.0], [-math.inf, -math.inf, -5, -6]])
+    other = logits(3, 4, seed=33)
+    found = []
+    for row in (low, near):
+        student, teacher = (row, other) if side == "student" else (other, row)
+        found.append(kd_loss(student, teacher, divergence="jsd", reduction="none", backend=backend))
+    torch.testing.assert_close(*found)
+    assert kd_loss(torch.full((1, 4), -math.inf), other[:1], backend=backend).isnan()
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_an_infinite_upstream_gradient_of_dropped_rows(
+    any_backend: str, dtype: torch.dtype
+) -> None:
+    student = logits(4, 9, seed=34, dtype=dtype).requires_grad_()
+    teacher, labels = logits(4, 9, seed=35, dtype=dtype), torch.tensor([1, -100, 2, 3])
+    mask, upstream = (
+        torch.tensor([True, True, False, True]),
+        torch.tensor([1, math.inf, math.nan, 1]),
+    )
+    for function in (kd_loss, torch.compile(kd_loss, backend="aot_eager")):
+        losses = function(
+            student, teacher, labels, mask=mask, reduction="none", backend=any_backend
+        )
+        (gradient,) = torch.autograd.grad(losses, student, upstream)
+        assert not gradient[1:3].any() and gradient[0::3].isfinite().all() and gradient[0].any()
+
+
+def test_alpha_0_silences_an_infinite_divergence(any_backend: str) -> None:
+    student, teacher = logits(2, 9, seed=36), logits(2, 9, seed=37).requires_grad_()
+    student[:, 1] = -math.inf
+    loss = kd_loss(student, teacher, torch.tensor([0, 2]), alpha=0.0, backend=any_backend)
+    assert loss.isfinite() and not torch.autograd.grad(loss, teacher)[0].any()
+
+
+def test_negated_views(backend: str) -> None:
+    student, teacher = logits(3, 9, seed=38), logits(3, 9, seed=39)
+    weight = torch.tensor([1.0, 2.0, 0.5])
+    views = [torch._neg_view(-x) for x in (student, teacher, weight)]
+    assert all(view.is_neg() for view in views)
+    found = kd_loss(*views[:2], weight=views[2], backend=backend)
+    assert torch.equal(found, kd_loss(student, teacher, weight=weight, backend=backend))
+
+
 # Which side's zeros make the divergence infinite: p / q where q = 0, q / p where p = 0.
 INFINITE_WITHOUT_P = {"reverse_kl", "mixture", "squared_error"}
 INFINITE_WITHOUT_Q = {"forward_kl", "mixture", "soft_cross_entropy", "squared_error"}
