@@ -172,7 +172,7 @@ def kd_rows(student: Tensor, teacher: Tensor, rows: Rows, options: Options, want
 
     parts: tuple[Tensor | None, ...] = (None, None, None)
     if want.parts:
-        entropy = torch.where(q > 0, -q * log_q, 0.0).sum(-1)
+        entropy = -torch.where(q == 0, 0.0, q * log_q).sum(-1)
         parts = tuple(
             torch.where(keep, part, 0.0) for part in (distillation, cross_entropy, entropy)
         )

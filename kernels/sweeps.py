@@ -107,6 +107,12 @@ def _origin(top):
 
 
 @triton.jit
+def _faded(moment, shift, total, fade):
+    """A moment relative to the new maximum; what has faded to nothing is 0, however far the maximum rose."""
+    return tl.where(fade == 0.0, 0.0, fade * (moment + shift * total))
+
+
+@triton.jit
 def _closed_form(moments, p_moment, q_moment, s_sum, t_sum, p_lost, q_lost):
     """(sum phi, sum g) from the moments and the sums of exponentials.
 
@@ -157,8 +163,8 @@ def sweep_statistics(
         x_s = (s - s_origin) * student.unit
         e_s = tl.exp(x_s)
         if ENTROPY:
-            term = tl.where(s == -float("inf"), 0.0, e_s * x_s)
-            entropy_moment = s_fade * (entropy_moment - s_step * s_sum) + _fold(term)
+            term = tl.where(x_s == -float("inf"), 0.0, e_s * x_s)
+            entropy_moment = _faded(entropy_moment, -s_step, s_sum, s_fade) + _fold(term)
         if plain_unit is not None:
             plain_fade = tl.exp((s_before - s_origin) * plain_unit)
             plain_sum = plain_fade * plain_sum + _fold(tl.exp((s - s_origin) * plain_unit))
@@ -174,17 +180,18 @@ def sweep_statistics(
             x_t = (t - t_origin) * teacher.unit
             e_t = tl.exp(x_t)
             if moments is not None:
-                s_gone = s == -float("inf")
-                t_gone = t == -float("inf")
+                # Tempered: below a temperature of 1, finite logits can be so low that they are gone as well.
+                s_gone = x_s == -float("inf")
+                t_gone = x_t == -float("inf")
                 if moments.forward is not None:
                     weight = moments.forward + moments.cross
                     term = e_t * (moments.forward * x_t - weight * x_s)
                     shift = weight * s_step - moments.forward * t_step
-                    p_moment = t_fade * (p_moment + shift * t_sum)
+                    p_moment = _faded(p_moment, shift, t_sum, t_fade)
                     p_moment += _fold(tl.where(s_gone | t_gone, 0.0, term))
                     p_lost = tl.maximum(p_lost, _fold_max(tl.where(s_gone, t, -float("inf"))))
                 if moments.reverse is not None:
-                    q_moment = s_fade * (q_moment + (t_step - s_step) * s_sum)
+                    q_moment = _faded(q_moment, t_step - s_step, s_sum, s_fade)
                     q_moment += _fold(tl.where(s_gone | t_gone, 0.0, e_s * (x_s - x_t)))
                     q_lost = tl.maximum(q_lost, _fold_max(tl.where(t_gone, s, -float("inf"))))
             t_sum = t_fade * t_sum + _fold(e_t)

@@ -611,6 +611,29 @@ def test_equal_distributions(divergence: str) -> None:
         assert getattr(found, name).abs().max() <= tolerance, name
 
 
+@pytest.mark.parametrize("masked", [slice(30, 40), slice(0, 20)], ids=["last", "the first tile"])
+@pytest.mark.parametrize(
+    "divergence", ["forward_kl", "reverse_kl", "mixture", "soft_cross_entropy", "jsd"]
+)
+def test_a_mask_of_the_lowest_number(divergence: str, masked: slice) -> None:
+    """As -inf, it counts as nothing; below a temperature of 1 it overflows to -inf on the way."""
+    student, teacher = logits(2, 40, seed=41), logits(2, 40, seed=42)
+    keep = torch.ones(40, dtype=torch.bool)
+    keep[masked] = False
+    student[:, masked] = teacher[:, masked] = torch.finfo(torch.float32).min
+    found = []
+    for columns in (torch.ones_like(keep), keep):
+        sides = [x[:, columns].to(DEVICE).requires_grad_() for x in (student, teacher)]
+        loss, parts = kd_loss(
+            *sides, divergence=divergence, temperature=0.7, return_parts=True, backend="triton"
+        )
+        gradients = torch.autograd.grad(loss, sides)
+        found.append((loss.detach(), parts.student_entropy, *gradients))
+    for whole, without in zip(*found, strict=True):
+        kept = whole[:, keep] if whole.dim() == 2 else whole
+        torch.testing.assert_close(kept, without, rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize("softcap", [0.01, 1.0, 50.0])
 def test_softcap_far_from_and_near_saturation(softcap: float) -> None:
     student, teacher = (x * torch.logspace(-4, 3, 37, device=DEVICE) for x in pair(2, 37))
