@@ -89,7 +89,7 @@ class KDRows(torch.autograd.Function):
         summed: bool,
     ) -> tuple[Tensor | None, ...]:
         """The loss and, unless it is deferred, its gradient."""
-        kernels = backends.load(backend)
+        kernels = backends.load(backends.select(backend, student, teacher, options.divergence))
         result: Result = kernels.kd_rows(student, teacher, rows, options, _in_forward(want))
         if want.deferred:
             ctx.save_for_backward(student, teacher)
@@ -272,19 +272,6 @@ def _backward(
 kd_rows_op.register_autograd(_backward, setup_context=_setup_context)
 
 
-def _eager(
-    student: Tensor,
-    teacher: Tensor,
-    rows: Rows,
-    options: Options,
-    want: Want,
-    backend: str,
-    summed: bool,
-) -> tuple[Tensor | None, ...]:
-    backend = backends.select(backend, student, teacher, options.divergence)
-    return KDRows.apply(student, teacher, rows, options, want, backend, summed)
-
-
 def kd_rows(
     student: Tensor,
     teacher: Tensor,
@@ -297,9 +284,9 @@ def kd_rows(
     """(loss, distillation, cross_entropy, student_entropy), differentiable; the loss is [...] or its 0-dim sum."""
     want = want._replace(deferred=_defers(student, teacher, want))
     if not torch.compiler.is_compiling():
-        return _eager(student, teacher, rows, options, want, backend, summed)
+        return KDRows.apply(student, teacher, rows, options, want, backend, summed)
     if want.inplace:  # kd_loss broke the graph, and the compiler tries again from here
-        return torch.compiler.disable(_eager)(
+        return torch.compiler.disable(KDRows.apply)(
             student, teacher, rows, options, want, backend, summed
         )
     results = kd_rows_op(student, teacher, *rows, backend, *_flatten(options, want))

@@ -105,12 +105,12 @@ def kd_rows(student: Tensor, teacher: Tensor, rows: Rows, options: Options, want
         teacher[..., :vocabulary].to(dtype), options.teacher_logit_scale, options.teacher_softcap
     )
 
-    log_q, q = _softmax(s / temperature)
-    log_p, p = _softmax(t / teacher_temperature)
+    tempered_s, tempered_t = s / temperature, t / teacher_temperature
+    (log_q, q), (log_p, p) = _softmax(tempered_s), _softmax(tempered_t)
     if divergence.normalized:
         phi, g = evaluate(divergence, log_p, log_q, (p, q))
     else:
-        phi, g = evaluate(divergence, t / teacher_temperature, s / temperature)
+        phi, g = evaluate(divergence, tempered_t, tempered_s)
     t_squared: Tensor | float = temperature * temperature if options.scale_by_temperature else 1.0
     distillation = phi.sum(-1) * (
         t_squared.squeeze(-1) if isinstance(t_squared, Tensor) else t_squared

@@ -730,7 +730,10 @@ class Row {
   }
 
   // Whether the phase of sums leaves g for the gradient, in the place of the teacher's exponentials.
-  bool keeps_g() const { return needs_sums() && kernels_.gradient_uses_logs && keeps_exponentials_ && call_.normalized && !teacher_gradient_; }
+  // Where g takes no logarithm, it is cheaper to compute again.
+  bool keeps_g() const {
+    return needs_sums() && kernels_.gradient_uses_logs && keeps_exponentials_ && call_.normalized && !teacher_gradient_;
+  }
   float* g(int64_t b, BlockScratch& scratch) const { return keeps_g() ? t_exp(b, scratch) : scratch.gradient; }
 
   // Whether logarithms are first seen in the gradient: the sums of phi and g would be NaN where log 0 matters.
@@ -746,13 +749,15 @@ class Row {
     return lowest * inverse == -INF;
   }
 
-  // By what a block's exponentials are multiplied to be probabilities.
-  float s_weight(int64_t b) const {
-    return float(std::exp((statistics_[b].s_max - row_statistics_.s_max) / student_softmax_.temperature - row_statistics_.s_log_sum));
+  // log p = (t - t_max of the block) / T + t_offset; a block's exponentials times t_weight are probabilities.
+  double s_offset(int64_t b) const {
+    return (statistics_[b].s_max - row_statistics_.s_max) / student_softmax_.temperature - row_statistics_.s_log_sum;
   }
-  float t_weight(int64_t b) const {
-    return float(std::exp((statistics_[b].t_max - row_statistics_.t_max) / teacher_softmax_.temperature - row_statistics_.t_log_sum));
+  double t_offset(int64_t b) const {
+    return (statistics_[b].t_max - row_statistics_.t_max) / teacher_softmax_.temperature - row_statistics_.t_log_sum;
   }
+  float s_weight(int64_t b) const { return float(std::exp(s_offset(b))); }
+  float t_weight(int64_t b) const { return float(std::exp(t_offset(b))); }
 
   bool needs_statistics() const { return call_.normalized || with_labels_ || call_.student_entropy; }
 
@@ -796,16 +801,12 @@ class Row {
     v.s_weight = s_weight(b);
     v.t_weight = t_weight(b);
     if (!call_.normalized) return v;
-    const BlockStatistics& block = statistics_[b];
-    const RowStatistics& row = row_statistics_;
-    v.s_max = block.s_max;
-    v.t_max = block.t_max;
-    const double s_offset = (block.s_max - row.s_max) / student_softmax_.temperature - row.s_log_sum;
-    const double t_offset = (block.t_max - row.t_max) / teacher_softmax_.temperature - row.t_log_sum;
-    v.s_offset = float(s_offset);
-    v.t_offset = float(t_offset);
-    v.s_offset_low = float(s_offset - v.s_offset);
-    v.t_offset_low = float(t_offset - v.t_offset);
+    v.s_max = statistics_[b].s_max;
+    v.t_max = statistics_[b].t_max;
+    v.s_offset = float(s_offset(b));
+    v.t_offset = float(t_offset(b));
+    v.s_offset_low = float(s_offset(b) - v.s_offset);
+    v.t_offset_low = float(t_offset(b) - v.t_offset);
     return v;
   }
 
