@@ -19,6 +19,7 @@ namespace {
 struct InstructionSet {
   std::string name;
   void (*kd_rows)(const fastkd::Call&);
+  void (*topk_rows)(const fastkd::Call&);
   void (*scale_rows)(const fastkd::Call&, const float*, int64_t);
 };
 
@@ -29,11 +30,11 @@ std::vector<InstructionSet> supported() {
   __builtin_cpu_init();
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
       __builtin_cpu_supports("avx512vl"))
-    sets.push_back({"avx512", fastkd::avx512::kd_rows, fastkd::avx512::scale_rows});
+    sets.push_back({"avx512", fastkd::avx512::kd_rows, fastkd::avx512::topk_rows, fastkd::avx512::scale_rows});
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"))
-    sets.push_back({"avx2", fastkd::avx2::kd_rows, fastkd::avx2::scale_rows});
+    sets.push_back({"avx2", fastkd::avx2::kd_rows, fastkd::avx2::topk_rows, fastkd::avx2::scale_rows});
 #endif
-  sets.push_back({"baseline", fastkd::baseline::kd_rows, fastkd::baseline::scale_rows});
+  sets.push_back({"baseline", fastkd::baseline::kd_rows, fastkd::baseline::topk_rows, fastkd::baseline::scale_rows});
   return sets;
 }
 
@@ -65,6 +66,7 @@ T* pointer(uintptr_t address) {
 using Strides = std::vector<int64_t>;
 using Logits = std::tuple<uintptr_t, int, int64_t, Strides>;    // address, dtype, width, leading strides
 using Tempering = std::tuple<double, uintptr_t, double, double>;  // temperature, per row, logit scale, softcap
+using Sparse = std::tuple<uintptr_t, int64_t, uintptr_t, int>;  // ids (0: a dense teacher), K, tail_logprob, tail
 
 fastkd::Rows rows(const Logits& logits) {
   const auto& [address, dtype, width, strides] = logits;
@@ -84,7 +86,7 @@ int64_t product(const std::vector<int64_t>& sizes) {
 
 void kd_rows(std::vector<int64_t> sizes, int64_t vocabulary, const Logits& student, const Logits& teacher,
              const Logits& student_gradient, const Logits& teacher_gradient, const Tempering& student_tempering,
-             const Tempering& teacher_tempering, uintptr_t labels, uintptr_t weight, uintptr_t scale_on_device,
+             const Tempering& teacher_tempering, const Sparse& sparse, uintptr_t labels, uintptr_t weight, uintptr_t scale_on_device,
              uintptr_t loss, uintptr_t total, uintptr_t distillation, uintptr_t cross_entropy,
              uintptr_t student_entropy, int divergence, std::vector<float> params, bool normalized,
              const std::vector<double>& closed_form, double degree, double alpha, double label_smoothing, double scale,
@@ -99,6 +101,11 @@ void kd_rows(std::vector<int64_t> sizes, int64_t vocabulary, const Logits& stude
   call.teacher_gradient = rows(teacher_gradient);
   call.student_tempering = tempering(student_tempering);
   call.teacher_tempering = tempering(teacher_tempering);
+  const auto& [ids, tokens, tail_logprob, tail] = sparse;
+  call.ids = pointer<const int64_t>(ids);
+  call.tokens = tokens;
+  call.tail_logprob = pointer<const float>(tail_logprob);
+  call.tail = static_cast<fastkd::Tail>(tail);
   call.labels = pointer<const int64_t>(labels);
   call.weight = pointer<const float>(weight);
   call.scale_on_device = pointer<const float>(scale_on_device);
@@ -120,7 +127,7 @@ void kd_rows(std::vector<int64_t> sizes, int64_t vocabulary, const Logits& stude
   call.ignore_index = ignore_index;
   call.threads = threads;
   py::gil_scoped_release release;
-  chosen->kd_rows(call);
+  call.ids ? chosen->topk_rows(call) : chosen->kd_rows(call);
 }
 
 void scale_rows(std::vector<int64_t> sizes, const Logits& gradient, uintptr_t factor, int64_t stride, int threads) {

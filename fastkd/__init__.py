@@ -19,8 +19,11 @@ from fastkd.divergences import (
     squared_error,
     tvd,
 )
-from fastkd.functional import Parts, kd_loss
-from fastkd.modules import KDLoss
+from fastkd.functional import Parts, fused_linear_kd_loss, kd_loss
+from fastkd.modules import FusedLinearKDLoss, KDLoss
+from fastkd.plan import MemoryPlan, memory_plan
+from fastkd.sampled import k1, k2, k3
+from fastkd.teachers import Ensemble, LinearTeacher, TopK
 
 __version__ = "0.1.0"
 
@@ -29,14 +32,24 @@ __all__ = [
     "BackendUnavailable",
     "ClosedForm",
     "Divergence",
+    "Ensemble",
+    "FusedLinearKDLoss",
     "KDLoss",
+    "LinearTeacher",
+    "MemoryPlan",
     "Parts",
+    "TopK",
     "alpha_beta",
     "available_backends",
     "forward_kl",
+    "fused_linear_kd_loss",
     "hellinger",
     "jsd",
+    "k1",
+    "k2",
+    "k3",
     "kd_loss",
+    "memory_plan",
     "mixture",
     "reverse_kl",
     "skew_forward_kl",

@@ -1,10 +1,12 @@
-"""python -m fastkd: info, doctor and check.
+"""python -m fastkd: info, doctor, check and cache.
 
     python -m fastkd info [--json]                     what is installed, and what runs here
     python -m fastkd doctor [--backend NAME] [--json]  are the numbers right on this machine
     python -m fastkd check MODULE:NAME                 is this divergence right
+    python -m fastkd cache build|verify|info PATH      a teacher's outputs on disk
 
-Exit codes: 0; 1 where something is wrong with the numbers; 2 where the command cannot be read. Needs torch only.
+Exit codes: 0; 1 where something is wrong with the numbers or the cache; 2 where the command cannot be read. Needs
+torch only, and for `cache` the extra of that name or, to build one, cache-build.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ from collections.abc import Sequence
 
 from fastkd import check, doctor, info
 from fastkd.backends import MODULES
+from fastkd.cache import cli as cache
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -40,6 +43,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="MODULE:NAME",
         help="an importable module, and in it a fastkd.Divergence or a function without arguments that makes one",
     )
+    cache.add_parser(commands)
     return parser
 
 
@@ -55,6 +59,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         report = check.check(divergence)
         print("\n".join(report.lines))
         return 0 if report.ok else 1
+    if chosen.command == "cache":
+        return cache.run(chosen)
     if chosen.command == "info":
         found = info.collect()
         print(json.dumps(found, indent=2) if chosen.json else info.text(found))

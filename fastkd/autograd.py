@@ -21,7 +21,7 @@ from fastkd.divergences import ClosedForm, Divergence, function_name, function_n
 from fastkd.rows import Options, Result, Rows, Want
 
 
-def _graph_is_kept() -> bool:
+def graph_is_kept() -> bool:
     """Whether the running backward was asked to retain its graph; True where torch cannot tell."""
     ask = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
     return True if ask is None else bool(ask())
@@ -42,7 +42,7 @@ def _in_forward(want: Want) -> Want:
     )
 
 
-def _of_counted_rows(upstream: Tensor, rows: Rows, ignore_index: int) -> Tensor:
+def of_counted_rows(upstream: Tensor, rows: Rows, ignore_index: int) -> Tensor:
     """An upstream gradient [...] with 0 for the rows that are dropped, where it may be infinite or NaN."""
     if upstream.dim() and rows.weight is not None:
         upstream = torch.where(rows.weight == 0, 0.0, upstream)
@@ -51,7 +51,7 @@ def _of_counted_rows(upstream: Tensor, rows: Rows, ignore_index: int) -> Tensor:
     return upstream
 
 
-def _with_upstream(rows: Rows, upstream: Tensor) -> Rows:
+def with_upstream(rows: Rows, upstream: Tensor) -> Rows:
     """The rows with an upstream gradient, a scalar or one a row, folded into what multiplies the gradient."""
     if upstream.dim() == 0:
         scale = upstream if rows.scale is None else upstream * rows.scale
@@ -74,6 +74,16 @@ class _Once(torch.autograd.Function):
         raise RuntimeError("kd_loss has first derivatives only, and is being differentiated twice")
 
 
+def differentiable_once(gradients: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
+    """Gradients that a backward returns; under create_graph=True those that raise where they are differentiated."""
+    if not torch.is_grad_enabled():
+        return gradients
+    return tuple(
+        None if gradient is None else _Once.apply(gradient.requires_grad_())
+        for gradient in gradients
+    )
+
+
 class KDRows(torch.autograd.Function):
     """Eager mode. Returns (loss, distillation, cross_entropy, student_entropy); loss is [...] or its 0-dim sum."""
 
@@ -89,7 +99,11 @@ class KDRows(torch.autograd.Function):
         summed: bool,
     ) -> tuple[Tensor | None, ...]:
         """The loss and, unless it is deferred, its gradient."""
-        kernels = backends.load(backends.select(backend, student, teacher, options.divergence))
+        kernels = backends.load(
+            backends.select(
+                backend, student.device.type, student.dtype, teacher.dtype, options.divergence
+            )
+        )
         result: Result = kernels.kd_rows(student, teacher, rows, options, _in_forward(want))
         if want.deferred:
             ctx.save_for_backward(student, teacher)
@@ -110,28 +124,23 @@ class KDRows(torch.autograd.Function):
             return (None,) * 7
         with torch.no_grad():
             gradients = KDRows._gradients(ctx, upstream)
-        if torch.is_grad_enabled():  # create_graph=True
-            gradients = tuple(
-                None if gradient is None else _Once.apply(gradient.requires_grad_())
-                for gradient in gradients
-            )
-        return (*gradients, *(None,) * 5)
+        return (*differentiable_once(gradients), *(None,) * 5)
 
     @staticmethod
     def _gradients(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         kernels, rows, options, want = ctx.call
-        upstream = _of_counted_rows(upstream, rows, options.ignore_index)
+        upstream = of_counted_rows(upstream, rows, options.ignore_index)
         if want.deferred:
             student, teacher = ctx.saved_tensors
-            if want.inplace and _graph_is_kept():
+            if want.inplace and graph_is_kept():
                 want = want._replace(inplace=False)  # the logits are needed again
-            rows = _with_upstream(rows, upstream)
+            rows = with_upstream(rows, upstream)
             result = kernels.kd_rows(student, teacher, rows, options, want)
             if want.inplace:
                 torch.autograd.graph.increment_version(student)
             return result.student_gradient, result.teacher_gradient
         gradients = ctx.saved_tensors
-        if _graph_is_kept():
+        if graph_is_kept():
             gradients = tuple(
                 None if gradient is None else gradient.clone() for gradient in gradients
             )
@@ -161,14 +170,14 @@ def _flatten(options: Options, want: Want) -> tuple[str, list[float], list[int]]
     numbers = [getattr(options, name) for name in _NUMBERS]
     integers = [int(getattr(options, name)) for name in _INTEGERS]
     return (
-        f"{divergence.name}|{function_name(divergence.function)}",
+        f"{options.tail}|{divergence.name}|{function_name(divergence.function)}",
         [*numbers, degree, *moments, *divergence.params],
         [*integers, int(divergence.normalized), *(int(flag) for flag in want)],
     )
 
 
 def _unflatten(names: str, numbers: list[float], integers: list[int]) -> tuple[Options, Want]:
-    name, _, function = names.partition("|")
+    tail, name, function = names.split("|")
     own, (degree, *rest) = numbers[: len(_NUMBERS)], numbers[len(_NUMBERS) :]
     moments, params = rest[:3], rest[3:]
     settings = integers[: len(_INTEGERS)]
@@ -185,7 +194,7 @@ def _unflatten(names: str, numbers: list[float], integers: list[int]) -> tuple[O
         zip(_INTEGERS, settings, strict=True)
     )
     values["scale_by_temperature"] = bool(values["scale_by_temperature"])
-    return Options(divergence, **values), Want(*map(bool, want))
+    return Options(divergence, **values, tail=tail), Want(*map(bool, want))
 
 
 def _want(integers: list[int]) -> Want:
@@ -201,6 +210,8 @@ def kd_rows_op(
     temperature: Tensor | None,
     teacher_temperature: Tensor | None,
     scale: Tensor | None,
+    ids: Tensor | None,
+    tail_logprob: Tensor | None,
     backend: str,
     divergence: str,
     numbers: list[float],
@@ -208,8 +219,12 @@ def kd_rows_op(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Result as a tuple; what is not wanted is an empty tensor. The backend is chosen when it runs."""
     options, want = _unflatten(divergence, numbers, integers)
-    rows = Rows(labels, weight, temperature, teacher_temperature, scale)
-    kernels = backends.load(backends.select(backend, student, teacher, options.divergence))
+    rows = Rows(labels, weight, temperature, teacher_temperature, scale, ids, tail_logprob)
+    kernels = backends.load(
+        backends.select(
+            backend, student.device.type, student.dtype, teacher.dtype, options.divergence
+        )
+    )
     result = kernels.kd_rows(student, teacher, rows, options, _in_forward(want))
     return tuple(student.new_empty(0) if tensor is None else tensor for tensor in result)  # type: ignore[return-value]
 
@@ -252,12 +267,12 @@ def _backward(
     # The loss is used per row or summed, never both (see kd_rows); either way it multiplies the gradient.
     upstream = loss if total is None else total
     if upstream is None:
-        return (None,) * 11
+        return (None,) * 13
     first, second, *others = ctx.saved_tensors
     rows = Rows(*others)
-    upstream = _of_counted_rows(upstream, rows, ctx.ignore_index)
+    upstream = of_counted_rows(upstream, rows, ctx.ignore_index)
     if ctx.want.deferred:
-        result = kd_rows_op(first, second, *_with_upstream(rows, upstream), *ctx.call)
+        result = kd_rows_op(first, second, *with_upstream(rows, upstream), *ctx.call)
         gradients = result[2:4]
     else:
         factor = upstream.unsqueeze(-1) if upstream.dim() else upstream
@@ -265,7 +280,7 @@ def _backward(
     return (
         gradients[0] if ctx.want.student_gradient else None,
         gradients[1] if ctx.want.teacher_gradient else None,
-        *(None,) * 9,
+        *(None,) * 11,
     )
 
 

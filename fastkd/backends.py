@@ -14,7 +14,6 @@ from types import ModuleType
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
 
 from fastkd.divergences import DEFINITIONS, Divergence
 
@@ -146,12 +145,18 @@ def _log_once(line: str) -> None:
     logger.warning(line)
 
 
-def select(backend: str, student: Tensor, teacher: Tensor, divergence: Divergence) -> str:
+def select(
+    backend: str,
+    device: str,
+    student_dtype: torch.dtype,
+    teacher_dtype: torch.dtype,
+    divergence: Divergence,
+) -> str:
     """The backend for a call that asks for `backend`, with FASTKD_BACKEND and FASTKD_STRICT applied.
 
     A fallback is logged once for each reason; under FASTKD_STRICT=1 it raises BackendUnavailable.
     """
-    call = Call(student.device.type, student.dtype, teacher.dtype, divergence)
+    call = Call(device, student_dtype, teacher_dtype, divergence)
     environment = os.environ
     return _select(
         backend, call, environment.get("FASTKD_BACKEND"), environment.get("FASTKD_STRICT") == "1"

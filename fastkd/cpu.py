@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from torch.utils.dlpack import from_dlpack
@@ -9,6 +12,7 @@ from torch.utils.dlpack import from_dlpack
 from fastkd import _C
 from fastkd.divergences import DEFINITIONS
 from fastkd.rows import Options, Result, Rows, Want
+from fastkd.teachers import TAILS
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _NUMBER = {function: number for number, function in enumerate(DEFINITIONS)}
@@ -37,11 +41,11 @@ def _unit_stride(logits: Tensor) -> Tensor:
     return logits if logits.stride(-1) == 1 or logits.shape[-1] == 1 else logits.contiguous()
 
 
-def _gradient_of(logits: Tensor) -> Tensor:
-    """An uninitialised contiguous tensor like logits, in memory that is reused from call to call."""
-    if logits.numel() * logits.element_size() < _LARGE:
-        return torch.empty(logits.shape, dtype=logits.dtype)
-    return from_dlpack(_C.new_output(list(logits.shape), _DTYPES[logits.dtype]))
+def empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device | None = None) -> Tensor:
+    """An uninitialised contiguous tensor, where it is large in memory that is reused from call to call."""
+    if math.prod(shape) * dtype.itemsize < _LARGE:
+        return torch.empty(shape, dtype=dtype)
+    return from_dlpack(_C.new_output(list(shape), _DTYPES[dtype]))
 
 
 def kd_rows(student: Tensor, teacher: Tensor, rows: Rows, options: Options, want: Want) -> Result:
@@ -50,9 +54,9 @@ def kd_rows(student: Tensor, teacher: Tensor, rows: Rows, options: Options, want
     lead = student.shape[:-1]
     student_gradient = teacher_gradient = None
     if want.student_gradient:
-        student_gradient = student if want.inplace else _gradient_of(student)
+        student_gradient = student if want.inplace else empty(student.shape, student.dtype)
     if want.teacher_gradient:
-        teacher_gradient = _gradient_of(teacher)
+        teacher_gradient = empty(teacher.shape, teacher.dtype)
     student, teacher = _unit_stride(student), _unit_stride(teacher)
 
     def per_row() -> Tensor:
@@ -74,6 +78,12 @@ def kd_rows(student: Tensor, teacher: Tensor, rows: Rows, options: Options, want
             _address(rows.teacher_temperature),
             options.teacher_logit_scale,
             options.teacher_softcap,
+        ),
+        (
+            _address(rows.ids),
+            0 if rows.ids is None else rows.ids.shape[-1],
+            _address(rows.tail_logprob),
+            TAILS.index(options.tail) if options.tail else 0,
         ),
         _address(rows.labels),
         _address(rows.weight),

@@ -1,25 +1,36 @@
-"""kd_loss: validate, and work out the weight of each row and the denominator; fastkd.autograd does the rest."""
+"""The losses: kd_loss on logits, fused_linear_kd_loss on hidden states and an lm_head.
+
+Both validate (fastkd.validate), and hand over to fastkd.autograd, or to fastkd.linear where logits are made from
+hidden states or from several teachers, a chunk of rows at a time.
+"""
 
 from __future__ import annotations
 
-import math
-import os
-from typing import TYPE_CHECKING, Literal, NamedTuple, TypedDict, overload
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor
 
-from fastkd import autograd
-from fastkd.divergences import Divergence, resolve
-from fastkd.rows import Options, Rows, Want
+from fastkd import autograd, linear
+from fastkd.divergences import Divergence
+from fastkd.rows import Want
+from fastkd.teachers import Teacher, TopK
+from fastkd.validate import (
+    LossOptions,
+    Prepared,
+    check_flags,
+    check_logits,
+    check_student_head,
+    check_teacher,
+    check_vocabulary,
+    prepare,
+    teacher_widths,
+    with_topk,
+)
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
-
-REDUCTIONS = ("none", "sum", "mean", "batchmean")
-# Numbers beyond these lose their meaning in float32, once they are multiplied or inverted.
-SMALLEST, LARGEST = 1e-30, 1e30
-LOGIT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 class Parts(NamedTuple):
@@ -34,59 +45,53 @@ class Parts(NamedTuple):
     counted: Tensor  # 0-dim, the number of counted rows
 
 
-class _Options(TypedDict, total=False):
-    """The keyword options of kd_loss but return_parts, which decides the type that comes back."""
+class DenseOptions(LossOptions, total=False):
+    """The keyword options of kd_loss."""
 
-    divergence: str | Divergence
-    temperature: float | Tensor
-    teacher_temperature: float | Tensor | None
-    alpha: float
-    scale_by_temperature: bool
-    label_smoothing: float
-    ignore_index: int
-    mask: Tensor | None
-    weight: Tensor | None
-    reduction: str
-    num_items: int | float | Tensor | None
-    logit_scale: float
-    softcap: float | None
-    teacher_logit_scale: float
-    teacher_softcap: float | None
     vocab_size: int | None
     inplace: bool
-    backend: str
+
+
+class LinearOptions(LossOptions, total=False):
+    """The keyword options of fused_linear_kd_loss."""
+
+    student_bias: Tensor | None
+    chunk_size: int | None
+    memory_budget: int | None
+    logits_dtype: torch.dtype | None
+    vocab_size: int | None
 
 
 @overload
 def kd_loss(
     student_logits: Tensor,
-    teacher: Tensor,
+    teacher: Teacher,
     labels: Tensor | None = None,
     *,
     return_parts: Literal[False] = False,
-    **options: Unpack[_Options],
+    **options: Unpack[DenseOptions],
 ) -> Tensor: ...
 @overload
 def kd_loss(
     student_logits: Tensor,
-    teacher: Tensor,
+    teacher: Teacher,
     labels: Tensor | None = None,
     *,
     return_parts: Literal[True],
-    **options: Unpack[_Options],
+    **options: Unpack[DenseOptions],
 ) -> tuple[Tensor, Parts]: ...
 @overload
 def kd_loss(
     student_logits: Tensor,
-    teacher: Tensor,
+    teacher: Teacher,
     labels: Tensor | None = None,
     *,
     return_parts: bool,
-    **options: Unpack[_Options],
+    **options: Unpack[DenseOptions],
 ) -> Tensor | tuple[Tensor, Parts]: ...
 def kd_loss(
     student_logits: Tensor,
-    teacher: Tensor,
+    teacher: Teacher,
     labels: Tensor | None = None,
     *,
     divergence: str | Divergence = "forward_kl",
@@ -120,8 +125,10 @@ def kd_loss(
     Args:
         student_logits: [..., V], float32, bfloat16, float16 (float64 on the reference). Any strides; the last
             dimension is copied only where its stride is not 1.
-        teacher: dense teacher logits of the same leading shape, of any of those dtypes. If it requires grad it
-            gets its gradient.
+        teacher: dense teacher logits of the same leading shape, of any of those dtypes; if they require grad they
+            get their gradient. Or a :class:`fastkd.TopK`, a :class:`fastkd.LinearTeacher` or a
+            :class:`fastkd.Ensemble`, whose rows have that leading shape; the last two are turned into logits a
+            chunk of rows at a time (:func:`fastkd.memory_plan` says how many).
         labels: [...] int64. Targets of the cross-entropy where alpha < 1. A row whose label is ignore_index is
             dropped, whatever alpha is.
         divergence: a name of ``fastkd.DIVERGENCES`` or a divergence such as ``fastkd.jsd(0.3)``.
@@ -159,262 +166,189 @@ def kd_loss(
         ValueError, TypeError: an argument has the wrong shape, dtype, device or value; the message names it.
         fastkd.BackendUnavailable: the backend asked for cannot serve this call.
     """
-    divergence = resolve(divergence)
-    _check_logits(student_logits, teacher)
+    student_logits = check_logits("student_logits", student_logits)
     lead, device = student_logits.shape[:-1], student_logits.device
-    vocabulary = _vocabulary(vocab_size, student_logits.shape[-1], teacher.shape[-1])
-    alpha = _number("alpha", alpha, 0.0, 1.0)
-    label_smoothing = _number("label_smoothing", label_smoothing, 0.0, 1.0, open_right=True)
-    if not isinstance(reduction, str) or reduction not in REDUCTIONS:
-        raise ValueError(f"reduction must be one of {', '.join(REDUCTIONS)}; got {reduction!r}")
-    if num_items is not None and reduction not in ("mean", "batchmean"):
-        raise ValueError(
-            f"num_items is the denominator of 'mean' and 'batchmean'; reduction is {reduction!r}"
-        )
-    if labels is None and alpha < 1.0:
-        raise ValueError(
-            f"labels are needed for the cross-entropy term where alpha < 1; alpha is {alpha}"
-        )
-    if type(ignore_index) is not int:
-        raise TypeError(f"ignore_index must be an int, got {type(ignore_index).__name__}")
-    if not -(2**63) <= ignore_index < 2**63:
-        raise ValueError(f"ignore_index must fit in 64 bits, got {ignore_index}")
-    for argument, flag in (
-        ("scale_by_temperature", scale_by_temperature),
-        ("inplace", inplace),
-        ("return_parts", return_parts),
-    ):
-        if not isinstance(flag, bool):
-            raise TypeError(f"{argument} must be True or False, got {type(flag).__name__}")
-    if not isinstance(backend, str):
-        raise TypeError(f"backend must be a string, got {type(backend).__name__}")
-    if label_smoothing and labels is None:
-        raise ValueError("label_smoothing needs labels; labels is None")
-    if teacher_temperature is None:
-        teacher_temperature = temperature
-    t_value, t_rows = _temperature("temperature", temperature, lead, device)
-    tt_value, tt_rows = _temperature("teacher_temperature", teacher_temperature, lead, device)
-    if labels is not None:
-        _check_rows("labels", labels, lead, device, (torch.int64,))
-        labels = labels.contiguous()
-    if mask is not None:
-        _check_rows("mask", mask, lead, device, (torch.bool,))
-    if weight is not None:
-        _check_rows("weight", weight, lead, device, LOGIT_DTYPES)
-    if os.environ.get("FASTKD_CHECK") == "1":
-        _check_values(
-            labels if alpha < 1.0 else None, ignore_index, vocabulary, mask, t_rows, tt_rows
-        )
-
+    teacher = check_teacher(teacher, "student_logits", lead, device)
+    widths = {"student_logits": student_logits.shape[-1], **teacher_widths(teacher)}
+    vocabulary = check_vocabulary(vocab_size, widths)
+    check_flags(inplace=inplace, return_parts=return_parts)
+    call = prepare(
+        lead,
+        device,
+        _float64(student_logits, teacher),
+        vocabulary,
+        labels,
+        divergence=divergence,
+        temperature=temperature,
+        teacher_temperature=teacher_temperature,
+        alpha=alpha,
+        scale_by_temperature=scale_by_temperature,
+        label_smoothing=label_smoothing,
+        ignore_index=ignore_index,
+        mask=mask,
+        weight=weight,
+        reduction=reduction,
+        num_items=num_items,
+        logit_scale=logit_scale,
+        softcap=softcap,
+        teacher_logit_scale=teacher_logit_scale,
+        teacher_softcap=teacher_softcap,
+        backend=backend,
+    )
     grad_enabled = torch.is_grad_enabled()
     want = Want(
         grad_enabled and student_logits.requires_grad,
-        grad_enabled and teacher.requires_grad,
+        grad_enabled and isinstance(teacher, Tensor) and teacher.requires_grad,
         return_parts,
         inplace,
     )
-    if want.teacher_gradient and divergence.degree is None:
+    if want.teacher_gradient and call.options.divergence.degree is None:
         raise ValueError(
-            f"teacher requires grad, and the divergence {divergence.name!r} does not say its degree of homogeneity, "
-            "from which the teacher's gradient follows; set Divergence(degree=...) or detach the teacher"
+            f"teacher requires grad, and the divergence {call.options.divergence.name!r} does not say its degree of "
+            "homogeneity, from which the teacher's gradient follows; set Divergence(degree=...) or detach the teacher"
         )
     if want.inplace:
-        _check_inplace(student_logits, teacher, want)
+        _check_inplace(student_logits, linear.flatten(teacher)[0], want)
+    if isinstance(teacher, TopK):
+        call, teacher = with_topk(call, teacher), teacher.logprobs.detach()
+    if isinstance(teacher, Tensor):
+        results = autograd.kd_rows(
+            student_logits, teacher, call.rows, call.options, want, call.backend, call.summed
+        )
+    else:
+        linear.check_ensemble(teacher, call.options.divergence)
+        plan = linear.plan_rows(student_logits, None, teacher, call, want)
+        results = linear.kd_chunks(linear.Student(student_logits), teacher, call, want, plan)
+    return _returned(results, call, return_parts, device)
 
-    float64 = torch.float64 in (student_logits.dtype, teacher.dtype)
-    row_dtype = torch.float64 if float64 else torch.float32
-    counted, row_weight = _weights(labels, ignore_index, mask, weight, row_dtype)
-    count = (
-        student_logits.numel() // max(student_logits.shape[-1], 1)
-        if counted is None
-        else counted.sum()
+
+@overload
+def fused_linear_kd_loss(
+    student_hidden: Tensor,
+    student_weight: Tensor,
+    teacher: Teacher,
+    labels: Tensor | None = None,
+    *,
+    return_parts: Literal[False] = False,
+    **options: Unpack[LinearOptions],
+) -> Tensor: ...
+@overload
+def fused_linear_kd_loss(
+    student_hidden: Tensor,
+    student_weight: Tensor,
+    teacher: Teacher,
+    labels: Tensor | None = None,
+    *,
+    return_parts: Literal[True],
+    **options: Unpack[LinearOptions],
+) -> tuple[Tensor, Parts]: ...
+@overload
+def fused_linear_kd_loss(
+    student_hidden: Tensor,
+    student_weight: Tensor,
+    teacher: Teacher,
+    labels: Tensor | None = None,
+    *,
+    return_parts: bool,
+    **options: Unpack[LinearOptions],
+) -> Tensor | tuple[Tensor, Parts]: ...
+def fused_linear_kd_loss(
+    student_hidden: Tensor,
+    student_weight: Tensor,
+    teacher: Teacher,
+    labels: Tensor | None = None,
+    *,
+    student_bias: Tensor | None = None,
+    chunk_size: int | None = None,
+    memory_budget: int | None = None,
+    logits_dtype: torch.dtype | None = None,
+    vocab_size: int | None = None,
+    return_parts: bool = False,
+    **options: Unpack[LossOptions],
+) -> Tensor | tuple[Tensor, Parts]:
+    r"""kd_loss of the logits student_hidden @ student_weight.T + student_bias, which are never held as a whole.
+
+    Rows that do not count are packed away; the others go through in chunks: logits of student and teacher, the
+    gradient in the student's place, and from it those of hidden states and weight, which is summed in float32. Four
+    matrix products a chunk (two where the weight is frozen), and nothing is computed twice. The one exception is
+    reduction="none" with a weight that requires grad: the gradient of the weight needs the upstream gradient of each
+    row inside the sum, so the backward makes the logits again.
+
+    Args:
+        student_hidden: [..., H], float32, bfloat16, float16 (float64 on the reference). Any strides.
+        student_weight: [V, H], the lm_head, of the same dtype and device; under autocast both are cast to its dtype.
+        teacher: a :class:`fastkd.LinearTeacher` (of any width), dense logits [..., V], a :class:`fastkd.TopK` or a
+            :class:`fastkd.Ensemble`. A constant: one that requires grad raises.
+        labels: as in :func:`fastkd.kd_loss`, and so are all options that are not listed here.
+        student_bias: [V], or None.
+        chunk_size: rows a chunk. None: as many as memory_budget allows.
+        memory_budget: bytes that the call may hold beyond its inputs and gradients; None: 512 MiB on a CPU, 2 GiB
+            elsewhere. :func:`fastkd.memory_plan` says what is in them. A budget too small for one row raises.
+        logits_dtype: None computes logits in float32 from operands of lower precision (rounding them to bfloat16
+            costs 4 to 23 % of the gradient). The operands' own dtype trades that for speed and half the memory.
+        vocab_size: as in kd_loss; rows of a weight beyond it are padding, and not computed.
+
+    Returns:
+        What kd_loss returns: a loss in float32 (float64 for float64), and with return_parts its parts.
+
+    Raises:
+        ValueError, TypeError: an argument has the wrong shape, dtype, device or value; the message names it.
+        fastkd.BackendUnavailable: the backend asked for cannot serve this call.
+    """
+    check_student_head(student_hidden, student_weight, student_bias)
+    lead, device = student_hidden.shape[:-1], student_hidden.device
+    teacher = check_teacher(teacher, "student_hidden", lead, device)
+    if isinstance(teacher, Tensor) and teacher.requires_grad and torch.is_grad_enabled():
+        raise ValueError(
+            "teacher requires grad, and fused_linear_kd_loss has no gradient for it; detach it"
+        )
+    widths = {"student_weight": student_weight.shape[0], **teacher_widths(teacher)}
+    vocabulary = check_vocabulary(vocab_size, widths)
+    check_flags(return_parts=return_parts)
+    unknown = options.keys() - LossOptions.__annotations__.keys()
+    if unknown:
+        raise TypeError(f"fused_linear_kd_loss has no option {', '.join(sorted(unknown))}")
+    hidden, head, bias = linear.autocast(student_hidden, student_weight, student_bias)
+    assert hidden is not None
+    student = linear.Student(hidden, head, bias)
+    call = prepare(lead, device, _float64(student_hidden, teacher), vocabulary, labels, **options)
+    grad_enabled = torch.is_grad_enabled()
+    want = Want(
+        grad_enabled and any(part is not None and part.requires_grad for part in student),
+        False,
+        return_parts,
+        True,
     )
-    items = _denominator(reduction, num_items, count, student_logits, row_dtype)
-    if torch.compiler.is_compiling() and not isinstance(items, Tensor):
-        items = student_logits.new_full(
-            (), items, dtype=row_dtype
-        )  # the number of rows is no constant
-    scale = items.reciprocal() if isinstance(items, Tensor) else 1.0 / items
-    options = Options(
-        divergence,
-        alpha,
-        t_value,
-        tt_value,
-        scale_by_temperature,
-        label_smoothing,
-        ignore_index,
-        _nonzero("logit_scale", logit_scale),
-        _softcap("softcap", softcap),
-        _nonzero("teacher_logit_scale", teacher_logit_scale),
-        _softcap("teacher_softcap", teacher_softcap),
-        vocabulary,
-        1.0 if isinstance(scale, Tensor) else scale,
+    if isinstance(teacher, TopK):
+        call, teacher = with_topk(call, teacher), teacher.logprobs.detach()
+    linear.check_ensemble(teacher, call.options.divergence)
+    plan = linear.plan_rows(
+        student.hidden, student.weight, teacher, call, want, logits_dtype, chunk_size, memory_budget
     )
-    rows = Rows(labels, row_weight, t_rows, tt_rows, scale if isinstance(scale, Tensor) else None)
-    summed = reduction != "none"
-    loss, distillation, cross_entropy, entropy = autograd.kd_rows(
-        student_logits, teacher, rows, options, want, backend, summed
-    )
+    results = linear.kd_chunks(student, teacher, call, want, plan)
+    return _returned(results, call, return_parts, device)
+
+
+def _float64(student: Tensor, teacher: Teacher) -> bool:
+    tensors = [student, *linear.flatten(teacher)[0]]
+    return any(tensor.dtype == torch.float64 for tensor in tensors)
+
+
+def _returned(
+    results: tuple[Tensor | None, ...], call: Prepared, return_parts: bool, device: torch.device
+) -> Tensor | tuple[Tensor, Parts]:
+    loss, distillation, cross_entropy, entropy = results
     assert loss is not None
     if not return_parts:
         return loss
     assert distillation is not None and cross_entropy is not None and entropy is not None
-    counted_rows = count if isinstance(count, Tensor) else torch.tensor(count, device=device)
-    return loss, Parts(distillation, cross_entropy, entropy, counted_rows)
+    counted = call.counted
+    if not isinstance(counted, Tensor):
+        counted = torch.tensor(counted, device=device)
+    return loss, Parts(distillation, cross_entropy, entropy, counted)
 
 
-def _received(value: object) -> str:
-    return f"{tuple(value.shape)} {value.dtype}" if isinstance(value, Tensor) else repr(value)
-
-
-def _check_logits(student: Tensor, teacher: Tensor) -> None:
-    for argument, logits in (("student_logits", student), ("teacher", teacher)):
-        if not isinstance(logits, Tensor):
-            raise TypeError(f"{argument} must be a tensor of logits, got {type(logits).__name__}")
-        if logits.dtype not in LOGIT_DTYPES:
-            raise TypeError(
-                f"{argument} must be float32, bfloat16, float16 or float64, got {logits.dtype}"
-            )
-        if logits.layout != torch.strided:
-            raise TypeError(f"{argument} must be dense, got a tensor of layout {logits.layout}")
-        if logits.dim() == 0 or logits.shape[-1] == 0:
-            raise ValueError(
-                f"{argument} must have a vocabulary dimension, got shape {tuple(logits.shape)}"
-            )
-    if student.shape[:-1] != teacher.shape[:-1]:
-        raise ValueError(
-            f"teacher must have the leading shape of student_logits, {tuple(student.shape[:-1])}; "
-            f"got {tuple(teacher.shape[:-1])}"
-        )
-    if student.device != teacher.device:
-        raise ValueError(
-            f"teacher must be on {student.device}, where student_logits are; got {teacher.device}"
-        )
-
-
-def _vocabulary(vocab_size: int | None, student: int, teacher: int) -> int:
-    narrower = min(student, teacher)
-    if vocab_size is None:
-        if student != teacher:
-            raise ValueError(
-                f"student_logits have {student} columns and teacher {teacher}; if the rest is padding of one "
-                f"tokenizer, pass vocab_size (at most {narrower}), the number of real tokens"
-            )
-        vocab_size = student
-    elif type(vocab_size) is not int:
-        raise TypeError(f"vocab_size must be an int, got {type(vocab_size).__name__}")
-    if not 1 <= vocab_size <= narrower:
-        raise ValueError(
-            f"vocab_size must be in [1, {narrower}], the narrower of the two widths; got {vocab_size}"
-        )
-    return vocab_size
-
-
-def _number(
-    argument: str, value: float, low: float, high: float, *, open_right: bool = False
-) -> float:
-    if isinstance(value, Tensor) or not isinstance(value, (int, float)):
-        raise TypeError(f"{argument} must be a number, got {type(value).__name__}")
-    if not (low <= value < high or (value == high and not open_right)):
-        raise ValueError(
-            f"{argument} must be in [{low:g}, {high:g}{')' if open_right else ']'}, got {value}"
-        )
-    return float(value)
-
-
-def _in_range(argument: str, value: float) -> float:
-    if not SMALLEST <= abs(value) <= LARGEST:
-        raise ValueError(
-            f"{argument} must be of a size between {SMALLEST:g} and {LARGEST:g}, got {value}"
-        )
-    return float(value)
-
-
-def _nonzero(argument: str, value: float) -> float:
-    if not isinstance(value, (int, float)):
-        raise TypeError(f"{argument} must be a number, got {type(value).__name__}")
-    if value == 0 or not -math.inf < value < math.inf:
-        raise ValueError(f"{argument} must be finite and not 0, got {value}")
-    return _in_range(argument, value)
-
-
-def _softcap(argument: str, value: float | None) -> float:
-    if value is None:
-        return 0.0
-    if not isinstance(value, (int, float)):
-        raise TypeError(f"{argument} must be a number or None, got {type(value).__name__}")
-    if not 0 < value < math.inf:
-        raise ValueError(f"{argument} must be positive and finite, or None for none; got {value}")
-    return _in_range(argument, value)
-
-
-def _temperature(
-    argument: str, value: float | Tensor, lead: torch.Size, device: torch.device
-) -> tuple[float, Tensor | None]:
-    """(the number, None) or (1, the tensor [...])."""
-    if isinstance(value, Tensor):
-        _check_rows(argument, value, lead, device, LOGIT_DTYPES)
-        return 1.0, value.to(torch.float32).contiguous()
-    if not isinstance(value, (int, float)):
-        raise TypeError(f"{argument} must be a number or a tensor, got {type(value).__name__}")
-    if not 0 < value < math.inf:
-        raise ValueError(f"{argument} must be positive and finite, got {value}")
-    return _in_range(argument, value), None
-
-
-def _check_rows(
-    argument: str,
-    value: Tensor,
-    lead: torch.Size,
-    device: torch.device,
-    dtypes: tuple[torch.dtype, ...],
-) -> None:
-    if not isinstance(value, Tensor):
-        raise TypeError(f"{argument} must be a tensor, got {type(value).__name__}")
-    if value.dtype not in dtypes:
-        allowed = " or ".join(str(dtype) for dtype in dtypes)
-        raise TypeError(f"{argument} must be {allowed}, got {value.dtype}")
-    if value.shape != lead:
-        raise ValueError(
-            f"{argument} must have one value a row, shape {tuple(lead)}; got {tuple(value.shape)}"
-        )
-    if value.device != device:
-        raise ValueError(
-            f"{argument} must be on {device}, where student_logits are; got {value.device}"
-        )
-    if value.requires_grad:
-        raise ValueError(f"{argument} requires grad, and kd_loss has no gradient for it; detach it")
-
-
-def _check_values(
-    labels: Tensor | None,
-    ignore_index: int,
-    vocabulary: int,
-    mask: Tensor | None,
-    *temperatures: Tensor | None,
-) -> None:
-    """The checks that wait for the device, under FASTKD_CHECK=1; rows that mask drops may hold anything."""
-    if labels is not None:
-        bad = ((labels < 0) | (labels >= vocabulary)) & (labels != ignore_index)
-        bad = bad if mask is None else bad & mask
-        if bad.any():
-            row = int(bad.flatten().nonzero()[0])
-            raise ValueError(
-                f"labels must be in [0, {vocabulary}) or ignore_index ({ignore_index}); "
-                f"row {row} has {int(labels.flatten()[row])}"
-            )
-    for argument, values in zip(("temperature", "teacher_temperature"), temperatures, strict=True):
-        if values is None:
-            continue
-        bad = ~(values > 0) if mask is None else ~(values > 0) & mask
-        if bad.any():
-            row = int(bad.flatten().nonzero()[0])
-            raise ValueError(
-                f"{argument} must be positive; row {row} has {float(values.flatten()[row])}"
-            )
-
-
-def _check_inplace(student: Tensor, teacher: Tensor, want: Want) -> None:
+def _check_inplace(student: Tensor, teachers: Sequence[Tensor], want: Want) -> None:
     if torch.compiler.is_compiling():
         raise ValueError("inplace=True is for eager mode; a compiled graph plans its own memory")
     if want.student_gradient and student.is_leaf:
@@ -432,67 +366,8 @@ def _check_inplace(student: Tensor, teacher: Tensor, want: Want) -> None:
         for stride, size in zip(student.stride(), student.shape, strict=True)
     ):
         raise ValueError("inplace=True would write expanded student_logits more than once")
-    storages = student.untyped_storage().data_ptr(), teacher.untyped_storage().data_ptr()
-    if student.numel() and storages[0] == storages[1]:
+    storages = {teacher.untyped_storage().data_ptr() for teacher in teachers}
+    if student.numel() and student.untyped_storage().data_ptr() in storages:
         raise ValueError(
             "inplace=True would overwrite the teacher: it shares its storage with student_logits"
         )
-
-
-def _weights(
-    labels: Tensor | None,
-    ignore_index: int,
-    mask: Tensor | None,
-    weight: Tensor | None,
-    dtype: torch.dtype,
-) -> tuple[Tensor | None, Tensor | None]:
-    """(which rows are counted, weight of each row with 0 where mask drops it); None: all rows, weight 1."""
-    counted = None if labels is None else labels != ignore_index
-    if mask is not None:
-        counted = mask if counted is None else counted & mask
-        # where and not a product: the weight of a dropped row may be anything.
-        weight = torch.where(mask, 1.0 if weight is None else weight, 0.0)
-    return counted, None if weight is None else weight.to(dtype).contiguous()
-
-
-def _denominator(
-    reduction: str,
-    num_items: int | float | Tensor | None,
-    count: int | Tensor,
-    student: Tensor,
-    dtype: torch.dtype,
-) -> int | float | Tensor:
-    """What the summed loss is divided by: a number, or a 0-dim tensor where only the device knows it."""
-    if num_items is not None:
-        items = num_items
-        if isinstance(items, Tensor):
-            if items.numel() != 1:
-                raise ValueError(
-                    f"num_items must be a number or a tensor of one element, got {_received(items)}"
-                )
-            if items.device != student.device and items.device.type != "cpu":
-                raise ValueError(
-                    f"num_items must be on {student.device} or the CPU, got {items.device}"
-                )
-            if items.dtype == torch.bool or items.is_complex():
-                raise TypeError(f"num_items must be a real number, got {items.dtype}")
-            if items.requires_grad:
-                raise ValueError(
-                    "num_items requires grad, and kd_loss has no gradient for it; detach it"
-                )
-            items = items.reshape(()).to(student.device, dtype, non_blocking=True)
-            return torch.where(items == 0, 1.0, items)  # 0: no row counts anywhere, so 0 / 1
-        if not isinstance(items, (int, float)):
-            raise TypeError(f"num_items must be a number or a tensor, got {type(items).__name__}")
-        if not 0 < items < math.inf:
-            raise ValueError(f"num_items must be positive, got {items}")
-        return _in_range("num_items", items)
-    if reduction == "batchmean":
-        if student.dim() == 1:
-            raise ValueError(
-                "reduction='batchmean' divides by the first dimension; student_logits have one row only"
-            )
-        return max(student.shape[0], 1)
-    if reduction == "mean":
-        return count.clamp(min=1).to(dtype) if isinstance(count, Tensor) else max(count, 1)
-    return 1

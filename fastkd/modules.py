@@ -9,44 +9,69 @@ import torch
 from torch import Tensor, nn
 
 from fastkd.backends import BackendUnavailable
-from fastkd.functional import Parts, kd_loss
+from fastkd.functional import Parts, fused_linear_kd_loss, kd_loss
+from fastkd.teachers import Teacher
+
+# What belongs to a batch, or to a model, and is passed to the call.
+OF_A_CALL = ("student_bias", "mask", "weight", "num_items")
 
 
-class KDLoss(nn.Module):
+class _Loss(nn.Module):
+    def __init__(self, options: dict[str, Any]) -> None:
+        super().__init__()
+        name = type(self).__name__
+        for argument in OF_A_CALL:
+            if argument in options:
+                raise TypeError(
+                    f"{argument} belongs to a batch: pass it to the call, not to {name}()"
+                )
+        for argument in ("temperature", "teacher_temperature"):
+            if isinstance(options.get(argument), Tensor):
+                raise TypeError(
+                    f"a tensor {argument} belongs to a batch: pass it to the call, not to {name}()"
+                )
+        self.options = options
+        # One row through the validation of the function, so that there is one.
+        width = options.get("vocab_size")
+        row = torch.zeros(1, width if type(width) is int and width > 0 else 2)
+        with contextlib.suppress(
+            BackendUnavailable
+        ):  # for a row on the CPU: the logits may be elsewhere
+            self._try(row, torch.zeros(1, dtype=torch.int64))
+
+    def _try(self, row: Tensor, labels: Tensor) -> None:
+        raise NotImplementedError
+
+    def _with(self, **temperatures: Tensor | None) -> dict[str, Any]:
+        given = {name: value for name, value in temperatures.items() if value is not None}
+        return self.options | given
+
+    def extra_repr(self) -> str:
+        """The options, as they were given."""
+        return ", ".join(f"{name}={value!r}" for name, value in self.options.items())
+
+
+class KDLoss(_Loss):
     """:func:`fastkd.kd_loss` with its options fixed; an option out of range raises here, not at the first step.
 
     Args:
         **options: keyword options of :func:`fastkd.kd_loss`, except mask, weight and num_items, which belong to a
             batch and are passed to the call; so is a temperature that is a tensor.
 
-    Shapes: student_logits and teacher [..., V], labels, mask and weight [...]; returns what kd_loss returns.
+    Shapes: student_logits [..., V], the teacher as kd_loss takes it, labels, mask and weight [...]; returns what
+    kd_loss returns.
     """
 
     def __init__(self, **options: Any) -> None:
-        super().__init__()
-        for argument in ("mask", "weight", "num_items"):
-            if argument in options:
-                raise TypeError(
-                    f"{argument} belongs to a batch: pass it to the call, not to KDLoss()"
-                )
-        for argument in ("temperature", "teacher_temperature"):
-            if isinstance(options.get(argument), Tensor):
-                raise TypeError(
-                    f"a tensor {argument} belongs to a batch: pass it to the call, not to KDLoss()"
-                )
-        self.options = options
-        # One row through the validation of kd_loss, so that there is one.
-        width = options.get("vocab_size")
-        row = torch.zeros(1, width if type(width) is int and width > 0 else 2)
-        with contextlib.suppress(
-            BackendUnavailable
-        ):  # for a row on the CPU: the logits may be elsewhere
-            kd_loss(row, row, torch.zeros(1, dtype=torch.int64), **(options | {"inplace": False}))
+        super().__init__(options)
+
+    def _try(self, row: Tensor, labels: Tensor) -> None:
+        kd_loss(row, row, labels, **(self.options | {"inplace": False}))
 
     def forward(
         self,
         student_logits: Tensor,
-        teacher: Tensor,
+        teacher: Teacher,
         labels: Tensor | None = None,
         *,
         mask: Tensor | None = None,
@@ -56,11 +81,6 @@ class KDLoss(nn.Module):
         teacher_temperature: Tensor | None = None,
     ) -> Tensor | tuple[Tensor, Parts]:
         """The loss of one batch. Temperatures, one a row, replace those of the options."""
-        options = self.options
-        if temperature is not None:
-            options = options | {"temperature": temperature}
-        if teacher_temperature is not None:
-            options = options | {"teacher_temperature": teacher_temperature}
         return kd_loss(
             student_logits,
             teacher,
@@ -68,9 +88,56 @@ class KDLoss(nn.Module):
             mask=mask,
             weight=weight,
             num_items=num_items,
-            **options,
+            **self._with(temperature=temperature, teacher_temperature=teacher_temperature),
         )
 
-    def extra_repr(self) -> str:
-        """The options, as they were given."""
-        return ", ".join(f"{name}={value!r}" for name, value in self.options.items())
+
+class FusedLinearKDLoss(_Loss):
+    """:func:`fastkd.fused_linear_kd_loss` with its options fixed; an option out of range raises here.
+
+    Args:
+        **options: keyword options of :func:`fastkd.fused_linear_kd_loss`, except student_bias, mask, weight and
+            num_items, which are passed to the call; so is a temperature that is a tensor.
+
+    The head's weight is passed to the call too: this module holds no parameter, so that a tied head stays tied and
+    sharded ones stay where they are.
+
+    Shapes: student_hidden [..., H], student_weight [V, H], student_bias [V], the teacher as fused_linear_kd_loss takes
+    it, labels, mask and weight [...]; returns what fused_linear_kd_loss returns.
+    """
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(options)
+
+    def _try(self, row: Tensor, labels: Tensor) -> None:
+        # A budget is for the shapes to come, and a dtype of logits for their dtype.
+        options = {name: value for name, value in self.options.items() if name != "logits_dtype"}
+        hidden = torch.zeros(1, 1)
+        fused_linear_kd_loss(hidden, torch.zeros(row.shape[1], 1), row, labels, **options)
+
+    def forward(
+        self,
+        student_hidden: Tensor,
+        student_weight: Tensor,
+        teacher: Teacher,
+        labels: Tensor | None = None,
+        *,
+        student_bias: Tensor | None = None,
+        mask: Tensor | None = None,
+        weight: Tensor | None = None,
+        num_items: int | float | Tensor | None = None,
+        temperature: Tensor | None = None,
+        teacher_temperature: Tensor | None = None,
+    ) -> Tensor | tuple[Tensor, Parts]:
+        """The loss of one batch. Temperatures, one a row, replace those of the options."""
+        return fused_linear_kd_loss(
+            student_hidden,
+            student_weight,
+            teacher,
+            labels,
+            student_bias=student_bias,
+            mask=mask,
+            weight=weight,
+            num_items=num_items,
+            **self._with(temperature=temperature, teacher_temperature=teacher_temperature),
+        )

@@ -5,11 +5,14 @@ Everything is computed in float32, or in float64 when a logit tensor is float64;
 
 from __future__ import annotations
 
+import sys
+
 import torch
 from torch import Tensor
 
 from fastkd.divergences import Divergence
 from fastkd.rows import Options, Result, Rows, Want
+from fastkd.topk import Events, topk_rows
 
 # A probability below this counts as 0 beside a logit of -inf on the other side (see evaluate).
 NEGLIGIBLE = 1e-30
@@ -92,6 +95,8 @@ def _cross_entropy(z: Tensor, labels: Tensor, smoothing: float) -> tuple[Tensor,
 
 def kd_rows(student: Tensor, teacher: Tensor, rows: Rows, options: Options, want: Want) -> Result:
     """The loss of each row and its gradients; shapes and meaning as :class:`fastkd.rows.Result` has them."""
+    if rows.ids is not None:
+        return topk_rows(sys.modules[__name__], student, teacher, rows, options, want)
     divergence, alpha, vocabulary = options.divergence, options.alpha, options.vocab_size
     dtype = torch.float64 if torch.float64 in (student.dtype, teacher.dtype) else torch.float32
 
@@ -179,6 +184,101 @@ def kd_rows(student: Tensor, teacher: Tensor, rows: Rows, options: Options, want
     return Result(loss, loss.sum() * scale, student_gradient, teacher_gradient, *parts)
 
 
+def gather_events(student: Tensor, rows: Rows, options: Options, parts: bool) -> Events:
+    """The student's rows as a sparse teacher sees them: fastkd/topk.py."""
+    ids, vocabulary = rows.ids, options.vocab_size
+    assert ids is not None
+    z, _ = _adjust(_upcast(student[..., :vocabulary]), options.logit_scale, options.softcap)
+    temperature = _temperature_of(rows, options, z.dtype)
+    in_range = (ids >= 0) & (ids < vocabulary)
+    seats = ids.where(in_range, 0)
+    counts = torch.zeros(z.shape, dtype=torch.int32, device=z.device)
+    counts.scatter_add_(-1, seats, in_range.to(torch.int32))
+    valid = (in_range | (ids == -1)).all(-1) & (counts <= 1).all(-1)
+
+    origin = z.amax(-1)
+    z = z - origin.unsqueeze(-1)
+    others = (z / temperature).masked_fill(counts > 0, -torch.inf)
+    log_sum = others.logsumexp(-1)
+    entropy = None
+    if parts:
+        log_q = others - torch.where(log_sum == -torch.inf, 0.0, log_sum).unsqueeze(-1)
+        q = log_q.exp()
+        entropy = -torch.where(q == 0, 0.0, q * log_q).sum(-1)
+    log_sum_at_1 = label = mean = None
+    if rows.labels is not None and options.alpha < 1.0:
+        log_sum_at_1 = z.logsumexp(-1)
+        label = z.gather(-1, rows.labels.clamp(0, vocabulary - 1).unsqueeze(-1)).squeeze(-1)
+        mean = z.mean(-1) if options.label_smoothing else None
+    return Events(
+        origin,
+        z.gather(-1, seats).masked_fill(~in_range, -torch.inf),
+        log_sum * temperature.squeeze(-1)
+        if isinstance(temperature, Tensor)
+        else log_sum * temperature,
+        entropy,
+        log_sum_at_1,
+        label,
+        mean,
+        valid,
+    )
+
+
+def spread_gradient(
+    student: Tensor,
+    events: Events,
+    gradient: Tensor,
+    cross_entropy_scale: Tensor | None,
+    rows: Rows,
+    options: Options,
+    out: Tensor,
+) -> Tensor:
+    """The gradient of the events [..., K + 1], and the cross-entropy's, as that of the student's logits."""
+    ids, vocabulary = rows.ids, options.vocab_size
+    assert ids is not None
+    z, slope = _adjust(_upcast(student[..., :vocabulary]), options.logit_scale, options.softcap)
+    z = z - events.origin.unsqueeze(-1)
+    temperature = _temperature_of(rows, options, z.dtype)
+    in_range = (ids >= 0) & (ids < vocabulary)
+    seats = ids.where(in_range, 0)
+    member = torch.zeros(z.shape, dtype=torch.int32, device=z.device)
+    member = member.scatter_add_(-1, seats, in_range.to(torch.int32)) > 0
+
+    tail = torch.where(events.tail == -torch.inf, 0.0, events.tail).unsqueeze(-1)
+    result = ((z - tail) / temperature).exp() * gradient[..., -1:]
+    result = result.masked_fill(member | (z == -torch.inf), 0.0)
+    result.scatter_add_(-1, seats, gradient[..., :-1].masked_fill(~in_range, 0.0))
+    if cross_entropy_scale is not None:
+        assert rows.labels is not None and events.log_sum is not None
+        labels = rows.labels.clamp(0, vocabulary - 1).unsqueeze(-1)
+        smoothing = options.label_smoothing
+        cross_entropy = (z - events.log_sum.unsqueeze(-1)).exp() - smoothing / vocabulary
+        cross_entropy.scatter_add_(-1, labels, torch.full_like(z[..., :1], smoothing - 1.0))
+        scale = cross_entropy_scale.unsqueeze(-1)
+        result = result + torch.where(scale == 0, 0.0, scale * cross_entropy)
+    dropped = (gradient == 0).all(-1, keepdim=True)  # whatever their logits hold
+    if cross_entropy_scale is not None:
+        dropped = dropped & (cross_entropy_scale == 0).unsqueeze(-1)
+    result = torch.where(dropped, 0.0, result * slope)
+    padding = student.shape[-1] - vocabulary
+    return out.copy_(torch.nn.functional.pad(result, (0, padding)) if padding else result)
+
+
+def _upcast(logits: Tensor) -> Tensor:
+    return logits if logits.dtype == torch.float64 else logits.to(torch.float32)
+
+
+def _temperature_of(rows: Rows, options: Options, dtype: torch.dtype) -> Tensor | float:
+    if rows.temperature is None:
+        return options.temperature
+    return rows.temperature.to(dtype).unsqueeze(-1)
+
+
 def scale_rows_(gradient: Tensor, upstream: Tensor) -> None:
     """Multiply each row of gradient [..., V] by upstream, a scalar or [...]."""
     gradient.mul_(upstream.unsqueeze(-1) if upstream.dim() else upstream)
+
+
+def empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Uninitialised memory for logits of a chunk."""
+    return torch.empty(shape, dtype=dtype, device=device)

@@ -4,6 +4,7 @@ A row is one position: V student logits and V teacher logits. A backend is a mod
 
     kd_rows(student, teacher, rows, options, want) -> Result
     scale_rows_(gradient, upstream) -> None
+    empty(shape, dtype, device) -> Tensor
 
 and nothing else; :mod:`fastkd.functional` validates and :mod:`fastkd.autograd` chooses the backend and differentiates.
 """
@@ -33,10 +34,11 @@ class Options(NamedTuple):
     teacher_softcap: float = 0.0
     vocab_size: int = 0
     scale: float = 1.0  # multiplies the total and every gradient
+    tail: str = ""  # of fastkd.TopK; then the teacher tensor holds log-probabilities and Rows.ids their tokens
 
 
 class Rows(NamedTuple):
-    """Tensors with one value a row, in the logits' leading shape [...], contiguous; None where not given."""
+    """Tensors with one value a row (but for ids), in the logits' leading shape [...], contiguous; None: not given."""
 
     labels: Tensor | None = None  # int64
     weight: Tensor | None = (
@@ -45,6 +47,8 @@ class Rows(NamedTuple):
     temperature: Tensor | None = None  # float32
     teacher_temperature: Tensor | None = None  # float32
     scale: Tensor | None = None  # float32, 0-dim: another such factor, which only the device knows
+    ids: Tensor | None = None  # int64 [..., K], of a sparse teacher; -1 is padding
+    tail_logprob: Tensor | None = None  # float32, of a sparse teacher
 
 
 class Want(NamedTuple):

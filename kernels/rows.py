@@ -20,6 +20,7 @@ from torch import Tensor
 
 from fastkd.divergences import Divergence
 from fastkd.rows import Options, Result, Rows, Want
+from fastkd.topk import topk_rows
 
 from .skeleton import bind
 from .sweeps import (
@@ -439,6 +440,10 @@ def _moments(divergence: Divergence) -> Moments | None:
 
 def kd_rows(student: Tensor, teacher: Tensor, rows: Rows, options: Options, want: Want) -> Result:
     """The loss of each row and its gradients; shapes and meaning as :class:`fastkd.rows.Result` has them."""
+    if rows.ids is not None:
+        from . import topk
+
+        return topk_rows(topk, student, teacher, rows, options, want)
     divergence, alpha, lead = options.divergence, options.alpha, student.shape[:-1]
     with_label = rows.labels is not None and alpha < 1.0
     student_gradient = teacher_gradient = None
@@ -537,3 +542,8 @@ def scale_rows_(gradient: Tensor, upstream: Tensor) -> None:
             num_warps=warps,
             enable_fp_fusion=True,
         )
+
+
+def empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Uninitialised memory for logits of a chunk."""
+    return torch.empty(shape, dtype=dtype, device=device)

@@ -293,6 +293,8 @@ def _op_arguments(
         student.requires_grad_(want.student_gradient),
         teacher.requires_grad_(want.teacher_gradient),
         *rows,
+        None,
+        None,
         backend,
         *_flatten(options, want),
     )

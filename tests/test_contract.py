@@ -26,7 +26,7 @@ def _labels(*values: int) -> Tensor:
 BAD: list[tuple[dict[str, Any], type[Exception], str]] = [
     # The logits
     ({"student_logits": [[1.0]]}, TypeError, "student_logits must be a tensor of logits, got list"),
-    ({"teacher": None}, TypeError, "teacher must be a tensor of logits, got NoneType"),
+    ({"teacher": None}, TypeError, "teacher must be a tensor of logits, a fastkd.TopK, a fastkd.LinearTeacher or a fastkd.Ensemble; got NoneType"),
     (
         {"student_logits": torch.ones(3, 7, dtype=torch.int64)},
         TypeError,
@@ -55,21 +55,21 @@ BAD: list[tuple[dict[str, Any], type[Exception], str]] = [
     (
         {"teacher": torch.ones(3, 7, device=META)},
         ValueError,
-        "teacher must be on cpu, where student_logits are; got meta",
+        "teacher must be on cpu, where student_logits is; got meta",
     ),
     # The vocabulary
     (
         {"teacher": torch.ones(3, 9)},
         ValueError,
-        "student_logits have 7 columns and teacher 9; if the rest is padding of one tokenizer, pass vocab_size "
+        "student_logits has 7 columns, teacher has 9 columns; if the rest is padding of one tokenizer, pass vocab_size "
         "(at most 7), the number of real tokens",
     ),
-    ({"vocab_size": 8}, ValueError, "vocab_size must be in [1, 7], the narrower of the two widths; got 8"),
-    ({"vocab_size": 0}, ValueError, "vocab_size must be in [1, 7], the narrower of the two widths; got 0"),
+    ({"vocab_size": 8}, ValueError, "vocab_size must be in [1, 7], the narrowest of the widths; got 8"),
+    ({"vocab_size": 0}, ValueError, "vocab_size must be in [1, 7], the narrowest of the widths; got 0"),
     (
         {"teacher": torch.ones(3, 5), "vocab_size": 6},
         ValueError,
-        "vocab_size must be in [1, 5], the narrower of the two widths; got 6",
+        "vocab_size must be in [1, 5], the narrowest of the widths; got 6",
     ),
     ({"vocab_size": 7.0}, TypeError, "vocab_size must be an int, got float"),
     (
@@ -143,7 +143,7 @@ BAD: list[tuple[dict[str, Any], type[Exception], str]] = [
     (
         {"temperature": torch.ones(3, device=META)},
         ValueError,
-        "temperature must be on cpu, where student_logits are; got meta",
+        "temperature must be on cpu, where the student is; got meta",
     ),
     # Labels
     ({"alpha": 0.5}, ValueError, "labels are needed for the cross-entropy term where alpha < 1; alpha is 0.5"),
@@ -154,7 +154,7 @@ BAD: list[tuple[dict[str, Any], type[Exception], str]] = [
     (
         {"labels": torch.ones(3, dtype=torch.int64, device=META)},
         ValueError,
-        "labels must be on cpu, where student_logits are; got meta",
+        "labels must be on cpu, where the student is; got meta",
     ),
     ({"labels": _labels(1, 2, 3), "ignore_index": -1.0}, TypeError, "ignore_index must be an int, got float"),
     ({"ignore_index": None}, TypeError, "ignore_index must be an int, got NoneType"),
@@ -219,7 +219,7 @@ BAD: list[tuple[dict[str, Any], type[Exception], str]] = [
     (
         {"student_logits": torch.ones(7), "teacher": torch.ones(7), "reduction": "batchmean"},
         ValueError,
-        "reduction='batchmean' divides by the first dimension; student_logits have one row only",
+        "reduction='batchmean' divides by the first dimension; the student has one row only",
     ),
     # Adjusted logits
     ({"logit_scale": 0.0}, ValueError, "logit_scale must be finite and not 0, got 0.0"),

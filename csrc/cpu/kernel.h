@@ -24,11 +24,20 @@ struct Tempering {
   double softcap = 0;  // 0: none
 };
 
+// What becomes of the tokens a sparse teacher does not name; fastkd/teachers.py explains them.
+enum class Tail : int { bucket = 0, renormalize = 1, renormalize_teacher = 2, truncate = 3 };
+
 struct Call {
   std::vector<int64_t> sizes;  // leading shape
   int64_t rows = 0, vocabulary = 0;
   Rows student, teacher, student_gradient, teacher_gradient;  // gradients: data is null where not wanted
   Tempering student_tempering, teacher_tempering;
+
+  // A sparse teacher: ids [rows, tokens], -1 for padding; then the teacher's columns are their log-probabilities.
+  const int64_t* ids = nullptr;
+  int64_t tokens = 0;
+  const float* tail_logprob = nullptr;  // [rows] or null
+  Tail tail = Tail::bucket;
 
   // [rows], null where not given
   const int64_t* labels = nullptr;
@@ -58,6 +67,7 @@ struct Call {
 #define FASTKD_DECLARE(isa)                  \
   namespace isa {                            \
   void kd_rows(const Call&);                 \
+  void topk_rows(const Call&);               \
   void scale_rows(const Call&, const float* factor, int64_t stride); \
   std::vector<std::string> divergences(); /* by number */ \
   }

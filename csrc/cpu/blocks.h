@@ -1,0 +1,436 @@
+// Blocks of a row: how they are loaded and stored, and the kernels over one of them.
+//
+// Like the other headers here, included inside the namespace of one instruction set.
+
+namespace {
+
+constexpr int BLOCK = 2048;
+constexpr int STRIP = 16 * LANES;
+// Scratch for exponentials, a thread: with the logits streaming through, this stays in a 2 MB second-level cache.
+constexpr int64_t SCRATCH_BYTES = 5 << 18;
+constexpr int64_t AHEAD = 4;  // blocks between what is asked of memory and what is computed on
+constexpr int64_t STREAM_BYTES = 4 << 20;  // gradients from this size on are written past the cache
+constexpr float LOWEST = std::numeric_limits<float>::lowest();
+constexpr float FLOOR = -1e30f;      // the least maximum of a block, so that a block of -inf has one
+constexpr float NEGLIGIBLE = 1e-30f;  // as in fastkd/reference.py
+constexpr float INFINITE = 1e6f;
+constexpr float INF = std::numeric_limits<float>::infinity();
+
+// ---- rows in memory
+
+int64_t row_offset(const Rows& rows, const std::vector<int64_t>& sizes, int64_t row) {
+  int64_t offset = 0;
+  for (size_t d = sizes.size(); d-- > 0;) {
+    offset += (row % sizes[d]) * rows.strides[d];
+    row /= sizes[d];
+  }
+  return offset;
+}
+
+int element_size(Dtype dtype) { return dtype == Dtype::f32 ? 4 : 2; }
+
+// What turns a raw logit into z = softcap * tanh(scale * logit / softcap) - shift, and by what dz/dlogit is.
+struct Adjustment {
+  float scale = 1, softcap = 0;
+  float shift = 0;  // of a row whose logits are all so low that FLOOR would count beside them
+  bool identity() const { return scale == 1 && softcap == 0 && shift == 0; }
+  V z(V x) const { return softcap == 0 ? x * scale - shift : softcap * tanh(x * (scale / softcap)); }
+  V slope(V z) const {
+    const V squashed = z * (1 / softcap);
+    return softcap == 0 ? splat(scale) : scale * (1.0f - squashed * squashed);
+  }
+
+ private:
+  static V tanh(V x) {
+    // Below 0.6 the quotient of exponentials cancels; there an odd Taylor-like fit (Cephes) holds.
+    const V size = at_most(abs(x), splat(10.0f)), square = size * size;
+    V y = square * -5.70498872745e-3f + 2.06390887954e-2f;
+    y = y * square - 5.37397155531e-2f;
+    y = y * square + 1.33314422036e-1f;
+    y = y * square - 3.33332819422e-1f;
+    const V small = size + size * square * y;
+    const V large = 1.0f - 2.0f / (exp(2.0f * size) + 1.0f);
+    const V value = where(size < 0.625f, small, large);
+    return where(x == x, (V)((U)value | ((U)x & 0x80000000)), x);
+  }
+};
+
+// The maximum of n floats, a whole number of vectors; NaNs do not count. Four chains of comparisons, as one would wait
+// for each.
+float maximum_of(const float* z, int n) {
+  V maxima[4] = {splat(FLOOR), splat(FLOOR), splat(FLOOR), splat(FLOOR)};
+  auto raise = [&](V& maximum, int i) {
+    const V x = load(z + i);
+    maximum = x > maximum ? x : maximum;
+  };
+  int i = 0;
+  for (; i + 4 * LANES <= n; i += 4 * LANES)
+    for (int chain = 0; chain < 4; ++chain) raise(maxima[chain], i + chain * LANES);
+  for (; i < n; i += LANES) raise(maxima[0], i);
+  auto higher = [](V a, V b) { return a > b ? a : b; };
+  return maximum_lane(higher(higher(maxima[0], maxima[1]), higher(maxima[2], maxima[3])));
+}
+
+int padded(int n) { return (n + LANES - 1) / LANES * LANES; }
+
+// n logits z of a row as floats, padded to whole vectors with FLOOR: in scratch, or where they are if that will do.
+const float* load_block(const char* row, Dtype dtype, int64_t start, int n, const Adjustment& adjust, float* scratch) {
+  const int whole = n / LANES * LANES;
+  if (dtype == Dtype::f32 && adjust.identity() && whole == n) return reinterpret_cast<const float*>(row) + start;
+  const int width = element_size(dtype);
+  const char* from = row + start * width;
+  alignas(64) char tail[LANES * 4] = {};
+  std::memcpy(tail, from + whole * width, (n - whole) * width);
+
+  auto convert = [&](auto read) {
+    for (int i = 0; i < whole; i += LANES) store(scratch + i, read(from + i * width));
+    if (whole < n) {
+      store(scratch + whole, read(tail));
+      for (int i = n; i < padded(n); ++i) scratch[i] = FLOOR;
+    }
+  };
+  auto floats = [](const char* x) { return load(reinterpret_cast<const float*>(x)); };
+  auto bf16 = [](const char* x) { return from_bf16(load_half(reinterpret_cast<const uint16_t*>(x))); };
+  auto fp16 = [](const char* x) { return from_fp16(load_half(reinterpret_cast<const uint16_t*>(x))); };
+  auto dispatch = [&](auto finish) {
+    switch (dtype) {
+      case Dtype::f32: return convert([=](const char* x) { return finish(floats(x)); });
+      case Dtype::bf16: return convert([=](const char* x) { return finish(bf16(x)); });
+      case Dtype::f16: return convert([=](const char* x) { return finish(fp16(x)); });
+    }
+  };
+  if (adjust.identity())
+    dispatch([](V x) { return x; });
+  else
+    dispatch([=](V x) { return adjust.z(x); });
+  return scratch;
+}
+
+// The maximum of a row that may have nothing above FLOOR: it is then shifted to have its maximum at 0; one of -inf
+// alone has no softmax and is NaN. 0 where the row's first logit, or another that was seen, is above FLOOR.
+float low_top(const char* row, Dtype dtype, int64_t vocabulary, const Adjustment& adjust) {
+  alignas(64) float z[BLOCK];
+  if (!(load_block(row, dtype, 0, 1, adjust, z)[0] <= FLOOR)) return 0;
+  float top = -INF;
+  for (int64_t start = 0; start < vocabulary && top <= FLOOR; start += BLOCK) {
+    const int n = int(std::min<int64_t>(BLOCK, vocabulary - start));
+    const float* block = load_block(row, dtype, start, n, adjust, z);
+    for (int i = 0; i < n; ++i)
+      if (!(block[i] <= top)) top = block[i];  // a NaN too
+  }
+  return top;
+}
+
+// Floats to bfloat16; the two may be the same memory, as half i never overtakes the float it comes from.
+#if defined(__AVX512F__) && __GNUC__ >= 10
+__attribute__((target("avx512bf16"))) void narrow_by_instruction(uint16_t* to, const float* from, int n) {
+  for (int i = 0; i < n; i += LANES) store_half(to + i, (H)_mm512_cvtneps_pbh(_mm512_loadu_ps(from + i)));
+}
+const bool HAS_INSTRUCTION = __builtin_cpu_supports("avx512bf16");
+#else
+void narrow_by_instruction(uint16_t*, const float*, int) {}
+constexpr bool HAS_INSTRUCTION = false;
+#endif
+
+void narrow_to_bf16(uint16_t* to, const float* from, int n) {
+  if (HAS_INSTRUCTION) return narrow_by_instruction(to, from, n);
+  for (int i = 0; i < n; i += LANES) store_half(to + i, to_bf16(load(from + i)));
+}
+
+// n floats to memory in its dtype; values is scratch, and n is rounded up to whole vectors there.
+void store_block(char* row, Dtype dtype, int64_t start, int n, float* values, bool past_cache) {
+  const int width = element_size(dtype);
+  char* to = row + start * width;
+  auto* halves = reinterpret_cast<uint16_t*>(values);
+  if (dtype == Dtype::bf16) narrow_to_bf16(halves, values, n);
+  if (dtype == Dtype::f16)
+    for (int i = 0; i < n; i += LANES) store_half(halves + i, to_fp16(load(values + i)));
+  const char* from = reinterpret_cast<const char*>(values);
+  past_cache ? stream(to, from, int64_t(n) * width) : (void)std::memcpy(to, from, int64_t(n) * width);
+}
+
+// From the gradient by z to that by logits.
+void chain(const Adjustment& adjust, const float* z, int n, float* gradient) {
+  for (int i = 0; i < n; i += LANES) store(gradient + i, load(gradient + i) * adjust.slope(load(z + i)));
+}
+
+// ---- one side of a row
+
+// softmax(z / T), for a T within float's precision of the one asked for: that whose log2(e) / T is a float, so that
+// the exponentials, the logarithms and the moments are all of one and the same distribution.
+struct Softmax {
+  double temperature;
+  float factor, lowest, inverse;  // log2(e) / T; below lowest exp is 0; 1 / T
+  explicit Softmax(double asked) {
+    factor = float(std::clamp<double>(LOG2_E / asked, SMALLEST, LARGEST));
+    temperature = LOG2_E / factor;
+    lowest = float(-126.9998 / factor);
+    inverse = float(1 / temperature);
+  }
+  // exp(gap / T) of z - maximum
+  V exponential(V gap) const { return exp2_of_negative(at_least(gap, splat(lowest)), splat(factor)); }
+
+ private:
+  static constexpr double LOG2_E = 1.4426950408889634;
+  static constexpr float SMALLEST = std::numeric_limits<float>::min(), LARGEST = std::numeric_limits<float>::max();
+};
+
+const Softmax UNTEMPERED(1);  // of the cross-entropy
+
+// Logits that will be needed soon. Asked for line by line between the arithmetic, which hides the time memory takes:
+// the hardware's own prefetchers stop at page ends and idle while a block is computed on.
+struct Ahead {
+  const char *s = nullptr, *t = nullptr;
+  int s_width = 0, t_width = 0;  // bytes a column; 0: nothing to ask for
+  FASTKD_INLINE void ask(int i) const {
+    __builtin_prefetch(s + i * s_width, 0, 2);
+    __builtin_prefetch(t + i * t_width, 0, 2);
+  }
+};
+
+// How a block's numbers become p, q and their logarithms.
+struct BlockView {
+  const float *s, *t, *s_exp, *t_exp;  // z and exp((z - max) / T)
+  const float* g;                      // of the divergence, where it was kept
+  float s_max, t_max;
+  float s_weight, t_weight;    // p = t_exp * t_weight
+  float s_inverse, t_inverse;  // log p = (t - t_max) * t_inverse + t_offset_low + t_offset
+  float s_offset, t_offset, s_offset_low, t_offset_low;  // the offset to twice float's precision
+};
+
+using GradientKernel = void (*)(const BlockView&, int from, int to, const float* params, float degree, float sum,
+                                float coefficient, float* out);
+
+// The gradient of a block, ready to be written: at once, or strip by strip between those of another row's statistics,
+// so that its loads and stores, which wait for memory, overlap with arithmetic.
+struct PendingGradient {
+  GradientKernel kernel = nullptr;
+  BlockView view{};
+  const float* params = nullptr;
+  float degree = 0, sum = 0, coefficient = 0;
+  float* out = nullptr;
+  char* place = nullptr;  // where it goes from out, which is scratch then
+  Dtype dtype = Dtype::f32;
+  bool past_cache = false;
+
+  void write(int from, int to) const {
+    if (!kernel) return;
+    kernel(view, from, to, params, degree, sum, coefficient, out);
+    if (place) store_block(place, dtype, from, to - from, out + from, past_cache);
+  }
+};
+
+// What the first phase leaves of a block. Moments are relative to the block's maxima.
+struct BlockStatistics {
+  float s_max, t_max;
+  bool overflows;             // (z - max) / T is -inf somewhere
+  double s_sum, t_sum;        // of exp((z - max) / T)
+  double forward, reverse;    // e_t (t' - s'), e_s (s' - t')
+  double cross, entropy;      // e_t s', e_s s'
+  double s_sum_at_1, s_total;  // exponentials at temperature 1; sum of z - max
+};
+
+// The same merged over a row, relative to the row's maxima; and the weight that turns e into a probability.
+struct RowStatistics {
+  double s_max, t_max, s_log_sum, t_log_sum, s_log_sum_at_1;
+  double forward, reverse, cross, entropy, s_mean;
+};
+
+enum Moments { FORWARD = 1, REVERSE = 2, CROSS = 4, SINGLE = 8, ALL = 7 };
+
+// The running sums of a block. They are taken strip by strip, so that a float32 sum is over few terms of one size.
+struct LaneSums {
+  V s_sum{}, t_sum{}, forward{}, reverse{}, cross{}, entropy{}, s_sum_at_1{}, s_total{};
+
+  FASTKD_INLINE void operator+=(const LaneSums& strip) {
+    s_sum += strip.s_sum;
+    t_sum += strip.t_sum;
+    forward += strip.forward;
+    reverse += strip.reverse;
+    cross += strip.cross;
+    entropy += strip.entropy;
+    s_sum_at_1 += strip.s_sum_at_1;
+    s_total += strip.s_total;
+  }
+};
+
+// Sums over a block. The exponentials are kept in s_exp and t_exp (and s_exp_at_1).
+template <int MOMENTS, bool AT_1, bool LOG_0>
+void block_statistics(const float* s, const float* t, int n, Softmax student, Softmax teacher, Softmax at_1,
+                      float s_threshold, float t_threshold, float* s_exp, float* t_exp, float* s_exp_at_1, Ahead ahead,
+                      const PendingGradient& alongside, BlockStatistics& out) {
+  const V s_max = splat(out.s_max), t_max = splat(out.t_max);
+  const V ratio = splat(float(student.temperature / teacher.temperature));
+  LaneSums sums;  // the moments times the student's temperature
+  for (int start = 0; start < n; start += STRIP) {
+    LaneSums strip;
+    const int end = std::min(start + STRIP, n);
+    alongside.write(start, end);
+    for (int i = start; i < end; i += LANES) {
+      ahead.ask(i);
+      const V s_gap = load(s + i) - s_max, t_gap = load(t + i) - t_max;
+      const V e_s = student.exponential(s_gap), e_t = teacher.exponential(t_gap);
+      store(s_exp + i, e_s);
+      store(t_exp + i, e_t);
+      strip.s_sum += e_s;
+      strip.t_sum += e_t;
+      const V difference = t_gap * ratio - s_gap;
+      // With LOG_0, a probability of (almost) 0 silences its term, whatever the other factor is.
+      auto times = [](V e, V x, float threshold) { return LOG_0 ? where(e > threshold, e * x, V{}) : e * x; };
+      if (MOMENTS & FORWARD) strip.forward += times(e_t, difference, t_threshold);
+      if (MOMENTS & REVERSE) strip.reverse -= times(e_s, difference, s_threshold);
+      if (MOMENTS & CROSS) strip.cross += times(e_t, s_gap, t_threshold);
+      if (MOMENTS & SINGLE) {
+        strip.entropy += times(e_s, s_gap, s_threshold);
+        strip.s_total += i + LANES <= n ? s_gap : V{};
+      }
+      if (AT_1) {
+        const V e = at_1.exponential(s_gap);
+        store(s_exp_at_1 + i, e);
+        strip.s_sum_at_1 += e;
+      }
+    }
+    sums += strip;
+  }
+  out.s_sum = sum_lanes(sums.s_sum);
+  out.t_sum = sum_lanes(sums.t_sum);
+  out.forward = sum_lanes(sums.forward) / student.temperature;
+  out.reverse = sum_lanes(sums.reverse) / student.temperature;
+  out.cross = sum_lanes(sums.cross) / student.temperature;
+  out.entropy = sum_lanes(sums.entropy) / student.temperature;
+  out.s_sum_at_1 = sum_lanes(sums.s_sum_at_1);
+  out.s_total = sum_lanes(sums.s_total);
+  for (int i = n / LANES * LANES; i < n; ++i) out.s_total += s[i] - out.s_max;
+}
+
+using StatisticsKernel = decltype(&block_statistics<0, false, false>);
+
+template <bool AT_1, bool LOG_0>
+StatisticsKernel statistics_kernel(int moments) {
+  switch (moments) {
+    case 0: return block_statistics<0, AT_1, LOG_0>;
+    case FORWARD: return block_statistics<FORWARD, AT_1, LOG_0>;
+    case REVERSE: return block_statistics<REVERSE, AT_1, LOG_0>;
+    case FORWARD | REVERSE: return block_statistics<FORWARD | REVERSE, AT_1, LOG_0>;
+    case CROSS: return block_statistics<CROSS, AT_1, LOG_0>;
+    default: return block_statistics<ALL | SINGLE, AT_1, LOG_0>;
+  }
+}
+
+StatisticsKernel statistics_kernel(int moments, bool at_1, bool log_0) {
+  if (at_1) return log_0 ? statistics_kernel<true, true>(moments) : statistics_kernel<true, false>(moments);
+  return log_0 ? statistics_kernel<false, true>(moments) : statistics_kernel<false, false>(moments);
+}
+
+// ---- the divergence on a block
+
+// phi and g of one vector, with the policy of fastkd/reference.py for log 0 where LOG_0.
+template <class Divergence, bool LOG_0, bool NORMALIZED>
+FASTKD_INLINE void evaluate(const BlockView& view, int i, const float* params, V& p, V& q, V& phi, V& g) {
+  p = NORMALIZED ? load(view.t_exp + i) * view.t_weight : splat(1);
+  q = NORMALIZED ? load(view.s_exp + i) * view.s_weight : splat(1);
+  const V log_p = ((load(view.t + i) - view.t_max) * view.t_inverse + view.t_offset_low) + view.t_offset;
+  const V log_q = ((load(view.s + i) - view.s_max) * view.s_inverse + view.s_offset_low) + view.s_offset;
+  if (!LOG_0) return Divergence::eval(p, q, log_p, log_q, params, phi, g);
+
+  const I p_gone = log_p == -INF, q_gone = log_q == -INF;
+  Divergence::eval(p, q, where(p_gone, splat(LOWEST), log_p), where(q_gone, splat(LOWEST), log_q), params, phi, g);
+  const I one_side = p_gone ^ q_gone;
+  const I nothing = (p_gone & (q < NEGLIGIBLE)) | (q_gone & (p < NEGLIGIBLE)) | (p_gone & q_gone);
+  auto settle = [&](V term) {
+    return where(nothing, V{}, where(one_side & (abs(term) > INFINITE), term * INF, term));
+  };
+  phi = settle(phi);
+  g = settle(g);
+}
+
+struct BlockSums {
+  double phi, g;
+};
+
+// Also leaves g in g_out, which may be where t_exp was: nothing else needs that once g is known.
+template <class Divergence, bool LOG_0, bool NORMALIZED>
+BlockSums block_sums(const BlockView& view, int n, const float* params, float* g_out) {
+  V phi_sum{}, g_sum{}, p, q, phi, g;
+  const int whole = n / LANES * LANES;
+  for (int start = 0; start < whole; start += STRIP) {
+    V phi_strip{}, g_strip{};
+    for (int i = start; i < std::min(start + STRIP, whole); i += LANES) {
+      evaluate<Divergence, LOG_0, NORMALIZED>(view, i, params, p, q, phi, g);
+      store(g_out + i, g);
+      phi_strip += phi;
+      g_strip += g;
+    }
+    phi_sum += phi_strip;
+    g_sum += g_strip;
+  }
+  BlockSums sums{sum_lanes(phi_sum), sum_lanes(g_sum)};
+  if (whole == n) return sums;
+  evaluate<Divergence, LOG_0, NORMALIZED>(view, whole, params, p, q, phi, g);
+  store(g_out + whole, g);
+  for (int lane = 0; whole + lane < n; ++lane) {
+    sums.phi += phi[lane];
+    sums.g += g[lane];
+  }
+  return sums;
+}
+
+// Where a gradient goes: to scratch, for what is still to be done to it, or straight to memory past the cache.
+enum Form { SCRATCH, STREAM, FORMS };
+
+template <int FORM>
+FASTKD_INLINE void put(float* out, int i, V value) {
+  FORM == STREAM ? stream(out + i, value) : store(out + i, value);
+}
+
+// (x_v - r_v sum_u x_u) * coefficient: the student's gradient (x = g = d phi / d log q, r = q) or the teacher's
+// (x = h = d phi / d log p = degree * phi - g, r = p); fastkd/divergences.py derives it.
+template <class Divergence, bool LOG_0, bool NORMALIZED, bool TEACHER, int FORM>
+void block_gradient(const BlockView& view, int from, int to, const float* params, float degree, float sum,
+                    float coefficient, float* out) {
+  V p, q, phi, g;
+  for (int i = from; i < to; i += LANES) {
+    evaluate<Divergence, LOG_0, NORMALIZED>(view, i, params, p, q, phi, g);
+    const V x = TEACHER ? degree * phi - g : g;
+    put<FORM>(out, i, (NORMALIZED ? x - (TEACHER ? p : q) * sum : x) * coefficient);
+  }
+}
+
+// The student's gradient where g was kept.
+template <int FORM>
+void block_projection(const BlockView& view, int from, int to, const float*, float, float sum, float coefficient,
+                      float* out) {
+  for (int i = from; i < to; i += LANES)
+    put<FORM>(out, i, (load(view.g + i) - load(view.s_exp + i) * view.s_weight * sum) * coefficient);
+}
+
+constexpr GradientKernel PROJECTION[FORMS] = {block_projection<SCRATCH>, block_projection<STREAM>};
+
+// A divergence's kernels; indices [1] and *_log_0 are those with the policy for log 0.
+struct Kernels {
+  bool uses_logs, gradient_uses_logs;
+  decltype(&block_sums<forward_kl, false, true>) sums[2];
+  GradientKernel student[FORMS], student_log_0, teacher[2];
+};
+
+template <class D, bool NORMALIZED>
+constexpr Kernels kernels_of() {
+  return {D::uses_logs,
+          D::gradient_uses_logs,
+          {block_sums<D, false, NORMALIZED>, block_sums<D, true, NORMALIZED>},
+          {block_gradient<D, false, NORMALIZED, false, SCRATCH>, block_gradient<D, false, NORMALIZED, false, STREAM>},
+          block_gradient<D, true, NORMALIZED, false, SCRATCH>,
+          {block_gradient<D, false, NORMALIZED, true, SCRATCH>, block_gradient<D, true, NORMALIZED, true, SCRATCH>}};
+}
+
+const Kernels& kernels_of(const Call& call) {
+#define FASTKD_NORMALIZED(name) kernels_of<name, true>(),
+#define FASTKD_RAW(name) kernels_of<name, false>(),
+  static constexpr Kernels normalized[] = {FASTKD_DIVERGENCES(FASTKD_NORMALIZED)};
+  static constexpr Kernels raw[] = {FASTKD_DIVERGENCES(FASTKD_RAW)};
+#undef FASTKD_NORMALIZED
+#undef FASTKD_RAW
+  return (call.normalized ? normalized : raw)[call.divergence];
+}
+
+}  // namespace

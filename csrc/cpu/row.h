@@ -1,0 +1,480 @@
+// A row of student and teacher logits: its three phases, each a loop over blocks.
+
+namespace {
+
+struct Workspace {
+  std::unique_ptr<float[]> memory;
+  int64_t capacity = 0;
+  float* reserve(int64_t floats) {
+    if (floats > capacity) {
+      memory.reset(new float[floats]);
+      capacity = floats;
+    }
+    return memory.get();
+  }
+};
+
+// What a thread needs for one block: converted logits, exponentials where they are not kept, the gradient.
+struct BlockScratch {
+  alignas(64) float s[BLOCK], t[BLOCK], s_exp[BLOCK], t_exp[BLOCK], s_exp_at_1[BLOCK], gradient[BLOCK];
+};
+
+class Row {
+ public:
+  Row(const Call& call, Workspace& workspace)
+      : call_(call),
+        kernels_(kernels_of(call)),
+        s_adjust_{float(call.student_tempering.logit_scale), float(call.student_tempering.softcap), 0},
+        t_adjust_{float(call.teacher_tempering.logit_scale), float(call.teacher_tempering.softcap), 0},
+        blocks_((call.vocabulary + BLOCK - 1) / BLOCK),
+        statistics_(blocks_),
+        sums_(blocks_) {
+    const int64_t columns = blocks_ * BLOCK;
+    const int arrays = call.labels && call.alpha < 1 ? 3 : 2;
+    const bool needed_later = needs_sums() || call.student_gradient.data || call.teacher_gradient.data;
+    keeps_exponentials_ = needed_later && call.vocabulary * arrays * 4 <= SCRATCH_BYTES;
+    if (keeps_exponentials_) {
+      s_exp_ = workspace.reserve(columns * arrays);
+      t_exp_ = s_exp_ + columns;
+      s_exp_at_1_ = arrays == 3 ? t_exp_ + columns : nullptr;
+    }
+    past_cache_ = call.rows * call.vocabulary * element_size(call.student.dtype) >= STREAM_BYTES;
+  }
+
+  int64_t blocks() const { return blocks_; }
+
+  // False where the row is dropped, which has then been dealt with.
+  bool start(int64_t row) {
+    row_ = row;
+    auto pointer = [&](const Rows& rows, int64_t index) {
+      return rows.data ? rows.data + row_offset(rows, call_.sizes, index) * element_size(rows.dtype) : nullptr;
+    };
+    student_ = pointer(call_.student, row);
+    teacher_ = pointer(call_.teacher, row);
+    student_gradient_ = pointer(call_.student_gradient, row);
+    teacher_gradient_ = pointer(call_.teacher_gradient, row);
+    const bool last = row + 1 >= call_.rows;
+    next_student_ = last ? nullptr : pointer(call_.student, row + 1);
+    next_teacher_ = last ? nullptr : pointer(call_.teacher, row + 1);
+    label_ = call_.labels ? call_.labels[row] : -1;
+    weight_ = call_.weight ? call_.weight[row] : 1;
+    clear_padding();
+    if ((call_.labels && label_ == call_.ignore_index) || weight_ == 0) {
+      drop();
+      return false;
+    }
+    with_labels_ = call_.labels && call_.alpha < 1;
+    if (with_labels_ && (label_ < 0 || label_ >= call_.vocabulary)) {
+      weight_ = std::nan("");
+      label_ = 0;
+    }
+    set_shift(student_, call_.student.dtype, s_adjust_);
+    set_shift(teacher_, call_.teacher.dtype, t_adjust_);
+    s_temperature_ = temperature(call_.student_tempering);
+    t_temperature_ = temperature(call_.teacher_tempering);
+    student_softmax_ = Softmax(s_temperature_);
+    teacher_softmax_ = Softmax(t_temperature_);
+    separate_at_1_ = with_labels_ && s_temperature_ != 1;
+    moments_ = !call_.closed_form ? 0
+                                  : (call_.forward != 0) * FORWARD + (call_.reverse != 0) * REVERSE +
+                                        (call_.cross != 0) * CROSS;
+    if (call_.student_entropy || (with_labels_ && call_.label_smoothing > 0)) moments_ |= SINGLE;
+    log_0_ = false;
+    return true;
+  }
+
+  // alongside: the same block of another row.
+  void statistics(int64_t b, BlockScratch& scratch, const PendingGradient& alongside = {}) {
+    const int n = columns(b);
+    if (!needs_statistics()) return alongside.write(0, n);
+    const float* s = load_student(b, scratch);
+    const float* t = load_teacher(b, scratch);
+    BlockStatistics& out = statistics_[b];
+    float s_threshold = 0, t_threshold = 0;
+    if (log_0_) {  // the weights of the first attempt still hold
+      s_threshold = NEGLIGIBLE / s_weight(b);
+      t_threshold = NEGLIGIBLE / t_weight(b);
+    } else {
+      out.s_max = maximum_of(s, padded(n));
+      out.t_max = maximum_of(t, padded(n));
+    }
+    out.overflows = gradients_need_logs() && (overflow(s, n, out.s_max, student_softmax_.inverse) ||
+                                              overflow(t, n, out.t_max, teacher_softmax_.inverse));
+    statistics_kernel(moments_, separate_at_1_, log_0_)(
+        s, t, n, student_softmax_, teacher_softmax_, UNTEMPERED, s_threshold, t_threshold, s_exp(b, scratch),
+        t_exp(b, scratch), s_exp_at_1(b, scratch), ahead(b + AHEAD), alongside, out);
+  }
+
+  // False where the row has to be done again with the policy for log 0.
+  bool merge_statistics() {
+    if (!needs_statistics()) {
+      row_statistics_ = {};
+      return true;
+    }
+    RowStatistics& row = row_statistics_;
+    row = {FLOOR, FLOOR, 0, 0, 0, 0, 0, 0, 0, 0};
+    for (const BlockStatistics& block : statistics_) {
+      row.s_max = std::max(row.s_max, double(block.s_max));
+      row.t_max = std::max(row.t_max, double(block.t_max));
+    }
+    double s_sum = 0, t_sum = 0, s_sum_at_1 = 0;
+    const double s_inverse = 1 / student_softmax_.temperature, t_inverse = 1 / teacher_softmax_.temperature;
+    for (int64_t b = 0; b < blocks_; ++b) {
+      const BlockStatistics& block = statistics_[b];
+      const double s_gap = block.s_max - row.s_max, t_gap = block.t_max - row.t_max;
+      const double s_factor = std::exp(s_gap * s_inverse), t_factor = std::exp(t_gap * t_inverse);
+      const double shift = t_gap * t_inverse - s_gap * s_inverse;
+      s_sum += s_factor * block.s_sum;
+      t_sum += t_factor * block.t_sum;
+      row.forward += t_factor * (block.forward + shift * block.t_sum);
+      row.reverse += s_factor * (block.reverse - shift * block.s_sum);
+      row.cross += t_factor * (block.cross + s_gap * s_inverse * block.t_sum);
+      row.entropy += s_factor * (block.entropy + s_gap * s_inverse * block.s_sum);
+      row.s_mean += block.s_total + s_gap * columns(b);
+      if (separate_at_1_) s_sum_at_1 += std::exp(s_gap / UNTEMPERED.temperature) * block.s_sum_at_1;
+    }
+    row.s_log_sum = std::log(s_sum);
+    row.t_log_sum = std::log(t_sum);
+    row.s_log_sum_at_1 = separate_at_1_ ? std::log(s_sum_at_1) : row.s_log_sum;
+    row.forward /= t_sum;
+    row.reverse /= s_sum;
+    row.cross /= t_sum;
+    row.entropy /= s_sum;
+    row.s_mean /= call_.vocabulary;
+    bool overflows = false;
+    for (const BlockStatistics& block : statistics_) overflows |= block.overflows;
+    return log_0_ || (!overflows && std::isfinite(row.forward + row.reverse + row.cross + row.entropy));
+  }
+
+  bool needs_sums() const { return !call_.closed_form; }
+
+  void sums(int64_t b, BlockScratch& scratch) {
+    const bool logs = kernels_.uses_logs || log_0_ || !call_.normalized;
+    sums_[b] = kernels_.sums[log_0_](view(b, scratch, logs), columns(b), call_.params.data(), g(b, scratch));
+  }
+
+  // False where the row has to be done again with the policy for log 0.
+  bool merge_sums() {
+    phi_ = g_ = 0;
+    for (const BlockSums& block : sums_) {
+      phi_ += block.phi;
+      g_ += block.g;
+    }
+    return log_0_ || std::isfinite(phi_ + g_);
+  }
+
+  // Whether entries of probability 0 are treated one by one. Off at first: see the top of this file.
+  void set_policy_for_log_0(bool on) { log_0_ = on; }
+
+  // The value of the row; after it, gradient() may run on any block.
+  void finish() {
+    close();
+    write_value();
+  }
+
+  // Takes a column's phi and g out of the row's sums, after finish(), and gives them.
+  BlockSums take_out(int64_t column, BlockScratch& scratch) {
+    const int64_t b = column / BLOCK;
+    BlockView v = view(b, scratch, true);
+    // One lane of a vector counts; the others must be there to be read. Where g was kept, it took the place of t_exp.
+    alignas(64) float s[LANES], t[LANES], s_exp[LANES], t_exp[LANES], g[LANES];
+    store(s, splat(v.s[column % BLOCK]));
+    store(t, splat(v.t[column % BLOCK]));
+    store(s_exp, student_softmax_.exponential(load(s) - v.s_max));
+    store(t_exp, teacher_softmax_.exponential(load(t) - v.t_max));
+    v.s = s, v.t = t, v.s_exp = s_exp, v.t_exp = t_exp;
+    const BlockSums term = kernels_.sums[1](v, 1, call_.params.data(), g);
+    phi_ -= term.phi;
+    g_ -= term.g;
+    write_value();
+    return term;
+  }
+
+  // What multiplies the derivative by a column's log-probability in its gradient.
+  double coefficient() const { return kd_scale_ / s_temperature_; }
+
+  bool needs_gradient() const { return student_gradient_ || teacher_gradient_; }
+
+  // Whether the gradients of its blocks may wait for the next row's statistics.
+  bool can_wait() const { return keeps_exponentials_; }
+
+  void gradient(int64_t b, BlockScratch& scratch) { begin_gradient(b, scratch).write(0, columns(b)); }
+
+  // Picks the kernel of a block's gradients. Writes what has to be written at once, and leaves what need not.
+  PendingGradient begin_gradient(int64_t b, BlockScratch& scratch) {
+    const int n = columns(b);
+    const bool logs = (kernels_.gradient_uses_logs && !keeps_g()) || teacher_gradient_ || log_0_ || !call_.normalized;
+    PendingGradient pending;
+    pending.view = view(b, scratch, logs || s_adjust_.softcap != 0);
+    pending.params = call_.params.data();
+    if (teacher_gradient_) {
+      pending.kernel = kernels_.teacher[log_0_];
+      pending.degree = float(call_.degree);
+      pending.sum = float(call_.degree * phi_ - g_);
+      pending.coefficient = float(kd_scale_ / t_temperature_);
+      pending.out = scratch.gradient;
+      if (call_.alpha == 0)
+        std::fill_n(scratch.gradient, padded(n), 0.0f);
+      else
+        pending.write(0, n);
+      if (!t_adjust_.identity()) chain(t_adjust_, pending.view.t, n, scratch.gradient);
+      store_block(teacher_gradient_, call_.teacher.dtype, b * BLOCK, n, scratch.gradient, past_cache_);
+    }
+    if (!student_gradient_) return {};
+    const Dtype dtype = call_.student.dtype;
+    char* const place = student_gradient_ + b * BLOCK * element_size(dtype);
+    // Stores past the cache need whole vectors at addresses that are multiples of their size.
+    const bool whole = reinterpret_cast<uintptr_t>(place) % sizeof(V) == 0 && n % LANES == 0;
+    const bool waits = !log_0_ && !with_labels_ && call_.alpha != 0 && s_adjust_.identity();
+    const Form form = waits && past_cache_ && dtype == Dtype::f32 && whole ? STREAM : SCRATCH;
+    pending.kernel = keeps_g() ? PROJECTION[form] : log_0_ ? kernels_.student_log_0 : kernels_.student[form];
+    pending.sum = float(g_);
+    pending.coefficient = float(coefficient());
+    pending.out = form == STREAM ? reinterpret_cast<float*>(place) : scratch.gradient;
+    if (form == STREAM) return pending;
+    if (waits) {
+      pending.place = place;
+      pending.dtype = dtype;
+      pending.past_cache = past_cache_;
+      return pending;
+    }
+
+    if (call_.alpha == 0)
+      std::fill_n(scratch.gradient, padded(n), 0.0f);
+    else
+      pending.write(0, n);
+    if (with_labels_) add_cross_entropy(b, scratch, pending.view);
+    if (!s_adjust_.identity()) chain(s_adjust_, pending.view.s, n, scratch.gradient);
+    store_block(student_gradient_, call_.student.dtype, b * BLOCK, n, scratch.gradient, past_cache_);
+    return {};
+  }
+
+ private:
+  void close() {
+    const RowStatistics& row = row_statistics_;
+    if (call_.closed_form) {
+      const double forward = row.forward - row.t_log_sum + row.s_log_sum;
+      const double reverse = row.reverse - row.s_log_sum + row.t_log_sum;
+      const double cross = row.s_log_sum - row.cross;
+      // A moment that was not collected is 0 here, and its term is not finite only if its weight is 0.
+      phi_ = g_ = 0;
+      if (call_.forward != 0) phi_ += call_.forward * forward, g_ -= call_.forward;
+      if (call_.reverse != 0) phi_ += call_.reverse * reverse, g_ += call_.reverse * (reverse + 1);
+      if (call_.cross != 0) phi_ += call_.cross * cross, g_ -= call_.cross;
+    }
+  }
+
+  void write_value() {
+    const RowStatistics& row = row_statistics_;
+    const double square = call_.scale_by_temperature ? s_temperature_ * s_temperature_ : 1;
+    const double distillation = phi_ * square;
+    double cross_entropy = 0;
+    if (with_labels_) {
+      const double smoothing = call_.label_smoothing;
+      const double target = (1 - smoothing) * (double(label_logit()) - row.s_max) + (smoothing > 0 ? smoothing * row.s_mean : 0);
+      cross_entropy = row.s_log_sum_at_1 - target / UNTEMPERED.temperature;
+    }
+    double loss = call_.alpha == 0 ? 0 : call_.alpha * distillation;
+    if (with_labels_) loss += (1 - call_.alpha) * cross_entropy;
+    write(call_.loss, loss * weight_);
+    write(call_.distillation, distillation);
+    write(call_.cross_entropy, cross_entropy);
+    write(call_.student_entropy, row.s_log_sum - row.entropy);
+    const double scale = weight_ * call_.scale * (call_.scale_on_device ? *call_.scale_on_device : 1);
+    kd_scale_ = call_.alpha * square * scale;
+    ce_scale_ = (1 - call_.alpha) * scale;
+  }
+
+  int columns(int64_t b) const { return int(std::min<int64_t>(BLOCK, call_.vocabulary - b * BLOCK)); }
+
+  Ahead ahead_in(const char* student, const char* teacher, int64_t b) const {
+    const int s_width = element_size(call_.student.dtype), t_width = element_size(call_.teacher.dtype);
+    return {student + b * BLOCK * s_width, teacher + b * BLOCK * t_width, s_width, t_width};
+  }
+  // Block b of this row, or what comes after it in the next.
+  Ahead ahead(int64_t b) const {
+    if (b < blocks_) return ahead_in(student_, teacher_, b);
+    return next_student_ && b < 2 * blocks_ ? ahead_in(next_student_, next_teacher_, b - blocks_) : Ahead{};
+  }
+
+  const float* load_student(int64_t b, BlockScratch& scratch) const {
+    return load_block(student_, call_.student.dtype, b * BLOCK, columns(b), s_adjust_, scratch.s);
+  }
+  const float* load_teacher(int64_t b, BlockScratch& scratch) const {
+    return load_block(teacher_, call_.teacher.dtype, b * BLOCK, columns(b), t_adjust_, scratch.t);
+  }
+
+  float* s_exp(int64_t b, BlockScratch& scratch) const {
+    return keeps_exponentials_ ? s_exp_ + b * BLOCK : scratch.s_exp;
+  }
+  float* t_exp(int64_t b, BlockScratch& scratch) const {
+    return keeps_exponentials_ ? t_exp_ + b * BLOCK : scratch.t_exp;
+  }
+  float* s_exp_at_1(int64_t b, BlockScratch& scratch) const {
+    return keeps_exponentials_ && s_exp_at_1_ ? s_exp_at_1_ + b * BLOCK : scratch.s_exp_at_1;
+  }
+
+  // Whether the phase of sums leaves g for the gradient, in the place of the teacher's exponentials.
+  // Where g takes no logarithm, it is cheaper to compute again.
+  bool keeps_g() const {
+    return needs_sums() && kernels_.gradient_uses_logs && keeps_exponentials_ && call_.normalized && !teacher_gradient_;
+  }
+  float* g(int64_t b, BlockScratch& scratch) const { return keeps_g() ? t_exp(b, scratch) : scratch.gradient; }
+
+  // Whether logarithms are first seen in the gradient: the sums of phi and g would be NaN where log 0 matters.
+  bool gradients_need_logs() const {
+    return !needs_sums() && (teacher_gradient_ || (student_gradient_ && kernels_.gradient_uses_logs));
+  }
+
+  // Only a temperature below 1 takes finite gaps to -inf.
+  static bool overflow(const float* z, int n, float maximum, float inverse) {
+    if (inverse <= 1) return false;
+    float lowest = 0;
+    for (int i = 0; i < n; ++i) lowest = std::min(lowest, z[i] - maximum);
+    return lowest * inverse == -INF;
+  }
+
+  // log p = (t - t_max of the block) / T + t_offset; a block's exponentials times t_weight are probabilities.
+  double s_offset(int64_t b) const {
+    return (statistics_[b].s_max - row_statistics_.s_max) / student_softmax_.temperature - row_statistics_.s_log_sum;
+  }
+  double t_offset(int64_t b) const {
+    return (statistics_[b].t_max - row_statistics_.t_max) / teacher_softmax_.temperature - row_statistics_.t_log_sum;
+  }
+  float s_weight(int64_t b) const { return float(std::exp(s_offset(b))); }
+  float t_weight(int64_t b) const { return float(std::exp(t_offset(b))); }
+
+  bool needs_statistics() const { return call_.normalized || with_labels_ || call_.student_entropy; }
+
+  void set_shift(const char* row, Dtype dtype, Adjustment& adjust) {
+    adjust.shift = 0;
+    if (!needs_statistics() || !call_.normalized) return;
+    const float top = low_top(row, dtype, call_.vocabulary, adjust);
+    if (top == -INF) weight_ = std::nan("");
+    if (top <= FLOOR && top > -INF) adjust.shift = top;
+  }
+
+  // A number is valid where it is positive; anything else poisons the row.
+  double temperature(const Tempering& tempering) {
+    if (!tempering.per_row) return tempering.temperature;
+    const float value = tempering.per_row[row_];
+    if (value > 0) return value;
+    weight_ = std::nan("");
+    return 1;
+  }
+
+  BlockView view(int64_t b, BlockScratch& scratch, bool logits) {
+    BlockView v{};
+    const bool again = needs_statistics() && !keeps_exponentials_;
+    logits |= again;
+    v.s = logits ? load_student(b, scratch) : s_exp(b, scratch);  // never used where logits are not needed,
+    v.t = logits ? load_teacher(b, scratch) : t_exp(b, scratch);  // but loaded: the pointers must be good
+    v.s_exp = s_exp(b, scratch);
+    v.t_exp = t_exp(b, scratch);
+    v.g = g(b, scratch);
+    v.s_inverse = student_softmax_.inverse;
+    v.t_inverse = teacher_softmax_.inverse;
+    if (!needs_statistics()) return v;
+    if (again) exponentials(b, v.s, v.t, scratch);
+    v.s_weight = s_weight(b);
+    v.t_weight = t_weight(b);
+    if (!call_.normalized) return v;
+    v.s_max = statistics_[b].s_max;
+    v.t_max = statistics_[b].t_max;
+    v.s_offset = float(s_offset(b));
+    v.t_offset = float(t_offset(b));
+    v.s_offset_low = float(s_offset(b) - v.s_offset);
+    v.t_offset_low = float(t_offset(b) - v.t_offset);
+    return v;
+  }
+
+  // The exponentials of the first phase once more, where they were not kept.
+  void exponentials(int64_t b, const float* s, const float* t, BlockScratch& scratch) {
+    const int n = columns(b);
+    const V s_max = splat(statistics_[b].s_max), t_max = splat(statistics_[b].t_max);
+    for (int i = 0; i < n; i += LANES) {
+      store(scratch.s_exp + i, student_softmax_.exponential(load(s + i) - s_max));
+      store(scratch.t_exp + i, teacher_softmax_.exponential(load(t + i) - t_max));
+    }
+    if (separate_at_1_)
+      for (int i = 0; i < n; i += LANES) store(scratch.s_exp_at_1 + i, UNTEMPERED.exponential(load(s + i) - s_max));
+  }
+
+  void add_cross_entropy(int64_t b, BlockScratch& scratch, const BlockView& v) {
+    const int n = columns(b);
+    const float* e = separate_at_1_ ? s_exp_at_1(b, scratch) : v.s_exp;
+    const double s_gap = statistics_[b].s_max - row_statistics_.s_max;
+    const double weight = std::exp(s_gap / UNTEMPERED.temperature - row_statistics_.s_log_sum_at_1);
+    const V factor = splat(float(ce_scale_ * weight));
+    const V uniform = splat(float(ce_scale_ * call_.label_smoothing / call_.vocabulary));
+    for (int i = 0; i < n; i += LANES)
+      store(scratch.gradient + i, load(scratch.gradient + i) + (load(e + i) * factor - uniform));
+    const int64_t column = label_ - b * BLOCK;
+    if (column >= 0 && column < n) scratch.gradient[column] -= float(ce_scale_ * (1 - call_.label_smoothing));
+  }
+
+  float label_logit() const {
+    alignas(64) float z[LANES];
+    return load_block(student_, call_.student.dtype, label_, 1, s_adjust_, z)[0];
+  }
+
+  void write(float* to, double value) const {
+    if (to) to[row_] = float(value);
+  }
+
+  void clear(char* gradient, Dtype dtype, int64_t from, int64_t to) const {
+    if (gradient) std::memset(gradient + from * element_size(dtype), 0, (to - from) * element_size(dtype));
+  }
+  void clear_padding() const {
+    clear(student_gradient_, call_.student.dtype, call_.vocabulary, call_.student.width);
+    clear(teacher_gradient_, call_.teacher.dtype, call_.vocabulary, call_.teacher.width);
+  }
+  void drop() const {
+    clear(student_gradient_, call_.student.dtype, 0, call_.vocabulary);
+    clear(teacher_gradient_, call_.teacher.dtype, 0, call_.vocabulary);
+    for (float* out : {call_.loss, call_.distillation, call_.cross_entropy, call_.student_entropy}) write(out, 0);
+  }
+
+  const Call& call_;
+  const Kernels& kernels_;
+  Adjustment s_adjust_, t_adjust_;
+  const int64_t blocks_;
+  std::vector<BlockStatistics> statistics_;
+  std::vector<BlockSums> sums_;
+  float *s_exp_ = nullptr, *t_exp_ = nullptr, *s_exp_at_1_ = nullptr;  // [blocks, BLOCK] where kept
+  bool keeps_exponentials_, past_cache_;
+
+  // The row at hand.
+  int64_t row_ = 0, label_ = 0;
+  char *next_student_ = nullptr, *next_teacher_ = nullptr;
+  char *student_ = nullptr, *teacher_ = nullptr, *student_gradient_ = nullptr, *teacher_gradient_ = nullptr;
+  double weight_ = 1, s_temperature_ = 1, t_temperature_ = 1;
+  Softmax student_softmax_{1}, teacher_softmax_{1};
+  bool with_labels_ = false, separate_at_1_ = false, log_0_ = false;
+  int moments_ = 0;
+  RowStatistics row_statistics_{};
+  double phi_ = 0, g_ = 0, kd_scale_ = 0, ce_scale_ = 0;
+};
+
+// The phases of a row up to its value; false where the row is dropped. each(f) runs f on every block, by one thread or
+// by a team; once(f) runs f once, with what it wrote seen by all. The first phase of a block is statistics(b, scratch).
+template <class Each, class Once, class Statistics>
+bool value_of(Row& row, int64_t index, Each each, Once once, Statistics statistics) {
+  bool counted = false, finite = false;
+  once([&](bool* flags) { flags[0] = row.start(index); }, &counted);
+  if (!counted) return false;
+  for (const bool policy : {false, true}) {
+    once([&](bool*) { row.set_policy_for_log_0(policy); }, &finite);
+    each(statistics);
+    once([&](bool* flags) { flags[0] = row.merge_statistics(); }, &finite);
+    if (!finite) continue;
+    if (!row.needs_sums()) break;
+    each([&](int64_t b, BlockScratch& scratch) { row.sums(b, scratch); });
+    once([&](bool* flags) { flags[0] = row.merge_sums(); }, &finite);
+    if (finite) break;
+  }
+  once([&](bool*) { row.finish(); }, &finite);
+  return row.needs_gradient();
+}
+
+}  // namespace

@@ -1,0 +1,429 @@
+// A row against a sparse teacher: fastkd/topk.py says why this is a dense loss over K + 1 events.
+//
+//   sweep     the student's row without the teacher's tokens: its exponentials, kept in scratch, and their sum
+//   events    the tokens' logits and the tail's log-sum-exp, K + 1 columns, through Row
+//   gradient  the tail's exponentials times one number, the tokens' gradients in their places
+//
+// One read of the logits, K gathers, one write of the gradient. Threads share the rows.
+
+namespace {
+
+// Runs of a row's tokens, block by block.
+class Seats {
+ public:
+  Seats(int64_t vocabulary, int64_t tokens)
+      : vocabulary_(vocabulary), starts_((vocabulary + BLOCK - 1) / BLOCK + 2), order_(tokens), taken_((vocabulary + 63) / 64) {}
+
+  // False where an id is out of range or comes twice; then only the others count.
+  bool sort(const int64_t* ids, int64_t tokens) {
+    bool valid = true;
+    std::fill(starts_.begin(), starts_.end(), 0);
+    seated_ = 0;
+    for (int64_t j = 0; j < tokens; ++j) {
+      const int64_t id = ids[j];
+      if (id == -1) continue;
+      if (id < 0 || id >= vocabulary_) {
+        valid = false;
+        continue;
+      }
+      uint64_t& word = taken_[id / 64];
+      const uint64_t bit = uint64_t(1) << (id % 64);
+      if (word & bit) valid = false;
+      word |= bit;
+      ++starts_[id / BLOCK + 2];
+      ++seated_;
+    }
+    for (size_t b = 1; b < starts_.size(); ++b) starts_[b] += starts_[b - 1];
+    for (int64_t j = 0; j < tokens; ++j) {
+      if (ids[j] < 0 || ids[j] >= vocabulary_) continue;
+      order_[starts_[ids[j] / BLOCK + 1]++] = j;
+      taken_[ids[j] / 64] = 0;
+    }
+    return valid;
+  }
+
+  int64_t seated() const { return seated_; }
+
+  // f(j) for the numbers j of the tokens in block b.
+  template <class F>
+  void each_in(int64_t b, F f) const {
+    for (int64_t i = starts_[b]; i < starts_[b + 1]; ++i) f(order_[i]);
+  }
+
+ private:
+  int64_t vocabulary_, seated_ = 0;
+  std::vector<int64_t> starts_, order_;
+  std::vector<uint64_t> taken_;
+};
+
+// What the sweep leaves of a block, relative to its maximum; its tokens are not in it.
+struct TailBlock {
+  float max;
+  double sum, sum_at_1, entropy;  // of e, of e at temperature 1, of e z'
+};
+
+template <bool AT_1, bool ENTROPY>
+void tail_block(const float* z, int n, Softmax softmax, float* e_out, float* e_at_1_out, Ahead ahead, TailBlock& out) {
+  const V max = splat(out.max);
+  V sum{}, sum_at_1{}, entropy{};
+  for (int start = 0; start < n; start += STRIP) {
+    V strip{}, strip_at_1{}, strip_entropy{};
+    for (int i = start; i < std::min(start + STRIP, n); i += LANES) {
+      ahead.ask(i);
+      const V gap = load(z + i) - max;
+      const V e = softmax.exponential(gap);
+      store(e_out + i, e);
+      strip += e;
+      if (ENTROPY) strip_entropy += e * at_least(gap, splat(softmax.lowest));
+      if (AT_1) {
+        const V e_at_1 = UNTEMPERED.exponential(gap);
+        store(e_at_1_out + i, e_at_1);
+        strip_at_1 += e_at_1;
+      }
+    }
+    sum += strip;
+    sum_at_1 += strip_at_1;
+    entropy += strip_entropy;
+  }
+  out.sum = sum_lanes(sum);
+  out.sum_at_1 = AT_1 ? sum_lanes(sum_at_1) : out.sum;
+  out.entropy = sum_lanes(entropy) / softmax.temperature;
+}
+
+class TopKRow {
+ public:
+  TopKRow(const Call& call, Workspace& workspace)
+      : call_(call),
+        blocks_((call.vocabulary + BLOCK - 1) / BLOCK),
+        seats_(call.vocabulary, call.tokens),
+        tail_(blocks_),
+        student_events_(padded(int(call.tokens + 1)) + LANES),
+        teacher_events_(student_events_.size()),
+        gradient_events_(student_events_.size()),
+        events_call_(of_events(call)),
+        events_(events_call_, events_workspace_) {
+    const int arrays = with_labels() ? 2 : 1;
+    keeps_exponentials_ = call.student_gradient.data && call.vocabulary * arrays * 4 <= SCRATCH_BYTES;
+    if (keeps_exponentials_) exponentials_ = workspace.reserve(blocks_ * BLOCK * arrays);
+    past_cache_ = call.rows * call.vocabulary * element_size(call.student.dtype) >= STREAM_BYTES;
+  }
+
+  void run(int64_t row) {
+    if (!start(row)) return;
+    if (sweeps()) {
+      for (int64_t b = 0; b < blocks_; ++b) sweep(b);
+    } else {
+      gather();
+    }
+    make_events();
+    take_value();
+    if (!gradient_) return;
+    for (int64_t b = blocks_; b-- > 0;) write_gradient(b);
+  }
+
+ private:
+  bool with_labels() const { return call_.labels && call_.alpha < 1; }
+  bool renormalizes() const { return call_.tail == Tail::renormalize; }
+  // Whether anything depends on the other tokens.
+  bool sweeps() const { return !renormalizes() || with_labels() || call_.student_entropy; }
+  int columns(int64_t b) const { return int(std::min<int64_t>(BLOCK, call_.vocabulary - b * BLOCK)); }
+  int64_t tokens() const { return call_.tokens; }
+
+  // The dense call over events: every row of it is the one in this object's buffers.
+  Call of_events(const Call& call) {
+    Call events = call;
+    const std::vector<int64_t> nowhere(call.sizes.size(), 0);
+    auto rows = [&](std::vector<float>& buffer) {
+      return Rows{reinterpret_cast<char*>(buffer.data()), Dtype::f32, events.vocabulary, nowhere};
+    };
+    events.vocabulary = call.tokens + !renormalizes();
+    events.student = rows(student_events_);
+    events.teacher = rows(teacher_events_);
+    if (call.student_gradient.data) events.student_gradient = rows(gradient_events_);
+    for (Tempering* tempering : {&events.student_tempering, &events.teacher_tempering}) {
+      tempering->logit_scale = 1;
+      tempering->softcap = 0;
+    }
+    events.student_entropy = events.cross_entropy = nullptr;
+    // Dropped rows do not come here, and the cross-entropy is of the whole row.
+    events.labels = nullptr;
+    return events;
+  }
+
+  // False where the row is dropped, which has then been dealt with.
+  bool start(int64_t row) {
+    row_ = row;
+    auto pointer = [&](const Rows& rows) {
+      return rows.data ? rows.data + row_offset(rows, call_.sizes, row) * element_size(rows.dtype) : nullptr;
+    };
+    student_ = pointer(call_.student);
+    gradient_ = pointer(call_.student_gradient);
+    ids_ = call_.ids + row * tokens();
+    label_ = call_.labels ? call_.labels[row] : -1;
+    const double weight = call_.weight ? call_.weight[row] : 1;
+    const int width = element_size(call_.student.dtype);
+    const int64_t kept = (call_.labels && label_ == call_.ignore_index) || weight == 0 ? 0 : call_.vocabulary;
+    if (gradient_) std::memset(gradient_ + kept * width, 0, (call_.student.width - kept) * width);
+    if (!kept) {
+      for (float* out : {call_.loss, call_.distillation, call_.cross_entropy, call_.student_entropy}) write(out, 0);
+      return false;
+    }
+    valid_ = seats_.sort(ids_, tokens());
+    if (with_labels() && (label_ < 0 || label_ >= call_.vocabulary)) {
+      valid_ = false;
+      label_ = 0;
+    }
+    adjust_ = {float(call_.student_tempering.logit_scale), float(call_.student_tempering.softcap), 0};
+    const float top = low_top(student_, call_.student.dtype, call_.vocabulary, adjust_);
+    if (top <= FLOOR && top > -INF) adjust_.shift = top;
+    const float* per_row = call_.student_tempering.per_row;
+    const double temperature = per_row ? per_row[row] : call_.student_tempering.temperature;
+    softmax_ = Softmax(temperature > 0 ? temperature : 1);  // Row poisons the row otherwise
+    separate_at_1_ = with_labels() && softmax_.temperature != UNTEMPERED.temperature;
+    z_total_ = 0;
+    return true;
+  }
+
+  float* exponentials(int64_t b) { return keeps_exponentials_ ? exponentials_ + b * BLOCK : scratch_.s_exp; }
+  float* exponentials_at_1(int64_t b) {
+    return keeps_exponentials_ ? exponentials_ + (blocks_ + b) * BLOCK : scratch_.s_exp_at_1;
+  }
+
+  const float* load_student(int64_t b) {
+    return load_block(student_, call_.student.dtype, b * BLOCK, columns(b), adjust_, scratch_.s);
+  }
+
+  // The block without its tokens, whose z go to the events.
+  const float* load_tail(int64_t b) {
+    const float* z = load_student(b);
+    const int n = columns(b);
+    if (with_labels() && call_.label_smoothing > 0)
+      for (int i = 0; i < n; ++i) z_total_ += z[i];
+    if (with_labels() && label_ / BLOCK == b) z_label_ = z[label_ % BLOCK];
+    bool copied = z == scratch_.s;
+    seats_.each_in(b, [&](int64_t j) {
+      if (!copied) {
+        std::memcpy(scratch_.s, z, padded(n) * sizeof(float));
+        z = scratch_.s;
+        copied = true;
+      }
+      const int64_t column = ids_[j] % BLOCK;
+      student_events_[j] = z[column];
+      scratch_.s[column] = -INF;
+    });
+    return z;
+  }
+
+  void sweep(int64_t b) {
+    const float* z = load_tail(b);
+    const int n = columns(b);
+    TailBlock& out = tail_[b];
+    out.max = maximum_of(z, padded(n));
+    const int width = element_size(call_.student.dtype);
+    const Ahead ahead{student_ + (b + AHEAD) * BLOCK * width, nullptr, b + AHEAD < blocks_ ? width : 0, 0};
+    auto kernel = [&](auto at_1, auto entropy) {
+      tail_block<decltype(at_1)::value, decltype(entropy)::value>(z, n, softmax_, exponentials(b), exponentials_at_1(b), ahead, out);
+    };
+    using Yes = std::true_type;
+    using No = std::false_type;
+    if (separate_at_1_)
+      call_.student_entropy ? kernel(Yes{}, Yes{}) : kernel(Yes{}, No{});
+    else
+      call_.student_entropy ? kernel(No{}, Yes{}) : kernel(No{}, No{});
+  }
+
+  // The tokens alone.
+  void gather() {
+    alignas(64) float z[LANES];
+    for (int64_t j = 0; j < tokens(); ++j)
+      if (ids_[j] >= 0 && ids_[j] < call_.vocabulary)
+        student_events_[j] = load_block(student_, call_.student.dtype, ids_[j], 1, adjust_, z)[0];
+  }
+
+  void make_events() {
+    const double inverse = 1 / softmax_.temperature;
+    double origin = -INF;
+    for (int64_t j = 0; j < tokens(); ++j) {
+      if (ids_[j] < 0 || ids_[j] >= call_.vocabulary) student_events_[j] = -INF;
+      if (!(student_events_[j] <= origin)) origin = student_events_[j];
+    }
+    const double top = origin;
+    bool others = false;
+    if (sweeps())
+      for (const TailBlock& block : tail_) {
+        origin = std::max(origin, double(block.max));
+        others |= block.max > FLOOR || block.sum != block.sum;
+      }
+    double sum = 0, sum_at_1 = 0, entropy = 0;
+    if (others)
+      for (const TailBlock& block : tail_) {
+        const double gap = block.max - origin, factor = std::exp(gap * inverse);
+        sum += factor * block.sum;
+        entropy += factor * (block.entropy + gap * inverse * block.sum);
+        sum_at_1 += separate_at_1_ ? std::exp(gap / UNTEMPERED.temperature) * block.sum_at_1 : factor * block.sum;
+      }
+    origin_ = origin;
+    tail_log_sum_ = others ? std::log(sum) : -INF;
+    tail_entropy_ = others ? tail_log_sum_ - entropy / sum : 0;
+
+    // A row's logits may share an offset that costs digits: events are relative to their largest.
+    for (int64_t j = 0; j < tokens(); ++j) {
+      student_events_[j] = float(student_events_[j] - origin);
+      if (with_labels()) sum_at_1 += std::exp(student_events_[j] / UNTEMPERED.temperature);
+    }
+    log_sum_at_1_ = std::log(sum_at_1);
+    if (!valid_) student_events_[0] = std::nanf("");
+
+    const float* logprobs = load_logprobs();
+    for (int64_t j = 0; j < tokens(); ++j) teacher_events_[j] = ids_[j] < 0 ? -INF : logprobs[j];
+    if (renormalizes()) return;
+    double tail = tail_log_sum_ * softmax_.temperature;
+    if (call_.tail == Tail::truncate && tail == -INF) tail = top - origin + FAINT * softmax_.temperature;
+    student_events_[tokens()] = float(tail);
+    teacher_events_[tokens()] = tail_logprob();
+  }
+
+  const float* load_logprobs() {
+    const Rows& teacher = call_.teacher;
+    const char* row = teacher.data + row_offset(teacher, call_.sizes, row_) * element_size(teacher.dtype);
+    for (int64_t j = 0; j < tokens(); j += BLOCK) {
+      const int n = int(std::min<int64_t>(BLOCK, tokens() - j));
+      const float* block = load_block(row, teacher.dtype, j, n, Adjustment{}, scratch_.t);
+      std::copy_n(block, n, teacher_events_.data() + j);
+    }
+    return teacher_events_.data();
+  }
+
+  float tail_logprob() const {
+    if (call_.tail == Tail::renormalize_teacher || seats_.seated() == call_.vocabulary) return -INF;
+    if (call_.tail_logprob) return call_.tail_logprob[row_];
+    double sum = 0;
+    for (int64_t j = 0; j < tokens(); ++j) sum += std::exp(double(teacher_events_[j]));
+    return sum < 1 ? float(std::log1p(-sum)) : sum >= 1 ? -INF : std::nanf("");
+  }
+
+  // The value of the row and the gradient of its events.
+  void take_value() {
+    auto each = [&](auto phase) {
+      for (int64_t b = 0; b < events_.blocks(); ++b) phase(b, scratch_);
+    };
+    auto once = [&](auto step, bool* flags) { step(flags); };
+    auto statistics = [&](int64_t b, BlockScratch& scratch) { events_.statistics(b, scratch); };
+    value_of(events_, row_, each, once, statistics);
+    BlockSums left_out{};
+    if (call_.tail == Tail::truncate) left_out = events_.take_out(tokens(), scratch_);
+    if (gradient_) {
+      each([&](int64_t b, BlockScratch& scratch) { events_.gradient(b, scratch); });
+      if (renormalizes()) gradient_events_[tokens()] = 0;
+      gradient_events_[tokens()] -= float(left_out.g * events_.coefficient());
+    }
+    const double weight = call_.weight ? call_.weight[row_] : 1;
+    double cross_entropy = 0;
+    if (with_labels()) {
+      const double smoothing = call_.label_smoothing;
+      const double mean = smoothing > 0 ? z_total_ / call_.vocabulary - origin_ : 0;
+      const double target = (1 - smoothing) * (z_label_ - origin_) + smoothing * mean;
+      cross_entropy = log_sum_at_1_ - target / UNTEMPERED.temperature;
+      call_.loss[row_] = float(call_.loss[row_] + weight * (1 - call_.alpha) * cross_entropy);
+    }
+    write(call_.cross_entropy, cross_entropy);
+    write(call_.student_entropy, entropy());
+    cross_entropy_scale_ =
+        (1 - call_.alpha) * weight * call_.scale * (call_.scale_on_device ? *call_.scale_on_device : 1);
+  }
+
+  // Of the whole row: that among the tokens and the tail, and within the tail by its share.
+  double entropy() const {
+    if (!call_.student_entropy) return 0;
+    const double inverse = 1 / softmax_.temperature;
+    double sum = std::exp(tail_log_sum_), moment = others_moment();
+    for (int64_t j = 0; j < tokens(); ++j) {
+      const double z = student_events_[j] * inverse, e = std::exp(z);
+      sum += e;
+      if (e > 0) moment += e * z;
+    }
+    return std::log(sum) - moment / sum;
+  }
+  // Sum of e z' over the tail.
+  double others_moment() const {
+    return tail_log_sum_ == -INF ? 0 : std::exp(tail_log_sum_) * (tail_log_sum_ - tail_entropy_);
+  }
+
+  void write_gradient(int64_t b) {
+    const int n = columns(b);
+    float* out = scratch_.gradient;
+    const float* e = nullptr;
+    if (sweeps()) {
+      if (!keeps_exponentials_) again(b);
+      e = exponentials(b);
+    }
+    const double gap = sweeps() ? tail_[b].max - origin_ : 0;
+    double share = std::exp(gap / softmax_.temperature - tail_log_sum_);
+    if (tail_log_sum_ == -INF) share = 0;
+    const V factor = splat(float(gradient_events_[tokens()] * share));
+    if (!e || renormalizes())
+      std::fill_n(out, padded(n), 0.0f);
+    else
+      for (int i = 0; i < n; i += LANES) store(out + i, load(e + i) * factor);
+    if (with_labels()) add_cross_entropy(b, separate_at_1_ ? exponentials_at_1(b) : e, gap, out);
+    seats_.each_in(b, [&](int64_t j) {
+      float& place = out[ids_[j] % BLOCK];
+      // The tokens have no exponential in the sweep's, so that of the cross-entropy comes here.
+      const double q = with_labels() ? std::exp(student_events_[j] / UNTEMPERED.temperature - log_sum_at_1_) : 0;
+      place += float(gradient_events_[j] + cross_entropy_scale_ * q);
+    });
+    if (!valid_) std::fill_n(out, padded(n), std::nanf(""));
+    if (!adjust_.identity()) chain(adjust_, load_student(b), n, out);
+    store_block(gradient_, call_.student_gradient.dtype, b * BLOCK, n, out, past_cache_);
+  }
+
+  void add_cross_entropy(int64_t b, const float* e, double gap, float* out) {
+    const int n = columns(b);
+    const V factor = splat(float(cross_entropy_scale_ * std::exp(gap / UNTEMPERED.temperature - log_sum_at_1_)));
+    const V uniform = splat(float(cross_entropy_scale_ * call_.label_smoothing / call_.vocabulary));
+    for (int i = 0; i < n; i += LANES) store(out + i, load(out + i) + (load(e + i) * factor - uniform));
+    const int64_t column = label_ - b * BLOCK;
+    if (column >= 0 && column < n) out[column] -= float(cross_entropy_scale_ * (1 - call_.label_smoothing));
+  }
+
+  // The exponentials of the sweep once more, where they were not kept.
+  void again(int64_t b) {
+    const float* z = load_student(b);
+    const int n = columns(b);
+    const V max = splat(tail_[b].max);
+    for (int i = 0; i < n; i += LANES) store(scratch_.s_exp + i, softmax_.exponential(load(z + i) - max));
+    if (separate_at_1_)
+      for (int i = 0; i < n; i += LANES) store(scratch_.s_exp_at_1 + i, UNTEMPERED.exponential(load(z + i) - max));
+    seats_.each_in(b, [&](int64_t j) { scratch_.s_exp[ids_[j] % BLOCK] = scratch_.s_exp_at_1[ids_[j] % BLOCK] = 0; });
+  }
+
+  void write(float* to, double value) const {
+    if (to) to[row_] = float(value);
+  }
+
+  static constexpr float FAINT = -60;  // as in fastkd/topk.py
+
+  const Call& call_;
+  const int64_t blocks_;
+  Seats seats_;
+  std::vector<TailBlock> tail_;
+  std::vector<float> student_events_, teacher_events_, gradient_events_;
+  const Call events_call_;
+  Workspace events_workspace_;
+  Row events_;
+  BlockScratch scratch_;
+  float* exponentials_ = nullptr;  // [blocks, BLOCK], and once more at temperature 1
+  bool keeps_exponentials_ = false, past_cache_ = false;
+
+  // The row at hand.
+  int64_t row_ = 0, label_ = 0;
+  char *student_ = nullptr, *gradient_ = nullptr;
+  const int64_t* ids_ = nullptr;
+  bool valid_ = true, separate_at_1_ = false;
+  Adjustment adjust_;
+  Softmax softmax_{1};
+  double origin_ = 0, tail_log_sum_ = 0, tail_entropy_ = 0, log_sum_at_1_ = 0, z_label_ = 0, z_total_ = 0;
+  double cross_entropy_scale_ = 0;
+};
+
+}  // namespace

@@ -1,0 +1,184 @@
+"""How many rows a chunk has, and what a call of a chunked loss holds at its peak."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+from fastkd.products import slab_rows
+
+# Of a call that names none. A GPU wants chunks of 2048 rows and more: each adds to the whole of the weight's gradient.
+CPU_BUDGET, DEVICE_BUDGET = 512 << 20, 2 << 30
+# Threads' scratch memory, the packing of matrix products, tensors of one value a row.
+WORKSPACE = 16 << 20
+# [C, V] tensors that the reference holds at once, beside the logits.
+REFERENCE_TEMPORARIES = 14
+# A token of a sparse teacher in a chunk: its id, and float32 logits, log-probabilities and gradients of both sides.
+TOPK_BYTES = 32
+LOW_PRECISION = (torch.bfloat16, torch.float16)
+
+
+class MemoryPlan(NamedTuple):
+    """What a chunked call holds, in bytes."""
+
+    chunk_size: int  # rows
+    chunks: int
+    logits: int  # of a chunk: the student's, in which the gradient is computed in place, and the teacher's
+    accumulator: (
+        int  # the float32 sum of the weight's gradient, where the weight is of lower precision
+    )
+    workspace: int
+    peak: int  # the sum of the three: all that is held beyond inputs and gradients
+    student: int  # the student's hidden states and head
+    teacher: int  # the teacher in its form, as the caller holds it
+    gradients: int  # of hidden states and weight
+    dense: (
+        int  # what float32 logits of both and the student's gradient would take in place of `peak`
+    )
+
+
+class Shape(NamedTuple):
+    """What decides the memory of a call; widths in columns, dtypes of the operands."""
+
+    rows: int
+    vocabulary: int
+    dtype: torch.dtype  # of the student's hidden states, or of its logits
+    logits_dtype: torch.dtype  # of a chunk
+    hidden: int = 0  # 0: the student is dense logits
+    teacher_columns: int = 0  # of float32 or logits_dtype that a chunk of the teacher takes
+    teacher_row_bytes: int = 0  # whatever else a row of the teacher takes in a chunk
+    teacher_hidden: int = 0
+    teacher_bytes: int = 0
+    weight_gradient: bool = True
+    device: str = "cpu"
+    reference: bool = False
+
+
+def budget_of(device: str) -> int:
+    """The bytes of a call that states none."""
+    return CPU_BUDGET if device == "cpu" else DEVICE_BUDGET
+
+
+def plan(
+    shape: Shape, chunk_size: int | None = None, memory_budget: int | None = None
+) -> MemoryPlan:
+    """The plan of a call; the arguments are those of fused_linear_kd_loss, which a call names in errors."""
+    for name, value in (("chunk_size", chunk_size), ("memory_budget", memory_budget)):
+        if value is None:
+            continue
+        if type(value) is not int:
+            raise TypeError(f"{name} must be an int or None, got {type(value).__name__}")
+        if value < 1:
+            raise ValueError(f"{name} must be positive, got {value}")
+    low = shape.dtype in LOW_PRECISION
+    converts = low and shape.logits_dtype != shape.dtype
+    a_row = shape.vocabulary * shape.logits_dtype.itemsize
+    a_row += shape.teacher_columns * max(shape.logits_dtype.itemsize, 4)
+    logits = a_row
+    a_row += shape.teacher_row_bytes
+    a_row += (shape.hidden + shape.teacher_hidden) * (shape.dtype.itemsize + 8 * converts)
+    if shape.reference:
+        a_row += REFERENCE_TEMPORARIES * shape.vocabulary * 4
+    if converts and shape.device != "cpu" and not shape.teacher_columns:
+        a_row += shape.vocabulary * shape.dtype.itemsize  # the gradient in the weight's precision
+    accumulator = 0
+    if shape.hidden and shape.weight_gradient and low:
+        accumulator = 4 * shape.vocabulary * shape.hidden
+    workspace = WORKSPACE
+    if converts and shape.device == "cpu" and shape.hidden:
+        width = max(shape.hidden, shape.teacher_hidden)
+        workspace += 4 * width * min(slab_rows(width), shape.vocabulary)
+    fixed = accumulator + workspace
+    rows = max(shape.rows, 1)
+    if chunk_size is None:
+        # The accumulator is there whatever the chunks are: a default leaves the same room beside it.
+        budget = memory_budget or budget_of(shape.device) + accumulator
+        chunk_size = (budget - fixed) // a_row
+        if chunk_size < 1:
+            raise ValueError(
+                f"memory_budget must be at least {fixed + a_row} bytes, which one row takes; got {budget}"
+            )
+    chunk_size = min(chunk_size, rows)
+    hidden = shape.rows * shape.hidden * shape.dtype.itemsize
+    head = shape.vocabulary * shape.hidden * shape.dtype.itemsize
+    return MemoryPlan(
+        chunk_size,
+        chunks=-(-rows // chunk_size),
+        logits=chunk_size * logits,
+        accumulator=accumulator,
+        workspace=workspace + chunk_size * (a_row - logits),
+        peak=fixed + chunk_size * a_row,
+        student=hidden + head,
+        teacher=shape.teacher_bytes,
+        gradients=hidden + head * shape.weight_gradient,
+        dense=3 * 4 * shape.rows * shape.vocabulary,
+    )
+
+
+def memory_plan(
+    rows: int,
+    vocab_size: int,
+    hidden_size: int,
+    *,
+    teacher: str = "linear",
+    teacher_hidden_size: int | None = None,
+    k: int = 64,
+    dtype: torch.dtype = torch.float32,
+    logits_dtype: torch.dtype | None = None,
+    weight_gradient: bool = True,
+    chunk_size: int | None = None,
+    memory_budget: int | None = None,
+    device: str = "cpu",
+) -> MemoryPlan:
+    """What :func:`fastkd.fused_linear_kd_loss` will hold, before there is a tensor.
+
+    Args:
+        rows: positions, all of them counted.
+        vocab_size: V.
+        hidden_size: the student's width.
+        teacher: its form: "dense", "linear", "topk", "ensemble" (of linear teachers).
+        teacher_hidden_size: the teacher's width, of each where there are several (two are assumed); None: as the
+            student's.
+        k: tokens of a "topk" teacher.
+        dtype: of hidden states, heads and dense teacher logits.
+        logits_dtype: as in the loss.
+        weight_gradient: whether the student's head is trained.
+        chunk_size: as in the loss.
+        memory_budget: as in the loss.
+        device: "cpu", "cuda", ...
+
+    Raises:
+        ValueError, TypeError: as the loss raises for chunk_size and memory_budget; an unknown form of teacher.
+    """
+    width = hidden_size if teacher_hidden_size is None else teacher_hidden_size
+    linear = (rows + vocab_size) * width * dtype.itemsize
+    # columns of logits a chunk, other bytes a row of a chunk, width of the hidden states, bytes the caller holds
+    forms = {
+        "dense": (0, vocab_size * dtype.itemsize, 0, rows * vocab_size * dtype.itemsize),
+        "linear": (vocab_size, 0, width, linear),
+        "topk": (0, TOPK_BYTES * k, 0, rows * k * 12),
+        "ensemble": (2 * vocab_size, 0, width, 2 * linear),
+    }
+    if teacher not in forms:
+        raise ValueError(f"teacher must be one of {', '.join(forms)}; got {teacher!r}")
+    columns, row_bytes, teacher_hidden, held = forms[teacher]
+    shape = Shape(
+        rows,
+        vocab_size,
+        dtype,
+        logits_dtype or wide(dtype),
+        hidden_size,
+        columns,
+        row_bytes,
+        teacher_hidden,
+        held,
+        weight_gradient,
+        device,
+    )
+    return plan(shape, chunk_size, memory_budget)
+
+
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """What logits are computed in by default, from operands of that dtype."""
+    return torch.float64 if dtype == torch.float64 else torch.float32

@@ -1,0 +1,69 @@
+"""Estimators of KL(q || p) from tokens sampled from the student q, as on-policy distillation uses them.
+
+With log r = log p(x) - log q(x) of a sampled token x, after Schulman, "Approximating KL Divergence" (2020). The value
+of each is what it says; its gradient is that of the value with the samples held fixed, which is not the gradient of the
+divergence for all of them:
+
+    k1  gradient -d log r = d log q(x): 0 in expectation; it wants the score function, -sg(log r) d log q(x)
+    k2  gradient -log r d log q(x): in expectation the gradient of KL(q || p)
+    k3  gradient (1 - r) d log q(x): in expectation the gradient of KL(p || q) where p is 0 nowhere that q is not
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def k1(student_logprobs: Tensor, teacher_logprobs: Tensor) -> Tensor:
+    """-log r: unbiased, of high variance, and negative for many a token.
+
+    Args:
+        student_logprobs: [...], log q of the sampled tokens.
+        teacher_logprobs: [...], log p of the same tokens.
+
+    Returns:
+        [...], one estimate a token.
+
+    Raises:
+        TypeError, ValueError: not two floating-point tensors of one shape and device.
+    """
+    return -_log_ratio(student_logprobs, teacher_logprobs)
+
+
+def k2(student_logprobs: Tensor, teacher_logprobs: Tensor) -> Tensor:
+    """(log r)^2 / 2: biased, of low variance, never negative. Arguments and errors as :func:`k1` has them."""
+    log_ratio = _log_ratio(student_logprobs, teacher_logprobs)
+    return 0.5 * log_ratio * log_ratio
+
+
+def k3(student_logprobs: Tensor, teacher_logprobs: Tensor) -> Tensor:
+    """(r - 1) - log r: unbiased, never negative. Arguments and errors as :func:`k1` has them.
+
+    It is infinite where r overflows: a token that the student hardly ever samples.
+    """
+    log_ratio = _log_ratio(student_logprobs, teacher_logprobs)
+    return torch.expm1(log_ratio) - log_ratio
+
+
+def _log_ratio(student: Tensor, teacher: Tensor) -> Tensor:
+    for argument, value in (("student_logprobs", student), ("teacher_logprobs", teacher)):
+        if not isinstance(value, Tensor):
+            raise TypeError(f"{argument} must be a tensor, got {type(value).__name__}")
+        if not value.is_floating_point():
+            raise TypeError(f"{argument} must be floating point, got {value.dtype}")
+    if student.shape != teacher.shape:
+        raise ValueError(
+            f"teacher_logprobs must have the shape of student_logprobs, {tuple(student.shape)}; "
+            f"got {tuple(teacher.shape)}"
+        )
+    if student.device != teacher.device:
+        raise ValueError(
+            f"teacher_logprobs must be on {student.device}, where student_logprobs are; got {teacher.device}"
+        )
+    # In float32: the difference of two bfloat16 log-probabilities has no digits left.
+    student, teacher = (
+        value if value.dtype == torch.float64 else value.to(torch.float32)
+        for value in (student, teacher)
+    )
+    return teacher - student

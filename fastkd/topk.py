@@ -1,0 +1,170 @@
+"""Sparse teachers: a divergence over K tokens and one event for all others is a dense one over K + 1 columns.
+
+The student's row becomes the logits of K + 1 events, where the last is T log sum exp(z / T) over all other tokens, its
+tail. The loss of the events is the backend's own dense loss, with every divergence and policy it has. Their gradient
+goes back to the row: to the K tokens as it is, and to the others in proportion to their share of the tail.
+
+:func:`topk_rows` is that for backends that bring the two steps in which the whole row takes part:
+
+    gather_events(student, rows, options, parts) -> Events
+    spread_gradient(student, events, gradient, cross_entropy_scale, rows, options, out) -> gradient of the row
+
+The cpu backend does all of it row by row (csrc/cpu/topk.cpp), where the row is in the cache.
+"""
+
+from __future__ import annotations
+
+from types import ModuleType
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastkd.rows import Options, Result, Rows, Want
+
+# A tail of which nothing is left counts as exp(FAINT) beside the K tokens where its term is taken out again.
+FAINT = -60.0
+
+
+class Events(NamedTuple):
+    """A row of the student as a sparse teacher sees it. Logits z are scaled and soft-capped, and relative to origin."""
+
+    origin: Tensor  # [...], the row's largest z
+    tokens: Tensor  # [..., K]: z of the teacher's tokens; -inf where the id is padding
+    tail: Tensor  # [...]: T log sum exp(z / T) over all other tokens; -inf where there are none
+    tail_entropy: (
+        Tensor | None
+    )  # [...]: of softmax(z / T) over them, 0 where there are none; for the parts
+    log_sum: Tensor | None  # [...]: log sum exp(z) of the whole row, for the cross-entropy
+    label: Tensor | None  # [...]: z of the label
+    mean: Tensor | None  # [...]: of z over the row, for label smoothing
+    valid: Tensor  # [...] bool: ids in range and distinct
+    bits: Tensor | None = None  # where the tokens are, for a backend that needs it again
+
+
+def tail_logprobs(ids: Tensor, logprobs: Tensor, rows: Rows, options: Options) -> Tensor:
+    """[...]: the logarithm of what the teacher leaves to the other tokens. logprobs are -inf at padding."""
+    if options.tail == "renormalize_teacher":
+        return torch.full_like(logprobs[..., 0], -torch.inf)
+    if rows.tail_logprob is not None:
+        mass = rows.tail_logprob.to(logprobs.dtype)
+    else:
+        rest = 1.0 - logprobs.to(torch.float64).exp().sum(-1)
+        mass = rest.clamp(min=0).log().to(logprobs.dtype)
+    # Where there is no other token, what 1 - sum p leaves is rounding.
+    return torch.where((ids >= 0).sum(-1) == options.vocab_size, -torch.inf, mass)
+
+
+def topk_rows(
+    kernels: ModuleType, student: Tensor, logprobs: Tensor, rows: Rows, options: Options, want: Want
+) -> Result:
+    """The loss of each row against a sparse teacher; shapes and meaning as :class:`fastkd.rows.Result` has them."""
+    ids, labels, alpha = rows.ids, rows.labels, options.alpha
+    assert ids is not None
+    exact = torch.float64 in (student.dtype, logprobs.dtype)
+    dtype = torch.float64 if exact else torch.float32
+    with_labels = labels is not None and alpha < 1.0
+    events = kernels.gather_events(student, rows, options, want.parts)
+    weight = torch.ones_like(events.tail) if rows.weight is None else rows.weight.to(dtype)
+    if labels is not None:
+        weight = torch.where(labels == options.ignore_index, 0.0, weight)
+    keep = weight != 0
+    valid = events.valid
+    if labels is not None and with_labels:
+        valid = valid & (labels >= 0) & (labels < options.vocab_size)
+    weight = torch.where(keep & ~valid, torch.nan, weight)
+
+    temperature = options.temperature if rows.temperature is None else rows.temperature.to(dtype)
+    tail = events.tail
+    if options.tail == "truncate":
+        top = events.tokens.amax(-1)
+        tail = torch.where(tail == -torch.inf, top + FAINT * temperature, tail)
+    s = events.tokens
+    t = logprobs.to(dtype).masked_fill(ids < 0, -torch.inf)
+    if options.tail != "renormalize":
+        s = torch.cat([s, tail.unsqueeze(-1)], -1)
+        t = torch.cat([t, tail_logprobs(ids, t, rows, options).unsqueeze(-1)], -1)
+    inner_rows = Rows(None, weight, rows.temperature, rows.teacher_temperature, rows.scale)
+    inner = options._replace(
+        label_smoothing=0.0, logit_scale=1.0, softcap=0.0, vocab_size=s.shape[-1], tail=""
+    )
+    result = kernels.kd_rows(s, t, inner_rows, inner, Want(want.student_gradient, parts=True))
+    loss, distillation, gradient = result.loss, result.distillation, result.student_gradient
+    assert distillation is not None
+    scale = options.scale if rows.scale is None else options.scale * rows.scale.to(dtype)
+    square = temperature * temperature if options.scale_by_temperature else 1.0
+    if options.tail == "truncate":
+        phi, g, q = _tail_term(s, t, rows, options, temperature)
+        phi, g = torch.where(keep, phi, 0.0), torch.where(keep, g, 0.0)
+        distillation = distillation - square * phi
+        loss = loss - alpha * weight * square * phi
+        if gradient is not None:
+            factor = g * (alpha * square / temperature * weight * scale)
+            gradient = gradient + q * factor.unsqueeze(-1)
+            gradient[..., -1] -= factor
+
+    cross_entropy = torch.zeros_like(loss)
+    cross_entropy_scale = None
+    if with_labels:
+        assert events.log_sum is not None and events.label is not None
+        cross_entropy = events.log_sum - events.label
+        if events.mean is not None:
+            smooth = events.log_sum - events.mean
+            cross_entropy = torch.lerp(cross_entropy, smooth, options.label_smoothing)
+        cross_entropy = torch.where(keep, cross_entropy, 0.0)
+        loss = loss + torch.where(keep, (1.0 - alpha) * weight * cross_entropy, 0.0)
+        cross_entropy_scale = (1.0 - alpha) * weight * scale
+    if gradient is not None:
+        if options.tail == "renormalize":
+            gradient = torch.nn.functional.pad(gradient, (0, 1))
+        out = (
+            student
+            if want.inplace
+            else torch.empty_like(student, memory_format=torch.contiguous_format)
+        )
+        gradient = kernels.spread_gradient(
+            student,
+            events,
+            torch.where(keep.unsqueeze(-1), gradient, 0.0),
+            cross_entropy_scale,
+            rows,
+            options,
+            out,
+        )
+    parts: tuple[Tensor | None, ...] = (None, None, None)
+    if want.parts:
+        entropy = torch.where(keep, _entropy(events, temperature), 0.0)
+        parts = (distillation, cross_entropy, entropy)
+    total = loss.sum() * scale
+    return Result(loss, total, gradient, None, *parts)
+
+
+def _per_row(value: float | Tensor) -> float | Tensor:
+    return value.unsqueeze(-1) if isinstance(value, Tensor) else value
+
+
+def _tail_term(
+    s: Tensor, t: Tensor, rows: Rows, options: Options, temperature: float | Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(phi, g) of the tail [...], and q of all events [..., K + 1]: what "truncate" takes out of the bucket's sum."""
+    from fastkd.reference import evaluate
+
+    log_q = (s / _per_row(temperature)).log_softmax(-1)
+    tempering = (
+        options.teacher_temperature
+        if rows.teacher_temperature is None
+        else rows.teacher_temperature
+    )
+    log_p = (t / _per_row(tempering)).log_softmax(-1)
+    phi, g = evaluate(options.divergence, log_p[..., -1], log_q[..., -1])
+    return phi, g, log_q.exp()
+
+
+def _entropy(events: Events, temperature: float | Tensor) -> Tensor:
+    """Of the student over the whole vocabulary: that of the events, and within the tail by its share."""
+    z = torch.cat([events.tokens, events.tail.unsqueeze(-1)], -1) / _per_row(temperature)
+    log_q = z.log_softmax(-1)
+    q = log_q.exp()
+    assert events.tail_entropy is not None
+    among = -torch.where(q == 0, 0.0, q * log_q).sum(-1)
+    return among + q[..., -1] * events.tail_entropy

@@ -1,0 +1,790 @@
+"""Losses in chunks of rows: from hidden states and a head, and against teachers that are made into logits."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from accuracy import ULP, labels_for, logits, ran_on, upstream_for
+from oracles import compose
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
+
+import fastkd
+from fastkd import cpu, linear, products
+
+# A vocabulary of one block and a bit of the CPU kernel; rows that no chunk size divides.
+N, H, WIDER, V = 19, 24, 40, 2_100
+
+
+class Problem(NamedTuple):
+    """Operands as a user has them."""
+
+    hidden: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    teacher: fastkd.teachers.Teacher
+
+    def leaves(self) -> list[Tensor]:
+        """Fresh ones, for hidden, weight and bias."""
+        return [x.detach().clone().requires_grad_() for x in self[:3] if x is not None]
+
+
+def problem(
+    form: str = "linear",
+    *lead: int,
+    dtype: torch.dtype = torch.float32,
+    bias: bool = False,
+    rows: int = V,
+    teacher_rows: int = V,
+    seed: int = 0,
+) -> Problem:
+    """Logits of standard deviation 3 or so."""
+    lead = lead or (N,)
+
+    def normal(*shape: int, number: int, spread: float = 1.0) -> Tensor:
+        return logits(*shape, seed=10 * seed + number, spread=spread, dtype=dtype)
+
+    weight = normal(rows, H, number=1, spread=3 / H**0.5)
+    head = normal(teacher_rows, WIDER, number=2, spread=3 / WIDER**0.5)
+    teacher = fastkd.LinearTeacher(normal(*lead, WIDER, number=3), head)
+    dense = normal(*lead, teacher_rows, number=4, spread=3.0)
+    teachers: dict[str, Any] = {
+        "linear": teacher,
+        "linear with bias": fastkd.LinearTeacher(
+            teacher.hidden, head, normal(teacher_rows, number=5)
+        ),
+        "dense": dense,
+        "arithmetic": fastkd.Ensemble([teacher, dense], [1, 2]),
+        "geometric": fastkd.Ensemble([dense, teacher, dense + 1], mean="geometric"),
+    }
+    return Problem(
+        normal(*lead, H, number=6),
+        weight,
+        normal(rows, number=7) if bias else None,
+        teachers[form],
+    )
+
+
+FORMS = ("linear", "linear with bias", "dense", "arithmetic", "geometric")
+
+
+def teacher_logits(
+    teacher: Any, dtype: torch.dtype, vocabulary: int, options: dict[str, Any]
+) -> Tensor:
+    """The teacher as dense logits, in that dtype, from its definition."""
+    if isinstance(teacher, Tensor):
+        return teacher.to(dtype)[..., :vocabulary]
+    if isinstance(teacher, fastkd.LinearTeacher):
+        z = teacher.hidden.to(dtype) @ teacher.weight.to(dtype).T
+        return (z if teacher.bias is None else z + teacher.bias.to(dtype))[..., :vocabulary]
+    temperature = options.get("teacher_temperature", options.get("temperature", 1.0))
+    if isinstance(temperature, Tensor):
+        temperature = temperature.unsqueeze(-1).to(dtype)
+    members = []
+    for member in teacher.teachers:
+        z = teacher_logits(member, dtype, vocabulary, {}) * options.get("teacher_logit_scale", 1.0)
+        cap = options.get("teacher_softcap")
+        members.append((z if cap is None else cap * torch.tanh(z / cap)) / temperature)
+    if teacher.mean == "geometric":
+        return sum(w * z for w, z in zip(teacher.weights, members, strict=True)) * temperature
+    p = sum(w * z.softmax(-1) for w, z in zip(teacher.weights, members, strict=True))
+    return p.log() * temperature
+
+
+def composed(
+    given: Problem,
+    dtype: torch.dtype,
+    labels: Tensor | None,
+    upstream: Tensor | None,
+    **options: Any,
+) -> dict[str, Tensor]:
+    """Loss and gradients as plain PyTorch has them in that dtype."""
+    vocabulary = options.get("vocab_size") or given.weight.shape[0]
+    hidden, weight = given.hidden.to(dtype), given.weight.to(dtype)
+    s = hidden @ weight.T
+    if given.bias is not None:
+        s = s + given.bias.to(dtype)
+    t = teacher_logits(given.teacher, dtype, vocabulary, options)
+    if isinstance(given.teacher, fastkd.Ensemble):
+        options = {
+            k: v for k, v in options.items() if k not in ("teacher_logit_scale", "teacher_softcap")
+        }
+    out = compose(s, t, labels, dtype=dtype, terms=False, upstream=upstream, **options)
+    gradient = out.student_gradient.flatten(0, -2)
+    return {
+        "loss": out.loss,
+        "hidden": (gradient @ weight).view_as(hidden),
+        "weight": gradient.T @ hidden.flatten(0, -2),
+        "bias": gradient.sum(0),
+        "distillation": out.distillation,
+        "cross_entropy": out.cross_entropy,
+        "student_entropy": out.student_entropy,
+    }
+
+
+def error(value: Tensor, exact: Tensor) -> float:
+    """Relative, by norm."""
+    norm = float(exact.norm())
+    return float((value.double() - exact).norm()) / (norm or 1.0)
+
+
+def check(
+    backend: str,
+    given: Problem,
+    labels: Tensor | None = None,
+    *,
+    upstream: Tensor | None = None,
+    rounding: float = 0.0,
+    chunk_size: int | None = 7,
+    logits_dtype: torch.dtype | None = None,
+    **options: Any,
+) -> None:
+    """Loss, parts and gradients: at most the error of plain float32 PyTorch, and `rounding` of the operands' dtype."""
+    leaves = given.leaves()
+    loss, parts = fastkd.fused_linear_kd_loss(
+        *leaves[:2],
+        given.teacher,
+        labels,
+        student_bias=leaves[2] if len(leaves) > 2 else None,
+        chunk_size=chunk_size,
+        logits_dtype=logits_dtype,
+        backend=backend,
+        return_parts=True,
+        **options,
+    )
+    found = dict(
+        zip(("hidden", "weight", "bias"), torch.autograd.grad(loss, leaves, upstream), strict=False)
+    )
+    for name, leaf in zip(("hidden", "weight", "bias"), leaves, strict=False):
+        assert found[name].dtype == leaf.dtype and found[name].shape == leaf.shape
+    exact = composed(given, torch.float64, labels, upstream, **options)
+    plain = composed(given, torch.float32, labels, upstream, **options)
+    found |= {"loss": loss.detach()} | parts._asdict()
+    for name, value in found.items():
+        if name == "counted":
+            continue
+        # The reference is plain float32 PyTorch in another order: neither is the more exact of the two.
+        allowed = error(plain[name], exact[name]) * (2 if backend == "reference" else 1) + 8 * ULP
+        allowed += rounding if name in ("hidden", "weight", "bias") or logits_dtype else 0.0
+        assert error(value, exact[name]) <= allowed, (name, error(value, exact[name]), allowed)
+
+
+@pytest.mark.parametrize(
+    "divergence", ["forward_kl", "reverse_kl", "jsd", "tvd", "alpha_beta", "mixture"]
+)
+@pytest.mark.parametrize("form", FORMS)
+def test_every_teacher(backend: str, form: str, divergence: str) -> None:
+    check(backend, problem(form), divergence=divergence, temperature=2.0)
+
+
+@pytest.mark.parametrize("form", ["linear", "dense", "arithmetic"])
+@pytest.mark.parametrize("divergence", sorted(set(fastkd.DIVERGENCES)))
+def test_every_divergence(any_backend: str, form: str, divergence: str) -> None:
+    if divergence == "squared_error" and form == "arithmetic":
+        pytest.skip("an arithmetic mean has no logits: test_bad_arguments")
+    check(
+        any_backend,
+        problem(form, 3, rows=130, teacher_rows=130),
+        divergence=divergence,
+        chunk_size=2,
+    )
+
+
+CHUNKED = {
+    "labels": {"alpha": 0.3, "temperature": 2.0, "label_smoothing": 0.1},
+    "cross-entropy alone": {"alpha": 0.0},
+    "sum": {"reduction": "sum"},
+    "batchmean": {"reduction": "batchmean"},
+    "num_items": {"num_items": 100},
+    "num_items on the device": {"num_items": torch.tensor(100.0)},
+    "softcap": {
+        "softcap": 5.0,
+        "teacher_softcap": 7.0,
+        "logit_scale": 0.5,
+        "teacher_logit_scale": 2.0,
+    },
+    "no T^2": {"temperature": 3.0, "teacher_temperature": 1.5, "scale_by_temperature": False},
+    "temperatures a row": {
+        "temperature": torch.linspace(0.5, 3, N),
+        "teacher_temperature": torch.linspace(2, 1, N),
+    },
+    "mask and weight": {
+        "mask": torch.arange(N) % 3 > 0,
+        "weight": torch.linspace(0, 2, N),
+    },
+}
+
+
+@pytest.mark.parametrize("form", ["linear", "dense", "arithmetic", "geometric"])
+@pytest.mark.parametrize("options", CHUNKED.values(), ids=CHUNKED.keys())
+def test_options(backend: str, form: str, options: dict[str, Any]) -> None:
+    labels = labels_for(N, vocabulary=V, seed=3, ignored=0.3)
+    check(backend, problem(form, bias=True), labels, **options)
+
+
+# One row a chunk, an uneven division, exactly all, more than there are, and by the budget.
+@pytest.mark.parametrize("chunk_size", [1, 7, N, 1000, None])
+def test_chunk_size(backend: str, chunk_size: int | None) -> None:
+    check(backend, problem(bias=True), chunk_size=chunk_size, divergence="jsd")
+
+
+@pytest.mark.parametrize("form", ["linear", "dense", "arithmetic"])
+def test_one_loss_a_row(backend: str, form: str) -> None:
+    # The weight's gradient holds the upstream gradient inside its sum: it is made in the backward.
+    labels = labels_for(N, vocabulary=V, seed=4, ignored=0.3)
+    upstream = upstream_for(N)
+    check(backend, problem(form, bias=True), labels, alpha=0.5, reduction="none", upstream=upstream)
+
+
+@pytest.mark.parametrize("form", ["linear", "dense", "geometric"])
+def test_padded_vocabularies(backend: str, form: str) -> None:
+    given = problem(form, bias=True, rows=V + 30, teacher_rows=V + 7)
+    check(backend, given, vocab_size=V - 3)
+
+
+def test_leading_shapes_and_strides(backend: str) -> None:
+    given = problem("linear", 3, 5)
+    shifted = given._replace(
+        hidden=given.hidden[:, :-1],
+        teacher=fastkd.LinearTeacher(given.teacher.hidden[:, :-1], given.teacher.weight),
+    )
+    assert not shifted.hidden.is_contiguous()
+    loss = fastkd.fused_linear_kd_loss(*shifted[:2], shifted.teacher, backend=backend, chunk_size=5)
+    again = fastkd.fused_linear_kd_loss(
+        shifted.hidden.contiguous(), shifted.weight, shifted.teacher, backend=backend, chunk_size=5
+    )
+    assert torch.equal(loss, again)
+    mask = torch.rand(3, 4, generator=torch.Generator().manual_seed(1)) < 0.5
+    check(backend, shifted, mask=mask, chunk_size=3)
+    one = problem("linear", bias=True)
+    single = fastkd.fused_linear_kd_loss(
+        one.hidden[0],
+        one.weight,
+        fastkd.LinearTeacher(one.teacher.hidden[0], one.teacher.weight),
+        backend=backend,
+    )
+    assert single.dim() == 0 and single > 0
+
+
+# The gradients are rounded to their dtype once, and the products' operands have been before.
+@pytest.mark.parametrize(("dtype", "rounding"), [(torch.bfloat16, 2**-8), (torch.float16, 2**-11)])
+@pytest.mark.parametrize("form", ["linear", "dense", "arithmetic"])
+def test_low_precision(backend: str, dtype: torch.dtype, rounding: float, form: str) -> None:
+    given = problem(form, dtype=dtype, bias=True)
+    check(backend, given, divergence="jsd", rounding=rounding)
+    check(backend, given, reduction="none", upstream=upstream_for(N), rounding=2 * rounding)
+
+
+def test_logits_in_low_precision_are_worse_and_an_option(backend: str) -> None:
+    given = problem(dtype=torch.bfloat16)
+    check(backend, given, logits_dtype=torch.float32, rounding=2**-8)
+    check(backend, given, logits_dtype=torch.bfloat16, rounding=0.25)
+    with pytest.raises(AssertionError):
+        check(backend, given, logits_dtype=torch.bfloat16, rounding=2**-8)
+
+
+def test_a_loss_scaler_finds_float16_gradients() -> None:
+    # With a weight of 1 / (N V) the gradient is below float16's smallest number until the scaler's factor is inside.
+    given = problem(dtype=torch.float16)
+    leaves = given.leaves()
+    scale = 2.0**-22
+    loss = fastkd.fused_linear_kd_loss(*leaves, given.teacher, weight=torch.full((N,), scale))
+    gradients = torch.autograd.grad(loss, leaves, torch.tensor(1 / scale))
+    exact = composed(given, torch.float64, None, None)
+    for gradient, name in zip(gradients, ("hidden", "weight"), strict=True):
+        assert error(gradient, exact[name]) < 2**-10
+
+
+def test_float64_is_served_by_the_reference() -> None:
+    given = problem(dtype=torch.float64, bias=True)
+    leaves = given.leaves()
+    loss = fastkd.fused_linear_kd_loss(
+        *leaves[:2], given.teacher, student_bias=leaves[2], chunk_size=7, backend="reference"
+    )
+    exact = composed(given, torch.float64, None, None)
+    for gradient, name in zip(
+        torch.autograd.grad(loss, leaves), ("hidden", "weight", "bias"), strict=True
+    ):
+        assert error(gradient, exact[name]) < 1e-14
+
+
+@pytest.mark.parametrize("kept", ["hidden", "weight", "bias"])
+def test_frozen_operands(backend: str, kept: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    given = problem(bias=True)
+    operands = dict(zip(("hidden", "weight", "bias"), given.leaves(), strict=True))
+    products_of_weight = []
+    monkeypatch.setattr(
+        linear,
+        "add_weight_gradient",
+        lambda *a: products_of_weight.append(products.add_weight_gradient(*a)),
+    )
+    for name, operand in operands.items():
+        operand.requires_grad_(name == kept)
+    loss = fastkd.fused_linear_kd_loss(
+        operands["hidden"], operands["weight"], given.teacher, student_bias=operands["bias"],
+        chunk_size=7, backend=backend,
+    )  # fmt: skip
+    loss.backward()
+    exact = composed(given, torch.float64, None, None)
+    assert error(operands[kept].grad, exact[kept]) < 1e-5
+    assert all((operand.grad is None) == (name != kept) for name, operand in operands.items())
+    assert bool(products_of_weight) == (kept == "weight")
+
+
+def test_no_gradient_is_made_without_need(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    given = problem(bias=True)
+    monkeypatch.setattr(linear, "hidden_gradient", None)
+    monkeypatch.setattr(linear, "add_weight_gradient", None)
+    with torch.no_grad():
+        loss = fastkd.fused_linear_kd_loss(*given.leaves()[:2], given.teacher, backend=backend)
+    assert not loss.requires_grad
+    assert loss == fastkd.fused_linear_kd_loss(
+        given.hidden, given.weight, given.teacher, backend=backend
+    )
+
+
+def test_retain_graph_and_double_backward(backend: str) -> None:
+    given = problem(bias=True)
+    for options in ({}, {"reduction": "none"}):
+        leaves = given.leaves()
+        loss = fastkd.fused_linear_kd_loss(
+            *leaves[:2],
+            given.teacher,
+            student_bias=leaves[2],
+            chunk_size=7,
+            backend=backend,
+            **options,
+        ).sum()
+        first = torch.autograd.grad(2 * loss, leaves, retain_graph=True)
+        second = torch.autograd.grad(2 * loss, leaves, retain_graph=True)
+        third = torch.autograd.grad(2 * loss, leaves)
+        for a, b, c in zip(first, second, third, strict=True):
+            assert torch.equal(a, b) and torch.equal(b, c)
+        loss = fastkd.fused_linear_kd_loss(*leaves[:2], given.teacher, backend=backend)
+        (gradient,) = torch.autograd.grad(loss, leaves[:1], create_graph=True)
+        with pytest.raises(RuntimeError, match="first derivatives only"):
+            gradient.sum().backward()
+
+
+def test_a_squared_loss(backend: str) -> None:
+    given = problem()
+    leaves = given.leaves()
+    loss = fastkd.fused_linear_kd_loss(*leaves, given.teacher, backend=backend)
+    (loss**2).backward()
+    exact = composed(given, torch.float64, None, None)
+    assert error(leaves[1].grad, 2 * exact["loss"] * exact["weight"]) < 1e-5
+
+
+def test_activation_checkpointing(backend: str) -> None:
+    given = problem()
+
+    def run(hidden: Tensor, weight: Tensor) -> Tensor:
+        return fastkd.fused_linear_kd_loss(
+            2 * hidden, weight, given.teacher, backend=backend, chunk_size=7
+        )
+
+    leaves, again = given.leaves(), given.leaves()
+    run(*leaves).backward()
+    checkpoint(run, *again, use_reentrant=False).backward()
+    for a, b in zip(leaves, again, strict=True):
+        assert torch.equal(a.grad, b.grad)
+
+
+def test_a_tied_head(backend: str) -> None:
+    given = problem()
+    hidden, weight = given.leaves()
+    ids = torch.arange(N)
+
+    def run(loss: Any) -> Tensor:
+        weight.grad = None
+        loss(weight[ids] + given.hidden, weight).backward()
+        return weight.grad
+
+    tied = run(lambda h, w: fastkd.fused_linear_kd_loss(h, w, given.teacher, backend=backend))
+    dense = run(lambda h, w: fastkd.kd_loss(h @ w.T, given.teacher, backend=backend))
+    torch.testing.assert_close(tied, dense)
+    assert hidden.grad is None
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_dropped_rows_are_not_read(backend: str, form: str) -> None:
+    given = problem(form)
+    labels = labels_for(N, vocabulary=V, seed=5, ignored=0.4)
+    dropped = labels == -100
+    poisoned = given._replace(hidden=given.hidden.masked_fill(dropped.unsqueeze(-1), torch.nan))
+
+    def gradients(p: Problem) -> tuple[Tensor, ...]:
+        leaves = p.leaves()
+        loss = fastkd.fused_linear_kd_loss(
+            *leaves, p.teacher, labels, backend=backend, chunk_size=4
+        )
+        return (loss, *torch.autograd.grad(loss, leaves))
+
+    for clean, dirty in zip(gradients(given), gradients(poisoned), strict=True):
+        assert torch.equal(clean, dirty)
+    assert not gradients(poisoned)[1][dropped].any()
+
+
+@pytest.mark.parametrize("lead", [(N,), (0,), (2, 0)])
+def test_no_counted_row_is_zero_with_a_graph(backend: str, lead: tuple[int, ...]) -> None:
+    given = problem("linear", *lead)
+    leaves = given.leaves()
+    labels = torch.full(lead, -100)
+    loss = fastkd.fused_linear_kd_loss(*leaves, given.teacher, labels, alpha=0.5, backend=backend)
+    assert loss == 0
+    loss.backward()
+    assert all(leaf.grad is not None and not leaf.grad.any() for leaf in leaves)
+
+
+def test_micro_batches_add_up(backend: str) -> None:
+    given = problem()
+    labels = labels_for(N, vocabulary=V, seed=6, ignored=0.3)
+    items = int((labels != -100).sum())
+
+    def run(parts: Iterator[slice]) -> list[Tensor]:
+        leaves = given.leaves()
+        for part in parts:
+            teacher = fastkd.LinearTeacher(given.teacher.hidden[part], given.teacher.weight)
+            fastkd.fused_linear_kd_loss(
+                leaves[0][part], leaves[1], teacher, labels[part], num_items=items, backend=backend
+            ).backward()
+        return [leaf.grad for leaf in leaves]
+
+    whole, rows = run(iter([slice(0, N)])), run(slice(i, i + 1) for i in range(N))
+    for a, b in zip(whole, rows, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_autocast(backend: str) -> None:
+    given = problem()
+    leaves = given.leaves()
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = fastkd.fused_linear_kd_loss(*leaves, given.teacher, backend=backend, chunk_size=7)
+    assert loss.dtype == torch.float32
+    loss.backward()
+    half = Problem(
+        *(x.bfloat16() for x in given[:2]),
+        None,
+        fastkd.LinearTeacher(given.teacher.hidden.bfloat16(), given.teacher.weight.bfloat16()),
+    )
+    exact = composed(half, torch.float64, None, None)
+    for leaf, name in zip(leaves, ("hidden", "weight"), strict=True):
+        assert leaf.grad.dtype == torch.float32
+        assert error(leaf.grad, exact[name]) < 2**-7
+
+
+def test_the_backend_that_was_asked_for_runs(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    ran = ran_on(monkeypatch, "reference", "cpu")
+    given = problem()
+    fastkd.fused_linear_kd_loss(
+        given.hidden, given.weight, given.teacher, backend=backend, chunk_size=10
+    )
+    assert ran == [backend] * 2
+    ran.clear()
+    fastkd.fused_linear_kd_loss(given.hidden, given.weight, given.teacher)
+    assert ran == ["cpu"]
+
+
+def test_reruns_are_bitwise_equal(backend: str) -> None:
+    def run() -> list[Tensor]:
+        given = problem("arithmetic", bias=True)
+        leaves = given.leaves()
+        loss = fastkd.fused_linear_kd_loss(
+            *leaves[:2], given.teacher, student_bias=leaves[2], chunk_size=7, backend=backend
+        )
+        return [loss, *torch.autograd.grad(loss, leaves)]
+
+    for a, b in zip(run(), run(), strict=True):
+        assert torch.equal(a, b)
+
+
+class _Largest(TorchDispatchMode):
+    """The most elements of any new tensor that an operator returns."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.elements = 0
+
+    def __torch_dispatch__(
+        self, function: Any, types: Any, arguments: Any = (), keywords: Any = None
+    ) -> Any:
+        result = function(*arguments, **(keywords or {}))
+        given = {x.untyped_storage().data_ptr() for x in arguments if isinstance(x, Tensor)}
+        for value in result if isinstance(result, (tuple, list)) else (result,):
+            if isinstance(value, Tensor) and value.untyped_storage().data_ptr() not in given:
+                self.elements = max(self.elements, value.numel())
+        return result
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_no_tensor_of_all_logits(
+    form: str, reduction: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows, chunk = 256, 16
+    given = problem(form, rows, rows=1_000, teacher_rows=1_000)
+    leaves = given.leaves()
+    asked = []
+    monkeypatch.setattr(
+        cpu,
+        "empty",
+        lambda shape, *a, take=cpu.empty: asked.append(shape[0] * shape[1]) or take(shape, *a),
+    )
+    with _Largest() as largest:
+        loss = fastkd.fused_linear_kd_loss(
+            *leaves, given.teacher, chunk_size=chunk, reduction=reduction
+        )
+        loss.sum().backward()
+    assert asked and max(asked) == chunk * 1_000
+    assert largest.elements <= max(chunk * 1_000, 1_000 * H, rows * H)
+
+
+PEAK = """
+import ctypes, json, sys
+from pathlib import Path
+import torch, fastkd
+from fastkd import _C
+
+def status(field):
+    return next(int(l.split()[1]) * 1024 for l in open("/proc/self/status") if l.startswith(field + ":"))
+
+rows, vocabulary, form, dtype, budget = json.loads(sys.argv[1])
+dtype = getattr(torch, dtype)
+hidden, weight = torch.randn(rows, 32).to(dtype), torch.randn(vocabulary, 32).to(dtype)
+head = torch.randn(vocabulary, 32).to(dtype)
+def teacher(n):
+    linear = fastkd.LinearTeacher(hidden[:n] + 1, head)
+    return {"linear": linear, "ensemble": fastkd.Ensemble([linear, linear]),
+            "topk": fastkd.TopK(torch.arange(64).expand(n, 64), torch.full((n, 64), -5.0))}[form]
+def step(n):
+    h, w = hidden[:n].clone().requires_grad_(), weight.clone().requires_grad_()
+    t = teacher(n)
+    before = status("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")
+    fastkd.fused_linear_kd_loss(h, w, t, memory_budget=budget, divergence="jsd").backward()
+    return status("VmHWM") - before - h.grad.nbytes - w.grad.nbytes
+step(8)
+_C.release_idle_outputs()
+ctypes.CDLL(None).malloc_trim(0)
+print(step(rows))
+"""
+
+
+# A quarter of the rows and all of them; a real vocabulary and the widest.
+@pytest.mark.parametrize(
+    ("vocabulary", "rows"), [(49_152, (512, 2048)), (262_144, (256,))], ids=["49k", "262k"]
+)
+@pytest.mark.parametrize("form", ["linear", "ensemble", "topk"])
+def test_peak_memory_is_the_budget(vocabulary: int, rows: tuple[int, ...], form: str) -> None:
+    budget = 128 << 20
+    for count in rows:
+        case = json.dumps([count, vocabulary, form, "float32", budget])
+        done = subprocess.run(
+            [sys.executable, "-c", PEAK, case], capture_output=True, text=True, check=True
+        )
+        peak = int(done.stdout.split()[-1])
+        assert peak <= 1.1 * budget, f"{count} rows: {peak / 2**20:.0f} MiB"
+
+
+def test_memory_plan() -> None:
+    plan = fastkd.memory_plan(8192, 128_256, 4096, dtype=torch.bfloat16, device="cuda")
+    assert plan.peak == plan.logits + plan.accumulator + plan.workspace
+    assert plan.accumulator == 4 * 128_256 * 4096
+    assert plan.chunks == -(-8192 // plan.chunk_size)
+    assert plan.logits == plan.chunk_size * 128_256 * 8
+    assert plan.peak - plan.accumulator <= 2 << 30
+    exact = fastkd.memory_plan(1000, 1000, 64, chunk_size=10)
+    assert (exact.chunk_size, exact.chunks) == (10, 100)
+    whole = fastkd.memory_plan(100, 1000, 64)
+    assert (whole.chunk_size, whole.chunks) == (100, 1)
+    frozen = fastkd.memory_plan(100, 1000, 64, dtype=torch.bfloat16, weight_gradient=False)
+    assert frozen.accumulator == 0
+    sparse, dense = (fastkd.memory_plan(100, 1000, 64, teacher=form) for form in ("topk", "dense"))
+    assert sparse.teacher < dense.teacher and sparse.logits < whole.logits
+    with pytest.raises(
+        ValueError, match="teacher must be one of dense, linear, topk, ensemble; got 'x'"
+    ):
+        fastkd.memory_plan(1, 1, 1, teacher="x")
+
+
+BAD: list[tuple[dict[str, Any], type[Exception], str]] = [
+    ({"student_hidden": None}, TypeError, "student_hidden must be a tensor, got NoneType"),
+    ({"student_weight": torch.ones(V, H, dtype=torch.int64)}, TypeError,
+     "student_weight must be float32, bfloat16, float16 or float64, got torch.int64"),
+    ({"student_weight": torch.ones(V, H + 1)}, ValueError,
+     f"student_weight must be [V, {H}], as hidden has that width; got ({V}, {H + 1})"),
+    ({"student_weight": torch.ones(V, H).bfloat16()}, TypeError,
+     "student_weight must be torch.float32, as student_hidden is; got torch.bfloat16"),
+    ({"student_weight": torch.ones(V, H, device="meta")}, ValueError,
+     "student_weight must be on cpu, where student_hidden is; got meta"),
+    ({"student_bias": torch.ones(V + 1)}, ValueError,
+     f"student_bias must be [{V}], one a row of weight; got ({V + 1},)"),
+    ({"student_weight": torch.ones(V + 4, H)}, ValueError,
+     f"student_weight has {V + 4} columns, teacher has {V} columns; if the rest is padding of one tokenizer, pass "
+     f"vocab_size (at most {V}), the number of real tokens"),
+    ({"teacher": torch.ones(N + 1, V)}, ValueError,
+     f"teacher must have the leading shape of student_hidden, ({N},); got ({N + 1},)"),
+    ({"teacher": torch.ones(N, V, requires_grad=True)}, ValueError,
+     "teacher requires grad, and fused_linear_kd_loss has no gradient for it; detach it"),
+    ({"teacher": fastkd.LinearTeacher(torch.ones(N, 3), torch.ones(V, 3, requires_grad=True))}, ValueError,
+     "teacher.weight requires grad, and only a teacher of dense logits gets a gradient; detach it"),
+    ({"teacher": fastkd.Ensemble([torch.ones(N, V), torch.ones(N, V + 1)])}, ValueError,
+     f"student_weight has {V} columns, teacher.teachers[0] has {V} columns, teacher.teachers[1] has {V + 1} columns; "
+     f"if the rest is padding of one tokenizer, pass vocab_size (at most {V}), the number of real tokens"),
+    ({"teacher": fastkd.Ensemble([torch.ones(N, V)]), "divergence": "squared_error"}, ValueError,
+     "the divergence 'squared_error' is one of logits, and the arithmetic mean of an Ensemble is one of "
+     "probabilities; use mean='geometric'"),
+    ({"chunk_size": 0}, ValueError, "chunk_size must be positive, got 0"),
+    ({"chunk_size": 2.0}, TypeError, "chunk_size must be an int or None, got float"),
+    ({"memory_budget": -1}, ValueError, "memory_budget must be positive, got -1"),
+    ({"memory_budget": "1G"}, TypeError, "memory_budget must be an int or None, got str"),
+    ({"logits_dtype": torch.bfloat16}, ValueError,
+     "logits_dtype must be torch.float32 or the dtype of student_hidden, torch.float32; got torch.bfloat16"),
+    ({"inplace": True}, TypeError, "fused_linear_kd_loss has no option inplace"),
+    ({"temprature": 2.0}, TypeError, "fused_linear_kd_loss has no option temprature"),
+    ({"reduction": "batch"}, ValueError, "reduction must be one of none, sum, mean, batchmean; got 'batch'"),
+    ({"return_parts": 1}, TypeError, "return_parts must be True or False, got int"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("bad", "kind", "message"), BAD, ids=lambda value: str(value)[:40])
+def test_bad_arguments(bad: dict[str, Any], kind: type[Exception], message: str) -> None:
+    given = problem()
+    arguments = {
+        "student_hidden": given.hidden,
+        "student_weight": given.weight,
+        "teacher": given.teacher,
+        **bad,
+    }
+    with pytest.raises(kind) as raised:
+        fastkd.fused_linear_kd_loss(**arguments)
+    assert str(raised.value) == message
+
+
+def test_a_budget_for_less_than_a_row() -> None:
+    given = problem()
+    with pytest.raises(
+        ValueError, match=r"memory_budget must be at least \d+ bytes, which one row takes; got 1000"
+    ):
+        fastkd.fused_linear_kd_loss(given.hidden, given.weight, given.teacher, memory_budget=1000)
+
+
+def test_bad_teachers() -> None:
+    states, head = torch.ones(N, 3), torch.ones(V, 3)
+    cases: list[tuple[Any, type[Exception], str]] = [
+        (lambda: fastkd.LinearTeacher(states, torch.ones(V, 4)), ValueError,
+         f"the teacher's weight must be [V, 3], as hidden has that width; got ({V}, 4)"),
+        (lambda: fastkd.LinearTeacher(states, head, torch.ones(3)), ValueError,
+         f"the teacher's bias must be [{V}], one a row of weight; got (3,)"),
+        (lambda: fastkd.LinearTeacher([1], head), TypeError, "the teacher's hidden must be a tensor, got list"),
+        (lambda: fastkd.Ensemble([]), ValueError, "teachers must hold at least one teacher, got none"),
+        (lambda: fastkd.Ensemble(states), TypeError, "teachers must be a list of teachers, got Tensor"),
+        (lambda: fastkd.Ensemble([None]), TypeError,
+         "teachers[0] must be dense logits or a LinearTeacher, got NoneType"),
+        (lambda: fastkd.Ensemble([states], [1, 2]), ValueError, "weights must be one a teacher, 1; got 2"),
+        (lambda: fastkd.Ensemble([states], [-1]), ValueError,
+         "weights[0] must be finite and not negative, got -1"),
+        (lambda: fastkd.Ensemble([states], [0]), ValueError,
+         "weights must have a positive, finite sum, got [0]"),
+        (lambda: fastkd.Ensemble([states], mean="median"), ValueError,
+         "mean must be one of arithmetic, geometric; got 'median'"),
+    ]  # fmt: skip
+    for make, kind, message in cases:
+        with pytest.raises(kind) as raised:
+            make()
+        assert str(raised.value) == message
+
+
+# ---- kd_loss against teachers that are made into logits
+
+
+@pytest.mark.parametrize("form", ["linear", "linear with bias", "arithmetic", "geometric"])
+@pytest.mark.parametrize("inplace", [False, True])
+def test_kd_loss(backend: str, form: str, inplace: bool) -> None:
+    given = problem(form, 3, 5)
+    student = logits(3, 6, V, seed=8).requires_grad_()
+    labels = labels_for(3, 5, vocabulary=V, seed=9, ignored=0.3)
+    options: dict[str, Any] = {"alpha": 0.4, "temperature": 2.0, "divergence": "jsd"}
+    produced = student * 1
+    loss = fastkd.kd_loss(
+        produced[:, :-1], given.teacher, labels, backend=backend, inplace=inplace, **options
+    )
+    loss.backward()
+    dense = teacher_logits(given.teacher, torch.float64, V, options)
+    exact = compose(student.detach()[:, :-1], dense, labels, terms=False, **options)
+    assert error(loss.detach(), exact.loss) < 1e-6
+    assert error(student.grad[:, :-1], exact.student_gradient) < 1e-5
+    assert not student.grad[:, -1].any()
+    assert (produced._version > 0) == inplace
+
+
+def test_kd_loss_float16_is_computed_in_the_backward(backend: str) -> None:
+    given = problem()
+    student = logits(N, V, seed=8, dtype=torch.float16).requires_grad_()
+    loss = fastkd.kd_loss(student, given.teacher, backend=backend)
+    loss.backward(torch.tensor(2.0**16))
+    exact = compose(
+        student.detach(), teacher_logits(given.teacher, torch.float64, V, {}), terms=False
+    )
+    assert error(student.grad, 2**16 * exact.student_gradient) < 2**-10
+
+
+def test_an_ensemble_of_one_is_its_teacher(backend: str) -> None:
+    given = problem("dense")
+    student = logits(N, V, seed=8)
+    alone = fastkd.kd_loss(student, given.teacher, backend=backend, reduction="none")
+    for mean in ("arithmetic", "geometric"):
+        ensemble = fastkd.Ensemble([given.teacher, given.teacher + 5], [1, 3], mean)
+        together = fastkd.kd_loss(student, ensemble, backend=backend, reduction="none")
+        torch.testing.assert_close(together, alone, rtol=1e-5, atol=1e-5)
+
+
+def test_the_mean_of_losses_has_the_gradient_of_the_loss_to_the_mean(backend: str) -> None:
+    # For forward KL the arithmetic mean of probabilities, for reverse KL the geometric one.
+    teachers = [logits(N, V, seed=seed) for seed in (1, 2, 3)]
+    for divergence, mean in (("forward_kl", "arithmetic"), ("reverse_kl", "geometric")):
+        student = logits(N, V, seed=8).requires_grad_()
+        apart = (
+            sum(
+                fastkd.kd_loss(student, t, divergence=divergence, backend=backend) for t in teachers
+            )
+            / 3
+        )
+        together = fastkd.kd_loss(
+            student, fastkd.Ensemble(teachers, mean=mean), divergence=divergence, backend=backend
+        )
+        (a,), (b,) = (torch.autograd.grad(loss, student) for loss in (apart, together))
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-8)
+        assert apart > together
+
+
+def test_modules() -> None:
+    given = problem(bias=True)
+    module = fastkd.FusedLinearKDLoss(divergence="jsd", chunk_size=7)
+    assert not list(module.parameters())
+    assert "divergence='jsd', chunk_size=7" in repr(module)
+    value = module(given.hidden, given.weight, given.teacher, student_bias=given.bias)
+    assert value == fastkd.fused_linear_kd_loss(
+        given.hidden,
+        given.weight,
+        given.teacher,
+        student_bias=given.bias,
+        divergence="jsd",
+        chunk_size=7,
+    )
+    fastkd.FusedLinearKDLoss(logits_dtype=torch.bfloat16, memory_budget=1 << 30)
+    for options, message in (
+        ({"chunk_size": 0}, "chunk_size must be positive"),
+        ({"temperature": -1.0}, "temperature must be positive"),
+        ({"student_bias": given.bias}, "student_bias belongs to a batch"),
+        ({"inplace": True}, "no option inplace"),
+    ):
+        with pytest.raises((ValueError, TypeError), match=message):
+            fastkd.FusedLinearKDLoss(**options)
