@@ -3,11 +3,13 @@
     python examples/demo.py
 
 SmolLM2-135M teaches a student of six of its layers on the King James text: 49,152 classes a token.
-Both students start equal and see the same batches and the same teacher logits, one step of each in
-turn, so whatever else the machine does falls on both. Their first gradients and their training
-curves have to agree. What is measured, in the run itself:
+Both students start equal and see the same batches and the same teacher, one step of each in turn, so
+whatever else the machine does falls on both. Their first gradients and their training curves have to
+agree. `--teacher` says in which form the teacher comes: logits, hidden states and its head, its most
+probable tokens, or hidden states that were written to disk first. What is measured, in the run itself:
 
-- loss time: from the logits of both models to the gradient of the student's, once a step;
+- loss time: from the logits of both models (hidden states, where the form has them) to the gradient
+  of the student's, once a step;
 - extra loss memory: by how much that raises the peak of the process's resident memory, that
   gradient included. The system counts it (Linux only), so no allocation of either side escapes.
 """
@@ -15,7 +17,7 @@ curves have to agree. What is measured, in the run itself:
 import json
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -23,10 +25,9 @@ from typing import Annotated, Any
 import torch
 import typer
 from distill import (
+    EAGER_DIVERGENCES,
     Corpus,
     Distiller,
-    Loss,
-    LossName,
     Quality,
     console,
     encode,
@@ -35,14 +36,13 @@ from distill import (
     keep_layers,
     load_teacher,
     load_text,
-    logits_of,
-    make_loss,
     progress_bar,
+    require,
     require_positive,
 )
 from rich.table import Table
+from teacher_forms import Form, Teacher, first_token, losses, on_hidden_states
 from torch import Tensor
-from transformers import PreTrainedModel
 
 import fastkd
 
@@ -72,33 +72,33 @@ class _HandOn(torch.autograd.Function):
 
 
 class TimedLoss:
-    """A loss that notes how long its forward and backward take, up to the logits' gradient."""
+    """A loss that notes how long its forward and backward take, up to the gradient of its input."""
 
-    def __init__(self, loss: Loss) -> None:
+    def __init__(self, loss: Callable[..., Tensor]) -> None:
         self.loss = loss
         self.seconds: list[float] = []
 
-    def __call__(self, student_logits: Tensor, teacher_logits: Tensor, labels: Tensor) -> Tensor:
+    def __call__(self, student: Tensor, teacher: Any, labels: Tensor) -> Tensor:
         """The loss, which hands the gradient on when the model's backward asks for it."""
         start = time.perf_counter()
-        loss, gradient = loss_and_gradient(self.loss, student_logits, teacher_logits, labels)
+        loss, gradient = loss_and_gradient(self.loss, student, teacher, labels)
         self.seconds.append(time.perf_counter() - start)
-        return _HandOn.apply(student_logits, loss, gradient)
+        return _HandOn.apply(student, loss, gradient)
 
 
 def loss_and_gradient(
-    loss: Loss, student_logits: Tensor, teacher_logits: Tensor, labels: Tensor
+    loss: Callable[..., Tensor], student: Tensor, teacher: Any, labels: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """The value, and its gradient with respect to the student's logits."""
+    """The value, and its gradient with respect to the student's logits or hidden states."""
     with torch.enable_grad():
-        leaf = student_logits.detach().requires_grad_()
-        value = loss(leaf, teacher_logits, labels)
+        leaf = student.detach().requires_grad_()
+        value = loss(leaf, teacher, labels)
         (gradient,) = torch.autograd.grad(value, leaf)
     return value.detach(), gradient
 
 
 def extra_memory(
-    loss: Loss, student_logits: Tensor, teacher_logits: Tensor, labels: Tensor
+    loss: Callable[..., Tensor], student: Tensor, teacher: Any, labels: Tensor
 ) -> int | None:
     """Bytes by which the loss and its gradient raise the peak of resident memory.
 
@@ -106,12 +106,12 @@ def extra_memory(
     to call count as well. None where the system does not say.
     """
     # One row first: what it takes to load code and start threads is no cost of a step.
-    loss_and_gradient(loss, student_logits[:, :1], teacher_logits[:, :1], labels[:, :1])
+    loss_and_gradient(loss, student[:, :1], first_token(teacher), labels[:, :1])
     try:
         Path("/proc/self/clear_refs").write_text("5")  # the peak becomes the present size
         before = _status_bytes("VmHWM")
         for _ in range(2):
-            loss_and_gradient(loss, student_logits, teacher_logits, labels)
+            loss_and_gradient(loss, student, teacher, labels)
         return _status_bytes("VmHWM") - before
     except OSError:
         return None
@@ -165,15 +165,15 @@ def check_gradients(eager: Tensor, fused: Tensor) -> float:
 
 
 def train_both(
-    distillers: Sequence[Distiller], teacher: PreTrainedModel, corpus: Corpus, steps: int
+    distillers: Sequence[Distiller], teacher: Teacher, corpus: Corpus, steps: int
 ) -> None:
-    """Train all of them in step, on the same batches and teacher logits, with a bar."""
+    """Train all of them in step, on the same batches and the same teacher, with a bar."""
     with progress_bar() as progress:
         task = progress.add_task("training both", total=steps, figures="")
         for step in range(steps):
             ids = corpus.batch(step)
-            teacher_logits = logits_of(teacher, ids[:, :-1])
-            values = [distiller.step(ids, teacher_logits) for distiller in distillers]
+            targets = teacher.of(step, ids[:, :-1])
+            values = [distiller.step(ids, targets) for distiller in distillers]
             figures = " and ".join(f"{value:.4f}" for value in values)
             progress.update(task, advance=1, figures=f"loss {figures}")
 
@@ -253,6 +253,10 @@ def main(
         "forward_kl"
     ),
     temperature: Annotated[float, typer.Option(help="Divides the logits of both.")] = 1.0,
+    teacher: Annotated[
+        Form, typer.Option(help="The form in which the teacher comes to the loss.")
+    ] = Form.dense,
+    k: Annotated[int, typer.Option(help="Tokens of --teacher topk.")] = 64,
     steps: Annotated[int, typer.Option(help="Steps of training.")] = 30,
     sequence_length: Annotated[int, typer.Option(help="Tokens a step.")] = 256,
     held_out: Annotated[int, typer.Option(help="Sequences held out.")] = 4,
@@ -268,43 +272,64 @@ def main(
     """Distil with fastkd and with eager PyTorch in turn, and compare."""
     require_positive(
         temperature=temperature,
+        k=k,
         steps=steps,
         sequence_length=sequence_length,
         held_out=held_out,
         lr=lr,
     )
+    known = ", ".join(EAGER_DIVERGENCES)
+    require("--divergence", divergence, f"one of {known}", divergence in EAGER_DIVERGENCES)
     began = time.perf_counter()
-    losses = [
-        TimedLoss(make_loss(name, divergence, temperature, alpha=1.0))
-        for name in (LossName.reference, LossName.fastkd)
-    ]
     with console.status("loading SmolLM2-135M and the King James text"):
-        teacher, tokenizer = load_teacher("smollm2", assets)
+        model, tokenizer = load_teacher("smollm2", assets)
         ids = encode(load_text(None, assets), tokenizer)
         corpus = Corpus(ids, sequence_length, 1, held_out, seed)
-        students = [keep_layers(teacher, LAYERS) for _ in losses]
+        students = [keep_layers(model, LAYERS) for _ in range(2)]
+    require("--k", k, f"1 to {model.config.vocab_size}", k <= model.config.vocab_size)
     for student in students:
         freeze_embeddings(student)
-    distillers = [
-        Distiller(student, loss, lr) for student, loss in zip(students, losses, strict=True)
+    timed = [
+        TimedLoss(both[side])
+        for side, both in enumerate(
+            losses(teacher, divergence, temperature, student.lm_head.weight) for student in students
+        )
     ]
+    distillers = [
+        Distiller(student, loss, lr) for student, loss in zip(students, timed, strict=True)
+    ]
+    if teacher.on_hidden_states:
+        for distiller in distillers:
+            on_hidden_states(distiller)
     with console.status("held-out text, before"):
-        [before] = evaluate(students[:1], teacher, corpus.held_out)
+        [before] = evaluate(students[:1], model, corpus.held_out)
+    with progress_bar() as progress:
+        task = progress.add_task("writing the cache", total=steps, figures="", visible=False)
+        targets = Teacher(
+            model,
+            teacher,
+            corpus=corpus,
+            steps=steps,
+            temperature=temperature,
+            k=k,
+            progress=lambda done: progress.update(task, completed=done, visible=True),
+        )
     with console.status("first gradients, extra loss memory"):
         inputs, labels = corpus.batch(0)[:, :-1], corpus.batch(0)[:, 1:]
-        first = logits_of(students[0], inputs), logits_of(teacher, inputs), labels
-        memory = [extra_memory(loss.loss, *first) for loss in losses]
-        gradients = [loss_and_gradient(loss.loss, *first)[1] for loss in losses]
+        with torch.no_grad():
+            first = distillers[0].output(inputs), targets.of(0, inputs), labels
+        memory = [extra_memory(loss.loss, *first) for loss in timed]
+        gradients = [loss_and_gradient(loss.loss, *first)[1] for loss in timed]
         gradient_difference = check_gradients(*gradients)
-        megabytes = first[0].nbytes / MIB
+        megabytes = inputs.numel() * model.config.vocab_size * 4 / MIB
         del first, gradients
-    train_both(distillers, teacher, corpus, steps)
+    train_both(distillers, targets, corpus, steps)
     with console.status("held-out text, after"):
-        after = evaluate(students, teacher, corpus.held_out)
+        after = evaluate(students, model, corpus.held_out)
 
     eager, fused = (
         Outcome(distiller.curve, loss.seconds, size, quality)
-        for distiller, loss, size, quality in zip(distillers, losses, memory, after, strict=True)
+        for distiller, loss, size, quality in zip(distillers, timed, memory, after, strict=True)
     )
     output.mkdir(parents=True, exist_ok=True)
     plot(output / "demo.png", eager, fused, before)

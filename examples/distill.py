@@ -125,14 +125,24 @@ def make_loss(name: LossName, divergence: str, temperature: float, alpha: float)
                 f"got {divergence!r}; allowed are {', '.join(fastkd.DIVERGENCES)}",
                 param_hint="--divergence",
             )
-        return functools.partial(fastkd.kd_loss, **options)
+        return _on_common_columns(functools.partial(fastkd.kd_loss, **options))
     if divergence not in EAGER_DIVERGENCES:
         raise typer.BadParameter(
             f"got {divergence!r} with --loss reference, which has {', '.join(EAGER_DIVERGENCES)}; "
             "--loss fastkd has all of fastkd's",
             param_hint="--divergence",
         )
-    return functools.partial(eager_loss, **options)
+    return _on_common_columns(functools.partial(eager_loss, **options))
+
+
+def _on_common_columns(loss: Loss) -> Loss:
+    """The loss on the columns that both models have: the rest is padding of one tokenizer."""
+
+    def common(student_logits: Tensor, teacher_logits: Tensor, labels: Tensor) -> Tensor:
+        width = min(student_logits.shape[-1], teacher_logits.shape[-1])
+        return loss(student_logits[..., :width], teacher_logits[..., :width], labels)
+
+    return common
 
 
 def load_teacher(name: str, assets: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -265,13 +275,15 @@ class Distiller:
         )
         self.curve: list[float] = []
 
-    def step(self, ids: Tensor, teacher_logits: Tensor) -> float:
-        """Train on token ids [B, S + 1] and the teacher's logits [B, S, V]; returns the loss."""
+    def output(self, inputs: Tensor) -> Tensor:
+        """What the loss takes of the student: logits [B, S, V]."""
+        return self.student(inputs, use_cache=False).logits
+
+    def step(self, ids: Tensor, teacher: Any) -> float:
+        """Train on token ids [B, S + 1] and what the loss takes of the teacher; returns the loss."""
         for group in self.optimizer.param_groups:
             group["lr"] = self.lr * min(1.0, (len(self.curve) + 1) / self.warm_up)
-        student_logits = self.student(ids[:, :-1], use_cache=False).logits
-        width = min(student_logits.shape[-1], teacher_logits.shape[-1])  # the rest is padding
-        loss = self.loss(student_logits[..., :width], teacher_logits[..., :width], ids[:, 1:])
+        loss = self.loss(self.output(ids[:, :-1]), teacher, ids[:, 1:])
         loss.backward()
         nn.utils.clip_grad_norm_(self.trained.values(), 1.0)
         self.optimizer.step()
