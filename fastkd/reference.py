@@ -196,9 +196,13 @@ def gather_events(student: Tensor, rows: Rows, options: Options, parts: bool) ->
     counts.scatter_add_(-1, seats, in_range.to(torch.int32))
     valid = (in_range | (ids == -1)).all(-1) & (counts <= 1).all(-1)
 
-    origin = z.amax(-1)
-    z = z - origin.unsqueeze(-1)
-    others = (z / temperature).masked_fill(counts > 0, -torch.inf)
+    def finite(origin: Tensor) -> Tensor:
+        return torch.where(origin == -torch.inf, 0.0, origin).unsqueeze(-1)
+
+    tokens = z.gather(-1, seats).masked_fill(~in_range, -torch.inf)
+    others = z.masked_fill(counts > 0, -torch.inf)
+    origin, tail_origin = tokens.amax(-1), others.amax(-1)
+    others = (others - finite(tail_origin)) / temperature
     log_sum = others.logsumexp(-1)
     entropy = None
     if parts:
@@ -207,15 +211,17 @@ def gather_events(student: Tensor, rows: Rows, options: Options, parts: bool) ->
         entropy = -torch.where(q == 0, 0.0, q * log_q).sum(-1)
     log_sum_at_1 = label = mean = None
     if rows.labels is not None and options.alpha < 1.0:
+        z = z - finite(torch.maximum(origin, tail_origin))
         log_sum_at_1 = z.logsumexp(-1)
         label = z.gather(-1, rows.labels.clamp(0, vocabulary - 1).unsqueeze(-1)).squeeze(-1)
         mean = z.mean(-1) if options.label_smoothing else None
+    spread = temperature.squeeze(-1) if isinstance(temperature, Tensor) else temperature
     return Events(
         origin,
-        z.gather(-1, seats).masked_fill(~in_range, -torch.inf),
-        log_sum * temperature.squeeze(-1)
-        if isinstance(temperature, Tensor)
-        else log_sum * temperature,
+        tail_origin,
+        tokens - finite(origin),
+        tail_origin - finite(origin).squeeze(-1) + spread * log_sum,
+        log_sum,
         entropy,
         log_sum_at_1,
         label,
@@ -237,29 +243,27 @@ def spread_gradient(
     ids, vocabulary = rows.ids, options.vocab_size
     assert ids is not None
     z, slope = _adjust(_upcast(student[..., :vocabulary]), options.logit_scale, options.softcap)
-    z = z - events.origin.unsqueeze(-1)
     temperature = _temperature_of(rows, options, z.dtype)
     in_range = (ids >= 0) & (ids < vocabulary)
     seats = ids.where(in_range, 0)
     member = torch.zeros(z.shape, dtype=torch.int32, device=z.device)
     member = member.scatter_add_(-1, seats, in_range.to(torch.int32)) > 0
 
-    tail = torch.where(events.tail == -torch.inf, 0.0, events.tail).unsqueeze(-1)
-    result = ((z - tail) / temperature).exp() * gradient[..., -1:]
+    share = (z - events.tail_origin.unsqueeze(-1)) / temperature - events.tail_log_sum.unsqueeze(-1)
+    result = share.exp() * gradient[..., -1:]
     result = result.masked_fill(member | (z == -torch.inf), 0.0)
     result.scatter_add_(-1, seats, gradient[..., :-1].masked_fill(~in_range, 0.0))
     if cross_entropy_scale is not None:
         assert rows.labels is not None and events.log_sum is not None
         labels = rows.labels.clamp(0, vocabulary - 1).unsqueeze(-1)
         smoothing = options.label_smoothing
-        cross_entropy = (z - events.log_sum.unsqueeze(-1)).exp() - smoothing / vocabulary
+        log_q = z - torch.maximum(events.origin, events.tail_origin).unsqueeze(-1)
+        cross_entropy = (log_q - events.log_sum.unsqueeze(-1)).exp() - smoothing / vocabulary
         cross_entropy.scatter_add_(-1, labels, torch.full_like(z[..., :1], smoothing - 1.0))
-        scale = cross_entropy_scale.unsqueeze(-1)
-        result = result + torch.where(scale == 0, 0.0, scale * cross_entropy)
-    dropped = (gradient == 0).all(-1, keepdim=True)  # whatever their logits hold
-    if cross_entropy_scale is not None:
-        dropped = dropped & (cross_entropy_scale == 0).unsqueeze(-1)
-    result = torch.where(dropped, 0.0, result * slope)
+        result = result + cross_entropy_scale.unsqueeze(-1) * cross_entropy
+    assert rows.weight is not None
+    weight = rows.weight.unsqueeze(-1)
+    result = torch.where(weight.isnan(), torch.nan, torch.where(weight == 0, 0.0, result * slope))
     padding = student.shape[-1] - vocabulary
     return out.copy_(torch.nn.functional.pad(result, (0, padding)) if padding else result)
 

@@ -27,6 +27,13 @@ def _check_tensor(argument: str, value: object, dtypes: Sequence[torch.dtype]) -
     return value
 
 
+def _check_temperature(value: float) -> None:
+    if isinstance(value, Tensor) or not isinstance(value, (int, float)):
+        raise TypeError(f"temperature must be a number, got {type(value).__name__}")
+    if not 0 < value < math.inf:
+        raise ValueError(f"temperature must be positive and finite, got {value}")
+
+
 @dataclass(frozen=True, eq=False)
 class TopK:
     """A sparse teacher: the log-probabilities of K tokens a row, and a policy for the mass of the others.
@@ -92,10 +99,7 @@ class TopK:
                 raise ValueError(
                     f"tail_logprob must be on {self.ids.device}, where ids are; got {self.tail_logprob.device}"
                 )
-        if isinstance(self.temperature, Tensor) or not isinstance(self.temperature, (int, float)):
-            raise TypeError(f"temperature must be a number, got {type(self.temperature).__name__}")
-        if not 0 < self.temperature < math.inf:
-            raise ValueError(f"temperature must be positive and finite, got {self.temperature}")
+        _check_temperature(self.temperature)
 
     @classmethod
     def from_logits(
@@ -111,6 +115,7 @@ class TopK:
             raise ValueError("logits must be [..., V], got a scalar")
         if type(k) is not int or not 1 <= k <= logits.shape[-1]:
             raise ValueError(f"k must be an int in [1, {logits.shape[-1]}], got {k!r}")
+        _check_temperature(temperature)
         exact = torch.float64 if logits.dtype == torch.float64 else torch.float32
         tempered = logits.detach().to(exact) / temperature
         top, ids = tempered.topk(k, dim=-1)

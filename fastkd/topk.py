@@ -9,6 +9,8 @@ goes back to the row: to the K tokens as it is, and to the others in proportion 
     gather_events(student, rows, options, parts) -> Events
     spread_gradient(student, events, gradient, cross_entropy_scale, rows, options, out) -> gradient of the row
 
+where rows.weight is there, 0 in a row that is dropped and NaN in one that is not valid.
+
 The cpu backend does all of it row by row (csrc/cpu/topk.cpp), where the row is in the cache.
 """
 
@@ -22,16 +24,20 @@ from torch import Tensor
 
 from fastkd.rows import Options, Result, Rows, Want
 
-# A tail of which nothing is left counts as exp(FAINT) beside the K tokens where its term is taken out again.
-FAINT = -60.0
-
 
 class Events(NamedTuple):
-    """A row of the student as a sparse teacher sees it. Logits z are scaled and soft-capped, and relative to origin."""
+    """A row of the student as a sparse teacher sees it.
 
-    origin: Tensor  # [...], the row's largest z
+    Logits z are scaled and soft-capped, and relative to an origin, so that an offset that they share costs no digits:
+    tokens and tail to the largest of the tokens, and what belongs to the whole row to the larger of the two origins.
+    Origins are the backend's own, and may be in the units of its logits.
+    """
+
+    origin: Tensor  # [...]: of the tokens, -inf where all are
+    tail_origin: Tensor  # [...]: of the others, likewise
     tokens: Tensor  # [..., K]: z of the teacher's tokens; -inf where the id is padding
     tail: Tensor  # [...]: T log sum exp(z / T) over all other tokens; -inf where there are none
+    tail_log_sum: Tensor  # [...]: the same without T, relative to tail_origin
     tail_entropy: (
         Tensor | None
     )  # [...]: of softmax(z / T) over them, 0 where there are none; for the parts
@@ -72,36 +78,25 @@ def topk_rows(
     valid = events.valid
     if labels is not None and with_labels:
         valid = valid & (labels >= 0) & (labels < options.vocab_size)
-    weight = torch.where(keep & ~valid, torch.nan, weight)
+    for tempering in (rows.temperature, rows.teacher_temperature):
+        if tempering is not None:
+            valid = valid & (tempering > 0)
+    weight = torch.where(keep & ~valid, torch.nan, weight)  # which makes all of the row NaN
 
     temperature = options.temperature if rows.temperature is None else rows.temperature.to(dtype)
-    tail = events.tail
-    if options.tail == "truncate":
-        top = events.tokens.amax(-1)
-        tail = torch.where(tail == -torch.inf, top + FAINT * temperature, tail)
-    s = events.tokens
-    t = logprobs.to(dtype).masked_fill(ids < 0, -torch.inf)
-    if options.tail != "renormalize":
-        s = torch.cat([s, tail.unsqueeze(-1)], -1)
-        t = torch.cat([t, tail_logprobs(ids, t, rows, options).unsqueeze(-1)], -1)
-    inner_rows = Rows(None, weight, rows.temperature, rows.teacher_temperature, rows.scale)
-    inner = options._replace(
-        label_smoothing=0.0, logit_scale=1.0, softcap=0.0, vocab_size=s.shape[-1], tail=""
-    )
-    result = kernels.kd_rows(s, t, inner_rows, inner, Want(want.student_gradient, parts=True))
-    loss, distillation, gradient = result.loss, result.distillation, result.student_gradient
-    assert distillation is not None
+    logprobs = logprobs.to(dtype).masked_fill(ids < 0, -torch.inf)
+    rows = rows._replace(weight=weight)
     scale = options.scale if rows.scale is None else options.scale * rows.scale.to(dtype)
-    square = temperature * temperature if options.scale_by_temperature else 1.0
+    gradient: Tensor | None
     if options.tail == "truncate":
-        phi, g, q = _tail_term(s, t, rows, options, temperature)
-        phi, g = torch.where(keep, phi, 0.0), torch.where(keep, g, 0.0)
-        distillation = distillation - square * phi
-        loss = loss - alpha * weight * square * phi
-        if gradient is not None:
-            factor = g * (alpha * square / temperature * weight * scale)
-            gradient = gradient + q * factor.unsqueeze(-1)
-            gradient[..., -1] -= factor
+        distillation, gradient = _truncated(events, logprobs, options, temperature)
+        square = temperature * temperature if options.scale_by_temperature else 1.0
+        distillation = torch.where(keep, square * distillation, 0.0)
+        loss = alpha * torch.where(keep, weight * distillation, 0.0)
+        factor = alpha * square / temperature * weight * scale
+        gradient = factor.unsqueeze(-1) * gradient if want.student_gradient else None
+    else:
+        loss, distillation, gradient = _dense(kernels, events, logprobs, rows, options, want)
 
     cross_entropy = torch.zeros_like(loss)
     cross_entropy_scale = None
@@ -109,14 +104,13 @@ def topk_rows(
         assert events.log_sum is not None and events.label is not None
         cross_entropy = events.log_sum - events.label
         if events.mean is not None:
+            smoothing = options.label_smoothing
             smooth = events.log_sum - events.mean
-            cross_entropy = torch.lerp(cross_entropy, smooth, options.label_smoothing)
+            cross_entropy = (1.0 - smoothing) * cross_entropy + smoothing * smooth
         cross_entropy = torch.where(keep, cross_entropy, 0.0)
         loss = loss + torch.where(keep, (1.0 - alpha) * weight * cross_entropy, 0.0)
         cross_entropy_scale = (1.0 - alpha) * weight * scale
     if gradient is not None:
-        if options.tail == "renormalize":
-            gradient = torch.nn.functional.pad(gradient, (0, 1))
         out = (
             student
             if want.inplace
@@ -139,25 +133,49 @@ def topk_rows(
     return Result(loss, total, gradient, None, *parts)
 
 
-def _per_row(value: float | Tensor) -> float | Tensor:
-    return value.unsqueeze(-1) if isinstance(value, Tensor) else value
+def _dense(
+    kernels: ModuleType,
+    events: Events,
+    logprobs: Tensor,
+    rows: Rows,
+    options: Options,
+    want: Want,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """(loss, distillation, gradient [..., K + 1]) of the events, as the dense loss of the backend has them."""
+    s, t = events.tokens, logprobs
+    if options.tail != "renormalize":
+        assert rows.ids is not None
+        mass = tail_logprobs(rows.ids, logprobs, rows, options)
+        s = torch.cat([s, events.tail.unsqueeze(-1)], -1)
+        t = torch.cat([t, mass.unsqueeze(-1)], -1)
+    options = options._replace(
+        label_smoothing=0.0, logit_scale=1.0, softcap=0.0, vocab_size=s.shape[-1], tail=""
+    )
+    rows = rows._replace(labels=None, ids=None, tail_logprob=None)
+    result = kernels.kd_rows(s, t, rows, options, Want(want.student_gradient, parts=True))
+    gradient = result.student_gradient
+    if gradient is not None and s is events.tokens:
+        gradient = torch.nn.functional.pad(gradient, (0, 1))
+    assert result.distillation is not None
+    return result.loss, result.distillation, gradient
 
 
-def _tail_term(
-    s: Tensor, t: Tensor, rows: Rows, options: Options, temperature: float | Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(phi, g) of the tail [...], and q of all events [..., K + 1]: what "truncate" takes out of the bucket's sum."""
+def _truncated(
+    events: Events, logprobs: Tensor, options: Options, temperature: float | Tensor
+) -> tuple[Tensor, Tensor]:
+    """(sum of phi over the tokens [...], its gradient by the events' tempered logits [..., K + 1])."""
     from fastkd.reference import evaluate
 
-    log_q = (s / _per_row(temperature)).log_softmax(-1)
-    tempering = (
-        options.teacher_temperature
-        if rows.teacher_temperature is None
-        else rows.teacher_temperature
-    )
-    log_p = (t / _per_row(tempering)).log_softmax(-1)
-    phi, g = evaluate(options.divergence, log_p[..., -1], log_q[..., -1])
-    return phi, g, log_q.exp()
+    z = torch.cat([events.tokens, events.tail.unsqueeze(-1)], -1) / _per_row(temperature)
+    log_q = z.log_softmax(-1)
+    q = log_q.exp()
+    phi, g = evaluate(options.divergence, logprobs, log_q[..., :-1])
+    total = g.sum(-1, keepdim=True)
+    return phi.sum(-1), torch.nn.functional.pad(g, (0, 1)) - q * total
+
+
+def _per_row(value: float | Tensor) -> float | Tensor:
+    return value.unsqueeze(-1) if isinstance(value, Tensor) else value
 
 
 def _entropy(events: Events, temperature: float | Tensor) -> Tensor:

@@ -12,6 +12,7 @@ from typing import NamedTuple, TypedDict
 import torch
 from torch import Tensor
 
+from fastkd import reference
 from fastkd.divergences import Divergence, resolve
 from fastkd.rows import Options, Rows
 from fastkd.teachers import Ensemble, LinearTeacher, Teacher, TopK, check_linear
@@ -287,8 +288,9 @@ def with_topk(prepared: Prepared, teacher: TopK) -> Prepared:
             "teacher_logit_scale and teacher_softcap are for logits, and a TopK has log-probabilities: "
             "apply them before taking those"
         )
-    unbounded = divergence.closed_form is not None and divergence.closed_form.reverse != 0
-    if teacher.tail == "renormalize_teacher" and (divergence.degree != 1 or unbounded):
+    if teacher.tail == "renormalize_teacher" and (
+        divergence.degree != 1 or _infinite_at_zero(divergence)
+    ):
         raise ValueError(
             f"tail='renormalize_teacher' leaves probability 0 to all other tokens, where the divergence "
             f"{divergence.name!r} is infinite or has no sum; use 'bucket', 'renormalize' or 'truncate'"
@@ -309,7 +311,12 @@ def with_topk(prepared: Prepared, teacher: TopK) -> Prepared:
     )
     ids = teacher.ids.to(torch.int64).contiguous()
     if checking():
-        _check_ids(ids, options.vocab_size)
+        counted = torch.ones(ids.shape[:-1], dtype=torch.bool, device=ids.device)
+        if rows.labels is not None:
+            counted &= rows.labels != options.ignore_index
+        if rows.weight is not None:
+            counted &= rows.weight != 0
+        _check_ids(ids, options.vocab_size, counted)
     mass = teacher.tail_logprob
     rows = rows._replace(
         teacher_temperature=None if temperatures is None else temperatures / teacher.temperature,
@@ -319,15 +326,26 @@ def with_topk(prepared: Prepared, teacher: TopK) -> Prepared:
     return prepared._replace(options=options, rows=rows)
 
 
-def _check_ids(ids: Tensor, vocabulary: int) -> None:
-    bad = ((ids < -1) | (ids >= vocabulary)).any(-1)
+def _infinite_at_zero(divergence: Divergence) -> bool:
+    """Whether a token that the teacher gives no probability costs infinitely much."""
+    if (
+        torch.compiler.is_compiling()
+    ):  # a number cannot be asked for: the loss will be infinite, as it is
+        return False
+    one = torch.zeros((), dtype=torch.float64)
+    phi, _ = reference.evaluate(divergence, one - torch.inf, one)
+    return not bool(phi.isfinite())
+
+
+def _check_ids(ids: Tensor, vocabulary: int, counted: Tensor) -> None:
+    bad = ((ids < -1) | (ids >= vocabulary)).any(-1) & counted
     if bad.any():
         row = int(bad.flatten().nonzero()[0])
         raise ValueError(
             f"teacher.ids must be in [0, {vocabulary}), or -1 for padding; row {row} has others"
         )
     ordered = ids.sort(-1).values
-    twice = ((ordered[..., 1:] == ordered[..., :-1]) & (ordered[..., 1:] >= 0)).any(-1)
+    twice = ((ordered[..., 1:] == ordered[..., :-1]) & (ordered[..., 1:] >= 0)).any(-1) & counted
     if twice.any():
         row = int(twice.flatten().nonzero()[0])
         raise ValueError(f"teacher.ids must be distinct within a row; row {row} repeats some")

@@ -99,7 +99,7 @@ class Factors(NamedTuple):
 
 
 @triton.jit
-def _row_pointer(view, row, sizes):
+def _row_pointer(view, row, sizes, ALIGNED: tl.constexpr = True):
     if view.offsets is not None:
         offset = tl.load(view.offsets + row)
     else:
@@ -109,11 +109,15 @@ def _row_pointer(view, row, sizes):
         i1 = (rest % sizes[0]).to(tl.int64)
         i2 = (row % sizes[1]).to(tl.int64)
         offset = i0 * view.strides[0] + i1 * view.strides[1] + i2 * view.strides[2]
-    return view.pointer + offset
+    pointer = view.pointer + offset
+    if not ALIGNED:
+        # All the tensors of a kernel share a layout. One that is aligned would give a thread neighbours.
+        pointer = tl.multiple_of(pointer, 1)
+    return pointer
 
 
 @triton.jit
-def _open(model, row, sizes):
+def _open(model, row, sizes, ALIGNED: tl.constexpr = True):
     """(the row, its temperature)."""
     temperature = 1.0
     if model.temperatures is not None:
@@ -122,8 +126,8 @@ def _open(model, row, sizes):
         temperature = model.temperature
     gradient = None
     if model.gradient is not None:
-        gradient = _row_pointer(model.gradient, row, sizes)
-    logits = _row_pointer(model.logits, row, sizes)
+        gradient = _row_pointer(model.gradient, row, sizes, ALIGNED)
+    logits = _row_pointer(model.logits, row, sizes, ALIGNED)
     unit = tl.div_rn(model.unit, temperature)  # its error would be one of the temperature
     opened = Row(logits, gradient, model.width, unit, model.sign, model.softcap, model.gain)
     return opened, temperature
@@ -154,6 +158,7 @@ def _keep_row(
     DIVERGENCE: tl.constexpr,
     NORMALIZED: tl.constexpr,
     SQUARED: tl.constexpr,
+    ALIGNED: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
     """Loss, parts and gradients of a row that counts."""
@@ -162,12 +167,12 @@ def _keep_row(
     weight = 1.0
     if inputs.weight is not None:
         weight = tl.load(inputs.weight + row)
-    student, s_temperature = _open(student_model, row, sizes)
+    student, s_temperature = _open(student_model, row, sizes, ALIGNED)
     if student_model.temperatures is not None:
         weight = tl.where(s_temperature > 0, weight, float("nan"))
     teacher, t_temperature = None, s_temperature
     if teacher_model is not None:
-        teacher, t_temperature = _open(teacher_model, row, sizes)
+        teacher, t_temperature = _open(teacher_model, row, sizes, ALIGNED)
         if teacher_model.temperatures is not None:
             weight = tl.where(t_temperature > 0, weight, float("nan"))
     label, z_label, pivot, plain_unit = 0, 0.0, None, None
@@ -188,7 +193,7 @@ def _keep_row(
     if NORMALIZED or WITH_LABEL or ENTROPY:
         softmax_teacher = teacher if NORMALIZED else None
         found = sweep_statistics(
-            student, softmax_teacher, plain_unit, pivot, moments, V, ENTROPY, BLOCK_V
+            student, softmax_teacher, plain_unit, pivot, moments, V, ENTROPY, ALIGNED, BLOCK_V
         )
         plain, phi, g = found.plain, found.phi, found.g
         if NORMALIZED:
@@ -203,7 +208,16 @@ def _keep_row(
             t_norm = Normalizer(0.0, teacher.unit, 0.0)
         if moments is None:
             phi, g = sweep_sums(
-                student, teacher, s_norm, t_norm, V, parameters, DIVERGENCE, NORMALIZED, BLOCK_V
+                student,
+                teacher,
+                s_norm,
+                t_norm,
+                V,
+                parameters,
+                DIVERGENCE,
+                NORMALIZED,
+                ALIGNED,
+                BLOCK_V,
             )
         distillation = squared * phi
         if objective.alpha is not None:
@@ -251,7 +265,9 @@ def _keep_row(
 
 
 @triton.jit
-def _drop_row(row, student_model, teacher_model, outputs, sizes, BLOCK_V: tl.constexpr):
+def _drop_row(
+    row, student_model, teacher_model, outputs, sizes, ALIGNED: tl.constexpr, BLOCK_V: tl.constexpr
+):
     """Zeros: nothing of the row is read."""
     tl.store(outputs.loss + row, 0.0)
     if outputs.distillation is not None:
@@ -259,10 +275,10 @@ def _drop_row(row, student_model, teacher_model, outputs, sizes, BLOCK_V: tl.con
         tl.store(outputs.cross_entropy + row, 0.0)
         tl.store(outputs.entropy + row, 0.0)
     if student_model.gradient is not None:
-        gradient = _row_pointer(student_model.gradient, row, sizes)
+        gradient = _row_pointer(student_model.gradient, row, sizes, ALIGNED)
         sweep_zeros(gradient, student_model.width, BLOCK_V)
     if teacher_model is not None and teacher_model.gradient is not None:
-        gradient = _row_pointer(teacher_model.gradient, row, sizes)
+        gradient = _row_pointer(teacher_model.gradient, row, sizes, ALIGNED)
         sweep_zeros(gradient, teacher_model.width, BLOCK_V)
 
 
@@ -281,6 +297,7 @@ def kd_kernel(
     DIVERGENCE: tl.constexpr,
     NORMALIZED: tl.constexpr,
     SQUARED: tl.constexpr,
+    ALIGNED: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
     """One row: :class:`fastkd.rows.Result` says what of it is written."""
@@ -306,10 +323,11 @@ def kd_kernel(
             DIVERGENCE,
             NORMALIZED,
             SQUARED,
+            ALIGNED,
             BLOCK_V,
         )
     else:
-        _drop_row(row, student_model, teacher_model, outputs, sizes, BLOCK_V)
+        _drop_row(row, student_model, teacher_model, outputs, sizes, ALIGNED, BLOCK_V)
 
 
 @triton.jit(do_not_specialize=["sizes"])
@@ -327,19 +345,29 @@ def scale_kernel(gradient, width, upstream, upstream_stride, sizes, BLOCK_V: tl.
             tl.store(pointer + columns, scaled, mask=columns < width)
 
 
-# (bytes of a row, BLOCK_V, num_warps), up to that size. Eight entries a thread: one load of 16 bytes of a low-precision
-# row, and tiles that stay in registers on every target of tests/test_triton_aot.py, as they do not with sixteen. The
-# wider a row, the fewer programs at a time, and the more of what a sweep has read is in L2 for the next one.
-TILES = ((4 << 10, 1024, 4), (128 << 10, 2048, 8), (1 << 62, 4096, 16))
+# (bytes of a row, num_warps), up to that size. The wider a row, the fewer programs at a time, and the more of what a
+# sweep has read is in L2 for the next one.
+WARPS = ((4 << 10, 4), (128 << 10, 8), (1 << 62, 16))
+
+# A thread's limit where rows are not aligned, and that where registers are crowded too. Told none, ptxas picks a number
+# that lets one more block fit, and spills in a loop for it.
+REGISTERS = (80, 96)
 
 
-def tile(width: int, itemsize: int, crowded: bool = False) -> tuple[int, int]:
-    """(BLOCK_V, num_warps) for rows of that many columns; half the entries a thread where registers are crowded."""
-    block, warps = next(entry[1:] for entry in TILES if width * itemsize <= entry[0])
-    if crowded:
-        block //= 2
-    fitting = max(triton.next_power_of_2(width), 128)
-    return (block, warps) if fitting >= block else (fitting, max(fitting * warps // block, 1))
+def tile(width: int, itemsize: int, crowded: bool = False, aligned: bool = True) -> tuple[int, int]:
+    """(BLOCK_V, num_warps) for rows of that many columns.
+
+    Eight entries a thread are one load of 16 bytes of a low-precision row. With sixteen, tiles would not stay in
+    registers on every target of tests/test_triton_aot.py, nor with eight where registers are crowded, or rows not
+    aligned: there an entry is a load with an address and a mask of its own. 16 warps of those would leave ptxas only
+    the choice of 64 registers and 128.
+    """
+    warps = next(entry[1] for entry in WARPS if width * itemsize <= entry[0])
+    if not aligned:
+        warps = min(warps, 8)
+    lanes = 32 * (4 if crowded or not aligned else 8)  # of a warp
+    block = min(warps * lanes, max(triton.next_power_of_2(width), 128))
+    return block, max(block // lanes, 1)
 
 
 class Layout(NamedTuple):
@@ -393,6 +421,15 @@ def _offsets(tensor: Tensor) -> Tensor:
 
 def _unit_stride(logits: Tensor) -> Tensor:
     return logits if logits.stride(-1) == 1 or logits.shape[-1] == 1 else logits.contiguous()
+
+
+def _aligned(columns: int, *views: View | None) -> bool:
+    """Whether Triton knows these rows to be whole pieces of 16 bytes."""
+    numbers = [columns]
+    for view in views:
+        if view is not None:
+            numbers += [view.pointer.data_ptr(), *view.strides, 0 if view.offsets is None else 1]
+    return all(number % 16 == 0 for number in numbers)
 
 
 def _on(device: torch.device) -> contextlib.AbstractContextManager[Any]:
@@ -488,7 +525,9 @@ def kd_rows(student: Tensor, teacher: Tensor, rows: Rows, options: Options, want
     widths = [g.shape[-1] for g in (student_gradient, tensors["teacher_gradient"]) if g is not None]
     crowded = want.teacher_gradient or options.softcap > 0 or options.teacher_softcap > 0
     itemsize = max(student.itemsize, teacher.itemsize)
-    block, warps = tile(options.vocab_size, itemsize, crowded)
+    aligned = _aligned(options.vocab_size, view["student"], view["teacher"])
+    block, warps = tile(options.vocab_size, itemsize, crowded, aligned)
+    limits = {} if aligned or torch.version.hip else {"maxnreg": REGISTERS[crowded]}
     if lead.numel():
         with _on(student.device):
             kd_kernel[(lead.numel(),)](
@@ -512,9 +551,11 @@ def kd_rows(student: Tensor, teacher: Tensor, rows: Rows, options: Options, want
                 bind(divergence.function),
                 divergence.normalized,
                 options.scale_by_temperature,
+                aligned,
                 block,
                 num_warps=warps,
                 enable_fp_fusion=True,
+                **limits,
             )
     if want.inplace and student_gradient is not None:
         student_gradient = student if source is student else student.copy_(source)

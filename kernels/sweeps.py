@@ -17,10 +17,6 @@ import triton.language as tl
 
 from .skeleton import NEGLIGIBLE, evaluate, squash
 
-# A tile's lanes are added in fours before they meet an accumulator. Four neighbours lie in one thread, which loads 16
-# bytes at a time: the sum moves nothing, and accumulators need a quarter of the registers.
-FOLD = tl.constexpr(4)
-
 
 class Row(NamedTuple):
     """One model's row. None is known at compile time."""
@@ -89,15 +85,23 @@ def log_probability(z, normalizer):
     return (z - normalizer.origin) * normalizer.unit - normalizer.log_sum
 
 
+# A tile's lanes are added in fours or twos before they meet an accumulator. Those lie in one thread: the sum moves
+# nothing, and accumulators need fewer registers. Where rows are ALIGNED, a thread loads 16 bytes at a time and has four
+# neighbours; where not, its entries are as far apart as there are threads, and two of them half a tile.
 @triton.jit
-def _fold(tile):
-    """[BLOCK_V] to [BLOCK_V / FOLD]."""
-    return tl.sum(tl.reshape(tile, [tile.shape[0] // FOLD, FOLD]), 1)
+def _fold(tile, ALIGNED: tl.constexpr = True):
+    if ALIGNED:
+        return tl.sum(tl.reshape(tile, [tile.shape[0] // 4, 4]), 1)
+    else:
+        return tl.sum(tl.reshape(tile, [2, tile.shape[0] // 2]), 0)
 
 
 @triton.jit
-def _fold_max(tile):
-    return tl.max(tl.reshape(tile, [tile.shape[0] // FOLD, FOLD]), 1)
+def _fold_max(tile, ALIGNED: tl.constexpr):
+    if ALIGNED:
+        return tl.max(tl.reshape(tile, [tile.shape[0] // 4, 4]), 1)
+    else:
+        return tl.max(tl.reshape(tile, [2, tile.shape[0] // 2]), 0)
 
 
 @triton.jit
@@ -135,7 +139,15 @@ def _closed_form(moments, p_moment, q_moment, s_sum, t_sum, p_lost, q_lost):
 
 @triton.jit
 def sweep_statistics(
-    student, teacher, plain_unit, pivot, moments, V, ENTROPY: tl.constexpr, BLOCK_V: tl.constexpr
+    student,
+    teacher,
+    plain_unit,
+    pivot,
+    moments,
+    V,
+    ENTROPY: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    BLOCK_V: tl.constexpr,
 ):
     """Online softmax of both sides, with every moment that is asked for.
 
@@ -145,8 +157,8 @@ def sweep_statistics(
     moments None: none. plain_unit None: no normaliser at temperature 1. pivot None: no sum of z.
     """
     lanes = tl.arange(0, BLOCK_V)
-    lowest = tl.full([BLOCK_V // FOLD], -float("inf"), tl.float32)
-    zero = tl.zeros([BLOCK_V // FOLD], tl.float32)
+    lowest = _fold_max(tl.full([BLOCK_V], -float("inf"), tl.float32), ALIGNED)
+    zero = _fold(tl.zeros([BLOCK_V], tl.float32), ALIGNED)
     s_top = tl.full([], -float("inf"), tl.float32)
     t_top = s_top
     s_sum, t_sum, plain_sum = zero, zero, zero
@@ -164,12 +176,12 @@ def sweep_statistics(
         e_s = tl.exp(x_s)
         if ENTROPY:
             term = tl.where(x_s == -float("inf"), 0.0, e_s * x_s)
-            entropy_moment = _faded(entropy_moment, -s_step, s_sum, s_fade) + _fold(term)
+            entropy_moment = _faded(entropy_moment, -s_step, s_sum, s_fade) + _fold(term, ALIGNED)
         if plain_unit is not None:
             plain_fade = tl.exp((s_before - s_origin) * plain_unit)
-            plain_sum = plain_fade * plain_sum + _fold(tl.exp((s - s_origin) * plain_unit))
+            plain_sum = plain_fade * plain_sum + _fold(tl.exp((s - s_origin) * plain_unit), ALIGNED)
         if pivot is not None:
-            spread += _fold(tl.where(columns < V, s - pivot, 0.0))
+            spread += _fold(tl.where(columns < V, s - pivot, 0.0), ALIGNED)
         if teacher is not None:
             t, _ = read(teacher, columns, V)
             t_before = t_top
@@ -188,14 +200,18 @@ def sweep_statistics(
                     term = e_t * (moments.forward * x_t - weight * x_s)
                     shift = weight * s_step - moments.forward * t_step
                     p_moment = _faded(p_moment, shift, t_sum, t_fade)
-                    p_moment += _fold(tl.where(s_gone | t_gone, 0.0, term))
-                    p_lost = tl.maximum(p_lost, _fold_max(tl.where(s_gone, t, -float("inf"))))
+                    p_moment += _fold(tl.where(s_gone | t_gone, 0.0, term), ALIGNED)
+                    p_lost = tl.maximum(
+                        p_lost, _fold_max(tl.where(s_gone, t, -float("inf")), ALIGNED)
+                    )
                 if moments.reverse is not None:
                     q_moment = _faded(q_moment, t_step - s_step, s_sum, s_fade)
-                    q_moment += _fold(tl.where(s_gone | t_gone, 0.0, e_s * (x_s - x_t)))
-                    q_lost = tl.maximum(q_lost, _fold_max(tl.where(t_gone, s, -float("inf"))))
-            t_sum = t_fade * t_sum + _fold(e_t)
-        s_sum = s_fade * s_sum + _fold(e_s)
+                    q_moment += _fold(tl.where(s_gone | t_gone, 0.0, e_s * (x_s - x_t)), ALIGNED)
+                    q_lost = tl.maximum(
+                        q_lost, _fold_max(tl.where(t_gone, s, -float("inf")), ALIGNED)
+                    )
+            t_sum = t_fade * t_sum + _fold(e_t, ALIGNED)
+        s_sum = s_fade * s_sum + _fold(e_s, ALIGNED)
 
     s_total = tl.sum(s_sum, 0)
     t_total = tl.sum(t_sum, 0)
@@ -229,11 +245,12 @@ def sweep_sums(
     parameters,
     DIVERGENCE: tl.constexpr,
     NORMALIZED: tl.constexpr,
+    ALIGNED: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
     """(sum phi, sum g) of a divergence without a closed form."""
     lanes = tl.arange(0, BLOCK_V)
-    phi_sum = tl.zeros([BLOCK_V // FOLD], tl.float32)
+    phi_sum = _fold(tl.zeros([BLOCK_V], tl.float32), ALIGNED)
     g_sum = phi_sum
     for tile in range(tl.cdiv(V, BLOCK_V)):
         columns = tile * BLOCK_V + lanes
@@ -241,8 +258,8 @@ def sweep_sums(
         t, _ = read(teacher, columns, V)
         log_q = log_probability(s, s_norm)
         phi, g = evaluate(DIVERGENCE, parameters, log_probability(t, t_norm), log_q, NORMALIZED)
-        phi_sum += _fold(phi)
-        g_sum += _fold(g)
+        phi_sum += _fold(phi, ALIGNED)
+        g_sum += _fold(g, ALIGNED)
     return tl.sum(phi_sum, 0), tl.sum(g_sum, 0)
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from fastkd.rows import Options, Rows
 from fastkd.topk import Events
 
-from .rows import Inputs, _layout, _model, _on, _open, _unit_stride, kd_rows, tile
+from .rows import Inputs, _aligned, _layout, _model, _on, _open, _unit_stride, kd_rows, tile
 from .sweeps import _faded, _fold, _origin, read, sweep_zeros
 
 __all__ = ["gather_events", "kd_rows", "spread_gradient"]  # what fastkd.topk asks of a backend
@@ -38,8 +38,10 @@ class Gathered(NamedTuple):
     """fastkd.topk.Events, one float32 a row each but for tokens [rows, K]; what is None is not computed."""
 
     origin: Any  # of what `read` gives, before Model.unit
+    tail_origin: Any  # likewise
     tokens: Any
     tail: Any
+    tail_log_sum: Any
     tail_entropy: Any
     log_sum: Any
     label: Any
@@ -108,20 +110,21 @@ def _gather_row(
     sizes,
     V,
     SWEEP: tl.constexpr,
+    ALIGNED: tl.constexpr,
     BLOCK_V: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    student, temperature = _open(student_model, row, sizes)
+    student, temperature = _open(student_model, row, sizes, ALIGNED)
     lanes = tl.arange(0, BLOCK_V)
     top = tl.full([], -float("inf"), tl.float32)  # of the tail
-    zero = tl.zeros([BLOCK_V // 4], tl.float32)
+    zero = _fold(tl.zeros([BLOCK_V], tl.float32), ALIGNED)
     tail_sum, plain_sum, moment, spread = zero, zero, zero, zero
     if SWEEP:
         for number in range(tl.cdiv(V, BLOCK_V)):
             columns = number * BLOCK_V + lanes
             z, _ = read(student, columns, V)
             if out.mean is not None:
-                spread += _fold(tl.where(columns < V, z, 0.0))
+                spread += _fold(tl.where(columns < V, z, 0.0), ALIGNED)
             z = tl.where(_among_tokens(tokens, row, columns, V), -float("inf"), z)
             before = top
             top = tl.maximum(top, tl.max(z, 0))
@@ -132,48 +135,52 @@ def _gather_row(
             e = tl.exp(x)
             if out.tail_entropy is not None:
                 moment = _faded(moment, -step, tail_sum, fade)
-                moment += _fold(tl.where(x == -float("inf"), 0.0, e * x))
+                moment += _fold(tl.where(x == -float("inf"), 0.0, e * x), ALIGNED)
             if out.log_sum is not None:
                 plain_unit = student_model.unit
                 plain_sum = tl.exp((before - origin) * plain_unit) * plain_sum
-                plain_sum += _fold(tl.exp((z - origin) * plain_unit))
-            tail_sum = fade * tail_sum + _fold(e)
+                plain_sum += _fold(tl.exp((z - origin) * plain_unit), ALIGNED)
+            tail_sum = fade * tail_sum + _fold(e, ALIGNED)
 
-    highest = top
+    highest = tl.full([], -float("inf"), tl.float32)  # of the tokens
     for start in range(0, tokens.K, BLOCK_K):
         _, _, seated, columns = _token_ids(tokens, row, start, V, BLOCK_K)
         z, _ = read(student, columns, V)
         highest = tl.maximum(highest, tl.max(tl.where(seated, z, -float("inf")), 0))
     origin = _origin(highest)
-    plain_total = tl.sum(plain_sum, 0) * tl.exp((_origin(top) - origin) * student_model.unit)
+    unit = student_model.unit
+    row_origin = _origin(tl.maximum(highest, top))
+    plain_total = tl.sum(plain_sum, 0) * tl.exp((_origin(top) - row_origin) * unit)
     plain_total = tl.where(top == -float("inf"), 0.0, plain_total)
     for start in range(0, tokens.K, BLOCK_K):
         places, _, seated, columns = _token_ids(tokens, row, start, V, BLOCK_K)
         z, _ = read(student, columns, V)
-        z = tl.where(seated, (z - origin) * student_model.unit, -float("inf"))
-        tl.store(out.tokens + row.to(tl.int64) * tokens.K + places, z, mask=places < tokens.K)
+        z = tl.where(seated, z, -float("inf"))
+        place = out.tokens + row.to(tl.int64) * tokens.K + places
+        tl.store(place, (z - origin) * unit, mask=places < tokens.K)
         if out.log_sum is not None:
-            plain_total += tl.sum(tl.exp(z), 0)
+            plain_total += tl.sum(tl.exp((z - row_origin) * unit), 0)
 
-    tl.store(out.origin + row, origin)
+    tl.store(out.origin + row, highest)
+    tl.store(out.tail_origin + row, top)
+    tail, log_sum = -float("inf"), 0.0
     if SWEEP:
         total = tl.sum(tail_sum, 0)
         log_sum = tl.log(total)
-        tail = (top - origin) * student_model.unit + log_sum * temperature
-        tl.store(out.tail + row, tl.where(top == -float("inf"), -float("inf"), tail))
+        tail = (top - origin) * unit + log_sum * temperature
         if out.tail_entropy is not None:
             entropy = log_sum - tl.div_rn(tl.sum(moment, 0), total)
             tl.store(out.tail_entropy + row, tl.where(top == -float("inf"), 0.0, entropy))
-    else:
-        tl.store(out.tail + row, -float("inf"))
+    tl.store(out.tail + row, tl.where(top == -float("inf"), -float("inf"), tail))
+    tl.store(out.tail_log_sum + row, log_sum)
     if out.log_sum is not None:
         tl.store(out.log_sum + row, tl.log(plain_total))
         label = tl.load(inputs.labels + row)
         label = tl.where((label >= 0) & (label < V), label, 0).to(tl.int32)
         z, _ = read(student, label, V)
-        tl.store(out.label + row, (z - origin) * student_model.unit)
+        tl.store(out.label + row, (z - row_origin) * unit)
     if out.mean is not None:
-        tl.store(out.mean + row, (tl.sum(spread, 0) / V - origin) * student_model.unit)
+        tl.store(out.mean + row, (tl.sum(spread, 0) / V - row_origin) * unit)
 
 
 @triton.jit(do_not_specialize=["sizes"])
@@ -186,13 +193,16 @@ def gather_kernel(
     sizes,
     V,
     SWEEP: tl.constexpr,
+    ALIGNED: tl.constexpr,
     BLOCK_V: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
     """The events of one row; a row that is dropped is not read."""
     row = tl.program_id(0)
     if _keeps(inputs, row, ignore_index):
-        _gather_row(row, student_model, tokens, inputs, out, sizes, V, SWEEP, BLOCK_V, BLOCK_K)
+        _gather_row(
+            row, student_model, tokens, inputs, out, sizes, V, SWEEP, ALIGNED, BLOCK_V, BLOCK_K
+        )
 
 
 @triton.jit
@@ -214,17 +224,23 @@ def _spread_row(
     spread,
     sizes,
     V,
+    ALIGNED: tl.constexpr,
     BLOCK_V: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    student, temperature = _open(student_model, row, sizes)
+    student, temperature = _open(student_model, row, sizes, ALIGNED)
     unit = student_model.unit
-    origin = tl.load(gathered.origin + row)
-    tail = tl.load(gathered.tail + row)
+    tail_origin = tl.load(gathered.tail_origin + row)
+    row_origin = _origin(tl.maximum(tail_origin, tl.load(gathered.origin + row)))
     seats = row.to(tl.int64) * (tokens.K + 1)
     tail_gradient = tl.load(spread.events + seats + tokens.K)
-    tail_gradient = tl.where(tail == -float("inf"), 0.0, tail_gradient)
-    tail = tl.where(tail == -float("inf"), 0.0, tail)
+    tail_gradient = tl.where(tail_origin == -float("inf"), 0.0, tail_gradient)
+    tail_origin = _origin(tail_origin)
+    tail_log_sum = tl.load(gathered.tail_log_sum + row)
+    # A row that is not valid is NaN in every column.
+    poison = tl.where(
+        tl.load(inputs.weight + row) == tl.load(inputs.weight + row), 0.0, float("nan")
+    )
     label = 0
     if spread.scale is not None:
         label = tl.load(inputs.labels + row).to(tl.int32)
@@ -236,21 +252,22 @@ def _spread_row(
         value = tl.load(spread.events + seats + places, mask=seated, other=0.0)
         if spread.scale is not None:
             value += _cross_entropy_gradient(
-                (z - origin) * unit, columns, label, gathered, spread, row, V
+                (z - row_origin) * unit, columns, label, gathered, spread, row, V
             )
-        value = value * slope * student_model.scale
+        value = value * slope * student_model.scale + poison
         tl.store(student.gradient + columns, value.to(element), mask=seated)
     lanes = tl.arange(0, BLOCK_V)
     tiles = tl.cdiv(student.width, BLOCK_V)
     for back in range(tiles):
         columns = (tiles - 1 - back) * BLOCK_V + lanes
         z, slope = read(student, columns, V)
-        z = (z - origin) * unit
-        value = tail_gradient * tl.exp(tl.div_rn(z - tail, temperature))
-        value = tl.where(tail_gradient == 0.0, 0.0, value)
+        share = tl.exp(tl.div_rn((z - tail_origin) * unit, temperature) - tail_log_sum)
+        value = tl.where(tail_gradient == 0.0, 0.0, tail_gradient * share)
         if spread.scale is not None:
-            value += _cross_entropy_gradient(z, columns, label, gathered, spread, row, V)
-        value = tl.where(columns < V, value * slope * student_model.scale, 0.0)
+            plain = (z - row_origin) * unit
+            value += _cross_entropy_gradient(plain, columns, label, gathered, spread, row, V)
+        value = value * slope * student_model.scale + poison
+        value = tl.where(columns < V, value, 0.0)
         others = (columns < student.width) & ~_among_tokens(tokens, row, columns, V)
         tl.store(student.gradient + columns, value.to(element), mask=others)
 
@@ -265,6 +282,7 @@ def spread_kernel(
     ignore_index,
     sizes,
     V,
+    ALIGNED: tl.constexpr,
     BLOCK_V: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
@@ -272,10 +290,20 @@ def spread_kernel(
     row = tl.program_id(0)
     if _keeps(inputs, row, ignore_index):
         _spread_row(
-            row, student_model, tokens, inputs, gathered, spread, sizes, V, BLOCK_V, BLOCK_K
+            row,
+            student_model,
+            tokens,
+            inputs,
+            gathered,
+            spread,
+            sizes,
+            V,
+            ALIGNED,
+            BLOCK_V,
+            BLOCK_K,
         )
     else:
-        student, _ = _open(student_model, row, sizes)
+        student, _ = _open(student_model, row, sizes, ALIGNED)
         sweep_zeros(student.gradient, student.width, BLOCK_V)
 
 
@@ -305,7 +333,9 @@ def gather_events(student: Tensor, rows: Rows, options: Options, parts: bool) ->
 
     out = Gathered(
         per_row(),
+        per_row(),
         student.new_empty((*lead, tokens.K), dtype=torch.float32),
+        per_row(),
         per_row(),
         per_row(parts),
         per_row(with_labels),
@@ -313,7 +343,8 @@ def gather_events(student: Tensor, rows: Rows, options: Options, parts: bool) ->
         per_row(with_labels and options.label_smoothing > 0),
     )
     sizes, (view,) = _layout(_unit_stride(student))
-    block, warps = tile(options.vocab_size, student.itemsize, options.softcap > 0)
+    aligned = _aligned(options.vocab_size, view)
+    block, warps = tile(options.vocab_size, student.itemsize, options.softcap > 0, aligned)
     if lead.numel():
         with _on(student.device):
             gather_kernel[(lead.numel(),)](
@@ -325,6 +356,7 @@ def gather_events(student: Tensor, rows: Rows, options: Options, parts: bool) ->
                 sizes,
                 options.vocab_size,
                 options.tail != "renormalize" or with_labels or parts,
+                aligned,
                 block,
                 BLOCK_K,
                 num_warps=warps,
@@ -360,14 +392,25 @@ def spread_gradient(
     target = source if out is student else out
     tokens = Tokens(ids, ids.shape[-1], events.bits, events.bits.shape[-1])
     sizes, (view, gradient_view) = _layout(source, target)
-    block, warps = tile(options.vocab_size, student.itemsize, options.softcap > 0)
+    aligned = _aligned(options.vocab_size, view, gradient_view)
+    block, warps = tile(options.vocab_size, student.itemsize, options.softcap > 0, aligned)
     if lead.numel():
         with _on(student.device):
             spread_kernel[(lead.numel(),)](
                 _student(view, gradient_view, rows, options),
                 tokens,
                 Inputs(rows.labels, rows.weight, None),
-                Gathered(events.origin, None, events.tail, None, events.log_sum, None, None),
+                Gathered(
+                    events.origin,
+                    events.tail_origin,
+                    None,
+                    None,
+                    events.tail_log_sum,
+                    None,
+                    events.log_sum,
+                    None,
+                    None,
+                ),
                 Spread(
                     gradient.contiguous(),
                     None if cross_entropy_scale is None else cross_entropy_scale.contiguous(),
@@ -376,6 +419,7 @@ def spread_gradient(
                 options.ignore_index,
                 sizes,
                 options.vocab_size,
+                aligned,
                 block,
                 BLOCK_K,
                 num_warps=warps,

@@ -5,12 +5,17 @@
 The floor is what one unit in the last place (ulp) of every log-probability makes of the row's largest term
 (tests/oracles.py measures it, from the derivatives of the exact result). It is there because the error of the plain
 composition can be 0 by luck, and any other order of the same operations would then count as wrong.
+
+Where the derivative of a divergence jumps and p and q are tied to rounding, a gradient is measured by its distance to
+the interval between the two subgradients.
 """
 
 from __future__ import annotations
 
 from typing import Any, NamedTuple
+from unittest.mock import patch
 
+import oracles
 import pytest
 import torch
 from oracles import Outcome, compose
@@ -21,6 +26,10 @@ from fastkd import backends
 
 ULP = torch.finfo(torch.float32).eps
 UNDERFLOW = 1e-36  # a hundred times where float32 begins to lose digits: nothing below is promised
+# Of max(1, |log p|): float32 cannot tell which of p and q is larger where their logarithms are closer than this. Each
+# is off by up to four units: half a one in the difference to the maximum, the reciprocal temperature, their product,
+# the logarithm of the normaliser and its subtraction; one and a half in the normaliser's sum and the exponential.
+TIED = 8 * ULP
 
 
 class Measured(NamedTuple):
@@ -104,14 +113,17 @@ def _largest(value: Tensor) -> Tensor:
     return value.nan_to_num(0.0, 0.0, 0.0).amax(-1, keepdim=True)
 
 
-def gradient_bar(plain: Tensor, exact: Tensor, terms: Tensor, dtype: torch.dtype) -> Tensor:
-    """The error allowed to each element of a gradient of that dtype."""
-    bar = (_largest(_error(plain, exact)) + ULP * _largest(terms) + UNDERFLOW).expand_as(exact)
+def gradient_bar(
+    plain: Tensor, exact: Tensor, terms: Tensor, dtype: torch.dtype, reach: Tensor | float = 0.0
+) -> Tensor:
+    """The error allowed to each element of a gradient of that dtype; all within reach of exact is right."""
+    error = (_error(plain, exact) - reach).clamp(min=0.0)
+    bar = _largest(error) + ULP * _largest(terms) + UNDERFLOW + torch.zeros_like(exact) + reach
     if dtype in (torch.bfloat16, torch.float16):  # one rounding of the exact gradient
         information = torch.finfo(dtype)
         bar = (
             bar
-            + exact.abs() * information.eps / 2
+            + (exact.abs() + reach) * information.eps / 2
             + information.smallest_normal * information.eps / 2
         )
     return bar
@@ -121,6 +133,28 @@ def value_bar(plain: Tensor, exact: Tensor, terms: Tensor) -> Tensor:
     """The error allowed to a value."""
     error = _error(plain, exact).nan_to_num(0.0, 0.0, 0.0)
     return error + ULP * terms.nan_to_num(0.0, 0.0, 0.0) + UNDERFLOW
+
+
+def _tvd(sign: float) -> Any:
+    """TVD, its derivative at ties that of sign * (q - p) / 2. Not where p = q exactly: there it is 0."""
+
+    def formula(log_p: Tensor, log_q: Tensor) -> Tensor:
+        gap = (log_p - log_q).abs()
+        tied = (gap > 0) & (gap <= TIED * log_p.abs().clamp(min=1.0))
+        return torch.where(tied, 0.5 * sign * (log_q.exp() - log_p.exp()), exact(log_p, log_q))
+
+    exact = oracles.tvd
+    return formula
+
+
+def _subgradients(*given: Any, **arguments: Any) -> list[tuple[Tensor, Tensor]]:
+    """(the middle of the subgradients at ties, how far they reach from it), of the student and of the teacher."""
+    ends = []
+    for sign in (1.0, -1.0):
+        with patch.dict(oracles.DIVERGENCES, tvd=_tvd(sign)):
+            ends.append(compose(*given, terms=False, **arguments))
+    pairs = [(x.student_gradient, x.teacher_gradient) for x in ends]
+    return [((a + b) / 2, (a - b).abs() / 2) for a, b in zip(*pairs, strict=True)]
 
 
 class Bars(NamedTuple):
@@ -137,14 +171,27 @@ def bars(student: Tensor, teacher: Tensor, labels: Tensor | None = None, **argum
     """What kd_loss should give for these arguments, upstream gradient included."""
     exact = compose(student, teacher, labels, **arguments)
     plain = compose(student, teacher, labels, dtype=torch.float32, terms=False, **arguments)
+    student_reach = teacher_reach = 0.0
+    if arguments.get("divergence") == "tvd":
+        found = _subgradients(student, teacher, labels, **arguments)
+        (student_middle, student_reach), (teacher_middle, teacher_reach) = found
+        exact = exact._replace(student_gradient=student_middle, teacher_gradient=teacher_middle)
     return Bars(
         exact,
         value_bar(plain.loss, exact.loss, exact.loss_terms),
         gradient_bar(
-            plain.student_gradient, exact.student_gradient, exact.student_terms, student.dtype
+            plain.student_gradient,
+            exact.student_gradient,
+            exact.student_terms,
+            student.dtype,
+            student_reach,
         ),
         gradient_bar(
-            plain.teacher_gradient, exact.teacher_gradient, exact.teacher_terms, teacher.dtype
+            plain.teacher_gradient,
+            exact.teacher_gradient,
+            exact.teacher_terms,
+            teacher.dtype,
+            teacher_reach,
         ),
         (
             value_bar(plain.distillation, exact.distillation, exact.distillation_terms),

@@ -304,6 +304,206 @@ def compose(
     )
 
 
+class Sparse(NamedTuple):
+    """A sparse teacher as plain tensors: the fields of fastkd.TopK."""
+
+    ids: Tensor
+    logprobs: Tensor
+    tail: str
+    tail_logprob: Tensor | None = None
+    at: float = 1.0  # the temperature the log-probabilities were taken at
+
+
+def compose_topk(
+    student: Tensor,
+    teacher: Sparse,
+    labels: Tensor | None = None,
+    *,
+    dtype: torch.dtype = torch.float64,
+    terms: bool = True,
+    upstream: Tensor | None = None,
+    divergence: str = "forward_kl",
+    parameters: dict[str, float] | None = None,
+    temperature: float | Tensor = 1.0,
+    teacher_temperature: float | Tensor | None = None,
+    alpha: float = 1.0,
+    scale_by_temperature: bool = True,
+    label_smoothing: float = 0.0,
+    ignore_index: int = -100,
+    mask: Tensor | None = None,
+    weight: Tensor | None = None,
+    reduction: str = "mean",
+    num_items: float | Tensor | None = None,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    vocab_size: int | None = None,
+) -> Outcome:
+    """`compose` against a sparse teacher, each tail policy as fastkd.TopK words it, over the whole row of the student.
+
+    "bucket" sums over the tokens and one event for the others; "renormalize" over two softmaxes of the tokens;
+    "renormalize_teacher" over the whole vocabulary, with p = 0 outside; "truncate" over the tokens, p as it is given.
+    """
+    lead = student.shape[:-1]
+    n = math.prod(lead)
+    vocabulary = student.shape[-1] if vocab_size is None else vocab_size
+    leaf = student.detach().to(dtype).requires_grad_()
+
+    counted = torch.ones(n, dtype=torch.bool)
+    if labels is not None:
+        counted &= labels.reshape(n) != ignore_index
+    if mask is not None:
+        counted &= mask.reshape(n)
+    row_weight = torch.ones(n, dtype=dtype) if weight is None else weight.reshape(n).to(dtype)
+    rows = (counted & (row_weight != 0)).nonzero().squeeze(-1)
+
+    def of_rows(value: float | Tensor) -> Tensor:
+        value = (
+            value.reshape(n)[rows]
+            if isinstance(value, Tensor)
+            else torch.full((len(rows),), value, dtype=dtype)
+        )
+        return value.to(dtype).unsqueeze(-1)
+
+    t_student = of_rows(temperature)
+    t_teacher = t_student if teacher_temperature is None else of_rows(teacher_temperature)
+    z = leaf.reshape(n, leaf.shape[-1])[rows, :vocabulary] * logit_scale
+    if softcap is not None:
+        z = softcap * torch.tanh(z / softcap)
+    log_q_row = (z / t_student).log_softmax(-1)
+
+    k = teacher.ids.shape[-1]
+    ids = teacher.ids.reshape(n, k)[rows].long()
+    named = ids >= 0
+    seats = ids.clamp(min=0)
+    member = torch.zeros(z.shape, dtype=torch.int32).scatter_add_(-1, seats, named.int()) > 0
+    given = teacher.logprobs.detach().reshape(n, k)[rows].double()
+    given = given.masked_fill(~named, -torch.inf)
+    # What is left to the others is part of the input: the composition in float32 gets it at its best.
+    if teacher.tail_logprob is None:
+        rest = torch.log1p(-given.exp().sum(-1, keepdim=True).clamp(max=1.0))
+    else:
+        rest = teacher.tail_logprob.detach().reshape(n, 1)[rows].double()
+    rest = torch.where(member.all(-1, keepdim=True), -torch.inf, rest)
+    retempered = given.to(dtype) * (teacher.at / t_teacher)
+    log_q_named = log_q_row.gather(-1, seats).masked_fill(~named, -torch.inf)
+    share = torch.zeros_like(z)  # of the tail's mass
+    if teacher.tail == "bucket":
+        # Of a row that has no others, or all of them at -inf, nothing is differentiated.
+        some = (~member & (log_q_row > -torch.inf)).any(-1, keepdim=True)
+        others = log_q_row.masked_fill(member, -torch.inf).masked_fill(~some, 0.0)
+        log_q_tail = others.logsumexp(-1, keepdim=True).masked_fill(~some, -torch.inf)
+        log_q = torch.cat([log_q_named, log_q_tail], -1)
+        log_p = torch.cat([given, rest], -1).to(dtype).log_softmax(-1)
+        share = (others - others.logsumexp(-1, keepdim=True)).exp().detach() * some
+    elif teacher.tail == "renormalize":
+        log_q = (z.gather(-1, seats) / t_student).masked_fill(~named, -torch.inf).log_softmax(-1)
+        log_p = retempered.log_softmax(-1)
+    elif teacher.tail == "renormalize_teacher":
+        log_q = log_q_row
+        normal = retempered.log_softmax(-1)
+        wide = torch.full((*z.shape[:-1], vocabulary + 1), -torch.inf, dtype=dtype)
+        log_p = wide.scatter(-1, ids.where(named, vocabulary), normal)[..., :vocabulary]
+    else:
+        log_q, log_p = log_q_named, given.to(dtype)
+    log_p = log_p.detach().requires_grad_()
+
+    both_gone = (log_p == -torch.inf) & (log_q == -torch.inf)
+    phi = DIVERGENCES[divergence](
+        log_p.masked_fill(both_gone, 0.0), log_q.masked_fill(both_gone, 0.0), **(parameters or {})
+    ).masked_fill(both_gone, 0.0)
+    t_squared = t_student.squeeze(-1) ** 2 if scale_by_temperature else torch.ones(len(rows))
+    distillation = phi.sum(-1) * t_squared
+    cross_entropy = torch.zeros_like(distillation)
+    if alpha < 1:
+        cross_entropy = F.cross_entropy(
+            z, labels.reshape(n)[rows], reduction="none", label_smoothing=label_smoothing
+        )
+    log_q_plain = log_q_row.detach()
+    entropy = -_times(log_q_plain, log_q_plain).sum(-1)
+
+    factor = row_weight[rows]
+    loss_of_row = (1 - alpha) * cross_entropy
+    if alpha:
+        loss_of_row = loss_of_row + alpha * distillation
+
+    def spread(of_kept: Tensor) -> Tensor:
+        return torch.zeros(n, dtype=dtype).index_copy(0, rows, of_kept.to(dtype)).reshape(lead)
+
+    loss = spread(loss_of_row * factor)
+    denominator = 1.0
+    if reduction in ("mean", "batchmean"):
+        denominator = (
+            max(int(counted.sum()), 1) if reduction == "mean" else max(student.shape[0], 1)
+        )
+        if num_items is not None:
+            denominator = float(num_items)
+    if reduction != "none":
+        loss = loss.sum() / denominator
+    upstream = torch.ones_like(loss) if upstream is None else upstream.to(dtype)
+    (gradient,) = torch.autograd.grad(
+        loss, leaf, upstream, retain_graph=True, allow_unused=True, materialize_grads=True
+    )
+    values = (spread(value.detach()) for value in (distillation, cross_entropy, entropy))
+    nothing = loss.new_zeros(())
+    outcome = Outcome(
+        loss.detach(), gradient, nothing, *values, int(counted.sum()), *(nothing,) * 6
+    )
+    if not terms:
+        return outcome
+
+    by_q, q_by_q, q_by_p = _derivatives(phi, log_q, log_p)
+    by_p, p_by_p, p_by_q = _derivatives(phi, log_p, log_q)
+    size_p = log_p.detach().abs().clamp(1.0, 1e30)
+    # The logarithm of a sum of probabilities has the errors of their logarithms, each by its share.
+    size_of_row = log_q_plain.abs().clamp(1.0, 1e30)
+    size_q = log_q.detach().abs().clamp(1.0, 1e30)
+    if teacher.tail == "bucket":
+        summed = (share * size_of_row).sum(-1)
+        size_q[..., -1] = torch.maximum(size_q[..., -1], summed)
+    own_q = _size(by_q) + _size(q_by_q * size_q) + _size(q_by_p * size_p)
+    own_p = _size(by_p) + _size(p_by_p * size_p) + _size(p_by_q * size_q)
+    cancelled = own_q + own_p + _size(by_q * size_q) + _size(by_p * size_p)
+    distillation_terms = (phi.detach().abs() + cancelled).sum(-1) * t_squared
+    cross_entropy_terms = cross_entropy.detach().abs() + cross_entropy.detach().abs().clamp(min=1.0)
+    loss_terms = spread(
+        (alpha * distillation_terms + (1 - alpha) * cross_entropy_terms) * factor.abs()
+    )
+    if reduction != "none":
+        loss_terms = loss_terms.sum() / denominator
+    multiplier = (upstream.expand(lead).reshape(n)[rows] * factor).abs().unsqueeze(-1) / denominator
+
+    total = own_q.sum(-1, keepdim=True) + (size_q * by_q).detach().sum(-1, keepdim=True).abs()
+    if teacher.tail == "renormalize_teacher":
+        own = own_q + log_q_plain.exp() * total
+    else:
+        own = torch.zeros_like(z)
+        of_tokens = own_q[..., :k].masked_fill(~named, 0.0)
+        if teacher.tail == "renormalize":
+            of_tokens = of_tokens + log_q.detach().exp() * total
+        else:
+            own = own + log_q_plain.exp() * total
+        if teacher.tail == "bucket":
+            own = own + share * own_q[..., -1:] + share * size_of_row * _size(by_q)[..., -1:]
+        own = own.detach().scatter_add(-1, seats, of_tokens.masked_fill(~named, 0.0))
+    terms_of_row = own * (alpha * t_squared.unsqueeze(-1) / t_student)
+    if alpha < 1:
+        log_q = z.detach().log_softmax(-1)
+        one_hot = F.one_hot(labels.reshape(n)[rows], vocabulary)
+        terms_of_row = terms_of_row + (1 - alpha) * (
+            log_q.exp() * log_q.abs().clamp(1.0, 1e30) + one_hot
+        )
+    wide = torch.zeros(n, student.shape[-1], dtype=dtype)
+    wide[rows, :vocabulary] = terms_of_row.detach() * multiplier * abs(logit_scale)
+    entropy_terms = _times(log_q_plain, (1 - log_q_plain) * log_q_plain.abs().clamp(min=1.0))
+    return outcome._replace(
+        loss_terms=loss_terms.detach(),
+        student_terms=wide.reshape(student.shape),
+        distillation_terms=spread(distillation_terms.detach()),
+        cross_entropy_terms=spread(cross_entropy_terms),
+        student_entropy_terms=spread(entropy_terms.sum(-1)),
+    )
+
+
 def _size(value: Tensor) -> Tensor:
     return value.detach().abs().nan_to_num(0.0, 0.0, 0.0)
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from accuracy import check, labels_for, logits, powers_for, upstream_for
+from accuracy import assert_within, bars, check, labels_for, logits, powers_for, upstream_for
 from oracles import UNNORMALIZED, compose
 from torch import Tensor
 
@@ -77,6 +77,30 @@ def test_every_width_type_and_divergence(
 ) -> None:
     for rows in (1, 5):
         _checked(backend, rows, columns, divergence, dtype)
+
+
+def test_either_subgradient_is_right_where_p_and_q_are_tied() -> None:
+    """What float32 cannot know of TVD is not asked of it; a wrong sign in another column is wrong."""
+    student, teacher = logits(1, 1000, seed=43), logits(1, 1000, seed=44)
+    tied, other = teacher[0].topk(2).indices.tolist()
+    for _ in range(5):  # each time the gap that is left shrinks by p
+        log_q, log_p = (x.double().log_softmax(-1)[0, tied] for x in (student, teacher))
+        teacher[0, tied] += float(log_q - log_p)
+    allowed = bars(student, teacher, divergence="tvd", reduction="none")
+    middle, bar = allowed.exact.teacher_gradient, allowed.teacher_gradient
+    p = teacher.double().softmax(-1)[0]
+    # h_v - p_v sum h, where the tied h is as large as p / 2 of either sign
+    reach = -0.5 * p[tied] * p
+    reach[tied] += 0.5 * p[tied]
+    for share in (-1.0, 0.0, 0.5, 1.0):
+        assert_within("a subgradient", middle + share * reach, middle, bar)
+    wrong = torch.zeros_like(p)
+    wrong[other] = p[other]
+    for sign in (-1, 1):
+        with pytest.raises(AssertionError, match="elements are off"):
+            assert_within("beyond them", middle + 1.01 * sign * reach, middle, bar)
+        with pytest.raises(AssertionError, match=rf"1 of 1000 elements are off; at \(0, {other}\)"):
+            assert_within("a wrong sign", middle + sign * wrong, middle, bar)
 
 
 @kinds

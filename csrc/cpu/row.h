@@ -168,30 +168,9 @@ class Row {
 
   // The value of the row; after it, gradient() may run on any block.
   void finish() {
-    close();
+    if (call_.closed_form) close();
     write_value();
   }
-
-  // Takes a column's phi and g out of the row's sums, after finish(), and gives them.
-  BlockSums take_out(int64_t column, BlockScratch& scratch) {
-    const int64_t b = column / BLOCK;
-    BlockView v = view(b, scratch, true);
-    // One lane of a vector counts; the others must be there to be read. Where g was kept, it took the place of t_exp.
-    alignas(64) float s[LANES], t[LANES], s_exp[LANES], t_exp[LANES], g[LANES];
-    store(s, splat(v.s[column % BLOCK]));
-    store(t, splat(v.t[column % BLOCK]));
-    store(s_exp, student_softmax_.exponential(load(s) - v.s_max));
-    store(t_exp, teacher_softmax_.exponential(load(t) - v.t_max));
-    v.s = s, v.t = t, v.s_exp = s_exp, v.t_exp = t_exp;
-    const BlockSums term = kernels_.sums[1](v, 1, call_.params.data(), g);
-    phi_ -= term.phi;
-    g_ -= term.g;
-    write_value();
-    return term;
-  }
-
-  // What multiplies the derivative by a column's log-probability in its gradient.
-  double coefficient() const { return kd_scale_ / s_temperature_; }
 
   bool needs_gradient() const { return student_gradient_ || teacher_gradient_; }
 
@@ -229,7 +208,7 @@ class Row {
     const Form form = waits && past_cache_ && dtype == Dtype::f32 && whole ? STREAM : SCRATCH;
     pending.kernel = keeps_g() ? PROJECTION[form] : log_0_ ? kernels_.student_log_0 : kernels_.student[form];
     pending.sum = float(g_);
-    pending.coefficient = float(coefficient());
+    pending.coefficient = float(kd_scale_ / s_temperature_);
     pending.out = form == STREAM ? reinterpret_cast<float*>(place) : scratch.gradient;
     if (form == STREAM) return pending;
     if (waits) {
@@ -250,18 +229,17 @@ class Row {
   }
 
  private:
+  // The sums of phi and g from the moments.
   void close() {
     const RowStatistics& row = row_statistics_;
-    if (call_.closed_form) {
-      const double forward = row.forward - row.t_log_sum + row.s_log_sum;
-      const double reverse = row.reverse - row.s_log_sum + row.t_log_sum;
-      const double cross = row.s_log_sum - row.cross;
-      // A moment that was not collected is 0 here, and its term is not finite only if its weight is 0.
-      phi_ = g_ = 0;
-      if (call_.forward != 0) phi_ += call_.forward * forward, g_ -= call_.forward;
-      if (call_.reverse != 0) phi_ += call_.reverse * reverse, g_ += call_.reverse * (reverse + 1);
-      if (call_.cross != 0) phi_ += call_.cross * cross, g_ -= call_.cross;
-    }
+    const double forward = row.forward - row.t_log_sum + row.s_log_sum;
+    const double reverse = row.reverse - row.s_log_sum + row.t_log_sum;
+    const double cross = row.s_log_sum - row.cross;
+    // A moment that was not collected is 0 here, and its term is not finite only if its weight is 0.
+    phi_ = g_ = 0;
+    if (call_.forward != 0) phi_ += call_.forward * forward, g_ -= call_.forward;
+    if (call_.reverse != 0) phi_ += call_.reverse * reverse, g_ += call_.reverse * (reverse + 1);
+    if (call_.cross != 0) phi_ += call_.cross * cross, g_ -= call_.cross;
   }
 
   void write_value() {

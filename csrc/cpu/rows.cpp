@@ -119,9 +119,28 @@ void topk_rows(const Call& call) {
 #pragma omp parallel num_threads(threads) if (threads > 1)
   {
     FlushSubnormals guard;
-    TopKRow row(call, workspace);
+    TopKRow rows[2] = {{call, workspace}, {call, workspace}};  // they take turns, as in kd_rows
+    TopKRow* waiting = nullptr;
 #pragma omp for schedule(dynamic, chunk)
-    for (int64_t i = 0; i < call.rows; ++i) row.run(i);
+    for (int64_t i = 0; i < call.rows; ++i) {
+      TopKRow& row = waiting == &rows[0] ? rows[1] : rows[0];
+      if (!row.start(i)) continue;
+      if (row.sweeps()) {
+        for (int64_t b = 0; b < row.blocks(); ++b) {
+          if (waiting) waiting->write_gradient(b);
+          row.sweep(b);
+        }
+        waiting = nullptr;
+      }
+      row.settle();
+      if (!row.needs_gradient()) continue;
+      if (row.can_wait())
+        waiting = &row;
+      else
+        for (int64_t b = row.blocks(); b-- > 0;) row.write_gradient(b);
+    }
+    if (waiting)
+      for (int64_t b = 0; b < waiting->blocks(); ++b) waiting->write_gradient(b);
   }
   write_total(call);
 }

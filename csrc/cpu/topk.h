@@ -108,47 +108,15 @@ class TopKRow {
     past_cache_ = call.rows * call.vocabulary * element_size(call.student.dtype) >= STREAM_BYTES;
   }
 
-  void run(int64_t row) {
-    if (!start(row)) return;
-    if (sweeps()) {
-      for (int64_t b = 0; b < blocks_; ++b) sweep(b);
-    } else {
-      gather();
-    }
-    make_events();
-    take_value();
-    if (!gradient_) return;
-    for (int64_t b = blocks_; b-- > 0;) write_gradient(b);
-  }
+  int64_t blocks() const { return blocks_; }
 
- private:
-  bool with_labels() const { return call_.labels && call_.alpha < 1; }
-  bool renormalizes() const { return call_.tail == Tail::renormalize; }
-  // Whether anything depends on the other tokens.
+  // Whether anything depends on the other tokens; if not, there is no sweep.
   bool sweeps() const { return !renormalizes() || with_labels() || call_.student_entropy; }
-  int columns(int64_t b) const { return int(std::min<int64_t>(BLOCK, call_.vocabulary - b * BLOCK)); }
-  int64_t tokens() const { return call_.tokens; }
 
-  // The dense call over events: every row of it is the one in this object's buffers.
-  Call of_events(const Call& call) {
-    Call events = call;
-    const std::vector<int64_t> nowhere(call.sizes.size(), 0);
-    auto rows = [&](std::vector<float>& buffer) {
-      return Rows{reinterpret_cast<char*>(buffer.data()), Dtype::f32, events.vocabulary, nowhere};
-    };
-    events.vocabulary = call.tokens + !renormalizes();
-    events.student = rows(student_events_);
-    events.teacher = rows(teacher_events_);
-    if (call.student_gradient.data) events.student_gradient = rows(gradient_events_);
-    for (Tempering* tempering : {&events.student_tempering, &events.teacher_tempering}) {
-      tempering->logit_scale = 1;
-      tempering->softcap = 0;
-    }
-    events.student_entropy = events.cross_entropy = nullptr;
-    // Dropped rows do not come here, and the cross-entropy is of the whole row.
-    events.labels = nullptr;
-    return events;
-  }
+  // Whether its gradient may wait for the next row's sweep.
+  bool can_wait() const { return keeps_exponentials_ && sweeps(); }
+
+  bool needs_gradient() const { return gradient_; }
 
   // False where the row is dropped, which has then been dealt with.
   bool start(int64_t row) {
@@ -178,10 +146,93 @@ class TopKRow {
     if (top <= FLOOR && top > -INF) adjust_.shift = top;
     const float* per_row = call_.student_tempering.per_row;
     const double temperature = per_row ? per_row[row] : call_.student_tempering.temperature;
-    softmax_ = Softmax(temperature > 0 ? temperature : 1);  // Row poisons the row otherwise
+    const float* teacher_per_row = call_.teacher_tempering.per_row;
+    valid_ &= temperature > 0 && (!teacher_per_row || teacher_per_row[row] > 0);
+    softmax_ = Softmax(temperature > 0 ? temperature : 1);
     separate_at_1_ = with_labels() && softmax_.temperature != UNTEMPERED.temperature;
     z_total_ = 0;
     return true;
+  }
+
+  void sweep(int64_t b) {
+    const float* z = load_tail(b);
+    const int n = columns(b);
+    TailBlock& out = tail_[b];
+    out.max = maximum_of(z, padded(n));
+    const int width = element_size(call_.student.dtype);
+    const Ahead ahead{student_ + (b + AHEAD) * BLOCK * width, nullptr, b + AHEAD < blocks_ ? width : 0, 0};
+    auto kernel = [&](auto at_1, auto entropy) {
+      tail_block<decltype(at_1)::value, decltype(entropy)::value>(z, n, softmax_, exponentials(b), exponentials_at_1(b), ahead, out);
+    };
+    using Yes = std::true_type;
+    using No = std::false_type;
+    if (separate_at_1_)
+      call_.student_entropy ? kernel(Yes{}, Yes{}) : kernel(Yes{}, No{});
+    else
+      call_.student_entropy ? kernel(No{}, Yes{}) : kernel(No{}, No{});
+  }
+
+  // The value of the row, once its blocks are swept; after it, write_gradient() may run on any block.
+  void settle() {
+    if (!sweeps()) gather();
+    make_events();
+    take_value();
+  }
+
+  void write_gradient(int64_t b) {
+    const int n = columns(b);
+    float* out = scratch_.gradient;
+    const float* e = nullptr;
+    if (sweeps()) {
+      if (!keeps_exponentials_) again(b);
+      e = exponentials(b);
+    }
+    const double gap = sweeps() ? tail_[b].max - origin_ : 0;
+    double share = std::exp(gap / softmax_.temperature - tail_log_sum_);
+    if (tail_log_sum_ == -INF) share = 0;
+    const V factor = splat(float(gradient_events_[tokens()] * share));
+    if (!e || renormalizes())
+      std::fill_n(out, padded(n), 0.0f);
+    else
+      for (int i = 0; i < n; i += LANES) store(out + i, load(e + i) * factor);
+    if (with_labels()) add_cross_entropy(b, separate_at_1_ ? exponentials_at_1(b) : e, gap, out);
+    seats_.each_in(b, [&](int64_t j) {
+      float& place = out[ids_[j] % BLOCK];
+      // The tokens have no exponential in the sweep's, so that of the cross-entropy comes here.
+      const double q = with_labels() ? std::exp((student_events_[j] + top_) / UNTEMPERED.temperature - log_sum_at_1_) : 0;
+      place += float(gradient_events_[j] + cross_entropy_scale_ * q);
+    });
+    if (!valid_) std::fill_n(out, padded(n), std::nanf(""));
+    if (!adjust_.identity()) chain(adjust_, load_student(b), n, out);
+    store_block(gradient_, call_.student_gradient.dtype, b * BLOCK, n, out, past_cache_);
+  }
+
+ private:
+  bool with_labels() const { return call_.labels && call_.alpha < 1; }
+  bool renormalizes() const { return call_.tail == Tail::renormalize; }
+  bool truncates() const { return call_.tail == Tail::truncate; }
+  int columns(int64_t b) const { return int(std::min<int64_t>(BLOCK, call_.vocabulary - b * BLOCK)); }
+  int64_t tokens() const { return call_.tokens; }
+
+  // The dense call over events: every row of it is the one in this object's buffers.
+  Call of_events(const Call& call) {
+    Call events = call;
+    const std::vector<int64_t> nowhere(call.sizes.size(), 0);
+    auto rows = [&](std::vector<float>& buffer) {
+      return Rows{reinterpret_cast<char*>(buffer.data()), Dtype::f32, events.vocabulary, nowhere};
+    };
+    events.vocabulary = call.tokens + !renormalizes();
+    events.student = rows(student_events_);
+    events.teacher = rows(teacher_events_);
+    if (call.student_gradient.data) events.student_gradient = rows(gradient_events_);
+    for (Tempering* tempering : {&events.student_tempering, &events.teacher_tempering}) {
+      tempering->logit_scale = 1;
+      tempering->softcap = 0;
+    }
+    events.student_entropy = events.cross_entropy = nullptr;
+    // Dropped rows do not come here, and the cross-entropy is of the whole row.
+    events.labels = nullptr;
+    return events;
   }
 
   float* exponentials(int64_t b) { return keeps_exponentials_ ? exponentials_ + b * BLOCK : scratch_.s_exp; }
@@ -214,24 +265,6 @@ class TopKRow {
     return z;
   }
 
-  void sweep(int64_t b) {
-    const float* z = load_tail(b);
-    const int n = columns(b);
-    TailBlock& out = tail_[b];
-    out.max = maximum_of(z, padded(n));
-    const int width = element_size(call_.student.dtype);
-    const Ahead ahead{student_ + (b + AHEAD) * BLOCK * width, nullptr, b + AHEAD < blocks_ ? width : 0, 0};
-    auto kernel = [&](auto at_1, auto entropy) {
-      tail_block<decltype(at_1)::value, decltype(entropy)::value>(z, n, softmax_, exponentials(b), exponentials_at_1(b), ahead, out);
-    };
-    using Yes = std::true_type;
-    using No = std::false_type;
-    if (separate_at_1_)
-      call_.student_entropy ? kernel(Yes{}, Yes{}) : kernel(Yes{}, No{});
-    else
-      call_.student_entropy ? kernel(No{}, Yes{}) : kernel(No{}, No{});
-  }
-
   // The tokens alone.
   void gather() {
     alignas(64) float z[LANES];
@@ -248,28 +281,32 @@ class TopKRow {
       if (!(student_events_[j] <= origin)) origin = student_events_[j];
     }
     const double top = origin;
+    double tail_max = FLOOR, sum = 0, sum_at_1 = 0, entropy = 0;
     bool others = false;
     if (sweeps())
       for (const TailBlock& block : tail_) {
-        origin = std::max(origin, double(block.max));
+        tail_max = std::max(tail_max, double(block.max));
         others |= block.max > FLOOR || block.sum != block.sum;
       }
-    double sum = 0, sum_at_1 = 0, entropy = 0;
-    if (others)
-      for (const TailBlock& block : tail_) {
-        const double gap = block.max - origin, factor = std::exp(gap * inverse);
+    if (others) {
+      origin = std::max(origin, tail_max);
+      for (const TailBlock& block : tail_) {  // relative to the tail's own maximum, which may be far below
+        const double gap = block.max - tail_max, factor = std::exp(gap * inverse);
         sum += factor * block.sum;
         entropy += factor * (block.entropy + gap * inverse * block.sum);
         sum_at_1 += separate_at_1_ ? std::exp(gap / UNTEMPERED.temperature) * block.sum_at_1 : factor * block.sum;
       }
+      sum_at_1 *= std::exp((tail_max - origin) / UNTEMPERED.temperature);
+    }
     origin_ = origin;
-    tail_log_sum_ = others ? std::log(sum) : -INF;
-    tail_entropy_ = others ? tail_log_sum_ - entropy / sum : 0;
+    tail_log_sum_ = others ? (tail_max - origin) * inverse + std::log(sum) : -INF;
+    tail_entropy_ = others ? std::log(sum) - entropy / sum : 0;
 
-    // A row's logits may share an offset that costs digits: events are relative to their largest.
+    // Logits may share an offset that costs digits: events are relative to the largest of the tokens.
+    top_ = top > -INF ? top - origin : 0;
     for (int64_t j = 0; j < tokens(); ++j) {
-      student_events_[j] = float(student_events_[j] - origin);
-      if (with_labels()) sum_at_1 += std::exp(student_events_[j] / UNTEMPERED.temperature);
+      if (top > -INF) student_events_[j] = float(student_events_[j] - top);
+      if (with_labels()) sum_at_1 += std::exp((student_events_[j] + top_) / UNTEMPERED.temperature);
     }
     log_sum_at_1_ = std::log(sum_at_1);
     if (!valid_) student_events_[0] = std::nanf("");
@@ -277,10 +314,8 @@ class TopKRow {
     const float* logprobs = load_logprobs();
     for (int64_t j = 0; j < tokens(); ++j) teacher_events_[j] = ids_[j] < 0 ? -INF : logprobs[j];
     if (renormalizes()) return;
-    double tail = tail_log_sum_ * softmax_.temperature;
-    if (call_.tail == Tail::truncate && tail == -INF) tail = top - origin + FAINT * softmax_.temperature;
-    student_events_[tokens()] = float(tail);
-    teacher_events_[tokens()] = tail_logprob();
+    student_events_[tokens()] = float(tail_log_sum_ * softmax_.temperature - top_);
+    if (!truncates()) teacher_events_[tokens()] = tail_logprob();
   }
 
   const float* load_logprobs() {
@@ -304,19 +339,11 @@ class TopKRow {
 
   // The value of the row and the gradient of its events.
   void take_value() {
-    auto each = [&](auto phase) {
-      for (int64_t b = 0; b < events_.blocks(); ++b) phase(b, scratch_);
-    };
-    auto once = [&](auto step, bool* flags) { step(flags); };
-    auto statistics = [&](int64_t b, BlockScratch& scratch) { events_.statistics(b, scratch); };
-    value_of(events_, row_, each, once, statistics);
-    BlockSums left_out{};
-    if (call_.tail == Tail::truncate) left_out = events_.take_out(tokens(), scratch_);
-    if (gradient_) {
-      each([&](int64_t b, BlockScratch& scratch) { events_.gradient(b, scratch); });
-      if (renormalizes()) gradient_events_[tokens()] = 0;
-      gradient_events_[tokens()] -= float(left_out.g * events_.coefficient());
-    }
+    if (truncates())
+      take_truncated();
+    else
+      take_dense();
+    if (renormalizes() && gradient_) gradient_events_[tokens()] = 0;
     const double weight = call_.weight ? call_.weight[row_] : 1;
     double cross_entropy = 0;
     if (with_labels()) {
@@ -326,10 +353,61 @@ class TopKRow {
       cross_entropy = log_sum_at_1_ - target / UNTEMPERED.temperature;
       call_.loss[row_] = float(call_.loss[row_] + weight * (1 - call_.alpha) * cross_entropy);
     }
+    if (!valid_) call_.loss[row_] = std::nanf("");
     write(call_.cross_entropy, cross_entropy);
     write(call_.student_entropy, entropy());
     cross_entropy_scale_ =
         (1 - call_.alpha) * weight * call_.scale * (call_.scale_on_device ? *call_.scale_on_device : 1);
+  }
+
+  void take_dense() {
+    auto each = [&](auto phase) {
+      for (int64_t b = 0; b < events_.blocks(); ++b) phase(b, scratch_);
+    };
+    auto once = [&](auto step, bool* flags) { step(flags); };
+    auto statistics = [&](int64_t b, BlockScratch& scratch) { events_.statistics(b, scratch); };
+    value_of(events_, row_, each, once, statistics);
+    if (gradient_) each([&](int64_t b, BlockScratch& scratch) { events_.gradient(b, scratch); });
+  }
+
+  // phi and g of the tokens alone; q is of the whole row, and p as it is given.
+  void take_truncated() {
+    const Kernels& kernels = kernels_of(call_);
+    const double inverse = 1 / softmax_.temperature;
+    double highest = student_events_[tokens()], sum = 0;  // the tail may be far above the tokens
+    if (highest < 0) highest = 0;
+    for (int64_t j = 0; j <= tokens(); ++j) sum += std::exp((student_events_[j] - highest) * inverse);
+    const double log_sum = highest * inverse + std::log(sum);
+    BlockSums total{};
+    for (int64_t start = 0; start < tokens(); start += BLOCK) {
+      const int n = int(std::min<int64_t>(BLOCK, tokens() - start));
+      for (int i = 0; i < padded(n); ++i) {
+        const double log_q = i < n ? student_events_[start + i] * inverse - log_sum : 0;
+        const double log_p = i < n ? teacher_events_[start + i] : 0;
+        scratch_.s[i] = float(log_q), scratch_.t[i] = float(log_p);
+        scratch_.s_exp[i] = float(std::exp(log_q)), scratch_.t_exp[i] = float(std::exp(log_p));
+      }
+      BlockView view{};
+      view.s = scratch_.s, view.t = scratch_.t, view.s_exp = scratch_.s_exp, view.t_exp = scratch_.t_exp;
+      view.s_weight = view.t_weight = view.s_inverse = view.t_inverse = 1;
+      const BlockSums sums = kernels.sums[1](view, n, call_.params.data(), scratch_.gradient);
+      std::copy_n(scratch_.gradient, n, gradient_events_.data() + start);
+      total.phi += sums.phi;
+      total.g += sums.g;
+    }
+    const double weight = call_.weight ? call_.weight[row_] : 1;
+    const float* per_row = call_.student_tempering.per_row;
+    const double temperature = per_row ? per_row[row_] : call_.student_tempering.temperature;
+    const double square = call_.scale_by_temperature ? temperature * temperature : 1;
+    const double distillation = square * total.phi;
+    write(call_.distillation, distillation);
+    write(call_.loss, call_.alpha == 0 ? 0 : weight * call_.alpha * distillation);
+    const double scale = call_.scale * (call_.scale_on_device ? *call_.scale_on_device : 1);
+    const double coefficient = call_.alpha * square / temperature * weight * scale;
+    for (int64_t j = 0; j <= tokens(); ++j) {
+      const double log_q = student_events_[j] * inverse - log_sum, g = j < tokens() ? gradient_events_[j] : 0;
+      gradient_events_[j] = float(coefficient * (g - std::exp(log_q) * total.g));
+    }
   }
 
   // Of the whole row: that among the tokens and the tail, and within the tail by its share.
@@ -338,7 +416,7 @@ class TopKRow {
     const double inverse = 1 / softmax_.temperature;
     double sum = std::exp(tail_log_sum_), moment = others_moment();
     for (int64_t j = 0; j < tokens(); ++j) {
-      const double z = student_events_[j] * inverse, e = std::exp(z);
+      const double z = (student_events_[j] + top_) * inverse, e = std::exp(z);
       sum += e;
       if (e > 0) moment += e * z;
     }
@@ -347,34 +425,6 @@ class TopKRow {
   // Sum of e z' over the tail.
   double others_moment() const {
     return tail_log_sum_ == -INF ? 0 : std::exp(tail_log_sum_) * (tail_log_sum_ - tail_entropy_);
-  }
-
-  void write_gradient(int64_t b) {
-    const int n = columns(b);
-    float* out = scratch_.gradient;
-    const float* e = nullptr;
-    if (sweeps()) {
-      if (!keeps_exponentials_) again(b);
-      e = exponentials(b);
-    }
-    const double gap = sweeps() ? tail_[b].max - origin_ : 0;
-    double share = std::exp(gap / softmax_.temperature - tail_log_sum_);
-    if (tail_log_sum_ == -INF) share = 0;
-    const V factor = splat(float(gradient_events_[tokens()] * share));
-    if (!e || renormalizes())
-      std::fill_n(out, padded(n), 0.0f);
-    else
-      for (int i = 0; i < n; i += LANES) store(out + i, load(e + i) * factor);
-    if (with_labels()) add_cross_entropy(b, separate_at_1_ ? exponentials_at_1(b) : e, gap, out);
-    seats_.each_in(b, [&](int64_t j) {
-      float& place = out[ids_[j] % BLOCK];
-      // The tokens have no exponential in the sweep's, so that of the cross-entropy comes here.
-      const double q = with_labels() ? std::exp(student_events_[j] / UNTEMPERED.temperature - log_sum_at_1_) : 0;
-      place += float(gradient_events_[j] + cross_entropy_scale_ * q);
-    });
-    if (!valid_) std::fill_n(out, padded(n), std::nanf(""));
-    if (!adjust_.identity()) chain(adjust_, load_student(b), n, out);
-    store_block(gradient_, call_.student_gradient.dtype, b * BLOCK, n, out, past_cache_);
   }
 
   void add_cross_entropy(int64_t b, const float* e, double gap, float* out) {
@@ -401,8 +451,6 @@ class TopKRow {
     if (to) to[row_] = float(value);
   }
 
-  static constexpr float FAINT = -60;  // as in fastkd/topk.py
-
   const Call& call_;
   const int64_t blocks_;
   Seats seats_;
@@ -422,7 +470,8 @@ class TopKRow {
   bool valid_ = true, separate_at_1_ = false;
   Adjustment adjust_;
   Softmax softmax_{1};
-  double origin_ = 0, tail_log_sum_ = 0, tail_entropy_ = 0, log_sum_at_1_ = 0, z_label_ = 0, z_total_ = 0;
+  double origin_ = 0, top_ = 0;  // the largest z of the row, and by how much the tokens' is below it
+  double tail_log_sum_ = 0, tail_entropy_ = 0, log_sum_at_1_ = 0, z_label_ = 0, z_total_ = 0;
   double cross_entropy_scale_ = 0;
 };
 
