@@ -26,8 +26,9 @@ def _labels(*values: int) -> Tensor:
 BAD: list[tuple[dict[str, Any], type[Exception], str]] = [
     # The logits
     ({"student_logits": [[1.0]]}, TypeError, "student_logits must be a tensor of logits, got list"),
-    ({"teacher": None}, TypeError, "teacher must be a tensor of logits, a fastkd.TopK, a fastkd.LinearTeacher or a fastkd.Ensemble; "
-        "got NoneType"),
+    ({"teacher": None}, TypeError,
+     "teacher must be a tensor of logits, a fastkd.TopK, a fastkd.LinearTeacher or a fastkd.Ensemble; "
+     "got NoneType"),
     (
         {"student_logits": torch.ones(3, 7, dtype=torch.int64)},
         TypeError,

@@ -126,10 +126,7 @@ void topk_rows(const Call& call) {
       TopKRow& row = waiting == &rows[0] ? rows[1] : rows[0];
       if (!row.start(i)) continue;
       if (row.sweeps()) {
-        for (int64_t b = 0; b < row.blocks(); ++b) {
-          if (waiting) waiting->write_gradient(b);
-          row.sweep(b);
-        }
+        for (int64_t b = 0; b < row.blocks(); ++b) row.sweep(b, waiting);
         waiting = nullptr;
       }
       row.settle();

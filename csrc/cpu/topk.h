@@ -62,13 +62,18 @@ struct TailBlock {
   double sum, sum_at_1, entropy;  // of e, of e at temperature 1, of e z'
 };
 
-template <bool AT_1, bool ENTROPY>
-void tail_block(const float* z, int n, Softmax softmax, float* e_out, float* e_at_1_out, Ahead ahead, TailBlock& out) {
+// alongside(from, to) is called strip by strip: stores of another row's gradient, which wait for memory, go well with
+// arithmetic.
+template <bool AT_1, bool ENTROPY, class Alongside>
+void tail_block(const float* z, int n, Softmax softmax, float* e_out, float* e_at_1_out, Ahead ahead,
+                Alongside alongside, TailBlock& out) {
   const V max = splat(out.max);
   V sum{}, sum_at_1{}, entropy{};
   for (int start = 0; start < n; start += STRIP) {
     V strip{}, strip_at_1{}, strip_entropy{};
-    for (int i = start; i < std::min(start + STRIP, n); i += LANES) {
+    const int end = std::min(start + STRIP, n);
+    alongside(start, end);
+    for (int i = start; i < end; i += LANES) {
       ahead.ask(i);
       const V gap = load(z + i) - max;
       const V e = softmax.exponential(gap);
@@ -125,6 +130,9 @@ class TopKRow {
       return rows.data ? rows.data + row_offset(rows, call_.sizes, row) * element_size(rows.dtype) : nullptr;
     };
     student_ = pointer(call_.student);
+    next_ = nullptr;
+    if (row + 1 < call_.rows)
+      next_ = call_.student.data + row_offset(call_.student, call_.sizes, row + 1) * element_size(call_.student.dtype);
     gradient_ = pointer(call_.student_gradient);
     ids_ = call_.ids + row * tokens();
     label_ = call_.labels ? call_.labels[row] : -1;
@@ -154,15 +162,22 @@ class TopKRow {
     return true;
   }
 
-  void sweep(int64_t b) {
+  // waiting: a row whose gradient is still to be written; its block b is.
+  void sweep(int64_t b, TopKRow* waiting) {
+    if (waiting) waiting->make_gradient(b);  // its exponentials are where those of this row go
     const float* z = load_tail(b);
     const int n = columns(b);
     TailBlock& out = tail_[b];
     out.max = maximum_of(z, padded(n));
     const int width = element_size(call_.student.dtype);
-    const Ahead ahead{student_ + (b + AHEAD) * BLOCK * width, nullptr, b + AHEAD < blocks_ ? width : 0, 0};
+    const int64_t next = b + AHEAD - blocks_;  // past the end of this row comes the next one
+    const char* place = next < 0 ? student_ + (b + AHEAD) * BLOCK * width : next_ + next * BLOCK * width;
+    const Ahead ahead{place, nullptr, next < 0 || (next_ && next < blocks_) ? width : 0, 0};
+    auto alongside = [&](int from, int to) {
+      if (waiting) waiting->store_gradient(b, from, to);
+    };
     auto kernel = [&](auto at_1, auto entropy) {
-      tail_block<decltype(at_1)::value, decltype(entropy)::value>(z, n, softmax_, exponentials(b), exponentials_at_1(b), ahead, out);
+      tail_block<decltype(at_1)::value, decltype(entropy)::value>(z, n, softmax_, exponentials(b), exponentials_at_1(b), ahead, alongside, out);
     };
     using Yes = std::true_type;
     using No = std::false_type;
@@ -180,31 +195,8 @@ class TopKRow {
   }
 
   void write_gradient(int64_t b) {
-    const int n = columns(b);
-    float* out = scratch_.gradient;
-    const float* e = nullptr;
-    if (sweeps()) {
-      if (!keeps_exponentials_) again(b);
-      e = exponentials(b);
-    }
-    const double gap = sweeps() ? tail_[b].max - origin_ : 0;
-    double share = std::exp(gap / softmax_.temperature - tail_log_sum_);
-    if (tail_log_sum_ == -INF) share = 0;
-    const V factor = splat(float(gradient_events_[tokens()] * share));
-    if (!e || renormalizes())
-      std::fill_n(out, padded(n), 0.0f);
-    else
-      for (int i = 0; i < n; i += LANES) store(out + i, load(e + i) * factor);
-    if (with_labels()) add_cross_entropy(b, separate_at_1_ ? exponentials_at_1(b) : e, gap, out);
-    seats_.each_in(b, [&](int64_t j) {
-      float& place = out[ids_[j] % BLOCK];
-      // The tokens have no exponential in the sweep's, so that of the cross-entropy comes here.
-      const double q = with_labels() ? std::exp((student_events_[j] + top_) / UNTEMPERED.temperature - log_sum_at_1_) : 0;
-      place += float(gradient_events_[j] + cross_entropy_scale_ * q);
-    });
-    if (!valid_) std::fill_n(out, padded(n), std::nanf(""));
-    if (!adjust_.identity()) chain(adjust_, load_student(b), n, out);
-    store_block(gradient_, call_.student_gradient.dtype, b * BLOCK, n, out, past_cache_);
+    make_gradient(b);
+    store_gradient(b, 0, columns(b));
   }
 
  private:
@@ -427,6 +419,39 @@ class TopKRow {
     return tail_log_sum_ == -INF ? 0 : std::exp(tail_log_sum_) * (tail_log_sum_ - tail_entropy_);
   }
 
+  // The gradient of block b, in scratch.
+  void make_gradient(int64_t b) {
+    const int n = columns(b);
+    float* out = scratch_.gradient;
+    const float* e = nullptr;
+    if (sweeps()) {
+      if (!keeps_exponentials_) again(b);
+      e = exponentials(b);
+    }
+    const double gap = sweeps() ? tail_[b].max - origin_ : 0;
+    double share = std::exp(gap / softmax_.temperature - tail_log_sum_);
+    if (tail_log_sum_ == -INF) share = 0;
+    const V factor = splat(float(gradient_events_[tokens()] * share));
+    if (!e || renormalizes())
+      std::fill_n(out, padded(n), 0.0f);
+    else
+      for (int i = 0; i < n; i += LANES) store(out + i, load(e + i) * factor);
+    if (with_labels()) add_cross_entropy(b, separate_at_1_ ? exponentials_at_1(b) : e, gap, out);
+    seats_.each_in(b, [&](int64_t j) {
+      float& place = out[ids_[j] % BLOCK];
+      // The tokens have no exponential in the sweep's, so that of the cross-entropy comes here.
+      const double q = with_labels() ? std::exp((student_events_[j] + top_) / UNTEMPERED.temperature - log_sum_at_1_) : 0;
+      place += float(gradient_events_[j] + cross_entropy_scale_ * q);
+    });
+    if (!valid_) std::fill_n(out, padded(n), std::nanf(""));
+    if (!adjust_.identity()) chain(adjust_, load_student(b), n, out);
+  }
+
+  void store_gradient(int64_t b, int from, int to) {
+    const Dtype dtype = call_.student_gradient.dtype;
+    store_block(gradient_, dtype, b * BLOCK + from, to - from, scratch_.gradient + from, past_cache_);
+  }
+
   void add_cross_entropy(int64_t b, const float* e, double gap, float* out) {
     const int n = columns(b);
     const V factor = splat(float(cross_entropy_scale_ * std::exp(gap / UNTEMPERED.temperature - log_sum_at_1_)));
@@ -465,7 +490,7 @@ class TopKRow {
 
   // The row at hand.
   int64_t row_ = 0, label_ = 0;
-  char *student_ = nullptr, *gradient_ = nullptr;
+  char *student_ = nullptr, *next_ = nullptr, *gradient_ = nullptr;
   const int64_t* ids_ = nullptr;
   bool valid_ = true, separate_at_1_ = false;
   Adjustment adjust_;
