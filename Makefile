@@ -41,7 +41,7 @@ $(VENV)/.demo: $(VENV)/.torch $(PROJECT) | build
 	@touch $@
 
 $(VENV)/.bench: $(VENV)/.dev
-	$(PIP) install --no-build-isolation -e '.[bench]'
+	$(PIP) install --no-build-isolation -e '.[bench,demo,peers]'
 	@touch $@
 
 test: $(VENV)/.dev build ## the tests, without the big grids
@@ -58,11 +58,13 @@ format: $(VENV)/.dev ## apply what ruff can mend
 	$(PY) -m ruff check --fix .
 	$(PY) -m ruff format .
 
-bench: $(VENV)/.bench build ## the benchmarks: time (torch's buffers as they are, and in huge pages), memory, accuracy
+bench: $(VENV)/.bench build build/demo/.stamp ## the benchmarks: time (torch's buffers as they are, and in huge pages), memory, accuracy
 	$(PY) bench/loss.py
 	THP_MEM_ALLOC_ENABLE=1 $(PY) bench/loss.py
 	$(PY) bench/memory.py
 	$(PY) bench/accuracy.py
+	$(PY) bench/topk.py
+	$(PY) bench/linear.py
 	$(PY) -m pytest bench --benchmark-only $(ARGS)
 
 divergences: $(VENV)/.dev ## after a change of fastkd/divergences.py: its C++ header, the extension, the table's tests

@@ -216,9 +216,7 @@ def kd_loss(
             student_logits, teacher, call.rows, call.options, want, call.backend, call.summed
         )
     else:
-        linear.check_ensemble(teacher, call.options.divergence)
-        plan = linear.plan_rows(student_logits, None, teacher, call, want)
-        results = linear.kd_chunks(linear.Student(student_logits), teacher, call, want, plan)
+        results = linear.kd_chunks(linear.Student(student_logits), teacher, call, want)
     return _returned(results, call, return_parts, device)
 
 
@@ -321,11 +319,9 @@ def fused_linear_kd_loss(
     )
     if isinstance(teacher, TopK):
         call, teacher = with_topk(call, teacher), teacher.logprobs.detach()
-    linear.check_ensemble(teacher, call.options.divergence)
-    plan = linear.plan_rows(
-        student.hidden, student.weight, teacher, call, want, logits_dtype, chunk_size, memory_budget
+    results = linear.kd_chunks(
+        student, teacher, call, want, logits_dtype, chunk_size, memory_budget
     )
-    results = linear.kd_chunks(student, teacher, call, want, plan)
     return _returned(results, call, return_parts, device)
 
 

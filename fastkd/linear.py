@@ -105,7 +105,7 @@ def unflatten(tensors: Sequence[Tensor], spec: str) -> Tensor | LinearTeacher | 
     return Ensemble(teachers, weights, mean)
 
 
-def check_ensemble(teacher: Teacher, divergence: Divergence) -> None:
+def _check_ensemble(teacher: Teacher, divergence: Divergence) -> None:
     """Raise where the combined target of an ensemble has no logits."""
     if isinstance(teacher, Ensemble) and teacher.mean == "arithmetic" and not divergence.normalized:
         raise ValueError(
@@ -114,17 +114,17 @@ def check_ensemble(teacher: Teacher, divergence: Divergence) -> None:
         )
 
 
-def plan_rows(
-    student: Tensor,
-    weight: Tensor | None,
+def _plan(
+    given: Student,
     teacher: Teacher,
     call: Prepared,
     want: Want,
-    logits_dtype: torch.dtype | None = None,
-    chunk_size: int | None = None,
-    memory_budget: int | None = None,
+    logits_dtype: torch.dtype | None,
+    chunk_size: int | None,
+    memory_budget: int | None,
 ) -> Planned:
-    """The plan of a call; the last three arguments are those of fused_linear_kd_loss."""
+    """The plan of a call."""
+    student, weight, _ = given
     vocabulary, device = call.options.vocab_size, student.device.type
     if logits_dtype not in (None, torch.float32, student.dtype):
         raise ValueError(
@@ -580,9 +580,37 @@ class KDChunks(torch.autograd.Function):
 
 
 def kd_chunks(
-    student: Student, teacher: Teacher, prepared: Prepared, want: Want, planned: Planned
+    student: Student,
+    teacher: Teacher,
+    prepared: Prepared,
+    want: Want,
+    logits_dtype: torch.dtype | None = None,
+    chunk_size: int | None = None,
+    memory_budget: int | None = None,
 ) -> tuple[Tensor | None, ...]:
-    """(loss, distillation, cross_entropy, student_entropy), differentiable; the loss is [...] or its 0-dim sum."""
+    """(loss, distillation, cross_entropy, student_entropy), differentiable; the loss is [...] or its 0-dim sum.
+
+    The last three arguments are those of fused_linear_kd_loss.
+    """
+    run = _kd_chunks
+    if (
+        torch.compiler.is_compiling()
+    ):  # the number of chunks depends on the rows, and of those on which count
+        run = torch.compiler.disable(run)
+    return run(student, teacher, prepared, want, logits_dtype, chunk_size, memory_budget)
+
+
+def _kd_chunks(
+    student: Student,
+    teacher: Teacher,
+    prepared: Prepared,
+    want: Want,
+    logits_dtype: torch.dtype | None,
+    chunk_size: int | None,
+    memory_budget: int | None,
+) -> tuple[Tensor | None, ...]:
+    _check_ensemble(teacher, prepared.options.divergence)
+    planned = _plan(student, teacher, prepared, want, logits_dtype, chunk_size, memory_budget)
     tensors, spec = flatten(teacher)
     wanted = tuple(
         want.student_gradient and tensor is not None and tensor.requires_grad for tensor in student
@@ -599,7 +627,4 @@ def kd_chunks(
         planned.memory.chunk_size,
         planned.logits_dtype,
     )
-    apply = KDChunks.apply
-    if torch.compiler.is_compiling():  # the number of chunks is no constant
-        apply = torch.compiler.disable(apply)
-    return apply(*student, tensors, prepared.rows, call, summed)
+    return KDChunks.apply(*student, tensors, prepared.rows, call, summed)

@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
@@ -18,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 import fastkd
 from fastkd import cpu, linear, products
+from fastkd.cache import CacheWriter, TeacherCache
 
 # A vocabulary of one block and a bit of the CPU kernel; rows that no chunk size divides.
 N, H, WIDER, V = 19, 24, 40, 2_100
@@ -195,6 +197,15 @@ def test_every_divergence(any_backend: str, form: str, divergence: str) -> None:
         divergence=divergence,
         chunk_size=2,
     )
+
+
+@pytest.mark.parametrize("form", ["linear", "arithmetic"])
+def test_triton(form: str) -> None:
+    given = problem(form, 3, rows=130, teacher_rows=130, bias=True)
+    labels = labels_for(3, vocabulary=130, seed=3, ignored=0.3)
+    check("triton", given, labels, alpha=0.5, divergence="jsd", temperature=2.0, chunk_size=2)
+    half = problem(form, 3, rows=130, teacher_rows=130, dtype=torch.bfloat16)
+    check("triton", half, chunk_size=2, rounding=2**-8)
 
 
 CHUNKED = {
@@ -395,6 +406,25 @@ def test_activation_checkpointing(backend: str) -> None:
     checkpoint(run, *again, use_reentrant=False).backward()
     for a, b in zip(leaves, again, strict=True):
         assert torch.equal(a.grad, b.grad)
+
+
+def test_a_compiled_function_runs_it_in_eager_mode(backend: str) -> None:
+    given = problem()
+    torch.compiler.reset()
+
+    def run(hidden: Tensor, weight: Tensor) -> Tensor:
+        teacher = fastkd.LinearTeacher(given.teacher.hidden[: len(hidden)], given.teacher.weight)
+        return 2 * fastkd.fused_linear_kd_loss(hidden.tanh(), weight, teacher, backend=backend)
+
+    compiled = torch.compile(run, backend="aot_eager")
+    for rows in (N, N - 4):
+        outcomes = []
+        for function in (run, compiled):
+            hidden, weight = given.leaves()
+            loss = function(hidden[:rows], weight)
+            outcomes.append((loss, *torch.autograd.grad(loss, (hidden, weight))))
+        for eager, ours in zip(*outcomes, strict=True):
+            torch.testing.assert_close(eager, ours)
 
 
 def test_a_tied_head(backend: str) -> None:
@@ -700,6 +730,54 @@ def test_bad_teachers() -> None:
         with pytest.raises(kind) as raised:
             make()
         assert str(raised.value) == message
+
+
+def test_every_form_of_a_teacher_trains_alike(backend: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    vocabulary, steps = 500, 20
+    ids = torch.randint(vocabulary, (steps, 32))
+    states = torch.randn(vocabulary, WIDER)
+    head = torch.randn(vocabulary, WIDER) / WIDER**0.5
+    teacher = fastkd.LinearTeacher(states[ids], head)
+    with CacheWriter(
+        tmp_path / "cache", kind="hidden", vocab_size=vocabulary, weight=head
+    ) as writer:
+        for sequence in ids:
+            writer.append(sequence, hidden=states[sequence])
+    cache = TeacherCache(tmp_path / "cache")
+
+    def curve(form: str) -> list[float]:
+        torch.manual_seed(1)
+        model = torch.nn.Sequential(
+            torch.nn.Embedding(vocabulary, H), torch.nn.Linear(H, H), torch.nn.Tanh()
+        )
+        model.append(torch.nn.Linear(H, vocabulary, bias=False))
+        optimizer = torch.optim.SGD(model.parameters(), lr=5.0)
+        losses = []
+        for step in range(steps):
+            hidden, weight = model[:3](ids[step]), model[3].weight
+            linear = fastkd.LinearTeacher(teacher.hidden[step], head)
+            dense = linear.hidden @ head.T
+            if form == "dense":
+                loss = fastkd.kd_loss(hidden @ weight.T, dense, backend=backend)
+            elif form == "topk":
+                sparse = fastkd.TopK.from_logits(dense, vocabulary)
+                loss = fastkd.kd_loss(hidden @ weight.T, sparse, backend=backend)
+            else:
+                given = linear if form == "linear" else cache[step].teacher
+                loss = fastkd.fused_linear_kd_loss(
+                    hidden, weight, given, chunk_size=7, backend=backend
+                )
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+        return losses
+
+    dense = curve("dense")
+    assert dense[-1] < 0.9 * dense[0]
+    for form in ("linear", "cache", "topk"):
+        assert curve(form) == pytest.approx(dense, rel=1e-4), form
 
 
 # ---- kd_loss against teachers that are made into logits
