@@ -75,6 +75,21 @@ def autocast(*tensors: Tensor | None) -> list[Tensor | None]:
     return [None if tensor is None else tensor.to(dtype) for tensor in tensors]
 
 
+def _autocast_teacher(teacher: Teacher) -> Teacher:
+    """Likewise: a backward may run where autocast is no longer on."""
+    if isinstance(teacher, LinearTeacher):
+        hidden, weight, bias = autocast(teacher.hidden, teacher.weight, teacher.bias)
+        assert hidden is not None and weight is not None
+        return LinearTeacher(hidden, weight, bias)
+    if isinstance(teacher, Ensemble):
+        members: list[Any] = [
+            _autocast_teacher(member) if isinstance(member, LinearTeacher) else member
+            for member in teacher.teachers
+        ]
+        return Ensemble(members, teacher.weights, teacher.mean)
+    return teacher
+
+
 def flatten(teacher: Teacher) -> tuple[list[Tensor], str]:
     """(its tensors, how to put them together again); :func:`unflatten` does."""
     if isinstance(teacher, Tensor):
@@ -143,7 +158,8 @@ def _plan(
         row_bytes = TOPK_BYTES * call.rows.ids.shape[-1]
     else:
         row_bytes = vocabulary * tensors[0].dtype.itemsize
-    teacher_dtype = torch.float64 if tensors[0].dtype == torch.float64 else torch.float32
+    exact = any(tensor.dtype == torch.float64 for tensor in tensors)
+    teacher_dtype = torch.float64 if exact else torch.float32
     chosen = backends.select(call.backend, device, logits, teacher_dtype, call.options.divergence)
     shape = Shape(
         student.shape[:-1].numel(),
@@ -319,8 +335,7 @@ class _StudentChunks:
 
 
 def _linear_logits(teacher: LinearTeacher, lead: torch.Size, at: At, out: Tensor) -> Tensor:
-    hidden, weight, bias = autocast(teacher.hidden, teacher.weight, teacher.bias)
-    assert hidden is not None and weight is not None
+    hidden, weight, bias = teacher.hidden, teacher.weight, teacher.bias
     bias = None if bias is None else bias[: out.shape[1]]
     return make_logits(take(hidden, lead, at), weight[: out.shape[1]], bias, out)
 
@@ -610,6 +625,7 @@ def _kd_chunks(
     memory_budget: int | None,
 ) -> tuple[Tensor | None, ...]:
     _check_ensemble(teacher, prepared.options.divergence)
+    teacher = _autocast_teacher(teacher)
     planned = _plan(student, teacher, prepared, want, logits_dtype, chunk_size, memory_budget)
     tensors, spec = flatten(teacher)
     wanted = tuple(

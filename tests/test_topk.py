@@ -66,7 +66,9 @@ def everywhere(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) 
     """Each backend, Triton with tiles of 16 columns, for tests of a few small rows."""
     if request.param == "triton":
         chosen = {**IN_TRITON, "tail": TAILS[zlib.crc32(request.node.originalname.encode()) % 4]}
-        if any(request.node.callspec.params.get(name, value) != value for name, value in chosen.items()):
+        if any(
+            request.node.callspec.params.get(name, value) != value for name, value in chosen.items()
+        ):
             pytest.skip("one case is enough for Triton's interpreter, at a second a call")
         kernels, sparse = _triton()
         for module in (kernels, sparse):
@@ -193,7 +195,9 @@ def check_topk(
     exact = compose_topk(student, teacher, labels, **call)
     plain = compose_topk(student, teacher, labels, dtype=torch.float32, terms=False, **call)
     assert loss.dtype == torch.float32
-    assert_within("loss", loss.detach(), exact.loss, value_bar(plain.loss, exact.loss, exact.loss_terms))
+    assert_within(
+        "loss", loss.detach(), exact.loss, value_bar(plain.loss, exact.loss, exact.loss_terms)
+    )
     for part in ("distillation", "cross_entropy", "student_entropy"):
         bar = value_bar(getattr(plain, part), getattr(exact, part), getattr(exact, f"{part}_terms"))
         assert_within(part, getattr(parts, part), getattr(exact, part), bar)
@@ -248,7 +252,9 @@ def test_every_divergence(
     ("divergence", "dtype"),
     [("forward_kl", torch.float32), ("jsd", torch.bfloat16), ("reverse_kl", torch.float16)],
 )
-def test_triton(tail: str, divergence: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_triton(
+    tail: str, divergence: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
     if not defined(tail, (divergence, {})):
         pytest.skip("infinite at p = 0, and refused: test_what_raises")
     kernels, sparse_kernels = _triton()
@@ -379,14 +385,25 @@ def test_exponentials_that_are_not_kept(tail: str, columns: int) -> None:
 @dtypes
 @pytest.mark.parametrize("tail_given", [True, False])
 @tails
-def test_types_of_the_teacher(backend: str, tail: str, tail_given: bool, dtype: torch.dtype) -> None:
+def test_types_of_the_teacher(
+    backend: str, tail: str, tail_given: bool, dtype: torch.dtype
+) -> None:
     """A flat teacher, whose tokens leave more to the tail than their rounding takes."""
     for student in FLOATS:
         teacher = sparse(
-            4, vocabulary=300, k=20, seed=7, tail=tail, spread=1.0, tail_given=tail_given, dtype=dtype
+            4,
+            vocabulary=300,
+            k=20,
+            seed=7,
+            tail=tail,
+            spread=1.0,
+            tail_given=tail_given,
+            dtype=dtype,
         )
         for divergence in ("forward_kl", "jsd"):
-            check_topk(backend, logits(4, 300, seed=8, dtype=student), teacher, divergence=divergence)
+            check_topk(
+                backend, logits(4, 300, seed=8, dtype=student), teacher, divergence=divergence
+            )
 
 
 @tails
@@ -433,7 +450,9 @@ def test_float64_runs_on_the_reference(tail: str) -> None:
         loss.sum().backward()
         torch.testing.assert_close(loss.detach(), exact.loss, rtol=1e-11, atol=1e-12)
         torch.testing.assert_close(leaf.grad, exact.student_gradient, rtol=1e-11, atol=1e-12)
-        torch.testing.assert_close(parts.student_entropy, exact.student_entropy, rtol=1e-11, atol=1e-12)
+        torch.testing.assert_close(
+            parts.student_entropy, exact.student_entropy, rtol=1e-11, atol=1e-12
+        )
 
 
 @tails
@@ -482,10 +501,18 @@ def instructions(request: pytest.FixtureRequest) -> Iterator[str]:
 @tails
 def test_instruction_sets(instructions: str, tail: str, dtype: torch.dtype) -> None:
     for columns, k in ((1, 1), (37, 5), (2049, 300)):
-        student, labels = logits(2, columns, seed=16, dtype=dtype), labels_for(2, vocabulary=columns, seed=18)
+        student, labels = (
+            logits(2, columns, seed=16, dtype=dtype),
+            labels_for(2, vocabulary=columns, seed=18),
+        )
         teacher = sparse(2, vocabulary=columns, k=k, seed=17, tail=tail, at=3.0)
         for divergence in ("forward_kl", "jsd"):
-            options = {"divergence": divergence, "temperature": 3.0, "alpha": 0.6, "label_smoothing": 0.1}
+            options = {
+                "divergence": divergence,
+                "temperature": 3.0,
+                "alpha": 0.6,
+                "label_smoothing": 0.1,
+            }
             check_topk("cpu", student, teacher, labels, **options)
             check_topk("cpu", student, teacher, labels, softcap=9.0, **options)
 
@@ -517,8 +544,12 @@ def test_reruns_and_threads(tail: str, rows: int, columns: int, dtype: torch.dty
         assert all(torch.equal(a, b) for a, b in zip(runs[0], again, strict=True))
     whole = rows_of(student, named, labels, **call)
     row = rows - 1
-    alone = TopK(*(x[row:] for x in (named.ids, named.logprobs)), tail, named.tail_logprob[row:], 2.0)  # type: ignore[index]
-    for found, expected in zip(rows_of(student[row:], alone, labels[row:], **call), whole, strict=True):
+    alone = TopK(
+        *(x[row:] for x in (named.ids, named.logprobs)), tail, named.tail_logprob[row:], 2.0
+    )  # type: ignore[index]
+    for found, expected in zip(
+        rows_of(student[row:], alone, labels[row:], **call), whole, strict=True
+    ):
         assert torch.equal(found[0], expected[row])
 
 
@@ -527,11 +558,17 @@ def test_reruns_and_threads(tail: str, rows: int, columns: int, dtype: torch.dty
 
 @variants
 @tails
-def test_all_tokens_are_the_dense_teacher(everywhere: str, tail: str, variant: tuple[str, dict[str, float]]) -> None:
+def test_all_tokens_are_the_dense_teacher(
+    everywhere: str, tail: str, variant: tuple[str, dict[str, float]]
+) -> None:
     """Of any order, to the dense bar; the mass of the tail, a rounding or -inf, does not matter."""
     if not defined(tail, variant):
         pytest.skip("infinite at p = 0, and refused: test_what_raises")
-    if everywhere == "triton" and variant not in (("forward_kl", {}), ("reverse_kl", {}), ("jsd", {})):
+    if everywhere == "triton" and variant not in (
+        ("forward_kl", {}),
+        ("reverse_kl", {}),
+        ("jsd", {}),
+    ):
         pytest.skip("the same kernels with another formula")
     name, parameters = variant
     student, teacher = logits(2, 23, seed=22), logits(2, 23, seed=23)
@@ -549,14 +586,25 @@ def test_all_tokens_are_the_dense_teacher(everywhere: str, tail: str, variant: t
             student, named, labels, divergence=made(name, parameters), backend=everywhere, **call
         )
         torch.testing.assert_close(found[0], dense.loss, rtol=1e-5, atol=1e-5)
-        torch.testing.assert_close(found[1], dense.student_gradient, rtol=1e-5, atol=1e-5 * float(scale))
+        torch.testing.assert_close(
+            found[1], dense.student_gradient, rtol=1e-5, atol=1e-5 * float(scale)
+        )
 
 
 PROPERTIES = settings(
     max_examples=25, deadline=None, derandomize=True, database=None,
     phases=(Phase.generate, Phase.shrink),
 )  # fmt: skip
-PROPER = ["forward_kl", "reverse_kl", "mixture", "jsd", "skew_forward_kl", "skew_reverse_kl", "tvd", "hellinger"]
+PROPER = [
+    "forward_kl",
+    "reverse_kl",
+    "mixture",
+    "jsd",
+    "skew_forward_kl",
+    "skew_reverse_kl",
+    "tvd",
+    "hellinger",
+]
 
 
 @st.composite
@@ -613,10 +661,17 @@ def test_common_shift(everywhere: str, tail: str, divergence: str) -> None:
     student = (logits(3, 37, seed=25) * 64).round() / 64
     named = given_as(sparse(3, vocabulary=37, k=6, seed=26, tail=tail, at=2.0))
     labels = torch.tensor([1, 36, 5])
-    call: dict[str, Any] = {"divergence": divergence, "alpha": 0.5, "temperature": 2.0, "backend": everywhere}
+    call: dict[str, Any] = {
+        "divergence": divergence,
+        "alpha": 0.5,
+        "temperature": 2.0,
+        "backend": everywhere,
+    }
     still = rows_of(student, named, labels, **call)
     for shift in (1e4, -1e4):
-        for found, expected in zip(rows_of(student + shift, named, labels, **call), still, strict=True):
+        for found, expected in zip(
+            rows_of(student + shift, named, labels, **call), still, strict=True
+        ):
             assert torch.equal(found, expected)
 
 
@@ -628,7 +683,8 @@ def test_order_of_the_tokens(everywhere: str, tail: str, divergence: str) -> Non
     order = torch.randperm(12, generator=torch.Generator().manual_seed(29))
     turned = teacher._replace(ids=teacher.ids[:, order], logprobs=teacher.logprobs[:, order])
     found, expected = (
-        rows_of(student, given_as(x), divergence=divergence, backend=everywhere) for x in (turned, teacher)
+        rows_of(student, given_as(x), divergence=divergence, backend=everywhere)
+        for x in (turned, teacher)
     )
     torch.testing.assert_close(found[0], expected[0], rtol=4 * ULP, atol=4 * ULP)
     torch.testing.assert_close(found[1], expected[1], rtol=8 * ULP, atol=2 * ULP)
@@ -643,7 +699,12 @@ def test_rows_of_the_gradient_sum_to_0(everywhere: str, tail: str, divergence: s
     labels = torch.tensor([0, 89, 5, 6])
     for alpha in (1.0, 0.4):
         _, gradient = rows_of(
-            logits(4, 90, seed=31), named, labels, alpha=alpha, divergence=divergence, backend=everywhere
+            logits(4, 90, seed=31),
+            named,
+            labels,
+            alpha=alpha,
+            divergence=divergence,
+            backend=everywhere,
         )
         size = gradient.abs().sum(-1)
         bar = 8 * ULP * size.clamp(min=1.0)  # an entry is a difference of terms up to 1
@@ -659,7 +720,9 @@ def test_a_truncated_sum_may_be_negative(everywhere: str, divergence: str) -> No
     if divergence == "reverse_kl":  # and here one that holds less
         student, q = -student, (-student).double().softmax(-1)[0, 0]
     forward, reverse = p * (p / q).log(), q * (q / p).log()
-    value = {"forward_kl": forward, "reverse_kl": reverse, "mixture": (forward + reverse) / 2}[divergence]
+    value = {"forward_kl": forward, "reverse_kl": reverse, "mixture": (forward + reverse) / 2}[
+        divergence
+    ]
     loss, gradient = rows_of(student, named, divergence=divergence, backend=everywhere)
     torch.testing.assert_close(loss.double(), value.reshape(1), rtol=4 * ULP, atol=0)
     assert gradient.all()
@@ -680,7 +743,9 @@ def test_a_small_tail(everywhere: str, divergence: str, mass: float, dtype: torc
     """
     columns, k = 40, 8
     student = logits(2, columns, seed=32, spread=1.0).to(dtype).double()
-    ids = torch.stack([torch.randperm(columns, generator=torch.Generator().manual_seed(s))[:k] for s in (33, 34)])
+    ids = torch.stack(
+        [torch.randperm(columns, generator=torch.Generator().manual_seed(s))[:k] for s in (33, 34)]
+    )
     member = torch.zeros(2, columns, dtype=torch.bool).scatter_(-1, ids, True)
     student = torch.where(member, student, student + math.log(mass)).to(dtype).double()
     log_q = student.log_softmax(-1)
@@ -690,7 +755,9 @@ def test_a_small_tail(everywhere: str, divergence: str, mass: float, dtype: torc
     logprobs = (among + torch.log1p(-tail.exp()).unsqueeze(-1)).float()
     teacher = Sparse(ids, logprobs, "bucket", tail.float())
     leaf = student.to(dtype).requires_grad_()
-    loss = kd_loss(leaf, given_as(teacher), divergence=divergence, reduction="none", backend=everywhere)
+    loss = kd_loss(
+        leaf, given_as(teacher), divergence=divergence, reduction="none", backend=everywhere
+    )
     (gradient,) = torch.autograd.grad(loss.sum(), leaf)
     exact = compose_topk(student, teacher, divergence=divergence, reduction="none").student_gradient
     others = exact.masked_fill(member, 0.0)
@@ -705,7 +772,9 @@ def test_a_small_tail(everywhere: str, divergence: str, mass: float, dtype: torc
 @tails
 @pytest.mark.parametrize("depth", [20.0, 200.0, 800.0, 2000.0])
 @pytest.mark.parametrize("divergence", ["forward_kl", "jsd", "reverse_kl"])
-def test_a_tail_far_below_the_tokens(everywhere: str, tail: str, divergence: str, depth: float) -> None:
+def test_a_tail_far_below_the_tokens(
+    everywhere: str, tail: str, divergence: str, depth: float
+) -> None:
     """The student's tail underflows, as of peaked logits at a low temperature; its logarithm does not.
 
     800 is below the logarithm of the smallest float64. The teacher has not given up on the tail.
@@ -718,20 +787,26 @@ def test_a_tail_far_below_the_tokens(everywhere: str, tail: str, divergence: str
     labels = teacher.ids[:, 0]
     check_topk(everywhere, student, teacher, labels, divergence=divergence, alpha=0.5)
     colder = {"temperature": 0.05, "teacher_temperature": 1.0}
-    check_topk(everywhere, student / 20, teacher, labels, divergence=divergence, alpha=0.5, **colder)
+    check_topk(
+        everywhere, student / 20, teacher, labels, divergence=divergence, alpha=0.5, **colder
+    )
 
 
 @tails
 @pytest.mark.parametrize("divergence", ["forward_kl", "jsd", "reverse_kl"])
 @pytest.mark.parametrize("depth", [20.0, 200.0, 2000.0])
-def test_tokens_far_below_the_tail(everywhere: str, tail: str, divergence: str, depth: float) -> None:
+def test_tokens_far_below_the_tail(
+    everywhere: str, tail: str, divergence: str, depth: float
+) -> None:
     """The student has given up on the teacher's tokens."""
     if not defined(tail, (divergence, {})):
         pytest.skip("refused")
     student = logits(2, 37, seed=35, spread=1.0)
     teacher = sparse(2, vocabulary=37, k=6, seed=36, tail=tail, padding=0.0, spread=1.0)
     student.scatter_(-1, teacher.ids, student.gather(-1, teacher.ids) - depth)
-    check_topk(everywhere, student, teacher, torch.tensor([36, 0]), divergence=divergence, alpha=0.5)
+    check_topk(
+        everywhere, student, teacher, torch.tensor([36, 0]), divergence=divergence, alpha=0.5
+    )
 
 
 @tails
@@ -743,7 +818,9 @@ def test_temperatures(everywhere: str, tail: str, divergence: str, temperature: 
     check_topk(everywhere, student, teacher, divergence=divergence, temperature=temperature)
 
 
-@pytest.mark.parametrize("divergence", ["forward_kl", "reverse_kl", "mixture", "jsd", "tvd", "hellinger"])
+@pytest.mark.parametrize(
+    "divergence", ["forward_kl", "reverse_kl", "mixture", "jsd", "tvd", "hellinger"]
+)
 def test_a_truncated_sum_does_not_see_the_tail(everywhere: str, divergence: str) -> None:
     """It is a sum over the tokens, of p as it is given: whatever tail_logprob says, and whatever p sums to."""
     student = logits(2, 37, seed=39)
@@ -766,7 +843,9 @@ def test_the_mass_of_the_tail_by_default(everywhere: str) -> None:
     mass = (1 - named.logprobs.double().masked_fill(named.ids < 0, -INF).exp().sum(-1)).log()
     explicit = dataclasses.replace(named, tail_logprob=mass.float())
     for found, expected in zip(
-        rows_of(student, named, backend=everywhere), rows_of(student, explicit, backend=everywhere), strict=True
+        rows_of(student, named, backend=everywhere),
+        rows_of(student, explicit, backend=everywhere),
+        strict=True,
     ):
         torch.testing.assert_close(found, expected, rtol=4 * ULP, atol=ULP)
     total = named.logprobs.masked_fill(named.ids < 0, -INF).logsumexp(-1, keepdim=True)
@@ -785,13 +864,18 @@ def test_the_mass_of_the_tail_by_default(everywhere: str) -> None:
 
 @pytest.mark.parametrize("tail", ["renormalize", "renormalize_teacher"])
 @pytest.mark.parametrize("divergence", ["forward_kl", "jsd"])
-def test_log_probabilities_at_another_temperature(everywhere: str, tail: str, divergence: str) -> None:
+def test_log_probabilities_at_another_temperature(
+    everywhere: str, tail: str, divergence: str
+) -> None:
     """Taken at 1 and used at 2 they are those taken at 2; per row too."""
     student, dense = logits(3, 37, seed=43), logits(3, 37, seed=44)
     call: dict[str, Any] = {"divergence": divergence, "backend": everywhere}
     for temperature in (2.0, torch.tensor([2.0, 2.0, 2.0])):
         expected = rows_of(
-            student, TopK.from_logits(dense, 8, tail=tail, temperature=2.0), temperature=temperature, **call
+            student,
+            TopK.from_logits(dense, 8, tail=tail, temperature=2.0),
+            temperature=temperature,
+            **call,
         )
         for at in (1.0, 0.5):
             named = TopK.from_logits(dense, 8, tail=tail, temperature=at)
@@ -806,7 +890,9 @@ def test_log_probabilities_at_another_temperature(everywhere: str, tail: str, di
 @tails
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 @pytest.mark.parametrize("alpha", [1.0, 0.5, 0.0])
-def test_a_dropped_row_is_not_read(everywhere: str, tail: str, dtype: torch.dtype, alpha: float) -> None:
+def test_a_dropped_row_is_not_read(
+    everywhere: str, tail: str, dtype: torch.dtype, alpha: float
+) -> None:
     """Neither its NaN nor its wrong ids, label and temperature reach anything, by whichever way it is dropped."""
     student = logits(5, 21, seed=45, dtype=dtype)
     teacher = sparse(5, vocabulary=21, k=5, seed=46, tail=tail)
@@ -823,7 +909,14 @@ def test_a_dropped_row_is_not_read(everywhere: str, tail: str, dtype: torch.dtyp
     }
     for divergence in ("forward_kl", "jsd"):
         found = check_topk(
-            everywhere, student, teacher, labels, alpha=alpha, divergence=divergence, label_smoothing=0.1, **call
+            everywhere,
+            student,
+            teacher,
+            labels,
+            alpha=alpha,
+            divergence=divergence,
+            label_smoothing=0.1,
+            **call,
         )
         for rows in (found.loss, found.gradient, *found.parts[:3]):
             assert not rows[1:4].any()
@@ -858,7 +951,9 @@ def test_no_rows(everywhere: str, tail: str) -> None:
         student = torch.empty(*lead, 11, requires_grad=True)
         named = TopK(torch.zeros(*lead, 3, dtype=torch.int64), torch.empty(*lead, 3), tail)
         for labels, alpha in ((None, 1.0), (torch.zeros(lead, dtype=torch.int64), 0.5)):
-            loss, parts = kd_loss(student, named, labels, alpha=alpha, return_parts=True, backend=everywhere)
+            loss, parts = kd_loss(
+                student, named, labels, alpha=alpha, return_parts=True, backend=everywhere
+            )
             assert loss == 0 and loss.requires_grad and parts.counted == 0
             (gradient,) = torch.autograd.grad(loss, student)
             assert gradient.shape == student.shape
@@ -894,7 +989,9 @@ def test_wrong_ids_poison_their_row(
 @tails
 @pytest.mark.parametrize("alpha", [0.5, 0.0])
 @pytest.mark.parametrize("label", [-1, 21, 2**32 + 3])
-def test_wrong_labels_poison_their_row(everywhere: str, tail: str, label: int, alpha: float) -> None:
+def test_wrong_labels_poison_their_row(
+    everywhere: str, tail: str, label: int, alpha: float
+) -> None:
     student = logits(3, 21, seed=50)
     named = given_as(sparse(3, vocabulary=21, k=5, seed=51, tail=tail))
     call: dict[str, Any] = {"alpha": alpha, "backend": everywhere}
@@ -913,12 +1010,16 @@ def test_wrong_temperatures_poison_their_row(
     student, labels = logits(3, 21, seed=50), torch.tensor([1, 2, 20])
     named = given_as(sparse(3, vocabulary=21, k=5, seed=51, tail=tail))
     call: dict[str, Any] = {"alpha": alpha, "teacher_temperature": 1.0, "backend": everywhere}
-    found = rows_of(student, named, labels, temperature=torch.tensor([1.0, temperature, 1.0]), **call)
+    found = rows_of(
+        student, named, labels, temperature=torch.tensor([1.0, temperature, 1.0]), **call
+    )
     assert found[0][1].isnan() and found[1][1].isnan().all()
     assert found[0][::2].isfinite().all() and found[1][::2].isfinite().all()
 
 
-def test_wrong_values_are_named_where_that_may_wait(everywhere: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wrong_values_are_named_where_that_may_wait(
+    everywhere: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("FASTKD_CHECK", "1")
     student = logits(3, 21, seed=52)
     good = sparse(3, vocabulary=21, k=5, seed=53, padding=0.3)
@@ -968,7 +1069,9 @@ def test_padding_alone(everywhere: str, tail: str) -> None:
 @tails
 @pytest.mark.parametrize("alpha", [1.0, 0.5])
 @pytest.mark.parametrize("smoothing", [0.0, 0.6])
-def test_columns_at_minus_infinity(everywhere: str, tail: str, alpha: float, smoothing: float) -> None:
+def test_columns_at_minus_infinity(
+    everywhere: str, tail: str, alpha: float, smoothing: float
+) -> None:
     """Outside of the support they are no column at all; inside where p = 0 neither."""
     student = logits(3, 37, seed=56)
     teacher = sparse(3, vocabulary=37, k=6, seed=57, tail=tail, padding=0.0, tail_given=False)
@@ -998,9 +1101,9 @@ def test_a_token_that_the_student_excludes(everywhere: str) -> None:
     for tail in TAILS:
         named = given_as(teacher._replace(tail=tail))
         loss, gradient = rows_of(student, named, backend=everywhere)
-        assert (loss == INF and gradient.isfinite().all() and gradient[0, teacher.ids[0, 2]] == 0) or (
-            loss == INF and gradient.isfinite().all() and gradient[0, teacher.ids[0, 2]] < 0
-        )
+        assert (
+            loss == INF and gradient.isfinite().all() and gradient[0, teacher.ids[0, 2]] == 0
+        ) or (loss == INF and gradient.isfinite().all() and gradient[0, teacher.ids[0, 2]] < 0)
         loss, gradient = rows_of(student, named, divergence="jsd", backend=everywhere)
         assert loss.isfinite().all() and gradient.isfinite().all()
 
@@ -1010,13 +1113,17 @@ def test_a_student_of_tokens_alone(everywhere: str, tail: str) -> None:
     """All other columns at -inf. With p > 0 in the tail the bucket is infinite, the others are finite."""
     student = logits(2, 37, seed=60)
     teacher = sparse(2, vocabulary=37, k=6, seed=61, tail=tail, padding=0.0)
-    student = torch.full_like(student, -INF).scatter(-1, teacher.ids, student.gather(-1, teacher.ids))
+    student = torch.full_like(student, -INF).scatter(
+        -1, teacher.ids, student.gather(-1, teacher.ids)
+    )
     loss, gradient = rows_of(student, given_as(teacher), backend=everywhere)
     jsd = rows_of(student, given_as(teacher), divergence="jsd", backend=everywhere)
     assert jsd[0].isfinite().all() and jsd[1].isfinite().all() and gradient.isfinite().all()
     if tail == "bucket":
         assert (loss == INF).all()
-        whole = teacher._replace(logprobs=teacher.logprobs.log_softmax(-1), tail_logprob=torch.full((2,), -INF))
+        whole = teacher._replace(
+            logprobs=teacher.logprobs.log_softmax(-1), tail_logprob=torch.full((2,), -INF)
+        )
         check_topk(everywhere, student, whole, teacher.ids[:, 0], alpha=0.5)
     else:
         for divergence in ("forward_kl", "jsd"):
@@ -1031,7 +1138,9 @@ def test_a_teacher_without_a_tail(everywhere: str, tail: str, divergence: str) -
         pytest.skip("refused")
     student = logits(2, 37, seed=62)
     teacher = sparse(2, vocabulary=37, k=6, seed=63, tail=tail, padding=0.0)
-    whole = teacher._replace(logprobs=teacher.logprobs.log_softmax(-1), tail_logprob=torch.full((2,), -INF))
+    whole = teacher._replace(
+        logprobs=teacher.logprobs.log_softmax(-1), tail_logprob=torch.full((2,), -INF)
+    )
     if tail == "bucket" and divergence == "reverse_kl":
         loss, _ = rows_of(student, given_as(whole), divergence=divergence, backend=everywhere)
         assert (loss == INF).all()
@@ -1074,7 +1183,9 @@ def test_nan_and_infinity_stay_in_their_row(everywhere: str, tail: str) -> None:
 
 @tails
 @dtypes
-def test_the_loss_does_not_depend_on_who_asks_for_parts(everywhere: str, tail: str, dtype: torch.dtype) -> None:
+def test_the_loss_does_not_depend_on_who_asks_for_parts(
+    everywhere: str, tail: str, dtype: torch.dtype
+) -> None:
     student = logits(3, 37, seed=67, dtype=dtype)
     student[:, 5] += 40.0  # a column that may be no token leads
     named = given_as(sparse(3, vocabulary=37, k=6, seed=68, tail=tail))
@@ -1082,7 +1193,13 @@ def test_the_loss_does_not_depend_on_who_asks_for_parts(everywhere: str, tail: s
         plain = rows_of(student, named, labels, alpha=alpha, backend=everywhere)
         leaf = student.clone().requires_grad_()
         loss, parts = kd_loss(
-            leaf, named, labels, alpha=alpha, reduction="none", return_parts=True, backend=everywhere
+            leaf,
+            named,
+            labels,
+            alpha=alpha,
+            reduction="none",
+            return_parts=True,
+            backend=everywhere,
         )
         assert not any(part.requires_grad for part in parts)
         assert torch.equal(loss.detach(), plain[0])
@@ -1128,19 +1245,28 @@ def test_the_backend_that_is_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_renormalize_does_not_see_the_others(everywhere: str, other: float) -> None:
     """However far above the tokens they are: an origin that is theirs would cost the tokens their digits."""
     student = torch.tensor([[0.1234567, 0.7654321, other], [0.7654321, other, 0.1234567]])
-    named = TopK(torch.tensor([[0, 1], [2, 0]]), torch.tensor([[-1.0, -1.3], [-1.0, -1.3]]), "renormalize")
+    named = TopK(
+        torch.tensor([[0, 1], [2, 0]]), torch.tensor([[-1.0, -1.3], [-1.0, -1.3]]), "renormalize"
+    )
     still = rows_of(student.masked_fill(student == other, 0.0), named, backend=everywhere)
     for return_parts in (False, True):
         leaf = student.clone().requires_grad_()
-        result = kd_loss(leaf, named, reduction="none", return_parts=return_parts, backend=everywhere)
+        result = kd_loss(
+            leaf, named, reduction="none", return_parts=return_parts, backend=everywhere
+        )
         loss = result[0] if return_parts else result
         torch.testing.assert_close(loss.detach(), still[0], rtol=8 * ULP, atol=0)
-        torch.testing.assert_close(torch.autograd.grad(loss.sum(), leaf)[0], still[1], rtol=8 * ULP, atol=ULP)
+        torch.testing.assert_close(
+            torch.autograd.grad(loss.sum(), leaf)[0], still[1], rtol=8 * ULP, atol=ULP
+        )
 
 
 def test_a_mixture_of_forward_kl_alone(everywhere: str) -> None:
     """The one mixture that "renormalize_teacher" admits: the reverse half of it has no sum."""
-    student, teacher = logits(2, 21, seed=79), sparse(2, vocabulary=21, k=4, seed=80, tail="renormalize_teacher")
+    student, teacher = (
+        logits(2, 21, seed=79),
+        sparse(2, vocabulary=21, k=4, seed=80, tail="renormalize_teacher"),
+    )
     call = {"divergence": "forward_kl", "backend": everywhere}
     expected = rows_of(student, given_as(teacher), **call)
     found = rows_of(student, given_as(teacher), **{**call, "divergence": fastkd.mixture(0.5, 0.0)})
@@ -1157,8 +1283,18 @@ def test_upstream_gradients(everywhere: str, tail: str, dtype: torch.dtype) -> N
     """Non-uniform ones of reduction="none", one of a scalar, and those of a loss squared."""
     student, labels = logits(3, 21, seed=71, dtype=dtype), torch.tensor([3, -100, 20])
     teacher = sparse(3, vocabulary=21, k=5, seed=72, tail=tail)
-    check_topk(everywhere, student, teacher, labels, alpha=0.5, upstream=torch.tensor([2.0, INF, -0.5]))
-    check_topk(everywhere, student, teacher, labels, alpha=0.5, reduction="mean", upstream=torch.tensor(-2.0))
+    check_topk(
+        everywhere, student, teacher, labels, alpha=0.5, upstream=torch.tensor([2.0, INF, -0.5])
+    )
+    check_topk(
+        everywhere,
+        student,
+        teacher,
+        labels,
+        alpha=0.5,
+        reduction="mean",
+        upstream=torch.tensor(-2.0),
+    )
     leaf = student.clone().requires_grad_()
     loss = kd_loss(leaf, given_as(teacher), backend=everywhere)
     (squared,) = torch.autograd.grad(loss**2, leaf)
@@ -1232,7 +1368,9 @@ def test_compiled(name: str, tail: str, dtype: torch.dtype) -> None:
                 loss = run(leaf, named, labels)
                 loss.backward()
                 results.append((loss.detach(), leaf.grad))
-            torch.testing.assert_close(results[1], results[0], rtol=2 * torch.finfo(dtype).eps, atol=1e-7)
+            torch.testing.assert_close(
+                results[1], results[0], rtol=2 * torch.finfo(dtype).eps, atol=1e-7
+            )
     torch._dynamo.reset()
 
 
@@ -1241,7 +1379,10 @@ def test_the_module_takes_it(everywhere: str, tail: str) -> None:
     student, labels = logits(3, 21, seed=75), torch.tensor([1, 2, 3])
     named = given_as(sparse(3, vocabulary=21, k=5, seed=76, tail=tail))
     module = KDLoss(alpha=0.5, backend=everywhere)
-    assert torch.equal(module(student, named, labels), kd_loss(student, named, labels, alpha=0.5, backend=everywhere))
+    assert torch.equal(
+        module(student, named, labels),
+        kd_loss(student, named, labels, alpha=0.5, backend=everywhere),
+    )
 
 
 @tails
@@ -1267,7 +1408,9 @@ def test_from_logits(dtype: torch.dtype, temperature: float) -> None:
     assert named.ids.dtype == torch.int64 and not named.logprobs.requires_grad
     exact = (dense.detach().double() / temperature).log_softmax(-1)
     assert torch.equal(named.ids.sort(-1).values, exact.topk(7).indices.sort(-1).values)
-    torch.testing.assert_close(named.logprobs.double(), exact.gather(-1, named.ids), rtol=4 * ULP, atol=4 * ULP)
+    torch.testing.assert_close(
+        named.logprobs.double(), exact.gather(-1, named.ids), rtol=4 * ULP, atol=4 * ULP
+    )
     rest = exact.scatter(-1, named.ids, -INF).logsumexp(-1)
     assert rest[0, 0] == -INF
     torch.testing.assert_close(named.tail_logprob.double(), rest, rtol=4 * ULP, atol=4 * ULP)  # type: ignore[union-attr]
@@ -1308,9 +1451,21 @@ CONSTRUCTED: list[tuple[dict[str, Any], type[Exception], str]] = [
         ValueError,
         "ids must be [..., K] with K > 0, got shape (3, 0)",
     ),
-    ({"logprobs": LOGPROBS[:, :1]}, ValueError, "logprobs must have the shape of ids, (3, 2); got (3, 1)"),
-    ({"logprobs": LOGPROBS[:2]}, ValueError, "logprobs must have the shape of ids, (3, 2); got (2, 2)"),
-    ({"logprobs": LOGPROBS.to(META)}, ValueError, "logprobs must be on cpu, where ids are; got meta"),
+    (
+        {"logprobs": LOGPROBS[:, :1]},
+        ValueError,
+        "logprobs must have the shape of ids, (3, 2); got (3, 1)",
+    ),
+    (
+        {"logprobs": LOGPROBS[:2]},
+        ValueError,
+        "logprobs must have the shape of ids, (3, 2); got (2, 2)",
+    ),
+    (
+        {"logprobs": LOGPROBS.to(META)},
+        ValueError,
+        "logprobs must be on cpu, where ids are; got meta",
+    ),
     (
         {"tail": "zero"},
         ValueError,
@@ -1337,7 +1492,11 @@ CONSTRUCTED: list[tuple[dict[str, Any], type[Exception], str]] = [
         ValueError,
         "tail_logprob must have one value a row, shape (3,); got (3, 1)",
     ),
-    ({"tail_logprob": torch.zeros(3, device=META)}, ValueError, "tail_logprob must be on cpu, where ids are; got meta"),
+    (
+        {"tail_logprob": torch.zeros(3, device=META)},
+        ValueError,
+        "tail_logprob must be on cpu, where ids are; got meta",
+    ),
     ({"temperature": torch.ones(())}, TypeError, "temperature must be a number, got Tensor"),
     ({"temperature": "1"}, TypeError, "temperature must be a number, got str"),
     ({"temperature": 0.0}, ValueError, "temperature must be positive and finite, got 0.0"),
@@ -1348,7 +1507,9 @@ CONSTRUCTED: list[tuple[dict[str, Any], type[Exception], str]] = [
 
 
 @pytest.mark.parametrize(("changed", "kind", "message"), CONSTRUCTED)
-def test_what_the_constructor_refuses(changed: dict[str, Any], kind: type[Exception], message: str) -> None:
+def test_what_the_constructor_refuses(
+    changed: dict[str, Any], kind: type[Exception], message: str
+) -> None:
     with pytest.raises(kind) as error:
         TopK(**{"ids": IDS, "logprobs": LOGPROBS, **changed})
     assert str(error.value) == message
@@ -1379,7 +1540,9 @@ FROM_LOGITS: list[tuple[dict[str, Any], type[Exception], str]] = [
 
 
 @pytest.mark.parametrize(("changed", "kind", "message"), FROM_LOGITS)
-def test_what_from_logits_refuses(changed: dict[str, Any], kind: type[Exception], message: str) -> None:
+def test_what_from_logits_refuses(
+    changed: dict[str, Any], kind: type[Exception], message: str
+) -> None:
     with pytest.raises(kind) as error:
         TopK.from_logits(**{"logits": LOGPROBS, "k": 1, **changed})
     assert str(error.value) == message
@@ -1447,7 +1610,11 @@ REFUSED: list[tuple[dict[str, Any], type[Exception], str]] = [
         "apply them before taking those",
     ),
     *(
-        ({"teacher": _teacher(tail="renormalize_teacher"), "divergence": divergence}, ValueError, _no_sum(name))
+        (
+            {"teacher": _teacher(tail="renormalize_teacher"), "divergence": divergence},
+            ValueError,
+            _no_sum(name),
+        )
         for divergence, name in (
             ("reverse_kl", "reverse_kl"),
             (fastkd.jsd(1.0), "reverse_kl"),
@@ -1480,7 +1647,11 @@ REFUSED: list[tuple[dict[str, Any], type[Exception], str]] = [
         ValueError,
         f"teacher_temperature is one a row, and teacher.logprobs were taken at 1.0: tail='bucket' {BUCKET_AT}",
     ),
-    ({"vocab_size": 8}, ValueError, "vocab_size must be in [1, 7], the narrowest of the widths; got 8"),
+    (
+        {"vocab_size": 8},
+        ValueError,
+        "vocab_size must be in [1, 7], the narrowest of the widths; got 8",
+    ),
     (
         {"teacher": (IDS, LOGPROBS)},
         TypeError,
@@ -1490,9 +1661,18 @@ REFUSED: list[tuple[dict[str, Any], type[Exception], str]] = [
 
 
 @pytest.mark.parametrize(("changed", "kind", "message"), REFUSED)
-def test_what_kd_loss_refuses(backend: str, changed: dict[str, Any], kind: type[Exception], message: str) -> None:
+def test_what_kd_loss_refuses(
+    backend: str, changed: dict[str, Any], kind: type[Exception], message: str
+) -> None:
     with pytest.raises(kind) as error:
-        kd_loss(**{"student_logits": torch.ones(3, 7), "teacher": _teacher(), "backend": backend, **changed})
+        kd_loss(
+            **{
+                "student_logits": torch.ones(3, 7),
+                "teacher": _teacher(),
+                "backend": backend,
+                **changed,
+            }
+        )
     assert str(error.value) == message
 
 
@@ -1501,5 +1681,7 @@ def test_one_event_alone_has_no_gradient(everywhere: str) -> None:
     for tail in TAILS:
         named = TopK(torch.zeros(2, 1, dtype=torch.int64), torch.full((2, 1), -0.0), tail)
         for divergence in ("forward_kl", "jsd"):
-            loss, gradient = rows_of(logits(2, 1, seed=78), named, divergence=divergence, backend=everywhere)
+            loss, gradient = rows_of(
+                logits(2, 1, seed=78), named, divergence=divergence, backend=everywhere
+            )
             assert (loss.abs() <= ULP).all() and (gradient.abs() <= ULP).all()
