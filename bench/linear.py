@@ -198,7 +198,7 @@ def four_products(inputs: Inputs) -> Callable[[], None]:
             s, t = (buffer[: part.stop - start] for buffer in logits)
             make_logits(student[part], weight, None, s)
             make_logits(teacher[part], teacher_weight, None, t)
-            hidden_gradient(s, weight, hidden_total[part], None)
+            hidden_gradient(s, weight, hidden_total[part])
             add_weight_gradient(s, student[part], weight_total, start == 0)
 
     return run

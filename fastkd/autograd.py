@@ -44,11 +44,16 @@ def _in_forward(want: Want) -> Want:
 
 def of_counted_rows(upstream: Tensor, rows: Rows, ignore_index: int) -> Tensor:
     """An upstream gradient [...] with 0 for the rows that are dropped, where it may be infinite or NaN."""
-    if upstream.dim() and rows.weight is not None:
+    if rows.weight is not None and rows.weight.dim() == upstream.dim():
         upstream = torch.where(rows.weight == 0, 0.0, upstream)
-    if upstream.dim() and rows.labels is not None:
+    if rows.labels is not None and rows.labels.dim() == upstream.dim():
         upstream = torch.where(rows.labels == ignore_index, 0.0, upstream)
     return upstream
+
+
+def rows_to_keep(rows: Rows, want: Want, loss: Tensor, summed: bool) -> Rows:
+    """What the backward needs of the rows, as saved tensors: torch raises where one has changed meanwhile."""
+    return rows if want.deferred or not summed or loss.dim() == 0 else Rows()
 
 
 def with_upstream(rows: Rows, upstream: Tensor) -> Rows:
@@ -105,13 +110,14 @@ class KDRows(torch.autograd.Function):
             )
         )
         result: Result = kernels.kd_rows(student, teacher, rows, options, _in_forward(want))
+        kept = rows_to_keep(rows, want, result.loss, summed)
         if want.deferred:
-            ctx.save_for_backward(student, teacher)
+            ctx.save_for_backward(student, teacher, *kept)
         else:
-            ctx.save_for_backward(result.student_gradient, result.teacher_gradient)
+            ctx.save_for_backward(result.student_gradient, result.teacher_gradient, *kept)
         if want.inplace and not want.deferred:
             torch.autograd.graph.increment_version(student)
-        ctx.call = (kernels, rows, options, want)
+        ctx.call = (kernels, options, want)
         ctx.set_materialize_grads(False)
         parts = result[4:]
         ctx.mark_non_differentiable(*(part for part in parts if part is not None))
@@ -128,10 +134,12 @@ class KDRows(torch.autograd.Function):
 
     @staticmethod
     def _gradients(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
-        kernels, rows, options, want = ctx.call
+        kernels, options, want = ctx.call
+        first, second, *others = ctx.saved_tensors
+        rows = Rows(*others)
         upstream = of_counted_rows(upstream, rows, options.ignore_index)
         if want.deferred:
-            student, teacher = ctx.saved_tensors
+            student, teacher = first, second
             if want.inplace and graph_is_kept():
                 want = want._replace(inplace=False)  # the logits are needed again
             rows = with_upstream(rows, upstream)
@@ -139,7 +147,7 @@ class KDRows(torch.autograd.Function):
             if want.inplace:
                 torch.autograd.graph.increment_version(student)
             return result.student_gradient, result.teacher_gradient
-        gradients = ctx.saved_tensors
+        gradients: tuple[Tensor | None, ...] = (first, second)
         if graph_is_kept():
             gradients = tuple(
                 None if gradient is None else gradient.clone() for gradient in gradients

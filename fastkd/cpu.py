@@ -51,6 +51,9 @@ def empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device | None 
 def kd_rows(student: Tensor, teacher: Tensor, rows: Rows, options: Options, want: Want) -> Result:
     """The loss of each row and its gradients; shapes and meaning as :class:`fastkd.rows.Result` has them."""
     divergence, rows = options.divergence, _resolved(rows)
+    for name, value in rows._asdict().items():
+        kinds = (torch.int64,) if name in ("labels", "ids") else (torch.float32,)
+        assert value is None or value.dtype in kinds, (name, value.dtype)  # an address has no dtype
     lead = student.shape[:-1]
     student_gradient = teacher_gradient = None
     if want.student_gradient:

@@ -170,6 +170,7 @@ def kd_loss(
     lead, device = student_logits.shape[:-1], student_logits.device
     teacher = check_teacher(teacher, "student_logits", lead, device)
     widths = {"student_logits": student_logits.shape[-1], **teacher_widths(teacher)}
+    teacher = linear.autocast_teacher(teacher)
     vocabulary = check_vocabulary(vocab_size, widths)
     check_flags(inplace=inplace, return_parts=return_parts)
     call = prepare(
@@ -279,11 +280,12 @@ def fused_linear_kd_loss(
             :class:`fastkd.Ensemble`. A constant: one that requires grad raises.
         labels: as in :func:`fastkd.kd_loss`, and so are all options that are not listed here.
         student_bias: [V], or None.
-        chunk_size: rows a chunk. None: as many as memory_budget allows.
+        chunk_size: rows a chunk, whatever memory_budget is. None: as many as memory_budget allows.
         memory_budget: bytes that the call may hold beyond its inputs and gradients; None: 512 MiB on a CPU, 2 GiB
             elsewhere. :func:`fastkd.memory_plan` says what is in them. A budget too small for one row raises.
-        logits_dtype: None computes logits in float32 from operands of lower precision (rounding them to bfloat16
-            costs 4 to 23 % of the gradient). The operands' own dtype trades that for speed and half the memory.
+        logits_dtype: of the student's logits, and of a teacher's whose operands have it. None computes them in float32
+            from operands of lower precision (rounding them to bfloat16 costs 4 to 23 % of the gradient). The operands'
+            own dtype trades that for speed and half the memory.
         vocab_size: as in kd_loss; rows of a weight beyond it are padding, and not computed.
 
     Returns:
@@ -306,10 +308,15 @@ def fused_linear_kd_loss(
     unknown = options.keys() - LossOptions.__annotations__.keys()
     if unknown:
         raise TypeError(f"fused_linear_kd_loss has no option {', '.join(sorted(unknown))}")
+    if logits_dtype is not None and not (
+        isinstance(logits_dtype, torch.dtype) and logits_dtype.is_floating_point
+    ):
+        raise TypeError(f"logits_dtype must be a floating-point torch.dtype, got {logits_dtype!r}")
+    teacher = linear.autocast_teacher(teacher)
     hidden, head, bias = linear.autocast(student_hidden, student_weight, student_bias)
     assert hidden is not None
     student = linear.Student(hidden, head, bias)
-    call = prepare(lead, device, _float64(student_hidden, teacher), vocabulary, labels, **options)
+    call = prepare(lead, device, _float64(hidden, teacher), vocabulary, labels, **options)
     grad_enabled = torch.is_grad_enabled()
     want = Want(
         grad_enabled and any(part is not None and part.requires_grad for part in student),

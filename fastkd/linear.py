@@ -20,7 +20,7 @@ from torch import Tensor
 from fastkd import autograd, backends
 from fastkd.divergences import Divergence
 from fastkd.plan import TOPK_BYTES, MemoryPlan, Shape, plan, wide
-from fastkd.products import add_weight_gradient, hidden_gradient, make_logits
+from fastkd.products import add_weight_gradient, as_operand, hidden_gradient, make_logits
 from fastkd.rows import Options, Rows, Want
 from fastkd.teachers import Ensemble, LinearTeacher, Teacher, TopK
 from fastkd.validate import Prepared
@@ -67,15 +67,18 @@ class Chunked(NamedTuple):
 
 
 def autocast(*tensors: Tensor | None) -> list[Tensor | None]:
-    """The tensors as autocast casts the operands of a matrix product."""
+    """The tensors as autocast casts the operands of a matrix product; float64 it leaves alone."""
     device = next(tensor.device.type for tensor in tensors if tensor is not None)
     if not torch.is_autocast_enabled(device):
         return list(tensors)
     dtype = torch.get_autocast_dtype(device)
-    return [None if tensor is None else tensor.to(dtype) for tensor in tensors]
+    return [
+        tensor if tensor is None or tensor.dtype == torch.float64 else tensor.to(dtype)
+        for tensor in tensors
+    ]
 
 
-def _autocast_teacher(teacher: Teacher) -> Teacher:
+def autocast_teacher(teacher: Teacher) -> Teacher:
     """Likewise: a backward may run where autocast is no longer on."""
     if isinstance(teacher, LinearTeacher):
         hidden, weight, bias = autocast(teacher.hidden, teacher.weight, teacher.bias)
@@ -83,7 +86,7 @@ def _autocast_teacher(teacher: Teacher) -> Teacher:
         return LinearTeacher(hidden, weight, bias)
     if isinstance(teacher, Ensemble):
         members: list[Any] = [
-            _autocast_teacher(member) if isinstance(member, LinearTeacher) else member
+            autocast_teacher(member) if isinstance(member, LinearTeacher) else member
             for member in teacher.teachers
         ]
         return Ensemble(members, teacher.weights, teacher.mean)
@@ -141,9 +144,10 @@ def _plan(
     """The plan of a call."""
     student, weight, _ = given
     vocabulary, device = call.options.vocab_size, student.device.type
-    if logits_dtype not in (None, torch.float32, student.dtype):
+    if logits_dtype not in (None, wide(student.dtype), student.dtype):
         raise ValueError(
-            f"logits_dtype must be torch.float32 or the dtype of student_hidden, {student.dtype}; got {logits_dtype}"
+            f"logits_dtype must be {wide(student.dtype)} or the dtype of student_hidden, {student.dtype}; "
+            f"got {logits_dtype}"
         )
     logits = student.dtype if weight is None else logits_dtype or wide(student.dtype)
     columns, row_bytes, hidden = 0, 0, 0
@@ -158,6 +162,8 @@ def _plan(
         row_bytes = TOPK_BYTES * call.rows.ids.shape[-1]
     else:
         row_bytes = vocabulary * tensors[0].dtype.itemsize
+    if weight is None:  # rows that are packed are copied, and padding is put beside a gradient
+        row_bytes += 2 * student.shape[-1] * student.dtype.itemsize
     exact = any(tensor.dtype == torch.float64 for tensor in tensors)
     teacher_dtype = torch.float64 if exact else torch.float32
     chosen = backends.select(call.backend, device, logits, teacher_dtype, call.options.divergence)
@@ -300,6 +306,7 @@ class _StudentChunks:
             return
         if self.gradients.bias is not None:
             self.gradients.bias[columns] += gradient.sum(0, dtype=self.gradients.bias.dtype)
+        gradient = as_operand(gradient, weight, scratch)
         if self.gradients.weight is not None:
             rows = take(hidden, self.lead, at)
             add_weight_gradient(gradient, rows, self.gradients.weight[columns], self.first)
@@ -310,7 +317,7 @@ class _StudentChunks:
                 dtype=self.gradients.hidden.dtype,
                 device=hidden.device,
             )
-            hidden_gradient(gradient, weight[columns], out, scratch)
+            hidden_gradient(gradient, weight[columns], out)
             put(self.gradients.hidden, self.lead, at, out)
         self.first = False
 
@@ -420,7 +427,7 @@ class _TeacherChunks:
             _add_member(total, logits, weight, teacher.mean, temper)
         if temperatures is not None:  # an invalid one poisons its row
             weights = torch.ones_like(temperatures) if rows.weight is None else rows.weight
-            weights = torch.where(temperatures > 0, weights, torch.nan)
+            weights = torch.where((temperatures > 0) | (weights == 0), weights, torch.nan)
             rows = rows._replace(weight=weights, teacher_temperature=None)
         return total, rows
 
@@ -463,8 +470,9 @@ def chunks_of_rows(
         torch.zeros(lead, dtype=row_dtype, device=device) for _ in range(4 if want.parts else 1)
     ]
     s_buffer = kernels.empty((step, vocabulary), logits_dtype, device)
-    rounds = student.weight is not None and isinstance(teacher, LinearTeacher) and not exact
-    t_dtype = logits_dtype if rounds else row_dtype  # a dense student's dtype is not the teacher's
+    rounds = student.weight is not None and isinstance(teacher, LinearTeacher)
+    rounds = rounds and teacher.hidden.dtype == logits_dtype  # type: ignore[union-attr]  # a LinearTeacher
+    t_dtype = logits_dtype if rounds else row_dtype
     t_buffers = [
         kernels.empty((step, vocabulary), t_dtype, device) for _ in range(target.buffers())
     ]
@@ -543,13 +551,14 @@ class KDChunks(torch.autograd.Function):
         """The loss and, unless they are deferred, its gradients."""
         student = Student(hidden, weight, bias)
         result = call.in_forward().run(student, teacher, rows)
+        kept = autograd.rows_to_keep(rows, call.want, result.loss, summed)
         if call.want.deferred:
-            ctx.save_for_backward(*student, *teacher)
+            ctx.save_for_backward(*kept, *student, *teacher)
         else:
-            ctx.save_for_backward(*result.gradients)
+            ctx.save_for_backward(*kept, *result.gradients)
             if call.want.inplace and weight is None:
                 torch.autograd.graph.increment_version(hidden)
-        ctx.call, ctx.rows = call, rows
+        ctx.call = call
         ctx.dtypes = [None if tensor is None else tensor.dtype for tensor in student]
         ctx.set_materialize_grads(False)
         parts = result[2:5]
@@ -567,10 +576,11 @@ class KDChunks(torch.autograd.Function):
 
     @staticmethod
     def _gradients(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
-        call, rows = ctx.call, ctx.rows
+        call, saved = ctx.call, ctx.saved_tensors
+        rows, saved = Rows(*saved[: len(Rows._fields)]), saved[len(Rows._fields) :]
         upstream = autograd.of_counted_rows(upstream, rows, call.options.ignore_index)
         if call.want.deferred:
-            hidden, weight, bias, *teacher = ctx.saved_tensors
+            hidden, weight, bias, *teacher = saved
             if autograd.graph_is_kept():
                 call = call._replace(
                     want=call.want._replace(inplace=False)
@@ -580,7 +590,7 @@ class KDChunks(torch.autograd.Function):
             if call.want.inplace and weight is None:
                 torch.autograd.graph.increment_version(hidden)
         else:
-            gradients = ctx.saved_tensors
+            gradients = saved
             if autograd.graph_is_kept():
                 gradients = [
                     None if gradient is None else gradient.clone() for gradient in gradients
@@ -625,7 +635,6 @@ def _kd_chunks(
     memory_budget: int | None,
 ) -> tuple[Tensor | None, ...]:
     _check_ensemble(teacher, prepared.options.divergence)
-    teacher = _autocast_teacher(teacher)
     planned = _plan(student, teacher, prepared, want, logits_dtype, chunk_size, memory_budget)
     tensors, spec = flatten(teacher)
     wanted = tuple(

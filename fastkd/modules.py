@@ -110,10 +110,11 @@ class FusedLinearKDLoss(_Loss):
         super().__init__(options)
 
     def _try(self, row: Tensor, labels: Tensor) -> None:
-        # A budget is for the shapes to come, and a dtype of logits for their dtype.
-        options = {name: value for name, value in self.options.items() if name != "logits_dtype"}
-        hidden = torch.zeros(1, 1)
-        fused_linear_kd_loss(hidden, torch.zeros(row.shape[1], 1), row, labels, **options)
+        dtype = self.options.get("logits_dtype")
+        floating = isinstance(dtype, torch.dtype) and dtype.is_floating_point
+        hidden = torch.zeros(1, 1, dtype=dtype if floating else None)  # of the dtype to come
+        weight = hidden.expand(row.shape[1], 1)
+        fused_linear_kd_loss(hidden, weight, row, labels, **self.options)
 
     def forward(
         self,

@@ -29,7 +29,7 @@ class MemoryPlan(NamedTuple):
         int  # the float32 sum of the weight's gradient, where the weight is of lower precision
     )
     workspace: int
-    peak: int  # the sum of the three: all that is held beyond inputs and gradients
+    peak: int  # the sum of logits, accumulator and workspace: all that is held beyond inputs and gradients
     student: int  # the student's hidden states and head
     teacher: int  # the teacher in its form, as the caller holds it
     gradients: int  # of hidden states and weight
@@ -129,7 +129,7 @@ def memory_plan(
     weight_gradient: bool = True,
     chunk_size: int | None = None,
     memory_budget: int | None = None,
-    device: str = "cpu",
+    device: str | torch.device = "cpu",
 ) -> MemoryPlan:
     """What :func:`fastkd.fused_linear_kd_loss` will hold, before there is a tensor.
 
@@ -152,6 +152,18 @@ def memory_plan(
         ValueError, TypeError: as the loss raises for chunk_size and memory_budget; an unknown form of teacher.
     """
     width = hidden_size if teacher_hidden_size is None else teacher_hidden_size
+    sizes = {"rows": rows, "vocab_size": vocab_size, "hidden_size": hidden_size, "k": k}
+    for name, size in (sizes | {"teacher_hidden_size": width}).items():
+        if type(size) is not int:
+            raise TypeError(f"{name} must be an int, got {type(size).__name__}")
+        if size < 1:
+            raise ValueError(f"{name} must be positive, got {size}")
+    if not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise TypeError(f"dtype must be a floating-point torch.dtype, got {dtype!r}")
+    if logits_dtype not in (None, wide(dtype), dtype):
+        raise ValueError(f"logits_dtype must be {wide(dtype)} or {dtype}; got {logits_dtype}")
+    if not isinstance(teacher, str):
+        raise TypeError(f"teacher must be the name of a form, got {type(teacher).__name__}")
     linear = (rows + vocab_size) * width * dtype.itemsize
     # columns of logits a chunk, other bytes a row of a chunk, width of the hidden states, bytes the caller holds
     forms = {
@@ -174,7 +186,7 @@ def memory_plan(
         teacher_hidden,
         held,
         weight_gradient,
-        device,
+        torch.device(device).type,
     )
     return plan(shape, chunk_size, memory_budget)
 

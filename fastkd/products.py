@@ -26,8 +26,9 @@ def _slabs(weight: Tensor) -> Iterator[slice]:
 
 
 def _widens(operand: Tensor) -> bool:
-    """Whether torch multiplies low-precision operands into float32 by itself, on this device."""
-    return operand.device.type == "cuda" and hasattr(torch.ops.aten.mm, "dtype_out")
+    """Whether torch multiplies operands like this into float32 by itself."""
+    low = operand.dtype in (torch.bfloat16, torch.float16)
+    return low and operand.device.type == "cuda" and hasattr(torch.ops.aten.mm, "dtype_out")
 
 
 def make_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> Tensor:
@@ -36,7 +37,7 @@ def make_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor
         if bias is None:
             return torch.mm(hidden, weight.T, out=out)
         return torch.addmm(bias, hidden, weight.T, out=out)
-    if _widens(hidden):
+    if _widens(hidden) and out.dtype == torch.float32:
         torch.mm(hidden, weight.T, out_dtype=out.dtype, out=out)
     else:
         wide = hidden.to(out.dtype)
@@ -45,12 +46,12 @@ def make_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor
     return out if bias is None else out.add_(bias)
 
 
-def hidden_gradient(gradient: Tensor, weight: Tensor, out: Tensor, scratch: Tensor | None) -> None:
-    """Out [C, H] = gradient [C, V] @ weight [V, H]. scratch: [C, V] of any dtype whose memory may be used."""
+def hidden_gradient(gradient: Tensor, weight: Tensor, out: Tensor) -> None:
+    """Out [C, H] = gradient [C, V] @ weight [V, H]."""
     if gradient.dtype == weight.dtype == out.dtype:
         torch.mm(gradient, weight, out=out)
-    elif _widens(weight):
-        out.copy_(torch.mm(narrowed(gradient, weight.dtype, scratch), weight))
+    elif gradient.dtype == weight.dtype and _widens(weight):
+        out.copy_(torch.mm(gradient, weight))
     else:
         total = torch.zeros(out.shape, dtype=torch.float32, device=out.device)
         for slab in _slabs(weight):
@@ -64,10 +65,9 @@ def add_weight_gradient(gradient: Tensor, hidden: Tensor, total: Tensor, first: 
     if gradient.dtype == hidden.dtype == total.dtype:
         total.addmm_(gradient.T, hidden, beta=beta)
         return
-    if _widens(hidden):
-        narrow = gradient.to(hidden.dtype)  # it already is where hidden_gradient made it so
+    if gradient.dtype == hidden.dtype and _widens(hidden):
         for slab in _slabs(total):
-            part = torch.mm(narrow[:, slab].T, hidden, out_dtype=total.dtype)
+            part = torch.mm(gradient[:, slab].T, hidden, out_dtype=total.dtype)
             total[slab] = part if first else total[slab].add_(part)
         return
     wide = hidden.to(total.dtype)
@@ -75,11 +75,11 @@ def add_weight_gradient(gradient: Tensor, hidden: Tensor, total: Tensor, first: 
         total[slab].addmm_(gradient[:, slab].T.to(total.dtype), wide, beta=beta)
 
 
-def narrowed(gradient: Tensor, dtype: torch.dtype, scratch: Tensor | None) -> Tensor:
-    """A gradient in the weight's precision, in scratch memory where there is some."""
-    if gradient.dtype == dtype:
+def as_operand(gradient: Tensor, weight: Tensor, scratch: Tensor | None) -> Tensor:
+    """A gradient [C, V] in the weight's precision, where torch multiplies in that; in scratch if there is some."""
+    if gradient.dtype == weight.dtype or not _widens(weight):
         return gradient
     if scratch is None:
-        return gradient.to(dtype)
-    room = scratch.flatten().view(dtype)[: gradient.numel()].view(gradient.shape)
+        return gradient.to(weight.dtype)
+    room = scratch.flatten().view(weight.dtype)[: gradient.numel()].view(gradient.shape)
     return room.copy_(gradient)

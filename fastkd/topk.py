@@ -11,7 +11,7 @@ goes back to the row: to the K tokens as it is, and to the others in proportion 
 
 where rows.weight is there, 0 in a row that is dropped and NaN in one that is not valid.
 
-The cpu backend does all of it row by row (csrc/cpu/topk.cpp), where the row is in the cache.
+The cpu backend does all of it row by row (csrc/cpu/topk.h), where the row is in the cache.
 """
 
 from __future__ import annotations

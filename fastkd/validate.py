@@ -12,7 +12,6 @@ from typing import NamedTuple, TypedDict
 import torch
 from torch import Tensor
 
-from fastkd import reference
 from fastkd.divergences import Divergence, resolve
 from fastkd.rows import Options, Rows
 from fastkd.teachers import Ensemble, LinearTeacher, Teacher, TopK, check_linear
@@ -112,13 +111,14 @@ def prepare(
         _check_rows("mask", mask, lead, device, (torch.bool,))
     if weight is not None:
         _check_rows("weight", weight, lead, device, LOGIT_DTYPES)
-    if checking():
-        _check_values(
-            labels if alpha < 1.0 else None, ignore_index, vocabulary, mask, t_rows, tt_rows
-        )
-
     row_dtype = torch.float64 if float64 else torch.float32
     counted, row_weight = _weights(labels, ignore_index, mask, weight, row_dtype)
+    if checking():
+        read = torch.ones(lead, dtype=torch.bool, device=device) if counted is None else counted
+        read = read if row_weight is None else read & (row_weight != 0)
+        _check_values(
+            labels if alpha < 1.0 else None, ignore_index, vocabulary, read, t_rows, tt_rows
+        )
     count = lead.numel() if counted is None else counted.sum()
     items = _denominator(reduction, num_items, count, lead, device, row_dtype)
     if torch.compiler.is_compiling() and not isinstance(items, Tensor):
@@ -332,6 +332,8 @@ def _infinite_at_zero(divergence: Divergence) -> bool:
         torch.compiler.is_compiling()
     ):  # a number cannot be asked for: the loss will be infinite, as it is
         return False
+    from fastkd import reference  # loaded at its first use, as every backend is
+
     one = torch.zeros((), dtype=torch.float64)
     phi, _ = reference.evaluate(divergence, one - torch.inf, one)
     return not bool(phi.isfinite())
@@ -431,13 +433,12 @@ def _check_values(
     labels: Tensor | None,
     ignore_index: int,
     vocabulary: int,
-    mask: Tensor | None,
+    read: Tensor,
     *temperatures: Tensor | None,
 ) -> None:
-    """The checks that wait for the device, under FASTKD_CHECK=1; rows that mask drops may hold anything."""
+    """The checks that wait for the device, under FASTKD_CHECK=1; rows that are dropped may hold anything."""
     if labels is not None:
-        bad = ((labels < 0) | (labels >= vocabulary)) & (labels != ignore_index)
-        bad = bad if mask is None else bad & mask
+        bad = ((labels < 0) | (labels >= vocabulary)) & read
         if bad.any():
             row = int(bad.flatten().nonzero()[0])
             raise ValueError(
@@ -447,7 +448,7 @@ def _check_values(
     for argument, values in zip(("temperature", "teacher_temperature"), temperatures, strict=True):
         if values is None:
             continue
-        bad = ~(values > 0) if mask is None else ~(values > 0) & mask
+        bad = ~(values > 0) & read
         if bad.any():
             row = int(bad.flatten().nonzero()[0])
             raise ValueError(

@@ -370,6 +370,11 @@ def tile(width: int, itemsize: int, crowded: bool = False, aligned: bool = True)
     return block, max(block // lanes, 1)
 
 
+def register_limits(aligned: bool, crowded: bool) -> dict[str, int]:
+    """The launch options that REGISTERS stands for."""
+    return {} if aligned or torch.version.hip else {"maxnreg": REGISTERS[crowded]}
+
+
 class Layout(NamedTuple):
     """How row numbers become addresses: row = (i0 * sizes[0] + i1) * sizes[1] + i2."""
 
@@ -527,7 +532,7 @@ def kd_rows(student: Tensor, teacher: Tensor, rows: Rows, options: Options, want
     itemsize = max(student.itemsize, teacher.itemsize)
     aligned = _aligned(options.vocab_size, view["student"], view["teacher"])
     block, warps = tile(options.vocab_size, itemsize, crowded, aligned)
-    limits = {} if aligned or torch.version.hip else {"maxnreg": REGISTERS[crowded]}
+    limits = register_limits(aligned, crowded)
     if lead.numel():
         with _on(student.device):
             kd_kernel[(lead.numel(),)](

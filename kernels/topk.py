@@ -16,7 +16,18 @@ from torch import Tensor
 from fastkd.rows import Options, Rows
 from fastkd.topk import Events
 
-from .rows import Inputs, _aligned, _layout, _model, _on, _open, _unit_stride, kd_rows, tile
+from .rows import (
+    Inputs,
+    _aligned,
+    _layout,
+    _model,
+    _on,
+    _open,
+    _unit_stride,
+    kd_rows,
+    register_limits,
+    tile,
+)
 from .sweeps import _faded, _fold, _origin, read, sweep_zeros
 
 __all__ = ["gather_events", "kd_rows", "spread_gradient"]  # what fastkd.topk asks of a backend
@@ -344,7 +355,8 @@ def gather_events(student: Tensor, rows: Rows, options: Options, parts: bool) ->
     )
     sizes, (view,) = _layout(_unit_stride(student))
     aligned = _aligned(options.vocab_size, view)
-    block, warps = tile(options.vocab_size, student.itemsize, options.softcap > 0, aligned)
+    crowded = options.softcap > 0
+    block, warps = tile(options.vocab_size, student.itemsize, crowded, aligned)
     if lead.numel():
         with _on(student.device):
             gather_kernel[(lead.numel(),)](
@@ -361,6 +373,7 @@ def gather_events(student: Tensor, rows: Rows, options: Options, parts: bool) ->
                 BLOCK_K,
                 num_warps=warps,
                 enable_fp_fusion=True,
+                **register_limits(aligned, crowded),
             )
     return Events(*out, valid, tokens.bits)
 
@@ -393,7 +406,8 @@ def spread_gradient(
     tokens = Tokens(ids, ids.shape[-1], events.bits, events.bits.shape[-1])
     sizes, (view, gradient_view) = _layout(source, target)
     aligned = _aligned(options.vocab_size, view, gradient_view)
-    block, warps = tile(options.vocab_size, student.itemsize, options.softcap > 0, aligned)
+    crowded = options.softcap > 0
+    block, warps = tile(options.vocab_size, student.itemsize, crowded, aligned)
     if lead.numel():
         with _on(student.device):
             spread_kernel[(lead.numel(),)](
@@ -424,5 +438,6 @@ def spread_gradient(
                 BLOCK_K,
                 num_warps=warps,
                 enable_fp_fusion=True,
+                **register_limits(aligned, crowded),
             )
     return out if target is out else out.copy_(target)

@@ -512,6 +512,57 @@ def test_autocast(backend: str) -> None:
         assert error(leaf.grad, exact[name]) < 2**-7
 
 
+def test_autocast_leaves_float64_alone() -> None:
+    given = problem("dense", dtype=torch.float64)
+    mask = torch.arange(N) % 3 > 0
+    exact = composed(given, torch.float64, None, None, mask=mask)
+    leaves = given.leaves()
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = fastkd.fused_linear_kd_loss(*leaves, given.teacher, mask=mask)
+    assert error(loss.detach(), exact["loss"]) < 1e-14
+    assert error(torch.autograd.grad(loss, leaves)[1], exact["weight"]) < 1e-14
+    with pytest.raises(ValueError, match="logits_dtype must be torch.float64"):
+        fastkd.fused_linear_kd_loss(*leaves, given.teacher, logits_dtype=torch.float32)
+
+
+@pytest.mark.parametrize("reduction", ["none", "mean"])
+@pytest.mark.parametrize("changed", ["labels", "weight", "temperature"])
+def test_rows_that_change_before_the_backward_are_noticed(changed: str, reduction: str) -> None:
+    given = problem()
+    rows: dict[str, Tensor] = {
+        "labels": torch.zeros(N, dtype=torch.int64),
+        "weight": torch.ones(N),
+        "temperature": torch.ones(N),
+    }
+    hidden, weight = given.leaves()
+    fused = fastkd.fused_linear_kd_loss(hidden, weight, given.teacher, **rows, reduction=reduction)
+    half = logits(N, V, seed=8, dtype=torch.float16).requires_grad_()
+    dense = fastkd.kd_loss(half, logits(N, V, seed=9), **rows, reduction=reduction)
+    rows[changed].fill_(3)
+    if reduction == "mean":  # its gradients are there already
+        fused.backward()
+    for loss in (fused, dense) if reduction == "none" else (dense,):
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            loss.sum().backward()
+
+
+def test_a_dropped_row_of_no_dimension(backend: str) -> None:
+    given = problem()
+    hidden, weight = given.leaves()
+    teacher = fastkd.LinearTeacher(given.teacher.hidden[0], given.teacher.weight)
+    loss = fastkd.fused_linear_kd_loss(
+        hidden[0], weight, teacher, mask=torch.tensor(False), reduction="none", backend=backend
+    )
+    loss.backward(torch.tensor(torch.nan))
+    assert not weight.grad.any() and not hidden.grad.any()
+    student = logits(V, seed=8).requires_grad_()
+    loss = fastkd.kd_loss(
+        student, student.detach() + 1, mask=torch.tensor(False), reduction="none", backend=backend
+    )
+    loss.backward(torch.tensor(torch.nan))
+    assert not student.grad.any()
+
+
 def test_the_backend_that_was_asked_for_runs(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     ran = ran_on(monkeypatch, "reference", "cpu")
     given = problem()
@@ -640,10 +691,32 @@ def test_memory_plan() -> None:
     assert frozen.accumulator == 0
     sparse, dense = (fastkd.memory_plan(100, 1000, 64, teacher=form) for form in ("topk", "dense"))
     assert sparse.teacher < dense.teacher and sparse.logits < whole.logits
-    with pytest.raises(
-        ValueError, match="teacher must be one of dense, linear, topk, ensemble; got 'x'"
-    ):
-        fastkd.memory_plan(1, 1, 1, teacher="x")
+    wrong_arguments: list[tuple[dict[str, Any], type[Exception], str]] = [
+        (
+            {"teacher": "x"},
+            ValueError,
+            "teacher must be one of dense, linear, topk, ensemble; got 'x'",
+        ),
+        ({"teacher": torch.ones(2)}, TypeError, "teacher must be the name of a form, got Tensor"),
+        ({"rows": -5}, ValueError, "rows must be positive, got -5"),
+        ({"vocab_size": 2.0}, TypeError, "vocab_size must be an int, got float"),
+        (
+            {"dtype": "bfloat16"},
+            TypeError,
+            "dtype must be a floating-point torch.dtype, got 'bfloat16'",
+        ),
+        (
+            {"logits_dtype": torch.float16},
+            ValueError,
+            "logits_dtype must be torch.float32 or torch.float32",
+        ),
+    ]
+    for wrong, kind, message in wrong_arguments:
+        arguments: dict[str, Any] = {"rows": 1, "vocab_size": 1, "hidden_size": 1} | wrong
+        with pytest.raises(kind, match=message):
+            fastkd.memory_plan(**arguments)
+    on_device = fastkd.memory_plan(9000, 9000, 64, device=torch.device("cpu"))
+    assert on_device == fastkd.memory_plan(9000, 9000, 64)
 
 
 BAD: list[tuple[dict[str, Any], type[Exception], str]] = [
@@ -865,6 +938,10 @@ def test_modules() -> None:
         ({"temperature": -1.0}, "temperature must be positive"),
         ({"student_bias": given.bias}, "student_bias belongs to a batch"),
         ({"inplace": True}, "no option inplace"),
+        (
+            {"logits_dtype": "nonsense"},
+            "logits_dtype must be a floating-point torch.dtype, got 'nonsense'",
+        ),
     ):
         with pytest.raises((ValueError, TypeError), match=message):
             fastkd.FusedLinearKDLoss(**options)

@@ -432,7 +432,7 @@ def test_module_is_copied_and_pickled(any_backend: str) -> None:
         (
             {"vocab_size": 0},
             ValueError,
-            "vocab_size must be in [1, 2], the narrower of the two widths; got 0",
+            "vocab_size must be in [1, 2], the narrowest of the widths; got 0",
         ),
         (
             {"backend": "gpu"},

@@ -167,7 +167,8 @@ def _launch_topk(
     width = student.shape[-1]
     ids = torch.zeros(2, 2, 64, dtype=torch.int64)
     everything = variant.kind == "everything"
-    rows = Rows(labels, numbers, numbers, ids=ids) if everything else Rows(ids=ids)
+    # fastkd.topk gives every row a weight
+    rows = Rows(labels, numbers, numbers, ids=ids) if everything else Rows(weight=numbers, ids=ids)
     options = Options(fastkd.forward_kl(), vocab_size=width, tail="bucket")
     if everything:
         options = options._replace(alpha=0.5, label_smoothing=0.1, softcap=30.0)
