@@ -281,7 +281,7 @@ def fused_linear_kd_loss(
         labels: as in :func:`fastkd.kd_loss`, and so are all options that are not listed here.
         student_bias: [V], or None.
         chunk_size: rows a chunk, whatever memory_budget is. None: as many as memory_budget allows.
-        memory_budget: bytes that the call may hold beyond its inputs and gradients; None: 512 MiB on a CPU, 2 GiB
+        memory_budget: bytes that the call may hold beyond its inputs and gradients; None: 384 MiB on a CPU, 2 GiB
             elsewhere. :func:`fastkd.memory_plan` says what is in them. A budget too small for one row raises.
         logits_dtype: of the student's logits, and of a teacher's whose operands have it. None computes them in float32
             from operands of lower precision (rounding them to bfloat16 costs 4 to 23 % of the gradient). The operands'

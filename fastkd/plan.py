@@ -9,7 +9,7 @@ import torch
 from fastkd.products import slab_rows
 
 # Of a call that names none. A GPU wants chunks of 2048 rows and more: each adds to the whole of the weight's gradient.
-CPU_BUDGET, DEVICE_BUDGET = 512 << 20, 2 << 30
+CPU_BUDGET, DEVICE_BUDGET = 384 << 20, 2 << 30
 # Threads' scratch memory, the packing of matrix products, tensors of one value a row.
 WORKSPACE = 16 << 20
 # [C, V] tensors that the reference holds at once, beside the logits.
