@@ -11,6 +11,8 @@ times the upstream gradient, which is folded in on the device and never read by 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -63,6 +65,18 @@ def with_upstream(rows: Rows, upstream: Tensor) -> Rows:
         return rows._replace(scale=scale)
     weight = upstream if rows.weight is None else upstream * rows.weight
     return rows._replace(weight=weight.contiguous())
+
+
+def scaled(
+    kernels: ModuleType, gradients: Sequence[Tensor | None], upstream: Tensor
+) -> tuple[Tensor | None, ...]:
+    """Saved gradients times upstream: in place, or copies where the graph is kept."""
+    if graph_is_kept():
+        gradients = [None if gradient is None else gradient.clone() for gradient in gradients]
+    for gradient in gradients:
+        if gradient is not None:
+            kernels.scale_rows_(gradient, upstream)
+    return tuple(gradients)
 
 
 class _Once(torch.autograd.Function):
@@ -147,15 +161,7 @@ class KDRows(torch.autograd.Function):
             if want.inplace:
                 torch.autograd.graph.increment_version(student)
             return result.student_gradient, result.teacher_gradient
-        gradients: tuple[Tensor | None, ...] = (first, second)
-        if graph_is_kept():
-            gradients = tuple(
-                None if gradient is None else gradient.clone() for gradient in gradients
-            )
-        for gradient in gradients:
-            if gradient is not None:
-                kernels.scale_rows_(gradient, upstream)
-        return gradients
+        return scaled(kernels, (first, second), upstream)
 
 
 # The custom op. A schema holds tensors, numbers and strings only, so Options and Want travel as flat lists, and a

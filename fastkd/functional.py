@@ -322,7 +322,6 @@ def fused_linear_kd_loss(
         grad_enabled and any(part is not None and part.requires_grad for part in student),
         False,
         return_parts,
-        True,
     )
     if isinstance(teacher, TopK):
         call, teacher = with_topk(call, teacher), teacher.logprobs.detach()

@@ -21,7 +21,7 @@ from fastkd import autograd, backends
 from fastkd.divergences import Divergence
 from fastkd.plan import TOPK_BYTES, MemoryPlan, Shape, plan, wide
 from fastkd.products import add_weight_gradient, as_operand, hidden_gradient, make_logits
-from fastkd.rows import Options, Rows, Want
+from fastkd.rows import Options, Rows, Want, counted_rows
 from fastkd.teachers import Ensemble, LinearTeacher, Teacher, TopK
 from fastkd.validate import Prepared
 
@@ -110,8 +110,8 @@ def flatten(teacher: Teacher) -> tuple[list[Tensor], str]:
 
 
 def unflatten(tensors: Sequence[Tensor], spec: str) -> Tensor | LinearTeacher | Ensemble:
-    """The teacher; of a TopK its log-probabilities."""
-    if spec in ("dense", "topk"):
+    """The teacher; never a TopK, whose log-probabilities are dense to this module."""
+    if spec == "dense":
         return tensors[0]
     if spec == "linear":
         return LinearTeacher(*tensors)
@@ -229,17 +229,9 @@ def _counted(rows: Rows, ignore_index: int) -> Tensor | None:
     Their number has to be known before there are matrices, which waits for the device: not while a CUDA graph records.
     There, dropped rows stay, and the kernel skips them.
     """
-    if rows.labels is None and rows.weight is None:
+    keep = counted_rows(rows, ignore_index)
+    if keep is None or (keep.is_cuda and torch.cuda.is_current_stream_capturing()):
         return None
-    sample = rows.labels if rows.labels is not None else rows.weight
-    assert sample is not None
-    if sample.is_cuda and torch.cuda.is_current_stream_capturing():
-        return None
-    keep = torch.ones_like(sample, dtype=torch.bool)
-    if rows.labels is not None:
-        keep &= rows.labels != ignore_index
-    if rows.weight is not None:
-        keep &= rows.weight != 0
     numbers = keep.flatten().nonzero().squeeze(1)
     return None if numbers.numel() == keep.numel() else numbers
 
@@ -324,9 +316,8 @@ class _StudentChunks:
     def finished(self, counted: Tensor | None) -> Gradients:
         """All gradients, in the dtype they are saved in; counted as :func:`_counted` has it."""
         hidden, weight, bias = self.gradients
-        if (
-            hidden is self.student.hidden and counted is not None
-        ):  # in place: dropped rows still hold logits
+        # In place, dropped rows still hold logits.
+        if hidden is self.student.hidden and counted is not None:
             dropped = torch.ones(self.lead.numel(), dtype=torch.bool, device=counted.device)
             hidden[dropped.index_fill(0, counted, False).view(self.lead)] = 0.0
         tensors = self.student
@@ -453,9 +444,7 @@ def chunks_of_rows(
     count = lead.numel() if numbers is None else numbers.numel()
     chunks = -(-count // chunk_size)
     step = -(-count // max(chunks, 1))  # the last chunk is as large as the others
-    learner = _StudentChunks(
-        student, lead, vocabulary, wanted, want.inplace and student.weight is None
-    )
+    learner = _StudentChunks(student, lead, vocabulary, wanted, want.inplace)
     target = _TeacherChunks(teacher, lead, options)
     options = target.kernel_options()
     want = want._replace(student_gradient=any(wanted), inplace=True, deferred=False)
@@ -556,7 +545,7 @@ class KDChunks(torch.autograd.Function):
             ctx.save_for_backward(*kept, *student, *teacher)
         else:
             ctx.save_for_backward(*kept, *result.gradients)
-            if call.want.inplace and weight is None:
+            if call.want.inplace:
                 torch.autograd.graph.increment_version(hidden)
         ctx.call = call
         ctx.dtypes = [None if tensor is None else tensor.dtype for tensor in student]
@@ -587,17 +576,10 @@ class KDChunks(torch.autograd.Function):
                 )  # logits are needed again
             rows = autograd.with_upstream(rows, upstream)
             gradients = call.run(Student(hidden, weight, bias), teacher, rows).gradients
-            if call.want.inplace and weight is None:
+            if call.want.inplace:
                 torch.autograd.graph.increment_version(hidden)
         else:
-            gradients = saved
-            if autograd.graph_is_kept():
-                gradients = [
-                    None if gradient is None else gradient.clone() for gradient in gradients
-                ]
-            for gradient in gradients:
-                if gradient is not None:
-                    backends.load(call.backend).scale_rows_(gradient, upstream)
+            gradients = autograd.scaled(backends.load(call.backend), saved, upstream)
         return tuple(
             None if gradient is None else gradient.to(dtype)
             for gradient, dtype in zip(gradients, ctx.dtypes, strict=True)

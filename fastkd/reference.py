@@ -190,10 +190,7 @@ def gather_events(student: Tensor, rows: Rows, options: Options, parts: bool) ->
     assert ids is not None
     z, _ = _adjust(_upcast(student[..., :vocabulary]), options.logit_scale, options.softcap)
     temperature = _temperature_of(rows, options, z.dtype)
-    in_range = (ids >= 0) & (ids < vocabulary)
-    seats = ids.where(in_range, 0)
-    counts = torch.zeros(z.shape, dtype=torch.int32, device=z.device)
-    counts.scatter_add_(-1, seats, in_range.to(torch.int32))
+    in_range, seats, counts = _seat(ids, z)
     valid = (in_range | (ids == -1)).all(-1) & (counts <= 1).all(-1)
 
     def finite(origin: Tensor) -> Tensor:
@@ -244,14 +241,11 @@ def spread_gradient(
     assert ids is not None
     z, slope = _adjust(_upcast(student[..., :vocabulary]), options.logit_scale, options.softcap)
     temperature = _temperature_of(rows, options, z.dtype)
-    in_range = (ids >= 0) & (ids < vocabulary)
-    seats = ids.where(in_range, 0)
-    member = torch.zeros(z.shape, dtype=torch.int32, device=z.device)
-    member = member.scatter_add_(-1, seats, in_range.to(torch.int32)) > 0
+    in_range, seats, counts = _seat(ids, z)
 
     share = (z - events.tail_origin.unsqueeze(-1)) / temperature - events.tail_log_sum.unsqueeze(-1)
     result = share.exp() * gradient[..., -1:]
-    result = result.masked_fill(member | (z == -torch.inf), 0.0)
+    result = result.masked_fill((counts > 0) | (z == -torch.inf), 0.0)
     result.scatter_add_(-1, seats, gradient[..., :-1].masked_fill(~in_range, 0.0))
     if cross_entropy_scale is not None:
         assert rows.labels is not None and events.log_sum is not None
@@ -266,6 +260,14 @@ def spread_gradient(
     result = torch.where(weight.isnan(), torch.nan, torch.where(weight == 0, 0.0, result * slope))
     padding = student.shape[-1] - vocabulary
     return out.copy_(torch.nn.functional.pad(result, (0, padding)) if padding else result)
+
+
+def _seat(ids: Tensor, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(which ids are columns of z, those columns with 0 for the others, how often each column is named)."""
+    in_range = (ids >= 0) & (ids < z.shape[-1])
+    seats = ids.where(in_range, 0)
+    counts = torch.zeros(z.shape, dtype=torch.int32, device=z.device)
+    return in_range, seats, counts.scatter_add_(-1, seats, in_range.to(torch.int32))
 
 
 def _upcast(logits: Tensor) -> Tensor:

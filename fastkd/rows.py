@@ -51,6 +51,14 @@ class Rows(NamedTuple):
     tail_logprob: Tensor | None = None  # float32, of a sparse teacher
 
 
+def counted_rows(rows: Rows, ignore_index: int) -> Tensor | None:
+    """Which rows are not dropped, bool [...]; None where all count."""
+    kept = None if rows.labels is None else rows.labels != ignore_index
+    if rows.weight is not None:
+        kept = rows.weight != 0 if kept is None else kept & (rows.weight != 0)
+    return kept
+
+
 class Want(NamedTuple):
     """Which outputs a call needs."""
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fastkd.divergences import Divergence, resolve
-from fastkd.rows import Options, Rows
+from fastkd.rows import Options, Rows, counted_rows
 from fastkd.teachers import Ensemble, LinearTeacher, Teacher, TopK, check_linear
 
 REDUCTIONS = ("none", "sum", "mean", "batchmean")
@@ -311,12 +311,7 @@ def with_topk(prepared: Prepared, teacher: TopK) -> Prepared:
     )
     ids = teacher.ids.to(torch.int64).contiguous()
     if checking():
-        counted = torch.ones(ids.shape[:-1], dtype=torch.bool, device=ids.device)
-        if rows.labels is not None:
-            counted &= rows.labels != options.ignore_index
-        if rows.weight is not None:
-            counted &= rows.weight != 0
-        _check_ids(ids, options.vocab_size, counted)
+        _check_ids(ids, options.vocab_size, counted_rows(rows, options.ignore_index))
     mass = teacher.tail_logprob
     rows = rows._replace(
         teacher_temperature=None if temperatures is None else temperatures / teacher.temperature,
@@ -339,15 +334,17 @@ def _infinite_at_zero(divergence: Divergence) -> bool:
     return not bool(phi.isfinite())
 
 
-def _check_ids(ids: Tensor, vocabulary: int, counted: Tensor) -> None:
-    bad = ((ids < -1) | (ids >= vocabulary)).any(-1) & counted
+def _check_ids(ids: Tensor, vocabulary: int, counted: Tensor | None) -> None:
+    if counted is not None:
+        ids = ids.masked_fill(~counted.unsqueeze(-1), -1)  # rows that are dropped may hold anything
+    bad = ((ids < -1) | (ids >= vocabulary)).any(-1)
     if bad.any():
         row = int(bad.flatten().nonzero()[0])
         raise ValueError(
             f"teacher.ids must be in [0, {vocabulary}), or -1 for padding; row {row} has others"
         )
     ordered = ids.sort(-1).values
-    twice = ((ordered[..., 1:] == ordered[..., :-1]) & (ordered[..., 1:] >= 0)).any(-1) & counted
+    twice = ((ordered[..., 1:] == ordered[..., :-1]) & (ordered[..., 1:] >= 0)).any(-1)
     if twice.any():
         row = int(twice.flatten().nonzero()[0])
         raise ValueError(f"teacher.ids must be distinct within a row; row {row} repeats some")
