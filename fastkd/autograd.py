@@ -35,7 +35,7 @@ def _defers(student: Tensor, teacher: Tensor, want: Want) -> bool:
     )
 
 
-def _in_forward(want: Want) -> Want:
+def _without_deferred(want: Want) -> Want:
     """What the forward call computes: no gradients where they are deferred."""
     return (
         want._replace(student_gradient=False, teacher_gradient=False, inplace=False)
@@ -123,7 +123,7 @@ class KDRows(torch.autograd.Function):
                 backend, student.device.type, student.dtype, teacher.dtype, options.divergence
             )
         )
-        result: Result = kernels.kd_rows(student, teacher, rows, options, _in_forward(want))
+        result: Result = kernels.kd_rows(student, teacher, rows, options, _without_deferred(want))
         kept = rows_to_keep(rows, want, result.loss, summed)
         if want.deferred:
             ctx.save_for_backward(student, teacher, *kept)
@@ -172,7 +172,8 @@ _INTEGERS = ("scale_by_temperature", "ignore_index", "vocab_size")
 _NONE = float("nan")
 
 
-def _flatten(options: Options, want: Want) -> tuple[str, list[float], list[int]]:
+def as_schema(options: Options, want: Want) -> tuple[str, list[float], list[int]]:
+    """(names, numbers, integers): the two as an op's arguments."""
     divergence = options.divergence
     closed_form = divergence.closed_form
     moments = (
@@ -190,7 +191,8 @@ def _flatten(options: Options, want: Want) -> tuple[str, list[float], list[int]]
     )
 
 
-def _unflatten(names: str, numbers: list[float], integers: list[int]) -> tuple[Options, Want]:
+def from_schema(names: str, numbers: list[float], integers: list[int]) -> tuple[Options, Want]:
+    """What as_schema was given."""
     tail, name, function = names.split("|")
     own, (degree, *rest) = numbers[: len(_NUMBERS)], numbers[len(_NUMBERS) :]
     moments, params = rest[:3], rest[3:]
@@ -211,7 +213,8 @@ def _unflatten(names: str, numbers: list[float], integers: list[int]) -> tuple[O
     return Options(divergence, **values, tail=tail), Want(*map(bool, want))
 
 
-def _want(integers: list[int]) -> Want:
+def wanted_of(integers: list[int]) -> Want:
+    """The second of them, which is all that a fake needs."""
     return Want(*map(bool, integers[-len(Want._fields) :]))
 
 
@@ -232,20 +235,20 @@ def kd_rows_op(
     integers: list[int],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Result as a tuple; what is not wanted is an empty tensor. The backend is chosen when it runs."""
-    options, want = _unflatten(divergence, numbers, integers)
+    options, want = from_schema(divergence, numbers, integers)
     rows = Rows(labels, weight, temperature, teacher_temperature, scale, ids, tail_logprob)
     kernels = backends.load(
         backends.select(
             backend, student.device.type, student.dtype, teacher.dtype, options.divergence
         )
     )
-    result = kernels.kd_rows(student, teacher, rows, options, _in_forward(want))
+    result = kernels.kd_rows(student, teacher, rows, options, _without_deferred(want))
     return tuple(student.new_empty(0) if tensor is None else tensor for tensor in result)  # type: ignore[return-value]
 
 
 @kd_rows_op.register_fake
 def _kd_rows_fake(student, teacher, *others):  # type: ignore[no-untyped-def]
-    want = _in_forward(_want(others[-1]))
+    want = _without_deferred(wanted_of(others[-1]))
     dtype = torch.float64 if torch.float64 in (student.dtype, teacher.dtype) else torch.float32
     lead = student.shape[:-1]
 
@@ -263,7 +266,7 @@ def _kd_rows_fake(student, teacher, *others):  # type: ignore[no-untyped-def]
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     student, teacher, *rows, backend, divergence, numbers, integers = inputs
-    ctx.want = _want(integers)
+    ctx.want = wanted_of(integers)
     ctx.save_for_backward(*((student, teacher) if ctx.want.deferred else output[2:4]), *rows)
     ctx.ignore_index = integers[_INTEGERS.index("ignore_index")]
     ctx.call = (
@@ -318,6 +321,6 @@ def kd_rows(
         return torch.compiler.disable(KDRows.apply)(
             student, teacher, rows, options, want, backend, summed
         )
-    results = kd_rows_op(student, teacher, *rows, backend, *_flatten(options, want))
+    results = kd_rows_op(student, teacher, *rows, backend, *as_schema(options, want))
     loss = results[1] if summed else results[0]
     return (loss, *(part.detach() if want.parts else None for part in results[4:]))

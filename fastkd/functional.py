@@ -13,9 +13,11 @@ import torch
 from torch import Tensor
 
 from fastkd import autograd, linear
+from fastkd.chunks import Student
 from fastkd.divergences import Divergence
+from fastkd.plan import wide
 from fastkd.rows import Want
-from fastkd.teachers import Teacher, TopK
+from fastkd.teachers import Teacher, TopK, flatten
 from fastkd.validate import (
     LossOptions,
     Prepared,
@@ -209,7 +211,7 @@ def kd_loss(
             "homogeneity, from which the teacher's gradient follows; set Divergence(degree=...) or detach the teacher"
         )
     if want.inplace:
-        _check_inplace(student_logits, linear.flatten(teacher)[0], want)
+        _check_inplace(student_logits, flatten(teacher)[0], want)
     if isinstance(teacher, TopK):
         call, teacher = with_topk(call, teacher), teacher.logprobs.detach()
     if isinstance(teacher, Tensor):
@@ -217,7 +219,7 @@ def kd_loss(
             student_logits, teacher, call.rows, call.options, want, call.backend, call.summed
         )
     else:
-        results = linear.kd_chunks(linear.Student(student_logits), teacher, call, want)
+        results = linear.kd_chunks(Student(student_logits), teacher, call, want)
     return _returned(results, call, return_parts, device)
 
 
@@ -315,7 +317,12 @@ def fused_linear_kd_loss(
     teacher = linear.autocast_teacher(teacher)
     hidden, head, bias = linear.autocast(student_hidden, student_weight, student_bias)
     assert hidden is not None
-    student = linear.Student(hidden, head, bias)
+    if logits_dtype not in (None, wide(hidden.dtype), hidden.dtype):
+        raise ValueError(
+            f"logits_dtype must be {wide(hidden.dtype)} or the dtype of student_hidden, {hidden.dtype}; "
+            f"got {logits_dtype}"
+        )
+    student = Student(hidden, head, bias)
     call = prepare(lead, device, _float64(hidden, teacher), vocabulary, labels, **options)
     grad_enabled = torch.is_grad_enabled()
     want = Want(
@@ -332,7 +339,7 @@ def fused_linear_kd_loss(
 
 
 def _float64(student: Tensor, teacher: Teacher) -> bool:
-    tensors = [student, *linear.flatten(teacher)[0]]
+    tensors = [student, *flatten(teacher)[0]]
     return any(tensor.dtype == torch.float64 for tensor in tensors)
 
 

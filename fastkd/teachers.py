@@ -235,3 +235,37 @@ class Ensemble:
 
 
 Teacher = Tensor | TopK | LinearTeacher | Ensemble
+
+
+def flatten(teacher: Teacher) -> tuple[list[Tensor], str]:
+    """(its tensors, how to put them together again); :func:`unflatten` does. Of a TopK its log-probabilities alone."""
+    if isinstance(teacher, Tensor):
+        return [teacher], "dense"
+    if isinstance(teacher, TopK):
+        return [teacher.logprobs], "dense"
+    if isinstance(teacher, LinearTeacher):
+        tensors = [teacher.hidden, teacher.weight]
+        if teacher.bias is not None:
+            tensors.append(teacher.bias)
+        return tensors, f"linear{len(tensors)}"
+    assert teacher.weights is not None  # its constructor makes them
+    tensors, form = [], teacher.mean
+    for member, weight in zip(teacher.teachers, teacher.weights, strict=True):
+        parts, kind = flatten(member)
+        tensors, form = tensors + parts, f"{form};{kind};{weight!r}"
+    return tensors, form
+
+
+def unflatten(tensors: Sequence[Tensor], form: str) -> Tensor | LinearTeacher | Ensemble:
+    """The teacher; a TopK's log-probabilities come back dense."""
+    if form == "dense":
+        return tensors[0]
+    if form.startswith("linear"):
+        return LinearTeacher(*tensors)
+    mean, *members = form.split(";")
+    teachers: list[Tensor | LinearTeacher] = []
+    for kind in members[::2]:
+        count = 1 if kind == "dense" else int(kind.removeprefix("linear"))
+        teachers.append(unflatten(tensors[:count], kind))  # type: ignore[arg-type]  # a member is no Ensemble
+        tensors = tensors[count:]
+    return Ensemble(teachers, [float(weight) for weight in members[1::2]], mean)

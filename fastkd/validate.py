@@ -119,7 +119,7 @@ def prepare(
         _check_values(
             labels if alpha < 1.0 else None, ignore_index, vocabulary, read, t_rows, tt_rows
         )
-    count = lead.numel() if counted is None else counted.sum()
+    count = math.prod(lead) if counted is None else counted.sum()
     items = _denominator(reduction, num_items, count, lead, device, row_dtype)
     if torch.compiler.is_compiling() and not isinstance(items, Tensor):
         # the number of rows is no constant

@@ -14,7 +14,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 import fastkd
 from fastkd import KDLoss, kd_loss
-from fastkd.autograd import _flatten
+from fastkd.autograd import as_schema
 from fastkd.divergences import resolve
 from fastkd.rows import Options, Want
 
@@ -257,11 +257,25 @@ class _Step(nn.Module):
         return self.loss(student, teacher, labels)
 
 
-@pytest.mark.parametrize(
-    "call", [{}, {"divergence": "jsd", "alpha": 0.5, "temperature": 2.0}], ids=str
-)
-def test_export_with_dynamic_rows(backend: str, call: dict[str, Any]) -> None:
-    step = _Step(backend=backend, **call)
+class _WithoutLabels(_Step):
+    def forward(self, student: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
+        return self.loss(student, teacher)
+
+
+class _FromHiddenStates(_Step):
+    def __init__(self, **options: Any) -> None:
+        super().__init__()
+        self.loss, self.head = fastkd.FusedLinearKDLoss(**options), nn.Linear(37, 21)
+        self.register_buffer("teacher_head", logits(21, 37, seed=9))
+
+    def forward(self, student: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
+        target = fastkd.LinearTeacher(teacher, self.teacher_head)
+        return self.loss(student, self.head.weight, target, student_bias=self.head.bias)
+
+
+@pytest.mark.parametrize("kind", [_Step, _WithoutLabels, _FromHiddenStates])
+def test_export_with_dynamic_rows(backend: str, kind: type[_Step]) -> None:
+    step = kind(backend=backend, divergence="jsd", temperature=2.0)
     rows = torch.export.Dim("rows", min=1)
     exported = torch.export.export(
         step, _batch(5), dynamic_shapes=({0: rows}, {0: rows}, {0: rows})
@@ -296,7 +310,7 @@ def _op_arguments(
         None,
         None,
         backend,
-        *_flatten(options, want),
+        *as_schema(options, want),
     )
 
 

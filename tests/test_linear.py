@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,12 +14,17 @@ import torch
 from accuracy import ULP, labels_for, logits, ran_on, upstream_for
 from oracles import compose
 from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import fastkd
-from fastkd import cpu, linear, products
+from fastkd import chunks, cpu, products
+from fastkd.autograd import as_schema
 from fastkd.cache import CacheWriter, TeacherCache
+from fastkd.divergences import resolve
+from fastkd.rows import Options, Want
+from fastkd.teachers import flatten
 
 # A vocabulary of one block and a bit of the CPU kernel; rows that no chunk size divides.
 N, H, WIDER, V = 19, 24, 40, 2_100
@@ -332,7 +337,7 @@ def test_frozen_operands(backend: str, kept: str, monkeypatch: pytest.MonkeyPatc
     operands = dict(zip(("hidden", "weight", "bias"), given.leaves(), strict=True))
     products_of_weight = []
     monkeypatch.setattr(
-        linear,
+        chunks,
         "add_weight_gradient",
         lambda *a: products_of_weight.append(products.add_weight_gradient(*a)),
     )
@@ -351,8 +356,8 @@ def test_frozen_operands(backend: str, kept: str, monkeypatch: pytest.MonkeyPatc
 
 def test_no_gradient_is_made_without_need(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     given = problem(bias=True)
-    monkeypatch.setattr(linear, "hidden_gradient", None)
-    monkeypatch.setattr(linear, "add_weight_gradient", None)
+    monkeypatch.setattr(chunks, "hidden_gradient", None)
+    monkeypatch.setattr(chunks, "add_weight_gradient", None)
     with torch.no_grad():
         loss = fastkd.fused_linear_kd_loss(*given.leaves()[:2], given.teacher, backend=backend)
     assert not loss.requires_grad
@@ -408,23 +413,174 @@ def test_activation_checkpointing(backend: str) -> None:
         assert torch.equal(a.grad, b.grad)
 
 
-def test_a_compiled_function_runs_it_in_eager_mode(backend: str) -> None:
-    given = problem()
+# ---- torch.compile
+
+
+@pytest.fixture
+def fresh_compiler() -> Iterator[None]:
+    torch.compiler.reset()
+    yield
     torch.compiler.reset()
 
-    def run(hidden: Tensor, weight: Tensor) -> Tensor:
-        teacher = fastkd.LinearTeacher(given.teacher.hidden[: len(hidden)], given.teacher.weight)
-        return 2 * fastkd.fused_linear_kd_loss(hidden.tanh(), weight, teacher, backend=backend)
 
-    compiled = torch.compile(run, backend="aot_eager")
-    for rows in (N, N - 4):
+def _outcome(run: Callable[..., Tensor], given: Problem, at: slice) -> list[Tensor]:
+    """The loss of some rows and its gradients, from an upstream gradient that is not 1."""
+    leaves = given._replace(hidden=given.hidden[at]).leaves()
+    loss = run(*leaves)
+    torch.manual_seed(0)
+    upstream = torch.rand(loss.shape).add(0.5).to(loss.dtype)
+    return [loss.detach(), *torch.autograd.grad(loss, leaves, upstream)]
+
+
+def _sliced(teacher: Any, at: slice) -> Any:
+    if isinstance(teacher, Tensor):
+        return teacher[at]
+    if isinstance(teacher, fastkd.LinearTeacher):
+        return fastkd.LinearTeacher(teacher.hidden[at], teacher.weight, teacher.bias)
+    members = []
+    for member in teacher.teachers:  # the compiler fixes a slice that a comprehension closes over
+        members.append(_sliced(member, at))
+    return fastkd.Ensemble(members, teacher.weights, teacher.mean)
+
+
+def _close_to_eager(eager: list[Tensor], ours: list[Tensor], dtype: torch.dtype) -> None:
+    """The same kernels in the same chunks: but for the rounding of the upstream gradient's product."""
+    for a, b in zip(eager, ours, strict=True):
+        assert a.dtype == b.dtype and a.shape == b.shape
+        assert error(b, a) <= 2 * torch.finfo(dtype).eps
+
+
+COMPILED: list[tuple[str, torch.dtype, dict[str, Any]]] = [
+    *((form, torch.float32, {"temperature": 2.0}) for form in FORMS),
+    ("linear", torch.float32, {"divergence": "jsd", "alpha": 0.5, "reduction": "none"}),
+    ("arithmetic", torch.float32, {"divergence": fastkd.jsd(0.3), "reduction": "sum"}),
+    ("dense", torch.bfloat16, {"alpha": 0.5, "label_smoothing": 0.1}),
+    ("linear", torch.bfloat16, {"logits_dtype": torch.bfloat16}),
+    ("linear", torch.float16, {"alpha": 0.5, "num_items": torch.tensor(9)}),
+    ("linear with bias", torch.float16, {"reduction": "none", "softcap": 20.0}),
+]
+
+
+@pytest.mark.parametrize(("form", "dtype", "options"), COMPILED, ids=str)
+@pytest.mark.usefixtures("fresh_compiler")
+def test_one_graph_for_any_number_of_rows(
+    backend: str, form: str, dtype: torch.dtype, options: dict[str, Any]
+) -> None:
+    given = problem(form, dtype=dtype, bias=True, rows=400, teacher_rows=400)
+    labels = labels_for(N, vocabulary=400, seed=1, ignored=0.3)
+    counter = CompileCounterWithBackend("aot_eager")
+
+    def step(hidden: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        at = slice(0, hidden.shape[0])
+        return fastkd.fused_linear_kd_loss(
+            hidden.tanh(), weight, _sliced(given.teacher, at), labels[at], student_bias=bias,
+            chunk_size=4, backend=backend, **options,
+        )  # fmt: skip
+
+    compiled = torch.compile(step, fullgraph=True, dynamic=True, backend=counter)
+    once = 0
+    for rows in (12, 7, 18, 2):
+        at = slice(0, rows)
+        _close_to_eager(_outcome(step, given, at), _outcome(compiled, given, at), dtype)
+        once = once or counter.frame_count
+    assert counter.frame_count == once
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("form", ["linear", "geometric"])
+@pytest.mark.usefixtures("fresh_compiler")
+def test_kd_loss_against_a_teacher_in_chunks_is_one_graph(
+    backend: str, form: str, dtype: torch.dtype
+) -> None:
+    given = problem(form, dtype=dtype)
+    dense = Problem(logits(N, V + 3, seed=8, dtype=dtype), given.weight, None, given.teacher)
+
+    def step(student: Tensor, weight: Tensor) -> Tensor:
+        loss = fastkd.kd_loss(
+            student * 1.0, given.teacher, backend=backend, vocab_size=V - 1, temperature=2.0
+        )
+        return loss + 0.0 * weight.sum()
+
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    at = slice(0, N)
+    _close_to_eager(_outcome(step, dense, at), _outcome(compiled, dense, at), dtype)
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+def test_a_step_of_training_under_inductor(backend: str) -> None:
+    """Body, head, module and backward in one graph, under autocast; the head is trained, its bias is frozen."""
+    given = problem(dtype=torch.float32, bias=True)
+    loss_function = fastkd.FusedLinearKDLoss(divergence="jsd", temperature=2.0, backend=backend)
+    body = torch.nn.Linear(H, H)
+
+    def step(hidden: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return loss_function(body(hidden), weight, given.teacher, student_bias=bias.detach())
+
+    outcomes = []
+    for run in (step, torch.compile(step, fullgraph=True)):
+        hidden, weight, bias = given.leaves()
+        loss = run(hidden, weight, bias)
+        wanted = (hidden, weight, *body.parameters())
+        outcomes.append([loss.detach(), *torch.autograd.grad(loss, wanted)])
+    _close_to_eager(*outcomes, torch.bfloat16)
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+def test_compiled_parts_and_dropped_rows(backend: str) -> None:
+    given = problem()
+    labels = labels_for(N, vocabulary=V, seed=1, ignored=0.5)
+
+    def step(hidden: Tensor, weight: Tensor, labels: Tensor) -> Any:
+        return fastkd.fused_linear_kd_loss(
+            hidden, weight, given.teacher, labels, alpha=0.5, return_parts=True, backend=backend
+        )
+
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    for these in (labels, torch.full_like(labels, -100)):
         outcomes = []
-        for function in (run, compiled):
-            hidden, weight = given.leaves()
-            loss = function(hidden[:rows], weight)
-            outcomes.append((loss, *torch.autograd.grad(loss, (hidden, weight))))
-        for eager, ours in zip(*outcomes, strict=True):
-            torch.testing.assert_close(eager, ours)
+        for run in (step, compiled):
+            leaves = given.leaves()
+            loss, parts = run(*leaves, these)
+            assert not any(part.requires_grad for part in parts)
+            outcomes.append((loss.detach(), *parts, *torch.autograd.grad(loss, leaves)))
+        torch.testing.assert_close(*outcomes)
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+def test_a_compiled_call_raises_what_an_eager_one_does(backend: str) -> None:
+    given = problem("arithmetic")
+
+    def compiled(**options: Any) -> Tensor:
+        torch.compiler.reset()
+        run = torch.compile(fastkd.fused_linear_kd_loss, backend="aot_eager")
+        return run(given.hidden, given.weight, given.teacher, backend=backend, **options)
+
+    # What the compiler says of an error in a custom op is around the error's own message.
+    with pytest.raises(Exception, match="memory_budget must be at least"):
+        compiled(memory_budget=1000)
+    with pytest.raises(Exception, match="chunk_size must be positive, got 0"):
+        compiled(chunk_size=0)
+    with pytest.raises(ValueError, match="is one of logits"):
+        compiled(divergence="squared_error")
+    with pytest.raises(ValueError, match="logits_dtype must be torch.float32 or the dtype of"):
+        compiled(logits_dtype=torch.bfloat16)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("deferred", [False, True])
+@pytest.mark.parametrize("form", ["linear with bias", "arithmetic"])
+def test_opcheck(backend: str, form: str, deferred: bool, dtype: torch.dtype) -> None:
+    given = problem(form, dtype=dtype, bias=True, rows=9, teacher_rows=9)
+    options = Options(resolve("jsd"), alpha=0.5, vocab_size=9, temperature=2.0, scale=0.5)
+    want = Want(student_gradient=True, parts=True, deferred=deferred)
+    labels = labels_for(N, vocabulary=9, seed=1, ignored=0.3)
+    tensors, spec = flatten(given.teacher)
+    arguments = (
+        *given.leaves(), tensors, labels, torch.rand(N), *(None,) * 5, backend, spec, 4, None,
+        *as_schema(options, want), [True] * 3, torch.float32, False,
+    )  # fmt: skip
+    torch.library.opcheck(torch.ops.fastkd.kd_chunks.default, arguments)
 
 
 def test_a_tied_head(backend: str) -> None:
