@@ -1,11 +1,14 @@
-"""Packages, and the native extension `fastkd._C`, which ninja builds and whose absence is no error.
+"""Packages, and the native extensions, which ninja builds and whose absence is no error.
 
-`fastkd._C` includes no torch header and links no libtorch: building it takes a C++17 compiler with OpenMP, pybind11
-and ninja, and no torch. Where something is missing or the compiler fails, the install succeeds without the extension
-and `fastkd/_build.json` keeps the reason, which fastkd shows when the cpu backend is asked for.
+`fastkd._C` has the kernels for CPUs, `fastkd._cuda` those for GPUs. They include no torch header and link no libtorch:
+building them takes a C++17 compiler with OpenMP, pybind11 and ninja, and for the second nvcc; no torch. Where something
+is missing or a compiler fails, the install succeeds without the extension and `fastkd/_build.json` keeps the reason,
+which fastkd shows when its backend is asked for.
 
 Environment:
-    FASTKD_NATIVE  1: no extension is an error; 0: build none; unset: build it where possible.
+    FASTKD_NATIVE  1: no fastkd._C is an error; 0: build no extension; unset: build it where possible.
+    FASTKD_CUDA    likewise for fastkd._cuda; unset: build it where nvcc is.
+    NVCC           nvcc, with arguments if need be; else the one on PATH, in $CUDA_HOME or in /usr/local/cuda.
     CXX            the compiler, with arguments if need be; else the first of c++, g++, clang++.
     CXXFLAGS, LDFLAGS  appended to the flags below.
 """
@@ -20,6 +23,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +53,13 @@ if sysconfig.get_platform().endswith("x86_64"):
     avx512 = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefer-vector-width=512"]
     INSTRUCTION_SETS["avx2"] = ["-mavx2", "-mfma", "-mf16c"]
     INSTRUCTION_SETS["avx512"] = [*avx512, "-mfma", "-mf16c"]
+
+# The GPUs with thread-block clusters that csrc/cuda has machine code for.
+ARCHITECTURES = (90, 100)
+NVCC = ["-O3", "-std=c++17", "--threads", "0"]
+NVCC += [f"-gencode=arch=compute_{sm}a,code=sm_{sm}a" for sm in ARCHITECTURES]
+NVCC += ["-Xcompiler", "-fPIC,-fvisibility=hidden"]
+CUDA_SOURCES = ["csrc/cuda/kernel.cu", "csrc/cuda/module.cpp"]
 
 SOURCES = [*sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("csrc/*.cpp")), KERNELS]
 
@@ -96,6 +107,20 @@ def find_compiler() -> list[str]:
     )
 
 
+def find_nvcc() -> list[str]:
+    """The command of CUDA's compiler."""
+    if os.environ.get("NVCC"):
+        return shlex.split(os.environ["NVCC"])
+    homes = (os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda")
+    for place in ("nvcc", *(f"{home}/bin/nvcc" for home in homes if home)):
+        if shutil.which(place):
+            return [place]
+    raise UnavailableError(
+        "nvcc was not found when fastkd was installed (PATH, $NVCC, $CUDA_HOME, /usr/local/cuda)",
+        "Install CUDA 12.8 or newer, and reinstall fastkd; backend='triton' needs none of it",
+    )
+
+
 def find_ninja() -> list[str]:
     """The command of ninja: the Python package's, else one on PATH."""
     if importlib.util.find_spec("ninja"):
@@ -134,8 +159,10 @@ def version_line(compiler: list[str]) -> str:
     return said.partition("\n")[0].strip() or shlex.join(compiler)
 
 
-def ninja_text(compiler: list[str], include: list[Path], output: str) -> str:
-    """The build.ninja of the extension; ninja runs beside it, so that objects land there."""
+def ninja_text(
+    compiler: list[str], nvcc: list[str] | None, include: list[Path], outputs: dict[str, str]
+) -> str:
+    """The build.ninja of the extensions; ninja runs beside it, so that objects land there."""
 
     def path(value: Path) -> str:
         return str(value).replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
@@ -143,82 +170,105 @@ def ninja_text(compiler: list[str], include: list[Path], output: str) -> str:
     def command(words: list[str]) -> str:
         return shlex.join(words).replace("$", "$$")
 
-    common = COMPILE + WARN + [f"-I{directory}" for directory in (ROOT / "csrc", *include)]
-    units = [(Path(source).stem, source, []) for source in SOURCES if source != KERNELS]
-    units += [
-        (f"{Path(KERNELS).stem}_{name}", KERNELS, [f"-DFASTKD_ISA={name}", *flags])
-        for name, flags in INSTRUCTION_SETS.items()
-    ]
-    objects = " ".join(f"{name}.o" for name, _, _ in units)
+    def edge(name: str, rule: str, source: str, flags: Sequence[str] = ()) -> str:
+        return f"build {name}.o: {rule} {path(ROOT / source)}\n  flags = {command([*flags])}"
+
+    headers = [f"-I{directory}" for directory in (ROOT / "csrc", *include)]
     cxxflags = shlex.split(os.environ.get("CXXFLAGS", ""))
     ldflags = shlex.split(os.environ.get("LDFLAGS", ""))
+    units = {
+        f"{Path(KERNELS).stem}_{name}": edge(
+            f"{Path(KERNELS).stem}_{name}", "compile", KERNELS, [f"-DFASTKD_ISA={name}", *flags]
+        )
+        for name, flags in INSTRUCTION_SETS.items()
+    }
+    units |= {
+        Path(source).stem: edge(Path(source).stem, "compile", source)
+        for source in SOURCES
+        if source != KERNELS
+    }
     lines = [
         "rule compile",
-        f"  command = {command(compiler + common)} $flags {command(cxxflags)} -MMD -MF $out.d -c $in -o $out",
+        f"  command = {command(compiler + COMPILE + WARN + headers)} $flags {command(cxxflags)} "
+        "-MMD -MF $out.d -c $in -o $out",
         "  depfile = $out.d",
         "  deps = gcc",
         "  description = c++ $out",
         "rule link",
         f"  command = {command(compiler)} $in -o $out {command(LINK + cxxflags + ldflags)}",
         "  description = link $out",
-        *(
-            f"build {name}.o: compile {path(ROOT / source)}\n  flags = {command(flags)}"
-            for name, source, flags in units
-        ),
-        f"build {output}: link {objects}",
-        f"default {output}",
+        *units.values(),
+        f"build {outputs['_C']}: link {' '.join(f'{name}.o' for name in units)}",
+        f"default {outputs['_C']}",
     ]
+    if nvcc is not None:
+        host = ["-ccbin", compiler[0]] if len(compiler) == 1 else []
+        lines += [
+            "rule nvcc",
+            f"  command = {command(nvcc + host + NVCC + headers)} $flags -MMD -MF $out.d -c $in -o $out",
+            "  depfile = $out.d",
+            "  deps = gcc",
+            "  description = nvcc $out",
+            "rule nvlink",  # finds CUDA's own libraries, of which the runtime is linked statically
+            f"  command = {command(nvcc + host)} -shared -cudart static $in -o $out",
+            "  description = link $out",
+            edge("cuda_kernel", "nvcc", CUDA_SOURCES[0]),
+            edge("cuda_module", "compile", CUDA_SOURCES[1]),
+            f"build {outputs['_cuda']}: nvlink cuda_kernel.o cuda_module.o",
+        ]
     return "\n".join(lines) + "\n"
 
 
+def wish(variable: str) -> str:
+    """What the environment says of an extension: "", "0" or "1"."""
+    value = os.environ.get(variable, "")
+    if value not in ("", "0", "1"):
+        raise CompileError(f"{variable} must be 0, 1 or unset; got {value!r}")
+    return value
+
+
 class BuildNative(build_ext):
-    """Build `fastkd._C` with ninja, and write `_build.json` beside the place where it belongs."""
+    """Build the extensions with ninja, and write `_build.json` beside the place where they belong."""
 
     def run(self) -> None:
-        """Build, or record why not; under FASTKD_NATIVE=1 the latter is an error."""
-        wish = os.environ.get("FASTKD_NATIVE", "")
-        if wish not in ("", "0", "1"):
-            raise CompileError(f"FASTKD_NATIVE must be 0, 1 or unset; got {wish!r}")
-        target = Path(self.get_ext_fullpath("fastkd._C"))
-        target.parent.mkdir(parents=True, exist_ok=True)
+        """Build, or record why not; where the environment asks for an extension, the latter is an error."""
+        native, cuda = wish("FASTKD_NATIVE"), wish("FASTKD_CUDA")
+        targets = {name: Path(self.get_ext_fullpath(f"fastkd.{name}")) for name in ("_C", "_cuda")}
+        record_at = targets["_C"].with_name("_build.json")
+        record_at.parent.mkdir(parents=True, exist_ok=True)
+        record: dict[str, Any] = {"native": False, "cuda": False}
         try:
-            if wish == "0":
+            if native == "0":
                 raise UnavailableError(
                     "fastkd was installed with FASTKD_NATIVE=0", "Unset it, and reinstall fastkd"
                 )
-            record = self.build(target)
+            record |= self.build_cpu(targets)
         except UnavailableError as failure:
-            if wish == "1":
-                raise CompileError(f"FASTKD_NATIVE=1, and {failure}") from None
-            target.unlink(missing_ok=True)  # one of an earlier build would not match these sources
-            record = {"native": False, "reason": failure.reason, "remedy": failure.remedy}
-            if wish == "":
-                self.warn(f"fastkd is installed without its native extension: {failure}")
-        write_atomically(target.with_name("_build.json"), json.dumps(record, indent=2) + "\n")
+            self.without(targets["_C"], failure, "FASTKD_NATIVE")
+            record |= {"reason": failure.reason, "remedy": failure.remedy}
+        try:
+            if "0" in (native, cuda):
+                raise UnavailableError(
+                    f"fastkd was installed with FASTKD_{'CUDA' if cuda == '0' else 'NATIVE'}=0",
+                    "Unset it, and reinstall fastkd",
+                )
+            record |= self.build_cuda(targets)
+        except UnavailableError as failure:
+            self.without(targets["_cuda"], failure, "FASTKD_CUDA")
+            record["cuda_obstacle"] = {"reason": failure.reason, "remedy": failure.remedy}
+        write_atomically(record_at, json.dumps(record, indent=2) + "\n")
 
-    def build(self, target: Path) -> dict[str, Any]:
-        """Run ninja in its own directory, which later builds reuse, and put the result in its place."""
-        if not sys.platform.startswith("linux"):
-            raise UnavailableError(
-                f"the native extension is built on Linux, and this is {sys.platform}",
-                "The other backends work here",
-            )
-        compiler, ninja, include = find_compiler(), find_ninja(), find_headers()
-        directory = (
-            ROOT / "build" / f"native-{sysconfig.get_platform()}-{sys.implementation.cache_tag}"
-        )
-        directory.mkdir(parents=True, exist_ok=True)
-        write_atomically(directory / "build.ninja", ninja_text(compiler, include, target.name))
-        failed = subprocess.run([*ninja, "-C", str(directory)]).returncode
-        if failed:
-            raise UnavailableError(
-                f"the native extension did not compile with {version_line(compiler)}",
-                "Reinstall fastkd with `FASTKD_NATIVE=1 pip install -v` to see the compiler's output",
-            )
-        # Replaced and not overwritten: a process that has the old one mapped keeps it.
-        fresh = target.with_name(f"{target.name}.{os.getpid()}")
-        shutil.copy2(directory / target.name, fresh)
-        fresh.replace(target)
+    def without(self, target: Path, failure: UnavailableError, variable: str) -> None:
+        """Go on without an extension that nobody insists on."""
+        if os.environ.get(variable) == "1":
+            raise CompileError(f"{variable}=1, and {failure}") from None
+        target.unlink(missing_ok=True)  # one of an earlier build would not match these sources
+        if variable == "FASTKD_NATIVE" and not os.environ.get(variable):
+            self.warn(f"fastkd is installed without its native extension: {failure}")
+
+    def build_cpu(self, targets: dict[str, Path]) -> dict[str, Any]:
+        """fastkd._C."""
+        compiler = self.ninja(targets, "_C", nvcc=None)
         return {
             "native": True,
             "compiler": version_line(compiler),
@@ -226,10 +276,43 @@ class BuildNative(build_ext):
             "instruction_sets": INSTRUCTION_SETS,
         }
 
+    def build_cuda(self, targets: dict[str, Path]) -> dict[str, Any]:
+        """fastkd._cuda."""
+        nvcc = find_nvcc()
+        self.ninja(targets, "_cuda", nvcc)
+        return {"cuda": True, "nvcc": shlex.join(nvcc), "cuda_flags": NVCC}
+
+    def ninja(self, targets: dict[str, Path], name: str, nvcc: list[str] | None) -> list[str]:
+        """Build one in ninja's own directory, which later builds reuse, and put it in its place; the C++ compiler."""
+        if not sys.platform.startswith("linux"):
+            raise UnavailableError(
+                f"the native extensions are built on Linux, and this is {sys.platform}",
+                "The other backends work here",
+            )
+        compiler, ninja, include = find_compiler(), find_ninja(), find_headers()
+        tag = f"{sysconfig.get_platform()}-{sys.implementation.cache_tag}"
+        directory = ROOT / "build" / f"native-{tag}"
+        directory.mkdir(parents=True, exist_ok=True)
+        outputs = {key: target.name for key, target in targets.items()}
+        write_atomically(directory / "build.ninja", ninja_text(compiler, nvcc, include, outputs))
+        if subprocess.run([*ninja, "-C", str(directory), outputs[name]]).returncode:
+            variable = "FASTKD_NATIVE" if name == "_C" else "FASTKD_CUDA"
+            raise UnavailableError(
+                f"the extension fastkd.{name} did not compile with {version_line(nvcc or compiler)}",
+                f"Reinstall fastkd with `{variable}=1 pip install -v` to see the compiler's output",
+            )
+        # Replaced and not overwritten: a process that has the old one mapped keeps it.
+        target = targets[name]
+        fresh = target.with_name(f"{target.name}.{os.getpid()}")
+        shutil.copy2(directory / target.name, fresh)
+        fresh.replace(target)
+        return compiler
+
     def get_outputs(self) -> list[str]:
-        """The files that this command has written, which may be without the extension."""
-        target = Path(self.get_ext_fullpath("fastkd._C"))
-        return [str(file) for file in (target, target.with_name("_build.json")) if file.is_file()]
+        """The files that this command has written, which may be without the extensions."""
+        targets = [Path(self.get_ext_fullpath(f"fastkd.{name}")) for name in ("_C", "_cuda")]
+        files = [*targets, targets[0].with_name("_build.json")]
+        return [str(file) for file in files if file.is_file()]
 
 
 class BuildPython(build_py):
@@ -256,6 +339,9 @@ setup(
     # in fastkd/kernels/. As setuptools looks for that package's files in kernels/ only, the shim goes as data.
     package_dir={"fastkd.kernels": "kernels"},
     package_data={"fastkd": ["py.typed", "*.pyi", "kernels/__init__.py"]},
-    ext_modules=[Extension("fastkd._C", sources=SOURCES)],
+    ext_modules=[
+        Extension("fastkd._C", sources=SOURCES),
+        Extension("fastkd._cuda", sources=CUDA_SOURCES),
+    ],
     cmdclass={"build_ext": BuildNative, "build_py": BuildPython},
 )

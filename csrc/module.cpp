@@ -86,11 +86,11 @@ int64_t product(const std::vector<int64_t>& sizes) {
 
 void kd_rows(std::vector<int64_t> sizes, int64_t vocabulary, const Logits& student, const Logits& teacher,
              const Logits& student_gradient, const Logits& teacher_gradient, const Tempering& student_tempering,
-             const Tempering& teacher_tempering, const Sparse& sparse, uintptr_t labels, uintptr_t weight, uintptr_t scale_on_device,
+             const Tempering& teacher_tempering, uintptr_t labels, uintptr_t weight, uintptr_t scale_on_device,
              uintptr_t loss, uintptr_t total, uintptr_t distillation, uintptr_t cross_entropy,
              uintptr_t student_entropy, int divergence, std::vector<float> params, bool normalized,
              const std::vector<double>& closed_form, double degree, double alpha, double label_smoothing, double scale,
-             bool scale_by_temperature, int64_t ignore_index, int threads) {
+             bool scale_by_temperature, int64_t ignore_index, const Sparse& sparse, int threads) {
   fastkd::Call call;
   call.rows = product(sizes);
   call.sizes = std::move(sizes);

@@ -11,7 +11,7 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -19,7 +19,12 @@ from fastkd.divergences import DEFINITIONS, Divergence
 
 logger = logging.getLogger("fastkd")
 
-MODULES = {"reference": "fastkd.reference", "cpu": "fastkd.cpu", "triton": "fastkd.kernels.rows"}
+MODULES = {
+    "reference": "fastkd.reference",
+    "cpu": "fastkd.cpu",
+    "triton": "fastkd.kernels.rows",
+    "cuda": "fastkd.cuda",
+}
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -59,21 +64,43 @@ def available_backends() -> Mapping[str, Obstacle | None]:
 
     Found once a process: a compiler or a driver installed later is seen by the next one.
     """
-    return {"cpu": _cpu_obstacle(), "triton": _triton_obstacle(), "reference": None}
+    return {
+        "cpu": _cpu_obstacle(),
+        "triton": _triton_obstacle(),
+        "cuda": _cuda_obstacle(),
+        "reference": None,
+    }
+
+
+def _built() -> dict[str, Any]:
+    """What setup.py says of the build."""
+    record = Path(__file__).with_name("_build.json")
+    return json.loads(record.read_text()) if record.is_file() else {}
 
 
 def _cpu_obstacle() -> Obstacle | None:
+    built = _built()
+    return _native_obstacle(
+        "fastkd._C",
+        None if built.get("native", True) else Obstacle(built["reason"], built["remedy"]),
+        "Install a C++17 compiler with OpenMP and reinstall fastkd with FASTKD_NATIVE=1 to see its output",
+    )
+
+
+def _cuda_obstacle() -> Obstacle | None:
+    # Nothing here asks CUDA: a process that only computes on the CPU may want to fork.
+    return _native_obstacle(
+        "fastkd._cuda",
+        Obstacle(**built) if (built := _built().get("cuda_obstacle")) else None,
+        "Reinstall fastkd where nvcc is, with FASTKD_CUDA=1 to see its output",
+    )
+
+
+def _native_obstacle(module: str, known: Obstacle | None, remedy: str) -> Obstacle | None:
     try:
-        extension = importlib.import_module("fastkd._C")
+        extension = importlib.import_module(module)
     except ImportError as error:
-        record = Path(__file__).with_name("_build.json")  # what setup.py says of the build
-        built = json.loads(record.read_text()) if record.is_file() else {}
-        if built.get("native") is False:
-            return Obstacle(built["reason"], built["remedy"])
-        return Obstacle(
-            f"the native extension is missing ({error})",
-            "Install a C++17 compiler with OpenMP and reinstall fastkd with FASTKD_NATIVE=1 to see its output",
-        )
+        return known or Obstacle(f"the native extension is missing ({error})", remedy)
     if extension.divergences() != [function.__name__.lstrip("_") for function in DEFINITIONS]:
         return Obstacle(
             "the native extension was built from another table of divergences",
@@ -86,6 +113,16 @@ def _triton_obstacle() -> Obstacle | None:
     if importlib.util.find_spec("triton") is None:
         return Obstacle("triton is not installed", "pip install 'fastkd[triton]'")
     return None
+
+
+def _capabilities() -> set[int]:
+    """Of the devices that torch sees: 90 for an H100."""
+    found = map(torch.cuda.get_device_capability, range(torch.cuda.device_count()))
+    return {10 * major + minor for major, minor in found}
+
+
+def _architectures() -> set[int]:
+    return set(importlib.import_module("fastkd._cuda").architectures())
 
 
 def interpreting() -> bool:
@@ -106,14 +143,21 @@ def obstacle(backend: str, call: Call, available: Mapping[str, Obstacle | None])
                 f"{argument} is {dtype}, and its kernels take float32, bfloat16 and float16",
                 "Convert the logits, or use backend='reference'",
             )
-    if backend == "cpu":
-        if call.device != "cpu":
-            return Obstacle(f"the logits are on {call.device!r}", "Use backend='triton' there")
+    if backend in ("cpu", "cuda"):
+        if call.device != backend:
+            return Obstacle(f"the logits are on {call.device!r}", "Use backend='auto' there")
         if call.divergence.function not in DEFINITIONS:
+            other = "reference" if backend == "cpu" else "triton"
             return Obstacle(
                 f"divergence {call.divergence.name!r} is not compiled into the extension",
-                "Add it to fastkd/divergences.py and run `make divergences`, or use backend='reference'",
+                f"Add it to fastkd/divergences.py and run `make divergences`, or use backend={other!r}",
             )
+    if backend == "cuda" and not _capabilities() <= _architectures():
+        return Obstacle(
+            f"the devices have compute capability {sorted(_capabilities())}, and its kernels are for "
+            f"{sorted(_architectures())}",
+            "Use backend='triton'",
+        )
     if (
         backend == "triton"
         and call.device not in ("cuda", "xpu")
@@ -129,7 +173,8 @@ def obstacle(backend: str, call: Call, available: Mapping[str, Obstacle | None])
 def choose(call: Call, available: Mapping[str, Obstacle | None]) -> tuple[str, str | None]:
     """(backend, why it is a fallback or None) for backend="auto". Pure: everything it depends on is passed in.
 
-    A CPU tensor prefers cpu, any other triton; what cannot be served falls back to the reference.
+    A CPU tensor prefers cpu, any other triton; what cannot be served falls back to the reference. cuda has to be asked
+    for by name, until its speed and its results have been seen on a device.
     """
     preferred = "cpu" if call.device == "cpu" else "triton"
     why = obstacle(preferred, call, available)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
@@ -18,7 +19,7 @@ import fastkd
 from fastkd import BackendUnavailable, backends, kd_loss
 from fastkd.backends import Call, Obstacle, choose
 
-ALL: Mapping[str, Obstacle | None] = {"cpu": None, "triton": None, "reference": None}
+ALL: Mapping[str, Obstacle | None] = dict.fromkeys(("cpu", "triton", "cuda", "reference"))
 NO_COMPILER = Obstacle("no compiler", "Install one")
 NO_TRITON = Obstacle("no triton", "pip install it")
 F32, BF16, F16, F64 = torch.float32, torch.bfloat16, torch.float16, torch.float64
@@ -118,7 +119,7 @@ def test_every_divergence_of_the_table_is_compiled() -> None:
 
 def test_available_backends() -> None:
     available = fastkd.available_backends()
-    assert set(available) == {"cpu", "triton", "reference"} and available["reference"] is None
+    assert set(available) == set(ALL) and available["reference"] is None
     assert all(why is None or (why.reason and why.remedy) for why in available.values())
 
 
@@ -208,8 +209,43 @@ def test_a_backend_asked_for_by_name_is_that_one_or_an_error(
     with pytest.raises(BackendUnavailable, match="student_logits is torch.float64"):
         kd_loss(student.double(), teacher, backend="triton")
     with pytest.raises(ValueError) as wrong:
-        kd_loss(student, teacher, backend="cuda")
-    assert str(wrong.value) == "backend must be 'auto' or one of cpu, triton, reference; got 'cuda'"
+        kd_loss(student, teacher, backend="gpu")
+    assert (
+        str(wrong.value)
+        == "backend must be 'auto' or one of cpu, triton, cuda, reference; got 'gpu'"
+    )
+
+
+@pytest.mark.parametrize(
+    ("call", "capabilities", "reason"),
+    [
+        (Call("cuda", F32, BF16, KL), {90}, None),
+        (Call("cuda", F32, BF16, KL), {90, 100}, None),
+        (Call("cuda", F32, BF16, KL), {80, 90}, r"compute capability \[80, 90\].* for \[90, 100\]"),
+        (Call("cpu", F32, F32, KL), set(), "the logits are on 'cpu'"),
+        (Call("cuda", F64, F32, KL), {90}, "student_logits is torch.float64"),
+        (Call("cuda", F32, F32, THEIRS), {90}, "'theirs' is not compiled"),
+    ],
+)
+def test_where_the_cuda_kernels_run(
+    call: Call, capabilities: set[int], reason: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(backends, "_capabilities", lambda: capabilities)
+    monkeypatch.setattr(backends, "_architectures", lambda: {90, 100})
+    why = backends.obstacle("cuda", call, ALL)
+    assert (why is None) == (reason is None)
+    assert why is None or (re.search(reason, why.reason) and why.remedy)
+
+
+@pytest.mark.usefixtures("undecided")
+def test_cuda_kernels_that_were_not_built(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "fastkd._cuda", None)
+    built = {"cuda_obstacle": {"reason": "nvcc was not found", "remedy": "Install CUDA"}}
+    for record, reason in ((built, "nvcc was not found"), ({}, "the native extension is missing")):
+        monkeypatch.setattr(backends, "_built", lambda record=record: record)
+        backends.available_backends.cache_clear()
+        why = fastkd.available_backends()["cuda"]
+        assert why is not None and why.reason.startswith(reason) and why.remedy
 
 
 @pytest.mark.usefixtures("undecided")
@@ -229,7 +265,7 @@ def test_fastkd_backend_overrides(monkeypatch: pytest.MonkeyPatch) -> None:
         kd_loss(student, teacher)
     assert (
         str(error.value)
-        == "FASTKD_BACKEND must be 'auto' or one of cpu, triton, reference; got 'gpu'"
+        == "FASTKD_BACKEND must be 'auto' or one of cpu, triton, cuda, reference; got 'gpu'"
     )
     monkeypatch.setenv("FASTKD_BACKEND", "")
     kd_loss(student, teacher)

@@ -1,0 +1,108 @@
+// A float, the vocabulary of the definitions on it, and conversions from and to bf16 and fp16; for device and host.
+#pragma once
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+
+#if defined(__CUDACC__)
+#include <cuda_fp16.h>
+#define FASTKD_INLINE __host__ __device__ __forceinline__
+#define FASTKD_CALL static __host__ __device__ __noinline__  // what runs once a row
+#else
+#define FASTKD_INLINE inline
+#define FASTKD_CALL inline
+#endif
+
+namespace fastkd::cuda {
+
+typedef float V;
+
+constexpr float INF = std::numeric_limits<float>::infinity();
+constexpr float LOG2_E = 1.44269504088896341f, LOG2_E_LOW = 1.925963033500011e-8f, LN_2 = 0.693147180559945309f;
+
+FASTKD_INLINE V splat(float x) { return x; }
+FASTKD_INLINE V abs(V x) { return fabsf(x); }
+FASTKD_INLINE V where(bool mask, V a, V b) { return mask ? a : b; }
+FASTKD_INLINE bool finite(float x) { return x - x == 0; }
+
+// 2^x, to two units in the last place; subnormal results are 0.
+FASTKD_INLINE V exp2_of(V x) {
+#if defined(__CUDA_ARCH__)
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+#else
+  return std::exp2(x);
+#endif
+}
+
+// The product of x and log2(e) is rounded; what that loses comes back as a first-order correction.
+FASTKD_INLINE V exp(V x) {
+  const float product = x * LOG2_E;
+  const float lost = fmaf(x, LOG2_E, -product) + x * LOG2_E_LOW;
+  const float y = exp2_of(product);
+  return finite(lost) ? fmaf(y, lost * LN_2, y) : y;
+}
+
+// Below 0.6 the quotient of exponentials cancels; there an odd fit (Cephes) holds.
+FASTKD_INLINE V tanh(V x) {
+  const float size = fminf(fabsf(x), 10.0f), square = size * size;
+  float y = square * -5.70498872745e-3f + 2.06390887954e-2f;
+  y = y * square - 5.37397155531e-2f;
+  y = y * square + 1.33314422036e-1f;
+  y = y * square - 3.33332819422e-1f;
+  const float large = 1 - 2 / (exp2_of(2 * LOG2_E * size) + 1);
+  const float value = size < 0.625f ? size + size * square * y : large;
+  return x == x ? copysignf(value, x) : x;
+}
+
+FASTKD_INLINE V log1p(V x) { return ::log1pf(x); }
+
+FASTKD_INLINE V logaddexp(V a, V b) {
+  const float gap = fabsf(a - b);
+  return (a > b ? a : b) + ::log1pf(exp2_of(gap * -LOG2_E));
+}
+
+// ---- bits
+
+template <class To, class From>
+FASTKD_INLINE To as(From from) {
+  static_assert(sizeof(To) == sizeof(From), "a cast of bits");
+  To to;
+  memcpy(&to, &from, sizeof(To));
+  return to;
+}
+
+FASTKD_INLINE float from_bf16(uint16_t x) { return as<float>(uint32_t(x) << 16); }
+
+FASTKD_INLINE uint16_t to_bf16(float x) {
+  const uint32_t bits = as<uint32_t>(x);
+  const uint32_t rounded = bits + (0x7fff + ((bits >> 16) & 1));  // to nearest, ties to even
+  return uint16_t((x == x ? rounded : bits | 0x400000) >> 16);
+}
+
+FASTKD_INLINE float from_fp16(uint16_t x) {
+#if defined(__CUDA_ARCH__)
+  return __half2float(as<__half>(x));
+#else
+  const uint32_t sign = uint32_t(x & 0x8000) << 16, magnitude = uint32_t(x & 0x7fff) << 13;
+  if (magnitude >= (31u << 23)) return as<float>(sign | (magnitude + (224u << 23)));  // infinities and NaNs
+  if (magnitude < (1u << 23)) return (sign ? -1.0f : 1.0f) * (as<float>(magnitude + (113u << 23)) - 6.103515625e-5f);
+  return as<float>(sign | (magnitude + (112u << 23)));
+#endif
+}
+
+FASTKD_INLINE uint16_t to_fp16(float x) {
+#if defined(__CUDA_ARCH__)
+  return as<uint16_t>(__float2half_rn(x));
+#else
+  const uint32_t sign = (as<uint32_t>(x) >> 16) & 0x8000, magnitude = as<uint32_t>(x) & 0x7fffffff;
+  if (magnitude >= 0x477ff000) return uint16_t(sign | (magnitude > 0x7f800000 ? 0x7e00 : 0x7c00));
+  if (magnitude < (113u << 23))  // the float addition rounds at 2^-24
+    return uint16_t(sign | (as<uint32_t>(as<float>(magnitude) + 0.5f) - 0x3f000000));
+  return uint16_t(sign | ((magnitude + 0xfff + ((magnitude >> 13) & 1) - (112u << 23)) >> 13));
+#endif
+}
+
+}  // namespace fastkd::cuda

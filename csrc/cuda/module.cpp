@@ -1,0 +1,142 @@
+// fastkd._cuda: the kernels for GPUs with thread-block clusters, behind pybind11. It takes what fastkd._C takes, with a
+// device and a stream in place of threads; fastkd/cuda.py is its only caller.
+
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <stdexcept>
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include "kernel.h"
+#include "plan.h"
+
+namespace py = pybind11;
+using namespace fastkd::cuda;
+
+namespace {
+
+template <class T = float>
+T* pointer(uintptr_t address) {
+  return reinterpret_cast<T*>(address);
+}
+
+using Strides = std::vector<int64_t>;
+using Logits = std::tuple<uintptr_t, int, int64_t, Strides>;       // address, dtype, width, leading strides
+using Numbers = std::tuple<double, uintptr_t, double, double>;     // temperature, per row, logit scale, softcap
+
+Tempering tempering(const Numbers& values) {
+  const auto& [temperature, per_row, logit_scale, softcap] = values;
+  return {float(temperature), pointer<const float>(per_row), float(logit_scale), float(softcap)};
+}
+
+// The leading shape in as few dimensions as it has: neighbours merge where every tensor steps through both with one
+// stride. The shifted view logits[:, :-1] keeps two, a contiguous tensor one.
+void set_layout(Call& call, const std::vector<int64_t>& sizes, const std::vector<std::pair<Rows*, Strides>>& given) {
+  call.rows = 1;
+  for (const int64_t size : sizes) call.rows *= size;
+  int& dimensions = call.dimensions;
+  for (size_t axis = 0; axis < sizes.size(); ++axis) {
+    if (sizes[axis] == 1) continue;
+    bool merges = dimensions > 0;
+    for (const auto& [rows, strides] : given)
+      merges = merges && (!rows->data || rows->strides[dimensions - 1] == strides[axis] * sizes[axis]);
+    if (!merges && dimensions == DIMENSIONS)
+      throw std::invalid_argument("logits must have at most 8 leading dimensions that are not contiguous");
+    if (!merges) call.sizes[dimensions++] = 1;
+    call.sizes[dimensions - 1] *= sizes[axis];
+    for (const auto& [rows, strides] : given)
+      if (rows->data) rows->strides[dimensions - 1] = strides[axis];
+  }
+}
+
+void set(Rows& rows, const Logits& logits) {
+  rows.data = pointer<char>(std::get<0>(logits));
+  rows.dtype = static_cast<Dtype>(std::get<1>(logits));
+  rows.width = std::get<2>(logits);
+}
+
+// What kd_rows and fits share: the layout and what decides how a row is spread.
+void launch(const std::vector<int64_t>& sizes, int64_t vocabulary, const Logits& student, const Logits& teacher,
+            const Logits& student_gradient, const Logits& teacher_gradient, const Numbers& student_tempering,
+            const Numbers& teacher_tempering, uintptr_t labels, uintptr_t weight, uintptr_t scale_on_device,
+            uintptr_t loss, uintptr_t total, uintptr_t distillation, uintptr_t cross_entropy, uintptr_t student_entropy,
+            int divergence, const std::vector<float>& params, bool normalized, const std::vector<double>& closed_form,
+            double degree, double alpha, double label_smoothing, double scale, bool scale_by_temperature,
+            int64_t ignore_index, int device, uintptr_t stream) {
+  Call call;
+  set(call.student, student);
+  set(call.teacher, teacher);
+  set(call.student_gradient, student_gradient);
+  set(call.teacher_gradient, teacher_gradient);
+  set_layout(call, sizes,
+             {{&call.student, std::get<3>(student)},
+              {&call.teacher, std::get<3>(teacher)},
+              {&call.student_gradient, std::get<3>(student_gradient)},
+              {&call.teacher_gradient, std::get<3>(teacher_gradient)}});
+  call.vocabulary = vocabulary;
+  call.student_tempering = tempering(student_tempering);
+  call.teacher_tempering = tempering(teacher_tempering);
+  call.labels = pointer<const int64_t>(labels);
+  call.weight = pointer<const float>(weight);
+  call.scale_on_device = pointer<const float>(scale_on_device);
+  call.loss = pointer(loss);
+  call.total = pointer(total);
+  call.distillation = pointer(distillation);
+  call.cross_entropy = pointer(cross_entropy);
+  call.student_entropy = pointer(student_entropy);
+  call.divergence = divergence;
+  if (params.size() > PARAMETERS) throw std::invalid_argument("a divergence has at most 8 parameters");
+  std::copy(params.begin(), params.end(), call.params);
+  call.normalized = normalized;
+  call.closed_form = !closed_form.empty();
+  if (call.closed_form) {
+    call.forward = float(closed_form[0]);
+    call.reverse = float(closed_form[1]);
+    call.cross = float(closed_form[2]);
+  }
+  call.degree = float(degree);
+  call.alpha = alpha;
+  call.label_smoothing = label_smoothing;
+  call.scale = scale;
+  call.scale_by_temperature = scale_by_temperature;
+  call.ignore_index = ignore_index;
+  py::gil_scoped_release release;
+  kd_rows(call, device, pointer<void>(stream));
+}
+
+void scale(const std::vector<int64_t>& sizes, const Logits& gradient, uintptr_t factor, int64_t stride, int device,
+           uintptr_t stream) {
+  Call call;
+  set(call.student, gradient);
+  set_layout(call, sizes, {{&call.student, std::get<3>(gradient)}});
+  py::gil_scoped_release release;
+  scale_rows(call, pointer<const float>(factor), stride, device, pointer<void>(stream));
+}
+
+// (blocks a row, threads a block, columns a block), or nothing where a row does not fit on chip.
+py::object layout_of_a_row(int64_t vocabulary, int student_dtype, int teacher_dtype) {
+  Call call;
+  call.vocabulary = vocabulary;
+  call.student.dtype = static_cast<Dtype>(student_dtype);
+  call.teacher.dtype = static_cast<Dtype>(teacher_dtype);
+  if (!plan(call)) return py::none();
+  return py::make_tuple(call.ranks, call.threads, call.slice);
+}
+
+}  // namespace
+
+#ifndef FASTKD_MODULE
+#define FASTKD_MODULE _cuda
+#endif
+
+PYBIND11_MODULE(FASTKD_MODULE, module) {
+  module.doc() = "CUDA kernels of fastkd; called by fastkd.cuda.";
+  module.def("kd_rows", &launch);
+  module.def("scale_rows", &scale);
+  module.def("plan", &layout_of_a_row, py::arg("vocabulary"), py::arg("student_dtype"), py::arg("teacher_dtype"),
+             "(blocks a row, threads a block, columns a block); None where a row does not fit on chip.");
+  module.def("divergences", &divergences, "The names of the definitions that are compiled in, by number.");
+  module.def("architectures", &architectures, "The compute capabilities there are kernels for, such as 90.");
+}

@@ -1,0 +1,36 @@
+// How a row is spread over the blocks of a cluster, so that its logits stay in their shared memory; host only.
+#pragma once
+#include "call.h"
+
+namespace fastkd::cuda {
+
+constexpr int VECTOR = 8;        // columns that a thread takes at a time: 16 bytes of bf16
+constexpr int PIECE = 16;        // bytes; what the copy engine moves is whole pieces at addresses that are multiples
+constexpr int MOST_RANKS = 16;   // 8 is what every device with clusters offers; H100 and B200 do 16 where asked to
+constexpr int MOST_THREADS = 256;
+// Two blocks live on a multiprocessor of 227 KB, so that one computes while the other's logits are on their way.
+constexpr int64_t SHARED_OF_TWO = 110 << 10, SHARED_OF_ONE = 220 << 10;
+
+inline int size_of(Dtype dtype) { return dtype == Dtype::f32 ? 4 : 2; }
+
+// Bytes of shared memory that a block holds of logits.
+inline int64_t shared_bytes(const Call& call) {
+  return int64_t(call.slice) * (size_of(call.student.dtype) + size_of(call.teacher.dtype));
+}
+
+// Fills in ranks, threads and slice; false where a row is too wide to stay on chip.
+inline bool plan(Call& call) {
+  for (const int64_t room : {SHARED_OF_TWO, SHARED_OF_ONE})
+    for (call.ranks = 1; call.ranks <= MOST_RANKS; call.ranks *= 2) {
+      const int64_t vectors = (call.vocabulary + VECTOR * call.ranks - 1) / (VECTOR * call.ranks);
+      if (vectors * VECTOR > SHARED_OF_ONE) continue;  // beyond any room, and beyond an int
+      call.slice = int(vectors * VECTOR);
+      if (shared_bytes(call) > room) continue;
+      call.threads = MOST_THREADS;
+      while (call.threads > 32 && call.threads / 2 >= vectors) call.threads /= 2;
+      return true;
+    }
+  return false;
+}
+
+}  // namespace fastkd::cuda

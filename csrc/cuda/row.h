@@ -1,0 +1,551 @@
+// One row of student and teacher logits, as the threads of a cluster compute it.
+//
+// Each block holds a slice of the row in shared memory, raw as it lies in device memory. A row is
+//
+//   open          what a row's options are; whether it counts
+//   copy          the slice comes in: the copy engine moves whole pieces, threads what is left
+//   statistics    a thread's maxima, sums of exponentials and moments;  merged over threads and blocks
+//   sums          of phi and g, where no closed form gives them;        merged likewise
+//   gradient      in place of the logits in shared memory, or straight to device memory
+//
+// The functions here are the phases between two exchanges of data, and what merges two results: nothing in here talks
+// to another thread. kernel.cu has the exchanges; tests/cuda_host.cpp calls the same functions in loops over blocks and
+// threads, on a machine without a GPU.
+//
+// Phases are optimistic about log 0, as in csrc/cpu/rows.cpp: arithmetic on -inf gives NaN exactly where the policy of
+// fastkd/reference.py (evaluate) matters, and a row whose merged sums are not finite is done again with the policy.
+#pragma once
+#include "call.h"
+#include "math.h"
+#include "plan.h"
+
+namespace fastkd::cuda {
+
+#include "../generated/divergences.h"
+
+constexpr float LOWEST = std::numeric_limits<float>::lowest();
+constexpr float NEGLIGIBLE = 1e-30f;  // as in fastkd/reference.py
+constexpr float INFINITE = 1e6f;
+
+// A thread's place among those that share a row.
+struct Place {
+  int rank, thread;
+};
+
+// ---- rows in memory
+
+FASTKD_INLINE int size_of_element(Dtype dtype) { return dtype == Dtype::f32 ? 4 : 2; }
+
+// The address of a row's first column; null where there are no rows.
+FASTKD_CALL char* row_of(const Call& call, const Rows& rows, int64_t row) {
+  if (!rows.data) return nullptr;
+  int64_t offset = 0;
+#pragma unroll 1
+  for (int d = call.dimensions; d-- > 0;) {
+    offset += row % call.sizes[d] * rows.strides[d];
+    row /= call.sizes[d];
+  }
+  return rows.data + offset * size_of_element(rows.dtype);
+}
+
+// The columns of a row that a block has.
+FASTKD_INLINE int64_t first_column(const Call& call, int rank) { return int64_t(rank) * call.slice; }
+FASTKD_INLINE int columns_of(const Call& call, int rank) {
+  const int64_t rest = call.vocabulary - first_column(call, rank);
+  return int(rest < 0 ? 0 : rest < call.slice ? rest : call.slice);
+}
+
+// Bytes of a slice that the copy engine moves: whole pieces at an address that is a multiple of one.
+FASTKD_INLINE int64_t whole_pieces(const char* memory, int64_t bytes) {
+  return reinterpret_cast<uintptr_t>(memory) % PIECE == 0 ? bytes / PIECE * PIECE : 0;
+}
+
+// A thread's part of copying the bytes of a slice from `done` on, element by element.
+FASTKD_CALL void copy_rest(const Call& call, Place place, char* to, const char* from, int64_t done, int64_t bytes,
+                             int element) {
+#pragma unroll 1
+  for (int64_t i = done + int64_t(place.thread) * element; i < bytes; i += int64_t(call.threads) * element)
+    if (element == 4)
+      *reinterpret_cast<uint32_t*>(to + i) = *reinterpret_cast<const uint32_t*>(from + i);
+    else
+      *reinterpret_cast<uint16_t*>(to + i) = *reinterpret_cast<const uint16_t*>(from + i);
+}
+
+struct alignas(PIECE) Piece {
+  uint32_t words[4];
+};
+
+// A vector of logits; shared memory has room for a whole one at the end of a slice, whatever is in it.
+FASTKD_INLINE void load(const char* shared, Dtype dtype, int first, V (&x)[VECTOR]) {
+  const auto* pieces = reinterpret_cast<const Piece*>(shared + int64_t(first) * size_of_element(dtype));
+  const Piece piece = pieces[0];
+  if (dtype == Dtype::f32) {
+    const Piece second = pieces[1];
+    for (int k = 0; k < 4; ++k) {
+      x[k] = as<float>(piece.words[k]);
+      x[k + 4] = as<float>(second.words[k]);
+    }
+  } else if (dtype == Dtype::bf16) {
+    for (int k = 0; k < 4; ++k) {
+      x[2 * k] = as<float>(piece.words[k] << 16);
+      x[2 * k + 1] = as<float>(piece.words[k] & 0xffff0000);
+    }
+  } else {
+    for (int k = 0; k < 4; ++k) {
+      x[2 * k] = from_fp16(uint16_t(piece.words[k]));
+      x[2 * k + 1] = from_fp16(uint16_t(piece.words[k] >> 16));
+    }
+  }
+}
+
+// The first n of a vector to memory in its dtype; whole vectors at addresses that are multiples of a piece at once.
+FASTKD_INLINE void store(char* memory, Dtype dtype, int first, int n, const V (&x)[VECTOR]) {
+  Piece pieces[2];
+  if (dtype == Dtype::f32)
+    for (int k = 0; k < 4; ++k) {
+      pieces[0].words[k] = as<uint32_t>(x[k]);
+      pieces[1].words[k] = as<uint32_t>(x[k + 4]);
+    }
+  else
+    for (int k = 0; k < 4; ++k) {
+      const bool brain = dtype == Dtype::bf16;
+      const uint32_t low = brain ? to_bf16(x[2 * k]) : to_fp16(x[2 * k]);
+      const uint32_t high = brain ? to_bf16(x[2 * k + 1]) : to_fp16(x[2 * k + 1]);
+      pieces[0].words[k] = low | high << 16;
+    }
+  const int element = size_of_element(dtype);
+  char* to = memory + int64_t(first) * element;
+  if (n == VECTOR) {
+    reinterpret_cast<Piece*>(to)[0] = pieces[0];
+    if (element == 4) reinterpret_cast<Piece*>(to)[1] = pieces[1];
+    return;
+  }
+#pragma unroll
+  for (int k = 0; k < VECTOR; ++k)
+    if (k < n) {
+      if (element == 4)
+        reinterpret_cast<uint32_t*>(to)[k] = pieces[k / 4].words[k % 4];
+      else
+        reinterpret_cast<uint16_t*>(to)[k] = uint16_t(pieces[0].words[k / 2] >> (k % 2 * 16));
+    }
+}
+
+FASTKD_INLINE float load_one(const char* memory, Dtype dtype, int64_t column) {
+  if (dtype == Dtype::f32) return reinterpret_cast<const float*>(memory)[column];
+  const uint16_t x = reinterpret_cast<const uint16_t*>(memory)[column];
+  return dtype == Dtype::bf16 ? from_bf16(x) : from_fp16(x);
+}
+
+// A thread's part of the zeros of a row that is dropped, and of the padding past the vocabulary of one that is not.
+FASTKD_CALL void clear(const Call& call, Place place, const Rows& rows, int64_t row, bool padding_alone) {
+  if (!rows.data) return;
+  char* memory = row_of(call, rows, row);
+  const int64_t step = int64_t(call.ranks) * call.threads;
+#pragma unroll 1
+  for (int64_t i = int64_t(place.rank) * call.threads + place.thread + (padding_alone ? call.vocabulary : 0);
+       i < rows.width; i += step)
+    if (rows.dtype == Dtype::f32)
+      reinterpret_cast<float*>(memory)[i] = 0;
+    else
+      reinterpret_cast<uint16_t*>(memory)[i] = 0;
+}
+
+// ---- what a row is, and what has been found of it
+
+enum Flags : unsigned { FORWARD = 1, REVERSE = 2, CROSS = 4, ENTROPY = 8, AT_1 = 16, SPREAD = 32 };
+
+// One side: z = softcap * tanh(gain * logit), or sign * logit; tempered logits are unit * z.
+struct Side {
+  Dtype dtype;
+  float sign, softcap, gain, inverse_cap, temperature, unit;
+  float top;                // the maximum of z, or 0 where all are -inf
+  float weight;             // 1 / the sum of exponentials: of e = exp(unit (z - top)) to probabilities
+  float offset, offset_low;  // log probability = unit (z - top) + offset, to twice float's precision
+  float threshold;          // an exponential below it is of a negligible probability
+
+  FASTKD_INLINE bool identity() const { return softcap == 0 && sign == 1; }  // z is the logit
+  FASTKD_INLINE V z(V logit) const { return softcap == 0 ? sign * logit : softcap * tanh(gain * logit); }
+  // dz / dlogit, without the part of logit_scale that is in unit
+  FASTKD_INLINE V slope(V z) const { return softcap == 0 ? sign : softcap * gain * (1 - (z * inverse_cap) * (z * inverse_cap)); }
+};
+
+struct RowState {
+  bool counted, with_labels, log_0, finite;
+  unsigned flags;
+  int64_t row, label;
+  float weight;
+  float z_label, pivot;
+  Side student, teacher;
+  float plain_unit, plain_weight;  // of the cross-entropy: the student at temperature 1
+  double distillation, phi, g;     // sums over the row
+  double cross_entropy, entropy;
+  float sum_g, sum_h;
+  float distillation_factor, cross_entropy_factor, teacher_factor;
+};
+
+// What the first phase finds. Exponentials and moments are relative to the tops; x is unit * (z - top).
+struct Statistics {
+  float s_top, t_top;
+  float s_sum, t_sum, s_sum_at_1;
+  float forward, reverse;  // sum of e_t (x_t - x_s), of e_s (x_s - x_t)
+  float cross, entropy;    // sum of e_t x_s, of e_s x_s
+  float spread;            // sum of z - pivot
+};
+
+struct Sums {
+  float phi, g;
+};
+
+FASTKD_INLINE float origin(float top) { return top == -INF ? 0 : top; }
+
+// What has faded to nothing is 0, however far a maximum rose.
+FASTKD_INLINE float faded(float fade, float moment) { return fade == 0 ? 0 : fade * moment; }
+
+// Statistics relative to higher tops.
+FASTKD_INLINE void raise(Statistics& a, float s_top, float t_top, const RowState& row) {
+  const float s_step = (origin(s_top) - origin(a.s_top)) * row.student.unit;
+  const float t_step = (origin(t_top) - origin(a.t_top)) * row.teacher.unit;
+  const float s_fade = a.s_top == -INF ? 0 : exp2_of(-s_step * LOG2_E);
+  const float t_fade = a.t_top == -INF ? 0 : exp2_of(-t_step * LOG2_E);
+  a.forward = faded(t_fade, a.forward + (s_step - t_step) * a.t_sum);
+  a.reverse = faded(s_fade, a.reverse + (t_step - s_step) * a.s_sum);
+  a.cross = faded(t_fade, a.cross - s_step * a.t_sum);
+  a.entropy = faded(s_fade, a.entropy - s_step * a.s_sum);
+  if (row.flags & AT_1) a.s_sum_at_1 *= a.s_top == -INF ? 0 : exp2_of((origin(a.s_top) - origin(s_top)) * row.plain_unit * LOG2_E);
+  a.s_sum *= s_fade;
+  a.t_sum *= t_fade;
+  a.s_top = s_top;
+  a.t_top = t_top;
+}
+
+FASTKD_INLINE Statistics merge(Statistics a, Statistics b, const RowState& row) {
+  const float s_top = fmaxf(a.s_top, b.s_top), t_top = fmaxf(a.t_top, b.t_top);
+  raise(a, s_top, t_top, row);
+  raise(b, s_top, t_top, row);
+  a.s_sum += b.s_sum;
+  a.t_sum += b.t_sum;
+  a.s_sum_at_1 += b.s_sum_at_1;
+  a.forward += b.forward;
+  a.reverse += b.reverse;
+  a.cross += b.cross;
+  a.entropy += b.entropy;
+  a.spread += b.spread;
+  return a;
+}
+
+FASTKD_INLINE Sums merge(Sums a, Sums b, const RowState&) { return {a.phi + b.phi, a.g + b.g}; }
+
+FASTKD_INLINE bool needs_statistics(const Call& call, const RowState& row) {
+  return call.normalized || row.with_labels || call.student_entropy;
+}
+
+// ---- open
+
+FASTKD_INLINE void open_side(const Rows& rows, const Tempering& tempering, int64_t row, Side& side, float& weight) {
+  side.threshold = side.top = 0;
+  side.dtype = rows.dtype;
+  side.softcap = tempering.softcap;
+  side.gain = tempering.softcap == 0 ? 0 : tempering.logit_scale / tempering.softcap;
+  side.inverse_cap = tempering.softcap == 0 ? 0 : 1 / tempering.softcap;
+  side.sign = tempering.logit_scale < 0 ? -1 : 1;
+  side.temperature = tempering.per_row ? tempering.per_row[row] : tempering.temperature;
+  if (!(side.temperature > 0)) {  // a number is valid where it is positive; anything else poisons the row
+    weight = NAN;
+    side.temperature = 1;
+  }
+  const float scale = tempering.softcap == 0 ? fabsf(tempering.logit_scale) : 1;
+  side.unit = scale / side.temperature;
+}
+
+FASTKD_CALL void open_row(const Call& call, int64_t index, RowState& row) {
+  row.flags = 0;
+  row.log_0 = false;
+  row.row = index;
+  row.label = call.labels ? call.labels[index] : -1;
+  row.weight = call.weight ? call.weight[index] : 1;
+  row.counted = !(call.labels && row.label == call.ignore_index) && row.weight != 0;
+  if (!row.counted) return;
+  row.with_labels = call.labels && call.alpha < 1;
+  row.phi = row.g = row.cross_entropy = row.entropy = 0;
+  row.z_label = row.pivot = 0;
+  open_side(call.student, call.student_tempering, index, row.student, row.weight);
+  open_side(call.teacher, call.teacher_tempering, index, row.teacher, row.weight);
+  row.plain_unit = call.student_tempering.softcap == 0 ? fabsf(call.student_tempering.logit_scale) : 1;
+  if (row.with_labels) {
+    if (row.label < 0 || row.label >= call.vocabulary) {
+      row.weight = NAN;
+      row.label = 0;
+    }
+    row.z_label = row.student.z(load_one(row_of(call, call.student, index), call.student.dtype, row.label));
+    row.pivot = row.z_label == -INF ? 0 : row.z_label;
+    if (row.student.temperature != 1) row.flags |= AT_1;
+    if (call.label_smoothing > 0) row.flags |= SPREAD;
+  }
+  if (call.closed_form) {
+    if (call.forward != 0) row.flags |= FORWARD;
+    if (call.reverse != 0) row.flags |= REVERSE;
+    if (call.cross != 0) row.flags |= CROSS;
+  }
+  if (call.student_entropy) row.flags |= ENTROPY;
+}
+
+// ---- statistics
+
+// x[k] = f(x[k], y[k]) one after the other, once in the code and not VECTOR times: for what is seldom and long. The
+// vectors turn, as an index that is not known when compiling would move them out of registers.
+FASTKD_INLINE void push(V (&x)[VECTOR], V last) {
+  for (int k = 1; k < VECTOR; ++k) x[k - 1] = x[k];
+  x[VECTOR - 1] = last;
+}
+
+template <class Function>
+FASTKD_INLINE void turn(V (&x)[VECTOR], V (&y)[VECTOR], Function f) {
+#pragma unroll 1
+  for (int turns = 0; turns < VECTOR; ++turns) {
+    push(x, f(x[0], y[0]));
+    push(y, y[0]);
+  }
+}
+
+FASTKD_INLINE void adjust(V (&z)[VECTOR], const Side& side) {
+#pragma unroll 1
+  for (int turns = 0; turns < VECTOR; ++turns) push(z, side.z(z[0]));
+}
+
+// z of a vector; columns past n repeat the first, whose numbers they do not change.
+FASTKD_INLINE void load_z(const char* shared, const Side& side, int first, int n, V (&z)[VECTOR]) {
+  load(shared, side.dtype, first, z);
+  if (!side.identity()) adjust(z, side);
+  for (int k = 1; k < VECTOR; ++k) z[k] = k < n ? z[k] : z[0];
+}
+
+FASTKD_INLINE float highest(const V (&z)[VECTOR]) {
+  float top = z[0];
+  for (int k = 1; k < VECTOR; ++k) top = fmaxf(top, z[k]);
+  return top;
+}
+
+// With LOG_0, a probability of (almost) 0 silences its term, whatever the other factor is.
+template <bool LOG_0>
+FASTKD_INLINE V times(V e, V x, float threshold) {
+  return LOG_0 ? (e > threshold ? e * x : 0) : e * x;
+}
+
+template <bool LOG_0>
+FASTKD_INLINE void add_vector(Statistics& a, const V (&s)[VECTOR], const V (&t)[VECTOR], int n, const RowState& row) {
+  const float s_top = fmaxf(a.s_top, highest(s)), t_top = fmaxf(a.t_top, highest(t));
+  if (s_top > a.s_top || t_top > a.t_top) raise(a, s_top, t_top, row);
+  const float s_origin = origin(s_top), t_origin = origin(t_top);
+  V x_s[VECTOR], x_t[VECTOR], e_s[VECTOR], e_t[VECTOR];
+  float s_sum = 0, t_sum = 0;
+  for (int k = 0; k < VECTOR; ++k) {
+    x_s[k] = (s[k] - s_origin) * row.student.unit;
+    x_t[k] = (t[k] - t_origin) * row.teacher.unit;
+    e_s[k] = k < n ? exp2_of(x_s[k] * LOG2_E) : 0;
+    e_t[k] = k < n ? exp2_of(x_t[k] * LOG2_E) : 0;
+    s_sum += e_s[k];
+    t_sum += e_t[k];
+  }
+  a.s_sum += s_sum;
+  a.t_sum += t_sum;
+  auto add = [&](float& moment, auto term) {
+    float sum = 0;
+    for (int k = 0; k < VECTOR; ++k) sum += term(k);
+    moment += sum;
+  };
+  const float s_low = row.student.threshold, t_low = row.teacher.threshold;
+  if (row.flags & FORWARD) add(a.forward, [&](int k) { return times<LOG_0>(e_t[k], x_t[k] - x_s[k], t_low); });
+  if (row.flags & REVERSE) add(a.reverse, [&](int k) { return times<LOG_0>(e_s[k], x_s[k] - x_t[k], s_low); });
+  if (row.flags & CROSS) add(a.cross, [&](int k) { return times<LOG_0>(e_t[k], x_s[k], t_low); });
+  if (row.flags & ENTROPY) add(a.entropy, [&](int k) { return times<LOG_0>(e_s[k], x_s[k], s_low); });
+  if (row.flags & AT_1)
+    add(a.s_sum_at_1, [&](int k) { return k < n ? exp2_of((s[k] - s_origin) * row.plain_unit * LOG2_E) : 0; });
+  if (row.flags & SPREAD) add(a.spread, [&](int k) { return k < n ? s[k] - row.pivot : 0; });
+}
+
+// Of a thread's vectors. With LOG_0 the tops are known from the first attempt, and do not rise.
+template <bool LOG_0>
+FASTKD_INLINE Statistics statistics(const Call& call, const RowState& row, Place place, const char* student,
+                                    const char* teacher) {
+  Statistics mine{-INF, -INF};
+  if (LOG_0) mine.s_top = row.student.top, mine.t_top = row.teacher.top;
+  const int columns = columns_of(call, place.rank);
+#pragma unroll 1
+  for (int first = place.thread * VECTOR; first < columns; first += call.threads * VECTOR) {
+    const int n = columns - first < VECTOR ? columns - first : VECTOR;
+    V s[VECTOR], t[VECTOR];
+    load_z(student, row.student, first, n, s);
+    load_z(teacher, row.teacher, first, n, t);
+    add_vector<LOG_0>(mine, s, t, n, row);
+  }
+  return mine;
+}
+
+FASTKD_INLINE void close_side(Side& side, float top, double sum) {
+  const double offset = -log(sum);
+  side.top = origin(top);
+  side.weight = float(1 / sum);
+  side.threshold = float(NEGLIGIBLE * sum);
+  side.offset = float(offset);
+  side.offset_low = finite(side.offset) ? float(offset - side.offset) : 0;
+}
+
+// After the first phase, from the statistics of the whole row.
+FASTKD_INLINE void close_statistics(const Call& call, RowState& row, const Statistics& all) {
+  close_side(row.student, all.s_top, all.s_sum);
+  close_side(row.teacher, all.t_top, all.t_sum);
+  const double s_log_sum = log(double(all.s_sum)), t_log_sum = log(double(all.t_sum));
+  const double s_inverse = 1 / double(all.s_sum), t_inverse = 1 / double(all.t_sum);
+  row.entropy = s_log_sum - all.entropy * s_inverse;
+  double plain_log_sum = s_log_sum;
+  row.plain_weight = row.student.weight;
+  if (row.flags & AT_1) {
+    plain_log_sum = log(double(all.s_sum_at_1));
+    row.plain_weight = float(1 / double(all.s_sum_at_1));
+  }
+  row.cross_entropy = 0;
+  if (row.with_labels) {
+    const double smoothing = call.label_smoothing, unit = row.plain_unit, top = row.student.top;
+    double target = (1 - smoothing) * (double(row.z_label) - top);
+    if (smoothing > 0) target += smoothing * (double(all.spread) / double(call.vocabulary) + row.pivot - top);
+    row.cross_entropy = plain_log_sum - target * unit;
+  }
+  row.phi = row.g = 0;
+  // A moment that was not collected is 0 here, and its term is not finite only if its weight is 0.
+  const double quotient = s_log_sum - t_log_sum;
+  if (row.flags & FORWARD) row.phi += call.forward * (all.forward * t_inverse + quotient), row.g -= call.forward;
+  if (row.flags & REVERSE) {
+    const double reverse = all.reverse * s_inverse - quotient;
+    row.phi += call.reverse * reverse;
+    row.g += call.reverse * (reverse + 1);
+  }
+  if (row.flags & CROSS) row.phi += call.cross * (s_log_sum - all.cross * t_inverse), row.g -= call.cross;
+  row.finite = row.log_0 || finite(float(row.phi) + float(row.entropy));
+}
+
+// ---- the divergence
+
+// phi and g of one column, with the policy of fastkd/reference.py for log 0 where LOG_0.
+template <class Divergence, bool LOG_0>
+FASTKD_INLINE void evaluate(const Call& call, const RowState& row, V s, V t, V& p, V& q, V& phi, V& g) {
+  V log_p = t * row.teacher.unit, log_q = s * row.student.unit;
+  p = q = 1;
+  if (call.normalized) {
+    const V x_s = (s - row.student.top) * row.student.unit, x_t = (t - row.teacher.top) * row.teacher.unit;
+    p = exp2_of(x_t * LOG2_E) * row.teacher.weight;
+    q = exp2_of(x_s * LOG2_E) * row.student.weight;
+    log_p = (x_t + row.teacher.offset_low) + row.teacher.offset;
+    log_q = (x_s + row.student.offset_low) + row.student.offset;
+  }
+  if (!LOG_0) return Divergence::eval(p, q, log_p, log_q, call.params, phi, g);
+  const bool p_gone = log_p == -INF, q_gone = log_q == -INF;
+  Divergence::eval(p, q, p_gone ? LOWEST : log_p, q_gone ? LOWEST : log_q, call.params, phi, g);
+  const bool one_side = p_gone != q_gone;
+  const bool nothing = (p_gone && q < NEGLIGIBLE) || (q_gone && p < NEGLIGIBLE) || (p_gone && q_gone);
+  auto settle = [&](V term) { return nothing ? 0 : one_side && abs(term) > INFINITE ? term * INF : term; };
+  phi = settle(phi);
+  g = settle(g);
+}
+
+// ---- sums
+
+template <class Divergence, bool LOG_0>
+FASTKD_INLINE Sums sums(const Call& call, const RowState& row, Place place, const char* student, const char* teacher) {
+  Sums mine{0, 0};
+  const int columns = columns_of(call, place.rank);
+#pragma unroll 1
+  for (int first = place.thread * VECTOR; first < columns; first += call.threads * VECTOR) {
+    const int n = columns - first < VECTOR ? columns - first : VECTOR;
+    V s[VECTOR], t[VECTOR], p, q, phi, g;
+    load_z(student, row.student, first, n, s);
+    load_z(teacher, row.teacher, first, n, t);
+    Sums part{0, 0};
+    for (int k = 0; k < VECTOR; ++k) {
+      evaluate<Divergence, LOG_0>(call, row, s[k], t[k], p, q, phi, g);
+      part.phi += k < n ? phi : 0;
+      part.g += k < n ? g : 0;
+    }
+    mine = merge(mine, part, row);
+  }
+  return mine;
+}
+
+FASTKD_INLINE void close_sums(RowState& row, Sums all) {
+  row.phi = all.phi;
+  row.g = all.g;
+  row.finite = row.log_0 || finite(all.phi + all.g);
+}
+
+// ---- the value of the row, and what its gradients are multiplied by
+
+FASTKD_CALL void finish(const Call& call, RowState& row, int rank) {
+  const double temperature = row.student.temperature;
+  const double square = call.scale_by_temperature ? temperature * temperature : 1;
+  const double distillation = row.phi * square;
+  double loss = call.alpha == 0 ? 0 : call.alpha * distillation;
+  if (row.with_labels) loss += (1 - call.alpha) * row.cross_entropy;
+  if (rank == 0) {
+    call.loss[row.row] = float(loss * row.weight);
+    if (call.distillation) call.distillation[row.row] = float(distillation);
+    if (call.cross_entropy) call.cross_entropy[row.row] = float(row.cross_entropy);
+    if (call.student_entropy) call.student_entropy[row.row] = float(row.entropy);
+  }
+  const double scale = row.weight * call.scale * (call.scale_on_device ? *call.scale_on_device : 1);
+  row.sum_g = float(row.g);
+  row.sum_h = float(call.degree * row.phi - row.g);
+  row.distillation_factor = float(call.alpha * square * scale * row.student.unit);
+  row.teacher_factor = float(call.alpha * square * scale * row.teacher.unit);
+  row.cross_entropy_factor = float((1 - call.alpha) * scale * row.plain_unit);
+}
+
+FASTKD_CALL void drop(const Call& call, const RowState& row, Place place) {
+  clear(call, place, call.student_gradient, row.row, false);
+  clear(call, place, call.teacher_gradient, row.row, false);
+  if (place.rank != 0 || place.thread != 0) return;
+  for (float* out : {call.loss, call.distillation, call.cross_entropy, call.student_entropy})
+    if (out) out[row.row] = 0;
+}
+
+// ---- gradient
+
+// The gradients of a thread's vectors, of the slice at `student` and `teacher` in shared memory. Each goes to the
+// address given: the slice's place in device memory, or the logits' own in shared memory, whence copy_rest takes it.
+template <class Divergence, bool LOG_0>
+FASTKD_INLINE void gradients(const Call& call, const RowState& row, Place place, char* student, char* teacher,
+                             char* student_gradient, char* teacher_gradient) {
+  const int columns = columns_of(call, place.rank);
+  const int64_t start = first_column(call, place.rank);
+  const float uniform = float(call.label_smoothing / double(call.vocabulary));
+#pragma unroll 1
+  for (int first = place.thread * VECTOR; first < columns; first += call.threads * VECTOR) {
+    const int n = columns - first < VECTOR ? columns - first : VECTOR;
+    V s[VECTOR], t[VECTOR], out[VECTOR] = {}, teacher_out[VECTOR] = {}, p, q, phi, g;
+    load_z(student, row.student, first, n, s);
+    load_z(teacher, row.teacher, first, n, t);
+    if (call.alpha != 0)
+      for (int k = 0; k < VECTOR; ++k) {
+        evaluate<Divergence, LOG_0>(call, row, s[k], t[k], p, q, phi, g);
+        out[k] = (call.normalized ? g - q * row.sum_g : g) * row.distillation_factor;
+        if (teacher_gradient) {
+          const V h = call.degree * phi - g;
+          teacher_out[k] = (call.normalized ? h - p * row.sum_h : h) * row.teacher_factor;
+        }
+      }
+    if (row.with_labels)
+      for (int k = 0; k < VECTOR; ++k) {
+        const V x = (s[k] - row.student.top) * row.plain_unit;
+        const V target = uniform + (start + first + k == row.label ? float(1 - call.label_smoothing) : 0);
+        out[k] += (exp2_of(x * LOG2_E) * row.plain_weight - target) * row.cross_entropy_factor;
+      }
+    if (student_gradient) {
+      if (!row.student.identity()) turn(out, s, [&](V g, V z) { return g * row.student.slope(z); });
+      store(student_gradient, row.student.dtype, first, n, out);
+    }
+    if (teacher_gradient) {
+      if (!row.teacher.identity()) turn(teacher_out, t, [&](V h, V z) { return h * row.teacher.slope(z); });
+      store(teacher_gradient, row.teacher.dtype, first, n, teacher_out);
+    }
+  }
+}
+
+}  // namespace fastkd::cuda

@@ -1,0 +1,58 @@
+"""The cuda backend: one launch of the cluster kernel (csrc/cuda), on the tensors' device and its current stream.
+
+A row pair stays in the shared memory of a cluster of thread blocks, so each logit is read from device memory once.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastkd import _cuda, native
+from fastkd.backends import BackendUnavailable
+from fastkd.rows import Options, Result, Rows, Want
+
+
+def _stream(device: torch.device) -> tuple[int, int]:
+    """(number of the device, address of its current stream)."""
+    number = torch.cuda.current_device() if device.index is None else device.index
+    return number, torch.cuda.current_stream(device).cuda_stream
+
+
+def kd_rows(student: Tensor, teacher: Tensor, rows: Rows, options: Options, want: Want) -> Result:
+    """The loss of each row and its gradients; shapes and meaning as :class:`fastkd.rows.Result` has them."""
+    if rows.ids is not None:
+        raise BackendUnavailable(
+            "cuda", "the teacher is a TopK, for which it has no kernel", "Use backend='triton'"
+        )
+    dtypes = native.DTYPES[student.dtype], native.DTYPES[teacher.dtype]
+    if _cuda.plan(options.vocab_size, *dtypes) is None:
+        raise BackendUnavailable(
+            "cuda",
+            f"rows of {options.vocab_size} columns do not fit into the shared memory of a cluster",
+            "Use backend='triton'",
+        )
+    rows = native.resolved(rows)
+    result = native.outputs(student, teacher, want)
+    student, teacher = native.unit_stride(student), native.unit_stride(teacher)
+    _cuda.kd_rows(
+        *native.arguments(student, teacher, rows, options, result), *_stream(student.device)
+    )
+    return result
+
+
+def scale_rows_(gradient: Tensor, upstream: Tensor) -> None:
+    """Multiply each row of gradient [..., V] by upstream, a scalar or [...]; by 1 costs no pass over it."""
+    factor = upstream.to(torch.float32).contiguous()
+    _cuda.scale_rows(
+        list(gradient.shape[:-1]),
+        native.logits(gradient),
+        factor.data_ptr(),
+        1 if factor.dim() else 0,
+        *_stream(gradient.device),
+    )
+
+
+def empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Uninitialised memory for logits of a chunk."""
+    return torch.empty(shape, dtype=dtype, device=device)

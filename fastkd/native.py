@@ -1,0 +1,104 @@
+"""What a native kernel is given: addresses, shapes and numbers in place of tensors; for fastkd.cpu and fastkd.cuda."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastkd.divergences import DEFINITIONS
+from fastkd.rows import Options, Result, Rows, Want
+
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+_NUMBER = {function: number for number, function in enumerate(DEFINITIONS)}
+_NOWHERE: tuple[int, int, int, list[int]] = (0, 0, 0, [])
+
+
+def address(tensor: Tensor | None) -> int:
+    """Of its first element; 0 for None."""
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def logits(tensor: Tensor | None) -> tuple[int, int, int, list[int]]:
+    """(address, dtype, width, leading strides) of a tensor [..., V] with a last stride of 1."""
+    if tensor is None:
+        return _NOWHERE
+    *strides, _ = tensor.stride()
+    return tensor.data_ptr(), DTYPES[tensor.dtype], tensor.shape[-1], strides
+
+
+def unit_stride(tensor: Tensor) -> Tensor:
+    """The tensor, copied where its last stride is not 1."""
+    tensor = tensor.resolve_neg()
+    return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else tensor.contiguous()
+
+
+def resolved(rows: Rows) -> Rows:
+    """Without the bit by which torch marks a view as negated, which an address does not carry."""
+    for name, value in rows._asdict().items():
+        kinds = (torch.int64,) if name in ("labels", "ids") else (torch.float32,)
+        assert value is None or value.dtype in kinds, (name, value.dtype)  # an address has no dtype
+    return Rows(*(None if value is None else value.resolve_neg() for value in rows))
+
+
+def outputs(
+    student: Tensor, teacher: Tensor, want: Want, empty: Callable[..., Tensor] = torch.empty
+) -> Result:
+    """Fresh memory for what is wanted; the student's own for its gradient in place."""
+    lead, device = student.shape[:-1], student.device
+
+    def gradient(of: Tensor) -> Tensor:
+        return empty(of.shape, dtype=of.dtype, device=device)
+
+    def per_row() -> Tensor:
+        return torch.empty(lead, dtype=torch.float32, device=device)
+
+    student_gradient = teacher_gradient = None
+    if want.student_gradient:
+        student_gradient = student if want.inplace else gradient(student)
+    if want.teacher_gradient:
+        teacher_gradient = gradient(teacher)
+    parts = (per_row(), per_row(), per_row()) if want.parts else (None, None, None)
+    total = torch.empty((), dtype=torch.float32, device=device)
+    return Result(per_row(), total, student_gradient, teacher_gradient, *parts)
+
+
+def arguments(
+    student: Tensor, teacher: Tensor, rows: Rows, options: Options, result: Result
+) -> tuple[Any, ...]:
+    """What every kd_rows of C++ takes first. The tensors must outlive the call."""
+    divergence = options.divergence
+    form = divergence.closed_form
+    return (
+        list(student.shape[:-1]),
+        options.vocab_size,
+        logits(student),
+        logits(teacher),
+        logits(result.student_gradient),
+        logits(result.teacher_gradient),
+        (options.temperature, address(rows.temperature), options.logit_scale, options.softcap),
+        (
+            options.teacher_temperature,
+            address(rows.teacher_temperature),
+            options.teacher_logit_scale,
+            options.teacher_softcap,
+        ),
+        address(rows.labels),
+        address(rows.weight),
+        address(rows.scale),
+        result.loss.data_ptr(),
+        result.total.data_ptr(),
+        *map(address, result[4:]),
+        _NUMBER[divergence.function],
+        divergence.params,
+        divergence.normalized,
+        [] if form is None else [form.forward, form.reverse, form.cross],
+        divergence.degree or 0.0,
+        options.alpha,
+        options.label_smoothing,
+        options.scale,
+        options.scale_by_temperature,
+        options.ignore_index,
+    )

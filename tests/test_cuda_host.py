@@ -1,0 +1,353 @@
+"""The CUDA kernel's own source on the host (tests/cuda_host.cpp), held to the same bar as every backend.
+
+What a cluster's blocks and threads compute between two exchanges of data is the code that a GPU runs; only the
+exchanges are loops here. `ranks` asks for more blocks a row than it needs, so that short rows are spread over many.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import math
+import shlex
+import subprocess
+import sys
+import sysconfig
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pybind11
+import pytest
+import torch
+from accuracy import check, labels_for, logits
+from torch import Tensor
+
+import fastkd
+from fastkd import backends, native
+from fastkd.divergences import DEFINITIONS
+
+ROOT = Path(__file__).resolve().parent.parent
+SOURCES = [ROOT / "csrc" / "cuda" / "module.cpp", ROOT / "tests" / "cuda_host.cpp"]
+FLAGS = "-std=c++17 -O1 -fPIC -shared -Wall -Wno-unknown-pragmas -fvisibility=hidden"
+INF = math.inf
+
+
+def compile_host(directory: Path, edit: Callable[[str], str] | None = None) -> Path:
+    """The emulation as an extension module; edit changes the text of row.h first."""
+    csrc = ROOT / "csrc"
+    if edit is not None:
+        source = csrc / "cuda" / "row.h"
+        changed = edit(source.read_text())
+        assert changed != source.read_text()
+        csrc = directory / "csrc"
+        for header in (
+            *(ROOT / "csrc" / "cuda").glob("*.[hc]*"),
+            ROOT / "csrc" / "generated" / "divergences.h",
+        ):
+            copy = csrc / header.relative_to(ROOT / "csrc")
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            copy.write_text(changed if header == source else header.read_text())
+    target = directory / f"_cuda_host{sysconfig.get_config_var('EXT_SUFFIX')}"
+    includes = [csrc, sysconfig.get_path("include"), pybind11.get_include()]
+    command = [
+        "g++",
+        *shlex.split(FLAGS),
+        "-DFASTKD_MODULE=_cuda_host",
+        *(f"-I{path}" for path in includes),
+    ]
+    command += [str(csrc / "cuda" / "module.cpp"), str(SOURCES[1]), "-o", str(target)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[:4000]
+    return target
+
+
+def load_host(path: Path) -> ModuleType:
+    spec = importlib.util.spec_from_file_location("_cuda_host", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="session")
+def host() -> ModuleType:
+    """Compiled once for this state of the sources."""
+    files = [
+        *sorted((ROOT / "csrc" / "cuda").iterdir()),
+        ROOT / "csrc" / "generated" / "divergences.h",
+        SOURCES[1],
+    ]
+    text = b"".join(file.read_bytes() for file in files) + f"{FLAGS} {sys.version}".encode()
+    directory = ROOT / "build" / "cuda_host" / hashlib.sha256(text).hexdigest()[:16]
+    found = list(directory.glob("_cuda_host*.so"))
+    if not found:
+        directory.mkdir(parents=True, exist_ok=True)
+        found = [compile_host(directory)]
+    return load_host(found[0])
+
+
+class Emulation:
+    """The cuda backend on CPU tensors."""
+
+    ranks = 1  # blocks a row, where plan() takes fewer
+
+    def __init__(self, module: ModuleType) -> None:
+        self.module = module
+
+
+@pytest.fixture
+def emulation(host: ModuleType, monkeypatch: pytest.MonkeyPatch) -> Iterator[Emulation]:
+    """fastkd.cuda with the emulation in place of the device's kernels, and chosen where it is asked for by name."""
+    found = Emulation(host)
+    monkeypatch.setitem(sys.modules, "fastkd._cuda", host)
+    monkeypatch.setattr(fastkd, "_cuda", host, raising=False)
+    backends.load.cache_clear()
+    cuda = backends.load("cuda")
+    monkeypatch.setattr(cuda, "_cuda", host)
+    monkeypatch.setattr(cuda, "_stream", lambda device: (found.ranks, 0))
+    monkeypatch.setattr(backends, "_select", lambda backend, *others: backend)
+    yield found
+    backends.load.cache_clear()
+
+
+# Tails: of a vector of 8, of a warp's 256 columns, of a block's slice; rows shorter than a cluster's blocks.
+WIDTHS = (1, 2, 7, 8, 9, 31, 63, 257, 1000, 2051)
+CLUSTERS = (1, 2, 4, 8, 16)
+
+
+def test_the_table_is_the_table(host: ModuleType) -> None:
+    assert host.divergences() == [function.__name__.lstrip("_") for function in DEFINITIONS]
+
+
+@pytest.mark.parametrize("ranks", CLUSTERS)
+@pytest.mark.parametrize("divergence", fastkd.DIVERGENCES)
+def test_every_divergence_over_every_cluster(
+    emulation: Emulation, divergence: str, ranks: int
+) -> None:
+    emulation.ranks = ranks
+    for width in WIDTHS:
+        student, teacher = logits(3, width, seed=width), logits(3, width, seed=width + 1)
+        labels = labels_for(3, vocabulary=width, seed=ranks)
+        check(
+            "cuda", student, teacher, labels, divergence=divergence, alpha=0.7, temperature=2.0,
+            label_smoothing=0.1,
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize("dtypes", [
+    (torch.float32, torch.float32), (torch.bfloat16, torch.bfloat16), (torch.float16, torch.float16),
+    (torch.bfloat16, torch.float32), (torch.float32, torch.float16), (torch.float16, torch.bfloat16),
+], ids=str)  # fmt: skip
+@pytest.mark.parametrize("divergence", ["forward_kl", "jsd", "squared_error"])
+def test_every_dtype(
+    emulation: Emulation, divergence: str, dtypes: tuple[torch.dtype, torch.dtype]
+) -> None:
+    for width, emulation.ranks in ((40, 2), (333, 4), (2051, 1)):
+        student = logits(4, width, seed=1, dtype=dtypes[0])
+        teacher = logits(4, width, seed=2, dtype=dtypes[1])
+        check("cuda", student, teacher, divergence=divergence, temperature=0.7)
+
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "softcaps": {"softcap": 9.0, "teacher_softcap": 4.0, "teacher_logit_scale": 2.0},
+    "scales": {"logit_scale": -0.3, "teacher_logit_scale": 1.7},
+    "padding": {"vocab_size": 301},
+    "temperatures": {"temperature": 0.3, "teacher_temperature": 3.0, "scale_by_temperature": False},
+    "labels alone": {"alpha": 0.0, "temperature": 3.0},
+    "smoothing": {"alpha": 0.25, "label_smoothing": 0.3, "softcap": 5.0},
+    "mean": {"reduction": "mean", "num_items": 3},
+    "batchmean": {"reduction": "batchmean"},
+}
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+@pytest.mark.parametrize("divergence", ["forward_kl", "reverse_kl", "mixture", "jsd", "tvd"])
+def test_options(emulation: Emulation, divergence: str, name: str) -> None:
+    emulation.ranks = 4
+    student, teacher = logits(6, 309, seed=1), logits(6, 309, seed=2)
+    width = OPTIONS[name].get("vocab_size", 309)
+    labels = labels_for(6, vocabulary=width, seed=3, ignored=0.3)
+    generator = torch.Generator().manual_seed(4)
+    rows = {
+        "mask": torch.rand(6, generator=generator) < 0.8,
+        "weight": torch.rand(6, generator=generator),
+    }
+    options = {"alpha": 0.5} | OPTIONS[name]
+    check("cuda", student, teacher, labels, divergence=divergence, **options, **rows)
+
+
+@pytest.mark.parametrize("divergence", ["forward_kl", "reverse_kl", "jsd", "tvd", "hellinger"])
+def test_log_0(emulation: Emulation, divergence: str) -> None:
+    """-inf shared, of the teacher alone, and where an exponential is 0: the second attempt, with the policy."""
+    emulation.ranks = 2
+    student, teacher = logits(4, 300, seed=1), logits(4, 300, seed=2)
+    student[0, 7], teacher[0, 7] = -INF, -INF
+    student[0, 8:200], teacher[0, 8:200] = -INF, -INF  # whole vectors, and a thread's first
+    teacher[1, 100:140] = -INF
+    student[2, 3], teacher[2, 3] = -400.0, -INF
+    if divergence not in ("reverse_kl",):
+        check("cuda", student, teacher, divergence=divergence)
+    else:
+        student[1], student[2] = teacher[1], teacher[2]
+        check("cuda", student, teacher, divergence=divergence)
+
+
+@pytest.mark.parametrize("divergence", ["forward_kl", "reverse_kl", "jsd", "squared_error"])
+def test_offsets_and_maxima_in_every_place(emulation: Emulation, divergence: str) -> None:
+    """A maximum that rises late rescales what a thread, a warp or a block has summed before."""
+    emulation.ranks = 4
+    width = 1111
+    peaks = torch.tensor([0, 7, 8, 300, 555, 1000, 1110])
+    student, teacher = logits(7, width, seed=1), logits(7, width, seed=2)
+    student[torch.arange(7), peaks] += 30.0
+    teacher[torch.arange(7), peaks.flip(0)] += 20.0
+    check("cuda", student, teacher, divergence=divergence, temperature=2.0)
+    rising = torch.linspace(-60, 60, width).expand(7, width)
+    check("cuda", student + rising, teacher - rising, divergence=divergence, temperature=8.0)
+    if divergence != "squared_error":
+        check("cuda", student + 1e4, teacher - 1e4, divergence=divergence, temperature=2.0)
+
+
+def _placed(
+    width: int, rows: int, offset: int, stride: int, dtype: torch.dtype, seed: int
+) -> Tensor:
+    """Rows at that offset from a multiple of 16 bytes, that far apart."""
+    memory = torch.full((rows * stride + offset + 64,), 7.0, dtype=dtype)
+    at = -memory.data_ptr() // dtype.itemsize % (16 // dtype.itemsize)
+    view = memory.as_strided((rows, width), (stride, 1), at + offset)
+    return view.copy_(logits(rows, width, seed=seed, dtype=dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("offset", "stride"), [(0, 320), (0, 301), (1, 320), (3, 333), (0, 312)])
+def test_rows_at_any_address(
+    emulation: Emulation, dtype: torch.dtype, offset: int, stride: int
+) -> None:
+    emulation.ranks = 2
+    student = _placed(301, 5, offset, stride, dtype, seed=1)
+    teacher = _placed(301, 5, 0, 304, dtype, seed=2)
+    check("cuda", student, teacher, divergence="jsd")
+    check("cuda", teacher, student, divergence="forward_kl")
+
+
+def test_views(emulation: Emulation) -> None:
+    """Shifted, transposed, expanded and more leading dimensions than one; nothing outside is written."""
+    emulation.ranks = 2
+    whole, teacher = logits(3, 5, 77, seed=1), logits(3, 5, 77, seed=2)
+    check("cuda", whole[:, :-1], teacher[:, 1:])
+    check("cuda", whole.transpose(0, 1), teacher.transpose(0, 1), divergence="jsd")
+    check("cuda", whole[:, :1].expand(3, 5, 77), teacher, teacher_gradient=False)
+    check("cuda", whole[..., ::2], teacher[..., ::2])
+    small = logits(2, 2, 2, 2, 2, 2, 2, 2, 9, seed=3)
+    check("cuda", small.transpose(0, 3).transpose(1, 6), small.flip(0))
+
+
+@pytest.mark.parametrize("offset", [0, 1])
+def test_in_place(emulation: Emulation, offset: int) -> None:
+    emulation.ranks = 4
+    student = _placed(301, 4, offset, 320, torch.float32, seed=1)
+    teacher = logits(4, 301, seed=2)
+    labels = labels_for(4, vocabulary=301, seed=1, ignored=0.5)
+    outcomes = []
+    for inplace in (False, True):
+        leaf = student.clone().requires_grad_()
+        given = torch.empty_strided(student.shape, (320, 1)).copy_(leaf)
+        loss = fastkd.kd_loss(given, teacher, labels, alpha=0.5, inplace=inplace, backend="cuda")
+        outcomes.append((loss.detach(), *torch.autograd.grad(loss, leaf)))
+    assert all(torch.equal(a, b) for a, b in zip(*outcomes, strict=True))
+
+
+def test_a_dropped_row_is_not_read(emulation: Emulation) -> None:
+    student, teacher = logits(3, 50, seed=1), logits(3, 50, seed=2)
+    student[1], teacher[1] = math.nan, math.nan
+    labels = torch.tensor([1, -100, 2])
+    leaf = student.requires_grad_()
+    loss = fastkd.kd_loss(leaf, teacher, labels, alpha=0.5, backend="cuda")
+    (gradient,) = torch.autograd.grad(loss, leaf)
+    assert loss.isfinite() and gradient.isfinite().all() and not gradient[1].any()
+
+
+def test_what_cannot_be_right_is_nan(emulation: Emulation) -> None:
+    """A label outside the vocabulary and a temperature that is not positive poison their row and no other."""
+    student, teacher = logits(3, 50, seed=1), logits(3, 50, seed=2)
+    labels = torch.tensor([1, 50, 2])
+    temperature = torch.tensor([1.0, 1.0, 0.0])
+    loss = fastkd.kd_loss(
+        student,
+        teacher,
+        labels,
+        alpha=0.5,
+        temperature=temperature,
+        reduction="none",
+        backend="cuda",
+    )
+    assert loss.isnan().tolist() == [False, True, True]
+
+
+def test_no_rows(emulation: Emulation) -> None:
+    student = torch.empty(0, 50, requires_grad=True)
+    loss = fastkd.kd_loss(student, torch.empty(0, 50), backend="cuda")
+    loss.backward()
+    assert loss == 0 and student.grad.shape == (0, 50)
+
+
+# How a row is spread
+
+
+@pytest.mark.parametrize(("width", "dtype", "ranks"), [
+    (1, torch.float32, 1), (1000, torch.float32, 1), (32_768, torch.bfloat16, 2), (32_768, torch.float32, 4),
+    (128_256, torch.bfloat16, 8), (128_256, torch.float32, 16), (151_936, torch.bfloat16, 8),
+    (262_144, torch.bfloat16, 16), (262_144, torch.float32, 16),
+])  # fmt: skip
+def test_rows_stay_on_chip(host: ModuleType, width: int, dtype: torch.dtype, ranks: int) -> None:
+    number = native.DTYPES[dtype]
+    blocks, threads, columns = host.plan(width, number, number)
+    assert blocks == ranks and threads % 32 == 0 and threads <= 256
+    assert blocks * columns >= width and columns % 8 == 0
+    assert 2 * columns * dtype.itemsize <= 220 * 1024
+
+
+def test_a_row_that_is_too_wide(emulation: Emulation, host: ModuleType) -> None:
+    assert host.plan(500_000, 0, 0) is None
+    student = torch.zeros(1, 500_000)
+    with pytest.raises(fastkd.BackendUnavailable, match="500000 columns .* shared memory"):
+        fastkd.kd_loss(student, student, backend="cuda")
+    sparse = fastkd.TopK(torch.tensor([[1]]), torch.zeros(1, 1))
+    with pytest.raises(fastkd.BackendUnavailable, match="TopK"):
+        fastkd.kd_loss(student[:, :50], sparse, backend="cuda")
+
+
+# Planted faults turn the checks above red
+
+
+FAULTS = {
+    "an off-by-one in the tail": ("k < n ? z[k] : z[0]", "k <= n ? z[k] : z[0]"),
+    "columns of a slice": ("rest < call.slice ? rest : call.slice", "rest < call.slice ? rest - 1 : call.slice"),
+    "the tail of a copy": ("for (int64_t i = done + ", "for (int64_t i = done + element + "),
+    "a swapped merge": ("a.forward += b.forward;", "a.forward += b.reverse;"),
+    "a merge that forgets to rescale": ("  raise(b, s_top, t_top, row);\n", "  b.s_top = s_top;\n"),
+    "a maximum that does not rescale": ("a.s_sum *= s_fade;", ""),
+    "a moment that does not move": ("a.forward + (s_step - t_step) * a.t_sum", "a.forward"),
+    "a sign": ("h - p * row.sum_h", "h + p * row.sum_h"),
+    "the temperature of the gradient": ("square * scale * row.student.unit", "square * scale"),
+    "the policy for log 0": ("LOG_0 ? (e > threshold ? e * x : 0) : e * x", "e * x"),
+    "the label's column": ("start + first + k == row.label", "start + first + k + 1 == row.label"),
+}  # fmt: skip
+
+
+@pytest.mark.heavy
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_planted_fault_is_seen(
+    fault: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> None:
+    old, new = FAULTS[fault]
+    broken = load_host(compile_host(tmp_path, lambda text: text.replace(old, new)))
+    emulation = request.getfixturevalue("emulation")
+    monkeypatch.setattr(backends.load("cuda"), "_cuda", broken)
+    with pytest.raises(AssertionError):
+        for divergence in ("forward_kl", "mixture", "jsd"):
+            test_every_divergence_over_every_cluster(emulation, divergence, 4)
+            test_log_0(emulation, divergence)
+            test_offsets_and_maxima_in_every_place(emulation, divergence)
