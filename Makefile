@@ -15,7 +15,7 @@ PROJECT := pyproject.toml setup.py
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help build test heavy lint format bench divergences demo clean
+.PHONY: help build test heavy gpu lint format bench divergences demo clean
 
 help: ## this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  \1\t/' | expand -t 16
@@ -66,6 +66,13 @@ bench: $(VENV)/.bench build build/demo/.stamp ## the benchmarks: time (torch's b
 	$(PY) bench/topk.py
 	$(PY) bench/linear.py
 	$(PY) -m pytest bench --benchmark-only $(ARGS)
+
+# With the torch and Triton that the machine has, and no network: GPU_PYTHON is the interpreter that holds them. Set
+# WHEELS to a folder to compare with the losses of other packages in it.
+GPU_PYTHON ?= python3
+WHEELS ?=
+gpu: ## on a machine with a GPU: build, test, sanitize and measure there; writes bench/results/<device>/
+	GPU_PYTHON='$(GPU_PYTHON)' WHEELS='$(WHEELS)' bash bench/gpu.sh
 
 divergences: $(VENV)/.dev ## after a change of fastkd/divergences.py: its C++ header, the extension, the table's tests
 	$(PY) csrc/generate.py

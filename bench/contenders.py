@@ -84,11 +84,16 @@ def eager_rows(loss: Loss, dtype: torch.dtype) -> Rows:
 
 
 def fastkd_loss(loss: Loss, **options: Any) -> Rows:
-    """The same loss of fastkd. The backend is named, so that a missing extension is an error."""
-    options = {"divergence": loss.divergence, "temperature": loss.temperature, **options}
+    """The same loss of fastkd. The backend is named, "cpu" unless it is given, so that a missing one is an error."""
+    options = {
+        "divergence": loss.divergence,
+        "temperature": loss.temperature,
+        "backend": "cpu",
+        **options,
+    }
 
     def rows(student: Tensor, teacher: Tensor) -> Tensor:
-        value = fastkd.kd_loss(student, teacher, backend="cpu", **options)
+        value = fastkd.kd_loss(student, teacher, **options)
         assert isinstance(value, Tensor)
         return value
 

@@ -33,7 +33,7 @@ from report import Table, add_arguments, emit, progress
 from torch import Tensor
 
 import fastkd
-from fastkd.products import add_weight_gradient, hidden_gradient, make_logits
+from fastkd.products import add_weight_gradient, as_operand, hidden_gradient, make_logits
 
 ROOT = Path(__file__).resolve().parent.parent
 ASSETS = ROOT / "build" / "demo"
@@ -122,9 +122,7 @@ def fused(divergence: str, **options: Any) -> Loss:
             x.student,
             x.weight,
             teacher,
-            divergence=LOSSES[divergence].divergence,
-            backend="cpu",
-            **options,
+            **{"divergence": LOSSES[divergence].divergence, "backend": "cpu", **options},
         )
         assert isinstance(value, Tensor)
         return value
@@ -155,7 +153,7 @@ def liger_loss(divergence: str, compiled: bool = True) -> Loss:
     module = LigerFusedLinearJSDLoss(0.0, 1.0, beta=BETAS[divergence], compiled=compiled)
 
     def loss(x: Inputs) -> Tensor:
-        labels = torch.zeros(x.student.shape[0], dtype=torch.int64)
+        labels = torch.zeros(x.student.shape[0], dtype=torch.int64, device=x.student.device)
         return module(x.student, x.weight, x.teacher, x.teacher_weight, labels)
 
     return loss
@@ -187,10 +185,12 @@ def four_products(inputs: Inputs) -> Callable[[], None]:
     """The matrix products alone, in the chunks of fastkd's plan."""
     student, weight, teacher, teacher_weight = (tensor.detach() for tensor in inputs)
     rows, width = student.shape
-    plan = fastkd.memory_plan(rows, weight.shape[0], width, dtype=student.dtype)
+    device = student.device
+    plan = fastkd.memory_plan(rows, weight.shape[0], width, dtype=student.dtype, device=device.type)
     size = -(-rows // plan.chunks)
-    logits = [torch.ones(size, weight.shape[0]) for _ in range(2)]
-    hidden_total, weight_total = torch.ones_like(student), torch.ones(weight.shape)
+    logits = [torch.ones(size, weight.shape[0], device=device) for _ in range(2)]
+    hidden_total = torch.ones_like(student)
+    weight_total = torch.ones(weight.shape, device=device)
 
     def run() -> None:
         for start in range(0, rows, size):
@@ -198,8 +198,9 @@ def four_products(inputs: Inputs) -> Callable[[], None]:
             s, t = (buffer[: part.stop - start] for buffer in logits)
             make_logits(student[part], weight, None, s)
             make_logits(teacher[part], teacher_weight, None, t)
-            hidden_gradient(s, weight, hidden_total[part])
-            add_weight_gradient(s, student[part], weight_total, start == 0)
+            gradient = as_operand(s, weight, t)
+            hidden_gradient(gradient, weight, hidden_total[part])
+            add_weight_gradient(gradient, student[part], weight_total, start == 0)
 
     return run
 

@@ -51,7 +51,14 @@ class Table:
 def machine() -> dict[str, str]:
     """What decides a figure besides the code."""
     huge_pages = Path("/sys/kernel/mm/transparent_hugepage/enabled")
-    return {
+    gpu = {}
+    if torch.cuda.is_available():
+        capability = "{}.{}".format(*torch.cuda.get_device_capability())
+        gpu = {
+            "GPU": f"{torch.cuda.get_device_name()}, compute capability {capability}",
+            "CUDA of torch": str(torch.version.cuda),
+        }
+    return gpu | {
         "CPU": _cpu_model(),
         "cores": f"{len(os.sched_getaffinity(0))} usable of {os.cpu_count()}",
         "caches": _caches(),

@@ -152,7 +152,7 @@ def obstacle(backend: str, call: Call, available: Mapping[str, Obstacle | None])
                 f"divergence {call.divergence.name!r} is not compiled into the extension",
                 f"Add it to fastkd/divergences.py and run `make divergences`, or use backend={other!r}",
             )
-    if backend == "cuda" and not _capabilities() <= _architectures():
+    if backend == "cuda" and not _capabilities() & _architectures():
         return Obstacle(
             f"the devices have compute capability {sorted(_capabilities())}, and its kernels are for "
             f"{sorted(_architectures())}",

@@ -5,12 +5,20 @@ A row pair stays in the shared memory of a cluster of thread blocks, so each log
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
 from fastkd import _cuda, native
 from fastkd.backends import BackendUnavailable
 from fastkd.rows import Options, Result, Rows, Want
+
+
+@functools.cache
+def _capability(device: torch.device) -> int:
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
 
 
 def _stream(device: torch.device) -> tuple[int, int]:
@@ -24,6 +32,13 @@ def kd_rows(student: Tensor, teacher: Tensor, rows: Rows, options: Options, want
     if rows.ids is not None:
         raise BackendUnavailable(
             "cuda", "the teacher is a TopK, for which it has no kernel", "Use backend='triton'"
+        )
+    capability = _capability(student.device)
+    if capability not in _cuda.architectures():
+        raise BackendUnavailable(
+            "cuda",
+            f"{student.device} has compute capability {capability}, and its kernels are for {_cuda.architectures()}",
+            "Use backend='triton'",
         )
     dtypes = native.DTYPES[student.dtype], native.DTYPES[teacher.dtype]
     if _cuda.plan(options.vocab_size, *dtypes) is None:

@@ -218,7 +218,7 @@ def check(
     if upstream is None and options["reduction"] == "none":
         # A bfloat16 gradient is rounded once in the forward, and once more where the upstream factor rounds.
         rounds = torch.bfloat16 in (student.dtype, teacher.dtype)
-        upstream = (powers_for if rounds else upstream_for)(*student.shape[:-1])
+        upstream = (powers_for if rounds else upstream_for)(*student.shape[:-1]).to(student.device)
     s = student.detach().requires_grad_()
     t = teacher.detach().requires_grad_(teacher_gradient)
     loss, parts = fastkd.kd_loss(

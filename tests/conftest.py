@@ -9,6 +9,9 @@ from collections.abc import Iterator
 # parallel operation a hundred times slower.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
+# cuBLAS asks for it where algorithms have to be deterministic, as they have in these tests.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
 import pytest
 import torch
 

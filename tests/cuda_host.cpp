@@ -1,9 +1,32 @@
 // csrc/cuda without a GPU: the phases of row.h in loops over blocks and threads, with arrays in place of what kernel.cu
 // exchanges between threads. Shared memory is filled with NaN, so that a read past what was copied shows.
 
+#include <cstdint>
 #include <cstring>
 #include <stdexcept>
+#include <utility>
 #include <vector>
+
+namespace {
+
+// Bytes of device memory read and written since the last look; what lies in the blocks' shared memory does not count.
+struct Traffic {
+  int64_t bytes[2] = {};
+  std::vector<std::pair<const char*, const char*>> shared;
+
+  void see(const void* memory, int64_t count, bool writes) {
+    const char* at = static_cast<const char*>(memory);
+    for (const auto& [first, last] : shared)
+      if (at >= first && at < last) return;
+    bytes[writes] += count;
+  }
+};
+
+Traffic traffic;
+
+}  // namespace
+
+#define FASTKD_SEEN(memory, bytes, writes) traffic.see(memory, bytes, writes)
 
 #include "cuda/kernel.h"
 #include "cuda/row.h"
@@ -64,6 +87,12 @@ void run_row(const Call& call, int64_t index) {
     char* memory = row_of(call, rows, index);
     return memory ? memory + first_column(call, rank) * size_of(rows.dtype) : nullptr;
   };
+  traffic.shared.clear();
+  for (Block& block : blocks)
+    for (auto& memory : block.memory) {
+      const char* first = reinterpret_cast<const char*>(memory.data());
+      traffic.shared.push_back({first, first + memory.size() * PIECE});
+    }
   each([&](Place place) {
     for (int side = 0; side < 2; ++side) {
       const Rows& rows = *sides[side];
@@ -73,7 +102,10 @@ void run_row(const Call& call, int64_t index) {
       if (whole % PIECE || (whole && reinterpret_cast<uintptr_t>(memory) % PIECE))
         throw std::runtime_error("the copy engine moves whole pieces only");
       char* slice = blocks[place.rank].slices[side];
-      if (place.thread == 0) std::memcpy(slice, memory, whole);
+      if (place.thread == 0 && whole) {
+        traffic.see(memory, whole, false);
+        std::memcpy(slice, memory, whole);
+      }
       copy_rest(call, place, slice, memory, whole, bytes, size_of(rows.dtype));
     }
     clear(call, place, call.student_gradient, index, true);
@@ -125,7 +157,7 @@ void run_row(const Call& call, int64_t index) {
 }  // namespace
 
 void kd_rows(Call call, int ranks, void*) {  // a device's number serves to ask for more blocks a row than plan() takes
-  if (!plan(call)) throw std::runtime_error("a row is too wide for the shared memory of a cluster");
+  if (!prepare(call)) throw std::runtime_error("a row is too wide for the shared memory of a cluster");
   while (call.ranks < ranks) {
     call.ranks *= 2;
     call.slice = int((call.vocabulary + VECTOR * call.ranks - 1) / (VECTOR * call.ranks)) * VECTOR;
@@ -160,6 +192,12 @@ std::vector<std::string> divergences() {
 #undef FASTKD_NAME
 }
 
-std::vector<int> architectures() { return {}; }
+std::vector<int> architectures() { return {0}; }  // what the tests say of a CPU
 
 }  // namespace fastkd::cuda
+
+// Bytes of device memory read and written since the last call.
+extern "C" __attribute__((visibility("default"))) void fastkd_traffic(int64_t bytes[2]) {
+  std::memcpy(bytes, traffic.bytes, sizeof traffic.bytes);
+  traffic = {};
+}

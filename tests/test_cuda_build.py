@@ -20,7 +20,7 @@ BUILT = Path(_spec.origin)
 
 REGISTERS = 65_536  # of a multiprocessor
 THREADS, BLOCKS = 256, 2  # a block's, and how many blocks are meant to share a multiprocessor
-STATIC_SHARED = 6 << 10  # plus what plan.h gives two blocks is what a multiprocessor has
+STATIC_SHARED = 4 << 10  # plus what plan.h gives two blocks is what a multiprocessor has
 
 
 def _usage() -> dict[tuple[str, str], dict[str, int]]:

@@ -6,6 +6,7 @@ exchanges are loops here. `ranks` asks for more blocks a row than it needs, so t
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import importlib.util
 import math
@@ -94,7 +95,13 @@ class Emulation:
     ranks = 1  # blocks a row, where plan() takes fewer
 
     def __init__(self, module: ModuleType) -> None:
-        self.module = module
+        self._library = ctypes.CDLL(str(module.__file__))
+
+    def traffic(self) -> list[int]:
+        """Bytes of device memory read and written since the last call."""
+        seen = (ctypes.c_int64 * 2)()
+        self._library.fastkd_traffic(seen)
+        return list(seen)
 
 
 @pytest.fixture
@@ -106,6 +113,7 @@ def emulation(host: ModuleType, monkeypatch: pytest.MonkeyPatch) -> Iterator[Emu
     backends.load.cache_clear()
     cuda = backends.load("cuda")
     monkeypatch.setattr(cuda, "_cuda", host)
+    monkeypatch.setattr(cuda, "_capability", lambda device: 0)
     monkeypatch.setattr(cuda, "_stream", lambda device: (found.ranks, 0))
     monkeypatch.setattr(backends, "_select", lambda backend, *others: backend)
     yield found
@@ -192,6 +200,52 @@ def test_log_0(emulation: Emulation, divergence: str) -> None:
     else:
         student[1], student[2] = teacher[1], teacher[2]
         check("cuda", student, teacher, divergence=divergence)
+
+
+LOW: dict[str, tuple[slice, float, float, float]] = {
+    "a vector of both": (slice(0, 8), -INF, -INF, 1.0),
+    "many vectors of both": (slice(504, 1000), -INF, -INF, 1.0),
+    "the teacher alone": (slice(504, 1000), -1e4, -INF, 1.0),
+    "where an exponential is subnormal": (slice(504, 1000), -90.0, -INF, 1.0),
+    "the least number there is": (slice(504, 1000), -3.4028e38, -3.4028e38, 0.5),
+}
+
+
+@pytest.mark.parametrize("low", LOW)
+@pytest.mark.parametrize("divergence", fastkd.DIVERGENCES)
+def test_low_logits_in_whole_vectors(emulation: Emulation, divergence: str, low: str) -> None:
+    """No moment of such a thread is left when maxima have risen: what the gradient needs is found out by itself."""
+    where, s_low, t_low, temperature = LOW[low]
+    emulation.ranks = 2
+    student, teacher = logits(2, 1000, seed=1), logits(2, 1000, seed=2)
+    student[1, where], teacher[1, where] = s_low, t_low
+    if fastkd.DIVERGENCES[divergence]().normalized:
+        _as_the_reference(student, teacher, divergence, temperature=temperature)
+
+
+def _as_the_reference(student: Tensor, teacher: Tensor, divergence: Any, **options: Any) -> None:
+    """Infinities and NaN where the reference has them, and close to it elsewhere."""
+    outcomes = []
+    for backend, dtype in (("cuda", torch.float32), ("reference", torch.float64)):
+        leaves = [x.to(dtype).requires_grad_() for x in (student, teacher)]
+        loss = fastkd.kd_loss(
+            *leaves, divergence=divergence, reduction="none", backend=backend, **options
+        )
+        outcomes.append([loss.detach(), *torch.autograd.grad(loss.sum(), leaves)])
+    for found, exact in zip(*outcomes, strict=True):
+        torch.testing.assert_close(found, exact.float(), equal_nan=True, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("gap", [60.0, 97.0])
+def test_an_exponential_that_overflows_is_infinite(emulation: Emulation, gap: float) -> None:
+    student, teacher = logits(1, 50, seed=1), logits(1, 50, seed=2)
+    student[0, 3] -= gap
+    found = [
+        fastkd.kd_loss(student, teacher, divergence=fastkd.alpha_beta(1.0, -1.0), backend=backend)
+        for backend in ("cuda", "reference")
+    ]
+    torch.testing.assert_close(*found, rtol=1e-4, atol=0.0)
+    assert found[0].isinf() == (gap > 90)
 
 
 @pytest.mark.parametrize("divergence", ["forward_kl", "reverse_kl", "jsd", "squared_error"])
@@ -293,13 +347,44 @@ def test_no_rows(emulation: Emulation) -> None:
     assert loss == 0 and student.grad.shape == (0, 50)
 
 
+@pytest.mark.parametrize("offset", [0, 1])
+@pytest.mark.parametrize("divergence", ["forward_kl", "jsd", "reverse_kl"])
+@pytest.mark.parametrize(
+    ("student", "teacher"),
+    [
+        (torch.float32, torch.float32),
+        (torch.bfloat16, torch.bfloat16),
+        (torch.float16, torch.float32),
+    ],
+    ids=str,
+)
+def test_device_memory_moves_three_tensors(
+    emulation: Emulation, student: torch.dtype, teacher: torch.dtype, divergence: str, offset: int
+) -> None:
+    """Each logit is read once and each gradient written once, whatever the divergence and the cluster."""
+    rows, width = 4, 333
+    s = _placed(width, rows, offset, 344, student, seed=1)
+    t = _placed(width, rows, 0, 344, teacher, seed=2)
+    labels = torch.tensor([1, 2, -100, 3])
+    both = width * (s.itemsize + t.itemsize)
+    for emulation.ranks in (1, 4):
+        emulation.traffic()
+        leaf = s.detach().requires_grad_(student != torch.float16)
+        fastkd.kd_loss(leaf, t, labels, divergence=divergence, backend="cuda")
+        read, written = emulation.traffic()
+        assert read == 3 * both  # the dropped row is not read
+        assert written == (rows * width * s.itemsize if leaf.requires_grad else 0)
+        fastkd.kd_loss(leaf, t, labels, divergence=divergence, alpha=0.5, backend="cuda")
+        assert emulation.traffic()[0] == 3 * (both + s.itemsize)  # and the label's logit
+
+
 # How a row is spread
 
 
 @pytest.mark.parametrize(("width", "dtype", "ranks"), [
     (1, torch.float32, 1), (1000, torch.float32, 1), (32_768, torch.bfloat16, 2), (32_768, torch.float32, 4),
-    (128_256, torch.bfloat16, 8), (128_256, torch.float32, 16), (151_936, torch.bfloat16, 8),
-    (262_144, torch.bfloat16, 16), (262_144, torch.float32, 16),
+    (128_256, torch.bfloat16, 8), (128_256, torch.float32, 8), (151_936, torch.bfloat16, 8),
+    (262_144, torch.bfloat16, 8), (262_144, torch.float32, 16),
 ])  # fmt: skip
 def test_rows_stay_on_chip(host: ModuleType, width: int, dtype: torch.dtype, ranks: int) -> None:
     number = native.DTYPES[dtype]
@@ -333,6 +418,7 @@ FAULTS = {
     "a sign": ("h - p * row.sum_h", "h + p * row.sum_h"),
     "the temperature of the gradient": ("square * scale * row.student.unit", "square * scale"),
     "the policy for log 0": ("LOG_0 ? (e > threshold ? e * x : 0) : e * x", "e * x"),
+    "logits that are too low": ("overflows = (row.flags & LOWS)", "overflows = false && (row.flags & LOWS)"),
     "the label's column": ("start + first + k == row.label", "start + first + k + 1 == row.label"),
 }  # fmt: skip
 
@@ -350,4 +436,5 @@ def test_a_planted_fault_is_seen(
         for divergence in ("forward_kl", "mixture", "jsd"):
             test_every_divergence_over_every_cluster(emulation, divergence, 4)
             test_log_0(emulation, divergence)
+            test_low_logits_in_whole_vectors(emulation, divergence, "many vectors of both")
             test_offsets_and_maxima_in_every_place(emulation, divergence)

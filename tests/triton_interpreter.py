@@ -1,11 +1,11 @@
-"""Two corrections of Triton's interpreter, which the tests of the Triton kernels run in where there is no GPU."""
+"""Two corrections of Triton's interpreter, in which the Triton kernels are tested, and a look at its memory."""
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -47,3 +47,38 @@ def corrected() -> Iterator[None]:
         patch.setattr(builder, "cast_impl", _rounding(builder.cast_impl))
         patch.setattr(interpreter.InterpretedFunction, "__call__", _call)
         yield
+
+
+class Access(NamedTuple):
+    """What a tile loads or stores: the addresses of its elements, and the bytes of each."""
+
+    addresses: np.ndarray
+    itemsize: int
+    writes: bool
+
+
+@contextmanager
+def memory_accesses() -> Iterator[list[Access]]:
+    """Within, every access to more than one element, in order; masked elements are none."""
+    seen: list[Access] = []
+    with pytest.MonkeyPatch.context() as patch:
+        builder = interpreter.InterpreterBuilder
+
+        def see(pointers: Any, mask: Any, writes: bool) -> None:
+            if pointers.data.size > 1:
+                itemsize = pointers.get_element_ty().primitive_bitwidth // 8
+                seen.append(Access(pointers.data[mask.data.astype(bool)], itemsize, writes))
+
+        load, store = builder.create_masked_load, builder.create_masked_store
+
+        def watched_load(self: Any, pointers: Any, mask: Any, *others: Any) -> Any:
+            see(pointers, mask, False)
+            return load(self, pointers, mask, *others)
+
+        def watched_store(self: Any, pointers: Any, value: Any, mask: Any, *others: Any) -> Any:
+            see(pointers, mask, True)
+            return store(self, pointers, value, mask, *others)
+
+        patch.setattr(builder, "create_masked_load", watched_load)
+        patch.setattr(builder, "create_masked_store", watched_store)
+        yield seen

@@ -53,8 +53,9 @@ struct Call {
   bool scale_by_temperature = true;
   int64_t ignore_index = -100;
 
-  // How a row is spread over a cluster (plan.h).
+  // Filled in by prepare (row.h): how a row is spread over a cluster, and whether its lowest logits are of interest.
   int ranks = 1, threads = 1, slice = 0;  // blocks, threads a block, columns a block
+  bool watches_lows = false;
 };
 
 }  // namespace fastkd::cuda

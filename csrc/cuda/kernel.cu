@@ -119,6 +119,7 @@ __global__ void __launch_bounds__(MOST_THREADS, 2) kd_kernel(const __grid_consta
   }
   __syncthreads();
   if (!row.counted) return drop(call, row, place);
+  cg::this_cluster().barrier_arrive();  // this block's shared memory is there for the others to write to
 
   // The slice comes in.
   const int64_t start = first_column(call, rank);
@@ -139,6 +140,7 @@ __global__ void __launch_bounds__(MOST_THREADS, 2) kd_kernel(const __grid_consta
   clear(call, place, call.teacher_gradient, row.row, true);
   wait(&barrier);
   __syncthreads();
+  cg::this_cluster().barrier_wait();
 
 #pragma unroll 1
   for (int policy = 0; policy < 2; ++policy) {
@@ -228,7 +230,14 @@ __global__ void __launch_bounds__(SCALE_THREADS)
 // ---- launching
 
 void check(cudaError_t error, const char* what) {
-  if (error != cudaSuccess) throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(error));
+  if (error == cudaSuccess) return;
+  cudaGetLastError();  // or the next call would find this one's error
+  throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(error));
+}
+
+unsigned grid(int64_t blocks) {
+  if (blocks > std::numeric_limits<int>::max()) throw std::runtime_error("more blocks than a grid has: split the rows");
+  return unsigned(blocks);
 }
 
 // The device is current while this lives.
@@ -236,12 +245,16 @@ class OnDevice {
  public:
   explicit OnDevice(int device) {
     check(cudaGetDevice(&before_), "cudaGetDevice");
-    if (device != before_) check(cudaSetDevice(device), "cudaSetDevice");
+    changed_ = device != before_;
+    if (changed_) check(cudaSetDevice(device), "cudaSetDevice");
   }
-  ~OnDevice() { cudaSetDevice(before_); }
+  ~OnDevice() {
+    if (changed_) cudaSetDevice(before_);
+  }
 
  private:
   int before_ = 0;
+  bool changed_ = false;
 };
 
 using Kernel = void (*)(Call);
@@ -252,11 +265,14 @@ void allow(Kernel kernel, int device) {
   static std::set<std::pair<const void*, int>> done;
   const std::lock_guard<std::mutex> lock(mutex);
   const void* const function = reinterpret_cast<const void*>(kernel);
-  if (!done.insert({function, device}).second) return;
+  if (done.count({function, device})) return;
   check(cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, int(SHARED_OF_ONE)),
         "cudaFuncSetAttribute(MaxDynamicSharedMemorySize)");
   check(cudaFuncSetAttribute(function, cudaFuncAttributeNonPortableClusterSizeAllowed, 1),
         "cudaFuncSetAttribute(NonPortableClusterSizeAllowed)");
+  check(cudaFuncSetAttribute(function, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared),
+        "cudaFuncSetAttribute(PreferredSharedMemoryCarveout)");
+  done.insert({function, device});
 }
 
 }  // namespace
@@ -265,7 +281,7 @@ void kd_rows(Call call, int device, void* stream) {
 #define FASTKD_KERNEL(name) kd_kernel<name>,
   static constexpr Kernel kernels[] = {FASTKD_DIVERGENCES(FASTKD_KERNEL)};
 #undef FASTKD_KERNEL
-  if (!plan(call)) throw std::runtime_error("a row is too wide for the shared memory of a cluster");
+  if (!prepare(call)) throw std::runtime_error("a row is too wide for the shared memory of a cluster");
   const OnDevice guard(device);
   if (call.rows) {
     const Kernel kernel = kernels[call.divergence];
@@ -275,7 +291,7 @@ void kd_rows(Call call, int device, void* stream) {
     cluster.val.clusterDim.x = unsigned(call.ranks);
     cluster.val.clusterDim.y = cluster.val.clusterDim.z = 1;
     cudaLaunchConfig_t launch{};
-    launch.gridDim = dim3(unsigned(call.rows * call.ranks));
+    launch.gridDim = dim3(grid(call.rows * call.ranks));
     launch.blockDim = dim3(unsigned(call.threads));
     launch.dynamicSmemBytes = size_t(shared_bytes(call));
     launch.stream = static_cast<cudaStream_t>(stream);
@@ -291,7 +307,7 @@ void scale_rows(const Call& call, const float* factor, int64_t stride, int devic
   if (!call.rows || !call.student.width) return;
   const OnDevice guard(device);
   const int64_t tiles = (call.student.width + SCALE_COLUMNS - 1) / SCALE_COLUMNS;
-  scale_kernel<<<unsigned(call.rows * tiles), SCALE_THREADS, 0, static_cast<cudaStream_t>(stream)>>>(call, factor,
+  scale_kernel<<<grid(call.rows * tiles), SCALE_THREADS, 0, static_cast<cudaStream_t>(stream)>>>(call, factor,
                                                                                                       stride, tiles);
   check(cudaGetLastError(), "launching scale_kernel");
 }

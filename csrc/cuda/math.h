@@ -26,6 +26,15 @@ FASTKD_INLINE V abs(V x) { return fabsf(x); }
 FASTKD_INLINE V where(bool mask, V a, V b) { return mask ? a : b; }
 FASTKD_INLINE bool finite(float x) { return x - x == 0; }
 
+// A product that is rounded by itself: contracted with a subtraction that follows, equal logits would differ.
+FASTKD_INLINE V product(V a, V b) {
+#if defined(__CUDA_ARCH__)
+  return __fmul_rn(a, b);
+#else
+  return a * b;
+#endif
+}
+
 // 2^x, to two units in the last place; subnormal results are 0.
 FASTKD_INLINE V exp2_of(V x) {
 #if defined(__CUDA_ARCH__)
@@ -42,7 +51,7 @@ FASTKD_INLINE V exp(V x) {
   const float product = x * LOG2_E;
   const float lost = fmaf(x, LOG2_E, -product) + x * LOG2_E_LOW;
   const float y = exp2_of(product);
-  return finite(lost) ? fmaf(y, lost * LN_2, y) : y;
+  return finite(lost) && y < INF ? fmaf(y, lost * LN_2, y) : y;
 }
 
 // Below 0.6 the quotient of exponentials cancels; there an odd fit (Cephes) holds.

@@ -19,6 +19,11 @@
 #include "math.h"
 #include "plan.h"
 
+// Sees every access to logits and gradients but those of the copy engine; tests/cuda_host.cpp counts bytes with it.
+#ifndef FASTKD_SEEN
+#define FASTKD_SEEN(memory, bytes, writes)
+#endif
+
 namespace fastkd::cuda {
 
 #include "../generated/divergences.h"
@@ -64,11 +69,14 @@ FASTKD_INLINE int64_t whole_pieces(const char* memory, int64_t bytes) {
 FASTKD_CALL void copy_rest(const Call& call, Place place, char* to, const char* from, int64_t done, int64_t bytes,
                              int element) {
 #pragma unroll 1
-  for (int64_t i = done + int64_t(place.thread) * element; i < bytes; i += int64_t(call.threads) * element)
+  for (int64_t i = done + int64_t(place.thread) * element; i < bytes; i += int64_t(call.threads) * element) {
+    FASTKD_SEEN(from + i, element, false);
+    FASTKD_SEEN(to + i, element, true);
     if (element == 4)
       *reinterpret_cast<uint32_t*>(to + i) = *reinterpret_cast<const uint32_t*>(from + i);
     else
       *reinterpret_cast<uint16_t*>(to + i) = *reinterpret_cast<const uint16_t*>(from + i);
+  }
 }
 
 struct alignas(PIECE) Piece {
@@ -78,6 +86,7 @@ struct alignas(PIECE) Piece {
 // A vector of logits; shared memory has room for a whole one at the end of a slice, whatever is in it.
 FASTKD_INLINE void load(const char* shared, Dtype dtype, int first, V (&x)[VECTOR]) {
   const auto* pieces = reinterpret_cast<const Piece*>(shared + int64_t(first) * size_of_element(dtype));
+  FASTKD_SEEN(shared + int64_t(first) * size_of_element(dtype), VECTOR * size_of_element(dtype), false);
   const Piece piece = pieces[0];
   if (dtype == Dtype::f32) {
     const Piece second = pieces[1];
@@ -115,6 +124,7 @@ FASTKD_INLINE void store(char* memory, Dtype dtype, int first, int n, const V (&
     }
   const int element = size_of_element(dtype);
   char* to = memory + int64_t(first) * element;
+  FASTKD_SEEN(to, n * element, true);
   if (n == VECTOR) {
     reinterpret_cast<Piece*>(to)[0] = pieces[0];
     if (element == 4) reinterpret_cast<Piece*>(to)[1] = pieces[1];
@@ -131,6 +141,7 @@ FASTKD_INLINE void store(char* memory, Dtype dtype, int first, int n, const V (&
 }
 
 FASTKD_INLINE float load_one(const char* memory, Dtype dtype, int64_t column) {
+  FASTKD_SEEN(memory + column * size_of_element(dtype), size_of_element(dtype), false);
   if (dtype == Dtype::f32) return reinterpret_cast<const float*>(memory)[column];
   const uint16_t x = reinterpret_cast<const uint16_t*>(memory)[column];
   return dtype == Dtype::bf16 ? from_bf16(x) : from_fp16(x);
@@ -143,16 +154,18 @@ FASTKD_CALL void clear(const Call& call, Place place, const Rows& rows, int64_t 
   const int64_t step = int64_t(call.ranks) * call.threads;
 #pragma unroll 1
   for (int64_t i = int64_t(place.rank) * call.threads + place.thread + (padding_alone ? call.vocabulary : 0);
-       i < rows.width; i += step)
+       i < rows.width; i += step) {
+    FASTKD_SEEN(memory + i * size_of_element(rows.dtype), size_of_element(rows.dtype), true);
     if (rows.dtype == Dtype::f32)
       reinterpret_cast<float*>(memory)[i] = 0;
     else
       reinterpret_cast<uint16_t*>(memory)[i] = 0;
+  }
 }
 
 // ---- what a row is, and what has been found of it
 
-enum Flags : unsigned { FORWARD = 1, REVERSE = 2, CROSS = 4, ENTROPY = 8, AT_1 = 16, SPREAD = 32 };
+enum Flags : unsigned { FORWARD = 1, REVERSE = 2, CROSS = 4, ENTROPY = 8, AT_1 = 16, SPREAD = 32, LOWS = 64 };
 
 // One side: z = softcap * tanh(gain * logit), or sign * logit; tempered logits are unit * z.
 struct Side {
@@ -186,6 +199,7 @@ struct RowState {
 // What the first phase finds. Exponentials and moments are relative to the tops; x is unit * (z - top).
 struct Statistics {
   float s_top, t_top;
+  float s_low, t_low;  // the least z, of interest where a gradient takes logarithms that no sum has seen
   float s_sum, t_sum, s_sum_at_1;
   float forward, reverse;  // sum of e_t (x_t - x_s), of e_s (x_s - x_t)
   float cross, entropy;    // sum of e_t x_s, of e_s x_s
@@ -230,6 +244,8 @@ FASTKD_INLINE Statistics merge(Statistics a, Statistics b, const RowState& row) 
   a.cross += b.cross;
   a.entropy += b.entropy;
   a.spread += b.spread;
+  a.s_low = fminf(a.s_low, b.s_low);
+  a.t_low = fminf(a.t_low, b.t_low);
   return a;
 }
 
@@ -287,6 +303,7 @@ FASTKD_CALL void open_row(const Call& call, int64_t index, RowState& row) {
     if (call.cross != 0) row.flags |= CROSS;
   }
   if (call.student_entropy) row.flags |= ENTROPY;
+  if (call.watches_lows) row.flags |= LOWS;
 }
 
 // ---- statistics
@@ -339,8 +356,8 @@ FASTKD_INLINE void add_vector(Statistics& a, const V (&s)[VECTOR], const V (&t)[
   V x_s[VECTOR], x_t[VECTOR], e_s[VECTOR], e_t[VECTOR];
   float s_sum = 0, t_sum = 0;
   for (int k = 0; k < VECTOR; ++k) {
-    x_s[k] = (s[k] - s_origin) * row.student.unit;
-    x_t[k] = (t[k] - t_origin) * row.teacher.unit;
+    x_s[k] = product(s[k] - s_origin, row.student.unit);
+    x_t[k] = product(t[k] - t_origin, row.teacher.unit);
     e_s[k] = k < n ? exp2_of(x_s[k] * LOG2_E) : 0;
     e_t[k] = k < n ? exp2_of(x_t[k] * LOG2_E) : 0;
     s_sum += e_s[k];
@@ -360,6 +377,11 @@ FASTKD_INLINE void add_vector(Statistics& a, const V (&s)[VECTOR], const V (&t)[
   if (row.flags & ENTROPY) add(a.entropy, [&](int k) { return times<LOG_0>(e_s[k], x_s[k], s_low); });
   if (row.flags & AT_1)
     add(a.s_sum_at_1, [&](int k) { return k < n ? exp2_of((s[k] - s_origin) * row.plain_unit * LOG2_E) : 0; });
+  if (row.flags & LOWS)
+    for (int k = 0; k < VECTOR; ++k) {
+      a.s_low = fminf(a.s_low, s[k]);
+      a.t_low = fminf(a.t_low, t[k]);
+    }
   if (row.flags & SPREAD) add(a.spread, [&](int k) { return k < n ? s[k] - row.pivot : 0; });
 }
 
@@ -367,7 +389,7 @@ FASTKD_INLINE void add_vector(Statistics& a, const V (&s)[VECTOR], const V (&t)[
 template <bool LOG_0>
 FASTKD_INLINE Statistics statistics(const Call& call, const RowState& row, Place place, const char* student,
                                     const char* teacher) {
-  Statistics mine{-INF, -INF};
+  Statistics mine{-INF, -INF, INF, INF};
   if (LOG_0) mine.s_top = row.student.top, mine.t_top = row.teacher.top;
   const int columns = columns_of(call, place.rank);
 #pragma unroll 1
@@ -420,7 +442,10 @@ FASTKD_INLINE void close_statistics(const Call& call, RowState& row, const Stati
     row.g += call.reverse * (reverse + 1);
   }
   if (row.flags & CROSS) row.phi += call.cross * (s_log_sum - all.cross * t_inverse), row.g -= call.cross;
-  row.finite = row.log_0 || finite(float(row.phi) + float(row.entropy));
+  // A moment that fades to nothing takes its NaN along: whether a logarithm overflows is asked of the logits themselves.
+  const bool overflows = (row.flags & LOWS) && ((all.s_low - row.student.top) * row.student.unit == -INF ||
+                                                (all.t_low - row.teacher.top) * row.teacher.unit == -INF);
+  row.finite = row.log_0 || (!overflows && finite(float(row.phi) + float(row.entropy)));
 }
 
 // ---- the divergence
@@ -428,10 +453,10 @@ FASTKD_INLINE void close_statistics(const Call& call, RowState& row, const Stati
 // phi and g of one column, with the policy of fastkd/reference.py for log 0 where LOG_0.
 template <class Divergence, bool LOG_0>
 FASTKD_INLINE void evaluate(const Call& call, const RowState& row, V s, V t, V& p, V& q, V& phi, V& g) {
-  V log_p = t * row.teacher.unit, log_q = s * row.student.unit;
+  V log_p = product(t, row.teacher.unit), log_q = product(s, row.student.unit);
   p = q = 1;
   if (call.normalized) {
-    const V x_s = (s - row.student.top) * row.student.unit, x_t = (t - row.teacher.top) * row.teacher.unit;
+    const V x_s = product(s - row.student.top, row.student.unit), x_t = product(t - row.teacher.top, row.teacher.unit);
     p = exp2_of(x_t * LOG2_E) * row.teacher.weight;
     q = exp2_of(x_s * LOG2_E) * row.student.weight;
     log_p = (x_t + row.teacher.offset_low) + row.teacher.offset;
@@ -546,6 +571,18 @@ FASTKD_INLINE void gradients(const Call& call, const RowState& row, Place place,
       store(teacher_gradient, row.teacher.dtype, first, n, teacher_out);
     }
   }
+}
+
+// ---- on the host, before a launch
+
+// Fills in what depends on the whole call; false where a row is too wide to stay on chip.
+inline bool prepare(Call& call) {
+#define FASTKD_USES_LOGS(name) name::gradient_uses_logs,
+  constexpr bool uses_logs[] = {FASTKD_DIVERGENCES(FASTKD_USES_LOGS)};
+#undef FASTKD_USES_LOGS
+  const bool logs = call.teacher_gradient.data || (call.student_gradient.data && uses_logs[call.divergence]);
+  call.watches_lows = call.closed_form && logs;
+  return plan(call);
 }
 
 }  // namespace fastkd::cuda

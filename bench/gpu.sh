@@ -1,0 +1,29 @@
+#!/usr/bin/env bash
+# `make gpu`: build the extensions for this machine, test the kernels on its GPU, look for races and stray accesses, and
+# measure. No network; nothing is installed into GPU_PYTHON, the interpreter whose torch and Triton are used.
+set -uo pipefail
+cd "$(dirname "$0")/.." || exit 1
+python=${GPU_PYTHON:-python3}
+export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" FASTKD_NATIVE=1 FASTKD_CUDA=1
+for wheel in "${WHEELS:-/nonexistent}"/*.whl; do # a wheel is a zip that Python can import from
+    [ -e "$wheel" ] && PYTHONPATH="$PYTHONPATH:$(realpath "$wheel")"
+done
+"$python" -c 'import torch; assert torch.cuda.is_available(), "torch finds no GPU here"' || exit 1
+
+status=0
+step() {
+    echo "== $*"
+    "$@" || { echo "== failed: $*"; status=1; }
+}
+step "$python" setup.py -q build_ext --inplace
+step "$python" -m fastkd info
+step "$python" -m pytest -q tests/test_gpu.py tests/test_cuda_build.py
+if command -v compute-sanitizer >/dev/null; then
+    for tool in memcheck racecheck initcheck synccheck; do
+        step compute-sanitizer --tool "$tool" --error-exitcode 9 --print-limit 5 "$python" bench/gpu.py --sanitize
+    done
+else
+    echo "compute-sanitizer is not on PATH: left out"
+fi
+step "$python" bench/gpu.py
+exit "$status"
