@@ -10,6 +10,7 @@ import ctypes
 import hashlib
 import importlib.util
 import math
+import re
 import shlex
 import subprocess
 import sys
@@ -36,7 +37,7 @@ INF = math.inf
 
 
 def compile_host(directory: Path, edit: Callable[[str], str] | None = None) -> Path:
-    """The emulation as an extension module; edit changes the text of row.h first."""
+    """The emulation as an extension module; edit changes the text of row.h first, and five divergences will do."""
     csrc = ROOT / "csrc"
     if edit is not None:
         source = csrc / "cuda" / "row.h"
@@ -49,7 +50,10 @@ def compile_host(directory: Path, edit: Callable[[str], str] | None = None) -> P
         ):
             copy = csrc / header.relative_to(ROOT / "csrc")
             copy.parent.mkdir(parents=True, exist_ok=True)
-            copy.write_text(changed if header == source else header.read_text())
+            text = changed if header == source else header.read_text()
+            copy.write_text(
+                re.sub(r"(#define FASTKD_DIVERGENCES\(X\)(?: X\(\w+\)){5}).*", r"\1", text)
+            )
     target = directory / f"_cuda_host{sysconfig.get_config_var('EXT_SUFFIX')}"
     includes = [csrc, sysconfig.get_path("include"), pybind11.get_include()]
     command = [
@@ -423,8 +427,12 @@ FAULTS = {
 }  # fmt: skip
 
 
-@pytest.mark.heavy
-@pytest.mark.parametrize("fault", FAULTS)
+EVERY_TIME = ("an off-by-one in the tail", "a swapped merge", "a maximum that does not rescale")
+
+
+@pytest.mark.parametrize(
+    "fault", [x if x in EVERY_TIME else pytest.param(x, marks=pytest.mark.heavy) for x in FAULTS]
+)
 def test_a_planted_fault_is_seen(
     fault: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
 ) -> None:
