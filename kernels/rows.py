@@ -3,7 +3,7 @@
 Read top to bottom: what the kernel is given, the kernel, and the launchers that :mod:`fastkd.autograd` calls. The
 sweeps over a row are in ``sweeps.py``, what a divergence may do is in ``skeleton.py``.
 
-A row is read twice where the divergence has a closed form (statistics, gradient) and three times where not, every other
+A row is read twice where the divergence has a closed form (statistics, gradient) and three times where not, the last
 time backwards. Logits of any leading strides are addressed in place; a last stride other than 1 is copied.
 """
 
@@ -260,7 +260,6 @@ def _keep_row(
             parameters,
             DIVERGENCE,
             NORMALIZED,
-            moments is not None or teacher is None,
             BLOCK_V,
         )
 

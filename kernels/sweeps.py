@@ -248,13 +248,12 @@ def sweep_sums(
     ALIGNED: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
-    """(sum phi, sum g) of a divergence without a closed form. Backwards, as sweep_gradients explains."""
+    """(sum phi, sum g) of a divergence without a closed form."""
     lanes = tl.arange(0, BLOCK_V)
-    tiles = tl.cdiv(V, BLOCK_V)
     phi_sum = _fold(tl.zeros([BLOCK_V], tl.float32), ALIGNED)
     g_sum = phi_sum
-    for back in range(tiles):
-        columns = (tiles - 1 - back) * BLOCK_V + lanes
+    for tile in range(tl.cdiv(V, BLOCK_V)):
+        columns = tile * BLOCK_V + lanes
         s, _ = read(student, columns, V)
         t, _ = read(teacher, columns, V)
         log_q = log_probability(s, s_norm)
@@ -294,17 +293,13 @@ def sweep_gradients(
     parameters,
     DIVERGENCE: tl.constexpr,
     NORMALIZED: tl.constexpr,
-    BACKWARDS: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
-    """Write the gradients. Sweeps take turns in direction: what one read last is what the caches still hold."""
+    """Write the gradients, in reverse order: what the sweep before read last is what the caches still hold."""
     lanes = tl.arange(0, BLOCK_V)
     tiles = tl.cdiv(width, BLOCK_V)
-    for step in range(tiles):
-        tile = step
-        if BACKWARDS:
-            tile = tiles - 1 - step
-        columns = tile * BLOCK_V + lanes
+    for back in range(tiles):
+        columns = (tiles - 1 - back) * BLOCK_V + lanes
         s, s_slope = read(student, columns, V)
         gradient = tl.zeros([BLOCK_V], tl.float32)
         if factors.distillation is not None:
