@@ -267,7 +267,9 @@ def sanitize() -> None:
             for width in (9, 1001, 20_000):
                 student, teacher = logits(3, width, dtype)
                 labels = torch.tensor([1, -100, 2], device="cuda")
-                for make in fastkd.DIVERGENCES.values():
+                # Triton compiles each anew, and writes the same kernel around all of them.
+                few = ("forward_kl", "jsd") if backend == "triton" else fastkd.DIVERGENCES
+                for make in map(fastkd.DIVERGENCES.__getitem__, few):
                     leaf = teacher.detach().requires_grad_()
                     loss = fastkd.kd_loss(
                         student, leaf, labels, divergence=make(), alpha=0.5, temperature=2.0,

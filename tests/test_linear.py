@@ -506,6 +506,21 @@ def test_kd_loss_against_a_teacher_in_chunks_is_one_graph(
     _close_to_eager(_outcome(step, dense, at), _outcome(compiled, dense, at), dtype)
 
 
+@pytest.mark.parametrize("tail", ["bucket", "renormalize"])
+@pytest.mark.usefixtures("fresh_compiler")
+def test_a_sparse_teacher_in_one_graph(backend: str, tail: str) -> None:
+    given = problem("dense")
+    sparse = fastkd.TopK.from_logits(given.teacher, 7, tail=tail)
+
+    def step(hidden: Tensor, weight: Tensor) -> Tensor:
+        teacher = fastkd.TopK(sparse.ids, sparse.logprobs, tail, sparse.tail_logprob)
+        return fastkd.fused_linear_kd_loss(hidden, weight, teacher, chunk_size=7, backend=backend)
+
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    at = slice(0, N)
+    _close_to_eager(_outcome(step, given, at), _outcome(compiled, given, at), torch.float32)
+
+
 @pytest.mark.usefixtures("fresh_compiler")
 def test_a_step_of_training_under_inductor(backend: str) -> None:
     """Body, head, module and backward in one graph, under autocast; the head is trained, its bias is frozen."""
