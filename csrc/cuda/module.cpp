@@ -57,7 +57,7 @@ void set(Rows& rows, const Logits& logits) {
   rows.width = std::get<2>(logits);
 }
 
-// What kd_rows and fits share: the layout and what decides how a row is spread.
+// kd_rows, with its arguments as Python has them.
 void launch(const std::vector<int64_t>& sizes, int64_t vocabulary, const Logits& student, const Logits& teacher,
             const Logits& student_gradient, const Logits& teacher_gradient, const Numbers& student_tempering,
             const Numbers& teacher_tempering, uintptr_t labels, uintptr_t weight, uintptr_t scale_on_device,
