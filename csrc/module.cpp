@@ -1,14 +1,12 @@
 // fastkd._C: the native kernels behind pybind11. Tensors arrive as addresses, shapes and strides, so that this module
 // neither includes nor links torch; fastkd/cpu.py is its only caller, and fastkd.functional has validated everything.
 
-#include <pybind11/pybind11.h>
-#include <pybind11/stl.h>
-
 #include <cstdlib>
 #include <stdexcept>
 #include <string>
 #include <vector>
 
+#include "bindings.h"
 #include "cpu/kernel.h"
 #include "memory.h"
 
@@ -58,14 +56,7 @@ void use_instruction_set(const std::string& name) {
   throw py::value_error("instruction set must be one of " + known + "; got " + name);
 }
 
-template <class T = float>
-T* pointer(uintptr_t address) {
-  return reinterpret_cast<T*>(address);
-}
-
-using Strides = std::vector<int64_t>;
-using Logits = std::tuple<uintptr_t, int, int64_t, Strides>;    // address, dtype, width, leading strides
-using Tempering = std::tuple<double, uintptr_t, double, double>;  // temperature, per row, logit scale, softcap
+using fastkd::Description, fastkd::Logits, fastkd::Strides, fastkd::pointer, fastkd::product;
 using Sparse = std::tuple<uintptr_t, int64_t, uintptr_t, int>;  // ids (0: a dense teacher), K, tail_logprob, tail
 
 fastkd::Rows rows(const Logits& logits) {
@@ -73,64 +64,26 @@ fastkd::Rows rows(const Logits& logits) {
   return {pointer<char>(address), static_cast<fastkd::Dtype>(dtype), width, strides};
 }
 
-fastkd::Tempering tempering(const Tempering& values) {
-  const auto& [temperature, per_row, logit_scale, softcap] = values;
-  return {temperature, pointer<const float>(per_row), logit_scale, softcap};
-}
-
-int64_t product(const std::vector<int64_t>& sizes) {
-  int64_t result = 1;
-  for (int64_t size : sizes) result *= size;
-  return result;
-}
-
-void kd_rows(std::vector<int64_t> sizes, int64_t vocabulary, const Logits& student, const Logits& teacher,
-             const Logits& student_gradient, const Logits& teacher_gradient, const Tempering& student_tempering,
-             const Tempering& teacher_tempering, uintptr_t labels, uintptr_t weight, uintptr_t scale_on_device,
-             uintptr_t loss, uintptr_t total, uintptr_t distillation, uintptr_t cross_entropy,
-             uintptr_t student_entropy, int divergence, std::vector<float> params, bool normalized,
-             const std::vector<double>& closed_form, double degree, double alpha, double label_smoothing, double scale,
-             bool scale_by_temperature, int64_t ignore_index, const Sparse& sparse, int threads) {
+void kd_rows(Strides sizes, const Logits& student, const Logits& teacher, const Logits& student_gradient,
+             const Logits& teacher_gradient, const Description& description, const Sparse& sparse, int threads) {
   fastkd::Call call;
-  call.rows = product(sizes);
+  describe(call, sizes, description);
   call.sizes = std::move(sizes);
-  call.vocabulary = vocabulary;
   call.student = rows(student);
   call.teacher = rows(teacher);
   call.student_gradient = rows(student_gradient);
   call.teacher_gradient = rows(teacher_gradient);
-  call.student_tempering = tempering(student_tempering);
-  call.teacher_tempering = tempering(teacher_tempering);
   const auto& [ids, tokens, tail_logprob, tail] = sparse;
   call.ids = pointer<const int64_t>(ids);
   call.tokens = tokens;
   call.tail_logprob = pointer<const float>(tail_logprob);
   call.tail = static_cast<fastkd::Tail>(tail);
-  call.labels = pointer<const int64_t>(labels);
-  call.weight = pointer<const float>(weight);
-  call.scale_on_device = pointer<const float>(scale_on_device);
-  call.loss = pointer(loss);
-  call.total = pointer(total);
-  call.distillation = pointer(distillation);
-  call.cross_entropy = pointer(cross_entropy);
-  call.student_entropy = pointer(student_entropy);
-  call.divergence = divergence;
-  call.params = std::move(params);
-  call.normalized = normalized;
-  call.closed_form = !closed_form.empty();
-  if (call.closed_form) call.forward = closed_form[0], call.reverse = closed_form[1], call.cross = closed_form[2];
-  call.degree = degree;
-  call.alpha = alpha;
-  call.label_smoothing = label_smoothing;
-  call.scale = scale;
-  call.scale_by_temperature = scale_by_temperature;
-  call.ignore_index = ignore_index;
   call.threads = threads;
   py::gil_scoped_release release;
   call.ids ? chosen->topk_rows(call) : chosen->kd_rows(call);
 }
 
-void scale_rows(std::vector<int64_t> sizes, const Logits& gradient, uintptr_t factor, int64_t stride, int threads) {
+void scale_rows(Strides sizes, const Logits& gradient, uintptr_t factor, int64_t stride, int threads) {
   fastkd::Call call;
   call.rows = product(sizes);
   call.sizes = std::move(sizes);

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from fastkd import backends
 from fastkd.divergences import ClosedForm, Divergence, function_name, function_named
-from fastkd.rows import Options, Result, Rows, Want
+from fastkd.rows import Options, Result, Rows, Want, row_dtype
 
 
 def graph_is_kept() -> bool:
@@ -249,7 +249,7 @@ def kd_rows_op(
 @kd_rows_op.register_fake
 def _kd_rows_fake(student, teacher, *others):  # type: ignore[no-untyped-def]
     want = _without_deferred(wanted_of(others[-1]))
-    dtype = torch.float64 if torch.float64 in (student.dtype, teacher.dtype) else torch.float32
+    dtype = row_dtype(student.dtype, teacher.dtype)
     lead = student.shape[:-1]
 
     def row(wanted: bool) -> Tensor:

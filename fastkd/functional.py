@@ -16,7 +16,7 @@ from fastkd import autograd, linear
 from fastkd.chunks import Student
 from fastkd.divergences import Divergence
 from fastkd.plan import wide
-from fastkd.rows import Want
+from fastkd.rows import Want, row_dtype
 from fastkd.teachers import Teacher, TopK, flatten
 from fastkd.validate import (
     LossOptions,
@@ -178,7 +178,7 @@ def kd_loss(
     call = prepare(
         lead,
         device,
-        _float64(student_logits, teacher),
+        _row_dtype(student_logits, teacher),
         vocabulary,
         labels,
         divergence=divergence,
@@ -323,7 +323,7 @@ def fused_linear_kd_loss(
             f"got {logits_dtype}"
         )
     student = Student(hidden, head, bias)
-    call = prepare(lead, device, _float64(hidden, teacher), vocabulary, labels, **options)
+    call = prepare(lead, device, _row_dtype(hidden, teacher), vocabulary, labels, **options)
     grad_enabled = torch.is_grad_enabled()
     want = Want(
         grad_enabled and any(part is not None and part.requires_grad for part in student),
@@ -338,9 +338,8 @@ def fused_linear_kd_loss(
     return _returned(results, call, return_parts, device)
 
 
-def _float64(student: Tensor, teacher: Teacher) -> bool:
-    tensors = [student, *flatten(teacher)[0]]
-    return any(tensor.dtype == torch.float64 for tensor in tensors)
+def _row_dtype(student: Tensor, teacher: Teacher) -> torch.dtype:
+    return row_dtype(student.dtype, *(tensor.dtype for tensor in flatten(teacher)[0]))
 
 
 def _returned(

@@ -18,7 +18,7 @@ from torch import Tensor
 from fastkd import autograd, backends
 from fastkd.chunks import Chunked, Student, chunks_of_rows, saved_dtype
 from fastkd.plan import TOPK_BYTES, MemoryPlan, Shape, plan, wide
-from fastkd.rows import Options, Rows, Want
+from fastkd.rows import Options, Rows, Want, row_dtype
 from fastkd.teachers import Ensemble, LinearTeacher, Teacher, flatten, unflatten
 from fastkd.validate import Prepared
 
@@ -64,8 +64,7 @@ class _Call(NamedTuple):
 
     def row_dtype(self, teacher: Sequence[Tensor]) -> torch.dtype:
         """Of losses, and of a teacher's logits."""
-        exact = torch.float64 in (self.logits_dtype, *(tensor.dtype for tensor in teacher))
-        return torch.float64 if exact else torch.float32
+        return row_dtype(self.logits_dtype, *(tensor.dtype for tensor in teacher))
 
     def chosen(self, student: Student, teacher: Sequence[Tensor]) -> str:
         """The backend that serves it."""
@@ -241,8 +240,7 @@ def kd_chunks_op(
 def _kd_chunks_fake(hidden, weight, bias, teacher, *others):  # type: ignore[no-untyped-def]
     *_, integers, wanted, logits_dtype, backward = others
     want = autograd.wanted_of(integers)
-    exact = torch.float64 in (logits_dtype, *(tensor.dtype for tensor in teacher))
-    dtype = torch.float64 if exact else torch.float32
+    dtype = row_dtype(logits_dtype, *(tensor.dtype for tensor in teacher))
     lead = hidden.shape[:-1]
 
     def made(shape: Sequence[int], dtype: torch.dtype, present: bool) -> Tensor:

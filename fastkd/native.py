@@ -71,13 +71,8 @@ def arguments(
     """What every kd_rows of C++ takes first. The tensors must outlive the call."""
     divergence = options.divergence
     form = divergence.closed_form
-    return (
-        list(student.shape[:-1]),
+    description = (
         options.vocab_size,
-        logits(student),
-        logits(teacher),
-        logits(result.student_gradient),
-        logits(result.teacher_gradient),
         (options.temperature, address(rows.temperature), options.logit_scale, options.softcap),
         (
             options.teacher_temperature,
@@ -91,14 +86,24 @@ def arguments(
         result.loss.data_ptr(),
         result.total.data_ptr(),
         *map(address, result[4:]),
-        _NUMBER[divergence.function],
-        divergence.params,
-        divergence.normalized,
-        [] if form is None else [form.forward, form.reverse, form.cross],
-        divergence.degree or 0.0,
+        (
+            _NUMBER[divergence.function],
+            divergence.params,
+            divergence.normalized,
+            [] if form is None else [form.forward, form.reverse, form.cross],
+            divergence.degree or 0.0,
+        ),
         options.alpha,
         options.label_smoothing,
         options.scale,
         options.scale_by_temperature,
         options.ignore_index,
+    )
+    return (
+        list(student.shape[:-1]),
+        logits(student),
+        logits(teacher),
+        logits(result.student_gradient),
+        logits(result.teacher_gradient),
+        description,
     )

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 
 from fastkd.products import slab_rows
+from fastkd.rows import row_dtype
 
 # Of a call that names none. A GPU wants chunks of 2048 rows and more: each adds to the whole of the weight's gradient.
 CPU_BUDGET, DEVICE_BUDGET = 384 << 20, 2 << 30
@@ -193,4 +194,4 @@ def memory_plan(
 
 def wide(dtype: torch.dtype) -> torch.dtype:
     """What logits are computed in by default, from operands of that dtype."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
+    return row_dtype(dtype)

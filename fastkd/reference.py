@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fastkd.divergences import Divergence
-from fastkd.rows import Options, Result, Rows, Want
+from fastkd.rows import Options, Result, Rows, Want, row_dtype
 from fastkd.topk import Events, topk_rows
 
 # A probability below this counts as 0 beside a logit of -inf on the other side (see evaluate).
@@ -98,7 +98,7 @@ def kd_rows(student: Tensor, teacher: Tensor, rows: Rows, options: Options, want
     if rows.ids is not None:
         return topk_rows(sys.modules[__name__], student, teacher, rows, options, want)
     divergence, alpha, vocabulary = options.divergence, options.alpha, options.vocab_size
-    dtype = torch.float64 if torch.float64 in (student.dtype, teacher.dtype) else torch.float32
+    dtype = row_dtype(student.dtype, teacher.dtype)
 
     def per_row(value: Tensor | None, fallback: float) -> Tensor | float:
         return fallback if value is None else value.to(dtype).unsqueeze(-1)

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from fastkd.divergences import Divergence
@@ -57,6 +58,11 @@ def counted_rows(rows: Rows, ignore_index: int) -> Tensor | None:
     if rows.weight is not None:
         kept = rows.weight != 0 if kept is None else kept & (rows.weight != 0)
     return kept
+
+
+def row_dtype(*logits: torch.dtype) -> torch.dtype:
+    """Of losses, from the dtypes of the logits: float32, or float64 where one of them is."""
+    return torch.float64 if torch.float64 in logits else torch.float32
 
 
 class Want(NamedTuple):

@@ -22,7 +22,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastkd.rows import Options, Result, Rows, Want
+from fastkd.rows import Options, Result, Rows, Want, row_dtype
 
 
 class Events(NamedTuple):
@@ -67,8 +67,7 @@ def topk_rows(
     """The loss of each row against a sparse teacher; shapes and meaning as :class:`fastkd.rows.Result` has them."""
     ids, labels, alpha = rows.ids, rows.labels, options.alpha
     assert ids is not None
-    exact = torch.float64 in (student.dtype, logprobs.dtype)
-    dtype = torch.float64 if exact else torch.float32
+    dtype = row_dtype(student.dtype, logprobs.dtype)
     with_labels = labels is not None and alpha < 1.0
     events = kernels.gather_events(student, rows, options, want.parts)
     weight = torch.ones_like(events.tail) if rows.weight is None else rows.weight.to(dtype)

@@ -56,7 +56,7 @@ class Prepared(NamedTuple):
 def prepare(
     lead: torch.Size,
     device: torch.device,
-    float64: bool,
+    row_dtype: torch.dtype,
     vocabulary: int,
     labels: Tensor | None,
     *,
@@ -111,7 +111,6 @@ def prepare(
         _check_rows("mask", mask, lead, device, (torch.bool,))
     if weight is not None:
         _check_rows("weight", weight, lead, device, LOGIT_DTYPES)
-    row_dtype = torch.float64 if float64 else torch.float32
     counted, row_weight = _weights(labels, ignore_index, mask, weight, row_dtype)
     if checking():
         read = torch.ones(lead, dtype=torch.bool, device=device) if counted is None else counted

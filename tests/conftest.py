@@ -55,6 +55,26 @@ def any_backend(request: pytest.FixtureRequest) -> str:
     return _present(request.param)
 
 
+def _instruction_sets() -> list[str]:
+    """Of the native extension; none, and tests that want them are skipped, where it is missing."""
+    try:
+        from fastkd import _C
+    except ImportError:
+        return []
+    return _C.instruction_sets()
+
+
+@pytest.fixture(params=_instruction_sets())
+def instructions(request: pytest.FixtureRequest) -> Iterator[str]:
+    """The native extension with this instruction set in use."""
+    from fastkd import _C
+
+    before = _C.instruction_set()
+    _C.use_instruction_set(request.param)
+    yield request.param
+    _C.use_instruction_set(before)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def poisoned_memory() -> Iterator[None]:
     """torch.empty is full of NaN (of the largest integer), so that an element nobody wrote shows."""

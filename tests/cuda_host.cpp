@@ -177,12 +177,8 @@ void scale_rows(const Call& call, const float* factor, int64_t stride, int, void
   for (int64_t row = 0; row < call.rows; ++row)
     for (int64_t column = 0; column < call.student.width; ++column) {
       char* memory = row_of(call, call.student, row);
-      const float value = factor[row * stride] * load_one(memory, call.student.dtype, column);
-      if (call.student.dtype == Dtype::f32)
-        reinterpret_cast<float*>(memory)[column] = value;
-      else
-        reinterpret_cast<uint16_t*>(memory)[column] =
-            call.student.dtype == Dtype::bf16 ? to_bf16(value) : to_fp16(value);
+      store_one(memory, call.student.dtype, column,
+                factor[row * stride] * load_one(memory, call.student.dtype, column));
     }
 }
 

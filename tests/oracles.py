@@ -138,6 +138,41 @@ class Outcome(NamedTuple):
     student_entropy_terms: Tensor
 
 
+def _rows_read(
+    student: Tensor,
+    labels: Tensor | None,
+    ignore_index: int,
+    mask: Tensor | None,
+    weight: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """(which rows are counted, the numbers of those that are read): a row of weight 0 counts, and is not read."""
+    n = math.prod(student.shape[:-1])
+    counted = torch.ones(n, dtype=torch.bool, device=student.device)
+    if labels is not None:
+        counted &= labels.reshape(n) != ignore_index
+    if mask is not None:
+        counted &= mask.reshape(n)
+    read = counted if weight is None else counted & (weight.reshape(n) != 0)
+    return counted, read.nonzero().squeeze(-1)
+
+
+def _of_rows(value: float | Tensor, rows: Tensor, n: int, dtype: torch.dtype) -> Tensor:
+    """[rows, 1]: a number, or what a tensor has for these rows."""
+    if not isinstance(value, Tensor):
+        return torch.full((len(rows), 1), value, dtype=dtype, device=rows.device)
+    return value.reshape(n)[rows].to(dtype).unsqueeze(-1)
+
+
+def _denominator(
+    reduction: str, num_items: float | Tensor | None, counted: Tensor, student: Tensor
+) -> float:
+    if reduction not in ("mean", "batchmean"):
+        return 1.0
+    if num_items is not None:
+        return float(num_items)
+    return max(int(counted.sum()), 1) if reduction == "mean" else max(student.shape[0], 1)
+
+
 def compose(
     student: Tensor,
     teacher: Tensor,
@@ -171,23 +206,10 @@ def compose(
     student_leaf = student.detach().to(dtype).requires_grad_()
     teacher_leaf = teacher.detach().to(dtype).requires_grad_()
 
-    counted = torch.ones(n, dtype=torch.bool, device=device)
-    if labels is not None:
-        counted &= labels.reshape(n) != ignore_index
-    if mask is not None:
-        counted &= mask.reshape(n)
-    row_weight = torch.ones(n, dtype=dtype) if weight is None else weight.reshape(n).to(dtype)
-    rows = (
-        (counted & (row_weight != 0)).nonzero().squeeze(-1)
-    )  # a row that is not here is never read
+    counted, rows = _rows_read(student, labels, ignore_index, mask, weight)
 
     def of_rows(value: float | Tensor) -> Tensor:
-        value = (
-            value.reshape(n)[rows]
-            if isinstance(value, Tensor)
-            else torch.full((len(rows),), value, dtype=dtype)
-        )
-        return value.to(dtype).unsqueeze(-1)
+        return _of_rows(value, rows, n, dtype)
 
     def adjusted(leaf: Tensor, scale: float, cap: float | None) -> Tensor:
         z = leaf.reshape(n, leaf.shape[-1])[rows, :vocabulary] * scale
@@ -214,7 +236,7 @@ def compose(
     log_q_plain = (s.detach() / t_student).log_softmax(-1)
     entropy = -_times(log_q_plain, log_q_plain).sum(-1)
 
-    factor = row_weight[rows]
+    factor = of_rows(1.0 if weight is None else weight).squeeze(-1)
     loss_of_row = (1 - alpha) * cross_entropy
     if alpha:
         loss_of_row = loss_of_row + alpha * distillation
@@ -223,13 +245,7 @@ def compose(
         return torch.zeros(n, dtype=dtype, device=device).index_copy(0, rows, of_kept).reshape(lead)
 
     loss = spread(loss_of_row * factor)
-    denominator = 1.0
-    if reduction in ("mean", "batchmean"):
-        denominator = (
-            max(int(counted.sum()), 1) if reduction == "mean" else max(student.shape[0], 1)
-        )
-        if num_items is not None:
-            denominator = float(num_items)
+    denominator = _denominator(reduction, num_items, counted, student)
     if reduction != "none":
         loss = loss.sum() / denominator
     upstream = torch.ones_like(loss) if upstream is None else upstream.to(dtype)
@@ -348,21 +364,10 @@ def compose_topk(
     vocabulary = student.shape[-1] if vocab_size is None else vocab_size
     leaf = student.detach().to(dtype).requires_grad_()
 
-    counted = torch.ones(n, dtype=torch.bool)
-    if labels is not None:
-        counted &= labels.reshape(n) != ignore_index
-    if mask is not None:
-        counted &= mask.reshape(n)
-    row_weight = torch.ones(n, dtype=dtype) if weight is None else weight.reshape(n).to(dtype)
-    rows = (counted & (row_weight != 0)).nonzero().squeeze(-1)
+    counted, rows = _rows_read(student, labels, ignore_index, mask, weight)
 
     def of_rows(value: float | Tensor) -> Tensor:
-        value = (
-            value.reshape(n)[rows]
-            if isinstance(value, Tensor)
-            else torch.full((len(rows),), value, dtype=dtype)
-        )
-        return value.to(dtype).unsqueeze(-1)
+        return _of_rows(value, rows, n, dtype)
 
     t_student = of_rows(temperature)
     t_teacher = t_student if teacher_temperature is None else of_rows(teacher_temperature)
@@ -421,7 +426,7 @@ def compose_topk(
     log_q_plain = log_q_row.detach()
     entropy = -_times(log_q_plain, log_q_plain).sum(-1)
 
-    factor = row_weight[rows]
+    factor = of_rows(1.0 if weight is None else weight).squeeze(-1)
     loss_of_row = (1 - alpha) * cross_entropy
     if alpha:
         loss_of_row = loss_of_row + alpha * distillation
@@ -430,13 +435,7 @@ def compose_topk(
         return torch.zeros(n, dtype=dtype).index_copy(0, rows, of_kept.to(dtype)).reshape(lead)
 
     loss = spread(loss_of_row * factor)
-    denominator = 1.0
-    if reduction in ("mean", "batchmean"):
-        denominator = (
-            max(int(counted.sum()), 1) if reduction == "mean" else max(student.shape[0], 1)
-        )
-        if num_items is not None:
-            denominator = float(num_items)
+    denominator = _denominator(reduction, num_items, counted, student)
     if reduction != "none":
         loss = loss.sum() / denominator
     upstream = torch.ones_like(loss) if upstream is None else upstream.to(dtype)

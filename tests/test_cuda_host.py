@@ -46,6 +46,7 @@ def compile_host(directory: Path, edit: Callable[[str], str] | None = None) -> P
         csrc = directory / "csrc"
         for header in (
             *(ROOT / "csrc" / "cuda").glob("*.[hc]*"),
+            *(ROOT / "csrc").glob("*.h"),
             ROOT / "csrc" / "generated" / "divergences.h",
         ):
             copy = csrc / header.relative_to(ROOT / "csrc")
@@ -81,6 +82,7 @@ def host() -> ModuleType:
     """Compiled once for this state of the sources."""
     files = [
         *sorted((ROOT / "csrc" / "cuda").iterdir()),
+        *sorted((ROOT / "csrc").glob("*.h")),
         ROOT / "csrc" / "generated" / "divergences.h",
         SOURCES[1],
     ]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -17,14 +16,6 @@ _C = pytest.importorskip("fastkd._C")
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 # From 4 MiB of gradient on, it is written past the cache, alongside the statistics of the next row.
 ROWS, COLUMNS = 9, 122_880  # 60 blocks of 2048 columns
-
-
-@pytest.fixture(params=_C.instruction_sets())
-def instructions(request: pytest.FixtureRequest) -> Iterator[str]:
-    before = _C.instruction_set()
-    _C.use_instruction_set(request.param)
-    yield request.param
-    _C.use_instruction_set(before)
 
 
 @DTYPES

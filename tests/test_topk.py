@@ -489,14 +489,6 @@ def test_strided_students(everywhere: str, tail: str, dtype: torch.dtype, inplac
 _C = pytest.importorskip("fastkd._C")
 
 
-@pytest.fixture(params=_C.instruction_sets())
-def instructions(request: pytest.FixtureRequest) -> Iterator[str]:
-    before = _C.instruction_set()
-    _C.use_instruction_set(request.param)
-    yield request.param
-    _C.use_instruction_set(before)
-
-
 @dtypes
 @tails
 def test_instruction_sets(instructions: str, tail: str, dtype: torch.dtype) -> None:

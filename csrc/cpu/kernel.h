@@ -4,9 +4,9 @@
 #include <string>
 #include <vector>
 
-namespace fastkd {
+#include "../call.h"
 
-enum class Dtype : int { f32 = 0, bf16 = 1, f16 = 2 };
+namespace fastkd {
 
 // The logits or gradients of all rows: any strides (in elements) over the leading dimensions, a unit stride over V.
 struct Rows {
@@ -16,22 +16,12 @@ struct Rows {
   std::vector<int64_t> strides;
 };
 
-// One side, student or teacher: what is done to its logits before the softmax.
-struct Tempering {
-  double temperature = 1;
-  const float* per_row = nullptr;  // [rows] or null
-  double logit_scale = 1;
-  double softcap = 0;  // 0: none
-};
-
 // What becomes of the tokens a sparse teacher does not name; fastkd/teachers.py explains them.
 enum class Tail : int { bucket = 0, renormalize = 1, renormalize_teacher = 2, truncate = 3 };
 
-struct Call {
+struct Call : Loss {
   std::vector<int64_t> sizes;  // leading shape
-  int64_t rows = 0, vocabulary = 0;
   Rows student, teacher, student_gradient, teacher_gradient;  // gradients: data is null where not wanted
-  Tempering student_tempering, teacher_tempering;
 
   // A sparse teacher: ids [rows, tokens], -1 for padding; then the teacher's columns are their log-probabilities.
   const int64_t* ids = nullptr;
@@ -39,27 +29,6 @@ struct Call {
   const float* tail_logprob = nullptr;  // [rows] or null
   Tail tail = Tail::bucket;
 
-  // [rows], null where not given
-  const int64_t* labels = nullptr;
-  const float* weight = nullptr;
-  const float* scale_on_device = nullptr;  // one element
-
-  // [rows], null where not wanted; loss and total always
-  float* loss = nullptr;
-  float* total = nullptr;
-  float* distillation = nullptr;
-  float* cross_entropy = nullptr;
-  float* student_entropy = nullptr;
-
-  int divergence = 0;  // index into FASTKD_DIVERGENCES
-  std::vector<float> params;
-  bool normalized = true, closed_form = false;
-  double forward = 0, reverse = 0, cross = 0;  // weights of the closed form
-  double degree = 0;
-
-  double alpha = 1, label_smoothing = 0, scale = 1;
-  bool scale_by_temperature = true;
-  int64_t ignore_index = -100;
   int threads = 1;
 };
 

@@ -150,7 +150,7 @@ class Row {
 
   void sums(int64_t b, BlockScratch& scratch) {
     const bool logs = kernels_.uses_logs || log_0_ || !call_.normalized;
-    sums_[b] = kernels_.sums[log_0_](view(b, scratch, logs), columns(b), call_.params.data(), g(b, scratch));
+    sums_[b] = kernels_.sums[log_0_](view(b, scratch, logs), columns(b), call_.params, g(b, scratch));
   }
 
   // False where the row has to be done again with the policy for log 0.
@@ -185,7 +185,7 @@ class Row {
     const bool logs = (kernels_.gradient_uses_logs && !keeps_g()) || teacher_gradient_ || log_0_ || !call_.normalized;
     PendingGradient pending;
     pending.view = view(b, scratch, logs || s_adjust_.softcap != 0);
-    pending.params = call_.params.data();
+    pending.params = call_.params;
     if (teacher_gradient_) {
       pending.kernel = kernels_.teacher[log_0_];
       pending.degree = float(call_.degree);

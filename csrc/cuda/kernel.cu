@@ -218,13 +218,8 @@ __global__ void __launch_bounds__(SCALE_THREADS)
   char* memory = row_of(call, rows, row);
   const int64_t first = blockIdx.x % tiles * SCALE_COLUMNS;
   const int64_t last = first + SCALE_COLUMNS < rows.width ? first + SCALE_COLUMNS : rows.width;
-  for (int64_t i = first + threadIdx.x; i < last; i += SCALE_THREADS) {
-    const float value = factor * load_one(memory, rows.dtype, i);
-    if (rows.dtype == Dtype::f32)
-      reinterpret_cast<float*>(memory)[i] = value;
-    else
-      reinterpret_cast<uint16_t*>(memory)[i] = rows.dtype == Dtype::bf16 ? to_bf16(value) : to_fp16(value);
-  }
+  for (int64_t i = first + threadIdx.x; i < last; i += SCALE_THREADS)
+    store_one(memory, rows.dtype, i, factor * load_one(memory, rows.dtype, i));
 }
 
 // ---- launching

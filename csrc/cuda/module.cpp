@@ -1,41 +1,23 @@
 // fastkd._cuda: the kernels for GPUs with thread-block clusters, behind pybind11. It takes what fastkd._C takes, with a
 // device and a stream in place of threads; fastkd/cuda.py is its only caller.
 
-#include <pybind11/pybind11.h>
-#include <pybind11/stl.h>
-
 #include <stdexcept>
 #include <string>
-#include <tuple>
 #include <vector>
 
+#include "../bindings.h"
 #include "kernel.h"
 #include "plan.h"
 
 namespace py = pybind11;
+using namespace fastkd;
 using namespace fastkd::cuda;
 
 namespace {
 
-template <class T = float>
-T* pointer(uintptr_t address) {
-  return reinterpret_cast<T*>(address);
-}
-
-using Strides = std::vector<int64_t>;
-using Logits = std::tuple<uintptr_t, int, int64_t, Strides>;       // address, dtype, width, leading strides
-using Numbers = std::tuple<double, uintptr_t, double, double>;     // temperature, per row, logit scale, softcap
-
-Tempering tempering(const Numbers& values) {
-  const auto& [temperature, per_row, logit_scale, softcap] = values;
-  return {float(temperature), pointer<const float>(per_row), float(logit_scale), float(softcap)};
-}
-
 // The leading shape in as few dimensions as it has: neighbours merge where every tensor steps through both with one
 // stride. The shifted view logits[:, :-1] keeps two, a contiguous tensor one.
-void set_layout(Call& call, const std::vector<int64_t>& sizes, const std::vector<std::pair<Rows*, Strides>>& given) {
-  call.rows = 1;
-  for (const int64_t size : sizes) call.rows *= size;
+void set_layout(Call& call, const Strides& sizes, const std::vector<std::pair<Rows*, Strides>>& given) {
   int& dimensions = call.dimensions;
   for (size_t axis = 0; axis < sizes.size(); ++axis) {
     if (sizes[axis] == 1) continue;
@@ -58,14 +40,10 @@ void set(Rows& rows, const Logits& logits) {
 }
 
 // kd_rows, with its arguments as Python has them.
-void launch(const std::vector<int64_t>& sizes, int64_t vocabulary, const Logits& student, const Logits& teacher,
-            const Logits& student_gradient, const Logits& teacher_gradient, const Numbers& student_tempering,
-            const Numbers& teacher_tempering, uintptr_t labels, uintptr_t weight, uintptr_t scale_on_device,
-            uintptr_t loss, uintptr_t total, uintptr_t distillation, uintptr_t cross_entropy, uintptr_t student_entropy,
-            int divergence, const std::vector<float>& params, bool normalized, const std::vector<double>& closed_form,
-            double degree, double alpha, double label_smoothing, double scale, bool scale_by_temperature,
-            int64_t ignore_index, int device, uintptr_t stream) {
+void launch(const Strides& sizes, const Logits& student, const Logits& teacher, const Logits& student_gradient,
+            const Logits& teacher_gradient, const Description& description, int device, uintptr_t stream) {
   Call call;
+  describe(call, sizes, description);
   set(call.student, student);
   set(call.teacher, teacher);
   set(call.student_gradient, student_gradient);
@@ -75,40 +53,14 @@ void launch(const std::vector<int64_t>& sizes, int64_t vocabulary, const Logits&
               {&call.teacher, std::get<3>(teacher)},
               {&call.student_gradient, std::get<3>(student_gradient)},
               {&call.teacher_gradient, std::get<3>(teacher_gradient)}});
-  call.vocabulary = vocabulary;
-  call.student_tempering = tempering(student_tempering);
-  call.teacher_tempering = tempering(teacher_tempering);
-  call.labels = pointer<const int64_t>(labels);
-  call.weight = pointer<const float>(weight);
-  call.scale_on_device = pointer<const float>(scale_on_device);
-  call.loss = pointer(loss);
-  call.total = pointer(total);
-  call.distillation = pointer(distillation);
-  call.cross_entropy = pointer(cross_entropy);
-  call.student_entropy = pointer(student_entropy);
-  call.divergence = divergence;
-  if (params.size() > PARAMETERS) throw std::invalid_argument("a divergence has at most 8 parameters");
-  std::copy(params.begin(), params.end(), call.params);
-  call.normalized = normalized;
-  call.closed_form = !closed_form.empty();
-  if (call.closed_form) {
-    call.forward = float(closed_form[0]);
-    call.reverse = float(closed_form[1]);
-    call.cross = float(closed_form[2]);
-  }
-  call.degree = float(degree);
-  call.alpha = alpha;
-  call.label_smoothing = label_smoothing;
-  call.scale = scale;
-  call.scale_by_temperature = scale_by_temperature;
-  call.ignore_index = ignore_index;
   py::gil_scoped_release release;
   kd_rows(call, device, pointer<void>(stream));
 }
 
-void scale(const std::vector<int64_t>& sizes, const Logits& gradient, uintptr_t factor, int64_t stride, int device,
+void scale(const Strides& sizes, const Logits& gradient, uintptr_t factor, int64_t stride, int device,
            uintptr_t stream) {
   Call call;
+  call.rows = product(sizes);
   set(call.student, gradient);
   set_layout(call, sizes, {{&call.student, std::get<3>(gradient)}});
   py::gil_scoped_release release;

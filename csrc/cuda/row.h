@@ -147,6 +147,14 @@ FASTKD_INLINE float load_one(const char* memory, Dtype dtype, int64_t column) {
   return dtype == Dtype::bf16 ? from_bf16(x) : from_fp16(x);
 }
 
+FASTKD_INLINE void store_one(char* memory, Dtype dtype, int64_t column, float value) {
+  FASTKD_SEEN(memory + column * size_of_element(dtype), size_of_element(dtype), true);
+  if (dtype == Dtype::f32)
+    reinterpret_cast<float*>(memory)[column] = value;
+  else
+    reinterpret_cast<uint16_t*>(memory)[column] = dtype == Dtype::bf16 ? to_bf16(value) : to_fp16(value);
+}
+
 // A thread's part of the zeros of a row that is dropped, and of the padding past the vocabulary of one that is not.
 FASTKD_CALL void clear(const Call& call, Place place, const Rows& rows, int64_t row, bool padding_alone) {
   if (!rows.data) return;
@@ -154,13 +162,8 @@ FASTKD_CALL void clear(const Call& call, Place place, const Rows& rows, int64_t 
   const int64_t step = int64_t(call.ranks) * call.threads;
 #pragma unroll 1
   for (int64_t i = int64_t(place.rank) * call.threads + place.thread + (padding_alone ? call.vocabulary : 0);
-       i < rows.width; i += step) {
-    FASTKD_SEEN(memory + i * size_of_element(rows.dtype), size_of_element(rows.dtype), true);
-    if (rows.dtype == Dtype::f32)
-      reinterpret_cast<float*>(memory)[i] = 0;
-    else
-      reinterpret_cast<uint16_t*>(memory)[i] = 0;
-  }
+       i < rows.width; i += step)
+    store_one(memory, rows.dtype, i, 0);
 }
 
 // ---- what a row is, and what has been found of it
@@ -260,16 +263,16 @@ FASTKD_INLINE bool needs_statistics(const Call& call, const RowState& row) {
 FASTKD_INLINE void open_side(const Rows& rows, const Tempering& tempering, int64_t row, Side& side, float& weight) {
   side.threshold = side.top = 0;
   side.dtype = rows.dtype;
-  side.softcap = tempering.softcap;
-  side.gain = tempering.softcap == 0 ? 0 : tempering.logit_scale / tempering.softcap;
-  side.inverse_cap = tempering.softcap == 0 ? 0 : 1 / tempering.softcap;
+  side.softcap = float(tempering.softcap);
+  side.gain = tempering.softcap == 0 ? 0 : float(tempering.logit_scale / tempering.softcap);
+  side.inverse_cap = tempering.softcap == 0 ? 0 : float(1 / tempering.softcap);
   side.sign = tempering.logit_scale < 0 ? -1 : 1;
-  side.temperature = tempering.per_row ? tempering.per_row[row] : tempering.temperature;
+  side.temperature = tempering.per_row ? tempering.per_row[row] : float(tempering.temperature);
   if (!(side.temperature > 0)) {  // a number is valid where it is positive; anything else poisons the row
     weight = NAN;
     side.temperature = 1;
   }
-  const float scale = tempering.softcap == 0 ? fabsf(tempering.logit_scale) : 1;
+  const float scale = tempering.softcap == 0 ? fabsf(float(tempering.logit_scale)) : 1;
   side.unit = scale / side.temperature;
 }
 
@@ -286,7 +289,7 @@ FASTKD_CALL void open_row(const Call& call, int64_t index, RowState& row) {
   row.z_label = row.pivot = 0;
   open_side(call.student, call.student_tempering, index, row.student, row.weight);
   open_side(call.teacher, call.teacher_tempering, index, row.teacher, row.weight);
-  row.plain_unit = call.student_tempering.softcap == 0 ? fabsf(call.student_tempering.logit_scale) : 1;
+  row.plain_unit = call.student_tempering.softcap == 0 ? fabsf(float(call.student_tempering.logit_scale)) : 1;
   if (row.with_labels) {
     if (row.label < 0 || row.label >= call.vocabulary) {
       row.weight = NAN;
@@ -540,7 +543,7 @@ FASTKD_INLINE void gradients(const Call& call, const RowState& row, Place place,
                              char* student_gradient, char* teacher_gradient) {
   const int columns = columns_of(call, place.rank);
   const int64_t start = first_column(call, place.rank);
-  const float uniform = float(call.label_smoothing / double(call.vocabulary));
+  const float degree = float(call.degree), uniform = float(call.label_smoothing / double(call.vocabulary));
 #pragma unroll 1
   for (int first = place.thread * VECTOR; first < columns; first += call.threads * VECTOR) {
     const int n = columns - first < VECTOR ? columns - first : VECTOR;
@@ -552,7 +555,7 @@ FASTKD_INLINE void gradients(const Call& call, const RowState& row, Place place,
         evaluate<Divergence, LOG_0>(call, row, s[k], t[k], p, q, phi, g);
         out[k] = (call.normalized ? g - q * row.sum_g : g) * row.distillation_factor;
         if (teacher_gradient) {
-          const V h = call.degree * phi - g;
+          const V h = degree * phi - g;
           teacher_out[k] = (call.normalized ? h - p * row.sum_h : h) * row.teacher_factor;
         }
       }

@@ -1,0 +1,72 @@
+// What both extension modules take from Python; fastkd/native.py makes it.
+#pragma once
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <algorithm>
+#include <stdexcept>
+#include <tuple>
+#include <vector>
+
+#include "call.h"
+
+namespace fastkd {
+
+template <class T = float>
+T* pointer(uintptr_t address) {
+  return reinterpret_cast<T*>(address);
+}
+
+using Strides = std::vector<int64_t>;
+using Logits = std::tuple<uintptr_t, int, int64_t, Strides>;     // address, dtype, width, leading strides
+using Numbers = std::tuple<double, uintptr_t, double, double>;   // temperature, per row, logit scale, softcap
+using Definition = std::tuple<int, std::vector<float>, bool, std::vector<double>, double>;  // number, params, normalized,
+                                                                                            // closed form, degree
+using Description = std::tuple<int64_t, Numbers, Numbers,                      // vocabulary; student, teacher
+                               uintptr_t, uintptr_t, uintptr_t,                // labels, weight, scale on the device
+                               uintptr_t, uintptr_t, uintptr_t, uintptr_t, uintptr_t,  // loss, total, the three parts
+                               Definition, double, double, double, bool, int64_t>;     // alpha, smoothing, scale, T^2,
+                                                                                       // ignore_index
+inline Tempering tempering(const Numbers& values) {
+  const auto& [temperature, per_row, logit_scale, softcap] = values;
+  return {temperature, pointer<const float>(per_row), logit_scale, softcap};
+}
+
+inline int64_t product(const Strides& sizes) {
+  int64_t result = 1;
+  for (const int64_t size : sizes) result *= size;
+  return result;
+}
+
+inline void describe(Loss& call, const Strides& sizes, const Description& description) {
+  const auto& [vocabulary, student, teacher, labels, weight, scale_on_device, loss, total, distillation, cross_entropy,
+               student_entropy, definition, alpha, label_smoothing, scale, scale_by_temperature, ignore_index] =
+      description;
+  const auto& [number, params, normalized, closed_form, degree] = definition;
+  call.rows = product(sizes);
+  call.vocabulary = vocabulary;
+  call.student_tempering = tempering(student);
+  call.teacher_tempering = tempering(teacher);
+  call.labels = pointer<const int64_t>(labels);
+  call.weight = pointer<const float>(weight);
+  call.scale_on_device = pointer<const float>(scale_on_device);
+  call.loss = pointer(loss);
+  call.total = pointer(total);
+  call.distillation = pointer(distillation);
+  call.cross_entropy = pointer(cross_entropy);
+  call.student_entropy = pointer(student_entropy);
+  call.divergence = number;
+  if (params.size() > PARAMETERS) throw std::invalid_argument("a divergence has at most 8 parameters");
+  std::copy(params.begin(), params.end(), call.params);
+  call.normalized = normalized;
+  call.closed_form = !closed_form.empty();
+  if (call.closed_form) call.forward = closed_form[0], call.reverse = closed_form[1], call.cross = closed_form[2];
+  call.degree = degree;
+  call.alpha = alpha;
+  call.label_smoothing = label_smoothing;
+  call.scale = scale;
+  call.scale_by_temperature = scale_by_temperature;
+  call.ignore_index = ignore_index;
+}
+
+}  // namespace fastkd

@@ -1,0 +1,46 @@
+// What a loss over rows is, apart from where its logits lie: plain numbers and addresses, for the kernels of CPUs and GPUs.
+#pragma once
+#include <cstdint>
+
+namespace fastkd {
+
+enum class Dtype : int { f32 = 0, bf16 = 1, f16 = 2 };
+
+constexpr int PARAMETERS = 8;  // of a divergence, at most
+
+// One side, student or teacher: what is done to its logits before the softmax.
+struct Tempering {
+  double temperature = 1;
+  const float* per_row = nullptr;  // [rows] or null
+  double logit_scale = 1;
+  double softcap = 0;  // 0: none
+};
+
+struct Loss {
+  int64_t rows = 0, vocabulary = 0;
+  Tempering student_tempering, teacher_tempering;
+
+  // [rows], null where not given
+  const int64_t* labels = nullptr;
+  const float* weight = nullptr;
+  const float* scale_on_device = nullptr;  // one element
+
+  // [rows], null where not wanted; loss and total always
+  float* loss = nullptr;
+  float* total = nullptr;  // one element
+  float* distillation = nullptr;
+  float* cross_entropy = nullptr;
+  float* student_entropy = nullptr;
+
+  int divergence = 0;  // index into FASTKD_DIVERGENCES
+  float params[PARAMETERS] = {};
+  bool normalized = true, closed_form = false;
+  double forward = 0, reverse = 0, cross = 0;  // weights of the closed form
+  double degree = 0;
+
+  double alpha = 1, label_smoothing = 0, scale = 1;
+  bool scale_by_temperature = true;
+  int64_t ignore_index = -100;
+};
+
+}  // namespace fastkd
