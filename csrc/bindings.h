@@ -18,15 +18,17 @@ T* pointer(uintptr_t address) {
 }
 
 using Strides = std::vector<int64_t>;
-using Logits = std::tuple<uintptr_t, int, int64_t, Strides>;     // address, dtype, width, leading strides
-using Numbers = std::tuple<double, uintptr_t, double, double>;   // temperature, per row, logit scale, softcap
-using Definition = std::tuple<int, std::vector<float>, bool, std::vector<double>, double>;  // number, params, normalized,
-                                                                                            // closed form, degree
-using Description = std::tuple<int64_t, Numbers, Numbers,                      // vocabulary; student, teacher
-                               uintptr_t, uintptr_t, uintptr_t,                // labels, weight, scale on the device
-                               uintptr_t, uintptr_t, uintptr_t, uintptr_t, uintptr_t,  // loss, total, the three parts
-                               Definition, double, double, double, bool, int64_t>;     // alpha, smoothing, scale, T^2,
-                                                                                       // ignore_index
+// address, dtype, width, leading strides
+using Logits = std::tuple<uintptr_t, int, int64_t, Strides>;
+// temperature, one per row, logit scale, softcap
+using Numbers = std::tuple<double, uintptr_t, double, double>;
+// of the divergence: its number, parameters, whether it is normalized, the weights of its closed form, its degree
+using Definition = std::tuple<int, std::vector<float>, bool, std::vector<double>, double>;
+// vocabulary; student, teacher; labels, weight, scale on the device; loss, total and the three parts; the divergence;
+// alpha, label smoothing, scale, whether T^2 multiplies, ignore_index
+using Description = std::tuple<int64_t, Numbers, Numbers, uintptr_t, uintptr_t, uintptr_t, uintptr_t, uintptr_t,
+                               uintptr_t, uintptr_t, uintptr_t, Definition, double, double, double, bool, int64_t>;
+
 inline Tempering tempering(const Numbers& values) {
   const auto& [temperature, per_row, logit_scale, softcap] = values;
   return {temperature, pointer<const float>(per_row), logit_scale, softcap};
