@@ -343,8 +343,8 @@ def chunks_of_rows(
     t_buffers = [
         kernels.empty((step, vocabulary), t_dtype, device) for _ in range(target.buffers())
     ]
-    for start in range(0, count, max(step, 1)):
-        stop = min(start + step, count)
+
+    def run(start: int, stop: int) -> None:
         size = stop - start
         at: At = slice(start, stop) if numbers is None else numbers[start:stop]
         chunk = _rows_at(rows, lead, at)
@@ -355,6 +355,10 @@ def chunks_of_rows(
             put(mine, lead, at, its)
         if result.student_gradient is not None:
             learner.add(at, result.student_gradient, t_buffers[0] if t_buffers else None)
+
+    for start in range(0, count, max(step, 1)):
+        run(start, min(start + step, count))
+    del s_buffer, t_buffers  # the next to be made are gradients in their own precision
     loss, *parts = per_row
     total = (loss.sum(dtype=torch.float64) * factor).to(loss.dtype)
     gradients = learner.finished(numbers)

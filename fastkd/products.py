@@ -6,6 +6,7 @@ a slab of rows at a time: a whole copy of an lm_head would be as large as the lo
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 
 import torch
@@ -31,6 +32,18 @@ def _widens(operand: Tensor) -> bool:
     return low and operand.device.type == "cuda" and hasattr(torch.ops.aten.mm, "dtype_out")
 
 
+@functools.cache
+def _accumulates(device: torch.device) -> bool:
+    """Whether torch adds such a product to a float32 tensor by itself; the first release with `out_dtype` refuses."""
+    operand = torch.zeros(16, 16, dtype=torch.bfloat16, device=device)
+    total = torch.zeros(16, 16, dtype=torch.float32, device=device)
+    try:
+        torch.addmm(total, operand, operand, out_dtype=total.dtype, out=total)
+    except RuntimeError:
+        return False
+    return True
+
+
 def make_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> Tensor:
     """Out [C, V] = hidden [C, H] @ weight [V, H].T + bias [V]."""
     if out.dtype == hidden.dtype == weight.dtype:
@@ -51,7 +64,7 @@ def hidden_gradient(gradient: Tensor, weight: Tensor, out: Tensor) -> None:
     if gradient.dtype == weight.dtype == out.dtype:
         torch.mm(gradient, weight, out=out)
     elif gradient.dtype == weight.dtype and _widens(weight):
-        out.copy_(torch.mm(gradient, weight))
+        torch.mm(gradient, weight, out_dtype=out.dtype, out=out)
     else:
         total = torch.zeros(out.shape, dtype=torch.float32, device=out.device)
         for slab in _slabs(weight):
@@ -66,9 +79,14 @@ def add_weight_gradient(gradient: Tensor, hidden: Tensor, total: Tensor, first: 
         total.addmm_(gradient.T, hidden, beta=beta)
         return
     if gradient.dtype == hidden.dtype and _widens(hidden):
+        if first:
+            torch.mm(gradient.T, hidden, out_dtype=total.dtype, out=total)
+            return
+        if _accumulates(hidden.device):
+            torch.addmm(total, gradient.T, hidden, out_dtype=total.dtype, out=total)
+            return
         for slab in _slabs(total):
-            part = torch.mm(gradient[:, slab].T, hidden, out_dtype=total.dtype)
-            total[slab] = part if first else total[slab].add_(part)
+            total[slab] += torch.mm(gradient[:, slab].T, hidden, out_dtype=total.dtype)
         return
     wide = hidden.to(total.dtype)
     for slab in _slabs(total):
