@@ -336,29 +336,28 @@ def chunks_of_rows(
     per_row = [
         torch.zeros(lead, dtype=row_dtype, device=device) for _ in range(4 if want.parts else 1)
     ]
-    s_buffer = kernels.empty((step, vocabulary), logits_dtype, device)
+    buffers = [kernels.empty((step, vocabulary), logits_dtype, device)]
     rounds = student.weight is not None and isinstance(teacher, LinearTeacher)
     rounds = rounds and teacher.hidden.dtype == logits_dtype  # type: ignore[union-attr]  # a LinearTeacher
     t_dtype = logits_dtype if rounds else row_dtype
-    t_buffers = [
-        kernels.empty((step, vocabulary), t_dtype, device) for _ in range(target.buffers())
-    ]
+    buffers += [kernels.empty((step, vocabulary), t_dtype, device) for _ in range(target.buffers())]
 
     def run(start: int, stop: int) -> None:
         size = stop - start
         at: At = slice(start, stop) if numbers is None else numbers[start:stop]
         chunk = _rows_at(rows, lead, at)
-        s = learner.logits(at, s_buffer[:size])
-        t, chunk = target.logits(at, chunk, [buffer[:size] for buffer in t_buffers])
+        mine, *its = (buffer[:size] for buffer in buffers)
+        s = learner.logits(at, mine)
+        t, chunk = target.logits(at, chunk, its)
         result = kernels.kd_rows(s, t, chunk, options, want)
-        for mine, its in zip(per_row, (result.loss, *result[4:]), strict=False):
-            put(mine, lead, at, its)
+        for whole, part in zip(per_row, (result.loss, *result[4:]), strict=False):
+            put(whole, lead, at, part)
         if result.student_gradient is not None:
-            learner.add(at, result.student_gradient, t_buffers[0] if t_buffers else None)
+            learner.add(at, result.student_gradient, buffers[1] if len(buffers) > 1 else None)
 
     for start in range(0, count, max(step, 1)):
         run(start, min(start + step, count))
-    del s_buffer, t_buffers  # the next to be made are gradients in their own precision
+    buffers.clear()  # the next to be made are gradients in their own precision
     loss, *parts = per_row
     total = (loss.sum(dtype=torch.float64) * factor).to(loss.dtype)
     gradients = learner.finished(numbers)

@@ -9,8 +9,8 @@ import torch
 from fastkd.products import slab_rows
 from fastkd.rows import row_dtype
 
-# Of a call that names none, beside the accumulator. A chunk reads and writes the whole of that, 8 V H bytes: with a head
-# of 128,256 x 4,096 in 1.4 ms of an H100, where the chunk's products take 11 ms if it has 2,048 rows: that many fit.
+# Of a call that names none, beside the accumulator. A chunk reads and writes the whole of that, 8 V H bytes: a head of
+# 128,256 x 4,096 takes 1.4 ms of an H100, and the chunk's products 11 ms if it has 2,048 rows. That many fit.
 CPU_BUDGET, DEVICE_BUDGET = 384 << 20, 2112 << 20
 # Threads' scratch memory, the packing of matrix products, tensors of one value a row.
 WORKSPACE = 16 << 20
@@ -79,7 +79,9 @@ def plan(
     a_row += shape.teacher_columns * max(shape.logits_dtype.itemsize, 4)
     logits = a_row
     a_row += shape.teacher_row_bytes
-    converted = 8 * (converts and shape.device == "cpu")  # hidden states and their gradient in float32
+    converted = 8 * (
+        converts and shape.device == "cpu"
+    )  # hidden states and their gradient in float32
     a_row += (shape.hidden + shape.teacher_hidden) * (shape.dtype.itemsize + converted)
     if shape.reference:
         a_row += REFERENCE_TEMPORARIES * shape.vocabulary * 4
@@ -102,7 +104,9 @@ def plan(
             raise ValueError(
                 f"memory_budget must be at least {fixed + a_row} bytes, which one row takes; got {budget}"
             )
-        chunk_size = -(-rows // -(-rows // chunk_size))  # chunks of one size, in place of a last one that is small
+        chunk_size = -(
+            -rows // -(-rows // chunk_size)
+        )  # chunks of one size, in place of a last one that is small
     chunk_size = min(chunk_size, rows)
     hidden = shape.rows * shape.hidden * shape.dtype.itemsize
     head = shape.vocabulary * shape.hidden * shape.dtype.itemsize
