@@ -24,10 +24,12 @@ using Logits = std::tuple<uintptr_t, int, int64_t, Strides>;
 using Numbers = std::tuple<double, uintptr_t, double, double>;
 // of the divergence: its number, parameters, whether it is normalized, the weights of its closed form, its degree
 using Definition = std::tuple<int, std::vector<float>, bool, std::vector<double>, double>;
-// vocabulary; student, teacher; labels, weight, scale on the device; loss, total and the three parts; the divergence;
+// ids of a sparse teacher (0: a dense one), how many a row, tail_logprob, tail
+using Sparse = std::tuple<uintptr_t, int64_t, uintptr_t, int>;
+// vocabulary; student, teacher; a sparse teacher; labels, weight, scale on the device; loss, total and the three parts; the divergence;
 // alpha, label smoothing, scale, whether T^2 multiplies, ignore_index
-using Description = std::tuple<int64_t, Numbers, Numbers, uintptr_t, uintptr_t, uintptr_t, uintptr_t, uintptr_t,
-                               uintptr_t, uintptr_t, uintptr_t, Definition, double, double, double, bool, int64_t>;
+using Description = std::tuple<int64_t, Numbers, Numbers, Sparse, uintptr_t, uintptr_t, uintptr_t, uintptr_t,
+                               uintptr_t, uintptr_t, uintptr_t, uintptr_t, Definition, double, double, double, bool, int64_t>;
 
 inline Tempering tempering(const Numbers& values) {
   const auto& [temperature, per_row, logit_scale, softcap] = values;
@@ -41,7 +43,7 @@ inline int64_t product(const Strides& sizes) {
 }
 
 inline void describe(Loss& call, const Strides& sizes, const Description& description) {
-  const auto& [vocabulary, student, teacher, labels, weight, scale_on_device, loss, total, distillation, cross_entropy,
+  const auto& [vocabulary, student, teacher, sparse, labels, weight, scale_on_device, loss, total, distillation, cross_entropy,
                student_entropy, definition, alpha, label_smoothing, scale, scale_by_temperature, ignore_index] =
       description;
   const auto& [number, params, normalized, closed_form, degree] = definition;
@@ -49,6 +51,11 @@ inline void describe(Loss& call, const Strides& sizes, const Description& descri
   call.vocabulary = vocabulary;
   call.student_tempering = tempering(student);
   call.teacher_tempering = tempering(teacher);
+  const auto& [ids, tokens, tail_logprob, tail] = sparse;
+  call.ids = pointer<const int64_t>(ids);
+  call.tokens = tokens;
+  call.tail_logprob = pointer<const float>(tail_logprob);
+  call.tail = static_cast<Tail>(tail);
   call.labels = pointer<const int64_t>(labels);
   call.weight = pointer<const float>(weight);
   call.scale_on_device = pointer<const float>(scale_on_device);

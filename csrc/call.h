@@ -16,9 +16,18 @@ struct Tempering {
   double softcap = 0;  // 0: none
 };
 
+// What becomes of the tokens a sparse teacher does not name; fastkd/teachers.py explains them.
+enum class Tail : int { bucket = 0, renormalize = 1, renormalize_teacher = 2, truncate = 3 };
+
 struct Loss {
   int64_t rows = 0, vocabulary = 0;
   Tempering student_tempering, teacher_tempering;
+
+  // A sparse teacher: ids [rows, tokens], -1 for padding; then the teacher's columns are their log-probabilities.
+  const int64_t* ids = nullptr;
+  int64_t tokens = 0;
+  const float* tail_logprob = nullptr;  // [rows] or null
+  Tail tail = Tail::bucket;
 
   // [rows], null where not given
   const int64_t* labels = nullptr;

@@ -57,7 +57,6 @@ void use_instruction_set(const std::string& name) {
 }
 
 using fastkd::Description, fastkd::Logits, fastkd::Strides, fastkd::pointer, fastkd::product;
-using Sparse = std::tuple<uintptr_t, int64_t, uintptr_t, int>;  // ids (0: a dense teacher), K, tail_logprob, tail
 
 fastkd::Rows rows(const Logits& logits) {
   const auto& [address, dtype, width, strides] = logits;
@@ -65,7 +64,7 @@ fastkd::Rows rows(const Logits& logits) {
 }
 
 void kd_rows(Strides sizes, const Logits& student, const Logits& teacher, const Logits& student_gradient,
-             const Logits& teacher_gradient, const Description& description, const Sparse& sparse, int threads) {
+             const Logits& teacher_gradient, const Description& description, int threads) {
   fastkd::Call call;
   describe(call, sizes, description);
   call.sizes = std::move(sizes);
@@ -73,11 +72,6 @@ void kd_rows(Strides sizes, const Logits& student, const Logits& teacher, const 
   call.teacher = rows(teacher);
   call.student_gradient = rows(student_gradient);
   call.teacher_gradient = rows(teacher_gradient);
-  const auto& [ids, tokens, tail_logprob, tail] = sparse;
-  call.ids = pointer<const int64_t>(ids);
-  call.tokens = tokens;
-  call.tail_logprob = pointer<const float>(tail_logprob);
-  call.tail = static_cast<fastkd::Tail>(tail);
   call.threads = threads;
   py::gil_scoped_release release;
   call.ids ? chosen->topk_rows(call) : chosen->kd_rows(call);

@@ -11,7 +11,6 @@ from torch.utils.dlpack import from_dlpack
 
 from fastkd import _C, native
 from fastkd.rows import Options, Result, Rows, Want
-from fastkd.teachers import TAILS
 
 _LARGE = 4 << 20  # bytes from which page faults matter: csrc/memory.h
 
@@ -30,12 +29,6 @@ def kd_rows(student: Tensor, teacher: Tensor, rows: Rows, options: Options, want
     student, teacher = native.unit_stride(student), native.unit_stride(teacher)
     _C.kd_rows(
         *native.arguments(student, teacher, rows, options, result),
-        (
-            native.address(rows.ids),
-            0 if rows.ids is None else rows.ids.shape[-1],
-            native.address(rows.tail_logprob),
-            TAILS.index(options.tail) if options.tail else 0,
-        ),
         torch.get_num_threads(),
     )
     return result

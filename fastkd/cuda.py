@@ -29,10 +29,6 @@ def _stream(device: torch.device) -> tuple[int, int]:
 
 def kd_rows(student: Tensor, teacher: Tensor, rows: Rows, options: Options, want: Want) -> Result:
     """The loss of each row and its gradients; shapes and meaning as :class:`fastkd.rows.Result` has them."""
-    if rows.ids is not None:
-        raise BackendUnavailable(
-            "cuda", "the teacher is a TopK, for which it has no kernel", "Use backend='triton'"
-        )
     capability = _capability(student.device)
     if capability not in _cuda.architectures():
         raise BackendUnavailable(
@@ -41,7 +37,7 @@ def kd_rows(student: Tensor, teacher: Tensor, rows: Rows, options: Options, want
             "Use backend='triton'",
         )
     dtypes = native.DTYPES[student.dtype], native.DTYPES[teacher.dtype]
-    if _cuda.plan(options.vocab_size, *dtypes) is None:
+    if _cuda.plan(options.vocab_size, *dtypes, sparse=rows.ids is not None) is None:
         raise BackendUnavailable(
             "cuda",
             f"rows of {options.vocab_size} columns do not fit into the shared memory of a cluster",

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fastkd.divergences import DEFINITIONS
 from fastkd.rows import Options, Result, Rows, Want
+from fastkd.teachers import TAILS
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _NUMBER = {function: number for number, function in enumerate(DEFINITIONS)}
@@ -79,6 +80,12 @@ def arguments(
             address(rows.teacher_temperature),
             options.teacher_logit_scale,
             options.teacher_softcap,
+        ),
+        (
+            address(rows.ids),
+            0 if rows.ids is None else rows.ids.shape[-1],
+            address(rows.tail_logprob),
+            TAILS.index(options.tail) if options.tail else 0,
         ),
         address(rows.labels),
         address(rows.weight),

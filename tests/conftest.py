@@ -14,6 +14,7 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 import pytest
 import torch
+from cuda_emulation import emulation, host  # noqa: F401 (fixtures)
 
 import fastkd
 

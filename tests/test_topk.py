@@ -27,7 +27,7 @@ from accuracy import (
     upstream_for,
     value_bar,
 )
-from hypothesis import Phase, given, settings
+from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from oracles import Outcome, Sparse, compose_topk
 from torch import Tensor
@@ -61,9 +61,19 @@ IN_TRITON = {
 }  # fmt: skip
 
 
-@pytest.fixture(params=["reference", "cpu", "triton"])
+@pytest.fixture(params=["reference", "cpu", "cuda"])
+def backend(request: pytest.FixtureRequest) -> str:
+    """Each backend that takes CPU tensors of any size, and the source of the CUDA kernel with a row over two blocks."""
+    if request.param == "cuda":
+        request.getfixturevalue("emulation").ranks = 2
+    return str(request.param)
+
+
+@pytest.fixture(params=["reference", "cpu", "cuda", "triton"])
 def everywhere(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Each backend, Triton with tiles of 16 columns, for tests of a few small rows."""
+    if request.param == "cuda":
+        request.getfixturevalue("emulation").ranks = 4
     if request.param == "triton":
         chosen = {**IN_TRITON, "tail": TAILS[zlib.crc32(request.node.originalname.encode()) % 4]}
         if any(
@@ -613,7 +623,7 @@ def _cases(draw: st.DrawFn) -> tuple[Tensor, Tensor, int]:
 
 
 @pytest.mark.parametrize("divergence", PROPER)
-@PROPERTIES
+@settings(PROPERTIES, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(case=_cases())
 def test_the_bucket_is_between_0_and_the_dense_divergence(
     backend: str, divergence: str, case: tuple[Tensor, Tensor, int]
@@ -1205,9 +1215,10 @@ def test_the_loss_does_not_depend_on_who_asks_for_parts(
 
 def test_the_backend_asked_for_runs(everywhere: str, monkeypatch: pytest.MonkeyPatch) -> None:
     named = given_as(sparse(2, vocabulary=21, k=3, seed=69))
-    ran = ran_on(monkeypatch, "reference", "cpu", "triton")
+    ran = ran_on(monkeypatch, "reference", "cpu", "triton", "cuda")
     steps: list[str] = []
-    if everywhere != "cpu":
+    whole = everywhere in ("cpu", "cuda")
+    if not whole:
         module = backends.load("reference") if everywhere == "reference" else _triton()[1]
         for step in ("gather_events", "spread_gradient"):
             launch = getattr(module, step)
@@ -1217,7 +1228,7 @@ def test_the_backend_asked_for_runs(everywhere: str, monkeypatch: pytest.MonkeyP
     rows_of(logits(2, 21, seed=70), named, backend=everywhere)
     # The reference's own loss of the events goes through its kd_rows again.
     assert set(ran) == {everywhere} and ran[0] == everywhere
-    assert steps == ([] if everywhere == "cpu" else ["gather_events", "spread_gradient"])
+    assert steps == ([] if whole else ["gather_events", "spread_gradient"])
 
 
 def test_the_backend_that_is_chosen(monkeypatch: pytest.MonkeyPatch) -> None:

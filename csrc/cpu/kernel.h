@@ -16,19 +16,9 @@ struct Rows {
   std::vector<int64_t> strides;
 };
 
-// What becomes of the tokens a sparse teacher does not name; fastkd/teachers.py explains them.
-enum class Tail : int { bucket = 0, renormalize = 1, renormalize_teacher = 2, truncate = 3 };
-
 struct Call : Loss {
   std::vector<int64_t> sizes;  // leading shape
   Rows student, teacher, student_gradient, teacher_gradient;  // gradients: data is null where not wanted
-
-  // A sparse teacher: ids [rows, tokens], -1 for padding; then the teacher's columns are their log-probabilities.
-  const int64_t* ids = nullptr;
-  int64_t tokens = 0;
-  const float* tail_logprob = nullptr;  // [rows] or null
-  Tail tail = Tail::bucket;
-
   int threads = 1;
 };
 

@@ -6,35 +6,49 @@ namespace fastkd::cuda {
 
 constexpr int VECTOR = 8;        // columns that a thread takes at a time: 16 bytes of bf16
 constexpr int PIECE = 16;        // bytes; what the copy engine moves is whole pieces at addresses that are multiples
+constexpr int STAGES = 4;        // parts of a slice: a part that is done with makes room for the same part of the next row
 constexpr int PORTABLE_RANKS = 8, MOST_RANKS = 16;  // what every device with clusters offers; what H100 and B200 do
-constexpr int MOST_THREADS = 256;
-// Two blocks live on a multiprocessor of 227 KB, so that one computes while the other's logits are on their way.
-constexpr int64_t SHARED_OF_TWO = 110 << 10, SHARED_OF_ONE = 220 << 10;
+constexpr int MOST_THREADS = 512;
+// A multiprocessor has 228 KB and keeps one for each block. Where two blocks live on it, one computes while the other
+// waits; where a row is too wide for that, one block has the threads of two.
+constexpr int64_t SHARED_OF_TWO = 113 << 10, SHARED_OF_ONE = 227 << 10;
+constexpr int64_t STATE = 6 << 10;  // of that, for what is not logits (cluster.h, Shared)
 
 inline int size_of(Dtype dtype) { return dtype == Dtype::f32 ? 4 : 2; }
 
-// Bytes of shared memory that a block holds of logits.
-inline int64_t shared_bytes(const Call& call) {
-  return int64_t(call.slice) * (size_of(call.student.dtype) + size_of(call.teacher.dtype));
+// Bytes of one side's slice. A row's address is not always a multiple of a piece, nor is the slice's then.
+inline int64_t slice_bytes(const Call& call, Dtype dtype) {
+  return int64_t(call.slice) * size_of(dtype) + STAGES * PIECE;
 }
 
-// Fills in ranks, threads and slice; false where a row is too wide to stay on chip.
+// Bytes of shared memory that a block takes: of a sparse teacher, a bit a column says which it names.
+inline int64_t shared_bytes(const Call& call) {
+  const int64_t teacher = call.ids ? call.slice / 8 + PIECE : slice_bytes(call, call.teacher.dtype);
+  return STATE + slice_bytes(call, call.student.dtype) + teacher;
+}
+
+inline void spread_over(Call& call, int ranks) {
+  const int64_t vectors = (call.vocabulary + VECTOR * ranks - 1) / (VECTOR * ranks);
+  call.ranks = ranks;
+  call.slice = int(vectors < SHARED_OF_ONE ? vectors * VECTOR : SHARED_OF_ONE);  // that many do not fit
+  while (call.threads > 32 && call.threads / 2 >= vectors) call.threads /= 2;
+  const int round = call.threads * VECTOR, rounds = (call.slice + round - 1) / round;
+  call.stage = (rounds + STAGES - 1) / STAGES * round;
+}
+
+// Fills in ranks, threads, slice and stage; false where a row is too wide to stay on chip.
 inline bool plan(Call& call) {
   constexpr struct {
-    int least, most;
+    int least, most, threads;
     int64_t room;
-  } choices[] = {{1, PORTABLE_RANKS, SHARED_OF_TWO},
-                 {1, PORTABLE_RANKS, SHARED_OF_ONE},
-                 {MOST_RANKS, MOST_RANKS, SHARED_OF_ONE}};  // a device that is partitioned may not have so many
+  } choices[] = {{1, PORTABLE_RANKS, MOST_THREADS / 2, SHARED_OF_TWO},
+                 {1, PORTABLE_RANKS, MOST_THREADS, SHARED_OF_ONE},
+                 {MOST_RANKS, MOST_RANKS, MOST_THREADS, SHARED_OF_ONE}};  // a device that is partitioned may not have them
   for (const auto& choice : choices)
-    for (call.ranks = choice.least; call.ranks <= choice.most; call.ranks *= 2) {
-      const int64_t vectors = (call.vocabulary + VECTOR * call.ranks - 1) / (VECTOR * call.ranks);
-      if (vectors * VECTOR > SHARED_OF_ONE) continue;  // beyond any room, and beyond an int
-      call.slice = int(vectors * VECTOR);
-      if (shared_bytes(call) > choice.room) continue;
-      call.threads = MOST_THREADS;
-      while (call.threads > 32 && call.threads / 2 >= vectors) call.threads /= 2;
-      return true;
+    for (int ranks = choice.least; ranks <= choice.most; ranks *= 2) {
+      call.threads = choice.threads;
+      spread_over(call, ranks);
+      if (shared_bytes(call) <= choice.room) return true;
     }
   return false;
 }

@@ -1,25 +1,26 @@
 // One row of student and teacher logits, as the threads of a cluster compute it.
 //
-// Each block holds a slice of the row in shared memory, raw as it lies in device memory. A row is
+// Each block holds a slice of the row in shared memory, raw as it lies in device memory, in stages. A row is
 //
 //   open          what a row's options are; whether it counts
-//   copy          the slice comes in: the copy engine moves whole pieces, threads what is left
+//   copy          the slice comes in: the copy engine moves whole pieces, threads the edges
 //   statistics    a thread's maxima, sums of exponentials and moments;  merged over threads and blocks
 //   sums          of phi and g, where no closed form gives them;        merged likewise
 //   gradient      in place of the logits in shared memory, or straight to device memory
 //
-// The functions here are the phases between two exchanges of data, and what merges two results: nothing in here talks
-// to another thread. kernel.cu has the exchanges; tests/cuda_host.cpp calls the same functions in loops over blocks and
-// threads, on a machine without a GPU.
+// The functions here are what a thread does between two exchanges of data, and what merges two results: nothing in here
+// talks to another thread. cluster.h has the exchanges.
 //
 // Phases are optimistic about log 0, as in csrc/cpu/rows.cpp: arithmetic on -inf gives NaN exactly where the policy of
 // fastkd/reference.py (evaluate) matters, and a row whose merged sums are not finite is done again with the policy.
 #pragma once
+#include <type_traits>
+
 #include "call.h"
 #include "math.h"
 #include "plan.h"
 
-// Sees every access to logits and gradients but those of the copy engine; tests/cuda_host.cpp counts bytes with it.
+// Sees every access to logits and gradients but those of the copy engine; tests/cuda_host counts bytes with it.
 #ifndef FASTKD_SEEN
 #define FASTKD_SEEN(memory, bytes, writes)
 #endif
@@ -53,62 +54,118 @@ FASTKD_CALL char* row_of(const Call& call, const Rows& rows, int64_t row) {
   return rows.data + offset * size_of_element(rows.dtype);
 }
 
-// The columns of a row that a block has.
+// Columns of a block's slice.
+struct Range {
+  int first, last;
+};
+
+// The columns of a row that a block has, and those of a stage of them.
 FASTKD_INLINE int64_t first_column(const Call& call, int rank) { return int64_t(rank) * call.slice; }
 FASTKD_INLINE int columns_of(const Call& call, int rank) {
   const int64_t rest = call.vocabulary - first_column(call, rank);
   return int(rest < 0 ? 0 : rest < call.slice ? rest : call.slice);
 }
-
-// Bytes of a slice that the copy engine moves: whole pieces at an address that is a multiple of one.
-FASTKD_INLINE int64_t whole_pieces(const char* memory, int64_t bytes) {
-  return reinterpret_cast<uintptr_t>(memory) % PIECE == 0 ? bytes / PIECE * PIECE : 0;
+FASTKD_INLINE Range range_of(const Call& call, int rank, int stage) {
+  const int columns = columns_of(call, rank), first = stage * call.stage, last = first + call.stage;
+  return {first < columns ? first : columns, last < columns ? last : columns};
 }
 
-// A thread's part of copying the bytes of a slice from `done` on, element by element.
-FASTKD_CALL void copy_rest(const Call& call, Place place, char* to, const char* from, int64_t done, int64_t bytes,
-                             int element) {
+// A block's part of a row, in its shared memory or in the device's: where each stage begins. Of two rows that follow each
+// other in shared memory, one may lie up to a piece later: a gap keeps its stages off those that are not done with.
+struct Slice {
+  char* memory;
+  int gap;
+
+  FASTKD_INLINE char* stage(int number) const { return memory + number * gap; }
+};
+
+// By how much an address misses a multiple of a piece.
+FASTKD_INLINE int skew_of(const char* memory) { return int(reinterpret_cast<uintptr_t>(memory) % PIECE); }
+
+// Of bytes in memory, what the copy engine moves: whole pieces. The edges before and after are less than one each.
+struct Pieces {
+  int64_t first, last;
+};
+FASTKD_INLINE Pieces whole_pieces(const char* memory, int64_t bytes) {
+  const int64_t first = (PIECE - skew_of(memory)) % PIECE;
+  if (first >= bytes) return {bytes, bytes};
+  return {first, first + (bytes - first) / PIECE * PIECE};
+}
+
+FASTKD_INLINE void copy_element(char* to, const char* from, int element) {
+  FASTKD_SEEN(from, element, false);
+  FASTKD_SEEN(to, element, true);
+  if (element == 4)
+    *reinterpret_cast<uint32_t*>(to) = *reinterpret_cast<const uint32_t*>(from);
+  else
+    *reinterpret_cast<uint16_t*>(to) = *reinterpret_cast<const uint16_t*>(from);
+}
+
+// A thread's part of the edges: the first threads have an element each.
+FASTKD_INLINE void copy_edges(Place place, char* to, const char* from, Pieces pieces, int64_t bytes, int element) {
+  int64_t at = int64_t(place.thread) * element;
+  if (at >= pieces.first) at += pieces.last - pieces.first;
+  if (at < bytes) copy_element(to + at, from + at, element);
+}
+
+// A thread's part of all bytes, element by element: of gradients, whose stores nothing waits for.
+FASTKD_CALL void copy_out(const Call& call, Place place, char* to, const char* from, int64_t bytes, int element) {
 #pragma unroll 1
-  for (int64_t i = done + int64_t(place.thread) * element; i < bytes; i += int64_t(call.threads) * element) {
-    FASTKD_SEEN(from + i, element, false);
-    FASTKD_SEEN(to + i, element, true);
-    if (element == 4)
-      *reinterpret_cast<uint32_t*>(to + i) = *reinterpret_cast<const uint32_t*>(from + i);
-    else
-      *reinterpret_cast<uint16_t*>(to + i) = *reinterpret_cast<const uint16_t*>(from + i);
-  }
+  for (int64_t i = int64_t(place.thread) * element; i < bytes; i += int64_t(call.threads) * element)
+    copy_element(to + i, from + i, element);
 }
 
 struct alignas(PIECE) Piece {
   uint32_t words[4];
 };
 
-// A vector of logits; shared memory has room for a whole one at the end of a slice, whatever is in it.
+// 32 bits from the one on that is given, of two words.
+FASTKD_INLINE uint32_t bits_of(uint32_t low, uint32_t high, unsigned from) {
+#if defined(__CUDA_ARCH__)
+  return __funnelshift_r(low, high, from);
+#else
+  return uint32_t((uint64_t(high) << 32 | low) >> from);
+#endif
+}
+
+// A vector of logits. Shared memory has room for a whole one at the end of a slice, whatever is in it.
 FASTKD_INLINE void load(const char* shared, Dtype dtype, int first, V (&x)[VECTOR]) {
-  const auto* pieces = reinterpret_cast<const Piece*>(shared + int64_t(first) * size_of_element(dtype));
-  FASTKD_SEEN(shared + int64_t(first) * size_of_element(dtype), VECTOR * size_of_element(dtype), false);
-  const Piece piece = pieces[0];
+  const char* from = shared + int64_t(first) * size_of_element(dtype);
+  FASTKD_SEEN(from, VECTOR * size_of_element(dtype), false);
+  const bool skewed = skew_of(from) != 0;  // as the row lies, and the copy engine with it
   if (dtype == Dtype::f32) {
-    const Piece second = pieces[1];
-    for (int k = 0; k < 4; ++k) {
-      x[k] = as<float>(piece.words[k]);
-      x[k + 4] = as<float>(second.words[k]);
-    }
-  } else if (dtype == Dtype::bf16) {
+    Piece pieces[2];
+    if (skewed)
+      for (int k = 0; k < VECTOR; ++k) pieces[k / 4].words[k % 4] = reinterpret_cast<const uint32_t*>(from)[k];
+    else
+      for (int k = 0; k < 2; ++k) pieces[k] = reinterpret_cast<const Piece*>(from)[k];
+    for (int k = 0; k < VECTOR; ++k) x[k] = as<float>(pieces[k / 4].words[k % 4]);
+    return;
+  }
+  Piece piece;
+  if (skewed) {
+    const uintptr_t odd = reinterpret_cast<uintptr_t>(from) % 4;
+    const auto* words = reinterpret_cast<const uint32_t*>(from - odd);
+    for (int k = 0; k < 4; ++k) piece.words[k] = bits_of(words[k], words[k + 1], unsigned(odd * 8));
+  } else {
+    piece = *reinterpret_cast<const Piece*>(from);
+  }
+  if (dtype == Dtype::bf16)
     for (int k = 0; k < 4; ++k) {
       x[2 * k] = as<float>(piece.words[k] << 16);
       x[2 * k + 1] = as<float>(piece.words[k] & 0xffff0000);
     }
-  } else {
+  else
     for (int k = 0; k < 4; ++k) {
       x[2 * k] = from_fp16(uint16_t(piece.words[k]));
       x[2 * k + 1] = from_fp16(uint16_t(piece.words[k] >> 16));
     }
-  }
 }
 
-// The first n of a vector to memory in its dtype; whole vectors at addresses that are multiples of a piece at once.
-FASTKD_INLINE void store(char* memory, Dtype dtype, int first, int n, const V (&x)[VECTOR]) {
+constexpr unsigned EVERY = (1u << VECTOR) - 1;  // a bit a column of a vector
+
+// Those columns of a vector whose bits are set, to memory in its dtype; a whole vector at once where its address allows.
+FASTKD_INLINE void store(char* memory, Dtype dtype, int first, unsigned columns, const V (&x)[VECTOR]) {
   Piece pieces[2];
   if (dtype == Dtype::f32)
     for (int k = 0; k < 4; ++k) {
@@ -124,15 +181,16 @@ FASTKD_INLINE void store(char* memory, Dtype dtype, int first, int n, const V (&
     }
   const int element = size_of_element(dtype);
   char* to = memory + int64_t(first) * element;
-  FASTKD_SEEN(to, n * element, true);
-  if (n == VECTOR) {
+  if (columns == EVERY && skew_of(to) == 0) {
+    FASTKD_SEEN(to, VECTOR * element, true);
     reinterpret_cast<Piece*>(to)[0] = pieces[0];
     if (element == 4) reinterpret_cast<Piece*>(to)[1] = pieces[1];
     return;
   }
 #pragma unroll
   for (int k = 0; k < VECTOR; ++k)
-    if (k < n) {
+    if (columns >> k & 1) {
+      FASTKD_SEEN(to + k * element, element, true);
       if (element == 4)
         reinterpret_cast<uint32_t*>(to)[k] = pieces[k / 4].words[k % 4];
       else
@@ -185,18 +243,29 @@ struct Side {
   FASTKD_INLINE V slope(V z) const { return softcap == 0 ? sign : softcap * gain * (1 - (z * inverse_cap) * (z * inverse_cap)); }
 };
 
+// What is no token of a sparse teacher (topk.h).
+struct Others {
+  unsigned flags;       // of the statistics over events
+  float origin;         // z of the largest token, to which those of events are relative
+  float top, weight;    // exp(unit (z - top)) weight is a column's share of their probability
+  bool are_event;       // the last one, with
+  float z, log_p;
+  float gradient;       // of a column's exponential
+};
+
 struct RowState {
-  bool counted, with_labels, log_0, finite;
+  bool with_labels, log_0, finite;
   unsigned flags;
   int64_t row, label;
   float weight;
   float z_label, pivot;
   Side student, teacher;
-  float plain_unit, plain_weight;  // of the cross-entropy: the student at temperature 1
+  float plain_unit, plain_weight, plain_top;  // of the cross-entropy: the student at temperature 1
   double distillation, phi, g;     // sums over the row
   double cross_entropy, entropy;
   float sum_g, sum_h;
   float distillation_factor, cross_entropy_factor, teacher_factor;
+  Others others;
 };
 
 // What the first phase finds. Exponentials and moments are relative to the tops; x is unit * (z - top).
@@ -282,8 +351,6 @@ FASTKD_CALL void open_row(const Call& call, int64_t index, RowState& row) {
   row.row = index;
   row.label = call.labels ? call.labels[index] : -1;
   row.weight = call.weight ? call.weight[index] : 1;
-  row.counted = !(call.labels && row.label == call.ignore_index) && row.weight != 0;
-  if (!row.counted) return;
   row.with_labels = call.labels && call.alpha < 1;
   row.phi = row.g = row.cross_entropy = row.entropy = 0;
   row.z_label = row.pivot = 0;
@@ -339,9 +406,10 @@ FASTKD_INLINE void load_z(const char* shared, const Side& side, int first, int n
   for (int k = 1; k < VECTOR; ++k) z[k] = k < n ? z[k] : z[0];
 }
 
-FASTKD_INLINE float highest(const V (&z)[VECTOR]) {
+template <int N>
+FASTKD_INLINE float highest(const V (&z)[N]) {
   float top = z[0];
-  for (int k = 1; k < VECTOR; ++k) top = fmaxf(top, z[k]);
+  for (int k = 1; k < N; ++k) top = fmaxf(top, z[k]);
   return top;
 }
 
@@ -351,14 +419,15 @@ FASTKD_INLINE V times(V e, V x, float threshold) {
   return LOG_0 ? (e > threshold ? e * x : 0) : e * x;
 }
 
-template <bool LOG_0>
-FASTKD_INLINE void add_vector(Statistics& a, const V (&s)[VECTOR], const V (&t)[VECTOR], int n, const RowState& row) {
+// Of the first n of N columns.
+template <bool LOG_0, int N>
+FASTKD_INLINE void add_vector(Statistics& a, const V (&s)[N], const V (&t)[N], int n, const RowState& row) {
   const float s_top = fmaxf(a.s_top, highest(s)), t_top = fmaxf(a.t_top, highest(t));
   if (s_top > a.s_top || t_top > a.t_top) raise(a, s_top, t_top, row);
   const float s_origin = origin(s_top), t_origin = origin(t_top);
-  V x_s[VECTOR], x_t[VECTOR], e_s[VECTOR], e_t[VECTOR];
+  V x_s[N], x_t[N], e_s[N], e_t[N];
   float s_sum = 0, t_sum = 0;
-  for (int k = 0; k < VECTOR; ++k) {
+  for (int k = 0; k < N; ++k) {
     x_s[k] = product(s[k] - s_origin, row.student.unit);
     x_t[k] = product(t[k] - t_origin, row.teacher.unit);
     e_s[k] = k < n ? exp2_of(x_s[k] * LOG2_E) : 0;
@@ -370,7 +439,7 @@ FASTKD_INLINE void add_vector(Statistics& a, const V (&s)[VECTOR], const V (&t)[
   a.t_sum += t_sum;
   auto add = [&](float& moment, auto term) {
     float sum = 0;
-    for (int k = 0; k < VECTOR; ++k) sum += term(k);
+    for (int k = 0; k < N; ++k) sum += term(k);
     moment += sum;
   };
   const float s_low = row.student.threshold, t_low = row.teacher.threshold;
@@ -381,29 +450,31 @@ FASTKD_INLINE void add_vector(Statistics& a, const V (&s)[VECTOR], const V (&t)[
   if (row.flags & AT_1)
     add(a.s_sum_at_1, [&](int k) { return k < n ? exp2_of((s[k] - s_origin) * row.plain_unit * LOG2_E) : 0; });
   if (row.flags & LOWS)
-    for (int k = 0; k < VECTOR; ++k) {
+    for (int k = 0; k < N; ++k) {
       a.s_low = fminf(a.s_low, s[k]);
       a.t_low = fminf(a.t_low, t[k]);
     }
   if (row.flags & SPREAD) add(a.spread, [&](int k) { return k < n ? s[k] - row.pivot : 0; });
 }
 
-// Of a thread's vectors. With LOG_0 the tops are known from the first attempt, and do not rise.
+// Of nothing yet. With LOG_0 the tops are known from the first attempt, and do not rise.
 template <bool LOG_0>
-FASTKD_INLINE Statistics statistics(const Call& call, const RowState& row, Place place, const char* student,
-                                    const char* teacher) {
-  Statistics mine{-INF, -INF, INF, INF};
-  if (LOG_0) mine.s_top = row.student.top, mine.t_top = row.teacher.top;
-  const int columns = columns_of(call, place.rank);
+FASTKD_INLINE Statistics no_statistics(const RowState& row) {
+  return {LOG_0 ? row.student.top : -INF, LOG_0 ? row.teacher.top : -INF, INF, INF};
+}
+
+// Of a thread's vectors in a range.
+template <bool LOG_0>
+FASTKD_INLINE void add_statistics(Statistics& mine, const Call& call, const RowState& row, Place place, Range range,
+                                  const char* student, const char* teacher) {
 #pragma unroll 1
-  for (int first = place.thread * VECTOR; first < columns; first += call.threads * VECTOR) {
-    const int n = columns - first < VECTOR ? columns - first : VECTOR;
+  for (int first = range.first + place.thread * VECTOR; first < range.last; first += call.threads * VECTOR) {
+    const int n = range.last - first < VECTOR ? range.last - first : VECTOR;
     V s[VECTOR], t[VECTOR];
     load_z(student, row.student, first, n, s);
     load_z(teacher, row.teacher, first, n, t);
     add_vector<LOG_0>(mine, s, t, n, row);
   }
-  return mine;
 }
 
 FASTKD_INLINE void close_side(Side& side, float top, double sum) {
@@ -424,6 +495,7 @@ FASTKD_INLINE void close_statistics(const Call& call, RowState& row, const Stati
   row.entropy = s_log_sum - all.entropy * s_inverse;
   double plain_log_sum = s_log_sum;
   row.plain_weight = row.student.weight;
+  row.plain_top = row.student.top;
   if (row.flags & AT_1) {
     plain_log_sum = log(double(all.s_sum_at_1));
     row.plain_weight = float(1 / double(all.s_sum_at_1));
@@ -453,6 +525,22 @@ FASTKD_INLINE void close_statistics(const Call& call, RowState& row, const Stati
 
 // ---- the divergence
 
+// Whichever the call has: for a few columns, which are not worth a kernel for each divergence.
+struct Any {};
+
+template <class Divergence>
+FASTKD_INLINE void define(const Call& call, V p, V q, V log_p, V log_q, V& phi, V& g) {
+  if constexpr (std::is_same<Divergence, Any>::value) {
+    int number = 0;
+#define FASTKD_CASE(name) \
+  if (call.divergence == number++) name::eval(p, q, log_p, log_q, call.params, phi, g);
+    FASTKD_DIVERGENCES(FASTKD_CASE)
+#undef FASTKD_CASE
+  } else {
+    Divergence::eval(p, q, log_p, log_q, call.params, phi, g);
+  }
+}
+
 // phi and g of one column, with the policy of fastkd/reference.py for log 0 where LOG_0.
 template <class Divergence, bool LOG_0>
 FASTKD_INLINE void evaluate(const Call& call, const RowState& row, V s, V t, V& p, V& q, V& phi, V& g) {
@@ -465,9 +553,9 @@ FASTKD_INLINE void evaluate(const Call& call, const RowState& row, V s, V t, V& 
     log_p = (x_t + row.teacher.offset_low) + row.teacher.offset;
     log_q = (x_s + row.student.offset_low) + row.student.offset;
   }
-  if (!LOG_0) return Divergence::eval(p, q, log_p, log_q, call.params, phi, g);
+  if (!LOG_0) return define<Divergence>(call, p, q, log_p, log_q, phi, g);
   const bool p_gone = log_p == -INF, q_gone = log_q == -INF;
-  Divergence::eval(p, q, p_gone ? LOWEST : log_p, q_gone ? LOWEST : log_q, call.params, phi, g);
+  define<Divergence>(call, p, q, p_gone ? LOWEST : log_p, q_gone ? LOWEST : log_q, phi, g);
   const bool one_side = p_gone != q_gone;
   const bool nothing = (p_gone && q < NEGLIGIBLE) || (q_gone && p < NEGLIGIBLE) || (p_gone && q_gone);
   auto settle = [&](V term) { return nothing ? 0 : one_side && abs(term) > INFINITE ? term * INF : term; };
@@ -478,12 +566,11 @@ FASTKD_INLINE void evaluate(const Call& call, const RowState& row, V s, V t, V& 
 // ---- sums
 
 template <class Divergence, bool LOG_0>
-FASTKD_INLINE Sums sums(const Call& call, const RowState& row, Place place, const char* student, const char* teacher) {
-  Sums mine{0, 0};
-  const int columns = columns_of(call, place.rank);
+FASTKD_INLINE void add_sums(Sums& mine, const Call& call, const RowState& row, Place place, Range range,
+                            const char* student, const char* teacher) {
 #pragma unroll 1
-  for (int first = place.thread * VECTOR; first < columns; first += call.threads * VECTOR) {
-    const int n = columns - first < VECTOR ? columns - first : VECTOR;
+  for (int first = range.first + place.thread * VECTOR; first < range.last; first += call.threads * VECTOR) {
+    const int n = range.last - first < VECTOR ? range.last - first : VECTOR;
     V s[VECTOR], t[VECTOR], p, q, phi, g;
     load_z(student, row.student, first, n, s);
     load_z(teacher, row.teacher, first, n, t);
@@ -495,7 +582,6 @@ FASTKD_INLINE Sums sums(const Call& call, const RowState& row, Place place, cons
     }
     mine = merge(mine, part, row);
   }
-  return mine;
 }
 
 FASTKD_INLINE void close_sums(RowState& row, Sums all) {
@@ -526,27 +612,38 @@ FASTKD_CALL void finish(const Call& call, RowState& row, int rank) {
   row.cross_entropy_factor = float((1 - call.alpha) * scale * row.plain_unit);
 }
 
-FASTKD_CALL void drop(const Call& call, const RowState& row, Place place) {
-  clear(call, place, call.student_gradient, row.row, false);
-  clear(call, place, call.teacher_gradient, row.row, false);
+// Whether a row counts. One that does not is not read.
+FASTKD_INLINE bool counts(const Call& call, int64_t row) {
+  return !(call.labels && call.labels[row] == call.ignore_index) && !(call.weight && call.weight[row] == 0);
+}
+
+FASTKD_CALL void drop(const Call& call, int64_t row, Place place) {
+  clear(call, place, call.student_gradient, row, false);
+  clear(call, place, call.teacher_gradient, row, false);
   if (place.rank != 0 || place.thread != 0) return;
   for (float* out : {call.loss, call.distillation, call.cross_entropy, call.student_entropy})
-    if (out) out[row.row] = 0;
+    if (out) out[row] = 0;
 }
 
 // ---- gradient
 
-// The gradients of a thread's vectors, of the slice at `student` and `teacher` in shared memory. Each goes to the
-// address given: the slice's place in device memory, or the logits' own in shared memory, whence copy_rest takes it.
+FASTKD_INLINE V cross_entropy_gradient(const Call& call, const RowState& row, V z, int64_t column) {
+  const float uniform = float(call.label_smoothing / double(call.vocabulary));
+  const V x = (z - row.plain_top) * row.plain_unit;
+  const V target = uniform + (column == row.label ? float(1 - call.label_smoothing) : 0);
+  return (exp2_of(x * LOG2_E) * row.plain_weight - target) * row.cross_entropy_factor;
+}
+
+// The gradients of a thread's vectors in a range, of the slice at `student` and `teacher` in shared memory. Each goes to
+// the address given: the slice's place in device memory, or the logits' own in shared memory, whence copy_out takes it.
 template <class Divergence, bool LOG_0>
-FASTKD_INLINE void gradients(const Call& call, const RowState& row, Place place, char* student, char* teacher,
-                             char* student_gradient, char* teacher_gradient) {
-  const int columns = columns_of(call, place.rank);
+FASTKD_INLINE void gradients(const Call& call, const RowState& row, Place place, Range range, const char* student,
+                             const char* teacher, char* student_gradient, char* teacher_gradient) {
   const int64_t start = first_column(call, place.rank);
-  const float degree = float(call.degree), uniform = float(call.label_smoothing / double(call.vocabulary));
+  const float degree = float(call.degree);
 #pragma unroll 1
-  for (int first = place.thread * VECTOR; first < columns; first += call.threads * VECTOR) {
-    const int n = columns - first < VECTOR ? columns - first : VECTOR;
+  for (int first = range.first + place.thread * VECTOR; first < range.last; first += call.threads * VECTOR) {
+    const int n = range.last - first < VECTOR ? range.last - first : VECTOR;
     V s[VECTOR], t[VECTOR], out[VECTOR] = {}, teacher_out[VECTOR] = {}, p, q, phi, g;
     load_z(student, row.student, first, n, s);
     load_z(teacher, row.teacher, first, n, t);
@@ -560,18 +657,14 @@ FASTKD_INLINE void gradients(const Call& call, const RowState& row, Place place,
         }
       }
     if (row.with_labels)
-      for (int k = 0; k < VECTOR; ++k) {
-        const V x = (s[k] - row.student.top) * row.plain_unit;
-        const V target = uniform + (start + first + k == row.label ? float(1 - call.label_smoothing) : 0);
-        out[k] += (exp2_of(x * LOG2_E) * row.plain_weight - target) * row.cross_entropy_factor;
-      }
+      for (int k = 0; k < VECTOR; ++k) out[k] += cross_entropy_gradient(call, row, s[k], start + first + k);
     if (student_gradient) {
       if (!row.student.identity()) turn(out, s, [&](V g, V z) { return g * row.student.slope(z); });
-      store(student_gradient, row.student.dtype, first, n, out);
+      store(student_gradient, row.student.dtype, first, EVERY >> (VECTOR - n), out);
     }
     if (teacher_gradient) {
       if (!row.teacher.identity()) turn(teacher_out, t, [&](V h, V z) { return h * row.teacher.slope(z); });
-      store(teacher_gradient, row.teacher.dtype, first, n, teacher_out);
+      store(teacher_gradient, row.teacher.dtype, first, EVERY >> (VECTOR - n), teacher_out);
     }
   }
 }
@@ -584,6 +677,7 @@ inline bool prepare(Call& call) {
   constexpr bool uses_logs[] = {FASTKD_DIVERGENCES(FASTKD_USES_LOGS)};
 #undef FASTKD_USES_LOGS
   const bool logs = call.teacher_gradient.data || (call.student_gradient.data && uses_logs[call.divergence]);
+  if (call.ids && call.tail == Tail::truncate) call.closed_form = false;  // its sums are over a part of the row
   call.watches_lows = call.closed_form && logs;
   return plan(call);
 }

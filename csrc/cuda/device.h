@@ -1,0 +1,93 @@
+// What the threads of a cluster do together: barriers, exchanges of lanes and blocks, the copy engine. The only file with
+// instructions of a GPU; tests/cuda_host.h has the same names for threads that a CPU plays.
+#pragma once
+#include <cooperative_groups.h>
+#include <cstdint>
+
+#define FASTKD_DEVICE __device__ __forceinline__
+
+namespace fastkd::cuda {
+
+FASTKD_DEVICE int64_t block_number() { return blockIdx.x; }
+FASTKD_DEVICE int64_t block_count() { return gridDim.x; }
+FASTKD_DEVICE int thread_number() { return int(threadIdx.x); }
+
+FASTKD_DEVICE void sync_block() { __syncthreads(); }
+
+// What any thread of the cluster wrote before it arrived is seen by all that waited.
+FASTKD_DEVICE void cluster_arrive() { cooperative_groups::this_cluster().barrier_arrive(); }
+FASTKD_DEVICE void cluster_wait() { cooperative_groups::this_cluster().barrier_wait(); }
+
+// A value of the lane that is so many above this one; of the first lane.
+template <class Part>
+FASTKD_DEVICE Part from_lane_above(const Part& mine, int step) {
+  Part other;
+  const uint32_t* from = reinterpret_cast<const uint32_t*>(&mine);
+  uint32_t* to = reinterpret_cast<uint32_t*>(&other);
+#pragma unroll
+  for (int i = 0; i < int(sizeof(Part) / 4); ++i) to[i] = __shfl_down_sync(~0u, from[i], step);
+  return other;
+}
+
+template <class Part>
+FASTKD_DEVICE Part from_first_lane(const Part& mine) {
+  Part other;
+  const uint32_t* from = reinterpret_cast<const uint32_t*>(&mine);
+  uint32_t* to = reinterpret_cast<uint32_t*>(&other);
+#pragma unroll
+  for (int i = 0; i < int(sizeof(Part) / 4); ++i) to[i] = __shfl_sync(~0u, from[i], 0);
+  return other;
+}
+
+// To the same place in the shared memory of another block of the cluster.
+template <class Part>
+FASTKD_DEVICE void send(Part* place, int rank, const Part& value) {
+  *cooperative_groups::this_cluster().map_shared_rank(place, rank) = value;
+}
+
+// Sets bits of a word in shared memory; what it was before.
+FASTKD_DEVICE uint32_t set_bits(uint32_t* word, uint32_t bits) { return atomicOr(word, bits); }
+
+// ---- the copy engine: device memory to shared memory, counted by a barrier there
+
+using Barrier = uint64_t;
+
+FASTKD_DEVICE unsigned shared_address(const void* memory) { return unsigned(__cvta_generic_to_shared(memory)); }
+
+// One arrival, and the bytes that it announces, complete a phase of the barrier.
+FASTKD_DEVICE void init(Barrier* barrier) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(shared_address(barrier)));
+  asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+}
+
+FASTKD_DEVICE void expect(Barrier* barrier, int64_t bytes) {
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)),
+               "r"(unsigned(bytes))
+               : "memory");
+}
+
+// Whole pieces, from and to multiples of one.
+FASTKD_DEVICE void copy_pieces(char* to, const char* from, int64_t bytes, Barrier* barrier) {
+  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
+                   shared_address(to)),
+               "l"(from), "r"(unsigned(bytes)), "r"(shared_address(barrier))
+               : "memory");
+}
+
+// Until the barrier's phase of that parity is complete.
+FASTKD_DEVICE void wait(Barrier* barrier, int parity) {
+  asm volatile(
+      "{\n"
+      ".reg .pred done;\n"
+      "again:\n"
+      "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
+      "@!done bra again;\n"
+      "}" ::"r"(shared_address(barrier)),
+      "r"(parity)
+      : "memory");
+}
+
+// What this thread has done in shared memory comes before what the copy engine does there, after a barrier.
+FASTKD_DEVICE void order_before_copies() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+
+}  // namespace fastkd::cuda
