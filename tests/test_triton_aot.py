@@ -47,6 +47,7 @@ class Variant(NamedTuple):
     student: str = "bf16"
     teacher: str = "bf16"
     width: str = "wide"
+    stage: str = "row"  # or one of those of a row that several programs share
 
 
 def variants(full: bool) -> list[Variant]:
@@ -54,12 +55,16 @@ def variants(full: bool) -> list[Variant]:
     both = ["fp32", "bf16"]
     if full:
         kinds, widths = ["distillation", "hinton", "everything"], [*WIDTHS]
-        return [
-            Variant(divergence, kind, dtype, dtype, width)
-            for divergence, kind, dtype, width in itertools.product(
-                DIVERGENCES, kinds, both, widths
-            )
-        ] + topk_variants(widths)
+        return (
+            [
+                Variant(divergence, kind, dtype, dtype, width)
+                for divergence, kind, dtype, width in itertools.product(
+                    DIVERGENCES, kinds, both, widths
+                )
+            ]
+            + shared_variants(list(fastkd.DIVERGENCES), widths)
+            + topk_variants(widths)
+        )
     found = []
     for divergence in DIVERGENCES:
         found.append(Variant(divergence, "distillation", "fp32", "fp32"))
@@ -80,7 +85,21 @@ def variants(full: bool) -> list[Variant]:
         Variant("jsd", "hinton", "fp16", "fp16"),
     ]
     found += [Variant("scale", "", dtype) for dtype in DTYPES]
+    found += shared_variants(["mixture", "jsd"], ["wide", "odd"])
     return found + topk_variants(["wide", "odd"])
+
+
+def shared_variants(divergences: Sequence[str], widths: Sequence[str]) -> list[Variant]:
+    """The stages of rows that several programs share: bare in float32, and with all that a row may have."""
+    found = []
+    for divergence, width in itertools.product(divergences, widths):
+        stages = ["statistics", "gradient"]
+        if fastkd.DIVERGENCES[divergence]().closed_form is None:
+            stages[1:1] = ["sums"]
+        for stage in stages:
+            found.append(Variant(divergence, "distillation", "fp32", "fp32", width, stage))
+            found.append(Variant(divergence, "everything", "bf16", "bf16", width, stage))
+    return found
 
 
 def topk_variants(widths: Sequence[str]) -> list[Variant]:
@@ -107,17 +126,21 @@ class _Caught(Exception):  # noqa: N818 (no error: it carries a launch out of th
 def _launch(variant: Variant) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
     """(kernel, arguments, options) of the launch that serves a variant."""
     from fastkd.kernels import rows as kernels
-    from fastkd.kernels import topk
+    from fastkd.kernels import split, topk
 
     def catch(kernel: Any) -> Any:
         def run(*arguments: Any, grid: Any, warmup: bool, **options: Any) -> None:
-            raise _Caught(kernel, arguments, options)
+            if kernel is not kernels.kd_kernel or arguments[-1] == variant.stage:
+                raise _Caught(kernel, arguments, options)
 
         return run
 
     own = {"mark": topk.mark_kernel, "gather": topk.gather_kernel, "spread": topk.spread_kernel}
     for kernel in (kernels.kd_kernel, kernels.scale_kernel, *own.values()):
         kernel.run = catch(kernel)
+    # Four programs leave the widest rows the widest tiles of the rule, and more of them narrower ones.
+    shared = None if variant.stage == "row" else split.Plan(4, 2)
+    kernels.plan = lambda *call: shared
     width = WIDTHS[variant.width]
     # Shifted as a language model shifts its logits: two strides.
     student, teacher = (
