@@ -56,6 +56,7 @@ from .sweeps import (
     sweep_sums,
     sweep_zeros,
 )
+from .tuning import TILES
 
 # What a field's None switches off is compiled out: the callers below pass no flags beside the values.
 
@@ -451,19 +452,35 @@ WARPS = ((4 << 10, 4), (128 << 10, 8), (1 << 62, 16))
 REGISTERS = (80, 96)
 
 
-def tile(width: int, itemsize: int, crowded: bool = False, aligned: bool = True) -> tuple[int, int]:
-    """(BLOCK_V, num_warps) for rows of that many columns.
+def _power_of_2(number: int) -> int:
+    """The next one; triton.next_power_of_2 takes ten times as long, for it may be called in a kernel too."""
+    return 1 << (number - 1).bit_length()
+
+
+def tile(
+    width: int,
+    itemsize: int,
+    crowded: bool = False,
+    aligned: bool = True,
+    architecture: str = "",
+    closed_form: bool = True,
+) -> tuple[int, int]:
+    """(BLOCK_V, num_warps) for rows of that many columns: as timed on the architecture, else by this rule.
 
     Eight entries a thread are one load of 16 bytes of a low-precision row. With sixteen, tiles would not stay in
     registers on every target of tests/test_triton_aot.py, nor with eight where registers are crowded, or rows not
     aligned: there an entry is a load with an address and a mask of its own. 16 warps of those would leave ptxas only
     the choice of 64 registers and 128.
     """
+    if aligned and not crowded:
+        timed = TILES.get((architecture, itemsize, closed_form, _power_of_2(width)))
+        if timed is not None:
+            return timed
     warps = next(entry[1] for entry in WARPS if width * itemsize <= entry[0])
     if not aligned:
         warps = min(warps, 8)
     lanes = 32 * (4 if crowded or not aligned else 8)  # of a warp
-    block = min(warps * lanes, max(triton.next_power_of_2(width), 128))
+    block = min(warps * lanes, max(_power_of_2(width), 128))
     return block, max(block // lanes, 1)
 
 
@@ -668,9 +685,14 @@ def kd_rows(student: Tensor, teacher: Tensor, rows: Rows, options: Options, want
     count, device = lead.numel(), device_of(student.device)
     sweeps = len(stages) - (width is None)
     shared = plan(count, options.vocab_size * sum(reads), sweeps, device)
-    columns = options.vocab_size // (shared.programs if shared else 1)
     aligned = _aligned(options.vocab_size, view["student"], view["teacher"])
-    block, warps = tile(columns, max(reads), crowded, aligned)
+    if shared is None:
+        architecture = device.architecture if device else ""
+        block, warps = tile(
+            options.vocab_size, max(reads), crowded, aligned, architecture, moments is not None
+        )
+    else:
+        block, warps = tile(options.vocab_size // shared.programs, max(reads), crowded, aligned)
     arguments = (
         student_model,
         teacher_model,

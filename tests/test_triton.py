@@ -235,6 +235,20 @@ def test_shipped_tiles(monkeypatch: pytest.MonkeyPatch, columns: int, divergence
     check("triton", *pair(1, columns), divergence=divergence, temperature=2.0)
 
 
+def test_a_timed_tile_goes_before_the_rule(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For its architecture, type, kind and widths, and where rows are aligned and registers are not crowded."""
+    monkeypatch.undo()
+    monkeypatch.setitem(kernels.TILES, ("sm_90", 2, True, 65536), (8192, 32))
+    rule = (2048, 8)
+    for width, wanted in ((32769, (8192, 32)), (65536, (8192, 32)), (32768, rule)):
+        assert kernels.tile(width, 2, False, True, "sm_90", True) == wanted
+    for other in ((4, False, True, "sm_90", True), (2, False, True, "sm_80", True)):
+        assert kernels.tile(65536, *other)[1] != 32
+    for other in ((2, True, True, "sm_90", True), (2, False, False, "sm_90", True)):
+        assert kernels.tile(65536, *other)[1] != 32
+    assert kernels.tile(65536, 2, False, True, "sm_90", False)[1] != 32
+
+
 # Temperatures, offsets and infinities
 
 
