@@ -29,13 +29,10 @@ from fastkd.topk import topk_rows
 from .skeleton import bind
 from .split import (
     FIELDS,
-    LABEL,
-    PHI,
-    G,
     Plan,
     device_of,
-    leave,
     leave_statistics,
+    leave_sums,
     left_label,
     left_statistics,
     left_sums,
@@ -170,6 +167,7 @@ def _statistics(
     student,
     teacher,
     plain_unit,
+    z_label,
     pivot,
     moments,
     V,
@@ -187,7 +185,7 @@ def _statistics(
     else:
         part = merge(left_statistics(split, row), student, teacher, plain_unit, moments)
     if STAGE == "statistics":
-        leave_statistics(split, row, part)
+        leave_statistics(split, row, part, z_label)
     return conclude(part, student, teacher, plain_unit, moments)
 
 
@@ -251,6 +249,7 @@ def _keep_row(
             student,
             softmax_teacher,
             plain_unit,
+            z_label,
             pivot,
             moments,
             V,
@@ -290,12 +289,9 @@ def _keep_row(
                     ALIGNED,
                     BLOCK_V,
                 )
-    if STAGE == "statistics":
-        leave(split, row, LABEL, z_label)
-    elif STAGE == "sums":
-        leave(split, row, PHI, phi)
-        leave(split, row, G, g)
-    else:
+    if STAGE == "sums":
+        leave_sums(split, row, phi, g)
+    elif STAGE != "statistics":
         loss, distillation, cross_entropy = 0.0, 0.0, 0.0
         squared = s_temperature * s_temperature if SQUARED else 1.0
         if teacher is not None:
@@ -502,6 +498,9 @@ def _layout(*tensors: Tensor) -> Layout:
     Adjacent dimensions merge where every tensor steps through both with one stride: the shifted view logits[:, :-1]
     keeps two, a contiguous tensor one.
     """
+    count = math.prod(tensors[0].shape[:-1])
+    if count > 1 and all(tensor.is_contiguous() for tensor in tensors):  # what the loop would find
+        return Layout((1, count), tuple(View(t, (0, 0, t.shape[-1]), None) for t in tensors))
     sizes: list[int] = []
     strides: list[tuple[int, ...]] = []
     for axis, size in enumerate(tensors[0].shape[:-1]):
@@ -517,9 +516,7 @@ def _layout(*tensors: Tensor) -> Layout:
             sizes.append(size)
             strides.append(steps)
     if len(sizes) > 3:
-        return Layout(
-            (1, math.prod(sizes)), tuple(View(t, (0, 0, 0), _offsets(t)) for t in tensors)
-        )
+        return Layout((1, count), tuple(View(t, (0, 0, 0), _offsets(t)) for t in tensors))
     padding = 3 - len(sizes)
     sizes = [1] * padding + sizes
     strides = [(0,) * len(tensors)] * padding + strides
@@ -605,7 +602,7 @@ def _launch_shares(
     """A kernel a stage over each group of rows."""
     programs, group = shared
     partials = torch.empty(
-        (count, FIELDS.value, programs),
+        (count, FIELDS, programs),
         dtype=torch.float32,
         device=arguments[0].logits.pointer.device,
     )
@@ -732,7 +729,9 @@ def kd_rows(student: Tensor, teacher: Tensor, rows: Rows, options: Options, want
                 _launch_shares(count, shared, stages, arguments, constants, launch)
     if want.inplace and student_gradient is not None:
         student_gradient = student if source is student else student.copy_(source)
-    total = outputs.loss.sum() * options.scale
+    total = outputs.loss.sum()
+    if options.scale != 1.0:  # it is 1 where the device knows another
+        total = total * options.scale
     if rows.scale is not None:
         total = total * rows.scale
     return Result(outputs.loss, total, student_gradient, teacher_gradient, *outputs[1:])

@@ -18,11 +18,11 @@ from .sweeps import Partial
 
 # What a program leaves of its share of a row: a Partial, the label's logit (the gradient may by then have overwritten
 # it), and the sums of phi and g.
-LABEL, PHI, G = (tl.constexpr(len(Partial._fields) + i) for i in range(3))
-FIELDS = tl.constexpr(len(Partial._fields) + 3)
+LABEL = len(Partial._fields)
+FIELDS = LABEL + 3
 
 # Lanes that merge a row's shares: the largest number of programs a row, whatever it is in a call.
-LANES = tl.constexpr(64)
+LANES = 64
 
 
 class Device(NamedTuple):
@@ -82,7 +82,7 @@ def plan(rows: int, row_bytes: int, sweeps: int, device: Device | None) -> Plan 
     if group == rows and not few:
         return None
     programs = OCCUPANCY * device.multiprocessors // group
-    return Plan(min(max(programs, 1), LANES.value), group)
+    return Plan(min(max(programs, 1), LANES), group)
 
 
 @functools.cache
@@ -99,40 +99,49 @@ def device_of(device: torch.device) -> Device | None:
 
 
 @triton.jit
-def _place(split, row, field):
+def _place(split, row, field, FIELDS: tl.constexpr = FIELDS):
     """Where the shares of a row have a field, side by side."""
     return split.partials + (row.to(tl.int64) * FIELDS + field) * split.count
 
 
 @triton.jit
-def leave(split, row, field, value):
+def _leave(split, row, field, value):
     """Leave a number of this program's share of a row."""
     tl.store(_place(split, row, field) + tl.program_id(1), value)
 
 
 @triton.jit
-def leave_statistics(split, row, part):
-    """Leave a Partial."""
+def leave_statistics(split, row, part, z_label, LABEL: tl.constexpr = LABEL):
+    """Leave a Partial, and the label's logit."""
+    _leave(split, row, LABEL, z_label)
     for field in tl.static_range(len(part)):
-        leave(split, row, field, part[field])
+        _leave(split, row, field, part[field])
 
 
 @triton.jit
-def _lanes(split, row, field, nothing):
+def leave_sums(split, row, phi, g, LABEL: tl.constexpr = LABEL):
+    """Leave the sums of phi and g."""
+    _leave(split, row, LABEL + 1, phi)
+    _leave(split, row, LABEL + 2, g)
+
+
+@triton.jit
+def _lanes(split, row, field, nothing, LANES: tl.constexpr = LANES):
     lanes = tl.arange(0, LANES)
     return tl.load(_place(split, row, field) + lanes, mask=lanes < split.count, other=nothing)
 
 
 @triton.jit
-def left_label(split, row):
+def left_label(split, row, LABEL: tl.constexpr = LABEL):
     """The label's logit, which every share of a row has."""
     return tl.load(_place(split, row, LABEL))
 
 
 @triton.jit
-def left_sums(split, row):
+def left_sums(split, row, LABEL: tl.constexpr = LABEL):
     """(sum phi, sum g) over a row."""
-    return tl.sum(_lanes(split, row, PHI, 0.0), 0), tl.sum(_lanes(split, row, G, 0.0), 0)
+    phi, g = _lanes(split, row, LABEL + 1, 0.0), _lanes(split, row, LABEL + 2, 0.0)
+    return tl.sum(phi, 0), tl.sum(g, 0)
 
 
 @triton.jit

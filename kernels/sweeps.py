@@ -170,7 +170,16 @@ def _faded_q(q_moment, s_step, t_step, s_sum, s_fade):
 
 
 @triton.jit
-def _closed_form(moments, p_moment, q_moment, s_sum, t_sum, p_lost, q_lost):
+def _closed_form(
+    moments,
+    p_moment,
+    q_moment,
+    s_sum,
+    t_sum,
+    p_lost,
+    q_lost,
+    NEGLIGIBLE: tl.constexpr = NEGLIGIBLE,
+):
     """(sum phi, sum g) from the moments and the sums of exponentials.
 
     The two log-normalisers are subtracted as the log of a quotient, which is exactly 0 where p = q.

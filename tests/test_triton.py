@@ -937,8 +937,8 @@ def test_rows_that_fill_a_device_from_one_program_each(device: split.Device | No
 def test_few_rows_are_shared(device: split.Device, rows: int) -> None:
     found = split.plan(rows, PAIR, 2, device)
     assert found is not None
-    assert 1 < found.programs <= split.LANES.value
-    if found.programs < split.LANES.value:
+    assert 1 < found.programs <= split.LANES
+    if found.programs < split.LANES:
         filled = found.programs * found.group / (split.OCCUPANCY * device.multiprocessors)
         assert 0.8 < filled <= 1
 
