@@ -609,9 +609,8 @@ def _launch_shares(
     kernels: dict[str, Any] = {}
     for first in range(0, count, group):
         for stage in stages:
-            alone = (
-                stage == "gradient" and arguments[-1] is None
-            )  # there is but the row's loss to write
+            # Without a gradient, the last stage has but the row's numbers to write.
+            alone = stage == "gradient" and arguments[-1] is None
             grid = (min(group, count - first), 1 if alone else programs, 1)
             given = (*arguments, Split(partials, first, programs), *constants, stage)
             # What the first group's launch has compiled serves the others, for `split` is not specialised: what Triton

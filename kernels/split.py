@@ -56,18 +56,20 @@ def plan(rows: int, row_bytes: int, sweeps: int, device: Device | None) -> Plan 
 
     The figures are a model's; none has been timed.
 
-    Few rows. A program has a tile of each side in flight, 16 KB or so, and waits 0.7 us for it: some 20 GB/s. A row of
-    256 KB takes it 13 us a sweep, about what the launch of one more kernel costs the host; a row of 128,256 columns in
-    bfloat16 takes 26 us. With fewer rows than multiprocessors those are idle meanwhile, so each row is given as many
-    programs as fill the device.
+    Few rows. A program has a tile of each side in flight, 16 KB or so, and waits 0.7 us for it: some 20 GB/s, or 26
+    us a sweep over 128,256 columns in bfloat16. With fewer rows than multiprocessors those are idle meanwhile, so
+    each row is given as many programs as fill the device, which take a few us. Each sweep then has a launch of its
+    own: a few us more where the host is ahead of the device, 50 us more where the device waits for it (bench/host.py,
+    two cores of a shared machine). WIDE is between: two sweeps over such a row take one program 26 us.
 
     Groups. With b the bytes of one side, a row a program moves 5 b (7 b without a closed form) where row pairs in
     flight, two a multiprocessor, are more than L2 keeps; narrower rows are in L2 for the second sweep anyway. A group
-    whose pairs L2 keeps moves 3 b. It costs two launches (three), of some 10 us each once its kernels are compiled
-    (`rows._launch_shares`). A group of 20 MB then pays with an A100, whose 1.5 to 2 TB/s take 15 to 20 us for its 3 b
-    and 25 to 33 us for 5 b, and the more the slower the memory is beside L2: 100 us against 167 us at 300 GB/s of an
-    L4. A group of the 2 to 4 MB of an L2 of 4 to 8 MB (sm_86, AMD) would be done in 3 to 8 us, before the next one is
-    launched. From sm_90 on, `backend="cuda"` reads every logit once and needs no group.
+    whose pairs L2 keeps moves 3 b. It costs two launches (three), past the first group's of some 10 us each: Triton
+    spends 5 us on one (`rows._launch_shares`), and the rest is a guess at the driver's. A group of 20 MB then pays
+    with an A100, whose 1.5 to 2 TB/s take 15 to 20 us for its 3 b and 25 to 33 us for 5 b, and the more the slower
+    the memory is beside L2: 100 us against 167 us at 300 GB/s of an L4. A group of the 2 to 4 MB of an L2 of 4 to 8
+    MB (sm_86, AMD) would be done in 3 to 8 us, before the next one is launched. From sm_90 on, `backend="cuda"` reads
+    every logit once and needs no group.
     """
     if device is None or not rows:
         return None

@@ -11,6 +11,7 @@ import json
 import os
 import subprocess
 import sys
+import textwrap
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
@@ -260,6 +261,41 @@ def test_every_tile_of_the_rule_is_compiled() -> None:
         if v.stage == "row" and v.kind
     }
     assert not rule - compiled
+
+
+GROUPS = """
+    import torch
+    from triton_aot import launch_nothing
+    from fastkd.divergences import jsd
+    from fastkd.kernels import rows as kernels
+    from fastkd.kernels import split
+    from fastkd.rows import Options, Rows, Want
+
+    launched = launch_nothing()
+    kernels.plan = lambda *call: split.Plan(3, 16)
+    arguments = Rows(), Options(jsd(), vocab_size=1024), Want(True)
+    kernels.kd_rows(torch.empty(33, 1024), torch.empty(33, 1024), *arguments)
+    stages = [given[-1] for _, given in launched]
+    assert stages == 3 * ["statistics", "sums", "gradient"], stages
+    for number, (grid, given) in enumerate(launched):
+        assert grid == (16 if number < 6 else 1, 3, 1), grid
+        shares = [value for value in given if isinstance(value, kernels.Split)]
+        assert [s.first for s in shares] == [number // 3 * 16], shares
+        first = launched[number % 3][1]
+        assert len(given) == len(first)
+        assert all(a is b or a == b for a, b in zip(given, first) if not isinstance(a, kernels.Split))
+    print(len(kernels.kd_kernel.device_caches[0][0]), "kernels")
+"""
+
+
+def test_later_groups_are_launched_as_the_first(tmp_path: Path) -> None:
+    """Past Triton's own launcher, which looks up the kernel by its arguments: they are the same but for the rows."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment |= {"TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [sys.executable, "-c", textwrap.dedent(GROUPS)]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert done.stdout == "3 kernels\n"
 
 
 def test_a_spill_in_a_loop_is_seen() -> None:

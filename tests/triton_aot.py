@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 import subprocess
 import tempfile
+from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 
@@ -110,3 +112,34 @@ def resources(
         return _hip_resources(found["amdgcn"])
     found = _compiled(kernel, arguments, options, GPUTarget("cuda", int(architecture), 32))
     return _cuda_resources(found["cubin"])
+
+
+def launch_nothing() -> list[tuple[Any, ...]]:
+    """Let Triton do for CPU tensors all that it does on sm_90, but for the launch; each one's (grid, arguments)."""
+    from triton.backends.compiler import GPUTarget
+    from triton.runtime import driver
+
+    from fastkd import backends
+
+    launched: list[tuple[Any, ...]] = []
+
+    def launcher(source: Any, metadata: Any) -> Callable[..., None]:
+        # Between the grid and the arguments: stream, function, metadata of two kinds, two hooks.
+        return lambda *launch: launched.append((launch[:3], launch[9:]))
+
+    utilities = SimpleNamespace(
+        get_device_properties=lambda device: {"max_shared_mem": 232_448},
+        load_binary=lambda *binary: (1, 1, 0, 0, 1024),
+        unload_module=lambda module: None,
+    )
+    driver.set_active(
+        SimpleNamespace(
+            utils=utilities,
+            launcher_cls=launcher,
+            get_current_target=lambda: GPUTarget("cuda", 90, 32),
+            get_current_device=lambda: 0,
+            get_current_stream=lambda device: 0,
+        )
+    )
+    backends.interpreting = lambda: True  # the CPU's tensors are let through
+    return launched
