@@ -48,11 +48,11 @@ def shares(request: pytest.FixtureRequest) -> Iterator[split.Plan | None]:
     """How programs share rows: as the test's parameter says, and by default not at all."""
     wanted = getattr(request, "param", None)
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(kernels, "plan", lambda *call: wanted)
         if wanted is None:
             yield None
             return
         ran, launch_shares = [], kernels._launch_shares
-        patch.setattr(kernels, "plan", lambda *call: wanted)
         patch.setattr(
             kernels, "_launch_shares", lambda *call: (ran.append(call), launch_shares(*call))
         )
