@@ -1,4 +1,4 @@
-"""Losses on a GPU: time, share of the bandwidth that a copy reaches, memory; and from hidden states.
+"""Losses on a GPU: time, share of the bandwidth that a copy reaches, memory; from hidden states; and the host's time.
 
     python bench/gpu.py
 
@@ -17,6 +17,7 @@ import argparse
 import re
 from collections.abc import Callable
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -24,6 +25,7 @@ from typing import Any
 import linear
 import torch
 from contenders import LOSSES, Loss, Rows, eager_rows, fastkd_loss, mean_of
+from host import host_time
 from loss import Contender, interleave, nothing
 from report import Table, add_arguments, emit, progress
 from torch import Tensor
@@ -311,8 +313,16 @@ def main() -> None:
         f"a copy moves {bandwidth / 1e12:.2f} TB/s, read and written",
         f"a matrix product of 8192 in bfloat16 runs at {products / 1e12:.0f} TFLOP/s",
     ]
-    on_logits, on_hidden = dense(arguments, bandwidth), from_hidden_states(arguments)
-    emit(arguments, [on_logits[0], on_hidden[0]], [*on_logits[1], *on_hidden[1]], notes)
+    loss = LOSSES["forward_kl"]
+    calls = {"eager": mean_of(eager_rows(loss, torch.float32))}
+    calls |= {f"fastkd {backend}": fastkd_loss(loss, backend=backend) for backend in own_backends()}
+    found = [
+        dense(arguments, bandwidth),
+        from_hidden_states(arguments),
+        host_time(calls, "cuda", arguments.rounds),
+    ]
+    tables, measurements = zip(*found, strict=True)
+    emit(arguments, tables, list(chain.from_iterable(measurements)), notes)
 
 
 if __name__ == "__main__":

@@ -1,10 +1,14 @@
-"""The triton backend: one program a row, one kernel for every divergence.
+"""The triton backend: one program a row or several, one kernel for every divergence.
 
 Read top to bottom: what the kernel is given, the kernel, and the launchers that :mod:`fastkd.autograd` calls. The
-sweeps over a row are in ``sweeps.py``, what a divergence may do is in ``skeleton.py``.
+sweeps over a row are in ``sweeps.py``, rows with several programs in ``split.py``, what a divergence may do in
+``skeleton.py``.
 
 A row is read twice where the divergence has a closed form (statistics, gradient) and three times where not, the last
-time backwards. Logits of any leading strides are addressed in place; a last stride other than 1 is copied.
+time backwards. Where a row has one program, that is one launch (STAGE "row"); where it has several, a launch a sweep
+(STAGE "statistics", "sums", "gradient"), each of which takes up what the one before has left.
+
+Logits of any leading strides are addressed in place; a last stride other than 1 is copied.
 """
 
 from __future__ import annotations
@@ -23,18 +27,33 @@ from fastkd.rows import Options, Result, Rows, Want
 from fastkd.topk import topk_rows
 
 from .skeleton import bind
+from .split import (
+    FIELDS,
+    Plan,
+    device_of,
+    leave_statistics,
+    leave_sums,
+    left_label,
+    left_statistics,
+    left_sums,
+    plan,
+)
 from .sweeps import (
     Moments,
     Normalizer,
     Row,
+    Split,
     Sums,
+    conclude,
     log_probability,
+    merge,
     read,
     sweep_gradients,
     sweep_statistics,
     sweep_sums,
     sweep_zeros,
 )
+from .tuning import TILES
 
 # What a field's None switches off is compiled out: the callers below pass no flags beside the values.
 
@@ -143,6 +162,34 @@ def _cross_entropy(z_label, pivot, plain, spread, smoothing, V):
 
 
 @triton.jit
+def _statistics(
+    row,
+    student,
+    teacher,
+    plain_unit,
+    z_label,
+    pivot,
+    moments,
+    V,
+    split,
+    ENTROPY: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    STAGE: tl.constexpr,
+):
+    """The first sweep's Statistics of the row; in its own stage, what this program leaves of them."""
+    if STAGE == "row" or STAGE == "statistics":
+        part = sweep_statistics(
+            student, teacher, plain_unit, pivot, moments, V, split, ENTROPY, ALIGNED, BLOCK_V
+        )
+    else:
+        part = merge(left_statistics(split, row), student, teacher, plain_unit, moments)
+    if STAGE == "statistics":
+        leave_statistics(split, row, part, z_label)
+    return conclude(part, student, teacher, plain_unit, moments)
+
+
+@triton.jit
 def _keep_row(
     row,
     student_model,
@@ -155,13 +202,15 @@ def _keep_row(
     sizes,
     V,
     width,
+    split,
     DIVERGENCE: tl.constexpr,
     NORMALIZED: tl.constexpr,
     SQUARED: tl.constexpr,
     ALIGNED: tl.constexpr,
     BLOCK_V: tl.constexpr,
+    STAGE: tl.constexpr,
 ):
-    """Loss, parts and gradients of a row that counts."""
+    """Loss, parts and gradients of a row that counts; or a stage of it."""
     ENTROPY: tl.constexpr = outputs.entropy is not None
     WITH_LABEL: tl.constexpr = objective.rest is not None
     weight = 1.0
@@ -181,7 +230,10 @@ def _keep_row(
         valid = (label >= 0) & (label < V)
         weight = tl.where(valid, weight, float("nan"))
         label = tl.where(valid, label, 0).to(tl.int32)
-        z_label, _ = read(student, label, V)
+        if STAGE == "row" or STAGE == "statistics":
+            z_label, _ = read(student, label, V)
+        else:
+            z_label = left_label(split, row)
         if objective.smoothing is not None:
             pivot = tl.where(z_label == -float("inf"), 0.0, z_label)
         if student_model.temperature is not None or student_model.temperatures is not None:
@@ -189,100 +241,136 @@ def _keep_row(
 
     # Without a normaliser, log p and log q are the tempered logits themselves.
     s_norm = Normalizer(0.0, student.unit, 0.0)
-    t_norm, plain, phi, g = s_norm, s_norm, 0.0, 0.0
+    t_norm, plain, phi, g, spread, entropy = s_norm, s_norm, 0.0, 0.0, 0.0, 0.0
     if NORMALIZED or WITH_LABEL or ENTROPY:
         softmax_teacher = teacher if NORMALIZED else None
-        found = sweep_statistics(
-            student, softmax_teacher, plain_unit, pivot, moments, V, ENTROPY, ALIGNED, BLOCK_V
+        found = _statistics(
+            row,
+            student,
+            softmax_teacher,
+            plain_unit,
+            z_label,
+            pivot,
+            moments,
+            V,
+            split,
+            ENTROPY,
+            ALIGNED,
+            BLOCK_V,
+            STAGE,
         )
-        plain, phi, g = found.plain, found.phi, found.g
+        plain, phi, g, spread, entropy = (
+            found.plain,
+            found.phi,
+            found.g,
+            found.spread,
+            found.entropy,
+        )
         if NORMALIZED:
             s_norm, t_norm = found.student, found.teacher
-        if ENTROPY:
-            tl.store(outputs.entropy + row, found.entropy)
 
-    loss, cross_entropy = 0.0, 0.0
-    squared = s_temperature * s_temperature if SQUARED else 1.0
-    if teacher is not None:
+    if teacher is not None and STAGE != "statistics":
         if not NORMALIZED:
             t_norm = Normalizer(0.0, teacher.unit, 0.0)
         if moments is None:
-            phi, g = sweep_sums(
+            if STAGE == "gradient":
+                phi, g = left_sums(split, row)
+            else:
+                phi, g = sweep_sums(
+                    student,
+                    teacher,
+                    s_norm,
+                    t_norm,
+                    V,
+                    split,
+                    parameters,
+                    DIVERGENCE,
+                    NORMALIZED,
+                    ALIGNED,
+                    BLOCK_V,
+                )
+    if STAGE == "sums":
+        leave_sums(split, row, phi, g)
+    elif STAGE != "statistics":
+        loss, distillation, cross_entropy = 0.0, 0.0, 0.0
+        squared = s_temperature * s_temperature if SQUARED else 1.0
+        if teacher is not None:
+            distillation = squared * phi
+            if objective.alpha is not None:
+                loss = objective.alpha * distillation
+        if WITH_LABEL:
+            cross_entropy = _cross_entropy(z_label, pivot, plain, spread, objective.smoothing, V)
+            loss += objective.rest * cross_entropy
+        _store_row(outputs, row, split, weight * loss, distillation, cross_entropy, entropy)
+        if width is not None:
+            scale = objective.scale
+            if inputs.scale is not None:
+                scale *= tl.load(inputs.scale)
+            s_scale = weight * scale * student_model.scale
+            s_factor, t_factor, label_factor = None, None, None
+            if objective.alpha is not None:
+                s_factor = objective.alpha * squared / s_temperature * s_scale
+                t_factor = (
+                    objective.alpha * squared / t_temperature * weight * scale * teacher_model.scale
+                )
+            if WITH_LABEL:
+                label_factor = objective.rest * s_scale
+            sweep_gradients(
                 student,
                 teacher,
                 s_norm,
                 t_norm,
+                plain,
+                Sums(phi, g, objective.degree * phi - g),
+                Factors(s_factor, label_factor, t_factor),
+                objective.degree,
+                label,
+                objective.smoothing,
                 V,
+                width,
+                split,
                 parameters,
                 DIVERGENCE,
                 NORMALIZED,
-                ALIGNED,
                 BLOCK_V,
             )
-        distillation = squared * phi
-        if objective.alpha is not None:
-            loss = objective.alpha * distillation
-        if outputs.distillation is not None:
-            tl.store(outputs.distillation + row, distillation)
-    if WITH_LABEL:
-        cross_entropy = _cross_entropy(z_label, pivot, plain, found.spread, objective.smoothing, V)
-        loss += objective.rest * cross_entropy
-    if outputs.cross_entropy is not None:
-        tl.store(outputs.cross_entropy + row, cross_entropy)
-    tl.store(outputs.loss + row, weight * loss)
 
-    if width is not None:
-        scale = objective.scale
-        if inputs.scale is not None:
-            scale *= tl.load(inputs.scale)
-        s_scale = weight * scale * student_model.scale
-        s_factor, t_factor, label_factor = None, None, None
-        if objective.alpha is not None:
-            s_factor = objective.alpha * squared / s_temperature * s_scale
-            t_factor = (
-                objective.alpha * squared / t_temperature * weight * scale * teacher_model.scale
-            )
-        if WITH_LABEL:
-            label_factor = objective.rest * s_scale
-        sweep_gradients(
-            student,
-            teacher,
-            s_norm,
-            t_norm,
-            plain,
-            Sums(phi, g, objective.degree * phi - g),
-            Factors(s_factor, label_factor, t_factor),
-            objective.degree,
-            label,
-            objective.smoothing,
-            V,
-            width,
-            parameters,
-            DIVERGENCE,
-            NORMALIZED,
-            BLOCK_V,
-        )
+
+@triton.jit
+def _store_row(outputs, row, split, loss, distillation, cross_entropy, entropy):
+    """The row's numbers; of several programs, the first writes them."""
+    first = None
+    if split is not None:
+        first = tl.program_id(1) == 0
+    tl.store(outputs.loss + row, loss, mask=first)
+    if outputs.distillation is not None:
+        tl.store(outputs.distillation + row, distillation, mask=first)
+        tl.store(outputs.cross_entropy + row, cross_entropy, mask=first)
+        tl.store(outputs.entropy + row, entropy, mask=first)
 
 
 @triton.jit
 def _drop_row(
-    row, student_model, teacher_model, outputs, sizes, ALIGNED: tl.constexpr, BLOCK_V: tl.constexpr
+    row,
+    student_model,
+    teacher_model,
+    outputs,
+    sizes,
+    split,
+    ALIGNED: tl.constexpr,
+    BLOCK_V: tl.constexpr,
 ):
     """Zeros: nothing of the row is read."""
-    tl.store(outputs.loss + row, 0.0)
-    if outputs.distillation is not None:
-        tl.store(outputs.distillation + row, 0.0)
-        tl.store(outputs.cross_entropy + row, 0.0)
-        tl.store(outputs.entropy + row, 0.0)
+    _store_row(outputs, row, split, 0.0, 0.0, 0.0, 0.0)
     if student_model.gradient is not None:
         gradient = _row_pointer(student_model.gradient, row, sizes, ALIGNED)
-        sweep_zeros(gradient, student_model.width, BLOCK_V)
+        sweep_zeros(gradient, student_model.width, split, BLOCK_V)
     if teacher_model is not None and teacher_model.gradient is not None:
         gradient = _row_pointer(teacher_model.gradient, row, sizes, ALIGNED)
-        sweep_zeros(gradient, teacher_model.width, BLOCK_V)
+        sweep_zeros(gradient, teacher_model.width, split, BLOCK_V)
 
 
-@triton.jit(do_not_specialize=["sizes"])
+@triton.jit(do_not_specialize=["sizes", "split"])
 def kd_kernel(
     student_model,
     teacher_model,
@@ -294,14 +382,18 @@ def kd_kernel(
     sizes,
     V,
     width,
+    split,
     DIVERGENCE: tl.constexpr,
     NORMALIZED: tl.constexpr,
     SQUARED: tl.constexpr,
     ALIGNED: tl.constexpr,
     BLOCK_V: tl.constexpr,
+    STAGE: tl.constexpr,
 ):
-    """One row: :class:`fastkd.rows.Result` says what of it is written."""
+    """One row, or a share of one: :class:`fastkd.rows.Result` says what of it is written."""
     row = tl.program_id(0)
+    if split is not None:
+        row += split.first
     keep = row >= 0
     if inputs.labels is not None:
         keep = keep & (tl.load(inputs.labels + row) != objective.ignore_index)
@@ -320,14 +412,16 @@ def kd_kernel(
             sizes,
             V,
             width,
+            split,
             DIVERGENCE,
             NORMALIZED,
             SQUARED,
             ALIGNED,
             BLOCK_V,
+            STAGE,
         )
-    else:
-        _drop_row(row, student_model, teacher_model, outputs, sizes, ALIGNED, BLOCK_V)
+    elif STAGE == "row" or STAGE == "gradient":
+        _drop_row(row, student_model, teacher_model, outputs, sizes, split, ALIGNED, BLOCK_V)
 
 
 @triton.jit(do_not_specialize=["sizes"])
@@ -354,19 +448,35 @@ WARPS = ((4 << 10, 4), (128 << 10, 8), (1 << 62, 16))
 REGISTERS = (80, 96)
 
 
-def tile(width: int, itemsize: int, crowded: bool = False, aligned: bool = True) -> tuple[int, int]:
-    """(BLOCK_V, num_warps) for rows of that many columns.
+def _power_of_2(number: int) -> int:
+    """The next one; triton.next_power_of_2 takes ten times as long, for it may be called in a kernel too."""
+    return 1 << (number - 1).bit_length()
+
+
+def tile(
+    width: int,
+    itemsize: int,
+    crowded: bool = False,
+    aligned: bool = True,
+    architecture: str = "",
+    closed_form: bool = True,
+) -> tuple[int, int]:
+    """(BLOCK_V, num_warps) for rows of that many columns: as timed on the architecture, else by this rule.
 
     Eight entries a thread are one load of 16 bytes of a low-precision row. With sixteen, tiles would not stay in
     registers on every target of tests/test_triton_aot.py, nor with eight where registers are crowded, or rows not
     aligned: there an entry is a load with an address and a mask of its own. 16 warps of those would leave ptxas only
     the choice of 64 registers and 128.
     """
+    if aligned and not crowded:
+        timed = TILES.get((architecture, itemsize, closed_form, _power_of_2(width)))
+        if timed is not None:
+            return timed
     warps = next(entry[1] for entry in WARPS if width * itemsize <= entry[0])
     if not aligned:
         warps = min(warps, 8)
     lanes = 32 * (4 if crowded or not aligned else 8)  # of a warp
-    block = min(warps * lanes, max(triton.next_power_of_2(width), 128))
+    block = min(warps * lanes, max(_power_of_2(width), 128))
     return block, max(block // lanes, 1)
 
 
@@ -388,6 +498,9 @@ def _layout(*tensors: Tensor) -> Layout:
     Adjacent dimensions merge where every tensor steps through both with one stride: the shifted view logits[:, :-1]
     keeps two, a contiguous tensor one.
     """
+    count = math.prod(tensors[0].shape[:-1])
+    if count > 1 and all(tensor.is_contiguous() for tensor in tensors):  # what the loop would find
+        return Layout((1, count), tuple(View(t, (0, 0, t.shape[-1]), None) for t in tensors))
     sizes: list[int] = []
     strides: list[tuple[int, ...]] = []
     for axis, size in enumerate(tensors[0].shape[:-1]):
@@ -403,9 +516,7 @@ def _layout(*tensors: Tensor) -> Layout:
             sizes.append(size)
             strides.append(steps)
     if len(sizes) > 3:
-        return Layout(
-            (1, math.prod(sizes)), tuple(View(t, (0, 0, 0), _offsets(t)) for t in tensors)
-        )
+        return Layout((1, count), tuple(View(t, (0, 0, 0), _offsets(t)) for t in tensors))
     padding = 3 - len(sizes)
     sizes = [1] * padding + sizes
     strides = [(0,) * len(tensors)] * padding + strides
@@ -480,6 +591,36 @@ def _moments(divergence: Divergence) -> Moments | None:
     )
 
 
+def _launch_shares(
+    count: int,
+    shared: Plan,
+    stages: list[str],
+    arguments: tuple[Any, ...],
+    constants: tuple[Any, ...],
+    options: dict[str, Any],
+) -> None:
+    """A kernel a stage over each group of rows."""
+    programs, group = shared
+    partials = torch.empty(
+        (count, FIELDS, programs),
+        dtype=torch.float32,
+        device=arguments[0].logits.pointer.device,
+    )
+    kernels: dict[str, Any] = {}
+    for first in range(0, count, group):
+        for stage in stages:
+            # Without a gradient, the last stage has but the row's numbers to write.
+            alone = stage == "gradient" and arguments[-1] is None
+            grid = (min(group, count - first), 1 if alone else programs, 1)
+            given = (*arguments, Split(partials, first, programs), *constants, stage)
+            # What the first group's launch has compiled serves the others, for `split` is not specialised: what Triton
+            # spends on finding it is ten times what it spends on a launch (bench/host.py). The interpreter gives None.
+            if kernels.get(stage) is None:
+                kernels[stage] = kd_kernel[grid](*given, **options)
+            else:
+                kernels[stage][grid](*given)
+
+
 def kd_rows(student: Tensor, teacher: Tensor, rows: Rows, options: Options, want: Want) -> Result:
     """The loss of each row and its gradients; shapes and meaning as :class:`fastkd.rows.Result` has them."""
     if rows.ids is not None:
@@ -529,42 +670,67 @@ def kd_rows(student: Tensor, teacher: Tensor, rows: Rows, options: Options, want
         )
     widths = [g.shape[-1] for g in (student_gradient, tensors["teacher_gradient"]) if g is not None]
     crowded = want.teacher_gradient or options.softcap > 0 or options.teacher_softcap > 0
-    itemsize = max(student.itemsize, teacher.itemsize)
+    moments, width = _moments(divergence), max(widths, default=None)
+    stages = []
+    if with_label or want.parts or (divergence.normalized and teacher_model is not None):
+        stages.append("statistics")
+    if moments is None and teacher_model is not None:
+        stages.append("sums")
+    stages.append("gradient")
+    reads = [student.itemsize, *([] if teacher_model is None else [teacher.itemsize])]
+    count, device = lead.numel(), device_of(student.device)
+    sweeps = len(stages) - (width is None)
+    shared = plan(count, options.vocab_size * sum(reads), sweeps, device)
     aligned = _aligned(options.vocab_size, view["student"], view["teacher"])
-    block, warps = tile(options.vocab_size, itemsize, crowded, aligned)
-    limits = register_limits(aligned, crowded)
-    if lead.numel():
+    if shared is None:
+        architecture = device.architecture if device else ""
+        block, warps = tile(
+            options.vocab_size, max(reads), crowded, aligned, architecture, moments is not None
+        )
+    else:
+        block, warps = tile(options.vocab_size // shared.programs, max(reads), crowded, aligned)
+    arguments = (
+        student_model,
+        teacher_model,
+        Inputs(rows.labels, rows.weight, rows.scale),
+        outputs,
+        Objective(
+            alpha or None,
+            1.0 - alpha if with_label else None,
+            options.label_smoothing or None,
+            options.scale,
+            divergence.degree or 0.0,
+            options.ignore_index,
+        ),
+        moments,
+        divergence.params,
+        sizes,
+        options.vocab_size,
+        width,
+    )
+    constants = (
+        bind(divergence.function),
+        divergence.normalized,
+        options.scale_by_temperature,
+        aligned,
+        block,
+    )
+    launch = {
+        "num_warps": warps,
+        "enable_fp_fusion": True,
+        **register_limits(aligned, crowded),
+    }
+    if count:
         with _on(student.device):
-            kd_kernel[(lead.numel(),)](
-                student_model,
-                teacher_model,
-                Inputs(rows.labels, rows.weight, rows.scale),
-                outputs,
-                Objective(
-                    alpha or None,
-                    1.0 - alpha if with_label else None,
-                    options.label_smoothing or None,
-                    options.scale,
-                    divergence.degree or 0.0,
-                    options.ignore_index,
-                ),
-                _moments(divergence),
-                divergence.params,
-                sizes,
-                options.vocab_size,
-                max(widths, default=None),
-                bind(divergence.function),
-                divergence.normalized,
-                options.scale_by_temperature,
-                aligned,
-                block,
-                num_warps=warps,
-                enable_fp_fusion=True,
-                **limits,
-            )
+            if shared is None:
+                kd_kernel[(count,)](*arguments, None, *constants, "row", **launch)
+            else:
+                _launch_shares(count, shared, stages, arguments, constants, launch)
     if want.inplace and student_gradient is not None:
         student_gradient = student if source is student else student.copy_(source)
-    total = outputs.loss.sum() * options.scale
+    total = outputs.loss.sum()
+    if options.scale != 1.0:  # it is 1 where the device knows another
+        total = total * options.scale
     if rows.scale is not None:
         total = total * rows.scale
     return Result(outputs.loss, total, student_gradient, teacher_gradient, *outputs[1:])

@@ -20,9 +20,11 @@ import triton.language as tl
 from fastkd import reference
 from fastkd.divergences import VOCABULARY
 
-LOWEST = tl.constexpr(torch.finfo(torch.float32).min)
-NEGLIGIBLE = tl.constexpr(reference.NEGLIGIBLE)
-INFINITE = tl.constexpr(reference.INFINITE)
+# Constants come to kernels as defaults of parameters. A global constexpr is compared at every launch with what it was
+# when the kernel was compiled: 2 us of host time for each (bench/host.py).
+LOWEST = torch.finfo(torch.float32).min
+NEGLIGIBLE = reference.NEGLIGIBLE
+INFINITE = reference.INFINITE
 
 
 @triton.jit
@@ -134,13 +136,21 @@ def bind(function: Callable[..., Any]) -> Any:
 
 
 @triton.jit
-def _settle(term, one_side, nothing):
+def _settle(term, one_side, nothing, INFINITE: tl.constexpr = INFINITE):
     term = tl.where(one_side & (tl.abs(term) > INFINITE), term * float("inf"), term)
     return tl.where(nothing, 0.0, term)
 
 
 @triton.jit
-def evaluate(DIVERGENCE: tl.constexpr, parameters, log_p, log_q, NORMALIZED: tl.constexpr):
+def evaluate(
+    DIVERGENCE: tl.constexpr,
+    parameters,
+    log_p,
+    log_q,
+    NORMALIZED: tl.constexpr,
+    LOWEST: tl.constexpr = LOWEST,
+    NEGLIGIBLE: tl.constexpr = NEGLIGIBLE,
+):
     """(phi, g) of every entry, with the policy for log 0 that :func:`fastkd.reference.evaluate` states."""
     p_gone = log_p == -float("inf")
     q_gone = log_q == -float("inf")

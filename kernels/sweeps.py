@@ -54,6 +54,30 @@ class Sums(NamedTuple):
     h: Any
 
 
+class Split(NamedTuple):
+    """The share of a row that a program has where several have one row: program_id(1) counts them."""
+
+    partials: Any  # float32 [rows, FIELDS, count]: what one kernel leaves to the next (split.py)
+    first: Any  # the row of the kernel's first program
+    count: Any  # programs a row
+
+
+class Partial(NamedTuple):
+    """The sums of the first sweep over some tiles of a row, relative to the maxima of those; 0 where not asked for."""
+
+    s_top: Any
+    t_top: Any
+    s_sum: Any
+    t_sum: Any
+    plain_sum: Any
+    p_moment: Any
+    q_moment: Any
+    entropy_moment: Any
+    spread: Any  # sum of z - pivot
+    p_lost: Any  # the largest z of a side where the other is at -inf
+    q_lost: Any
+
+
 class Statistics(NamedTuple):
     """What the first sweep knows of a row; 0 where it was not asked for."""
 
@@ -64,6 +88,17 @@ class Statistics(NamedTuple):
     spread: Any  # sum of z - pivot
     phi: Any  # the closed form's value
     g: Any  # and sum of g
+
+
+@triton.jit
+def _tiles(columns, split, BLOCK_V: tl.constexpr):
+    """From which tile to which a program goes; past the last tile of the row it has none."""
+    first, last = 0, tl.cdiv(columns, BLOCK_V)
+    if split is not None:
+        share = tl.cdiv(last, split.count)
+        first = tl.program_id(1) * share
+        last = tl.minimum(first + share, last)
+    return first, last
 
 
 @triton.jit
@@ -111,13 +146,40 @@ def _origin(top):
 
 
 @triton.jit
+def _rise(before, top, unit):
+    """(the new origin, how far it rose, what sums relative to the old one are to be multiplied by)."""
+    origin = _origin(top)
+    return origin, (origin - _origin(before)) * unit, tl.exp((before - origin) * unit)
+
+
+@triton.jit
 def _faded(moment, shift, total, fade):
     """A moment relative to the new maximum; what has faded to nothing is 0, however far the maximum rose."""
     return tl.where(fade == 0.0, 0.0, fade * (moment + shift * total))
 
 
 @triton.jit
-def _closed_form(moments, p_moment, q_moment, s_sum, t_sum, p_lost, q_lost):
+def _faded_p(p_moment, moments, s_step, t_step, t_sum, t_fade):
+    shift = (moments.forward + moments.cross) * s_step - moments.forward * t_step
+    return _faded(p_moment, shift, t_sum, t_fade)
+
+
+@triton.jit
+def _faded_q(q_moment, s_step, t_step, s_sum, s_fade):
+    return _faded(q_moment, t_step - s_step, s_sum, s_fade)
+
+
+@triton.jit
+def _closed_form(
+    moments,
+    p_moment,
+    q_moment,
+    s_sum,
+    t_sum,
+    p_lost,
+    q_lost,
+    NEGLIGIBLE: tl.constexpr = NEGLIGIBLE,
+):
     """(sum phi, sum g) from the moments and the sums of exponentials.
 
     The two log-normalisers are subtracted as the log of a quotient, which is exactly 0 where p = q.
@@ -138,6 +200,24 @@ def _closed_form(moments, p_moment, q_moment, s_sum, t_sum, p_lost, q_lost):
 
 
 @triton.jit
+def _total(s_top, t_top, sums, p_lost, q_lost):
+    """A Partial of what lanes hold."""
+    return Partial(
+        s_top,
+        t_top,
+        tl.sum(sums[0], 0),
+        tl.sum(sums[1], 0),
+        tl.sum(sums[2], 0),
+        tl.sum(sums[3], 0),
+        tl.sum(sums[4], 0),
+        tl.sum(sums[5], 0),
+        tl.sum(sums[6], 0),
+        tl.max(p_lost, 0),
+        tl.max(q_lost, 0),
+    )
+
+
+@triton.jit
 def sweep_statistics(
     student,
     teacher,
@@ -145,6 +225,7 @@ def sweep_statistics(
     pivot,
     moments,
     V,
+    split,
     ENTROPY: tl.constexpr,
     ALIGNED: tl.constexpr,
     BLOCK_V: tl.constexpr,
@@ -163,15 +244,14 @@ def sweep_statistics(
     t_top = s_top
     s_sum, t_sum, plain_sum = zero, zero, zero
     p_moment, q_moment, entropy_moment, spread = zero, zero, zero, zero
-    p_lost, q_lost = lowest, lowest  # the largest z of a side where the other is at -inf
-    for tile in range(tl.cdiv(V, BLOCK_V)):
+    p_lost, q_lost = lowest, lowest
+    first, last = _tiles(V, split, BLOCK_V)
+    for tile in range(first, last):
         columns = tile * BLOCK_V + lanes
         s, _ = read(student, columns, V)
         s_before = s_top
         s_top = tl.maximum(s_top, tl.max(s, 0))
-        s_origin = _origin(s_top)
-        s_step = (s_origin - _origin(s_before)) * student.unit
-        s_fade = tl.exp((s_before - s_origin) * student.unit)
+        s_origin, s_step, s_fade = _rise(s_before, s_top, student.unit)
         x_s = (s - s_origin) * student.unit
         e_s = tl.exp(x_s)
         if ENTROPY:
@@ -186,9 +266,7 @@ def sweep_statistics(
             t, _ = read(teacher, columns, V)
             t_before = t_top
             t_top = tl.maximum(t_top, tl.max(t, 0))
-            t_origin = _origin(t_top)
-            t_step = (t_origin - _origin(t_before)) * teacher.unit
-            t_fade = tl.exp((t_before - t_origin) * teacher.unit)
+            t_origin, t_step, t_fade = _rise(t_before, t_top, teacher.unit)
             x_t = (t - t_origin) * teacher.unit
             e_t = tl.exp(x_t)
             if moments is not None:
@@ -198,14 +276,13 @@ def sweep_statistics(
                 if moments.forward is not None:
                     weight = moments.forward + moments.cross
                     term = e_t * (moments.forward * x_t - weight * x_s)
-                    shift = weight * s_step - moments.forward * t_step
-                    p_moment = _faded(p_moment, shift, t_sum, t_fade)
+                    p_moment = _faded_p(p_moment, moments, s_step, t_step, t_sum, t_fade)
                     p_moment += _fold(tl.where(s_gone | t_gone, 0.0, term), ALIGNED)
                     p_lost = tl.maximum(
                         p_lost, _fold_max(tl.where(s_gone, t, -float("inf")), ALIGNED)
                     )
                 if moments.reverse is not None:
-                    q_moment = _faded(q_moment, t_step - s_step, s_sum, s_fade)
+                    q_moment = _faded_q(q_moment, s_step, t_step, s_sum, s_fade)
                     q_moment += _fold(tl.where(s_gone | t_gone, 0.0, e_s * (x_s - x_t)), ALIGNED)
                     q_lost = tl.maximum(
                         q_lost, _fold_max(tl.where(t_gone, s, -float("inf")), ALIGNED)
@@ -213,26 +290,55 @@ def sweep_statistics(
             t_sum = t_fade * t_sum + _fold(e_t, ALIGNED)
         s_sum = s_fade * s_sum + _fold(e_s, ALIGNED)
 
-    s_total = tl.sum(s_sum, 0)
-    t_total = tl.sum(t_sum, 0)
-    s_norm = Normalizer(_origin(s_top), student.unit, tl.log(s_total))
+    sums = (s_sum, t_sum, plain_sum, p_moment, q_moment, entropy_moment, spread)
+    return _total(s_top, t_top, sums, p_lost, q_lost)
+
+
+@triton.jit
+def merge(parts, student, teacher, plain_unit, moments):
+    """A row's partial statistics, one a lane, as one; a lane of no tiles has the maximum -inf, and fades."""
+    s_top = tl.max(parts.s_top, 0)
+    t_top = tl.max(parts.t_top, 0)
+    s_origin, s_step, s_fade = _rise(parts.s_top, s_top, student.unit)
+    entropy_moment = _faded(parts.entropy_moment, -s_step, parts.s_sum, s_fade)
+    t_sum, plain_sum = parts.t_sum, parts.plain_sum
+    p_moment, q_moment = parts.p_moment, parts.q_moment
+    if plain_unit is not None:
+        plain_sum *= tl.exp((parts.s_top - s_origin) * plain_unit)
+    if teacher is not None:
+        _, t_step, t_fade = _rise(parts.t_top, t_top, teacher.unit)
+        if moments is not None:
+            if moments.forward is not None:
+                p_moment = _faded_p(p_moment, moments, s_step, t_step, t_sum, t_fade)
+            if moments.reverse is not None:
+                q_moment = _faded_q(q_moment, s_step, t_step, parts.s_sum, s_fade)
+        t_sum *= t_fade
+    s_sum = s_fade * parts.s_sum
+    sums = (s_sum, t_sum, plain_sum, p_moment, q_moment, entropy_moment, parts.spread)
+    return _total(s_top, t_top, sums, parts.p_lost, parts.q_lost)
+
+
+@triton.jit
+def conclude(row, student, teacher, plain_unit, moments):
+    """The statistics of a row from the sums over all of it."""
+    s_norm = Normalizer(_origin(row.s_top), student.unit, tl.log(row.s_sum))
     t_norm, plain, phi, g = s_norm, s_norm, 0.0, 0.0
     if plain_unit is not None:
-        plain = Normalizer(_origin(s_top), plain_unit, tl.log(tl.sum(plain_sum, 0)))
+        plain = Normalizer(_origin(row.s_top), plain_unit, tl.log(row.plain_sum))
     if teacher is not None:
-        t_norm = Normalizer(_origin(t_top), teacher.unit, tl.log(t_total))
+        t_norm = Normalizer(_origin(row.t_top), teacher.unit, tl.log(row.t_sum))
         if moments is not None:
             phi, g = _closed_form(
                 moments,
-                tl.sum(p_moment, 0),
-                tl.sum(q_moment, 0),
-                s_total,
-                t_total,
-                tl.exp(log_probability(tl.max(p_lost, 0), t_norm)),
-                tl.exp(log_probability(tl.max(q_lost, 0), s_norm)),
+                row.p_moment,
+                row.q_moment,
+                row.s_sum,
+                row.t_sum,
+                tl.exp(log_probability(row.p_lost, t_norm)),
+                tl.exp(log_probability(row.q_lost, s_norm)),
             )
-    entropy = s_norm.log_sum - tl.div_rn(tl.sum(entropy_moment, 0), s_total)
-    return Statistics(s_norm, t_norm, plain, entropy, tl.sum(spread, 0), phi, g)
+    entropy = s_norm.log_sum - tl.div_rn(row.entropy_moment, row.s_sum)
+    return Statistics(s_norm, t_norm, plain, entropy, row.spread, phi, g)
 
 
 @triton.jit
@@ -242,6 +348,7 @@ def sweep_sums(
     s_norm,
     t_norm,
     V,
+    split,
     parameters,
     DIVERGENCE: tl.constexpr,
     NORMALIZED: tl.constexpr,
@@ -252,7 +359,8 @@ def sweep_sums(
     lanes = tl.arange(0, BLOCK_V)
     phi_sum = _fold(tl.zeros([BLOCK_V], tl.float32), ALIGNED)
     g_sum = phi_sum
-    for tile in range(tl.cdiv(V, BLOCK_V)):
+    first, last = _tiles(V, split, BLOCK_V)
+    for tile in range(first, last):
         columns = tile * BLOCK_V + lanes
         s, _ = read(student, columns, V)
         t, _ = read(teacher, columns, V)
@@ -290,6 +398,7 @@ def sweep_gradients(
     smoothing,
     V,
     width,
+    split,
     parameters,
     DIVERGENCE: tl.constexpr,
     NORMALIZED: tl.constexpr,
@@ -297,9 +406,9 @@ def sweep_gradients(
 ):
     """Write the gradients, in reverse order: what the sweep before read last is what the caches still hold."""
     lanes = tl.arange(0, BLOCK_V)
-    tiles = tl.cdiv(width, BLOCK_V)
-    for back in range(tiles):
-        columns = (tiles - 1 - back) * BLOCK_V + lanes
+    first, last = _tiles(width, split, BLOCK_V)
+    for back in range(first, last):
+        columns = (first + last - 1 - back) * BLOCK_V + lanes
         s, s_slope = read(student, columns, V)
         gradient = tl.zeros([BLOCK_V], tl.float32)
         if factors.distillation is not None:
@@ -324,8 +433,9 @@ def sweep_gradients(
 
 
 @triton.jit
-def sweep_zeros(pointer, width, BLOCK_V: tl.constexpr):
+def sweep_zeros(pointer, width, split, BLOCK_V: tl.constexpr):
     """The gradient of a row that is dropped."""
     lanes = tl.arange(0, BLOCK_V)
-    for tile in range(tl.cdiv(width, BLOCK_V)):
+    first, last = _tiles(width, split, BLOCK_V)
+    for tile in range(first, last):
         _store(pointer, tile * BLOCK_V + lanes, tl.zeros([BLOCK_V], tl.float32), width)

@@ -315,7 +315,7 @@ def spread_kernel(
         )
     else:
         student, _ = _open(student_model, row, sizes, ALIGNED)
-        sweep_zeros(student.gradient, student.width, BLOCK_V)
+        sweep_zeros(student.gradient, student.width, None, BLOCK_V)
 
 
 def _tokens(student: Tensor, rows: Rows, options: Options) -> tuple[Tokens, Tensor]:

@@ -27,7 +27,7 @@ from triton_interpreter import Access, corrected, memory_accesses
 import fastkd
 from fastkd import backends, kd_loss, reference
 from fastkd.kernels import rows as kernels
-from fastkd.kernels import skeleton
+from fastkd.kernels import skeleton, split
 from fastkd.rows import Options, Result, Rows, Want
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -41,6 +41,29 @@ pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 @pytest.fixture(autouse=True)
 def narrow_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernels, "tile", lambda *row: (TILE, 1))
+
+
+@pytest.fixture(autouse=True)
+def shares(request: pytest.FixtureRequest) -> Iterator[split.Plan | None]:
+    """How programs share rows: as the test's parameter says, and by default not at all."""
+    wanted = getattr(request, "param", None)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(kernels, "plan", lambda *call: wanted)
+        if wanted is None:
+            yield None
+            return
+        ran, launch_shares = [], kernels._launch_shares
+        patch.setattr(
+            kernels, "_launch_shares", lambda *call: (ran.append(call), launch_shares(*call))
+        )
+        yield wanted
+        assert ran, "no program shared a row"
+
+
+# Four programs a row of 37 columns, three tiles: the last one has none. Groups of two rows: the last of three is alone.
+however_shared = pytest.mark.parametrize(
+    "shares", [None, split.Plan(4, 2)], indirect=True, ids=["alone", "shared"]
+)
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -166,6 +189,7 @@ def pair(
 # 37 columns: two tiles and five columns of a third.
 
 
+@however_shared
 @pytest.mark.parametrize(("divergence", "parameters"), DIVERGENCES, ids=str)
 @pytest.mark.parametrize("dtype", FLOATS[:2], ids=str)
 def test_divergences(divergence: str, parameters: dict[str, float], dtype: torch.dtype) -> None:
@@ -181,6 +205,7 @@ def test_divergences(divergence: str, parameters: dict[str, float], dtype: torch
     )
 
 
+@however_shared
 @pytest.mark.parametrize("student", FLOATS, ids=str)
 @pytest.mark.parametrize("teacher", FLOATS, ids=str)
 def test_types(student: torch.dtype, teacher: torch.dtype) -> None:
@@ -189,6 +214,7 @@ def test_types(student: torch.dtype, teacher: torch.dtype) -> None:
 
 
 # One column; fewer than a tile; a tile exactly, and one column less and more; likewise two tiles; four.
+@however_shared
 @kinds
 @pytest.mark.parametrize("columns", [1, 2, 15, 16, 17, 31, 32, 33, 64])
 def test_widths(columns: int, divergence: str) -> None:
@@ -200,6 +226,7 @@ def test_widths(columns: int, divergence: str) -> None:
 
 # The tiles that are shipped, which for rows of these widths have 512 lanes where the teacher gets a gradient: a part of
 # one, one exactly, and one column more.
+@however_shared
 @kinds
 @pytest.mark.parametrize("columns", [300, 512, 513])
 def test_shipped_tiles(monkeypatch: pytest.MonkeyPatch, columns: int, divergence: str) -> None:
@@ -208,15 +235,31 @@ def test_shipped_tiles(monkeypatch: pytest.MonkeyPatch, columns: int, divergence
     check("triton", *pair(1, columns), divergence=divergence, temperature=2.0)
 
 
+def test_a_timed_tile_goes_before_the_rule(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For its architecture, type, kind and widths, and where rows are aligned and registers are not crowded."""
+    monkeypatch.undo()
+    monkeypatch.setitem(kernels.TILES, ("sm_90", 2, True, 65536), (8192, 32))
+    rule = (2048, 8)
+    for width, wanted in ((32769, (8192, 32)), (65536, (8192, 32)), (32768, rule)):
+        assert kernels.tile(width, 2, False, True, "sm_90", True) == wanted
+    for other in ((4, False, True, "sm_90", True), (2, False, True, "sm_80", True)):
+        assert kernels.tile(65536, *other)[1] != 32
+    for other in ((2, True, True, "sm_90", True), (2, False, False, "sm_90", True)):
+        assert kernels.tile(65536, *other)[1] != 32
+    assert kernels.tile(65536, 2, False, True, "sm_90", False)[1] != 32
+
+
 # Temperatures, offsets and infinities
 
 
+@however_shared
 @pytest.mark.parametrize("temperature", [0.05, 1.0, 1000.0])
 @pytest.mark.parametrize("divergence", ["mixture", "soft_cross_entropy", "jsd", "alpha_beta"])
 def test_temperatures(divergence: str, temperature: float) -> None:
     check("triton", *pair(2, 37), divergence=divergence, temperature=temperature)
 
 
+@however_shared
 @pytest.mark.parametrize("divergence", ["mixture", "soft_cross_entropy", "jsd", "tvd"])
 def test_common_offset(divergence: str) -> None:
     """Multiples of 1/64 move by 1e4 without rounding, and no result changes by a bit."""
@@ -229,6 +272,7 @@ def test_common_offset(divergence: str) -> None:
         same(launch(student + 1e4, teacher - 1e4, Rows(labels), **options), still)
 
 
+@however_shared
 def test_a_maximum_that_rises_late_and_steeply() -> None:
     """Earlier sums fade away entirely; the tempered logits span 4000 and the row is steeper for one side."""
     rise = torch.linspace(-100, 100, 37, device=DEVICE)
@@ -253,6 +297,7 @@ GONE: dict[str, tuple[slice, slice]] = {
 }
 
 
+@however_shared
 @pytest.mark.parametrize("gone", GONE.values(), ids=GONE)
 @pytest.mark.parametrize(
     "divergence",
@@ -273,6 +318,7 @@ def test_infinities(divergence: str, gone: tuple[slice, slice]) -> None:
     compare(student, teacher, Rows(labels), divergence, alpha=0.5, temperature=2.0)
 
 
+@however_shared
 @pytest.mark.parametrize("divergence", ["forward_kl", "reverse_kl", "jsd", "skew_reverse_kl"])
 def test_a_probability_that_underflows_beside_an_infinity(divergence: str) -> None:
     """Below NEGLIGIBLE it counts as 0, at whatever place of the row, before and after the maximum is known."""
@@ -284,11 +330,13 @@ def test_a_probability_that_underflows_beside_an_infinity(divergence: str) -> No
             compare(student, teacher, divergence=divergence)
 
 
-@pytest.mark.parametrize("divergence", ["mixture", "jsd", "squared_error"])
-@pytest.mark.parametrize("poison", [math.nan, INF])
+@however_shared
+# Without a normaliser an infinite logit stays where it is.
+@pytest.mark.parametrize(
+    ("divergence", "poison"),
+    [*itertools.product(["mixture", "jsd"], [math.nan, INF]), ("squared_error", math.nan)],
+)
 def test_nan_spreads_over_its_row_only(divergence: str, poison: float) -> None:
-    if divergence == "squared_error" and poison == INF:
-        pytest.skip("without a normaliser an infinite logit stays where it is")
     for column in (0, 20, 36):
         for side in (0, 1):
             inputs = pair(3, 37)
@@ -306,6 +354,7 @@ def test_nan_spreads_over_its_row_only(divergence: str, poison: float) -> None:
 # Options
 
 
+@however_shared
 @kinds
 def test_options(divergence: str) -> None:
     """Each alone, with three rows of which one is dropped."""
@@ -338,6 +387,7 @@ def test_options(divergence: str) -> None:
         check("triton", student, teacher, in_range, divergence=divergence, **options)
 
 
+@however_shared
 def test_a_wider_teacher() -> None:
     """Its padding is not read and gets a gradient of 0; likewise the student's."""
     for widths in ((37, 50), (50, 37), (40, 70)):
@@ -350,6 +400,7 @@ def test_a_wider_teacher() -> None:
         assert not clean.student_gradient[:, 33:].any() and not clean.teacher_gradient[:, 33:].any()
 
 
+@however_shared
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 @kinds
 def test_a_dropped_row_is_not_read(divergence: str, dtype: torch.dtype) -> None:
@@ -365,6 +416,7 @@ def test_a_dropped_row_is_not_read(divergence: str, dtype: torch.dtype) -> None:
         assert value[::2].isfinite().all() and not value[1::2].any()
 
 
+@however_shared
 def test_what_is_invalid_poisons_its_row() -> None:
     student, teacher = pair(6, 37)
     labels = torch.tensor([5, -1, 37, 2**40, -(2**40), 6], device=DEVICE)
@@ -390,6 +442,7 @@ def test_what_is_invalid_poisons_its_row() -> None:
                 )
 
 
+@however_shared
 @kinds
 def test_only_what_is_wanted(divergence: str) -> None:
     """Each output alone is bit for bit that of all together; where alpha is 0 the teacher is not read."""
@@ -415,6 +468,7 @@ def test_only_what_is_wanted(divergence: str) -> None:
             assert (found.student_entropy is not None) == want.parts
 
 
+@however_shared
 def test_scale_known_to_the_device_only() -> None:
     student, teacher = pair(2, 37)
     scale = torch.tensor(0.125, device=DEVICE)
@@ -444,6 +498,7 @@ def strided(student: Tensor) -> dict[str, Tensor]:
     }
 
 
+@however_shared
 @pytest.mark.parametrize("layout", strided(torch.zeros(2, 3, 2, 2, 17)))
 @pytest.mark.parametrize("inplace", [False, True], ids=["", "inplace"])
 def test_layouts(layout: str, inplace: bool) -> None:
@@ -462,6 +517,7 @@ def test_layouts(layout: str, inplace: bool) -> None:
             assert found.student_gradient.is_contiguous() and found.teacher_gradient.is_contiguous()
 
 
+@however_shared
 def test_inplace_writes_nothing_beside_the_rows() -> None:
     student, teacher = pair(2, 5, 37)
     buffer = torch.full((2, 7, 41), 7.0, device=DEVICE)
@@ -472,6 +528,7 @@ def test_inplace_writes_nothing_beside_the_rows() -> None:
     assert (buffer == 7).all()
 
 
+@however_shared
 def test_one_row_against_many() -> None:
     one, many = pair(37)[0], pair(2, 3, 37)[1]
     for s, t in ((one.expand(2, 3, 37), many), (many, one.expand(2, 3, 37))):
@@ -585,6 +642,7 @@ def test_a_row_whose_factor_is_1_is_not_touched(monkeypatch: pytest.MonkeyPatch)
 # Precision
 
 
+@however_shared
 @pytest.mark.parametrize("divergence", ["mixture", "jsd"])
 def test_flat_rows(monkeypatch: pytest.MonkeyPatch, divergence: str) -> None:
     """65536 terms of one size, in the tiles that are shipped: a running float32 sum loses three digits here."""
@@ -600,6 +658,7 @@ def test_flat_rows(monkeypatch: pytest.MonkeyPatch, divergence: str) -> None:
     )
 
 
+@however_shared
 @kinds
 def test_equal_distributions(divergence: str) -> None:
     student, _ = pair(3, 37)
@@ -611,6 +670,7 @@ def test_equal_distributions(divergence: str) -> None:
         assert getattr(found, name).abs().max() <= tolerance, name
 
 
+@however_shared
 @pytest.mark.parametrize("masked", [slice(30, 40), slice(0, 20)], ids=["last", "the first tile"])
 @pytest.mark.parametrize(
     "divergence", ["forward_kl", "reverse_kl", "mixture", "soft_cross_entropy", "jsd"]
@@ -634,6 +694,7 @@ def test_a_mask_of_the_lowest_number(divergence: str, masked: slice) -> None:
         torch.testing.assert_close(kept, without, rtol=1e-5, atol=1e-6)
 
 
+@however_shared
 @pytest.mark.parametrize("softcap", [0.01, 1.0, 50.0])
 def test_softcap_far_from_and_near_saturation(softcap: float) -> None:
     student, teacher = (x * torch.logspace(-4, 3, 37, device=DEVICE) for x in pair(2, 37))
@@ -720,6 +781,7 @@ def _module(path: Path, source: str) -> Any:
     return module
 
 
+@however_shared
 def test_a_users_own_divergence(tmp_path: Path) -> None:
     """From a file of theirs, with two sets of parameters, no closed form and no degree."""
     own = _module(tmp_path / "own.py", OWN)
@@ -811,3 +873,107 @@ def test_device_memory_moves_what_the_sweeps_say(
     assert _traffic(accesses, cache=0) == (2 * sweeps + 1) * b
     assert _traffic(accesses, cache=2 * b // 4) == (2 * sweeps + 1) * b - 2 * b // 4
     assert _traffic(accesses, cache=4 * b) == 3 * b
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="counted in the interpreter")
+@pytest.mark.parametrize("divergence", ["forward_kl", "jsd"])
+def test_a_group_of_rows_that_a_cache_holds_is_read_once(
+    monkeypatch: pytest.MonkeyPatch, divergence: str
+) -> None:
+    """Close to 3 b, whatever the sweeps: what programs leave each other is under a hundredth of it."""
+    monkeypatch.setattr(kernels, "tile", lambda *row: (64, 1))
+    rows, width, group = 4, 4096, 2
+    sweeps = {"forward_kl": 2, "jsd": 3}[divergence]
+    student, teacher = pair(rows, width)
+
+    def moved(group: int, cache: int) -> float:
+        monkeypatch.setattr(kernels, "plan", lambda *call: split.Plan(4, group))
+        with memory_accesses() as accesses:
+            launch(student, teacher, divergence=divergence, want=Want(student_gradient=True))
+        return _traffic(accesses, cache) / student.nbytes
+
+    cache = group * 2 * width * 4 + 2048  # the group's logits, and what its programs leave
+    assert 3.0 <= moved(group, cache) < 3.03
+    assert moved(rows, cache) > 2 * sweeps + 0.99, "a group that the cache does not hold"
+
+
+# Rows that several programs share
+
+
+@pytest.mark.parametrize("divergence", ["mixture", "jsd"])
+def test_bits_do_not_depend_on_the_groups(monkeypatch: pytest.MonkeyPatch, divergence: str) -> None:
+    student, teacher = pair(5, 150)
+    labels = torch.tensor([5, -100, 30, 0, 149], device=DEVICE)
+    found = []
+    for group in (1, 2, 5):
+        monkeypatch.setattr(kernels, "plan", lambda *call, group=group: split.Plan(3, group))
+        found.append(launch(student, teacher, Rows(labels), divergence, alpha=0.5))
+    same(found[0], found[1])
+    same(found[0], found[2])
+
+
+# No device's figures but those that the plan looks at: multiprocessors and bytes of L2.
+A100 = split.Device("sm_80", 108, 40 << 20, False)
+L4 = split.Device("sm_89", 58, 48 << 20, False)
+A10 = split.Device("sm_86", 72, 6 << 20, False)
+H100 = split.Device("sm_90", 132, 50 << 20, True)
+MI300X = split.Device("gfx942", 304, 4 << 20, False)
+PAIR = 2 * 2 * 128_256  # bytes of two rows in bfloat16
+
+
+@pytest.mark.parametrize("device", [None, A100, L4, A10, H100, MI300X])
+def test_rows_that_fill_a_device_from_one_program_each(device: split.Device | None) -> None:
+    if device not in (A100, L4):
+        assert split.plan(4096, PAIR, 2, device) is None, "a small L2, or clusters"
+    assert split.plan(4096, 2 * 2 * 16_384, 2, device) is None, "L2 keeps the row pairs in flight"
+    assert split.plan(4096, PAIR, 1, device) is None, "one sweep has nothing to find in L2"
+    assert split.plan(4096, 32 << 20, 2, device) is None, "a row pair is more than a group"
+    assert split.plan(8, 2 * 2 * 1000, 2, device) is None, "narrow rows"
+    assert split.plan(0, PAIR, 2, device) is None
+
+
+@pytest.mark.parametrize("device", [A100, L4, A10, H100, MI300X])
+@pytest.mark.parametrize("rows", [1, 7, 40])
+def test_few_rows_are_shared(device: split.Device, rows: int) -> None:
+    found = split.plan(rows, PAIR, 2, device)
+    assert found is not None
+    assert 1 < found.programs <= split.LANES
+    if found.programs < split.LANES:
+        filled = found.programs * found.group / (split.OCCUPANCY * device.multiprocessors)
+        assert 0.8 < filled <= 1
+
+
+@pytest.mark.parametrize("device", [A100, L4])
+@pytest.mark.parametrize("rows", [100, 4096, 4097])
+def test_groups_of_rows_that_l2_keeps(device: split.Device, rows: int) -> None:
+    found = split.plan(rows, PAIR, 2, device)
+    assert found is not None
+    assert found.group * PAIR <= min(split.GROUP_BYTES, device.l2 // 2)
+    assert found.programs > 1
+    most = min(split.GROUP_BYTES, device.l2 // 2) // PAIR
+    assert math.ceil(rows / found.group) == math.ceil(rows / most), "no more groups than needed"
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="the interpreter's programs run one after the other")
+@pytest.mark.parametrize("shares", [split.Plan(4, 2)], indirect=True, ids=["shared"])
+@kinds
+def test_programs_of_a_row_run_in_any_order(
+    monkeypatch: pytest.MonkeyPatch, divergence: str
+) -> None:
+    """Also in place, where one overwrites the label's logit before another has begun."""
+    labels = torch.tensor([36, 20, 0], device=DEVICE)
+
+    def found() -> Result:
+        student, teacher = pair(3, 37)
+        options = {"alpha": 0.5, "label_smoothing": 0.1}
+        return launch(
+            student, teacher, Rows(labels), divergence, Want(True, inplace=True), **options
+        )
+
+    in_order = found()
+    builder = interpreter.interpreter_builder
+    place = builder.set_grid_idx
+    monkeypatch.setattr(
+        builder, "set_grid_idx", lambda x, y, z: place(x, builder.grid_dim[1] - 1 - y, z)
+    )
+    same(found(), in_order)
