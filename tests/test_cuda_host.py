@@ -302,6 +302,31 @@ def test_rows_stay_on_chip(host: ModuleType, width: int, dtype: torch.dtype, ran
     assert fewer <= blocks
 
 
+def test_few_rows_are_spread_over_more_blocks(host: ModuleType) -> None:
+    """As many as there are multiprocessors, with a vector for every thread; many rows are not."""
+
+    def blocks(rows: int, width: int) -> int:
+        ranks, _, columns = host.plan(width, 1, 1, sparse=False, rows=rows, multiprocessors=132)
+        assert ranks * columns >= width and columns % 8 == 0
+        return ranks
+
+    assert [blocks(rows, 32_768) for rows in (1, 16, 33, 67, 4096)] == [8, 8, 4, 2, 2]
+    assert [blocks(1, width) for width in (1000, 4096, 16_384, 128_256)] == [1, 2, 8, 8]
+
+
+@pytest.mark.parametrize("tail", ["bucket", "renormalize"])
+def test_a_sparse_teacher_moves_two_tensors(emulation: Emulation, tail: str) -> None:
+    """The student is read once and its gradient written once; what a token takes is beside that."""
+    student, teacher = logits(5, 2000, seed=1), logits(5, 2000, seed=2)
+    named = fastkd.TopK.from_logits(teacher, 8, tail=tail)
+    for emulation.ranks in (1, 4):
+        emulation.traffic()
+        fastkd.kd_loss(student.requires_grad_(), named, divergence="jsd", backend="cuda")
+        read, written = emulation.traffic()
+        assert written == student.nbytes
+        assert student.nbytes < read < student.nbytes + 5 * 8 * 30
+
+
 def test_a_row_that_is_too_wide(emulation: Emulation, host: ModuleType) -> None:
     assert host.plan(500_000, 0, 0, sparse=False) is None
     student = torch.zeros(1, 500_000)

@@ -111,6 +111,9 @@ void kd_rows(Call call, int device, void* stream) {
   if (!prepare(call)) throw std::runtime_error("a row is too wide for the shared memory of a cluster");
   const OnDevice guard(device);
   if (call.rows) {
+    int multiprocessors = 0;
+    check(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device), "cudaDeviceGetAttribute");
+    widen(call, multiprocessors);
     const Kernel kernel = call.ids ? kd_kernel<Sparse> : kernels[call.divergence];
     cudaLaunchAttribute cluster{};
     cluster.id = cudaLaunchAttributeClusterDimension;

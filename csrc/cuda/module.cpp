@@ -68,14 +68,17 @@ void scale(const Strides& sizes, const Logits& gradient, uintptr_t factor, int64
 }
 
 // (blocks a row, threads a block, columns a block), or nothing where a row does not fit on chip.
-py::object layout_of_a_row(int64_t vocabulary, int student_dtype, int teacher_dtype, bool sparse) {
+py::object layout_of_a_row(int64_t vocabulary, int student_dtype, int teacher_dtype, bool sparse, int64_t rows,
+                           int64_t multiprocessors) {
   Call call;
+  call.rows = rows;
   static const int64_t some_id = 0;
   call.ids = sparse ? &some_id : nullptr;
   call.vocabulary = vocabulary;
   call.student.dtype = static_cast<Dtype>(student_dtype);
   call.teacher.dtype = static_cast<Dtype>(teacher_dtype);
   if (!plan(call)) return py::none();
+  widen(call, multiprocessors);
   return py::make_tuple(call.ranks, call.threads, call.slice);
 }
 
@@ -89,7 +92,7 @@ PYBIND11_MODULE(FASTKD_MODULE, module) {
   module.doc() = "CUDA kernels of fastkd; called by fastkd.cuda.";
   module.def("kd_rows", &launch);
   module.def("scale_rows", &scale);
-  module.def("plan", &layout_of_a_row, py::arg("vocabulary"), py::arg("student_dtype"), py::arg("teacher_dtype"), py::arg("sparse"),
+  module.def("plan", &layout_of_a_row, py::arg("vocabulary"), py::arg("student_dtype"), py::arg("teacher_dtype"), py::arg("sparse"), py::arg("rows") = 1, py::arg("multiprocessors") = 0,
              "(blocks a row, threads a block, columns a block); None where a row does not fit on chip.");
   module.def("divergences", &divergences, "The names of the definitions that are compiled in, by number.");
   module.def("architectures", &architectures, "The compute capabilities there are kernels for, such as 90.");

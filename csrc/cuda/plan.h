@@ -36,6 +36,14 @@ inline void spread_over(Call& call, int ranks) {
   call.stage = (rounds + STAGES - 1) / STAGES * round;
 }
 
+constexpr int LEAST_SLICE = 2048;  // columns: a vector for each thread of a block
+
+// With fewer blocks than there are multiprocessors, rows are spread over more of them.
+inline void widen(Call& call, int64_t multiprocessors) {
+  while (call.ranks < PORTABLE_RANKS && call.rows * call.ranks * 2 <= multiprocessors && call.slice >= 2 * LEAST_SLICE)
+    spread_over(call, call.ranks * 2);
+}
+
 // Fills in ranks, threads, slice and stage; false where a row is too wide to stay on chip.
 inline bool plan(Call& call) {
   constexpr struct {
