@@ -228,12 +228,12 @@ FASTKD_CALL void clear(const Call& call, Place place, const Rows& rows, int64_t 
 
 enum Flags : unsigned { FORWARD = 1, REVERSE = 2, CROSS = 4, ENTROPY = 8, AT_1 = 16, SPREAD = 32, LOWS = 64 };
 
-// One side: z = softcap * tanh(gain * logit), or sign * logit; tempered logits are unit * z.
+// One side: z = softcap * tanh(gain * logit), or sign * logit; tempered logits are unit * z, and rate * z to base 2.
 struct Side {
   Dtype dtype;
-  float sign, softcap, gain, inverse_cap, temperature, unit;
+  float sign, softcap, gain, inverse_cap, temperature, unit, rate;
   float top;                // the maximum of z, or 0 where all are -inf
-  float weight;             // 1 / the sum of exponentials: of e = exp(unit (z - top)) to probabilities
+  float weight;             // 1 / the sum of exponentials: of e = 2^(rate (z - top)) to probabilities
   float offset, offset_low;  // log probability = unit (z - top) + offset, to twice float's precision
   float threshold;          // an exponential below it is of a negligible probability
 
@@ -260,7 +260,7 @@ struct RowState {
   float weight;
   float z_label, pivot;
   Side student, teacher;
-  float plain_unit, plain_weight, plain_top;  // of the cross-entropy: the student at temperature 1
+  float plain_unit, plain_rate, plain_weight, plain_top;  // of the cross-entropy: the student at temperature 1
   double distillation, phi, g;     // sums over the row
   double cross_entropy, entropy;
   float sum_g, sum_h;
@@ -268,7 +268,7 @@ struct RowState {
   Others others;
 };
 
-// What the first phase finds. Exponentials and moments are relative to the tops; x is unit * (z - top).
+// What the first phase finds. Exponentials and moments are relative to the tops; x is rate * (z - top), to base 2.
 struct Statistics {
   float s_top, t_top;
   float s_low, t_low;  // the least z, of interest where a gradient takes logarithms that no sum has seen
@@ -289,15 +289,15 @@ FASTKD_INLINE float faded(float fade, float moment) { return fade == 0 ? 0 : fad
 
 // Statistics relative to higher tops.
 FASTKD_INLINE void raise(Statistics& a, float s_top, float t_top, const RowState& row) {
-  const float s_step = (origin(s_top) - origin(a.s_top)) * row.student.unit;
-  const float t_step = (origin(t_top) - origin(a.t_top)) * row.teacher.unit;
-  const float s_fade = a.s_top == -INF ? 0 : exp2_of(-s_step * LOG2_E);
-  const float t_fade = a.t_top == -INF ? 0 : exp2_of(-t_step * LOG2_E);
+  const float s_step = (origin(s_top) - origin(a.s_top)) * row.student.rate;
+  const float t_step = (origin(t_top) - origin(a.t_top)) * row.teacher.rate;
+  const float s_fade = a.s_top == -INF ? 0 : exp2_of(-s_step);
+  const float t_fade = a.t_top == -INF ? 0 : exp2_of(-t_step);
   a.forward = faded(t_fade, a.forward + (s_step - t_step) * a.t_sum);
   a.reverse = faded(s_fade, a.reverse + (t_step - s_step) * a.s_sum);
   a.cross = faded(t_fade, a.cross - s_step * a.t_sum);
   a.entropy = faded(s_fade, a.entropy - s_step * a.s_sum);
-  if (row.flags & AT_1) a.s_sum_at_1 *= a.s_top == -INF ? 0 : exp2_of((origin(a.s_top) - origin(s_top)) * row.plain_unit * LOG2_E);
+  if (row.flags & AT_1) a.s_sum_at_1 *= a.s_top == -INF ? 0 : exp2_of((origin(a.s_top) - origin(s_top)) * row.plain_rate);
   a.s_sum *= s_fade;
   a.t_sum *= t_fade;
   a.s_top = s_top;
@@ -343,6 +343,7 @@ FASTKD_INLINE void open_side(const Rows& rows, const Tempering& tempering, int64
   }
   const float scale = tempering.softcap == 0 ? fabsf(float(tempering.logit_scale)) : 1;
   side.unit = scale / side.temperature;
+  side.rate = float(side.unit * LOG2_E_EXACT);
 }
 
 FASTKD_CALL void open_row(const Call& call, int64_t index, RowState& row) {
@@ -357,6 +358,7 @@ FASTKD_CALL void open_row(const Call& call, int64_t index, RowState& row) {
   open_side(call.student, call.student_tempering, index, row.student, row.weight);
   open_side(call.teacher, call.teacher_tempering, index, row.teacher, row.weight);
   row.plain_unit = call.student_tempering.softcap == 0 ? fabsf(float(call.student_tempering.logit_scale)) : 1;
+  row.plain_rate = float(row.plain_unit * LOG2_E_EXACT);
   if (row.with_labels) {
     if (row.label < 0 || row.label >= call.vocabulary) {
       row.weight = NAN;
@@ -428,10 +430,10 @@ FASTKD_INLINE void add_vector(Statistics& a, const V (&s)[N], const V (&t)[N], i
   V x_s[N], x_t[N], e_s[N], e_t[N];
   float s_sum = 0, t_sum = 0;
   for (int k = 0; k < N; ++k) {
-    x_s[k] = product(s[k] - s_origin, row.student.unit);
-    x_t[k] = product(t[k] - t_origin, row.teacher.unit);
-    e_s[k] = k < n ? exp2_of(x_s[k] * LOG2_E) : 0;
-    e_t[k] = k < n ? exp2_of(x_t[k] * LOG2_E) : 0;
+    x_s[k] = product(s[k] - s_origin, row.student.rate);
+    x_t[k] = product(t[k] - t_origin, row.teacher.rate);
+    e_s[k] = k < n ? exp2_of(x_s[k]) : 0;
+    e_t[k] = k < n ? exp2_of(x_t[k]) : 0;
     s_sum += e_s[k];
     t_sum += e_t[k];
   }
@@ -448,7 +450,7 @@ FASTKD_INLINE void add_vector(Statistics& a, const V (&s)[N], const V (&t)[N], i
   if (row.flags & CROSS) add(a.cross, [&](int k) { return times<LOG_0>(e_t[k], x_s[k], t_low); });
   if (row.flags & ENTROPY) add(a.entropy, [&](int k) { return times<LOG_0>(e_s[k], x_s[k], s_low); });
   if (row.flags & AT_1)
-    add(a.s_sum_at_1, [&](int k) { return k < n ? exp2_of((s[k] - s_origin) * row.plain_unit * LOG2_E) : 0; });
+    add(a.s_sum_at_1, [&](int k) { return k < n ? exp2_of((s[k] - s_origin) * row.plain_rate) : 0; });
   if (row.flags & LOWS)
     for (int k = 0; k < N; ++k) {
       a.s_low = fminf(a.s_low, s[k]);
@@ -492,7 +494,7 @@ FASTKD_INLINE void close_statistics(const Call& call, RowState& row, const Stati
   close_side(row.teacher, all.t_top, all.t_sum);
   const double s_log_sum = log(double(all.s_sum)), t_log_sum = log(double(all.t_sum));
   const double s_inverse = 1 / double(all.s_sum), t_inverse = 1 / double(all.t_sum);
-  row.entropy = s_log_sum - all.entropy * s_inverse;
+  row.entropy = s_log_sum - LN_2_EXACT * all.entropy * s_inverse;
   double plain_log_sum = s_log_sum;
   row.plain_weight = row.student.weight;
   row.plain_top = row.student.top;
@@ -510,13 +512,13 @@ FASTKD_INLINE void close_statistics(const Call& call, RowState& row, const Stati
   row.phi = row.g = 0;
   // A moment that was not collected is 0 here, and its term is not finite only if its weight is 0.
   const double quotient = s_log_sum - t_log_sum;
-  if (row.flags & FORWARD) row.phi += call.forward * (all.forward * t_inverse + quotient), row.g -= call.forward;
+  if (row.flags & FORWARD) row.phi += call.forward * (LN_2_EXACT * all.forward * t_inverse + quotient), row.g -= call.forward;
   if (row.flags & REVERSE) {
-    const double reverse = all.reverse * s_inverse - quotient;
+    const double reverse = LN_2_EXACT * all.reverse * s_inverse - quotient;
     row.phi += call.reverse * reverse;
     row.g += call.reverse * (reverse + 1);
   }
-  if (row.flags & CROSS) row.phi += call.cross * (s_log_sum - all.cross * t_inverse), row.g -= call.cross;
+  if (row.flags & CROSS) row.phi += call.cross * (s_log_sum - LN_2_EXACT * all.cross * t_inverse), row.g -= call.cross;
   // A moment that fades to nothing takes its NaN along: whether a logarithm overflows is asked of the logits themselves.
   const bool overflows = (row.flags & LOWS) && ((all.s_low - row.student.top) * row.student.unit == -INF ||
                                                 (all.t_low - row.teacher.top) * row.teacher.unit == -INF);
@@ -547,11 +549,11 @@ FASTKD_INLINE void evaluate(const Call& call, const RowState& row, V s, V t, V& 
   V log_p = product(t, row.teacher.unit), log_q = product(s, row.student.unit);
   p = q = 1;
   if (call.normalized) {
-    const V x_s = product(s - row.student.top, row.student.unit), x_t = product(t - row.teacher.top, row.teacher.unit);
-    p = exp2_of(x_t * LOG2_E) * row.teacher.weight;
-    q = exp2_of(x_s * LOG2_E) * row.student.weight;
-    log_p = (x_t + row.teacher.offset_low) + row.teacher.offset;
-    log_q = (x_s + row.student.offset_low) + row.student.offset;
+    const V x_s = product(s - row.student.top, row.student.rate), x_t = product(t - row.teacher.top, row.teacher.rate);
+    p = exp2_of(x_t) * row.teacher.weight;
+    q = exp2_of(x_s) * row.student.weight;
+    log_p = fmaf(x_t, LN_2, row.teacher.offset_low) + row.teacher.offset;
+    log_q = fmaf(x_s, LN_2, row.student.offset_low) + row.student.offset;
   }
   if (!LOG_0) return define<Divergence>(call, p, q, log_p, log_q, phi, g);
   const bool p_gone = log_p == -INF, q_gone = log_q == -INF;
@@ -629,9 +631,9 @@ FASTKD_CALL void drop(const Call& call, int64_t row, Place place) {
 
 FASTKD_INLINE V cross_entropy_gradient(const Call& call, const RowState& row, V z, int64_t column) {
   const float uniform = float(call.label_smoothing / double(call.vocabulary));
-  const V x = (z - row.plain_top) * row.plain_unit;
+  const V x = (z - row.plain_top) * row.plain_rate;
   const V target = uniform + (column == row.label ? float(1 - call.label_smoothing) : 0);
-  return (exp2_of(x * LOG2_E) * row.plain_weight - target) * row.cross_entropy_factor;
+  return (exp2_of(x) * row.plain_weight - target) * row.cross_entropy_factor;
 }
 
 // The gradients of a thread's vectors in a range, of the slice at `student` and `teacher` in shared memory. Each goes to

@@ -145,6 +145,7 @@ FASTKD_INLINE void close_events(const Call& call, RowState& row, const Statistic
   row.plain_weight = plain_weight, row.plain_top = plain_top;
   if (call.tail == Tail::truncate) {  // the teacher as it is given
     row.teacher.unit = row.teacher.weight = 1;
+    row.teacher.rate = LOG2_E;
     row.teacher.top = row.teacher.offset = row.teacher.offset_low = 0;
     row.teacher.threshold = NEGLIGIBLE;
   }
@@ -214,8 +215,8 @@ FASTKD_INLINE void spread(const Call& call, const RowState& row, Place place, Ra
     load_z(student, row.student, first, n, s);
 #pragma unroll
     for (int k = 0; k < VECTOR; ++k) {
-      const V x = product(s[k] - row.others.top, row.student.unit);
-      out[k] = gradient == 0 ? 0 : exp2_of(x * LOG2_E) * gradient;
+      const V x = product(s[k] - row.others.top, row.student.rate);
+      out[k] = gradient == 0 ? 0 : exp2_of(x) * gradient;
     }
     if (row.with_labels)
 #pragma unroll
