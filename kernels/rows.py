@@ -67,7 +67,7 @@ class View(NamedTuple):
 
 
 class Model(NamedTuple):
-    """The student's or the teacher's logits, and how they become tempered ones."""
+    """The student's or the teacher's logits, and how they become tempered ones; all None where they are not read."""
 
     logits: Any  # View
     gradient: Any  # View, or None
@@ -137,19 +137,18 @@ def _row_pointer(view, row, sizes, ALIGNED: tl.constexpr = True):
 
 @triton.jit
 def _open(model, row, sizes, ALIGNED: tl.constexpr = True):
-    """(the row, its temperature)."""
+    """(the logits' address, the gradient's, unit, temperature) of a row."""
     temperature = 1.0
     if model.temperatures is not None:
         temperature = tl.load(model.temperatures + row)
     elif model.temperature is not None:
         temperature = model.temperature
-    gradient = None
-    if model.gradient is not None:
-        gradient = _row_pointer(model.gradient, row, sizes, ALIGNED)
     logits = _row_pointer(model.logits, row, sizes, ALIGNED)
+    gradient = logits
+    if model.width is not None:
+        gradient = _row_pointer(model.gradient, row, sizes, ALIGNED)
     unit = tl.div_rn(model.unit, temperature)  # its error would be one of the temperature
-    opened = Row(logits, gradient, model.width, unit, model.sign, model.softcap, model.gain)
-    return opened, temperature
+    return logits, gradient, unit, temperature
 
 
 @triton.jit
@@ -216,12 +215,14 @@ def _keep_row(
     weight = 1.0
     if inputs.weight is not None:
         weight = tl.load(inputs.weight + row)
-    student, s_temperature = _open(student_model, row, sizes, ALIGNED)
+    logits, gradient, unit, s_temperature = _open(student_model, row, sizes, ALIGNED)
+    student = Row(logits, gradient, unit, student_model)
     if student_model.temperatures is not None:
         weight = tl.where(s_temperature > 0, weight, float("nan"))
-    teacher, t_temperature = None, s_temperature
-    if teacher_model is not None:
-        teacher, t_temperature = _open(teacher_model, row, sizes, ALIGNED)
+    teacher, t_temperature = Row(None, None, None, None), s_temperature
+    if teacher_model.scale is not None:
+        logits, gradient, unit, t_temperature = _open(teacher_model, row, sizes, ALIGNED)
+        teacher = Row(logits, gradient, unit, teacher_model)
         if teacher_model.temperatures is not None:
             weight = tl.where(t_temperature > 0, weight, float("nan"))
     label, z_label, pivot, plain_unit = 0, 0.0, None, None
@@ -243,7 +244,9 @@ def _keep_row(
     s_norm = Normalizer(0.0, student.unit, 0.0)
     t_norm, plain, phi, g, spread, entropy = s_norm, s_norm, 0.0, 0.0, 0.0, 0.0
     if NORMALIZED or WITH_LABEL or ENTROPY:
-        softmax_teacher = teacher if NORMALIZED else None
+        softmax_teacher = teacher
+        if not NORMALIZED:
+            softmax_teacher = Row(None, None, None, None)
         found = _statistics(
             row,
             student,
@@ -269,10 +272,10 @@ def _keep_row(
         if NORMALIZED:
             s_norm, t_norm = found.student, found.teacher
 
-    if teacher is not None and STAGE != "statistics":
+    if teacher.unit is not None and STAGE != "statistics":
         if not NORMALIZED:
             t_norm = Normalizer(0.0, teacher.unit, 0.0)
-        if moments is None:
+        if moments.forward is None and moments.reverse is None:
             if STAGE == "gradient":
                 phi, g = left_sums(split, row)
             else:
@@ -294,7 +297,7 @@ def _keep_row(
     elif STAGE != "statistics":
         loss, distillation, cross_entropy = 0.0, 0.0, 0.0
         squared = s_temperature * s_temperature if SQUARED else 1.0
-        if teacher is not None:
+        if teacher.unit is not None:
             distillation = squared * phi
             if objective.alpha is not None:
                 loss = objective.alpha * distillation
@@ -362,10 +365,10 @@ def _drop_row(
 ):
     """Zeros: nothing of the row is read."""
     _store_row(outputs, row, split, 0.0, 0.0, 0.0, 0.0)
-    if student_model.gradient is not None:
+    if student_model.width is not None:
         gradient = _row_pointer(student_model.gradient, row, sizes, ALIGNED)
         sweep_zeros(gradient, student_model.width, split, BLOCK_V)
-    if teacher_model is not None and teacher_model.gradient is not None:
+    if teacher_model.width is not None:
         gradient = _row_pointer(teacher_model.gradient, row, sizes, ALIGNED)
         sweep_zeros(gradient, teacher_model.width, split, BLOCK_V)
 
@@ -579,10 +582,10 @@ def _model(
     )
 
 
-def _moments(divergence: Divergence) -> Moments | None:
+def _moments(divergence: Divergence) -> Moments:
     form = divergence.closed_form
     if form is None:
-        return None
+        return Moments(None, None, None)
     on_teacher = form.forward != 0 or form.cross != 0
     return Moments(
         form.forward if on_teacher else None,
@@ -658,7 +661,8 @@ def kd_rows(student: Tensor, teacher: Tensor, rows: Rows, options: Options, want
         options.temperature,
         rows.temperature,
     )
-    teacher_model = None
+    teacher_model = Model(*[None] * len(Model._fields))
+    with_teacher = view["teacher"] is not None
     if view["teacher"] is not None:
         teacher_model = _model(
             view["teacher"],
@@ -672,12 +676,12 @@ def kd_rows(student: Tensor, teacher: Tensor, rows: Rows, options: Options, want
     crowded = want.teacher_gradient or options.softcap > 0 or options.teacher_softcap > 0
     moments, width = _moments(divergence), max(widths, default=None)
     stages = []
-    if with_label or want.parts or (divergence.normalized and teacher_model is not None):
+    if with_label or want.parts or (divergence.normalized and with_teacher):
         stages.append("statistics")
-    if moments is None and teacher_model is not None:
+    if divergence.closed_form is None and with_teacher:
         stages.append("sums")
     stages.append("gradient")
-    reads = [student.itemsize, *([] if teacher_model is None else [teacher.itemsize])]
+    reads = [student.itemsize, *([teacher.itemsize] if with_teacher else [])]
     count, device = lead.numel(), device_of(student.device)
     sweeps = len(stages) - (width is None)
     shared = plan(count, options.vocab_size * sum(reads), sweeps, device)
@@ -685,7 +689,7 @@ def kd_rows(student: Tensor, teacher: Tensor, rows: Rows, options: Options, want
     if shared is None:
         architecture = device.architecture if device else ""
         block, warps = tile(
-            options.vocab_size, max(reads), crowded, aligned, architecture, moments is not None
+            options.vocab_size, max(reads), crowded, aligned, architecture, divergence.closed_form is not None
         )
     else:
         block, warps = tile(options.vocab_size // shared.programs, max(reads), crowded, aligned)

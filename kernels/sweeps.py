@@ -19,15 +19,15 @@ from .skeleton import NEGLIGIBLE, evaluate, squash
 
 
 class Row(NamedTuple):
-    """One model's row. None is known at compile time."""
+    """One model's row; all of it is None, which is known at compile time, where there is no such model.
+
+    That is asked of a field: not every Triton can compare a tuple with a None in it to None, or return one.
+    """
 
     logits: Any  # the address of column 0
-    gradient: Any  # likewise, or None
-    width: Any  # columns of the gradient, padding included
+    gradient: Any  # likewise; that of the logits where model.width is None
     unit: Any  # tempered logits are unit * z
-    sign: Any  # -1 for a negative logit_scale, else None
-    softcap: Any  # None for none: z = softcap * tanh(gain * logits)
-    gain: Any
+    model: Any  # rows.Model
 
 
 class Normalizer(NamedTuple):
@@ -39,7 +39,7 @@ class Normalizer(NamedTuple):
 
 
 class Moments(NamedTuple):
-    """fastkd.divergences.ClosedForm: the weights of the moments to collect, None where it is 0."""
+    """fastkd.divergences.ClosedForm: the weights of the moments to collect, None where it is 0 or there is no such form."""
 
     forward: Any  # None where both forward and cross are 0
     cross: Any
@@ -106,11 +106,11 @@ def read(row, columns, V):
     """(z, the derivative of z by logit_scale * logits) of these columns of a row."""
     z = tl.load(row.logits + columns, mask=columns < V, other=-float("inf")).to(tl.float32)
     slope = 1.0
-    if row.softcap is not None:
-        squashed, slope = squash(row.gain * z)
-        z = tl.where(columns < V, row.softcap * squashed, -float("inf"))
-    elif row.sign is not None:
-        z = tl.where(columns < V, row.sign * z, -float("inf"))
+    if row.model.softcap is not None:
+        squashed, slope = squash(row.model.gain * z)
+        z = tl.where(columns < V, row.model.softcap * squashed, -float("inf"))
+    elif row.model.sign is not None:
+        z = tl.where(columns < V, row.model.sign * z, -float("inf"))
     return z, slope
 
 
@@ -262,14 +262,14 @@ def sweep_statistics(
             plain_sum = plain_fade * plain_sum + _fold(tl.exp((s - s_origin) * plain_unit), ALIGNED)
         if pivot is not None:
             spread += _fold(tl.where(columns < V, s - pivot, 0.0), ALIGNED)
-        if teacher is not None:
+        if teacher.unit is not None:
             t, _ = read(teacher, columns, V)
             t_before = t_top
             t_top = tl.maximum(t_top, tl.max(t, 0))
             t_origin, t_step, t_fade = _rise(t_before, t_top, teacher.unit)
             x_t = (t - t_origin) * teacher.unit
             e_t = tl.exp(x_t)
-            if moments is not None:
+            if moments.forward is not None or moments.reverse is not None:
                 # Tempered: below a temperature of 1, finite logits can be so low that they are gone as well.
                 s_gone = x_s == -float("inf")
                 t_gone = x_t == -float("inf")
@@ -305,9 +305,9 @@ def merge(parts, student, teacher, plain_unit, moments):
     p_moment, q_moment = parts.p_moment, parts.q_moment
     if plain_unit is not None:
         plain_sum *= tl.exp((parts.s_top - s_origin) * plain_unit)
-    if teacher is not None:
+    if teacher.unit is not None:
         _, t_step, t_fade = _rise(parts.t_top, t_top, teacher.unit)
-        if moments is not None:
+        if moments.forward is not None or moments.reverse is not None:
             if moments.forward is not None:
                 p_moment = _faded_p(p_moment, moments, s_step, t_step, t_sum, t_fade)
             if moments.reverse is not None:
@@ -325,9 +325,9 @@ def conclude(row, student, teacher, plain_unit, moments):
     t_norm, plain, phi, g = s_norm, s_norm, 0.0, 0.0
     if plain_unit is not None:
         plain = Normalizer(_origin(row.s_top), plain_unit, tl.log(row.plain_sum))
-    if teacher is not None:
+    if teacher.unit is not None:
         t_norm = Normalizer(_origin(row.t_top), teacher.unit, tl.log(row.t_sum))
-        if moments is not None:
+        if moments.forward is not None or moments.reverse is not None:
             phi, g = _closed_form(
                 moments,
                 row.p_moment,
@@ -417,11 +417,11 @@ def sweep_gradients(
             log_p = log_probability(t, t_norm)
             phi, g = evaluate(DIVERGENCE, parameters, log_p, log_q, NORMALIZED)
             gradient = _project(g, log_q, sums.g, NORMALIZED) * factors.distillation
-            if teacher.gradient is not None:
+            if teacher.model.width is not None:
                 h = _project(degree * phi - g, log_p, sums.h, NORMALIZED)
                 h = tl.where(columns < V, h * t_slope * factors.teacher, 0.0)
-                _store(teacher.gradient, columns, h, teacher.width)
-        if student.gradient is not None:
+                _store(teacher.gradient, columns, h, teacher.model.width)
+        if student.model.width is not None:
             if factors.cross_entropy is not None:
                 target = tl.where(columns == label, 1.0, 0.0)
                 if smoothing is not None:
@@ -429,7 +429,7 @@ def sweep_gradients(
                 q_plain = tl.exp(log_probability(s, plain))
                 gradient += (q_plain - target) * factors.cross_entropy
             gradient = tl.where(columns < V, gradient * s_slope, 0.0)
-            _store(student.gradient, columns, gradient, student.width)
+            _store(student.gradient, columns, gradient, student.model.width)
 
 
 @triton.jit

@@ -28,7 +28,7 @@ from .rows import (
     register_limits,
     tile,
 )
-from .sweeps import _faded, _fold, _origin, read, sweep_zeros
+from .sweeps import Row, _faded, _fold, _origin, read, sweep_zeros
 
 __all__ = ["gather_events", "kd_rows", "spread_gradient"]  # what fastkd.topk asks of a backend
 
@@ -125,7 +125,8 @@ def _gather_row(
     BLOCK_V: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    student, temperature = _open(student_model, row, sizes, ALIGNED)
+    logits, gradient, row_unit, temperature = _open(student_model, row, sizes, ALIGNED)
+    student = Row(logits, gradient, row_unit, student_model)
     lanes = tl.arange(0, BLOCK_V)
     top = tl.full([], -float("inf"), tl.float32)  # of the tail
     zero = _fold(tl.zeros([BLOCK_V], tl.float32), ALIGNED)
@@ -239,7 +240,8 @@ def _spread_row(
     BLOCK_V: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    student, temperature = _open(student_model, row, sizes, ALIGNED)
+    logits, gradient, row_unit, temperature = _open(student_model, row, sizes, ALIGNED)
+    student = Row(logits, gradient, row_unit, student_model)
     unit = student_model.unit
     tail_origin = tl.load(gathered.tail_origin + row)
     row_origin = _origin(tl.maximum(tail_origin, tl.load(gathered.origin + row)))
@@ -268,7 +270,7 @@ def _spread_row(
         value = value * slope * student_model.scale + poison
         tl.store(student.gradient + columns, value.to(element), mask=seated)
     lanes = tl.arange(0, BLOCK_V)
-    tiles = tl.cdiv(student.width, BLOCK_V)
+    tiles = tl.cdiv(student_model.width, BLOCK_V)
     for back in range(tiles):
         columns = (tiles - 1 - back) * BLOCK_V + lanes
         z, slope = read(student, columns, V)
@@ -279,7 +281,7 @@ def _spread_row(
             value += _cross_entropy_gradient(plain, columns, label, gathered, spread, row, V)
         value = value * slope * student_model.scale + poison
         value = tl.where(columns < V, value, 0.0)
-        others = (columns < student.width) & ~_among_tokens(tokens, row, columns, V)
+        others = (columns < student_model.width) & ~_among_tokens(tokens, row, columns, V)
         tl.store(student.gradient + columns, value.to(element), mask=others)
 
 
@@ -314,8 +316,8 @@ def spread_kernel(
             BLOCK_K,
         )
     else:
-        student, _ = _open(student_model, row, sizes, ALIGNED)
-        sweep_zeros(student.gradient, student.width, None, BLOCK_V)
+        _, gradient, _, _ = _open(student_model, row, sizes, ALIGNED)
+        sweep_zeros(gradient, student_model.width, None, BLOCK_V)
 
 
 def _tokens(student: Tensor, rows: Rows, options: Options) -> tuple[Tokens, Tensor]:
