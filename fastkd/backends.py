@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
+import importlib.metadata
 import importlib.util
 import json
 import logging
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType
@@ -25,6 +28,10 @@ MODULES = {
     "triton": "fastkd.kernels.rows",
     "cuda": "fastkd.cuda",
 }
+OLDEST_TRITON = (
+    3,
+    5,
+)  # that compiles fastkd.kernels: a heavy test of tests/test_triton_aot.py does
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -112,6 +119,16 @@ def _native_obstacle(module: str, known: Obstacle | None, remedy: str) -> Obstac
 def _triton_obstacle() -> Obstacle | None:
     if importlib.util.find_spec("triton") is None:
         return Obstacle("triton is not installed", "pip install 'fastkd[triton]'")
+    for name in ("triton", "pytorch-triton", "pytorch-triton-rocm"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            version = importlib.metadata.version(name)
+            found = tuple(int(number) for number in re.findall(r"\d+", version)[:2])
+            if found < OLDEST_TRITON:
+                wanted = ".".join(map(str, OLDEST_TRITON))
+                return Obstacle(
+                    f"triton {version} does not compile its kernels, which need {wanted}",
+                    f"Install torch 2.9 or newer, which comes with triton {wanted} or newer",
+                )
     return None
 
 

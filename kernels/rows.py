@@ -689,7 +689,12 @@ def kd_rows(student: Tensor, teacher: Tensor, rows: Rows, options: Options, want
     if shared is None:
         architecture = device.architecture if device else ""
         block, warps = tile(
-            options.vocab_size, max(reads), crowded, aligned, architecture, divergence.closed_form is not None
+            options.vocab_size,
+            max(reads),
+            crowded,
+            aligned,
+            architecture,
+            divergence.closed_form is not None,
         )
     else:
         block, warps = tile(options.vocab_size // shared.programs, max(reads), crowded, aligned)

@@ -39,9 +39,9 @@ class Normalizer(NamedTuple):
 
 
 class Moments(NamedTuple):
-    """fastkd.divergences.ClosedForm: the weights of the moments to collect, None where it is 0 or there is no such form."""
+    """fastkd.divergences.ClosedForm: the weights of the moments to collect; all None where there is no such form."""
 
-    forward: Any  # None where both forward and cross are 0
+    forward: Any  # None where both forward and cross are 0, as the others are where they are 0
     cross: Any
     reverse: Any
 

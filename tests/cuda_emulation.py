@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 
-import pybind11
 import pytest
 
 import fastkd
@@ -47,6 +46,8 @@ def compile_host(directory: Path, edit: tuple[str, Callable[[str], str]] | None 
             copy.write_text(
                 re.sub(r"(#define FASTKD_DIVERGENCES\(X\)(?: X\(\w+\)){5}).*", r"\1", text)
             )
+    import pybind11
+
     target = directory / f"_cuda_host{sysconfig.get_config_var('EXT_SUFFIX')}"
     includes = [csrc, sysconfig.get_path("include"), pybind11.get_include()]
     command = [

@@ -241,7 +241,7 @@ inline int64_t block_count() { return host::machine.clusters * host::machine.ran
 inline int thread_number() { return host::machine.fiber() % host::machine.threads; }
 
 inline void sync_block() { host::machine.sync_block(); }
-inline void cluster_arrive() { host::machine.cluster_arrive(); }
+inline void cluster_arrive(bool = true) { host::machine.cluster_arrive(); }
 inline void cluster_wait() { host::machine.cluster_wait(); }
 
 template <class Part>

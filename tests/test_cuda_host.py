@@ -113,6 +113,7 @@ LOW: dict[str, tuple[slice, float, float, float]] = {
     "the teacher alone": (slice(504, 1000), -1e4, -INF, 1.0),
     "where an exponential is subnormal": (slice(504, 1000), -90.0, -INF, 1.0),
     "the least number there is": (slice(504, 1000), -3.4028e38, -3.4028e38, 0.5),
+    "the same at the usual temperature": (slice(504, 1000), -3.4028e38, -3.4028e38, 1.0),
 }
 
 
@@ -327,6 +328,25 @@ def test_a_sparse_teacher_moves_two_tensors(emulation: Emulation, tail: str) -> 
         assert student.nbytes < read < student.nbytes + 5 * 8 * 30
 
 
+@pytest.mark.parametrize("divergence", ["forward_kl", "jsd", "tvd"])
+def test_a_row_of_padding_alone(emulation: Emulation, divergence: str) -> None:
+    """Renormalised over no tokens there is no divergence; the other row has one."""
+    emulation.ranks = 2
+    ids = torch.tensor([[-1, -1], [3, 40]])
+    named = fastkd.TopK(ids, torch.full((2, 2), -1.0), tail="renormalize")
+    student = logits(2, 50, seed=1)
+    for alpha in (1.0, 0.5):
+        losses = [
+            fastkd.kd_loss(
+                student, named, torch.tensor([1, 2]), divergence=divergence, alpha=alpha,
+                reduction="none", backend=backend,
+            )
+            for backend in ("cuda", "reference")
+        ]  # fmt: skip
+        torch.testing.assert_close(*losses, equal_nan=True)
+        assert losses[0].isnan().tolist() == [True, False]
+
+
 def test_a_row_that_is_too_wide(emulation: Emulation, host: ModuleType) -> None:
     assert host.plan(500_000, 0, 0, sparse=False) is None
     student = torch.zeros(1, 500_000)
@@ -356,7 +376,7 @@ FAULTS = {
     "one place for all exchanges": ("cluster.h", "shared_.exchanges[exchange_++ & 1]", "shared_.exchanges[0]"),
     "no gap between stages": ("row.h", "memory + number * gap", "memory"),
     "a cluster that does not wait": (
-        "cluster.h", "    cluster_arrive();\n    cluster_wait();\n    return", "    return"),
+        "cluster.h", "    cluster_arrive(warp == 0);\n    cluster_wait();\n", ""),
     "a row that is forgotten": ("cluster.h", "counting(row + ", "counting(row + 2 * "),
 }  # fmt: skip
 

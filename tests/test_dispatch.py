@@ -186,6 +186,20 @@ def test_strict_makes_a_fallback_an_error(monkeypatch: pytest.MonkeyPatch) -> No
     kd_loss(student, teacher)
 
 
+@pytest.mark.parametrize("version", ["3.4.0", "3.5.0", "3.10.1+git", "4.0.0"])
+def test_a_triton_that_is_too_old_is_an_obstacle(
+    monkeypatch: pytest.MonkeyPatch, version: str
+) -> None:
+    monkeypatch.setattr(backends.importlib.metadata, "version", lambda name: version)
+    obstacle = backends._triton_obstacle()
+    if version != "3.4.0":
+        assert obstacle is None
+    else:
+        assert (
+            obstacle is not None and "triton 3.4.0" in obstacle.reason and "3.5" in obstacle.reason
+        )
+
+
 @pytest.mark.usefixtures("undecided")
 def test_a_backend_asked_for_by_name_is_that_one_or_an_error(
     monkeypatch: pytest.MonkeyPatch,

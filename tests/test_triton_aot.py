@@ -212,8 +212,8 @@ def _measure(task: tuple[Variant, str]) -> Resources:
     return resources(*_launch(variant, target), target)
 
 
-def _run(target: str, full: bool, cache: Path) -> dict[Variant, Resources]:
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+def _run(target: str, full: bool, cache: Path, **settings: str) -> dict[Variant, Resources]:
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | settings
     environment["TRITON_CACHE_DIR"] = str(cache)
     command = [sys.executable, __file__, target, str(int(full))]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
@@ -237,6 +237,18 @@ def test_kernels_compile_and_keep_their_tiles_in_registers(target: str, tmp_path
 @pytest.mark.parametrize("target", TARGETS)
 def test_every_variant(target: str, tmp_path: Path) -> None:
     _check(target, True, tmp_path)
+
+
+@pytest.mark.heavy
+@pytest.mark.parametrize("release", ["3.5.1", "3.6.0"])
+def test_older_tritons_compile_the_kernels(release: str, tmp_path: Path) -> None:
+    """The oldest that backends.OLDEST_TRITON allows, and that of torch 2.11. What they spill is not judged."""
+    folder = tmp_path / "triton"
+    requirement = ["--no-deps", "--target", str(folder), f"triton=={release}"]
+    subprocess.run([sys.executable, "-m", "pip", "install", "-q", *requirement], check=True)
+    path = os.pathsep.join([str(folder), str(Path(fastkd.__file__).parents[1])])
+    found = _run("cuda:90", False, tmp_path / "cache", PYTHONPATH=path)
+    assert list(found) == variants(False)
 
 
 def test_every_tile_of_the_rule_is_compiled() -> None:

@@ -47,7 +47,7 @@ class Block {
   FASTKD_DEVICE bool leads() const { return place.thread == 0; }
   FASTKD_DEVICE RowState& row() const { return shared_.rows[turn_ & 1]; }
   FASTKD_DEVICE const Source& source() const { return shared_.sources[turn_ & 1]; }
-  FASTKD_DEVICE void turn() { ++turn_; }
+  FASTKD_DEVICE void advance() { ++turn_; }
 
   FASTKD_DEVICE int64_t first_row() const { return counting(block_number() / call.ranks); }
   FASTKD_DEVICE int64_t row_after(int64_t row) const { return counting(row + block_count() / call.ranks); }
@@ -113,7 +113,7 @@ class Block {
       mine = from_first_lane(merge_lanes(of_warps[lane < call.threads / WARP ? lane : 0], call.threads / WARP));
       if (lane < call.ranks) send(of_ranks + place.rank, lane, mine);
     }
-    cluster_arrive();
+    cluster_arrive(warp == 0);
     cluster_wait();
     return warp == 0 ? merge_lanes(of_ranks[lane < call.ranks ? lane : 0], call.ranks) : mine;
   }
@@ -183,6 +183,7 @@ struct Dense {
   }
 
   FASTKD_DEVICE void close(const Statistics& all) { close_statistics(block.call, block.row(), all); }
+  FASTKD_DEVICE void close(const Sums& all) { close_sums(block.row(), all); }
 
   template <bool LOG_0>
   FASTKD_DEVICE Sums sums() {
@@ -238,6 +239,7 @@ struct Sparse {
   }
 
   FASTKD_DEVICE void close(const Statistics& all) { close_events(block.call, block.row(), all); }
+  FASTKD_DEVICE void close(const Sums& all) { close_sums_of_events(block.row(), all); }
 
   template <bool LOG_0>
   FASTKD_DEVICE Sums sums() {
@@ -277,7 +279,7 @@ FASTKD_DEVICE void settle(Block& block, Kind& kind) {
     sync_block();
     if (row.finite && !block.call.closed_form) {
       const Sums all = block.merged(policy ? kind.template sums<true>() : kind.template sums<false>());
-      if (block.leads()) close_sums(row, all);
+      if (block.leads()) kind.close(all);
       sync_block();
     }
     if (row.finite) break;
@@ -330,17 +332,17 @@ FASTKD_DEVICE void run(const Call& call, char* memory) {
   for (int stage = 0; stage < STAGES; ++stage) block.fetch(0, stage);
   Kind kind{block};
 #pragma unroll 1
-  for (bool more = true; more; block.turn()) {
+  for (bool more = true; more; block.advance()) {
     sync_block();
     clear(call, block.place, call.student_gradient, block.row().row, true);
     clear(call, block.place, call.teacher_gradient, block.row().row, true);
-    settle(block, kind);
     const int64_t next = block.row_after(block.row().row);
     more = next < call.rows;
+    if (more && block.place.thread == call.threads - 1) block.open<Kind>(next, 1);  // while others wait for copies
+    settle(block, kind);
     if (block.leads()) {
       finish(call, block.row(), block.place.rank);
       kind.finish_row();
-      if (more) block.open<Kind>(next, 1);
     }
     sync_block();
     write_gradients(block, kind, more);

@@ -14,8 +14,13 @@ FASTKD_DEVICE int thread_number() { return int(threadIdx.x); }
 
 FASTKD_DEVICE void sync_block() { __syncthreads(); }
 
-// What any thread of the cluster wrote before it arrived is seen by all that waited.
-FASTKD_DEVICE void cluster_arrive() { cooperative_groups::this_cluster().barrier_arrive(); }
+// What a thread of the cluster wrote before it arrived is seen by all that waited, if its warp releases it.
+FASTKD_DEVICE void cluster_arrive(bool releases = true) {
+  if (releases)
+    cooperative_groups::this_cluster().barrier_arrive();
+  else
+    asm volatile("barrier.cluster.arrive.relaxed.aligned;");
+}
 FASTKD_DEVICE void cluster_wait() { cooperative_groups::this_cluster().barrier_wait(); }
 
 // A value of the lane that is so many above this one; of the first lane.

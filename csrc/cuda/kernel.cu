@@ -63,6 +63,17 @@ unsigned grid(int64_t blocks) {
   return unsigned(blocks);
 }
 
+// Not by <<<>>>, after which only cudaGetLastError says what went wrong, and perhaps of somebody else's call.
+template <class... Parameters, class... Arguments>
+void start(void (*kernel)(Parameters...), unsigned blocks, unsigned threads, void* stream, const char* what,
+           const Arguments&... arguments) {
+  cudaLaunchConfig_t launch{};
+  launch.gridDim = dim3(blocks);
+  launch.blockDim = dim3(threads);
+  launch.stream = static_cast<cudaStream_t>(stream);
+  check(cudaLaunchKernelEx(&launch, kernel, arguments...), what);
+}
+
 // The device is current while this lives.
 class OnDevice {
  public:
@@ -130,17 +141,14 @@ void kd_rows(Call call, int device, void* stream) {
     launch.gridDim = dim3(unsigned((call.rows < clusters ? call.rows : clusters) * call.ranks));
     check(cudaLaunchKernelEx(&launch, kernel, call), "launching kd_kernel");
   }
-  total_kernel<<<1, 1024, 0, static_cast<cudaStream_t>(stream)>>>(call);
-  check(cudaGetLastError(), "launching total_kernel");
+  start(total_kernel, 1, 1024, stream, "launching total_kernel", call);
 }
 
 void scale_rows(const Call& call, const float* factor, int64_t stride, int device, void* stream) {
   if (!call.rows || !call.student.width) return;
   const OnDevice guard(device);
   const int64_t tiles = (call.student.width + SCALE_COLUMNS - 1) / SCALE_COLUMNS;
-  scale_kernel<<<grid(call.rows * tiles), SCALE_THREADS, 0, static_cast<cudaStream_t>(stream)>>>(call, factor,
-                                                                                                      stride, tiles);
-  check(cudaGetLastError(), "launching scale_kernel");
+  start(scale_kernel, grid(call.rows * tiles), SCALE_THREADS, stream, "launching scale_kernel", call, factor, stride, tiles);
 }
 
 std::vector<std::string> divergences() {

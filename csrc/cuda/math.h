@@ -124,4 +124,24 @@ FASTKD_INLINE uint16_t to_fp16(float x) {
 #endif
 }
 
+FASTKD_INLINE uint32_t two_bf16(float low, float high) {
+#if defined(__CUDA_ARCH__)
+  uint32_t y;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(y) : "f"(high), "f"(low));
+  return y;
+#else
+  return to_bf16(low) | uint32_t(to_bf16(high)) << 16;
+#endif
+}
+
+FASTKD_INLINE uint32_t two_fp16(float low, float high) {
+#if defined(__CUDA_ARCH__)
+  uint32_t y;
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(y) : "f"(high), "f"(low));
+  return y;
+#else
+  return to_fp16(low) | uint32_t(to_fp16(high)) << 16;
+#endif
+}
+
 }  // namespace fastkd::cuda

@@ -174,10 +174,8 @@ FASTKD_INLINE void store(char* memory, Dtype dtype, int first, unsigned columns,
     }
   else
     for (int k = 0; k < 4; ++k) {
-      const bool brain = dtype == Dtype::bf16;
-      const uint32_t low = brain ? to_bf16(x[2 * k]) : to_fp16(x[2 * k]);
-      const uint32_t high = brain ? to_bf16(x[2 * k + 1]) : to_fp16(x[2 * k + 1]);
-      pieces[0].words[k] = low | high << 16;
+      const float low = x[2 * k], high = x[2 * k + 1];
+      pieces[0].words[k] = dtype == Dtype::bf16 ? two_bf16(low, high) : two_fp16(low, high);
     }
   const int element = size_of_element(dtype);
   char* to = memory + int64_t(first) * element;
@@ -215,7 +213,7 @@ FASTKD_INLINE void store_one(char* memory, Dtype dtype, int64_t column, float va
 
 // A thread's part of the zeros of a row that is dropped, and of the padding past the vocabulary of one that is not.
 FASTKD_CALL void clear(const Call& call, Place place, const Rows& rows, int64_t row, bool padding_alone) {
-  if (!rows.data) return;
+  if (!rows.data || (padding_alone && rows.width == call.vocabulary)) return;
   char* memory = row_of(call, rows, row);
   const int64_t step = int64_t(call.ranks) * call.threads;
 #pragma unroll 1
@@ -251,6 +249,8 @@ struct Others {
   bool are_event;       // the last one, with
   float z, log_p;
   float gradient;       // of a column's exponential
+  bool no_events;
+  const char* log_probabilities;  // the teacher's, of the row
 };
 
 struct RowState {
@@ -264,7 +264,7 @@ struct RowState {
   double distillation, phi, g;     // sums over the row
   double cross_entropy, entropy;
   float sum_g, sum_h;
-  float distillation_factor, cross_entropy_factor, teacher_factor;
+  float distillation_factor, cross_entropy_factor, teacher_factor, uniform;
   Others others;
 };
 
@@ -494,7 +494,7 @@ FASTKD_INLINE void close_statistics(const Call& call, RowState& row, const Stati
   close_side(row.teacher, all.t_top, all.t_sum);
   const double s_log_sum = log(double(all.s_sum)), t_log_sum = log(double(all.t_sum));
   const double s_inverse = 1 / double(all.s_sum), t_inverse = 1 / double(all.t_sum);
-  row.entropy = s_log_sum - LN_2_EXACT * all.entropy * s_inverse;
+  row.entropy = row.flags & ENTROPY ? s_log_sum - LN_2_EXACT * all.entropy * s_inverse : 0;
   double plain_log_sum = s_log_sum;
   row.plain_weight = row.student.weight;
   row.plain_top = row.student.top;
@@ -510,7 +510,7 @@ FASTKD_INLINE void close_statistics(const Call& call, RowState& row, const Stati
     row.cross_entropy = plain_log_sum - target * unit;
   }
   row.phi = row.g = 0;
-  // A moment that was not collected is 0 here, and its term is not finite only if its weight is 0.
+  // A moment that no flag asked for moves with the tops all the same, and means nothing.
   const double quotient = s_log_sum - t_log_sum;
   if (row.flags & FORWARD) row.phi += call.forward * (LN_2_EXACT * all.forward * t_inverse + quotient), row.g -= call.forward;
   if (row.flags & REVERSE) {
@@ -520,15 +520,22 @@ FASTKD_INLINE void close_statistics(const Call& call, RowState& row, const Stati
   }
   if (row.flags & CROSS) row.phi += call.cross * (s_log_sum - LN_2_EXACT * all.cross * t_inverse), row.g -= call.cross;
   // A moment that fades to nothing takes its NaN along: whether a logarithm overflows is asked of the logits themselves.
-  const bool overflows = (row.flags & LOWS) && ((all.s_low - row.student.top) * row.student.unit == -INF ||
-                                                (all.t_low - row.teacher.top) * row.teacher.unit == -INF);
+  const bool overflows = (row.flags & LOWS) && ((all.s_low - row.student.top) * row.student.rate == -INF ||
+                                                (all.t_low - row.teacher.top) * row.teacher.rate == -INF);
   row.finite = row.log_0 || (!overflows && finite(float(row.phi) + float(row.entropy)));
 }
 
 // ---- the divergence
 
 // Whichever the call has: for a few columns, which are not worth a kernel for each divergence.
-struct Any {};
+struct Any {
+  static constexpr bool always_normalized = true;
+};
+
+template <class Divergence>
+FASTKD_INLINE bool is_normalized(const Call& call) {
+  return Divergence::always_normalized || call.normalized;
+}
 
 template <class Divergence>
 FASTKD_INLINE void define(const Call& call, V p, V q, V log_p, V log_q, V& phi, V& g) {
@@ -548,7 +555,7 @@ template <class Divergence, bool LOG_0>
 FASTKD_INLINE void evaluate(const Call& call, const RowState& row, V s, V t, V& p, V& q, V& phi, V& g) {
   V log_p = product(t, row.teacher.unit), log_q = product(s, row.student.unit);
   p = q = 1;
-  if (call.normalized) {
+  if (is_normalized<Divergence>(call)) {
     const V x_s = product(s - row.student.top, row.student.rate), x_t = product(t - row.teacher.top, row.teacher.rate);
     p = exp2_of(x_t) * row.teacher.weight;
     q = exp2_of(x_s) * row.student.weight;
@@ -612,6 +619,7 @@ FASTKD_CALL void finish(const Call& call, RowState& row, int rank) {
   row.distillation_factor = float(call.alpha * square * scale * row.student.unit);
   row.teacher_factor = float(call.alpha * square * scale * row.teacher.unit);
   row.cross_entropy_factor = float((1 - call.alpha) * scale * row.plain_unit);
+  row.uniform = float(call.label_smoothing / double(call.vocabulary));
 }
 
 // Whether a row counts. One that does not is not read.
@@ -630,9 +638,8 @@ FASTKD_CALL void drop(const Call& call, int64_t row, Place place) {
 // ---- gradient
 
 FASTKD_INLINE V cross_entropy_gradient(const Call& call, const RowState& row, V z, int64_t column) {
-  const float uniform = float(call.label_smoothing / double(call.vocabulary));
   const V x = (z - row.plain_top) * row.plain_rate;
-  const V target = uniform + (column == row.label ? float(1 - call.label_smoothing) : 0);
+  const V target = row.uniform + (column == row.label ? 1 - float(call.label_smoothing) : 0);
   return (exp2_of(x) * row.plain_weight - target) * row.cross_entropy_factor;
 }
 
@@ -649,14 +656,18 @@ FASTKD_INLINE void gradients(const Call& call, const RowState& row, Place place,
     V s[VECTOR], t[VECTOR], out[VECTOR] = {}, teacher_out[VECTOR] = {}, p, q, phi, g;
     load_z(student, row.student, first, n, s);
     load_z(teacher, row.teacher, first, n, t);
-    if (call.alpha != 0)
+    // Two loops: a branch in each column would cost more than it saves.
+    if (call.alpha != 0 && teacher_gradient)
       for (int k = 0; k < VECTOR; ++k) {
         evaluate<Divergence, LOG_0>(call, row, s[k], t[k], p, q, phi, g);
-        out[k] = (call.normalized ? g - q * row.sum_g : g) * row.distillation_factor;
-        if (teacher_gradient) {
-          const V h = degree * phi - g;
-          teacher_out[k] = (call.normalized ? h - p * row.sum_h : h) * row.teacher_factor;
-        }
+        const V h = degree * phi - g;
+        out[k] = (is_normalized<Divergence>(call) ? g - q * row.sum_g : g) * row.distillation_factor;
+        teacher_out[k] = (is_normalized<Divergence>(call) ? h - p * row.sum_h : h) * row.teacher_factor;
+      }
+    else if (call.alpha != 0)
+      for (int k = 0; k < VECTOR; ++k) {
+        evaluate<Divergence, LOG_0>(call, row, s[k], t[k], p, q, phi, g);
+        out[k] = (is_normalized<Divergence>(call) ? g - q * row.sum_g : g) * row.distillation_factor;
       }
     if (row.with_labels)
       for (int k = 0; k < VECTOR; ++k) out[k] += cross_entropy_gradient(call, row, s[k], start + first + k);

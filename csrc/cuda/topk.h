@@ -30,10 +30,11 @@ FASTKD_CALL void open_topk_row(const Call& call, int64_t index, RowState& row) {
   row.others.flags = row.flags & (FORWARD | REVERSE | CROSS | LOWS);
   row.flags &= AT_1 | SPREAD | ENTROPY;
   row.teacher = row.student;  // until the sweep is done
+  row.others.log_probabilities = row_of(call, call.teacher, index);
 }
 
 FASTKD_INLINE float log_probability(const Call& call, const RowState& row, int64_t token) {
-  return load_one(row_of(call, call.teacher, row.row), call.teacher.dtype, token);
+  return load_one(row.others.log_probabilities, call.teacher.dtype, token);
 }
 
 // f(number, column of the slice) of a thread's share of the tokens that are in its block.
@@ -44,8 +45,8 @@ FASTKD_INLINE void each_token(const Call& call, const RowState& row, Place place
   const int columns = columns_of(call, place.rank);
 #pragma unroll 1
   for (int64_t j = place.thread; j < call.tokens; j += call.threads) {
-    const int64_t column = ids[j] - start;
-    if (ids[j] >= 0 && column >= 0 && column < columns) f(j, int(column));
+    const int64_t id = ids[j];
+    if (id >= start && id - start < columns) f(j, int(id - start));
   }
 }
 
@@ -140,6 +141,7 @@ FASTKD_INLINE Statistics statistics_of_events(const Call& call, const RowState& 
 FASTKD_INLINE void close_events(const Call& call, RowState& row, const Statistics& all) {
   const double cross_entropy = row.cross_entropy, entropy = row.entropy;
   const float plain_weight = row.plain_weight, plain_top = row.plain_top;
+  row.others.no_events = all.s_sum == 0;
   close_statistics(call, row, all);
   row.cross_entropy = cross_entropy, row.entropy = entropy;
   row.plain_weight = plain_weight, row.plain_top = plain_top;
@@ -172,6 +174,12 @@ FASTKD_INLINE Sums sums_of_events(const Call& call, const RowState& row, Place p
     mine = merge(mine, {event.phi, event.g}, row);
   });
   return mine;
+}
+
+// Of no events at all there is no divergence.
+FASTKD_INLINE void close_sums_of_events(RowState& row, Sums all) {
+  close_sums(row, all);
+  if (row.others.no_events) row.phi = NAN;
 }
 
 // By the z of an event; 0 times the row's weight where there is none, which is NaN in a row that is not valid.

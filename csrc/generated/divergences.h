@@ -4,6 +4,7 @@
 // cuda/math.h's floats.
 
 struct forward_kl {
+  static constexpr bool always_normalized = true;
   static constexpr bool uses_logs = true, gradient_uses_logs = false;
   static FASTKD_INLINE void eval(V p, V q, V log_p, V log_q, const float* params_, V& phi_, V& g_) {
     phi_ = (p * (log_p - log_q));
@@ -12,6 +13,7 @@ struct forward_kl {
 };
 
 struct reverse_kl {
+  static constexpr bool always_normalized = true;
   static constexpr bool uses_logs = true, gradient_uses_logs = true;
   static FASTKD_INLINE void eval(V p, V q, V log_p, V log_q, const float* params_, V& phi_, V& g_) {
     const V phi = (q * (log_q - log_p));
@@ -21,6 +23,7 @@ struct reverse_kl {
 };
 
 struct mixture {
+  static constexpr bool always_normalized = true;
   static constexpr bool uses_logs = true, gradient_uses_logs = true;
   static FASTKD_INLINE void eval(V p, V q, V log_p, V log_q, const float* params_, V& phi_, V& g_) {
     const V forward = splat(params_[0]);
@@ -32,6 +35,7 @@ struct mixture {
 };
 
 struct soft_cross_entropy {
+  static constexpr bool always_normalized = true;
   static constexpr bool uses_logs = true, gradient_uses_logs = false;
   static FASTKD_INLINE void eval(V p, V q, V log_p, V log_q, const float* params_, V& phi_, V& g_) {
     phi_ = ((-p) * log_q);
@@ -40,6 +44,7 @@ struct soft_cross_entropy {
 };
 
 struct jsd {
+  static constexpr bool always_normalized = true;
   static constexpr bool uses_logs = true, gradient_uses_logs = true;
   static FASTKD_INLINE void eval(V p, V q, V log_p, V log_q, const float* params_, V& phi_, V& g_) {
     const V beta = splat(params_[0]);
@@ -54,6 +59,7 @@ struct jsd {
 };
 
 struct skew_forward_kl {
+  static constexpr bool always_normalized = true;
   static constexpr bool uses_logs = true, gradient_uses_logs = true;
   static FASTKD_INLINE void eval(V p, V q, V log_p, V log_q, const float* params_, V& phi_, V& g_) {
     const V log_alpha = splat(params_[0]);
@@ -65,6 +71,7 @@ struct skew_forward_kl {
 };
 
 struct skew_reverse_kl {
+  static constexpr bool always_normalized = true;
   static constexpr bool uses_logs = true, gradient_uses_logs = true;
   static FASTKD_INLINE void eval(V p, V q, V log_p, V log_q, const float* params_, V& phi_, V& g_) {
     const V log_alpha = splat(params_[0]);
@@ -77,6 +84,7 @@ struct skew_reverse_kl {
 };
 
 struct tvd {
+  static constexpr bool always_normalized = true;
   static constexpr bool uses_logs = false, gradient_uses_logs = false;
   static FASTKD_INLINE void eval(V p, V q, V log_p, V log_q, const float* params_, V& phi_, V& g_) {
     phi_ = (splat(0.5f) * abs((p - q)));
@@ -85,6 +93,7 @@ struct tvd {
 };
 
 struct hellinger {
+  static constexpr bool always_normalized = true;
   static constexpr bool uses_logs = true, gradient_uses_logs = true;
   static FASTKD_INLINE void eval(V p, V q, V log_p, V log_q, const float* params_, V& phi_, V& g_) {
     const V root_q = exp((splat(0.5f) * log_q));
@@ -95,6 +104,7 @@ struct hellinger {
 };
 
 struct alpha_beta {
+  static constexpr bool always_normalized = true;
   static constexpr bool uses_logs = true, gradient_uses_logs = true;
   static FASTKD_INLINE void eval(V p, V q, V log_p, V log_q, const float* params_, V& phi_, V& g_) {
     const V alpha = splat(params_[0]);
@@ -112,6 +122,7 @@ struct alpha_beta {
 };
 
 struct alpha_beta_at_beta_0 {
+  static constexpr bool always_normalized = true;
   static constexpr bool uses_logs = true, gradient_uses_logs = true;
   static FASTKD_INLINE void eval(V p, V q, V log_p, V log_q, const float* params_, V& phi_, V& g_) {
     const V alpha = splat(params_[0]);
@@ -123,6 +134,7 @@ struct alpha_beta_at_beta_0 {
 };
 
 struct alpha_beta_at_alpha_0 {
+  static constexpr bool always_normalized = true;
   static constexpr bool uses_logs = true, gradient_uses_logs = true;
   static FASTKD_INLINE void eval(V p, V q, V log_p, V log_q, const float* params_, V& phi_, V& g_) {
     const V beta = splat(params_[0]);
@@ -134,6 +146,7 @@ struct alpha_beta_at_alpha_0 {
 };
 
 struct alpha_beta_at_sum_0 {
+  static constexpr bool always_normalized = true;
   static constexpr bool uses_logs = true, gradient_uses_logs = true;
   static FASTKD_INLINE void eval(V p, V q, V log_p, V log_q, const float* params_, V& phi_, V& g_) {
     const V alpha = splat(params_[0]);
@@ -145,6 +158,7 @@ struct alpha_beta_at_sum_0 {
 };
 
 struct half_squared_gap {
+  static constexpr bool always_normalized = false;
   static constexpr bool uses_logs = true, gradient_uses_logs = true;
   static FASTKD_INLINE void eval(V p, V q, V log_p, V log_q, const float* params_, V& phi_, V& g_) {
     const V gap = (log_q - log_p);
