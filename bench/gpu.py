@@ -278,6 +278,10 @@ def sanitize() -> None:
                         label_smoothing=0.1, softcap=9.0, backend=backend,
                     )  # fmt: skip
                     loss.backward()
+        # More rows than there are clusters at a time: each has several, one after the other.
+        student, teacher = logits(300, 20_000, torch.bfloat16)
+        for target in (teacher, fastkd.TopK.from_logits(teacher, 9)):
+            fastkd.kd_loss(student, target, backend=backend).backward()
     torch.cuda.synchronize()
 
 

@@ -20,7 +20,7 @@
 #include "math.h"
 #include "plan.h"
 
-// Sees every access to logits and gradients but those of the copy engine; tests/cuda_host counts bytes with it.
+// Sees every access to logits and gradients but those of the copy engine; tests/cuda_host.h counts bytes with it.
 #ifndef FASTKD_SEEN
 #define FASTKD_SEEN(memory, bytes, writes)
 #endif
