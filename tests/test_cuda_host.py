@@ -370,6 +370,7 @@ FAULTS = {
     "the policy for log 0": ("row.h", "LOG_0 ? (e > threshold ? e * x : 0) : e * x", "e * x"),
     "logits that are too low": ("row.h", "overflows = (row.flags & LOWS)", "overflows = false && (row.flags & LOWS)"),
     "the label's column": ("row.h", "column == row.label", "column + 1 == row.label"),
+    "a whole vector where there is a part": ("row.h", "first + VECTOR <= range.last", "first < range.last"),
     "what came by the copy engine is not waited for": ("cluster.h", "      await(stage);\n", ""),
     "a stage is fetched before all are done with it": (
         "cluster.h", "order_before_copies();\n      sync_block();", "order_before_copies();"),
@@ -405,3 +406,4 @@ def test_a_planted_fault_is_seen(
             test_log_0(emulation, divergence)
             test_low_logits_in_whole_vectors(emulation, divergence, "many vectors of both")
             test_offsets_and_maxima_in_every_place(emulation, divergence)
+        test_rows_at_any_address(emulation, torch.bfloat16, 0, 320)

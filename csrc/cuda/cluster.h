@@ -64,6 +64,11 @@ class Block {
       source.logits[side] = side && call.ids ? nullptr : part_of(logits(side), index);
       source.gradients[side] = part_of(side ? call.teacher_gradient : call.student_gradient, index);
     }
+    RowState& row = shared_.rows[(turn_ + later) & 1];
+    const auto plain = [&](const Side& side, const char* logits) {
+      return side.dtype == Dtype::bf16 && side.identity() && skew_of(logits) == 0;
+    };
+    row.plain = plain(row.student, source.logits[0]) && plain(row.teacher, source.logits[1]);
   }
 
   // This row's place in shared memory, as far from a multiple of a piece as it is in device memory.

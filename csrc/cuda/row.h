@@ -128,6 +128,19 @@ FASTKD_INLINE uint32_t bits_of(uint32_t low, uint32_t high, unsigned from) {
 #endif
 }
 
+FASTKD_INLINE void from_two_bf16(const Piece& piece, V (&x)[VECTOR]) {
+  for (int k = 0; k < 4; ++k) {
+    x[2 * k] = as<float>(piece.words[k] << 16);
+    x[2 * k + 1] = as<float>(piece.words[k] & 0xffff0000);
+  }
+}
+
+// A vector of them at a multiple of a piece.
+FASTKD_INLINE void load_bf16(const char* shared, V (&x)[VECTOR]) {
+  FASTKD_SEEN(shared, PIECE, false);
+  from_two_bf16(*reinterpret_cast<const Piece*>(shared), x);
+}
+
 // A vector of logits. Shared memory has room for a whole one at the end of a slice, whatever is in it.
 FASTKD_INLINE void load(const char* shared, Dtype dtype, int first, V (&x)[VECTOR]) {
   const char* from = shared + int64_t(first) * size_of_element(dtype);
@@ -151,15 +164,20 @@ FASTKD_INLINE void load(const char* shared, Dtype dtype, int first, V (&x)[VECTO
     piece = *reinterpret_cast<const Piece*>(from);
   }
   if (dtype == Dtype::bf16)
-    for (int k = 0; k < 4; ++k) {
-      x[2 * k] = as<float>(piece.words[k] << 16);
-      x[2 * k + 1] = as<float>(piece.words[k] & 0xffff0000);
-    }
+    from_two_bf16(piece, x);
   else
     for (int k = 0; k < 4; ++k) {
       x[2 * k] = from_fp16(uint16_t(piece.words[k]));
       x[2 * k + 1] = from_fp16(uint16_t(piece.words[k] >> 16));
     }
+}
+
+// A vector to a multiple of a piece.
+FASTKD_INLINE void store_bf16(char* memory, const V (&x)[VECTOR]) {
+  Piece piece;
+  for (int k = 0; k < 4; ++k) piece.words[k] = two_bf16(x[2 * k], x[2 * k + 1]);
+  FASTKD_SEEN(memory, PIECE, true);
+  *reinterpret_cast<Piece*>(memory) = piece;
 }
 
 constexpr unsigned EVERY = (1u << VECTOR) - 1;  // a bit a column of a vector
@@ -255,6 +273,7 @@ struct Others {
 
 struct RowState {
   bool with_labels, log_0, finite;
+  bool plain;  // both sides are bf16 logits as they are, at multiples of a piece
   unsigned flags;
   int64_t row, label;
   float weight;
@@ -401,11 +420,35 @@ FASTKD_INLINE void adjust(V (&z)[VECTOR], const Side& side) {
   for (int turns = 0; turns < VECTOR; ++turns) push(z, side.z(z[0]));
 }
 
+// A vector of which n columns are there; and one of a row that is plain, about which nothing is left to decide.
+struct SomeVector {
+  static constexpr bool plain = false;
+  int n;
+};
+struct PlainVector {
+  static constexpr bool plain = true;
+  static constexpr int n = VECTOR;
+};
+
+// f(first column, vector) of a thread's vectors in a range.
+template <bool MAY_BE_PLAIN, class Function>
+FASTKD_INLINE void each_vector(const Call& call, const RowState& row, Place place, Range range, Function f) {
+  int first = range.first + place.thread * VECTOR;
+  if (MAY_BE_PLAIN && row.plain)
+#pragma unroll 1
+    for (; first + VECTOR <= range.last; first += call.threads * VECTOR) f(first, PlainVector{});
+#pragma unroll 1
+  for (; first < range.last; first += call.threads * VECTOR)
+    f(first, SomeVector{range.last - first < VECTOR ? range.last - first : VECTOR});
+}
+
 // z of a vector; columns past n repeat the first, whose numbers they do not change.
-FASTKD_INLINE void load_z(const char* shared, const Side& side, int first, int n, V (&z)[VECTOR]) {
+template <class Vector>
+FASTKD_INLINE void load_z(const char* shared, const Side& side, int first, Vector vector, V (&z)[VECTOR]) {
+  if constexpr (Vector::plain) return load_bf16(shared + int64_t(first) * 2, z);
   load(shared, side.dtype, first, z);
   if (!side.identity()) adjust(z, side);
-  for (int k = 1; k < VECTOR; ++k) z[k] = k < n ? z[k] : z[0];
+  for (int k = 1; k < VECTOR; ++k) z[k] = k < vector.n ? z[k] : z[0];
 }
 
 template <int N>
@@ -469,14 +512,12 @@ FASTKD_INLINE Statistics no_statistics(const RowState& row) {
 template <bool LOG_0>
 FASTKD_INLINE void add_statistics(Statistics& mine, const Call& call, const RowState& row, Place place, Range range,
                                   const char* student, const char* teacher) {
-#pragma unroll 1
-  for (int first = range.first + place.thread * VECTOR; first < range.last; first += call.threads * VECTOR) {
-    const int n = range.last - first < VECTOR ? range.last - first : VECTOR;
+  each_vector<!LOG_0>(call, row, place, range, [&](int first, auto vector) {
     V s[VECTOR], t[VECTOR];
-    load_z(student, row.student, first, n, s);
-    load_z(teacher, row.teacher, first, n, t);
-    add_vector<LOG_0>(mine, s, t, n, row);
-  }
+    load_z(student, row.student, first, vector, s);
+    load_z(teacher, row.teacher, first, vector, t);
+    add_vector<LOG_0>(mine, s, t, vector.n, row);
+  });
 }
 
 FASTKD_INLINE void close_side(Side& side, float top, double sum) {
@@ -577,20 +618,18 @@ FASTKD_INLINE void evaluate(const Call& call, const RowState& row, V s, V t, V& 
 template <class Divergence, bool LOG_0>
 FASTKD_INLINE void add_sums(Sums& mine, const Call& call, const RowState& row, Place place, Range range,
                             const char* student, const char* teacher) {
-#pragma unroll 1
-  for (int first = range.first + place.thread * VECTOR; first < range.last; first += call.threads * VECTOR) {
-    const int n = range.last - first < VECTOR ? range.last - first : VECTOR;
+  each_vector<!LOG_0>(call, row, place, range, [&](int first, auto vector) {
     V s[VECTOR], t[VECTOR], p, q, phi, g;
-    load_z(student, row.student, first, n, s);
-    load_z(teacher, row.teacher, first, n, t);
+    load_z(student, row.student, first, vector, s);
+    load_z(teacher, row.teacher, first, vector, t);
     Sums part{0, 0};
     for (int k = 0; k < VECTOR; ++k) {
       evaluate<Divergence, LOG_0>(call, row, s[k], t[k], p, q, phi, g);
-      part.phi += k < n ? phi : 0;
-      part.g += k < n ? g : 0;
+      part.phi += k < vector.n ? phi : 0;
+      part.g += k < vector.n ? g : 0;
     }
     mine = merge(mine, part, row);
-  }
+  });
 }
 
 FASTKD_INLINE void close_sums(RowState& row, Sums all) {
@@ -643,6 +682,12 @@ FASTKD_INLINE V cross_entropy_gradient(const Call& call, const RowState& row, V 
   return (exp2_of(x) * row.plain_weight - target) * row.cross_entropy_factor;
 }
 
+template <class Vector>
+FASTKD_INLINE void store(char* memory, Dtype dtype, int first, Vector vector, const V (&x)[VECTOR]) {
+  if constexpr (Vector::plain) return store_bf16(memory + int64_t(first) * 2, x);
+  store(memory, dtype, first, EVERY >> (VECTOR - vector.n), x);
+}
+
 // The gradients of a thread's vectors in a range, of the slice at `student` and `teacher` in shared memory. Each goes to
 // the address given: the slice's place in device memory, or the logits' own in shared memory, whence copy_out takes it.
 template <class Divergence, bool LOG_0>
@@ -650,12 +695,10 @@ FASTKD_INLINE void gradients(const Call& call, const RowState& row, Place place,
                              const char* teacher, char* student_gradient, char* teacher_gradient) {
   const int64_t start = first_column(call, place.rank);
   const float degree = float(call.degree);
-#pragma unroll 1
-  for (int first = range.first + place.thread * VECTOR; first < range.last; first += call.threads * VECTOR) {
-    const int n = range.last - first < VECTOR ? range.last - first : VECTOR;
+  each_vector<!LOG_0>(call, row, place, range, [&](int first, auto vector) {
     V s[VECTOR], t[VECTOR], out[VECTOR] = {}, teacher_out[VECTOR] = {}, p, q, phi, g;
-    load_z(student, row.student, first, n, s);
-    load_z(teacher, row.teacher, first, n, t);
+    load_z(student, row.student, first, vector, s);
+    load_z(teacher, row.teacher, first, vector, t);
     // Two loops: a branch in each column would cost more than it saves.
     if (call.alpha != 0 && teacher_gradient)
       for (int k = 0; k < VECTOR; ++k) {
@@ -672,14 +715,15 @@ FASTKD_INLINE void gradients(const Call& call, const RowState& row, Place place,
     if (row.with_labels)
       for (int k = 0; k < VECTOR; ++k) out[k] += cross_entropy_gradient(call, row, s[k], start + first + k);
     if (student_gradient) {
-      if (!row.student.identity()) turn(out, s, [&](V g, V z) { return g * row.student.slope(z); });
-      store(student_gradient, row.student.dtype, first, EVERY >> (VECTOR - n), out);
+      if (!vector.plain && !row.student.identity()) turn(out, s, [&](V g, V z) { return g * row.student.slope(z); });
+      store(student_gradient, row.student.dtype, first, vector, out);
     }
     if (teacher_gradient) {
-      if (!row.teacher.identity()) turn(teacher_out, t, [&](V h, V z) { return h * row.teacher.slope(z); });
-      store(teacher_gradient, row.teacher.dtype, first, EVERY >> (VECTOR - n), teacher_out);
+      if (!vector.plain && !row.teacher.identity())
+        turn(teacher_out, t, [&](V h, V z) { return h * row.teacher.slope(z); });
+      store(teacher_gradient, row.teacher.dtype, first, vector, teacher_out);
     }
-  }
+  });
 }
 
 // ---- on the host, before a launch

@@ -74,16 +74,14 @@ FASTKD_INLINE unsigned tokens_among(const uint32_t* bits, int first) { return bi
 // An exponential of 0 silences its term whatever that is: a threshold is not known yet.
 FASTKD_INLINE void add_whole(Statistics& mine, const Call& call, const RowState& row, Place place, Range range,
                              const char* student, const uint32_t* bits) {
-#pragma unroll 1
-  for (int first = range.first + place.thread * VECTOR; first < range.last; first += call.threads * VECTOR) {
-    const int n = range.last - first < VECTOR ? range.last - first : VECTOR;
+  each_vector<false>(call, row, place, range, [&](int first, auto vector) {
     const unsigned tokens = tokens_among(bits, first);
     V s[VECTOR], t[VECTOR];
-    load_z(student, row.student, first, n, s);
+    load_z(student, row.student, first, vector, s);
 #pragma unroll
-    for (int k = 0; k < VECTOR; ++k) t[k] = k < n && !(tokens >> k & 1) ? s[k] : -INF;
-    add_vector<true>(mine, s, t, n, row);
-  }
+    for (int k = 0; k < VECTOR; ++k) t[k] = k < vector.n && !(tokens >> k & 1) ? s[k] : -INF;
+    add_vector<true>(mine, s, t, vector.n, row);
+  });
 }
 
 FASTKD_INLINE void gather_tokens(const Call& call, const RowState& row, Place place, const Slice& slice, Whole& mine) {
@@ -216,11 +214,9 @@ FASTKD_INLINE void spread(const Call& call, const RowState& row, Place place, Ra
                           const uint32_t* bits, char* to) {
   const int64_t start = first_column(call, place.rank);
   const float gradient = row.others.gradient;
-#pragma unroll 1
-  for (int first = range.first + place.thread * VECTOR; first < range.last; first += call.threads * VECTOR) {
-    const int n = range.last - first < VECTOR ? range.last - first : VECTOR;
+  each_vector<false>(call, row, place, range, [&](int first, auto vector) {
     V s[VECTOR], out[VECTOR];
-    load_z(student, row.student, first, n, s);
+    load_z(student, row.student, first, vector, s);
 #pragma unroll
     for (int k = 0; k < VECTOR; ++k) {
       const V x = product(s[k] - row.others.top, row.student.rate);
@@ -230,8 +226,8 @@ FASTKD_INLINE void spread(const Call& call, const RowState& row, Place place, Ra
 #pragma unroll
       for (int k = 0; k < VECTOR; ++k) out[k] += cross_entropy_gradient(call, row, s[k], start + first + k);
     if (!row.student.identity()) turn(out, s, [&](V g, V z) { return g * row.student.slope(z); });
-    store(to, row.student.dtype, first, (EVERY >> (VECTOR - n)) & ~tokens_among(bits, first), out);
-  }
+    store(to, row.student.dtype, first, (EVERY >> (VECTOR - vector.n)) & ~tokens_among(bits, first), out);
+  });
 }
 
 }  // namespace fastkd::cuda
