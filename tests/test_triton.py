@@ -64,6 +64,13 @@ def shares(request: pytest.FixtureRequest) -> Iterator[split.Plan | None]:
 however_shared = pytest.mark.parametrize(
     "shares", [None, split.Plan(4, 2)], indirect=True, ids=["alone", "shared"]
 )
+# Where what is shared is tested elsewhere, and the grid is big: the interpreter takes a second a call.
+however_shared_if_heavy = pytest.mark.parametrize(
+    "shares",
+    [None, pytest.param(split.Plan(4, 2), marks=pytest.mark.heavy)],
+    indirect=True,
+    ids=["alone", "shared"],
+)
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -205,7 +212,7 @@ def test_divergences(divergence: str, parameters: dict[str, float], dtype: torch
     )
 
 
-@however_shared
+@however_shared_if_heavy
 @pytest.mark.parametrize("student", FLOATS, ids=str)
 @pytest.mark.parametrize("teacher", FLOATS, ids=str)
 def test_types(student: torch.dtype, teacher: torch.dtype) -> None:
@@ -214,7 +221,7 @@ def test_types(student: torch.dtype, teacher: torch.dtype) -> None:
 
 
 # One column; fewer than a tile; a tile exactly, and one column less and more; likewise two tiles; four.
-@however_shared
+@however_shared_if_heavy
 @kinds
 @pytest.mark.parametrize("columns", [1, 2, 15, 16, 17, 31, 32, 33, 64])
 def test_widths(columns: int, divergence: str) -> None:
@@ -252,7 +259,7 @@ def test_a_timed_tile_goes_before_the_rule(monkeypatch: pytest.MonkeyPatch) -> N
 # Temperatures, offsets and infinities
 
 
-@however_shared
+@however_shared_if_heavy
 @pytest.mark.parametrize("temperature", [0.05, 1.0, 1000.0])
 @pytest.mark.parametrize("divergence", ["mixture", "soft_cross_entropy", "jsd", "alpha_beta"])
 def test_temperatures(divergence: str, temperature: float) -> None:
@@ -297,7 +304,7 @@ GONE: dict[str, tuple[slice, slice]] = {
 }
 
 
-@however_shared
+@however_shared_if_heavy
 @pytest.mark.parametrize("gone", GONE.values(), ids=GONE)
 @pytest.mark.parametrize(
     "divergence",
@@ -498,7 +505,7 @@ def strided(student: Tensor) -> dict[str, Tensor]:
     }
 
 
-@however_shared
+@however_shared_if_heavy
 @pytest.mark.parametrize("layout", strided(torch.zeros(2, 3, 2, 2, 17)))
 @pytest.mark.parametrize("inplace", [False, True], ids=["", "inplace"])
 def test_layouts(layout: str, inplace: bool) -> None:
