@@ -358,7 +358,7 @@ def test_a_row_that_is_too_wide(emulation: Emulation, host: ModuleType) -> None:
 
 
 FAULTS = {
-    "an off-by-one in the tail": ("row.h", "k < n ? z[k] : z[0]", "k <= n ? z[k] : z[0]"),
+    "an off-by-one in the tail": ("row.h", "k < vector.n ? z[k] : z[0]", "k <= vector.n ? z[k] : z[0]"),
     "columns of a slice": ("row.h", "rest < call.slice ? rest :", "rest < call.slice ? rest - 1 :"),
     "the edge of a copy": ("row.h", "if (at < bytes) copy_element", "if (at + element < bytes) copy_element"),
     "a swapped merge": ("row.h", "a.forward += b.forward;", "a.forward += b.reverse;"),
