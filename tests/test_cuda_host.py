@@ -386,7 +386,6 @@ EVERY_TIME = (
     "an off-by-one in the tail",
     "a swapped merge",
     "a maximum that does not rescale",
-    "a stage is fetched before all are done with it",
 )
 
 

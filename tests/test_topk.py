@@ -61,7 +61,7 @@ IN_TRITON = {
 }  # fmt: skip
 
 
-@pytest.fixture(params=["reference", "cpu", "cuda"])
+@pytest.fixture(params=["reference", "cpu", pytest.param("cuda", marks=pytest.mark.heavy)])
 def backend(request: pytest.FixtureRequest) -> str:
     """Each backend that takes CPU tensors of any size, and the source of the CUDA kernel with a row over two blocks."""
     if request.param == "cuda":

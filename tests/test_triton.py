@@ -233,7 +233,7 @@ def test_widths(columns: int, divergence: str) -> None:
 
 # The tiles that are shipped, which for rows of these widths have 512 lanes where the teacher gets a gradient: a part of
 # one, one exactly, and one column more.
-@however_shared
+@however_shared_if_heavy
 @kinds
 @pytest.mark.parametrize("columns", [300, 512, 513])
 def test_shipped_tiles(monkeypatch: pytest.MonkeyPatch, columns: int, divergence: str) -> None:
@@ -266,7 +266,7 @@ def test_temperatures(divergence: str, temperature: float) -> None:
     check("triton", *pair(2, 37), divergence=divergence, temperature=temperature)
 
 
-@however_shared
+@however_shared_if_heavy
 @pytest.mark.parametrize("divergence", ["mixture", "soft_cross_entropy", "jsd", "tvd"])
 def test_common_offset(divergence: str) -> None:
     """Multiples of 1/64 move by 1e4 without rounding, and no result changes by a bit."""
@@ -279,7 +279,7 @@ def test_common_offset(divergence: str) -> None:
         same(launch(student + 1e4, teacher - 1e4, Rows(labels), **options), still)
 
 
-@however_shared
+@however_shared_if_heavy
 def test_a_maximum_that_rises_late_and_steeply() -> None:
     """Earlier sums fade away entirely; the tempered logits span 4000 and the row is steeper for one side."""
     rise = torch.linspace(-100, 100, 37, device=DEVICE)
@@ -337,7 +337,7 @@ def test_a_probability_that_underflows_beside_an_infinity(divergence: str) -> No
             compare(student, teacher, divergence=divergence)
 
 
-@however_shared
+@however_shared_if_heavy
 # Without a normaliser an infinite logit stays where it is.
 @pytest.mark.parametrize(
     ("divergence", "poison"),
@@ -394,7 +394,7 @@ def test_options(divergence: str) -> None:
         check("triton", student, teacher, in_range, divergence=divergence, **options)
 
 
-@however_shared
+@however_shared_if_heavy
 def test_a_wider_teacher() -> None:
     """Its padding is not read and gets a gradient of 0; likewise the student's."""
     for widths in ((37, 50), (50, 37), (40, 70)):
@@ -423,7 +423,7 @@ def test_a_dropped_row_is_not_read(divergence: str, dtype: torch.dtype) -> None:
         assert value[::2].isfinite().all() and not value[1::2].any()
 
 
-@however_shared
+@however_shared_if_heavy
 def test_what_is_invalid_poisons_its_row() -> None:
     student, teacher = pair(6, 37)
     labels = torch.tensor([5, -1, 37, 2**40, -(2**40), 6], device=DEVICE)
@@ -449,7 +449,7 @@ def test_what_is_invalid_poisons_its_row() -> None:
                 )
 
 
-@however_shared
+@however_shared_if_heavy
 @kinds
 def test_only_what_is_wanted(divergence: str) -> None:
     """Each output alone is bit for bit that of all together; where alpha is 0 the teacher is not read."""
@@ -475,7 +475,7 @@ def test_only_what_is_wanted(divergence: str) -> None:
             assert (found.student_entropy is not None) == want.parts
 
 
-@however_shared
+@however_shared_if_heavy
 def test_scale_known_to_the_device_only() -> None:
     student, teacher = pair(2, 37)
     scale = torch.tensor(0.125, device=DEVICE)
@@ -524,7 +524,7 @@ def test_layouts(layout: str, inplace: bool) -> None:
             assert found.student_gradient.is_contiguous() and found.teacher_gradient.is_contiguous()
 
 
-@however_shared
+@however_shared_if_heavy
 def test_inplace_writes_nothing_beside_the_rows() -> None:
     student, teacher = pair(2, 5, 37)
     buffer = torch.full((2, 7, 41), 7.0, device=DEVICE)
@@ -535,7 +535,7 @@ def test_inplace_writes_nothing_beside_the_rows() -> None:
     assert (buffer == 7).all()
 
 
-@however_shared
+@however_shared_if_heavy
 def test_one_row_against_many() -> None:
     one, many = pair(37)[0], pair(2, 3, 37)[1]
     for s, t in ((one.expand(2, 3, 37), many), (many, one.expand(2, 3, 37))):
@@ -649,7 +649,7 @@ def test_a_row_whose_factor_is_1_is_not_touched(monkeypatch: pytest.MonkeyPatch)
 # Precision
 
 
-@however_shared
+@however_shared_if_heavy
 @pytest.mark.parametrize("divergence", ["mixture", "jsd"])
 def test_flat_rows(monkeypatch: pytest.MonkeyPatch, divergence: str) -> None:
     """65536 terms of one size, in the tiles that are shipped: a running float32 sum loses three digits here."""
@@ -665,7 +665,7 @@ def test_flat_rows(monkeypatch: pytest.MonkeyPatch, divergence: str) -> None:
     )
 
 
-@however_shared
+@however_shared_if_heavy
 @kinds
 def test_equal_distributions(divergence: str) -> None:
     student, _ = pair(3, 37)
@@ -701,7 +701,7 @@ def test_a_mask_of_the_lowest_number(divergence: str, masked: slice) -> None:
         torch.testing.assert_close(kept, without, rtol=1e-5, atol=1e-6)
 
 
-@however_shared
+@however_shared_if_heavy
 @pytest.mark.parametrize("softcap", [0.01, 1.0, 50.0])
 def test_softcap_far_from_and_near_saturation(softcap: float) -> None:
     student, teacher = (x * torch.logspace(-4, 3, 37, device=DEVICE) for x in pair(2, 37))
@@ -788,7 +788,7 @@ def _module(path: Path, source: str) -> Any:
     return module
 
 
-@however_shared
+@however_shared_if_heavy
 def test_a_users_own_divergence(tmp_path: Path) -> None:
     """From a file of theirs, with two sets of parameters, no closed form and no degree."""
     own = _module(tmp_path / "own.py", OWN)
