@@ -61,11 +61,8 @@ def shares(request: pytest.FixtureRequest) -> Iterator[split.Plan | None]:
 
 
 # Four programs a row of 37 columns, three tiles: the last one has none. Groups of two rows: the last of three is alone.
+# Of what is shared, every run has the tests at the end of this file: the interpreter takes a second a call.
 however_shared = pytest.mark.parametrize(
-    "shares", [None, split.Plan(4, 2)], indirect=True, ids=["alone", "shared"]
-)
-# Where what is shared is tested elsewhere, and the grid is big: the interpreter takes a second a call.
-however_shared_if_heavy = pytest.mark.parametrize(
     "shares",
     [None, pytest.param(split.Plan(4, 2), marks=pytest.mark.heavy)],
     indirect=True,
@@ -212,7 +209,7 @@ def test_divergences(divergence: str, parameters: dict[str, float], dtype: torch
     )
 
 
-@however_shared_if_heavy
+@however_shared
 @pytest.mark.parametrize("student", FLOATS, ids=str)
 @pytest.mark.parametrize("teacher", FLOATS, ids=str)
 def test_types(student: torch.dtype, teacher: torch.dtype) -> None:
@@ -221,7 +218,7 @@ def test_types(student: torch.dtype, teacher: torch.dtype) -> None:
 
 
 # One column; fewer than a tile; a tile exactly, and one column less and more; likewise two tiles; four.
-@however_shared_if_heavy
+@however_shared
 @kinds
 @pytest.mark.parametrize("columns", [1, 2, 15, 16, 17, 31, 32, 33, 64])
 def test_widths(columns: int, divergence: str) -> None:
@@ -233,7 +230,7 @@ def test_widths(columns: int, divergence: str) -> None:
 
 # The tiles that are shipped, which for rows of these widths have 512 lanes where the teacher gets a gradient: a part of
 # one, one exactly, and one column more.
-@however_shared_if_heavy
+@however_shared
 @kinds
 @pytest.mark.parametrize("columns", [300, 512, 513])
 def test_shipped_tiles(monkeypatch: pytest.MonkeyPatch, columns: int, divergence: str) -> None:
@@ -259,14 +256,14 @@ def test_a_timed_tile_goes_before_the_rule(monkeypatch: pytest.MonkeyPatch) -> N
 # Temperatures, offsets and infinities
 
 
-@however_shared_if_heavy
+@however_shared
 @pytest.mark.parametrize("temperature", [0.05, 1.0, 1000.0])
 @pytest.mark.parametrize("divergence", ["mixture", "soft_cross_entropy", "jsd", "alpha_beta"])
 def test_temperatures(divergence: str, temperature: float) -> None:
     check("triton", *pair(2, 37), divergence=divergence, temperature=temperature)
 
 
-@however_shared_if_heavy
+@however_shared
 @pytest.mark.parametrize("divergence", ["mixture", "soft_cross_entropy", "jsd", "tvd"])
 def test_common_offset(divergence: str) -> None:
     """Multiples of 1/64 move by 1e4 without rounding, and no result changes by a bit."""
@@ -279,7 +276,7 @@ def test_common_offset(divergence: str) -> None:
         same(launch(student + 1e4, teacher - 1e4, Rows(labels), **options), still)
 
 
-@however_shared_if_heavy
+@however_shared
 def test_a_maximum_that_rises_late_and_steeply() -> None:
     """Earlier sums fade away entirely; the tempered logits span 4000 and the row is steeper for one side."""
     rise = torch.linspace(-100, 100, 37, device=DEVICE)
@@ -304,7 +301,7 @@ GONE: dict[str, tuple[slice, slice]] = {
 }
 
 
-@however_shared_if_heavy
+@however_shared
 @pytest.mark.parametrize("gone", GONE.values(), ids=GONE)
 @pytest.mark.parametrize(
     "divergence",
@@ -337,7 +334,7 @@ def test_a_probability_that_underflows_beside_an_infinity(divergence: str) -> No
             compare(student, teacher, divergence=divergence)
 
 
-@however_shared_if_heavy
+@however_shared
 # Without a normaliser an infinite logit stays where it is.
 @pytest.mark.parametrize(
     ("divergence", "poison"),
@@ -394,7 +391,7 @@ def test_options(divergence: str) -> None:
         check("triton", student, teacher, in_range, divergence=divergence, **options)
 
 
-@however_shared_if_heavy
+@however_shared
 def test_a_wider_teacher() -> None:
     """Its padding is not read and gets a gradient of 0; likewise the student's."""
     for widths in ((37, 50), (50, 37), (40, 70)):
@@ -423,7 +420,7 @@ def test_a_dropped_row_is_not_read(divergence: str, dtype: torch.dtype) -> None:
         assert value[::2].isfinite().all() and not value[1::2].any()
 
 
-@however_shared_if_heavy
+@however_shared
 def test_what_is_invalid_poisons_its_row() -> None:
     student, teacher = pair(6, 37)
     labels = torch.tensor([5, -1, 37, 2**40, -(2**40), 6], device=DEVICE)
@@ -449,7 +446,7 @@ def test_what_is_invalid_poisons_its_row() -> None:
                 )
 
 
-@however_shared_if_heavy
+@however_shared
 @kinds
 def test_only_what_is_wanted(divergence: str) -> None:
     """Each output alone is bit for bit that of all together; where alpha is 0 the teacher is not read."""
@@ -475,7 +472,7 @@ def test_only_what_is_wanted(divergence: str) -> None:
             assert (found.student_entropy is not None) == want.parts
 
 
-@however_shared_if_heavy
+@however_shared
 def test_scale_known_to_the_device_only() -> None:
     student, teacher = pair(2, 37)
     scale = torch.tensor(0.125, device=DEVICE)
@@ -505,7 +502,7 @@ def strided(student: Tensor) -> dict[str, Tensor]:
     }
 
 
-@however_shared_if_heavy
+@however_shared
 @pytest.mark.parametrize("layout", strided(torch.zeros(2, 3, 2, 2, 17)))
 @pytest.mark.parametrize("inplace", [False, True], ids=["", "inplace"])
 def test_layouts(layout: str, inplace: bool) -> None:
@@ -524,7 +521,7 @@ def test_layouts(layout: str, inplace: bool) -> None:
             assert found.student_gradient.is_contiguous() and found.teacher_gradient.is_contiguous()
 
 
-@however_shared_if_heavy
+@however_shared
 def test_inplace_writes_nothing_beside_the_rows() -> None:
     student, teacher = pair(2, 5, 37)
     buffer = torch.full((2, 7, 41), 7.0, device=DEVICE)
@@ -535,7 +532,7 @@ def test_inplace_writes_nothing_beside_the_rows() -> None:
     assert (buffer == 7).all()
 
 
-@however_shared_if_heavy
+@however_shared
 def test_one_row_against_many() -> None:
     one, many = pair(37)[0], pair(2, 3, 37)[1]
     for s, t in ((one.expand(2, 3, 37), many), (many, one.expand(2, 3, 37))):
@@ -649,7 +646,7 @@ def test_a_row_whose_factor_is_1_is_not_touched(monkeypatch: pytest.MonkeyPatch)
 # Precision
 
 
-@however_shared_if_heavy
+@however_shared
 @pytest.mark.parametrize("divergence", ["mixture", "jsd"])
 def test_flat_rows(monkeypatch: pytest.MonkeyPatch, divergence: str) -> None:
     """65536 terms of one size, in the tiles that are shipped: a running float32 sum loses three digits here."""
@@ -665,7 +662,7 @@ def test_flat_rows(monkeypatch: pytest.MonkeyPatch, divergence: str) -> None:
     )
 
 
-@however_shared_if_heavy
+@however_shared
 @kinds
 def test_equal_distributions(divergence: str) -> None:
     student, _ = pair(3, 37)
@@ -701,7 +698,7 @@ def test_a_mask_of_the_lowest_number(divergence: str, masked: slice) -> None:
         torch.testing.assert_close(kept, without, rtol=1e-5, atol=1e-6)
 
 
-@however_shared_if_heavy
+@however_shared
 @pytest.mark.parametrize("softcap", [0.01, 1.0, 50.0])
 def test_softcap_far_from_and_near_saturation(softcap: float) -> None:
     student, teacher = (x * torch.logspace(-4, 3, 37, device=DEVICE) for x in pair(2, 37))
@@ -788,7 +785,7 @@ def _module(path: Path, source: str) -> Any:
     return module
 
 
-@however_shared_if_heavy
+@however_shared
 def test_a_users_own_divergence(tmp_path: Path) -> None:
     """From a file of theirs, with two sets of parameters, no closed form and no degree."""
     own = _module(tmp_path / "own.py", OWN)
