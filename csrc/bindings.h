@@ -26,8 +26,8 @@ using Numbers = std::tuple<double, uintptr_t, double, double>;
 using Definition = std::tuple<int, std::vector<float>, bool, std::vector<double>, double>;
 // ids of a sparse teacher (0: a dense one), how many a row, tail_logprob, tail
 using Sparse = std::tuple<uintptr_t, int64_t, uintptr_t, int>;
-// vocabulary; student, teacher; a sparse teacher; labels, weight, scale on the device; loss, total and the three parts; the divergence;
-// alpha, label smoothing, scale, whether T^2 multiplies, ignore_index
+// vocabulary; student, teacher; a sparse teacher; labels, weight, scale on the device; loss, total and the three parts;
+// the divergence; alpha, label smoothing, scale, whether T^2 multiplies, ignore_index
 using Description = std::tuple<int64_t, Numbers, Numbers, Sparse, uintptr_t, uintptr_t, uintptr_t, uintptr_t,
                                uintptr_t, uintptr_t, uintptr_t, uintptr_t, Definition, double, double, double, bool, int64_t>;
 
