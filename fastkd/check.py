@@ -215,7 +215,7 @@ class _Check:
         left, right = _derivatives(lambda x: _evaluate(divergence, x, log_q)[0], log_p)
 
         def project(x: Tensor) -> Tensor:
-            return reference._project(x, log_p.exp(), divergence.normalized)
+            return reference._project(x, log_p.exp(), x.sum(-1) if divergence.normalized else None)
 
         exact = project((left + right) / 2)
         size = ((left.abs() + g.abs() + phi.abs()).amax(-1, keepdim=True)).expand_as(exact)
@@ -257,7 +257,8 @@ class _Check:
         log_p, log_q = _rows(divergence.normalized)
         best, at_best = _evaluate(divergence, log_p, log_p)
         phi, g = _evaluate(divergence, log_p, log_q)
-        gradient = reference._project(at_best, log_p.exp(), divergence.normalized)
+        total = at_best.sum(-1) if divergence.normalized else None
+        gradient = reference._project(at_best, log_p.exp(), total)
         rounding = 1e-9 * (phi.abs() + best.abs()).sum(-1)
         if not bool((gradient.abs() <= 1e-9 * g.abs().sum(-1, keepdim=True)).all()):
             self.bad("minimum", "the gradient is not 0 where the student equals the teacher")

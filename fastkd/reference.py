@@ -6,12 +6,14 @@ Everything is computed in float32, or in float64 when a logit tensor is float64;
 from __future__ import annotations
 
 import sys
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from fastkd import topk
 from fastkd.divergences import Divergence
-from fastkd.rows import Options, Result, Rows, Want, row_dtype
+from fastkd.rows import Options, Result, Rows, Statistics, Want, row_dtype
 from fastkd.topk import Events, topk_rows
 
 # A probability below this counts as 0 beside a logit of -inf on the other side (see evaluate).
@@ -66,58 +68,233 @@ def _adjust(logits: Tensor, scale: float, softcap: float) -> tuple[Tensor, Tenso
     return softcap * squashed, scale * (1.0 - squashed * squashed)
 
 
-def _softmax(logits: Tensor) -> tuple[Tensor, Tensor]:
-    """(log-probabilities, probabilities). torch.softmax is off by 1e-5 on a CPU, in rows of 50,000 columns."""
-    gap = logits - logits.amax(-1, keepdim=True)
-    exponentials = gap.exp()
-    total = exponentials.sum(-1, keepdim=True)
-    return gap - total.log(), exponentials / total
+def _project(derivative: Tensor, probabilities: Tensor, total: Tensor | None) -> Tensor:
+    """From a derivative by log-probabilities to one by tempered logits: x_v - p_v sum_u x_u; total is that sum."""
+    return derivative if total is None else derivative - probabilities * total.unsqueeze(-1)
 
 
-def _project(derivative: Tensor, probabilities: Tensor, normalized: bool) -> Tensor:
-    """From a derivative by log-probabilities to one by tempered logits: x_v - p_v sum_u x_u."""
-    if not normalized:
-        return derivative
-    return derivative - probabilities * derivative.sum(-1, keepdim=True)
+class _Side(NamedTuple):
+    """The columns of one model that count."""
+
+    z: Tensor  # scaled and soft-capped
+    slope: Tensor | float  # dz / dlogits
+    temperature: Tensor | float  # [..., 1]
+
+    @property
+    def tempered(self) -> Tensor:
+        return self.z / self.temperature
 
 
-def _cross_entropy(z: Tensor, labels: Tensor, smoothing: float) -> tuple[Tensor, Tensor]:
-    """(value [...], gradient [..., V]) of label-smoothed cross-entropy at temperature 1."""
-    log_q, q = _softmax(z)
-    target = labels.unsqueeze(-1)
-    value = -(1.0 - smoothing) * log_q.gather(-1, target).squeeze(-1)
-    gradient = q.scatter_add(-1, target, torch.full_like(log_q[..., :1], smoothing - 1.0))
-    if smoothing:
-        value = value - smoothing * log_q.mean(-1)
-        gradient = gradient - smoothing / z.shape[-1]
-    return value, gradient
-
-
-def kd_rows(student: Tensor, teacher: Tensor, rows: Rows, options: Options, want: Want) -> Result:
-    """The loss of each row and its gradients; shapes and meaning as :class:`fastkd.rows.Result` has them."""
-    if rows.ids is not None:
-        return topk_rows(sys.modules[__name__], student, teacher, rows, options, want)
-    divergence, alpha, vocabulary = options.divergence, options.alpha, options.vocab_size
+def _sides(student: Tensor, teacher: Tensor, rows: Rows, options: Options) -> tuple[_Side, _Side]:
     dtype = row_dtype(student.dtype, teacher.dtype)
 
-    def per_row(value: Tensor | None, fallback: float) -> Tensor | float:
-        return fallback if value is None else value.to(dtype).unsqueeze(-1)
+    def side(
+        logits: Tensor,
+        scale: float,
+        softcap: float,
+        temperature: float,
+        temperatures: Tensor | None,
+    ) -> _Side:
+        z, slope = _adjust(logits[..., : options.vocab_size].to(dtype), scale, softcap)
+        spread = temperature if temperatures is None else temperatures.to(dtype).unsqueeze(-1)
+        return _Side(z, slope, spread)
 
-    temperature = per_row(rows.temperature, options.temperature)
-    teacher_temperature = per_row(rows.teacher_temperature, options.teacher_temperature)
-    s, ds = _adjust(student[..., :vocabulary].to(dtype), options.logit_scale, options.softcap)
-    t, dt = _adjust(
-        teacher[..., :vocabulary].to(dtype), options.teacher_logit_scale, options.teacher_softcap
+    return (
+        side(
+            student,
+            options.logit_scale,
+            options.softcap,
+            options.temperature,
+            rows.temperature,
+        ),
+        side(
+            teacher,
+            options.teacher_logit_scale,
+            options.teacher_softcap,
+            options.teacher_temperature,
+            rows.teacher_temperature,
+        ),
     )
 
-    tempered_s, tempered_t = s / temperature, t / teacher_temperature
-    (log_q, q), (log_p, p) = _softmax(tempered_s), _softmax(tempered_t)
+
+def _finite(origin: Tensor) -> Tensor:
+    return torch.where(origin == -torch.inf, 0.0, origin).unsqueeze(-1)
+
+
+def _top(logits: Tensor) -> Tensor:
+    """The maximum of a row, [...]; -inf where a process has no column."""
+    if logits.shape[-1]:
+        return logits.amax(-1)
+    return logits.new_full(logits.shape[:-1], -torch.inf)
+
+
+def _with_labels(rows: Rows, options: Options) -> bool:
+    return rows.labels is not None and options.alpha < 1.0
+
+
+def _seat_of_labels(z: Tensor, labels: Tensor, options: Options) -> tuple[Tensor, Tensor]:
+    """(whether the label is one of these columns, which it is, or 0), [..., 1]."""
+    seat = labels.unsqueeze(-1) - options.first_column
+    here = (seat >= 0) & (seat < z.shape[-1])
+    return here, torch.where(here, seat, 0)
+
+
+def _of_labels(z: Tensor, labels: Tensor, options: Options) -> Tensor:
+    """z of the labels; -inf where they are no column of these."""
+    if not z.shape[-1]:
+        return _top(z)
+    here, seat = _seat_of_labels(z, labels, options)
+    return torch.where(here, z.gather(-1, seat), -torch.inf).squeeze(-1)
+
+
+def _towards_labels(q: Tensor, labels: Tensor, options: Options) -> Tensor:
+    """q less what the labels weigh, where they are."""
+    if not q.shape[-1]:
+        return q
+    here, seat = _seat_of_labels(q, labels, options)
+    return q.scatter_add(
+        -1, seat, torch.where(here, options.label_smoothing - 1.0, 0.0).to(q.dtype)
+    )
+
+
+class _Found(NamedTuple):
+    """What one process knows of its columns, or all together of all; [...] each."""
+
+    s_top: Tensor
+    t_top: Tensor
+    s_sum: Tensor  # of exp of the tempered logits, relative to the maximum
+    t_sum: Tensor
+    plain_sum: Tensor  # of exp(z), relative to top times the temperature
+    plain_top: Tensor
+    label: Tensor  # z of the label; -inf where it is another's
+    total: Tensor  # sum of z - plain_top
+    columns: Tensor
+
+
+def _statistics(s: _Side, t: _Side, rows: Rows, options: Options) -> _Found:
+    tops = [_top(s.tempered), _top(t.tempered), _top(s.z)]
+
+    def total(logits: Tensor, top: Tensor) -> Tensor:
+        return (logits - _finite(top)).exp().sum(-1)
+
+    label = torch.zeros_like(tops[0])
+    if rows.labels is not None and _with_labels(rows, options):
+        label = _of_labels(s.z, rows.labels, options)
+    return _Found(
+        tops[0],
+        tops[1],
+        total(s.tempered, tops[0]),
+        total(t.tempered, tops[1]),
+        total(s.z, tops[2]),
+        tops[2],
+        label,
+        (s.z - _finite(tops[2])).sum(-1),
+        torch.full_like(label, s.z.shape[-1]),
+    )
+
+
+def _merged(parts: Tensor) -> _Found:
+    """Of [processes, ..., fields], the sums in float64."""
+    parts = parts.to(torch.float64)
+    each = _Found(*parts.unbind(-1))
+    tops = [top.amax(0) for top in (each.s_top, each.t_top, each.plain_top)]
+
+    def total(sums: Tensor, of_each: Tensor, top: Tensor) -> Tensor:
+        return (sums * (of_each - _finite(top).squeeze(-1)).exp()).sum(0)
+
+    rise = _finite(each.plain_top).squeeze(-1) - _finite(tops[2]).squeeze(-1)
+    return _Found(
+        tops[0],
+        tops[1],
+        total(each.s_sum, each.s_top, tops[0]),
+        total(each.t_sum, each.t_top, tops[1]),
+        total(each.plain_sum, each.plain_top, tops[2]),
+        tops[2],
+        each.label.amax(0),
+        (each.total + rise * each.columns).sum(0),
+        each.columns.sum(0),
+    )
+
+
+class _Softmax(NamedTuple):
+    """torch.softmax is off by 1e-5 on a CPU, in rows of 50,000 columns."""
+
+    logs: Tensor
+    probabilities: Tensor
+
+
+def _softmax(logits: Tensor, top: Tensor, total: Tensor) -> _Softmax:
+    gap = logits - _finite(top).to(logits.dtype)
+    total = total.unsqueeze(-1)
+    return _Softmax(gap - total.log().to(gap.dtype), gap.exp() / total.to(gap.dtype))
+
+
+class _Terms(NamedTuple):
+    """Every column's, between the sweeps."""
+
+    p: _Softmax
+    q: _Softmax
+    phi: Tensor
+    g: Tensor
+
+
+def _terms(s: _Side, t: _Side, found: _Found, divergence: Divergence) -> _Terms:
+    q = _softmax(s.tempered, found.s_top, found.s_sum)
+    p = _softmax(t.tempered, found.t_top, found.t_sum)
     if divergence.normalized:
-        phi, g = evaluate(divergence, log_p, log_q, (p, q))
-    else:
-        phi, g = evaluate(divergence, tempered_t, tempered_s)
+        pair = (p.probabilities, q.probabilities)
+        return _Terms(p, q, *evaluate(divergence, p.logs, q.logs, pair))
+    return _Terms(p, q, *evaluate(divergence, t.tempered, s.tempered))
+
+
+class _Sums(NamedTuple):
+    """Over the columns of one process, or of all; [...] each."""
+
+    phi: Tensor
+    g: Tensor
+    entropy: Tensor
+
+
+def _sums(terms: _Terms) -> _Sums:
+    q = terms.q
+    entropy = -torch.where(q.probabilities == 0, 0.0, q.probabilities * q.logs).sum(-1)
+    return _Sums(terms.phi.sum(-1), terms.g.sum(-1), entropy)
+
+
+def _cross_entropy(s: _Side, found: _Found, rows: Rows, options: Options) -> tuple[Tensor, Tensor]:
+    """(value [...], gradient [..., columns]) of label-smoothed cross-entropy at temperature 1."""
+    smoothing = options.label_smoothing
+    _, q = _softmax(s.z, found.plain_top, found.plain_sum)
+    origin = _finite(found.plain_top).squeeze(-1)
+    log_sum = found.plain_sum.log()
+    value = (1.0 - smoothing) * (log_sum - (found.label - origin))
+    assert rows.labels is not None
+    gradient = _towards_labels(q, rows.labels, options)
+    if smoothing:
+        value = value + smoothing * (log_sum - found.total / options.vocabulary)
+        gradient = gradient - smoothing / options.vocabulary
+    return value.to(s.z.dtype), gradient
+
+
+def _results(
+    student: Tensor,
+    teacher: Tensor,
+    s: _Side,
+    t: _Side,
+    terms: _Terms,
+    found: _Found,
+    sums: _Sums,
+    rows: Rows,
+    options: Options,
+    want: Want,
+) -> Result:
+    """Everything that is wanted, in fresh tensors; the sums are over the whole vocabulary."""
+    divergence, alpha = options.divergence, options.alpha
+    dtype = s.z.dtype
+    temperature, teacher_temperature = s.temperature, t.temperature
+    sums = _Sums(*(value.to(dtype) for value in sums))
     t_squared: Tensor | float = temperature * temperature if options.scale_by_temperature else 1.0
-    distillation = phi.sum(-1) * (
+    distillation = sums.phi * (
         t_squared.squeeze(-1) if isinstance(t_squared, Tensor) else t_squared
     )
 
@@ -133,12 +310,10 @@ def kd_rows(student: Tensor, teacher: Tensor, rows: Rows, options: Options, want
 
     cross_entropy = torch.zeros_like(distillation)
     cross_entropy_gradient: Tensor | float = 0.0
-    with_labels = labels is not None and alpha < 1.0
+    with_labels = _with_labels(rows, options)
     if labels is not None and with_labels:
-        valid = (labels >= 0) & (labels < vocabulary)
-        cross_entropy, cross_entropy_gradient = _cross_entropy(
-            s, torch.where(valid, labels, 0), options.label_smoothing
-        )
+        cross_entropy, cross_entropy_gradient = _cross_entropy(s, found, rows, options)
+        valid = (labels >= 0) & (labels < options.vocabulary)
         weight = torch.where(valid, weight, torch.nan)  # and so does an invalid label
 
     scale = options.scale if rows.scale is None else options.scale * rows.scale.to(dtype)
@@ -152,54 +327,131 @@ def kd_rows(student: Tensor, teacher: Tensor, rows: Rows, options: Options, want
 
     def finish(gradient: Tensor, like: Tensor) -> Tensor:
         gradient = torch.where(keep.unsqueeze(-1), gradient * row_scale, 0.0).to(like.dtype)
-        padding = like.shape[-1] - vocabulary
+        padding = like.shape[-1] - options.vocab_size
         return torch.nn.functional.pad(gradient, (0, padding)) if padding else gradient.contiguous()
 
     student_gradient = teacher_gradient = None
     if want.student_gradient:
-        gradient = torch.zeros_like(s)
+        gradient = torch.zeros_like(s.z)
         if alpha:
-            gradient = _project(g, q, divergence.normalized) * (alpha * t_squared / temperature)
+            total = sums.g if divergence.normalized else None
+            gradient = _project(terms.g, terms.q.probabilities, total) * (
+                alpha * t_squared / temperature
+            )
         if with_labels:
             gradient = gradient + (1.0 - alpha) * cross_entropy_gradient
-        student_gradient = finish(gradient * ds, student)
+        student_gradient = finish(gradient * s.slope, student)
     if want.teacher_gradient:
         assert divergence.degree is not None  # validated
-        gradient = torch.zeros_like(t)
+        gradient = torch.zeros_like(t.z)
         if alpha:
-            h = divergence.degree * phi - g
-            gradient = _project(h, p, divergence.normalized) * (
+            h = divergence.degree * terms.phi - terms.g
+            total = divergence.degree * sums.phi - sums.g if divergence.normalized else None
+            gradient = _project(h, terms.p.probabilities, total) * (
                 alpha * t_squared / teacher_temperature
             )
-        teacher_gradient = finish(gradient * dt, teacher)
+        teacher_gradient = finish(gradient * t.slope, teacher)
     if want.inplace and student_gradient is not None:
         student_gradient = student.copy_(student_gradient)
 
     parts: tuple[Tensor | None, ...] = (None, None, None)
     if want.parts:
-        entropy = -torch.where(q == 0, 0.0, q * log_q).sum(-1)
         parts = tuple(
-            torch.where(keep, part, 0.0) for part in (distillation, cross_entropy, entropy)
+            torch.where(keep, part, 0.0) for part in (distillation, cross_entropy, sums.entropy)
         )
     return Result(loss, loss.sum() * scale, student_gradient, teacher_gradient, *parts)
 
 
+def kd_rows(student: Tensor, teacher: Tensor, rows: Rows, options: Options, want: Want) -> Result:
+    """The loss of each row and its gradients; shapes and meaning as :class:`fastkd.rows.Result` has them."""
+    if rows.ids is not None:
+        return topk_rows(sys.modules[__name__], student, teacher, rows, options, want)
+    s, t = _sides(student, teacher, rows, options)
+    found = _merged(torch.stack(_statistics(s, t, rows, options), -1).unsqueeze(0))
+    terms = _terms(s, t, found, options.divergence)
+    return _results(student, teacher, s, t, terms, found, _sums(terms), rows, options, want)
+
+
+# The same where several processes share the vocabulary: fastkd/rows.py says what passes between the steps.
+
+
+def shard_statistics(
+    student: Tensor, teacher: Tensor, rows: Rows, options: Options, result: Result
+) -> Statistics:
+    """Of this process's columns: 9 numbers a row in float64."""
+    if rows.ids is not None:
+        return topk.shard_statistics(sys.modules[__name__], student, teacher, rows, options, result)
+    found = _statistics(*_sides(student, teacher, rows, options), rows, options)
+    return Statistics(torch.stack(found, -1).flatten(0, -2).to(torch.float64))
+
+
+def shard_sums(
+    student: Tensor,
+    teacher: Tensor,
+    rows: Rows,
+    options: Options,
+    result: Result,
+    statistics: Statistics,
+) -> Tensor | None:
+    """Of this process's columns, given the statistics of all: 3 numbers a row in float64."""
+    if rows.ids is not None:
+        return None
+    s, t = _sides(student, teacher, rows, options)
+    terms = _terms(s, t, _of_all(statistics, student), options.divergence)
+    return torch.stack(_sums(terms), -1).flatten(0, -2).to(torch.float64)
+
+
+def shard_results(
+    student: Tensor,
+    teacher: Tensor,
+    rows: Rows,
+    options: Options,
+    result: Result,
+    statistics: Statistics,
+    sums: Tensor | None,
+) -> None:
+    """Fill the result, given the statistics and the sums of all processes."""
+    if rows.ids is not None:
+        topk.shard_results(
+            sys.modules[__name__], student, teacher, rows, options, result, statistics
+        )
+        return
+    assert sums is not None
+    s, t = _sides(student, teacher, rows, options)
+    found = _of_all(statistics, student)
+    terms = _terms(s, t, found, options.divergence)
+    total = _Sums(*sums.sum(0).reshape(*student.shape[:-1], -1).unbind(-1))
+    want = Want(
+        result.student_gradient is not None,
+        result.teacher_gradient is not None,
+        result.distillation is not None,
+    )
+    made = _results(student, teacher, s, t, terms, found, total, rows, options, want)
+    for to, value in zip(result, made, strict=True):
+        if to is not None and to is not result.total:
+            assert value is not None
+            to.copy_(value)
+
+
+def _of_all(statistics: Statistics, student: Tensor) -> _Found:
+    gathered = statistics.gathered
+    return _merged(gathered.reshape(gathered.shape[0], *student.shape[:-1], -1))
+
+
 def gather_events(student: Tensor, rows: Rows, options: Options, parts: bool) -> Events:
     """The student's rows as a sparse teacher sees them: fastkd/topk.py."""
-    ids, vocabulary = rows.ids, options.vocab_size
+    ids, columns = rows.ids, options.vocab_size
     assert ids is not None
-    z, _ = _adjust(_upcast(student[..., :vocabulary]), options.logit_scale, options.softcap)
+    z, _ = _adjust(_upcast(student[..., :columns]), options.logit_scale, options.softcap)
     temperature = _temperature_of(rows, options, z.dtype)
-    in_range, seats, counts = _seat(ids, z)
-    valid = (in_range | (ids == -1)).all(-1) & (counts <= 1).all(-1)
-
-    def finite(origin: Tensor) -> Tensor:
-        return torch.where(origin == -torch.inf, 0.0, origin).unsqueeze(-1)
+    in_range, seats, counts = _seat(ids, z, options)
+    known = (ids == -1) | ((ids >= 0) & (ids < options.vocabulary))
+    valid = known.all(-1) & (counts <= 1).all(-1)
 
     tokens = z.gather(-1, seats).masked_fill(~in_range, -torch.inf)
     others = z.masked_fill(counts > 0, -torch.inf)
     origin, tail_origin = tokens.amax(-1), others.amax(-1)
-    others = (others - finite(tail_origin)) / temperature
+    others = (others - _finite(tail_origin)) / temperature
     log_sum = others.logsumexp(-1)
     entropy = None
     if parts:
@@ -207,17 +459,17 @@ def gather_events(student: Tensor, rows: Rows, options: Options, parts: bool) ->
         q = log_q.exp()
         entropy = -torch.where(q == 0, 0.0, q * log_q).sum(-1)
     log_sum_at_1 = label = mean = None
-    if rows.labels is not None and options.alpha < 1.0:
-        z = z - finite(torch.maximum(origin, tail_origin))
+    if rows.labels is not None and _with_labels(rows, options):
+        z = z - _finite(torch.maximum(origin, tail_origin))
         log_sum_at_1 = z.logsumexp(-1)
-        label = z.gather(-1, rows.labels.clamp(0, vocabulary - 1).unsqueeze(-1)).squeeze(-1)
-        mean = z.mean(-1) if options.label_smoothing else None
+        label = _of_labels(z, rows.labels, options)
+        mean = z.sum(-1) / options.vocabulary if options.label_smoothing else None
     spread = temperature.squeeze(-1) if isinstance(temperature, Tensor) else temperature
     return Events(
         origin,
         tail_origin,
-        tokens - finite(origin),
-        tail_origin - finite(origin).squeeze(-1) + spread * log_sum,
+        tokens - _finite(origin),
+        tail_origin - _finite(origin).squeeze(-1) + spread * log_sum,
         log_sum,
         entropy,
         log_sum_at_1,
@@ -237,11 +489,11 @@ def spread_gradient(
     out: Tensor,
 ) -> Tensor:
     """The gradient of the events [..., K + 1], and the cross-entropy's, as that of the student's logits."""
-    ids, vocabulary = rows.ids, options.vocab_size
+    ids, columns = rows.ids, options.vocab_size
     assert ids is not None
-    z, slope = _adjust(_upcast(student[..., :vocabulary]), options.logit_scale, options.softcap)
+    z, slope = _adjust(_upcast(student[..., :columns]), options.logit_scale, options.softcap)
     temperature = _temperature_of(rows, options, z.dtype)
-    in_range, seats, counts = _seat(ids, z)
+    in_range, seats, counts = _seat(ids, z, options)
 
     share = (z - events.tail_origin.unsqueeze(-1)) / temperature - events.tail_log_sum.unsqueeze(-1)
     result = share.exp() * gradient[..., -1:]
@@ -249,21 +501,23 @@ def spread_gradient(
     result.scatter_add_(-1, seats, gradient[..., :-1].masked_fill(~in_range, 0.0))
     if cross_entropy_scale is not None:
         assert rows.labels is not None and events.log_sum is not None
-        labels = rows.labels.clamp(0, vocabulary - 1).unsqueeze(-1)
         smoothing = options.label_smoothing
         log_q = z - torch.maximum(events.origin, events.tail_origin).unsqueeze(-1)
-        cross_entropy = (log_q - events.log_sum.unsqueeze(-1)).exp() - smoothing / vocabulary
-        cross_entropy.scatter_add_(-1, labels, torch.full_like(z[..., :1], smoothing - 1.0))
+        cross_entropy = (log_q - events.log_sum.unsqueeze(-1)).exp()
+        cross_entropy = _towards_labels(cross_entropy, rows.labels, options) - (
+            smoothing / options.vocabulary
+        )
         result = result + cross_entropy_scale.unsqueeze(-1) * cross_entropy
     assert rows.weight is not None
     weight = rows.weight.unsqueeze(-1)
     result = torch.where(weight.isnan(), torch.nan, torch.where(weight == 0, 0.0, result * slope))
-    padding = student.shape[-1] - vocabulary
+    padding = student.shape[-1] - columns
     return out.copy_(torch.nn.functional.pad(result, (0, padding)) if padding else result)
 
 
-def _seat(ids: Tensor, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _seat(ids: Tensor, z: Tensor, options: Options) -> tuple[Tensor, Tensor, Tensor]:
     """(which ids are columns of z, those columns with 0 for the others, how often each column is named)."""
+    ids = ids - options.first_column
     in_range = (ids >= 0) & (ids < z.shape[-1])
     seats = ids.where(in_range, 0)
     counts = torch.zeros(z.shape, dtype=torch.int32, device=z.device)

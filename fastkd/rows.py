@@ -6,17 +6,37 @@ A row is one position: V student logits and V teacher logits. A backend is a mod
     scale_rows_(gradient, upstream) -> None
     empty(shape, dtype, device) -> Tensor
 
-and nothing else; :mod:`fastkd.functional` validates and :mod:`fastkd.autograd` chooses the backend and differentiates.
+and, where several processes share the vocabulary (Options.shard), the same work in the steps between which they
+exchange a few numbers a row (:mod:`fastkd.parallel`): each process has some columns of every row.
+
+    shard_statistics(student, teacher, rows, options, result) -> Statistics
+    shard_sums(student, teacher, rows, options, result, statistics) -> Tensor | None
+    shard_results(student, teacher, rows, options, result, statistics, sums) -> None
+
+result is the memory of everything that is wanted; the last of them fills all of it but the total. Between two steps
+every process gets what each of them has returned, [..] before and [processes, ..] after.
+
+:mod:`fastkd.functional` validates and :mod:`fastkd.autograd` chooses the backend and differentiates.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from fastkd.divergences import Divergence
+
+
+class Shard(NamedTuple):
+    """The columns that this process has of a vocabulary that several share."""
+
+    first: int  # of all columns that count, the first that is here; Options.vocab_size says how many are
+    total: int  # columns that count, of all processes together
+    widest: int  # columns of the widest shard, padding included
+    rank: int  # of this process in the group
+    group: Any  # torch.distributed.ProcessGroup
 
 
 class Options(NamedTuple):
@@ -36,6 +56,17 @@ class Options(NamedTuple):
     vocab_size: int = 0
     scale: float = 1.0  # multiplies the total and every gradient
     tail: str = ""  # of fastkd.TopK; then the teacher tensor holds log-probabilities and Rows.ids their tokens
+    shard: Shard | None = None  # labels and Rows.ids name tokens of the whole vocabulary
+
+    @property
+    def vocabulary(self) -> int:
+        """Columns that count, wherever they are."""
+        return self.vocab_size if self.shard is None else self.shard.total
+
+    @property
+    def first_column(self) -> int:
+        """The token of column 0."""
+        return 0 if self.shard is None else self.shard.first
 
 
 class Rows(NamedTuple):
@@ -91,3 +122,13 @@ class Result(NamedTuple):
     distillation: Tensor | None = None
     cross_entropy: Tensor | None = None
     student_entropy: Tensor | None = None
+
+
+class Statistics(NamedTuple):
+    """What is known of the rows after the first step: of this process's columns, or, once exchanged, of all."""
+
+    gathered: Tensor  # [rows, fields], or [processes, rows, fields]: the backend's own numbers; it merges them
+    summed: Tensor | None = (
+        None  # float32 [rows, K], of a sparse teacher: logits, 0 where another process has them
+    )
+    kept: Any = None  # not exchanged: what the backend wants to find again in later steps

@@ -9,7 +9,9 @@ goes back to the row: to the K tokens as it is, and to the others in proportion 
     gather_events(student, rows, options, parts) -> Events
     spread_gradient(student, events, gradient, cross_entropy_scale, rows, options, out) -> gradient of the row
 
-where rows.weight is there, 0 in a row that is dropped and NaN in one that is not valid.
+where rows.weight is there, 0 in a row that is dropped and NaN in one that is not valid. Where several processes share
+the vocabulary, each gathers the events of its own columns (-inf for tokens and labels that are another's), and
+:func:`merged` makes the row's of them.
 
 The cpu backend does all of it row by row (csrc/cpu/topk.h), where the row is in the cache.
 """
@@ -17,12 +19,12 @@ The cpu backend does all of it row by row (csrc/cpu/topk.h), where the row is in
 from __future__ import annotations
 
 from types import ModuleType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from fastkd.rows import Options, Result, Rows, Want, row_dtype
+from fastkd.rows import Options, Result, Rows, Statistics, Want, row_dtype
 
 
 class Events(NamedTuple):
@@ -43,9 +45,12 @@ class Events(NamedTuple):
     )  # [...]: of softmax(z / T) over them, 0 where there are none; for the parts
     log_sum: Tensor | None  # [...]: log sum exp(z) of the whole row, for the cross-entropy
     label: Tensor | None  # [...]: z of the label
-    mean: Tensor | None  # [...]: of z over the row, for label smoothing
+    mean: (
+        Tensor | None
+    )  # [...]: of z over the row, for label smoothing; of a shard its part of that
     valid: Tensor  # [...] bool: ids in range and distinct
     bits: Tensor | None = None  # where the tokens are, for a backend that needs it again
+    unit: float = 1.0  # of the origins: a difference of theirs times it is one of z
 
 
 def tail_logprobs(ids: Tensor, logprobs: Tensor, rows: Rows, options: Options) -> Tensor:
@@ -58,25 +63,43 @@ def tail_logprobs(ids: Tensor, logprobs: Tensor, rows: Rows, options: Options) -
         rest = 1.0 - logprobs.to(torch.float64).exp().sum(-1)
         mass = rest.clamp(min=0).log().to(logprobs.dtype)
     # Where there is no other token, what 1 - sum p leaves is rounding.
-    return torch.where((ids >= 0).sum(-1) == options.vocab_size, -torch.inf, mass)
+    return torch.where((ids >= 0).sum(-1) == options.vocabulary, -torch.inf, mass)
 
 
 def topk_rows(
     kernels: ModuleType, student: Tensor, logprobs: Tensor, rows: Rows, options: Options, want: Want
 ) -> Result:
     """The loss of each row against a sparse teacher; shapes and meaning as :class:`fastkd.rows.Result` has them."""
+    events = kernels.gather_events(student, rows, options, want.parts)
+    out = None
+    if want.student_gradient:
+        contiguous = torch.contiguous_format
+        out = student if want.inplace else torch.empty_like(student, memory_format=contiguous)
+    return _results(kernels, events, student, logprobs, rows, options, out, want.parts)
+
+
+def _results(
+    kernels: ModuleType,
+    events: Events,
+    student: Tensor,
+    logprobs: Tensor,
+    rows: Rows,
+    options: Options,
+    out: Tensor | None,
+    wants_parts: bool,
+) -> Result:
+    """What follows from the events; out is where the gradient goes."""
     ids, labels, alpha = rows.ids, rows.labels, options.alpha
     assert ids is not None
     dtype = row_dtype(student.dtype, logprobs.dtype)
     with_labels = labels is not None and alpha < 1.0
-    events = kernels.gather_events(student, rows, options, want.parts)
     weight = torch.ones_like(events.tail) if rows.weight is None else rows.weight.to(dtype)
     if labels is not None:
         weight = torch.where(labels == options.ignore_index, 0.0, weight)
     keep = weight != 0
     valid = events.valid
     if labels is not None and with_labels:
-        valid = valid & (labels >= 0) & (labels < options.vocab_size)
+        valid = valid & (labels >= 0) & (labels < options.vocabulary)
     for tempering in (rows.temperature, rows.teacher_temperature):
         if tempering is not None:
             valid = valid & (tempering > 0)
@@ -93,9 +116,10 @@ def topk_rows(
         distillation = torch.where(keep, square * distillation, 0.0)
         loss = alpha * torch.where(keep, weight * distillation, 0.0)
         factor = alpha * square / temperature * weight * scale
-        gradient = factor.unsqueeze(-1) * gradient if want.student_gradient else None
+        gradient = factor.unsqueeze(-1) * gradient if out is not None else None
     else:
-        loss, distillation, gradient = _dense(kernels, events, logprobs, rows, options, want)
+        wanted = Want(out is not None, parts=True)
+        loss, distillation, gradient = _dense(kernels, events, logprobs, rows, options, wanted)
 
     cross_entropy = torch.zeros_like(loss)
     cross_entropy_scale = None
@@ -110,11 +134,7 @@ def topk_rows(
         loss = loss + torch.where(keep, (1.0 - alpha) * weight * cross_entropy, 0.0)
         cross_entropy_scale = (1.0 - alpha) * weight * scale
     if gradient is not None:
-        out = (
-            student
-            if want.inplace
-            else torch.empty_like(student, memory_format=torch.contiguous_format)
-        )
+        assert out is not None
         gradient = kernels.spread_gradient(
             student,
             events,
@@ -125,7 +145,7 @@ def topk_rows(
             out,
         )
     parts: tuple[Tensor | None, ...] = (None, None, None)
-    if want.parts:
+    if wants_parts:
         entropy = torch.where(keep, _entropy(events, temperature), 0.0)
         parts = (distillation, cross_entropy, entropy)
     total = loss.sum() * scale
@@ -148,10 +168,15 @@ def _dense(
         s = torch.cat([s, events.tail.unsqueeze(-1)], -1)
         t = torch.cat([t, mass.unsqueeze(-1)], -1)
     options = options._replace(
-        label_smoothing=0.0, logit_scale=1.0, softcap=0.0, vocab_size=s.shape[-1], tail=""
+        label_smoothing=0.0,
+        logit_scale=1.0,
+        softcap=0.0,
+        vocab_size=s.shape[-1],
+        tail="",
+        shard=None,
     )
     rows = rows._replace(labels=None, ids=None, tail_logprob=None)
-    result = kernels.kd_rows(s, t, rows, options, Want(want.student_gradient, parts=True))
+    result = kernels.kd_rows(s, t, rows, options, want)
     gradient = result.student_gradient
     if gradient is not None and s is events.tokens:
         gradient = torch.nn.functional.pad(gradient, (0, 1))
@@ -185,3 +210,155 @@ def _entropy(events: Events, temperature: float | Tensor) -> Tensor:
     assert events.tail_entropy is not None
     among = -torch.where(q == 0, 0.0, q * log_q).sum(-1)
     return among + q[..., -1] * events.tail_entropy
+
+
+# ---- several processes that share the vocabulary: fastkd/rows.py says what passes between the steps
+
+
+class _Shared(NamedTuple):
+    """What processes exchange of their events, [rows] each; the tokens are summed by themselves."""
+
+    origin: Tensor
+    tail_origin: Tensor
+    tail_log_sum: Tensor
+    tail_entropy: Tensor
+    log_sum: Tensor
+    label: Tensor
+    mean: Tensor
+    columns: Tensor
+    valid: Tensor
+
+
+def shard_statistics(
+    kernels: ModuleType,
+    student: Tensor,
+    logprobs: Tensor,
+    rows: Rows,
+    options: Options,
+    result: Result,
+) -> Statistics:
+    """Of this process's events: 9 numbers a row in float64, and the tokens' logits."""
+    assert rows.ids is not None
+    parts = result.distillation is not None
+    if options.vocab_size:
+        events = kernels.gather_events(student, rows, options, parts)
+    else:
+        events = _no_events(rows, options, parts, row_dtype(student.dtype))
+    nothing = torch.zeros_like(events.origin)
+
+    def given(value: Tensor | None) -> Tensor:
+        return nothing if value is None else value
+
+    shared = _Shared(
+        events.origin,
+        events.tail_origin,
+        events.tail_log_sum,
+        given(events.tail_entropy),
+        given(events.log_sum),
+        given(events.label),
+        given(events.mean),
+        torch.full_like(nothing, options.vocab_size),
+        events.valid,
+    )
+    gathered = torch.stack([value.to(torch.float64) for value in shared], -1)
+    seats = rows.ids - options.first_column
+    here = (seats >= 0) & (seats < options.vocab_size)
+    z = events.tokens + (_finite(events.origin) * events.unit).unsqueeze(-1)
+    tokens = torch.where(here, z, 0.0)
+    kept = events._replace(tokens=nothing)  # which is the largest, and known to all
+    return Statistics(gathered.flatten(0, -2), tokens.reshape(-1, tokens.shape[-1]), kept)
+
+
+def shard_results(
+    kernels: ModuleType,
+    student: Tensor,
+    logprobs: Tensor,
+    rows: Rows,
+    options: Options,
+    result: Result,
+    statistics: Statistics,
+) -> None:
+    """Fill the result, given the events of all processes."""
+    events = merged(statistics, rows, options)
+    out = result.student_gradient
+    parts = result.distillation is not None
+    where = out if options.vocab_size else None  # no column: only padding is left to write
+    if out is not None and where is None:
+        out.zero_()
+    made = _results(kernels, events, student, logprobs, rows, options, where, parts)
+    for to, value in zip((result.loss, *result[4:]), (made.loss, *made[4:]), strict=True):
+        if to is not None:
+            assert value is not None
+            to.copy_(value)
+
+
+def _no_events(rows: Rows, options: Options, parts: bool, dtype: torch.dtype) -> Events:
+    """Those of a process without a column."""
+    assert rows.ids is not None
+    lead, device = rows.ids.shape[:-1], rows.ids.device
+
+    def full(value: float, wanted: bool = True, *columns: int) -> Any:
+        if not wanted:
+            return None
+        return torch.full((*lead, *columns), value, dtype=dtype, device=device)
+
+    labels = rows.labels is not None and options.alpha < 1.0
+    lowest = -torch.inf
+    return Events(
+        full(lowest),
+        full(lowest),
+        full(lowest, True, rows.ids.shape[-1]),
+        full(lowest),
+        full(lowest),
+        full(0.0, parts),
+        full(lowest, labels),
+        full(lowest, labels),
+        full(0.0, labels and options.label_smoothing > 0),
+        full(1.0) > 0,
+    )
+
+
+def merged(statistics: Statistics, rows: Rows, options: Options) -> Events:
+    """The events of whole rows."""
+    kept: Events = statistics.kept
+    assert rows.ids is not None and statistics.summed is not None
+    lead, unit, dtype = rows.ids.shape[:-1], kept.unit, statistics.summed.dtype
+    gathered = statistics.gathered
+    each = _Shared(*gathered.reshape(gathered.shape[0], *lead, -1).unbind(-1))
+    temperature: float | Tensor = options.temperature
+    if rows.temperature is not None:
+        temperature = rows.temperature.to(torch.float64)
+    origin, tail_origin = each.origin.amax(0), each.tail_origin.amax(0)
+    rise = (_finite(each.tail_origin) - _finite(tail_origin)) * unit / temperature
+    tail_parts = each.tail_log_sum + rise
+    tail_log_sum = tail_parts.logsumexp(0)
+    share = (tail_parts - _finite(tail_log_sum)).exp()
+    among = torch.where(share == 0, 0.0, share * (each.tail_entropy - share.log()))
+    # What belongs to the whole row is relative to the larger of both origins.
+    rise = torch.maximum(each.origin, each.tail_origin)
+    rise = (_finite(rise) - _finite(torch.maximum(origin, tail_origin))) * unit
+    mean = each.mean + rise * each.columns / options.vocabulary
+    ids = rows.ids
+    tokens = statistics.summed.reshape(ids.shape) - (_finite(origin) * unit).to(dtype).unsqueeze(-1)
+    known = (ids >= 0) & (ids < options.vocabulary)
+    tail = (tail_origin - _finite(origin)) * unit + temperature * tail_log_sum
+
+    def narrow(value: Tensor, wanted: Tensor | None = tail) -> Tensor | None:
+        return None if wanted is None else value.to(dtype)
+
+    return kept._replace(
+        origin=origin.to(dtype),
+        tail_origin=tail_origin.to(dtype),
+        tokens=tokens.masked_fill(~known, -torch.inf),
+        tail=tail.to(dtype),
+        tail_log_sum=tail_log_sum.to(dtype),
+        tail_entropy=narrow(among.sum(0), kept.tail_entropy),
+        log_sum=narrow((each.log_sum + rise).logsumexp(0), kept.log_sum),
+        label=narrow((each.label + rise).amax(0), kept.label),
+        mean=narrow(mean.sum(0), kept.mean),
+        valid=(each.valid != 0).all(0) & ((ids == -1) | known).all(-1),
+    )
+
+
+def _finite(origin: Tensor) -> Tensor:
+    return torch.where(origin == -torch.inf, 0.0, origin)
