@@ -152,9 +152,7 @@ def _towards_labels(q: Tensor, labels: Tensor, options: Options) -> Tensor:
     if not q.shape[-1]:
         return q
     here, seat = _seat_of_labels(q, labels, options)
-    return q.scatter_add(
-        -1, seat, torch.where(here, options.label_smoothing - 1.0, 0.0).to(q.dtype)
-    )
+    return q.scatter_add(-1, seat, here.to(q.dtype) * (options.label_smoothing - 1.0))
 
 
 class _Found(NamedTuple):
