@@ -96,6 +96,9 @@ PYBIND11_MODULE(_C, module) {
   module.def("new_output", &fastkd::new_output);
   module.def("idle_output_bytes", &fastkd::idle_output_bytes, "Bytes kept for later outputs, free to the system.");
   module.def("release_idle_outputs", &fastkd::release_idle_outputs, "Unmap them.");
+  module.attr("STATISTICS") = fastkd::STATISTICS;
+  module.attr("TAIL_STATISTICS") = fastkd::TAIL_STATISTICS;
+  module.attr("SUMS") = fastkd::SUMS;
   module.def("divergences", &fastkd::baseline::divergences, "The names of the definitions that are compiled in, by number.");
   module.def("instruction_sets", &instruction_sets, "The instruction sets this processor has kernels for, best first.");
   module.def("instruction_set", [] { return chosen->name; }, "The one in use.");

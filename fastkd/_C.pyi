@@ -1,5 +1,9 @@
 from typing import Any
 
+STATISTICS: int
+TAIL_STATISTICS: int
+SUMS: int
+
 def kd_rows(*arguments: Any) -> None: ...
 def scale_rows(*arguments: Any) -> None: ...
 def new_output(sizes: list[int], dtype: int) -> Any: ...

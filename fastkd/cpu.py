@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils.dlpack import from_dlpack
 
 from fastkd import _C, native
-from fastkd.rows import Options, Result, Rows, Want
+from fastkd.rows import Options, Result, Rows, Statistics, Want
 
 _LARGE = 4 << 20  # bytes from which page faults matter: csrc/memory.h
 
@@ -45,3 +45,68 @@ def scale_rows_(gradient: Tensor, upstream: Tensor) -> None:
         stride,
         torch.get_num_threads(),
     )
+
+
+# The steps of rows that processes share: csrc/call.h, Shard.
+
+
+def shard_statistics(
+    student: Tensor, teacher: Tensor, rows: Rows, options: Options, result: Result
+) -> Statistics:
+    """Of this process's columns: 15 numbers a row in float64, of a sparse teacher 8 and the tokens' logits."""
+    rows = native.resolved(rows)
+    count = student.shape[:-1].numel()
+    fields = _C.STATISTICS if rows.ids is None else _C.TAIL_STATISTICS
+    tokens = None if rows.ids is None else torch.empty(count, rows.ids.shape[-1])
+    statistics = torch.zeros(count, fields, dtype=torch.float64)
+    shard = native.shared(options, 1, statistics=statistics, tokens=tokens)
+    _step(student, teacher, rows, options, result, shard)
+    return Statistics(statistics, tokens)
+
+
+def shard_sums(
+    student: Tensor,
+    teacher: Tensor,
+    rows: Rows,
+    options: Options,
+    result: Result,
+    statistics: Statistics,
+) -> Tensor | None:
+    """Of this process's columns, given the statistics of all: 3 numbers a row in float64."""
+    if rows.ids is not None or options.divergence.closed_form is not None:
+        return None
+    gathered = statistics.gathered
+    sums = torch.zeros(gathered.shape[1], _C.SUMS, dtype=torch.float64)
+    shard = native.shared(options, 2, len(gathered), all_statistics=gathered, sums=sums)
+    _step(student, teacher, native.resolved(rows), options, result, shard)
+    return sums
+
+
+def shard_results(
+    student: Tensor,
+    teacher: Tensor,
+    rows: Rows,
+    options: Options,
+    result: Result,
+    statistics: Statistics,
+    sums: Tensor | None,
+) -> None:
+    """Fill the result, given the statistics and the sums of all processes."""
+    gathered, tokens = statistics.gathered, statistics.summed
+    shard = native.shared(
+        options, 3, len(gathered), all_statistics=gathered, tokens=tokens, all_sums=sums
+    )
+    _step(student, teacher, native.resolved(rows), options, result, shard)
+
+
+def _step(
+    student: Tensor,
+    teacher: Tensor,
+    rows: Rows,
+    options: Options,
+    result: Result,
+    shard: tuple[int, ...],
+) -> None:
+    student, teacher = native.unit_stride(student), native.unit_stride(teacher)
+    arguments = native.arguments(student, teacher, rows, options, result, shard)
+    _C.kd_rows(*arguments, torch.get_num_threads())

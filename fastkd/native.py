@@ -66,8 +66,34 @@ def outputs(
     return Result(per_row(), total, student_gradient, teacher_gradient, *parts)
 
 
+def shared(
+    options: Options,
+    step: int = 0,
+    processes: int = 1,
+    statistics: Tensor | None = None,
+    all_statistics: Tensor | None = None,
+    tokens: Tensor | None = None,
+    sums: Tensor | None = None,
+    all_sums: Tensor | None = None,
+) -> tuple[int, ...]:
+    """csrc/call.h: Shard. Without a step, the whole vocabulary is here."""
+    return (
+        step,
+        options.first_column,
+        options.vocabulary,
+        processes,
+        0 if options.shard is None else options.shard.rank,
+        *map(address, (statistics, all_statistics, tokens, sums, all_sums)),
+    )
+
+
 def arguments(
-    student: Tensor, teacher: Tensor, rows: Rows, options: Options, result: Result
+    student: Tensor,
+    teacher: Tensor,
+    rows: Rows,
+    options: Options,
+    result: Result,
+    shard: tuple[int, ...] | None = None,
 ) -> tuple[Any, ...]:
     """What every kd_rows of C++ takes first. The tensors must outlive the call."""
     divergence = options.divergence
@@ -105,6 +131,7 @@ def arguments(
         options.scale,
         options.scale_by_temperature,
         options.ignore_index,
+        shard or shared(options),
     )
     return (
         list(student.shape[:-1]),

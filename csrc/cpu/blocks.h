@@ -236,6 +236,60 @@ struct RowStatistics {
   double forward, reverse, cross, entropy, s_mean;
 };
 
+// What a process leaves of its columns of a row (Shard::statistics): as BlockStatistics, but with maxima that count from
+// 0, whatever the row is shifted by, and are -inf where there is no probability.
+struct ShardStatistics {
+  double s_max, t_max;
+  double s_sum, t_sum;
+  double forward, reverse;
+  double cross, entropy;
+  double s_sum_at_1, s_total;
+  double columns, label;   // how many; z of the label, -inf where it is another's
+  double t_lost, s_lost;   // the largest z of a side where the other is gone: its moments leave those columns out
+  double policy;           // 1 where log 0 has been met
+};
+static_assert(sizeof(ShardStatistics) == STATISTICS * sizeof(double));
+
+struct ShardSums {
+  double phi, g;
+  double policy;
+};
+static_assert(sizeof(ShardSums) == SUMS * sizeof(double));
+
+// The same of one process, or of a block, or of all: what merging them adds up, relative to their maxima.
+struct Merged {
+  double s_max = -INF, t_max = -INF;
+  double s_sum = 0, t_sum = 0;
+  double forward = 0, reverse = 0;
+  double cross = 0, entropy = 0;
+  double s_sum_at_1 = 0, s_total = 0;
+
+  // All maxima first, then all sums.
+  template <class Part>
+  void raise(const Part& part) {
+    s_max = std::max(s_max, double(part.s_max));
+    t_max = std::max(t_max, double(part.t_max));
+  }
+  template <class Part>
+  void add(const Part& part, double columns, double s_inverse, double t_inverse, bool at_1) {
+    if (!columns) return;
+    const double s_gap = part.s_max - s_max, t_gap = part.t_max - t_max;
+    const double s_factor = std::exp(s_gap * s_inverse), t_factor = std::exp(t_gap * t_inverse);
+    const double shift = t_gap * t_inverse - s_gap * s_inverse;
+    s_total += part.s_total + s_gap * columns;
+    if (s_gap > -INF) {
+      entropy += s_factor * (part.entropy + s_gap * s_inverse * part.s_sum);
+      if (at_1) s_sum_at_1 += std::exp(s_gap / UNTEMPERED.temperature) * part.s_sum_at_1;
+      s_sum += s_factor * part.s_sum;
+    }
+    if (t_gap > -INF) t_sum += t_factor * part.t_sum;
+    if (!(s_gap > -INF && t_gap > -INF)) return;  // where one side is gone, no moment has been collected
+    forward += t_factor * (part.forward + shift * part.t_sum);
+    reverse += s_factor * (part.reverse - shift * part.s_sum);
+    cross += t_factor * (part.cross + s_gap * s_inverse * part.t_sum);
+  }
+};
+
 enum Moments { FORWARD = 1, REVERSE = 2, CROSS = 4, SINGLE = 8, ALL = 7 };
 
 // The running sums of a block. They are taken strip by strip, so that a float32 sum is over few terms of one size.

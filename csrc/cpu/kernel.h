@@ -22,6 +22,9 @@ struct Call : Loss {
   int threads = 1;
 };
 
+// Numbers a row that processes exchange where they share a vocabulary: of a dense teacher, of a sparse one, and of sums.
+constexpr int64_t STATISTICS = 15, TAIL_STATISTICS = 8, SUMS = 3;
+
 // One for each instruction set, from the same source.
 #define FASTKD_DECLARE(isa)                  \
   namespace isa {                            \

@@ -32,7 +32,7 @@ class Row {
     const int64_t columns = blocks_ * BLOCK;
     const int arrays = call.labels && call.alpha < 1 ? 3 : 2;
     const bool needed_later = needs_sums() || call.student_gradient.data || call.teacher_gradient.data;
-    keeps_exponentials_ = needed_later && call.vocabulary * arrays * 4 <= SCRATCH_BYTES;
+    keeps_exponentials_ = whole() && needed_later && call.vocabulary * arrays * 4 <= SCRATCH_BYTES;
     if (keeps_exponentials_) {
       s_exp_ = workspace.reserve(columns * arrays);
       t_exp_ = s_exp_ + columns;
@@ -58,16 +58,18 @@ class Row {
     next_teacher_ = last ? nullptr : pointer(call_.teacher, row + 1);
     label_ = call_.labels ? call_.labels[row] : -1;
     weight_ = call_.weight ? call_.weight[row] : 1;
-    clear_padding();
+    const bool writes = whole() || call_.shard.step == Step::results;
+    if (writes) clear_padding();
     if ((call_.labels && label_ == call_.ignore_index) || weight_ == 0) {
-      drop();
+      if (writes) drop();
       return false;
     }
     with_labels_ = call_.labels && call_.alpha < 1;
-    if (with_labels_ && (label_ < 0 || label_ >= call_.vocabulary)) {
+    if (with_labels_ && (label_ < 0 || label_ >= call_.shard.total)) {
       weight_ = std::nan("");
-      label_ = 0;
+      label_ = call_.shard.first;
     }
+    label_ -= call_.shard.first;
     set_shift(student_, call_.student.dtype, s_adjust_);
     set_shift(teacher_, call_.teacher.dtype, t_adjust_);
     s_temperature_ = temperature(call_.student_tempering);
@@ -80,7 +82,17 @@ class Row {
                                         (call_.cross != 0) * CROSS;
     if (call_.student_entropy || (with_labels_ && call_.label_smoothing > 0)) moments_ |= SINGLE;
     log_0_ = false;
+    s_lost_ = t_lost_ = -INF;
     return true;
+  }
+
+  // One of the steps of a row that processes share, after start().
+  void take_step(BlockScratch& scratch) {
+    switch (call_.shard.step) {
+      case Step::statistics: return statistics_step(scratch);
+      case Step::sums: return sums_step(scratch);
+      default: return results_step(scratch);
+    }
   }
 
   // alongside: the same block of another row.
@@ -91,6 +103,7 @@ class Row {
     const float* t = load_teacher(b, scratch);
     BlockStatistics& out = statistics_[b];
     float s_threshold = 0, t_threshold = 0;
+    if (log_0_ && !whole()) return statistics_without_lost(b, s, t, scratch);
     if (log_0_) {  // the weights of the first attempt still hold
       s_threshold = NEGLIGIBLE / s_weight(b);
       t_threshold = NEGLIGIBLE / t_weight(b);
@@ -107,43 +120,22 @@ class Row {
 
   // False where the row has to be done again with the policy for log 0.
   bool merge_statistics() {
+    Merged row;
     if (!needs_statistics()) {
       row_statistics_ = {};
+      if (call_.shard.step == Step::statistics) leave(row);
       return true;
     }
-    RowStatistics& row = row_statistics_;
-    row = {FLOOR, FLOOR, 0, 0, 0, 0, 0, 0, 0, 0};
-    for (const BlockStatistics& block : statistics_) {
-      row.s_max = std::max(row.s_max, double(block.s_max));
-      row.t_max = std::max(row.t_max, double(block.t_max));
-    }
-    double s_sum = 0, t_sum = 0, s_sum_at_1 = 0;
-    const double s_inverse = 1 / student_softmax_.temperature, t_inverse = 1 / teacher_softmax_.temperature;
-    for (int64_t b = 0; b < blocks_; ++b) {
-      const BlockStatistics& block = statistics_[b];
-      const double s_gap = block.s_max - row.s_max, t_gap = block.t_max - row.t_max;
-      const double s_factor = std::exp(s_gap * s_inverse), t_factor = std::exp(t_gap * t_inverse);
-      const double shift = t_gap * t_inverse - s_gap * s_inverse;
-      s_sum += s_factor * block.s_sum;
-      t_sum += t_factor * block.t_sum;
-      row.forward += t_factor * (block.forward + shift * block.t_sum);
-      row.reverse += s_factor * (block.reverse - shift * block.s_sum);
-      row.cross += t_factor * (block.cross + s_gap * s_inverse * block.t_sum);
-      row.entropy += s_factor * (block.entropy + s_gap * s_inverse * block.s_sum);
-      row.s_mean += block.s_total + s_gap * columns(b);
-      if (separate_at_1_) s_sum_at_1 += std::exp(s_gap / UNTEMPERED.temperature) * block.s_sum_at_1;
-    }
-    row.s_log_sum = std::log(s_sum);
-    row.t_log_sum = std::log(t_sum);
-    row.s_log_sum_at_1 = separate_at_1_ ? std::log(s_sum_at_1) : row.s_log_sum;
-    row.forward /= t_sum;
-    row.reverse /= s_sum;
-    row.cross /= t_sum;
-    row.entropy /= s_sum;
-    row.s_mean /= call_.vocabulary;
+    for (const BlockStatistics& block : statistics_) row.raise(block);
     bool overflows = false;
-    for (const BlockStatistics& block : statistics_) overflows |= block.overflows;
-    return log_0_ || (!overflows && std::isfinite(row.forward + row.reverse + row.cross + row.entropy));
+    for (int64_t b = 0; b < blocks_; ++b) {
+      add_to(row, statistics_[b], columns(b));
+      overflows |= statistics_[b].overflows;
+    }
+    const bool finite = log_0_ || (!overflows && std::isfinite(row.forward + row.reverse + row.cross + row.entropy));
+    conclude(row);
+    if (call_.shard.step == Step::statistics) leave(row);
+    return finite;
   }
 
   bool needs_sums() const { return !call_.closed_form; }
@@ -229,6 +221,148 @@ class Row {
   }
 
  private:
+  bool whole() const { return call_.shard.step == Step::all; }
+
+  void statistics_step(BlockScratch& scratch) {
+    for (const bool policy : {false, true}) {
+      log_0_ = policy;
+      for (int64_t b = 0; b < blocks_; ++b) statistics(b, scratch);
+      if (merge_statistics()) return;
+    }
+  }
+
+  void sums_step(BlockScratch& scratch) {
+    take_statistics();
+    const bool known = log_0_;
+    for (const bool policy : {known, true}) {
+      log_0_ = policy;
+      for (int64_t b = 0; b < blocks_; ++b) sums(b, scratch);
+      if (merge_sums()) break;
+    }
+    of_this_process<ShardSums>(call_.shard.sums) = {phi_, g_, double(log_0_)};
+  }
+
+  void results_step(BlockScratch& scratch) {
+    take_statistics();
+    if (needs_sums()) {
+      phi_ = g_ = 0;
+      each_process<ShardSums>(call_.shard.all_sums, [&](const ShardSums& part) {
+        phi_ += part.phi;
+        g_ += part.g;
+        log_0_ |= part.policy != 0;
+      });
+    }
+    finish();
+    if (needs_gradient())
+      for (int64_t b = 0; b < blocks_; ++b) gradient(b, scratch);
+  }
+
+  template <class Part>
+  Part& of_this_process(double* memory) const {
+    return reinterpret_cast<Part*>(memory)[row_];
+  }
+  template <class Part, class F>
+  void each_process(const double* memory, F f) const {
+    for (int64_t p = 0; p < call_.shard.processes; ++p) f(reinterpret_cast<const Part*>(memory)[p * call_.rows + row_]);
+  }
+
+  // The statistics of this process's columns, which it leaves to all.
+  void leave(const Merged& row) const {
+    const auto maximum = [](double max, double sum, float shift) { return sum == 0 ? -INF : max + shift; };
+    const bool here = with_labels_ && label_ >= 0 && label_ < call_.vocabulary;
+    of_this_process<ShardStatistics>(call_.shard.statistics) = {
+        maximum(row.s_max, row.s_sum, s_adjust_.shift),
+        maximum(row.t_max, row.t_sum, t_adjust_.shift),
+        row.s_sum,
+        row.t_sum,
+        row.forward,
+        row.reverse,
+        row.cross,
+        row.entropy,
+        row.s_sum_at_1,
+        row.s_total,
+        double(call_.vocabulary),
+        here ? double(label_logit()) + s_adjust_.shift : -INF,
+        t_lost_ + t_adjust_.shift,
+        s_lost_ + s_adjust_.shift,
+        double(log_0_)};
+  }
+
+  // Those of all processes, with maxima as this one has its logits.
+  void take_statistics() {
+    const auto each = [&](auto f) { each_process<ShardStatistics>(call_.shard.all_statistics, f); };
+    Merged row;
+    double label = -INF, t_lost = -INF, s_lost = -INF;
+    each([&](const ShardStatistics& part) {
+      row.raise(part);
+      label = std::max(label, part.label);
+      t_lost = std::max(t_lost, part.t_lost);
+      s_lost = std::max(s_lost, part.s_lost);
+      log_0_ |= part.policy != 0;
+    });
+    each([&](const ShardStatistics& part) { add_to(row, part, part.columns); });
+    conclude(row);
+    RowStatistics& all = row_statistics_;
+    const auto counts = [](double lost, double max, double temperature, double log_sum) {
+      return std::exp((lost - max) / temperature - log_sum) >= NEGLIGIBLE;
+    };
+    if (counts(t_lost, row.t_max, t_temperature_, all.t_log_sum)) all.forward = INF, all.cross = -INF;
+    if (counts(s_lost, row.s_max, s_temperature_, all.s_log_sum)) all.reverse = INF;
+    log_0_ |= !std::isfinite(all.forward + all.reverse + all.cross + all.entropy);
+    if (needs_statistics() && call_.normalized && (row.s_sum == 0 || row.t_sum == 0)) weight_ = std::nan("");
+    all.s_max -= s_adjust_.shift;
+    all.t_max -= t_adjust_.shift;
+    label_z_ = label - s_adjust_.shift;
+  }
+
+  // A process does not know which probabilities are negligible. So the moments leave out what is gone on one side, and
+  // the largest logit that the other side has there tells later whether they are infinite.
+  void statistics_without_lost(int64_t b, const float* s, const float* t, BlockScratch& scratch) {
+    const int n = columns(b);
+    BlockStatistics& out = statistics_[b];
+    const float nothing = std::numeric_limits<float>::min();
+    const auto kernel = statistics_kernel(ALL | SINGLE, separate_at_1_, true);
+    const auto run = [&](const float* s, const float* t, BlockStatistics& out) {
+      kernel(s, t, n, student_softmax_, teacher_softmax_, UNTEMPERED, nothing, nothing, scratch.s_exp, scratch.t_exp,
+             scratch.s_exp_at_1, {}, {}, out);
+    };
+    run(s, t, out);
+    BlockStatistics left = out;
+    std::memmove(scratch.s, s, padded(n) * sizeof(float));
+    std::memmove(scratch.t, t, padded(n) * sizeof(float));
+    for (int i = 0; i < n; ++i) {
+      const bool s_gone = gone(s[i], out.s_max, student_softmax_), t_gone = gone(t[i], out.t_max, teacher_softmax_);
+      if (s_gone && !t_gone) t_lost_ = std::max(t_lost_, double(t[i]));
+      if (t_gone && !s_gone) s_lost_ = std::max(s_lost_, double(s[i]));
+      if (s_gone || t_gone) scratch.s[i] = scratch.t[i] = -INF;
+    }
+    run(scratch.s, scratch.t, left);
+    out.forward = left.forward;
+    out.reverse = left.reverse;
+    out.cross = left.cross;
+  }
+
+  static bool gone(float z, float max, const Softmax& softmax) { return (z - max) * softmax.inverse == -INF; }
+
+  template <class Part>
+  void add_to(Merged& row, const Part& part, double columns) const {
+    row.add(part, columns, 1 / student_softmax_.temperature, 1 / teacher_softmax_.temperature, separate_at_1_);
+  }
+
+  void conclude(const Merged& row) {
+    const double s_log_sum = std::log(row.s_sum), t_log_sum = std::log(row.t_sum);
+    row_statistics_ = {row.s_max,
+                       row.t_max,
+                       s_log_sum,
+                       t_log_sum,
+                       separate_at_1_ ? std::log(row.s_sum_at_1) : s_log_sum,
+                       row.forward / row.t_sum,
+                       row.reverse / row.s_sum,
+                       row.cross / row.t_sum,
+                       row.entropy / row.s_sum,
+                       row.s_total / call_.shard.total};
+  }
+
   // The sums of phi and g from the moments.
   void close() {
     const RowStatistics& row = row_statistics_;
@@ -249,7 +383,8 @@ class Row {
     double cross_entropy = 0;
     if (with_labels_) {
       const double smoothing = call_.label_smoothing;
-      const double target = (1 - smoothing) * (double(label_logit()) - row.s_max) + (smoothing > 0 ? smoothing * row.s_mean : 0);
+      if (whole()) label_z_ = label_logit();
+      const double target = (1 - smoothing) * (label_z_ - row.s_max) + (smoothing > 0 ? smoothing * row.s_mean : 0);
       cross_entropy = row.s_log_sum_at_1 - target / UNTEMPERED.temperature;
     }
     double loss = call_.alpha == 0 ? 0 : call_.alpha * distillation;
@@ -326,9 +461,9 @@ class Row {
 
   void set_shift(const char* row, Dtype dtype, Adjustment& adjust) {
     adjust.shift = 0;
-    if (!needs_statistics() || !call_.normalized) return;
+    if (!needs_statistics() || !call_.normalized || call_.vocabulary == 0) return;
     const float top = low_top(row, dtype, call_.vocabulary, adjust);
-    if (top == -INF) weight_ = std::nan("");
+    if (top == -INF && whole()) weight_ = std::nan("");
     if (top <= FLOOR && top > -INF) adjust.shift = top;
   }
 
@@ -353,6 +488,10 @@ class Row {
     v.s_inverse = student_softmax_.inverse;
     v.t_inverse = teacher_softmax_.inverse;
     if (!needs_statistics()) return v;
+    if (!whole()) {
+      statistics_[b].s_max = maximum_of(v.s, padded(columns(b)));
+      statistics_[b].t_max = maximum_of(v.t, padded(columns(b)));
+    }
     if (again) exponentials(b, v.s, v.t, scratch);
     v.s_weight = s_weight(b);
     v.t_weight = t_weight(b);
@@ -384,7 +523,7 @@ class Row {
     const double s_gap = statistics_[b].s_max - row_statistics_.s_max;
     const double weight = std::exp(s_gap / UNTEMPERED.temperature - row_statistics_.s_log_sum_at_1);
     const V factor = splat(float(ce_scale_ * weight));
-    const V uniform = splat(float(ce_scale_ * call_.label_smoothing / call_.vocabulary));
+    const V uniform = splat(float(ce_scale_ * call_.label_smoothing / call_.shard.total));
     for (int i = 0; i < n; i += LANES)
       store(scratch.gradient + i, load(scratch.gradient + i) + (load(e + i) * factor - uniform));
     const int64_t column = label_ - b * BLOCK;
@@ -432,6 +571,8 @@ class Row {
   int moments_ = 0;
   RowStatistics row_statistics_{};
   double phi_ = 0, g_ = 0, kd_scale_ = 0, ce_scale_ = 0;
+  double label_z_ = 0;
+  double s_lost_ = 0, t_lost_ = 0;  // what leave() says
 };
 
 // The phases of a row up to its value; false where the row is dropped. each(f) runs f on every block, by one thread or

@@ -48,9 +48,26 @@ void write_total(const Call& call) {
   *call.total = float(total * call.scale * (call.scale_on_device ? *call.scale_on_device : 1));
 }
 
+// A step of rows that processes share. Threads share the rows.
+template <class Row>
+void steps(const Call& call) {
+  static thread_local Workspace workspace;
+  const int threads = call.rows * call.vocabulary < 4 * BLOCK ? 1 : call.threads;
+#pragma omp parallel num_threads(threads) if (threads > 1)
+  {
+    FlushSubnormals guard;
+    BlockScratch scratch;
+    Row row(call, workspace);
+#pragma omp for schedule(dynamic, 1 + call.rows / (16 * threads))
+    for (int64_t i = 0; i < call.rows; ++i)
+      if (row.start(i)) row.take_step(scratch);
+  }
+}
+
 }  // namespace
 
 void kd_rows(const Call& call) {
+  if (call.shard.step != Step::all) return steps<Row>(call);
   static thread_local Workspace workspace;
   const int64_t blocks = (call.vocabulary + BLOCK - 1) / BLOCK;
   // A parallel region costs some microseconds: not for less work than that.
@@ -113,6 +130,7 @@ void kd_rows(const Call& call) {
 }
 
 void topk_rows(const Call& call) {
+  if (call.shard.step != Step::all) return steps<TopKRow>(call);
   static thread_local Workspace workspace;
   const int threads = call.rows * call.vocabulary < 4 * BLOCK ? 1 : call.threads;
   const int64_t chunk = std::max({int64_t(1), 4 * BLOCK / call.vocabulary, call.rows / (16 * threads)});

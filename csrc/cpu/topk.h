@@ -18,7 +18,6 @@ class Seats {
   bool sort(const int64_t* ids, int64_t tokens) {
     bool valid = true;
     std::fill(starts_.begin(), starts_.end(), 0);
-    seated_ = 0;
     for (int64_t j = 0; j < tokens; ++j) {
       const int64_t id = ids[j];
       if (id == -1) continue;
@@ -31,7 +30,6 @@ class Seats {
       if (word & bit) valid = false;
       word |= bit;
       ++starts_[id / BLOCK + 2];
-      ++seated_;
     }
     for (size_t b = 1; b < starts_.size(); ++b) starts_[b] += starts_[b - 1];
     for (int64_t j = 0; j < tokens; ++j) {
@@ -42,8 +40,6 @@ class Seats {
     return valid;
   }
 
-  int64_t seated() const { return seated_; }
-
   // f(j) for the numbers j of the tokens in block b.
   template <class F>
   void each_in(int64_t b, F f) const {
@@ -51,7 +47,7 @@ class Seats {
   }
 
  private:
-  int64_t vocabulary_, seated_ = 0;
+  int64_t vocabulary_;
   std::vector<int64_t> starts_, order_;
   std::vector<uint64_t> taken_;
 };
@@ -95,6 +91,14 @@ void tail_block(const float* z, int n, Softmax softmax, float* e_out, float* e_a
   out.entropy = sum_lanes(entropy) / softmax.temperature;
 }
 
+// What a process leaves of its columns of a row (Shard::statistics); maxima as in ShardStatistics.
+struct ShardTail {
+  double max, sum, sum_at_1, entropy;  // as TailBlock has them
+  double columns, z_total, label;      // how many, the sum of their z, z of the label or -inf
+  double valid;                        // 1 where no id comes twice
+};
+static_assert(sizeof(ShardTail) == TAIL_STATISTICS * sizeof(double));
+
 class TopKRow {
  public:
   TopKRow(const Call& call, Workspace& workspace)
@@ -102,13 +106,14 @@ class TopKRow {
         blocks_((call.vocabulary + BLOCK - 1) / BLOCK),
         seats_(call.vocabulary, call.tokens),
         tail_(blocks_),
+        local_ids_(call.tokens),
         student_events_(padded(int(call.tokens + 1)) + LANES),
         teacher_events_(student_events_.size()),
         gradient_events_(student_events_.size()),
         events_call_(of_events(call)),
         events_(events_call_, events_workspace_) {
     const int arrays = with_labels() ? 2 : 1;
-    keeps_exponentials_ = call.student_gradient.data && call.vocabulary * arrays * 4 <= SCRATCH_BYTES;
+    keeps_exponentials_ = whole() && call.student_gradient.data && call.vocabulary * arrays * 4 <= SCRATCH_BYTES;
     if (keeps_exponentials_) exponentials_ = workspace.reserve(blocks_ * BLOCK * arrays);
     past_cache_ = call.rows * call.vocabulary * element_size(call.student.dtype) >= STREAM_BYTES;
   }
@@ -135,22 +140,32 @@ class TopKRow {
       next_ = call_.student.data + row_offset(call_.student, call_.sizes, row + 1) * element_size(call_.student.dtype);
     gradient_ = pointer(call_.student_gradient);
     ids_ = call_.ids + row * tokens();
+    bool known = true;
+    for (int64_t j = 0; j < tokens(); ++j) {
+      const int64_t local = ids_[j] - call_.shard.first;
+      known &= ids_[j] == -1 || (ids_[j] >= 0 && ids_[j] < call_.shard.total);
+      local_ids_[j] = ids_[j] >= 0 && local >= 0 && local < call_.vocabulary ? local : -1;
+    }
     label_ = call_.labels ? call_.labels[row] : -1;
     const double weight = call_.weight ? call_.weight[row] : 1;
     const int width = element_size(call_.student.dtype);
-    const int64_t kept = (call_.labels && label_ == call_.ignore_index) || weight == 0 ? 0 : call_.vocabulary;
-    if (gradient_) std::memset(gradient_ + kept * width, 0, (call_.student.width - kept) * width);
-    if (!kept) {
-      for (float* out : {call_.loss, call_.distillation, call_.cross_entropy, call_.student_entropy}) write(out, 0);
+    const bool writes = whole() || call_.shard.step == Step::results;
+    const bool dropped = (call_.labels && label_ == call_.ignore_index) || weight == 0;
+    const int64_t kept = dropped ? 0 : call_.vocabulary;
+    if (gradient_ && writes) std::memset(gradient_ + kept * width, 0, (call_.student.width - kept) * width);
+    if (dropped) {
+      if (writes)
+        for (float* out : {call_.loss, call_.distillation, call_.cross_entropy, call_.student_entropy}) write(out, 0);
       return false;
     }
-    valid_ = seats_.sort(ids_, tokens());
-    if (with_labels() && (label_ < 0 || label_ >= call_.vocabulary)) {
+    valid_ = seats_.sort(local_ids_.data(), tokens()) && known;
+    if (with_labels() && (label_ < 0 || label_ >= call_.shard.total)) {
       valid_ = false;
-      label_ = 0;
+      label_ = call_.shard.first;
     }
+    label_ -= call_.shard.first;
     adjust_ = {float(call_.student_tempering.logit_scale), float(call_.student_tempering.softcap), 0};
-    const float top = low_top(student_, call_.student.dtype, call_.vocabulary, adjust_);
+    const float top = call_.vocabulary ? low_top(student_, call_.student.dtype, call_.vocabulary, adjust_) : 0;
     if (top <= FLOOR && top > -INF) adjust_.shift = top;
     const float* per_row = call_.student_tempering.per_row;
     const double temperature = per_row ? per_row[row] : call_.student_tempering.temperature;
@@ -160,6 +175,23 @@ class TopKRow {
     separate_at_1_ = with_labels() && softmax_.temperature != UNTEMPERED.temperature;
     z_total_ = 0;
     return true;
+  }
+
+  // One of the steps of a row that processes share, after start().
+  void take_step(BlockScratch&) {
+    if (call_.shard.step == Step::statistics) {
+      if (sweeps())
+        for (int64_t b = 0; b < blocks_; ++b) sweep(b, nullptr);
+      else
+        gather();
+      leave(tail_of_blocks());
+      return;
+    }
+    const Tail tail = tail_of_processes();
+    make_events(tail);
+    take_value();
+    if (gradient_)
+      for (int64_t b = 0; b < blocks_; ++b) write_gradient(b);
   }
 
   // waiting: a row whose gradient is still to be written; its block b is.
@@ -190,7 +222,7 @@ class TopKRow {
   // The value of the row, once its blocks are swept; after it, write_gradient() may run on any block.
   void settle() {
     if (!sweeps()) gather();
-    make_events();
+    make_events(tail_of_blocks());
     take_value();
   }
 
@@ -200,9 +232,26 @@ class TopKRow {
   }
 
  private:
+  // All tokens that the teacher does not name; relative to their maximum.
+  struct Tail {
+    double max = -INF, sum = 0, sum_at_1 = 0, entropy = 0;
+
+    template <class Part>
+    void add(const Part& part, double inverse, bool at_1) {
+      const double gap = part.max - max;
+      if (!(gap > -INF)) return;
+      const double factor = std::exp(gap * inverse);
+      sum += factor * part.sum;
+      entropy += factor * (part.entropy + gap * inverse * part.sum);
+      sum_at_1 += at_1 ? std::exp(gap / UNTEMPERED.temperature) * part.sum_at_1 : factor * part.sum;
+    }
+  };
+
+  bool whole() const { return call_.shard.step == Step::all; }
+  bool label_is_here() const { return with_labels() && label_ >= 0 && label_ < call_.vocabulary; }
   bool with_labels() const { return call_.labels && call_.alpha < 1; }
-  bool renormalizes() const { return call_.tail == Tail::renormalize; }
-  bool truncates() const { return call_.tail == Tail::truncate; }
+  bool renormalizes() const { return call_.tail == fastkd::Tail::renormalize; }
+  bool truncates() const { return call_.tail == fastkd::Tail::truncate; }
   int columns(int64_t b) const { return int(std::min<int64_t>(BLOCK, call_.vocabulary - b * BLOCK)); }
   int64_t tokens() const { return call_.tokens; }
 
@@ -224,6 +273,8 @@ class TopKRow {
     events.student_entropy = events.cross_entropy = nullptr;
     // Dropped rows do not come here, and the cross-entropy is of the whole row.
     events.labels = nullptr;
+    events.shard = {};
+    events.shard.total = events.vocabulary;
     return events;
   }
 
@@ -242,7 +293,7 @@ class TopKRow {
     const int n = columns(b);
     if (with_labels() && call_.label_smoothing > 0)
       for (int i = 0; i < n; ++i) z_total_ += z[i];
-    if (with_labels() && label_ / BLOCK == b) z_label_ = z[label_ % BLOCK];
+    if (label_is_here() && label_ / BLOCK == b) z_label_ = z[label_ % BLOCK];
     bool copied = z == scratch_.s;
     seats_.each_in(b, [&](int64_t j) {
       if (!copied) {
@@ -250,49 +301,82 @@ class TopKRow {
         z = scratch_.s;
         copied = true;
       }
-      const int64_t column = ids_[j] % BLOCK;
+      const int64_t column = local_ids_[j] % BLOCK;
       student_events_[j] = z[column];
       scratch_.s[column] = -INF;
     });
     return z;
   }
 
+  // What all processes get of this one's columns.
+  void leave(const Tail& tail) {
+    const auto part = reinterpret_cast<ShardTail*>(call_.shard.statistics) + row_;
+    const double shift = adjust_.shift;
+    alignas(64) float label[LANES] = {-INF};
+    if (label_is_here()) label[0] = load_block(student_, call_.student.dtype, label_, 1, adjust_, label)[0];
+    *part = {tail.max + shift, tail.sum,         tail.sum_at_1, tail.entropy, double(call_.vocabulary),
+             z_total_ + shift * call_.vocabulary, label[0] + shift, double(valid_)};
+    for (int64_t j = 0; j < tokens(); ++j)
+      call_.shard.tokens[row_ * tokens() + j] = local_ids_[j] < 0 ? 0 : float(student_events_[j] + shift);
+  }
+
+  // What they left, with z as this one has them.
+  Tail tail_of_processes() {
+    const auto each = [&](auto f) {
+      for (int64_t p = 0; p < call_.shard.processes; ++p)
+        f(reinterpret_cast<const ShardTail*>(call_.shard.all_statistics)[p * call_.rows + row_]);
+    };
+    const double shift = adjust_.shift;
+    Tail tail;
+    z_label_ = -INF;
+    each([&](const ShardTail& part) {
+      tail.max = std::max(tail.max, part.max);
+      z_label_ = std::max(z_label_, part.label - shift);
+      if (part.columns) z_total_ += part.z_total - shift * part.columns;
+      valid_ &= part.valid != 0;
+    });
+    each([&](const ShardTail& part) { tail.add(part, 1 / softmax_.temperature, separate_at_1_); });
+    tail.max -= shift;
+    for (int64_t j = 0; j < tokens(); ++j)
+      student_events_[j] = float(call_.shard.tokens[row_ * tokens() + j] - shift);
+    return tail;
+  }
+
+  Tail tail_of_blocks() const {
+    Tail tail;
+    if (!sweeps()) return tail;
+    for (const TailBlock& block : tail_)
+      if (block.max > FLOOR || block.sum != block.sum) tail.max = std::max(tail.max, double(block.max));
+    if (tail.max == -INF) return tail;
+    for (const TailBlock& block : tail_) tail.add(block, 1 / softmax_.temperature, separate_at_1_);
+    return tail;
+  }
+
   // The tokens alone.
   void gather() {
     alignas(64) float z[LANES];
     for (int64_t j = 0; j < tokens(); ++j)
-      if (ids_[j] >= 0 && ids_[j] < call_.vocabulary)
-        student_events_[j] = load_block(student_, call_.student.dtype, ids_[j], 1, adjust_, z)[0];
+      if (local_ids_[j] >= 0)
+        student_events_[j] = load_block(student_, call_.student.dtype, local_ids_[j], 1, adjust_, z)[0];
   }
 
-  void make_events() {
+  void make_events(const Tail& tail) {
     const double inverse = 1 / softmax_.temperature;
     double origin = -INF;
     for (int64_t j = 0; j < tokens(); ++j) {
-      if (ids_[j] < 0 || ids_[j] >= call_.vocabulary) student_events_[j] = -INF;
+      if (ids_[j] < 0 || ids_[j] >= call_.shard.total) student_events_[j] = -INF;
       if (!(student_events_[j] <= origin)) origin = student_events_[j];
     }
     const double top = origin;
-    double tail_max = FLOOR, sum = 0, sum_at_1 = 0, entropy = 0;
-    bool others = false;
-    if (sweeps())
-      for (const TailBlock& block : tail_) {
-        tail_max = std::max(tail_max, double(block.max));
-        others |= block.max > FLOOR || block.sum != block.sum;
-      }
+    const bool others = tail.max > -INF;
+    double sum_at_1 = 0;
     if (others) {
-      origin = std::max(origin, tail_max);
-      for (const TailBlock& block : tail_) {  // relative to the tail's own maximum, which may be far below
-        const double gap = block.max - tail_max, factor = std::exp(gap * inverse);
-        sum += factor * block.sum;
-        entropy += factor * (block.entropy + gap * inverse * block.sum);
-        sum_at_1 += separate_at_1_ ? std::exp(gap / UNTEMPERED.temperature) * block.sum_at_1 : factor * block.sum;
-      }
-      sum_at_1 *= std::exp((tail_max - origin) / UNTEMPERED.temperature);
+      origin = std::max(origin, tail.max);
+      sum_at_1 = tail.sum_at_1 * std::exp((tail.max - origin) / UNTEMPERED.temperature);
     }
     origin_ = origin;
-    tail_log_sum_ = others ? (tail_max - origin) * inverse + std::log(sum) : -INF;
-    tail_entropy_ = others ? std::log(sum) - entropy / sum : 0;
+    tail_log_sum_ = others ? (tail.max - origin) * inverse + std::log(tail.sum) : -INF;
+    tail_entropy_ = others ? std::log(tail.sum) - tail.entropy / tail.sum : 0;
 
     // Logits may share an offset that costs digits: events are relative to the largest of the tokens.
     top_ = top > -INF ? top - origin : 0;
@@ -322,11 +406,15 @@ class TopKRow {
   }
 
   float tail_logprob() const {
-    if (call_.tail == Tail::renormalize_teacher || seats_.seated() == call_.vocabulary) return -INF;
+    if (call_.tail == fastkd::Tail::renormalize_teacher || seated() == call_.shard.total) return -INF;
     if (call_.tail_logprob) return call_.tail_logprob[row_];
     double sum = 0;
     for (int64_t j = 0; j < tokens(); ++j) sum += std::exp(double(teacher_events_[j]));
     return sum < 1 ? float(std::log1p(-sum)) : sum >= 1 ? -INF : std::nanf("");
+  }
+
+  int64_t seated() const {
+    return std::count_if(ids_, ids_ + tokens(), [&](int64_t id) { return id >= 0 && id < call_.shard.total; });
   }
 
   // The value of the row and the gradient of its events.
@@ -340,7 +428,7 @@ class TopKRow {
     double cross_entropy = 0;
     if (with_labels()) {
       const double smoothing = call_.label_smoothing;
-      const double mean = smoothing > 0 ? z_total_ / call_.vocabulary - origin_ : 0;
+      const double mean = smoothing > 0 ? z_total_ / call_.shard.total - origin_ : 0;
       const double target = (1 - smoothing) * (z_label_ - origin_) + smoothing * mean;
       cross_entropy = log_sum_at_1_ - target / UNTEMPERED.temperature;
       call_.loss[row_] = float(call_.loss[row_] + weight * (1 - call_.alpha) * cross_entropy);
@@ -438,7 +526,7 @@ class TopKRow {
       for (int i = 0; i < n; i += LANES) store(out + i, load(e + i) * factor);
     if (with_labels()) add_cross_entropy(b, separate_at_1_ ? exponentials_at_1(b) : e, gap, out);
     seats_.each_in(b, [&](int64_t j) {
-      float& place = out[ids_[j] % BLOCK];
+      float& place = out[local_ids_[j] % BLOCK];
       // The tokens have no exponential in the sweep's, so that of the cross-entropy comes here.
       const double q = with_labels() ? std::exp((student_events_[j] + top_) / UNTEMPERED.temperature - log_sum_at_1_) : 0;
       place += float(gradient_events_[j] + cross_entropy_scale_ * q);
@@ -455,7 +543,7 @@ class TopKRow {
   void add_cross_entropy(int64_t b, const float* e, double gap, float* out) {
     const int n = columns(b);
     const V factor = splat(float(cross_entropy_scale_ * std::exp(gap / UNTEMPERED.temperature - log_sum_at_1_)));
-    const V uniform = splat(float(cross_entropy_scale_ * call_.label_smoothing / call_.vocabulary));
+    const V uniform = splat(float(cross_entropy_scale_ * call_.label_smoothing / call_.shard.total));
     for (int i = 0; i < n; i += LANES) store(out + i, load(out + i) + (load(e + i) * factor - uniform));
     const int64_t column = label_ - b * BLOCK;
     if (column >= 0 && column < n) out[column] -= float(cross_entropy_scale_ * (1 - call_.label_smoothing));
@@ -465,11 +553,17 @@ class TopKRow {
   void again(int64_t b) {
     const float* z = load_student(b);
     const int n = columns(b);
+    if (!whole()) {  // nor was the maximum
+      if (z != scratch_.s) std::memcpy(scratch_.s, z, padded(n) * sizeof(float));
+      z = scratch_.s;
+      seats_.each_in(b, [&](int64_t j) { scratch_.s[local_ids_[j] % BLOCK] = -INF; });
+      tail_[b].max = maximum_of(z, padded(n));
+    }
     const V max = splat(tail_[b].max);
     for (int i = 0; i < n; i += LANES) store(scratch_.s_exp + i, softmax_.exponential(load(z + i) - max));
     if (separate_at_1_)
       for (int i = 0; i < n; i += LANES) store(scratch_.s_exp_at_1 + i, UNTEMPERED.exponential(load(z + i) - max));
-    seats_.each_in(b, [&](int64_t j) { scratch_.s_exp[ids_[j] % BLOCK] = scratch_.s_exp_at_1[ids_[j] % BLOCK] = 0; });
+    seats_.each_in(b, [&](int64_t j) { scratch_.s_exp[local_ids_[j] % BLOCK] = scratch_.s_exp_at_1[local_ids_[j] % BLOCK] = 0; });
   }
 
   void write(float* to, double value) const {
@@ -480,6 +574,7 @@ class TopKRow {
   const int64_t blocks_;
   Seats seats_;
   std::vector<TailBlock> tail_;
+  std::vector<int64_t> local_ids_;  // the columns here of the row's tokens, -1 for others
   std::vector<float> student_events_, teacher_events_, gradient_events_;
   const Call events_call_;
   Workspace events_workspace_;
