@@ -118,11 +118,10 @@ class KDRows(torch.autograd.Function):
         summed: bool,
     ) -> tuple[Tensor | None, ...]:
         """The loss and, unless it is deferred, its gradient."""
-        kernels = backends.load(
-            backends.select(
-                backend, student.device.type, student.dtype, teacher.dtype, options.divergence
-            )
+        chosen = backends.select(
+            backend, student.device.type, student.dtype, teacher.dtype, options.divergence
         )
+        kernels = backends.kernels_for(chosen, options.shard)
         result: Result = kernels.kd_rows(student, teacher, rows, options, _without_deferred(want))
         kept = rows_to_keep(rows, want, result.loss, summed)
         if want.deferred:
@@ -317,7 +316,8 @@ def kd_rows(
     want = want._replace(deferred=_defers(student, teacher, want))
     if not torch.compiler.is_compiling():
         return KDRows.apply(student, teacher, rows, options, want, backend, summed)
-    if want.inplace:  # kd_loss broke the graph, and the compiler tries again from here
+    # kd_loss broke the graph, and the compiler tries again from here; or processes exchange numbers.
+    if want.inplace or options.shard is not None:
         return torch.compiler.disable(KDRows.apply)(
             student, teacher, rows, options, want, backend, summed
         )

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import torch
 
 from fastkd.divergences import DEFINITIONS, Divergence
+from fastkd.rows import Shard
 
 logger = logging.getLogger("fastkd")
 
@@ -253,3 +254,12 @@ def _select(backend: str, call: Call, override: str | None, strict: bool) -> str
 def load(backend: str) -> ModuleType:
     """The module of a backend; imported at its first use, so that `import fastkd` loads no kernels."""
     return importlib.import_module(MODULES[backend])
+
+
+def kernels_for(backend: str, shard: Shard | None) -> Any:
+    """The module of a backend, or the same for rows whose columns are spread over processes."""
+    if shard is None:
+        return load(backend)
+    from fastkd.parallel.shards import SharedRows
+
+    return SharedRows(load(backend), shard)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from fastkd.products import add_weight_gradient, as_operand, hidden_gradient, make_logits
-from fastkd.rows import Options, Rows, Want, counted_rows
+from fastkd.rows import Options, Rows, Shard, Want, counted_rows
 from fastkd.teachers import Ensemble, LinearTeacher
 
 # Elements of a part of a chunk in which several teachers are combined: on a CPU it stays in the cache.
@@ -220,18 +220,34 @@ def _add_member(
     weight: float,
     mean: str,
     temper: Callable[[Tensor, slice], Tensor],
+    shard: Shard | None,
 ) -> None:
     """One more teacher of an ensemble in the combined tempered logits [C, V], a few rows at a time."""
     elements = COMBINED_CPU if total.device.type == "cpu" else COMBINED_DEVICE
-    step = max(elements // total.shape[1], 1)
-    for start in range(0, total.shape[0], step):
-        part = slice(start, min(start + step, total.shape[0]))
-        z = temper(logits[part, : total.shape[1]].to(total.dtype), part)
+    count, columns = total.shape
+    step = max(elements // max(columns, 1), 1)
+    parts = [slice(start, min(start + step, count)) for start in range(0, count, step)]
+
+    def tempered(part: slice) -> Tensor:
+        return temper(logits[part, :columns].to(total.dtype), part)
+
+    log_sums = None
+    if shard is not None and mean == "arithmetic":
+        from fastkd.parallel.shards import log_sum_exp
+
+        log_sums = log_sum_exp(torch.cat([_log_sum_exp(tempered(part)) for part in parts]), shard)
+    for part in parts:
+        z = tempered(part)
         if mean == "geometric":
             total[part].add_(z, alpha=weight)
         else:
-            offset = math.log(weight) - z.logsumexp(-1, keepdim=True)
-            torch.logaddexp(total[part], z + offset, out=total[part])
+            log_sum = _log_sum_exp(z) if log_sums is None else log_sums[part]
+            torch.logaddexp(total[part], z + (math.log(weight) - log_sum), out=total[part])
+
+
+def _log_sum_exp(z: Tensor) -> Tensor:
+    """[..., 1]; -inf where there is no column."""
+    return z.logsumexp(-1, keepdim=True) if z.shape[-1] else z.sum(-1, keepdim=True).log()
 
 
 class _TeacherChunks:
@@ -291,7 +307,7 @@ class _TeacherChunks:
                 logits = _linear_logits(member, self.lead, at, buffers[1])
             else:
                 logits = take(member, self.lead, at)
-            _add_member(total, logits, weight, teacher.mean, temper)
+            _add_member(total, logits, weight, teacher.mean, temper, options.shard)
         if temperatures is not None:  # an invalid one poisons its row
             weights = torch.ones_like(temperatures) if rows.weight is None else rows.weight
             weights = torch.where((temperatures > 0) | (weights == 0), weights, torch.nan)

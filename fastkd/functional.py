@@ -7,7 +7,7 @@ hidden states or from several teachers, a chunk of rows at a time.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Literal, NamedTuple, overload
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor
@@ -15,6 +15,8 @@ from torch import Tensor
 from fastkd import autograd, linear
 from fastkd.chunks import Student
 from fastkd.divergences import Divergence
+from fastkd.parallel import layout
+from fastkd.parallel.share import agreed_by, share, share_logits
 from fastkd.plan import wide
 from fastkd.rows import Want, row_dtype
 from fastkd.teachers import Teacher, TopK, flatten
@@ -32,6 +34,8 @@ from fastkd.validate import (
 )
 
 if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+    from torch.distributed.device_mesh import DeviceMesh
     from typing_extensions import Unpack
 
 
@@ -51,6 +55,7 @@ class DenseOptions(LossOptions, total=False):
     """The keyword options of kd_loss."""
 
     vocab_size: int | None
+    process_group: ProcessGroup | DeviceMesh | None
     inplace: bool
 
 
@@ -62,6 +67,8 @@ class LinearOptions(LossOptions, total=False):
     memory_budget: int | None
     logits_dtype: torch.dtype | None
     vocab_size: int | None
+    process_group: ProcessGroup | DeviceMesh | None
+    sequence_dim: int | None
 
 
 @overload
@@ -112,6 +119,7 @@ def kd_loss(
     teacher_logit_scale: float = 1.0,
     teacher_softcap: float | None = None,
     vocab_size: int | None = None,
+    process_group: ProcessGroup | DeviceMesh | None = None,
     inplace: bool = False,
     return_parts: bool = False,
     backend: str = "auto",
@@ -152,7 +160,12 @@ def kd_loss(
         teacher_logit_scale: as logit_scale, for the teacher.
         teacher_softcap: as softcap, for the teacher.
         vocab_size: the columns that count, where a model pads its vocabulary; later columns have probability 0
-            and gradient 0 on both sides. Needed where the widths differ.
+            and gradient 0 on both sides. Needed where the widths differ. Of all processes, where they share it.
+        process_group: the torch.distributed processes that share the vocabulary (or their mesh of one dimension):
+            student_logits are then [..., V_r], the columns of this process in the order of ranks, shards even or
+            not; a teacher has the same columns, or all of them, and everything else is the same on every process.
+            Each gets the same loss and the gradient of its own columns. DTensors sharded along the vocabulary say
+            it themselves. docs/parallel.md says what is exchanged, and how to use it with FSDP, DDP and pipelines.
         inplace: let the gradient overwrite student_logits, which saves one [..., V] tensor. Their version is
             bumped, so that autograd raises where something else still needs them. A compiled graph plans its
             own memory: there it breaks the graph, or raises under fullgraph=True.
@@ -167,53 +180,68 @@ def kd_loss(
     Raises:
         ValueError, TypeError: an argument has the wrong shape, dtype, device or value; the message names it.
         fastkd.BackendUnavailable: the backend asked for cannot serve this call.
+        fastkd.parallel.CollectiveError: another process has stopped, or has not made this call in time.
+        RuntimeError: another process that shares the vocabulary has raised.
     """
-    student_logits = check_logits("student_logits", student_logits)
-    lead, device = student_logits.shape[:-1], student_logits.device
-    teacher = check_teacher(teacher, "student_logits", lead, device)
-    widths = {"student_logits": student_logits.shape[-1], **teacher_widths(teacher)}
-    teacher = linear.autocast_teacher(teacher)
-    vocabulary = check_vocabulary(vocab_size, widths)
+    group = layout.group_of(process_group, student_logits, teacher)
     check_flags(inplace=inplace, return_parts=return_parts)
-    call = prepare(
-        lead,
-        device,
-        _row_dtype(student_logits, teacher),
-        vocabulary,
-        labels,
-        divergence=divergence,
-        temperature=temperature,
-        teacher_temperature=teacher_temperature,
-        alpha=alpha,
-        scale_by_temperature=scale_by_temperature,
-        label_smoothing=label_smoothing,
-        ignore_index=ignore_index,
-        mask=mask,
-        weight=weight,
-        reduction=reduction,
-        num_items=num_items,
-        logit_scale=logit_scale,
-        softcap=softcap,
-        teacher_logit_scale=teacher_logit_scale,
-        teacher_softcap=teacher_softcap,
-        backend=backend,
-    )
-    grad_enabled = torch.is_grad_enabled()
-    want = Want(
-        grad_enabled and student_logits.requires_grad,
-        grad_enabled and isinstance(teacher, Tensor) and teacher.requires_grad,
-        return_parts,
-        inplace,
-    )
-    if want.teacher_gradient and call.options.divergence.degree is None:
-        raise ValueError(
-            f"teacher requires grad, and the divergence {call.options.divergence.name!r} does not say its degree of "
-            "homogeneity, from which the teacher's gradient follows; set Divergence(degree=...) or detach the teacher"
+    with agreed_by(group) as agreement:
+        whole = layout.is_whole(student_logits, group)
+        student_logits = layout.local("student_logits", student_logits, -1, group)
+        student_logits = check_logits("student_logits", student_logits, group is not None)
+        lead, device = student_logits.shape[:-1], student_logits.device
+        teacher = layout.local_teacher(teacher, group)
+        teacher = check_teacher(teacher, "student_logits", lead, device, group is not None)
+        widths = {"student_logits": student_logits.shape[-1], **teacher_widths(teacher)}
+        teacher = linear.autocast_teacher(teacher)
+        call = prepare(
+            lead,
+            device,
+            _row_dtype(student_logits, teacher),
+            check_vocabulary(vocab_size, widths) if group is None else None,
+            layout.local("labels", labels, None, group),
+            divergence=divergence,
+            temperature=layout.local("temperature", temperature, None, group),
+            teacher_temperature=layout.local(
+                "teacher_temperature", teacher_temperature, None, group
+            ),
+            alpha=alpha,
+            scale_by_temperature=scale_by_temperature,
+            label_smoothing=label_smoothing,
+            ignore_index=ignore_index,
+            mask=layout.local("mask", mask, None, group),
+            weight=layout.local("weight", weight, None, group),
+            reduction=reduction,
+            num_items=num_items,
+            logit_scale=logit_scale,
+            softcap=softcap,
+            teacher_logit_scale=teacher_logit_scale,
+            teacher_softcap=teacher_softcap,
+            backend=backend,
         )
-    if want.inplace:
-        _check_inplace(student_logits, flatten(teacher)[0], want)
+        grad_enabled = torch.is_grad_enabled()
+        want = Want(
+            grad_enabled and student_logits.requires_grad,
+            grad_enabled and isinstance(teacher, Tensor) and teacher.requires_grad,
+            return_parts,
+            inplace,
+        )
+        if want.teacher_gradient and call.options.divergence.degree is None:
+            raise ValueError(
+                f"teacher requires grad, and the divergence {call.options.divergence.name!r} does not say its degree "
+                "of homogeneity, from which the teacher's gradient follows; set Divergence(degree=...) or detach the "
+                "teacher"
+            )
+        if want.inplace:
+            _check_inplace(student_logits, flatten(teacher)[0], want, whole)
+        if isinstance(teacher, TopK):
+            call = with_topk(call, teacher)
+    if agreement is not None:
+        student_logits, teacher, call = share_logits(
+            agreement, student_logits, whole, teacher, call, want, vocab_size, widths
+        )
     if isinstance(teacher, TopK):
-        call, teacher = with_topk(call, teacher), teacher.logprobs.detach()
+        teacher = teacher.logprobs.detach()
     if isinstance(teacher, Tensor):
         results = autograd.kd_rows(
             student_logits, teacher, call.rows, call.options, want, call.backend, call.summed
@@ -264,6 +292,8 @@ def fused_linear_kd_loss(
     memory_budget: int | None = None,
     logits_dtype: torch.dtype | None = None,
     vocab_size: int | None = None,
+    process_group: ProcessGroup | DeviceMesh | None = None,
+    sequence_dim: int | None = None,
     return_parts: bool = False,
     **options: Unpack[LossOptions],
 ) -> Tensor | tuple[Tensor, Parts]:
@@ -278,6 +308,7 @@ def fused_linear_kd_loss(
     Args:
         student_hidden: [..., H], float32, bfloat16, float16 (float64 on the reference). Any strides.
         student_weight: [V, H], the lm_head, of the same dtype and device; under autocast both are cast to its dtype.
+            A DTensor that FSDP has spread is gathered once a call, and its gradient is averaged over the processes.
         teacher: a :class:`fastkd.LinearTeacher` (of any width), dense logits [..., V], a :class:`fastkd.TopK` or a
             :class:`fastkd.Ensemble`. A constant: one that requires grad raises.
         labels: as in :func:`fastkd.kd_loss`, and so are all options that are not listed here.
@@ -289,6 +320,12 @@ def fused_linear_kd_loss(
             from operands of lower precision (rounding them to bfloat16 costs 4 to 23 % of the gradient). The operands'
             own dtype trades that for speed and half the memory.
         vocab_size: as in kd_loss; rows of a weight beyond it are padding, and not computed.
+        process_group: as in kd_loss: student_weight is then [V_r, H], the part of a column-parallel lm_head that this
+            process has. The gradient of student_hidden is summed over the processes.
+        sequence_dim: where hidden states are sequence-parallel, the dimension of student_hidden along which every
+            process of process_group has an equal part of the rows; they are gathered, and their gradient is
+            scattered. Labels and what else has one value a row are of all rows. So are a teacher's hidden states,
+            unless they have the shape of the student's part.
 
     Returns:
         What kd_loss returns: a loss in float32 (float64 for float64), and with return_parts its parts.
@@ -297,41 +334,83 @@ def fused_linear_kd_loss(
         ValueError, TypeError: an argument has the wrong shape, dtype, device or value; the message names it.
         fastkd.BackendUnavailable: the backend asked for cannot serve this call.
     """
-    check_student_head(student_hidden, student_weight, student_bias)
-    lead, device = student_hidden.shape[:-1], student_hidden.device
-    teacher = check_teacher(teacher, "student_hidden", lead, device)
-    if isinstance(teacher, Tensor) and teacher.requires_grad and torch.is_grad_enabled():
-        raise ValueError(
-            "teacher requires grad, and fused_linear_kd_loss has no gradient for it; detach it"
-        )
-    widths = {"student_weight": student_weight.shape[0], **teacher_widths(teacher)}
-    vocabulary = check_vocabulary(vocab_size, widths)
+    group = layout.group_of_head(process_group, student_hidden, student_weight)
     check_flags(return_parts=return_parts)
-    unknown = options.keys() - LossOptions.__annotations__.keys()
-    if unknown:
-        raise TypeError(f"fused_linear_kd_loss has no option {', '.join(sorted(unknown))}")
-    if logits_dtype is not None and not (
-        isinstance(logits_dtype, torch.dtype) and logits_dtype.is_floating_point
-    ):
-        raise TypeError(f"logits_dtype must be a floating-point torch.dtype, got {logits_dtype!r}")
-    teacher = linear.autocast_teacher(teacher)
-    hidden, head, bias = linear.autocast(student_hidden, student_weight, student_bias)
-    assert hidden is not None
-    if logits_dtype not in (None, wide(hidden.dtype), hidden.dtype):
-        raise ValueError(
-            f"logits_dtype must be {wide(hidden.dtype)} or the dtype of student_hidden, {hidden.dtype}; "
-            f"got {logits_dtype}"
-        )
-    student = Student(hidden, head, bias)
-    call = prepare(lead, device, _row_dtype(hidden, teacher), vocabulary, labels, **options)
-    grad_enabled = torch.is_grad_enabled()
-    want = Want(
-        grad_enabled and any(part is not None and part.requires_grad for part in student),
-        False,
-        return_parts,
+    # Collectives of DTensors, whose shapes are the same on every process, come before the validation.
+    given, student_hidden = (
+        student_hidden,
+        layout.local_hidden("student_hidden", student_hidden, group),
     )
+    student_weight = layout.local_weight("student_weight", student_weight, group)
+    student_bias = layout.local_weight("student_bias", student_bias, group)
+    teacher = layout.local_teacher(teacher, group)
+    with agreed_by(group) as agreement:
+        sequence = layout.sequence_of(given, group, sequence_dim)
+        parts, teacher_parts = student_hidden, teacher
+        if sequence is not None:
+            student_hidden = sequence.stand_in(parts)
+            teacher = sequence.of_teacher(teacher, sequence.stand_in)
+        check_student_head(student_hidden, student_weight, student_bias)
+        lead, device = student_hidden.shape[:-1], student_hidden.device
+        teacher = check_teacher(teacher, "student_hidden", lead, device, group is not None)
+        if isinstance(teacher, Tensor) and teacher.requires_grad and torch.is_grad_enabled():
+            raise ValueError(
+                "teacher requires grad, and fused_linear_kd_loss has no gradient for it; detach it"
+            )
+        widths = {"student_weight": student_weight.shape[0], **teacher_widths(teacher)}
+        vocabulary = check_vocabulary(vocab_size, widths) if group is None else None
+        unknown = options.keys() - LossOptions.__annotations__.keys()
+        if unknown:
+            raise TypeError(f"fused_linear_kd_loss has no option {', '.join(sorted(unknown))}")
+        if logits_dtype is not None and not (
+            isinstance(logits_dtype, torch.dtype) and logits_dtype.is_floating_point
+        ):
+            raise TypeError(
+                f"logits_dtype must be a floating-point torch.dtype, got {logits_dtype!r}"
+            )
+        teacher = linear.autocast_teacher(teacher)
+        hidden, head, bias = linear.autocast(student_hidden, student_weight, student_bias)
+        assert hidden is not None
+        if logits_dtype not in (None, wide(hidden.dtype), hidden.dtype):
+            raise ValueError(
+                f"logits_dtype must be {wide(hidden.dtype)} or the dtype of student_hidden, {hidden.dtype}; "
+                f"got {logits_dtype}"
+            )
+        of_rows: dict[str, Any] = {
+            name: layout.local(name, options[name], None, group)
+            for name in ("temperature", "teacher_temperature", "mask", "weight")
+            if name in options
+        }
+        labels = layout.local("labels", labels, None, group)
+        call = prepare(
+            lead, device, _row_dtype(hidden, teacher), vocabulary, labels, **{**options, **of_rows}
+        )
+        trained = [x is not None and x.requires_grad for x in (hidden, head, bias)]
+        grad_enabled = torch.is_grad_enabled()
+        want = Want(
+            grad_enabled and any(trained),
+            False,
+            return_parts,
+        )
+        if isinstance(teacher, TopK):
+            call = with_topk(call, teacher)
+    if agreement is not None:
+        call, width = share(
+            agreement, call, want, lead, (hidden, head, bias), teacher, vocab_size, widths,
+            chunk_size=chunk_size, memory_budget=memory_budget, logits_dtype=logits_dtype,
+            trained=trained, sequence_dim=sequence_dim,
+        )  # fmt: skip
+        if sequence is not None:
+            (hidden,) = linear.autocast(sequence.gathered(parts))
+            teacher = linear.autocast_teacher(sequence.of_teacher(teacher_parts, sequence.gathered))
+        else:
+            hidden = layout.summed_gradient(hidden, given, group)
+        assert call.options.shard is not None
+        teacher = layout.cut_teacher(teacher, call.options.shard, call.options.vocab_size, width)
     if isinstance(teacher, TopK):
-        call, teacher = with_topk(call, teacher), teacher.logprobs.detach()
+        teacher = teacher.logprobs.detach()
+    assert hidden is not None
+    student = Student(hidden, head, bias)
     results = linear.kd_chunks(
         student, teacher, call, want, logits_dtype, chunk_size, memory_budget
     )
@@ -356,7 +435,11 @@ def _returned(
     return loss, Parts(distillation, cross_entropy, entropy, counted)
 
 
-def _check_inplace(student: Tensor, teachers: Sequence[Tensor], want: Want) -> None:
+def _check_inplace(student: Tensor, teachers: Sequence[Tensor], want: Want, whole: bool) -> None:
+    if whole:
+        raise ValueError(
+            "inplace=True needs student_logits whose columns are those of this process"
+        )
     if torch.compiler.is_compiling():
         raise ValueError("inplace=True is for eager mode; a compiled graph plans its own memory")
     if want.student_gradient and student.is_leaf:

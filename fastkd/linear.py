@@ -85,7 +85,7 @@ class _Call(NamedTuple):
             self.options,
             self.want,
             (False,) * 3 if later else self.wanted,
-            backends.load(backend),
+            backends.kernels_for(backend, self.options.shard),
             self._plan(student, teacher, rows, backend == "reference").chunk_size,
             self.logits_dtype,
             self.row_dtype(tensors),
@@ -99,7 +99,9 @@ class _Call(NamedTuple):
         reference: bool,
     ) -> MemoryPlan:
         student, weight, _ = given
-        vocabulary = self.options.vocab_size
+        shard = self.options.shard
+        # Chunks have collectives in them: all processes plan as the one with the most columns does.
+        vocabulary = self.options.vocab_size if shard is None else shard.widest
         columns, row_bytes, hidden = 0, 0, 0
         if isinstance(teacher, Ensemble):
             linear = [member for member in teacher.teachers if isinstance(member, LinearTeacher)]
@@ -340,7 +342,8 @@ def kd_chunks(
     if logits_dtype is None:
         dtype = student.hidden.dtype
         logits_dtype = dtype if student.weight is None else wide(dtype)
-    if torch.compiler.is_compiling() and not want.inplace:
+    alone = options.shard is None
+    if torch.compiler.is_compiling() and alone and not want.inplace:
         results = kd_chunks_op(
             *student,
             tensors,
@@ -358,8 +361,7 @@ def kd_chunks(
         return (loss, *(part.detach() if want.parts else None for part in results[2:5]))
     call = _Call(options, want, wanted, backend, form, chunk_size, memory_budget, logits_dtype)
     run = KDChunks.apply
-    if (
-        torch.compiler.is_compiling()
-    ):  # kd_loss broke the graph, and the compiler tries again from here
+    # kd_loss broke the graph, and the compiler tries again from here; or processes exchange numbers.
+    if torch.compiler.is_compiling():
         run = torch.compiler.disable(run)
     return run(*student, tensors, rows, call, summed)

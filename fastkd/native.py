@@ -45,7 +45,11 @@ def resolved(rows: Rows) -> Rows:
 
 
 def outputs(
-    student: Tensor, teacher: Tensor, want: Want, empty: Callable[..., Tensor] = torch.empty
+    student: Tensor,
+    teacher: Tensor,
+    want: Want,
+    empty: Callable[..., Tensor] = torch.empty,
+    row_dtype: torch.dtype = torch.float32,
 ) -> Result:
     """Fresh memory for what is wanted; the student's own for its gradient in place."""
     lead, device = student.shape[:-1], student.device
@@ -54,7 +58,7 @@ def outputs(
         return empty(of.shape, dtype=of.dtype, device=device)
 
     def per_row() -> Tensor:
-        return torch.empty(lead, dtype=torch.float32, device=device)
+        return torch.empty(lead, dtype=row_dtype, device=device)
 
     student_gradient = teacher_gradient = None
     if want.student_gradient:
@@ -62,7 +66,7 @@ def outputs(
     if want.teacher_gradient:
         teacher_gradient = gradient(teacher)
     parts = (per_row(), per_row(), per_row()) if want.parts else (None, None, None)
-    total = torch.empty((), dtype=torch.float32, device=device)
+    total = torch.empty((), dtype=row_dtype, device=device)
     return Result(per_row(), total, student_gradient, teacher_gradient, *parts)
 
 

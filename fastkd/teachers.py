@@ -157,7 +157,7 @@ def check_linear(whose: str, hidden: Tensor, weight: Tensor, bias: Tensor | None
     """Raise unless hidden [..., H], weight [V, H] and bias [V] go together. whose: "the teacher's ", "student_"."""
     if hidden.dim() == 0 or hidden.shape[-1] == 0:
         raise ValueError(f"{whose}hidden must be [..., H], got shape {tuple(hidden.shape)}")
-    if weight.dim() != 2 or weight.shape[1] != hidden.shape[-1] or weight.shape[0] == 0:
+    if weight.dim() != 2 or weight.shape[1] != hidden.shape[-1]:
         raise ValueError(
             f"{whose}weight must be [V, {hidden.shape[-1]}], as hidden has that width; got {tuple(weight.shape)}"
         )

@@ -57,7 +57,7 @@ def prepare(
     lead: torch.Size,
     device: torch.device,
     row_dtype: torch.dtype,
-    vocabulary: int,
+    vocabulary: int | None,
     labels: Tensor | None,
     *,
     divergence: str | Divergence = "forward_kl",
@@ -77,7 +77,10 @@ def prepare(
     teacher_softcap: float | None = None,
     backend: str = "auto",
 ) -> Prepared:
-    """What kd_loss documents of its options, for rows of the leading shape on the device."""
+    """What kd_loss documents of its options, for rows of the leading shape on the device.
+
+    vocabulary None: other processes have columns too, and :func:`check_values` is called once they are known.
+    """
     divergence = resolve(divergence)
     alpha = _number("alpha", alpha, 0.0, 1.0)
     label_smoothing = _number("label_smoothing", label_smoothing, 0.0, 1.0, open_right=True)
@@ -112,12 +115,6 @@ def prepare(
     if weight is not None:
         _check_rows("weight", weight, lead, device, LOGIT_DTYPES)
     counted, row_weight = _weights(labels, ignore_index, mask, weight, row_dtype)
-    if checking():
-        read = torch.ones(lead, dtype=torch.bool, device=device) if counted is None else counted
-        read = read if row_weight is None else read & (row_weight != 0)
-        _check_values(
-            labels if alpha < 1.0 else None, ignore_index, vocabulary, read, t_rows, tt_rows
-        )
     count = math.prod(lead) if counted is None else counted.sum()
     items = _denominator(reduction, num_items, count, lead, device, row_dtype)
     if torch.compiler.is_compiling() and not isinstance(items, Tensor):
@@ -136,11 +133,48 @@ def prepare(
         _softcap("softcap", softcap),
         _nonzero("teacher_logit_scale", teacher_logit_scale),
         _softcap("teacher_softcap", teacher_softcap),
-        vocabulary,
+        vocabulary or 0,
         1.0 if isinstance(scale, Tensor) else scale,
     )
     rows = Rows(labels, row_weight, t_rows, tt_rows, scale if isinstance(scale, Tensor) else None)
+    if vocabulary is not None:
+        check_values(rows, options)
     return Prepared(options, rows, count, backend, reduction != "none")
+
+
+def check_values(rows: Rows, options: Options) -> None:
+    """The checks that wait for the device, under FASTKD_CHECK=1; rows that are dropped may hold anything."""
+    if not checking():
+        return
+    read = counted_rows(rows, options.ignore_index)
+    if rows.ids is not None:
+        _check_ids(rows.ids, options.vocabulary, read)
+    given = (rows.labels, rows.temperature, rows.teacher_temperature)
+    if read is None:
+        lead = next((value.shape for value in given if value is not None), None)
+        if lead is None:
+            return
+        device = next(value.device for value in given if value is not None)
+        read = torch.ones(lead, dtype=torch.bool, device=device)
+    if rows.labels is not None and options.alpha < 1.0:
+        labels, vocabulary = rows.labels, options.vocabulary
+        bad = ((labels < 0) | (labels >= vocabulary)) & read
+        if bad.any():
+            row = int(bad.flatten().nonzero()[0])
+            raise ValueError(
+                f"labels must be in [0, {vocabulary}) or ignore_index ({options.ignore_index}); "
+                f"row {row} has {int(labels.flatten()[row])}"
+            )
+    for argument in ("temperature", "teacher_temperature"):
+        values = getattr(rows, argument)
+        if values is None:
+            continue
+        bad = ~(values > 0) & read
+        if bad.any():
+            row = int(bad.flatten().nonzero()[0])
+            raise ValueError(
+                f"{argument} must be positive; row {row} has {float(values.flatten()[row])}"
+            )
 
 
 def checking() -> bool:
@@ -159,12 +193,12 @@ def _received(value: object) -> str:
     return f"{tuple(value.shape)} {value.dtype}" if isinstance(value, Tensor) else repr(value)
 
 
-def check_logits(argument: str, logits: object) -> Tensor:
-    """Raise unless it is a dense tensor [..., V] of a dtype that losses take."""
+def check_logits(argument: str, logits: object, shard: bool = False) -> Tensor:
+    """Raise unless it is a dense tensor [..., V] of a dtype that losses take; a shard may have no column."""
     if not isinstance(logits, Tensor):
         raise TypeError(f"{argument} must be a tensor of logits, got {type(logits).__name__}")
     _check_dense(argument, logits)
-    if logits.dim() == 0 or logits.shape[-1] == 0:
+    if logits.dim() == 0 or (logits.shape[-1] == 0 and not shard):
         raise ValueError(
             f"{argument} must have a vocabulary dimension, got shape {tuple(logits.shape)}"
         )
@@ -191,7 +225,9 @@ def _check_dense(argument: str, value: Tensor) -> None:
         raise TypeError(f"{argument} must be dense, got a tensor of layout {value.layout}")
 
 
-def check_teacher(teacher: object, student: str, lead: torch.Size, device: torch.device) -> Teacher:
+def check_teacher(
+    teacher: object, student: str, lead: torch.Size, device: torch.device, shard: bool = False
+) -> Teacher:
     """Raise unless it is a teacher for rows of that leading shape; student names the argument that has it."""
     if not isinstance(teacher, (Tensor, TopK, LinearTeacher, Ensemble)):
         raise TypeError(
@@ -199,13 +235,13 @@ def check_teacher(teacher: object, student: str, lead: torch.Size, device: torch
             f"got {type(teacher).__name__}"
         )
     if isinstance(teacher, Tensor):
-        check_logits("teacher", teacher)
+        check_logits("teacher", teacher, shard)
     constants: list[tuple[str, Tensor | None]] = []
     leading: list[tuple[str, torch.Size, torch.device]] = []
 
     def visit(name: str, part: Tensor | TopK | LinearTeacher) -> None:
         if isinstance(part, Tensor):
-            check_logits(name, part)
+            check_logits(name, part, shard)
             leading.append((name, part.shape[:-1], part.device))
         elif isinstance(part, TopK):
             leading.append((name, part.ids.shape[:-1], part.ids.device))
@@ -257,6 +293,9 @@ def teacher_widths(teacher: Teacher) -> dict[str, int]:
 def check_vocabulary(vocab_size: int | None, widths: dict[str, int]) -> int:
     """The number of columns that count, from the width of each argument."""
     narrower = min(widths.values())
+    for name, width in widths.items():
+        if not width:
+            raise ValueError(f"{name} must have a vocabulary, and has no column")
     if vocab_size is None:
         if len(set(widths.values())) > 1:
             listed = ", ".join(f"{name} has {width} columns" for name, width in widths.items())
@@ -309,8 +348,8 @@ def with_topk(prepared: Prepared, teacher: TopK) -> Prepared:
         teacher_temperature=options.teacher_temperature / teacher.temperature, tail=teacher.tail
     )
     ids = teacher.ids.to(torch.int64).contiguous()
-    if checking():
-        _check_ids(ids, options.vocab_size, counted_rows(rows, options.ignore_index))
+    if checking() and options.vocabulary:
+        _check_ids(ids, options.vocabulary, counted_rows(rows, options.ignore_index))
     mass = teacher.tail_logprob
     rows = rows._replace(
         teacher_temperature=None if temperatures is None else temperatures / teacher.temperature,
@@ -423,33 +462,6 @@ def _check_rows(
         )
     if value.requires_grad:
         raise ValueError(f"{argument} requires grad, and kd_loss has no gradient for it; detach it")
-
-
-def _check_values(
-    labels: Tensor | None,
-    ignore_index: int,
-    vocabulary: int,
-    read: Tensor,
-    *temperatures: Tensor | None,
-) -> None:
-    """The checks that wait for the device, under FASTKD_CHECK=1; rows that are dropped may hold anything."""
-    if labels is not None:
-        bad = ((labels < 0) | (labels >= vocabulary)) & read
-        if bad.any():
-            row = int(bad.flatten().nonzero()[0])
-            raise ValueError(
-                f"labels must be in [0, {vocabulary}) or ignore_index ({ignore_index}); "
-                f"row {row} has {int(labels.flatten()[row])}"
-            )
-    for argument, values in zip(("temperature", "teacher_temperature"), temperatures, strict=True):
-        if values is None:
-            continue
-        bad = ~(values > 0) & read
-        if bad.any():
-            row = int(bad.flatten().nonzero()[0])
-            raise ValueError(
-                f"{argument} must be positive; row {row} has {float(values.flatten()[row])}"
-            )
 
 
 def _weights(

@@ -277,13 +277,14 @@ struct Merged {
     const double s_factor = std::exp(s_gap * s_inverse), t_factor = std::exp(t_gap * t_inverse);
     const double shift = t_gap * t_inverse - s_gap * s_inverse;
     s_total += part.s_total + s_gap * columns;
-    if (s_gap > -INF) {
+    const bool s_none = s_gap == -INF, t_none = t_gap == -INF;
+    if (!s_none) {
       entropy += s_factor * (part.entropy + s_gap * s_inverse * part.s_sum);
       if (at_1) s_sum_at_1 += std::exp(s_gap / UNTEMPERED.temperature) * part.s_sum_at_1;
       s_sum += s_factor * part.s_sum;
     }
-    if (t_gap > -INF) t_sum += t_factor * part.t_sum;
-    if (!(s_gap > -INF && t_gap > -INF)) return;  // where one side is gone, no moment has been collected
+    if (!t_none) t_sum += t_factor * part.t_sum;
+    if (s_none || t_none) return;  // where one side is gone, no moment has been collected
     forward += t_factor * (part.forward + shift * part.t_sum);
     reverse += s_factor * (part.reverse - shift * part.s_sum);
     cross += t_factor * (part.cross + s_gap * s_inverse * part.t_sum);

@@ -239,7 +239,7 @@ class TopKRow {
     template <class Part>
     void add(const Part& part, double inverse, bool at_1) {
       const double gap = part.max - max;
-      if (!(gap > -INF)) return;
+      if (gap == -INF) return;
       const double factor = std::exp(gap * inverse);
       sum += factor * part.sum;
       entropy += factor * (part.entropy + gap * inverse * part.sum);

@@ -1,0 +1,47 @@
+"""The denominator of a batch whose rows are spread over processes and micro-batches."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from fastkd.parallel.collectives import all_reduce
+
+
+def num_items(
+    labels: Tensor,
+    mask: Tensor | None = None,
+    *,
+    ignore_index: int = -100,
+    group: dist.ProcessGroup | None = None,
+    averaged: bool = True,
+) -> Tensor:
+    """How many rows of a batch count on all processes, as the num_items of a loss whose gradients are averaged.
+
+        num_items = sum over processes of #(labels != ignore_index and mask) / processes
+
+    DDP and FSDP divide the sum of the processes' gradients by the number of processes. With this denominator that is
+    the gradient of the mean over all counted rows, for any number of processes; and for any number of micro-batches,
+    where labels are those of all of a step's, or the results of several calls are added.
+
+    Args:
+        labels: [...] int64, of this process.
+        mask: [...] bool, of this process.
+        ignore_index: as in :func:`fastkd.kd_loss`.
+        group: the processes that have rows of their own (data and context parallel); None: all.
+        averaged: whether gradients are averaged over the group; False where they are summed.
+
+    Returns:
+        A 0-dim float64 tensor on the device of the labels.
+    """
+    counted = labels != ignore_index
+    if mask is not None:
+        counted = counted & mask
+    count = counted.sum(dtype=torch.float64)
+    if not dist.is_initialized():
+        return count
+    group = group or dist.group.WORLD
+    assert group is not None
+    all_reduce(count, group, "the number of counted rows").wait()
+    return count / dist.get_world_size(group) if averaged else count
