@@ -1,0 +1,119 @@
+"""Processes of a torch.distributed group that wait for functions to run: starting them takes longer than most tests."""
+
+from __future__ import annotations
+
+import datetime
+import importlib
+import sys
+import tempfile
+import traceback
+from collections.abc import Callable
+from multiprocessing.connection import Connection, wait
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+# Of a collective; and of a function, in which there are some.
+TIMEOUT, PATIENCE = 20, 100
+
+
+class FailureError(AssertionError):
+    """What a process raised, with its traceback."""
+
+
+def _serve(rank: int, size: int, folder: str, path: list[str], pipe: Connection) -> None:
+    """The life of a process."""
+    sys.path[:] = path
+    torch.set_num_threads(1)
+    store = dist.FileStore(f"{folder}/store", size)
+    timeout = datetime.timedelta(seconds=TIMEOUT)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=timeout)
+    # Groups of fewer, by their size; each process is in one of every size.
+    groups = {size: dist.group.WORLD}
+    for few in (1, 2):
+        for first in range(0, size, few):
+            ranks = list(range(first, first + few))
+            group = dist.new_group(ranks, timeout=timeout)
+            if rank in ranks:
+                groups[few] = group
+    while True:
+        try:
+            module, name, few, arguments = pipe.recv()
+        except EOFError:
+            return
+        try:
+            if rank < few:
+                torch.manual_seed(rank)
+                function = getattr(importlib.import_module(module), name)
+                pipe.send((True, function(groups[few], *arguments)))
+            else:
+                pipe.send((True, None))
+        except BaseException:
+            pipe.send((False, traceback.format_exc()))
+
+
+class Processes:
+    """A few processes; one that hangs or dies is an error, and the next call starts new ones."""
+
+    def __init__(self, size: int = 4) -> None:
+        self.size = size
+        self.workers: list[Any] = []
+        self.pipes: list[Connection] = []
+
+    def _start(self) -> None:
+        context = mp.get_context("spawn")
+        folder = tempfile.mkdtemp()
+        for rank in range(self.size):
+            mine, its = context.Pipe()
+            worker = context.Process(
+                target=_serve, args=(rank, self.size, folder, sys.path, its), daemon=True
+            )
+            worker.start()
+            its.close()
+            self.workers.append(worker)
+            self.pipes.append(mine)
+
+    def run(self, size: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
+        """function(group, *arguments) on the first `size` processes; what each of them returns."""
+        results = self.outcomes(size, function, *arguments)
+        bad = {rank: text for rank, (good, text) in enumerate(results) if not good}
+        if bad:  # what the others raise, as they wait for one that has failed, comes last
+            ordered = sorted(bad.items(), key=lambda item: "CollectiveError" in item[1])
+            raise FailureError("\n".join(f"process {r} of {size}:\n{text}" for r, text in ordered))
+        return [result for _, result in results]
+
+    def outcomes(
+        self, size: int, function: Callable[..., Any], *arguments: Any
+    ) -> list[tuple[bool, Any]]:
+        """Likewise, (True, what it returns) or (False, its traceback); a process that died or hangs says so."""
+        if not self.workers:
+            self._start()
+        for pipe in self.pipes:
+            pipe.send((function.__module__, function.__name__, size, arguments))
+        results: dict[int, tuple[bool, Any]] = {}
+        waiting = dict(zip(self.pipes, range(self.size), strict=True))
+        while waiting:
+            ready = wait(list(waiting), timeout=PATIENCE)
+            if not ready:
+                for rank in waiting.values():
+                    results[rank] = (False, f"hangs: nothing for {PATIENCE} s")
+                break
+            for pipe in ready:
+                rank = waiting.pop(pipe)  # type: ignore[arg-type]
+                try:
+                    results[rank] = pipe.recv()  # type: ignore[union-attr]
+                except EOFError:
+                    results[rank] = (False, "died")
+        # After an error a group's processes may be at different collectives.
+        if not all(good for good, _ in results.values()):
+            self.stop()
+        return [results[rank] for rank in range(size)]
+
+    def stop(self) -> None:
+        """End all processes."""
+        for worker in self.workers:
+            worker.kill()
+            worker.join()
+        self.workers, self.pipes = [], []
