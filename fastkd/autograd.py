@@ -316,8 +316,7 @@ def kd_rows(
     want = want._replace(deferred=_defers(student, teacher, want))
     if not torch.compiler.is_compiling():
         return KDRows.apply(student, teacher, rows, options, want, backend, summed)
-    # kd_loss broke the graph, and the compiler tries again from here; or processes exchange numbers.
-    if want.inplace or options.shard is not None:
+    if want.inplace:  # kd_loss broke the graph, and the compiler tries again from here
         return torch.compiler.disable(KDRows.apply)(
             student, teacher, rows, options, want, backend, summed
         )

@@ -16,7 +16,12 @@ from fastkd import autograd, linear
 from fastkd.chunks import Student
 from fastkd.divergences import Divergence
 from fastkd.parallel import layout
-from fastkd.parallel.share import agreed_by, share, share_logits
+from fastkd.parallel.share import (
+    agreed_by,
+    not_compiled_over_processes,
+    share,
+    share_logits,
+)
 from fastkd.plan import wide
 from fastkd.rows import Want, row_dtype
 from fastkd.teachers import Teacher, TopK, flatten
@@ -98,6 +103,7 @@ def kd_loss(
     return_parts: bool,
     **options: Unpack[DenseOptions],
 ) -> Tensor | tuple[Tensor, Parts]: ...
+@not_compiled_over_processes
 def kd_loss(
     student_logits: Tensor,
     teacher: Teacher,
@@ -281,6 +287,7 @@ def fused_linear_kd_loss(
     return_parts: bool,
     **options: Unpack[LinearOptions],
 ) -> Tensor | tuple[Tensor, Parts]: ...
+@not_compiled_over_processes
 def fused_linear_kd_loss(
     student_hidden: Tensor,
     student_weight: Tensor,

@@ -342,8 +342,7 @@ def kd_chunks(
     if logits_dtype is None:
         dtype = student.hidden.dtype
         logits_dtype = dtype if student.weight is None else wide(dtype)
-    alone = options.shard is None
-    if torch.compiler.is_compiling() and alone and not want.inplace:
+    if torch.compiler.is_compiling() and not want.inplace:
         results = kd_chunks_op(
             *student,
             tensors,
@@ -361,7 +360,6 @@ def kd_chunks(
         return (loss, *(part.detach() if want.parts else None for part in results[2:5]))
     call = _Call(options, want, wanted, backend, form, chunk_size, memory_budget, logits_dtype)
     run = KDChunks.apply
-    # kd_loss broke the graph, and the compiler tries again from here; or processes exchange numbers.
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling():  # as in fastkd.autograd.kd_rows
         run = torch.compiler.disable(run)
     return run(*student, tensors, rows, call, summed)

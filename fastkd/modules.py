@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from fastkd.backends import BackendUnavailable
 from fastkd.functional import Parts, fused_linear_kd_loss, kd_loss
+from fastkd.parallel.layout import group_of
 from fastkd.teachers import Teacher
 
 # What belongs to a batch, or to a model, and is passed to the call.
@@ -31,7 +32,8 @@ class _Loss(nn.Module):
                     f"a tensor {argument} belongs to a batch: pass it to the call, not to {name}()"
                 )
         self.options = options
-        # One row through the validation of the function, so that there is one.
+        group_of(options.get("process_group"))
+        # One row through the validation of the function, so that there is one; by this process alone.
         width = options.get("vocab_size")
         row = torch.zeros(1, width if type(width) is int and width > 0 else 2)
         with contextlib.suppress(
@@ -66,7 +68,7 @@ class KDLoss(_Loss):
         super().__init__(options)
 
     def _try(self, row: Tensor, labels: Tensor) -> None:
-        kd_loss(row, row, labels, **(self.options | {"inplace": False}))
+        kd_loss(row, row, labels, **(self.options | {"inplace": False, "process_group": None}))
 
     def forward(
         self,
@@ -114,7 +116,8 @@ class FusedLinearKDLoss(_Loss):
         floating = isinstance(dtype, torch.dtype) and dtype.is_floating_point
         hidden = torch.zeros(1, 1, dtype=dtype if floating else None)  # of the dtype to come
         weight = hidden.expand(row.shape[1], 1)
-        fused_linear_kd_loss(hidden, weight, row, labels, **self.options)
+        alone = self.options | {"process_group": None, "sequence_dim": None}
+        fused_linear_kd_loss(hidden, weight, row, labels, **alone)
 
     def forward(
         self,

@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 import spread
 import torch
+import training
 from accuracy import labels_for, logits
-from processes import Processes
+from processes import TIMEOUT, Processes
 from test_divergences import VARIANTS
 from test_linear import problem
 from test_loss import OPTIONS
@@ -199,3 +200,117 @@ def test_compiled(processes: Processes) -> None:
     assert processes.run(2, spread.compiled, False) == [0.0, 0.0]
     for good, text in processes.outcomes(2, spread.compiled, True):
         assert not good and "Unsupported" in text
+
+
+# Training
+
+
+@pytest.fixture(scope="module")
+def trained_alone(processes: Processes) -> dict[str, torch.Tensor]:
+    """The parameters of one process."""
+    return processes.run(1, training.train, "alone", 1)[0]
+
+
+@pytest.mark.parametrize(
+    ("size", "how", "micro_batches"),
+    [
+        (2, "ddp", 1),
+        (4, "ddp", 1),
+        (2, "fsdp", 1),
+        (4, "fsdp", 1),
+        (2, "fsdp, head", 1),
+        (2, "tp", 1),
+        (4, "tp", 1),
+        (1, "alone", 8),
+        (2, "fsdp", 4),
+        (2, "tp", 8),
+        (2, "ddp", 4),
+    ],
+)
+def test_training_is_that_of_one_process(
+    processes: Processes,
+    trained_alone: dict[str, torch.Tensor],
+    size: int,
+    how: str,
+    micro_batches: int,
+) -> None:
+    found = processes.run(size, training.train, how, micro_batches)
+    torch.manual_seed(0)
+    start = dict(training.Model().named_parameters())
+    for parameters in found:
+        assert parameters.keys() == trained_alone.keys()
+        for name, value in parameters.items():
+            moved = (trained_alone[name] - start[name]).abs().max()
+            assert moved > 0.01
+            assert (value - trained_alone[name]).abs().max() < 1e-4 * moved, name
+
+
+# What goes wrong
+
+
+@pytest.mark.parametrize(
+    ("odd", "said"),
+    [
+        ({"temperature": 3.0}, "temperature is 1.0 on process 0, 3.0 on process 1"),
+        ({"divergence": "jsd"}, "divergence is ('forward_kl'"),
+        ({"alpha": 0.25}, "alpha is 0.5 on process 0, 0.25 on process 1"),
+        ({"labels": None, "alpha": 1.0}, "labels is (6,) on process 0, not there on process 1"),
+        ({"num_items": 3}, "the factor of the loss"),
+        ({"reduction": "sum"}, "the factor of the loss"),
+        ({"backend": "reference"}, "the backend is 'cpu' on process 0, 'reference' on process 1"),
+        ({"student_logits": torch.zeros(6, 8).bfloat16()}, "the student is [(torch.float32"),
+        ({"student_logits": torch.zeros(6, 8, requires_grad=True)}, "what requires grad is"),
+        (
+            {
+                "student_logits": torch.zeros(5, 8),
+                "teacher": torch.zeros(5, 8),
+                "labels": torch.zeros(5, dtype=torch.int64),
+            },
+            "the shape of rows is (6,) on process 0, (5,) on process 1",
+        ),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
+)
+def test_processes_that_disagree(processes: Processes, odd: dict[str, Any], said: str) -> None:
+    for text in processes.run(2, training.call, odd):
+        assert text.startswith("ValueError: the processes that share the vocabulary"), text
+        assert said in text
+
+
+def test_a_teacher_cut_elsewhere(processes: Processes) -> None:
+    for text in processes.run(2, training.call, {"teacher": torch.zeros(6, 7)}):
+        assert "on process 1 the teacher has 7 columns, and student_logits 8 of 16" in text
+
+
+def test_a_process_that_raises(processes: Processes) -> None:
+    first, second = processes.run(2, training.call, {"alpha": 2.0})
+    assert second.startswith("ValueError: alpha must be in [0, 1]")
+    assert "process 1 raised ValueError: alpha must be in [0, 1]" in first
+
+
+def test_labels_that_differ(processes: Processes) -> None:
+    odd = {"labels": torch.ones(6, dtype=torch.int64)}
+    for text in processes.run(2, training.call, odd, {"FASTKD_CHECK": "1"}):
+        assert "labels is" in text
+
+
+@pytest.mark.parametrize("where", ["before", "between its steps"])
+def test_a_process_that_dies(processes: Processes, where: str) -> None:
+    *others, last = processes.outcomes(2, training.die, where)
+    assert last == (False, "died")
+    for good, text in others:
+        seconds, said = text.split(" ", 1)
+        assert good and int(seconds) <= TIMEOUT + 5
+        assert said.startswith("CollectiveError: the all-gather of ")
+        assert "did not finish on process 0 of 2" in said
+
+
+def test_a_process_that_is_late(processes: Processes) -> None:
+    first, second = processes.run(2, training.late, 2.0)
+    assert second == "late"
+    assert first.startswith("CollectiveError: the all-gather of what each process is called with")
+
+
+def test_placements_that_a_loss_cannot_use(processes: Processes) -> None:
+    for (text,) in processes.run(2, training.placements):
+        assert "teacher has placements (Shard(dim=1),)" in text
