@@ -254,7 +254,7 @@ def test_training_is_that_of_one_process(
         ({"temperature": 3.0}, "temperature is 1.0 on process 0, 3.0 on process 1"),
         ({"divergence": "jsd"}, "divergence is ('forward_kl'"),
         ({"alpha": 0.25}, "alpha is 0.5 on process 0, 0.25 on process 1"),
-        ({"labels": None, "alpha": 1.0}, "labels is (6,) on process 0, not there on process 1"),
+        ({"labels": None, "alpha": 1.0}, "labels is 'a tensor (6,)' on process 0, not there on process 1"),
         ({"num_items": 3}, "the factor of the loss"),
         ({"reduction": "sum"}, "the factor of the loss"),
         ({"backend": "reference"}, "the backend is 'cpu' on process 0, 'reference' on process 1"),

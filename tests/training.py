@@ -94,10 +94,8 @@ def train(group: Any, how: str, micro_batches: int, steps: int = 20) -> dict[str
     optimizer = torch.optim.SGD(model.parameters(), lr=0.5, momentum=0.9)
     for step in range(steps):
         tokens, teacher, labels = (tensor[mine] for tensor in _data(step))
-        if how in ("alone", "tp"):  # all rows are here
-            items = (labels != -100).sum().double()
-        else:
-            items = num_items(labels, group=group)
+        all_here = how in ("alone", "tp")
+        items = (labels != -100).sum().double() if all_here else num_items(labels, group=group)
         for part in torch.arange(rows_each).chunk(micro_batches):
             batch = (tokens[part], teacher[part][..., columns], labels[part], items)
             outside = how == "fsdp, head"

@@ -119,5 +119,5 @@ def digest_of(tensor: torch.Tensor | None) -> Any:
     """Of the values, for calls that are checked in full (FASTKD_CHECK=1)."""
     if tensor is None:
         return None
-    values = tensor.detach().cpu().contiguous().view(torch.uint8).numpy()
+    values = tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy()
     return hashlib.blake2b(values.tobytes(), digest_size=8).hexdigest()

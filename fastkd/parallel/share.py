@@ -74,6 +74,9 @@ def share(
     return call._replace(options=options), width
 
 
+_FACTOR = "the factor of the loss (of num_items or the number of rows)"
+
+
 def _facts(
     call: Prepared,
     want: Want,
@@ -109,11 +112,12 @@ def _facts(
         for name, value in call.options._asdict().items()
         if name not in ("divergence", "scale", "vocab_size", "shard")
     }
-    facts["the factor of the loss (of num_items or the number of rows)"] = call.options.scale
+    facts[_FACTOR] = call.options.scale
     for name in Rows._fields:
         value = getattr(call.rows, name)
         if value is not None:  # else a number of the same name is there already, or nothing is
-            facts[name] = digest_of(value) if checking() else tuple(value.shape)
+            known = _FACTOR if name == "scale" else name
+            facts[known] = digest_of(value) if checking() else f"a tensor {tuple(value.shape)}"
     return facts
 
 
