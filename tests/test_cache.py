@@ -700,6 +700,13 @@ def test_what_is_there_of_unfinished_parts_is_read_in_order(tmp_path: Path) -> N
     assert read_all(tmp_path, allow_incomplete=True) == []
 
 
+@pytest.mark.parametrize("name", ["part-00000-of-00000", "part-00002-of-00002", "part-0-of-2"])
+def test_other_names_are_no_parts(name: str, tmp_path: Path) -> None:
+    (tmp_path / name).mkdir()
+    with pytest.raises(ManifestError, match="is no teacher cache: manifest.json: No such file"):
+        TeacherCache(tmp_path)
+
+
 def test_many_missing_parts_are_not_all_listed(tmp_path: Path) -> None:
     (tmp_path / part(0, 99999)).mkdir()
     with pytest.raises(IncompleteError) as caught:

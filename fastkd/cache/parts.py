@@ -36,9 +36,7 @@ class Whole(NamedTuple):
     """A cache as the unsplit build would describe it, and where it lies: shard i is number i // N of part i % N."""
 
     manifest: Manifest
-    parts: Sequence[
-        tuple[Path, Manifest]
-    ]  # by rank; the folder itself where the cache is not in parts
+    parts: Sequence[tuple[Path, Manifest]]  # the one folder, where the cache is not in parts
 
 
 def check_rank(rank: int, world_size: int) -> None:
@@ -137,7 +135,7 @@ def _part_names(folder: Path) -> list[tuple[str, int]]:
     except OSError:
         return []  # reading the manifest says why
     found = (_NAME.fullmatch(name) for name in names)
-    return [(match[0], int(match[2])) for match in found if match]
+    return [(match[0], int(match[2])) for match in found if match and match[1] < match[2]]
 
 
 def _join(folder: Path, parts: Sequence[tuple[Path, Manifest]]) -> Manifest:
