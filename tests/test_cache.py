@@ -417,7 +417,7 @@ for attempt in range(4):
 # Each is killed and goes on: in turn where no other has begun, and where all others have finished.
 kills = 0
 for rank in (1, 2, 0):
-    for late, point in enumerate((2, 5, 9, 14, 20, 27, 35)):
+    for late, point in enumerate(range(1 + rank, 37, 3)):
         path = f"{sys.argv[2]}-{rank}-{point}"
         if late % 2:
             for other in {0, 1, 2} - {rank}:
@@ -434,7 +434,7 @@ print(kills)
 
 def test_parts_of_processes_that_are_killed_or_finish_at_once(tmp_path: Path) -> None:
     said = python(PARTS, str(tmp_path / "whole"), str(tmp_path / "parts"))
-    assert int(said) >= 15, "builds were over before they were killed"
+    assert int(said) >= 30, "builds were over before they were killed"
 
 
 def test_resume_goes_on_after_the_last_whole_shard(tmp_path: Path) -> None:
