@@ -1,4 +1,4 @@
-"""The teacher cache: round trips, kills and resumes, corruption of every kind, and what its arguments may be."""
+"""The teacher cache: round trips, kills and resumes, parts, corruption of every kind, and what arguments may be."""
 
 from __future__ import annotations
 
@@ -7,9 +7,11 @@ import dataclasses
 import hashlib
 import json
 import math
+import multiprocessing
 import os
 import pickle
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -283,7 +285,7 @@ def test_what_an_evaluation_read_can_be_trained_with(tmp_path: Path) -> None:
 
 # Kills and resumes
 
-KILLER = """
+FORKS = """
 import os, random, signal, sys, time
 import torch
 from fastkd import TopK
@@ -294,16 +296,16 @@ V, H = 40, 64  # a head and shards beyond the 8 KiB that a file buffers
 random.seed(0)
 CALLS = {"open", "write", "flush", "fsync", "close", "replace", "rename", "mkdir", "flock", "unlink"}
 
-def build(path, kind):
+def build(path, kind, rank=0, world_size=1, wait=lambda: None):
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(V, H, generator=generator)
     own = {"hidden": {"weight": weight}, "topk": {"k": 7, "temperature": 2.0}, "dense": {}}[kind]
+    own |= {"rank": rank, "world_size": world_size}
     with CacheWriter(path, kind=kind, vocab_size=V, shard_examples=4, **own) as writer:
-        done = writer.examples
         for index in range(14):
             ids = torch.randint(V, (10 + index,), generator=generator)
             hidden = torch.randn(10 + index, H, generator=generator)
-            if index < done:
+            if index != writer.position:
                 continue
             logits = hidden @ weight.T
             if kind == "hidden":
@@ -312,8 +314,9 @@ def build(path, kind):
                 writer.append(ids, logits=logits)
             else:
                 writer.append(ids, topk=TopK.from_logits(logits, 7, temperature=2.0))
+        wait()
 
-def killed(path, kind, at=None, delay=None):
+def killed(path, kind, at=None, delay=None, rank=0, world_size=1):
     '''Build in a child that is killed before its at-th call of a file, or after a delay; whether it was.'''
     child = os.fork()
     if child == 0:
@@ -325,7 +328,7 @@ def killed(path, kind, at=None, delay=None):
                 if calls == at:
                     os.kill(os.getpid(), signal.SIGKILL)
         sys.setprofile(count if at else None)
-        build(path, kind)
+        build(path, kind, rank, world_size)
         os._exit(0)
     if delay is not None:
         time.sleep(delay)
@@ -336,7 +339,11 @@ def killed(path, kind, at=None, delay=None):
 
 def files(path):
     return {name: open(os.path.join(path, name), "rb").read() for name in sorted(os.listdir(path))}
+"""
 
+KILLER = (
+    FORKS
+    + """
 def check(folder, kind):
     '''Kill builds at 20 points, resume them, and compare; how many different states the kills left behind.'''
     whole = os.path.join(folder, kind)
@@ -366,11 +373,68 @@ def check(folder, kind):
 for kind in sys.argv[2:]:
     print(check(sys.argv[1], kind))
 """
+)
 
 
 def test_killed_builds_resume_to_the_same_bytes(tmp_path: Path) -> None:
     for states in python(KILLER, str(tmp_path), *KINDS).split():
         assert int(states) >= 5, "the kills left too few different states behind"
+
+
+# Fourteen sequences are shards of 4, 4, 4 and 2: of three processes the first has two of them.
+PARTS = (
+    FORKS
+    + """
+from multiprocessing import Barrier
+
+def check(path):
+    whole = files(sys.argv[1])
+    parts = [os.path.join(path, f"part-0000{rank}-of-00003") for rank in range(3)]
+    for rank, part in enumerate(parts):
+        for name, data in files(part).items():
+            if name.startswith("shard"):
+                number = 3 * int(name[6:12]) + rank
+                assert data == whole[f"shard-{number:06d}.safetensors"], (part, name)
+    TeacherCache(path).verify()
+    return [files(part) for part in parts]
+
+build(sys.argv[1], "hidden")
+
+# All begin at once, and finish at once.
+for attempt in range(4):
+    path = f"{sys.argv[2]}-{attempt}"
+    barrier = Barrier(3)
+    children = []
+    for rank in range(3):
+        children.append(os.fork())
+        if children[-1] == 0:
+            barrier.wait()
+            build(path, "hidden", rank, 3, barrier.wait)
+            os._exit(0)
+    assert [os.waitpid(child, 0)[1] for child in children] == [0, 0, 0]
+    expected = check(path)
+
+# Each is killed and goes on: in turn where no other has begun, and where all others have finished.
+kills = 0
+for rank in (1, 2, 0):
+    for late, point in enumerate(range(1 + rank, 37, 3)):
+        path = f"{sys.argv[2]}-{rank}-{point}"
+        if late % 2:
+            for other in {0, 1, 2} - {rank}:
+                build(path, "hidden", other, 3)
+        kills += killed(path, "hidden", at=point, rank=rank, world_size=3)
+        assert not killed(path, "hidden", rank=rank, world_size=3)
+        assert files(os.path.join(path, f"part-0000{rank}-of-00003")) == expected[rank]
+        if late % 2:
+            check(path)
+print(kills)
+"""
+)
+
+
+def test_parts_of_processes_that_are_killed_or_finish_at_once(tmp_path: Path) -> None:
+    said = python(PARTS, str(tmp_path / "whole"), str(tmp_path / "parts"))
+    assert int(said) >= 30, "builds were over before they were killed"
 
 
 def test_resume_goes_on_after_the_last_whole_shard(tmp_path: Path) -> None:
@@ -533,6 +597,220 @@ def test_a_folder_with_other_files_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "cache" / "manifest.json").unlink()
     with pytest.raises(CacheError, match="holds other files, .*shard-000000"):
         build(tmp_path / "cache")
+
+
+# Parts
+
+
+def part(rank: int, world_size: int) -> str:
+    return f"part-{rank:05d}-of-{world_size:05d}"
+
+
+def build_parts(path: Path, world_size: int = 3, kind: str = "topk", **options: Any) -> Path:
+    for rank in reversed(range(world_size)):
+        build(path, kind, rank=rank, world_size=world_size, **options)
+    return path
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 9])  # 9: more than there are sequences
+@pytest.mark.parametrize("kind", KINDS)
+def test_parts_read_as_the_unsplit_build(kind: str, world_size: int, tmp_path: Path) -> None:
+    options = {"dtype": torch.bfloat16, "teacher": "one", "tokenizer_sha256": "a" * 64}
+    whole = build(tmp_path / "whole", kind, **options)
+    folder = build_parts(tmp_path / "parts", world_size, kind, **options)
+    assert read_manifest(folder) == read_manifest(whole)
+    cache = TeacherCache(folder)
+    cache.verify()
+    for first, second in zip(cache, read_all(whole), strict=True):  # type: ignore[call-overload]
+        assert_same(first, second)
+    assert_same(pickle.loads(pickle.dumps(cache))[-1], TeacherCache(whole)[7])
+    for rank in range(3):
+        ours, theirs = (
+            read_all(path, rank=rank, world_size=3, verify="header") for path in (folder, whole)
+        )
+        for first, second in zip(ours, theirs, strict=True):
+            assert_same(first, second)
+    if world_size == 1:
+        assert files(folder) == files(whole)
+    else:
+        assert sorted(path.name for path in folder.iterdir()) == [
+            part(rank, world_size) for rank in range(world_size)
+        ]
+
+
+@pytest.mark.parametrize("examples", [1, 2, 3, 4, 7])  # a shard has two
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_parts_of_uneven_builds(examples: int, world_size: int, tmp_path: Path) -> None:
+    """Written without build_cache, one process at a time, then opened again: none takes more."""
+    for _ in range(2):
+        for rank in range(world_size):
+            own = settings("dense", shard_examples=2, rank=rank, world_size=world_size)
+            with CacheWriter(tmp_path, **own) as writer:
+                for index in range(examples):
+                    if index == writer.position:
+                        writer.append(torch.tensor([index]), logits=torch.full((1, V), 1.0 * index))
+    seen = [int(example.teacher[0, 0]) for example in read_all(tmp_path)]  # type: ignore[index]
+    assert seen == list(range(examples))
+
+
+def test_progress_of_a_part_counts_all_sequences(tmp_path: Path) -> None:
+    seen: list[int] = []
+    build(tmp_path, rank=1, world_size=2, progress=seen.append)
+    assert seen == list(range(1, 9))
+
+
+def test_writers_of_parts_do_not_meet(tmp_path: Path) -> None:
+    own = [settings("dense", rank=rank, world_size=2) for rank in range(2)]
+    with CacheWriter(tmp_path, **own[1]) as second, CacheWriter(tmp_path, **own[0]) as first:
+        assert (first.position, second.position) == (0, 3)
+        with pytest.raises(LockedError, match="part-00001-of-00002 is open in another writer"):
+            CacheWriter(tmp_path, **own[1])
+        first.append(IDS, logits=torch.zeros(4, V))
+        assert (first.position, second.position) == (1, 3)
+    assert len(read_all(tmp_path)) == 1
+
+
+def test_a_part_that_is_missing_or_unfinished(tmp_path: Path) -> None:
+    build(tmp_path, rank=0, world_size=3)
+    for _ in range(2):
+        with pytest.raises(
+            IncompleteError,
+            match="not complete: it lacks part-00001-of-00003, part-00002-of-00003$",
+        ):
+            TeacherCache(tmp_path, allow_incomplete=True)
+        (tmp_path / part(1, 3)).mkdir(exist_ok=True)  # as far as a process may come that is killed
+    (tmp_path / part(1, 3)).rmdir()
+    build(tmp_path, rank=2, world_size=3)
+    CacheWriter(tmp_path, **settings(rank=1, world_size=3)).close()
+    with pytest.raises(
+        IncompleteError, match="3 examples so far, and lacks the end of part-00001-of-00003; go on"
+    ):
+        TeacherCache(tmp_path)
+    assert [len(example.input_ids) for example in read_all(tmp_path, allow_incomplete=True)] == [3, 1, 4]  # fmt: skip
+    assert main(["cache", "verify", str(tmp_path)]) == 1
+    build(tmp_path, rank=1, world_size=3)
+    assert len(read_all(tmp_path)) == 8
+
+
+def test_what_is_there_of_unfinished_parts_is_read_in_order(tmp_path: Path) -> None:
+    """A last shard that is short does not come before the shards that are missing."""
+    with CacheWriter(tmp_path, **settings("dense", rank=0, world_size=2)) as writer:
+        writer.append(IDS, logits=torch.zeros(4, V))
+    CacheWriter(tmp_path, **settings("dense", rank=1, world_size=2)).close()
+    assert read_all(tmp_path, allow_incomplete=True) == []
+
+
+@pytest.mark.parametrize("name", ["part-00000-of-00000", "part-00002-of-00002", "part-0-of-2"])
+def test_other_names_are_no_parts(name: str, tmp_path: Path) -> None:
+    (tmp_path / name).mkdir()
+    with pytest.raises(ManifestError, match="is no teacher cache: manifest.json: No such file"):
+        TeacherCache(tmp_path)
+
+
+def test_many_missing_parts_are_not_all_listed(tmp_path: Path) -> None:
+    (tmp_path / part(0, 99999)).mkdir()
+    with pytest.raises(IncompleteError) as caught:
+        TeacherCache(tmp_path)
+    assert len(str(caught.value)) < 400 + len(str(tmp_path))
+
+
+# What is different about a part, and what is said of it: setting = its value, that of the others.
+OTHER_PARTS: list[tuple[str, dict[str, Any], str, str, str]] = [
+    ("topk", {"k": 4}, "k", "4", "5"),
+    ("topk", {"temperature": 2.0}, "temperature", "2.0", "1.0"),
+    ("topk", {"dtype": torch.float16}, "dtype", "float16", "float32"),
+    ("topk", {"shard_examples": 4}, "shard_examples", "4", "3"),
+    ("topk", {"tokenizer_sha256": "a" * 64}, "tokenizer_sha256", "a" * 64, "None"),
+    ("topk", {"teacher": "another"}, "teacher", "another", "None"),
+    ("dense", {"kind": "topk"}, "kind", "topk", "dense"),
+]
+
+
+@pytest.mark.parametrize(
+    ("kind", "changed", "name", "its", "theirs"), OTHER_PARTS, ids=[row[2] for row in OTHER_PARTS]
+)
+def test_parts_of_other_settings(
+    kind: str, changed: dict[str, Any], name: str, its: str, theirs: str, tmp_path: Path
+) -> None:
+    folder = build_parts(tmp_path / "parts", 2, kind)
+    shutil.rmtree(folder / part(1, 2))
+    other = {"kind": kind, "rank": 1, "world_size": 2} | changed
+    with pytest.raises(
+        CacheError, match=f"part-00000-of-00002 was begun with {name} = {theirs}, not {its}$"
+    ):
+        build(folder, **other)
+    assert not (folder / part(1, 2)).exists()
+    # As when two processes begin at once, or parts come from elsewhere
+    build(tmp_path / "other", **other)
+    (tmp_path / "other" / part(1, 2)).rename(folder / part(1, 2))
+    with pytest.raises(ManifestError) as caught:
+        TeacherCache(folder)
+    assert str(caught.value) == (
+        f"{folder} has parts that differ: {name} = {its} in part-00001-of-00002, {theirs} in part-00000-of-00002"
+    )
+
+
+def test_parts_of_another_teacher(tmp_path: Path) -> None:
+    """Where the cache has the head, its digest says whose it is."""
+    for rank in range(2):
+        own = settings("hidden", rank=rank, world_size=2, weight=torch.full((V, H), 1.0 + rank))
+        CacheWriter(tmp_path / str(rank), **own).finish()
+    (tmp_path / "1" / part(1, 2)).rename(tmp_path / "0" / part(1, 2))
+    with pytest.raises(ManifestError, match="parts that differ: head = .* in part-00001-of-00002"):
+        TeacherCache(tmp_path / "0")
+    with pytest.raises(CacheError, match="part-00001-of-00002 was begun with head = "):
+        CacheWriter(tmp_path / "0", **settings("hidden", rank=0, world_size=2))
+
+
+def test_parts_of_another_number_of_processes(tmp_path: Path) -> None:
+    folder = build_parts(tmp_path / "cache", 2)
+    with pytest.raises(CacheError, match="cache holds part-00000-of-00002, of 2 processes, not 3$"):
+        build(folder, rank=0, world_size=3)
+    with pytest.raises(CacheError, match="holds other files, .*part-00000-of-00002"):
+        build(folder)
+    build(tmp_path / "other", rank=2, world_size=3)
+    (tmp_path / "other" / part(2, 3)).rename(folder / part(2, 3))
+    with pytest.raises(
+        ManifestError,
+        match="holds part-00000-of-00002 and part-00002-of-00003, parts of two builds",
+    ):
+        TeacherCache(folder)
+    build(tmp_path / "whole")
+    with pytest.raises(CacheError, match="whole holds a cache that is not in parts"):
+        build(tmp_path / "whole", rank=0, world_size=2)
+
+
+def test_parts_of_other_sequences(tmp_path: Path) -> None:
+    model, ids = Teacher(), sequences()
+    own: dict[str, Any] = {"kind": "dense", "shard_examples": 3, "world_size": 2}
+    build_cache(tmp_path, model, ids, rank=0, **own)
+    build_cache(tmp_path, model, ids[:5], rank=1, **own)
+    with pytest.raises(
+        ManifestError, match="of different sequences: part-00000-of-00002 has 5 of all 7, not 4"
+    ):
+        TeacherCache(tmp_path)
+    with pytest.raises(CacheError, match="part-00001-of-00002 was begun with another sequence 3"):
+        build_cache(tmp_path, model, ids[1:], rank=1, **own)
+    with pytest.raises(CacheError, match="part-00001-of-00002 was begun with 2 sequences or more, not 1"):  # fmt: skip
+        build_cache(tmp_path, model, ids[:4], rank=1, **own)
+    with pytest.raises(CacheError, match="sequences must be at least one"):
+        build_cache(tmp_path, model, [], rank=1, **own)
+
+
+def test_corruption_of_a_part_is_found(tmp_path: Path) -> None:
+    folder = build_parts(tmp_path / "shard", 2)
+    edit(flip(-1))(folder / part(1, 2))
+    with pytest.raises(ShardError, match=f"{part(1, 2)}/{SHARD} has sha256"):
+        read_all(folder)
+    folder = build_parts(tmp_path / "head", 2, "hidden")
+    edit(flip(-1), HEAD)(folder / part(1, 2))
+    assert len(read_all(folder)) == 8  # the head that is read is that of the first part
+    with pytest.raises(ShardError, match=f"{part(1, 2)}/{HEAD} has sha256"):
+        TeacherCache(folder).verify()
+    folder = build_parts(tmp_path / "manifest", 2)
+    field("k", to=51)(folder / part(1, 2))
+    with pytest.raises(ManifestError, match=rf"{part(1, 2)}/manifest.json: k must be an int"):
+        TeacherCache(folder)
 
 
 # Corruption
@@ -950,6 +1228,11 @@ BAD_SETTINGS: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"tokenizer_sha256": "abc"}, ValueError,
         "tokenizer_sha256 must be 64 lowercase hexadecimal digits, or None, got 'abc'"),
     ({"teacher": 5}, ValueError, "teacher must be a str, or None, got 5"),
+    ({"rank": 1}, ValueError, "rank must be an int in [0, 1), got 1"),
+    ({"rank": 2, "world_size": 2}, ValueError, "rank must be an int in [0, 2), got 2"),
+    ({"rank": -1, "world_size": 2}, ValueError, "rank must be an int in [0, 2), got -1"),
+    ({"world_size": 0}, ValueError, "world_size must be a positive int, got 0"),
+    ({"world_size": 100000}, ValueError, "world_size must be at most 99999, got 100000"),
     ({"kind": "hidden"}, TypeError, "weight must be a tensor, got NoneType"),
     ({"kind": "hidden", "weight": torch.ones(V, H)}, ValueError, "k must be None for kind 'hidden', got 5"),
     ({"kind": "hidden", "k": None, "weight": torch.ones(V + 1, H)}, ValueError,
@@ -1123,9 +1406,75 @@ def test_the_commands(
     assert "was begun with dtype = bfloat16, not float32" in capsys.readouterr().err
 
 
+def command(model_folder: Path, path: Path, *options: str) -> list[str]:
+    text = str(model_folder.parent / "text")
+    own = ["--kind", "hidden", "--length", "10", "--shard-examples", "2", *options]
+    return ["cache", "build", str(path), "--model", str(model_folder), "--text", text, *own]
+
+
+def test_the_command_builds_parts(
+    model_folder: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        monkeypatch.delenv(name, raising=False)
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    assert main(command(model_folder, whole)) == 0
+    # One as torchrun starts it, the other as it is told, which the environment does not change
+    monkeypatch.setenv("RANK", "1")
+    assert main(command(model_folder, tmp_path / "lone")) == 0  # of how many is not said
+    assert (tmp_path / "lone" / "manifest.json").exists()
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    capsys.readouterr()
+    assert main(command(model_folder, parts)) == 0
+    said = capsys.readouterr()
+    assert said.out == f"{parts / part(1, 2)}: 2 examples, 20 rows\n"
+    assert said.err == "RANK and WORLD_SIZE: this is process 1 of 2\n"  # and no bar
+    assert main(["cache", "info", str(parts)]) == 1
+    assert "parts is not complete: it lacks part-00000-of-00002" in capsys.readouterr().err
+    assert main(command(model_folder, parts, "--rank", "0", "--world-size", "2")) == 0
+    said = capsys.readouterr()
+    assert said.out == f"{parts / part(0, 2)}: 3 examples, 25 rows\n"
+    assert "RANK and WORLD_SIZE" not in said.err
+    assert read_manifest(parts) == read_manifest(whole)
+    assert main(["cache", "verify", str(parts)]) == 0
+    for options, message in (
+        (["--rank", "0"], "--rank and --world-size go together"),
+        (["--rank", "2", "--world-size", "2"], "rank must be an int in [0, 2), got 2"),
+    ):
+        assert main(command(model_folder, parts, *options)) == 1
+        assert message in capsys.readouterr().err
+    monkeypatch.setenv("WORLD_SIZE", "two")
+    assert main(command(model_folder, parts)) == 1
+    message = "RANK and WORLD_SIZE in the environment: must be a positive whole number, got 'two'"
+    assert message in capsys.readouterr().err
+
+
+def test_processes_of_the_command_build_one_cache(model_folder: Path, tmp_path: Path) -> None:
+    def run(rank: int) -> None:
+        torch.set_num_threads(1)  # this process's threads are not the child's
+        os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2")
+        sys.exit(main(command(model_folder, tmp_path / "parts")))
+
+    context = multiprocessing.get_context("fork")  # a new interpreter takes seconds to begin
+    started = [context.Process(target=run, args=(rank,), daemon=True) for rank in range(2)]
+    for process in started:
+        process.start()
+    for process in started:
+        process.join(timeout=120)
+        assert process.exitcode == 0
+    assert main(command(model_folder, tmp_path / "whole", "--rank", "0", "--world-size", "1")) == 0
+    assert read_manifest(tmp_path / "parts") == read_manifest(tmp_path / "whole")
+    TeacherCache(tmp_path / "parts").verify()
+
+
 @pytest.mark.parametrize(
     ("changed", "code", "message"),
     [
+        (["--rank", "-1"], 2, "--rank: must be a whole number from 0, got '-1'"),
         (
             ["--model", "nowhere"],
             2,

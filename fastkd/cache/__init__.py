@@ -15,8 +15,9 @@ row holds depends on the kind:
 - "topk": token ids and log-probabilities [S, K] and the logarithm of the tail's mass [S], at a stated temperature.
 - "dense": logits [S, V].
 
-docs/teacher-cache.md has the format. Nothing is ever unpickled, and what differs from the manifest is refused before
-a tensor of it is given out. Reading needs safetensors: pip install 'fastkd[cache]'.
+Several processes build one cache by `rank` and `world_size` of the writer, none of which needs another; it reads as if
+one had. docs/teacher-cache.md has the format. Nothing is ever unpickled, and what differs from the manifest is refused
+before a tensor of it is given out. Reading needs safetensors: pip install 'fastkd[cache]'.
 """
 
 from fastkd.cache.build import build_cache, tokenizer_sha256
@@ -27,8 +28,8 @@ from fastkd.cache.format import (
     Manifest,
     ManifestError,
     ShardError,
-    read_manifest,
 )
+from fastkd.cache.parts import read_manifest
 from fastkd.cache.reader import Batch, Example, TeacherCache
 from fastkd.cache.writer import CacheWriter
 

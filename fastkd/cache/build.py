@@ -38,6 +38,8 @@ def build_cache(
     temperature: float = 1.0,
     tokenizer_sha256: str | None = None,
     teacher: str | None = None,
+    rank: int = 0,
+    world_size: int = 1,
     progress: Callable[[int], None] | None = None,
 ) -> Manifest:
     """Run a causal language model over token sequences and keep what it says; goes on where a killed build was.
@@ -47,7 +49,7 @@ def build_cache(
         model: a Hugging Face style model: called with ids [1, S] it returns an object with logits [1, S, V]. Kind
             "hidden" also needs base_model, whose last_hidden_state the head is applied to, and get_output_embeddings;
             its config tells the head's scale and softcap. It runs in eval mode, a sequence at a time.
-        sequences: token ids [S] each; the same ones, in the same order, when a build goes on.
+        sequences: token ids [S] each; the same ones, in the same order, when a build goes on, and in every process.
         kind: "hidden", "topk" or "dense".
         dtype: what the teacher's values are rounded to.
         shard_examples: sequences a shard.
@@ -55,7 +57,13 @@ def build_cache(
         temperature: of the log-probabilities, for kind "topk".
         tokenizer_sha256: see :func:`tokenizer_sha256`.
         teacher: a name for the teacher.
-        progress: called with the number of sequences done, after each.
+        rank: this process is the rank-th of `world_size` that build the cache; it runs the model over every
+            `world_size`-th shard's sequences, and needs no other process.
+        world_size: the number of processes.
+        progress: called with the number of sequences done, or left to other processes, after each.
+
+    Returns:
+        The manifest of what this process has written.
 
     Raises:
         TypeError, ValueError: an argument is wrong, or the head does not give the model's logits.
@@ -80,26 +88,34 @@ def build_cache(
                 shard_examples=shard_examples,
                 tokenizer_sha256=tokenizer_sha256,
                 teacher=teacher,
+                rank=rank,
+                world_size=world_size,
                 **settings,
             )
             with writer:
                 done = writer.examples
                 stored: TeacherCache | None = None
                 if done:
-                    stored = TeacherCache(path, verify="header", allow_incomplete=True)
+                    stored = TeacherCache(writer.folder, verify="header", allow_incomplete=True)
                 count = 0
-                for count, sequence in enumerate(itertools.chain([first], remaining), 1):
-                    input_ids = _input_ids(sequence)
-                    if stored is not None and count <= done:
-                        if not torch.equal(stored[count - 1].input_ids, input_ids):
-                            raise CacheError(f"{path} was begun with another sequence {count - 1}")
-                    else:
-                        rows = _outputs(model, input_ids, kind, dtype, k, temperature)
-                        writer.append(input_ids, **rows)
+                for index, sequence in enumerate(itertools.chain([first], remaining)):
+                    if index // shard_examples % world_size == rank:
+                        input_ids = _input_ids(sequence)
+                        if stored is not None and count < done:
+                            if not torch.equal(stored[count].input_ids, input_ids):
+                                raise CacheError(
+                                    f"{writer.folder} was begun with another sequence {index}"
+                                )
+                        else:
+                            rows = _outputs(model, input_ids, kind, dtype, k, temperature)
+                            writer.append(input_ids, **rows)
+                        count += 1
                     if progress is not None:
-                        progress(count)
+                        progress(index + 1)
                 if count < done:
-                    raise CacheError(f"{path} was begun with {done} sequences or more, not {count}")
+                    raise CacheError(
+                        f"{writer.folder} was begun with {done} sequences or more, not {count}"
+                    )
     finally:
         model.train(was_training)
     return writer.manifest

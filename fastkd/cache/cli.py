@@ -6,6 +6,7 @@ import argparse
 import itertools
 import json
 import math
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,8 @@ from typing import Any
 import torch
 
 from fastkd.cache.build import build_cache, tokenizer_sha256
-from fastkd.cache.format import DTYPES, KINDS, Manifest, need, read_manifest
+from fastkd.cache.format import DTYPES, KINDS, Manifest, need
+from fastkd.cache.parts import part_folder, read_manifest
 from fastkd.cache.reader import TeacherCache
 from fastkd.info import columns
 
@@ -21,6 +23,12 @@ from fastkd.info import columns
 def _count(text: str) -> int:
     if not (text.isdecimal() and int(text) > 0):
         raise argparse.ArgumentTypeError(f"must be a positive whole number, got {text!r}")
+    return int(text)
+
+
+def _rank(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"must be a whole number from 0, got {text!r}")
     return int(text)
 
 
@@ -74,6 +82,14 @@ def add_parser(commands: Any) -> None:
     )
     build.add_argument("--sequences", type=_count, help="stop after so many (the whole text)")
     build.add_argument("--shard-examples", type=_count, default=64, help="sequences a shard (64)")
+    build.add_argument(
+        "--rank",
+        type=_rank,
+        help="build one part of a cache that several processes build: which one, from 0 (RANK, as torchrun sets it)",
+    )
+    build.add_argument(
+        "--world-size", type=_count, help="how many processes build the cache (WORLD_SIZE)"
+    )
     verify = actions.add_parser(
         "verify", help="check every digest and value; exit code 1 if one is wrong"
     )
@@ -87,8 +103,10 @@ def run(chosen: argparse.Namespace) -> int:
     """Run a parsed `cache` command; the exit code."""
     try:
         if chosen.action == "build":
-            manifest = _build(chosen)
-            print(f"{chosen.path}: {manifest.examples} examples, {manifest.rows} rows")
+            rank, world_size = _process(chosen)
+            folder = part_folder(Path(chosen.path), rank, world_size)
+            manifest = _build(chosen, rank, world_size)
+            print(f"{folder}: {manifest.examples} examples, {manifest.rows} rows")
         elif chosen.action == "verify":
             cache = TeacherCache(chosen.path)
             cache.verify()
@@ -102,7 +120,24 @@ def run(chosen: argparse.Namespace) -> int:
     return 0
 
 
-def _build(chosen: argparse.Namespace) -> Manifest:
+def _process(chosen: argparse.Namespace) -> tuple[int, int]:
+    """This process's rank, and how many there are: as said, or else as torchrun's environment has it."""
+    given = chosen.rank, chosen.world_size
+    if None not in given:
+        return given
+    if given != (None, None):
+        raise ValueError("--rank and --world-size go together")
+    if not {"RANK", "WORLD_SIZE"} <= os.environ.keys():
+        return 0, 1
+    try:
+        rank, world_size = _rank(os.environ["RANK"]), _count(os.environ["WORLD_SIZE"])
+    except argparse.ArgumentTypeError as error:
+        raise ValueError(f"RANK and WORLD_SIZE in the environment: {error}") from None
+    print(f"RANK and WORLD_SIZE: this is process {rank} of {world_size}", file=sys.stderr)
+    return rank, world_size
+
+
+def _build(chosen: argparse.Namespace, rank: int, world_size: int) -> Manifest:
     transformers = need("transformers", "building a teacher cache", "cache-build")
     need("rich", "building a teacher cache", "cache-build")
     from rich.console import Console
@@ -124,8 +159,11 @@ def _build(chosen: argparse.Namespace) -> Manifest:
         raise ValueError(
             f"the tokenizer gives id {int(tokens.max())}, and the model has a vocabulary of {vocab_size}"
         )
-    model.to("cuda" if torch.cuda.is_available() else "cpu")
-    with Progress(console=Console(stderr=True)) as progress:
+    # torchrun numbers the processes of a machine, which share its GPUs and its terminal.
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    gpus = torch.cuda.device_count()
+    model.to(torch.device("cuda", local_rank % gpus) if gpus else "cpu")
+    with Progress(console=Console(stderr=True), disable=local_rank > 0) as progress:
         task = progress.add_task("sequences", total=len(sequences))
         return build_cache(
             chosen.path,
@@ -138,6 +176,8 @@ def _build(chosen: argparse.Namespace) -> Manifest:
             temperature=chosen.temperature,
             tokenizer_sha256=tokenizer_sha256(tokenizer),
             teacher=chosen.model.resolve().name,
+            rank=rank,
+            world_size=world_size,
             progress=lambda done: progress.update(task, completed=done),
         )
 

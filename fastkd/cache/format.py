@@ -314,13 +314,13 @@ def _check_record(where: str, record: StoredFile, name: str, layout: Layout) -> 
     require(digits, f"{where}.sha256", "64 lowercase hexadecimal digits", record.sha256)
 
 
-def read_manifest(folder: str | os.PathLike[str]) -> Manifest:
-    """The manifest of the cache in a folder.
+def read_part(folder: Path) -> Manifest:
+    """The manifest that lies in a folder: of a cache, or of a part of one.
 
     Raises:
         ManifestError: there is none, or it is malformed, of a newer version, or contradicts itself.
     """
-    path = Path(folder) / MANIFEST
+    path = folder / MANIFEST
     try:
         found = path.stat()
         if not stat.S_ISREG(found.st_mode) or found.st_size > MAX_MANIFEST:

@@ -22,11 +22,11 @@ from fastkd.cache.format import (
     check_file,
     check_files,
     check_values,
-    is_int,
     need,
-    read_manifest,
+    read_part,
     require,
 )
+from fastkd.cache.parts import check_rank, listed, read_whole
 from fastkd.teachers import TAILS, LinearTeacher, TopK
 
 _VERIFY = ("full", "header")
@@ -58,7 +58,7 @@ def _load_head(head: _Head) -> tuple[Tensor, Tensor | None]:
         weight, bias = _load_head(head._replace(device="cpu"))
         return weight.to(head.device), None if bias is None else bias.to(head.device)
     folder = Path(head.folder)
-    manifest = read_manifest(folder)
+    manifest = read_part(folder)
     if manifest.head is None or manifest.head.sha256 != head.sha256:
         raise ShardError(f"{folder / HEAD} was replaced while it was in use")
     layout = manifest.head_layout()
@@ -134,7 +134,7 @@ class TeacherCache(Dataset[Example]):
     DataLoader open shards for themselves.
 
     Args:
-        path: the folder.
+        path: the folder; one that several processes have built reads as if one had.
         rank: this process has the rank-th of `world_size` contiguous parts, which differ by at most one example.
         world_size: the number of parts.
         tail: the policy of the TopK teachers; only kind "topk" has one.
@@ -158,26 +158,29 @@ class TeacherCache(Dataset[Example]):
         verify: str = "full",
         allow_incomplete: bool = False,
     ) -> None:
-        require(is_int(world_size), "world_size", "a positive int", world_size)
-        require(is_int(rank, 0) and rank < world_size, "rank", f"an int in [0, {world_size})", rank)
+        check_rank(rank, world_size)
         require(tail in TAILS, "tail", f"one of {', '.join(TAILS)}", tail)
         require(verify in _VERIFY, "verify", f"one of {', '.join(_VERIFY)}", verify)
-        self._folder = Path(path).absolute()
-        self.manifest = read_manifest(self._folder)
+        whole = Path(path).absolute()
+        self.manifest, self._parts = read_whole(whole)
         count = self.manifest.examples
         if not (self.manifest.complete or allow_incomplete):
+            behind = [folder.name for folder, part in self._parts if not part.complete]
+            which = f", and lacks the end of {listed(behind)}" if len(self._parts) > 1 else ""
             raise IncompleteError(
-                f"{self._folder} is not complete: it has {count} examples so far; "
+                f"{whole} is not complete: it has {count} examples so far{which}; "
                 "go on building it, or open it with allow_incomplete=True"
             )
-        check_files(self._folder, self.manifest)
+        for folder, part in self._parts:
+            check_files(folder, part)
         self._range = range(count * rank // world_size, count * (rank + 1) // world_size)
         self._tail = tail
         self._full = verify == "full"
         self._head: _Head | None = None
         if self.manifest.head is not None:
-            modified = (self._folder / HEAD).stat().st_mtime_ns
-            self._head = _Head(str(self._folder), self.manifest.head.sha256, modified, self._full)
+            folder, _ = self._parts[0]
+            modified = (folder / HEAD).stat().st_mtime_ns
+            self._head = _Head(str(folder), self.manifest.head.sha256, modified, self._full)
         self._shards: dict[int, _OpenShard] = {}
 
     def __getstate__(self) -> dict[str, Any]:
@@ -221,15 +224,19 @@ class TeacherCache(Dataset[Example]):
             ShardError: a file is not what the manifest says, or holds a value out of range.
         """
         if self._head is not None:
-            _load_head.__wrapped__(self._head._replace(full=True))  # not the one kept from before
+            for folder, _ in self._parts:
+                head = self._head._replace(folder=str(folder), full=True)
+                _load_head.__wrapped__(head)  # not the one kept from before
         for number in range(len(self.manifest.shards)):
             self._open(number, full=True)
 
     def _open(self, number: int, full: bool) -> _OpenShard:
-        shard = self.manifest.shards[number]
-        layout = self.manifest.shard_layout(shard)
-        path = self._folder / shard.file
-        check_file(self._folder, shard, layout, full=full)
+        index, rank = divmod(number, len(self._parts))
+        folder, part = self._parts[rank]
+        shard = part.shards[index]
+        layout = part.shard_layout(shard)
+        path = folder / shard.file
+        check_file(folder, shard, layout, full=full)
         file = _open_file(path)
         lengths = file.get_tensor("lengths")
         ends = lengths.cumsum(0)

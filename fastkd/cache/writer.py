@@ -6,7 +6,7 @@ import math
 import os
 import reprlib
 from collections.abc import Iterator, Sequence
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, BinaryIO, NoReturn
 
@@ -30,12 +30,13 @@ from fastkd.cache.format import (
     chunks,
     digest,
     file_size,
-    read_manifest,
+    read_part,
     replace_file,
     require,
     shard_name,
     sync_folder,
 )
+from fastkd.cache.parts import check_others, difference, part_folder
 from fastkd.teachers import TopK
 
 _LOCK = ".lock"
@@ -66,11 +67,15 @@ class CacheWriter:
         softcap: for kind "hidden", c of the head's c tanh(logits / c).
         tokenizer_sha256: see :func:`tokenizer_sha256`.
         teacher: a name for the teacher.
+        rank: this process is the rank-th of `world_size` that build the cache, each with a writer of the same settings;
+            it takes the sequences that :attr:`position` names.
+        world_size: the number of processes.
 
     Raises:
         TypeError, ValueError: an argument is wrong; the message names it.
-        LockedError: another writer has the folder open.
-        CacheError: the folder holds a cache of other settings or other files, or cannot be written.
+        LockedError: another writer, of the same rank, has the folder open.
+        CacheError: the folder holds a cache or a part of other settings, parts of another number of processes, or other
+            files; or it cannot be written.
     """
 
     def __init__(
@@ -89,6 +94,8 @@ class CacheWriter:
         softcap: float | None = None,
         tokenizer_sha256: str | None = None,
         teacher: str | None = None,
+        rank: int = 0,
+        world_size: int = 1,
     ) -> None:
         names = {value: name for name, value in DTYPES.items()}
         require(dtype in names, "dtype", " or ".join(map(str, names)), dtype)
@@ -112,10 +119,13 @@ class CacheWriter:
             teacher=teacher,
             head=record,
         )
-        self._folder = Path(path).absolute()
+        whole = Path(path).absolute()
+        self._folder = part_folder(whole, rank, world_size)
+        self._rank, self._world_size = rank, world_size
         self._pending: list[dict[str, Tensor]] = []
         self._lock: BinaryIO | None = None
         try:
+            check_others(whole, world_size, wanted)
             self._lock = _lock(self._folder)
             self._manifest = self._begin(wanted, chunks(layout, head))
         except BaseException as error:
@@ -137,11 +147,11 @@ class CacheWriter:
                 replace_file(self._folder / HEAD, head)
             self._write_manifest(wanted)
             return wanted
-        found = read_manifest(self._folder)
-        for name in (field.name for field in fields(Manifest)):
-            before, now = getattr(found, name), getattr(wanted, name)
-            if name not in ("shards", "complete") and before != now:
-                raise CacheError(f"{self._folder} was begun with {name} = {before}, not {now}")
+        found = read_part(self._folder)
+        differs = difference(found, wanted)
+        if differs:
+            name, before, now = differs
+            raise CacheError(f"{self._folder} was begun with {name} = {before}, not {now}")
         check_files(self._folder, found)
         # What a killed writer may have left behind.
         following = shard_name(len(found.shards))
@@ -151,13 +161,24 @@ class CacheWriter:
 
     @property
     def manifest(self) -> Manifest:
-        """What is on disk."""
+        """What is on disk, of this process."""
         return self._manifest
 
     @property
+    def folder(self) -> Path:
+        """Where this process writes: the cache's folder, or its part's."""
+        return self._folder
+
+    @property
     def examples(self) -> int:
-        """The number of sequences so far, those of the unfinished shard included."""
+        """The number of sequences so far, those of the unfinished shard included; of this process."""
         return self.manifest.examples + len(self._pending)
+
+    @property
+    def position(self) -> int:
+        """Which sequence :meth:`append` takes next, of those of all processes; shards go round."""
+        shard, offset = divmod(self.examples, self.manifest.shard_examples)
+        return (shard * self._world_size + self._rank) * self.manifest.shard_examples + offset
 
     def append(
         self,
@@ -303,9 +324,10 @@ def _lock(folder: Path) -> BinaryIO:
     """The folder's lock, which lasts until the file is closed or the process ends."""
     import fcntl  # here, as a system that lacks it can read a cache
 
-    if not folder.is_dir():
-        folder.mkdir(parents=True, exist_ok=True)  # another writer may be quicker
-        sync_folder(folder.parent)
+    missing = [path for path in (folder, *folder.parents) if not path.is_dir()]
+    folder.mkdir(parents=True, exist_ok=True)  # another writer may be quicker
+    for path in missing:
+        sync_folder(path.parent)
     lock = (folder / _LOCK).open("ab")
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
