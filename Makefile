@@ -2,7 +2,7 @@
 #
 #   TORCH   the torch to install there, once; any other choice, such as a build for one GPU, is as good
 #   PYTHON  the interpreter that .venv is made from
-#   ARGS    further arguments for pytest or the demo: make test ARGS="-k jsd -x"
+#   ARGS    further arguments for pytest or the demo: make test ARGS="-k jsd -x"; "-n0" runs the tests in one process
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -44,8 +44,10 @@ $(VENV)/.bench: $(VENV)/.dev
 	$(PIP) install --no-build-isolation -e '.[bench,demo,peers]'
 	@touch $@
 
+# A process for each core, up to four, since a few files are most of the time. A file's tests stay in one of them and in
+# their order, as its fixtures want it.
 test: $(VENV)/.dev build ## the tests, without the big grids
-	$(PY) -m pytest $(ARGS)
+	$(PY) -m pytest -n logical --maxprocesses 4 --dist loadfile $(ARGS)
 
 heavy: $(VENV)/.dev build ## the big grids that `make test` leaves out
 	$(PY) -m pytest -m heavy $(ARGS)

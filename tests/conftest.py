@@ -34,6 +34,16 @@ if os.environ.get("FASTKD_TEST_WITHOUT_NATIVE") != "1":
     BACKENDS.append("cpu")
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Marks as heavy what is so with these parameters only."""
+    for item in items:
+        for mark in item.iter_markers("heavy_with"):
+            given = item.callspec.params  # type: ignore[attr-defined]
+            if all(given[name] == value for name, value in mark.kwargs.items()):
+                item.add_marker(pytest.mark.heavy)
+
+
 def _present(name: str) -> str:
     """A backend that cannot run here fails its tests: a broken build is never green."""
     obstacle = fastkd.available_backends()[name]

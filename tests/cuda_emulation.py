@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import fcntl
 import hashlib
 import importlib.util
 import re
@@ -10,6 +11,7 @@ import shlex
 import subprocess
 import sys
 import sysconfig
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
@@ -72,7 +74,7 @@ def load_host(path: Path) -> ModuleType:
 
 @pytest.fixture(scope="session")
 def host() -> ModuleType:
-    """Compiled once for this state of the sources."""
+    """Compiled once for this state of the sources, also where several processes share the tests."""
     files = [
         *sorted((ROOT / "csrc" / "cuda").iterdir()),
         *sorted((ROOT / "csrc").glob("*.h")),
@@ -82,10 +84,14 @@ def host() -> ModuleType:
     ]
     text = b"".join(file.read_bytes() for file in files) + f"{FLAGS} {sys.version}".encode()
     directory = ROOT / "build" / "cuda_host" / hashlib.sha256(text).hexdigest()[:16]
-    found = list(directory.glob("_cuda_host*.so"))
-    if not found:
-        directory.mkdir(parents=True, exist_ok=True)
-        found = [compile_host(directory)]
+    directory.mkdir(parents=True, exist_ok=True)
+    with (directory / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        found = list(directory.glob("_cuda_host*.so"))
+        if not found:
+            with tempfile.TemporaryDirectory(dir=directory) as unfinished:
+                made = compile_host(Path(unfinished))
+                found = [made.rename(directory / made.name)]
     return load_host(found[0])
 
 

@@ -241,7 +241,7 @@ def _case(bad: tuple[dict[str, Any], type[Exception], str]) -> str:
     return "; ".join(
         f"{name}={tuple(value.shape)} {value.dtype}"
         if isinstance(value, Tensor)
-        else f"{name}={value!r}"
+        else f"{name}={getattr(value, '__name__', repr(value))}"  # no address of a function
         for name, value in bad[0].items()
     )
 

@@ -382,11 +382,8 @@ FAULTS = {
 }  # fmt: skip
 
 
-EVERY_TIME = (
-    "an off-by-one in the tail",
-    "a swapped merge",
-    "a maximum that does not rescale",
-)
+# Each is compiled, at twenty seconds. They judge the checks above and not the kernels: one shows that they can fail.
+EVERY_TIME = ("a maximum that does not rescale",)
 
 
 @pytest.mark.parametrize(

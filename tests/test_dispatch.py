@@ -355,4 +355,4 @@ def test_import_loads_no_kernels() -> None:
 def test_import_costs_less_than_a_tenth_of_a_second() -> None:
     """Beyond torch. Once of several times: another process can only make it slower."""
     code = "import time, torch; start = time.perf_counter(); import fastkd; print(time.perf_counter() - start)"
-    assert any(float(_python(code)) < 0.1 for _ in range(5))
+    assert any(float(_python(code)) < 0.1 for _ in range(10))

@@ -36,6 +36,18 @@ def _rounding(cast: Any) -> Any:
     return rounding
 
 
+def _looked_up_once(dtype: Any) -> Any:
+    """The original makes a table of all types at each look-up; a type is known by its name and not all are hashable."""
+    known: dict[str, np.dtype[Any]] = {}
+
+    def looked_up(kind: Any) -> Any:
+        if kind.name not in known:
+            known[kind.name] = dtype(kind)
+        return known[kind.name]
+
+    return looked_up
+
+
 @contextmanager
 def corrected() -> Iterator[None]:
     """Within, float32 becomes bfloat16 by rounding to nearest even, as on a GPU, and not by truncation.
@@ -46,6 +58,7 @@ def corrected() -> Iterator[None]:
         builder = interpreter.InterpreterBuilder
         patch.setattr(builder, "cast_impl", _rounding(builder.cast_impl))
         patch.setattr(interpreter.InterpretedFunction, "__call__", _call)
+        patch.setattr(interpreter, "_get_np_dtype", _looked_up_once(interpreter._get_np_dtype))
         yield
 
 
