@@ -16,7 +16,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 # Of a collective; and of a function, in which there are some.
-TIMEOUT, PATIENCE = 20, 100
+TIMEOUT, PATIENCE = 60, 200
 
 
 class FailureError(AssertionError):

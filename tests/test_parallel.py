@@ -202,6 +202,10 @@ def test_compiled(processes: Processes) -> None:
         assert not good and "Unsupported" in text
 
 
+def test_rows_and_columns_of_a_mesh(processes: Processes) -> None:
+    assert all(processes.run(4, training.mesh_of_two))
+
+
 # Training
 
 
@@ -254,7 +258,10 @@ def test_training_is_that_of_one_process(
         ({"temperature": 3.0}, "temperature is 1.0 on process 0, 3.0 on process 1"),
         ({"divergence": "jsd"}, "divergence is ('forward_kl'"),
         ({"alpha": 0.25}, "alpha is 0.5 on process 0, 0.25 on process 1"),
-        ({"labels": None, "alpha": 1.0}, "labels is 'a tensor (6,)' on process 0, not there on process 1"),
+        (
+            {"labels": None, "alpha": 1.0},
+            "labels is 'a tensor (6,)' on process 0, not there on process 1",
+        ),
         ({"num_items": 3}, "the factor of the loss"),
         ({"reduction": "sum"}, "the factor of the loss"),
         ({"backend": "reference"}, "the backend is 'cpu' on process 0, 'reference' on process 1"),
@@ -314,3 +321,8 @@ def test_a_process_that_is_late(processes: Processes) -> None:
 def test_placements_that_a_loss_cannot_use(processes: Processes) -> None:
     for (text,) in processes.run(2, training.placements):
         assert "teacher has placements (Shard(dim=1),)" in text
+
+
+def test_a_head_that_is_not_spread(processes: Processes) -> None:
+    for text in processes.run(2, training.whole_head):
+        assert "student_weight has placements (Replicate(),)" in text

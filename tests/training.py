@@ -9,9 +9,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 import fastkd
@@ -192,3 +192,38 @@ def placements(group: Any) -> list[str]:
         except Exception as error:
             found.append(f"{type(error).__name__}: {error}")
     return found
+
+
+def mesh_of_two(group: Any) -> bool:
+    """Rows over one dimension of a mesh, columns over the other: the gradient is that of the rows here."""
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
+    torch.manual_seed(0)
+    whole = [torch.randn(4, 3, 31) for _ in range(2)]
+    labels = torch.randint(31, (4, 3))
+    spread = [
+        distribute_tensor(tensor, mesh, [Shard(0), Shard(2)]).requires_grad_() for tensor in whole
+    ]
+    loss = fastkd.kd_loss(
+        *spread, distribute_tensor(labels, mesh, [Shard(0), Replicate()]), alpha=0.5
+    )
+    gradients = torch.autograd.grad(loss, spread)
+    rows = slice(2 * (dist.get_rank() // 2), 2 * (dist.get_rank() // 2) + 2)
+    alone = [tensor[rows].clone().requires_grad_() for tensor in whole]
+    expected = fastkd.kd_loss(*alone, labels[rows], alpha=0.5)
+    torch.testing.assert_close(loss, expected, rtol=1e-6, atol=0)
+    for found, value in zip(gradients, torch.autograd.grad(expected, alone), strict=True):
+        assert found.placements == (Shard(0), Shard(2))
+        # Every row of processes has the gradient of its own loss.
+        torch.testing.assert_close(found.full_tensor()[rows], value, rtol=1e-5, atol=1e-7)
+    return True
+
+
+def whole_head(group: Any) -> str:
+    """What is said of a head that every process has in full."""
+    mesh = DeviceMesh.from_group(group, "cpu")
+    head = DTensor.from_local(torch.randn(8, 4), mesh, [Replicate()], run_check=False)
+    try:
+        fastkd.fused_linear_kd_loss(torch.randn(3, 4), head, torch.randn(3, 8), process_group=group)
+    except ValueError as error:
+        return str(error)
+    return "nothing"

@@ -9,6 +9,7 @@ nothing waits. Only where digests differ are the facts themselves exchanged, for
 
 from __future__ import annotations
 
+import datetime
 import hashlib
 from types import TracebackType
 from typing import Any, NamedTuple
@@ -29,10 +30,24 @@ def _companion(group: dist.ProcessGroup) -> dist.ProcessGroup:
             group._get_backend(torch.device("cpu"))
             found = group
         except RuntimeError:
-            ranks = dist.get_process_group_ranks(group)
-            found = dist.new_group(ranks, backend="gloo", use_local_synchronization=True)
+            found = dist.new_group(
+                dist.get_process_group_ranks(group),
+                timeout=_timeout(group),
+                backend="gloo",
+                use_local_synchronization=True,
+            )
         _companions[group] = found
     return found
+
+
+def _timeout(group: dist.ProcessGroup) -> datetime.timedelta | None:
+    """The group's own, where torch tells it; None: torch's default."""
+    for device in group._device_types:
+        options = getattr(group._get_backend(device), "options", None)
+        found = getattr(options, "_timeout", None)
+        if found is not None:
+            return found
+    return None
 
 
 class Said(NamedTuple):

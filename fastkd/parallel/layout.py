@@ -134,6 +134,14 @@ def local_weight(argument: str, value: Any, group: Any) -> Any:
             f"{argument} has placements {value.placements}; over the processes that share the vocabulary it may be "
             "Shard(0) or Replicate()"
         )
+    if argument.startswith("student") and any(
+        mine and p.is_replicate() and mesh.size(i) > 1
+        for i, (p, mine) in enumerate(zip(kept, here, strict=True))
+    ):
+        raise ValueError(
+            f"{argument} has placements {value.placements}, so that every process has all of the vocabulary that they "
+            "share; it has to be Shard(0) there"
+        )
     whole = value.redistribute(placements=kept)
     return whole.to_local(
         grad_placements=[p if mine else Partial("avg") for p, mine in zip(kept, here, strict=True)]

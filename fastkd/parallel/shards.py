@@ -104,10 +104,9 @@ class SharedRows:
 
     def _parts(self, lead: torch.Size, dtype: torch.dtype) -> list[tuple[slice, ...]]:
         """How to index the halves; the same on every process."""
-        if lead.numel() * self.shard.widest * dtype.itemsize < 2 * HALF_BYTES:
-            return [()]
-        axis = max(range(len(lead)), key=lambda axis: lead[axis])
-        if lead[axis] < 2:
+        axis = max(range(len(lead)), key=lambda axis: lead[axis], default=0)
+        few = lead.numel() < 2 or lead[axis] < 2
+        if few or lead.numel() * self.shard.widest * dtype.itemsize < 2 * HALF_BYTES:
             return [()]
         middle = lead[axis] // 2
         before = (slice(None),) * axis
