@@ -208,8 +208,9 @@ class Sample(NamedTuple):
     waiting: float  # of them in collectives
     wire_bytes: float
     collectives: int
-    row_bytes: (
-        float  # of them on the wire that are not hidden states' gradient, a row and other process
+    row_bytes: float  # on the wire, a row and other process, without the gradient of hidden states
+    apart: float = (
+        0.0  # seconds of the same columns by as many processes at once that exchange nothing
     )
 
 
@@ -364,17 +365,14 @@ def measure(rounds: int) -> tuple[dict[tuple[Case, int], Measured], Machine]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    context = mp.get_context("spawn")
-    results = context.Queue()
-    workers = [
-        context.Process(target=process, args=(rank, port, rounds, results))
-        for rank in range(max(PROCESSES))
-    ]
-    for worker in workers:
-        worker.start()
-    by_rank = dict(results.get(timeout=3600) for _ in workers)
-    for worker in workers:
-        worker.join()
+    results = mp.get_context("spawn").Queue()
+    spawned = mp.spawn(process, args=(port, rounds, results), nprocs=max(PROCESSES), join=False)
+    by_rank: dict[int, Any] = {}
+    while not spawned.join(timeout=1):  # raises what a process has raised
+        while not results.empty():
+            by_rank |= [results.get()]
+    while len(by_rank) < max(PROCESSES):
+        by_rank |= [results.get(timeout=10)]
 
     found = {}
     for case in CASES:
@@ -416,7 +414,7 @@ def report(rounds: int) -> tuple[list[Table], list[dict[str, Any]], list[str]]:
     found, machine = measure(rounds)
     columns = (
         "V", "processes", "collectives", "wire, B a row and other process", "step, ms", "of one process",
-        "in collectives", "without exchange, ms", "model, ms", "model's error", "of its exchange",
+        "in collectives", "without exchange, ms", "model, ms", "model's error", "error given that",
     )  # fmt: skip
     table = Table(f"{ROWS} rows, float32; H = {WIDTH}, chunks of {CHUNK} rows", ("loss", *columns))
     measurements, errors, exchange_errors = [], [], []
@@ -618,6 +616,7 @@ def main() -> None:
     if arguments.large:
         print("\n\n".join(table.markdown() for table in large()))
         return
+    torch.set_num_threads(1)  # as each process does; for the line that says so
     emit(arguments, *report(arguments.rounds))
 
 
