@@ -4,9 +4,9 @@
     python bench/parallel.py --large     no measurement: the tables of docs/parallel.md for large runs
 
 The model counts floating-point operations, bytes of local memory, bytes on the wire and collectives of a call, of one
-process; what a unit of each costs is a Machine. Of this machine four numbers are fitted, and nothing else: how fast one
-process sweeps and multiplies (at one vocabulary, the first of VOCABULARIES), and the latency and bandwidth of the
-collectives. The rest is predicted. Bytes and collectives are counted too, by wrapping those of fastkd.parallel.
+process; what a unit of each costs is a Machine. Fitted are, here, how fast one process sweeps (each loss) and
+multiplies, at one vocabulary (the first of VOCABULARIES), and the latency and bandwidth of collectives. The rest is
+predicted. Bytes and collectives are counted too, where those of fastkd.parallel begin, and have to be the model's.
 """
 
 from __future__ import annotations
