@@ -15,10 +15,10 @@ PROJECT := pyproject.toml setup.py
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help build test heavy gpu lint format bench divergences demo clean
+.PHONY: help build test heavy gpu lint format bench divergences demo demo-distributed clean
 
 help: ## this list
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  \1\t/' | expand -t 16
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  \1\t/' | expand -t 24
 
 # torch comes first and by its exact version, or resolving fastkd would choose one. The second line is what
 # [build-system] in pyproject.toml asks for: the checkout is installed without build isolation, so that objects are
@@ -87,6 +87,9 @@ build/demo/.stamp: examples/demo-requirements.txt | $(VENV)/.torch
 
 demo: $(VENV)/.demo build/demo/.stamp build ## distil a small model on this machine, in plain PyTorch and with fastkd
 	OMP_WAIT_POLICY=passive $(PY) examples/demo.py $(ARGS)
+
+demo-distributed: $(VENV)/.demo build/demo/.stamp build ## the same over several processes, and that the curves are those of one
+	OMP_WAIT_POLICY=passive $(PY) examples/distributed.py $(ARGS)
 
 clean: ## remove what a build writes, but not .venv
 	rm -rf build dist *.egg-info fastkd/_C*.so fastkd/_build.json .mypy_cache .pytest_cache .ruff_cache .benchmarks
