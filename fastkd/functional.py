@@ -6,8 +6,9 @@ hidden states or from several teachers, a chunk of rows at a time.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, overload
+import functools
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, ParamSpec, TypeVar, overload
 
 import torch
 from torch import Tensor
@@ -15,13 +16,6 @@ from torch import Tensor
 from fastkd import autograd, linear
 from fastkd.chunks import Student
 from fastkd.divergences import Divergence
-from fastkd.parallel import layout
-from fastkd.parallel.share import (
-    agreed_by,
-    not_compiled_over_processes,
-    share,
-    share_logits,
-)
 from fastkd.plan import wide
 from fastkd.rows import Want, row_dtype
 from fastkd.teachers import Teacher, TopK, flatten
@@ -33,6 +27,7 @@ from fastkd.validate import (
     check_student_head,
     check_teacher,
     check_vocabulary,
+    is_dtensor,
     prepare,
     teacher_widths,
     with_topk,
@@ -42,6 +37,27 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
     from torch.distributed.device_mesh import DeviceMesh
     from typing_extensions import Unpack
+
+
+Parameters = ParamSpec("Parameters")
+Returned = TypeVar("Returned")
+
+
+def _not_compiled_over_processes(
+    function: Callable[Parameters, Returned],
+) -> Callable[Parameters, Returned]:
+    """A loss that breaks a compiled graph where it is over processes: they talk between its steps."""
+
+    @functools.wraps(function)
+    def call(*arguments: Parameters.args, **options: Parameters.kwargs) -> Returned:
+        if torch.compiler.is_compiling() and (
+            options.get("process_group") is not None
+            or any(map(is_dtensor, (*arguments, *options.values())))
+        ):
+            return torch.compiler.disable(function)(*arguments, **options)
+        return function(*arguments, **options)
+
+    return call
 
 
 class Parts(NamedTuple):
@@ -103,7 +119,7 @@ def kd_loss(
     return_parts: bool,
     **options: Unpack[DenseOptions],
 ) -> Tensor | tuple[Tensor, Parts]: ...
-@not_compiled_over_processes
+@_not_compiled_over_processes
 def kd_loss(
     student_logits: Tensor,
     teacher: Teacher,
@@ -189,9 +205,14 @@ def kd_loss(
         fastkd.parallel.CollectiveError: another process has stopped, or has not made this call in time.
         RuntimeError: another process that shares the vocabulary has raised.
     """
+    from fastkd.parallel import (  # at its first use: an import of fastkd has to be quick
+        layout,
+        share,
+    )
+
     group = layout.group_of(process_group, student_logits, teacher)
     check_flags(inplace=inplace, return_parts=return_parts)
-    with agreed_by(group) as agreement:
+    with share.agreed_by(group) as agreement:
         whole = layout.is_whole(student_logits, group)
         student_logits = layout.local("student_logits", student_logits, -1, group)
         student_logits = check_logits("student_logits", student_logits, group is not None)
@@ -243,7 +264,7 @@ def kd_loss(
         if isinstance(teacher, TopK):
             call = with_topk(call, teacher)
     if agreement is not None:
-        student_logits, teacher, call = share_logits(
+        student_logits, teacher, call = share.share_logits(
             agreement, student_logits, whole, teacher, call, want, vocab_size, widths
         )
     if isinstance(teacher, TopK):
@@ -287,7 +308,7 @@ def fused_linear_kd_loss(
     return_parts: bool,
     **options: Unpack[LinearOptions],
 ) -> Tensor | tuple[Tensor, Parts]: ...
-@not_compiled_over_processes
+@_not_compiled_over_processes
 def fused_linear_kd_loss(
     student_hidden: Tensor,
     student_weight: Tensor,
@@ -341,6 +362,8 @@ def fused_linear_kd_loss(
         ValueError, TypeError: an argument has the wrong shape, dtype, device or value; the message names it.
         fastkd.BackendUnavailable: the backend asked for cannot serve this call.
     """
+    from fastkd.parallel import layout, share
+
     group = layout.group_of_head(process_group, student_hidden, student_weight)
     check_flags(return_parts=return_parts)
     # Collectives of DTensors, whose shapes are the same on every process, come before the validation.
@@ -351,7 +374,7 @@ def fused_linear_kd_loss(
     student_weight = layout.local_weight("student_weight", student_weight, group)
     student_bias = layout.local_weight("student_bias", student_bias, group)
     teacher = layout.local_teacher(teacher, group)
-    with agreed_by(group) as agreement:
+    with share.agreed_by(group) as agreement:
         sequence = layout.sequence_of(given, group, sequence_dim)
         parts, teacher_parts = student_hidden, teacher
         if sequence is not None:
@@ -402,7 +425,7 @@ def fused_linear_kd_loss(
         if isinstance(teacher, TopK):
             call = with_topk(call, teacher)
     if agreement is not None:
-        call, width = share(
+        call, width = share.share(
             agreement, call, want, lead, (hidden, head, bias), teacher, vocab_size, widths,
             chunk_size=chunk_size, memory_budget=memory_budget, logits_dtype=logits_dtype,
             trained=trained, sequence_dim=sequence_dim,

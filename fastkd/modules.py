@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 from fastkd.backends import BackendUnavailable
 from fastkd.functional import Parts, fused_linear_kd_loss, kd_loss
-from fastkd.parallel.layout import group_of
 from fastkd.teachers import Teacher
 
 # What belongs to a batch, or to a model, and is passed to the call.
@@ -32,7 +31,10 @@ class _Loss(nn.Module):
                     f"a tensor {argument} belongs to a batch: pass it to the call, not to {name}()"
                 )
         self.options = options
-        group_of(options.get("process_group"))
+        if options.get("process_group") is not None:
+            from fastkd.parallel.layout import group_of
+
+            group_of(options["process_group"])
         # One row through the validation of the function, so that there is one; by this process alone.
         width = options.get("vocab_size")
         row = torch.zeros(1, width if type(width) is int and width > 0 else 2)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import os
+import sys
 from typing import NamedTuple, TypedDict
 
 import torch
@@ -180,6 +181,12 @@ def check_values(rows: Rows, options: Options) -> None:
 def checking() -> bool:
     """Whether values are checked that only the device knows."""
     return os.environ.get("FASTKD_CHECK") == "1"
+
+
+def is_dtensor(value: object) -> bool:
+    """Without importing what defines them."""
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(value, module.DTensor)
 
 
 def check_flags(**flags: bool) -> None:

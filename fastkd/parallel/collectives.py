@@ -74,6 +74,8 @@ def all_gather(value: Tensor, group: dist.ProcessGroup, what: str) -> Pending:
     flat = everything.view(size * value.numel())
 
     def start() -> Any:
+        if not value.numel():  # where nothing has to be normalised, rows have no statistics
+            return None
         return _all_gather(flat, value.view(-1), group=group, async_op=True)
 
     return Pending(f"the all-gather of {what} ({_shape(value)})", group, start, everything)

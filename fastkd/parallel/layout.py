@@ -13,12 +13,7 @@ from torch import Tensor
 from fastkd.parallel.collectives import all_gather, all_reduce, reduce_scatter
 from fastkd.rows import Shard
 from fastkd.teachers import Ensemble, LinearTeacher, TopK
-
-
-def is_dtensor(value: object) -> bool:
-    """Without importing what defines them."""
-    module = sys.modules.get("torch.distributed.tensor")
-    return module is not None and isinstance(value, module.DTensor)
+from fastkd.validate import is_dtensor
 
 
 def _shards(value: Any, axis: int, index: int) -> bool:

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import functools
-from collections.abc import Callable, Iterable
-from typing import Any, ParamSpec, TypeVar
+from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,30 +12,10 @@ from torch import Tensor
 from fastkd import backends
 from fastkd.divergences import function_name
 from fastkd.parallel.agreement import Agreement, Said, digest_of
-from fastkd.parallel.layout import cut, cut_teacher, is_dtensor
+from fastkd.parallel.layout import cut, cut_teacher
 from fastkd.rows import Rows, Shard, Want
 from fastkd.teachers import Teacher, flatten
 from fastkd.validate import Prepared, check_values, checking
-
-Parameters = ParamSpec("Parameters")
-Returned = TypeVar("Returned")
-
-
-def not_compiled_over_processes(
-    function: Callable[Parameters, Returned],
-) -> Callable[Parameters, Returned]:
-    """A loss that breaks a compiled graph where it is spread over processes: they talk between its steps."""
-
-    @functools.wraps(function)
-    def call(*arguments: Parameters.args, **options: Parameters.kwargs) -> Returned:
-        if torch.compiler.is_compiling() and (
-            options.get("process_group") is not None
-            or any(map(is_dtensor, (*arguments, *options.values())))
-        ):
-            return torch.compiler.disable(function)(*arguments, **options)
-        return function(*arguments, **options)
-
-    return call
 
 
 def agreed_by(group: Any) -> contextlib.AbstractContextManager[Agreement | None]:
