@@ -216,7 +216,10 @@ def _entropy(events: Events, temperature: float | Tensor) -> Tensor:
 
 
 class _Shared(NamedTuple):
-    """What processes exchange of their events, [rows] each; the tokens are summed by themselves."""
+    """What processes exchange of their events, [rows] each; the tokens are summed by themselves.
+
+    Origins are in units of z: a process without a column does not know its backend's.
+    """
 
     origin: Tensor
     tail_origin: Tensor
@@ -249,9 +252,10 @@ def shard_statistics(
     def given(value: Tensor | None) -> Tensor:
         return nothing if value is None else value
 
+    origin = events.origin.to(torch.float64) * events.unit
     shared = _Shared(
-        events.origin,
-        events.tail_origin,
+        origin,
+        events.tail_origin.to(torch.float64) * events.unit,
         events.tail_log_sum,
         given(events.tail_entropy),
         given(events.log_sum),
@@ -263,7 +267,7 @@ def shard_statistics(
     gathered = torch.stack([value.to(torch.float64) for value in shared], -1)
     seats = rows.ids - options.first_column
     here = (seats >= 0) & (seats < options.vocab_size)
-    z = events.tokens + (_finite(events.origin) * events.unit).unsqueeze(-1)
+    z = events.tokens + _finite(origin).to(events.tokens.dtype).unsqueeze(-1)
     tokens = torch.where(here, z, 0.0)
     kept = events._replace(tokens=nothing)  # which is the largest, and known to all
     return Statistics(gathered.flatten(0, -2), tokens.reshape(-1, tokens.shape[-1]), kept)
@@ -329,26 +333,26 @@ def merged(statistics: Statistics, rows: Rows, options: Options) -> Events:
     if rows.temperature is not None:
         temperature = rows.temperature.to(torch.float64)
     origin, tail_origin = each.origin.amax(0), each.tail_origin.amax(0)
-    rise = (_finite(each.tail_origin) - _finite(tail_origin)) * unit / temperature
+    rise = (_finite(each.tail_origin) - _finite(tail_origin)) / temperature
     tail_parts = each.tail_log_sum + rise
     tail_log_sum = tail_parts.logsumexp(0)
     share = (tail_parts - _finite(tail_log_sum)).exp()
     among = torch.where(share == 0, 0.0, share * (each.tail_entropy - share.log()))
     # What belongs to the whole row is relative to the larger of both origins.
     rise = torch.maximum(each.origin, each.tail_origin)
-    rise = (_finite(rise) - _finite(torch.maximum(origin, tail_origin))) * unit
+    rise = _finite(rise) - _finite(torch.maximum(origin, tail_origin))
     mean = each.mean + rise * each.columns / options.vocabulary
     ids = rows.ids
-    tokens = statistics.summed.reshape(ids.shape) - (_finite(origin) * unit).to(dtype).unsqueeze(-1)
+    tokens = statistics.summed.reshape(ids.shape) - _finite(origin).to(dtype).unsqueeze(-1)
     known = (ids >= 0) & (ids < options.vocabulary)
-    tail = (tail_origin - _finite(origin)) * unit + temperature * tail_log_sum
+    tail = tail_origin - _finite(origin) + temperature * tail_log_sum
 
     def narrow(value: Tensor, wanted: Tensor | None = tail) -> Tensor | None:
         return None if wanted is None else value.to(dtype)
 
     return kept._replace(
-        origin=origin.to(dtype),
-        tail_origin=tail_origin.to(dtype),
+        origin=(origin / unit).to(dtype),
+        tail_origin=(tail_origin / unit).to(dtype),
         tokens=tokens.masked_fill(~known, -torch.inf),
         tail=tail.to(dtype),
         tail_log_sum=tail_log_sum.to(dtype),

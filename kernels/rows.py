@@ -6,7 +6,8 @@ sweeps over a row are in ``sweeps.py``, rows with several programs in ``split.py
 
 A row is read twice where the divergence has a closed form (statistics, gradient) and three times where not, the last
 time backwards. Where a row has one program, that is one launch (STAGE "row"); where it has several, a launch a sweep
-(STAGE "statistics", "sums", "gradient"), each of which takes up what the one before has left.
+(STAGE "statistics", "sums", "gradient"), each of which takes up what the one before has left. So it is where processes
+share the vocabulary: between two launches they exchange that.
 
 Logits of any leading strides are addressed in place; a last stride other than 1 is copied.
 """
@@ -15,6 +16,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
@@ -22,28 +24,34 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastkd import topk
 from fastkd.divergences import Divergence
-from fastkd.rows import Options, Result, Rows, Want
-from fastkd.topk import topk_rows
+from fastkd.rows import Options, Result, Rows, Statistics, Want
 
 from .skeleton import bind
 from .split import (
     FIELDS,
+    LANES,
     Plan,
     device_of,
+    leave_pivot,
     leave_statistics,
     leave_sums,
     left_label,
+    left_spread,
     left_statistics,
     left_sums,
     plan,
+    shard_plan,
 )
 from .sweeps import (
     Moments,
     Normalizer,
     Row,
+    Shard,
     Split,
     Sums,
+    columns_of,
     conclude,
     log_probability,
     merge,
@@ -152,12 +160,24 @@ def _open(model, row, sizes, ALIGNED: tl.constexpr = True):
 
 
 @triton.jit
-def _cross_entropy(z_label, pivot, plain, spread, smoothing, V):
+def _cross_entropy(z_label, pivot, plain, spread, smoothing, vocabulary):
     value = -log_probability(z_label, plain)
     if smoothing is not None:
-        mean = plain.unit * spread / V + log_probability(pivot, plain)
+        mean = plain.unit * spread / vocabulary + log_probability(pivot, plain)
         value = (1.0 - smoothing) * value - smoothing * mean
     return value
+
+
+@triton.jit
+def _label_of(student, label, V, shard):
+    """The label's logit; -inf where another process has it."""
+    if shard is None:
+        z, _ = read(student, label, V)
+    else:
+        here = (label >= 0) & (label < V)
+        z, _ = read(student, tl.where(here, label, 0), V)
+        z = tl.where(here, z, -float("inf"))
+    return z
 
 
 @triton.jit
@@ -170,10 +190,12 @@ def _statistics(
     pivot,
     moments,
     V,
+    shard,
     split,
     ENTROPY: tl.constexpr,
     ALIGNED: tl.constexpr,
     BLOCK_V: tl.constexpr,
+    LANES: tl.constexpr,
     STAGE: tl.constexpr,
 ):
     """The first sweep's Statistics of the row; in its own stage, what this program leaves of them."""
@@ -182,9 +204,11 @@ def _statistics(
             student, teacher, plain_unit, pivot, moments, V, split, ENTROPY, ALIGNED, BLOCK_V
         )
     else:
-        part = merge(left_statistics(split, row), student, teacher, plain_unit, moments)
+        part = merge(left_statistics(split, row, LANES), student, teacher, plain_unit, moments)
     if STAGE == "statistics":
         leave_statistics(split, row, part, z_label)
+        if shard is not None and pivot is not None:
+            leave_pivot(split, row, pivot, columns_of(V, split, BLOCK_V))
     return conclude(part, student, teacher, plain_unit, moments)
 
 
@@ -201,12 +225,14 @@ def _keep_row(
     sizes,
     V,
     width,
+    shard,
     split,
     DIVERGENCE: tl.constexpr,
     NORMALIZED: tl.constexpr,
     SQUARED: tl.constexpr,
     ALIGNED: tl.constexpr,
     BLOCK_V: tl.constexpr,
+    LANES: tl.constexpr,
     STAGE: tl.constexpr,
 ):
     """Loss, parts and gradients of a row that counts; or a stage of it."""
@@ -225,18 +251,27 @@ def _keep_row(
         teacher = Row(logits, gradient, unit, teacher_model)
         if teacher_model.temperatures is not None:
             weight = tl.where(t_temperature > 0, weight, float("nan"))
-    label, z_label, pivot, plain_unit = 0, 0.0, None, None
+    label, z_label, pivot, plain_unit, vocabulary = 0, 0.0, None, None, V
+    if shard is not None:
+        vocabulary = shard.total
     if WITH_LABEL:
         label = tl.load(inputs.labels + row)
-        valid = (label >= 0) & (label < V)
+        valid = (label >= 0) & (label < vocabulary)
         weight = tl.where(valid, weight, float("nan"))
         label = tl.where(valid, label, 0).to(tl.int32)
+        if shard is not None:
+            label -= shard.first
         if STAGE == "row" or STAGE == "statistics":
-            z_label, _ = read(student, label, V)
+            z_label = _label_of(student, label, V, shard)
         else:
-            z_label = left_label(split, row)
+            z_label = left_label(split, row, LANES)
         if objective.smoothing is not None:
-            pivot = tl.where(z_label == -float("inf"), 0.0, z_label)
+            pivot = z_label
+            if shard is not None and STAGE == "statistics":
+                # Any finite logit of this process's columns, which need not have the label.
+                z, _ = read(student, tl.arange(0, BLOCK_V), V)
+                pivot = tl.max(z, 0)
+            pivot = tl.where(pivot == -float("inf"), 0.0, pivot)
         if student_model.temperature is not None or student_model.temperatures is not None:
             plain_unit = student_model.unit
 
@@ -256,10 +291,12 @@ def _keep_row(
             pivot,
             moments,
             V,
+            shard,
             split,
             ENTROPY,
             ALIGNED,
             BLOCK_V,
+            LANES,
             STAGE,
         )
         plain, phi, g, spread, entropy = (
@@ -277,7 +314,7 @@ def _keep_row(
             t_norm = Normalizer(0.0, teacher.unit, 0.0)
         if moments.forward is None and moments.reverse is None:
             if STAGE == "gradient":
-                phi, g = left_sums(split, row)
+                phi, g = left_sums(split, row, LANES)
             else:
                 phi, g = sweep_sums(
                     student,
@@ -302,7 +339,12 @@ def _keep_row(
             if objective.alpha is not None:
                 loss = objective.alpha * distillation
         if WITH_LABEL:
-            cross_entropy = _cross_entropy(z_label, pivot, plain, spread, objective.smoothing, V)
+            if shard is not None and pivot is not None:
+                pivot = plain.origin
+                spread = left_spread(split, row, pivot, LANES)
+            cross_entropy = _cross_entropy(
+                z_label, pivot, plain, spread, objective.smoothing, vocabulary
+            )
             loss += objective.rest * cross_entropy
         _store_row(outputs, row, split, weight * loss, distillation, cross_entropy, entropy)
         if width is not None:
@@ -329,6 +371,7 @@ def _keep_row(
                 objective.degree,
                 label,
                 objective.smoothing,
+                vocabulary,
                 V,
                 width,
                 split,
@@ -373,7 +416,7 @@ def _drop_row(
         sweep_zeros(gradient, teacher_model.width, split, BLOCK_V)
 
 
-@triton.jit(do_not_specialize=["sizes", "split"])
+@triton.jit(do_not_specialize=["sizes", "shard", "split"])
 def kd_kernel(
     student_model,
     teacher_model,
@@ -385,12 +428,14 @@ def kd_kernel(
     sizes,
     V,
     width,
+    shard,
     split,
     DIVERGENCE: tl.constexpr,
     NORMALIZED: tl.constexpr,
     SQUARED: tl.constexpr,
     ALIGNED: tl.constexpr,
     BLOCK_V: tl.constexpr,
+    LANES: tl.constexpr,
     STAGE: tl.constexpr,
 ):
     """One row, or a share of one: :class:`fastkd.rows.Result` says what of it is written."""
@@ -415,12 +460,14 @@ def kd_kernel(
             sizes,
             V,
             width,
+            shard,
             split,
             DIVERGENCE,
             NORMALIZED,
             SQUARED,
             ALIGNED,
             BLOCK_V,
+            LANES,
             STAGE,
         )
     elif STAGE == "row" or STAGE == "gradient":
@@ -594,59 +641,52 @@ def _moments(divergence: Divergence) -> Moments:
     )
 
 
-def _launch_shares(
-    count: int,
-    shared: Plan,
-    stages: list[str],
-    arguments: tuple[Any, ...],
-    constants: tuple[Any, ...],
-    options: dict[str, Any],
-) -> None:
-    """A kernel a stage over each group of rows."""
-    programs, group = shared
-    partials = torch.empty(
-        (count, FIELDS, programs),
-        dtype=torch.float32,
-        device=arguments[0].logits.pointer.device,
-    )
-    kernels: dict[str, Any] = {}
-    for first in range(0, count, group):
-        for stage in stages:
-            # Without a gradient, the last stage has but the row's numbers to write.
-            alone = stage == "gradient" and arguments[-1] is None
-            grid = (min(group, count - first), 1 if alone else programs, 1)
-            given = (*arguments, Split(partials, first, programs), *constants, stage)
-            # What the first group's launch has compiled serves the others, for `split` is not specialised: what Triton
-            # spends on finding it is ten times what it spends on a launch (bench/host.py). The interpreter gives None.
-            if kernels.get(stage) is None:
-                kernels[stage] = kd_kernel[grid](*given, **options)
-            else:
-                kernels[stage][grid](*given)
+def shard_of(options: Options) -> Shard | None:
+    """What kernels are to know of it."""
+    whole = options.shard
+    return None if whole is None else Shard(whole.first, whole.total)
 
 
-def kd_rows(student: Tensor, teacher: Tensor, rows: Rows, options: Options, want: Want) -> Result:
-    """The loss of each row and its gradients; shapes and meaning as :class:`fastkd.rows.Result` has them."""
-    if rows.ids is not None:
-        from . import topk
+class Call(NamedTuple):
+    """What kd_kernel is given for a loss, whatever the stage."""
 
-        return topk_rows(topk, student, teacher, rows, options, want)
+    count: int  # rows
+    stages: list[str]
+    shared: Plan | None
+    arguments: tuple[Any, ...]
+    constants: tuple[Any, ...]
+    options: dict[str, Any]
+
+    def left(self, fields: int, device: torch.device) -> Tensor:
+        """Memory for what programs leave."""
+        assert self.shared is not None
+        shape = (self.count, fields, self.shared.programs)
+        return torch.empty(shape, dtype=torch.float32, device=device)
+
+    def grid(self, stage: str, rows: int) -> tuple[int, int, int]:
+        """Programs over that many rows."""
+        assert self.shared is not None
+        # Without a gradient, the last stage has but the row's numbers to write.
+        alone = stage == "gradient" and self.arguments[-2] is None
+        return rows, 1 if alone else self.shared.programs, 1
+
+
+def _call(
+    student: Tensor,
+    teacher: Tensor,
+    student_gradient: Tensor | None,
+    teacher_gradient: Tensor | None,
+    outputs: Outputs,
+    rows: Rows,
+    options: Options,
+) -> Call:
+    """The tensors of unit stride but for the teacher; where alpha is 0 its gradient is not computed."""
     divergence, alpha, lead = options.divergence, options.alpha, student.shape[:-1]
     with_label = rows.labels is not None and alpha < 1.0
-    student_gradient = teacher_gradient = None
-    source = _unit_stride(student)
-    if want.student_gradient:
-        student_gradient = source if want.inplace else student.new_empty(student.shape)
-    if want.teacher_gradient:  # where alpha is 0 the loss does not depend on the teacher
-        make = teacher.new_empty if alpha else teacher.new_zeros
-        teacher_gradient = make(teacher.shape)
-
-    def per_row(wanted: bool = True) -> Tensor | None:
-        return student.new_empty(lead, dtype=torch.float32) if wanted else None
-
-    outputs = Outputs(per_row(), *(per_row(want.parts) for _ in range(3)))
+    parts = outputs.distillation is not None
     tensors = {
-        "student": source,
-        "teacher": _unit_stride(teacher) if alpha or want.parts else None,
+        "student": student,
+        "teacher": _unit_stride(teacher) if alpha or parts else None,
         "student_gradient": student_gradient,
         "teacher_gradient": teacher_gradient if alpha else None,
     }
@@ -673,31 +713,38 @@ def kd_rows(student: Tensor, teacher: Tensor, rows: Rows, options: Options, want
             rows.teacher_temperature,
         )
     widths = [g.shape[-1] for g in (student_gradient, tensors["teacher_gradient"]) if g is not None]
-    crowded = want.teacher_gradient or options.softcap > 0 or options.teacher_softcap > 0
+    crowded = teacher_gradient is not None or options.softcap > 0 or options.teacher_softcap > 0
     moments, width = _moments(divergence), max(widths, default=None)
     stages = []
-    if with_label or want.parts or (divergence.normalized and with_teacher):
+    if with_label or parts or (divergence.normalized and with_teacher):
         stages.append("statistics")
     if divergence.closed_form is None and with_teacher:
         stages.append("sums")
     stages.append("gradient")
     reads = [student.itemsize, *([teacher.itemsize] if with_teacher else [])]
     count, device = lead.numel(), device_of(student.device)
-    sweeps = len(stages) - (width is None)
-    shared = plan(count, options.vocab_size * sum(reads), sweeps, device)
     aligned = _aligned(options.vocab_size, view["student"], view["teacher"])
-    if shared is None:
-        architecture = device.architecture if device else ""
-        block, warps = tile(
-            options.vocab_size,
-            max(reads),
-            crowded,
-            aligned,
-            architecture,
-            divergence.closed_form is not None,
-        )
+    shard, whole = shard_of(options), options.shard
+    if whole is not None:
+        shared = shard_plan(count, whole)
+        # As many warps in every process, so that all merge what was left in one order, whatever is aligned where.
+        block, warps = tile(whole.widest // shared.programs, max(reads), crowded, False)
+        block *= 2 if aligned and not crowded else 1
     else:
-        block, warps = tile(options.vocab_size // shared.programs, max(reads), crowded, aligned)
+        sweeps = len(stages) - (width is None)
+        shared = plan(count, options.vocab_size * sum(reads), sweeps, device)
+        if shared is None:
+            architecture = device.architecture if device else ""
+            block, warps = tile(
+                options.vocab_size,
+                max(reads),
+                crowded,
+                aligned,
+                architecture,
+                divergence.closed_form is not None,
+            )
+        else:
+            block, warps = tile(options.vocab_size // shared.programs, max(reads), crowded, aligned)
     arguments = (
         student_model,
         teacher_model,
@@ -716,6 +763,7 @@ def kd_rows(student: Tensor, teacher: Tensor, rows: Rows, options: Options, want
         sizes,
         options.vocab_size,
         width,
+        shard,
     )
     constants = (
         bind(divergence.function),
@@ -729,12 +777,54 @@ def kd_rows(student: Tensor, teacher: Tensor, rows: Rows, options: Options, want
         "enable_fp_fusion": True,
         **register_limits(aligned, crowded),
     }
-    if count:
-        with _on(student.device):
-            if shared is None:
-                kd_kernel[(count,)](*arguments, None, *constants, "row", **launch)
+    return Call(count, stages, shared, arguments, constants, launch)
+
+
+def _launch_shares(call: Call, device: torch.device) -> None:
+    """A kernel a stage over each group of rows."""
+    programs, group = call.shared
+    statistics = sums = call.left(FIELDS, device)
+    if "sums" in call.stages:
+        sums = call.left(2, device)
+    kernels: dict[str, Any] = {}
+    for first in range(0, call.count, group):
+        split = Split(statistics, sums, first, programs, programs)
+        for stage in call.stages:
+            grid = call.grid(stage, min(group, call.count - first))
+            given = (*call.arguments, split, *call.constants, LANES, stage)
+            # What the first group's launch has compiled serves the others, for `split` is not specialised: what Triton
+            # spends on finding it is ten times what it spends on a launch (bench/host.py). The interpreter gives None.
+            if kernels.get(stage) is None:
+                kernels[stage] = kd_kernel[grid](*given, **call.options)
             else:
-                _launch_shares(count, shared, stages, arguments, constants, launch)
+                kernels[stage][grid](*given)
+
+
+def kd_rows(student: Tensor, teacher: Tensor, rows: Rows, options: Options, want: Want) -> Result:
+    """The loss of each row and its gradients; shapes and meaning as :class:`fastkd.rows.Result` has them."""
+    if rows.ids is not None:
+        return topk.topk_rows(_sparse(), student, teacher, rows, options, want)
+    lead = student.shape[:-1]
+    student_gradient = teacher_gradient = None
+    source = _unit_stride(student)
+    if want.student_gradient:
+        student_gradient = source if want.inplace else student.new_empty(student.shape)
+    if want.teacher_gradient:  # where alpha is 0 the loss does not depend on the teacher
+        make = teacher.new_empty if options.alpha else teacher.new_zeros
+        teacher_gradient = make(teacher.shape)
+
+    def per_row(wanted: bool = True) -> Tensor | None:
+        return student.new_empty(lead, dtype=torch.float32) if wanted else None
+
+    outputs = Outputs(per_row(), *(per_row(want.parts) for _ in range(3)))
+    call = _call(source, teacher, student_gradient, teacher_gradient, outputs, rows, options)
+    if call.count:
+        with _on(student.device):
+            if call.shared is None:
+                given = (*call.arguments, None, *call.constants, LANES, "row")
+                kd_kernel[(call.count,)](*given, **call.options)
+            else:
+                _launch_shares(call, student.device)
     if want.inplace and student_gradient is not None:
         student_gradient = student if source is student else student.copy_(source)
     total = outputs.loss.sum()
@@ -743,6 +833,93 @@ def kd_rows(student: Tensor, teacher: Tensor, rows: Rows, options: Options, want
     if rows.scale is not None:
         total = total * rows.scale
     return Result(outputs.loss, total, student_gradient, teacher_gradient, *outputs[1:])
+
+
+def _sparse() -> ModuleType:
+    """The kernels of a sparse teacher, which import this module."""
+    from . import topk
+
+    return topk
+
+
+# The same where several processes share the vocabulary: fastkd/rows.py says what passes between the steps.
+
+
+def _launch_stage(call: Call, stage: str, statistics: Tensor, sums: Tensor, shares: int) -> None:
+    assert call.shared is not None
+    if call.count:
+        split = Split(statistics, sums, 0, call.shared.programs, shares)
+        given = (*call.arguments, split, *call.constants, max(LANES, _power_of_2(shares)), stage)
+        with _on(statistics.device):
+            kd_kernel[call.grid(stage, call.count)](*given, **call.options)
+
+
+def _shares(gathered: Tensor, programs: int) -> Tensor:
+    """What programs have left, [processes, rows, fields * programs], with all of a row's side by side."""
+    processes, rows, numbers = gathered.shape
+    fields = numbers // programs
+    each = gathered.reshape(processes, rows, fields, programs).permute(1, 2, 0, 3)
+    return each.reshape(rows, fields, processes * programs)
+
+
+def shard_statistics(
+    student: Tensor, teacher: Tensor, rows: Rows, options: Options, result: Result
+) -> Statistics:
+    """Of this process's columns: FIELDS numbers a row and program; none where nothing is to be known of all of them."""
+    if rows.ids is not None:
+        return topk.shard_statistics(_sparse(), student, teacher, rows, options, result)
+    gradients = [None if x is None else _unit_stride(x) for x in result[2:4]]
+    outputs = Outputs(result.loss, *result[4:])
+    call = _call(_unit_stride(student), teacher, *gradients, outputs, rows, options)
+    wanted = "statistics" in call.stages
+    found = call.left(FIELDS if wanted else 0, student.device)
+    if wanted:
+        _launch_stage(call, "statistics", found, found, call.shared.programs)
+    return Statistics(found.flatten(1), kept=call)
+
+
+def shard_sums(
+    student: Tensor,
+    teacher: Tensor,
+    rows: Rows,
+    options: Options,
+    result: Result,
+    statistics: Statistics,
+) -> Tensor | None:
+    """Of this process's columns, given the statistics of all: 2 numbers a row and program."""
+    call = statistics.kept
+    if rows.ids is not None or "sums" not in call.stages:
+        return None
+    found = _shares(statistics.gathered, call.shared.programs)
+    sums = call.left(2, student.device)
+    _launch_stage(call, "sums", found, sums, found.shape[-1])
+    return sums.flatten(1)
+
+
+def shard_results(
+    student: Tensor,
+    teacher: Tensor,
+    rows: Rows,
+    options: Options,
+    result: Result,
+    statistics: Statistics,
+    sums: Tensor | None,
+) -> None:
+    """Fill the result, given the statistics and the sums of all processes."""
+    if rows.ids is not None:
+        topk.shard_results(_sparse(), student, teacher, rows, options, result, statistics)
+        return
+    call = statistics.kept
+    found = _shares(statistics.gathered, call.shared.programs)
+    total = found if sums is None else _shares(sums, call.shared.programs)
+    _launch_stage(call, "gradient", found, total, found.shape[-1])
+    for model, gradient in zip(call.arguments[:2], result[2:4], strict=True):
+        if gradient is None:
+            continue
+        if model.gradient is None:  # where alpha is 0 the loss does not depend on the teacher
+            gradient.zero_()
+        elif model.gradient.pointer is not gradient:
+            gradient.copy_(model.gradient.pointer)
 
 
 def scale_rows_(gradient: Tensor, upstream: Tensor) -> None:

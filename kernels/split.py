@@ -3,6 +3,8 @@
 One program a row is one launch, and reads a row again from wherever it is by then. Several a row need a kernel a sweep,
 for a program knows the statistics of its own columns only: it leaves them in device memory, and every program of the
 next kernel merges all of its row's, in one order, so that all of them have the same bits.
+
+Where processes share the vocabulary, a row's programs are those of all processes, which exchange what theirs have left.
 """
 
 from __future__ import annotations
@@ -14,14 +16,19 @@ import torch
 import triton
 import triton.language as tl
 
+from fastkd.rows import Shard
+
 from .sweeps import Partial
 
-# What a program leaves of its share of a row: a Partial, the label's logit (the gradient may by then have overwritten
-# it), and the sums of phi and g.
+# What a program leaves of its share of a row: a Partial, and the label's logit (the gradient may by then have
+# overwritten it); where processes share the vocabulary also what its spread is relative to, and its number of columns.
+SPREAD = Partial._fields.index("spread")
 LABEL = len(Partial._fields)
+PIVOT, COLUMNS = LABEL + 1, LABEL + 2
 FIELDS = LABEL + 3
 
-# Lanes that merge a row's shares: the largest number of programs a row, whatever it is in a call.
+# Lanes that merge a row's shares: the largest number of programs a row, whatever it is in a call. Only where more
+# processes than these share a vocabulary are there more.
 LANES = 64
 
 
@@ -87,6 +94,23 @@ def plan(rows: int, row_bytes: int, sweeps: int, device: Device | None) -> Plan 
     return Plan(min(max(programs, 1), LANES), group)
 
 
+# Programs that fill a device, and the least columns that one has, where processes share the vocabulary.
+FILL = 512
+LEAST_COLUMNS = 2048
+
+
+def shard_plan(rows: int, shard: Shard) -> Plan:
+    """As `plan`, for a process's columns of a vocabulary that several share: a sweep has a launch of its own anyway.
+
+    All processes exchange what as many programs leave, so the plan is one of what all of them know. Like figures of
+    the other, these have not been timed.
+    """
+    processes = -(-shard.total // max(shard.widest, 1))  # or more, where their columns are uneven
+    widest = -(-shard.widest // LEAST_COLUMNS)
+    programs = min(FILL // max(rows, 1), widest, LANES // max(processes, 1))
+    return Plan(max(programs, 1), rows)
+
+
 @functools.cache
 def device_of(device: torch.device) -> Device | None:
     """What the plan and the tiles depend on; None for the interpreter, and where torch does not say it."""
@@ -101,15 +125,10 @@ def device_of(device: torch.device) -> Device | None:
 
 
 @triton.jit
-def _place(split, row, field, FIELDS: tl.constexpr = FIELDS):
-    """Where the shares of a row have a field, side by side."""
-    return split.partials + (row.to(tl.int64) * FIELDS + field) * split.count
-
-
-@triton.jit
-def _leave(split, row, field, value):
+def _leave(split, row, field, value, FIELDS: tl.constexpr = FIELDS):
     """Leave a number of this program's share of a row."""
-    tl.store(_place(split, row, field) + tl.program_id(1), value)
+    place = (row.to(tl.int64) * FIELDS + field) * split.programs
+    tl.store(split.statistics + place + tl.program_id(1), value)
 
 
 @triton.jit
@@ -121,45 +140,80 @@ def leave_statistics(split, row, part, z_label, LABEL: tl.constexpr = LABEL):
 
 
 @triton.jit
-def leave_sums(split, row, phi, g, LABEL: tl.constexpr = LABEL):
+def leave_pivot(
+    split, row, pivot, columns, PIVOT: tl.constexpr = PIVOT, COLUMNS: tl.constexpr = COLUMNS
+):
+    """Leave what the spread of a Partial is relative to, and the number of its terms."""
+    _leave(split, row, PIVOT, pivot)
+    _leave(split, row, COLUMNS, columns)
+
+
+@triton.jit
+def leave_sums(split, row, phi, g):
     """Leave the sums of phi and g."""
-    _leave(split, row, LABEL + 1, phi)
-    _leave(split, row, LABEL + 2, g)
+    place = split.sums + row.to(tl.int64) * 2 * split.programs + tl.program_id(1)
+    tl.store(place, phi)
+    tl.store(place + split.programs, g)
 
 
 @triton.jit
-def _lanes(split, row, field, nothing, LANES: tl.constexpr = LANES):
+def _lanes(fields, field, split, nothing, LANES: tl.constexpr):
+    """A field of all of a row's shares, which lie side by side; its number is an int64."""
     lanes = tl.arange(0, LANES)
-    return tl.load(_place(split, row, field) + lanes, mask=lanes < split.count, other=nothing)
+    place = fields + field * split.shares + lanes
+    return tl.load(place, mask=lanes < split.shares, other=nothing)
 
 
 @triton.jit
-def left_label(split, row, LABEL: tl.constexpr = LABEL):
-    """The label's logit, which every share of a row has."""
-    return tl.load(_place(split, row, LABEL))
+def _left(split, row, field, nothing, LANES: tl.constexpr, FIELDS: tl.constexpr = FIELDS):
+    return _lanes(split.statistics, row.to(tl.int64) * FIELDS + field, split, nothing, LANES)
 
 
 @triton.jit
-def left_sums(split, row, LABEL: tl.constexpr = LABEL):
+def left_label(split, row, LANES: tl.constexpr, LABEL: tl.constexpr = LABEL):
+    """The label's logit, which is -inf where another process has it."""
+    return tl.max(_left(split, row, LABEL, -float("inf"), LANES), 0)
+
+
+@triton.jit
+def left_spread(
+    split,
+    row,
+    pivot,
+    LANES: tl.constexpr,
+    SPREAD: tl.constexpr = SPREAD,
+    PIVOT: tl.constexpr = PIVOT,
+    COLUMNS: tl.constexpr = COLUMNS,
+):
+    """The sum of z - pivot over a row, of shares with a pivot each."""
+    spread = _left(split, row, SPREAD, 0.0, LANES)
+    rise = _left(split, row, PIVOT, 0.0, LANES) - pivot
+    return tl.sum(spread + rise * _left(split, row, COLUMNS, 0.0, LANES), 0)
+
+
+@triton.jit
+def left_sums(split, row, LANES: tl.constexpr):
     """(sum phi, sum g) over a row."""
-    phi, g = _lanes(split, row, LABEL + 1, 0.0), _lanes(split, row, LABEL + 2, 0.0)
+    field = row.to(tl.int64) * 2
+    phi = _lanes(split.sums, field, split, 0.0, LANES)
+    g = _lanes(split.sums, field + 1, split, 0.0, LANES)
     return tl.sum(phi, 0), tl.sum(g, 0)
 
 
 @triton.jit
-def left_statistics(split, row):
+def left_statistics(split, row, LANES: tl.constexpr):
     """A Partial of lanes, one a share of the row."""
     lowest: tl.constexpr = -float("inf")
     return Partial(
-        _lanes(split, row, 0, lowest),
-        _lanes(split, row, 1, lowest),
-        _lanes(split, row, 2, 0.0),
-        _lanes(split, row, 3, 0.0),
-        _lanes(split, row, 4, 0.0),
-        _lanes(split, row, 5, 0.0),
-        _lanes(split, row, 6, 0.0),
-        _lanes(split, row, 7, 0.0),
-        _lanes(split, row, 8, 0.0),
-        _lanes(split, row, 9, lowest),
-        _lanes(split, row, 10, lowest),
+        _left(split, row, 0, lowest, LANES),
+        _left(split, row, 1, lowest, LANES),
+        _left(split, row, 2, 0.0, LANES),
+        _left(split, row, 3, 0.0, LANES),
+        _left(split, row, 4, 0.0, LANES),
+        _left(split, row, 5, 0.0, LANES),
+        _left(split, row, 6, 0.0, LANES),
+        _left(split, row, 7, 0.0, LANES),
+        _left(split, row, 8, 0.0, LANES),
+        _left(split, row, 9, lowest, LANES),
+        _left(split, row, 10, lowest, LANES),
     )

@@ -57,9 +57,18 @@ class Sums(NamedTuple):
 class Split(NamedTuple):
     """The share of a row that a program has where several have one row: program_id(1) counts them."""
 
-    partials: Any  # float32 [rows, FIELDS, count]: what one kernel leaves to the next (split.py)
+    statistics: Any  # float32 [rows, FIELDS, ..]: what one kernel leaves to the next (split.py)
+    sums: Any  # float32 [rows, 2, ..], likewise
     first: Any  # the row of the kernel's first program
-    count: Any  # programs a row
+    programs: Any  # a row has here; a program leaves its numbers beside those of the others
+    shares: Any  # that a kernel finds of a row; where processes share the vocabulary, those of all of them
+
+
+class Shard(NamedTuple):
+    """Which columns are here of a vocabulary that several processes share."""
+
+    first: Any
+    total: Any  # columns of all processes
 
 
 class Partial(NamedTuple):
@@ -95,10 +104,17 @@ def _tiles(columns, split, BLOCK_V: tl.constexpr):
     """From which tile to which a program goes; past the last tile of the row it has none."""
     first, last = 0, tl.cdiv(columns, BLOCK_V)
     if split is not None:
-        share = tl.cdiv(last, split.count)
+        share = tl.cdiv(last, split.programs)
         first = tl.program_id(1) * share
         last = tl.minimum(first + share, last)
     return first, last
+
+
+@triton.jit
+def columns_of(V, split, BLOCK_V: tl.constexpr):
+    """How many columns a program has."""
+    first, last = _tiles(V, split, BLOCK_V)
+    return tl.maximum(tl.minimum(last * BLOCK_V, V) - first * BLOCK_V, 0)
 
 
 @triton.jit
@@ -396,6 +412,7 @@ def sweep_gradients(
     degree,
     label,
     smoothing,
+    vocabulary,
     V,
     width,
     split,
@@ -425,7 +442,7 @@ def sweep_gradients(
             if factors.cross_entropy is not None:
                 target = tl.where(columns == label, 1.0, 0.0)
                 if smoothing is not None:
-                    target = (1.0 - smoothing) * target + smoothing / V
+                    target = (1.0 - smoothing) * target + smoothing / vocabulary
                 q_plain = tl.exp(log_probability(s, plain))
                 gradient += (q_plain - target) * factors.cross_entropy
             gradient = tl.where(columns < V, gradient * s_slope, 0.0)

@@ -26,6 +26,7 @@ from .rows import (
     _unit_stride,
     kd_rows,
     register_limits,
+    shard_of,
     tile,
 )
 from .sweeps import Row, _faded, _fold, _origin, read, sweep_zeros
@@ -41,8 +42,9 @@ class Tokens(NamedTuple):
 
     ids: Any  # int64 [rows, K]
     K: Any
-    bits: Any  # int32 [rows, words], one bit a column of the vocabulary
+    bits: Any  # int32 [rows, words], one bit a column
     words: Any
+    shard: Any  # sweeps.Shard, or None
 
 
 class Gathered(NamedTuple):
@@ -68,14 +70,34 @@ class Spread(NamedTuple):
 
 
 @triton.jit
+def _vocabulary(tokens, V):
+    """Columns, wherever they are."""
+    if tokens.shard is not None:
+        V = tokens.shard.total
+    return V
+
+
+@triton.jit
+def _label(inputs, tokens, row):
+    """The column of a label; none of those here where another process has it, or where it is not valid."""
+    label = tl.load(inputs.labels + row)
+    if tokens.shard is not None:
+        label -= tokens.shard.first
+    return label
+
+
+@triton.jit
 def _token_ids(tokens, row, start, V, BLOCK_K: tl.constexpr):
-    """(place in the row, which of them are tokens, their columns) of a tile of ids."""
+    """(place in the row, which of them name a token or none, which a column, that) of a tile of ids."""
     places = start + tl.arange(0, BLOCK_K)
     ids = tl.load(
         tokens.ids + row.to(tl.int64) * tokens.K + places, mask=places < tokens.K, other=-1
     )
+    known = (ids >= -1) & (ids < _vocabulary(tokens, V))
+    if tokens.shard is not None:
+        ids -= tokens.shard.first
     seated = (ids >= 0) & (ids < V)
-    return places, ids, seated, tl.where(seated, ids, 0).to(tl.int32)
+    return places, known, seated, tl.where(seated, ids, 0).to(tl.int32)
 
 
 @triton.jit
@@ -84,12 +106,12 @@ def mark_kernel(tokens, valid, V, BLOCK_K: tl.constexpr):
     row = tl.program_id(0)
     wrong = tl.zeros([BLOCK_K], tl.int32)
     for start in range(0, tokens.K, BLOCK_K):
-        _, ids, seated, columns = _token_ids(tokens, row, start, V, BLOCK_K)
+        _, known, seated, columns = _token_ids(tokens, row, start, V, BLOCK_K)
         bit = (tl.full([BLOCK_K], 1, tl.int32)) << (columns % WORD)
         word = tokens.bits + row.to(tl.int64) * tokens.words + columns // WORD
         before = tl.atomic_or(word, bit, mask=seated)
         twice = seated & ((before & bit) != 0)
-        wrong = tl.where(twice | ((ids != -1) & ~seated), 1, wrong)
+        wrong = tl.where(twice | ~known, 1, wrong)
     tl.store(valid + row, tl.max(wrong, 0) == 0)
 
 
@@ -187,12 +209,17 @@ def _gather_row(
     tl.store(out.tail_log_sum + row, log_sum)
     if out.log_sum is not None:
         tl.store(out.log_sum + row, tl.log(plain_total))
-        label = tl.load(inputs.labels + row)
-        label = tl.where((label >= 0) & (label < V), label, 0).to(tl.int32)
-        z, _ = read(student, label, V)
+        label = _label(inputs, tokens, row)
+        here = (label >= 0) & (label < V)
+        z, _ = read(student, tl.where(here, label, 0).to(tl.int32), V)
+        if tokens.shard is not None:
+            z = tl.where(here, z, -float("inf"))
         tl.store(out.label + row, (z - row_origin) * unit)
     if out.mean is not None:
-        tl.store(out.mean + row, (tl.sum(spread, 0) / V - row_origin) * unit)
+        mean = (tl.sum(spread, 0) / V - row_origin) * unit
+        if tokens.shard is not None:
+            mean *= V / tokens.shard.total
+        tl.store(out.mean + row, mean)
 
 
 @triton.jit(do_not_specialize=["sizes"])
@@ -218,11 +245,11 @@ def gather_kernel(
 
 
 @triton.jit
-def _cross_entropy_gradient(z, columns, label, gathered, spread, row, V):
+def _cross_entropy_gradient(z, columns, label, gathered, spread, row, vocabulary):
     """Of these columns, z relative to the row's origin."""
     target = tl.where(columns == label, 1.0, 0.0)
     if spread.smoothing is not None:
-        target = (1.0 - spread.smoothing) * target + spread.smoothing / V
+        target = (1.0 - spread.smoothing) * target + spread.smoothing / vocabulary
     return tl.load(spread.scale + row) * (tl.exp(z - tl.load(gathered.log_sum + row)) - target)
 
 
@@ -254,9 +281,9 @@ def _spread_row(
     poison = tl.where(
         tl.load(inputs.weight + row) == tl.load(inputs.weight + row), 0.0, float("nan")
     )
-    label = 0
+    label, vocabulary = 0, _vocabulary(tokens, V)
     if spread.scale is not None:
-        label = tl.load(inputs.labels + row).to(tl.int32)
+        label = _label(inputs, tokens, row).to(tl.int32)
     element = student.gradient.dtype.element_ty
     # The tokens first: their logits may be where the gradient goes.
     for start in range(0, tokens.K, BLOCK_K):
@@ -265,7 +292,7 @@ def _spread_row(
         value = tl.load(spread.events + seats + places, mask=seated, other=0.0)
         if spread.scale is not None:
             value += _cross_entropy_gradient(
-                (z - row_origin) * unit, columns, label, gathered, spread, row, V
+                (z - row_origin) * unit, columns, label, gathered, spread, row, vocabulary
             )
         value = value * slope * student_model.scale + poison
         tl.store(student.gradient + columns, value.to(element), mask=seated)
@@ -278,7 +305,9 @@ def _spread_row(
         value = tl.where(tail_gradient == 0.0, 0.0, tail_gradient * share)
         if spread.scale is not None:
             plain = (z - row_origin) * unit
-            value += _cross_entropy_gradient(plain, columns, label, gathered, spread, row, V)
+            value += _cross_entropy_gradient(
+                plain, columns, label, gathered, spread, row, vocabulary
+            )
         value = value * slope * student_model.scale + poison
         value = tl.where(columns < V, value, 0.0)
         others = (columns < student_model.width) & ~_among_tokens(tokens, row, columns, V)
@@ -328,7 +357,7 @@ def _tokens(student: Tensor, rows: Rows, options: Options) -> tuple[Tokens, Tens
     words = -(-options.vocab_size // 32)
     bits = torch.zeros((*lead, words), dtype=torch.int32, device=student.device)
     valid = torch.ones(lead, dtype=torch.bool, device=student.device)
-    tokens = Tokens(ids, ids.shape[-1], bits, words)
+    tokens = Tokens(ids, ids.shape[-1], bits, words, shard_of(options))
     if lead.numel():
         with _on(student.device):
             mark_kernel[(lead.numel(),)](tokens, valid, options.vocab_size, BLOCK_K)
@@ -356,13 +385,14 @@ def gather_events(student: Tensor, rows: Rows, options: Options, parts: bool) ->
         per_row(with_labels and options.label_smoothing > 0),
     )
     sizes, (view,) = _layout(_unit_stride(student))
+    model = _student(view, None, rows, options)
     aligned = _aligned(options.vocab_size, view)
     crowded = options.softcap > 0
     block, warps = tile(options.vocab_size, student.itemsize, crowded, aligned)
     if lead.numel():
         with _on(student.device):
             gather_kernel[(lead.numel(),)](
-                _student(view, None, rows, options),
+                model,
                 tokens,
                 Inputs(rows.labels, rows.weight, None),
                 out,
@@ -377,7 +407,7 @@ def gather_events(student: Tensor, rows: Rows, options: Options, parts: bool) ->
                 enable_fp_fusion=True,
                 **register_limits(aligned, crowded),
             )
-    return Events(*out, valid, tokens.bits)
+    return Events(*out, valid, tokens.bits, model.unit)
 
 
 def _student(view: Any, gradient: Any, rows: Rows, options: Options) -> Any:
@@ -404,8 +434,8 @@ def spread_gradient(
     ids, lead = rows.ids, student.shape[:-1]
     assert ids is not None
     source = _unit_stride(student)
-    target = source if out is student else out
-    tokens = Tokens(ids, ids.shape[-1], events.bits, events.bits.shape[-1])
+    target = source if out is student else _unit_stride(out)
+    tokens = Tokens(ids, ids.shape[-1], events.bits, events.bits.shape[-1], shard_of(options))
     sizes, (view, gradient_view) = _layout(source, target)
     aligned = _aligned(options.vocab_size, view, gradient_view)
     crowded = options.softcap > 0

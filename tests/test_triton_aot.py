@@ -25,7 +25,8 @@ from torch import Tensor
 from triton_aot import Caught, Resources, catch, local_in_loop, resources
 
 import fastkd
-from fastkd.rows import Options, Rows, Want
+from fastkd.native import outputs
+from fastkd.rows import Options, Rows, Shard, Want
 
 TARGETS = ["cuda:80", "cuda:90", "cuda:100", "hip:gfx942"]
 LIMITS: dict[str, dict[str, float]] = {
@@ -52,6 +53,7 @@ class Variant(NamedTuple):
     teacher: str = "bf16"
     width: str = "wide"
     stage: str = "row"  # or one of those of a row that several programs share
+    sharded: bool = False  # whether processes share the vocabulary
 
 
 def variants(full: bool) -> list[Variant]:
@@ -68,6 +70,11 @@ def variants(full: bool) -> list[Variant]:
             ]
             + shared_variants(list(fastkd.DIVERGENCES), widths)
             + topk_variants(widths)
+            + [
+                variant._replace(sharded=True)
+                for variant in shared_variants(["mixture", "jsd"], ["wide", "odd"])
+                + topk_variants(["wide", "odd"])
+            ]
         )
     found = []
     for divergence in DIVERGENCES:
@@ -99,7 +106,10 @@ def variants(full: bool) -> list[Variant]:
             if (make().closed_form is not None) == closed_form:
                 found.append(Variant(name, "hinton", dtype, dtype, f"timed {columns}"))
     found += shared_variants(["mixture", "jsd"], ["wide", "odd"])
-    return found + topk_variants(["wide", "odd"])
+    found += topk_variants(["wide", "odd"])
+    everything = Variant("jsd", "everything", sharded=True)
+    found += [everything._replace(stage=stage) for stage in ("statistics", "gradient")]
+    return found + [everything._replace(divergence=kernel) for kernel in ("gather", "spread")]
 
 
 def shared_variants(divergences: Sequence[str], widths: Sequence[str]) -> list[Variant]:
@@ -138,7 +148,7 @@ def _launch(variant: Variant, target: str) -> tuple[Any, tuple[Any, ...], dict[s
     kernels.device_of = lambda device_of_tensors: device
     # Four programs leave the widest rows the widest tiles of the rule, and more of them narrower ones.
     shared = None if variant.stage == "row" else split.Plan(4, 2)
-    kernels.plan = lambda *call: shared
+    kernels.plan = kernels.shard_plan = lambda *call: shared
     width = WIDTHS[variant.width]
     # Shifted as a language model shifts its logits: two strides.
     student, teacher = (
@@ -146,11 +156,12 @@ def _launch(variant: Variant, target: str) -> tuple[Any, tuple[Any, ...], dict[s
         for dtype in (variant.student, variant.teacher)
     )
     labels, numbers = torch.zeros(2, 2, dtype=torch.int64), torch.ones(2, 2)
+    shard = Shard(width, 4 * width, width, 1, None) if variant.sharded else None
     try:
         if variant.divergence == "scale":
             kernels.scale_rows_(student, numbers)
         if variant.divergence in own:
-            _launch_topk(topk, own, variant, student, labels, numbers)
+            _launch_topk(topk, own, variant, student, labels, numbers, shard)
         parameters = LIMITS.get(variant.divergence, {})
         divergence = fastkd.DIVERGENCES[variant.divergence.split()[0]](**parameters)
         rows, options, want = {
@@ -164,10 +175,22 @@ def _launch(variant: Variant, target: str) -> tuple[Any, tuple[Any, ...], dict[s
                 Want(True, True, True),
             ),
         }[variant.kind]
-        kernels.kd_rows(student, teacher, rows, options._replace(vocab_size=width), want)
+        options = options._replace(vocab_size=width, shard=shard)
+        if shard is None:
+            kernels.kd_rows(student, teacher, rows, options, want)
+        else:
+            _launch_shard(kernels, student, teacher, rows, options, outputs(student, teacher, want))
     except Caught as caught:
         return caught.args
     raise AssertionError("nothing was launched")
+
+
+def _launch_shard(kernels: Any, *given: Any) -> None:
+    """The steps of one of four processes."""
+    found = kernels.shard_statistics(*given)
+    found = found._replace(gathered=torch.stack([found.gathered] * 4))
+    sums = kernels.shard_sums(*given, found)
+    kernels.shard_results(*given, found, sums if sums is None else torch.stack([sums] * 4))
 
 
 def _launch_topk(
@@ -177,6 +200,7 @@ def _launch_topk(
     student: Tensor,
     labels: Tensor,
     numbers: Tensor,
+    shard: Shard | None,
 ) -> None:
     """Launch one of the kernels of a sparse teacher, past those that come before it."""
 
@@ -190,7 +214,7 @@ def _launch_topk(
     everything = variant.kind == "everything"
     # fastkd.topk gives every row a weight
     rows = Rows(labels, numbers, numbers, ids=ids) if everything else Rows(weight=numbers, ids=ids)
-    options = Options(fastkd.forward_kl(), vocab_size=width, tail="bucket")
+    options = Options(fastkd.forward_kl(), vocab_size=width, tail="bucket", shard=shard)
     if everything:
         options = options._replace(alpha=0.5, label_smoothing=0.1, softcap=30.0)
     events = topk.gather_events(student, rows, options, everything)
