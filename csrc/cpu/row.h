@@ -449,11 +449,15 @@ class Row {
 
   // log p = (t - t_max of the block) / T + t_offset; a block's exponentials times t_weight are probabilities.
   double s_offset(int64_t b) const {
-    return (statistics_[b].s_max - row_statistics_.s_max) / student_softmax_.temperature - row_statistics_.s_log_sum;
+    return as_float((statistics_[b].s_max - row_statistics_.s_max) / student_softmax_.temperature -
+                    row_statistics_.s_log_sum);
   }
   double t_offset(int64_t b) const {
-    return (statistics_[b].t_max - row_statistics_.t_max) / teacher_softmax_.temperature - row_statistics_.t_log_sum;
+    return as_float((statistics_[b].t_max - row_statistics_.t_max) / teacher_softmax_.temperature -
+                    row_statistics_.t_log_sum);
   }
+  // A block may be as far below the row's maximum as no float is: masked logits of a process that has no others.
+  static double as_float(double offset) { return std::max(offset, -1e38); }
   float s_weight(int64_t b) const { return float(std::exp(s_offset(b))); }
   float t_weight(int64_t b) const { return float(std::exp(t_offset(b))); }
 
