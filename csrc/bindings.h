@@ -26,10 +26,13 @@ using Numbers = std::tuple<double, uintptr_t, double, double>;
 using Definition = std::tuple<int, std::vector<float>, bool, std::vector<double>, double>;
 // ids of a sparse teacher (0: a dense one), how many a row, tail_logprob, tail
 using Sparse = std::tuple<uintptr_t, int64_t, uintptr_t, int>;
+// of a shared vocabulary: step, first, total, processes, rank, statistics, all_statistics, tokens, sums, all_sums
+using Shared = std::tuple<int, int64_t, int64_t, int64_t, int64_t, uintptr_t, uintptr_t, uintptr_t, uintptr_t, uintptr_t>;
 // vocabulary; student, teacher; a sparse teacher; labels, weight, scale on the device; loss, total and the three parts;
-// the divergence; alpha, label smoothing, scale, whether T^2 multiplies, ignore_index
+// the divergence; alpha, label smoothing, scale, whether T^2 multiplies, ignore_index; the shard
 using Description = std::tuple<int64_t, Numbers, Numbers, Sparse, uintptr_t, uintptr_t, uintptr_t, uintptr_t,
-                               uintptr_t, uintptr_t, uintptr_t, uintptr_t, Definition, double, double, double, bool, int64_t>;
+                               uintptr_t, uintptr_t, uintptr_t, uintptr_t, Definition, double, double, double, bool, int64_t,
+                               Shared>;
 
 inline Tempering tempering(const Numbers& values) {
   const auto& [temperature, per_row, logit_scale, softcap] = values;
@@ -44,7 +47,8 @@ inline int64_t product(const Strides& sizes) {
 
 inline void describe(Loss& call, const Strides& sizes, const Description& description) {
   const auto& [vocabulary, student, teacher, sparse, labels, weight, scale_on_device, loss, total, distillation, cross_entropy,
-               student_entropy, definition, alpha, label_smoothing, scale, scale_by_temperature, ignore_index] =
+               student_entropy, definition, alpha, label_smoothing, scale, scale_by_temperature, ignore_index,
+               shared] =
       description;
   const auto& [number, params, normalized, closed_form, degree] = definition;
   call.rows = product(sizes);
@@ -76,6 +80,17 @@ inline void describe(Loss& call, const Strides& sizes, const Description& descri
   call.scale = scale;
   call.scale_by_temperature = scale_by_temperature;
   call.ignore_index = ignore_index;
+  const auto& [step, first, all_columns, processes, rank, statistics, all_statistics, token_logits, sums, all_sums] = shared;
+  call.shard = {static_cast<Step>(step),
+                first,
+                all_columns,
+                processes,
+                rank,
+                pointer<double>(statistics),
+                pointer<const double>(all_statistics),
+                pointer(token_logits),
+                pointer<double>(sums),
+                pointer<const double>(all_sums)};
 }
 
 }  // namespace fastkd

@@ -19,6 +19,20 @@ struct Tempering {
 // What becomes of the tokens a sparse teacher does not name; fastkd/teachers.py explains them.
 enum class Tail : int { bucket = 0, renormalize = 1, renormalize_teacher = 2, truncate = 3 };
 
+// The columns that a process has of a vocabulary that several share; fastkd/rows.py names the steps.
+enum class Step : int { all = 0, statistics = 1, sums = 2, results = 3 };
+
+struct Shard {
+  Step step = Step::all;
+  int64_t first = 0, total = 0;             // the token of column 0; columns of all processes
+  int64_t processes = 1, rank = 0;
+  double* statistics = nullptr;             // [rows, STATISTICS]: of this process, written
+  const double* all_statistics = nullptr;   // [processes, rows, STATISTICS]
+  float* tokens = nullptr;                  // [rows, tokens] of a sparse teacher: written, then read once summed
+  double* sums = nullptr;                   // [rows, SUMS], written
+  const double* all_sums = nullptr;         // [processes, rows, SUMS]
+};
+
 struct Loss {
   int64_t rows = 0, vocabulary = 0;
   Tempering student_tempering, teacher_tempering;
@@ -50,6 +64,8 @@ struct Loss {
   double alpha = 1, label_smoothing = 0, scale = 1;
   bool scale_by_temperature = true;
   int64_t ignore_index = -100;
+
+  Shard shard;
 };
 
 }  // namespace fastkd

@@ -67,9 +67,17 @@ def outputs(
 
 
 def arguments(
-    student: Tensor, teacher: Tensor, rows: Rows, options: Options, result: Result
+    student: Tensor,
+    teacher: Tensor,
+    rows: Rows,
+    options: Options,
+    result: Result,
+    shared: tuple[int, ...] = (),
 ) -> tuple[Any, ...]:
-    """What every kd_rows of C++ takes first. The tensors must outlive the call."""
+    """What every kd_rows of C++ takes first. The tensors must outlive the call.
+
+    shared is of a step that processes take which share the vocabulary: csrc/bindings.h, Shared.
+    """
     divergence = options.divergence
     form = divergence.closed_form
     description = (
@@ -105,6 +113,7 @@ def arguments(
         options.scale,
         options.scale_by_temperature,
         options.ignore_index,
+        shared or (0, 0, options.vocab_size, 1, 0, 0, 0, 0, 0, 0),
     )
     return (
         list(student.shape[:-1]),
