@@ -1,5 +1,8 @@
 from typing import Any
 
+STATISTICS: int  # numbers a row that processes exchange which share a vocabulary
+SUMS: int
+
 def kd_rows(*arguments: Any) -> None: ...
 def scale_rows(*arguments: Any) -> None: ...
 def plan(

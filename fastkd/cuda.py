@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fastkd import _cuda, native
 from fastkd.backends import BackendUnavailable
-from fastkd.rows import Options, Result, Rows, Want
+from fastkd.rows import Options, Result, Rows, Statistics, Want
 
 
 @functools.cache
@@ -27,8 +27,15 @@ def _stream(device: torch.device) -> tuple[int, int]:
     return number, torch.cuda.current_stream(device).cuda_stream
 
 
-def kd_rows(student: Tensor, teacher: Tensor, rows: Rows, options: Options, want: Want) -> Result:
-    """The loss of each row and its gradients; shapes and meaning as :class:`fastkd.rows.Result` has them."""
+def _launch(
+    student: Tensor,
+    teacher: Tensor,
+    rows: Rows,
+    options: Options,
+    result: Result,
+    shared: tuple[int, ...] = (),
+) -> None:
+    """Fill the result, or do the step that shared is of (fastkd.native.arguments)."""
     capability = _capability(student.device)
     if capability not in _cuda.architectures():
         raise BackendUnavailable(
@@ -44,12 +51,79 @@ def kd_rows(student: Tensor, teacher: Tensor, rows: Rows, options: Options, want
             "Use backend='triton'",
         )
     rows = native.resolved(rows)
-    result = native.outputs(student, teacher, want)
     student, teacher = native.unit_stride(student), native.unit_stride(teacher)
     _cuda.kd_rows(
-        *native.arguments(student, teacher, rows, options, result), *_stream(student.device)
+        *native.arguments(student, teacher, rows, options, result, shared),
+        *_stream(student.device),
     )
+
+
+def kd_rows(student: Tensor, teacher: Tensor, rows: Rows, options: Options, want: Want) -> Result:
+    """The loss of each row and its gradients; shapes and meaning as :class:`fastkd.rows.Result` has them."""
+    result = native.outputs(student, teacher, want)
+    _launch(student, teacher, rows, options, result)
     return result
+
+
+# Where several processes share the vocabulary: fastkd/rows.py says what passes between the steps, csrc/cuda/shard.h
+# what a launch makes of it.
+
+
+def _without_gradients(result: Result) -> Result:
+    return result._replace(student_gradient=None, teacher_gradient=None)
+
+
+def shard_statistics(
+    student: Tensor, teacher: Tensor, rows: Rows, options: Options, result: Result
+) -> Statistics:
+    """Of this process's columns, in float64, and the tokens' logits; a row that is dropped has none."""
+    device = student.device
+    statistics = torch.empty(
+        result.loss.numel(), _cuda.STATISTICS, dtype=torch.float64, device=device
+    )
+    tokens = None
+    if rows.ids is not None:
+        tokens = torch.zeros(
+            result.loss.numel(), rows.ids.shape[-1], dtype=torch.float32, device=device
+        )
+    shared = native.shared(options, 1, statistics=statistics, tokens=tokens)
+    _launch(student, teacher, rows, options, _without_gradients(result), shared)
+    return Statistics(statistics, tokens)
+
+
+def shard_sums(
+    student: Tensor,
+    teacher: Tensor,
+    rows: Rows,
+    options: Options,
+    result: Result,
+    statistics: Statistics,
+) -> Tensor | None:
+    """Of this process's columns, in float64, given the statistics of all; None where these are enough."""
+    if rows.ids is not None or options.divergence.closed_form is not None:
+        return None
+    sums = torch.empty(result.loss.numel(), _cuda.SUMS, dtype=torch.float64, device=student.device)
+    gathered = statistics.gathered
+    shared = native.shared(options, 2, len(gathered), all_statistics=gathered, sums=sums)
+    _launch(student, teacher, rows, options, _without_gradients(result), shared)
+    return sums
+
+
+def shard_results(
+    student: Tensor,
+    teacher: Tensor,
+    rows: Rows,
+    options: Options,
+    result: Result,
+    statistics: Statistics,
+    sums: Tensor | None,
+) -> None:
+    """Fill the result, given the statistics and the sums of all processes."""
+    gathered, tokens = statistics.gathered, statistics.summed
+    shared = native.shared(
+        options, 3, len(gathered), all_statistics=gathered, tokens=tokens, all_sums=sums
+    )
+    _launch(student, teacher, rows, options, result, shared)
 
 
 def scale_rows_(gradient: Tensor, upstream: Tensor) -> None:

@@ -65,7 +65,8 @@ def compile_host(directory: Path, edit: tuple[str, Callable[[str], str]] | None 
 
 
 def load_host(path: Path) -> ModuleType:
-    spec = importlib.util.spec_from_file_location("_cuda_host", path)
+    # A name of its own: pybind11 gives a name that it has seen the module that it made then.
+    spec = importlib.util.spec_from_file_location(f"{path.parent.name}._cuda_host", path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)

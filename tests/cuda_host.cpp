@@ -22,13 +22,15 @@ void kd_rows(Call call, int ranks, void*) {  // a device's number serves to ask 
 #define FASTKD_ROWS(name) rows_of<Dense<name>>,
   static constexpr void (*kernels[])(const Call&, char*) = {FASTKD_DIVERGENCES(FASTKD_ROWS)};
 #undef FASTKD_ROWS
-  const auto kernel = call.ids ? rows_of<Sparse> : kernels[call.divergence];
+  const auto dense = call.shard.step == Step::statistics ? rows_of<DenseShare> : kernels[call.divergence];
+  const auto kernel = call.ids ? rows_of<Sparse> : dense;
   auto& machine = host::machine;
   machine.ranks = call.ranks;
   machine.threads = call.threads;
   machine.clusters = call.rows < 2 ? call.rows : 2;  // each has several rows, one after the other
   for (machine.cluster = 0; machine.cluster < machine.clusters; ++machine.cluster)
     machine.run(shared_bytes(call), [&](char* memory) { kernel(call, memory); });
+  if (call.shard.step != Step::all) return;
   double total = 0;
   for (int64_t i = 0; i < call.rows; ++i) total += call.loss[i];
   *call.total = float(total * call.scale * (call.scale_on_device ? *call.scale_on_device : 1));

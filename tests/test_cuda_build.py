@@ -46,8 +46,9 @@ def test_every_kernel_is_there_and_stays_in_registers() -> None:
     for target in ("sm_90a", "sm_100a"):
         kernels = {name: used for (arch, name), used in usage.items() if arch == target}
         rows = {name: used for name, used in kernels.items() if "kd_kernel" in name}
-        assert len(rows) == len(DEFINITIONS) + 1  # and one for sparse teachers
+        assert len(rows) == len(DEFINITIONS) + 2  # of sparse teachers, of a shard's statistics
         assert sum("Sparse" in kernel for kernel in rows) == 1
+        assert sum("DenseShare" in kernel for kernel in rows) == 1
         for function in DEFINITIONS:
             name = function.__name__.lstrip("_")
             assert sum(f"{len(name)}{name}E" in kernel for kernel in rows) == 1, name

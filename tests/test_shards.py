@@ -105,7 +105,9 @@ def test_log_0(
         large = expected[0].abs() > 1e30
         assert bool((found[0].abs()[large] > 1e30).all())
         found, expected = (tuple(x[~large] for x in pair) for pair in (found, expected))
-    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6, equal_nan=True)
+    torch.testing.assert_close(
+        found, expected, rtol=1e-5, atol=4e-6, equal_nan=True
+    )  # entries of 10
 
 
 @pytest.mark.parametrize("offset", [1e4, -1e4, -1e33])

@@ -9,6 +9,7 @@
 // gradient needs of them takes 128 registers, all there are while two blocks share a multiprocessor.
 #pragma once
 #include "row.h"
+#include "shard.h"
 #include "topk.h"
 
 namespace fastkd::cuda {
@@ -31,6 +32,7 @@ struct Shared {
   alignas(PIECE) char exchanges[2][(WARPS + MOST_RANKS) * sizeof(Whole)];
 };
 static_assert(sizeof(Shared) <= STATE, "plan.h reckons with less");
+static_assert(sizeof(Share) <= sizeof(Whole), "what passes through exchanges");
 
 class Block {
  public:
@@ -172,13 +174,20 @@ class Block {
 // A row of logits against a row of logits.
 template <class Divergence>
 struct Dense {
-  static FASTKD_DEVICE void open(const Call& call, int64_t index, RowState& row) { open_row(call, index, row); }
+  static FASTKD_DEVICE void open(const Call& call, int64_t index, RowState& row) {
+    statistics_are_given(call) ? open_shares(call, index, row) : open_row(call, index, row);
+  }
 
   Block& block;
 
-  FASTKD_DEVICE void prepare() {}
+  FASTKD_DEVICE void prepare() {
+    if (block.call.shard.step == Step::results) block.each_stage([](Range, int) {});
+  }
 
   FASTKD_DEVICE bool has_statistics() const { return needs_statistics(block.call, block.row()); }
+
+  FASTKD_DEVICE bool statistics_given() const { return statistics_are_given(block.call); }
+  FASTKD_DEVICE bool sums_given() const { return block.call.shard.step == Step::results; }
 
   template <bool LOG_0>
   FASTKD_DEVICE Statistics statistics() {
@@ -203,7 +212,12 @@ struct Dense {
     return mine;
   }
 
-  FASTKD_DEVICE void finish_row() {}
+  FASTKD_DEVICE void finish_row() {
+    if (block.call.shard.step != Step::sums)
+      finish(block.call, block.row(), block.place.rank);
+    else if (block.place.rank == 0)
+      write_sums(block.call, block.row());
+  }
   FASTKD_DEVICE void start_gradients(const Slice&) {}
 
   FASTKD_DEVICE void gradient(Range range, int stage, char* student_to, char* teacher_to) {
@@ -215,9 +229,35 @@ struct Dense {
   }
 };
 
+// The first step of a row of logits against a row of logits, where other processes have columns too.
+struct DenseShare {
+  static FASTKD_DEVICE void open(const Call& call, int64_t index, RowState& row) {
+    open_row(call, index, row);
+    choose_pivot(call, row);
+  }
+
+  Block& block;
+
+  FASTKD_DEVICE Share share() {
+    Share mine{no_statistics<false>(block.row()), -INF, -INF};
+    block.each_stage([&](Range range, int stage) {
+      add_share(mine, block.call, block.row(), block.place, range, block.slice(0).stage(stage),
+                block.slice(1).stage(stage));
+    });
+    return mine;
+  }
+
+  FASTKD_DEVICE void finish_row() {}
+  FASTKD_DEVICE void start_gradients(const Slice&) {}
+  FASTKD_DEVICE void gradient(Range, int, char*, char*) {}
+};
+
 // A row of logits against the tokens that a teacher names.
 struct Sparse {
-  static FASTKD_DEVICE void open(const Call& call, int64_t index, RowState& row) { open_topk_row(call, index, row); }
+  static FASTKD_DEVICE void open(const Call& call, int64_t index, RowState& row) {
+    statistics_are_given(call) ? open_wholes(call, index, row) : open_topk_row(call, index, row);
+    if (call.shard.step == Step::statistics) choose_pivot(call, row);
+  }
 
   Block& block;
 
@@ -227,19 +267,28 @@ struct Sparse {
     uint32_t* bits = block.bits();
     for (int i = block.place.thread; i <= call.slice / 32; i += call.threads) bits[i] = 0;
     sync_block();
-    Whole mine{no_statistics<false>(row), -INF, 0, 0, 0};
+    Whole mine = no_whole(row);
     mark_tokens(call, row, block.place, bits, mine, [](uint32_t* word, uint32_t bit) { return set_bits(word, bit); });
     sync_block();
+    if (statistics_are_given(call)) return block.each_stage([](Range, int) {});
     block.each_stage([&](Range range, int stage) {
       add_whole(mine.sweep, call, row, block.place, range, block.slice(0).stage(stage), bits);
     });
     gather_tokens(call, row, block.place, block.slice(0), mine);
     const Whole all = block.merged(mine);
-    if (block.leads()) close_whole(call, row, all);
+    if (block.leads()) {
+      if (call.shard.step == Step::all)
+        close_whole(call, row, all);
+      else if (block.place.rank == 0)
+        write_statistics(call, row, all);
+    }
     sync_block();
   }
 
   FASTKD_DEVICE bool has_statistics() const { return true; }
+
+  FASTKD_DEVICE bool statistics_given() const { return false; }  // those of events are not
+  FASTKD_DEVICE bool sums_given() const { return false; }
 
   template <bool LOG_0>
   FASTKD_DEVICE Statistics statistics() {
@@ -254,7 +303,11 @@ struct Sparse {
     return sums_of_events<LOG_0>(block.call, block.row(), block.place, block.slice(0));
   }
 
-  FASTKD_DEVICE void finish_row() { finish_others(block.call, block.row()); }
+  FASTKD_DEVICE void finish_row() {
+    if (block.call.shard.step == Step::statistics) return;
+    finish(block.call, block.row(), block.place.rank);
+    finish_others(block.call, block.row());
+  }
 
   FASTKD_DEVICE void start_gradients(const Slice& to) {
     if (!to.memory) return;
@@ -275,18 +328,23 @@ template <class Kind>
 FASTKD_DEVICE void settle(Block& block, Kind& kind) {
   RowState& row = block.row();
   kind.prepare();
+  if (block.call.shard.step == Step::statistics) return;
 #pragma unroll 1
   for (int policy = 0; policy < 2; ++policy) {
     if (kind.has_statistics()) {
       const Statistics all =
-          block.merged(policy ? kind.template statistics<true>() : kind.template statistics<false>());
+          kind.statistics_given()
+              ? row.statistics_of_all
+              : block.merged(policy ? kind.template statistics<true>() : kind.template statistics<false>());
       if (block.leads()) kind.close(all);
     } else if (block.leads()) {
       row.finite = true;
     }
     sync_block();
     if (row.finite && !block.call.closed_form) {
-      const Sums all = block.merged(policy ? kind.template sums<true>() : kind.template sums<false>());
+      const Sums all = kind.sums_given()
+                           ? row.sums_of_all
+                           : block.merged(policy ? kind.template sums<true>() : kind.template sums<false>());
       if (block.leads()) kind.close(all);
       sync_block();
     }
@@ -295,6 +353,11 @@ FASTKD_DEVICE void settle(Block& block, Kind& kind) {
     if (block.leads()) row.log_0 = true;
     sync_block();
   }
+}
+
+FASTKD_DEVICE void settle(Block& block, DenseShare& kind) {
+  const Share all = block.merged(kind.share());
+  if (block.leads() && block.place.rank == 0) write_statistics(block.call, block.row(), all);
 }
 
 // Gradients go to device memory at once where the row's address allows whole pieces, else by way of shared memory, where
@@ -348,10 +411,7 @@ FASTKD_DEVICE void run(const Call& call, char* memory) {
     more = next < call.rows;
     if (more && block.place.thread == call.threads - 1) block.open<Kind>(next, 1);  // while others wait for copies
     settle(block, kind);
-    if (block.leads()) {
-      finish(call, block.row(), block.place.rank);
-      kind.finish_row();
-    }
+    if (block.leads()) kind.finish_row();
     sync_block();
     write_gradients(block, kind, more);
   }

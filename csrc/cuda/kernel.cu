@@ -125,7 +125,8 @@ void kd_rows(Call call, int device, void* stream) {
     int multiprocessors = 0;
     check(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device), "cudaDeviceGetAttribute");
     widen(call, multiprocessors);
-    const Kernel kernel = call.ids ? kd_kernel<Sparse> : kernels[call.divergence];
+    const Kernel dense = call.shard.step == Step::statistics ? kd_kernel<DenseShare> : kernels[call.divergence];
+    const Kernel kernel = call.ids ? kd_kernel<Sparse> : dense;
     cudaLaunchAttribute cluster{};
     cluster.id = cudaLaunchAttributeClusterDimension;
     cluster.val.clusterDim.x = unsigned(call.ranks);
@@ -141,7 +142,7 @@ void kd_rows(Call call, int device, void* stream) {
     launch.gridDim = dim3(unsigned((call.rows < clusters ? call.rows : clusters) * call.ranks));
     check(cudaLaunchKernelEx(&launch, kernel, call), "launching kd_kernel");
   }
-  start(total_kernel, 1, 1024, stream, "launching total_kernel", call);
+  if (call.shard.step == Step::all) start(total_kernel, 1, 1024, stream, "launching total_kernel", call);
 }
 
 void scale_rows(const Call& call, const float* factor, int64_t stride, int device, void* stream) {

@@ -271,22 +271,6 @@ struct Others {
   const char* log_probabilities;  // the teacher's, of the row
 };
 
-struct RowState {
-  bool with_labels, log_0, finite;
-  bool plain;  // both sides are bf16 logits as they are, at multiples of a piece
-  unsigned flags;
-  int64_t row, label;
-  float weight;
-  float z_label, pivot;
-  Side student, teacher;
-  float plain_unit, plain_rate, plain_weight, plain_top;  // of the cross-entropy: the student at temperature 1
-  double distillation, phi, g;     // sums over the row
-  double cross_entropy, entropy;
-  float sum_g, sum_h;
-  float distillation_factor, cross_entropy_factor, teacher_factor, uniform;
-  Others others;
-};
-
 // What the first phase finds. Exponentials and moments are relative to the tops; x is rate * (z - top), to base 2.
 struct Statistics {
   float s_top, t_top;
@@ -301,6 +285,24 @@ struct Sums {
   float phi, g;
 };
 
+struct RowState {
+  bool with_labels, log_0, finite;
+  bool plain;  // both sides are bf16 logits as they are, at multiples of a piece
+  unsigned flags;
+  int64_t row, label;
+  float weight;
+  float z_label, pivot;
+  Side student, teacher;
+  float plain_unit, plain_rate, plain_weight, plain_top;  // of the cross-entropy: the student at temperature 1
+  double distillation, phi, g;     // sums over the row
+  double cross_entropy, entropy;
+  float sum_g, sum_h;
+  float distillation_factor, cross_entropy_factor, teacher_factor, uniform;
+  Others others;
+  Statistics statistics_of_all;  // where these are given: of all columns
+  Sums sums_of_all;
+};
+
 FASTKD_INLINE float origin(float top) { return top == -INF ? 0 : top; }
 
 // What has faded to nothing is 0, however far a maximum rose.
@@ -308,15 +310,15 @@ FASTKD_INLINE float faded(float fade, float moment) { return fade == 0 ? 0 : fad
 
 // Statistics relative to higher tops.
 FASTKD_INLINE void raise(Statistics& a, float s_top, float t_top, const RowState& row) {
-  const float s_step = (origin(s_top) - origin(a.s_top)) * row.student.rate;
-  const float t_step = (origin(t_top) - origin(a.t_top)) * row.teacher.rate;
+  const float s_step = a.s_top == -INF ? 0 : (origin(s_top) - a.s_top) * row.student.rate;
+  const float t_step = a.t_top == -INF ? 0 : (origin(t_top) - a.t_top) * row.teacher.rate;
   const float s_fade = a.s_top == -INF ? 0 : exp2_of(-s_step);
   const float t_fade = a.t_top == -INF ? 0 : exp2_of(-t_step);
   a.forward = faded(t_fade, a.forward + (s_step - t_step) * a.t_sum);
   a.reverse = faded(s_fade, a.reverse + (t_step - s_step) * a.s_sum);
   a.cross = faded(t_fade, a.cross - s_step * a.t_sum);
   a.entropy = faded(s_fade, a.entropy - s_step * a.s_sum);
-  if (row.flags & AT_1) a.s_sum_at_1 *= a.s_top == -INF ? 0 : exp2_of((origin(a.s_top) - origin(s_top)) * row.plain_rate);
+  if (row.flags & AT_1) a.s_sum_at_1 *= a.s_top == -INF ? 0 : exp2_of((a.s_top - origin(s_top)) * row.plain_rate);
   a.s_sum *= s_fade;
   a.t_sum *= t_fade;
   a.s_top = s_top;
@@ -365,6 +367,14 @@ FASTKD_INLINE void open_side(const Rows& rows, const Tempering& tempering, int64
   side.rate = float(side.unit * LOG2_E_EXACT);
 }
 
+// Of all columns, wherever these are (shard.h).
+FASTKD_INLINE bool statistics_are_given(const Call& call) { return call.shard.step >= Step::sums; }
+
+// Of the student's logit in device memory.
+FASTKD_INLINE float z_at(const Call& call, const RowState& row, int64_t column) {
+  return row.student.z(load_one(row_of(call, call.student, row.row), call.student.dtype, column));
+}
+
 FASTKD_CALL void open_row(const Call& call, int64_t index, RowState& row) {
   row.flags = 0;
   row.log_0 = false;
@@ -379,12 +389,14 @@ FASTKD_CALL void open_row(const Call& call, int64_t index, RowState& row) {
   row.plain_unit = call.student_tempering.softcap == 0 ? fabsf(float(call.student_tempering.logit_scale)) : 1;
   row.plain_rate = float(row.plain_unit * LOG2_E_EXACT);
   if (row.with_labels) {
-    if (row.label < 0 || row.label >= call.vocabulary) {
+    if (row.label < 0 || row.label >= call.shard.total) {
       row.weight = NAN;
       row.label = 0;
     }
-    row.z_label = row.student.z(load_one(row_of(call, call.student, index), call.student.dtype, row.label));
-    row.pivot = row.z_label == -INF ? 0 : row.z_label;
+    row.label -= call.shard.first;  // of the columns that are here, if it is one
+    const bool here = row.label >= 0 && row.label < call.vocabulary;
+    row.z_label = here && !statistics_are_given(call) ? z_at(call, row, row.label) : -INF;
+    row.pivot = origin(row.z_label);
     if (row.student.temperature != 1) row.flags |= AT_1;
     if (call.label_smoothing > 0) row.flags |= SPREAD;
   }
@@ -458,14 +470,16 @@ FASTKD_INLINE float highest(const V (&z)[N]) {
   return top;
 }
 
-// With LOG_0, a probability of (almost) 0 silences its term, whatever the other factor is.
-template <bool LOG_0>
+// With LOG_0, a probability of (almost) 0 silences its term, whatever the other factor is. APART, where probabilities are
+// not known yet, a logarithm of 0 does.
+template <bool LOG_0, bool APART>
 FASTKD_INLINE V times(V e, V x, float threshold) {
+  if (APART) return finite(x) ? e * x : 0;
   return LOG_0 ? (e > threshold ? e * x : 0) : e * x;
 }
 
 // Of the first n of N columns.
-template <bool LOG_0, int N>
+template <bool LOG_0, bool APART = false, int N>
 FASTKD_INLINE void add_vector(Statistics& a, const V (&s)[N], const V (&t)[N], int n, const RowState& row) {
   const float s_top = fmaxf(a.s_top, highest(s)), t_top = fmaxf(a.t_top, highest(t));
   if (s_top > a.s_top || t_top > a.t_top) raise(a, s_top, t_top, row);
@@ -488,10 +502,10 @@ FASTKD_INLINE void add_vector(Statistics& a, const V (&s)[N], const V (&t)[N], i
     moment += sum;
   };
   const float s_low = row.student.threshold, t_low = row.teacher.threshold;
-  if (row.flags & FORWARD) add(a.forward, [&](int k) { return times<LOG_0>(e_t[k], x_t[k] - x_s[k], t_low); });
-  if (row.flags & REVERSE) add(a.reverse, [&](int k) { return times<LOG_0>(e_s[k], x_s[k] - x_t[k], s_low); });
-  if (row.flags & CROSS) add(a.cross, [&](int k) { return times<LOG_0>(e_t[k], x_s[k], t_low); });
-  if (row.flags & ENTROPY) add(a.entropy, [&](int k) { return times<LOG_0>(e_s[k], x_s[k], s_low); });
+  if (row.flags & FORWARD) add(a.forward, [&](int k) { return times<LOG_0, APART>(e_t[k], x_t[k] - x_s[k], t_low); });
+  if (row.flags & REVERSE) add(a.reverse, [&](int k) { return times<LOG_0, APART>(e_s[k], x_s[k] - x_t[k], s_low); });
+  if (row.flags & CROSS) add(a.cross, [&](int k) { return times<LOG_0, APART>(e_t[k], x_s[k], t_low); });
+  if (row.flags & ENTROPY) add(a.entropy, [&](int k) { return times<LOG_0, APART>(e_s[k], x_s[k], s_low); });
   if (row.flags & AT_1)
     add(a.s_sum_at_1, [&](int k) { return k < n ? exp2_of((s[k] - s_origin) * row.plain_rate) : 0; });
   if (row.flags & LOWS)
@@ -547,7 +561,7 @@ FASTKD_INLINE void close_statistics(const Call& call, RowState& row, const Stati
   if (row.with_labels) {
     const double smoothing = call.label_smoothing, unit = row.plain_unit, top = row.student.top;
     double target = (1 - smoothing) * (double(row.z_label) - top);
-    if (smoothing > 0) target += smoothing * (double(all.spread) / double(call.vocabulary) + row.pivot - top);
+    if (smoothing > 0) target += smoothing * (double(all.spread) / double(call.shard.total) + row.pivot - top);
     row.cross_entropy = plain_log_sum - target * unit;
   }
   row.phi = row.g = 0;
@@ -658,7 +672,7 @@ FASTKD_CALL void finish(const Call& call, RowState& row, int rank) {
   row.distillation_factor = float(call.alpha * square * scale * row.student.unit);
   row.teacher_factor = float(call.alpha * square * scale * row.teacher.unit);
   row.cross_entropy_factor = float((1 - call.alpha) * scale * row.plain_unit);
-  row.uniform = float(call.label_smoothing / double(call.vocabulary));
+  row.uniform = float(call.label_smoothing / double(call.shard.total));
 }
 
 // Whether a row counts. One that does not is not read.
@@ -667,6 +681,7 @@ FASTKD_INLINE bool counts(const Call& call, int64_t row) {
 }
 
 FASTKD_CALL void drop(const Call& call, int64_t row, Place place) {
+  if (call.shard.step == Step::statistics || call.shard.step == Step::sums) return;
   clear(call, place, call.student_gradient, row, false);
   clear(call, place, call.teacher_gradient, row, false);
   if (place.rank != 0 || place.thread != 0) return;
@@ -735,7 +750,9 @@ inline bool prepare(Call& call) {
 #undef FASTKD_USES_LOGS
   const bool logs = call.teacher_gradient.data || (call.student_gradient.data && uses_logs[call.divergence]);
   if (call.ids && call.tail == Tail::truncate) call.closed_form = false;  // its sums are over a part of the row
-  call.watches_lows = call.closed_form && logs;
+  if (call.shard.step == Step::results && !call.student_gradient.data && !call.teacher_gradient.data)
+    call.vocabulary = 0;  // all else is known
+  call.watches_lows = call.closed_form && (logs || call.shard.step != Step::all);
   return plan(call);
 }
 

@@ -20,6 +20,8 @@ struct Whole {
   double mass;  // of the tokens
 };
 
+FASTKD_INLINE Whole no_whole(const RowState& row) { return {no_statistics<false>(row), -INF, 0, 0, 0}; }
+
 FASTKD_INLINE Whole merge(const Whole& a, const Whole& b, const RowState& row) {
   return {merge(a.sweep, b.sweep, row), fmaxf(a.tokens_top, b.tokens_top), a.seated + b.seated, a.invalid | b.invalid,
           a.mass + b.mass};
@@ -45,8 +47,8 @@ FASTKD_INLINE void each_token(const Call& call, const RowState& row, Place place
   const int columns = columns_of(call, place.rank);
 #pragma unroll 1
   for (int64_t j = place.thread; j < call.tokens; j += call.threads) {
-    const int64_t id = ids[j];
-    if (id >= start && id - start < columns) f(j, int(id - start));
+    const int64_t column = ids[j] - call.shard.first - start;
+    if (column >= 0 && column < columns) f(j, int(column));
   }
 }
 
@@ -65,7 +67,7 @@ FASTKD_INLINE void mark_tokens(const Call& call, const RowState& row, Place plac
   const int64_t* ids = call.ids + row.row * call.tokens;
 #pragma unroll 1
   for (int64_t j = place.thread; j < call.tokens; j += call.threads)
-    if (ids[j] < -1 || ids[j] >= call.vocabulary) mine.invalid = 1;
+    if (ids[j] < -1 || ids[j] >= call.shard.total) mine.invalid = 1;
 }
 
 // Which of a vector's columns are tokens.
@@ -86,7 +88,9 @@ FASTKD_INLINE void add_whole(Statistics& mine, const Call& call, const RowState&
 
 FASTKD_INLINE void gather_tokens(const Call& call, const RowState& row, Place place, const Slice& slice, Whole& mine) {
   each_token(call, row, place, [&](int64_t token, int column) {
-    mine.tokens_top = fmaxf(mine.tokens_top, z_of(call, row, slice, column));
+    const float z = z_of(call, row, slice, column);
+    mine.tokens_top = fmaxf(mine.tokens_top, z);
+    if (call.shard.tokens) call.shard.tokens[row.row * call.tokens + token] = z;
     mine.mass += ::exp(double(log_probability(call, row, token)));
   });
 }
@@ -94,7 +98,7 @@ FASTKD_INLINE void gather_tokens(const Call& call, const RowState& row, Place pl
 // The logarithm of what the teacher leaves to the others.
 FASTKD_INLINE float others_log_probability(const Call& call, const RowState& row, const Whole& all) {
   const bool nothing = call.tail == Tail::renormalize_teacher || call.tail == Tail::truncate;
-  if (nothing || all.seated == call.vocabulary) return -INF;  // of no others, 1 - the mass is rounding
+  if (nothing || all.seated == call.shard.total) return -INF;  // of no others, 1 - the mass is rounding
   if (call.tail_logprob) return call.tail_logprob[row.row];
   return all.mass < 1 ? float(::log1p(-all.mass)) : all.mass >= 1 ? -INF : NAN;
 }
@@ -115,13 +119,28 @@ FASTKD_INLINE void close_whole(const Call& call, RowState& row, const Whole& all
   open_side(call.teacher, call.teacher_tempering, row.row, row.teacher, row.weight);
 }
 
+// f(number) of a thread's share of all tokens, wherever their logits are: the first warp's, so that processes with other
+// columns, and perhaps other blocks, add in the same order.
+template <class Function>
+FASTKD_INLINE void each_token_of_all(const Call& call, const RowState& row, Place place, Function f) {
+  constexpr int LANES = 32;
+  if (place.rank != 0 || place.thread >= LANES) return;
+  const int64_t* ids = call.ids + row.row * call.tokens;
+#pragma unroll 1
+  for (int64_t j = place.thread; j < call.tokens; j += LANES)
+    if (ids[j] >= 0 && ids[j] < call.shard.total) f(j);
+}
+
 // f(z, log probability) of a thread's events; the others are the first thread's.
 template <class Function>
 FASTKD_INLINE void each_event(const Call& call, const RowState& row, Place place, const Slice& slice, bool with_others,
                               Function f) {
-  each_token(call, row, place, [&](int64_t token, int column) {
-    f(z_of(call, row, slice, column) - row.others.origin, log_probability(call, row, token));
-  });
+  const auto event = [&](int64_t token, float z) { f(z - row.others.origin, log_probability(call, row, token)); };
+  if (call.shard.step == Step::all)
+    each_token(call, row, place, [&](int64_t token, int column) { event(token, z_of(call, row, slice, column)); });
+  else
+    each_token_of_all(call, row, place,
+                      [&](int64_t token) { event(token, call.shard.tokens[row.row * call.tokens + token]); });
   if (with_others && place.rank == 0 && place.thread == 0) f(row.others.z, row.others.log_p);
 }
 
