@@ -1,5 +1,8 @@
 """fastkd: the loss that distils large language models, in one pass over the logits."""
 
+import importlib
+from typing import TYPE_CHECKING, Any
+
 from fastkd.backends import BackendUnavailable, available_backends
 from fastkd.divergences import (
     TABLE as DIVERGENCES,
@@ -26,6 +29,16 @@ from fastkd.sampled import k1, k2, k3
 from fastkd.teachers import Ensemble, LinearTeacher, TopK
 
 __version__ = "0.1.0"
+
+
+if not TYPE_CHECKING:  # where any name would be known
+
+    def __getattr__(name: str) -> Any:
+        """fastkd.parallel and fastkd.cache at their first use: what few need is not in the way of an import."""
+        if name in ("parallel", "cache"):
+            return importlib.import_module(f"fastkd.{name}")
+        raise AttributeError(f"module 'fastkd' has no attribute {name!r}")
+
 
 __all__ = [
     "DIVERGENCES",

@@ -352,6 +352,13 @@ def test_import_loads_no_kernels() -> None:
         assert module not in loaded
 
 
+def test_submodules_are_there_at_their_first_use() -> None:
+    code = "import fastkd; print(fastkd.parallel.num_items.__name__, fastkd.cache.TeacherCache.__name__)"
+    assert _python(code).split() == ["num_items", "TeacherCache"]
+    with pytest.raises(AttributeError, match="'nothing'"):
+        _ = fastkd.nothing
+
+
 def test_import_costs_less_than_a_tenth_of_a_second() -> None:
     """Beyond torch. Once of several times: another process can only make it slower."""
     code = "import time, torch; start = time.perf_counter(); import fastkd; print(time.perf_counter() - start)"
