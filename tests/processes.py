@@ -29,7 +29,11 @@ def _serve(rank: int, size: int, folder: str, path: list[str], pipe: Connection)
     torch.set_num_threads(1)
     store = dist.FileStore(f"{folder}/store", size)
     timeout = datetime.timedelta(seconds=TIMEOUT)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=timeout)
+    several = torch.cuda.device_count() >= size
+    if several:
+        torch.cuda.set_device(rank)
+    transport = "cpu:gloo,cuda:nccl" if several else "gloo"
+    dist.init_process_group(transport, store=store, rank=rank, world_size=size, timeout=timeout)
     # Groups of fewer, by their size; each process is in one of every size.
     groups = {size: dist.group.WORLD}
     for few in (1, 2):

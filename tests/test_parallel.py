@@ -202,6 +202,30 @@ def test_compiled(processes: Processes) -> None:
         assert not good and "Unsupported" in text
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 4, reason="there are not four GPUs")
+@pytest.mark.parametrize(("size", "cut"), [(2, "uneven"), (4, "even")])
+@pytest.mark.parametrize("kernels", ["triton", "cuda"])
+def test_every_divergence_over_nccl(
+    processes: Processes, kernels: str, size: int, cut: str
+) -> None:
+    cases = [
+        {
+            "student": logits(3, 61, seed=number),
+            "teacher": logits(3, 61, seed=100 + number),
+            "labels": labels_for(3, vocabulary=61, seed=number, ignored=0.2),
+            "divergence": divergence,
+            "parameters": parameters,
+            "temperature": 2.0,
+            "alpha": 0.5,
+            "label_smoothing": 0.1,
+        }
+        for number, (divergence, parameters) in enumerate(VARIANTS)
+    ]
+    found = processes.run(size, spread.dense, _shares(size, cut), "plain", kernels, cases)
+    assert sum(found) == len(cases)
+
+
 def test_rows_and_columns_of_a_mesh(processes: Processes) -> None:
     assert all(processes.run(4, training.mesh_of_two))
 
