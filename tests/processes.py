@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import importlib
+import os
 import sys
 import tempfile
 import traceback
@@ -27,6 +28,8 @@ def _serve(rank: int, size: int, folder: str, path: list[str], pipe: Connection)
     """The life of a process."""
     sys.path[:] = path
     torch.set_num_threads(1)
+    # A machine's name need not resolve, and its network need not be up.
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     store = dist.FileStore(f"{folder}/store", size)
     timeout = datetime.timedelta(seconds=TIMEOUT)
     several = torch.cuda.device_count() >= size
