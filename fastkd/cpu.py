@@ -22,15 +22,26 @@ def empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device | None 
     return from_dlpack(_C.new_output(list(shape), native.DTYPES[dtype]))
 
 
-def kd_rows(student: Tensor, teacher: Tensor, rows: Rows, options: Options, want: Want) -> Result:
-    """The loss of each row and its gradients; shapes and meaning as :class:`fastkd.rows.Result` has them."""
+def _launch(
+    student: Tensor,
+    teacher: Tensor,
+    rows: Rows,
+    options: Options,
+    result: Result,
+    shard: tuple[int, ...] = (),
+) -> None:
+    """Fill the result, or do the step that shard is of (fastkd.native.arguments)."""
     rows = native.resolved(rows)
-    result = native.outputs(student, teacher, want, empty)
     student, teacher = native.unit_stride(student), native.unit_stride(teacher)
     _C.kd_rows(
-        *native.arguments(student, teacher, rows, options, result),
-        torch.get_num_threads(),
+        *native.arguments(student, teacher, rows, options, result, shard), torch.get_num_threads()
     )
+
+
+def kd_rows(student: Tensor, teacher: Tensor, rows: Rows, options: Options, want: Want) -> Result:
+    """The loss of each row and its gradients; shapes and meaning as :class:`fastkd.rows.Result` has them."""
+    result = native.outputs(student, teacher, want, empty)
+    _launch(student, teacher, rows, options, result)
     return result
 
 
@@ -54,14 +65,8 @@ def shard_statistics(
     student: Tensor, teacher: Tensor, rows: Rows, options: Options, result: Result
 ) -> Statistics:
     """Of this process's columns: 15 numbers a row in float64, of a sparse teacher 8 and the tokens' logits."""
-    rows = native.resolved(rows)
-    count = student.shape[:-1].numel()
     fields = _C.STATISTICS if rows.ids is None else _C.TAIL_STATISTICS
-    tokens = None if rows.ids is None else torch.empty(count, rows.ids.shape[-1])
-    statistics = torch.zeros(count, fields, dtype=torch.float64)
-    shard = native.shared(options, 1, statistics=statistics, tokens=tokens)
-    _step(student, teacher, rows, options, result, shard)
-    return Statistics(statistics, tokens)
+    return native.statistics_step(_launch, fields, student, teacher, rows, options, result)
 
 
 def shard_sums(
@@ -73,13 +78,7 @@ def shard_sums(
     statistics: Statistics,
 ) -> Tensor | None:
     """Of this process's columns, given the statistics of all: 3 numbers a row in float64."""
-    if rows.ids is not None or options.divergence.closed_form is not None:
-        return None
-    gathered = statistics.gathered
-    sums = torch.zeros(gathered.shape[1], _C.SUMS, dtype=torch.float64)
-    shard = native.shared(options, 2, len(gathered), all_statistics=gathered, sums=sums)
-    _step(student, teacher, native.resolved(rows), options, result, shard)
-    return sums
+    return native.sums_step(_launch, _C.SUMS, student, teacher, rows, options, result, statistics)
 
 
 def shard_results(
@@ -92,21 +91,4 @@ def shard_results(
     sums: Tensor | None,
 ) -> None:
     """Fill the result, given the statistics and the sums of all processes."""
-    gathered, tokens = statistics.gathered, statistics.summed
-    shard = native.shared(
-        options, 3, len(gathered), all_statistics=gathered, tokens=tokens, all_sums=sums
-    )
-    _step(student, teacher, native.resolved(rows), options, result, shard)
-
-
-def _step(
-    student: Tensor,
-    teacher: Tensor,
-    rows: Rows,
-    options: Options,
-    result: Result,
-    shard: tuple[int, ...],
-) -> None:
-    student, teacher = native.unit_stride(student), native.unit_stride(teacher)
-    arguments = native.arguments(student, teacher, rows, options, result, shard)
-    _C.kd_rows(*arguments, torch.get_num_threads())
+    native.results_step(_launch, student, teacher, rows, options, result, statistics, sums)

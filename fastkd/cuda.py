@@ -77,18 +77,10 @@ def shard_statistics(
     student: Tensor, teacher: Tensor, rows: Rows, options: Options, result: Result
 ) -> Statistics:
     """Of this process's columns, in float64, and the tokens' logits; a row that is dropped has none."""
-    device = student.device
-    statistics = torch.empty(
-        result.loss.numel(), _cuda.STATISTICS, dtype=torch.float64, device=device
+    fields = _cuda.STATISTICS
+    return native.statistics_step(
+        _launch, fields, student, teacher, rows, options, _without_gradients(result)
     )
-    tokens = None
-    if rows.ids is not None:
-        tokens = torch.zeros(
-            result.loss.numel(), rows.ids.shape[-1], dtype=torch.float32, device=device
-        )
-    shared = native.shared(options, 1, statistics=statistics, tokens=tokens)
-    _launch(student, teacher, rows, options, _without_gradients(result), shared)
-    return Statistics(statistics, tokens)
 
 
 def shard_sums(
@@ -100,13 +92,9 @@ def shard_sums(
     statistics: Statistics,
 ) -> Tensor | None:
     """Of this process's columns, in float64, given the statistics of all; None where these are enough."""
-    if rows.ids is not None or options.divergence.closed_form is not None:
-        return None
-    sums = torch.empty(result.loss.numel(), _cuda.SUMS, dtype=torch.float64, device=student.device)
-    gathered = statistics.gathered
-    shared = native.shared(options, 2, len(gathered), all_statistics=gathered, sums=sums)
-    _launch(student, teacher, rows, options, _without_gradients(result), shared)
-    return sums
+    return native.sums_step(
+        _launch, _cuda.SUMS, student, teacher, rows, options, _without_gradients(result), statistics
+    )
 
 
 def shard_results(
@@ -119,11 +107,7 @@ def shard_results(
     sums: Tensor | None,
 ) -> None:
     """Fill the result, given the statistics and the sums of all processes."""
-    gathered, tokens = statistics.gathered, statistics.summed
-    shared = native.shared(
-        options, 3, len(gathered), all_statistics=gathered, tokens=tokens, all_sums=sums
-    )
-    _launch(student, teacher, rows, options, result, shared)
+    native.results_step(_launch, student, teacher, rows, options, result, statistics, sums)
 
 
 def scale_rows_(gradient: Tensor, upstream: Tensor) -> None:

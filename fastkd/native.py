@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fastkd.divergences import DEFINITIONS
-from fastkd.rows import Options, Result, Rows, Want
+from fastkd.rows import Options, Result, Rows, Statistics, Want
 from fastkd.teachers import TAILS
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -145,3 +145,64 @@ def arguments(
         logits(result.teacher_gradient),
         description,
     )
+
+
+# The steps of rows that processes share (fastkd/rows.py), for a launch that takes what arguments() does.
+
+Launch = Callable[[Tensor, Tensor, Rows, Options, Result, tuple[int, ...]], None]
+
+
+def statistics_step(
+    launch: Launch,
+    fields: int,
+    student: Tensor,
+    teacher: Tensor,
+    rows: Rows,
+    options: Options,
+    result: Result,
+) -> Statistics:
+    """So many numbers a row in float64, and of a sparse teacher the tokens' logits; 0 in a row that is dropped."""
+    count, device = result.loss.numel(), student.device
+    statistics = torch.zeros(count, fields, dtype=torch.float64, device=device)
+    tokens = None
+    if rows.ids is not None:
+        tokens = torch.zeros(count, rows.ids.shape[-1], dtype=torch.float32, device=device)
+    shard = shared(options, 1, statistics=statistics, tokens=tokens)
+    launch(student, teacher, rows, options, result, shard)
+    return Statistics(statistics, tokens)
+
+
+def sums_step(
+    launch: Launch,
+    fields: int,
+    student: Tensor,
+    teacher: Tensor,
+    rows: Rows,
+    options: Options,
+    result: Result,
+    statistics: Statistics,
+) -> Tensor | None:
+    """So many numbers a row in float64; None where the statistics are enough."""
+    if rows.ids is not None or options.divergence.closed_form is not None:
+        return None
+    gathered = statistics.gathered
+    sums = torch.zeros(gathered.shape[1], fields, dtype=torch.float64, device=student.device)
+    shard = shared(options, 2, len(gathered), all_statistics=gathered, sums=sums)
+    launch(student, teacher, rows, options, result, shard)
+    return sums
+
+
+def results_step(
+    launch: Launch,
+    student: Tensor,
+    teacher: Tensor,
+    rows: Rows,
+    options: Options,
+    result: Result,
+    statistics: Statistics,
+    sums: Tensor | None,
+) -> None:
+    """Fill the result."""
+    gathered, tokens = statistics.gathered, statistics.summed
+    shard = shared(options, 3, len(gathered), all_statistics=gathered, tokens=tokens, all_sums=sums)
+    launch(student, teacher, rows, options, result, shard)

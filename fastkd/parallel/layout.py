@@ -82,8 +82,8 @@ def local(argument: str, value: Any, axis: int | None, group: Any) -> Any:
     """
     if not is_dtensor(value):
         return value
-    for index, placement in enumerate(value.placements):
-        here = group is not None and _same(value.device_mesh.get_group(index), group)
+    dimensions = _dimensions_of(group, value.device_mesh)
+    for index, (placement, here) in enumerate(zip(value.placements, dimensions, strict=True)):
         of_vocabulary = axis is not None and _shards(value, axis, index)
         wrong = placement.is_partial() or (placement.is_shard() and here != of_vocabulary)
         if wrong:
@@ -95,8 +95,13 @@ def local(argument: str, value: Any, axis: int | None, group: Any) -> Any:
     return value.to_local()
 
 
-def _same(a: Any, b: Any) -> bool:
-    return a is b or dist.get_process_group_ranks(a) == dist.get_process_group_ranks(b)
+def _dimensions_of(group: Any, mesh: Any) -> list[bool]:
+    """Which dimensions of a mesh are the group's."""
+    if group is None:
+        return [False] * mesh.ndim
+    ranks = dist.get_process_group_ranks(group)
+    every = map(mesh.get_group, range(mesh.ndim))
+    return [dist.get_process_group_ranks(dimension) == ranks for dimension in every]
 
 
 def is_whole(value: Any, group: Any) -> bool:
@@ -117,7 +122,7 @@ def local_weight(argument: str, value: Any, group: Any) -> Any:
     from torch.distributed.tensor import Partial, Replicate
 
     mesh = value.device_mesh
-    here = [group is not None and _same(mesh.get_group(index), group) for index in range(mesh.ndim)]
+    here = _dimensions_of(group, mesh)
     if any(placement.is_partial() for placement in value.placements):
         raise ValueError(f"{argument} has placements {value.placements}; reduce it first")
     kept = [p if mine else Replicate() for p, mine in zip(value.placements, here, strict=True)]
@@ -175,7 +180,7 @@ def local_hidden(argument: str, hidden: Any, group: Any) -> Any:
     from torch.distributed.tensor import Partial, Replicate
 
     mesh, placements = hidden.device_mesh, hidden.placements
-    here = [group is not None and _same(mesh.get_group(index), group) for index in range(mesh.ndim)]
+    here = _dimensions_of(group, mesh)
     if any(p.is_partial() or (p.is_shard() and p.dim == hidden.dim() - 1) for p in placements):
         raise ValueError(
             f"{argument} has placements {placements}; its rows may be spread, or it is Replicate()"
