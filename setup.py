@@ -47,7 +47,7 @@ WARN = ["-Wall", "-Wno-unknown-warning-option", "-Wno-maybe-uninitialized"]
 LINK = ["-shared", "-fopenmp"]
 
 # csrc/*.cpp is compiled once, and KERNELS once for each of these; the extension picks one at run time.
-KERNELS = "csrc/cpu/rows.cpp"
+KERNELS = sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("csrc/cpu/*.cpp"))
 INSTRUCTION_SETS: dict[str, list[str]] = {"baseline": []}
 if sysconfig.get_platform().endswith("x86_64"):
     avx512 = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefer-vector-width=512"]
@@ -61,7 +61,7 @@ NVCC += [f"-gencode=arch=compute_{sm}a,code=sm_{sm}a" for sm in ARCHITECTURES]
 NVCC += ["-Xcompiler", "-fPIC,-fvisibility=hidden"]
 CUDA_SOURCES = ["csrc/cuda/kernel.cu", "csrc/cuda/module.cpp"]
 
-SOURCES = [*sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("csrc/*.cpp")), KERNELS]
+SOURCES = [*sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("csrc/*.cpp")), *KERNELS]
 
 
 class UnavailableError(Exception):
@@ -177,15 +177,16 @@ def ninja_text(
     cxxflags = shlex.split(os.environ.get("CXXFLAGS", ""))
     ldflags = shlex.split(os.environ.get("LDFLAGS", ""))
     units = {
-        f"{Path(KERNELS).stem}_{name}": edge(
-            f"{Path(KERNELS).stem}_{name}", "compile", KERNELS, [f"-DFASTKD_ISA={name}", *flags]
+        f"{Path(source).stem}_{name}": edge(
+            f"{Path(source).stem}_{name}", "compile", source, [f"-DFASTKD_ISA={name}", *flags]
         )
+        for source in KERNELS
         for name, flags in INSTRUCTION_SETS.items()
     }
     units |= {
         Path(source).stem: edge(Path(source).stem, "compile", source)
         for source in SOURCES
-        if source != KERNELS
+        if source not in KERNELS
     }
     lines = [
         "rule compile",

@@ -16,10 +16,11 @@ namespace {
 
 struct InstructionSet {
   std::string name;
-  void (*kd_rows)(const fastkd::Call&);
-  void (*topk_rows)(const fastkd::Call&);
-  void (*scale_rows)(const fastkd::Call&, const float*, int64_t);
+  decltype(&fastkd::baseline::kd_rows) kd_rows;
+  decltype(&fastkd::baseline::topk_rows) topk_rows;
+  decltype(&fastkd::baseline::scale_rows) scale_rows;
 };
+#define FASTKD_SET(isa) InstructionSet{#isa, fastkd::isa::kd_rows, fastkd::isa::topk_rows, fastkd::isa::scale_rows}
 
 // What this processor runs, best first.
 std::vector<InstructionSet> supported() {
@@ -28,11 +29,11 @@ std::vector<InstructionSet> supported() {
   __builtin_cpu_init();
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
       __builtin_cpu_supports("avx512vl"))
-    sets.push_back({"avx512", fastkd::avx512::kd_rows, fastkd::avx512::topk_rows, fastkd::avx512::scale_rows});
+    sets.push_back(FASTKD_SET(avx512));
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"))
-    sets.push_back({"avx2", fastkd::avx2::kd_rows, fastkd::avx2::topk_rows, fastkd::avx2::scale_rows});
+    sets.push_back(FASTKD_SET(avx2));
 #endif
-  sets.push_back({"baseline", fastkd::baseline::kd_rows, fastkd::baseline::topk_rows, fastkd::baseline::scale_rows});
+  sets.push_back(FASTKD_SET(baseline));
   return sets;
 }
 

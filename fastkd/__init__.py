@@ -31,11 +31,22 @@ from fastkd.teachers import Ensemble, LinearTeacher, TopK
 __version__ = "0.1.0"
 
 
+_AT_FIRST_USE = (
+    "cache",
+    "calibration",
+    "features",
+    "online",
+    "parallel",
+    "relations",
+    "response",
+    "sequences",
+)
+
 if not TYPE_CHECKING:  # where any name would be known
 
     def __getattr__(name: str) -> Any:
-        """fastkd.parallel and fastkd.cache at their first use: what few need is not in the way of an import."""
-        if name in ("parallel", "cache"):
+        """Modules that not every user needs, at their first use, so that they are not in the way of an import."""
+        if name in _AT_FIRST_USE:
             return importlib.import_module(f"fastkd.{name}")
         raise AttributeError(f"module 'fastkd' has no attribute {name!r}")
 
