@@ -22,8 +22,9 @@ using Strides = std::vector<int64_t>;
 using Logits = std::tuple<uintptr_t, int, int64_t, Strides>;
 // temperature, one per row, logit scale, softcap
 using Numbers = std::tuple<double, uintptr_t, double, double>;
-// of the divergence: its number, parameters, whether it is normalized, the weights of its closed form, its degree
-using Definition = std::tuple<int, std::vector<float>, bool, std::vector<double>, double>;
+// of the divergence: its number, parameters, whether it is normalized, the weights of its closed form, its degree, what
+// becomes of the label's token, and the weight of that
+using Definition = std::tuple<int, std::vector<float>, bool, std::vector<double>, double, int, double>;
 // ids of a sparse teacher (0: a dense one), how many a row, tail_logprob, tail
 using Sparse = std::tuple<uintptr_t, int64_t, uintptr_t, int>;
 // step, first, total, processes, rank, statistics, all_statistics, tokens, sums, all_sums
@@ -48,7 +49,7 @@ inline void describe(Loss& call, const Strides& sizes, const Description& descri
   const auto& [vocabulary, student, teacher, sparse, labels, weight, scale_on_device, loss, total, distillation, cross_entropy,
                student_entropy, definition, alpha, label_smoothing, scale, scale_by_temperature, ignore_index, shared] =
       description;
-  const auto& [number, params, normalized, closed_form, degree] = definition;
+  const auto& [number, params, normalized, closed_form, degree, target, target_weight] = definition;
   call.rows = product(sizes);
   call.vocabulary = vocabulary;
   call.student_tempering = tempering(student);
@@ -73,6 +74,8 @@ inline void describe(Loss& call, const Strides& sizes, const Description& descri
   call.closed_form = !closed_form.empty();
   if (call.closed_form) call.forward = closed_form[0], call.reverse = closed_form[1], call.cross = closed_form[2];
   call.degree = degree;
+  call.target = static_cast<Target>(target);
+  call.target_weight = target_weight;
   call.alpha = alpha;
   call.label_smoothing = label_smoothing;
   call.scale = scale;

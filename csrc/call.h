@@ -19,6 +19,9 @@ struct Tempering {
 // What becomes of the tokens a sparse teacher does not name; fastkd/teachers.py explains them.
 enum class Tail : int { bucket = 0, renormalize = 1, renormalize_teacher = 2, truncate = 3 };
 
+// What becomes of the label's token where a divergence compares the others by themselves; fastkd/divergences.py, Target.
+enum class Target : int { none = 0, binary = 1, label = 2 };
+
 // The columns that a process has of a vocabulary that several share; fastkd/rows.py names the steps.
 enum class Step : int { all = 0, statistics = 1, sums = 2, results = 3 };
 
@@ -60,6 +63,8 @@ struct Loss {
   bool normalized = true, closed_form = false;
   double forward = 0, reverse = 0, cross = 0;  // weights of the closed form
   double degree = 0;
+  Target target = Target::none;
+  double target_weight = 0;
 
   double alpha = 1, label_smoothing = 0, scale = 1;
   bool scale_by_temperature = true;

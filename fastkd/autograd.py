@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from fastkd import backends
-from fastkd.divergences import ClosedForm, Divergence, function_name, function_named
+from fastkd.divergences import ClosedForm, Divergence, Target, function_name, function_named
 from fastkd.rows import Options, Result, Rows, Want, row_dtype
 
 
@@ -181,20 +181,21 @@ def as_schema(options: Options, want: Want) -> tuple[str, list[float], list[int]
         else (closed_form.forward, closed_form.reverse, closed_form.cross)
     )
     degree = _NONE if divergence.degree is None else divergence.degree
+    target = divergence.target or Target("", 0.0)
     numbers = [getattr(options, name) for name in _NUMBERS]
     integers = [int(getattr(options, name)) for name in _INTEGERS]
     return (
-        f"{options.tail}|{divergence.name}|{function_name(divergence.function)}",
-        [*numbers, degree, *moments, *divergence.params],
+        f"{options.tail}|{divergence.name}|{function_name(divergence.function)}|{target.form}",
+        [*numbers, degree, *moments, target.weight, *divergence.params],
         [*integers, int(divergence.normalized), *(int(flag) for flag in want)],
     )
 
 
 def from_schema(names: str, numbers: list[float], integers: list[int]) -> tuple[Options, Want]:
     """What as_schema was given."""
-    tail, name, function = names.split("|")
+    tail, name, function, target = names.split("|")
     own, (degree, *rest) = numbers[: len(_NUMBERS)], numbers[len(_NUMBERS) :]
-    moments, params = rest[:3], rest[3:]
+    moments, weight, params = rest[:3], rest[3], rest[4:]
     settings = integers[: len(_INTEGERS)]
     normalized, *want = integers[len(_INTEGERS) :]
     divergence = Divergence(
@@ -204,6 +205,7 @@ def from_schema(names: str, numbers: list[float], integers: list[int]) -> tuple[
         degree=None if degree != degree else degree,
         closed_form=None if moments[0] != moments[0] else ClosedForm(*moments),
         normalized=bool(normalized),
+        target=Target(target, weight) if target else None,
     )
     values: dict[str, Any] = dict(zip(_NUMBERS, own, strict=True)) | dict(
         zip(_INTEGERS, settings, strict=True)

@@ -69,6 +69,23 @@ class ClosedForm:
 
 
 @dataclass(frozen=True)
+class Target:
+    """What becomes of the label's own token where a divergence compares the others by themselves.
+
+    Its column is then out of every sum: p and q are of the other tokens, renormalised without it, and so are the
+    statistics, so that nothing cancels as the label's probability tends to 1. With p_y and q_y that probability,
+
+        binary   weight KL((p_y, 1 - p_y) || (q_y, 1 - q_y)), at the temperature of the rest; T^2 multiplies it
+        label    -weight p_y log q_y, at temperature 1; T^2 does not
+    """
+
+    form: str
+    weight: float = 1.0
+
+    FORMS = ("binary", "label")
+
+
+@dataclass(frozen=True)
 class Divergence:
     """A divergence between a teacher and a student distribution.
 
@@ -81,6 +98,7 @@ class Divergence:
             teacher that requires grad raises.
         closed_form: set where the value follows from moments of one sweep.
         normalized: False for a function of the tempered logits themselves, which then arrive as log_p and log_q.
+        target: set where the label's token is compared apart from the others; then every row needs a label.
     """
 
     name: str
@@ -89,6 +107,7 @@ class Divergence:
     degree: float | None = None
     closed_form: ClosedForm | None = None
     normalized: bool = True
+    target: Target | None = None
 
     def __post_init__(self) -> None:
         if not callable(self.function):
@@ -109,6 +128,12 @@ def _finite(argument: str, value: float) -> float:
     if not math.isfinite(value):
         raise ValueError(f"{argument} must be finite, got {value}")
     return value
+
+
+def _weight(argument: str, value: float) -> float:
+    if _finite(argument, value) < 0:
+        raise ValueError(f"{argument} must not be negative, got {value}")
+    return float(value)
 
 
 def _forward_kl(p, q, log_p, log_q):
@@ -142,9 +167,7 @@ def mixture(forward: float = 0.5, reverse: float = 0.5) -> Divergence:
         forward: weight of KL(p || q), finite and not negative.
         reverse: weight of KL(q || p), likewise; not both are 0.
     """
-    for argument, value in (("forward", forward), ("reverse", reverse)):
-        if _finite(argument, value) < 0:
-            raise ValueError(f"{argument} must not be negative, got {value}")
+    forward, reverse = _weight("forward", forward), _weight("reverse", reverse)
     if forward == reverse == 0:
         raise ValueError("forward and reverse must not both be 0")
     return Divergence(
@@ -152,12 +175,12 @@ def mixture(forward: float = 0.5, reverse: float = 0.5) -> Divergence:
         _mixture,
         (forward, reverse),
         1.0,
-        ClosedForm(forward=float(forward), reverse=float(reverse)),
+        ClosedForm(forward=forward, reverse=reverse),
     )
 
 
-def _soft_cross_entropy(p, q, log_p, log_q):
-    return -p * log_q, -p
+def _soft_cross_entropy(p, q, log_p, log_q, weight):
+    return -weight * p * log_q, -weight * p
 
 
 def soft_cross_entropy() -> Divergence:
@@ -167,7 +190,11 @@ def soft_cross_entropy() -> Divergence:
     projection removes: hence degree 1.
     """
     return Divergence(
-        "soft_cross_entropy", _soft_cross_entropy, degree=1.0, closed_form=ClosedForm(cross=1.0)
+        "soft_cross_entropy",
+        _soft_cross_entropy,
+        (1.0,),
+        degree=1.0,
+        closed_form=ClosedForm(cross=1.0),
     )
 
 
@@ -325,6 +352,58 @@ def squared_error() -> Divergence:
     return Divergence("squared_error", _half_squared_gap, degree=0.0, normalized=False)
 
 
+def _smooth_l1(p, q, log_p, log_q, beta):
+    gap = log_q - log_p
+    size = abs(gap)
+    phi = where(size < beta, 0.5 * gap * gap / beta, size - 0.5 * beta)
+    return phi, where(size < beta, gap / beta, where(gap > 0.0, 1.0, -1.0))
+
+
+def smooth_l1(beta: float = 1.0) -> Divergence:
+    """Smooth L1 distance of the logits, sum of x^2 / (2 beta) where |x| < beta, else |x| - beta / 2; x = s - t.
+
+    As torch.nn.functional.smooth_l1_loss has it, summed over the vocabulary (Girshick 2015). It sees s/T and t/T.
+
+    Args:
+        beta: where the square becomes a line; positive and finite.
+    """
+    if _finite("beta", beta) <= 0:
+        raise ValueError(f"beta must be positive, got {beta}")
+    return Divergence("smooth_l1", _smooth_l1, (beta,), degree=0.0, normalized=False)
+
+
+def dkd(alpha: float = 1.0, beta: float = 8.0) -> Divergence:
+    """Decoupled distillation (Zhao et al. 2022): alpha TCKD + beta NCKD. Every row needs a label y.
+
+        TCKD = KL((p_y, 1 - p_y) || (q_y, 1 - q_y))
+        NCKD = KL(p' || q'), with p' and q' the probabilities of the other tokens, renormalised without y
+
+    KL(p || q) = TCKD + (1 - p_y) NCKD, so that the weight of what a confident teacher says of the other tokens is set
+    by beta and not by its confidence. NCKD comes from sums without the label, not by division by 1 - p_y.
+
+    Args:
+        alpha: weight of the target's part, finite and not negative; not that of :func:`fastkd.kd_loss`.
+        beta: weight of the others' part, likewise. The paper takes 1 to 10.
+    """
+    alpha, beta = _weight("alpha", alpha), _weight("beta", beta)
+    target = Target("binary", alpha)
+    return Divergence("dkd", _mixture, (beta, 0.0), 1.0, ClosedForm(forward=beta), target=target)
+
+
+def nkd(gamma: float = 1.5) -> Divergence:
+    """Normalised distillation (Yang et al. 2023): -p_y log q_y - gamma T^2 sum p' log q'. Every row needs a label y.
+
+    p_y and q_y are at temperature 1; p' and q' are the probabilities of the other tokens at T, renormalised without
+    y. As in the authors' code, T^2 multiplies the second part only. The teacher is a constant.
+
+    Args:
+        gamma: weight of the others' part, finite and not negative. The paper takes 1.5 at T = 1.
+    """
+    gamma = _weight("gamma", gamma)
+    form = ClosedForm(cross=gamma)
+    return Divergence("nkd", _soft_cross_entropy, (gamma,), None, form, target=Target("label"))
+
+
 # One row a divergence: its name and how to make it with its defaults. Tests, benches and `doctor` run over it.
 TABLE: dict[str, Callable[..., Divergence]] = {
     make.__name__: make
@@ -340,8 +419,11 @@ TABLE: dict[str, Callable[..., Divergence]] = {
         hellinger,
         alpha_beta,
         squared_error,
+        smooth_l1,
     )
 }
+# Those that need labels.
+WITH_LABELS: dict[str, Callable[..., Divergence]] = {make.__name__: make for make in (dkd, nkd)}
 
 # The definitions that csrc/generate.py emits, in the order of their number there.
 DEFINITIONS: tuple[Callable[..., tuple[Any, Any]], ...] = (
@@ -359,10 +441,11 @@ DEFINITIONS: tuple[Callable[..., tuple[Any, Any]], ...] = (
     _alpha_beta_at_alpha_0,
     _alpha_beta_at_sum_0,
     _half_squared_gap,
+    _smooth_l1,
 )
 
 _functions.update({function_name(function): function for function in DEFINITIONS})
-_DEFAULTS = {name: make() for name, make in TABLE.items()}
+_DEFAULTS = {name: make() for name, make in (TABLE | WITH_LABELS).items()}
 
 
 def resolve(divergence: str | Divergence) -> Divergence:
@@ -374,5 +457,5 @@ def resolve(divergence: str | Divergence) -> Divergence:
             f"divergence must be a name or a fastkd.Divergence, got {type(divergence).__name__}"
         )
     if divergence not in _DEFAULTS:
-        raise ValueError(f"divergence must be one of {', '.join(TABLE)}; got {divergence!r}")
+        raise ValueError(f"divergence must be one of {', '.join(_DEFAULTS)}; got {divergence!r}")
     return _DEFAULTS[divergence]

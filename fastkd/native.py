@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastkd.divergences import DEFINITIONS
+from fastkd.divergences import DEFINITIONS, Target
 from fastkd.rows import Options, Result, Rows, Statistics, Want
 from fastkd.teachers import TAILS
 
@@ -101,7 +101,7 @@ def arguments(
 ) -> tuple[Any, ...]:
     """What every kd_rows of C++ takes first. The tensors must outlive the call."""
     divergence = options.divergence
-    form = divergence.closed_form
+    form, target = divergence.closed_form, divergence.target
     description = (
         options.vocab_size,
         (options.temperature, address(rows.temperature), options.logit_scale, options.softcap),
@@ -129,6 +129,8 @@ def arguments(
             divergence.normalized,
             [] if form is None else [form.forward, form.reverse, form.cross],
             divergence.degree or 0.0,
+            0 if target is None else 1 + Target.FORMS.index(target.form),
+            0.0 if target is None else target.weight,
         ),
         options.alpha,
         options.label_smoothing,

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fastkd import topk
-from fastkd.divergences import Divergence
+from fastkd.divergences import Divergence, Target
 from fastkd.rows import Options, Result, Rows, Statistics, Want, row_dtype
 from fastkd.topk import Events, topk_rows
 
@@ -79,14 +79,22 @@ class _Side(NamedTuple):
     z: Tensor  # scaled and soft-capped
     slope: Tensor | float  # dz / dlogits
     temperature: Tensor | float  # [..., 1]
+    apart: Tensor | None  # bool, where the label's column is not one of the divergence
 
     @property
     def tempered(self) -> Tensor:
-        return self.z / self.temperature
+        """What the divergence is of."""
+        tempered = self.z / self.temperature
+        return tempered if self.apart is None else tempered.masked_fill(self.apart, -torch.inf)
 
 
 def _sides(student: Tensor, teacher: Tensor, rows: Rows, options: Options) -> tuple[_Side, _Side]:
     dtype = row_dtype(student.dtype, teacher.dtype)
+    apart = None
+    if options.divergence.target is not None:
+        assert rows.labels is not None  # validated
+        columns = torch.arange(options.vocab_size, device=student.device) + options.first_column
+        apart = columns == rows.labels.unsqueeze(-1)
 
     def side(
         logits: Tensor,
@@ -97,7 +105,7 @@ def _sides(student: Tensor, teacher: Tensor, rows: Rows, options: Options) -> tu
     ) -> _Side:
         z, slope = _adjust(logits[..., : options.vocab_size].to(dtype), scale, softcap)
         spread = temperature if temperatures is None else temperatures.to(dtype).unsqueeze(-1)
-        return _Side(z, slope, spread)
+        return _Side(z, slope, spread, apart)
 
     return (
         side(
@@ -132,6 +140,44 @@ def _with_labels(rows: Rows, options: Options) -> bool:
     return rows.labels is not None and options.alpha < 1.0
 
 
+class _Apart(NamedTuple):
+    """What the label's token adds to the sums over the others (fastkd.divergences.Target); [...] each, float64."""
+
+    phi: Tensor
+    g: Tensor  # d phi / d (s_y - log-sum-exp of the others): the label's own derivative, and the others' sum
+    h: Tensor  # likewise by the teacher's logits
+    entropy: Tensor  # of the label against the others
+    others: Tensor  # the student's probability of them
+    weight: Tensor  # of -log q_y at temperature 1
+
+
+def _apart(s: _Side, t: _Side, found: _Found, target: Target) -> _Apart:
+    def against_others(side: _Side, label: Tensor, top: Tensor, total: Tensor) -> Tensor:
+        temperature = side.temperature
+        if isinstance(temperature, Tensor):
+            temperature = temperature.squeeze(-1).to(label.dtype)
+        return (label / temperature - top) - total.log()
+
+    b = against_others(s, found.label, found.s_top, found.s_sum)
+    a = against_others(t, found.t_label, found.t_top, found.t_sum)
+    p, p_rest, q, q_rest = a.sigmoid(), (-a).sigmoid(), b.sigmoid(), (-b).sigmoid()
+    logs = [torch.nn.functional.logsigmoid(x) for x in (a, -a, b, -b)]
+
+    def term(weight: Tensor, gap: Tensor) -> Tensor:
+        return torch.where(weight < NEGLIGIBLE, 0.0, weight * gap)
+
+    phi = g = h = weight = torch.zeros_like(a)
+    if target.form == "binary":
+        phi = target.weight * (term(p, logs[0] - logs[2]) + term(p_rest, logs[1] - logs[3]))
+        # The smaller side's difference, as near 1 both have lost their digits.
+        g = target.weight * torch.where(b > 0, p_rest - q_rest, q - p)
+        h = target.weight * term(p * p_rest, a - b)
+    else:
+        weight = found.t_label - _finite(found.t_plain_top).squeeze(-1) - found.t_plain_sum.log()
+        weight = target.weight * weight.exp()
+    return _Apart(phi, g, h, -term(q, logs[2]) - term(q_rest, logs[3]), q_rest, weight)
+
+
 def _seat_of_labels(z: Tensor, labels: Tensor, options: Options) -> tuple[Tensor, Tensor]:
     """(whether the label is one of these columns, which it is, or 0), [..., 1]."""
     seat = labels.unsqueeze(-1) - options.first_column
@@ -147,12 +193,12 @@ def _of_labels(z: Tensor, labels: Tensor, options: Options) -> Tensor:
     return torch.where(here, z.gather(-1, seat), -torch.inf).squeeze(-1)
 
 
-def _towards_labels(q: Tensor, labels: Tensor, options: Options) -> Tensor:
+def _towards_labels(q: Tensor, labels: Tensor, options: Options, smoothing: float) -> Tensor:
     """q less what the labels weigh, where they are."""
     if not q.shape[-1]:
         return q
     here, seat = _seat_of_labels(q, labels, options)
-    return q.scatter_add(-1, seat, here.to(q.dtype) * (options.label_smoothing - 1.0))
+    return q.scatter_add(-1, seat, here.to(q.dtype) * (smoothing - 1.0))
 
 
 class _Found(NamedTuple):
@@ -165,19 +211,25 @@ class _Found(NamedTuple):
     plain_sum: Tensor  # of exp(z), relative to top times the temperature
     plain_top: Tensor
     label: Tensor  # z of the label; -inf where it is another's
+    t_label: Tensor  # likewise of the teacher, where the label is compared apart
+    t_plain_sum: Tensor
+    t_plain_top: Tensor
     total: Tensor  # sum of z - plain_top
     columns: Tensor
 
 
 def _statistics(s: _Side, t: _Side, rows: Rows, options: Options) -> _Found:
-    tops = [_top(s.tempered), _top(t.tempered), _top(s.z)]
+    tops = [_top(s.tempered), _top(t.tempered), _top(s.z), _top(t.z)]
 
     def total(logits: Tensor, top: Tensor) -> Tensor:
         return (logits - _finite(top)).exp().sum(-1)
 
-    label = torch.zeros_like(tops[0])
-    if rows.labels is not None and _with_labels(rows, options):
+    label = t_label = torch.zeros_like(tops[0])
+    if rows.labels is not None and options.reads_labels:
         label = _of_labels(s.z, rows.labels, options)
+    if s.apart is not None:
+        assert rows.labels is not None
+        t_label = _of_labels(t.z, rows.labels, options)
     return _Found(
         tops[0],
         tops[1],
@@ -186,6 +238,9 @@ def _statistics(s: _Side, t: _Side, rows: Rows, options: Options) -> _Found:
         total(s.z, tops[2]),
         tops[2],
         label,
+        t_label,
+        total(t.z, tops[3]),
+        tops[3],
         (s.z - _finite(tops[2])).sum(-1),
         torch.full_like(label, s.z.shape[-1]),
     )
@@ -195,7 +250,7 @@ def _merged(parts: Tensor) -> _Found:
     """Of [processes, ..., fields], the sums in float64."""
     parts = parts.to(torch.float64)
     each = _Found(*parts.unbind(-1))
-    tops = [top.amax(0) for top in (each.s_top, each.t_top, each.plain_top)]
+    tops = [top.amax(0) for top in (each.s_top, each.t_top, each.plain_top, each.t_plain_top)]
 
     def total(sums: Tensor, of_each: Tensor, top: Tensor) -> Tensor:
         return (sums * (of_each - _finite(top).squeeze(-1)).exp()).sum(0)
@@ -209,6 +264,9 @@ def _merged(parts: Tensor) -> _Found:
         total(each.plain_sum, each.plain_top, tops[2]),
         tops[2],
         each.label.amax(0),
+        each.t_label.amax(0),
+        total(each.t_plain_sum, each.t_plain_top, tops[3]),
+        tops[3],
         (each.total + rise * each.columns).sum(0),
         each.columns.sum(0),
     )
@@ -259,15 +317,16 @@ def _sums(terms: _Terms) -> _Sums:
     return _Sums(terms.phi.sum(-1), terms.g.sum(-1), entropy)
 
 
-def _cross_entropy(s: _Side, found: _Found, rows: Rows, options: Options) -> tuple[Tensor, Tensor]:
+def _cross_entropy(
+    s: _Side, found: _Found, rows: Rows, options: Options, smoothing: float
+) -> tuple[Tensor, Tensor]:
     """(value [...], gradient [..., columns]) of label-smoothed cross-entropy at temperature 1."""
-    smoothing = options.label_smoothing
     _, q = _softmax(s.z, found.plain_top, found.plain_sum)
     origin = _finite(found.plain_top).squeeze(-1)
     log_sum = found.plain_sum.log()
     value = (1.0 - smoothing) * (log_sum - (found.label - origin))
     assert rows.labels is not None
-    gradient = _towards_labels(q, rows.labels, options)
+    gradient = _towards_labels(q, rows.labels, options, smoothing)
     if smoothing:
         value = value + smoothing * (log_sum - found.total / options.vocabulary)
         gradient = gradient - smoothing / options.vocabulary
@@ -290,6 +349,11 @@ def _results(
     divergence, alpha = options.divergence, options.alpha
     dtype = s.z.dtype
     temperature, teacher_temperature = s.temperature, t.temperature
+    apart, others = None, sums
+    if divergence.target is not None:
+        apart = _Apart(*(x.to(dtype) for x in _apart(s, t, found, divergence.target)))
+        entropy = apart.entropy + apart.others * sums.entropy
+        sums = _Sums(sums.phi + apart.phi, sums.g + apart.g, entropy)
     sums = _Sums(*(value.to(dtype) for value in sums))
     t_squared: Tensor | float = temperature * temperature if options.scale_by_temperature else 1.0
     distillation = sums.phi * (
@@ -308,9 +372,18 @@ def _results(
 
     cross_entropy = torch.zeros_like(distillation)
     cross_entropy_gradient: Tensor | float = 0.0
+    label_gradient: Tensor | float = 0.0
     with_labels = _with_labels(rows, options)
     if labels is not None and with_labels:
-        cross_entropy, cross_entropy_gradient = _cross_entropy(s, found, rows, options)
+        cross_entropy, cross_entropy_gradient = _cross_entropy(
+            s, found, rows, options, options.label_smoothing
+        )
+    if divergence.target is not None and divergence.target.form == "label":
+        assert apart is not None
+        value, label_gradient = _cross_entropy(s, found, rows, options, 0.0)
+        distillation = distillation + apart.weight * value
+        label_gradient = apart.weight.unsqueeze(-1) * label_gradient
+    if labels is not None and options.reads_labels:
         valid = (labels >= 0) & (labels < options.vocabulary)
         weight = torch.where(valid, weight, torch.nan)  # and so does an invalid label
 
@@ -333,9 +406,10 @@ def _results(
         gradient = torch.zeros_like(s.z)
         if alpha:
             total = sums.g if divergence.normalized else None
-            gradient = _project(terms.g, terms.q.probabilities, total) * (
-                alpha * t_squared / temperature
-            )
+            gradient = _project(terms.g, terms.q.probabilities, total)
+            if apart is not None and s.apart is not None:
+                gradient = torch.where(s.apart, apart.g.unsqueeze(-1), gradient)
+            gradient = alpha * (gradient * (t_squared / temperature) + label_gradient)
         if with_labels:
             gradient = gradient + (1.0 - alpha) * cross_entropy_gradient
         student_gradient = finish(gradient * s.slope, student)
@@ -345,9 +419,12 @@ def _results(
         if alpha:
             h = divergence.degree * terms.phi - terms.g
             total = divergence.degree * sums.phi - sums.g if divergence.normalized else None
-            gradient = _project(h, terms.p.probabilities, total) * (
-                alpha * t_squared / teacher_temperature
-            )
+            if apart is not None:
+                total = divergence.degree * others.phi - others.g + apart.h
+            gradient = _project(h, terms.p.probabilities, total)
+            if apart is not None and s.apart is not None:
+                gradient = torch.where(s.apart, apart.h.unsqueeze(-1), gradient)
+            gradient = gradient * (alpha * t_squared / teacher_temperature)
         teacher_gradient = finish(gradient * t.slope, teacher)
     if want.inplace and student_gradient is not None:
         student_gradient = student.copy_(student_gradient)
@@ -376,7 +453,7 @@ def kd_rows(student: Tensor, teacher: Tensor, rows: Rows, options: Options, want
 def shard_statistics(
     student: Tensor, teacher: Tensor, rows: Rows, options: Options, result: Result
 ) -> Statistics:
-    """Of this process's columns: 9 numbers a row in float64."""
+    """Of this process's columns: 12 numbers a row in float64."""
     if rows.ids is not None:
         return topk.shard_statistics(sys.modules[__name__], student, teacher, rows, options, result)
     found = _statistics(*_sides(student, teacher, rows, options), rows, options)
@@ -502,7 +579,7 @@ def spread_gradient(
         smoothing = options.label_smoothing
         log_q = z - torch.maximum(events.origin, events.tail_origin).unsqueeze(-1)
         cross_entropy = (log_q - events.log_sum.unsqueeze(-1)).exp()
-        cross_entropy = _towards_labels(cross_entropy, rows.labels, options) - (
+        cross_entropy = _towards_labels(cross_entropy, rows.labels, options, smoothing) - (
             smoothing / options.vocabulary
         )
         result = result + cross_entropy_scale.unsqueeze(-1) * cross_entropy

@@ -64,6 +64,11 @@ class Options(NamedTuple):
         return self.vocab_size if self.shard is None else self.shard.total
 
     @property
+    def reads_labels(self) -> bool:
+        """Whether labels do more than drop rows."""
+        return self.alpha < 1.0 or self.divergence.target is not None
+
+    @property
     def first_column(self) -> int:
         """The token of column 0."""
         return 0 if self.shard is None else self.shard.first

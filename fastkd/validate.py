@@ -95,6 +95,8 @@ def prepare(
         raise ValueError(
             f"labels are needed for the cross-entropy term where alpha < 1; alpha is {alpha}"
         )
+    if divergence.target is not None:
+        _check_apart(divergence, labels, vocabulary)
     if type(ignore_index) is not int:
         raise TypeError(f"ignore_index must be an int, got {type(ignore_index).__name__}")
     if not -(2**63) <= ignore_index < 2**63:
@@ -143,6 +145,19 @@ def prepare(
     return Prepared(options, rows, count, backend, reduction != "none")
 
 
+def _check_apart(divergence: Divergence, labels: Tensor | None, vocabulary: int | None) -> None:
+    """What a divergence needs that compares the label's token apart from the others."""
+    if labels is None:
+        raise ValueError(
+            f"labels are needed by the divergence {divergence.name!r}, which compares the label's token apart from "
+            "the others; labels is None"
+        )
+    if vocabulary == 1:
+        raise ValueError(
+            f"the divergence {divergence.name!r} compares the tokens beside the label; the vocabulary has 1 column"
+        )
+
+
 def check_values(rows: Rows, options: Options) -> None:
     """The checks that wait for the device, under FASTKD_CHECK=1; rows that are dropped may hold anything."""
     if not checking():
@@ -157,7 +172,7 @@ def check_values(rows: Rows, options: Options) -> None:
             return
         device = next(value.device for value in given if value is not None)
         read = torch.ones(lead, dtype=torch.bool, device=device)
-    if rows.labels is not None and options.alpha < 1.0:
+    if rows.labels is not None and options.reads_labels:
         labels, vocabulary = rows.labels, options.vocabulary
         bad = ((labels < 0) | (labels >= vocabulary)) & read
         if bad.any():
@@ -327,6 +342,11 @@ def with_topk(prepared: Prepared, teacher: TopK) -> Prepared:
     if not divergence.normalized:
         raise ValueError(
             f"the divergence {divergence.name!r} is one of logits, and a TopK has log-probabilities"
+        )
+    if divergence.target is not None:
+        raise ValueError(
+            f"the divergence {divergence.name!r} compares the label's token apart from the others, and a TopK may not "
+            "name it; use a dense teacher, a LinearTeacher or an Ensemble of them"
         )
     if options.teacher_logit_scale != 1 or options.teacher_softcap:
         raise ValueError(

@@ -107,16 +107,17 @@ const float* load_block(const char* row, Dtype dtype, int64_t start, int n, cons
 }
 
 // The maximum of a row that may have nothing above FLOOR: it is then shifted to have its maximum at 0; one of -inf
-// alone has no softmax and is NaN. 0 where the row's first logit, or another that was seen, is above FLOOR.
-float low_top(const char* row, Dtype dtype, int64_t vocabulary, const Adjustment& adjust) {
+// alone has no softmax and is NaN. 0 where the row's first logit, or another that was seen, is above FLOOR. The column
+// apart, if any, does not count.
+float low_top(const char* row, Dtype dtype, int64_t vocabulary, const Adjustment& adjust, int64_t apart = -1) {
   alignas(64) float z[BLOCK];
-  if (!(load_block(row, dtype, 0, 1, adjust, z)[0] <= FLOOR)) return 0;
+  if (apart != 0 && !(load_block(row, dtype, 0, 1, adjust, z)[0] <= FLOOR)) return 0;
   float top = -INF;
   for (int64_t start = 0; start < vocabulary && top <= FLOOR; start += BLOCK) {
     const int n = int(std::min<int64_t>(BLOCK, vocabulary - start));
     const float* block = load_block(row, dtype, start, n, adjust, z);
     for (int i = 0; i < n; ++i)
-      if (!(block[i] <= top)) top = block[i];  // a NaN too
+      if (start + i != apart && !(block[i] <= top)) top = block[i];  // a NaN too
   }
   return top;
 }
@@ -228,11 +229,12 @@ struct BlockStatistics {
   double forward, reverse;    // e_t (t' - s'), e_s (s' - t')
   double cross, entropy;      // e_t s', e_s s'
   double s_sum_at_1, s_total;  // exponentials at temperature 1; sum of z - max
+  double t_sum_at_1;           // where the teacher's probability of the label is needed at temperature 1
 };
 
 // The same merged over a row, relative to the row's maxima; and the weight that turns e into a probability.
 struct RowStatistics {
-  double s_max, t_max, s_log_sum, t_log_sum, s_log_sum_at_1;
+  double s_max, t_max, s_log_sum, t_log_sum, s_log_sum_at_1, t_log_sum_at_1;
   double forward, reverse, cross, entropy, s_mean;
 };
 
@@ -244,7 +246,8 @@ struct ShardStatistics {
   double forward, reverse;
   double cross, entropy;
   double s_sum_at_1, s_total;
-  double columns, label;   // how many; z of the label, -inf where it is another's
+  double t_sum_at_1, t_label;  // where the label's token is compared apart
+  double columns, label;       // how many; z of the label, -inf where it is another's
   double t_lost, s_lost;   // the largest z of a side where the other is gone: its moments leave those columns out
   double policy;           // 1 where log 0 has been met
 };
@@ -263,6 +266,7 @@ struct Merged {
   double forward = 0, reverse = 0;
   double cross = 0, entropy = 0;
   double s_sum_at_1 = 0, s_total = 0;
+  double t_sum_at_1 = 0;
 
   // All maxima first, then all sums.
   template <class Part>
@@ -284,6 +288,7 @@ struct Merged {
       s_sum += s_factor * part.s_sum;
     }
     if (!t_none) t_sum += t_factor * part.t_sum;
+    if (!t_none && part.t_sum_at_1 != 0) t_sum_at_1 += std::exp(t_gap / UNTEMPERED.temperature) * part.t_sum_at_1;
     if (s_none || t_none) return;  // where one side is gone, no moment has been collected
     forward += t_factor * (part.forward + shift * part.t_sum);
     reverse += s_factor * (part.reverse - shift * part.s_sum);

@@ -23,7 +23,7 @@ struct Call : Loss {
 };
 
 // Numbers a row that processes exchange where they share a vocabulary: of a dense teacher, of a sparse one, and of sums.
-constexpr int64_t STATISTICS = 15, TAIL_STATISTICS = 8, SUMS = 3;
+constexpr int64_t STATISTICS = 17, TAIL_STATISTICS = 8, SUMS = 3;
 
 // One for each instruction set, from the same source.
 #define FASTKD_DECLARE(isa)                  \

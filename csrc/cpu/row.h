@@ -30,7 +30,7 @@ class Row {
         statistics_(blocks_),
         sums_(blocks_) {
     const int64_t columns = blocks_ * BLOCK;
-    const int arrays = call.labels && call.alpha < 1 ? 3 : 2;
+    const int arrays = needs_cross_entropy() ? 3 : 2;
     const bool needed_later = needs_sums() || call.student_gradient.data || call.teacher_gradient.data;
     keeps_exponentials_ = whole() && needed_later && call.vocabulary * arrays * 4 <= SCRATCH_BYTES;
     if (keeps_exponentials_) {
@@ -64,12 +64,13 @@ class Row {
       if (writes) drop();
       return false;
     }
-    with_labels_ = call_.labels && call_.alpha < 1;
-    if (with_labels_ && (label_ < 0 || label_ >= call_.shard.total)) {
+    with_labels_ = needs_cross_entropy();
+    if ((with_labels_ || is_apart()) && (label_ < 0 || label_ >= call_.shard.total)) {
       weight_ = std::nan("");
       label_ = call_.shard.first;
     }
     label_ -= call_.shard.first;
+    apart_ = is_apart() && label_is_here() ? label_ : -1;
     set_shift(student_, call_.student.dtype, s_adjust_);
     set_shift(teacher_, call_.teacher.dtype, t_adjust_);
     s_temperature_ = temperature(call_.student_tempering);
@@ -103,7 +104,10 @@ class Row {
     const float* t = load_teacher(b, scratch);
     BlockStatistics& out = statistics_[b];
     float s_threshold = 0, t_threshold = 0;
-    if (log_0_ && !whole()) return statistics_without_lost(b, s, t, scratch);
+    if (log_0_ && !whole()) {
+      statistics_without_lost(b, s, t, scratch);
+      return add_what_apart_needs(b, load_student(b, scratch), load_teacher(b, scratch), out);
+    }
     if (log_0_) {  // the weights of the first attempt still hold
       s_threshold = NEGLIGIBLE / s_weight(b);
       t_threshold = NEGLIGIBLE / t_weight(b);
@@ -116,6 +120,7 @@ class Row {
     statistics_kernel(moments_, separate_at_1_, log_0_)(
         s, t, n, student_softmax_, teacher_softmax_, UNTEMPERED, s_threshold, t_threshold, s_exp(b, scratch),
         t_exp(b, scratch), s_exp_at_1(b, scratch), ahead(b + AHEAD), alongside, out);
+    add_what_apart_needs(b, s, t, out);
   }
 
   // False where the row has to be done again with the policy for log 0.
@@ -129,7 +134,7 @@ class Row {
     for (const BlockStatistics& block : statistics_) row.raise(block);
     bool overflows = false;
     for (int64_t b = 0; b < blocks_; ++b) {
-      add_to(row, statistics_[b], columns(b));
+      add_to(row, statistics_[b], columns(b) - apart_in(b));
       overflows |= statistics_[b].overflows;
     }
     const bool finite = log_0_ || (!overflows && std::isfinite(row.forward + row.reverse + row.cross + row.entropy));
@@ -161,6 +166,8 @@ class Row {
   // The value of the row; after it, gradient() may run on any block.
   void finish() {
     if (call_.closed_form) close();
+    h_ = call_.degree * phi_ - g_;
+    if (is_apart()) set_apart();
     write_value();
   }
 
@@ -181,7 +188,7 @@ class Row {
     if (teacher_gradient_) {
       pending.kernel = kernels_.teacher[log_0_];
       pending.degree = float(call_.degree);
-      pending.sum = float(call_.degree * phi_ - g_);
+      pending.sum = float(h_);
       pending.coefficient = float(kd_scale_ / t_temperature_);
       pending.out = scratch.gradient;
       if (call_.alpha == 0)
@@ -189,6 +196,7 @@ class Row {
       else
         pending.write(0, n);
       if (!t_adjust_.identity()) chain(t_adjust_, pending.view.t, n, scratch.gradient);
+      if (apart_in(b)) scratch.gradient[apart_ - b * BLOCK] = teacher_gradient_apart();
       store_block(teacher_gradient_, call_.teacher.dtype, b * BLOCK, n, scratch.gradient, past_cache_);
     }
     if (!student_gradient_) return {};
@@ -196,7 +204,7 @@ class Row {
     char* const place = student_gradient_ + b * BLOCK * element_size(dtype);
     // Stores past the cache need whole vectors at addresses that are multiples of their size.
     const bool whole = reinterpret_cast<uintptr_t>(place) % sizeof(V) == 0 && n % LANES == 0;
-    const bool waits = !log_0_ && !with_labels_ && call_.alpha != 0 && s_adjust_.identity();
+    const bool waits = !log_0_ && !with_labels_ && call_.alpha != 0 && s_adjust_.identity() && !apart_in(b);
     const Form form = waits && past_cache_ && dtype == Dtype::f32 && whole ? STREAM : SCRATCH;
     pending.kernel = keeps_g() ? PROJECTION[form] : log_0_ ? kernels_.student_log_0 : kernels_.student[form];
     pending.sum = float(g_);
@@ -216,6 +224,7 @@ class Row {
       pending.write(0, n);
     if (with_labels_) add_cross_entropy(b, scratch, pending.view);
     if (!s_adjust_.identity()) chain(s_adjust_, pending.view.s, n, scratch.gradient);
+    if (apart_in(b)) scratch.gradient[apart_ - b * BLOCK] = student_gradient_apart();
     store_block(student_gradient_, call_.student.dtype, b * BLOCK, n, scratch.gradient, past_cache_);
     return {};
   }
@@ -269,7 +278,7 @@ class Row {
   // The statistics of this process's columns, which it leaves to all.
   void leave(const Merged& row) const {
     const auto maximum = [](double max, double sum, float shift) { return sum == 0 ? -INF : max + shift; };
-    const bool here = with_labels_ && label_ >= 0 && label_ < call_.vocabulary;
+    const bool here = (with_labels_ || is_apart()) && label_is_here();
     of_this_process<ShardStatistics>(call_.shard.statistics) = {
         maximum(row.s_max, row.s_sum, s_adjust_.shift),
         maximum(row.t_max, row.t_sum, t_adjust_.shift),
@@ -281,7 +290,9 @@ class Row {
         row.entropy,
         row.s_sum_at_1,
         row.s_total,
-        double(call_.vocabulary),
+        row.t_sum_at_1,
+        here ? double(teacher_label_logit()) + t_adjust_.shift : -INF,
+        double(call_.vocabulary - (apart_ >= 0)),
         here ? double(label_logit()) + s_adjust_.shift : -INF,
         t_lost_ + t_adjust_.shift,
         s_lost_ + s_adjust_.shift,
@@ -292,10 +303,11 @@ class Row {
   void take_statistics() {
     const auto each = [&](auto f) { each_process<ShardStatistics>(call_.shard.all_statistics, f); };
     Merged row;
-    double label = -INF, t_lost = -INF, s_lost = -INF;
+    double label = -INF, t_label = -INF, t_lost = -INF, s_lost = -INF;
     each([&](const ShardStatistics& part) {
       row.raise(part);
       label = std::max(label, part.label);
+      t_label = std::max(t_label, part.t_label);
       t_lost = std::max(t_lost, part.t_lost);
       s_lost = std::max(s_lost, part.s_lost);
       log_0_ |= part.policy != 0;
@@ -313,6 +325,7 @@ class Row {
     all.s_max -= s_adjust_.shift;
     all.t_max -= t_adjust_.shift;
     label_z_ = label - s_adjust_.shift;
+    t_label_z_ = t_label - t_adjust_.shift;
   }
 
   // A process does not know which probabilities are negligible. So the moments leave out what is gone on one side, and
@@ -356,6 +369,7 @@ class Row {
                        s_log_sum,
                        t_log_sum,
                        separate_at_1_ ? std::log(row.s_sum_at_1) : s_log_sum,
+                       std::log(row.t_sum_at_1),
                        row.forward / row.t_sum,
                        row.reverse / row.s_sum,
                        row.cross / row.t_sum,
@@ -379,23 +393,102 @@ class Row {
   void write_value() {
     const RowStatistics& row = row_statistics_;
     const double square = call_.scale_by_temperature ? s_temperature_ * s_temperature_ : 1;
-    const double distillation = phi_ * square;
-    double cross_entropy = 0;
-    if (with_labels_) {
+    double distillation = phi_ * square, cross_entropy = 0, entropy = row.s_log_sum - row.entropy;
+    if (is_apart()) {
+      const double smoothing = call_.alpha < 1 ? call_.label_smoothing : 0;
+      const double above_mean = smoothing > 0 ? (label_z_ - row.s_max - row.s_mean) / UNTEMPERED.temperature : 0;
+      if (label_share_ != 0) distillation += label_share_ * softplus(-apart_at_1_);
+      if (call_.alpha < 1) cross_entropy = softplus(-apart_at_1_) + smoothing * above_mean;
+      entropy = label_entropy_ + sigmoid(-s_apart_) * entropy;
+    } else if (with_labels_) {
       const double smoothing = call_.label_smoothing;
       if (whole()) label_z_ = label_logit();
       const double target = (1 - smoothing) * (label_z_ - row.s_max) + (smoothing > 0 ? smoothing * row.s_mean : 0);
       cross_entropy = row.s_log_sum_at_1 - target / UNTEMPERED.temperature;
     }
     double loss = call_.alpha == 0 ? 0 : call_.alpha * distillation;
-    if (with_labels_) loss += (1 - call_.alpha) * cross_entropy;
+    if (call_.alpha < 1 && with_labels_) loss += (1 - call_.alpha) * cross_entropy;
     write(call_.loss, loss * weight_);
     write(call_.distillation, distillation);
     write(call_.cross_entropy, cross_entropy);
-    write(call_.student_entropy, row.s_log_sum - row.entropy);
+    write(call_.student_entropy, entropy);
     const double scale = weight_ * call_.scale * (call_.scale_on_device ? *call_.scale_on_device : 1);
     kd_scale_ = call_.alpha * square * scale;
     ce_scale_ = (1 - call_.alpha) * scale;
+    q_scale_ = ce_scale_ + (call_.alpha == 0 ? 0 : call_.alpha * label_share_ * scale);
+  }
+
+  // ---- where the label's token is compared apart from the others
+
+  bool is_apart() const { return call_.target != Target::none; }
+  bool apart_in(int64_t b) const { return apart_ >= 0 && apart_ / BLOCK == b; }
+  bool needs_cross_entropy() const { return call_.labels && (call_.alpha < 1 || call_.target == Target::label); }
+  bool label_is_here() const { return label_ >= 0 && label_ < call_.vocabulary; }
+
+  static double sigmoid(double x) { return 1 / (1 + std::exp(-x)); }
+  static double softplus(double x) { return x > 0 ? x + std::log1p(std::exp(-x)) : std::log1p(std::exp(x)); }
+
+  // The label's column as padding is: no kernel sees it.
+  const float* without_apart(int64_t b, const float* z, float* scratch) const {
+    if (!apart_in(b)) return z;
+    if (z != scratch) std::memcpy(scratch, z, padded(columns(b)) * sizeof(float));
+    scratch[apart_ - b * BLOCK] = FLOOR;
+    return scratch;
+  }
+
+  void add_what_apart_needs(int64_t b, const float* s, const float* t, BlockStatistics& out) const {
+    const int n = columns(b);
+    out.t_sum_at_1 = 0;
+    if (call_.target == Target::label) {
+      V sum{};
+      for (int i = 0; i < n; i += LANES) sum += UNTEMPERED.exponential(load(t + i) - out.t_max);
+      out.t_sum_at_1 = sum_lanes(sum);
+    }
+    if (!apart_in(b) || !(moments_ & SINGLE)) return;
+    out.s_total = 0;
+    for (int i = 0; i < n; ++i)
+      if (b * BLOCK + i != apart_) out.s_total += s[i] - out.s_max;
+  }
+
+  // fastkd/reference.py, _apart: what the label's token adds to the sums over the others.
+  void set_apart() {
+    RowStatistics& row = row_statistics_;
+    if (whole()) label_z_ = label_logit(), t_label_z_ = teacher_label_logit();
+    const double s_gap = label_z_ - row.s_max, t_gap = t_label_z_ - row.t_max;
+    row.s_mean += s_gap / call_.shard.total;
+    const double a = t_gap / teacher_softmax_.temperature - row.t_log_sum;
+    const double b = s_gap / student_softmax_.temperature - row.s_log_sum;
+    const double p = sigmoid(a), p_rest = sigmoid(-a), q = sigmoid(b), q_rest = sigmoid(-b);
+    const auto term = [](double weight, double gap) { return weight < NEGLIGIBLE ? 0 : weight * gap; };
+    s_apart_ = b;
+    label_entropy_ = term(q, softplus(-b)) + term(q_rest, softplus(b));
+    label_g_ = label_h_ = label_share_ = 0;
+    const double weight = call_.target_weight;
+    if (call_.target == Target::binary) {
+      phi_ += weight * (term(p, softplus(-b) - softplus(-a)) + term(p_rest, softplus(b) - softplus(a)));
+      // The smaller side's difference, as near 1 both have lost their digits.
+      label_g_ = weight * (b > 0 ? p_rest - q_rest : q - p);
+      label_h_ = weight * term(p * p_rest, a - b);
+      g_ += label_g_;
+      h_ += label_h_;
+    } else {
+      label_share_ = weight * sigmoid(t_gap / UNTEMPERED.temperature - row.t_log_sum_at_1);
+    }
+    apart_at_1_ = s_gap / UNTEMPERED.temperature - row.s_log_sum_at_1;
+    row.s_log_sum_at_1 += softplus(apart_at_1_);  // of all tokens from here on
+  }
+
+  float student_gradient_apart() const {
+    double gradient = call_.alpha == 0 ? 0 : label_g_ * kd_scale_ / s_temperature_;
+    if (with_labels_) {
+      const double others = 1 - 1.0 / call_.shard.total;
+      gradient += ce_scale_ * call_.label_smoothing * others - q_scale_ * sigmoid(-apart_at_1_);
+    }
+    return float(gradient) * s_adjust_.slope(splat(float(label_z_)))[0];
+  }
+  float teacher_gradient_apart() const {
+    const double gradient = call_.alpha == 0 ? 0 : label_h_ * kd_scale_ / t_temperature_;
+    return float(gradient) * t_adjust_.slope(splat(float(t_label_z_)))[0];
   }
 
   int columns(int64_t b) const { return int(std::min<int64_t>(BLOCK, call_.vocabulary - b * BLOCK)); }
@@ -411,10 +504,12 @@ class Row {
   }
 
   const float* load_student(int64_t b, BlockScratch& scratch) const {
-    return load_block(student_, call_.student.dtype, b * BLOCK, columns(b), s_adjust_, scratch.s);
+    const float* z = load_block(student_, call_.student.dtype, b * BLOCK, columns(b), s_adjust_, scratch.s);
+    return without_apart(b, z, scratch.s);
   }
   const float* load_teacher(int64_t b, BlockScratch& scratch) const {
-    return load_block(teacher_, call_.teacher.dtype, b * BLOCK, columns(b), t_adjust_, scratch.t);
+    const float* z = load_block(teacher_, call_.teacher.dtype, b * BLOCK, columns(b), t_adjust_, scratch.t);
+    return without_apart(b, z, scratch.t);
   }
 
   float* s_exp(int64_t b, BlockScratch& scratch) const {
@@ -466,7 +561,7 @@ class Row {
   void set_shift(const char* row, Dtype dtype, Adjustment& adjust) {
     adjust.shift = 0;
     if (!needs_statistics() || !call_.normalized || call_.vocabulary == 0) return;
-    const float top = low_top(row, dtype, call_.vocabulary, adjust);
+    const float top = low_top(row, dtype, call_.vocabulary, adjust, apart_);
     if (top == -INF && whole()) weight_ = std::nan("");
     if (top <= FLOOR && top > -INF) adjust.shift = top;
   }
@@ -526,7 +621,7 @@ class Row {
     const float* e = separate_at_1_ ? s_exp_at_1(b, scratch) : v.s_exp;
     const double s_gap = statistics_[b].s_max - row_statistics_.s_max;
     const double weight = std::exp(s_gap / UNTEMPERED.temperature - row_statistics_.s_log_sum_at_1);
-    const V factor = splat(float(ce_scale_ * weight));
+    const V factor = splat(float(q_scale_ * weight));
     const V uniform = splat(float(ce_scale_ * call_.label_smoothing / call_.shard.total));
     for (int i = 0; i < n; i += LANES)
       store(scratch.gradient + i, load(scratch.gradient + i) + (load(e + i) * factor - uniform));
@@ -534,9 +629,11 @@ class Row {
     if (column >= 0 && column < n) scratch.gradient[column] -= float(ce_scale_ * (1 - call_.label_smoothing));
   }
 
-  float label_logit() const {
+  float label_logit() const { return logit(student_, call_.student.dtype, s_adjust_); }
+  float teacher_label_logit() const { return logit(teacher_, call_.teacher.dtype, t_adjust_); }
+  float logit(const char* row, Dtype dtype, const Adjustment& adjust) const {
     alignas(64) float z[LANES];
-    return load_block(student_, call_.student.dtype, label_, 1, s_adjust_, z)[0];
+    return load_block(row, dtype, label_, 1, adjust, z)[0];
   }
 
   void write(float* to, double value) const {
@@ -574,8 +671,13 @@ class Row {
   bool with_labels_ = false, separate_at_1_ = false, log_0_ = false;
   int moments_ = 0;
   RowStatistics row_statistics_{};
-  double phi_ = 0, g_ = 0, kd_scale_ = 0, ce_scale_ = 0;
-  double label_z_ = 0;
+  double phi_ = 0, g_ = 0, h_ = 0;                     // sums, h's of the teacher's derivative
+  double kd_scale_ = 0, ce_scale_ = 0, q_scale_ = 0;  // q_scale_ multiplies q at temperature 1
+  double label_z_ = 0, t_label_z_ = 0;
+  int64_t apart_ = -1;                                // the label's column where it is compared apart, and here
+  double s_apart_ = 0, apart_at_1_ = 0;               // log(q_y / (1 - q_y)) of the label y, at T and at 1
+  double label_g_ = 0, label_h_ = 0;                  // the label's own derivatives
+  double label_share_ = 0, label_entropy_ = 0;        // weight of -log q_y; entropy of (q_y, 1 - q_y)
   double s_lost_ = 0, t_lost_ = 0;  // what leave() says
 };
 

@@ -38,8 +38,9 @@ struct soft_cross_entropy {
   static constexpr bool always_normalized = true;
   static constexpr bool uses_logs = true, gradient_uses_logs = false;
   static FASTKD_INLINE void eval(V p, V q, V log_p, V log_q, const float* params_, V& phi_, V& g_) {
-    phi_ = ((-p) * log_q);
-    g_ = (-p);
+    const V weight = splat(params_[0]);
+    phi_ = (((-weight) * p) * log_q);
+    g_ = ((-weight) * p);
   }
 };
 
@@ -167,5 +168,18 @@ struct half_squared_gap {
   }
 };
 
+struct smooth_l1 {
+  static constexpr bool always_normalized = false;
+  static constexpr bool uses_logs = true, gradient_uses_logs = true;
+  static FASTKD_INLINE void eval(V p, V q, V log_p, V log_q, const float* params_, V& phi_, V& g_) {
+    const V beta = splat(params_[0]);
+    const V gap = (log_q - log_p);
+    const V size = abs(gap);
+    const V phi = where((size < beta), (((splat(0.5f) * gap) * gap) / beta), (size - (splat(0.5f) * beta)));
+    phi_ = phi;
+    g_ = where((size < beta), (gap / beta), where((gap > splat(0.0f)), splat(1.0f), (-splat(1.0f))));
+  }
+};
+
 // The table, in the order of DEFINITIONS.
-#define FASTKD_DIVERGENCES(X) X(forward_kl) X(reverse_kl) X(mixture) X(soft_cross_entropy) X(jsd) X(skew_forward_kl) X(skew_reverse_kl) X(tvd) X(hellinger) X(alpha_beta) X(alpha_beta_at_beta_0) X(alpha_beta_at_alpha_0) X(alpha_beta_at_sum_0) X(half_squared_gap)
+#define FASTKD_DIVERGENCES(X) X(forward_kl) X(reverse_kl) X(mixture) X(soft_cross_entropy) X(jsd) X(skew_forward_kl) X(skew_reverse_kl) X(tvd) X(hellinger) X(alpha_beta) X(alpha_beta_at_beta_0) X(alpha_beta_at_alpha_0) X(alpha_beta_at_sum_0) X(half_squared_gap) X(smooth_l1)

@@ -75,7 +75,12 @@ def _facts(
             [(tensor.dtype, tensor.shape[:-1]) for tensor in tensors if tensor.dim() > 2],
         ),
         "teacher's dtypes": [tensor.dtype for tensor in tensors],
-        "divergence": (divergence.name, function_name(divergence.function), divergence.params),
+        "divergence": (
+            divergence.name,
+            function_name(divergence.function),
+            divergence.params,
+            divergence.target,
+        ),
         "the backend": backends.select(
             call.backend,
             given[0].device.type,
