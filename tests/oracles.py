@@ -96,6 +96,10 @@ def squared_error(tempered_teacher: Tensor, tempered_student: Tensor) -> Tensor:
     return 0.5 * (tempered_student - tempered_teacher) ** 2
 
 
+def smooth_l1(tempered_teacher: Tensor, tempered_student: Tensor, beta: float = 1.0) -> Tensor:
+    return F.smooth_l1_loss(tempered_student, tempered_teacher, reduction="none", beta=beta)
+
+
 DIVERGENCES: dict[str, Callable[..., Tensor]] = {
     formula.__name__: formula
     for formula in (
@@ -110,9 +114,10 @@ DIVERGENCES: dict[str, Callable[..., Tensor]] = {
         hellinger,
         alpha_beta,
         squared_error,
+        smooth_l1,
     )
 }
-UNNORMALIZED = ("squared_error",)
+UNNORMALIZED = ("squared_error", "smooth_l1")
 
 
 class Outcome(NamedTuple):

@@ -14,7 +14,7 @@ from torch import Tensor
 import fastkd
 from fastkd import kd_loss
 
-NAMES = ", ".join(fastkd.DIVERGENCES)
+NAMES = ", ".join([*fastkd.DIVERGENCES, "dkd", "nkd"])
 META = torch.device("meta")
 
 

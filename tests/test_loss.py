@@ -422,7 +422,7 @@ def test_module_is_copied_and_pickled(any_backend: str) -> None:
         (
             {"divergence": "kl"},
             ValueError,
-            f"divergence must be one of {', '.join(fastkd.DIVERGENCES)}; got 'kl'",
+            f"divergence must be one of {', '.join([*fastkd.DIVERGENCES, 'dkd', 'nkd'])}; got 'kl'",
         ),
         (
             {"reduction": "avg"},

@@ -29,7 +29,7 @@ from accuracy import (
 )
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
-from oracles import Outcome, Sparse, compose_topk
+from oracles import UNNORMALIZED, Outcome, Sparse, compose_topk
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from triton_interpreter import corrected
@@ -95,7 +95,7 @@ def _triton() -> tuple[ModuleType, ModuleType]:
 
 # The divergences, and those parameters whose formulas differ. 0 * infinity is what they disagree on.
 DIVERGENCES: list[tuple[str, dict[str, float]]] = [
-    *((name, {}) for name in fastkd.DIVERGENCES if name != "squared_error"),
+    *((name, {}) for name in fastkd.DIVERGENCES if name not in UNNORMALIZED),
     ("mixture", {"forward": 0.7, "reverse": 0.0}),
     ("jsd", {"beta": 0.1}),
     ("jsd", {"beta": 1.0}),

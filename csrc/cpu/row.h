@@ -81,6 +81,7 @@ class Row {
     moments_ = !call_.closed_form ? 0
                                   : (call_.forward != 0) * FORWARD + (call_.reverse != 0) * REVERSE +
                                         (call_.cross != 0) * CROSS;
+    if (call_.closed_form && !moments_) moments_ = FORWARD;  // of weight 0, but it tells where log 0 is
     if (call_.student_entropy || (with_labels_ && call_.label_smoothing > 0)) moments_ |= SINGLE;
     log_0_ = false;
     s_lost_ = t_lost_ = -INF;
