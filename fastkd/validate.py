@@ -83,8 +83,8 @@ def prepare(
     vocabulary None: other processes have columns too, and :func:`check_values` is called once they are known.
     """
     divergence = resolve(divergence)
-    alpha = _number("alpha", alpha, 0.0, 1.0)
-    label_smoothing = _number("label_smoothing", label_smoothing, 0.0, 1.0, open_right=True)
+    alpha = number("alpha", alpha, 0.0, 1.0)
+    label_smoothing = number("label_smoothing", label_smoothing, 0.0, 1.0, open_right=True)
     if not isinstance(reduction, str) or reduction not in REDUCTIONS:
         raise ValueError(f"reduction must be one of {', '.join(REDUCTIONS)}; got {reduction!r}")
     if num_items is not None and reduction not in ("mean", "batchmean"):
@@ -204,7 +204,7 @@ def check_logits(argument: str, logits: object, shard: bool = False) -> Tensor:
     """Raise unless it is a dense tensor [..., V] of a dtype that losses take; a shard may have no column."""
     if not isinstance(logits, Tensor):
         raise TypeError(f"{argument} must be a tensor of logits, got {type(logits).__name__}")
-    _check_dense(argument, logits)
+    check_dense(argument, logits)
     if logits.dim() == 0 or (logits.shape[-1] == 0 and not shard):
         raise ValueError(
             f"{argument} must have a vocabulary dimension, got shape {tuple(logits.shape)}"
@@ -219,11 +219,12 @@ def check_student_head(hidden: object, weight: object, bias: object) -> None:
             continue
         if not isinstance(value, Tensor):
             raise TypeError(f"student_{argument} must be a tensor, got {type(value).__name__}")
-        _check_dense(f"student_{argument}", value)
+        check_dense(f"student_{argument}", value)
     check_linear("student_", hidden, weight, bias)  # type: ignore[arg-type]  # checked above
 
 
-def _check_dense(argument: str, value: Tensor) -> None:
+def check_dense(argument: str, value: Tensor) -> None:
+    """Raise unless it is dense and of a dtype that losses take."""
     if value.dtype not in LOGIT_DTYPES:
         raise TypeError(
             f"{argument} must be float32, bfloat16, float16 or float64, got {value.dtype}"
@@ -395,9 +396,10 @@ def _check_ids(ids: Tensor, vocabulary: int, counted: Tensor | None) -> None:
         raise ValueError(f"teacher.ids must be distinct within a row; row {row} repeats some")
 
 
-def _number(
+def number(
     argument: str, value: float, low: float, high: float, *, open_right: bool = False
 ) -> float:
+    """The number; raise unless it is in [low, high], or in [low, high)."""
     if isinstance(value, Tensor) or not isinstance(value, (int, float)):
         raise TypeError(f"{argument} must be a number, got {type(value).__name__}")
     if not (low <= value < high or (value == high and not open_right)):

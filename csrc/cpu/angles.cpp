@@ -172,7 +172,7 @@ void angles(const Angles& call) {
   }
   *call.loss = 0;
   for (const auto& round : losses)
-    for (const double loss : round) *call.loss += loss;
+    for (const double loss : round) *call.loss += 2 * loss;  // of (i, k) and of (k, i)
 }
 
 }  // namespace fastkd::FASTKD_ISA

@@ -27,9 +27,9 @@ struct Angles {
   int64_t points = 0;
   const double* distances[2] = {};  // of the student and of the teacher, [points, points]
   double delta = 1;                 // of Huber's loss
-  double* loss = nullptr;           // the sum over j and pairs i < k
-  // Null where not wanted, else zeros [points, points], to which what is added is, with its transpose, the derivative to
-  // the student's squared distances.
+  double* loss = nullptr;           // the sum over triples of three points
+  // Null where not wanted, else zeros [points, points], which become a matrix that, with its transpose added, is the
+  // derivative of the loss to the student's squared distances.
   double* derivatives = nullptr;
   int threads = 1;
 };
