@@ -33,7 +33,7 @@ from fastkd.validate import LARGEST, SMALLEST, check_dense, number
 
 MEANS = ("distinct", "all")
 BACKENDS = ("auto", "cpu", "reference")
-TILE_BYTES = 256 << 20  # what angles_in_tiles may hold beyond matrices [N, N]
+TILE_BYTES = 64 << 20  # what angles_in_tiles may hold beyond matrices [N, N]
 _TILES = 8  # tensors of the size of a tile that are alive at once, at most
 
 # (distances of the student, of the teacher, whether the second result is wanted) -> the loss, and a matrix which, with
@@ -106,7 +106,7 @@ def rkd_angle_loss(
         BackendUnavailable: a backend asked for by name cannot serve the call.
         RuntimeError: it is differentiated twice.
 
-    Memory: 4 matrices [N, N] of float64 in the call, where "reference" holds two more and tiles of 256 MiB; a gradient
+    Memory: 4 matrices [N, N] of float64 in the call, where "reference" holds two more and tiles of 64 MiB; a gradient
     [N, D] until the backward.
 
     Source: Park, Kim, Lu, Cho, "Relational Knowledge Distillation" (2019), equations 8 and 9.

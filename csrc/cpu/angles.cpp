@@ -32,6 +32,7 @@ namespace {
 
 constexpr int WIDE = LANES / 2;  // a vector of doubles is as long as one of floats
 typedef double D __attribute__((vector_size(LANES * 4)));
+typedef int64_t L __attribute__((vector_size(LANES * 4)));
 
 constexpr int BLOCK = 64;  // points; a tile of three matrices is 96 KiB
 constexpr int STUDENT = 0, TEACHER = 1;
@@ -46,6 +47,13 @@ FASTKD_INLINE double sum_lanes(D v) {
   for (int half = WIDE / 2; half > 0; half /= 2)
     for (int i = 0; i < half; ++i) lanes[i] += lanes[i + half];
   return lanes[0];
+}
+
+// With 0 in so many of the first lanes.
+FASTKD_INLINE D later(int64_t lanes, D v) {
+  L lane;
+  for (int i = 0; i < WIDE; ++i) lane[i] = i;
+  return lane >= lanes ? v : D{};
 }
 
 // Of the distances between j and a block of points. Past the last point r is 0, and with it every cosine.
@@ -117,7 +125,7 @@ struct Tile {
       const D target = (half_t + at(second.half[TEACHER] + k) - at(half[TEACHER][i] + k)) *
                        (r_t * at(second.reciprocal[TEACHER] + k));
       D gap = cosine - target;
-      for (int lane = 0; lane < from - k; ++lane) gap[lane] = 0;
+      if (k < from) gap = later(from - k, gap);
       const D low = gap < -delta ? wide(-delta) : gap;  // a NaN stays one
       const D u = low > delta ? wide(delta) : low;      // Huber's derivative
       loss += u * (gap - 0.5 * u);
