@@ -409,8 +409,9 @@ def dist_loss(
 
         r(x, y) = <x - mean x, y - mean y> / (||x - mean x|| ||y - mean y|| + eps)
 
-    over the rows n that count, q and p at temperature T. A constant row or column, of one model or of both, has r = 0
-    and gradient 0: so a single row has gamma as its second term. With the columns of a language model, most of which
+    over the rows n that count, q and p at temperature T. A constant row or column, of one model or of both, has r = 0;
+    so a single row has gamma as its second term. Where one model's alone is constant the gradient is of the size of 1 /
+    eps, as in their code. With the columns of a language model, most of which
     hold next to no probability, eps decides: their correlation counts for little where norms are below its root.
 
     The second term ties the rows of a batch: micro-batches and processes each take their own rows alone.
