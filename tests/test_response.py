@@ -321,9 +321,9 @@ def test_memory_budget() -> None:
         a = loss(s, t, memory_budget=1 << 20)
         assert torch.equal(a, loss(s, t))
         with pytest.raises(
-            ValueError, match="memory_budget must be at least 2560 bytes, which one row"
+            ValueError, match="memory_budget must be at least 4480 bytes, which one row"
         ):
-            loss(s, t, memory_budget=2559)
+            loss(s, t, memory_budget=4479)
         with pytest.raises(TypeError, match="memory_budget must be an int or None, got float"):
             loss(s, t, memory_budget=1e6)
 
