@@ -4,8 +4,8 @@
 
     mutual_rows(logits, rows, options, wanted, parts) -> Result
 
-the reference here in plain PyTorch, pair by pair; kernels use that a sum over a student's peers is one over all students,
-so that a row costs a pass over each student's logits and not over each pair's.
+the reference here in plain PyTorch, pair by pair; kernels use that a sum over a student's peers is one over all
+students, so that a row costs a pass over each student's logits and not over each pair's.
 """
 
 from __future__ import annotations
@@ -15,7 +15,16 @@ import importlib
 import math
 from collections.abc import Callable, Sequence
 from types import ModuleType
-from typing import Any, Literal, NamedTuple, ParamSpec, TypeVar, overload
+from typing import (
+    TYPE_CHECKING,
+    Any,
+    Literal,
+    NamedTuple,
+    ParamSpec,
+    TypedDict,
+    TypeVar,
+    overload,
+)
 
 import torch
 from torch import Tensor
@@ -25,6 +34,9 @@ from fastkd.autograd import differentiable_once, of_counted_rows, scaled
 from fastkd.divergences import forward_kl
 from fastkd.rows import Rows, row_dtype
 from fastkd.validate import check_flags, check_logits, prepare
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 PEERS = ("mean", "sum", "average")
 _MODULES = {
@@ -53,7 +65,9 @@ class Result(NamedTuple):
 
     loss: Tensor
     total: Tensor  # [M], scale times the sum of loss
-    gradients: tuple[Tensor | None, ...]  # of loss times scale, in the shape of the logits; None: not wanted
+    gradients: tuple[
+        Tensor | None, ...
+    ]  # of loss times scale, in the shape of the logits; None: not wanted
     divergence: Tensor | None = None
     cross_entropy: Tensor | None = None
 
@@ -67,6 +81,21 @@ class MutualParts(NamedTuple):
     peers: Tensor  # [M, ...], with T^2 and peer_weight
     cross_entropy: Tensor  # [M, ...], 0 without labels
     counted: Tensor  # 0-dim, the number of counted rows
+
+
+class MutualOptions(TypedDict, total=False):
+    """The keyword options of mutual_loss, but return_parts, which decides the type that comes back."""
+
+    temperature: float
+    peers: str
+    peer_weight: float
+    scale_by_temperature: bool
+    ignore_index: int
+    mask: Tensor | None
+    weight: Tensor | None
+    reduction: str
+    num_items: int | float | Tensor | None
+    backend: str
 
 
 def gradient_dtype(logits: torch.dtype) -> torch.dtype:
@@ -100,7 +129,11 @@ def outputs(
 
 
 def _of_pair(
-    log_p: Tensor, p: Tensor, log_q: Tensor, q: Tensor, with_logs: Callable[..., tuple[Tensor, Tensor]]
+    log_p: Tensor,
+    p: Tensor,
+    log_q: Tensor,
+    q: Tensor,
+    with_logs: Callable[..., tuple[Tensor, Tensor]],
 ) -> Tensor:
     """KL(p || q) of every row."""
     phi, _ = with_logs(forward_kl(), log_p, log_q, (p, q))
@@ -183,7 +216,13 @@ class _StudentLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, logits: Tensor, loss: Tensor, gradient: Tensor, kernels: Any, rows: Rows, ignore: int
+        ctx: Any,
+        logits: Tensor,
+        loss: Tensor,
+        gradient: Tensor,
+        kernels: Any,
+        rows: Rows,
+        ignore: int,
     ) -> Tensor:
         """The loss."""
         ctx.save_for_backward(gradient, *(rows if loss.dim() else Rows()))
@@ -206,7 +245,8 @@ class _StudentLoss(torch.autograd.Function):
         return (*differentiable_once(gradients), *(None,) * 5)
 
 
-def _check_students(logits: object) -> list[Tensor]:
+def check_students(logits: object) -> list[Tensor]:
+    """Raise unless they are two tensors of logits or more that go together; the message has the index."""
     if isinstance(logits, Tensor) or not isinstance(logits, Sequence):
         raise TypeError(
             f"logits must be a list of tensors, one a student; got {type(logits).__name__}"
@@ -272,7 +312,7 @@ def mutual_loss(
     labels: Tensor | None = None,
     *,
     return_parts: Literal[False] = False,
-    **options: Any,
+    **options: Unpack[MutualOptions],
 ) -> tuple[Tensor, ...]: ...
 @overload
 def mutual_loss(
@@ -280,7 +320,7 @@ def mutual_loss(
     labels: Tensor | None = None,
     *,
     return_parts: Literal[True],
-    **options: Any,
+    **options: Unpack[MutualOptions],
 ) -> tuple[tuple[Tensor, ...], MutualParts]: ...
 @_outside_of_graphs
 def mutual_loss(
@@ -335,8 +375,8 @@ def mutual_loss(
 
     Returns:
         A tuple of M losses, each part of the graph of its own student and of no other: `losses[k].backward()` serves an
-        optimiser a student, `sum(losses).backward()` one for all. float32 (float64 for float64 logits); 0-dim, or [...] for
-        reduction="none". With no counted row they are 0 with a graph. An invalid label makes its row NaN;
+        optimiser a student, `sum(losses).backward()` one for all. float32 (float64 for float64 logits); 0-dim, or [...]
+        for reduction="none". With no counted row they are 0 with a graph. An invalid label makes its row NaN;
         FASTKD_CHECK=1 raises.
 
     Memory: the gradient of each student, in the dtype of its logits (float32 for float16, so that a loss scaler's
@@ -347,7 +387,7 @@ def mutual_loss(
         fastkd.BackendUnavailable: the backend asked for cannot serve this call.
         RuntimeError: in a second derivative.
     """
-    students = _check_students(logits)
+    students = check_students(logits)
     _check_options(temperature, peers, peer_weight)
     check_flags(return_parts=return_parts)
     first = students[0]

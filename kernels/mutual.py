@@ -1,9 +1,9 @@
 """Deep mutual learning in Triton: one program a row, and the row's students the first dimension of every tile.
 
 fastkd/mutual.py has the contract. A row is swept twice: for the normaliser of each student, then for values and
-gradients, where p of all students stand side by side and a sum over a student's peers is one over all. The second sweep
-is that of csrc/cpu/mutual.cpp, whose head derives it: u_l is z_l relative to the most probable student's, so that nothing
-large cancels, and what the normalisers differ by is added once a row.
+gradients, where p of all students stand side by side and a sum over a student's peers is one over all. The second
+sweep is that of csrc/cpu/mutual.cpp, whose head derives it: u_l is z_l relative to the most probable student's, so that
+nothing large cancels, and what the normalisers differ by is added once a row.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -21,7 +20,10 @@ from fastkd.mutual import Options, Result, outputs
 from fastkd.rows import Rows
 
 from .rows import Inputs, _layout, _on, _row_pointer, _unit_stride
-from .skeleton import NEGLIGIBLE, log1p
+from .skeleton import NEGLIGIBLE as _NEGLIGIBLE
+from .skeleton import log1p
+
+NEGLIGIBLE = tl.constexpr(_NEGLIGIBLE)
 
 
 class Values(NamedTuple):
@@ -64,7 +66,9 @@ def _read(addresses, columns, V, like):
 
 
 @triton.jit
-def _normalizers(addresses, like, V, unit, M: tl.constexpr, AT_1: tl.constexpr, BLOCK_V: tl.constexpr):
+def _normalizers(
+    addresses, like, V, unit, M: tl.constexpr, AT_1: tl.constexpr, BLOCK_V: tl.constexpr
+):
     """(maximum, sum of exp((z - maximum) unit), the same of exp(z - maximum)), [M] each."""
     top = tl.full([M], -float("inf"), dtype=tl.float32)
     total = tl.zeros([M, BLOCK_V], dtype=tl.float32)
@@ -246,6 +250,7 @@ def mutual_rows(
                 rows.labels is not None and options.temperature != 1.0,
                 block,
                 num_warps=WARPS,
+                enable_fp_fusion=True,
             )
     total = result.loss.flatten(1).sum(-1) * options.scale
     if rows.scale is not None:

@@ -312,14 +312,14 @@ class MutualRow {
   }
 
   void results() {
-    double log_sums = 0;
-    for (const Side& side : sides_) log_sums += side.log_sum;
     for (int k = 0; k < students_; ++k) {
       double divergence = divergence_[k];
-      if (call_.peers == Peers::average)
+      if (call_.peers == Peers::average) {
         divergence *= students_ - 1;  // factor() is that of a sum over peers
-      else
-        divergence = divergence / softmax_.temperature - (log_sums - students_ * sides_[k].log_sum);
+      } else {
+        divergence /= softmax_.temperature;
+        for (const Side& peer : sides_) divergence -= peer.log_sum - sides_[k].log_sum;
+      }
       divergence = call_.peer_weight ? divergence * factor() : 0;
       const double cross_entropy = call_.labels ? sides_[k].plain_log_sum + sides_[k].max - z_of_label(k) : 0;
       const int64_t place = k * call_.rows + row_;
