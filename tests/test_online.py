@@ -133,7 +133,9 @@ def compose(
             targets, share = [torch.stack(others).logsumexp(0) - math.log(len(others))], 1.0
         else:
             targets, share = others, 1.0 if peers == "sum" else 1.0 / len(others)
-        divergence, terms, own_terms = (torch.zeros(shape, dtype=dtype) for shape in (lead, lead, own.shape))
+        divergence, terms, own_terms = (
+            torch.zeros(shape, dtype=dtype) for shape in (lead, lead, own.shape)
+        )
         q = own.detach().exp()
         for log_x in targets:
             phi, p = kl(log_x, own), log_x.exp()
@@ -142,7 +144,9 @@ def compose(
             off = phi.abs() + p + (phi + p).abs() * size(log_x) + p * size(own)
             terms = terms + factor * share * off.detach().nan_to_num(0.0, 0.0, 0.0).sum(-1)
             total = 1 + (p * size(log_x)).sum(-1, keepdim=True) + size(own)
-            own_terms = own_terms + factor * share / temperature * (p * (1 + size(log_x)) + q * total)
+            own_terms = own_terms + factor * share / temperature * (
+                p * (1 + size(log_x)) + q * total
+            )
         loss = factor * divergence if factor else 0.0 * own.sum(-1)
         if labels is not None:
             plain = z[k].log_softmax(-1)
@@ -215,7 +219,9 @@ def group(
 @pytest.mark.parametrize("columns", [1, 2, 31, 2048, 2049, 4097])
 @pytest.mark.parametrize("count", [2, 3, 4, 5, 8])
 def test_values_and_gradients(backend: str, count: int, columns: int) -> None:
-    students, labels = group(count, 3, columns), labels_for(3, vocabulary=columns, seed=1)
+    if backend == "reference" and columns == 2048:
+        pytest.skip("the reference has no blocks")
+    students, labels = group(count, 2, columns), labels_for(2, vocabulary=columns, seed=1)
     for peers, temperature in itertools.product(PEERS, (0.5, 1.0, 4.0)):
         check(backend, students, labels, peers=peers, temperature=temperature)
 
@@ -319,13 +325,10 @@ def test_the_average_has_the_gradient_of_the_mean(backend: str) -> None:
     assert values[0] > values[1] * 1.1  # Jensen's inequality
 
 
-@forms
-def test_co_distillation_is_an_ensemble_of_the_others(peers: str) -> None:
+def test_co_distillation_is_an_ensemble_of_the_others() -> None:
     """The same loss from fastkd.Ensemble, a student at a time."""
-    if peers != "average":
-        pytest.skip("of the average alone")
     students = group(3, 4, 40)
-    losses = mutual_loss(students, peers=peers, temperature=2.0, reduction="none")
+    losses = mutual_loss(students, peers="average", temperature=2.0, reduction="none")
     for k, loss in enumerate(losses):
         others = fastkd.Ensemble([student for index, student in enumerate(students) if index != k])
         torch.testing.assert_close(
@@ -787,14 +790,21 @@ def test_the_kernel_that_was_asked_for_ran(monkeypatch: pytest.MonkeyPatch) -> N
     assert ran == ["cpu", "cpu", "reference"]
 
 
-# One target of each vendor: the others differ in the instructions chosen.
-@pytest.mark.parametrize("target", ["cuda:90", pytest.param("hip:gfx942", marks=pytest.mark.heavy)])
+# The other target, and the other variants, differ in the instructions chosen and in the size of a tile.
+@pytest.mark.parametrize(
+    ("target", "full"),
+    [
+        ("cuda:90", "0"),
+        pytest.param("cuda:90", "1", marks=pytest.mark.heavy),
+        pytest.param("hip:gfx942", "1", marks=pytest.mark.heavy),
+    ],
+)
 def test_the_triton_kernel_compiles_and_keeps_its_tiles_in_registers(
-    target: str, tmp_path: Path
+    target: str, full: str, tmp_path: Path
 ) -> None:
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment |= {"TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": os.pathsep.join(sys.path)}
-    command = [sys.executable, str(Path(__file__).with_name("mutual_aot.py")), target]
+    command = [sys.executable, str(Path(__file__).with_name("mutual_aot.py")), target, full]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     assert done.returncode == 0, done.stderr[-4000:]
     found = [json.loads(line) for line in done.stdout.splitlines()]
