@@ -401,7 +401,7 @@ BAD: dict[str, tuple[Any, type[Exception], str]] = {
     "shapes": (lambda: hint_loss(x, y), ValueError, r"teacher must have the shape of student.*\(2, 3, 5\).*Regressor"),
     "no tensor": (lambda: cosine_loss(x, [1.0]), TypeError, "teacher must be a tensor, got list"),
     "integers": (lambda: cosine_loss(x.long(), x), TypeError, "student must be floating point, got torch.int64"),
-    "reduction": (lambda: hint_loss(x, x, reduction="max"), ValueError, "reduction must be one of 'mean'.*'max'"),
+    "reduction": (lambda: hint_loss(x, x, reduction="max"), ValueError, "reduction must be one of mean.*'max'"),
     "one dimension": (lambda: hint_loss(x[0, 0], x[0, 0]), ValueError, r"student must be \[B, ..\]"),
     "mask's dtype": (lambda: hint_loss(x, x, mask=torch.ones(2, 3)), TypeError, "mask must be bool"),
     "mask's type": (lambda: hint_loss(x, x, mask=[True]), TypeError, "mask must be a tensor, got list"),
