@@ -263,6 +263,12 @@ def _keep_row(
     WITH_LABEL: tl.constexpr = objective.rest is not None
     OF_LABEL: tl.constexpr = objective.label is not None
     APART: tl.constexpr = OF_LABEL or objective.binary is not None
+    S_TEMPERED: tl.constexpr = (
+        student_model.temperature is not None or student_model.temperatures is not None
+    )
+    T_TEMPERED: tl.constexpr = (
+        teacher_model.temperature is not None or teacher_model.temperatures is not None
+    )
     weight = 1.0
     if inputs.weight is not None:
         weight = tl.load(inputs.weight + row)
@@ -298,9 +304,8 @@ def _keep_row(
                 z, _ = read(student, tl.arange(0, BLOCK_V), V)
                 pivot = tl.max(z, 0)
             pivot = tl.where(pivot == -float("inf"), 0.0, pivot)
-    if WITH_LABEL or OF_LABEL:
-        if student_model.temperature is not None or student_model.temperatures is not None:
-            plain_unit = student_model.unit
+    if (WITH_LABEL or OF_LABEL) and S_TEMPERED:
+        plain_unit = student_model.unit
     if APART:
         apart = label
         if teacher.unit is not None:
@@ -308,9 +313,8 @@ def _keep_row(
                 t_label = _label_of(teacher, label, V, shard)
             else:
                 t_label = left_t_label(split, row, LANES)
-    if OF_LABEL:
-        if teacher_model.temperature is not None or teacher_model.temperatures is not None:
-            t_plain_unit = teacher_model.unit
+    if OF_LABEL and T_TEMPERED:
+        t_plain_unit = teacher_model.unit
 
     # Without a normaliser, log p and log q are the tempered logits themselves.
     s_norm = Normalizer(0.0, student.unit, 0.0)

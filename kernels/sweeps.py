@@ -6,8 +6,7 @@ that a row of 262144 entries adds some hundred numbers in sequence and not all o
 z are a row's logits after logit_scale and softcap, up to a positive factor. Differences of z are taken before the
 temperature (and that factor) multiplies them, so that an offset common to a row costs no digits. Columns past the
 vocabulary read as z = -inf on both sides, which the policy for log 0 makes count as nothing. So does the label's
-column where a divergence compares it apart from the others (apart.py): every sum of one is of these, and a cross-entropy
-still is of all tokens.
+column where a divergence compares it apart (apart.py): all sums but that of z are of the others.
 """
 
 from __future__ import annotations

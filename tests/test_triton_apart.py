@@ -78,10 +78,12 @@ def _of_labels(x: Tensor, labels: Tensor) -> Tensor:
 
 
 def _distillation(
-    s: Tensor, t: Tensor, labels: Tensor, spread: tuple[Tensor, Tensor], d: Divergence
+    s: Tensor, t: Tensor, labels: Tensor, spread: tuple[Tensor, Tensor], options: Options
 ) -> Tensor:
     """Of z at temperatures [rows, 1], T^2 included."""
+    d = options.divergence
     assert d.target is not None
+    squared = spread[0].squeeze(-1) ** 2 if options.scale_by_temperature else 1.0
     log_q, log_p = (
         (_others(z, labels) / at).log_softmax(-1) for z, at in zip((s, t), spread, strict=True)
     )
@@ -89,16 +91,17 @@ def _distillation(
     if d.name == "nkd":
         value = -d.params[0] * (p * log_q).sum(-1)
         label = -_of_labels(t.softmax(-1), labels).detach() * _of_labels(s.log_softmax(-1), labels)
-        return spread[0].squeeze(-1) ** 2 * value + weight * label
+        return squared * value + weight * label
     if d.name == "dkd":
         value = d.params[0] * (p * (log_p - log_q)).sum(-1)
     else:
         log_m = (0.3 * p + 0.7 * q).log()
         value = (0.3 * p * (log_p - log_m) + 0.7 * q * (log_q - log_m)).sum(-1)
-    both = [_of_labels((z / at).softmax(-1), labels) for z, at in zip((s, t), spread, strict=True)]
-    q_y, p_y = both
+    q_y, p_y = (
+        _of_labels((z / at).softmax(-1), labels) for z, at in zip((s, t), spread, strict=True)
+    )
     binary = p_y * (p_y / q_y).log() + (1 - p_y) * ((1 - p_y) / (1 - q_y)).log()
-    return spread[0].squeeze(-1) ** 2 * (value + weight * binary)
+    return squared * (value + weight * binary)
 
 
 def truth(
@@ -129,9 +132,7 @@ def truth(
             (options.teacher_temperature, rows.teacher_temperature),
         )
     )
-    distillation = _distillation(s, t, labels, spread, options.divergence)
-    if not options.scale_by_temperature and options.divergence.name != "nkd":
-        distillation = distillation / spread[0].squeeze(-1) ** 2
+    distillation = _distillation(s, t, labels, spread, options)
     cross_entropy = torch.nn.functional.cross_entropy(
         s, labels, reduction="none", label_smoothing=options.label_smoothing
     )
@@ -205,7 +206,7 @@ def labels_of(*labels: int) -> Rows:
     + [heavy(n, at, id=f"{n}-{at}") for n in (2, 5, 15, 16, 17, 33, 37) for at in (0.5, 1.0, 4.0)],
 )
 def test_widths(columns: int, temperature: float, divergence: Divergence) -> None:
-    """The label first, in the middle (the first of a tile, mostly) and last: alone in its tile with 17 or 33 columns."""
+    """The label first, in the middle (often the first of a tile) and last: alone in its tile with 17 or 33 columns."""
     rows = labels_of(0, columns // 2 & ~15 or 1, columns - 1)
     options: dict[str, Any] = {"temperature": temperature, "teacher_temperature": temperature}
     if columns % 2:
@@ -250,8 +251,6 @@ HEAVY_CASES: list[tuple[dict[str, Any], dict[str, Any]]] = [
     [*CASES, *(heavy(*case, id=f"heavy{number}") for number, case in enumerate(HEAVY_CASES))],
 )
 def test_options(divergence: Divergence, of_rows: dict[str, Any], options: dict[str, Any]) -> None:
-    if "scale_by_temperature" in options and divergence.name == "nkd":
-        return  # where T^2 is one of the parts only, the oracle has it always
     rows = labels_of(5, 32)._replace(**of_rows)
     compare(*pair(2, 37), rows, divergence, **options)
 
