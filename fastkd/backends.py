@@ -170,7 +170,7 @@ def obstacle(backend: str, call: Call, available: Mapping[str, Obstacle | None])
                 f"divergence {call.divergence.name!r} is not compiled into the extension",
                 f"Add it to fastkd/divergences.py and run `make divergences`, or use backend={other!r}",
             )
-    if backend in ("triton", "cuda") and call.divergence.target is not None:
+    if backend == "triton" and call.divergence.target is not None:
         return Obstacle(
             f"its kernels have no divergence that compares the label's token apart, as {call.divergence.name!r} does",
             "Use backend='reference'",
