@@ -672,7 +672,7 @@ FASTKD_CALL void close_label(const Call& call, RowState& row, float s_sum, float
   const double b = s_gap * row.student.unit - log(double(s_sum));
   const double p = sigmoid(a), p_rest = sigmoid(-a), q = sigmoid(b), q_rest = sigmoid(-b);
   const double cost = softplus(-b), cost_of_rest = softplus(b), weight = call.target_weight;
-  const auto term = [](double weight, double gap) { return weight < NEGLIGIBLE ? 0 : weight * gap; };
+  const auto term = [](double factor, double gap) { return factor < NEGLIGIBLE ? 0 : factor * gap; };
   row.entropy = term(q, cost) + term(q_rest, cost_of_rest) + q_rest * row.entropy;
   if (call.target == Target::binary) {
     row.apart.phi = weight * (term(p, cost - softplus(-a)) + term(p_rest, cost_of_rest - softplus(a)));
@@ -785,7 +785,7 @@ FASTKD_CALL void finish(const Call& call, RowState& row, int rank) {
   row.sum_h = float(h);
   row.distillation_factor = float(call.alpha * square * scale * row.student.unit);
   row.teacher_factor = float(call.alpha * square * scale * row.teacher.unit);
-  // Of -log q, be it the cross-entropy's or the divergence's; that smoothing takes from it is of the former alone.
+  // Of -log q, the cross-entropy's and the divergence's; smoothing is of the former alone.
   const double of_labels = 1 - call.alpha, of_both = of_labels + (call.alpha == 0 ? 0 : call.alpha * apart.share);
   const double uniform = call.label_smoothing / double(call.shard.total);
   row.cross_entropy_factor = float(of_both * scale * row.plain_unit);
