@@ -346,9 +346,9 @@ FAULTS = {
     "the others' softmax": ("row.h", "row.apart.others / sum", "1 / sum"),
     "the others' cross-entropy": ("row.h", "  row.cross_entropy += softplus(b_at_1);", ""),
     "the others' entropy": ("row.h", "+ q_rest * row.entropy;", "+ row.entropy;"),
-    "labels that are not checked": ("row.h", "if (row.with_labels || label_is_apart(call)) {", "if (row.with_labels) {"),
+    "labels that are not checked": ("row.h", "row.with_labels || label_is_apart(call)) {", "row.with_labels) {"),
     "a sum of z without the label": ("shard.h", "double(row.z_label) - double(row.pivot)", "0"),
-    "the teacher's label of one process": ("shard.h", "fmaxf(row.t_label, float(from[SWEPT + 1]))", "float(from[SWEPT + 1])"),
+    "the label of the last shard": ("shard.h", "fmaxf(row.t_label, float(from[SWEPT + 1]))", "float(from[SWEPT + 1])"),
 }  # fmt: skip
 
 
