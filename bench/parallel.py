@@ -33,7 +33,7 @@ AGREEMENT_BYTES = 64  # between hosts, a call
 # What a row's statistics take on the wire, of one process: (dense, the sums after them, sparse without its tokens).
 ROW_BYTES = {
     "cpu": (15 * 8, 3 * 8, 8 * 8),
-    "reference": (9 * 8, 3 * 8, 9 * 8),
+    "reference": (12 * 8, 3 * 8, 9 * 8),
     "triton": (14 * 4, 2 * 4, 9 * 8),  # and a program; from 512 rows on a row has one
 }
 GIB = 2**30

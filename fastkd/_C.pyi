@@ -1,6 +1,7 @@
 from typing import Any
 
 STATISTICS: int
+APART_STATISTICS: int
 TAIL_STATISTICS: int
 SUMS: int
 

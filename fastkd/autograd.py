@@ -181,12 +181,12 @@ def as_schema(options: Options, want: Want) -> tuple[str, list[float], list[int]
         else (closed_form.forward, closed_form.reverse, closed_form.cross)
     )
     degree = _NONE if divergence.degree is None else divergence.degree
-    target = divergence.target or Target("", 0.0)
+    target = divergence.target
     numbers = [getattr(options, name) for name in _NUMBERS]
     integers = [int(getattr(options, name)) for name in _INTEGERS]
     return (
-        f"{options.tail}|{divergence.name}|{function_name(divergence.function)}|{target.form}",
-        [*numbers, degree, *moments, target.weight, *divergence.params],
+        f"{options.tail}|{divergence.name}|{function_name(divergence.function)}|{target.form if target else ''}",
+        [*numbers, degree, *moments, target.weight if target else 0.0, *divergence.params],
         [*integers, int(divergence.normalized), *(int(flag) for flag in want)],
     )
 

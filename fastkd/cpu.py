@@ -119,8 +119,12 @@ def mutual_rows(
 def shard_statistics(
     student: Tensor, teacher: Tensor, rows: Rows, options: Options, result: Result
 ) -> Statistics:
-    """Of this process's columns: 15 numbers a row in float64, of a sparse teacher 8 and the tokens' logits."""
-    fields = _C.STATISTICS if rows.ids is None else _C.TAIL_STATISTICS
+    """Of this process's columns: 15 numbers a row in float64, 17 where the label's token is compared apart from the
+    others; of a sparse teacher 8 and the tokens' logits.
+    """
+    apart = options.divergence.target is not None
+    dense = _C.APART_STATISTICS if apart else _C.STATISTICS
+    fields = dense if rows.ids is None else _C.TAIL_STATISTICS
     return native.statistics_step(_launch, fields, student, teacher, rows, options, result)
 
 

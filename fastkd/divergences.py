@@ -84,6 +84,11 @@ class Target:
 
     FORMS = ("binary", "label")
 
+    def __post_init__(self) -> None:
+        if self.form not in self.FORMS:
+            raise ValueError(f"form must be one of {', '.join(self.FORMS)}; got {self.form!r}")
+        object.__setattr__(self, "weight", _weight("weight", self.weight))
+
 
 @dataclass(frozen=True)
 class Divergence:
@@ -112,6 +117,10 @@ class Divergence:
     def __post_init__(self) -> None:
         if not callable(self.function):
             raise TypeError(f"function must be callable, got {type(self.function).__name__}")
+        if self.target is not None and not self.normalized:
+            raise ValueError(
+                "target must be None where normalized is False: there is no probability of a label"
+            )
         object.__setattr__(self, "params", tuple(float(x) for x in self.params))
         _functions[function_name(self.function)] = self.function
 

@@ -381,7 +381,7 @@ def _results(
     if divergence.target is not None and divergence.target.form == "label":
         assert apart is not None
         value, label_gradient = _cross_entropy(s, found, rows, options, 0.0)
-        distillation = distillation + apart.weight * value
+        distillation = distillation + torch.where(apart.weight == 0, 0.0, apart.weight * value)
         label_gradient = apart.weight.unsqueeze(-1) * label_gradient
     if labels is not None and options.reads_labels:
         valid = (labels >= 0) & (labels < options.vocabulary)

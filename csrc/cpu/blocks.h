@@ -246,12 +246,12 @@ struct ShardStatistics {
   double forward, reverse;
   double cross, entropy;
   double s_sum_at_1, s_total;
-  double t_sum_at_1, t_label;  // where the label's token is compared apart
-  double columns, label;       // how many; z of the label, -inf where it is another's
+  double columns, label;   // how many; z of the label, -inf where it is another's
   double t_lost, s_lost;   // the largest z of a side where the other is gone: its moments leave those columns out
   double policy;           // 1 where log 0 has been met
+  double t_sum_at_1, t_label;  // exchanged where the label's token is compared apart
 };
-static_assert(sizeof(ShardStatistics) == STATISTICS * sizeof(double));
+static_assert(sizeof(ShardStatistics) == APART_STATISTICS * sizeof(double));
 
 struct ShardSums {
   double phi, g;

@@ -58,8 +58,9 @@ struct MutualCall {
   int threads = 1;
 };
 
-// Numbers a row that processes exchange where they share a vocabulary: of a dense teacher, of a sparse one, and of sums.
-constexpr int64_t STATISTICS = 17, TAIL_STATISTICS = 8, SUMS = 3;
+// Numbers a row that processes exchange where they share a vocabulary: of a dense teacher, of one whose probability of
+// the label is compared apart, of a sparse one, and of sums.
+constexpr int64_t STATISTICS = 15, APART_STATISTICS = 17, TAIL_STATISTICS = 8, SUMS = 3;
 
 // One for each instruction set, from the same source.
 #define FASTKD_DECLARE(isa)                  \

@@ -249,38 +249,31 @@ class Row {
       for (int64_t b = 0; b < blocks_; ++b) sums(b, scratch);
       if (merge_sums()) break;
     }
-    of_this_process<ShardSums>(call_.shard.sums) = {phi_, g_, double(log_0_)};
+    reinterpret_cast<ShardSums*>(call_.shard.sums)[row_] = {phi_, g_, double(log_0_)};
   }
 
   void results_step(BlockScratch& scratch) {
     take_statistics();
     if (needs_sums()) {
       phi_ = g_ = 0;
-      each_process<ShardSums>(call_.shard.all_sums, [&](const ShardSums& part) {
+      const auto* all = reinterpret_cast<const ShardSums*>(call_.shard.all_sums);
+      for (int64_t p = 0; p < call_.shard.processes; ++p) {
+        const ShardSums& part = all[p * call_.rows + row_];
         phi_ += part.phi;
         g_ += part.g;
         log_0_ |= part.policy != 0;
-      });
+      }
     }
     finish();
     if (needs_gradient())
       for (int64_t b = 0; b < blocks_; ++b) gradient(b, scratch);
   }
 
-  template <class Part>
-  Part& of_this_process(double* memory) const {
-    return reinterpret_cast<Part*>(memory)[row_];
-  }
-  template <class Part, class F>
-  void each_process(const double* memory, F f) const {
-    for (int64_t p = 0; p < call_.shard.processes; ++p) f(reinterpret_cast<const Part*>(memory)[p * call_.rows + row_]);
-  }
-
   // The statistics of this process's columns, which it leaves to all.
   void leave(const Merged& row) const {
     const auto maximum = [](double max, double sum, float shift) { return sum == 0 ? -INF : max + shift; };
     const bool here = (with_labels_ || is_apart()) && label_is_here();
-    of_this_process<ShardStatistics>(call_.shard.statistics) = {
+    const ShardStatistics part = {
         maximum(row.s_max, row.s_sum, s_adjust_.shift),
         maximum(row.t_max, row.t_sum, t_adjust_.shift),
         row.s_sum,
@@ -291,18 +284,28 @@ class Row {
         row.entropy,
         row.s_sum_at_1,
         row.s_total,
-        row.t_sum_at_1,
-        here ? double(teacher_label_logit()) + t_adjust_.shift : -INF,
         double(call_.vocabulary - (apart_ >= 0)),
         here ? double(label_logit()) + s_adjust_.shift : -INF,
         t_lost_ + t_adjust_.shift,
         s_lost_ + s_adjust_.shift,
-        double(log_0_)};
+        double(log_0_),
+        row.t_sum_at_1,
+        here && is_apart() ? double(teacher_label_logit()) + t_adjust_.shift : -INF};
+    std::memcpy(call_.shard.statistics + row_ * fields(), &part, fields() * sizeof(double));
   }
+
+  int64_t fields() const { return is_apart() ? APART_STATISTICS : STATISTICS; }
 
   // Those of all processes, with maxima as this one has its logits.
   void take_statistics() {
-    const auto each = [&](auto f) { each_process<ShardStatistics>(call_.shard.all_statistics, f); };
+    const auto each = [&](auto f) {
+      for (int64_t p = 0; p < call_.shard.processes; ++p) {
+        ShardStatistics part{};
+        const double* from = call_.shard.all_statistics + (p * call_.rows + row_) * fields();
+        std::memcpy(&part, from, fields() * sizeof(double));
+        f(part);
+      }
+    };
     Merged row;
     double label = -INF, t_label = -INF, t_lost = -INF, s_lost = -INF;
     each([&](const ShardStatistics& part) {
