@@ -92,7 +92,9 @@ def put(tensor: Tensor, lead: torch.Size, at: At, values: Tensor) -> None:
         flat[at] = values
 
 
-def _rows_at(rows: Rows, lead: torch.Size, at: At) -> Rows:
+def rows_at(rows: Rows, lead: torch.Size, at: At) -> Rows:
+    """What these rows have of it."""
+
     def pick(value: Tensor | None) -> Tensor | None:
         return None if value is None else take(value, lead, at)
 
@@ -361,7 +363,7 @@ def chunks_of_rows(
     def run(start: int, stop: int) -> None:
         size = stop - start
         at: At = slice(start, stop) if numbers is None else numbers[start:stop]
-        chunk = _rows_at(rows, lead, at)
+        chunk = rows_at(rows, lead, at)
         mine, *its = (buffer[:size] for buffer in buffers)
         s = learner.logits(at, mine)
         t, chunk = target.logits(at, chunk, its)

@@ -83,8 +83,8 @@ def prepare(
     vocabulary None: other processes have columns too, and :func:`check_values` is called once they are known.
     """
     divergence = resolve(divergence)
-    alpha = _number("alpha", alpha, 0.0, 1.0)
-    label_smoothing = _number("label_smoothing", label_smoothing, 0.0, 1.0, open_right=True)
+    alpha = check_number("alpha", alpha, 0.0, 1.0)
+    label_smoothing = check_number("label_smoothing", label_smoothing, 0.0, 1.0, open_right=True)
     if not isinstance(reduction, str) or reduction not in REDUCTIONS:
         raise ValueError(f"reduction must be one of {', '.join(REDUCTIONS)}; got {reduction!r}")
     if num_items is not None and reduction not in ("mean", "batchmean"):
@@ -415,9 +415,10 @@ def _check_ids(ids: Tensor, vocabulary: int, counted: Tensor | None) -> None:
         raise ValueError(f"teacher.ids must be distinct within a row; row {row} repeats some")
 
 
-def _number(
+def check_number(
     argument: str, value: float, low: float, high: float, *, open_right: bool = False
 ) -> float:
+    """The value, where it is a number in [low, high], or in [low, high) where open_right."""
     if isinstance(value, Tensor) or not isinstance(value, (int, float)):
         raise TypeError(f"{argument} must be a number, got {type(value).__name__}")
     if not (low <= value < high or (value == high and not open_right)):
