@@ -428,6 +428,9 @@ def check_number(
     return float(value)
 
 
+number = check_number  # as some modules call it
+
+
 def _in_range(argument: str, value: float) -> float:
     if not SMALLEST <= abs(value) <= LARGEST:
         raise ValueError(
