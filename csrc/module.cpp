@@ -19,8 +19,10 @@ struct InstructionSet {
   decltype(&fastkd::baseline::kd_rows) kd_rows;
   decltype(&fastkd::baseline::topk_rows) topk_rows;
   decltype(&fastkd::baseline::scale_rows) scale_rows;
+  decltype(&fastkd::baseline::angles) angles;
 };
-#define FASTKD_SET(isa) InstructionSet{#isa, fastkd::isa::kd_rows, fastkd::isa::topk_rows, fastkd::isa::scale_rows}
+#define FASTKD_SET(isa) \
+  InstructionSet{#isa, fastkd::isa::kd_rows, fastkd::isa::topk_rows, fastkd::isa::scale_rows, fastkd::isa::angles}
 
 // What this processor runs, best first.
 std::vector<InstructionSet> supported() {
@@ -88,12 +90,21 @@ void scale_rows(Strides sizes, const Logits& gradient, uintptr_t factor, int64_t
   chosen->scale_rows(call, pointer<const float>(factor), stride);
 }
 
+void angles(int64_t points, uintptr_t student, uintptr_t teacher, double delta, uintptr_t loss, uintptr_t derivatives,
+            int threads) {
+  const fastkd::Angles call{points, {pointer<const double>(student), pointer<const double>(teacher)}, delta,
+                            pointer<double>(loss), pointer<double>(derivatives), threads};
+  py::gil_scoped_release release;
+  chosen->angles(call);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, module) {
   module.doc() = "Native CPU kernels of fastkd; called by fastkd.cpu.";
   module.def("kd_rows", &kd_rows);
   module.def("scale_rows", &scale_rows);
+  module.def("angles", &angles);
   module.def("new_output", &fastkd::new_output);
   module.def("idle_output_bytes", &fastkd::idle_output_bytes, "Bytes kept for later outputs, free to the system.");
   module.def("release_idle_outputs", &fastkd::release_idle_outputs, "Unmap them.");

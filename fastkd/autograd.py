@@ -90,7 +90,7 @@ class _Once(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *_: Any) -> Tensor:
         """Raise."""
-        raise RuntimeError("kd_loss has first derivatives only, and is being differentiated twice")
+        raise RuntimeError("the loss has first derivatives only, and is being differentiated twice")
 
 
 def differentiable_once(gradients: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:

@@ -213,6 +213,13 @@ def _log_once(line: str) -> None:
     logger.warning(line)
 
 
+def fall_back(chosen: str, why: str, strict: bool) -> None:
+    """Log it, once for each reason; raise where FASTKD_STRICT=1 forbids it."""
+    if strict:
+        raise BackendUnavailable("auto", f"FASTKD_STRICT=1 forbids the fallback to {chosen}", why)
+    _log_once(f"fastkd falls back to the {chosen} backend ({why})")
+
+
 def select(
     backend: str,
     device: str,
@@ -247,11 +254,7 @@ def _select(backend: str, call: Call, override: str | None, strict: bool) -> str
         return wanted
     chosen, fallback = choose(call, available)
     if fallback is not None:
-        if strict:
-            raise BackendUnavailable(
-                "auto", f"FASTKD_STRICT=1 forbids the fallback to {chosen}", fallback
-            )
-        _log_once(f"fastkd falls back to the {chosen} backend ({fallback})")
+        fall_back(chosen, fallback, strict)
     return chosen
 
 

@@ -58,6 +58,26 @@ def scale_rows_(gradient: Tensor, upstream: Tensor) -> None:
     )
 
 
+def angles(
+    student: Tensor, teacher: Tensor, delta: float, derivatives: bool
+) -> tuple[Tensor, Tensor | None]:
+    """What :func:`fastkd.relations.angles_in_tiles` gives, for its arguments."""
+    student, teacher = student.contiguous(), teacher.contiguous()
+    assert student.dtype == teacher.dtype == torch.float64
+    loss = torch.zeros((), dtype=torch.float64)
+    halves = torch.zeros_like(student) if derivatives else None
+    _C.angles(
+        len(student),
+        student.data_ptr(),
+        teacher.data_ptr(),
+        delta,
+        loss.data_ptr(),
+        native.address(halves),
+        torch.get_num_threads(),
+    )
+    return loss, halves
+
+
 # The steps of rows that processes share: csrc/call.h, Shard.
 
 

@@ -219,7 +219,7 @@ def check_logits(argument: str, logits: object, shard: bool = False) -> Tensor:
     """Raise unless it is a dense tensor [..., V] of a dtype that losses take; a shard may have no column."""
     if not isinstance(logits, Tensor):
         raise TypeError(f"{argument} must be a tensor of logits, got {type(logits).__name__}")
-    _check_dense(argument, logits)
+    check_dense(argument, logits)
     if logits.dim() == 0 or (logits.shape[-1] == 0 and not shard):
         raise ValueError(
             f"{argument} must have a vocabulary dimension, got shape {tuple(logits.shape)}"
@@ -234,11 +234,12 @@ def check_student_head(hidden: object, weight: object, bias: object) -> None:
             continue
         if not isinstance(value, Tensor):
             raise TypeError(f"student_{argument} must be a tensor, got {type(value).__name__}")
-        _check_dense(f"student_{argument}", value)
+        check_dense(f"student_{argument}", value)
     check_linear("student_", hidden, weight, bias)  # type: ignore[arg-type]  # checked above
 
 
-def _check_dense(argument: str, value: Tensor) -> None:
+def check_dense(argument: str, value: Tensor) -> None:
+    """Raise unless it is dense and of a dtype that losses take."""
     if value.dtype not in LOGIT_DTYPES:
         raise TypeError(
             f"{argument} must be float32, bfloat16, float16 or float64, got {value.dtype}"

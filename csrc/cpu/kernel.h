@@ -22,6 +22,18 @@ struct Call : Loss {
   int threads = 1;
 };
 
+// Of the angles among points (angles.cpp).
+struct Angles {
+  int64_t points = 0;
+  const double* distances[2] = {};  // of the student and of the teacher, [points, points]
+  double delta = 1;                 // of Huber's loss
+  double* loss = nullptr;           // the sum over triples of three points
+  // Null where not wanted, else zeros [points, points], which become a matrix that, with its transpose added, is the
+  // derivative of the loss to the student's squared distances.
+  double* derivatives = nullptr;
+  int threads = 1;
+};
+
 // Numbers a row that processes exchange where they share a vocabulary: of a dense teacher, of a sparse one, and of sums.
 constexpr int64_t STATISTICS = 17, TAIL_STATISTICS = 8, SUMS = 3;
 
@@ -32,6 +44,7 @@ constexpr int64_t STATISTICS = 17, TAIL_STATISTICS = 8, SUMS = 3;
   void topk_rows(const Call&);               \
   void scale_rows(const Call&, const float* factor, int64_t stride); \
   std::vector<std::string> divergences(); /* by number */ \
+  void angles(const Angles&);                \
   }
 FASTKD_DECLARE(baseline)
 #if defined(__x86_64__)

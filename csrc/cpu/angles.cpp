@@ -1,0 +1,186 @@
+// The angles of relational distillation (fastkd/relations.py) on the CPU, with their derivatives. Compiled once for each
+// instruction set, into its own namespace.
+//
+// Of three points the law of cosines has the angle at j between i and k, from half the squared distances h and the
+// reciprocals r of the distances:
+//
+//   c_jik = (h_ij + h_kj - h_ik) r_ij r_kj
+//
+// Points are cut into blocks. A tile is the pairs (i, k) of two blocks, with all j: what it needs of pairs stays in
+// the cache, and j brings two segments of a row of distances. In each of the rounds below no block is in two tiles, and
+// a tile adds only to columns of its own blocks; so threads share a round without locks, every sum has one order, and
+// the result is bitwise the same for any number of threads.
+
+#include "kernel.h"
+
+#include <omp.h>
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+#include <algorithm>
+#include <cstring>
+#include <memory>
+#include <utility>
+#include <vector>
+
+namespace fastkd::FASTKD_ISA {
+
+#include "vec.h"
+
+namespace {
+
+constexpr int WIDE = LANES / 2;  // a vector of doubles is as long as one of floats
+typedef double D __attribute__((vector_size(LANES * 4)));
+typedef int64_t L __attribute__((vector_size(LANES * 4)));
+
+constexpr int BLOCK = 64;  // points; a tile of three matrices is 96 KiB
+constexpr int STUDENT = 0, TEACHER = 1;
+
+FASTKD_INLINE D wide(double x) { return x - D{}; }
+FASTKD_INLINE D& at(double* x) { return *reinterpret_cast<D*>(x); }
+FASTKD_INLINE D at(const double* x) { return *reinterpret_cast<const D*>(x); }
+
+FASTKD_INLINE double sum_lanes(D v) {
+  double lanes[WIDE];
+  for (int i = 0; i < WIDE; ++i) lanes[i] = v[i];
+  for (int half = WIDE / 2; half > 0; half /= 2)
+    for (int i = 0; i < half; ++i) lanes[i] += lanes[i + half];
+  return lanes[0];
+}
+
+// With 0 in so many of the first lanes.
+FASTKD_INLINE D later(int64_t lanes, D v) {
+  L lane;
+  for (int i = 0; i < WIDE; ++i) lane[i] = i;
+  return lane >= lanes ? v : D{};
+}
+
+// Of the distances between j and a block of points. Past the last point r is 0, and with it every cosine.
+struct Segment {
+  alignas(64) double half[2][BLOCK], reciprocal[2][BLOCK], derivative[BLOCK];
+
+  void load(const Angles& call, int64_t j, int64_t first, int points) {
+    for (int side = 0; side < 2; ++side) {
+      const double* row = call.distances[side] + j * call.points + first;
+      for (int i = 0; i < points; ++i) {
+        half[side][i] = 0.5 * row[i] * row[i];
+        reciprocal[side][i] = row[i] == 0 ? 0 : 1 / row[i];  // a point has no angle with its own
+      }
+      std::fill(half[side] + points, half[side] + BLOCK, 0.0);
+      std::fill(reciprocal[side] + points, reciprocal[side] + BLOCK, 0.0);
+    }
+    std::fill(derivative, derivative + BLOCK, 0.0);
+  }
+};
+
+struct Tile {
+  alignas(64) double half[2][BLOCK][BLOCK];
+  alignas(64) double derivative[BLOCK][BLOCK];  // of the sum of losses to -h_ik
+  Segment left, right;                          // of i and of k; on the diagonal left is both
+
+  // The sum of losses over all j and pairs i < k, and where call.derivatives is given what of it belongs to the tile.
+  template <bool DERIVATIVES>
+  double run(const Angles& call, int64_t left_block, int64_t right_block) {
+    const bool diagonal = left_block == right_block;
+    const int64_t i0 = left_block * BLOCK, k0 = right_block * BLOCK;
+    const int rows = int(std::min<int64_t>(BLOCK, call.points - i0));
+    const int columns = int(std::min<int64_t>(BLOCK, call.points - k0));
+    for (int side = 0; side < 2; ++side)
+      for (int i = 0; i < rows; ++i) {
+        const double* distance = call.distances[side] + (i0 + i) * call.points + k0;
+        for (int k = 0; k < columns; ++k) half[side][i][k] = 0.5 * distance[k] * distance[k];
+        std::fill(half[side][i] + columns, half[side][i] + BLOCK, 0.0);
+      }
+    if (DERIVATIVES) std::memset(derivative, 0, sizeof derivative);
+    Segment& second = diagonal ? left : right;
+    D loss{};
+    for (int64_t j = 0; j < call.points; ++j) {
+      left.load(call, j, i0, rows);
+      if (!diagonal) right.load(call, j, k0, columns);
+      for (int i = 0; i < rows; ++i) row<DERIVATIVES>(i, diagonal ? i + 1 : 0, second, call.delta, loss);
+      if (!DERIVATIVES) continue;
+      add(call, j, i0, rows, left);
+      if (!diagonal) add(call, j, k0, columns, right);
+    }
+    if (DERIVATIVES)
+      for (int i = 0; i < rows; ++i) {
+        double* to = call.derivatives + (i0 + i) * call.points + k0;
+        for (int k = 0; k < columns; ++k) to[k] -= derivative[i][k];
+      }
+    return sum_lanes(loss);
+  }
+
+ private:
+  // Pairs of i with every k from `from` on, of one j.
+  template <bool DERIVATIVES>
+  FASTKD_INLINE void row(int i, int from, Segment& second, double delta, D& loss) {
+    const D half_s = wide(left.half[STUDENT][i]), half_t = wide(left.half[TEACHER][i]);
+    const D r_s = wide(left.reciprocal[STUDENT][i]), r_t = wide(left.reciprocal[TEACHER][i]);
+    D sum{};
+    for (int k = from / WIDE * WIDE; k < BLOCK; k += WIDE) {
+      const D second_s = at(second.reciprocal[STUDENT] + k);
+      const D product = r_s * second_s;
+      const D cosine = (half_s + at(second.half[STUDENT] + k) - at(half[STUDENT][i] + k)) * product;
+      const D target = (half_t + at(second.half[TEACHER] + k) - at(half[TEACHER][i] + k)) *
+                       (r_t * at(second.reciprocal[TEACHER] + k));
+      D gap = cosine - target;
+      if (k < from) gap = later(from - k, gap);
+      const D low = gap < -delta ? wide(-delta) : gap;  // a NaN stays one
+      const D u = low > delta ? wide(delta) : low;      // Huber's derivative
+      loss += u * (gap - 0.5 * u);
+      if (!DERIVATIVES) continue;
+      at(derivative[i] + k) += u * product;
+      sum += u * (second_s - r_s * cosine);
+      at(second.derivative + k) += u * (r_s - second_s * cosine);
+    }
+    if (DERIVATIVES) left.derivative[i] += sum_lanes(sum);
+  }
+
+  static void add(const Angles& call, int64_t j, int64_t first, int points, const Segment& segment) {
+    double* to = call.derivatives + j * call.points + first;
+    for (int i = 0; i < points; ++i) to[i] += segment.reciprocal[STUDENT][i] * segment.derivative[i];
+  }
+};
+
+// All pairs of blocks, in rounds in each of which a block is in one pair at most: every block with itself, then a
+// tournament in which everyone meets everyone.
+std::vector<std::vector<std::pair<int64_t, int64_t>>> rounds(int64_t blocks) {
+  std::vector<std::vector<std::pair<int64_t, int64_t>>> all(1);
+  for (int64_t b = 0; b < blocks; ++b) all[0].emplace_back(b, b);
+  const int64_t circle = (blocks + 1) / 2 * 2 - 1;  // all but one sit in it; an odd number of blocks has a seat empty
+  for (int64_t round = 0; round < circle && blocks > 1; ++round) {
+    all.emplace_back();
+    for (int64_t t = 0; t <= circle / 2; ++t) {
+      const int64_t a = (round + t) % circle, b = t ? (round - t + circle) % circle : circle;
+      if (std::max(a, b) < blocks) all.back().emplace_back(std::min(a, b), std::max(a, b));
+    }
+  }
+  return all;
+}
+
+}  // namespace
+
+void angles(const Angles& call) {
+  const auto all = rounds((call.points + BLOCK - 1) / BLOCK);
+  std::vector<std::vector<double>> losses;
+  for (const auto& round : all) losses.emplace_back(round.size());
+  const int threads = call.points <= BLOCK ? 1 : call.threads;
+#pragma omp parallel num_threads(threads) if (threads > 1)
+  {
+    FlushSubnormals guard;
+    const auto tile = std::make_unique<Tile>();
+    for (size_t round = 0; round < all.size(); ++round) {
+#pragma omp for schedule(dynamic)
+      for (size_t t = 0; t < all[round].size(); ++t) {
+        const auto [left, right] = all[round][t];
+        losses[round][t] = call.derivatives ? tile->run<true>(call, left, right) : tile->run<false>(call, left, right);
+      }
+    }
+  }
+  *call.loss = 0;
+  for (const auto& round : losses)
+    for (const double loss : round) *call.loss += 2 * loss;  // of (i, k) and of (k, i)
+}
+
+}  // namespace fastkd::FASTKD_ISA
