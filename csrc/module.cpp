@@ -20,9 +20,11 @@ struct InstructionSet {
   decltype(&fastkd::baseline::topk_rows) topk_rows;
   decltype(&fastkd::baseline::scale_rows) scale_rows;
   decltype(&fastkd::baseline::angles) angles;
+  decltype(&fastkd::baseline::mutual_rows) mutual_rows;
 };
-#define FASTKD_SET(isa) \
-  InstructionSet{#isa, fastkd::isa::kd_rows, fastkd::isa::topk_rows, fastkd::isa::scale_rows, fastkd::isa::angles}
+#define FASTKD_SET(isa)                                                                            \
+  InstructionSet{#isa, fastkd::isa::kd_rows, fastkd::isa::topk_rows, fastkd::isa::scale_rows, \
+                 fastkd::isa::angles, fastkd::isa::mutual_rows}
 
 // What this processor runs, best first.
 std::vector<InstructionSet> supported() {
@@ -98,6 +100,39 @@ void angles(int64_t points, uintptr_t student, uintptr_t teacher, double delta, 
   chosen->angles(call);
 }
 
+// temperature, weight of the peers' term, scale, whether T^2 multiplies, peers; labels, ignore_index, weight, scale on the
+// device; loss, total and the two parts
+using Mutual = std::tuple<double, double, double, bool, int, uintptr_t, int64_t, uintptr_t, uintptr_t, uintptr_t, uintptr_t,
+                          uintptr_t, uintptr_t>;
+
+void mutual_rows(Strides sizes, const std::vector<Logits>& logits, const std::vector<Logits>& gradients,
+                 const Mutual& description, int threads) {
+  const auto& [temperature, peer_weight, scale, scale_by_temperature, peers, labels, ignore_index, weight, scale_on_device,
+               loss, total, divergence, cross_entropy] = description;
+  fastkd::MutualCall call;
+  call.rows = product(sizes);
+  call.vocabulary = std::get<2>(logits.front());
+  call.sizes = std::move(sizes);
+  for (const auto& student : logits) call.logits.push_back(rows(student));
+  for (const auto& gradient : gradients) call.gradients.push_back(rows(gradient));
+  call.temperature = temperature;
+  call.peer_weight = peer_weight;
+  call.scale = scale;
+  call.scale_by_temperature = scale_by_temperature;
+  call.peers = static_cast<fastkd::Peers>(peers);
+  call.labels = pointer<const int64_t>(labels);
+  call.ignore_index = ignore_index;
+  call.weight = pointer<const float>(weight);
+  call.scale_on_device = pointer<const float>(scale_on_device);
+  call.loss = pointer(loss);
+  call.total = pointer(total);
+  call.divergence = pointer(divergence);
+  call.cross_entropy = pointer(cross_entropy);
+  call.threads = threads;
+  py::gil_scoped_release release;
+  chosen->mutual_rows(call);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, module) {
@@ -105,6 +140,7 @@ PYBIND11_MODULE(_C, module) {
   module.def("kd_rows", &kd_rows);
   module.def("scale_rows", &scale_rows);
   module.def("angles", &angles);
+  module.def("mutual_rows", &mutual_rows);
   module.def("new_output", &fastkd::new_output);
   module.def("idle_output_bytes", &fastkd::idle_output_bytes, "Bytes kept for later outputs, free to the system.");
   module.def("release_idle_outputs", &fastkd::release_idle_outputs, "Unmap them.");

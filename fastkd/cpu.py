@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.dlpack import from_dlpack
 
-from fastkd import _C, native
+from fastkd import _C, mutual, native
 from fastkd.rows import Options, Result, Rows, Statistics, Want
 
 _LARGE = 4 << 20  # bytes from which page faults matter: csrc/memory.h
@@ -76,6 +76,41 @@ def angles(
         torch.get_num_threads(),
     )
     return loss, halves
+
+
+def mutual_rows(
+    logits: Sequence[Tensor],
+    rows: Rows,
+    options: mutual.Options,
+    wanted: Sequence[bool],
+    parts: bool,
+) -> mutual.Result:
+    """The losses of every row's students and their gradients: :mod:`fastkd.mutual` has the contract."""
+    rows = native.resolved(rows)
+    logits = [native.unit_stride(student) for student in logits]
+    result = mutual.outputs(logits, wanted, parts, empty)
+    _C.mutual_rows(
+        list(logits[0].shape[:-1]),
+        [native.logits(student) for student in logits],
+        [native.logits(gradient) for gradient in result.gradients],
+        (
+            options.temperature,
+            options.peer_weight,
+            options.scale,
+            options.scale_by_temperature,
+            mutual.PEERS.index(options.peers),
+            native.address(rows.labels),
+            options.ignore_index,
+            native.address(rows.weight),
+            native.address(rows.scale),
+            result.loss.data_ptr(),
+            result.total.data_ptr(),
+            native.address(result.divergence),
+            native.address(result.cross_entropy),
+        ),
+        torch.get_num_threads(),
+    )
+    return result
 
 
 # The steps of rows that processes share: csrc/call.h, Shard.

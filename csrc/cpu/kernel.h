@@ -34,6 +34,30 @@ struct Angles {
   int threads = 1;
 };
 
+// What each student of a group learns from the others, where fastkd/mutual.py explains them.
+enum class Peers : int { mean = 0, sum = 1, average = 2 };
+
+struct MutualCall {
+  int64_t rows = 0, vocabulary = 0;
+  std::vector<int64_t> sizes;           // leading shape
+  std::vector<Rows> logits, gradients;  // one a student; gradients: data is null where not wanted
+  double temperature = 1, peer_weight = 1, scale = 1;
+  bool scale_by_temperature = true;
+  Peers peers = Peers::mean;
+
+  // [rows], null where not given
+  const int64_t* labels = nullptr;
+  const float* weight = nullptr;
+  const float* scale_on_device = nullptr;  // one element
+  int64_t ignore_index = -100;
+
+  float* loss = nullptr;           // [students, rows]
+  float* total = nullptr;          // [students]
+  float* divergence = nullptr;     // [students, rows], or null where not wanted
+  float* cross_entropy = nullptr;  // likewise
+  int threads = 1;
+};
+
 // Numbers a row that processes exchange where they share a vocabulary: of a dense teacher, of a sparse one, and of sums.
 constexpr int64_t STATISTICS = 17, TAIL_STATISTICS = 8, SUMS = 3;
 
@@ -43,6 +67,7 @@ constexpr int64_t STATISTICS = 17, TAIL_STATISTICS = 8, SUMS = 3;
   void kd_rows(const Call&);                 \
   void topk_rows(const Call&);               \
   void scale_rows(const Call&, const float* factor, int64_t stride); \
+  void mutual_rows(const MutualCall&);         \
   std::vector<std::string> divergences(); /* by number */ \
   void angles(const Angles&);                \
   }

@@ -1,0 +1,54 @@
+"""The kernel of deep mutual learning compiled for GPUs that are not here; a process of its own, as Triton's interpreter
+may be on in the tests. Prints what each variant needs: `python tests/mutual_aot.py cuda:90`."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import sys
+from typing import Any
+
+import torch
+from triton_aot import Caught, Resources, catch, resources
+
+from fastkd.mutual import PEERS, Options
+from fastkd.rows import Rows
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def variants() -> list[tuple[int, str, str, str]]:
+    """(students, dtype, peers, kind): the numbers of students that pad a tile otherwise, and what changes a kernel."""
+    found = [
+        (students, dtype, "mean", "bare")
+        for students, dtype in itertools.product((2, 3, 4, 8), ("fp32", "bf16"))
+    ]
+    found += [(3, "bf16", peers, "everything") for peers in PEERS]
+    return [*found, (8, "fp32", "average", "everything"), (5, "fp16", "mean", "everything")]
+
+
+def launch(students: int, dtype: str, peers: str, kind: str) -> tuple[Any, ...]:
+    """(kernel, arguments, options) of the launch that serves it, of logits shifted as language models shift them."""
+    from fastkd.kernels import mutual
+
+    catch(mutual.mutual_kernel)
+    logits = [torch.empty(2, 3, 50257, dtype=DTYPES[dtype])[:, :-1] for _ in range(students)]
+    rows, options, wanted = Rows(), Options(peers=peers), [True] * students
+    if kind == "everything":
+        rows = Rows(torch.zeros(2, 2, dtype=torch.int64), torch.ones(2, 2), scale=torch.ones(()))
+        options, wanted[0] = options._replace(temperature=2.0), False
+    try:
+        mutual.mutual_rows(logits, rows, options, wanted, kind == "everything")
+    except Caught as caught:
+        return caught.args
+    raise AssertionError("nothing was launched")
+
+
+def measure(target: str) -> dict[tuple[int, str, str, str], Resources]:
+    """What each variant needs of a thread."""
+    return {variant: resources(*launch(*variant), target) for variant in variants()}
+
+
+if __name__ == "__main__":
+    for variant, used in measure(sys.argv[1]).items():
+        print(json.dumps([variant, used]), flush=True)
