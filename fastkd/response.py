@@ -36,7 +36,7 @@ from fastkd.validate import (
 # Bytes of a chunk of a call that names none: on a CPU it stays close to the cache.
 CPU_BUDGET, DEVICE_BUDGET = 32 << 20, 1 << 30
 # [C, V] tensors of the dtype of losses that a chunk holds at once, at most; tests/test_response.py measures it.
-TEMPORARIES = 16
+TEMPORARIES = 28
 # Most teachers have half of their mass in fewer tokens.
 FIRST_TOKENS = 64
 
@@ -178,14 +178,17 @@ def _by_rows(size: int, summed: bool, of_chunk: Compute, columns: tuple[int, int
             lead, dtype=row_dtype(student.dtype, teacher.dtype), device=student.device
         )
         gradients = [_blank(x, wants) for x, wants in zip((student, teacher), wanted, strict=True)]
-        for at in _chunks(count, size, numbers):
-            chunk = rows_at(rows, lead, at)
+
+        def run(at: slice | Tensor) -> None:  # a function, so that nothing of a chunk outlives it
             s, t = (take(x, lead, at) for x in logits)
-            outcome = of_chunk(s, t, chunk, options, wanted)
+            outcome = of_chunk(s, t, rows_at(rows, lead, at), options, wanted)
             put(loss, lead, at, outcome.loss)
             for whole, part, width in zip(gradients, outcome[1:], columns, strict=True):
                 if whole is not None and part is not None:
                     put(whole[..., :width], lead, at, part.to(whole.dtype))
+
+        for at in _chunks(count, size, numbers):
+            run(at)
         if summed:
             factor = options.scale if rows.scale is None else options.scale * rows.scale
             loss = (loss.sum(dtype=torch.float64) * factor).to(loss.dtype)
@@ -468,33 +471,40 @@ def dist_loss(
         chunks = _chunks(count, size, numbers)
         temperatures = (options.temperature, options.teacher_temperature)
 
-        def probabilities(at: slice | Tensor) -> list[Tensor]:
-            return [
+        def probabilities(at: slice | Tensor) -> tuple[Tensor, Tensor]:
+            first, second = [
                 _softmax(take(x[..., :width], lead, at), temperature, dtype)
                 for x, temperature in zip((student, teacher), temperatures, strict=True)
             ]
+            return first, second
+
+        # Functions, so that nothing of a chunk outlives it.
+        def collect(at: slice | Tensor) -> tuple[_Moments, Tensor]:
+            q, p = probabilities(at)
+            return _Moments.of(q, p, 0), _Moments.of(q, p, 1).correlation(eps).sum()
 
         classes = _Moments.of_nothing(width, student.device)
         between = torch.zeros((), dtype=torch.float64, device=student.device)
         for at in chunks:
-            q, p = probabilities(at)
-            classes = classes.merged(_Moments.of(q, p, 0))
-            between += _Moments.of(q, p, 1).correlation(eps).sum()
+            more, correlations = collect(at)
+            classes, between = classes.merged(more), between + correlations
         square = options.temperature**2 if options.scale_by_temperature else 1.0
         within = classes.correlation(eps).mean()
         loss = square * (beta * (1.0 - between / count) + gamma * (1.0 - within))
         factor = -square * (1.0 if rows.scale is None else rows.scale.to(dtype))
-        for at in chunks if any(wanted) else []:
+
+        def differentiate(at: slice | Tensor, side: int, whole: Tensor) -> None:
             pair = probabilities(at)
-            of_rows = _Moments.of(pair[0], pair[1], 1)
-            for side, whole in enumerate(gradients):
-                if whole is None:
-                    continue
-                own, other = pair[side], pair[1 - side]
-                g = of_rows.slope(own, other, side, eps).mul_(beta / count)
-                g.add_(classes.slope(own, other, side, eps), alpha=gamma / width)
-                g = _to_logits(g, own, temperatures[side], factor)
-                put(whole[..., :width], lead, at, g.to(whole.dtype))
+            own, other = pair[side], pair[1 - side]
+            g = _Moments.of(*pair, 1).slope(own, other, side, eps).mul_(beta / count)
+            g.add_(classes.slope(own, other, side, eps), alpha=gamma / width)
+            g = _to_logits(g, own, temperatures[side], factor)
+            put(whole[..., :width], lead, at, g.to(whole.dtype))
+
+        for side, whole in enumerate(gradients):
+            if whole is not None:
+                for at in chunks:
+                    differentiate(at, side, whole)
         return _Outcome(loss.to(dtype), *gradients)
 
     return _differentiable(student, teacher, call, compute)

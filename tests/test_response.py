@@ -177,7 +177,7 @@ def test_rows(
 @by_rows
 def test_gradcheck(name: str) -> None:
     loss, _ = ROWS[name]
-    s, t = (logits(4, 9, seed=seed, dtype=torch.float64).requires_grad_() for seed in (3, 4))
+    s, t = (logits(4, 6, seed=seed, dtype=torch.float64).requires_grad_() for seed in (3, 4))
     weight = torch.tensor([1.0, 0.5, 0.0, -2.0])
     # The weights of adaptive KL are constants, which a finite difference does not know: tested against the formula.
     if name != "adaptive":
@@ -321,9 +321,9 @@ def test_memory_budget() -> None:
         a = loss(s, t, memory_budget=1 << 20)
         assert torch.equal(a, loss(s, t))
         with pytest.raises(
-            ValueError, match="memory_budget must be at least 2560 bytes, which one row"
+            ValueError, match="memory_budget must be at least 4480 bytes, which one row"
         ):
-            loss(s, t, memory_budget=2559)
+            loss(s, t, memory_budget=4479)
         with pytest.raises(TypeError, match="memory_budget must be an int or None, got float"):
             loss(s, t, memory_budget=1e6)
 
@@ -398,6 +398,13 @@ def test_head_of_a_threshold_search_is_that_of_a_sort(
     equal = t == lowest.unsqueeze(-1)
     inside |= equal & (equal.cumsum(-1) <= tied.unsqueeze(-1))
     assert torch.equal(inside[clear], head_of(p, mass, crossing)[clear])
+
+
+@pytest.mark.parametrize("crossing", ["head", "tail"])
+def test_no_token_crosses_a_mass_that_is_met_exactly(crossing: str) -> None:
+    t = torch.zeros(1, 4, dtype=torch.float64)
+    lowest, tied = response._head(t, t.softmax(-1), 0.5, crossing)
+    assert lowest.tolist() == [0.0] and tied.tolist() == [2]
 
 
 @pytest.mark.parametrize("mass", [0.2, 0.5, 0.97])
