@@ -352,14 +352,27 @@ def test_layouts(loss: Any, formula: Any, shape: tuple[int, ...]) -> None:
 
 
 @every_loss
-def test_compiled_and_autocast(loss: Any, formula: Any, shape: tuple[int, ...]) -> None:
+def test_autocast(loss: Any, formula: Any, shape: tuple[int, ...]) -> None:
     student, teacher = normal(*shape, seed=32).float(), normal(*shape, seed=33).float()
-    plain = value_and_gradients(loss, student, teacher)
-    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
-    torch.testing.assert_close(value_and_gradients(compiled, student, teacher), plain)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert loss(student, teacher).dtype == torch.float32
         assert loss(student.bfloat16(), teacher).dtype == torch.float32
+
+
+def test_compiled() -> None:
+    """All in one graph, to compile once."""
+
+    def together(student: Tensor, teacher: Tensor) -> Tensor:
+        mask = student[..., 0] > 0
+        masked = [loss(student, teacher, mask=mask) for loss in MASKED.values()]
+        return torch.stack(
+            [*masked, *(loss(student, teacher) for loss, _, _ in LOSSES.values())]
+        ).sum()
+
+    student, teacher = normal(3, 4, 5, seed=34).float(), normal(3, 4, 5, seed=35).float()
+    plain = value_and_gradients(together, student, teacher)
+    compiled = torch.compile(together, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(value_and_gradients(compiled, student, teacher), plain)
 
 
 def test_half_precision_features_meet_float32_projections() -> None:
