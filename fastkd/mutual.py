@@ -202,7 +202,7 @@ def mutual_rows(
 
     divergence, cross_entropy = kept(divergences), kept(entropies)
     loss = torch.where(keep, (divergence + cross_entropy) * weight, 0.0)
-    total = loss.flatten(1).sum(-1) * scale
+    total = loss.reshape(students, -1).sum(-1) * scale
     return Result(
         loss, total, tuple(gradients), *((divergence, cross_entropy) if parts else (None, None))
     )

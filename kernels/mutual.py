@@ -92,16 +92,17 @@ def _normalizers(
 
 @triton.jit
 def _average_terms(p, p_top, below, log_p, share, M: tl.constexpr, STUDENTS: tl.constexpr):
-    """m log(m / p) with m the mean of the others, added up without taking p away again."""
+    """m log(m / p) - (m - p), as in C++, with m the mean of the others, added up without taking p away again."""
     student = tl.arange(0, M)[:, None]
     others = tl.zeros_like(p)
     for k in tl.static_range(STUDENTS):
         of_one = tl.sum(tl.where(student == k, p, 0.0), 0)
         others += tl.where(student == k, 0.0, of_one[None, :])
     m = others * share
-    x = (below[None, :] - (p - p_top[None, :]) * STUDENTS) * share / p
+    more = (below[None, :] - (p - p_top[None, :]) * STUDENTS) * share
+    x = more / p
     ratio = tl.where(tl.abs(x) < 0.5, log1p(x), tl.log(tl.maximum(m, NEGLIGIBLE)) - log_p)
-    return tl.where(m < NEGLIGIBLE, 0.0, m * ratio)
+    return tl.where(m < NEGLIGIBLE, 0.0, m * ratio) - more
 
 
 @triton.jit
@@ -133,7 +134,7 @@ def mutual_kernel(
     out = written.to(gradient_type)[:, None]
     writes = (written != 0)[:, None]
 
-    weight, keep, label, plain_factor = 1.0, True, -1, 0.0
+    weight, keep, label, plain_factor = 1.0, row >= 0, -1, 0.0
     if inputs.weight is not None:
         weight = tl.load(inputs.weight + row)
         keep = weight != 0
@@ -197,7 +198,8 @@ def mutual_kernel(
     cross_entropy = tl.zeros_like(divergence)
     if inputs.labels is not None:
         at_label = addresses.to(like.dtype) + label
-        z = tl.load(at_label, mask=there & keep, other=0.0).to(tl.float32)
+        read = student < tl.where(keep, STUDENTS, 0)
+        z = tl.load(at_label, mask=read, other=0.0).to(tl.float32)
         cross_entropy = tl.log(plain_total) - (z - origin)
     loss = weight * (divergence + cross_entropy)
     tl.store(values.loss + place, tl.where(keep, loss, 0.0), mask=there)
@@ -252,7 +254,7 @@ def mutual_rows(
                 num_warps=WARPS,
                 enable_fp_fusion=True,
             )
-    total = result.loss.flatten(1).sum(-1) * options.scale
+    total = result.loss.reshape(students, -1).sum(-1) * options.scale
     if rows.scale is not None:
         total = total * rows.scale
     return result._replace(total=total)

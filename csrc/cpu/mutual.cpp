@@ -81,7 +81,8 @@ void peers_strip(const PeersView& view, int from, int to) {
       const PeerView& peer = view.peers[k];
       p[k] = load(peer.e + i) * peer.weight;
       u[k] = load(peer.z + i) - peer.max;
-      const I higher = k == 0 ? I{} - 1 : p[k] > p_top;
+      I higher = k == 0 ? I{} - 1 : p[k] > p_top;
+      if (LOG_0) higher |= z_top == -INF;  // while all before are gone, though p may be 0 as well
       p_top = where(higher, p[k], p_top);
       z_top = where(higher, u[k], z_top);
     }
@@ -95,7 +96,9 @@ void peers_strip(const PeersView& view, int from, int to) {
       u[k] = LOG_0 ? where(gone, u[k], u[k] - z_top) : u[k] - z_top;
       moment += LOG_0 ? where(gone, V{}, p[k] * u[k]) : p[k] * u[k];
     }
-    if (AVERAGE) {  // strip += m log(m / p), m the mean of the others, added up without taking p away again
+    // strip += m log(m / p) - (m - p), m the mean of the others, added up without taking p away again. The last term has
+    // no sum; with it no column is negative, nor of the size of m - p where students are close.
+    if (AVERAGE) {
       V* const after = strip + students;
       after[students - 1] = V{};
       for (int k = students - 1; k > 0; --k) after[k - 1] = after[k] + p[k];
@@ -104,10 +107,11 @@ void peers_strip(const PeersView& view, int from, int to) {
         const PeerView& peer = view.peers[k];
         const V m = (before + after[k]) * view.share;
         before += p[k];
-        const V x = (below - (p[k] - p_top) * count) * view.share / p[k];  // m / p - 1, exact where they are close
+        const V more = (below - (p[k] - p_top) * count) * view.share;  // m - p
+        const V x = more / p[k];
         const V log_p = u[k] * peer.inverse - peer.log_sum;
         const V ratio = where(abs(x) < 0.5f, log1p(x), log_of_normal(at_least(m, splat(NEGLIGIBLE))) - log_p);
-        strip[k] += where(m < NEGLIGIBLE, V{}, m * ratio);
+        strip[k] += where(m < NEGLIGIBLE, V{}, m * ratio) - more;
       }
     }
 #pragma GCC unroll 4
