@@ -106,8 +106,8 @@ def rkd_angle_loss(
         BackendUnavailable: a backend asked for by name cannot serve the call.
         RuntimeError: it is differentiated twice.
 
-    Memory: up to 5 matrices [N, N] of float64 in the call, where "reference" holds four more and tiles of 64 MiB; a gradient
-    [N, D] until the backward.
+    Memory: up to 5 matrices [N, N] of float64 in the call, where "reference" holds four more and tiles of 64 MiB; a
+    gradient [N, D] until the backward.
 
     Source: Park, Kim, Lu, Cho, "Relational Knowledge Distillation" (2019), equations 8 and 9.
     """
