@@ -498,6 +498,14 @@ def test_rows_that_are_dropped_are_not_read(everywhere: str, reduction: str) -> 
     assert all((gradient[1:3] == 0).all() for gradient in gradients)
 
 
+def test_an_infinite_upstream_gradient_of_rows_that_are_dropped(backend: str) -> None:
+    leaves = [student.requires_grad_() for student in group(2, 4, 9)]
+    mask, labels = torch.tensor([True, False, True, True]), torch.tensor([1, 2, -100, 3])
+    loss = mutual_loss(leaves, labels, mask=mask, reduction="none", backend=backend)[0]
+    (gradient,) = torch.autograd.grad(loss, leaves[0], torch.tensor([1.0, INF, NAN, 1.0]))
+    assert (gradient[1:3] == 0).all() and gradient.isfinite().all()
+
+
 @pytest.mark.parametrize("rows", [0, 3])
 def test_no_row_that_counts(everywhere: str, rows: int) -> None:
     leaves = [student.requires_grad_() for student in group(2, rows, 9)]
