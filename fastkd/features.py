@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastkd.validate import check_flags, number
+from fastkd.validate import check_flags, check_number
 
 KINDS = ("linear", "conv")
 RESIZES = (None, "interpolate", "pool")
@@ -199,8 +199,8 @@ def attention_transfer_loss(
     """
     _check_choice("form", form, FORMS)
     _check_choice("resize", resize, RESIZES)
-    power = number("power", power, 1.0, math.inf, open_right=True)
-    beta = number("beta", beta, 0.0, math.inf, open_right=True)
+    power = check_number("power", power, 1.0, math.inf, open_right=True)
+    beta = check_number("beta", beta, 0.0, math.inf, open_right=True)
     students, teachers = (
         _layers("student_maps", student_maps),
         _layers("teacher_maps", teacher_maps),
@@ -278,7 +278,7 @@ class FeatureLoss(nn.Module):
         self.normalize, self.dim = normalize, dim
         given = _one_a_pair("weights", 1.0 if weights is None else weights, count)
         self.weights = [
-            number(f"weights[{index}]", weight, 0.0, math.inf, open_right=True)
+            check_number(f"weights[{index}]", weight, 0.0, math.inf, open_right=True)
             for index, weight in enumerate(given)
         ]
         self.projections = nn.ModuleList(

@@ -29,7 +29,7 @@ from fastkd import backends
 from fastkd.autograd import differentiable_once
 from fastkd.backends import BackendUnavailable
 from fastkd.rows import row_dtype
-from fastkd.validate import LARGEST, SMALLEST, check_dense, number
+from fastkd.validate import LARGEST, SMALLEST, check_dense, check_number
 
 MEANS = ("distinct", "all")
 BACKENDS = ("auto", "cpu", "reference")
@@ -142,9 +142,9 @@ def rkd_loss(
     """
     _check(student, teacher)
     terms = [
-        (number("distance", distance, 0.0, LARGEST), _distance(delta, mean)),
+        (check_number("distance", distance, 0.0, LARGEST), _distance(delta, mean)),
         (
-            number("angle", angle, 0.0, LARGEST),
+            check_number("angle", angle, 0.0, LARGEST),
             _angle(delta, mean, backend),
         ),
     ]
@@ -428,7 +428,7 @@ def _tiles(backend: str, device: torch.device) -> Callable[..., tuple[Tensor, Te
 
 def _huber(delta: float, mean: str) -> tuple[float, str]:
     _one_of("mean", mean, MEANS)
-    return number("delta", delta, SMALLEST, LARGEST), mean
+    return check_number("delta", delta, SMALLEST, LARGEST), mean
 
 
 def _one_of(argument: str, value: object, allowed: tuple[str, ...]) -> None:
