@@ -19,12 +19,12 @@ struct InstructionSet {
   decltype(&fastkd::baseline::kd_rows) kd_rows;
   decltype(&fastkd::baseline::topk_rows) topk_rows;
   decltype(&fastkd::baseline::scale_rows) scale_rows;
-  decltype(&fastkd::baseline::angles) angles;
   decltype(&fastkd::baseline::mutual_rows) mutual_rows;
+  decltype(&fastkd::baseline::angles) angles;
 };
-#define FASTKD_SET(isa)                                                                            \
-  InstructionSet{#isa, fastkd::isa::kd_rows, fastkd::isa::topk_rows, fastkd::isa::scale_rows, \
-                 fastkd::isa::angles, fastkd::isa::mutual_rows}
+#define FASTKD_SET(isa)                                                                                    \
+  InstructionSet{#isa, fastkd::isa::kd_rows, fastkd::isa::topk_rows, fastkd::isa::scale_rows,             \
+                 fastkd::isa::mutual_rows, fastkd::isa::angles}
 
 // What this processor runs, best first.
 std::vector<InstructionSet> supported() {

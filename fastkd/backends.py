@@ -170,11 +170,6 @@ def obstacle(backend: str, call: Call, available: Mapping[str, Obstacle | None])
                 f"divergence {call.divergence.name!r} is not compiled into the extension",
                 f"Add it to fastkd/divergences.py and run `make divergences`, or use backend={other!r}",
             )
-    if backend in ("triton", "cuda") and call.divergence.target is not None:
-        return Obstacle(
-            f"its kernels have no divergence that compares the label's token apart, as {call.divergence.name!r} does",
-            "Use backend='reference'",
-        )
     if backend == "cuda" and not _capabilities() & _architectures():
         return Obstacle(
             f"the devices have compute capability {sorted(_capabilities())}, and its kernels are for "

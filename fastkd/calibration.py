@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from fastkd.chunks import take
-from fastkd.validate import check_logits, check_number, prepare
+from fastkd.validate import check_choice, check_logits, check_number, prepare
 
 # Bytes of a chunk, and the float64 tensors of its size that are held at once.
 CHUNK_BYTES, TEMPORARIES = 64 << 20, 4
@@ -68,8 +68,7 @@ def expected_calibration_error(
         raise TypeError(f"bins must be an int, got {type(bins).__name__}")
     if bins < 1:
         raise ValueError(f"bins must be positive, got {bins}")
-    if binning not in BINNINGS:
-        raise ValueError(f"binning must be one of {', '.join(BINNINGS)}; got {binning!r}")
+    check_choice("binning", binning, BINNINGS)
     if isinstance(temperature, Tensor):
         raise TypeError("temperature must be a number, got a tensor")
     numbers = _checked(logits, labels, ignore_index, mask, temperature)

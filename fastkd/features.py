@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastkd.validate import check_flags, check_number
+from fastkd.validate import check_choice, check_flags, check_number
 
 KINDS = ("linear", "conv")
 RESIZES = (None, "interpolate", "pool")
@@ -61,8 +61,8 @@ class Regressor(nn.Module):
         super().__init__()
         for argument, width in (("student_width", student_width), ("teacher_width", teacher_width)):
             _check_width(argument, width)
-        _check_choice("kind", kind, KINDS)
-        _check_choice("resize", resize, RESIZES)
+        check_choice("kind", kind, KINDS)
+        check_choice("resize", resize, RESIZES)
         check_flags(bias=bias)
         if resize is not None and kind == "linear":
             raise ValueError("resize is for kind='conv', whose features have a height and a width")
@@ -116,7 +116,7 @@ def hint_loss(
     Raises:
         TypeError, ValueError: an argument has the wrong type, shape, device or value; the message names it.
     """
-    _check_choice("reduction", reduction, HINT_REDUCTIONS)
+    check_choice("reduction", reduction, HINT_REDUCTIONS)
     _check_pair("student", student, "teacher", teacher)
     if student.dim() < 2:
         raise ValueError(f"student must be [B, ..], got shape {tuple(student.shape)}")
@@ -143,7 +143,7 @@ class HintLoss(nn.Module):
 
     def __init__(self, regressor: nn.Module, *, reduction: str = "mean") -> None:
         super().__init__()
-        _check_choice("reduction", reduction, HINT_REDUCTIONS)
+        check_choice("reduction", reduction, HINT_REDUCTIONS)
         self.regressor = regressor
         self.reduction = reduction
 
@@ -197,8 +197,8 @@ def attention_transfer_loss(
     Raises:
         TypeError, ValueError: an argument has the wrong type, shape, device or value; the message names it.
     """
-    _check_choice("form", form, FORMS)
-    _check_choice("resize", resize, RESIZES)
+    check_choice("form", form, FORMS)
+    check_choice("resize", resize, RESIZES)
     power = check_number("power", power, 1.0, math.inf, open_right=True)
     beta = check_number("beta", beta, 0.0, math.inf, open_right=True)
     students, teachers = (
@@ -272,8 +272,8 @@ class FeatureLoss(nn.Module):
         super().__init__()
         self.layers = _pairs(layers)
         count = len(self.layers)
-        _check_choice("normalize", normalize, NORMALIZATIONS)
-        _check_choice("dim", dim, (-1, 1))
+        check_choice("normalize", normalize, NORMALIZATIONS)
+        check_choice("dim", dim, (-1, 1))
         check_flags(bias=bias)
         self.normalize, self.dim = normalize, dim
         given = _one_a_pair("weights", 1.0 if weights is None else weights, count)
@@ -537,12 +537,6 @@ def _check_pair(of_student: str, student: Tensor, of_teacher: str, teacher: Tens
         )
 
 
-def _check_choice(argument: str, value: object, allowed: Sequence[object]) -> None:
-    if value not in allowed or isinstance(value, (Tensor, bool)):
-        listed = ", ".join(repr(choice) for choice in allowed)
-        raise ValueError(f"{argument} must be one of {listed}; got {value!r}")
-
-
 def _check_width(argument: str, width: object) -> None:
     if type(width) is not int or width < 1:
         raise ValueError(f"{argument} must be a positive int, got {width!r}")
@@ -580,7 +574,7 @@ def _projection(index: int, kind: object, widths: Sequence[Any], bias: bool) -> 
                 f"{tuple(kind.shape)} {kind.dtype}"
             )
         return _Fixed(kind.detach().clone())
-    _check_choice(f"projection[{index}]", kind, PROJECTIONS)
+    check_choice(f"projection[{index}]", kind, PROJECTIONS)
     if kind == "identity":
         return nn.Identity()
     student_width, teacher_width = widths

@@ -33,7 +33,7 @@ from fastkd import backends
 from fastkd.autograd import differentiable_once, of_counted_rows, scaled
 from fastkd.divergences import forward_kl
 from fastkd.rows import Rows, row_dtype
-from fastkd.validate import check_flags, check_logits, prepare
+from fastkd.validate import check_choice, check_flags, check_logits, prepare
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -277,8 +277,7 @@ def _check_options(temperature: object, peers: object, peer_weight: object) -> N
             raise TypeError(f"{argument} must be a number, got {type(value).__name__}")
     if not isinstance(peer_weight, (int, float)) or not 0 <= peer_weight < math.inf:
         raise ValueError(f"peer_weight must be finite and not negative, got {peer_weight}")
-    if peers not in PEERS:
-        raise ValueError(f"peers must be one of {', '.join(PEERS)}; got {peers!r}")
+    check_choice("peers", peers, PEERS)
 
 
 def _kernels(backend: str, logits: Tensor) -> tuple[ModuleType, ModuleType]:

@@ -20,7 +20,7 @@ from fastkd.functional import kd_loss
 from fastkd.mutual import MutualParts, check_students, mutual_loss
 from fastkd.rows import row_dtype
 from fastkd.teachers import Ensemble
-from fastkd.validate import Prepared, check_flags, check_logits, prepare
+from fastkd.validate import Prepared, check_choice, check_flags, check_logits, prepare
 
 __all__ = [
     "MeanTeacher",
@@ -191,8 +191,7 @@ class MeanTeacher(nn.Module):
         if not isinstance(student, nn.Module):
             raise TypeError(f"student must be a torch.nn.Module, got {type(student).__name__}")
         self.decay = _number("decay", decay, 1.0)
-        if buffers not in BUFFERS:
-            raise ValueError(f"buffers must be one of {', '.join(BUFFERS)}; got {buffers!r}")
+        check_choice("buffers", buffers, BUFFERS)
         check_flags(training=training)
         if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
             raise TypeError(f"dtype must be a floating-point torch.dtype or None, got {dtype!r}")
@@ -300,8 +299,7 @@ def consistency_loss(
     Raises:
         ValueError, TypeError: the message names the argument.
     """
-    if form not in FORMS:
-        raise ValueError(f"form must be one of {', '.join(FORMS)}; got {form!r}")
+    check_choice("form", form, FORMS)
     student_logits = check_logits("student_logits", student_logits)
     teacher_logits = check_logits("teacher_logits", teacher_logits)
     if teacher_logits.shape != student_logits.shape:

@@ -29,7 +29,7 @@ from fastkd import backends
 from fastkd.autograd import differentiable_once
 from fastkd.backends import BackendUnavailable
 from fastkd.rows import row_dtype
-from fastkd.validate import LARGEST, SMALLEST, check_dense, check_number
+from fastkd.validate import LARGEST, SMALLEST, check_choice, check_dense, check_number
 
 MEANS = ("distinct", "all")
 BACKENDS = ("auto", "cpu", "reference")
@@ -205,9 +205,9 @@ def gram_loss(
 
     Memory: some 4 times all G, [N, N] or [B, C, C].
     """
-    _one_of("over", over, ("samples", "channels"))
-    _one_of("normalize", normalize, ("none", "width"))
-    _one_of("reduction", reduction, ("sum", "mean"))
+    check_choice("over", over, ("samples", "channels"))
+    check_choice("normalize", normalize, ("none", "width"))
+    check_choice("reduction", reduction, ("sum", "mean"))
     _check(student, teacher, channels=over == "channels")
     with torch.autocast(student.device.type, enabled=False):
         dtype = row_dtype(student.dtype, teacher.dtype)
@@ -270,7 +270,7 @@ def _angle(delta: float, mean: str, backend: str) -> Relation:
     delta, mean = _huber(delta, mean)
     if not isinstance(backend, str):
         raise TypeError(f"backend must be a string, got {type(backend).__name__}")
-    _one_of("backend", backend, BACKENDS)
+    check_choice("backend", backend, BACKENDS)
 
     def relation(student: Tensor, teacher: Tensor, wanted: bool) -> tuple[Tensor, Tensor | None]:
         points = len(student)
@@ -427,13 +427,8 @@ def _tiles(backend: str, device: torch.device) -> Callable[..., tuple[Tensor, Te
 
 
 def _huber(delta: float, mean: str) -> tuple[float, str]:
-    _one_of("mean", mean, MEANS)
+    check_choice("mean", mean, MEANS)
     return check_number("delta", delta, SMALLEST, LARGEST), mean
-
-
-def _one_of(argument: str, value: object, allowed: tuple[str, ...]) -> None:
-    if value not in allowed:
-        raise ValueError(f"{argument} must be one of {', '.join(allowed)}; got {value!r}")
 
 
 def _check(student: object, teacher: object, channels: bool = False) -> None:

@@ -25,6 +25,7 @@ from fastkd.rows import Options, Rows, Want, counted_rows, row_dtype
 from fastkd.validate import (
     LARGEST,
     Prepared,
+    check_choice,
     check_logits,
     check_number,
     check_teacher,
@@ -298,8 +299,7 @@ def adaptive_kl_loss(
     head_mass = check_number("head_mass", head_mass, 0.0, 1.0, open_right=True)
     if head_mass == 0.0:
         raise ValueError("head_mass must be in (0, 1), got 0.0")
-    if crossing not in ("head", "tail"):
-        raise ValueError(f"crossing must be 'head' or 'tail', got {crossing!r}")
+    check_choice("crossing", crossing, ("head", "tail"))
     student, teacher, call = _prepared(
         student_logits, teacher, labels, vocab_size,
         temperature=temperature, teacher_temperature=teacher_temperature,
@@ -891,8 +891,7 @@ def policy_distillation_loss(
 
     Memory: the gradient.
     """
-    if form not in ("nll", "mse", "kl"):
-        raise ValueError(f"form must be one of nll, mse, kl; got {form!r}")
+    check_choice("form", form, ("nll", "mse", "kl"))
     teacher = check_logits("teacher", teacher)
     shared: dict[str, Any] = {
         "ignore_index": ignore_index, "mask": mask, "weight": weight, "reduction": reduction,

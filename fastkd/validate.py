@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import os
 import sys
+from collections.abc import Sequence
 from typing import NamedTuple, TypedDict
 
 import torch
@@ -85,8 +86,7 @@ def prepare(
     divergence = resolve(divergence)
     alpha = check_number("alpha", alpha, 0.0, 1.0)
     label_smoothing = check_number("label_smoothing", label_smoothing, 0.0, 1.0, open_right=True)
-    if not isinstance(reduction, str) or reduction not in REDUCTIONS:
-        raise ValueError(f"reduction must be one of {', '.join(REDUCTIONS)}; got {reduction!r}")
+    check_choice("reduction", reduction, REDUCTIONS)
     if num_items is not None and reduction not in ("mean", "batchmean"):
         raise ValueError(
             f"num_items is the denominator of 'mean' and 'batchmean'; reduction is {reduction!r}"
@@ -416,6 +416,13 @@ def _check_ids(ids: Tensor, vocabulary: int, counted: Tensor | None) -> None:
         raise ValueError(f"teacher.ids must be distinct within a row; row {row} repeats some")
 
 
+def check_choice(argument: str, value: object, allowed: Sequence[object]) -> None:
+    """Raise unless the value is one of those allowed."""
+    if isinstance(value, (Tensor, bool)) or value not in allowed:
+        listed = ", ".join(map(str, allowed))
+        raise ValueError(f"{argument} must be one of {listed}; got {value!r}")
+
+
 def check_number(
     argument: str, value: float, low: float, high: float, *, open_right: bool = False
 ) -> float:
@@ -427,9 +434,6 @@ def check_number(
             f"{argument} must be in [{low:g}, {high:g}{')' if open_right else ']'}, got {value}"
         )
     return float(value)
-
-
-number = check_number  # as some modules call it
 
 
 def _in_range(argument: str, value: float) -> float:

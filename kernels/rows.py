@@ -2,7 +2,7 @@
 
 Read top to bottom: what the kernel is given, the kernel, and the launchers that :mod:`fastkd.autograd` calls. The
 sweeps over a row are in ``sweeps.py``, rows with several programs in ``split.py``, what a divergence may do in
-``skeleton.py``.
+``skeleton.py``, one that compares the label's token apart from the others in ``apart.py``.
 
 A row is read twice where the divergence has a closed form (statistics, gradient) and three times where not, the last
 time backwards. Where a row has one program, that is one launch (STAGE "row"); where it has several, a launch a sweep
@@ -28,12 +28,15 @@ from fastkd import topk
 from fastkd.divergences import Divergence
 from fastkd.rows import Options, Result, Rows, Statistics, Want
 
+from .apart import binary, entropy_of_all, normalizer_of_all, share, weighed
 from .skeleton import bind
 from .split import (
+    APART_FIELDS,
     FIELDS,
     LANES,
     Plan,
     device_of,
+    leave_apart,
     leave_pivot,
     leave_statistics,
     leave_sums,
@@ -41,6 +44,7 @@ from .split import (
     left_spread,
     left_statistics,
     left_sums,
+    left_t_label,
     plan,
     shard_plan,
 )
@@ -115,6 +119,8 @@ class Objective(NamedTuple):
     scale: Any
     degree: Any
     ignore_index: Any
+    binary: Any  # fastkd.divergences.Target.weight, of that form; else None
+    label: Any  # likewise
 
 
 class Factors(NamedTuple):
@@ -186,7 +192,10 @@ def _statistics(
     student,
     teacher,
     plain_unit,
+    t_plain_unit,
     z_label,
+    t_label,
+    apart,
     pivot,
     moments,
     V,
@@ -201,15 +210,29 @@ def _statistics(
     """The first sweep's Statistics of the row; in its own stage, what this program leaves of them."""
     if STAGE == "row" or STAGE == "statistics":
         part = sweep_statistics(
-            student, teacher, plain_unit, pivot, moments, V, split, ENTROPY, ALIGNED, BLOCK_V
+            student,
+            teacher,
+            plain_unit,
+            t_plain_unit,
+            apart,
+            pivot,
+            moments,
+            V,
+            split,
+            ENTROPY,
+            ALIGNED,
+            BLOCK_V,
         )
     else:
-        part = merge(left_statistics(split, row, LANES), student, teacher, plain_unit, moments)
+        parts = left_statistics(split, row, LANES)
+        part = merge(parts, student, teacher, plain_unit, t_plain_unit, moments)
     if STAGE == "statistics":
         leave_statistics(split, row, part, z_label)
+        if apart is not None:
+            leave_apart(split, row, part, t_label)
         if shard is not None and pivot is not None:
             leave_pivot(split, row, pivot, columns_of(V, split, BLOCK_V))
-    return conclude(part, student, teacher, plain_unit, moments)
+    return conclude(part, student, teacher, plain_unit, t_plain_unit, moments)
 
 
 @triton.jit
@@ -238,6 +261,14 @@ def _keep_row(
     """Loss, parts and gradients of a row that counts; or a stage of it."""
     ENTROPY: tl.constexpr = outputs.entropy is not None
     WITH_LABEL: tl.constexpr = objective.rest is not None
+    OF_LABEL: tl.constexpr = objective.label is not None
+    APART: tl.constexpr = OF_LABEL or objective.binary is not None
+    S_TEMPERED: tl.constexpr = (
+        student_model.temperature is not None or student_model.temperatures is not None
+    )
+    T_TEMPERED: tl.constexpr = (
+        teacher_model.temperature is not None or teacher_model.temperatures is not None
+    )
     weight = 1.0
     if inputs.weight is not None:
         weight = tl.load(inputs.weight + row)
@@ -252,9 +283,10 @@ def _keep_row(
         if teacher_model.temperatures is not None:
             weight = tl.where(t_temperature > 0, weight, float("nan"))
     label, z_label, pivot, plain_unit, vocabulary = 0, 0.0, None, None, V
+    apart, t_label, t_plain_unit = None, 0.0, None
     if shard is not None:
         vocabulary = shard.total
-    if WITH_LABEL:
+    if WITH_LABEL or APART:
         label = tl.load(inputs.labels + row)
         valid = (label >= 0) & (label < vocabulary)
         weight = tl.where(valid, weight, float("nan"))
@@ -272,12 +304,22 @@ def _keep_row(
                 z, _ = read(student, tl.arange(0, BLOCK_V), V)
                 pivot = tl.max(z, 0)
             pivot = tl.where(pivot == -float("inf"), 0.0, pivot)
-        if student_model.temperature is not None or student_model.temperatures is not None:
-            plain_unit = student_model.unit
+    if (WITH_LABEL or OF_LABEL) and S_TEMPERED:
+        plain_unit = student_model.unit
+    if APART:
+        apart = label
+        if teacher.unit is not None:
+            if STAGE == "row" or STAGE == "statistics":
+                t_label = _label_of(teacher, label, V, shard)
+            else:
+                t_label = left_t_label(split, row, LANES)
+    if OF_LABEL and T_TEMPERED:
+        t_plain_unit = teacher_model.unit
 
     # Without a normaliser, log p and log q are the tempered logits themselves.
     s_norm = Normalizer(0.0, student.unit, 0.0)
     t_norm, plain, phi, g, spread, entropy = s_norm, s_norm, 0.0, 0.0, 0.0, 0.0
+    t_plain = s_norm
     if NORMALIZED or WITH_LABEL or ENTROPY:
         softmax_teacher = teacher
         if not NORMALIZED:
@@ -287,7 +329,10 @@ def _keep_row(
             student,
             softmax_teacher,
             plain_unit,
+            t_plain_unit,
             z_label,
+            t_label,
+            apart,
             pivot,
             moments,
             V,
@@ -306,6 +351,7 @@ def _keep_row(
             found.spread,
             found.entropy,
         )
+        t_plain = found.t_plain
         if NORMALIZED:
             s_norm, t_norm = found.student, found.teacher
 
@@ -321,6 +367,7 @@ def _keep_row(
                     teacher,
                     s_norm,
                     t_norm,
+                    apart,
                     V,
                     split,
                     parameters,
@@ -334,8 +381,23 @@ def _keep_row(
     elif STAGE != "statistics":
         loss, distillation, cross_entropy = 0.0, 0.0, 0.0
         squared = s_temperature * s_temperature if SQUARED else 1.0
+        others_phi, others_g = phi, g
+        of_label, of_apart = 0.0, Sums(0.0, 0.0, 0.0)
+        if APART:
+            b = log_probability(z_label, s_norm)
+            entropy = entropy_of_all(b, entropy)
+            plain = normalizer_of_all(z_label, plain)
+            if teacher.unit is not None:
+                if OF_LABEL:
+                    of_label = objective.label * share(t_label, t_plain)
+                else:
+                    of_apart = binary(objective.binary, log_probability(t_label, t_norm), b)
+                    phi += of_apart.phi
+                    g += of_apart.g
         if teacher.unit is not None:
             distillation = squared * phi
+            if OF_LABEL:
+                distillation += weighed(of_label, -log_probability(z_label, plain))
             if objective.alpha is not None:
                 loss = objective.alpha * distillation
         if WITH_LABEL:
@@ -352,7 +414,7 @@ def _keep_row(
             if inputs.scale is not None:
                 scale *= tl.load(inputs.scale)
             s_scale = weight * scale * student_model.scale
-            s_factor, t_factor, label_factor = None, None, None
+            s_factor, t_factor, label_factor, smoothing = None, None, None, objective.smoothing
             if objective.alpha is not None:
                 s_factor = objective.alpha * squared / s_temperature * s_scale
                 t_factor = (
@@ -360,17 +422,30 @@ def _keep_row(
                 )
             if WITH_LABEL:
                 label_factor = objective.rest * s_scale
+            if OF_LABEL and objective.alpha is not None:
+                # A cross-entropy without smoothing rides with the other.
+                weight_of_label = objective.alpha * of_label
+                if WITH_LABEL:
+                    weight_of_label += objective.rest
+                    if smoothing is not None:
+                        smoothing *= objective.rest / weight_of_label
+                label_factor = weight_of_label * s_scale
+            h = objective.degree * others_phi - others_g
+            if APART:
+                h += of_apart.h
             sweep_gradients(
                 student,
                 teacher,
                 s_norm,
                 t_norm,
                 plain,
-                Sums(phi, g, objective.degree * phi - g),
+                Sums(phi, g, h),
+                of_apart,
                 Factors(s_factor, label_factor, t_factor),
                 objective.degree,
+                apart,
                 label,
-                objective.smoothing,
+                smoothing,
                 vocabulary,
                 V,
                 width,
@@ -653,6 +728,7 @@ class Call(NamedTuple):
     count: int  # rows
     stages: list[str]
     shared: Plan | None
+    apart: bool  # whether the label's token is compared apart from the others
     arguments: tuple[Any, ...]
     constants: tuple[Any, ...]
     options: dict[str, Any]
@@ -683,6 +759,8 @@ def _call(
     """The tensors of unit stride but for the teacher; where alpha is 0 its gradient is not computed."""
     divergence, alpha, lead = options.divergence, options.alpha, student.shape[:-1]
     with_label = rows.labels is not None and alpha < 1.0
+    target = divergence.target
+    weights = {} if target is None else {target.form: float(target.weight)}
     parts = outputs.distillation is not None
     tensors = {
         "student": student,
@@ -718,7 +796,7 @@ def _call(
     stages = []
     if with_label or parts or (divergence.normalized and with_teacher):
         stages.append("statistics")
-    if divergence.closed_form is None and with_teacher:
+    if moments.forward is None and moments.reverse is None and with_teacher:
         stages.append("sums")
     stages.append("gradient")
     reads = [student.itemsize, *([teacher.itemsize] if with_teacher else [])]
@@ -753,10 +831,12 @@ def _call(
         Objective(
             alpha or None,
             1.0 - alpha if with_label else None,
-            options.label_smoothing or None,
+            (options.label_smoothing or None) if with_label else None,
             options.scale,
             divergence.degree or 0.0,
             options.ignore_index,
+            weights.get("binary"),
+            weights.get("label"),
         ),
         moments,
         divergence.params,
@@ -777,7 +857,7 @@ def _call(
         "enable_fp_fusion": True,
         **register_limits(aligned, crowded),
     }
-    return Call(count, stages, shared, arguments, constants, launch)
+    return Call(count, stages, shared, target is not None, arguments, constants, launch)
 
 
 def _launch_shares(call: Call, device: torch.device) -> None:
@@ -786,9 +866,10 @@ def _launch_shares(call: Call, device: torch.device) -> None:
     statistics = sums = call.left(FIELDS, device)
     if "sums" in call.stages:
         sums = call.left(2, device)
+    apart = call.left(APART_FIELDS, device) if call.apart else None
     kernels: dict[str, Any] = {}
     for first in range(0, call.count, group):
-        split = Split(statistics, sums, first, programs, programs)
+        split = Split(statistics, sums, apart, first, programs, programs)
         for stage in call.stages:
             grid = call.grid(stage, min(group, call.count - first))
             given = (*call.arguments, split, *call.constants, LANES, stage)
@@ -845,10 +926,12 @@ def _sparse() -> ModuleType:
 # The same where several processes share the vocabulary: fastkd/rows.py says what passes between the steps.
 
 
-def _launch_stage(call: Call, stage: str, statistics: Tensor, sums: Tensor, shares: int) -> None:
+def _launch_stage(
+    call: Call, stage: str, statistics: Tensor, apart: Tensor | None, sums: Tensor, shares: int
+) -> None:
     assert call.shared is not None
     if call.count:
-        split = Split(statistics, sums, 0, call.shared.programs, shares)
+        split = Split(statistics, sums, apart, 0, call.shared.programs, shares)
         given = (*call.arguments, split, *call.constants, max(LANES, _power_of_2(shares)), stage)
         with _on(statistics.device):
             kd_kernel[call.grid(stage, call.count)](*given, **call.options)
@@ -862,10 +945,23 @@ def _shares(gathered: Tensor, programs: int) -> Tensor:
     return each.reshape(rows, fields, processes * programs)
 
 
+def _found(call: Call, gathered: Tensor) -> tuple[Tensor, Tensor | None, int]:
+    """(statistics, what is left besides where a token is apart, shares of a row), from what shard_statistics gives."""
+    assert call.shared is not None
+    found = _shares(gathered, call.shared.programs)
+    if not call.apart:
+        return found, None, found.shape[-1]
+    apart = found[:, -APART_FIELDS:].contiguous()
+    return found[:, :-APART_FIELDS].contiguous(), apart, found.shape[-1]
+
+
 def shard_statistics(
     student: Tensor, teacher: Tensor, rows: Rows, options: Options, result: Result
 ) -> Statistics:
-    """Of this process's columns: FIELDS numbers a row and program; none where nothing is to be known of all of them."""
+    """Of this process's columns: FIELDS numbers a row and program; none where nothing is to be known of all of them.
+
+    APART_FIELDS more where the label's token is compared apart from the others.
+    """
     if rows.ids is not None:
         return topk.shard_statistics(_sparse(), student, teacher, rows, options, result)
     gradients = [None if x is None else _unit_stride(x) for x in result[2:4]]
@@ -873,9 +969,11 @@ def shard_statistics(
     call = _call(_unit_stride(student), teacher, *gradients, outputs, rows, options)
     wanted = "statistics" in call.stages
     found = call.left(FIELDS if wanted else 0, student.device)
+    apart = call.left(APART_FIELDS, student.device) if call.apart else None
     if wanted:
-        _launch_stage(call, "statistics", found, found, call.shared.programs)
-    return Statistics(found.flatten(1), kept=call)
+        _launch_stage(call, "statistics", found, apart, found, call.shared.programs)
+    left = found if apart is None else torch.cat([found, apart], 1)
+    return Statistics(left.flatten(1), kept=call)
 
 
 def shard_sums(
@@ -890,9 +988,9 @@ def shard_sums(
     call = statistics.kept
     if rows.ids is not None or "sums" not in call.stages:
         return None
-    found = _shares(statistics.gathered, call.shared.programs)
+    found, apart, shares = _found(call, statistics.gathered)
     sums = call.left(2, student.device)
-    _launch_stage(call, "sums", found, sums, found.shape[-1])
+    _launch_stage(call, "sums", found, apart, sums, shares)
     return sums.flatten(1)
 
 
@@ -910,9 +1008,9 @@ def shard_results(
         topk.shard_results(_sparse(), student, teacher, rows, options, result, statistics)
         return
     call = statistics.kept
-    found = _shares(statistics.gathered, call.shared.programs)
+    found, apart, shares = _found(call, statistics.gathered)
     total = found if sums is None else _shares(sums, call.shared.programs)
-    _launch_stage(call, "gradient", found, total, found.shape[-1])
+    _launch_stage(call, "gradient", found, apart, total, shares)
     for model, gradient in zip(call.arguments[:2], result[2:4], strict=True):
         if gradient is None:
             continue

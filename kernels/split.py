@@ -20,12 +20,15 @@ from fastkd.rows import Shard
 
 from .sweeps import Partial
 
-# What a program leaves of its share of a row: a Partial, and the label's logit (the gradient may by then have
-# overwritten it); where processes share the vocabulary also what its spread is relative to, and its number of columns.
+# What a program leaves of its share of a row: a Partial but for its last field, and the label's logit (the gradient may
+# by then have overwritten it); where processes share the vocabulary also what its spread is relative to, and its number
+# of columns.
 SPREAD = Partial._fields.index("spread")
-LABEL = len(Partial._fields)
+LABEL = len(Partial._fields) - 1
 PIVOT, COLUMNS = LABEL + 1, LABEL + 2
 FIELDS = LABEL + 3
+# And where the label's token is compared apart from the others: that last field, and the teacher's logit of the label.
+APART_FIELDS = 2
 
 # Lanes that merge a row's shares: the largest number of programs a row, whatever it is in a call. Only where more
 # processes than these share a vocabulary are there more.
@@ -135,8 +138,16 @@ def _leave(split, row, field, value, FIELDS: tl.constexpr = FIELDS):
 def leave_statistics(split, row, part, z_label, LABEL: tl.constexpr = LABEL):
     """Leave a Partial, and the label's logit."""
     _leave(split, row, LABEL, z_label)
-    for field in tl.static_range(len(part)):
+    for field in tl.static_range(LABEL):
         _leave(split, row, field, part[field])
+
+
+@triton.jit
+def leave_apart(split, row, part, t_label, APART_FIELDS: tl.constexpr = APART_FIELDS):
+    """Leave what is asked for where the label's token is compared apart from the others."""
+    place = split.apart + row.to(tl.int64) * APART_FIELDS * split.programs + tl.program_id(1)
+    tl.store(place, part.t_plain_sum)
+    tl.store(place + split.programs, t_label)
 
 
 @triton.jit
@@ -173,6 +184,22 @@ def _left(split, row, field, nothing, LANES: tl.constexpr, FIELDS: tl.constexpr 
 def left_label(split, row, LANES: tl.constexpr, LABEL: tl.constexpr = LABEL):
     """The label's logit, which is -inf where another process has it."""
     return tl.max(_left(split, row, LABEL, -float("inf"), LANES), 0)
+
+
+@triton.jit
+def _left_plain_sum(split, row, LANES: tl.constexpr, APART_FIELDS: tl.constexpr = APART_FIELDS):
+    plain_sum = tl.zeros([LANES], tl.float32)
+    if split.apart is not None:
+        field = row.to(tl.int64) * APART_FIELDS
+        plain_sum = _lanes(split.apart, field, split, 0.0, LANES)
+    return plain_sum
+
+
+@triton.jit
+def left_t_label(split, row, LANES: tl.constexpr, APART_FIELDS: tl.constexpr = APART_FIELDS):
+    """As left_label, of the teacher."""
+    field = row.to(tl.int64) * APART_FIELDS + 1
+    return tl.max(_lanes(split.apart, field, split, -float("inf"), LANES), 0)
 
 
 @triton.jit
@@ -216,4 +243,5 @@ def left_statistics(split, row, LANES: tl.constexpr):
         _left(split, row, 8, 0.0, LANES),
         _left(split, row, 9, lowest, LANES),
         _left(split, row, 10, lowest, LANES),
+        _left_plain_sum(split, row, LANES),
     )

@@ -5,7 +5,8 @@ that a row of 262144 entries adds some hundred numbers in sequence and not all o
 
 z are a row's logits after logit_scale and softcap, up to a positive factor. Differences of z are taken before the
 temperature (and that factor) multiplies them, so that an offset common to a row costs no digits. Columns past the
-vocabulary read as z = -inf on both sides, which the policy for log 0 makes count as nothing.
+vocabulary read as z = -inf on both sides, which the policy for log 0 makes count as nothing. So does the label's
+column where a divergence compares it apart (apart.py): all sums but that of z are of the others.
 """
 
 from __future__ import annotations
@@ -59,6 +60,7 @@ class Split(NamedTuple):
 
     statistics: Any  # float32 [rows, FIELDS, ..]: what one kernel leaves to the next (split.py)
     sums: Any  # float32 [rows, 2, ..], likewise
+    apart: Any  # float32 [rows, APART_FIELDS, ..], likewise; None where no token is compared apart from the others
     first: Any  # the row of the kernel's first program
     programs: Any  # a row has here; a program leaves its numbers beside those of the others
     shares: Any  # that a kernel finds of a row; where processes share the vocabulary, those of all of them
@@ -85,6 +87,7 @@ class Partial(NamedTuple):
     spread: Any  # sum of z - pivot
     p_lost: Any  # the largest z of a side where the other is at -inf
     q_lost: Any
+    t_plain_sum: Any  # last, for few ask for it (split.py)
 
 
 class Statistics(NamedTuple):
@@ -93,6 +96,7 @@ class Statistics(NamedTuple):
     student: Any  # Normalizer
     teacher: Any  # Normalizer
     plain: Any  # Normalizer of the student at temperature 1
+    t_plain: Any  # likewise of the teacher
     entropy: Any  # of the student, tempered
     spread: Any  # sum of z - pivot
     phi: Any  # the closed form's value
@@ -128,6 +132,14 @@ def read(row, columns, V):
     elif row.model.sign is not None:
         z = tl.where(columns < V, row.model.sign * z, -float("inf"))
     return z, slope
+
+
+@triton.jit
+def _others(z, columns, apart):
+    """z without the column apart; a NaN stays, and spoils the row there as anywhere."""
+    if apart is not None:
+        z = tl.where((columns == apart) & (z == z), -float("inf"), z)
+    return z
 
 
 @triton.jit
@@ -216,7 +228,7 @@ def _closed_form(
 
 
 @triton.jit
-def _total(s_top, t_top, sums, p_lost, q_lost):
+def _total(s_top, t_top, sums, p_lost, q_lost, t_plain_sum):
     """A Partial of what lanes hold."""
     return Partial(
         s_top,
@@ -230,6 +242,7 @@ def _total(s_top, t_top, sums, p_lost, q_lost):
         tl.sum(sums[6], 0),
         tl.max(p_lost, 0),
         tl.max(q_lost, 0),
+        tl.sum(t_plain_sum, 0),
     )
 
 
@@ -238,6 +251,8 @@ def sweep_statistics(
     student,
     teacher,
     plain_unit,
+    t_plain_unit,
+    apart,
     pivot,
     moments,
     V,
@@ -251,20 +266,22 @@ def sweep_statistics(
     Sums of exponentials are relative to the running maximum. When it rises by `step` (tempered), earlier sums fade by
     exp(-step), and a moment, a sum of e x with x relative to the maximum too, moves by -step times the sum of e.
 
-    moments None: none. plain_unit None: no normaliser at temperature 1. pivot None: no sum of z.
+    moments None: none. plain_unit None: no normaliser at temperature 1. apart None: the divergence is of all columns.
+    pivot None: no sum of z.
     """
     lanes = tl.arange(0, BLOCK_V)
     lowest = _fold_max(tl.full([BLOCK_V], -float("inf"), tl.float32), ALIGNED)
     zero = _fold(tl.zeros([BLOCK_V], tl.float32), ALIGNED)
     s_top = tl.full([], -float("inf"), tl.float32)
     t_top = s_top
-    s_sum, t_sum, plain_sum = zero, zero, zero
+    s_sum, t_sum, plain_sum, t_plain_sum = zero, zero, zero, zero
     p_moment, q_moment, entropy_moment, spread = zero, zero, zero, zero
     p_lost, q_lost = lowest, lowest
     first, last = _tiles(V, split, BLOCK_V)
     for tile in range(first, last):
         columns = tile * BLOCK_V + lanes
-        s, _ = read(student, columns, V)
+        z, _ = read(student, columns, V)
+        s = _others(z, columns, apart)
         s_before = s_top
         s_top = tl.maximum(s_top, tl.max(s, 0))
         s_origin, s_step, s_fade = _rise(s_before, s_top, student.unit)
@@ -277,9 +294,10 @@ def sweep_statistics(
             plain_fade = tl.exp((s_before - s_origin) * plain_unit)
             plain_sum = plain_fade * plain_sum + _fold(tl.exp((s - s_origin) * plain_unit), ALIGNED)
         if pivot is not None:
-            spread += _fold(tl.where(columns < V, s - pivot, 0.0), ALIGNED)
+            spread += _fold(tl.where(columns < V, z - pivot, 0.0), ALIGNED)
         if teacher.unit is not None:
             t, _ = read(teacher, columns, V)
+            t = _others(t, columns, apart)
             t_before = t_top
             t_top = tl.maximum(t_top, tl.max(t, 0))
             t_origin, t_step, t_fade = _rise(t_before, t_top, teacher.unit)
@@ -303,26 +321,32 @@ def sweep_statistics(
                     q_lost = tl.maximum(
                         q_lost, _fold_max(tl.where(t_gone, s, -float("inf")), ALIGNED)
                     )
+            if t_plain_unit is not None:
+                plain_fade = tl.exp((t_before - t_origin) * t_plain_unit)
+                e_plain = tl.exp((t - t_origin) * t_plain_unit)
+                t_plain_sum = plain_fade * t_plain_sum + _fold(e_plain, ALIGNED)
             t_sum = t_fade * t_sum + _fold(e_t, ALIGNED)
         s_sum = s_fade * s_sum + _fold(e_s, ALIGNED)
 
     sums = (s_sum, t_sum, plain_sum, p_moment, q_moment, entropy_moment, spread)
-    return _total(s_top, t_top, sums, p_lost, q_lost)
+    return _total(s_top, t_top, sums, p_lost, q_lost, t_plain_sum)
 
 
 @triton.jit
-def merge(parts, student, teacher, plain_unit, moments):
+def merge(parts, student, teacher, plain_unit, t_plain_unit, moments):
     """A row's partial statistics, one a lane, as one; a lane of no tiles has the maximum -inf, and fades."""
     s_top = tl.max(parts.s_top, 0)
     t_top = tl.max(parts.t_top, 0)
     s_origin, s_step, s_fade = _rise(parts.s_top, s_top, student.unit)
     entropy_moment = _faded(parts.entropy_moment, -s_step, parts.s_sum, s_fade)
-    t_sum, plain_sum = parts.t_sum, parts.plain_sum
+    t_sum, plain_sum, t_plain_sum = parts.t_sum, parts.plain_sum, parts.t_plain_sum
     p_moment, q_moment = parts.p_moment, parts.q_moment
     if plain_unit is not None:
         plain_sum *= tl.exp((parts.s_top - s_origin) * plain_unit)
     if teacher.unit is not None:
-        _, t_step, t_fade = _rise(parts.t_top, t_top, teacher.unit)
+        t_origin, t_step, t_fade = _rise(parts.t_top, t_top, teacher.unit)
+        if t_plain_unit is not None:
+            t_plain_sum *= tl.exp((parts.t_top - t_origin) * t_plain_unit)
         if moments.forward is not None or moments.reverse is not None:
             if moments.forward is not None:
                 p_moment = _faded_p(p_moment, moments, s_step, t_step, t_sum, t_fade)
@@ -331,18 +355,21 @@ def merge(parts, student, teacher, plain_unit, moments):
         t_sum *= t_fade
     s_sum = s_fade * parts.s_sum
     sums = (s_sum, t_sum, plain_sum, p_moment, q_moment, entropy_moment, parts.spread)
-    return _total(s_top, t_top, sums, parts.p_lost, parts.q_lost)
+    return _total(s_top, t_top, sums, parts.p_lost, parts.q_lost, t_plain_sum)
 
 
 @triton.jit
-def conclude(row, student, teacher, plain_unit, moments):
+def conclude(row, student, teacher, plain_unit, t_plain_unit, moments):
     """The statistics of a row from the sums over all of it."""
     s_norm = Normalizer(_origin(row.s_top), student.unit, tl.log(row.s_sum))
-    t_norm, plain, phi, g = s_norm, s_norm, 0.0, 0.0
+    t_norm, plain, t_plain, phi, g = s_norm, s_norm, s_norm, 0.0, 0.0
     if plain_unit is not None:
         plain = Normalizer(_origin(row.s_top), plain_unit, tl.log(row.plain_sum))
     if teacher.unit is not None:
         t_norm = Normalizer(_origin(row.t_top), teacher.unit, tl.log(row.t_sum))
+        t_plain = t_norm
+        if t_plain_unit is not None:
+            t_plain = Normalizer(_origin(row.t_top), t_plain_unit, tl.log(row.t_plain_sum))
         if moments.forward is not None or moments.reverse is not None:
             phi, g = _closed_form(
                 moments,
@@ -354,7 +381,7 @@ def conclude(row, student, teacher, plain_unit, moments):
                 tl.exp(log_probability(row.q_lost, s_norm)),
             )
     entropy = s_norm.log_sum - tl.div_rn(row.entropy_moment, row.s_sum)
-    return Statistics(s_norm, t_norm, plain, entropy, row.spread, phi, g)
+    return Statistics(s_norm, t_norm, plain, t_plain, entropy, row.spread, phi, g)
 
 
 @triton.jit
@@ -363,6 +390,7 @@ def sweep_sums(
     teacher,
     s_norm,
     t_norm,
+    apart,
     V,
     split,
     parameters,
@@ -380,8 +408,9 @@ def sweep_sums(
         columns = tile * BLOCK_V + lanes
         s, _ = read(student, columns, V)
         t, _ = read(teacher, columns, V)
-        log_q = log_probability(s, s_norm)
-        phi, g = evaluate(DIVERGENCE, parameters, log_probability(t, t_norm), log_q, NORMALIZED)
+        log_q = log_probability(_others(s, columns, apart), s_norm)
+        log_p = log_probability(_others(t, columns, apart), t_norm)
+        phi, g = evaluate(DIVERGENCE, parameters, log_p, log_q, NORMALIZED)
         phi_sum += _fold(phi, ALIGNED)
         g_sum += _fold(g, ALIGNED)
     return tl.sum(phi_sum, 0), tl.sum(g_sum, 0)
@@ -408,8 +437,10 @@ def sweep_gradients(
     t_norm,
     plain,
     sums,
+    of_apart,
     factors,
     degree,
+    apart,
     label,
     smoothing,
     vocabulary,
@@ -421,7 +452,10 @@ def sweep_gradients(
     NORMALIZED: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
-    """Write the gradients, in reverse order: what the sweep before read last is what the caches still hold."""
+    """Write the gradients, in reverse order: what the sweep before read last is what the caches still hold.
+
+    Where a column is apart, its share of sums is of_apart; it is the label's.
+    """
     lanes = tl.arange(0, BLOCK_V)
     first, last = _tiles(width, split, BLOCK_V)
     for back in range(first, last):
@@ -430,12 +464,17 @@ def sweep_gradients(
         gradient = tl.zeros([BLOCK_V], tl.float32)
         if factors.distillation is not None:
             t, t_slope = read(teacher, columns, V)
-            log_q = log_probability(s, s_norm)
-            log_p = log_probability(t, t_norm)
+            log_q = log_probability(_others(s, columns, apart), s_norm)
+            log_p = log_probability(_others(t, columns, apart), t_norm)
             phi, g = evaluate(DIVERGENCE, parameters, log_p, log_q, NORMALIZED)
-            gradient = _project(g, log_q, sums.g, NORMALIZED) * factors.distillation
+            gradient = _project(g, log_q, sums.g, NORMALIZED)
+            if apart is not None:
+                gradient = tl.where(columns == apart, of_apart.g, gradient)
+            gradient *= factors.distillation
             if teacher.model.width is not None:
                 h = _project(degree * phi - g, log_p, sums.h, NORMALIZED)
+                if apart is not None:
+                    h = tl.where(columns == apart, of_apart.h, h)
                 h = tl.where(columns < V, h * t_slope * factors.teacher, 0.0)
                 _store(teacher.gradient, columns, h, teacher.model.width)
         if student.model.width is not None:

@@ -232,7 +232,7 @@ def test_a_shard_that_is_too_wide(emulation: Emulation) -> None:
 FAULTS = {
     "a maximum that has faded": ("shard.h", "all = merge(all, other, row);", "all = other;"),
     "another's sum of z": ("shard.h", "spread += from[SPREAD_AT];", "spread = from[SPREAD_AT];"),
-    "a pivot of nothing": ("shard.h", "row.pivot = origin(z_at(call, row, 0));", "row.pivot = 0;"),
+    "a pivot of nothing": ("shard.h", "row.pivot = origin(z_at(", "row.pivot = 0 * origin(z_at("),
     "the label of the last process": ("shard.h", "fmaxf(row.z_label, float(from[SWEPT]))", "float(from[SWEPT])"),
     "sums of one process": ("shard.h", "    phi += from[0];", "    phi = from[0];"),
     "what is gone is nothing": ("shard.h", "> NEGLIGIBLE * sum", "> 2 * sum"),

@@ -718,7 +718,7 @@ X = torch.zeros(2, 4)
 BAD: list[tuple[Callable[..., Tensor], dict[str, Any], type[Exception], str]] = [
     (adaptive_kl_loss, {"head_mass": 0.0}, ValueError, r"head_mass must be in \(0, 1\), got 0.0"),
     (adaptive_kl_loss, {"head_mass": 1.0}, ValueError, r"head_mass must be in \[0, 1\), got 1.0"),
-    (adaptive_kl_loss, {"crossing": "both"}, ValueError, "crossing must be 'head' or 'tail', got 'both'"),
+    (adaptive_kl_loss, {"crossing": "both"}, ValueError, "crossing must be one of head, tail; got 'both'"),
     (adaptive_kl_loss, {"teacher": torch.zeros(2, 5)}, ValueError, "student_logits has 4 columns, teacher has 5"),
     (adaptive_kl_loss, {"teacher": None}, TypeError, "teacher must be a tensor of logits, got NoneType"),
     (adaptive_kl_loss, {"backend": "none"}, ValueError, "backend must be 'auto' or one of"),

@@ -25,6 +25,7 @@ from torch import Tensor
 from triton_aot import Caught, Resources, catch, local_in_loop, resources
 
 import fastkd
+from fastkd import divergences
 from fastkd.native import outputs
 from fastkd.rows import Options, Rows, Shard, Want
 
@@ -36,6 +37,7 @@ LIMITS: dict[str, dict[str, float]] = {
     "alpha_beta at 0": {"alpha": 0.0, "beta": 0.0},
 }
 DIVERGENCES = [*fastkd.DIVERGENCES, *LIMITS]
+MADE = divergences.TABLE | divergences.WITH_LABELS
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # The rows of each entry of the table of tiles; and odd ones. Those of 1000 and of 50257 columns are not ALIGNED.
 WIDTHS = {"narrow": 1000, "medium": 16384, "wide": 128256, "odd": 50257}
@@ -68,6 +70,7 @@ def variants(full: bool) -> list[Variant]:
                     DIVERGENCES, kinds, both, widths
                 )
             ]
+            + apart_variants(widths)
             + shared_variants(list(fastkd.DIVERGENCES), widths)
             + topk_variants(widths)
             + [
@@ -105,6 +108,7 @@ def variants(full: bool) -> list[Variant]:
         for name, make in fastkd.DIVERGENCES.items():
             if (make().closed_form is not None) == closed_form:
                 found.append(Variant(name, "hinton", dtype, dtype, f"timed {columns}"))
+    found += apart_variants(["wide"])
     found += shared_variants(["mixture", "jsd"], ["wide", "odd"])
     found += topk_variants(["wide", "odd"])
     everything = Variant("jsd", "everything", sharded=True)
@@ -122,6 +126,17 @@ def shared_variants(divergences: Sequence[str], widths: Sequence[str]) -> list[V
         for stage in stages:
             found.append(Variant(divergence, "distillation", "fp32", "fp32", width, stage))
             found.append(Variant(divergence, "everything", "bf16", "bf16", width, stage))
+    return found
+
+
+def apart_variants(widths: Sequence[str]) -> list[Variant]:
+    """Divergences that compare the label's token apart from the others: rows of one program, and of several."""
+    found = []
+    for divergence, width in itertools.product(divergences.WITH_LABELS, widths):
+        found.append(Variant(divergence, "hinton", "fp32", "fp32", width))
+        found.append(Variant(divergence, "everything", width=width))
+        for stage in ("statistics", "gradient"):
+            found.append(Variant(divergence, "everything", width=width, stage=stage))
     return found
 
 
@@ -163,7 +178,7 @@ def _launch(variant: Variant, target: str) -> tuple[Any, tuple[Any, ...], dict[s
         if variant.divergence in own:
             _launch_topk(topk, own, variant, student, labels, numbers, shard)
         parameters = LIMITS.get(variant.divergence, {})
-        divergence = fastkd.DIVERGENCES[variant.divergence.split()[0]](**parameters)
+        divergence = MADE[variant.divergence.split()[0]](**parameters)
         rows, options, want = {
             "distillation": (Rows(), Options(divergence), Want(True)),
             "hinton": (Rows(labels), Options(divergence, 0.5, 2.0, 2.0), Want(True)),

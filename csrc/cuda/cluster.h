@@ -71,6 +71,7 @@ class Block {
       return side.dtype == Dtype::bf16 && side.identity() && skew_of(logits) == 0;
     };
     row.plain = plain(row.student, source.logits[0]) && plain(row.teacher, source.logits[1]);
+    row.left_out = left_out_of(call, row, place.rank);
   }
 
   // This row's place in shared memory, as far from a multiple of a piece as it is in device memory.
@@ -199,7 +200,11 @@ struct Dense {
     return mine;
   }
 
-  FASTKD_DEVICE void close(const Statistics& all) { close_statistics(block.call, block.row(), all); }
+  FASTKD_DEVICE void close(const Statistics& all) {
+    close_statistics(block.call, block.row(), all);
+    if (label_is_apart(block.call))
+      close_label(block.call, block.row(), all.s_sum, all.t_sum, all.s_sum_at_1, all.t_sum_at_1);
+  }
   FASTKD_DEVICE void close(const Sums& all) { close_sums(block.row(), all); }
 
   template <bool LOG_0>

@@ -8,6 +8,9 @@
 //   sums          of phi and g, where no closed form gives them;        merged likewise
 //   gradient      in place of the logits in shared memory, or straight to device memory
 //
+// A divergence with a target compares the label's token apart from the others (fastkd/divergences.py, Target): its column
+// is left out of statistics and sums, what it adds to these is worked out once a row, and so is its own gradient.
+//
 // The functions here are what a thread does between two exchanges of data, and what merges two results: nothing in here
 // talks to another thread. cluster.h has the exchanges.
 //
@@ -242,7 +245,16 @@ FASTKD_CALL void clear(const Call& call, Place place, const Rows& rows, int64_t 
 
 // ---- what a row is, and what has been found of it
 
-enum Flags : unsigned { FORWARD = 1, REVERSE = 2, CROSS = 4, ENTROPY = 8, AT_1 = 16, SPREAD = 32, LOWS = 64 };
+enum Flags : unsigned {
+  FORWARD = 1,
+  REVERSE = 2,
+  CROSS = 4,
+  ENTROPY = 8,
+  AT_1 = 16,
+  SPREAD = 32,
+  LOWS = 64,
+  TEACHER_AT_1 = 128
+};
 
 // One side: z = softcap * tanh(gain * logit), or sign * logit; tempered logits are unit * z, and rate * z to base 2.
 struct Side {
@@ -271,11 +283,18 @@ struct Others {
   const char* log_probabilities;  // the teacher's, of the row
 };
 
+// What the label's token adds where it is compared apart: all 0 where it is one of many.
+struct Apart {
+  double phi, g, h;  // to the sums; g and h are its own derivatives too, by the student's logit and the teacher's
+  double cost, share;  // -log q of the label at temperature 1, and what multiplies it
+  double others;       // the student's probability of all others at temperature 1
+};
+
 // What the first phase finds. Exponentials and moments are relative to the tops; x is rate * (z - top), to base 2.
 struct Statistics {
   float s_top, t_top;
   float s_low, t_low;  // the least z, of interest where a gradient takes logarithms that no sum has seen
-  float s_sum, t_sum, s_sum_at_1;
+  float s_sum, t_sum, s_sum_at_1, t_sum_at_1;
   float forward, reverse;  // sum of e_t (x_t - x_s), of e_s (x_s - x_t)
   float cross, entropy;    // sum of e_t x_s, of e_s x_s
   float spread;            // sum of z - pivot
@@ -290,14 +309,18 @@ struct RowState {
   bool plain;  // both sides are bf16 logits as they are, at multiples of a piece
   unsigned flags;
   int64_t row, label;
+  int left_out;  // the label's column of this block's slice, where it is compared apart; else NOWHERE
   float weight;
-  float z_label, pivot;
+  float z_label, t_label, pivot;  // z of the label, the student's and the teacher's
   Side student, teacher;
   float plain_unit, plain_rate, plain_weight, plain_top;  // of the cross-entropy: the student at temperature 1
+  float teacher_plain_unit, teacher_plain_rate;
   double distillation, phi, g;     // sums over the row
   double cross_entropy, entropy;
   float sum_g, sum_h;
   float distillation_factor, cross_entropy_factor, teacher_factor, uniform;
+  Apart apart;
+  float label_gradient, teacher_label_gradient;  // of the column left out
   Others others;
   Statistics statistics_of_all;  // where these are given: of all columns
   Sums sums_of_all;
@@ -319,6 +342,8 @@ FASTKD_INLINE void raise(Statistics& a, float s_top, float t_top, const RowState
   a.cross = faded(t_fade, a.cross - s_step * a.t_sum);
   a.entropy = faded(s_fade, a.entropy - s_step * a.s_sum);
   if (row.flags & AT_1) a.s_sum_at_1 *= a.s_top == -INF ? 0 : exp2_of((a.s_top - origin(s_top)) * row.plain_rate);
+  if (row.flags & TEACHER_AT_1)
+    a.t_sum_at_1 *= a.t_top == -INF ? 0 : exp2_of((a.t_top - origin(t_top)) * row.teacher_plain_rate);
   a.s_sum *= s_fade;
   a.t_sum *= t_fade;
   a.s_top = s_top;
@@ -332,6 +357,7 @@ FASTKD_INLINE Statistics merge(Statistics a, Statistics b, const RowState& row) 
   a.s_sum += b.s_sum;
   a.t_sum += b.t_sum;
   a.s_sum_at_1 += b.s_sum_at_1;
+  a.t_sum_at_1 += b.t_sum_at_1;
   a.forward += b.forward;
   a.reverse += b.reverse;
   a.cross += b.cross;
@@ -344,8 +370,10 @@ FASTKD_INLINE Statistics merge(Statistics a, Statistics b, const RowState& row) 
 
 FASTKD_INLINE Sums merge(Sums a, Sums b, const RowState&) { return {a.phi + b.phi, a.g + b.g}; }
 
+FASTKD_INLINE bool label_is_apart(const Call& call) { return call.target != Target::none; }
+
 FASTKD_INLINE bool needs_statistics(const Call& call, const RowState& row) {
-  return call.normalized || row.with_labels || call.student_entropy;
+  return call.normalized || row.with_labels || call.student_entropy || label_is_apart(call);
 }
 
 // ---- open
@@ -370,9 +398,25 @@ FASTKD_INLINE void open_side(const Rows& rows, const Tempering& tempering, int64
 // Of all columns, wherever these are (shard.h).
 FASTKD_INLINE bool statistics_are_given(const Call& call) { return call.shard.step >= Step::sums; }
 
-// Of the student's logit in device memory.
-FASTKD_INLINE float z_at(const Call& call, const RowState& row, int64_t column) {
-  return row.student.z(load_one(row_of(call, call.student, row.row), call.student.dtype, column));
+// Of a logit in device memory.
+FASTKD_INLINE float z_at(const Call& call, const Rows& rows, const Side& side, int64_t row, int64_t column) {
+  return side.z(load_one(row_of(call, rows, row), rows.dtype, column));
+}
+
+FASTKD_INLINE float plain_unit(const Tempering& tempering) {
+  return tempering.softcap == 0 ? fabsf(float(tempering.logit_scale)) : 1;
+}
+
+// Of the columns of this process.
+FASTKD_INLINE bool label_is_here(const Call& call, const RowState& row) {
+  return row.label >= 0 && row.label < call.vocabulary;
+}
+
+constexpr int NOWHERE = -1;
+
+FASTKD_INLINE int left_out_of(const Call& call, const RowState& row, int rank) {
+  const int64_t column = row.label - first_column(call, rank);
+  return label_is_apart(call) && column >= 0 && column < columns_of(call, rank) ? int(column) : NOWHERE;
 }
 
 FASTKD_CALL void open_row(const Call& call, int64_t index, RowState& row) {
@@ -381,25 +425,32 @@ FASTKD_CALL void open_row(const Call& call, int64_t index, RowState& row) {
   row.row = index;
   row.label = call.labels ? call.labels[index] : -1;
   row.weight = call.weight ? call.weight[index] : 1;
-  row.with_labels = call.labels && call.alpha < 1;
+  row.with_labels = call.labels && (call.alpha < 1 || call.target == Target::label);
   row.phi = row.g = row.cross_entropy = row.entropy = 0;
-  row.z_label = row.pivot = 0;
+  row.z_label = row.t_label = row.pivot = 0;
+  row.apart = {};
   open_side(call.student, call.student_tempering, index, row.student, row.weight);
   open_side(call.teacher, call.teacher_tempering, index, row.teacher, row.weight);
-  row.plain_unit = call.student_tempering.softcap == 0 ? fabsf(float(call.student_tempering.logit_scale)) : 1;
+  row.plain_unit = plain_unit(call.student_tempering);
   row.plain_rate = float(row.plain_unit * LOG2_E_EXACT);
-  if (row.with_labels) {
+  row.teacher_plain_unit = plain_unit(call.teacher_tempering);
+  row.teacher_plain_rate = float(row.teacher_plain_unit * LOG2_E_EXACT);
+  if (row.with_labels || label_is_apart(call)) {
     if (row.label < 0 || row.label >= call.shard.total) {
       row.weight = NAN;
       row.label = 0;
     }
     row.label -= call.shard.first;  // of the columns that are here, if it is one
-    const bool here = row.label >= 0 && row.label < call.vocabulary;
-    row.z_label = here && !statistics_are_given(call) ? z_at(call, row, row.label) : -INF;
+    const bool look = label_is_here(call, row) && !statistics_are_given(call);
+    row.z_label = look ? z_at(call, call.student, row.student, index, row.label) : -INF;
+    if (label_is_apart(call)) row.t_label = look ? z_at(call, call.teacher, row.teacher, index, row.label) : -INF;
     row.pivot = origin(row.z_label);
+  }
+  if (row.with_labels) {
     if (row.student.temperature != 1) row.flags |= AT_1;
     if (call.label_smoothing > 0) row.flags |= SPREAD;
   }
+  if (call.target == Target::label && row.teacher.temperature != 1) row.flags |= TEACHER_AT_1;
   if (call.closed_form) {
     if (call.forward != 0) row.flags |= FORWARD;
     if (call.reverse != 0) row.flags |= REVERSE;
@@ -432,26 +483,34 @@ FASTKD_INLINE void adjust(V (&z)[VECTOR], const Side& side) {
   for (int turns = 0; turns < VECTOR; ++turns) push(z, side.z(z[0]));
 }
 
-// A vector of which n columns are there; and one of a row that is plain, about which nothing is left to decide.
+// A vector of which n columns are there, one of them, perhaps, the column left out; and one of a row that is plain, about
+// which nothing is left to decide.
 struct SomeVector {
   static constexpr bool plain = false;
-  int n;
+  int n, seat;
+
+  FASTKD_INLINE bool leaves_out() const { return seat >= 0 && seat < VECTOR; }
+  FASTKD_INLINE SomeVector rest() const { return {leaves_out() ? n - 1 : n, seat}; }
 };
 struct PlainVector {
   static constexpr bool plain = true;
   static constexpr int n = VECTOR;
+
+  static FASTKD_INLINE PlainVector rest() { return {}; }
 };
 
 // f(first column, vector) of a thread's vectors in a range.
 template <bool MAY_BE_PLAIN, class Function>
 FASTKD_INLINE void each_vector(const Call& call, const RowState& row, Place place, Range range, Function f) {
+  const int left_out = row.left_out;
   int first = range.first + place.thread * VECTOR;
   if (MAY_BE_PLAIN && row.plain)
 #pragma unroll 1
-    for (; first + VECTOR <= range.last; first += call.threads * VECTOR) f(first, PlainVector{});
+    for (; first + VECTOR <= range.last && unsigned(left_out - first) >= VECTOR; first += call.threads * VECTOR)
+      f(first, PlainVector{});
 #pragma unroll 1
   for (; first < range.last; first += call.threads * VECTOR)
-    f(first, SomeVector{range.last - first < VECTOR ? range.last - first : VECTOR});
+    f(first, SomeVector{range.last - first < VECTOR ? range.last - first : VECTOR, left_out - first});
 }
 
 // z of a vector; columns past n repeat the first, whose numbers they do not change.
@@ -461,6 +520,29 @@ FASTKD_INLINE void load_z(const char* shared, const Side& side, int first, Vecto
   load(shared, side.dtype, first, z);
   if (!side.identity()) adjust(z, side);
   for (int k = 1; k < VECTOR; ++k) z[k] = k < vector.n ? z[k] : z[0];
+}
+
+// z of the columns that sums are over: those after the one left out close ranks, and there is padding for one more.
+FASTKD_INLINE void leave_out(SomeVector vector, V (&z)[VECTOR]) {
+  if (!vector.leaves_out()) return;
+  for (int k = 0; k + 1 < VECTOR; ++k) z[k] = k < vector.seat ? z[k] : z[k + 1];
+  for (int k = 1; k < VECTOR; ++k) z[k] = k < vector.n - 1 ? z[k] : z[0];
+}
+FASTKD_INLINE void leave_out(PlainVector, V (&)[VECTOR]) {}
+
+// f(vector, s, t) of a thread's vectors in a range, without the column left out.
+template <bool MAY_BE_PLAIN, class Function>
+FASTKD_INLINE void each_vector_of_sums(const Call& call, const RowState& row, Place place, Range range,
+                                       const char* student, const char* teacher, Function f) {
+  each_vector<MAY_BE_PLAIN>(call, row, place, range, [&](int first, auto vector) {
+    if (vector.rest().n == 0) return;
+    V s[VECTOR], t[VECTOR];
+    load_z(student, row.student, first, vector, s);
+    load_z(teacher, row.teacher, first, vector, t);
+    leave_out(vector, s);
+    leave_out(vector, t);
+    f(vector.rest(), s, t);
+  });
 }
 
 template <int N>
@@ -508,6 +590,8 @@ FASTKD_INLINE void add_vector(Statistics& a, const V (&s)[N], const V (&t)[N], i
   if (row.flags & ENTROPY) add(a.entropy, [&](int k) { return times<LOG_0, APART>(e_s[k], x_s[k], s_low); });
   if (row.flags & AT_1)
     add(a.s_sum_at_1, [&](int k) { return k < n ? exp2_of((s[k] - s_origin) * row.plain_rate) : 0; });
+  if (row.flags & TEACHER_AT_1)
+    add(a.t_sum_at_1, [&](int k) { return k < n ? exp2_of((t[k] - t_origin) * row.teacher_plain_rate) : 0; });
   if (row.flags & LOWS)
     for (int k = 0; k < N; ++k) {
       a.s_low = fminf(a.s_low, s[k]);
@@ -526,10 +610,7 @@ FASTKD_INLINE Statistics no_statistics(const RowState& row) {
 template <bool LOG_0>
 FASTKD_INLINE void add_statistics(Statistics& mine, const Call& call, const RowState& row, Place place, Range range,
                                   const char* student, const char* teacher) {
-  each_vector<!LOG_0>(call, row, place, range, [&](int first, auto vector) {
-    V s[VECTOR], t[VECTOR];
-    load_z(student, row.student, first, vector, s);
-    load_z(teacher, row.teacher, first, vector, t);
+  each_vector_of_sums<!LOG_0>(call, row, place, range, student, teacher, [&](auto vector, const auto& s, const auto& t) {
     add_vector<LOG_0>(mine, s, t, vector.n, row);
   });
 }
@@ -578,6 +659,35 @@ FASTKD_INLINE void close_statistics(const Call& call, RowState& row, const Stati
   const bool overflows = (row.flags & LOWS) && ((all.s_low - row.student.top) * row.student.rate == -INF ||
                                                 (all.t_low - row.teacher.top) * row.teacher.rate == -INF);
   row.finite = row.log_0 || (!overflows && finite(float(row.phi) + float(row.entropy)));
+}
+
+FASTKD_INLINE double sigmoid(double x) { return 1 / (1 + ::exp(-x)); }
+FASTKD_INLINE double softplus(double x) { return x > 0 ? x + ::log1p(::exp(-x)) : ::log1p(::exp(x)); }
+
+// What the label adds, given the sums of the others' exponentials: fastkd/reference.py, _apart. a and b are the log-odds
+// of the label against all others, the teacher's and the student's.
+FASTKD_CALL void close_label(const Call& call, RowState& row, float s_sum, float t_sum, float s_sum_at_1, float t_sum_at_1) {
+  const double s_gap = double(row.z_label) - row.student.top, t_gap = double(row.t_label) - row.teacher.top;
+  const double a = t_gap * row.teacher.unit - log(double(t_sum));
+  const double b = s_gap * row.student.unit - log(double(s_sum));
+  const double p = sigmoid(a), p_rest = sigmoid(-a), q = sigmoid(b), q_rest = sigmoid(-b);
+  const double cost = softplus(-b), cost_of_rest = softplus(b), weight = call.target_weight;
+  const auto term = [](double factor, double gap) { return factor < NEGLIGIBLE ? 0 : factor * gap; };
+  row.entropy = term(q, cost) + term(q_rest, cost_of_rest) + q_rest * row.entropy;
+  if (call.target == Target::binary) {
+    row.apart.phi = weight * (term(p, cost - softplus(-a)) + term(p_rest, cost_of_rest - softplus(a)));
+    row.apart.g = weight * (b > 0 ? p_rest - q_rest : q - p);  // near 1 both have lost their digits
+    row.apart.h = weight * term(p * p_rest, a - b);
+  } else {
+    const double sum = row.flags & TEACHER_AT_1 ? t_sum_at_1 : t_sum;
+    row.apart.share = weight * sigmoid(t_gap * row.teacher_plain_unit - log(sum));
+  }
+  if (!row.with_labels) return;
+  const double sum = row.flags & AT_1 ? s_sum_at_1 : s_sum, b_at_1 = s_gap * row.plain_unit - log(sum);
+  row.apart.cost = softplus(-b_at_1);
+  row.apart.others = sigmoid(-b_at_1);
+  row.cross_entropy += softplus(b_at_1);  // its normaliser was that of the others
+  row.plain_weight = float(row.apart.others / sum);
 }
 
 // ---- the divergence
@@ -632,10 +742,8 @@ FASTKD_INLINE void evaluate(const Call& call, const RowState& row, V s, V t, V& 
 template <class Divergence, bool LOG_0>
 FASTKD_INLINE void add_sums(Sums& mine, const Call& call, const RowState& row, Place place, Range range,
                             const char* student, const char* teacher) {
-  each_vector<!LOG_0>(call, row, place, range, [&](int first, auto vector) {
-    V s[VECTOR], t[VECTOR], p, q, phi, g;
-    load_z(student, row.student, first, vector, s);
-    load_z(teacher, row.teacher, first, vector, t);
+  each_vector_of_sums<!LOG_0>(call, row, place, range, student, teacher, [&](auto vector, const auto& s, const auto& t) {
+    V p, q, phi, g;
     Sums part{0, 0};
     for (int k = 0; k < VECTOR; ++k) {
       evaluate<Divergence, LOG_0>(call, row, s[k], t[k], p, q, phi, g);
@@ -657,7 +765,13 @@ FASTKD_INLINE void close_sums(RowState& row, Sums all) {
 FASTKD_CALL void finish(const Call& call, RowState& row, int rank) {
   const double temperature = row.student.temperature;
   const double square = call.scale_by_temperature ? temperature * temperature : 1;
-  const double distillation = row.phi * square;
+  const Apart& apart = row.apart;
+  const double h = call.degree * row.phi - row.g + apart.h;
+  row.phi += apart.phi;
+  row.g += apart.g;
+  double distillation = row.phi * square;
+  if (apart.share != 0) distillation += apart.share * apart.cost;
+  if (call.alpha == 1) row.cross_entropy = 0;
   double loss = call.alpha == 0 ? 0 : call.alpha * distillation;
   if (row.with_labels) loss += (1 - call.alpha) * row.cross_entropy;
   if (rank == 0) {
@@ -668,11 +782,21 @@ FASTKD_CALL void finish(const Call& call, RowState& row, int rank) {
   }
   const double scale = row.weight * call.scale * (call.scale_on_device ? *call.scale_on_device : 1);
   row.sum_g = float(row.g);
-  row.sum_h = float(call.degree * row.phi - row.g);
+  row.sum_h = float(h);
   row.distillation_factor = float(call.alpha * square * scale * row.student.unit);
   row.teacher_factor = float(call.alpha * square * scale * row.teacher.unit);
-  row.cross_entropy_factor = float((1 - call.alpha) * scale * row.plain_unit);
-  row.uniform = float(call.label_smoothing / double(call.shard.total));
+  // Of -log q, the cross-entropy's and the divergence's; smoothing is of the former alone.
+  const double of_labels = 1 - call.alpha, of_both = of_labels + (call.alpha == 0 ? 0 : call.alpha * apart.share);
+  const double uniform = call.label_smoothing / double(call.shard.total);
+  row.cross_entropy_factor = float(of_both * scale * row.plain_unit);
+  row.uniform = float(apart.share != 0 ? uniform * of_labels / of_both : uniform);
+  if (!label_is_apart(call)) return;
+  double out = call.alpha == 0 ? 0 : apart.g * call.alpha * square * scale * row.student.unit;
+  if (row.with_labels)
+    out += (of_labels * (call.label_smoothing - uniform) - of_both * apart.others) * scale * row.plain_unit;
+  const double teacher_out = call.alpha == 0 ? 0 : apart.h * call.alpha * square * scale * row.teacher.unit;
+  row.label_gradient = float(out) * row.student.slope(row.z_label);
+  row.teacher_label_gradient = float(teacher_out) * row.teacher.slope(row.t_label);
 }
 
 // Whether a row counts. One that does not is not read.
@@ -696,6 +820,12 @@ FASTKD_INLINE V cross_entropy_gradient(const Call& call, const RowState& row, V 
   const V target = row.uniform + (column == row.label ? 1 - float(call.label_smoothing) : 0);
   return (exp2_of(x) * row.plain_weight - target) * row.cross_entropy_factor;
 }
+
+// The gradient of the column left out is its own.
+FASTKD_INLINE void put_back(SomeVector vector, V (&x)[VECTOR], float value) {
+  for (int k = 0; k < VECTOR; ++k) x[k] = k == vector.seat ? value : x[k];
+}
+FASTKD_INLINE void put_back(PlainVector, V (&)[VECTOR], float) {}
 
 template <class Vector>
 FASTKD_INLINE void store(char* memory, Dtype dtype, int first, Vector vector, const V (&x)[VECTOR]) {
@@ -731,11 +861,13 @@ FASTKD_INLINE void gradients(const Call& call, const RowState& row, Place place,
       for (int k = 0; k < VECTOR; ++k) out[k] += cross_entropy_gradient(call, row, s[k], start + first + k);
     if (student_gradient) {
       if (!vector.plain && !row.student.identity()) turn(out, s, [&](V g, V z) { return g * row.student.slope(z); });
+      put_back(vector, out, row.label_gradient);
       store(student_gradient, row.student.dtype, first, vector, out);
     }
     if (teacher_gradient) {
       if (!vector.plain && !row.teacher.identity())
         turn(teacher_out, t, [&](V h, V z) { return h * row.teacher.slope(z); });
+      put_back(vector, teacher_out, row.teacher_label_gradient);
       store(teacher_gradient, row.teacher.dtype, first, vector, teacher_out);
     }
   });

@@ -1,7 +1,7 @@
 // A row whose vocabulary several processes share, each of which has some columns: what they exchange, as doubles, and what
 // becomes of it. fastkd/rows.py names the steps; each is a launch.
 //
-//   statistics   of the columns here: a Share, or a Whole where the teacher is sparse, and the label's z
+//   statistics   of the columns here: a Share, or a Whole where the teacher is sparse, and the label's z on either side
 //   sums         the row is opened with the statistics of all; sums of phi and g over the columns here
 //   results      the row is opened with the sums of all as well; its value, and the gradient of the columns here
 #pragma once
@@ -25,10 +25,7 @@ FASTKD_INLINE Share merge(const Share& a, const Share& b, const RowState& row) {
 
 FASTKD_INLINE void add_share(Share& mine, const Call& call, const RowState& row, Place place, Range range,
                              const char* student, const char* teacher) {
-  each_vector<true>(call, row, place, range, [&](int first, auto vector) {
-    V s[VECTOR], t[VECTOR];
-    load_z(student, row.student, first, vector, s);
-    load_z(teacher, row.teacher, first, vector, t);
+  each_vector_of_sums<true>(call, row, place, range, student, teacher, [&](auto vector, const auto& s, const auto& t) {
     add_vector<false, true>(mine.sweep, s, t, vector.n, row);
     const auto gone = [](V z, float top, const Side& side) { return product(z - origin(top), side.rate) == -INF; };
     for (int k = 0; k < VECTOR; ++k) {
@@ -41,7 +38,7 @@ FASTKD_INLINE void add_share(Share& mine, const Call& call, const RowState& row,
 // ---- what is exchanged
 
 constexpr int SWEPT = sizeof(Statistics) / sizeof(float), SPREAD_AT = offsetof(Statistics, spread) / sizeof(float);
-static_assert(STATISTICS == SWEPT + 5, "what put writes");
+static_assert(STATISTICS == SWEPT + 6, "what put writes");
 
 FASTKD_INLINE void put(double* to, const Share& all) { to[0] = all.t_lost, to[1] = all.s_lost; }
 FASTKD_INLINE void put(double* to, const Whole& all) {
@@ -61,8 +58,9 @@ FASTKD_INLINE void write_statistics(const Call& call, const RowState& row, const
 #pragma unroll
   for (int i = 0; i < SWEPT; ++i) to[i] = swept[i];
   to[SPREAD_AT] = all.sweep.spread + double(row.pivot) * double(call.vocabulary);
-  to[SWEPT] = row.z_label;
-  put(to + SWEPT + 1, all);
+  if (label_is_apart(call) && label_is_here(call, row)) to[SPREAD_AT] += double(row.z_label) - double(row.pivot);
+  to[SWEPT] = row.z_label, to[SWEPT + 1] = row.t_label;
+  put(to + SWEPT + 2, all);
 }
 
 // Of all columns: one process after the other, so that each finds the same.
@@ -76,10 +74,11 @@ FASTKD_INLINE Part statistics_of_all(const Call& call, RowState& row, Part all) 
     float* swept = reinterpret_cast<float*>(&other.sweep);
 #pragma unroll
     for (int i = 0; i < SWEPT; ++i) swept[i] = float(from[i]);
-    take(from + SWEPT + 1, other);
+    take(from + SWEPT + 2, other);
     all = merge(all, other, row);
     spread += from[SPREAD_AT];
     row.z_label = fmaxf(row.z_label, float(from[SWEPT]));
+    row.t_label = fmaxf(row.t_label, float(from[SWEPT + 1]));
   }
   row.pivot = origin(row.z_label);
   all.sweep.spread = float(spread - double(row.pivot) * double(call.shard.total));
@@ -88,7 +87,7 @@ FASTKD_INLINE Part statistics_of_all(const Call& call, RowState& row, Part all) 
 
 // The label need not be here: any logit that is will do.
 FASTKD_CALL void choose_pivot(const Call& call, RowState& row) {
-  if ((row.flags & SPREAD) && call.vocabulary) row.pivot = origin(z_at(call, row, 0));
+  if ((row.flags & SPREAD) && call.vocabulary) row.pivot = origin(z_at(call, call.student, row.student, row.row, 0));
 }
 
 // ---- a dense teacher
