@@ -1,0 +1,280 @@
+"""The pages: their Python runs, their links lead somewhere, and the guide forgets no loss."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import re
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import fastkd
+from fastkd.divergences import WITH_LABELS
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+pytestmark = pytest.mark.skipif(len(PAGES) < 2, reason="there is no checkout around these tests")
+page = pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
+
+# Blocks that are not run here, by page and title, and why. In the page they say ```python title=FILE.
+ELSEWHERE = {
+    ("adding-a-divergence.md", "fastkd/divergences.py"): "tests/test_cli.py puts it into a copy of that file",
+    ("adding-a-divergence.md", "tests/oracles.py"): "tests/test_cli.py compares it with the above",
+}  # fmt: skip
+
+# Public names of the modules below that are no loss and no part of one.
+NOT_LOSSES = {
+    "fastkd.distiller": {"Tap", "find_logits", "first_tensor"},
+    "fastkd.relations": {"angles_in_tiles"},
+    "fastkd.sequences": {"Sequences", "Step"},
+    "fastkd.online": {"MutualParts"},
+}
+MODULES = ("response", "sequences", "calibration", "features", "distiller", "relations", "online")
+
+
+# ---- what pages are given
+
+
+class Decoder(nn.Module):
+    """A language model of one layer, as the pages use those of transformers."""
+
+    def __init__(self, vocabulary: int, width: int = 8) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(vocabulary, width)
+        self.lm_head = nn.Linear(width, vocabulary, bias=False)
+
+    def model(self, input_ids: Tensor) -> SimpleNamespace:
+        return SimpleNamespace(last_hidden_state=self.embedding(input_ids))
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> SimpleNamespace:
+        return SimpleNamespace(logits=self.lm_head(self.embedding(input_ids)))
+
+    def generate(
+        self, input_ids: Tensor, attention_mask: Tensor, max_new_tokens: int, **options: Any
+    ) -> Tensor:
+        new = torch.randint(1, self.lm_head.out_features, (len(input_ids), max_new_tokens))
+        return torch.cat([input_ids, new], -1)
+
+
+def decoders(vocabulary: int) -> dict[str, Any]:
+    return {"student": Decoder(vocabulary), "teacher": Decoder(vocabulary, 16)}
+
+
+def for_losses() -> dict[str, Any]:
+    return {**decoders(30), "prompts": torch.randint(1, 30, (2, 3))}
+
+
+def for_teachers() -> dict[str, Any]:
+    return {**decoders(30), "ids": torch.randint(30, (2, 6))}
+
+
+def for_the_cache() -> dict[str, Any]:
+    """A cache in OUT, as its page reads it, and sequences to write another."""
+    from fastkd.cache import CacheWriter
+
+    sequences = [torch.randint(49152, (length,)) for length in (5, 3, 4)]
+    with CacheWriter(
+        "OUT", kind="hidden", vocab_size=49152, weight=torch.randn(49152, 16)
+    ) as writer:
+        for ids in sequences:
+            writer.append(ids, hidden=torch.randn(len(ids), 16))
+    return {**decoders(49152), "sequences": sequences, "device": "cpu"}
+
+
+def for_readme() -> dict[str, Any]:
+    """What the block on processes names; there is one process here."""
+    import torch.distributed as dist
+
+    return {
+        "student_columns": torch.randn(4, 128, 50, requires_grad=True),
+        "teacher_columns": torch.randn(4, 128, 50),
+        "hidden": torch.randn(4, 128, 8, requires_grad=True),
+        "head_part": torch.randn(32000, 8, requires_grad=True),
+        "tp_group": dist.group.WORLD,
+    }
+
+
+class Given(NamedTuple):
+    """What a page's snippets find: names, and whether torch.distributed has a group, of this process alone."""
+
+    names: Callable[[], dict[str, Any]] = dict
+    group: bool = False
+
+
+GIVEN = {
+    "README.md": Given(for_readme, group=True),
+    "losses.md": Given(for_losses),
+    "parallel.md": Given(group=True),
+    "teacher-cache.md": Given(for_the_cache),
+    "teachers.md": Given(for_teachers),
+}
+
+
+@pytest.fixture
+def group(path: Path, tmp_path: Path) -> Iterator[None]:
+    """A group of one process, for pages that want one."""
+    if not GIVEN.get(path.name, Given()).group:
+        yield
+        return
+    import torch.distributed as dist
+
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+# ---- snippets
+
+
+class Block(NamedTuple):
+    line: int  # of its first line in the page
+    title: str
+    body: str
+
+
+def blocks(path: Path) -> list[Block]:
+    """The Python of a page."""
+    text = path.read_text(encoding="utf-8")
+    found = []
+    for match in re.finditer(r"^```python([^\n]*)\n(.*?)^```$", text, re.S | re.M):
+        info = match[1].strip()
+        assert info == "" or info.startswith("title="), f"{path.name}: ```python {info}"
+        line = text.count("\n", 0, match.start(2)) + 1
+        found.append(Block(line, info.removeprefix("title="), match[2]))
+    return found
+
+
+@page
+def test_snippets_run(
+    path: Path, tmp_path: Path, group: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In order, in one namespace and an empty folder; a block with a title is a module there."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    torch.manual_seed(0)
+    names: dict[str, Any] = {"__name__": path.stem, **GIVEN.get(path.name, Given()).names()}
+    written = set()
+    try:
+        for block in blocks(path):
+            if (path.name, block.title) in ELSEWHERE:
+                continue
+            if block.title:
+                with (tmp_path / block.title).open("a", encoding="utf-8") as module:
+                    module.write(f"{block.body}\n\n")
+                written.add(Path(block.title).stem)
+                continue
+            source = (
+                "\n" * (block.line - 1) + block.body
+            )  # so that tracebacks have the page's lines
+            exec(compile(source, str(path), "exec"), names)
+    finally:
+        for module_name in written:
+            sys.modules.pop(module_name, None)
+
+
+def test_what_runs_elsewhere_is_there() -> None:
+    titles = {(path.name, block.title) for path in PAGES for block in blocks(path)}
+    assert titles >= ELSEWHERE.keys()
+
+
+# ---- links
+
+
+def anchors(path: Path) -> set[str]:
+    """Of headings, as GitHub makes them."""
+    text = re.sub(r"^```.*?^```$", "", path.read_text(encoding="utf-8"), flags=re.S | re.M)
+    found: set[str] = set()
+    for heading in re.findall(r"^#+ +(.+?) *$", text, re.M):
+        plain = re.sub(r"\[([^]]*)\]\([^)]*\)", r"\1", heading).lower()
+        slug = re.sub(r"[^\w\- ]", "", plain).replace(" ", "-")
+        number = 0
+        while (name := f"{slug}-{number}" if number else slug) in found:
+            number += 1
+        found.add(name)
+    return found
+
+
+@page
+def test_links_lead_somewhere(path: Path) -> None:
+    text = re.sub(r"^```.*?^```$", "", path.read_text(encoding="utf-8"), flags=re.S | re.M)
+    text = re.sub(r"`[^`\n]*`", "`", text)
+    dead = []
+    for target in re.findall(r"\]\(([^)\s]+)\)", text):
+        if re.match(r"[a-z]+:", target):
+            continue
+        name, _, anchor = target.partition("#")
+        goal = (path.parent / name).resolve() if name else path
+        if not goal.exists() or (anchor and anchor not in anchors(goal)):
+            dead.append(target)
+    assert not dead, f"{path.name}: {dead}"
+
+
+@page
+def test_tests_that_a_page_names_exist(path: Path) -> None:
+    named = re.findall(r"`(tests/\w+\.py)::(\w+)", path.read_text(encoding="utf-8"))
+    missing = [
+        f"{file}::{test}"
+        for file, test in named
+        if not (ROOT / file).is_file()
+        or not re.search(rf"^def {test}\(", (ROOT / file).read_text(encoding="utf-8"), re.M)
+    ]
+    assert not missing, f"{path.name}: {missing}"
+
+
+# ---- the losses
+
+
+def public(name: str) -> set[str]:
+    """Functions and classes that are defined in fastkd.<name>, or are named in its __all__."""
+    module = importlib.import_module(f"fastkd.{name}")
+    members = set(getattr(module, "__all__", ())) or {
+        member
+        for member, value in vars(module).items()
+        if not member.startswith("_")
+        and (inspect.isfunction(value) or inspect.isclass(value))
+        and value.__module__ == module.__name__
+    }
+    return members - NOT_LOSSES.get(module.__name__, set())
+
+
+LOSSES = {
+    "fastkd": {"kd_loss", "fused_linear_kd_loss", "KDLoss", "FusedLinearKDLoss", "k1", "k2", "k3"},
+    "divergences": {*fastkd.DIVERGENCES, *WITH_LABELS},
+    **{name: public(name) for name in MODULES},
+}
+
+
+@pytest.mark.parametrize("module", LOSSES)
+def test_every_loss_has_an_entry(module: str) -> None:
+    text = (ROOT / "docs" / "losses.md").read_text(encoding="utf-8")
+    prose = re.sub(r"^```.*?^```$", "", text, flags=re.S | re.M)
+    code = set(re.findall(r"\w+", " ".join(re.findall(r"`([^`\n]+)`", prose))))
+    missing = LOSSES[module] - code
+    assert not missing, f"docs/losses.md has no entry for {sorted(missing)} of {module}"
+
+
+@pytest.mark.parametrize("module", [name for name in LOSSES if name != "divergences"])
+def test_every_loss_is_called_somewhere(module: str) -> None:
+    code = "\n".join(block.body for path in PAGES for block in blocks(path))
+    missing = {name for name in LOSSES[module] if not re.search(rf"\b{name}\(", code)}
+    assert not missing, f"no page calls {sorted(missing)} of {module}"
+
+
+def test_losses_that_are_none_are_there() -> None:
+    for name, others in NOT_LOSSES.items():
+        module = importlib.import_module(name)
+        assert all(hasattr(module, other) for other in others)
+
+
+def test_those_end_in_no_loss() -> None:
+    """A loss cannot hide among them."""
+    assert not [n for names in NOT_LOSSES.values() for n in names if re.search(r"[lL]oss$", n)]
