@@ -392,7 +392,7 @@ def dkd(alpha: float = 1.0, beta: float = 8.0) -> Divergence:
 
     Args:
         alpha: weight of the target's part, finite and not negative; not that of :func:`fastkd.kd_loss`.
-        beta: weight of the others' part, likewise. The paper takes 1 to 10.
+        beta: weight of the others' part, likewise. The authors take 1 to 10 for CIFAR-100, 0.5 and 2 for ImageNet.
     """
     alpha, beta = _weight("alpha", alpha), _weight("beta", beta)
     target = Target("binary", alpha)
@@ -406,7 +406,8 @@ def nkd(gamma: float = 1.5) -> Divergence:
     y. As in the authors' code, T^2 multiplies the second part only. The teacher is a constant.
 
     Args:
-        gamma: weight of the others' part, finite and not negative. The paper takes 1.5 at T = 1.
+        gamma: weight of the others' part, finite and not negative. The authors take 1.5 at T = 1 for convolutional
+            networks on ImageNet, 3.5 at T = 3 for CIFAR-100.
     """
     gamma = _weight("gamma", gamma)
     form = ClosedForm(cross=gamma)

@@ -98,12 +98,12 @@ def ensemble_loss(
     gate: Tensor | None = None,
     *,
     temperature: float = 3.0,
-    peer_weight: float = 1.0,
+    ensemble_weight: float = 1.0,
     **options: Any,
 ) -> Tensor:
     r"""On-the-fly native ensemble, ONE (Lan, Zhu and Gong 2018): branches taught by their ensemble, that by the labels.
 
-        sum_i CE(z_i, label)  +  CE(z_e, label)  +  peer_weight T^2 sum_i KL(softmax(z_e / T) || softmax(z_i / T))
+        sum_i CE(z_i, label)  +  CE(z_e, label)  +  ensemble_weight T^2 sum_i KL(softmax(z_e / T) || softmax(z_i / T))
 
     with z_e = :func:`ensemble_logits`. The ensemble is a constant in the last term: branches learn from it, and it
     learns, with its gate and again with its branches, from the labels. A branch's two terms are one sweep.
@@ -113,7 +113,7 @@ def ensemble_loss(
         labels: [...] int64.
         gate: as in ensemble_logits.
         temperature: T; 3 in the paper.
-        peer_weight: multiplies the divergences; 1 in the paper.
+        ensemble_weight: multiplies the divergences; 1 in the paper.
         **options: scale_by_temperature, label_smoothing, ignore_index, mask, weight, reduction, num_items and backend,
             as :func:`fastkd.kd_loss` has them.
 
@@ -132,9 +132,9 @@ def ensemble_loss(
     branches = check_students(logits)
     mixed = ensemble_logits(branches, gate)
     target = mixed.detach()
-    total = 1.0 + _number("peer_weight", peer_weight)
-    # alpha D + (1 - alpha) CE in one sweep, and both times 1 + peer_weight.
-    alpha = peer_weight / total
+    total = 1.0 + _number("ensemble_weight", ensemble_weight)
+    # alpha D + (1 - alpha) CE in one sweep, and both times 1 + ensemble_weight.
+    alpha = ensemble_weight / total
     loss = _loss(mixed, target, labels, alpha=0.0, **options)
     for branch in branches:
         of_branch = _loss(branch, target, labels, alpha=alpha, temperature=temperature, **options)

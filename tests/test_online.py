@@ -848,7 +848,7 @@ def test_ensemble_loss(backend: str, per_row: bool) -> None:
         (
             torch.float32,
             lambda s, g: ensemble_loss(
-                s, labels, g, peer_weight=0.7, reduction="none", backend=backend
+                s, labels, g, ensemble_weight=0.7, reduction="none", backend=backend
             ),
         ),
         (torch.float64, lambda s, g: _one(s, labels, g, 3.0, 0.7)),
@@ -910,9 +910,9 @@ def test_ensemble_loss_drops_rows_and_reduces() -> None:
             "gate must be on cpu, where the logits are; got meta",
         ),
         (
-            {"peer_weight": -1.0},
+            {"ensemble_weight": -1.0},
             ValueError,
-            "peer_weight must be finite and not negative, got -1.0",
+            "ensemble_weight must be finite and not negative, got -1.0",
         ),
         ({"alpha": 0.5}, TypeError, "ensemble_loss has no option alpha"),
         ({"temperature": -1.0}, ValueError, "temperature must be positive"),
