@@ -196,11 +196,11 @@ def test_nkd_of_a_label_that_neither_side_has(emulation: Emulation) -> None:
 def test_sure_of_the_label(emulation: Emulation, name: str, gap: float) -> None:
     """Nothing cancels where the label has all of the probability, or none."""
     emulation.ranks = 2
-    labels = torch.tensor([0, 150, 299])
+    labels = torch.tensor([0, 150, 296, 299])  # 296 begins a vector of 4
     at_labels = torch.nn.functional.one_hot(labels, 300)
     for of_student, of_teacher in ((gap, 0.0), (0.0, gap), (gap, gap)):
-        student = logits(3, 300, seed=1) + of_student * at_labels
-        teacher = logits(3, 300, seed=2) + of_teacher * at_labels
+        student = logits(4, 300, seed=1) + of_student * at_labels
+        teacher = logits(4, 300, seed=2) + of_teacher * at_labels
         _check(student, teacher, labels, name, temperature=0.5)
 
 
@@ -366,7 +366,7 @@ def test_a_planted_fault_is_seen(
                 test_options(emulation, option, name)
             for dtype in (torch.float32, torch.bfloat16):
                 test_the_label_in_every_place(emulation, name, dtype, 2)
-            test_sure_of_the_label(emulation, name, 60.0)
+            test_sure_of_the_label(emulation, name, 1e4)
             test_what_cannot_be_right_is_nan(emulation, name)
         kernels, load = InShards(backends.load("cuda"), (3.0, 1.0, 0.0, 2.0)), backends.load
         monkeypatch.setattr(

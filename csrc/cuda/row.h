@@ -661,8 +661,8 @@ FASTKD_INLINE void close_statistics(const Call& call, RowState& row, const Stati
   row.finite = row.log_0 || (!overflows && finite(float(row.phi) + float(row.entropy)));
 }
 
-FASTKD_INLINE double sigmoid(double x) { return 1 / (1 + ::exp(-x)); }
-FASTKD_INLINE double softplus(double x) { return x > 0 ? x + ::log1p(::exp(-x)) : ::log1p(::exp(x)); }
+FASTKD_CALL double sigmoid(double x) { return 1 / (1 + ::exp(-x)); }
+FASTKD_CALL double softplus(double x) { return x > 0 ? x + ::log1p(::exp(-x)) : ::log1p(::exp(x)); }
 
 // What the label adds, given the sums of the others' exponentials: fastkd/reference.py, _apart. a and b are the log-odds
 // of the label against all others, the teacher's and the student's.
