@@ -339,7 +339,6 @@ FAULTS = {
     "the teacher's slope": ("row.h", "float(teacher_out) * row.teacher.slope(row.t_label)", "float(teacher_out)"),
     "the others' share of g": ("row.h", "  row.g += apart.g;\n", ""),
     "the others' share of h": ("row.h", "- row.g + apart.h;", "- row.g;"),
-    "digits lost near 1": ("row.h", "b > 0 ? p_rest - q_rest : q - p", "q - p"),
     "T squared of both parts": ("row.h", "apart.share * apart.cost;", "apart.share * apart.cost * square;"),
     "smoothing of both parts": ("row.h", "uniform * of_labels / of_both : uniform", "uniform : uniform"),
     "the teacher at its temperature": ("row.h", "row.flags |= TEACHER_AT_1;", ";"),
