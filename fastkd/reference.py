@@ -168,10 +168,12 @@ def _apart(s: _Side, t: _Side, found: _Found, target: Target) -> _Apart:
 
     phi = g = h = weight = torch.zeros_like(a)
     if target.form == "binary":
-        phi = target.weight * (term(p, logs[0] - logs[2]) + term(p_rest, logs[1] - logs[3]))
+        phi = term(
+            weight + target.weight, term(p, logs[0] - logs[2]) + term(p_rest, logs[1] - logs[3])
+        )
         # The smaller side's difference, as near 1 both have lost their digits.
         g = target.weight * torch.where(b > 0, p_rest - q_rest, q - p)
-        h = target.weight * term(p * p_rest, a - b)
+        h = term(weight + target.weight, term(p * p_rest, a - b))
     else:
         weight = found.t_label - _finite(found.t_plain_top).squeeze(-1) - found.t_plain_sum.log()
         weight = target.weight * weight.exp()

@@ -48,7 +48,7 @@ def binary(weight, a, b):
     phi = weighed(p, _softplus(-b) - _softplus(-a)) + weighed(p_rest, _softplus(b) - _softplus(a))
     # The smaller side's difference, as near 1 both have lost their digits.
     g = tl.where(b > 0, p_rest - q_rest, q - p)
-    return Sums(weight * phi, weight * g, weight * weighed(p * p_rest, a - b))
+    return Sums(weighed(weight, phi), weight * g, weighed(weight, weighed(p * p_rest, a - b)))
 
 
 @triton.jit

@@ -400,7 +400,8 @@ class Row {
     double distillation = phi_ * square, cross_entropy = 0, entropy = row.s_log_sum - row.entropy;
     if (is_apart()) {
       const double smoothing = call_.alpha < 1 ? call_.label_smoothing : 0;
-      const double above_mean = smoothing > 0 ? (label_z_ - row.s_max - row.s_mean) / UNTEMPERED.temperature : 0;
+      const bool there = label_z_ > -INF;  // or its cross-entropy is infinite, however little of it is smoothed
+      const double above_mean = smoothing > 0 && there ? (label_z_ - row.s_max - row.s_mean) / UNTEMPERED.temperature : 0;
       if (label_share_ != 0) distillation += label_share_ * softplus(-apart_at_1_);
       if (call_.alpha < 1) cross_entropy = softplus(-apart_at_1_) + smoothing * above_mean;
       entropy = label_entropy_ + sigmoid(-s_apart_) * entropy;
@@ -469,10 +470,10 @@ class Row {
     label_g_ = label_h_ = label_share_ = 0;
     const double weight = call_.target_weight;
     if (call_.target == Target::binary) {
-      phi_ += weight * (term(p, softplus(-b) - softplus(-a)) + term(p_rest, softplus(b) - softplus(a)));
+      phi_ += term(weight, term(p, softplus(-b) - softplus(-a)) + term(p_rest, softplus(b) - softplus(a)));
       // The smaller side's difference, as near 1 both have lost their digits.
       label_g_ = weight * (b > 0 ? p_rest - q_rest : q - p);
-      label_h_ = weight * term(p * p_rest, a - b);
+      label_h_ = term(weight, term(p * p_rest, a - b));
       g_ += label_g_;
       h_ += label_h_;
     } else {

@@ -675,9 +675,9 @@ FASTKD_CALL void close_label(const Call& call, RowState& row, float s_sum, float
   const auto term = [](double factor, double gap) { return factor < NEGLIGIBLE ? 0 : factor * gap; };
   row.entropy = term(q, cost) + term(q_rest, cost_of_rest) + q_rest * row.entropy;
   if (call.target == Target::binary) {
-    row.apart.phi = weight * (term(p, cost - softplus(-a)) + term(p_rest, cost_of_rest - softplus(a)));
+    row.apart.phi = term(weight, term(p, cost - softplus(-a)) + term(p_rest, cost_of_rest - softplus(a)));
     row.apart.g = weight * (b > 0 ? p_rest - q_rest : q - p);  // near 1 both have lost their digits
-    row.apart.h = weight * term(p * p_rest, a - b);
+    row.apart.h = term(weight, term(p * p_rest, a - b));
   } else {
     const double sum = row.flags & TEACHER_AT_1 ? t_sum_at_1 : t_sum;
     row.apart.share = weight * sigmoid(t_gap * row.teacher_plain_unit - log(sum));
