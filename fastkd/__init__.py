@@ -46,12 +46,16 @@ _AT_FIRST_USE = (
     "sequences",
 )
 
-if not TYPE_CHECKING:  # where any name would be known
+if TYPE_CHECKING:
+    from fastkd.distiller import Distiller, Term
+else:  # a checker would take any name for known
 
     def __getattr__(name: str) -> Any:
         """Modules that not every user needs, at their first use, so that they are not in the way of an import."""
         if name in _AT_FIRST_USE:
             return importlib.import_module(f"fastkd.{name}")
+        if name in ("Distiller", "Term"):
+            return getattr(importlib.import_module("fastkd.distiller"), name)
         raise AttributeError(f"module 'fastkd' has no attribute {name!r}")
 
 
@@ -59,6 +63,7 @@ __all__ = [
     "DIVERGENCES",
     "BackendUnavailable",
     "ClosedForm",
+    "Distiller",
     "Divergence",
     "Ensemble",
     "FusedLinearKDLoss",
@@ -66,6 +71,7 @@ __all__ = [
     "LinearTeacher",
     "MemoryPlan",
     "Parts",
+    "Term",
     "TopK",
     "alpha_beta",
     "available_backends",

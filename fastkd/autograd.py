@@ -11,9 +11,10 @@ times the upstream gradient, which is folded in on the device and never read by 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from types import ModuleType
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -21,6 +22,9 @@ from torch import Tensor
 from fastkd import backends
 from fastkd.divergences import ClosedForm, Divergence, Target, function_name, function_named
 from fastkd.rows import Options, Result, Rows, Want, row_dtype
+
+Parameters = ParamSpec("Parameters")
+Returned = TypeVar("Returned")
 
 
 def graph_is_kept() -> bool:
@@ -77,6 +81,20 @@ def scaled(
         if gradient is not None:
             kernels.scale_rows_(gradient, upstream)
     return tuple(gradients)
+
+
+def outside_of_graphs(
+    function: Callable[Parameters, Returned],
+) -> Callable[Parameters, Returned]:
+    """A function that breaks a compiled graph and runs as it is."""
+
+    @functools.wraps(function)
+    def call(*arguments: Parameters.args, **options: Parameters.kwargs) -> Returned:
+        if torch.compiler.is_compiling():
+            return torch.compiler.disable(function)(*arguments, **options)
+        return function(*arguments, **options)
+
+    return call
 
 
 class _Once(torch.autograd.Function):

@@ -109,7 +109,8 @@ def fit_temperature(
     are equal), 1, or the bound that is nearest to it.
 
     Args:
-        logits: [..., V], of data that the model was not trained on; -inf has probability 0.
+        logits: [..., V], of data that the model was not trained on, or log-probabilities, which give the same T;
+            not probabilities. -inf has probability 0.
         labels: [...] int64; a row whose label is ignore_index is dropped.
         ignore_index: the label that drops a row.
         mask: [...] bool; a row where it is False is dropped.
@@ -143,7 +144,8 @@ def fit_temperature(
         return 1.0 / inverse
     # The minimum is on the side to which the likelihood falls; that side's end tells whether it is within the bounds.
     end = last if slope < 0 else first
-    if inverse == end or derivatives(end)[0] * slope > 0:
+    # A slope that has underflowed to 0 there is one of the same sign.
+    if inverse == end or math.copysign(1.0, slope) * derivatives(end)[0] >= 0:
         bound = low if slope < 0 else high
         warnings.warn(
             f"the likelihood has its maximum beyond the bounds [{low:g}, {high:g}] of the temperature; "

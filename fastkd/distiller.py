@@ -3,7 +3,7 @@
     distiller = Distiller(student, teacher, {
         "kd": Term(fastkd.KDLoss(temperature=4.0, alpha=0.9)),                      # on logits
         "hint": Term(HintLoss(Regressor(32, 64, "conv")), "layer2", "layer3", weight=0.1),
-        "attention": Term(attention_transfer_loss, ["layer1", "layer2"], ["layer1", "layer3"], takes=()),
+        "attention": Term(attention_transfer_loss, ["layer1", "layer2"], ["layer1", "layer3"]),
         "hidden": Term(FeatureLoss({"model.layers.1": "model.layers.3"}, 64, 96)),  # which names its layers itself
     })
     loss, parts = distiller(images, labels=labels)
@@ -18,6 +18,7 @@ A weight may change with the step. FitNets' two stages, and then alpha that fall
 from __future__ import annotations
 
 import difflib
+import inspect
 import math
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -74,8 +75,8 @@ class Term:
         weight: a number, or a function of the step that returns one. A term of weight 0 does no work.
         select: from what a layer returned to what the loss gets, a tensor, or a tuple or dict of tensors.
             `lambda output: output.hidden_states` with layer "" gives a FeatureLoss over indices what it wants.
-        takes: which of "labels", "mask" and "num_items" the loss gets by keyword where a call has them. None: all on
-            logits, as :class:`fastkd.KDLoss` takes them, and "mask" on layers.
+        takes: which of "labels", "mask" and "num_items" the loss gets by keyword where a call has them. None: those
+            that its signature names (of forward, for a module), or all where that has **options.
 
     Raises:
         TypeError, ValueError: an argument of the wrong type or value; the message names it.
@@ -110,6 +111,8 @@ class Term:
             isinstance(self.takes, str) or any(name not in GIVEN for name in self.takes)
         ):
             raise ValueError(f"takes must be some of {', '.join(GIVEN)}; got {self.takes!r}")
+        if self.takes is None:
+            object.__setattr__(self, "takes", _named_by(self.loss))
 
     @property
     def on_logits(self) -> bool:
@@ -267,11 +270,8 @@ class Distiller(nn.Module):
             else:
                 student = term._arranged("student", _finder(of_student, term))
                 teacher = term._arranged("teacher", _finder(of_teacher, term))
-            default = GIVEN if term.on_logits else ("mask",)
-            takes = default if term.takes is None else term.takes
-            value = term.loss(
-                student, teacher, **{key: given[key] for key in takes if given[key] is not None}
-            )
+            takes = {key: given[key] for key in term.takes or () if given[key] is not None}
+            value = term.loss(student, teacher, **takes)
             if not isinstance(value, Tensor) or value.dim() != 0:
                 shown = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
                 raise ValueError(
@@ -492,6 +492,18 @@ def _keep_student(
     prefix += "student."
     unexpected += [key for key in state if key.startswith(prefix)]
     state.update(distiller.student.state_dict(prefix=prefix, keep_vars=True))
+
+
+def _named_by(loss: Callable[..., Tensor]) -> tuple[str, ...]:
+    """What of GIVEN a loss names among its parameters."""
+    try:
+        parameters = inspect.signature(getattr(loss, "forward", loss)).parameters.values()
+    except ValueError:  # of a function in C
+        return ()
+    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
+        return GIVEN
+    names = {parameter.name for parameter in parameters}
+    return tuple(name for name in GIVEN if name in names)
 
 
 def _all_names(layers: object) -> bool:

@@ -10,7 +10,6 @@ students, so that a row costs a pass over each student's logits and not over eac
 
 from __future__ import annotations
 
-import functools
 import importlib
 import math
 from collections.abc import Callable, Sequence
@@ -30,10 +29,10 @@ import torch
 from torch import Tensor
 
 from fastkd import backends
-from fastkd.autograd import differentiable_once, of_counted_rows, scaled
+from fastkd.autograd import differentiable_once, of_counted_rows, outside_of_graphs, scaled
 from fastkd.divergences import forward_kl
 from fastkd.rows import Rows, row_dtype
-from fastkd.validate import check_choice, check_flags, check_logits, prepare
+from fastkd.validate import check_choice, check_flags, check_logits, check_number, prepare
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -271,12 +270,10 @@ def check_students(logits: object) -> list[Tensor]:
     return students
 
 
-def _check_options(temperature: object, peers: object, peer_weight: object) -> None:
-    for argument, value in (("temperature", temperature), ("peer_weight", peer_weight)):
-        if isinstance(value, (bool, Tensor)) or not isinstance(value, (int, float)):
-            raise TypeError(f"{argument} must be a number, got {type(value).__name__}")
-    if not isinstance(peer_weight, (int, float)) or not 0 <= peer_weight < math.inf:
-        raise ValueError(f"peer_weight must be finite and not negative, got {peer_weight}")
+def _check_options(temperature: object, peers: object, peer_weight: float) -> None:
+    if isinstance(temperature, Tensor):
+        raise TypeError(f"temperature must be a number, got {type(temperature).__name__}")
+    check_number("peer_weight", peer_weight, 0.0, math.inf, open_right=True)
     check_choice("peers", peers, PEERS)
 
 
@@ -289,20 +286,6 @@ def _kernels(backend: str, logits: Tensor) -> tuple[ModuleType, ModuleType]:
             chosen, "it has no kernel of mutual learning", "Use backend='auto' or 'triton'"
         )
     return importlib.import_module(_MODULES[chosen]), backends.load(chosen)
-
-
-def _outside_of_graphs(
-    function: Callable[Parameters, Returned],
-) -> Callable[Parameters, Returned]:
-    """A function that breaks a compiled graph: each student's node is given what one call has computed for all."""
-
-    @functools.wraps(function)
-    def call(*arguments: Parameters.args, **options: Parameters.kwargs) -> Returned:
-        if torch.compiler.is_compiling():
-            return torch.compiler.disable(function)(*arguments, **options)
-        return function(*arguments, **options)
-
-    return call
 
 
 @overload
@@ -321,7 +304,7 @@ def mutual_loss(
     return_parts: Literal[True],
     **options: Unpack[MutualOptions],
 ) -> tuple[tuple[Tensor, ...], MutualParts]: ...
-@_outside_of_graphs
+@outside_of_graphs
 def mutual_loss(
     logits: Sequence[Tensor],
     labels: Tensor | None = None,

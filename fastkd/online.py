@@ -20,7 +20,14 @@ from fastkd.functional import kd_loss
 from fastkd.mutual import MutualParts, check_students, mutual_loss
 from fastkd.rows import row_dtype
 from fastkd.teachers import Ensemble
-from fastkd.validate import Prepared, check_choice, check_flags, check_logits, prepare
+from fastkd.validate import (
+    Prepared,
+    check_choice,
+    check_flags,
+    check_logits,
+    check_number,
+    prepare,
+)
 
 __all__ = [
     "MeanTeacher",
@@ -36,16 +43,6 @@ __all__ = [
 
 BUFFERS = ("copy", "average", "own")
 FORMS = ("mse", "kl")
-
-
-def _number(argument: str, value: object, high: float = math.inf) -> float:
-    """Raise unless it is a finite number in [0, high]."""
-    if isinstance(value, (bool, Tensor)) or not isinstance(value, (int, float)):
-        raise TypeError(f"{argument} must be a number, got {type(value).__name__}")
-    if not 0 <= value <= high or value == math.inf:
-        allowed = "finite and not negative" if high == math.inf else f"in [0, {high:g}]"
-        raise ValueError(f"{argument} must be {allowed}, got {value}")
-    return float(value)
 
 
 # ---- on-the-fly ensembles
@@ -132,7 +129,7 @@ def ensemble_loss(
     branches = check_students(logits)
     mixed = ensemble_logits(branches, gate)
     target = mixed.detach()
-    total = 1.0 + _number("ensemble_weight", ensemble_weight)
+    total = 1.0 + check_number("ensemble_weight", ensemble_weight, 0.0, math.inf, open_right=True)
     # alpha D + (1 - alpha) CE in one sweep, and both times 1 + ensemble_weight.
     alpha = ensemble_weight / total
     loss = _loss(mixed, target, labels, alpha=0.0, **options)
@@ -190,7 +187,7 @@ class MeanTeacher(nn.Module):
         super().__init__()
         if not isinstance(student, nn.Module):
             raise TypeError(f"student must be a torch.nn.Module, got {type(student).__name__}")
-        self.decay = _number("decay", decay, 1.0)
+        self.decay = check_number("decay", decay, 0.0, 1.0)
         check_choice("buffers", buffers, BUFFERS)
         check_flags(training=training)
         if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
@@ -357,7 +354,7 @@ def ramp_up(step: float, length: float) -> float:
     Raises:
         ValueError, TypeError: length is negative, or an argument is no finite number.
     """
-    _number("length", length)
+    check_number("length", length, 0.0, math.inf, open_right=True)
     if isinstance(step, (bool, Tensor)) or not isinstance(step, (int, float)):
         raise TypeError(f"step must be a number, got {type(step).__name__}")
     if step != step:

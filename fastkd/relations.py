@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.nn.functional import pdist
 
 from fastkd import backends
-from fastkd.autograd import differentiable_once
+from fastkd.autograd import differentiable_once, outside_of_graphs
 from fastkd.backends import BackendUnavailable
 from fastkd.rows import row_dtype
 from fastkd.validate import LARGEST, SMALLEST, check_choice, check_dense, check_number
@@ -381,12 +381,8 @@ class _OfDistances(torch.autograd.Function):
 
 
 def _of_distances(student: Tensor, teacher: Tensor, relation: Relation) -> Tensor:
-    apply = _OfDistances.apply
-    if (
-        torch.compiler.is_compiling()
-    ):  # a kernel is given addresses, of which the compiler knows nothing
-        apply = torch.compiler.disable(apply)
-    return apply(student, teacher, relation)
+    # A kernel is given addresses, of which the compiler knows nothing.
+    return outside_of_graphs(_OfDistances.apply)(student, teacher, relation)
 
 
 def _distances(points: Tensor) -> Tensor:

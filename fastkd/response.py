@@ -9,9 +9,8 @@ Read top to bottom: the loop over chunks and its differentiation, then each loss
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple, ParamSpec, TypeVar
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -40,21 +39,6 @@ CPU_BUDGET, DEVICE_BUDGET = 32 << 20, 1 << 30
 TEMPORARIES = 28
 # Most teachers have half of their mass in fewer tokens.
 FIRST_TOKENS = 64
-
-Parameters = ParamSpec("Parameters")
-Returned = TypeVar("Returned")
-
-
-def _eager(function: Callable[Parameters, Returned]) -> Callable[Parameters, Returned]:
-    """A loss that breaks a compiled graph: how many rows count, and so how many chunks there are, is in no graph."""
-
-    @functools.wraps(function)
-    def call(*arguments: Parameters.args, **options: Parameters.kwargs) -> Returned:
-        if torch.compiler.is_compiling():
-            return torch.compiler.disable(function)(*arguments, **options)
-        return function(*arguments, **options)
-
-    return call
 
 
 class _Outcome(NamedTuple):
@@ -246,7 +230,7 @@ def _to_logits(
 # ---- adaptive KL
 
 
-@_eager
+@autograd.outside_of_graphs
 def adaptive_kl_loss(
     student_logits: Tensor,
     teacher: Tensor,
@@ -389,7 +373,7 @@ def _head(teacher: Tensor, p: Tensor, mass: float, crossing: str) -> tuple[Tenso
 # ---- relations between and within classes
 
 
-@_eager
+@autograd.outside_of_graphs
 def dist_loss(
     student_logits: Tensor,
     teacher: Tensor,
@@ -580,7 +564,7 @@ def _positive(argument: str, value: float) -> float:
 # ---- logit standardisation
 
 
-@_eager
+@autograd.outside_of_graphs
 def standardized_kd_loss(
     student_logits: Tensor,
     teacher: Tensor,
@@ -720,7 +704,7 @@ def _through_deviation(gradient: Tensor, logits: Tensor, deviation: Tensor, eps:
 # ---- unequal vocabularies
 
 
-@_eager
+@autograd.outside_of_graphs
 def uld_loss(
     student_logits: Tensor,
     teacher: Tensor,

@@ -427,7 +427,7 @@ def check_number(
     argument: str, value: float, low: float, high: float, *, open_right: bool = False
 ) -> float:
     """The value as a float; raise unless it is a number in [low, high], or in [low, high) with open_right."""
-    if isinstance(value, Tensor) or not isinstance(value, (int, float)):
+    if isinstance(value, (bool, Tensor)) or not isinstance(value, (int, float)):
         raise TypeError(f"{argument} must be a number, got {type(value).__name__}")
     if not (low <= value < high or (value == high and not open_right)):
         raise ValueError(

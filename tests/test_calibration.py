@@ -232,3 +232,12 @@ def test_errors_of_options() -> None:
     ):
         with pytest.raises(ValueError, match="logits must be finite where it matters"):
             fit_temperature(bad, torch.tensor([0]))
+
+
+@pytest.mark.parametrize("margin", [5.0, 20.0, 400.0])
+def test_a_model_that_is_right_on_every_row(margin: float) -> None:
+    """The slope underflows long before the bound, and is none of a minimum."""
+    labels = torch.arange(10).repeat(4)
+    logits = margin * torch.nn.functional.one_hot(labels, 10).float()
+    with pytest.warns(UserWarning, match="beyond the bounds"):
+        assert fit_temperature(logits, labels) == 0.01

@@ -741,8 +741,8 @@ BAD: list[tuple[dict[str, Any], type[Exception], str]] = [
     (_bad(temperature=0.0), ValueError, "temperature must be positive and finite, got 0.0"),
     (_bad(temperature=torch.ones(2)), TypeError, "temperature must be a number, got Tensor"),
     (_bad(peers="median"), ValueError, "peers must be one of mean, sum, average; got 'median'"),
-    (_bad(peer_weight=-1.0), ValueError, "peer_weight must be finite and not negative, got -1.0"),
-    (_bad(peer_weight=NAN), ValueError, "peer_weight must be finite and not negative, got nan"),
+    (_bad(peer_weight=-1.0), ValueError, "peer_weight must be in [0, inf), got -1.0"),
+    (_bad(peer_weight=NAN), ValueError, "peer_weight must be in [0, inf), got nan"),
     (_bad(peer_weight="1"), TypeError, "peer_weight must be a number, got str"),
     (_bad(return_parts=1), TypeError, "return_parts must be True or False, got int"),
     (
@@ -912,7 +912,7 @@ def test_ensemble_loss_drops_rows_and_reduces() -> None:
         (
             {"ensemble_weight": -1.0},
             ValueError,
-            "ensemble_weight must be finite and not negative, got -1.0",
+            r"ensemble_weight must be in \[0, inf\), got -1.0",
         ),
         ({"alpha": 0.5}, TypeError, "ensemble_loss has no option alpha"),
         ({"temperature": -1.0}, ValueError, "temperature must be positive"),
@@ -1133,7 +1133,7 @@ def test_ramp_up() -> None:
     assert ramp_up(5, 10) == pytest.approx(math.exp(-5 * 0.25))
     assert ramp_up(-3, 10) == ramp_up(0, 10)
     assert ramp_up(10, 10) == ramp_up(11, 10) == ramp_up(0, 0) == 1.0
-    with pytest.raises(ValueError, match="length must be finite and not negative, got -1"):
+    with pytest.raises(ValueError, match=r"length must be in \[0, inf\), got -1"):
         ramp_up(1, -1)
     with pytest.raises(ValueError, match="step must be a number, got nan"):
         ramp_up(NAN, 1)
