@@ -60,7 +60,8 @@ def expected_calibration_error(
         A number in [0, 1].
 
     Raises:
-        ValueError, TypeError: an argument has the wrong shape, dtype, device or value, or no row counts.
+        ValueError, TypeError: an argument has the wrong shape, dtype, device or value, no row counts, or one that does
+            has no softmax (NaN or inf, or nothing but -inf).
 
     Memory: one chunk of rows, and two float64 numbers a row.
     """
@@ -80,6 +81,11 @@ def expected_calibration_error(
             confidences.append(confidence)
             gaps.append(right.to(torch.float64) - confidence)
         confidence, gap = torch.cat(confidences), torch.cat(gaps)
+        if confidence.isnan().any():
+            row = int(numbers[int(confidence.isnan().nonzero()[0])])
+            raise ValueError(
+                f"logits must have a softmax where they count; row {row} holds NaN, inf, or -inf alone"
+            )
         if binning == "width":
             of_row = ((confidence * bins).ceil().to(torch.int64) - 1).clamp(0, bins - 1)
         else:

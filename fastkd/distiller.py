@@ -159,9 +159,10 @@ class Distiller(nn.Module):
     have the losses' own state (learned and fixed projections) alone; the student is saved as itself.
 
     Layers are caught by forward hooks that close() removes, as does the end of a `with` block or of the Distiller.
-    Nothing that they caught is kept after a call. It raises if a layer did not run, ran more than once (its outputs
-    would be ambiguous), was changed in place afterwards, or ran without gradients within a student that has them (as
-    reentrant checkpointing does; the other kind works).
+    Nothing that they caught is kept after a call; one thread calls it at a time. A copy (copy.deepcopy) catches
+    nothing, and a model with hooks is not pickled: make the Distiller anew, or close it first. It raises if a layer did
+    not run, ran more than once (its outputs would be ambiguous), was changed in place afterwards, or ran without
+    gradients within a student that has them (as reentrant checkpointing does; the other kind works).
 
     torch.compile of the student, the teacher or the Distiller works where the model's first run comes after the
     Distiller is made: torch does not look for hooks again. If it came before, the layers are missing, which raises. A
@@ -365,7 +366,7 @@ class _Capture:
 
     def __init__(self, whose: str, model: nn.Module, taps: Sequence[Tap]) -> None:
         self.whose = whose
-        layers = dict(_inner(model).named_modules(remove_duplicate=False))
+        layers = dict(unwrapped(model).named_modules(remove_duplicate=False))
         for tap in taps:
             _check_layer(whose, tap.name, layers)
         self.taps = list(taps)
@@ -432,7 +433,7 @@ class _Capture:
         return value
 
 
-def _inner(model: nn.Module) -> nn.Module:
+def unwrapped(model: nn.Module) -> nn.Module:
     """The model in what torch.compile and DistributedDataParallel make of it: its names are those that are known."""
     while True:
         if "_orig_mod" in model._modules:

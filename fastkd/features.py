@@ -226,7 +226,7 @@ def attention_transfer_loss(
                     f"{tuple(teacher.shape[2:])}; got {tuple(student.shape[2:])}"
                 )
             found = _resized(found.unsqueeze(1), wanted.shape[1:], resize).squeeze(1)
-        gap = _unit(found.flatten(1)) - _unit(wanted.flatten(1))  # [B, positions]
+        gap = unit(found.flatten(1)) - unit(wanted.flatten(1))  # [B, positions]
         distances.append(0.5 * _mean(_length(gap)) if form == "paper" else _mean(gap.square()))
     return beta * torch.stack(distances).sum()
 
@@ -352,7 +352,7 @@ class FeatureLoss(nn.Module):
 
     def _normalized(self, features: Tensor) -> Tensor:
         if self.normalize == "l2":
-            return _unit(features)
+            return unit(features)
         if self.normalize == "layer":
             return F.layer_norm(features, features.shape[-1:])
         return features
@@ -397,7 +397,7 @@ def cosine_loss(student: Tensor, teacher: Tensor, *, mask: Tensor | None = None)
     """
     _check_pair("student", student, "teacher", teacher)
     student, teacher, kept = _unmasked(student, teacher, mask, student.shape[:-1])
-    student, teacher = _unit(_wide(student)), _unit(_wide(teacher))
+    student, teacher = unit(_wide(student)), unit(_wide(teacher))
     absent = sum((side.detach() == 0).all(-1) * 0.5 for side in (student, teacher))
     return _mean(0.5 * (student - teacher).square().sum(-1) + absent, kept)
 
@@ -420,18 +420,18 @@ def _length(vectors: Tensor) -> Tensor:
     return torch.where(somewhere, torch.where(somewhere, squared, 1.0).sqrt(), 0.0)
 
 
-def _unit(vectors: Tensor) -> Tensor:
+def unit(vectors: Tensor) -> Tensor:
     """[.., D] over their Euclidean norms; 0 where they are 0, with derivative 0.
 
     They are divided by their largest entry first, so that no square overflows or vanishes. That divisor drops out, so
     it is no part of the graph.
     """
-    scaled, there = _scaled(vectors, -1)
+    scaled, there = over_peak(vectors, -1)
     squared = scaled.square().sum(-1, keepdim=True)
     return torch.where(there, scaled / torch.where(there, squared, 1.0).sqrt(), 0.0)
 
 
-def _scaled(values: Tensor, *dims: int) -> tuple[Tensor, Tensor]:
+def over_peak(values: Tensor, *dims: int) -> tuple[Tensor, Tensor]:
     """(values over the largest |value| along dims, whether that is not 0)"""
     peak = values.detach().abs().amax(dims, keepdim=True)
     there = peak != 0  # a NaN stays one
@@ -440,7 +440,7 @@ def _scaled(values: Tensor, *dims: int) -> tuple[Tensor, Tensor]:
 
 def _summed_over_channels(maps: Tensor, power: float) -> Tensor:
     """[B, C, ..] -> [B, ..]: sum_c |A_c|^p, of A over its largest entry in an example, as only directions matter."""
-    scaled, _ = _scaled(_wide(maps), *range(1, maps.dim()))
+    scaled, _ = over_peak(_wide(maps), *range(1, maps.dim()))
     return scaled.abs().pow(power).sum(1)
 
 

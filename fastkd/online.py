@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastkd.distiller import unwrapped
 from fastkd.functional import kd_loss
 from fastkd.mutual import MutualParts, check_students, mutual_loss
 from fastkd.rows import row_dtype
@@ -126,7 +127,7 @@ def ensemble_loss(
                "backend"}  # fmt: skip
     if unknown := options.keys() - allowed:
         raise TypeError(f"ensemble_loss has no option {', '.join(sorted(unknown))}")
-    branches = check_students(logits)
+    branches = _without_dropped(check_students(logits), labels, options)
     mixed = ensemble_logits(branches, gate)
     target = mixed.detach()
     total = 1.0 + check_number("ensemble_weight", ensemble_weight, 0.0, math.inf, open_right=True)
@@ -137,6 +138,20 @@ def ensemble_loss(
         of_branch = _loss(branch, target, labels, alpha=alpha, temperature=temperature, **options)
         loss = loss + total * of_branch
     return loss
+
+
+def _without_dropped(
+    branches: Sequence[Tensor], labels: Tensor, options: dict[str, Any]
+) -> Sequence[Tensor]:
+    """The branches with 0 in rows that are dropped, which may hold anything and would reach the gate's gradient."""
+    kept = labels != options.get("ignore_index", -100) if isinstance(labels, Tensor) else None
+    for name in ("mask", "weight"):
+        value = options.get(name)
+        if isinstance(value, Tensor):
+            kept = value != 0 if kept is None else kept & (value != 0)
+    if kept is None or kept.shape != branches[0].shape[:-1]:
+        return branches  # kd_loss says what is wrong
+    return [torch.where(kept.unsqueeze(-1), branch, 0.0) for branch in branches]
 
 
 def _loss(*arguments: Tensor, **options: Any) -> Tensor:
@@ -157,7 +172,8 @@ class MeanTeacher(nn.Module):
     decay. :meth:`update` belongs after the optimiser's step.
 
     Args:
-        student: the module to start from, which is copied and not kept.
+        student: the module to start from, which is copied and not kept; of what torch.compile or
+            DistributedDataParallel made, the module inside.
         decay: in [0, 1]; 0.99 while the student improves quickly and 0.999 later, in the paper.
         buffers: what becomes of statistics such as those of batch normalisation: "copy" takes the student's; "average"
             averages those of floating point and copies the others; "own" leaves the teacher its own, which it collects
@@ -195,7 +211,7 @@ class MeanTeacher(nn.Module):
         self.buffers_by = buffers
         self.teacher_trains = training
         self.steps = 0
-        self.model = copy.deepcopy(student).requires_grad_(False)
+        self.model = copy.deepcopy(unwrapped(student)).requires_grad_(False)
         for parameter in self.model.parameters():
             parameter.grad = None
             if dtype is not None and parameter.is_floating_point():
@@ -216,6 +232,7 @@ class MeanTeacher(nn.Module):
     @torch.no_grad()
     def update(self, student: nn.Module) -> None:
         """Take one more student into the average."""
+        student = unwrapped(student)
         _check_alike(self.model, student)
         self.steps += 1
         decay = min(1.0 - 1.0 / (self.steps + 1), self.decay)
@@ -226,8 +243,9 @@ class MeanTeacher(nn.Module):
         if self.buffers_by != "own":
             copied = list(zip(self.model.buffers(), student.buffers(), strict=True))
         if self.buffers_by == "average":
-            pairs += [pair for pair in copied if pair[0].is_floating_point()]
-            copied = [pair for pair in copied if not pair[0].is_floating_point()]
+            pairs, copied = pairs + copied, []
+        copied += [pair for pair in pairs if not pair[0].is_floating_point()]
+        pairs = [pair for pair in pairs if pair[0].is_floating_point()]
         if pairs:
             averages = [average for average, _ in pairs]
             latest = [value.to(average.device, average.dtype) for average, value in pairs]

@@ -28,6 +28,7 @@ from torch.nn.functional import pdist
 from fastkd import backends
 from fastkd.autograd import differentiable_once, outside_of_graphs
 from fastkd.backends import BackendUnavailable
+from fastkd.features import over_peak, unit
 from fastkd.rows import row_dtype
 from fastkd.validate import LARGEST, SMALLEST, check_choice, check_dense, check_number
 
@@ -173,7 +174,7 @@ def similarity_loss(student: Tensor, teacher: Tensor) -> Tensor:
         student, teacher = (
             _rows(x, row_dtype(student.dtype, teacher.dtype)) for x in (student, teacher)
         )
-        gap = _unit_rows(teacher @ teacher.t()) - _unit_rows(student @ student.t())
+        gap = _unit_gram(teacher) - _unit_gram(student)
         return gap.square().sum() / max(len(student) ** 2, 1)
 
 
@@ -225,9 +226,9 @@ def _gram(x: Tensor, over: str, normalize: str) -> Tensor:
     return gram / max(rows.shape[-1], 1) if normalize == "width" else gram
 
 
-def _unit_rows(x: Tensor) -> Tensor:
-    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-    return x * torch.where(norm == 0, 0.0, 1 / torch.where(norm == 0, 1.0, norm))
+def _unit_gram(rows: Tensor) -> Tensor:
+    """Q Q^T with unit rows. What a row, or Q as a whole, is multiplied by does not matter, so nothing overflows."""
+    return unit(over_peak(rows, -1)[0] @ over_peak(rows, 0, 1)[0].t())
 
 
 def _rows(x: Tensor, dtype: torch.dtype) -> Tensor:

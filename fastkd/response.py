@@ -27,6 +27,7 @@ from fastkd.validate import (
     check_choice,
     check_logits,
     check_number,
+    check_rows,
     check_teacher,
     check_vocabulary,
     is_dtensor,
@@ -896,9 +897,8 @@ def policy_distillation_loss(
         raise ValueError("teacher requires grad, and its argmax has no gradient; detach it")
     best = teacher[..., :vocab_size].argmax(-1)
     if labels is not None:
-        if labels.shape != best.shape:
-            raise ValueError(
-                f"labels must have one value a row, shape {tuple(best.shape)}; got {tuple(labels.shape)}"
-            )
-        best = best.masked_fill(labels == ignore_index, ignore_index)
+        check_rows("labels", labels, best.shape, best.device, (torch.int64,))
+        counted = labels != ignore_index
+        shared["mask"] = counted if mask is None else counted & mask
+    shared["ignore_index"] = -100  # no argmax is
     return kd_loss(student_logits, teacher, best, alpha=0.0, **shared)

@@ -111,12 +111,12 @@ def prepare(
     t_value, t_rows = _temperature("temperature", temperature, lead, device)
     tt_value, tt_rows = _temperature("teacher_temperature", teacher_temperature, lead, device)
     if labels is not None:
-        _check_rows("labels", labels, lead, device, (torch.int64,))
+        check_rows("labels", labels, lead, device, (torch.int64,))
         labels = labels.contiguous()
     if mask is not None:
-        _check_rows("mask", mask, lead, device, (torch.bool,))
+        check_rows("mask", mask, lead, device, (torch.bool,))
     if weight is not None:
-        _check_rows("weight", weight, lead, device, LOGIT_DTYPES)
+        check_rows("weight", weight, lead, device, LOGIT_DTYPES)
     counted, row_weight = _weights(labels, ignore_index, mask, weight, row_dtype)
     count = math.prod(lead) if counted is None else counted.sum()
     items = _denominator(reduction, num_items, count, lead, device, row_dtype)
@@ -467,7 +467,7 @@ def _temperature(
 ) -> tuple[float, Tensor | None]:
     """(the number, None) or (1, the tensor [...])."""
     if isinstance(value, Tensor):
-        _check_rows(argument, value, lead, device, LOGIT_DTYPES)
+        check_rows(argument, value, lead, device, LOGIT_DTYPES)
         return 1.0, value.to(torch.float32).contiguous()
     if not isinstance(value, (int, float)):
         raise TypeError(f"{argument} must be a number or a tensor, got {type(value).__name__}")
@@ -476,13 +476,14 @@ def _temperature(
     return _in_range(argument, value), None
 
 
-def _check_rows(
+def check_rows(
     argument: str,
     value: Tensor,
     lead: torch.Size,
     device: torch.device,
     dtypes: tuple[torch.dtype, ...],
 ) -> None:
+    """Raise unless it is a tensor of one of these dtypes with one value a row, on the device, without a gradient."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{argument} must be a tensor, got {type(value).__name__}")
     if value.dtype not in dtypes:

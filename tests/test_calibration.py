@@ -241,3 +241,9 @@ def test_a_model_that_is_right_on_every_row(margin: float) -> None:
     logits = margin * torch.nn.functional.one_hot(labels, 10).float()
     with pytest.warns(UserWarning, match="beyond the bounds"):
         assert fit_temperature(logits, labels) == 0.01
+
+
+def test_a_row_without_a_softmax() -> None:
+    logits = torch.tensor([[0.0, 1.0], [torch.nan, 0.0]])
+    with pytest.raises(ValueError, match="row 1 holds NaN"):
+        expected_calibration_error(logits, torch.tensor([0, 1]))

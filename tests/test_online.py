@@ -1239,3 +1239,21 @@ def test_the_functions_are_found_at_their_first_use() -> None:
         check=True,
         env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
     )
+
+
+def test_what_a_dropped_row_holds_does_not_reach_the_gate() -> None:
+    logits = [torch.randn(2, 3) for _ in range(2)]
+    logits[0][1] = NAN
+    gate = torch.zeros(2, requires_grad=True)
+    loss = ensemble_loss(logits, torch.tensor([0, -100]), gate.softmax(-1))
+    (gradient,) = torch.autograd.grad(loss, gate)
+    assert loss.isfinite() and gradient.isfinite().all() and gradient.any()
+
+
+def test_a_mean_teacher_of_a_compiled_student() -> None:
+    student = nn.Linear(3, 2)
+    student.register_parameter("count", nn.Parameter(torch.tensor(3), requires_grad=False))
+    teacher = MeanTeacher(student, decay=0.0)
+    student.count += 1
+    teacher.update(torch.compile(student))
+    assert int(teacher.model.count) == 4

@@ -648,3 +648,16 @@ def test_bad_inputs(
 ) -> None:
     with pytest.raises(kind, match=message):
         loss(*given, **options)
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e-11, 1e9, 1e30])
+def test_similarity_does_not_depend_on_scale(scale: float) -> None:
+    generator = torch.Generator().manual_seed(5)
+    points, teacher = (torch.randn(8, n, generator=generator) for n in (512, 64))
+    found = []
+    for factor in (1.0, scale):
+        student = (points * factor).requires_grad_()
+        loss = similarity_loss(student, teacher)
+        (gradient,) = torch.autograd.grad(loss, student)
+        found.append((loss.detach(), gradient * factor))
+    torch.testing.assert_close(found[1], found[0], rtol=1e-5, atol=1e-8)

@@ -756,3 +756,16 @@ def test_importing_fastkd_loads_none_of_it() -> None:
     names = "('response', 'sequences', 'calibration')"
     code = f"import sys, fastkd; sys.exit(any('fastkd.' + name in sys.modules for name in {names}))"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_an_argmax_that_is_the_ignored_label() -> None:
+    """ignore_index is one of labels; that the teacher's best token has its number drops nothing."""
+    student, teacher = torch.randn(2, 5), 3.0 * torch.eye(5)[:2]
+    found = policy_distillation_loss(student, teacher, form="nll", ignore_index=0, reduction="none")
+    exact = torch.nn.functional.cross_entropy(student, teacher.argmax(-1), reduction="none")
+    torch.testing.assert_close(found, exact)
+    labels = torch.tensor([3, 0])
+    dropped = policy_distillation_loss(
+        student, teacher, labels, form="nll", ignore_index=0, reduction="none"
+    )
+    torch.testing.assert_close(dropped, exact * torch.tensor([1.0, 0.0]))
