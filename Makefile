@@ -15,7 +15,7 @@ PROJECT := pyproject.toml setup.py
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help build test heavy gpu lint format bench divergences demo demo-distributed clean
+.PHONY: help build test heavy gpu lint format bench divergences demo demo-distributed examples clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  \1\t/' | expand -t 24
@@ -90,6 +90,27 @@ demo: $(VENV)/.demo build/demo/.stamp build ## distil a small model on this mach
 
 demo-distributed: $(VENV)/.demo build/demo/.stamp build ## the same over several processes, and that the curves are those of one
 	OMP_WAIT_POLICY=passive $(PY) examples/distributed.py $(ARGS)
+
+$(VENV)/.examples: $(VENV)/.torch $(PROJECT) | build
+	$(PIP) install --no-build-isolation -e '.[examples]'
+	@touch $@
+
+# The folder of Fashion-MNIST's files: where Debian's package puts them, or else that package unpacked here, for which
+# nobody has to be root.
+UNPACKED := build/fashion-mnist/usr/share/datasets/fashion-mnist
+FASHION ?= $(firstword $(wildcard /usr/share/datasets/fashion-mnist) $(UNPACKED))
+$(UNPACKED):
+	@rm -rf build/fashion-mnist && mkdir -p build/fashion-mnist/deb
+	@cd build/fashion-mnist/deb && apt-get download dataset-fashion-mnist && dpkg-deb -x *.deb . && mv usr .. && rm *.deb || { \
+	    echo "Fashion-MNIST could not be fetched. On Debian or Ubuntu: apt-get update, and then this again, or apt-get" \
+	        "install dataset-fashion-mnist. Elsewhere: make examples FASHION=<a folder with its four" \
+	        "*-ubyte.gz files>. examples/digits.py runs without it."; exit 1; } >&2
+
+examples: $(VENV)/.examples $(FASHION) build ## what the losses do on real images: tables and plots in build/examples
+	OMP_WAIT_POLICY=passive $(PY) examples/digits.py $(ARGS)
+	OMP_WAIT_POLICY=passive $(PY) examples/fashion.py --data $(FASHION) $(ARGS)
+	OMP_WAIT_POLICY=passive $(PY) examples/online.py --data $(FASHION) $(ARGS)
+	OMP_WAIT_POLICY=passive $(PY) examples/sweeps.py --data $(FASHION) $(ARGS)
 
 clean: ## remove what a build writes, but not .venv
 	rm -rf build dist *.egg-info fastkd/_C*.so fastkd/_build.json .mypy_cache .pytest_cache .ruff_cache .benchmarks
