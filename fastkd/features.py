@@ -433,6 +433,8 @@ def unit(vectors: Tensor) -> Tensor:
 
 def over_peak(values: Tensor, *dims: int) -> tuple[Tensor, Tensor]:
     """(values over the largest |value| along dims, whether that is not 0)"""
+    if not values.numel():
+        return values, values != 0
     peak = values.detach().abs().amax(dims, keepdim=True)
     there = peak != 0  # a NaN stays one
     return values / torch.where(there, peak, 1.0), there

@@ -31,7 +31,8 @@ ELSEWHERE = {
 
 # Public names of the modules below that are no loss and no part of one.
 NOT_LOSSES = {
-    "fastkd.distiller": {"Tap", "find_logits", "first_tensor"},
+    "fastkd.distiller": {"Tap", "find_logits", "first_tensor", "unwrapped"},
+    "fastkd.features": {"over_peak", "unit"},
     "fastkd.relations": {"angles_in_tiles"},
     "fastkd.sequences": {"Sequences", "Step"},
     "fastkd.online": {"MutualParts"},
