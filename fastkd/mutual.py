@@ -19,9 +19,7 @@ from typing import (
     Any,
     Literal,
     NamedTuple,
-    ParamSpec,
     TypedDict,
-    TypeVar,
     overload,
 )
 
@@ -43,9 +41,6 @@ _MODULES = {
     "cpu": "fastkd.cpu",
     "triton": "fastkd.kernels.mutual",
 }
-
-Parameters = ParamSpec("Parameters")
-Returned = TypeVar("Returned")
 
 
 class Options(NamedTuple):
