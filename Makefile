@@ -67,6 +67,8 @@ bench: $(VENV)/.bench build build/demo/.stamp ## the benchmarks: time (torch's b
 	$(PY) bench/accuracy.py
 	$(PY) bench/topk.py
 	$(PY) bench/linear.py
+	$(PY) bench/online.py
+	$(PY) bench/relations.py
 	$(PY) -m pytest bench --benchmark-only $(ARGS)
 
 # With the torch and Triton that the machine has, and no network: GPU_PYTHON is the interpreter that holds them. Set
