@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from fastkd.chunks import take
+from fastkd.rows import counted_rows
 from fastkd.validate import check_choice, check_logits, check_number, prepare
 
 # Bytes of a chunk, and the float64 tensors of its size that are held at once.
@@ -195,9 +196,8 @@ def _checked(
         lead, logits.device, torch.float64, width, labels,
         ignore_index=ignore_index, mask=mask, temperature=temperature,
     )  # fmt: skip
-    keep = labels != ignore_index
-    if call.rows.weight is not None:
-        keep &= call.rows.weight != 0
+    keep = counted_rows(call.rows, ignore_index)
+    assert keep is not None  # there are labels
     numbers = keep.flatten().nonzero().squeeze(1)
     if not len(numbers):
         raise ValueError(
