@@ -27,21 +27,26 @@ $(VENV)/.torch:
 	test -x $(PY) || $(PYTHON) -m venv $(VENV)
 	$(PIP) install '$(TORCH)'
 	$(PIP) install 'setuptools>=77' wheel 'pybind11>=2.13' ninja
+	$(PIP) freeze | grep -E '^torch *[=@]' > $(VENV)/constraints.txt
 	@touch $@
+
+# What comes after torch leaves it alone.
+INSTALL := $(PIP) install --no-build-isolation -c $(VENV)/constraints.txt
 
 build: $(VENV)/.torch ## the native extension, in place; compiles what changed
 	@$(PY) setup.py -q build_ext --inplace
 
 $(VENV)/.dev: $(VENV)/.torch $(PROJECT) | build
-	$(PIP) install --no-build-isolation -e '.[dev,triton]'
+	$(INSTALL) -e '.[dev,triton]'
+	$(PIP) install --no-deps torchdistill==1.1.5
 	@touch $@
 
 $(VENV)/.demo: $(VENV)/.torch $(PROJECT) | build
-	$(PIP) install --no-build-isolation -e '.[demo]'
+	$(INSTALL) -e '.[demo]'
 	@touch $@
 
 $(VENV)/.bench: $(VENV)/.dev
-	$(PIP) install --no-build-isolation -e '.[bench,demo,peers]'
+	$(INSTALL) -e '.[bench,demo]'
 	@touch $@
 
 # A process for each core, up to four, since a few files are most of the time. A file's tests stay in one of them and in
@@ -94,7 +99,7 @@ demo-distributed: $(VENV)/.demo build/demo/.stamp build ## the same over several
 	OMP_WAIT_POLICY=passive $(PY) examples/distributed.py $(ARGS)
 
 $(VENV)/.examples: $(VENV)/.torch $(PROJECT) | build
-	$(PIP) install --no-build-isolation -e '.[examples]'
+	$(INSTALL) -e '.[examples]'
 	@touch $@
 
 # The folder of Fashion-MNIST's files: where Debian's package puts them, or else that package unpacked here, for which
