@@ -49,10 +49,10 @@ $(VENV)/.bench: $(VENV)/.dev
 	$(INSTALL) -e '.[bench,demo]'
 	@touch $@
 
-# A process for each core, up to four, since a few files are most of the time. A file's tests stay in one of them and in
-# their order, as its fixtures want it.
+# A process for each core, up to four, since a few files are most of the time: those come first (tests/conftest.py). A
+# file's tests stay in one process and in their order, as its fixtures want it.
 test: $(VENV)/.dev build ## the tests, without the big grids
-	$(PY) -m pytest -n logical --maxprocesses 4 --dist loadfile $(ARGS)
+	$(PY) -m pytest -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 heavy: $(VENV)/.dev build ## the big grids that `make test` leaves out
 	$(PY) -m pytest -m heavy $(ARGS)
