@@ -98,7 +98,14 @@ def _entries(
         torch.log_softmax(logits.to(dtype) / temperature, -1)
         for logits in (student_logits, teacher_logits)
     )
-    return reference.evaluate(fastkd.jsd(beta), log_p, log_q)[0]
+    divergence, lowest = fastkd.jsd(beta), torch.finfo(dtype).min
+    # Of -inf, times a probability of 0; reference.evaluate does it too, but has no gradient by autograd.
+    finite_p, finite_q = log_p.clamp(min=lowest), log_q.clamp(min=lowest)
+    entries, _ = divergence.function(
+        log_p.exp(), log_q.exp(), finite_p, finite_q, *divergence.params
+    )
+    excluded = (log_p == -torch.inf) | (log_q == -torch.inf)
+    return entries.masked_fill(excluded & (entries > reference.INFINITE), torch.inf)
 
 
 def _on(device: torch.device, count: int | Tensor | None) -> int | Tensor | None:
