@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import os
 import re
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -489,6 +491,28 @@ def test_fused_in_mixed_precision(
     found.backward()
     assert seen == [{torch.bfloat16}]
     assert student.lm_head.weight.grad.dtype == torch.float32
+
+
+@pytest.mark.heavy
+def test_two_processes_train_as_one(tmp_path: Path) -> None:
+    """Under DDP, with logits and without: measured apart, nothing and 1.2e-7."""
+    import trainer_of_processes
+
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    done = subprocess.run(
+        [*command, trainer_of_processes.__file__, str(tmp_path / "two")],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"},
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    results = torch.load(tmp_path / "two")
+    for fused, (found_losses, found_weights) in zip((False, True), results, strict=True):
+        expected_losses, expected_weights = trainer_of_processes.run(fused)
+        assert len(found_losses) == 2 and found_losses == pytest.approx(expected_losses, rel=2e-6)
+        assert (found_weights - expected_weights).abs().max() < 1e-6
 
 
 # ---- compute_loss_func
