@@ -112,7 +112,11 @@ def measure_memory(name: str, divergence: str, contender: str, budget: int | Non
     """In a process of its own: bytes at the peak of a step beyond inputs and gradients."""
     inputs = load(CASES[name]).to(torch.float32)
     losses = contenders(divergence)
-    loss = fastkd_linear(LOSSES[divergence].divergence, memory_budget=budget) if contender == "fastkd" else losses[contender]
+    loss = (
+        fastkd_linear(LOSSES[divergence].divergence, memory_budget=budget)
+        if contender == "fastkd"
+        else losses[contender]
+    )
     few = Inputs(*(x.detach()[:8].clone() for x in inputs)).to(torch.float32)  # code, threads
     step(loss, few)
     # The gradients are there before: what is counted comes on top of them.
@@ -161,9 +165,14 @@ def errors(divergence: str, dtype: torch.dtype, rows: int = 64) -> list[list[str
     ).to(dtype)
     exact = few.to(torch.float64)
     step(eager_exact(divergence), exact)
-    losses: dict[str, Call] = {"fastkd": fastkd_linear(LOSSES[divergence].divergence), "eager": eager_linear(LOSSES[divergence].formula)}
+    losses: dict[str, Call] = {
+        "fastkd": fastkd_linear(LOSSES[divergence].divergence),
+        "eager": eager_linear(LOSSES[divergence].formula),
+    }
     if dtype != torch.float32:
-        losses["fastkd, logits in bfloat16"] = fastkd_linear(LOSSES[divergence].divergence, logits_dtype=dtype)
+        losses["fastkd, logits in bfloat16"] = fastkd_linear(
+            LOSSES[divergence].divergence, logits_dtype=dtype
+        )
     for name, make in (("TRL", trl_chunked), ("Liger", lambda d: liger_chunked(d, compiled=False))):
         try:
             losses[name] = make(divergence)

@@ -65,7 +65,6 @@ def measure(case: dict[str, Any]) -> dict[str, float]:
     return {"peak": peak / tensor, "kept": (resident("VmRSS") - before) / tensor}
 
 
-
 def in_a_process(case: dict[str, Any]) -> dict[str, float]:
     """What :func:`measure` gives for a case."""
     command = [sys.executable, __file__, "--case", json.dumps(case)]

@@ -126,7 +126,9 @@ def measure(case: dict[str, Any]) -> float:
     losses = CONTENDERS[case["contender"]]
     step(losses, students)
     drop(students)
-    return peak_extra(lambda: step(losses, students)) / (students[0].numel() * students[0].element_size())
+    return peak_extra(lambda: step(losses, students)) / (
+        students[0].numel() * students[0].element_size()
+    )
 
 
 def peak(case: dict[str, Any]) -> float:

@@ -1,4 +1,4 @@
-"""Who is compared: fastkd's backends, plain PyTorch and other packages, each computing the mean over rows of one divergence.
+"""Who is compared: fastkd's backends, plain PyTorch and other packages, each the mean over rows of a divergence.
 
 What a package's own convention adds or leaves out is undone where its loss is made, and said in its `note`. One that
 cannot be made to return the number (torchtune's forward KL leaves out the teacher's entropy) is verified against the
@@ -126,7 +126,7 @@ def modelopt_logits(divergence: str) -> Call:
 def torchdistill_logits(divergence: str) -> Call:
     from torchdistill.losses.mid_level import KDLoss
 
-    module = KDLoss("", "", "", "", temperature=1.0)
+    module = KDLoss("", "", "", "", temperature=1.0, alpha=0.0)
     return lambda student, teacher: module({"": {"": student}}, {"": {"": teacher}})
 
 

@@ -2,8 +2,8 @@
 
     TRITON_INTERPRET=1 python bench/verify.py logits:jsd linear:forward_kl
 
-Prints {"FORM:DIVERGENCE:NAME": {"errors": [loss, gradient], "why": null or what is wrong}} as JSON. The suite runs it as
-a process of its own, since Triton reads the variable when it is imported.
+Prints {"FORM:DIVERGENCE:NAME": {"errors": [loss, gradient], "why": null or what is wrong}} as JSON. The suite runs it
+as a process of its own, since Triton reads the variable when it is imported.
 """
 
 from __future__ import annotations
