@@ -304,8 +304,8 @@ class Problem:
         """Of one step of the very tensors that are timed."""
         if peer.in_place:
             self.keep_originals()
+        exact = self.truth(peer.instead).exact  # first: a step in place leaves other logits
         value = float(self.step(call, peer.in_place).double())
-        exact = self.truth(peer.instead).exact
         leaves = self.tensors.leaves
         found = [leaf.detach() if peer.in_place else leaf.grad for leaf in leaves]
         assert all(gradient is not None for gradient in found)

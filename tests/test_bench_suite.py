@@ -7,7 +7,7 @@ import math
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,8 @@ import tables  # noqa: E402 (from bench/)
 import verify  # noqa: E402 (from bench/)
 
 TINY = {"rows": 6, "vocabulary": 1_037}  # an unaligned row; hidden states are 16 wide
-COMPILING = ("torch.compile", "Liger chunked JSD")  # seconds each
+COMPILING = ("torch.compile", "Liger chunked JSD")
+SLOW = (*COMPILING, "Model-Optimizer")  # seconds each, to compile or to import
 
 # A contender each that is off as losses in the wild are, among those that are right.
 PLANTED = """
@@ -132,14 +133,14 @@ def test_a_run_records_machine_versions_and_commit(run: Any) -> None:
     about = tables.load(path).about
     assert {"commit", "date", "CPU", "cores", "threads", "load average at the start"} <= set(about)
     assert about["threads"] == "1"
-    assert f"torch {torch.__version__}" in about["versions"] and "trl " in about["versions"]
+    assert f"torch {torch.__version__}" in about["versions"] and "liger-kernel" in about["versions"]
 
 
 def of_peers() -> list[Any]:
     rows = []
     for peer in peers.PEERS:
         for divergence in peer.divergences or ("forward_kl", "hellinger"):
-            marks = [pytest.mark.heavy] if peer.name in COMPILING else []
+            marks = [pytest.mark.heavy] if peer.name in SLOW else []
             rows.append(pytest.param(peer, divergence, id=f"{peer.name}-{divergence}", marks=marks))
     return rows
 
@@ -215,8 +216,17 @@ def test_the_peak_sees_what_is_allocated() -> None:
     assert measure.peak_extra(lambda: None) < 2**20
 
 
+@pytest.fixture
+def unpoisoned_memory() -> Iterator[None]:
+    """Poisoned buffers are resident where others never are."""
+    torch.use_deterministic_algorithms(False)
+    yield
+    torch.use_deterministic_algorithms(True)
+
+
+@pytest.mark.usefixtures("unpoisoned_memory")
 def test_the_peak_in_this_process_is_that_of_a_process_of_its_own() -> None:
-    import memory  # its cases are at Hinton's temperature, which divides the logits: here and there
+    import memory
 
     case = {"divergence": "reverse_kl", "layout": "contiguous", "shape": (64, 32_768), "threads": 1}
     case |= {"dtype": "float32", "contender": "eager"}
@@ -225,7 +235,8 @@ def test_the_peak_in_this_process_is_that_of_a_process_of_its_own() -> None:
     eager = next(peer for peer in peers.PEERS if peer.name == "eager")
     call = eager.make("reverse_kl", torch.float32)
     problem.errors(eager, call)
-    assert problem.peak(eager, call) / (64 * 32_768 * 4) == pytest.approx(alone, rel=0.05)
+    peak = problem.peak(eager, call)
+    assert peak / (64 * 32_768 * 4) == pytest.approx(alone, rel=0.05)
 
 
 def test_fits_recover_a_slope() -> None:
