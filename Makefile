@@ -15,7 +15,7 @@ PROJECT := pyproject.toml setup.py
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help build test heavy gpu lint format bench divergences demo demo-distributed examples clean
+.PHONY: help build test heavy gpu lint format bench bench-quick bench-compare divergences demo demo-distributed examples clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  \1\t/' | expand -t 24
@@ -65,7 +65,21 @@ format: $(VENV)/.dev ## apply what ruff can mend
 	$(PY) -m ruff check --fix .
 	$(PY) -m ruff format .
 
-bench: $(VENV)/.bench build build/demo/.stamp ## the benchmarks: time (torch's buffers as they are, and in huge pages), memory, accuracy
+# Tables are made of a run in which a loss was wrong too, and the target fails then.
+define SUITE
+	@mkdir -p build/bench
+	@$(PY) -m pytest bench -v -rN -p no:cacheprovider --benchmark-quiet --benchmark-json=build/bench/$(1).json $(2) $(ARGS); \
+	    status=$$?; $(PY) bench/tables.py build/bench/$(1).json && exit $$status
+endef
+
+bench-quick: $(VENV)/.bench build build/demo/.stamp ## fastkd beside its peers: a comparison in under five minutes, in build/bench/quick.*
+	$(call SUITE,quick,--quick)
+
+bench-compare: $(VENV)/.bench ## whether a run is worse than one before: make bench-compare BEFORE=a.json AFTER=b.json ARGS="--fail 10"
+	$(PY) bench/compare.py '$(BEFORE)' '$(AFTER)' $(ARGS)
+
+bench: $(VENV)/.bench build build/demo/.stamp ## the whole comparison, in build/bench/full.*, and the benchmarks of single questions
+	$(call SUITE,full,)
 	$(PY) bench/loss.py
 	THP_MEM_ALLOC_ENABLE=1 $(PY) bench/loss.py
 	$(PY) bench/memory.py
@@ -74,7 +88,6 @@ bench: $(VENV)/.bench build build/demo/.stamp ## the benchmarks: time (torch's b
 	$(PY) bench/linear.py
 	$(PY) bench/online.py
 	$(PY) bench/relations.py
-	$(PY) -m pytest bench --benchmark-only $(ARGS)
 
 # With the torch and Triton that the machine has, and no network: GPU_PYTHON is the interpreter that holds them. Set
 # WHEELS to a folder to compare with the losses of other packages in it.
