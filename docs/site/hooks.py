@@ -1,0 +1,138 @@
+"""Hooks of the documentation site (mkdocs.yml): what lies above docs/ is on it too, and drawings are part of a page.
+
+Pages link to files of the checkout, as they must to work there: ``../README.md``, ``../examples/distributed.py``. On
+the site those files are pages as well, a Markdown one at its path, any other as its text under source/. And
+
+    <!-- on the site: README.md#numbers -->
+
+is replaced by that section, so that a table stands in one place.
+"""
+
+from __future__ import annotations
+
+import posixpath
+import re
+from pathlib import Path
+from typing import Any
+
+from mkdocs.config.defaults import MkDocsConfig
+from mkdocs.exceptions import PluginError
+from mkdocs.structure.files import File, Files
+from mkdocs.structure.pages import Page
+from pymdownx.slugs import slugify
+
+ROOT = Path(__file__).resolve().parents[2]
+LINK = re.compile(r"(\]\()([^)\s]+)(\))")
+FENCE = re.compile(r"(^```.*?^```$)", re.S | re.M)
+SECTION = re.compile(r"^<!-- on the site: (\S+)#(\S+) -->$", re.M)
+DRAWING = re.compile(r'<img alt="([^"]*)" src="[./]*(img/[\w-]+\.svg)"\s*/?>')
+LANGUAGES = {".py": "python", ".sh": "bash", ".h": "cpp", ".cpp": "cpp", ".cu": "cpp", ".toml": "toml"}
+
+
+def _of_checkout(uri: str) -> str:
+    """The path in the checkout of a page of the site."""
+    return f"docs/{uri}" if (ROOT / "docs" / uri).is_file() else uri
+
+
+def _of_site(path: str) -> str:
+    """The page of the site that has a file of the checkout."""
+    if path.startswith("docs/") and not path.endswith(".py"):
+        return path.removeprefix("docs/")
+    return path if path.endswith(".md") else f"source/{path}.md"
+
+
+def _links(markdown: str) -> list[str]:
+    """Targets of links to files, as they are written."""
+    found = (match[2] for part in FENCE.split(markdown)[::2] for match in LINK.finditer(part))
+    return [target for target in found if not re.match(r"[a-z]+:|#", target)]
+
+
+def _target(path: str, link: str) -> tuple[str, str]:
+    """(path in the checkout, anchor) of a link on the page at `path`."""
+    name, _, anchor = link.partition("#")
+    return posixpath.normpath(posixpath.join(posixpath.dirname(path), name)), anchor
+
+
+def on_files(files: Files, config: MkDocsConfig) -> Files:
+    """Adds the files above docs/ that the navigation names or a page links to."""
+    known = {file.src_uri for file in files}
+    pages = [_of_checkout(uri) for uri in (*known, *_leaves(config.nav)) if uri.endswith(".md")]
+    while pages:
+        path = pages.pop()
+        uri = _of_site(path)
+        if not (ROOT / path).is_file():
+            continue  # mkdocs says who names it
+        text = (ROOT / path).read_text(encoding="utf-8")
+        if uri not in known:
+            known.add(uri)
+            files.append(File.generated(config, uri, content=text if path.endswith(".md") else _shown(path, text)))
+        if path.endswith(".md"):
+            targets = [_target(path, link)[0] for link in _links(text)]
+            pages += [target for target in targets if _of_site(target) not in known]
+    return files
+
+
+def _leaves(nav: Any) -> list[str]:
+    """The files that a navigation names."""
+    if isinstance(nav, str):
+        return [nav]
+    children = nav.values() if isinstance(nav, dict) else nav or []
+    return [leaf for child in children for leaf in _leaves(child)]
+
+
+def _shown(path: str, text: str) -> str:
+    """A page with the text of a file."""
+    return f"# {path}\n\n``````{LANGUAGES.get(Path(path).suffix, 'text')}\n{text}\n``````\n"
+
+
+def _section(path: str, anchor: str) -> str:
+    """A section of a Markdown file of the checkout, without its heading."""
+    text = (ROOT / path).read_text(encoding="utf-8")
+    parts = re.split(r"^(#+) +(.+)$", text, flags=re.M)
+    for level, title, body in zip(parts[1::3], parts[2::3], parts[3::3], strict=True):
+        if slugify(case="lower")(title, "-") == anchor:
+            return _relinked(body, path, "docs/")
+    raise PluginError(f"{path} has no section #{anchor}")
+
+
+def _relinked(markdown: str, path: str, folder: str) -> str:
+    """Markdown of the file at `path` with its links as a file in `folder` has them."""
+
+    def relink(match: re.Match[str]) -> str:
+        if re.match(r"[a-z]+:|#", match[2]):
+            return match[0]
+        target, anchor = _target(path, match[2])
+        return f"{match[1]}{posixpath.relpath(target, folder)}{'#' * bool(anchor)}{anchor}{match[3]}"
+
+    parts = FENCE.split(markdown)
+    return "".join(part if n % 2 else LINK.sub(relink, part) for n, part in enumerate(parts))
+
+
+def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
+    """Includes sections, and has links lead to pages of the site."""
+    path = _of_checkout(page.file.src_uri)
+    if page.file.src_uri.startswith("source/"):
+        return markdown
+    markdown = SECTION.sub(lambda match: _section(match[1], match[2]), markdown)
+
+    def relink(match: re.Match[str]) -> str:
+        if re.match(r"[a-z]+:|#", match[2]):
+            return match[0]
+        target, anchor = _target(path, match[2])
+        uri = posixpath.relpath(_of_site(target), posixpath.dirname(page.file.src_uri) or ".")
+        return f"{match[1]}{uri}{'#' * bool(anchor)}{anchor}{match[3]}"
+
+    parts = FENCE.split(markdown)
+    return "".join(part if n % 2 else LINK.sub(relink, part) for n, part in enumerate(parts))
+
+
+def on_page_content(html: str, page: Page, config: MkDocsConfig, files: Files) -> str:
+    """Puts drawings into the page, where they take its colours."""
+
+    def inline(match: re.Match[str]) -> str:
+        svg = (ROOT / "docs" / match[2]).read_text(encoding="utf-8")
+        if 'class="drawing"' not in svg:
+            return match[0]
+        return re.sub(r"<style>.*?</style>", "", svg, flags=re.S).replace("<svg", f'<svg aria-label="{match[1]}"', 1)
+
+    return DRAWING.sub(inline, html)
