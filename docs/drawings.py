@@ -45,7 +45,14 @@ class Drawing:
         self.height = max(self.height, bottom)
 
     def box(
-        self, x: float, y: float, width: float, height: float, fill: str, text: str = "", dashed: bool = False
+        self,
+        x: float,
+        y: float,
+        width: float,
+        height: float,
+        fill: str,
+        text: str = "",
+        dashed: bool = False,
     ) -> None:
         """A rectangle with lines of text in its middle."""
         dash = ' stroke-dasharray="4 3"' if dashed else ""
@@ -56,9 +63,22 @@ class Drawing:
         )
         lines = text.split("\n") if text else []
         for number, line in enumerate(lines):
-            self.text(x + width / 2, y + height / 2 + 4.5 + 16 * (number - (len(lines) - 1) / 2), line, "middle")
+            self.text(
+                x + width / 2,
+                y + height / 2 + 4.5 + 16 * (number - (len(lines) - 1) / 2),
+                line,
+                "middle",
+            )
 
-    def text(self, x: float, y: float, line: str, anchor: str = "start", colour: str = "ink", bold: bool = False) -> None:
+    def text(
+        self,
+        x: float,
+        y: float,
+        line: str,
+        anchor: str = "start",
+        colour: str = "ink",
+        bold: bool = False,
+    ) -> None:
         """One line, y at its foot."""
         weight = ' font-weight="600"' if bold else ""
         self._add(
@@ -105,12 +125,27 @@ def statistics() -> Drawing:
     for block in range(4):
         x = 110 + 84 * block
         d.arrow(x, 76, x, 94)
-        d.box(x - 38, 96, 76, 54, "numbers", "max m\nsum ℓ\nmoments")
+        d.box(x - 38, 96, 76, 54, "numbers", "max m\nsum Z\nmoments")
         d.arrow(x, 150, x, 174)
-    d.box(72, 176, 328, 60, "numbers", "merged, in the order of the blocks\nm = max(m₁, m₂)\nℓ = ℓ₁ e^(m₁-m) + ℓ₂ e^(m₂-m)")
+    d.box(
+        72,
+        176,
+        328,
+        60,
+        "numbers",
+        "merged, in the order of the blocks\nm = max(m₁, m₂)\nZ = Z₁ e^(m₁-m) + Z₂ e^(m₂-m)",
+    )
     d.arrow(236, 236, 236, 256)
-    d.box(72, 258, 328, 60, "box", "log-sum-exp of s and of t: both softmaxes\nA = E_p[t - s]: KL(p‖q) = A - lse t + lse s\nthe loss of the row, where that is all of it")
-    d.note(338, "x = s/T or t/T, ℓ = Σ e^(x-m). Where the maximum rises,")
+    d.box(
+        72,
+        258,
+        328,
+        60,
+        "box",
+        "log-sum-exp of s and of t: both softmaxes\nA = E_p[t - s]: KL(p‖q) = A - lse t + lse s\n"
+        "the loss of the row, where that is all of it",
+    )
+    d.note(338, "x = s/T or t/T, Z = Σ e^(x-m). Where the maximum rises,")
     d.note(355, "earlier sums fade by a factor: nothing is read twice.")
     return d
 
@@ -130,7 +165,14 @@ def sweeps() -> Drawing:
     sweep(0, "1  statistics", "log-sum-exps, moments, the label's logit", "from memory", False)
     d.box(236, 44, 164, 40, "numbers", "a dozen numbers")
     d.arrow(192, 64, 232, 64)
-    sweep(144, "2  sums", "Σ φ and Σ g: only where no closed form gives them", "from cache", False, True)
+    sweep(
+        144,
+        "2  sums",
+        "Σ φ and Σ g: only where no closed form gives them",
+        "from cache",
+        False,
+        True,
+    )
     d.box(236, 188, 164, 40, "numbers", "the loss, Σ g")
     d.arrow(192, 208, 232, 208)
     sweep(288, "3  gradient", "last block first: the cache still holds it", "from cache", True)
@@ -148,7 +190,7 @@ def chunks() -> Drawing:
     d.box(0, 28, 70, 150, "box")
     d.box(0, 66, 70, 40, "student", "C rows")
     d.text(0, 196, "hidden [N, H]", colour="soft")
-    d.text(84, 91, "×", "middle")
+    d.text(84, 91, "·", "middle")
     d.box(98, 66, 88, 40, "box", "head [V, H]")
     d.arrow(188, 86, 208, 86)
     d.box(212, 54, 188, 64, "student", "student logits [C, V]\nfloat32, one buffer")
@@ -215,7 +257,12 @@ def cluster() -> Drawing:
     d.box(0, 282, 400, 24, "box", "device memory: the row of the gradient")
     d.title(338, "A slice has four stages")
     for stage, (fill, text) in enumerate(
-        (("box", "next row\narrives"), ("box", "next row\narrives"), ("gradient", "being\nwritten"), ("student", "this row\nwaits"))
+        (
+            ("box", "next row\narrives"),
+            ("box", "next row\narrives"),
+            ("gradient", "being\nwritten"),
+            ("student", "this row\nwaits"),
+        )
     ):
         d.box(101 * stage, 350, 97, 42, fill, text)
     d.note(412, "Every logit is read from device memory once. A stage whose")
@@ -238,13 +285,20 @@ def topk() -> Drawing:
     d.box(303, 94, 97, 30, "student", "the tail")
     d.text(400, 142, "tail: T log Σ e^(z/T) of the others", "end", "soft")
     d.arrow(200, 150, 200, 170)
-    d.box(0, 172, 400, 44, "numbers", "any divergence, dense, over K + 1 events\nthe teacher's last one: 1 - Σ p, or tail_logprob")
+    d.box(
+        0,
+        172,
+        400,
+        44,
+        "numbers",
+        "any divergence, dense, over K + 1 events\nthe teacher's last one: 1 - Σ p, or tail_logprob",
+    )
     d.arrow(100, 218, 100, 250)
     d.arrow(351, 218, 351, 250)
     d.box(0, 252, 299, 44, "gradient", "the tokens' gradients,\nscattered to their columns")
-    d.box(303, 252, 97, 44, "gradient", "one number\nγ for the tail")
+    d.box(303, 252, 97, 44, "gradient", "one number\nr for the tail")
     d.arrow(351, 298, 351, 318)
-    d.box(0, 320, 400, 28, "gradient", "every other column v: γ e^(z_v/T) / Σ e^(z/T)")
+    d.box(0, 320, 400, 28, "gradient", "every other column v: r e^(z_v/T) / Σ e^(z/T)")
     d.note(370, "One read of the row, K gathers, one write of the gradient.")
     return d
 
@@ -265,7 +319,9 @@ def vocabulary() -> Drawing:
         d.arrow(x + 64, 148, x + 64, 168)
         d.box(x, 170, 128, 40, "numbers", "those of all,\nin rank order")
         d.arrow(x + 64, 212, x + 64, 232)
-    d.box(0, 234, 400, 42, "box", "without a closed form once more:\nΣ φ and Σ g, all-gathered", True)
+    d.box(
+        0, 234, 400, 42, "box", "without a closed form once more:\nΣ φ and Σ g, all-gathered", True
+    )
     for rank in range(3):
         x = 136 * rank
         d.arrow(x + 64, 278, x + 64, 298)
@@ -274,7 +330,15 @@ def vocabulary() -> Drawing:
     return d
 
 
-DRAWINGS: tuple[Callable[[], Drawing], ...] = (statistics, sweeps, chunks, split, cluster, topk, vocabulary)
+DRAWINGS: tuple[Callable[[], Drawing], ...] = (
+    statistics,
+    sweeps,
+    chunks,
+    split,
+    cluster,
+    topk,
+    vocabulary,
+)
 
 
 def main() -> None:

@@ -51,7 +51,11 @@ def problems(site: Path) -> list[str]:
             goal = goal / "index.html" if goal.is_dir() else goal
             if not goal.is_file():
                 found.append(f"{where}: no file {target}")
-            elif parts.fragment and goal in pages and unquote(parts.fragment) not in pages[goal].anchors:
+            elif (
+                parts.fragment
+                and goal in pages
+                and unquote(parts.fragment) not in pages[goal].anchors
+            ):
                 found.append(f"{where}: no anchor {target}")
     return found
 

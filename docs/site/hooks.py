@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import posixpath
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,21 +22,33 @@ from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 from pymdownx.slugs import slugify
 
+OVERVIEW = "overview.md"  # where README.md is: at its own path it would be the site's first page
 ROOT = Path(__file__).resolve().parents[2]
 LINK = re.compile(r"(\]\()([^)\s]+)(\))")
 FENCE = re.compile(r"(^```.*?^```$)", re.S | re.M)
 SECTION = re.compile(r"^<!-- on the site: (\S+)#(\S+) -->$", re.M)
 DRAWING = re.compile(r'<img alt="([^"]*)" src="[./]*(img/[\w-]+\.svg)"\s*/?>')
-LANGUAGES = {".py": "python", ".sh": "bash", ".h": "cpp", ".cpp": "cpp", ".cu": "cpp", ".toml": "toml"}
+LANGUAGES = {
+    ".py": "python",
+    ".sh": "bash",
+    ".h": "cpp",
+    ".cpp": "cpp",
+    ".cu": "cpp",
+    ".toml": "toml",
+}
 
 
 def _of_checkout(uri: str) -> str:
     """The path in the checkout of a page of the site."""
+    if uri == OVERVIEW:
+        return "README.md"
     return f"docs/{uri}" if (ROOT / "docs" / uri).is_file() else uri
 
 
 def _of_site(path: str) -> str:
     """The page of the site that has a file of the checkout."""
+    if path == "README.md":
+        return OVERVIEW
     if path.startswith("docs/") and not path.endswith(".py"):
         return path.removeprefix("docs/")
     return path if path.endswith(".md") else f"source/{path}.md"
@@ -65,7 +78,11 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
         text = (ROOT / path).read_text(encoding="utf-8")
         if uri not in known:
             known.add(uri)
-            files.append(File.generated(config, uri, content=text if path.endswith(".md") else _shown(path, text)))
+            files.append(
+                File.generated(
+                    config, uri, content=text if path.endswith(".md") else _shown(path, text)
+                )
+            )
         if path.endswith(".md"):
             targets = [_target(path, link)[0] for link in _links(text)]
             pages += [target for target in targets if _of_site(target) not in known]
@@ -85,45 +102,46 @@ def _shown(path: str, text: str) -> str:
     return f"# {path}\n\n``````{LANGUAGES.get(Path(path).suffix, 'text')}\n{text}\n``````\n"
 
 
-def _section(path: str, anchor: str) -> str:
-    """A section of a Markdown file of the checkout, without its heading."""
-    text = (ROOT / path).read_text(encoding="utf-8")
-    parts = re.split(r"^(#+) +(.+)$", text, flags=re.M)
-    for level, title, body in zip(parts[1::3], parts[2::3], parts[3::3], strict=True):
-        if slugify(case="lower")(title, "-") == anchor:
-            return _relinked(body, path, "docs/")
-    raise PluginError(f"{path} has no section #{anchor}")
+def _outside_of_code(markdown: str, change: Callable[[str], str]) -> str:
+    """Markdown with everything but its blocks of code changed."""
+    parts = FENCE.split(markdown)
+    return "".join(part if n % 2 else change(part) for n, part in enumerate(parts))
 
 
-def _relinked(markdown: str, path: str, folder: str) -> str:
-    """Markdown of the file at `path` with its links as a file in `folder` has them."""
+def _relinked(markdown: str, path: str, rename: Callable[[str], str]) -> str:
+    """Markdown of the file at `path` of the checkout with other links to files: rename gives them, from paths there."""
 
     def relink(match: re.Match[str]) -> str:
         if re.match(r"[a-z]+:|#", match[2]):
             return match[0]
         target, anchor = _target(path, match[2])
-        return f"{match[1]}{posixpath.relpath(target, folder)}{'#' * bool(anchor)}{anchor}{match[3]}"
+        return f"{match[1]}{rename(target)}{'#' * bool(anchor)}{anchor}{match[3]}"
 
-    parts = FENCE.split(markdown)
-    return "".join(part if n % 2 else LINK.sub(relink, part) for n, part in enumerate(parts))
+    return _outside_of_code(markdown, lambda text: LINK.sub(relink, text))
+
+
+def _section(path: str, anchor: str) -> str:
+    """A section of a Markdown file of the checkout, from below its heading to the next, with links as in docs/."""
+    text = _relinked(
+        (ROOT / path).read_text(encoding="utf-8"), path, lambda to: posixpath.relpath(to, "docs")
+    )
+    parts = re.split(r"^##+ +(.+)$", text, flags=re.M)
+    for title, body in zip(parts[1::2], parts[2::2], strict=True):
+        if slugify(case="lower")(title, "-") == anchor:
+            return body
+    raise PluginError(f"{path} has no section #{anchor}")
 
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
     """Includes sections, and has links lead to pages of the site."""
-    path = _of_checkout(page.file.src_uri)
-    if page.file.src_uri.startswith("source/"):
+    uri = page.file.src_uri
+    if uri.startswith("source/"):
         return markdown
     markdown = SECTION.sub(lambda match: _section(match[1], match[2]), markdown)
-
-    def relink(match: re.Match[str]) -> str:
-        if re.match(r"[a-z]+:|#", match[2]):
-            return match[0]
-        target, anchor = _target(path, match[2])
-        uri = posixpath.relpath(_of_site(target), posixpath.dirname(page.file.src_uri) or ".")
-        return f"{match[1]}{uri}{'#' * bool(anchor)}{anchor}{match[3]}"
-
-    parts = FENCE.split(markdown)
-    return "".join(part if n % 2 else LINK.sub(relink, part) for n, part in enumerate(parts))
+    folder = posixpath.dirname(uri) or "."
+    return _relinked(
+        markdown, _of_checkout(uri), lambda to: posixpath.relpath(_of_site(to), folder)
+    )
 
 
 def on_page_content(html: str, page: Page, config: MkDocsConfig, files: Files) -> str:
@@ -133,6 +151,8 @@ def on_page_content(html: str, page: Page, config: MkDocsConfig, files: Files) -
         svg = (ROOT / "docs" / match[2]).read_text(encoding="utf-8")
         if 'class="drawing"' not in svg:
             return match[0]
-        return re.sub(r"<style>.*?</style>", "", svg, flags=re.S).replace("<svg", f'<svg aria-label="{match[1]}"', 1)
+        return re.sub(r"<style>.*?</style>", "", svg, flags=re.S).replace(
+            "<svg", f'<svg aria-label="{match[1]}"', 1
+        )
 
     return DRAWING.sub(inline, html)

@@ -1,4 +1,4 @@
-"""Docstrings refer to names as Sphinx does, :func:`fastkd.kd_loss`; on the site they are links where the name has a page."""
+"""Docstrings name things as Sphinx does, :func:`fastkd.kd_loss`: a link on the site, where the name has a page."""
 
 from __future__ import annotations
 
