@@ -22,11 +22,11 @@ from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 from pymdownx.slugs import slugify
 
-OVERVIEW = "overview.md"  # where README.md is: at its own path it would be the site's first page
 ROOT = Path(__file__).resolve().parents[2]
 LINK = re.compile(r"(\]\()([^)\s]+)(\))")
 FENCE = re.compile(r"(^```.*?^```$)", re.S | re.M)
 SECTION = re.compile(r"^<!-- on the site: (\S+)#(\S+) -->$", re.M)
+TITLE = re.compile(r"^(```\w+ title=)([^\s\"]+)$", re.M)
 DRAWING = re.compile(r'<img alt="([^"]*)" src="[./]*(img/[\w-]+\.svg)"\s*/?>')
 LANGUAGES = {
     ".py": "python",
@@ -40,18 +40,18 @@ LANGUAGES = {
 
 def _of_checkout(uri: str) -> str:
     """The path in the checkout of a page of the site."""
-    if uri == OVERVIEW:
-        return "README.md"
-    return f"docs/{uri}" if (ROOT / "docs" / uri).is_file() else uri
+    if (ROOT / "docs" / uri).is_file():
+        return f"docs/{uri}"
+    return uri.replace("overview.md", "README.md")
 
 
 def _of_site(path: str) -> str:
     """The page of the site that has a file of the checkout."""
-    if path == "README.md":
-        return OVERVIEW
     if path.startswith("docs/") and not path.endswith(".py"):
         return path.removeprefix("docs/")
-    return path if path.endswith(".md") else f"source/{path}.md"
+    if not path.endswith(".md"):
+        return f"source/{path}.md"
+    return path.replace("README.md", "overview.md")  # by its own name it would be the index of its folder
 
 
 def _links(markdown: str) -> list[str]:
@@ -137,6 +137,7 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
     uri = page.file.src_uri
     if uri.startswith("source/"):
         return markdown
+    markdown = TITLE.sub(r'\1"\2"', markdown)  # what a page says without quotes, as tests read it
     markdown = SECTION.sub(lambda match: _section(match[1], match[2]), markdown)
     folder = posixpath.dirname(uri) or "."
     return _relinked(
