@@ -5,7 +5,7 @@ the site those files are pages as well, a Markdown one at its path, any other as
 
     <!-- on the site: README.md#numbers -->
 
-is replaced by that section, so that a table stands in one place.
+is replaced by that section, so that a table stands in one place; likewise img/bench/*.svg by those plots.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ ROOT = Path(__file__).resolve().parents[2]
 LINK = re.compile(r"(\]\()([^)\s]+)(\))")
 FENCE = re.compile(r"(^```.*?^```$)", re.S | re.M)
 SECTION = re.compile(r"^<!-- on the site: (\S+)#(\S+) -->$", re.M)
+PLOTS = re.compile(r"^<!-- on the site: (\S+)/\*\.svg -->$", re.M)
 TITLE = re.compile(r"^(```\w+ title=)([^\s\"]+)$", re.M)
 DRAWING = re.compile(r'<img alt="([^"]*)" src="[./]*(img/[\w-]+\.svg)"\s*/?>')
 LANGUAGES = {
@@ -51,7 +52,9 @@ def _of_site(path: str) -> str:
         return path.removeprefix("docs/")
     if not path.endswith(".md"):
         return f"source/{path}.md"
-    return path.replace("README.md", "overview.md")  # by its own name it would be the index of its folder
+    return path.replace(
+        "README.md", "overview.md"
+    )  # by its own name it would be the index of its folder
 
 
 def _links(markdown: str) -> list[str]:
@@ -132,6 +135,16 @@ def _section(path: str, anchor: str) -> str:
     raise PluginError(f"{path} has no section #{anchor}")
 
 
+def _plots(folder: str) -> str:
+    """All plots of a folder of docs/."""
+    names = sorted(path.stem for path in (ROOT / "docs" / folder).glob("*.svg"))
+    if not names:
+        raise PluginError(
+            f"docs/{folder} has no plots: make bench-quick, and copy build/bench/quick-*.svg there"
+        )
+    return "\n\n".join(f"![{name.replace('-', ' ')}]({folder}/{name}.svg)" for name in names)
+
+
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
     """Includes sections, and has links lead to pages of the site."""
     uri = page.file.src_uri
@@ -139,6 +152,7 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
         return markdown
     markdown = TITLE.sub(r'\1"\2"', markdown)  # what a page says without quotes, as tests read it
     markdown = SECTION.sub(lambda match: _section(match[1], match[2]), markdown)
+    markdown = PLOTS.sub(lambda match: _plots(match[1]), markdown)
     folder = posixpath.dirname(uri) or "."
     return _relinked(
         markdown, _of_checkout(uri), lambda to: posixpath.relpath(_of_site(to), folder)
