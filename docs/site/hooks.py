@@ -10,6 +10,7 @@ is replaced by that section, so that a table stands in one place; likewise img/b
 
 from __future__ import annotations
 
+import itertools
 import posixpath
 import re
 from collections.abc import Callable
@@ -29,6 +30,7 @@ SECTION = re.compile(r"^<!-- on the site: (\S+)#(\S+) -->$", re.M)
 PLOTS = re.compile(r"^<!-- on the site: (\S+)/\*\.svg -->$", re.M)
 TITLE = re.compile(r"^(```\w+ title=)([^\s\"]+)$", re.M)
 DRAWING = re.compile(r'<img alt="([^"]*)" src="[./]*(img/[\w-]+\.svg)"\s*/?>')
+TABLE = re.compile(r"<table>.*?</table>", re.S)
 LANGUAGES = {
     ".py": "python",
     ".sh": "bash",
@@ -160,7 +162,7 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
 
 
 def on_page_content(html: str, page: Page, config: MkDocsConfig, files: Files) -> str:
-    """Puts drawings into the page, where they take its colours."""
+    """Puts drawings into the page, where they take its colours, and headings into cells."""
 
     def inline(match: re.Match[str]) -> str:
         svg = (ROOT / "docs" / match[2]).read_text(encoding="utf-8")
@@ -170,4 +172,18 @@ def on_page_content(html: str, page: Page, config: MkDocsConfig, files: Files) -
             "<svg", f'<svg aria-label="{match[1]}"', 1
         )
 
-    return DRAWING.sub(inline, html)
+    return TABLE.sub(_labelled, DRAWING.sub(inline, html))
+
+
+def _labelled(match: re.Match[str]) -> str:
+    """A table whose cells know their column's heading, which a telephone shows beside each (stylesheets/site.css)."""
+    table = match[0]
+    headings = [
+        re.sub(r"<[^>]*>", "", text) for text in re.findall(r"<th[^>]*>(.*?)</th>", table, re.S)
+    ]
+    number = itertools.count()
+
+    def label(_: re.Match[str]) -> str:
+        return f'<td data-label="{headings[next(number) % len(headings)]}"'
+
+    return re.sub(r"<td(?=[ >])", label, table) if any(headings) else table
