@@ -15,8 +15,7 @@ PROJECT := pyproject.toml setup.py
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help build test heavy gpu lint format bench divergences demo demo-distributed examples docs docs-serve \
-    clean
+.PHONY: help build test heavy gpu lint format bench divergences demo demo-distributed examples clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  \1\t/' | expand -t 24
@@ -89,6 +88,21 @@ divergences: $(VENV)/.dev ## after a change of fastkd/divergences.py: its C++ he
 	@FASTKD_NATIVE=1 $(MAKE) --no-print-directory build
 	$(PY) -m pytest -k "divergence or table" $(ARGS)
 
+$(VENV)/.docs: $(VENV)/.torch $(PROJECT) | build
+	$(INSTALL) -e '.[docs]'
+	@touch $@
+
+# The notice is of mkdocs-material on its own successor.
+MKDOCS := NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs
+.PHONY: docs docs-serve
+docs: $(VENV)/.docs ## the documentation site, in build/site; a warning or a dead link is an error
+	$(PY) docs/drawings.py
+	$(MKDOCS) build --strict
+	$(PY) docs/site/check.py build/site
+
+docs-serve: $(VENV)/.docs ## the same on http://127.0.0.1:8000, rebuilt as you write
+	$(MKDOCS) serve --watch fastkd
+
 build/demo/.stamp: examples/demo-requirements.txt | $(VENV)/.torch
 	$(PIP) install --no-deps --no-build-isolation --require-hashes --upgrade --target $(@D) -r $<
 	@touch $@
@@ -119,20 +133,6 @@ examples: $(VENV)/.examples $(FASHION) build ## what the losses do on real image
 	OMP_WAIT_POLICY=passive $(PY) examples/fashion.py --data $(FASHION) $(ARGS)
 	OMP_WAIT_POLICY=passive $(PY) examples/online.py --data $(FASHION) $(ARGS)
 	OMP_WAIT_POLICY=passive $(PY) examples/sweeps.py --data $(FASHION) $(ARGS)
-
-$(VENV)/.docs: $(VENV)/.torch $(PROJECT) | build
-	$(INSTALL) -e '.[docs]'
-	@touch $@
-
-# The notice is of mkdocs-material on its own successor.
-MKDOCS := NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs
-docs: $(VENV)/.docs ## the documentation site, in build/site; a warning or a dead link is an error
-	$(PY) docs/drawings.py
-	$(MKDOCS) build --strict
-	$(PY) docs/site/check.py build/site
-
-docs-serve: $(VENV)/.docs ## the same on http://127.0.0.1:8000, rebuilt as you write
-	$(MKDOCS) serve --watch fastkd
 
 clean: ## remove what a build writes, but not .venv
 	rm -rf build dist *.egg-info fastkd/_C*.so fastkd/_build.json .mypy_cache .pytest_cache .ruff_cache .benchmarks
