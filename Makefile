@@ -101,6 +101,21 @@ divergences: $(VENV)/.dev ## after a change of fastkd/divergences.py: its C++ he
 	@FASTKD_NATIVE=1 $(MAKE) --no-print-directory build
 	$(PY) -m pytest -k "divergence or table" $(ARGS)
 
+$(VENV)/.docs: $(VENV)/.torch $(PROJECT) | build
+	$(INSTALL) -e '.[docs]'
+	@touch $@
+
+# The notice is of mkdocs-material on its own successor.
+MKDOCS := NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs
+.PHONY: docs docs-serve
+docs: $(VENV)/.docs ## the documentation site, in build/site; a warning or a dead link is an error
+	$(PY) docs/drawings.py
+	$(MKDOCS) build --strict
+	$(PY) docs/site/check.py build/site
+
+docs-serve: $(VENV)/.docs ## the same on http://127.0.0.1:8000, rebuilt as you write
+	$(MKDOCS) serve --watch fastkd
+
 build/demo/.stamp: examples/demo-requirements.txt | $(VENV)/.torch
 	$(PIP) install --no-deps --no-build-isolation --require-hashes --upgrade --target $(@D) -r $<
 	@touch $@

@@ -1,8 +1,11 @@
-"""The pages: their Python runs, their links lead somewhere, and the guide forgets no loss."""
+"""The pages: their Python runs, their links lead somewhere, and they forget no loss, no name and no error."""
 
 from __future__ import annotations
 
+import ast
+import functools
 import importlib
+import importlib.util
 import inspect
 import re
 import sys
@@ -21,12 +24,20 @@ from fastkd.divergences import WITH_LABELS
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 pytestmark = pytest.mark.skipif(len(PAGES) < 2, reason="there is no checkout around these tests")
-page = pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
+
+
+def name_of(path: Path) -> str:
+    """As pages are called here: index.md is one of docs/ and stacks/index.md another."""
+    return path.relative_to(ROOT).as_posix().removeprefix("docs/")
+
+
+page = pytest.mark.parametrize("path", PAGES, ids=name_of)
 
 # Blocks that are not run here, by page and title, and why. In the page they say ```python title=FILE.
 ELSEWHERE = {
     ("adding-a-divergence.md", "fastkd/divergences.py"): "tests/test_cli.py puts it into a copy of that file",
     ("adding-a-divergence.md", "tests/oracles.py"): "tests/test_cli.py compares it with the above",
+    ("kernels.md", "fastkd/divergences.py"): "test_what_a_page_quotes_is_in_the_source",
 }  # fmt: skip
 
 # Public names of the modules below that are no loss and no part of one.
@@ -150,7 +161,7 @@ GIVEN = {
 @pytest.fixture
 def group(path: Path, tmp_path: Path) -> Iterator[None]:
     """A group of one process, for pages that want one."""
-    if not GIVEN.get(path.name, Given()).group:
+    if not GIVEN.get(name_of(path), Given()).group:
         yield
         return
     import torch.distributed as dist
@@ -177,7 +188,7 @@ def blocks(path: Path) -> list[Block]:
     found = []
     for match in re.finditer(r"^```python([^\n]*)\n(.*?)^```$", text, re.S | re.M):
         info = match[1].strip()
-        assert info == "" or info.startswith("title="), f"{path.name}: ```python {info}"
+        assert info == "" or info.startswith("title="), f"{name_of(path)}: ```python {info}"
         line = text.count("\n", 0, match.start(2)) + 1
         found.append(Block(line, info.removeprefix("title="), match[2]))
     return found
@@ -191,11 +202,11 @@ def test_snippets_run(
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
     torch.manual_seed(0)
-    names: dict[str, Any] = {"__name__": path.stem, **GIVEN.get(path.name, Given()).names()}
+    names: dict[str, Any] = {"__name__": path.stem, **GIVEN.get(name_of(path), Given()).names()}
     written = set()
     try:
         for block in blocks(path):
-            if (path.name, block.title) in ELSEWHERE:
+            if (name_of(path), block.title) in ELSEWHERE:
                 continue
             if block.title:
                 with (tmp_path / block.title).open("a", encoding="utf-8") as module:
@@ -212,7 +223,7 @@ def test_snippets_run(
 
 
 def test_what_runs_elsewhere_is_there() -> None:
-    titles = {(path.name, block.title) for path in PAGES for block in blocks(path)}
+    titles = {(name_of(path), block.title) for path in PAGES for block in blocks(path)}
     assert titles >= ELSEWHERE.keys()
 
 
@@ -245,7 +256,7 @@ def test_links_lead_somewhere(path: Path) -> None:
         goal = (path.parent / name).resolve() if name else path
         if not goal.exists() or (anchor and anchor not in anchors(goal)):
             dead.append(target)
-    assert not dead, f"{path.name}: {dead}"
+    assert not dead, f"{name_of(path)}: {dead}"
 
 
 @page
@@ -257,7 +268,7 @@ def test_tests_that_a_page_names_exist(path: Path) -> None:
         if not (ROOT / file).is_file()
         or not re.search(rf"^def {test}\(", (ROOT / file).read_text(encoding="utf-8"), re.M)
     ]
-    assert not missing, f"{path.name}: {missing}"
+    assert not missing, f"{name_of(path)}: {missing}"
 
 
 # ---- the losses
@@ -308,3 +319,109 @@ def test_losses_that_are_none_are_there() -> None:
 def test_those_end_in_no_loss() -> None:
     """A loss cannot hide among them."""
     assert not [n for names in NOT_LOSSES.values() for n in names if re.search(r"[lL]oss$", n)]
+
+
+# ---- names, messages and what is quoted
+
+
+def test_every_public_name_has_its_docstring_on_the_site() -> None:
+    pages = "".join(path.read_text(encoding="utf-8") for path in PAGES if path.parent.name == "api")
+    shown = set(re.findall(r"^::: fastkd\.(\w+)$", pages, re.M))
+    assert shown >= {*fastkd.__all__, "cache", *MODULES}, {*fastkd.__all__, *MODULES} - shown
+
+
+class Message(NamedTuple):
+    """What is raised or logged somewhere, with … for what is filled in."""
+
+    where: str
+    texts: tuple[str, ...]
+
+
+def _text(node: ast.expr) -> str | None:
+    if isinstance(node, ast.Constant) and isinstance(node.value, str):
+        return node.value
+    if isinstance(node, ast.JoinedStr):
+        return "".join(
+            getattr(part, "value", "") if isinstance(part, ast.Constant) else "…"
+            for part in node.values
+        )
+    if isinstance(node, ast.BinOp):
+        return f"{_text(node.left) or '…'}{_text(node.right) or '…'}"
+    return None
+
+
+@functools.cache
+def messages() -> list[Message]:
+    """Of every raise, warning and obstacle of the package; adapters have their own pages."""
+    found = []
+    said = {"warn", "_log_once", "Obstacle", "CollectiveError"}
+    for path in sorted((ROOT / "fastkd").rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            raised = node.exc if isinstance(node, ast.Raise) else node
+            if not isinstance(raised, ast.Call):
+                continue
+            name = ast.unparse(raised.func).rpartition(".")[2]
+            if (
+                isinstance(node, ast.Raise)
+                or name in said
+                or ast.unparse(raised.func) == "super().__init__"
+            ):
+                texts = tuple(filter(None, map(_text, raised.args)))
+                if texts and "compat" not in path.parts:
+                    found.append(Message(f"{path.relative_to(ROOT)}:{node.lineno}", texts))
+    return found
+
+
+def quoted_messages() -> list[str]:
+    """The terms of docs/troubleshooting.md: lines of code that a line with a colon follows."""
+    text = (ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf-8")
+    terms = "\n".join(re.findall(r"^(`.+`)\n:  ", text, re.M))
+    return [a or b for a, b in re.findall(r"``(.+?)``|`([^`]+)`", terms)]
+
+
+def test_quoted_messages_are_in_the_source() -> None:
+    said = [text for message in messages() for text in message.texts]
+    quoted = quoted_messages()
+    assert len(quoted) > 100
+    missing = [message for message in quoted if not any(message in text for text in said)]
+    assert not missing, f"docs/troubleshooting.md quotes what nothing says: {missing}"
+
+
+def test_every_message_is_explained() -> None:
+    """But for those that say what an argument must be, which are explained as one, and what only passes on another."""
+    quoted = quoted_messages()
+    unexplained = [
+        message
+        for message in messages()
+        if not any(re.search(r"\bmust\b", text) for text in message.texts)
+        and any(re.search(r"[a-z] [a-z]", text) for text in message.texts)
+        and not any(part in text for part in quoted for text in message.texts)
+    ]
+    assert not unexplained, unexplained
+
+
+def test_what_a_page_quotes_is_in_the_source() -> None:
+    """docs/kernels.md: lines of code that say where they are from, and `file` `name`."""
+    text = (ROOT / "docs" / "kernels.md").read_text(encoding="utf-8")
+    blocks_of_files = re.findall(r"^```\w+ title=(\S+)\n(.*?)^```$", text, re.S | re.M)
+    assert blocks_of_files
+    for file, body in blocks_of_files:
+        assert body in (ROOT / file).read_text(encoding="utf-8"), file
+    named = re.findall(r"`((?:fastkd|csrc|kernels)/[\w/.]+)`\s+`(\w+)`", text)
+    assert len(named) > 20
+    missing = [
+        (file, name)
+        for file, name in named
+        if not re.search(rf"\b{name}\b", (ROOT / file).read_text(encoding="utf-8"))
+    ]
+    assert not missing
+
+
+def test_drawings_are_those_of_their_script() -> None:
+    spec = importlib.util.spec_from_file_location("drawings", ROOT / "docs" / "drawings.py")
+    assert spec is not None and spec.loader is not None
+    drawings = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(drawings)
+    for draw in drawings.DRAWINGS:
+        file = ROOT / "docs" / "img" / f"{draw.__name__}.svg"
+        assert file.read_text(encoding="utf-8") == draw().svg(), "run python docs/drawings.py"
