@@ -135,7 +135,7 @@ wheels: build/release/.stamp ## the wheels for Linux, of every Python; takes Doc
 # Environments are made of these files alone, as a machine without a network would.
 build/wheelhouse/.stamp: | build/release/.stamp
 	build/release/bin/python -m pip --disable-pip-version-check download -d $(@D) \
-	    '$(TORCH)' 'triton>=3.5' 'setuptools>=77' wheel 'pybind11>=2.13' ninja
+	    '$(TORCH)' 'triton>=3.5' numpy 'setuptools>=77' wheel 'pybind11>=2.13' ninja
 	@touch $@
 
 install-matrix: build/wheelhouse/.stamp ## install what is in dist/ where something is missing, each time in a fresh environment

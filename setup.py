@@ -6,8 +6,8 @@ is missing or a compiler fails, the install succeeds without the extension and `
 which fastkd shows when its backend is asked for.
 
 Environment:
-    FASTKD_NATIVE  1: no fastkd._C is an error; 0: build no extension, and a wheel for any platform; unset: build it where
-                   possible.
+    FASTKD_NATIVE  1: no fastkd._C is an error; 0: build no extension, which makes a wheel for any platform;
+                   unset: build it where possible.
     FASTKD_CUDA    likewise for fastkd._cuda; unset: build it where nvcc is.
     NVCC           nvcc, with arguments if need be; else the one on PATH, in $CUDA_HOME or in /usr/local/cuda.
     CXX            the compiler, with arguments if need be; else the first of c++, g++, clang++.
