@@ -15,7 +15,8 @@ PROJECT := pyproject.toml setup.py
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help build test heavy gpu lint format bench bench-quick bench-compare divergences demo demo-distributed examples clean
+.PHONY: help build test heavy gpu lint format bench bench-quick bench-compare divergences demo demo-distributed examples \
+    docs docs-serve dist wheels install-matrix clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  \1\t/' | expand -t 24
@@ -146,6 +147,28 @@ examples: $(VENV)/.examples $(FASHION) build ## what the losses do on real image
 	OMP_WAIT_POLICY=passive $(PY) examples/fashion.py --data $(FASHION) $(ARGS)
 	OMP_WAIT_POLICY=passive $(PY) examples/online.py --data $(FASHION) $(ARGS)
 	OMP_WAIT_POLICY=passive $(PY) examples/sweeps.py --data $(FASHION) $(ARGS)
+
+# The tools of a release, by hash and apart from .venv, which keeps what it tests with.
+build/release/.stamp: .ci/release-requirements.txt
+	$(PYTHON) -m venv build/release
+	build/release/bin/python -m pip --disable-pip-version-check install --require-hashes -r $<
+	@touch $@
+
+dist: build/release/.stamp ## what a release of this commit consists of, in dist/: sdist, two wheels, SBOM, SHA256SUMS
+	.ci/release build/release/bin/python '$(TORCH)'
+
+wheels: build/release/.stamp ## the wheels for Linux, of every Python; takes Docker. ARGS="--archs aarch64" on such a machine
+	SOURCE_DATE_EPOCH=$$(git log -1 --format=%ct) build/release/bin/python -m cibuildwheel --platform linux $(ARGS)
+
+# Environments are made of these files alone, as a machine without a network would.
+build/wheelhouse/.stamp: | build/release/.stamp
+	build/release/bin/python -m pip --disable-pip-version-check download -d $(@D) \
+	    '$(TORCH)' 'triton>=3.5' numpy 'setuptools>=77' wheel 'pybind11>=2.13' ninja
+	@touch $@
+
+install-matrix: build/wheelhouse/.stamp ## install what is in dist/ where something is missing, each time in a fresh environment
+	test -f dist/SHA256SUMS || $(MAKE) --no-print-directory dist
+	build/release/bin/python .ci/install_matrix.py $(ARGS)
 
 clean: ## remove what a build writes, but not .venv
 	rm -rf build dist *.egg-info fastkd/_C*.so fastkd/_build.json .mypy_cache .pytest_cache .ruff_cache .benchmarks
