@@ -19,7 +19,7 @@ from typing import Annotated, Any
 import torch
 import torch.nn.functional as F
 import typer
-from side_by_side import ASSETS, PROVERBS, compare, setting
+from side_by_side import ASSETS, PROVERBS, Training, compare, of_trainer, setting
 from transformers import DataCollatorForLanguageModeling, Trainer, TrainingArguments
 
 from fastkd.compat.transformers import KDTrainer
@@ -82,8 +82,8 @@ def main(
             disable_tqdm=True,
         )
 
-        def trainer(trainer_class: type[Trainer], **options: Any) -> Trainer:
-            return trainer_class(
+        def training(trainer_class: type[Trainer], **options: Any) -> Training:
+            trainer = trainer_class(
                 models.new_student(),
                 args,
                 train_dataset=dataset,
@@ -91,12 +91,13 @@ def main(
                 teacher_model=models.teacher,
                 **options,
             )
+            return of_trainer(trainer)
 
         loss = {"alpha": ALPHA, "temperature": TEMPERATURE}
         compare(
             "PyTorch",
-            lambda: trainer(PlainTrainer),
-            lambda: trainer(KDTrainer, loss_kwargs=loss, fused=fused),
+            lambda: training(PlainTrainer),
+            lambda: training(KDTrainer, loss_kwargs=loss, fused=fused),
             tiny,
         )
 

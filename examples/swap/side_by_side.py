@@ -16,6 +16,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 from tokenizers import Tokenizer, models, pre_tokenizers
+from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 EXAMPLES = Path(__file__).resolve().parents[1]
@@ -40,6 +41,9 @@ CURVE_TOLERANCE = 5e-3
 
 console = Console()
 
+Batch = dict[str, Tensor]  # input_ids [B, S] and labels [B, S], which are -100 in the prompts
+Training = Callable[[], list[float]]  # the whole of it; the losses of its steps
+
 
 @dataclass
 class Setting:
@@ -48,10 +52,25 @@ class Setting:
     teacher: LlamaForCausalLM
     student: LlamaForCausalLM
     tokenizer: PreTrainedTokenizerFast
+    text: Tensor  # token ids
 
     def new_student(self) -> LlamaForCausalLM:
         """A student with the same weights each time."""
-        return copy.deepcopy(self.student)
+        return copy.deepcopy(self.student).train()
+
+    def batches(self, steps: int, rows: int = 4, length: int = 64) -> list[Batch]:
+        """Of the text, again from its beginning where it ends. Labels are shifted: the next token's."""
+        count = steps * rows * (length + 1)
+        ids = self.text.repeat(-(-count // len(self.text)))[:count]
+        return [_batch(batch) for batch in ids.view(steps, rows, length + 1)]
+
+
+def _batch(ids: Tensor) -> Batch:
+    """Of ids [B, S + 1]; prompts of different lengths have no labels."""
+    labels = ids[:, 1:].clone()
+    for row, label in enumerate(labels):
+        label[: 2 + row] = -100
+    return {"input_ids": ids[:, :-1], "labels": labels}
 
 
 def setting(tiny: bool, assets: Path) -> Setting:
@@ -65,11 +84,13 @@ def setting(tiny: bool, assets: Path) -> Setting:
 def _smollm2(assets: Path) -> Setting:
     sys.path.append(str(EXAMPLES))
     import distill
+    import smollm2
 
     teacher, tokenizer = distill.load_teacher("smollm2", assets)
     student = distill.keep_layers(teacher, LAYERS)
     distill.freeze_embeddings(student)
-    return Setting(teacher, student, tokenizer)
+    text = distill.encode(smollm2.king_james(assets)[:40_000], tokenizer)
+    return Setting(teacher.eval(), student, tokenizer, text)
 
 
 def _tiny() -> Setting:
@@ -96,7 +117,9 @@ def _tiny() -> Setting:
         )
         for width in (48, 24)
     )
-    return Setting(teacher, student, PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special))
+    text = torch.randint(len(special), len(words), (4096,))
+    whole = PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special)
+    return Setting(teacher.eval(), student, whole, text)
 
 
 @dataclass
@@ -108,17 +131,26 @@ class Run:
     peak_bytes: int | None
 
 
-def measured(trainer: Any) -> Run:
+def of_trainer(trainer: Any) -> Training:
+    """With a transformers.Trainer."""
+
+    def train() -> list[float]:
+        trainer.train()
+        return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+    return train
+
+
+def measured(training: Training) -> Run:
     """Train; the peak is by how much it raises the process's resident memory (Linux only)."""
     gc.collect()
     with contextlib.suppress(OSError, AttributeError):  # so that what was freed is not at hand
         ctypes.CDLL(None).malloc_trim(0)
     before = _new_peak()
     began = time.perf_counter()
-    trainer.train()
+    losses = training()
     seconds = time.perf_counter() - began
     peak = None if before is None else _peak() - before
-    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     return Run(losses, seconds, peak)
 
 
@@ -163,7 +195,9 @@ def report(stock_name: str, stock: Run, ours: Run, tiny: bool) -> None:
         raise typer.Exit(1)
 
 
-def compare(stock_name: str, stock: Callable[[], Any], ours: Callable[[], Any], tiny: bool) -> None:
-    """Train with both, each trainer built when its turn comes. fastkd's is first: what a first run costs is its own."""
+def compare(
+    stock_name: str, stock: Callable[[], Training], ours: Callable[[], Training], tiny: bool
+) -> None:
+    """Train with both, each prepared when its turn comes. fastkd's is first: what a first run costs is its own."""
     after = measured(ours())
     report(stock_name, measured(stock()), after, tiny)

@@ -16,7 +16,7 @@ from typing import Annotated
 
 import typer
 from datasets import Dataset
-from side_by_side import ASSETS, PROVERBS, compare, setting
+from side_by_side import ASSETS, PROVERBS, Training, compare, of_trainer, setting
 from trl.experimental.gkd import GKDConfig, GKDTrainer
 
 import fastkd.compat.trl
@@ -54,17 +54,21 @@ def main(
             bf16=False,
         )
 
-        def trainer(trainer_class: type[GKDTrainer]) -> GKDTrainer:
-            return trainer_class(
+        def training(trainer_class: type[GKDTrainer]) -> Training:
+            trainer = trainer_class(
                 model=models.new_student(),
                 teacher_model=models.teacher,
                 args=args,
                 train_dataset=dataset,
                 processing_class=models.tokenizer,
             )
+            return of_trainer(trainer)
 
         compare(
-            "TRL", lambda: trainer(GKDTrainer), lambda: trainer(fastkd.compat.trl.GKDTrainer), tiny
+            "TRL",
+            lambda: training(GKDTrainer),
+            lambda: training(fastkd.compat.trl.GKDTrainer),
+            tiny,
         )
 
 
