@@ -84,8 +84,8 @@ def compute_loss_func(
     """A loss for ``transformers.Trainer(student, compute_loss_func=...)``.
 
     The Trainer gives such a function outputs and labels, and no inputs. So that the teacher sees the batch, a forward
-    pre-hook on the student notes what it is called with, for as long as the student lives; the loss then asks the teacher the same, without
-    gradients.
+    pre-hook, which stays on the student, notes what it is called with; the loss then asks the teacher the same,
+    without gradients.
 
     Args:
         student: the model that the Trainer is given.
