@@ -15,7 +15,8 @@ PROJECT := pyproject.toml setup.py
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help build test heavy gpu lint format bench divergences demo demo-distributed examples clean
+.PHONY: help build test heavy gpu lint format bench bench-quick bench-compare divergences demo demo-distributed examples \
+    docs docs-serve dist wheels install-matrix clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  \1\t/' | expand -t 24
@@ -49,10 +50,10 @@ $(VENV)/.bench: $(VENV)/.dev
 	$(INSTALL) -e '.[bench,demo]'
 	@touch $@
 
-# A process for each core, up to four, since a few files are most of the time. A file's tests stay in one of them and in
-# their order, as its fixtures want it.
+# A process for each core, up to four, since a few files are most of the time: those come first (tests/conftest.py). A
+# file's tests stay in one process and in their order, as its fixtures want it.
 test: $(VENV)/.dev build ## the tests, without the big grids
-	$(PY) -m pytest -n logical --maxprocesses 4 --dist loadfile $(ARGS)
+	$(PY) -m pytest -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 heavy: $(VENV)/.dev build ## the big grids that `make test` leaves out
 	$(PY) -m pytest -m heavy $(ARGS)
@@ -65,7 +66,21 @@ format: $(VENV)/.dev ## apply what ruff can mend
 	$(PY) -m ruff check --fix .
 	$(PY) -m ruff format .
 
-bench: $(VENV)/.bench build build/demo/.stamp ## the benchmarks: time (torch's buffers as they are, and in huge pages), memory, accuracy
+# Tables are made of a run in which a loss was wrong too, and the target fails then.
+define SUITE
+	@mkdir -p build/bench
+	@$(PY) -m pytest bench -v -rN -p no:cacheprovider --benchmark-quiet --benchmark-json=build/bench/$(1).json $(2) $(ARGS); \
+	    status=$$?; $(PY) bench/tables.py build/bench/$(1).json && exit $$status
+endef
+
+bench-quick: $(VENV)/.bench build build/demo/.stamp ## fastkd beside its peers: a comparison in under five minutes, in build/bench/quick.*
+	$(call SUITE,quick,--quick)
+
+bench-compare: $(VENV)/.bench ## whether a run is worse than one before: make bench-compare BEFORE=a.json AFTER=b.json ARGS="--fail 10"
+	$(PY) bench/compare.py '$(BEFORE)' '$(AFTER)' $(ARGS)
+
+bench: $(VENV)/.bench build build/demo/.stamp ## the whole comparison, in build/bench/full.*, and the benchmarks of single questions
+	$(call SUITE,full,)
 	$(PY) bench/loss.py
 	THP_MEM_ALLOC_ENABLE=1 $(PY) bench/loss.py
 	$(PY) bench/memory.py
@@ -74,7 +89,6 @@ bench: $(VENV)/.bench build build/demo/.stamp ## the benchmarks: time (torch's b
 	$(PY) bench/linear.py
 	$(PY) bench/online.py
 	$(PY) bench/relations.py
-	$(PY) -m pytest bench --benchmark-only $(ARGS)
 
 # With the torch and Triton that the machine has, and no network: GPU_PYTHON is the interpreter that holds them. Set
 # WHEELS to a folder to compare with the losses of other packages in it.
@@ -133,6 +147,28 @@ examples: $(VENV)/.examples $(FASHION) build ## what the losses do on real image
 	OMP_WAIT_POLICY=passive $(PY) examples/fashion.py --data $(FASHION) $(ARGS)
 	OMP_WAIT_POLICY=passive $(PY) examples/online.py --data $(FASHION) $(ARGS)
 	OMP_WAIT_POLICY=passive $(PY) examples/sweeps.py --data $(FASHION) $(ARGS)
+
+# The tools of a release, by hash and apart from .venv, which keeps what it tests with.
+build/release/.stamp: .ci/release-requirements.txt
+	$(PYTHON) -m venv build/release
+	build/release/bin/python -m pip --disable-pip-version-check install --require-hashes -r $<
+	@touch $@
+
+dist: build/release/.stamp ## what a release of this commit consists of, in dist/: sdist, two wheels, SBOM, SHA256SUMS
+	.ci/release build/release/bin/python '$(TORCH)'
+
+wheels: build/release/.stamp ## the wheels for Linux, of every Python; takes Docker. ARGS="--archs aarch64" on such a machine
+	SOURCE_DATE_EPOCH=$$(git log -1 --format=%ct) build/release/bin/python -m cibuildwheel --platform linux $(ARGS)
+
+# Environments are made of these files alone, as a machine without a network would.
+build/wheelhouse/.stamp: | build/release/.stamp
+	build/release/bin/python -m pip --disable-pip-version-check download -d $(@D) \
+	    '$(TORCH)' 'triton>=3.5' numpy 'setuptools>=77' wheel 'pybind11>=2.13' ninja
+	@touch $@
+
+install-matrix: build/wheelhouse/.stamp ## install what is in dist/ where something is missing, each time in a fresh environment
+	test -f dist/SHA256SUMS || $(MAKE) --no-print-directory dist
+	build/release/bin/python .ci/install_matrix.py $(ARGS)
 
 clean: ## remove what a build writes, but not .venv
 	rm -rf build dist *.egg-info fastkd/_C*.so fastkd/_build.json .mypy_cache .pytest_cache .ruff_cache .benchmarks

@@ -6,7 +6,8 @@ is missing or a compiler fails, the install succeeds without the extension and `
 which fastkd shows when its backend is asked for.
 
 Environment:
-    FASTKD_NATIVE  1: no fastkd._C is an error; 0: build no extension; unset: build it where possible.
+    FASTKD_NATIVE  1: no fastkd._C is an error; 0: build no extension, which makes a wheel for any platform;
+                   unset: build it where possible.
     FASTKD_CUDA    likewise for fastkd._cuda; unset: build it where nvcc is.
     NVCC           nvcc, with arguments if need be; else the one on PATH, in $CUDA_HOME or in /usr/local/cuda.
     CXX            the compiler, with arguments if need be; else the first of c++, g++, clang++.
@@ -241,7 +242,8 @@ class BuildNative(build_ext):
         try:
             if native == "0":
                 raise UnavailableError(
-                    "fastkd was installed with FASTKD_NATIVE=0", "Unset it, and reinstall fastkd"
+                    "fastkd was built with FASTKD_NATIVE=0, as the wheel for any platform is",
+                    "On Linux with a C++17 compiler: pip install --force-reinstall --no-deps --no-binary fastkd fastkd",
                 )
             record |= self.build_cpu(targets)
         except UnavailableError as failure:
@@ -250,8 +252,9 @@ class BuildNative(build_ext):
         try:
             if "0" in (native, cuda):
                 raise UnavailableError(
-                    f"fastkd was installed with FASTKD_{'CUDA' if cuda == '0' else 'NATIVE'}=0",
-                    "Unset it, and reinstall fastkd",
+                    f"fastkd was built with FASTKD_{'CUDA' if cuda == '0' else 'NATIVE'}=0, as wheels of a release are",
+                    "Where CUDA 12.8 or newer is: FASTKD_CUDA=1 pip install --force-reinstall --no-deps --no-binary "
+                    "fastkd fastkd; backend='triton' needs none of it",
                 )
             record |= self.build_cuda(targets)
         except UnavailableError as failure:
@@ -320,10 +323,13 @@ class BuildPython(build_py):
     """Copy the Python files into an empty directory, or a wheel would still hold those of an earlier build."""
 
     def run(self) -> None:
-        """Empty the package in build_lib, then copy."""
+        """Empty the package in build_lib, copy, and see that the record is written."""
         if not self.editable_mode:
             shutil.rmtree(Path(self.build_lib) / "fastkd", ignore_errors=True)
         super().run()
+        if not self.distribution.has_ext_modules():  # setuptools then leaves build_ext out
+            self.get_finalized_command("build_ext").inplace = self.editable_mode
+            self.run_command("build_ext")
 
 
 def write_atomically(path: Path, text: str) -> None:
@@ -340,7 +346,10 @@ setup(
     # in fastkd/kernels/. As setuptools looks for that package's files in kernels/ only, the shim goes as data.
     package_dir={"fastkd.kernels": "kernels"},
     package_data={"fastkd": ["py.typed", "*.pyi", "kernels/__init__.py"]},
-    ext_modules=[
+    # Without them a wheel is for any platform.
+    ext_modules=[]
+    if os.environ.get("FASTKD_NATIVE") == "0"
+    else [
         Extension("fastkd._C", sources=SOURCES),
         Extension("fastkd._cuda", sources=CUDA_SOURCES),
     ],

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -130,7 +129,7 @@ def make(loss: Loss, dtype: torch.dtype) -> dict[str, Rows]:
     return contenders
 
 
-class _Produced(torch.autograd.Function):
+class Produced(torch.autograd.Function):
     """logits, as though a model had made them from parameter."""
 
     @staticmethod
@@ -155,7 +154,7 @@ class Inputs:
         """Forward and backward: to a leaf, or through logits that a model produced, which may be overwritten."""
         student = self.student
         if produced:
-            student = _Produced.apply(self._parameter, student.detach())
+            student = Produced.apply(self._parameter, student.detach())
         loss(student, self.teacher).backward()
 
     def drop_gradients(self) -> None:
@@ -177,19 +176,6 @@ def random_logits(*shape: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(0)
     student, teacher = (torch.randn(shape, generator=generator).mul_(3).to(dtype) for _ in range(2))
     return student, teacher
-
-
-def absent_peers() -> list[str]:
-    """Why the losses of other packages have no column here, a line for each."""
-    reasons = {
-        "liger_kernel": "its losses are Triton kernels, which need a GPU",
-        "trl": "on a CPU its losses are the same PyTorch operators as `eager`",
-    }
-
-    def installed(package: str) -> str:
-        return "installed" if importlib.util.find_spec(package) else "not installed"
-
-    return [f"{name} ({installed(name)}) is left out: {why}" for name, why in reasons.items()]
 
 
 def shape_of(text: str) -> tuple[int, int]:

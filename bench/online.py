@@ -17,14 +17,12 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from contenders import DTYPES
-from loss import Contender, interleave, milliseconds, ratio
-from memory import CLEAR_PEAK, give_back_memory, resident
+from measure import Contender, interleave, milliseconds, peak_extra, ratio
 from report import Table, add_arguments, emit, progress
 from torch import Tensor
 
@@ -128,11 +126,9 @@ def measure(case: dict[str, Any]) -> float:
     losses = CONTENDERS[case["contender"]]
     step(losses, students)
     drop(students)
-    give_back_memory()
-    before = resident("VmRSS")
-    Path("/proc/self/clear_refs").write_text(CLEAR_PEAK)
-    step(losses, students)
-    return (resident("VmHWM") - before) / (students[0].numel() * students[0].element_size())
+    return peak_extra(lambda: step(losses, students)) / (
+        students[0].numel() * students[0].element_size()
+    )
 
 
 def peak(case: dict[str, Any]) -> float:

@@ -16,7 +16,6 @@ import json
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 from statistics import median
@@ -24,7 +23,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from memory import CLEAR_PEAK, give_back_memory, resident
+from measure import peak_extra, seconds_of
 from report import Table, add_arguments, emit, progress
 from torch import Tensor
 
@@ -99,15 +98,9 @@ def measure(case: dict[str, Any]) -> dict[str, Any]:
         return value.detach(), torch.autograd.grad(value, student)[0]
 
     torch.save(step(), case["results"])
-    give_back_memory()
-    before = resident("VmRSS")
-    Path("/proc/self/clear_refs").write_text(CLEAR_PEAK)
-    seconds = []
-    for _ in range(case["rounds"]):
-        start = time.perf_counter()
-        step()
-        seconds.append(time.perf_counter() - start)
-    return {"peak": resident("VmHWM") - before, "seconds": median(seconds)}
+    seconds: list[float] = []
+    peak = peak_extra(lambda: seconds.extend(seconds_of(step) for _ in range(case["rounds"])))
+    return {"peak": peak, "seconds": median(seconds)}
 
 
 def in_a_process(case: dict[str, Any]) -> dict[str, Any]:

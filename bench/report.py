@@ -43,9 +43,8 @@ class Table:
     def markdown(self) -> str:
         """For a page."""
         lines = [self.columns, ["---", *["---:"] * (len(self.columns) - 1)], *self.rows]
-        return "\n".join(
-            [f"**{self.title}**", "", *("| " + " | ".join(line) + " |" for line in lines)]
-        )
+        heading = [f"**{self.title}**", ""] if self.title else []
+        return "\n".join([*heading, *("| " + " | ".join(line) + " |" for line in lines)])
 
 
 def machine() -> dict[str, str]:
@@ -107,6 +106,12 @@ def progress(*case: str) -> None:
     print(*case, sep=", ", file=sys.stderr, flush=True)
 
 
+def console_of() -> Console:
+    """Standard output, wide enough where it is no terminal."""
+    console = Console()
+    return console if console.is_terminal else Console(width=WIDTH)
+
+
 def emit(
     arguments: argparse.Namespace,
     tables: Sequence[Table],
@@ -115,9 +120,7 @@ def emit(
 ) -> None:
     """Print the tables, and write what the options ask for."""
     environment = machine()
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=WIDTH)
+    console = console_of()
     for key, value in environment.items():
         console.print(f"{key}: {value}", highlight=False, markup=False)
     for table in tables:

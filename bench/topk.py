@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from contenders import DTYPES, random_logits, shape_of
-from loss import Contender, interleave, milliseconds, nothing, ratio
+from measure import Contender, interleave, milliseconds, nothing, ratio
 from report import Table, add_arguments, emit, progress
 from torch import Tensor
 

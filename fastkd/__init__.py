@@ -37,6 +37,7 @@ __version__ = "0.1.0"
 _AT_FIRST_USE = (
     "cache",
     "calibration",
+    "compat",
     "distiller",
     "features",
     "online",

@@ -18,7 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastkd.validate import check_choice, check_flags, check_number
+from fastkd.rows import widened
+from fastkd.validate import check_alike, check_choice, check_flags, check_number
 
 KINDS = ("linear", "conv")
 RESIZES = (None, "interpolate", "pool")
@@ -121,7 +122,7 @@ def hint_loss(
     if student.dim() < 2:
         raise ValueError(f"student must be [B, ..], got shape {tuple(student.shape)}")
     student, teacher, kept = _unmasked(student, teacher, mask, student.shape)
-    squares = (_wide(student) - _wide(teacher)).square()
+    squares = (widened(student) - widened(teacher)).square()
     if reduction == "mean_square":
         return _mean(squares, kept)
     of_examples = 0.5 * squares.sum(tuple(range(1, squares.dim())))
@@ -347,7 +348,7 @@ class FeatureLoss(nn.Module):
         if isinstance(projection, (nn.Linear, _Fixed)):
             student = projection(student.to(projection.weight.dtype))
         _check_pair(of_student, student, of_teacher, teacher)
-        student, teacher = (self._normalized(_wide(side)) for side in (student, teacher))
+        student, teacher = (self._normalized(widened(side)) for side in (student, teacher))
         return _mean((student - teacher).square().mean(-1), kept)
 
     def _normalized(self, features: Tensor) -> Tensor:
@@ -397,13 +398,9 @@ def cosine_loss(student: Tensor, teacher: Tensor, *, mask: Tensor | None = None)
     """
     _check_pair("student", student, "teacher", teacher)
     student, teacher, kept = _unmasked(student, teacher, mask, student.shape[:-1])
-    student, teacher = unit(_wide(student)), unit(_wide(teacher))
+    student, teacher = unit(widened(student)), unit(widened(teacher))
     absent = sum((side.detach() == 0).all(-1) * 0.5 for side in (student, teacher))
     return _mean(0.5 * (student - teacher).square().sum(-1) + absent, kept)
-
-
-def _wide(features: Tensor) -> Tensor:
-    return features if features.dtype == torch.float64 else features.to(torch.float32)
 
 
 def _mean(values: Tensor, kept: Tensor | None = None) -> Tensor:
@@ -442,7 +439,7 @@ def over_peak(values: Tensor, *dims: int) -> tuple[Tensor, Tensor]:
 
 def _summed_over_channels(maps: Tensor, power: float) -> Tensor:
     """[B, C, ..] -> [B, ..]: sum_c |A_c|^p, of A over its largest entry in an example, as only directions matter."""
-    scaled, _ = over_peak(_wide(maps), *range(1, maps.dim()))
+    scaled, _ = over_peak(widened(maps), *range(1, maps.dim()))
     return scaled.abs().pow(power).sum(1)
 
 
@@ -528,15 +525,8 @@ def _check_features(argument: str, features: object) -> None:
 def _check_pair(of_student: str, student: Tensor, of_teacher: str, teacher: Tensor) -> None:
     _check_features(of_student, student)
     _check_features(of_teacher, teacher)
-    if student.shape != teacher.shape:
-        raise ValueError(
-            f"{of_teacher} must have the shape of {of_student}, {tuple(student.shape)}; got {tuple(teacher.shape)}. A "
-            "projection (fastkd.features.Regressor, or FeatureLoss's) makes one width of two"
-        )
-    if student.device != teacher.device:
-        raise ValueError(
-            f"{of_teacher} must be on {student.device}, where {of_student} is; got {teacher.device}"
-        )
+    remedy = ". A projection (fastkd.features.Regressor, or FeatureLoss's) makes one width of two"
+    check_alike(of_teacher, teacher, of_student, student, remedy)
 
 
 def _check_width(argument: str, width: object) -> None:

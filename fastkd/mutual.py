@@ -30,7 +30,14 @@ from fastkd import backends
 from fastkd.autograd import differentiable_once, of_counted_rows, outside_of_graphs, scaled
 from fastkd.divergences import forward_kl
 from fastkd.rows import Rows, row_dtype
-from fastkd.validate import check_choice, check_flags, check_logits, check_number, prepare
+from fastkd.validate import (
+    check_alike,
+    check_choice,
+    check_flags,
+    check_logits,
+    check_number,
+    prepare,
+)
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -250,17 +257,10 @@ def check_students(logits: object) -> list[Tensor]:
     students = [check_logits(f"logits[{k}]", student) for k, student in enumerate(logits)]
     first = students[0]
     for k, student in enumerate(students):
-        if student.shape != first.shape:
-            raise ValueError(
-                f"logits[{k}] must have the shape of logits[0], {tuple(first.shape)}; got {tuple(student.shape)}"
-            )
+        check_alike(f"logits[{k}]", student, "logits[0]", first)
         if student.dtype != first.dtype:
             raise TypeError(
                 f"logits[{k}] must be {first.dtype}, as logits[0] is; got {student.dtype}"
-            )
-        if student.device != first.device:
-            raise ValueError(
-                f"logits[{k}] must be on {first.device}, where logits[0] is; got {student.device}"
             )
     return students
 

@@ -23,6 +23,7 @@ from fastkd.rows import row_dtype
 from fastkd.teachers import Ensemble
 from fastkd.validate import (
     Prepared,
+    check_alike,
     check_choice,
     check_flags,
     check_logits,
@@ -317,11 +318,7 @@ def consistency_loss(
     check_choice("form", form, FORMS)
     student_logits = check_logits("student_logits", student_logits)
     teacher_logits = check_logits("teacher_logits", teacher_logits)
-    if teacher_logits.shape != student_logits.shape:
-        raise ValueError(
-            f"teacher_logits must have the shape of student_logits, {tuple(student_logits.shape)}; "
-            f"got {tuple(teacher_logits.shape)}"
-        )
+    check_alike("teacher_logits", teacher_logits, "student_logits", student_logits)
     options: dict[str, Any] = {
         "mask": mask, "weight": weight, "reduction": reduction, "num_items": num_items, "backend": backend,
     }  # fmt: skip
@@ -332,10 +329,6 @@ def consistency_loss(
         student_logits.device,
         student_logits.shape[-1],
     )
-    if teacher_logits.device != device:
-        raise ValueError(
-            f"teacher_logits must be on {device}, where student_logits are; got {teacher_logits.device}"
-        )
     dtype = row_dtype(student_logits.dtype, teacher_logits.dtype)
     call = prepare(lead, device, dtype, columns, None, **options)
     # The logits of a row that is dropped are replaced, as a NaN times 0 would reach the gradient.

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fastkd import topk
 from fastkd.divergences import Divergence, Target
-from fastkd.rows import Options, Result, Rows, Statistics, Want, row_dtype
+from fastkd.rows import Options, Result, Rows, Statistics, Want, row_dtype, widened
 from fastkd.topk import Events, topk_rows
 
 # A probability below this counts as 0 beside a logit of -inf on the other side (see evaluate).
@@ -519,7 +519,7 @@ def gather_events(student: Tensor, rows: Rows, options: Options, parts: bool) ->
     """The student's rows as a sparse teacher sees them: fastkd/topk.py."""
     ids, columns = rows.ids, options.vocab_size
     assert ids is not None
-    z, _ = _adjust(_upcast(student[..., :columns]), options.logit_scale, options.softcap)
+    z, _ = _adjust(widened(student[..., :columns]), options.logit_scale, options.softcap)
     temperature = _temperature_of(rows, options, z.dtype)
     in_range, seats, counts = _seat(ids, z, options)
     known = (ids == -1) | ((ids >= 0) & (ids < options.vocabulary))
@@ -568,7 +568,7 @@ def spread_gradient(
     """The gradient of the events [..., K + 1], and the cross-entropy's, as that of the student's logits."""
     ids, columns = rows.ids, options.vocab_size
     assert ids is not None
-    z, slope = _adjust(_upcast(student[..., :columns]), options.logit_scale, options.softcap)
+    z, slope = _adjust(widened(student[..., :columns]), options.logit_scale, options.softcap)
     temperature = _temperature_of(rows, options, z.dtype)
     in_range, seats, counts = _seat(ids, z, options)
 
@@ -599,10 +599,6 @@ def _seat(ids: Tensor, z: Tensor, options: Options) -> tuple[Tensor, Tensor, Ten
     seats = ids.where(in_range, 0)
     counts = torch.zeros(z.shape, dtype=torch.int32, device=z.device)
     return in_range, seats, counts.scatter_add_(-1, seats, in_range.to(torch.int32))
-
-
-def _upcast(logits: Tensor) -> Tensor:
-    return logits if logits.dtype == torch.float64 else logits.to(torch.float32)
 
 
 def _temperature_of(rows: Rows, options: Options, dtype: torch.dtype) -> Tensor | float:

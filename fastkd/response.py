@@ -38,6 +38,7 @@ from fastkd.validate import (
 CPU_BUDGET, DEVICE_BUDGET = 32 << 20, 1 << 30
 # [C, V] tensors of the dtype of losses that a chunk holds at once, at most; tests/test_response.py measures it.
 TEMPORARIES = 28
+DIST_TEMPORARIES = 4  # those of dist_loss beyond them
 # Most teachers have half of their mass in fewer tokens.
 FIRST_TOKENS = 64
 
@@ -443,7 +444,7 @@ def dist_loss(
         scale_by_temperature=scale_by_temperature, ignore_index=ignore_index, mask=mask, reduction="sum",
     )  # fmt: skip
     dtype, width = row_dtype(student.dtype, teacher.dtype), call.options.vocab_size
-    size = _chunk_rows(memory_budget, width, dtype, student.device)
+    size = _chunk_rows(memory_budget, width, dtype, student.device, DIST_TEMPORARIES)
 
     def compute(
         student: Tensor, teacher: Tensor, rows: Rows, options: Options, wanted: Wanted

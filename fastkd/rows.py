@@ -101,6 +101,11 @@ def row_dtype(*logits: torch.dtype) -> torch.dtype:
     return torch.float64 if torch.float64 in logits else torch.float32
 
 
+def widened(values: Tensor) -> Tensor:
+    """In the dtype of losses; a copy where it is another."""
+    return values.to(row_dtype(values.dtype))
+
+
 class Want(NamedTuple):
     """Which outputs a call needs."""
 

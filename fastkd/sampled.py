@@ -14,6 +14,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fastkd.rows import widened
+from fastkd.validate import check_alike
+
 
 def k1(student_logprobs: Tensor, teacher_logprobs: Tensor) -> Tensor:
     """-log r: unbiased, of high variance, and negative for many a token.
@@ -52,18 +55,6 @@ def _log_ratio(student: Tensor, teacher: Tensor) -> Tensor:
             raise TypeError(f"{argument} must be a tensor, got {type(value).__name__}")
         if not value.is_floating_point():
             raise TypeError(f"{argument} must be floating point, got {value.dtype}")
-    if student.shape != teacher.shape:
-        raise ValueError(
-            f"teacher_logprobs must have the shape of student_logprobs, {tuple(student.shape)}; "
-            f"got {tuple(teacher.shape)}"
-        )
-    if student.device != teacher.device:
-        raise ValueError(
-            f"teacher_logprobs must be on {student.device}, where student_logprobs are; got {teacher.device}"
-        )
+    check_alike("teacher_logprobs", teacher, "student_logprobs", student)
     # In float32: the difference of two bfloat16 log-probabilities has no digits left.
-    student, teacher = (
-        value if value.dtype == torch.float64 else value.to(torch.float32)
-        for value in (student, teacher)
-    )
-    return teacher - student
+    return widened(teacher) - widened(student)

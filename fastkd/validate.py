@@ -416,6 +416,18 @@ def _check_ids(ids: Tensor, vocabulary: int, counted: Tensor | None) -> None:
         raise ValueError(f"teacher.ids must be distinct within a row; row {row} repeats some")
 
 
+def check_alike(argument: str, value: Tensor, other: str, like: Tensor, remedy: str = "") -> None:
+    """Raise unless the value has the shape, and is on the device, of the tensor that `other` names."""
+    if value.shape != like.shape:
+        raise ValueError(
+            f"{argument} must have the shape of {other}, {tuple(like.shape)}; got {tuple(value.shape)}{remedy}"
+        )
+    if value.device != like.device:
+        raise ValueError(
+            f"{argument} must be on {like.device}, where {other} is; got {value.device}"
+        )
+
+
 def check_choice(argument: str, value: object, allowed: Sequence[object]) -> None:
     """Raise unless the value is one of those allowed."""
     if isinstance(value, (Tensor, bool)) or value not in allowed:

@@ -34,9 +34,25 @@ if os.environ.get("FASTKD_TEST_WITHOUT_NATIVE") != "1":
     BACKENDS.append("cpu")
 
 
+# Files of few tests that take long. Last, one of them would keep one process busy when the others are done.
+LONG = (
+    "test_triton_aot",
+    "test_install",
+    "test_compile",
+    "test_parallel",
+    "test_triton_shards",
+    "test_cli",
+    "test_examples",
+    "test_triton",
+    "test_linear",
+    "test_dispatch",
+)
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Marks as heavy what is so with these parameters only."""
+    """The long files first; and marks as heavy what is so with some parameters only."""
+    items.sort(key=lambda item: LONG.index(item.path.stem) if item.path.stem in LONG else len(LONG))
     for item in items:
         for mark in item.iter_markers("heavy_with"):
             given = item.callspec.params  # type: ignore[attr-defined]

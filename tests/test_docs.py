@@ -113,6 +113,33 @@ def for_readme() -> dict[str, Any]:
     }
 
 
+def for_trl() -> dict[str, Any]:
+    """Models of transformers, and chats as TRL's collator wants them."""
+    import tiny_models
+
+    datasets = pytest.importorskip("datasets", reason="pip install '.[peers]' brings it and TRL")
+    chat = [
+        {"role": "user", "content": "in the"},
+        {"role": "assistant", "content": "beginning god"},
+    ]
+    return {
+        "student": tiny_models.llama(),
+        "teacher": tiny_models.llama(width=24),
+        "tokenizer": tiny_models.tokenizer(),
+        "chats": datasets.Dataset.from_dict({"messages": [chat] * 8}),
+    }
+
+
+def for_the_trainer() -> dict[str, Any]:
+    """Likewise, and a dataset of token ids."""
+    pytest.importorskip("accelerate", reason="pip install 'transformers[torch]' brings it")
+    import tiny_models
+
+    ids = torch.randint(3, 61, (8, 6))
+    models = {"student": tiny_models.llama(), "teacher": tiny_models.llama(width=24)}
+    return {**models, "data": [{"input_ids": row, "labels": row} for row in ids]}
+
+
 class Given(NamedTuple):
     """What a page's snippets find: names, and whether torch.distributed has a group, of this process alone."""
 
@@ -126,6 +153,8 @@ GIVEN = {
     "parallel.md": Given(group=True),
     "teacher-cache.md": Given(for_the_cache),
     "teachers.md": Given(for_teachers),
+    "transformers.md": Given(for_the_trainer),
+    "trl.md": Given(for_trl),
 }
 
 

@@ -1,0 +1,403 @@
+"""make install-matrix: install what is in dist/ on machines that lack something, each time in a fresh environment.
+
+Environments are made from build/wheelhouse alone. One is built with torch in it, and a case gets a copy by hard links,
+which is as fresh and takes a second. A case passes if the loss is F.kl_div's in float64, the backend is the one
+expected, with the reason shown where that is the reference, and torch's files are those that were there before.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from rich.console import Console
+from rich.table import Table
+
+ROOT = Path(__file__).resolve().parents[1]
+NOWHERE = "http://127.0.0.1:9"  # a proxy that answers nobody
+TOOLS = ("env", "sh")  # on a PATH without compilers
+
+PROBE = """
+import json, logging, torch
+logging.basicConfig(level=logging.WARNING, filename="log")
+import torch.nn.functional as F, fastkd, fastkd.info
+torch.set_num_threads(1)
+torch.manual_seed(0)
+student, teacher = torch.randn(4, 1000, requires_grad=True), torch.randn(4, 1000)
+loss = fastkd.kd_loss(student, teacher, temperature=2.0)
+loss.backward()
+exact, upstream = student.detach().double().requires_grad_(), teacher.double()
+log_q, log_p = (exact / 2).log_softmax(-1), (upstream / 2).log_softmax(-1)
+wanted = 4 * F.kl_div(log_q, log_p, log_target=True, reduction="batchmean")
+wanted.backward()
+print(json.dumps({
+    "loss_error": abs(loss.item() / wanted.item() - 1),
+    "gradient_error": ((student.grad - exact.grad).abs().max() / exact.grad.abs().max()).item(),
+    "file": fastkd.__file__,
+    "logged": open("log").read(),
+    **fastkd.info.collect(),
+}))
+"""
+
+COMPILED = """
+import torch, fastkd
+step = torch.compile(lambda s, t: fastkd.kd_loss(s, t, temperature=2.0) * 3, fullgraph=True)
+student, teacher = torch.randn(4, 100, requires_grad=True), torch.randn(4, 100)
+torch.testing.assert_close(step(student, teacher), fastkd.kd_loss(student, teacher, temperature=2.0) * 3)
+step(student, teacher).backward()
+assert student.grad is not None
+"""
+
+
+class CaseError(Exception):
+    """What a case found."""
+
+
+def check(truth: bool, what: object) -> None:
+    if not truth:
+        raise CaseError(str(what))
+
+
+class Files(NamedTuple):
+    """What is installed: the files of a release, and the wheels that it needs."""
+
+    sdist: Path
+    linux: Path
+    pure: Path
+    wheelhouse: Path
+
+
+class Environment(NamedTuple):
+    """A virtual environment, and the variables that its programs see."""
+
+    folder: Path
+    variables: dict[str, str]
+    prefix: tuple[str, ...] = ()  # a command that runs a command
+
+    @property
+    def python(self) -> Path:
+        return self.folder / "bin" / "python"
+
+    def having(self, *prefix: str, **variables: str) -> Environment:
+        return self._replace(variables=self.variables | variables, prefix=prefix or self.prefix)
+
+    def start(self, *arguments: str | Path) -> subprocess.Popen[str]:
+        return subprocess.Popen(
+            [*self.prefix, str(self.python), *map(str, arguments)],
+            env=self.variables,
+            cwd=self.folder,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    def run(self, *arguments: str | Path) -> str:
+        return finish(self.start(*arguments))
+
+    def install(self, *what: str | Path) -> None:
+        self.run("-m", "pip", "install", "-q", *what)
+
+    def probe(self) -> dict[str, Any]:
+        (self.folder / "log").unlink(missing_ok=True)
+        found = json.loads(self.run("-c", PROBE).splitlines()[-1])
+        check(str(self.folder) in found["file"], found["file"])
+        check(max(found["loss_error"], found["gradient_error"]) < 1e-5, "the loss is another")
+        return found
+
+    def packages(self) -> Path:
+        return next(self.folder.glob("lib/python*/site-packages"))
+
+    def files(self) -> dict[str, int]:
+        """When each installed file was written, but for those that Python writes beside what it imports."""
+        names = (path for path in self.packages().rglob("*") if "__pycache__" not in path.parts)
+        return {str(path): path.stat().st_mtime_ns for path in names if path.is_file()}
+
+
+def finish(process: subprocess.Popen[str]) -> str:
+    output, errors = process.communicate(timeout=1200)
+    check(process.returncode == 0, f"{process.args}: {output}{errors}"[-2000:])
+    return output
+
+
+def expect_cpu(found: dict[str, Any]) -> str:
+    check("cpu" in found["backends"]["cpu"]["devices"], found["backends"]["cpu"])
+    check("falls back" not in found["logged"], found["logged"])
+    return f"cpu, {found['native']['instruction_set']}"
+
+
+def expect_reference(found: dict[str, Any], reason: str) -> str:
+    """The reference, and its reason in the log and in what `info` shows."""
+    why = found["backends"]["cpu"]["reason"] or ""
+    check(reason in why and why in found["logged"], (reason, why, found["logged"]))
+    check("reference" in found["logged"], found["logged"])
+    return f"reference: {why}"
+
+
+# ---- the cases: a fresh environment with torch, and what is installed; each returns what ran
+
+CASES: dict[str, Callable[[Environment, Files], str]] = {}
+
+
+def case(title: str) -> Callable[[Callable[[Environment, Files], str]], None]:
+    def keep(function: Callable[[Environment, Files], str]) -> None:
+        CASES[title] = function
+
+    return keep
+
+
+@case("wheel, no compiler, no Triton")
+def _(env: Environment, files: Files) -> str:
+    env = env.having(PATH=without_compilers(env))
+    env.install(files.linux)
+    found = env.probe()
+    check("triton is not installed" in found["backends"]["triton"]["reason"], found["backends"])
+    env.run("-m", "fastkd", "doctor")
+    return expect_cpu(found)
+
+
+@case("sdist, no compiler")
+def _(env: Environment, files: Files) -> str:
+    env = env.having(PATH=without_compilers(env))
+    env.install(files.sdist)
+    return expect_reference(env.probe(), "no C++ compiler")
+
+
+@case("sdist, compiled")
+def _(env: Environment, files: Files) -> str:
+    env.having(CXXFLAGS="-O0").install(files.sdist)  # about the build, not about its speed
+    return expect_cpu(env.probe())
+
+
+@case("wheel for any platform")
+def _(env: Environment, files: Files) -> str:
+    env.install(files.pure)
+    return expect_reference(env.probe(), "the wheel for any platform")
+
+
+@case("wheel for any platform, Triton")
+def _(env: Environment, files: Files) -> str:
+    env.install(
+        f"fastkd[triton] @ {files.pure.as_uri()}", "numpy"
+    )  # the latter for the interpreter
+    found = env.having(TRITON_INTERPRET="1", FASTKD_BACKEND="triton").probe()
+    check(found["backends"]["triton"]["devices"] == ["cpu"], found["backends"]["triton"])
+    return f"triton {found['versions']['triton']}, in its interpreter"
+
+
+@case("by name: pip chooses")
+def _(env: Environment, files: Files) -> str:
+    env.install("--find-links", files.pure.parent, "fastkd")
+    ours = expect_cpu(env.probe())
+    for platform in ("macosx_14_0_arm64", "win_amd64", "musllinux_1_2_x86_64"):
+        flags = (
+            "--no-deps",
+            "--only-binary=:all:",
+            "--platform",
+            platform,
+            "-d",
+            env.folder / platform,
+        )
+        env.run("-m", "pip", "download", "-q", *flags, "--find-links", files.pure.parent, "fastkd")
+        chosen = [path.name for path in (env.folder / platform).iterdir()]
+        check(chosen == [files.pure.name], (platform, chosen))
+    return f"{ours}; elsewhere the wheel for any platform"
+
+
+@case("no network, torch and all")
+def _(env: Environment, files: Files) -> str:
+    env.run("-m", "pip", "uninstall", "-q", "-y", "torch")
+    env.having(http_proxy=NOWHERE, https_proxy=NOWHERE).install(
+        "--find-links", files.pure.parent, "fastkd"
+    )
+    return expect_cpu(env.having(http_proxy=NOWHERE, https_proxy=NOWHERE).probe())
+
+
+@case("a home that cannot be written")
+def _(env: Environment, files: Files) -> str:
+    home = env.folder / "home"
+    home.mkdir()
+    home.chmod(0o500)
+    # Bits do not bind root, as long as it has the capability to pass them.
+    bound = ("setpriv", "--bounding-set=-dac_override", "--inh-caps=-dac_override", "--")
+    env = env.having(*(bound if os.geteuid() == 0 else ()), HOME=str(home))
+    refused = "import os, sys; sys.exit(os.access(os.environ['HOME'], os.W_OK))"
+    env.run("-c", refused)
+    env.install("--no-cache-dir", files.linux)
+    ran = expect_cpu(env.probe())
+    env.run("-c", COMPILED)
+    check(not list(home.iterdir()), "something was written")
+    return f"{ran}, and torch.compile"
+
+
+@case("two installs at once")
+def _(env: Environment, files: Files) -> str:
+    other = env._replace(folder=copy(env.folder, env.folder.with_name("second")))
+    command = ("-m", "pip", "install", "-q")
+    both = [each.having(FASTKD_NATIVE="0").start(*command, files.sdist) for each in (env, other)]
+    for process in both:
+        finish(process)
+    for each in (env, other):
+        expect_reference(each.probe(), "FASTKD_NATIVE=0")
+    shutil.rmtree(other.folder)
+    return "reference, as asked for, in both"
+
+
+@case("a path with spaces, in Japanese")
+def _(env: Environment, files: Files) -> str:
+    moved = env._replace(folder=copy(env.folder, env.folder.with_name("蒸留 of knowledge")))
+    (wheel,) = (shutil.copy2(files.linux, moved.folder),)
+    moved.install(wheel)
+    ran = expect_cpu(moved.probe())
+    shutil.rmtree(moved.folder)
+    return ran
+
+
+@case("uninstalled")
+def _(env: Environment, files: Files) -> str:
+    before = env.files()
+    env.install(files.linux)
+    env.probe()
+    env.run("-m", "pip", "uninstall", "-q", "-y", "fastkd")
+    check(env.files() == before, sorted(env.files().keys() - before.keys()))
+    left = list(env.packages().glob("fastkd*"))
+    check(not left, left)
+    return "nothing is left"
+
+
+@case("no libgomp of the system")
+def _(env: Environment, files: Files) -> str:
+    env.install(files.linux)
+    hidden = hide_libgomp(env.folder)
+    if hidden is None:
+        return "not run: it takes root, and a system with libgomp"
+    found = env.having("unshare", "--mount", "sh", "-c", f'{hidden}; exec "$0" "$@"').probe()
+    if list(env.packages().glob("torch/lib/libgomp.so.1")):
+        return f"{expect_cpu(found)}, with torch's libgomp"
+    return expect_reference(found, "libgomp.so.1")  # under another name it serves torch alone
+
+
+def hide_libgomp(folder: Path) -> str | None:
+    """A command that puts an empty file in front of the system's libgomp, for the processes of one mount namespace."""
+    listed = subprocess.run(["ldconfig", "-p"], capture_output=True, text=True).stdout
+    places = [line.split(" => ")[1] for line in listed.splitlines() if "libgomp.so.1" in line]
+    empty = folder / "empty"
+    empty.touch()
+    command = " && ".join(f"mount --bind '{empty}' '{Path(place).resolve()}'" for place in places)
+    tried = subprocess.run(["unshare", "--mount", "sh", "-c", command], capture_output=True)
+    return command if places and tried.returncode == 0 else None
+
+
+def without_compilers(env: Environment) -> str:
+    """A PATH that has this environment, and of the system no compiler."""
+    tools = env.folder / "tools"
+    tools.mkdir(exist_ok=True)
+    for name in TOOLS:
+        (tools / name).symlink_to(shutil.which(name) or name)
+    return f"{env.folder / 'bin'}:{tools}"
+
+
+# ---- environments
+
+
+def copy(source: Path, destination: Path) -> Path:
+    """By hard links: pip replaces files and does not write into them."""
+    shutil.copytree(source, destination, symlinks=True, copy_function=link)
+    return destination
+
+
+def link(source: str, destination: str) -> None:
+    # A symbolic link stays one; a file that names its own environment is copied.
+    if os.path.islink(source) or "/bin/" in source:
+        shutil.copy2(source, destination, follow_symlinks=False)
+    else:
+        os.link(source, destination)
+
+
+def environments(files: Files, python: str, scratch: Path) -> Iterator[Environment]:
+    """First the one with torch that the others are copied from."""
+    kept = {k: v for k, v in os.environ.items() if not k.startswith(("FASTKD_", "PIP_", "PYTHON"))}
+    kept |= {
+        "PIP_NO_INDEX": "1",
+        "PIP_CONFIG_FILE": os.devnull,
+        "PIP_FIND_LINKS": str(files.wheelhouse),
+        "PIP_DISABLE_PIP_VERSION_CHECK": "1",
+        "CUDA_VISIBLE_DEVICES": "",
+        "OMP_WAIT_POLICY": "passive",
+        "HOME": str(scratch / "home"),
+    }
+    base = Environment(scratch / "base", kept | {"FASTKD_CUDA": "0"})
+    subprocess.run([python, "-m", "venv", base.folder], check=True)
+    torch = next(files.wheelhouse.glob("torch-*.whl"))
+    base.install(torch)
+    base.run("-c", "import torch")
+    while True:
+        folder = copy(base.folder, scratch / "environment")
+        yield base._replace(folder=folder)
+        shutil.rmtree(folder)
+
+
+def run(title: str, env: Environment, files: Files) -> tuple[str, str]:
+    """(verdict, what ran or what went wrong)."""
+    torches = {name: time for name, time in env.files().items() if "/torch" in name}
+    try:
+        said = CASES[title](env, files)
+        now = env.files()
+        if "torch and all" not in title:
+            check(torches == {n: now.get(n) for n in torches}, "files of torch have changed")
+    except (CaseError, OSError, subprocess.SubprocessError) as failure:
+        return "FAIL", str(failure)
+    return "ok", said
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--dist", type=Path, default=ROOT / "dist")
+    parser.add_argument("--wheelhouse", type=Path, default=ROOT / "build" / "wheelhouse")
+    parser.add_argument("--python", default=sys.executable, help="what environments are made from")
+    parser.add_argument("-k", default="", help="only the cases with this in their names")
+    return parser.parse_args()
+
+
+def main() -> int:
+    chosen = arguments()
+    dist = chosen.dist.resolve()
+    files = Files(
+        next(dist.glob("*.tar.gz")),
+        next(dist.glob("*linux*.whl")),
+        next(dist.glob("*-none-any.whl")),
+        chosen.wheelhouse.resolve(),
+    )
+    table = Table("case", "", "what runs", "seconds", title=files.linux.name)
+    failures: list[str] = []
+    with tempfile.TemporaryDirectory(prefix="fastkd-") as scratch:
+        fresh = environments(files, chosen.python, Path(scratch))
+        for title in CASES:
+            if chosen.k not in title:
+                continue
+            environment = next(fresh)
+            start = time.monotonic()
+            verdict, said = run(title, environment, files)
+            print(f"{verdict}: {title}", flush=True)
+            seconds = f"{time.monotonic() - start:.0f}"
+            if verdict != "ok":
+                failures.append(f"{title}: {said}")
+                said = said.rstrip().rpartition("\n")[2]
+            table.add_row(title, verdict, said, seconds)
+        fresh.close()
+    print(*failures, sep="\n")
+    Console().print(table)
+    return 1 if failures or not table.rows else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

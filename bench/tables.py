@@ -1,0 +1,359 @@
+"""A run of the suite as tables and plots.
+
+python bench/tables.py build/bench/quick.json             # prints the tables; writes quick.md and quick-*.svg, .png
+python bench/tables.py build/bench/quick.json --readme    # one short table, as Markdown
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections import defaultdict
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from measure import milliseconds
+from peers import loss_of
+from report import Table, console_of
+
+Row = dict[str, Any]
+CASE = ("form", "divergence", "rows", "vocabulary", "hidden", "dtype", "data", "device")
+SIZES = {"V": "vocabulary", "N": "rows"}
+COSTS = {"time": "seconds", "memory": "peak"}
+# Okabe and Ito's palette, which colour-blind readers tell apart; one colour a contender in every plot.
+COLOURS = {"fastkd": "#D55E00", "eager": "#0072B2", "torch.compile": "#009E73", "roof": "#000000"}
+OTHER = "#767676"
+
+
+class Run(NamedTuple):
+    """A file of the suite: timed and untimed rows, and what it records of itself."""
+
+    timed: list[Row]
+    untimed: list[Row]
+    about: dict[str, str]
+    not_compared: dict[str, str]
+
+
+def load(path: Path) -> Run:
+    """Raises ValueError where the file is not of the suite."""
+    found = json.loads(path.read_text())
+    if not isinstance(found, dict) or "untimed" not in found:
+        raise ValueError(
+            f"{path} is not a run of the suite; `make bench-quick` or `make bench` writes one"
+        )
+    commit = found["commit_info"]
+    about = {
+        "commit": f"{commit.get('id')}{', with changes' if commit.get('dirty') else ''}",
+        "date": found["datetime"],
+        **found["machine_info"]["fastkd"],
+        "versions": ", ".join(f"{k} {v}" for k, v in found["machine_info"]["versions"].items()),
+    }
+    timed = [benchmark["extra_info"] for benchmark in found["benchmarks"]]
+    return Run(timed, found["untimed"], about, found["not_compared"])
+
+
+def case_of(row: Row) -> tuple[Any, ...]:
+    """What rows that compete have in common."""
+    return tuple(row[key] for key in CASE)
+
+
+def title(row: Row) -> str:
+    """A case in words."""
+    sizes = f"{row['rows']} x {row['vocabulary']:,}"
+    if row["hidden"]:
+        sizes += f", H = {row['hidden']}"
+    form = "from hidden states" if row["form"] == "linear" else "on logits"
+    name = "forward KL" if row["divergence"] == "forward_kl" else loss_of(row["divergence"]).label
+    return f"{name} {form}: {sizes}, {row['dtype']}, {row['data']}, {row['device']}"
+
+
+def mebibytes(size: float) -> str:
+    return f"{size / 2**20:,.1f}" if size < 100 * 2**20 else f"{size / 2**20:,.0f}"
+
+
+COLUMNS = (
+    "", "ms", "times fastkd's", "times the floor", "peak MiB", "GB/s", "of bandwidth", "error: loss", "gradient",
+)  # fmt: skip
+
+
+def cells(row: Row) -> list[str]:
+    """One contender; of one without a time the reason in its place."""
+    errors = [f"{error:.1e}" for error in row["errors"]] if row.get("errors") else ["-", "-"]
+    if "seconds" not in row:
+        return [row["contender"], row["why"], *["-"] * 5, *errors]
+    return [
+        row["contender"],
+        milliseconds([row["seconds"]]),
+        f"{row['times_fastkd']:.2f}x",
+        f"{row['times_floor'][1]:.2f}x",
+        mebibytes(row["peak"]),
+        f"{row['moved'] / row['seconds'] / 1e9:.2f}",
+        f"{row['share']:.0%}",
+        *errors,
+    ]
+
+
+def by_case(rows: Iterable[Row]) -> dict[tuple[Any, ...], list[Row]]:
+    groups: dict[tuple[Any, ...], list[Row]] = defaultdict(list)
+    for row in rows:
+        groups[case_of(row)].append(row)
+    return groups
+
+
+def contest_tables(run: Run) -> list[Table]:
+    """A table a case in which everyone takes part, the fastest first and those without a time last."""
+    tables = []
+    untimed = by_case(row for row in run.untimed if not row["few"])
+    for case, rows in by_case(row for row in run.timed if not row["few"]).items():
+        ranked = sorted(rows, key=lambda row: row["seconds"])
+        tables.append(Table(title(rows[0]), COLUMNS, [cells(row) for row in ranked]))
+        tables[-1].rows += [cells(row) for row in untimed.pop(case, [])]
+    return tables + [
+        Table(title(rows[0]), COLUMNS, [cells(r) for r in rows]) for rows in untimed.values()
+    ]
+
+
+def few_table(run: Run) -> list[Table]:
+    """The cases of fastkd, eager and torch.compile alone."""
+    groups = by_case(row for row in (*run.timed, *run.untimed) if row["few"])
+    rows = [[title(row), *cells(row)] for group in groups.values() for row in group]
+    return [Table("Other sizes and divergences", ("case", *COLUMNS), rows)] if rows else []
+
+
+class Series(NamedTuple):
+    """A cost of one contender at sizes that differ in one of N and V."""
+
+    contender: str
+    about: str
+    against: str
+    cost: str
+    sizes: list[int]
+    costs: list[float]
+
+
+class Fit(NamedTuple):
+    """cost = c size^slope; off is the largest relative distance of a point from that."""
+
+    slope: float
+    off: float
+
+
+def series_of(rows: Iterable[Row]) -> list[Series]:
+    """All that have three sizes or more."""
+    found: dict[tuple[Any, ...], dict[int, Row]] = defaultdict(dict)
+    for row in rows:
+        for against, key in SIZES.items():
+            fixed = tuple((k, row[k]) for k in (*CASE, "contender") if k != key)
+            found[(against, *fixed)][row[key]] = row
+    series = []
+    for (against, *_), at in found.items():
+        if len(at) < 3:
+            continue
+        first = next(iter(at.values()))
+        held = f"N = {first['rows']}" if against == "V" else f"V = {first['vocabulary']:,}"
+        about = (
+            f"{first['divergence']}, {first['form']}, {held}, {first['dtype']}, {first['device']}"
+        )
+        sizes = sorted(at)
+        series += [
+            Series(first["contender"], about, against, cost, sizes, [at[n][key] for n in sizes])
+            for cost, key in COSTS.items()
+        ]
+    return series
+
+
+def fit(sizes: list[int], costs: list[float]) -> Fit | None:
+    """By least squares of logarithms; None where a cost is nothing, as the memory of a loss in place."""
+    if min(costs) <= 0:
+        return None
+    x, y = np.log(sizes), np.log(costs)
+    slope, constant = np.polyfit(x, y, 1)
+    return Fit(float(slope), float(np.expm1(np.abs(y - slope * x - constant).max())))
+
+
+def growth_table(run: Run) -> list[Table]:
+    """Slopes: 1 is a cost in proportion."""
+    rows = []
+    for one in sorted(series_of(run.timed), key=lambda s: (s.about, s.against, s.cost)):
+        found = fit(one.sizes, one.costs)
+        slope = [f"{found.slope:.2f}", f"{found.off:.0%}"] if found else ["-", "-"]
+        span = f"{one.sizes[0]:,} to {one.sizes[-1]:,}"
+        rows.append([one.about, f"{one.cost} against {one.against}", span, one.contender, *slope])
+    columns = ("case", "cost", "sizes", "", "slope", "largest deviation")
+    name = "Growth: cost = c size^slope, fitted to logarithms"
+    return [Table(name, columns, rows)] if rows else []
+
+
+def note_table(run: Run) -> list[Table]:
+    """What a package's convention adds or leaves out."""
+    notes = {row["contender"]: row["note"] for row in (*run.timed, *run.untimed) if row["note"]}
+    rows = [[name, note] for name, note in (notes | run.not_compared).items()]
+    return [Table("Contenders: what they compute, and who is not compared", ("", "note"), rows)]
+
+
+def readme_table(run: Run) -> Table:
+    """The first case of each form, for a page that has room for one table."""
+    columns = ("", "ms", "times fastkd's", "peak MiB", "of bandwidth", "gradient error")
+    table = Table("", columns)
+    forms: set[str] = set()
+    for rows in by_case(row for row in run.timed if not row["few"]).values():
+        if rows[0]["form"] in forms:
+            continue
+        forms.add(rows[0]["form"])
+        table.rows.append([f"*{title(rows[0])}*", *[""] * 5])
+        for row in sorted(rows, key=lambda row: row["seconds"]):
+            name, ms, times, _, peak, _, share, _, error = cells(row)
+            table.rows.append([name, ms, times, peak, share, error])
+    return table
+
+
+def colour(contender: str) -> str:
+    return COLOURS.get(contender.partition(" (")[0], OTHER)
+
+
+def short(contender: str) -> str:
+    """Of fastkd's backends the one that all are compared with is fastkd."""
+    return {"fastkd (cpu)": "fastkd", "fastkd (triton)": "fastkd"}.get(contender, contender)
+
+
+def plots(run: Run, stem: Path) -> list[Path]:
+    """Written beside the run, as SVG and PNG; what has too few rows is left out."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    pyplot.rcParams.update(
+        {"axes.spines.top": False, "axes.spines.right": False, "svg.fonttype": "none"}
+    )
+    written = []
+
+    def axes(name: str, x: str, y: str) -> Any:
+        _, ax = pyplot.subplots(figsize=(6.4, 4), layout="constrained")
+        ax.set(title=name, xlabel=x, ylabel=y, xscale="log", yscale="log")
+        ax.title.set_fontsize(10)
+        return ax
+
+    def save(ax: Any, name: str) -> None:
+        for suffix in ("svg", "png"):
+            path = stem.with_name(f"{stem.name}-{name}.{suffix}")
+            ax.figure.savefig(path, dpi=150)
+            written.append(path)
+        pyplot.close(ax.figure)
+
+    lines: dict[tuple[str, str, str], list[Series]] = defaultdict(list)
+    for one in series_of(run.timed):
+        lines[one.about, one.cost, one.against].append(one)
+    for number, ((about, cost, against), drawn) in enumerate(lines.items()):
+        unit, scale = ("ms", 1e3) if cost == "time" else ("MiB", 2**-20)
+        ax = axes(f"{cost.capitalize()} against {against}\n{about}", against, unit)
+        for one in drawn:
+            shades = {"color": colour(one.contender)}
+            ax.plot(one.sizes, [scale * y for y in one.costs], marker="o", **shades)
+            found = fit(one.sizes, one.costs)
+            label = short(one.contender) + (f", slope {found.slope:.2f}" if found else "")
+            end = (one.sizes[-1], scale * one.costs[-1])
+            ax.annotate(label, end, (6, 0), textcoords="offset points", va="center", **shades)
+        ax.set_xticks(drawn[0].sizes, [f"{size:,}" for size in drawn[0].sizes])
+        ax.minorticks_off()
+        ax.margins(x=0.03)
+        save(ax, f"{cost}-{against}-{about.split(',')[0]}-{number}")
+
+    _roofline(run, axes, save)
+    _errors(run, axes, save)
+    return written
+
+
+def _roofline(run: Run, axes: Any, save: Any) -> None:
+    """Bytes a second against bytes, under what an addition of as many reaches in the same rounds."""
+    for device in sorted({row["device"] for row in run.timed}):
+        rows = [
+            row for row in run.timed
+            if (row["form"], row["divergence"], row["device"]) == ("logits", "forward_kl", device)
+        ]  # fmt: skip
+        named = ["fastkd (cpu)", "fastkd (triton)", "eager", "torch.compile"]
+        rows = sorted((r for r in rows if r["contender"] in named), key=lambda row: row["moved"])
+        if not rows:
+            continue
+        ax = axes(
+            f"Forward KL moves its bytes at what part of the bandwidth?\nlogits, {device}",
+            "MB that a loss has to move",
+            "GB/s",
+        )
+        roof: dict[int, list[float]] = defaultdict(list)
+        for row in rows:
+            roof[row["moved"]].append(row["bandwidth"])
+        curves = {"measured bandwidth": [(x, float(np.median(y))) for x, y in roof.items()]}
+        for name in named:
+            mine = [(r["moved"], r["moved"] / r["seconds"]) for r in rows if r["contender"] == name]
+            curves |= {short(name): mine} if mine else {}
+        for name, points in curves.items():
+            x, y = ([v / 10**p for v in side] for side, p in zip(zip(*points), (6, 9)))  # noqa: B905
+            shade = COLOURS.get(name, COLOURS["roof"])
+            ax.plot(x, y, marker="o", color=shade, linestyle="-" if name in COLOURS else "--")
+            ax.annotate(
+                name, (x[-1], y[-1]), (6, 0), textcoords="offset points", va="center", color=shade
+            )
+        save(ax, f"bandwidth-{device}")
+
+
+def _errors(run: Run, axes: Any, save: Any) -> None:
+    """Of the first case of each form: who is fast, and who is right."""
+    forms: set[tuple[str, str]] = set()
+    for rows in by_case(row for row in run.timed if not row["few"]).values():
+        which = (rows[0]["form"], rows[0]["device"])
+        if which in forms:
+            continue
+        forms.add(which)
+        ax = axes(
+            f"Error against speed: left is faster, down is closer to float64\n{title(rows[0])}",
+            "time, times fastkd's",
+            "gradient's relative error",
+        )
+        rows = sorted(rows, key=lambda row: row["times_fastkd"])
+        for i, row in enumerate(rows):
+            point, shade = (row["times_fastkd"], row["errors"][1]), colour(row["contender"])
+            ax.plot(*point, "o", color=shade)
+            # Many have the same error to the digit: labels go up and down in turn, aslant.
+            angle, offset = (35, (3, 5)) if i % 2 else (-35, (3, -5))
+            ax.annotate(
+                short(row["contender"]), point, offset, textcoords="offset points", fontsize=8,
+                rotation=angle, va="bottom" if i % 2 else "top", rotation_mode="anchor", color=shade,
+            )  # fmt: skip
+        ax.margins(0.25)
+        save(ax, f"errors-{'-'.join(which)}")
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("run", type=Path, help="what --benchmark-json of the suite wrote")
+    parser.add_argument("--readme", action="store_true", help="one short table, and nothing else")
+    arguments = parser.parse_args()
+    run = load(arguments.run)
+    if arguments.readme:
+        print(readme_table(run).markdown())
+        return
+    tables = [*contest_tables(run), *few_table(run), *growth_table(run), *note_table(run)]
+    console = console_of()
+    for key, value in run.about.items():
+        console.print(f"{key}: {value}", highlight=False, markup=False)
+    for table in tables:
+        console.print()
+        console.print(table.rich())
+    about = "\n".join(f"- {key}: {value}" for key, value in run.about.items())
+    page = arguments.run.with_suffix(".md")
+    stem = arguments.run.with_suffix("")
+    drawn = [path for path in plots(run, stem) if path.suffix == ".svg"]
+    pictures = [f"![{path.stem}]({path.name})" for path in drawn]
+    parts = [about, *(table.markdown() for table in tables), *pictures]
+    page.write_text("\n\n".join(parts) + "\n")
+    console.print(f"{page}, with {len(drawn)} plots beside it", highlight=False)
+
+
+if __name__ == "__main__":
+    main()

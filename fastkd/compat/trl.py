@@ -1,0 +1,280 @@
+"""TRL: the losses of GKDTrainer and DistillationTrainer, and both trainers with fastkd's in their place.
+
+    from fastkd.compat.trl import GKDTrainer  # for: from trl.experimental.gkd import GKDTrainer
+    from fastkd.compat.trl import DistillationTrainer  # for: from trl import DistillationTrainer
+
+TRL's conventions: forward KL at beta = 0, reverse KL at beta = 1, the generalised JSD of fastkd.jsd between; no T^2;
+rows are those whose label is not -100, or whose mask is not 0. docs/stacks/trl.md has what differs.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import types
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import fastkd
+from fastkd import reference
+from fastkd.teachers import LinearTeacher
+from fastkd.validate import check_choice
+
+# TRL's names to those of kd_loss, where labels say which rows count.
+_REDUCTIONS = {"batchmean": "mean", "sum": "sum", "mean": "mean", "none": "none"}
+
+
+def generalized_jsd_loss(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    labels: Tensor | None = None,
+    beta: float = 0.5,
+    temperature: float = 1.0,
+    reduction: str = "batchmean",
+    num_items_in_batch: int | Tensor | None = None,
+) -> Tensor:
+    """``trl.experimental.gkd.GKDTrainer.generalized_jsd_loss``: beta KL(p || m) + (1 - beta) KL(q || m) of softmaxes
+    of logits / temperature, m = beta p + (1 - beta) q, with p the teacher; forward KL at beta = 0, reverse KL at 1.
+
+    Args:
+        student_logits: [B, L, V]; any leading shape, and views such as logits[:, :-1] are not copied.
+        teacher_logits: the same shape.
+        labels: [B, L]; a row whose label is -100 is dropped. They are not shifted here.
+        beta: in [0, 1].
+        temperature: T > 0. Nothing is multiplied by T^2.
+        reduction: "batchmean": sum / number of counted rows, without labels sum / B. "sum". "mean": "batchmean" with
+            labels, divided by V too; without them, the mean over all entries. "none": the summands of each entry of
+            the vocabulary, [counted rows, V], without labels [B, L, V]; they are computed by plain PyTorch in
+            float32, as no fused loss has them.
+        num_items_in_batch: the denominator, whatever the reduction: the number of counted rows of the whole batch
+            under gradient accumulation.
+
+    Returns:
+        The loss in float32 (TRL: in the dtype of the logits), 0 with a graph where no row counts (TRL's "mean": NaN).
+
+    Raises:
+        ValueError, TypeError: as :func:`fastkd.kd_loss`; and for a reduction that is none of these, which TRL takes
+            for "none".
+    """
+    check_choice("reduction", reduction, tuple(_REDUCTIONS))
+    mask = None if labels is None else labels != -100
+    if num_items_in_batch is None and reduction == "none":
+        return _entries(student_logits, teacher_logits, mask, beta, temperature)
+    of_rows = reduction if mask is None else _REDUCTIONS[reduction]
+    loss = fastkd.kd_loss(
+        student_logits,
+        teacher_logits,
+        divergence=fastkd.jsd(beta),
+        temperature=temperature,
+        scale_by_temperature=False,
+        mask=mask,
+        reduction=of_rows if num_items_in_batch is None else "mean",
+        num_items=_on(student_logits.device, num_items_in_batch),
+    )
+    by_entry = reduction == "mean" and num_items_in_batch is None
+    return loss / student_logits.shape[-1] if by_entry else loss
+
+
+def _entries(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    mask: Tensor | None,
+    beta: float,
+    temperature: float,
+) -> Tensor:
+    """The summands of the counted rows, differentiable by autograd."""
+    if student_logits.shape != teacher_logits.shape:
+        raise ValueError(
+            "teacher_logits must have the shape of student_logits, "
+            f"{tuple(student_logits.shape)}; got {tuple(teacher_logits.shape)}"
+        )
+    if mask is not None:
+        student_logits, teacher_logits = student_logits[mask], teacher_logits[mask]
+    dtype = torch.promote_types(student_logits.dtype, torch.float32)
+    log_q, log_p = (
+        torch.log_softmax(logits.to(dtype) / temperature, -1)
+        for logits in (student_logits, teacher_logits)
+    )
+    divergence, lowest = fastkd.jsd(beta), torch.finfo(dtype).min
+    # Of -inf, times a probability of 0; reference.evaluate does it too, but has no gradient by autograd.
+    finite_p, finite_q = log_p.clamp(min=lowest), log_q.clamp(min=lowest)
+    entries, _ = divergence.function(
+        log_p.exp(), log_q.exp(), finite_p, finite_q, *divergence.params
+    )
+    excluded = (log_p == -torch.inf) | (log_q == -torch.inf)
+    return entries.masked_fill(excluded & (entries > reference.INFINITE), torch.inf)
+
+
+def _on(device: torch.device, count: int | Tensor | None) -> int | Tensor | None:
+    return count.to(device) if isinstance(count, Tensor) else count
+
+
+def chunked_divergence_loss(
+    student_hidden_states: Tensor,
+    teacher_hidden_states: Tensor,
+    student_lm_head_weight: Tensor,
+    teacher_lm_head_weight: Tensor,
+    completion_mask: Tensor,
+    beta: float,
+    num_items_in_batch: Tensor | int | None = None,
+    student_lm_head_bias: Tensor | None = None,
+    teacher_lm_head_bias: Tensor | None = None,
+    student_logit_scale: float = 1.0,
+    teacher_logit_scale: float = 1.0,
+    student_final_logit_softcapping: float | None = None,
+    teacher_final_logit_softcapping: float | None = None,
+    temperature: float = 1.0,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``trl.trainer.distillation_trainer._chunked_divergence_loss``: the divergence of generalized_jsd_loss, of hidden
+    states and lm_heads, on :func:`fastkd.fused_linear_kd_loss`.
+
+    The logits of a side are softcap tanh(scale (hidden @ weight.T + bias) / softcap), without a softcap scale (...);
+    then the temperature divides them.
+
+    Args:
+        student_hidden_states: [B, K, H].
+        teacher_hidden_states: [B, K, H_t], a constant.
+        student_lm_head_weight: [V, H]; of another dtype than the hidden states it is cast to theirs. A DTensor that
+            FSDP2 has spread is gathered once, and its gradient is averaged over the processes as those of other
+            parameters are.
+        teacher_lm_head_weight: [V, H_t], a constant; likewise.
+        completion_mask: [B, K]; a row where it is 0 is dropped.
+        beta: in [0, 1], as in :func:`generalized_jsd_loss`.
+        num_items_in_batch: the denominator; None: the number of rows that count here, at least 1.
+        student_lm_head_bias: [V].
+        teacher_lm_head_bias: [V].
+        student_logit_scale: not 0.
+        teacher_logit_scale: not 0.
+        student_final_logit_softcapping: > 0, or None.
+        teacher_final_logit_softcapping: > 0, or None.
+        temperature: T > 0. Nothing is multiplied by T^2.
+
+    Returns:
+        (the loss, the sum over counted rows of the student's entropy in nats at this temperature, their number); the
+        last two are detached.
+
+    Raises:
+        ValueError, TypeError: as :func:`fastkd.fused_linear_kd_loss`; and for a head that DeepSpeed's ZeRO-3 has
+            partitioned.
+    """
+    for name, weight in (
+        ("student_lm_head_weight", student_lm_head_weight),
+        ("teacher_lm_head_weight", teacher_lm_head_weight),
+    ):
+        if hasattr(weight, "ds_id"):
+            raise ValueError(
+                f"{name} is partitioned by DeepSpeed ZeRO-3, and its gradient would not find its way back; use "
+                "FSDP2, ZeRO-2, or TRL's own DistillationTrainer"
+            )
+    student_dtype, teacher_dtype = student_hidden_states.dtype, teacher_hidden_states.dtype
+    teacher = LinearTeacher(
+        teacher_hidden_states.detach(),
+        teacher_lm_head_weight.detach().to(teacher_dtype),
+        None if teacher_lm_head_bias is None else teacher_lm_head_bias.detach().to(teacher_dtype),
+    )
+    loss, parts = fastkd.fused_linear_kd_loss(
+        student_hidden_states,
+        student_lm_head_weight.to(student_dtype),
+        teacher,
+        student_bias=None
+        if student_lm_head_bias is None
+        else student_lm_head_bias.to(student_dtype),
+        divergence=fastkd.jsd(beta),
+        temperature=temperature,
+        scale_by_temperature=False,
+        mask=completion_mask != 0,
+        num_items=_on(student_hidden_states.device, num_items_in_batch),
+        logit_scale=student_logit_scale,
+        softcap=student_final_logit_softcapping,
+        teacher_logit_scale=teacher_logit_scale,
+        teacher_softcap=teacher_final_logit_softcapping,
+        return_parts=True,
+    )
+    return loss, parts.student_entropy.sum(), parts.counted
+
+
+# ---- trainers, built where they are first asked for, since TRL takes seconds to import
+
+
+def _gkd_trainer() -> type:
+    """TRL's GKDTrainer with fastkd's loss.
+
+    As TRL's it takes the loss at temperature 1: ``args.temperature`` is of the student's sampling. For another one:
+
+        class MyTrainer(GKDTrainer):
+            generalized_jsd_loss = staticmethod(functools.partial(generalized_jsd_loss, temperature=2.0))
+    """
+    stock = _of_trl("trl.experimental.gkd", "GKDTrainer")
+    _check_signature(stock, "generalized_jsd_loss", generalized_jsd_loss)
+    return _subclass(stock, _gkd_trainer, generalized_jsd_loss=staticmethod(generalized_jsd_loss))
+
+
+def _distillation_trainer() -> type:
+    """TRL's DistillationTrainer with fastkd's loss. Everything else, generation and logs with it, is TRL's."""
+    stock = _of_trl("trl", "DistillationTrainer")
+    module = importlib.import_module(stock.__module__)
+    name = "_chunked_divergence_loss"
+    _check_signature(module, name, chunked_divergence_loss)
+    method = _with_global(getattr(stock, "_compute_loss", None), name, chunked_divergence_loss)
+    return _subclass(stock, _distillation_trainer, _compute_loss=method)
+
+
+_TRAINERS = {"GKDTrainer": _gkd_trainer, "DistillationTrainer": _distillation_trainer}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _TRAINERS:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return globals().setdefault(name, _TRAINERS[name]())
+
+
+def _subclass(stock: type, built_by: Callable[[], type], **members: Any) -> type:
+    members = {"__doc__": built_by.__doc__, "__module__": __name__, **members}
+    return type(stock.__name__, (stock,), members)
+
+
+def _of_trl(module: str, name: str) -> type:
+    try:
+        import trl  # noqa: F401
+    except ModuleNotFoundError as error:
+        raise ImportError(f"fastkd.compat.trl.{name} needs TRL: pip install trl") from error
+    try:
+        found: type = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError) as error:
+        raise _unknown_version(f"has no {module}.{name} that can be imported") from error
+    return found
+
+
+def _check_signature(owner: Any, name: str, ours: Callable[..., Any]) -> None:
+    theirs = getattr(owner, name, None)
+    if theirs is None:
+        raise _unknown_version(f"has no {name} in {owner.__name__}")
+    expected, found = (tuple(inspect.signature(f).parameters) for f in (ours, theirs))
+    if found != expected:
+        raise _unknown_version(f"has {name}{found}, and not {expected}")
+
+
+def _with_global(function: Any, name: str, value: Any) -> types.FunctionType:
+    """The function, reading another value for one global name. TRL calls its loss by such a name and has no argument
+    for it; its module stays as it is, so that its own trainer, at the same time or in another thread, does too.
+    """
+    code = getattr(function, "__code__", None)
+    if code is None or name not in code.co_names:
+        raise _unknown_version(f"does not call {name} in DistillationTrainer._compute_loss")
+    names = {**function.__globals__, name: value}
+    copy = types.FunctionType(
+        code, names, function.__name__, function.__defaults__, function.__closure__
+    )
+    copy.__kwdefaults__ = function.__kwdefaults__
+    return copy
+
+
+def _unknown_version(what: str) -> ImportError:
+    from importlib.metadata import version
+
+    return ImportError(
+        f"fastkd.compat.trl knows TRL 1.16; TRL {version('trl')} {what}. Use TRL's own trainer, or TRL 1.16"
+    )
