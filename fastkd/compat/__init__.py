@@ -1,0 +1,1 @@
+"""Adapters: the losses of training stacks, with their signatures and fastkd underneath."""
