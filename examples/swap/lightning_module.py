@@ -119,7 +119,7 @@ def main(
 ) -> None:
     """Train three times, and compare."""
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", "The 'train_dataloader' does not have many workers")
+    warnings.filterwarnings("ignore", module="lightning.pytorch")
     given = problem(steps, tiny)
     stock = fit(Distillation(given.new_student(), given.teacher), given)
     swapped = fit(WithFastkd(given.new_student(), given.teacher), given)

@@ -117,7 +117,8 @@ def _module_class() -> type[LightningModule]:
             if rows is None:  # a second optimizer of one step
                 return
             # Lightning has divided by the number of micro-batches, and devices are averaged: so is the number of rows.
-            rows = self.trainer.strategy.reduce(rows.float(), reduce_op="mean").clamp(min=1.0 / UNIT)
+            rows = self.trainer.strategy.reduce(rows.float(), reduce_op="mean")
+            rows = torch.where(rows == 0, 1.0, rows)
             factor = UNIT * self.trainer.accumulate_grad_batches / rows
             gradients = [p.grad for p in self.parameters() if p.grad is not None]
             torch._foreach_mul_(gradients, factor)
