@@ -630,7 +630,7 @@ def standardized_kd_loss(
         )
     if chosen.target is not None and chosen.target.form == "label":
         raise ValueError(
-            f"the divergence {chosen.name!r} takes the label's part at temperature 1, and standardisation is of all logits"
+            f"the divergence {chosen.name!r} takes the label's part at temperature 1, of logits as they are"
         )
     if width < 2:
         raise ValueError(f"a standard deviation needs at least 2 columns, got {width}")

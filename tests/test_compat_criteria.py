@@ -75,13 +75,19 @@ def test_kd_loss(theirs: Any, name: str, case: str) -> None:
         compare(found, run(on_logits(its, teacher, given), [student]), exact)
 
 
-@pytest.mark.parametrize(("beta", "gamma", "tau"), [(1.0, 1.0, 1.0), (2.0, 0.5, 4.0), (1.0, 0.0, 1.0)])
+@pytest.mark.parametrize(
+    ("beta", "gamma", "tau"), [(1.0, 1.0, 1.0), (2.0, 0.5, 4.0), (1.0, 0.0, 1.0)]
+)
 def test_dist_loss(theirs: Any, beta: float, gamma: float, tau: float) -> None:
     student, teacher = logits(7, 11)
     options = {**PATHS, "beta": beta, "gamma": gamma, "tau": tau}
     mine, its = (x.DISTLoss(**options) for x in (ours, theirs))
     exact = run(on_logits(its, teacher, None), float64(student))
-    compare(run(on_logits(mine, teacher, None), [student]), run(on_logits(its, teacher, None), [student]), exact)
+    compare(
+        run(on_logits(mine, teacher, None), [student]),
+        run(on_logits(its, teacher, None), [student]),
+        exact,
+    )
 
 
 def layer(path: str, weight: float) -> dict[str, Any]:
@@ -119,9 +125,7 @@ def test_rkd_loss(theirs: Any, dist_factor: float, angle_factor: float, reductio
     def call(loss: Any) -> Any:
         return lambda s: loss(io("a", "output", s), io("b", "output", teacher.to(s.dtype)))
 
-    mine, its = (
-        x.RKDLoss("a", "b", dist_factor, angle_factor, reduction) for x in (ours, theirs)
-    )
+    mine, its = (x.RKDLoss("a", "b", dist_factor, angle_factor, reduction) for x in (ours, theirs))
     exact = run(call(its), float64(student))
     compare(run(call(mine), [student]), run(call(its), [student]), exact)
 

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from peers import Found, compare, error, float64, run
+from peers import compare, error, float64, run
 from torch import Tensor
 
 pytest.importorskip("liger_kernel", reason="pip install 'fastkd[peers]' brings Liger")
@@ -130,10 +130,8 @@ def test_gradient_by_log_probabilities_reaches_the_logits() -> None:
 
 
 def kl(log_q: Tensor, target: Tensor, log_target: bool, reduction: str, eps: float) -> Tensor:
-    if log_target:
-        terms = target.exp() * (target - log_q)
-    else:
-        terms = target * (target.clamp(min=eps).log() - log_q)
+    p, log_p = (target.exp(), target) if log_target else (target, target.clamp(min=eps).log())
+    terms = p * (log_p - log_q)
     if reduction == "none":
         return terms
     size = {"sum": 1, "batchmean": len(target), "mean": target.numel()}[reduction]
@@ -216,7 +214,10 @@ def test_columns_that_are_impossible_on_both_sides() -> None:
 )
 def test_no_row_counts(loss: Any, theirs: Any) -> None:
     student, teacher, labels = rows("random")
-    inputs = [x.softmax(-1) if "tvd" in str(type(loss)).lower() else x.log_softmax(-1) for x in (student, teacher)]
+    inputs = [
+        x.softmax(-1) if "tvd" in str(type(loss)).lower() else x.log_softmax(-1)
+        for x in (student, teacher)
+    ]
     found = run(loss, inputs[:1], inputs[1], torch.full_like(labels, IGNORED))
     assert found.loss == 0
     assert found.gradients[0].eq(0).all()
@@ -335,8 +336,12 @@ def test_fused_linear_jsd(beta: float, temperature: float, labelled: bool) -> No
         return linear(*args[:-1], given, **options)
 
     truth = run(exact, float64(*models.student()), *teacher, labels)
-    theirs = run(liger.LigerFusedLinearJSD(beta, IGNORED, temperature), models.student(), *teacher, labels)
-    found = run(ours.LigerFusedLinearJSD(beta, IGNORED, temperature), models.student(), *teacher, labels)
+    theirs = run(
+        liger.LigerFusedLinearJSD(beta, IGNORED, temperature), models.student(), *teacher, labels
+    )
+    found = run(
+        ours.LigerFusedLinearJSD(beta, IGNORED, temperature), models.student(), *teacher, labels
+    )
     compare(found, theirs, truth)
 
 
@@ -369,13 +374,17 @@ def test_low_precision() -> None:
     options = {"weight_hard_loss": 0.0, "weight_soft_loss": 1.0}
     given = [models[x] for x in ("teacher_hidden", "teacher_head", "labels")]
     truth = run(lambda *x: linear(*x, hard=0.0, soft=1.0), float64(*models.student()), *given)
-    theirs = run(chunked_loss.LigerFusedLinearJSDLoss(compiled=False, **options), models.student(), *given)
+    theirs = run(
+        chunked_loss.LigerFusedLinearJSDLoss(compiled=False, **options), models.student(), *given
+    )
     found = run(ours.LigerFusedLinearJSDLoss(**options), models.student(), *given)
     assert error(theirs.loss, truth.loss) > 0.1
     assert error(found.loss, truth.loss) < 1e-4
     for mine, its, exact in zip(found.gradients, theirs.gradients, truth.gradients, strict=True):
         assert error(its, exact) > 0.05
-        assert error(mine, exact) < 0.01  # one rounding of the gradient to bfloat16, and of its operands
+        assert (
+            error(mine, exact) < 0.01
+        )  # one rounding of the gradient to bfloat16, and of its operands
 
 
 def test_padding_columns_of_the_teacher() -> None:

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from test_docs import blocks
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
@@ -122,7 +123,9 @@ def whole_steps(data: list[dict[str, Tensor]], every: int) -> Model:
     optimizer = SGD(student.parameters())
     for first in range(0, len(data), every):
         part = data[first : first + every]
-        ids, labels = (torch.cat([batch[name] for batch in part]) for name in ("input_ids", "labels"))
+        ids, labels = (
+            torch.cat([batch[name] for batch in part]) for name in ("input_ids", "labels")
+        )
         loss = formula(student(ids), teacher(ids).detach(), labels)
         optimizer.zero_grad()
         loss.backward()
@@ -225,6 +228,16 @@ def test_lightning_is_imported_when_asked_for(monkeypatch: pytest.MonkeyPatch) -
         ours.DistillationModule  # noqa: B018 (the attribute imports)
     with pytest.raises(AttributeError, match="has no attribute 'Other'"):
         ours.Other  # noqa: B018
+
+
+def test_the_page() -> None:
+    """train.py of docs/stacks/lightning.md."""
+    (block,) = [
+        x for x in blocks(ROOT / "docs" / "stacks" / "lightning.md") if x.title == "train.py"
+    ]
+    names: dict[str, Any] = {"__name__": "page"}
+    exec(compile(block.body, "lightning.md", "exec"), names)
+    assert names["trainer"].global_step == 2
 
 
 # ---- examples/swap

@@ -34,7 +34,9 @@ def problem(peaked: bool = False) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     logprobs, ids = teacher.log_softmax(-1).topk(5)
     logprobs[0, 1, 4], ids[0, 1, 4] = megatron.SENTINEL, 39
     if peaked:
-        student = student.scatter_add(-1, ids[..., :1], torch.full_like(ids[..., :1], 25.0, dtype=torch.float32))
+        student = student.scatter_add(
+            -1, ids[..., :1], torch.full_like(ids[..., :1], 25.0, dtype=torch.float32)
+        )
     return student, teacher, logprobs, ids
 
 
@@ -95,7 +97,7 @@ def test_cached_top_k(processes: Processes, ghost: bool, peaked: bool) -> None:
 
 
 def test_megatrons_ghost_of_a_sure_student() -> None:
-    """1 - sum q_k in float32, and no less than 1e-8: the others' probability of 1e-10 is lost, and so is its gradient."""
+    """1 - sum q_k in float32, not below 1e-8: the others' probability of 1e-10 is lost, and its gradient."""
     student, _, logprobs, ids = problem(peaked=True)
     kept = (logprobs != megatron.SENTINEL).float()
     given = student.clone().requires_grad_()

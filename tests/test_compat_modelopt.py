@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from peers import compare, error, float64, run
+from test_docs import ROOT, blocks
 from torch import Tensor, nn
 
 pytest.importorskip("modelopt", reason="pip install 'fastkd[peers]' brings Model-Optimizer")
@@ -128,6 +129,16 @@ def test_convert(reduction: str) -> None:
     assert found == pytest.approx(theirs, rel=1e-5)
 
 
+def test_the_page() -> None:
+    """distil.py of docs/stacks/modelopt.md."""
+    (block,) = [
+        x for x in blocks(ROOT / "docs" / "stacks" / "modelopt.md") if x.title == "distil.py"
+    ]
+    names: dict[str, Any] = {"__name__": "page"}
+    exec(compile(block.body, "modelopt.md", "exec"), names)
+    assert names["loss"].isfinite()
+
+
 # ---- minifinetuning
 
 
@@ -231,10 +242,7 @@ def test_signatures(module: Any, name: str) -> None:
     assert issubclass(mine, torch.nn.modules.loss._Loss)  # which mtd.convert asks of a criterion
     for method in ("__init__", "forward"):
         found, expected = (
-            [
-                (p.name, p.default)
-                for p in inspect.signature(getattr(x, method)).parameters.values()
-            ]
+            [(p.name, p.default) for p in inspect.signature(getattr(x, method)).parameters.values()]
             for x in (mine, theirs)
         )
         assert found == expected

@@ -117,7 +117,9 @@ def test_impossible_tokens() -> None:
     student[..., 5] = teacher[..., 5] = -math.inf
     kept = torch.arange(37) != 5
     for name, ratio in RATIOS.items():
-        exact = run(formula, float64(student[..., kept]), teacher[..., kept].double(), labels, ratio)
+        exact = run(
+            formula, float64(student[..., kept]), teacher[..., kept].double(), labels, ratio
+        )
         mine, theirs = (getattr(x, f"{name}KLLoss")(**options(name)) for x in (ours, torchtune))
         found = run(mine, [student], teacher, labels)
         assert error(found.loss, exact.loss) < 1e-6

@@ -19,14 +19,23 @@ import fastkd
 from fastkd.divergences import WITH_LABELS
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 pytestmark = pytest.mark.skipif(len(PAGES) < 2, reason="there is no checkout around these tests")
-page = pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
+
+
+def name_of(path: Path) -> str:
+    """As pages are called here: index.md is one of docs/ and stacks/index.md another."""
+    return path.relative_to(ROOT).as_posix().removeprefix("docs/")
+
+
+page = pytest.mark.parametrize("path", PAGES, ids=name_of)
 
 # Blocks that are not run here, by page and title, and why. In the page they say ```python title=FILE.
 ELSEWHERE = {
     ("adding-a-divergence.md", "fastkd/divergences.py"): "tests/test_cli.py puts it into a copy of that file",
     ("adding-a-divergence.md", "tests/oracles.py"): "tests/test_cli.py compares it with the above",
+    ("stacks/lightning.md", "train.py"): "tests/test_compat_lightning.py has imported lightning",
+    ("stacks/modelopt.md", "distil.py"): "tests/test_compat_modelopt.py has imported Model-Optimizer",
 }  # fmt: skip
 
 # Public names of the modules below that are no loss and no part of one.
@@ -113,6 +122,7 @@ GIVEN = {
     "README.md": Given(for_readme, group=True),
     "losses.md": Given(for_losses),
     "parallel.md": Given(group=True),
+    "stacks/megatron.md": Given(group=True),
     "teacher-cache.md": Given(for_the_cache),
     "teachers.md": Given(for_teachers),
 }
@@ -121,7 +131,7 @@ GIVEN = {
 @pytest.fixture
 def group(path: Path, tmp_path: Path) -> Iterator[None]:
     """A group of one process, for pages that want one."""
-    if not GIVEN.get(path.name, Given()).group:
+    if not GIVEN.get(name_of(path), Given()).group:
         yield
         return
     import torch.distributed as dist
@@ -148,7 +158,7 @@ def blocks(path: Path) -> list[Block]:
     found = []
     for match in re.finditer(r"^```python([^\n]*)\n(.*?)^```$", text, re.S | re.M):
         info = match[1].strip()
-        assert info == "" or info.startswith("title="), f"{path.name}: ```python {info}"
+        assert info == "" or info.startswith("title="), f"{name_of(path)}: ```python {info}"
         line = text.count("\n", 0, match.start(2)) + 1
         found.append(Block(line, info.removeprefix("title="), match[2]))
     return found
@@ -162,11 +172,11 @@ def test_snippets_run(
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
     torch.manual_seed(0)
-    names: dict[str, Any] = {"__name__": path.stem, **GIVEN.get(path.name, Given()).names()}
+    names: dict[str, Any] = {"__name__": path.stem, **GIVEN.get(name_of(path), Given()).names()}
     written = set()
     try:
         for block in blocks(path):
-            if (path.name, block.title) in ELSEWHERE:
+            if (name_of(path), block.title) in ELSEWHERE:
                 continue
             if block.title:
                 with (tmp_path / block.title).open("a", encoding="utf-8") as module:
@@ -183,7 +193,7 @@ def test_snippets_run(
 
 
 def test_what_runs_elsewhere_is_there() -> None:
-    titles = {(path.name, block.title) for path in PAGES for block in blocks(path)}
+    titles = {(name_of(path), block.title) for path in PAGES for block in blocks(path)}
     assert titles >= ELSEWHERE.keys()
 
 
@@ -216,7 +226,7 @@ def test_links_lead_somewhere(path: Path) -> None:
         goal = (path.parent / name).resolve() if name else path
         if not goal.exists() or (anchor and anchor not in anchors(goal)):
             dead.append(target)
-    assert not dead, f"{path.name}: {dead}"
+    assert not dead, f"{name_of(path)}: {dead}"
 
 
 @page
@@ -228,7 +238,7 @@ def test_tests_that_a_page_names_exist(path: Path) -> None:
         if not (ROOT / file).is_file()
         or not re.search(rf"^def {test}\(", (ROOT / file).read_text(encoding="utf-8"), re.M)
     ]
-    assert not missing, f"{path.name}: {missing}"
+    assert not missing, f"{name_of(path)}: {missing}"
 
 
 # ---- the losses

@@ -573,9 +573,7 @@ def test_standardized_is_kd_loss_of_standardized_logits(divergence: str) -> None
         return (z - z.mean(-1, keepdim=True)) / (z.std(-1, keepdim=True) + 1e-7)
 
     ours = differentiated(lambda s: standardized_kd_loss(s, t, **given), s)
-    theirs = differentiated(
-        lambda s: fastkd.kd_loss(standardised(s), standardised(t), **given), s
-    )
+    theirs = differentiated(lambda s: fastkd.kd_loss(standardised(s), standardised(t), **given), s)
     for mine, true in zip(ours, theirs, strict=True):
         torch.testing.assert_close(mine, true, rtol=1e-5, atol=1e-7)
     # The scale of either side does not matter.

@@ -1,7 +1,7 @@
 """A LightningModule that distils a causal language model, with a loss written by hand and with fastkd's.
 
-    python examples/swap/lightning_module.py           # SmolLM2-135M teaches six of its layers: about a minute on two cores
-    python examples/swap/lightning_module.py --tiny    # random models, in seconds
+    python examples/swap/lightning_module.py          # SmolLM2-135M teaches six of its layers: a minute on two cores
+    python examples/swap/lightning_module.py --tiny   # random models, in seconds
 
 The swap, in `distillation_loss`:
 

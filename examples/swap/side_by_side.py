@@ -47,9 +47,7 @@ def problem(steps: int, tiny: bool) -> Problem:
         distill.freeze_embeddings(student)
         text = smollm2.king_james(ASSETS)[: steps * 2000]
         ids = distill.encode(text, tokenizer)[: steps * 4 * 65].view(steps, 4, 65)
-    return Problem(
-        teacher.eval(), lambda: copy.deepcopy(student).train(), [_batch(x) for x in ids]
-    )
+    return Problem(teacher.eval(), lambda: copy.deepcopy(student).train(), [_batch(x) for x in ids])
 
 
 _VOCABULARY = 211
@@ -103,4 +101,3 @@ def compare(stock: Run, ours: Run, tolerance: float) -> int:
         return 1
     console.print(f"the same curve: at most {worst:.1e} apart")
     return 0
-

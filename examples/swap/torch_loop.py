@@ -1,7 +1,7 @@
 """A plain PyTorch loop that distils a causal language model, with a loss written by hand and with fastkd's.
 
-    python examples/swap/torch_loop.py           # SmolLM2-135M teaches six of its layers: about a minute on two cores
-    python examples/swap/torch_loop.py --tiny    # random models, in seconds
+    python examples/swap/torch_loop.py          # SmolLM2-135M teaches six of its layers: a minute on two cores
+    python examples/swap/torch_loop.py --tiny   # random models, in seconds
 
 The swap, in `loss_of_step`:
 

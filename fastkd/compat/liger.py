@@ -45,8 +45,8 @@ def _wide(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-# ---- losses of log-probabilities and probabilities as they are given: nothing is normalised on the way in, and g is the
-# derivative by the given numbers (Divergence.normalized), so p and q of the arguments are not there
+# ---- of log-probabilities and probabilities as they are given: with normalized=False nothing is normalised on the way
+# in, g is the derivative by the given numbers, and the p and q of the arguments are not there
 
 
 def _forward_of_logs(p: Any, q: Any, log_p: Any, log_q: Any, floor: Any) -> Any:
@@ -197,7 +197,7 @@ class LigerTVDLoss(nn.Module):
         self.ignore_index = ignore_index
 
     def forward(self, p: Tensor, q: Tensor, shift_labels: Tensor | None = None) -> Tensor:
-        """Probabilities [..., V] of the student, of the teacher, labels [...]; 0-dim, or [..., V] without a reduction."""
+        """Probabilities [..., V] of student and teacher, labels [...]; 0-dim, or [..., V] without a reduction."""
         if self.reduction != "none":
             return _as_given(p, q, shift_labels, _DISTANCE, self.reduction, self.ignore_index)
         terms = 0.5 * (_wide(p) - _wide(q.detach())).abs()
@@ -363,17 +363,17 @@ class LigerFusedLinearJSD(nn.Module):
 
 
 class LigerFusedLinearKLDivLoss(nn.Module):
-    r"""liger_kernel.transformers.LigerFusedLinearKLDivLoss: KL(target || softmax(s / T)) from the student's hidden states.
+    r"""liger_kernel.transformers.LigerFusedLinearKLDivLoss: KL(target || softmax(s / T)) from hidden states.
 
     The target is probabilities [N, V], of which the logarithm is held beside them; ``fastkd.TopK`` and
-    ``fastkd.LinearTeacher`` need neither. It is taken for a distribution: divided by its sum, where Liger takes it as it
-    is, which differs by the rounding of low-precision targets. Without T^2; the temperature is the student's alone.
+    ``fastkd.LinearTeacher`` need neither. It is taken for a distribution: divided by its sum, where Liger takes it as
+    it is, which differs by the rounding of low-precision targets. Without T^2; the temperature is the student's alone.
 
     Args:
         reduction: "batchmean" (over rows that count), "mean" (also over the vocabulary) or "sum".
         ignore_index: the label that drops a row.
         temperature: T > 0.
-        eps: accepted, as Liger's callers pass it: there it bounds log 0; here 0 log 0 is 0, and other targets keep theirs.
+        eps: accepted, as Liger's callers pass it: there it bounds log p from below; here 0 log 0 is 0.
         accum_dtype: accepted likewise: the gradient of the head is summed in float32.
     """
 

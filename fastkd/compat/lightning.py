@@ -86,7 +86,9 @@ def _module_class() -> type[LightningModule]:
                 )
             self.student = student
             self.loss = KDLoss(**{**loss.options, "return_parts": True})
-            self._teacher = (teacher.eval().requires_grad_(False),)  # where nn.Module does not find it
+            self._teacher = (
+                teacher.eval().requires_grad_(False),
+            )  # where nn.Module does not find it
             self._optimizer = optimizer
             self._labels = labels
             self._shift = shift_labels

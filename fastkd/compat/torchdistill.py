@@ -166,7 +166,7 @@ class LogitStdKDLoss(KDLoss):
 
 
 class DISTLoss(_OnLogits):
-    r"""torchdistill's DISTLoss: T^2 [beta (1 - mean r of rows) + gamma (1 - mean r of columns)], r Pearson's correlation.
+    r"""torchdistill's DISTLoss: T^2 [beta (1 - mean r of rows) + gamma (1 - mean r of columns)], r the correlation.
 
     torchdistill bounds each norm in r from below by eps; here eps^2 is added to their product. That is the same to
     eps^2 over the product.
@@ -313,7 +313,9 @@ def register(prefix: str = "fastkd.") -> None:
         ImportError: torchdistill is not installed.
     """
     try:
-        from torchdistill.losses.registry import register_mid_level_loss
+        from torchdistill.losses.registry import (  # type: ignore[import-untyped]
+            register_mid_level_loss,
+        )
     except ImportError as error:
         raise ImportError(
             "torchdistill's registry is what this is for: pip install torchdistill"

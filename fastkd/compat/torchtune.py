@@ -75,7 +75,11 @@ class _Loss(nn.Module):
             options["divergence"] = "reverse_kl"
             return kd_loss(student_logits, teacher_logits, labels, **options)
         kl = kd_loss(
-            student_logits, teacher_logits, labels, divergence=mixture(share, 1.0 - share), **options
+            student_logits,
+            teacher_logits,
+            labels,
+            divergence=mixture(share, 1.0 - share),
+            **options,
         )
         entropy = kd_loss(
             teacher_logits, teacher_logits, labels, divergence="soft_cross_entropy", **options
