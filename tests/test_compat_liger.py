@@ -387,6 +387,40 @@ def test_low_precision() -> None:
         )  # one rounding of the gradient to bfloat16, and of its operands
 
 
+def test_low_precision_log_probabilities() -> None:
+    """Liger rounds the loss to their dtype."""
+    student, teacher, labels = rows("random")
+    log_q, log_p = (x.log_softmax(-1).bfloat16() for x in (student, teacher))
+    truth = run(jsd, float64(log_q), log_p.double(), labels, 0.3)
+    theirs = run(liger.LigerJSD(0.3), [log_q], log_p, labels)
+    found = run(ours.LigerJSD(0.3), [log_q], log_p, labels)
+    assert theirs.loss.dtype == found.gradients[0].dtype == torch.bfloat16
+    assert error(theirs.loss, truth.loss) > 1e-4 > 1e-6 > error(found.loss, truth.loss)
+    assert error(found.gradients[0], truth.gradients[0]) < 2**-8
+
+
+def test_the_teacher_is_a_constant() -> None:
+    """As there: its head may be one that requires grad."""
+    models = Models()
+    for name in ("teacher_hidden", "teacher_head"):
+        models[name].requires_grad_()
+    given = [models[x] for x in ("teacher_hidden", "teacher_head", "labels")]
+    for loss in (ours.LigerFusedLinearJSDLoss(), ours.LigerFusedLinearJSD()):
+        run(loss, models.student(), *given)[0]
+        assert models["teacher_head"].grad is None
+    student, teacher, _ = (
+        x.double().softmax(-1) if x.is_floating_point() else x for x in rows("random")
+    )
+    for loss in (
+        ours.LigerTVDLoss(),
+        ours.LigerTVDLoss("none"),
+        ours.LigerKLDIVLoss(),
+        ours.LigerJSD(),
+    ):
+        value = loss(student, teacher.requires_grad_())
+        assert not value.requires_grad
+
+
 def test_padding_columns_of_the_teacher() -> None:
     """Liger fills the student up with logits of 0, which take mass."""
     models = Models(more=11)

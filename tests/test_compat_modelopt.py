@@ -83,6 +83,19 @@ def test_low_precision() -> None:
     assert error(found.gradients[0], exact.gradients[0]) < 2**-8
 
 
+def test_the_teacher_is_a_constant() -> None:
+    student, teacher = logits()
+    teacher.requires_grad_()
+    labels = torch.zeros(6, dtype=torch.int64)
+    for loss in (
+        ours.LogitsDistillationLoss()(student, teacher),
+        ours.MFTLoss()(student, teacher, labels),
+        ours.LogitsKLLoss(CONFIG)(student, teacher)[0],
+        ours.TopKLogitsKLLoss(CONFIG, top_k=3)(student, teacher)[0],
+    ):
+        assert not loss.requires_grad
+
+
 def test_impossible_tokens() -> None:
     student, teacher = logits()
     student[..., 5] = teacher[..., 5] = -math.inf

@@ -99,22 +99,26 @@ def _as_given(
     reduction: str,
     ignore_index: int = -100,
 ) -> Tensor:
-    """Summed over the columns, then "sum", "batchmean" (the mean of counted rows), "mean" (also over columns)."""
-    num_items: int | Tensor | None = None
-    if reduction == "mean":
-        rows = student.shape[:-1].numel() if labels is None else (labels != ignore_index).sum()
-        num_items = rows * student.shape[-1]
     return kd_loss(
         student,
         teacher.detach(),
         labels,
         divergence=divergence,
         ignore_index=ignore_index,
-        reduction="sum" if reduction == "sum" else "mean",
-        num_items=num_items,
+        **_reduced(reduction, student.shape, labels, ignore_index),
         # These definitions are no part of the C++ kernel's table.
         backend="reference" if student.device.type == "cpu" else "auto",
     )
+
+
+def _reduced(
+    reduction: str, shape: torch.Size, labels: Tensor | None, ignore_index: int
+) -> dict[str, Any]:
+    """Options for "sum", "batchmean" (the mean of counted rows) and "mean" (also over columns) of logits [..., V]."""
+    if reduction != "mean":
+        return {"reduction": "sum" if reduction == "sum" else "mean"}
+    rows = shape[:-1].numel() if labels is None else (labels != ignore_index).sum()
+    return {"num_items": rows * shape[-1]}
 
 
 class LigerJSD(nn.Module):
@@ -401,7 +405,7 @@ class LigerFusedLinearKLDivLoss(nn.Module):
         shift_labels: Tensor | None = None,
     ) -> Tensor:
         """Hidden states [N, H], head [V, H], probabilities [N, V], labels [N] or None; 0-dim."""
-        loss = fused_linear_kd_loss(
+        return fused_linear_kd_loss(
             student_input,
             student_weight,
             _wide(target.detach()).log(),
@@ -410,9 +414,8 @@ class LigerFusedLinearKLDivLoss(nn.Module):
             teacher_temperature=1.0,
             scale_by_temperature=False,
             ignore_index=self.ignore_index,
-            reduction="sum" if self.reduction == "sum" else "mean",
+            **_reduced(self.reduction, target.shape, shift_labels, self.ignore_index),
         )
-        return loss / target.shape[-1] if self.reduction == "mean" else loss
 
 
 def _teacher(hidden: Tensor, weight: Tensor, bias: Tensor | None = None) -> LinearTeacher:

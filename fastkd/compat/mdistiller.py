@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-import fastkd.functional
+from fastkd import functional
 from fastkd.divergences import Divergence, dkd, forward_kl
 from fastkd.response import standardized_kd_loss
 
@@ -75,5 +75,5 @@ def _loss(
     temperature: float,
     standardized: bool,
 ) -> Tensor:
-    loss = standardized_kd_loss if standardized else fastkd.functional.kd_loss
+    loss = standardized_kd_loss if standardized else functional.kd_loss
     return loss(student, teacher, labels, divergence=divergence, temperature=temperature)

@@ -8,11 +8,15 @@ has LogitsKLLoss and TopKLogitsKLLoss.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from torch import Tensor
-from torch.distributed import ProcessGroup
 
 from fastkd.functional import kd_loss
 from fastkd.teachers import TopK
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 SENTINEL = -1e3  # the log-probability of an entry that is padding
 
