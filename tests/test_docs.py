@@ -32,10 +32,10 @@ page = pytest.mark.parametrize("path", PAGES, ids=name_of)
 
 # Blocks that are not run here, by page and title, and why. In the page they say ```python title=FILE.
 ELSEWHERE = {
-    ("adding-a-divergence.md", "fastkd/divergences.py"): "tests/test_cli.py puts it into a copy of that file",
-    ("adding-a-divergence.md", "tests/oracles.py"): "tests/test_cli.py compares it with the above",
     ("stacks/lightning.md", "train.py"): "tests/test_compat_lightning.py has imported lightning",
     ("stacks/modelopt.md", "distil.py"): "tests/test_compat_modelopt.py has imported Model-Optimizer",
+    ("adding-a-divergence.md", "fastkd/divergences.py"): "tests/test_cli.py puts it into a copy of that file",
+    ("adding-a-divergence.md", "tests/oracles.py"): "tests/test_cli.py compares it with the above",
 }  # fmt: skip
 
 # Public names of the modules below that are no loss and no part of one.
