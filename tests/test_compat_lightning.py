@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import pickle
-import re
 import subprocess
 import sys
 import warnings
@@ -255,8 +254,20 @@ def swap(monkeypatch: pytest.MonkeyPatch) -> Any:
     return importlib.import_module
 
 
-@pytest.mark.parametrize(("name", "tables"), [("torch_loop", 1), ("lightning_module", 2)])
-def test_scripts(swap: Any, name: str, tables: int, capsys: pytest.CaptureFixture[str]) -> None:
-    swap(name).main(steps=2, tiny=True)
-    said = capsys.readouterr().out
-    assert said.count("PyTorch") == tables and len(re.findall(r"^│ +2 │ ", said, re.M)) == tables
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [("torch_loop", {}), ("lightning_module", {}), ("lightning_module", {"whole": True})],
+)
+def test_scripts(
+    swap: Any, name: str, options: dict[str, bool], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Curves that differ raise typer.Exit."""
+    swap(name).main(tiny=True, steps=2, **options)
+    assert "fastkd" in capsys.readouterr().out
+
+
+def test_a_wrong_loss_fails(swap: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    script = swap("torch_loop")
+    monkeypatch.setattr(script, "with_fastkd", lambda *given: 1.001 * script.by_hand(*given))
+    with pytest.raises(script.typer.Exit):
+        script.main(tiny=True, steps=1)
