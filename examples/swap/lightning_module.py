@@ -25,7 +25,7 @@ from typing import Annotated, Any
 import torch
 import torch.nn.functional as F
 import typer
-from side_by_side import ASSETS, Batch, compare, setting
+from side_by_side import ASSETS, Batch, Note, compare, setting
 from torch import Tensor
 from torch.utils.data import DataLoader
 
@@ -80,31 +80,29 @@ class WithFastkd(Distillation):
         return fastkd.kd_loss(student_logits, teacher_logits, labels, temperature=T)
 
 
-class Recorder(lightning.Callback):
+class Noting(lightning.Callback):
     """Notes the loss of each step."""
 
-    def __init__(self) -> None:
-        self.losses: list[float] = []
+    def __init__(self, note: Note) -> None:
+        self.note = note
 
     def on_train_batch_end(self, trainer: lightning.Trainer, *args: Any) -> None:
         """What the module has logged."""
-        self.losses.append(float(trainer.callback_metrics["train_loss"]))
+        self.note(float(trainer.callback_metrics["train_loss"]))
 
 
-def fit(module: lightning.LightningModule, batches: list[Batch]) -> list[float]:
-    """One epoch over the batches; the losses of its steps."""
-    recorder = Recorder()
+def fit(module: lightning.LightningModule, batches: list[Batch], note: Note) -> None:
+    """One epoch over the batches."""
     trainer = lightning.Trainer(
         accelerator="cpu",
         max_epochs=1,
-        callbacks=[recorder],
+        callbacks=[Noting(note)],
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
     )
     trainer.fit(module, DataLoader(batches, batch_size=None))
-    return recorder.losses
 
 
 def main(

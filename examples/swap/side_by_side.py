@@ -4,6 +4,8 @@ import contextlib
 import copy
 import ctypes
 import gc
+import itertools
+import statistics
 import sys
 import time
 from collections.abc import Callable
@@ -17,7 +19,12 @@ from rich.console import Console
 from rich.table import Table
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+    TrainerCallback,
+)
 
 EXAMPLES = Path(__file__).resolve().parents[1]
 ASSETS = EXAMPLES.parent / "build" / "demo"
@@ -42,7 +49,8 @@ CURVE_TOLERANCE = 5e-3
 console = Console()
 
 Batch = dict[str, Tensor]  # input_ids [B, S] and labels [B, S], which are -100 in the prompts
-Training = Callable[[], list[float]]  # the whole of it; the losses of its steps
+Note = Callable[[float], None]  # given a step's loss at its end
+Training = Callable[[Note], None]
 
 
 @dataclass
@@ -127,16 +135,25 @@ class Run:
     """What was measured on one of the two."""
 
     losses: list[float]
-    seconds: float
+    seconds: float  # of a step, the median of all but the first
     peak_bytes: int | None
 
 
-def of_trainer(trainer: Any) -> Training:
-    """With a transformers.Trainer."""
+class _Noting(TrainerCallback):
+    def __init__(self, note: Note) -> None:
+        self._note = note
 
-    def train() -> list[float]:
+    def on_log(self, *_: Any, logs: dict[str, float], **__: Any) -> None:
+        if "loss" in logs:  # the last log is a summary
+            self._note(logs["loss"])
+
+
+def of_trainer(trainer: Any) -> Training:
+    """With a transformers.Trainer that logs every step."""
+
+    def train(note: Note) -> None:
+        trainer.add_callback(_Noting(note))
         trainer.train()
-        return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 
     return train
 
@@ -147,11 +164,17 @@ def measured(training: Training) -> Run:
     with contextlib.suppress(OSError, AttributeError):  # so that what was freed is not at hand
         ctypes.CDLL(None).malloc_trim(0)
     before = _new_peak()
-    began = time.perf_counter()
-    losses = training()
-    seconds = time.perf_counter() - began
+    losses: list[float] = []
+    times = [time.perf_counter()]
+
+    def note(loss: float) -> None:
+        losses.append(loss)
+        times.append(time.perf_counter())
+
+    training(note)
     peak = None if before is None else _peak() - before
-    return Run(losses, seconds, peak)
+    steps = [end - start for start, end in itertools.pairwise(times)]
+    return Run(losses, statistics.median(steps[1:] or steps), peak)
 
 
 def _new_peak() -> int | None:
@@ -180,10 +203,10 @@ def report(stock_name: str, stock: Run, ours: Run, tiny: bool) -> None:
     if not tiny:  # of which cost would say nothing
         table.add_section()
         ratio = f"{ours.seconds / stock.seconds:.2f} x"
-        table.add_row("time", f"{stock.seconds:.1f} s", f"{ours.seconds:.1f} s", ratio)
+        table.add_row("step time", f"{stock.seconds:.1f} s", f"{ours.seconds:.1f} s", ratio)
         if stock.peak_bytes and ours.peak_bytes is not None:
             sizes = (f"{run.peak_bytes / 2**20:.0f} MiB" for run in (stock, ours))
-            table.add_row("memory", *sizes, f"{ours.peak_bytes / stock.peak_bytes:.2f} x")
+            table.add_row("peak memory", *sizes, f"{ours.peak_bytes / stock.peak_bytes:.2f} x")
         table.caption = "Of the whole training, most of which is the models'."
     console.print(table)
     agree = [d <= CURVE_TOLERANCE for d in differences]  # a NaN does not

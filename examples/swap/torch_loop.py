@@ -25,7 +25,7 @@ from typing import Annotated
 import torch
 import torch.nn.functional as F
 import typer
-from side_by_side import ASSETS, Batch, Setting, compare, setting
+from side_by_side import ASSETS, Batch, Note, Setting, compare, setting
 from torch import Tensor
 
 import fastkd
@@ -51,12 +51,11 @@ def with_fastkd(student_logits: Tensor, teacher_logits: Tensor, labels: Tensor) 
     return fastkd.kd_loss(student_logits, teacher_logits, labels, temperature=T, alpha=ALPHA)
 
 
-def train(given: Setting, batches: list[Batch], loss_of_step: Loss) -> list[float]:
-    """A fresh student on all batches; the losses of its steps."""
+def train(given: Setting, batches: list[Batch], loss_of_step: Loss, note: Note) -> None:
+    """A fresh student on all batches."""
     student = given.new_student()
     trained = [p for p in student.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=3e-4)
-    losses = []
     for batch in batches:
         with torch.no_grad():
             teacher_logits = given.teacher(batch["input_ids"], use_cache=False).logits
@@ -65,8 +64,7 @@ def train(given: Setting, batches: list[Batch], loss_of_step: Loss) -> list[floa
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        losses.append(loss.item())
-    return losses
+        note(loss.item())
 
 
 def main(
