@@ -20,6 +20,8 @@ from fastkd.products import add_weight_gradient, as_operand, hidden_gradient, ma
 
 WARM_UPS = 2
 CLEAR_PEAK = "5"  # proc(5), clear_refs
+MIB = 2**20
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
 
 
 class Contender(NamedTuple):
@@ -90,6 +92,17 @@ def give_back_memory() -> None:
     ctypes.CDLL(None).malloc_trim(0)
 
 
+def map_above(size: int) -> None:
+    """The C library asks the system for each block above that, and keeps freed ones below it for itself.
+
+    32 MiB is what glibc arrives at by itself once a block as large has been freed, with twice that for the free memory
+    it keeps at the end of its heap.
+    """
+    libc = ctypes.CDLL(None)
+    libc.mallopt(M_MMAP_THRESHOLD, size)
+    libc.mallopt(M_TRIM_THRESHOLD, 2 * size)
+
+
 def peak_extra(run: Callable[[], object], device: str = "cpu") -> int:
     """Bytes at the peak of a call beyond what is held before it.
 
@@ -99,9 +112,13 @@ def peak_extra(run: Callable[[], object], device: str = "cpu") -> int:
     """
     if device == "cpu":
         give_back_memory()
+        map_above(1 * MIB)  # a freed tensor is then gone at once, and the peak is of what lives
         before = resident("VmRSS")
         Path("/proc/self/clear_refs").write_text(CLEAR_PEAK)
-        run()
+        try:
+            run()
+        finally:
+            map_above(32 * MIB)
         return resident("VmHWM") - before
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -270,15 +270,17 @@ def _roofline(run: Run, axes: Any, save: Any) -> None:
     """Bytes a second against bytes, under what an addition of as many reaches in the same rounds."""
     for device in sorted({row["device"] for row in run.timed}):
         rows = [
-            row for row in run.timed
-            if (row["form"], row["divergence"], row["device"]) == ("logits", "forward_kl", device)
+            row for row in run.timed if row["few"]
+            and (row["form"], row["divergence"], row["device"]) == ("logits", "forward_kl", device)
         ]  # fmt: skip
+        counts = Counter(row["rows"] for row in rows).most_common(1)  # the series against V
+        rows = [row for row in rows if row["rows"] == counts[0][0]]
         named = ["fastkd (cpu)", "fastkd (triton)", "eager", "torch.compile"]
         rows = sorted((r for r in rows if r["contender"] in named), key=lambda row: row["moved"])
         if not rows:
             continue
         ax = axes(
-            f"Forward KL moves its bytes at what part of the bandwidth?\nlogits, {device}",
+            f"Forward KL moves its bytes at what part of the bandwidth?\nN = {rows[0]['rows']}, {device}",
             "MB that a loss has to move",
             "GB/s",
         )
@@ -322,7 +324,7 @@ def _errors(run: Run, axes: Any, save: Any) -> None:
                 short(row["contender"]), point, offset, textcoords="offset points", fontsize=8,
                 rotation=angle, va="bottom" if i % 2 else "top", rotation_mode="anchor", color=shade,
             )  # fmt: skip
-        ax.margins(0.25)
+        ax.margins(0.35)
         save(ax, f"errors-{'-'.join(which)}")
 
 
