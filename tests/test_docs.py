@@ -151,10 +151,10 @@ GIVEN = {
     "README.md": Given(for_readme, group=True),
     "losses.md": Given(for_losses),
     "parallel.md": Given(group=True),
+    "stacks/transformers.md": Given(for_the_trainer),
+    "stacks/trl.md": Given(for_trl),
     "teacher-cache.md": Given(for_the_cache),
     "teachers.md": Given(for_teachers),
-    "transformers.md": Given(for_the_trainer),
-    "trl.md": Given(for_trl),
 }
 
 
