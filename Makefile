@@ -157,8 +157,9 @@ build/release/.stamp: .ci/release-requirements.txt
 dist: build/release/.stamp ## what a release of this commit consists of, in dist/: sdist, two wheels, SBOM, SHA256SUMS
 	.ci/release build/release/bin/python '$(TORCH)'
 
-wheels: build/release/.stamp ## the wheels for Linux, of every Python; takes Docker. ARGS="--archs aarch64" on such a machine
-	SOURCE_DATE_EPOCH=$$(git log -1 --format=%ct) build/release/bin/python -m cibuildwheel --platform linux $(ARGS)
+wheels: build/release/.stamp ## from the sdist in dist/, one for each Python in build/wheels; takes Docker. ARGS="--archs aarch64"
+	SOURCE_DATE_EPOCH=$$(git log -1 --format=%ct) build/release/bin/python -m cibuildwheel --platform linux \
+	    --output-dir build/wheels $(ARGS) dist/fastkd-*.tar.gz
 
 # Environments are made of these files alone, as a machine without a network would.
 build/wheelhouse/.stamp: | build/release/.stamp

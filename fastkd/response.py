@@ -602,7 +602,8 @@ def standardized_kd_loss(
         student_logits: [..., V], V > 1. All finite: the deviation of a row with -inf is NaN, and so is its loss.
         teacher: dense logits [..., V]; if they require grad they get their gradient.
         labels: as in :func:`fastkd.kd_loss`, and so are all options that are not listed here.
-        divergence: a divergence of probabilities (not "squared_error", which sees the mean).
+        divergence: a divergence of probabilities at one temperature (not "squared_error", which sees the mean, nor
+            "nkd", whose label's part is at temperature 1).
         temperature: the base temperature T > 0, which the paper has at 2 and more.
         eps: positive, added to the standard deviation.
         memory_budget: as in :func:`adaptive_kl_loss`.
@@ -628,6 +629,10 @@ def standardized_kd_loss(
         raise ValueError(
             f"the divergence {chosen.name!r} is one of logits, and standardisation is for one of probabilities"
         )
+    if chosen.target is not None and chosen.target.form == "label":
+        raise ValueError(
+            f"the divergence {chosen.name!r} takes the label's part at temperature 1, of logits as they are"
+        )
     if width < 2:
         raise ValueError(f"a standard deviation needs at least 2 columns, got {width}")
     if teacher.requires_grad and torch.is_grad_enabled() and chosen.degree is None:
@@ -650,7 +655,7 @@ def standardized_kd_loss(
         ]
         weights = torch.ones_like(s[:, 0]) if rows.weight is None else rows.weight.to(s.dtype)
         plain = rows._replace(
-            labels=None,
+            labels=None if chosen.target is None else rows.labels,
             weight=(options.alpha * weights.unsqueeze(-1) * base).squeeze(-1),
             temperature=tempered[0],
             teacher_temperature=tempered[1],

@@ -425,8 +425,15 @@ def test_fused_wants_to_know_what_becomes_of_logits(
 
     with pytest.raises(ValueError, match=f"Say in loss_kwargs .*{side}logit_scale"):
         loss(fused=True)
-    found = loss(fused=True, loss_kwargs=LOSS | {f"{side}logit_scale": 0.25})
-    torch.testing.assert_close(found, loss(), rtol=1e-6, atol=0)
+    options = LOSS | {f"{side}logit_scale": 0.25}
+    torch.testing.assert_close(loss(fused=True, loss_kwargs=options), loss(), rtol=1e-6, atol=0)
+    trainer = kd_trainer(model, arguments(), teacher_model=teacher, fused=True, loss_kwargs=options)
+    evaluated, logits, _ = trainer.prediction_step(model, dict(batch), prediction_loss_only=False)
+    assert logits.shape == (8, 7, 61)
+    expected = kd_trainer(model.eval(), arguments(), teacher_model=teacher).prediction_step(
+        model, dict(batch), prediction_loss_only=True
+    )
+    torch.testing.assert_close(evaluated, expected[0], rtol=1e-6, atol=0)
 
 
 def test_fused_knows_softcaps(teacher: nn.Module, arguments: Callable[..., Any]) -> None:

@@ -310,6 +310,40 @@ def test_chunked_takes_a_spread_head(tmp_path: Path) -> None:
     assert all(torch.equal(a, b) for a, b in zip(found[:4], expected[:4], strict=True))
 
 
+def gradient_of_a_spread_head(group: Any) -> tuple[Tensor, Tensor]:
+    """Of a head over two processes, each with a sequence of its own; and the mean of what each has by itself."""
+    import torch.distributed as dist
+    from torch.distributed.device_mesh import DeviceMesh
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    mesh = DeviceMesh.from_group(group, "cpu")
+    rank = dist.get_rank(group)
+    given = {
+        name: value if "lm_head" in name else value[rank : rank + 1]
+        for name, value in two_heads().items()
+    } | {"beta": 0.5}
+    mean = run_chunked(chunked_divergence_loss, given)[4]
+    dist.all_reduce(mean, group=group)
+    spread = {
+        name: distribute_tensor(value, mesh, [Shard(0)]) if "lm_head" in name else value
+        for name, value in given.items()
+    }
+    return run_chunked(chunked_divergence_loss, spread)[4].full_tensor(), mean / 2
+
+
+@pytest.mark.heavy
+def test_chunked_averages_over_processes() -> None:
+    """As FSDP2 does with the gradients of other parameters."""
+    from processes import Processes
+
+    pool = Processes(2)
+    try:
+        for found, expected in pool.run(2, gradient_of_a_spread_head):
+            assert torch.equal(found, expected) and expected.abs().max() > 1e-3
+    finally:
+        pool.stop()
+
+
 def test_a_head_that_zero3_has_partitioned() -> None:
     heads = two_heads()
     heads["teacher_lm_head_weight"].ds_id = 1

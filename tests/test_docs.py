@@ -38,6 +38,8 @@ ELSEWHERE = {
     ("adding-a-divergence.md", "fastkd/divergences.py"): "tests/test_cli.py puts it into a copy of that file",
     ("adding-a-divergence.md", "tests/oracles.py"): "tests/test_cli.py compares it with the above",
     ("kernels.md", "fastkd/divergences.py"): "test_what_a_page_quotes_is_in_the_source",
+    ("stacks/lightning.md", "train.py"): "tests/test_compat_lightning.py has imported lightning",
+    ("stacks/modelopt.md", "distil.py"): "tests/test_compat_modelopt.py has imported Model-Optimizer",
 }  # fmt: skip
 
 # Public names of the modules below that are no loss and no part of one.
@@ -151,10 +153,11 @@ GIVEN = {
     "README.md": Given(for_readme, group=True),
     "losses.md": Given(for_losses),
     "parallel.md": Given(group=True),
-    "stacks/transformers.md": Given(for_the_trainer),
-    "stacks/trl.md": Given(for_trl),
+    "stacks/megatron.md": Given(group=True),
     "teacher-cache.md": Given(for_the_cache),
     "teachers.md": Given(for_teachers),
+    "stacks/transformers.md": Given(for_the_trainer),
+    "stacks/trl.md": Given(for_trl),
 }
 
 

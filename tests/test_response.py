@@ -566,20 +566,20 @@ def test_standardized_with_labels(divergence: str, alpha: float) -> None:
         torch.testing.assert_close(mine, true, rtol=1e-9, atol=1e-13)
 
 
-def test_standardized_is_kd_loss_of_standardized_logits() -> None:
+@pytest.mark.parametrize("divergence", ["forward_kl", "dkd"])
+def test_standardized_is_kd_loss_of_standardized_logits(divergence: str) -> None:
     s, t = logits(5, 100, seed=1), logits(5, 100, seed=2)
+    given = {"divergence": divergence, "labels": t.argmax(-1), "temperature": 4.0}
 
     def standardised(z: Tensor) -> Tensor:
         return (z - z.mean(-1, keepdim=True)) / (z.std(-1, keepdim=True) + 1e-7)
 
-    ours = differentiated(lambda s: standardized_kd_loss(s, t, temperature=4.0), s)
-    theirs = differentiated(
-        lambda s: fastkd.kd_loss(standardised(s), standardised(t), temperature=4.0), s
-    )
+    ours = differentiated(lambda s: standardized_kd_loss(s, t, **given), s)
+    theirs = differentiated(lambda s: fastkd.kd_loss(standardised(s), standardised(t), **given), s)
     for mine, true in zip(ours, theirs, strict=True):
         torch.testing.assert_close(mine, true, rtol=1e-5, atol=1e-7)
     # The scale of either side does not matter.
-    torch.testing.assert_close(standardized_kd_loss(3 * s, 0.1 * t, temperature=4.0), ours[0])
+    torch.testing.assert_close(standardized_kd_loss(3 * s, 0.1 * t, **given), ours[0])
 
 
 def test_standardized_at_the_edges() -> None:
@@ -733,6 +733,7 @@ BAD: list[tuple[Callable[..., Tensor], dict[str, Any], type[Exception], str]] = 
     (dist_loss, {"eps": 0.0}, ValueError, "eps must be positive, got 0.0"),
     (dist_loss, {"temperature": torch.ones(2)}, TypeError, "temperature must be a number: a class is compared"),
     (standardized_kd_loss, {"divergence": "squared_error"}, ValueError, "'squared_error' is one of logits"),
+    (standardized_kd_loss, {"divergence": "nkd", "labels": torch.zeros(2).long()}, ValueError, "at temperature 1"),
     (standardized_kd_loss, {"vocab_size": 1}, ValueError, "a standard deviation needs at least 2 columns, got 1"),
     (standardized_kd_loss, {"alpha": 0.5}, ValueError, "labels are needed"),
     (standardized_kd_loss, {"eps": -1}, ValueError, "eps must be in"),

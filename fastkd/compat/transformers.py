@@ -84,8 +84,8 @@ def compute_loss_func(
     """A loss for ``transformers.Trainer(student, compute_loss_func=...)``.
 
     The Trainer gives such a function outputs and labels, and no inputs. So that the teacher sees the batch, a forward
-    pre-hook on the student notes what it is called with, for as long as the student lives; the loss then asks the teacher the same, without
-    gradients.
+    pre-hook, which stays on the student, notes what it is called with; the loss then asks the teacher the same,
+    without gradients.
 
     Args:
         student: the model that the Trainer is given.
@@ -186,21 +186,26 @@ class DistillationMixin(_Trainer):
                 teacher_model, evaluation_mode=True
             ).eval()
         self.teacher_model = teacher_model
-        dense = {
-            name: value for name, value in options.items() if name not in _OF_CHUNKS or not fused
-        }
-        self._loss = KDLoss(return_parts=True, **dense)
+        self._loss = KDLoss(return_parts=True, **self._on_whole_logits(options, fused))
         self._fused_loss = FusedLinearKDLoss(return_parts=True, **options) if fused else None
         self._logs_parts = options.get("alpha", 1.0) < 1.0
-        self._sums: Tensor | None = (
-            None  # of distillation, cross-entropy and rows, since the last log
-        )
+        # Of distillation, cross-entropy and rows, since the last log.
+        self._sums: Tensor | None = None
         self._wants_predictions = False
         self._checked_heads = False
         self.can_return_loss = True  # an evaluation without labels, where args.label_names is []
         # The Trainer counts labels for a model that takes their number; here the loss does.
         self.model_accepts_loss_kwargs = True
         self._loss_shifts_labels = shift_labels
+
+    def _on_whole_logits(self, options: dict[str, Any], fused: bool) -> dict[str, Any]:
+        """The options where a fused trainer needs logits after all: models have scaled and capped theirs themselves."""
+        if not fused:
+            return options
+        done = [*_OF_CHUNKS, "logit_scale", "softcap"]
+        if isinstance(self.teacher_model, nn.Module):
+            done += ["teacher_logit_scale", "teacher_softcap"]
+        return {name: value for name, value in options.items() if name not in done}
 
     def _check_trainer(self, fused: bool) -> None:
         if self.compute_loss_func is not None:

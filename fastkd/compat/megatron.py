@@ -1,0 +1,72 @@
+r"""Megatron-LM's distillation from a teacher's cached top-k log-probabilities.
+
+    from fastkd.compat.megatron import topk_kl_div  # was: megatron.training.distillation.cached_logits_loss
+
+Megatron need not be installed. Its dense loss over tensor-parallel logits is Model-Optimizer's: fastkd.compat.modelopt
+has LogitsKLLoss and TopKLogitsKLLoss.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from fastkd.functional import kd_loss
+from fastkd.teachers import TopK
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+SENTINEL = -1e3  # the log-probability of an entry that is padding
+
+
+def topk_kl_div(
+    student_logits: Tensor,
+    teacher_topk_logprobs: Tensor,
+    teacher_topk_indices: Tensor,
+    tp_size: int,
+    tp_rank: int,
+    tp_group: ProcessGroup | None,
+    add_ghost_token: bool = False,
+) -> Tensor:
+    r"""Forward KL over the teacher's top-k, sum p_k (log p_k - log q_k), q over the whole vocabulary.
+
+    With add_ghost_token one more event stands for all other tokens, with p = 1 - sum p_k and q = 1 - sum q_k; without
+    it the sum is no divergence and can be negative. (They are the tails "bucket" and "truncate" of
+    :class:`fastkd.TopK`.)
+
+    As Megatron's callers reduce the loss over tp_group by a sum, the loss is on tp_rank 0 and the others have 0; the
+    gradient is whole on each. Megatron's own subtracts the maximum from student_logits in place, where they are
+    float32, and its q of the ghost token is rounding alone, or 1e-8, once the student is sure of the k tokens; here it
+    comes from the sum of the others, and student_logits stay as they are.
+
+    Args:
+        student_logits: [s, b, V_r], this process's columns of the vocabulary, of equal number on every process.
+        teacher_topk_logprobs: [s, b, K], natural logarithms at temperature 1; -1e3 marks padding.
+        teacher_topk_indices: [s, b, K], distinct ids of the whole vocabulary.
+        tp_size: the number of processes that share the vocabulary.
+        tp_rank: which one this is.
+        tp_group: these processes; not used where tp_size is 1.
+        add_ghost_token: count the remaining mass as one more token.
+
+    Returns:
+        The loss of each token, [b, s].
+
+    Raises:
+        ValueError: tp_size is more than 1 and there is no tp_group.
+    """
+    if tp_size > 1 and tp_group is None:
+        raise ValueError(f"tp_group must be the {tp_size} processes of tp_size, got None")
+    ids = teacher_topk_indices.masked_fill(teacher_topk_logprobs == SENTINEL, -1)
+    tail = "bucket" if add_ghost_token else "truncate"
+    teacher = TopK(ids, teacher_topk_logprobs.detach(), tail=tail)
+    loss = kd_loss(
+        student_logits,
+        teacher,
+        reduction="none",
+        process_group=tp_group if tp_size > 1 else None,
+    )
+    if tp_rank > 0:
+        loss = loss - loss.detach()
+    return loss.transpose(0, 1).contiguous()
