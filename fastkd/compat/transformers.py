@@ -137,7 +137,8 @@ class DistillationMixin(_Trainer):
     the log has both terms, kd_loss and ce_loss, as means over the rows since the last log.
 
     Args:
-        *args, **kwargs: of the Trainer. ``args.label_smoothing_factor`` is that of the cross-entropy.
+        *args: of the Trainer.
+        **kwargs: of the Trainer. ``args.label_smoothing_factor`` is that of the cross-entropy.
         teacher_model: a model that takes the student's features and gives logits; it is set to eval mode and placed by
             ``accelerator.prepare_model(..., evaluation_mode=True)``: whole on every process, under the Trainer's mixed
             precision. Or a function of the batch's features (a dict, from which it may take what the student must not
