@@ -108,6 +108,8 @@ def _native_obstacle(module: str, known: Obstacle | None, remedy: str) -> Obstac
     try:
         extension = importlib.import_module(module)
     except ImportError as error:
+        if "libgomp" in str(error):
+            remedy = "Install the system's OpenMP runtime: libgomp1 on Debian and Ubuntu, libgomp on Fedora"
         return known or Obstacle(f"the native extension is missing ({error})", remedy)
     if extension.divergences() != [function.__name__.lstrip("_") for function in DEFINITIONS]:
         return Obstacle(
