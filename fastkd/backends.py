@@ -29,6 +29,8 @@ MODULES = {
     "triton": "fastkd.kernels.rows",
     "cuda": "fastkd.cuda",
 }
+# Builds for other GPUs are packages of other names that hold the same module.
+TRITON_PACKAGES = ("triton", "pytorch-triton", "pytorch-triton-rocm", "pytorch-triton-xpu")
 OLDEST_TRITON = (
     3,
     5,
@@ -88,9 +90,15 @@ def _built() -> dict[str, Any]:
 
 def _cpu_obstacle() -> Obstacle | None:
     built = _built()
+    known = None if built.get("native", True) else Obstacle(built["reason"], built["remedy"])
+    if not built and (Path(__file__).parents[1] / "csrc" / "module.cpp").is_file():
+        known = Obstacle(
+            "this is a checkout, whose extension is not built",
+            "Run `make build` in it, or start Python in another folder to use the fastkd that is installed",
+        )
     return _native_obstacle(
         "fastkd._C",
-        None if built.get("native", True) else Obstacle(built["reason"], built["remedy"]),
+        known,
         "Install a C++17 compiler with OpenMP and reinstall fastkd with FASTKD_NATIVE=1 to see its output",
     )
 
@@ -122,7 +130,7 @@ def _native_obstacle(module: str, known: Obstacle | None, remedy: str) -> Obstac
 def _triton_obstacle() -> Obstacle | None:
     if importlib.util.find_spec("triton") is None:
         return Obstacle("triton is not installed", "pip install 'fastkd[triton]'")
-    for name in ("triton", "pytorch-triton", "pytorch-triton-rocm"):
+    for name in TRITON_PACKAGES:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             version = importlib.metadata.version(name)
             found = tuple(int(number) for number in re.findall(r"\d+", version)[:2])
@@ -165,7 +173,10 @@ def obstacle(backend: str, call: Call, available: Mapping[str, Obstacle | None])
             )
     if backend in ("cpu", "cuda"):
         if call.device != backend:
-            return Obstacle(f"the logits are on {call.device!r}", "Use backend='auto' there")
+            return Obstacle(
+                f"the logits are on {call.device!r}",
+                f"Use backend='auto' for tensors on {call.device!r}",
+            )
         if call.divergence.function not in DEFINITIONS:
             other = "reference" if backend == "cpu" else "triton"
             return Obstacle(

@@ -48,8 +48,7 @@ def obstacle(
 def _triton_version() -> str | None:
     if importlib.util.find_spec("triton") is None:
         return None
-    # The builds for other GPUs are packages of other names that hold the same module.
-    for package in ("triton", "pytorch-triton", "pytorch-triton-rocm", "pytorch-triton-xpu"):
+    for package in backends.TRITON_PACKAGES:
         try:
             return importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:

@@ -409,7 +409,7 @@ def _tiles(backend: str, device: torch.device) -> Callable[..., tuple[Tensor, Te
     if device.type != "cpu":
         if wanted == "cpu":
             raise BackendUnavailable(
-                "cpu", f"the points are on {device}", "Use backend='auto' there"
+                "cpu", f"the points are on {device}", "Use backend='auto' for them"
             )
         return angles_in_tiles
     if wanted == "reference":
