@@ -117,7 +117,7 @@ def _reduced(
     """Options for "sum", "batchmean" (the mean of counted rows) and "mean" (also over columns) of logits [..., V]."""
     if reduction != "mean":
         return {"reduction": "sum" if reduction == "sum" else "mean"}
-    rows = shape[:-1].numel() if labels is None else (labels != ignore_index).sum()
+    rows = max(shape[:-1].numel(), 1) if labels is None else (labels != ignore_index).sum()
     return {"num_items": rows * shape[-1]}
 
 
