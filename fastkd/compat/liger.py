@@ -276,7 +276,7 @@ class LigerFusedLinearJSDLoss(nn.Module):
         alpha = self.weight_soft_loss / total
         given = (student_input, student_weight, teacher_input, teacher_weight, true_labels)
         biases = (student_bias, teacher_bias)
-        counted = (true_labels != self.ignore_index).sum()
+        counted = (true_labels != self.ignore_index).sum().to(torch.float64)
         loss, parts = self._loss(*given, *biases, alpha, counted / total)
         if not self.return_soft_hard_loss:
             return loss
