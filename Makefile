@@ -15,7 +15,7 @@ PROJECT := pyproject.toml setup.py
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help build test heavy gpu lint format bench bench-quick bench-compare divergences demo demo-distributed examples \
+.PHONY: help build test heavy gpu lint format bench bench-quick bench-compare divergences demo demo-distributed swap examples \
     docs docs-serve dist wheels install-matrix clean
 
 help: ## this list
@@ -126,6 +126,11 @@ demo: $(VENV)/.demo build/demo/.stamp build ## distil a small model on this mach
 
 demo-distributed: $(VENV)/.demo build/demo/.stamp build ## the same over several processes, and that the curves are those of one
 	OMP_WAIT_POLICY=passive $(PY) examples/distributed.py $(ARGS)
+
+SWAPS := torch_loop hf_trainer trl_gkd lightning_module
+swap: $(VENV)/.bench build/demo/.stamp build ## a loss replaced in four training stacks, and the curves side by side; ARGS=--tiny takes seconds
+	@for script in $(SWAPS); do echo "examples/swap/$$script.py"; \
+	    OMP_WAIT_POLICY=passive $(PY) -W ignore examples/swap/$$script.py $(ARGS) || exit 1; done
 
 $(VENV)/.examples: $(VENV)/.torch $(PROJECT) | build
 	$(INSTALL) -e '.[examples]'

@@ -71,7 +71,8 @@ def _growth(divergence: str, widths: list[int], counts: list[int], **at: int) ->
 _MAIN = ("forward_kl", "jsd", "reverse_kl", "tvd")
 
 QUICK = [
-    *_real(_MAIN, 256, "float32"),
+    *_real(("forward_kl", "jsd"), 256, "float32"),
+    *(case._replace(few=True) for case in _real(("reverse_kl", "tvd"), 128, "float32")),
     *_logits(("forward_kl",), 128, 32_768, "bfloat16"),
     Case("linear", "forward_kl", 256, **SMOLLM2, data="SmolLM2"),
     *_growth("forward_kl", [4_096, 16_384, 65_536], [32, 128, 512], rows=128, vocabulary=16_384),

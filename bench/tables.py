@@ -237,8 +237,8 @@ def plots(run: Run, stem: Path) -> list[Path]:
 
     def axes(name: str, x: str, y: str) -> Any:
         _, ax = pyplot.subplots(figsize=(6.4, 4), layout="constrained")
-        ax.set(title=name, xlabel=x, ylabel=y, xscale="log", yscale="log")
-        ax.title.set_fontsize(10)
+        ax.set(xlabel=x, ylabel=y, xscale="log", yscale="log")
+        ax.set_title(name, loc="left", fontsize=10)
         return ax
 
     def save(ax: Any, name: str) -> None:
@@ -254,13 +254,14 @@ def plots(run: Run, stem: Path) -> list[Path]:
     for number, ((about, cost, against), drawn) in enumerate(lines.items()):
         unit, scale = ("ms", 1e3) if cost == "time" else ("MiB", 2**-20)
         ax = axes(f"{cost.capitalize()} against {against}\n{about}", against, unit)
+        ends = []
         for one in drawn:
-            shades = {"color": colour(one.contender)}
-            ax.plot(one.sizes, [scale * y for y in one.costs], marker="o", **shades)
+            shade = colour(one.contender)
+            ax.plot(one.sizes, [scale * y for y in one.costs], marker="o", color=shade)
             found = fit(one.sizes, one.costs)
             label = short(one.contender) + (f", slope {found.slope:.2f}" if found else "")
-            end = (one.sizes[-1], scale * one.costs[-1])
-            ax.annotate(label, end, (6, 0), textcoords="offset points", va="center", **shades)
+            ends.append((one.sizes[-1], scale * one.costs[-1], label, shade))
+        _label(ax, ends)
         ax.set_xticks(drawn[0].sizes, [f"{size:,}" for size in drawn[0].sizes])
         ax.minorticks_off()
         ax.margins(x=0.03)
@@ -269,6 +270,16 @@ def plots(run: Run, stem: Path) -> list[Path]:
     _roofline(run, axes, save)
     _errors(run, axes, save)
     return written
+
+
+def _label(ax: Any, ends: list[tuple[float, float, str, str]]) -> None:
+    """Names at the ends (x, y) of curves, one above the other where the ends meet."""
+    lowest = -float("inf")
+    for x, y, name, shade in sorted(ends, key=lambda end: end[1]):
+        _, height = ax.transData.transform((x, y)) * 72 / ax.figure.dpi  # in points
+        offset = max(0.0, lowest + 15 - height)
+        lowest = height + offset
+        ax.annotate(name, (x, y), (6, offset), textcoords="offset points", va="center", color=shade)
 
 
 def _roofline(run: Run, axes: Any, save: Any) -> None:
@@ -296,13 +307,13 @@ def _roofline(run: Run, axes: Any, save: Any) -> None:
         for name in named:
             mine = [(r["moved"], r["moved"] / r["seconds"]) for r in rows if r["contender"] == name]
             curves |= {short(name): mine} if mine else {}
+        ends = []
         for name, points in curves.items():
             x, y = ([v / 10**p for v in side] for side, p in zip(zip(*points), (6, 9)))  # noqa: B905
             shade = COLOURS.get(name, COLOURS["roof"])
             ax.plot(x, y, marker="o", color=shade, linestyle="-" if name in COLOURS else "--")
-            ax.annotate(
-                name, (x[-1], y[-1]), (6, 0), textcoords="offset points", va="center", color=shade
-            )
+            ends.append((x[-1], y[-1], name, shade))
+        _label(ax, ends)
         save(ax, f"bandwidth-{device}")
 
 
@@ -320,16 +331,17 @@ def _errors(run: Run, axes: Any, save: Any) -> None:
             "gradient's relative error",
         )
         rows = sorted(rows, key=lambda row: row["times_fastkd"])
-        for i, row in enumerate(rows):
+        # Many have the same error to the digit, so that names beside the points would cover each other.
+        for number, row in enumerate(rows, 1):
             point, shade = (row["times_fastkd"], row["errors"][1]), colour(row["contender"])
             ax.plot(*point, "o", color=shade)
-            # Many have the same error to the digit: labels go up and down in turn, aslant.
-            angle, offset = (35, (3, 5)) if i % 2 else (-35, (3, -5))
+            above = 5 if number % 2 else -13
+            ax.annotate(str(number), point, (-3, above), textcoords="offset points", color=shade)
+            place = {"xy": (1.03, 1 - 0.07 * (number - 1)), "xycoords": "axes fraction"}
             ax.annotate(
-                short(row["contender"]), point, offset, textcoords="offset points", fontsize=8,
-                rotation=angle, va="bottom" if i % 2 else "top", rotation_mode="anchor", color=shade,
-            )  # fmt: skip
-        ax.margins(0.35)
+                f"{number}  {short(row['contender'])}", **place, va="top", fontsize=9, color=shade
+            )
+        ax.margins(0.15)
         save(ax, f"errors-{'-'.join(which)}")
 
 

@@ -27,7 +27,7 @@ from pytest_benchmark.fixture import BenchmarkFixture
 from verify import Verdicts, failure, in_the_interpreter
 
 SECONDS = {True: 0.5, False: 4.0}  # for the rounds of a row, of a quick run or a full one
-ROUNDS = (5, 200)
+ROUNDS = (3, 200)
 FEW = ("eager", "torch.compile")
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from peers import compare, error, float64, run
+from beside_peers import compare, error, float64, run
 from torch import Tensor
 
 from fastkd.compat import mdistiller

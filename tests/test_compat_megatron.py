@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from peers import error
+from beside_peers import error
 from processes import Processes
 from torch import Tensor
 

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from peers import compare, error, float64, run
+from beside_peers import compare, error, float64, run
 from test_docs import ROOT, blocks
 from torch import Tensor, nn
 

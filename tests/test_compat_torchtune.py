@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from peers import compare, error, float64, run
+from beside_peers import compare, error, float64, run
 from torch import Tensor
 
 pytest.importorskip("torchtune", reason="pip install 'fastkd[peers]' brings torchtune")

@@ -34,15 +34,11 @@ from torch import (
 
 from fastkd.divergences import Divergence, jsd
 from fastkd.functional import fused_linear_kd_loss, kd_loss
+from fastkd.rows import widened
 from fastkd.teachers import LinearTeacher
 from fastkd.validate import check_choice, check_number
 
 LOWEST = torch.finfo(torch.float32).min
-
-
-def _wide(x: Tensor) -> Tensor:
-    """In float32, or float64 as it is."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 # ---- of log-probabilities and probabilities as they are given: with normalized=False nothing is normalised on the way
@@ -170,7 +166,7 @@ class LigerKLDIVLoss(nn.KLDivLoss):
 
     def forward(self, y_pred: Tensor, y_true: Tensor) -> Tensor:
         """log q [..., V], and p or, with log_target, log p; 0-dim, or [..., V] without a reduction."""
-        log_p = _wide(y_true.detach())
+        log_p = widened(y_true.detach())
         if not self.log_target:
             log_p = log_p.log()
         floor = math.log(self.eps) if self.eps > 0 and not self.log_target else LOWEST
@@ -204,7 +200,7 @@ class LigerTVDLoss(nn.Module):
         """Probabilities [..., V] of student and teacher, labels [...]; 0-dim, or [..., V] without a reduction."""
         if self.reduction != "none":
             return _as_given(p, q, shift_labels, _DISTANCE, self.reduction, self.ignore_index)
-        terms = 0.5 * (_wide(p) - _wide(q.detach())).abs()
+        terms = 0.5 * (widened(p) - widened(q.detach())).abs()
         if shift_labels is not None:
             terms = terms.masked_fill((shift_labels == self.ignore_index).unsqueeze(-1), 0.0)
         return terms
@@ -276,8 +272,8 @@ class LigerFusedLinearJSDLoss(nn.Module):
         alpha = self.weight_soft_loss / total
         given = (student_input, student_weight, teacher_input, teacher_weight, true_labels)
         biases = (student_bias, teacher_bias)
-        counted = (true_labels != self.ignore_index).sum().to(torch.float64)
-        loss, parts = self._loss(*given, *biases, alpha, counted / total)
+        counted = (true_labels != self.ignore_index).sum()
+        loss, parts = self._loss(*given, *biases, alpha, counted.to(torch.float64) / total)
         if not self.return_soft_hard_loss:
             return loss
         soft, hard = (
@@ -408,7 +404,7 @@ class LigerFusedLinearKLDivLoss(nn.Module):
         return fused_linear_kd_loss(
             student_input,
             student_weight,
-            _wide(target.detach()).log(),
+            widened(target.detach()).log(),
             shift_labels,
             temperature=self.temperature,
             teacher_temperature=1.0,

@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.nn.modules.loss import _Loss
 
 from fastkd.functional import kd_loss
+from fastkd.rows import widened
 from fastkd.teachers import TopK
 from fastkd.validate import check_choice, check_number
 
@@ -93,7 +94,7 @@ class MFTLoss(_Loss):
 
     def _corrected(self, logits: Tensor, labels: Tensor) -> Tensor:
         """Logits whose softmax is p'."""
-        tempered = logits.to(torch.promote_types(logits.dtype, torch.float32)) / self._temperature
+        tempered = widened(logits) / self._temperature
         # About 0, so that the label's new logit is rounded as finely as its odds ask for.
         tempered -= tempered.amax(-1, keepdim=True)
         seat = labels.unsqueeze(-1)

@@ -21,7 +21,7 @@ from torch import Tensor
 import fastkd
 from fastkd import reference
 from fastkd.teachers import LinearTeacher
-from fastkd.validate import check_choice
+from fastkd.validate import check_alike, check_choice
 
 # TRL's names to those of kd_loss, where labels say which rows count.
 _REDUCTIONS = {"batchmean": "mean", "sum": "sum", "mean": "mean", "none": "none"}
@@ -86,11 +86,7 @@ def _entries(
     temperature: float,
 ) -> Tensor:
     """The summands of the counted rows, differentiable by autograd."""
-    if student_logits.shape != teacher_logits.shape:
-        raise ValueError(
-            "teacher_logits must have the shape of student_logits, "
-            f"{tuple(student_logits.shape)}; got {tuple(teacher_logits.shape)}"
-        )
+    check_alike("teacher_logits", teacher_logits, "student_logits", student_logits)
     if mask is not None:
         student_logits, teacher_logits = student_logits[mask], teacher_logits[mask]
     dtype = torch.promote_types(student_logits.dtype, torch.float32)
