@@ -53,7 +53,7 @@ def changes_of(name: str, old: Row, new: Row, limit: float) -> list[Change]:
     for what, error, now_error in zip(
         ("loss", "gradient"), old["errors"], new["errors"], strict=True
     ):
-        if now_error > (1 + limit) * error + DIGITS:
+        if not now_error <= (1 + limit) * error + DIGITS:  # NaN too
             found.append(Change(name, f"error of the {what}", error, now_error, True))
     return found
 
@@ -91,7 +91,14 @@ def main() -> int:
         "--anyway", action="store_true", help="compare runs of different machines too"
     )
     arguments = parser.parse_args()
-    before, after = load(arguments.before), load(arguments.after)
+    try:
+        before, after = load(arguments.before), load(arguments.after)
+    except (OSError, ValueError) as error:
+        print(error, file=sys.stderr)
+        return 2
+    if not ours(before):
+        print(f"{arguments.before} has no timed row of fastkd", file=sys.stderr)
+        return 2
     if (differences := different_machines(before, after)) and not arguments.anyway:
         print("The runs are of different machines or settings:", *differences, sep="\n  ", file=sys.stderr)  # fmt: skip
         print("--anyway compares them all the same.", file=sys.stderr)

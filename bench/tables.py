@@ -25,6 +25,8 @@ COSTS = {"time": "seconds", "memory": "peak"}
 # Okabe and Ito's palette, which colour-blind readers tell apart; one colour a contender in every plot.
 COLOURS = {"fastkd": "#D55E00", "eager": "#0072B2", "torch.compile": "#009E73", "roof": "#000000"}
 OTHER = "#767676"
+# Of a file of the suite; "untimed" and "not_compared" are the suite's own.
+KEYS = {"benchmarks", "commit_info", "datetime", "machine_info", "not_compared", "untimed"}
 
 
 class Run(NamedTuple):
@@ -38,8 +40,11 @@ class Run(NamedTuple):
 
 def load(path: Path) -> Run:
     """Raises ValueError where the file is not of the suite."""
-    found = json.loads(path.read_text())
-    if not isinstance(found, dict) or "untimed" not in found:
+    try:
+        found = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path} is no JSON: {error}") from error
+    if not isinstance(found, dict) or not found.keys() >= KEYS:
         raise ValueError(
             f"{path} is not a run of the suite; `make bench-quick` or `make bench` writes one"
         )

@@ -370,6 +370,37 @@ def test_equal_runs_pass_and_so_does_what_is_no_regression(
     assert "within the scatter" in capsys.readouterr().out
 
 
+def inexact(found: dict[str, Any]) -> None:
+    row_of_fastkd(found)["errors"][0] = math.nan
+
+
+def test_an_error_that_is_nan_fails(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert compared(monkeypatch, run[0], changed(run[0], inexact)) == 1
+
+
+@pytest.mark.parametrize("text", [None, "", "{", "[]", '{"untimed": []}'])
+def test_what_cannot_be_read_cannot_be_compared(
+    text: str | None,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """And is no regression, whose exit code is 1."""
+    path = tmp_path / "before.json"
+    if text is not None:
+        path.write_text(text)
+    assert compared(monkeypatch, path, path) == 2
+    assert str(path) in capsys.readouterr().err
+
+
+def test_runs_without_fastkd_cannot_be_compared(
+    run: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = changed(run[0], gone)
+    assert compared(monkeypatch, before, run[0]) == 2
+    assert "no timed row of fastkd" in capsys.readouterr().err
+
+
 def test_other_machines_are_refused(
     run: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

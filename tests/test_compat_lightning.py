@@ -152,6 +152,17 @@ def test_accumulated_gradients_are_those_of_one_batch(clip: float | None) -> Non
     assert distance(stock.student, exact) > 1e-2
 
 
+def test_a_fit_that_was_cut_off_leaves_nothing() -> None:
+    """Rows of the step that it began are not of the next fit's first step."""
+    data, mine = batches(4), module()
+    with pytest.raises(ValueError, match="labels"):
+        fit(
+            mine, [data[1], {**data[0], "labels": data[0]["labels"][:1]}], accumulate_grad_batches=2
+        )
+    fit(mine, data, accumulate_grad_batches=2)
+    assert distance(mine.student, whole_steps(data, 2, None)) < 1e-6
+
+
 def test_no_row_counts() -> None:
     data = batches(2)
     for batch in data:

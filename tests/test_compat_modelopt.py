@@ -195,6 +195,52 @@ def test_mft_of_a_sure_teacher() -> None:
     assert error(ours.MFTLoss()(student, teacher, labels), exact) < 1e-6
 
 
+@pytest.mark.parametrize("threshold", [0.0, 0.2, 1.0])
+def test_mft_where_the_others_underflow(threshold: float) -> None:
+    """A teacher certain of the label, of another token, and of the only one that is possible."""
+    student = logits()[0].flatten(0, 1)[:3].contiguous()
+    teacher = torch.zeros(3, 37)
+    teacher[0, 3] = teacher[1, 8] = 1e4
+    teacher[2] = student[2] = -math.inf
+    teacher[2, 3] = student[2, 3] = 2.5
+    label = torch.nn.functional.one_hot(torch.full((3,), 3), 37)
+    target = label.double()
+    target[1, 3], target[1, 8] = (1 + threshold) / 2, (1 - threshold) / 2
+
+    def formula(s: Tensor) -> Tensor:
+        log_q = s.log_softmax(-1)
+        return (torch.xlogy(target, target) - target * log_q.where(target > 0, 0.0)).sum()
+
+    exact = run(formula, float64(student))
+    loss = ours.MFTLoss(1.0, threshold, "sum")
+    found = run(lambda s: loss(s, teacher, label.argmax(-1)), [student])
+    assert error(found.loss, exact.loss) < 1e-6
+    assert error(found.gradients[0], exact.gradients[0]) < 1e-6
+
+
+def test_mft_of_far_logits() -> None:
+    """The label's new logit is no coarser than its odds, however far from 0 the teacher's are."""
+    student, teacher = (x.flatten(0, 1) for x in logits())
+    labels = (teacher.argmax(-1) + 1) % 37
+    teacher = (256.0 * teacher).round() / 256.0  # so that 8192 more loses no bit
+    exact = run(lambda s: ours.MFTLoss()(s, teacher, labels), [student])
+    found = run(lambda s: ours.MFTLoss()(s, teacher + 8192.0, labels), [student])
+    assert error(found.gradients[0], exact.gradients[0]) < 1e-6
+
+
+@pytest.mark.parametrize("shape", [(0, 37), (2, 0, 37)])
+def test_without_rows(shape: tuple[int, ...]) -> None:
+    """Theirs is NaN."""
+    student = torch.zeros(shape, requires_grad=True)
+    for loss in (
+        ours.LogitsDistillationLoss()(student, student),
+        ours.MFTLoss(reduction="mean")(student, student, torch.zeros(0, dtype=torch.int64)),
+    ):
+        assert loss == 0
+        loss.backward()
+    assert student.grad is not None
+
+
 # ---- the losses of the Megatron plug-in, in one process
 
 

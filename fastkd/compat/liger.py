@@ -113,7 +113,7 @@ def _reduced(
     """Options for "sum", "batchmean" (the mean of counted rows) and "mean" (also over columns) of logits [..., V]."""
     if reduction != "mean":
         return {"reduction": "sum" if reduction == "sum" else "mean"}
-    rows = shape[:-1].numel() if labels is None else (labels != ignore_index).sum()
+    rows = max(shape[:-1].numel(), 1) if labels is None else (labels != ignore_index).sum()
     return {"num_items": rows * shape[-1]}
 
 
@@ -273,7 +273,7 @@ class LigerFusedLinearJSDLoss(nn.Module):
         given = (student_input, student_weight, teacher_input, teacher_weight, true_labels)
         biases = (student_bias, teacher_bias)
         counted = (true_labels != self.ignore_index).sum()
-        loss, parts = self._loss(*given, *biases, alpha, counted / total)
+        loss, parts = self._loss(*given, *biases, alpha, counted.to(torch.float64) / total)
         if not self.return_soft_hard_loss:
             return loss
         soft, hard = (

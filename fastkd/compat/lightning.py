@@ -103,6 +103,10 @@ def _module_class() -> type[LightningModule]:
             """The student's output."""
             return self.student(*inputs, **named)
 
+        def on_train_start(self) -> None:
+            """Forget the rows of a step that an earlier fit began, and an exception or should_stop cut off."""
+            self._rows = None
+
         def training_step(self, batch: Any, batch_idx: int) -> Tensor:
             """The loss of the rows of a micro-batch, summed, over UNIT."""
             loss, counted = self._loss(batch, "train")

@@ -51,7 +51,7 @@ class LogitsDistillationLoss(_Loss):
             logits_t.detach(),
             temperature=self._temperature,
             reduction=self._reduction,
-            num_items=logits_s.numel() if self._reduction == "mean" else None,
+            num_items=max(logits_s.numel(), 1) if self._reduction == "mean" else None,
         )
 
 
@@ -89,12 +89,14 @@ class MFTLoss(_Loss):
             temperature=self._temperature,
             teacher_temperature=1.0,
             reduction="sum" if self._reduction == "sum" else "mean",
-            num_items=student.numel() if self._reduction == "mean" else None,
+            num_items=max(student.numel(), 1) if self._reduction == "mean" else None,
         )
 
     def _corrected(self, logits: Tensor, labels: Tensor) -> Tensor:
         """Logits whose softmax is p'."""
         tempered = widened(logits) / self._temperature
+        # About 0, so that the label's new logit is rounded as finely as its odds ask for.
+        tempered -= tempered.amax(-1, keepdim=True)
         seat = labels.unsqueeze(-1)
         label = tempered.gather(-1, seat).double()
         # The label's odds are against the others, which are summed by themselves: 1 - p_y may be rounding alone.
@@ -102,11 +104,13 @@ class MFTLoss(_Loss):
         others = tempered.logsumexp(-1, keepdim=True).double()
         p_y, p_others = (label - others).sigmoid(), (others - label).sigmoid()
         p_best = (tempered.amax(-1, keepdim=True).double() - others).exp() * p_others
-        below = (1.0 - self._threshold) / (1.0 + p_best - p_y)
-        above = (p_others - self._threshold).clamp(min=0.0) / p_others
-        rest = p_others * torch.where(p_best > p_y, below, above)  # the others' mass in p'
+        below = p_others * (1.0 - self._threshold) / (1.0 + p_best - p_y)
+        above = (p_others - self._threshold).clamp(min=0.0)
+        rest = torch.where(p_best > p_y, below, above)  # the others' mass in p'
         odds = (torch.log1p(-rest) - rest.log()).clamp(max=CERTAIN)
-        return tempered.scatter_(-1, seat, (others + odds).to(tempered.dtype))
+        # Finite where the others are all -inf, as the odds are against nothing.
+        lifted = (others + odds).to(tempered.dtype).clamp(min=torch.finfo(tempered.dtype).min)
+        return tempered.scatter_(-1, seat, lifted)
 
 
 class _OverVocabulary(_Loss):

@@ -121,7 +121,7 @@ class KDLoss(_OnLogits):
             "temperature": self.temperature,
             "scale_by_temperature": False,
             "reduction": self.reduction,
-            "num_items": student.numel() if self.reduction == "mean" else None,
+            "num_items": max(student.numel(), 1) if self.reduction == "mean" else None,
         }
 
 
