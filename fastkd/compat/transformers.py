@@ -91,7 +91,8 @@ def compute_loss_func(
         student: the model that the Trainer is given.
         teacher_model: as :class:`DistillationMixin` takes it. A model has to be on the student's device, and in eval
             mode, already.
-        shift_labels: position i predicts label i + 1, as in a causal language model.
+        shift_labels: position i predicts label i + 1, as in a causal language model. The Trainer counts labels; where
+            it does not know the student for such a model (a wrapper), the first label of a row has to be -100.
         **loss_kwargs: options of :class:`fastkd.KDLoss`.
 
     Returns:
