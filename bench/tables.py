@@ -107,17 +107,19 @@ def by_case(rows: Iterable[Row]) -> dict[tuple[Any, ...], list[Row]]:
     return groups
 
 
-def contest_tables(run: Run) -> list[Table]:
-    """A table a case in which everyone takes part, the fastest first and those without a time last."""
-    tables = []
+def contests(run: Run) -> list[list[Row]]:
+    """The rows of each case in which everyone takes part, the fastest first and those without a time last."""
     untimed = by_case(row for row in run.untimed if not row["few"])
-    for case, rows in by_case(row for row in run.timed if not row["few"]).items():
-        ranked = sorted(rows, key=lambda row: row["seconds"])
-        tables.append(Table(title(rows[0]), COLUMNS, [cells(row) for row in ranked]))
-        tables[-1].rows += [cells(row) for row in untimed.pop(case, [])]
-    return tables + [
-        Table(title(rows[0]), COLUMNS, [cells(r) for r in rows]) for rows in untimed.values()
+    timed = by_case(row for row in run.timed if not row["few"])
+    return [
+        sorted(timed.get(case, []), key=lambda row: row["seconds"]) + untimed.get(case, [])
+        for case in timed | untimed
     ]
+
+
+def contest_tables(run: Run) -> list[Table]:
+    """A table for each of them."""
+    return [Table(title(rows[0]), COLUMNS, [cells(row) for row in rows]) for rows in contests(run)]
 
 
 def few_table(run: Run) -> list[Table]:
@@ -199,16 +201,17 @@ def note_table(run: Run) -> list[Table]:
 
 
 def readme_table(run: Run) -> Table:
-    """The first case of each form, for a page that has room for one table."""
+    """The first case of each form and divergence, for a page that has room for one table."""
     columns = ("", "ms", "times fastkd's", "peak MiB", "of bandwidth", "gradient error")
     table = Table("", columns)
-    forms: set[str] = set()
-    for rows in by_case(row for row in run.timed if not row["few"]).values():
-        if rows[0]["form"] in forms:
+    seen: set[tuple[str, str]] = set()
+    for rows in contests(run):
+        which = rows[0]["form"], rows[0]["divergence"]
+        if which in seen:
             continue
-        forms.add(rows[0]["form"])
+        seen.add(which)
         table.rows.append([f"*{title(rows[0])}*", *[""] * 5])
-        for row in sorted(rows, key=lambda row: row["seconds"]):
+        for row in rows:
             name, ms, times, _, peak, _, share, _, error = cells(row)
             table.rows.append([name, ms, times, peak, share, error])
     return table
