@@ -105,6 +105,7 @@ def test_doctor_finds_every_backend_right() -> None:
     assert "cpu" in diagnosis["auto"]
 
 
+@pytest.mark.heavy
 def test_doctor_as_text() -> None:
     said = command("doctor", "--backend", "reference").stdout
     assert re.search(r"forward_kl +ok +0\.\d\d", said)

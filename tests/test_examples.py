@@ -70,7 +70,11 @@ def test_digits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.filterwarnings("ignore:the likelihood has its maximum beyond:UserWarning")
 @pytest.mark.parametrize(
     ("name", "rows"),
-    [("fashion", 11), ("online", 8), ("sweeps", 6)],  # of the table with the students in it
+    [  # rows of the table with the students in it
+        ("fashion", 11),
+        pytest.param("online", 8, marks=pytest.mark.heavy),
+        pytest.param("sweeps", 6, marks=pytest.mark.heavy),
+    ],
 )
 def test_on_images(
     name: str, rows: int, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -83,6 +87,7 @@ def test_on_images(
         assert len(figures["grid"]) == 20
 
 
+@pytest.mark.heavy
 def test_as_a_script(folder: Path, tmp_path: Path) -> None:
     """The command that the page has, from another folder than the example's."""
     arguments = ["--quick", f"--data={folder}", f"--output={tmp_path}"]

@@ -1,7 +1,8 @@
 """Installing fastkd where something is missing: it works, or it says what is missing.
 
 Each test builds in a copy of the checkout, offline, with this interpreter's packages. What is compiled is compiled with
--O0: these tests are about the build and not about its result.
+-O0: these tests are about the build and not about its result. Heavy are those that compile all twice, or that
+`make install-matrix` shows with what is released.
 """
 
 from __future__ import annotations
@@ -161,6 +162,7 @@ def installed(built: tuple[Path, list[Path]], tmp_path: Path) -> Path:
     return site
 
 
+@pytest.mark.heavy
 @needs_compiler
 def test_two_processes_build_whole_wheels_at_once(built: tuple[Path, list[Path]]) -> None:
     modules = {path.name for path in (ROOT / "kernels").glob("*.py")}
@@ -175,6 +177,7 @@ def test_two_processes_build_whole_wheels_at_once(built: tuple[Path, list[Path]]
         assert "baseline" in json.loads(archive.read("fastkd/_build.json"))["instruction_sets"]
 
 
+@pytest.mark.heavy
 @needs_compiler
 def test_objects_follow_the_headers_that_they_include(built: tuple[Path, list[Path]]) -> None:
     tree = built[0]
@@ -185,6 +188,7 @@ def test_objects_follow_the_headers_that_they_include(built: tuple[Path, list[Pa
     assert "-DFASTKD_ISA=baseline" in succeed(python(*plan, cwd=tree))
 
 
+@pytest.mark.heavy
 @needs_compiler
 def test_no_gpu_and_a_home_that_cannot_be_written(installed: Path) -> None:
     # No process can write below a file, whoever runs it; permission bits would not stop root.
@@ -196,6 +200,7 @@ def test_no_gpu_and_a_home_that_cannot_be_written(installed: Path) -> None:
     assert losses["auto"] == losses["cpu"] == pytest.approx(losses["reference"], rel=1e-5)
 
 
+@pytest.mark.heavy
 @needs_compiler
 def test_no_triton(installed: Path) -> None:
     losses = probe(installed, "triton")["losses"]
@@ -270,6 +275,7 @@ def test_torch_is_left_at_its_version(tree: Path) -> None:
     assert [name for name in needed if "extra" not in name] == ["torch>=2.6"]
 
 
+@pytest.mark.heavy
 def test_source_distribution_builds_the_same_wheel(tree: Path, tmp_path: Path) -> None:
     succeed(python("setup.py", "-q", "sdist", "--dist-dir", tmp_path, cwd=tree))
     (archive,) = tmp_path.glob("fastkd-*.tar.gz")

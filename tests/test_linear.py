@@ -835,7 +835,11 @@ print(step(rows))
 
 # A quarter of the rows and all of them; a real vocabulary and the widest.
 @pytest.mark.parametrize(
-    ("vocabulary", "rows"), [(49_152, (512, 2048)), (262_144, (256,))], ids=["49k", "262k"]
+    ("vocabulary", "rows"),
+    [
+        pytest.param(49_152, (512, 2048), id="49k"),
+        pytest.param(262_144, (256,), id="262k", marks=pytest.mark.heavy),
+    ],
 )
 @pytest.mark.parametrize("form", ["linear", "ensemble", "topk"])
 def test_peak_memory_is_the_budget(vocabulary: int, rows: tuple[int, ...], form: str) -> None:
