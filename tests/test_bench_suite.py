@@ -76,10 +76,12 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, subprocess.Comp
     command = [sys.executable, "-m", "pytest", "bench", "-q", "--quick", "--threads", "1"]
     command += ["-p", "planted", "-p", "no:cacheprovider", "--device", "cpu"]
     path = os.pathsep.join([str(folder), str(BENCH), str(ROOT), os.environ.get("PYTHONPATH", "")])
+    # In a process of pytest-xdist's, which these name, pytest-benchmark measures nothing.
+    alone = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_XDIST")}
     done = subprocess.run(
         [*command, f"--benchmark-json={folder / 'run.json'}"],
         cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": path},
+        env={**alone, "PYTHONPATH": path},
         capture_output=True,
         text=True,
     )
