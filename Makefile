@@ -121,6 +121,8 @@ build/demo/.stamp: examples/demo-requirements.txt | $(VENV)/.torch
 	$(PIP) install --no-deps --no-build-isolation --require-hashes --upgrade --target $(@D) -r $<
 	@touch $@
 
+# Without a GPU they have no use for CUDA's extension, which takes nvcc minutes; one that is there is left alone.
+demo demo-distributed examples: export FASTKD_CUDA := $(or $(FASTKD_CUDA),$(if $(wildcard /dev/nvidia* fastkd/_cuda*.so),,0))
 demo: $(VENV)/.demo build/demo/.stamp build ## distil a small model on this machine, in plain PyTorch and with fastkd
 	OMP_WAIT_POLICY=passive $(PY) examples/demo.py $(ARGS)
 
