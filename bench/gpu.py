@@ -26,7 +26,7 @@ import linear
 import torch
 from contenders import LOSSES, Loss, Rows, eager_rows, fastkd_loss, mean_of
 from host import host_time
-from measure import Contender, four_products, interleave, nothing
+from measure import Contender, four_products, interleave, nothing, peak_extra
 from peers import fastkd_linear, liger_chunked, trl_chunked
 from report import Table, add_arguments, emit, progress
 from torch import Tensor
@@ -115,16 +115,6 @@ def wrong(name: str, loss: Rows, dtype: torch.dtype) -> str | None:
     return None if error < WRONG else f"gradient {error:.2g} from float64"
 
 
-def peak(run: Callable[[], None]) -> int:
-    """Bytes beyond what is held before."""
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    run()
-    torch.cuda.synchronize()
-    return torch.cuda.max_memory_allocated() - before
-
-
 def timed(runs: dict[str, Callable[[], None]], rounds: int) -> dict[str, list[float]]:
     """Seconds, by contender and round."""
 
@@ -177,7 +167,7 @@ def dense(arguments: argparse.Namespace, bandwidth: float) -> tuple[Table, list[
                     run = partial(step, loss, student, teacher)
                     try:
                         run()
-                        peaks[key] = peak(run)
+                        peaks[key] = peak_extra(run, "cuda")
                         runs[key] = run
                     except torch.OutOfMemoryError:
                         notes[key] = "out of memory"
@@ -241,7 +231,7 @@ def from_hidden_states(arguments: argparse.Namespace) -> tuple[Table, list[dict[
             try:
                 run()
                 inputs.student.grad = inputs.weight.grad = None
-                peaks[key] = peak(run) - gradients
+                peaks[key] = peak_extra(run, "cuda") - gradients
                 runs[key] = run
             except torch.OutOfMemoryError:
                 progress(f"{key} is out of memory")
