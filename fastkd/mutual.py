@@ -45,6 +45,7 @@ if TYPE_CHECKING:
 PEERS = ("mean", "sum", "average")
 _MODULES = {
     "reference": "fastkd.mutual",
+    "portable": "fastkd.portable",
     "cpu": "fastkd.cpu",
     "triton": "fastkd.kernels.mutual",
 }
@@ -109,13 +110,14 @@ def outputs(
     wanted: Sequence[bool],
     parts: bool,
     empty: Callable[..., Tensor] = torch.empty,
+    dtype: torch.dtype = torch.float32,
 ) -> Result:
-    """Fresh memory for what is wanted."""
+    """Fresh memory for what is wanted; dtype is that of losses."""
     first = logits[0]
     shape = (len(logits), *first.shape[:-1])
 
     def rows(of: Sequence[int] = shape) -> Tensor:
-        return torch.empty(of, dtype=torch.float32, device=first.device)
+        return torch.empty(of, dtype=dtype, device=first.device)
 
     gradients = tuple(
         empty(first.shape, dtype=gradient_dtype(first.dtype), device=first.device) if want else None
