@@ -24,6 +24,7 @@ from fastkd import divergences, mutual, native, reference, topk
 from fastkd.chunks import At, put, rows_at, take
 from fastkd.divergences import DEFINITIONS, Divergence
 from fastkd.reference import empty, evaluate, scale_rows_
+from fastkd.plan import piece_rows
 from fastkd.rows import Options, Result, Rows, Statistics, Want, counted_rows, row_dtype
 from fastkd.topk import Events, topk_rows
 
@@ -31,24 +32,6 @@ __all__ = [
     "empty", "gather_events", "kd_rows", "mutual_rows", "scale_rows_", "shard_results",
     "shard_statistics", "shard_sums", "spread_gradient",
 ]  # fmt: skip
-
-# Bytes of one [rows, columns] tensor of a piece: on a CPU of each thread, whose own cache then holds most of the
-# piece; elsewhere a launch costs microseconds, in which a device reads megabytes.
-CPU_BYTES, DEVICE_BYTES = 256 << 10, 32 << 20
-# How many of them a piece holds at most, those that a definition makes included; tests/test_portable.py measures it.
-TEMPORARIES = 16
-
-
-def rows_of_piece(columns: int, dtype: torch.dtype, device: torch.device) -> int:
-    """How many rows of that many columns go through at once."""
-    room = CPU_BYTES * torch.get_num_threads() if device.type == "cpu" else DEVICE_BYTES
-    return max(room // max(columns * dtype.itemsize, 1), 1)
-
-
-def workspace(rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> int:
-    """Bytes that a call holds beside its results."""
-    rows = min(rows, rows_of_piece(columns, dtype, device))
-    return TEMPORARIES * rows * columns * dtype.itemsize
 
 
 def _exact(dtype: torch.dtype, device: torch.device) -> torch.dtype:
@@ -480,7 +463,7 @@ def kd_rows(student: Tensor, teacher: Tensor, rows: Rows, options: Options, want
     result = native.outputs(student, teacher, want, row_dtype=dtype)
     numbers = _counted(rows, options.ignore_index, device)
     count = lead.numel() if numbers is None else numbers.numel()
-    step = min(rows_of_piece(columns, dtype, device), max(count, 1))
+    step = min(piece_rows(columns, dtype, device.type), max(count, 1))
     scratch = _Scratch(step, columns, dtype, device)
     gradients = (result.student_gradient, result.teacher_gradient)
     per_row = (result.loss, *result[4:])
@@ -576,7 +559,7 @@ def _student_pieces(
     lead, device, columns = student.shape[:-1], student.device, options.vocab_size
     numbers = _counted(rows, options.ignore_index, device)
     count = lead.numel() if numbers is None else numbers.numel()
-    step = min(rows_of_piece(columns, dtype, device), max(count, 1))
+    step = min(piece_rows(columns, dtype, device.type), max(count, 1))
     scratch = _Scratch(step, columns, dtype, device)
     for at in _pieces(count, step, numbers):
         yield at, take(student, lead, at)[:, :columns], rows_at(rows, lead, at), scratch
@@ -734,7 +717,7 @@ def _divide(z: Tensor, temperature: float | Tensor) -> None:
 
 def _slices(lead: torch.Size, columns: int, dtype: torch.dtype, device: torch.device) -> list[slice]:
     """All rows, none packed: what is computed of a dropped one is not used."""
-    count, step = lead.numel(), rows_of_piece(columns, dtype, device)
+    count, step = lead.numel(), piece_rows(columns, dtype, device.type)
     # One of no rows where there are none, so that what is returned has its shape.
     return [slice(start, min(start + step, count)) for start in range(0, max(count, 1), step)]
 

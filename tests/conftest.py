@@ -29,7 +29,8 @@ for _setting in ("FASTKD_BACKEND", "FASTKD_STRICT", "FASTKD_CHECK"):
 # Whether the Triton kernels, in the interpreter where there is no GPU, run the tests that are small enough for it.
 TRITON = False
 
-BACKENDS = ["reference"]
+# The reference, their oracle, has the tests of any_backend, and is what many others compare with.
+BACKENDS = ["portable"]
 if os.environ.get("FASTKD_TEST_WITHOUT_NATIVE") != "1":
     BACKENDS.append("cpu")
 
@@ -76,9 +77,9 @@ def backend(request: pytest.FixtureRequest) -> str:
     return _present(request.param)
 
 
-@pytest.fixture(scope="session", params=[*BACKENDS, *(["triton"] if TRITON else [])])
+@pytest.fixture(scope="session", params=["reference", *BACKENDS, *(["triton"] if TRITON else [])])
 def any_backend(request: pytest.FixtureRequest) -> str:
-    """As `backend`, and Triton's interpreter too: for tests of a few small rows."""
+    """As `backend`, the reference, and Triton's interpreter too: for tests of a few small rows."""
     return _present(request.param)
 
 
