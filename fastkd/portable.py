@@ -11,6 +11,7 @@ vocabulary is spread over processes run the reference's steps piece by piece.
 
 from __future__ import annotations
 
+import dis
 import functools
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -22,7 +23,7 @@ from torch import Tensor
 
 from fastkd import divergences, mutual, native, reference, topk
 from fastkd.chunks import At, put, rows_at, take
-from fastkd.divergences import DEFINITIONS, Divergence
+from fastkd.divergences import DEFINITIONS, ENTRY, Divergence, arguments_of, takes_ratio
 from fastkd.reference import empty, evaluate, scale_rows_
 from fastkd.plan import piece_rows
 from fastkd.rows import Options, Result, Rows, Statistics, Want, counted_rows, row_dtype
@@ -32,6 +33,14 @@ __all__ = [
     "empty", "gather_events", "kd_rows", "mutual_rows", "scale_rows_", "shard_results",
     "shard_statistics", "shard_sums", "spread_gradient",
 ]  # fmt: skip
+
+
+# Columns that are searched for a row's maximum at once.
+BLOCK = 512
+# Where the maxima of both models' logits differ by less, so do the logits, without loss.
+NEAR = 8.0
+# Of the same size as a number.
+BITS = {4: torch.int32, 8: torch.int64}
 
 
 def _exact(dtype: torch.dtype, device: torch.device) -> torch.dtype:
@@ -77,6 +86,10 @@ class _Scratch:
 
 
 # ---- dense rows
+#
+# A model that is sure of a token has a column whose probability is 1 but for rounding, where g - q sum g loses all its
+# digits. So the sum of exponentials is kept apart from its largest term, and what the top columns of both models give is
+# computed by itself, in float64: a few numbers of a row.
 
 
 class _Model(NamedTuple):
@@ -90,21 +103,37 @@ class _Model(NamedTuple):
     plain: bool  # at temperature 1
 
 
-class _Side(NamedTuple):
-    """One model's columns in a piece, [rows, columns] or [rows, 1]."""
+class _Softmax(NamedTuple):
+    """[rows, columns], and [rows, 1] in float64. exp((z - top) / temperature) is 1 at the top column."""
 
+    powers: Tensor  # these; probabilities once they are divided by total
+    top: Tensor
+    seat: Tensor  # the top column
+    largest: Tensor  # 1 there, or 0 and NaN in a row that has no softmax
+    rest: Tensor  # the sum of the other columns
+
+    @property
+    def total(self) -> Tensor:
+        """Of all columns."""
+        return self.largest + self.rest
+
+    @property
+    def log_total(self) -> Tensor:
+        """Its logarithm, also of a rest that is lost in the total."""
+        return (self.rest + (self.largest - 1.0)).log1p()
+
+
+class _Side(NamedTuple):
+    """One model's columns in a piece."""
+
+    z: Tensor  # scaled and soft-capped; -inf of a label that is compared apart
     slope: Tensor | None  # dz / dlogits, where they are soft-capped
-    label: Tensor | None  # z of the label
-    argument: Tensor | None = None  # of the divergence: log_softmax, or the tempered logits
-    infinite: Tensor | None = None  # whether one of it is -inf, but for a label that is compared apart
-    log_softmax: Tensor | None = None
-    softmax: Tensor | None = None
-    top: Tensor | None = None  # of z, of the columns that are compared
-    total: Tensor | None = None  # sum of exp((z - top) / temperature) over them
-    plain: Tensor | None = None  # exp(z - plain_top)
-    plain_top: Tensor | None = None
-    plain_sum: Tensor | None = None
-    plain_total: Tensor | None = None  # sum of z - plain_top
+    label: Tensor | None  # z of the label, [rows, 1]
+    temperature: float | Tensor
+    softmax: _Softmax | None = None
+    plain: _Softmax | None = None  # of all columns, at temperature 1
+    spread: Tensor | None = None  # sum of exp(x) x over x = (z - top) / temperature, [rows, 1]
+    height: Tensor | None = None  # sum of z - top at temperature 1
 
 
 def _adjusted(
@@ -122,60 +151,20 @@ def _adjusted(
     return (z if scale == 1.0 else torch.mul(z, scale, out=buffer)), None
 
 
-def _sweep(
-    logits: Tensor, model: _Model, seat: Tensor | None, divergence: Divergence, scratch: _Scratch
-) -> _Side:
-    """A side of a piece; seat [rows, 1] is the column of the label, where that is read."""
-    count, name, temperature = logits.shape[0], model.name, model.temperature
-    apart = divergence.target is not None
-    gap = scratch(f"{name} gap", count)
-    z, slope = _adjusted(logits, model.scale, model.softcap, gap, scratch, f"{name} slope")
-    side = _Side(slope, None if seat is None else z.gather(-1, seat))
-    if not divergence.normalized:
-        argument = torch.div(z, temperature, out=scratch(f"{name} tempered", count))
-        side = side._replace(argument=argument, infinite=(argument.amin(-1) == -torch.inf).any())
-    if not (model.softmax or model.plain):
-        return side
-
-    top = _finite(z.amax(-1, keepdim=True))
-    torch.sub(z, top, out=gap)
-    if model.plain:
-        plain = torch.exp(gap, out=scratch(f"{name} plain", count))
-        side = side._replace(
-            plain=plain,
-            plain_top=top,
-            plain_sum=_sum(plain),
-            plain_total=_sum(gap),
-        )
-    if not model.softmax:
-        return side
-    if apart:
-        assert seat is not None
-        lower = _finite(gap.scatter_(-1, seat, -torch.inf).amax(-1, keepdim=True))
-        gap.sub_(lower).scatter_(-1, seat, 0.0)
-        top = top.to(lower.dtype) + lower
-    tempers = isinstance(temperature, Tensor) or temperature != 1.0
-    if tempers:
-        gap.div_(temperature)
-    infinite = (gap.amin(-1) == -torch.inf).any()
-    if apart:
-        assert seat is not None
-        gap.scatter_(-1, seat, -torch.inf)
-    powers = scratch(f"{name} powers", count)
-    if side.plain is not None and not apart and not tempers:
-        powers.copy_(side.plain)
-    else:
-        torch.exp(gap, out=powers)
-    total = _sum(powers)
-    side = side._replace(
-        log_softmax=gap.sub_(total.log().to(gap.dtype)),
-        softmax=powers.div_(total.to(gap.dtype)),
-        top=top,
-        total=total,
-    )
-    if divergence.normalized:
-        side = side._replace(argument=side.log_softmax, infinite=infinite)
-    return side
+def _largest(z: Tensor) -> tuple[Tensor, Tensor]:
+    """(the maximum of each row, its column), [rows, 1]. A search of the whole row takes 8 times as long."""
+    blocks = z.shape[-1] // BLOCK
+    if blocks < 4:
+        return z.max(-1, keepdim=True)
+    body = z[:, : blocks * BLOCK].unflatten(-1, (blocks, BLOCK))
+    top, block = body.amax(-1).max(-1, keepdim=True)
+    best = body.gather(1, block.unsqueeze(-1).expand(-1, -1, BLOCK)).squeeze(1)
+    seat = block * BLOCK + best.argmax(-1, keepdim=True)
+    if blocks * BLOCK < z.shape[-1]:
+        other, column = z[:, blocks * BLOCK :].max(-1, keepdim=True)
+        beyond = (other > top) | other.isnan()
+        top, seat = other.where(beyond, top), (column + blocks * BLOCK).where(beyond, seat)
+    return top, seat
 
 
 def _finite(origin: Tensor) -> Tensor:
@@ -187,75 +176,270 @@ def _sum(values: Tensor) -> Tensor:
     return values.sum(-1, keepdim=True).to(_exact(values.dtype, values.device))
 
 
-def _definition(
-    divergence: Divergence, s: _Side, t: _Side, seat: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """(phi, g) of every column; 0 of a label that is compared apart."""
-    log_p, log_q = t.argument, s.argument
-    assert log_p is not None and log_q is not None
-    p, q = t.softmax, s.softmax
-    assert s.infinite is not None and t.infinite is not None
-    # Its policy for log 0 costs more than all the rest. To ask whether it is needed a device would have to be waited for.
-    if log_p.device.type != "cpu" or bool(s.infinite | t.infinite):
-        return evaluate(divergence, log_p, log_q, None if p is None or q is None else (p, q))
+def _exponentials(gap: Tensor, top: Tensor, seat: Tensor, out: Tensor) -> _Softmax:
+    powers = torch.exp(gap, out=out)
+    largest = powers.gather(-1, seat)
+    rest = _sum(powers.scatter_(-1, seat, 0.0))
+    powers.scatter_(-1, seat, largest)
+    return _Softmax(powers, top, seat, largest.to(rest.dtype), rest)
+
+
+def _sweep(
+    logits: Tensor, model: _Model, label: Tensor | None, apart: bool, parts: bool, scratch: _Scratch
+) -> _Side:
+    """A side of a piece; label [rows, 1] is the label's column, where that is read."""
+    count, temperature, name = logits.shape[0], model.temperature, model.name
+    z, slope = _adjusted(
+        logits, model.scale, model.softcap, scratch(f"{name} z", count), scratch, f"{name} slope"
+    )
+    side = _Side(z, slope, None if label is None else z.gather(-1, label), temperature)
+    if not (model.softmax or model.plain):
+        return side
+    top, seat = _largest(z)
+    gap = torch.sub(z, _finite(top), out=scratch(f"{name} gap", count))
+    if model.plain:
+        plain = _exponentials(gap, _finite(top), seat, scratch(f"{name} plain", count))
+        side = side._replace(plain=plain, height=_sum(gap))
+    if not model.softmax:
+        return side
+    if apart:
+        assert label is not None
+        if z is logits:
+            z = scratch(f"{name} z", count).copy_(z)
+        top, seat = _largest(z.scatter_(-1, label, -torch.inf))
+        torch.sub(z, _finite(top), out=gap)
+        side = side._replace(z=z)
+    _divide(gap, temperature)
+    keeps = parts and name == "student"
+    softmax = _exponentials(
+        gap, _finite(top), seat, scratch(f"{name} powers", count) if keeps else gap
+    )
+    if keeps:
+        gap.clamp_(min=torch.finfo(gap.dtype).min).mul_(softmax.powers)
+        side = side._replace(spread=_sum(gap))
+    softmax.powers.div_(softmax.total.to(gap.dtype))
+    return side._replace(softmax=softmax)
+
+
+def _divide(z: Tensor, temperature: float | Tensor) -> Tensor:
+    return z.div_(temperature) if isinstance(temperature, Tensor) or temperature != 1.0 else z
+
+
+def _log_softmax(side: _Side, out: Tensor) -> Tensor:
+    """Or the tempered logits, where nothing is normalised."""
+    if side.softmax is None:
+        return torch.div(side.z, side.temperature, out=out)
+    gap = _divide(torch.sub(side.z, side.softmax.top, out=out), side.temperature)
+    return gap.sub_(side.softmax.log_total.to(out.dtype))
+
+
+def _log_ratio(s: _Side, t: _Side, out: Tensor) -> Tensor:
+    """log p - log q as one difference of logits less a constant of the row."""
+    first, second = s.softmax, t.softmax
+    alike = s.temperature is t.temperature or (
+        not isinstance(s.temperature, Tensor)
+        and not isinstance(t.temperature, Tensor)
+        and s.temperature == t.temperature
+    )
+    if first is None or second is None:
+        if alike:
+            return _divide(torch.sub(t.z, s.z, out=out), s.temperature)
+        torch.div(t.z, t.temperature, out=out)
+        return out.sub_(s.z / s.temperature)
+    constant = first.log_total - second.log_total
+    shift = (first.top - second.top).to(constant.dtype)
+    # Where one model's logits are all higher than the other's, their difference has lost digits.
+    near = alike and out.device.type == "cpu" and bool((shift.abs() < NEAR).all())
+    if near:
+        constant = constant + shift / s.temperature
+        _divide(torch.sub(t.z, s.z, out=out), s.temperature)
+    else:
+        torch.sub(t.z, second.top, out=out)
+        if not alike:
+            out.mul_(s.temperature / t.temperature)
+        _divide(out.sub_(s.z - first.top), s.temperature)
+    return out.add_(constant.to(out.dtype))
+
+
+class _Terms(NamedTuple):
+    """What the divergence gives in every column [rows, columns], and in both models' top columns, [rows, 2]."""
+
+    phi: Tensor
+    g: Tensor
+    h: Tensor | None
+    seats: Tensor | None = None  # the student's top column and the teacher's; None where nothing is normalised
+    different: Tensor | None = None  # 0 and 1: whether they are
+    tops: tuple[Tensor, ...] = ()  # phi, g and h there, where phi, g and h themselves are 0
+    logs: tuple[Tensor, Tensor] | None = None  # log q and log p there
+
+    def total(self, index: int) -> Tensor:
+        """The sum of a field over all columns, [rows, 1]."""
+        values = self[index]
+        if self.different is None:
+            return _sum(values)
+        first, second = self.tops[index].split(1, -1)
+        return _sum(values) + first + self.different * second
+
+
+def _evaluated(
+    divergence: Divergence, s: _Side, t: _Side, label: Tensor | None, wants_h: bool, scratch: _Scratch
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """(phi, g, h) of every column, in fresh tensors; 0 of a label that is compared apart."""
+    count, on_cpu, function = s.z.shape[0], s.z.device.type == "cpu", divergence.function
+    apart = None if divergence.target is None else label
+    ratio = _log_ratio(s, t, scratch("ratio", count))
+    if apart is not None:
+        ratio.scatter_(-1, apart, 0.0)
+    # Then no logarithm is one of 0. The policy for those costs more than all the rest, and a device would be waited for.
+    quick = on_cpu and bool(ratio.sum().isfinite())
+    log_p = log_q = ratio
+    if not quick or _reads_logarithms(function):
+        log_p = _log_softmax(t, scratch("log p", count))
+        log_q = _log_softmax(s, scratch("log q", count))
+    pair = None
+    if s.softmax is not None and t.softmax is not None:
+        pair = (t.softmax.powers, s.softmax.powers)
+    if not quick:
+        return evaluate(divergence, log_p, log_q, pair)
+    if pair is None:
+        pair = (torch.ones((), dtype=ratio.dtype, device=ratio.device).expand_as(ratio),) * 2
+    if apart is not None and log_p is not ratio:
+        for logs in (log_p, log_q):
+            logs.scatter_(-1, apart, torch.finfo(ratio.dtype).min)
+    entry = arguments_of(function, *pair, log_p, log_q, ratio)
+    phi, g, *more = _quick(function)(*entry, *divergence.params)
+    h = more[0] if more else None
+    if wants_h and h is None:
+        assert divergence.degree is not None  # validated
+        h = divergence.degree * phi - g
+
+    def fresh(term: Tensor) -> Tensor:
+        if function in DEFINITIONS and apart is None:
+            return term
+        # Another may return its arguments, or a number a row.
+        term = term.to(ratio.dtype).expand_as(ratio).clone()
+        return term if apart is None else term.scatter_(-1, apart, 0.0)
+
+    return fresh(phi), fresh(g), fresh(h) if wants_h and h is not None else None
+
+
+def _terms(
+    divergence: Divergence, s: _Side, t: _Side, label: Tensor | None, wants_h: bool, scratch: _Scratch
+) -> _Terms:
+    made = _evaluated(divergence, s, t, label, wants_h, scratch)
     if not divergence.normalized:
-        p = q = torch.ones((), dtype=log_p.dtype, device=log_p.device).expand_as(log_p)
-    apart = divergence.target is not None
-    if apart:
-        assert seat is not None
-        lowest = torch.finfo(log_p.dtype).min
-        log_p, log_q = log_p.scatter_(-1, seat, lowest), log_q.scatter_(-1, seat, lowest)
-    phi, g = _quick(divergence.function)(p, q, log_p, log_q, *divergence.params)
-    # A definition may return a number a row, or one of its arguments.
-    phi, g = (term.to(log_p.dtype).expand_as(log_p) for term in (phi, g))
-    if apart:
-        assert seat is not None
-        phi, g = phi.scatter(-1, seat, 0.0), g.scatter(-1, seat, 0.0)
-    return phi, g
+        return _Terms(*made)
+    assert s.softmax is not None and t.softmax is not None
+    seats = torch.cat([s.softmax.seat, t.softmax.seat], -1)
+    logs = []
+    for side in (s, t):
+        assert side.softmax is not None
+        kind = side.softmax.rest.dtype
+        gap = side.z.gather(-1, seats).to(kind) - side.softmax.top.to(kind)
+        temperature = side.temperature
+        if isinstance(temperature, Tensor):
+            temperature = temperature.to(kind)
+        logs.append(gap / temperature - side.softmax.log_total)
+    log_q, log_p = logs
+    tops = evaluate(divergence, log_p, log_q)
+    for term in made:
+        if term is not None:
+            term.scatter_(-1, seats, 0.0)
+    different = (seats[:, :1] != seats[:, 1:]).to(log_q.dtype)
+    return _Terms(*made, seats, different, tops, (log_q, log_p))
+
+
+def _project(
+    terms: _Terms, index: int, side: _Side, beyond: Tensor | None, to: Tensor
+) -> Tensor:
+    """x_v - q_v sum_u x_u of the field with that number, in `to`; beyond [rows, 1] is what else is in the sum."""
+    x = terms[index]
+    if terms.seats is None or side.softmax is None:
+        return to.copy_(x)
+    total = terms.total(index) if beyond is None else terms.total(index) + beyond
+    torch.addcmul(x, side.softmax.powers, total.to(x.dtype), value=-1.0, out=to)
+    assert terms.logs is not None and terms.different is not None
+    own, log_q = terms.tops[index], terms.logs[index - 1]
+    others = _sum(x) + terms.different * own.flip(-1)
+    if beyond is not None:
+        others = others + beyond
+    exact = -own * log_q.expm1() - log_q.exp() * others
+    return to.scatter_(-1, terms.seats, exact.to(to.dtype))
 
 
 def _where(condition: Tensor, yes: Tensor | float, no: Tensor | float) -> Tensor:
-    """torch.where of two numbers takes 6 times as long on a CPU."""
-    if isinstance(yes, Tensor) or isinstance(no, Tensor):
+    """torch.where takes 4 nanoseconds an element on a CPU; this selects bits."""
+    if condition.device.type != "cpu":
         return torch.where(condition, yes, no)
-    result = condition.to(torch.get_default_dtype())
-    return result if (yes, no) == (1.0, 0.0) else result.mul_(yes - no).add_(no)
+    if not isinstance(yes, Tensor) and not isinstance(no, Tensor):
+        chosen = condition.to(torch.get_default_dtype())
+        return chosen if (yes, no) == (1.0, 0.0) else chosen.mul_(yes - no).add_(no)
+    like = yes if isinstance(yes, Tensor) else no
+    assert isinstance(like, Tensor)
+    if like.itemsize not in BITS or (isinstance(yes, Tensor) and isinstance(no, Tensor) and yes.dtype != no.dtype):
+        return torch.where(condition, yes, no)
+    kind = BITS[like.itemsize]
+    mask = condition.to(kind).neg_()
+    if not isinstance(no, Tensor) and no == 0.0:
+        return mask.bitwise_and_(yes.view(kind)).view(like.dtype)
+    if not isinstance(yes, Tensor) and yes == 0.0:
+        return mask.bitwise_not_().bitwise_and_(no.view(kind)).view(like.dtype)
+    if not (isinstance(yes, Tensor) and isinstance(no, Tensor)):
+        return torch.where(condition, yes, no)
+    second = no.view(kind)
+    return (yes.view(kind) ^ second).bitwise_and_(mask).bitwise_xor_(second).view(like.dtype)
+
+
+def _log_mixture(log_ratio: Tensor, share: float, rest: float) -> Tensor:
+    """fastkd.divergences.log_mixture in fewer steps."""
+    size = log_ratio.abs().neg_()
+    if share == rest:
+        return size.expm1_().mul_(share).log1p_()
+    below = log_ratio < 0.0
+    lower = _where(below, share, rest).to(size.dtype)
+    change = lower * size.expm1()
+    far = size.exp_().mul_(lower).add_(_where(below, rest, share)).log_()
+    return _where(change > -0.3, change.log1p(), far)
 
 
 @functools.cache
 def _quick(function: Callable[..., Any]) -> Callable[..., Any]:
-    """A definition of the table with that `where`."""
+    """A definition of the table, with those for torch's."""
     if function not in DEFINITIONS:
         return function
-    return FunctionType(function.__code__, vars(divergences) | {"where": _where})
+    words = vars(divergences) | {"where": _where, "log_mixture": _log_mixture}
+    return FunctionType(function.__code__, words)
 
 
-def _entropy(side: _Side) -> Tensor:
-    """[rows, 1], of softmax at the temperature."""
-    q, log_q = side.softmax, side.log_softmax
-    assert q is not None and log_q is not None
-    # -inf only where q is 0, which then takes the place of its product.
-    return -_sum(q * log_q.clamp(min=torch.finfo(q.dtype).min))
+@functools.cache
+def _reads_logarithms(function: Callable[..., Any]) -> bool:
+    """Whether a definition uses log_p or log_q, and not their difference alone."""
+    if not takes_ratio(function):
+        return True
+    names = {str(step.argval) for step in dis.get_instructions(function)}
+    return any(log in name for name in names for log in ENTRY[2:])
 
 
-def _label_apart(
-    s: _Side, t: _Side, models: tuple[_Model, _Model], divergence: Divergence
-) -> reference._Apart:
+def _label_apart(s: _Side, t: _Side, divergence: Divergence) -> reference._Apart:
     """What the label's token adds, [rows, 1] each."""
-    assert s.label is not None and t.label is not None and divergence.target is not None
-    kind = _exact(s.label.dtype, s.label.device)
+    assert s.softmax is not None and t.softmax is not None and divergence.target is not None
+    assert s.label is not None and t.label is not None
+    kind = s.softmax.rest.dtype
+    nothing = torch.zeros((), dtype=kind, device=s.z.device)
 
     def row(value: Tensor | None) -> Tensor:
-        return torch.zeros((), dtype=kind) if value is None else value.to(kind).squeeze(-1)
+        return nothing if value is None else value.to(kind).squeeze(-1)
 
     sides, tops = [], []
-    for side, model in zip((s, t), models, strict=True):
-        sides.append(reference._Side(side.label, 1.0, model.temperature, None))
-        spread = model.temperature
-        tops.append(row(side.top) / (row(spread) if isinstance(spread, Tensor) else spread))
+    for side in (s, t):
+        assert side.softmax is not None
+        spread = side.temperature
+        sides.append(reference._Side(side.z, 1.0, spread, None))
+        tops.append(row(side.softmax.top) / (row(spread) if isinstance(spread, Tensor) else spread))
+    plain = [(None, None) if x.plain is None else (x.plain.total, x.plain.top) for x in (s, t)]
     found = reference._Found(
-        *tops, row(s.total), row(t.total), row(s.plain_sum), row(s.plain_top), row(s.label), row(t.label),
-        row(t.plain_sum), row(t.plain_top), row(s.plain_total), row(None),
+        *tops, row(s.softmax.total), row(t.softmax.total), *map(row, plain[0]), row(s.label), row(t.label),
+        *map(row, plain[1]), nothing, nothing,
     )  # fmt: skip
     made = reference._apart(*sides, found, divergence.target)
     return reference._Apart(*(value.unsqueeze(-1) for value in made))
@@ -276,11 +460,11 @@ def _dense_piece(
     rows: Rows,
     options: Options,
     want: Want,
-    outs: tuple[Tensor | None, Tensor | None],
+    outs: Sequence[Tensor | None],
     scratch: _Scratch,
 ) -> _Values:
     """The loss of some rows [rows, columns], and the gradients, which it writes into outs."""
-    divergence, alpha = options.divergence, options.alpha
+    divergence, alpha, target = options.divergence, options.alpha, options.divergence.target
     count, device, dtype = student.shape[0], student.device, scratch.dtype
     kind = _exact(dtype, device)
 
@@ -288,33 +472,35 @@ def _dense_piece(
         return number if value is None else value.to(dtype).unsqueeze(-1)
 
     temperature = column(rows.temperature, options.temperature)
-    teacher_temperature = column(rows.teacher_temperature, options.teacher_temperature)
-    target = divergence.target
+    teacher_temperature = temperature
+    if rows.teacher_temperature is not rows.temperature or rows.temperature is None:
+        teacher_temperature = column(rows.teacher_temperature, options.teacher_temperature)
     with_labels = rows.labels is not None and alpha < 1.0
-    by_label = target is not None and target.form == "label"
     compares = alpha > 0.0 or want.parts
+    by_label = compares and target is not None and target.form == "label"
+    normalizes = compares and divergence.normalized
     models = (
         _Model(
             "student", options.logit_scale, options.softcap, temperature,
-            compares and (divergence.normalized or want.parts), with_labels or (by_label and compares),
+            normalizes or want.parts, with_labels or by_label,
         ),
         _Model(
             "teacher", options.teacher_logit_scale, options.teacher_softcap, teacher_temperature,
-            compares and divergence.normalized, by_label and compares,
+            normalizes, by_label,
         ),
     )  # fmt: skip
 
-    seat = valid = None
+    label = invalid = None
     if rows.labels is not None and options.reads_labels:
-        labels = rows.labels.unsqueeze(-1)
-        valid = (labels >= 0) & (labels < options.vocab_size)
-        seat = labels.masked_fill(~valid, 0)
-    s = _sweep(student, models[0], seat, divergence, scratch)
-    t = _sweep(teacher, models[1], seat, divergence, scratch) if compares else None
+        label = rows.labels.unsqueeze(-1)
+        invalid = (label < 0) | (label >= options.vocab_size)
+        label = label.masked_fill(invalid, 0)
+    apart = target is not None and compares
+    s = _sweep(student, models[0], label, apart, want.parts, scratch)
+    t = _sweep(teacher, models[1], label, apart, False, scratch) if compares else None
 
     # What multiplies a row: NaN where a label or a temperature is invalid.
     weight: float | Tensor = column(rows.weight, 1.0)
-    invalid = None if valid is None else ~valid
     for tempering in (rows.temperature, rows.teacher_temperature):
         if tempering is not None:
             wrong = ~(tempering > 0).unsqueeze(-1)
@@ -328,127 +514,106 @@ def _dense_piece(
     t_squared = temperature * temperature if options.scale_by_temperature else 1.0
 
     zeros = torch.zeros((count, 1), dtype=kind, device=device)
-    distillation, entropy, apart = zeros, None, None
-    phi = g = torch.empty(0)
-    phi_sum = g_sum = zeros
+    distillation, entropy, terms, added = zeros, None, None, None
     if compares:
         assert t is not None
-        phi, g = _definition(divergence, s, t, seat)
-        phi_sum, g_sum = _sum(phi), _sum(g)
+        plain_side = s if divergence.normalized else s._replace(softmax=None)
+        terms = _terms(divergence, plain_side, t, label, outs[1] is not None, scratch)
+        distillation = terms.total(0)
         if want.parts:
-            entropy = _entropy(s)
-        distillation = phi_sum
+            assert s.softmax is not None and s.spread is not None
+            entropy = s.softmax.log_total - s.spread / s.softmax.total
         if target is not None:
-            apart = _label_apart(s, t, models, divergence)
-            distillation = phi_sum + apart.phi
+            added = _label_apart(s, t, divergence)
+            distillation = distillation + added.phi
             if entropy is not None:
-                entropy = apart.entropy + apart.others * entropy
+                entropy = added.entropy + added.others * entropy
         distillation = distillation * t_squared
 
     def cross_entropy_of(smoothing: float) -> Tensor:
-        assert s.label is not None and s.plain_sum is not None and s.plain_top is not None
-        assert s.plain_total is not None
-        log_sum = s.plain_sum.log()
-        value = log_sum - (s.label.to(kind) - s.plain_top.to(kind))
-        if not smoothing:
-            return value
-        return (1.0 - smoothing) * value + smoothing * (
-            log_sum - s.plain_total / options.vocab_size
-        )
+        assert s.plain is not None and s.label is not None and s.height is not None
+        value = s.plain.log_total - (s.label.to(kind) - s.plain.top.to(kind))
+        smooth = s.plain.log_total - s.height / options.vocab_size
+        return (1.0 - smoothing) * value + smoothing * smooth if smoothing else value
 
     cross_entropy = cross_entropy_of(options.label_smoothing) if with_labels else zeros
-    if by_label and apart is not None:
+    if by_label and added is not None:
         value = cross_entropy_of(0.0)
-        distillation = distillation + torch.where(apart.weight == 0, 0.0, apart.weight * value)
+        distillation = distillation + torch.where(added.weight == 0, 0.0, added.weight * value)
     loss = alpha * distillation if alpha else zeros
     if with_labels:
         loss = loss + (1.0 - alpha) * cross_entropy
     loss = loss * weight
 
-    keep = None
+    keep = None  # on a CPU they all are
     if device.type != "cpu":
         keep = counted_rows(rows, options.ignore_index)
         keep = None if keep is None else keep.unsqueeze(-1)
 
+    def differentiated(index: int, side: _Side, spread: float | Tensor, out: Tensor) -> Tensor:
+        """The divergence's part."""
+        to = out if out.dtype == dtype else scratch("gradient", count)
+        if not alpha:
+            return to.zero_()
+        assert terms is not None
+        beyond = None if added is None else added[index]
+        gradient = _project(terms, index, side, beyond, to)
+        if beyond is not None:
+            assert label is not None
+            gradient.scatter_(-1, label, beyond.to(dtype))
+        return _multiply(gradient, row_scale * (alpha * t_squared / spread))
+
     def finish(gradient: Tensor, slope: Tensor | None, scale: float, out: Tensor) -> None:
-        if slope is not None:
-            gradient.mul_(slope)
-        elif scale != 1.0:
-            gradient.mul_(scale)
+        _multiply(gradient, scale if slope is None else slope)
         if keep is not None:
             gradient.masked_fill_(~keep, 0.0)
         if gradient is not out:
             out.copy_(gradient)
 
-    def project(g: Tensor, q: Tensor | None, total: Tensor, to: Tensor) -> Tensor:
-        if q is None or not divergence.normalized:
-            return to.copy_(g)
-        return torch.addcmul(g, q, total.to(dtype), value=-1.0, out=to)
-
     student_out, teacher_out = outs
-    # The teacher's first: the student's may overwrite logits that phi and g are views of.
+    # The teacher's first, as the student's may overwrite logits that are still read.
     if teacher_out is not None:
-        to = teacher_out if teacher_out.dtype == dtype else scratch("gradient", count)
-        if alpha:
-            assert t is not None and divergence.degree is not None
-            h = divergence.degree * phi - g
-            total = divergence.degree * phi_sum - g_sum
-            gradient = project(h, t.softmax, total if apart is None else total + apart.h, to)
-            if apart is not None and seat is not None:
-                gradient.scatter_(-1, seat, apart.h.to(dtype))
-            _multiply(gradient, row_scale * (alpha * t_squared / teacher_temperature))
+        if t is None:
+            teacher_out.copy_((zeros * row_scale).expand_as(teacher_out))
         else:
-            gradient = to.zero_()
-            _multiply(gradient, row_scale)  # NaN where it is
-        finish(gradient, t.slope if t else None, options.teacher_logit_scale, teacher_out)
+            gradient = differentiated(2, t, teacher_temperature, teacher_out)
+            finish(gradient, t.slope, options.teacher_logit_scale, teacher_out)
     if student_out is not None:
-        to = student_out if student_out.dtype == dtype else scratch("gradient", count)
-        towards: float | Tensor = (1.0 - alpha) * row_scale if with_labels else 0.0
-        if alpha:
-            total = g_sum if apart is None else g_sum + apart.g
-            gradient = project(g, s.softmax, total, to)
-            if apart is not None and seat is not None:
-                gradient.scatter_(-1, seat, apart.g.to(dtype))
-            _multiply(gradient, row_scale * (alpha * t_squared / temperature))
-        else:
-            gradient = to.zero_()
+        gradient = differentiated(1, s, temperature, student_out)
         if with_labels:
-            _add_cross_entropy(gradient, s, seat, towards, options, options.label_smoothing)
-        if by_label and apart is not None and alpha:
-            of_label = alpha * row_scale * apart.weight.to(dtype)
-            _add_cross_entropy(gradient, s, seat, of_label, options, 0.0)
+            factor = (1.0 - alpha) * row_scale
+            _add_cross_entropy(gradient, s, label, factor, options, options.label_smoothing)
+        if by_label and added is not None and alpha:
+            factor = alpha * row_scale * added.weight
+            _add_cross_entropy(gradient, s, label, factor, options, 0.0)
         finish(gradient, s.slope, options.logit_scale, student_out)
 
     def kept(value: Tensor) -> Tensor:
         return value if keep is None else value.masked_fill(~keep, 0.0)
 
-    return _Values(
-        kept(loss),
-        kept(distillation),
-        kept(cross_entropy),
-        None if entropy is None else kept(entropy),
-    )
+    entropy = None if entropy is None else kept(entropy)
+    return _Values(kept(loss), kept(distillation), kept(cross_entropy), entropy)
 
 
-def _multiply(gradient: Tensor, factor: float | Tensor) -> None:
-    if isinstance(factor, Tensor) or factor != 1.0:
-        gradient.mul_(factor)
+def _multiply(gradient: Tensor, factor: float | Tensor) -> Tensor:
+    return gradient.mul_(factor) if isinstance(factor, Tensor) or factor != 1.0 else gradient
 
 
 def _add_cross_entropy(
     gradient: Tensor,
     s: _Side,
-    seat: Tensor | None,
+    label: Tensor | None,
     factor: float | Tensor,
     options: Options,
     smoothing: float,
 ) -> None:
     """Add factor times (softmax - target), the target smoothed."""
-    assert s.plain is not None and s.plain_sum is not None and seat is not None
-    dtype = gradient.dtype
-    gradient.addcmul_(s.plain, (factor / s.plain_sum).to(dtype))
-    at_label = torch.as_tensor(factor * (smoothing - 1.0), dtype=dtype, device=gradient.device)
-    gradient.scatter_add_(-1, seat, at_label.expand(seat.shape))
+    assert s.plain is not None and s.label is not None and label is not None
+    # The label's column by itself: its probability less 1 has no digits left where the student is sure of it.
+    s.plain.powers.scatter_(-1, label, 0.0)
+    gradient.addcmul_(s.plain.powers, (factor / s.plain.total).to(gradient.dtype))
+    log_q = (s.label.to(s.plain.rest.dtype) - s.plain.top) - s.plain.log_total
+    gradient.scatter_add_(-1, label, (factor * (log_q.expm1() + smoothing)).to(gradient.dtype))
     if smoothing:
         gradient.sub_(factor * (smoothing / options.vocab_size))
 
@@ -705,11 +870,6 @@ def _spread_piece(
     if student.device.type != "cpu":
         z.masked_fill_(weight == 0, 0.0)
     return z
-
-
-def _divide(z: Tensor, temperature: float | Tensor) -> None:
-    if isinstance(temperature, Tensor) or temperature != 1.0:
-        z.div_(temperature)
 
 
 # ---- steps of the reference, a piece of rows at a time
