@@ -22,6 +22,7 @@ from torch import Tensor
 from fastkd import backends
 from fastkd.divergences import ClosedForm, Divergence, Target, function_name, function_named
 from fastkd.rows import Options, Result, Rows, Want, row_dtype
+from fastkd.tensors import savable
 
 Parameters = ParamSpec("Parameters")
 Returned = TypeVar("Returned")
@@ -143,9 +144,9 @@ class KDRows(torch.autograd.Function):
         result: Result = kernels.kd_rows(student, teacher, rows, options, _without_deferred(want))
         kept = rows_to_keep(rows, want, result.loss, summed)
         if want.deferred:
-            ctx.save_for_backward(student, teacher, *kept)
+            ctx.save_for_backward(*savable(student, teacher, *kept))
         else:
-            ctx.save_for_backward(result.student_gradient, result.teacher_gradient, *kept)
+            ctx.save_for_backward(result.student_gradient, result.teacher_gradient, *savable(*kept))
         if want.inplace and not want.deferred:
             torch.autograd.graph.increment_version(student)
         ctx.call = (kernels, options, want)

@@ -19,6 +19,7 @@ from fastkd.divergences import Divergence
 from fastkd.plan import wide
 from fastkd.rows import Want, row_dtype
 from fastkd.teachers import Teacher, TopK, flatten
+from fastkd.tensors import share_storage, writable
 from fastkd.validate import (
     LossOptions,
     Prepared,
@@ -478,6 +479,11 @@ def _check_inplace(student: Tensor, teachers: Sequence[Tensor], want: Want, whol
         raise ValueError(
             "inplace=True overwrites student_logits, and the teacher's gradient needs them; detach one"
         )
+    if not writable(student):
+        raise ValueError(
+            "inplace=True would write through student_logits that torch marks as negated, as the imaginary part of a "
+            "conjugated tensor is; pass student_logits.resolve_neg()"
+        )
     if student.stride(-1) != 1 and student.shape[-1] > 1:
         raise ValueError(
             f"inplace=True needs student_logits with a last stride of 1, got strides {student.stride()}"
@@ -487,8 +493,7 @@ def _check_inplace(student: Tensor, teachers: Sequence[Tensor], want: Want, whol
         for stride, size in zip(student.stride(), student.shape, strict=True)
     ):
         raise ValueError("inplace=True would write expanded student_logits more than once")
-    storages = {teacher.untyped_storage().data_ptr() for teacher in teachers}
-    if student.numel() and student.untyped_storage().data_ptr() in storages:
+    if any(share_storage(student, teacher) for teacher in teachers):
         raise ValueError(
             "inplace=True would overwrite the teacher: it shares its storage with student_logits"
         )

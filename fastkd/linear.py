@@ -20,6 +20,7 @@ from fastkd.chunks import Chunked, Student, chunks_of_rows, saved_dtype
 from fastkd.plan import TOPK_BYTES, MemoryPlan, Shape, plan, wide
 from fastkd.rows import Options, Rows, Want, row_dtype
 from fastkd.teachers import Ensemble, LinearTeacher, Teacher, flatten, unflatten
+from fastkd.tensors import savable
 from fastkd.validate import Prepared
 
 
@@ -151,9 +152,9 @@ class KDChunks(torch.autograd.Function):
         result = call.run(student, teacher, rows)
         kept = autograd.rows_to_keep(rows, call.want, result.loss, summed)
         if call.want.deferred:
-            ctx.save_for_backward(*kept, *student, *teacher)
+            ctx.save_for_backward(*savable(*kept, *student, *teacher))
         else:
-            ctx.save_for_backward(*kept, *result.gradients)
+            ctx.save_for_backward(*savable(*kept), *result.gradients)
             if call.want.inplace:
                 torch.autograd.graph.increment_version(hidden)
         ctx.call = call._replace(backend=call.chosen(student, teacher))

@@ -30,6 +30,7 @@ from fastkd import backends
 from fastkd.autograd import differentiable_once, of_counted_rows, outside_of_graphs, scaled
 from fastkd.divergences import forward_kl
 from fastkd.rows import Rows, row_dtype
+from fastkd.tensors import savable
 from fastkd.validate import (
     check_alike,
     check_choice,
@@ -226,7 +227,7 @@ class _StudentLoss(torch.autograd.Function):
         ignore: int,
     ) -> Tensor:
         """The loss."""
-        ctx.save_for_backward(gradient, *(rows if loss.dim() else Rows()))
+        ctx.save_for_backward(gradient, *savable(*(rows if loss.dim() else Rows())))
         ctx.call = (kernels, ignore, logits.dtype)
         ctx.set_materialize_grads(False)
         return loss.clone()

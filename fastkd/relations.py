@@ -30,6 +30,7 @@ from fastkd.autograd import differentiable_once, outside_of_graphs
 from fastkd.backends import BackendUnavailable
 from fastkd.features import over_peak, unit
 from fastkd.rows import row_dtype
+from fastkd.tensors import check_readable
 from fastkd.validate import LARGEST, SMALLEST, check_choice, check_dense, check_number
 
 MEANS = ("distinct", "all")
@@ -382,6 +383,8 @@ class _OfDistances(torch.autograd.Function):
 
 
 def _of_distances(student: Tensor, teacher: Tensor, relation: Relation) -> Tensor:
+    check_readable("student", student)
+    check_readable("teacher", teacher)
     # A kernel is given addresses, of which the compiler knows nothing.
     return outside_of_graphs(_OfDistances.apply)(student, teacher, relation)
 

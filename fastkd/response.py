@@ -21,6 +21,7 @@ from fastkd.divergences import Divergence, forward_kl, reverse_kl, squared_error
 from fastkd.functional import kd_loss
 from fastkd.plan import REFERENCE_TEMPORARIES
 from fastkd.rows import Options, Rows, Want, counted_rows, row_dtype
+from fastkd.tensors import savable
 from fastkd.validate import (
     LARGEST,
     Prepared,
@@ -75,7 +76,7 @@ class _Computed(torch.autograd.Function):
         outcome = compute(student, teacher, rows, options, (False, False) if deferred else wanted)
         kept = (student, teacher) if deferred else outcome[1:]
         keeps_rows = deferred or outcome.loss.dim() > 0
-        ctx.save_for_backward(*kept, *(rows if keeps_rows else Rows()))
+        ctx.save_for_backward(*savable(*kept, *(rows if keeps_rows else Rows())))
         ctx.call = (options, compute, wanted, deferred)
         return outcome.loss
 

@@ -17,6 +17,7 @@ from torch import Tensor
 from fastkd.divergences import Divergence, resolve
 from fastkd.rows import Options, Rows, counted_rows
 from fastkd.teachers import Ensemble, LinearTeacher, Teacher, TopK, check_linear
+from fastkd.tensors import check_readable, check_strided
 
 REDUCTIONS = ("none", "sum", "mean", "batchmean")
 # Numbers beyond these lose their meaning in float32, once they are multiplied or inverted.
@@ -220,6 +221,7 @@ def check_logits(argument: str, logits: object, shard: bool = False) -> Tensor:
     if not isinstance(logits, Tensor):
         raise TypeError(f"{argument} must be a tensor of logits, got {type(logits).__name__}")
     check_dense(argument, logits)
+    check_readable(argument, logits)
     if logits.dim() == 0 or (logits.shape[-1] == 0 and not shard):
         raise ValueError(
             f"{argument} must have a vocabulary dimension, got shape {tuple(logits.shape)}"
@@ -235,6 +237,7 @@ def check_student_head(hidden: object, weight: object, bias: object) -> None:
         if not isinstance(value, Tensor):
             raise TypeError(f"student_{argument} must be a tensor, got {type(value).__name__}")
         check_dense(f"student_{argument}", value)
+        check_readable(f"student_{argument}", value)
     check_linear("student_", hidden, weight, bias)  # type: ignore[arg-type]  # checked above
 
 
@@ -244,8 +247,7 @@ def check_dense(argument: str, value: Tensor) -> None:
         raise TypeError(
             f"{argument} must be float32, bfloat16, float16 or float64, got {value.dtype}"
         )
-    if value.layout != torch.strided:
-        raise TypeError(f"{argument} must be dense, got a tensor of layout {value.layout}")
+    check_strided(argument, value)
 
 
 def check_teacher(
@@ -267,6 +269,7 @@ def check_teacher(
             check_logits(name, part, shard)
             leading.append((name, part.shape[:-1], part.device))
         elif isinstance(part, TopK):
+            check_readable(f"{name}.ids", part.ids)
             leading.append((name, part.ids.shape[:-1], part.ids.device))
             constants.append((f"{name}.logprobs", part.logprobs))
             constants.append((f"{name}.tail_logprob", part.tail_logprob))
@@ -292,7 +295,10 @@ def check_teacher(
         if where != device:
             raise ValueError(f"{name} must be on {device}, where {student} is; got {where}")
     for name, value in constants:
-        if value is not None and value.requires_grad and torch.is_grad_enabled():
+        if value is None:
+            continue
+        check_readable(name, value)
+        if value.requires_grad and torch.is_grad_enabled():
             raise ValueError(
                 f"{name} requires grad, and only a teacher of dense logits gets a gradient; detach it"
             )
@@ -509,6 +515,7 @@ def check_rows(
         raise ValueError(
             f"{argument} must be on {device}, where the student is; got {value.device}"
         )
+    check_readable(argument, value)
     if value.requires_grad:
         raise ValueError(f"{argument} requires grad, and kd_loss has no gradient for it; detach it")
 
@@ -549,6 +556,7 @@ def _denominator(
                 raise ValueError(f"num_items must be on {device} or the CPU, got {items.device}")
             if items.dtype == torch.bool or items.is_complex():
                 raise TypeError(f"num_items must be a real number, got {items.dtype}")
+            check_readable("num_items", items)
             if items.requires_grad:
                 raise ValueError(
                     "num_items requires grad, and kd_loss has no gradient for it; detach it"

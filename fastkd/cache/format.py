@@ -25,6 +25,8 @@ from typing import Any, TypeGuard
 import torch
 from torch import Tensor
 
+from fastkd.tensors import address
+
 FORMAT = "fastkd teacher cache"
 VERSION = 1
 KINDS = ("hidden", "topk", "dense")
@@ -368,7 +370,7 @@ def chunks(layout: Layout, tensors: Mapping[str, Sequence[Tensor]]) -> Iterator[
     for name in _header(layout)[0]:
         for piece in tensors[name]:
             # torch lends a tensor's memory by way of NumPy alone, which may be missing.
-            yield memoryview((ctypes.c_char * piece.nbytes).from_address(piece.data_ptr()))
+            yield memoryview((ctypes.c_char * piece.nbytes).from_address(address(piece)))
 
 
 def digest(data: Iterable[Any]) -> str:
