@@ -22,7 +22,7 @@ from torch import Tensor
 from fastkd import backends
 from fastkd.divergences import ClosedForm, Divergence, Target, function_name, function_named
 from fastkd.rows import Options, Result, Rows, Want, row_dtype
-from fastkd.tensors import savable
+from fastkd.tensors import copied, savable
 
 Parameters = ParamSpec("Parameters")
 Returned = TypeVar("Returned")
@@ -287,7 +287,12 @@ def _kd_rows_fake(student, teacher, *others):  # type: ignore[no-untyped-def]
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     student, teacher, *rows, backend, divergence, numbers, integers = inputs
     ctx.want = wanted_of(integers)
-    ctx.save_for_backward(*((student, teacher) if ctx.want.deferred else output[2:4]), *rows)
+    kept = list(output[2:4])
+    if ctx.want.deferred:
+        wanted = (ctx.want.student_gradient, ctx.want.teacher_gradient)
+        pairs = zip((student, teacher), wanted, strict=True)
+        kept = [logits if trained else copied(logits) for logits, trained in pairs]
+    ctx.save_for_backward(*kept, *(row if row is None else copied(row) for row in rows))
     ctx.ignore_index = integers[_INTEGERS.index("ignore_index")]
     ctx.call = (
         backend,

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastkd.rows import widened
+from fastkd.tensors import savable
 from fastkd.validate import check_alike, check_choice, check_flags, check_number
 
 KINDS = ("linear", "conv")
@@ -91,6 +92,7 @@ class Regressor(nn.Module):
             raise ValueError(
                 f"features must be {shape}, as student_width says; got shape {tuple(features.shape)}"
             )
+        (features,) = savable(features)
         mapped = self.map(features.to(self.map.weight.dtype))
         if size is None or isinstance(self.map, nn.Linear):
             return mapped
@@ -346,6 +348,7 @@ class FeatureLoss(nn.Module):
             )
         student, teacher, kept = _unmasked(student, teacher, mask, positions)
         if isinstance(projection, (nn.Linear, _Fixed)):
+            (student,) = savable(student)
             student = projection(student.to(projection.weight.dtype))
         _check_pair(of_student, student, of_teacher, teacher)
         student, teacher = (self._normalized(widened(side)) for side in (student, teacher))
@@ -473,6 +476,7 @@ def _mask_of(argument: str, features: Tensor, mask: Tensor) -> Tensor:
         raise ValueError(
             f"mask must be on {features.device}, where {argument} is; got {mask.device}"
         )
+    (mask,) = savable(mask)
     return mask.reshape(*mask.shape, *(1,) * (features.dim() - mask.dim()))
 
 
@@ -489,7 +493,7 @@ def _unmasked(
         )
     kept = _mask_of("student", student, mask)
     student, teacher = (torch.where(kept, side, 0.0) for side in (student, teacher))
-    return student, teacher, mask.reshape(kept.shape[: len(counted)]).expand(counted)
+    return student, teacher, kept.reshape(kept.shape[: len(counted)]).expand(counted)
 
 
 def _any_of_example(kept: Tensor) -> Tensor:

@@ -21,6 +21,7 @@ from fastkd.functional import kd_loss
 from fastkd.mutual import MutualParts, check_students, mutual_loss
 from fastkd.rows import row_dtype
 from fastkd.teachers import Ensemble
+from fastkd.tensors import savable
 from fastkd.validate import (
     Prepared,
     check_alike,
@@ -84,6 +85,7 @@ def ensemble_logits(logits: Sequence[Tensor], gate: Tensor | None = None) -> Ten
         raise ValueError(
             f"gate must be on {branches[0].device}, where the logits are; got {gate.device}"
         )
+    gate, *branches = savable(gate, *branches)
     weights = gate.to(dtype).unsqueeze(-1).unbind(-2)
     mixed = weights[0] * branches[0].to(dtype)
     for weight, branch in zip(weights[1:], branches[1:], strict=True):

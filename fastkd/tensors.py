@@ -109,9 +109,26 @@ def savable(*tensors: Given) -> tuple[Given, ...]:
     """The tensors as a graph can save them: one that was made in inference mode as a copy.
 
     Such a tensor has no version by which autograd would notice that it has changed before the backward; a copy cannot
-    change.
+    change. A compiled graph is not told how its inputs were made, so there every constant is copied.
     """
-    return tuple(
-        tensor.clone() if tensor is not None and tensor.is_inference() else tensor
-        for tensor in tensors
-    )
+    compiling = torch.compiler.is_compiling()
+    return tuple(_savable(tensor, compiling) for tensor in tensors)
+
+
+def _savable(tensor: Given, compiling: bool) -> Given:
+    if tensor is None or tensor.requires_grad:
+        return tensor
+    if compiling:
+        return copied(tensor)
+    return tensor.clone() if tensor.is_inference() else tensor
+
+
+@torch.library.custom_op("fastkd::copied", mutates_args=())
+def copied(tensor: Tensor) -> Tensor:
+    """A copy that a compiler does not see through: it would save the tensor itself, and copy that in the backward."""
+    return tensor.clone()
+
+
+@copied.register_fake
+def _(tensor: Tensor) -> Tensor:
+    return torch.empty_like(tensor)

@@ -434,6 +434,15 @@ def check_alike(argument: str, value: Tensor, other: str, like: Tensor, remedy: 
         )
 
 
+def check_mask(mask: object, other: str, like: Tensor) -> None:
+    """Raise unless it is a bool tensor with the shape, and on the device, of the tensor that `other` names."""
+    if not isinstance(mask, Tensor):
+        raise TypeError(f"mask must be a tensor, got {type(mask).__name__}")
+    if mask.dtype != torch.bool:
+        raise TypeError(f"mask must be {torch.bool}, got {mask.dtype}")
+    check_alike("mask", mask, other, like)
+
+
 def check_choice(argument: str, value: object, allowed: Sequence[object]) -> None:
     """Raise unless the value is one of those allowed."""
     if isinstance(value, (Tensor, bool)) or value not in allowed:
