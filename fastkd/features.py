@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastkd.rows import widened
-from fastkd.tensors import savable
+from fastkd.tensors import savable, savable_when_compiled
 from fastkd.validate import check_alike, check_choice, check_flags, check_number
 
 KINDS = ("linear", "conv")
@@ -123,6 +123,7 @@ def hint_loss(
     _check_pair("student", student, "teacher", teacher)
     if student.dim() < 2:
         raise ValueError(f"student must be [B, ..], got shape {tuple(student.shape)}")
+    student, teacher = savable_when_compiled(student, teacher)
     student, teacher, kept = _unmasked(student, teacher, mask, student.shape)
     squares = (widened(student) - widened(teacher)).square()
     if reduction == "mean_square":
@@ -221,6 +222,7 @@ def attention_transfer_loss(
                 f"teacher_maps[{index}] must be of the batch of student_maps[{index}], {student.shape[0]} on "
                 f"{student.device}; got {teacher.shape[0]} on {teacher.device}"
             )
+        student, teacher = savable_when_compiled(student, teacher)
         found, wanted = _summed_over_channels(student, power), _summed_over_channels(teacher, power)
         if found.shape != wanted.shape:
             if found.dim() != 3 or wanted.dim() != 3:
@@ -346,6 +348,7 @@ class FeatureLoss(nn.Module):
             raise ValueError(
                 f"{of_student} must have {width} features, as its projection takes; got {student.shape[-1]}"
             )
+        student, teacher = savable_when_compiled(student, teacher)
         student, teacher, kept = _unmasked(student, teacher, mask, positions)
         if isinstance(projection, (nn.Linear, _Fixed)):
             (student,) = savable(student)
@@ -400,6 +403,7 @@ def cosine_loss(student: Tensor, teacher: Tensor, *, mask: Tensor | None = None)
         TypeError, ValueError: an argument has the wrong type, shape or device; the message names it.
     """
     _check_pair("student", student, "teacher", teacher)
+    student, teacher = savable_when_compiled(student, teacher)
     student, teacher, kept = _unmasked(student, teacher, mask, student.shape[:-1])
     student, teacher = unit(widened(student)), unit(widened(teacher))
     absent = sum((side.detach() == 0).all(-1) * 0.5 for side in (student, teacher))

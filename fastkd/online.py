@@ -21,7 +21,7 @@ from fastkd.functional import kd_loss
 from fastkd.mutual import MutualParts, check_students, mutual_loss
 from fastkd.rows import row_dtype
 from fastkd.teachers import Ensemble
-from fastkd.tensors import savable
+from fastkd.tensors import savable, savable_when_compiled
 from fastkd.validate import (
     Prepared,
     check_alike,
@@ -321,6 +321,9 @@ def consistency_loss(
     student_logits = check_logits("student_logits", student_logits)
     teacher_logits = check_logits("teacher_logits", teacher_logits)
     check_alike("teacher_logits", teacher_logits, "student_logits", student_logits)
+    if form == "mse":
+        student_logits, teacher_logits = savable_when_compiled(student_logits, teacher_logits)
+        mask, weight = savable_when_compiled(mask, weight)
     options: dict[str, Any] = {
         "mask": mask, "weight": weight, "reduction": reduction, "num_items": num_items, "backend": backend,
     }  # fmt: skip

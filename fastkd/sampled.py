@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from fastkd.rows import widened
-from fastkd.tensors import savable
+from fastkd.tensors import savable, savable_when_compiled
 from fastkd.validate import check_alike, check_mask
 
 
@@ -63,7 +63,7 @@ def _log_ratio(student: Tensor, teacher: Tensor, mask: Tensor | None) -> Tensor:
             raise TypeError(f"{argument} must be floating point, got {value.dtype}")
     check_alike("teacher_logprobs", teacher, "student_logprobs", student)
     # In float32: the difference of two bfloat16 log-probabilities has no digits left.
-    student, teacher = widened(student), widened(teacher)
+    student, teacher = (widened(x) for x in savable_when_compiled(student, teacher))
     if mask is not None:
         check_mask(mask, "student_logprobs", student)
         (mask,) = savable(mask)

@@ -115,9 +115,14 @@ def savable(*tensors: Given) -> tuple[Given, ...]:
     return tuple(_savable(tensor, compiling) for tensor in tensors)
 
 
+def savable_when_compiled(*tensors: Given) -> tuple[Given, ...]:
+    """:func:`savable` tensors in a compiled graph, where the compiler chooses what it saves; else as they are."""
+    return savable(*tensors) if torch.compiler.is_compiling() else tensors
+
+
 def _savable(tensor: Given, compiling: bool) -> Given:
-    if tensor is None or tensor.requires_grad:
-        return tensor
+    if not isinstance(tensor, Tensor) or tensor.requires_grad:
+        return tensor  # what is trained was not made in inference mode
     if compiling:
         return copied(tensor)
     return tensor.clone() if tensor.is_inference() else tensor
