@@ -26,12 +26,13 @@ if not torch.cuda.is_available():
 for _setting in ("FASTKD_BACKEND", "FASTKD_STRICT", "FASTKD_CHECK"):
     os.environ.pop(_setting, None)
 
-# Whether the Triton kernels, in the interpreter where there is no GPU, run the tests that are small enough for it.
-TRITON = False
-
+# The backends that serve CPU tensors of any size; test_suite.py holds both lists to what fastkd has.
 BACKENDS = ["reference"]
 if os.environ.get("FASTKD_TEST_WITHOUT_NATIVE") != "1":
     BACKENDS.append("cpu")
+# Triton's interpreter takes CPU tensors, and about a second for a call. With a GPU it is off: there test_triton.py,
+# test_gpu.py and others run the compiled kernels.
+INTERPRETED = [] if torch.cuda.is_available() else ["triton"]
 
 
 # Files of few tests that take long. Last, one of them would keep one process busy when the others are done.
@@ -76,10 +77,19 @@ def backend(request: pytest.FixtureRequest) -> str:
     return _present(request.param)
 
 
-@pytest.fixture(scope="session", params=[*BACKENDS, *(["triton"] if TRITON else [])])
-def any_backend(request: pytest.FixtureRequest) -> str:
-    """As `backend`, and Triton's interpreter too: for tests of a few small rows."""
-    return _present(request.param)
+@pytest.fixture(scope="session", params=[*BACKENDS, *INTERPRETED])
+def any_backend(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Every backend that serves CPU tensors, Triton's interpreter too: for tests of a few small rows."""
+    name = _present(request.param)
+    if name not in INTERPRETED:
+        yield name
+        return
+    from triton_interpreter import (
+        corrected,
+    )  # imports triton, which most runs of a single file have no use for
+
+    with corrected():
+        yield name
 
 
 def _instruction_sets() -> list[str]:
