@@ -940,7 +940,8 @@ def _shares(gathered: Tensor, programs: int) -> Tensor:
     processes, rows, numbers = gathered.shape
     fields = numbers // programs
     each = gathered.reshape(processes, rows, fields, programs).permute(1, 2, 0, 3)
-    return each.reshape(rows, fields, processes * programs)
+    # Kernels address it as dense, and of one program a process reshape makes a view.
+    return each.reshape(rows, fields, processes * programs).contiguous()
 
 
 def _found(call: Call, gathered: Tensor) -> tuple[Tensor, Tensor | None, int]:
