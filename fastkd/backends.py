@@ -25,6 +25,7 @@ logger = logging.getLogger("fastkd")
 
 MODULES = {
     "reference": "fastkd.reference",
+    "portable": "fastkd.portable",
     "cpu": "fastkd.cpu",
     "triton": "fastkd.kernels.rows",
     "cuda": "fastkd.cuda",
@@ -78,6 +79,7 @@ def available_backends() -> Mapping[str, Obstacle | None]:
         "cpu": _cpu_obstacle(),
         "triton": _triton_obstacle(),
         "cuda": _cuda_obstacle(),
+        "portable": None,
         "reference": None,
     }
 
@@ -160,7 +162,7 @@ def interpreting() -> bool:
 
 def obstacle(backend: str, call: Call, available: Mapping[str, Obstacle | None]) -> Obstacle | None:
     """Why this backend cannot serve this call; None when it can."""
-    if available[backend] is not None or backend == "reference":
+    if available[backend] is not None or backend in ("portable", "reference"):
         return available[backend]
     for argument, dtype in (
         ("student_logits", call.student_dtype),
