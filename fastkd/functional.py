@@ -31,6 +31,7 @@ from fastkd.validate import (
     is_dtensor,
     prepare,
     teacher_widths,
+    with_tail,
     with_topk,
 )
 
@@ -228,6 +229,7 @@ def kd_loss(
             _row_dtype(student_logits, teacher),
             check_vocabulary(vocab_size, widths) if group is None else None,
             layout.local("labels", labels, None, group),
+            teacher,
             divergence=divergence,
             temperature=layout.local("temperature", temperature, None, group),
             teacher_temperature=layout.local(
@@ -269,7 +271,7 @@ def kd_loss(
             agreement, student_logits, whole, teacher, call, want, vocab_size, widths
         )
     if isinstance(teacher, TopK):
-        teacher = teacher.logprobs.detach()
+        call, teacher = with_tail(call, teacher, _row_dtype(student_logits, teacher))
     if isinstance(teacher, Tensor):
         results = autograd.kd_rows(
             student_logits, teacher, call.rows, call.options, want, call.backend, call.summed
@@ -414,7 +416,13 @@ def fused_linear_kd_loss(
         }
         labels = layout.local("labels", labels, None, group)
         call = prepare(
-            lead, device, _row_dtype(hidden, teacher), vocabulary, labels, **{**options, **of_rows}
+            lead,
+            device,
+            _row_dtype(hidden, teacher),
+            vocabulary,
+            labels,
+            teacher,
+            **{**options, **of_rows},
         )
         trained = [x is not None and x.requires_grad for x in (hidden, head, bias)]
         grad_enabled = torch.is_grad_enabled()
@@ -438,9 +446,9 @@ def fused_linear_kd_loss(
             hidden = layout.summed_gradient(hidden, given, group)
         assert call.options.shard is not None
         teacher = layout.cut_teacher(teacher, call.options.shard, call.options.vocab_size, width)
-    if isinstance(teacher, TopK):
-        teacher = teacher.logprobs.detach()
     assert hidden is not None
+    if isinstance(teacher, TopK):
+        call, teacher = with_tail(call, teacher, _row_dtype(hidden, teacher))
     student = Student(hidden, head, bias)
     results = linear.kd_chunks(
         student, teacher, call, want, logits_dtype, chunk_size, memory_budget

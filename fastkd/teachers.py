@@ -101,6 +101,11 @@ class TopK:
                 )
         _check_temperature(self.temperature)
 
+    @property
+    def renormalizes(self) -> bool:
+        """Whether a row's p are divided by their sum, so that they need not be probabilities."""
+        return self.tail in ("renormalize", "renormalize_teacher")
+
     @classmethod
     def from_logits(
         cls, logits: Tensor, k: int, *, tail: str = "bucket", temperature: float = 1.0

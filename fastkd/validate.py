@@ -18,6 +18,7 @@ from fastkd.divergences import Divergence, resolve
 from fastkd.rows import Options, Rows, counted_rows
 from fastkd.teachers import Ensemble, LinearTeacher, Teacher, TopK, check_linear
 from fastkd.tensors import check_readable, check_strided
+from fastkd.topk import MOST, masses
 
 REDUCTIONS = ("none", "sum", "mean", "batchmean")
 # Numbers beyond these lose their meaning in float32, once they are multiplied or inverted.
@@ -62,6 +63,7 @@ def prepare(
     row_dtype: torch.dtype,
     vocabulary: int | None,
     labels: Tensor | None,
+    teacher: Teacher | None = None,
     *,
     divergence: str | Divergence = "forward_kl",
     temperature: float | Tensor = 1.0,
@@ -83,6 +85,7 @@ def prepare(
     """What kd_loss documents of its options, for rows of the leading shape on the device.
 
     vocabulary None: other processes have columns too, and :func:`check_values` is called once they are known.
+    teacher: for the rows that a TopK drops.
     """
     divergence = resolve(divergence)
     alpha = check_number("alpha", alpha, 0.0, 1.0)
@@ -118,6 +121,10 @@ def prepare(
         check_rows("mask", mask, lead, device, (torch.bool,))
     if weight is not None:
         check_rows("weight", weight, lead, device, LOGIT_DTYPES)
+    if isinstance(teacher, TopK) and teacher.renormalizes and (labels is None or alpha == 1.0):
+        # Without the distillation term there is nothing left of a row.
+        named = (teacher.ids != -1).any(-1)
+        mask = named if mask is None else mask & named
     counted, row_weight = _weights(labels, ignore_index, mask, weight, row_dtype)
     count = math.prod(lead) if counted is None else counted.sum()
     items = _denominator(reduction, num_items, count, lead, device, row_dtype)
@@ -388,9 +395,38 @@ def with_topk(prepared: Prepared, teacher: TopK) -> Prepared:
     rows = rows._replace(
         teacher_temperature=None if temperatures is None else temperatures / teacher.temperature,
         ids=ids,
-        tail_logprob=None if mass is None else mass.detach().to(torch.float32).contiguous(),
+        tail_logprob=None if mass is None or teacher.tail != "bucket" else mass.detach(),
     )
     return prepared._replace(options=options, rows=rows)
+
+
+def with_tail(prepared: Prepared, teacher: TopK, dtype: torch.dtype) -> tuple[Prepared, Tensor]:
+    """(the call with the mass of the other tokens in it, the log-probabilities); dtype is that of losses.
+
+    Where processes share the vocabulary, its size is known by now. A row whose probabilities sum to more than MOST, or
+    to NaN, becomes NaN: it gets ids that are none.
+    """
+    options, rows = prepared.options, prepared.rows
+    ids, logprobs, mass = rows.ids, teacher.logprobs.detach(), rows.tail_logprob
+    assert ids is not None
+    if checking():
+        _check_logprobs(logprobs, rows, options)
+    if teacher.renormalizes:
+        return prepared, logprobs
+    total, rest = masses(ids, logprobs)
+    if teacher.tail == "bucket":
+        if mass is None:
+            mass = rest.log()
+        else:
+            # A row that names no token has all in its tail, and no use for what it says of that.
+            mass = torch.where((ids == -1).all(-1), 0.0, mass.to(torch.float64))
+            total = total + mass.exp()
+        if ids.shape[-1] >= options.vocabulary:  # then there may be no other token
+            every = (ids >= 0).sum(-1) == options.vocabulary
+            mass = mass.masked_fill(every, -math.inf)
+        mass = mass.to(dtype).contiguous()
+    ids = ids.masked_fill(~(total <= MOST).unsqueeze(-1), -2)
+    return prepared._replace(rows=rows._replace(ids=ids, tail_logprob=mass)), logprobs
 
 
 def _infinite_at_zero(divergence: Divergence) -> bool:
@@ -404,6 +440,40 @@ def _infinite_at_zero(divergence: Divergence) -> bool:
     one = torch.zeros((), dtype=torch.float64)
     phi, _ = reference.evaluate(divergence, one - torch.inf, one)
     return not bool(phi.isfinite())
+
+
+def _check_logprobs(logprobs: Tensor, rows: Rows, options: Options) -> None:
+    """Raise unless the counted rows have log-probabilities, or, where these are renormalised, logarithms of weights."""
+    assert rows.ids is not None
+    names, given = rows.ids != -1, "teacher.logprobs"
+    logprobs = logprobs.to(torch.float64).masked_fill(~names, -math.inf)
+    if rows.tail_logprob is not None:
+        given = "teacher.logprobs and teacher.tail_logprob"
+        logprobs = torch.cat([logprobs, rows.tail_logprob.to(logprobs.dtype).unsqueeze(-1)], -1)
+    read, counted = names.any(-1), counted_rows(rows, options.ignore_index)
+    if counted is not None:
+        read = read & counted
+    highest, total = logprobs.amax(-1), logprobs.exp().sum(-1)
+
+    def refuse(bad: Tensor, what: str) -> None:
+        if (bad & read).any():
+            row = int((bad & read).flatten().nonzero()[0])
+            raise ValueError(
+                f"{given} must {what.format(row=row, total=float(total.flatten()[row]))}"
+            )
+
+    refuse(~(highest < math.inf), "not be NaN or infinity where ids are not -1; row {row} has some")
+    if options.tail in ("bucket", "truncate"):
+        refuse(
+            total > MOST,
+            "be natural logarithms of probabilities, with a sum of 1 at most; those of row {row} sum to {total:.4g}. "
+            "Take log_softmax over the whole vocabulary before the K tokens, or use tail='renormalize'",
+        )
+    if rows.tail_logprob is not None or options.tail not in ("bucket", "truncate"):
+        refuse(
+            highest == -math.inf,
+            "not all be -inf in a row; those of row {row} are. Set its ids to -1 where there is no teacher",
+        )
 
 
 def _check_ids(ids: Tensor, vocabulary: int, counted: Tensor | None) -> None:
