@@ -87,7 +87,7 @@ def python(script: str, *arguments: str) -> str:
         env=os.environ | {"PYTHONPATH": str(Path(fastkd.__file__).parents[1])},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=900,
     )
     assert done.returncode == 0, done.stderr
     return done.stdout
@@ -1464,7 +1464,7 @@ def test_processes_of_the_command_build_one_cache(model_folder: Path, tmp_path: 
     for process in started:
         process.start()
     for process in started:
-        process.join(timeout=120)
+        process.join(timeout=900)
         assert process.exitcode == 0
     assert main(command(model_folder, tmp_path / "whole", "--rank", "0", "--world-size", "1")) == 0
     assert read_manifest(tmp_path / "parts") == read_manifest(tmp_path / "whole")

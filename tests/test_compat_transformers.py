@@ -510,7 +510,7 @@ def test_two_processes_train_as_one(tmp_path: Path) -> None:
         [*command, trainer_of_processes.__file__, str(tmp_path / "two")],
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=1500,
         env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"},
         check=False,
     )

@@ -95,7 +95,7 @@ def test_as_a_script(folder: Path, tmp_path: Path) -> None:
         [sys.executable, str(EXAMPLES / "online.py"), *arguments],
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=1500,
         env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
         cwd=tmp_path,
         check=False,
