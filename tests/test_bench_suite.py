@@ -15,8 +15,6 @@ import pytest
 import torch
 from torch import Tensor
 
-pytest.importorskip("pytest_benchmark")  # the extra "bench" has it, and "test"
-
 ROOT = Path(__file__).resolve().parent.parent
 BENCH = ROOT / "bench"
 sys.path.append(str(BENCH))  # after tests/, which has modules of the same names
