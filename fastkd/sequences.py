@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from fastkd.divergences import jsd
 from fastkd.functional import kd_loss
+from fastkd.tensors import savable
 from fastkd.validate import check_number
 
 IGNORED = -100
@@ -152,6 +153,7 @@ def gkd_step(
             inputs = _completed(writer, input_ids, mask, pad_token_id, eos_token_id, asked)
     else:
         inputs = Sequences(*(batch[name] for name in Sequences._fields))
+    inputs = Sequences(*savable(*inputs))  # the student's graph saves ids
     given = {"input_ids": inputs.input_ids, "attention_mask": inputs.attention_mask}
     with _evaluating(teacher), torch.no_grad():
         target, _ = shift(teacher(**given).logits, inputs.labels)

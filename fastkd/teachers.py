@@ -13,6 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fastkd.tensors import check_strided
+
 TAILS = ("bucket", "renormalize", "renormalize_teacher", "truncate")
 MEANS = ("arithmetic", "geometric")
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -24,6 +26,7 @@ def _check_tensor(argument: str, value: object, dtypes: Sequence[torch.dtype]) -
     if value.dtype not in dtypes:
         allowed = " or ".join(str(dtype) for dtype in dtypes)
         raise TypeError(f"{argument} must be {allowed}, got {value.dtype}")
+    check_strided(argument, value)
     return value
 
 

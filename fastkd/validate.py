@@ -218,10 +218,15 @@ def _received(value: object) -> str:
 
 def check_logits(argument: str, logits: object, shard: bool = False) -> Tensor:
     """Raise unless it is a dense tensor [..., V] of a dtype that losses take; a shard may have no column."""
+    checked = _check_columns(argument, logits, shard)
+    check_readable(argument, checked)
+    return checked
+
+
+def _check_columns(argument: str, logits: object, shard: bool) -> Tensor:
     if not isinstance(logits, Tensor):
         raise TypeError(f"{argument} must be a tensor of logits, got {type(logits).__name__}")
     check_dense(argument, logits)
-    check_readable(argument, logits)
     if logits.dim() == 0 or (logits.shape[-1] == 0 and not shard):
         raise ValueError(
             f"{argument} must have a vocabulary dimension, got shape {tuple(logits.shape)}"
@@ -260,21 +265,21 @@ def check_teacher(
             f"got {type(teacher).__name__}"
         )
     if isinstance(teacher, Tensor):
-        check_logits("teacher", teacher, shard)
+        _check_columns("teacher", teacher, shard)
     constants: list[tuple[str, Tensor | None]] = []
-    leading: list[tuple[str, torch.Size, torch.device]] = []
+    leading: list[tuple[str, Tensor]] = []  # what has the rows
 
     def visit(name: str, part: Tensor | TopK | LinearTeacher) -> None:
         if isinstance(part, Tensor):
-            check_logits(name, part, shard)
-            leading.append((name, part.shape[:-1], part.device))
+            _check_columns(name, part, shard)
+            leading.append((name, part))
         elif isinstance(part, TopK):
-            check_readable(f"{name}.ids", part.ids)
-            leading.append((name, part.ids.shape[:-1], part.ids.device))
+            leading.append((name, part.ids))
+            constants.append((f"{name}.ids", part.ids))
             constants.append((f"{name}.logprobs", part.logprobs))
             constants.append((f"{name}.tail_logprob", part.tail_logprob))
         else:
-            leading.append((name, part.hidden.shape[:-1], part.hidden.device))
+            leading.append((name, part.hidden))
             for field in ("hidden", "weight", "bias"):
                 constants.append((f"{name}.{field}", getattr(part, field)))
 
@@ -286,22 +291,22 @@ def check_teacher(
                 constants.append((name, member))
     else:
         visit("teacher", teacher)
-    for name, shape, _ in leading:
-        if shape != lead:
+    for name, part in leading:
+        if part.shape[:-1] != lead:
             raise ValueError(
-                f"{name} must have the leading shape of {student}, {tuple(lead)}; got {tuple(shape)}"
+                f"{name} must have the leading shape of {student}, {tuple(lead)}; got {tuple(part.shape[:-1])}"
             )
-    for name, _, where in leading:
-        if where != device:
-            raise ValueError(f"{name} must be on {device}, where {student} is; got {where}")
+    for name, part in leading:
+        if part.device != device:
+            raise ValueError(f"{name} must be on {device}, where {student} is; got {part.device}")
     for name, value in constants:
-        if value is None:
-            continue
-        check_readable(name, value)
-        if value.requires_grad and torch.is_grad_enabled():
+        if value is not None and value.requires_grad and torch.is_grad_enabled():
             raise ValueError(
                 f"{name} requires grad, and only a teacher of dense logits gets a gradient; detach it"
             )
+    for name, value in constants + leading:
+        if value is not None:
+            check_readable(name, value)
     return teacher
 
 
@@ -516,6 +521,7 @@ def check_rows(
     if value.dtype not in dtypes:
         allowed = " or ".join(str(dtype) for dtype in dtypes)
         raise TypeError(f"{argument} must be {allowed}, got {value.dtype}")
+    check_strided(argument, value)
     if value.shape != lead:
         raise ValueError(
             f"{argument} must have one value a row, shape {tuple(lead)}; got {tuple(value.shape)}"
