@@ -16,6 +16,7 @@ from torch import Tensor
 
 from fastkd.divergences import Divergence, resolve
 from fastkd.rows import Options, Rows, counted_rows
+from fastkd.scalars import plain
 from fastkd.teachers import Ensemble, LinearTeacher, Teacher, TopK, check_linear
 from fastkd.tensors import check_readable, check_strided
 
@@ -84,6 +85,7 @@ def prepare(
 
     vocabulary None: other processes have columns too, and :func:`check_values` is called once they are known.
     """
+    scale_by_temperature = plain(scale_by_temperature)
     divergence = resolve(divergence)
     alpha = check_number("alpha", alpha, 0.0, 1.0)
     label_smoothing = check_number("label_smoothing", label_smoothing, 0.0, 1.0, open_right=True)
@@ -98,8 +100,7 @@ def prepare(
         )
     if divergence.target is not None:
         _check_apart(divergence, labels, vocabulary)
-    if type(ignore_index) is not int:
-        raise TypeError(f"ignore_index must be an int, got {type(ignore_index).__name__}")
+    ignore_index = check_int("ignore_index", ignore_index)
     if not -(2**63) <= ignore_index < 2**63:
         raise ValueError(f"ignore_index must fit in 64 bits, got {ignore_index}")
     check_flags(scale_by_temperature=scale_by_temperature)
@@ -208,7 +209,7 @@ def is_dtensor(value: object) -> bool:
 def check_flags(**flags: bool) -> None:
     """Raise unless each is True or False."""
     for argument, flag in flags.items():
-        if not isinstance(flag, bool):
+        if not isinstance(plain(flag), bool):
             raise TypeError(f"{argument} must be True or False, got {type(flag).__name__}")
 
 
@@ -326,6 +327,7 @@ def teacher_widths(teacher: Teacher) -> dict[str, int]:
 
 def check_vocabulary(vocab_size: int | None, widths: dict[str, int]) -> int:
     """The number of columns that count, from the width of each argument."""
+    vocab_size = plain(vocab_size)
     narrower = min(widths.values())
     for name, width in widths.items():
         if not width:
@@ -455,10 +457,19 @@ def check_choice(argument: str, value: object, allowed: Sequence[object]) -> Non
         raise ValueError(f"{argument} must be one of {listed}; got {value!r}")
 
 
+def check_int(argument: str, value: object) -> int:
+    """The value as Python's int; raise unless it is one, and no bool."""
+    value = plain(value)
+    if type(value) is not int:
+        raise TypeError(f"{argument} must be an int, got {type(value).__name__}")
+    return value
+
+
 def check_number(
     argument: str, value: float, low: float, high: float, *, open_right: bool = False
 ) -> float:
     """The value as a float; raise unless it is a number in [low, high], or in [low, high) with open_right."""
+    value = plain(value)
     if isinstance(value, (bool, Tensor)) or not isinstance(value, (int, float)):
         raise TypeError(f"{argument} must be a number, got {type(value).__name__}")
     if not (low <= value < high or (value == high and not open_right)):
@@ -477,7 +488,8 @@ def _in_range(argument: str, value: float) -> float:
 
 
 def _nonzero(argument: str, value: float) -> float:
-    if not isinstance(value, (int, float)):
+    value = plain(value)
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{argument} must be a number, got {type(value).__name__}")
     if value == 0 or not -math.inf < value < math.inf:
         raise ValueError(f"{argument} must be finite and not 0, got {value}")
@@ -487,7 +499,8 @@ def _nonzero(argument: str, value: float) -> float:
 def _softcap(argument: str, value: float | None) -> float:
     if value is None:
         return 0.0
-    if not isinstance(value, (int, float)):
+    value = plain(value)
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{argument} must be a number or None, got {type(value).__name__}")
     if not 0 < value < math.inf:
         raise ValueError(f"{argument} must be positive and finite, or None for none; got {value}")
@@ -501,7 +514,8 @@ def _temperature(
     if isinstance(value, Tensor):
         check_rows(argument, value, lead, device, LOGIT_DTYPES)
         return 1.0, value.to(torch.float32).contiguous()
-    if not isinstance(value, (int, float)):
+    value = plain(value)
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{argument} must be a number or a tensor, got {type(value).__name__}")
     if not 0 < value < math.inf:
         raise ValueError(f"{argument} must be positive and finite, got {value}")
@@ -561,7 +575,7 @@ def _denominator(
 ) -> int | float | Tensor:
     """What the summed loss is divided by: a number, or a 0-dim tensor where only the device knows it."""
     if num_items is not None:
-        items = num_items
+        items = plain(num_items)
         if isinstance(items, Tensor):
             if items.numel() != 1:
                 raise ValueError(
@@ -578,7 +592,7 @@ def _denominator(
                 )
             items = items.reshape(()).to(device, dtype, non_blocking=True)
             return torch.where(items == 0, 1.0, items)  # 0: no row counts anywhere, so 0 / 1
-        if not isinstance(items, (int, float)):
+        if isinstance(items, bool) or not isinstance(items, (int, float)):
             raise TypeError(f"num_items must be a number or a tensor, got {type(items).__name__}")
         if not 0 < items < math.inf:
             raise ValueError(f"num_items must be positive, got {items}")
