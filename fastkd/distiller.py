@@ -29,6 +29,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from fastkd.scalars import plain
 from fastkd.teachers import Ensemble, LinearTeacher, TopK
 
 GIVEN = ("labels", "mask", "num_items")
@@ -94,7 +95,7 @@ class Term:
             if not callable(getattr(self, argument)):
                 raise TypeError(f"{argument} must be callable, got {getattr(self, argument)!r}")
         if not callable(self.weight):
-            _check_weight("weight", self.weight)
+            object.__setattr__(self, "weight", _checked_weight("weight", self.weight))
         if self.student_layer is None and self.teacher_layer is not None:
             raise ValueError("student_layer must be given where teacher_layer is")
         names = getattr(self.loss, "student_layers", None)
@@ -144,9 +145,7 @@ class Term:
             return self.weight
         if step is None:
             raise ValueError(f"step must be given, as the weight of term {name!r} depends on it")
-        weight = self.weight(step)
-        _check_weight(f"the weight of term {name!r} at step {step}", weight)
-        return weight
+        return _checked_weight(f"the weight of term {name!r} at step {step}", self.weight(step))
 
 
 class Distiller(nn.Module):
@@ -511,11 +510,13 @@ def _all_names(layers: object) -> bool:
     return isinstance(layers, Sequence) and all(isinstance(name, str) for name in layers)
 
 
-def _check_weight(argument: str, weight: object) -> None:
+def _checked_weight(argument: str, weight: Any) -> float:
+    weight = plain(weight)
     if isinstance(weight, (bool, Tensor)) or not isinstance(weight, (int, float)):
         raise TypeError(f"{argument} must be a number, got {type(weight).__name__}")
     if not math.isfinite(weight):
         raise ValueError(f"{argument} must be finite, got {weight}")
+    return weight
 
 
 def _check_terms(terms: object) -> None:

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastkd.rows import widened
+from fastkd.scalars import plain
 from fastkd.tensors import savable, savable_when_compiled
 from fastkd.validate import check_alike, check_choice, check_flags, check_number
 
@@ -61,8 +62,8 @@ class Regressor(nn.Module):
         resize: str | None = None,
     ) -> None:
         super().__init__()
-        for argument, width in (("student_width", student_width), ("teacher_width", teacher_width)):
-            _check_width(argument, width)
+        student_width = _checked_width("student_width", student_width)
+        teacher_width = _checked_width("teacher_width", teacher_width)
         check_choice("kind", kind, KINDS)
         check_choice("resize", resize, RESIZES)
         check_flags(bias=bias)
@@ -537,9 +538,11 @@ def _check_pair(of_student: str, student: Tensor, of_teacher: str, teacher: Tens
     check_alike(of_teacher, teacher, of_student, student, remedy)
 
 
-def _check_width(argument: str, width: object) -> None:
+def _checked_width(argument: str, width: object) -> int:
+    width = plain(width)
     if type(width) is not int or width < 1:
         raise ValueError(f"{argument} must be a positive int, got {width!r}")
+    return width
 
 
 def _pairs(
@@ -547,7 +550,7 @@ def _pairs(
 ) -> list[tuple[Layer, Layer]]:
     items = layers.items() if isinstance(layers, Mapping) else layers
     try:
-        pairs = [(student, teacher) for student, teacher in items]
+        pairs = [(plain(student), plain(teacher)) for student, teacher in items]
     except (TypeError, ValueError):
         pairs = []
     if not pairs or any(type(layer) not in (int, str) for pair in pairs for layer in pair):
@@ -577,9 +580,8 @@ def _projection(index: int, kind: object, widths: Sequence[Any], bias: bool) -> 
     check_choice(f"projection[{index}]", kind, PROJECTIONS)
     if kind == "identity":
         return nn.Identity()
-    student_width, teacher_width = widths
-    for argument, width in (("student_width", student_width), ("teacher_width", teacher_width)):
-        _check_width(argument, width)
+    names = ("student_width", "teacher_width")
+    student_width, teacher_width = map(_checked_width, names, widths)
     if kind == "linear":
         return nn.Linear(student_width, teacher_width, bias=bias)
     return _Fixed(nn.init.orthogonal_(torch.empty(teacher_width, student_width)))

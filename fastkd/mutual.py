@@ -266,11 +266,12 @@ def check_students(logits: object) -> list[Tensor]:
     return students
 
 
-def _check_options(temperature: object, peers: object, peer_weight: float) -> None:
+def _check_options(temperature: object, peers: object, peer_weight: float) -> float:
+    """The weight of the peers, as a float."""
     if isinstance(temperature, Tensor):
         raise TypeError(f"temperature must be a number, got {type(temperature).__name__}")
-    check_number("peer_weight", peer_weight, 0.0, math.inf, open_right=True)
     check_choice("peers", peers, PEERS)
+    return check_number("peer_weight", peer_weight, 0.0, math.inf, open_right=True)
 
 
 def _kernels(backend: str, logits: Tensor) -> tuple[ModuleType, ModuleType]:
@@ -366,7 +367,7 @@ def mutual_loss(
         RuntimeError: in a second derivative.
     """
     students = check_students(logits)
-    _check_options(temperature, peers, peer_weight)
+    peer_weight = _check_options(temperature, peers, peer_weight)
     check_flags(return_parts=return_parts)
     first = students[0]
     call = prepare(
@@ -388,9 +389,9 @@ def mutual_loss(
     options = Options(
         call.options.temperature,
         peers,
-        float(peer_weight),
-        scale_by_temperature,
-        ignore_index,
+        peer_weight,
+        call.options.scale_by_temperature,
+        call.options.ignore_index,
         call.options.scale,
     )
     wanted = [torch.is_grad_enabled() and student.requires_grad for student in students]
@@ -403,7 +404,7 @@ def mutual_loss(
     losses = tuple(
         value.clone()
         if gradient is None
-        else _StudentLoss.apply(student, value, gradient, scaling, call.rows, ignore_index)
+        else _StudentLoss.apply(student, value, gradient, scaling, call.rows, options.ignore_index)
         for student, value, gradient in zip(students, values, result.gradients, strict=True)
     )
     if not return_parts:

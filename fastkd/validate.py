@@ -16,6 +16,7 @@ from torch import Tensor
 
 from fastkd.divergences import Divergence, resolve
 from fastkd.rows import Options, Rows, counted_rows
+from fastkd.scalars import plain
 from fastkd.teachers import Ensemble, LinearTeacher, Teacher, TopK, check_linear
 from fastkd.tensors import check_readable, check_strided
 from fastkd.topk import MOST, masses
@@ -87,6 +88,7 @@ def prepare(
     vocabulary None: other processes have columns too, and :func:`check_values` is called once they are known.
     teacher: for the rows that a TopK drops.
     """
+    scale_by_temperature = plain(scale_by_temperature)
     divergence = resolve(divergence)
     alpha = check_number("alpha", alpha, 0.0, 1.0)
     label_smoothing = check_number("label_smoothing", label_smoothing, 0.0, 1.0, open_right=True)
@@ -101,8 +103,7 @@ def prepare(
         )
     if divergence.target is not None:
         _check_apart(divergence, labels, vocabulary)
-    if type(ignore_index) is not int:
-        raise TypeError(f"ignore_index must be an int, got {type(ignore_index).__name__}")
+    ignore_index = check_int("ignore_index", ignore_index)
     if not -(2**63) <= ignore_index < 2**63:
         raise ValueError(f"ignore_index must fit in 64 bits, got {ignore_index}")
     check_flags(scale_by_temperature=scale_by_temperature)
@@ -215,7 +216,7 @@ def is_dtensor(value: object) -> bool:
 def check_flags(**flags: bool) -> None:
     """Raise unless each is True or False."""
     for argument, flag in flags.items():
-        if not isinstance(flag, bool):
+        if not isinstance(plain(flag), bool):
             raise TypeError(f"{argument} must be True or False, got {type(flag).__name__}")
 
 
@@ -225,10 +226,15 @@ def _received(value: object) -> str:
 
 def check_logits(argument: str, logits: object, shard: bool = False) -> Tensor:
     """Raise unless it is a dense tensor [..., V] of a dtype that losses take; a shard may have no column."""
+    checked = _check_columns(argument, logits, shard)
+    check_readable(argument, checked)
+    return checked
+
+
+def _check_columns(argument: str, logits: object, shard: bool) -> Tensor:
     if not isinstance(logits, Tensor):
         raise TypeError(f"{argument} must be a tensor of logits, got {type(logits).__name__}")
     check_dense(argument, logits)
-    check_readable(argument, logits)
     if logits.dim() == 0 or (logits.shape[-1] == 0 and not shard):
         raise ValueError(
             f"{argument} must have a vocabulary dimension, got shape {tuple(logits.shape)}"
@@ -267,21 +273,21 @@ def check_teacher(
             f"got {type(teacher).__name__}"
         )
     if isinstance(teacher, Tensor):
-        check_logits("teacher", teacher, shard)
+        _check_columns("teacher", teacher, shard)
     constants: list[tuple[str, Tensor | None]] = []
-    leading: list[tuple[str, torch.Size, torch.device]] = []
+    leading: list[tuple[str, Tensor]] = []  # what has the rows
 
     def visit(name: str, part: Tensor | TopK | LinearTeacher) -> None:
         if isinstance(part, Tensor):
-            check_logits(name, part, shard)
-            leading.append((name, part.shape[:-1], part.device))
+            _check_columns(name, part, shard)
+            leading.append((name, part))
         elif isinstance(part, TopK):
-            check_readable(f"{name}.ids", part.ids)
-            leading.append((name, part.ids.shape[:-1], part.ids.device))
+            leading.append((name, part.ids))
+            constants.append((f"{name}.ids", part.ids))
             constants.append((f"{name}.logprobs", part.logprobs))
             constants.append((f"{name}.tail_logprob", part.tail_logprob))
         else:
-            leading.append((name, part.hidden.shape[:-1], part.hidden.device))
+            leading.append((name, part.hidden))
             for field in ("hidden", "weight", "bias"):
                 constants.append((f"{name}.{field}", getattr(part, field)))
 
@@ -293,22 +299,22 @@ def check_teacher(
                 constants.append((name, member))
     else:
         visit("teacher", teacher)
-    for name, shape, _ in leading:
-        if shape != lead:
+    for name, part in leading:
+        if part.shape[:-1] != lead:
             raise ValueError(
-                f"{name} must have the leading shape of {student}, {tuple(lead)}; got {tuple(shape)}"
+                f"{name} must have the leading shape of {student}, {tuple(lead)}; got {tuple(part.shape[:-1])}"
             )
-    for name, _, where in leading:
-        if where != device:
-            raise ValueError(f"{name} must be on {device}, where {student} is; got {where}")
+    for name, part in leading:
+        if part.device != device:
+            raise ValueError(f"{name} must be on {device}, where {student} is; got {part.device}")
     for name, value in constants:
-        if value is None:
-            continue
-        check_readable(name, value)
-        if value.requires_grad and torch.is_grad_enabled():
+        if value is not None and value.requires_grad and torch.is_grad_enabled():
             raise ValueError(
                 f"{name} requires grad, and only a teacher of dense logits gets a gradient; detach it"
             )
+    for name, value in constants + leading:
+        if value is not None:
+            check_readable(name, value)
     return teacher
 
 
@@ -328,6 +334,7 @@ def teacher_widths(teacher: Teacher) -> dict[str, int]:
 
 def check_vocabulary(vocab_size: int | None, widths: dict[str, int]) -> int:
     """The number of columns that count, from the width of each argument."""
+    vocab_size = plain(vocab_size)
     narrower = min(widths.values())
     for name, width in widths.items():
         if not width:
@@ -520,10 +527,19 @@ def check_choice(argument: str, value: object, allowed: Sequence[object]) -> Non
         raise ValueError(f"{argument} must be one of {listed}; got {value!r}")
 
 
+def check_int(argument: str, value: object) -> int:
+    """The value as Python's int; raise unless it is one, and no bool."""
+    value = plain(value)
+    if type(value) is not int:
+        raise TypeError(f"{argument} must be an int, got {type(value).__name__}")
+    return value
+
+
 def check_number(
     argument: str, value: float, low: float, high: float, *, open_right: bool = False
 ) -> float:
     """The value as a float; raise unless it is a number in [low, high], or in [low, high) with open_right."""
+    value = plain(value)
     if isinstance(value, (bool, Tensor)) or not isinstance(value, (int, float)):
         raise TypeError(f"{argument} must be a number, got {type(value).__name__}")
     if not (low <= value < high or (value == high and not open_right)):
@@ -542,7 +558,8 @@ def _in_range(argument: str, value: float) -> float:
 
 
 def _nonzero(argument: str, value: float) -> float:
-    if not isinstance(value, (int, float)):
+    value = plain(value)
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{argument} must be a number, got {type(value).__name__}")
     if value == 0 or not -math.inf < value < math.inf:
         raise ValueError(f"{argument} must be finite and not 0, got {value}")
@@ -552,7 +569,8 @@ def _nonzero(argument: str, value: float) -> float:
 def _softcap(argument: str, value: float | None) -> float:
     if value is None:
         return 0.0
-    if not isinstance(value, (int, float)):
+    value = plain(value)
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{argument} must be a number or None, got {type(value).__name__}")
     if not 0 < value < math.inf:
         raise ValueError(f"{argument} must be positive and finite, or None for none; got {value}")
@@ -566,7 +584,8 @@ def _temperature(
     if isinstance(value, Tensor):
         check_rows(argument, value, lead, device, LOGIT_DTYPES)
         return 1.0, value.to(torch.float32).contiguous()
-    if not isinstance(value, (int, float)):
+    value = plain(value)
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{argument} must be a number or a tensor, got {type(value).__name__}")
     if not 0 < value < math.inf:
         raise ValueError(f"{argument} must be positive and finite, got {value}")
@@ -586,6 +605,7 @@ def check_rows(
     if value.dtype not in dtypes:
         allowed = " or ".join(str(dtype) for dtype in dtypes)
         raise TypeError(f"{argument} must be {allowed}, got {value.dtype}")
+    check_strided(argument, value)
     if value.shape != lead:
         raise ValueError(
             f"{argument} must have one value a row, shape {tuple(lead)}; got {tuple(value.shape)}"
@@ -625,7 +645,7 @@ def _denominator(
 ) -> int | float | Tensor:
     """What the summed loss is divided by: a number, or a 0-dim tensor where only the device knows it."""
     if num_items is not None:
-        items = num_items
+        items = plain(num_items)
         if isinstance(items, Tensor):
             if items.numel() != 1:
                 raise ValueError(
@@ -642,7 +662,7 @@ def _denominator(
                 )
             items = items.reshape(()).to(device, dtype, non_blocking=True)
             return torch.where(items == 0, 1.0, items)  # 0: no row counts anywhere, so 0 / 1
-        if not isinstance(items, (int, float)):
+        if isinstance(items, bool) or not isinstance(items, (int, float)):
             raise TypeError(f"num_items must be a number or a tensor, got {type(items).__name__}")
         if not 0 < items < math.inf:
             raise ValueError(f"num_items must be positive, got {items}")
