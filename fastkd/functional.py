@@ -157,7 +157,7 @@ def kd_loss(
     (Hinton, Vinyals and Dean 2015; cross-entropy at temperature 1). No probability tensor is ever held.
 
     Args:
-        student_logits: [..., V], float32, bfloat16, float16 (float64 on the reference). Any strides; the last
+        student_logits: [..., V], float32, bfloat16, float16 (float64 in plain PyTorch). Any strides; the last
             dimension is copied only where its stride is not 1.
         teacher: dense teacher logits of the same leading shape, of any of those dtypes; if they require grad they
             get their gradient. Or a :class:`fastkd.TopK`, a :class:`fastkd.LinearTeacher` or a
@@ -337,7 +337,7 @@ def fused_linear_kd_loss(
     row inside the sum, so the backward makes the logits again.
 
     Args:
-        student_hidden: [..., H], float32, bfloat16, float16 (float64 on the reference). Any strides.
+        student_hidden: [..., H], float32, bfloat16, float16 (float64 in plain PyTorch). Any strides.
         student_weight: [V, H], the lm_head, of the same dtype and device; under autocast both are cast to its dtype.
             A DTensor that FSDP has spread is gathered once a call, and its gradient is averaged over the processes.
         teacher: a :class:`fastkd.LinearTeacher` (of any width), dense logits [..., V], a :class:`fastkd.TopK` or a

@@ -87,7 +87,7 @@ class _Call(NamedTuple):
             self.want,
             (False,) * 3 if later else self.wanted,
             backends.kernels_for(backend, self.options.shard),
-            self._plan(student, teacher, rows, backend == "reference").chunk_size,
+            self._plan(student, teacher, rows, backend).chunk_size,
             self.logits_dtype,
             self.row_dtype(tensors),
         )
@@ -97,7 +97,7 @@ class _Call(NamedTuple):
         given: Student,
         teacher: Tensor | LinearTeacher | Ensemble,
         rows: Rows,
-        reference: bool,
+        backend: str,
     ) -> MemoryPlan:
         student, weight, _ = given
         shard = self.options.shard
@@ -128,7 +128,7 @@ class _Call(NamedTuple):
             sum(tensor.numel() * tensor.itemsize for tensor in flatten(teacher)[0]),
             self.wanted[1],
             student.device.type,
-            reference,
+            backend,
         )
         return plan(shape, self.chunk_size, self.memory_budget)
 

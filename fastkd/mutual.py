@@ -46,6 +46,7 @@ if TYPE_CHECKING:
 PEERS = ("mean", "sum", "average")
 _MODULES = {
     "reference": "fastkd.mutual",
+    "portable": "fastkd.portable",
     "cpu": "fastkd.cpu",
     "triton": "fastkd.kernels.mutual",
 }
@@ -110,13 +111,14 @@ def outputs(
     wanted: Sequence[bool],
     parts: bool,
     empty: Callable[..., Tensor] = torch.empty,
+    dtype: torch.dtype = torch.float32,
 ) -> Result:
-    """Fresh memory for what is wanted."""
+    """Fresh memory for what is wanted; dtype is that of losses."""
     first = logits[0]
     shape = (len(logits), *first.shape[:-1])
 
     def rows(of: Sequence[int] = shape) -> Tensor:
-        return torch.empty(of, dtype=torch.float32, device=first.device)
+        return torch.empty(of, dtype=dtype, device=first.device)
 
     gradients = tuple(
         empty(first.shape, dtype=gradient_dtype(first.dtype), device=first.device) if want else None
@@ -334,8 +336,8 @@ def mutual_loss(
     All students of a row are swept together, in time proportional to M and not to the M (M - 1) pairs.
 
     Args:
-        logits: of every student [..., V], two or more, all of one shape, dtype (float32, bfloat16, float16; float64 on
-            the reference) and device. Any strides; the last dimension is copied only where its stride is not 1.
+        logits: of every student [..., V], two or more, all of one shape, dtype (float32, bfloat16, float16; float64 in
+            plain PyTorch) and device. Any strides; the last dimension is copied only where its stride is not 1.
         labels: [...] int64, of the cross-entropy; None: the loss is the peers' term alone. A row whose label is
             ignore_index is dropped.
         temperature: T > 0, of the peers' term; cross-entropy is at 1.
@@ -350,7 +352,7 @@ def mutual_loss(
             "batchmean" (sum / logits[0].shape[0]).
         num_items: replaces the denominator of "mean" and "batchmean", as in kd_loss.
         return_parts: return (losses, :class:`MutualParts`).
-        backend: "auto", "cpu", "triton" or "reference".
+        backend: "auto", "cpu", "triton", "portable" or "reference".
 
     Returns:
         A tuple of M losses, each part of the graph of its own student and of no other: `losses[k].backward()` serves an

@@ -17,6 +17,11 @@ CPU_BUDGET, DEVICE_BUDGET = 384 << 20, 2112 << 20
 WORKSPACE = 16 << 20
 # [C, V] tensors that the reference holds at once, beside the logits.
 REFERENCE_TEMPORARIES = 14
+# Bytes of one tensor of a piece of rows that the portable backend works on: on a CPU of each thread, so that the piece
+# stays in the cache; elsewhere such that a launch has something to do. And how many of them a piece holds at most:
+# tests/test_portable.py measures it.
+PIECE_CPU, PIECE_DEVICE = 1 << 20, 32 << 20
+PIECE_TEMPORARIES = 14
 # A token of a sparse teacher in a chunk: its id, and float32 logits, log-probabilities and gradients of both sides.
 TOPK_BYTES = 32
 LOW_PRECISION = (torch.bfloat16, torch.float16)
@@ -55,7 +60,18 @@ class Shape(NamedTuple):
     teacher_bytes: int = 0
     weight_gradient: bool = True
     device: str = "cpu"
-    reference: bool = False
+    backend: str = ""  # "reference" and "portable" hold more than the kernels do
+
+
+def piece_rows(columns: int, dtype: torch.dtype, device: str) -> int:
+    """How many rows of that many columns the portable backend takes at once; dtype is that of losses."""
+    room = PIECE_CPU * torch.get_num_threads() if device == "cpu" else PIECE_DEVICE
+    return max(room // max(columns * dtype.itemsize, 1), 1)
+
+
+def piece_bytes(columns: int, dtype: torch.dtype, device: str) -> int:
+    """What it holds beside its results, at most."""
+    return PIECE_TEMPORARIES * piece_rows(columns, dtype, device) * columns * dtype.itemsize
 
 
 def budget_of(device: str) -> int:
@@ -85,7 +101,7 @@ def plan(
         converts and shape.device == "cpu"
     )  # hidden states and their gradient in float32
     a_row += (shape.hidden + shape.teacher_hidden) * (shape.dtype.itemsize + converted)
-    if shape.reference:
+    if shape.backend == "reference":
         a_row += REFERENCE_TEMPORARIES * shape.vocabulary * 4
     if converts and shape.device != "cpu" and not shape.teacher_columns:
         a_row += shape.vocabulary * shape.dtype.itemsize  # the gradient in the weight's precision
@@ -96,8 +112,10 @@ def plan(
     if converts and shape.device == "cpu" and shape.hidden:
         width = max(shape.hidden, shape.teacher_hidden)
         workspace += 4 * width * min(slab_rows(width), shape.vocabulary)
-    fixed = accumulator + workspace
     rows = max(shape.rows, 1)
+    if shape.backend == "portable":
+        workspace += piece_bytes(shape.vocabulary, wide(shape.logits_dtype), shape.device)
+    fixed = accumulator + workspace
     if chunk_size is None:
         # The accumulator is there whatever the chunks are: a default leaves the same room beside it.
         budget = memory_budget or budget_of(shape.device) + accumulator

@@ -11,18 +11,20 @@ vocabulary is spread over processes run the reference's steps piece by piece.
 
 from __future__ import annotations
 
-import math
+import functools
 import sys
-from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from types import FunctionType
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from fastkd import mutual, native, reference, topk
+from fastkd import divergences, mutual, native, reference, topk
 from fastkd.chunks import At, put, rows_at, take
-from fastkd.divergences import Divergence
+from fastkd.divergences import DEFINITIONS, Divergence
 from fastkd.reference import empty, evaluate, scale_rows_
+from fastkd.plan import piece_rows
 from fastkd.rows import Options, Result, Rows, Statistics, Want, counted_rows, row_dtype
 from fastkd.topk import Events, topk_rows
 
@@ -30,24 +32,6 @@ __all__ = [
     "empty", "gather_events", "kd_rows", "mutual_rows", "scale_rows_", "shard_results",
     "shard_statistics", "shard_sums", "spread_gradient",
 ]  # fmt: skip
-
-# Bytes of one [rows, columns] tensor of a piece: on a CPU of each thread, whose own cache then holds most of the
-# piece; elsewhere a launch costs microseconds, in which a device reads megabytes.
-CPU_BYTES, DEVICE_BYTES = 256 << 10, 32 << 20
-# How many of them a piece holds at most, those that a definition makes included; tests/test_portable.py measures it.
-TEMPORARIES = 16
-
-
-def rows_of_piece(columns: int, dtype: torch.dtype, device: torch.device) -> int:
-    """How many rows of that many columns go through at once."""
-    room = CPU_BYTES * torch.get_num_threads() if device.type == "cpu" else DEVICE_BYTES
-    return max(room // max(columns * dtype.itemsize, 1), 1)
-
-
-def workspace(rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> int:
-    """Bytes that a call holds beside its results."""
-    rows = min(rows, rows_of_piece(columns, dtype, device))
-    return TEMPORARIES * rows * columns * dtype.itemsize
 
 
 def _exact(dtype: torch.dtype, device: torch.device) -> torch.dtype:
@@ -123,6 +107,21 @@ class _Side(NamedTuple):
     plain_total: Tensor | None = None  # sum of z - plain_top
 
 
+def _adjusted(
+    logits: Tensor, scale: float, softcap: float, buffer: Tensor, scratch: _Scratch, name: str
+) -> tuple[Tensor, Tensor | None]:
+    """(z, its slope where it is no number): the logits themselves where there is nothing to do, else in the buffer."""
+    z = logits
+    if z.dtype != buffer.dtype or (z.stride(-1) != 1 and z.shape[-1] > 1):
+        z = buffer.copy_(z)
+    if softcap:
+        z = torch.mul(z, scale / softcap, out=buffer).tanh_()
+        slope = torch.mul(z, z, out=scratch(name, z.shape[0]))
+        z.mul_(softcap)
+        return z, slope.neg_().add_(1.0).mul_(scale)
+    return (z if scale == 1.0 else torch.mul(z, scale, out=buffer)), None
+
+
 def _sweep(
     logits: Tensor, model: _Model, seat: Tensor | None, divergence: Divergence, scratch: _Scratch
 ) -> _Side:
@@ -130,16 +129,7 @@ def _sweep(
     count, name, temperature = logits.shape[0], model.name, model.temperature
     apart = divergence.target is not None
     gap = scratch(f"{name} gap", count)
-    z, slope = logits, None
-    if z.dtype != scratch.dtype or (z.stride(-1) != 1 and z.shape[-1] > 1):
-        z = gap.copy_(z)
-    if model.softcap:
-        z = torch.mul(z, model.scale / model.softcap, out=gap).tanh_()
-        slope = torch.mul(z, z, out=scratch(f"{name} slope", count))
-        slope.neg_().add_(1.0).mul_(model.scale)
-        z.mul_(model.softcap)
-    elif model.scale != 1.0:
-        z = torch.mul(z, model.scale, out=gap)
+    z, slope = _adjusted(logits, model.scale, model.softcap, gap, scratch, f"{name} slope")
     side = _Side(slope, None if seat is None else z.gather(-1, seat))
     if not divergence.normalized:
         argument = torch.div(z, temperature, out=scratch(f"{name} tempered", count))
@@ -215,7 +205,7 @@ def _definition(
         assert seat is not None
         lowest = torch.finfo(log_p.dtype).min
         log_p, log_q = log_p.scatter_(-1, seat, lowest), log_q.scatter_(-1, seat, lowest)
-    phi, g = divergence.function(p, q, log_p, log_q, *divergence.params)
+    phi, g = _quick(divergence.function)(p, q, log_p, log_q, *divergence.params)
     # A definition may return a number a row, or one of its arguments.
     phi, g = (term.to(log_p.dtype).expand_as(log_p) for term in (phi, g))
     if apart:
@@ -224,11 +214,28 @@ def _definition(
     return phi, g
 
 
+def _where(condition: Tensor, yes: Tensor | float, no: Tensor | float) -> Tensor:
+    """torch.where of two numbers takes 6 times as long on a CPU."""
+    if isinstance(yes, Tensor) or isinstance(no, Tensor):
+        return torch.where(condition, yes, no)
+    result = condition.to(torch.get_default_dtype())
+    return result if (yes, no) == (1.0, 0.0) else result.mul_(yes - no).add_(no)
+
+
+@functools.cache
+def _quick(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A definition of the table with that `where`."""
+    if function not in DEFINITIONS:
+        return function
+    return FunctionType(function.__code__, vars(divergences) | {"where": _where})
+
+
 def _entropy(side: _Side) -> Tensor:
     """[rows, 1], of softmax at the temperature."""
     q, log_q = side.softmax, side.log_softmax
     assert q is not None and log_q is not None
-    return -_sum((q * log_q).masked_fill_(q == 0, 0.0))
+    # -inf only where q is 0, which then takes the place of its product.
+    return -_sum(q * log_q.clamp(min=torch.finfo(q.dtype).min))
 
 
 def _label_apart(
@@ -298,8 +305,7 @@ def _dense_piece(
     )  # fmt: skip
 
     seat = valid = None
-    if options.reads_labels:
-        assert rows.labels is not None  # validated
+    if rows.labels is not None and options.reads_labels:
         labels = rows.labels.unsqueeze(-1)
         valid = (labels >= 0) & (labels < options.vocab_size)
         seat = labels.masked_fill(~valid, 0)
@@ -457,17 +463,18 @@ def kd_rows(student: Tensor, teacher: Tensor, rows: Rows, options: Options, want
     result = native.outputs(student, teacher, want, row_dtype=dtype)
     numbers = _counted(rows, options.ignore_index, device)
     count = lead.numel() if numbers is None else numbers.numel()
-    step = min(rows_of_piece(columns, dtype, device), max(count, 1))
+    step = min(piece_rows(columns, dtype, device.type), max(count, 1))
     scratch = _Scratch(step, columns, dtype, device)
     gradients = (result.student_gradient, result.teacher_gradient)
+    per_row = (result.loss, *result[4:])
     if numbers is not None:
-        _clear_dropped(result, numbers, lead)
+        _clear_dropped([*per_row, *gradients], numbers, lead)
     for at in _pieces(count, step, numbers):
         s, t = (take(logits, lead, at)[:, :columns] for logits in (student, teacher))
         outs = [_Out(gradient, lead, at, columns) for gradient in gradients]
         buffers = [out.buffer(scratch, name) for out, name in zip(outs, ("s", "t"), strict=True)]
         values = _dense_piece(s, t, rows_at(rows, lead, at), options, want, buffers, scratch)
-        for whole, part in zip((result.loss, *result[4:]), values, strict=True):
+        for whole, part in zip(per_row, values, strict=True):
             if whole is not None and part is not None:
                 put(whole, lead, at, part.squeeze(-1).to(dtype))
         for out in outs:
@@ -480,13 +487,13 @@ def kd_rows(student: Tensor, teacher: Tensor, rows: Rows, options: Options, want
     return result._replace(total=total.to(dtype))
 
 
-def _clear_dropped(result: Result, counted: Tensor, lead: torch.Size) -> None:
-    """Set to 0 what the rows that are not counted have of the result."""
+def _clear_dropped(values: Sequence[Tensor | None], counted: Tensor, lead: torch.Size) -> None:
+    """Set the rows that are not counted to 0."""
     dropped = torch.ones(lead.numel(), dtype=torch.bool, device=counted.device)
     dropped[counted] = False
     at = dropped.nonzero().squeeze(1)
-    for name, value in result._asdict().items():
-        if value is not None and name != "total":
+    for value in values:
+        if value is not None:
             put(value, lead, at, torch.zeros((), dtype=value.dtype, device=value.device))
 
 
@@ -517,3 +524,297 @@ class _Out:
         if self.packed is not None and self.whole is not None:
             packed = self.packed.to(self.whole.dtype)
             put(self.whole[..., : self.columns], self.lead, self.at, packed)
+
+
+# ---- sparse teachers
+
+
+def gather_events(student: Tensor, rows: Rows, options: Options, parts: bool) -> Events:
+    """The student's rows as a sparse teacher sees them: fastkd/topk.py. Of a row that is dropped, zeros."""
+    lead, device, dtype = student.shape[:-1], student.device, row_dtype(student.dtype)
+    assert rows.ids is not None
+    with_labels = rows.labels is not None and options.alpha < 1.0
+    smooths = with_labels and options.label_smoothing > 0
+
+    def per_row(wanted: bool, *columns: int) -> Any:
+        return torch.zeros((*lead, *columns), dtype=dtype, device=device) if wanted else None
+
+    events = Events(
+        per_row(True), per_row(True), per_row(True, rows.ids.shape[-1]), per_row(True), per_row(True),
+        per_row(parts), per_row(with_labels), per_row(with_labels), per_row(smooths),
+        torch.ones(lead, dtype=torch.bool, device=device),
+    )  # fmt: skip
+    wholes = [value for value in events if isinstance(value, Tensor)]
+    for at, s, some, scratch in _student_pieces(student, rows, options, dtype):
+        made = _events_of_piece(s, some, options, parts, scratch)
+        for whole, value in zip(wholes, made, strict=True):
+            put(whole, lead, at, value)
+    return events
+
+
+def _student_pieces(
+    student: Tensor, rows: Rows, options: Options, dtype: torch.dtype
+) -> Iterator[tuple[At, Tensor, Rows, _Scratch]]:
+    """(which rows, their logits, what belongs to them, buffers) of the counted rows, piece by piece."""
+    lead, device, columns = student.shape[:-1], student.device, options.vocab_size
+    numbers = _counted(rows, options.ignore_index, device)
+    count = lead.numel() if numbers is None else numbers.numel()
+    step = min(piece_rows(columns, dtype, device.type), max(count, 1))
+    scratch = _Scratch(step, columns, dtype, device)
+    for at in _pieces(count, step, numbers):
+        yield at, take(student, lead, at)[:, :columns], rows_at(rows, lead, at), scratch
+
+
+def _seats(ids: Tensor, options: Options) -> tuple[Tensor, Tensor, Tensor]:
+    """(which ids are columns here, which columns those are and 0 for the others, -inf there and inf for the others)."""
+    seats = ids - options.first_column
+    here = (seats >= 0) & (seats < options.vocab_size)
+    marks = torch.full(ids.shape, torch.inf, device=ids.device).masked_fill_(here, -torch.inf)
+    return here, seats.masked_fill(~here, 0), marks
+
+
+def _events_of_piece(
+    student: Tensor, rows: Rows, options: Options, parts: bool, scratch: _Scratch
+) -> list[Tensor]:
+    """The fields of Events that are there, [rows, ...]."""
+    ids, dtype, count = rows.ids, scratch.dtype, student.shape[0]
+    assert ids is not None
+    kind = _exact(dtype, student.device)
+    z = scratch("z", count)
+    adjusted, _ = _adjusted(student, options.logit_scale, options.softcap, z, scratch, "slope")
+    here, seats, marks = _seats(ids, options)
+    tokens = adjusted.gather(-1, seats).masked_fill_(~here, -torch.inf)
+    origin = tokens.amax(-1, keepdim=True)
+    at_1: list[Tensor] = []
+    if rows.labels is not None and options.alpha < 1.0:
+        top = _finite(adjusted.amax(-1, keepdim=True))
+        label = rows.labels.unsqueeze(-1) - options.first_column
+        named = (label >= 0) & (label < options.vocab_size)
+        of_label = adjusted.gather(-1, label.masked_fill(~named, 0)) - top
+        gap = torch.sub(adjusted, top, out=scratch("powers", count))
+        mean = _sum(gap) / options.vocabulary
+        at_1 = [_sum(gap.exp_()).log(), of_label.masked_fill(~named, -torch.inf)]
+        at_1 += [mean] if options.label_smoothing else []
+    if adjusted is not z:
+        z.copy_(adjusted)
+    z.scatter_reduce_(-1, seats, marks.to(dtype), "amin")
+    tail_origin = z.amax(-1, keepdim=True)
+    temperature: float | Tensor = options.temperature
+    if rows.temperature is not None:
+        temperature = rows.temperature.to(dtype).unsqueeze(-1)
+    _divide(z.sub_(_finite(tail_origin)), temperature)
+    powers = torch.exp(z, out=scratch("powers", count))
+    total = _sum(powers)
+    log_sum = total.log()
+    entropy = []
+    if parts:
+        powers.div_(total.clamp(min=torch.finfo(dtype).tiny).to(dtype))
+        log_q = z.sub_(_finite(log_sum).to(dtype)).clamp_(min=torch.finfo(dtype).min)
+        entropy = [-_sum(powers.mul_(log_q))]
+    tail = (tail_origin - _finite(origin)).to(kind) + temperature * log_sum
+    known = ((ids == -1) | ((ids >= 0) & (ids < options.vocabulary))).all(-1)
+    ordered = ids.sort(-1).values
+    twice = ((ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] >= 0)).any(-1)
+    numbers = [origin, tail_origin, tail, log_sum, *entropy, *at_1]
+    made = [value.squeeze(-1).to(dtype) for value in numbers]
+    made.insert(2, tokens - _finite(origin))
+    return [*made, known & ~twice]
+
+
+def spread_gradient(
+    student: Tensor,
+    events: Events,
+    gradient: Tensor,
+    cross_entropy_scale: Tensor | None,
+    rows: Rows,
+    options: Options,
+    out: Tensor,
+) -> Tensor:
+    """The gradient of the events [..., K + 1], and the cross-entropy's, as that of the student's logits."""
+    lead, columns, dtype = student.shape[:-1], options.vocab_size, row_dtype(student.dtype)
+    assert rows.weight is not None
+    counts = rows._replace(labels=None)  # its weight says which rows do
+    numbers = _counted(counts, options.ignore_index, student.device)
+    if numbers is not None:
+        _clear_dropped([out], numbers, lead)
+    for at, s, _, scratch in _student_pieces(student, counts, options, dtype):
+
+        def part(value: Any, at: At = at) -> Any:
+            return take(value, lead, at) if isinstance(value, Tensor) else value
+
+        few, of_events = rows_at(rows, lead, at), Events(*map(part, events))
+        made = _spread_piece(
+            s, of_events, part(gradient), part(cross_entropy_scale), few, options, scratch
+        )
+        put(out[..., :columns], lead, at, made.to(out.dtype))
+    if out.shape[-1] > columns:
+        out[..., columns:] = 0.0
+    return out
+
+
+def _spread_piece(
+    student: Tensor,
+    events: Events,
+    gradient: Tensor,
+    cross_entropy_scale: Tensor | None,
+    rows: Rows,
+    options: Options,
+    scratch: _Scratch,
+) -> Tensor:
+    ids, dtype, count = rows.ids, scratch.dtype, student.shape[0]
+    assert ids is not None and rows.weight is not None
+    z = scratch("z", count)
+    adjusted, slope = _adjusted(student, options.logit_scale, options.softcap, z, scratch, "slope")
+    here, seats, marks = _seats(ids, options)
+
+    def column(value: Tensor) -> Tensor:
+        return value.to(dtype).unsqueeze(-1)
+
+    entropic = None
+    if cross_entropy_scale is not None:
+        assert rows.labels is not None and events.log_sum is not None
+        origin = column(torch.maximum(events.origin, events.tail_origin) + events.log_sum)
+        factor = column(cross_entropy_scale)
+        entropic = torch.sub(adjusted, origin, out=scratch("entropic", count)).exp_().mul_(factor)
+        label = rows.labels.unsqueeze(-1) - options.first_column
+        named = (label >= 0) & (label < options.vocab_size)
+        at_label = (factor * (options.label_smoothing - 1.0)).masked_fill(~named, 0.0)
+        entropic.scatter_add_(-1, label.masked_fill(~named, 0), at_label)
+        if options.label_smoothing:
+            entropic.sub_(factor * (options.label_smoothing / options.vocabulary))
+    if adjusted is not z:
+        z.copy_(adjusted)
+    z.scatter_reduce_(-1, seats, marks.to(dtype), "amin")
+    temperature: float | Tensor = options.temperature
+    if rows.temperature is not None:
+        temperature = column(rows.temperature)
+    _divide(z.sub_(_finite(column(events.tail_origin))), temperature)
+    z.sub_(_finite(column(events.tail_log_sum))).exp_()
+    # Where there is no tail its derivative may be infinite, and is one of nothing.
+    of_tail = gradient[:, -1:].masked_fill(column(events.tail_log_sum) == -torch.inf, 0.0)
+    z.mul_(of_tail)
+    z.scatter_add_(-1, seats, gradient[:, :-1].masked_fill(~here, 0.0))
+    if entropic is not None:
+        z.add_(entropic)
+    if slope is not None:
+        z.mul_(slope)
+    elif options.logit_scale != 1.0:
+        z.mul_(options.logit_scale)
+    weight = column(rows.weight)
+    z.add_(torch.where(weight.isnan(), torch.nan, 0.0))
+    if student.device.type != "cpu":
+        z.masked_fill_(weight == 0, 0.0)
+    return z
+
+
+def _divide(z: Tensor, temperature: float | Tensor) -> None:
+    if isinstance(temperature, Tensor) or temperature != 1.0:
+        z.div_(temperature)
+
+
+# ---- steps of the reference, a piece of rows at a time
+
+
+def _slices(lead: torch.Size, columns: int, dtype: torch.dtype, device: torch.device) -> list[slice]:
+    """All rows, none packed: what is computed of a dropped one is not used."""
+    count, step = lead.numel(), piece_rows(columns, dtype, device.type)
+    # One of no rows where there are none, so that what is returned has its shape.
+    return [slice(start, min(start + step, count)) for start in range(0, max(count, 1), step)]
+
+
+def shard_statistics(
+    student: Tensor, teacher: Tensor, rows: Rows, options: Options, result: Result
+) -> Statistics:
+    """Of this process's columns: 12 numbers a row in float64."""
+    if rows.ids is not None:
+        return topk.shard_statistics(sys.modules[__name__], student, teacher, rows, options, result)
+    made = [
+        reference.shard_statistics(*given, result)
+        for _, given in _parts_of_shard(student, teacher, rows, options)
+    ]
+    return Statistics(torch.cat([statistics.gathered for statistics in made]))
+
+
+def shard_sums(
+    student: Tensor,
+    teacher: Tensor,
+    rows: Rows,
+    options: Options,
+    result: Result,
+    statistics: Statistics,
+) -> Tensor | None:
+    """Of this process's columns, given the statistics of all: 3 numbers a row in float64."""
+    if rows.ids is not None:
+        return None
+    made = [
+        reference.shard_sums(*given, result, Statistics(statistics.gathered[:, at]))
+        for at, given in _parts_of_shard(student, teacher, rows, options)
+    ]
+    return torch.cat([sums for sums in made if sums is not None])
+
+
+def shard_results(
+    student: Tensor,
+    teacher: Tensor,
+    rows: Rows,
+    options: Options,
+    result: Result,
+    statistics: Statistics,
+    sums: Tensor | None,
+) -> None:
+    """Fill the result, given the statistics and the sums of all processes."""
+    if rows.ids is not None:
+        topk.shard_results(
+            sys.modules[__name__], student, teacher, rows, options, result, statistics
+        )
+        return
+    assert sums is not None
+    lead = student.shape[:-1]
+    for at, given in _parts_of_shard(student, teacher, rows, options):
+        part = Result(
+            *(
+                None if value is None or name == "total" else torch.empty_like(take(value, lead, at))
+                for name, value in result._asdict().items()
+            )
+        )
+        of_rows = Statistics(statistics.gathered[:, at])
+        reference.shard_results(*given, part, of_rows, sums[:, at])
+        for whole, values in zip(result, part, strict=True):
+            if whole is not None and values is not None:
+                put(whole, lead, at, values)
+
+
+def _parts_of_shard(
+    student: Tensor, teacher: Tensor, rows: Rows, options: Options
+) -> Iterator[tuple[slice, tuple[Tensor, Tensor, Rows, Options]]]:
+    lead = student.shape[:-1]
+    dtype = row_dtype(student.dtype, teacher.dtype)
+    for at in _slices(lead, options.vocab_size, dtype, student.device):
+        s, t = take(student, lead, at), take(teacher, lead, at)
+        yield at, (s, t, rows_at(rows, lead, at), options)
+
+
+def mutual_rows(
+    logits: Sequence[Tensor],
+    rows: Rows,
+    options: mutual.Options,
+    wanted: Sequence[bool],
+    parts: bool,
+) -> mutual.Result:
+    """The losses of every row's students and their gradients: :mod:`fastkd.mutual` has the contract."""
+    first, students = logits[0], len(logits)
+    lead, dtype = first.shape[:-1], row_dtype(first.dtype)
+    result = mutual.outputs(logits, wanted, parts, dtype=dtype)
+    for at in _slices(lead, students * first.shape[-1], dtype, first.device):
+        some = [take(student, lead, at) for student in logits]
+        made = mutual.mutual_rows(some, rows_at(rows, lead, at), options, wanted, parts)
+        for name in ("loss", "divergence", "cross_entropy"):
+            whole, values = getattr(result, name), getattr(made, name)
+            for student in range(students if whole is not None else 0):
+                put(whole[student], lead, at, values[student])
+        for gradient, values in zip(result.gradients, made.gradients, strict=True):
+            if gradient is not None and values is not None:
+                put(gradient, lead, at, values)
+    scale = options.scale if rows.scale is None else options.scale * rows.scale
+    total = result.loss.reshape(students, -1).sum(-1, dtype=_exact(dtype, first.device)) * scale
+    return result._replace(total=total.to(dtype))

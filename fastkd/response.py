@@ -19,7 +19,7 @@ from fastkd import autograd, backends, reference
 from fastkd.chunks import put, rows_at, take
 from fastkd.divergences import Divergence, forward_kl, reverse_kl, squared_error
 from fastkd.functional import kd_loss
-from fastkd.plan import REFERENCE_TEMPORARIES
+from fastkd.plan import PIECE_TEMPORARIES, REFERENCE_TEMPORARIES
 from fastkd.rows import Options, Rows, Want, counted_rows, row_dtype
 from fastkd.scalars import plain
 from fastkd.tensors import savable
@@ -327,7 +327,8 @@ def _kernels(call: Prepared, student: Tensor, teacher: Tensor) -> tuple[Any, int
     chosen = backends.select(
         call.backend, student.device.type, dtype, dtype, call.options.divergence
     )
-    return backends.load(chosen), REFERENCE_TEMPORARIES if chosen == "reference" else 0
+    extra = {"reference": REFERENCE_TEMPORARIES, "portable": PIECE_TEMPORARIES}
+    return backends.load(chosen), extra.get(chosen, 0)
 
 
 def _widened(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:

@@ -103,7 +103,7 @@ def _as_given(
         ignore_index=ignore_index,
         **_reduced(reduction, student.shape, labels, ignore_index),
         # These definitions are no part of the C++ kernel's table.
-        backend="reference" if student.device.type == "cpu" else "auto",
+        backend="portable" if student.device.type == "cpu" else "auto",
     )
 
 
