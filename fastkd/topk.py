@@ -122,7 +122,8 @@ def _results(
     for tempering in (rows.temperature, rows.teacher_temperature):
         if tempering is not None:
             valid = valid & (tempering > 0)
-    weight = torch.where(keep & ~valid, torch.nan, weight)  # which makes all of the row NaN
+    wrong = keep & ~valid
+    weight = torch.where(wrong, torch.nan, weight)  # which makes all of the row NaN
 
     temperature = options.temperature if rows.temperature is None else rows.temperature.to(dtype)
     logprobs = logprobs.to(dtype).masked_fill(ids < 0, -torch.inf)
@@ -142,7 +143,8 @@ def _results(
     # A teacher that names no token says nothing, under any policy.
     silent = (ids == -1).all(-1)
     nothing = torch.where(keep, 0.0 * weight, 0.0)  # NaN in a row that is not valid
-    loss, distillation = torch.where(silent, nothing, loss), distillation.masked_fill(silent, 0.0)
+    loss = torch.where(silent, nothing, loss)
+    distillation = distillation.masked_fill(silent, 0.0).masked_fill(wrong, torch.nan)
     if gradient is not None:
         gradient = torch.where(silent.unsqueeze(-1), nothing.unsqueeze(-1), gradient)
 
