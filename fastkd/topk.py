@@ -76,11 +76,13 @@ def masses(ids: Tensor, logprobs: Tensor) -> tuple[Tensor, Tensor]:
     dtype = torch.finfo(logprobs.dtype)
     u = dtype.eps / 2
     of_1 = min(u, torch.finfo(torch.float32).eps / 2)
-    # p is 0 from far above -1e4 on, where -inf would make 0 * inf.
-    z = logprobs.to(torch.float64).masked_fill(ids < 0, -torch.inf).clamp(min=-1e4)
+    # exp(-1e4) is 0 as well, and -inf would make 0 * inf.
+    z = torch.where(ids < 0, -1e4, logprobs).to(torch.float64).clamp_(min=-1e4)
     p = z.exp()
     total = p.sum(-1)
-    s = torch.where(z > -dtype.tiny, of_1, u * z).mul(p).square().sum(-1).sqrt()
+    sure = z.amax(-1) > -dtype.tiny
+    s = u * torch.linalg.vector_norm(z.mul_(p), dim=-1)
+    s = torch.where(sure, of_1, 0.0) + s
     d = 1.0 - total
     return total, ((d - s).clamp(min=0.0) + torch.maximum(d + s, d / -4.0)) / 2.0
 

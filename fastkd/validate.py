@@ -405,17 +405,16 @@ def with_tail(prepared: Prepared, teacher: TopK, dtype: torch.dtype) -> tuple[Pr
     assert ids is not None
     if checking():
         _check_logprobs(logprobs, rows, options)
-    silent = (ids == -1).all(-1)
     if teacher.renormalizes:
         highest = logprobs.masked_fill(ids < 0, -math.inf).amax(-1)
-        right = silent | (highest.abs() < math.inf)
+        right = (highest.abs() < math.inf) | (ids == -1).all(-1)
     else:
         total, rest = masses(ids, logprobs)
         if teacher.tail == "bucket":
             if mass is None:
                 mass = rest.log()
             else:
-                mass = mass.to(torch.float64).masked_fill(silent, 0.0)
+                mass = mass.to(torch.float64).masked_fill((ids == -1).all(-1), 0.0)
                 total = total + mass.exp()
             if ids.shape[-1] >= options.vocabulary:  # then there may be no other token
                 every = (ids >= 0).sum(-1) == options.vocabulary
