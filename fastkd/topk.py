@@ -80,9 +80,9 @@ def masses(ids: Tensor, logprobs: Tensor) -> tuple[Tensor, Tensor]:
     z = torch.where(ids < 0, -1e4, logprobs).to(torch.float64).clamp_(min=-1e4)
     p = z.exp()
     total = p.sum(-1)
-    sure = z.amax(-1) > -dtype.tiny
+    sure = z.amax(-1) > -dtype.tiny  # 0, or so near to it that the dtype has no digits left
     s = u * torch.linalg.vector_norm(z.mul_(p), dim=-1)
-    s = torch.where(sure, of_1, 0.0) + s
+    s = torch.where(sure, of_1, 2.0**-53) + s  # which the sum itself is rounded by
     d = 1.0 - total
     return total, ((d - s).clamp(min=0.0) + torch.maximum(d + s, d / -4.0)) / 2.0
 
