@@ -76,11 +76,13 @@ def masses(ids: Tensor, logprobs: Tensor) -> tuple[Tensor, Tensor]:
     dtype = torch.finfo(logprobs.dtype)
     u = dtype.eps / 2
     of_1 = min(u, torch.finfo(torch.float32).eps / 2)
-    # p is 0 from far above -1e4 on, where -inf would make 0 * inf.
-    z = logprobs.to(torch.float64).masked_fill(ids < 0, -torch.inf).clamp(min=-1e4)
+    # exp(-1e4) is 0 as well, and -inf would make 0 * inf.
+    z = torch.where(ids < 0, -1e4, logprobs).to(torch.float64).clamp_(min=-1e4)
     p = z.exp()
     total = p.sum(-1)
-    s = torch.where(z > -dtype.tiny, of_1, u * z).mul(p).square().sum(-1).sqrt()
+    sure = z.amax(-1) > -dtype.tiny  # 0, or so near to it that the dtype has no digits left
+    s = u * torch.linalg.vector_norm(z.mul_(p), dim=-1)
+    s = torch.where(sure, of_1, 2.0**-53) + s  # which the sum itself is rounded by
     d = 1.0 - total
     return total, ((d - s).clamp(min=0.0) + torch.maximum(d + s, d / -4.0)) / 2.0
 
@@ -122,7 +124,8 @@ def _results(
     for tempering in (rows.temperature, rows.teacher_temperature):
         if tempering is not None:
             valid = valid & (tempering > 0)
-    weight = torch.where(keep & ~valid, torch.nan, weight)  # which makes all of the row NaN
+    wrong = keep & ~valid
+    weight = torch.where(wrong, torch.nan, weight)  # which makes all of the row NaN
 
     temperature = options.temperature if rows.temperature is None else rows.temperature.to(dtype)
     logprobs = logprobs.to(dtype).masked_fill(ids < 0, -torch.inf)
@@ -142,7 +145,8 @@ def _results(
     # A teacher that names no token says nothing, under any policy.
     silent = (ids == -1).all(-1)
     nothing = torch.where(keep, 0.0 * weight, 0.0)  # NaN in a row that is not valid
-    loss, distillation = torch.where(silent, nothing, loss), distillation.masked_fill(silent, 0.0)
+    loss = torch.where(silent, nothing, loss)
+    distillation = distillation.masked_fill(silent, 0.0).masked_fill(wrong, torch.nan)
     if gradient is not None:
         gradient = torch.where(silent.unsqueeze(-1), nothing.unsqueeze(-1), gradient)
 

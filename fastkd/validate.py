@@ -410,8 +410,8 @@ def with_topk(prepared: Prepared, teacher: TopK) -> Prepared:
 def with_tail(prepared: Prepared, teacher: TopK, dtype: torch.dtype) -> tuple[Prepared, Tensor]:
     """(the call with the mass of the other tokens in it, the log-probabilities); dtype is that of losses.
 
-    Where processes share the vocabulary, its size is known by now. A row whose probabilities sum to more than MOST, or
-    to NaN, becomes NaN: it gets ids that are none.
+    Where processes share the vocabulary, its size is known by now. A row without a distribution becomes NaN by ids that
+    are none: one with NaN, with probabilities of a sum above MOST, or with nothing but -inf where the sum divides.
     """
     options, rows = prepared.options, prepared.rows
     ids, logprobs, mass = rows.ids, teacher.logprobs.detach(), rows.tail_logprob
@@ -419,20 +419,22 @@ def with_tail(prepared: Prepared, teacher: TopK, dtype: torch.dtype) -> tuple[Pr
     if checking():
         _check_logprobs(logprobs, rows, options)
     if teacher.renormalizes:
-        return prepared, logprobs
-    total, rest = masses(ids, logprobs)
-    if teacher.tail == "bucket":
-        if mass is None:
-            mass = rest.log()
-        else:
-            # A row that names no token has all in its tail, and no use for what it says of that.
-            mass = torch.where((ids == -1).all(-1), 0.0, mass.to(torch.float64))
-            total = total + mass.exp()
-        if ids.shape[-1] >= options.vocabulary:  # then there may be no other token
-            every = (ids >= 0).sum(-1) == options.vocabulary
-            mass = mass.masked_fill(every, -math.inf)
-        mass = mass.to(dtype).contiguous()
-    ids = ids.masked_fill(~(total <= MOST).unsqueeze(-1), -2)
+        highest = logprobs.masked_fill(ids < 0, -math.inf).amax(-1)
+        right = (highest.abs() < math.inf) | (ids == -1).all(-1)
+    else:
+        total, rest = masses(ids, logprobs)
+        if teacher.tail == "bucket":
+            if mass is None:
+                mass = rest.log()
+            else:
+                mass = mass.to(torch.float64).masked_fill((ids == -1).all(-1), 0.0)
+                total = total + mass.exp()
+            if ids.shape[-1] >= options.vocabulary:  # then there may be no other token
+                every = (ids >= 0).sum(-1) == options.vocabulary
+                mass = mass.masked_fill(every, -math.inf)
+            mass = mass.to(dtype).contiguous()
+        right = total <= MOST
+    ids = ids.masked_fill(~right.unsqueeze(-1), -2)
     return prepared._replace(rows=rows._replace(ids=ids, tail_logprob=mass)), logprobs
 
 

@@ -428,7 +428,10 @@ class TopKRow {
       cross_entropy = log_sum_at_1_ - target / UNTEMPERED.temperature;
       call_.loss[row_] = float(call_.loss[row_] + weight * (1 - call_.alpha) * cross_entropy);
     }
-    if (!valid_) call_.loss[row_] = std::nanf("");
+    if (!valid_) {
+      write(call_.loss, std::nanf(""));
+      write(call_.distillation, std::nanf(""));
+    }
     write(call_.cross_entropy, cross_entropy);
     write(call_.student_entropy, entropy());
     cross_entropy_scale_ =

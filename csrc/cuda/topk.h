@@ -104,6 +104,7 @@ FASTKD_INLINE void close_whole(const Call& call, RowState& row, const Whole& all
   out.log_p = call.tail_logprob ? call.tail_logprob[row.row] : -INF;
   out.are_event = call.tail != Tail::renormalize;
   out.teacher_is_silent = all.seated == 0;
+  out.teacher_is_wrong = all.invalid;
   if (all.invalid) row.weight = NAN;
   row.flags = out.flags;
   open_side(call.teacher, call.teacher_tempering, row.row, row.teacher, row.weight);
