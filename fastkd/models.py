@@ -74,6 +74,21 @@ class Signature(NamedTuple):
 
     names: frozenset[str]
     open: bool  # it takes **kwargs
+    others: frozenset[str] = frozenset()  # names of the other model that are kept from this one
+
+    def chosen(self, features: Mapping[str, Any]) -> dict[str, Any]:
+        """The features that the model takes, and use_cache=False where it knows that and they do not say.
+
+        A key-value cache is of no use to a loss, and with one transformers ignores the boundaries of packed examples.
+        """
+        given = {
+            name: value
+            for name, value in features.items()
+            if name in self.names or (self.open and name not in self.others)
+        }
+        if "use_cache" in self.names and "use_cache" not in given:
+            given["use_cache"] = False
+        return given
 
 
 def signature(model: nn.Module) -> Signature:
@@ -109,33 +124,16 @@ def by_name(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) ->
     return {**dict(zip(names, args, strict=False)), **kwargs}
 
 
-def inputs_for(
-    model: nn.Module, features: Mapping[str, Any], other: object = None
-) -> dict[str, Any]:
-    """The features that a model takes.
+def beside(model: nn.Module, other: object) -> Signature:
+    """The signature of a model that runs beside another one.
 
-    Those that its forward names; with **kwargs also those that it does not, except that a model of transformers, which
-    names what it uses, is spared what the other model alone names.
+    With **kwargs a model takes what its forward does not name; but one of transformers names what it uses, and is
+    spared what the other model alone names.
     """
-    names, is_open = signature(model)
-    if not is_open:
-        return {name: value for name, value in features.items() if name in names}
-    others = (
-        signature(other).names
-        if isinstance(other, nn.Module) and from_transformers(base(model))
-        else frozenset()
-    )
-    return {name: value for name, value in features.items() if name in names or name not in others}
-
-
-def without_cache(model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Any]:
-    """The inputs, with use_cache=False where the model knows it and the caller does not say.
-
-    A key-value cache is of no use to a loss, and with one transformers ignores the boundaries of packed examples.
-    """
-    if "use_cache" in inputs or "use_cache" not in signature(model).names:
-        return dict(inputs)
-    return {**inputs, "use_cache": False}
+    own = signature(model)
+    if not isinstance(other, nn.Module) or not from_transformers(base(model)):
+        return own
+    return own._replace(others=signature(other).names - own.names)
 
 
 def part(outputs: Any, name: str) -> Tensor | None:
@@ -257,7 +255,9 @@ def starts(features: Mapping[str, Any], shape: Sequence[int]) -> Tensor | None:
     return begins
 
 
-def targets(labels: Tensor, shifts: bool, begins: Tensor | None = None) -> Tensor:
+def targets(
+    labels: Tensor, shifts: bool, begins: Tensor | None = None, ignored: int = IGNORED
+) -> Tensor:
     """The label of each row of logits.
 
     Labels move and not the logits, whose shifted view would get a gradient that autograd copies into one of the whole.
@@ -266,8 +266,8 @@ def targets(labels: Tensor, shifts: bool, begins: Tensor | None = None) -> Tenso
     if not shifts:
         return labels
     if begins is not None and begins.shape == labels.shape:
-        labels = labels.masked_fill(begins.to(labels.device), IGNORED)
-    return F.pad(labels[..., 1:], (0, 1), value=IGNORED)
+        labels = labels.masked_fill(begins.to(labels.device), ignored)
+    return F.pad(labels[..., 1:], (0, 1), value=ignored)
 
 
 def counted_without_labels(

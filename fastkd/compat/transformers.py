@@ -88,9 +88,8 @@ def _inputs(
     model: nn.Module, features: dict[str, Any], other: object, labels: Tensor | None
 ) -> dict[str, Any]:
     """What a model is called with, under conditions that are the same for student and teacher."""
-    given = models.inputs_for(model, features, other)
-    given = models.with_decoder_inputs(model, given, labels)
-    return models.without_cache(model, given)
+    given = models.beside(model, other).chosen(features)
+    return models.with_decoder_inputs(model, given, labels)
 
 
 def _same_widths(student: int, teacher: Teacher, vocab_size: object, where: str) -> None:
@@ -186,9 +185,7 @@ def compute_loss_func(
                 "DataCollatorForSeq2Seq(tokenizer, model=student), or KDTrainer, which makes them from labels"
             )
         rest = {name: value for name, value in named.items() if name not in features}
-        return (), _inputs(student, features, teacher_model, None) | models.inputs_for(
-            student, rest
-        )
+        return (), _inputs(student, features, teacher_model, None) | rest
 
     student.register_forward_pre_hook(note, with_kwargs=True)
 
