@@ -66,27 +66,54 @@ def from_transformers(model: nn.Module) -> bool:
 # ---- inputs
 
 
+_VARIADIC = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+
+
 class Signature(NamedTuple):
     """The inputs of a model's forward."""
 
     names: frozenset[str]
     open: bool  # it takes **kwargs
+    others: frozenset[str] = frozenset()  # names of the other model that are kept from this one
+
+    def chosen(self, features: Mapping[str, Any]) -> dict[str, Any]:
+        """The features that the model takes, and use_cache=False where it knows that and they do not say.
+
+        A key-value cache is of no use to a loss, and with one transformers ignores the boundaries of packed examples.
+        """
+        given = {
+            name: value
+            for name, value in features.items()
+            if name in self.names or (self.open and name not in self.others)
+        }
+        if "use_cache" in self.names and "use_cache" not in given:
+            given["use_cache"] = False
+        return given
 
 
 def signature(model: nn.Module) -> Signature:
-    """What the forward of a model names, wrappers aside."""
+    """What the forward of a model names, wrappers aside.
+
+    A forward that takes *args and **kwargs hands them on to that of a base class, whose names count too.
+    """
     inner = base(model)
-    # Of the class: accelerate replaces the instance's forward with one that says (*args, **kwargs).
-    forward = type(inner).forward
-    if forward is nn.Module.forward:
-        forward = inner.forward
-    try:
-        parameters = inspect.signature(forward).parameters.values()
-    except (TypeError, ValueError):
-        return Signature(frozenset(), True)
-    variadic = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
-    names = frozenset(p.name for p in parameters if p.kind not in variadic and p.name != "self")
-    return Signature(names, any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters))
+    # accelerate puts a forward of (*args, **kwargs) on the instance, before that of the class.
+    holders = [vars(inner), *map(vars, type(inner).__mro__)]
+    forwards = [holder["forward"] for holder in holders if "forward" in holder]
+    names: set[str] = set()
+    kinds: set[Any] = set()
+    for forward in forwards:
+        if forward is nn.Module.forward:
+            break
+        try:
+            parameters = inspect.signature(forward).parameters.values()
+        except (TypeError, ValueError):
+            return Signature(frozenset(names), True)
+        names |= {p.name for p in parameters if p.kind not in _VARIADIC and p.name != "self"}
+        kinds = {p.kind for p in parameters} & set(_VARIADIC)
+        if len(kinds) < len(_VARIADIC):
+            break
+    return Signature(frozenset(names), inspect.Parameter.VAR_KEYWORD in kinds)
 
 
 def by_name(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
@@ -97,48 +124,16 @@ def by_name(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) ->
     return {**dict(zip(names, args, strict=False)), **kwargs}
 
 
-def inputs_for(
-    model: nn.Module, features: Mapping[str, Any], other: object = None
-) -> dict[str, Any]:
-    """The features that a model takes.
+def beside(model: nn.Module, other: object) -> Signature:
+    """The signature of a model that runs beside another one.
 
-    Those that its forward names; with **kwargs also those that it does not, except that a model of transformers, which
-    names what it uses, is spared what the other model alone names.
+    With **kwargs a model takes what its forward does not name; but one of transformers names what it uses, and is
+    spared what the other model alone names.
     """
-    names, is_open = signature(model)
-    if not is_open:
-        return {name: value for name, value in features.items() if name in names}
-    others = (
-        signature(other).names
-        if isinstance(other, nn.Module) and from_transformers(base(model))
-        else frozenset()
-    )
-    return {name: value for name, value in features.items() if name in names or name not in others}
-
-
-def without_cache(model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Any]:
-    """The inputs, with use_cache=False where the model knows it and the caller does not say.
-
-    A key-value cache is of no use to a loss, and with one transformers ignores the boundaries of packed examples.
-    """
-    if "use_cache" in inputs or "use_cache" not in signature(model).names:
-        return dict(inputs)
-    return {**inputs, "use_cache": False}
-
-
-def as_mapping(model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Any]:
-    """The inputs, with return_dict=True for a model of transformers, whose tuples do not say what is in them."""
-    return (
-        {**inputs, "return_dict": True}
-        if from_transformers(base(model)) and not returns_mapping(model)
-        else dict(inputs)
-    )
-
-
-def returns_mapping(model: nn.Module) -> bool:
-    """Whether the configuration of a model of transformers lets it return its outputs by name."""
-    config = getattr(base(model), "config", None)
-    return bool(getattr(config, "return_dict", True))
+    own = signature(model)
+    if not isinstance(other, nn.Module) or not from_transformers(base(model)):
+        return own
+    return own._replace(others=signature(other).names - own.names)
 
 
 def part(outputs: Any, name: str) -> Tensor | None:
@@ -260,7 +255,9 @@ def starts(features: Mapping[str, Any], shape: Sequence[int]) -> Tensor | None:
     return begins
 
 
-def targets(labels: Tensor, shifts: bool, begins: Tensor | None = None) -> Tensor:
+def targets(
+    labels: Tensor, shifts: bool, begins: Tensor | None = None, ignored: int = IGNORED
+) -> Tensor:
     """The label of each row of logits.
 
     Labels move and not the logits, whose shifted view would get a gradient that autograd copies into one of the whole.
@@ -269,8 +266,8 @@ def targets(labels: Tensor, shifts: bool, begins: Tensor | None = None) -> Tenso
     if not shifts:
         return labels
     if begins is not None and begins.shape == labels.shape:
-        labels = labels.masked_fill(begins.to(labels.device), IGNORED)
-    return F.pad(labels[..., 1:], (0, 1), value=IGNORED)
+        labels = labels.masked_fill(begins.to(labels.device), ignored)
+    return F.pad(labels[..., 1:], (0, 1), value=ignored)
 
 
 def counted_without_labels(
@@ -445,6 +442,11 @@ def own_loss(model: nn.Module, outputs: Any) -> Tensor | None:
         ValueError: there is one whose coefficient is not known.
     """
     loss = loss_in(outputs)
+    if loss is not None and isinstance(outputs, (tuple, list)) and not isinstance(outputs, Mapping):
+        raise ValueError(
+            "the student returns a tuple that begins with a number, without labels, and what that is cannot be known; "
+            "return a dict with 'loss' and 'logits', or leave it out in so many words, by own_loss='drop'"
+        )
     names = [] if not isinstance(outputs, Mapping) else [
         name for name, value in outputs.items()
         if name != "loss" and name.endswith("loss") and isinstance(value, Tensor) and value.numel() == 1
@@ -537,15 +539,16 @@ def without_soft_prompt(model: nn.Module, rows: Tensor, shape: torch.Size | None
 @contextlib.contextmanager
 def _undone(model: nn.Module, device: torch.device) -> Iterator[None]:
     """Random numbers and buffers are afterwards what they were."""
-    buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
+    buffers = [(buffer, buffer._version, buffer.detach().clone()) for buffer in model.buffers()]
     devices = [device] if device.type == "cuda" else []
     try:
         with torch.random.fork_rng(devices=devices):
             yield
     finally:
         with torch.no_grad():
-            for buffer, before in buffers:
-                buffer.copy_(before)
+            for buffer, version, before in buffers:
+                if buffer._version != version:  # others may be saved for a backward that is to come
+                    buffer.copy_(before)
 
 
 def _first_example(inputs: Mapping[str, Any], labels: Tensor) -> tuple[dict[str, Any], int]:
@@ -596,20 +599,34 @@ def _coefficient(model: nn.Module) -> float | None:
 
 
 def check_boundaries(
-    model: nn.Module, call: Callable[..., Any], inputs: Mapping[str, Any], whose: str
+    model: nn.Module,
+    call: Callable[..., Any],
+    inputs: Mapping[str, Any],
+    features: Mapping[str, Any],
+    whose: str,
 ) -> None:
     """Raise where a model reads from one example of a packed batch into the next.
 
     The end of one example and the beginning of the next are run twice, without gradients and in eval mode, the second
     time with other tokens in the first: the second example's logits must stay. Inputs of other kinds are not cut, and
     then nothing is checked.
+
+    Args:
+        model: the model.
+        call: the model as it is run, wrappers included.
+        inputs: what it is called with.
+        features: of the batch, which say where its examples begin whether the model takes that or not.
+        whose: names it in the error.
+
+    Raises:
+        ValueError: it does.
     """
     ids = inputs.get("input_ids")
     known = {"input_ids", "attention_mask", "use_cache", "return_dict", *BOUNDARIES}
     others = [n for n, v in inputs.items() if isinstance(v, Tensor) and n not in known]
     if not isinstance(ids, Tensor) or ids.dim() != 2 or others:
         return
-    begins = starts(inputs, ids.shape)
+    begins = starts(features, ids.shape)
     if begins is None or not bool(begins.any()):
         return
     row, at = (int(x) for x in begins.nonzero()[0])
@@ -624,6 +641,7 @@ def check_boundaries(
         if name not in BOUNDARIES[2:]
     }
     if isinstance(inputs.get("cu_seq_lens_q"), Tensor):
+        # of the window's two examples
         lengths = inputs["cu_seq_lens_q"].new_tensor([0, at - first, end - first])
         longest = max(at - first, end - at)
         cut = dict(zip(BOUNDARIES[2:], (lengths, lengths, longest, longest), strict=True))

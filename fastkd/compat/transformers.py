@@ -11,6 +11,7 @@ compute_loss_func is for code that cannot change the class of its Trainer. docs/
 from __future__ import annotations
 
 import contextlib
+import inspect
 import sys
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
@@ -87,9 +88,8 @@ def _inputs(
     model: nn.Module, features: dict[str, Any], other: object, labels: Tensor | None
 ) -> dict[str, Any]:
     """What a model is called with, under conditions that are the same for student and teacher."""
-    given = models.inputs_for(model, features, other)
-    given = models.with_decoder_inputs(model, given, labels)
-    return models.as_mapping(model, models.without_cache(model, given))
+    given = models.beside(model, other).chosen(features)
+    return models.with_decoder_inputs(model, given, labels)
 
 
 def _same_widths(student: int, teacher: Teacher, vocab_size: object, where: str) -> None:
@@ -164,6 +164,7 @@ def compute_loss_func(
     loss = KDLoss(**_checked(loss_kwargs, shift_labels, own_loss))
     models.check_heads(student, teacher_model)
     _check_columns(student, teacher_model)
+    _name_loss_type(student)
     seen: list[dict[str, Any]] = []
     habits: list[Habits] = []
     probing: list[bool] = []
@@ -184,9 +185,7 @@ def compute_loss_func(
                 "DataCollatorForSeq2Seq(tokenizer, model=student), or KDTrainer, which makes them from labels"
             )
         rest = {name: value for name, value in named.items() if name not in features}
-        return (), _inputs(student, features, teacher_model, None) | models.inputs_for(
-            student, rest
-        )
+        return (), _inputs(student, features, teacher_model, None) | rest
 
     student.register_forward_pre_hook(note, with_kwargs=True)
 
@@ -215,7 +214,7 @@ def compute_loss_func(
                         if isinstance(model, nn.Module):
                             other = teacher_model if model is student else student
                             inputs = _inputs(model, features, other, labels)
-                            models.check_boundaries(model, model, inputs, whose)
+                            models.check_boundaries(model, model, inputs, features, whose)
             finally:
                 probing.clear()
             if habits[0].own == "labels" and own_loss == "keep":
@@ -229,8 +228,13 @@ def compute_loss_func(
         teacher = _teacher_of(said, teacher_model)
         rows = logits.shape[:-1]
         shifts = _shifts(shift_labels, habits[0].shifts, labels, rows)
-        targets = models.targets(labels, shifts, models.starts(features, labels.shape))
+        begins = models.starts(features, labels.shape)
+        targets = models.targets(labels, shifts, begins)
         models.check_rows(targets, rows)
+        if num_items_in_batch is not None and (
+            begins is not None or shifts != _counts_shifted(student)
+        ):
+            _check_count(student, labels, targets)
         vocab_size = loss.options.get("vocab_size")
         _same_widths(logits.shape[-1], teacher, vocab_size, "vocab_size=... to compute_loss_func")
         found: Tensor = loss(logits, teacher, targets, num_items=num_items_in_batch)
@@ -242,6 +246,46 @@ def compute_loss_func(
         return found
 
     return distillation_loss
+
+
+def _counts_shifted(student: nn.Module) -> bool:
+    """Whether the Trainer counts the labels of a batch from the second of each row on, for a compute_loss_func."""
+    trainer = sys.modules.get("transformers.trainer")
+    init = getattr(getattr(trainer, "Trainer", None), "__init__", None)
+    if "_loss_shifts_labels" not in getattr(getattr(init, "__code__", None), "co_names", ()):
+        return False  # of versions that count them all
+    inner = models.base(student)
+    losses: Any = sys.modules.get("transformers.loss.loss_utils")
+    found = getattr(losses, "LOSS_MAPPING", {}).get(getattr(inner, "loss_type", None))
+    return (
+        found is not None
+        and found is losses.ForCausalLMLoss
+        and not models.is_encoder_decoder(inner)
+    )
+
+
+def _name_loss_type(student: nn.Module) -> None:
+    """Says of a causal language model that its loss is ForCausalLMLoss, where its class does not (GPT-2).
+
+    It is the loss that the model falls back to without a loss_type; by the loss_type the Trainer counts labels.
+    """
+    inner: Any = models.base(student)
+    if models.shifts_labels(inner) and getattr(inner, "loss_type", "") is None:
+        forward = inspect.unwrap(type(inner).forward)
+        if "loss_function" in getattr(getattr(forward, "__code__", None), "co_names", ()):
+            inner.loss_type = "ForCausalLM"
+
+
+def _check_count(student: nn.Module, labels: Tensor, targets: Tensor) -> None:
+    """Raise where the Trainer has counted labels that are none of this loss, or not all of them."""
+    theirs = labels[..., 1:] if _counts_shifted(student) and labels.dim() else labels
+    counts = [int((some != models.IGNORED).sum()) for some in (theirs, targets)]
+    if counts[0] != counts[1]:
+        raise ValueError(
+            f"the Trainer counts {counts[0]} labels in a batch in which the loss has {counts[1]}, and would divide by "
+            "the wrong number: the first label of a row, and of each packed example, must be -100 here; or use "
+            "KDTrainer, which counts for itself"
+        )
 
 
 def _check_columns(student: nn.Module, teacher: TeacherModel) -> None:
@@ -389,8 +433,9 @@ class DistillationMixin(_Trainer):
         super()._set_signature_columns_if_needed()
         teacher = getattr(self, "teacher_model", None)
         wanted = {"labels", "shift_labels"}
-        if isinstance(teacher, nn.Module):
-            wanted |= models.signature(teacher).names
+        for model in (self.model, teacher):
+            if isinstance(model, nn.Module):
+                wanted |= models.signature(model).names
         self._signature_columns += sorted(wanted - set(self._signature_columns))
 
     def _remove_unused_columns(self, dataset: Any, description: str | None = None) -> Any:
@@ -492,7 +537,7 @@ class DistillationMixin(_Trainer):
                 self.model
             ):
                 # The function has not yet taken what is not the student's.
-                names = {*models.signature(self.model).names, *models.BOUNDARIES, "return_dict"}
+                names = {*models.signature(self.model).names, *models.BOUNDARIES}
                 of_student = {n: v for n, v in of_student.items() if n in names}
             own_loss = "keep" if self._keeps_own_loss else "drop"
             fused = self._fused_loss is not None
@@ -507,7 +552,8 @@ class DistillationMixin(_Trainer):
                 ("teacher_model", self.teacher_model, self.teacher_model, self.model),
             ):
                 if isinstance(of, nn.Module):
-                    models.check_boundaries(of, call, _inputs(of, features, other, labels), whose)
+                    given = _inputs(of, features, other, labels)
+                    models.check_boundaries(of, call, given, features, whose)
 
     def _rows(
         self, inputs: dict[str, Any], shape: torch.Size
