@@ -137,10 +137,10 @@ def _of_pair(
     p: Tensor,
     log_q: Tensor,
     q: Tensor,
-    with_logs: Callable[..., tuple[Tensor, Tensor]],
+    with_logs: Callable[..., tuple[Tensor, ...]],
 ) -> Tensor:
     """KL(p || q) of every row."""
-    phi, _ = with_logs(forward_kl(), log_p, log_q, (p, q))
+    phi, *_ = with_logs(forward_kl(), log_p, log_q, (p, q))
     return phi.sum(-1)
 
 
@@ -151,10 +151,11 @@ def mutual_rows(
     wanted: Sequence[bool],
     parts: bool,
 ) -> Result:
-    """The reference, in float32, or in float64 for float64 logits."""
-    from fastkd.reference import evaluate  # loaded at its first use, as every backend is
+    """The reference, computed as :mod:`fastkd.reference` is."""
+    from fastkd.reference import evaluate, precision  # loaded at its first use, as every backend is
 
-    dtype, students = row_dtype(logits[0].dtype), len(logits)
+    dtype, students = precision(logits[0].device), len(logits)
+    of_rows = row_dtype(logits[0].dtype)
     z = [student.to(dtype) for student in logits]
     z = [student - student.amax(-1, keepdim=True) for student in z]
 
@@ -207,9 +208,8 @@ def mutual_rows(
     divergence, cross_entropy = kept(divergences), kept(entropies)
     loss = torch.where(keep, (divergence + cross_entropy) * weight, 0.0)
     total = loss.reshape(students, -1).sum(-1) * scale
-    return Result(
-        loss, total, tuple(gradients), *((divergence, cross_entropy) if parts else (None, None))
-    )
+    by_products = (divergence.to(of_rows), cross_entropy.to(of_rows)) if parts else (None, None)
+    return Result(loss.to(of_rows), total.to(of_rows), tuple(gradients), *by_products)
 
 
 # ---- the loss

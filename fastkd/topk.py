@@ -223,7 +223,7 @@ def _truncated(
     z = torch.cat([events.tokens, events.tail.unsqueeze(-1)], -1) / _per_row(temperature)
     log_q = z.log_softmax(-1)
     q = log_q.exp()
-    phi, g = evaluate(options.divergence, logprobs, log_q[..., :-1])
+    phi, g, _ = evaluate(options.divergence, logprobs, log_q[..., :-1])
     total = g.sum(-1, keepdim=True)
     return phi.sum(-1), torch.nn.functional.pad(g, (0, 1)) - q * total
 
