@@ -1,4 +1,5 @@
-# Everything runs in .venv, which the first target makes. `make help` lists the targets.
+# Everything runs in .venv, which the first target makes, but for what needs other people's stacks: that runs in
+# .venv-stacks, which sees .venv beneath it. `make help` lists the targets.
 #
 #   TORCH   the torch to install there, once; any other choice, such as a build for one GPU, is as good
 #   PYTHON  the interpreter that .venv is made from
@@ -6,16 +7,18 @@
 
 PYTHON ?= python3
 VENV ?= .venv
+STACKS ?= .venv-stacks
 TORCH ?= torch==2.13.0
 ARGS ?=
 
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check --no-input
+STACKS_PY := $(STACKS)/bin/python
 PROJECT := pyproject.toml setup.py
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help build test heavy gpu lint format bench bench-quick bench-compare divergences demo demo-distributed swap examples \
+.PHONY: help build test test-stacks heavy gpu lint format bench bench-quick bench-compare divergences demo demo-distributed swap examples \
     docs docs-serve dist wheels install-matrix clean
 
 help: ## this list
@@ -39,24 +42,34 @@ build: $(VENV)/.torch ## the native extension, in place; compiles what changed
 
 $(VENV)/.dev: $(VENV)/.torch $(PROJECT) | build
 	$(INSTALL) -e '.[dev,triton]'
-	$(PIP) install --no-deps torchdistill==1.1.5
+	@touch $@
+
+# The packages that the adapters stand in for, and what the examples and benchmarks draw with. They want many others and
+# none of torch's: .venv's site-packages come after this environment's own, with torch, Triton and the checkout in them.
+# torchdistill wants a torchvision, and one that does not fit the torch at hand breaks the others.
+$(STACKS)/.stacks: $(VENV)/.dev
+	test -x $(STACKS_PY) || $(PY) -m venv $(STACKS)
+	@$(PY) -c 'import site; print(f"import site; site.addsitedir({site.getsitepackages()[0]!r})")' \
+	    > "$$($(STACKS_PY) -c 'import site; print(site.getsitepackages()[0])')/beneath.pth"
+	$(STACKS_PY) -m pip --disable-pip-version-check --no-input install -c $(VENV)/constraints.txt 'fastkd[stacks]'
+	$(STACKS_PY) -m pip --disable-pip-version-check --no-input install --no-deps torchdistill==1.1.5
 	@touch $@
 
 $(VENV)/.demo: $(VENV)/.torch $(PROJECT) | build
 	$(INSTALL) -e '.[demo]'
 	@touch $@
 
-$(VENV)/.bench: $(VENV)/.dev
-	$(INSTALL) -e '.[bench,demo]'
-	@touch $@
-
 # A process for each core, up to four, since a few files are most of the time: those come first (tests/conftest.py). A
 # file's tests stay in one process and in their order, as its fixtures want it.
-test: $(VENV)/.dev build ## the tests, without the big grids
-	$(PY) -m pytest -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder $(ARGS)
+SHARED := -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
+test: $(VENV)/.dev build ## the tests, without the big grids and without other stacks
+	$(PY) -m pytest -m 'not heavy and not stacks' $(SHARED) $(ARGS)
 
-heavy: $(VENV)/.dev build ## the big grids that `make test` leaves out
-	$(PY) -m pytest -m heavy $(ARGS)
+test-stacks: $(STACKS)/.stacks build build/demo/.stamp ## the adapters against the packages that they stand in for; examples and benchmarks
+	$(STACKS_PY) -m pytest -m 'stacks and not heavy' $(SHARED) $(ARGS)
+
+heavy: $(STACKS)/.stacks build ## the big grids that `make test` and `make test-stacks` leave out
+	$(STACKS_PY) -m pytest -m heavy $(ARGS)
 
 lint: $(VENV)/.dev ## ruff and mypy, as CI runs them
 	@status=0; for check in "ruff check ." "ruff format --check ." mypy; do \
@@ -69,26 +82,27 @@ format: $(VENV)/.dev ## apply what ruff can mend
 # Tables are made of a run in which a loss was wrong too, and the target fails then.
 define SUITE
 	@mkdir -p build/bench
-	@$(PY) -m pytest bench -v -rN -p no:cacheprovider --benchmark-quiet --benchmark-json=build/bench/$(1).json $(2) $(ARGS); \
-	    status=$$?; $(PY) bench/tables.py build/bench/$(1).json && exit $$status
+	@$(STACKS_PY) -m pytest bench -v -rN -p no:cacheprovider --benchmark-quiet --benchmark-json=build/bench/$(1).json $(2) $(ARGS); \
+	    status=$$?; $(STACKS_PY) bench/tables.py build/bench/$(1).json && exit $$status
 endef
 
-bench-quick: $(VENV)/.bench build build/demo/.stamp ## fastkd beside its peers: a comparison in under five minutes, in build/bench/quick.*
+bench-quick: $(STACKS)/.stacks build build/demo/.stamp ## fastkd beside its peers: a comparison in under five minutes, in build/bench/quick.*
 	$(call SUITE,quick,--quick)
 
-bench-compare: $(VENV)/.bench ## whether a run is worse than one before: make bench-compare BEFORE=a.json AFTER=b.json ARGS="--fail 10"
-	$(PY) bench/compare.py '$(BEFORE)' '$(AFTER)' $(ARGS)
+bench-compare: $(STACKS)/.stacks ## whether a run is worse than one before: make bench-compare BEFORE=a.json AFTER=b.json ARGS="--fail 10"
+	$(STACKS_PY) bench/compare.py '$(BEFORE)' '$(AFTER)' $(ARGS)
 
-bench: $(VENV)/.bench build build/demo/.stamp ## the whole comparison, in build/bench/full.*, and the benchmarks of single questions
+bench: $(STACKS)/.stacks build build/demo/.stamp ## the whole comparison, in build/bench/full.*, and the benchmarks of single questions
 	$(call SUITE,full,)
-	$(PY) bench/loss.py
-	THP_MEM_ALLOC_ENABLE=1 $(PY) bench/loss.py
-	$(PY) bench/memory.py
-	$(PY) bench/accuracy.py
-	$(PY) bench/topk.py
-	$(PY) bench/linear.py
-	$(PY) bench/online.py
-	$(PY) bench/relations.py
+	$(STACKS_PY) bench/loss.py
+	THP_MEM_ALLOC_ENABLE=1 $(STACKS_PY) bench/loss.py
+	$(STACKS_PY) bench/memory.py
+	$(STACKS_PY) bench/accuracy.py
+	$(STACKS_PY) bench/topk.py
+	$(STACKS_PY) bench/linear.py
+	$(STACKS_PY) bench/online.py
+	$(STACKS_PY) bench/relations.py
+	$(STACKS_PY) bench/imports.py
 
 # With the torch and Triton that the machine has, and no network: GPU_PYTHON is the interpreter that holds them. Set
 # WHEELS to a folder to compare with the losses of other packages in it.
@@ -130,9 +144,9 @@ demo-distributed: $(VENV)/.demo build/demo/.stamp build ## the same over several
 	OMP_WAIT_POLICY=passive $(PY) examples/distributed.py $(ARGS)
 
 SWAPS := torch_loop hf_trainer trl_gkd lightning_module
-swap: $(VENV)/.bench build/demo/.stamp build ## a loss replaced in four training stacks, and the curves side by side; ARGS=--tiny takes seconds
+swap: $(STACKS)/.stacks build/demo/.stamp build ## a loss replaced in four training stacks, and the curves side by side; ARGS=--tiny takes seconds
 	@for script in $(SWAPS); do echo "examples/swap/$$script.py"; \
-	    OMP_WAIT_POLICY=passive $(PY) -W ignore examples/swap/$$script.py $(ARGS) || exit 1; done
+	    OMP_WAIT_POLICY=passive $(STACKS_PY) -W ignore examples/swap/$$script.py $(ARGS) || exit 1; done
 
 $(VENV)/.examples: $(VENV)/.torch $(PROJECT) | build
 	$(INSTALL) -e '.[examples]'

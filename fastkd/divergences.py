@@ -31,7 +31,7 @@ docs/adding-a-divergence.md walks through a new one.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -40,6 +40,8 @@ import torch
 # The vocabulary of a definition; kernels/skeleton.py and csrc/cpu/vec.h provide the same names.
 # A004: a definition reads as the formula does. F401: the next one may want what none uses yet.
 from torch import Tensor, abs, exp, expm1, log1p, logaddexp, where  # noqa: A004, F401
+
+from fastkd.scalars import plain
 
 VOCABULARY = ("abs", "exp", "expm1", "log1p", "logaddexp", "where", "log_mixture")
 ENTRY = ("p", "q", "log_p", "log_q")
@@ -174,28 +176,44 @@ class Divergence:
             raise ValueError(
                 "target must be None where normalized is False: there is no probability of a label"
             )
-        object.__setattr__(self, "params", tuple(float(x) for x in self.params))
+        if isinstance(self.params, str) or not isinstance(self.params, Iterable):
+            raise TypeError(f"params must be a tuple of numbers, got {type(self.params).__name__}")
+        params = tuple(_number(f"params[{k}]", value) for k, value in enumerate(self.params))
+        object.__setattr__(self, "params", params)
+        if self.degree is not None:
+            object.__setattr__(self, "degree", _number("degree", self.degree))
         _functions[function_name(self.function)] = self.function
 
 
+def _number(argument: str, value: Any) -> float:
+    """The value as a float; a tensor of one element is a number too."""
+    value = plain(value)
+    if isinstance(value, Tensor) and value.numel() == 1 and not value.is_complex():
+        return float(value)
+    if isinstance(value, (bool, Tensor)) or not isinstance(value, (int, float)):
+        raise TypeError(f"{argument} must be a number, got {type(value).__name__}")
+    return float(value)
+
+
 def _unit(argument: str, value: float, *, open_right: bool = False) -> float:
-    value = float(value)
+    value = _number(argument, value)
     if not (0.0 <= value < 1.0 or (value == 1.0 and not open_right)):
         raise ValueError(f"{argument} must be in [0, 1{')' if open_right else ']'}, got {value}")
     return value
 
 
 def _finite(argument: str, value: float) -> float:
-    value = float(value)
+    value = _number(argument, value)
     if not math.isfinite(value):
         raise ValueError(f"{argument} must be finite, got {value}")
     return value
 
 
 def _weight(argument: str, value: float) -> float:
-    if _finite(argument, value) < 0:
+    value = _finite(argument, value)
+    if value < 0:
         raise ValueError(f"{argument} must not be negative, got {value}")
-    return float(value)
+    return value
 
 
 def _forward_kl(p, q, log_p, log_q, log_ratio):
@@ -454,7 +472,8 @@ def smooth_l1(beta: float = 1.0) -> Divergence:
     Args:
         beta: where the square becomes a line; positive and finite.
     """
-    if _finite("beta", beta) <= 0:
+    beta = _finite("beta", beta)
+    if beta <= 0:
         raise ValueError(f"beta must be positive, got {beta}")
     return Divergence("smooth_l1", _smooth_l1, (beta,), degree=0.0, normalized=False)
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from fastkd.backends import BackendUnavailable
 from fastkd.functional import Parts, fused_linear_kd_loss, kd_loss
+from fastkd.scalars import plain
 from fastkd.teachers import Teacher
 
 # What belongs to a batch, or to a model, and is passed to the call.
@@ -36,7 +37,7 @@ class _Loss(nn.Module):
 
             group_of(options["process_group"])
         # One row through the validation of the function, so that there is one; by this process alone.
-        width = options.get("vocab_size")
+        width = plain(options.get("vocab_size"))
         row = torch.zeros(1, width if type(width) is int and width > 0 else 2)
         with contextlib.suppress(
             BackendUnavailable

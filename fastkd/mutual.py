@@ -30,6 +30,7 @@ from fastkd import backends
 from fastkd.autograd import differentiable_once, of_counted_rows, outside_of_graphs, scaled
 from fastkd.divergences import forward_kl
 from fastkd.rows import Rows, row_dtype
+from fastkd.tensors import savable
 from fastkd.validate import (
     check_alike,
     check_choice,
@@ -228,7 +229,7 @@ class _StudentLoss(torch.autograd.Function):
         ignore: int,
     ) -> Tensor:
         """The loss."""
-        ctx.save_for_backward(gradient, *(rows if loss.dim() else Rows()))
+        ctx.save_for_backward(gradient, *savable(*(rows if loss.dim() else Rows())))
         ctx.call = (kernels, ignore, logits.dtype)
         ctx.set_materialize_grads(False)
         return loss.clone()
@@ -267,11 +268,12 @@ def check_students(logits: object) -> list[Tensor]:
     return students
 
 
-def _check_options(temperature: object, peers: object, peer_weight: float) -> None:
+def _check_options(temperature: object, peers: object, peer_weight: float) -> float:
+    """The weight of the peers, as a float."""
     if isinstance(temperature, Tensor):
         raise TypeError(f"temperature must be a number, got {type(temperature).__name__}")
-    check_number("peer_weight", peer_weight, 0.0, math.inf, open_right=True)
     check_choice("peers", peers, PEERS)
+    return check_number("peer_weight", peer_weight, 0.0, math.inf, open_right=True)
 
 
 def _kernels(backend: str, logits: Tensor) -> tuple[ModuleType, ModuleType]:
@@ -367,7 +369,7 @@ def mutual_loss(
         RuntimeError: in a second derivative.
     """
     students = check_students(logits)
-    _check_options(temperature, peers, peer_weight)
+    peer_weight = _check_options(temperature, peers, peer_weight)
     check_flags(return_parts=return_parts)
     first = students[0]
     call = prepare(
@@ -389,9 +391,9 @@ def mutual_loss(
     options = Options(
         call.options.temperature,
         peers,
-        float(peer_weight),
-        scale_by_temperature,
-        ignore_index,
+        peer_weight,
+        call.options.scale_by_temperature,
+        call.options.ignore_index,
         call.options.scale,
     )
     wanted = [torch.is_grad_enabled() and student.requires_grad for student in students]
@@ -404,7 +406,7 @@ def mutual_loss(
     losses = tuple(
         value.clone()
         if gradient is None
-        else _StudentLoss.apply(student, value, gradient, scaling, call.rows, ignore_index)
+        else _StudentLoss.apply(student, value, gradient, scaling, call.rows, options.ignore_index)
         for student, value, gradient in zip(students, values, result.gradients, strict=True)
     )
     if not return_parts:

@@ -20,12 +20,15 @@ from fastkd.distiller import unwrapped
 from fastkd.functional import kd_loss
 from fastkd.mutual import MutualParts, check_students, mutual_loss
 from fastkd.rows import row_dtype
+from fastkd.scalars import plain
 from fastkd.teachers import Ensemble
+from fastkd.tensors import savable, savable_when_compiled
 from fastkd.validate import (
     Prepared,
     check_alike,
     check_choice,
     check_flags,
+    check_int,
     check_logits,
     check_number,
     prepare,
@@ -84,6 +87,7 @@ def ensemble_logits(logits: Sequence[Tensor], gate: Tensor | None = None) -> Ten
         raise ValueError(
             f"gate must be on {branches[0].device}, where the logits are; got {gate.device}"
         )
+    gate, *branches = savable(gate, *branches)
     weights = gate.to(dtype).unsqueeze(-1).unbind(-2)
     mixed = weights[0] * branches[0].to(dtype)
     for weight, branch in zip(weights[1:], branches[1:], strict=True):
@@ -131,7 +135,10 @@ def ensemble_loss(
     branches = _without_dropped(check_students(logits), labels, options)
     mixed = ensemble_logits(branches, gate)
     target = mixed.detach()
-    total = 1.0 + check_number("ensemble_weight", ensemble_weight, 0.0, math.inf, open_right=True)
+    ensemble_weight = check_number(
+        "ensemble_weight", ensemble_weight, 0.0, math.inf, open_right=True
+    )
+    total = 1.0 + ensemble_weight
     # alpha D + (1 - alpha) CE in one sweep, and both times 1 + ensemble_weight.
     alpha = ensemble_weight / total
     loss = _loss(mixed, target, labels, alpha=0.0, **options)
@@ -319,6 +326,9 @@ def consistency_loss(
     student_logits = check_logits("student_logits", student_logits)
     teacher_logits = check_logits("teacher_logits", teacher_logits)
     check_alike("teacher_logits", teacher_logits, "student_logits", student_logits)
+    if form == "mse":
+        student_logits, teacher_logits = savable_when_compiled(student_logits, teacher_logits)
+        mask, weight = savable_when_compiled(mask, weight)
     options: dict[str, Any] = {
         "mask": mask, "weight": weight, "reduction": reduction, "num_items": num_items, "backend": backend,
     }  # fmt: skip
@@ -365,7 +375,8 @@ def ramp_up(step: float, length: float) -> float:
     Raises:
         ValueError, TypeError: length is negative, or an argument is no finite number.
     """
-    check_number("length", length, 0.0, math.inf, open_right=True)
+    length = check_number("length", length, 0.0, math.inf, open_right=True)
+    step = plain(step)
     if isinstance(step, (bool, Tensor)) or not isinstance(step, (int, float)):
         raise TypeError(f"step must be a number, got {type(step).__name__}")
     if step != step:
@@ -407,8 +418,7 @@ def born_again(
     for argument, value in (("make_student", make_student), ("train", train)):
         if not callable(value):
             raise TypeError(f"{argument} must be callable, got {type(value).__name__}")
-    if type(generations) is not int:
-        raise TypeError(f"generations must be an int, got {type(generations).__name__}")
+    generations = check_int("generations", generations)
     if generations < 1:
         raise ValueError(f"generations must be at least 1, got {generations}")
     return _generations(make_student, train, generations, teacher)

@@ -8,6 +8,7 @@ import torch
 
 from fastkd.products import slab_rows
 from fastkd.rows import row_dtype
+from fastkd.scalars import plain
 
 # Of a call that names none, beside the accumulator. A chunk reads and writes the whole of that, 8 V H bytes: a head of
 # 128,256 x 4,096 takes 1.4 ms of an H100, and the chunk's products 11 ms if it has 2,048 rows. That many fit.
@@ -85,10 +86,11 @@ def plan(
     for name, value in (("chunk_size", chunk_size), ("memory_budget", memory_budget)):
         if value is None:
             continue
-        if type(value) is not int:
+        if type(plain(value)) is not int:
             raise TypeError(f"{name} must be an int or None, got {type(value).__name__}")
         if value < 1:
             raise ValueError(f"{name} must be positive, got {value}")
+    chunk_size, memory_budget = plain(chunk_size), plain(memory_budget)
     low = shape.dtype in LOW_PRECISION
     converts = low and shape.logits_dtype != shape.dtype
     a_row = shape.vocabulary * shape.logits_dtype.itemsize
@@ -177,7 +179,8 @@ def memory_plan(
     Raises:
         ValueError, TypeError: as the loss raises for chunk_size and memory_budget; an unknown form of teacher.
     """
-    width = hidden_size if teacher_hidden_size is None else teacher_hidden_size
+    rows, vocab_size, hidden_size, k = map(plain, (rows, vocab_size, hidden_size, k))
+    width = hidden_size if teacher_hidden_size is None else plain(teacher_hidden_size)
     sizes = {"rows": rows, "vocab_size": vocab_size, "hidden_size": hidden_size, "k": k}
     for name, size in (sizes | {"teacher_hidden_size": width}).items():
         if type(size) is not int:

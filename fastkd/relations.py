@@ -30,6 +30,7 @@ from fastkd.autograd import differentiable_once, outside_of_graphs
 from fastkd.backends import BackendUnavailable
 from fastkd.features import over_peak, unit
 from fastkd.rows import row_dtype
+from fastkd.tensors import check_readable, savable_when_compiled
 from fastkd.validate import LARGEST, SMALLEST, check_choice, check_dense, check_number
 
 MEANS = ("distinct", "all")
@@ -170,6 +171,7 @@ def similarity_loss(student: Tensor, teacher: Tensor) -> Tensor:
     Source: Tung and Mori, "Similarity-Preserving Knowledge Distillation" (2019), equations 1 to 4.
     """
     _check(student, teacher)
+    student, teacher = savable_when_compiled(student, teacher)
     with torch.autocast(student.device.type, enabled=False):
         student, teacher = (
             _rows(x, row_dtype(student.dtype, teacher.dtype)) for x in (student, teacher)
@@ -210,6 +212,7 @@ def gram_loss(
     check_choice("normalize", normalize, ("none", "width"))
     check_choice("reduction", reduction, ("sum", "mean"))
     _check(student, teacher, channels=over == "channels")
+    student, teacher = savable_when_compiled(student, teacher)
     with torch.autocast(student.device.type, enabled=False):
         dtype = row_dtype(student.dtype, teacher.dtype)
         grams = [_gram(x.to(dtype), over, normalize) for x in (student, teacher)]
@@ -382,6 +385,8 @@ class _OfDistances(torch.autograd.Function):
 
 
 def _of_distances(student: Tensor, teacher: Tensor, relation: Relation) -> Tensor:
+    check_readable("student", student)
+    check_readable("teacher", teacher)
     # A kernel is given addresses, of which the compiler knows nothing.
     return outside_of_graphs(_OfDistances.apply)(student, teacher, relation)
 

@@ -21,10 +21,13 @@ from fastkd.divergences import Divergence, forward_kl, reverse_kl, squared_error
 from fastkd.functional import kd_loss
 from fastkd.plan import PIECE_TEMPORARIES, REFERENCE_TEMPORARIES
 from fastkd.rows import Options, Rows, Want, counted_rows, row_dtype
+from fastkd.scalars import plain
+from fastkd.tensors import savable
 from fastkd.validate import (
     LARGEST,
     Prepared,
     check_choice,
+    check_int,
     check_logits,
     check_number,
     check_rows,
@@ -75,7 +78,7 @@ class _Computed(torch.autograd.Function):
         outcome = compute(student, teacher, rows, options, (False, False) if deferred else wanted)
         kept = (student, teacher) if deferred else outcome[1:]
         keeps_rows = deferred or outcome.loss.dim() > 0
-        ctx.save_for_backward(*kept, *(rows if keeps_rows else Rows()))
+        ctx.save_for_backward(*savable(*kept, *(rows if keeps_rows else Rows())))
         ctx.call = (options, compute, wanted, deferred)
         return outcome.loss
 
@@ -134,6 +137,7 @@ def _chunk_rows(
     memory_budget: int | None, width: int, dtype: torch.dtype, device: torch.device, extra: int = 0
 ) -> int:
     """How many rows of that width a chunk has; extra: other temporaries, of float32."""
+    memory_budget = plain(memory_budget)
     if memory_budget is not None and type(memory_budget) is not int:
         raise TypeError(f"memory_budget must be an int or None, got {type(memory_budget).__name__}")
     a_row = width * (TEMPORARIES + extra) * dtype.itemsize
@@ -833,6 +837,7 @@ def common_positions(
             f"teacher_labels must have {len(student_labels)} rows on {student_labels.device}, as student_labels "
             f"have; got {len(teacher_labels)} on {teacher_labels.device}"
         )
+    ignore_index = check_int("ignore_index", ignore_index)
     counted = [labels != ignore_index for labels in (student_labels, teacher_labels)]
     shorter = torch.minimum(*(kept.sum(-1, keepdim=True) for kept in counted))
     first, second = (kept & (kept.cumsum(-1) <= shorter) for kept in counted)

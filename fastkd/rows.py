@@ -85,7 +85,9 @@ class Rows(NamedTuple):
     teacher_temperature: Tensor | None = None  # float32
     scale: Tensor | None = None  # float32, 0-dim: another such factor, which only the device knows
     ids: Tensor | None = None  # int64 [..., K], of a sparse teacher; -1 is padding
-    tail_logprob: Tensor | None = None  # float32, of a sparse teacher
+    tail_logprob: Tensor | None = (
+        None  # as weight: log of what a sparse teacher leaves to the other tokens; None: nothing
+    )
 
 
 def counted_rows(rows: Rows, ignore_index: int) -> Tensor | None:

@@ -7,7 +7,7 @@ decoder, and ``model.generate(input_ids=, attention_mask=, ...)`` -> [B, S] ids 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from fastkd.divergences import jsd
 from fastkd.functional import kd_loss
-from fastkd.validate import check_number
+from fastkd.tensors import savable
+from fastkd.validate import check_int, check_number
 
 IGNORED = -100
 
@@ -152,6 +153,7 @@ def gkd_step(
             inputs = _completed(writer, input_ids, mask, pad_token_id, eos_token_id, asked)
     else:
         inputs = Sequences(*(batch[name] for name in Sequences._fields))
+    inputs = Sequences(*savable(*inputs))  # the student's graph saves ids
     given = {"input_ids": inputs.input_ids, "attention_mask": inputs.attention_mask}
     with _evaluating(teacher), torch.no_grad():
         target, _ = shift(teacher(**given).logits, inputs.labels)
@@ -208,11 +210,10 @@ def _completed(
         raise ValueError(
             "the model must be a decoder, which goes on from its prompt; got an encoder-decoder"
         )
-    if type(pad_token_id) is not int:
-        raise TypeError(f"pad_token_id must be an int, got {_kind(pad_token_id)}")
+    pad_token_id = check_int("pad_token_id", pad_token_id)
     if eos_token_id is None:
         eos_token_id = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
-    ends = [eos_token_id] if isinstance(eos_token_id, int) else list(eos_token_id or ())
+    ends = _ends(eos_token_id)
     input_ids = input_ids.masked_fill(attention_mask == 0, pad_token_id)
     with _evaluating(model), torch.no_grad():
         written = model.generate(
@@ -243,6 +244,17 @@ def _answers(ids: Tensor, ends: Sequence[int], pad_token_id: int) -> Tensor:
     if pad_token_id not in ends:  # a stop string, too, ends a completion early
         there &= (ids != pad_token_id).flip(-1).cumsum(-1).flip(-1) > 0
     return there
+
+
+def _ends(eos_token_id: int | Sequence[int] | None) -> list[int]:
+    """The ids after which a completion ends."""
+    if eos_token_id is None:
+        return []
+    if isinstance(eos_token_id, Tensor):
+        eos_token_id = eos_token_id.flatten().tolist()
+    several = isinstance(eos_token_id, Iterable) and not isinstance(eos_token_id, str)
+    given = list(eos_token_id) if several else [eos_token_id]  # type: ignore[arg-type]  # several: iterable
+    return [check_int("eos_token_id", value) for value in given]
 
 
 @contextlib.contextmanager

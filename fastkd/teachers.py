@@ -7,11 +7,14 @@ docs/teachers.md says which form to use when; :func:`fastkd.memory_plan` says wh
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from fastkd.scalars import plain
+from fastkd.tensors import check_strided
 
 TAILS = ("bucket", "renormalize", "renormalize_teacher", "truncate")
 MEANS = ("arithmetic", "geometric")
@@ -24,14 +27,17 @@ def _check_tensor(argument: str, value: object, dtypes: Sequence[torch.dtype]) -
     if value.dtype not in dtypes:
         allowed = " or ".join(str(dtype) for dtype in dtypes)
         raise TypeError(f"{argument} must be {allowed}, got {value.dtype}")
+    check_strided(argument, value)
     return value
 
 
-def _check_temperature(value: float) -> None:
-    if isinstance(value, Tensor) or not isinstance(value, (int, float)):
+def _checked_temperature(value: float) -> float:
+    value = plain(value)
+    if isinstance(value, (bool, Tensor)) or not isinstance(value, (int, float)):
         raise TypeError(f"temperature must be a number, got {type(value).__name__}")
     if not 0 < value < math.inf:
         raise ValueError(f"temperature must be positive and finite, got {value}")
+    return value
 
 
 @dataclass(frozen=True, eq=False)
@@ -99,7 +105,12 @@ class TopK:
                 raise ValueError(
                     f"tail_logprob must be on {self.ids.device}, where ids are; got {self.tail_logprob.device}"
                 )
-        _check_temperature(self.temperature)
+        object.__setattr__(self, "temperature", _checked_temperature(self.temperature))
+
+    @property
+    def renormalizes(self) -> bool:
+        """Whether a row's p are divided by their sum, so that they need not be probabilities."""
+        return self.tail in ("renormalize", "renormalize_teacher")
 
     @classmethod
     def from_logits(
@@ -113,9 +124,10 @@ class TopK:
         _check_tensor("logits", logits, FLOATS)
         if logits.dim() == 0:
             raise ValueError("logits must be [..., V], got a scalar")
+        k = plain(k)
         if type(k) is not int or not 1 <= k <= logits.shape[-1]:
             raise ValueError(f"k must be an int in [1, {logits.shape[-1]}], got {k!r}")
-        _check_temperature(temperature)
+        temperature = _checked_temperature(temperature)
         exact = torch.float64 if logits.dtype == torch.float64 else torch.float32
         tempered = logits.detach().to(exact) / temperature
         top, ids = tempered.topk(k, dim=-1)
@@ -219,13 +231,19 @@ class Ensemble:
                 )
         if self.mean not in MEANS:
             raise ValueError(f"mean must be one of {', '.join(MEANS)}; got {self.mean!r}")
-        weights = [1.0] * len(self.teachers) if self.weights is None else list(self.weights)
+        if self.weights is not None and not isinstance(self.weights, Iterable):
+            raise TypeError(
+                f"weights must be a list of numbers or None, got {type(self.weights).__name__}"
+            )
+        weights = (
+            [1.0] * len(self.teachers) if self.weights is None else list(map(plain, self.weights))
+        )
         if len(weights) != len(self.teachers):
             raise ValueError(
                 f"weights must be one a teacher, {len(self.teachers)}; got {len(weights)}"
             )
         for index, weight in enumerate(weights):
-            if isinstance(weight, Tensor) or not isinstance(weight, (int, float)):
+            if isinstance(weight, (bool, Tensor)) or not isinstance(weight, (int, float)):
                 raise TypeError(f"weights[{index}] must be a number, got {type(weight).__name__}")
             if not 0 <= weight < math.inf:
                 raise ValueError(f"weights[{index}] must be finite and not negative, got {weight}")

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import functools
+import importlib.util
+import inspect
 import os
 from collections.abc import Iterator
+from pathlib import Path
 
 # OpenMP reads this when torch loads it. Its threads spin while they wait, and on a busy machine that makes every small
 # parallel operation a hundred times slower.
@@ -26,13 +30,61 @@ if not torch.cuda.is_available():
 for _setting in ("FASTKD_BACKEND", "FASTKD_STRICT", "FASTKD_CHECK"):
     os.environ.pop(_setting, None)
 
-# Whether the Triton kernels, in the interpreter where there is no GPU, run the tests that are small enough for it.
-TRITON = False
-
-# The reference, their oracle, has the tests of any_backend, and is what many others compare with.
+# The backends that serve CPU tensors of any size; test_suite.py holds both lists to what fastkd has. The reference, their
+# oracle, has the tests of any_backend, and is what many others compare with.
 BACKENDS = ["portable"]
 if os.environ.get("FASTKD_TEST_WITHOUT_NATIVE") != "1":
     BACKENDS.append("cpu")
+# Triton's interpreter takes CPU tensors, and about a second for a call. With a GPU it is off: there test_triton.py,
+# test_gpu.py and others run the compiled kernels.
+INTERPRETED = [] if torch.cuda.is_available() else ["triton"]
+
+
+# What `make test-stacks` installs: a test marked `stacks` imports some of it.
+STACKS = (
+    *("trl", "liger_kernel", "torchtune", "modelopt", "megatron", "lightning", "torchdistill"),
+    *("transformers", "accelerate", "datasets", "sklearn", "matplotlib", "typer", "rich", "pytest_benchmark"),
+)  # fmt: skip
+# Where every test does, the module may not even be imported without them. So do all files test_compat_*.
+FILES_OF_STACKS = (
+    "test_sequences",
+    "test_examples",
+    "test_examples_distributed",
+    "test_bench_suite",
+)
+
+
+def _of_stacks(path: Path) -> bool:
+    return path.stem.startswith("test_compat_") or path.stem in FILES_OF_STACKS
+
+
+def _with_stacks(config: pytest.Config) -> bool:
+    """Whether this run has the tests marked `stacks`: as -m says, and by default where the packages are here."""
+    if "stacks" in config.option.markexpr:
+        return "not stacks" not in config.option.markexpr
+    return not _missing()
+
+
+@functools.cache
+def _missing() -> list[str]:
+    return [name for name in STACKS if importlib.util.find_spec(name) is None]
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if _with_stacks(config) and _missing():
+        raise pytest.UsageError(
+            f"-m {config.option.markexpr!r} needs {', '.join(_missing())}: make test-stacks installs them"
+        )
+
+
+def pytest_report_header(config: pytest.Config) -> str | None:
+    """Left out and not skipped, so it is said once."""
+    return None if _with_stacks(config) else "tests of other stacks: left out (make test-stacks)"
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """A file named on the command line is collected all the same."""
+    return True if _of_stacks(collection_path) and not _with_stacks(config) else None
 
 
 # Files of few tests that take long. Last, one of them would keep one process busy when the others are done.
@@ -50,11 +102,27 @@ LONG = (
 )
 
 
+def _exists(item: pytest.Item) -> bool:
+    """Whether the marks only_where want this item's parameters."""
+    for mark in item.iter_markers("only_where"):
+        (wanted,) = mark.args
+        given = {"test": item.originalname, **item.callspec.params}  # type: ignore[attr-defined]
+        names = inspect.signature(wanted).parameters
+        if given.keys() >= set(names) and not wanted(**{name: given[name] for name in names}):
+            return False
+    return True
+
+
 @pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The long files first; and marks as heavy what is so with some parameters only."""
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """The long files first; leaves out what is not to be, and marks as heavy what is so with some parameters only."""
+    items[:] = [item for item in items if not hasattr(item, "callspec") or _exists(item)]
+    if not _with_stacks(config):
+        items[:] = [item for item in items if item.get_closest_marker("stacks") is None]
     items.sort(key=lambda item: LONG.index(item.path.stem) if item.path.stem in LONG else len(LONG))
     for item in items:
+        if _of_stacks(item.path):
+            item.add_marker("stacks")
         for mark in item.iter_markers("heavy_with"):
             given = item.callspec.params  # type: ignore[attr-defined]
             if all(given[name] == value for name, value in mark.kwargs.items()):
@@ -77,10 +145,19 @@ def backend(request: pytest.FixtureRequest) -> str:
     return _present(request.param)
 
 
-@pytest.fixture(scope="session", params=["reference", *BACKENDS, *(["triton"] if TRITON else [])])
-def any_backend(request: pytest.FixtureRequest) -> str:
-    """As `backend`, the reference, and Triton's interpreter too: for tests of a few small rows."""
-    return _present(request.param)
+@pytest.fixture(scope="session", params=["reference", *BACKENDS, *INTERPRETED])
+def any_backend(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Every backend that serves CPU tensors, Triton's interpreter too: for tests of a few small rows."""
+    name = _present(request.param)
+    if name not in INTERPRETED:
+        yield name
+        return
+    from triton_interpreter import (
+        corrected,
+    )  # imports triton, which most runs of a single file have no use for
+
+    with corrected():
+        yield name
 
 
 def _instruction_sets() -> list[str]:

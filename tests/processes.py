@@ -16,8 +16,8 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-# Of a collective; and of a function, in which there are some.
-TIMEOUT, PATIENCE = 60, 200
+# Of a collective; and of a function, in which there are some. They end a hang and judge no speed.
+TIMEOUT, PATIENCE = 300, 900
 
 
 class FailureError(AssertionError):

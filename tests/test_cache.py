@@ -44,8 +44,6 @@ from fastkd.cache import (
 )
 from fastkd.cache.build import tokenizer_sha256
 
-pytest.importorskip("safetensors")
-
 V, H, K = 50, 8, 5
 KINDS = ("hidden", "topk", "dense")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -87,7 +85,7 @@ def python(script: str, *arguments: str) -> str:
         env=os.environ | {"PYTHONPATH": str(Path(fastkd.__file__).parents[1])},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=900,
     )
     assert done.returncode == 0, done.stderr
     return done.stdout
@@ -1298,7 +1296,8 @@ def test_importing_fastkd_needs_torch_only() -> None:
 
 
 def small(name: str, **changed: Any) -> nn.Module:
-    transformers = pytest.importorskip("transformers")
+    import transformers
+
     config = getattr(transformers, f"{name}Config")(
         vocab_size=V, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
         num_key_value_heads=1, head_dim=8, pad_token_id=0, **changed,
@@ -1319,6 +1318,7 @@ def small(name: str, **changed: Any) -> nn.Module:
         ),  # low enough to bend the logits of small random weights
     ],
 )
+@pytest.mark.stacks
 def test_hidden_states_give_the_logits_of_real_models(
     name: str, changed: dict[str, Any], tmp_path: Path
 ) -> None:
@@ -1349,11 +1349,9 @@ def test_a_head_that_is_not_linear_is_refused(tmp_path: Path) -> None:
 @pytest.fixture
 def model_folder(tmp_path: Path) -> Path:
     """A small Llama with a tokenizer of 50 words, and a text beside it."""
-    transformers, tokenizers = (
-        pytest.importorskip("transformers"),
-        pytest.importorskip("tokenizers"),
-    )
-    pytest.importorskip("rich")
+    import tokenizers
+    import transformers
+
     words = tokenizers.Tokenizer(tokenizers.models.WordLevel({f"w{i}": i for i in range(V)}, "w0"))
     words.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
     folder = tmp_path / "model"
@@ -1367,6 +1365,7 @@ def model_folder(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.stacks
 def test_the_commands(
     kind: str, model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -1412,6 +1411,7 @@ def command(model_folder: Path, path: Path, *options: str) -> list[str]:
     return ["cache", "build", str(path), "--model", str(model_folder), "--text", text, *own]
 
 
+@pytest.mark.stacks
 def test_the_command_builds_parts(
     model_folder: Path,
     tmp_path: Path,
@@ -1453,6 +1453,7 @@ def test_the_command_builds_parts(
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.stacks
 def test_processes_of_the_command_build_one_cache(model_folder: Path, tmp_path: Path) -> None:
     def run(rank: int) -> None:
         torch.set_num_threads(1)  # this process's threads are not the child's
@@ -1464,7 +1465,7 @@ def test_processes_of_the_command_build_one_cache(model_folder: Path, tmp_path: 
     for process in started:
         process.start()
     for process in started:
-        process.join(timeout=120)
+        process.join(timeout=900)
         assert process.exitcode == 0
     assert main(command(model_folder, tmp_path / "whole", "--rank", "0", "--world-size", "1")) == 0
     assert read_manifest(tmp_path / "parts") == read_manifest(tmp_path / "whole")
@@ -1488,6 +1489,7 @@ def test_processes_of_the_command_build_one_cache(model_folder: Path, tmp_path: 
         (["--text", os.devnull], 1, "sequences must be at least one, got none"),
     ],
 )
+@pytest.mark.stacks
 def test_bad_commands(
     changed: list[str],
     code: int,

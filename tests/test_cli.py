@@ -39,7 +39,7 @@ def run(
         env={**ours, "PYTHONPATH": path, **environment},
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=1500,
     )
     assert done.returncode == code, done.stdout + done.stderr
     return done

@@ -7,19 +7,15 @@ import math
 from pathlib import Path
 from typing import Any
 
+import liger_kernel.ops.kl_div
+import liger_kernel.ops.tvd
 import numpy as np
 import pytest
 import torch
 from beside_peers import compare, error, float64, run
-from torch import Tensor
-
-pytest.importorskip("liger_kernel", reason="pip install 'fastkd[peers]' brings Liger")
-pytest.importorskip("triton", reason="Liger's kernels are Triton's")
-
-import liger_kernel.ops.kl_div
-import liger_kernel.ops.tvd
 from liger_kernel import chunked_loss
 from liger_kernel import transformers as liger
+from torch import Tensor
 
 from fastkd.compat import liger as ours
 

@@ -17,7 +17,6 @@ from test_docs import blocks
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-pytest.importorskip("lightning", reason="pip install 'fastkd[peers]' brings Lightning")
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # of what else it could use
     import lightning
@@ -259,8 +258,6 @@ def test_the_page() -> None:
 
 @pytest.fixture
 def swap(monkeypatch: pytest.MonkeyPatch) -> Any:
-    for needed in ("transformers", "rich", "typer"):
-        pytest.importorskip(needed, reason=f"pip install '.[demo]' brings {needed}")
     monkeypatch.syspath_prepend(str(ROOT / "examples" / "swap"))
     return importlib.import_module
 

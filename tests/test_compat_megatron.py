@@ -172,7 +172,6 @@ def test_plug_in(processes: Processes, top_k: int | None, reverse: bool) -> None
 
 @pytest.mark.heavy  # each process imports Model-Optimizer
 def test_plug_in_against_theirs(processes: Processes) -> None:
-    pytest.importorskip("modelopt", reason="pip install 'fastkd[peers]' brings Model-Optimizer")
     for top_k in (None, 5):
         ours, theirs = (processes.run(2, spread, top_k, False, x) for x in (False, True))
         whole = sum(x[0] for x in theirs) if top_k is None else theirs[0][0]

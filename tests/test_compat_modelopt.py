@@ -16,7 +16,6 @@ from beside_peers import compare, error, float64, run
 from test_docs import ROOT, blocks
 from torch import Tensor, nn
 
-pytest.importorskip("modelopt", reason="pip install 'fastkd[peers]' brings Model-Optimizer")
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # of what else it could use
     import modelopt.torch.distill as mtd

@@ -12,8 +12,6 @@ import pytest
 import torch
 from beside_peers import compare, error, float64, run
 from torch import Tensor
-
-pytest.importorskip("torchtune", reason="pip install 'fastkd[peers]' brings torchtune")
 from torchtune.modules.loss import kd_losses as torchtune
 
 from fastkd.compat import torchtune as ours

@@ -11,20 +11,17 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tiny_models
 import torch
+from datasets import Dataset
 from torch import Tensor, nn
+from trl import DistillationConfig, DistillationTrainer
+from trl.experimental.gkd import GKDConfig, GKDTrainer
+from trl.trainer import distillation_trainer
 
 import fastkd
 import fastkd.compat.trl as adapter
 from fastkd.compat.trl import chunked_divergence_loss, generalized_jsd_loss
-
-pytest.importorskip("trl", reason="pip install '.[peers]' brings it")
-
-import tiny_models
-from datasets import Dataset
-from trl import DistillationConfig, DistillationTrainer
-from trl.experimental.gkd import GKDConfig, GKDTrainer
-from trl.trainer import distillation_trainer
 
 stock_jsd = GKDTrainer.generalized_jsd_loss
 stock_chunked = distillation_trainer._chunked_divergence_loss
@@ -541,7 +538,6 @@ def swap(monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_example(swap: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    pytest.importorskip("typer", reason="pip install '.[examples]' brings it")
     import trl_gkd
 
     trl_gkd.main(tiny=True, steps=2, assets=swap)
@@ -550,7 +546,7 @@ def test_example(swap: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_example_fails_where_curves_differ(swap: Path) -> None:
-    typer = pytest.importorskip("typer", reason="pip install '.[examples]' brings it")
+    import typer
     from side_by_side import Run, report
 
     report("TRL", Run([1.0, 0.5], 1.0, None), Run([1.00001, 0.501], 1.0, 7), tiny=False)
@@ -561,9 +557,8 @@ def test_example_fails_where_curves_differ(swap: Path) -> None:
 
 @pytest.mark.heavy
 def test_example_on_smollm2(swap: Path) -> None:
-    trl_gkd = pytest.importorskip(
-        "trl_gkd", reason="pip install '.[demo,peers]' brings what it needs"
-    )
+    import trl_gkd
+
     assets = swap.parents[1] / "build" / "demo"
     if not assets.is_dir():
         pytest.skip("examples/demo-requirements.txt is not in build/demo")

@@ -1,4 +1,4 @@
-"""Which backend serves a call, what is said when it is not the fast one, and what importing costs."""
+"""Which backend serves a call, what is said when it is not the fast one, and what importing loads."""
 
 from __future__ import annotations
 
@@ -355,11 +355,19 @@ def _python(code: str, **environment: str) -> str:
     return done.stdout.strip()
 
 
-def test_import_loads_no_kernels() -> None:
-    loaded = _python("import sys, fastkd; print(*sys.modules, sep='\\n')").splitlines()
-    assert "fastkd" in loaded
-    for module in ("triton", "fastkd.kernels", "fastkd._C", "fastkd.cpu", "fastkd.reference"):
-        assert module not in loaded
+def test_import_loads_torch_alone() -> None:
+    """What an import costs in time is measured by bench/imports.py; what it may load is the same on any machine."""
+    say = "print(*__import__('sys').modules, sep='\\n')"
+    with_torch = set(_python(f"import torch; {say}").splitlines())
+    added = set(_python(f"import torch, fastkd; {say}").splitlines()) - with_torch
+    packages = {module.partition(".")[0] for module in added}
+    assert packages - sys.stdlib_module_names == {"fastkd"}
+    at_first_use = {*backends.MODULES.values(), "fastkd._C", "fastkd._cuda", "fastkd.native"}
+    at_first_use |= {f"fastkd.{name}" for name in ("kernels", "compat", "cache", "parallel")}
+    assert not added & at_first_use
+    assert not with_torch & {"triton", "transformers"}, (
+        "torch itself loads what this is to rule out"
+    )
 
 
 def test_submodules_are_there_at_their_first_use() -> None:
@@ -367,12 +375,3 @@ def test_submodules_are_there_at_their_first_use() -> None:
     assert _python(code).split() == ["num_items", "TeacherCache"]
     with pytest.raises(AttributeError, match="'nothing'"):
         _ = fastkd.nothing
-
-
-def test_import_costs_less_than_a_tenth_of_a_second() -> None:
-    """Beyond torch, whose objects are not searched for garbage. Once of several times: another process can only make it
-    slower.
-    """
-    code = "import gc, time, torch; gc.freeze(); start = time.perf_counter(); import fastkd; "
-    code += "print(time.perf_counter() - start)"
-    assert any(float(_python(code)) < 0.1 for _ in range(10))

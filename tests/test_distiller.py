@@ -165,7 +165,8 @@ def test_the_teacher_is_left_as_it_was() -> None:
 
 
 def test_parameters_and_state(tmp_path: Any) -> None:
-    safetensors = pytest.importorskip("safetensors.torch")
+    import safetensors.torch as safetensors
+
     student, teacher = pair()
     losses = terms() | {
         "fixed": Term(FeatureLoss({"layer1": "layer1"}, 4, 6, projection="fixed", dim=1))
@@ -325,7 +326,7 @@ def test_a_teacher_that_spoke_before() -> None:
 
 @pytest.fixture(scope="module")
 def llamas() -> tuple[Any, Any]:
-    transformers = pytest.importorskip("transformers")
+    import transformers
 
     def made(width: int, layers: int) -> Any:
         torch.manual_seed(width)
@@ -337,6 +338,7 @@ def llamas() -> tuple[Any, Any]:
     return made(8, 2), made(12, 3)
 
 
+@pytest.mark.stacks
 def test_language_models(llamas: Any) -> None:
     student, teacher = llamas
     generator = torch.Generator().manual_seed(4)

@@ -280,8 +280,8 @@ def _run(
                                   "skew_forward_kl", "skew_reverse_kl", "alpha_beta"])  # fmt: skip
 @properties
 @given(pair=pairs())
-def test_never_negative_and_bounded(any_backend: str, name: str, pair: Any) -> None:
-    loss, _, allowed = _run(any_backend, name, *pair, scale_by_temperature=False)
+def test_never_negative_and_bounded(backend: str, name: str, pair: Any) -> None:
+    loss, _, allowed = _run(backend, name, *pair, scale_by_temperature=False)
     bound = {"jsd": math.log(2.0), "tvd": 1.0, "hellinger": 1.0}.get(name, math.inf)
     assert (loss >= -allowed.loss).all() and (loss <= bound + allowed.loss).all()
 
@@ -289,9 +289,9 @@ def test_never_negative_and_bounded(any_backend: str, name: str, pair: Any) -> N
 @defaults
 @properties
 @given(pair=pairs())
-def test_nothing_to_learn_from_oneself(any_backend: str, name: str, pair: Any) -> None:
+def test_nothing_to_learn_from_oneself(backend: str, name: str, pair: Any) -> None:
     student, _, temperature = pair
-    loss, gradient, allowed = _run(any_backend, name, student, student.clone(), temperature)
+    loss, gradient, allowed = _run(backend, name, student, student.clone(), temperature)
     if name != "soft_cross_entropy":  # that one is the entropy
         assert (loss.abs() <= allowed.loss).all()
     assert (gradient.abs() <= allowed.student_gradient).all()
@@ -300,14 +300,10 @@ def test_nothing_to_learn_from_oneself(any_backend: str, name: str, pair: Any) -
 @pytest.mark.parametrize("name", NORMALIZED)
 @properties
 @given(pair=pairs(), shifts=st.tuples(st.integers(-10_000, 10_000), st.integers(-10_000, 10_000)))
-def test_a_common_shift_changes_nothing(
-    any_backend: str, name: str, pair: Any, shifts: Any
-) -> None:
+def test_a_common_shift_changes_nothing(backend: str, name: str, pair: Any, shifts: Any) -> None:
     student, teacher, temperature = pair
-    _, _, allowed = _run(any_backend, name, student, teacher, temperature)
-    loss, gradient, _ = _run(
-        any_backend, name, student + shifts[0], teacher + shifts[1], temperature
-    )
+    _, _, allowed = _run(backend, name, student, teacher, temperature)
+    loss, gradient, _ = _run(backend, name, student + shifts[0], teacher + shifts[1], temperature)
     assert ((loss - allowed.exact.loss).abs() <= allowed.loss).all()
     assert ((gradient - allowed.exact.student_gradient).abs() <= allowed.student_gradient).all()
 
@@ -316,16 +312,16 @@ def test_a_common_shift_changes_nothing(
 @properties
 @given(pair=pairs(), data=st.data())
 def test_order_of_rows_and_columns_is_carried_along(
-    any_backend: str, name: str, pair: Any, data: Any
+    backend: str, name: str, pair: Any, data: Any
 ) -> None:
     student, teacher, temperature = pair
     rows = torch.tensor(data.draw(st.permutations(range(student.shape[0]))))
     columns = torch.tensor(data.draw(st.permutations(range(student.shape[1]))))
-    loss, gradient, allowed = _run(any_backend, name, student, teacher, temperature)
-    by_row = _run(any_backend, name, student[rows], teacher[rows], temperature)
+    loss, gradient, allowed = _run(backend, name, student, teacher, temperature)
+    by_row = _run(backend, name, student[rows], teacher[rows], temperature)
     assert ((by_row[0] - loss[rows]).abs() <= 2 * allowed.loss[rows]).all()
     assert ((by_row[1] - gradient[rows]).abs() <= 2 * allowed.student_gradient[rows]).all()
-    by_column = _run(any_backend, name, student[:, columns], teacher[:, columns], temperature)
+    by_column = _run(backend, name, student[:, columns], teacher[:, columns], temperature)
     assert ((by_column[0] - loss).abs() <= 2 * allowed.loss).all()
     assert (
         (by_column[1] - gradient[:, columns]).abs() <= 2 * allowed.student_gradient[:, columns]
@@ -335,11 +331,11 @@ def test_order_of_rows_and_columns_is_carried_along(
 @pytest.mark.parametrize("name", NORMALIZED)
 @properties
 @given(pair=pairs())
-def test_gradient_of_a_row_sums_to_zero(any_backend: str, name: str, pair: Any) -> None:
+def test_gradient_of_a_row_sums_to_zero(backend: str, name: str, pair: Any) -> None:
     student, teacher, temperature = pair
     labels = torch.zeros(student.shape[0], dtype=torch.int64)
     _, gradient, allowed = _run(
-        any_backend, name, student, teacher, temperature, labels=labels, alpha=0.5
+        backend, name, student, teacher, temperature, labels=labels, alpha=0.5
     )
     assert (gradient.double().sum(-1).abs() <= allowed.student_gradient.sum(-1)).all()
 

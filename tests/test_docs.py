@@ -117,9 +117,9 @@ def for_readme() -> dict[str, Any]:
 
 def for_trl() -> dict[str, Any]:
     """Models of transformers, and chats as TRL's collator wants them."""
+    import datasets
     import tiny_models
 
-    datasets = pytest.importorskip("datasets", reason="pip install '.[peers]' brings it and TRL")
     chat = [
         {"role": "user", "content": "in the"},
         {"role": "assistant", "content": "beginning god"},
@@ -134,7 +134,6 @@ def for_trl() -> dict[str, Any]:
 
 def for_the_trainer() -> dict[str, Any]:
     """Likewise, and a dataset of token ids."""
-    pytest.importorskip("accelerate", reason="pip install 'transformers[torch]' brings it")
     import tiny_models
 
     ids = torch.randint(3, 61, (8, 6))
@@ -147,6 +146,7 @@ class Given(NamedTuple):
 
     names: Callable[[], dict[str, Any]] = dict
     group: bool = False
+    stacks: bool = False  # whether its snippets import another stack
 
 
 GIVEN = {
@@ -156,8 +156,8 @@ GIVEN = {
     "stacks/megatron.md": Given(group=True),
     "teacher-cache.md": Given(for_the_cache),
     "teachers.md": Given(for_teachers),
-    "stacks/transformers.md": Given(for_the_trainer),
-    "stacks/trl.md": Given(for_trl),
+    "stacks/transformers.md": Given(for_the_trainer, stacks=True),
+    "stacks/trl.md": Given(for_trl, stacks=True),
 }
 
 
@@ -197,7 +197,14 @@ def blocks(path: Path) -> list[Block]:
     return found
 
 
-@page
+@pytest.mark.parametrize(
+    "path",
+    [
+        pytest.param(path, marks=[pytest.mark.stacks] * GIVEN.get(name_of(path), Given()).stacks)
+        for path in PAGES
+    ],
+    ids=name_of,
+)
 def test_snippets_run(
     path: Path, tmp_path: Path, group: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:

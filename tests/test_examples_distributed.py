@@ -33,7 +33,7 @@ def run(*arguments: str, processes: int = 1) -> str:
         [sys.executable, *launch, str(SCRIPT), *small, *arguments],
         capture_output=True,
         text=True,
-        timeout=600,
+        timeout=3000,
         env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
         check=False,
     )

@@ -79,7 +79,7 @@ def python(
         capture_output=True,
         text=True,
         stdin=subprocess.DEVNULL,
-        timeout=600,
+        timeout=3000,
     )
 
 
@@ -149,7 +149,7 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Path]]:
         for name in ("first", "second")
     ]
     for build in builds:
-        output, _ = build.communicate(timeout=600)
+        output, _ = build.communicate(timeout=3000)
         assert build.returncode == 0, output
     return tree, [next((folder / name).glob("*.whl")) for name in ("first", "second")]
 
@@ -329,6 +329,6 @@ def test_install_in_place_finds_the_kernels_of_the_checkout(tree: Path, tmp_path
         env=clean_environment({}),
         capture_output=True,
         text=True,
-        timeout=600,
+        timeout=3000,
     )
     assert succeed(said).split(maxsplit=1) == ["True", f"{tree / 'kernels' / 'made_later.py'}\n"]

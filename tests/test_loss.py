@@ -215,44 +215,57 @@ def test_weight_of_any_float_type(backend: str, dtype: torch.dtype) -> None:
 # Reductions
 
 
+def _batch(
+    dtype: torch.dtype, with_labels: bool
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """Eight rows, of which five count where there are labels."""
+    student, teacher = (logits(2, 4, 17, seed=seed, dtype=dtype) for seed in (26, 27))
+    if not with_labels:
+        return student, teacher, None
+    labels = labels_for(2, 4, vocabulary=17, seed=28)
+    labels[0, 1] = labels[1, 2] = labels[1, 3] = -100
+    return student, teacher, labels
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("with_labels", [True, False])
 def test_reductions(any_backend: str, with_labels: bool, dtype: torch.dtype) -> None:
-    student, teacher = (
-        logits(2, 4, 17, seed=26, dtype=dtype),
-        logits(2, 4, 17, seed=27, dtype=dtype),
-    )
-    labels = None
-    if with_labels:
-        labels = labels_for(2, 4, vocabulary=17, seed=28)
-        labels[0, 1] = labels[1, 2] = labels[1, 3] = -100
+    student, teacher, labels = _batch(dtype, with_labels)
     weight = torch.rand(2, 4, generator=torch.Generator().manual_seed(29))
-    for options in ({}, {"weight": weight}):
-        rows = kd_loss(student, teacher, labels, reduction="none", backend=any_backend, **options)
-        assert rows.shape == (2, 4)
+    rows = kd_loss(student, teacher, labels, weight=weight, reduction="none", backend=any_backend)
+    assert rows.shape == (2, 4)
+    for reduction, denominator in (
+        ("sum", 1),
+        ("mean", 5 if with_labels else 8),  # rows that count: neither V nor the weights are in it
+        ("batchmean", 2),
+    ):
+        call = {"reduction": reduction, "weight": weight}
+        loss = kd_loss(student, teacher, labels, backend=any_backend, **call)
+        assert loss.shape == () and loss.dtype == torch.float32
         total = rows.double().sum()
-        for reduction, arguments, denominator in (
-            ("sum", {}, 1),
-            (
-                "mean",
-                {},
-                5 if with_labels else 8,
-            ),  # the rows that count; neither V nor the weights are in it
-            ("batchmean", {}, 2),
-            ("mean", {"num_items": 7}, 7),
-            ("mean", {"num_items": 12.5}, 12.5),
-            ("batchmean", {"num_items": 7}, 7),
-            ("mean", {"num_items": torch.tensor(7)}, 7),
-            ("mean", {"num_items": torch.tensor([7])}, 7),
-            ("batchmean", {"num_items": torch.tensor(2.5)}, 2.5),
-            ("mean", {"num_items": torch.tensor(7, dtype=torch.int32)}, 7),
-        ):
-            call = {"reduction": reduction, **arguments, **options}
-            loss = kd_loss(student, teacher, labels, backend=any_backend, **call)
-            assert loss.shape == () and loss.dtype == torch.float32
-            torch.testing.assert_close(loss.double(), total / denominator, rtol=4 * ULP, atol=0)
-            for upstream in (None, torch.tensor(-2.0)):
-                check(any_backend, student, teacher, labels, upstream=upstream, **call)
+        torch.testing.assert_close(loss.double(), total / denominator, rtol=4 * ULP, atol=0)
+        upstream = torch.tensor(-2.0)
+        check(any_backend, student, teacher, labels, upstream=upstream, **call)
+
+
+@pytest.mark.parametrize("with_labels", [True, False])
+def test_num_items_is_the_denominator(backend: str, with_labels: bool) -> None:
+    student, teacher, labels = _batch(torch.float32, with_labels)
+    total = kd_loss(student, teacher, labels, reduction="sum", backend=backend).double()
+    for reduction, items in (
+        ("mean", 7),
+        ("mean", 12.5),
+        ("batchmean", 7),
+        ("mean", torch.tensor(7)),
+        ("mean", torch.tensor([7])),
+        ("batchmean", torch.tensor(2.5)),
+        ("mean", torch.tensor(7, dtype=torch.int32)),
+    ):
+        call = {"reduction": reduction, "num_items": items}
+        loss = kd_loss(student, teacher, labels, backend=backend, **call)
+        assert loss.shape == () and loss.dtype == torch.float32
+        torch.testing.assert_close(loss.double(), total / float(items), rtol=4 * ULP, atol=0)
+        check(backend, student, teacher, labels, **call)
 
 
 @pytest.mark.parametrize("reduction", ["mean", "batchmean"])

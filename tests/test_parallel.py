@@ -10,7 +10,7 @@ import spread
 import torch
 import training
 from accuracy import labels_for, logits
-from processes import TIMEOUT, Processes
+from processes import Processes
 from test_divergences import VARIANTS
 from test_linear import problem
 from test_loss import OPTIONS
@@ -330,14 +330,12 @@ def test_a_process_that_dies(processes: Processes, where: str) -> None:
     *others, last = processes.outcomes(2, training.die, where)
     assert last == (False, "died")
     for good, text in others:
-        seconds, said = text.split(" ", 1)
-        assert good and int(seconds) <= TIMEOUT + 5
-        assert said.startswith("CollectiveError: the all-gather of ")
-        assert "did not finish on process 0 of 2" in said
+        assert good and text.startswith("CollectiveError: the all-gather of ")
+        assert "did not finish on process 0 of 2" in text
 
 
 def test_a_process_that_is_late(processes: Processes) -> None:
-    first, second = processes.run(2, training.late, 2.0)
+    first, second = processes.run(2, training.late, 10.0)
     assert second == "late"
     assert first.startswith("CollectiveError: the all-gather of what each process is called with")
 

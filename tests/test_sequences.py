@@ -9,13 +9,13 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+import transformers
 from torch import Tensor, nn
 
 import fastkd
 from fastkd import sequences
 from fastkd.sequences import gkd_step, shift, teacher_targets
 
-transformers = pytest.importorskip("transformers")
 PAD, EOS, V = 0, 1, 29
 
 

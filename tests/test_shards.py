@@ -24,15 +24,13 @@ SHARES = ((1.0,), (1.0, 1.0), (3.0, 1.0, 0.0, 2.0))
 
 @pytest.fixture(params=SHARES, ids=str)
 def sharded(
-    any_backend: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+    backend: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[str]:
-    """A backend that works in shards."""
-    kernels = InShards(backends.load(any_backend), request.param)
+    """A backend that works in shards; tests/test_triton_shards.py has Triton's."""
+    kernels = InShards(backends.load(backend), request.param)
     load = backends.load
-    monkeypatch.setattr(
-        backends, "load", lambda name: kernels if name == any_backend else load(name)
-    )
-    yield any_backend
+    monkeypatch.setattr(backends, "load", lambda name: kernels if name == backend else load(name))
+    yield backend
     assert kernels.calls
 
 

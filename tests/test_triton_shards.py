@@ -97,6 +97,17 @@ def test_labels(in_shards: InShards, divergence: str) -> None:
 
 
 @pytest.mark.parametrize("divergence", ["mixture", "jsd"])
+def test_one_program_of_each_process(
+    in_shards: InShards, monkeypatch: pytest.MonkeyPatch, divergence: str
+) -> None:
+    """As where rows alone fill a device: what the processes left is then strided until it is copied."""
+    monkeypatch.setattr(kernels, "shard_plan", split.shard_plan)
+    assert split.shard_plan(3, Shard(0, 61, 30, 0, None)).programs == 1
+    labels = torch.tensor([30, 39, 60], device=DEVICE)
+    check("triton", *pair(3, 61), labels, divergence=divergence, alpha=0.5, label_smoothing=0.1)
+
+
+@pytest.mark.parametrize("divergence", ["mixture", "jsd"])
 def test_everything_at_once(in_shards: InShards, divergence: str) -> None:
     """Softcaps, scales, two temperatures, and 41 columns that count of 43, in bfloat16; two dropped rows."""
     options = OPTIONS["everything"] | {"temperature": torch.tensor([0.7, 3.0, 1.0, 2.0])}

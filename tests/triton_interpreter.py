@@ -1,10 +1,10 @@
-"""Two corrections of Triton's interpreter, in which the Triton kernels are tested, and a look at its memory."""
+"""Corrections of Triton's interpreter, in which the Triton kernels are tested, and a look at its memory."""
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -48,18 +48,33 @@ def _looked_up_once(dtype: Any) -> Any:
     return looked_up
 
 
+_entered = 0
+_undo = ExitStack()
+
+
 @contextmanager
 def corrected() -> Iterator[None]:
     """Within, float32 becomes bfloat16 by rounding to nearest even, as on a GPU, and not by truncation.
 
-    And a kernel that calls a function does not patch triton.language once more, which took two thirds of the time.
+    A kernel that calls a function does not patch triton.language once more, which took two thirds of the time, and
+    NumPy does not warn of infinities and NaN, for which a GPU has no word. Fixtures of any scope may enter this in any
+    order: the first that enters installs the corrections, the last that leaves removes them.
     """
-    with pytest.MonkeyPatch.context() as patch:
+    global _entered
+    if not _entered:
+        patch = _undo.enter_context(pytest.MonkeyPatch.context())
         builder = interpreter.InterpreterBuilder
         patch.setattr(builder, "cast_impl", _rounding(builder.cast_impl))
         patch.setattr(interpreter.InterpretedFunction, "__call__", _call)
         patch.setattr(interpreter, "_get_np_dtype", _looked_up_once(interpreter._get_np_dtype))
+        _undo.enter_context(np.errstate(all="ignore"))
+    _entered += 1
+    try:
         yield
+    finally:
+        _entered -= 1
+        if not _entered:
+            _undo.close()
 
 
 class Access(NamedTuple):

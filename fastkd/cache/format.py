@@ -25,6 +25,9 @@ from typing import Any, TypeGuard
 import torch
 from torch import Tensor
 
+from fastkd.scalars import plain
+from fastkd.tensors import address
+
 FORMAT = "fastkd teacher cache"
 VERSION = 1
 KINDS = ("hidden", "topk", "dense")
@@ -86,6 +89,7 @@ def need(module: str, what: str, extra: str) -> Any:
 
 def is_int(value: object, least: int = 1) -> TypeGuard[int]:
     """Whether a value is an int, and no bool, of at least that."""
+    value = plain(value)
     return type(value) is int and value >= least
 
 
@@ -145,6 +149,9 @@ class Manifest:
     complete: bool = False
 
     def __post_init__(self) -> None:
+        for name in ("vocab_size", "shard_examples", "k", "temperature", "logit_scale", "softcap"):
+            object.__setattr__(self, name, plain(getattr(self, name)))
+
         def check(name: str, holds: bool, allowed: str) -> None:
             require(holds, name, allowed, getattr(self, name))
 
@@ -368,7 +375,7 @@ def chunks(layout: Layout, tensors: Mapping[str, Sequence[Tensor]]) -> Iterator[
     for name in _header(layout)[0]:
         for piece in tensors[name]:
             # torch lends a tensor's memory by way of NumPy alone, which may be missing.
-            yield memoryview((ctypes.c_char * piece.nbytes).from_address(piece.data_ptr()))
+            yield memoryview((ctypes.c_char * piece.nbytes).from_address(address(piece)))
 
 
 def digest(data: Iterable[Any]) -> str:

@@ -38,6 +38,7 @@ from fastkd.cache.format import (
 )
 from fastkd.cache.parts import check_others, difference, part_folder
 from fastkd.teachers import TopK
+from fastkd.tensors import readable
 
 _LOCK = ".lock"
 _ARGUMENTS = {"hidden": "hidden", "topk": "topk", "dense": "logits"}  # of append, by kind
@@ -376,4 +377,5 @@ def _copy(name: str, value: object, dtype: torch.dtype, shape: tuple[int, ...]) 
     """A tensor of that dtype and shape in memory of its own, contiguous and on the CPU."""
     given = _check_tensor(name, value, (dtype,))
     require(tuple(given.shape) == shape, name, f"of shape {shape}", tuple(given.shape))
-    return given.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
+    given = readable(given.detach())
+    return given.to("cpu", copy=True, memory_format=torch.contiguous_format)

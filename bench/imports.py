@@ -1,0 +1,39 @@
+"""What `import fastkd` costs a process that has torch already: the median of several processes, in milliseconds.
+
+    python bench/imports.py
+
+tests/test_dispatch.py asserts what is loaded; how long that takes depends on the machine.
+"""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+from pathlib import Path
+from statistics import median
+
+ROOT = Path(__file__).resolve().parents[1]
+# torch's objects are not searched for garbage meanwhile, which would be most of the time.
+CODE = """
+import gc, time, torch
+gc.freeze()
+start = time.perf_counter()
+import fastkd
+print(1e3 * (time.perf_counter() - start))
+"""
+
+
+def milliseconds() -> float:
+    """Of one import, in a process of its own."""
+    done = subprocess.run(
+        [sys.executable, "-c", CODE], capture_output=True, text=True, check=True, cwd=ROOT
+    )
+    return float(done.stdout)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rounds", type=int, default=11, help="processes")
+    times = sorted(milliseconds() for _ in range(parser.parse_args().rounds))
+    print(f"import fastkd: {median(times):.0f} ms ({times[0]:.0f} to {times[-1]:.0f})")
