@@ -29,7 +29,7 @@ from typing import Any
 # A004: a definition reads as the formula does. F401: the next one may want what none uses yet.
 from torch import Tensor, abs, exp, log1p, logaddexp, where  # noqa: A004, F401
 
-from fastkd.scalars import plain
+from fastkd.scalars import as_float, plain
 
 VOCABULARY = ("abs", "exp", "log1p", "logaddexp", "where")
 
@@ -123,12 +123,12 @@ class Divergence:
             raise ValueError(
                 "target must be None where normalized is False: there is no probability of a label"
             )
-        if isinstance(self.params, str) or not isinstance(self.params, Iterable):
+        if isinstance(self.params, (str, Tensor)) or not isinstance(self.params, Iterable):
             raise TypeError(f"params must be a tuple of numbers, got {type(self.params).__name__}")
         params = tuple(_number(f"params[{k}]", value) for k, value in enumerate(self.params))
         object.__setattr__(self, "params", params)
         if self.degree is not None:
-            object.__setattr__(self, "degree", _number("degree", self.degree))
+            object.__setattr__(self, "degree", _finite("degree", self.degree))
         _functions[function_name(self.function)] = self.function
 
 
@@ -139,7 +139,7 @@ def _number(argument: str, value: Any) -> float:
         return float(value)
     if isinstance(value, (bool, Tensor)) or not isinstance(value, (int, float)):
         raise TypeError(f"{argument} must be a number, got {type(value).__name__}")
-    return float(value)
+    return as_float(value)
 
 
 def _unit(argument: str, value: float, *, open_right: bool = False) -> float:

@@ -38,7 +38,7 @@ class _Loss(nn.Module):
             group_of(options["process_group"])
         # One row through the validation of the function, so that there is one; by this process alone.
         width = plain(options.get("vocab_size"))
-        row = torch.zeros(1, width if type(width) is int and width > 0 else 2)
+        row = torch.zeros(1, width if type(width) is int and 0 < width < 2**31 else 2)
         with contextlib.suppress(
             BackendUnavailable
         ):  # for a row on the CPU: the logits may be elsewhere

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from fastkd.divergences import jsd
 from fastkd.functional import kd_loss
-from fastkd.tensors import savable
+from fastkd.tensors import check_readable, savable
 from fastkd.validate import check_alike, check_int, check_number
 
 IGNORED = -100
@@ -44,7 +44,17 @@ def shift(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
 
     Labels as datasets and :class:`Sequences` have them are not shifted: labels[:, i] is the token at i, which the
     logits at i - 1 predict.
+
+    Raises:
+        TypeError, ValueError: an argument is no tensor, or has no dimension of tokens.
     """
+    for argument, value in (("logits", logits), ("labels", labels)):
+        if not isinstance(value, Tensor):
+            raise TypeError(f"{argument} must be a tensor, got {type(value).__name__}")
+        if value.dim() < 2:
+            raise ValueError(
+                f"{argument} must be [sequences, tokens, ...], got shape {tuple(value.shape)}"
+            )
     return logits[:, :-1], labels[:, 1:]
 
 
@@ -87,6 +97,7 @@ def teacher_targets(
 
     Memory: the sequences, and what ``generate`` holds.
     """
+    _check_writes("teacher", teacher)
     input_ids, attention_mask = _prompts(input_ids, attention_mask)
     return _completed(teacher, input_ids, attention_mask, pad_token_id, eos_token_id, generate)
 
@@ -142,6 +153,11 @@ def gkd_step(
 
     Memory: both models' logits, and kd_loss's gradient.
     """
+    for name, model in (("student", student), ("teacher", teacher)):
+        if not callable(model):
+            raise TypeError(f"{name} must be a model, got {type(model).__name__}")
+    writer = student if hasattr(student, "generate") else getattr(student, "module", student)
+    _check_writes("student", writer)
     if not isinstance(batch, Mapping):
         raise TypeError(f"batch must be a mapping of tensors by name, got {type(batch).__name__}")
     for name, value in (("generator", generator), ("generate", generate)):
@@ -155,7 +171,6 @@ def gkd_step(
         input_ids, mask = _prompts_of(batch)
         asked = {"do_sample": True, "top_k": 0} if generate is None else dict(generate)
         with _sampling(generator, input_ids.device):
-            writer = student if hasattr(student, "generate") else student.module
             inputs = _completed(writer, input_ids, mask, pad_token_id, eos_token_id, asked)
     else:
         inputs = _sequences_of(
@@ -291,11 +306,17 @@ def _answers(ids: Tensor, ends: Sequence[int], pad_token_id: int) -> Tensor:
     return there
 
 
+def _check_writes(argument: str, model: object) -> None:
+    if not callable(getattr(model, "generate", None)):
+        raise TypeError(f"{argument} must be a model that has generate, got {type(model).__name__}")
+
+
 def _ends(eos_token_id: int | Sequence[int] | None) -> list[int]:
     """The ids after which a completion ends."""
     if eos_token_id is None:
         return []
     if isinstance(eos_token_id, Tensor):
+        check_readable("eos_token_id", eos_token_id)
         eos_token_id = eos_token_id.flatten().tolist()
     several = isinstance(eos_token_id, Iterable) and not isinstance(eos_token_id, str)
     given = list(eos_token_id) if several else [eos_token_id]  # type: ignore[arg-type]  # several: iterable

@@ -23,11 +23,13 @@ from fastkd.cache.format import (
     check_file,
     check_files,
     check_values,
+    folder_of,
     need,
     read_part,
     require,
 )
 from fastkd.cache.parts import check_rank, listed, read_whole
+from fastkd.scalars import plain
 from fastkd.teachers import TAILS, LinearTeacher, TopK
 
 _VERIFY = ("full", "header")
@@ -160,9 +162,11 @@ class TeacherCache(Dataset[Example]):
         allow_incomplete: bool = False,
     ) -> None:
         check_rank(rank, world_size)
+        rank, world_size = plain(rank), plain(world_size)
+        require(isinstance(allow_incomplete, bool), "allow_incomplete", "a bool", allow_incomplete)
         require(tail in TAILS, "tail", f"one of {', '.join(TAILS)}", tail)
         require(verify in _VERIFY, "verify", f"one of {', '.join(_VERIFY)}", verify)
-        whole = Path(path).absolute()
+        whole = folder_of(path).absolute()
         self.manifest, self._parts = read_whole(whole)
         count = self.manifest.examples
         if not (self.manifest.complete or allow_incomplete):
