@@ -69,6 +69,10 @@ class ClosedForm:
     reverse: float = 0.0
     cross: float = 0.0
 
+    def __post_init__(self) -> None:
+        for name in ("forward", "reverse", "cross"):
+            object.__setattr__(self, name, _finite(name, getattr(self, name)))
+
 
 @dataclass(frozen=True)
 class Target:
@@ -117,6 +121,19 @@ class Divergence:
     target: Target | None = None
 
     def __post_init__(self) -> None:
+        if not isinstance(self.name, str):
+            raise TypeError(f"name must be a string, got {type(self.name).__name__}")
+        for argument, kind in (("closed_form", ClosedForm), ("target", Target)):
+            value = getattr(self, argument)
+            if not (value is None or isinstance(value, kind)):
+                raise TypeError(
+                    f"{argument} must be a {kind.__name__} or None, got {type(value).__name__}"
+                )
+        object.__setattr__(self, "normalized", plain(self.normalized))
+        if not isinstance(self.normalized, bool):
+            raise TypeError(
+                f"normalized must be True or False, got {type(self.normalized).__name__}"
+            )
         if not callable(self.function):
             raise TypeError(f"function must be callable, got {type(self.function).__name__}")
         if self.target is not None and not self.normalized:

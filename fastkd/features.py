@@ -154,6 +154,8 @@ class HintLoss(nn.Module):
     def __init__(self, regressor: nn.Module, *, reduction: str = "mean") -> None:
         super().__init__()
         check_choice("reduction", reduction, HINT_REDUCTIONS)
+        if not isinstance(regressor, nn.Module):
+            raise TypeError(f"regressor must be a torch.nn.Module, got {type(regressor).__name__}")
         self.regressor = regressor
         self.reduction = reduction
 

@@ -425,6 +425,8 @@ def born_again(
     for argument, value in (("make_student", make_student), ("train", train)):
         if not callable(value):
             raise TypeError(f"{argument} must be callable, got {type(value).__name__}")
+    if teacher is not None and not callable(teacher):
+        raise TypeError(f"teacher must be a module or None, got {type(teacher).__name__}")
     generations = check_int("generations", generations)
     if generations < 1:
         raise ValueError(f"generations must be at least 1, got {generations}")

@@ -164,6 +164,8 @@ def gkd_step(
         kind = torch.Generator if name == "generator" else Mapping
         if value is not None and not isinstance(value, kind):
             raise TypeError(f"{name} must be a {kind.__name__} or None, got {type(value).__name__}")
+    pad_token_id = check_int("pad_token_id", pad_token_id)
+    _ends(eos_token_id)
     fraction = check_number("on_policy_fraction", on_policy_fraction, 0.0, 1.0)
     divergence = jsd(beta)
     on_policy = bool(torch.rand((), generator=generator) < fraction)

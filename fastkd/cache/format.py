@@ -79,10 +79,10 @@ def require(holds: bool, name: str, allowed: str, value: object) -> None:
         raise ValueError(f"{name} must be {allowed}, got {reprlib.repr(value)}")
 
 
-def folder_of(path: object) -> Path:
+def folder_of(path: object, argument: str = "path") -> Path:
     """The path of a cache's folder."""
     if not isinstance(path, (str, os.PathLike)):
-        raise TypeError(f"path must be a str or an os.PathLike, got {type(path).__name__}")
+        raise TypeError(f"{argument} must be a str or an os.PathLike, got {type(path).__name__}")
     return Path(path)
 
 

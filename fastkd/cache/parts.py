@@ -126,7 +126,7 @@ def read_manifest(folder: str | os.PathLike[str]) -> Manifest:
             together.
         IncompleteError: a part has not been begun.
     """
-    return read_whole(folder_of(folder)).manifest
+    return read_whole(folder_of(folder, "folder")).manifest
 
 
 def _part_names(folder: Path) -> list[tuple[str, int]]:
