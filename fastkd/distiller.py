@@ -30,7 +30,7 @@ import torch
 from torch import Tensor, nn
 
 from fastkd import models
-from fastkd.scalars import plain
+from fastkd.scalars import as_float, plain
 from fastkd.teachers import Ensemble, LinearTeacher, TopK
 from fastkd.validate import check_choice
 
@@ -112,7 +112,9 @@ class Term:
             if not (layer is None or isinstance(layer, str) or (_all_names(layer) and layer)):
                 raise TypeError(f"{argument} must be a name or a sequence of names, got {layer!r}")
         if self.takes is not None and (
-            isinstance(self.takes, str) or any(name not in GIVEN for name in self.takes)
+            isinstance(self.takes, (str, Tensor))
+            or not isinstance(self.takes, Iterable)
+            or any(name not in GIVEN for name in self.takes)
         ):
             raise ValueError(f"takes must be some of {', '.join(GIVEN)}; got {self.takes!r}")
         if self.takes is None:
@@ -562,6 +564,7 @@ def _checked_weight(argument: str, weight: Any) -> float:
     weight = plain(weight)
     if isinstance(weight, (bool, Tensor)) or not isinstance(weight, (int, float)):
         raise TypeError(f"{argument} must be a number, got {type(weight).__name__}")
+    weight = as_float(weight)
     if not math.isfinite(weight):
         raise ValueError(f"{argument} must be finite, got {weight}")
     return weight

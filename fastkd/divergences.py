@@ -41,7 +41,7 @@ import torch
 # A004: a definition reads as the formula does. F401: the next one may want what none uses yet.
 from torch import Tensor, abs, exp, expm1, log1p, logaddexp, where  # noqa: A004, F401
 
-from fastkd.scalars import plain
+from fastkd.scalars import as_float, plain
 
 VOCABULARY = ("abs", "exp", "expm1", "log1p", "logaddexp", "where", "log_mixture")
 ENTRY = ("p", "q", "log_p", "log_q")
@@ -121,6 +121,10 @@ class ClosedForm:
     reverse: float = 0.0
     cross: float = 0.0
 
+    def __post_init__(self) -> None:
+        for name in ("forward", "reverse", "cross"):
+            object.__setattr__(self, name, _finite(name, getattr(self, name)))
+
 
 @dataclass(frozen=True)
 class Target:
@@ -170,18 +174,31 @@ class Divergence:
     target: Target | None = None
 
     def __post_init__(self) -> None:
+        if not isinstance(self.name, str):
+            raise TypeError(f"name must be a string, got {type(self.name).__name__}")
+        for argument, kind in (("closed_form", ClosedForm), ("target", Target)):
+            value = getattr(self, argument)
+            if not (value is None or isinstance(value, kind)):
+                raise TypeError(
+                    f"{argument} must be a {kind.__name__} or None, got {type(value).__name__}"
+                )
+        object.__setattr__(self, "normalized", plain(self.normalized))
+        if not isinstance(self.normalized, bool):
+            raise TypeError(
+                f"normalized must be True or False, got {type(self.normalized).__name__}"
+            )
         if not callable(self.function):
             raise TypeError(f"function must be callable, got {type(self.function).__name__}")
         if self.target is not None and not self.normalized:
             raise ValueError(
                 "target must be None where normalized is False: there is no probability of a label"
             )
-        if isinstance(self.params, str) or not isinstance(self.params, Iterable):
+        if isinstance(self.params, (str, Tensor)) or not isinstance(self.params, Iterable):
             raise TypeError(f"params must be a tuple of numbers, got {type(self.params).__name__}")
         params = tuple(_number(f"params[{k}]", value) for k, value in enumerate(self.params))
         object.__setattr__(self, "params", params)
         if self.degree is not None:
-            object.__setattr__(self, "degree", _number("degree", self.degree))
+            object.__setattr__(self, "degree", _finite("degree", self.degree))
         _functions[function_name(self.function)] = self.function
 
 
@@ -192,7 +209,7 @@ def _number(argument: str, value: Any) -> float:
         return float(value)
     if isinstance(value, (bool, Tensor)) or not isinstance(value, (int, float)):
         raise TypeError(f"{argument} must be a number, got {type(value).__name__}")
-    return float(value)
+    return as_float(value)
 
 
 def _unit(argument: str, value: float, *, open_right: bool = False) -> float:

@@ -11,7 +11,7 @@ nothing left, a mean is 0 and part of the graph. A teacher that requires grad ge
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -97,6 +97,11 @@ class Regressor(nn.Module):
         mapped = self.map(features.to(self.map.weight.dtype))
         if size is None or isinstance(self.map, nn.Linear):
             return mapped
+        sizes = [] if isinstance(size, Tensor) or not isinstance(size, Iterable) else list(size)
+        sizes = list(map(plain, sizes))
+        if len(sizes) != 2 or any(type(edge) is not int or edge < 1 for edge in sizes):
+            raise ValueError(f"size must be a height and a width, got {size!r}")
+        size = sizes
         return _resized(mapped, size, self.resize)
 
 
@@ -149,6 +154,8 @@ class HintLoss(nn.Module):
     def __init__(self, regressor: nn.Module, *, reduction: str = "mean") -> None:
         super().__init__()
         check_choice("reduction", reduction, HINT_REDUCTIONS)
+        if not isinstance(regressor, nn.Module):
+            raise TypeError(f"regressor must be a torch.nn.Module, got {type(regressor).__name__}")
         self.regressor = regressor
         self.reduction = reduction
 
@@ -540,7 +547,7 @@ def _check_pair(of_student: str, student: Tensor, of_teacher: str, teacher: Tens
 
 def _checked_width(argument: str, width: object) -> int:
     width = plain(width)
-    if type(width) is not int or width < 1:
+    if type(width) is not int or not 1 <= width < 2**31:
         raise ValueError(f"{argument} must be a positive int, got {width!r}")
     return width
 

@@ -31,14 +31,15 @@ class _Loss(nn.Module):
                 raise TypeError(
                     f"a tensor {argument} belongs to a batch: pass it to the call, not to {name}()"
                 )
+        options = {argument: plain(value) for argument, value in options.items()}
         self.options = options
         if options.get("process_group") is not None:
             from fastkd.parallel.layout import group_of
 
             group_of(options["process_group"])
         # One row through the validation of the function, so that there is one; by this process alone.
-        width = plain(options.get("vocab_size"))
-        row = torch.zeros(1, width if type(width) is int and width > 0 else 2)
+        width = options.get("vocab_size")
+        row = torch.zeros(1, width if type(width) is int and 0 < width < 2**31 else 2)
         with contextlib.suppress(
             BackendUnavailable
         ):  # for a row on the CPU: the logits may be elsewhere

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -155,11 +155,16 @@ def _without_dropped(
     kept = labels != options.get("ignore_index", -100) if isinstance(labels, Tensor) else None
     for name in ("mask", "weight"):
         value = options.get(name)
-        if isinstance(value, Tensor):
+        if isinstance(value, Tensor) and (kept is None or _alike(value, kept)):
             kept = value != 0 if kept is None else kept & (value != 0)
-    if kept is None or kept.shape != branches[0].shape[:-1]:
+    lead, device = branches[0].shape[:-1], branches[0].device
+    if kept is None or kept.shape != lead or kept.device != device:
         return branches  # kd_loss says what is wrong
     return [torch.where(kept.unsqueeze(-1), branch, 0.0) for branch in branches]
+
+
+def _alike(first: Tensor, second: Tensor) -> bool:
+    return first.shape == second.shape and first.device == second.device
 
 
 def _loss(*arguments: Tensor, **options: Any) -> Tensor:
@@ -240,6 +245,8 @@ class MeanTeacher(nn.Module):
     @torch.no_grad()
     def update(self, student: nn.Module) -> None:
         """Take one more student into the average."""
+        if not isinstance(student, nn.Module):
+            raise TypeError(f"student must be a torch.nn.Module, got {type(student).__name__}")
         student = unwrapped(student)
         _check_alike(self.model, student)
         self.steps += 1
@@ -418,6 +425,8 @@ def born_again(
     for argument, value in (("make_student", make_student), ("train", train)):
         if not callable(value):
             raise TypeError(f"{argument} must be callable, got {type(value).__name__}")
+    if teacher is not None and not callable(teacher):
+        raise TypeError(f"teacher must be a module or None, got {type(teacher).__name__}")
     generations = check_int("generations", generations)
     if generations < 1:
         raise ValueError(f"generations must be at least 1, got {generations}")
@@ -460,6 +469,12 @@ def generations_teacher(
     Raises:
         ValueError, TypeError: as Ensemble does.
     """
+    if not isinstance(models, Iterable) or isinstance(models, (str, Tensor)):
+        raise TypeError(f"models must be a list of modules, got {type(models).__name__}")
+    models = list(models)
+    for index, model in enumerate(models):
+        if not callable(model):
+            raise TypeError(f"models[{index}] must be callable, got {type(model).__name__}")
     with torch.no_grad():
         outputs = [model(*inputs, **options) for model in models]
     return Ensemble([getattr(output, "logits", output) for output in outputs], weights, mean)

@@ -144,6 +144,18 @@ def plan(
     )
 
 
+def check_size(argument: str, value: object) -> int:
+    """The value as an int; raise unless it is a positive one that a tensor can have for a size."""
+    size = plain(value)
+    if type(size) is not int:
+        raise TypeError(f"{argument} must be an int, got {type(size).__name__}")
+    if size < 1:
+        raise ValueError(f"{argument} must be positive, got {size}")
+    if size >= 2**63:
+        raise ValueError(f"{argument} must fit in 64 bits, got {size}")
+    return size
+
+
 def memory_plan(
     rows: int,
     vocab_size: int,
@@ -179,14 +191,21 @@ def memory_plan(
     Raises:
         ValueError, TypeError: as the loss raises for chunk_size and memory_budget; an unknown form of teacher.
     """
-    rows, vocab_size, hidden_size, k = map(plain, (rows, vocab_size, hidden_size, k))
-    width = hidden_size if teacher_hidden_size is None else plain(teacher_hidden_size)
-    sizes = {"rows": rows, "vocab_size": vocab_size, "hidden_size": hidden_size, "k": k}
-    for name, size in (sizes | {"teacher_hidden_size": width}).items():
-        if type(size) is not int:
-            raise TypeError(f"{name} must be an int, got {type(size).__name__}")
-        if size < 1:
-            raise ValueError(f"{name} must be positive, got {size}")
+    width = hidden_size if teacher_hidden_size is None else teacher_hidden_size
+    rows = check_size("rows", rows)
+    vocab_size = check_size("vocab_size", vocab_size)
+    hidden_size = check_size("hidden_size", hidden_size)
+    k = check_size("k", k)
+    width = check_size("teacher_hidden_size", width)
+    weight_gradient = plain(weight_gradient)
+    if not isinstance(weight_gradient, bool):
+        raise TypeError(
+            f"weight_gradient must be True or False, got {type(weight_gradient).__name__}"
+        )
+    try:
+        device_type = torch.device(device).type
+    except (RuntimeError, TypeError, ValueError) as error:
+        raise ValueError(f"device must name a device, got {device!r}: {error}") from None
     if not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
         raise TypeError(f"dtype must be a floating-point torch.dtype, got {dtype!r}")
     if logits_dtype not in (None, wide(dtype), dtype):
@@ -215,7 +234,7 @@ def memory_plan(
         teacher_hidden,
         held,
         weight_gradient,
-        torch.device(device).type,
+        device_type,
     )
     return plan(shape, chunk_size, memory_budget)
 

@@ -907,7 +907,11 @@ def policy_distillation_loss(
         return 2.0 * kd_loss(student_logits, teacher, labels, divergence=squared_error(), **shared)
     if teacher.requires_grad and torch.is_grad_enabled():
         raise ValueError("teacher requires grad, and its argmax has no gradient; detach it")
+    vocab_size = None if vocab_size is None else check_int("vocab_size", vocab_size)
+    ignore_index = check_int("ignore_index", ignore_index)
     best = teacher[..., :vocab_size].argmax(-1)
+    if mask is not None:
+        check_rows("mask", mask, best.shape, best.device, (torch.bool,))
     if labels is not None:
         check_rows("labels", labels, best.shape, best.device, (torch.int64,))
         counted = labels != ignore_index

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import numbers
+import sys
 from typing import Any
 
 from torch import Tensor
@@ -24,3 +26,10 @@ def plain(value: Any) -> Any:
     if type(value).__module__ == "numpy" and type(value).__name__ in ("bool", "bool_"):
         return bool(value)
     return value
+
+
+def as_float(value: float) -> float:
+    """The number as a float; an int that is beyond the largest float is infinite."""
+    if type(value) is int and abs(value) > sys.float_info.max:
+        return math.inf if value > 0 else -math.inf
+    return float(value)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fastkd.scalars import plain
+from fastkd.scalars import as_float, plain
 from fastkd.tensors import check_strided
 
 TAILS = ("bucket", "renormalize", "renormalize_teacher", "truncate")
@@ -35,6 +35,7 @@ def _checked_temperature(value: float) -> float:
     value = plain(value)
     if isinstance(value, (bool, Tensor)) or not isinstance(value, (int, float)):
         raise TypeError(f"temperature must be a number, got {type(value).__name__}")
+    value = as_float(value)
     if not 0 < value < math.inf:
         raise ValueError(f"temperature must be positive and finite, got {value}")
     return value
@@ -160,7 +161,7 @@ class LinearTeacher:
     def __post_init__(self) -> None:
         for name in ("hidden", "weight", "bias"):
             value = getattr(self, name)
-            if value is not None:
+            if value is not None or name != "bias":
                 _check_tensor(f"the teacher's {name}", value, FLOATS)
         check_linear("the teacher's ", self.hidden, self.weight, self.bias)
 
@@ -231,7 +232,9 @@ class Ensemble:
                 )
         if self.mean not in MEANS:
             raise ValueError(f"mean must be one of {', '.join(MEANS)}; got {self.mean!r}")
-        if self.weights is not None and not isinstance(self.weights, Iterable):
+        if self.weights is not None and (
+            isinstance(self.weights, (str, Tensor)) or not isinstance(self.weights, Iterable)
+        ):
             raise TypeError(
                 f"weights must be a list of numbers or None, got {type(self.weights).__name__}"
             )

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fastkd.divergences import Divergence, resolve
 from fastkd.rows import Options, Rows, counted_rows
-from fastkd.scalars import plain
+from fastkd.scalars import as_float, plain
 from fastkd.teachers import Ensemble, LinearTeacher, Teacher, TopK, check_linear
 from fastkd.tensors import check_readable, check_strided
 from fastkd.topk import MOST, masses
@@ -104,8 +104,6 @@ def prepare(
     if divergence.target is not None:
         _check_apart(divergence, labels, vocabulary)
     ignore_index = check_int("ignore_index", ignore_index)
-    if not -(2**63) <= ignore_index < 2**63:
-        raise ValueError(f"ignore_index must fit in 64 bits, got {ignore_index}")
     check_flags(scale_by_temperature=scale_by_temperature)
     if not isinstance(backend, str):
         raise TypeError(f"backend must be a string, got {type(backend).__name__}")
@@ -534,6 +532,8 @@ def check_int(argument: str, value: object) -> int:
     value = plain(value)
     if type(value) is not int:
         raise TypeError(f"{argument} must be an int, got {type(value).__name__}")
+    if not -(2**63) <= value < 2**63:
+        raise ValueError(f"{argument} must fit in 64 bits, got {value}")
     return value
 
 
@@ -544,11 +544,12 @@ def check_number(
     value = plain(value)
     if isinstance(value, (bool, Tensor)) or not isinstance(value, (int, float)):
         raise TypeError(f"{argument} must be a number, got {type(value).__name__}")
+    value = as_float(value)
     if not (low <= value < high or (value == high and not open_right)):
         raise ValueError(
             f"{argument} must be in [{low:g}, {high:g}{')' if open_right else ']'}, got {value}"
         )
-    return float(value)
+    return value
 
 
 def _in_range(argument: str, value: float) -> float:

@@ -79,6 +79,13 @@ def require(holds: bool, name: str, allowed: str, value: object) -> None:
         raise ValueError(f"{name} must be {allowed}, got {reprlib.repr(value)}")
 
 
+def folder_of(path: object, argument: str = "path") -> Path:
+    """The path of a cache's folder."""
+    if not isinstance(path, (str, os.PathLike)):
+        raise TypeError(f"{argument} must be a str or an os.PathLike, got {type(path).__name__}")
+    return Path(path)
+
+
 def need(module: str, what: str, extra: str) -> Any:
     """Import a module of an extra; ImportError says which extra."""
     try:
@@ -156,10 +163,12 @@ class Manifest:
             require(holds, name, allowed, getattr(self, name))
 
         def check_kind(kind: str, name: str, holds: bool, allowed: str, absent: object) -> None:
+            value = getattr(self, name)
             if self.kind == kind:
                 check(name, holds, allowed)
             else:
-                check(name, getattr(self, name) == absent, f"{absent} for kind {self.kind!r}")
+                is_absent = not isinstance(value, Tensor) and value == absent
+                check(name, is_absent, f"{absent} for kind {self.kind!r}")
 
         check("kind", self.kind in KINDS, f"one of {', '.join(KINDS)}")
         check(

@@ -7,7 +7,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fastkd.parallel.collectives import all_reduce
-from fastkd.validate import check_int, check_mask
+from fastkd.validate import check_flags, check_int, check_mask
 
 
 def num_items(
@@ -36,6 +36,7 @@ def num_items(
     Returns:
         A 0-dim float64 tensor on the device of the labels.
     """
+    check_flags(averaged=averaged)
     if not isinstance(labels, Tensor) or labels.dtype != torch.int64:
         raise TypeError(
             f"labels must be an int64 tensor, got {getattr(labels, 'dtype', type(labels).__name__)}"
