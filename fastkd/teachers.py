@@ -49,7 +49,8 @@ class TopK:
 
     - "bucket": one more event stands for all other tokens, with p = 1 - sum p_k and q = 1 - sum q_k. A divergence
       of a coarser partition: never negative, at most the dense one, and 0 for the dense teacher's own student.
-    - "renormalize": both softmaxes are taken over the K tokens alone; other tokens have gradient 0.
+    - "renormalize": both softmaxes are taken over the K tokens alone; other tokens have gradient 0. logprobs may then
+      be any logarithms of weights, as they may for the next.
     - "renormalize_teacher": p is divided by its sum and is 0 elsewhere; q is over the whole vocabulary. For a
       divergence of degree 1 that is finite at p = 0: forward KL, cross-entropy, jsd, tvd, skewed KLs, Hellinger.
     - "truncate": the raw sum over the K tokens, q over the whole vocabulary. It can be negative, and is not a
@@ -62,12 +63,25 @@ class TopK:
     exact. The bucket and the truncated sum need the mass of the tail, which K tokens do not tell: there a loss at
     another teacher temperature raises, and the log-probabilities have to be taken at that temperature.
 
+    **The mass of the tail** is 1 - sum p where tail_logprob is None, and that is known no better than the logprobs are.
+    With u half the epsilon of their dtype, d = 1 - sum p is known to s = u sqrt(sum (p log p)^2), and the mass is
+
+        d where d >= s,    else max(d + s, -d / 4) / 2
+
+    so that it is never 0 by rounding, and no loss is infinite for that. A mass of 0 is what tail_logprob = -inf says.
+    Where d < s the error of log m may be large, and reverse KL has q_tail times that error. Pass tail_logprob (or
+    logprobs in float32) where the tail matters.
+
+    **Rows.** A row whose ids are all -1 has no distillation term, and its cross-entropy counts. Under a renormalising
+    policy it is dropped, as by a mask, where it has no cross-entropy either (no labels, or alpha = 1). A counted row
+    with NaN among its logprobs, with probabilities whose sum is above 1.1 ("bucket", with that of the tail, and
+    "truncate") or with nothing but -inf to be divided by its sum is NaN; FASTKD_CHECK=1 raises, and names it.
+
     Args:
         ids: [..., K] int64 or int32, token ids, distinct within a row; -1 is padding and is skipped.
         logprobs: [..., K] floating point, natural logarithms. Padding may hold anything.
         tail: one of the policies above.
-        tail_logprob: [...], the logarithm of the mass of all other tokens, for "bucket" and "truncate"; None:
-            log(1 - sum p), which is as exact as the rounding of logprobs allows.
+        tail_logprob: [...], the logarithm of the mass of all other tokens, for "bucket"; None: as said above.
         temperature: the temperature the log-probabilities were taken at.
 
     Raises:

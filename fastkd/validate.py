@@ -462,24 +462,28 @@ def _check_logprobs(logprobs: Tensor, rows: Rows, options: Options) -> None:
         read = read & counted
     highest, total = logprobs.amax(-1), logprobs.exp().sum(-1)
 
-    def refuse(bad: Tensor, what: str) -> None:
-        if (bad & read).any():
-            row = int((bad & read).flatten().nonzero()[0])
-            raise ValueError(
-                f"{given} must {what.format(row=row, total=float(total.flatten()[row]))}"
-            )
+    def first(bad: Tensor) -> int | None:
+        bad = (bad & read).flatten()
+        return int(bad.nonzero()[0]) if bad.any() else None
 
-    refuse(~(highest < math.inf), "not be NaN or infinity where ids are not -1; row {row} has some")
-    if options.tail in ("bucket", "truncate"):
-        refuse(
-            total > MOST,
-            "be natural logarithms of probabilities, with a sum of 1 at most; those of row {row} sum to {total:.4g}. "
-            "Take log_softmax over the whole vocabulary before the K tokens, or use tail='renormalize'",
+    row = first(~(highest < math.inf))
+    if row is not None:
+        raise ValueError(
+            f"{given} must not be NaN or infinity where ids are not -1; row {row} has some"
         )
-    if rows.tail_logprob is not None or options.tail not in ("bucket", "truncate"):
-        refuse(
-            highest == -math.inf,
-            "not all be -inf in a row; those of row {row} are. Set its ids to -1 where there is no teacher",
+    absolute = options.tail in ("bucket", "truncate")
+    row = first(total > MOST) if absolute else None
+    if row is not None:
+        raise ValueError(
+            f"{given} must be natural logarithms of probabilities, with a sum of 1 at most; those of row {row} sum to "
+            f"{float(total.flatten()[row]):.4g}. Take log_softmax over the whole vocabulary before the K tokens, "
+            "or use tail='renormalize'"
+        )
+    row = first(highest == -math.inf) if rows.tail_logprob is not None or not absolute else None
+    if row is not None:
+        raise ValueError(
+            f"{given} must not all be -inf in a row; those of row {row} are. "
+            "Set its ids to -1 where there is no teacher"
         )
 
 

@@ -1336,6 +1336,43 @@ def test_a_row_that_names_no_token(everywhere: str, tail: str, divergence: str) 
             assert loss.requires_grad and (loss == 0) == (alpha == 1)
 
 
+def of_every_kind(tail: str) -> tuple[Tensor, TopK]:
+    """(logits of the student, a teacher with an estimated tail): rows of tokens, of none, that are sure, and wrong."""
+    teacher = sparse(5, vocabulary=61, k=7, seed=55, tail=tail, tail_given=False, padding=0.0)
+    teacher.ids[1] = -1
+    teacher.logprobs[2] = teacher.logprobs[2].log_softmax(-1)
+    teacher.logprobs[3, 4] = NAN
+    return logits(5, 61, seed=54), given_as(teacher)
+
+
+def outcomes_of_every_kind(tail: str, backend: str) -> list[Tensor]:
+    """Losses, gradients and parts of these rows, with and without a cross-entropy."""
+    student, teacher = of_every_kind(tail)
+    found: list[Tensor] = []
+    for alpha in (1.0, 0.5):
+        leaf = student.clone().requires_grad_()
+        loss, parts = kd_loss(
+            leaf, teacher, torch.arange(5), alpha=alpha, divergence="jsd", reduction="none",
+            return_parts=True, backend=backend,
+        )  # fmt: skip
+        (gradient,) = torch.autograd.grad(loss.sum(), leaf)
+        assert (
+            loss.isnan().tolist()
+            == gradient.isnan().all(-1).tolist()
+            == [False] * 3 + [True, False]
+        )
+        assert (loss[1] == 0) == (alpha == 1) and parts.distillation[1] == 0
+        found += [loss.detach(), gradient, *parts[:2]]
+    return found
+
+
+@tails
+def test_rows_of_every_kind(everywhere: str, tail: str) -> None:
+    """All backends find the same."""
+    found, expected = (outcomes_of_every_kind(tail, b) for b in (everywhere, "reference"))
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6, equal_nan=True)
+
+
 @tails
 def test_a_row_that_names_no_token_in_chunks(backend: str, tail: str) -> None:
     """As in kd_loss, and under a mask that drops another."""
@@ -1643,10 +1680,14 @@ def test_the_graph(everywhere: str, tail: str, dtype: torch.dtype) -> None:
     [("cpu", "bucket", torch.float32), ("cpu", "renormalize", torch.float16), ("reference", "truncate", torch.float32)],
 )  # fmt: skip
 def test_compiled(name: str, tail: str, dtype: torch.dtype) -> None:
-    """One graph, for another number of rows too; the teacher is made outside, and within."""
+    """One graph, for another number of rows too; the teacher is made outside, and within.
+
+    One row names no token, and one is sure.
+    """
     torch._dynamo.reset()
     call: dict[str, Any] = {
-        "divergence": "jsd", "temperature": 2.0, "alpha": 0.5, "label_smoothing": 0.1, "backend": name,
+        "divergence": "jsd", "temperature": 2.0, "label_smoothing": 0.1, "backend": name,
+        "alpha": 1.0 if tail == "renormalize" else 0.5,
     }  # fmt: skip
 
     def outside(student: Tensor, teacher: TopK, labels: Tensor) -> Tensor:
@@ -1660,7 +1701,12 @@ def test_compiled(name: str, tail: str, dtype: torch.dtype) -> None:
         compiled = torch.compile(function, backend="aot_eager", fullgraph=True)
         for rows in (4, 5, 6):
             student = logits(rows, 37, seed=rows, dtype=dtype)
-            named = given_as(sparse(rows, vocabulary=37, k=6, seed=rows + 1, tail=tail, at=2.0))
+            teacher = sparse(
+                rows, vocabulary=37, k=6, seed=rows + 1, tail=tail, at=2.0, tail_given=False
+            )
+            teacher.ids[1] = -1
+            teacher.logprobs[2] -= teacher.logprobs[2].nan_to_num(-INF).logsumexp(-1)
+            named = given_as(teacher)
             labels = labels_for(rows, vocabulary=37, seed=rows, ignored=0.2)
             results = []
             for run in (function, compiled):
