@@ -65,10 +65,10 @@ SHARED := -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 test: $(VENV)/.dev build ## the tests, without the big grids and without other stacks
 	$(PY) -m pytest -m 'not heavy and not stacks' $(SHARED) $(ARGS)
 
-test-stacks: $(STACKS)/.stacks build build/demo/.stamp ## the adapters against the packages that they stand in for; examples and benchmarks
+test-stacks: $(STACKS)/.stacks build ## the adapters against the packages that they stand in for, the examples, the benchmark suite
 	$(STACKS_PY) -m pytest -m 'stacks and not heavy' $(SHARED) $(ARGS)
 
-heavy: $(STACKS)/.stacks build ## the big grids that `make test` and `make test-stacks` leave out
+heavy: $(STACKS)/.stacks build build/demo/.stamp ## the big grids that `make test` and `make test-stacks` leave out
 	$(STACKS_PY) -m pytest -m heavy $(ARGS)
 
 lint: $(VENV)/.dev ## ruff and mypy, as CI runs them

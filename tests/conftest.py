@@ -103,10 +103,15 @@ LONG = (
 
 
 def _exists(item: pytest.Item) -> bool:
-    """Whether the marks only_where want this item's parameters."""
+    """Whether the marks only_where want this item's parameters.
+
+    They are given those that they name, the name of the test as `test`, and all of them as `given`. A mark that names
+    one that the test does not have says nothing of it, so a file's mark can be of one of its fixtures.
+    """
     for mark in item.iter_markers("only_where"):
         (wanted,) = mark.args
         given = {"test": item.originalname, **item.callspec.params}  # type: ignore[attr-defined]
+        given["given"] = given
         names = inspect.signature(wanted).parameters
         if given.keys() >= set(names) and not wanted(**{name: given[name] for name in names}):
             return False

@@ -216,11 +216,12 @@ def group(
 
 # Widths: none beside the label, less than a vector, an unaligned one, a block of the CPU kernel, one more, two and one.
 # Numbers of students: those that have a kernel of their own there, and the first beyond.
+@pytest.mark.only_where(
+    lambda backend, columns: backend != "reference" or columns != 2048
+)  # it has no blocks
 @pytest.mark.parametrize("columns", [1, 2, 31, 2048, 2049, 4097])
 @pytest.mark.parametrize("count", [2, 3, 4, 5, 8])
 def test_values_and_gradients(backend: str, count: int, columns: int) -> None:
-    if backend == "reference" and columns == 2048:
-        pytest.skip("the reference has no blocks")
     students, labels = group(count, 2, columns), labels_for(2, vocabulary=columns, seed=1)
     for peers, temperature in itertools.product(PEERS, (0.5, 1.0, 4.0)):
         check(backend, students, labels, peers=peers, temperature=temperature)
@@ -342,12 +343,11 @@ def test_co_distillation_is_an_ensemble_of_the_others() -> None:
 # ---- mutual learning: numerics
 
 
+@pytest.mark.only_where(lambda everywhere, count: everywhere != "triton" or count == 3)
 @forms
 @pytest.mark.parametrize("count", [2, 3, 4, 8])
 def test_equal_students_have_nothing_to_teach(everywhere: str, count: int, peers: str) -> None:
     """Exactly: what is left where they are close is no difference of large sums."""
-    if everywhere == "triton" and count != 3:
-        pytest.skip("one case is enough for Triton's interpreter")
     one = logits(2, 40, seed=1) if everywhere == "triton" else logits(2, 5000, seed=1, spread=6.0)
     leaves = [one.clone().requires_grad_() for _ in range(count)]
     losses = mutual_loss(leaves, peers=peers, temperature=0.7, reduction="sum", backend=everywhere)

@@ -44,9 +44,6 @@ FLOATS = [torch.float32, torch.bfloat16, torch.float16]
 tails = pytest.mark.parametrize("tail", TAILS)
 dtypes = pytest.mark.parametrize("dtype", FLOATS, ids=str)
 
-# NumPy warns of infinities and NaN where Triton's interpreter computes with them.
-pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
-
 
 @pytest.fixture(autouse=True, scope="module")
 def interpreter() -> Iterator[None]:
@@ -70,17 +67,23 @@ def backend(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
 
+def _once_in_triton(everywhere: str, test: str, given: dict[str, Any]) -> bool:
+    """One case of a test is enough for Triton's interpreter, at a second a call."""
+    chosen = {**IN_TRITON, "tail": TAILS[zlib.crc32(test.encode()) % 4]}
+    return everywhere != "triton" or all(
+        given.get(name, value) == value for name, value in chosen.items()
+    )
+
+
+pytestmark = pytest.mark.only_where.with_args(_once_in_triton)
+
+
 @pytest.fixture(params=["reference", "cpu", "cuda", "triton"])
 def everywhere(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Each backend, Triton with tiles of 16 columns, for tests of a few small rows."""
     if request.param == "cuda":
         request.getfixturevalue("emulation").ranks = 4
     if request.param == "triton":
-        chosen = {**IN_TRITON, "tail": TAILS[zlib.crc32(request.node.originalname.encode()) % 4]}
-        if any(
-            request.node.callspec.params.get(name, value) != value for name, value in chosen.items()
-        ):
-            pytest.skip("one case is enough for Triton's interpreter, at a second a call")
         kernels, sparse = _triton()
         for module in (kernels, sparse):
             monkeypatch.setattr(module, "tile", lambda *row: (16, 1))
@@ -126,6 +129,15 @@ ADDITIVE = [
 
 def defined(tail: str, variant: tuple[str, dict[str, float]]) -> bool:
     return tail != "renormalize_teacher" or variant in ADDITIVE
+
+
+def _defined(tail: str, divergence: str) -> bool:
+    return defined(tail, (divergence, {}))
+
+
+# The others are infinite at p = 0, and refused: test_what_raises.
+defined_variants = pytest.mark.only_where.with_args(defined)
+defined_divergences = pytest.mark.only_where.with_args(_defined)
 
 
 def sparse(
@@ -238,14 +250,13 @@ def rows_of(
 
 
 # 43 columns: SIMD vectors of 4, 8 and 16 all leave a tail.
+@defined_variants
 @pytest.mark.parametrize("dtype", FLOATS[:2], ids=str)
 @variants
 @tails
 def test_every_divergence(
     backend: str, tail: str, variant: tuple[str, dict[str, float]], dtype: torch.dtype
 ) -> None:
-    if not defined(tail, variant):
-        pytest.skip("infinite at p = 0, and refused: test_what_raises")
     student = logits(3, 43, seed=1, dtype=dtype)
     labels = labels_for(3, vocabulary=43, seed=3)
     name, parameters = variant
@@ -258,6 +269,7 @@ def test_every_divergence(
 
 
 # Two sweeps, three sweeps; the whole table on Triton takes too long in its interpreter.
+@defined_divergences
 @tails
 @pytest.mark.parametrize(
     ("divergence", "dtype"),
@@ -266,8 +278,6 @@ def test_every_divergence(
 def test_triton(
     tail: str, divergence: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if not defined(tail, (divergence, {})):
-        pytest.skip("infinite at p = 0, and refused: test_what_raises")
     kernels, sparse_kernels = _triton()
     for module in (kernels, sparse_kernels):
         monkeypatch.setattr(module, "tile", lambda *row: (16, 1))
@@ -340,11 +350,10 @@ def test_every_option(
     _with_options(backend, options, dtype, divergence, tail)
 
 
+@pytest.mark.only_where(lambda everywhere: everywhere == "triton")
 @pytest.mark.parametrize("options", ["softcap and negative scale", "everything"])
 @tails
 def test_options_in_triton(everywhere: str, tail: str, options: str) -> None:
-    if everywhere != "triton":
-        pytest.skip("test_every_option")
     _with_options("triton", OPTIONS[options], torch.float32, "forward_kl", tail)
 
 
@@ -559,20 +568,18 @@ def test_reruns_and_threads(tail: str, rows: int, columns: int, dtype: torch.dty
 # k = V, and properties
 
 
+@defined_variants
+@pytest.mark.only_where(  # the others are the same kernels with another formula
+    lambda everywhere, variant: (
+        everywhere != "triton" or variant in (("forward_kl", {}), ("reverse_kl", {}), ("jsd", {}))
+    )
+)
 @variants
 @tails
 def test_all_tokens_are_the_dense_teacher(
     everywhere: str, tail: str, variant: tuple[str, dict[str, float]]
 ) -> None:
     """Of any order, to the dense bar; the mass of the tail, a rounding or -inf, does not matter."""
-    if not defined(tail, variant):
-        pytest.skip("infinite at p = 0, and refused: test_what_raises")
-    if everywhere == "triton" and variant not in (
-        ("forward_kl", {}),
-        ("reverse_kl", {}),
-        ("jsd", {}),
-    ):
-        pytest.skip("the same kernels with another formula")
     name, parameters = variant
     student, teacher = logits(2, 23, seed=22), logits(2, 23, seed=23)
     labels, call = torch.tensor([3, 22]), {"temperature": 2.0, "alpha": 0.6}
@@ -641,12 +648,13 @@ def test_the_bucket_is_between_0_and_the_dense_divergence(
     assert (gradient.double().sum(-1).abs() <= 8 * ULP * size).all()
 
 
+@pytest.mark.only_where(
+    lambda tail: tail != "renormalize_teacher"
+)  # the others have p = 0 and q > 0
 @tails
 @pytest.mark.parametrize("divergence", PROPER)
 def test_the_students_own_logits(backend: str, tail: str, divergence: str) -> None:
     """The bucket and "renormalize" are 0 with a gradient of 0; the truncated sum is 0, and its gradient is not."""
-    if tail == "renormalize_teacher":
-        pytest.skip("the others have p = 0 and q > 0")
     student = logits(4, 300, seed=24)
     for k in (1, 5, 299, 300):
         named = TopK.from_logits(student, k, tail=tail)
@@ -693,11 +701,10 @@ def test_order_of_the_tokens(everywhere: str, tail: str, divergence: str) -> Non
     torch.testing.assert_close(found[1], expected[1], rtol=8 * ULP, atol=2 * ULP)
 
 
+@defined_divergences
 @tails
 @pytest.mark.parametrize("divergence", ["forward_kl", "jsd", "alpha_beta"])
 def test_rows_of_the_gradient_sum_to_0(everywhere: str, tail: str, divergence: str) -> None:
-    if not defined(tail, (divergence, {})):
-        pytest.skip("refused")
     named = given_as(sparse(4, vocabulary=90, k=12, seed=30, tail=tail))
     labels = torch.tensor([0, 89, 5, 6])
     for alpha in (1.0, 0.4):
@@ -772,6 +779,7 @@ def test_a_small_tail(everywhere: str, divergence: str, mass: float, dtype: torc
     assert ((loss.double() - exact_loss).abs() <= 4 * ULP * (1 + exact_loss.abs())).all()
 
 
+@defined_divergences
 @tails
 @pytest.mark.parametrize("depth", [20.0, 200.0, 800.0, 2000.0])
 @pytest.mark.parametrize("divergence", ["forward_kl", "jsd", "reverse_kl"])
@@ -782,8 +790,6 @@ def test_a_tail_far_below_the_tokens(
 
     800 is below the logarithm of the smallest float64. The teacher has not given up on the tail.
     """
-    if not defined(tail, (divergence, {})):
-        pytest.skip("refused")
     student = logits(2, 37, seed=35, spread=1.0)
     teacher = sparse(2, vocabulary=37, k=6, seed=36, tail=tail, padding=0.0, spread=1.0)
     student = (student - depth).scatter(-1, teacher.ids, student.gather(-1, teacher.ids))
@@ -795,6 +801,7 @@ def test_a_tail_far_below_the_tokens(
     )
 
 
+@defined_divergences
 @tails
 @pytest.mark.parametrize("divergence", ["forward_kl", "jsd", "reverse_kl"])
 @pytest.mark.parametrize("depth", [20.0, 200.0, 2000.0])
@@ -802,8 +809,6 @@ def test_tokens_far_below_the_tail(
     everywhere: str, tail: str, divergence: str, depth: float
 ) -> None:
     """The student has given up on the teacher's tokens."""
-    if not defined(tail, (divergence, {})):
-        pytest.skip("refused")
     student = logits(2, 37, seed=35, spread=1.0)
     teacher = sparse(2, vocabulary=37, k=6, seed=36, tail=tail, padding=0.0, spread=1.0)
     student.scatter_(-1, teacher.ids, student.gather(-1, teacher.ids) - depth)
@@ -1466,12 +1471,11 @@ def test_a_student_of_tokens_alone(everywhere: str, tail: str) -> None:
             check_topk(everywhere, student, teacher, divergence=divergence)
 
 
+@defined_divergences
 @tails
 @pytest.mark.parametrize("divergence", ["forward_kl", "jsd", "reverse_kl"])
 def test_a_teacher_without_a_tail(everywhere: str, tail: str, divergence: str) -> None:
     """p = 0 in the tail, where the student has some: the bucket's reverse KL is infinite, the truncated sum is not."""
-    if not defined(tail, (divergence, {})):
-        pytest.skip("refused")
     student = logits(2, 37, seed=62)
     teacher = sparse(2, vocabulary=37, k=6, seed=63, tail=tail, padding=0.0)
     whole = teacher._replace(

@@ -154,7 +154,7 @@ class _OverVocabulary(_Loss):
         if self._config.tensor_model_parallel_size == 1:
             return None
         try:
-            from megatron.core import parallel_state  # type: ignore[import-untyped]
+            from megatron.core import parallel_state
         except ImportError as error:
             raise ImportError(
                 "megatron.core says which processes share the vocabulary: pip install megatron-core"

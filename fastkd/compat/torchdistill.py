@@ -313,7 +313,7 @@ def register(prefix: str = "fastkd.") -> None:
         ImportError: torchdistill is not installed.
     """
     try:
-        from torchdistill.losses.registry import (  # type: ignore[import-untyped]
+        from torchdistill.losses.registry import (
             register_mid_level_loss,
         )
     except ImportError as error:
