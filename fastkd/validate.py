@@ -428,6 +428,28 @@ def check_alike(argument: str, value: Tensor, other: str, like: Tensor, remedy: 
         )
 
 
+def check_pair(
+    argument: str, value: Tensor, other: str, like: Tensor, remedy: str, *, lowest: int = 1
+) -> None:
+    """Raise unless both are floating-point tensors of one shape, on one device, with at least so many dimensions.
+
+    For adapters, whose stacks have no option such as vocab_size: remedy says what a caller of the stack can do about
+    vocabularies of two widths.
+    """
+    for name, tensor in ((other, like), (argument, value)):
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
+        if not tensor.is_floating_point():
+            raise TypeError(f"{name} must be a floating-point tensor, got {tensor.dtype}")
+        if tensor.dim() < lowest:
+            raise ValueError(
+                f"{name} must have at least {lowest} dimension{'s' if lowest > 1 else ''}, the last of them the "
+                f"vocabulary; got {tuple(tensor.shape)}"
+            )
+    widths = value.shape[-1:] != like.shape[-1:] and value.shape[:-1] == like.shape[:-1]
+    check_alike(argument, value, other, like, f". {remedy}" if widths else "")
+
+
 def check_choice(argument: str, value: object, allowed: Sequence[object]) -> None:
     """Raise unless the value is one of those allowed."""
     if isinstance(value, (Tensor, bool)) or value not in allowed:

@@ -36,8 +36,9 @@ from fastkd.divergences import Divergence, jsd
 from fastkd.functional import fused_linear_kd_loss, kd_loss
 from fastkd.rows import widened
 from fastkd.teachers import LinearTeacher
-from fastkd.validate import check_choice, check_number
+from fastkd.validate import check_choice, check_number, check_pair
 
+_REMEDY = "Cut both to the tokens that they share, [..., :n], and normalise them anew"
 LOWEST = torch.finfo(torch.float32).min
 
 
@@ -141,6 +142,7 @@ class LigerJSD(nn.Module):
 
     def forward(self, log_q: Tensor, log_p: Tensor, shift_labels: Tensor | None = None) -> Tensor:
         """Student's and teacher's log-probabilities [..., V], labels [...]; the mean over rows that count, 0-dim."""
+        check_pair("log_p", log_p, "log_q", log_q, _REMEDY)
         return _as_given(
             log_q, log_p, shift_labels, self._divergence, "batchmean", self.ignore_index
         )
@@ -149,9 +151,10 @@ class LigerJSD(nn.Module):
 class LigerKLDIVLoss(nn.KLDivLoss):
     r"""liger_kernel.transformers.LigerKLDIVLoss: sum p (log max(p, eps) - log q) of log-probabilities of the student.
 
-    The gradient is by log q as it is given; the target is a constant. Divided by the rows for "batchmean", and by the
-    vocabulary too for "mean", which is the default, as it is there and in torch. The one without a reduction, [..., V],
-    is what torch computes. Liger gives NaN where p and q are 0.
+    The gradient is by log q as it is given; the target is a constant. "batchmean" divides by the number of rows, and
+    "mean", the default as in Liger and torch, by the vocabulary too. Liger takes [rows, V] alone, of which the rows are
+    torch's size(0); of more dimensions each leading position is a row here, where torch's "batchmean" divides by
+    size(0) only. The one without a reduction, [..., V], is what torch computes. Liger gives NaN where p and q are 0.
 
     Args:
         eps: probabilities of the target below it have its logarithm; not used with log_target.
@@ -166,6 +169,7 @@ class LigerKLDIVLoss(nn.KLDivLoss):
 
     def forward(self, y_pred: Tensor, y_true: Tensor) -> Tensor:
         """log q [..., V], and p or, with log_target, log p; 0-dim, or [..., V] without a reduction."""
+        check_pair("y_true", y_true, "y_pred", y_pred, _REMEDY)
         log_p = widened(y_true.detach())
         if not self.log_target:
             log_p = log_p.log()
@@ -198,6 +202,11 @@ class LigerTVDLoss(nn.Module):
 
     def forward(self, p: Tensor, q: Tensor, shift_labels: Tensor | None = None) -> Tensor:
         """Probabilities [..., V] of student and teacher, labels [...]; 0-dim, or [..., V] without a reduction."""
+        check_pair("q", q, "p", p, _REMEDY)
+        if shift_labels is not None and shift_labels.shape != p.shape[:-1]:
+            raise ValueError(
+                f"shift_labels must have one label a row, shape {tuple(p.shape[:-1])}; got {tuple(shift_labels.shape)}"
+            )
         if self.reduction != "none":
             return _as_given(p, q, shift_labels, _DISTANCE, self.reduction, self.ignore_index)
         terms = 0.5 * (widened(p) - widened(q.detach())).abs()
@@ -401,6 +410,12 @@ class LigerFusedLinearKLDivLoss(nn.Module):
         shift_labels: Tensor | None = None,
     ) -> Tensor:
         """Hidden states [N, H], head [V, H], probabilities [N, V], labels [N] or None; 0-dim."""
+        if target.dim() < 1 or target.shape[-1] != len(student_weight):
+            raise ValueError(
+                f"target must have the {len(student_weight)} columns of student_weight; got {tuple(target.shape)}. Cut "
+                "the wider of both to the tokens that they share: fewer rows of student_weight, or target[..., :n], "
+                "which is normalised here"
+            )
         return fused_linear_kd_loss(
             student_input,
             student_weight,

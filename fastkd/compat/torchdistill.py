@@ -29,9 +29,12 @@ from fastkd.features import attention_transfer_loss
 from fastkd.functional import kd_loss
 from fastkd.relations import rkd_angle_loss, rkd_distance_loss
 from fastkd.response import dist_loss, standardized_kd_loss
-from fastkd.validate import check_choice
+from fastkd.validate import check_choice, check_pair
 
 Outputs = Mapping[str, Mapping[str, Any]]
+
+
+_REMEDY = "Both modules must return logits of the same classes"
 
 
 class _OnLogits(nn.Module):
@@ -54,6 +57,9 @@ class _OnLogits(nn.Module):
         """Classes last: [N, C], or [N, ..., C] of maps [N, C, ...]."""
         student = student_io_dict[self.student_module_path][self.student_module_io]
         teacher = teacher_io_dict[self.teacher_module_path][self.teacher_module_io]
+        name = f"{self.teacher_module_path!r} of the teacher"
+        own = f"{self.student_module_path!r} of the student"
+        check_pair(name, teacher, own, student, _REMEDY, lowest=2)
         return student.movedim(1, -1), teacher.movedim(1, -1)
 
 
