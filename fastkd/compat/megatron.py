@@ -69,6 +69,11 @@ def topk_kl_div(
             raise ValueError(
                 f"{name} must be [s, b, K] with [s, b] = {tuple(lead)}, got {tuple(value.shape)}"
             )
+    if not teacher_topk_logprobs.is_floating_point() or teacher_topk_indices.is_floating_point():
+        raise TypeError(
+            "teacher_topk_logprobs must be floating-point and teacher_topk_indices integers, got "
+            f"{teacher_topk_logprobs.dtype} and {teacher_topk_indices.dtype}"
+        )
     if teacher_topk_logprobs.shape != teacher_topk_indices.shape:
         raise ValueError(
             f"teacher_topk_indices must have the shape of teacher_topk_logprobs, {tuple(teacher_topk_logprobs.shape)}; "

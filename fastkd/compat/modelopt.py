@@ -24,7 +24,7 @@ from torch.nn.modules.loss import _Loss
 from fastkd.functional import kd_loss
 from fastkd.rows import widened
 from fastkd.teachers import TopK
-from fastkd.validate import check_choice, check_number, check_pair
+from fastkd.validate import check_choice, check_number, check_pair, check_per_row
 
 # Logarithm of the odds of a label that MFTLoss makes certain: what is left to others is no float32.
 CERTAIN = 100.0
@@ -90,11 +90,7 @@ class MFTLoss(_Loss):
     def forward(self, logits_s: Tensor, logits_t: Tensor, labels: Tensor) -> Tensor:
         """Logits [..., V] of the student and of the teacher, labels [N], one a row; 0-dim."""
         check_pair("logits_t", logits_t, "logits_s", logits_s, _REMEDY, lowest=2)
-        rows = logits_s.shape[:-1].numel()
-        if labels.shape != (rows,):
-            raise ValueError(
-                f"labels must be [N], one a row, here ({rows},); got {tuple(labels.shape)}"
-            )
+        check_per_row("labels", labels, torch.Size((logits_s.shape[:-1].numel(),)))
         student = logits_s.flatten(0, -2)
         return kd_loss(
             student,

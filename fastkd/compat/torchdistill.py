@@ -29,7 +29,7 @@ from fastkd.features import attention_transfer_loss
 from fastkd.functional import kd_loss
 from fastkd.relations import rkd_angle_loss, rkd_distance_loss
 from fastkd.response import dist_loss, standardized_kd_loss
-from fastkd.validate import check_choice, check_pair
+from fastkd.validate import check_choice, check_pair, check_per_row
 
 Outputs = Mapping[str, Mapping[str, Any]]
 
@@ -116,6 +116,8 @@ class KDLoss(_OnLogits):
         soft = self._soft(student, teacher)
         if not self.alpha or targets is None:
             return soft
+        if not targets.is_floating_point():  # of probabilities CrossEntropyLoss takes another shape
+            check_per_row("targets", targets, student.shape[:-1])
         hard = self.cross_entropy_loss(student.movedim(-1, 1), targets)
         return self.alpha * hard + self.beta * self.temperature**2 * soft
 

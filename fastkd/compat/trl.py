@@ -21,7 +21,7 @@ from torch import Tensor
 import fastkd
 from fastkd import reference
 from fastkd.teachers import LinearTeacher
-from fastkd.validate import check_choice, check_pair
+from fastkd.validate import check_choice, check_pair, check_per_row, check_side
 
 # TRL compares whole vocabularies, and its trainers refuse models whose vocab_size differs.
 _REMEDY = (
@@ -66,6 +66,7 @@ def generalized_jsd_loss(
     """
     check_choice("reduction", reduction, tuple(_REDUCTIONS))
     check_pair("teacher_logits", teacher_logits, "student_logits", student_logits, _REMEDY)
+    check_per_row("labels", labels, student_logits.shape[:-1], dtype=None)
     mask = None if labels is None else labels != -100
     if num_items_in_batch is None and reduction == "none":
         return _entries(student_logits, teacher_logits, mask, beta, temperature)
@@ -170,6 +171,18 @@ def chunked_divergence_loss(
                 f"{name} is partitioned by DeepSpeed ZeRO-3, and its gradient would not find its way back; use "
                 "FSDP2, ZeRO-2, or TRL's own DistillationTrainer"
             )
+    for side, hidden, weight in (
+        ("student", student_hidden_states, student_lm_head_weight),
+        ("teacher", teacher_hidden_states, teacher_lm_head_weight),
+    ):
+        check_side(f"{side}_hidden_states", hidden, f"{side}_lm_head_weight", weight)
+    rows = student_hidden_states.shape[:-1]
+    if teacher_hidden_states.shape[:-1] != rows:
+        raise ValueError(
+            f"teacher_hidden_states must have the rows of student_hidden_states, {tuple(rows)}; got "
+            f"{tuple(teacher_hidden_states.shape[:-1])}"
+        )
+    check_per_row("completion_mask", completion_mask, rows, dtype=None)
     if len(student_lm_head_weight) != len(teacher_lm_head_weight):
         raise ValueError(
             f"teacher_lm_head_weight must have the rows of student_lm_head_weight, {len(student_lm_head_weight)}; got "
