@@ -370,7 +370,11 @@ class Habits(NamedTuple):
 
 
 def habits_of(
-    call: Callable[..., Any], model: nn.Module, inputs: Mapping[str, Any], labels: Tensor | None
+    call: Callable[..., Any],
+    model: nn.Module,
+    inputs: Mapping[str, Any],
+    labels: Tensor | None,
+    own_loss: str = "keep",
 ) -> Habits:
     """What a model does with labels: known from a run on the first example, in its own mode and without gradients.
 
@@ -382,13 +386,14 @@ def habits_of(
         model: the model, for its signature.
         inputs: what it is called with, without labels.
         labels: of the batch, for their shape; None: none.
+        own_loss: "keep", or "drop" where nobody asks what the model adds.
 
     Raises:
         ValueError: the model's loss of labels is no cross-entropy, or one that cannot be told from what is added.
     """
     by_class = shifts_labels(model)
     if labels is None or not labels.numel() or "labels" not in signature(model).names:
-        return Habits(by_class, "outputs")
+        return Habits(by_class, "outputs" if own_loss == "keep" else "nothing")
     check_labels(labels)
     one, size = _first_example(inputs, labels)
     pattern = (
@@ -408,8 +413,8 @@ def habits_of(
     if len(own.shifts) == 1:
         by_class = own.shifts.pop()
     elif loss is not None:
-        by_class, loss = _compared(outputs, made_up, loss, by_class)
-    if loss is None or not bool((loss != 0).any()):
+        by_class, loss = _compared(outputs, made_up, loss, by_class, own_loss)
+    if own_loss == "drop" or loss is None or not bool((loss != 0).any()):
         return Habits(by_class, "nothing")
     aux = part(outputs, "aux_loss")
     if aux is not None:
@@ -564,7 +569,7 @@ def _first_example(inputs: Mapping[str, Any], labels: Tensor) -> tuple[dict[str,
 
 
 def _compared(
-    outputs: Any, labels: Tensor, loss: Tensor, shifts: bool | None
+    outputs: Any, labels: Tensor, loss: Tensor, shifts: bool | None, own_loss: str
 ) -> tuple[bool | None, Tensor | None]:
     """(whether labels are shifted, None) of a loss that is the mean cross-entropy however it is computed."""
     logits = part(outputs, "logits")
@@ -576,6 +581,8 @@ def _compared(
             exact = F.cross_entropy(logits.flatten(0, -2).double(), rows.flatten())
             if torch.allclose(loss.double().reshape(()), exact, rtol=1e-2):
                 return moved, None
+    if own_loss == "drop":
+        return shifts, None
     raise ValueError(
         "the student's loss of labels is not the cross-entropy of its logits, and whatever it adds to that would be "
         "lost; leave it out in so many words, by own_loss='drop', and say shift_labels"

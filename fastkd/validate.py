@@ -524,6 +524,59 @@ def check_mask(mask: object, other: str, like: Tensor) -> None:
     check_alike("mask", mask, other, like)
 
 
+def check_pair(
+    argument: str, value: Tensor, other: str, like: Tensor, remedy: str, *, lowest: int = 1
+) -> None:
+    """Raise unless both are floating-point tensors of one shape, on one device, with at least so many dimensions.
+
+    For adapters, whose stacks have no option such as vocab_size: remedy says what a caller of the stack can do about
+    vocabularies of two widths.
+    """
+    for name, tensor in ((other, like), (argument, value)):
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
+        if not tensor.is_floating_point():
+            raise TypeError(f"{name} must be a floating-point tensor, got {tensor.dtype}")
+        if tensor.dim() < lowest:
+            raise ValueError(
+                f"{name} must have at least {lowest} dimension{'s' if lowest > 1 else ''}, the last of them the "
+                f"vocabulary; got {tuple(tensor.shape)}"
+            )
+    widths = value.shape[-1:] != like.shape[-1:] and value.shape[:-1] == like.shape[:-1]
+    check_alike(argument, value, other, like, f". {remedy}" if widths else "")
+
+
+def check_per_row(
+    argument: str, value: Tensor | None, rows: torch.Size, dtype: torch.dtype | None = torch.int64
+) -> None:
+    """Raise unless it is None or has one value for each row, of this dtype where one is given; for adapters' labels."""
+    if value is None:
+        return
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{argument} must be a tensor, got {type(value).__name__}")
+    if dtype is not None and value.dtype != dtype:
+        raise TypeError(f"{argument} must be {dtype}, got {value.dtype}")
+    if value.shape != rows:
+        raise ValueError(
+            f"{argument} must have one value a row, shape {tuple(rows)}; got {tuple(value.shape)}"
+        )
+
+
+def check_side(hidden_name: str, hidden: Tensor, weight_name: str, weight: Tensor) -> None:
+    """Raise unless hidden states [..., H] and a head [V, H] go together; for adapters, which name them otherwise."""
+    for name, tensor in ((hidden_name, hidden), (weight_name, weight)):
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
+        if not tensor.is_floating_point():
+            raise TypeError(f"{name} must be a floating-point tensor, got {tensor.dtype}")
+    if hidden.dim() < 1:
+        raise ValueError(f"{hidden_name} must be [..., H], got {tuple(hidden.shape)}")
+    if weight.dim() != 2 or not len(weight) or weight.shape[1] != hidden.shape[-1]:
+        raise ValueError(
+            f"{weight_name} must be [V, {hidden.shape[-1]}], as {hidden_name} has that width; got {tuple(weight.shape)}"
+        )
+
+
 def check_choice(argument: str, value: object, allowed: Sequence[object]) -> None:
     """Raise unless the value is one of those allowed."""
     if isinstance(value, (Tensor, bool)) or value not in allowed:

@@ -823,3 +823,142 @@ def test_heads_that_cannot_be_fused(arguments: Callable[..., Any]) -> None:
         ValueError, match="BertForSequenceClassification has none, so leave fused out"
     ):
         trainer.compute_loss(pair[0], of_classes())
+
+
+# ---- Lightning and the Distiller
+
+
+def lightning_module(student: nn.Module, teacher: nn.Module, **options: Any) -> Any:
+    pytest.importorskip("lightning", reason="pip install 'fastkd[peers]' brings Lightning")
+    from fastkd.compat.lightning import DistillationModule
+
+    given = {"optimizer": lambda parameters: torch.optim.SGD(parameters, lr=0.1)} | options
+    return DistillationModule(student, teacher, fastkd.KDLoss(**LOSS), **given)
+
+
+def mean_of(module: Any, batch: Batch) -> tuple[Tensor, dict[str, float]]:
+    """(the mean loss of one batch, what is logged of it)"""
+    from fastkd.compat.lightning import UNIT
+
+    logged: dict[str, Any] = {}
+    module.log_dict = lambda values, **_: logged.update(values)
+    loss = module.training_step(dict(batch), 0)
+    rows, module._rows = module._rows, None
+    return loss * UNIT / rows, {name.removeprefix("train_"): float(v) for name, v in logged.items()}
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_families_in_lightning(name: str) -> None:
+    student, teacher = family(name)
+    batch = FAMILIES[name][0](3)
+    expected = by_hand(name, student, teacher, batch)
+    module = lightning_module(student, teacher)
+    found, logged = mean_of(module, batch)
+    assert float(found) == pytest.approx(expected, rel=2e-6)
+    assert logged["loss"] == pytest.approx(expected, rel=2e-6)
+    assert "own_loss" not in logged
+
+
+def test_packed_examples_in_lightning() -> None:
+    student, teacher = family("LlamaForCausalLM")
+    expected = apart(student, teacher)
+    found, _ = mean_of(lightning_module(student, teacher), packed(position_ids=POSITIONS))
+    assert float(found) == pytest.approx(expected, rel=2e-6)
+    ones = torch.ones(1, 12, dtype=torch.int64)
+    with pytest.raises(ValueError, match="the student reads across the examples"):
+        mean_of(
+            lightning_module(student, teacher), packed(position_ids=POSITIONS, attention_mask=ones)
+        )
+
+
+@pytest.mark.parametrize("name", OWN)
+def test_what_a_model_adds_in_lightning(name: str) -> None:
+    build, term = OWN[name]
+    student, teacher, batch = build(), family("LlamaForCausalLM")[1], of_tokens()
+    inputs = {n: batch[n] for n in ("input_ids", "attention_mask")}
+    s, t = student(**inputs).logits[:, :-1], logits_by_hand(teacher, inputs)[:, :-1]
+    own = float(term(student, batch))
+    expected = float(exact(s, t, batch["labels"][:, 1:]))
+    found, logged = mean_of(lightning_module(student, teacher), batch)
+    assert float(found) == pytest.approx(expected + own, rel=2e-6)
+    assert logged["own_loss"] == pytest.approx(own, rel=1e-5)
+    found, logged = mean_of(lightning_module(student, teacher, own_loss="drop"), batch)
+    assert float(found) == pytest.approx(expected, rel=2e-6) and "own_loss" not in logged
+
+
+def test_modules_of_which_lightning_knows_nothing() -> None:
+    """Labels are those of the rows; where they are the inputs, they cannot be, and it is asked."""
+    student, teacher = (Wrapper(m) for m in family("LlamaForCausalLM"))
+    batch = of_tokens()
+    batch["labels"] = models.targets(batch["labels"], True)
+    s, t = (m(batch["input_ids"], batch["attention_mask"])[0] for m in (student, teacher))
+    expected = float(exact(s, t, batch["labels"]))
+    assert float(mean_of(lightning_module(student, teacher), batch)[0]) == pytest.approx(
+        expected, rel=2e-6
+    )
+    with pytest.raises(
+        ValueError, match="shift_labels must be given: the labels are the input_ids"
+    ):
+        mean_of(lightning_module(student, teacher), of_tokens())
+    found, _ = mean_of(lightning_module(student, teacher, shift_labels=True), of_tokens())
+    assert float(found) == pytest.approx(expected, rel=2e-6)
+    with pytest.raises(ValueError, match="must have 'labels', .* has input_ids, attention_mask"):
+        mean_of(lightning_module(student, teacher), texts())
+
+
+def test_the_distiller_runs_both_alike() -> None:
+    """Columns that one model names, a cache that neither keeps, and what a student adds."""
+    student = tiny_models.built("DistilBertForSequenceClassification", seed=1, num_labels=5)
+    teacher = tiny_models.built("BertForSequenceClassification", seed=2, num_labels=5)
+    batch = of_classes(4)
+    labels = batch.pop("labels")
+    kinds = (torch.arange(6) > 2).long().expand(4, 6) * batch["attention_mask"]
+    terms = {"kd": fastkd.distiller.Term(fastkd.KDLoss(**LOSS))}
+    s, t = (
+        logits_by_hand(student, batch),
+        logits_by_hand(teacher, batch | {"token_type_ids": kinds}),
+    )
+    loss, _ = fastkd.distiller.Distiller(student, teacher, terms)(
+        **batch, token_type_ids=kinds, labels=labels
+    )
+    assert float(loss) == pytest.approx(float(exact(s, t, labels)), rel=2e-6)
+    student, teacher = family("LlamaForCausalLM")
+    rows = {"position_ids": POSITIONS, "input_ids": packed()["input_ids"]}
+    targets = models.targets(rows["input_ids"], True, models.starts(rows, POSITIONS.shape))
+    loss, parts = fastkd.distiller.Distiller(student, teacher, terms)(**rows, labels=targets)
+    assert (
+        float(loss) == pytest.approx(apart(student, teacher), rel=2e-6) and "own_loss" not in parts
+    )
+    distiller = fastkd.distiller.Distiller(student, teacher, terms)
+    ones = torch.ones(1, 12, dtype=torch.int64)
+    with pytest.raises(ValueError, match="the student reads across the examples"):
+        distiller(**rows, attention_mask=ones, labels=targets)
+    with pytest.raises(TypeError, match="imput_ids is an input of neither model"):
+        fastkd.distiller.Distiller(Wrapper(student), Wrapper(teacher), terms)(imput_ids=ones)
+
+
+@pytest.mark.parametrize("name", ["a router's", "always"])
+def test_what_a_student_adds_in_the_distiller(name: str) -> None:
+    build, term = OWN[name]
+    student, teacher, batch = build(), family("LlamaForCausalLM")[1], of_tokens()
+    terms = {"kd": fastkd.distiller.Term(fastkd.KDLoss(**LOSS), weight=0.5)}
+    inputs = {n: batch[n] for n in ("input_ids", "attention_mask")}
+    own = float(term(student, batch))
+    with fastkd.distiller.Distiller(student, teacher, terms) as distiller:
+        loss, parts = distiller(**inputs, labels=models.targets(batch["labels"], True))
+    assert float(parts["own_loss"]) == pytest.approx(own, rel=1e-5)
+    assert float(loss) == pytest.approx(0.5 * float(parts["kd"]) + own, rel=1e-6)
+    with fastkd.distiller.Distiller(student, teacher, terms, own_loss="drop") as distiller:
+        loss, parts = distiller(**inputs, labels=models.targets(batch["labels"], True))
+    assert (
+        float(loss) == pytest.approx(0.5 * float(parts["kd"]), rel=1e-6) and "own_loss" not in parts
+    )
+
+
+def test_an_encoder_decoder_in_the_distiller() -> None:
+    student, teacher = family("T5ForConditionalGeneration")
+    batch = of_tokens()
+    expected = by_hand("T5ForConditionalGeneration", student, teacher, batch)
+    terms = {"kd": fastkd.distiller.Term(fastkd.KDLoss(**LOSS))}
+    loss, _ = fastkd.distiller.Distiller(student, teacher, terms)(**batch)
+    assert float(loss) == pytest.approx(expected, rel=2e-6)

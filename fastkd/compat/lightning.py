@@ -208,13 +208,7 @@ def _module_class() -> type[LightningModule]:
             found = Habits(models.shifts_labels(self.student), "outputs")
             if known:
                 given = self._of_student(features, labels)
-                try:
-                    found = models.habits_of(self.student, self.student, given, labels)
-                except ValueError:
-                    if self._own_loss == "keep":
-                        raise
-                if self._own_loss == "drop":
-                    found = found._replace(own="nothing")
+                found = models.habits_of(self.student, self.student, given, labels, self._own_loss)
             for whose, model, other in (
                 ("the student", self.student, self.teacher),
                 ("the teacher", self.teacher, self.student),

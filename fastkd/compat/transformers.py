@@ -208,7 +208,7 @@ def compute_loss_func(
             probing.append(True)
             try:
                 own = _inputs(student, features, teacher_model, labels)
-                habits.append(_habits(student, student, own, labels, own_loss))
+                habits.append(models.habits_of(student, student, own, labels, own_loss))
                 with _mixed_precision(logits.device):
                     for whose, model in (("student", student), ("teacher_model", teacher_model)):
                         if isinstance(model, nn.Module):
@@ -300,18 +300,6 @@ def _check_columns(student: nn.Module, teacher: TeacherModel) -> None:
             "token_type_ids are an input of the teacher and none of the student, so that the Trainer drops them from "
             "the batch; use KDTrainer, which keeps what either of them takes"
         )
-
-
-def _habits(
-    call: Callable[..., Any], student: nn.Module, inputs: dict[str, Any], labels: Any, own_loss: str
-) -> Habits:
-    if own_loss == "keep":
-        return models.habits_of(call, student, inputs, labels)
-    known = models.shifts_labels(student)
-    if known is None:
-        with contextlib.suppress(ValueError):
-            return models.habits_of(call, student, inputs, labels)
-    return Habits(known, "nothing")
 
 
 def _share(own: Tensor, counted: Tensor, num_items: int | Tensor | None) -> Tensor:
@@ -543,7 +531,7 @@ class DistillationMixin(_Trainer):
             fused = self._fused_loss is not None
             head = _BeforeHead("model", self.accelerator.unwrap_model(model)) if fused else None
             with head or contextlib.nullcontext():
-                found = _habits(call, self.model, of_student, labels, own_loss)
+                found = models.habits_of(call, self.model, of_student, labels, own_loss)
             self._habits = found
         if not self._checked_boundaries and any(name in features for name in models.BOUNDARIES):
             self._checked_boundaries = True
