@@ -77,7 +77,10 @@ class _Call(NamedTuple):
         self, student: Student, tensors: Sequence[Tensor], rows: Rows, backward: bool = False
     ) -> Chunked:
         """Plan the chunks, and loop over them; a forward leaves deferred gradients to the backward."""
-        backend, teacher = self.chosen(student, tensors), unflatten(tensors, self.teacher, self.weights)
+        backend, teacher = (
+            self.chosen(student, tensors),
+            unflatten(tensors, self.teacher, self.weights),
+        )
         later = self.want.deferred and not backward
         return chunks_of_rows(
             student,
@@ -233,7 +236,15 @@ def kd_chunks_op(
     schema = autograd.Schema(names, constants, integers, symbols)
     options, want, weights = autograd.from_schema(schema, rows, members)
     call = _Call(
-        options, want, tuple(wanted), backend, form, weights, chunk_size, memory_budget, logits_dtype
+        options,
+        want,
+        tuple(wanted),
+        backend,
+        form,
+        weights,
+        chunk_size,
+        memory_budget,
+        logits_dtype,
     )
     result = call.run(Student(hidden, weight, bias), teacher, rows, backward)
     return tuple(  # type: ignore[return-value]

@@ -189,7 +189,18 @@ def _stand_in(value: Any, number: float) -> Any:
 def settled(options: Options, numbers: Numbers, rows: Rows) -> Options:
     """The options of a compiled call with its numbers in them, checked with the rows as prepare does in eager mode."""
     labels = None if rows.labels is None else torch.zeros((), dtype=torch.int64)
-    alpha, temperature, teacher_temperature, smoothing, scale, cap, teacher_scale, teacher_cap, items, at = numbers
+    (
+        alpha,
+        temperature,
+        teacher_temperature,
+        smoothing,
+        scale,
+        cap,
+        teacher_scale,
+        teacher_cap,
+        items,
+        at,
+    ) = numbers
     call = prepare(
         torch.Size(()), torch.device("cpu"), torch.float32, options.vocab_size, labels,
         divergence=options.divergence, temperature=temperature, teacher_temperature=teacher_temperature, alpha=alpha,

@@ -101,7 +101,11 @@ def _agree(found: list[Tensor], wanted: list[Tensor]) -> None:
 
 
 def _follow(
-    loss: Loss, compiled: Loss, schedule: Callable[[float], dict[str, Any]], steps: int, *labels: Tensor
+    loss: Loss,
+    compiled: Loss,
+    schedule: Callable[[float], dict[str, Any]],
+    steps: int,
+    *labels: Tensor,
 ) -> None:
     student, teacher, _ = _batch()
     seen = []
