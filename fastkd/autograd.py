@@ -11,22 +11,17 @@ times the upstream gradient, which is folded in on the device and never read by 
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from types import ModuleType
-from typing import Any, NamedTuple, ParamSpec, TypeVar
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from fastkd import backends
-from fastkd.divergences import ClosedForm, Divergence, Target, function_name, function_named, made
-from fastkd.graphs import Number, pack, unpack
+from fastkd.graphs import described, from_description, pack, unpack
 from fastkd.rows import Options, Result, Rows, Want, row_dtype
 from fastkd.validate import Numbers, settled
-
-Parameters = ParamSpec("Parameters")
-Returned = TypeVar("Returned")
 
 
 def graph_is_kept() -> bool:
@@ -83,20 +78,6 @@ def scaled(
         if gradient is not None:
             kernels.scale_rows_(gradient, upstream)
     return tuple(gradients)
-
-
-def outside_of_graphs(
-    function: Callable[Parameters, Returned],
-) -> Callable[Parameters, Returned]:
-    """A function that breaks a compiled graph and runs as it is."""
-
-    @functools.wraps(function)
-    def call(*arguments: Parameters.args, **options: Parameters.kwargs) -> Returned:
-        if torch.compiler.is_compiling():
-            return torch.compiler.disable(function)(*arguments, **options)
-        return function(*arguments, **options)
-
-    return call
 
 
 class _Once(torch.autograd.Function):
@@ -201,22 +182,11 @@ def as_schema(
     options: Options, want: Want, numbers: Numbers, weights: Sequence[float] = ()
 ) -> Schema:
     """The options, the numbers that they wait for, and the weights of an ensemble, as an op's arguments."""
-    divergence = options.divergence
-    parameters: Sequence[Number]
-    if divergence.made_by is not None:
-        name, parameters = divergence.made_by
-        made_from = "||1"
-    else:
-        form, target = divergence.closed_form, divergence.target
-        moments = (None,) * 3 if form is None else (form.forward, form.reverse, form.cross)
-        share = None if target is None else target.weight
-        parameters = (divergence.degree, *moments, share, *divergence.params)
-        name = divergence.name
-        made_from = f"{function_name(divergence.function)}|{target.form if target else ''}|{int(divergence.normalized)}"
+    made_from, parameters = described(options.divergence)
     packed = pack((*numbers, *weights, *parameters))
     settings = [int(getattr(options, name)) for name in _SETTINGS]
     return Schema(
-        f"{options.tail}|{packed.kinds}|{made_from}|{name}",
+        f"{options.tail}|{packed.kinds}|{made_from}",
         packed.constants,
         [*packed.integers, *settings, *(int(flag) for flag in want)],
         packed.symbols,
@@ -225,24 +195,11 @@ def as_schema(
 
 def from_schema(schema: Schema, rows: Rows, weights: int = 0) -> tuple[Options, Want, list[float]]:
     """What as_schema was given, once the numbers are known; weights: how many. Raises where a number is wrong."""
-    tail, kinds, function, form, normalized, name = schema.names.split("|", 5)
+    tail, kinds, made_from = schema.names.split("|", 2)
     unpacked: list[Any] = unpack(kinds, schema.constants, schema.integers, schema.symbols)
     count = len(Numbers._fields)
     numbers, of_teacher = Numbers(*unpacked[:count]), unpacked[count : count + weights]
-    parameters = unpacked[count + weights :]
-    if function:
-        degree, *moments, share = parameters[:5]
-        divergence = Divergence(
-            name,
-            function_named(function),
-            tuple(parameters[5:]),
-            degree=degree,
-            closed_form=None if moments[0] is None else ClosedForm(*moments),
-            normalized=normalized == "1",
-            target=Target(form, share) if form else None,
-        )
-    else:
-        divergence = made(name, parameters)
+    divergence = from_description(made_from, unpacked[count + weights :])
     want = wanted_of(schema.integers)
     values = schema.integers[-len(want) - len(_SETTINGS) : -len(want)]
     settings: dict[str, Any] = dict(zip(_SETTINGS, values, strict=True))
