@@ -11,21 +11,18 @@ times the upstream gradient, which is folded in on the device and never read by 
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from types import ModuleType
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from fastkd import backends
-from fastkd.divergences import ClosedForm, Divergence, Target, function_name, function_named
+from fastkd.graphs import described, from_description, pack, unpack
 from fastkd.rows import Options, Result, Rows, Want, row_dtype
 from fastkd.tensors import copied, savable
-
-Parameters = ParamSpec("Parameters")
-Returned = TypeVar("Returned")
+from fastkd.validate import Numbers, settled
 
 
 def graph_is_kept() -> bool:
@@ -82,20 +79,6 @@ def scaled(
         if gradient is not None:
             kernels.scale_rows_(gradient, upstream)
     return tuple(gradients)
-
-
-def outside_of_graphs(
-    function: Callable[Parameters, Returned],
-) -> Callable[Parameters, Returned]:
-    """A function that breaks a compiled graph and runs as it is."""
-
-    @functools.wraps(function)
-    def call(*arguments: Parameters.args, **options: Parameters.kwargs) -> Returned:
-        if torch.compiler.is_compiling():
-            return torch.compiler.disable(function)(*arguments, **options)
-        return function(*arguments, **options)
-
-    return call
 
 
 class _Once(torch.autograd.Function):
@@ -182,60 +165,62 @@ class KDRows(torch.autograd.Function):
         return scaled(kernels, (first, second), upstream)
 
 
-# The custom op. A schema holds tensors, numbers and strings only, so Options and Want travel as flat lists, and a
-# divergence as the name of its function with the numbers beside it.
-_NUMBERS = ("alpha", "temperature", "teacher_temperature", "label_smoothing", "logit_scale", "softcap",
-            "teacher_logit_scale", "teacher_softcap", "scale")  # fmt: skip
-_INTEGERS = ("scale_by_temperature", "ignore_index", "vocab_size")
-_NONE = float("nan")
+# The custom op. A schema holds tensors, numbers and strings only, so Options and Want travel as flat lists, the numbers
+# of the call and of its divergence as fastkd/graphs.py says, and a divergence as the name of what makes it.
+_SETTINGS = ("scale_by_temperature", "ignore_index", "vocab_size")
 
 
-def as_schema(options: Options, want: Want) -> tuple[str, list[float], list[int]]:
-    """(names, numbers, integers): the two as an op's arguments."""
-    divergence = options.divergence
-    closed_form = divergence.closed_form
-    moments = (
-        (_NONE,) * 3
-        if closed_form is None
-        else (closed_form.forward, closed_form.reverse, closed_form.cross)
-    )
-    degree = _NONE if divergence.degree is None else divergence.degree
-    target = divergence.target
-    numbers = [getattr(options, name) for name in _NUMBERS]
-    integers = [int(getattr(options, name)) for name in _INTEGERS]
-    return (
-        f"{options.tail}|{divergence.name}|{function_name(divergence.function)}|{target.form if target else ''}",
-        [*numbers, degree, *moments, target.weight if target else 0.0, *divergence.params],
-        [*integers, int(divergence.normalized), *(int(flag) for flag in want)],
+class Schema(NamedTuple):
+    """A call's options, as the last arguments of an op."""
+
+    names: str
+    constants: list[float]
+    integers: list[int]  # those among the numbers, then settings, then Want
+    symbols: list[Tensor]
+
+
+def as_schema(
+    options: Options, want: Want, numbers: Numbers, weights: Sequence[float] = ()
+) -> Schema:
+    """The options, the numbers that they wait for, and the weights of an ensemble, as an op's arguments."""
+    made_from, parameters = described(options.divergence)
+    packed = pack((*numbers, *weights, *parameters))
+    settings = [int(getattr(options, name)) for name in _SETTINGS]
+    return Schema(
+        f"{options.tail}|{packed.kinds}|{made_from}",
+        packed.constants,
+        [*packed.integers, *settings, *(int(flag) for flag in want)],
+        packed.symbols,
     )
 
 
-def from_schema(names: str, numbers: list[float], integers: list[int]) -> tuple[Options, Want]:
-    """What as_schema was given."""
-    tail, name, function, target = names.split("|")
-    own, (degree, *rest) = numbers[: len(_NUMBERS)], numbers[len(_NUMBERS) :]
-    moments, weight, params = rest[:3], rest[3], rest[4:]
-    settings = integers[: len(_INTEGERS)]
-    normalized, *want = integers[len(_INTEGERS) :]
-    divergence = Divergence(
-        name,
-        function_named(function),
-        tuple(params),
-        degree=None if degree != degree else degree,
-        closed_form=None if moments[0] != moments[0] else ClosedForm(*moments),
-        normalized=bool(normalized),
-        target=Target(target, weight) if target else None,
-    )
-    values: dict[str, Any] = dict(zip(_NUMBERS, own, strict=True)) | dict(
-        zip(_INTEGERS, settings, strict=True)
-    )
-    values["scale_by_temperature"] = bool(values["scale_by_temperature"])
-    return Options(divergence, **values, tail=tail), Want(*map(bool, want))
+def from_schema(schema: Schema, rows: Rows, weights: int = 0) -> tuple[Options, Want, list[float]]:
+    """What as_schema was given, once the numbers are known; weights: how many. Raises where a number is wrong."""
+    tail, kinds, made_from = schema.names.split("|", 2)
+    unpacked: list[Any] = unpack(kinds, schema.constants, schema.integers, schema.symbols)
+    count = len(Numbers._fields)
+    numbers, of_teacher = Numbers(*unpacked[:count]), unpacked[count : count + weights]
+    divergence = from_description(made_from, unpacked[count + weights :])
+    want = wanted_of(schema.integers)
+    values = schema.integers[-len(want) - len(_SETTINGS) : -len(want)]
+    settings: dict[str, Any] = dict(zip(_SETTINGS, values, strict=True))
+    settings["scale_by_temperature"] = bool(settings["scale_by_temperature"])
+    return settled(Options(divergence, **settings, tail=tail), numbers, rows), want, of_teacher
 
 
 def wanted_of(integers: list[int]) -> Want:
-    """The second of them, which is all that a fake needs."""
+    """What a call wants, which is all that a fake needs of its options."""
     return Want(*map(bool, integers[-len(Want._fields) :]))
+
+
+def gradients_of_schema(constants: list[float], symbols: int) -> tuple[list[None] | None, ...]:
+    """What a backward returns for a Schema: torch takes every empty list for one of tensors."""
+    return None, None if constants else [], None, [None] * symbols
+
+
+def ignored_by(integers: list[int]) -> int:
+    """The label that drops a row."""
+    return integers[_SETTINGS.index("ignore_index") - len(_SETTINGS) - len(Want._fields)]
 
 
 @torch.library.custom_op("fastkd::kd_rows", mutates_args=())
@@ -250,13 +235,14 @@ def kd_rows_op(
     ids: Tensor | None,
     tail_logprob: Tensor | None,
     backend: str,
-    divergence: str,
-    numbers: list[float],
+    names: str,
+    constants: list[float],
     integers: list[int],
+    symbols: list[Tensor],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Result as a tuple; what is not wanted is an empty tensor. The backend is chosen when it runs."""
-    options, want = from_schema(divergence, numbers, integers)
     rows = Rows(labels, weight, temperature, teacher_temperature, scale, ids, tail_logprob)
+    options, want, _ = from_schema(Schema(names, constants, integers, symbols), rows)
     kernels = backends.load(
         backends.select(
             backend, student.device.type, student.dtype, teacher.dtype, options.divergence
@@ -268,7 +254,7 @@ def kd_rows_op(
 
 @kd_rows_op.register_fake
 def _kd_rows_fake(student, teacher, *others):  # type: ignore[no-untyped-def]
-    want = _without_deferred(wanted_of(others[-1]))
+    want = _without_deferred(wanted_of(others[-2]))
     dtype = row_dtype(student.dtype, teacher.dtype)
     lead = student.shape[:-1]
 
@@ -285,36 +271,32 @@ def _kd_rows_fake(student, teacher, *others):  # type: ignore[no-untyped-def]
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    student, teacher, *rows, backend, divergence, numbers, integers = inputs
-    ctx.want = wanted_of(integers)
+    student, teacher, *rows, backend, names, constants, integers, symbols = inputs
+    ctx.want, ctx.symbols = wanted_of(integers), len(symbols)
     kept = list(output[2:4])
     if ctx.want.deferred:
         wanted = (ctx.want.student_gradient, ctx.want.teacher_gradient)
         pairs = zip((student, teacher), wanted, strict=True)
         kept = [logits if trained else copied(logits) for logits, trained in pairs]
-    ctx.save_for_backward(*kept, *(row if row is None else copied(row) for row in rows))
-    ctx.ignore_index = integers[_INTEGERS.index("ignore_index")]
-    ctx.call = (
-        backend,
-        divergence,
-        numbers,
-        [*integers[:-1], 0],
-    )  # the second call is not deferred
+    rows = [row if row is None else copied(row) for row in rows]
+    ctx.save_for_backward(*kept, *rows, *(symbols if ctx.want.deferred else ()))
+    ctx.ignore_index = ignored_by(integers)
+    ctx.call = (backend, names, constants, [*integers[:-1], 0])  # the second call is not deferred
     ctx.set_materialize_grads(False)
 
 
 def _backward(
     ctx: Any, loss: Tensor | None, total: Tensor | None, *_: Any
-) -> tuple[Tensor | None, ...]:
+) -> tuple[Tensor | list[None] | None, ...]:
     # The loss is used per row or summed, never both (see kd_rows); either way it multiplies the gradient.
     upstream = loss if total is None else total
     if upstream is None:
-        return (None,) * 13
+        return (*(None,) * 10, *gradients_of_schema(ctx.call[2], ctx.symbols))
     first, second, *others = ctx.saved_tensors
-    rows = Rows(*others)
+    rows, symbols = Rows(*others[: len(Rows._fields)]), others[len(Rows._fields) :]
     upstream = of_counted_rows(upstream, rows, ctx.ignore_index)
     if ctx.want.deferred:
-        result = kd_rows_op(first, second, *with_upstream(rows, upstream), *ctx.call)
+        result = kd_rows_op(first, second, *with_upstream(rows, upstream), *ctx.call, symbols)
         gradients = result[2:4]
     else:
         factor = upstream.unsqueeze(-1) if upstream.dim() else upstream
@@ -322,7 +304,8 @@ def _backward(
     return (
         gradients[0] if ctx.want.student_gradient else None,
         gradients[1] if ctx.want.teacher_gradient else None,
-        *(None,) * 11,
+        *(None,) * 8,
+        *gradients_of_schema(ctx.call[2], ctx.symbols),
     )
 
 
@@ -337,8 +320,12 @@ def kd_rows(
     want: Want,
     backend: str,
     summed: bool,
+    numbers: Numbers | None = None,
 ) -> tuple[Tensor | None, ...]:
-    """(loss, distillation, cross_entropy, student_entropy), differentiable; the loss is [...] or its 0-dim sum."""
+    """(loss, distillation, cross_entropy, student_entropy), differentiable; the loss is [...] or its 0-dim sum.
+
+    numbers: those of a graph that is being compiled (fastkd.validate.Prepared).
+    """
     want = want._replace(deferred=_defers(student, teacher, want))
     if not torch.compiler.is_compiling():
         return KDRows.apply(student, teacher, rows, options, want, backend, summed)
@@ -346,6 +333,7 @@ def kd_rows(
         return torch.compiler.disable(KDRows.apply)(
             student, teacher, rows, options, want, backend, summed
         )
-    results = kd_rows_op(student, teacher, *rows, backend, *as_schema(options, want))
+    assert numbers is not None
+    results = kd_rows_op(student, teacher, *rows, backend, *as_schema(options, want, numbers))
     loss = results[1] if summed else results[0]
     return (loss, *(part.detach() if want.parts else None for part in results[4:]))

@@ -30,10 +30,12 @@ docs/adding-a-divergence.md walks through a new one.
 
 from __future__ import annotations
 
+import functools
+import inspect
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ParamSpec
 
 import torch
 
@@ -172,6 +174,10 @@ class Divergence:
     closed_form: ClosedForm | None = None
     normalized: bool = True
     target: Target | None = None
+    # (the function below that made it, its arguments), for a compiled graph; a copy with other fields has none.
+    made_by: tuple[str, tuple[float, ...]] | None = field(
+        default=None, init=False, repr=False, compare=False
+    )
 
     def __post_init__(self) -> None:
         if not isinstance(self.name, str):
@@ -212,6 +218,52 @@ def _number(argument: str, value: Any) -> float:
     return as_float(value)
 
 
+class _Unmade(Divergence):
+    """What a graph that is being compiled has of a divergence: who makes it, from what. The op makes it when it runs.
+
+    Numbers may then change from step to step, up to and including those for which the divergence is another one, as
+    jsd(0.0) is forward_kl(). Its other fields are those of the default parameters, but params, of which it has none.
+    """
+
+
+Parameters = ParamSpec("Parameters")
+
+
+def _recorded(make: Callable[Parameters, Divergence]) -> Callable[Parameters, Divergence]:
+    """The function that makes a divergence, which also records its arguments."""
+    name = make.__name__
+    defaults = [(key, value.default) for key, value in inspect.signature(make).parameters.items()]
+
+    @functools.wraps(make)
+    def recorded(*values: Parameters.args, **named: Parameters.kwargs) -> Divergence:
+        rest = defaults[len(values) :]
+        arguments: tuple[Any, ...] = (*values, *(named.get(key, value) for key, value in rest))
+        fits = len(values) + len(named) <= len(defaults) and all(
+            isinstance(argument, (int, float)) for argument in arguments
+        )
+        if torch.compiler.is_compiling() and fits:
+            return _unmade(name, arguments)
+        divergence = make(*values, **named)
+        object.__setattr__(divergence, "made_by", (name, tuple(map(float, arguments))))
+        return divergence
+
+    return recorded
+
+
+def _unmade(name: str, arguments: tuple[float, ...]) -> Divergence:
+    like = _DEFAULTS[name]
+    divergence = _Unmade(
+        like.name, like.function, (), like.degree, like.closed_form, like.normalized, like.target
+    )
+    object.__setattr__(divergence, "made_by", (name, arguments))
+    return divergence
+
+
+def made(name: str, arguments: Sequence[float]) -> Divergence:
+    """The divergence of the table by its name, with these parameters."""
+    return (TABLE | WITH_LABELS)[name](*arguments)
+
+
 def _unit(argument: str, value: float, *, open_right: bool = False) -> float:
     value = _number(argument, value)
     if not (0.0 <= value < 1.0 or (value == 1.0 and not open_right)):
@@ -238,6 +290,7 @@ def _forward_kl(p, q, log_p, log_q, log_ratio):
     return phi, -p, phi + p
 
 
+@_recorded
 def forward_kl() -> Divergence:
     """KL(p || q) = sum p (log p - log q), the loss of Hinton, Vinyals and Dean (2015)."""
     return Divergence("forward_kl", _forward_kl, degree=1.0, closed_form=ClosedForm(forward=1.0))
@@ -248,6 +301,7 @@ def _reverse_kl(p, q, log_p, log_q, log_ratio):
     return phi, phi + q, -q
 
 
+@_recorded
 def reverse_kl() -> Divergence:
     """KL(q || p) = sum q (log q - log p), mode seeking (MiniLLM, Gu et al. 2024)."""
     return Divergence("reverse_kl", _reverse_kl, degree=1.0, closed_form=ClosedForm(reverse=1.0))
@@ -260,6 +314,7 @@ def _mixture(p, q, log_p, log_q, log_ratio, forward, reverse):
     return onward + backward, backward + gap, onward - gap
 
 
+@_recorded
 def mixture(forward: float = 0.5, reverse: float = 0.5) -> Divergence:
     """Weighted sum: forward KL(p || q) + reverse KL(q || p).
 
@@ -283,6 +338,7 @@ def _soft_cross_entropy(p, q, log_p, log_q, weight):
     return -weight * p * log_q, -weight * p
 
 
+@_recorded
 def soft_cross_entropy() -> Divergence:
     """-sum p log q: forward KL plus the teacher's entropy, with the same student gradient.
 
@@ -307,6 +363,7 @@ def _jsd(p, q, log_p, log_q, log_ratio, beta, rest):
     return phi, -rest * q * (above_q + log_m), -beta * p * (above_p + log_m)
 
 
+@_recorded
 def jsd(beta: float = 0.5) -> Divergence:
     """Generalised Jensen-Shannon: beta KL(p || m) + (1 - beta) KL(q || m), m = beta p + (1 - beta) q.
 
@@ -329,6 +386,7 @@ def _skew_forward_kl(p, q, log_p, log_q, log_ratio, alpha, rest):
     return phi, g, phi - g
 
 
+@_recorded
 def skew_forward_kl(alpha: float = 0.1) -> Divergence:
     """KL(p || m), m = alpha p + (1 - alpha) q (DistiLLM, Ko et al. 2024).
 
@@ -348,6 +406,7 @@ def _skew_reverse_kl(p, q, log_p, log_q, log_ratio, alpha, rest):
     return phi, phi - h, h
 
 
+@_recorded
 def skew_reverse_kl(alpha: float = 0.1) -> Divergence:
     """KL(q || m), m = (1 - alpha) p + alpha q (DistiLLM, Ko et al. 2024); the gradient goes through m.
 
@@ -366,6 +425,7 @@ def _tvd(p, q, log_p, log_q, log_ratio):
     return size, 0.5 * q * sign, -0.5 * p * sign
 
 
+@_recorded
 def tvd() -> Divergence:
     """Total variation distance, 1/2 sum |p - q| (f-distill, Wen et al. 2023); subgradient 0 where p = q."""
     return Divergence("tvd", _tvd, degree=1.0)
@@ -380,6 +440,7 @@ def _hellinger(p, q, log_p, log_q, log_ratio):
     return 0.5 * below * below, g, where(log_ratio > 0.0, of_top, of_other)
 
 
+@_recorded
 def hellinger() -> Divergence:
     """Squared Hellinger distance, 1/2 sum (sqrt p - sqrt q)^2 = 1 - sum sqrt(p q)."""
     return Divergence("hellinger", _hellinger, degree=1.0)
@@ -433,6 +494,7 @@ def _half_squared_gap(p, q, log_p, log_q, log_ratio):
     return 0.5 * log_ratio * log_ratio, -log_ratio
 
 
+@_recorded
 def alpha_beta(alpha: float = 0.2, beta: float = 0.7) -> Divergence:
     """Alpha-beta divergence (Cichocki et al. 2011; ABKD, Wang et al. 2025).
 
@@ -466,6 +528,7 @@ def alpha_beta(alpha: float = 0.2, beta: float = 0.7) -> Divergence:
     )
 
 
+@_recorded
 def squared_error() -> Divergence:
     """1/2 sum (s - t)^2 on the logits (Bucila et al. 2006; Ba and Caruana 2014).
 
@@ -481,6 +544,7 @@ def _smooth_l1(p, q, log_p, log_q, log_ratio, beta):
     return phi, where(size < beta, -log_ratio / beta, where(log_ratio < 0.0, 1.0, -1.0))
 
 
+@_recorded
 def smooth_l1(beta: float = 1.0) -> Divergence:
     """Smooth L1 distance of the logits, sum of x^2 / (2 beta) where |x| < beta, else |x| - beta / 2; x = s - t.
 
@@ -495,6 +559,7 @@ def smooth_l1(beta: float = 1.0) -> Divergence:
     return Divergence("smooth_l1", _smooth_l1, (beta,), degree=0.0, normalized=False)
 
 
+@_recorded
 def dkd(alpha: float = 1.0, beta: float = 8.0) -> Divergence:
     """Decoupled distillation (Zhao et al. 2022): alpha TCKD + beta NCKD. Every row needs a label y.
 
@@ -513,6 +578,7 @@ def dkd(alpha: float = 1.0, beta: float = 8.0) -> Divergence:
     return Divergence("dkd", _mixture, (beta, 0.0), 1.0, ClosedForm(forward=beta), target=target)
 
 
+@_recorded
 def nkd(gamma: float = 1.5) -> Divergence:
     """Normalised distillation (Yang et al. 2023): -p_y log q_y - gamma T^2 sum p' log q'. Every row needs a label y.
 
@@ -575,6 +641,9 @@ _DEFAULTS = {name: make() for name, make in (TABLE | WITH_LABELS).items()}
 
 def resolve(divergence: str | Divergence) -> Divergence:
     """The divergence itself, or the one of that name with its default parameters."""
+    if isinstance(divergence, _Unmade) and not torch.compiler.is_compiling():
+        assert divergence.made_by is not None
+        return made(*divergence.made_by)
     if isinstance(divergence, Divergence):
         return divergence
     if not isinstance(divergence, str):

@@ -274,8 +274,9 @@ def kd_loss(
         call, teacher = with_tail(call, teacher, _row_dtype(student_logits, teacher))
     if isinstance(teacher, Tensor):
         results = autograd.kd_rows(
-            student_logits, teacher, call.rows, call.options, want, call.backend, call.summed
-        )
+            student_logits, teacher, call.rows, call.options, want, call.backend, call.summed,
+            call.numbers,
+        )  # fmt: skip
     else:
         results = linear.kd_chunks(Student(student_logits), teacher, call, want)
     return _returned(results, call, return_parts, device)

@@ -19,7 +19,7 @@ from fastkd import autograd, backends
 from fastkd.chunks import Chunked, Student, chunks_of_rows, saved_dtype
 from fastkd.plan import TOPK_BYTES, MemoryPlan, Shape, plan, wide
 from fastkd.rows import Options, Rows, Want, row_dtype
-from fastkd.teachers import Ensemble, LinearTeacher, Teacher, flatten, unflatten
+from fastkd.teachers import Ensemble, LinearTeacher, Teacher, flatten, unflatten, weights_of
 from fastkd.tensors import copied, savable
 from fastkd.validate import Prepared
 
@@ -59,6 +59,7 @@ class _Call(NamedTuple):
     wanted: tuple[bool, ...]  # of Student's fields
     backend: str
     teacher: str  # how its tensors go together (fastkd.teachers.flatten)
+    weights: Sequence[float]  # of an ensemble
     chunk_size: int | None
     memory_budget: int | None
     logits_dtype: torch.dtype  # of the student
@@ -77,7 +78,10 @@ class _Call(NamedTuple):
         self, student: Student, tensors: Sequence[Tensor], rows: Rows, backward: bool = False
     ) -> Chunked:
         """Plan the chunks, and loop over them; a forward leaves deferred gradients to the backward."""
-        backend, teacher = self.chosen(student, tensors), unflatten(tensors, self.teacher)
+        backend, teacher = (
+            self.chosen(student, tensors),
+            unflatten(tensors, self.teacher, self.weights),
+        )
         later = self.want.deferred and not backward
         return chunks_of_rows(
             student,
@@ -219,19 +223,30 @@ def kd_chunks_op(
     form: str,
     chunk_size: int | None,
     memory_budget: int | None,
-    names: str,
-    numbers: list[float],
-    integers: list[int],
+    members: int,
     wanted: list[bool],
     logits_dtype: torch.dtype,
     backward: bool,
+    names: str,
+    constants: list[float],
+    integers: list[int],
+    symbols: list[Tensor],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Chunked and Gradients as one tuple; what is not wanted is an empty tensor."""
-    options, want = autograd.from_schema(names, numbers, integers)
-    call = _Call(
-        options, want, tuple(wanted), backend, form, chunk_size, memory_budget, logits_dtype
-    )
     rows = Rows(labels, row_weight, temperature, teacher_temperature, scale, ids, tail_logprob)
+    schema = autograd.Schema(names, constants, integers, symbols)
+    options, want, weights = autograd.from_schema(schema, rows, members)
+    call = _Call(
+        options,
+        want,
+        tuple(wanted),
+        backend,
+        form,
+        weights,
+        chunk_size,
+        memory_budget,
+        logits_dtype,
+    )
     result = call.run(Student(hidden, weight, bias), teacher, rows, backward)
     return tuple(  # type: ignore[return-value]
         hidden.new_empty(0) if tensor is None else tensor
@@ -241,7 +256,7 @@ def kd_chunks_op(
 
 @kd_chunks_op.register_fake
 def _kd_chunks_fake(hidden, weight, bias, teacher, *others):  # type: ignore[no-untyped-def]
-    *_, integers, wanted, logits_dtype, backward = others
+    *_, wanted, logits_dtype, backward, _, _, integers, _ = others
     want = autograd.wanted_of(integers)
     dtype = row_dtype(logits_dtype, *(tensor.dtype for tensor in teacher))
     lead = hidden.shape[:-1]
@@ -270,17 +285,18 @@ def _kd_chunks_fake(hidden, weight, bias, teacher, *others):  # type: ignore[no-
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     hidden, weight, bias, teacher, *rest = inputs
     rows, settings = Rows(*rest[: len(Rows._fields)]), rest[len(Rows._fields) :]
-    *_, names, numbers, integers, ctx.wanted, _, _ = settings
-    options, ctx.want = autograd.from_schema(names, numbers, integers)
-    ctx.ignore_index = options.ignore_index
+    *settings, names, constants, integers, symbols = settings
+    *_, ctx.wanted, _, _ = settings
+    ctx.want, ctx.ignore_index = autograd.wanted_of(integers), autograd.ignored_by(integers)
     ctx.dtypes = [None if tensor is None else tensor.dtype for tensor in (hidden, weight, bias)]
     kept = list(output[5:])
     if ctx.want.deferred:
         pairs = zip((hidden, weight, bias), ctx.wanted, strict=True)
         kept = [x if x is None or trained else copied(x) for x, trained in pairs]
-        kept += map(copied, teacher)
+        kept += [*map(copied, teacher), *symbols]
     ctx.save_for_backward(*(row if row is None else copied(row) for row in rows), *kept)
-    ctx.settings, ctx.teachers = settings[:-1], len(teacher)
+    ctx.settings = (*settings[:-1], True, names, constants, integers)  # of the second call
+    ctx.teachers, ctx.symbols = len(teacher), len(symbols)
     ctx.set_materialize_grads(False)
 
 
@@ -290,15 +306,18 @@ def _backward(
     upstream = (
         loss if total is None else total
     )  # used per row or summed, never both (see kd_chunks)
+    of_schema = autograd.gradients_of_schema(ctx.settings[-2], ctx.symbols)
     if upstream is None:
-        return (*(None,) * 3, [None] * ctx.teachers, *(None,) * 17)
+        return (*(None,) * 3, [None] * ctx.teachers, *(None,) * 15, *of_schema)
     saved = ctx.saved_tensors
     rows, saved = Rows(*saved[: len(Rows._fields)]), saved[len(Rows._fields) :]
     upstream = autograd.of_counted_rows(upstream, rows, ctx.ignore_index)
     if ctx.want.deferred:
-        hidden, weight, bias, *teacher = saved
+        hidden, weight, bias, *others = saved
+        teacher, symbols = others[: ctx.teachers], others[ctx.teachers :]
         rows = autograd.with_upstream(rows, upstream)
-        gradients = kd_chunks_op(hidden, weight, bias, teacher, *rows, *ctx.settings, True)[5:]
+        results = kd_chunks_op(hidden, weight, bias, teacher, *rows, *ctx.settings, symbols)
+        gradients = results[5:]
     else:
         factor = upstream.unsqueeze(-1) if upstream.dim() else upstream
         gradients = tuple(gradient * factor for gradient in saved)
@@ -308,7 +327,8 @@ def _backward(
             for gradient, dtype, present in zip(gradients, ctx.dtypes, ctx.wanted, strict=True)
         ),
         [None] * ctx.teachers,
-        *(None,) * 17,
+        *(None,) * 15,
+        *of_schema,
     )
 
 
@@ -328,7 +348,7 @@ def kd_chunks(
 
     The last three arguments are those of fused_linear_kd_loss.
     """
-    options, rows, _, backend, summed = prepared
+    options, rows, _, backend, summed, numbers = prepared
     if (
         isinstance(teacher, Ensemble)
         and teacher.mean == "arithmetic"
@@ -339,6 +359,7 @@ def kd_chunks(
             "one of probabilities; use mean='geometric'"
         )
     tensors, form = flatten(teacher)
+    weights = weights_of(teacher)
     wanted = tuple(
         want.student_gradient and tensor is not None and tensor.requires_grad for tensor in student
     )
@@ -348,6 +369,7 @@ def kd_chunks(
         dtype = student.hidden.dtype
         logits_dtype = dtype if student.weight is None else wide(dtype)
     if torch.compiler.is_compiling() and not want.inplace:
+        assert numbers is not None
         results = kd_chunks_op(
             *student,
             tensors,
@@ -356,14 +378,17 @@ def kd_chunks(
             form,
             chunk_size,
             memory_budget,
-            *autograd.as_schema(options, want),
+            len(weights),
             list(wanted),
             logits_dtype,
             False,
+            *autograd.as_schema(options, want, numbers, weights),
         )
         loss = results[1] if summed else results[0]
         return (loss, *(part.detach() if want.parts else None for part in results[2:5]))
-    call = _Call(options, want, wanted, backend, form, chunk_size, memory_budget, logits_dtype)
+    call = _Call(
+        options, want, wanted, backend, form, weights, chunk_size, memory_budget, logits_dtype
+    )
     run = KDChunks.apply
     if torch.compiler.is_compiling():  # as in fastkd.autograd.kd_rows
         run = torch.compiler.disable(run)

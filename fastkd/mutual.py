@@ -27,8 +27,9 @@ import torch
 from torch import Tensor
 
 from fastkd import backends
-from fastkd.autograd import differentiable_once, of_counted_rows, outside_of_graphs, scaled
+from fastkd.autograd import differentiable_once, of_counted_rows, scaled
 from fastkd.divergences import forward_kl
+from fastkd.graphs import Arguments, as_one_op
 from fastkd.rows import Rows, row_dtype
 from fastkd.tensors import savable
 from fastkd.validate import (
@@ -287,6 +288,32 @@ def _kernels(backend: str, logits: Tensor) -> tuple[ModuleType, ModuleType]:
     return importlib.import_module(_MODULES[chosen]), backends.load(chosen)
 
 
+def _returned(given: Arguments) -> list[tuple[Sequence[int], torch.dtype]]:
+    """The shapes and dtypes of :func:`_as_list`, for a compiled graph."""
+    students = given["logits"]
+    lead, dtype = students[0].shape[:-1], row_dtype(students[0].dtype)
+    losses = [(lead if given.get("reduction", "mean") == "none" else (), dtype)] * len(students)
+    if not given.get("return_parts", False):
+        return losses
+    return [*losses, *[((len(students), *lead), dtype)] * 2, ((), torch.int64)]
+
+
+def _as_list(returned: Any) -> list[Tensor]:
+    """What mutual_loss returns, with or without its parts, as one list."""
+    if isinstance(returned[-1], MutualParts):
+        losses, parts = returned
+        return [*losses, *parts]
+    return list(returned)
+
+
+def _from_list(tensors: list[Tensor], given: Arguments) -> Any:
+    count = len(given["logits"])
+    losses = tuple(tensors[:count])
+    if not given.get("return_parts", False):
+        return losses
+    return losses, MutualParts(*(part.detach() for part in tensors[count:]))
+
+
 @overload
 def mutual_loss(
     logits: Sequence[Tensor],
@@ -303,7 +330,7 @@ def mutual_loss(
     return_parts: Literal[True],
     **options: Unpack[MutualOptions],
 ) -> tuple[tuple[Tensor, ...], MutualParts]: ...
-@outside_of_graphs
+@as_one_op(_returned, apart=True, flat=_as_list, back=_from_list)
 def mutual_loss(
     logits: Sequence[Tensor],
     labels: Tensor | None = None,
@@ -361,7 +388,10 @@ def mutual_loss(
         FASTKD_CHECK=1 raises.
 
     Memory: the gradient of each student, in the dtype of its logits (float32 for float16, so that a loss scaler's
-    factor comes before rounding); no probabilities. torch.compile: a graph break.
+    factor comes before rounding); no probabilities.
+
+    torch.compile: one op of the graph. As of whatever a compiled function returns, the losses then share one backward:
+    add them up in place of going backward from each. float16's gradients are computed in the backward.
 
     Raises:
         ValueError, TypeError: an argument has the wrong shape, dtype, device or value; the message names it.

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -26,9 +26,10 @@ from torch import Tensor
 from torch.nn.functional import pdist
 
 from fastkd import backends
-from fastkd.autograd import differentiable_once, outside_of_graphs
+from fastkd.autograd import differentiable_once
 from fastkd.backends import BackendUnavailable
 from fastkd.features import over_peak, unit
+from fastkd.graphs import Arguments, as_one_op
 from fastkd.rows import row_dtype
 from fastkd.tensors import check_readable, savable_when_compiled
 from fastkd.validate import LARGEST, SMALLEST, check_choice, check_dense, check_number
@@ -43,6 +44,12 @@ _TILES = 8  # tensors of the size of a tile that are alive at once, at most
 Relation = Callable[[Tensor, Tensor, bool], tuple[Tensor, Tensor | None]]
 
 
+def _returned(given: Arguments) -> list[tuple[Sequence[int], torch.dtype]]:
+    """The shape and dtype of a loss of distances, for a compiled graph."""
+    return [((), row_dtype(given["student"].dtype, given["teacher"].dtype))]
+
+
+@as_one_op(_returned)
 def rkd_distance_loss(
     student: Tensor, teacher: Tensor, *, delta: float = 1.0, mean: str = "distinct"
 ) -> Tensor:
@@ -73,6 +80,7 @@ def rkd_distance_loss(
     return _of_distances(student, teacher, _distance(delta, mean))
 
 
+@as_one_op(_returned)
 def rkd_angle_loss(
     student: Tensor,
     teacher: Tensor,
@@ -117,6 +125,7 @@ def rkd_angle_loss(
     return _of_distances(student, teacher, _angle(delta, mean, backend))
 
 
+@as_one_op(_returned)
 def rkd_loss(
     student: Tensor,
     teacher: Tensor,
@@ -387,8 +396,7 @@ class _OfDistances(torch.autograd.Function):
 def _of_distances(student: Tensor, teacher: Tensor, relation: Relation) -> Tensor:
     check_readable("student", student)
     check_readable("teacher", teacher)
-    # A kernel is given addresses, of which the compiler knows nothing.
-    return outside_of_graphs(_OfDistances.apply)(student, teacher, relation)
+    return _OfDistances.apply(student, teacher, relation)
 
 
 def _distances(points: Tensor) -> Tensor:

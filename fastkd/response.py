@@ -2,14 +2,14 @@
 
 Rows that do not count are packed away, the others go through in chunks, and the gradient of a chunk is computed with
 it in the forward: beside the gradient, a call holds what one chunk takes (memory_budget). Packing waits for the
-device, so none of these can be recorded in a CUDA graph. They break a compiled graph, and run as they are.
+device, so none of these can be recorded in a CUDA graph. In a compiled graph each is one op, which runs as it is here.
 
 Read top to bottom: the loop over chunks and its differentiation, then each loss with what it does to a chunk.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -19,6 +19,7 @@ from fastkd import autograd, backends, reference
 from fastkd.chunks import put, rows_at, take
 from fastkd.divergences import Divergence, forward_kl, reverse_kl, squared_error
 from fastkd.functional import kd_loss
+from fastkd.graphs import Arguments, as_one_op
 from fastkd.plan import PIECE_TEMPORARIES, REFERENCE_TEMPORARIES
 from fastkd.rows import Options, Rows, Want, counted_rows, row_dtype
 from fastkd.scalars import plain
@@ -233,10 +234,17 @@ def _to_logits(
     return derivative.addcmul_(probabilities, total, value=-1.0).mul_(factor / temperature)
 
 
+def _returned(given: Arguments) -> list[tuple[Sequence[int], torch.dtype]]:
+    """The shape and dtype of a loss, for a compiled graph."""
+    student, teacher = given["student_logits"], given["teacher"]
+    per_row = given.get("reduction", "mean") == "none"
+    return [(student.shape[:-1] if per_row else (), row_dtype(student.dtype, teacher.dtype))]
+
+
 # ---- adaptive KL
 
 
-@autograd.outside_of_graphs
+@as_one_op(_returned)
 def adaptive_kl_loss(
     student_logits: Tensor,
     teacher: Tensor,
@@ -380,7 +388,7 @@ def _head(teacher: Tensor, p: Tensor, mass: float, crossing: str) -> tuple[Tenso
 # ---- relations between and within classes
 
 
-@autograd.outside_of_graphs
+@as_one_op(_returned)
 def dist_loss(
     student_logits: Tensor,
     teacher: Tensor,
@@ -571,7 +579,7 @@ def _positive(argument: str, value: float) -> float:
 # ---- logit standardisation
 
 
-@autograd.outside_of_graphs
+@as_one_op(_returned)
 def standardized_kd_loss(
     student_logits: Tensor,
     teacher: Tensor,
@@ -716,7 +724,7 @@ def _through_deviation(gradient: Tensor, logits: Tensor, deviation: Tensor, eps:
 # ---- unequal vocabularies
 
 
-@autograd.outside_of_graphs
+@as_one_op(_returned)
 def uld_loss(
     student_logits: Tensor,
     teacher: Tensor,

@@ -272,8 +272,19 @@ class Ensemble:
 Teacher = Tensor | TopK | LinearTeacher | Ensemble
 
 
+def weights_of(teacher: Teacher) -> tuple[float, ...]:
+    """The weights of an ensemble's members; none where it is no ensemble."""
+    if not isinstance(teacher, Ensemble):
+        return ()
+    assert teacher.weights is not None  # its constructor makes them
+    return tuple(teacher.weights)
+
+
 def flatten(teacher: Teacher) -> tuple[list[Tensor], str]:
-    """(its tensors, how to put them together again); :func:`unflatten` does. Of a TopK its log-probabilities alone."""
+    """(its tensors, how to put them together again); :func:`unflatten` does, given :func:`weights_of` it.
+
+    Of a TopK its log-probabilities alone.
+    """
     if isinstance(teacher, Tensor):
         return [teacher], "dense"
     if isinstance(teacher, TopK):
@@ -283,15 +294,16 @@ def flatten(teacher: Teacher) -> tuple[list[Tensor], str]:
         if teacher.bias is not None:
             tensors.append(teacher.bias)
         return tensors, f"linear{len(tensors)}"
-    assert teacher.weights is not None  # its constructor makes them
     tensors, form = [], teacher.mean
-    for member, weight in zip(teacher.teachers, teacher.weights, strict=True):
+    for member in teacher.teachers:
         parts, kind = flatten(member)
-        tensors, form = tensors + parts, f"{form};{kind};{weight!r}"
+        tensors, form = tensors + parts, f"{form};{kind}"
     return tensors, form
 
 
-def unflatten(tensors: Sequence[Tensor], form: str) -> Tensor | LinearTeacher | Ensemble:
+def unflatten(
+    tensors: Sequence[Tensor], form: str, weights: Sequence[float] = ()
+) -> Tensor | LinearTeacher | Ensemble:
     """The teacher; a TopK's log-probabilities come back dense."""
     if form == "dense":
         return tensors[0]
@@ -299,8 +311,8 @@ def unflatten(tensors: Sequence[Tensor], form: str) -> Tensor | LinearTeacher | 
         return LinearTeacher(*tensors)
     mean, *members = form.split(";")
     teachers: list[Tensor | LinearTeacher] = []
-    for kind in members[::2]:
+    for kind in members:
         count = 1 if kind == "dense" else int(kind.removeprefix("linear"))
         teachers.append(unflatten(tensors[:count], kind))  # type: ignore[arg-type]  # a member is no Ensemble
         tensors = tensors[count:]
-    return Ensemble(teachers, [float(weight) for weight in members[1::2]], mean)
+    return Ensemble(teachers, weights, mean)

@@ -9,7 +9,7 @@ import math
 import os
 import sys
 from collections.abc import Sequence
-from typing import NamedTuple, TypedDict
+from typing import Any, NamedTuple, TypedDict
 
 import torch
 from torch import Tensor
@@ -48,6 +48,21 @@ class LossOptions(TypedDict, total=False):
     backend: str
 
 
+class Numbers(NamedTuple):
+    """The numbers of a call as they were given: what may change from step to step in a compiled graph."""
+
+    alpha: float = 1.0
+    temperature: float = 1.0  # 1 where there is one a row
+    teacher_temperature: float = 1.0  # likewise
+    label_smoothing: float = 0.0
+    logit_scale: float = 1.0
+    softcap: float | None = None
+    teacher_logit_scale: float = 1.0
+    teacher_softcap: float | None = None
+    items: float = 1.0  # what the sum is divided by; 1 where only the device knows it
+    taken_at: float = 1.0  # TopK.temperature
+
+
 class Prepared(NamedTuple):
     """A validated call."""
 
@@ -56,6 +71,8 @@ class Prepared(NamedTuple):
     counted: int | Tensor  # the number of rows that count
     backend: str
     summed: bool  # whether the loss is one number
+    # Of a graph that is being compiled, where the options hold stand-ins for them: settled() checks these in the op.
+    numbers: Numbers | None = None
 
 
 def prepare(
@@ -89,6 +106,20 @@ def prepare(
     teacher: for the rows that a TopK drops.
     """
     scale_by_temperature = plain(scale_by_temperature)
+    numbers = None
+    if torch.compiler.is_compiling():
+        numbers = Numbers(
+            alpha, _number(temperature), _number(teacher_temperature, temperature), label_smoothing,
+            logit_scale, softcap, teacher_logit_scale, teacher_softcap, _number(num_items),
+        )  # fmt: skip
+        alpha = _stand_in(alpha, 1.0 if labels is None else 0.5)
+        temperature, teacher_temperature, logit_scale, softcap, teacher_logit_scale, teacher_softcap, num_items = (
+            _stand_in(value, 1.0)
+            for value in (
+                temperature, teacher_temperature, logit_scale, softcap, teacher_logit_scale, teacher_softcap, num_items
+            )
+        )  # fmt: skip
+        label_smoothing = _stand_in(label_smoothing, 0.0)
     divergence = resolve(divergence)
     alpha = check_number("alpha", alpha, 0.0, 1.0)
     label_smoothing = check_number("label_smoothing", label_smoothing, 0.0, 1.0, open_right=True)
@@ -127,9 +158,8 @@ def prepare(
     counted, row_weight = _weights(labels, ignore_index, mask, weight, row_dtype)
     count = math.prod(lead) if counted is None else counted.sum()
     items = _denominator(reduction, num_items, count, lead, device, row_dtype)
-    if torch.compiler.is_compiling() and not isinstance(items, Tensor):
-        # the number of rows is no constant
-        items = torch.full((), items, dtype=row_dtype, device=device)
+    if numbers is not None and num_items is None and not isinstance(items, Tensor):
+        numbers = numbers._replace(items=items)
     scale = items.reciprocal() if isinstance(items, Tensor) else 1.0 / items
     options = Options(
         divergence,
@@ -147,9 +177,49 @@ def prepare(
         1.0 if isinstance(scale, Tensor) else scale,
     )
     rows = Rows(labels, row_weight, t_rows, tt_rows, scale if isinstance(scale, Tensor) else None)
-    if vocabulary is not None:
+    if vocabulary is not None and numbers is None:
         check_values(rows, options)
-    return Prepared(options, rows, count, backend, reduction != "none")
+    return Prepared(options, rows, count, backend, reduction != "none", numbers)
+
+
+def _number(value: object, otherwise: object = None) -> Any:
+    """The number that a compiled call gives an op: 1 where it is a tensor, or is not given."""
+    value = otherwise if value is None else value
+    return value if isinstance(value, (int, float)) else 1.0
+
+
+def _stand_in(value: Any, number: float) -> Any:
+    """What prepare checks in the place of a number that a graph may not look at; the value where it is none."""
+    return number if isinstance(value, (int, float)) and not isinstance(value, bool) else value
+
+
+def settled(options: Options, numbers: Numbers, rows: Rows) -> Options:
+    """The options of a compiled call with its numbers in them, checked with the rows as prepare does in eager mode."""
+    labels = None if rows.labels is None else torch.zeros((), dtype=torch.int64)
+    (
+        alpha,
+        temperature,
+        teacher_temperature,
+        smoothing,
+        scale,
+        cap,
+        teacher_scale,
+        teacher_cap,
+        items,
+        at,
+    ) = numbers
+    call = prepare(
+        torch.Size(()), torch.device("cpu"), torch.float32, options.vocab_size, labels,
+        divergence=options.divergence, temperature=temperature, teacher_temperature=teacher_temperature, alpha=alpha,
+        scale_by_temperature=options.scale_by_temperature, label_smoothing=smoothing,
+        ignore_index=options.ignore_index, num_items=items, logit_scale=scale, softcap=cap,
+        teacher_logit_scale=teacher_scale, teacher_softcap=teacher_cap,
+    )  # fmt: skip
+    result = call.options
+    if options.tail:
+        result = _at_temperature(result, options.tail, at, rows.teacher_temperature is not None)
+    check_values(rows, result)
+    return result
 
 
 def _check_apart(divergence: Divergence, labels: Tensor | None, vocabulary: int | None) -> None:
@@ -367,34 +437,16 @@ def with_topk(prepared: Prepared, teacher: TopK) -> Prepared:
             f"the divergence {divergence.name!r} compares the label's token apart from the others, and a TopK may not "
             "name it; use a dense teacher, a LinearTeacher or an Ensemble of them"
         )
-    if options.teacher_logit_scale != 1 or options.teacher_softcap:
-        raise ValueError(
-            "teacher_logit_scale and teacher_softcap are for logits, and a TopK has log-probabilities: "
-            "apply them before taking those"
-        )
-    if teacher.tail == "renormalize_teacher" and (
-        divergence.degree != 1 or _infinite_at_zero(divergence)
-    ):
-        raise ValueError(
-            f"tail='renormalize_teacher' leaves probability 0 to all other tokens, where the divergence "
-            f"{divergence.name!r} is infinite or has no sum; use 'bucket', 'renormalize' or 'truncate'"
-        )
-    if teacher.tail in ("bucket", "truncate") and (
-        rows.teacher_temperature is not None or options.teacher_temperature != teacher.temperature
-    ):
-        asked = "one a row" if rows.teacher_temperature is not None else options.teacher_temperature
-        raise ValueError(
-            f"teacher_temperature is {asked}, and teacher.logprobs were taken at {teacher.temperature}: "
-            f"tail={teacher.tail!r} needs the mass of the tail at the temperature of the loss. Take the "
-            "log-probabilities at it (TopK.from_logits(..., temperature=)), pass teacher_temperature, or use "
-            "tail='renormalize' or 'renormalize_teacher'"
-        )
     temperatures = rows.teacher_temperature
-    options = options._replace(
-        teacher_temperature=options.teacher_temperature / teacher.temperature, tail=teacher.tail
-    )
+    numbers = prepared.numbers
+    if numbers is None:
+        per_row = temperatures is not None
+        options = _at_temperature(options, teacher.tail, teacher.temperature, per_row)
+    else:
+        options = options._replace(tail=teacher.tail)
+        numbers = numbers._replace(taken_at=teacher.temperature)
     ids = teacher.ids.to(torch.int64).contiguous()
-    if checking() and options.vocabulary:
+    if checking() and options.vocabulary and numbers is None:
         _check_ids(ids, options.vocabulary, counted_rows(rows, options.ignore_index))
     mass = teacher.tail_logprob
     rows = rows._replace(
@@ -402,7 +454,31 @@ def with_topk(prepared: Prepared, teacher: TopK) -> Prepared:
         ids=ids,
         tail_logprob=None if mass is None or teacher.tail != "bucket" else mass.detach(),
     )
-    return prepared._replace(options=options, rows=rows)
+    return prepared._replace(options=options, rows=rows, numbers=numbers)
+
+
+def _at_temperature(options: Options, tail: str, taken_at: float, per_row: bool) -> Options:
+    """The options for log-probabilities that were taken at that temperature; per_row: temperatures are rows' own."""
+    divergence = options.divergence
+    if options.teacher_logit_scale != 1 or options.teacher_softcap:
+        raise ValueError(
+            "teacher_logit_scale and teacher_softcap are for logits, and a TopK has log-probabilities: "
+            "apply them before taking those"
+        )
+    if tail == "renormalize_teacher" and (divergence.degree != 1 or _infinite_at_zero(divergence)):
+        raise ValueError(
+            f"tail='renormalize_teacher' leaves probability 0 to all other tokens, where the divergence "
+            f"{divergence.name!r} is infinite or has no sum; use 'bucket', 'renormalize' or 'truncate'"
+        )
+    if tail in ("bucket", "truncate") and (per_row or options.teacher_temperature != taken_at):
+        asked = "one a row" if per_row else options.teacher_temperature
+        raise ValueError(
+            f"teacher_temperature is {asked}, and teacher.logprobs were taken at {taken_at}: "
+            f"tail={tail!r} needs the mass of the tail at the temperature of the loss. Take the "
+            "log-probabilities at it (TopK.from_logits(..., temperature=)), pass teacher_temperature, or use "
+            "tail='renormalize' or 'renormalize_teacher'"
+        )
+    return options._replace(teacher_temperature=options.teacher_temperature / taken_at, tail=tail)
 
 
 def with_tail(prepared: Prepared, teacher: TopK, dtype: torch.dtype) -> tuple[Prepared, Tensor]:
@@ -438,10 +514,6 @@ def with_tail(prepared: Prepared, teacher: TopK, dtype: torch.dtype) -> tuple[Pr
 
 def _infinite_at_zero(divergence: Divergence) -> bool:
     """Whether a token that the teacher gives no probability costs infinitely much."""
-    if (
-        torch.compiler.is_compiling()
-    ):  # a number cannot be asked for: the loss will be infinite, as it is
-        return False
     from fastkd import reference  # loaded at its first use, as every backend is
 
     one = torch.zeros((), dtype=torch.float64)

@@ -14,7 +14,7 @@ from fastkd.divergences import function_name
 from fastkd.parallel.agreement import Agreement, Said, digest_of
 from fastkd.parallel.layout import cut, cut_teacher
 from fastkd.rows import Rows, Shard, Want
-from fastkd.teachers import Teacher, flatten
+from fastkd.teachers import Teacher, flatten, weights_of
 from fastkd.validate import Prepared, check_int, check_values, checking
 
 
@@ -72,6 +72,7 @@ def _facts(
         "the student": [(tensor.dtype, tensor.device.type) for tensor in given],
         "teacher": (
             form,
+            weights_of(teacher),
             [(tensor.dtype, tensor.shape[:-1]) for tensor in tensors if tensor.dim() > 2],
         ),
         "teacher's dtypes": [tensor.dtype for tensor in tensors],
