@@ -452,7 +452,9 @@ def with_topk(prepared: Prepared, teacher: TopK) -> Prepared:
     rows = rows._replace(
         teacher_temperature=None if temperatures is None else temperatures / teacher.temperature,
         ids=ids,
-        tail_logprob=None if mass is None or teacher.tail != "bucket" else mass.detach(),
+        tail_logprob=None
+        if mass is None or teacher.tail != "bucket"
+        else mass.detach().contiguous(),
     )
     return prepared._replace(options=options, rows=rows, numbers=numbers)
 
