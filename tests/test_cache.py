@@ -22,6 +22,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -134,6 +135,46 @@ def assert_same(first: Example | Batch, second: Example | Batch) -> None:
 
 def read_all(path: Path, **options: Any) -> list[Example]:
     return list(TeacherCache(path, **options))  # type: ignore[call-overload]  # by index, until IndexError
+
+
+# What a cache is indexed by
+
+
+def test_a_slice_is_a_list_of_examples(tmp_path: Path) -> None:
+    build(tmp_path / "cache", "topk")
+    for options in ({}, {"rank": 1, "world_size": 2}):
+        cache = TeacherCache(tmp_path / "cache", **options)  # type: ignore[arg-type]
+        every = [cache[index] for index in range(len(cache))]
+        for part in (
+            slice(0, 2),
+            slice(None),
+            slice(-2, None),
+            slice(None, None, -1),
+            slice(9, 20),
+        ):
+            found = cache[part]
+            assert isinstance(found, list) and len(found) == len(every[part])
+            for mine, its in zip(found, every[part], strict=True):
+                assert_same(mine, its)
+        batch = cache.collate(cache[:2])
+        assert batch.input_ids.shape[0] == 2
+        for last in (-1, np.int64(len(cache) - 1), torch.tensor(len(cache) - 1)):
+            assert_same(cache[last], every[-1])  # type: ignore[call-overload]
+
+
+def test_a_wrong_index_is_named(tmp_path: Path) -> None:
+    build(tmp_path / "cache", "topk")
+    cache = TeacherCache(tmp_path / "cache")
+    for wrong in ("0", None, 1.0, [0, 1], (0, 1), torch.tensor([0, 1])):
+        with pytest.raises(TypeError, match="index must be an integer or a slice, got"):
+            cache[wrong]  # type: ignore[call-overload]
+    with pytest.raises(TypeError, match="index must be a slice of integers"):
+        cache["a":"b"]  # type: ignore[misc]
+    for beyond in (len(cache), -len(cache) - 1):
+        with pytest.raises(IndexError, match=r"index must be in \[-\d+, \d+\), got"):
+            cache[beyond]
+    with pytest.raises(ValueError, match="examples must be one or more, got none"):
+        cache.collate(cache[5:5])
 
 
 # Round trips

@@ -17,6 +17,7 @@ import torch
 import fastkd
 from fastkd import backends, doctor, info
 from fastkd.__main__ import main
+from fastkd.cache import CacheWriter
 from fastkd.check import check
 from fastkd.rows import Result
 
@@ -59,6 +60,25 @@ def test_info_as_json() -> None:
         assert backend["devices"] or (backend["reason"] and backend["remedy"])
     assert found["environment"]["FASTKD_STRICT"]["value"] == "1"
     assert found["environment"]["FASTKD_BACKEND"]["value"] is None
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    ["info", "info --json", "--help", "cache info {cache}", "cache info --json {cache}"],
+)
+def test_a_pipe_that_is_closed_ends_a_command_quietly(arguments: str, tmp_path: Path) -> None:
+    """As in `python -m fastkd info --json | head -1`; here nothing at all is read."""
+    with CacheWriter(tmp_path, kind="dense", vocab_size=2) as writer:
+        writer.append(torch.tensor([0]), logits=torch.zeros(1, 2))
+    reading, writing = os.pipe()
+    os.close(reading)
+    done = subprocess.run(
+        [sys.executable, "-m", "fastkd", *arguments.format(cache=tmp_path).split()],
+        cwd=ROOT, stdout=writing, stderr=subprocess.PIPE, text=True, timeout=300,
+    )  # fmt: skip
+    os.close(writing)
+    # argparse overlooks that nobody reads its help.
+    assert (done.returncode, done.stderr) == (0 if arguments == "--help" else 141, "")
 
 
 def test_info_as_text() -> None:

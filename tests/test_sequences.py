@@ -296,3 +296,63 @@ def test_errors() -> None:
     ):
         with pytest.raises(ValueError, match=message):
             gkd_step(teacher, teacher, batch(), pad_token_id=PAD, **options)
+
+
+# ---- batches that a step cannot take
+
+
+PROMPT_LESS = "must have at least one token each, which the model goes on from; row 1 has none"
+
+
+def test_a_row_without_a_prompt_is_named(models: tuple[Any, Any]) -> None:
+    student, teacher = models
+    ids = torch.randint(2, V, (2, 4))
+    mask = torch.tensor([[1, 1, 1, 1], [0, 0, 0, 0]])
+    with pytest.raises(ValueError, match=f"prompts {PROMPT_LESS}"):
+        teacher_targets(teacher, ids, mask, pad_token_id=PAD)
+    for batch, message in (
+        ({"prompts": ids, "prompt_attention_mask": mask}, f"prompts {PROMPT_LESS}"),
+        (
+            {
+                "input_ids": ids,
+                "attention_mask": torch.ones_like(ids),
+                "labels": torch.where(mask == 1, torch.where(torch.arange(4) < 2, -100, ids), ids),
+            },
+            f"tokens before a row's first label, {PROMPT_LESS}",
+        ),
+    ):
+        with pytest.raises(ValueError, match=message):
+            gkd_step(student, teacher, batch, pad_token_id=PAD, on_policy_fraction=1.0)
+
+
+def test_a_batch_of_prompts_alone_is_for_a_student_that_writes(models: tuple[Any, Any]) -> None:
+    options = {"pad_token_id": PAD, "generate": {"max_new_tokens": 3}}
+    prompts = {"prompts": torch.randint(2, V, (2, 4))}
+    step = gkd_step(*models, prompts, on_policy_fraction=1.0, **options)
+    assert step.on_policy and step.loss.isfinite()
+    with pytest.raises(KeyError, match="on_policy_fraction says how often.*lacks .'input_ids'"):
+        gkd_step(*models, prompts, on_policy_fraction=0.0, **options)
+
+
+@pytest.mark.parametrize("fraction", [0.0, 1.0])
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"input_ids": [[1, 2]]}, r"batch\['input_ids'\] must be a tensor of integers, got list"),
+        ({"labels": torch.ones(2, 4)}, r"batch\['labels'\] must be a tensor of integers"),
+        ({"labels": torch.ones(2, 3, dtype=torch.int64)}, r"batch\['labels'\] must have the shape"),
+        ({"attention_mask": torch.ones(2, 3)}, r"batch\['attention_mask'\] must have the shape"),
+        (
+            dict.fromkeys(("input_ids", "attention_mask", "labels"), torch.ones(4).long()),
+            r"batch\['input_ids'\] must be \[sequences, tokens\], got shape \(4,\)",
+        ),
+    ],
+)
+def test_a_batch_of_a_wrong_kind(
+    models: tuple[Any, Any], changed: dict[str, Any], message: str, fraction: float
+) -> None:
+    ids = torch.randint(2, V, (2, 4))
+    labels = torch.where(torch.arange(4) < 2, -100, ids)
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
+    with pytest.raises((TypeError, ValueError), match=message):
+        gkd_step(*models, batch | changed, pad_token_id=PAD, on_policy_fraction=fraction)

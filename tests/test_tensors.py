@@ -18,6 +18,7 @@ from every_loss import LOSSES, Case, Tensors, leaf
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+import fastkd
 from fastkd import TopK, calibration, kd_loss, online, sequences, tensors
 from fastkd.parallel import collectives
 
@@ -66,6 +67,17 @@ def changed(case: Case, given: Tensors, name: str, change: Callable[[Tensor], Te
 def leaf_like(tensor: Tensor) -> Tensor:
     """A trained tensor with the flags and strides of another."""
     return tensor.detach().requires_grad_()
+
+
+def masked(case: Case) -> bool:
+    return "mask" in case.tensors(torch.float32)
+
+
+def without_weight(loss: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    def call(given: Tensors, **options: str) -> Tensor:
+        return loss(given | {"weight": torch.ones(2, 3)}, **options)
+
+    return call
 
 
 def assert_same(found: tuple[Tensor, ...], wanted: tuple[Tensor, ...], of: object) -> None:
@@ -360,6 +372,65 @@ def test_transforms_of_torch_func_are_refused(any_backend: str) -> None:
             with pytest.raises(TypeError, match="by forward-mode differentiation"):
                 call(dual)
     loss(student)
+
+
+# ---- padding
+
+# [1, 1] is dropped by the mask of every_loss, and [0, 0] by its label where a loss has labels.
+DROPPED = (1, 1)
+
+
+@pytest.mark.parametrize("hole", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("loss", [name for name, case in LOSSES.items() if masked(case)])
+def test_what_a_mask_drops_may_hold_anything(loss: str, hole: float) -> None:
+    """Value 0 and gradient 0 there, whatever the arguments and the upstream gradient hold."""
+    case = LOSSES[loss]
+    given = case.tensors(torch.float32)
+    if hole == float("inf"):
+        given.pop(
+            "weight", None
+        )  # an infinite weight of a row is one that is not dropped by its own
+        case = case._replace(loss=without_weight(case.loss))
+    wanted = run(case, changed(case, given, "none", torch.clone), "auto")
+    spoiled = {name: value.clone() for name, value in given.items()}
+    for value in spoiled.values():
+        if value.is_floating_point() and value.shape[:2] == (2, 3):
+            value[DROPPED] = hole
+    spoiled |= {name: leaf_like(spoiled[name]) for name in case.trained}
+    upstream = upstream_of(wanted[0])
+    if upstream.dim() == 2:
+        upstream[DROPPED] = hole
+        assert wanted[0][DROPPED] == 0
+    found = run(case, spoiled, "auto", upstream)
+    for mine, its in zip(found, wanted, strict=True):
+        assert torch.equal(mine, its)
+    for name, gradient in zip(case.trained, found[1:], strict=True):
+        if spoiled[name].shape[:2] == (2, 3):
+            assert not gradient[DROPPED].any()
+
+
+def test_estimates_over_padding() -> None:
+    """A product with the mask would be NaN: 0 times infinity."""
+    student = torch.tensor([[-1.0, -2.0, -float("inf")], [-0.5, float("nan"), 3.0]])
+    teacher = torch.tensor([[-1.5, -2.5, -float("inf")], [-1.0, -1.0, -float("inf")]])
+    mask = torch.tensor([[True, True, False], [True, False, False]])
+    for estimator in (fastkd.k1, fastkd.k2, fastkd.k3):
+        assert (estimator(student, teacher) * mask).isnan().any()
+        for dtype in (torch.float32, torch.bfloat16, torch.float64):
+            trained = student.to(dtype).requires_grad_()
+            found = estimator(trained, teacher.to(dtype), mask=mask)
+            kept = estimator(student.to(dtype)[mask], teacher.to(dtype)[mask])
+            assert torch.equal(found[mask], kept) and not found[~mask].any()
+            (gradient,) = torch.autograd.grad(found.sum(), trained)
+            assert gradient.isfinite().all() and not gradient[~mask].any()
+        for wrong, message in (
+            (mask.float(), "mask must be torch.bool, got torch.float32"),
+            (mask[0], "mask must have the shape of student_logprobs"),
+            (True, "mask must be a tensor, got bool"),
+            (mask.to("meta"), "mask must be on cpu, where student_logprobs is; got meta"),
+        ):
+            with pytest.raises((TypeError, ValueError), match=message):
+                estimator(student, teacher, wrong)  # type: ignore[arg-type]
 
 
 # ---- tensors that were made in inference mode
