@@ -64,9 +64,10 @@ def _log_ratio(student: Tensor, teacher: Tensor, mask: Tensor | None) -> Tensor:
     check_alike("teacher_logprobs", teacher, "student_logprobs", student)
     # In float32: the difference of two bfloat16 log-probabilities has no digits left.
     student, teacher = (widened(x) for x in savable_when_compiled(student, teacher))
-    if mask is not None:
-        check_mask(mask, "student_logprobs", student)
-        (mask,) = savable(mask)
-        # Before the difference: the gradient of what follows times 0 would be NaN where that is infinite.
-        student, teacher = (torch.where(mask, value, 0.0) for value in (student, teacher))
-    return teacher - student
+    log_ratio = teacher - student
+    if mask is None:
+        return log_ratio
+    check_mask(mask, "student_logprobs", student)
+    (mask,) = savable(mask)
+    # Here and not in the result: the gradient of an estimate that is infinite, times 0, would be NaN.
+    return torch.where(mask, log_ratio, 0.0)

@@ -40,7 +40,6 @@ from fastkd.cache.format import (
 from fastkd.cache.parts import check_others, difference, part_folder
 from fastkd.scalars import plain
 from fastkd.teachers import TopK
-from fastkd.tensors import readable
 
 _LOCK = ".lock"
 _ARGUMENTS = {"hidden": "hidden", "topk": "topk", "dense": "logits"}  # of append, by kind
@@ -381,5 +380,4 @@ def _copy(name: str, value: object, dtype: torch.dtype, shape: tuple[int, ...]) 
     """A tensor of that dtype and shape in memory of its own, contiguous and on the CPU."""
     given = _check_tensor(name, value, (dtype,))
     require(tuple(given.shape) == shape, name, f"of shape {shape}", tuple(given.shape))
-    given = readable(given.detach())
-    return given.to("cpu", copy=True, memory_format=torch.contiguous_format)
+    return given.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
