@@ -181,12 +181,20 @@ def with_decoder_inputs(
     given = ("decoder_input_ids", "decoder_inputs_embeds", "decoder_attention_mask")
     if not is_encoder_decoder(model) or any(found.get(name) is not None for name in given[:2]):
         return found
-    if "decoder_input_ids" not in signature(model).names or labels is None or labels.dim() != 2:
+    if "decoder_input_ids" not in signature(model).names:
         return found
     inner: Any = base(model)
+    shift = getattr(sys.modules.get(type(inner).__module__), "shift_tokens_right", None)
+    if labels is None or labels.dim() != 2:
+        # BART and its kin read their inputs then, as classifiers do.
+        if shift is None and hasattr(inner, "prepare_decoder_input_ids_from_labels"):
+            raise ValueError(
+                f"labels, or decoder_input_ids, must be in a batch for {type(inner).__name__}: its decoder has nothing "
+                "to read without them"
+            )
+        return found
     config = inner.config
     start, pad = (getattr(config, n, None) for n in ("decoder_start_token_id", "pad_token_id"))
-    shift = getattr(sys.modules.get(type(inner).__module__), "shift_tokens_right", None)
     if hasattr(inner, "prepare_decoder_input_ids_from_labels"):
         made = inner.prepare_decoder_input_ids_from_labels(labels=labels)
     elif shift is not None and list(inspect.signature(shift).parameters)[1:] == [
