@@ -525,6 +525,7 @@ def test_a_sparse_teacher_in_one_graph(backend: str, tail: str) -> None:
 
 
 @pytest.mark.usefixtures("fresh_compiler")
+@pytest.mark.heavy_with(backend="reference")  # the graph is the same
 def test_a_step_of_training_under_inductor(backend: str) -> None:
     """Body, head, module and backward in one graph, under autocast; the head is trained, its bias is frozen."""
     given = problem(dtype=torch.float32, bias=True)
