@@ -86,18 +86,24 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
     return True if _of_stacks(collection_path) and not _with_stacks(config) else None
 
 
-# Files of few tests that take long. Last, one of them would keep one process busy when the others are done.
+# The files that take longest, in that order. Last, one of them would keep one process busy when the others are done.
 LONG = (
     "test_triton_aot",
-    "test_install",
-    "test_compile",
-    "test_parallel",
-    "test_triton_shards",
-    "test_cli",
-    "test_examples",
+    "test_topk",
     "test_triton",
+    "test_autograd",
     "test_linear",
-    "test_dispatch",
+    "test_parallel",
+    "test_online",
+    "test_compile",
+    "test_cli",
+    "test_triton_apart",
+    "test_triton_shards",
+    "test_cuda_host",
+    "test_loss",
+    "test_contract",
+    "test_examples",
+    "test_install",
 )
 
 
