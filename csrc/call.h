@@ -43,7 +43,7 @@ struct Loss {
   // A sparse teacher: ids [rows, tokens], -1 for padding; then the teacher's columns are their log-probabilities.
   const int64_t* ids = nullptr;
   int64_t tokens = 0;
-  const float* tail_logprob = nullptr;  // [rows] or null
+  const float* tail_logprob = nullptr;  // [rows], of the other tokens; null: they have no probability
   Tail tail = Tail::bucket;
 
   // [rows], null where not given

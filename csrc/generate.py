@@ -4,7 +4,7 @@
     python csrc/generate.py --check    exit 1 if the header is not what would be written
 
 A definition is straight-line: assignments of expressions over its arguments and the vocabulary, then
-``return phi, g``. Anything else is refused with the line that holds it. Needs neither torch nor a compiler.
+``return phi, g`` or ``return phi, g, h``. Anything else is refused with the line that holds it. Needs neither torch nor a compiler.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ HEADER = ROOT / "csrc" / "generated" / "divergences.h"
 OPERATORS = {ast.Add: "+", ast.Sub: "-", ast.Mult: "*", ast.Div: "/"}
 COMPARISONS = {ast.Gt: ">", ast.Lt: "<", ast.GtE: ">=", ast.LtE: "<="}
 ENTRY = ("p", "q", "log_p", "log_q")
+RATIO = "log_ratio"  # what may follow them
 
 
 def refuse(node: ast.AST, what: str) -> SystemExit:
@@ -58,7 +59,7 @@ def functor(function: ast.FunctionDef, vocabulary: tuple[str, ...], always_norma
     arguments = [argument.arg for argument in function.args.args]
     if tuple(arguments[:4]) != ENTRY:
         raise refuse(function, f"arguments that do not start with {', '.join(ENTRY)}")
-    params = arguments[4:]
+    params = arguments[5:] if arguments[4:5] == [RATIO] else arguments[4:]
     lines = [f"    const V {name} = splat(params_[{i}]);" for i, name in enumerate(params)]
     uses: dict[str, set[str]] = {}
     for statement in function.body:
@@ -68,9 +69,11 @@ def functor(function: ast.FunctionDef, vocabulary: tuple[str, ...], always_norma
             case ast.Assign(targets=[ast.Name(id=name)], value=value):
                 lines.append(f"    const V {name} = {expression(value, vocabulary)};")
                 uses[name] = names(value)
-            case ast.Return(value=ast.Tuple(elts=[phi, g])):
+            case ast.Return(value=ast.Tuple(elts=[phi, g, *h])) if len(h) < 2:
                 lines.append(f"    phi_ = {expression(phi, vocabulary)};")
                 lines.append(f"    g_ = {expression(g, vocabulary)};")
+                teachers = expression(h[0], vocabulary) if h else "degree_ * phi_ - g_"
+                lines.append(f"    h_ = {teachers};")
                 needed, read = names(g), names(phi) | names(g)
             case ast.Expr(value=ast.Constant()):
                 continue
@@ -80,14 +83,15 @@ def functor(function: ast.FunctionDef, vocabulary: tuple[str, ...], always_norma
     def uses_logs(reached: set[str]) -> str:
         for _ in uses:
             reached = reached.union(*(uses.get(name, set()) for name in reached))
-        return "true" if reached & {"log_p", "log_q"} else "false"
+        return "true" if reached & {"log_p", "log_q", RATIO} else "false"
 
     return "\n".join(
         [
             f"struct {function.name.lstrip('_')} {{",
             f"  static constexpr bool always_normalized = {str(always_normalized).lower()};",
             f"  static constexpr bool uses_logs = {uses_logs(read)}, gradient_uses_logs = {uses_logs(needed)};",
-            "  static FASTKD_INLINE void eval(V p, V q, V log_p, V log_q, const float* params_, V& phi_, V& g_) {",
+            "  static FASTKD_INLINE void eval(V p, V q, V log_p, V log_q, V log_ratio, const float* params_, float degree_, V& phi_,",
+            "                                 V& g_, V& h_) {",
             *lines,
             "  }",
             "};",

@@ -5,20 +5,24 @@
     python -m fastkd check MODULE:NAME                 is this divergence right
     python -m fastkd cache build|verify|info PATH      a teacher's outputs on disk
 
-Exit codes: 0; 1 where something is wrong with the numbers or the cache; 2 where the command cannot be read. Needs
-torch only, and for `cache` the extra of that name or, to build one, cache-build.
+Exit codes: 0; 1 where something is wrong with the numbers or the cache; 2 where the command cannot be read; 141 where
+the output is a pipe that was closed before its end. Needs torch only, and for `cache` the extra of that name or, to
+build one, cache-build.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Sequence
 
 from fastkd import check, doctor, info
 from fastkd.backends import MODULES
 from fastkd.cache import cli as cache
+
+CLOSED_PIPE = 141  # as a shell reports a process that SIGPIPE has ended
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -72,5 +76,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0 if diagnosis["ok"] else 1
 
 
+def _until_the_pipe_closes() -> int:
+    """Run the command of this process; quietly where its output is not read to the end, as in `| head -1`."""
+    try:
+        try:
+            return main()
+        finally:
+            if sys.stdout is not None:
+                sys.stdout.flush()
+    except BrokenPipeError:
+        # Python flushes once more as it exits, and would complain again.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return CLOSED_PIPE
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(_until_the_pipe_closes())

@@ -22,6 +22,7 @@ from torch import Tensor
 from fastkd import backends
 from fastkd.divergences import ClosedForm, Divergence, Target, function_name, function_named
 from fastkd.rows import Options, Result, Rows, Want, row_dtype
+from fastkd.tensors import copied, savable
 
 Parameters = ParamSpec("Parameters")
 Returned = TypeVar("Returned")
@@ -143,9 +144,9 @@ class KDRows(torch.autograd.Function):
         result: Result = kernels.kd_rows(student, teacher, rows, options, _without_deferred(want))
         kept = rows_to_keep(rows, want, result.loss, summed)
         if want.deferred:
-            ctx.save_for_backward(student, teacher, *kept)
+            ctx.save_for_backward(*savable(student, teacher, *kept))
         else:
-            ctx.save_for_backward(result.student_gradient, result.teacher_gradient, *kept)
+            ctx.save_for_backward(result.student_gradient, result.teacher_gradient, *savable(*kept))
         if want.inplace and not want.deferred:
             torch.autograd.graph.increment_version(student)
         ctx.call = (kernels, options, want)
@@ -286,7 +287,12 @@ def _kd_rows_fake(student, teacher, *others):  # type: ignore[no-untyped-def]
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     student, teacher, *rows, backend, divergence, numbers, integers = inputs
     ctx.want = wanted_of(integers)
-    ctx.save_for_backward(*((student, teacher) if ctx.want.deferred else output[2:4]), *rows)
+    kept = list(output[2:4])
+    if ctx.want.deferred:
+        wanted = (ctx.want.student_gradient, ctx.want.teacher_gradient)
+        pairs = zip((student, teacher), wanted, strict=True)
+        kept = [logits if trained else copied(logits) for logits, trained in pairs]
+    ctx.save_for_backward(*kept, *(row if row is None else copied(row) for row in rows))
     ctx.ignore_index = integers[_INTEGERS.index("ignore_index")]
     ctx.call = (
         backend,

@@ -25,6 +25,7 @@ logger = logging.getLogger("fastkd")
 
 MODULES = {
     "reference": "fastkd.reference",
+    "portable": "fastkd.portable",
     "cpu": "fastkd.cpu",
     "triton": "fastkd.kernels.rows",
     "cuda": "fastkd.cuda",
@@ -35,6 +36,8 @@ OLDEST_TRITON = (
     3,
     5,
 )  # that compiles fastkd.kernels: a heavy test of tests/test_triton_aot.py does
+# It serves every call, as the reference does, which is the oracle and may be slow.
+FALLBACK = "portable"
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -78,6 +81,7 @@ def available_backends() -> Mapping[str, Obstacle | None]:
         "cpu": _cpu_obstacle(),
         "triton": _triton_obstacle(),
         "cuda": _cuda_obstacle(),
+        "portable": None,
         "reference": None,
     }
 
@@ -160,7 +164,7 @@ def interpreting() -> bool:
 
 def obstacle(backend: str, call: Call, available: Mapping[str, Obstacle | None]) -> Obstacle | None:
     """Why this backend cannot serve this call; None when it can."""
-    if available[backend] is not None or backend == "reference":
+    if available[backend] is not None or backend in (FALLBACK, "reference"):
         return available[backend]
     for argument, dtype in (
         ("student_logits", call.student_dtype),
@@ -169,7 +173,7 @@ def obstacle(backend: str, call: Call, available: Mapping[str, Obstacle | None])
         if dtype not in KERNEL_DTYPES:
             return Obstacle(
                 f"{argument} is {dtype}, and its kernels take float32, bfloat16 and float16",
-                "Convert the logits, or use backend='reference'",
+                "Convert the logits, or use backend='portable'",
             )
     if backend in ("cpu", "cuda"):
         if call.device != backend:
@@ -178,7 +182,7 @@ def obstacle(backend: str, call: Call, available: Mapping[str, Obstacle | None])
                 f"Use backend='auto' for tensors on {call.device!r}",
             )
         if call.divergence.function not in DEFINITIONS:
-            other = "reference" if backend == "cpu" else "triton"
+            other = "portable" if backend == "cpu" else "triton"
             return Obstacle(
                 f"divergence {call.divergence.name!r} is not compiled into the extension",
                 f"Add it to fastkd/divergences.py and run `make divergences`, or use backend={other!r}",
@@ -204,15 +208,15 @@ def obstacle(backend: str, call: Call, available: Mapping[str, Obstacle | None])
 def choose(call: Call, available: Mapping[str, Obstacle | None]) -> tuple[str, str | None]:
     """(backend, why it is a fallback or None) for backend="auto". Pure: everything it depends on is passed in.
 
-    A CPU tensor prefers cpu, any other triton; what cannot be served falls back to the reference. cuda has to be asked
-    for by name, until its speed and its results have been seen on a device.
+    A CPU tensor prefers cpu, any other triton; what cannot be served falls back to portable. cuda has to be asked for by
+    name, until its speed and its results have been seen on a device.
     """
     preferred = "cpu" if call.device == "cpu" else "triton"
     why = obstacle(preferred, call, available)
     return (
         (preferred, None)
         if why is None
-        else ("reference", f"{preferred}: {why.reason}. {why.remedy}")
+        else (FALLBACK, f"{preferred}: {why.reason}. {why.remedy}")
     )
 
 

@@ -20,7 +20,8 @@ from torch import Tensor
 
 from fastkd.chunks import take
 from fastkd.rows import counted_rows
-from fastkd.validate import check_choice, check_logits, check_number, prepare
+from fastkd.scalars import plain
+from fastkd.validate import check_choice, check_int, check_logits, check_number, prepare
 
 # Bytes of a chunk, and the float64 tensors of its size that are held at once.
 CHUNK_BYTES, TEMPORARIES = 64 << 20, 4
@@ -66,8 +67,11 @@ def expected_calibration_error(
 
     Memory: one chunk of rows, and two float64 numbers a row.
     """
-    if type(bins) is not int:
-        raise TypeError(f"bins must be an int, got {type(bins).__name__}")
+    bins, temperature, ignore_index = (
+        check_int("bins", bins),
+        plain(temperature),
+        plain(ignore_index),
+    )
     if bins < 1:
         raise ValueError(f"bins must be positive, got {bins}")
     check_choice("binning", binning, BINNINGS)
@@ -134,6 +138,7 @@ def fit_temperature(
     Memory: one chunk of rows.
     """
     low, high = _bounds(bounds)
+    ignore_index = plain(ignore_index)
     tolerance = check_number("tolerance", tolerance, 0.0, 1.0, open_right=True)
     numbers = _checked(logits, labels, ignore_index, mask, 1.0)
 

@@ -24,6 +24,7 @@ from torch import Tensor
 
 import fastkd
 from fastkd import doctor, reference
+from fastkd.divergences import ENTRY, RATIO, arguments_of, derivatives
 from fastkd.info import devices, obstacle
 
 STEP = 3e-5  # of the finite differences: their error is about 1e-9 of the terms
@@ -103,7 +104,7 @@ def _said(error: BaseException) -> str:
 def _evaluate(divergence: fastkd.Divergence, log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor]:
     """(phi, g) of the definition as it stands, in full shape."""
     p, q = (log_p.exp(), log_q.exp()) if divergence.normalized else (torch.ones_like(log_p),) * 2
-    phi, g = divergence.function(p, q, log_p, log_q, *divergence.params)
+    phi, g, _ = derivatives(divergence, p, q, log_p, log_q, log_p - log_q)
     return phi.expand_as(log_p), g.expand_as(log_p)
 
 
@@ -163,9 +164,8 @@ class _Check:
         try:
             phi, g = _evaluate(self.divergence, log_p, log_q)
         except Exception as error:
-            arguments = ", ".join(
-                ["p, q, log_p, log_q", *(f"{x:g}" for x in self.divergence.params)]
-            )
+            entry = arguments_of(self.divergence.function, *ENTRY, RATIO)
+            arguments = ", ".join([*entry, *(f"{x:g}" for x in self.divergence.params)])
             self.bad(
                 "definition", f"function({arguments}) does not return (phi, g): {_said(error)}"
             )

@@ -11,6 +11,7 @@ from torch.utils.dlpack import from_dlpack
 
 from fastkd import _C, mutual, native
 from fastkd.rows import Options, Result, Rows, Statistics, Want
+from fastkd.tensors import address, readable, unit_stride
 
 _LARGE = 4 << 20  # bytes from which page faults matter: csrc/memory.h
 
@@ -31,8 +32,8 @@ def _launch(
     shard: tuple[int, ...] = (),
 ) -> None:
     """Fill the result, or do the step that shard is of (fastkd.native.arguments)."""
-    rows = native.resolved(rows)
-    student, teacher = native.unit_stride(student), native.unit_stride(teacher)
+    rows = native.readable_rows(rows)
+    student, teacher = unit_stride(student), unit_stride(teacher)
     _C.kd_rows(
         *native.arguments(student, teacher, rows, options, result, shard), torch.get_num_threads()
     )
@@ -47,12 +48,12 @@ def kd_rows(student: Tensor, teacher: Tensor, rows: Rows, options: Options, want
 
 def scale_rows_(gradient: Tensor, upstream: Tensor) -> None:
     """Multiply each row of gradient [..., V] by upstream, a scalar or [...]; by 1 costs nothing."""
-    upstream = upstream.to(torch.float32).contiguous()
+    upstream = readable(upstream.to(torch.float32)).contiguous()
     stride = 1 if upstream.dim() else 0
     _C.scale_rows(
         list(gradient.shape[:-1]),
         native.logits(gradient),
-        upstream.data_ptr(),
+        address(upstream),
         stride,
         torch.get_num_threads(),
     )
@@ -62,17 +63,17 @@ def angles(
     student: Tensor, teacher: Tensor, delta: float, derivatives: bool
 ) -> tuple[Tensor, Tensor | None]:
     """What :func:`fastkd.relations.angles_in_tiles` gives, for its arguments."""
-    student, teacher = student.contiguous(), teacher.contiguous()
+    student, teacher = (readable(points).contiguous() for points in (student, teacher))
     assert student.dtype == teacher.dtype == torch.float64
     loss = torch.zeros((), dtype=torch.float64)
     halves = torch.zeros_like(student) if derivatives else None
     _C.angles(
         len(student),
-        student.data_ptr(),
-        teacher.data_ptr(),
+        address(student),
+        address(teacher),
         delta,
-        loss.data_ptr(),
-        native.address(halves),
+        address(loss),
+        address(halves),
         torch.get_num_threads(),
     )
     return loss, halves
@@ -86,8 +87,8 @@ def mutual_rows(
     parts: bool,
 ) -> mutual.Result:
     """The losses of every row's students and their gradients: :mod:`fastkd.mutual` has the contract."""
-    rows = native.resolved(rows)
-    logits = [native.unit_stride(student) for student in logits]
+    rows = native.readable_rows(rows)
+    logits = [unit_stride(student) for student in logits]
     result = mutual.outputs(logits, wanted, parts, empty)
     _C.mutual_rows(
         list(logits[0].shape[:-1]),
@@ -99,14 +100,14 @@ def mutual_rows(
             options.scale,
             options.scale_by_temperature,
             mutual.PEERS.index(options.peers),
-            native.address(rows.labels),
+            address(rows.labels),
             options.ignore_index,
-            native.address(rows.weight),
-            native.address(rows.scale),
-            result.loss.data_ptr(),
-            result.total.data_ptr(),
-            native.address(result.divergence),
-            native.address(result.cross_entropy),
+            address(rows.weight),
+            address(rows.scale),
+            address(result.loss),
+            address(result.total),
+            address(result.divergence),
+            address(result.cross_entropy),
         ),
         torch.get_num_threads(),
     )

@@ -13,6 +13,7 @@ from torch import Tensor
 from fastkd import _cuda, native
 from fastkd.backends import BackendUnavailable
 from fastkd.rows import Options, Result, Rows, Statistics, Want
+from fastkd.tensors import address, readable, unit_stride
 
 
 @functools.cache
@@ -50,8 +51,8 @@ def _launch(
             f"rows of {options.vocab_size} columns do not fit into the shared memory of a cluster",
             "Use backend='triton'",
         )
-    rows = native.resolved(rows)
-    student, teacher = native.unit_stride(student), native.unit_stride(teacher)
+    rows = native.readable_rows(rows)
+    student, teacher = unit_stride(student), unit_stride(teacher)
     _cuda.kd_rows(
         *native.arguments(student, teacher, rows, options, result, shared),
         *_stream(student.device),
@@ -112,11 +113,11 @@ def shard_results(
 
 def scale_rows_(gradient: Tensor, upstream: Tensor) -> None:
     """Multiply each row of gradient [..., V] by upstream, a scalar or [...]; by 1 costs no pass over it."""
-    factor = upstream.to(torch.float32).contiguous()
+    factor = readable(upstream.to(torch.float32)).contiguous()
     _cuda.scale_rows(
         list(gradient.shape[:-1]),
         native.logits(gradient),
-        factor.data_ptr(),
+        address(factor),
         1 if factor.dim() else 0,
         *_stream(gradient.device),
     )

@@ -29,7 +29,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from fastkd import models
+from fastkd.scalars import as_float, plain
 from fastkd.teachers import Ensemble, LinearTeacher, TopK
+from fastkd.validate import check_choice
 
 GIVEN = ("labels", "mask", "num_items")
 
@@ -47,7 +50,7 @@ def first_tensor(output: Any) -> Tensor:
 
 
 def find_logits(output: Any) -> Tensor:
-    """The logits of a model's output: itself, its .logits or ["logits"], or the first of a tuple."""
+    """The logits of a model's output: itself, its .logits or ["logits"], or the first of a tuple that is no number."""
     if isinstance(output, Tensor):
         return output
     if isinstance(output, Mapping):
@@ -55,7 +58,8 @@ def find_logits(output: Any) -> Tensor:
     elif hasattr(output, "logits"):
         logits = output.logits
     else:
-        logits = output[0] if isinstance(output, (tuple, list)) and output else None
+        members = output if isinstance(output, (tuple, list)) else ()
+        logits = next((x for x in members if isinstance(x, Tensor) and x.dim() > 0), None)
     if isinstance(logits, Tensor):
         return logits
     raise TypeError(f"no logits in a model's output, a {type(output).__name__}; pass find_logits=")
@@ -94,7 +98,7 @@ class Term:
             if not callable(getattr(self, argument)):
                 raise TypeError(f"{argument} must be callable, got {getattr(self, argument)!r}")
         if not callable(self.weight):
-            _check_weight("weight", self.weight)
+            object.__setattr__(self, "weight", _checked_weight("weight", self.weight))
         if self.student_layer is None and self.teacher_layer is not None:
             raise ValueError("student_layer must be given where teacher_layer is")
         names = getattr(self.loss, "student_layers", None)
@@ -108,7 +112,9 @@ class Term:
             if not (layer is None or isinstance(layer, str) or (_all_names(layer) and layer)):
                 raise TypeError(f"{argument} must be a name or a sequence of names, got {layer!r}")
         if self.takes is not None and (
-            isinstance(self.takes, str) or any(name not in GIVEN for name in self.takes)
+            isinstance(self.takes, (str, Tensor))
+            or not isinstance(self.takes, Iterable)
+            or any(name not in GIVEN for name in self.takes)
         ):
             raise ValueError(f"takes must be some of {', '.join(GIVEN)}; got {self.takes!r}")
         if self.takes is None:
@@ -144,9 +150,7 @@ class Term:
             return self.weight
         if step is None:
             raise ValueError(f"step must be given, as the weight of term {name!r} depends on it")
-        weight = self.weight(step)
-        _check_weight(f"the weight of term {name!r} at step {step}", weight)
-        return weight
+        return _checked_weight(f"the weight of term {name!r} at step {step}", self.weight(step))
 
 
 class Distiller(nn.Module):
@@ -155,7 +159,9 @@ class Distiller(nn.Module):
     The student and the losses are submodules, so parameters(), train() and to() have both, and DistributedDataParallel
     takes the Distiller as it is (find_unused_parameters=True where some term or layer is left out at times). The
     teacher is no submodule: it has no place in parameters() and train(), but to() and its kin move and cast it along.
-    It runs under no_grad and in eval mode, and is put back into the mode it had. state_dict() and load_state_dict()
+    It runs under no_grad and in eval mode, and is put back into the mode it had. Each model gets the named inputs that
+    its forward names, and use_cache=False where it knows that, as with a cache models of transformers read across the
+    examples of a packed batch; the first packed batch is checked for it. state_dict() and load_state_dict()
     have the losses' own state (learned and fixed projections) alone; the student is saved as itself.
 
     Layers are caught by forward hooks that close() removes, as does the end of a `with` block or of the Distiller.
@@ -173,6 +179,9 @@ class Distiller(nn.Module):
         teacher: any module; None: calls bring what the teacher said.
         terms: by name, an identifier other than "loss".
         find_logits: from a model's output to its logits, for student and teacher.
+        own_loss: "keep": what the student returns as "loss", or a router's auxiliary loss times the student's own
+            coefficient, is added to the sum and is part "own_loss". "drop": it is left out. As the student gets no
+            labels, a term that it adds only to a loss of labels is not seen.
 
     Raises:
         TypeError, ValueError: an argument of the wrong type; a layer that is not there, with the names closest to it.
@@ -185,8 +194,10 @@ class Distiller(nn.Module):
         terms: Mapping[str, Term],
         *,
         find_logits: Callable[[Any], Tensor] = find_logits,
+        own_loss: str = "keep",
     ) -> None:
         super().__init__()
+        check_choice("own_loss", own_loss, ("keep", "drop"))
         if not isinstance(student, nn.Module):
             raise TypeError(f"student must be an nn.Module, got {type(student).__name__}")
         if not (teacher is None or isinstance(teacher, nn.Module)):
@@ -198,6 +209,10 @@ class Distiller(nn.Module):
         )
         self.terms = dict(terms)
         self.find_logits = find_logits
+        self._keeps_own_loss = own_loss == "keep"
+        self._takes = models.beside(student, teacher)
+        self._teacher_takes = None if teacher is None else models.beside(teacher, student)
+        self._checked_boundaries = False
         self._teacher = (teacher,)  # in a tuple, where nn.Module does not find it
         self._of_student = _Capture("student", student, _taps(terms.values(), "student"))
         self._of_teacher = (
@@ -230,9 +245,10 @@ class Distiller(nn.Module):
         """The loss of one batch.
 
         Args:
-            *inputs: of both models, with **named_inputs.
-            labels: for the losses that take them; neither model gets them. They are those of the logits' rows: a
-                language model's are shifted by the caller.
+            *inputs: of both models, with **named_inputs, of which each gets those that it names.
+            labels: for the losses that take them; neither model gets them, but an encoder-decoder's decoder_input_ids
+                are made from them where they are not given. They are those of the logits' rows: a causal language
+                model's are shifted by the caller.
             mask: bool, for the losses that take it: rows of logits and positions of features that count.
             num_items: likewise, the denominator of :func:`fastkd.kd_loss`.
             step: for weights that change with it.
@@ -246,7 +262,9 @@ class Distiller(nn.Module):
             without those of weight 0, and the sum as "loss".
 
         Raises:
-            ValueError: there is nothing to do, or something is missing.
+            ValueError: there is nothing to do, or something is missing; a model reads across the examples of a packed
+                batch; the student returns a loss whose coefficient is not known.
+            TypeError: a named input that no model takes.
             RuntimeError: a layer was not caught; the message says why.
         """
         weights = {name: term._weight_at(name, step) for name, term in self.terms.items()}
@@ -254,11 +272,20 @@ class Distiller(nn.Module):
         if not weights:
             raise ValueError(f"some term must have a weight other than 0; at step {step} none has")
         terms = [self.terms[name] for name in weights]
+        for name in named_inputs:
+            sides = (self._takes, self._teacher_takes)
+            if not any(side and (side.open or name in side.names) for side in sides):
+                raise TypeError(
+                    f"{name} is an input of neither model: their forward has no such argument"
+                )
+        self._check_boundaries(inputs, named_inputs, labels)
         target, of_teacher = self._ask_teacher(
-            terms, inputs, named_inputs, teacher_output, teacher_layers
+            terms, inputs, named_inputs, labels, teacher_output, teacher_layers
         )
+        chosen = self._takes.chosen(named_inputs)
+        chosen = models.with_decoder_inputs(self.student, chosen, labels)
         output, of_student = self._of_student.run(
-            self.student, inputs, named_inputs, _taps(terms, "student")
+            self.student, inputs, chosen, _taps(terms, "student")
         )
         given = {"labels": labels, "mask": mask, "num_items": num_items}
         total: Tensor | None = None
@@ -281,6 +308,10 @@ class Distiller(nn.Module):
             total = weight * value if total is None else total + weight * value
             parts[name] = value.detach()
         assert total is not None
+        own = models.own_loss(self.student, output) if self._keeps_own_loss else None
+        if own is not None:
+            total = total + own
+            parts["own_loss"] = own.detach()
         parts["loss"] = total.detach()
         return total, parts
 
@@ -289,6 +320,7 @@ class Distiller(nn.Module):
         terms: Sequence[Term],
         inputs: Sequence[Any],
         named_inputs: Mapping[str, Any],
+        labels: Tensor | None,
         output: Any,
         layers: Mapping[str, Any] | None,
     ) -> tuple[Any, dict[Tap, Any]]:
@@ -299,16 +331,17 @@ class Distiller(nn.Module):
         wants_logits = any(term.on_logits for term in terms)
         found = {tap: given[tap.name] for tap in taps if tap.name in given}
         if missing or (wants_logits and output is None):
-            teacher, capture = self.teacher, self._of_teacher
-            if teacher is None or capture is None:
+            teacher, capture, takes = self.teacher, self._of_teacher, self._teacher_takes
+            if teacher is None or capture is None or takes is None:
                 wanted = f"teacher_layers[{missing[0].name!r}]" if missing else "teacher_output"
                 raise ValueError(f"{wanted} must be given, as there is no teacher to ask")
+            chosen = models.with_decoder_inputs(teacher, takes.chosen(named_inputs), labels)
             training = [module for module in teacher.modules() if module.training]
             try:
                 if training:
                     teacher.eval()
                 with torch.no_grad():
-                    said, caught = capture.run(teacher, inputs, named_inputs, missing)
+                    said, caught = capture.run(teacher, inputs, chosen, missing)
             finally:
                 for module in training:
                     module.training = True
@@ -317,6 +350,22 @@ class Distiller(nn.Module):
         if not wants_logits or isinstance(output, (TopK, LinearTeacher, Ensemble)):
             return output, found
         return self.find_logits(output), found
+
+    def _check_boundaries(
+        self, inputs: Sequence[Any], named_inputs: Mapping[str, Any], labels: Tensor | None
+    ) -> None:
+        if self._checked_boundaries or inputs or torch.compiler.is_compiling():
+            return
+        if not any(name in named_inputs for name in models.BOUNDARIES):
+            return
+        self._checked_boundaries = True
+        for whose, model, takes in (
+            ("the student", self.student, self._takes),
+            ("the teacher", self.teacher, self._teacher_takes),
+        ):
+            if model is not None and takes is not None:
+                chosen = models.with_decoder_inputs(model, takes.chosen(named_inputs), labels)
+                models.check_boundaries(model, model, chosen, named_inputs, whose)
 
     def projections(self) -> Iterator[nn.Parameter]:
         """Parameters of the losses: those of parameters() that are not the student's."""
@@ -511,20 +560,23 @@ def _all_names(layers: object) -> bool:
     return isinstance(layers, Sequence) and all(isinstance(name, str) for name in layers)
 
 
-def _check_weight(argument: str, weight: object) -> None:
+def _checked_weight(argument: str, weight: Any) -> float:
+    weight = plain(weight)
     if isinstance(weight, (bool, Tensor)) or not isinstance(weight, (int, float)):
         raise TypeError(f"{argument} must be a number, got {type(weight).__name__}")
+    weight = as_float(weight)
     if not math.isfinite(weight):
         raise ValueError(f"{argument} must be finite, got {weight}")
+    return weight
 
 
 def _check_terms(terms: object) -> None:
     if not isinstance(terms, Mapping) or not terms:
         raise TypeError(f"terms must be a dict of fastkd.distiller.Term, got {terms!r}")
     for name, term in terms.items():
-        if not (isinstance(name, str) and name.isidentifier()) or name == "loss":
+        if not (isinstance(name, str) and name.isidentifier()) or name in ("loss", "own_loss"):
             raise ValueError(
-                f"terms must have identifiers other than 'loss' for names, got {name!r}"
+                f"terms must have identifiers other than 'loss' and 'own_loss' for names, got {name!r}"
             )
         if not isinstance(term, Term):
             raise TypeError(

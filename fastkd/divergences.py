@@ -3,17 +3,27 @@
 A divergence is a sum over the vocabulary, ``D = sum_v phi(log p_v, log q_v)``, of the teacher's probabilities p
 and the student's q. Its definition is one pure function
 
-    (p, q, log_p, log_q, *params) -> (phi, g)        g = d phi / d log q,  with q = exp(log q)
+    (p, q, log_p, log_q, *params) -> (phi, g) or (phi, g, h)
+                                        g = d phi / d log q,  h = d phi / d log p,  with q = exp(log q), p = exp(log p)
 
 and every backend consumes that function: the reference runs it on tensors, the Triton kernel compiles the same code
 object, and ``csrc/generate.py`` emits it as a C++ functor. The gradients follow from it alone:
 
     dD/ds_v = (g_v - q_v sum_u g_u) / T              s: student logits, log q = log_softmax(s / T)
-    dD/dt_v = (h_v - p_v sum_u h_u) / T              t: teacher logits, h = d phi / d log p
+    dD/dt_v = (h_v - p_v sum_u h_u) / T              t: teacher logits
+
+h is degree * phi - g (:class:`Divergence`). A definition returns it where that difference loses digits, as it does
+where one of p and q is far below the other; it has the same value.
+
+A definition whose fifth argument is named ``log_ratio`` is given log p - log q there. That is a difference of logits less
+a constant of the row, and as exact as a float can be, where the difference of two rounded logarithms has the error of
+both: take signs and ratios of p and q from it. So do the definitions below, and they are written such that phi and g
+keep their digits as log_ratio tends to 0.
 
 A definition may use the names imported from torch below, arithmetic, comparisons and its parameters, and nothing
 else. It never handles log 0: the skeletons do (:func:`fastkd.reference.evaluate` states the policy). The logarithm
-of a mixture is always a ``logaddexp``, because ``log(beta * p + (1 - beta) * q)`` is log 0 once both underflow.
+of a mixture is always a ``logaddexp`` or a ``log_mixture``, because ``log(beta * p + (1 - beta) * q)`` is log 0 once
+both underflow.
 
 docs/adding-a-divergence.md walks through a new one.
 """
@@ -21,15 +31,59 @@ docs/adding-a-divergence.md walks through a new one.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
+
 # The vocabulary of a definition; kernels/skeleton.py and csrc/cpu/vec.h provide the same names.
 # A004: a definition reads as the formula does. F401: the next one may want what none uses yet.
-from torch import abs, exp, log1p, logaddexp, where  # noqa: A004, F401
+from torch import Tensor, abs, exp, expm1, log1p, logaddexp, where  # noqa: A004, F401
 
-VOCABULARY = ("abs", "exp", "log1p", "logaddexp", "where")
+from fastkd.scalars import as_float, plain
+
+VOCABULARY = ("abs", "exp", "expm1", "log1p", "logaddexp", "where", "log_mixture")
+ENTRY = ("p", "q", "log_p", "log_q")
+RATIO = "log_ratio"
+
+
+def log_mixture(log_ratio: Tensor, share: float, rest: float) -> Tensor:
+    """log(m / max(p, q)) of the mixture m = share p + rest q, where log_ratio = log p - log q and share + rest = 1.
+
+    So log(m / q) is max(log_ratio, 0) more, and log(m / p) is max(-log_ratio, 0) more. It is exactly 0 where p = q.
+    """
+    below, above = (log_ratio < 0.0).to(log_ratio.dtype), (log_ratio > 0.0).to(log_ratio.dtype)
+    lower = below * share + above * rest  # the share of the lower of p and q
+    size = -abs(log_ratio)
+    change = lower * expm1(size)
+    far = (below * rest + above * share + lower * exp(size)).log()
+    return where(change > -0.3, log1p(change), far)
+
+
+def derivatives(
+    divergence: Divergence, p: Any, q: Any, log_p: Any, log_q: Any, log_ratio: Any
+) -> tuple[Any, Any, Any]:
+    """(phi, g, h) of a definition; h None where it has no degree."""
+    entry = arguments_of(divergence.function, p, q, log_p, log_q, log_ratio)
+    phi, g, *more = divergence.function(*entry, *divergence.params)
+    if more:
+        return phi, g, more[0]
+    return phi, g, None if divergence.degree is None else divergence.degree * phi - g
+
+
+def takes_ratio(function: Callable[..., Any]) -> bool:
+    """Whether a definition wants log p - log q after its first four arguments."""
+    code = getattr(function, "__code__", None)
+    return code is not None and code.co_varnames[4 : code.co_argcount][:1] == (RATIO,)
+
+
+def arguments_of(
+    function: Callable[..., Any], p: Any, q: Any, log_p: Any, log_q: Any, log_ratio: Any
+) -> tuple[Any, ...]:
+    """Those that a definition begins with."""
+    entry = (p, q, log_p, log_q)
+    return (*entry, log_ratio) if takes_ratio(function) else entry
 
 
 # Every definition by name: how a compiled graph, which can hold a string but no function, finds it again.
@@ -67,6 +121,10 @@ class ClosedForm:
     reverse: float = 0.0
     cross: float = 0.0
 
+    def __post_init__(self) -> None:
+        for name in ("forward", "reverse", "cross"):
+            object.__setattr__(self, name, _finite(name, getattr(self, name)))
+
 
 @dataclass(frozen=True)
 class Target:
@@ -96,7 +154,8 @@ class Divergence:
 
     Args:
         name: how it is called in messages, and its identity inside compiled graphs.
-        function: the definition, ``(p, q, log_p, log_q, *params) -> (phi, g)``.
+        function: the definition, ``(p, q, log_p, log_q, *params) -> (phi, g)``; the head of this module says what else it
+            may take and return.
         params: the numbers passed to it.
         degree: phi is homogeneous of this degree in (p, q), up to a multiple of p in its derivative, so that
             Euler's identity gives the teacher's derivative as ``h = degree * phi - g``. None: unknown, and a
@@ -115,38 +174,68 @@ class Divergence:
     target: Target | None = None
 
     def __post_init__(self) -> None:
+        if not isinstance(self.name, str):
+            raise TypeError(f"name must be a string, got {type(self.name).__name__}")
+        for argument, kind in (("closed_form", ClosedForm), ("target", Target)):
+            value = getattr(self, argument)
+            if not (value is None or isinstance(value, kind)):
+                raise TypeError(
+                    f"{argument} must be a {kind.__name__} or None, got {type(value).__name__}"
+                )
+        object.__setattr__(self, "normalized", plain(self.normalized))
+        if not isinstance(self.normalized, bool):
+            raise TypeError(
+                f"normalized must be True or False, got {type(self.normalized).__name__}"
+            )
         if not callable(self.function):
             raise TypeError(f"function must be callable, got {type(self.function).__name__}")
         if self.target is not None and not self.normalized:
             raise ValueError(
                 "target must be None where normalized is False: there is no probability of a label"
             )
-        object.__setattr__(self, "params", tuple(float(x) for x in self.params))
+        if isinstance(self.params, (str, Tensor)) or not isinstance(self.params, Iterable):
+            raise TypeError(f"params must be a tuple of numbers, got {type(self.params).__name__}")
+        params = tuple(_number(f"params[{k}]", value) for k, value in enumerate(self.params))
+        object.__setattr__(self, "params", params)
+        if self.degree is not None:
+            object.__setattr__(self, "degree", _finite("degree", self.degree))
         _functions[function_name(self.function)] = self.function
 
 
+def _number(argument: str, value: Any) -> float:
+    """The value as a float; a tensor of one element is a number too."""
+    value = plain(value)
+    if isinstance(value, Tensor) and value.numel() == 1 and not value.is_complex():
+        return float(value)
+    if isinstance(value, (bool, Tensor)) or not isinstance(value, (int, float)):
+        raise TypeError(f"{argument} must be a number, got {type(value).__name__}")
+    return as_float(value)
+
+
 def _unit(argument: str, value: float, *, open_right: bool = False) -> float:
-    value = float(value)
+    value = _number(argument, value)
     if not (0.0 <= value < 1.0 or (value == 1.0 and not open_right)):
         raise ValueError(f"{argument} must be in [0, 1{')' if open_right else ']'}, got {value}")
     return value
 
 
 def _finite(argument: str, value: float) -> float:
-    value = float(value)
+    value = _number(argument, value)
     if not math.isfinite(value):
         raise ValueError(f"{argument} must be finite, got {value}")
     return value
 
 
 def _weight(argument: str, value: float) -> float:
-    if _finite(argument, value) < 0:
+    value = _finite(argument, value)
+    if value < 0:
         raise ValueError(f"{argument} must not be negative, got {value}")
-    return float(value)
+    return value
 
 
-def _forward_kl(p, q, log_p, log_q):
-    return p * (log_p - log_q), -p
+def _forward_kl(p, q, log_p, log_q, log_ratio):
+    phi = p * log_ratio
+    return phi, -p, phi + p
 
 
 def forward_kl() -> Divergence:
@@ -154,9 +243,9 @@ def forward_kl() -> Divergence:
     return Divergence("forward_kl", _forward_kl, degree=1.0, closed_form=ClosedForm(forward=1.0))
 
 
-def _reverse_kl(p, q, log_p, log_q):
-    phi = q * (log_q - log_p)
-    return phi, phi + q
+def _reverse_kl(p, q, log_p, log_q, log_ratio):
+    phi = -q * log_ratio
+    return phi, phi + q, -q
 
 
 def reverse_kl() -> Divergence:
@@ -164,9 +253,11 @@ def reverse_kl() -> Divergence:
     return Divergence("reverse_kl", _reverse_kl, degree=1.0, closed_form=ClosedForm(reverse=1.0))
 
 
-def _mixture(p, q, log_p, log_q, forward, reverse):
-    backward = reverse * q * (log_q - log_p)
-    return forward * p * (log_p - log_q) + backward, backward + reverse * q - forward * p
+def _mixture(p, q, log_p, log_q, log_ratio, forward, reverse):
+    onward = forward * p * log_ratio
+    backward = -reverse * q * log_ratio
+    gap = reverse * q - forward * p
+    return onward + backward, backward + gap, onward - gap
 
 
 def mixture(forward: float = 0.5, reverse: float = 0.5) -> Divergence:
@@ -207,10 +298,13 @@ def soft_cross_entropy() -> Divergence:
     )
 
 
-def _jsd(p, q, log_p, log_q, beta, rest, log_beta, log_rest):
-    log_m = logaddexp(log_p + log_beta, log_q + log_rest)
-    g = rest * q * (log_q - log_m)
-    return beta * p * (log_p - log_m) + g, g
+def _jsd(p, q, log_p, log_q, log_ratio, beta, rest):
+    # One of the two excesses is 0, and what is added up is the same for (p, q) and (q, p) where beta is 1/2: to the bit.
+    log_m = log_mixture(log_ratio, beta, rest)
+    above_q = where(log_ratio > 0.0, log_ratio, 0.0)
+    above_p = where(log_ratio < 0.0, -log_ratio, 0.0)
+    phi = -(beta * p + rest * q) * log_m - (beta * p * above_p + rest * q * above_q)
+    return phi, -rest * q * (above_q + log_m), -beta * p * (above_p + log_m)
 
 
 def jsd(beta: float = 0.5) -> Divergence:
@@ -225,14 +319,14 @@ def jsd(beta: float = 0.5) -> Divergence:
     beta = _unit("beta", beta)
     if beta in (0.0, 1.0):
         return reverse_kl() if beta else forward_kl()
-    return Divergence(
-        "jsd", _jsd, (beta, 1.0 - beta, math.log(beta), math.log1p(-beta)), degree=1.0
-    )
+    return Divergence("jsd", _jsd, (beta, 1.0 - beta), degree=1.0)
 
 
-def _skew_forward_kl(p, q, log_p, log_q, log_alpha, log_rest):
-    log_m = logaddexp(log_p + log_alpha, log_q + log_rest)
-    return p * (log_p - log_m), -p * exp(log_q + log_rest - log_m)
+def _skew_forward_kl(p, q, log_p, log_q, log_ratio, alpha, rest):
+    log_m = log_mixture(log_ratio, alpha, rest)
+    phi = -p * (where(log_ratio < 0.0, -log_ratio, 0.0) + log_m)
+    g = -rest * p * exp(-(where(log_ratio > 0.0, log_ratio, 0.0) + log_m))
+    return phi, g, phi - g
 
 
 def skew_forward_kl(alpha: float = 0.1) -> Divergence:
@@ -244,15 +338,14 @@ def skew_forward_kl(alpha: float = 0.1) -> Divergence:
     alpha = _unit("alpha", alpha, open_right=True)
     if alpha == 0.0:
         return forward_kl()
-    return Divergence(
-        "skew_forward_kl", _skew_forward_kl, (math.log(alpha), math.log1p(-alpha)), degree=1.0
-    )
+    return Divergence("skew_forward_kl", _skew_forward_kl, (alpha, 1.0 - alpha), degree=1.0)
 
 
-def _skew_reverse_kl(p, q, log_p, log_q, log_alpha, log_rest):
-    log_m = logaddexp(log_q + log_alpha, log_p + log_rest)
-    phi = q * (log_q - log_m)
-    return phi, phi + q * exp(log_p + log_rest - log_m)
+def _skew_reverse_kl(p, q, log_p, log_q, log_ratio, alpha, rest):
+    log_m = log_mixture(log_ratio, rest, alpha)
+    phi = -q * (where(log_ratio > 0.0, log_ratio, 0.0) + log_m)
+    h = -rest * q * exp(-(where(log_ratio < 0.0, -log_ratio, 0.0) + log_m))
+    return phi, phi - h, h
 
 
 def skew_reverse_kl(alpha: float = 0.1) -> Divergence:
@@ -264,13 +357,13 @@ def skew_reverse_kl(alpha: float = 0.1) -> Divergence:
     alpha = _unit("alpha", alpha, open_right=True)
     if alpha == 0.0:
         return reverse_kl()
-    return Divergence(
-        "skew_reverse_kl", _skew_reverse_kl, (math.log(alpha), math.log1p(-alpha)), degree=1.0
-    )
+    return Divergence("skew_reverse_kl", _skew_reverse_kl, (alpha, 1.0 - alpha), degree=1.0)
 
 
-def _tvd(p, q, log_p, log_q):
-    return 0.5 * abs(p - q), 0.5 * q * (where(q > p, 1.0, 0.0) - where(q < p, 1.0, 0.0))
+def _tvd(p, q, log_p, log_q, log_ratio):
+    size = -0.5 * where(log_ratio > 0.0, p, q) * expm1(-abs(log_ratio))
+    sign = where(log_ratio < 0.0, 1.0, 0.0) - where(log_ratio > 0.0, 1.0, 0.0)
+    return size, 0.5 * q * sign, -0.5 * p * sign
 
 
 def tvd() -> Divergence:
@@ -278,10 +371,13 @@ def tvd() -> Divergence:
     return Divergence("tvd", _tvd, degree=1.0)
 
 
-def _hellinger(p, q, log_p, log_q):
-    root_q = exp(0.5 * log_q)
-    gap = exp(0.5 * log_p) - root_q
-    return 0.5 * gap * gap, -0.5 * root_q * gap
+def _hellinger(p, q, log_p, log_q, log_ratio):
+    top = exp(0.5 * where(log_ratio > 0.0, log_p, log_q))
+    below = top * expm1(-0.5 * abs(log_ratio))  # how far the smaller root is from the larger
+    of_top = -0.5 * top * below
+    of_other = 0.5 * exp(0.5 * where(log_ratio > 0.0, log_q, log_p)) * below
+    g = where(log_ratio > 0.0, of_other, of_top)
+    return 0.5 * below * below, g, where(log_ratio > 0.0, of_top, of_other)
 
 
 def hellinger() -> Divergence:
@@ -289,34 +385,52 @@ def hellinger() -> Divergence:
     return Divergence("hellinger", _hellinger, degree=1.0)
 
 
-def _alpha_beta(p, q, log_p, log_q, alpha, beta, degree, coefficient, p_share, q_share):
+def _alpha_beta(p, q, log_p, log_q, log_ratio, alpha, beta, degree, coefficient, p_share, q_share):
+    # Of positive exponents: the powers relative to the degree-th power of the larger of p and q, less 1.
+    size = -abs(log_ratio)
+    top = coefficient * exp(degree * where(log_ratio > 0.0, log_p, log_q))
+    lower = expm1(degree * size)
+    cross = expm1(where(log_ratio > 0.0, beta * size, alpha * size))
+    phi = top * (where(log_ratio > 0.0, q_share * lower, p_share * lower) - cross)
+    g = beta * top * (where(log_ratio > 0.0, lower, 0.0) - cross)
+    return phi, g, alpha * top * (where(log_ratio > 0.0, 0.0, lower) - cross)
+
+
+def _alpha_beta_of_any_sign(
+    p, q, log_p, log_q, alpha, beta, degree, coefficient, p_share, q_share
+):
     cross = exp(alpha * log_p + beta * log_q)
     q_power = exp(degree * log_q)
     phi = coefficient * (p_share * exp(degree * log_p) + q_share * q_power - cross)
     return phi, coefficient * beta * (q_power - cross)
 
 
-def _alpha_beta_at_beta_0(p, q, log_p, log_q, alpha):
-    p_power = exp(alpha * log_p)
-    gap = exp(alpha * log_q) - p_power
-    return (p_power * (log_p - log_q) + gap / alpha) / alpha, gap / alpha
+def _alpha_beta_at_beta_0(p, q, log_p, log_q, log_ratio, alpha):
+    ratio = alpha * log_ratio
+    top = exp(where(ratio > 0.0, alpha * log_p, alpha * log_q))
+    lower = top * expm1(-abs(ratio))
+    gap = where(ratio > 0.0, lower, -lower)  # q^a - p^a
+    p_power = where(ratio > 0.0, top, top + lower)
+    return (p_power * log_ratio + gap / alpha) / alpha, gap / alpha
 
 
-def _alpha_beta_at_alpha_0(p, q, log_p, log_q, beta):
-    q_power = exp(beta * log_q)
-    g = q_power * (log_q - log_p)
-    return (g + (exp(beta * log_p) - q_power) / beta) / beta, g
+def _alpha_beta_at_alpha_0(p, q, log_p, log_q, log_ratio, beta):
+    ratio = beta * log_ratio
+    top = exp(where(ratio > 0.0, beta * log_p, beta * log_q))
+    lower = top * expm1(-abs(ratio))
+    gap = where(ratio > 0.0, -lower, lower)  # p^b - q^b
+    g = -where(ratio > 0.0, top + lower, top) * log_ratio
+    return (g + gap / beta) / beta, g
 
 
-def _alpha_beta_at_sum_0(p, q, log_p, log_q, alpha):
-    ratio = alpha * (log_p - log_q)
-    gap = 1.0 - exp(ratio)
-    return -(ratio + gap) / (alpha * alpha), gap / alpha
+def _alpha_beta_at_sum_0(p, q, log_p, log_q, log_ratio, alpha):
+    ratio = alpha * log_ratio
+    more = expm1(ratio)
+    return (more - ratio) / (alpha * alpha), -more / alpha
 
 
-def _half_squared_gap(p, q, log_p, log_q):
-    gap = log_q - log_p
-    return 0.5 * gap * gap, gap
+def _half_squared_gap(p, q, log_p, log_q, log_ratio):
+    return 0.5 * log_ratio * log_ratio, -log_ratio
 
 
 def alpha_beta(alpha: float = 0.2, beta: float = 0.7) -> Divergence:
@@ -346,7 +460,7 @@ def alpha_beta(alpha: float = 0.2, beta: float = 0.7) -> Divergence:
         return Divergence("alpha_beta_at_sum_0", _alpha_beta_at_sum_0, (a,), degree=0.0)
     return Divergence(
         "alpha_beta",
-        _alpha_beta,
+        _alpha_beta if a > 0.0 and b > 0.0 else _alpha_beta_of_any_sign,
         (a, b, a + b, 1.0 / (a * b), a / (a + b), b / (a + b)),
         degree=a + b,
     )
@@ -361,11 +475,10 @@ def squared_error() -> Divergence:
     return Divergence("squared_error", _half_squared_gap, degree=0.0, normalized=False)
 
 
-def _smooth_l1(p, q, log_p, log_q, beta):
-    gap = log_q - log_p
-    size = abs(gap)
-    phi = where(size < beta, 0.5 * gap * gap / beta, size - 0.5 * beta)
-    return phi, where(size < beta, gap / beta, where(gap > 0.0, 1.0, -1.0))
+def _smooth_l1(p, q, log_p, log_q, log_ratio, beta):
+    size = abs(log_ratio)
+    phi = where(size < beta, 0.5 * log_ratio * log_ratio / beta, size - 0.5 * beta)
+    return phi, where(size < beta, -log_ratio / beta, where(log_ratio < 0.0, 1.0, -1.0))
 
 
 def smooth_l1(beta: float = 1.0) -> Divergence:
@@ -376,7 +489,8 @@ def smooth_l1(beta: float = 1.0) -> Divergence:
     Args:
         beta: where the square becomes a line; positive and finite.
     """
-    if _finite("beta", beta) <= 0:
+    beta = _finite("beta", beta)
+    if beta <= 0:
         raise ValueError(f"beta must be positive, got {beta}")
     return Divergence("smooth_l1", _smooth_l1, (beta,), degree=0.0, normalized=False)
 
@@ -447,6 +561,7 @@ DEFINITIONS: tuple[Callable[..., tuple[Any, Any]], ...] = (
     _tvd,
     _hellinger,
     _alpha_beta,
+    _alpha_beta_of_any_sign,
     _alpha_beta_at_beta_0,
     _alpha_beta_at_alpha_0,
     _alpha_beta_at_sum_0,

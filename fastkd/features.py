@@ -11,7 +11,7 @@ nothing left, a mean is 0 and part of the graph. A teacher that requires grad ge
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -19,6 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastkd.rows import widened
+from fastkd.scalars import plain
+from fastkd.tensors import savable, savable_when_compiled
 from fastkd.validate import check_alike, check_choice, check_flags, check_number
 
 KINDS = ("linear", "conv")
@@ -60,8 +62,8 @@ class Regressor(nn.Module):
         resize: str | None = None,
     ) -> None:
         super().__init__()
-        for argument, width in (("student_width", student_width), ("teacher_width", teacher_width)):
-            _check_width(argument, width)
+        student_width = _checked_width("student_width", student_width)
+        teacher_width = _checked_width("teacher_width", teacher_width)
         check_choice("kind", kind, KINDS)
         check_choice("resize", resize, RESIZES)
         check_flags(bias=bias)
@@ -91,9 +93,15 @@ class Regressor(nn.Module):
             raise ValueError(
                 f"features must be {shape}, as student_width says; got shape {tuple(features.shape)}"
             )
+        (features,) = savable(features)
         mapped = self.map(features.to(self.map.weight.dtype))
         if size is None or isinstance(self.map, nn.Linear):
             return mapped
+        sizes = [] if isinstance(size, Tensor) or not isinstance(size, Iterable) else list(size)
+        sizes = list(map(plain, sizes))
+        if len(sizes) != 2 or any(type(edge) is not int or edge < 1 for edge in sizes):
+            raise ValueError(f"size must be a height and a width, got {size!r}")
+        size = sizes
         return _resized(mapped, size, self.resize)
 
 
@@ -121,6 +129,7 @@ def hint_loss(
     _check_pair("student", student, "teacher", teacher)
     if student.dim() < 2:
         raise ValueError(f"student must be [B, ..], got shape {tuple(student.shape)}")
+    student, teacher = savable_when_compiled(student, teacher)
     student, teacher, kept = _unmasked(student, teacher, mask, student.shape)
     squares = (widened(student) - widened(teacher)).square()
     if reduction == "mean_square":
@@ -145,6 +154,8 @@ class HintLoss(nn.Module):
     def __init__(self, regressor: nn.Module, *, reduction: str = "mean") -> None:
         super().__init__()
         check_choice("reduction", reduction, HINT_REDUCTIONS)
+        if not isinstance(regressor, nn.Module):
+            raise TypeError(f"regressor must be a torch.nn.Module, got {type(regressor).__name__}")
         self.regressor = regressor
         self.reduction = reduction
 
@@ -219,6 +230,7 @@ def attention_transfer_loss(
                 f"teacher_maps[{index}] must be of the batch of student_maps[{index}], {student.shape[0]} on "
                 f"{student.device}; got {teacher.shape[0]} on {teacher.device}"
             )
+        student, teacher = savable_when_compiled(student, teacher)
         found, wanted = _summed_over_channels(student, power), _summed_over_channels(teacher, power)
         if found.shape != wanted.shape:
             if found.dim() != 3 or wanted.dim() != 3:
@@ -344,8 +356,10 @@ class FeatureLoss(nn.Module):
             raise ValueError(
                 f"{of_student} must have {width} features, as its projection takes; got {student.shape[-1]}"
             )
+        student, teacher = savable_when_compiled(student, teacher)
         student, teacher, kept = _unmasked(student, teacher, mask, positions)
         if isinstance(projection, (nn.Linear, _Fixed)):
+            (student,) = savable(student)
             student = projection(student.to(projection.weight.dtype))
         _check_pair(of_student, student, of_teacher, teacher)
         student, teacher = (self._normalized(widened(side)) for side in (student, teacher))
@@ -397,6 +411,7 @@ def cosine_loss(student: Tensor, teacher: Tensor, *, mask: Tensor | None = None)
         TypeError, ValueError: an argument has the wrong type, shape or device; the message names it.
     """
     _check_pair("student", student, "teacher", teacher)
+    student, teacher = savable_when_compiled(student, teacher)
     student, teacher, kept = _unmasked(student, teacher, mask, student.shape[:-1])
     student, teacher = unit(widened(student)), unit(widened(teacher))
     absent = sum((side.detach() == 0).all(-1) * 0.5 for side in (student, teacher))
@@ -473,6 +488,7 @@ def _mask_of(argument: str, features: Tensor, mask: Tensor) -> Tensor:
         raise ValueError(
             f"mask must be on {features.device}, where {argument} is; got {mask.device}"
         )
+    (mask,) = savable(mask)
     return mask.reshape(*mask.shape, *(1,) * (features.dim() - mask.dim()))
 
 
@@ -489,7 +505,7 @@ def _unmasked(
         )
     kept = _mask_of("student", student, mask)
     student, teacher = (torch.where(kept, side, 0.0) for side in (student, teacher))
-    return student, teacher, mask.reshape(kept.shape[: len(counted)]).expand(counted)
+    return student, teacher, kept.reshape(kept.shape[: len(counted)]).expand(counted)
 
 
 def _any_of_example(kept: Tensor) -> Tensor:
@@ -529,9 +545,11 @@ def _check_pair(of_student: str, student: Tensor, of_teacher: str, teacher: Tens
     check_alike(of_teacher, teacher, of_student, student, remedy)
 
 
-def _check_width(argument: str, width: object) -> None:
-    if type(width) is not int or width < 1:
+def _checked_width(argument: str, width: object) -> int:
+    width = plain(width)
+    if type(width) is not int or not 1 <= width < 2**31:
         raise ValueError(f"{argument} must be a positive int, got {width!r}")
+    return width
 
 
 def _pairs(
@@ -539,7 +557,7 @@ def _pairs(
 ) -> list[tuple[Layer, Layer]]:
     items = layers.items() if isinstance(layers, Mapping) else layers
     try:
-        pairs = [(student, teacher) for student, teacher in items]
+        pairs = [(plain(student), plain(teacher)) for student, teacher in items]
     except (TypeError, ValueError):
         pairs = []
     if not pairs or any(type(layer) not in (int, str) for pair in pairs for layer in pair):
@@ -569,9 +587,8 @@ def _projection(index: int, kind: object, widths: Sequence[Any], bias: bool) -> 
     check_choice(f"projection[{index}]", kind, PROJECTIONS)
     if kind == "identity":
         return nn.Identity()
-    student_width, teacher_width = widths
-    for argument, width in (("student_width", student_width), ("teacher_width", teacher_width)):
-        _check_width(argument, width)
+    names = ("student_width", "teacher_width")
+    student_width, teacher_width = map(_checked_width, names, widths)
     if kind == "linear":
         return nn.Linear(student_width, teacher_width, bias=bias)
     return _Fixed(nn.init.orthogonal_(torch.empty(teacher_width, student_width)))

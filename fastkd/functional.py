@@ -19,6 +19,7 @@ from fastkd.divergences import Divergence
 from fastkd.plan import wide
 from fastkd.rows import Want, row_dtype
 from fastkd.teachers import Teacher, TopK, flatten
+from fastkd.tensors import share_storage, writable
 from fastkd.validate import (
     LossOptions,
     Prepared,
@@ -30,6 +31,7 @@ from fastkd.validate import (
     is_dtensor,
     prepare,
     teacher_widths,
+    with_tail,
     with_topk,
 )
 
@@ -155,7 +157,7 @@ def kd_loss(
     (Hinton, Vinyals and Dean 2015; cross-entropy at temperature 1). No probability tensor is ever held.
 
     Args:
-        student_logits: [..., V], float32, bfloat16, float16 (float64 on the reference). Any strides; the last
+        student_logits: [..., V], float32, bfloat16, float16 (float64 in plain PyTorch). Any strides; the last
             dimension is copied only where its stride is not 1.
         teacher: dense teacher logits of the same leading shape, of any of those dtypes; if they require grad they
             get their gradient. Or a :class:`fastkd.TopK`, a :class:`fastkd.LinearTeacher` or a
@@ -227,6 +229,7 @@ def kd_loss(
             _row_dtype(student_logits, teacher),
             check_vocabulary(vocab_size, widths) if group is None else None,
             layout.local("labels", labels, None, group),
+            teacher,
             divergence=divergence,
             temperature=layout.local("temperature", temperature, None, group),
             teacher_temperature=layout.local(
@@ -268,7 +271,7 @@ def kd_loss(
             agreement, student_logits, whole, teacher, call, want, vocab_size, widths
         )
     if isinstance(teacher, TopK):
-        teacher = teacher.logprobs.detach()
+        call, teacher = with_tail(call, teacher, _row_dtype(student_logits, teacher))
     if isinstance(teacher, Tensor):
         results = autograd.kd_rows(
             student_logits, teacher, call.rows, call.options, want, call.backend, call.summed
@@ -334,7 +337,7 @@ def fused_linear_kd_loss(
     row inside the sum, so the backward makes the logits again.
 
     Args:
-        student_hidden: [..., H], float32, bfloat16, float16 (float64 on the reference). Any strides.
+        student_hidden: [..., H], float32, bfloat16, float16 (float64 in plain PyTorch). Any strides.
         student_weight: [V, H], the lm_head, of the same dtype and device; under autocast both are cast to its dtype.
             A DTensor that FSDP has spread is gathered once a call, and its gradient is averaged over the processes.
         teacher: a :class:`fastkd.LinearTeacher` (of any width), dense logits [..., V], a :class:`fastkd.TopK` or a
@@ -413,7 +416,13 @@ def fused_linear_kd_loss(
         }
         labels = layout.local("labels", labels, None, group)
         call = prepare(
-            lead, device, _row_dtype(hidden, teacher), vocabulary, labels, **{**options, **of_rows}
+            lead,
+            device,
+            _row_dtype(hidden, teacher),
+            vocabulary,
+            labels,
+            teacher,
+            **{**options, **of_rows},
         )
         trained = [x is not None and x.requires_grad for x in (hidden, head, bias)]
         grad_enabled = torch.is_grad_enabled()
@@ -437,9 +446,9 @@ def fused_linear_kd_loss(
             hidden = layout.summed_gradient(hidden, given, group)
         assert call.options.shard is not None
         teacher = layout.cut_teacher(teacher, call.options.shard, call.options.vocab_size, width)
-    if isinstance(teacher, TopK):
-        teacher = teacher.logprobs.detach()
     assert hidden is not None
+    if isinstance(teacher, TopK):
+        call, teacher = with_tail(call, teacher, _row_dtype(hidden, teacher))
     student = Student(hidden, head, bias)
     results = linear.kd_chunks(
         student, teacher, call, want, logits_dtype, chunk_size, memory_budget
@@ -478,6 +487,11 @@ def _check_inplace(student: Tensor, teachers: Sequence[Tensor], want: Want, whol
         raise ValueError(
             "inplace=True overwrites student_logits, and the teacher's gradient needs them; detach one"
         )
+    if not writable(student):
+        raise ValueError(
+            "inplace=True would write through student_logits that torch marks as negated, as the imaginary part of a "
+            "conjugated tensor is; pass student_logits.resolve_neg()"
+        )
     if student.stride(-1) != 1 and student.shape[-1] > 1:
         raise ValueError(
             f"inplace=True needs student_logits with a last stride of 1, got strides {student.stride()}"
@@ -487,8 +501,7 @@ def _check_inplace(student: Tensor, teachers: Sequence[Tensor], want: Want, whol
         for stride, size in zip(student.stride(), student.shape, strict=True)
     ):
         raise ValueError("inplace=True would write expanded student_logits more than once")
-    storages = {teacher.untyped_storage().data_ptr() for teacher in teachers}
-    if student.numel() and student.untyped_storage().data_ptr() in storages:
+    if any(share_storage(student, teacher) for teacher in teachers):
         raise ValueError(
             "inplace=True would overwrite the teacher: it shares its storage with student_logits"
         )

@@ -19,9 +19,14 @@ from fastkd import backends
 
 SWITCHES = {
     "FASTKD_BACKEND": "a backend that replaces the one each call asks for",
-    "FASTKD_STRICT": "1: falling back to the reference raises BackendUnavailable",
+    "FASTKD_STRICT": "1: falling back to the portable backend raises BackendUnavailable",
     "FASTKD_CHECK": "1: wait for the device, and raise on an invalid label or temperature",
     "TRITON_INTERPRET": "1, before triton is imported: the triton backend runs on CPU tensors, slowly",
+}
+
+ROLES = {
+    "portable": "plain PyTorch: what backend='auto' falls back to",
+    "reference": "the oracle that the others are held to: right, and slow",
 }
 
 
@@ -97,6 +102,34 @@ def _backend(name: str) -> dict[str, Any]:
     }
 
 
+def _serving() -> list[dict[str, Any]]:
+    """Which backend a call with backend="auto" gets for each kind of tensor, and why it is not the preferred one."""
+    override = os.environ.get("FASTKD_BACKEND")
+    available = backends.available_backends()
+    found = []
+    for device in devices():
+        for dtype in (torch.float32, torch.bfloat16, torch.float64):
+            call = backends.Call(device, dtype, dtype, fastkd.forward_kl())
+            chosen: str | None
+            if override in available:
+                obstacle = backends.obstacle(override, call, available)
+                chosen = override if obstacle is None else None
+                why = f"FASTKD_BACKEND={override}"
+                why += "" if obstacle is None else f", and {obstacle.reason}. {obstacle.remedy}"
+            else:
+                chosen, fallback = backends.choose(call, available)
+                why = fallback or ""
+            found.append(
+                {
+                    "device": device,
+                    "dtype": str(dtype).removeprefix("torch."),
+                    "backend": chosen,
+                    "why": why or None,
+                }
+            )
+    return found
+
+
 def collect() -> dict[str, Any]:
     """Everything that `info` shows, ready for JSON."""
     return {
@@ -118,6 +151,7 @@ def collect() -> dict[str, Any]:
         },
         "native": _native(),
         "backends": {name: _backend(name) for name in fastkd.available_backends()},
+        "serves": _serving(),
         "environment": {
             name: {"value": os.environ.get(name), "meaning": meaning}
             for name, meaning in SWITCHES.items()
@@ -167,13 +201,23 @@ def text(found: dict[str, Any]) -> str:
     lines += ["", "backends"]
     for name, backend in found["backends"].items():
         if backend["devices"]:
-            lines.append(f"  {name:<10} runs on {', '.join(backend['devices'])}")
+            role = f" ({ROLES[name]})" if name in ROLES else ""
+            lines.append(f"  {name:<10} runs on {', '.join(backend['devices'])}{role}")
         else:
             state = "nothing to run on" if backend["installed"] else "missing"
             lines += [
                 f"  {name:<10} {state}: {backend['reason']}",
                 f"  {'':<10} {backend['remedy']}",
             ]
+    lines += ["", "which one serves"]
+    lines += columns(
+        (
+            f"{served['dtype']} on {served['device']}",
+            served["backend"] or "none",
+            served["why"] or "",
+        )
+        for served in found["serves"]
+    )
     lines += ["", "environment"]
     lines += columns(
         (name, switch["value"] or "unset", switch["meaning"])

@@ -20,6 +20,7 @@ from fastkd.chunks import Chunked, Student, chunks_of_rows, saved_dtype
 from fastkd.plan import TOPK_BYTES, MemoryPlan, Shape, plan, wide
 from fastkd.rows import Options, Rows, Want, row_dtype
 from fastkd.teachers import Ensemble, LinearTeacher, Teacher, flatten, unflatten
+from fastkd.tensors import copied, savable
 from fastkd.validate import Prepared
 
 
@@ -86,7 +87,7 @@ class _Call(NamedTuple):
             self.want,
             (False,) * 3 if later else self.wanted,
             backends.kernels_for(backend, self.options.shard),
-            self._plan(student, teacher, rows, backend == "reference").chunk_size,
+            self._plan(student, teacher, rows, backend).chunk_size,
             self.logits_dtype,
             self.row_dtype(tensors),
         )
@@ -96,7 +97,7 @@ class _Call(NamedTuple):
         given: Student,
         teacher: Tensor | LinearTeacher | Ensemble,
         rows: Rows,
-        reference: bool,
+        backend: str,
     ) -> MemoryPlan:
         student, weight, _ = given
         shard = self.options.shard
@@ -127,7 +128,7 @@ class _Call(NamedTuple):
             sum(tensor.numel() * tensor.itemsize for tensor in flatten(teacher)[0]),
             self.wanted[1],
             student.device.type,
-            reference,
+            backend,
         )
         return plan(shape, self.chunk_size, self.memory_budget)
 
@@ -151,9 +152,9 @@ class KDChunks(torch.autograd.Function):
         result = call.run(student, teacher, rows)
         kept = autograd.rows_to_keep(rows, call.want, result.loss, summed)
         if call.want.deferred:
-            ctx.save_for_backward(*kept, *student, *teacher)
+            ctx.save_for_backward(*savable(*kept, *student, *teacher))
         else:
-            ctx.save_for_backward(*kept, *result.gradients)
+            ctx.save_for_backward(*savable(*kept), *result.gradients)
             if call.want.inplace:
                 torch.autograd.graph.increment_version(hidden)
         ctx.call = call._replace(backend=call.chosen(student, teacher))
@@ -273,8 +274,12 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     options, ctx.want = autograd.from_schema(names, numbers, integers)
     ctx.ignore_index = options.ignore_index
     ctx.dtypes = [None if tensor is None else tensor.dtype for tensor in (hidden, weight, bias)]
-    kept = (hidden, weight, bias, *teacher) if ctx.want.deferred else output[5:]
-    ctx.save_for_backward(*rows, *kept)
+    kept = list(output[5:])
+    if ctx.want.deferred:
+        pairs = zip((hidden, weight, bias), ctx.wanted, strict=True)
+        kept = [x if x is None or trained else copied(x) for x, trained in pairs]
+        kept += map(copied, teacher)
+    ctx.save_for_backward(*(row if row is None else copied(row) for row in rows), *kept)
     ctx.settings, ctx.teachers = settings[:-1], len(teacher)
     ctx.set_materialize_grads(False)
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from fastkd.backends import BackendUnavailable
 from fastkd.functional import Parts, fused_linear_kd_loss, kd_loss
+from fastkd.scalars import plain
 from fastkd.teachers import Teacher
 
 # What belongs to a batch, or to a model, and is passed to the call.
@@ -30,6 +31,7 @@ class _Loss(nn.Module):
                 raise TypeError(
                     f"a tensor {argument} belongs to a batch: pass it to the call, not to {name}()"
                 )
+        options = {argument: plain(value) for argument, value in options.items()}
         self.options = options
         if options.get("process_group") is not None:
             from fastkd.parallel.layout import group_of
@@ -37,7 +39,7 @@ class _Loss(nn.Module):
             group_of(options["process_group"])
         # One row through the validation of the function, so that there is one; by this process alone.
         width = options.get("vocab_size")
-        row = torch.zeros(1, width if type(width) is int and width > 0 else 2)
+        row = torch.zeros(1, width if type(width) is int and 0 < width < 2**31 else 2)
         with contextlib.suppress(
             BackendUnavailable
         ):  # for a row on the CPU: the logits may be elsewhere

@@ -30,6 +30,7 @@ from fastkd import backends
 from fastkd.autograd import differentiable_once, of_counted_rows, outside_of_graphs, scaled
 from fastkd.divergences import forward_kl
 from fastkd.rows import Rows, row_dtype
+from fastkd.tensors import savable
 from fastkd.validate import (
     check_alike,
     check_choice,
@@ -45,6 +46,7 @@ if TYPE_CHECKING:
 PEERS = ("mean", "sum", "average")
 _MODULES = {
     "reference": "fastkd.mutual",
+    "portable": "fastkd.portable",
     "cpu": "fastkd.cpu",
     "triton": "fastkd.kernels.mutual",
 }
@@ -109,13 +111,14 @@ def outputs(
     wanted: Sequence[bool],
     parts: bool,
     empty: Callable[..., Tensor] = torch.empty,
+    dtype: torch.dtype = torch.float32,
 ) -> Result:
-    """Fresh memory for what is wanted."""
+    """Fresh memory for what is wanted; dtype is that of losses."""
     first = logits[0]
     shape = (len(logits), *first.shape[:-1])
 
     def rows(of: Sequence[int] = shape) -> Tensor:
-        return torch.empty(of, dtype=torch.float32, device=first.device)
+        return torch.empty(of, dtype=dtype, device=first.device)
 
     gradients = tuple(
         empty(first.shape, dtype=gradient_dtype(first.dtype), device=first.device) if want else None
@@ -134,10 +137,10 @@ def _of_pair(
     p: Tensor,
     log_q: Tensor,
     q: Tensor,
-    with_logs: Callable[..., tuple[Tensor, Tensor]],
+    with_logs: Callable[..., tuple[Tensor, ...]],
 ) -> Tensor:
     """KL(p || q) of every row."""
-    phi, _ = with_logs(forward_kl(), log_p, log_q, (p, q))
+    phi, *_ = with_logs(forward_kl(), log_p, log_q, (p, q))
     return phi.sum(-1)
 
 
@@ -148,10 +151,11 @@ def mutual_rows(
     wanted: Sequence[bool],
     parts: bool,
 ) -> Result:
-    """The reference, in float32, or in float64 for float64 logits."""
-    from fastkd.reference import evaluate  # loaded at its first use, as every backend is
+    """The reference, computed as :mod:`fastkd.reference` is."""
+    from fastkd.reference import evaluate, precision  # loaded at its first use, as every backend is
 
-    dtype, students = row_dtype(logits[0].dtype), len(logits)
+    dtype, students = precision(logits[0].device), len(logits)
+    of_rows = row_dtype(logits[0].dtype)
     z = [student.to(dtype) for student in logits]
     z = [student - student.amax(-1, keepdim=True) for student in z]
 
@@ -204,9 +208,8 @@ def mutual_rows(
     divergence, cross_entropy = kept(divergences), kept(entropies)
     loss = torch.where(keep, (divergence + cross_entropy) * weight, 0.0)
     total = loss.reshape(students, -1).sum(-1) * scale
-    return Result(
-        loss, total, tuple(gradients), *((divergence, cross_entropy) if parts else (None, None))
-    )
+    by_products = (divergence.to(of_rows), cross_entropy.to(of_rows)) if parts else (None, None)
+    return Result(loss.to(of_rows), total.to(of_rows), tuple(gradients), *by_products)
 
 
 # ---- the loss
@@ -226,7 +229,7 @@ class _StudentLoss(torch.autograd.Function):
         ignore: int,
     ) -> Tensor:
         """The loss."""
-        ctx.save_for_backward(gradient, *(rows if loss.dim() else Rows()))
+        ctx.save_for_backward(gradient, *savable(*(rows if loss.dim() else Rows())))
         ctx.call = (kernels, ignore, logits.dtype)
         ctx.set_materialize_grads(False)
         return loss.clone()
@@ -265,11 +268,12 @@ def check_students(logits: object) -> list[Tensor]:
     return students
 
 
-def _check_options(temperature: object, peers: object, peer_weight: float) -> None:
+def _check_options(temperature: object, peers: object, peer_weight: float) -> float:
+    """The weight of the peers, as a float."""
     if isinstance(temperature, Tensor):
         raise TypeError(f"temperature must be a number, got {type(temperature).__name__}")
-    check_number("peer_weight", peer_weight, 0.0, math.inf, open_right=True)
     check_choice("peers", peers, PEERS)
+    return check_number("peer_weight", peer_weight, 0.0, math.inf, open_right=True)
 
 
 def _kernels(backend: str, logits: Tensor) -> tuple[ModuleType, ModuleType]:
@@ -332,8 +336,8 @@ def mutual_loss(
     All students of a row are swept together, in time proportional to M and not to the M (M - 1) pairs.
 
     Args:
-        logits: of every student [..., V], two or more, all of one shape, dtype (float32, bfloat16, float16; float64 on
-            the reference) and device. Any strides; the last dimension is copied only where its stride is not 1.
+        logits: of every student [..., V], two or more, all of one shape, dtype (float32, bfloat16, float16; float64 in
+            plain PyTorch) and device. Any strides; the last dimension is copied only where its stride is not 1.
         labels: [...] int64, of the cross-entropy; None: the loss is the peers' term alone. A row whose label is
             ignore_index is dropped.
         temperature: T > 0, of the peers' term; cross-entropy is at 1.
@@ -348,7 +352,7 @@ def mutual_loss(
             "batchmean" (sum / logits[0].shape[0]).
         num_items: replaces the denominator of "mean" and "batchmean", as in kd_loss.
         return_parts: return (losses, :class:`MutualParts`).
-        backend: "auto", "cpu", "triton" or "reference".
+        backend: "auto", "cpu", "triton", "portable" or "reference".
 
     Returns:
         A tuple of M losses, each part of the graph of its own student and of no other: `losses[k].backward()` serves an
@@ -365,7 +369,7 @@ def mutual_loss(
         RuntimeError: in a second derivative.
     """
     students = check_students(logits)
-    _check_options(temperature, peers, peer_weight)
+    peer_weight = _check_options(temperature, peers, peer_weight)
     check_flags(return_parts=return_parts)
     first = students[0]
     call = prepare(
@@ -387,9 +391,9 @@ def mutual_loss(
     options = Options(
         call.options.temperature,
         peers,
-        float(peer_weight),
-        scale_by_temperature,
-        ignore_index,
+        peer_weight,
+        call.options.scale_by_temperature,
+        call.options.ignore_index,
         call.options.scale,
     )
     wanted = [torch.is_grad_enabled() and student.requires_grad for student in students]
@@ -402,7 +406,7 @@ def mutual_loss(
     losses = tuple(
         value.clone()
         if gradient is None
-        else _StudentLoss.apply(student, value, gradient, scaling, call.rows, ignore_index)
+        else _StudentLoss.apply(student, value, gradient, scaling, call.rows, options.ignore_index)
         for student, value, gradient in zip(students, values, result.gradients, strict=True)
     )
     if not return_parts:

@@ -11,15 +11,11 @@ from torch import Tensor
 from fastkd.divergences import DEFINITIONS, Target
 from fastkd.rows import Options, Result, Rows, Statistics, Want
 from fastkd.teachers import TAILS
+from fastkd.tensors import address, readable
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _NUMBER = {function: number for number, function in enumerate(DEFINITIONS)}
 _NOWHERE: tuple[int, int, int, list[int]] = (0, 0, 0, [])
-
-
-def address(tensor: Tensor | None) -> int:
-    """Of its first element; 0 for None."""
-    return 0 if tensor is None else tensor.data_ptr()
 
 
 def logits(tensor: Tensor | None) -> tuple[int, int, int, list[int]]:
@@ -27,21 +23,15 @@ def logits(tensor: Tensor | None) -> tuple[int, int, int, list[int]]:
     if tensor is None:
         return _NOWHERE
     *strides, _ = tensor.stride()
-    return tensor.data_ptr(), DTYPES[tensor.dtype], tensor.shape[-1], strides
+    return address(tensor), DTYPES[tensor.dtype], tensor.shape[-1], strides
 
 
-def unit_stride(tensor: Tensor) -> Tensor:
-    """The tensor, copied where its last stride is not 1."""
-    tensor = tensor.resolve_neg()
-    return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else tensor.contiguous()
-
-
-def resolved(rows: Rows) -> Rows:
-    """Without the bit by which torch marks a view as negated, which an address does not carry."""
+def readable_rows(rows: Rows) -> Rows:
+    """The rows with every tensor :func:`fastkd.tensors.readable`."""
     for name, value in rows._asdict().items():
         kinds = (torch.int64,) if name in ("labels", "ids") else (torch.float32,)
         assert value is None or value.dtype in kinds, (name, value.dtype)  # an address has no dtype
-    return Rows(*(None if value is None else value.resolve_neg() for value in rows))
+    return Rows(*map(readable, rows))
 
 
 def outputs(
@@ -120,8 +110,8 @@ def arguments(
         address(rows.labels),
         address(rows.weight),
         address(rows.scale),
-        result.loss.data_ptr(),
-        result.total.data_ptr(),
+        address(result.loss),
+        address(result.total),
         *map(address, result[4:]),
         (
             _NUMBER[divergence.function],

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -20,12 +20,15 @@ from fastkd.distiller import unwrapped
 from fastkd.functional import kd_loss
 from fastkd.mutual import MutualParts, check_students, mutual_loss
 from fastkd.rows import row_dtype
+from fastkd.scalars import plain
 from fastkd.teachers import Ensemble
+from fastkd.tensors import savable, savable_when_compiled
 from fastkd.validate import (
     Prepared,
     check_alike,
     check_choice,
     check_flags,
+    check_int,
     check_logits,
     check_number,
     prepare,
@@ -84,6 +87,7 @@ def ensemble_logits(logits: Sequence[Tensor], gate: Tensor | None = None) -> Ten
         raise ValueError(
             f"gate must be on {branches[0].device}, where the logits are; got {gate.device}"
         )
+    gate, *branches = savable(gate, *branches)
     weights = gate.to(dtype).unsqueeze(-1).unbind(-2)
     mixed = weights[0] * branches[0].to(dtype)
     for weight, branch in zip(weights[1:], branches[1:], strict=True):
@@ -131,7 +135,10 @@ def ensemble_loss(
     branches = _without_dropped(check_students(logits), labels, options)
     mixed = ensemble_logits(branches, gate)
     target = mixed.detach()
-    total = 1.0 + check_number("ensemble_weight", ensemble_weight, 0.0, math.inf, open_right=True)
+    ensemble_weight = check_number(
+        "ensemble_weight", ensemble_weight, 0.0, math.inf, open_right=True
+    )
+    total = 1.0 + ensemble_weight
     # alpha D + (1 - alpha) CE in one sweep, and both times 1 + ensemble_weight.
     alpha = ensemble_weight / total
     loss = _loss(mixed, target, labels, alpha=0.0, **options)
@@ -148,11 +155,16 @@ def _without_dropped(
     kept = labels != options.get("ignore_index", -100) if isinstance(labels, Tensor) else None
     for name in ("mask", "weight"):
         value = options.get(name)
-        if isinstance(value, Tensor):
+        if isinstance(value, Tensor) and (kept is None or _alike(value, kept)):
             kept = value != 0 if kept is None else kept & (value != 0)
-    if kept is None or kept.shape != branches[0].shape[:-1]:
+    lead, device = branches[0].shape[:-1], branches[0].device
+    if kept is None or kept.shape != lead or kept.device != device:
         return branches  # kd_loss says what is wrong
     return [torch.where(kept.unsqueeze(-1), branch, 0.0) for branch in branches]
+
+
+def _alike(first: Tensor, second: Tensor) -> bool:
+    return first.shape == second.shape and first.device == second.device
 
 
 def _loss(*arguments: Tensor, **options: Any) -> Tensor:
@@ -233,6 +245,8 @@ class MeanTeacher(nn.Module):
     @torch.no_grad()
     def update(self, student: nn.Module) -> None:
         """Take one more student into the average."""
+        if not isinstance(student, nn.Module):
+            raise TypeError(f"student must be a torch.nn.Module, got {type(student).__name__}")
         student = unwrapped(student)
         _check_alike(self.model, student)
         self.steps += 1
@@ -319,6 +333,9 @@ def consistency_loss(
     student_logits = check_logits("student_logits", student_logits)
     teacher_logits = check_logits("teacher_logits", teacher_logits)
     check_alike("teacher_logits", teacher_logits, "student_logits", student_logits)
+    if form == "mse":
+        student_logits, teacher_logits = savable_when_compiled(student_logits, teacher_logits)
+        mask, weight = savable_when_compiled(mask, weight)
     options: dict[str, Any] = {
         "mask": mask, "weight": weight, "reduction": reduction, "num_items": num_items, "backend": backend,
     }  # fmt: skip
@@ -365,7 +382,8 @@ def ramp_up(step: float, length: float) -> float:
     Raises:
         ValueError, TypeError: length is negative, or an argument is no finite number.
     """
-    check_number("length", length, 0.0, math.inf, open_right=True)
+    length = check_number("length", length, 0.0, math.inf, open_right=True)
+    step = plain(step)
     if isinstance(step, (bool, Tensor)) or not isinstance(step, (int, float)):
         raise TypeError(f"step must be a number, got {type(step).__name__}")
     if step != step:
@@ -407,8 +425,9 @@ def born_again(
     for argument, value in (("make_student", make_student), ("train", train)):
         if not callable(value):
             raise TypeError(f"{argument} must be callable, got {type(value).__name__}")
-    if type(generations) is not int:
-        raise TypeError(f"generations must be an int, got {type(generations).__name__}")
+    if teacher is not None and not callable(teacher):
+        raise TypeError(f"teacher must be a module or None, got {type(teacher).__name__}")
+    generations = check_int("generations", generations)
     if generations < 1:
         raise ValueError(f"generations must be at least 1, got {generations}")
     return _generations(make_student, train, generations, teacher)
@@ -450,6 +469,12 @@ def generations_teacher(
     Raises:
         ValueError, TypeError: as Ensemble does.
     """
+    if not isinstance(models, Iterable) or isinstance(models, (str, Tensor)):
+        raise TypeError(f"models must be a list of modules, got {type(models).__name__}")
+    models = list(models)
+    for index, model in enumerate(models):
+        if not callable(model):
+            raise TypeError(f"models[{index}] must be callable, got {type(model).__name__}")
     with torch.no_grad():
         outputs = [model(*inputs, **options) for model in models]
     return Ensemble([getattr(output, "logits", output) for output in outputs], weights, mean)

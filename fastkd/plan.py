@@ -8,6 +8,7 @@ import torch
 
 from fastkd.products import slab_rows
 from fastkd.rows import row_dtype
+from fastkd.scalars import plain
 
 # Of a call that names none, beside the accumulator. A chunk reads and writes the whole of that, 8 V H bytes: a head of
 # 128,256 x 4,096 takes 1.4 ms of an H100, and the chunk's products 11 ms if it has 2,048 rows. That many fit.
@@ -16,6 +17,11 @@ CPU_BUDGET, DEVICE_BUDGET = 384 << 20, 2112 << 20
 WORKSPACE = 16 << 20
 # [C, V] tensors that the reference holds at once, beside the logits.
 REFERENCE_TEMPORARIES = 14
+# Bytes of one tensor of a piece of rows that the portable backend works on: on a CPU of each thread, so that the piece
+# stays in the cache; elsewhere such that a launch has something to do. And how many of them a piece holds at most:
+# tests/test_portable.py measures it.
+PIECE_CPU, PIECE_DEVICE = 1 << 20, 32 << 20
+PIECE_TEMPORARIES = 14
 # A token of a sparse teacher in a chunk: its id, and float32 logits, log-probabilities and gradients of both sides.
 TOPK_BYTES = 32
 LOW_PRECISION = (torch.bfloat16, torch.float16)
@@ -54,7 +60,18 @@ class Shape(NamedTuple):
     teacher_bytes: int = 0
     weight_gradient: bool = True
     device: str = "cpu"
-    reference: bool = False
+    backend: str = ""  # "reference" and "portable" hold more than the kernels do
+
+
+def piece_rows(columns: int, dtype: torch.dtype, device: str) -> int:
+    """How many rows of that many columns the portable backend takes at once; dtype is that of losses."""
+    room = PIECE_CPU * torch.get_num_threads() if device == "cpu" else PIECE_DEVICE
+    return max(room // max(columns * dtype.itemsize, 1), 1)
+
+
+def piece_bytes(columns: int, dtype: torch.dtype, device: str) -> int:
+    """What it holds beside its results, at most."""
+    return PIECE_TEMPORARIES * piece_rows(columns, dtype, device) * columns * dtype.itemsize
 
 
 def budget_of(device: str) -> int:
@@ -69,10 +86,11 @@ def plan(
     for name, value in (("chunk_size", chunk_size), ("memory_budget", memory_budget)):
         if value is None:
             continue
-        if type(value) is not int:
+        if type(plain(value)) is not int:
             raise TypeError(f"{name} must be an int or None, got {type(value).__name__}")
         if value < 1:
             raise ValueError(f"{name} must be positive, got {value}")
+    chunk_size, memory_budget = plain(chunk_size), plain(memory_budget)
     low = shape.dtype in LOW_PRECISION
     converts = low and shape.logits_dtype != shape.dtype
     a_row = shape.vocabulary * shape.logits_dtype.itemsize
@@ -83,7 +101,7 @@ def plan(
         converts and shape.device == "cpu"
     )  # hidden states and their gradient in float32
     a_row += (shape.hidden + shape.teacher_hidden) * (shape.dtype.itemsize + converted)
-    if shape.reference:
+    if shape.backend == "reference":
         a_row += REFERENCE_TEMPORARIES * shape.vocabulary * 4
     if converts and shape.device != "cpu" and not shape.teacher_columns:
         a_row += shape.vocabulary * shape.dtype.itemsize  # the gradient in the weight's precision
@@ -94,8 +112,10 @@ def plan(
     if converts and shape.device == "cpu" and shape.hidden:
         width = max(shape.hidden, shape.teacher_hidden)
         workspace += 4 * width * min(slab_rows(width), shape.vocabulary)
-    fixed = accumulator + workspace
     rows = max(shape.rows, 1)
+    if shape.backend == "portable":
+        workspace += piece_bytes(shape.vocabulary, wide(shape.logits_dtype), shape.device)
+    fixed = accumulator + workspace
     if chunk_size is None:
         # The accumulator is there whatever the chunks are: a default leaves the same room beside it.
         budget = memory_budget or budget_of(shape.device) + accumulator
@@ -122,6 +142,18 @@ def plan(
         gradients=hidden + head * shape.weight_gradient,
         dense=3 * 4 * shape.rows * shape.vocabulary,
     )
+
+
+def check_size(argument: str, value: object) -> int:
+    """The value as an int; raise unless it is a positive one that a tensor can have for a size."""
+    size = plain(value)
+    if type(size) is not int:
+        raise TypeError(f"{argument} must be an int, got {type(size).__name__}")
+    if size < 1:
+        raise ValueError(f"{argument} must be positive, got {size}")
+    if size >= 2**63:
+        raise ValueError(f"{argument} must fit in 64 bits, got {size}")
+    return size
 
 
 def memory_plan(
@@ -160,12 +192,20 @@ def memory_plan(
         ValueError, TypeError: as the loss raises for chunk_size and memory_budget; an unknown form of teacher.
     """
     width = hidden_size if teacher_hidden_size is None else teacher_hidden_size
-    sizes = {"rows": rows, "vocab_size": vocab_size, "hidden_size": hidden_size, "k": k}
-    for name, size in (sizes | {"teacher_hidden_size": width}).items():
-        if type(size) is not int:
-            raise TypeError(f"{name} must be an int, got {type(size).__name__}")
-        if size < 1:
-            raise ValueError(f"{name} must be positive, got {size}")
+    rows = check_size("rows", rows)
+    vocab_size = check_size("vocab_size", vocab_size)
+    hidden_size = check_size("hidden_size", hidden_size)
+    k = check_size("k", k)
+    width = check_size("teacher_hidden_size", width)
+    weight_gradient = plain(weight_gradient)
+    if not isinstance(weight_gradient, bool):
+        raise TypeError(
+            f"weight_gradient must be True or False, got {type(weight_gradient).__name__}"
+        )
+    try:
+        device_type = torch.device(device).type
+    except (RuntimeError, TypeError, ValueError) as error:
+        raise ValueError(f"device must name a device, got {device!r}: {error}") from None
     if not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
         raise TypeError(f"dtype must be a floating-point torch.dtype, got {dtype!r}")
     if logits_dtype not in (None, wide(dtype), dtype):
@@ -194,7 +234,7 @@ def memory_plan(
         teacher_hidden,
         held,
         weight_gradient,
-        torch.device(device).type,
+        device_type,
     )
     return plan(shape, chunk_size, memory_budget)
 

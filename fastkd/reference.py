@@ -1,6 +1,7 @@
 """The reference: the mathematics in plain PyTorch. It is the oracle of every other backend, and their fallback.
 
-Everything is computed in float32, or in float64 when a logit tensor is float64; [N, V] temporaries are not avoided.
+Everything is computed in float64, whatever the logits are, and rounded once; [N, V] temporaries are not avoided. On a
+device without float64 it is computed in float32.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fastkd import topk
-from fastkd.divergences import Divergence, Target
+from fastkd.divergences import Divergence, Target, derivatives
 from fastkd.rows import Options, Result, Rows, Statistics, Want, row_dtype, widened
 from fastkd.topk import Events, topk_rows
 
@@ -27,8 +28,8 @@ def evaluate(
     log_p: Tensor,
     log_q: Tensor,
     probabilities: tuple[Tensor, Tensor] | None = None,
-) -> tuple[Tensor, Tensor]:
-    """(phi, g) of every entry, with the one policy for log 0, so that no definition has to handle it.
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(phi, g, h) of every entry, with the one policy for log 0, so that no definition has to handle it.
 
     - Both sides at -inf: 0 * (-inf) = 0, the entry contributes nothing to the value and to the gradient.
     - One side at -inf, the other's probability not negligible: log 0 is replaced by the most negative finite
@@ -43,13 +44,8 @@ def evaluate(
     p, q = probabilities or (log_p.exp(), log_q.exp())
     p_gone, q_gone = log_p == -torch.inf, log_q == -torch.inf
     lowest = torch.finfo(log_p.dtype).min
-    phi, g = divergence.function(
-        p,
-        q,
-        log_p.masked_fill(p_gone, lowest),
-        log_q.masked_fill(q_gone, lowest),
-        *divergence.params,
-    )
+    x, y = log_p.masked_fill(p_gone, lowest), log_q.masked_fill(q_gone, lowest)
+    phi, g, h = derivatives(divergence, p, q, x, y, x - y)
     one_side = p_gone ^ q_gone
     nothing = (p_gone & (q < NEGLIGIBLE)) | (q_gone & (p < NEGLIGIBLE)) | (p_gone & q_gone)
 
@@ -57,7 +53,12 @@ def evaluate(
         term = torch.where(one_side & (term.abs() > INFINITE), term * torch.inf, term)
         return term.masked_fill(nothing, 0.0)
 
-    return settle(phi), settle(g)
+    return settle(phi), settle(g), settle(g if h is None else h)
+
+
+def precision(device: torch.device) -> torch.dtype:
+    """What the reference computes in."""
+    return torch.float32 if device.type == "mps" else torch.float64
 
 
 def _adjust(logits: Tensor, scale: float, softcap: float) -> tuple[Tensor, Tensor | float]:
@@ -89,7 +90,7 @@ class _Side(NamedTuple):
 
 
 def _sides(student: Tensor, teacher: Tensor, rows: Rows, options: Options) -> tuple[_Side, _Side]:
-    dtype = row_dtype(student.dtype, teacher.dtype)
+    dtype = precision(student.device)
     apart = None
     if options.divergence.target is not None:
         assert rows.labels is not None  # validated
@@ -294,6 +295,7 @@ class _Terms(NamedTuple):
     q: _Softmax
     phi: Tensor
     g: Tensor
+    h: Tensor
 
 
 def _terms(s: _Side, t: _Side, found: _Found, divergence: Divergence) -> _Terms:
@@ -419,11 +421,10 @@ def _results(
         assert divergence.degree is not None  # validated
         gradient = torch.zeros_like(t.z)
         if alpha:
-            h = divergence.degree * terms.phi - terms.g
-            total = divergence.degree * sums.phi - sums.g if divergence.normalized else None
-            if apart is not None:
-                total = divergence.degree * others.phi - others.g + apart.h
-            gradient = _project(h, terms.p.probabilities, total)
+            total = divergence.degree * others.phi - others.g if divergence.normalized else None
+            if apart is not None and total is not None:
+                total = total + apart.h
+            gradient = _project(terms.h, terms.p.probabilities, total)
             if apart is not None and s.apart is not None:
                 gradient = torch.where(s.apart, apart.h.unsqueeze(-1), gradient)
             gradient = gradient * (alpha * t_squared / teacher_temperature)
@@ -431,12 +432,15 @@ def _results(
     if want.inplace and student_gradient is not None:
         student_gradient = student.copy_(student_gradient)
 
+    of_rows = row_dtype(student.dtype, teacher.dtype)
     parts: tuple[Tensor | None, ...] = (None, None, None)
     if want.parts:
         parts = tuple(
-            torch.where(keep, part, 0.0) for part in (distillation, cross_entropy, sums.entropy)
+            torch.where(keep, part, 0.0).to(of_rows)
+            for part in (distillation, cross_entropy, sums.entropy)
         )
-    return Result(loss, loss.sum() * scale, student_gradient, teacher_gradient, *parts)
+    total = (loss.sum() * scale).to(of_rows)
+    return Result(loss.to(of_rows), total, student_gradient, teacher_gradient, *parts)
 
 
 def kd_rows(student: Tensor, teacher: Tensor, rows: Rows, options: Options, want: Want) -> Result:

@@ -30,10 +30,11 @@ from fastkd.autograd import differentiable_once, outside_of_graphs
 from fastkd.backends import BackendUnavailable
 from fastkd.features import over_peak, unit
 from fastkd.rows import row_dtype
+from fastkd.tensors import check_readable, savable_when_compiled
 from fastkd.validate import LARGEST, SMALLEST, check_choice, check_dense, check_number
 
 MEANS = ("distinct", "all")
-BACKENDS = ("auto", "cpu", "reference")
+BACKENDS = ("auto", "cpu", "portable", "reference")
 TILE_BYTES = 64 << 20  # what angles_in_tiles may hold beyond matrices [N, N]
 _TILES = 8  # tensors of the size of a tile that are alive at once, at most
 
@@ -94,9 +95,9 @@ def rkd_angle_loss(
         delta: as in :func:`rkd_distance_loss`.
         mean: "distinct" is over the N (N - 1) (N - 2) triples of three samples, as the paper has it. "all" divides
             by N^3, as the authors' code does; the other triples add 0, but where samples coincide for one model only.
-        backend: "cpu" is a kernel for CPU tensors, "reference" plain PyTorch on any device, "auto" the first where it
-            can. FASTKD_BACKEND overrides it where it names one of the two; FASTKD_STRICT=1 makes it an error that CPU
-            tensors fall back to the second.
+        backend: "cpu" is a kernel for CPU tensors; "portable", or "reference", is plain PyTorch on any device; "auto" is
+            the first where it can serve. FASTKD_BACKEND overrides it where it names one of them; FASTKD_STRICT=1 makes it
+            an error that CPU tensors fall back to "portable".
 
     Returns:
         0-dim, float32 (float64 where an input is). 0 where there is no triple. Where two points coincide, e is 0 and so
@@ -107,7 +108,7 @@ def rkd_angle_loss(
         BackendUnavailable: a backend asked for by name cannot serve the call.
         RuntimeError: it is differentiated twice.
 
-    Memory: up to 5 matrices [N, N] of float64 in the call, where "reference" holds four more and tiles of 64 MiB; a
+    Memory: up to 5 matrices [N, N] of float64 in the call, where "portable" holds four more and tiles of 64 MiB; a
     gradient [N, D] until the backward.
 
     Source: Park, Kim, Lu, Cho, "Relational Knowledge Distillation" (2019), equations 8 and 9.
@@ -170,6 +171,7 @@ def similarity_loss(student: Tensor, teacher: Tensor) -> Tensor:
     Source: Tung and Mori, "Similarity-Preserving Knowledge Distillation" (2019), equations 1 to 4.
     """
     _check(student, teacher)
+    student, teacher = savable_when_compiled(student, teacher)
     with torch.autocast(student.device.type, enabled=False):
         student, teacher = (
             _rows(x, row_dtype(student.dtype, teacher.dtype)) for x in (student, teacher)
@@ -210,6 +212,7 @@ def gram_loss(
     check_choice("normalize", normalize, ("none", "width"))
     check_choice("reduction", reduction, ("sum", "mean"))
     _check(student, teacher, channels=over == "channels")
+    student, teacher = savable_when_compiled(student, teacher)
     with torch.autocast(student.device.type, enabled=False):
         dtype = row_dtype(student.dtype, teacher.dtype)
         grams = [_gram(x.to(dtype), over, normalize) for x in (student, teacher)]
@@ -382,6 +385,8 @@ class _OfDistances(torch.autograd.Function):
 
 
 def _of_distances(student: Tensor, teacher: Tensor, relation: Relation) -> Tensor:
+    check_readable("student", student)
+    check_readable("teacher", teacher)
     # A kernel is given addresses, of which the compiler knows nothing.
     return outside_of_graphs(_OfDistances.apply)(student, teacher, relation)
 
@@ -404,7 +409,7 @@ def _of_points(halves: Tensor, points: Tensor) -> Tensor:
 def _tiles(backend: str, device: torch.device) -> Callable[..., tuple[Tensor, Tensor | None]]:
     """What computes the angles."""
     named = os.environ.get("FASTKD_BACKEND")
-    wanted = named if named in ("cpu", "reference") else backend
+    wanted = named if named in BACKENDS else backend
     obstacle = backends.available_backends()["cpu"]
     if device.type != "cpu":
         if wanted == "cpu":
@@ -412,14 +417,14 @@ def _tiles(backend: str, device: torch.device) -> Callable[..., tuple[Tensor, Te
                 "cpu", f"the points are on {device}", "Use backend='auto' for them"
             )
         return angles_in_tiles
-    if wanted == "reference":
+    if wanted in ("portable", "reference"):
         return angles_in_tiles
     if obstacle is None:
         return backends.load("cpu").angles
     if wanted == "cpu":
         raise BackendUnavailable("cpu", *obstacle)
     strict = os.environ.get("FASTKD_STRICT") == "1"
-    backends.fall_back("reference", f"cpu: {obstacle.reason}. {obstacle.remedy}", strict)
+    backends.fall_back(backends.FALLBACK, f"cpu: {obstacle.reason}. {obstacle.remedy}", strict)
     return angles_in_tiles
 
 

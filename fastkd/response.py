@@ -19,12 +19,15 @@ from fastkd import autograd, backends, reference
 from fastkd.chunks import put, rows_at, take
 from fastkd.divergences import Divergence, forward_kl, reverse_kl, squared_error
 from fastkd.functional import kd_loss
-from fastkd.plan import REFERENCE_TEMPORARIES
+from fastkd.plan import PIECE_TEMPORARIES, REFERENCE_TEMPORARIES
 from fastkd.rows import Options, Rows, Want, counted_rows, row_dtype
+from fastkd.scalars import plain
+from fastkd.tensors import savable
 from fastkd.validate import (
     LARGEST,
     Prepared,
     check_choice,
+    check_int,
     check_logits,
     check_number,
     check_rows,
@@ -75,7 +78,7 @@ class _Computed(torch.autograd.Function):
         outcome = compute(student, teacher, rows, options, (False, False) if deferred else wanted)
         kept = (student, teacher) if deferred else outcome[1:]
         keeps_rows = deferred or outcome.loss.dim() > 0
-        ctx.save_for_backward(*kept, *(rows if keeps_rows else Rows()))
+        ctx.save_for_backward(*savable(*kept, *(rows if keeps_rows else Rows())))
         ctx.call = (options, compute, wanted, deferred)
         return outcome.loss
 
@@ -134,6 +137,7 @@ def _chunk_rows(
     memory_budget: int | None, width: int, dtype: torch.dtype, device: torch.device, extra: int = 0
 ) -> int:
     """How many rows of that width a chunk has; extra: other temporaries, of float32."""
+    memory_budget = plain(memory_budget)
     if memory_budget is not None and type(memory_budget) is not int:
         raise TypeError(f"memory_budget must be an int or None, got {type(memory_budget).__name__}")
     a_row = width * (TEMPORARIES + extra) * dtype.itemsize
@@ -323,7 +327,8 @@ def _kernels(call: Prepared, student: Tensor, teacher: Tensor) -> tuple[Any, int
     chosen = backends.select(
         call.backend, student.device.type, dtype, dtype, call.options.divergence
     )
-    return backends.load(chosen), REFERENCE_TEMPORARIES if chosen == "reference" else 0
+    extra = {"reference": REFERENCE_TEMPORARIES, "portable": PIECE_TEMPORARIES}
+    return backends.load(chosen), extra.get(chosen, 0)
 
 
 def _widened(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
@@ -832,6 +837,7 @@ def common_positions(
             f"teacher_labels must have {len(student_labels)} rows on {student_labels.device}, as student_labels "
             f"have; got {len(teacher_labels)} on {teacher_labels.device}"
         )
+    ignore_index = check_int("ignore_index", ignore_index)
     counted = [labels != ignore_index for labels in (student_labels, teacher_labels)]
     shorter = torch.minimum(*(kept.sum(-1, keepdim=True) for kept in counted))
     first, second = (kept & (kept.cumsum(-1) <= shorter) for kept in counted)
@@ -901,7 +907,11 @@ def policy_distillation_loss(
         return 2.0 * kd_loss(student_logits, teacher, labels, divergence=squared_error(), **shared)
     if teacher.requires_grad and torch.is_grad_enabled():
         raise ValueError("teacher requires grad, and its argmax has no gradient; detach it")
+    vocab_size = None if vocab_size is None else check_int("vocab_size", vocab_size)
+    ignore_index = check_int("ignore_index", ignore_index)
     best = teacher[..., :vocab_size].argmax(-1)
+    if mask is not None:
+        check_rows("mask", mask, best.shape, best.device, (torch.bool,))
     if labels is not None:
         check_rows("labels", labels, best.shape, best.device, (torch.int64,))
         counted = labels != ignore_index

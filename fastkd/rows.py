@@ -79,13 +79,15 @@ class Rows(NamedTuple):
 
     labels: Tensor | None = None  # int64
     weight: Tensor | None = (
-        None  # float32 (float64 on the reference); a row of weight 0 is not read
+        None  # float32 (float64 for float64 logits); a row of weight 0 is not read
     )
     temperature: Tensor | None = None  # float32
     teacher_temperature: Tensor | None = None  # float32
     scale: Tensor | None = None  # float32, 0-dim: another such factor, which only the device knows
     ids: Tensor | None = None  # int64 [..., K], of a sparse teacher; -1 is padding
-    tail_logprob: Tensor | None = None  # float32, of a sparse teacher
+    tail_logprob: Tensor | None = (
+        None  # as weight: log of what a sparse teacher leaves to the other tokens; None: nothing
+    )
 
 
 def counted_rows(rows: Rows, ignore_index: int) -> Tensor | None:
@@ -119,7 +121,7 @@ class Want(NamedTuple):
 
 
 class Result(NamedTuple):
-    """Per-row results in the logits' leading shape; float32, or float64 on the reference in float64.
+    """Per-row results in the logits' leading shape; float32, or float64 for float64 logits.
 
     The loss of a row is weight (alpha * distillation + (1 - alpha) * cross_entropy); 0 in a row that is dropped.
     Gradients are of that loss times scale, in the dtype and shape of the logits.

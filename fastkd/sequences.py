@@ -7,7 +7,7 @@ decoder, and ``model.generate(input_ids=, attention_mask=, ...)`` -> [B, S] ids 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from fastkd.divergences import jsd
 from fastkd.functional import kd_loss
-from fastkd.validate import check_number
+from fastkd.tensors import check_readable, savable
+from fastkd.validate import check_alike, check_int, check_number
 
 IGNORED = -100
 
@@ -43,7 +44,17 @@ def shift(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
 
     Labels as datasets and :class:`Sequences` have them are not shifted: labels[:, i] is the token at i, which the
     logits at i - 1 predict.
+
+    Raises:
+        TypeError, ValueError: an argument is no tensor, or has no dimension of tokens.
     """
+    for argument, value in (("logits", logits), ("labels", labels)):
+        if not isinstance(value, Tensor):
+            raise TypeError(f"{argument} must be a tensor, got {type(value).__name__}")
+        if value.dim() < 2:
+            raise ValueError(
+                f"{argument} must be [sequences, tokens, ...], got shape {tuple(value.shape)}"
+            )
     return logits[:, :-1], labels[:, 1:]
 
 
@@ -86,6 +97,7 @@ def teacher_targets(
 
     Memory: the sequences, and what ``generate`` holds.
     """
+    _check_writes("teacher", teacher)
     input_ids, attention_mask = _prompts(input_ids, attention_mask)
     return _completed(teacher, input_ids, attention_mask, pad_token_id, eos_token_id, generate)
 
@@ -141,6 +153,19 @@ def gkd_step(
 
     Memory: both models' logits, and kd_loss's gradient.
     """
+    for name, model in (("student", student), ("teacher", teacher)):
+        if not callable(model):
+            raise TypeError(f"{name} must be a model, got {type(model).__name__}")
+    writer = student if hasattr(student, "generate") else getattr(student, "module", student)
+    _check_writes("student", writer)
+    if not isinstance(batch, Mapping):
+        raise TypeError(f"batch must be a mapping of tensors by name, got {type(batch).__name__}")
+    for name, value in (("generator", generator), ("generate", generate)):
+        kind = torch.Generator if name == "generator" else Mapping
+        if value is not None and not isinstance(value, kind):
+            raise TypeError(f"{name} must be a {kind.__name__} or None, got {type(value).__name__}")
+    pad_token_id = check_int("pad_token_id", pad_token_id)
+    _ends(eos_token_id)
     fraction = check_number("on_policy_fraction", on_policy_fraction, 0.0, 1.0)
     divergence = jsd(beta)
     on_policy = bool(torch.rand((), generator=generator) < fraction)
@@ -148,10 +173,12 @@ def gkd_step(
         input_ids, mask = _prompts_of(batch)
         asked = {"do_sample": True, "top_k": 0} if generate is None else dict(generate)
         with _sampling(generator, input_ids.device):
-            writer = student if hasattr(student, "generate") else student.module
             inputs = _completed(writer, input_ids, mask, pad_token_id, eos_token_id, asked)
     else:
-        inputs = Sequences(*(batch[name] for name in Sequences._fields))
+        inputs = _sequences_of(
+            batch, "where the student does not write (on_policy_fraction says how often it does)"
+        )
+    inputs = Sequences(*savable(*inputs))  # the student's graph saves ids
     given = {"input_ids": inputs.input_ids, "attention_mask": inputs.attention_mask}
     with _evaluating(teacher), torch.no_grad():
         target, _ = shift(teacher(**given).logits, inputs.labels)
@@ -162,7 +189,9 @@ def gkd_step(
     return Step(loss, on_policy)
 
 
-def _prompts(input_ids: Tensor, attention_mask: Tensor | None) -> tuple[Tensor, Tensor]:
+def _prompts(
+    input_ids: Tensor, attention_mask: Tensor | None, prompts: str = "prompts"
+) -> tuple[Tensor, Tensor]:
     """The prompts padded on the left, which is where ``generate`` of a decoder wants it."""
     if not isinstance(input_ids, Tensor) or input_ids.is_floating_point():
         raise TypeError(f"input_ids must be a tensor of ids, got {_kind(input_ids)}")
@@ -177,14 +206,49 @@ def _prompts(input_ids: Tensor, attention_mask: Tensor | None) -> tuple[Tensor, 
             f"attention_mask must have the shape of input_ids, {tuple(input_ids.shape)}; "
             f"got {tuple(attention_mask.shape)}"
         )
-    return _packed(attention_mask != 0, input_ids, (attention_mask != 0).long(), last=True)
+    if attention_mask.device != input_ids.device:
+        raise ValueError(
+            f"attention_mask must be on {input_ids.device}, where input_ids are; got {attention_mask.device}"
+        )
+    there = attention_mask != 0
+    empty = (~there.any(-1)).nonzero()
+    if len(empty):
+        raise ValueError(
+            f"{prompts} must have at least one token each, which the model goes on from; row {int(empty[0])} has none"
+        )
+    return _packed(there, input_ids, there.long(), last=True)
+
+
+def _sequences_of(batch: Mapping[str, Tensor], why: str) -> Sequences:
+    """The sequences of a batch, checked; why they are needed is for the error where the batch lacks a part of them."""
+    lacking = [name for name in Sequences._fields if name not in batch]
+    if lacking:
+        raise KeyError(
+            f"batch must have {', '.join(map(repr, Sequences._fields))} {why}; it lacks {lacking}"
+        )
+    found = Sequences(*(batch[name] for name in Sequences._fields))
+    for name, value in found._asdict().items():
+        is_mask = name == "attention_mask"  # which the model may take in any dtype
+        if not isinstance(value, Tensor) or (value.is_floating_point() and not is_mask):
+            raise TypeError(f"batch[{name!r}] must be a tensor of integers, got {_kind(value)}")
+        check_alike(f"batch[{name!r}]", value, "batch['input_ids']", found.input_ids)
+    if found.input_ids.dim() != 2:
+        raise ValueError(
+            f"batch['input_ids'] must be [sequences, tokens], got shape {tuple(found.input_ids.shape)}"
+        )
+    return found
 
 
 def _prompts_of(batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
     if "prompts" in batch:
         return _prompts(batch["prompts"], batch.get("prompt_attention_mask"))
-    before = (batch["labels"] != IGNORED).cumsum(-1) == 0
-    return _prompts(batch["input_ids"], (batch["attention_mask"] != 0) & before)
+    given = _sequences_of(batch, "where the student writes and there are no 'prompts'")
+    before = (given.labels != IGNORED).cumsum(-1) == 0
+    return _prompts(
+        given.input_ids,
+        (given.attention_mask != 0) & before,
+        "prompts, which are the tokens before a row's first label,",
+    )
 
 
 def _packed(there: Tensor, *values: Tensor, last: bool) -> Any:
@@ -208,11 +272,10 @@ def _completed(
         raise ValueError(
             "the model must be a decoder, which goes on from its prompt; got an encoder-decoder"
         )
-    if type(pad_token_id) is not int:
-        raise TypeError(f"pad_token_id must be an int, got {_kind(pad_token_id)}")
+    pad_token_id = check_int("pad_token_id", pad_token_id)
     if eos_token_id is None:
         eos_token_id = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
-    ends = [eos_token_id] if isinstance(eos_token_id, int) else list(eos_token_id or ())
+    ends = _ends(eos_token_id)
     input_ids = input_ids.masked_fill(attention_mask == 0, pad_token_id)
     with _evaluating(model), torch.no_grad():
         written = model.generate(
@@ -243,6 +306,23 @@ def _answers(ids: Tensor, ends: Sequence[int], pad_token_id: int) -> Tensor:
     if pad_token_id not in ends:  # a stop string, too, ends a completion early
         there &= (ids != pad_token_id).flip(-1).cumsum(-1).flip(-1) > 0
     return there
+
+
+def _check_writes(argument: str, model: object) -> None:
+    if not callable(getattr(model, "generate", None)):
+        raise TypeError(f"{argument} must be a model that has generate, got {type(model).__name__}")
+
+
+def _ends(eos_token_id: int | Sequence[int] | None) -> list[int]:
+    """The ids after which a completion ends."""
+    if eos_token_id is None:
+        return []
+    if isinstance(eos_token_id, Tensor):
+        check_readable("eos_token_id", eos_token_id)
+        eos_token_id = eos_token_id.flatten().tolist()
+    several = isinstance(eos_token_id, Iterable) and not isinstance(eos_token_id, str)
+    given = list(eos_token_id) if several else [eos_token_id]  # type: ignore[arg-type]  # several: iterable
+    return [check_int("eos_token_id", value) for value in given]
 
 
 @contextlib.contextmanager

@@ -7,11 +7,14 @@ docs/teachers.md says which form to use when; :func:`fastkd.memory_plan` says wh
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from fastkd.scalars import as_float, plain
+from fastkd.tensors import check_strided
 
 TAILS = ("bucket", "renormalize", "renormalize_teacher", "truncate")
 MEANS = ("arithmetic", "geometric")
@@ -24,14 +27,18 @@ def _check_tensor(argument: str, value: object, dtypes: Sequence[torch.dtype]) -
     if value.dtype not in dtypes:
         allowed = " or ".join(str(dtype) for dtype in dtypes)
         raise TypeError(f"{argument} must be {allowed}, got {value.dtype}")
+    check_strided(argument, value)
     return value
 
 
-def _check_temperature(value: float) -> None:
-    if isinstance(value, Tensor) or not isinstance(value, (int, float)):
+def _checked_temperature(value: float) -> float:
+    value = plain(value)
+    if isinstance(value, (bool, Tensor)) or not isinstance(value, (int, float)):
         raise TypeError(f"temperature must be a number, got {type(value).__name__}")
+    value = as_float(value)
     if not 0 < value < math.inf:
         raise ValueError(f"temperature must be positive and finite, got {value}")
+    return value
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,7 +49,8 @@ class TopK:
 
     - "bucket": one more event stands for all other tokens, with p = 1 - sum p_k and q = 1 - sum q_k. A divergence
       of a coarser partition: never negative, at most the dense one, and 0 for the dense teacher's own student.
-    - "renormalize": both softmaxes are taken over the K tokens alone; other tokens have gradient 0.
+    - "renormalize": both softmaxes are taken over the K tokens alone; other tokens have gradient 0. logprobs may then
+      be any logarithms of weights, as they may for the next.
     - "renormalize_teacher": p is divided by its sum and is 0 elsewhere; q is over the whole vocabulary. For a
       divergence of degree 1 that is finite at p = 0: forward KL, cross-entropy, jsd, tvd, skewed KLs, Hellinger.
     - "truncate": the raw sum over the K tokens, q over the whole vocabulary. It can be negative, and is not a
@@ -55,12 +63,25 @@ class TopK:
     exact. The bucket and the truncated sum need the mass of the tail, which K tokens do not tell: there a loss at
     another teacher temperature raises, and the log-probabilities have to be taken at that temperature.
 
+    **The mass of the tail** is 1 - sum p where tail_logprob is None, and that is known no better than the logprobs are.
+    With u half the epsilon of their dtype, d = 1 - sum p is known to s = u sqrt(sum (p log p)^2), and the mass is
+
+        d where d >= s,    else max(d + s, -d / 4) / 2
+
+    so that it is never 0 by rounding, and no loss is infinite for that. A mass of 0 is what tail_logprob = -inf says.
+    Where d < s the error of log m may be large, and reverse KL has q_tail times that error. Pass tail_logprob (or
+    logprobs in float32) where the tail matters.
+
+    **Rows.** A row whose ids are all -1 has no distillation term, and its cross-entropy counts. Under a renormalising
+    policy it is dropped, as by a mask, where it has no cross-entropy either (no labels, or alpha = 1). A counted row
+    with NaN among its logprobs, with probabilities whose sum is above 1.1 ("bucket", with that of the tail, and
+    "truncate") or with nothing but -inf to be divided by its sum is NaN; FASTKD_CHECK=1 raises, and names it.
+
     Args:
         ids: [..., K] int64 or int32, token ids, distinct within a row; -1 is padding and is skipped.
         logprobs: [..., K] floating point, natural logarithms. Padding may hold anything.
         tail: one of the policies above.
-        tail_logprob: [...], the logarithm of the mass of all other tokens, for "bucket" and "truncate"; None:
-            log(1 - sum p), which is as exact as the rounding of logprobs allows.
+        tail_logprob: [...], the logarithm of the mass of all other tokens, for "bucket"; None: as said above.
         temperature: the temperature the log-probabilities were taken at.
 
     Raises:
@@ -99,7 +120,12 @@ class TopK:
                 raise ValueError(
                     f"tail_logprob must be on {self.ids.device}, where ids are; got {self.tail_logprob.device}"
                 )
-        _check_temperature(self.temperature)
+        object.__setattr__(self, "temperature", _checked_temperature(self.temperature))
+
+    @property
+    def renormalizes(self) -> bool:
+        """Whether a row's p are divided by their sum, so that they need not be probabilities."""
+        return self.tail in ("renormalize", "renormalize_teacher")
 
     @classmethod
     def from_logits(
@@ -113,9 +139,10 @@ class TopK:
         _check_tensor("logits", logits, FLOATS)
         if logits.dim() == 0:
             raise ValueError("logits must be [..., V], got a scalar")
+        k = plain(k)
         if type(k) is not int or not 1 <= k <= logits.shape[-1]:
             raise ValueError(f"k must be an int in [1, {logits.shape[-1]}], got {k!r}")
-        _check_temperature(temperature)
+        temperature = _checked_temperature(temperature)
         exact = torch.float64 if logits.dtype == torch.float64 else torch.float32
         tempered = logits.detach().to(exact) / temperature
         top, ids = tempered.topk(k, dim=-1)
@@ -148,7 +175,7 @@ class LinearTeacher:
     def __post_init__(self) -> None:
         for name in ("hidden", "weight", "bias"):
             value = getattr(self, name)
-            if value is not None:
+            if value is not None or name != "bias":
                 _check_tensor(f"the teacher's {name}", value, FLOATS)
         check_linear("the teacher's ", self.hidden, self.weight, self.bias)
 
@@ -219,13 +246,21 @@ class Ensemble:
                 )
         if self.mean not in MEANS:
             raise ValueError(f"mean must be one of {', '.join(MEANS)}; got {self.mean!r}")
-        weights = [1.0] * len(self.teachers) if self.weights is None else list(self.weights)
+        if self.weights is not None and (
+            isinstance(self.weights, (str, Tensor)) or not isinstance(self.weights, Iterable)
+        ):
+            raise TypeError(
+                f"weights must be a list of numbers or None, got {type(self.weights).__name__}"
+            )
+        weights = (
+            [1.0] * len(self.teachers) if self.weights is None else list(map(plain, self.weights))
+        )
         if len(weights) != len(self.teachers):
             raise ValueError(
                 f"weights must be one a teacher, {len(self.teachers)}; got {len(weights)}"
             )
         for index, weight in enumerate(weights):
-            if isinstance(weight, Tensor) or not isinstance(weight, (int, float)):
+            if isinstance(weight, (bool, Tensor)) or not isinstance(weight, (int, float)):
                 raise TypeError(f"weights[{index}] must be a number, got {type(weight).__name__}")
             if not 0 <= weight < math.inf:
                 raise ValueError(f"weights[{index}] must be finite and not negative, got {weight}")

@@ -53,17 +53,38 @@ class Events(NamedTuple):
     unit: float = 1.0  # of the origins: a difference of theirs times it is one of z
 
 
-def tail_logprobs(ids: Tensor, logprobs: Tensor, rows: Rows, options: Options) -> Tensor:
-    """[...]: the logarithm of what the teacher leaves to the other tokens. logprobs are -inf at padding."""
-    if options.tail == "renormalize_teacher":
-        return torch.full_like(logprobs[..., 0], -torch.inf)
-    if rows.tail_logprob is not None:
-        mass = rows.tail_logprob.to(logprobs.dtype)
-    else:
-        rest = 1.0 - logprobs.to(torch.float64).exp().sum(-1)
-        mass = rest.clamp(min=0).log().to(logprobs.dtype)
-    # Where there is no other token, what 1 - sum p leaves is rounding.
-    return torch.where((ids >= 0).sum(-1) == options.vocabulary, -torch.inf, mass)
+# Probabilities whose sum is above this are none: rounding logarithms to one decimal makes 1.05 of 1.
+MOST = 1.1
+
+
+def masses(ids: Tensor, logprobs: Tensor) -> tuple[Tensor, Tensor]:
+    """(the sum of a row's p, an estimate of the mass m that is left to the other tokens), [...] each in float64.
+
+    A log-probability z is known to u |z|, with u half of its dtype's epsilon, and p to u |z| p; a z of 0 is the
+    logarithm of a 1, and known to the epsilon of that. Roundings are independent of each other, so that
+
+        d = 1 - sum p    is known to    s = sqrt(sum (u z p)^2)
+
+    and m lies in [max(d - s, 0), max(d + s, 0)], or nearly. The estimate is the middle of that, d itself where d >= s:
+
+        m = (max(d - s, 0) + max(d + s, -d / 4)) / 2
+
+    As m may be anything down to 0, no estimate bounds the error of log m. The middle is near the median of what m may
+    be, which makes the expected error of log m least. A sum above 1 by more than s was rounded by more than its dtype
+    does (to decimals, say), and its excess tells by how much: -d / 4 takes an eighth of it. No row has m = 0.
+    """
+    dtype = torch.finfo(logprobs.dtype)
+    u = dtype.eps / 2
+    of_1 = min(u, torch.finfo(torch.float32).eps / 2)
+    # exp(-1e4) is 0 as well, and -inf would make 0 * inf.
+    z = torch.where(ids < 0, -1e4, logprobs).to(torch.float64).clamp_(min=-1e4)
+    p = z.exp()
+    total = p.sum(-1)
+    sure = z.amax(-1) > -dtype.tiny  # 0, or so near to it that the dtype has no digits left
+    s = u * torch.linalg.vector_norm(z.mul_(p), dim=-1)
+    s = torch.where(sure, of_1, 2.0**-53) + s  # which the sum itself is rounded by
+    d = 1.0 - total
+    return total, ((d - s).clamp(min=0.0) + torch.maximum(d + s, d / -4.0)) / 2.0
 
 
 def topk_rows(
@@ -103,7 +124,8 @@ def _results(
     for tempering in (rows.temperature, rows.teacher_temperature):
         if tempering is not None:
             valid = valid & (tempering > 0)
-    weight = torch.where(keep & ~valid, torch.nan, weight)  # which makes all of the row NaN
+    wrong = keep & ~valid
+    weight = torch.where(wrong, torch.nan, weight)  # which makes all of the row NaN
 
     temperature = options.temperature if rows.temperature is None else rows.temperature.to(dtype)
     logprobs = logprobs.to(dtype).masked_fill(ids < 0, -torch.inf)
@@ -120,6 +142,13 @@ def _results(
     else:
         wanted = Want(out is not None, parts=True)
         loss, distillation, gradient = _dense(kernels, events, logprobs, rows, options, wanted)
+    # A teacher that names no token says nothing, under any policy.
+    silent = (ids == -1).all(-1)
+    nothing = torch.where(keep, 0.0 * weight, 0.0)  # NaN in a row that is not valid
+    loss = torch.where(silent, nothing, loss)
+    distillation = distillation.masked_fill(silent, 0.0).masked_fill(wrong, torch.nan)
+    if gradient is not None:
+        gradient = torch.where(silent.unsqueeze(-1), nothing.unsqueeze(-1), gradient)
 
     cross_entropy = torch.zeros_like(loss)
     cross_entropy_scale = None
@@ -163,8 +192,9 @@ def _dense(
     """(loss, distillation, gradient [..., K + 1]) of the events, as the dense loss of the backend has them."""
     s, t = events.tokens, logprobs
     if options.tail != "renormalize":
-        assert rows.ids is not None
-        mass = tail_logprobs(rows.ids, logprobs, rows, options)
+        mass = torch.full_like(events.tail, -torch.inf)
+        if rows.tail_logprob is not None:
+            mass = rows.tail_logprob.to(mass.dtype)
         s = torch.cat([s, events.tail.unsqueeze(-1)], -1)
         t = torch.cat([t, mass.unsqueeze(-1)], -1)
     options = options._replace(
@@ -193,7 +223,7 @@ def _truncated(
     z = torch.cat([events.tokens, events.tail.unsqueeze(-1)], -1) / _per_row(temperature)
     log_q = z.log_softmax(-1)
     q = log_q.exp()
-    phi, g = evaluate(options.divergence, logprobs, log_q[..., :-1])
+    phi, g, _ = evaluate(options.divergence, logprobs, log_q[..., :-1])
     total = g.sum(-1, keepdim=True)
     return phi.sum(-1), torch.nn.functional.pad(g, (0, 1)) - q * total
 

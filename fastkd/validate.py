@@ -16,7 +16,10 @@ from torch import Tensor
 
 from fastkd.divergences import Divergence, resolve
 from fastkd.rows import Options, Rows, counted_rows
+from fastkd.scalars import as_float, plain
 from fastkd.teachers import Ensemble, LinearTeacher, Teacher, TopK, check_linear
+from fastkd.tensors import check_readable, check_strided
+from fastkd.topk import MOST, masses
 
 REDUCTIONS = ("none", "sum", "mean", "batchmean")
 # Numbers beyond these lose their meaning in float32, once they are multiplied or inverted.
@@ -61,6 +64,7 @@ def prepare(
     row_dtype: torch.dtype,
     vocabulary: int | None,
     labels: Tensor | None,
+    teacher: Teacher | None = None,
     *,
     divergence: str | Divergence = "forward_kl",
     temperature: float | Tensor = 1.0,
@@ -82,7 +86,9 @@ def prepare(
     """What kd_loss documents of its options, for rows of the leading shape on the device.
 
     vocabulary None: other processes have columns too, and :func:`check_values` is called once they are known.
+    teacher: for the rows that a TopK drops.
     """
+    scale_by_temperature = plain(scale_by_temperature)
     divergence = resolve(divergence)
     alpha = check_number("alpha", alpha, 0.0, 1.0)
     label_smoothing = check_number("label_smoothing", label_smoothing, 0.0, 1.0, open_right=True)
@@ -97,10 +103,7 @@ def prepare(
         )
     if divergence.target is not None:
         _check_apart(divergence, labels, vocabulary)
-    if type(ignore_index) is not int:
-        raise TypeError(f"ignore_index must be an int, got {type(ignore_index).__name__}")
-    if not -(2**63) <= ignore_index < 2**63:
-        raise ValueError(f"ignore_index must fit in 64 bits, got {ignore_index}")
+    ignore_index = check_int("ignore_index", ignore_index)
     check_flags(scale_by_temperature=scale_by_temperature)
     if not isinstance(backend, str):
         raise TypeError(f"backend must be a string, got {type(backend).__name__}")
@@ -117,6 +120,10 @@ def prepare(
         check_rows("mask", mask, lead, device, (torch.bool,))
     if weight is not None:
         check_rows("weight", weight, lead, device, LOGIT_DTYPES)
+    if isinstance(teacher, TopK) and teacher.renormalizes and (labels is None or alpha == 1.0):
+        # Without the distillation term there is nothing left of a row.
+        named = (teacher.ids != -1).any(-1)
+        mask = named if mask is None else mask & named
     counted, row_weight = _weights(labels, ignore_index, mask, weight, row_dtype)
     count = math.prod(lead) if counted is None else counted.sum()
     items = _denominator(reduction, num_items, count, lead, device, row_dtype)
@@ -207,7 +214,7 @@ def is_dtensor(value: object) -> bool:
 def check_flags(**flags: bool) -> None:
     """Raise unless each is True or False."""
     for argument, flag in flags.items():
-        if not isinstance(flag, bool):
+        if not isinstance(plain(flag), bool):
             raise TypeError(f"{argument} must be True or False, got {type(flag).__name__}")
 
 
@@ -217,6 +224,12 @@ def _received(value: object) -> str:
 
 def check_logits(argument: str, logits: object, shard: bool = False) -> Tensor:
     """Raise unless it is a dense tensor [..., V] of a dtype that losses take; a shard may have no column."""
+    checked = _check_columns(argument, logits, shard)
+    check_readable(argument, checked)
+    return checked
+
+
+def _check_columns(argument: str, logits: object, shard: bool) -> Tensor:
     if not isinstance(logits, Tensor):
         raise TypeError(f"{argument} must be a tensor of logits, got {type(logits).__name__}")
     check_dense(argument, logits)
@@ -235,6 +248,7 @@ def check_student_head(hidden: object, weight: object, bias: object) -> None:
         if not isinstance(value, Tensor):
             raise TypeError(f"student_{argument} must be a tensor, got {type(value).__name__}")
         check_dense(f"student_{argument}", value)
+        check_readable(f"student_{argument}", value)
     check_linear("student_", hidden, weight, bias)  # type: ignore[arg-type]  # checked above
 
 
@@ -244,8 +258,7 @@ def check_dense(argument: str, value: Tensor) -> None:
         raise TypeError(
             f"{argument} must be float32, bfloat16, float16 or float64, got {value.dtype}"
         )
-    if value.layout != torch.strided:
-        raise TypeError(f"{argument} must be dense, got a tensor of layout {value.layout}")
+    check_strided(argument, value)
 
 
 def check_teacher(
@@ -258,20 +271,21 @@ def check_teacher(
             f"got {type(teacher).__name__}"
         )
     if isinstance(teacher, Tensor):
-        check_logits("teacher", teacher, shard)
+        _check_columns("teacher", teacher, shard)
     constants: list[tuple[str, Tensor | None]] = []
-    leading: list[tuple[str, torch.Size, torch.device]] = []
+    leading: list[tuple[str, Tensor]] = []  # what has the rows
 
     def visit(name: str, part: Tensor | TopK | LinearTeacher) -> None:
         if isinstance(part, Tensor):
-            check_logits(name, part, shard)
-            leading.append((name, part.shape[:-1], part.device))
+            _check_columns(name, part, shard)
+            leading.append((name, part))
         elif isinstance(part, TopK):
-            leading.append((name, part.ids.shape[:-1], part.ids.device))
+            leading.append((name, part.ids))
+            constants.append((f"{name}.ids", part.ids))
             constants.append((f"{name}.logprobs", part.logprobs))
             constants.append((f"{name}.tail_logprob", part.tail_logprob))
         else:
-            leading.append((name, part.hidden.shape[:-1], part.hidden.device))
+            leading.append((name, part.hidden))
             for field in ("hidden", "weight", "bias"):
                 constants.append((f"{name}.{field}", getattr(part, field)))
 
@@ -283,19 +297,22 @@ def check_teacher(
                 constants.append((name, member))
     else:
         visit("teacher", teacher)
-    for name, shape, _ in leading:
-        if shape != lead:
+    for name, part in leading:
+        if part.shape[:-1] != lead:
             raise ValueError(
-                f"{name} must have the leading shape of {student}, {tuple(lead)}; got {tuple(shape)}"
+                f"{name} must have the leading shape of {student}, {tuple(lead)}; got {tuple(part.shape[:-1])}"
             )
-    for name, _, where in leading:
-        if where != device:
-            raise ValueError(f"{name} must be on {device}, where {student} is; got {where}")
+    for name, part in leading:
+        if part.device != device:
+            raise ValueError(f"{name} must be on {device}, where {student} is; got {part.device}")
     for name, value in constants:
         if value is not None and value.requires_grad and torch.is_grad_enabled():
             raise ValueError(
                 f"{name} requires grad, and only a teacher of dense logits gets a gradient; detach it"
             )
+    for name, value in constants + leading:
+        if value is not None:
+            check_readable(name, value)
     return teacher
 
 
@@ -315,6 +332,7 @@ def teacher_widths(teacher: Teacher) -> dict[str, int]:
 
 def check_vocabulary(vocab_size: int | None, widths: dict[str, int]) -> int:
     """The number of columns that count, from the width of each argument."""
+    vocab_size = plain(vocab_size)
     narrower = min(widths.values())
     for name, width in widths.items():
         if not width:
@@ -382,9 +400,40 @@ def with_topk(prepared: Prepared, teacher: TopK) -> Prepared:
     rows = rows._replace(
         teacher_temperature=None if temperatures is None else temperatures / teacher.temperature,
         ids=ids,
-        tail_logprob=None if mass is None else mass.detach().to(torch.float32).contiguous(),
+        tail_logprob=None if mass is None or teacher.tail != "bucket" else mass.detach(),
     )
     return prepared._replace(options=options, rows=rows)
+
+
+def with_tail(prepared: Prepared, teacher: TopK, dtype: torch.dtype) -> tuple[Prepared, Tensor]:
+    """(the call with the mass of the other tokens in it, the log-probabilities); dtype is that of losses.
+
+    Where processes share the vocabulary, its size is known by now. A row without a distribution becomes NaN by ids that
+    are none: one with NaN, with probabilities of a sum above MOST, or with nothing but -inf where the sum divides.
+    """
+    options, rows = prepared.options, prepared.rows
+    ids, logprobs, mass = rows.ids, teacher.logprobs.detach(), rows.tail_logprob
+    assert ids is not None
+    if checking():
+        _check_logprobs(logprobs, rows, options)
+    if teacher.renormalizes:
+        highest = logprobs.masked_fill(ids < 0, -math.inf).amax(-1)
+        right = (highest.abs() < math.inf) | (ids == -1).all(-1)
+    else:
+        total, rest = masses(ids, logprobs)
+        if teacher.tail == "bucket":
+            if mass is None:
+                mass = rest.log()
+            else:
+                mass = mass.to(torch.float64).masked_fill((ids == -1).all(-1), 0.0)
+                total = total + mass.exp()
+            if ids.shape[-1] >= options.vocabulary:  # then there may be no other token
+                every = (ids >= 0).sum(-1) == options.vocabulary
+                mass = mass.masked_fill(every, -math.inf)
+            mass = mass.to(dtype).contiguous()
+        right = total <= MOST
+    ids = ids.masked_fill(~right.unsqueeze(-1), -2)
+    return prepared._replace(rows=rows._replace(ids=ids, tail_logprob=mass)), logprobs
 
 
 def _infinite_at_zero(divergence: Divergence) -> bool:
@@ -396,8 +445,46 @@ def _infinite_at_zero(divergence: Divergence) -> bool:
     from fastkd import reference  # loaded at its first use, as every backend is
 
     one = torch.zeros((), dtype=torch.float64)
-    phi, _ = reference.evaluate(divergence, one - torch.inf, one)
+    phi, *_ = reference.evaluate(divergence, one - torch.inf, one)
     return not bool(phi.isfinite())
+
+
+def _check_logprobs(logprobs: Tensor, rows: Rows, options: Options) -> None:
+    """Raise unless the counted rows have log-probabilities, or, where these are renormalised, logarithms of weights."""
+    assert rows.ids is not None
+    names, given = rows.ids != -1, "teacher.logprobs"
+    logprobs = logprobs.to(torch.float64).masked_fill(~names, -math.inf)
+    if rows.tail_logprob is not None:
+        given = "teacher.logprobs and teacher.tail_logprob"
+        logprobs = torch.cat([logprobs, rows.tail_logprob.to(logprobs.dtype).unsqueeze(-1)], -1)
+    read, counted = names.any(-1), counted_rows(rows, options.ignore_index)
+    if counted is not None:
+        read = read & counted
+    highest, total = logprobs.amax(-1), logprobs.exp().sum(-1)
+
+    def first(bad: Tensor) -> int | None:
+        bad = (bad & read).flatten()
+        return int(bad.nonzero()[0]) if bad.any() else None
+
+    row = first(~(highest < math.inf))
+    if row is not None:
+        raise ValueError(
+            f"{given} must not be NaN or infinity where ids are not -1; row {row} has some"
+        )
+    absolute = options.tail in ("bucket", "truncate")
+    row = first(total > MOST) if absolute else None
+    if row is not None:
+        raise ValueError(
+            f"{given} must be natural logarithms of probabilities, with a sum of 1 at most; those of row {row} sum to "
+            f"{float(total.flatten()[row]):.4g}. Take log_softmax over the whole vocabulary before the K tokens, "
+            "or use tail='renormalize'"
+        )
+    row = first(highest == -math.inf) if rows.tail_logprob is not None or not absolute else None
+    if row is not None:
+        raise ValueError(
+            f"{given} must not all be -inf in a row; those of row {row} are. "
+            "Set its ids to -1 where there is no teacher"
+        )
 
 
 def _check_ids(ids: Tensor, vocabulary: int, counted: Tensor | None) -> None:
@@ -428,6 +515,68 @@ def check_alike(argument: str, value: Tensor, other: str, like: Tensor, remedy: 
         )
 
 
+def check_mask(mask: object, other: str, like: Tensor) -> None:
+    """Raise unless it is a bool tensor with the shape, and on the device, of the tensor that `other` names."""
+    if not isinstance(mask, Tensor):
+        raise TypeError(f"mask must be a tensor, got {type(mask).__name__}")
+    if mask.dtype != torch.bool:
+        raise TypeError(f"mask must be {torch.bool}, got {mask.dtype}")
+    check_alike("mask", mask, other, like)
+
+
+def check_pair(
+    argument: str, value: Tensor, other: str, like: Tensor, remedy: str, *, lowest: int = 1
+) -> None:
+    """Raise unless both are floating-point tensors of one shape, on one device, with at least so many dimensions.
+
+    For adapters, whose stacks have no option such as vocab_size: remedy says what a caller of the stack can do about
+    vocabularies of two widths.
+    """
+    for name, tensor in ((other, like), (argument, value)):
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
+        if not tensor.is_floating_point():
+            raise TypeError(f"{name} must be a floating-point tensor, got {tensor.dtype}")
+        if tensor.dim() < lowest:
+            raise ValueError(
+                f"{name} must have at least {lowest} dimension{'s' if lowest > 1 else ''}, the last of them the "
+                f"vocabulary; got {tuple(tensor.shape)}"
+            )
+    widths = value.shape[-1:] != like.shape[-1:] and value.shape[:-1] == like.shape[:-1]
+    check_alike(argument, value, other, like, f". {remedy}" if widths else "")
+
+
+def check_per_row(
+    argument: str, value: Tensor | None, rows: torch.Size, dtype: torch.dtype | None = torch.int64
+) -> None:
+    """Raise unless it is None or has one value for each row, of this dtype where one is given; for adapters' labels."""
+    if value is None:
+        return
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{argument} must be a tensor, got {type(value).__name__}")
+    if dtype is not None and value.dtype != dtype:
+        raise TypeError(f"{argument} must be {dtype}, got {value.dtype}")
+    if value.shape != rows:
+        raise ValueError(
+            f"{argument} must have one value a row, shape {tuple(rows)}; got {tuple(value.shape)}"
+        )
+
+
+def check_side(hidden_name: str, hidden: Tensor, weight_name: str, weight: Tensor) -> None:
+    """Raise unless hidden states [..., H] and a head [V, H] go together; for adapters, which name them otherwise."""
+    for name, tensor in ((hidden_name, hidden), (weight_name, weight)):
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
+        if not tensor.is_floating_point():
+            raise TypeError(f"{name} must be a floating-point tensor, got {tensor.dtype}")
+    if hidden.dim() < 1:
+        raise ValueError(f"{hidden_name} must be [..., H], got {tuple(hidden.shape)}")
+    if weight.dim() != 2 or not len(weight) or weight.shape[1] != hidden.shape[-1]:
+        raise ValueError(
+            f"{weight_name} must be [V, {hidden.shape[-1]}], as {hidden_name} has that width; got {tuple(weight.shape)}"
+        )
+
+
 def check_choice(argument: str, value: object, allowed: Sequence[object]) -> None:
     """Raise unless the value is one of those allowed."""
     if isinstance(value, (Tensor, bool)) or value not in allowed:
@@ -435,17 +584,29 @@ def check_choice(argument: str, value: object, allowed: Sequence[object]) -> Non
         raise ValueError(f"{argument} must be one of {listed}; got {value!r}")
 
 
+def check_int(argument: str, value: object) -> int:
+    """The value as Python's int; raise unless it is one, and no bool."""
+    value = plain(value)
+    if type(value) is not int:
+        raise TypeError(f"{argument} must be an int, got {type(value).__name__}")
+    if not -(2**63) <= value < 2**63:
+        raise ValueError(f"{argument} must fit in 64 bits, got {value}")
+    return value
+
+
 def check_number(
     argument: str, value: float, low: float, high: float, *, open_right: bool = False
 ) -> float:
     """The value as a float; raise unless it is a number in [low, high], or in [low, high) with open_right."""
+    value = plain(value)
     if isinstance(value, (bool, Tensor)) or not isinstance(value, (int, float)):
         raise TypeError(f"{argument} must be a number, got {type(value).__name__}")
+    value = as_float(value)
     if not (low <= value < high or (value == high and not open_right)):
         raise ValueError(
             f"{argument} must be in [{low:g}, {high:g}{')' if open_right else ']'}, got {value}"
         )
-    return float(value)
+    return value
 
 
 def _in_range(argument: str, value: float) -> float:
@@ -457,7 +618,8 @@ def _in_range(argument: str, value: float) -> float:
 
 
 def _nonzero(argument: str, value: float) -> float:
-    if not isinstance(value, (int, float)):
+    value = plain(value)
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{argument} must be a number, got {type(value).__name__}")
     if value == 0 or not -math.inf < value < math.inf:
         raise ValueError(f"{argument} must be finite and not 0, got {value}")
@@ -467,7 +629,8 @@ def _nonzero(argument: str, value: float) -> float:
 def _softcap(argument: str, value: float | None) -> float:
     if value is None:
         return 0.0
-    if not isinstance(value, (int, float)):
+    value = plain(value)
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{argument} must be a number or None, got {type(value).__name__}")
     if not 0 < value < math.inf:
         raise ValueError(f"{argument} must be positive and finite, or None for none; got {value}")
@@ -481,7 +644,8 @@ def _temperature(
     if isinstance(value, Tensor):
         check_rows(argument, value, lead, device, LOGIT_DTYPES)
         return 1.0, value.to(torch.float32).contiguous()
-    if not isinstance(value, (int, float)):
+    value = plain(value)
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{argument} must be a number or a tensor, got {type(value).__name__}")
     if not 0 < value < math.inf:
         raise ValueError(f"{argument} must be positive and finite, got {value}")
@@ -501,6 +665,7 @@ def check_rows(
     if value.dtype not in dtypes:
         allowed = " or ".join(str(dtype) for dtype in dtypes)
         raise TypeError(f"{argument} must be {allowed}, got {value.dtype}")
+    check_strided(argument, value)
     if value.shape != lead:
         raise ValueError(
             f"{argument} must have one value a row, shape {tuple(lead)}; got {tuple(value.shape)}"
@@ -509,6 +674,7 @@ def check_rows(
         raise ValueError(
             f"{argument} must be on {device}, where the student is; got {value.device}"
         )
+    check_readable(argument, value)
     if value.requires_grad:
         raise ValueError(f"{argument} requires grad, and kd_loss has no gradient for it; detach it")
 
@@ -539,7 +705,7 @@ def _denominator(
 ) -> int | float | Tensor:
     """What the summed loss is divided by: a number, or a 0-dim tensor where only the device knows it."""
     if num_items is not None:
-        items = num_items
+        items = plain(num_items)
         if isinstance(items, Tensor):
             if items.numel() != 1:
                 raise ValueError(
@@ -549,13 +715,14 @@ def _denominator(
                 raise ValueError(f"num_items must be on {device} or the CPU, got {items.device}")
             if items.dtype == torch.bool or items.is_complex():
                 raise TypeError(f"num_items must be a real number, got {items.dtype}")
+            check_readable("num_items", items)
             if items.requires_grad:
                 raise ValueError(
                     "num_items requires grad, and kd_loss has no gradient for it; detach it"
                 )
             items = items.reshape(()).to(device, dtype, non_blocking=True)
             return torch.where(items == 0, 1.0, items)  # 0: no row counts anywhere, so 0 / 1
-        if not isinstance(items, (int, float)):
+        if isinstance(items, bool) or not isinstance(items, (int, float)):
             raise TypeError(f"num_items must be a number or a tensor, got {type(items).__name__}")
         if not 0 < items < math.inf:
             raise ValueError(f"num_items must be positive, got {items}")

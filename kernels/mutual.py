@@ -17,9 +17,11 @@ import triton.language as tl
 from torch import Tensor
 
 from fastkd.mutual import Options, Result, outputs
+from fastkd.native import readable_rows
 from fastkd.rows import Rows
+from fastkd.tensors import unit_stride
 
-from .rows import Inputs, _layout, _on, _row_pointer, _unit_stride
+from .rows import Inputs, _layout, _on, _row_pointer
 from .skeleton import NEGLIGIBLE as _NEGLIGIBLE
 from .skeleton import log1p
 
@@ -220,7 +222,8 @@ def mutual_rows(
     parts: bool,
 ) -> Result:
     """The losses of every row's students and their gradients: :mod:`fastkd.mutual` has the contract."""
-    logits = [_unit_stride(student) for student in logits]
+    rows = readable_rows(rows)
+    logits = [unit_stride(student) for student in logits]
     result = outputs(logits, wanted, parts)
     first, students = logits[0], len(logits)
     count, width = math.prod(first.shape[:-1]), first.shape[-1]

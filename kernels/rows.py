@@ -24,9 +24,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastkd import topk
+from fastkd import native, topk
 from fastkd.divergences import Divergence
 from fastkd.rows import Options, Result, Rows, Statistics, Want
+from fastkd.tensors import address, readable, unit_stride
 
 from .apart import binary, entropy_of_all, normalizer_of_all, share, weighed
 from .skeleton import bind
@@ -660,16 +661,12 @@ def _offsets(tensor: Tensor) -> Tensor:
     return total.flatten()
 
 
-def _unit_stride(logits: Tensor) -> Tensor:
-    return logits if logits.stride(-1) == 1 or logits.shape[-1] == 1 else logits.contiguous()
-
-
 def _aligned(columns: int, *views: View | None) -> bool:
     """Whether Triton knows these rows to be whole pieces of 16 bytes."""
     numbers = [columns]
     for view in views:
         if view is not None:
-            numbers += [view.pointer.data_ptr(), *view.strides, 0 if view.offsets is None else 1]
+            numbers += [address(view.pointer), *view.strides, 0 if view.offsets is None else 1]
     return all(number % 16 == 0 for number in numbers)
 
 
@@ -757,6 +754,7 @@ def _call(
     options: Options,
 ) -> Call:
     """The tensors of unit stride but for the teacher; where alpha is 0 its gradient is not computed."""
+    rows = native.readable_rows(rows)
     divergence, alpha, lead = options.divergence, options.alpha, student.shape[:-1]
     with_label = rows.labels is not None and alpha < 1.0
     target = divergence.target
@@ -764,7 +762,7 @@ def _call(
     parts = outputs.distillation is not None
     tensors = {
         "student": student,
-        "teacher": _unit_stride(teacher) if alpha or parts else None,
+        "teacher": unit_stride(teacher) if alpha or parts else None,
         "student_gradient": student_gradient,
         "teacher_gradient": teacher_gradient if alpha else None,
     }
@@ -887,7 +885,7 @@ def kd_rows(student: Tensor, teacher: Tensor, rows: Rows, options: Options, want
         return topk.topk_rows(_sparse(), student, teacher, rows, options, want)
     lead = student.shape[:-1]
     student_gradient = teacher_gradient = None
-    source = _unit_stride(student)
+    source = unit_stride(student)
     if want.student_gradient:
         student_gradient = source if want.inplace else student.new_empty(student.shape)
     if want.teacher_gradient:  # where alpha is 0 the loss does not depend on the teacher
@@ -965,9 +963,9 @@ def shard_statistics(
     """
     if rows.ids is not None:
         return topk.shard_statistics(_sparse(), student, teacher, rows, options, result)
-    gradients = [None if x is None else _unit_stride(x) for x in result[2:4]]
+    gradients = [None if x is None else unit_stride(x) for x in result[2:4]]
     outputs = Outputs(result.loss, *result[4:])
-    call = _call(_unit_stride(student), teacher, *gradients, outputs, rows, options)
+    call = _call(unit_stride(student), teacher, *gradients, outputs, rows, options)
     wanted = "statistics" in call.stages
     found = call.left(FIELDS if wanted else 0, student.device)
     apart = call.left(APART_FIELDS, student.device) if call.apart else None
@@ -1032,7 +1030,7 @@ def scale_rows_(gradient: Tensor, upstream: Tensor) -> None:
         scale_kernel[(gradient.numel() // width,)](
             view,
             width,
-            upstream.contiguous(),
+            readable(upstream).contiguous(),
             1 if upstream.dim() else 0,
             sizes,
             block,

@@ -13,7 +13,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastkd.native import readable_rows
 from fastkd.rows import Options, Rows
+from fastkd.tensors import unit_stride
 from fastkd.topk import Events
 
 from .rows import (
@@ -23,7 +25,6 @@ from .rows import (
     _model,
     _on,
     _open,
-    _unit_stride,
     kd_rows,
     register_limits,
     shard_of,
@@ -366,7 +367,7 @@ def _tokens(student: Tensor, rows: Rows, options: Options) -> tuple[Tokens, Tens
 
 def gather_events(student: Tensor, rows: Rows, options: Options, parts: bool) -> Events:
     """The student's rows as a sparse teacher sees them: fastkd/topk.py."""
-    lead = student.shape[:-1]
+    lead, rows = student.shape[:-1], readable_rows(rows)
     tokens, valid = _tokens(student, rows, options)
     with_labels = rows.labels is not None and options.alpha < 1.0
 
@@ -384,7 +385,7 @@ def gather_events(student: Tensor, rows: Rows, options: Options, parts: bool) ->
         per_row(with_labels),
         per_row(with_labels and options.label_smoothing > 0),
     )
-    sizes, (view,) = _layout(_unit_stride(student))
+    sizes, (view,) = _layout(unit_stride(student))
     model = _student(view, None, rows, options)
     aligned = _aligned(options.vocab_size, view)
     crowded = options.softcap > 0
@@ -431,10 +432,11 @@ def spread_gradient(
     out: Tensor,
 ) -> Tensor:
     """The gradient of the events [..., K + 1], and the cross-entropy's, as that of the student's logits."""
+    rows = readable_rows(rows)
     ids, lead = rows.ids, student.shape[:-1]
     assert ids is not None
-    source = _unit_stride(student)
-    target = source if out is student else _unit_stride(out)
+    source = unit_stride(student)
+    target = source if out is student else unit_stride(out)
     tokens = Tokens(ids, ids.shape[-1], events.bits, events.bits.shape[-1], shard_of(options))
     sizes, (view, gradient_view) = _layout(source, target)
     aligned = _aligned(options.vocab_size, view, gradient_view)

@@ -30,8 +30,9 @@ if not torch.cuda.is_available():
 for _setting in ("FASTKD_BACKEND", "FASTKD_STRICT", "FASTKD_CHECK"):
     os.environ.pop(_setting, None)
 
-# The backends that serve CPU tensors of any size; test_suite.py holds both lists to what fastkd has.
-BACKENDS = ["reference"]
+# The backends that serve CPU tensors of any size; test_suite.py holds both lists to what fastkd has. The reference, their
+# oracle, has the tests of any_backend, and is what many others compare with.
+BACKENDS = ["portable"]
 if os.environ.get("FASTKD_TEST_WITHOUT_NATIVE") != "1":
     BACKENDS.append("cpu")
 # Triton's interpreter takes CPU tensors, and about a second for a call. With a GPU it is off: there test_triton.py,
@@ -155,7 +156,7 @@ def backend(request: pytest.FixtureRequest) -> str:
     return _present(request.param)
 
 
-@pytest.fixture(scope="session", params=[*BACKENDS, *INTERPRETED])
+@pytest.fixture(scope="session", params=["reference", *BACKENDS, *INTERPRETED])
 def any_backend(request: pytest.FixtureRequest) -> Iterator[str]:
     """Every backend that serves CPU tensors, Triton's interpreter too: for tests of a few small rows."""
     name = _present(request.param)

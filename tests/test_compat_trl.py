@@ -381,7 +381,7 @@ def models() -> dict[str, nn.Module]:
     }
 
 
-def gkd(trainer: type, path: Path, **options: Any) -> Any:
+def gkd(trainer: type, path: Path, given: Any = None, **options: Any) -> Any:
     """Half of the batches on-policy."""
     chats = [
         [{"role": "user", "content": p}, {"role": "assistant", "content": a}]
@@ -394,17 +394,17 @@ def gkd(trainer: type, path: Path, **options: Any) -> Any:
     )
     data = Dataset.from_dict({"messages": chats})
     return trainer(
-        **models(), args=args, train_dataset=data, eval_dataset=data,
+        **(given or models()), args=args, train_dataset=data, eval_dataset=data,
         processing_class=tiny_models.tokenizer(),
     )  # fmt: skip
 
 
-def on_policy(trainer: type, path: Path, **options: Any) -> Any:
+def on_policy(trainer: type, path: Path, given: Any = None, **options: Any) -> Any:
     own = {"max_completion_length": 6, "beta": 0.3, "temperature": 1.3}
     args = DistillationConfig(**common(path) | own | options)
     data = Dataset.from_dict({"prompt": PROMPTS})
     return trainer(
-        **models(), args=args, train_dataset=data, eval_dataset=data,
+        **(given or models()), args=args, train_dataset=data, eval_dataset=data,
         processing_class=tiny_models.tokenizer(),
     )  # fmt: skip
 
@@ -483,6 +483,31 @@ def test_gkd_at_temperature_one(tmp_path: Path) -> None:
         )
     ]
     assert found[0] == found[1] > 2 * found[2]
+
+
+def test_a_mixture_of_experts(tmp_path: Path) -> None:
+    """GKDTrainer keeps the router's auxiliary loss, which TRL's leaves out; DistillationTrainer says that it cannot."""
+    config = {"router_aux_loss_coef": 0.5, "num_local_experts": 4, "num_experts_per_tok": 2}
+
+    def mixtures() -> dict[str, nn.Module]:
+        built = tiny_models.built("MixtralForCausalLM", **config)
+        return {"model": built, "teacher_model": tiny_models.llama(seed=2)}
+
+    losses = []
+    for trainer_class, options in (
+        (GKDTrainer, {}), (adapter.GKDTrainer, {}), (adapter.GKDTrainer, {"router_aux_loss_coef": 0.0}),
+    ):  # fmt: skip
+        trainer = gkd(trainer_class, tmp_path, lmbda=0.0, max_steps=1, given=mixtures(), **options)
+        trainer.train()
+        losses.append(trainer.state.log_history[0])
+    assert losses[1]["aux_loss"] > 0.5  # of 4 experts it is at least 1 where all are used alike
+    aux = 0.5 * losses[1]["aux_loss"]
+    assert losses[1]["loss"] == pytest.approx(losses[0]["loss"] + aux, rel=1e-5)
+    assert losses[2]["loss"] == pytest.approx(losses[0]["loss"], rel=1e-5)
+    with pytest.raises(
+        ValueError, match="DistillationTrainer would leave its router's auxiliary loss out"
+    ):
+        on_policy(adapter.DistillationTrainer, tmp_path, given=mixtures())
 
 
 def test_trl_is_left_as_it_is() -> None:

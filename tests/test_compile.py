@@ -109,7 +109,7 @@ SWEEP += [
 
 
 # What is compiled is one operator with its backend as an argument: the tests below have the reference in every run.
-@pytest.mark.heavy_with(backend="reference")
+@pytest.mark.heavy_with(backend="portable")
 @pytest.mark.parametrize(("name", "dtype"), SWEEP, ids=str)
 def test_one_graph_and_no_recompilation_across_rows(
     backend: str, name: str, dtype: torch.dtype

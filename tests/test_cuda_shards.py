@@ -17,7 +17,7 @@ from accuracy import check, labels_for, logits
 from cuda_emulation import Emulation, compile_host, load_host
 from shards import InShards
 from test_divergences import variants
-from test_topk import DIVERGENCES, TAILS, check_topk, defined, sparse
+from test_topk import DIVERGENCES, TAILS, check_topk, defined, outcomes_of_every_kind, sparse
 from torch import Tensor
 
 import fastkd
@@ -129,6 +129,15 @@ def test_more_tokens_than_a_warp_has_lanes(sharded: Sharded, tail: str) -> None:
     teacher = sparse(3, vocabulary=WIDE, k=77, seed=2, tail=tail)
     labels = labels_for(3, vocabulary=WIDE, seed=3)
     check_topk("cuda", student, teacher, labels, divergence="jsd", alpha=0.5)
+
+
+@pytest.mark.parametrize("tail", TAILS)
+def test_sparse_rows_of_every_kind(sharded: Sharded, tail: str) -> None:
+    """Without a token, without a tail that is given, and with NaN: as a whole row has them."""
+    found = outcomes_of_every_kind(tail, "cuda")
+    sharded.patch.undo()
+    whole = outcomes_of_every_kind(tail, "cuda")
+    torch.testing.assert_close(found, whole, rtol=1e-5, atol=1e-6, equal_nan=True)
 
 
 def _outcome(student: Tensor, teacher: Any, labels: Tensor | None, **options: Any) -> list[Tensor]:

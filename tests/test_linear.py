@@ -463,7 +463,7 @@ COMPILED: list[tuple[str, torch.dtype, dict[str, Any]]] = [
 
 
 # The graph of a backend is that of another: the compiled tests below have the reference in every run.
-@pytest.mark.heavy_with(backend="reference")
+@pytest.mark.heavy_with(backend="portable")
 @pytest.mark.parametrize(("form", "dtype", "options"), COMPILED, ids=str)
 @pytest.mark.usefixtures("fresh_compiler")
 def test_one_graph_for_any_number_of_rows(

@@ -134,6 +134,13 @@ def test_topk(processes: Processes, backend: str, size: int, cut: str, tail: str
                     "label_smoothing": 0.1,
                 }
             )
+    # K = V: only all processes together know that there is no other token.
+    every = sparse_teacher(3, vocabulary=61, k=61, seed=9, tail=tail, padding=0.0, tail_given=False)
+    cases.append({"student": logits(3, 61, seed=8), "teacher": every})
+    if not tail.startswith("renormalize"):  # the oracle's softmax of nothing is NaN
+        none = sparse_teacher(3, vocabulary=61, k=7, seed=9, tail=tail, tail_given=False)
+        none.ids[1] = -1
+        cases.append({"student": logits(3, 61, seed=8), "teacher": none})
     found = processes.run(size, spread.sparse, _shares(size, cut), "plain", backend, cases)
     assert sum(found) == len(cases)
 

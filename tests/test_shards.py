@@ -14,7 +14,14 @@ from accuracy import check, labels_for, logits
 from shards import InShards
 from test_divergences import variants
 from test_loss import OPTIONS
-from test_topk import DIVERGENCES, TAILS, check_topk, defined, sparse
+from test_topk import (
+    DIVERGENCES,
+    TAILS,
+    check_topk,
+    defined,
+    outcomes_of_every_kind,
+    sparse,
+)
 
 from fastkd import backends, kd_loss
 
@@ -130,3 +137,14 @@ def test_topk(sharded: str, tail: str, divergence: str, parameters: dict[str, fl
         temperature=2.0,
         label_smoothing=0.1,
     )
+
+
+@pytest.mark.parametrize("tail", TAILS)
+def test_sparse_rows_of_every_kind(
+    sharded: str, tail: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without a token, without a tail that is given, and with NaN: as a whole row has them."""
+    found = outcomes_of_every_kind(tail, sharded)
+    monkeypatch.undo()
+    whole = outcomes_of_every_kind(tail, sharded)
+    torch.testing.assert_close(found, whole, rtol=1e-5, atol=1e-6, equal_nan=True)

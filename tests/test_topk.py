@@ -36,6 +36,7 @@ from triton_interpreter import corrected
 
 import fastkd
 from fastkd import KDLoss, TopK, backends, kd_loss
+from fastkd.topk import masses
 
 INF, NAN = math.inf, math.nan
 TAILS = ("bucket", "renormalize", "renormalize_teacher", "truncate")
@@ -842,7 +843,7 @@ def test_a_truncated_sum_does_not_see_the_tail(everywhere: str, divergence: str)
 
 
 def test_the_mass_of_the_tail_by_default(everywhere: str) -> None:
-    """log(1 - sum p); 0 where the rounded p sum to 1 and more."""
+    """log(1 - sum p), where that is more than rounding."""
     student = logits(2, 37, seed=41)
     teacher = sparse(2, vocabulary=37, k=6, seed=42, padding=0.3)
     check_topk(everywhere, student, teacher._replace(tail_logprob=None))
@@ -855,15 +856,191 @@ def test_the_mass_of_the_tail_by_default(everywhere: str) -> None:
         strict=True,
     ):
         torch.testing.assert_close(found, expected, rtol=4 * ULP, atol=ULP)
-    total = named.logprobs.masked_fill(named.ids < 0, -INF).logsumexp(-1, keepdim=True)
-    over = dataclasses.replace(named, logprobs=named.logprobs - total + 0.1)
-    assert (over.logprobs.masked_fill(over.ids < 0, -INF).exp().sum(-1) > 1).all()
-    loss, gradient = rows_of(student, over, backend=everywhere)
-    among = over.logprobs.masked_fill(over.ids < 0, -INF).log_softmax(-1)
-    normal = dataclasses.replace(over, logprobs=among, tail_logprob=torch.full((2,), -INF))
-    expected_loss, expected_gradient = rows_of(student, normal, backend=everywhere)
-    torch.testing.assert_close(loss, expected_loss, rtol=8 * ULP, atol=ULP)
-    torch.testing.assert_close(gradient, expected_gradient, rtol=8 * ULP, atol=ULP)
+
+
+def _to_decimals(logprobs: Tensor) -> Tensor:
+    return logprobs.mul(1e4).round().div(1e4).float()
+
+
+def _half_a_unit(z: Tensor) -> Tensor:
+    """By how much rounding to the dtype of z moves what became z; of 0, the logarithm of 1, by that of 1 in float32."""
+    info = torch.finfo(z.dtype)
+    of_1 = 2.0**-53 if z.dtype == torch.float64 else 2.0**-24
+    return torch.where(z.abs() < info.tiny, of_1, z.double().abs() * (info.eps / 2)) + 2.0**-52
+
+
+# How log-probabilities come to a loss: rounded, and by how much at most.
+ROUNDED: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]] = {
+    "float32": (Tensor.float, _half_a_unit),
+    "bfloat16": (Tensor.bfloat16, _half_a_unit),
+    "float16": (Tensor.half, _half_a_unit),
+    "float64": (Tensor.double, _half_a_unit),
+    "4 decimals": (_to_decimals, lambda z: torch.full_like(z, 5e-5)),
+}
+
+
+class Sure(NamedTuple):
+    """Rows of teachers that leave little to the others, and what their rounding allows."""
+
+    student: Tensor
+    exact: TopK  # float64
+    rounded: TopK  # without tail_logprob
+    least: Tensor  # the least mass of the others that the rounded ones allow
+    most: Tensor
+
+
+def _sure(rounding: str, rows: int = 12, k: int = 6) -> Sure:
+    """Tails of 1e-1 to 1e-12 beside tokens that share the rest, in every other row with one that is nearly certain."""
+    generator = torch.Generator().manual_seed(91)
+    shares = torch.randn(rows, k, generator=generator, dtype=torch.float64) * 2
+    shares[::2, 0] += 14
+    true = torch.logspace(-1, -12, rows, dtype=torch.float64)
+    ids = torch.rand(rows, 40, generator=generator).topk(k, -1).indices
+    logprobs = shares.log_softmax(-1) + torch.log1p(-true).unsqueeze(-1)
+    exact = TopK(ids, logprobs, tail_logprob=true.log())
+    to, by = ROUNDED[rounding]
+    logprobs = to(exact.logprobs)
+    given = logprobs.double()
+    rest, allowed = 1 - given.exp().sum(-1), (given.exp() * by(logprobs)).sum(-1) * 1.01
+    rounded = TopK(exact.ids, logprobs)
+    return Sure(
+        logits(rows, 40, seed=92), exact, rounded, (rest - allowed).clamp(min=0), rest + allowed
+    )
+
+
+@pytest.mark.parametrize("rounding", ROUNDED)
+def test_a_tail_that_rounding_hides(backend: str, rounding: str) -> None:
+    """1 - sum p is rounding alone: each loss is finite, and no further from the truth than rounding allows.
+
+    What rounding allows is evaluated from its one end to the other. At a mass of 0 some divergences are infinite there,
+    and the loss is not.
+    """
+    sure = _sure(rounding)
+    if rounding == "float64":
+        backend = "reference"
+    true = sure.exact.tail_logprob.exp()  # type: ignore[union-attr]
+    assert ((sure.least <= true) & (true <= sure.most)).all()
+    allowed = [torch.lerp(sure.least, sure.most, x) for x in (0.0, 1e-6, 1e-3, 0.1, 0.5, 1.0)]
+    exactly = dataclasses.replace(sure.rounded, logprobs=sure.rounded.logprobs.double())
+    for name, parameters in DIVERGENCES:
+        divergence = made(name, parameters)
+
+        def of(teacher: TopK, by: Any = divergence) -> tuple[Tensor, Tensor]:
+            return rows_of(sure.student.double(), teacher, divergence=by, backend="reference")
+
+        exact, exact_gradient = of(sure.exact)
+        ends = [of(dataclasses.replace(exactly, tail_logprob=mass.log())) for mass in allowed]
+        loss, gradient = rows_of(sure.student, sure.rounded, divergence=divergence, backend=backend)
+        assert loss.isfinite().all() and gradient.isfinite().all(), name
+        bound = torch.stack([(end - exact).abs() for end, _ in ends]).amax(0)
+        assert ((loss - exact).abs() <= bound + 16 * ULP * (1 + exact.abs())).all(), name
+        far = torch.stack([(end - exact_gradient).abs().amax(-1) for _, end in ends])
+        bound = far.nan_to_num(INF).amax(0) + 16 * ULP * (1 + exact.abs())
+        assert ((gradient - exact_gradient).abs().amax(-1) <= bound).all(), name
+
+
+def test_every_backend_gets_the_same_mass(everywhere: str) -> None:
+    sure = _sure("bfloat16", rows=4)
+    _, mass = masses(sure.rounded.ids, sure.rounded.logprobs)
+    given = dataclasses.replace(sure.rounded, tail_logprob=mass.log().float())
+    for divergence in ("reverse_kl", "jsd"):
+        call: dict[str, Any] = {"divergence": divergence, "backend": everywhere}
+        found = rows_of(sure.student, sure.rounded, **call)
+        expected = rows_of(sure.student, given, **call)
+        assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize("rounding", ROUNDED)
+def test_the_mass_that_is_estimated(rounding: str) -> None:
+    """It is within what rounding allows, and 1 - sum p where rounding is less than that."""
+    sure = _sure(rounding, rows=200)
+    ids, logprobs = sure.rounded.ids, sure.rounded.logprobs
+    total, mass = masses(ids, logprobs)
+    rest = 1 - logprobs.double().exp().sum(-1)
+    torch.testing.assert_close(total, 1 - rest, rtol=0, atol=1e-15)
+    assert (mass > 0).all()
+    # An excess that is nearly all that rounding can make is worth an eighth of itself all the same.
+    most = torch.maximum(sure.most, (-rest / 8).clamp(min=0))
+    assert ((sure.least <= mass * (1 + 1e-9)) & (mass <= most * (1 + 1e-9))).all()
+    clear = sure.least > 0
+    assert clear.any()
+    torch.testing.assert_close(mass[clear], rest[clear], rtol=1e-12, atol=1e-16)
+    # Padding is no token, whatever it holds.
+    padded = torch.cat([ids, torch.full_like(ids[:, :2], -1)], -1)
+    filled = torch.cat(
+        [logprobs, torch.tensor([NAN, 5.0], dtype=logprobs.dtype).expand(200, 2)], -1
+    )
+    torch.testing.assert_close(masses(padded, filled)[1], mass, rtol=1e-12, atol=1e-15)
+
+
+def test_the_estimate_errs_little_where_rounding_hides_the_tail() -> None:
+    """Less than the ends of what rounding allows do, by the mean error of log m, on tails of every size below it."""
+    generator = torch.Generator().manual_seed(5)
+    shares = (torch.randn(4000, 6, generator=generator, dtype=torch.float64) * 2).softmax(-1)
+    true = torch.rand(4000, generator=generator, dtype=torch.float64) * 4e-3
+    logprobs = shares.log() + torch.log1p(-true).unsqueeze(-1)
+    ids = torch.arange(6).expand(4000, 6)
+    rounded = logprobs.to(torch.bfloat16)
+    _, mass = masses(ids, rounded)
+    allowed = (rounded.double().exp() * rounded.double().abs()).sum(-1) * 2.0**-9
+    rest = 1 - rounded.double().exp().sum(-1)
+
+    def error(estimate: Tensor) -> float:
+        return float((estimate.log() - true.log()).abs().mean())
+
+    for other in (rest.clamp(min=1e-30), torch.maximum(rest, allowed), rest + allowed):
+        assert error(mass) < error(other)
+
+
+# Rows whose probabilities sum to 1 and more, as they come.
+WHOLE: dict[str, tuple[list[int], list[float]]] = {
+    "one token, certain": ([3], [0.0]),
+    "the same with a sign": ([3], [-0.0]),
+    "others at -inf": ([3, 5, 6], [0.0, -INF, -INF]),
+    "others with some": ([3, 5, 6], [0.0, -20.0, -30.0]),
+    "above 0": ([3, -1], [1e-7, NAN]),
+    "a sum above 1": ([3, 5, 6], [math.log(0.5), math.log(0.3), math.log(0.2003)]),
+    "a sum far above 1": ([3, 5], [math.log(0.6), math.log(0.45)]),
+    "a sum of 1": ([3, 5], [math.log(0.5), math.log(0.5)]),
+}
+
+
+@pytest.mark.parametrize("dtype", [*FLOATS, torch.float64], ids=str)
+@pytest.mark.parametrize("case", WHOLE)
+def test_no_tail_is_0_by_itself(backend: str, case: str, dtype: torch.dtype) -> None:
+    """Only tail_logprob = -inf says so, or tokens that are the whole vocabulary."""
+    ids, logprobs = WHOLE[case]
+    teacher = TopK(torch.tensor([ids]), torch.tensor([logprobs], dtype=dtype))
+    backend = "reference" if dtype == torch.float64 else backend
+    student = logits(1, 9, seed=93)
+    # A token of p = 0 is said to be none, as a logit of -inf of a dense teacher is.
+    for name, parameters in ADDITIVE if -INF in logprobs else DIVERGENCES:
+        call: dict[str, Any] = {"divergence": made(name, parameters), "backend": backend}
+        loss, gradient = rows_of(student, teacher, **call)
+        assert loss.isfinite().all() and gradient.isfinite().all(), name
+    said = dataclasses.replace(teacher, tail_logprob=torch.tensor([-INF]))
+    loss, _ = rows_of(student, said, divergence="reverse_kl", backend=backend)
+    assert loss == INF
+    every = TopK(torch.arange(2).unsqueeze(0), torch.tensor([[math.log(0.6), math.log(0.4)]]))
+    loss, gradient = rows_of(student[:, :2], every, backend=backend)
+    dense = rows_of(student[:, :2], TopK.from_logits(every.logprobs, 2), backend=backend)
+    torch.testing.assert_close((loss, gradient), dense, rtol=4 * ULP, atol=ULP)
+
+
+def test_float64_keeps_the_digits_of_the_tail() -> None:
+    """A tail of float64 is not rounded to float32, whether it is given or not."""
+    sure = _sure("float64")
+    student = sure.student.double()
+    dense = {"divergence": "hellinger", "backend": "reference"}
+    given = rows_of(student, sure.exact, **dense)
+    estimated = rows_of(student, sure.rounded, **dense)
+    clear = sure.exact.tail_logprob > math.log(1e-4)  # type: ignore[operator]
+    exact = compose_topk(
+        student, Sparse(sure.exact.ids, sure.exact.logprobs, "bucket", sure.exact.tail_logprob),
+        divergence="hellinger", reduction="none",
+    )  # fmt: skip
+    torch.testing.assert_close(given[0], exact.loss, rtol=1e-13, atol=1e-15)
+    torch.testing.assert_close(estimated[0][clear], exact.loss[clear], rtol=1e-10, atol=0)
 
 
 # Re-tempering
@@ -1031,12 +1208,13 @@ def test_wrong_values_are_named_where_that_may_wait(
     student = logits(3, 21, seed=52)
     good = sparse(3, vocabulary=21, k=5, seed=53, padding=0.3)
     kd_loss(student, given_as(good), backend=everywhere)
+    good = sparse(3, vocabulary=21, k=5, seed=53, padding=0.0)
     for name, message in {
         "twice": "teacher.ids must be distinct within a row; row 1 repeats some",
         "too large": "teacher.ids must be in [0, 21), or -1 for padding; row 1 has others",
         "below -1": "teacher.ids must be in [0, 21), or -1 for padding; row 1 has others",
     }.items():
-        ids = sparse(3, vocabulary=21, k=5, seed=53, padding=0.0).ids
+        ids = good.ids.clone()
         WRONG[name](ids)
         with pytest.raises(ValueError) as error:
             kd_loss(student, given_as(good._replace(ids=ids)), backend=everywhere)
@@ -1050,24 +1228,180 @@ def test_wrong_values_are_named_where_that_may_wait(
     assert str(error.value) == "labels must be in [0, 21) or ignore_index (-100); row 1 has 21"
 
 
-@tails
-def test_padding_alone(everywhere: str, tail: str) -> None:
-    """A row without a token: one event of probability 1 on both sides is 0, and two softmaxes of nothing are NaN.
+LOGPROBS_SUM = (
+    "must be natural logarithms of probabilities, with a sum of 1 at most; those of row 1 sum to {}. Take log_softmax "
+    "over the whole vocabulary before the K tokens, or use tail='renormalize'"
+)
+WRONG_LOGPROBS: dict[str, tuple[tuple[str, ...], Callable[[Tensor], Any], str]] = {
+    "NaN": (
+        TAILS, lambda logprobs: logprobs[1].__setitem__(2, NAN),
+        "must not be NaN or infinity where ids are not -1; row 1 has some",
+    ),
+    "infinity": (
+        TAILS, lambda logprobs: logprobs[1].__setitem__(2, INF),
+        "must not be NaN or infinity where ids are not -1; row 1 has some",
+    ),
+    "a sum of 1.5": (
+        ("bucket", "truncate"), lambda logprobs: logprobs[1].fill_(math.log(0.3)),
+        LOGPROBS_SUM.format("1.5"),
+    ),
+    "logits": (
+        ("bucket", "truncate"), lambda logprobs: logprobs[1].fill_(9.0), LOGPROBS_SUM.format("4.052e+04"),
+    ),
+    "no probability": (
+        ("renormalize", "renormalize_teacher"), lambda logprobs: logprobs[1].fill_(-INF),
+        "not all be -inf in a row; those of row 1 are. Set its ids to -1 where there is no teacher",
+    ),
+}  # fmt: skip
 
-    The truncated sum of nothing is 0. A teacher normalised over nothing is none: NaN as well.
-    """
-    student = logits(2, 21, seed=54)
-    teacher = sparse(2, vocabulary=21, k=3, seed=55, tail=tail)
-    teacher.ids[1] = -1
-    teacher.tail_logprob[1] = 0.0  # type: ignore[index]
-    for mass in (teacher.tail_logprob, None):
-        named = given_as(teacher._replace(tail_logprob=mass))
-        loss, gradient = rows_of(student, named, backend=everywhere)
-        assert loss[0].isfinite() and gradient[0].isfinite().all()
-        if tail in ("bucket", "truncate"):
-            assert loss[1].abs() <= ULP and (gradient[1].abs() <= ULP).all()
+
+@tails
+@pytest.mark.parametrize("wrong", WRONG_LOGPROBS)
+def test_wrong_log_probabilities_poison_their_row(
+    backend: str, tail: str, wrong: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The value and all of the gradient, whatever alpha is; FASTKD_CHECK=1 raises, but for a row that is dropped."""
+    policies, spoil, message = WRONG_LOGPROBS[wrong]
+    student, labels = logits(3, 24, seed=48), torch.tensor([1, 2, 20])
+    teacher = sparse(3, vocabulary=21, k=5, seed=49, tail=tail, padding=0.0, tail_given=False)
+    call: dict[str, Any] = {"vocab_size": 21, "backend": backend}
+    for alpha in (1.0, 0.5, 0.0):
+        clean = rows_of(student, given_as(teacher), labels, alpha=alpha, **call)
+        spoilt = teacher._replace(logprobs=teacher.logprobs.clone())
+        spoil(spoilt.logprobs)
+        found, gradient = rows_of(student, given_as(spoilt), labels, alpha=alpha, **call)
+        assert torch.equal(found[::2], clean[0][::2]) and torch.equal(gradient[::2], clean[1][::2])
+        if tail in policies:
+            assert found[1].isnan() and gradient[1, :21].isnan().all()
         else:
-            assert loss[1].isnan()
+            assert found[1].isfinite() and gradient[1].isfinite().all()
+    monkeypatch.setenv("FASTKD_CHECK", "1")
+    kd_loss(student, given_as(spoilt), mask=torch.tensor([True, False, True]), **call)
+    if tail in policies:
+        with pytest.raises(ValueError) as error:
+            kd_loss(student, given_as(spoilt), **call)
+        assert str(error.value).endswith(message)
+
+
+def test_a_tail_beyond_the_probabilities_poisons_its_row(
+    everywhere: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The mass that tail_logprob says is a part of the sum; less than 1 is divided by what it is."""
+    student = logits(4, 21, seed=48)
+    ids = torch.tensor([[0, 5], [1, 2], [7, 3], [4, -1]])
+    named = TopK(
+        ids, torch.full((4, 2), math.log(0.4)), tail_logprob=torch.tensor([-1.6, 0.0, NAN, -INF])
+    )
+    loss, gradient = rows_of(student, named, backend=everywhere)
+    assert loss.isnan().tolist() == gradient.isnan().all(-1).tolist() == [False, True, True, False]
+    monkeypatch.setenv("FASTKD_CHECK", "1")
+    with pytest.raises(
+        ValueError, match="teacher.tail_logprob must be natural .* row 1 sum to 1.8"
+    ):
+        kd_loss(student[:2], TopK(ids[:2], named.logprobs[:2], tail_logprob=named.tail_logprob[:2]))  # type: ignore[index]
+
+
+@tails
+@pytest.mark.parametrize("divergence", ["forward_kl", "jsd", "alpha_beta"])
+def test_a_row_that_names_no_token(everywhere: str, tail: str, divergence: str) -> None:
+    """It has no distillation term, to the bit; a renormalised one that has no cross-entropy either is dropped."""
+    if not defined(tail, (divergence, {})):
+        pytest.skip("refused")
+    student, labels = logits(3, 21, seed=54), torch.tensor([1, 2, 3])
+    teacher = sparse(3, vocabulary=21, k=3, seed=55, tail=tail)
+    teacher.ids[1] = -1
+    renormalizes = tail.startswith("renormalize")
+    for mass in (teacher.tail_logprob, None):
+        if mass is not None:
+            mass[1] = NAN  # as of padding
+        named = given_as(teacher._replace(tail_logprob=mass))
+        for alpha in (1.0, 0.4):
+            leaf = student.clone().requires_grad_()
+            call: dict[str, Any] = {"alpha": alpha, "divergence": divergence, "backend": everywhere}
+            loss, parts = kd_loss(
+                leaf, named, labels, reduction="none", return_parts=True, temperature=1.0, **call
+            )
+            (gradient,) = torch.autograd.grad(loss.sum(), leaf)
+            assert loss.isfinite().all() and gradient.isfinite().all()
+            assert loss[0] != 0 and loss[2] != 0 and parts.distillation[1] == 0
+            counted = 3 if alpha < 1 or not renormalizes else 2
+            assert parts.counted == counted
+            if alpha == 1:
+                assert loss[1] == 0 and not gradient[1].any()
+            else:
+                z = student[1:2].double().requires_grad_()
+                expected = (1 - alpha) * torch.nn.functional.cross_entropy(z, labels[1:2])
+                assert abs(float(loss[1].detach()) - float(expected.detach())) <= 8 * ULP
+                (exact,) = torch.autograd.grad(expected, z)
+                torch.testing.assert_close(gradient[1].double(), exact[0], rtol=8 * ULP, atol=ULP)
+            mean = kd_loss(student, named, labels, **call)
+            torch.testing.assert_close(mean, loss.detach().sum() / counted, rtol=4 * ULP, atol=0)
+            alone = TopK(named.ids[1:2], named.logprobs[1:2], tail)
+            loss = kd_loss(leaf[1:2], alone, labels[1:2], **call)
+            assert loss.requires_grad and (loss == 0) == (alpha == 1)
+
+
+def of_every_kind(tail: str) -> tuple[Tensor, TopK]:
+    """(logits of the student, a teacher with an estimated tail): rows of tokens, of none, that are sure, and wrong."""
+    teacher = sparse(5, vocabulary=61, k=7, seed=55, tail=tail, tail_given=False, padding=0.0)
+    teacher.ids[1] = -1
+    teacher.logprobs[2] = teacher.logprobs[2].log_softmax(-1)
+    teacher.logprobs[3, 4] = NAN
+    return logits(5, 61, seed=54), given_as(teacher)
+
+
+def outcomes_of_every_kind(tail: str, backend: str) -> list[Tensor]:
+    """Losses, gradients and parts of these rows, with and without a cross-entropy."""
+    student, teacher = of_every_kind(tail)
+    found: list[Tensor] = []
+    for alpha in (1.0, 0.5):
+        leaf = student.clone().requires_grad_()
+        loss, parts = kd_loss(
+            leaf, teacher, torch.arange(5), alpha=alpha, divergence="jsd", reduction="none",
+            return_parts=True, backend=backend,
+        )  # fmt: skip
+        (gradient,) = torch.autograd.grad(loss.sum(), leaf)
+        assert (
+            loss.isnan().tolist()
+            == gradient.isnan().all(-1).tolist()
+            == [False] * 3 + [True, False]
+        )
+        assert (loss[1] == 0) == (alpha == 1) and parts.distillation[1] == 0
+        found += [loss.detach(), gradient, *parts[:2]]
+    return found
+
+
+@tails
+def test_rows_of_every_kind(everywhere: str, tail: str) -> None:
+    """All backends find the same."""
+    found, expected = (outcomes_of_every_kind(tail, b) for b in (everywhere, "reference"))
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6, equal_nan=True)
+
+
+@tails
+def test_a_row_that_names_no_token_in_chunks(backend: str, tail: str) -> None:
+    """As in kd_loss, and under a mask that drops another."""
+    hidden, head = logits(5, 6, seed=56), logits(21, 6, seed=57)
+    teacher = sparse(5, vocabulary=21, k=3, seed=55, tail=tail)
+    teacher.ids[1] = teacher.ids[4] = -1
+    labels = torch.tensor([1, 2, 3, 4, 5])
+    call: dict[str, Any] = {
+        "mask": torch.tensor([True, True, False, True, True]), "return_parts": True, "backend": backend,
+    }  # fmt: skip
+    for alpha in (1.0, 0.4):
+        leaf = hidden.clone().requires_grad_()
+        loss, parts = fastkd.fused_linear_kd_loss(
+            leaf, head, given_as(teacher), labels, chunk_size=2, alpha=alpha, **call
+        )
+        z = hidden.clone().requires_grad_()
+        expected, wanted = kd_loss(z @ head.T, given_as(teacher), labels, alpha=alpha, **call)
+        assert parts.counted == wanted.counted
+        assert parts.counted == (2 if alpha == 1 and tail.startswith("renormalize") else 4)
+        torch.testing.assert_close(loss, expected, rtol=16 * ULP, atol=ULP)
+        torch.testing.assert_close(
+            *(torch.autograd.grad(value, x)[0] for value, x in ((loss, leaf), (expected, z))),
+            rtol=1e-5, atol=1e-6,
+        )  # fmt: skip
 
 
 # Infinities
@@ -1350,10 +1684,14 @@ def test_the_graph(everywhere: str, tail: str, dtype: torch.dtype) -> None:
     [("cpu", "bucket", torch.float32), ("cpu", "renormalize", torch.float16), ("reference", "truncate", torch.float32)],
 )  # fmt: skip
 def test_compiled(name: str, tail: str, dtype: torch.dtype) -> None:
-    """One graph, for another number of rows too; the teacher is made outside, and within."""
+    """One graph, for another number of rows too; the teacher is made outside, and within.
+
+    One row names no token, and one is sure.
+    """
     torch._dynamo.reset()
     call: dict[str, Any] = {
-        "divergence": "jsd", "temperature": 2.0, "alpha": 0.5, "label_smoothing": 0.1, "backend": name,
+        "divergence": "jsd", "temperature": 2.0, "label_smoothing": 0.1, "backend": name,
+        "alpha": 1.0 if tail == "renormalize" else 0.5,
     }  # fmt: skip
 
     def outside(student: Tensor, teacher: TopK, labels: Tensor) -> Tensor:
@@ -1367,7 +1705,12 @@ def test_compiled(name: str, tail: str, dtype: torch.dtype) -> None:
         compiled = torch.compile(function, backend="aot_eager", fullgraph=True)
         for rows in (4, 5, 6):
             student = logits(rows, 37, seed=rows, dtype=dtype)
-            named = given_as(sparse(rows, vocabulary=37, k=6, seed=rows + 1, tail=tail, at=2.0))
+            teacher = sparse(
+                rows, vocabulary=37, k=6, seed=rows + 1, tail=tail, at=2.0, tail_given=False
+            )
+            teacher.ids[1] = -1
+            teacher.logprobs[2] -= teacher.logprobs[2].nan_to_num(-INF).logsumexp(-1)
+            named = given_as(teacher)
             labels = labels_for(rows, vocabulary=37, seed=rows, ignored=0.2)
             results = []
             for run in (function, compiled):

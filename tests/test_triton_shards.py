@@ -274,7 +274,7 @@ def test_a_sparse_row_that_is_not_valid(in_shards: InShards) -> None:
     """A token twice in one shard, and one of no shard; tokens of two shards are no twins for being first in each."""
     ids = torch.tensor([[31, 31], [0, 61], [0, 30]], device=DEVICE)
     logprobs = torch.full((3, 2), math.log(0.4), device=DEVICE)
-    rows = Rows(ids=ids)
+    rows = Rows(ids=ids, tail_logprob=torch.full((3,), math.log(0.2), device=DEVICE))
     student = logits(3, 61, seed=1).to(DEVICE)
     found = launch(in_shards, student, logprobs, rows, want=Want(True), tail="bucket")
     assert found.student_gradient is not None

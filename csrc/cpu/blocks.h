@@ -197,6 +197,12 @@ struct BlockView {
   float s_weight, t_weight;    // p = t_exp * t_weight
   float s_inverse, t_inverse;  // log p = (t - t_max) * t_inverse + t_offset_low + t_offset
   float s_offset, t_offset, s_offset_low, t_offset_low;  // the offset to twice float's precision
+  // log p - log q = ((t - t_origin) * ratio - (s - s_origin)) * s_inverse + ratio_low + ratio_high. The origins are 0
+  // where that is more exact: the logits of a student and its teacher may be close.
+  float s_origin, t_origin, ratio = 1, ratio_low, ratio_high;
+  int64_t first;                // column of the row
+  const int64_t* sure = NONE;   // two columns of the row, which are left out of sums; -1 for none
+  static constexpr int64_t NONE[2] = {-1, -1};
 };
 
 using GradientKernel = void (*)(const BlockView&, int from, int to, const float* params, float degree, float sum,
@@ -363,6 +369,35 @@ void block_statistics(const float* s, const float* t, int n, Softmax student, So
   for (int i = n / LANES * LANES; i < n; ++i) out.s_total += s[i] - out.s_max;
 }
 
+// The sums of a block once more, from its exponentials: of those that the caller has set to 0, nothing.
+void sums_of_exponentials(const float* s, const float* t, int n, Softmax student, Softmax teacher, float s_threshold,
+                          float t_threshold, const float* s_exp, const float* t_exp, BlockStatistics& out) {
+  const V s_max = splat(out.s_max), t_max = splat(out.t_max);
+  const V ratio = splat(float(student.temperature / teacher.temperature));
+  const auto times = [](V e, V x, float threshold) { return where(e > threshold, e * x, V{}); };
+  LaneSums sums;
+  for (int start = 0; start < n; start += STRIP) {
+    LaneSums strip;
+    for (int i = start; i < std::min(start + STRIP, n); i += LANES) {
+      const V e_s = load(s_exp + i), e_t = load(t_exp + i), s_gap = load(s + i) - s_max;
+      const V difference = (load(t + i) - t_max) * ratio - s_gap;
+      strip.s_sum += e_s;
+      strip.t_sum += e_t;
+      strip.forward += times(e_t, difference, t_threshold);
+      strip.reverse -= times(e_s, difference, s_threshold);
+      strip.cross += times(e_t, s_gap, t_threshold);
+      strip.entropy += times(e_s, s_gap, s_threshold);
+    }
+    sums += strip;
+  }
+  out.s_sum = sum_lanes(sums.s_sum);
+  out.t_sum = sum_lanes(sums.t_sum);
+  out.forward = sum_lanes(sums.forward) / student.temperature;
+  out.reverse = sum_lanes(sums.reverse) / student.temperature;
+  out.cross = sum_lanes(sums.cross) / student.temperature;
+  out.entropy = sum_lanes(sums.entropy) / student.temperature;
+}
+
 using StatisticsKernel = decltype(&block_statistics<0, false, false>);
 
 template <bool AT_1, bool LOG_0>
@@ -384,40 +419,82 @@ StatisticsKernel statistics_kernel(int moments, bool at_1, bool log_0) {
 
 // ---- the divergence on a block
 
-// phi and g of one vector, with the policy of fastkd/reference.py for log 0 where LOG_0.
-template <class Divergence, bool LOG_0, bool NORMALIZED>
-FASTKD_INLINE void evaluate(const BlockView& view, int i, const float* params, V& p, V& q, V& phi, V& g) {
-  p = NORMALIZED ? load(view.t_exp + i) * view.t_weight : splat(1);
-  q = NORMALIZED ? load(view.s_exp + i) * view.s_weight : splat(1);
-  const V log_p = ((load(view.t + i) - view.t_max) * view.t_inverse + view.t_offset_low) + view.t_offset;
-  const V log_q = ((load(view.s + i) - view.s_max) * view.s_inverse + view.s_offset_low) + view.s_offset;
-  if (!LOG_0) return Divergence::eval(p, q, log_p, log_q, params, phi, g);
-
+// phi, g and h of one vector, with the policy of fastkd/reference.py for log 0 where LOG_0.
+template <class Divergence, bool LOG_0>
+FASTKD_INLINE void settle(V p, V q, V log_p, V log_q, V log_ratio, const float* params, float degree, V& phi, V& g, V& h) {
+  if (!LOG_0) return Divergence::eval(p, q, log_p, log_q, log_ratio, params, degree, phi, g, h);
   const I p_gone = log_p == -INF, q_gone = log_q == -INF;
-  Divergence::eval(p, q, where(p_gone, splat(LOWEST), log_p), where(q_gone, splat(LOWEST), log_q), params, phi, g);
+  const V x = where(p_gone, splat(LOWEST), log_p), y = where(q_gone, splat(LOWEST), log_q);
+  Divergence::eval(p, q, x, y, where(p_gone | q_gone, x - y, log_ratio), params, degree, phi, g, h);
   const I one_side = p_gone ^ q_gone;
   const I nothing = (p_gone & (q < NEGLIGIBLE)) | (q_gone & (p < NEGLIGIBLE)) | (p_gone & q_gone);
-  auto settle = [&](V term) {
+  auto settled = [&](V term) {
     return where(nothing, V{}, where(one_side & (abs(term) > INFINITE), term * INF, term));
   };
-  phi = settle(phi);
-  g = settle(g);
+  phi = settled(phi);
+  g = settled(g);
+  h = settled(h);
+}
+
+template <class Divergence, bool LOG_0, bool NORMALIZED>
+FASTKD_INLINE void evaluate(const BlockView& view, int i, const float* params, float degree, V& p, V& q, V& phi, V& g, V& h) {
+  p = NORMALIZED ? load(view.t_exp + i) * view.t_weight : splat(1);
+  q = NORMALIZED ? load(view.s_exp + i) * view.s_weight : splat(1);
+  const V s = load(view.s + i), t = load(view.t + i);
+  const V log_p = ((t - view.t_max) * view.t_inverse + view.t_offset_low) + view.t_offset;
+  const V log_q = ((s - view.s_max) * view.s_inverse + view.s_offset_low) + view.s_offset;
+  const V gap = (t - view.t_origin) * view.ratio - (s - view.s_origin);
+  const V log_ratio = (gap * view.s_inverse + view.ratio_low) + view.ratio_high;
+  settle<Divergence, LOG_0>(p, q, log_p, log_q, log_ratio, params, degree, phi, g, h);
+}
+
+// The same of a few columns whose numbers are known better than a block's: [4] each, p, q, their logarithms and log p - log q.
+struct Columns {
+  alignas(64) float p[LANES], q[LANES], log_p[LANES], log_q[LANES], log_ratio[LANES];
+  alignas(64) float phi[LANES], g[LANES], h[LANES];
+};
+
+template <class Divergence>
+void evaluate_columns(Columns& at, const float* params, float degree) {
+  V phi, g, h;
+  settle<Divergence, true>(load(at.p), load(at.q), load(at.log_p), load(at.log_q), load(at.log_ratio), params, degree,
+                           phi, g, h);
+  store(at.phi, phi);
+  store(at.g, g);
+  store(at.h, h);
 }
 
 struct BlockSums {
   double phi, g;
 };
 
+// 0 in the lanes of two columns.
+void leave_out(const int64_t* out, int i, V& phi, V& g) {
+  for (int k = 0; k < 2; ++k) {
+    const int64_t lane = out[k] - i;
+    if (lane >= 0 && lane < LANES) phi[lane] = g[lane] = 0;
+  }
+}
+
 // Also leaves g in g_out, which may be where t_exp was: nothing else needs that once g is known.
 template <class Divergence, bool LOG_0, bool NORMALIZED>
 BlockSums block_sums(const BlockView& view, int n, const float* params, float* g_out) {
-  V phi_sum{}, g_sum{}, p, q, phi, g;
+  V phi_sum{}, g_sum{}, p, q, phi, g, h;
   const int whole = n / LANES * LANES;
+  // Where the columns that are left out lie in this block; past it where they are in another.
+  int64_t out[2];
+  for (int k = 0; k < 2; ++k) {
+    out[k] = view.sure[k] < 0 ? -1 : view.sure[k] - view.first;
+    if (out[k] >= n) out[k] = -1;
+  }
   for (int start = 0; start < whole; start += STRIP) {
     V phi_strip{}, g_strip{};
-    for (int i = start; i < std::min(start + STRIP, whole); i += LANES) {
-      evaluate<Divergence, LOG_0, NORMALIZED>(view, i, params, p, q, phi, g);
+    const int end = std::min(start + STRIP, whole);
+    const bool leaves_out = (out[0] >= start && out[0] < end) || (out[1] >= start && out[1] < end);
+    for (int i = start; i < end; i += LANES) {
+      evaluate<Divergence, LOG_0, NORMALIZED>(view, i, params, 0, p, q, phi, g, h);
       store(g_out + i, g);
+      if (leaves_out) leave_out(out, i, phi, g);
       phi_strip += phi;
       g_strip += g;
     }
@@ -426,9 +503,10 @@ BlockSums block_sums(const BlockView& view, int n, const float* params, float* g
   }
   BlockSums sums{sum_lanes(phi_sum), sum_lanes(g_sum)};
   if (whole == n) return sums;
-  evaluate<Divergence, LOG_0, NORMALIZED>(view, whole, params, p, q, phi, g);
+  evaluate<Divergence, LOG_0, NORMALIZED>(view, whole, params, 0, p, q, phi, g, h);
   store(g_out + whole, g);
   for (int lane = 0; whole + lane < n; ++lane) {
+    if (whole + lane == out[0] || whole + lane == out[1]) continue;
     sums.phi += phi[lane];
     sums.g += g[lane];
   }
@@ -444,14 +522,14 @@ FASTKD_INLINE void put(float* out, int i, V value) {
 }
 
 // (x_v - r_v sum_u x_u) * coefficient: the student's gradient (x = g = d phi / d log q, r = q) or the teacher's
-// (x = h = d phi / d log p = degree * phi - g, r = p); fastkd/divergences.py derives it.
+// (x = h = d phi / d log p, r = p); fastkd/divergences.py derives it.
 template <class Divergence, bool LOG_0, bool NORMALIZED, bool TEACHER, int FORM>
 void block_gradient(const BlockView& view, int from, int to, const float* params, float degree, float sum,
                     float coefficient, float* out) {
-  V p, q, phi, g;
+  V p, q, phi, g, h;
   for (int i = from; i < to; i += LANES) {
-    evaluate<Divergence, LOG_0, NORMALIZED>(view, i, params, p, q, phi, g);
-    const V x = TEACHER ? degree * phi - g : g;
+    evaluate<Divergence, LOG_0, NORMALIZED>(view, i, params, degree, p, q, phi, g, h);
+    const V x = TEACHER ? h : g;
     put<FORM>(out, i, (NORMALIZED ? x - (TEACHER ? p : q) * sum : x) * coefficient);
   }
 }
@@ -471,6 +549,7 @@ struct Kernels {
   bool uses_logs, gradient_uses_logs;
   decltype(&block_sums<forward_kl, false, true>) sums[2];
   GradientKernel student[FORMS], student_log_0, teacher[2];
+  decltype(&evaluate_columns<forward_kl>) columns;
 };
 
 template <class D, bool NORMALIZED>
@@ -480,7 +559,8 @@ constexpr Kernels kernels_of() {
           {block_sums<D, false, NORMALIZED>, block_sums<D, true, NORMALIZED>},
           {block_gradient<D, false, NORMALIZED, false, SCRATCH>, block_gradient<D, false, NORMALIZED, false, STREAM>},
           block_gradient<D, true, NORMALIZED, false, SCRATCH>,
-          {block_gradient<D, false, NORMALIZED, true, SCRATCH>, block_gradient<D, true, NORMALIZED, true, SCRATCH>}};
+          {block_gradient<D, false, NORMALIZED, true, SCRATCH>, block_gradient<D, true, NORMALIZED, true, SCRATCH>},
+          evaluate_columns<D>};
 }
 
 const Kernels& kernels_of(const Call& call) {

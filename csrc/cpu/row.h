@@ -14,6 +14,9 @@ struct Workspace {
   }
 };
 
+// Where the log-sum-exps of two rows are closer than this, s - t is the most exact way to log q - log p.
+constexpr double CLOSE_LOGITS = 8;
+
 // What a thread needs for one block: converted logits, exponentials where they are not kept, the gradient.
 struct BlockScratch {
   alignas(64) float s[BLOCK], t[BLOCK], s_exp[BLOCK], t_exp[BLOCK], s_exp_at_1[BLOCK], gradient[BLOCK];
@@ -84,6 +87,7 @@ class Row {
     if (call_.closed_form && !moments_) moments_ = FORWARD;  // of weight 0, but it tells where log 0 is
     if (call_.student_entropy || (with_labels_ && call_.label_smoothing > 0)) moments_ |= SINGLE;
     log_0_ = false;
+    sure_[0] = sure_[1] = -1;
     s_lost_ = t_lost_ = -INF;
     return true;
   }
@@ -140,6 +144,7 @@ class Row {
     }
     const bool finite = log_0_ || (!overflows && std::isfinite(row.forward + row.reverse + row.cross + row.entropy));
     conclude(row);
+    if (whole() && finite) refine(row);
     if (call_.shard.step == Step::statistics) leave(row);
     return finite;
   }
@@ -158,7 +163,9 @@ class Row {
       phi_ += block.phi;
       g_ += block.g;
     }
-    return log_0_ || std::isfinite(phi_ + g_);
+    const bool finite = log_0_ || std::isfinite(phi_ + g_);
+    if (whole() && finite) add_sure_columns();
+    return finite;
   }
 
   // Whether entries of probability 0 are treated one by one. Off at first: see the top of this file.
@@ -166,7 +173,10 @@ class Row {
 
   // The value of the row; after it, gradient() may run on any block.
   void finish() {
-    if (call_.closed_form) close();
+    if (call_.closed_form) {
+      close();
+      close_sure_columns();
+    }
     h_ = call_.degree * phi_ - g_;
     if (is_apart()) set_apart();
     write_value();
@@ -196,6 +206,7 @@ class Row {
         std::fill_n(scratch.gradient, padded(n), 0.0f);
       else
         pending.write(0, n);
+      put_sure(1, b, kd_scale_ / t_temperature_, scratch.gradient);
       if (!t_adjust_.identity()) chain(t_adjust_, pending.view.t, n, scratch.gradient);
       if (apart_in(b)) scratch.gradient[apart_ - b * BLOCK] = teacher_gradient_apart();
       store_block(teacher_gradient_, call_.teacher.dtype, b * BLOCK, n, scratch.gradient, past_cache_);
@@ -205,7 +216,7 @@ class Row {
     char* const place = student_gradient_ + b * BLOCK * element_size(dtype);
     // Stores past the cache need whole vectors at addresses that are multiples of their size.
     const bool whole = reinterpret_cast<uintptr_t>(place) % sizeof(V) == 0 && n % LANES == 0;
-    const bool waits = !log_0_ && !with_labels_ && call_.alpha != 0 && s_adjust_.identity() && !apart_in(b);
+    const bool waits = !log_0_ && !with_labels_ && call_.alpha != 0 && s_adjust_.identity() && !apart_in(b) && !sure_in(0, b);
     const Form form = waits && past_cache_ && dtype == Dtype::f32 && whole ? STREAM : SCRATCH;
     pending.kernel = keeps_g() ? PROJECTION[form] : log_0_ ? kernels_.student_log_0 : kernels_.student[form];
     pending.sum = float(g_);
@@ -223,6 +234,7 @@ class Row {
       std::fill_n(scratch.gradient, padded(n), 0.0f);
     else
       pending.write(0, n);
+    put_sure(0, b, kd_scale_ / s_temperature_, scratch.gradient);
     if (with_labels_) add_cross_entropy(b, scratch, pending.view);
     if (!s_adjust_.identity()) chain(s_adjust_, pending.view.s, n, scratch.gradient);
     if (apart_in(b)) scratch.gradient[apart_ - b * BLOCK] = student_gradient_apart();
@@ -423,6 +435,150 @@ class Row {
     q_scale_ = ce_scale_ + (call_.alpha == 0 ? 0 : call_.alpha * label_share_ * scale);
   }
 
+  // ---- where a side is sure of a column: its probability is more than 1/2
+  //
+  // Of such a column all sums would be rounded to its size, and its gradient be the difference of two of them. So sums
+  // leave it out, 1 - q is what the others are, and x_a - q_a sum x is x_a (1 - q_a) - q_a times the sum of the others'.
+
+  bool sure_in(int side, int64_t b) const { return sure_[side] >= 0 && sure_[side] / BLOCK == b; }
+
+  // The column of the row's maximum.
+  template <class Maximum, class Load>
+  int64_t column_of_maximum(Maximum of_block, double maximum, Load load_block) {
+    for (int64_t b = 0; b < blocks_; ++b) {
+      if (of_block(statistics_[b]) != maximum) continue;
+      const float* z = load_block(b);
+      for (int i = 0; i < columns(b); ++i)
+        if (z[i] == maximum) return b * BLOCK + i;
+    }
+    return -1;
+  }
+
+  // The statistics again without the columns that a side is sure of, which are then added to the rest.
+  void refine(const Merged& row) {
+    if (is_apart() || !call_.normalized || !(row.s_sum < 2 || row.t_sum < 2)) return;
+    if (!sure_scratch_) sure_scratch_.reset(new BlockScratch);
+    BlockScratch& scratch = *sure_scratch_;
+    if (row.s_sum < 2)
+      sure_[0] = column_of_maximum([](const BlockStatistics& b) { return b.s_max; }, row.s_max,
+                                   [&](int64_t b) { return load_student(b, scratch); });
+    if (row.t_sum < 2)
+      sure_[1] = column_of_maximum([](const BlockStatistics& b) { return b.t_max; }, row.t_max,
+                                   [&](int64_t b) { return load_teacher(b, scratch); });
+    Merged rest;
+    rest.s_max = row.s_max;
+    rest.t_max = row.t_max;
+    for (int64_t b = 0; b < blocks_; ++b) {
+      BlockStatistics part = statistics_[b];
+      if (sure_in(0, b) || sure_in(1, b)) part = without_sure(b, scratch);
+      add_to(rest, part, columns(b));
+    }
+    Sure& at = sure_values_;
+    at.s_rest = rest.s_sum, at.t_rest = rest.t_sum;
+    at.forward = rest.forward, at.reverse = rest.reverse, at.cross = rest.cross;
+    if (sure_[0] >= 0) at.t_gap = gap_at(sure_[0], false);
+    if (sure_[1] >= 0) at.s_gap = gap_at(sure_[1], true);
+    RowStatistics& out = row_statistics_;
+    if (sure_[0] >= 0) {
+      rest.s_sum += 1;
+      rest.reverse -= at.t_gap;
+      out.s_log_sum = std::log1p(at.s_rest);
+      if (!separate_at_1_) out.s_log_sum_at_1 = out.s_log_sum;
+    }
+    if (sure_[1] >= 0) {
+      rest.t_sum += 1;
+      rest.forward -= at.s_gap;
+      rest.cross += at.s_gap;
+      out.t_log_sum = std::log1p(at.t_rest);
+    }
+    at.s_sum = rest.s_sum, at.t_sum = rest.t_sum;
+    out.forward = rest.forward / rest.t_sum;
+    out.reverse = rest.reverse / rest.s_sum;
+    out.cross = rest.cross / rest.t_sum;
+    out.entropy = rest.entropy / rest.s_sum;
+  }
+
+  // (z - maximum) / T of a column, of the student's side or of the teacher's.
+  double gap_at(int64_t column, bool student) const {
+    const double z = student ? logit_at(student_, call_.student.dtype, s_adjust_, column)
+                             : logit_at(teacher_, call_.teacher.dtype, t_adjust_, column);
+    return student ? (z - row_statistics_.s_max) / student_softmax_.temperature
+                   : (z - row_statistics_.t_max) / teacher_softmax_.temperature;
+  }
+
+  BlockStatistics without_sure(int64_t b, BlockScratch& scratch) {
+    BlockStatistics out = statistics_[b];
+    const float *s = load_student(b, scratch), *t = load_teacher(b, scratch);
+    if (!keeps_exponentials_) exponentials(b, s, t, scratch);
+    float* const exponential[] = {s_exp(b, scratch), t_exp(b, scratch)};
+    float kept[2] = {};
+    for (int side = 0; side < 2; ++side)
+      if (sure_in(side, b)) std::swap(kept[side], exponential[side][sure_[side] - b * BLOCK]);
+    const float s_threshold = log_0_ ? NEGLIGIBLE / s_weight(b) : 0, t_threshold = log_0_ ? NEGLIGIBLE / t_weight(b) : 0;
+    sums_of_exponentials(s, t, columns(b), student_softmax_, teacher_softmax_, s_threshold, t_threshold, exponential[0],
+                         exponential[1], out);
+    for (int side = 0; side < 2; ++side)
+      if (sure_in(side, b)) exponential[side][sure_[side] - b * BLOCK] = kept[side];
+    return out;
+  }
+
+  // What the sure columns add to the sums of the others, and their own gradients.
+  void add_sure_columns() {
+    if (sure_[0] < 0 && sure_[1] < 0) return;
+    const RowStatistics& row = row_statistics_;
+    Columns at{};
+    for (int k = 0; k < 2; ++k) {
+      const int64_t column = sure_[k] < 0 ? sure_[1 - k] : sure_[k];
+      const double s_gap = gap_at(column, true), t_gap = gap_at(column, false);
+      const double log_q = s_gap - row.s_log_sum, log_p = t_gap - row.t_log_sum;
+      at.log_p[k] = float(log_p), at.log_q[k] = float(log_q);
+      at.p[k] = float(std::exp(log_p)), at.q[k] = float(std::exp(log_q));
+      at.log_ratio[k] = float((t_gap - s_gap) - (row.t_log_sum - row.s_log_sum));
+    }
+    kernels_.columns(at, call_.params, float(call_.degree));
+    double g = g_, h = call_.degree * phi_ - g_;  // of all columns but the sure one of that side
+    const bool two = sure_[0] >= 0 && sure_[1] >= 0 && sure_[0] != sure_[1];
+    if (two) {
+      g += at.g[1];
+      h += at.h[0];
+    }
+    for (int k = 0; k < (two ? 2 : 1); ++k) {
+      phi_ += at.phi[k];
+      g_ += at.g[k];
+    }
+    const Sure& of = sure_values_;
+    if (sure_[0] >= 0) sure_gradient_[0] = (at.g[0] * of.s_rest - g) / of.s_sum;
+    if (sure_[1] >= 0) sure_gradient_[1] = (at.h[1] * of.t_rest - h) / of.t_sum;
+  }
+
+  // The same of a closed form, from its moments.
+  void close_sure_columns() {
+    const Sure& at = sure_values_;
+    const double ahead = call_.forward + call_.cross;
+    const bool same = sure_[0] == sure_[1];
+    const auto apart = [&](double rest, double sum, double other_rest, double other_sum, double other_gap) {
+      return same ? other_rest / other_sum - rest / sum : 1 / sum - std::exp(other_gap) / other_sum;
+    };
+    if (sure_[0] >= 0) {
+      double& out = sure_gradient_[0];
+      out = 0;
+      if (ahead != 0) out += ahead * apart(at.s_rest, at.s_sum, at.t_rest, at.t_sum, at.t_gap);
+      if (call_.reverse != 0) out -= call_.reverse * (at.t_gap * at.s_rest + at.reverse) / at.s_sum / at.s_sum;
+    }
+    if (sure_[1] >= 0) {
+      double& out = sure_gradient_[1];
+      out = 0;
+      if (call_.reverse != 0) out += call_.reverse * apart(at.t_rest, at.t_sum, at.s_rest, at.s_sum, at.s_gap);
+      if (call_.forward != 0) out -= call_.forward * (at.s_gap * at.t_rest + at.forward) / at.t_sum / at.t_sum;
+      if (call_.cross != 0) out -= call_.cross * (at.s_gap * at.t_rest - at.cross) / at.t_sum / at.t_sum;
+    }
+  }
+
+  void put_sure(int side, int64_t b, double scale, float* gradient) const {
+    if (sure_in(side, b) && call_.alpha != 0 && std::isfinite(sure_gradient_[side]))
+      gradient[sure_[side] - b * BLOCK] = float(sure_gradient_[side] * scale);
+  }
+
   // ---- where the label's token is compared apart from the others
 
   bool is_apart() const { return call_.target != Target::none; }
@@ -591,6 +747,9 @@ class Row {
     v.g = g(b, scratch);
     v.s_inverse = student_softmax_.inverse;
     v.t_inverse = teacher_softmax_.inverse;
+    v.ratio = float(student_softmax_.temperature / teacher_softmax_.temperature);
+    v.first = b * BLOCK;
+    v.sure = sure_;
     if (!needs_statistics()) return v;
     if (!whole()) {
       statistics_[b].s_max = maximum_of(v.s, padded(columns(b)));
@@ -606,6 +765,19 @@ class Row {
     v.t_offset = float(t_offset(b));
     v.s_offset_low = float(s_offset(b) - v.s_offset);
     v.t_offset_low = float(t_offset(b) - v.t_offset);
+    double offset = t_offset(b) - s_offset(b);
+    const RowStatistics& row = row_statistics_;
+    const double temperature = student_softmax_.temperature;
+    const double plain = (row.s_max - row.t_max) / temperature + (row.s_log_sum - row.t_log_sum);
+    if (temperature == teacher_softmax_.temperature && std::abs(plain) < CLOSE_LOGITS) {
+      offset = plain;
+    } else {
+      v.s_origin = v.s_max;
+      v.t_origin = v.t_max;
+    }
+    offset *= v.s_inverse * temperature;  // as what it is added to
+    v.ratio_high = float(offset);
+    v.ratio_low = float(offset - v.ratio_high);
     return v;
   }
 
@@ -634,11 +806,11 @@ class Row {
     if (column >= 0 && column < n) scratch.gradient[column] -= float(ce_scale_ * (1 - call_.label_smoothing));
   }
 
-  float label_logit() const { return logit(student_, call_.student.dtype, s_adjust_); }
-  float teacher_label_logit() const { return logit(teacher_, call_.teacher.dtype, t_adjust_); }
-  float logit(const char* row, Dtype dtype, const Adjustment& adjust) const {
+  float label_logit() const { return logit_at(student_, call_.student.dtype, s_adjust_, label_); }
+  float teacher_label_logit() const { return logit_at(teacher_, call_.teacher.dtype, t_adjust_, label_); }
+  static float logit_at(const char* row, Dtype dtype, const Adjustment& adjust, int64_t column) {
     alignas(64) float z[LANES];
-    return load_block(row, dtype, label_, 1, adjust, z)[0];
+    return load_block(row, dtype, column, 1, adjust, z)[0];
   }
 
   void write(float* to, double value) const {
@@ -684,6 +856,17 @@ class Row {
   double label_g_ = 0, label_h_ = 0;                  // the label's own derivatives
   double label_share_ = 0, label_entropy_ = 0;        // weight of -log q_y; entropy of (q_y, 1 - q_y)
   double s_lost_ = 0, t_lost_ = 0;  // what leave() says
+
+  // Of the columns that the student and the teacher are sure of, if they are.
+  struct Sure {
+    double s_rest, t_rest, s_sum, t_sum;  // sums of exponentials without them, and with them
+    double forward, reverse, cross;       // moments without them
+    double s_gap, t_gap;                  // the student's tempered logit at the teacher's column less its maximum; ...
+  };
+  int64_t sure_[2] = {-1, -1};
+  Sure sure_values_{};
+  double sure_gradient_[2] = {};
+  std::unique_ptr<BlockScratch> sure_scratch_;
 };
 
 // The phases of a row up to its value; false where the row is dropped. each(f) runs f on every block, by one thread or

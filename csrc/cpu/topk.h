@@ -391,7 +391,7 @@ class TopKRow {
     for (int64_t j = 0; j < tokens(); ++j) teacher_events_[j] = ids_[j] < 0 ? -INF : logprobs[j];
     if (renormalizes()) return;
     student_events_[tokens()] = float(tail_log_sum_ * softmax_.temperature - top_);
-    if (!truncates()) teacher_events_[tokens()] = tail_logprob();
+    if (!truncates()) teacher_events_[tokens()] = call_.tail_logprob ? call_.tail_logprob[row_] : -INF;
   }
 
   const float* load_logprobs() {
@@ -405,26 +405,21 @@ class TopKRow {
     return teacher_events_.data();
   }
 
-  float tail_logprob() const {
-    if (call_.tail == fastkd::Tail::renormalize_teacher || seated() == call_.shard.total) return -INF;
-    if (call_.tail_logprob) return call_.tail_logprob[row_];
-    double sum = 0;
-    for (int64_t j = 0; j < tokens(); ++j) sum += std::exp(double(teacher_events_[j]));
-    return sum < 1 ? float(std::log1p(-sum)) : sum >= 1 ? -INF : std::nanf("");
-  }
-
-  int64_t seated() const {
-    return std::count_if(ids_, ids_ + tokens(), [&](int64_t id) { return id >= 0 && id < call_.shard.total; });
+  // A teacher that names no token says nothing, under any policy.
+  bool is_silent() const {
+    return std::all_of(ids_, ids_ + tokens(), [](int64_t id) { return id == -1; });
   }
 
   // The value of the row and the gradient of its events.
   void take_value() {
-    if (truncates())
+    const double weight = call_.weight ? call_.weight[row_] : 1;
+    if (is_silent())
+      take_nothing(0 * weight);
+    else if (truncates())
       take_truncated();
     else
       take_dense();
     if (renormalizes() && gradient_) gradient_events_[tokens()] = 0;
-    const double weight = call_.weight ? call_.weight[row_] : 1;
     double cross_entropy = 0;
     if (with_labels()) {
       const double smoothing = call_.label_smoothing;
@@ -433,11 +428,21 @@ class TopKRow {
       cross_entropy = log_sum_at_1_ - target / UNTEMPERED.temperature;
       call_.loss[row_] = float(call_.loss[row_] + weight * (1 - call_.alpha) * cross_entropy);
     }
-    if (!valid_) call_.loss[row_] = std::nanf("");
+    if (!valid_) {
+      write(call_.loss, std::nanf(""));
+      write(call_.distillation, std::nanf(""));
+    }
     write(call_.cross_entropy, cross_entropy);
     write(call_.student_entropy, entropy());
     cross_entropy_scale_ =
         (1 - call_.alpha) * weight * call_.scale * (call_.scale_on_device ? *call_.scale_on_device : 1);
+  }
+
+  // NaN where the weight is.
+  void take_nothing(double nothing) {
+    write(call_.distillation, 0);
+    write(call_.loss, nothing);
+    std::fill(gradient_events_.begin(), gradient_events_.end(), float(nothing));
   }
 
   void take_dense() {

@@ -101,6 +101,24 @@ FASTKD_INLINE V exp(V x) {
   return where(x >= 88.722839f, splat(__builtin_inff()), exp2_core(x, splat(LOG2E_HIGH), splat(LOG2E_LOW)));
 }
 
+// exp(x) - 1, and exp(x) where it is asked for: 2^k (2^fraction - 1) + (2^k - 1), in which nothing cancels near 0.
+FASTKD_INLINE V expm1(V x, V* exponential = nullptr) {
+  const float magic = 12582912.0f;
+  const V clamped = at_most(at_least(x, splat(EXP_LOWEST)), splat(88.3f));
+  const V shifted = clamped * LOG2E_HIGH + magic;
+  const V integer = shifted - magic;
+  const V fraction = clamped * LOG2E_LOW + (clamped * LOG2E_HIGH - integer);
+  V y = fraction * 1.546144469e-4f + 1.340042818e-3f;
+  y = y * fraction + 9.618056679e-3f;
+  y = y * fraction + 5.550327227e-2f;
+  y = y * fraction + 2.402265090e-1f;
+  y = y * fraction + 6.931472067e-1f;
+  const V power = (V)(((U)shifted << 23) + 0x3f800000);
+  const V more = power * fraction * y;
+  if (exponential) *exponential = more + power;
+  return where(x > 88.3f, splat(__builtin_inff()), more + (power - 1.0f));
+}
+
 // log(1 + f) for f in [sqrt(1/2) - 1, sqrt(2) - 1]: f - f^2/2 + f^3 P(f), P as in the Cephes library.
 FASTKD_INLINE V log1p_near_0(V f) {
   V y = f * 7.0376836292e-2f - 1.1514610310e-1f;
@@ -138,6 +156,19 @@ FASTKD_INLINE V logaddexp(V a, V b) {
   // exp(-gap), which is 0 long before the clamp.
   const V ratio = exp2_of_negative(at_least(-gap, splat(EXP_LOWEST)), splat(LOG2E_HIGH));
   return at_least(a, b) + log1p_of_unit(ratio);
+}
+
+// fastkd/divergences.py, log_mixture: log(m / max(p, q)), of 1 + change as long as that has not cancelled, else of the sum.
+FASTKD_INLINE V log_mixture(V log_ratio, V share, V rest) {
+  const I above = log_ratio > 0.0f;
+  const V lower = where(above, rest, share);
+  V ratio;
+  const V change = lower * expm1(-abs(log_ratio), &ratio);
+  const V sum = where(above, share, rest) + lower * ratio;
+  const I k = ((I)sum - 0x3f3504f3) >> 23;  // sum = 2^k m with m in [sqrt(1/2), sqrt(2))
+  const V m = (V)((I)sum - (k << 23));
+  const I near = k == 0;
+  return log1p_near_0(where(near, change, m - 1.0f)) + __builtin_convertvector(k, V) * 0.69314718f;
 }
 
 FASTKD_INLINE U widen(H x) {

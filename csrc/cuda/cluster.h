@@ -310,6 +310,8 @@ struct Sparse {
 
   FASTKD_DEVICE void finish_row() {
     if (block.call.shard.step == Step::statistics) return;
+    if (block.row().others.teacher_is_silent) block.row().phi = 0;
+    if (block.row().others.teacher_is_wrong) block.row().phi = NAN;
     finish(block.call, block.row(), block.place.rank);
     finish_others(block.call, block.row());
   }

@@ -280,6 +280,7 @@ struct Others {
   float z, log_p;
   float gradient;       // of a column's exponential
   bool no_events;
+  bool teacher_is_silent, teacher_is_wrong;  // it names no token; one twice, or one that is none
   const char* log_probabilities;  // the teacher's, of the row
 };
 

@@ -38,16 +38,16 @@ FASTKD_INLINE void add_share(Share& mine, const Call& call, const RowState& row,
 // ---- what is exchanged
 
 constexpr int SWEPT = sizeof(Statistics) / sizeof(float), SPREAD_AT = offsetof(Statistics, spread) / sizeof(float);
-static_assert(STATISTICS == SWEPT + 6, "what put writes");
+static_assert(STATISTICS == SWEPT + 5, "what put writes");
 
 FASTKD_INLINE void put(double* to, const Share& all) { to[0] = all.t_lost, to[1] = all.s_lost; }
 FASTKD_INLINE void put(double* to, const Whole& all) {
-  to[0] = all.tokens_top, to[1] = all.seated, to[2] = all.invalid, to[3] = all.mass;
+  to[0] = all.tokens_top, to[1] = all.seated, to[2] = all.invalid;
 }
 
 FASTKD_INLINE void take(const double* from, Share& all) { all.t_lost = float(from[0]), all.s_lost = float(from[1]); }
 FASTKD_INLINE void take(const double* from, Whole& all) {
-  all.tokens_top = float(from[0]), all.seated = int(from[1]), all.invalid = int(from[2]), all.mass = from[3];
+  all.tokens_top = float(from[0]), all.seated = int(from[1]), all.invalid = int(from[2]);
 }
 
 // Of the columns here. The sum of z is exact enough as a double to need no pivot, which processes would have to share.

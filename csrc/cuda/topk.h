@@ -2,7 +2,7 @@
 //
 //   mark       the tokens in a block's slice, a bit a column
 //   sweep      statistics of the whole row and, as if they were the teacher, of the columns that are no tokens
-//   gather     the largest token, and what the tokens leave of the teacher's probability
+//   gather     the largest token
 //   events     statistics, sums and gradient of the tokens, each in its block, and of the others as one event
 //   spread     the gradient of that event over the columns, and the cross-entropy's
 //
@@ -17,14 +17,12 @@ struct Whole {
   Statistics sweep;  // s: of the row; t: of the columns that are no tokens
   float tokens_top;
   int seated, invalid;
-  double mass;  // of the tokens
 };
 
-FASTKD_INLINE Whole no_whole(const RowState& row) { return {no_statistics<false>(row), -INF, 0, 0, 0}; }
+FASTKD_INLINE Whole no_whole(const RowState& row) { return {no_statistics<false>(row), -INF, 0, 0}; }
 
 FASTKD_INLINE Whole merge(const Whole& a, const Whole& b, const RowState& row) {
-  return {merge(a.sweep, b.sweep, row), fmaxf(a.tokens_top, b.tokens_top), a.seated + b.seated, a.invalid | b.invalid,
-          a.mass + b.mass};
+  return {merge(a.sweep, b.sweep, row), fmaxf(a.tokens_top, b.tokens_top), a.seated + b.seated, a.invalid | b.invalid};
 }
 
 FASTKD_CALL void open_topk_row(const Call& call, int64_t index, RowState& row) {
@@ -91,16 +89,7 @@ FASTKD_INLINE void gather_tokens(const Call& call, const RowState& row, Place pl
     const float z = z_of(call, row, slice, column);
     mine.tokens_top = fmaxf(mine.tokens_top, z);
     if (call.shard.tokens) call.shard.tokens[row.row * call.tokens + token] = z;
-    mine.mass += ::exp(double(log_probability(call, row, token)));
   });
-}
-
-// The logarithm of what the teacher leaves to the others.
-FASTKD_INLINE float others_log_probability(const Call& call, const RowState& row, const Whole& all) {
-  const bool nothing = call.tail == Tail::renormalize_teacher || call.tail == Tail::truncate;
-  if (nothing || all.seated == call.shard.total) return -INF;  // of no others, 1 - the mass is rounding
-  if (call.tail_logprob) return call.tail_logprob[row.row];
-  return all.mass < 1 ? float(::log1p(-all.mass)) : all.mass >= 1 ? -INF : NAN;
 }
 
 FASTKD_INLINE void close_whole(const Call& call, RowState& row, const Whole& all) {
@@ -112,8 +101,10 @@ FASTKD_INLINE void close_whole(const Call& call, RowState& row, const Whole& all
   out.origin = all.tokens_top > -INF ? all.tokens_top : out.top;
   const double log_sum = log(double(all.sweep.t_sum)) / row.student.unit;
   out.z = others ? float(double(out.top) - double(out.origin) + log_sum) : -INF;
-  out.log_p = others_log_probability(call, row, all);
+  out.log_p = call.tail_logprob ? call.tail_logprob[row.row] : -INF;
   out.are_event = call.tail != Tail::renormalize;
+  out.teacher_is_silent = all.seated == 0;
+  out.teacher_is_wrong = all.invalid;
   if (all.invalid) row.weight = NAN;
   row.flags = out.flags;
   open_side(call.teacher, call.teacher_tempering, row.row, row.teacher, row.weight);
@@ -193,7 +184,7 @@ FASTKD_INLINE Sums sums_of_events(const Call& call, const RowState& row, Place p
   return mine;
 }
 
-// Of no events at all there is no divergence.
+// Of no events at all there is no divergence, unless the teacher names none.
 FASTKD_INLINE void close_sums_of_events(RowState& row, Sums all) {
   close_sums(row, all);
   if (row.others.no_events) row.phi = NAN;
@@ -211,7 +202,7 @@ FASTKD_INLINE void finish_others(const Call& call, RowState& row) {
   Others& others = row.others;
   const bool in_sums = call.tail != Tail::truncate;
   others.gradient = 0 * row.weight;
-  if (others.are_event && others.z != -INF)
+  if (others.are_event && others.z != -INF && !others.teacher_is_silent)
     others.gradient = others.weight * (row.log_0 ? event_gradient<true>(call, row, others.z, others.log_p, in_sums)
                                                  : event_gradient<false>(call, row, others.z, others.log_p, in_sums));
 }

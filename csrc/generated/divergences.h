@@ -6,108 +6,161 @@
 struct forward_kl {
   static constexpr bool always_normalized = true;
   static constexpr bool uses_logs = true, gradient_uses_logs = false;
-  static FASTKD_INLINE void eval(V p, V q, V log_p, V log_q, const float* params_, V& phi_, V& g_) {
-    phi_ = (p * (log_p - log_q));
+  static FASTKD_INLINE void eval(V p, V q, V log_p, V log_q, V log_ratio, const float* params_, float degree_, V& phi_,
+                                 V& g_, V& h_) {
+    const V phi = (p * log_ratio);
+    phi_ = phi;
     g_ = (-p);
+    h_ = (phi + p);
   }
 };
 
 struct reverse_kl {
   static constexpr bool always_normalized = true;
   static constexpr bool uses_logs = true, gradient_uses_logs = true;
-  static FASTKD_INLINE void eval(V p, V q, V log_p, V log_q, const float* params_, V& phi_, V& g_) {
-    const V phi = (q * (log_q - log_p));
+  static FASTKD_INLINE void eval(V p, V q, V log_p, V log_q, V log_ratio, const float* params_, float degree_, V& phi_,
+                                 V& g_, V& h_) {
+    const V phi = ((-q) * log_ratio);
     phi_ = phi;
     g_ = (phi + q);
+    h_ = (-q);
   }
 };
 
 struct mixture {
   static constexpr bool always_normalized = true;
   static constexpr bool uses_logs = true, gradient_uses_logs = true;
-  static FASTKD_INLINE void eval(V p, V q, V log_p, V log_q, const float* params_, V& phi_, V& g_) {
+  static FASTKD_INLINE void eval(V p, V q, V log_p, V log_q, V log_ratio, const float* params_, float degree_, V& phi_,
+                                 V& g_, V& h_) {
     const V forward = splat(params_[0]);
     const V reverse = splat(params_[1]);
-    const V backward = ((reverse * q) * (log_q - log_p));
-    phi_ = (((forward * p) * (log_p - log_q)) + backward);
-    g_ = ((backward + (reverse * q)) - (forward * p));
+    const V onward = ((forward * p) * log_ratio);
+    const V backward = (((-reverse) * q) * log_ratio);
+    const V gap = ((reverse * q) - (forward * p));
+    phi_ = (onward + backward);
+    g_ = (backward + gap);
+    h_ = (onward - gap);
   }
 };
 
 struct soft_cross_entropy {
   static constexpr bool always_normalized = true;
   static constexpr bool uses_logs = true, gradient_uses_logs = false;
-  static FASTKD_INLINE void eval(V p, V q, V log_p, V log_q, const float* params_, V& phi_, V& g_) {
+  static FASTKD_INLINE void eval(V p, V q, V log_p, V log_q, V log_ratio, const float* params_, float degree_, V& phi_,
+                                 V& g_, V& h_) {
     const V weight = splat(params_[0]);
     phi_ = (((-weight) * p) * log_q);
     g_ = ((-weight) * p);
+    h_ = degree_ * phi_ - g_;
   }
 };
 
 struct jsd {
   static constexpr bool always_normalized = true;
   static constexpr bool uses_logs = true, gradient_uses_logs = true;
-  static FASTKD_INLINE void eval(V p, V q, V log_p, V log_q, const float* params_, V& phi_, V& g_) {
+  static FASTKD_INLINE void eval(V p, V q, V log_p, V log_q, V log_ratio, const float* params_, float degree_, V& phi_,
+                                 V& g_, V& h_) {
     const V beta = splat(params_[0]);
     const V rest = splat(params_[1]);
-    const V log_beta = splat(params_[2]);
-    const V log_rest = splat(params_[3]);
-    const V log_m = logaddexp((log_p + log_beta), (log_q + log_rest));
-    const V g = ((rest * q) * (log_q - log_m));
-    phi_ = (((beta * p) * (log_p - log_m)) + g);
-    g_ = g;
+    const V log_m = log_mixture(log_ratio, beta, rest);
+    const V above_q = where((log_ratio > splat(0.0f)), log_ratio, splat(0.0f));
+    const V above_p = where((log_ratio < splat(0.0f)), (-log_ratio), splat(0.0f));
+    const V phi = (((-((beta * p) + (rest * q))) * log_m) - (((beta * p) * above_p) + ((rest * q) * above_q)));
+    phi_ = phi;
+    g_ = (((-rest) * q) * (above_q + log_m));
+    h_ = (((-beta) * p) * (above_p + log_m));
   }
 };
 
 struct skew_forward_kl {
   static constexpr bool always_normalized = true;
   static constexpr bool uses_logs = true, gradient_uses_logs = true;
-  static FASTKD_INLINE void eval(V p, V q, V log_p, V log_q, const float* params_, V& phi_, V& g_) {
-    const V log_alpha = splat(params_[0]);
-    const V log_rest = splat(params_[1]);
-    const V log_m = logaddexp((log_p + log_alpha), (log_q + log_rest));
-    phi_ = (p * (log_p - log_m));
-    g_ = ((-p) * exp(((log_q + log_rest) - log_m)));
+  static FASTKD_INLINE void eval(V p, V q, V log_p, V log_q, V log_ratio, const float* params_, float degree_, V& phi_,
+                                 V& g_, V& h_) {
+    const V alpha = splat(params_[0]);
+    const V rest = splat(params_[1]);
+    const V log_m = log_mixture(log_ratio, alpha, rest);
+    const V phi = ((-p) * (where((log_ratio < splat(0.0f)), (-log_ratio), splat(0.0f)) + log_m));
+    const V g = (((-rest) * p) * exp((-(where((log_ratio > splat(0.0f)), log_ratio, splat(0.0f)) + log_m))));
+    phi_ = phi;
+    g_ = g;
+    h_ = (phi - g);
   }
 };
 
 struct skew_reverse_kl {
   static constexpr bool always_normalized = true;
   static constexpr bool uses_logs = true, gradient_uses_logs = true;
-  static FASTKD_INLINE void eval(V p, V q, V log_p, V log_q, const float* params_, V& phi_, V& g_) {
-    const V log_alpha = splat(params_[0]);
-    const V log_rest = splat(params_[1]);
-    const V log_m = logaddexp((log_q + log_alpha), (log_p + log_rest));
-    const V phi = (q * (log_q - log_m));
+  static FASTKD_INLINE void eval(V p, V q, V log_p, V log_q, V log_ratio, const float* params_, float degree_, V& phi_,
+                                 V& g_, V& h_) {
+    const V alpha = splat(params_[0]);
+    const V rest = splat(params_[1]);
+    const V log_m = log_mixture(log_ratio, rest, alpha);
+    const V phi = ((-q) * (where((log_ratio > splat(0.0f)), log_ratio, splat(0.0f)) + log_m));
+    const V h = (((-rest) * q) * exp((-(where((log_ratio < splat(0.0f)), (-log_ratio), splat(0.0f)) + log_m))));
     phi_ = phi;
-    g_ = (phi + (q * exp(((log_p + log_rest) - log_m))));
+    g_ = (phi - h);
+    h_ = h;
   }
 };
 
 struct tvd {
   static constexpr bool always_normalized = true;
-  static constexpr bool uses_logs = false, gradient_uses_logs = false;
-  static FASTKD_INLINE void eval(V p, V q, V log_p, V log_q, const float* params_, V& phi_, V& g_) {
-    phi_ = (splat(0.5f) * abs((p - q)));
-    g_ = ((splat(0.5f) * q) * (where((q > p), splat(1.0f), splat(0.0f)) - where((q < p), splat(1.0f), splat(0.0f))));
+  static constexpr bool uses_logs = true, gradient_uses_logs = true;
+  static FASTKD_INLINE void eval(V p, V q, V log_p, V log_q, V log_ratio, const float* params_, float degree_, V& phi_,
+                                 V& g_, V& h_) {
+    const V size = (((-splat(0.5f)) * where((log_ratio > splat(0.0f)), p, q)) * expm1((-abs(log_ratio))));
+    const V sign = (where((log_ratio < splat(0.0f)), splat(1.0f), splat(0.0f)) - where((log_ratio > splat(0.0f)), splat(1.0f), splat(0.0f)));
+    phi_ = size;
+    g_ = ((splat(0.5f) * q) * sign);
+    h_ = (((-splat(0.5f)) * p) * sign);
   }
 };
 
 struct hellinger {
   static constexpr bool always_normalized = true;
   static constexpr bool uses_logs = true, gradient_uses_logs = true;
-  static FASTKD_INLINE void eval(V p, V q, V log_p, V log_q, const float* params_, V& phi_, V& g_) {
-    const V root_q = exp((splat(0.5f) * log_q));
-    const V gap = (exp((splat(0.5f) * log_p)) - root_q);
-    phi_ = ((splat(0.5f) * gap) * gap);
-    g_ = (((-splat(0.5f)) * root_q) * gap);
+  static FASTKD_INLINE void eval(V p, V q, V log_p, V log_q, V log_ratio, const float* params_, float degree_, V& phi_,
+                                 V& g_, V& h_) {
+    const V top = exp((splat(0.5f) * where((log_ratio > splat(0.0f)), log_p, log_q)));
+    const V below = (top * expm1(((-splat(0.5f)) * abs(log_ratio))));
+    const V of_top = (((-splat(0.5f)) * top) * below);
+    const V of_other = ((splat(0.5f) * exp((splat(0.5f) * where((log_ratio > splat(0.0f)), log_q, log_p)))) * below);
+    const V g = where((log_ratio > splat(0.0f)), of_other, of_top);
+    phi_ = ((splat(0.5f) * below) * below);
+    g_ = g;
+    h_ = where((log_ratio > splat(0.0f)), of_top, of_other);
   }
 };
 
 struct alpha_beta {
   static constexpr bool always_normalized = true;
   static constexpr bool uses_logs = true, gradient_uses_logs = true;
-  static FASTKD_INLINE void eval(V p, V q, V log_p, V log_q, const float* params_, V& phi_, V& g_) {
+  static FASTKD_INLINE void eval(V p, V q, V log_p, V log_q, V log_ratio, const float* params_, float degree_, V& phi_,
+                                 V& g_, V& h_) {
+    const V alpha = splat(params_[0]);
+    const V beta = splat(params_[1]);
+    const V degree = splat(params_[2]);
+    const V coefficient = splat(params_[3]);
+    const V p_share = splat(params_[4]);
+    const V q_share = splat(params_[5]);
+    const V size = (-abs(log_ratio));
+    const V top = (coefficient * exp((degree * where((log_ratio > splat(0.0f)), log_p, log_q))));
+    const V lower = expm1((degree * size));
+    const V cross = expm1(where((log_ratio > splat(0.0f)), (beta * size), (alpha * size)));
+    const V phi = (top * (where((log_ratio > splat(0.0f)), (q_share * lower), (p_share * lower)) - cross));
+    const V g = ((beta * top) * (where((log_ratio > splat(0.0f)), lower, splat(0.0f)) - cross));
+    phi_ = phi;
+    g_ = g;
+    h_ = ((alpha * top) * (where((log_ratio > splat(0.0f)), splat(0.0f), lower) - cross));
+  }
+};
+
+struct alpha_beta_of_any_sign {
+  static constexpr bool always_normalized = true;
+  static constexpr bool uses_logs = true, gradient_uses_logs = true;
+  static FASTKD_INLINE void eval(V p, V q, V log_p, V log_q, V log_ratio, const float* params_, float degree_, V& phi_,
+                                 V& g_, V& h_) {
     const V alpha = splat(params_[0]);
     const V beta = splat(params_[1]);
     const V degree = splat(params_[2]);
@@ -119,67 +172,82 @@ struct alpha_beta {
     const V phi = (coefficient * (((p_share * exp((degree * log_p))) + (q_share * q_power)) - cross));
     phi_ = phi;
     g_ = ((coefficient * beta) * (q_power - cross));
+    h_ = degree_ * phi_ - g_;
   }
 };
 
 struct alpha_beta_at_beta_0 {
   static constexpr bool always_normalized = true;
   static constexpr bool uses_logs = true, gradient_uses_logs = true;
-  static FASTKD_INLINE void eval(V p, V q, V log_p, V log_q, const float* params_, V& phi_, V& g_) {
+  static FASTKD_INLINE void eval(V p, V q, V log_p, V log_q, V log_ratio, const float* params_, float degree_, V& phi_,
+                                 V& g_, V& h_) {
     const V alpha = splat(params_[0]);
-    const V p_power = exp((alpha * log_p));
-    const V gap = (exp((alpha * log_q)) - p_power);
-    phi_ = (((p_power * (log_p - log_q)) + (gap / alpha)) / alpha);
+    const V ratio = (alpha * log_ratio);
+    const V top = exp(where((ratio > splat(0.0f)), (alpha * log_p), (alpha * log_q)));
+    const V lower = (top * expm1((-abs(ratio))));
+    const V gap = where((ratio > splat(0.0f)), lower, (-lower));
+    const V p_power = where((ratio > splat(0.0f)), top, (top + lower));
+    phi_ = (((p_power * log_ratio) + (gap / alpha)) / alpha);
     g_ = (gap / alpha);
+    h_ = degree_ * phi_ - g_;
   }
 };
 
 struct alpha_beta_at_alpha_0 {
   static constexpr bool always_normalized = true;
   static constexpr bool uses_logs = true, gradient_uses_logs = true;
-  static FASTKD_INLINE void eval(V p, V q, V log_p, V log_q, const float* params_, V& phi_, V& g_) {
+  static FASTKD_INLINE void eval(V p, V q, V log_p, V log_q, V log_ratio, const float* params_, float degree_, V& phi_,
+                                 V& g_, V& h_) {
     const V beta = splat(params_[0]);
-    const V q_power = exp((beta * log_q));
-    const V g = (q_power * (log_q - log_p));
-    phi_ = ((g + ((exp((beta * log_p)) - q_power) / beta)) / beta);
+    const V ratio = (beta * log_ratio);
+    const V top = exp(where((ratio > splat(0.0f)), (beta * log_p), (beta * log_q)));
+    const V lower = (top * expm1((-abs(ratio))));
+    const V gap = where((ratio > splat(0.0f)), (-lower), lower);
+    const V g = ((-where((ratio > splat(0.0f)), (top + lower), top)) * log_ratio);
+    phi_ = ((g + (gap / beta)) / beta);
     g_ = g;
+    h_ = degree_ * phi_ - g_;
   }
 };
 
 struct alpha_beta_at_sum_0 {
   static constexpr bool always_normalized = true;
   static constexpr bool uses_logs = true, gradient_uses_logs = true;
-  static FASTKD_INLINE void eval(V p, V q, V log_p, V log_q, const float* params_, V& phi_, V& g_) {
+  static FASTKD_INLINE void eval(V p, V q, V log_p, V log_q, V log_ratio, const float* params_, float degree_, V& phi_,
+                                 V& g_, V& h_) {
     const V alpha = splat(params_[0]);
-    const V ratio = (alpha * (log_p - log_q));
-    const V gap = (splat(1.0f) - exp(ratio));
-    phi_ = ((-(ratio + gap)) / (alpha * alpha));
-    g_ = (gap / alpha);
+    const V ratio = (alpha * log_ratio);
+    const V more = expm1(ratio);
+    phi_ = ((more - ratio) / (alpha * alpha));
+    g_ = ((-more) / alpha);
+    h_ = degree_ * phi_ - g_;
   }
 };
 
 struct half_squared_gap {
   static constexpr bool always_normalized = false;
   static constexpr bool uses_logs = true, gradient_uses_logs = true;
-  static FASTKD_INLINE void eval(V p, V q, V log_p, V log_q, const float* params_, V& phi_, V& g_) {
-    const V gap = (log_q - log_p);
-    phi_ = ((splat(0.5f) * gap) * gap);
-    g_ = gap;
+  static FASTKD_INLINE void eval(V p, V q, V log_p, V log_q, V log_ratio, const float* params_, float degree_, V& phi_,
+                                 V& g_, V& h_) {
+    phi_ = ((splat(0.5f) * log_ratio) * log_ratio);
+    g_ = (-log_ratio);
+    h_ = degree_ * phi_ - g_;
   }
 };
 
 struct smooth_l1 {
   static constexpr bool always_normalized = false;
   static constexpr bool uses_logs = true, gradient_uses_logs = true;
-  static FASTKD_INLINE void eval(V p, V q, V log_p, V log_q, const float* params_, V& phi_, V& g_) {
+  static FASTKD_INLINE void eval(V p, V q, V log_p, V log_q, V log_ratio, const float* params_, float degree_, V& phi_,
+                                 V& g_, V& h_) {
     const V beta = splat(params_[0]);
-    const V gap = (log_q - log_p);
-    const V size = abs(gap);
-    const V phi = where((size < beta), (((splat(0.5f) * gap) * gap) / beta), (size - (splat(0.5f) * beta)));
+    const V size = abs(log_ratio);
+    const V phi = where((size < beta), (((splat(0.5f) * log_ratio) * log_ratio) / beta), (size - (splat(0.5f) * beta)));
     phi_ = phi;
-    g_ = where((size < beta), (gap / beta), where((gap > splat(0.0f)), splat(1.0f), (-splat(1.0f))));
+    g_ = where((size < beta), ((-log_ratio) / beta), where((log_ratio < splat(0.0f)), splat(1.0f), (-splat(1.0f))));
+    h_ = degree_ * phi_ - g_;
   }
 };
 
 // The table, in the order of DEFINITIONS.
-#define FASTKD_DIVERGENCES(X) X(forward_kl) X(reverse_kl) X(mixture) X(soft_cross_entropy) X(jsd) X(skew_forward_kl) X(skew_reverse_kl) X(tvd) X(hellinger) X(alpha_beta) X(alpha_beta_at_beta_0) X(alpha_beta_at_alpha_0) X(alpha_beta_at_sum_0) X(half_squared_gap) X(smooth_l1)
+#define FASTKD_DIVERGENCES(X) X(forward_kl) X(reverse_kl) X(mixture) X(soft_cross_entropy) X(jsd) X(skew_forward_kl) X(skew_reverse_kl) X(tvd) X(hellinger) X(alpha_beta) X(alpha_beta_of_any_sign) X(alpha_beta_at_beta_0) X(alpha_beta_at_alpha_0) X(alpha_beta_at_sum_0) X(half_squared_gap) X(smooth_l1)

@@ -114,6 +114,8 @@ def run(chosen: argparse.Namespace) -> int:
         else:
             found = describe(read_manifest(chosen.path))
             print(json.dumps(found, indent=2) if chosen.json else text(found))
+    except BrokenPipeError:  # whoever reads the output has read enough
+        raise
     except (ValueError, OSError, ImportError) as error:
         print(f"python -m fastkd cache {chosen.action}: {error}", file=sys.stderr)
         return 1

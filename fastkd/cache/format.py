@@ -25,6 +25,9 @@ from typing import Any, TypeGuard
 import torch
 from torch import Tensor
 
+from fastkd.scalars import plain
+from fastkd.tensors import address
+
 FORMAT = "fastkd teacher cache"
 VERSION = 1
 KINDS = ("hidden", "topk", "dense")
@@ -76,6 +79,13 @@ def require(holds: bool, name: str, allowed: str, value: object) -> None:
         raise ValueError(f"{name} must be {allowed}, got {reprlib.repr(value)}")
 
 
+def folder_of(path: object, argument: str = "path") -> Path:
+    """The path of a cache's folder."""
+    if not isinstance(path, (str, os.PathLike)):
+        raise TypeError(f"{argument} must be a str or an os.PathLike, got {type(path).__name__}")
+    return Path(path)
+
+
 def need(module: str, what: str, extra: str) -> Any:
     """Import a module of an extra; ImportError says which extra."""
     try:
@@ -86,6 +96,7 @@ def need(module: str, what: str, extra: str) -> Any:
 
 def is_int(value: object, least: int = 1) -> TypeGuard[int]:
     """Whether a value is an int, and no bool, of at least that."""
+    value = plain(value)
     return type(value) is int and value >= least
 
 
@@ -145,14 +156,19 @@ class Manifest:
     complete: bool = False
 
     def __post_init__(self) -> None:
+        for name in ("vocab_size", "shard_examples", "k", "temperature", "logit_scale", "softcap"):
+            object.__setattr__(self, name, plain(getattr(self, name)))
+
         def check(name: str, holds: bool, allowed: str) -> None:
             require(holds, name, allowed, getattr(self, name))
 
         def check_kind(kind: str, name: str, holds: bool, allowed: str, absent: object) -> None:
+            value = getattr(self, name)
             if self.kind == kind:
                 check(name, holds, allowed)
             else:
-                check(name, getattr(self, name) == absent, f"{absent} for kind {self.kind!r}")
+                is_absent = not isinstance(value, Tensor) and value == absent
+                check(name, is_absent, f"{absent} for kind {self.kind!r}")
 
         check("kind", self.kind in KINDS, f"one of {', '.join(KINDS)}")
         check(
@@ -368,7 +384,7 @@ def chunks(layout: Layout, tensors: Mapping[str, Sequence[Tensor]]) -> Iterator[
     for name in _header(layout)[0]:
         for piece in tensors[name]:
             # torch lends a tensor's memory by way of NumPy alone, which may be missing.
-            yield memoryview((ctypes.c_char * piece.nbytes).from_address(piece.data_ptr()))
+            yield memoryview((ctypes.c_char * piece.nbytes).from_address(address(piece)))
 
 
 def digest(data: Iterable[Any]) -> str:

@@ -22,6 +22,7 @@ from fastkd.cache.format import (
     IncompleteError,
     Manifest,
     ManifestError,
+    folder_of,
     is_int,
     read_part,
     require,
@@ -125,7 +126,7 @@ def read_manifest(folder: str | os.PathLike[str]) -> Manifest:
             together.
         IncompleteError: a part has not been begun.
     """
-    return read_whole(Path(folder)).manifest
+    return read_whole(folder_of(folder, "folder")).manifest
 
 
 def _part_names(folder: Path) -> list[tuple[str, int]]:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import functools
 import math
+import operator
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, overload
 
 import torch
 from torch import Tensor
@@ -22,11 +23,13 @@ from fastkd.cache.format import (
     check_file,
     check_files,
     check_values,
+    folder_of,
     need,
     read_part,
     require,
 )
 from fastkd.cache.parts import check_rank, listed, read_whole
+from fastkd.scalars import plain
 from fastkd.teachers import TAILS, LinearTeacher, TopK
 
 _VERIFY = ("full", "header")
@@ -159,9 +162,11 @@ class TeacherCache(Dataset[Example]):
         allow_incomplete: bool = False,
     ) -> None:
         check_rank(rank, world_size)
+        rank, world_size = plain(rank), plain(world_size)
+        require(isinstance(allow_incomplete, bool), "allow_incomplete", "a bool", allow_incomplete)
         require(tail in TAILS, "tail", f"one of {', '.join(TAILS)}", tail)
         require(verify in _VERIFY, "verify", f"one of {', '.join(_VERIFY)}", verify)
-        whole = Path(path).absolute()
+        whole = folder_of(path).absolute()
         self.manifest, self._parts = read_whole(whole)
         count = self.manifest.examples
         if not (self.manifest.complete or allow_incomplete):
@@ -189,9 +194,37 @@ class TeacherCache(Dataset[Example]):
     def __len__(self) -> int:
         return len(self._range)
 
-    def __getitem__(self, index: int) -> Example:
-        """The example at a position within this rank's part."""
-        position = self._range[index]
+    @overload
+    def __getitem__(self, index: int) -> Example: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Example]: ...
+    def __getitem__(self, index: int | slice) -> Example | list[Example]:
+        """The example at a position within this rank's part, or a list of those of a slice, which `collate` takes.
+
+        Raises:
+            TypeError: the index is neither an integer nor a slice of integers.
+            IndexError: there is no example at that position.
+            ShardError: as the class says.
+        """
+        if isinstance(index, slice):
+            try:
+                positions = range(len(self))[index]
+            except (TypeError, ValueError) as error:
+                raise TypeError(
+                    f"index must be a slice of integers, got {index}: {error}"
+                ) from None
+            return [self._example(position) for position in positions]
+        try:
+            position = operator.index(index)
+        except TypeError:
+            kind = type(index).__name__
+            raise TypeError(f"index must be an integer or a slice, got {kind}") from None
+        if not -len(self) <= position < len(self):
+            raise IndexError(f"index must be in [{-len(self)}, {len(self)}), got {position}")
+        return self._example(position)
+
+    def _example(self, position: int) -> Example:
+        position = self._range[position]
         number, position = divmod(position, self.manifest.shard_examples)
         if number not in self._shards:
             self._shards[number] = self._open(number, self._full)
@@ -205,7 +238,12 @@ class TeacherCache(Dataset[Example]):
         """A batch of examples, for a DataLoader's collate_fn.
 
         Where the mask is False, input_ids, hidden states and logits are 0; a TopK has ids -1, and all mass in the tail.
+
+        Raises:
+            ValueError: there is no example.
         """
+        if not examples:
+            raise ValueError("examples must be one or more, got none")
         lengths = torch.tensor([len(example.input_ids) for example in examples])
         mask = torch.arange(int(lengths.max())) < lengths.unsqueeze(-1)
         parts = [_parts(example.teacher) for example in examples]

@@ -30,6 +30,7 @@ from fastkd.cache.format import (
     chunks,
     digest,
     file_size,
+    folder_of,
     read_part,
     replace_file,
     require,
@@ -37,7 +38,9 @@ from fastkd.cache.format import (
     sync_folder,
 )
 from fastkd.cache.parts import check_others, difference, part_folder
+from fastkd.scalars import plain
 from fastkd.teachers import TopK
+from fastkd.tensors import readable
 
 _LOCK = ".lock"
 _ARGUMENTS = {"hidden": "hidden", "topk": "topk", "dense": "logits"}  # of append, by kind
@@ -98,7 +101,9 @@ class CacheWriter:
         world_size: int = 1,
     ) -> None:
         names = {value: name for name, value in DTYPES.items()}
-        require(dtype in names, "dtype", " or ".join(map(str, names)), dtype)
+        known = isinstance(dtype, torch.dtype) and dtype in names
+        require(known, "dtype", " or ".join(map(str, names)), dtype)
+        vocab_size, rank, world_size = map(plain, (vocab_size, rank, world_size))
         head = _head_tensors(kind, vocab_size, dtype, weight, bias)
         layout: Layout = {name: (dtype, tuple(piece.shape)) for name, [piece] in head.items()}
         record = None
@@ -119,7 +124,7 @@ class CacheWriter:
             teacher=teacher,
             head=record,
         )
-        whole = Path(path).absolute()
+        whole = folder_of(path).absolute()
         self._folder = part_folder(whole, rank, world_size)
         self._rank, self._world_size = rank, world_size
         self._pending: list[dict[str, Tensor]] = []
@@ -376,4 +381,5 @@ def _copy(name: str, value: object, dtype: torch.dtype, shape: tuple[int, ...]) 
     """A tensor of that dtype and shape in memory of its own, contiguous and on the CPU."""
     given = _check_tensor(name, value, (dtype,))
     require(tuple(given.shape) == shape, name, f"of shape {shape}", tuple(given.shape))
-    return given.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
+    given = readable(given.detach())
+    return given.to("cpu", copy=True, memory_format=torch.contiguous_format)

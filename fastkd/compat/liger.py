@@ -36,8 +36,15 @@ from fastkd.divergences import Divergence, jsd
 from fastkd.functional import fused_linear_kd_loss, kd_loss
 from fastkd.rows import widened
 from fastkd.teachers import LinearTeacher
-from fastkd.validate import check_choice, check_number
+from fastkd.validate import (
+    check_choice,
+    check_number,
+    check_pair,
+    check_per_row,
+    check_side,
+)
 
+_REMEDY = "Cut both to the tokens that they share, [..., :n], and normalise them anew"
 LOWEST = torch.finfo(torch.float32).min
 
 
@@ -103,7 +110,7 @@ def _as_given(
         ignore_index=ignore_index,
         **_reduced(reduction, student.shape, labels, ignore_index),
         # These definitions are no part of the C++ kernel's table.
-        backend="reference" if student.device.type == "cpu" else "auto",
+        backend="portable" if student.device.type == "cpu" else "auto",
     )
 
 
@@ -141,6 +148,8 @@ class LigerJSD(nn.Module):
 
     def forward(self, log_q: Tensor, log_p: Tensor, shift_labels: Tensor | None = None) -> Tensor:
         """Student's and teacher's log-probabilities [..., V], labels [...]; the mean over rows that count, 0-dim."""
+        check_pair("log_p", log_p, "log_q", log_q, _REMEDY)
+        check_per_row("shift_labels", shift_labels, log_q.shape[:-1])
         return _as_given(
             log_q, log_p, shift_labels, self._divergence, "batchmean", self.ignore_index
         )
@@ -149,9 +158,10 @@ class LigerJSD(nn.Module):
 class LigerKLDIVLoss(nn.KLDivLoss):
     r"""liger_kernel.transformers.LigerKLDIVLoss: sum p (log max(p, eps) - log q) of log-probabilities of the student.
 
-    The gradient is by log q as it is given; the target is a constant. Divided by the rows for "batchmean", and by the
-    vocabulary too for "mean", which is the default, as it is there and in torch. The one without a reduction, [..., V],
-    is what torch computes. Liger gives NaN where p and q are 0.
+    The gradient is by log q as it is given; the target is a constant. "batchmean" divides by the number of rows, and
+    "mean", the default as in Liger and torch, by the vocabulary too. Liger takes [rows, V] alone, of which the rows are
+    torch's size(0); of more dimensions each leading position is a row here, where torch's "batchmean" divides by
+    size(0) only. The one without a reduction, [..., V], is what torch computes. Liger gives NaN where p and q are 0.
 
     Args:
         eps: probabilities of the target below it have its logarithm; not used with log_target.
@@ -166,6 +176,7 @@ class LigerKLDIVLoss(nn.KLDivLoss):
 
     def forward(self, y_pred: Tensor, y_true: Tensor) -> Tensor:
         """log q [..., V], and p or, with log_target, log p; 0-dim, or [..., V] without a reduction."""
+        check_pair("y_true", y_true, "y_pred", y_pred, _REMEDY)
         log_p = widened(y_true.detach())
         if not self.log_target:
             log_p = log_p.log()
@@ -198,6 +209,8 @@ class LigerTVDLoss(nn.Module):
 
     def forward(self, p: Tensor, q: Tensor, shift_labels: Tensor | None = None) -> Tensor:
         """Probabilities [..., V] of student and teacher, labels [...]; 0-dim, or [..., V] without a reduction."""
+        check_pair("q", q, "p", p, _REMEDY)
+        check_per_row("shift_labels", shift_labels, p.shape[:-1])
         if self.reduction != "none":
             return _as_given(p, q, shift_labels, _DISTANCE, self.reduction, self.ignore_index)
         terms = 0.5 * (widened(p) - widened(q.detach())).abs()
@@ -268,6 +281,10 @@ class LigerFusedLinearJSDLoss(nn.Module):
         teacher_bias: Tensor | None = None,
     ) -> Tensor | tuple[Tensor, Tensor, Tensor]:
         """Hidden states [N, H], heads [V, H] and biases [V] of both, labels [N]; 0-dim."""
+        _check_sides(student_input, student_weight, teacher_input, teacher_weight)
+        if true_labels is None:
+            raise TypeError("true_labels must be a tensor, got NoneType")
+        check_per_row("true_labels", true_labels, student_input.shape[:-1])
         total = self.weight_hard_loss + self.weight_soft_loss
         alpha = self.weight_soft_loss / total
         given = (student_input, student_weight, teacher_input, teacher_weight, true_labels)
@@ -349,6 +366,8 @@ class LigerFusedLinearJSD(nn.Module):
         shift_labels: Tensor | None,
     ) -> Tensor:
         """Hidden states [N, H] and heads [V, H] of both, labels [N] or None; 0-dim."""
+        _check_sides(student_input, student_weight, teacher_input, teacher_weight)
+        check_per_row("shift_labels", shift_labels, student_input.shape[:-1])
         return fused_linear_kd_loss(
             student_input,
             student_weight,
@@ -401,6 +420,23 @@ class LigerFusedLinearKLDivLoss(nn.Module):
         shift_labels: Tensor | None = None,
     ) -> Tensor:
         """Hidden states [N, H], head [V, H], probabilities [N, V], labels [N] or None; 0-dim."""
+        check_side("student_input", student_input, "student_weight", student_weight)
+        check_per_row("shift_labels", shift_labels, student_input.shape[:-1])
+        if not target.is_floating_point():
+            raise TypeError(
+                f"target must be probabilities, a floating-point tensor; got {target.dtype}"
+            )
+        if target.shape[:-1] != student_input.shape[:-1]:
+            raise ValueError(
+                f"target must have the rows of student_input, {tuple(student_input.shape[:-1])}; got "
+                f"{tuple(target.shape)}"
+            )
+        if target.dim() < 1 or target.shape[-1] != len(student_weight):
+            raise ValueError(
+                f"target must have the {len(student_weight)} columns of student_weight; got {tuple(target.shape)}. Cut "
+                "the wider of both to the tokens that they share: fewer rows of student_weight, or target[..., :n], "
+                "which is normalised here"
+            )
         return fused_linear_kd_loss(
             student_input,
             student_weight,
@@ -411,6 +447,18 @@ class LigerFusedLinearKLDivLoss(nn.Module):
             scale_by_temperature=False,
             ignore_index=self.ignore_index,
             **_reduced(self.reduction, target.shape, shift_labels, self.ignore_index),
+        )
+
+
+def _check_sides(
+    student_input: Tensor, student_weight: Tensor, teacher_input: Tensor, teacher_weight: Tensor
+) -> None:
+    check_side("student_input", student_input, "student_weight", student_weight)
+    check_side("teacher_input", teacher_input, "teacher_weight", teacher_weight)
+    if teacher_input.shape[:-1] != student_input.shape[:-1]:
+        raise ValueError(
+            f"teacher_input must have the rows of student_input, {tuple(student_input.shape[:-1])}; got "
+            f"{tuple(teacher_input.shape[:-1])}"
         )
 
 

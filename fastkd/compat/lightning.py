@@ -16,11 +16,13 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastkd import models
 from fastkd.distiller import find_logits
+from fastkd.models import Habits
 from fastkd.modules import KDLoss
+from fastkd.validate import check_choice
 
 if TYPE_CHECKING:
     from lightning import LightningModule
@@ -50,8 +52,10 @@ def _module_class() -> type[LightningModule]:
         - It logs train_loss, train_distillation, train_cross_entropy and train_student_entropy, and their val_ twins,
           each the mean over the rows that count.
 
-        A batch is a mapping, in which labels are found and the rest is passed to both models by name, or (inputs,
-        labels). Models return logits [..., V], or what :func:`fastkd.distiller.find_logits` finds them in.
+        A batch is a mapping, in which labels are found and of the rest each model is passed what its forward names, or
+        (inputs, labels). Both run with use_cache=False where they know it; an encoder-decoder's decoder_input_ids are
+        made from labels where the batch has none; the first packed batch is checked for a model that reads across its
+        examples. Models return logits [..., V], or what :func:`fastkd.distiller.find_logits` finds them in.
 
         Args:
             student: any module; the checkpoint has it under "student.".
@@ -59,12 +63,18 @@ def _module_class() -> type[LightningModule]:
             loss: the options of the loss; None: forward KL at temperature 1.
             optimizer: from the student's parameters to an optimizer, such as torch.optim.AdamW or a partial of it.
             labels: the name of the labels in a batch.
-            shift_labels: labels are those of the inputs, as a language model's data set has them: position i is
-                trained on the label of i + 1, and the last has none.
+            shift_labels: True: labels are those of the inputs, as a language model's data set has them: position i is
+                trained on the label of i + 1, and the last, and the last of each packed example, has none. False: each
+                row of logits has its own label. "auto": what a student of transformers does with labels itself, seen
+                in a run on the first example; False for other modules.
+            own_loss: "keep": what the student adds to its loss by itself, such as a router's auxiliary loss, is added
+                with its own coefficient, and logged as own_loss. "drop": it is left out.
 
         Raises:
             ImportError: lightning is not installed.
             TypeError: loss is no fastkd.KDLoss, or is one whose reduction is not "mean".
+            ValueError: a head is no distribution over classes; at the first batch, the labels of a module of which
+                nothing is known are its input_ids.
         """
 
         def __init__(
@@ -75,9 +85,16 @@ def _module_class() -> type[LightningModule]:
             *,
             optimizer: Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer],
             labels: str = "labels",
-            shift_labels: bool = False,
+            shift_labels: bool | str = "auto",
+            own_loss: str = "keep",
         ) -> None:
             super().__init__()
+            if shift_labels not in ("auto", True, False):
+                raise ValueError(
+                    f"shift_labels must be 'auto', True or False, got {shift_labels!r}"
+                )
+            check_choice("own_loss", own_loss, ("keep", "drop"))
+            models.check_heads(student, teacher)
             loss = KDLoss() if loss is None else loss
             if not isinstance(loss, KDLoss) or loss.options.get("reduction", "mean") != "mean":
                 raise TypeError(
@@ -92,6 +109,8 @@ def _module_class() -> type[LightningModule]:
             self._optimizer = optimizer
             self._labels = labels
             self._shift = shift_labels
+            self._own_loss = own_loss
+            self._habits: Habits | None = None
             self._rows: Tensor | None = None  # that count, of the micro-batches of this step so far
 
         @property
@@ -135,35 +154,91 @@ def _module_class() -> type[LightningModule]:
 
         def _loss(self, batch: Any, stage: str) -> tuple[Tensor, Tensor]:
             arguments, named, labels = self._unpacked(batch)
+            ignored = self.loss.options.get("ignore_index", models.IGNORED)
+            habits = self._learned(arguments, named, labels)
+            teacher = models.with_decoder_inputs(
+                self.teacher, models.beside(self.teacher, self.student).chosen(named), labels
+            )
             with torch.no_grad():
-                target = find_logits(self.teacher(*arguments, **named))
-            logits = find_logits(self.student(*arguments, **named))
-            loss, parts = self.loss(logits, target, labels, num_items=UNIT)
+                target = find_logits(self.teacher(*arguments, **teacher))
+            given = self._of_student(named, labels)
+            if habits.own == "labels":
+                with models.LabelLoss(labels):
+                    outputs = self.student(*arguments, **given, labels=labels)
+                own = models.loss_in(outputs)
+            else:
+                outputs = self.student(*arguments, **given)
+                keeps = habits.own == "outputs" and self._own_loss == "keep"
+                own = models.own_loss(self.student, outputs) if keeps else None
+            logits = models.without_soft_prompt(self.student, find_logits(outputs), labels.shape)
+            shifts = labels.dim() == 2 and logits.dim() == 3 and bool(habits.shifts)
+            begins = models.starts(named, labels.shape)
+            targets = models.targets(labels, shifts, begins, ignored)
+            models.check_rows(targets, logits.shape[:-1])
+            loss, parts = self.loss(logits, target, targets, num_items=UNIT)
             rows = parts.counted.clamp(min=1)
             means = {
-                "loss": loss.detach() * (UNIT / rows),
                 "distillation": parts.distillation.sum() / rows,
                 "cross_entropy": parts.cross_entropy.sum() / rows,
                 "student_entropy": parts.student_entropy.sum() / rows,
             }
+            if own is not None:  # the mean of a step's batches, by their rows
+                loss = loss + own * (parts.counted / UNIT)
+                means["own_loss"] = own.detach()
+            means["loss"] = loss.detach() * (UNIT / rows)
             named_means = {f"{stage}_{name}": value for name, value in means.items()}
             # The mean over an epoch weighs batches by their rows; in training that would wait for the device each step.
             size = int(parts.counted) if stage == "val" else len(logits)
             self.log_dict(named_means, batch_size=size, sync_dist=stage == "val")
             return loss, parts.counted
 
+        def _of_student(self, named: dict[str, Any], labels: Tensor) -> dict[str, Any]:
+            chosen = models.beside(self.student, self.teacher).chosen(named)
+            return models.with_decoder_inputs(self.student, chosen, labels)
+
+        def _learned(
+            self, arguments: tuple[Any, ...], named: dict[str, Any], labels: Tensor
+        ) -> Habits:
+            """What the student does with labels, and whether packed examples are kept apart: once."""
+            if self._habits is not None:
+                return self._habits
+            models.check_labels(labels)
+            features = models.by_name(self.student, arguments, named)
+            known = len(features) == len(arguments) + len(named)
+            found = Habits(models.shifts_labels(self.student), "outputs")
+            if known:
+                given = self._of_student(features, labels)
+                found = models.habits_of(self.student, self.student, given, labels, self._own_loss)
+            for whose, model, other in (
+                ("the student", self.student, self.teacher),
+                ("the teacher", self.teacher, self.student),
+            ):
+                if not arguments:
+                    given = models.beside(model, other).chosen(named)
+                    given = models.with_decoder_inputs(model, given, labels)
+                    models.check_boundaries(model, model, given, named, whose)
+            if isinstance(self._shift, bool):
+                found = found._replace(shifts=self._shift)
+            elif found.shifts is None and _same_tokens(features, arguments, labels):
+                raise ValueError(
+                    "shift_labels must be given: the labels are the input_ids, and of this student it cannot be known "
+                    "whether position i predicts the label of i + 1 (a causal language model: True) or its own (False)"
+                )
+            self._habits = found
+            return found
+
         def _unpacked(self, batch: Any) -> tuple[tuple[Any, ...], dict[str, Any], Tensor]:
             """(positional inputs, named inputs, labels)."""
             if isinstance(batch, Mapping):
                 named = dict(batch)
-                arguments, labels = (), named.pop(self._labels)
-            else:
-                *arguments, labels = batch
-                named = {}
-            if self._shift:
-                ignored = self.loss.options.get("ignore_index", -100)
-                labels = F.pad(labels[..., 1:], (0, 1), value=ignored)
-            return tuple(arguments), named, labels
+                if named.get(self._labels) is None:
+                    raise ValueError(
+                        f"a batch must have {self._labels!r}, the labels, and this one has {', '.join(named)}; the "
+                        "argument labels= of DistillationModule names them"
+                    )
+                return (), named, named.pop(self._labels)
+            *arguments, labels = batch
+            return tuple(arguments), {}, labels
 
         def _apply(self, fn: Any, recurse: bool = True) -> Any:
             super()._apply(fn, recurse)
@@ -173,6 +248,15 @@ def _module_class() -> type[LightningModule]:
 
     DistillationModule.__qualname__ = "DistillationModule"  # so that it can be pickled
     return DistillationModule
+
+
+def _same_tokens(features: Mapping[str, Any], arguments: tuple[Any, ...], labels: Tensor) -> bool:
+    """Whether the labels that count are the tokens at their own positions."""
+    ids = features.get("input_ids", arguments[0] if arguments else None)
+    if not isinstance(ids, Tensor) or ids.shape != labels.shape or ids.is_floating_point():
+        return False
+    counts = labels != models.IGNORED
+    return int(counts.sum()) > 1 and torch.equal(ids[counts], labels[counts])
 
 
 def __getattr__(name: str) -> Any:

@@ -19,6 +19,9 @@ from torch import Tensor
 from fastkd import functional
 from fastkd.divergences import Divergence, dkd, forward_kl
 from fastkd.response import standardized_kd_loss
+from fastkd.validate import check_pair, check_per_row
+
+_REMEDY = "Both models must classify into the same classes"
 
 
 def kd_loss(
@@ -75,5 +78,7 @@ def _loss(
     temperature: float,
     standardized: bool,
 ) -> Tensor:
+    check_pair("logits_teacher", teacher, "logits_student", student, _REMEDY, lowest=2)
+    check_per_row("target", labels, student.shape[:-1])
     loss = standardized_kd_loss if standardized else functional.kd_loss
     return loss(student, teacher, labels, divergence=divergence, temperature=temperature)

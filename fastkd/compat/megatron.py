@@ -58,6 +58,27 @@ def topk_kl_div(
     """
     if tp_size > 1 and tp_group is None:
         raise ValueError(f"tp_group must be the {tp_size} processes of tp_size, got None")
+    if student_logits.dim() != 3:
+        raise ValueError(f"student_logits must be [s, b, V], got {tuple(student_logits.shape)}")
+    lead = student_logits.shape[:-1]
+    for name, value in (
+        ("teacher_topk_logprobs", teacher_topk_logprobs),
+        ("teacher_topk_indices", teacher_topk_indices),
+    ):
+        if value.dim() != 3 or value.shape[:-1] != lead:
+            raise ValueError(
+                f"{name} must be [s, b, K] with [s, b] = {tuple(lead)}, got {tuple(value.shape)}"
+            )
+    if not teacher_topk_logprobs.is_floating_point() or teacher_topk_indices.is_floating_point():
+        raise TypeError(
+            "teacher_topk_logprobs must be floating-point and teacher_topk_indices integers, got "
+            f"{teacher_topk_logprobs.dtype} and {teacher_topk_indices.dtype}"
+        )
+    if teacher_topk_logprobs.shape != teacher_topk_indices.shape:
+        raise ValueError(
+            f"teacher_topk_indices must have the shape of teacher_topk_logprobs, {tuple(teacher_topk_logprobs.shape)}; "
+            f"got {tuple(teacher_topk_indices.shape)}"
+        )
     ids = teacher_topk_indices.masked_fill(teacher_topk_logprobs == SENTINEL, -1)
     tail = "bucket" if add_ghost_token else "truncate"
     teacher = TopK(ids, teacher_topk_logprobs.detach(), tail=tail)

@@ -24,10 +24,16 @@ from torch.nn.modules.loss import _Loss
 from fastkd.functional import kd_loss
 from fastkd.rows import widened
 from fastkd.teachers import TopK
-from fastkd.validate import check_choice, check_number
+from fastkd.validate import check_choice, check_number, check_pair, check_per_row
 
 # Logarithm of the odds of a label that MFTLoss makes certain: what is left to others is no float32.
 CERTAIN = 100.0
+
+
+_REMEDY = (
+    "Model-Optimizer compares whole vocabularies: where the rest is padding of one tokenizer, pad both models alike "
+    "(Megatron's make_vocab_size_divisible_by), or have the criterion get logits[..., :n] of its n tokens"
+)
 
 
 class LogitsDistillationLoss(_Loss):
@@ -46,6 +52,7 @@ class LogitsDistillationLoss(_Loss):
 
     def forward(self, logits_s: Tensor, logits_t: Tensor) -> Tensor:
         """Logits [..., V] of the student and of the teacher; 0-dim, or [...] without a reduction."""
+        check_pair("logits_t", logits_t, "logits_s", logits_s, _REMEDY)
         return kd_loss(
             logits_s,
             logits_t.detach(),
@@ -82,6 +89,8 @@ class MFTLoss(_Loss):
 
     def forward(self, logits_s: Tensor, logits_t: Tensor, labels: Tensor) -> Tensor:
         """Logits [..., V] of the student and of the teacher, labels [N], one a row; 0-dim."""
+        check_pair("logits_t", logits_t, "logits_s", logits_s, _REMEDY, lowest=2)
+        check_per_row("labels", labels, torch.Size((logits_s.shape[:-1].numel(),)))
         student = logits_s.flatten(0, -2)
         return kd_loss(
             student,
@@ -134,6 +143,7 @@ class _OverVocabulary(_Loss):
             predictions = predictions[0]
         if isinstance(targets, tuple):
             targets = targets[0]
+        check_pair("targets", targets, "predictions", predictions, _REMEDY, lowest=3)
         group = self._group()
         loss = kd_loss(
             predictions,

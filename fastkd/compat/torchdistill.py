@@ -29,9 +29,12 @@ from fastkd.features import attention_transfer_loss
 from fastkd.functional import kd_loss
 from fastkd.relations import rkd_angle_loss, rkd_distance_loss
 from fastkd.response import dist_loss, standardized_kd_loss
-from fastkd.validate import check_choice
+from fastkd.validate import check_choice, check_pair, check_per_row
 
 Outputs = Mapping[str, Mapping[str, Any]]
+
+
+_REMEDY = "Both modules must return logits of the same classes"
 
 
 class _OnLogits(nn.Module):
@@ -54,6 +57,9 @@ class _OnLogits(nn.Module):
         """Classes last: [N, C], or [N, ..., C] of maps [N, C, ...]."""
         student = student_io_dict[self.student_module_path][self.student_module_io]
         teacher = teacher_io_dict[self.teacher_module_path][self.teacher_module_io]
+        name = f"{self.teacher_module_path!r} of the teacher"
+        own = f"{self.student_module_path!r} of the student"
+        check_pair(name, teacher, own, student, _REMEDY, lowest=2)
         return student.movedim(1, -1), teacher.movedim(1, -1)
 
 
@@ -110,6 +116,8 @@ class KDLoss(_OnLogits):
         soft = self._soft(student, teacher)
         if not self.alpha or targets is None:
             return soft
+        if not targets.is_floating_point():  # of probabilities CrossEntropyLoss takes another shape
+            check_per_row("targets", targets, student.shape[:-1])
         hard = self.cross_entropy_loss(student.movedim(-1, 1), targets)
         return self.alpha * hard + self.beta * self.temperature**2 * soft
 

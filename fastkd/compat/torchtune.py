@@ -15,7 +15,8 @@ What is torchtune's convention is kept: its forward KL is the cross-entropy -sum
 - a token that the student holds for impossible and the teacher does not costs infinitely much in forward KL, and one
   that the teacher holds for impossible does in reverse KL, as the formulas say; torchtune counts both as 0. Columns
   at -inf on both sides are 0 here and there, but torchtune's reverse KL has a gradient of NaN for them;
-- lists of chunks of different lengths raise, where torchtune leaves out what is left over.
+- labels are cut where the student's chunks end, whatever cut those; lists of different lengths raise, where torchtune
+  leaves out what is left over.
 """
 
 from __future__ import annotations
@@ -28,7 +29,12 @@ from torch import Tensor, nn
 
 from fastkd.divergences import mixture
 from fastkd.functional import kd_loss
-from fastkd.validate import check_number
+from fastkd.validate import check_number, check_pair
+
+_REMEDY = (
+    "torchtune's losses compare whole vocabularies: where the rest is padding of one tokenizer, cut the logits of both "
+    "models to its n tokens, [..., :n], before the loss"
+)
 
 
 class _Loss(nn.Module):
@@ -64,6 +70,7 @@ class _Loss(nn.Module):
     def _loss(
         self, student_logits: Tensor, teacher_logits: Tensor, labels: Tensor, **options: Any
     ) -> Tensor:
+        check_pair("teacher_logits", teacher_logits, "student_logits", student_logits, _REMEDY)
         if labels.numel() == student_logits.shape[:-1].numel():  # or kd_loss says what is wrong
             labels = labels.reshape(student_logits.shape[:-1])
         options["ignore_index"] = self.ignore_index
@@ -137,24 +144,37 @@ class _ChunkedLoss(_Loss):
         """The mean over all rows of all chunks whose label is not ignore_index.
 
         Args:
-            student_logits: [batch, tokens of the chunk, V] each.
+            student_logits: [batch, tokens of the chunk, V] each, of chunks however they were cut: by torch.chunk, as
+                torchtune 0.6 does, by torch.tensor_split, as its main branch does, or by hand.
             teacher_logits: likewise, of the same chunks.
-            labels: [batch, tokens].
+            labels: [batch, tokens], which are cut as the student's logits are.
 
         Returns:
             0-dim.
 
         Raises:
-            ValueError: there are not as many chunks of the student, of the teacher and of labels.
+            ValueError: there are not as many chunks of the student and of the teacher, or their tokens are not those
+                of the labels.
         """
-        counted = (labels != self.ignore_index).sum()
-        of_labels = labels.chunk(self.num_output_chunks, dim=1)
-        counts = len(student_logits), len(teacher_logits), len(of_labels)
-        if len(set(counts)) > 1:
+        for name, chunks in (
+            ("student_logits", student_logits),
+            ("teacher_logits", teacher_logits),
+        ):
+            if isinstance(chunks, Tensor) or not chunks or any(x.dim() != 3 for x in chunks):
+                raise ValueError(
+                    f"{name} must be a list of chunks [batch, tokens, V], as a model with chunked output returns; "
+                    f"for whole logits there is {type(self).__name__.replace('WithChunkedOutput', '')}"
+                )
+        lengths = [chunk.shape[1] for chunk in student_logits]
+        tokens = labels.shape[1] if labels.dim() == 2 else None
+        if len(student_logits) != len(teacher_logits) or sum(lengths) != tokens:
             raise ValueError(
-                f"student_logits, teacher_logits and labels in {self.num_output_chunks} chunks along dimension 1 must "
-                "have as many chunks; got {}, {} and {}".format(*counts)
+                "student_logits and teacher_logits must have as many chunks, and labels [batch, tokens] the tokens of "
+                f"them all; got {len(student_logits)} and {len(teacher_logits)} chunks, {sum(lengths)} tokens of the "
+                f"student and labels {tuple(labels.shape)}"
             )
+        counted = (labels != self.ignore_index).sum()
+        of_labels = labels.split(lengths, dim=1)
         losses = [
             self._loss(*chunk, num_items=counted)
             for chunk in zip(student_logits, teacher_logits, of_labels, strict=True)
@@ -166,7 +186,7 @@ class ForwardKLWithChunkedOutputLoss(_ChunkedLoss):
     """torchtune.modules.loss.ForwardKLWithChunkedOutputLoss: ForwardKLLoss of lists of chunks.
 
     Args:
-        num_output_chunks: into how many chunks the model cuts its output; labels are cut likewise.
+        num_output_chunks: into how many chunks the model cuts its output; kept for recipes, which read it.
         ignore_index: the label that drops a row.
     """
 
@@ -178,7 +198,7 @@ class ReverseKLWithChunkedOutputLoss(_ChunkedLoss):
     """torchtune.modules.loss.ReverseKLWithChunkedOutputLoss: ReverseKLLoss of lists of chunks.
 
     Args:
-        num_output_chunks: into how many chunks the model cuts its output; labels are cut likewise.
+        num_output_chunks: into how many chunks the model cuts its output; kept for recipes, which read it.
         ignore_index: the label that drops a row.
     """
 
@@ -190,7 +210,7 @@ class SymmetricKLWithChunkedOutputLoss(_ChunkedLoss):
     """torchtune.modules.loss.SymmetricKLWithChunkedOutputLoss: SymmetricKLLoss of lists of chunks.
 
     Args:
-        num_output_chunks: into how many chunks the model cuts its output; labels are cut likewise.
+        num_output_chunks: into how many chunks the model cuts its output; kept for recipes, which read it.
         sym_kd_ratio: r, in [0, 1].
         ignore_index: the label that drops a row.
     """

@@ -21,8 +21,13 @@ from torch import Tensor
 import fastkd
 from fastkd import reference
 from fastkd.teachers import LinearTeacher
-from fastkd.validate import check_alike, check_choice
+from fastkd.validate import check_choice, check_pair, check_per_row, check_side
 
+# TRL compares whole vocabularies, and its trainers refuse models whose vocab_size differs.
+_REMEDY = (
+    "TRL compares whole vocabularies: where the rest is padding of one tokenizer, make both models as wide by their "
+    "resize_token_embeddings(), or cut the wider's logits to its tokens; across tokenizers use TRL's GOLDTrainer"
+)
 # TRL's names to those of kd_loss, where labels say which rows count.
 _REDUCTIONS = {"batchmean": "mean", "sum": "sum", "mean": "mean", "none": "none"}
 
@@ -60,6 +65,8 @@ def generalized_jsd_loss(
             for "none".
     """
     check_choice("reduction", reduction, tuple(_REDUCTIONS))
+    check_pair("teacher_logits", teacher_logits, "student_logits", student_logits, _REMEDY)
+    check_per_row("labels", labels, student_logits.shape[:-1], dtype=None)
     mask = None if labels is None else labels != -100
     if num_items_in_batch is None and reduction == "none":
         return _entries(student_logits, teacher_logits, mask, beta, temperature)
@@ -86,7 +93,6 @@ def _entries(
     temperature: float,
 ) -> Tensor:
     """The summands of the counted rows, differentiable by autograd."""
-    check_alike("teacher_logits", teacher_logits, "student_logits", student_logits)
     if mask is not None:
         student_logits, teacher_logits = student_logits[mask], teacher_logits[mask]
     dtype = torch.promote_types(student_logits.dtype, torch.float32)
@@ -165,6 +171,23 @@ def chunked_divergence_loss(
                 f"{name} is partitioned by DeepSpeed ZeRO-3, and its gradient would not find its way back; use "
                 "FSDP2, ZeRO-2, or TRL's own DistillationTrainer"
             )
+    for side, hidden, weight in (
+        ("student", student_hidden_states, student_lm_head_weight),
+        ("teacher", teacher_hidden_states, teacher_lm_head_weight),
+    ):
+        check_side(f"{side}_hidden_states", hidden, f"{side}_lm_head_weight", weight)
+    rows = student_hidden_states.shape[:-1]
+    if teacher_hidden_states.shape[:-1] != rows:
+        raise ValueError(
+            f"teacher_hidden_states must have the rows of student_hidden_states, {tuple(rows)}; got "
+            f"{tuple(teacher_hidden_states.shape[:-1])}"
+        )
+    check_per_row("completion_mask", completion_mask, rows, dtype=None)
+    if len(student_lm_head_weight) != len(teacher_lm_head_weight):
+        raise ValueError(
+            f"teacher_lm_head_weight must have the rows of student_lm_head_weight, {len(student_lm_head_weight)}; got "
+            f"{len(teacher_lm_head_weight)}. {_REMEDY}"
+        )
     student_dtype, teacher_dtype = student_hidden_states.dtype, teacher_hidden_states.dtype
     teacher = LinearTeacher(
         teacher_hidden_states.detach(),
@@ -198,6 +221,9 @@ def chunked_divergence_loss(
 def _gkd_trainer() -> type:
     """TRL's GKDTrainer with fastkd's loss.
 
+    A mixture-of-experts student's auxiliary loss, which TRL's leaves out, is added with its coefficient and logged as
+    aux_loss, as TRL's SFTTrainer does; GKDConfig(router_aux_loss_coef=0.0) turns it off.
+
     As TRL's it takes the loss at temperature 1: ``args.temperature`` is of the student's sampling. For another one:
 
         class MyTrainer(GKDTrainer):
@@ -205,17 +231,64 @@ def _gkd_trainer() -> type:
     """
     stock = _of_trl("trl.experimental.gkd", "GKDTrainer")
     _check_signature(stock, "generalized_jsd_loss", generalized_jsd_loss)
-    return _subclass(stock, _gkd_trainer, generalized_jsd_loss=staticmethod(generalized_jsd_loss))
+
+    def compute_loss(
+        self: Any,
+        model: Any,
+        inputs: Any,
+        return_outputs: bool = False,
+        num_items_in_batch: int | Tensor | None = None,
+    ) -> Any:
+        """TRL's, and a router's auxiliary loss with its coefficient, as TRL's SFTTrainer has it."""
+        loss, outputs = stock.compute_loss(self, model, inputs, True, num_items_in_batch)  # type: ignore[attr-defined]
+        if getattr(self, "aux_loss_enabled", False):
+            aux = getattr(outputs, "aux_loss", None)
+            if aux is None:
+                raise ValueError(
+                    "the student's configuration has output_router_logits, and its outputs have no aux_loss to add; "
+                    "set GKDConfig(router_aux_loss_coef=0.0)"
+                )
+            training = self.model.training
+            counted = training and num_items_in_batch is not None
+            steps = self.current_gradient_accumulation_steps if counted else 1
+            loss = loss + self.router_aux_loss_coef * aux.to(loss.device) / steps
+            gathered = self.accelerator.gather_for_metrics(aux.detach()).mean().item()
+            self._metrics["train" if training else "eval"]["aux_loss"].append(gathered)
+        return (loss, outputs) if return_outputs else loss
+
+    return _subclass(
+        stock,
+        _gkd_trainer,
+        generalized_jsd_loss=staticmethod(generalized_jsd_loss),
+        compute_loss=compute_loss,
+    )
 
 
 def _distillation_trainer() -> type:
-    """TRL's DistillationTrainer with fastkd's loss. Everything else, generation and logs with it, is TRL's."""
+    """TRL's DistillationTrainer with fastkd's loss. Everything else, generation and logs with it, is TRL's.
+
+    TRL's runs the students' layers without what computes a router's auxiliary loss; a student that asks for one by
+    output_router_logits raises.
+    """
     stock = _of_trl("trl", "DistillationTrainer")
     module = importlib.import_module(stock.__module__)
     name = "_chunked_divergence_loss"
     _check_signature(module, name, chunked_divergence_loss)
     method = _with_global(getattr(stock, "_compute_loss", None), name, chunked_divergence_loss)
-    return _subclass(stock, _distillation_trainer, _compute_loss=method)
+
+    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:  # noqa: N807 (a member of the class below)
+        stock.__init__(self, *args, **kwargs)  # type: ignore[misc]
+        config = self.model.config.get_text_config()
+        if getattr(config, "output_router_logits", False) and getattr(
+            config, "router_aux_loss_coef", 0.0
+        ):
+            raise ValueError(
+                "the student's configuration has output_router_logits, and DistillationTrainer would leave its "
+                "router's auxiliary loss out; set output_router_logits=False in it, or use "
+                "fastkd.compat.transformers.KDTrainer or GKDTrainer, which keep it"
+            )
+
+    return _subclass(stock, _distillation_trainer, _compute_loss=method, __init__=__init__)
 
 
 _TRAINERS = {"GKDTrainer": _gkd_trainer, "DistillationTrainer": _distillation_trainer}

@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 
 from fastkd.parallel.collectives import Pending, all_gather, all_gather_objects
+from fastkd.tensors import readable
 
 _companions: dict[dist.ProcessGroup, dist.ProcessGroup] = {}
 
@@ -134,5 +135,5 @@ def digest_of(tensor: torch.Tensor | None) -> Any:
     """Of the values, for calls that are checked in full (FASTKD_CHECK=1)."""
     if tensor is None:
         return None
-    values = tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy()
+    values = readable(tensor.detach()).cpu().reshape(-1).view(torch.uint8).numpy()
     return hashlib.blake2b(values.tobytes(), digest_size=8).hexdigest()

@@ -7,6 +7,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fastkd.parallel.collectives import all_reduce
+from fastkd.validate import check_flags, check_int, check_mask
 
 
 def num_items(
@@ -35,8 +36,14 @@ def num_items(
     Returns:
         A 0-dim float64 tensor on the device of the labels.
     """
-    counted = labels != ignore_index
+    check_flags(averaged=averaged)
+    if not isinstance(labels, Tensor) or labels.dtype != torch.int64:
+        raise TypeError(
+            f"labels must be an int64 tensor, got {getattr(labels, 'dtype', type(labels).__name__)}"
+        )
+    counted = labels != check_int("ignore_index", ignore_index)
     if mask is not None:
+        check_mask(mask, "labels", labels)
         counted = counted & mask
     count = counted.sum(dtype=torch.float64)
     if not dist.is_initialized():

@@ -9,6 +9,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from fastkd.tensors import readable, writable
+
 
 def _of(*names: str) -> Any:
     """The first of these that torch has, by the name that it has now."""
@@ -68,7 +70,7 @@ class Pending:
 
 def all_gather(value: Tensor, group: dist.ProcessGroup, what: str) -> Pending:
     """[processes, *value.shape], the same on every process."""
-    value = value.contiguous()
+    value = readable(value).contiguous()
     size = dist.get_world_size(group)
     everything = value.new_empty((size, *value.shape))
     flat = everything.view(size * value.numel())
@@ -83,6 +85,7 @@ def all_gather(value: Tensor, group: dist.ProcessGroup, what: str) -> Pending:
 
 def all_reduce(value: Tensor, group: dist.ProcessGroup, what: str) -> Pending:
     """The sum over processes, in place."""
+    assert writable(value), "the memory of a view that is negated would be summed"
 
     def start() -> Any:
         return dist.all_reduce(value, group=group, async_op=True)
@@ -95,7 +98,7 @@ def reduce_scatter(value: Tensor, group: dist.ProcessGroup, what: str) -> Pendin
     part = value.new_empty(value.shape[1:])
 
     def start() -> Any:
-        flat = value.contiguous().view(-1)
+        flat = readable(value).contiguous().view(-1)
         return _reduce_scatter(part.view(-1), flat, group=group, async_op=True)
 
     return Pending(f"the reduce-scatter of {what} ({_shape(value)})", group, start, part)

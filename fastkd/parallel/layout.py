@@ -13,7 +13,7 @@ from torch import Tensor
 from fastkd.parallel.collectives import all_gather, all_reduce, reduce_scatter
 from fastkd.rows import Shard
 from fastkd.teachers import Ensemble, LinearTeacher, TopK
-from fastkd.validate import is_dtensor
+from fastkd.validate import check_int, is_dtensor
 
 
 def _shards(value: Any, axis: int, index: int) -> bool:
@@ -243,8 +243,7 @@ def sequence_of(hidden: Any, group: Any, sequence_dim: int | None) -> Sequence |
         raise ValueError(
             "sequence_dim is for plain tensors of hidden states; the placements of a DTensor say it"
         )
-    if type(sequence_dim) is not int:
-        raise TypeError(f"sequence_dim must be an int, got {type(sequence_dim).__name__}")
+    sequence_dim = check_int("sequence_dim", sequence_dim)
     rows = hidden.dim() - 1
     if not -rows - 1 <= sequence_dim < rows or sequence_dim == -1:
         raise ValueError(

@@ -15,7 +15,7 @@ from fastkd.parallel.agreement import Agreement, Said, digest_of
 from fastkd.parallel.layout import cut, cut_teacher
 from fastkd.rows import Rows, Shard, Want
 from fastkd.teachers import Teacher, flatten
-from fastkd.validate import Prepared, check_values, checking
+from fastkd.validate import Prepared, check_int, check_values, checking
 
 
 def agreed_by(group: Any) -> contextlib.AbstractContextManager[Agreement | None]:
@@ -109,9 +109,7 @@ def _shard(said: Said, vocab_size: int | None, group: Any, student: str) -> tupl
     """(the shard, how many of its columns count); what raises is the same on every process."""
     widths = [width for width, _ in said.numbers]
     total = sum(widths)
-    if vocab_size is not None and type(vocab_size) is not int:
-        raise TypeError(f"vocab_size must be an int, got {type(vocab_size).__name__}")
-    vocabulary = total if vocab_size is None else vocab_size
+    vocabulary = total if vocab_size is None else check_int("vocab_size", vocab_size)
     if not 1 <= vocabulary <= total:
         raise ValueError(
             f"vocab_size must be in [1, {total}], the columns of all processes; got {vocabulary}"

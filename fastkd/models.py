@@ -1,0 +1,682 @@
+"""How student and teacher are run side by side, where all that is known is that both are modules.
+
+Adapters ask here which inputs a model takes, how its labels lie beside its logits, where the examples of a packed batch
+begin, and which loss a model adds to its cross-entropy by itself. Whatever can be found out by running a model once is
+found out that way, and not from a list of classes: a subclass or a wrapper may do anything. transformers is never
+imported; a model that comes from it has imported it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+IGNORED = -100  # the label that drops a position, in transformers and in torch
+# Inputs that say where the examples of a packed batch begin.
+BOUNDARIES = ("position_ids", "seq_idx", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")  # fmt: skip
+_WRAPPERS = (
+    "DistributedDataParallel",
+    "DataParallel",
+    "FullyShardedDataParallel",
+    "DeepSpeedEngine",
+)
+# Losses that take labels and are no cross-entropy over classes.
+_OTHER_LOSSES = (
+    "mse_loss",
+    "l1_loss",
+    "smooth_l1_loss",
+    "binary_cross_entropy",
+    "binary_cross_entropy_with_logits",
+)
+
+
+def base(model: nn.Module) -> nn.Module:
+    """The model inside torch.compile, data parallelism, FSDP, DeepSpeed and PEFT."""
+    inner: Any
+    while True:
+        if "_orig_mod" in model._modules:
+            inner = model._modules["_orig_mod"]
+        elif type(model).__name__ in _WRAPPERS and isinstance(
+            getattr(model, "module", None), nn.Module
+        ):
+            inner = model.module
+        elif hasattr(model, "peft_config") and hasattr(model, "get_base_model"):
+            inner = model.get_base_model()  # type: ignore[operator]
+        else:
+            return model
+        if not isinstance(inner, nn.Module) or inner is model:
+            return model
+        model = inner
+
+
+def from_transformers(model: nn.Module) -> bool:
+    """Whether it is a transformers.PreTrainedModel."""
+    library = sys.modules.get("transformers.modeling_utils")
+    return library is not None and isinstance(model, library.PreTrainedModel)
+
+
+# ---- inputs
+
+
+_VARIADIC = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+
+
+class Signature(NamedTuple):
+    """The inputs of a model's forward."""
+
+    names: frozenset[str]
+    open: bool  # it takes **kwargs
+    others: frozenset[str] = frozenset()  # names of the other model that are kept from this one
+
+    def chosen(self, features: Mapping[str, Any]) -> dict[str, Any]:
+        """The features that the model takes, and use_cache=False where it knows that and they do not say.
+
+        A key-value cache is of no use to a loss, and with one transformers ignores the boundaries of packed examples.
+        """
+        given = {
+            name: value
+            for name, value in features.items()
+            if name in self.names or (self.open and name not in self.others)
+        }
+        if "use_cache" in self.names and "use_cache" not in given:
+            given["use_cache"] = False
+        return given
+
+
+def signature(model: nn.Module) -> Signature:
+    """What the forward of a model names, wrappers aside.
+
+    A forward that takes *args and **kwargs hands them on to that of a base class, whose names count too.
+    """
+    inner = base(model)
+    # accelerate puts a forward of (*args, **kwargs) on the instance, before that of the class.
+    holders = [vars(inner), *map(vars, type(inner).__mro__)]
+    forwards = [holder["forward"] for holder in holders if "forward" in holder]
+    names: set[str] = set()
+    kinds: set[Any] = set()
+    for forward in forwards:
+        if forward is nn.Module.forward:
+            break
+        try:
+            parameters = inspect.signature(forward).parameters.values()
+        except (TypeError, ValueError):
+            return Signature(frozenset(names), True)
+        names |= {p.name for p in parameters if p.kind not in _VARIADIC and p.name != "self"}
+        kinds = {p.kind for p in parameters} & set(_VARIADIC)
+        if len(kinds) < len(_VARIADIC):
+            break
+    return Signature(frozenset(names), inspect.Parameter.VAR_KEYWORD in kinds)
+
+
+def by_name(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of a call, all of them by name."""
+    inner = base(model)
+    forward = type(inner).forward
+    names = [name for name in inspect.signature(forward).parameters if name != "self"]
+    return {**dict(zip(names, args, strict=False)), **kwargs}
+
+
+def beside(model: nn.Module, other: object) -> Signature:
+    """The signature of a model that runs beside another one.
+
+    With **kwargs a model takes what its forward does not name; but one of transformers names what it uses, and is
+    spared what the other model alone names.
+    """
+    own = signature(model)
+    if not isinstance(other, nn.Module) or not from_transformers(base(model)):
+        return own
+    return own._replace(others=signature(other).names - own.names)
+
+
+def part(outputs: Any, name: str) -> Tensor | None:
+    """The tensor of that name in a model's outputs, or None."""
+    value = outputs.get(name) if isinstance(outputs, Mapping) else getattr(outputs, name, None)
+    return value if isinstance(value, Tensor) else None
+
+
+def logits_of(outputs: Any, whose: str = "a model") -> Tensor:
+    """Logits [..., C]: the outputs themselves, their "logits", or the first tensor of a tuple that has a dimension.
+
+    Raises:
+        TypeError: there are none.
+    """
+    logits = outputs if isinstance(outputs, Tensor) else part(outputs, "logits")
+    if logits is None and isinstance(outputs, (tuple, list)):
+        # A tuple may begin with losses, which have no dimension.
+        logits = next((x for x in outputs if isinstance(x, Tensor) and x.dim() > 0), None)
+    if logits is None:
+        held = ", ".join(outputs) if isinstance(outputs, Mapping) else type(outputs).__name__
+        raise TypeError(
+            f"no logits in the outputs of {whose}, which have {held or 'nothing'}; distillation needs a model with a "
+            "head over classes or tokens (AutoModelForCausalLM, not AutoModel), whose outputs call them logits"
+        )
+    return logits
+
+
+# ---- encoder-decoders
+
+
+def is_encoder_decoder(model: nn.Module) -> bool:
+    """Whether the configuration says so."""
+    return bool(getattr(getattr(base(model), "config", None), "is_encoder_decoder", False))
+
+
+def with_decoder_inputs(
+    model: nn.Module, inputs: Mapping[str, Any], labels: Tensor | None
+) -> dict[str, Any]:
+    """The inputs, with the decoder's made from labels where an encoder-decoder has none, by its own rule.
+
+    Raises:
+        ValueError: the model has no such rule that is known.
+    """
+    found = dict(inputs)
+    given = ("decoder_input_ids", "decoder_inputs_embeds", "decoder_attention_mask")
+    if not is_encoder_decoder(model) or any(found.get(name) is not None for name in given[:2]):
+        return found
+    if "decoder_input_ids" not in signature(model).names or labels is None or labels.dim() != 2:
+        return found
+    inner: Any = base(model)
+    config = inner.config
+    start, pad = (getattr(config, n, None) for n in ("decoder_start_token_id", "pad_token_id"))
+    shift = getattr(sys.modules.get(type(inner).__module__), "shift_tokens_right", None)
+    if hasattr(inner, "prepare_decoder_input_ids_from_labels"):
+        made = inner.prepare_decoder_input_ids_from_labels(labels=labels)
+    elif shift is not None and list(inspect.signature(shift).parameters)[1:] == [
+        "pad_token_id",
+        "decoder_start_token_id",
+    ]:
+        made = shift(labels, pad, start)
+    else:
+        raise ValueError(
+            f"decoder_input_ids are needed by {type(inner).__name__}, which does not say how it makes them from "
+            "labels; put them into the batch"
+        )
+    return {**found, "decoder_input_ids": made}
+
+
+# ---- labels beside logits
+
+
+def shifts_labels(model: nn.Module) -> bool | None:
+    """Whether position i of a model predicts label i + 1, from its class; None where that does not say."""
+    inner = base(model)
+    if not from_transformers(inner):
+        return None
+    if is_encoder_decoder(inner):
+        return False
+    auto = sys.modules.get("transformers.models.auto.modeling_auto")
+    causal = set(getattr(auto, "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES", {}).values())
+    causal |= set(getattr(auto, "MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES", {}).values())
+    ancestors = {ancestor.__name__ for ancestor in type(inner).__mro__}
+    if ancestors & {name for name in causal if isinstance(name, str)}:
+        return True
+    if any("ForMaskedLM" in n or "Classification" in n for n in ancestors):
+        return False
+    losses = sys.modules.get("transformers.loss.loss_utils")
+    loss_type = getattr(inner, "loss_type", None)
+    mapping = getattr(losses, "LOSS_MAPPING", {})
+    if losses is None or loss_type not in mapping:
+        return None
+    return mapping[loss_type] is losses.ForCausalLMLoss
+
+
+def starts(features: Mapping[str, Any], shape: Sequence[int]) -> Tensor | None:
+    """Where the second and further examples of packed rows begin, bool [B, S]; None where nothing is packed."""
+    if len(shape) != 2:
+        return None
+    found: list[Tensor] = []
+    positions, index = features.get("position_ids"), features.get("seq_idx")
+    lengths = features.get("cu_seq_lens_q")
+    if isinstance(positions, Tensor) and positions.shape == shape:
+        found.append(F.pad(positions[:, 1:] <= positions[:, :-1], (1, 0)))
+    if isinstance(index, Tensor) and index.shape == shape:
+        found.append(F.pad(index[:, 1:] != index[:, :-1], (1, 0)))
+    if isinstance(lengths, Tensor) and lengths.dim() == 1 and shape[0] == 1:
+        at = torch.zeros(shape, dtype=torch.bool, device=lengths.device)
+        at[0, lengths[1:-1].long()] = True
+        found.append(at)
+    if not found:
+        return None
+    begins = found[0]
+    for other in found[1:]:
+        begins = begins | other.to(begins.device)
+    mask = features.get("attention_mask")
+    if isinstance(mask, Tensor) and mask.shape == shape:  # positions of padding may be anything
+        real = mask.to(begins.device) != 0
+        begins = begins & real & F.pad(real[:, :-1], (1, 0))
+    return begins
+
+
+def targets(
+    labels: Tensor, shifts: bool, begins: Tensor | None = None, ignored: int = IGNORED
+) -> Tensor:
+    """The label of each row of logits.
+
+    Labels move and not the logits, whose shifted view would get a gradient that autograd copies into one of the whole.
+    The last position of an example predicts nothing, as the next token is of another example.
+    """
+    if not shifts:
+        return labels
+    if begins is not None and begins.shape == labels.shape:
+        labels = labels.masked_fill(begins.to(labels.device), ignored)
+    return F.pad(labels[..., 1:], (0, 1), value=ignored)
+
+
+def counted_without_labels(
+    model: nn.Module, features: Mapping[str, Any], shape: torch.Size, shifts: bool
+) -> Tensor | None:
+    """Which rows of logits [*shape, C] count in a batch without labels; None: all.
+
+    Those of real tokens, and of a causal model those whose next token is real and of the same example. The last
+    position of a row predicts nothing, with an attention mask or without one.
+    """
+    if len(shape) != 2:
+        return None
+    name = "decoder_attention_mask" if is_encoder_decoder(model) else "attention_mask"
+    mask = features.get(name)
+    real = mask != 0 if isinstance(mask, Tensor) and mask.shape == shape else None
+    if not shifts:
+        return real
+    if real is None:
+        device = next((x.device for x in features.values() if isinstance(x, Tensor)), None)
+        real = torch.ones(shape, dtype=torch.bool, device=device)
+    begins = starts(features, shape)
+    next_one = real if begins is None else real & ~begins.to(real.device)
+    return real & F.pad(next_one[:, 1:], (0, 1))
+
+
+# ---- what a model adds to its loss
+
+
+class LabelLoss(TorchFunctionMode):
+    """While it is entered, every cross-entropy with these labels is 0, so that a model's loss is what it adds to that.
+
+    Args:
+        labels: [B] or [B, S], those that the model is called with.
+    """
+
+    def __init__(self, labels: Tensor) -> None:
+        super().__init__()
+        self.labels = labels
+        self.shifts: set[bool] = (
+            set()
+        )  # how labels lay beside logits in the cross-entropies that were left out
+        self.other: str | None = None  # the name of a loss of labels that is no cross-entropy
+
+    def __torch_function__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        """Leaves the loss of labels out, and calls whatever else is asked for."""
+        kwargs = kwargs or {}
+        name = getattr(function, "__name__", "")
+        if function in (F.cross_entropy, F.nll_loss):
+            given = inspect.signature(function).bind(*args, **kwargs).arguments
+            shifts = self._alignment(given["target"], given.get("ignore_index", IGNORED))
+            if shifts is not None:
+                self.shifts.add(shifts)
+                shape = given["target"].shape if given.get("reduction") == "none" else ()
+                return given["input"].new_zeros(shape)
+        elif (
+            name in _OTHER_LOSSES
+            and len(args) > 1
+            and isinstance(args[1], Tensor)
+            and args[1].numel() == self.labels.numel()
+        ):
+            self.other = name
+        return function(*args, **kwargs)
+
+    def _alignment(self, target: Tensor, ignored: int) -> bool | None:
+        """Whether a cross-entropy's targets are the labels moved by one; None: they are no labels."""
+        labels = self.labels.to(target.device)
+        if target.is_floating_point():
+            return None
+
+        def same(some: Tensor, whole: Tensor) -> bool:
+            counts = some != ignored
+            return bool(counts.any()) and torch.equal(some[counts], whole.to(some.dtype)[counts])
+
+        if labels.dim() != 2:
+            flat = labels.reshape(-1)
+            return (
+                False
+                if flat.shape == target.reshape(-1).shape and same(target.reshape(-1), flat)
+                else None
+            )
+        batch, length = labels.shape
+        if not batch or target.numel() % batch:
+            return None
+        rows = target.reshape(batch, -1)
+        if rows.shape[1] >= length:  # a soft prompt has put its own positions before them
+            rows = rows[:, -length:]
+            if same(rows, labels):
+                return False
+            return True if same(rows, targets(labels, True)) else None
+        return True if rows.shape[1] == length - 1 and same(rows, labels[:, 1:]) else None
+
+
+class Habits(NamedTuple):
+    """What a model does with labels."""
+
+    shifts: bool | None  # position i predicts label i + 1; None: not known
+    own: str  # where the loss that it adds is: "nothing", "outputs" (of a call without labels) or "labels" (with them)
+
+
+def habits_of(
+    call: Callable[..., Any],
+    model: nn.Module,
+    inputs: Mapping[str, Any],
+    labels: Tensor | None,
+    own_loss: str = "keep",
+) -> Habits:
+    """What a model does with labels: known from a run on the first example, in its own mode and without gradients.
+
+    The labels of that run are made up, so that shifted ones differ from others. Random numbers and buffers are put
+    back. Where the forward names no labels, the class says what can be said.
+
+    Args:
+        call: the model as it is run, wrappers included.
+        model: the model, for its signature.
+        inputs: what it is called with, without labels.
+        labels: of the batch, for their shape; None: none.
+        own_loss: "keep", or "drop" where nobody asks what the model adds.
+
+    Raises:
+        ValueError: the model's loss of labels is no cross-entropy, or one that cannot be told from what is added.
+    """
+    by_class = shifts_labels(model)
+    if labels is None or not labels.numel() or "labels" not in signature(model).names:
+        return Habits(by_class, "outputs" if own_loss == "keep" else "nothing")
+    check_labels(labels)
+    one, size = _first_example(inputs, labels)
+    pattern = (
+        torch.arange(labels[:size].numel(), device=labels.device)
+        // (2 if labels.dim() > 2 else 1)
+        % 2
+    )
+    if labels.dim() == 2:  # 0 1 0 1 .., in each row
+        pattern = (torch.arange(labels.shape[1], device=labels.device) % 2).repeat(size)
+    made_up = pattern.reshape(labels[:size].shape).to(labels.dtype)
+    own = LabelLoss(made_up)
+    with _undone(model, labels.device), torch.no_grad(), own:
+        outputs = call(**one, labels=made_up)
+    if own.other is not None:
+        raise ValueError(_NO_CLASSES.format(f"the student's own loss of them is {own.other}"))
+    loss = loss_in(outputs)
+    if len(own.shifts) == 1:
+        by_class = own.shifts.pop()
+    elif loss is not None:
+        by_class, loss = _compared(outputs, made_up, loss, by_class, own_loss)
+    if own_loss == "drop" or loss is None or not bool((loss != 0).any()):
+        return Habits(by_class, "nothing")
+    aux = part(outputs, "aux_loss")
+    if aux is not None:
+        coefficient = _coefficient(model)
+        if coefficient is not None and torch.allclose(
+            loss.double(), coefficient * aux.double(), rtol=1e-4
+        ):
+            return Habits(by_class, "outputs")
+    return Habits(by_class, "labels")
+
+
+def loss_in(outputs: Any) -> Tensor | None:
+    """The loss that a model returned: its "loss", or the first of a tuple where that has no dimension."""
+    loss = part(outputs, "loss")
+    if (
+        loss is None
+        and isinstance(outputs, (tuple, list))
+        and not hasattr(outputs, "_fields")
+        and len(outputs)
+    ):
+        first = outputs[0]
+        loss = first if isinstance(first, Tensor) and first.dim() == 0 else None
+    return loss
+
+
+def own_loss(model: nn.Module, outputs: Any) -> Tensor | None:
+    """The loss that a model adds by itself, with its own coefficient, in outputs of a call without labels; or None.
+
+    Raises:
+        ValueError: there is one whose coefficient is not known.
+    """
+    loss = loss_in(outputs)
+    if loss is not None and isinstance(outputs, (tuple, list)) and not isinstance(outputs, Mapping):
+        raise ValueError(
+            "the student returns a tuple that begins with a number, without labels, and what that is cannot be known; "
+            "return a dict with 'loss' and 'logits', or leave it out in so many words, by own_loss='drop'"
+        )
+    names = [] if not isinstance(outputs, Mapping) else [
+        name for name, value in outputs.items()
+        if name != "loss" and name.endswith("loss") and isinstance(value, Tensor) and value.numel() == 1
+    ]  # fmt: skip
+    if not names or loss is not None:
+        return loss
+    coefficient = _coefficient(model)
+    if names != ["aux_loss"] or coefficient is None:
+        raise ValueError(
+            f"the student returns {', '.join(names)} beside its logits, and which share of its loss that is cannot be "
+            "known without labels; turn it off in the student's configuration (output_router_logits=False), or leave "
+            "it out in so many words, by own_loss='drop'"
+        )
+    aux = outputs["aux_loss"]
+    return coefficient * aux if coefficient else None
+
+
+_NO_CLASSES = (
+    "labels must be class indices, one for each row of logits, and {}: a regression or multi-label head has no "
+    "distribution over classes to distil. Write its loss in a compute_loss of your own"
+)
+
+
+def check_labels(labels: Tensor) -> None:
+    """Raise for labels of a regression or of several classes at once."""
+    if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
+        raise ValueError(_NO_CLASSES.format(f"these are {labels.dtype} {tuple(labels.shape)}"))
+
+
+def check_heads(student: nn.Module, teacher: object) -> None:
+    """Raise for heads that are no distribution over classes, and for classifiers that order their classes otherwise."""
+    sides = [("the student", student)]
+    if isinstance(teacher, nn.Module):
+        sides.append(("the teacher", teacher))
+    names = []
+    for whose, model in sides:
+        inner = base(model)
+        config = getattr(inner, "config", None)
+        problem = getattr(config, "problem_type", None)
+        classifies = "Classification" in type(inner).__name__
+        if problem in ("regression", "multi_label_classification"):
+            raise ValueError(_NO_CLASSES.format(f"the problem_type of {whose} is {problem!r}"))
+        if classifies and getattr(config, "num_labels", 2) == 1:
+            raise ValueError(_NO_CLASSES.format(f"{whose} has num_labels=1"))
+        table = getattr(config, "id2label", None)
+        if classifies and isinstance(table, Mapping):
+            names.append([str(table[key]) for key in sorted(table)])
+    if len(names) == 2 and names[0] != names[1] and sorted(names[0]) == sorted(names[1]):
+        raise ValueError(
+            f"the student's classes are {', '.join(names[0])} and the teacher's {', '.join(names[1])}, the same in "
+            "another order; give both models one id2label, or permute the teacher's head"
+        )
+
+
+def check_rows(labels: Tensor | None, rows: torch.Size, whose: str = "the student") -> None:
+    """Raise unless there is one label for each row of logits [*rows, C]."""
+    if labels is None or labels.shape == rows:
+        return
+    hint = "labels must have the shape of the logits without their last dimension"
+    if len(rows) == labels.dim() == 2 and rows[0] == labels.shape[0] and rows[1] > labels.shape[1]:
+        hint = (
+            f"{rows[1] - labels.shape[1]} positions, such as those of a soft prompt, have no label; have the student's "
+            "forward cut them off its logits, or put as many labels of -100 before the others"
+        )
+    raise ValueError(
+        f"labels are {tuple(labels.shape)} and the logits of {whose} have rows {tuple(rows)}; {hint}"
+    )
+
+
+def virtual_tokens(model: nn.Module) -> int:
+    """How many positions PEFT's soft prompt puts before the tokens; 0 for other models."""
+    while not hasattr(model, "peft_config"):
+        inner = model._modules.get("_orig_mod") or getattr(model, "module", None)
+        if not isinstance(inner, nn.Module) or inner is model:
+            return 0
+        model = inner
+    config: Any = getattr(model, "active_peft_config", None)
+    if not getattr(config, "is_prompt_learning", False):
+        return 0
+    return int(getattr(config, "num_virtual_tokens", 0) or 0)
+
+
+def without_soft_prompt(model: nn.Module, rows: Tensor, shape: torch.Size | None) -> Tensor:
+    """Rows [B, S, ...] of the tokens [B, S] of a batch, without those of a soft prompt of PEFT's before them."""
+    count = virtual_tokens(model)
+    longer = count and shape is not None and len(shape) == 2 and rows.dim() == 3
+    return rows[:, count:] if longer and rows.shape[1] == shape[1] + count else rows  # type: ignore[index]
+
+
+@contextlib.contextmanager
+def _undone(model: nn.Module, device: torch.device) -> Iterator[None]:
+    """Random numbers and buffers are afterwards what they were."""
+    buffers = [(buffer, buffer._version, buffer.detach().clone()) for buffer in model.buffers()]
+    devices = [device] if device.type == "cuda" else []
+    try:
+        with torch.random.fork_rng(devices=devices):
+            yield
+    finally:
+        with torch.no_grad():
+            for buffer, version, before in buffers:
+                if buffer._version != version:  # others may be saved for a backward that is to come
+                    buffer.copy_(before)
+
+
+def _first_example(inputs: Mapping[str, Any], labels: Tensor) -> tuple[dict[str, Any], int]:
+    """(the inputs of the first example, 1), or all of them and their number where they cannot be told apart."""
+    batch = len(labels)
+    tensors = [value for value in inputs.values() if isinstance(value, Tensor) and value.dim()]
+    if batch == 1 or any(len(value) != batch for value in tensors):
+        return dict(inputs), batch
+    return {
+        name: value[:1] if isinstance(value, Tensor) and value.dim() else value
+        for name, value in inputs.items()
+    }, 1
+
+
+def _compared(
+    outputs: Any, labels: Tensor, loss: Tensor, shifts: bool | None, own_loss: str
+) -> tuple[bool | None, Tensor | None]:
+    """(whether labels are shifted, None) of a loss that is the mean cross-entropy however it is computed."""
+    logits = part(outputs, "logits")
+    if logits is None or loss.numel() != 1:
+        return shifts, None if logits is None and shifts is not None else loss
+    for moved in (False, True):
+        rows = targets(labels, moved) if labels.dim() == 2 else labels
+        if logits.shape[:-1] == rows.shape:
+            exact = F.cross_entropy(logits.flatten(0, -2).double(), rows.flatten())
+            if torch.allclose(loss.double().reshape(()), exact, rtol=1e-2):
+                return moved, None
+    if own_loss == "drop":
+        return shifts, None
+    raise ValueError(
+        "the student's loss of labels is not the cross-entropy of its logits, and whatever it adds to that would be "
+        "lost; leave it out in so many words, by own_loss='drop', and say shift_labels"
+    )
+
+
+def _coefficient(model: nn.Module) -> float | None:
+    """The weight of the router's auxiliary loss in a mixture of experts."""
+    inner = base(model)
+    config: Any = getattr(inner, "config", None)
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    for holder in (inner, text, config):
+        for name in ("router_aux_loss_coef", "aux_loss_coef"):
+            value = getattr(holder, name, None)
+            if isinstance(value, (int, float)):
+                return float(value)
+    return None
+
+
+# ---- packed batches
+
+
+def check_boundaries(
+    model: nn.Module,
+    call: Callable[..., Any],
+    inputs: Mapping[str, Any],
+    features: Mapping[str, Any],
+    whose: str,
+) -> None:
+    """Raise where a model reads from one example of a packed batch into the next.
+
+    The end of one example and the beginning of the next are run twice, without gradients and in eval mode, the second
+    time with other tokens in the first: the second example's logits must stay. Inputs of other kinds are not cut, and
+    then nothing is checked.
+
+    Args:
+        model: the model.
+        call: the model as it is run, wrappers included.
+        inputs: what it is called with.
+        features: of the batch, which say where its examples begin whether the model takes that or not.
+        whose: names it in the error.
+
+    Raises:
+        ValueError: it does.
+    """
+    ids = inputs.get("input_ids")
+    known = {"input_ids", "attention_mask", "use_cache", "return_dict", *BOUNDARIES}
+    others = [n for n, v in inputs.items() if isinstance(v, Tensor) and n not in known]
+    if not isinstance(ids, Tensor) or ids.dim() != 2 or others:
+        return
+    begins = starts(features, ids.shape)
+    if begins is None or not bool(begins.any()):
+        return
+    row, at = (int(x) for x in begins.nonzero()[0])
+    after = begins[row, at + 1 :].nonzero()
+    end = min(at + 8, at + 1 + int(after[0]) if len(after) else ids.shape[1])
+    first = max(at - 8, 0)
+    window = {
+        name: value[row : row + 1, first:end]
+        if isinstance(value, Tensor) and value.shape == ids.shape
+        else value
+        for name, value in inputs.items()
+        if name not in BOUNDARIES[2:]
+    }
+    if isinstance(inputs.get("cu_seq_lens_q"), Tensor):
+        # of the window's two examples
+        lengths = inputs["cu_seq_lens_q"].new_tensor([0, at - first, end - first])
+        longest = max(at - first, end - at)
+        cut = dict(zip(BOUNDARIES[2:], (lengths, lengths, longest, longest), strict=True))
+        window |= {name: value for name, value in cut.items() if name in inputs}
+    tokens = window["input_ids"]
+    changed = tokens.clone()
+    changed[:, : at - first] = torch.where(tokens[:, : at - first] == 1, 2, 1)
+    training = [module for module in model.modules() if module.training]
+    try:
+        model.eval()
+        with _undone(model, ids.device), torch.no_grad():
+            two = [
+                logits_of(call(**window | {"input_ids": x}), whose)[:, at - first - end :].float()
+                for x in (tokens, changed)
+            ]
+    finally:
+        for module in training:
+            module.training = True
+    # accelerate keeps the forward that it replaces, by one under autocast
+    low = hasattr(base(model), "_original_forward") or any(
+        p.dtype in (torch.float16, torch.bfloat16) for p in model.parameters()
+    )
+    allowed = (2e-2 if low or torch.is_autocast_enabled(ids.device.type) else 1e-5) * two[
+        0
+    ].abs().max()
+    if bool((two[0] - two[1]).abs().max() > allowed):
+        raise ValueError(
+            f"{whose} reads across the examples of a packed batch: the logits of one change with the tokens of the one "
+            "before. Leave attention_mask out of the batch, pass position_ids that begin anew in each example, and "
+            "load both models with an attn_implementation that follows them, or do not pack"
+        )

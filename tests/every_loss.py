@@ -1,0 +1,294 @@
+"""Every loss of the package with every tensor that it takes, so that a test can change one argument at a time.
+
+A :class:`Case` holds named tensors and a call that makes the loss of them. Tests make each tensor in turn into a view
+that torch marks as negated, or into one that was made in inference mode, and compare with the tensor as it was.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+import fastkd
+from fastkd import LinearTeacher, TopK, features, online, relations, response
+
+ROWS, V, H = (2, 3), 11, 5
+Tensors = dict[str, Tensor]
+
+
+class Case(NamedTuple):
+    """tensors(dtype) makes the arguments; the loss is differentiated by those that are named in trained."""
+
+    tensors: Callable[[torch.dtype], Tensors]
+    loss: Callable[..., Tensor]  # (tensors, **backend)
+    trained: tuple[str, ...] = ("student",)
+    with_backend: bool = True  # whether the loss takes a backend
+
+
+def _generator() -> torch.Generator:
+    return torch.Generator().manual_seed(0)
+
+
+def _logits(dtype: torch.dtype) -> Tensors:
+    generator = _generator()
+    student, teacher = (torch.randn(*ROWS, V, generator=generator).to(dtype) for _ in range(2))
+    return {"student": student, "teacher": teacher}
+
+
+def _of_rows(dtype: torch.dtype) -> Tensors:
+    """What has one value a row."""
+    generator = _generator()
+    labels = torch.randint(V, ROWS, generator=generator)
+    labels[0, 0] = -100
+    mask = torch.ones(ROWS, dtype=torch.bool)
+    mask[1, 1] = False
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    row = {
+        name: (0.5 + torch.rand(ROWS, generator=generator)).to(wide)
+        for name in ("weight", "temperature", "teacher_temperature")
+    }
+    return {"labels": labels, "mask": mask, **row}
+
+
+def _dense(dtype: torch.dtype) -> Tensors:
+    return _logits(dtype) | _of_rows(dtype)
+
+
+def _dense_with_items(dtype: torch.dtype) -> Tensors:
+    return _dense(dtype) | {"num_items": torch.tensor(3.0)}
+
+
+def _topk(dtype: torch.dtype) -> Tensors:
+    given = _dense(dtype)
+    teacher = TopK.from_logits(given.pop("teacher"), 3)
+    assert teacher.tail_logprob is not None
+    del given["teacher_temperature"]
+    del given["temperature"]
+    return given | {
+        "ids": teacher.ids,
+        "logprobs": teacher.logprobs,
+        "tail_logprob": teacher.tail_logprob,
+    }
+
+
+def _linear(dtype: torch.dtype) -> Tensors:
+    generator = _generator()
+
+    def made(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator).to(dtype)
+
+    return _of_rows(dtype) | {
+        "student": made(*ROWS, H),
+        "student_weight": made(V, H),
+        "student_bias": made(V),
+        "teacher_hidden": made(*ROWS, 4),
+        "teacher_weight": made(V, 4),
+        "teacher_bias": made(V),
+    }
+
+
+def _options(given: Mapping[str, Tensor], *names: str) -> dict[str, Tensor]:
+    all_names = ("mask", "weight", "temperature", "teacher_temperature", "num_items", *names)
+    return {name: given[name] for name in all_names if name in given}
+
+
+def _kd(
+    divergence: str = "forward_kl", reduction: str = "none", **options: Any
+) -> Callable[..., Tensor]:
+    def loss(given: Tensors, **backend: str) -> Tensor:
+        return fastkd.kd_loss(
+            given["student"], given["teacher"], given["labels"], alpha=0.4, divergence=divergence,
+            reduction=reduction, **_options(given), **options, **backend,
+        )  # fmt: skip
+
+    return loss
+
+
+def _kd_topk(given: Tensors, **backend: str) -> Tensor:
+    teacher = TopK(given["ids"], given["logprobs"], "bucket", given["tail_logprob"])
+    return fastkd.kd_loss(
+        given["student"], teacher, given["labels"], alpha=0.4, reduction="none",
+        **_options(given), **backend,
+    )  # fmt: skip
+
+
+def _ensemble(given: Tensors, **backend: str) -> Tensor:
+    linear = LinearTeacher(given["teacher_hidden"], given["teacher_weight"], given["teacher_bias"])
+    teacher = fastkd.Ensemble([given["teacher"], linear], mean="arithmetic")
+    return fastkd.kd_loss(
+        given["student"], teacher, given["labels"], alpha=0.4, reduction="none",
+        **_options(given), **backend,
+    )  # fmt: skip
+
+
+def _ensemble_tensors(dtype: torch.dtype) -> Tensors:
+    given = _linear(dtype) | _logits(dtype)
+    return {name: given[name] for name in given if name not in ("student_weight", "student_bias")}
+
+
+def _fused(reduction: str) -> Callable[..., Tensor]:
+    def loss(given: Tensors, **backend: str) -> Tensor:
+        teacher = LinearTeacher(
+            given["teacher_hidden"], given["teacher_weight"], given["teacher_bias"]
+        )
+        return fastkd.fused_linear_kd_loss(
+            given["student"], given["student_weight"], teacher, given["labels"],
+            student_bias=given["student_bias"], alpha=0.4, reduction=reduction, chunk_size=2,
+            **_options(given), **backend,
+        )  # fmt: skip
+
+    return loss
+
+
+def _mutual(reduction: str) -> Callable[..., Tensor]:
+    def loss(given: Tensors, **backend: str) -> Tensor:
+        losses = online.mutual_loss(
+            [given["student"], given["teacher"]], given["labels"], mask=given["mask"],
+            weight=given["weight"], temperature=2.0, reduction=reduction, **backend,
+        )  # fmt: skip
+        return losses[0]
+
+    return loss
+
+
+def _response(
+    function: Callable[..., Tensor], *without: str, **fixed: Any
+) -> Callable[..., Tensor]:
+    def loss(given: Tensors, **backend: str) -> Tensor:
+        options = {name: x for name, x in _options(given).items() if name not in without}
+        return function(
+            given["student"], given["teacher"], given["labels"], **options, **fixed, **backend
+        )
+
+    return loss
+
+
+def _online_ensemble(given: Tensors, **backend: str) -> Tensor:
+    return online.ensemble_loss(
+        [given["student"], given["teacher"]], given["labels"], given["gate"], reduction="none",
+        mask=given["mask"], weight=given["weight"], **backend,
+    )  # fmt: skip
+
+
+def _with_gate(dtype: torch.dtype) -> Tensors:
+    given = _dense(dtype)
+    del given["temperature"], given["teacher_temperature"]
+    return given | {"gate": torch.tensor([0.3, 0.7])}
+
+
+def _consistency(form: str) -> Callable[..., Tensor]:
+    def loss(given: Tensors, **backend: str) -> Tensor:
+        return online.consistency_loss(
+            given["student"], given["teacher"], form, mask=given["mask"], weight=given["weight"],
+            reduction="none", **backend,
+        )  # fmt: skip
+
+    return loss
+
+
+def _features(dtype: torch.dtype) -> Tensors:
+    return _logits(dtype) | {"mask": _of_rows(dtype)["mask"]}
+
+
+def _without_mask(dtype: torch.dtype) -> Tensors:
+    return _logits(dtype)
+
+
+def _layers(given: Tensors) -> Tensor:
+    loss = features.FeatureLoss({0: 0}, projection=torch.eye(V), normalize="l2")
+    return loss([given["student"]], [given["teacher"]], mask=given["mask"])
+
+
+def _logprobs(dtype: torch.dtype) -> Tensors:
+    given = {name: x[..., 0] for name, x in _logits(dtype).items()}
+    return given | {"mask": _of_rows(dtype)["mask"]}
+
+
+def _sampled(estimator: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    def loss(given: Tensors) -> Tensor:
+        return estimator(given["student"], given["teacher"], given["mask"])
+
+    return loss
+
+
+HEAD = ("student", "student_weight", "student_bias")
+PAIR = ("student", "teacher")
+
+LOSSES: dict[str, Case] = {
+    "kd_loss": Case(_dense, _kd()),
+    "kd_loss, summed": Case(_dense_with_items, _kd(reduction="mean")),
+    "kd_loss, both trained": Case(_dense, _kd(), PAIR),
+    "kd_loss, no closed form": Case(_dense, _kd("jsd"), PAIR),
+    "kd_loss, by the label": Case(_dense, _kd("dkd")),
+    "kd_loss, TopK": Case(_topk, _kd_topk),
+    "kd_loss, Ensemble": Case(_ensemble_tensors, _ensemble),
+    "fused_linear_kd_loss": Case(_linear, _fused("none"), HEAD),
+    "fused_linear_kd_loss, summed": Case(_linear, _fused("mean"), HEAD),
+    "fused_linear_kd_loss, frozen head": Case(_linear, _fused("none")),
+    "mutual_loss": Case(_with_gate, _mutual("none")),
+    "mutual_loss, summed": Case(_with_gate, _mutual("mean")),
+    "adaptive_kl_loss": Case(_dense, _response(response.adaptive_kl_loss, reduction="none"), PAIR),
+    "standardized_kd_loss": Case(
+        _dense, _response(response.standardized_kd_loss, reduction="none", alpha=0.4), PAIR
+    ),
+    "dist_loss": Case(
+        _dense, _response(response.dist_loss, "weight", "temperature", "teacher_temperature"),
+        with_backend=False,
+    ),
+    "uld_loss": Case(_dense, _response(response.uld_loss, reduction="none"), with_backend=False),
+    **{
+        f"policy_distillation_loss, {form}": Case(
+            _dense,
+            _response(
+                response.policy_distillation_loss, "teacher_temperature", reduction="none", form=form
+            ),
+        )
+        for form in ("nll", "mse", "kl")
+    },
+    "ensemble_loss": Case(_with_gate, _online_ensemble, (*PAIR, "gate")),
+    "ensemble_loss, fixed gate": Case(_with_gate, _online_ensemble),
+    "consistency_loss, mse": Case(_with_gate, _consistency("mse")),
+    "consistency_loss, kl": Case(_with_gate, _consistency("kl")),
+    "hint_loss": Case(
+        _features, lambda x: features.hint_loss(x["student"], x["teacher"], mask=x["mask"]),
+        with_backend=False,
+    ),
+    "cosine_loss": Case(
+        _features, lambda x: features.cosine_loss(x["student"], x["teacher"], mask=x["mask"]),
+        PAIR, with_backend=False,
+    ),
+    "attention_transfer_loss": Case(
+        _without_mask, lambda x: features.attention_transfer_loss(x["student"], x["teacher"]),
+        with_backend=False,
+    ),
+    "FeatureLoss": Case(_features, _layers, with_backend=False),
+    "HintLoss": Case(
+        _features,
+        lambda x: features.HintLoss(torch.nn.Identity())(x["student"], x["teacher"], mask=x["mask"]),
+        with_backend=False,
+    ),
+    "rkd_loss": Case(
+        _without_mask,
+        lambda x, **backend: relations.rkd_loss(x["student"], x["teacher"], **backend), PAIR,
+    ),
+    "similarity_loss": Case(
+        _without_mask, lambda x: relations.similarity_loss(x["student"], x["teacher"]),
+        with_backend=False,
+    ),
+    "gram_loss": Case(
+        _without_mask, lambda x: relations.gram_loss(x["student"], x["teacher"], over="channels"),
+        with_backend=False,
+    ),
+    **{
+        name: Case(_logprobs, _sampled(getattr(fastkd, name)), with_backend=False)
+        for name in ("k1", "k2", "k3")
+    },
+}  # fmt: skip
+
+
+def leaf(tensor: Tensor) -> Tensor:
+    """A tensor of the same values that is trained."""
+    return tensor.clone().requires_grad_()
