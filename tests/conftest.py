@@ -30,7 +30,7 @@ if not torch.cuda.is_available():
 for _setting in ("FASTKD_BACKEND", "FASTKD_STRICT", "FASTKD_CHECK"):
     os.environ.pop(_setting, None)
 
-# The backends that serve CPU tensors of any size; test_suite.py holds both lists to what fastkd has. The reference, their
+# The backends that serve CPU tensors of any size; test_suite.py holds these lists to what fastkd has. The reference, their
 # oracle, has the tests of any_backend, and is what many others compare with.
 BACKENDS = ["portable"]
 if os.environ.get("FASTKD_TEST_WITHOUT_NATIVE") != "1":
@@ -38,6 +38,7 @@ if os.environ.get("FASTKD_TEST_WITHOUT_NATIVE") != "1":
 # Triton's interpreter takes CPU tensors, and about a second for a call. With a GPU it is off: there test_triton.py,
 # test_gpu.py and others run the compiled kernels.
 INTERPRETED = [] if torch.cuda.is_available() else ["triton"]
+EVERY_BACKEND = ["reference", *BACKENDS, *INTERPRETED]
 
 
 # What `make test-stacks` installs: a test marked `stacks` imports some of it.
@@ -156,16 +157,15 @@ def backend(request: pytest.FixtureRequest) -> str:
     return _present(request.param)
 
 
-@pytest.fixture(scope="session", params=["reference", *BACKENDS, *INTERPRETED])
+@pytest.fixture(scope="session", params=EVERY_BACKEND)
 def any_backend(request: pytest.FixtureRequest) -> Iterator[str]:
     """Every backend that serves CPU tensors, Triton's interpreter too: for tests of a few small rows."""
     name = _present(request.param)
     if name not in INTERPRETED:
         yield name
         return
-    from triton_interpreter import (
-        corrected,
-    )  # imports triton, which most runs of a single file have no use for
+    # Here, since it imports triton, which most runs of a single file have no use for.
+    from triton_interpreter import corrected
 
     with corrected():
         yield name
