@@ -23,7 +23,7 @@ from torch import Tensor
 
 from fastkd import divergences, mutual, native, reference, topk
 from fastkd.chunks import At, put, rows_at, take
-from fastkd.divergences import DEFINITIONS, ENTRY, Divergence, arguments_of, takes_ratio
+from fastkd.divergences import DEFINITIONS, ENTRY, VOCABULARY, Divergence, arguments_of, takes_ratio
 from fastkd.reference import empty, evaluate, scale_rows_
 from fastkd.plan import piece_rows
 from fastkd.rows import Options, Result, Rows, Statistics, Want, counted_rows, row_dtype
@@ -39,8 +39,6 @@ __all__ = [
 BLOCK = 512
 # Where the maxima of both models' logits differ by less, so do the logits, without loss.
 NEAR = 8.0
-# Of the same size as a number.
-BITS = {4: torch.int32, 8: torch.int64}
 
 
 def _exact(dtype: torch.dtype, device: torch.device) -> torch.dtype:
@@ -307,20 +305,16 @@ def _evaluated(
         for logs in (log_p, log_q):
             logs.scatter_(-1, apart, torch.finfo(ratio.dtype).min)
     entry = arguments_of(function, *pair, log_p, log_q, ratio)
-    phi, g, *more = _quick(function)(*entry, *divergence.params)
+    phi, g, *more = _applied(divergence, entry, scratch)
     h = more[0] if more else None
     if wants_h and h is None:
         assert divergence.degree is not None  # validated
-        h = divergence.degree * phi - g
-
-    def fresh(term: Tensor) -> Tensor:
-        if function in DEFINITIONS and apart is None:
-            return term
-        # Another may return its arguments, or a number a row.
-        term = term.to(ratio.dtype).expand_as(ratio).clone()
-        return term if apart is None else term.scatter_(-1, apart, 0.0)
-
-    return fresh(phi), fresh(g), fresh(h) if wants_h and h is not None else None
+        h = torch.mul(phi, divergence.degree, out=scratch("h", count)).sub_(g)
+    if apart is not None:
+        for term in (phi, g, h):
+            if term is not None:
+                term.scatter_(-1, apart, 0.0)
+    return phi, g, h
 
 
 def _terms(
@@ -367,48 +361,163 @@ def _project(
     return to.scatter_(-1, terms.seats, exact.to(to.dtype))
 
 
-def _where(condition: Tensor, yes: Tensor | float, no: Tensor | float) -> Tensor:
-    """torch.where takes 4 nanoseconds an element on a CPU; this selects bits."""
-    if condition.device.type != "cpu":
-        return torch.where(condition, yes, no)
-    if not isinstance(yes, Tensor) and not isinstance(no, Tensor):
-        chosen = condition.to(torch.get_default_dtype())
-        return chosen if (yes, no) == (1.0, 0.0) else chosen.mul_(yes - no).add_(no)
-    like = yes if isinstance(yes, Tensor) else no
-    assert isinstance(like, Tensor)
-    if like.itemsize not in BITS or (isinstance(yes, Tensor) and isinstance(no, Tensor) and yes.dtype != no.dtype):
-        return torch.where(condition, yes, no)
-    kind = BITS[like.itemsize]
-    mask = condition.to(kind).neg_()
-    if not isinstance(no, Tensor) and no == 0.0:
-        return mask.bitwise_and_(yes.view(kind)).view(like.dtype)
-    if not isinstance(yes, Tensor) and yes == 0.0:
-        return mask.bitwise_not_().bitwise_and_(no.view(kind)).view(like.dtype)
-    if not (isinstance(yes, Tensor) and isinstance(no, Tensor)):
-        return torch.where(condition, yes, no)
-    second = no.view(kind)
-    return (yes.view(kind) ^ second).bitwise_and_(mask).bitwise_xor_(second).view(like.dtype)
+# ---- the definitions of the table, without fresh memory
+#
+# Their code runs on _Number in place of tensors, as Triton runs it on its own: what an operator gives goes to a buffer of
+# the piece, which is free again as soon as nothing refers to the number. And `where` selects bits, as torch's takes 4
+# nanoseconds an element on a CPU.
 
 
-def _log_mixture(log_ratio: Tensor, share: float, rest: float) -> Tensor:
-    """fastkd.divergences.log_mixture in fewer steps."""
-    size = log_ratio.abs().neg_()
-    if share == rest:
-        return size.expm1_().mul_(share).log1p_()
+class _Pool:
+    """Buffers of a piece that are free."""
+
+    def __init__(self, scratch: _Scratch, count: int) -> None:
+        self.scratch, self.count, self.made = scratch, count, 0
+        self.free: list[Tensor] = []
+
+    def number(self) -> _Number:
+        """One whose buffer may hold anything."""
+        if not self.free:
+            self.made += 1
+            self.free.append(self.scratch(f"pool {self.made}", self.count))
+        return _Number(self.free.pop(), self, True)
+
+
+class _Number:
+    """A tensor of a piece in a definition."""
+
+    __slots__ = ("owned", "pool", "tensor")
+
+    def __init__(self, tensor: Tensor, pool: _Pool, owned: bool = False) -> None:
+        self.tensor, self.pool, self.owned = tensor, pool, owned
+
+    def __del__(self) -> None:
+        if self.owned:
+            self.pool.free.append(self.tensor)
+
+    def apply(self, operator: Callable[..., Tensor], *others: Operand) -> _Number:
+        """What a function of torch gives."""
+        made = self.pool.number()
+        operator(self.tensor, *map(_plain, others), out=made.tensor)
+        return made
+
+    def __add__(self, other: Operand) -> _Number:
+        return self.apply(torch.add, other)
+
+    def __sub__(self, other: Operand) -> _Number:
+        return self.apply(torch.sub, other)
+
+    def __rsub__(self, other: float) -> _Number:
+        made = -self
+        made.tensor.add_(other)
+        return made
+
+    def __mul__(self, other: Operand) -> _Number:
+        return self.apply(torch.mul, other)
+
+    def __truediv__(self, other: Operand) -> _Number:
+        return self.apply(torch.div, other)
+
+    def __neg__(self) -> _Number:
+        return self.apply(torch.neg)
+
+    __radd__, __rmul__ = __add__, __mul__
+
+    def __lt__(self, other: Operand) -> _Condition:
+        return _Condition(torch.lt, self, other)
+
+    def __gt__(self, other: Operand) -> _Condition:
+        return _Condition(torch.gt, self, other)
+
+
+class _Condition(NamedTuple):
+    """A comparison, which is computed where it is used."""
+
+    operator: Callable[..., Tensor]
+    number: _Number
+    other: Operand
+
+    def as_number(self) -> _Number:
+        """1 where it holds, else 0."""
+        return self.number.apply(self.operator, self.other)
+
+
+Operand = _Number | float
+
+
+def _plain(operand: Operand) -> Tensor | float:
+    return operand.tensor if isinstance(operand, _Number) else operand
+
+
+def _where(condition: _Condition, yes: Operand, no: Operand) -> _Number:
+    made = condition.as_number()
+    if not isinstance(yes, _Number) and not isinstance(no, _Number):
+        if (yes, no) != (1.0, 0.0):
+            made.tensor.mul_(yes - no).add_(no)
+        return made
+    kind = torch.int32 if made.tensor.itemsize == 4 else torch.int64
+    bits = made.tensor.view(kind).gt_(0).neg_()
+    if isinstance(yes, _Number) and isinstance(no, _Number):
+        other = no.tensor.view(kind)
+        difference = condition.number.pool.number()
+        torch.bitwise_xor(yes.tensor.view(kind), other, out=difference.tensor.view(kind))
+        bits.bitwise_and_(difference.tensor.view(kind)).bitwise_xor_(other)
+    elif isinstance(yes, _Number):
+        bits.bitwise_and_(yes.tensor.view(kind))
+        if no:
+            made = made + _where(condition, 0.0, no)
+    else:
+        assert isinstance(no, _Number)
+        bits.bitwise_not_().bitwise_and_(no.tensor.view(kind))
+        if yes:
+            made = made + _where(condition, yes, 0.0)
+    return made
+
+
+def _log_mixture(log_ratio: _Number, share: float, rest: float) -> _Number:
+    """As fastkd.divergences has it, in fewer steps."""
+    size = log_ratio.apply(torch.abs)
+    size.tensor.neg_()
+    change = size.apply(torch.expm1)
+    if share == rest:  # it is never below -1/2
+        change.tensor.mul_(share).log1p_()
+        return change
     below = log_ratio < 0.0
-    lower = _where(below, share, rest).to(size.dtype)
-    change = lower * size.expm1()
-    far = size.exp_().mul_(lower).add_(_where(below, rest, share)).log_()
-    return _where(change > -0.3, change.log1p(), far)
+    lower, upper = _where(below, share, rest), _where(below, rest, share)
+    change.tensor.mul_(lower.tensor)
+    size.tensor.exp_().mul_(lower.tensor).add_(upper.tensor).log_()
+    return _where(change > -0.3, change.apply(torch.log1p), size)
+
+
+def _function(operator: Callable[..., Tensor]) -> Callable[..., _Number]:
+    return lambda number, *others: number.apply(operator, *others)
+
+
+_WORDS = {
+    word: _function(getattr(torch, word))
+    for word in VOCABULARY
+    if word not in ("where", "log_mixture")
+} | {"where": _where, "log_mixture": _log_mixture}
 
 
 @functools.cache
-def _quick(function: Callable[..., Any]) -> Callable[..., Any]:
-    """A definition of the table, with those for torch's."""
+def _on_numbers(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A definition of the table, with those words."""
+    return FunctionType(function.__code__, vars(divergences) | _WORDS)
+
+
+def _applied(divergence: Divergence, entry: Sequence[Tensor], scratch: _Scratch) -> list[Tensor]:
+    """What the definition gives, in memory of its own."""
+    function, params = divergence.function, divergence.params
+    shape, dtype = entry[-1].shape, entry[-1].dtype
     if function not in DEFINITIONS:
-        return function
-    words = vars(divergences) | {"where": _where, "log_mixture": _log_mixture}
-    return FunctionType(function.__code__, words)
+        # It may return its arguments, or a number a row.
+        made = function(*entry, *params)
+        return [term.to(dtype).expand(shape).clone() for term in made]
+    pool = _Pool(scratch, shape[0])
+    numbers = _on_numbers(function)(*(_Number(tensor, pool) for tensor in entry), *params)
+    assert all(number.owned for number in numbers)
+    return [number.tensor for number in numbers]
 
 
 @functools.cache

@@ -30,14 +30,15 @@ if not torch.cuda.is_available():
 for _setting in ("FASTKD_BACKEND", "FASTKD_STRICT", "FASTKD_CHECK"):
     os.environ.pop(_setting, None)
 
-# The backends that serve CPU tensors of any size; test_suite.py holds both lists to what fastkd has. The reference, their
-# oracle, has the tests of any_backend, and is what many others compare with.
+# The backends that serve CPU tensors of any size; test_suite.py holds these lists to what fastkd has. The reference,
+# their oracle, has the tests of any_backend, and is what many others compare with.
 BACKENDS = ["portable"]
 if os.environ.get("FASTKD_TEST_WITHOUT_NATIVE") != "1":
     BACKENDS.append("cpu")
 # Triton's interpreter takes CPU tensors, and about a second for a call. With a GPU it is off: there test_triton.py,
 # test_gpu.py and others run the compiled kernels.
 INTERPRETED = [] if torch.cuda.is_available() else ["triton"]
+EVERY_BACKEND = ["reference", *BACKENDS, *INTERPRETED]
 
 
 # What `make test-stacks` installs: a test marked `stacks` imports some of it.
@@ -87,18 +88,24 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
     return True if _of_stacks(collection_path) and not _with_stacks(config) else None
 
 
-# Files of few tests that take long. Last, one of them would keep one process busy when the others are done.
+# The files that take longest, in that order. Last, one of them would keep one process busy when the others are done.
 LONG = (
     "test_triton_aot",
-    "test_install",
-    "test_compile",
-    "test_parallel",
-    "test_triton_shards",
-    "test_cli",
-    "test_examples",
+    "test_topk",
     "test_triton",
+    "test_autograd",
     "test_linear",
-    "test_dispatch",
+    "test_parallel",
+    "test_online",
+    "test_compile",
+    "test_cli",
+    "test_triton_apart",
+    "test_triton_shards",
+    "test_cuda_host",
+    "test_loss",
+    "test_contract",
+    "test_examples",
+    "test_install",
 )
 
 
@@ -150,16 +157,15 @@ def backend(request: pytest.FixtureRequest) -> str:
     return _present(request.param)
 
 
-@pytest.fixture(scope="session", params=["reference", *BACKENDS, *INTERPRETED])
+@pytest.fixture(scope="session", params=EVERY_BACKEND)
 def any_backend(request: pytest.FixtureRequest) -> Iterator[str]:
     """Every backend that serves CPU tensors, Triton's interpreter too: for tests of a few small rows."""
     name = _present(request.param)
     if name not in INTERPRETED:
         yield name
         return
-    from triton_interpreter import (
-        corrected,
-    )  # imports triton, which most runs of a single file have no use for
+    # Here, since it imports triton, which most runs of a single file have no use for.
+    from triton_interpreter import corrected
 
     with corrected():
         yield name

@@ -156,6 +156,7 @@ def test_a_temperature_that_changes_breaks_no_graph(any_backend: str, dynamic: b
         torch.testing.assert_close(*results)
 
 
+@pytest.mark.heavy_with(backend="portable")  # the graph is the same
 def test_inductor(backend: str) -> None:
     """A step as it is trained: head, shifted view, loss and backward in one graph."""
     torch.manual_seed(0)

@@ -33,7 +33,7 @@ def _everything(
 # PyTorch splits a sum by threads, and the reference is made of PyTorch's sums: it repeats itself for one number of
 # threads. The kernels do for any.
 def _counts(backend: str) -> list[list[int]]:
-    return [[1, 1], [2, 2]] if backend == "reference" else [[1, 2, 2, 3, 1]]
+    return [[1, 1], [2, 2]] if backend in ("portable", "reference") else [[1, 2, 2, 3, 1]]
 
 
 # Two sweeps, three sweeps, no normaliser. Rows: a thread has a part of a row; one row each; more than threads, and not

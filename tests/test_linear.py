@@ -179,7 +179,10 @@ def check(
         if name == "counted":
             continue
         # The reference is plain float32 PyTorch in another order: neither is the more exact of the two.
-        allowed = error(plain[name], exact[name]) * (2 if backend == "reference" else 1) + 8 * ULP
+        allowed = (
+            error(plain[name], exact[name]) * (2 if backend in ("portable", "reference") else 1)
+            + 8 * ULP
+        )
         allowed += rounding if name in ("hidden", "weight", "bias") or logits_dtype else 0.0
         assert error(value, exact[name]) <= allowed, (name, error(value, exact[name]), allowed)
 
@@ -526,6 +529,7 @@ def test_a_sparse_teacher_in_one_graph(backend: str, tail: str) -> None:
 
 
 @pytest.mark.usefixtures("fresh_compiler")
+@pytest.mark.heavy_with(backend="portable")  # the graph is the same
 def test_a_step_of_training_under_inductor(backend: str) -> None:
     """Body, head, module and backward in one graph, under autocast; the head is trained, its bias is frozen."""
     given = problem(dtype=torch.float32, bias=True)
