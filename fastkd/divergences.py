@@ -351,41 +351,51 @@ def hellinger() -> Divergence:
 
 
 def _alpha_beta(p, q, log_p, log_q, log_ratio, alpha, beta, degree, coefficient, p_share, q_share):
-    # Of positive exponents: the powers relative to the degree-th power of the larger of p and q, less 1.
+    # Of positive exponents: powers relative to the degree-th power of the larger of p and q, a, b and a + b of the ratio.
     size = -abs(log_ratio)
     top = coefficient * exp(degree * where(log_ratio > 0.0, log_p, log_q))
-    lower = expm1(degree * size)
-    cross = expm1(where(log_ratio > 0.0, beta * size, alpha * size))
-    phi = top * (where(log_ratio > 0.0, q_share * lower, p_share * lower) - cross)
-    g = beta * top * (where(log_ratio > 0.0, lower, 0.0) - cross)
-    return phi, g, alpha * top * (where(log_ratio > 0.0, 0.0, lower) - cross)
+    a = expm1(alpha * size)
+    b = expm1(beta * size)
+    both = a + b + a * b
+    phi = top * where(log_ratio > 0.0, q_share * both - b, p_share * both - a)
+    cross = exp(where(log_ratio > 0.0, beta * size, alpha * size))
+    g = beta * top * a * where(log_ratio > 0.0, cross, -1.0)
+    return phi, g, alpha * top * b * where(log_ratio > 0.0, -1.0, cross)
 
 
 def _alpha_beta_of_any_sign(
-    p, q, log_p, log_q, alpha, beta, degree, coefficient, p_share, q_share
+    p, q, log_p, log_q, log_ratio, alpha, beta, degree, coefficient, p_share, q_share
 ):
+    # Where p is close to q the terms cancel, and a power of the ratio less 1 is what is left of two of them.
+    size = abs(log_ratio)
     cross = exp(alpha * log_p + beta * log_q)
+    p_power = exp(degree * log_p)
     q_power = exp(degree * log_q)
-    phi = coefficient * (p_share * exp(degree * log_p) + q_share * q_power - cross)
-    return phi, coefficient * beta * (q_power - cross)
+    a = expm1(where(size < 1.0, alpha * log_ratio, 0.0))
+    b = expm1(where(size < 1.0, -beta * log_ratio, 0.0))
+    both = expm1(where(size < 1.0, degree * log_ratio, 0.0))
+    apart = p_share * p_power + q_share * q_power - cross
+    phi = coefficient * where(size < 1.0, q_power * (p_share * both - a), apart)
+    g = coefficient * beta * where(size < 1.0, -q_power * a, q_power - cross)
+    return phi, g, coefficient * alpha * where(size < 1.0, -p_power * b, p_power - cross)
 
 
 def _alpha_beta_at_beta_0(p, q, log_p, log_q, log_ratio, alpha):
+    p_power = exp(alpha * log_p)
     ratio = alpha * log_ratio
-    top = exp(where(ratio > 0.0, alpha * log_p, alpha * log_q))
-    lower = top * expm1(-abs(ratio))
-    gap = where(ratio > 0.0, lower, -lower)  # q^a - p^a
-    p_power = where(ratio > 0.0, top, top + lower)
-    return (p_power * log_ratio + gap / alpha) / alpha, gap / alpha
+    lower = expm1(-abs(ratio))
+    gap = where(ratio > 0.0, p_power * lower, -exp(alpha * log_q) * lower) / alpha  # q^a - p^a
+    h = p_power * log_ratio
+    return (h + gap) / alpha, gap, h
 
 
 def _alpha_beta_at_alpha_0(p, q, log_p, log_q, log_ratio, beta):
+    q_power = exp(beta * log_q)
     ratio = beta * log_ratio
-    top = exp(where(ratio > 0.0, beta * log_p, beta * log_q))
-    lower = top * expm1(-abs(ratio))
-    gap = where(ratio > 0.0, -lower, lower)  # p^b - q^b
-    g = -where(ratio > 0.0, top + lower, top) * log_ratio
-    return (g + gap / beta) / beta, g
+    lower = expm1(-abs(ratio))
+    gap = where(ratio > 0.0, -exp(beta * log_p) * lower, q_power * lower) / beta  # p^b - q^b
+    g = -q_power * log_ratio
+    return (g + gap) / beta, g, gap
 
 
 def _alpha_beta_at_sum_0(p, q, log_p, log_q, log_ratio, alpha):

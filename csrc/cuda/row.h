@@ -313,6 +313,8 @@ struct RowState {
   float weight;
   float z_label, t_label, pivot;  // z of the label, the student's and the teacher's
   Side student, teacher;
+  // log p - log q = ((t - t_origin) ratio - (s - s_origin)) student.unit + ratio_low + ratio_high
+  float s_origin, t_origin, ratio, ratio_low, ratio_high;
   float plain_unit, plain_rate, plain_weight, plain_top;  // of the cross-entropy: the student at temperature 1
   float teacher_plain_unit, teacher_plain_rate;
   double distillation, phi, g;     // sums over the row
@@ -431,6 +433,8 @@ FASTKD_CALL void open_row(const Call& call, int64_t index, RowState& row) {
   row.apart = {};
   open_side(call.student, call.student_tempering, index, row.student, row.weight);
   open_side(call.teacher, call.teacher_tempering, index, row.teacher, row.weight);
+  row.s_origin = row.t_origin = row.ratio_low = row.ratio_high = 0;
+  row.ratio = row.teacher.unit / row.student.unit;
   row.plain_unit = plain_unit(call.student_tempering);
   row.plain_rate = float(row.plain_unit * LOG2_E_EXACT);
   row.teacher_plain_unit = plain_unit(call.teacher_tempering);
@@ -624,6 +628,22 @@ FASTKD_INLINE void close_side(Side& side, float top, double sum) {
   side.offset_low = finite(side.offset) ? float(offset - side.offset) : 0;
 }
 
+// Where the log-sum-exps of two rows are closer than this, s - t is the most exact way to log q - log p.
+constexpr double CLOSE_LOGITS = 8;
+
+// How log p - log q is made: of the difference of two logits. The origins are 0 where that is more exact.
+FASTKD_INLINE void close_ratio(RowState& row, double log_quotient) {
+  const double unit = row.student.unit;
+  const double apart = (double(row.student.top) - row.teacher.top) * unit + log_quotient;
+  const bool close = row.student.unit == row.teacher.unit && fabs(apart) < CLOSE_LOGITS;
+  row.s_origin = close ? 0 : row.student.top;
+  row.t_origin = close ? 0 : row.teacher.top;
+  row.ratio = float(row.teacher.unit / unit);
+  const double offset = close ? apart : log_quotient;
+  row.ratio_high = float(offset);
+  row.ratio_low = finite(row.ratio_high) ? float(offset - row.ratio_high) : 0;
+}
+
 // After the first phase, from the statistics of the whole row.
 FASTKD_INLINE void close_statistics(const Call& call, RowState& row, const Statistics& all) {
   close_side(row.student, all.s_top, all.s_sum);
@@ -648,6 +668,7 @@ FASTKD_INLINE void close_statistics(const Call& call, RowState& row, const Stati
   row.phi = row.g = 0;
   // A moment that no flag asked for moves with the tops all the same, and means nothing.
   const double quotient = s_log_sum - t_log_sum;
+  close_ratio(row, quotient);
   if (row.flags & FORWARD) row.phi += call.forward * (LN_2_EXACT * all.forward * t_inverse + quotient), row.g -= call.forward;
   if (row.flags & REVERSE) {
     const double reverse = LN_2_EXACT * all.reverse * s_inverse - quotient;
@@ -703,22 +724,38 @@ FASTKD_INLINE bool is_normalized(const Call& call) {
 }
 
 template <class Divergence>
-FASTKD_INLINE void define(const Call& call, V p, V q, V log_p, V log_q, V& phi, V& g) {
+FASTKD_INLINE void define(const Call& call, V p, V q, V log_p, V log_q, V log_ratio, V& phi, V& g, V& h) {
+  const float degree = float(call.degree);
   if constexpr (std::is_same<Divergence, Any>::value) {
     int number = 0;
 #define FASTKD_CASE(name) \
-  if (call.divergence == number++) name::eval(p, q, log_p, log_q, call.params, phi, g);
+  if (call.divergence == number++) name::eval(p, q, log_p, log_q, log_ratio, call.params, degree, phi, g, h);
     FASTKD_DIVERGENCES(FASTKD_CASE)
 #undef FASTKD_CASE
   } else {
-    Divergence::eval(p, q, log_p, log_q, call.params, phi, g);
+    Divergence::eval(p, q, log_p, log_q, log_ratio, call.params, degree, phi, g, h);
   }
 }
 
-// phi and g of one column, with the policy of fastkd/reference.py for log 0 where LOG_0.
+// phi, g and h of one column, with the policy of fastkd/reference.py for log 0 where LOG_0.
 template <class Divergence, bool LOG_0>
-FASTKD_INLINE void evaluate(const Call& call, const RowState& row, V s, V t, V& p, V& q, V& phi, V& g) {
+FASTKD_INLINE void settle(const Call& call, V p, V q, V log_p, V log_q, V log_ratio, V& phi, V& g, V& h) {
+  if (!LOG_0) return define<Divergence>(call, p, q, log_p, log_q, log_ratio, phi, g, h);
+  const bool p_gone = log_p == -INF, q_gone = log_q == -INF;
+  const V x = p_gone ? LOWEST : log_p, y = q_gone ? LOWEST : log_q;
+  define<Divergence>(call, p, q, x, y, p_gone || q_gone ? x - y : log_ratio, phi, g, h);
+  const bool one_side = p_gone != q_gone;
+  const bool nothing = (p_gone && q < NEGLIGIBLE) || (q_gone && p < NEGLIGIBLE) || (p_gone && q_gone);
+  auto settled = [&](V term) { return nothing ? 0 : one_side && abs(term) > INFINITE ? term * INF : term; };
+  phi = settled(phi);
+  g = settled(g);
+  h = settled(h);
+}
+
+template <class Divergence, bool LOG_0>
+FASTKD_INLINE void evaluate(const Call& call, const RowState& row, V s, V t, V& p, V& q, V& phi, V& g, V& h) {
   V log_p = product(t, row.teacher.unit), log_q = product(s, row.student.unit);
+  V log_ratio = product(product(t, row.ratio) - s, row.student.unit);
   p = q = 1;
   if (is_normalized<Divergence>(call)) {
     const V x_s = product(s - row.student.top, row.student.rate), x_t = product(t - row.teacher.top, row.teacher.rate);
@@ -726,15 +763,10 @@ FASTKD_INLINE void evaluate(const Call& call, const RowState& row, V s, V t, V& 
     q = exp2_of(x_s) * row.student.weight;
     log_p = fmaf(x_t, LN_2, row.teacher.offset_low) + row.teacher.offset;
     log_q = fmaf(x_s, LN_2, row.student.offset_low) + row.student.offset;
+    const V gap = product(t - row.t_origin, row.ratio) - (s - row.s_origin);
+    log_ratio = fmaf(gap, row.student.unit, row.ratio_low) + row.ratio_high;
   }
-  if (!LOG_0) return define<Divergence>(call, p, q, log_p, log_q, phi, g);
-  const bool p_gone = log_p == -INF, q_gone = log_q == -INF;
-  define<Divergence>(call, p, q, p_gone ? LOWEST : log_p, q_gone ? LOWEST : log_q, phi, g);
-  const bool one_side = p_gone != q_gone;
-  const bool nothing = (p_gone && q < NEGLIGIBLE) || (q_gone && p < NEGLIGIBLE) || (p_gone && q_gone);
-  auto settle = [&](V term) { return nothing ? 0 : one_side && abs(term) > INFINITE ? term * INF : term; };
-  phi = settle(phi);
-  g = settle(g);
+  settle<Divergence, LOG_0>(call, p, q, log_p, log_q, log_ratio, phi, g, h);
 }
 
 // ---- sums
@@ -743,10 +775,10 @@ template <class Divergence, bool LOG_0>
 FASTKD_INLINE void add_sums(Sums& mine, const Call& call, const RowState& row, Place place, Range range,
                             const char* student, const char* teacher) {
   each_vector_of_sums<!LOG_0>(call, row, place, range, student, teacher, [&](auto vector, const auto& s, const auto& t) {
-    V p, q, phi, g;
+    V p, q, phi, g, h;
     Sums part{0, 0};
     for (int k = 0; k < VECTOR; ++k) {
-      evaluate<Divergence, LOG_0>(call, row, s[k], t[k], p, q, phi, g);
+      evaluate<Divergence, LOG_0>(call, row, s[k], t[k], p, q, phi, g, h);
       part.phi += k < vector.n ? phi : 0;
       part.g += k < vector.n ? g : 0;
     }
@@ -839,22 +871,20 @@ template <class Divergence, bool LOG_0>
 FASTKD_INLINE void gradients(const Call& call, const RowState& row, Place place, Range range, const char* student,
                              const char* teacher, char* student_gradient, char* teacher_gradient) {
   const int64_t start = first_column(call, place.rank);
-  const float degree = float(call.degree);
   each_vector<!LOG_0>(call, row, place, range, [&](int first, auto vector) {
-    V s[VECTOR], t[VECTOR], out[VECTOR] = {}, teacher_out[VECTOR] = {}, p, q, phi, g;
+    V s[VECTOR], t[VECTOR], out[VECTOR] = {}, teacher_out[VECTOR] = {}, p, q, phi, g, h;
     load_z(student, row.student, first, vector, s);
     load_z(teacher, row.teacher, first, vector, t);
     // Two loops: a branch in each column would cost more than it saves.
     if (call.alpha != 0 && teacher_gradient)
       for (int k = 0; k < VECTOR; ++k) {
-        evaluate<Divergence, LOG_0>(call, row, s[k], t[k], p, q, phi, g);
-        const V h = degree * phi - g;
+        evaluate<Divergence, LOG_0>(call, row, s[k], t[k], p, q, phi, g, h);
         out[k] = (is_normalized<Divergence>(call) ? g - q * row.sum_g : g) * row.distillation_factor;
         teacher_out[k] = (is_normalized<Divergence>(call) ? h - p * row.sum_h : h) * row.teacher_factor;
       }
     else if (call.alpha != 0)
       for (int k = 0; k < VECTOR; ++k) {
-        evaluate<Divergence, LOG_0>(call, row, s[k], t[k], p, q, phi, g);
+        evaluate<Divergence, LOG_0>(call, row, s[k], t[k], p, q, phi, g, h);
         out[k] = (is_normalized<Divergence>(call) ? g - q * row.sum_g : g) * row.distillation_factor;
       }
     if (row.with_labels)

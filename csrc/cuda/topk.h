@@ -167,18 +167,21 @@ FASTKD_INLINE void close_events(const Call& call, RowState& row, const Statistic
     row.teacher.rate = LOG2_E;
     row.teacher.top = row.teacher.offset = row.teacher.offset_low = 0;
     row.teacher.threshold = NEGLIGIBLE;
+    row.s_origin = row.student.top, row.t_origin = 0;
+    row.ratio = 1 / row.student.unit;
+    row.ratio_high = -row.student.offset, row.ratio_low = -row.student.offset_low;
   }
 }
 
 struct Evaluated {
-  V p, q, phi, g;
+  V p, q, phi, g, h;
 };
 
 // A call, as all the definitions are in it.
 template <bool LOG_0>
 FASTKD_CALL Evaluated evaluate_event(const Call& call, const RowState& row, float z, float log_p) {
   Evaluated out;
-  evaluate<Any, LOG_0>(call, row, z, log_p, out.p, out.q, out.phi, out.g);
+  evaluate<Any, LOG_0>(call, row, z, log_p, out.p, out.q, out.phi, out.g, out.h);
   return out;
 }
 

@@ -146,13 +146,15 @@ struct alpha_beta {
     const V q_share = splat(params_[5]);
     const V size = (-abs(log_ratio));
     const V top = (coefficient * exp((degree * where((log_ratio > splat(0.0f)), log_p, log_q))));
-    const V lower = expm1((degree * size));
-    const V cross = expm1(where((log_ratio > splat(0.0f)), (beta * size), (alpha * size)));
-    const V phi = (top * (where((log_ratio > splat(0.0f)), (q_share * lower), (p_share * lower)) - cross));
-    const V g = ((beta * top) * (where((log_ratio > splat(0.0f)), lower, splat(0.0f)) - cross));
+    const V a = expm1((alpha * size));
+    const V b = expm1((beta * size));
+    const V both = ((a + b) + (a * b));
+    const V phi = (top * where((log_ratio > splat(0.0f)), ((q_share * both) - b), ((p_share * both) - a)));
+    const V cross = exp(where((log_ratio > splat(0.0f)), (beta * size), (alpha * size)));
+    const V g = (((beta * top) * a) * where((log_ratio > splat(0.0f)), cross, (-splat(1.0f))));
     phi_ = phi;
     g_ = g;
-    h_ = ((alpha * top) * (where((log_ratio > splat(0.0f)), splat(0.0f), lower) - cross));
+    h_ = (((alpha * top) * b) * where((log_ratio > splat(0.0f)), (-splat(1.0f)), cross));
   }
 };
 
@@ -167,12 +169,19 @@ struct alpha_beta_of_any_sign {
     const V coefficient = splat(params_[3]);
     const V p_share = splat(params_[4]);
     const V q_share = splat(params_[5]);
+    const V size = abs(log_ratio);
     const V cross = exp(((alpha * log_p) + (beta * log_q)));
+    const V p_power = exp((degree * log_p));
     const V q_power = exp((degree * log_q));
-    const V phi = (coefficient * (((p_share * exp((degree * log_p))) + (q_share * q_power)) - cross));
+    const V a = expm1(where((size < splat(1.0f)), (alpha * log_ratio), splat(0.0f)));
+    const V b = expm1(where((size < splat(1.0f)), ((-beta) * log_ratio), splat(0.0f)));
+    const V both = expm1(where((size < splat(1.0f)), (degree * log_ratio), splat(0.0f)));
+    const V apart = (((p_share * p_power) + (q_share * q_power)) - cross);
+    const V phi = (coefficient * where((size < splat(1.0f)), (q_power * ((p_share * both) - a)), apart));
+    const V g = ((coefficient * beta) * where((size < splat(1.0f)), ((-q_power) * a), (q_power - cross)));
     phi_ = phi;
-    g_ = ((coefficient * beta) * (q_power - cross));
-    h_ = degree_ * phi_ - g_;
+    g_ = g;
+    h_ = ((coefficient * alpha) * where((size < splat(1.0f)), ((-p_power) * b), (p_power - cross)));
   }
 };
 
@@ -182,14 +191,14 @@ struct alpha_beta_at_beta_0 {
   static FASTKD_INLINE void eval(V p, V q, V log_p, V log_q, V log_ratio, const float* params_, float degree_, V& phi_,
                                  V& g_, V& h_) {
     const V alpha = splat(params_[0]);
+    const V p_power = exp((alpha * log_p));
     const V ratio = (alpha * log_ratio);
-    const V top = exp(where((ratio > splat(0.0f)), (alpha * log_p), (alpha * log_q)));
-    const V lower = (top * expm1((-abs(ratio))));
-    const V gap = where((ratio > splat(0.0f)), lower, (-lower));
-    const V p_power = where((ratio > splat(0.0f)), top, (top + lower));
-    phi_ = (((p_power * log_ratio) + (gap / alpha)) / alpha);
-    g_ = (gap / alpha);
-    h_ = degree_ * phi_ - g_;
+    const V lower = expm1((-abs(ratio)));
+    const V gap = (where((ratio > splat(0.0f)), (p_power * lower), ((-exp((alpha * log_q))) * lower)) / alpha);
+    const V h = (p_power * log_ratio);
+    phi_ = ((h + gap) / alpha);
+    g_ = gap;
+    h_ = h;
   }
 };
 
@@ -199,14 +208,14 @@ struct alpha_beta_at_alpha_0 {
   static FASTKD_INLINE void eval(V p, V q, V log_p, V log_q, V log_ratio, const float* params_, float degree_, V& phi_,
                                  V& g_, V& h_) {
     const V beta = splat(params_[0]);
+    const V q_power = exp((beta * log_q));
     const V ratio = (beta * log_ratio);
-    const V top = exp(where((ratio > splat(0.0f)), (beta * log_p), (beta * log_q)));
-    const V lower = (top * expm1((-abs(ratio))));
-    const V gap = where((ratio > splat(0.0f)), (-lower), lower);
-    const V g = ((-where((ratio > splat(0.0f)), (top + lower), top)) * log_ratio);
-    phi_ = ((g + (gap / beta)) / beta);
+    const V lower = expm1((-abs(ratio)));
+    const V gap = (where((ratio > splat(0.0f)), ((-exp((beta * log_p))) * lower), (q_power * lower)) / beta);
+    const V g = ((-q_power) * log_ratio);
+    phi_ = ((g + gap) / beta);
     g_ = g;
-    h_ = degree_ * phi_ - g_;
+    h_ = gap;
   }
 };
 
