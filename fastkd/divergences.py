@@ -4,7 +4,7 @@ A divergence is a sum over the vocabulary, ``D = sum_v phi(log p_v, log q_v)``, 
 and the student's q. Its definition is one pure function
 
     (p, q, log_p, log_q, *params) -> (phi, g) or (phi, g, h)
-                                        g = d phi / d log q,  h = d phi / d log p,  with q = exp(log q), p = exp(log p)
+                                        g = d phi / d log q,  h = d phi / d log p
 
 and every backend consumes that function: the reference runs it on tensors, the Triton kernel compiles the same code
 object, and ``csrc/generate.py`` emits it as a C++ functor. The gradients follow from it alone:
@@ -35,8 +35,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
-
 # The vocabulary of a definition; kernels/skeleton.py and csrc/cpu/vec.h provide the same names.
 # A004: a definition reads as the formula does. F401: the next one may want what none uses yet.
 from torch import Tensor, abs, exp, expm1, log1p, logaddexp, where  # noqa: A004, F401
@@ -64,9 +62,10 @@ def derivatives(
 ) -> tuple[Any, Any, Any]:
     """(phi, g, h) of a definition; h None where it has no degree."""
     entry = arguments_of(divergence.function, p, q, log_p, log_q, log_ratio)
-    phi, g, *more = divergence.function(*entry, *divergence.params)
-    if more:
-        return phi, g, more[0]
+    found = divergence.function(*entry, *divergence.params)
+    phi, g = found[:2]
+    if len(found) == 3:
+        return phi, g, found[2]
     return phi, g, None if divergence.degree is None else divergence.degree * phi - g
 
 
@@ -148,8 +147,8 @@ class Divergence:
 
     Args:
         name: how it is called in messages, and its identity inside compiled graphs.
-        function: the definition, ``(p, q, log_p, log_q, *params) -> (phi, g)``; the head of this module says what else it
-            may take and return.
+        function: the definition, ``(p, q, log_p, log_q, *params) -> (phi, g)``; the head of this module says what else
+            it may take and return.
         params: the numbers passed to it.
         degree: phi is homogeneous of this degree in (p, q), up to a multiple of p in its derivative, so that
             Euler's identity gives the teacher's derivative as ``h = degree * phi - g``. None: unknown, and a
@@ -264,7 +263,7 @@ def soft_cross_entropy() -> Divergence:
 
 
 def _jsd(p, q, log_p, log_q, log_ratio, beta, rest):
-    # One of the two excesses is 0, and what is added up is the same for (p, q) and (q, p) where beta is 1/2: to the bit.
+    # One of the two excesses is 0, and what is added up is the same for (p, q) and (q, p) where beta is 1/2.
     log_m = log_mixture(log_ratio, beta, rest)
     above_q = where(log_ratio > 0.0, log_ratio, 0.0)
     above_p = where(log_ratio < 0.0, -log_ratio, 0.0)
@@ -351,7 +350,7 @@ def hellinger() -> Divergence:
 
 
 def _alpha_beta(p, q, log_p, log_q, log_ratio, alpha, beta, degree, coefficient, p_share, q_share):
-    # Of positive exponents: powers relative to the degree-th power of the larger of p and q, a, b and a + b of the ratio.
+    # Of positive exponents: powers of the ratio, less 1, times the degree-th power of the larger of p and q.
     size = -abs(log_ratio)
     top = coefficient * exp(degree * where(log_ratio > 0.0, log_p, log_q))
     a = expm1(alpha * size)

@@ -396,7 +396,7 @@ def _infinite_at_zero(divergence: Divergence) -> bool:
     from fastkd import reference  # loaded at its first use, as every backend is
 
     one = torch.zeros((), dtype=torch.float64)
-    phi, _ = reference.evaluate(divergence, one - torch.inf, one)
+    phi, *_ = reference.evaluate(divergence, one - torch.inf, one)
     return not bool(phi.isfinite())
 
 

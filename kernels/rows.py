@@ -67,6 +67,7 @@ from .sweeps import (
     sweep_statistics,
     sweep_sums,
     sweep_zeros,
+    where_finite,
     with_more,
 )
 from .tuning import TILES
@@ -469,6 +470,8 @@ def _keep_row(
             h = objective.degree * others_phi - others_g
             if APART:
                 h += of_apart.h
+            s_at = where_finite(s_at, phi)
+            t_at = where_finite(t_at, phi)
             sweep_gradients(
                 student,
                 teacher,

@@ -18,7 +18,14 @@ import triton
 import triton.language as tl
 
 from fastkd import reference
-from fastkd.divergences import VOCABULARY, Divergence, log_mixture as log_mixture_of_tensors, takes_ratio
+from fastkd.divergences import (
+    VOCABULARY,
+    Divergence,
+    takes_ratio,
+)
+from fastkd.divergences import (
+    log_mixture as log_mixture_of_tensors,
+)
 
 # Constants come to kernels as defaults of parameters. A global constexpr is compared at every launch with what it was
 # when the kernel was compiled: 2 us of host time for each (bench/host.py).

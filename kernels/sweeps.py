@@ -42,8 +42,8 @@ class Normalizer(NamedTuple):
 class Top(NamedTuple):
     """The column of a row's maximum: sums leave it out, for beside it they would lose what the others are.
 
-    1 less its probability is rest / (1 + rest), with the rest relative to it; and its gradient, which is the difference
-    x_v - p_v sum x of two numbers of its own size where it is sure, is x_v (1 - p_v) - p_v times the sum of the others'.
+    1 less its probability is rest / (1 + rest), with the rest relative to it; and its gradient, x_v - p_v sum x, is
+    x_v (1 - p_v) - p_v times the sum of the others', which is no difference of two numbers of its own size.
     """
 
     column: Any
@@ -235,7 +235,7 @@ def _faded_q(q_moment, s_step, t_step, s_sum, s_fade):
 
 @triton.jit
 def _log_quotient(s_rest, t_rest):
-    """log((1 + s_rest) / (1 + t_rest)): exactly 0 where they are equal, and to their last digits where both are small."""
+    """log((1 + s_rest) / (1 + t_rest)): exactly 0 where they are equal, and with all digits where both are small."""
     change = tl.div_rn(s_rest - t_rest, 1.0 + t_rest)
     return tl.where(
         tl.abs(change) < 0.5, log1p(change), tl.log(tl.div_rn(1.0 + s_rest, 1.0 + t_rest))
@@ -277,7 +277,9 @@ def _closed_form(
         g -= weight
         p_there = tl.div_rn(tl.exp(t_gap), t_sum)
         of_s += weight * tl.where(same, p_rest - q_rest, tl.div_rn(1.0, s_sum) - p_there)
-        gap = tl.where(s_gap == -float("inf"), 0.0, s_gap)  # then the value says that it is infinite
+        gap = tl.where(
+            s_gap == -float("inf"), 0.0, s_gap
+        )  # then the value says that it is infinite
         of_t -= tl.div_rn(weight * gap * p_rest + tl.div_rn(p_moment, t_sum), t_sum)
     if moments.reverse is not None:
         reverse = tl.div_rn(q_moment - t_gap, s_sum) - log_quotient
@@ -287,9 +289,7 @@ def _closed_form(
         q_there = tl.div_rn(tl.exp(s_gap), s_sum)
         gap = tl.where(t_gap == -float("inf"), 0.0, t_gap)
         of_s -= moments.reverse * tl.div_rn(gap * q_rest + tl.div_rn(q_moment, s_sum), s_sum)
-        of_t += moments.reverse * tl.where(
-            same, q_rest - p_rest, tl.div_rn(1.0, t_sum) - q_there
-        )
+        of_t += moments.reverse * tl.where(same, q_rest - p_rest, tl.div_rn(1.0, t_sum) - q_there)
     return phi, g, of_s, of_t
 
 
@@ -395,7 +395,8 @@ def sweep_statistics(
                 if plain_unit is not None:
                     plain_sum += _first_lane(plain_sum)
                 if teacher.unit is not None:
-                    if moments.reverse is not None:
+                    # Triton knows at compile time what is None, but not what `and` makes of it.
+                    if moments.reverse is not None:  # noqa: SIM102
                         x = _gap_at(teacher, s_column, V, t_before, teacher.unit)
                         q_moment += _first_lane(q_moment) * tl.where(x == -float("inf"), 0.0, -x)
             s_column = _column_of(s, s_top, columns)
@@ -546,7 +547,7 @@ def _ratio(s_norm, t_norm, log_quotient, CLOSE: tl.constexpr = CLOSE):
 def log_ratio_of(s, t, ratio):
     """log p - log q."""
     gap = (t - ratio.t_origin) * ratio.scale - (s - ratio.s_origin)
-    return (gap * ratio.unit + ratio.low) + ratio.high
+    return tl.fma(gap, ratio.unit, ratio.low) + ratio.high
 
 
 @triton.jit
@@ -593,7 +594,9 @@ def conclude(row, student, teacher, plain_unit, t_plain_unit, moments):
     entropy = s_norm.log_sum - tl.div_rn(row.entropy_moment, 1.0 + row.s_sum)
     s_at = Top(row.s_column, row.s_sum, row.s_top, t_of_s, of_s)
     t_at = Top(t_column, t_sum, row.t_top, s_of_t, of_t)
-    return Statistics(s_norm, t_norm, plain, t_plain, entropy, row.spread, s_at, t_at, ratio, log_quotient, phi, g)
+    return Statistics(
+        s_norm, t_norm, plain, t_plain, entropy, row.spread, s_at, t_at, ratio, log_quotient, phi, g
+    )
 
 
 @triton.jit
@@ -687,6 +690,13 @@ def with_more(at, more):
     """A top where the sum that its side's derivatives have over the other columns is larger by that."""
     gradient = at.gradient - tl.div_rn(more, 1.0 + at.rest)
     return Top(at.column, at.rest, at.z, at.other_z, gradient)
+
+
+@triton.jit
+def where_finite(at, phi):
+    """A top, which is none in a row whose divergence is infinite: the limit of its gradient is the kernel's to find."""
+    known = (phi - phi == 0.0) & (at.gradient - at.gradient == 0.0)
+    return Top(tl.where(known, at.column, -1.0), at.rest, at.z, at.other_z, at.gradient)
 
 
 @triton.jit

@@ -3,8 +3,8 @@
     error of a row of losses      |value - exact| / |exact|
     error of a row's gradient     |gradient - exact| / |exact|, of Euclidean norms and of largest entries
 
-Exact is the published formula (tests/oracles.py) in float64 on the logits as they are; plain PyTorch is the same formula
-with log_softmax and autograd in float32. The rows of a case are alike, and a case has one number for each contender: the
+Exact is the published formula (tests/oracles.py) in float64 on the logits as they are; plain PyTorch is the same
+formula with log_softmax and autograd in float32. The rows of a case are alike, and a case has one number a contender: the
 root of the mean of the squares of its rows' errors, as in a single row either may be right by luck. An error below four
 units in the last place counts as those four, for all of a float32's digits are there; nor is one below float64's own.
 
@@ -96,9 +96,7 @@ RESTS = (1e-3, 1e-5, 1e-7, 1e-9, 1e-12)
 WIDTHS = (32, 1000, 50_000)
 
 
-def made_up(
-    widths: tuple[int, ...] = WIDTHS, rests: tuple[float, ...] = RESTS
-) -> list[Case]:
+def made_up(widths: tuple[int, ...] = WIDTHS, rests: tuple[float, ...] = RESTS) -> list[Case]:
     """Peaked rows and normal ones."""
     found = [
         peaked(rest, vocabulary, tops)

@@ -6,8 +6,8 @@
 struct forward_kl {
   static constexpr bool always_normalized = true;
   static constexpr bool uses_logs = true, gradient_uses_logs = false;
-  static FASTKD_INLINE void eval(V p, V q, V log_p, V log_q, V log_ratio, const float* params_, float degree_, V& phi_,
-                                 V& g_, V& h_) {
+  static FASTKD_INLINE void eval(V p, V q, V log_p, V log_q, V log_ratio, const float* params_,
+                                 float degree_, V& phi_, V& g_, V& h_) {
     const V phi = (p * log_ratio);
     phi_ = phi;
     g_ = (-p);
@@ -18,8 +18,8 @@ struct forward_kl {
 struct reverse_kl {
   static constexpr bool always_normalized = true;
   static constexpr bool uses_logs = true, gradient_uses_logs = true;
-  static FASTKD_INLINE void eval(V p, V q, V log_p, V log_q, V log_ratio, const float* params_, float degree_, V& phi_,
-                                 V& g_, V& h_) {
+  static FASTKD_INLINE void eval(V p, V q, V log_p, V log_q, V log_ratio, const float* params_,
+                                 float degree_, V& phi_, V& g_, V& h_) {
     const V phi = ((-q) * log_ratio);
     phi_ = phi;
     g_ = (phi + q);
@@ -30,8 +30,8 @@ struct reverse_kl {
 struct mixture {
   static constexpr bool always_normalized = true;
   static constexpr bool uses_logs = true, gradient_uses_logs = true;
-  static FASTKD_INLINE void eval(V p, V q, V log_p, V log_q, V log_ratio, const float* params_, float degree_, V& phi_,
-                                 V& g_, V& h_) {
+  static FASTKD_INLINE void eval(V p, V q, V log_p, V log_q, V log_ratio, const float* params_,
+                                 float degree_, V& phi_, V& g_, V& h_) {
     const V forward = splat(params_[0]);
     const V reverse = splat(params_[1]);
     const V onward = ((forward * p) * log_ratio);
@@ -46,8 +46,8 @@ struct mixture {
 struct soft_cross_entropy {
   static constexpr bool always_normalized = true;
   static constexpr bool uses_logs = true, gradient_uses_logs = false;
-  static FASTKD_INLINE void eval(V p, V q, V log_p, V log_q, V log_ratio, const float* params_, float degree_, V& phi_,
-                                 V& g_, V& h_) {
+  static FASTKD_INLINE void eval(V p, V q, V log_p, V log_q, V log_ratio, const float* params_,
+                                 float degree_, V& phi_, V& g_, V& h_) {
     const V weight = splat(params_[0]);
     phi_ = (((-weight) * p) * log_q);
     g_ = ((-weight) * p);
@@ -58,8 +58,8 @@ struct soft_cross_entropy {
 struct jsd {
   static constexpr bool always_normalized = true;
   static constexpr bool uses_logs = true, gradient_uses_logs = true;
-  static FASTKD_INLINE void eval(V p, V q, V log_p, V log_q, V log_ratio, const float* params_, float degree_, V& phi_,
-                                 V& g_, V& h_) {
+  static FASTKD_INLINE void eval(V p, V q, V log_p, V log_q, V log_ratio, const float* params_,
+                                 float degree_, V& phi_, V& g_, V& h_) {
     const V beta = splat(params_[0]);
     const V rest = splat(params_[1]);
     const V log_m = log_mixture(log_ratio, beta, rest);
@@ -75,8 +75,8 @@ struct jsd {
 struct skew_forward_kl {
   static constexpr bool always_normalized = true;
   static constexpr bool uses_logs = true, gradient_uses_logs = true;
-  static FASTKD_INLINE void eval(V p, V q, V log_p, V log_q, V log_ratio, const float* params_, float degree_, V& phi_,
-                                 V& g_, V& h_) {
+  static FASTKD_INLINE void eval(V p, V q, V log_p, V log_q, V log_ratio, const float* params_,
+                                 float degree_, V& phi_, V& g_, V& h_) {
     const V alpha = splat(params_[0]);
     const V rest = splat(params_[1]);
     const V log_m = log_mixture(log_ratio, alpha, rest);
@@ -91,8 +91,8 @@ struct skew_forward_kl {
 struct skew_reverse_kl {
   static constexpr bool always_normalized = true;
   static constexpr bool uses_logs = true, gradient_uses_logs = true;
-  static FASTKD_INLINE void eval(V p, V q, V log_p, V log_q, V log_ratio, const float* params_, float degree_, V& phi_,
-                                 V& g_, V& h_) {
+  static FASTKD_INLINE void eval(V p, V q, V log_p, V log_q, V log_ratio, const float* params_,
+                                 float degree_, V& phi_, V& g_, V& h_) {
     const V alpha = splat(params_[0]);
     const V rest = splat(params_[1]);
     const V log_m = log_mixture(log_ratio, rest, alpha);
@@ -107,8 +107,8 @@ struct skew_reverse_kl {
 struct tvd {
   static constexpr bool always_normalized = true;
   static constexpr bool uses_logs = true, gradient_uses_logs = true;
-  static FASTKD_INLINE void eval(V p, V q, V log_p, V log_q, V log_ratio, const float* params_, float degree_, V& phi_,
-                                 V& g_, V& h_) {
+  static FASTKD_INLINE void eval(V p, V q, V log_p, V log_q, V log_ratio, const float* params_,
+                                 float degree_, V& phi_, V& g_, V& h_) {
     const V size = (((-splat(0.5f)) * where((log_ratio > splat(0.0f)), p, q)) * expm1((-abs(log_ratio))));
     const V sign = (where((log_ratio < splat(0.0f)), splat(1.0f), splat(0.0f)) - where((log_ratio > splat(0.0f)), splat(1.0f), splat(0.0f)));
     phi_ = size;
@@ -120,8 +120,8 @@ struct tvd {
 struct hellinger {
   static constexpr bool always_normalized = true;
   static constexpr bool uses_logs = true, gradient_uses_logs = true;
-  static FASTKD_INLINE void eval(V p, V q, V log_p, V log_q, V log_ratio, const float* params_, float degree_, V& phi_,
-                                 V& g_, V& h_) {
+  static FASTKD_INLINE void eval(V p, V q, V log_p, V log_q, V log_ratio, const float* params_,
+                                 float degree_, V& phi_, V& g_, V& h_) {
     const V top = exp((splat(0.5f) * where((log_ratio > splat(0.0f)), log_p, log_q)));
     const V below = (top * expm1(((-splat(0.5f)) * abs(log_ratio))));
     const V of_top = (((-splat(0.5f)) * top) * below);
@@ -136,8 +136,8 @@ struct hellinger {
 struct alpha_beta {
   static constexpr bool always_normalized = true;
   static constexpr bool uses_logs = true, gradient_uses_logs = true;
-  static FASTKD_INLINE void eval(V p, V q, V log_p, V log_q, V log_ratio, const float* params_, float degree_, V& phi_,
-                                 V& g_, V& h_) {
+  static FASTKD_INLINE void eval(V p, V q, V log_p, V log_q, V log_ratio, const float* params_,
+                                 float degree_, V& phi_, V& g_, V& h_) {
     const V alpha = splat(params_[0]);
     const V beta = splat(params_[1]);
     const V degree = splat(params_[2]);
@@ -161,8 +161,8 @@ struct alpha_beta {
 struct alpha_beta_of_any_sign {
   static constexpr bool always_normalized = true;
   static constexpr bool uses_logs = true, gradient_uses_logs = true;
-  static FASTKD_INLINE void eval(V p, V q, V log_p, V log_q, V log_ratio, const float* params_, float degree_, V& phi_,
-                                 V& g_, V& h_) {
+  static FASTKD_INLINE void eval(V p, V q, V log_p, V log_q, V log_ratio, const float* params_,
+                                 float degree_, V& phi_, V& g_, V& h_) {
     const V alpha = splat(params_[0]);
     const V beta = splat(params_[1]);
     const V degree = splat(params_[2]);
@@ -188,8 +188,8 @@ struct alpha_beta_of_any_sign {
 struct alpha_beta_at_beta_0 {
   static constexpr bool always_normalized = true;
   static constexpr bool uses_logs = true, gradient_uses_logs = true;
-  static FASTKD_INLINE void eval(V p, V q, V log_p, V log_q, V log_ratio, const float* params_, float degree_, V& phi_,
-                                 V& g_, V& h_) {
+  static FASTKD_INLINE void eval(V p, V q, V log_p, V log_q, V log_ratio, const float* params_,
+                                 float degree_, V& phi_, V& g_, V& h_) {
     const V alpha = splat(params_[0]);
     const V p_power = exp((alpha * log_p));
     const V ratio = (alpha * log_ratio);
@@ -205,8 +205,8 @@ struct alpha_beta_at_beta_0 {
 struct alpha_beta_at_alpha_0 {
   static constexpr bool always_normalized = true;
   static constexpr bool uses_logs = true, gradient_uses_logs = true;
-  static FASTKD_INLINE void eval(V p, V q, V log_p, V log_q, V log_ratio, const float* params_, float degree_, V& phi_,
-                                 V& g_, V& h_) {
+  static FASTKD_INLINE void eval(V p, V q, V log_p, V log_q, V log_ratio, const float* params_,
+                                 float degree_, V& phi_, V& g_, V& h_) {
     const V beta = splat(params_[0]);
     const V q_power = exp((beta * log_q));
     const V ratio = (beta * log_ratio);
@@ -222,8 +222,8 @@ struct alpha_beta_at_alpha_0 {
 struct alpha_beta_at_sum_0 {
   static constexpr bool always_normalized = true;
   static constexpr bool uses_logs = true, gradient_uses_logs = true;
-  static FASTKD_INLINE void eval(V p, V q, V log_p, V log_q, V log_ratio, const float* params_, float degree_, V& phi_,
-                                 V& g_, V& h_) {
+  static FASTKD_INLINE void eval(V p, V q, V log_p, V log_q, V log_ratio, const float* params_,
+                                 float degree_, V& phi_, V& g_, V& h_) {
     const V alpha = splat(params_[0]);
     const V ratio = (alpha * log_ratio);
     const V more = expm1(ratio);
@@ -236,8 +236,8 @@ struct alpha_beta_at_sum_0 {
 struct half_squared_gap {
   static constexpr bool always_normalized = false;
   static constexpr bool uses_logs = true, gradient_uses_logs = true;
-  static FASTKD_INLINE void eval(V p, V q, V log_p, V log_q, V log_ratio, const float* params_, float degree_, V& phi_,
-                                 V& g_, V& h_) {
+  static FASTKD_INLINE void eval(V p, V q, V log_p, V log_q, V log_ratio, const float* params_,
+                                 float degree_, V& phi_, V& g_, V& h_) {
     phi_ = ((splat(0.5f) * log_ratio) * log_ratio);
     g_ = (-log_ratio);
     h_ = degree_ * phi_ - g_;
@@ -247,8 +247,8 @@ struct half_squared_gap {
 struct smooth_l1 {
   static constexpr bool always_normalized = false;
   static constexpr bool uses_logs = true, gradient_uses_logs = true;
-  static FASTKD_INLINE void eval(V p, V q, V log_p, V log_q, V log_ratio, const float* params_, float degree_, V& phi_,
-                                 V& g_, V& h_) {
+  static FASTKD_INLINE void eval(V p, V q, V log_p, V log_q, V log_ratio, const float* params_,
+                                 float degree_, V& phi_, V& g_, V& h_) {
     const V beta = splat(params_[0]);
     const V size = abs(log_ratio);
     const V phi = where((size < beta), (((splat(0.5f) * log_ratio) * log_ratio) / beta), (size - (splat(0.5f) * beta)));
