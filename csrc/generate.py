@@ -4,8 +4,8 @@
     python csrc/generate.py --check    exit 1 if the header is not what would be written
 
 A definition is straight-line: assignments of expressions over its arguments and the vocabulary, then
-``return phi, g`` or ``return phi, g, h``. Anything else is refused with the line that holds it. Needs neither torch nor a
-compiler.
+``return phi, g`` or ``return phi, g, h``. Anything else is refused with the line that holds it. Needs neither torch nor
+a compiler.
 """
 
 from __future__ import annotations

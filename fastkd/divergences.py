@@ -15,9 +15,9 @@ object, and ``csrc/generate.py`` emits it as a C++ functor. The gradients follow
 h is degree * phi - g (:class:`Divergence`). A definition returns it where that difference loses digits, as it does
 where one of p and q is far below the other; it has the same value.
 
-A definition whose fifth argument is named ``log_ratio`` is given log p - log q there. That is a difference of logits less
-a constant of the row, and as exact as a float can be, where the difference of two rounded logarithms has the error of
-both: take signs and ratios of p and q from it. So do the definitions below, and they are written such that phi and g
+A definition whose fifth argument is named ``log_ratio`` is given log p - log q there. That is a difference of logits
+less a constant of the row, and as exact as a float can be, where the difference of two rounded logarithms has the error
+of both: take signs and ratios of p and q from it. So do the definitions below, and they are written such that phi and g
 keep their digits as log_ratio tends to 0.
 
 A definition may use the names imported from torch below, arithmetic, comparisons and its parameters, and nothing

@@ -394,9 +394,9 @@ def sweep_statistics(
                 s_sum += _first_lane(s_sum)
                 if plain_unit is not None:
                     plain_sum += _first_lane(plain_sum)
-                if teacher.unit is not None:
-                    # Triton knows at compile time what is None, but not what `and` makes of it.
-                    if moments.reverse is not None:  # noqa: SIM102
+                # Triton knows at compile time what is None, but not what `and` makes of it.
+                if teacher.unit is not None:  # noqa: SIM102
+                    if moments.reverse is not None:
                         x = _gap_at(teacher, s_column, V, t_before, teacher.unit)
                         q_moment += _first_lane(q_moment) * tl.where(x == -float("inf"), 0.0, -x)
             s_column = _column_of(s, s_top, columns)

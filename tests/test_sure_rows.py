@@ -31,9 +31,9 @@ variants = pytest.mark.parametrize(
     "variant", VARIANTS, ids=lambda v: "-".join([v[0], *(f"{x:g}" for x in v[1].values())])
 )
 
-# Times the error of plain PyTorch. Nearly all ratios are below 1 (on the cpu backend all but 60 of 3,400, at most 1.58); the
-# others are of rows on which both contenders are right to some units in the last place, or all digits have cancelled in
-# both, and which is closer is a matter of luck. What this is for is off by factors of a hundred and more.
+# Times the error of plain PyTorch. Nearly all ratios are below 1 (on the cpu backend all but 60 of 3,400, at most 1.58).
+# The others are of rows on which both contenders are right to some units in the last place, or have lost all digits, and
+# which of them is closer is a matter of luck. What this is for is off by factors of a hundred and more.
 BAR = 1.6
 
 
