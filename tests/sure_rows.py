@@ -5,8 +5,9 @@
 
 Exact is the published formula (tests/oracles.py) in float64 on the logits as they are; plain PyTorch is the same
 formula with log_softmax and autograd in float32. The rows of a case are alike, and a case has one number a contender:
-the root of the mean of the squares of its rows' errors, as in a single row either may be right by luck. An error below four
-units in the last place counts as those four, for all of a float32's digits are there; nor is one below float64's own.
+the root of the mean of the squares of its rows' errors, as in a single row either may be right by luck. An error below
+four units in the last place counts as those four, for all of a float32's digits are there; nor is one below
+float64's own.
 
 Nothing here uses a kernel; bench/accuracy.py prints the ratios, tests/test_sure_rows.py holds them to a bar.
 """
