@@ -1,6 +1,10 @@
 """Error of loss and gradient against float64: fastkd, plain PyTorch in float32, and in bfloat16.
 
     python bench/accuracy.py
+    python bench/accuracy.py --worst [--backend cpu] [--widest 50000]
+
+With --worst it prints one table: on peaked, close and real rows, the worst ratio of fastkd's error to that of float32
+PyTorch, a divergence a line, for the value and both gradients. tests/sure_rows.py says what is measured, and how.
 
 The truth is the plain composition in float64, on the logits as they are (bfloat16 logits are exact
 numbers too). An error is taken a row: of the loss, relative to it; of the gradient, the largest of the
@@ -14,6 +18,8 @@ that upcasts, and no more; the last column says whether that holds of the median
 from __future__ import annotations
 
 import argparse
+import sys
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -22,6 +28,9 @@ from report import Table, add_arguments, emit, progress
 from torch import Tensor
 
 import fastkd
+
+sys.path.append(str(Path(__file__).resolve().parents[1] / "tests"))
+import sure_rows
 
 ROWS = 32
 
@@ -97,6 +106,25 @@ def extremes(values: Tensor) -> tuple[float, float]:
     return float(values.median()), float(values.max())
 
 
+def worst(divergence: fastkd.Divergence, name: str, backend: str, cases: list[Any]) -> list[str]:
+    """A line of the table of ratios."""
+    found: dict[str, tuple[float, str]] = {}
+    for case in cases:
+        exact, plain = (
+            sure_rows.plain(case, dtype, divergence=name)
+            for dtype in (torch.float64, torch.float32)
+        )
+        ours = sure_rows.run(
+            lambda s, t: fastkd.kd_loss(
+                s, t, divergence=divergence, reduction="none", backend=backend
+            ),
+            case,
+        )
+        for what, ratio in sure_rows.ratios(ours, plain, exact)._asdict().items():
+            found[what] = max(found.get(what, (0.0, "")), (ratio, case.name))
+    return [name, *(f"{ratio:.2f}x ({case})" for ratio, case in found.values())]
+
+
 def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(
@@ -108,10 +136,24 @@ def main() -> None:
     )
     parser.add_argument("--vocabulary", type=int, default=32_768)
     parser.add_argument("--seeds", type=int, default=5, help=f"of {ROWS} rows each")
+    parser.add_argument("--worst", action="store_true", help="ratios on peaked and real rows")
+    parser.add_argument("--backend", default="cpu", help="of --worst")
+    parser.add_argument(
+        "--widest", type=int, default=50_000, help="columns of --worst's peaked rows"
+    )
     add_arguments(parser)
     arguments = parser.parse_args()
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
+    if arguments.worst:
+        title = f"{arguments.backend}: worst ratio of fastkd's error to that of float32 PyTorch"
+        table = Table(title, ["divergence", "value", "student's gradient", "teacher's gradient"])
+        cases = [*sure_rows.made_up((32, 1000, arguments.widest)), *sure_rows.all_real()]
+        for name in arguments.divergences:
+            progress(name)
+            table.rows.append(worst(fastkd.DIVERGENCES[name](), name, arguments.backend, cases))
+        emit(arguments, [table], [])
+        return
 
     contenders = ("fastkd", "float32", "bfloat16")
     columns = [

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import fastkd
+from fastkd.divergences import derivatives
 
 Rows = Callable[[Tensor, Tensor], Tensor]  # (student [..., V], teacher [..., V]) -> loss [...]
 
@@ -63,7 +64,7 @@ def from_definition(divergence: fastkd.Divergence) -> Loss:
         log_q, log_p = student, teacher
         if divergence.normalized:
             log_q, log_p = log_q.log_softmax(-1), log_p.log_softmax(-1)
-        phi, _ = divergence.function(log_p.exp(), log_q.exp(), log_p, log_q, *divergence.params)
+        phi, *_ = derivatives(divergence, log_p.exp(), log_q.exp(), log_p, log_q, log_p - log_q)
         return phi.sum(-1)
 
     return Loss(divergence.name, divergence, formula)

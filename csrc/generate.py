@@ -4,7 +4,8 @@
     python csrc/generate.py --check    exit 1 if the header is not what would be written
 
 A definition is straight-line: assignments of expressions over its arguments and the vocabulary, then
-``return phi, g`` or ``return phi, g, h``. Anything else is refused with the line that holds it. Needs neither torch nor a compiler.
+``return phi, g`` or ``return phi, g, h``. Anything else is refused with the line that holds it. Needs neither torch nor
+a compiler.
 """
 
 from __future__ import annotations
@@ -90,8 +91,8 @@ def functor(function: ast.FunctionDef, vocabulary: tuple[str, ...], always_norma
             f"struct {function.name.lstrip('_')} {{",
             f"  static constexpr bool always_normalized = {str(always_normalized).lower()};",
             f"  static constexpr bool uses_logs = {uses_logs(read)}, gradient_uses_logs = {uses_logs(needed)};",
-            "  static FASTKD_INLINE void eval(V p, V q, V log_p, V log_q, V log_ratio, const float* params_, float degree_, V& phi_,",
-            "                                 V& g_, V& h_) {",
+            "  static FASTKD_INLINE void eval(V p, V q, V log_p, V log_q, V log_ratio, const float* params_,",
+            "                                 float degree_, V& phi_, V& g_, V& h_) {",
             *lines,
             "  }",
             "};",

@@ -4,7 +4,7 @@ A divergence is a sum over the vocabulary, ``D = sum_v phi(log p_v, log q_v)``, 
 and the student's q. Its definition is one pure function
 
     (p, q, log_p, log_q, *params) -> (phi, g) or (phi, g, h)
-                                        g = d phi / d log q,  h = d phi / d log p,  with q = exp(log q), p = exp(log p)
+                                        g = d phi / d log q,  h = d phi / d log p
 
 and every backend consumes that function: the reference runs it on tensors, the Triton kernel compiles the same code
 object, and ``csrc/generate.py`` emits it as a C++ functor. The gradients follow from it alone:
@@ -15,9 +15,9 @@ object, and ``csrc/generate.py`` emits it as a C++ functor. The gradients follow
 h is degree * phi - g (:class:`Divergence`). A definition returns it where that difference loses digits, as it does
 where one of p and q is far below the other; it has the same value.
 
-A definition whose fifth argument is named ``log_ratio`` is given log p - log q there. That is a difference of logits less
-a constant of the row, and as exact as a float can be, where the difference of two rounded logarithms has the error of
-both: take signs and ratios of p and q from it. So do the definitions below, and they are written such that phi and g
+A definition whose fifth argument is named ``log_ratio`` is given log p - log q there. That is a difference of logits
+less a constant of the row, and as exact as a float can be, where the difference of two rounded logarithms has the error
+of both: take signs and ratios of p and q from it. So do the definitions below, and they are written such that phi and g
 keep their digits as log_ratio tends to 0.
 
 A definition may use the names imported from torch below, arithmetic, comparisons and its parameters, and nothing
@@ -36,8 +36,6 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ParamSpec
-
-import torch
 
 # The vocabulary of a definition; kernels/skeleton.py and csrc/cpu/vec.h provide the same names.
 # A004: a definition reads as the formula does. F401: the next one may want what none uses yet.
@@ -68,9 +66,10 @@ def derivatives(
 ) -> tuple[Any, Any, Any]:
     """(phi, g, h) of a definition; h None where it has no degree."""
     entry = arguments_of(divergence.function, p, q, log_p, log_q, log_ratio)
-    phi, g, *more = divergence.function(*entry, *divergence.params)
-    if more:
-        return phi, g, more[0]
+    found = divergence.function(*entry, *divergence.params)
+    phi, g = found[:2]
+    if len(found) == 3:
+        return phi, g, found[2]
     return phi, g, None if divergence.degree is None else divergence.degree * phi - g
 
 
@@ -156,8 +155,8 @@ class Divergence:
 
     Args:
         name: how it is called in messages, and its identity inside compiled graphs.
-        function: the definition, ``(p, q, log_p, log_q, *params) -> (phi, g)``; the head of this module says what else it
-            may take and return.
+        function: the definition, ``(p, q, log_p, log_q, *params) -> (phi, g)``; the head of this module says what else
+            it may take and return.
         params: the numbers passed to it.
         degree: phi is homogeneous of this degree in (p, q), up to a multiple of p in its derivative, so that
             Euler's identity gives the teacher's derivative as ``h = degree * phi - g``. None: unknown, and a
@@ -355,7 +354,7 @@ def soft_cross_entropy() -> Divergence:
 
 
 def _jsd(p, q, log_p, log_q, log_ratio, beta, rest):
-    # One of the two excesses is 0, and what is added up is the same for (p, q) and (q, p) where beta is 1/2: to the bit.
+    # One of the two excesses is 0, and what is added up is the same for (p, q) and (q, p) where beta is 1/2.
     log_m = log_mixture(log_ratio, beta, rest)
     above_q = where(log_ratio > 0.0, log_ratio, 0.0)
     above_p = where(log_ratio < 0.0, -log_ratio, 0.0)
@@ -447,41 +446,51 @@ def hellinger() -> Divergence:
 
 
 def _alpha_beta(p, q, log_p, log_q, log_ratio, alpha, beta, degree, coefficient, p_share, q_share):
-    # Of positive exponents: the powers relative to the degree-th power of the larger of p and q, less 1.
+    # Of positive exponents: powers of the ratio, less 1, times the degree-th power of the larger of p and q.
     size = -abs(log_ratio)
     top = coefficient * exp(degree * where(log_ratio > 0.0, log_p, log_q))
-    lower = expm1(degree * size)
-    cross = expm1(where(log_ratio > 0.0, beta * size, alpha * size))
-    phi = top * (where(log_ratio > 0.0, q_share * lower, p_share * lower) - cross)
-    g = beta * top * (where(log_ratio > 0.0, lower, 0.0) - cross)
-    return phi, g, alpha * top * (where(log_ratio > 0.0, 0.0, lower) - cross)
+    a = expm1(alpha * size)
+    b = expm1(beta * size)
+    both = a + b + a * b
+    phi = top * where(log_ratio > 0.0, q_share * both - b, p_share * both - a)
+    cross = exp(where(log_ratio > 0.0, beta * size, alpha * size))
+    g = beta * top * a * where(log_ratio > 0.0, cross, -1.0)
+    return phi, g, alpha * top * b * where(log_ratio > 0.0, -1.0, cross)
 
 
 def _alpha_beta_of_any_sign(
-    p, q, log_p, log_q, alpha, beta, degree, coefficient, p_share, q_share
+    p, q, log_p, log_q, log_ratio, alpha, beta, degree, coefficient, p_share, q_share
 ):
+    # Where p is close to q the terms cancel, and a power of the ratio less 1 is what is left of two of them.
+    size = abs(log_ratio)
     cross = exp(alpha * log_p + beta * log_q)
+    p_power = exp(degree * log_p)
     q_power = exp(degree * log_q)
-    phi = coefficient * (p_share * exp(degree * log_p) + q_share * q_power - cross)
-    return phi, coefficient * beta * (q_power - cross)
+    a = expm1(where(size < 1.0, alpha * log_ratio, 0.0))
+    b = expm1(where(size < 1.0, -beta * log_ratio, 0.0))
+    both = expm1(where(size < 1.0, degree * log_ratio, 0.0))
+    apart = p_share * p_power + q_share * q_power - cross
+    phi = coefficient * where(size < 1.0, q_power * (p_share * both - a), apart)
+    g = coefficient * beta * where(size < 1.0, -q_power * a, q_power - cross)
+    return phi, g, coefficient * alpha * where(size < 1.0, -p_power * b, p_power - cross)
 
 
 def _alpha_beta_at_beta_0(p, q, log_p, log_q, log_ratio, alpha):
+    p_power = exp(alpha * log_p)
     ratio = alpha * log_ratio
-    top = exp(where(ratio > 0.0, alpha * log_p, alpha * log_q))
-    lower = top * expm1(-abs(ratio))
-    gap = where(ratio > 0.0, lower, -lower)  # q^a - p^a
-    p_power = where(ratio > 0.0, top, top + lower)
-    return (p_power * log_ratio + gap / alpha) / alpha, gap / alpha
+    lower = expm1(-abs(ratio))
+    gap = where(ratio > 0.0, p_power * lower, -exp(alpha * log_q) * lower) / alpha  # q^a - p^a
+    h = p_power * log_ratio
+    return (h + gap) / alpha, gap, h
 
 
 def _alpha_beta_at_alpha_0(p, q, log_p, log_q, log_ratio, beta):
+    q_power = exp(beta * log_q)
     ratio = beta * log_ratio
-    top = exp(where(ratio > 0.0, beta * log_p, beta * log_q))
-    lower = top * expm1(-abs(ratio))
-    gap = where(ratio > 0.0, -lower, lower)  # p^b - q^b
-    g = -where(ratio > 0.0, top + lower, top) * log_ratio
-    return (g + gap / beta) / beta, g
+    lower = expm1(-abs(ratio))
+    gap = where(ratio > 0.0, -exp(beta * log_p) * lower, q_power * lower) / beta  # p^b - q^b
+    g = -q_power * log_ratio
+    return (g + gap) / beta, g, gap
 
 
 def _alpha_beta_at_sum_0(p, q, log_p, log_q, log_ratio, alpha):

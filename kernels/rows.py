@@ -30,7 +30,7 @@ from fastkd.rows import Options, Result, Rows, Statistics, Want
 from fastkd.tensors import address, readable, unit_stride
 
 from .apart import binary, entropy_of_all, normalizer_of_all, share, weighed
-from .skeleton import bind
+from .skeleton import bind, form_of
 from .split import (
     APART_FIELDS,
     FIELDS,
@@ -52,10 +52,13 @@ from .split import (
 from .sweeps import (
     Moments,
     Normalizer,
+    Ratio,
     Row,
     Shard,
     Split,
     Sums,
+    Top,
+    add_tops,
     columns_of,
     conclude,
     log_probability,
@@ -65,6 +68,8 @@ from .sweeps import (
     sweep_statistics,
     sweep_sums,
     sweep_zeros,
+    where_finite,
+    with_more,
 )
 from .tuning import TILES
 
@@ -219,6 +224,7 @@ def _statistics(
             pivot,
             moments,
             V,
+            shard,
             split,
             ENTROPY,
             ALIGNED,
@@ -252,7 +258,7 @@ def _keep_row(
     shard,
     split,
     DIVERGENCE: tl.constexpr,
-    NORMALIZED: tl.constexpr,
+    FORM: tl.constexpr,
     SQUARED: tl.constexpr,
     ALIGNED: tl.constexpr,
     BLOCK_V: tl.constexpr,
@@ -260,6 +266,7 @@ def _keep_row(
     STAGE: tl.constexpr,
 ):
     """Loss, parts and gradients of a row that counts; or a stage of it."""
+    NORMALIZED: tl.constexpr = FORM % 2 == 1
     ENTROPY: tl.constexpr = outputs.entropy is not None
     WITH_LABEL: tl.constexpr = objective.rest is not None
     OF_LABEL: tl.constexpr = objective.label is not None
@@ -321,6 +328,12 @@ def _keep_row(
     s_norm = Normalizer(0.0, student.unit, 0.0)
     t_norm, plain, phi, g, spread, entropy = s_norm, s_norm, 0.0, 0.0, 0.0, 0.0
     t_plain = s_norm
+    s_at = Top(tl.full([], -1.0, tl.float32), 0.0, 0.0, 0.0, 0.0)
+    t_at = s_at
+    ratio = Ratio(0.0, 0.0, 1.0, student.unit, 0.0, 0.0)
+    first_column = 0
+    if shard is not None:
+        first_column = shard.first
     if NORMALIZED or WITH_LABEL or ENTROPY:
         softmax_teacher = teacher
         if not NORMALIZED:
@@ -355,10 +368,12 @@ def _keep_row(
         t_plain = found.t_plain
         if NORMALIZED:
             s_norm, t_norm = found.student, found.teacher
+            s_at, t_at, ratio = found.s_at, found.t_at, found.ratio
 
     if teacher.unit is not None and STAGE != "statistics":
         if not NORMALIZED:
             t_norm = Normalizer(0.0, teacher.unit, 0.0)
+            ratio = Ratio(0.0, 0.0, tl.div_rn(teacher.unit, student.unit), student.unit, 0.0, 0.0)
         if moments.forward is None and moments.reverse is None:
             if STAGE == "gradient":
                 phi, g = left_sums(split, row, LANES)
@@ -368,15 +383,35 @@ def _keep_row(
                     teacher,
                     s_norm,
                     t_norm,
+                    s_at,
+                    t_at,
+                    ratio,
                     apart,
                     V,
+                    first_column,
                     split,
                     parameters,
                     DIVERGENCE,
-                    NORMALIZED,
+                    FORM,
                     ALIGNED,
                     BLOCK_V,
                 )
+            if NORMALIZED and STAGE != "sums":
+                phi, g, of_s, of_t = add_tops(
+                    phi,
+                    g,
+                    s_norm,
+                    t_norm,
+                    s_at,
+                    t_at,
+                    found.log_quotient,
+                    objective.degree,
+                    parameters,
+                    DIVERGENCE,
+                    FORM,
+                )
+                s_at = Top(s_at.column, s_at.rest, s_at.z, s_at.other_z, of_s)
+                t_at = Top(t_at.column, t_at.rest, t_at.z, t_at.other_z, of_t)
     if STAGE == "sums":
         leave_sums(split, row, phi, g)
     elif STAGE != "statistics":
@@ -395,6 +430,8 @@ def _keep_row(
                     of_apart = binary(objective.binary, log_probability(t_label, t_norm), b)
                     phi += of_apart.phi
                     g += of_apart.g
+                    s_at = with_more(s_at, of_apart.g)
+                    t_at = with_more(t_at, of_apart.h)
         if teacher.unit is not None:
             distillation = squared * phi
             if OF_LABEL:
@@ -434,12 +471,18 @@ def _keep_row(
             h = objective.degree * others_phi - others_g
             if APART:
                 h += of_apart.h
+            s_at = where_finite(s_at, phi)
+            t_at = where_finite(t_at, phi)
             sweep_gradients(
                 student,
                 teacher,
                 s_norm,
                 t_norm,
                 plain,
+                s_at,
+                t_at,
+                ratio,
+                first_column,
                 Sums(phi, g, h),
                 of_apart,
                 Factors(s_factor, label_factor, t_factor),
@@ -453,7 +496,7 @@ def _keep_row(
                 split,
                 parameters,
                 DIVERGENCE,
-                NORMALIZED,
+                FORM,
                 BLOCK_V,
             )
 
@@ -507,7 +550,7 @@ def kd_kernel(
     shard,
     split,
     DIVERGENCE: tl.constexpr,
-    NORMALIZED: tl.constexpr,
+    FORM: tl.constexpr,
     SQUARED: tl.constexpr,
     ALIGNED: tl.constexpr,
     BLOCK_V: tl.constexpr,
@@ -539,7 +582,7 @@ def kd_kernel(
             shard,
             split,
             DIVERGENCE,
-            NORMALIZED,
+            FORM,
             SQUARED,
             ALIGNED,
             BLOCK_V,
@@ -845,7 +888,7 @@ def _call(
     )
     constants = (
         bind(divergence.function),
-        divergence.normalized,
+        form_of(divergence),
         options.scale_by_temperature,
         aligned,
         block,

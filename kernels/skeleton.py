@@ -18,7 +18,14 @@ import triton
 import triton.language as tl
 
 from fastkd import reference
-from fastkd.divergences import VOCABULARY
+from fastkd.divergences import (
+    VOCABULARY,
+    Divergence,
+    takes_ratio,
+)
+from fastkd.divergences import (
+    log_mixture as log_mixture_of_tensors,
+)
 
 # Constants come to kernels as defaults of parameters. A global constexpr is compared at every launch with what it was
 # when the kernel was compiled: 2 us of host time for each (bench/host.py).
@@ -73,6 +80,37 @@ def logaddexp(x, y):
 
 
 @triton.jit
+def expm1(x):
+    """e to the x, less 1, accurate near 0: a series there (of relative error 2e-8), as nothing cancels elsewhere."""
+    near = tl.minimum(tl.maximum(x, -0.5), 0.5)
+    series = near * (1.0 / 40320.0) + 1.0 / 5040.0
+    series = series * near + 1.0 / 720.0
+    series = series * near + 1.0 / 120.0
+    series = series * near + 1.0 / 24.0
+    series = series * near + 1.0 / 6.0
+    series = series * near + 0.5
+    series = series * (near * near) + near
+    return tl.where(tl.abs(x) < 0.5, series, tl.exp(x) - 1.0)
+
+
+@triton.jit
+def log_mixture(log_ratio, share, rest):
+    """fastkd.divergences.log_mixture: of 1 + change as long as that has not cancelled, else of the sum."""
+    above = log_ratio > 0.0
+    lower = tl.where(above, rest, share)
+    size = -tl.abs(log_ratio)
+    change = lower * expm1(size)
+    total = tl.where(above, share, rest) + lower * tl.exp(size)
+    series = 0.14285714 * change - 0.16666667
+    series = series * change + 0.2
+    series = series * change - 0.25
+    series = series * change + 0.33333334
+    series = series * change - 0.5
+    near = series * (change * change) + change
+    return tl.where(change > -0.03, near, tl.log(total))
+
+
+@triton.jit
 def squash(x):
     """(tanh x, its derivative), each to a few units of roundoff for any x.
 
@@ -91,8 +129,29 @@ def squash(x):
 
 
 _WORDS: dict[Callable[..., Any], Any] = {
-    getattr(torch, word): globals()[word] for word in VOCABULARY
-} | {builtins.abs: abs}
+    getattr(torch, word): globals()[word] for word in VOCABULARY if hasattr(torch, word)
+} | {builtins.abs: abs, log_mixture_of_tensors: log_mixture}
+
+# What a kernel is told of a definition, as one number: whether it is of probabilities, takes log p - log q, returns h.
+NORMALIZED, RATIO, H = 1, 2, 4
+
+
+@functools.cache
+def _results(function: Callable[..., Any]) -> int:
+    """How many numbers a definition returns."""
+    code = function.__code__
+    ones = [torch.ones(1)] * code.co_argcount
+    return len(function(*ones))
+
+
+def form_of(divergence: Divergence) -> int:
+    """That number."""
+    returns_h = _results(divergence.function) == 3
+    return (
+        NORMALIZED * divergence.normalized
+        + RATIO * takes_ratio(divergence.function)
+        + H * returns_h
+    )
 
 
 @functools.cache
@@ -147,22 +206,37 @@ def evaluate(
     parameters,
     log_p,
     log_q,
-    NORMALIZED: tl.constexpr,
+    log_ratio,
+    degree,
+    FORM: tl.constexpr,
     LOWEST: tl.constexpr = LOWEST,
     NEGLIGIBLE: tl.constexpr = NEGLIGIBLE,
 ):
-    """(phi, g) of every entry, with the policy for log 0 that :func:`fastkd.reference.evaluate` states."""
+    """(phi, g, h) of every entry, with the policy for log 0 that :func:`fastkd.reference.evaluate` states."""
     p_gone = log_p == -float("inf")
     q_gone = log_q == -float("inf")
-    if NORMALIZED:
+    if FORM % 2 == 1:
         p = tl.exp(log_p)
         q = tl.exp(log_q)
     else:
         p = tl.full(log_p.shape, 1.0, tl.float32)
         q = p
-    phi, g = DIVERGENCE(
-        p, q, tl.where(p_gone, LOWEST, log_p), tl.where(q_gone, LOWEST, log_q), *parameters
-    )
+    x = tl.where(p_gone, LOWEST, log_p)
+    y = tl.where(q_gone, LOWEST, log_q)
+    if FORM // 2 % 2 == 1:
+        ratio = tl.where(p_gone | q_gone, x - y, log_ratio)
+        if FORM // 4 == 1:
+            phi, g, h = DIVERGENCE(p, q, x, y, ratio, *parameters)
+        else:
+            phi, g = DIVERGENCE(p, q, x, y, ratio, *parameters)
+            h = degree * phi - g
+    elif FORM // 4 == 1:
+        phi, g, h = DIVERGENCE(p, q, x, y, *parameters)
+    else:
+        phi, g = DIVERGENCE(p, q, x, y, *parameters)
+        h = degree * phi - g
     one_side = p_gone ^ q_gone
     nothing = (p_gone & (q < NEGLIGIBLE)) | (q_gone & (p < NEGLIGIBLE)) | (p_gone & q_gone)
-    return _settle(phi, one_side, nothing), _settle(g, one_side, nothing)
+    phi = _settle(phi, one_side, nothing)
+    g = _settle(g, one_side, nothing)
+    return phi, g, _settle(h, one_side, nothing)

@@ -243,5 +243,9 @@ def left_statistics(split, row, LANES: tl.constexpr):
         _left(split, row, 8, 0.0, LANES),
         _left(split, row, 9, lowest, LANES),
         _left(split, row, 10, lowest, LANES),
+        _left(split, row, 11, -1.0, LANES),
+        _left(split, row, 12, lowest, LANES),
+        _left(split, row, 13, -1.0, LANES),
+        _left(split, row, 14, lowest, LANES),
         _left_plain_sum(split, row, LANES),
     )

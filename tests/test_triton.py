@@ -115,7 +115,7 @@ def _terms(
 
     An entry is g_v - q_v sum g, or h_v - p_v sum h where h is a difference itself, degree phi - g.
     """
-    phi, g = (x.nan_to_num(0.0, 0.0, 0.0) for x in reference.evaluate(divergence, log_p, log_q))
+    phi, g, _ = (x.nan_to_num(0.0, 0.0, 0.0) for x in reference.evaluate(divergence, log_p, log_q))
     h = (divergence.degree or 0.0) * phi.abs() + g.abs()
     student = g.abs() + log_q.exp() * g.sum(-1, keepdim=True).abs()
     teacher = h + log_p.exp() * h.sum(-1, keepdim=True)

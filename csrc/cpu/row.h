@@ -575,7 +575,7 @@ class Row {
   }
 
   void put_sure(int side, int64_t b, double scale, float* gradient) const {
-    if (sure_in(side, b) && call_.alpha != 0 && std::isfinite(sure_gradient_[side]))
+    if (sure_in(side, b) && call_.alpha != 0 && std::isfinite(phi_ + sure_gradient_[side]))
       gradient[sure_[side] - b * BLOCK] = float(sure_gradient_[side] * scale);
   }
 

@@ -7,7 +7,7 @@
 namespace fastkd::cuda {
 
 constexpr int DIMENSIONS = 8;
-constexpr int STATISTICS = 18, SUMS = 3;  // numbers a row that processes exchange: shard.h
+constexpr int STATISTICS = 22, SUMS = 3;  // numbers a row that processes exchange: shard.h
 
 // The logits or gradients of all rows: strides in elements over the leading dimensions, a unit stride over the columns.
 struct Rows {

@@ -203,9 +203,10 @@ struct Dense {
   FASTKD_DEVICE void close(const Statistics& all) {
     close_statistics(block.call, block.row(), all);
     if (label_is_apart(block.call))
-      close_label(block.call, block.row(), all.s_sum, all.t_sum, all.s_sum_at_1, all.t_sum_at_1);
+      close_label(block.call, block.row(), all.s_sum + all.s_tops, all.t_sum + all.t_tops, all.s_sum_at_1 + all.s_tops,
+                  all.t_sum_at_1 + all.t_tops);
   }
-  FASTKD_DEVICE void close(const Sums& all) { close_sums(block.row(), all); }
+  FASTKD_DEVICE void close(const Sums& all) { close_sums<Divergence>(block.call, block.row(), all); }
 
   template <bool LOG_0>
   FASTKD_DEVICE Sums sums() {
@@ -301,7 +302,7 @@ struct Sparse {
   }
 
   FASTKD_DEVICE void close(const Statistics& all) { close_events(block.call, block.row(), all); }
-  FASTKD_DEVICE void close(const Sums& all) { close_sums_of_events(block.row(), all); }
+  FASTKD_DEVICE void close(const Sums& all) { close_sums_of_events(block.call, block.row(), all); }
 
   template <bool LOG_0>
   FASTKD_DEVICE Sums sums() {

@@ -69,6 +69,30 @@ FASTKD_INLINE V tanh(V x) {
 
 FASTKD_INLINE V log1p(V x) { return ::log1pf(x); }
 
+// A series near 0, where exp(x) - 1 cancels.
+FASTKD_INLINE V expm1(V x) {
+  const float near = fminf(fmaxf(x, -0.5f), 0.5f);
+  float y = near * (1.0f / 40320) + 1.0f / 5040;
+  y = y * near + 1.0f / 720;
+  y = y * near + 1.0f / 120;
+  y = y * near + 1.0f / 24;
+  y = y * near + 1.0f / 6;
+  y = y * near + 0.5f;
+  return fabsf(x) < 0.5f ? y * (near * near) + near : exp(x) - 1;
+}
+
+// fastkd/divergences.py, log_mixture: log(m / max(p, q)), of 1 + change as long as that has not cancelled, else of the sum.
+FASTKD_INLINE V log_mixture(V log_ratio, V share, V rest) {
+  const bool above = log_ratio > 0;
+  const float lower = above ? rest : share, size = -fabsf(log_ratio), change = lower * expm1(size);
+  float y = 0.14285714f * change - 0.16666667f;
+  y = y * change + 0.2f;
+  y = y * change - 0.25f;
+  y = y * change + 0.33333334f;
+  y = y * change - 0.5f;
+  return change > -0.03f ? y * (change * change) + change : ::logf((above ? share : rest) + lower * exp2_of(size * LOG2_E));
+}
+
 // log1p of u in [0, 1] is u times a polynomial interpolated at Chebyshev nodes, of relative error 5e-9 before rounding.
 FASTKD_INLINE V logaddexp(V a, V b) {
   const float u = exp2_of(fabsf(a - b) * -LOG2_E);

@@ -291,7 +291,8 @@ struct Apart {
   double others;       // the student's probability of all others at temperature 1
 };
 
-// What the first phase finds. Exponentials and moments are relative to the tops; x is rate * (z - top), to base 2.
+// What the first phase finds. Exponentials and moments are relative to the tops; x is rate * (z - top), to base 2. Columns
+// at a side's top are counted, and left out of the sums that its exponentials are in: beside them the others would be lost.
 struct Statistics {
   float s_top, t_top;
   float s_low, t_low;  // the least z, of interest where a gradient takes logarithms that no sum has seen
@@ -299,10 +300,21 @@ struct Statistics {
   float forward, reverse;  // sum of e_t (x_t - x_s), of e_s (x_s - x_t)
   float cross, entropy;    // sum of e_t x_s, of e_s x_s
   float spread;            // sum of z - pivot
+  float s_tops, t_tops;    // columns at the tops
+  float t_at, s_at;        // sum of x_t over the student's, of x_s over the teacher's
 };
 
 struct Sums {
   float phi, g;
+};
+
+// The column that a side is sure of, if it is.
+struct Top {
+  bool is;
+  float z;          // NaN where it is not
+  double rest;      // the sum of the others' exponentials
+  double gap;       // tempered, the other side's logit there less its top
+  double gradient;  // by the tempered logit
 };
 
 struct RowState {
@@ -314,6 +326,8 @@ struct RowState {
   float weight;
   float z_label, t_label, pivot;  // z of the label, the student's and the teacher's
   Side student, teacher;
+  // log p - log q = ((t - t_origin) ratio - (s - s_origin)) student.unit + ratio_low + ratio_high
+  float s_origin, t_origin, ratio, ratio_low, ratio_high;
   float plain_unit, plain_rate, plain_weight, plain_top;  // of the cross-entropy: the student at temperature 1
   float teacher_plain_unit, teacher_plain_rate;
   double distillation, phi, g;     // sums over the row
@@ -321,6 +335,7 @@ struct RowState {
   float sum_g, sum_h;
   float distillation_factor, cross_entropy_factor, teacher_factor, uniform;
   Apart apart;
+  Top s_sure, t_sure;
   float label_gradient, teacher_label_gradient;  // of the column left out
   Others others;
   Statistics statistics_of_all;  // where these are given: of all columns
@@ -334,6 +349,19 @@ FASTKD_INLINE float faded(float fade, float moment) { return fade == 0 ? 0 : fad
 
 // Statistics relative to higher tops.
 FASTKD_INLINE void raise(Statistics& a, float s_top, float t_top, const RowState& row) {
+  if (s_top > a.s_top) {  // what was the top is one of the others
+    a.s_sum += a.s_tops;
+    a.s_sum_at_1 += a.s_tops;
+    a.reverse -= a.t_at;
+    a.s_tops = a.t_at = 0;
+  }
+  if (t_top > a.t_top) {
+    a.t_sum += a.t_tops;
+    a.t_sum_at_1 += a.t_tops;
+    a.forward -= a.s_at;
+    a.cross += a.s_at;
+    a.t_tops = a.s_at = 0;
+  }
   const float s_step = a.s_top == -INF ? 0 : (origin(s_top) - a.s_top) * row.student.rate;
   const float t_step = a.t_top == -INF ? 0 : (origin(t_top) - a.t_top) * row.teacher.rate;
   const float s_fade = a.s_top == -INF ? 0 : exp2_of(-s_step);
@@ -347,6 +375,8 @@ FASTKD_INLINE void raise(Statistics& a, float s_top, float t_top, const RowState
     a.t_sum_at_1 *= a.t_top == -INF ? 0 : exp2_of((a.t_top - origin(t_top)) * row.teacher_plain_rate);
   a.s_sum *= s_fade;
   a.t_sum *= t_fade;
+  a.t_at -= t_step * a.s_tops;
+  a.s_at -= s_step * a.t_tops;
   a.s_top = s_top;
   a.t_top = t_top;
 }
@@ -364,6 +394,10 @@ FASTKD_INLINE Statistics merge(Statistics a, Statistics b, const RowState& row) 
   a.cross += b.cross;
   a.entropy += b.entropy;
   a.spread += b.spread;
+  a.s_tops += b.s_tops;
+  a.t_tops += b.t_tops;
+  a.t_at += b.t_at;
+  a.s_at += b.s_at;
   a.s_low = fminf(a.s_low, b.s_low);
   a.t_low = fminf(a.t_low, b.t_low);
   return a;
@@ -430,8 +464,11 @@ FASTKD_CALL void open_row(const Call& call, int64_t index, RowState& row) {
   row.phi = row.g = row.cross_entropy = row.entropy = 0;
   row.z_label = row.t_label = row.pivot = 0;
   row.apart = {};
+  row.s_sure = row.t_sure = {false, NAN, 0, 0, 0};
   open_side(call.student, call.student_tempering, index, row.student, row.weight);
   open_side(call.teacher, call.teacher_tempering, index, row.teacher, row.weight);
+  row.s_origin = row.t_origin = row.ratio_low = row.ratio_high = 0;
+  row.ratio = row.teacher.unit / row.student.unit;
   row.plain_unit = plain_unit(call.student_tempering);
   row.plain_rate = float(row.plain_unit * LOG2_E_EXACT);
   row.teacher_plain_unit = plain_unit(call.teacher_tempering);
@@ -564,7 +601,8 @@ FASTKD_INLINE V times(V e, V x, float threshold) {
 // Of the first n of N columns.
 template <bool LOG_0, bool APART = false, int N>
 FASTKD_INLINE void add_vector(Statistics& a, const V (&s)[N], const V (&t)[N], int n, const RowState& row) {
-  const float s_top = fmaxf(a.s_top, highest(s)), t_top = fmaxf(a.t_top, highest(t));
+  const float s_highest = highest(s), t_highest = highest(t);
+  const float s_top = fmaxf(a.s_top, s_highest), t_top = fmaxf(a.t_top, t_highest);
   if (s_top > a.s_top || t_top > a.t_top) raise(a, s_top, t_top, row);
   const float s_origin = origin(s_top), t_origin = origin(t_top);
   V x_s[N], x_t[N], e_s[N], e_t[N];
@@ -574,6 +612,15 @@ FASTKD_INLINE void add_vector(Statistics& a, const V (&s)[N], const V (&t)[N], i
     x_t[k] = product(t[k] - t_origin, row.teacher.rate);
     e_s[k] = k < n ? exp2_of(x_s[k]) : 0;
     e_t[k] = k < n ? exp2_of(x_t[k]) : 0;
+  }
+  const auto counted = [](float x) { return APART && !finite(x) ? 0 : x; };
+  const bool with_s_top = s_highest == s_top && finite(s_top), with_t_top = t_highest == t_top && finite(t_top);
+  if (with_s_top || with_t_top)
+    for (int k = 0; k < N; ++k) {
+      if (with_s_top && k < n && s[k] == s_top) a.s_tops += 1, a.t_at += counted(x_t[k]), e_s[k] = 0;
+      if (with_t_top && k < n && t[k] == t_top) a.t_tops += 1, a.s_at += counted(x_s[k]), e_t[k] = 0;
+    }
+  for (int k = 0; k < N; ++k) {
     s_sum += e_s[k];
     t_sum += e_t[k];
   }
@@ -590,9 +637,9 @@ FASTKD_INLINE void add_vector(Statistics& a, const V (&s)[N], const V (&t)[N], i
   if (row.flags & CROSS) add(a.cross, [&](int k) { return times<LOG_0, APART>(e_t[k], x_s[k], t_low); });
   if (row.flags & ENTROPY) add(a.entropy, [&](int k) { return times<LOG_0, APART>(e_s[k], x_s[k], s_low); });
   if (row.flags & AT_1)
-    add(a.s_sum_at_1, [&](int k) { return k < n ? exp2_of((s[k] - s_origin) * row.plain_rate) : 0; });
+    add(a.s_sum_at_1, [&](int k) { return k < n && !(with_s_top && s[k] == s_top) ? exp2_of((s[k] - s_origin) * row.plain_rate) : 0; });
   if (row.flags & TEACHER_AT_1)
-    add(a.t_sum_at_1, [&](int k) { return k < n ? exp2_of((t[k] - t_origin) * row.teacher_plain_rate) : 0; });
+    add(a.t_sum_at_1, [&](int k) { return k < n && !(with_t_top && t[k] == t_top) ? exp2_of((t[k] - t_origin) * row.teacher_plain_rate) : 0; });
   if (row.flags & LOWS)
     for (int k = 0; k < N; ++k) {
       a.s_low = fminf(a.s_low, s[k]);
@@ -616,8 +663,11 @@ FASTKD_INLINE void add_statistics(Statistics& mine, const Call& call, const RowS
   });
 }
 
-FASTKD_INLINE void close_side(Side& side, float top, double sum) {
-  const double offset = -log(sum);
+// 1 + x, with x to its last digit.
+FASTKD_INLINE double log_of_sum(double rest, double tops) { return ::log1p(rest + (tops - 1)); }
+
+FASTKD_INLINE void close_side(Side& side, float top, double rest, double tops) {
+  const double sum = rest + tops, offset = -log_of_sum(rest, tops);
   side.top = origin(top);
   side.weight = float(1 / sum);
   side.threshold = float(NEGLIGIBLE * sum);
@@ -625,19 +675,67 @@ FASTKD_INLINE void close_side(Side& side, float top, double sum) {
   side.offset_low = finite(side.offset) ? float(offset - side.offset) : 0;
 }
 
+// Where the log-sum-exps of two rows are closer than this, s - t is the most exact way to log q - log p.
+constexpr double CLOSE_LOGITS = 8;
+
+// How log p - log q is made: of the difference of two logits. The origins are 0 where that is more exact.
+FASTKD_INLINE void close_ratio(RowState& row, double log_quotient) {
+  const double unit = row.student.unit;
+  const double apart = (double(row.student.top) - row.teacher.top) * unit + log_quotient;
+  const bool close = row.student.unit == row.teacher.unit && fabs(apart) < CLOSE_LOGITS;
+  row.s_origin = close ? 0 : row.student.top;
+  row.t_origin = close ? 0 : row.teacher.top;
+  row.ratio = float(row.teacher.unit / unit);
+  const double offset = close ? apart : log_quotient;
+  row.ratio_high = float(offset);
+  row.ratio_low = finite(row.ratio_high) ? float(offset - row.ratio_high) : 0;
+}
+
+// Where a side is sure of a column, its probability more than 1/2, the column's own gradient would be a difference of two
+// numbers of its size, x_a - q_a sum x. It is x_a (1 - q_a) - q_a times the sum of the others', and known from the moments
+// where there is a closed form; else close_sums finds it.
+FASTKD_CALL void close_tops(const Call& call, RowState& row, const Statistics& all) {
+  const auto sure = [&](float tops, float rest) { return tops == 1 && rest < 1 && !label_is_apart(call) && call.normalized; };
+  Top &s = row.s_sure, &t = row.t_sure;
+  s = {sure(all.s_tops, all.s_sum), 0, all.s_sum, LN_2_EXACT * all.t_at, 0};
+  t = {sure(all.t_tops, all.t_sum), 0, all.t_sum, LN_2_EXACT * all.s_at, 0};
+  s.z = s.is ? all.s_top : NAN;
+  t.z = t.is ? all.t_top : NAN;
+  if (!call.closed_form) return;
+  const double s_sum = 1 + s.rest, t_sum = 1 + t.rest, ahead = call.forward + call.cross;
+  const bool same = s.is && t.is && s.gap == 0 && t.gap == 0;
+  const auto apart = [&](const Top& mine, double other_rest, double other_sum) {
+    const double sum = 1 + mine.rest;
+    return same ? other_rest / other_sum - mine.rest / sum : 1 / sum - ::exp(mine.gap) / other_sum;
+  };
+  if (s.is) {
+    if (ahead != 0) s.gradient += ahead * apart(s, t.rest, t.rest + all.t_tops);
+    if (call.reverse != 0) s.gradient -= call.reverse * (s.gap * s.rest + LN_2_EXACT * all.reverse) / s_sum / s_sum;
+  }
+  if (t.is) {
+    if (call.reverse != 0) t.gradient += call.reverse * apart(t, s.rest, s.rest + all.s_tops);
+    if (call.forward != 0) t.gradient -= call.forward * (t.gap * t.rest + LN_2_EXACT * all.forward) / t_sum / t_sum;
+    if (call.cross != 0) t.gradient -= call.cross * (t.gap * t.rest - LN_2_EXACT * all.cross) / t_sum / t_sum;
+  }
+  if (!finite(float(row.phi) + float(s.gradient))) s.z = NAN;
+  if (!finite(float(row.phi) + float(t.gradient))) t.z = NAN;
+}
+
 // After the first phase, from the statistics of the whole row.
 FASTKD_INLINE void close_statistics(const Call& call, RowState& row, const Statistics& all) {
-  close_side(row.student, all.s_top, all.s_sum);
-  close_side(row.teacher, all.t_top, all.t_sum);
-  const double s_log_sum = log(double(all.s_sum)), t_log_sum = log(double(all.t_sum));
-  const double s_inverse = 1 / double(all.s_sum), t_inverse = 1 / double(all.t_sum);
+  close_side(row.student, all.s_top, all.s_sum, all.s_tops);
+  close_side(row.teacher, all.t_top, all.t_sum, all.t_tops);
+  const double s_log_sum = log_of_sum(all.s_sum, all.s_tops), t_log_sum = log_of_sum(all.t_sum, all.t_tops);
+  const double s_inverse = 1 / (double(all.s_sum) + all.s_tops), t_inverse = 1 / (double(all.t_sum) + all.t_tops);
+  const double all_forward = double(all.forward) - all.s_at, all_reverse = double(all.reverse) - all.t_at;
+  const double all_cross = double(all.cross) + all.s_at;
   row.entropy = row.flags & ENTROPY ? s_log_sum - LN_2_EXACT * all.entropy * s_inverse : 0;
   double plain_log_sum = s_log_sum;
   row.plain_weight = row.student.weight;
   row.plain_top = row.student.top;
   if (row.flags & AT_1) {
-    plain_log_sum = log(double(all.s_sum_at_1));
-    row.plain_weight = float(1 / double(all.s_sum_at_1));
+    plain_log_sum = log_of_sum(all.s_sum_at_1, all.s_tops);
+    row.plain_weight = float(1 / (double(all.s_sum_at_1) + all.s_tops));
   }
   row.cross_entropy = 0;
   if (row.with_labels) {
@@ -649,13 +747,15 @@ FASTKD_INLINE void close_statistics(const Call& call, RowState& row, const Stati
   row.phi = row.g = 0;
   // A moment that no flag asked for moves with the tops all the same, and means nothing.
   const double quotient = s_log_sum - t_log_sum;
-  if (row.flags & FORWARD) row.phi += call.forward * (LN_2_EXACT * all.forward * t_inverse + quotient), row.g -= call.forward;
+  close_ratio(row, quotient);
+  if (row.flags & FORWARD) row.phi += call.forward * (LN_2_EXACT * all_forward * t_inverse + quotient), row.g -= call.forward;
   if (row.flags & REVERSE) {
-    const double reverse = LN_2_EXACT * all.reverse * s_inverse - quotient;
+    const double reverse = LN_2_EXACT * all_reverse * s_inverse - quotient;
     row.phi += call.reverse * reverse;
     row.g += call.reverse * (reverse + 1);
   }
-  if (row.flags & CROSS) row.phi += call.cross * (s_log_sum - LN_2_EXACT * all.cross * t_inverse), row.g -= call.cross;
+  if (row.flags & CROSS) row.phi += call.cross * (s_log_sum - LN_2_EXACT * all_cross * t_inverse), row.g -= call.cross;
+  close_tops(call, row, all);
   // A moment that fades to nothing takes its NaN along: whether a logarithm overflows is asked of the logits themselves.
   const bool overflows = (row.flags & LOWS) && ((all.s_low - row.student.top) * row.student.rate == -INF ||
                                                 (all.t_low - row.teacher.top) * row.teacher.rate == -INF);
@@ -704,22 +804,38 @@ FASTKD_INLINE bool is_normalized(const Call& call) {
 }
 
 template <class Divergence>
-FASTKD_INLINE void define(const Call& call, V p, V q, V log_p, V log_q, V& phi, V& g) {
+FASTKD_INLINE void define(const Call& call, V p, V q, V log_p, V log_q, V log_ratio, V& phi, V& g, V& h) {
+  const float degree = float(call.degree);
   if constexpr (std::is_same<Divergence, Any>::value) {
     int number = 0;
 #define FASTKD_CASE(name) \
-  if (call.divergence == number++) name::eval(p, q, log_p, log_q, call.params, phi, g);
+  if (call.divergence == number++) name::eval(p, q, log_p, log_q, log_ratio, call.params, degree, phi, g, h);
     FASTKD_DIVERGENCES(FASTKD_CASE)
 #undef FASTKD_CASE
   } else {
-    Divergence::eval(p, q, log_p, log_q, call.params, phi, g);
+    Divergence::eval(p, q, log_p, log_q, log_ratio, call.params, degree, phi, g, h);
   }
 }
 
-// phi and g of one column, with the policy of fastkd/reference.py for log 0 where LOG_0.
+// phi, g and h of one column, with the policy of fastkd/reference.py for log 0 where LOG_0.
 template <class Divergence, bool LOG_0>
-FASTKD_INLINE void evaluate(const Call& call, const RowState& row, V s, V t, V& p, V& q, V& phi, V& g) {
+FASTKD_INLINE void settle(const Call& call, V p, V q, V log_p, V log_q, V log_ratio, V& phi, V& g, V& h) {
+  if (!LOG_0) return define<Divergence>(call, p, q, log_p, log_q, log_ratio, phi, g, h);
+  const bool p_gone = log_p == -INF, q_gone = log_q == -INF;
+  const V x = p_gone ? LOWEST : log_p, y = q_gone ? LOWEST : log_q;
+  define<Divergence>(call, p, q, x, y, p_gone || q_gone ? x - y : log_ratio, phi, g, h);
+  const bool one_side = p_gone != q_gone;
+  const bool nothing = (p_gone && q < NEGLIGIBLE) || (q_gone && p < NEGLIGIBLE) || (p_gone && q_gone);
+  auto settled = [&](V term) { return nothing ? 0 : one_side && abs(term) > INFINITE ? term * INF : term; };
+  phi = settled(phi);
+  g = settled(g);
+  h = settled(h);
+}
+
+template <class Divergence, bool LOG_0>
+FASTKD_INLINE void evaluate(const Call& call, const RowState& row, V s, V t, V& p, V& q, V& phi, V& g, V& h) {
   V log_p = product(t, row.teacher.unit), log_q = product(s, row.student.unit);
+  V log_ratio = product(product(t, row.ratio) - s, row.student.unit);
   p = q = 1;
   if (is_normalized<Divergence>(call)) {
     const V x_s = product(s - row.student.top, row.student.rate), x_t = product(t - row.teacher.top, row.teacher.rate);
@@ -727,15 +843,10 @@ FASTKD_INLINE void evaluate(const Call& call, const RowState& row, V s, V t, V& 
     q = exp2_of(x_s) * row.student.weight;
     log_p = fmaf(x_t, LN_2, row.teacher.offset_low) + row.teacher.offset;
     log_q = fmaf(x_s, LN_2, row.student.offset_low) + row.student.offset;
+    const V gap = product(t - row.t_origin, row.ratio) - (s - row.s_origin);
+    log_ratio = fmaf(gap, row.student.unit, row.ratio_low) + row.ratio_high;
   }
-  if (!LOG_0) return define<Divergence>(call, p, q, log_p, log_q, phi, g);
-  const bool p_gone = log_p == -INF, q_gone = log_q == -INF;
-  define<Divergence>(call, p, q, p_gone ? LOWEST : log_p, q_gone ? LOWEST : log_q, phi, g);
-  const bool one_side = p_gone != q_gone;
-  const bool nothing = (p_gone && q < NEGLIGIBLE) || (q_gone && p < NEGLIGIBLE) || (p_gone && q_gone);
-  auto settle = [&](V term) { return nothing ? 0 : one_side && abs(term) > INFINITE ? term * INF : term; };
-  phi = settle(phi);
-  g = settle(g);
+  settle<Divergence, LOG_0>(call, p, q, log_p, log_q, log_ratio, phi, g, h);
 }
 
 // ---- sums
@@ -744,21 +855,50 @@ template <class Divergence, bool LOG_0>
 FASTKD_INLINE void add_sums(Sums& mine, const Call& call, const RowState& row, Place place, Range range,
                             const char* student, const char* teacher) {
   each_vector_of_sums<!LOG_0>(call, row, place, range, student, teacher, [&](auto vector, const auto& s, const auto& t) {
-    V p, q, phi, g;
+    V p, q, phi, g, h;
     Sums part{0, 0};
     for (int k = 0; k < VECTOR; ++k) {
-      evaluate<Divergence, LOG_0>(call, row, s[k], t[k], p, q, phi, g);
-      part.phi += k < vector.n ? phi : 0;
-      part.g += k < vector.n ? g : 0;
+      evaluate<Divergence, LOG_0>(call, row, s[k], t[k], p, q, phi, g, h);
+      const bool counts = k < vector.n && s[k] != row.s_sure.z && t[k] != row.t_sure.z;
+      part.phi += counts ? phi : 0;
+      part.g += counts ? g : 0;
     }
     mine = merge(mine, part, row);
   });
 }
 
-FASTKD_INLINE void close_sums(RowState& row, Sums all) {
+// What the sure columns add to the sums of the others, and their own gradients.
+template <class Divergence>
+FASTKD_CALL void add_tops(const Call& call, RowState& row) {
+  Top &s = row.s_sure, &t = row.t_sure;
+  const double s_log_sum = log_of_sum(s.rest, 1), t_log_sum = log_of_sum(t.rest, 1);
+  // Of a side that is not sure, the logarithm of the sum is in the offset.
+  const double log_q_top = s.is ? -s_log_sum : double(row.student.offset) + row.student.offset_low;
+  const double log_p_top = t.is ? -t_log_sum : double(row.teacher.offset) + row.teacher.offset_low;
+  const bool same = s.is && t.is && s.gap == 0 && t.gap == 0;
+  double g = row.g, h = call.degree * row.phi - row.g;  // of all columns but the sure one of that side
+  V phi[2] = {}, gs[2] = {}, hs[2] = {};
+  for (int side = 0; side < 2; ++side) {
+    if (!(side == 0 ? s.is : t.is) || (side == 1 && same)) continue;
+    const double x_s = side == 0 ? 0 : t.gap, x_t = side == 0 ? s.gap : 0;
+    const double log_q = x_s + log_q_top, log_p = x_t + log_p_top;
+    settle<Divergence, true>(call, float(::exp(log_p)), float(::exp(log_q)), float(log_p), float(log_q),
+                             float((x_t - x_s) + (log_p_top - log_q_top)), phi[side], gs[side], hs[side]);
+  }
+  row.phi += double(phi[0]) + phi[1];
+  row.g += double(gs[0]) + gs[1];
+  if (s.is) s.gradient = (gs[0] * s.rest - (g + gs[1])) / (1 + s.rest);
+  if (t.is) t.gradient = ((same ? hs[0] : hs[1]) * t.rest - (h + (same ? 0 : hs[0]))) / (1 + t.rest);
+  if (!finite(float(row.phi) + float(s.gradient))) s.z = NAN;
+  if (!finite(float(row.phi) + float(t.gradient))) t.z = NAN;
+}
+
+template <class Divergence>
+FASTKD_INLINE void close_sums(const Call& call, RowState& row, Sums all) {
   row.phi = all.phi;
   row.g = all.g;
-  row.finite = row.log_0 || finite(all.phi + all.g);
+  if (call.shard.step != Step::sums && (row.s_sure.is || row.t_sure.is)) add_tops<Divergence>(call, row);
+  row.finite = row.log_0 || finite(float(row.phi) + float(row.g));
 }
 
 // ---- the value of the row, and what its gradients are multiplied by
@@ -840,23 +980,24 @@ template <class Divergence, bool LOG_0>
 FASTKD_INLINE void gradients(const Call& call, const RowState& row, Place place, Range range, const char* student,
                              const char* teacher, char* student_gradient, char* teacher_gradient) {
   const int64_t start = first_column(call, place.rank);
-  const float degree = float(call.degree);
   each_vector<!LOG_0>(call, row, place, range, [&](int first, auto vector) {
-    V s[VECTOR], t[VECTOR], out[VECTOR] = {}, teacher_out[VECTOR] = {}, p, q, phi, g;
+    V s[VECTOR], t[VECTOR], out[VECTOR] = {}, teacher_out[VECTOR] = {}, p, q, phi, g, h;
     load_z(student, row.student, first, vector, s);
     load_z(teacher, row.teacher, first, vector, t);
     // Two loops: a branch in each column would cost more than it saves.
     if (call.alpha != 0 && teacher_gradient)
       for (int k = 0; k < VECTOR; ++k) {
-        evaluate<Divergence, LOG_0>(call, row, s[k], t[k], p, q, phi, g);
-        const V h = degree * phi - g;
+        evaluate<Divergence, LOG_0>(call, row, s[k], t[k], p, q, phi, g, h);
         out[k] = (is_normalized<Divergence>(call) ? g - q * row.sum_g : g) * row.distillation_factor;
         teacher_out[k] = (is_normalized<Divergence>(call) ? h - p * row.sum_h : h) * row.teacher_factor;
+        out[k] = s[k] == row.s_sure.z ? float(row.s_sure.gradient) * row.distillation_factor : out[k];
+        teacher_out[k] = t[k] == row.t_sure.z ? float(row.t_sure.gradient) * row.teacher_factor : teacher_out[k];
       }
     else if (call.alpha != 0)
       for (int k = 0; k < VECTOR; ++k) {
-        evaluate<Divergence, LOG_0>(call, row, s[k], t[k], p, q, phi, g);
+        evaluate<Divergence, LOG_0>(call, row, s[k], t[k], p, q, phi, g, h);
         out[k] = (is_normalized<Divergence>(call) ? g - q * row.sum_g : g) * row.distillation_factor;
+        out[k] = s[k] == row.s_sure.z ? float(row.s_sure.gradient) * row.distillation_factor : out[k];
       }
     if (row.with_labels)
       for (int k = 0; k < VECTOR; ++k) out[k] += cross_entropy_gradient(call, row, s[k], start + first + k);

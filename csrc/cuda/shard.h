@@ -99,8 +99,8 @@ FASTKD_CALL void open_shares(const Call& call, int64_t index, RowState& row) {
   const auto counts = [](float lost, float top, float sum, const Side& side) {
     return exp2_of((lost - origin(top)) * side.rate) > NEGLIGIBLE * sum;
   };
-  if (counts(all.t_lost, all.sweep.t_top, all.sweep.t_sum, row.teacher)) all.sweep.forward = INF, all.sweep.cross = -INF;
-  if (counts(all.s_lost, all.sweep.s_top, all.sweep.s_sum, row.student)) all.sweep.reverse = INF;
+  if (counts(all.t_lost, all.sweep.t_top, all.sweep.t_sum + all.sweep.t_tops, row.teacher)) all.sweep.forward = INF, all.sweep.cross = -INF;
+  if (counts(all.s_lost, all.sweep.s_top, all.sweep.s_sum + all.sweep.s_tops, row.student)) all.sweep.reverse = INF;
   row.statistics_of_all = all.sweep;
   if (!call.shard.all_sums) return;
   double phi = 0, g = 0;

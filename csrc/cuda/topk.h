@@ -99,7 +99,7 @@ FASTKD_INLINE void close_whole(const Call& call, RowState& row, const Whole& all
   out.top = row.teacher.top;
   out.weight = others ? row.teacher.weight : 0;
   out.origin = all.tokens_top > -INF ? all.tokens_top : out.top;
-  const double log_sum = log(double(all.sweep.t_sum)) / row.student.unit;
+  const double log_sum = log_of_sum(all.sweep.t_sum, all.sweep.t_tops) / row.student.unit;
   out.z = others ? float(double(out.top) - double(out.origin) + log_sum) : -INF;
   out.log_p = call.tail_logprob ? call.tail_logprob[row.row] : -INF;
   out.are_event = call.tail != Tail::renormalize;
@@ -149,7 +149,7 @@ FASTKD_INLINE Statistics statistics_of_events(const Call& call, const RowState& 
 FASTKD_INLINE void close_events(const Call& call, RowState& row, const Statistics& all) {
   const double cross_entropy = row.cross_entropy, entropy = row.entropy;
   const float plain_weight = row.plain_weight, plain_top = row.plain_top;
-  row.others.no_events = all.s_sum == 0;
+  row.others.no_events = all.s_sum + all.s_tops == 0;
   close_statistics(call, row, all);
   row.cross_entropy = cross_entropy, row.entropy = entropy;
   row.plain_weight = plain_weight, row.plain_top = plain_top;
@@ -158,18 +158,23 @@ FASTKD_INLINE void close_events(const Call& call, RowState& row, const Statistic
     row.teacher.rate = LOG2_E;
     row.teacher.top = row.teacher.offset = row.teacher.offset_low = 0;
     row.teacher.threshold = NEGLIGIBLE;
+    row.s_sure.is = row.t_sure.is = false;
+    row.s_sure.z = row.t_sure.z = NAN;
+    row.s_origin = row.student.top, row.t_origin = 0;
+    row.ratio = 1 / row.student.unit;
+    row.ratio_high = -row.student.offset, row.ratio_low = -row.student.offset_low;
   }
 }
 
 struct Evaluated {
-  V p, q, phi, g;
+  V p, q, phi, g, h;
 };
 
 // A call, as all the definitions are in it.
 template <bool LOG_0>
 FASTKD_CALL Evaluated evaluate_event(const Call& call, const RowState& row, float z, float log_p) {
   Evaluated out;
-  evaluate<Any, LOG_0>(call, row, z, log_p, out.p, out.q, out.phi, out.g);
+  evaluate<Any, LOG_0>(call, row, z, log_p, out.p, out.q, out.phi, out.g, out.h);
   return out;
 }
 
@@ -178,15 +183,16 @@ FASTKD_INLINE Sums sums_of_events(const Call& call, const RowState& row, Place p
   Sums mine{0, 0};
   const bool with_others = row.others.are_event && call.tail != Tail::truncate;
   each_event(call, row, place, slice, with_others, [&](float z, float log_p) {
+    if (z == row.s_sure.z || log_p == row.t_sure.z) return;
     const Evaluated event = evaluate_event<LOG_0>(call, row, z, log_p);
     mine = merge(mine, {event.phi, event.g}, row);
   });
   return mine;
 }
 
-// Of no events at all there is no divergence, unless the teacher names none.
-FASTKD_INLINE void close_sums_of_events(RowState& row, Sums all) {
-  close_sums(row, all);
+// Without any event there is no divergence, unless the teacher names none.
+FASTKD_INLINE void close_sums_of_events(const Call& call, RowState& row, Sums all) {
+  close_sums<Any>(call, row, all);
   if (row.others.no_events) row.phi = NAN;
 }
 
@@ -194,6 +200,7 @@ FASTKD_INLINE void close_sums_of_events(RowState& row, Sums all) {
 template <bool LOG_0>
 FASTKD_INLINE float event_gradient(const Call& call, const RowState& row, float z, float log_p, bool in_sums) {
   if (call.alpha == 0) return 0 * row.weight;
+  if (z == row.s_sure.z && in_sums) return float(row.s_sure.gradient) * row.distillation_factor;
   const Evaluated event = evaluate_event<LOG_0>(call, row, z, log_p);
   return ((in_sums ? event.g : 0) - event.q * row.sum_g) * row.distillation_factor;
 }

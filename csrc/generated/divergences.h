@@ -6,8 +6,8 @@
 struct forward_kl {
   static constexpr bool always_normalized = true;
   static constexpr bool uses_logs = true, gradient_uses_logs = false;
-  static FASTKD_INLINE void eval(V p, V q, V log_p, V log_q, V log_ratio, const float* params_, float degree_, V& phi_,
-                                 V& g_, V& h_) {
+  static FASTKD_INLINE void eval(V p, V q, V log_p, V log_q, V log_ratio, const float* params_,
+                                 float degree_, V& phi_, V& g_, V& h_) {
     const V phi = (p * log_ratio);
     phi_ = phi;
     g_ = (-p);
@@ -18,8 +18,8 @@ struct forward_kl {
 struct reverse_kl {
   static constexpr bool always_normalized = true;
   static constexpr bool uses_logs = true, gradient_uses_logs = true;
-  static FASTKD_INLINE void eval(V p, V q, V log_p, V log_q, V log_ratio, const float* params_, float degree_, V& phi_,
-                                 V& g_, V& h_) {
+  static FASTKD_INLINE void eval(V p, V q, V log_p, V log_q, V log_ratio, const float* params_,
+                                 float degree_, V& phi_, V& g_, V& h_) {
     const V phi = ((-q) * log_ratio);
     phi_ = phi;
     g_ = (phi + q);
@@ -30,8 +30,8 @@ struct reverse_kl {
 struct mixture {
   static constexpr bool always_normalized = true;
   static constexpr bool uses_logs = true, gradient_uses_logs = true;
-  static FASTKD_INLINE void eval(V p, V q, V log_p, V log_q, V log_ratio, const float* params_, float degree_, V& phi_,
-                                 V& g_, V& h_) {
+  static FASTKD_INLINE void eval(V p, V q, V log_p, V log_q, V log_ratio, const float* params_,
+                                 float degree_, V& phi_, V& g_, V& h_) {
     const V forward = splat(params_[0]);
     const V reverse = splat(params_[1]);
     const V onward = ((forward * p) * log_ratio);
@@ -46,8 +46,8 @@ struct mixture {
 struct soft_cross_entropy {
   static constexpr bool always_normalized = true;
   static constexpr bool uses_logs = true, gradient_uses_logs = false;
-  static FASTKD_INLINE void eval(V p, V q, V log_p, V log_q, V log_ratio, const float* params_, float degree_, V& phi_,
-                                 V& g_, V& h_) {
+  static FASTKD_INLINE void eval(V p, V q, V log_p, V log_q, V log_ratio, const float* params_,
+                                 float degree_, V& phi_, V& g_, V& h_) {
     const V weight = splat(params_[0]);
     phi_ = (((-weight) * p) * log_q);
     g_ = ((-weight) * p);
@@ -58,8 +58,8 @@ struct soft_cross_entropy {
 struct jsd {
   static constexpr bool always_normalized = true;
   static constexpr bool uses_logs = true, gradient_uses_logs = true;
-  static FASTKD_INLINE void eval(V p, V q, V log_p, V log_q, V log_ratio, const float* params_, float degree_, V& phi_,
-                                 V& g_, V& h_) {
+  static FASTKD_INLINE void eval(V p, V q, V log_p, V log_q, V log_ratio, const float* params_,
+                                 float degree_, V& phi_, V& g_, V& h_) {
     const V beta = splat(params_[0]);
     const V rest = splat(params_[1]);
     const V log_m = log_mixture(log_ratio, beta, rest);
@@ -75,8 +75,8 @@ struct jsd {
 struct skew_forward_kl {
   static constexpr bool always_normalized = true;
   static constexpr bool uses_logs = true, gradient_uses_logs = true;
-  static FASTKD_INLINE void eval(V p, V q, V log_p, V log_q, V log_ratio, const float* params_, float degree_, V& phi_,
-                                 V& g_, V& h_) {
+  static FASTKD_INLINE void eval(V p, V q, V log_p, V log_q, V log_ratio, const float* params_,
+                                 float degree_, V& phi_, V& g_, V& h_) {
     const V alpha = splat(params_[0]);
     const V rest = splat(params_[1]);
     const V log_m = log_mixture(log_ratio, alpha, rest);
@@ -91,8 +91,8 @@ struct skew_forward_kl {
 struct skew_reverse_kl {
   static constexpr bool always_normalized = true;
   static constexpr bool uses_logs = true, gradient_uses_logs = true;
-  static FASTKD_INLINE void eval(V p, V q, V log_p, V log_q, V log_ratio, const float* params_, float degree_, V& phi_,
-                                 V& g_, V& h_) {
+  static FASTKD_INLINE void eval(V p, V q, V log_p, V log_q, V log_ratio, const float* params_,
+                                 float degree_, V& phi_, V& g_, V& h_) {
     const V alpha = splat(params_[0]);
     const V rest = splat(params_[1]);
     const V log_m = log_mixture(log_ratio, rest, alpha);
@@ -107,8 +107,8 @@ struct skew_reverse_kl {
 struct tvd {
   static constexpr bool always_normalized = true;
   static constexpr bool uses_logs = true, gradient_uses_logs = true;
-  static FASTKD_INLINE void eval(V p, V q, V log_p, V log_q, V log_ratio, const float* params_, float degree_, V& phi_,
-                                 V& g_, V& h_) {
+  static FASTKD_INLINE void eval(V p, V q, V log_p, V log_q, V log_ratio, const float* params_,
+                                 float degree_, V& phi_, V& g_, V& h_) {
     const V size = (((-splat(0.5f)) * where((log_ratio > splat(0.0f)), p, q)) * expm1((-abs(log_ratio))));
     const V sign = (where((log_ratio < splat(0.0f)), splat(1.0f), splat(0.0f)) - where((log_ratio > splat(0.0f)), splat(1.0f), splat(0.0f)));
     phi_ = size;
@@ -120,8 +120,8 @@ struct tvd {
 struct hellinger {
   static constexpr bool always_normalized = true;
   static constexpr bool uses_logs = true, gradient_uses_logs = true;
-  static FASTKD_INLINE void eval(V p, V q, V log_p, V log_q, V log_ratio, const float* params_, float degree_, V& phi_,
-                                 V& g_, V& h_) {
+  static FASTKD_INLINE void eval(V p, V q, V log_p, V log_q, V log_ratio, const float* params_,
+                                 float degree_, V& phi_, V& g_, V& h_) {
     const V top = exp((splat(0.5f) * where((log_ratio > splat(0.0f)), log_p, log_q)));
     const V below = (top * expm1(((-splat(0.5f)) * abs(log_ratio))));
     const V of_top = (((-splat(0.5f)) * top) * below);
@@ -136,8 +136,8 @@ struct hellinger {
 struct alpha_beta {
   static constexpr bool always_normalized = true;
   static constexpr bool uses_logs = true, gradient_uses_logs = true;
-  static FASTKD_INLINE void eval(V p, V q, V log_p, V log_q, V log_ratio, const float* params_, float degree_, V& phi_,
-                                 V& g_, V& h_) {
+  static FASTKD_INLINE void eval(V p, V q, V log_p, V log_q, V log_ratio, const float* params_,
+                                 float degree_, V& phi_, V& g_, V& h_) {
     const V alpha = splat(params_[0]);
     const V beta = splat(params_[1]);
     const V degree = splat(params_[2]);
@@ -146,75 +146,84 @@ struct alpha_beta {
     const V q_share = splat(params_[5]);
     const V size = (-abs(log_ratio));
     const V top = (coefficient * exp((degree * where((log_ratio > splat(0.0f)), log_p, log_q))));
-    const V lower = expm1((degree * size));
-    const V cross = expm1(where((log_ratio > splat(0.0f)), (beta * size), (alpha * size)));
-    const V phi = (top * (where((log_ratio > splat(0.0f)), (q_share * lower), (p_share * lower)) - cross));
-    const V g = ((beta * top) * (where((log_ratio > splat(0.0f)), lower, splat(0.0f)) - cross));
+    const V a = expm1((alpha * size));
+    const V b = expm1((beta * size));
+    const V both = ((a + b) + (a * b));
+    const V phi = (top * where((log_ratio > splat(0.0f)), ((q_share * both) - b), ((p_share * both) - a)));
+    const V cross = exp(where((log_ratio > splat(0.0f)), (beta * size), (alpha * size)));
+    const V g = (((beta * top) * a) * where((log_ratio > splat(0.0f)), cross, (-splat(1.0f))));
     phi_ = phi;
     g_ = g;
-    h_ = ((alpha * top) * (where((log_ratio > splat(0.0f)), splat(0.0f), lower) - cross));
+    h_ = (((alpha * top) * b) * where((log_ratio > splat(0.0f)), (-splat(1.0f)), cross));
   }
 };
 
 struct alpha_beta_of_any_sign {
   static constexpr bool always_normalized = true;
   static constexpr bool uses_logs = true, gradient_uses_logs = true;
-  static FASTKD_INLINE void eval(V p, V q, V log_p, V log_q, V log_ratio, const float* params_, float degree_, V& phi_,
-                                 V& g_, V& h_) {
+  static FASTKD_INLINE void eval(V p, V q, V log_p, V log_q, V log_ratio, const float* params_,
+                                 float degree_, V& phi_, V& g_, V& h_) {
     const V alpha = splat(params_[0]);
     const V beta = splat(params_[1]);
     const V degree = splat(params_[2]);
     const V coefficient = splat(params_[3]);
     const V p_share = splat(params_[4]);
     const V q_share = splat(params_[5]);
+    const V size = abs(log_ratio);
     const V cross = exp(((alpha * log_p) + (beta * log_q)));
+    const V p_power = exp((degree * log_p));
     const V q_power = exp((degree * log_q));
-    const V phi = (coefficient * (((p_share * exp((degree * log_p))) + (q_share * q_power)) - cross));
+    const V a = expm1(where((size < splat(1.0f)), (alpha * log_ratio), splat(0.0f)));
+    const V b = expm1(where((size < splat(1.0f)), ((-beta) * log_ratio), splat(0.0f)));
+    const V both = expm1(where((size < splat(1.0f)), (degree * log_ratio), splat(0.0f)));
+    const V apart = (((p_share * p_power) + (q_share * q_power)) - cross);
+    const V phi = (coefficient * where((size < splat(1.0f)), (q_power * ((p_share * both) - a)), apart));
+    const V g = ((coefficient * beta) * where((size < splat(1.0f)), ((-q_power) * a), (q_power - cross)));
     phi_ = phi;
-    g_ = ((coefficient * beta) * (q_power - cross));
-    h_ = degree_ * phi_ - g_;
+    g_ = g;
+    h_ = ((coefficient * alpha) * where((size < splat(1.0f)), ((-p_power) * b), (p_power - cross)));
   }
 };
 
 struct alpha_beta_at_beta_0 {
   static constexpr bool always_normalized = true;
   static constexpr bool uses_logs = true, gradient_uses_logs = true;
-  static FASTKD_INLINE void eval(V p, V q, V log_p, V log_q, V log_ratio, const float* params_, float degree_, V& phi_,
-                                 V& g_, V& h_) {
+  static FASTKD_INLINE void eval(V p, V q, V log_p, V log_q, V log_ratio, const float* params_,
+                                 float degree_, V& phi_, V& g_, V& h_) {
     const V alpha = splat(params_[0]);
+    const V p_power = exp((alpha * log_p));
     const V ratio = (alpha * log_ratio);
-    const V top = exp(where((ratio > splat(0.0f)), (alpha * log_p), (alpha * log_q)));
-    const V lower = (top * expm1((-abs(ratio))));
-    const V gap = where((ratio > splat(0.0f)), lower, (-lower));
-    const V p_power = where((ratio > splat(0.0f)), top, (top + lower));
-    phi_ = (((p_power * log_ratio) + (gap / alpha)) / alpha);
-    g_ = (gap / alpha);
-    h_ = degree_ * phi_ - g_;
+    const V lower = expm1((-abs(ratio)));
+    const V gap = (where((ratio > splat(0.0f)), (p_power * lower), ((-exp((alpha * log_q))) * lower)) / alpha);
+    const V h = (p_power * log_ratio);
+    phi_ = ((h + gap) / alpha);
+    g_ = gap;
+    h_ = h;
   }
 };
 
 struct alpha_beta_at_alpha_0 {
   static constexpr bool always_normalized = true;
   static constexpr bool uses_logs = true, gradient_uses_logs = true;
-  static FASTKD_INLINE void eval(V p, V q, V log_p, V log_q, V log_ratio, const float* params_, float degree_, V& phi_,
-                                 V& g_, V& h_) {
+  static FASTKD_INLINE void eval(V p, V q, V log_p, V log_q, V log_ratio, const float* params_,
+                                 float degree_, V& phi_, V& g_, V& h_) {
     const V beta = splat(params_[0]);
+    const V q_power = exp((beta * log_q));
     const V ratio = (beta * log_ratio);
-    const V top = exp(where((ratio > splat(0.0f)), (beta * log_p), (beta * log_q)));
-    const V lower = (top * expm1((-abs(ratio))));
-    const V gap = where((ratio > splat(0.0f)), (-lower), lower);
-    const V g = ((-where((ratio > splat(0.0f)), (top + lower), top)) * log_ratio);
-    phi_ = ((g + (gap / beta)) / beta);
+    const V lower = expm1((-abs(ratio)));
+    const V gap = (where((ratio > splat(0.0f)), ((-exp((beta * log_p))) * lower), (q_power * lower)) / beta);
+    const V g = ((-q_power) * log_ratio);
+    phi_ = ((g + gap) / beta);
     g_ = g;
-    h_ = degree_ * phi_ - g_;
+    h_ = gap;
   }
 };
 
 struct alpha_beta_at_sum_0 {
   static constexpr bool always_normalized = true;
   static constexpr bool uses_logs = true, gradient_uses_logs = true;
-  static FASTKD_INLINE void eval(V p, V q, V log_p, V log_q, V log_ratio, const float* params_, float degree_, V& phi_,
-                                 V& g_, V& h_) {
+  static FASTKD_INLINE void eval(V p, V q, V log_p, V log_q, V log_ratio, const float* params_,
+                                 float degree_, V& phi_, V& g_, V& h_) {
     const V alpha = splat(params_[0]);
     const V ratio = (alpha * log_ratio);
     const V more = expm1(ratio);
@@ -227,8 +236,8 @@ struct alpha_beta_at_sum_0 {
 struct half_squared_gap {
   static constexpr bool always_normalized = false;
   static constexpr bool uses_logs = true, gradient_uses_logs = true;
-  static FASTKD_INLINE void eval(V p, V q, V log_p, V log_q, V log_ratio, const float* params_, float degree_, V& phi_,
-                                 V& g_, V& h_) {
+  static FASTKD_INLINE void eval(V p, V q, V log_p, V log_q, V log_ratio, const float* params_,
+                                 float degree_, V& phi_, V& g_, V& h_) {
     phi_ = ((splat(0.5f) * log_ratio) * log_ratio);
     g_ = (-log_ratio);
     h_ = degree_ * phi_ - g_;
@@ -238,8 +247,8 @@ struct half_squared_gap {
 struct smooth_l1 {
   static constexpr bool always_normalized = false;
   static constexpr bool uses_logs = true, gradient_uses_logs = true;
-  static FASTKD_INLINE void eval(V p, V q, V log_p, V log_q, V log_ratio, const float* params_, float degree_, V& phi_,
-                                 V& g_, V& h_) {
+  static FASTKD_INLINE void eval(V p, V q, V log_p, V log_q, V log_ratio, const float* params_,
+                                 float degree_, V& phi_, V& g_, V& h_) {
     const V beta = splat(params_[0]);
     const V size = abs(log_ratio);
     const V phi = where((size < beta), (((splat(0.5f) * log_ratio) * log_ratio) / beta), (size - (splat(0.5f) * beta)));

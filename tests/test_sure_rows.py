@@ -1,0 +1,114 @@
+"""No divergence is further from float64 than plain float32 PyTorch, where rounding matters: tests/sure_rows.py."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import pytest
+import sure_rows
+import torch
+from cuda_emulation import Emulation
+from sure_rows import Case, Outcome
+
+import fastkd
+from fastkd import kd_loss
+
+VARIANTS: list[tuple[str, dict[str, float]]] = [
+    *((name, {}) for name in fastkd.DIVERGENCES),
+    ("jsd", {"beta": 0.1}),
+    ("jsd", {"beta": 0.9}),
+    ("skew_forward_kl", {"alpha": 0.6}),
+    ("skew_reverse_kl", {"alpha": 0.6}),
+    ("alpha_beta", {"alpha": 1.0, "beta": 1.0}),
+    ("alpha_beta", {"alpha": 0.4, "beta": 0.0}),
+    ("alpha_beta", {"alpha": 0.0, "beta": 0.4}),
+    ("alpha_beta", {"alpha": 0.3, "beta": -0.3}),
+    ("alpha_beta", {"alpha": 0.0, "beta": 0.0}),
+]
+variants = pytest.mark.parametrize(
+    "variant", VARIANTS, ids=lambda v: "-".join([v[0], *(f"{x:g}" for x in v[1].values())])
+)
+
+# Times the error of plain PyTorch. Nearly all ratios are below 1. The others are of rows on which both contenders are
+# right to some units in the last place, or have lost all digits, and which of them is closer is a matter of luck. What
+# this is for is off by factors of a hundred and more.
+BAR = 3.0
+
+
+@functools.cache
+def made_up() -> tuple[Case, ...]:
+    return tuple(sure_rows.made_up((40, 2500), (1e-3, 1e-6, 1e-9)))
+
+
+@functools.cache
+def narrow() -> tuple[Case, ...]:
+    return tuple(case for case in made_up() if case.student.shape[-1] == 40)
+
+
+@functools.cache
+def real() -> tuple[Case, ...]:
+    return tuple(sure_rows.all_real())
+
+
+@functools.cache
+def _known(name: str, parameters: tuple[tuple[str, float], ...], case: str) -> tuple[Outcome, ...]:
+    """(exact, plain)."""
+    found = {case.name: case for case in (*made_up(), *real())}[case]
+    options: dict[str, Any] = {"divergence": name, "parameters": dict(parameters)}
+    return tuple(
+        sure_rows.plain(found, dtype, **options) for dtype in (torch.float64, torch.float32)
+    )
+
+
+def hold(backend: str, variant: tuple[str, dict[str, float]], cases: tuple[Case, ...]) -> None:
+    """Every case is within the bar."""
+    name, parameters = variant
+    divergence = fastkd.DIVERGENCES[name](**parameters)
+    worse = []
+    for case in cases:
+        exact, plain = _known(name, tuple(parameters.items()), case.name)
+        found = sure_rows.run(
+            lambda s, t: kd_loss(s, t, divergence=divergence, reduction="none", backend=backend),
+            case,
+        )
+        for what, ratio in sure_rows.ratios(found, plain, exact)._asdict().items():
+            if not ratio <= BAR * (1 + 1e-6):
+                worse.append(f"{what} of {case.name}: {ratio:.3g} times the error of PyTorch")
+    assert not worse, "\n".join(worse)
+
+
+@variants
+def test_made_up_rows(backend: str, variant: tuple[str, dict[str, float]]) -> None:
+    hold(backend, variant, made_up())
+
+
+@variants
+def test_real_rows(backend: str, variant: tuple[str, dict[str, float]]) -> None:
+    hold(backend, variant, real())
+
+
+@variants
+def test_every_instruction_set(instructions: str, variant: tuple[str, dict[str, float]]) -> None:
+    hold("cpu", variant, narrow())
+
+
+@variants
+def test_triton(variant: tuple[str, dict[str, float]]) -> None:
+    pytest.importorskip("triton")
+    hold("triton", variant, narrow())
+
+
+@variants
+def test_cuda_source(emulation: Emulation, variant: tuple[str, dict[str, float]]) -> None:
+    hold("cuda", variant, made_up())
+
+
+@pytest.mark.parametrize("vocabulary", [7, 40, 2500])
+def test_jsd_at_one_half_is_symmetric_to_the_bit(backend: str, vocabulary: int) -> None:
+    generator = torch.Generator().manual_seed(vocabulary)
+    student, teacher = 3.0 * torch.randn(2, 64, vocabulary, generator=generator)
+    options: dict[str, Any] = {"divergence": "jsd", "reduction": "none", "backend": backend}
+    for temperature in (1.0, 0.7, 2.0):
+        one = kd_loss(student, teacher, temperature=temperature, **options)
+        assert torch.equal(one, kd_loss(teacher, student, temperature=temperature, **options))
