@@ -30,8 +30,8 @@ if not torch.cuda.is_available():
 for _setting in ("FASTKD_BACKEND", "FASTKD_STRICT", "FASTKD_CHECK"):
     os.environ.pop(_setting, None)
 
-# The backends that serve CPU tensors of any size; test_suite.py holds both lists to what fastkd has. The reference, their
-# oracle, has the tests of any_backend, and is what many others compare with.
+# The backends that serve CPU tensors of any size; test_suite.py holds both lists to what fastkd has. The reference,
+# their oracle, has the tests of any_backend, and is what many others compare with.
 BACKENDS = ["portable"]
 if os.environ.get("FASTKD_TEST_WITHOUT_NATIVE") != "1":
     BACKENDS.append("cpu")

@@ -178,7 +178,10 @@ def check(
         if name == "counted":
             continue
         # The reference is plain float32 PyTorch in another order: neither is the more exact of the two.
-        allowed = error(plain[name], exact[name]) * (2 if backend in ("portable", "reference") else 1) + 8 * ULP
+        allowed = (
+            error(plain[name], exact[name]) * (2 if backend in ("portable", "reference") else 1)
+            + 8 * ULP
+        )
         allowed += rounding if name in ("hidden", "weight", "bias") or logits_dtype else 0.0
         assert error(value, exact[name]) <= allowed, (name, error(value, exact[name]), allowed)
 
