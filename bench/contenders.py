@@ -110,7 +110,8 @@ def mean_of(rows: Rows) -> Rows:
 
 
 IN_PLACE = "fastkd in place"
-CONTENDERS = ("eager", "eager, no upcast", "torch.compile", "fastkd", IN_PLACE)
+PORTABLE = "fastkd (portable)"
+CONTENDERS = ("eager", "eager, no upcast", "torch.compile", "fastkd", PORTABLE, IN_PLACE)
 
 
 def make(loss: Loss, dtype: torch.dtype) -> dict[str, Rows]:
@@ -123,6 +124,7 @@ def make(loss: Loss, dtype: torch.dtype) -> dict[str, Rows]:
         "eager, no upcast": mean_of(eager_rows(loss, dtype)),
         "torch.compile": torch.compile(upcast, fullgraph=True, dynamic=False),
         "fastkd": fastkd_loss(loss),
+        PORTABLE: fastkd_loss(loss, backend="portable"),
         IN_PLACE: fastkd_loss(loss, inplace=True),
     }
     if dtype == torch.float32:

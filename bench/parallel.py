@@ -34,6 +34,7 @@ AGREEMENT_BYTES = 64  # between hosts, a call
 ROW_BYTES = {
     "cpu": (15 * 8, 3 * 8, 8 * 8),
     "reference": (12 * 8, 3 * 8, 9 * 8),
+    "portable": (12 * 8, 3 * 8, 9 * 8),
     "triton": (14 * 4, 2 * 4, 9 * 8),  # and a program; from 512 rows on a row has one
 }
 GIB = 2**30
@@ -113,7 +114,7 @@ def model(
     wire = 0.0
     collective_count = 0
     if shared:
-        second = not closed_form or backend == "reference"
+        second = not closed_form or backend in ("portable", "reference")
         a_row = sparse if k else dense + second * sums
         wire += others * (AGREEMENT_BYTES + N * a_row) + 2 * others / R * N * 4 * k
         halves = 2 if step * columns * logit >= 2 * HALF_BYTES and step > 1 else 1

@@ -227,7 +227,7 @@ class Peer(NamedTuple):
 
 
 def _own(backend: str) -> list[Peer]:
-    device = {"cpu": "cpu", "reference": None}.get(backend, "cuda")
+    device = {"cpu": "cpu", "portable": None, "reference": None}.get(backend, "cuda")
     common: dict[str, Any] = {"package": "fastkd", "backend": backend, "device": device}
     common["triton"] = backend == "triton"
     name = f"fastkd ({backend})"
@@ -290,7 +290,7 @@ _TORCHTUNE_FORWARD: dict[str, Any] = {
 _LIGER: dict[str, Any] = {"package": "liger-kernel", "device": "cuda", "triton": True}
 
 PEERS: list[Peer] = [
-    *(peer for backend in ("cpu", "triton", "cuda", "reference") for peer in _own(backend)),
+    *(peer for backend in ("cpu", "triton", "cuda", "portable", "reference") for peer in _own(backend)),
     Peer(
         "fastkd (cpu, in place)", "logits", _in_place, package="fastkd", backend="cpu", device="cpu",
         in_place=True,

@@ -343,7 +343,7 @@ def main(
         f"{torch.get_num_threads()} threads, {time.perf_counter() - began:.0f} s."
     )
     if fastkd.available_backends()["cpu"] is not None:
-        console.print("fastkd ran its PyTorch reference: it was installed without a compiler.")
+        console.print("fastkd ran in plain PyTorch: it was installed without a compiler.")
     console.print(f"{output}: demo.png, demo.json")
 
 

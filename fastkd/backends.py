@@ -208,15 +208,13 @@ def obstacle(backend: str, call: Call, available: Mapping[str, Obstacle | None])
 def choose(call: Call, available: Mapping[str, Obstacle | None]) -> tuple[str, str | None]:
     """(backend, why it is a fallback or None) for backend="auto". Pure: everything it depends on is passed in.
 
-    A CPU tensor prefers cpu, any other triton; what cannot be served falls back to portable. cuda has to be asked for by
-    name, until its speed and its results have been seen on a device.
+    A CPU tensor prefers cpu, any other triton; what cannot be served falls back to portable. cuda has to be asked for
+    by name, until its speed and its results have been seen on a device.
     """
     preferred = "cpu" if call.device == "cpu" else "triton"
     why = obstacle(preferred, call, available)
     return (
-        (preferred, None)
-        if why is None
-        else (FALLBACK, f"{preferred}: {why.reason}. {why.remedy}")
+        (preferred, None) if why is None else (FALLBACK, f"{preferred}: {why.reason}. {why.remedy}")
     )
 
 

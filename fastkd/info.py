@@ -111,7 +111,7 @@ def _serving() -> list[dict[str, Any]]:
         for dtype in (torch.float32, torch.bfloat16, torch.float64):
             call = backends.Call(device, dtype, dtype, fastkd.forward_kl())
             chosen: str | None
-            if override in available:
+            if override is not None and override in available:
                 obstacle = backends.obstacle(override, call, available)
                 chosen = override if obstacle is None else None
                 why = f"FASTKD_BACKEND={override}"

@@ -21,7 +21,7 @@ REFERENCE_TEMPORARIES = 14
 # stays in the cache; elsewhere such that a launch has something to do. And how many of them a piece holds at most:
 # tests/test_portable.py measures it.
 PIECE_CPU, PIECE_DEVICE = 1 << 20, 32 << 20
-PIECE_TEMPORARIES = 14
+PIECE_TEMPORARIES = 18
 # A token of a sparse teacher in a chunk: its id, and float32 logits, log-probabilities and gradients of both sides.
 TOPK_BYTES = 32
 LOW_PRECISION = (torch.bfloat16, torch.float16)

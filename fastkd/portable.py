@@ -24,8 +24,8 @@ from torch import Tensor
 from fastkd import divergences, mutual, native, reference, topk
 from fastkd.chunks import At, put, rows_at, take
 from fastkd.divergences import DEFINITIONS, ENTRY, VOCABULARY, Divergence, arguments_of, takes_ratio
-from fastkd.reference import empty, evaluate, scale_rows_
 from fastkd.plan import piece_rows
+from fastkd.reference import empty, evaluate, scale_rows_
 from fastkd.rows import Options, Result, Rows, Statistics, Want, counted_rows, row_dtype
 from fastkd.topk import Events, topk_rows
 
@@ -41,6 +41,11 @@ BLOCK = 512
 NEAR = 8.0
 
 
+def _waits(device: torch.device) -> bool:
+    """Whether to ask for a number means to wait for the device."""
+    return device.type != "cpu"
+
+
 def _exact(dtype: torch.dtype, device: torch.device) -> torch.dtype:
     """Of the few numbers of a row. Not every device has float64."""
     return torch.float64 if device.type in ("cpu", "cuda") else dtype
@@ -54,7 +59,7 @@ def _counted(rows: Rows, ignore_index: int, device: torch.device) -> Tensor | No
 
     That is so on a device, where their number would have to be waited for: dropped rows are computed and set to 0.
     """
-    if device.type != "cpu":
+    if _waits(device):
         return None
     keep = counted_rows(rows, ignore_index)
     if keep is None:
@@ -85,9 +90,9 @@ class _Scratch:
 
 # ---- dense rows
 #
-# A model that is sure of a token has a column whose probability is 1 but for rounding, where g - q sum g loses all its
-# digits. So the sum of exponentials is kept apart from its largest term, and what the top columns of both models give is
-# computed by itself, in float64: a few numbers of a row.
+# A model that is sure of a token has a column whose probability is 1 but for rounding, where g - q sum g loses all
+# its digits. So the sum of exponentials is kept apart from its largest term, and what the top columns of both models
+# give is computed by itself, in float64: a few numbers of a row.
 
 
 class _Model(NamedTuple):
@@ -247,7 +252,7 @@ def _log_ratio(s: _Side, t: _Side, out: Tensor) -> Tensor:
     constant = first.log_total - second.log_total
     shift = (first.top - second.top).to(constant.dtype)
     # Where one model's logits are all higher than the other's, their difference has lost digits.
-    near = alike and out.device.type == "cpu" and bool((shift.abs() < NEAR).all())
+    near = alike and not _waits(out.device) and bool((shift.abs() < NEAR).all())
     if near:
         constant = constant + shift / s.temperature
         _divide(torch.sub(t.z, s.z, out=out), s.temperature)
@@ -265,14 +270,22 @@ class _Terms(NamedTuple):
     phi: Tensor
     g: Tensor
     h: Tensor | None
-    seats: Tensor | None = None  # the student's top column and the teacher's; None where nothing is normalised
+    seats: Tensor | None = (
+        None  # the student's top column and the teacher's; None where nothing is normalised
+    )
     different: Tensor | None = None  # 0 and 1: whether they are
     tops: tuple[Tensor, ...] = ()  # phi, g and h there, where phi, g and h themselves are 0
     logs: tuple[Tensor, Tensor] | None = None  # log q and log p there
 
+    def field(self, index: int) -> Tensor:
+        """Phi, g or h of every column."""
+        values = (self.phi, self.g, self.h)[index]
+        assert values is not None
+        return values
+
     def total(self, index: int) -> Tensor:
         """The sum of a field over all columns, [rows, 1]."""
-        values = self[index]
+        values = self.field(index)
         if self.different is None:
             return _sum(values)
         first, second = self.tops[index].split(1, -1)
@@ -280,16 +293,22 @@ class _Terms(NamedTuple):
 
 
 def _evaluated(
-    divergence: Divergence, s: _Side, t: _Side, label: Tensor | None, wants_h: bool, scratch: _Scratch
+    divergence: Divergence,
+    s: _Side,
+    t: _Side,
+    label: Tensor | None,
+    wants_h: bool,
+    scratch: _Scratch,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """(phi, g, h) of every column, in fresh tensors; 0 of a label that is compared apart."""
-    count, on_cpu, function = s.z.shape[0], s.z.device.type == "cpu", divergence.function
+    count, function = s.z.shape[0], divergence.function
     apart = None if divergence.target is None else label
     ratio = _log_ratio(s, t, scratch("ratio", count))
     if apart is not None:
         ratio.scatter_(-1, apart, 0.0)
-    # Then no logarithm is one of 0. The policy for those costs more than all the rest, and a device would be waited for.
-    quick = on_cpu and bool(ratio.sum().isfinite())
+    # Then no logarithm is one of 0. The policy for those costs more than all the rest, and on a device the question
+    # whether it is needed would cost a wait.
+    quick = not _waits(ratio.device) and bool(ratio.sum().isfinite())
     log_p = log_q = ratio
     if not quick or _reads_logarithms(function):
         log_p = _log_softmax(t, scratch("log p", count))
@@ -318,7 +337,12 @@ def _evaluated(
 
 
 def _terms(
-    divergence: Divergence, s: _Side, t: _Side, label: Tensor | None, wants_h: bool, scratch: _Scratch
+    divergence: Divergence,
+    s: _Side,
+    t: _Side,
+    label: Tensor | None,
+    wants_h: bool,
+    scratch: _Scratch,
 ) -> _Terms:
     made = _evaluated(divergence, s, t, label, wants_h, scratch)
     if not divergence.normalized:
@@ -343,11 +367,9 @@ def _terms(
     return _Terms(*made, seats, different, tops, (log_q, log_p))
 
 
-def _project(
-    terms: _Terms, index: int, side: _Side, beyond: Tensor | None, to: Tensor
-) -> Tensor:
+def _project(terms: _Terms, index: int, side: _Side, beyond: Tensor | None, to: Tensor) -> Tensor:
     """x_v - q_v sum_u x_u of the field with that number, in `to`; beyond [rows, 1] is what else is in the sum."""
-    x = terms[index]
+    x = terms.field(index)
     if terms.seats is None or side.softmax is None:
         return to.copy_(x)
     total = terms.total(index) if beyond is None else terms.total(index) + beyond
@@ -363,9 +385,9 @@ def _project(
 
 # ---- the definitions of the table, without fresh memory
 #
-# Their code runs on _Number in place of tensors, as Triton runs it on its own: what an operator gives goes to a buffer of
-# the piece, which is free again as soon as nothing refers to the number. And `where` selects bits, as torch's takes 4
-# nanoseconds an element on a CPU.
+# Their code runs on _Number in place of tensors, as Triton runs it on its own: what an operator gives goes to a buffer
+# of the piece, which is free again as soon as nothing refers to the number. And `where` selects bits, as torch's takes
+# 4 nanoseconds an element on a CPU.
 
 
 class _Pool:
@@ -547,10 +569,20 @@ def _label_apart(s: _Side, t: _Side, divergence: Divergence) -> reference._Apart
         tops.append(row(side.softmax.top) / (row(spread) if isinstance(spread, Tensor) else spread))
     plain = [(None, None) if x.plain is None else (x.plain.total, x.plain.top) for x in (s, t)]
     found = reference._Found(
-        *tops, row(s.softmax.total), row(t.softmax.total), *map(row, plain[0]), row(s.label), row(t.label),
-        *map(row, plain[1]), nothing, nothing,
-    )  # fmt: skip
-    made = reference._apart(*sides, found, divergence.target)
+        s_top=tops[0],
+        t_top=tops[1],
+        s_sum=row(s.softmax.total),
+        t_sum=row(t.softmax.total),
+        plain_sum=row(plain[0][0]),
+        plain_top=row(plain[0][1]),
+        label=row(s.label),
+        t_label=row(t.label),
+        t_plain_sum=row(plain[1][0]),
+        t_plain_top=row(plain[1][1]),
+        total=nothing,
+        columns=nothing,
+    )
+    made = reference._apart(sides[0], sides[1], found, divergence.target)
     return reference._Apart(*(value.unsqueeze(-1) for value in made))
 
 
@@ -655,7 +687,7 @@ def _dense_piece(
     loss = loss * weight
 
     keep = None  # on a CPU they all are
-    if device.type != "cpu":
+    if _waits(device):
         keep = counted_rows(rows, options.ignore_index)
         keep = None if keep is None else keep.unsqueeze(-1)
 
@@ -976,7 +1008,7 @@ def _spread_piece(
         z.mul_(options.logit_scale)
     weight = column(rows.weight)
     z.add_(torch.where(weight.isnan(), torch.nan, 0.0))
-    if student.device.type != "cpu":
+    if _waits(student.device):
         z.masked_fill_(weight == 0, 0.0)
     return z
 
@@ -984,7 +1016,9 @@ def _spread_piece(
 # ---- steps of the reference, a piece of rows at a time
 
 
-def _slices(lead: torch.Size, columns: int, dtype: torch.dtype, device: torch.device) -> list[slice]:
+def _slices(
+    lead: torch.Size, columns: int, dtype: torch.dtype, device: torch.device
+) -> list[slice]:
     """All rows, none packed: what is computed of a dropped one is not used."""
     count, step = lead.numel(), piece_rows(columns, dtype, device.type)
     # One of no rows where there are none, so that what is returned has its shape.
@@ -1040,12 +1074,12 @@ def shard_results(
     assert sums is not None
     lead = student.shape[:-1]
     for at, given in _parts_of_shard(student, teacher, rows, options):
-        part = Result(
-            *(
-                None if value is None or name == "total" else torch.empty_like(take(value, lead, at))
-                for name, value in result._asdict().items()
-            )
-        )
+
+        def memory(whole: Tensor | None, at: slice = at) -> Any:
+            return None if whole is None else torch.empty_like(take(whole, lead, at))
+
+        fields = [memory(whole) for whole in result._replace(total=None)]  # type: ignore[arg-type]
+        part = Result(*fields)
         of_rows = Statistics(statistics.gathered[:, at])
         reference.shard_results(*given, part, of_rows, sums[:, at])
         for whole, values in zip(result, part, strict=True):

@@ -103,9 +103,9 @@ def rkd_angle_loss(
         delta: as in :func:`rkd_distance_loss`.
         mean: "distinct" is over the N (N - 1) (N - 2) triples of three samples, as the paper has it. "all" divides
             by N^3, as the authors' code does; the other triples add 0, but where samples coincide for one model only.
-        backend: "cpu" is a kernel for CPU tensors; "portable", or "reference", is plain PyTorch on any device; "auto" is
-            the first where it can serve. FASTKD_BACKEND overrides it where it names one of them; FASTKD_STRICT=1 makes it
-            an error that CPU tensors fall back to "portable".
+        backend: "cpu" is a kernel for CPU tensors; "portable", or "reference", is plain PyTorch on any device; "auto"
+            is the first where it can serve. FASTKD_BACKEND overrides it where it names one of them; FASTKD_STRICT=1
+            makes it an error that CPU tensors fall back to "portable".
 
     Returns:
         0-dim, float32 (float64 where an input is). 0 where there is no triple. Where two points coincide, e is 0 and so

@@ -401,7 +401,7 @@ def test_in_place_and_threads(backend: str) -> None:
     finally:
         torch.set_num_threads(threads)
     assert all(torch.equal(a, b) for other in found[1:] for a, b in zip(found[0], other, strict=True)
-               ) or backend == "reference"  # fmt: skip
+               ) or backend == "portable"  # fmt: skip
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,9 @@ import fastkd
 from fastkd import BackendUnavailable, backends, kd_loss
 from fastkd.backends import Call, Obstacle, choose
 
-ALL: Mapping[str, Obstacle | None] = dict.fromkeys(("cpu", "triton", "cuda", "reference"))
+ALL: Mapping[str, Obstacle | None] = dict.fromkeys(
+    ("cpu", "triton", "cuda", "portable", "reference")
+)
 NO_COMPILER = Obstacle("no compiler", "Install one")
 NO_TRITON = Obstacle("no triton", "pip install it")
 F32, BF16, F16, F64 = torch.float32, torch.bfloat16, torch.float16, torch.float64
@@ -61,38 +63,38 @@ def undecided() -> Iterator[None]:
         (
             Call("cpu", F32, F32, THEIRS),
             ALL,
-            "reference",
+            "portable",
             "cpu: divergence 'theirs' is not compiled",
         ),
         (
             Call("cpu", F64, F32, KL),
             ALL,
-            "reference",
+            "portable",
             "cpu: student_logits is torch.float64, and its kernels take",
         ),
         (
             Call("cpu", F32, F64, KL),
             ALL,
-            "reference",
+            "portable",
             "cpu: teacher is torch.float64, and its kernels take",
         ),
-        (Call("cuda", F64, F64, KL), ALL, "reference", "triton: student_logits is torch.float64"),
+        (Call("cuda", F64, F64, KL), ALL, "portable", "triton: student_logits is torch.float64"),
         (
             Call("mps", F32, F32, KL),
             ALL,
-            "reference",
+            "portable",
             "triton: the logits are on 'mps'. Move them to a GPU",
         ),
         (
             Call("cpu", F32, F32, KL),
             ALL | {"cpu": NO_COMPILER},
-            "reference",
+            "portable",
             "cpu: no compiler. Install one",
         ),
         (
             Call("cuda", F32, F32, KL),
             ALL | {"triton": NO_TRITON},
-            "reference",
+            "portable",
             "triton: no triton. pip install it",
         ),
         # What another device lacks is not this one's business.
@@ -119,7 +121,7 @@ def test_every_divergence_of_the_table_is_compiled() -> None:
 
 def test_available_backends() -> None:
     available = fastkd.available_backends()
-    assert set(available) == set(ALL) and available["reference"] is None
+    assert set(available) == set(ALL) and available["portable"] is available["reference"] is None
     assert all(why is None or (why.reason and why.remedy) for why in available.values())
 
 
@@ -129,9 +131,9 @@ def test_available_backends() -> None:
 @pytest.mark.usefixtures("undecided")
 def test_auto_takes_the_kernels(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where the extension is built, it runs; `backend` fails here where it is not."""
-    ran = ran_on(monkeypatch, "reference", *({"cpu"} & {backend}))
+    ran = ran_on(monkeypatch, "portable", *({"cpu"} & {backend}))
     monkeypatch.setenv("FASTKD_STRICT", "0")
-    if backend == "reference":
+    if backend == "portable":
         monkeypatch.setattr(backends, "_cpu_obstacle", lambda: NO_COMPILER)
     student = logits(3, 9, seed=1).requires_grad_()
     kd_loss(student, logits(3, 9, seed=2)).backward()
@@ -149,7 +151,7 @@ def test_a_fallback_is_logged_once_with_its_reason(
         kd_loss(logits(3, 9, seed=3), logits(3, 9, seed=4), divergence="jsd")
         kd_loss(logits(3, 9, seed=3).bfloat16(), logits(3, 9, seed=4))
     assert [record.getMessage() for record in caplog.records] == [
-        "fastkd falls back to the reference backend (cpu: no compiler. Install one)"
+        "fastkd falls back to the portable backend (cpu: no compiler. Install one)"
     ]
 
 
@@ -179,7 +181,7 @@ def test_strict_makes_a_fallback_an_error(monkeypatch: pytest.MonkeyPatch) -> No
     student, teacher = logits(3, 9, seed=7), logits(3, 9, seed=8)
     with pytest.raises(BackendUnavailable) as error:
         kd_loss(student, teacher)
-    assert "FASTKD_STRICT=1 forbids the fallback to reference" in str(error.value)
+    assert "FASTKD_STRICT=1 forbids the fallback to portable" in str(error.value)
     assert "no compiler. Install one" in str(error.value)
     kd_loss(student, teacher, backend="reference")  # asked for, and so no fallback
     monkeypatch.setenv("FASTKD_STRICT", "0")
@@ -226,7 +228,7 @@ def test_a_backend_asked_for_by_name_is_that_one_or_an_error(
         kd_loss(student, teacher, backend="gpu")
     assert (
         str(wrong.value)
-        == "backend must be 'auto' or one of cpu, triton, cuda, reference; got 'gpu'"
+        == "backend must be 'auto' or one of cpu, triton, cuda, portable, reference; got 'gpu'"
     )
 
 
@@ -280,7 +282,7 @@ def test_a_checkout_that_was_not_built(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("undecided")
 def test_fastkd_backend_overrides(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(backends, "_cpu_obstacle", lambda: NO_COMPILER)
-    ran = ran_on(monkeypatch, "reference")
+    ran = ran_on(monkeypatch, "reference", "portable")
     student, teacher = logits(3, 9, seed=11), logits(3, 9, seed=12)
     monkeypatch.setenv("FASTKD_BACKEND", "reference")
     kd_loss(student, teacher, backend="cpu")
@@ -294,11 +296,11 @@ def test_fastkd_backend_overrides(monkeypatch: pytest.MonkeyPatch) -> None:
         kd_loss(student, teacher)
     assert (
         str(error.value)
-        == "FASTKD_BACKEND must be 'auto' or one of cpu, triton, cuda, reference; got 'gpu'"
+        == "FASTKD_BACKEND must be 'auto' or one of cpu, triton, cuda, portable, reference; got 'gpu'"
     )
     monkeypatch.setenv("FASTKD_BACKEND", "")
     kd_loss(student, teacher)
-    assert len(ran) == 3
+    assert ran == ["reference"] * 2 + ["portable"]
 
 
 @pytest.mark.parametrize(

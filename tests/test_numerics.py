@@ -186,7 +186,8 @@ def test_bfloat16_gradient_is_rounded_twice_at_most(backend: str) -> None:
 
 
 @defaults
-def test_float64_runs_on_the_reference_in_float64(divergence: str) -> None:
+@pytest.mark.parametrize("plain", ["portable", "reference"])
+def test_float64_is_computed_in_float64(divergence: str, plain: str) -> None:
     student = logits(4, 1000, seed=17, dtype=torch.float64)
     labels = labels_for(4, vocabulary=1000, seed=18)
     for teacher in (logits(4, 1000, seed=19, dtype=torch.float64), logits(4, 1000, seed=19)):
@@ -197,7 +198,7 @@ def test_float64_runs_on_the_reference_in_float64(divergence: str) -> None:
             "reduction": "none",
         }
         s, t = student.clone().requires_grad_(), teacher.clone().requires_grad_()
-        loss = kd_loss(s, t, labels, backend="reference", **options)
+        loss = kd_loss(s, t, labels, backend=plain, **options)
         upstream = upstream_for(4).double()
         exact = compose(student, teacher, labels, upstream=upstream, **options)
         assert loss.dtype == torch.float64

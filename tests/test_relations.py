@@ -469,7 +469,7 @@ def test_without_the_extension(
     backends._log_once.cache_clear()
     student, teacher = pair(5)
     same(rkd_angle_loss(student, teacher), angles_of_distinct(student, teacher))
-    assert "falls back to the reference backend (cpu: it is missing. Build it)" in caplog.text
+    assert "falls back to the portable backend (cpu: it is missing. Build it)" in caplog.text
     with pytest.raises(BackendUnavailable, match="it is missing"):
         rkd_angle_loss(student, teacher, backend="cpu")
     monkeypatch.setenv("FASTKD_STRICT", "1")
