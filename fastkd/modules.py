@@ -75,25 +75,6 @@ class _Loss(nn.Module):
         given = {name: value for name, value in temperatures.items() if value is not None}
         return self.options | given
 
-    def __getattr__(self, name: str) -> Any:
-        """An option, by its name."""
-        options = self.__dict__.get("options", {})
-        return options[name] if name in options else super().__getattr__(name)
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        """Change an option that was given, which raises where the function would; schedules do so from step to step.
-
-        An integer temperature, weight or other number becomes a float: torch.compile would fix the integers of a module.
-        """
-        options = self.__dict__.get("options", {})
-        if name not in options:
-            super().__setattr__(name, value)
-            return
-        if isinstance(options[name], float) and type(value) is int:
-            value = float(value)
-        self._check(options | {name: value})
-        options[name] = value
-
     def extra_repr(self) -> str:
         """The options, as they were given."""
         return ", ".join(f"{name}={value!r}" for name, value in self.options.items())
