@@ -2,9 +2,9 @@
 
 torch.compile takes a Python float for a constant until it changes, and then for a symbol. A symbol cannot be an
 argument of a custom op: it would be replaced by the value of the moment, and torch's graph caches, which do not see
-that, would give the next step the graph of another value. So a number that is a symbol goes into the op as a tensor of one element,
-an input of the graph like any other, and is read when the op runs; a constant stays one. Nothing here asks a symbol for
-its value, nor compares it: what is checked of a number is checked when the op runs.
+that, would give the next step the graph of another value. So a number that is a symbol goes into the op as a tensor of
+one element, an input of the graph like any other, and is read when the op runs; a constant stays one. Nothing here asks
+a symbol for its value, nor compares it: what is checked of a number is checked when the op runs.
 """
 
 from __future__ import annotations

@@ -175,7 +175,7 @@ def test_inductor_with_cold_and_warm_caches() -> None:
 @pytest.mark.heavy
 def test_twenty_values_in_two_processes_with_one_cache(tmp_path: Path) -> None:
     here = Path(__file__).parent
-    script = f"import sys; sys.path.insert(0, {str(here)!r}); import test_schedules as t; t._under_inductor(t.SCHEDULES, 20)"
+    script = f"import sys; sys.path.insert(0, {str(here)!r})\nimport test_schedules as t\nt._under_inductor(t.SCHEDULES, 20)"
     environment = os.environ | {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
     for _ in ("cold", "warm"):
         subprocess.run([sys.executable, "-c", script], check=True, env=environment)
@@ -298,7 +298,7 @@ FEATURES = features.FeatureLoss([(0, 0)], COLUMNS, COLUMNS)
 EVERY: dict[str, Callable[[Tensor, float], Tensor]] = {
     "kd_loss": lambda s, x: kd_loss(s, TEACHER, temperature=x),
     "KDLoss": lambda s, x: LOSS(s, TEACHER, num_items=x),
-    "fused_linear_kd_loss": lambda s, x: fastkd.fused_linear_kd_loss(s, TEACHER, s @ TEACHER.T, temperature=x),
+    "fused_linear_kd_loss": lambda s, x: fastkd.fused_linear_kd_loss(s, TEACHER, s.detach() @ TEACHER.T, temperature=x),
     "FusedLinearKDLoss": lambda s, x: FUSED(s, TEACHER, s.detach() @ TEACHER.T, num_items=x),
     "adaptive_kl_loss": lambda s, x: response.adaptive_kl_loss(s, TEACHER, head_mass=x / 5, temperature=x),
     "dist_loss": lambda s, x: response.dist_loss(s, TEACHER, beta=x, gamma=2.0, temperature=x),
@@ -316,7 +316,7 @@ EVERY: dict[str, Callable[[Tensor, float], Tensor]] = {
     "similarity_loss": lambda s, x: x * relations.similarity_loss(s, TEACHER),
     "gram_loss": lambda s, x: x * relations.gram_loss(s, TEACHER),
     "hint_loss": lambda s, x: x * features.hint_loss(s, TEACHER),
-    "attention_transfer_loss": lambda s, x: x * features.attention_transfer_loss(s[:, :4, None, None] * MAPS[0], MAPS[1]),
+    "attention_transfer_loss": lambda s, x: x * features.attention_transfer_loss(s[:, :4, None, None] * MAPS[0], MAPS[1]),  # noqa: E501
     "cosine_loss": lambda s, x: x * features.cosine_loss(s, TEACHER),
     "HintLoss": lambda s, x: x * HINT(s, TEACHER),
     "FeatureLoss": lambda s, x: x * FEATURES([s.unsqueeze(0)], [TEACHER.unsqueeze(0)]),
