@@ -175,7 +175,8 @@ def test_inductor_with_cold_and_warm_caches() -> None:
 @pytest.mark.heavy
 def test_twenty_values_in_two_processes_with_one_cache(tmp_path: Path) -> None:
     here = Path(__file__).parent
-    script = f"import sys; sys.path.insert(0, {str(here)!r})\nimport test_schedules as t\nt._under_inductor(t.SCHEDULES, 20)"
+    script = f"import sys; sys.path.insert(0, {str(here)!r}); import test_schedules as t; "
+    script += "t._under_inductor(t.SCHEDULES, 20)"
     environment = os.environ | {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
     for _ in ("cold", "warm"):
         subprocess.run([sys.executable, "-c", script], check=True, env=environment)
