@@ -68,7 +68,11 @@ def unpack(
     kinds: str, constants: Sequence[float], integers: Sequence[int], symbols: Sequence[Tensor]
 ) -> list[Number]:
     """What pack was given."""
-    sources = {"c": iter(constants), "i": iter(integers), "s": iter(symbols)}
+    sources: dict[str, Iterator[Any]] = {
+        "c": iter(constants),
+        "i": iter(integers),
+        "s": iter(symbols),
+    }
     numbers = [None if kind == "n" else next(sources[kind]) for kind in kinds]
     return [number.item() if isinstance(number, Tensor) else number for number in numbers]
 
@@ -273,7 +277,7 @@ def _backward(ctx: Any, given: Sequence[Tensor | None]) -> tuple[Any, ...]:
     tensors, symbols = list(saved[:count]), list(saved[count : count + ctx.symbols])
     # Of the results those that can be differentiated come first: one for all tensors, or one for each of the first.
     upstream = [x for x in given[: ctx.outputs] if x is not None]
-    rest = (
+    rest: tuple[Any, ...] = (
         None,
         None,
         None,
@@ -347,7 +351,7 @@ def as_one_op(
                 deferred = deferred or (wants and tensor.dtype == torch.float16)
             found = loss_op(encoded.tensors, name, wanted, deferred, [], *encoded[1:])
             kept = found if deferred else found[: len(found) - len(wanted)]
-            return kept[0] if back is None else back(kept, given)  # type: ignore[return-value]
+            return kept[0] if back is None else back(kept, given)
 
         return call
 
