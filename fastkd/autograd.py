@@ -327,13 +327,19 @@ def kd_rows(
     numbers: those of a graph that is being compiled (fastkd.validate.Prepared).
     """
     want = want._replace(deferred=_defers(student, teacher, want))
-    if not torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() and not want.inplace:
+        assert numbers is not None
+        results = kd_rows_op(student, teacher, *rows, backend, *as_schema(options, want, numbers))
+        loss = results[1] if summed else results[0]
+        return (loss, *(part.detach() if want.parts else None for part in results[4:]))
+    if numbers is None:
         return KDRows.apply(student, teacher, rows, options, want, backend, summed)
-    if want.inplace:  # kd_loss broke the graph, and the compiler tries again from here
-        return torch.compiler.disable(KDRows.apply)(
-            student, teacher, rows, options, want, backend, summed
-        )
-    assert numbers is not None
-    results = kd_rows_op(student, teacher, *rows, backend, *as_schema(options, want, numbers))
-    loss = results[1] if summed else results[0]
-    return (loss, *(part.detach() if want.parts else None for part in results[4:]))
+    # kd_loss has broken the graph, but the compiler took its validation for one.
+    arguments = (student, teacher, rows, options, want, backend, summed)
+    return torch.compiler.disable(_run_eagerly)(numbers, *arguments)
+
+
+def _run_eagerly(
+    numbers: Numbers, student: Tensor, teacher: Tensor, rows: Rows, options: Options, *rest: Any
+) -> tuple[Tensor | None, ...]:
+    return KDRows.apply(student, teacher, rows, settled(options, numbers, rows), *rest)

@@ -1,10 +1,10 @@
 """What travels into a compiled graph beside tensors: the numbers of a call, which may change from step to step.
 
-torch.compile takes a Python float for a constant until it changes, and then for a symbol. A symbol cannot be an argument
-of a custom op: it would be replaced by the value of the moment, and torch's graph caches, which do not see that, would
-give the next step the graph of another value. So a number that is a symbol goes into the op as a tensor of one element,
-an input of the graph like any other, and is read when the op runs; a constant stays one. Nothing here asks a symbol for
-its value, nor compares it: what is checked of a number is checked when the op runs.
+torch.compile takes a Python float for a constant until it changes, and then for a symbol. A symbol cannot be an
+argument of a custom op: it would be replaced by the value of the moment, and torch's graph caches, which do not see
+that, would give the next step the graph of another value. So a number that is a symbol goes into the op as a tensor of
+one element, an input of the graph like any other, and is read when the op runs; a constant stays one. Nothing here asks
+a symbol for its value, nor compares it: what is checked of a number is checked when the op runs.
 """
 
 from __future__ import annotations
@@ -68,7 +68,11 @@ def unpack(
     kinds: str, constants: Sequence[float], integers: Sequence[int], symbols: Sequence[Tensor]
 ) -> list[Number]:
     """What pack was given."""
-    sources = {"c": iter(constants), "i": iter(integers), "s": iter(symbols)}
+    sources: dict[str, Iterator[Any]] = {
+        "c": iter(constants),
+        "i": iter(integers),
+        "s": iter(symbols),
+    }
     numbers = [None if kind == "n" else next(sources[kind]) for kind in kinds]
     return [number.item() if isinstance(number, Tensor) else number for number in numbers]
 
@@ -131,7 +135,7 @@ class _Encoded(NamedTuple):
     """The arguments of a call as those of an op."""
 
     tensors: list[Tensor]
-    words: str  # kinds of numbers, then for each argument its name, its kind and what more that says, joined by _BETWEEN
+    words: str  # kinds of numbers, then each argument's name, its kind and what more that says, joined by _BETWEEN
     constants: list[float]
     integers: list[int]
     symbols: list[Tensor]
@@ -167,7 +171,10 @@ def _encoded(given: Arguments) -> _Encoded:
 
 
 def _decoded(
-    tensors: Sequence[Any], words: str, integers: Sequence[int], numbers: Sequence[Any] | None = None
+    tensors: Sequence[Any],
+    words: str,
+    integers: Sequence[int],
+    numbers: Sequence[Any] | None = None,
 ) -> dict[str, Any]:
     """The arguments by name. While a graph is made its integers alone are known: None is in the place of the others."""
     kinds, *said = words.split(_BETWEEN)
@@ -217,7 +224,9 @@ def loss_op(
     upstream gradients, these gradients alone, which is the second call of those that are deferred. What is not wanted
     is an empty tensor.
     """  # fmt: skip
-    given = [tensor.detach().requires_grad_(wants) for tensor, wants in zip(tensors, wanted, strict=True)]
+    given = [
+        tensor.detach().requires_grad_(wants) for tensor, wants in zip(tensors, wanted, strict=True)
+    ]
     numbers = unpack(words.split(_BETWEEN, 1)[0], constants, integers, symbols)
     function, _, _, flat = _losses[loss]
     later = deferred and not upstream
@@ -246,9 +255,7 @@ def _loss_fake(tensors, loss, wanted, deferred, upstream, words, constants, inte
         if deferred:
             return results
     for tensor, wants in zip(tensors, wanted, strict=True):
-        results.append(
-            tensor.new_empty(tensor.shape) if wants else first.new_empty(0)
-        )
+        results.append(tensor.new_empty(tensor.shape) if wants else first.new_empty(0))
     return results
 
 
@@ -270,10 +277,21 @@ def _backward(ctx: Any, given: Sequence[Tensor | None]) -> tuple[Any, ...]:
     tensors, symbols = list(saved[:count]), list(saved[count : count + ctx.symbols])
     # Of the results those that can be differentiated come first: one for all tensors, or one for each of the first.
     upstream = [x for x in given[: ctx.outputs] if x is not None]
-    rest = (None, None, None, [], None, None if constants else [], None if integers else [], [None] * ctx.symbols)
+    rest: tuple[Any, ...] = (
+        None,
+        None,
+        None,
+        [],
+        None,
+        None if constants else [],
+        None if integers else [],
+        [None] * ctx.symbols,
+    )
     if not upstream:
         return ([None] * count, *rest)
-    of_each = [None if x is None else _of_counted_rows(x, ctx, tensors) for x in given[: ctx.outputs]]
+    of_each = [
+        None if x is None else _of_counted_rows(x, ctx, tensors) for x in given[: ctx.outputs]
+    ]
     if deferred:
         alike = next(x for x in of_each if x is not None)
         factors = [torch.zeros_like(alike) if x is None else x for x in of_each]
@@ -333,7 +351,7 @@ def as_one_op(
                 deferred = deferred or (wants and tensor.dtype == torch.float16)
             found = loss_op(encoded.tensors, name, wanted, deferred, [], *encoded[1:])
             kept = found if deferred else found[: len(found) - len(wanted)]
-            return kept[0] if back is None else back(kept, given)  # type: ignore[return-value]
+            return kept[0] if back is None else back(kept, given)
 
         return call
 

@@ -21,7 +21,7 @@ from fastkd.plan import TOPK_BYTES, MemoryPlan, Shape, plan, wide
 from fastkd.rows import Options, Rows, Want, row_dtype
 from fastkd.teachers import Ensemble, LinearTeacher, Teacher, flatten, unflatten, weights_of
 from fastkd.tensors import copied, savable
-from fastkd.validate import Prepared
+from fastkd.validate import Numbers, Prepared, settled
 
 
 def autocast(*tensors: Tensor | None) -> list[Tensor | None]:
@@ -389,7 +389,21 @@ def kd_chunks(
     call = _Call(
         options, want, wanted, backend, form, weights, chunk_size, memory_budget, logits_dtype
     )
-    run = KDChunks.apply
-    if torch.compiler.is_compiling():  # as in fastkd.autograd.kd_rows
-        run = torch.compiler.disable(run)
-    return run(*student, tensors, rows, call, summed)
+    if numbers is None:
+        return KDChunks.apply(*student, tensors, rows, call, summed)
+    return torch.compiler.disable(_run_eagerly)(numbers, *student, tensors, rows, call, summed)
+
+
+def _run_eagerly(
+    numbers: Numbers,
+    hidden: Tensor,
+    weight: Any,
+    bias: Any,
+    teacher: list[Tensor],
+    rows: Rows,
+    call: _Call,
+    *rest: Any,
+) -> tuple[Tensor | None, ...]:
+    # As in fastkd.autograd: the graph is broken.
+    call = call._replace(options=settled(call.options, numbers, rows))
+    return KDChunks.apply(hidden, weight, bias, teacher, rows, call, *rest)

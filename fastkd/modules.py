@@ -9,17 +9,29 @@ import torch
 from torch import Tensor, nn
 
 from fastkd.backends import BackendUnavailable
-from fastkd.functional import Parts, fused_linear_kd_loss, kd_loss
+from fastkd.functional import DenseOptions, LinearOptions, Parts, fused_linear_kd_loss, kd_loss
 from fastkd.scalars import plain
 from fastkd.teachers import Teacher
+from fastkd.validate import LossOptions, Numbers
 
 # What belongs to a batch, or to a model, and is passed to the call.
 OF_A_CALL = ("student_bias", "mask", "weight", "num_items")
 
 
+# Kept as floats where they are given as integers, which torch.compile would take for constants of a module.
+FLOATS = tuple(name for name in Numbers._fields if name in LossOptions.__annotations__)
+
+
 class _Loss(nn.Module):
+    _names: frozenset[str] = frozenset()  # of the options that there are
+
     def __init__(self, options: dict[str, Any]) -> None:
         super().__init__()
+        options = {name: _as_float(name, value) for name, value in options.items()}
+        self._check(options)
+        self.options = options
+
+    def _check(self, options: dict[str, Any]) -> None:
         name = type(self).__name__
         for argument in OF_A_CALL:
             if argument in options:
@@ -31,8 +43,6 @@ class _Loss(nn.Module):
                 raise TypeError(
                     f"a tensor {argument} belongs to a batch: pass it to the call, not to {name}()"
                 )
-        options = {argument: plain(value) for argument, value in options.items()}
-        self.options = options
         if options.get("process_group") is not None:
             from fastkd.parallel.layout import group_of
 
@@ -43,10 +53,24 @@ class _Loss(nn.Module):
         with contextlib.suppress(
             BackendUnavailable
         ):  # for a row on the CPU: the logits may be elsewhere
-            self._try(row, torch.zeros(1, dtype=torch.int64))
+            self._try(options, row, torch.zeros(1, dtype=torch.int64))
 
-    def _try(self, row: Tensor, labels: Tensor) -> None:
+    def _try(self, options: dict[str, Any], row: Tensor, labels: Tensor) -> None:
         raise NotImplementedError
+
+    def __getattr__(self, name: str) -> Any:
+        """An option that was given, by its name; else what torch.nn.Module has."""
+        options = self.__dict__.get("options", {})
+        return options[name] if name in options else super().__getattr__(name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Set an option, as a schedule does from step to step; raises where the function would."""
+        if name not in self._names:
+            super().__setattr__(name, value)
+            return
+        value = _as_float(name, value)
+        self._check(self.options | {name: value})
+        self.options[name] = value
 
     def _with(self, **temperatures: Tensor | None) -> dict[str, Any]:
         given = {name: value for name, value in temperatures.items() if value is not None}
@@ -57,22 +81,30 @@ class _Loss(nn.Module):
         return ", ".join(f"{name}={value!r}" for name, value in self.options.items())
 
 
+def _as_float(name: str, value: Any) -> Any:
+    value = plain(value)
+    return float(value) if name in FLOATS and type(value) is int else value
+
+
 class KDLoss(_Loss):
     """:func:`fastkd.kd_loss` with its options fixed; an option out of range raises here, not at the first step.
 
     Args:
         **options: keyword options of :func:`fastkd.kd_loss`, except mask, weight and num_items, which belong to a
-            batch and are passed to the call; so is a temperature that is a tensor.
+            batch and are passed to the call; so is a temperature that is a tensor. They are attributes, which may be
+            set: ``loss.temperature = 3.0``.
 
     Shapes: student_logits [..., V], the teacher as kd_loss takes it, labels, mask and weight [...]; returns what
     kd_loss returns.
     """
 
+    _names = frozenset(DenseOptions.__annotations__) - set(OF_A_CALL) | {"return_parts"}
+
     def __init__(self, **options: Any) -> None:
         super().__init__(options)
 
-    def _try(self, row: Tensor, labels: Tensor) -> None:
-        kd_loss(row, row, labels, **(self.options | {"inplace": False, "process_group": None}))
+    def _try(self, options: dict[str, Any], row: Tensor, labels: Tensor) -> None:
+        kd_loss(row, row, labels, **(options | {"inplace": False, "process_group": None}))
 
     def forward(
         self,
@@ -103,7 +135,8 @@ class FusedLinearKDLoss(_Loss):
 
     Args:
         **options: keyword options of :func:`fastkd.fused_linear_kd_loss`, except student_bias, mask, weight and
-            num_items, which are passed to the call; so is a temperature that is a tensor.
+            num_items, which are passed to the call; so is a temperature that is a tensor. They are attributes, which
+            may be set.
 
     The head's weight is passed to the call too: this module holds no parameter, so that a tied head stays tied and
     sharded ones stay where they are.
@@ -112,15 +145,17 @@ class FusedLinearKDLoss(_Loss):
     it, labels, mask and weight [...]; returns what fused_linear_kd_loss returns.
     """
 
+    _names = frozenset(LinearOptions.__annotations__) - set(OF_A_CALL) | {"return_parts"}
+
     def __init__(self, **options: Any) -> None:
         super().__init__(options)
 
-    def _try(self, row: Tensor, labels: Tensor) -> None:
-        dtype = self.options.get("logits_dtype")
+    def _try(self, options: dict[str, Any], row: Tensor, labels: Tensor) -> None:
+        dtype = options.get("logits_dtype")
         floating = isinstance(dtype, torch.dtype) and dtype.is_floating_point
         hidden = torch.zeros(1, 1, dtype=dtype if floating else None)  # of the dtype to come
         weight = hidden.expand(row.shape[1], 1)
-        alone = self.options | {"process_group": None, "sequence_dim": None}
+        alone = options | {"process_group": None, "sequence_dim": None}
         fused_linear_kd_loss(hidden, weight, row, labels, **alone)
 
     def forward(

@@ -366,6 +366,8 @@ def _reduced(loss: Tensor, call: Prepared) -> Tensor:
         loss = loss * call.rows.weight
     if not call.summed:
         return loss
+    if call.numbers is not None:  # of a compiled graph
+        loss = loss / call.numbers.items
     scale = call.options.scale if call.rows.scale is None else call.rows.scale
     return loss.sum() * scale
 

@@ -714,8 +714,11 @@ def _softcap(argument: str, value: float | None) -> float:
 def _temperature(
     argument: str, value: float | Tensor, lead: torch.Size, device: torch.device
 ) -> tuple[float, Tensor | None]:
-    """(the number, None) or (1, the tensor [...])."""
+    """(the number, None) or (1, the tensor [...]); a tensor of one element and no dimension is for all rows."""
     if isinstance(value, Tensor):
+        if value.dim() == 0 and value.device.type == "cpu":
+            value = value.to(device, non_blocking=True)
+        value = value.expand(lead) if value.dim() == 0 else value
         check_rows(argument, value, lead, device, LOGIT_DTYPES)
         return 1.0, value.to(torch.float32).contiguous()
     value = plain(value)
