@@ -37,6 +37,8 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ParamSpec
 
+import torch
+
 # The vocabulary of a definition; kernels/skeleton.py and csrc/cpu/vec.h provide the same names.
 # A004: a definition reads as the formula does. F401: the next one may want what none uses yet.
 from torch import Tensor, abs, exp, expm1, log1p, logaddexp, where  # noqa: A004, F401
