@@ -31,12 +31,12 @@ from fastkd.autograd import differentiable_once, of_counted_rows, scaled
 from fastkd.divergences import forward_kl
 from fastkd.graphs import Arguments, as_one_op
 from fastkd.rows import Rows, row_dtype
-from fastkd.tensors import savable
+from fastkd.tensors import check_readable, savable
 from fastkd.validate import (
     check_alike,
     check_choice,
+    check_columns,
     check_flags,
-    check_logits,
     check_number,
     prepare,
 )
@@ -258,7 +258,7 @@ def check_students(logits: object) -> list[Tensor]:
         )
     if len(logits) < 2:
         raise ValueError(f"logits must be those of two students or more, got {len(logits)}")
-    students = [check_logits(f"logits[{k}]", student) for k, student in enumerate(logits)]
+    students = [check_columns(f"logits[{k}]", student) for k, student in enumerate(logits)]
     first = students[0]
     for k, student in enumerate(students):
         check_alike(f"logits[{k}]", student, "logits[0]", first)
@@ -266,6 +266,7 @@ def check_students(logits: object) -> list[Tensor]:
             raise TypeError(
                 f"logits[{k}] must be {first.dtype}, as logits[0] is; got {student.dtype}"
             )
+        check_readable(f"logits[{k}]", student)
     return students
 
 

@@ -294,12 +294,13 @@ def _received(value: object) -> str:
 
 def check_logits(argument: str, logits: object, shard: bool = False) -> Tensor:
     """Raise unless it is a dense tensor [..., V] of a dtype that losses take; a shard may have no column."""
-    checked = _check_columns(argument, logits, shard)
+    checked = check_columns(argument, logits, shard)
     check_readable(argument, checked)
     return checked
 
 
-def _check_columns(argument: str, logits: object, shard: bool) -> Tensor:
+def check_columns(argument: str, logits: object, shard: bool = False) -> Tensor:
+    """Like :func:`check_logits`, where other checks come before that of what the memory holds."""
     if not isinstance(logits, Tensor):
         raise TypeError(f"{argument} must be a tensor of logits, got {type(logits).__name__}")
     check_dense(argument, logits)
@@ -341,13 +342,13 @@ def check_teacher(
             f"got {type(teacher).__name__}"
         )
     if isinstance(teacher, Tensor):
-        _check_columns("teacher", teacher, shard)
+        check_columns("teacher", teacher, shard)
     constants: list[tuple[str, Tensor | None]] = []
     leading: list[tuple[str, Tensor]] = []  # what has the rows
 
     def visit(name: str, part: Tensor | TopK | LinearTeacher) -> None:
         if isinstance(part, Tensor):
-            _check_columns(name, part, shard)
+            check_columns(name, part, shard)
             leading.append((name, part))
         elif isinstance(part, TopK):
             leading.append((name, part.ids))
