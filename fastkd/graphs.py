@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from fastkd.divergences import ClosedForm, Divergence, Target, function_name, function_named, made
+from fastkd.tensors import copied
 
 Parameters = ParamSpec("Parameters")
 Returned = TypeVar("Returned")
@@ -263,18 +264,25 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> N
     tensors, loss, wanted, deferred, _, words, constants, integers, symbols = inputs
     given = _decoded(range(len(tensors)), words, integers)
     ctx.dropping = [given.get(name) for name in ("labels", "mask", "weight")]
+    # What the backward reads. A graph is not told which constants were made in inference mode, so each is copied.
+    read = (
+        range(len(tensors)) if deferred else {index for index in ctx.dropping if index is not None}
+    )
+    ctx.read = tuple(read)
+    kept = [tensors[i] if wanted[i] else copied(tensors[i]) for i in ctx.read]
     ctx.ignore_index = given.get("ignore_index", -100)
     ctx.call = (loss, wanted, deferred, words, constants, integers)
     ctx.outputs = len(output) if deferred else len(output) - len(tensors)
     ctx.symbols = len(symbols)
-    ctx.save_for_backward(*tensors, *symbols, *(() if deferred else output[ctx.outputs :]))
+    ctx.save_for_backward(*kept, *symbols, *(() if deferred else output[ctx.outputs :]))
     ctx.set_materialize_grads(False)
 
 
 def _backward(ctx: Any, given: Sequence[Tensor | None]) -> tuple[Any, ...]:
     loss, wanted, deferred, words, constants, integers = ctx.call
-    saved, count = ctx.saved_tensors, len(wanted)
-    tensors, symbols = list(saved[:count]), list(saved[count : count + ctx.symbols])
+    saved, count = list(ctx.saved_tensors), len(wanted)
+    kept, symbols = saved[: len(ctx.read)], saved[len(ctx.read) :][: ctx.symbols]
+    by_index = dict(zip(ctx.read, kept, strict=True))
     # Of the results those that can be differentiated come first: one for all tensors, or one for each of the first.
     upstream = [x for x in given[: ctx.outputs] if x is not None]
     rest: tuple[Any, ...] = (
@@ -290,12 +298,12 @@ def _backward(ctx: Any, given: Sequence[Tensor | None]) -> tuple[Any, ...]:
     if not upstream:
         return ([None] * count, *rest)
     of_each = [
-        None if x is None else _of_counted_rows(x, ctx, tensors) for x in given[: ctx.outputs]
+        None if x is None else _of_counted_rows(x, ctx, by_index) for x in given[: ctx.outputs]
     ]
     if deferred:
         alike = next(x for x in of_each if x is not None)
         factors = [torch.zeros_like(alike) if x is None else x for x in of_each]
-        found = loss_op(tensors, loss, wanted, True, factors, words, constants, integers, symbols)
+        found = loss_op(kept, loss, wanted, True, factors, words, constants, integers, symbols)
         gradients = [x if wants else None for x, wants in zip(found, wanted, strict=True)]
         return (gradients, *rest)
     gradients = []
@@ -309,7 +317,7 @@ def _backward(ctx: Any, given: Sequence[Tensor | None]) -> tuple[Any, ...]:
     return (gradients, *rest)
 
 
-def _of_counted_rows(upstream: Tensor, ctx: Any, tensors: Sequence[Tensor]) -> Tensor:
+def _of_counted_rows(upstream: Tensor, ctx: Any, tensors: Mapping[int, Tensor]) -> Tensor:
     """An upstream gradient with 0 for the rows that are dropped, where it may be infinite or NaN."""
     labels, mask, weight = (None if place is None else tensors[place] for place in ctx.dropping)
     if upstream.dim() == 0:
