@@ -35,8 +35,7 @@ def _checked_temperature(value: float) -> float:
     value = plain(value)
     if isinstance(value, (bool, Tensor)) or not isinstance(value, (int, float)):
         raise TypeError(f"temperature must be a number, got {type(value).__name__}")
-    value = as_float(value)
-    if not 0 < value < math.inf:
+    if not 0 < as_float(value) < math.inf:
         raise ValueError(f"temperature must be positive and finite, got {value}")
     return value
 

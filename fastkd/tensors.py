@@ -29,7 +29,7 @@ def check_readable(argument: str, value: Tensor) -> None:
     if torch.compiler.is_compiling():
         return  # the compiler's stand-ins hold no numbers, and are not read
     if torch._C._functorch.is_functorch_wrapped_tensor(value) or _is_dual(value):
-        raise TypeError(
+        raise RuntimeError(  # as torch raises for what its transforms do not support
             f"{argument} is being transformed by torch.func (vmap, grad, jvp, ...) or by forward-mode differentiation, "
             "which the loss does not support; call it outside of the transform, and differentiate with backward() or "
             "torch.autograd.grad"

@@ -151,9 +151,20 @@ def prepare(
         check_rows("mask", mask, lead, device, (torch.bool,))
     if weight is not None:
         check_rows("weight", weight, lead, device, LOGIT_DTYPES)
-    if isinstance(teacher, TopK) and teacher.renormalizes and (labels is None or alpha == 1.0):
-        # Without the distillation term there is nothing left of a row.
+    compiled_alpha = numbers is not None and labels is not None
+    if (
+        isinstance(teacher, TopK)
+        and teacher.renormalizes
+        and (labels is None or alpha == 1.0 or compiled_alpha)
+    ):
+        # A row that names no token has nothing but its cross-entropy, so it is dropped where there is none.
         named = (teacher.ids != -1).any(-1)
+        if (
+            compiled_alpha
+        ):  # a product with a tensor, since a graph may not compare the number (fastkd.graphs)
+            named = named | (
+                torch.ones((), dtype=torch.float64, device="cpu") * numbers.alpha < 1.0
+            )
         mask = named if mask is None else mask & named
     counted, row_weight = _weights(labels, ignore_index, mask, weight, row_dtype)
     count = math.prod(lead) if counted is None else counted.sum()
