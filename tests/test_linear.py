@@ -748,7 +748,7 @@ def test_a_dropped_row_of_no_dimension(backend: str) -> None:
 
 
 def test_the_backend_that_was_asked_for_runs(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    ran = ran_on(monkeypatch, "reference", "cpu")
+    ran = ran_on(monkeypatch, "portable", "cpu")
     given = problem()
     fastkd.fused_linear_kd_loss(
         given.hidden, given.weight, given.teacher, backend=backend, chunk_size=10
