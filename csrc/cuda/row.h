@@ -413,7 +413,7 @@ FASTKD_INLINE bool needs_statistics(const Call& call, const RowState& row) {
 
 // ---- open
 
-FASTKD_INLINE void open_side(const Rows& rows, const Tempering& tempering, int64_t row, Side& side, float& weight) {
+FASTKD_CALL void open_side(const Rows& rows, const Tempering& tempering, int64_t row, Side& side, float& weight) {
   side.threshold = side.top = 0;
   side.dtype = rows.dtype;
   side.softcap = float(tempering.softcap);
@@ -434,7 +434,7 @@ FASTKD_INLINE void open_side(const Rows& rows, const Tempering& tempering, int64
 FASTKD_INLINE bool statistics_are_given(const Call& call) { return call.shard.step >= Step::sums; }
 
 // Of a logit in device memory.
-FASTKD_INLINE float z_at(const Call& call, const Rows& rows, const Side& side, int64_t row, int64_t column) {
+FASTKD_CALL float z_at(const Call& call, const Rows& rows, const Side& side, int64_t row, int64_t column) {
   return side.z(load_one(row_of(call, rows, row), rows.dtype, column));
 }
 
@@ -669,7 +669,7 @@ FASTKD_CALL double logarithm(double x) { return ::log(x); }
 FASTKD_CALL double logarithm_of_1_and(double x) { return ::log1p(x); }
 FASTKD_INLINE double log_of_sum(double rest, double tops) { return logarithm_of_1_and(rest + (tops - 1)); }
 
-FASTKD_INLINE void close_side(Side& side, float top, double rest, double tops) {
+FASTKD_CALL void close_side(Side& side, float top, double rest, double tops) {
   const double sum = rest + tops, offset = -log_of_sum(rest, tops);
   side.top = origin(top);
   side.weight = float(1 / sum);
@@ -1038,11 +1038,12 @@ FASTKD_INLINE void gradients(const Call& call, const RowState& row, Place place,
       const V x = is_normalized<Divergence>(call) ? h - p * row.sum_h : h;
       return (z == row.t_sure.z ? row.t_sure.gradient : x) * row.teacher_factor;
     };
+    constexpr bool seldom = LOG_0 || !decltype(vector)::plain;
     // Two loops: a branch in each column would cost more than it saves.
     if (call.alpha != 0 && (LOG_0 || teacher_gradient))
-      each_column<LOG_0>(s, t, [&](int k, V s_k, V t_k) {
+      each_column<seldom>(s, t, [&](int k, V s_k, V t_k) {
         evaluate<Divergence, LOG_0>(call, row, s_k, t_k, p, q, phi, g, h);
-        if constexpr (LOG_0)
+        if constexpr (seldom)
           push(out, of_student(s_k)), push(teacher_out, of_teacher(t_k));
         else
           out[k] = of_student(s_k), teacher_out[k] = of_teacher(t_k);
