@@ -872,9 +872,9 @@ FASTKD_INLINE void evaluate(const Call& call, const RowState& row, V s, V t, V& 
   settle<Divergence, LOG_0>(call, p, q, log_p, log_q, log_ratio, phi, g, h);
 }
 
-// f(k, s[k], t[k]) of a vector's columns: once for each of them in the code, or, where SELDOM, for two at a time, with
-// vectors that turn. What is asked to unroll by itself stays a loop where a definition is long, and its vectors, indexed
-// by what is not known when compiling, would move out of registers.
+// f(k, s[k], t[k]) of a vector's columns. The code has a copy for each of them or, where SELDOM, for two, and the vectors
+// turn. Unrolling is asked for: the compiler leaves a long definition in a loop, which indexes its vectors by a number
+// that is not known when compiling, and so moves them out of registers.
 template <bool SELDOM, class Function>
 FASTKD_INLINE void each_column(V (&s)[VECTOR], V (&t)[VECTOR], Function f) {
   if constexpr (SELDOM) {
