@@ -60,8 +60,9 @@ def test_every_kernel_is_there_and_stays_in_registers() -> None:
 
 
 def test_the_extension_is_small_and_stands_alone() -> None:
-    # Half a megabyte a definition, of which there are fifteen: each is a kernel, on two architectures.
-    assert BUILT.stat().st_size < 10 << 20
+    # Sixteen definitions are a kernel each on two architectures, of a third of a megabyte. Those that keep their digits
+    # where p is close to q evaluate a series there, in which they are longer than their formulas.
+    assert BUILT.stat().st_size < 11 << 20
     needed = subprocess.run(["ldd", str(BUILT)], capture_output=True, text=True, check=True).stdout
     assert not re.search(r"libtorch|libc10|libcudart|libcuda\b", needed)
 

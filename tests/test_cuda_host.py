@@ -374,10 +374,10 @@ FAULTS = {
     "what came by the copy engine is not waited for": ("cluster.h", "      await(stage);\n", ""),
     "a stage is fetched before all are done with it": (
         "cluster.h", "order_before_copies();\n      sync_block();", "order_before_copies();"),
-    "one place for all exchanges": ("cluster.h", "shared_.exchanges[exchange_++ & 1]", "shared_.exchanges[0]"),
+    "one place for all exchanges": ("cluster.h", "shared_.of_ranks[exchange_++ & 1]", "shared_.of_ranks[0]"),
     "no gap between stages": ("row.h", "memory + number * gap", "memory"),
     "a cluster that does not wait": (
-        "cluster.h", "    cluster_arrive(warp == 0);\n    cluster_wait();\n", ""),
+        "cluster.h", "        cluster_arrive(warp == 0);\n        cluster_wait();\n", ""),
     "a row that is forgotten": ("cluster.h", "counting(row + ", "counting(row + 2 * "),
 }  # fmt: skip
 

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import functools
+from pathlib import Path
 from typing import Any
 
 import pytest
 import sure_rows
 import torch
-from cuda_emulation import Emulation
+from cuda_emulation import Emulation, compile_host, load_host
 from sure_rows import Case, Outcome
 
 import fastkd
-from fastkd import kd_loss
+from fastkd import backends, kd_loss
 
 VARIANTS: list[tuple[str, dict[str, float]]] = [
     *((name, {}) for name in fastkd.DIVERGENCES),
@@ -102,6 +103,32 @@ def test_triton(variant: tuple[str, dict[str, float]]) -> None:
 @variants
 def test_cuda_source(emulation: Emulation, variant: tuple[str, dict[str, float]]) -> None:
     hold("cuda", variant, made_up())
+
+
+FAULTS = {
+    "the student's sure column has the gradient of any other": (
+        "row.h", "(z == row.s_sure.z ? row.s_sure.gradient : x)", "(x)"),
+    "the teacher's sure column has the gradient of any other": (
+        "row.h", "(z == row.t_sure.z ? row.t_sure.gradient : x)", "(x)"),
+    "a block's sum of the rest is lost": ("row.h", "  a.s_sum += b.s_sum;\n", ""),
+    "the sign of the log ratio": ("row.h", "s.gap + log_ratio);", "s.gap - log_ratio);"),
+    "what was the top is not one of the rest": ("row.h", "    a.s_sum += a.s_tops;\n", ""),
+}  # fmt: skip
+
+
+# Each is compiled, at twenty seconds; they judge the check above and not the kernels.
+@pytest.mark.heavy
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_planted_fault_is_seen(
+    fault: str, emulation: Emulation, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    header, old, new = FAULTS[fault]
+    broken = load_host(compile_host(tmp_path, (header, lambda text: text.replace(old, new))))
+    monkeypatch.setattr(backends.load("cuda"), "_cuda", broken)
+    emulation.ranks = 4
+    with pytest.raises(AssertionError):
+        for divergence in ("forward_kl", "mixture", "jsd"):
+            hold("cuda", (divergence, {}), narrow())
 
 
 @pytest.mark.parametrize("vocabulary", [7, 40, 2500])

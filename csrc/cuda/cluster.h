@@ -27,9 +27,10 @@ struct Shared {
   RowState rows[2];  // this one and the next
   Source sources[2];
   Barrier arrived[STAGES];
-  // Parts on their way to be merged. A block that is ahead of others by one exchange writes into the other of the two;
-  // it cannot be ahead by two.
-  alignas(PIECE) char exchanges[2][(WARPS + MOST_RANKS) * sizeof(Whole)];
+  // Parts on their way to be merged: those of a block's warps, which it is done with before it exchanges, and those of
+  // blocks. A block that is ahead of others by one exchange writes into the other of the two; it cannot be ahead by two.
+  alignas(PIECE) char of_warps[WARPS * sizeof(Whole)];
+  alignas(PIECE) char of_ranks[2][MOST_RANKS * sizeof(Whole)];
 };
 static_assert(sizeof(Shared) <= STATE, "plan.h reckons with less");
 static_assert(sizeof(Share) <= sizeof(Whole), "what passes through exchanges");
@@ -114,19 +115,30 @@ class Block {
   // Every thread's part merged, in a fixed order; thread 0 of every block has the result.
   template <class Part>
   FASTKD_DEVICE Part merged(Part mine) {
-    Part* of_warps = reinterpret_cast<Part*>(shared_.exchanges[exchange_++ & 1]);
-    Part* of_ranks = of_warps + WARPS;
+    Part* of_warps = reinterpret_cast<Part*>(shared_.of_warps);
+    Part* of_ranks = reinterpret_cast<Part*>(shared_.of_ranks[exchange_++ & 1]);
     const int warp = place.thread / WARP, lane = place.thread % WARP;
-    mine = merge_lanes(mine, WARP);
-    if (lane == 0) of_warps[warp] = mine;
-    sync_block();
-    if (warp == 0) {
-      mine = from_first_lane(merge_lanes(of_warps[lane < call.threads / WARP ? lane : 0], call.threads / WARP));
-      if (lane < call.ranks) send(of_ranks + place.rank, lane, mine);
+    int lanes = WARP;  // then warps, then ranks
+#pragma unroll 1
+    for (int level = 0; level < 3; ++level) {  // a loop, so that the code has one copy of merge
+      if (level == 0 || warp == 0) mine = merge_lanes(mine, lanes);
+      if (level == 0) {
+        if (lane == 0) of_warps[warp] = mine;
+        sync_block();
+        lanes = call.threads / WARP;
+        if (warp == 0) mine = of_warps[lane < lanes ? lane : 0];
+      } else if (level == 1) {
+        if (warp == 0) {
+          mine = from_first_lane(mine);
+          if (lane < call.ranks) send(of_ranks + place.rank, lane, mine);
+        }
+        cluster_arrive(warp == 0);
+        cluster_wait();
+        lanes = call.ranks;
+        if (warp == 0) mine = of_ranks[lane < lanes ? lane : 0];
+      }
     }
-    cluster_arrive(warp == 0);
-    cluster_wait();
-    return warp == 0 ? merge_lanes(of_ranks[lane < call.ranks ? lane : 0], call.ranks) : mine;
+    return mine;
   }
 
  private:
@@ -200,8 +212,9 @@ struct Dense {
     return mine;
   }
 
-  FASTKD_DEVICE void close(const Statistics& all) {
-    close_statistics(block.call, block.row(), all);
+  FASTKD_DEVICE void close() {
+    close_statistics(block.call, block.row());
+    const Statistics& all = block.row().statistics_of_all;
     if (label_is_apart(block.call))
       close_label(block.call, block.row(), all.s_sum + all.s_tops, all.t_sum + all.t_tops, all.s_sum_at_1 + all.s_tops,
                   all.t_sum_at_1 + all.t_tops);
@@ -301,7 +314,7 @@ struct Sparse {
     return statistics_of_events<LOG_0>(block.call, block.row(), block.place, block.slice(0));
   }
 
-  FASTKD_DEVICE void close(const Statistics& all) { close_events(block.call, block.row(), all); }
+  FASTKD_DEVICE void close() { close_events(block.call, block.row()); }
   FASTKD_DEVICE void close(const Sums& all) { close_sums_of_events(block.call, block.row(), all); }
 
   template <bool LOG_0>
@@ -340,11 +353,12 @@ FASTKD_DEVICE void settle(Block& block, Kind& kind) {
 #pragma unroll 1
   for (int policy = 0; policy < 2; ++policy) {
     if (kind.has_statistics()) {
-      const Statistics all =
-          kind.statistics_given()
-              ? row.statistics_of_all
-              : block.merged(policy ? kind.template statistics<true>() : kind.template statistics<false>());
-      if (block.leads()) kind.close(all);
+      if (!kind.statistics_given()) {
+        const Statistics all =
+            block.merged(policy ? kind.template statistics<true>() : kind.template statistics<false>());
+        if (block.leads()) row.statistics_of_all = all;
+      }
+      if (block.leads()) kind.close();
     } else if (block.leads()) {
       row.finite = true;
     }

@@ -12,7 +12,7 @@ constexpr int MOST_THREADS = 512;
 // A multiprocessor has 228 KB and keeps one for each block. Where two blocks live on it, one computes while the other
 // waits; where a row is too wide for that, one block has the threads of two.
 constexpr int64_t SHARED_OF_TWO = 113 << 10, SHARED_OF_ONE = 227 << 10;
-constexpr int64_t STATE = 7 << 10;  // of that, for what is not logits (cluster.h, Shared)
+constexpr int64_t STATE = 6 << 10;  // of that, for what is not logits (cluster.h, Shared)
 
 inline int size_of(Dtype dtype) { return dtype == Dtype::f32 ? 4 : 2; }
 

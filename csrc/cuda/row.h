@@ -314,7 +314,7 @@ struct Top {
   float z;          // NaN where it is not
   double rest;      // the sum of the others' exponentials
   double gap;       // tempered, the other side's logit there less its top
-  double gradient;  // by the tempered logit
+  float gradient;   // by the tempered logit
 };
 
 struct RowState {
@@ -338,7 +338,7 @@ struct RowState {
   Top s_sure, t_sure;
   float label_gradient, teacher_label_gradient;  // of the column left out
   Others others;
-  Statistics statistics_of_all;  // where these are given: of all columns
+  Statistics statistics_of_all;  // of the whole row: merged, or given
   Sums sums_of_all;
 };
 
@@ -413,7 +413,7 @@ FASTKD_INLINE bool needs_statistics(const Call& call, const RowState& row) {
 
 // ---- open
 
-FASTKD_INLINE void open_side(const Rows& rows, const Tempering& tempering, int64_t row, Side& side, float& weight) {
+FASTKD_CALL void open_side(const Rows& rows, const Tempering& tempering, int64_t row, Side& side, float& weight) {
   side.threshold = side.top = 0;
   side.dtype = rows.dtype;
   side.softcap = float(tempering.softcap);
@@ -434,7 +434,7 @@ FASTKD_INLINE void open_side(const Rows& rows, const Tempering& tempering, int64
 FASTKD_INLINE bool statistics_are_given(const Call& call) { return call.shard.step >= Step::sums; }
 
 // Of a logit in device memory.
-FASTKD_INLINE float z_at(const Call& call, const Rows& rows, const Side& side, int64_t row, int64_t column) {
+FASTKD_CALL float z_at(const Call& call, const Rows& rows, const Side& side, int64_t row, int64_t column) {
   return side.z(load_one(row_of(call, rows, row), rows.dtype, column));
 }
 
@@ -663,10 +663,13 @@ FASTKD_INLINE void add_statistics(Statistics& mine, const Call& call, const RowS
   });
 }
 
-// 1 + x, with x to its last digit.
-FASTKD_INLINE double log_of_sum(double rest, double tops) { return ::log1p(rest + (tops - 1)); }
+// In doubles, and once in a kernel's code each: what runs once a row is worth no copy at every place that needs it.
+FASTKD_CALL double exponential(double x) { return ::exp(x); }
+FASTKD_CALL double logarithm(double x) { return ::log(x); }
+FASTKD_CALL double logarithm_of_1_and(double x) { return ::log1p(x); }
+FASTKD_INLINE double log_of_sum(double rest, double tops) { return logarithm_of_1_and(rest + (tops - 1)); }
 
-FASTKD_INLINE void close_side(Side& side, float top, double rest, double tops) {
+FASTKD_CALL void close_side(Side& side, float top, double rest, double tops) {
   const double sum = rest + tops, offset = -log_of_sum(rest, tops);
   side.top = origin(top);
   side.weight = float(1 / sum);
@@ -694,7 +697,8 @@ FASTKD_INLINE void close_ratio(RowState& row, double log_quotient) {
 // Where a side is sure of a column, its probability more than 1/2, the column's own gradient would be a difference of two
 // numbers of its size, x_a - q_a sum x. It is x_a (1 - q_a) - q_a times the sum of the others', and known from the moments
 // where there is a closed form; else close_sums finds it.
-FASTKD_CALL void close_tops(const Call& call, RowState& row, const Statistics& all) {
+FASTKD_CALL void close_tops(const Call& call, RowState& row) {
+  const Statistics& all = row.statistics_of_all;
   const auto sure = [&](float tops, float rest) { return tops == 1 && rest < 1 && !label_is_apart(call) && call.normalized; };
   Top &s = row.s_sure, &t = row.t_sure;
   s = {sure(all.s_tops, all.s_sum), 0, all.s_sum, LN_2_EXACT * all.t_at, 0};
@@ -706,23 +710,29 @@ FASTKD_CALL void close_tops(const Call& call, RowState& row, const Statistics& a
   const bool same = s.is && t.is && s.gap == 0 && t.gap == 0;
   const auto apart = [&](const Top& mine, double other_rest, double other_sum) {
     const double sum = 1 + mine.rest;
-    return same ? other_rest / other_sum - mine.rest / sum : 1 / sum - ::exp(mine.gap) / other_sum;
+    return same ? other_rest / other_sum - mine.rest / sum : 1 / sum - exponential(mine.gap) / other_sum;
   };
   if (s.is) {
-    if (ahead != 0) s.gradient += ahead * apart(s, t.rest, t.rest + all.t_tops);
-    if (call.reverse != 0) s.gradient -= call.reverse * (s.gap * s.rest + LN_2_EXACT * all.reverse) / s_sum / s_sum;
+    double gradient = 0;
+    if (ahead != 0) gradient += ahead * apart(s, t.rest, t.rest + all.t_tops);
+    if (call.reverse != 0) gradient -= call.reverse * (s.gap * s.rest + LN_2_EXACT * all.reverse) / s_sum / s_sum;
+    s.gradient = float(gradient);
   }
   if (t.is) {
-    if (call.reverse != 0) t.gradient += call.reverse * apart(t, s.rest, s.rest + all.s_tops);
-    if (call.forward != 0) t.gradient -= call.forward * (t.gap * t.rest + LN_2_EXACT * all.forward) / t_sum / t_sum;
-    if (call.cross != 0) t.gradient -= call.cross * (t.gap * t.rest - LN_2_EXACT * all.cross) / t_sum / t_sum;
+    double gradient = 0;
+    if (call.reverse != 0) gradient += call.reverse * apart(t, s.rest, s.rest + all.s_tops);
+    if (call.forward != 0) gradient -= call.forward * (t.gap * t.rest + LN_2_EXACT * all.forward) / t_sum / t_sum;
+    if (call.cross != 0) gradient -= call.cross * (t.gap * t.rest - LN_2_EXACT * all.cross) / t_sum / t_sum;
+    t.gradient = float(gradient);
   }
-  if (!finite(float(row.phi) + float(s.gradient))) s.z = NAN;
-  if (!finite(float(row.phi) + float(t.gradient))) t.z = NAN;
+  if (!finite(float(row.phi) + s.gradient)) s.z = NAN;
+  if (!finite(float(row.phi) + t.gradient)) t.z = NAN;
 }
 
-// After the first phase, from the statistics of the whole row.
-FASTKD_INLINE void close_statistics(const Call& call, RowState& row, const Statistics& all) {
+// After the first phase, from the statistics of the whole row. They are in shared memory: passed by reference from
+// registers, they would go by way of a stack in device memory.
+FASTKD_CALL void close_statistics(const Call& call, RowState& row) {
+  const Statistics& all = row.statistics_of_all;
   close_side(row.student, all.s_top, all.s_sum, all.s_tops);
   close_side(row.teacher, all.t_top, all.t_sum, all.t_tops);
   const double s_log_sum = log_of_sum(all.s_sum, all.s_tops), t_log_sum = log_of_sum(all.t_sum, all.t_tops);
@@ -755,22 +765,22 @@ FASTKD_INLINE void close_statistics(const Call& call, RowState& row, const Stati
     row.g += call.reverse * (reverse + 1);
   }
   if (row.flags & CROSS) row.phi += call.cross * (s_log_sum - LN_2_EXACT * all_cross * t_inverse), row.g -= call.cross;
-  close_tops(call, row, all);
+  close_tops(call, row);
   // A moment that fades to nothing takes its NaN along: whether a logarithm overflows is asked of the logits themselves.
   const bool overflows = (row.flags & LOWS) && ((all.s_low - row.student.top) * row.student.rate == -INF ||
                                                 (all.t_low - row.teacher.top) * row.teacher.rate == -INF);
   row.finite = row.log_0 || (!overflows && finite(float(row.phi) + float(row.entropy)));
 }
 
-FASTKD_CALL double sigmoid(double x) { return 1 / (1 + ::exp(-x)); }
-FASTKD_CALL double softplus(double x) { return x > 0 ? x + ::log1p(::exp(-x)) : ::log1p(::exp(x)); }
+FASTKD_CALL double sigmoid(double x) { return 1 / (1 + exponential(-x)); }
+FASTKD_CALL double softplus(double x) { return (x > 0 ? x : 0) + logarithm_of_1_and(exponential(x > 0 ? -x : x)); }
 
 // What the label adds, given the sums of the others' exponentials: fastkd/reference.py, _apart. a and b are the log-odds
 // of the label against all others, the teacher's and the student's.
 FASTKD_CALL void close_label(const Call& call, RowState& row, float s_sum, float t_sum, float s_sum_at_1, float t_sum_at_1) {
   const double s_gap = double(row.z_label) - row.student.top, t_gap = double(row.t_label) - row.teacher.top;
-  const double a = t_gap * row.teacher.unit - log(double(t_sum));
-  const double b = s_gap * row.student.unit - log(double(s_sum));
+  const double a = t_gap * row.teacher.unit - logarithm(double(t_sum));
+  const double b = s_gap * row.student.unit - logarithm(double(s_sum));
   const double p = sigmoid(a), p_rest = sigmoid(-a), q = sigmoid(b), q_rest = sigmoid(-b);
   const double cost = softplus(-b), cost_of_rest = softplus(b), weight = call.target_weight;
   const auto term = [](double factor, double gap) { return factor < NEGLIGIBLE ? 0 : factor * gap; };
@@ -781,10 +791,10 @@ FASTKD_CALL void close_label(const Call& call, RowState& row, float s_sum, float
     row.apart.h = term(weight, term(p * p_rest, a - b));
   } else {
     const double sum = row.flags & TEACHER_AT_1 ? t_sum_at_1 : t_sum;
-    row.apart.share = weight * sigmoid(t_gap * row.teacher_plain_unit - log(sum));
+    row.apart.share = weight * sigmoid(t_gap * row.teacher_plain_unit - logarithm(sum));
   }
   if (!row.with_labels) return;
-  const double sum = row.flags & AT_1 ? s_sum_at_1 : s_sum, b_at_1 = s_gap * row.plain_unit - log(sum);
+  const double sum = row.flags & AT_1 ? s_sum_at_1 : s_sum, b_at_1 = s_gap * row.plain_unit - logarithm(sum);
   row.apart.cost = softplus(-b_at_1);
   row.apart.others = sigmoid(-b_at_1);
   row.cross_entropy += softplus(b_at_1);  // its normaliser was that of the others
@@ -798,6 +808,22 @@ struct Any {
   static constexpr bool always_normalized = true;
 };
 
+struct Terms {
+  V phi, g, h;
+};
+
+// A call, as all the definitions are in it.
+FASTKD_CALL Terms any_terms(const Call& call, V p, V q, V log_p, V log_q, V log_ratio) {
+  Terms terms{};
+  int number = 0;
+#define FASTKD_CASE(name)        \
+  if (call.divergence == number++) \
+    name::eval(p, q, log_p, log_q, log_ratio, call.params, float(call.degree), terms.phi, terms.g, terms.h);
+  FASTKD_DIVERGENCES(FASTKD_CASE)
+#undef FASTKD_CASE
+  return terms;
+}
+
 template <class Divergence>
 FASTKD_INLINE bool is_normalized(const Call& call) {
   return Divergence::always_normalized || call.normalized;
@@ -807,11 +833,8 @@ template <class Divergence>
 FASTKD_INLINE void define(const Call& call, V p, V q, V log_p, V log_q, V log_ratio, V& phi, V& g, V& h) {
   const float degree = float(call.degree);
   if constexpr (std::is_same<Divergence, Any>::value) {
-    int number = 0;
-#define FASTKD_CASE(name) \
-  if (call.divergence == number++) name::eval(p, q, log_p, log_q, log_ratio, call.params, degree, phi, g, h);
-    FASTKD_DIVERGENCES(FASTKD_CASE)
-#undef FASTKD_CASE
+    const Terms terms = any_terms(call, p, q, log_p, log_q, log_ratio);
+    phi = terms.phi, g = terms.g, h = terms.h;
   } else {
     Divergence::eval(p, q, log_p, log_q, log_ratio, call.params, degree, phi, g, h);
   }
@@ -849,22 +872,49 @@ FASTKD_INLINE void evaluate(const Call& call, const RowState& row, V s, V t, V& 
   settle<Divergence, LOG_0>(call, p, q, log_p, log_q, log_ratio, phi, g, h);
 }
 
+// f(k, s[k], t[k]) of a vector's columns. The code has a copy for each of them or, where SELDOM, for two, and the vectors
+// turn. Unrolling is asked for: the compiler leaves a long definition in a loop, which indexes its vectors by a number
+// that is not known when compiling, and so moves them out of registers.
+template <bool SELDOM, class Function>
+FASTKD_INLINE void each_column(V (&s)[VECTOR], V (&t)[VECTOR], Function f) {
+  if constexpr (SELDOM) {
+#pragma unroll 2
+    for (int k = 0; k < VECTOR; ++k) {
+      f(k, s[0], t[0]);
+      push(s, s[0]);
+      push(t, t[0]);
+    }
+  } else {
+#pragma unroll
+    for (int k = 0; k < VECTOR; ++k) f(k, s[k], t[k]);
+  }
+}
+
 // ---- sums
 
 template <class Divergence, bool LOG_0>
 FASTKD_INLINE void add_sums(Sums& mine, const Call& call, const RowState& row, Place place, Range range,
                             const char* student, const char* teacher) {
-  each_vector_of_sums<!LOG_0>(call, row, place, range, student, teacher, [&](auto vector, const auto& s, const auto& t) {
+  each_vector_of_sums<!LOG_0>(call, row, place, range, student, teacher, [&](auto vector, auto& s, auto& t) {
     V p, q, phi, g, h;
     Sums part{0, 0};
-    for (int k = 0; k < VECTOR; ++k) {
-      evaluate<Divergence, LOG_0>(call, row, s[k], t[k], p, q, phi, g, h);
-      const bool counts = k < vector.n && s[k] != row.s_sure.z && t[k] != row.t_sure.z;
+    each_column<LOG_0>(s, t, [&](int k, V s_k, V t_k) {
+      evaluate<Divergence, LOG_0>(call, row, s_k, t_k, p, q, phi, g, h);
+      const bool counts = k < vector.n && s_k != row.s_sure.z && t_k != row.t_sure.z;
       part.phi += counts ? phi : 0;
       part.g += counts ? g : 0;
-    }
+    });
     mine = merge(mine, part, row);
   });
+}
+
+// Of a sure column.
+template <class Divergence>
+FASTKD_CALL Terms terms_of_top(const Call& call, double log_p, double log_q, double log_ratio) {
+  Terms terms;
+  settle<Divergence, true>(call, float(exponential(log_p)), float(exponential(log_q)), float(log_p), float(log_q),
+                           float(log_ratio), terms.phi, terms.g, terms.h);
+  return terms;
 }
 
 // What the sure columns add to the sums of the others, and their own gradients.
@@ -877,20 +927,16 @@ FASTKD_CALL void add_tops(const Call& call, RowState& row) {
   const double log_p_top = t.is ? -t_log_sum : double(row.teacher.offset) + row.teacher.offset_low;
   const bool same = s.is && t.is && s.gap == 0 && t.gap == 0;
   double g = row.g, h = call.degree * row.phi - row.g;  // of all columns but the sure one of that side
-  V phi[2] = {}, gs[2] = {}, hs[2] = {};
-  for (int side = 0; side < 2; ++side) {
-    if (!(side == 0 ? s.is : t.is) || (side == 1 && same)) continue;
-    const double x_s = side == 0 ? 0 : t.gap, x_t = side == 0 ? s.gap : 0;
-    const double log_q = x_s + log_q_top, log_p = x_t + log_p_top;
-    settle<Divergence, true>(call, float(::exp(log_p)), float(::exp(log_q)), float(log_p), float(log_q),
-                             float((x_t - x_s) + (log_p_top - log_q_top)), phi[side], gs[side], hs[side]);
-  }
-  row.phi += double(phi[0]) + phi[1];
-  row.g += double(gs[0]) + gs[1];
-  if (s.is) s.gradient = (gs[0] * s.rest - (g + gs[1])) / (1 + s.rest);
-  if (t.is) t.gradient = ((same ? hs[0] : hs[1]) * t.rest - (h + (same ? 0 : hs[0]))) / (1 + t.rest);
-  if (!finite(float(row.phi) + float(s.gradient))) s.z = NAN;
-  if (!finite(float(row.phi) + float(t.gradient))) t.z = NAN;
+  const double log_ratio = log_p_top - log_q_top;
+  Terms of_s{}, of_t{};  // of the student's column; of the teacher's, where that is another
+  if (s.is) of_s = terms_of_top<Divergence>(call, s.gap + log_p_top, log_q_top, s.gap + log_ratio);
+  if (t.is && !same) of_t = terms_of_top<Divergence>(call, log_p_top, t.gap + log_q_top, log_ratio - t.gap);
+  row.phi += double(of_s.phi) + of_t.phi;
+  row.g += double(of_s.g) + of_t.g;
+  if (s.is) s.gradient = float((of_s.g * s.rest - (g + of_t.g)) / (1 + s.rest));
+  if (t.is) t.gradient = float((same ? of_s.h * t.rest - h : of_t.h * t.rest - (h + of_s.h)) / (1 + t.rest));
+  if (!finite(float(row.phi) + s.gradient)) s.z = NAN;
+  if (!finite(float(row.phi) + t.gradient)) t.z = NAN;
 }
 
 template <class Divergence>
@@ -984,21 +1030,29 @@ FASTKD_INLINE void gradients(const Call& call, const RowState& row, Place place,
     V s[VECTOR], t[VECTOR], out[VECTOR] = {}, teacher_out[VECTOR] = {}, p, q, phi, g, h;
     load_z(student, row.student, first, vector, s);
     load_z(teacher, row.teacher, first, vector, t);
+    const auto of_student = [&](V z) {
+      const V x = is_normalized<Divergence>(call) ? g - q * row.sum_g : g;
+      return (z == row.s_sure.z ? row.s_sure.gradient : x) * row.distillation_factor;
+    };
+    const auto of_teacher = [&](V z) {
+      const V x = is_normalized<Divergence>(call) ? h - p * row.sum_h : h;
+      return (z == row.t_sure.z ? row.t_sure.gradient : x) * row.teacher_factor;
+    };
+    constexpr bool seldom = LOG_0 || !decltype(vector)::plain;
     // Two loops: a branch in each column would cost more than it saves.
-    if (call.alpha != 0 && teacher_gradient)
-      for (int k = 0; k < VECTOR; ++k) {
-        evaluate<Divergence, LOG_0>(call, row, s[k], t[k], p, q, phi, g, h);
-        out[k] = (is_normalized<Divergence>(call) ? g - q * row.sum_g : g) * row.distillation_factor;
-        teacher_out[k] = (is_normalized<Divergence>(call) ? h - p * row.sum_h : h) * row.teacher_factor;
-        out[k] = s[k] == row.s_sure.z ? float(row.s_sure.gradient) * row.distillation_factor : out[k];
-        teacher_out[k] = t[k] == row.t_sure.z ? float(row.t_sure.gradient) * row.teacher_factor : teacher_out[k];
-      }
+    if (call.alpha != 0 && (LOG_0 || teacher_gradient))
+      each_column<seldom>(s, t, [&](int k, V s_k, V t_k) {
+        evaluate<Divergence, LOG_0>(call, row, s_k, t_k, p, q, phi, g, h);
+        if constexpr (seldom)
+          push(out, of_student(s_k)), push(teacher_out, of_teacher(t_k));
+        else
+          out[k] = of_student(s_k), teacher_out[k] = of_teacher(t_k);
+      });
     else if (call.alpha != 0)
-      for (int k = 0; k < VECTOR; ++k) {
-        evaluate<Divergence, LOG_0>(call, row, s[k], t[k], p, q, phi, g, h);
-        out[k] = (is_normalized<Divergence>(call) ? g - q * row.sum_g : g) * row.distillation_factor;
-        out[k] = s[k] == row.s_sure.z ? float(row.s_sure.gradient) * row.distillation_factor : out[k];
-      }
+      each_column<false>(s, t, [&](int k, V s_k, V t_k) {
+        evaluate<Divergence, LOG_0>(call, row, s_k, t_k, p, q, phi, g, h);
+        out[k] = of_student(s_k);
+      });
     if (row.with_labels)
       for (int k = 0; k < VECTOR; ++k) out[k] += cross_entropy_gradient(call, row, s[k], start + first + k);
     if (student_gradient) {

@@ -93,7 +93,8 @@ FASTKD_INLINE void gather_tokens(const Call& call, const RowState& row, Place pl
 }
 
 FASTKD_INLINE void close_whole(const Call& call, RowState& row, const Whole& all) {
-  close_statistics(call, row, all.sweep);
+  row.statistics_of_all = all.sweep;
+  close_statistics(call, row);
   const bool others = all.sweep.t_top > -INF || all.sweep.t_sum != all.sweep.t_sum;
   Others& out = row.others;
   out.top = row.teacher.top;
@@ -146,11 +147,11 @@ FASTKD_INLINE Statistics statistics_of_events(const Call& call, const RowState& 
 }
 
 // Keeps what belongs to the whole row.
-FASTKD_INLINE void close_events(const Call& call, RowState& row, const Statistics& all) {
+FASTKD_INLINE void close_events(const Call& call, RowState& row) {
   const double cross_entropy = row.cross_entropy, entropy = row.entropy;
   const float plain_weight = row.plain_weight, plain_top = row.plain_top;
-  row.others.no_events = all.s_sum + all.s_tops == 0;
-  close_statistics(call, row, all);
+  row.others.no_events = row.statistics_of_all.s_sum + row.statistics_of_all.s_tops == 0;
+  close_statistics(call, row);
   row.cross_entropy = cross_entropy, row.entropy = entropy;
   row.plain_weight = plain_weight, row.plain_top = plain_top;
   if (call.tail == Tail::truncate) {  // the teacher as it is given
@@ -200,7 +201,7 @@ FASTKD_INLINE void close_sums_of_events(const Call& call, RowState& row, Sums al
 template <bool LOG_0>
 FASTKD_INLINE float event_gradient(const Call& call, const RowState& row, float z, float log_p, bool in_sums) {
   if (call.alpha == 0) return 0 * row.weight;
-  if (z == row.s_sure.z && in_sums) return float(row.s_sure.gradient) * row.distillation_factor;
+  if (z == row.s_sure.z && in_sums) return row.s_sure.gradient * row.distillation_factor;
   const Evaluated event = evaluate_event<LOG_0>(call, row, z, log_p);
   return ((in_sums ? event.g : 0) - event.q * row.sum_g) * row.distillation_factor;
 }
