@@ -95,19 +95,30 @@ def expm1(x):
 
 @triton.jit
 def log_mixture(log_ratio, share, rest):
-    """fastkd.divergences.log_mixture: of 1 + change as long as that has not cancelled, else of the sum."""
+    """fastkd.divergences.log_mixture, without a branch and with one polynomial.
+
+    It is log(f) + k log 2 with f in [sqrt(1/2), sqrt(2)), and the polynomial, of f - 1, is that of Cephes' logf. Where
+    k is 0, f - 1 is made by expm1, and has its digits however close to 0 it is.
+    """
     above = log_ratio > 0.0
     lower = tl.where(above, rest, share)
     size = -tl.abs(log_ratio)
     change = lower * expm1(size)
     total = tl.where(above, share, rest) + lower * tl.exp(size)
-    series = 0.14285714 * change - 0.16666667
-    series = series * change + 0.2
-    series = series * change - 0.25
-    series = series * change + 0.33333334
-    series = series * change - 0.5
-    near = series * (change * change) + change
-    return tl.where(change > -0.03, near, tl.log(total))
+    far = change < -0.29289322  # not where it is NaN
+    bits = total.to(tl.int32, bitcast=True)
+    power = tl.where(far, (bits - 0x3F3504F3) >> 23, 0)
+    x = tl.where(far, (bits - (power << 23)).to(tl.float32, bitcast=True) - 1.0, change)
+    series = 7.0376836292e-2 * x - 1.1514610310e-1
+    series = series * x + 1.1676998740e-1
+    series = series * x - 1.2420140846e-1
+    series = series * x + 1.4249322787e-1
+    series = series * x - 1.6668057665e-1
+    series = series * x + 2.0000714765e-1
+    series = series * x - 2.4999993993e-1
+    series = series * x + 3.3333331174e-1
+    series = (series * x - 0.5) * (x * x) + x
+    return power.to(tl.float32) * 0.693147180559945 + series
 
 
 @triton.jit

@@ -54,7 +54,7 @@ class Top(NamedTuple):
 
 
 class Ratio(NamedTuple):
-    """log p - log q = ((t - t_origin) * scale - (s - s_origin)) * unit + low + high."""
+    """log p - log q = ((t - t_origin) * scale - (s - s_origin)) * unit + high + low."""
 
     s_origin: Any
     t_origin: Any
@@ -389,8 +389,10 @@ def sweep_statistics(
             t_before = t_top
             t_top = tl.maximum(t_top, tl.max(t, 0))
             t_origin, t_step, t_fade = _rise(t_before, t_top, teacher.unit)
+        # A maximum that rose takes its place outside of the sums, and the one before is one of the others from here on.
+        # Both sides do that here, where a tile is no more than its logits: what lives across a branch needs registers.
         if s_top > s_before:
-            if s_column >= 0:  # one of the others from here on
+            if s_column >= 0:
                 s_sum += _first_lane(s_sum)
                 if plain_unit is not None:
                     plain_sum += _first_lane(plain_sum)
@@ -400,6 +402,17 @@ def sweep_statistics(
                         x = _gap_at(teacher, s_column, V, t_before, teacher.unit)
                         q_moment += _first_lane(q_moment) * tl.where(x == -float("inf"), 0.0, -x)
             s_column = _column_of(s, s_top, columns)
+        if teacher.unit is not None:  # noqa: SIM102
+            if t_top > t_before:
+                if t_column >= 0:
+                    t_sum += _first_lane(t_sum)
+                    if t_plain_unit is not None:
+                        t_plain_sum += _first_lane(t_plain_sum)
+                    if moments.forward is not None:
+                        x = _gap_at(student, t_column, V, s_before, student.unit)
+                        x *= moments.forward + moments.cross
+                        p_moment += _first_lane(p_moment) * tl.where(x == -float("inf"), 0.0, -x)
+                t_column = _column_of(t, t_top, columns)
         x_s = (s - s_origin) * student.unit
         e_s = tl.where(columns == s_column, 0.0, tl.exp(x_s))
         if ENTROPY:
@@ -413,16 +426,6 @@ def sweep_statistics(
         if pivot is not None:
             spread += _fold(tl.where(columns < V, z - pivot, 0.0), ALIGNED)
         if teacher.unit is not None:
-            if t_top > t_before:
-                if t_column >= 0:
-                    t_sum += _first_lane(t_sum)
-                    if t_plain_unit is not None:
-                        t_plain_sum += _first_lane(t_plain_sum)
-                    if moments.forward is not None:
-                        x = _gap_at(student, t_column, V, s_before, student.unit)
-                        x *= moments.forward + moments.cross
-                        p_moment += _first_lane(p_moment) * tl.where(x == -float("inf"), 0.0, -x)
-                t_column = _column_of(t, t_top, columns)
             x_t = (t - t_origin) * teacher.unit
             e_t = tl.where(columns == t_column, 0.0, tl.exp(x_t))
             if moments.forward is not None or moments.reverse is not None:
@@ -547,14 +550,16 @@ def _ratio(s_norm, t_norm, log_quotient, CLOSE: tl.constexpr = CLOSE):
 def log_ratio_of(s, t, ratio):
     """log p - log q."""
     gap = (t - ratio.t_origin) * ratio.scale - (s - ratio.s_origin)
-    return tl.fma(gap, ratio.unit, ratio.low) + ratio.high
+    # The product meets high unrounded: where p is close to q, the two cancel.
+    return tl.fma(gap, ratio.unit, ratio.high) + ratio.low
 
 
 @triton.jit
 def _log_sum(top, rest):
-    """Of a row without a finite logit it is not a number, whatever is left of the others."""
-    known = (top > -float("inf")) & (top < float("inf"))
-    return tl.where(known, log1p(rest), float("nan"))
+    """The logarithm of 1 + rest; of a row that is -inf throughout that of 0, and of one with +inf not a number."""
+    value = tl.where(top < float("inf"), log1p(rest), float("nan"))
+    # A label that is compared apart from such a row still has a probability, which is 1. A NaN among the others stays.
+    return tl.where(top == -float("inf"), rest - float("inf"), value)
 
 
 @triton.jit
@@ -590,8 +595,9 @@ def conclude(row, student, teacher, plain_unit, t_plain_unit, moments):
                 tl.exp(log_probability(row.q_lost, s_norm)),
             )
             known = s_norm.log_sum + t_norm.log_sum
-            phi = tl.where(known == known, phi, float("nan"))
+            phi = tl.where(known - known == 0.0, phi, float("nan"))
     entropy = s_norm.log_sum - tl.div_rn(row.entropy_moment, 1.0 + row.s_sum)
+    entropy = tl.where(s_norm.log_sum > -float("inf"), entropy, float("nan"))
     s_at = Top(row.s_column, row.s_sum, row.s_top, t_of_s, of_s)
     t_at = Top(t_column, t_sum, row.t_top, s_of_t, of_t)
     return Statistics(
