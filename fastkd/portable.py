@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import dis
 import functools
+import struct
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from types import FunctionType
@@ -23,7 +24,9 @@ from torch import Tensor
 
 from fastkd import divergences, mutual, native, reference, topk
 from fastkd.chunks import At, put, rows_at, take
-from fastkd.divergences import DEFINITIONS, ENTRY, VOCABULARY, Divergence, arguments_of, takes_ratio
+from fastkd.divergences import (
+    DEFINITIONS, ENTRY, RATIO, VOCABULARY, Divergence, arguments_of, derivatives, takes_ratio,
+)  # fmt: skip
 from fastkd.plan import piece_rows
 from fastkd.reference import empty, evaluate, scale_rows_
 from fastkd.rows import Options, Result, Rows, Statistics, Want, counted_rows, row_dtype
@@ -324,7 +327,7 @@ def _evaluated(
         for logs in (log_p, log_q):
             logs.scatter_(-1, apart, torch.finfo(ratio.dtype).min)
     entry = arguments_of(function, *pair, log_p, log_q, ratio)
-    phi, g, *more = _applied(divergence, entry, scratch)
+    phi, g, *more = _applied(divergence, entry, scratch, 3 if wants_h else 2)
     h = more[0] if more else None
     if wants_h and h is None:
         assert divergence.degree is not None  # validated
@@ -385,161 +388,249 @@ def _project(terms: _Terms, index: int, side: _Side, beyond: Tensor | None, to: 
 
 # ---- the definitions of the table, without fresh memory
 #
-# Their code runs on _Number in place of tensors, as Triton runs it on its own: what an operator gives goes to a buffer
-# of the piece, which is free again as soon as nothing refers to the number. And `where` selects bits, as torch's takes
-# 4 nanoseconds an element on a CPU.
+# Their code runs once on symbols in place of tensors, and what it does becomes a list of steps: without those that
+# nothing wanted needs, and each writes to a buffer of the piece, over an operand that is not read again where there is
+# one. `where` selects bits, as torch's takes 4 nanoseconds an element on a CPU.
 
 
-class _Pool:
-    """Buffers of a piece that are free."""
+class _Symbol:
+    """A value in a definition: an operator, and what it is applied to."""
 
-    def __init__(self, scratch: _Scratch, count: int) -> None:
-        self.scratch, self.count, self.made = scratch, count, 0
-        self.free: list[Tensor] = []
+    __slots__ = ("made", "operands", "operator")
 
-    def number(self) -> _Number:
-        """One whose buffer may hold anything."""
-        if not self.free:
-            self.made += 1
-            self.free.append(self.scratch(f"pool {self.made}", self.count))
-        return _Number(self.free.pop(), self, True)
+    def __init__(self, operator: str, operands: tuple[Operand, ...], made: _Made) -> None:
+        self.operator, self.operands, self.made = operator, operands, made
 
+    def apply(self, operator: str, *others: Operand) -> _Symbol:
+        """The operator of this and the others: the same symbol where the definition has it twice."""
+        key = (operator, self, *others)
+        if key not in self.made:
+            self.made[key] = _Symbol(operator, key[1:], self.made)
+        return self.made[key]
 
-class _Number:
-    """A tensor of a piece in a definition."""
+    def _scaled(self) -> tuple[_Symbol, float] | None:
+        """(x, number) where this is their product."""
+        if self.operator == "mul" and not isinstance(self.operands[1], _Symbol):
+            assert isinstance(self.operands[0], _Symbol)
+            return self.operands[0], self.operands[1]
+        return None
 
-    __slots__ = ("owned", "pool", "tensor")
+    def __add__(self, other: Operand) -> _Symbol:
+        return self.apply("add", other)
 
-    def __init__(self, tensor: Tensor, pool: _Pool, owned: bool = False) -> None:
-        self.tensor, self.pool, self.owned = tensor, pool, owned
+    def __sub__(self, other: Operand) -> _Symbol:
+        if isinstance(other, _Symbol) and self.operands == other.operands:
+            number, *bound = self.operands
+            if (self.operator, other.operator, *bound) == ("lt", "gt", 0.0):
+                assert isinstance(number, _Symbol)
+                return -number.apply("sign")
+        return self.apply("sub", other)
 
-    def __del__(self) -> None:
-        if self.owned:
-            self.pool.free.append(self.tensor)
+    def __rsub__(self, other: float) -> _Symbol:
+        return -self + other
 
-    def apply(self, operator: Callable[..., Tensor], *others: Operand) -> _Number:
-        """What a function of torch gives."""
-        made = self.pool.number()
-        operator(self.tensor, *map(_plain, others), out=made.tensor)
-        return made
+    def __mul__(self, other: Operand) -> _Symbol:
+        scaled = self._scaled()
+        if scaled is not None and not isinstance(other, _Symbol):
+            return scaled[0] * (scaled[1] * other)
+        return self.apply("mul", other)
 
-    def __add__(self, other: Operand) -> _Number:
-        return self.apply(torch.add, other)
+    def __truediv__(self, other: Operand) -> _Symbol:
+        return self.apply("div", other)
 
-    def __sub__(self, other: Operand) -> _Number:
-        return self.apply(torch.sub, other)
-
-    def __rsub__(self, other: float) -> _Number:
-        made = -self
-        made.tensor.add_(other)
-        return made
-
-    def __mul__(self, other: Operand) -> _Number:
-        return self.apply(torch.mul, other)
-
-    def __truediv__(self, other: Operand) -> _Number:
-        return self.apply(torch.div, other)
-
-    def __neg__(self) -> _Number:
-        return self.apply(torch.neg)
+    def __neg__(self) -> _Symbol:
+        return self.apply("neg") if self._scaled() is None else self * -1.0
 
     __radd__, __rmul__ = __add__, __mul__
 
-    def __lt__(self, other: Operand) -> _Condition:
-        return _Condition(torch.lt, self, other)
+    def __lt__(self, other: Operand) -> _Symbol:
+        return self.apply("lt", other)
 
-    def __gt__(self, other: Operand) -> _Condition:
-        return _Condition(torch.gt, self, other)
-
-
-class _Condition(NamedTuple):
-    """A comparison, which is computed where it is used."""
-
-    operator: Callable[..., Tensor]
-    number: _Number
-    other: Operand
-
-    def as_number(self) -> _Number:
-        """1 where it holds, else 0."""
-        return self.number.apply(self.operator, self.other)
+    def __gt__(self, other: Operand) -> _Symbol:
+        return self.apply("gt", other)
 
 
-Operand = _Number | float
+Operand = _Symbol | float
+_Made = dict[tuple[Any, ...], _Symbol]
 
 
-def _plain(operand: Operand) -> Tensor | float:
-    return operand.tensor if isinstance(operand, _Number) else operand
+def _where(condition: _Symbol, yes: Operand, no: Operand) -> _Symbol:
+    number, bound = condition.operands
+    assert isinstance(number, _Symbol)
+    if not isinstance(yes, _Symbol) and not isinstance(no, _Symbol):
+        made = condition if yes - no == 1.0 else condition * (yes - no)
+        return made + no if no else made
+    if bound == 0.0 and no == 0.0:
+        size = number if condition.operator == "gt" else -number
+        if yes is size:
+            return size.apply("clamp_min", 0.0)
+    if (condition.operator, number.operator, bound) == ("gt", RATIO, 0.0):
+        names = tuple(x.operator if isinstance(x, _Symbol) else "" for x in (yes, no))
+        if names in (ENTRY[:2], ENTRY[2:]):  # p and q or their logarithms, the larger of which is p's there
+            assert isinstance(yes, _Symbol)
+            return yes.apply("maximum", no)
+        if names[::-1] in (ENTRY[:2], ENTRY[2:]):
+            assert isinstance(yes, _Symbol)
+            return yes.apply("minimum", no)
+    return condition.apply("mask").apply("select", yes, no)
 
 
-def _where(condition: _Condition, yes: Operand, no: Operand) -> _Number:
-    made = condition.as_number()
-    if not isinstance(yes, _Number) and not isinstance(no, _Number):
-        if (yes, no) != (1.0, 0.0):
-            made.tensor.mul_(yes - no).add_(no)
-        return made
-    kind = torch.int32 if made.tensor.itemsize == 4 else torch.int64
-    bits = made.tensor.view(kind).gt_(0).neg_()
-    if isinstance(yes, _Number) and isinstance(no, _Number):
-        other = no.tensor.view(kind)
-        difference = condition.number.pool.number()
-        torch.bitwise_xor(yes.tensor.view(kind), other, out=difference.tensor.view(kind))
-        bits.bitwise_and_(difference.tensor.view(kind)).bitwise_xor_(other)
-    elif isinstance(yes, _Number):
-        bits.bitwise_and_(yes.tensor.view(kind))
-        if no:
-            made = made + _where(condition, 0.0, no)
-    else:
-        assert isinstance(no, _Number)
-        bits.bitwise_not_().bitwise_and_(no.tensor.view(kind))
-        if yes:
-            made = made + _where(condition, yes, 0.0)
-    return made
-
-
-def _log_mixture(log_ratio: _Number, share: float, rest: float) -> _Number:
+def _log_mixture(log_ratio: _Symbol, share: float, rest: float) -> _Symbol:
     """As fastkd.divergences has it, in fewer steps."""
-    size = log_ratio.apply(torch.abs)
-    size.tensor.neg_()
-    change = size.apply(torch.expm1)
+    size = -log_ratio.apply("abs")
+    change = size.apply("expm1")
     if share == rest:  # it is never below -1/2
-        change.tensor.mul_(share).log1p_()
-        return change
+        return (change * share).apply("log1p")
     below = log_ratio < 0.0
     lower, upper = _where(below, share, rest), _where(below, rest, share)
-    change.tensor.mul_(lower.tensor)
-    size.tensor.exp_().mul_(lower.tensor).add_(upper.tensor).log_()
-    return _where(change > -0.3, change.apply(torch.log1p), size)
+    change = change * lower
+    far = (size.apply("exp") * lower + upper).apply("log")
+    return _where(change > -0.3, change.apply("log1p"), far)
 
 
-def _function(operator: Callable[..., Tensor]) -> Callable[..., _Number]:
-    return lambda number, *others: number.apply(operator, *others)
+def _function(operator: str) -> Callable[..., _Symbol]:
+    return lambda symbol, *others: symbol.apply(operator, *others)
 
 
-_WORDS = {
-    word: _function(getattr(torch, word))
-    for word in VOCABULARY
-    if word not in ("where", "log_mixture")
-} | {"where": _where, "log_mixture": _log_mixture}
+_WORDS = {word: _function(word) for word in VOCABULARY} | {
+    "where": _where,
+    "log_mixture": _log_mixture,
+}
+
+
+def _as_integers(values: Tensor) -> Tensor:
+    return values.view(torch.int32 if values.itemsize == 4 else torch.int64)
+
+
+def _mask(condition: Tensor, out: Tensor) -> None:
+    """All bits where the condition is 1, none where it is 0."""
+    torch.gt(_as_integers(condition), 0, out=_as_integers(out)).neg_()
 
 
 @functools.cache
-def _on_numbers(function: Callable[..., Any]) -> Callable[..., Any]:
-    """A definition of the table, with those words."""
-    return FunctionType(function.__code__, vars(divergences) | _WORDS)
+def _bits(number: float, size: int) -> int:
+    """Those of a float of that many bytes, as an integer."""
+    value: int = struct.unpack(*(("<i", struct.pack("<f", number)) if size == 4 else ("<q", struct.pack("<d", number))))[0]
+    return value
 
 
-def _applied(divergence: Divergence, entry: Sequence[Tensor], scratch: _Scratch) -> list[Tensor]:
-    """What the definition gives, in memory of its own."""
+def _select(mask: Tensor, yes: Tensor | float, no: Tensor | float, out: Tensor) -> None:
+    """The bits of yes where there is a mask, of no elsewhere; out may be yes."""
+    size = out.itemsize
+    one, other = (
+        _as_integers(x) if isinstance(x, Tensor) else _bits(x, size) for x in (yes, no)
+    )
+    made, bits = _as_integers(out), _as_integers(mask)
+    if not isinstance(one, Tensor):
+        one, other = other, one
+        torch.bitwise_xor(one, other, out=made)
+        made.bitwise_and_(bits).bitwise_xor_(one)
+    elif isinstance(other, int) and other == 0:
+        torch.bitwise_and(one, bits, out=made)
+    else:
+        torch.bitwise_xor(one, other, out=made)
+        made.bitwise_and_(bits).bitwise_xor_(other)
+
+
+class _Step(NamedTuple):
+    """A call that writes to a buffer. Of the operands, an int is a buffer's number, and a float is itself."""
+
+    function: Callable[..., Any]
+    operands: tuple[int | float, ...]
+    out: int
+
+
+class _Program(NamedTuple):
+    """The first buffers are the definition's arguments. All but p and q are overwritten."""
+
+    steps: list[_Step]
+    buffers: int
+    terms: list[int]  # the numbers of the buffers of phi, g and h
+
+
+_OWN = {"mask": _mask, "select": _select, "copy": lambda x, out: out.copy_(x)}
+
+
+@functools.lru_cache(maxsize=256)
+def _program(
+    function: Callable[..., Any], params: tuple[float, ...], wanted: int
+) -> _Program:
+    """The first of the terms that a definition of the table returns, as steps."""
+    made: _Made = {}
+    names = (*ENTRY, RATIO)[: 5 if takes_ratio(function) else 4]
+    entry = [_Symbol(name, (), made) for name in names]
+    on_symbols = FunctionType(function.__code__, vars(divergences) | _WORDS)
+    terms: list[_Symbol] = []
+    for term in on_symbols(*entry, *params)[:wanted]:
+        # Memory of its own.
+        terms.append(term.apply("copy") if term in entry or term in terms else term)
+    uses: dict[_Symbol, int] = {}
+    ordered: list[_Symbol] = []
+
+    def visit(symbol: Operand) -> None:
+        if not isinstance(symbol, _Symbol):
+            return
+        uses[symbol] = uses.get(symbol, 0) + 1
+        if uses[symbol] == 1 and symbol.operands:
+            for operand in symbol.operands:
+                visit(operand)
+            ordered.append(symbol)
+
+    for term in terms:
+        visit(term)
+    places = {symbol: number for number, symbol in enumerate(entry)}
+    kept = {*entry[:2], *terms}
+    free: list[int] = []
+    buffers = len(entry)
+    steps = []
+    for symbol in ordered:
+        operands = tuple(
+            places[x] if isinstance(x, _Symbol) else float(x) for x in symbol.operands
+        )
+        last = []
+        for x in symbol.operands:
+            if isinstance(x, _Symbol):
+                uses[x] -= 1
+                if not uses[x] and x not in kept:
+                    last.append(places[x])
+        # What a selection writes first is what `yes` is read for, and `no` is still to be read.
+        over = last
+        if symbol.operator == "select":
+            yes, no = symbol.operands[1:]
+            over = [places[yes]] if isinstance(yes, _Symbol) and yes is not no else []
+            over = [place for place in over if place in last]
+        if over:
+            place = over[0]
+            last.remove(place)
+        elif free:
+            place = free.pop()
+        else:
+            place, buffers = buffers, buffers + 1
+        free += last
+        places[symbol] = place
+        call = _OWN.get(symbol.operator) or getattr(torch, symbol.operator)
+        steps.append(_Step(call, operands, place))
+    return _Program(steps, buffers, [places[term] for term in terms])
+
+
+def _applied(
+    divergence: Divergence, entry: Sequence[Tensor], scratch: _Scratch, wanted: int = 3
+) -> list[Tensor]:
+    """The first of the terms that the definition returns, in memory of their own. The logarithms may be overwritten."""
     function, params = divergence.function, divergence.params
     shape, dtype = entry[-1].shape, entry[-1].dtype
     if function not in DEFINITIONS:
         # It may return its arguments, or a number a row.
-        made = function(*entry, *params)
+        made = function(*entry, *params)[:wanted]
         return [term.to(dtype).expand(shape).clone() for term in made]
-    pool = _Pool(scratch, shape[0])
-    numbers = _on_numbers(function)(*(_Number(tensor, pool) for tensor in entry), *params)
-    assert all(number.owned for number in numbers)
-    return [number.tensor for number in numbers]
+    program = _program(function, params, wanted)
+    buffers = list(entry)
+    buffers += [
+        scratch(f"pool {number}", shape[0]) for number in range(len(entry), program.buffers)
+    ]
+    for call, operands, out in program.steps:
+        call(*[buffers[x] if type(x) is int else x for x in operands], out=buffers[out])
+    return [buffers[number] for number in program.terms]
 
 
 @functools.cache
