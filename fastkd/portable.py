@@ -399,12 +399,10 @@ def _one_by_one(
         if s.temperature is t.temperature:
             sides = sides[0], sides[1]._replace(temperature=sides[0].temperature)
         found = _evaluated(divergence, *sides, row(label, number), wants_h, scratch)
-        made.append([None if term is None else term.clone() for term in found])
-    phi, g, h = (
-        None if terms[0] is None else torch.cat(terms) for terms in zip(*made, strict=True)
-    )
-    assert phi is not None and g is not None
-    return phi, g, h
+        wanted = found if wants_h else found[:2]
+        made.append([term.clone() for term in wanted if term is not None])
+    phi, g, *more = (torch.cat(rows) for rows in zip(*made, strict=True))
+    return phi, g, more[0] if more else None
 
 
 def _terms(

@@ -134,7 +134,7 @@ def gradient_bar(
 def value_bar(plain: Tensor, exact: Tensor, terms: Tensor) -> Tensor:
     """The error allowed to a value."""
     error = _error(plain, exact).nan_to_num(0.0, 0.0, 0.0)
-    return error + ULP * terms.nan_to_num(0.0, 0.0, 0.0) + TRUTH
+    return error + ULP * terms.nan_to_num(0.0, 0.0, 0.0) + UNDERFLOW
 
 
 def _tvd(sign: float) -> Any:
