@@ -11,8 +11,8 @@ vocabulary is spread over processes run the reference's steps piece by piece.
 
 from __future__ import annotations
 
-import dis
 import functools
+import struct
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from types import FunctionType
@@ -23,7 +23,15 @@ from torch import Tensor
 
 from fastkd import divergences, mutual, native, reference, topk
 from fastkd.chunks import At, put, rows_at, take
-from fastkd.divergences import DEFINITIONS, ENTRY, VOCABULARY, Divergence, arguments_of, takes_ratio
+from fastkd.divergences import (
+    DEFINITIONS,
+    ENTRY,
+    RATIO,
+    VOCABULARY,
+    Divergence,
+    arguments_of,
+    takes_ratio,
+)  # fmt: skip
 from fastkd.plan import piece_rows
 from fastkd.reference import empty, evaluate, scale_rows_
 from fastkd.rows import Options, Result, Rows, Statistics, Want, counted_rows, row_dtype
@@ -114,16 +122,8 @@ class _Softmax(NamedTuple):
     seat: Tensor  # the top column
     largest: Tensor  # 1 there, or 0 and NaN in a row that has no softmax
     rest: Tensor  # the sum of the other columns
-
-    @property
-    def total(self) -> Tensor:
-        """Of all columns."""
-        return self.largest + self.rest
-
-    @property
-    def log_total(self) -> Tensor:
-        """Its logarithm, also of a rest that is lost in the total."""
-        return (self.rest + (self.largest - 1.0)).log1p()
+    total: Tensor  # of all columns
+    log_total: Tensor  # its logarithm, also of a rest that is lost in the total
 
 
 class _Side(NamedTuple):
@@ -174,6 +174,12 @@ def _finite(origin: Tensor) -> Tensor:
     return origin.masked_fill(origin == -torch.inf, 0.0)
 
 
+def _finite_largest(z: Tensor) -> tuple[Tensor, Tensor]:
+    """The same, and 0 for a maximum of -inf."""
+    top, seat = _largest(z)
+    return _finite(top), seat
+
+
 def _sum(values: Tensor) -> Tensor:
     """[rows, 1]; what follows with the few numbers of a row is more exact than its columns are."""
     return values.sum(-1, keepdim=True).to(_exact(values.dtype, values.device))
@@ -184,7 +190,9 @@ def _exponentials(gap: Tensor, top: Tensor, seat: Tensor, out: Tensor) -> _Softm
     largest = powers.gather(-1, seat)
     rest = _sum(powers.scatter_(-1, seat, 0.0))
     powers.scatter_(-1, seat, largest)
-    return _Softmax(powers, top, seat, largest.to(rest.dtype), rest)
+    largest = largest.to(rest.dtype)
+    log_total = (rest + (largest - 1.0)).log1p_()
+    return _Softmax(powers, top, seat, largest, rest, largest + rest, log_total)
 
 
 def _sweep(
@@ -198,10 +206,10 @@ def _sweep(
     side = _Side(z, slope, None if label is None else z.gather(-1, label), temperature)
     if not (model.softmax or model.plain):
         return side
-    top, seat = _largest(z)
-    gap = torch.sub(z, _finite(top), out=scratch(f"{name} gap", count))
+    top, seat = _finite_largest(z)
+    gap = torch.sub(z, top, out=scratch(f"{name} gap", count))
     if model.plain:
-        plain = _exponentials(gap, _finite(top), seat, scratch(f"{name} plain", count))
+        plain = _exponentials(gap, top, seat, scratch(f"{name} plain", count))
         side = side._replace(plain=plain, height=_sum(gap))
     if not model.softmax:
         return side
@@ -209,14 +217,12 @@ def _sweep(
         assert label is not None
         if z is logits:
             z = scratch(f"{name} z", count).copy_(z)
-        top, seat = _largest(z.scatter_(-1, label, -torch.inf))
-        torch.sub(z, _finite(top), out=gap)
+        top, seat = _finite_largest(z.scatter_(-1, label, -torch.inf))
+        torch.sub(z, top, out=gap)
         side = side._replace(z=z)
     _divide(gap, temperature)
     keeps = parts and name == "student"
-    softmax = _exponentials(
-        gap, _finite(top), seat, scratch(f"{name} powers", count) if keeps else gap
-    )
+    softmax = _exponentials(gap, top, seat, scratch(f"{name} powers", count) if keeps else gap)
     if keeps:
         gap.clamp_(min=torch.finfo(gap.dtype).min).mul_(softmax.powers)
         side = side._replace(spread=_sum(gap))
@@ -236,25 +242,33 @@ def _log_softmax(side: _Side, out: Tensor) -> Tensor:
     return gap.sub_(side.softmax.log_total.to(out.dtype))
 
 
+def _same_temperature(s: _Side, t: _Side) -> bool:
+    if isinstance(s.temperature, Tensor) or isinstance(t.temperature, Tensor):
+        return s.temperature is t.temperature
+    return s.temperature == t.temperature
+
+
+def _near(s: _Side, t: _Side) -> Tensor | None:
+    """Which rows [rows, 1] have logits of both models in one range; None where that is not asked for."""
+    if s.softmax is None or t.softmax is None or _waits(s.z.device) or not _same_temperature(s, t):
+        return None
+    return (s.softmax.top - t.softmax.top).abs() < NEAR
+
+
 def _log_ratio(s: _Side, t: _Side, out: Tensor) -> Tensor:
     """log p - log q as one difference of logits less a constant of the row."""
     first, second = s.softmax, t.softmax
-    alike = s.temperature is t.temperature or (
-        not isinstance(s.temperature, Tensor)
-        and not isinstance(t.temperature, Tensor)
-        and s.temperature == t.temperature
-    )
+    alike = _same_temperature(s, t)
     if first is None or second is None:
         if alike:
             return _divide(torch.sub(t.z, s.z, out=out), s.temperature)
         torch.div(t.z, t.temperature, out=out)
         return out.sub_(s.z / s.temperature)
     constant = first.log_total - second.log_total
-    shift = (first.top - second.top).to(constant.dtype)
+    near = _near(s, t)
     # Where one model's logits are all higher than the other's, their difference has lost digits.
-    near = alike and not _waits(out.device) and bool((shift.abs() < NEAR).all())
-    if near:
-        constant = constant + shift / s.temperature
+    if near is not None and bool(near.all()):
+        constant = constant + (first.top - second.top).to(constant.dtype) / s.temperature
         _divide(torch.sub(t.z, s.z, out=out), s.temperature)
     else:
         torch.sub(t.z, second.top, out=out)
@@ -283,13 +297,12 @@ class _Terms(NamedTuple):
         assert values is not None
         return values
 
-    def total(self, index: int) -> Tensor:
-        """The sum of a field over all columns, [rows, 1]."""
-        values = self.field(index)
+    def value(self) -> Tensor:
+        """The sum of phi over all columns, [rows, 1]."""
         if self.different is None:
-            return _sum(values)
-        first, second = self.tops[index].split(1, -1)
-        return _sum(values) + first + self.different * second
+            return _sum(self.phi)
+        first, second = self.tops[0].split(1, -1)
+        return _sum(self.phi) + first + self.different * second
 
 
 def _evaluated(
@@ -300,31 +313,42 @@ def _evaluated(
     wants_h: bool,
     scratch: _Scratch,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """(phi, g, h) of every column, in fresh tensors; 0 of a label that is compared apart."""
-    count, function = s.z.shape[0], divergence.function
+    """(phi, g, h) of every column, in memory of their own; 0 of a label that is compared apart."""
+    count, wanted = s.z.shape[0], 3 if wants_h else 2
     apart = None if divergence.target is None else label
+    pair = None
+    if s.softmax is not None and t.softmax is not None:
+        pair = (t.softmax.powers, s.softmax.powers)
+    reads = _reads(divergence.function, divergence.params, wanted)
+    if pair is not None and apart is None and reads <= {*ENTRY[:2]}:
+        # Nothing is a logarithm of 0.
+        phi, g, *more = _applied(divergence, (*pair, *pair[:1] * 3), scratch, wanted)
+        return phi, g, more[0] if more else None
+    if count > 1 and not _waits(s.z.device) and not _alike(s, t):
+        return _one_by_one(divergence, s, t, label, wants_h, scratch)
     ratio = _log_ratio(s, t, scratch("ratio", count))
     if apart is not None:
         ratio.scatter_(-1, apart, 0.0)
     # Then no logarithm is one of 0. The policy for those costs more than all the rest, and on a device the question
     # whether it is needed would cost a wait.
-    quick = not _waits(ratio.device) and bool(ratio.sum().isfinite())
+    finite = _finite_rows(ratio)
     log_p = log_q = ratio
-    if not quick or _reads_logarithms(function):
+    if not _all(finite) or not reads.isdisjoint(ENTRY[2:]):
         log_p = _log_softmax(t, scratch("log p", count))
         log_q = _log_softmax(s, scratch("log q", count))
-    pair = None
-    if s.softmax is not None and t.softmax is not None:
-        pair = (t.softmax.powers, s.softmax.powers)
-    if not quick:
+        if apart is None and _all(finite):
+            finite = finite & _finite_rows(log_p) & _finite_rows(log_q)
+    if not _all(finite):
+        if count > 1 and not _waits(ratio.device) and bool(finite.any()):
+            return _one_by_one(divergence, s, t, label, wants_h, scratch)
         return evaluate(divergence, log_p, log_q, pair)
     if pair is None:
         pair = (torch.ones((), dtype=ratio.dtype, device=ratio.device).expand_as(ratio),) * 2
     if apart is not None and log_p is not ratio:
         for logs in (log_p, log_q):
             logs.scatter_(-1, apart, torch.finfo(ratio.dtype).min)
-    entry = arguments_of(function, *pair, log_p, log_q, ratio)
-    phi, g, *more = _applied(divergence, entry, scratch)
+    entry = arguments_of(divergence.function, *pair, log_p, log_q, ratio)
+    phi, g, *more = _applied(divergence, entry, scratch, wanted)
     h = more[0] if more else None
     if wants_h and h is None:
         assert divergence.degree is not None  # validated
@@ -334,6 +358,51 @@ def _evaluated(
             if term is not None:
                 term.scatter_(-1, apart, 0.0)
     return phi, g, h
+
+
+def _all(rows: Tensor) -> bool:
+    """On a device that would have to be waited for, the answer is no."""
+    return not _waits(rows.device) and bool(rows.all())
+
+
+def _finite_rows(values: Tensor) -> Tensor:
+    """Which rows have finite numbers alone; not one whose sum overflows either."""
+    return values.sum(-1).isfinite()
+
+
+def _alike(s: _Side, t: _Side) -> bool:
+    """Whether all rows of a piece are computed in one way, so that what is in a row does not change the others."""
+    near = _near(s, t)
+    return near is None or bool(near.all()) or not bool(near.any())
+
+
+def _one_by_one(
+    divergence: Divergence,
+    s: _Side,
+    t: _Side,
+    label: Tensor | None,
+    wants_h: bool,
+    scratch: _Scratch,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The rows of a piece that are not alike."""
+
+    def row(value: Any, number: int) -> Any:
+        if isinstance(value, Tensor):
+            return value[number : number + 1]
+        if isinstance(value, (_Side, _Softmax)):
+            return type(value)(*(row(part, number) for part in value))
+        return value
+
+    made = []
+    for number in range(s.z.shape[0]):
+        sides = row(s, number), row(t, number)
+        if s.temperature is t.temperature:
+            sides = sides[0], sides[1]._replace(temperature=sides[0].temperature)
+        found = _evaluated(divergence, *sides, row(label, number), wants_h, scratch)
+        wanted = found if wants_h else found[:2]
+        made.append([term.clone() for term in wanted if term is not None])
+    phi, g, *more = (torch.cat(rows) for rows in zip(*made, strict=True))
+    return phi, g, more[0] if more else None
 
 
 def _terms(
@@ -353,11 +422,11 @@ def _terms(
     for side in (s, t):
         assert side.softmax is not None
         kind = side.softmax.rest.dtype
-        gap = side.z.gather(-1, seats).to(kind) - side.softmax.top.to(kind)
+        gap = side.z.gather(-1, seats).to(kind) - side.softmax.top
         temperature = side.temperature
         if isinstance(temperature, Tensor):
             temperature = temperature.to(kind)
-        logs.append(gap / temperature - side.softmax.log_total)
+        logs.append(_divide(gap, temperature) - side.softmax.log_total)
     log_q, log_p = logs
     tops = evaluate(divergence, log_p, log_q)
     for term in made:
@@ -367,188 +436,301 @@ def _terms(
     return _Terms(*made, seats, different, tops, (log_q, log_p))
 
 
-def _project(terms: _Terms, index: int, side: _Side, beyond: Tensor | None, to: Tensor) -> Tensor:
-    """x_v - q_v sum_u x_u of the field with that number, in `to`; beyond [rows, 1] is what else is in the sum."""
+def _project(
+    terms: _Terms,
+    index: int,
+    side: _Side,
+    beyond: Tensor | None,
+    factor: float | Tensor,
+    to: Tensor,
+) -> Tensor:
+    """factor (x_v - q_v sum_u x_u) of the field with that number, in `to`; the field is overwritten.
+
+    beyond [rows, 1] is what else is in the sum.
+    """
     x = terms.field(index)
     if terms.seats is None or side.softmax is None:
-        return to.copy_(x)
-    total = terms.total(index) if beyond is None else terms.total(index) + beyond
-    torch.addcmul(x, side.softmax.powers, total.to(x.dtype), value=-1.0, out=to)
+        return torch.mul(x, factor, out=to)
     assert terms.logs is not None and terms.different is not None
     own, log_q = terms.tops[index], terms.logs[index - 1]
+    # The sum of all columns but one, for each of the two top columns.
     others = _sum(x) + terms.different * own.flip(-1)
     if beyond is not None:
         others = others + beyond
+    total = others[:, :1] + own[:, :1]
     exact = -own * log_q.expm1() - log_q.exp() * others
-    return to.scatter_(-1, terms.seats, exact.to(to.dtype))
+    _multiply(x, factor)
+    torch.addcmul(x, side.softmax.powers, (total * factor).to(x.dtype), value=-1.0, out=to)
+    return to.scatter_(-1, terms.seats, (exact * factor).to(to.dtype))
 
 
 # ---- the definitions of the table, without fresh memory
 #
-# Their code runs on _Number in place of tensors, as Triton runs it on its own: what an operator gives goes to a buffer
-# of the piece, which is free again as soon as nothing refers to the number. And `where` selects bits, as torch's takes
-# 4 nanoseconds an element on a CPU.
+# Their code runs once on symbols in place of tensors, and what it does becomes a list of steps: without those that
+# nothing wanted needs, and each writes to a buffer of the piece, over an operand that is not read again where there is
+# one. `where` selects bits, as torch's takes 4 nanoseconds an element on a CPU.
 
 
-class _Pool:
-    """Buffers of a piece that are free."""
+class _Symbol:
+    """A value in a definition: an operator, and what it is applied to."""
 
-    def __init__(self, scratch: _Scratch, count: int) -> None:
-        self.scratch, self.count, self.made = scratch, count, 0
-        self.free: list[Tensor] = []
+    __slots__ = ("made", "operands", "operator")
 
-    def number(self) -> _Number:
-        """One whose buffer may hold anything."""
-        if not self.free:
-            self.made += 1
-            self.free.append(self.scratch(f"pool {self.made}", self.count))
-        return _Number(self.free.pop(), self, True)
+    def __init__(self, operator: str, operands: tuple[Operand, ...], made: _Made) -> None:
+        self.operator, self.operands, self.made = operator, operands, made
 
+    def apply(self, operator: str, *others: Operand) -> _Symbol:
+        """The operator of this and the others: the same symbol where the definition has it twice."""
+        operands = (self, *others)
+        if (operator, operands) not in self.made:
+            self.made[operator, operands] = _Symbol(operator, operands, self.made)
+        return self.made[operator, operands]
 
-class _Number:
-    """A tensor of a piece in a definition."""
+    def _scaled(self) -> tuple[_Symbol, float] | None:
+        """(x, number) where this is their product."""
+        if self.operator == "mul" and not isinstance(self.operands[1], _Symbol):
+            assert isinstance(self.operands[0], _Symbol)
+            return self.operands[0], self.operands[1]
+        return None
 
-    __slots__ = ("owned", "pool", "tensor")
+    def __add__(self, other: Operand) -> _Symbol:
+        return self.apply("add", other)
 
-    def __init__(self, tensor: Tensor, pool: _Pool, owned: bool = False) -> None:
-        self.tensor, self.pool, self.owned = tensor, pool, owned
+    def __sub__(self, other: Operand) -> _Symbol:
+        return self.apply("sub", other)
 
-    def __del__(self) -> None:
-        if self.owned:
-            self.pool.free.append(self.tensor)
+    def __rsub__(self, other: float) -> _Symbol:
+        return -self + other
 
-    def apply(self, operator: Callable[..., Tensor], *others: Operand) -> _Number:
-        """What a function of torch gives."""
-        made = self.pool.number()
-        operator(self.tensor, *map(_plain, others), out=made.tensor)
-        return made
+    def __mul__(self, other: Operand) -> _Symbol:
+        scaled = self._scaled()
+        if scaled is not None and not isinstance(other, _Symbol):
+            return scaled[0] * (scaled[1] * other)
+        return self.apply("mul", other)
 
-    def __add__(self, other: Operand) -> _Number:
-        return self.apply(torch.add, other)
+    def __truediv__(self, other: Operand) -> _Symbol:
+        return self.apply("div", other)
 
-    def __sub__(self, other: Operand) -> _Number:
-        return self.apply(torch.sub, other)
-
-    def __rsub__(self, other: float) -> _Number:
-        made = -self
-        made.tensor.add_(other)
-        return made
-
-    def __mul__(self, other: Operand) -> _Number:
-        return self.apply(torch.mul, other)
-
-    def __truediv__(self, other: Operand) -> _Number:
-        return self.apply(torch.div, other)
-
-    def __neg__(self) -> _Number:
-        return self.apply(torch.neg)
+    def __neg__(self) -> _Symbol:
+        return self.apply("neg") if self._scaled() is None else self * -1.0
 
     __radd__, __rmul__ = __add__, __mul__
 
-    def __lt__(self, other: Operand) -> _Condition:
-        return _Condition(torch.lt, self, other)
+    def __lt__(self, other: Operand) -> _Symbol:
+        return self.apply("lt", other)
 
-    def __gt__(self, other: Operand) -> _Condition:
-        return _Condition(torch.gt, self, other)
-
-
-class _Condition(NamedTuple):
-    """A comparison, which is computed where it is used."""
-
-    operator: Callable[..., Tensor]
-    number: _Number
-    other: Operand
-
-    def as_number(self) -> _Number:
-        """1 where it holds, else 0."""
-        return self.number.apply(self.operator, self.other)
+    def __gt__(self, other: Operand) -> _Symbol:
+        return self.apply("gt", other)
 
 
-Operand = _Number | float
+Operand = _Symbol | float
+_Made = dict[tuple[str, tuple[Any, ...]], _Symbol]
 
 
-def _plain(operand: Operand) -> Tensor | float:
-    return operand.tensor if isinstance(operand, _Number) else operand
+def _where(condition: _Symbol, yes: Operand, no: Operand) -> _Symbol:
+    number, bound = condition.operands
+    assert isinstance(number, _Symbol)
+    if not isinstance(yes, _Symbol) and not isinstance(no, _Symbol):
+        made = condition if yes - no == 1.0 else condition * (yes - no)
+        return made + no if no else made
+    if bound == 0.0 and no == 0.0:
+        size = number if condition.operator == "gt" else -number
+        if yes is size:
+            return size.apply("clamp_min", 0.0)
+    if (condition.operator, number.operator, bound) == ("gt", RATIO, 0.0):
+        names = tuple(x.operator if isinstance(x, _Symbol) else "" for x in (yes, no))
+        if names in (
+            ENTRY[:2],
+            ENTRY[2:],
+        ):  # p and q or their logarithms, the larger of which is p's there
+            assert isinstance(yes, _Symbol)
+            return yes.apply("maximum", no)
+        if names[::-1] in (ENTRY[:2], ENTRY[2:]):
+            assert isinstance(yes, _Symbol)
+            return yes.apply("minimum", no)
+    return condition.apply("mask").apply("select", yes, no)
 
 
-def _where(condition: _Condition, yes: Operand, no: Operand) -> _Number:
-    made = condition.as_number()
-    if not isinstance(yes, _Number) and not isinstance(no, _Number):
-        if (yes, no) != (1.0, 0.0):
-            made.tensor.mul_(yes - no).add_(no)
-        return made
-    kind = torch.int32 if made.tensor.itemsize == 4 else torch.int64
-    bits = made.tensor.view(kind).gt_(0).neg_()
-    if isinstance(yes, _Number) and isinstance(no, _Number):
-        other = no.tensor.view(kind)
-        difference = condition.number.pool.number()
-        torch.bitwise_xor(yes.tensor.view(kind), other, out=difference.tensor.view(kind))
-        bits.bitwise_and_(difference.tensor.view(kind)).bitwise_xor_(other)
-    elif isinstance(yes, _Number):
-        bits.bitwise_and_(yes.tensor.view(kind))
-        if no:
-            made = made + _where(condition, 0.0, no)
-    else:
-        assert isinstance(no, _Number)
-        bits.bitwise_not_().bitwise_and_(no.tensor.view(kind))
-        if yes:
-            made = made + _where(condition, yes, 0.0)
-    return made
-
-
-def _log_mixture(log_ratio: _Number, share: float, rest: float) -> _Number:
+def _log_mixture(log_ratio: _Symbol, share: float, rest: float) -> _Symbol:
     """As fastkd.divergences has it, in fewer steps."""
-    size = log_ratio.apply(torch.abs)
-    size.tensor.neg_()
-    change = size.apply(torch.expm1)
+    size = -log_ratio.apply("abs")
+    change = size.apply("expm1")
     if share == rest:  # it is never below -1/2
-        change.tensor.mul_(share).log1p_()
-        return change
+        return (change * share).apply("log1p")
     below = log_ratio < 0.0
     lower, upper = _where(below, share, rest), _where(below, rest, share)
-    change.tensor.mul_(lower.tensor)
-    size.tensor.exp_().mul_(lower.tensor).add_(upper.tensor).log_()
-    return _where(change > -0.3, change.apply(torch.log1p), size)
+    change = change * lower
+    far = (size.apply("exp") * lower + upper).apply("log")
+    return _where(change > -0.3, change.apply("log1p"), far)
 
 
-def _function(operator: Callable[..., Tensor]) -> Callable[..., _Number]:
-    return lambda number, *others: number.apply(operator, *others)
+def _function(operator: str) -> Callable[..., _Symbol]:
+    return lambda symbol, *others: symbol.apply(operator, *others)
 
 
-_WORDS = {
-    word: _function(getattr(torch, word))
-    for word in VOCABULARY
-    if word not in ("where", "log_mixture")
-} | {"where": _where, "log_mixture": _log_mixture}
+_WORDS = {word: _function(word) for word in VOCABULARY} | {
+    "where": _where,
+    "log_mixture": _log_mixture,
+}
+
+
+def _as_integers(values: Tensor) -> Tensor:
+    return values.view(torch.int32 if values.itemsize == 4 else torch.int64)
+
+
+def _mask(condition: Tensor, out: Tensor) -> None:
+    """All bits where the condition is 1, none where it is 0."""
+    torch.gt(_as_integers(condition), 0, out=_as_integers(out)).neg_()
 
 
 @functools.cache
-def _on_numbers(function: Callable[..., Any]) -> Callable[..., Any]:
-    """A definition of the table, with those words."""
-    return FunctionType(function.__code__, vars(divergences) | _WORDS)
+def _bits(number: float, size: int) -> int:
+    """Those of a float of that many bytes, as an integer."""
+    value: int = struct.unpack(
+        *(("<i", struct.pack("<f", number)) if size == 4 else ("<q", struct.pack("<d", number)))
+    )[0]
+    return value
 
 
-def _applied(divergence: Divergence, entry: Sequence[Tensor], scratch: _Scratch) -> list[Tensor]:
-    """What the definition gives, in memory of its own."""
+def _select(mask: Tensor, yes: Tensor | float, no: Tensor | float, out: Tensor) -> None:
+    """The bits of yes where there is a mask, of no elsewhere; out may be yes."""
+    made, bits = _as_integers(out), _as_integers(mask)
+    one: Any
+    other: Any
+    one, other = (
+        _as_integers(x) if isinstance(x, Tensor) else _bits(x, out.itemsize) for x in (yes, no)
+    )
+    if isinstance(no, float) and other == 0:
+        torch.bitwise_and(one, bits, out=made)
+    else:
+        # torch takes no number first.
+        torch.bitwise_xor(*((one, other) if isinstance(yes, Tensor) else (other, one)), out=made)
+        made.bitwise_and_(bits).bitwise_xor_(other)
+
+
+def _tvd(p: _Symbol, q: _Symbol, *_: Any) -> tuple[_Symbol, _Symbol, _Symbol]:
+    """As fastkd.divergences has it but for rounding, which is as plain PyTorch's, and without a logarithm.
+
+    Plain PyTorch takes the sign of p - q too, and next to its time an exponential of the ratio costs too much.
+    """
+    gap = p - q
+    sign = gap.apply("sign") * 0.5
+    return gap.apply("abs") * 0.5, -(q * sign), p * sign
+
+
+_SHORTER = {divergences._tvd: _tvd}
+
+
+class _Step(NamedTuple):
+    """A call that writes to a buffer. Of the operands, an int is a buffer's number, and a float is itself."""
+
+    function: Callable[..., Any]
+    operands: tuple[int | float, ...]
+    out: int
+
+
+class _Program(NamedTuple):
+    """The first buffers are the definition's arguments. All but p and q are overwritten."""
+
+    steps: list[_Step]
+    buffers: int
+    terms: list[int]  # the numbers of the buffers of phi, g and h
+    reads: frozenset[str]  # which arguments any step reads
+
+
+_OWN: dict[str, Callable[..., Any]] = {
+    "mask": _mask,
+    "select": _select,
+    "copy": lambda x, out: out.copy_(x),
+}
+
+
+@functools.lru_cache(maxsize=256)
+def _program(function: Callable[..., Any], params: tuple[float, ...], wanted: int) -> _Program:
+    """The first of the terms that a definition of the table returns, as steps."""
+    made: _Made = {}
+    names = (*ENTRY, RATIO)[: 5 if takes_ratio(function) else 4]
+    entry = [_Symbol(name, (), made) for name in names]
+    on_symbols = _SHORTER.get(function) or FunctionType(
+        function.__code__, vars(divergences) | _WORDS
+    )
+    terms: list[_Symbol] = []
+    for term in on_symbols(*entry, *params)[:wanted]:
+        # Memory of its own.
+        terms.append(term.apply("copy") if term in entry or term in terms else term)
+    uses: dict[_Symbol, int] = {}
+    ordered: list[_Symbol] = []
+
+    def visit(symbol: Operand) -> None:
+        if not isinstance(symbol, _Symbol):
+            return
+        uses[symbol] = uses.get(symbol, 0) + 1
+        if uses[symbol] == 1 and symbol.operands:
+            for operand in symbol.operands:
+                visit(operand)
+            ordered.append(symbol)
+
+    for term in terms:
+        visit(term)
+    places = {symbol: number for number, symbol in enumerate(entry)}
+    kept = {*entry[:2], *terms}
+    free: list[int] = []
+    buffers = len(entry)
+    steps = []
+    for symbol in ordered:
+        operands = tuple(places[x] if isinstance(x, _Symbol) else float(x) for x in symbol.operands)
+        last = []
+        for x in symbol.operands:
+            if isinstance(x, _Symbol):
+                uses[x] -= 1
+                if not uses[x] and x not in kept:
+                    last.append(places[x])
+        # What a selection writes first is what `yes` is read for, and `no` is still to be read.
+        over = last
+        if symbol.operator == "select":
+            yes, no = symbol.operands[1:]
+            over = [places[yes]] if isinstance(yes, _Symbol) and yes is not no else []
+            over = [place for place in over if place in last]
+        if over:
+            place = over[0]
+            last.remove(place)
+        elif free:
+            place = free.pop()
+        else:
+            place, buffers = buffers, buffers + 1
+        free += last
+        places[symbol] = place
+        call = _OWN.get(symbol.operator) or getattr(torch, symbol.operator)
+        steps.append(_Step(call, operands, place))
+    reads = frozenset(symbol.operator for symbol in entry if symbol in uses)
+    return _Program(steps, buffers, [places[term] for term in terms], reads)
+
+
+def _applied(
+    divergence: Divergence, entry: Sequence[Tensor], scratch: _Scratch, wanted: int = 3
+) -> list[Tensor]:
+    """The first of the terms that the definition returns, in memory of their own. The logarithms may be overwritten."""
     function, params = divergence.function, divergence.params
     shape, dtype = entry[-1].shape, entry[-1].dtype
     if function not in DEFINITIONS:
         # It may return its arguments, or a number a row.
-        made = function(*entry, *params)
+        made = function(*entry, *params)[:wanted]
         return [term.to(dtype).expand(shape).clone() for term in made]
-    pool = _Pool(scratch, shape[0])
-    numbers = _on_numbers(function)(*(_Number(tensor, pool) for tensor in entry), *params)
-    assert all(number.owned for number in numbers)
-    return [number.tensor for number in numbers]
+    program = _program(function, params, wanted)
+    buffers = list(entry)
+    buffers += [
+        scratch(f"pool {number}", shape[0]) for number in range(len(entry), program.buffers)
+    ]
+    for call, operands, out in program.steps:
+        call(*[buffers[x] if type(x) is int else x for x in operands], out=buffers[out])
+    return [buffers[number] for number in program.terms]
 
 
-@functools.cache
-def _reads_logarithms(function: Callable[..., Any]) -> bool:
-    """Whether a definition uses log_p or log_q, and not their difference alone."""
-    if not takes_ratio(function):
-        return True
-    names = {str(step.argval) for step in dis.get_instructions(function)}
-    return any(log in name for name in names for log in ENTRY[2:])
+def _reads(function: Callable[..., Any], params: tuple[float, ...], wanted: int) -> frozenset[str]:
+    """Which of its arguments a definition needs."""
+    if function in DEFINITIONS:
+        return _program(function, params, wanted).reads
+    return frozenset((*ENTRY, RATIO))
 
 
 def _label_apart(s: _Side, t: _Side, divergence: Divergence) -> reference._Apart:
@@ -660,7 +842,7 @@ def _dense_piece(
         assert t is not None
         plain_side = s if divergence.normalized else s._replace(softmax=None)
         terms = _terms(divergence, plain_side, t, label, outs[1] is not None, scratch)
-        distillation = terms.total(0)
+        distillation = terms.value()
         if want.parts:
             assert s.softmax is not None and s.spread is not None
             entropy = s.softmax.log_total - s.spread / s.softmax.total
@@ -698,11 +880,12 @@ def _dense_piece(
             return to.zero_()
         assert terms is not None
         beyond = None if added is None else added[index]
-        gradient = _project(terms, index, side, beyond, to)
+        factor = row_scale * (alpha * t_squared / spread)
+        gradient = _project(terms, index, side, beyond, factor, to)
         if beyond is not None:
             assert label is not None
-            gradient.scatter_(-1, label, beyond.to(dtype))
-        return _multiply(gradient, row_scale * (alpha * t_squared / spread))
+            gradient.scatter_(-1, label, (beyond * factor).to(dtype))
+        return gradient
 
     def finish(gradient: Tensor, slope: Tensor | None, scale: float, out: Tensor) -> None:
         _multiply(gradient, scale if slope is None else slope)

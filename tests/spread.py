@@ -191,7 +191,11 @@ def _by_one(check: Any, backend: str, cases: list[dict[str, Any]], group: Any) -
     """Every process makes every call, and each holds its share of them to the bar."""
     rank, size = dist.get_rank(group), dist.get_world_size(group)
     checked = 0
-    device = "cpu" if backend in ("cpu", "reference") else f"cuda:{torch.cuda.current_device()}"
+    device = (
+        "cpu"
+        if backend in ("cpu", "portable", "reference")
+        else f"cuda:{torch.cuda.current_device()}"
+    )
     for number, case in enumerate(cases):
         case = {name: x.to(device) if isinstance(x, Tensor) else x for name, x in case.items()}
         if number % size == rank:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import accuracy
 import pytest
 import torch
 from accuracy import assert_within, bars, check, labels_for, logits, powers_for, upstream_for
@@ -422,7 +423,9 @@ def test_temperatures(backend: str, divergence: str, temperature: float) -> None
 
 
 @defaults
-def test_columns_whose_probability_underflows(backend: str, divergence: str) -> None:
+def test_columns_whose_probability_underflows(
+    backend: str, divergence: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """float32 ends at exp(-104): below it on both sides, on either, and far below.
 
     log(beta p + (1 - beta) q) is log 0 there.
@@ -438,7 +441,10 @@ def test_columns_whose_probability_underflows(backend: str, divergence: str) -> 
         *UNNORMALIZED,
     ):
         check(backend, student, teacher, divergence=divergence)
-    # Beside a peak that both share, every divergence is moderate.
+    # Beside a peak that both share, every divergence is moderate. Which side is surer of it float64 does not tell, on
+    # which half of this distance depends.
+    if divergence == "tvd":
+        monkeypatch.setattr(accuracy, "UNDERFLOW", accuracy.TRUTH)
     student, teacher = -gaps.expand(6, 12).clone(), -gaps.expand(6, 12).clone()
     teacher[:, 1:] -= logits(6, 11, seed=39, spread=10.0).abs()
     for temperature in (0.5, 1.0, 2.0):

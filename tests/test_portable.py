@@ -119,14 +119,16 @@ def test_definitions_in_buffers(function: Any, dtype: torch.dtype) -> None:
     if function is divergences._skew_forward_kl:
         params = (0.6, 0.4)
     entry = divergences.arguments_of(function, log_p.exp(), log_q.exp(), log_p, log_q, ratio)
-    before = [tensor.clone() for tensor in entry]
+    wanted = [term.to(dtype) for term in function(*entry, *params)]
+    before = [tensor.clone() for tensor in entry[:2]]
     scratch = portable._Scratch(4, 50, dtype, ratio.device)
     found = portable._applied(fastkd.Divergence(divergence.name, function, params), entry, scratch)
     close = 64 * torch.finfo(dtype).eps
-    for term, right in zip(found, function(*entry, *params), strict=True):
-        torch.testing.assert_close(term, right.to(dtype), rtol=close, atol=close)
-    assert all(torch.equal(*pair) for pair in zip(entry, before, strict=True))
-    inputs = {tensor.data_ptr() for tensor in entry}
+    for term, right in zip(found, wanted, strict=True):
+        torch.testing.assert_close(term, right, rtol=close, atol=close)
+    # The probabilities are still there, and nothing shares memory.
+    assert all(torch.equal(*pair) for pair in zip(entry[:2], before, strict=True))
+    inputs = {tensor.data_ptr() for tensor in entry[:2]}
     assert len(inputs | {term.data_ptr() for term in found}) == len(inputs) + len(found)
 
 
@@ -210,3 +212,28 @@ def test_memory_of_a_piece(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
         (live.peak - gradients) / bound * plan.PIECE_TEMPORARIES
     )
     assert bound < student.nbytes
+
+
+@pytest.mark.parametrize("divergence", [*fastkd.DIVERGENCES])
+def test_a_row_does_not_depend_on_its_neighbours(divergence: str) -> None:
+    """Rows with NaN, with logits far from the other model's, and with -inf are in one piece with plain ones."""
+    made = fastkd.DIVERGENCES[divergence]()
+    student, teacher = logits(6, 99, seed=10), logits(6, 99, seed=11)
+    student[1] += 40.0
+    student[2, 7:9] = teacher[2, 8:10] = -INF
+    student[4, 3] = NAN
+    teacher[5, 3] = INF
+
+    def results(rows: slice) -> list[Tensor]:
+        s = student[rows].clone().requires_grad_()
+        t = teacher[rows].clone().requires_grad_(made.degree is not None)
+        given = {} if made.target is None else {"labels": torch.arange(6)[rows]}
+        loss = kd_loss(s, t, divergence=made, reduction="none", backend="portable", **given)
+        leaves = [s, t] if t.requires_grad else [s]
+        return [loss.detach(), *torch.autograd.grad(loss.sum(), leaves)]
+
+    together = results(slice(None))
+    for number in range(6):
+        alone = results(slice(number, number + 1))
+        for value, right in zip(together, alone, strict=True):
+            torch.testing.assert_close(value[number], right[0], rtol=0, atol=0, equal_nan=True)

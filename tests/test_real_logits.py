@@ -32,9 +32,6 @@ def test_the_data_is_what_it_says(real: tuple[Tensor, Tensor, Tensor]) -> None:
     assert p.shape == (8, 49_152) and 1 < entropy < 4 and p.topk(64).values.sum(-1).mean() > 0.9
 
 
-# The reference computes in float32 whatever it is given.
-@pytest.mark.heavy_with(backend="reference", dtype=torch.bfloat16)
-@pytest.mark.heavy_with(backend="reference", dtype=torch.float16)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("name", fastkd.DIVERGENCES)
 def test_divergences(
