@@ -145,7 +145,7 @@ def _tvd(sign: float) -> Any:
         tied = (gap > 0) & (gap <= TIED * log_p.abs().clamp(min=1.0))
         return torch.where(tied, 0.5 * sign * (log_q.exp() - log_p.exp()), exact(log_p, log_q))
 
-    exact = oracles.tvd
+    exact = oracles.DIVERGENCES["tvd"]
     return formula
 
 

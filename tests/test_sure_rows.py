@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import sure_rows
@@ -26,15 +26,38 @@ VARIANTS: list[tuple[str, dict[str, float]]] = [
     ("alpha_beta", {"alpha": 0.0, "beta": 0.4}),
     ("alpha_beta", {"alpha": 0.3, "beta": -0.3}),
     ("alpha_beta", {"alpha": 0.0, "beta": 0.0}),
+    ("alpha_beta", {"alpha": -0.3, "beta": 1.2}),
+    ("alpha_beta", {"alpha": 1.2, "beta": -0.3}),
 ]
 variants = pytest.mark.parametrize(
     "variant", VARIANTS, ids=lambda v: "-".join([v[0], *(f"{x:g}" for x in v[1].values())])
 )
 
-# Times the error of plain PyTorch. Nearly all ratios are below 1. The others are of rows on which both contenders are
-# right to some units in the last place, or have lost all digits, and which of them is closer is a matter of luck. What
-# this is for is off by factors of a hundred and more.
-BAR = 3.0
+
+class Bar(NamedTuple):
+    """Times the error of plain PyTorch, where an error counts as that many units in the last place at least."""
+
+    ratio: float
+    units: float = 1.0
+
+
+# The reference rounds once. On the cpu backend nearly all ratios are at most 1; PER_DIVERGENCE has those that are not,
+# and why. Kernels in Triton and CUDA, which have one float of each exponential and sum, are counted from four units on.
+BARS = {"reference": Bar(1.2), "cpu": Bar(1.2)}
+OTHERS = Bar(3.0, 4.0)
+PER_DIVERGENCE = {
+    # Gradients of terms that are log(1 / alpha) where p is far above q, and cancel but for a few percent: both
+    # contenders are off by the roundings of that number.
+    "skew_forward_kl": Bar(3.0),
+    "skew_reverse_kl": Bar(3.0),
+    # PyTorch's two rounded normalisers cancel in KL(p || q) + KL(q || p), so that it is right to a unit.
+    "mixture": Bar(2.2),
+    # One unit of log p becomes several of a power of p: 2.5 of p^0.3 at a probability of 1e-9.
+    "alpha_beta": Bar(2.3),
+    # Without fused multiply-adds; 1.1 with them.
+    "hellinger": Bar(1.7),
+    "soft_cross_entropy": Bar(1.7),
+}
 
 
 @functools.cache
@@ -62,10 +85,18 @@ def _known(name: str, parameters: tuple[tuple[str, float], ...], case: str) -> t
     )
 
 
+def bar_of(backend: str, divergence: str) -> Bar:
+    """What is asked of a backend."""
+    if backend == "cpu":
+        return PER_DIVERGENCE.get(divergence, BARS["cpu"])
+    return BARS.get(backend, OTHERS)
+
+
 def hold(backend: str, variant: tuple[str, dict[str, float]], cases: tuple[Case, ...]) -> None:
     """Every case is within the bar."""
     name, parameters = variant
     divergence = fastkd.DIVERGENCES[name](**parameters)
+    bar = bar_of(backend, name)
     worse = []
     for case in cases:
         exact, plain = _known(name, tuple(parameters.items()), case.name)
@@ -73,8 +104,8 @@ def hold(backend: str, variant: tuple[str, dict[str, float]], cases: tuple[Case,
             lambda s, t: kd_loss(s, t, divergence=divergence, reduction="none", backend=backend),
             case,
         )
-        for what, ratio in sure_rows.ratios(found, plain, exact)._asdict().items():
-            if not ratio <= BAR * (1 + 1e-6):
+        for what, ratio in sure_rows.ratios(found, plain, exact, bar.units)._asdict().items():
+            if not ratio <= bar.ratio * (1 + 1e-6):
                 worse.append(f"{what} of {case.name}: {ratio:.3g} times the error of PyTorch")
     assert not worse, "\n".join(worse)
 
@@ -87,6 +118,11 @@ def test_made_up_rows(backend: str, variant: tuple[str, dict[str, float]]) -> No
 @variants
 def test_real_rows(backend: str, variant: tuple[str, dict[str, float]]) -> None:
     hold(backend, variant, real())
+
+
+@variants
+def test_reference(variant: tuple[str, dict[str, float]]) -> None:
+    hold("reference", variant, narrow())
 
 
 @variants
@@ -131,11 +167,22 @@ def test_a_planted_fault_is_seen(
             hold("cuda", (divergence, {}), narrow())
 
 
-@pytest.mark.parametrize("vocabulary", [7, 40, 2500])
-def test_jsd_at_one_half_is_symmetric_to_the_bit(backend: str, vocabulary: int) -> None:
+def hold_symmetric(backend: str, vocabulary: int) -> None:
+    """jsd(0.5) of exchanged sides has the same bits."""
     generator = torch.Generator().manual_seed(vocabulary)
     student, teacher = 3.0 * torch.randn(2, 64, vocabulary, generator=generator)
     options: dict[str, Any] = {"divergence": "jsd", "reduction": "none", "backend": backend}
     for temperature in (1.0, 0.7, 2.0):
         one = kd_loss(student, teacher, temperature=temperature, **options)
         assert torch.equal(one, kd_loss(teacher, student, temperature=temperature, **options))
+
+
+@pytest.mark.parametrize("vocabulary", [7, 40, 2500])
+def test_jsd_at_one_half_is_symmetric_to_the_bit(backend: str, vocabulary: int) -> None:
+    hold_symmetric(backend, vocabulary)
+    hold_symmetric("reference", vocabulary)
+
+
+@pytest.mark.parametrize("vocabulary", [7, 40, 2500])
+def test_jsd_is_symmetric_on_every_instruction_set(instructions: str, vocabulary: int) -> None:
+    hold_symmetric("cpu", vocabulary)

@@ -15,6 +15,8 @@ constexpr float FLOOR = -1e30f;      // the least maximum of a block, so that a 
 constexpr float NEGLIGIBLE = 1e-30f;  // as in fastkd/reference.py
 constexpr float INFINITE = 1e6f;
 constexpr float INF = std::numeric_limits<float>::infinity();
+// Where the maxima or the log-sum-exps of two rows are closer than this, s - t is the most exact way to log q - log p.
+constexpr float CLOSE_LOGITS = 8;
 
 // ---- rows in memory
 
@@ -34,9 +36,9 @@ struct Adjustment {
   float scale = 1, softcap = 0;
   float shift = 0;  // of a row whose logits are all so low that FLOOR would count beside them
   bool identity() const { return scale == 1 && softcap == 0 && shift == 0; }
-  V z(V x) const { return softcap == 0 ? x * scale - shift : softcap * tanh(x * (scale / softcap)); }
+  V z(V x) const { return softcap == 0 ? x * scale - shift : softcap * tanh(x * scale / softcap); }
   V slope(V z) const {
-    const V squashed = z * (1 / softcap);
+    const V squashed = z / softcap;
     return softcap == 0 ? splat(scale) : scale * (1.0f - squashed * squashed);
   }
 
@@ -157,19 +159,21 @@ void chain(const Adjustment& adjust, const float* z, int n, float* gradient) {
 
 // ---- one side of a row
 
-// softmax(z / T), for a T within float's precision of the one asked for: that whose log2(e) / T is a float, so that
-// the exponentials, the logarithms and the moments are all of one and the same distribution.
+// softmax(z / T). log2(e) / T is two floats: rounded to one, it would change every logarithm of a probability by 1.3e-8
+// of itself at T = 1, and a probability of 1e-12 by three units in the last place.
 struct Softmax {
   double temperature;
-  float factor, lowest, inverse;  // log2(e) / T; below lowest exp is 0; 1 / T
+  float factor, factor_low, lowest, inverse;  // log2(e) / T; below lowest exp is 0; 1 / T
   explicit Softmax(double asked) {
-    factor = float(std::clamp<double>(LOG2_E / asked, SMALLEST, LARGEST));
-    temperature = LOG2_E / factor;
+    const double whole = std::clamp<double>(LOG2_E / asked, SMALLEST, LARGEST);
+    factor = float(whole);
+    factor_low = float(whole - factor);
+    temperature = LOG2_E / whole;
     lowest = float(-126.9998 / factor);
     inverse = float(1 / temperature);
   }
   // exp(gap / T) of z - maximum
-  V exponential(V gap) const { return exp2_of_negative(at_least(gap, splat(lowest)), splat(factor)); }
+  V exponential(V gap) const { return exp2_of_negative(at_least(gap, splat(lowest)), splat(factor), splat(factor_low)); }
 
  private:
   static constexpr double LOG2_E = 1.4426950408889634;
@@ -197,7 +201,7 @@ struct BlockView {
   float s_weight, t_weight;    // p = t_exp * t_weight
   float s_inverse, t_inverse;  // log p = (t - t_max) * t_inverse + t_offset_low + t_offset
   float s_offset, t_offset, s_offset_low, t_offset_low;  // the offset to twice float's precision
-  // log p - log q = ((t - t_origin) * ratio - (s - s_origin)) * s_inverse + ratio_low + ratio_high. The origins are 0
+  // log p - log q = ((t - t_origin) * ratio - (s - s_origin)) * s_inverse + ratio_high + ratio_low. The origins are 0
   // where that is more exact: the logits of a student and its teacher may be close.
   float s_origin, t_origin, ratio = 1, ratio_low, ratio_high;
   int64_t first;                // column of the row
@@ -320,8 +324,25 @@ struct LaneSums {
   }
 };
 
+// Whether the moments of a block are best taken of t - s: one subtraction, whose error is that of a small number.
+bool are_close(const BlockStatistics& of, const Softmax& student, const Softmax& teacher) {
+  return student.temperature == teacher.temperature && std::abs(of.t_max - of.s_max) < CLOSE_LOGITS;
+}
+
+// The sums of a block from those of its lanes. The moments are divided by the student's temperature, and where they are
+// of t - s, become relative to the block's maxima.
+void conclude(const LaneSums& sums, bool close, double temperature, BlockStatistics& out) {
+  out.s_sum = sum_lanes(sums.s_sum);
+  out.t_sum = sum_lanes(sums.t_sum);
+  const double ahead = close ? double(out.t_max) - out.s_max : 0;
+  out.forward = (sum_lanes(sums.forward) - ahead * out.t_sum) / temperature;
+  out.reverse = (sum_lanes(sums.reverse) + ahead * out.s_sum) / temperature;
+  out.cross = sum_lanes(sums.cross) / temperature;
+  out.entropy = sum_lanes(sums.entropy) / temperature;
+}
+
 // Sums over a block. The exponentials are kept in s_exp and t_exp (and s_exp_at_1).
-template <int MOMENTS, bool AT_1, bool LOG_0>
+template <int MOMENTS, bool AT_1, bool LOG_0, bool CLOSE>
 void block_statistics(const float* s, const float* t, int n, Softmax student, Softmax teacher, Softmax at_1,
                       float s_threshold, float t_threshold, float* s_exp, float* t_exp, float* s_exp_at_1, Ahead ahead,
                       const PendingGradient& alongside, BlockStatistics& out) {
@@ -340,7 +361,7 @@ void block_statistics(const float* s, const float* t, int n, Softmax student, So
       store(t_exp + i, e_t);
       strip.s_sum += e_s;
       strip.t_sum += e_t;
-      const V difference = t_gap * ratio - s_gap;
+      const V difference = CLOSE ? load(t + i) - load(s + i) : t_gap * ratio - s_gap;
       // With LOG_0, a probability of (almost) 0 silences its term, whatever the other factor is.
       auto times = [](V e, V x, float threshold) { return LOG_0 ? where(e > threshold, e * x, V{}) : e * x; };
       if (MOMENTS & FORWARD) strip.forward += times(e_t, difference, t_threshold);
@@ -358,12 +379,7 @@ void block_statistics(const float* s, const float* t, int n, Softmax student, So
     }
     sums += strip;
   }
-  out.s_sum = sum_lanes(sums.s_sum);
-  out.t_sum = sum_lanes(sums.t_sum);
-  out.forward = sum_lanes(sums.forward) / student.temperature;
-  out.reverse = sum_lanes(sums.reverse) / student.temperature;
-  out.cross = sum_lanes(sums.cross) / student.temperature;
-  out.entropy = sum_lanes(sums.entropy) / student.temperature;
+  conclude(sums, CLOSE, student.temperature, out);
   out.s_sum_at_1 = sum_lanes(sums.s_sum_at_1);
   out.s_total = sum_lanes(sums.s_total);
   for (int i = n / LANES * LANES; i < n; ++i) out.s_total += s[i] - out.s_max;
@@ -374,13 +390,14 @@ void sums_of_exponentials(const float* s, const float* t, int n, Softmax student
                           float t_threshold, const float* s_exp, const float* t_exp, BlockStatistics& out) {
   const V s_max = splat(out.s_max), t_max = splat(out.t_max);
   const V ratio = splat(float(student.temperature / teacher.temperature));
+  const bool close = are_close(out, student, teacher);
   const auto times = [](V e, V x, float threshold) { return where(e > threshold, e * x, V{}); };
   LaneSums sums;
   for (int start = 0; start < n; start += STRIP) {
     LaneSums strip;
     for (int i = start; i < std::min(start + STRIP, n); i += LANES) {
       const V e_s = load(s_exp + i), e_t = load(t_exp + i), s_gap = load(s + i) - s_max;
-      const V difference = (load(t + i) - t_max) * ratio - s_gap;
+      const V difference = close ? load(t + i) - load(s + i) : (load(t + i) - t_max) * ratio - s_gap;
       strip.s_sum += e_s;
       strip.t_sum += e_t;
       strip.forward += times(e_t, difference, t_threshold);
@@ -390,31 +407,32 @@ void sums_of_exponentials(const float* s, const float* t, int n, Softmax student
     }
     sums += strip;
   }
-  out.s_sum = sum_lanes(sums.s_sum);
-  out.t_sum = sum_lanes(sums.t_sum);
-  out.forward = sum_lanes(sums.forward) / student.temperature;
-  out.reverse = sum_lanes(sums.reverse) / student.temperature;
-  out.cross = sum_lanes(sums.cross) / student.temperature;
-  out.entropy = sum_lanes(sums.entropy) / student.temperature;
+  conclude(sums, close, student.temperature, out);
 }
 
-using StatisticsKernel = decltype(&block_statistics<0, false, false>);
+using StatisticsKernel = decltype(&block_statistics<0, false, false, false>);
 
-template <bool AT_1, bool LOG_0>
+template <bool AT_1, bool LOG_0, bool CLOSE>
 StatisticsKernel statistics_kernel(int moments) {
   switch (moments) {
-    case 0: return block_statistics<0, AT_1, LOG_0>;
-    case FORWARD: return block_statistics<FORWARD, AT_1, LOG_0>;
-    case REVERSE: return block_statistics<REVERSE, AT_1, LOG_0>;
-    case FORWARD | REVERSE: return block_statistics<FORWARD | REVERSE, AT_1, LOG_0>;
-    case CROSS: return block_statistics<CROSS, AT_1, LOG_0>;
-    default: return block_statistics<ALL | SINGLE, AT_1, LOG_0>;
+    case 0: return block_statistics<0, AT_1, LOG_0, false>;
+    case FORWARD: return block_statistics<FORWARD, AT_1, LOG_0, CLOSE>;
+    case REVERSE: return block_statistics<REVERSE, AT_1, LOG_0, CLOSE>;
+    case FORWARD | REVERSE: return block_statistics<FORWARD | REVERSE, AT_1, LOG_0, CLOSE>;
+    case CROSS: return block_statistics<CROSS, AT_1, LOG_0, false>;
+    default: return block_statistics<ALL | SINGLE, AT_1, LOG_0, CLOSE>;
   }
 }
 
-StatisticsKernel statistics_kernel(int moments, bool at_1, bool log_0) {
-  if (at_1) return log_0 ? statistics_kernel<true, true>(moments) : statistics_kernel<true, false>(moments);
-  return log_0 ? statistics_kernel<false, true>(moments) : statistics_kernel<false, false>(moments);
+StatisticsKernel statistics_kernel(int moments, bool at_1, bool log_0, bool close) {
+  const auto of = [&](auto at_1, auto log_0) {
+    constexpr bool AT_1 = decltype(at_1)::value, LOG_0 = decltype(log_0)::value;
+    return close ? statistics_kernel<AT_1, LOG_0, true>(moments) : statistics_kernel<AT_1, LOG_0, false>(moments);
+  };
+  constexpr std::true_type yes;
+  constexpr std::false_type no;
+  if (at_1) return log_0 ? of(yes, yes) : of(yes, no);
+  return log_0 ? of(no, yes) : of(no, no);
 }
 
 // ---- the divergence on a block
@@ -444,7 +462,8 @@ FASTKD_INLINE void evaluate(const BlockView& view, int i, const float* params, f
   const V log_p = ((t - view.t_max) * view.t_inverse + view.t_offset_low) + view.t_offset;
   const V log_q = ((s - view.s_max) * view.s_inverse + view.s_offset_low) + view.s_offset;
   const V gap = (t - view.t_origin) * view.ratio - (s - view.s_origin);
-  const V log_ratio = (gap * view.s_inverse + view.ratio_low) + view.ratio_high;
+  // The larger part of the offset first: where it cancels most of the gap, that sum is exact.
+  const V log_ratio = (gap * view.s_inverse + view.ratio_high) + view.ratio_low;
   settle<Divergence, LOG_0>(p, q, log_p, log_q, log_ratio, params, degree, phi, g, h);
 }
 

@@ -14,9 +14,6 @@ struct Workspace {
   }
 };
 
-// Where the log-sum-exps of two rows are closer than this, s - t is the most exact way to log q - log p.
-constexpr double CLOSE_LOGITS = 8;
-
 // What a thread needs for one block: converted logits, exponentials where they are not kept, the gradient.
 struct BlockScratch {
   alignas(64) float s[BLOCK], t[BLOCK], s_exp[BLOCK], t_exp[BLOCK], s_exp_at_1[BLOCK], gradient[BLOCK];
@@ -122,7 +119,8 @@ class Row {
     }
     out.overflows = gradients_need_logs() && (overflow(s, n, out.s_max, student_softmax_.inverse) ||
                                               overflow(t, n, out.t_max, teacher_softmax_.inverse));
-    statistics_kernel(moments_, separate_at_1_, log_0_)(
+    const bool close = are_close(out, student_softmax_, teacher_softmax_);
+    statistics_kernel(moments_, separate_at_1_, log_0_, close)(
         s, t, n, student_softmax_, teacher_softmax_, UNTEMPERED, s_threshold, t_threshold, s_exp(b, scratch),
         t_exp(b, scratch), s_exp_at_1(b, scratch), ahead(b + AHEAD), alongside, out);
     add_what_apart_needs(b, s, t, out);
@@ -350,7 +348,7 @@ class Row {
     const int n = columns(b);
     BlockStatistics& out = statistics_[b];
     const float nothing = std::numeric_limits<float>::min();
-    const auto kernel = statistics_kernel(ALL | SINGLE, separate_at_1_, true);
+    const auto kernel = statistics_kernel(ALL | SINGLE, separate_at_1_, true, false);
     const auto run = [&](const float* s, const float* t, BlockStatistics& out) {
       kernel(s, t, n, student_softmax_, teacher_softmax_, UNTEMPERED, nothing, nothing, scratch.s_exp, scratch.t_exp,
              scratch.s_exp_at_1, {}, {}, out);

@@ -69,7 +69,7 @@ FASTKD_INLINE V exp2_core(V d, V high, V low) {
   return (V)((U)y + ((U)shifted << 23));
 }
 
-// 2^(d * factor) for d * factor in (-127, 0]: the exponentials of a softmax, where most of the time goes.
+// 2^(d * (high + low)) for d * high in (-127, 0]: the exponentials of a softmax, where most of the time goes.
 #if defined(__AVX512F__)
 // As above with steps of 1/16, which leave a cubic to fit, within 2e-9. Entry k is the bits of 2^(k/16) less those that
 // shifting k into the exponent's place puts into the mantissa.
@@ -77,17 +77,17 @@ alignas(64) constexpr uint32_t POWERS[16] = {
     0x3f800000, 0x3f7daac3, 0x3f7b95c2, 0x3f79c3d3, 0x3f7837f0, 0x3f76f532, 0x3f75fed7, 0x3f75583f,
     0x3f7504f3, 0x3f7508a4, 0x3f75672a, 0x3f76248c, 0x3f7744fd, 0x3f78ccdf, 0x3f7ac0c7, 0x3f7d257d};
 
-FASTKD_INLINE V exp2_of_negative(V d, V factor) {
+FASTKD_INLINE V exp2_of_negative(V d, V high, V low) {
   const float magic = 786432.0f;  // 1.5 * 2^23 / 16
-  const V shifted = d * factor + magic;
+  const V shifted = d * high + magic;
   const V step = shifted - magic;
-  const V fraction = d * factor - step;
+  const V fraction = d * low + (d * high - step);
   const V slope = (fraction * 5.550213609e-2f + 2.402342896e-1f) * fraction + 6.931471827e-1f;
   const U power = (U)_mm512_permutexvar_epi32((__m512i)shifted, _mm512_load_si512(POWERS)) + ((U)shifted << 19);
   return (V)power * (slope * fraction) + (V)power;
 }
 #else
-FASTKD_INLINE V exp2_of_negative(V d, V factor) { return exp2_core(d, factor, V{}); }
+FASTKD_INLINE V exp2_of_negative(V d, V high, V low) { return exp2_core(d, high, low); }
 #endif
 
 // Where exp becomes a subnormal, which is 0 to us. Times log2(e) it is above -127 by a margin: below -127 the mantissa
@@ -154,7 +154,7 @@ FASTKD_INLINE V log1p(V x) {
 FASTKD_INLINE V logaddexp(V a, V b) {
   const V gap = abs(a - b);
   // exp(-gap), which is 0 long before the clamp.
-  const V ratio = exp2_of_negative(at_least(-gap, splat(EXP_LOWEST)), splat(LOG2E_HIGH));
+  const V ratio = exp2_of_negative(at_least(-gap, splat(EXP_LOWEST)), splat(LOG2E_HIGH), splat(LOG2E_LOW));
   return at_least(a, b) + log1p_of_unit(ratio);
 }
 
