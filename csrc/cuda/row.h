@@ -375,8 +375,8 @@ FASTKD_INLINE void raise(Statistics& a, float s_top, float t_top, const RowState
     a.t_sum_at_1 *= a.t_top == -INF ? 0 : exp2_of((a.t_top - origin(t_top)) * row.teacher_plain_rate);
   a.s_sum *= s_fade;
   a.t_sum *= t_fade;
-  a.t_at -= t_step * a.s_tops;
-  a.s_at -= s_step * a.t_tops;
+  if (a.s_tops != 0) a.t_at -= t_step * a.s_tops;  // a step may be infinite
+  if (a.t_tops != 0) a.s_at -= s_step * a.t_tops;
   a.s_top = s_top;
   a.t_top = t_top;
 }

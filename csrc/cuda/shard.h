@@ -101,6 +101,9 @@ FASTKD_CALL void open_shares(const Call& call, int64_t index, RowState& row) {
   };
   if (counts(all.t_lost, all.sweep.t_top, all.sweep.t_sum + all.sweep.t_tops, row.teacher)) all.sweep.forward = INF, all.sweep.cross = -INF;
   if (counts(all.s_lost, all.sweep.s_top, all.sweep.s_sum + all.sweep.s_tops, row.student)) all.sweep.reverse = INF;
+  // What a side has at the other's top was left out of the moments too, where it is gone.
+  if (all.t_lost == all.sweep.t_top) all.sweep.s_at = -INF;
+  if (all.s_lost == all.sweep.s_top) all.sweep.t_at = -INF;
   row.statistics_of_all = all.sweep;
   if (!call.shard.all_sums) return;
   double phi = 0, g = 0;
