@@ -18,8 +18,8 @@ WORKSPACE = 16 << 20
 # [C, V] tensors that the reference holds at once, beside the logits.
 REFERENCE_TEMPORARIES = 14
 # Bytes of one tensor of a piece of rows that the portable backend works on: on a CPU of each thread, so that the piece
-# stays in the cache; elsewhere such that a launch has something to do. And how many of them a piece holds at most:
-# tests/test_portable.py measures it.
+# stays in the cache, and yet has enough rows that the calls of its operators do not count; elsewhere such that a launch
+# has something to do. And how many of them a piece holds at most: tests/test_portable.py measures it.
 PIECE_CPU, PIECE_DEVICE = 2 << 20, 32 << 20
 PIECE_TEMPORARIES = 18
 # A token of a sparse teacher in a chunk: its id, and float32 logits, log-probabilities and gradients of both sides.
