@@ -22,11 +22,12 @@ from fastkd.mutual import MutualParts, check_students, mutual_loss
 from fastkd.rows import row_dtype
 from fastkd.scalars import plain
 from fastkd.teachers import Ensemble
-from fastkd.tensors import savable, savable_when_compiled
+from fastkd.tensors import check_readable, savable, savable_when_compiled
 from fastkd.validate import (
     Prepared,
     check_alike,
     check_choice,
+    check_columns,
     check_flags,
     check_int,
     check_logits,
@@ -331,8 +332,9 @@ def consistency_loss(
     """
     check_choice("form", form, FORMS)
     student_logits = check_logits("student_logits", student_logits)
-    teacher_logits = check_logits("teacher_logits", teacher_logits)
+    teacher_logits = check_columns("teacher_logits", teacher_logits)
     check_alike("teacher_logits", teacher_logits, "student_logits", student_logits)
+    check_readable("teacher_logits", teacher_logits)
     if form == "mse":
         student_logits, teacher_logits = savable_when_compiled(student_logits, teacher_logits)
         mask, weight = savable_when_compiled(mask, weight)
@@ -366,9 +368,14 @@ def _reduced(loss: Tensor, call: Prepared) -> Tensor:
         loss = loss * call.rows.weight
     if not call.summed:
         return loss
-    if call.numbers is not None:  # of a compiled graph
-        loss = loss / call.numbers.items
-    scale = call.options.scale if call.rows.scale is None else call.rows.scale
+    scale: float | Tensor = call.options.scale
+    if call.rows.scale is not None:
+        scale = call.rows.scale
+    elif (
+        call.numbers is not None
+    ):  # in a compiled graph the options hold a stand-in (fastkd.graphs)
+        items = torch.ones((), dtype=torch.float64, device="cpu") * call.numbers.items
+        scale = items.reciprocal().to(loss.device, loss.dtype)
     return loss.sum() * scale
 
 

@@ -330,8 +330,12 @@ def check_student_head(hidden: object, weight: object, bias: object) -> None:
         if not isinstance(value, Tensor):
             raise TypeError(f"student_{argument} must be a tensor, got {type(value).__name__}")
         check_dense(f"student_{argument}", value)
-        check_readable(f"student_{argument}", value)
+        if argument == "hidden":  # the others are compared with its device first
+            check_readable("student_hidden", value)
     check_linear("student_", hidden, weight, bias)  # type: ignore[arg-type]  # checked above
+    for argument, value in (("weight", weight), ("bias", bias)):
+        if isinstance(value, Tensor):
+            check_readable(f"student_{argument}", value)
 
 
 def check_dense(argument: str, value: Tensor) -> None:

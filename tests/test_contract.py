@@ -123,9 +123,9 @@ BAD: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"temperature": None}, TypeError, "temperature must be a number or a tensor, got NoneType"),
     ({"teacher_temperature": 0.0}, ValueError, "teacher_temperature must be positive and finite, got 0.0"),
     (
-        {"temperature": torch.tensor(2.0)},
+        {"temperature": torch.ones(2)},
         ValueError,
-        "temperature must have one value a row, shape (3,); got ()",
+        "temperature must have one value a row, shape (3,); got (2,)",
     ),
     (
         {"teacher_temperature": torch.ones(3, 1)},
