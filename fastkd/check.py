@@ -299,7 +299,7 @@ class _Check:
         self.good("closed form", "is the sum of phi, and of g")
 
     def log_zero(self) -> None:
-        """Infinite logits, and probabilities that underflow, on the reference."""
+        """Infinite logits, and probabilities that underflow, in plain PyTorch in both precisions."""
         both, student, teacher = _row("both"), _row("student"), _row("teacher")
         for dtype in (torch.float64, torch.float32):
             loss, gradient = self.loss(*(x.to(dtype) for x in both))
@@ -340,9 +340,9 @@ class _Check:
             self.good(what, f"the loss is infinite, the gradient is {state}")
 
     def loss(self, student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
-        """(loss, the student's gradient) on the reference."""
+        """(loss, the student's gradient) in the dtype of the logits, in which the reference does not compute."""
         student = student.detach().clone().requires_grad_()
-        loss = fastkd.kd_loss(student, teacher, divergence=self.divergence, backend="reference")
+        loss = fastkd.kd_loss(student, teacher, divergence=self.divergence, backend="portable")
         (gradient,) = torch.autograd.grad(loss, student)
         return loss.detach(), gradient
 

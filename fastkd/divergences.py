@@ -68,10 +68,15 @@ def derivatives(
 ) -> tuple[Any, Any, Any]:
     """(phi, g, h) of a definition; h None where it has no degree."""
     entry = arguments_of(divergence.function, p, q, log_p, log_q, log_ratio)
-    found = divergence.function(*entry, *divergence.params)
-    phi, g = found[:2]
-    if len(found) == 3:
-        return phi, g, found[2]
+    terms = divergence.function(*entry, *divergence.params)
+    if not isinstance(terms, (tuple, list)) or len(terms) not in (2, 3):
+        raise TypeError(
+            f"the function of the divergence {divergence.name!r} must return (phi, g) or (phi, g, h), "
+            f"got {type(terms).__name__}"
+        )
+    phi, g = terms[:2]
+    if len(terms) == 3:
+        return phi, g, terms[2]
     return phi, g, None if divergence.degree is None else divergence.degree * phi - g
 
 

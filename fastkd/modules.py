@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from fastkd.backends import BackendUnavailable
 from fastkd.functional import DenseOptions, LinearOptions, Parts, fused_linear_kd_loss, kd_loss
-from fastkd.scalars import plain
+from fastkd.scalars import as_float, plain
 from fastkd.teachers import Teacher
 from fastkd.validate import LossOptions, Numbers
 
@@ -83,7 +83,7 @@ class _Loss(nn.Module):
 
 def _as_float(name: str, value: Any) -> Any:
     value = plain(value)
-    return float(value) if name in FLOATS and type(value) is int else value
+    return as_float(value) if name in FLOATS and type(value) is int else value
 
 
 class KDLoss(_Loss):

@@ -52,7 +52,7 @@ def command(*arguments: str, **options: Any) -> subprocess.CompletedProcess[str]
 
 def test_info_as_json() -> None:
     found = json.loads(command("info", "--json", FASTKD_STRICT="1").stdout)
-    assert list(found) == ["versions", "machine", "native", "backends", "environment"]
+    assert list(found) == ["versions", "machine", "native", "backends", "serves", "environment"]
     assert found["versions"]["fastkd"] == fastkd.__version__
     assert set(found["backends"]) == set(fastkd.available_backends())
     assert found["backends"]["reference"]["devices"] == info.devices()

@@ -218,7 +218,7 @@ def test_no_compiler(tree: Path, tmp_path: Path) -> None:
     assert why["native"] is False
     assert "no C++ compiler" in why["reason"]
     losses = probe(site)["losses"]
-    assert losses["auto"] == losses["reference"]
+    assert losses["auto"] == losses["portable"]
     assert why["reason"] in losses["cpu"]
     assert why["remedy"] in losses["cpu"]
 
