@@ -324,8 +324,9 @@ def _evaluated(
         # Nothing is a logarithm of 0.
         phi, g, *more = _applied(divergence, (*pair, *pair[:1] * 3), scratch, wanted)
         return phi, g, more[0] if more else None
-    if count > 1 and not _waits(s.z.device) and not _alike(s, t):
-        return _one_by_one(divergence, s, t, label, wants_h, scratch)
+    near = None if _waits(s.z.device) else _near(s, t)
+    if near is not None and bool(near.any()) and not bool(near.all()):
+        return _apart_by(near, divergence, s, t, label, wants_h, scratch)
     ratio = _log_ratio(s, t, scratch("ratio", count))
     if apart is not None:
         ratio.scatter_(-1, apart, 0.0)
@@ -339,8 +340,8 @@ def _evaluated(
         if apart is None and _all(finite):
             finite = finite & _finite_rows(log_p) & _finite_rows(log_q)
     if not _all(finite):
-        if count > 1 and not _waits(ratio.device) and bool(finite.any()):
-            return _one_by_one(divergence, s, t, label, wants_h, scratch)
+        if not _waits(ratio.device) and bool(finite.any()):
+            return _apart_by(finite, divergence, s, t, label, wants_h, scratch)
         return evaluate(divergence, log_p, log_q, pair)
     if pair is None:
         pair = (torch.ones((), dtype=ratio.dtype, device=ratio.device).expand_as(ratio),) * 2
@@ -370,13 +371,8 @@ def _finite_rows(values: Tensor) -> Tensor:
     return values.sum(-1).isfinite()
 
 
-def _alike(s: _Side, t: _Side) -> bool:
-    """Whether all rows of a piece are computed in one way, so that what is in a row does not change the others."""
-    near = _near(s, t)
-    return near is None or bool(near.all()) or not bool(near.any())
-
-
-def _one_by_one(
+def _apart_by(
+    mask: Tensor,
     divergence: Divergence,
     s: _Side,
     t: _Side,
@@ -384,24 +380,27 @@ def _one_by_one(
     wants_h: bool,
     scratch: _Scratch,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """The rows of a piece that are not alike."""
+    """The terms of a piece whose rows are computed in two ways: each kind by itself, so that no row changes another."""
 
-    def row(value: Any, number: int) -> Any:
+    def rows_of(value: Any, numbers: Tensor) -> Any:
         if isinstance(value, Tensor):
-            return value[number : number + 1]
+            return value[numbers]
         if isinstance(value, (_Side, _Softmax)):
-            return type(value)(*(row(part, number) for part in value))
+            return type(value)(*(rows_of(part, numbers) for part in value))
         return value
 
-    made = []
-    for number in range(s.z.shape[0]):
-        sides = row(s, number), row(t, number)
+    terms: list[Tensor] = []
+    for kind in (mask.flatten(), ~mask.flatten()):
+        numbers = kind.nonzero().squeeze(1)
+        sides = rows_of(s, numbers), rows_of(t, numbers)
         if s.temperature is t.temperature:
             sides = sides[0], sides[1]._replace(temperature=sides[0].temperature)
-        found = _evaluated(divergence, *sides, row(label, number), wants_h, scratch)
-        wanted = found if wants_h else found[:2]
-        made.append([term.clone() for term in wanted if term is not None])
-    phi, g, *more = (torch.cat(rows) for rows in zip(*made, strict=True))
+        found = _evaluated(divergence, *sides, rows_of(label, numbers), wants_h, scratch)
+        parts = [term for term in (found if wants_h else found[:2]) if term is not None]
+        terms = terms or [part.new_empty(mask.shape[0], part.shape[1]) for part in parts]
+        for term, part in zip(terms, parts, strict=True):
+            term[numbers] = part
+    phi, g, *more = terms
     return phi, g, more[0] if more else None
 
 

@@ -151,20 +151,16 @@ def prepare(
         check_rows("mask", mask, lead, device, (torch.bool,))
     if weight is not None:
         check_rows("weight", weight, lead, device, LOGIT_DTYPES)
-    compiled_alpha = numbers is not None and labels is not None
-    if (
-        isinstance(teacher, TopK)
-        and teacher.renormalizes
-        and (labels is None or alpha == 1.0 or compiled_alpha)
-    ):
+    compiled = numbers is not None and labels is not None  # alpha is a stand-in
+    renormalizes = isinstance(teacher, TopK) and teacher.renormalizes
+    if renormalizes and (labels is None or alpha == 1.0 or compiled):
         # A row that names no token has nothing but its cross-entropy, so it is dropped where there is none.
+        assert isinstance(teacher, TopK)
         named = (teacher.ids != -1).any(-1)
-        if (
-            compiled_alpha
-        ):  # a product with a tensor, since a graph may not compare the number (fastkd.graphs)
-            named = named | (
-                torch.ones((), dtype=torch.float64, device="cpu") * numbers.alpha < 1.0
-            )
+        if numbers is not None and labels is not None:
+            # A product with a tensor, since a graph may not compare the number itself (fastkd.graphs).
+            given = torch.ones((), dtype=torch.float64, device="cpu") * numbers.alpha
+            named = named | (given < 1.0)
         mask = named if mask is None else mask & named
     counted, row_weight = _weights(labels, ignore_index, mask, weight, row_dtype)
     count = math.prod(lead) if counted is None else counted.sum()
