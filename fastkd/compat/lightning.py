@@ -66,7 +66,8 @@ def _module_class() -> type[LightningModule]:
             shift_labels: True: labels are those of the inputs, as a language model's data set has them: position i is
                 trained on the label of i + 1, and the last, and the last of each packed example, has none. False: each
                 row of logits has its own label. "auto": what a student of transformers does with labels itself, seen
-                in a run on the first example; False for other modules.
+                in a run on the first example, unless the labels of the first batch are the next tokens already; False
+                for other modules.
             own_loss: "keep": what the student adds to its loss by itself, such as a router's auxiliary loss, is added
                 with its own coefficient, and logged as own_loss. "drop": it is left out.
 
@@ -219,7 +220,13 @@ def _module_class() -> type[LightningModule]:
                     models.check_boundaries(model, model, given, named, whose)
             if isinstance(self._shift, bool):
                 found = found._replace(shifts=self._shift)
-            elif found.shifts is None and _same_tokens(features, arguments, labels):
+            elif (
+                found.shifts
+                and _are_tokens(features, arguments, labels, 1)
+                and not _are_tokens(features, arguments, labels, 0)
+            ):
+                found = found._replace(shifts=False)  # the data set has shifted them already
+            elif found.shifts is None and _are_tokens(features, arguments, labels, 0):
                 raise ValueError(
                     "shift_labels must be given: the labels are the input_ids, and of this student it cannot be known "
                     "whether position i predicts the label of i + 1 (a causal language model: True) or its own (False)"
@@ -250,11 +257,15 @@ def _module_class() -> type[LightningModule]:
     return DistillationModule
 
 
-def _same_tokens(features: Mapping[str, Any], arguments: tuple[Any, ...], labels: Tensor) -> bool:
-    """Whether the labels that count are the tokens at their own positions."""
+def _are_tokens(
+    features: Mapping[str, Any], arguments: tuple[Any, ...], labels: Tensor, ahead: int
+) -> bool:
+    """Whether the labels that count are the input_ids so many positions ahead."""
     ids = features.get("input_ids", arguments[0] if arguments else None)
     if not isinstance(ids, Tensor) or ids.shape != labels.shape or ids.is_floating_point():
         return False
+    if ahead:
+        ids, labels = ids[..., ahead:], labels[..., :-ahead]
     counts = labels != models.IGNORED
     return int(counts.sum()) > 1 and torch.equal(ids[counts], labels[counts])
 

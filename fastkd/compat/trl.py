@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import math
 import types
 from collections.abc import Callable
 from typing import Any
@@ -100,12 +101,17 @@ def _entries(
         torch.log_softmax(logits.to(dtype) / temperature, -1)
         for logits in (student_logits, teacher_logits)
     )
-    divergence, lowest = fastkd.jsd(beta), torch.finfo(dtype).min
-    # Of -inf, times a probability of 0; reference.evaluate does it too, but has no gradient by autograd.
-    finite_p, finite_q = log_p.clamp(min=lowest), log_q.clamp(min=lowest)
-    entries, _ = divergence.function(
-        log_p.exp(), log_q.exp(), finite_p, finite_q, *divergence.params
-    )
+    fastkd.jsd(beta)  # beta is checked there
+    # -inf times a probability of 0 is 0; reference.evaluate does it too, but autograd cannot follow that.
+    lowest = torch.finfo(dtype).min
+    p, q = log_p.exp(), log_q.exp()
+    log_p_finite, log_q_finite = log_p.clamp(min=lowest), log_q.clamp(min=lowest)
+    if beta in (0.0, 1.0):
+        gap = log_p_finite - log_q_finite
+        entries = -q * gap if beta else p * gap
+    else:
+        log_m = torch.logaddexp(log_p_finite + math.log(beta), log_q_finite + math.log1p(-beta))
+        entries = beta * p * (log_p_finite - log_m) + (1.0 - beta) * q * (log_q_finite - log_m)
     excluded = (log_p == -torch.inf) | (log_q == -torch.inf)
     return entries.masked_fill(excluded & (entries > reference.INFINITE), torch.inf)
 
