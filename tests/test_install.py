@@ -53,7 +53,7 @@ import fastkd, fastkd.kernels
 student = torch.linspace(-1, 1, 130).reshape(2, 65)
 teacher = student.flip(-1) ** 2
 said = {}
-for backend in ("auto", "reference", "cpu", "triton"):
+for backend in ("auto", "reference", "portable", "cpu", "triton"):
     try:
         said[backend] = fastkd.kd_loss(student, teacher, backend=backend).item()
     except fastkd.BackendUnavailable as error:
