@@ -89,7 +89,7 @@ def takes_ratio(function: Callable[..., Any]) -> bool:
 def arguments_of(
     function: Callable[..., Any], p: Any, q: Any, log_p: Any, log_q: Any, log_ratio: Any
 ) -> tuple[Any, ...]:
-    """Those that a definition begins with."""
+    """The arguments that a definition begins with."""
     entry = (p, q, log_p, log_q)
     return (*entry, log_ratio) if takes_ratio(function) else entry
 

@@ -55,7 +55,7 @@ def _waits(device: torch.device) -> bool:
 
 
 def _exact(dtype: torch.dtype, device: torch.device) -> torch.dtype:
-    """Of the few numbers of a row. Not every device has float64."""
+    """The dtype for the few numbers of each row: float64 where the device has it."""
     return torch.float64 if device.type in ("cpu", "cuda") else dtype
 
 
@@ -768,7 +768,7 @@ def _label_apart(s: _Side, t: _Side, divergence: Divergence) -> reference._Apart
 
 
 class _Values(NamedTuple):
-    """Of the rows of a piece, [rows, 1]."""
+    """The results of the rows of a piece, [rows, 1]."""
 
     loss: Tensor
     distillation: Tensor

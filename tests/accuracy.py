@@ -26,8 +26,6 @@ from fastkd import backends
 
 ULP = torch.finfo(torch.float32).eps
 UNDERFLOW = 1e-36  # a hundred times where float32 begins to lose digits: nothing below is promised
-# What float64 is off by in a sum of probabilities: in a row that is sure of a token it loses what the others add up to.
-TRUTH = torch.finfo(torch.float64).eps
 # Of max(1, |log p|): float32 cannot tell which of p and q is larger where their logarithms are closer than this. Each
 # is off by up to four units: half a one in the difference to the maximum, the reciprocal temperature, their product,
 # the logarithm of the normaliser and its subtraction; one and a half in the normaliser's sum and the exponential.
