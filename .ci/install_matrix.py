@@ -29,7 +29,7 @@ TOOLS = ("env", "sh")  # on a PATH without compilers
 PROBE = """
 import json, logging, torch
 logging.basicConfig(level=logging.WARNING, filename="log")
-import torch.nn.functional as F, fastkd, fastkd.info
+import torch.nn.functional as F, fastkd, fastkd.tools.info
 torch.set_num_threads(1)
 torch.manual_seed(0)
 student, teacher = torch.randn(4, 1000, requires_grad=True), torch.randn(4, 1000)
@@ -44,7 +44,7 @@ print(json.dumps({
     "gradient_error": ((student.grad - exact.grad).abs().max() / exact.grad.abs().max()).item(),
     "file": fastkd.__file__,
     "logged": open("log").read(),
-    **fastkd.info.collect(),
+    **fastkd.tools.info.collect(),
 }))
 """
 

@@ -4,7 +4,8 @@
     python bench/accuracy.py --worst [--backend cpu] [--widest 50000]
 
 With --worst it prints one table: on peaked, close and real rows, the worst ratio of fastkd's error to that of float32
-PyTorch, a divergence a line, for the value and both gradients. tests/sure_rows.py says what is measured, and how.
+PyTorch, a divergence a line, for the value and both gradients. tests/support/sure_rows.py says what is measured, and
+how.
 
 The truth is the plain composition in float64, on the logits as they are (bfloat16 logits are exact
 numbers too). An error is taken a row: of the loss, relative to it; of the gradient, the largest of the
@@ -30,7 +31,7 @@ from torch import Tensor
 import fastkd
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "tests"))
-import sure_rows
+from support import sure_rows
 
 ROWS = 32
 

@@ -32,7 +32,7 @@ from report import Table, add_arguments, emit, progress
 from torch import Tensor
 
 import fastkd
-from fastkd import backends
+from fastkd.backends import registry
 
 ROWS = 4096
 VOCABULARIES = (32_768, 128_256, 151_936, 262_144)
@@ -43,9 +43,9 @@ WRONG = 0.05  # relative error of the gradient from which a contender is wrong a
 
 def own_backends() -> list[str]:
     """fastkd's that run on this device."""
-    call = backends.Call("cuda", torch.float32, torch.float32, fastkd.forward_kl())
-    available = backends.available_backends()
-    return [name for name in ("cuda", "triton") if backends.obstacle(name, call, available) is None]
+    call = registry.Call("cuda", torch.float32, torch.float32, fastkd.forward_kl())
+    available = registry.available_backends()
+    return [name for name in ("cuda", "triton") if registry.obstacle(name, call, available) is None]
 
 
 def liger(name: str, loss: Loss) -> Rows | None:

@@ -17,7 +17,7 @@ step() {
 }
 step "$python" setup.py -q build_ext --inplace
 step "$python" -m fastkd info
-step "$python" -m pytest -q tests/test_gpu.py tests/test_cuda_build.py
+step "$python" -m pytest -q tests/backends/test_gpu.py tests/backends/cuda/test_cuda_build.py
 if command -v compute-sanitizer >/dev/null; then
     for tool in memcheck racecheck initcheck synccheck; do
         step compute-sanitizer --tool "$tool" --error-exitcode 9 --print-limit 5 "$python" bench/gpu.py --sanitize

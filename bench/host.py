@@ -24,7 +24,7 @@ from torch import Tensor
 import fastkd
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
-from triton_aot import Caught, catch, launch_nothing
+from support.triton_aot import Caught, catch, launch_nothing
 
 SHAPES = ((8, 1_000), (64, 32_768))
 CALLS = 100  # fewer than the launches that a device's queue takes before the host has to wait
@@ -71,10 +71,10 @@ def host_time(
 
 
 def steps(rounds: int) -> tuple[Table, list[dict[str, Any]]]:
-    """What kd_rows takes of a call, and Triton of that; and of a launch whose kernel is at hand (kernels/rows.py)."""
-    from fastkd.kernels import rows as kernels
-    from fastkd.rows import Options, Want
-    from fastkd.rows import Rows as RowValues
+    """What kd_rows takes of a call, and Triton of that; and of a launch whose kernel is at hand (kernels/kernel.py)."""
+    from fastkd.call.contract import Options, Want
+    from fastkd.call.contract import Rows as RowValues
+    from fastkd.kernels import kernel as kernels
 
     options = Options(fastkd.forward_kl(), vocab_size=1_000)
     inputs = (torch.randn(8, 1_000), torch.randn(8, 1_000), RowValues(), options, Want(True))

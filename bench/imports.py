@@ -2,7 +2,7 @@
 
     python bench/imports.py
 
-tests/test_dispatch.py asserts what is loaded; how long that takes depends on the machine.
+tests/backends/test_dispatch.py asserts what is loaded; how long that takes depends on the machine.
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ from torch import Tensor
 
 import fastkd
 from fastkd import _C
-from fastkd.products import add_weight_gradient, as_operand, hidden_gradient, make_logits
+from fastkd.engine.matmul import add_weight_gradient, as_operand, hidden_gradient, make_logits
 
 WARM_UPS = 2
 CLEAR_PEAK = "5"  # proc(5), clear_refs

@@ -17,7 +17,7 @@ from contenders import LOSSES, Loss, Rows, eager_rows, fastkd_loss, from_definit
 from torch import Tensor
 
 import fastkd
-from fastkd import backends
+from fastkd.backends import registry
 
 # (student, teacher), or (student, weight, teacher, teacher_weight): logits, or hidden states and heads -> scalar.
 Call = Callable[..., Tensor]
@@ -404,6 +404,6 @@ def obstacle(peer: Peer, device: str) -> str | None:
         return "needs a GPU"
     if peer.backend is None:
         return None
-    call = backends.Call(device, torch.float32, torch.float32, fastkd.forward_kl())
-    why = backends.obstacle(peer.backend, call, backends.available_backends())
+    call = registry.Call(device, torch.float32, torch.float32, fastkd.forward_kl())
+    why = registry.obstacle(peer.backend, call, registry.available_backends())
     return why.reason if why else None

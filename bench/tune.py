@@ -21,13 +21,13 @@ from gpu import logits, timed
 from report import Table, add_arguments, emit, progress
 
 import fastkd
-from fastkd.kernels import rows as kernels
+from fastkd.call.contract import Options, Rows, Want
+from fastkd.kernels import kernel as kernels
 from fastkd.kernels import tuning
-from fastkd.rows import Options, Rows, Want
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "tests"))
-from triton_aot import Caught, Resources, catch, resources  # noqa: E402 (beside the tests)
+from support.triton_aot import Caught, Resources, catch, resources  # noqa: E402 (beside the tests)
 
 # One of 32 warps has its multiprocessor to itself: half the row pairs in flight, of which L2 keeps more. 16384 columns
 # spill 72 to 192 bytes with 32 warps, on sm_90 in every one of KINDS.

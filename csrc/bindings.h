@@ -1,4 +1,4 @@
-// What both extension modules take from Python; fastkd/native.py makes it.
+// What both extension modules take from Python; fastkd/backends/native.py makes it.
 #pragma once
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>

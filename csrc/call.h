@@ -16,13 +16,13 @@ struct Tempering {
   double softcap = 0;  // 0: none
 };
 
-// What becomes of the tokens a sparse teacher does not name; fastkd/teachers.py explains them.
+// What becomes of the tokens a sparse teacher does not name; fastkd/teachers/__init__.py explains them.
 enum class Tail : int { bucket = 0, renormalize = 1, renormalize_teacher = 2, truncate = 3 };
 
 // What becomes of the label's token where a divergence compares the others by themselves; fastkd/divergences.py, Target.
 enum class Target : int { none = 0, binary = 1, label = 2 };
 
-// The columns that a process has of a vocabulary that several share; fastkd/rows.py names the steps.
+// The columns that a process has of a vocabulary that several share; fastkd/call/contract.py names the steps.
 enum class Step : int { all = 0, statistics = 1, sums = 2, results = 3 };
 
 struct Shard {

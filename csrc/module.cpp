@@ -1,5 +1,5 @@
 // fastkd._C: the native kernels behind pybind11. Tensors arrive as addresses, shapes and strides, so that this module
-// neither includes nor links torch; fastkd/cpu.py is its only caller, and fastkd.functional has validated everything.
+// neither includes nor links torch; fastkd/backends/cpu.py is its only caller, and fastkd.functional has validated everything.
 
 #include <cstdlib>
 #include <stdexcept>
@@ -136,7 +136,7 @@ void mutual_rows(Strides sizes, const std::vector<Logits>& logits, const std::ve
 }  // namespace
 
 PYBIND11_MODULE(_C, module) {
-  module.doc() = "Native CPU kernels of fastkd; called by fastkd.cpu.";
+  module.doc() = "Native CPU kernels of fastkd; called by fastkd.backends.cpu.";
   module.def("kd_rows", &kd_rows);
   module.def("scale_rows", &scale_rows);
   module.def("angles", &angles);

@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 import fastkd
-from fastkd.cache import TeacherCache, build_cache
+from fastkd.teachers.cache import TeacherCache, build_cache
 
 
 class Form(str, Enum):

@@ -3,7 +3,7 @@
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from fastkd.backends import BackendUnavailable, available_backends
+from fastkd.backends.registry import BackendUnavailable, available_backends
 from fastkd.divergences import (
     TABLE as DIVERGENCES,
 )
@@ -25,9 +25,9 @@ from fastkd.divergences import (
     squared_error,
     tvd,
 )
+from fastkd.engine.plan import MemoryPlan, memory_plan
 from fastkd.functional import Parts, fused_linear_kd_loss, kd_loss
 from fastkd.modules import FusedLinearKDLoss, KDLoss
-from fastkd.plan import MemoryPlan, memory_plan
 from fastkd.sampled import k1, k2, k3
 from fastkd.teachers import Ensemble, LinearTeacher, TopK
 
@@ -35,7 +35,6 @@ __version__ = "0.1.0"
 
 
 _AT_FIRST_USE = (
-    "cache",
     "calibration",
     "compat",
     "distiller",

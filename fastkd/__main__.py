@@ -18,9 +18,9 @@ import os
 import sys
 from collections.abc import Sequence
 
-from fastkd import check, doctor, info
-from fastkd.backends import MODULES
-from fastkd.cache import cli as cache
+from fastkd.backends.registry import MODULES
+from fastkd.teachers.cache import cli as cache
+from fastkd.tools import check, doctor, info
 
 CLOSED_PIPE = 141  # as a shell reports a process that SIGPIPE has ended
 

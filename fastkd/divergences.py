@@ -21,9 +21,9 @@ of both: take signs and ratios of p and q from it. So do the definitions below, 
 keep their digits as log_ratio tends to 0.
 
 A definition may use the names imported from torch below, arithmetic, comparisons and its parameters, and nothing
-else. It never handles log 0: the skeletons do (:func:`fastkd.reference.evaluate` states the policy). The logarithm
-of a mixture is always a ``logaddexp`` or a ``log_mixture``, because ``log(beta * p + (1 - beta) * q)`` is log 0 once
-both underflow.
+else. It never handles log 0: the skeletons do (:func:`fastkd.backends.reference.evaluate` states the policy). The
+logarithm of a mixture is always a ``logaddexp`` or a ``log_mixture``, because ``log(beta * p + (1 - beta) * q)`` is
+log 0 once both underflow.
 
 docs/adding-a-divergence.md walks through a new one.
 """
@@ -43,7 +43,7 @@ import torch
 # A004: a definition reads as the formula does. F401: the next one may want what none uses yet.
 from torch import Tensor, abs, exp, expm1, log1p, logaddexp, where  # noqa: A004, F401
 
-from fastkd.scalars import as_float, plain
+from fastkd.core.scalars import as_float, plain
 
 VOCABULARY = ("abs", "exp", "expm1", "log1p", "logaddexp", "where", "log_mixture")
 ENTRY = ("p", "q", "log_p", "log_q")

@@ -18,10 +18,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastkd.rows import widened
-from fastkd.scalars import plain
-from fastkd.tensors import savable, savable_when_compiled
-from fastkd.validate import check_alike, check_choice, check_flags, check_number
+from fastkd.call.checks import check_alike, check_choice, check_flags, check_number
+from fastkd.call.contract import widened
+from fastkd.core.scalars import plain
+from fastkd.core.tensors import savable, savable_when_compiled
 
 KINDS = ("linear", "conv")
 RESIZES = (None, "interpolate", "pool")

@@ -1,7 +1,7 @@
 """The losses: kd_loss on logits, fused_linear_kd_loss on hidden states and an lm_head.
 
-Both validate (fastkd.validate), and hand over to fastkd.autograd, or to fastkd.linear where logits are made from
-hidden states or from several teachers, a chunk of rows at a time.
+Both validate (fastkd.call.checks), and hand over to fastkd.engine.autograd, or to fastkd.engine.linear where logits
+are made from hidden states or from several teachers, a chunk of rows at a time.
 """
 
 from __future__ import annotations
@@ -13,14 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, ParamSpec, TypeVar, 
 import torch
 from torch import Tensor
 
-from fastkd import autograd, linear
-from fastkd.chunks import Student
-from fastkd.divergences import Divergence
-from fastkd.plan import wide
-from fastkd.rows import Want, row_dtype
-from fastkd.teachers import Teacher, TopK, flatten
-from fastkd.tensors import share_storage, writable
-from fastkd.validate import (
+from fastkd.call.checks import (
     LossOptions,
     Prepared,
     check_flags,
@@ -34,6 +27,13 @@ from fastkd.validate import (
     with_tail,
     with_topk,
 )
+from fastkd.call.contract import Want, row_dtype
+from fastkd.core.tensors import share_storage, writable
+from fastkd.divergences import Divergence
+from fastkd.engine import autograd, linear
+from fastkd.engine.chunks import Student
+from fastkd.engine.plan import wide
+from fastkd.teachers import Teacher, TopK, flatten
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup

@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastkd.backends import BackendUnavailable
+from fastkd.backends.registry import BackendUnavailable
+from fastkd.call.checks import LossOptions, Numbers
+from fastkd.core.scalars import as_float, plain
 from fastkd.functional import DenseOptions, LinearOptions, Parts, fused_linear_kd_loss, kd_loss
-from fastkd.scalars import as_float, plain
 from fastkd.teachers import Teacher
-from fastkd.validate import LossOptions, Numbers
 
 # What belongs to a batch, or to a model, and is passed to the call.
 OF_A_CALL = ("student_bias", "mask", "weight", "num_items")

@@ -25,14 +25,14 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pdist
 
-from fastkd import backends
-from fastkd.autograd import differentiable_once
-from fastkd.backends import BackendUnavailable
+from fastkd.backends import registry
+from fastkd.backends.registry import BackendUnavailable
+from fastkd.call.checks import LARGEST, SMALLEST, check_choice, check_dense, check_number
+from fastkd.call.contract import row_dtype
+from fastkd.core.tensors import check_readable, savable_when_compiled
+from fastkd.engine.autograd import differentiable_once
+from fastkd.engine.graphs import Arguments, as_one_op
 from fastkd.features import over_peak, unit
-from fastkd.graphs import Arguments, as_one_op
-from fastkd.rows import row_dtype
-from fastkd.tensors import check_readable, savable_when_compiled
-from fastkd.validate import LARGEST, SMALLEST, check_choice, check_dense, check_number
 
 MEANS = ("distinct", "all")
 BACKENDS = ("auto", "cpu", "portable", "reference")
@@ -418,7 +418,7 @@ def _tiles(backend: str, device: torch.device) -> Callable[..., tuple[Tensor, Te
     """What computes the angles."""
     named = os.environ.get("FASTKD_BACKEND")
     wanted = named if named in BACKENDS else backend
-    obstacle = backends.available_backends()["cpu"]
+    obstacle = registry.available_backends()["cpu"]
     if device.type != "cpu":
         if wanted == "cpu":
             raise BackendUnavailable(
@@ -428,11 +428,11 @@ def _tiles(backend: str, device: torch.device) -> Callable[..., tuple[Tensor, Te
     if wanted in ("portable", "reference"):
         return angles_in_tiles
     if obstacle is None:
-        return backends.load("cpu").angles
+        return registry.load("cpu").angles
     if wanted == "cpu":
         raise BackendUnavailable("cpu", *obstacle)
     strict = os.environ.get("FASTKD_STRICT") == "1"
-    backends.fall_back(backends.FALLBACK, f"cpu: {obstacle.reason}. {obstacle.remedy}", strict)
+    registry.fall_back(registry.FALLBACK, f"cpu: {obstacle.reason}. {obstacle.remedy}", strict)
     return angles_in_tiles
 
 

@@ -17,9 +17,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastkd.rows import widened
-from fastkd.tensors import savable, savable_when_compiled
-from fastkd.validate import check_alike, check_mask
+from fastkd.call.checks import check_alike, check_mask
+from fastkd.call.contract import widened
+from fastkd.core.tensors import savable, savable_when_compiled
 
 
 def k1(student_logprobs: Tensor, teacher_logprobs: Tensor, mask: Tensor | None = None) -> Tensor:

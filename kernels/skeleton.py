@@ -17,7 +17,7 @@ import torch
 import triton
 import triton.language as tl
 
-from fastkd import reference
+from fastkd.backends import reference
 from fastkd.divergences import (
     VOCABULARY,
     Divergence,
@@ -223,7 +223,7 @@ def evaluate(
     LOWEST: tl.constexpr = LOWEST,
     NEGLIGIBLE: tl.constexpr = NEGLIGIBLE,
 ):
-    """(phi, g, h) of every entry, with the policy for log 0 that :func:`fastkd.reference.evaluate` states."""
+    """(phi, g, h) of every entry, with the policy for log 0 that :func:`fastkd.backends.reference.evaluate` states."""
     p_gone = log_p == -float("inf")
     q_gone = log_q == -float("inf")
     if FORM % 2 == 1:

@@ -16,7 +16,7 @@ import torch
 import triton
 import triton.language as tl
 
-from fastkd.rows import Shard
+from fastkd.call.contract import Shard
 
 from .sweeps import Partial
 

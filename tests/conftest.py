@@ -18,7 +18,7 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 import pytest
 import torch
-from cuda_emulation import emulation, host  # noqa: F401 (fixtures)
+from support.cuda_emulation import emulation, host  # noqa: F401 (fixtures)
 
 import fastkd
 
@@ -165,7 +165,7 @@ def any_backend(request: pytest.FixtureRequest) -> Iterator[str]:
         yield name
         return
     # Here, since it imports triton, which most runs of a single file have no use for.
-    from triton_interpreter import corrected
+    from support.triton_interpreter import corrected
 
     with corrected():
         yield name

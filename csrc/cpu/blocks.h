@@ -12,7 +12,7 @@ constexpr int64_t AHEAD = 4;  // blocks between what is asked of memory and what
 constexpr int64_t STREAM_BYTES = 4 << 20;  // gradients from this size on are written past the cache
 constexpr float LOWEST = std::numeric_limits<float>::lowest();
 constexpr float FLOOR = -1e30f;      // the least maximum of a block, so that a block of -inf has one
-constexpr float NEGLIGIBLE = 1e-30f;  // as in fastkd/reference.py
+constexpr float NEGLIGIBLE = 1e-30f;  // as in fastkd/backends/reference.py
 constexpr float INFINITE = 1e6f;
 constexpr float INF = std::numeric_limits<float>::infinity();
 // Where the maxima or the log-sum-exps of two rows are closer than this, s - t is the most exact way to log q - log p.
@@ -437,7 +437,7 @@ StatisticsKernel statistics_kernel(int moments, bool at_1, bool log_0, bool clos
 
 // ---- the divergence on a block
 
-// phi, g and h of one vector, with the policy of fastkd/reference.py for log 0 where LOG_0.
+// phi, g and h of one vector, with the policy of fastkd/backends/reference.py for log 0 where LOG_0.
 template <class Divergence, bool LOG_0>
 FASTKD_INLINE void settle(V p, V q, V log_p, V log_q, V log_ratio, const float* params, float degree, V& phi, V& g, V& h) {
   if (!LOG_0) return Divergence::eval(p, q, log_p, log_q, log_ratio, params, degree, phi, g, h);

@@ -34,7 +34,7 @@ struct Angles {
   int threads = 1;
 };
 
-// What each student of a group learns from the others, where fastkd/mutual.py explains them.
+// What each student of a group learns from the others, where fastkd/online/mutual.py explains them.
 enum class Peers : int { mean = 0, sum = 1, average = 2 };
 
 struct MutualCall {

@@ -12,7 +12,7 @@
 // equal students have u = 0 and c_l = c_k, and a divergence of exactly 0. The gradient by z_k / T is M p_k - S.
 //
 // Exponentials are kept in scratch while those of a row fit in the cache, else computed again, last block first.
-// A row whose sums are not finite is done again with the policy for log 0 (fastkd/reference.py, evaluate).
+// A row whose sums are not finite is done again with the policy for log 0 (fastkd/backends/reference.py, evaluate).
 
 #include "kernel.h"
 

@@ -609,7 +609,7 @@ class Row {
       if (b * BLOCK + i != apart_) out.s_total += s[i] - out.s_max;
   }
 
-  // fastkd/reference.py, _apart: what the label's token adds to the sums over the others.
+  // fastkd/backends/reference.py, _apart: what the label's token adds to the sums over the others.
   void set_apart() {
     RowStatistics& row = row_statistics_;
     if (whole()) label_z_ = label_logit(), t_label_z_ = teacher_label_logit();

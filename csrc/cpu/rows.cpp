@@ -13,7 +13,7 @@
 // Otherwise they are computed again, last block first, since its logits are still in the cache.
 //
 // Phases are optimistic about log 0: arithmetic on -inf gives NaN exactly where the policy of
-// fastkd/reference.py (evaluate) matters, and a row whose merged sums are not finite is done again with the policy.
+// fastkd/backends/reference.py (evaluate) matters, and a row whose merged sums are not finite is done again with the policy.
 
 // Read on in blocks.h (a block), row.h (the phases of a row), topk.h (a sparse teacher); the entry points are here.
 

@@ -1,4 +1,4 @@
-// A row against a sparse teacher: fastkd/topk.py says why this is a dense loss over K + 1 events.
+// A row against a sparse teacher: fastkd/backends/sparse.py says why this is a dense loss over K + 1 events.
 //
 //   sweep     the student's row without the teacher's tokens: its exponentials, kept in scratch, and their sum
 //   events    the tokens' logits and the tail's log-sum-exp, K + 1 columns, through Row

@@ -1,5 +1,5 @@
 // What a cluster of thread blocks does with its rows, one after the other: row.h and topk.h have what a thread computes,
-// here is how data gets to threads and between them. tests/cuda_host.h has a CPU run this.
+// here is how data gets to threads and between them. tests/support/cuda_host.h has a CPU run this.
 //
 // A row stays in the blocks' shared memory from its first look to its gradient, so each logit is read from device memory
 // once. Its slices come in stages; a stage whose gradient is written makes room for that of the next row, which the copy

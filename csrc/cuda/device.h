@@ -1,5 +1,5 @@
 // What the threads of a cluster do together: barriers, exchanges of lanes and blocks, the copy engine, in a GPU's own
-// instructions (math.h has those of arithmetic); tests/cuda_host.h has the same names for threads that a CPU plays.
+// instructions (math.h has those of arithmetic); tests/support/cuda_host.h has the same names for threads that a CPU plays.
 #pragma once
 #include <cooperative_groups.h>
 #include <cstdint>

@@ -1,4 +1,4 @@
-// The launchers of kernel.cu; tests/cuda_host.cpp has others of the same names.
+// The launchers of kernel.cu; tests/support/cuda_host.cpp has others of the same names.
 #pragma once
 #include <string>
 #include <vector>

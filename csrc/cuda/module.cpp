@@ -1,5 +1,5 @@
 // fastkd._cuda: the kernels for GPUs with thread-block clusters, behind pybind11. It takes what fastkd._C takes, with a
-// device and a stream in place of threads; fastkd/cuda.py is its only caller.
+// device and a stream in place of threads; fastkd/backends/cuda.py is its only caller.
 
 #include <stdexcept>
 #include <string>
@@ -89,7 +89,7 @@ py::object layout_of_a_row(int64_t vocabulary, int student_dtype, int teacher_dt
 #endif
 
 PYBIND11_MODULE(FASTKD_MODULE, module) {
-  module.doc() = "CUDA kernels of fastkd; called by fastkd.cuda.";
+  module.doc() = "CUDA kernels of fastkd; called by fastkd.backends.cuda.";
   module.def("kd_rows", &launch);
   module.def("scale_rows", &scale);
   module.def("plan", &layout_of_a_row, py::arg("vocabulary"), py::arg("student_dtype"), py::arg("teacher_dtype"), py::arg("sparse"), py::arg("rows") = 1, py::arg("multiprocessors") = 0,

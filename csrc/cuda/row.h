@@ -15,7 +15,7 @@
 // talks to another thread. cluster.h has the exchanges.
 //
 // Phases are optimistic about log 0, as in csrc/cpu/rows.cpp: arithmetic on -inf gives NaN exactly where the policy of
-// fastkd/reference.py (evaluate) matters, and a row whose merged sums are not finite is done again with the policy.
+// fastkd/backends/reference.py (evaluate) matters, and a row whose merged sums are not finite is done again with the policy.
 #pragma once
 #include <type_traits>
 
@@ -23,7 +23,7 @@
 #include "math.h"
 #include "plan.h"
 
-// Sees every access to logits and gradients but those of the copy engine; tests/cuda_host.h counts bytes with it.
+// Sees every access to logits and gradients but those of the copy engine; tests/support/cuda_host.h counts bytes with it.
 #ifndef FASTKD_SEEN
 #define FASTKD_SEEN(memory, bytes, writes)
 #endif
@@ -33,7 +33,7 @@ namespace fastkd::cuda {
 #include "../generated/divergences.h"
 
 constexpr float LOWEST = std::numeric_limits<float>::lowest();
-constexpr float NEGLIGIBLE = 1e-30f;  // as in fastkd/reference.py
+constexpr float NEGLIGIBLE = 1e-30f;  // as in fastkd/backends/reference.py
 constexpr float INFINITE = 1e6f;
 
 // A thread's place among those that share a row.
@@ -775,7 +775,7 @@ FASTKD_CALL void close_statistics(const Call& call, RowState& row) {
 FASTKD_CALL double sigmoid(double x) { return 1 / (1 + exponential(-x)); }
 FASTKD_CALL double softplus(double x) { return (x > 0 ? x : 0) + logarithm_of_1_and(exponential(x > 0 ? -x : x)); }
 
-// What the label adds, given the sums of the others' exponentials: fastkd/reference.py, _apart. a and b are the log-odds
+// What the label adds, given the sums of the others' exponentials: fastkd/backends/reference.py, _apart. a and b are the log-odds
 // of the label against all others, the teacher's and the student's.
 FASTKD_CALL void close_label(const Call& call, RowState& row, float s_sum, float t_sum, float s_sum_at_1, float t_sum_at_1) {
   const double s_gap = double(row.z_label) - row.student.top, t_gap = double(row.t_label) - row.teacher.top;
@@ -840,7 +840,7 @@ FASTKD_INLINE void define(const Call& call, V p, V q, V log_p, V log_q, V log_ra
   }
 }
 
-// phi, g and h of one column, with the policy of fastkd/reference.py for log 0 where LOG_0.
+// phi, g and h of one column, with the policy of fastkd/backends/reference.py for log 0 where LOG_0.
 template <class Divergence, bool LOG_0>
 FASTKD_INLINE void settle(const Call& call, V p, V q, V log_p, V log_q, V log_ratio, V& phi, V& g, V& h) {
   if (!LOG_0) return define<Divergence>(call, p, q, log_p, log_q, log_ratio, phi, g, h);

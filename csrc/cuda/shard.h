@@ -1,5 +1,5 @@
 // A row whose vocabulary several processes share, each of which has some columns: what they exchange, as doubles, and what
-// becomes of it. fastkd/rows.py names the steps; each is a launch.
+// becomes of it. fastkd/call/contract.py names the steps; each is a launch.
 //
 //   statistics   of the columns here: a Share, or a Whole where the teacher is sparse, and the label's z on either side
 //   sums         the row is opened with the statistics of all; sums of phi and g over the columns here

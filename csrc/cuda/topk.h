@@ -1,4 +1,4 @@
-// A row against a sparse teacher: fastkd/topk.py says why this is a dense loss over K + 1 events.
+// A row against a sparse teacher: fastkd/backends/sparse.py says why this is a dense loss over K + 1 events.
 //
 //   mark       the tokens in a block's slice, a bit a column
 //   sweep      statistics of the whole row and, as if they were the teacher, of the columns that are no tokens

@@ -32,17 +32,17 @@ from torch import (
     where,
 )
 
-from fastkd.divergences import Divergence, jsd
-from fastkd.functional import fused_linear_kd_loss, kd_loss
-from fastkd.rows import widened
-from fastkd.teachers import LinearTeacher
-from fastkd.validate import (
+from fastkd.call.checks import (
     check_choice,
     check_number,
     check_pair,
     check_per_row,
     check_side,
 )
+from fastkd.call.contract import widened
+from fastkd.divergences import Divergence, jsd
+from fastkd.functional import fused_linear_kd_loss, kd_loss
+from fastkd.teachers import LinearTeacher
 
 _REMEDY = "Cut both to the tokens that they share, [..., :n], and normalise them anew"
 LOWEST = torch.finfo(torch.float32).min

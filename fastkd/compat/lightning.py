@@ -18,11 +18,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from fastkd import models
-from fastkd.distiller import find_logits
-from fastkd.models import Habits
+from fastkd.call.checks import check_choice
+from fastkd.distiller import find_logits, models
+from fastkd.distiller.models import Habits
 from fastkd.modules import KDLoss
-from fastkd.validate import check_choice
 
 if TYPE_CHECKING:
     from lightning import LightningModule

@@ -17,9 +17,9 @@ from __future__ import annotations
 from torch import Tensor
 
 from fastkd import functional
+from fastkd.call.checks import check_pair, check_per_row
 from fastkd.divergences import Divergence, dkd, forward_kl
 from fastkd.response import standardized_kd_loss
-from fastkd.validate import check_pair, check_per_row
 
 _REMEDY = "Both models must classify into the same classes"
 

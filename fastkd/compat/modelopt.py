@@ -21,10 +21,10 @@ import torch
 from torch import Tensor
 from torch.nn.modules.loss import _Loss
 
+from fastkd.call.checks import check_choice, check_number, check_pair, check_per_row
+from fastkd.call.contract import widened
 from fastkd.functional import kd_loss
-from fastkd.rows import widened
 from fastkd.teachers import TopK
-from fastkd.validate import check_choice, check_number, check_pair, check_per_row
 
 # Logarithm of the odds of a label that MFTLoss makes certain: what is left to others is no float32.
 CERTAIN = 100.0

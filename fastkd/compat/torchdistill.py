@@ -25,11 +25,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastkd.call.checks import check_choice, check_pair, check_per_row
 from fastkd.features import attention_transfer_loss
 from fastkd.functional import kd_loss
 from fastkd.relations import rkd_angle_loss, rkd_distance_loss
 from fastkd.response import dist_loss, standardized_kd_loss
-from fastkd.validate import check_choice, check_pair, check_per_row
 
 Outputs = Mapping[str, Mapping[str, Any]]
 

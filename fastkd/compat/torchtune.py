@@ -27,9 +27,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastkd.call.checks import check_number, check_pair
 from fastkd.divergences import mixture
 from fastkd.functional import kd_loss
-from fastkd.validate import check_number, check_pair
 
 _REMEDY = (
     "torchtune's losses compare whole vocabularies: where the rest is padding of one tokenizer, cut the logits of both "

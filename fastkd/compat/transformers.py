@@ -19,12 +19,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from fastkd import models
+from fastkd.call.checks import check_choice, teacher_widths
+from fastkd.distiller import models
+from fastkd.distiller.models import Habits
 from fastkd.functional import Parts
-from fastkd.models import Habits
 from fastkd.modules import FusedLinearKDLoss, KDLoss
 from fastkd.teachers import LinearTeacher, Teacher, TopK
-from fastkd.validate import check_choice, teacher_widths
 
 if TYPE_CHECKING:
     _Trainer = Any

@@ -20,9 +20,9 @@ import torch
 from torch import Tensor
 
 import fastkd
-from fastkd import reference
+from fastkd.backends import reference
+from fastkd.call.checks import check_choice, check_pair, check_per_row, check_side
 from fastkd.teachers import LinearTeacher
-from fastkd.validate import check_choice, check_pair, check_per_row, check_side
 
 # TRL compares whole vocabularies, and its trainers refuse models whose vocab_size differs.
 _REMEDY = (

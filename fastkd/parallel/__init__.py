@@ -4,7 +4,7 @@ Read in this order:
 
     collectives.py   the collectives, and errors that name them
     agreement.py     whether all processes make the same call, before any of them could wait for another
-    shards.py        a backend's rows whose columns are spread over processes: fastkd/rows.py has its steps
+    shards.py        a backend's rows whose columns are spread over processes: fastkd/call/contract.py has its steps
     layout.py        what of DTensors and of full tensors is this process's
     batch.py         num_items of a batch whose rows are spread over processes, as DDP and FSDP do
 

@@ -17,8 +17,8 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 
+from fastkd.core.tensors import readable
 from fastkd.parallel.collectives import Pending, all_gather, all_gather_objects
-from fastkd.tensors import readable
 
 _companions: dict[dist.ProcessGroup, dist.ProcessGroup] = {}
 

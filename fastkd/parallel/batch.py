@@ -6,8 +6,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from fastkd.call.checks import check_flags, check_int, check_mask
 from fastkd.parallel.collectives import all_reduce
-from fastkd.validate import check_flags, check_int, check_mask
 
 
 def num_items(

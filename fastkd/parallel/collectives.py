@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fastkd.tensors import readable, writable
+from fastkd.core.tensors import readable, writable
 
 
 def _of(*names: str) -> Any:

@@ -10,10 +10,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from fastkd.call.checks import check_int, is_dtensor
+from fastkd.call.contract import Shard
 from fastkd.parallel.collectives import all_gather, all_reduce, reduce_scatter
-from fastkd.rows import Shard
 from fastkd.teachers import Ensemble, LinearTeacher, TopK
-from fastkd.validate import check_int, is_dtensor
 
 
 def _shards(value: Any, axis: int, index: int) -> bool:

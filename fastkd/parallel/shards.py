@@ -17,9 +17,9 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from fastkd import native
+from fastkd.backends import native
+from fastkd.call.contract import Options, Result, Rows, Shard, Statistics, Want, row_dtype
 from fastkd.parallel.collectives import Pending, all_gather, all_reduce
-from fastkd.rows import Options, Result, Rows, Shard, Statistics, Want, row_dtype
 
 # Of one side of a half, at least: some hundred microseconds of a device's memory, or ten milliseconds of a CPU's.
 HALF_BYTES = 32 << 20
@@ -63,7 +63,7 @@ class _Half:
 
 
 class SharedRows:
-    """A backend for rows that processes share; as a backend's module is (fastkd/rows.py)."""
+    """A backend for rows that processes share; as a backend's module is (fastkd/call/contract.py)."""
 
     def __init__(self, kernels: ModuleType, shard: Shard) -> None:
         self.kernels, self.shard = kernels, shard

@@ -9,13 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastkd import backends
+from fastkd.backends import registry
+from fastkd.call.checks import Prepared, check_int, check_values, checking
+from fastkd.call.contract import Rows, Shard, Want
 from fastkd.divergences import function_name
 from fastkd.parallel.agreement import Agreement, Said, digest_of
 from fastkd.parallel.layout import cut, cut_teacher
-from fastkd.rows import Rows, Shard, Want
 from fastkd.teachers import Teacher, flatten, weights_of
-from fastkd.validate import Prepared, check_int, check_values, checking
 
 
 def agreed_by(group: Any) -> contextlib.AbstractContextManager[Agreement | None]:
@@ -82,7 +82,7 @@ def _facts(
             divergence.params,
             divergence.target,
         ),
-        "the backend": backends.select(
+        "the backend": registry.select(
             call.backend,
             given[0].device.type,
             given[0].dtype,

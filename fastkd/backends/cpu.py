@@ -1,0 +1,156 @@
+"""The cpu backend: allocates outputs and hands addresses to the native kernels (csrc/)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.utils.dlpack import from_dlpack
+
+from fastkd import _C
+from fastkd.backends import native
+from fastkd.call.contract import Options, Result, Rows, Statistics, Want
+from fastkd.core.tensors import address, readable, unit_stride
+from fastkd.online import mutual
+
+_LARGE = 4 << 20  # bytes from which page faults matter: csrc/memory.h
+
+
+def empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device | None = None) -> Tensor:
+    """An uninitialised contiguous tensor, where it is large in memory that is reused from call to call."""
+    if math.prod(shape) * dtype.itemsize < _LARGE:
+        return torch.empty(shape, dtype=dtype)
+    return from_dlpack(_C.new_output(list(shape), native.DTYPES[dtype]))
+
+
+def _launch(
+    student: Tensor,
+    teacher: Tensor,
+    rows: Rows,
+    options: Options,
+    result: Result,
+    shard: tuple[int, ...] = (),
+) -> None:
+    """Fill the result, or do the step that shard is of (fastkd.backends.native.arguments)."""
+    rows = native.readable_rows(rows)
+    student, teacher = unit_stride(student), unit_stride(teacher)
+    _C.kd_rows(
+        *native.arguments(student, teacher, rows, options, result, shard), torch.get_num_threads()
+    )
+
+
+def kd_rows(student: Tensor, teacher: Tensor, rows: Rows, options: Options, want: Want) -> Result:
+    """The loss of each row and its gradients; shapes and meaning as :class:`fastkd.call.contract.Result` has them."""
+    result = native.outputs(student, teacher, want, empty)
+    _launch(student, teacher, rows, options, result)
+    return result
+
+
+def scale_rows_(gradient: Tensor, upstream: Tensor) -> None:
+    """Multiply each row of gradient [..., V] by upstream, a scalar or [...]; by 1 costs nothing."""
+    upstream = readable(upstream.to(torch.float32)).contiguous()
+    stride = 1 if upstream.dim() else 0
+    _C.scale_rows(
+        list(gradient.shape[:-1]),
+        native.logits(gradient),
+        address(upstream),
+        stride,
+        torch.get_num_threads(),
+    )
+
+
+def angles(
+    student: Tensor, teacher: Tensor, delta: float, derivatives: bool
+) -> tuple[Tensor, Tensor | None]:
+    """What :func:`fastkd.relations.angles_in_tiles` gives, for its arguments."""
+    student, teacher = (readable(points).contiguous() for points in (student, teacher))
+    assert student.dtype == teacher.dtype == torch.float64
+    loss = torch.zeros((), dtype=torch.float64)
+    halves = torch.zeros_like(student) if derivatives else None
+    _C.angles(
+        len(student),
+        address(student),
+        address(teacher),
+        delta,
+        address(loss),
+        address(halves),
+        torch.get_num_threads(),
+    )
+    return loss, halves
+
+
+def mutual_rows(
+    logits: Sequence[Tensor],
+    rows: Rows,
+    options: mutual.Options,
+    wanted: Sequence[bool],
+    parts: bool,
+) -> mutual.Result:
+    """The losses of every row's students and their gradients: :mod:`fastkd.online.mutual` has the contract."""
+    rows = native.readable_rows(rows)
+    logits = [unit_stride(student) for student in logits]
+    result = mutual.outputs(logits, wanted, parts, empty)
+    _C.mutual_rows(
+        list(logits[0].shape[:-1]),
+        [native.logits(student) for student in logits],
+        [native.logits(gradient) for gradient in result.gradients],
+        (
+            options.temperature,
+            options.peer_weight,
+            options.scale,
+            options.scale_by_temperature,
+            mutual.PEERS.index(options.peers),
+            address(rows.labels),
+            options.ignore_index,
+            address(rows.weight),
+            address(rows.scale),
+            address(result.loss),
+            address(result.total),
+            address(result.divergence),
+            address(result.cross_entropy),
+        ),
+        torch.get_num_threads(),
+    )
+    return result
+
+
+# The steps of rows that processes share: csrc/call.h, Shard.
+
+
+def shard_statistics(
+    student: Tensor, teacher: Tensor, rows: Rows, options: Options, result: Result
+) -> Statistics:
+    """Of this process's columns: 15 numbers a row in float64, 17 where the label's token is compared apart from the
+    others; of a sparse teacher 8 and the tokens' logits.
+    """
+    apart = options.divergence.target is not None
+    dense = _C.APART_STATISTICS if apart else _C.STATISTICS
+    fields = dense if rows.ids is None else _C.TAIL_STATISTICS
+    return native.statistics_step(_launch, fields, student, teacher, rows, options, result)
+
+
+def shard_sums(
+    student: Tensor,
+    teacher: Tensor,
+    rows: Rows,
+    options: Options,
+    result: Result,
+    statistics: Statistics,
+) -> Tensor | None:
+    """Of this process's columns, given the statistics of all: 3 numbers a row in float64."""
+    return native.sums_step(_launch, _C.SUMS, student, teacher, rows, options, result, statistics)
+
+
+def shard_results(
+    student: Tensor,
+    teacher: Tensor,
+    rows: Rows,
+    options: Options,
+    result: Result,
+    statistics: Statistics,
+    sums: Tensor | None,
+) -> None:
+    """Fill the result, given the statistics and the sums of all processes."""
+    native.results_step(_launch, student, teacher, rows, options, result, statistics, sums)

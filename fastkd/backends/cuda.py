@@ -1,0 +1,129 @@
+"""The cuda backend: one launch of the cluster kernel (csrc/cuda), on the tensors' device and its current stream.
+
+A row pair stays in the shared memory of a cluster of thread blocks, so each logit is read from device memory once.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+from torch import Tensor
+
+from fastkd import _cuda
+from fastkd.backends import native
+from fastkd.backends.registry import BackendUnavailable
+from fastkd.call.contract import Options, Result, Rows, Statistics, Want
+from fastkd.core.tensors import address, readable, unit_stride
+
+
+@functools.cache
+def _capability(device: torch.device) -> int:
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
+
+
+def _stream(device: torch.device) -> tuple[int, int]:
+    """(number of the device, address of its current stream)."""
+    number = torch.cuda.current_device() if device.index is None else device.index
+    return number, torch.cuda.current_stream(device).cuda_stream
+
+
+def _launch(
+    student: Tensor,
+    teacher: Tensor,
+    rows: Rows,
+    options: Options,
+    result: Result,
+    shared: tuple[int, ...] = (),
+) -> None:
+    """Fill the result, or do the step that shared is of (fastkd.backends.native.arguments)."""
+    capability = _capability(student.device)
+    if capability not in _cuda.architectures():
+        raise BackendUnavailable(
+            "cuda",
+            f"{student.device} has compute capability {capability}, and its kernels are for {_cuda.architectures()}",
+            "Use backend='triton'",
+        )
+    dtypes = native.DTYPES[student.dtype], native.DTYPES[teacher.dtype]
+    if _cuda.plan(options.vocab_size, *dtypes, sparse=rows.ids is not None) is None:
+        raise BackendUnavailable(
+            "cuda",
+            f"rows of {options.vocab_size} columns do not fit into the shared memory of a cluster",
+            "Use backend='triton'",
+        )
+    rows = native.readable_rows(rows)
+    student, teacher = unit_stride(student), unit_stride(teacher)
+    _cuda.kd_rows(
+        *native.arguments(student, teacher, rows, options, result, shared),
+        *_stream(student.device),
+    )
+
+
+def kd_rows(student: Tensor, teacher: Tensor, rows: Rows, options: Options, want: Want) -> Result:
+    """The loss of each row and its gradients; shapes and meaning as :class:`fastkd.call.contract.Result` has them."""
+    result = native.outputs(student, teacher, want)
+    _launch(student, teacher, rows, options, result)
+    return result
+
+
+# Where several processes share the vocabulary: fastkd/call/contract.py says what passes between the steps,
+# csrc/cuda/shard.h what a launch makes of it.
+
+
+def _without_gradients(result: Result) -> Result:
+    return result._replace(student_gradient=None, teacher_gradient=None)
+
+
+def shard_statistics(
+    student: Tensor, teacher: Tensor, rows: Rows, options: Options, result: Result
+) -> Statistics:
+    """Of this process's columns, in float64, and the tokens' logits; a row that is dropped has none."""
+    fields = _cuda.STATISTICS
+    return native.statistics_step(
+        _launch, fields, student, teacher, rows, options, _without_gradients(result)
+    )
+
+
+def shard_sums(
+    student: Tensor,
+    teacher: Tensor,
+    rows: Rows,
+    options: Options,
+    result: Result,
+    statistics: Statistics,
+) -> Tensor | None:
+    """Of this process's columns, in float64, given the statistics of all; None where these are enough."""
+    return native.sums_step(
+        _launch, _cuda.SUMS, student, teacher, rows, options, _without_gradients(result), statistics
+    )
+
+
+def shard_results(
+    student: Tensor,
+    teacher: Tensor,
+    rows: Rows,
+    options: Options,
+    result: Result,
+    statistics: Statistics,
+    sums: Tensor | None,
+) -> None:
+    """Fill the result, given the statistics and the sums of all processes."""
+    native.results_step(_launch, student, teacher, rows, options, result, statistics, sums)
+
+
+def scale_rows_(gradient: Tensor, upstream: Tensor) -> None:
+    """Multiply each row of gradient [..., V] by upstream, a scalar or [...]; by 1 costs no pass over it."""
+    factor = readable(upstream.to(torch.float32)).contiguous()
+    _cuda.scale_rows(
+        list(gradient.shape[:-1]),
+        native.logits(gradient),
+        address(factor),
+        1 if factor.dim() else 0,
+        *_stream(gradient.device),
+    )
+
+
+def empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Uninitialised memory for logits of a chunk."""
+    return torch.empty(shape, dtype=dtype, device=device)

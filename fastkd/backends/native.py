@@ -1,0 +1,202 @@
+"""What a native kernel is given: addresses, shapes and numbers in place of tensors; for fastkd.backends.cpu and
+fastkd.backends.cuda.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastkd.call.contract import Options, Result, Rows, Statistics, Want
+from fastkd.core.tensors import address, readable
+from fastkd.divergences import DEFINITIONS, Target
+from fastkd.teachers import TAILS
+
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+_NUMBER = {function: number for number, function in enumerate(DEFINITIONS)}
+_NOWHERE: tuple[int, int, int, list[int]] = (0, 0, 0, [])
+
+
+def logits(tensor: Tensor | None) -> tuple[int, int, int, list[int]]:
+    """(address, dtype, width, leading strides) of a tensor [..., V] with a last stride of 1."""
+    if tensor is None:
+        return _NOWHERE
+    *strides, _ = tensor.stride()
+    return address(tensor), DTYPES[tensor.dtype], tensor.shape[-1], strides
+
+
+def readable_rows(rows: Rows) -> Rows:
+    """The rows with every tensor :func:`fastkd.core.tensors.readable`."""
+    for name, value in rows._asdict().items():
+        kinds = (torch.int64,) if name in ("labels", "ids") else (torch.float32,)
+        assert value is None or value.dtype in kinds, (name, value.dtype)  # an address has no dtype
+    return Rows(*map(readable, rows))
+
+
+def outputs(
+    student: Tensor,
+    teacher: Tensor,
+    want: Want,
+    empty: Callable[..., Tensor] = torch.empty,
+    row_dtype: torch.dtype = torch.float32,
+) -> Result:
+    """Fresh memory for what is wanted; the student's own for its gradient in place."""
+    lead, device = student.shape[:-1], student.device
+
+    def gradient(of: Tensor) -> Tensor:
+        return empty(of.shape, dtype=of.dtype, device=device)
+
+    def per_row() -> Tensor:
+        return torch.empty(lead, dtype=row_dtype, device=device)
+
+    student_gradient = teacher_gradient = None
+    if want.student_gradient:
+        student_gradient = student if want.inplace else gradient(student)
+    if want.teacher_gradient:
+        teacher_gradient = gradient(teacher)
+    parts = (per_row(), per_row(), per_row()) if want.parts else (None, None, None)
+    total = torch.empty((), dtype=row_dtype, device=device)
+    return Result(per_row(), total, student_gradient, teacher_gradient, *parts)
+
+
+def shared(
+    options: Options,
+    step: int = 0,
+    processes: int = 1,
+    statistics: Tensor | None = None,
+    all_statistics: Tensor | None = None,
+    tokens: Tensor | None = None,
+    sums: Tensor | None = None,
+    all_sums: Tensor | None = None,
+) -> tuple[int, ...]:
+    """csrc/call.h: Shard. Without a step, the whole vocabulary is here."""
+    return (
+        step,
+        options.first_column,
+        options.vocabulary,
+        processes,
+        0 if options.shard is None else options.shard.rank,
+        *map(address, (statistics, all_statistics, tokens, sums, all_sums)),
+    )
+
+
+def arguments(
+    student: Tensor,
+    teacher: Tensor,
+    rows: Rows,
+    options: Options,
+    result: Result,
+    shard: tuple[int, ...] | None = None,
+) -> tuple[Any, ...]:
+    """What every kd_rows of C++ takes first. The tensors must outlive the call."""
+    divergence = options.divergence
+    form, target = divergence.closed_form, divergence.target
+    description = (
+        options.vocab_size,
+        (options.temperature, address(rows.temperature), options.logit_scale, options.softcap),
+        (
+            options.teacher_temperature,
+            address(rows.teacher_temperature),
+            options.teacher_logit_scale,
+            options.teacher_softcap,
+        ),
+        (
+            address(rows.ids),
+            0 if rows.ids is None else rows.ids.shape[-1],
+            address(rows.tail_logprob),
+            TAILS.index(options.tail) if options.tail else 0,
+        ),
+        address(rows.labels),
+        address(rows.weight),
+        address(rows.scale),
+        address(result.loss),
+        address(result.total),
+        *map(address, result[4:]),
+        (
+            _NUMBER[divergence.function],
+            divergence.params,
+            divergence.normalized,
+            [] if form is None else [form.forward, form.reverse, form.cross],
+            divergence.degree or 0.0,
+            0 if target is None else 1 + Target.FORMS.index(target.form),
+            0.0 if target is None else target.weight,
+        ),
+        options.alpha,
+        options.label_smoothing,
+        options.scale,
+        options.scale_by_temperature,
+        options.ignore_index,
+        shard or shared(options),
+    )
+    return (
+        list(student.shape[:-1]),
+        logits(student),
+        logits(teacher),
+        logits(result.student_gradient),
+        logits(result.teacher_gradient),
+        description,
+    )
+
+
+# The steps of rows that processes share (fastkd/call/contract.py), for a launch that takes what arguments() does.
+
+Launch = Callable[[Tensor, Tensor, Rows, Options, Result, tuple[int, ...]], None]
+
+
+def statistics_step(
+    launch: Launch,
+    fields: int,
+    student: Tensor,
+    teacher: Tensor,
+    rows: Rows,
+    options: Options,
+    result: Result,
+) -> Statistics:
+    """So many numbers a row in float64, and of a sparse teacher the tokens' logits; 0 in a row that is dropped."""
+    count, device = result.loss.numel(), student.device
+    statistics = torch.zeros(count, fields, dtype=torch.float64, device=device)
+    tokens = None
+    if rows.ids is not None:
+        tokens = torch.zeros(count, rows.ids.shape[-1], dtype=torch.float32, device=device)
+    shard = shared(options, 1, statistics=statistics, tokens=tokens)
+    launch(student, teacher, rows, options, result, shard)
+    return Statistics(statistics, tokens)
+
+
+def sums_step(
+    launch: Launch,
+    fields: int,
+    student: Tensor,
+    teacher: Tensor,
+    rows: Rows,
+    options: Options,
+    result: Result,
+    statistics: Statistics,
+) -> Tensor | None:
+    """So many numbers a row in float64; None where the statistics are enough."""
+    if rows.ids is not None or options.divergence.closed_form is not None:
+        return None
+    gathered = statistics.gathered
+    sums = torch.zeros(gathered.shape[1], fields, dtype=torch.float64, device=student.device)
+    shard = shared(options, 2, len(gathered), all_statistics=gathered, sums=sums)
+    launch(student, teacher, rows, options, result, shard)
+    return sums
+
+
+def results_step(
+    launch: Launch,
+    student: Tensor,
+    teacher: Tensor,
+    rows: Rows,
+    options: Options,
+    result: Result,
+    statistics: Statistics,
+    sums: Tensor | None,
+) -> None:
+    """Fill the result."""
+    gathered, tokens = statistics.gathered, statistics.summed
+    shard = shared(options, 3, len(gathered), all_statistics=gathered, tokens=tokens, all_sums=sums)
+    launch(student, teacher, rows, options, result, shard)

@@ -1,0 +1,283 @@
+"""Which backend serves a call: one pure function, and what this machine has."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib
+import importlib.metadata
+import importlib.util
+import json
+import logging
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import torch
+
+from fastkd.call.contract import Shard
+from fastkd.divergences import DEFINITIONS, Divergence
+
+logger = logging.getLogger("fastkd")
+
+MODULES = {
+    "reference": "fastkd.backends.reference",
+    "portable": "fastkd.backends.portable",
+    "cpu": "fastkd.backends.cpu",
+    "triton": "fastkd.kernels.kernel",
+    "cuda": "fastkd.backends.cuda",
+}
+# Builds for other GPUs are packages of other names that hold the same module.
+TRITON_PACKAGES = ("triton", "pytorch-triton", "pytorch-triton-rocm", "pytorch-triton-xpu")
+OLDEST_TRITON = (
+    3,
+    5,
+)  # that compiles fastkd.kernels: a heavy test of tests/backends/triton/test_triton_aot.py does
+# It serves every call, as the reference does, which is the oracle and may be slow.
+FALLBACK = "portable"
+KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+class BackendUnavailable(RuntimeError):  # noqa: N818 (a public name, read as the sentence it starts)
+    """A backend asked for by name cannot serve this call.
+
+    Attributes:
+        backend: the backend asked for.
+        reason: why it cannot.
+        remedy: what to do about it.
+    """
+
+    def __init__(self, backend: str, reason: str, remedy: str) -> None:
+        super().__init__(f"backend {backend!r} is unavailable: {reason}. {remedy}")
+        self.backend, self.reason, self.remedy = backend, reason, remedy
+
+
+class Obstacle(NamedTuple):
+    """Why a backend cannot serve a call, and what would let it."""
+
+    reason: str
+    remedy: str
+
+
+class Call(NamedTuple):
+    """What the choice of a backend may depend on."""
+
+    device: str
+    student_dtype: torch.dtype
+    teacher_dtype: torch.dtype
+    divergence: Divergence
+
+
+@functools.cache
+def available_backends() -> Mapping[str, Obstacle | None]:
+    """Every backend of this installation: None where it can run, else the obstacle.
+
+    Found once a process: a compiler or a driver installed later is seen by the next one.
+    """
+    return {
+        "cpu": _cpu_obstacle(),
+        "triton": _triton_obstacle(),
+        "cuda": _cuda_obstacle(),
+        "portable": None,
+        "reference": None,
+    }
+
+
+def _built() -> dict[str, Any]:
+    """What setup.py says of the build."""
+    record = Path(__file__).parents[1] / "_build.json"
+    return json.loads(record.read_text()) if record.is_file() else {}
+
+
+def _cpu_obstacle() -> Obstacle | None:
+    built = _built()
+    known = None if built.get("native", True) else Obstacle(built["reason"], built["remedy"])
+    if not built and (Path(__file__).parents[2] / "csrc" / "module.cpp").is_file():
+        known = Obstacle(
+            "this is a checkout, whose extension is not built",
+            "Run `make build` in it, or start Python in another folder to use the fastkd that is installed",
+        )
+    return _native_obstacle(
+        "fastkd._C",
+        known,
+        "Install a C++17 compiler with OpenMP and reinstall fastkd with FASTKD_NATIVE=1 to see its output",
+    )
+
+
+def _cuda_obstacle() -> Obstacle | None:
+    # Nothing here asks CUDA: a process that only computes on the CPU may want to fork.
+    return _native_obstacle(
+        "fastkd._cuda",
+        Obstacle(**built) if (built := _built().get("cuda_obstacle")) else None,
+        "Reinstall fastkd where nvcc is, with FASTKD_CUDA=1 to see its output",
+    )
+
+
+def _native_obstacle(module: str, known: Obstacle | None, remedy: str) -> Obstacle | None:
+    try:
+        extension = importlib.import_module(module)
+    except ImportError as error:
+        if "libgomp" in str(error):
+            remedy = "Install the system's OpenMP runtime: libgomp1 on Debian and Ubuntu, libgomp on Fedora"
+        return known or Obstacle(f"the native extension is missing ({error})", remedy)
+    if extension.divergences() != [function.__name__.lstrip("_") for function in DEFINITIONS]:
+        return Obstacle(
+            "the native extension was built from another table of divergences",
+            "Run `make divergences`, or reinstall fastkd",
+        )
+    return None
+
+
+def _triton_obstacle() -> Obstacle | None:
+    if importlib.util.find_spec("triton") is None:
+        return Obstacle("triton is not installed", "pip install 'fastkd[triton]'")
+    for name in TRITON_PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            version = importlib.metadata.version(name)
+            found = tuple(int(number) for number in re.findall(r"\d+", version)[:2])
+            if found < OLDEST_TRITON:
+                wanted = ".".join(map(str, OLDEST_TRITON))
+                return Obstacle(
+                    f"triton {version} does not compile its kernels, which need {wanted}",
+                    f"Install torch 2.9 or newer, which comes with triton {wanted} or newer",
+                )
+    return None
+
+
+def _capabilities() -> set[int]:
+    """Of the devices that torch sees: 90 for an H100."""
+    found = map(torch.cuda.get_device_capability, range(torch.cuda.device_count()))
+    return {10 * major + minor for major, minor in found}
+
+
+def _architectures() -> set[int]:
+    return set(importlib.import_module("fastkd._cuda").architectures())
+
+
+def interpreting() -> bool:
+    """Whether Triton kernels run in Triton's interpreter, on CPU tensors."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def obstacle(backend: str, call: Call, available: Mapping[str, Obstacle | None]) -> Obstacle | None:
+    """Why this backend cannot serve this call; None when it can."""
+    if available[backend] is not None or backend in (FALLBACK, "reference"):
+        return available[backend]
+    for argument, dtype in (
+        ("student_logits", call.student_dtype),
+        ("teacher", call.teacher_dtype),
+    ):
+        if dtype not in KERNEL_DTYPES:
+            return Obstacle(
+                f"{argument} is {dtype}, and its kernels take float32, bfloat16 and float16",
+                "Convert the logits, or use backend='portable'",
+            )
+    if backend in ("cpu", "cuda"):
+        if call.device != backend:
+            return Obstacle(
+                f"the logits are on {call.device!r}",
+                f"Use backend='auto' for tensors on {call.device!r}",
+            )
+        if call.divergence.function not in DEFINITIONS:
+            other = "portable" if backend == "cpu" else "triton"
+            return Obstacle(
+                f"divergence {call.divergence.name!r} is not compiled into the extension",
+                f"Add it to fastkd/divergences.py and run `make divergences`, or use backend={other!r}",
+            )
+    if backend == "cuda" and not _capabilities() & _architectures():
+        return Obstacle(
+            f"the devices have compute capability {sorted(_capabilities())}, and its kernels are for "
+            f"{sorted(_architectures())}",
+            "Use backend='triton'",
+        )
+    if (
+        backend == "triton"
+        and call.device not in ("cuda", "xpu")
+        and not (call.device == "cpu" and interpreting())
+    ):
+        return Obstacle(
+            f"the logits are on {call.device!r}",
+            "Move them to a GPU, or set TRITON_INTERPRET=1 before importing triton to run its interpreter",
+        )
+    return None
+
+
+def choose(call: Call, available: Mapping[str, Obstacle | None]) -> tuple[str, str | None]:
+    """(backend, why it is a fallback or None) for backend="auto". Pure: everything it depends on is passed in.
+
+    A CPU tensor prefers cpu, any other triton; what cannot be served falls back to portable. cuda has to be asked for
+    by name, until its speed and its results have been seen on a device.
+    """
+    preferred = "cpu" if call.device == "cpu" else "triton"
+    why = obstacle(preferred, call, available)
+    return (
+        (preferred, None) if why is None else (FALLBACK, f"{preferred}: {why.reason}. {why.remedy}")
+    )
+
+
+@functools.cache
+def _log_once(line: str) -> None:
+    logger.warning(line)
+
+
+def fall_back(chosen: str, why: str, strict: bool) -> None:
+    """Log it, once for each reason; raise where FASTKD_STRICT=1 forbids it."""
+    if strict:
+        raise BackendUnavailable("auto", f"FASTKD_STRICT=1 forbids the fallback to {chosen}", why)
+    _log_once(f"fastkd falls back to the {chosen} backend ({why})")
+
+
+def select(
+    backend: str,
+    device: str,
+    student_dtype: torch.dtype,
+    teacher_dtype: torch.dtype,
+    divergence: Divergence,
+) -> str:
+    """The backend for a call that asks for `backend`, with FASTKD_BACKEND and FASTKD_STRICT applied.
+
+    A fallback is logged once for each reason; under FASTKD_STRICT=1 it raises BackendUnavailable.
+    """
+    call = Call(device, student_dtype, teacher_dtype, divergence)
+    environment = os.environ
+    return _select(
+        backend, call, environment.get("FASTKD_BACKEND"), environment.get("FASTKD_STRICT") == "1"
+    )
+
+
+@functools.lru_cache(maxsize=1024)
+def _select(backend: str, call: Call, override: str | None, strict: bool) -> str:
+    available = available_backends()
+    wanted = override or backend
+    if wanted not in (*available, "auto"):
+        source = "FASTKD_BACKEND" if override else "backend"
+        raise ValueError(
+            f"{source} must be 'auto' or one of {', '.join(available)}; got {wanted!r}"
+        )
+    if wanted != "auto":
+        why = obstacle(wanted, call, available)
+        if why is not None:
+            raise BackendUnavailable(wanted, *why)
+        return wanted
+    chosen, fallback = choose(call, available)
+    if fallback is not None:
+        fall_back(chosen, fallback, strict)
+    return chosen
+
+
+@functools.cache
+def load(backend: str) -> ModuleType:
+    """The module of a backend; imported at its first use, so that `import fastkd` loads no kernels."""
+    return importlib.import_module(MODULES[backend])
+
+
+def kernels_for(backend: str, shard: Shard | None) -> Any:
+    """The module of a backend, or the same for rows whose columns are spread over processes."""
+    if shard is None:
+        return load(backend)
+    from fastkd.parallel.shards import SharedRows
+
+    return SharedRows(load(backend), shard)

@@ -1,0 +1,827 @@
+"""Validation: every argument of a loss is checked here, once for all of them, and named in the error.
+
+:func:`prepare` turns the options of a call into what backends take: Options, Rows and the number of counted rows.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import sys
+from collections.abc import Sequence
+from typing import Any, NamedTuple, TypedDict
+
+import torch
+from torch import Tensor
+
+from fastkd.backends.sparse import MOST, masses
+from fastkd.call.contract import Options, Rows, counted_rows
+from fastkd.core.scalars import as_float, plain
+from fastkd.core.tensors import check_readable, check_strided
+from fastkd.divergences import Divergence, resolve
+from fastkd.teachers import Ensemble, LinearTeacher, Teacher, TopK, check_linear
+
+REDUCTIONS = ("none", "sum", "mean", "batchmean")
+# Numbers beyond these lose their meaning in float32, once they are multiplied or inverted.
+SMALLEST, LARGEST = 1e-30, 1e30
+LOGIT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+class LossOptions(TypedDict, total=False):
+    """The keyword options that every loss has, but return_parts, which decides the type that comes back."""
+
+    divergence: str | Divergence
+    temperature: float | Tensor
+    teacher_temperature: float | Tensor | None
+    alpha: float
+    scale_by_temperature: bool
+    label_smoothing: float
+    ignore_index: int
+    mask: Tensor | None
+    weight: Tensor | None
+    reduction: str
+    num_items: int | float | Tensor | None
+    logit_scale: float
+    softcap: float | None
+    teacher_logit_scale: float
+    teacher_softcap: float | None
+    backend: str
+
+
+class Numbers(NamedTuple):
+    """The numbers of a call as they were given: what may change from step to step in a compiled graph."""
+
+    alpha: float = 1.0
+    temperature: float = 1.0  # 1 where there is one a row
+    teacher_temperature: float = 1.0  # likewise
+    label_smoothing: float = 0.0
+    logit_scale: float = 1.0
+    softcap: float | None = None
+    teacher_logit_scale: float = 1.0
+    teacher_softcap: float | None = None
+    items: float = 1.0  # what the sum is divided by; 1 where only the device knows it
+    taken_at: float = 1.0  # TopK.temperature
+
+
+class Prepared(NamedTuple):
+    """A validated call."""
+
+    options: Options
+    rows: Rows
+    counted: int | Tensor  # the number of rows that count
+    backend: str
+    summed: bool  # whether the loss is one number
+    # Of a graph that is being compiled, where the options hold stand-ins for them: settled() checks these in the op.
+    numbers: Numbers | None = None
+
+
+def prepare(
+    lead: torch.Size,
+    device: torch.device,
+    row_dtype: torch.dtype,
+    vocabulary: int | None,
+    labels: Tensor | None,
+    teacher: Teacher | None = None,
+    *,
+    divergence: str | Divergence = "forward_kl",
+    temperature: float | Tensor = 1.0,
+    teacher_temperature: float | Tensor | None = None,
+    alpha: float = 1.0,
+    scale_by_temperature: bool = True,
+    label_smoothing: float = 0.0,
+    ignore_index: int = -100,
+    mask: Tensor | None = None,
+    weight: Tensor | None = None,
+    reduction: str = "mean",
+    num_items: int | float | Tensor | None = None,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    teacher_logit_scale: float = 1.0,
+    teacher_softcap: float | None = None,
+    backend: str = "auto",
+) -> Prepared:
+    """What kd_loss documents of its options, for rows of the leading shape on the device.
+
+    vocabulary None: other processes have columns too, and :func:`check_values` is called once they are known.
+    teacher: for the rows that a TopK drops.
+    """
+    scale_by_temperature = plain(scale_by_temperature)
+    numbers = None
+    if torch.compiler.is_compiling():
+        numbers = Numbers(
+            alpha, _number(temperature), _number(teacher_temperature, temperature), label_smoothing,
+            logit_scale, softcap, teacher_logit_scale, teacher_softcap, _number(num_items),
+        )  # fmt: skip
+        alpha = _stand_in(alpha, 1.0 if labels is None else 0.5)
+        temperature, teacher_temperature, logit_scale, softcap, teacher_logit_scale, teacher_softcap, num_items = (
+            _stand_in(value, 1.0)
+            for value in (
+                temperature, teacher_temperature, logit_scale, softcap, teacher_logit_scale, teacher_softcap, num_items
+            )
+        )  # fmt: skip
+        label_smoothing = _stand_in(label_smoothing, 0.0)
+    divergence = resolve(divergence)
+    alpha = check_number("alpha", alpha, 0.0, 1.0)
+    label_smoothing = check_number("label_smoothing", label_smoothing, 0.0, 1.0, open_right=True)
+    check_choice("reduction", reduction, REDUCTIONS)
+    if num_items is not None and reduction not in ("mean", "batchmean"):
+        raise ValueError(
+            f"num_items is the denominator of 'mean' and 'batchmean'; reduction is {reduction!r}"
+        )
+    if labels is None and alpha < 1.0:
+        raise ValueError(
+            f"labels are needed for the cross-entropy term where alpha < 1; alpha is {alpha}"
+        )
+    if divergence.target is not None:
+        _check_apart(divergence, labels, vocabulary)
+    ignore_index = check_int("ignore_index", ignore_index)
+    check_flags(scale_by_temperature=scale_by_temperature)
+    if not isinstance(backend, str):
+        raise TypeError(f"backend must be a string, got {type(backend).__name__}")
+    if label_smoothing and labels is None:
+        raise ValueError("label_smoothing needs labels; labels is None")
+    if teacher_temperature is None:
+        teacher_temperature = temperature
+    t_value, t_rows = _temperature("temperature", temperature, lead, device)
+    tt_value, tt_rows = _temperature("teacher_temperature", teacher_temperature, lead, device)
+    if labels is not None:
+        check_rows("labels", labels, lead, device, (torch.int64,))
+        labels = labels.contiguous()
+    if mask is not None:
+        check_rows("mask", mask, lead, device, (torch.bool,))
+    if weight is not None:
+        check_rows("weight", weight, lead, device, LOGIT_DTYPES)
+    compiled = numbers is not None and labels is not None  # alpha is a stand-in
+    renormalizes = isinstance(teacher, TopK) and teacher.renormalizes
+    if renormalizes and (labels is None or alpha == 1.0 or compiled):
+        # A row that names no token has nothing but its cross-entropy, so it is dropped where there is none.
+        assert isinstance(teacher, TopK)
+        named = (teacher.ids != -1).any(-1)
+        if numbers is not None and labels is not None:
+            # A product with a tensor, since a graph may not compare the number itself (fastkd.engine.graphs).
+            given = torch.ones((), dtype=torch.float64, device="cpu") * numbers.alpha
+            named = named | (given < 1.0)
+        mask = named if mask is None else mask & named
+    counted, row_weight = _weights(labels, ignore_index, mask, weight, row_dtype)
+    count = math.prod(lead) if counted is None else counted.sum()
+    items = _denominator(reduction, num_items, count, lead, device, row_dtype)
+    if numbers is not None and num_items is None and not isinstance(items, Tensor):
+        numbers = numbers._replace(items=items)
+    scale = items.reciprocal() if isinstance(items, Tensor) else 1.0 / items
+    options = Options(
+        divergence,
+        alpha,
+        t_value,
+        tt_value,
+        scale_by_temperature,
+        label_smoothing,
+        ignore_index,
+        _nonzero("logit_scale", logit_scale),
+        _softcap("softcap", softcap),
+        _nonzero("teacher_logit_scale", teacher_logit_scale),
+        _softcap("teacher_softcap", teacher_softcap),
+        vocabulary or 0,
+        1.0 if isinstance(scale, Tensor) else scale,
+    )
+    rows = Rows(labels, row_weight, t_rows, tt_rows, scale if isinstance(scale, Tensor) else None)
+    if vocabulary is not None and numbers is None:
+        check_values(rows, options)
+    return Prepared(options, rows, count, backend, reduction != "none", numbers)
+
+
+def _number(value: object, otherwise: object = None) -> Any:
+    """The number that a compiled call gives an op: 1 where it is a tensor, or is not given."""
+    value = otherwise if value is None else value
+    return value if isinstance(value, (int, float)) else 1.0
+
+
+def _stand_in(value: Any, number: float) -> Any:
+    """What prepare checks in the place of a number that a graph may not look at; the value where it is none."""
+    return number if isinstance(value, (int, float)) and not isinstance(value, bool) else value
+
+
+def settled(options: Options, numbers: Numbers, rows: Rows) -> Options:
+    """The options of a compiled call with its numbers in them, checked with the rows as prepare does in eager mode."""
+    labels = None if rows.labels is None else torch.zeros((), dtype=torch.int64)
+    (
+        alpha,
+        temperature,
+        teacher_temperature,
+        smoothing,
+        scale,
+        cap,
+        teacher_scale,
+        teacher_cap,
+        items,
+        at,
+    ) = numbers
+    call = prepare(
+        torch.Size(()), torch.device("cpu"), torch.float32, options.vocab_size, labels,
+        divergence=options.divergence, temperature=temperature, teacher_temperature=teacher_temperature, alpha=alpha,
+        scale_by_temperature=options.scale_by_temperature, label_smoothing=smoothing,
+        ignore_index=options.ignore_index, num_items=items, logit_scale=scale, softcap=cap,
+        teacher_logit_scale=teacher_scale, teacher_softcap=teacher_cap,
+    )  # fmt: skip
+    result = call.options
+    if options.tail:
+        result = _at_temperature(result, options.tail, at, rows.teacher_temperature is not None)
+    check_values(rows, result)
+    return result
+
+
+def _check_apart(divergence: Divergence, labels: Tensor | None, vocabulary: int | None) -> None:
+    """What a divergence needs that compares the label's token apart from the others."""
+    if labels is None:
+        raise ValueError(
+            f"labels are needed by the divergence {divergence.name!r}, which compares the label's token apart from "
+            "the others; labels is None"
+        )
+    if vocabulary == 1:
+        raise ValueError(
+            f"the divergence {divergence.name!r} compares the tokens beside the label; the vocabulary has 1 column"
+        )
+
+
+def check_values(rows: Rows, options: Options) -> None:
+    """The checks that wait for the device, under FASTKD_CHECK=1; rows that are dropped may hold anything."""
+    if not checking():
+        return
+    read = counted_rows(rows, options.ignore_index)
+    if rows.ids is not None:
+        _check_ids(rows.ids, options.vocabulary, read)
+    given = (rows.labels, rows.temperature, rows.teacher_temperature)
+    if read is None:
+        lead = next((value.shape for value in given if value is not None), None)
+        if lead is None:
+            return
+        device = next(value.device for value in given if value is not None)
+        read = torch.ones(lead, dtype=torch.bool, device=device)
+    if rows.labels is not None and options.reads_labels:
+        labels, vocabulary = rows.labels, options.vocabulary
+        bad = ((labels < 0) | (labels >= vocabulary)) & read
+        if bad.any():
+            row = int(bad.flatten().nonzero()[0])
+            raise ValueError(
+                f"labels must be in [0, {vocabulary}) or ignore_index ({options.ignore_index}); "
+                f"row {row} has {int(labels.flatten()[row])}"
+            )
+    for argument in ("temperature", "teacher_temperature"):
+        values = getattr(rows, argument)
+        if values is None:
+            continue
+        bad = ~(values > 0) & read
+        if bad.any():
+            row = int(bad.flatten().nonzero()[0])
+            raise ValueError(
+                f"{argument} must be positive; row {row} has {float(values.flatten()[row])}"
+            )
+
+
+def checking() -> bool:
+    """Whether values are checked that only the device knows."""
+    return os.environ.get("FASTKD_CHECK") == "1"
+
+
+def is_dtensor(value: object) -> bool:
+    """Without importing what defines them."""
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(value, module.DTensor)
+
+
+def check_flags(**flags: bool) -> None:
+    """Raise unless each is True or False."""
+    for argument, flag in flags.items():
+        if not isinstance(plain(flag), bool):
+            raise TypeError(f"{argument} must be True or False, got {type(flag).__name__}")
+
+
+def _received(value: object) -> str:
+    return f"{tuple(value.shape)} {value.dtype}" if isinstance(value, Tensor) else repr(value)
+
+
+def check_logits(argument: str, logits: object, shard: bool = False) -> Tensor:
+    """Raise unless it is a dense tensor [..., V] of a dtype that losses take; a shard may have no column."""
+    checked = check_columns(argument, logits, shard)
+    check_readable(argument, checked)
+    return checked
+
+
+def check_columns(argument: str, logits: object, shard: bool = False) -> Tensor:
+    """Like :func:`check_logits`, where other checks come before that of what the memory holds."""
+    if not isinstance(logits, Tensor):
+        raise TypeError(f"{argument} must be a tensor of logits, got {type(logits).__name__}")
+    check_dense(argument, logits)
+    if logits.dim() == 0 or (logits.shape[-1] == 0 and not shard):
+        raise ValueError(
+            f"{argument} must have a vocabulary dimension, got shape {tuple(logits.shape)}"
+        )
+    return logits
+
+
+def check_student_head(hidden: object, weight: object, bias: object) -> None:
+    """Raise unless student_hidden [..., H], student_weight [V, H] and student_bias [V] go together."""
+    for argument, value in (("hidden", hidden), ("weight", weight), ("bias", bias)):
+        if argument == "bias" and value is None:
+            continue
+        if not isinstance(value, Tensor):
+            raise TypeError(f"student_{argument} must be a tensor, got {type(value).__name__}")
+        check_dense(f"student_{argument}", value)
+        if argument == "hidden":  # the others are compared with its device first
+            check_readable("student_hidden", value)
+    check_linear("student_", hidden, weight, bias)  # type: ignore[arg-type]  # checked above
+    for argument, value in (("weight", weight), ("bias", bias)):
+        if isinstance(value, Tensor):
+            check_readable(f"student_{argument}", value)
+
+
+def check_dense(argument: str, value: Tensor) -> None:
+    """Raise unless it is dense and of a dtype that losses take."""
+    if value.dtype not in LOGIT_DTYPES:
+        raise TypeError(
+            f"{argument} must be float32, bfloat16, float16 or float64, got {value.dtype}"
+        )
+    check_strided(argument, value)
+
+
+def check_teacher(
+    teacher: object, student: str, lead: torch.Size, device: torch.device, shard: bool = False
+) -> Teacher:
+    """Raise unless it is a teacher for rows of that leading shape; student names the argument that has it."""
+    if not isinstance(teacher, (Tensor, TopK, LinearTeacher, Ensemble)):
+        raise TypeError(
+            "teacher must be a tensor of logits, a fastkd.TopK, a fastkd.LinearTeacher or a fastkd.Ensemble; "
+            f"got {type(teacher).__name__}"
+        )
+    if isinstance(teacher, Tensor):
+        check_columns("teacher", teacher, shard)
+    constants: list[tuple[str, Tensor | None]] = []
+    leading: list[tuple[str, Tensor]] = []  # what has the rows
+
+    def visit(name: str, part: Tensor | TopK | LinearTeacher) -> None:
+        if isinstance(part, Tensor):
+            check_columns(name, part, shard)
+            leading.append((name, part))
+        elif isinstance(part, TopK):
+            leading.append((name, part.ids))
+            constants.append((f"{name}.ids", part.ids))
+            constants.append((f"{name}.logprobs", part.logprobs))
+            constants.append((f"{name}.tail_logprob", part.tail_logprob))
+        else:
+            leading.append((name, part.hidden))
+            for field in ("hidden", "weight", "bias"):
+                constants.append((f"{name}.{field}", getattr(part, field)))
+
+    if isinstance(teacher, Ensemble):
+        for index, member in enumerate(teacher.teachers):
+            name = f"teacher.teachers[{index}]"
+            visit(name, member)
+            if isinstance(member, Tensor):
+                constants.append((name, member))
+    else:
+        visit("teacher", teacher)
+    for name, part in leading:
+        if part.shape[:-1] != lead:
+            raise ValueError(
+                f"{name} must have the leading shape of {student}, {tuple(lead)}; got {tuple(part.shape[:-1])}"
+            )
+    for name, part in leading:
+        if part.device != device:
+            raise ValueError(f"{name} must be on {device}, where {student} is; got {part.device}")
+    for name, value in constants:
+        if value is not None and value.requires_grad and torch.is_grad_enabled():
+            raise ValueError(
+                f"{name} requires grad, and only a teacher of dense logits gets a gradient; detach it"
+            )
+    for name, value in constants + leading:
+        if value is not None:
+            check_readable(name, value)
+    return teacher
+
+
+def teacher_widths(teacher: Teacher) -> dict[str, int]:
+    """The vocabulary of every dense part of a teacher; a TopK has none of its own."""
+    if isinstance(teacher, Tensor):
+        return {"teacher": teacher.shape[-1]}
+    if isinstance(teacher, LinearTeacher):
+        return {"teacher": teacher.weight.shape[0]}
+    if isinstance(teacher, TopK):
+        return {}
+    return {
+        f"teacher.teachers[{index}]": next(iter(teacher_widths(member).values()))
+        for index, member in enumerate(teacher.teachers)
+    }
+
+
+def check_vocabulary(vocab_size: int | None, widths: dict[str, int]) -> int:
+    """The number of columns that count, from the width of each argument."""
+    vocab_size = plain(vocab_size)
+    narrower = min(widths.values())
+    for name, width in widths.items():
+        if not width:
+            raise ValueError(f"{name} must have a vocabulary, and has no column")
+    if vocab_size is None:
+        if len(set(widths.values())) > 1:
+            listed = ", ".join(f"{name} has {width} columns" for name, width in widths.items())
+            raise ValueError(
+                f"{listed}; if the rest is padding of one tokenizer, pass vocab_size (at most {narrower}), "
+                "the number of real tokens"
+            )
+        vocab_size = narrower
+    elif type(vocab_size) is not int:
+        raise TypeError(f"vocab_size must be an int, got {type(vocab_size).__name__}")
+    if not 1 <= vocab_size <= narrower:
+        raise ValueError(
+            f"vocab_size must be in [1, {narrower}], the narrowest of the widths; got {vocab_size}"
+        )
+    return vocab_size
+
+
+def with_topk(prepared: Prepared, teacher: TopK) -> Prepared:
+    """The call with a sparse teacher in it; its log-probabilities take the place of teacher logits."""
+    options, rows = prepared.options, prepared.rows
+    divergence = options.divergence
+    if not divergence.normalized:
+        raise ValueError(
+            f"the divergence {divergence.name!r} is one of logits, and a TopK has log-probabilities"
+        )
+    if divergence.target is not None:
+        raise ValueError(
+            f"the divergence {divergence.name!r} compares the label's token apart from the others, and a TopK may not "
+            "name it; use a dense teacher, a LinearTeacher or an Ensemble of them"
+        )
+    temperatures = rows.teacher_temperature
+    numbers = prepared.numbers
+    if numbers is None:
+        per_row = temperatures is not None
+        options = _at_temperature(options, teacher.tail, teacher.temperature, per_row)
+    else:
+        options = options._replace(tail=teacher.tail)
+        numbers = numbers._replace(taken_at=teacher.temperature)
+    ids = teacher.ids.to(torch.int64).contiguous()
+    if checking() and options.vocabulary and numbers is None:
+        _check_ids(ids, options.vocabulary, counted_rows(rows, options.ignore_index))
+    mass = teacher.tail_logprob
+    rows = rows._replace(
+        teacher_temperature=None if temperatures is None else temperatures / teacher.temperature,
+        ids=ids,
+        tail_logprob=None
+        if mass is None or teacher.tail != "bucket"
+        else mass.detach().contiguous(),
+    )
+    return prepared._replace(options=options, rows=rows, numbers=numbers)
+
+
+def _at_temperature(options: Options, tail: str, taken_at: float, per_row: bool) -> Options:
+    """The options for log-probabilities that were taken at that temperature; per_row: temperatures are rows' own."""
+    divergence = options.divergence
+    if options.teacher_logit_scale != 1 or options.teacher_softcap:
+        raise ValueError(
+            "teacher_logit_scale and teacher_softcap are for logits, and a TopK has log-probabilities: "
+            "apply them before taking those"
+        )
+    if tail == "renormalize_teacher" and (divergence.degree != 1 or _infinite_at_zero(divergence)):
+        raise ValueError(
+            f"tail='renormalize_teacher' leaves probability 0 to all other tokens, where the divergence "
+            f"{divergence.name!r} is infinite or has no sum; use 'bucket', 'renormalize' or 'truncate'"
+        )
+    if tail in ("bucket", "truncate") and (per_row or options.teacher_temperature != taken_at):
+        asked = "one a row" if per_row else options.teacher_temperature
+        raise ValueError(
+            f"teacher_temperature is {asked}, and teacher.logprobs were taken at {taken_at}: "
+            f"tail={tail!r} needs the mass of the tail at the temperature of the loss. Take the "
+            "log-probabilities at it (TopK.from_logits(..., temperature=)), pass teacher_temperature, or use "
+            "tail='renormalize' or 'renormalize_teacher'"
+        )
+    return options._replace(teacher_temperature=options.teacher_temperature / taken_at, tail=tail)
+
+
+def with_tail(prepared: Prepared, teacher: TopK, dtype: torch.dtype) -> tuple[Prepared, Tensor]:
+    """(the call with the mass of the other tokens in it, the log-probabilities); dtype is that of losses.
+
+    Where processes share the vocabulary, its size is known by now. A row without a distribution becomes NaN by ids that
+    are none: one with NaN, with probabilities of a sum above MOST, or with nothing but -inf where the sum divides.
+    """
+    options, rows = prepared.options, prepared.rows
+    ids, logprobs, mass = rows.ids, teacher.logprobs.detach(), rows.tail_logprob
+    assert ids is not None
+    if checking():
+        _check_logprobs(logprobs, rows, options)
+    if teacher.renormalizes:
+        highest = logprobs.masked_fill(ids < 0, -math.inf).amax(-1)
+        right = (highest.abs() < math.inf) | (ids == -1).all(-1)
+    else:
+        total, rest = masses(ids, logprobs)
+        if teacher.tail == "bucket":
+            if mass is None:
+                mass = rest.log()
+            else:
+                mass = mass.to(torch.float64).masked_fill((ids == -1).all(-1), 0.0)
+                total = total + mass.exp()
+            if ids.shape[-1] >= options.vocabulary:  # then there may be no other token
+                every = (ids >= 0).sum(-1) == options.vocabulary
+                mass = mass.masked_fill(every, -math.inf)
+            mass = mass.to(dtype).contiguous()
+        right = total <= MOST
+    ids = ids.masked_fill(~right.unsqueeze(-1), -2)
+    return prepared._replace(rows=rows._replace(ids=ids, tail_logprob=mass)), logprobs
+
+
+def _infinite_at_zero(divergence: Divergence) -> bool:
+    """Whether a token that the teacher gives no probability costs infinitely much."""
+    from fastkd.backends import reference  # loaded at its first use, as every backend is
+
+    one = torch.zeros((), dtype=torch.float64)
+    phi, *_ = reference.evaluate(divergence, one - torch.inf, one)
+    return not bool(phi.isfinite())
+
+
+def _check_logprobs(logprobs: Tensor, rows: Rows, options: Options) -> None:
+    """Raise unless the counted rows have log-probabilities, or, where these are renormalised, logarithms of weights."""
+    assert rows.ids is not None
+    names, given = rows.ids != -1, "teacher.logprobs"
+    logprobs = logprobs.to(torch.float64).masked_fill(~names, -math.inf)
+    if rows.tail_logprob is not None:
+        given = "teacher.logprobs and teacher.tail_logprob"
+        logprobs = torch.cat([logprobs, rows.tail_logprob.to(logprobs.dtype).unsqueeze(-1)], -1)
+    read, counted = names.any(-1), counted_rows(rows, options.ignore_index)
+    if counted is not None:
+        read = read & counted
+    highest, total = logprobs.amax(-1), logprobs.exp().sum(-1)
+
+    def first(bad: Tensor) -> int | None:
+        bad = (bad & read).flatten()
+        return int(bad.nonzero()[0]) if bad.any() else None
+
+    row = first(~(highest < math.inf))
+    if row is not None:
+        raise ValueError(
+            f"{given} must not be NaN or infinity where ids are not -1; row {row} has some"
+        )
+    absolute = options.tail in ("bucket", "truncate")
+    row = first(total > MOST) if absolute else None
+    if row is not None:
+        raise ValueError(
+            f"{given} must be natural logarithms of probabilities, with a sum of 1 at most; those of row {row} sum to "
+            f"{float(total.flatten()[row]):.4g}. Take log_softmax over the whole vocabulary before the K tokens, "
+            "or use tail='renormalize'"
+        )
+    row = first(highest == -math.inf) if rows.tail_logprob is not None or not absolute else None
+    if row is not None:
+        raise ValueError(
+            f"{given} must not all be -inf in a row; those of row {row} are. "
+            "Set its ids to -1 where there is no teacher"
+        )
+
+
+def _check_ids(ids: Tensor, vocabulary: int, counted: Tensor | None) -> None:
+    if counted is not None:
+        ids = ids.masked_fill(~counted.unsqueeze(-1), -1)  # rows that are dropped may hold anything
+    bad = ((ids < -1) | (ids >= vocabulary)).any(-1)
+    if bad.any():
+        row = int(bad.flatten().nonzero()[0])
+        raise ValueError(
+            f"teacher.ids must be in [0, {vocabulary}), or -1 for padding; row {row} has others"
+        )
+    ordered = ids.sort(-1).values
+    twice = ((ordered[..., 1:] == ordered[..., :-1]) & (ordered[..., 1:] >= 0)).any(-1)
+    if twice.any():
+        row = int(twice.flatten().nonzero()[0])
+        raise ValueError(f"teacher.ids must be distinct within a row; row {row} repeats some")
+
+
+def check_alike(argument: str, value: Tensor, other: str, like: Tensor, remedy: str = "") -> None:
+    """Raise unless the value has the shape, and is on the device, of the tensor that `other` names."""
+    if value.shape != like.shape:
+        raise ValueError(
+            f"{argument} must have the shape of {other}, {tuple(like.shape)}; got {tuple(value.shape)}{remedy}"
+        )
+    if value.device != like.device:
+        raise ValueError(
+            f"{argument} must be on {like.device}, where {other} is; got {value.device}"
+        )
+
+
+def check_mask(mask: object, other: str, like: Tensor) -> None:
+    """Raise unless it is a bool tensor with the shape, and on the device, of the tensor that `other` names."""
+    if not isinstance(mask, Tensor):
+        raise TypeError(f"mask must be a tensor, got {type(mask).__name__}")
+    if mask.dtype != torch.bool:
+        raise TypeError(f"mask must be {torch.bool}, got {mask.dtype}")
+    check_alike("mask", mask, other, like)
+
+
+def check_pair(
+    argument: str, value: Tensor, other: str, like: Tensor, remedy: str, *, lowest: int = 1
+) -> None:
+    """Raise unless both are floating-point tensors of one shape, on one device, with at least so many dimensions.
+
+    For adapters, whose stacks have no option such as vocab_size: remedy says what a caller of the stack can do about
+    vocabularies of two widths.
+    """
+    for name, tensor in ((other, like), (argument, value)):
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
+        if not tensor.is_floating_point():
+            raise TypeError(f"{name} must be a floating-point tensor, got {tensor.dtype}")
+        if tensor.dim() < lowest:
+            raise ValueError(
+                f"{name} must have at least {lowest} dimension{'s' if lowest > 1 else ''}, the last of them the "
+                f"vocabulary; got {tuple(tensor.shape)}"
+            )
+    widths = value.shape[-1:] != like.shape[-1:] and value.shape[:-1] == like.shape[:-1]
+    check_alike(argument, value, other, like, f". {remedy}" if widths else "")
+
+
+def check_per_row(
+    argument: str, value: Tensor | None, rows: torch.Size, dtype: torch.dtype | None = torch.int64
+) -> None:
+    """Raise unless it is None or has one value for each row, of this dtype where one is given; for adapters' labels."""
+    if value is None:
+        return
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{argument} must be a tensor, got {type(value).__name__}")
+    if dtype is not None and value.dtype != dtype:
+        raise TypeError(f"{argument} must be {dtype}, got {value.dtype}")
+    if value.shape != rows:
+        raise ValueError(
+            f"{argument} must have one value a row, shape {tuple(rows)}; got {tuple(value.shape)}"
+        )
+
+
+def check_side(hidden_name: str, hidden: Tensor, weight_name: str, weight: Tensor) -> None:
+    """Raise unless hidden states [..., H] and a head [V, H] go together; for adapters, which name them otherwise."""
+    for name, tensor in ((hidden_name, hidden), (weight_name, weight)):
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
+        if not tensor.is_floating_point():
+            raise TypeError(f"{name} must be a floating-point tensor, got {tensor.dtype}")
+    if hidden.dim() < 1:
+        raise ValueError(f"{hidden_name} must be [..., H], got {tuple(hidden.shape)}")
+    if weight.dim() != 2 or not len(weight) or weight.shape[1] != hidden.shape[-1]:
+        raise ValueError(
+            f"{weight_name} must be [V, {hidden.shape[-1]}], as {hidden_name} has that width; got {tuple(weight.shape)}"
+        )
+
+
+def check_choice(argument: str, value: object, allowed: Sequence[object]) -> None:
+    """Raise unless the value is one of those allowed."""
+    if isinstance(value, (Tensor, bool)) or value not in allowed:
+        listed = ", ".join(map(str, allowed))
+        raise ValueError(f"{argument} must be one of {listed}; got {value!r}")
+
+
+def check_int(argument: str, value: object) -> int:
+    """The value as Python's int; raise unless it is one, and no bool."""
+    value = plain(value)
+    if type(value) is not int:
+        raise TypeError(f"{argument} must be an int, got {type(value).__name__}")
+    if not -(2**63) <= value < 2**63:
+        raise ValueError(f"{argument} must fit in 64 bits, got {value}")
+    return value
+
+
+def check_number(
+    argument: str, value: float, low: float, high: float, *, open_right: bool = False
+) -> float:
+    """The value as a float; raise unless it is a number in [low, high], or in [low, high) with open_right."""
+    value = plain(value)
+    if isinstance(value, (bool, Tensor)) or not isinstance(value, (int, float)):
+        raise TypeError(f"{argument} must be a number, got {type(value).__name__}")
+    value = as_float(value)
+    if not (low <= value < high or (value == high and not open_right)):
+        raise ValueError(
+            f"{argument} must be in [{low:g}, {high:g}{')' if open_right else ']'}, got {value}"
+        )
+    return value
+
+
+def _in_range(argument: str, value: float) -> float:
+    if not SMALLEST <= abs(value) <= LARGEST:
+        raise ValueError(
+            f"{argument} must be of a size between {SMALLEST:g} and {LARGEST:g}, got {value}"
+        )
+    return float(value)
+
+
+def _nonzero(argument: str, value: float) -> float:
+    value = plain(value)
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{argument} must be a number, got {type(value).__name__}")
+    if value == 0 or not -math.inf < value < math.inf:
+        raise ValueError(f"{argument} must be finite and not 0, got {value}")
+    return _in_range(argument, value)
+
+
+def _softcap(argument: str, value: float | None) -> float:
+    if value is None:
+        return 0.0
+    value = plain(value)
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{argument} must be a number or None, got {type(value).__name__}")
+    if not 0 < value < math.inf:
+        raise ValueError(f"{argument} must be positive and finite, or None for none; got {value}")
+    return _in_range(argument, value)
+
+
+def _temperature(
+    argument: str, value: float | Tensor, lead: torch.Size, device: torch.device
+) -> tuple[float, Tensor | None]:
+    """(the number, None) or (1, the tensor [...]); a tensor of one element and no dimension is for all rows."""
+    if isinstance(value, Tensor):
+        if value.dim() == 0 and value.device.type == "cpu":
+            value = value.to(device, non_blocking=True)
+        value = value.expand(lead) if value.dim() == 0 else value
+        check_rows(argument, value, lead, device, LOGIT_DTYPES)
+        return 1.0, value.to(torch.float32).contiguous()
+    value = plain(value)
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{argument} must be a number or a tensor, got {type(value).__name__}")
+    if not 0 < value < math.inf:
+        raise ValueError(f"{argument} must be positive and finite, got {value}")
+    return _in_range(argument, value), None
+
+
+def check_rows(
+    argument: str,
+    value: Tensor,
+    lead: torch.Size,
+    device: torch.device,
+    dtypes: tuple[torch.dtype, ...],
+) -> None:
+    """Raise unless it is a tensor of one of these dtypes with one value a row, on the device, without a gradient."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{argument} must be a tensor, got {type(value).__name__}")
+    if value.dtype not in dtypes:
+        allowed = " or ".join(str(dtype) for dtype in dtypes)
+        raise TypeError(f"{argument} must be {allowed}, got {value.dtype}")
+    check_strided(argument, value)
+    if value.shape != lead:
+        raise ValueError(
+            f"{argument} must have one value a row, shape {tuple(lead)}; got {tuple(value.shape)}"
+        )
+    if value.device != device:
+        raise ValueError(
+            f"{argument} must be on {device}, where the student is; got {value.device}"
+        )
+    check_readable(argument, value)
+    if value.requires_grad:
+        raise ValueError(f"{argument} requires grad, and kd_loss has no gradient for it; detach it")
+
+
+def _weights(
+    labels: Tensor | None,
+    ignore_index: int,
+    mask: Tensor | None,
+    weight: Tensor | None,
+    dtype: torch.dtype,
+) -> tuple[Tensor | None, Tensor | None]:
+    """(which rows are counted, weight of each row with 0 where mask drops it); None: all rows, weight 1."""
+    counted = None if labels is None else labels != ignore_index
+    if mask is not None:
+        counted = mask if counted is None else counted & mask
+        # where and not a product: the weight of a dropped row may be anything.
+        weight = torch.where(mask, 1.0 if weight is None else weight, 0.0)
+    return counted, None if weight is None else weight.to(dtype).contiguous()
+
+
+def _denominator(
+    reduction: str,
+    num_items: int | float | Tensor | None,
+    count: int | Tensor,
+    lead: torch.Size,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> int | float | Tensor:
+    """What the summed loss is divided by: a number, or a 0-dim tensor where only the device knows it."""
+    if num_items is not None:
+        items = plain(num_items)
+        if isinstance(items, Tensor):
+            if items.numel() != 1:
+                raise ValueError(
+                    f"num_items must be a number or a tensor of one element, got {_received(items)}"
+                )
+            if items.device != device and items.device.type != "cpu":
+                raise ValueError(f"num_items must be on {device} or the CPU, got {items.device}")
+            if items.dtype == torch.bool or items.is_complex():
+                raise TypeError(f"num_items must be a real number, got {items.dtype}")
+            check_readable("num_items", items)
+            if items.requires_grad:
+                raise ValueError(
+                    "num_items requires grad, and kd_loss has no gradient for it; detach it"
+                )
+            items = items.reshape(()).to(device, dtype, non_blocking=True)
+            return torch.where(items == 0, 1.0, items)  # 0: no row counts anywhere, so 0 / 1
+        if isinstance(items, bool) or not isinstance(items, (int, float)):
+            raise TypeError(f"num_items must be a number or a tensor, got {type(items).__name__}")
+        if not 0 < items < math.inf:
+            raise ValueError(f"num_items must be positive, got {items}")
+        return _in_range("num_items", items)
+    if reduction == "batchmean":
+        if not lead:
+            raise ValueError(
+                "reduction='batchmean' divides by the first dimension; the student has one row only"
+            )
+        return max(lead[0], 1)
+    if reduction == "mean":
+        return count.clamp(min=1).to(dtype) if isinstance(count, Tensor) else max(count, 1)
+    return 1

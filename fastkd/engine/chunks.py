@@ -1,0 +1,387 @@
+"""The loop over chunks of rows: logits of both sides made, the kernel run in place, gradients carried back.
+
+Read top to bottom: rows of a tensor by number, what a chunk's student and teacher are, and the loop
+(:func:`chunks_of_rows`). fastkd/engine/linear.py plans and differentiates it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from types import ModuleType
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastkd.call.contract import Options, Rows, Shard, Want, counted_rows
+from fastkd.engine.matmul import add_weight_gradient, as_operand, hidden_gradient, make_logits
+from fastkd.teachers import Ensemble, LinearTeacher
+
+# Elements of a part of a chunk in which several teachers are combined: on a CPU it stays in the cache.
+COMBINED_CPU, COMBINED_DEVICE = 1 << 18, 1 << 24
+
+At = slice | Tensor  # rows: a range, or their numbers
+
+
+class Student(NamedTuple):
+    """hidden [..., H], weight [V, H] and bias [V]; or logits [..., V] alone."""
+
+    hidden: Tensor
+    weight: Tensor | None = None
+    bias: Tensor | None = None
+
+
+class Gradients(NamedTuple):
+    """Of the fields of Student, in :func:`saved_dtype`."""
+
+    hidden: Tensor | None
+    weight: Tensor | None
+    bias: Tensor | None
+
+
+def saved_dtype(tensor: Tensor, dense: bool) -> torch.dtype:
+    """Of the gradient of a field of Student until the backward multiplies it by what comes from upstream.
+
+    float32 for a product's in float16, which would underflow before a loss scaler multiplies it; of dense logits in
+    float16 there is none yet, as they defer theirs.
+    """
+    return torch.float32 if tensor.dtype == torch.float16 and not dense else tensor.dtype
+
+
+class Chunked(NamedTuple):
+    """fastkd.call.contract.Result of all chunks."""
+
+    loss: Tensor
+    total: Tensor
+    distillation: Tensor | None
+    cross_entropy: Tensor | None
+    student_entropy: Tensor | None
+    gradients: Gradients
+
+
+# ---- rows of a tensor [..., columns], by number
+
+
+def _flat(tensor: Tensor, lead: torch.Size) -> Tensor | None:
+    """The tensor as [rows, ...], where that needs no copy."""
+    try:
+        return tensor.view(lead.numel(), *tensor.shape[len(lead) :])
+    except RuntimeError:
+        return None
+
+
+def _numbers(at: At, lead: torch.Size, device: torch.device) -> tuple[Tensor, ...]:
+    if isinstance(at, slice):
+        at = torch.arange(at.start, at.stop, device=device)
+    return torch.unravel_index(at, lead)
+
+
+def take(tensor: Tensor, lead: torch.Size, at: At) -> Tensor:
+    """[C, ...]: these rows of a tensor [*lead, ...]; a view where that is possible."""
+    flat = _flat(tensor, lead)
+    return tensor[_numbers(at, lead, tensor.device)] if flat is None else flat[at]
+
+
+def put(tensor: Tensor, lead: torch.Size, at: At, values: Tensor) -> None:
+    """Write these rows."""
+    flat = _flat(tensor, lead)
+    if flat is None:
+        tensor[_numbers(at, lead, tensor.device)] = values
+    else:
+        flat[at] = values
+
+
+def rows_at(rows: Rows, lead: torch.Size, at: At) -> Rows:
+    """What these rows have of it."""
+
+    def pick(value: Tensor | None) -> Tensor | None:
+        return None if value is None else take(value, lead, at)
+
+    return Rows(*map(pick, rows._replace(scale=None)))._replace(scale=rows.scale)
+
+
+def _counted(rows: Rows, ignore_index: int) -> Tensor | None:
+    """The numbers of the rows that count; None where all may.
+
+    Their number has to be known before there are matrices, which waits for the device: not while a CUDA graph records.
+    There, dropped rows stay, and the kernel skips them.
+    """
+    keep = counted_rows(rows, ignore_index)
+    if keep is None or (keep.is_cuda and torch.cuda.is_current_stream_capturing()):
+        return None
+    numbers = keep.flatten().nonzero().squeeze(1)
+    return None if numbers.numel() == keep.numel() else numbers
+
+
+# ---- the two sides of a chunk
+
+
+class _StudentChunks:
+    """Logits of a chunk, in one buffer for all of them; and what becomes of their gradient."""
+
+    def __init__(
+        self,
+        student: Student,
+        lead: torch.Size,
+        vocabulary: int,
+        wanted: Sequence[bool],
+        inplace: bool,
+    ) -> None:
+        self.student, self.lead, self.vocabulary = student, lead, vocabulary
+        self.first = True
+        hidden, weight, bias = student
+        if weight is None:
+            gradient = None
+            if wanted[0]:
+                gradient = (
+                    hidden
+                    if inplace
+                    else torch.zeros(hidden.shape, dtype=hidden.dtype, device=hidden.device)
+                )
+            self.gradients = Gradients(gradient, None, None)
+            return
+
+        def like(tensor: Tensor | None, wanted: bool, accumulates: bool) -> Tensor | None:
+            if tensor is None or not wanted:
+                return None
+            low = tensor.dtype == torch.float16 or (accumulates and tensor.dtype == torch.bfloat16)
+            return tensor.new_zeros(tensor.shape, dtype=torch.float32 if low else None)
+
+        self.gradients = Gradients(
+            like(hidden, wanted[0], False),
+            like(weight, wanted[1], True),
+            like(bias, wanted[2], True),
+        )
+
+    def logits(self, at: At, buffer: Tensor) -> Tensor:
+        """[C, V], in the buffer: the kernel overwrites it with the gradient."""
+        hidden, weight, bias = self.student
+        rows = take(hidden, self.lead, at)
+        if weight is None:
+            return buffer.copy_(rows[:, : self.vocabulary])
+        bias = None if bias is None else bias[: self.vocabulary]
+        return make_logits(rows, weight[: self.vocabulary], bias, buffer)
+
+    def add(self, at: At, gradient: Tensor, scratch: Tensor | None) -> None:
+        """Add the gradient [C, V] of a chunk's logits."""
+        hidden, weight, _ = self.student
+        columns = slice(self.vocabulary)
+        if weight is None:
+            assert self.gradients.hidden is not None
+            if self.vocabulary < hidden.shape[-1]:
+                padding = (0, hidden.shape[-1] - self.vocabulary)
+                gradient = torch.nn.functional.pad(gradient, padding)
+            put(self.gradients.hidden, self.lead, at, gradient)
+            return
+        if self.gradients.bias is not None:
+            self.gradients.bias[columns] += gradient.sum(0, dtype=self.gradients.bias.dtype)
+        gradient = as_operand(gradient, weight, scratch)
+        if self.gradients.weight is not None:
+            rows = take(hidden, self.lead, at)
+            add_weight_gradient(gradient, rows, self.gradients.weight[columns], self.first)
+        if self.gradients.hidden is not None:
+            out = torch.empty(
+                gradient.shape[0],
+                hidden.shape[-1],
+                dtype=self.gradients.hidden.dtype,
+                device=hidden.device,
+            )
+            hidden_gradient(gradient, weight[columns], out)
+            put(self.gradients.hidden, self.lead, at, out)
+        self.first = False
+
+    def finished(self, counted: Tensor | None) -> Gradients:
+        """All gradients, in the dtype they are saved in; counted as :func:`_counted` has it."""
+        hidden, weight, bias = self.gradients
+        # In place, dropped rows still hold logits.
+        if hidden is self.student.hidden and counted is not None:
+            dropped = torch.ones(self.lead.numel(), dtype=torch.bool, device=counted.device)
+            hidden[dropped.index_fill(0, counted, False).view(self.lead)] = 0.0
+        tensors = self.student
+
+        def close(gradient: Tensor | None, tensor: Tensor | None) -> Tensor | None:
+            if gradient is None or tensor is None:
+                return None
+            return gradient.to(saved_dtype(tensor, tensors.weight is None))
+
+        return Gradients(
+            close(hidden, tensors.hidden), close(weight, tensors.weight), close(bias, tensors.bias)
+        )
+
+
+def _linear_logits(teacher: LinearTeacher, lead: torch.Size, at: At, out: Tensor) -> Tensor:
+    hidden, weight, bias = teacher.hidden, teacher.weight, teacher.bias
+    bias = None if bias is None else bias[: out.shape[1]]
+    return make_logits(take(hidden, lead, at), weight[: out.shape[1]], bias, out)
+
+
+def _add_member(
+    total: Tensor,
+    logits: Tensor,
+    weight: float,
+    mean: str,
+    temper: Callable[[Tensor, slice], Tensor],
+    shard: Shard | None,
+) -> None:
+    """One more teacher of an ensemble in the combined tempered logits [C, V], a few rows at a time."""
+    elements = COMBINED_CPU if total.device.type == "cpu" else COMBINED_DEVICE
+    count, columns = total.shape
+    step = max(elements // max(columns, 1), 1)
+    parts = [slice(start, min(start + step, count)) for start in range(0, count, step)]
+
+    def tempered(part: slice) -> Tensor:
+        return temper(logits[part, :columns].to(total.dtype), part)
+
+    log_sums = None
+    if shard is not None and mean == "arithmetic":
+        from fastkd.parallel.shards import log_sum_exp
+
+        log_sums = log_sum_exp(torch.cat([_log_sum_exp(tempered(part)) for part in parts]), shard)
+    for part in parts:
+        z = tempered(part)
+        if mean == "geometric":
+            total[part].add_(z, alpha=weight)
+        else:
+            log_sum = _log_sum_exp(z) if log_sums is None else log_sums[part]
+            torch.logaddexp(total[part], z + (math.log(weight) - log_sum), out=total[part])
+
+
+def _log_sum_exp(z: Tensor) -> Tensor:
+    """[..., 1]; -inf where there is no column."""
+    return z.logsumexp(-1, keepdim=True) if z.shape[-1] else z.sum(-1, keepdim=True).log()
+
+
+class _TeacherChunks:
+    """Logits of a chunk for the kernel, and the options that belong to them."""
+
+    def __init__(
+        self, teacher: Tensor | LinearTeacher | Ensemble, lead: torch.Size, options: Options
+    ) -> None:
+        self.teacher, self.lead, self.options = teacher, lead, options
+
+    def buffers(self) -> int:
+        """How many [C, V] tensors it makes."""
+        if isinstance(self.teacher, Tensor):
+            return 0
+        if isinstance(self.teacher, LinearTeacher):
+            return 1
+        linear = any(isinstance(member, LinearTeacher) for member in self.teacher.teachers)
+        return 2 if linear else 1
+
+    def kernel_options(self) -> Options:
+        """An ensemble is tempered before it is combined."""
+        if not isinstance(self.teacher, Ensemble):
+            return self.options
+        return self.options._replace(
+            teacher_temperature=1.0, teacher_logit_scale=1.0, teacher_softcap=0.0
+        )
+
+    def logits(self, at: At, rows: Rows, buffers: list[Tensor]) -> tuple[Tensor, Rows]:
+        """(logits [C, V] or log-probabilities [C, K], the rows as the kernel takes them)."""
+        if isinstance(self.teacher, Tensor):
+            return take(self.teacher, self.lead, at), rows
+        if isinstance(self.teacher, LinearTeacher):
+            return _linear_logits(self.teacher, self.lead, at, buffers[0]), rows
+        return self._combined(self.teacher, at, rows, buffers)
+
+    def _combined(
+        self, teacher: Ensemble, at: At, rows: Rows, buffers: list[Tensor]
+    ) -> tuple[Tensor, Rows]:
+        options, temperatures = self.options, rows.teacher_temperature
+
+        def temper(z: Tensor, part: slice) -> Tensor:
+            if options.teacher_softcap:
+                gain = options.teacher_logit_scale / options.teacher_softcap
+                z = options.teacher_softcap * torch.tanh(z * gain)
+            elif options.teacher_logit_scale != 1:
+                z = z * options.teacher_logit_scale
+            if temperatures is not None:
+                return z / temperatures[part].unsqueeze(-1)
+            return z / options.teacher_temperature
+
+        total = buffers[0].fill_(0.0 if teacher.mean == "geometric" else -math.inf)
+        assert teacher.weights is not None  # its constructor makes them
+        for member, weight in zip(teacher.teachers, teacher.weights, strict=True):
+            if weight == 0:
+                continue
+            if isinstance(member, LinearTeacher):
+                logits = _linear_logits(member, self.lead, at, buffers[1])
+            else:
+                logits = take(member, self.lead, at)
+            _add_member(total, logits, weight, teacher.mean, temper, options.shard)
+        if temperatures is not None:  # an invalid one poisons its row
+            weights = torch.ones_like(temperatures) if rows.weight is None else rows.weight
+            weights = torch.where((temperatures > 0) | (weights == 0), weights, torch.nan)
+            rows = rows._replace(weight=weights, teacher_temperature=None)
+        return total, rows
+
+
+# ---- the loop
+
+
+def chunks_of_rows(
+    student: Student,
+    teacher: Tensor | LinearTeacher | Ensemble,
+    rows: Rows,
+    options: Options,
+    want: Want,
+    wanted: Sequence[bool],
+    kernels: ModuleType,
+    chunk_size: int,
+    logits_dtype: torch.dtype,
+    row_dtype: torch.dtype,
+) -> Chunked:
+    """Losses and gradients of all rows; wanted says of which fields of the student.
+
+    row_dtype is that of losses, and of a teacher's logits unless its operands have logits_dtype.
+    """
+    lead, device = student.hidden.shape[:-1], student.hidden.device
+    vocabulary = options.vocab_size
+    numbers = _counted(rows, options.ignore_index)
+    count = lead.numel() if numbers is None else numbers.numel()
+    chunks = -(-count // chunk_size)
+    step = -(-count // max(chunks, 1))  # the last chunk is as large as the others
+    learner = _StudentChunks(student, lead, vocabulary, wanted, want.inplace)
+    target = _TeacherChunks(teacher, lead, options)
+    options = target.kernel_options()
+    want = want._replace(student_gradient=any(wanted), inplace=True, deferred=False)
+    factor = options.scale if rows.scale is None else options.scale * rows.scale
+    # The products of float16 would lose what is below 6e-8.
+    scaled_later = student.weight is not None and student.hidden.dtype == torch.float16
+    if scaled_later:
+        options, rows = options._replace(scale=1.0), rows._replace(scale=None)
+    per_row = [
+        torch.zeros(lead, dtype=row_dtype, device=device) for _ in range(4 if want.parts else 1)
+    ]
+    buffers = [kernels.empty((step, vocabulary), logits_dtype, device)]
+    rounds = student.weight is not None and isinstance(teacher, LinearTeacher)
+    rounds = rounds and teacher.hidden.dtype == logits_dtype  # type: ignore[union-attr]  # a LinearTeacher
+    t_dtype = logits_dtype if rounds else row_dtype
+    buffers += [kernels.empty((step, vocabulary), t_dtype, device) for _ in range(target.buffers())]
+
+    def run(start: int, stop: int) -> None:
+        size = stop - start
+        at: At = slice(start, stop) if numbers is None else numbers[start:stop]
+        chunk = rows_at(rows, lead, at)
+        mine, *its = (buffer[:size] for buffer in buffers)
+        s = learner.logits(at, mine)
+        t, chunk = target.logits(at, chunk, its)
+        result = kernels.kd_rows(s, t, chunk, options, want)
+        for whole, part in zip(per_row, (result.loss, *result[4:]), strict=False):
+            put(whole, lead, at, part)
+        if result.student_gradient is not None:
+            learner.add(at, result.student_gradient, buffers[1] if len(buffers) > 1 else None)
+
+    for start in range(0, count, max(step, 1)):
+        run(start, min(start + step, count))
+    buffers.clear()  # the next to be made are gradients in their own precision
+    loss, *parts = per_row
+    total = (loss.sum(dtype=torch.float64) * factor).to(loss.dtype)
+    gradients = learner.finished(numbers)
+    if scaled_later:
+        for gradient in gradients:
+            if gradient is not None:
+                gradient.mul_(factor)
+    distillation, cross_entropy, entropy = parts or (None, None, None)
+    return Chunked(loss, total, distillation, cross_entropy, entropy, gradients)

@@ -1,0 +1,452 @@
+"""Deep mutual learning: the losses of several students of one batch, each with the others as its teachers.
+
+:func:`mutual_loss` is the public function (of :mod:`fastkd.online`). A backend's module has
+
+    mutual_rows(logits, rows, options, wanted, parts) -> Result
+
+the reference here in plain PyTorch, pair by pair; kernels use that a sum over a student's peers is one over all
+students, so that a row costs a pass over each student's logits and not over each pair's.
+"""
+
+from __future__ import annotations
+
+import importlib
+import math
+from collections.abc import Callable, Sequence
+from types import ModuleType
+from typing import (
+    TYPE_CHECKING,
+    Any,
+    Literal,
+    NamedTuple,
+    TypedDict,
+    overload,
+)
+
+import torch
+from torch import Tensor
+
+from fastkd.backends import registry
+from fastkd.call.checks import (
+    check_alike,
+    check_choice,
+    check_columns,
+    check_flags,
+    check_number,
+    prepare,
+)
+from fastkd.call.contract import Rows, row_dtype
+from fastkd.core.tensors import check_readable, savable
+from fastkd.divergences import forward_kl
+from fastkd.engine.autograd import differentiable_once, of_counted_rows, scaled
+from fastkd.engine.graphs import Arguments, as_one_op
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+PEERS = ("mean", "sum", "average")
+_MODULES = {
+    "reference": "fastkd.online.mutual",
+    "portable": "fastkd.backends.portable",
+    "cpu": "fastkd.backends.cpu",
+    "triton": "fastkd.kernels.mutual",
+}
+
+
+class Options(NamedTuple):
+    """What does not change from row to row."""
+
+    temperature: float = 1.0
+    peers: str = "mean"
+    peer_weight: float = 1.0
+    scale_by_temperature: bool = True
+    ignore_index: int = -100
+    scale: float = 1.0  # multiplies the totals and every gradient
+
+
+class Result(NamedTuple):
+    """Of M students: [M, ...] in the logits' leading shape, 0 in rows that are dropped."""
+
+    loss: Tensor
+    total: Tensor  # [M], scale times the sum of loss
+    gradients: tuple[
+        Tensor | None, ...
+    ]  # of loss times scale, in the shape of the logits; None: not wanted
+    divergence: Tensor | None = None
+    cross_entropy: Tensor | None = None
+
+
+class MutualParts(NamedTuple):
+    """Detached by-products, from the same sweep. Rows that are dropped hold 0.
+
+    loss of a row and student = weight (peers + cross_entropy)
+    """
+
+    peers: Tensor  # [M, ...], with T^2 and peer_weight
+    cross_entropy: Tensor  # [M, ...], 0 without labels
+    counted: Tensor  # 0-dim, the number of counted rows
+
+
+class MutualOptions(TypedDict, total=False):
+    """The keyword options of mutual_loss, but return_parts, which decides the type that comes back."""
+
+    temperature: float
+    peers: str
+    peer_weight: float
+    scale_by_temperature: bool
+    ignore_index: int
+    mask: Tensor | None
+    weight: Tensor | None
+    reduction: str
+    num_items: int | float | Tensor | None
+    backend: str
+
+
+def gradient_dtype(logits: torch.dtype) -> torch.dtype:
+    """Of a gradient that waits for its upstream factor: in float16 a loss scaler's would come too late."""
+    return torch.float32 if logits == torch.float16 else logits
+
+
+def outputs(
+    logits: Sequence[Tensor],
+    wanted: Sequence[bool],
+    parts: bool,
+    empty: Callable[..., Tensor] = torch.empty,
+    dtype: torch.dtype = torch.float32,
+) -> Result:
+    """Fresh memory for what is wanted; dtype is that of losses."""
+    first = logits[0]
+    shape = (len(logits), *first.shape[:-1])
+
+    def rows(of: Sequence[int] = shape) -> Tensor:
+        return torch.empty(of, dtype=dtype, device=first.device)
+
+    gradients = tuple(
+        empty(first.shape, dtype=gradient_dtype(first.dtype), device=first.device) if want else None
+        for want in wanted
+    )
+    return Result(
+        rows(), rows(shape[:1]), gradients, *((rows(), rows()) if parts else (None, None))
+    )
+
+
+# ---- the reference
+
+
+def _of_pair(
+    log_p: Tensor,
+    p: Tensor,
+    log_q: Tensor,
+    q: Tensor,
+    with_logs: Callable[..., tuple[Tensor, ...]],
+) -> Tensor:
+    """KL(p || q) of every row."""
+    phi, *_ = with_logs(forward_kl(), log_p, log_q, (p, q))
+    return phi.sum(-1)
+
+
+def mutual_rows(
+    logits: Sequence[Tensor],
+    rows: Rows,
+    options: Options,
+    wanted: Sequence[bool],
+    parts: bool,
+) -> Result:
+    """The reference, computed as :mod:`fastkd.backends.reference` is."""
+    from fastkd.backends.reference import (  # loaded at its first use, as every backend is
+        evaluate,
+        precision,
+    )
+
+    dtype, students = precision(logits[0].device), len(logits)
+    of_rows = row_dtype(logits[0].dtype)
+    z = [student.to(dtype) for student in logits]
+    z = [student - student.amax(-1, keepdim=True) for student in z]
+
+    def softmax(gap: Tensor) -> tuple[Tensor, Tensor]:
+        powers = gap.exp()
+        total = powers.sum(-1, keepdim=True, dtype=torch.float64)
+        return gap - total.log().to(dtype), powers / total.to(dtype)
+
+    tempered = [softmax(student / options.temperature) for student in z]
+    t_squared = options.temperature**2 if options.scale_by_temperature else 1.0
+    share = 1.0 if options.peers == "sum" else 1.0 / (students - 1)
+    weight = torch.ones(logits[0].shape[:-1], dtype=dtype, device=logits[0].device)
+    if rows.weight is not None:
+        weight = rows.weight.to(dtype)
+    keep, labels = weight != 0, rows.labels
+    if labels is not None:
+        keep = keep & (labels != options.ignore_index)
+        valid = (labels >= 0) & (labels < z[0].shape[-1])
+        weight = torch.where(valid, weight, torch.nan)  # an invalid label poisons its row
+        labels = torch.where(valid, labels, 0).unsqueeze(-1)
+    scale = options.scale if rows.scale is None else options.scale * rows.scale.to(dtype)
+
+    divergences, entropies, gradients = [], [], []
+    for k in range(students):
+        log_q, q = tempered[k]
+        others = [pair for index, pair in enumerate(tempered) if index != k]
+        divergence = torch.zeros_like(weight)
+        if options.peers == "average":
+            mean = sum((p for _, p in others), torch.zeros_like(q)) * share
+            divergence = _of_pair(mean.log(), mean, log_q, q, evaluate)
+        else:
+            for log_p, p in others:
+                divergence = divergence + share * _of_pair(log_p, p, log_q, q, evaluate)
+        factor = options.peer_weight * t_squared
+        divergences.append(divergence * factor if factor else torch.zeros_like(divergence))
+        gradient = sum((q - p for _, p in others), torch.zeros_like(q))
+        gradient = gradient * (factor * share / options.temperature)
+        cross_entropy = torch.zeros_like(weight)
+        if labels is not None:
+            log_q, q = softmax(z[k])
+            cross_entropy = -log_q.gather(-1, labels).squeeze(-1)
+            gradient = gradient + q.scatter_add(-1, labels, -torch.ones_like(q[..., :1]))
+        entropies.append(cross_entropy)
+        gradient = torch.where(keep.unsqueeze(-1), gradient * (weight * scale).unsqueeze(-1), 0.0)
+        gradients.append(gradient.to(gradient_dtype(logits[k].dtype)) if wanted[k] else None)
+
+    def kept(values: list[Tensor]) -> Tensor:
+        return torch.where(keep, torch.stack(values), 0.0)
+
+    divergence, cross_entropy = kept(divergences), kept(entropies)
+    loss = torch.where(keep, (divergence + cross_entropy) * weight, 0.0)
+    total = loss.reshape(students, -1).sum(-1) * scale
+    by_products = (divergence.to(of_rows), cross_entropy.to(of_rows)) if parts else (None, None)
+    return Result(loss.to(of_rows), total.to(of_rows), tuple(gradients), *by_products)
+
+
+# ---- the loss
+
+
+class _StudentLoss(torch.autograd.Function):
+    """One student's loss, whose gradient is known: each has its own node, so that each can go backward by itself."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        logits: Tensor,
+        loss: Tensor,
+        gradient: Tensor,
+        kernels: Any,
+        rows: Rows,
+        ignore: int,
+    ) -> Tensor:
+        """The loss."""
+        ctx.save_for_backward(gradient, *savable(*(rows if loss.dim() else Rows())))
+        ctx.call = (kernels, ignore, logits.dtype)
+        ctx.set_materialize_grads(False)
+        return loss.clone()
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor | None) -> tuple[Tensor | None, ...]:
+        """The saved gradient times upstream."""
+        if upstream is None:
+            return (None,) * 6
+        kernels, ignore, dtype = ctx.call
+        gradient, *others = ctx.saved_tensors
+        with torch.no_grad():
+            upstream = of_counted_rows(upstream, Rows(*others), ignore)
+            (found,) = scaled(kernels, (gradient,), upstream)
+            assert found is not None
+            gradients: tuple[Tensor | None, ...] = (found.to(dtype),)
+        return (*differentiable_once(gradients), *(None,) * 5)
+
+
+def check_students(logits: object) -> list[Tensor]:
+    """Raise unless they are two tensors of logits or more that go together; the message has the index."""
+    if isinstance(logits, Tensor) or not isinstance(logits, Sequence):
+        raise TypeError(
+            f"logits must be a list of tensors, one a student; got {type(logits).__name__}"
+        )
+    if len(logits) < 2:
+        raise ValueError(f"logits must be those of two students or more, got {len(logits)}")
+    students = [check_columns(f"logits[{k}]", student) for k, student in enumerate(logits)]
+    first = students[0]
+    for k, student in enumerate(students):
+        check_alike(f"logits[{k}]", student, "logits[0]", first)
+        if student.dtype != first.dtype:
+            raise TypeError(
+                f"logits[{k}] must be {first.dtype}, as logits[0] is; got {student.dtype}"
+            )
+        check_readable(f"logits[{k}]", student)
+    return students
+
+
+def _check_options(temperature: object, peers: object, peer_weight: float) -> float:
+    """The weight of the peers, as a float."""
+    if isinstance(temperature, Tensor):
+        raise TypeError(f"temperature must be a number, got {type(temperature).__name__}")
+    check_choice("peers", peers, PEERS)
+    return check_number("peer_weight", peer_weight, 0.0, math.inf, open_right=True)
+
+
+def _kernels(backend: str, logits: Tensor) -> tuple[ModuleType, ModuleType]:
+    """The module that has mutual_rows, and that which scales gradients."""
+    dtype = logits.dtype
+    chosen = registry.select(backend, logits.device.type, dtype, dtype, forward_kl())
+    if chosen not in _MODULES:
+        raise registry.BackendUnavailable(
+            chosen, "it has no kernel of mutual learning", "Use backend='auto' or 'triton'"
+        )
+    return importlib.import_module(_MODULES[chosen]), registry.load(chosen)
+
+
+def _returned(given: Arguments) -> list[tuple[Sequence[int], torch.dtype]]:
+    """The shapes and dtypes of :func:`_as_list`, for a compiled graph."""
+    students = given["logits"]
+    lead, dtype = students[0].shape[:-1], row_dtype(students[0].dtype)
+    losses = [(lead if given.get("reduction", "mean") == "none" else (), dtype)] * len(students)
+    if not given.get("return_parts", False):
+        return losses
+    return [*losses, *[((len(students), *lead), dtype)] * 2, ((), torch.int64)]
+
+
+def _as_list(returned: Any) -> list[Tensor]:
+    """What mutual_loss returns, with or without its parts, as one list."""
+    if isinstance(returned[-1], MutualParts):
+        losses, parts = returned
+        return [*losses, *parts]
+    return list(returned)
+
+
+def _from_list(tensors: list[Tensor], given: Arguments) -> Any:
+    count = len(given["logits"])
+    losses = tuple(tensors[:count])
+    if not given.get("return_parts", False):
+        return losses
+    return losses, MutualParts(*(part.detach() for part in tensors[count:]))
+
+
+@overload
+def mutual_loss(
+    logits: Sequence[Tensor],
+    labels: Tensor | None = None,
+    *,
+    return_parts: Literal[False] = False,
+    **options: Unpack[MutualOptions],
+) -> tuple[Tensor, ...]: ...
+@overload
+def mutual_loss(
+    logits: Sequence[Tensor],
+    labels: Tensor | None = None,
+    *,
+    return_parts: Literal[True],
+    **options: Unpack[MutualOptions],
+) -> tuple[tuple[Tensor, ...], MutualParts]: ...
+@as_one_op(_returned, apart=True, flat=_as_list, back=_from_list)
+def mutual_loss(
+    logits: Sequence[Tensor],
+    labels: Tensor | None = None,
+    *,
+    temperature: float = 1.0,
+    peers: str = "mean",
+    peer_weight: float = 1.0,
+    scale_by_temperature: bool = True,
+    ignore_index: int = -100,
+    mask: Tensor | None = None,
+    weight: Tensor | None = None,
+    reduction: str = "mean",
+    num_items: int | float | Tensor | None = None,
+    return_parts: bool = False,
+    backend: str = "auto",
+) -> tuple[Tensor, ...] | tuple[tuple[Tensor, ...], MutualParts]:
+    r"""Deep mutual learning of M students (Zhang, Xiang, Hospedales and Lu 2018), one loss each.
+
+    With p_k = softmax(s_k / T), the loss of student k in a row is
+
+        CE(softmax(s_k), label)  +  peer_weight T^2 D_k
+
+        peers="mean"      D_k = 1/(M - 1) sum_(l != k) KL(p_l || p_k)      the paper, at T = 1
+        peers="sum"       D_k = sum_(l != k) KL(p_l || p_k)                the other published form
+        peers="average"   D_k = KL(1/(M - 1) sum_(l != k) p_l || p_k)      co-distillation (Anil et al. 2018)
+
+    "mean" and "average" differ in value and have the same gradient. Peers are constants, as in the papers: the gradient
+    by s_k is that of loss k alone, p_k - label + peer_weight T (p_k - mean of the others).
+
+    All students of a row are swept together, in time proportional to M and not to the M (M - 1) pairs.
+
+    Args:
+        logits: of every student [..., V], two or more, all of one shape, dtype (float32, bfloat16, float16; float64 in
+            plain PyTorch) and device. Any strides; the last dimension is copied only where its stride is not 1.
+        labels: [...] int64, of the cross-entropy; None: the loss is the peers' term alone. A row whose label is
+            ignore_index is dropped.
+        temperature: T > 0, of the peers' term; cross-entropy is at 1.
+        peers: one of the forms above.
+        peer_weight: multiplies the peers' term; 1 in the papers. The cross-entropy keeps its weight of 1, unlike
+            that under alpha in :func:`fastkd.kd_loss`.
+        scale_by_temperature: multiply value and gradient of the peers' term by T^2.
+        ignore_index: the label that drops a row.
+        mask: [...] bool; a row where it is False is dropped. A dropped row is not read.
+        weight: [...] float, multiplies the losses of a row.
+        reduction: "none" ([...] a student, 0 in dropped rows), "sum", "mean" (sum / number of counted rows),
+            "batchmean" (sum / logits[0].shape[0]).
+        num_items: replaces the denominator of "mean" and "batchmean", as in kd_loss.
+        return_parts: return (losses, :class:`MutualParts`).
+        backend: "auto", "cpu", "triton", "portable" or "reference".
+
+    Returns:
+        A tuple of M losses, each part of the graph of its own student and of no other: `losses[k].backward()` serves an
+        optimiser a student, `sum(losses).backward()` one for all. float32 (float64 for float64 logits); 0-dim, or [...]
+        for reduction="none". With no counted row they are 0 with a graph. An invalid label makes its row NaN;
+        FASTKD_CHECK=1 raises.
+
+    Memory: the gradient of each student, in the dtype of its logits (float32 for float16, so that a loss scaler's
+    factor comes before rounding); no probabilities.
+
+    torch.compile: one op of the graph. As of whatever a compiled function returns, the losses then share one backward:
+    add them up in place of going backward from each. float16's gradients are computed in the backward.
+
+    Raises:
+        ValueError, TypeError: an argument has the wrong shape, dtype, device or value; the message names it.
+        fastkd.BackendUnavailable: the backend asked for cannot serve this call.
+        RuntimeError: in a second derivative.
+    """
+    students = check_students(logits)
+    peer_weight = _check_options(temperature, peers, peer_weight)
+    check_flags(return_parts=return_parts)
+    first = students[0]
+    call = prepare(
+        first.shape[:-1],
+        first.device,
+        row_dtype(first.dtype),
+        first.shape[-1],
+        labels,
+        temperature=temperature,
+        alpha=1.0 if labels is None else 0.5,  # whether labels are targets, which are checked then
+        scale_by_temperature=scale_by_temperature,
+        ignore_index=ignore_index,
+        mask=mask,
+        weight=weight,
+        reduction=reduction,
+        num_items=num_items,
+        backend=backend,
+    )
+    options = Options(
+        call.options.temperature,
+        peers,
+        peer_weight,
+        call.options.scale_by_temperature,
+        call.options.ignore_index,
+        call.options.scale,
+    )
+    wanted = [torch.is_grad_enabled() and student.requires_grad for student in students]
+    kernels, scaling = _kernels(backend, first)
+    with torch.no_grad():
+        result = kernels.mutual_rows(
+            [student.detach() for student in students], call.rows, options, wanted, return_parts
+        )
+    values = result.total if call.summed else result.loss
+    losses = tuple(
+        value.clone()
+        if gradient is None
+        else _StudentLoss.apply(student, value, gradient, scaling, call.rows, options.ignore_index)
+        for student, value, gradient in zip(students, values, result.gradients, strict=True)
+    )
+    if not return_parts:
+        return losses
+    counted = call.counted
+    if not isinstance(counted, Tensor):
+        counted = torch.tensor(counted, device=first.device)
+    assert result.divergence is not None and result.cross_entropy is not None
+    return losses, MutualParts(result.divergence, result.cross_entropy, counted)

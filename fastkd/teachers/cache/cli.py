@@ -1,0 +1,227 @@
+"""python -m fastkd cache: build, verify and describe a teacher cache."""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import math
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fastkd.teachers.cache.build import build_cache, tokenizer_sha256
+from fastkd.teachers.cache.format import DTYPES, KINDS, Manifest, need
+from fastkd.teachers.cache.parts import part_folder, read_manifest
+from fastkd.teachers.cache.reader import TeacherCache
+from fastkd.tools.info import columns
+
+
+def _count(text: str) -> int:
+    if not (text.isdecimal() and int(text) > 0):
+        raise argparse.ArgumentTypeError(f"must be a positive whole number, got {text!r}")
+    return int(text)
+
+
+def _rank(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"must be a whole number from 0, got {text!r}")
+    return int(text)
+
+
+def _temperature(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"must be positive and finite, got {text!r}")
+    return value
+
+
+def _model(text: str) -> Path:
+    if not (Path(text) / "config.json").is_file():
+        raise argparse.ArgumentTypeError(
+            f"must be a local Hugging Face folder, got {text!r}, which has no config.json"
+        )
+    return Path(text)
+
+
+def _text(text: str) -> str:
+    try:
+        return Path(text).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise argparse.ArgumentTypeError(f"must be a UTF-8 text file, got {text!r}: {error}") from error  # fmt: skip
+
+
+def add_parser(commands: Any) -> None:
+    """Add `cache` to the subparsers of python -m fastkd."""
+    parser = commands.add_parser("cache", help="a teacher's outputs on disk: build, verify, info")
+    actions = parser.add_subparsers(dest="action", required=True)
+    build = actions.add_parser(
+        "build", help="run a teacher over a text; goes on where a killed build was"
+    )
+    build.add_argument("path", metavar="OUT", help="the folder of the cache")
+    build.add_argument(
+        "--model", type=_model, required=True, metavar="FOLDER", help="a local Hugging Face folder"
+    )
+    build.add_argument(
+        "--text", type=_text, required=True, metavar="FILE", help="a UTF-8 text file"
+    )
+    build.add_argument("--kind", choices=KINDS, required=True, help="what is kept of the teacher")
+    build.add_argument("--k", type=_count, default=64, help="entries a row of kind topk (64)")
+    build.add_argument(
+        "--temperature", type=_temperature, default=1.0, help="of kind topk's probabilities (1)"
+    )
+    build.add_argument("--length", type=_count, default=256, help="tokens a sequence (256)")
+    build.add_argument(
+        "--dtype", choices=DTYPES, default="float32", help="what values are rounded to (float32)"
+    )
+    build.add_argument("--sequences", type=_count, help="stop after so many (the whole text)")
+    build.add_argument("--shard-examples", type=_count, default=64, help="sequences a shard (64)")
+    build.add_argument(
+        "--rank",
+        type=_rank,
+        help="build one part of a cache that several processes build: which one, from 0 (RANK, as torchrun sets it)",
+    )
+    build.add_argument(
+        "--world-size", type=_count, help="how many processes build the cache (WORLD_SIZE)"
+    )
+    verify = actions.add_parser(
+        "verify", help="check every digest and value; exit code 1 if one is wrong"
+    )
+    described = actions.add_parser("info", help="what a cache holds, and what it takes")
+    described.add_argument("--json", action="store_true", help="one JSON object on stdout")
+    for action in (verify, described):
+        action.add_argument("path", metavar="PATH", help="the folder of the cache")
+
+
+def run(chosen: argparse.Namespace) -> int:
+    """Run a parsed `cache` command; the exit code."""
+    try:
+        if chosen.action == "build":
+            rank, world_size = _process(chosen)
+            folder = part_folder(Path(chosen.path), rank, world_size)
+            manifest = _build(chosen, rank, world_size)
+            print(f"{folder}: {manifest.examples} examples, {manifest.rows} rows")
+        elif chosen.action == "verify":
+            cache = TeacherCache(chosen.path)
+            cache.verify()
+            print(f"{chosen.path}: {cache.manifest.examples} examples are as they were written")
+        else:
+            found = describe(read_manifest(chosen.path))
+            print(json.dumps(found, indent=2) if chosen.json else text(found))
+    except BrokenPipeError:  # whoever reads the output has read enough
+        raise
+    except (ValueError, OSError, ImportError) as error:
+        print(f"python -m fastkd cache {chosen.action}: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _process(chosen: argparse.Namespace) -> tuple[int, int]:
+    """This process's rank, and how many there are: as said, or else as torchrun's environment has it."""
+    given = chosen.rank, chosen.world_size
+    if None not in given:
+        return given
+    if given != (None, None):
+        raise ValueError("--rank and --world-size go together")
+    if not {"RANK", "WORLD_SIZE"} <= os.environ.keys():
+        return 0, 1
+    try:
+        rank, world_size = _rank(os.environ["RANK"]), _count(os.environ["WORLD_SIZE"])
+    except argparse.ArgumentTypeError as error:
+        raise ValueError(f"RANK and WORLD_SIZE in the environment: {error}") from None
+    print(f"RANK and WORLD_SIZE: this is process {rank} of {world_size}", file=sys.stderr)
+    return rank, world_size
+
+
+def _build(chosen: argparse.Namespace, rank: int, world_size: int) -> Manifest:
+    transformers = need("transformers", "building a teacher cache", "cache-build")
+    need("rich", "building a teacher cache", "cache-build")
+    from rich.console import Console
+    from rich.progress import Progress
+
+    transformers.utils.logging.disable_progress_bar()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(chosen.model, local_files_only=True)
+    # Line by line, which lets the tokenizer use every core.
+    lines = tokenizer(
+        chosen.text.splitlines(keepends=True) or [""], add_special_tokens=False, verbose=False
+    )
+    tokens = torch.tensor(list(itertools.chain.from_iterable(lines["input_ids"])))
+    sequences = tokens.split(chosen.length)[: chosen.sequences] if len(tokens) else ()
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        chosen.model, local_files_only=True, dtype=torch.float32
+    )
+    vocab_size = model.config.get_text_config().vocab_size
+    if len(tokens) and int(tokens.max()) >= vocab_size:
+        raise ValueError(
+            f"the tokenizer gives id {int(tokens.max())}, and the model has a vocabulary of {vocab_size}"
+        )
+    # torchrun numbers the processes of a machine, which share its GPUs and its terminal.
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    gpus = torch.cuda.device_count()
+    model.to(torch.device("cuda", local_rank % gpus) if gpus else "cpu")
+    with Progress(console=Console(stderr=True), disable=local_rank > 0) as progress:
+        task = progress.add_task("sequences", total=len(sequences))
+        return build_cache(
+            chosen.path,
+            model,
+            sequences,
+            kind=chosen.kind,
+            dtype=DTYPES[chosen.dtype],
+            shard_examples=chosen.shard_examples,
+            k=chosen.k,
+            temperature=chosen.temperature,
+            tokenizer_sha256=tokenizer_sha256(tokenizer),
+            teacher=chosen.model.resolve().name,
+            rank=rank,
+            world_size=world_size,
+            progress=lambda done: progress.update(task, completed=done),
+        )
+
+
+def describe(manifest: Manifest) -> dict[str, Any]:
+    """What `info` shows, ready for JSON; sizes in bytes."""
+    head = manifest.head.bytes if manifest.head else 0
+    total = head + sum(shard.bytes for shard in manifest.shards)
+    a_row = (total - head) / manifest.rows if manifest.rows else None
+    dense = 4 * manifest.vocab_size
+    return {
+        "kind": manifest.kind,
+        "complete": manifest.complete,
+        "teacher": manifest.teacher,
+        "vocab_size": manifest.vocab_size,
+        "hidden_size": manifest.hidden_size,
+        "k": manifest.k,
+        "temperature": manifest.temperature,
+        "dtypes": manifest.dtypes,
+        "tokenizer_sha256": manifest.tokenizer_sha256,
+        "examples": manifest.examples,
+        "rows": manifest.rows,
+        "shards": len(manifest.shards),
+        "bytes": total,
+        "head_bytes": head,
+        "bytes_a_row": a_row,
+        "dense_float32_bytes_a_row": dense,
+        "times_smaller_a_row": dense / a_row if a_row else None,
+    }
+
+
+def text(found: dict[str, Any]) -> str:
+    """What :func:`describe` found, for people."""
+    rows = []
+    for name, value in found.items():
+        if value is None:
+            continue
+        if isinstance(value, dict):
+            value = ", ".join(f"{key} {dtype}" for key, dtype in value.items())
+        elif isinstance(value, bool):
+            value = "yes" if value else "no"
+        elif isinstance(value, (int, float)):
+            value = f"{value:,.2f}".removesuffix(".00")
+        rows.append((name.replace("_", " "), value))
+    return "\n".join(columns(rows, indent=""))

@@ -1,0 +1,95 @@
+"""Every set of instructions that this processor runs the native kernels in, and the paths that large calls take."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from support.accuracy import check, labels_for, logits
+
+import fastkd
+from fastkd import kd_loss
+from fastkd.backends import cpu
+
+_C = pytest.importorskip("fastkd._C")
+
+DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+# From 4 MiB of gradient on, it is written past the cache, alongside the statistics of the next row.
+ROWS, COLUMNS = 9, 122_880  # 60 blocks of 2048 columns
+
+
+@DTYPES
+@pytest.mark.parametrize("name", fastkd.DIVERGENCES)
+def test_divergences(instructions: str, name: str, dtype: torch.dtype) -> None:
+    for columns in (1, 37, 2049):
+        student, teacher = (logits(3, columns, seed=side, dtype=dtype) for side in (1, 2))
+        labels = labels_for(3, vocabulary=columns, seed=3)
+        options: dict[str, Any] = {"divergence": name, "temperature": 3.0, "alpha": 0.6}
+        check("cpu", student, teacher, labels, **options)
+        check("cpu", student, teacher, labels, softcap=9.0, teacher_softcap=20.0, **options)
+
+
+@pytest.mark.parametrize("name", ["forward_kl", "jsd", "alpha_beta"])
+def test_infinities(instructions: str, name: str) -> None:
+    student, teacher = logits(4, 2100, seed=1), logits(4, 2100, seed=2)
+    student[0, 5:9] = teacher[0, 5:9] = -torch.inf  # on both sides
+    teacher[1, :2060] = -torch.inf
+    student[2, 2090:] = -torch.inf
+    check("cpu", student, teacher, divergence=name, teacher_gradient=name != "forward_kl")
+
+
+@DTYPES
+@pytest.mark.parametrize("name", ["forward_kl", "reverse_kl", "jsd", "tvd"])
+def test_large_calls_give_what_each_row_gives_alone(
+    instructions: str, name: str, dtype: torch.dtype
+) -> None:
+    """Rows that are dropped, rows done again for their -inf, rows at any offset in a cache line: bit by bit."""
+    wide = logits(ROWS, COLUMNS + 3, seed=1, dtype=dtype)
+    teacher = logits(ROWS, COLUMNS, seed=2, dtype=dtype)
+    mask = torch.tensor([False, True, True, False, False, True, True, True, False])
+    wide[5, 7:20] = -torch.inf
+    teacher[6, 100:] = -torch.inf
+    for student in (wide[:, 3:], wide[:, 3:].contiguous()):
+        assert student.numel() * student.element_size() // ROWS * ROWS >= cpu._LARGE / 2
+        whole = student.detach().requires_grad_()
+        losses = kd_loss(
+            whole, teacher, divergence=name, mask=mask, reduction="none", backend="cpu"
+        )
+        (gradient,) = torch.autograd.grad(losses.sum(), whole)
+        for row in range(ROWS):
+            alone = student[row : row + 1].detach().requires_grad_()
+            loss = kd_loss(
+                alone,
+                teacher[row : row + 1],
+                divergence=name,
+                mask=mask[row : row + 1],
+                reduction="none",
+                backend="cpu",
+            )
+            (expected,) = torch.autograd.grad(loss.sum(), alone)
+            torch.testing.assert_close(losses[row], loss[0], rtol=0, atol=0, equal_nan=True)
+            torch.testing.assert_close(gradient[row], expected[0], rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("inplace", [False, True], ids=["new", "in place"])
+@pytest.mark.parametrize("columns", [32_768, 65_541, 200_000])
+def test_large_calls_against_the_truth(instructions: str, columns: int, inplace: bool) -> None:
+    """Exponentials kept, kept at odd offsets, and computed again."""
+    student, teacher = logits(40, columns, seed=4), logits(40, columns, seed=5)
+    student, teacher = student.bfloat16(), teacher.bfloat16()
+    leaf = student.detach().requires_grad_()
+    loss = kd_loss(leaf * 1, teacher, temperature=2.0, inplace=inplace, backend="cpu")
+    (gradient,) = torch.autograd.grad(loss, leaf)
+    p, q = ((x.double() / 2).softmax(-1) for x in (teacher, student))
+    exact = (q - p) * 2 / 40  # T^2 / T / N
+    assert (
+        (gradient.double() - exact).abs() <= exact.abs() * 2**-8 + exact.abs().max() * 1e-6
+    ).all()
+    value = (p * (p / q).log()).sum(-1).mean() * 4
+    torch.testing.assert_close(loss.double(), value, rtol=3e-7, atol=0)
+
+
+def test_an_unknown_set_is_refused() -> None:
+    with pytest.raises(ValueError, match="instruction set must be one of .*baseline.*; got sse9"):
+        _C.use_instruction_set("sse9")

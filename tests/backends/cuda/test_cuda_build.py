@@ -1,0 +1,85 @@
+"""What nvcc made of csrc/cuda, for every target: nothing spilled, the threads that plan.h counts on, a small file."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from fastkd.backends import registry
+from fastkd.divergences import DEFINITIONS
+
+_spec = importlib.util.find_spec("fastkd._cuda")
+if _spec is None or _spec.origin is None:
+    reason = registry._built().get("cuda_obstacle", {}).get("reason", "it is not installed")
+    pytest.skip(f"fastkd._cuda is not built: {reason}", allow_module_level=True)
+BUILT = Path(_spec.origin)
+
+REGISTERS = 65_536  # of a multiprocessor
+THREADS = 512  # of a block that has it to itself, or of two
+
+
+def _usage() -> dict[tuple[str, str], dict[str, int]]:
+    """Registers, stack, local and shared bytes by (target, kernel)."""
+    from triton import knobs  # its wheel has NVIDIA's tool
+
+    command = [knobs.nvidia.cuobjdump.path, "--dump-resource-usage", str(BUILT)]
+    text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    found: dict[tuple[str, str], dict[str, int]] = {}
+    target = kernel = ""
+    for line in text.splitlines():
+        if arch := re.search(r"arch = (sm_\w+)", line):
+            target = arch[1]
+        elif name := re.search(r"Function (\w+):", line):
+            kernel = name[1]
+        elif "REG:" in line:
+            numbers = re.findall(r"(\w+):(\d+)", line)
+            found[target, kernel] = {key: int(value) for key, value in numbers}
+    return found
+
+
+def test_every_kernel_is_there_and_stays_in_registers() -> None:
+    usage = _usage()
+    for target in ("sm_90a", "sm_100a"):
+        kernels = {name: used for (arch, name), used in usage.items() if arch == target}
+        rows = {name: used for name, used in kernels.items() if "kd_kernel" in name}
+        assert len(rows) == len(DEFINITIONS) + 2  # of sparse teachers, of a shard's statistics
+        assert sum("Sparse" in kernel for kernel in rows) == 1
+        assert sum("DenseShare" in kernel for kernel in rows) == 1
+        for function in DEFINITIONS:
+            name = function.__name__.lstrip("_")
+            assert sum(f"{len(name)}{name}E" in kernel for kernel in rows) == 1, name
+        for name, used in kernels.items():
+            assert used["STACK"] == used["LOCAL"] == 0, name
+        for name, used in rows.items():
+            assert used["REG"] * THREADS <= REGISTERS, name
+            assert used["SHARED"] <= 1 << 10, name  # all else is what plan.h reckons with
+
+
+def test_the_extension_is_small_and_stands_alone() -> None:
+    # Sixteen definitions are a kernel each on two architectures, of a third of a megabyte. Those that keep their digits
+    # where p is close to q evaluate a series there, in which they are longer than their formulas.
+    assert BUILT.stat().st_size < 11 << 20
+    needed = subprocess.run(["ldd", str(BUILT)], capture_output=True, text=True, check=True).stdout
+    assert not re.search(r"libtorch|libc10|libcudart|libcuda\b", needed)
+
+
+def test_its_table_and_its_targets() -> None:
+    from fastkd import _cuda
+
+    assert _cuda.divergences() == [function.__name__.lstrip("_") for function in DEFINITIONS]
+    assert _cuda.architectures() == [90, 100]
+
+
+def test_a_launch_without_a_device_says_what_cuda_says() -> None:
+    import torch
+
+    if torch.cuda.is_available():
+        pytest.skip("there is a device")
+    from fastkd import _cuda
+
+    with pytest.raises(RuntimeError, match=r"cudaGetDevice: .*(driver|device)"):
+        _cuda.scale_rows([1], (64, 0, 8, [8]), 64, 0, 0, 0)

@@ -1,0 +1,406 @@
+"""The CUDA kernels' own source on the host, held to the same bar as every backend.
+
+tests/support/cuda_host.h plays a cluster's threads on a CPU, in an order drawn by lot; what they do, from the copies
+they ask for to the exchanges between blocks, is the code that a GPU runs. `ranks` asks for more blocks a row than it
+needs, so that short rows are spread over many. Two clusters share the rows of a call, so that each has several in a
+row.
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from support.accuracy import check, labels_for, logits
+from support.cuda_emulation import Emulation, compile_host, load_host
+from torch import Tensor
+
+import fastkd
+from fastkd.backends import native, registry
+from fastkd.divergences import DEFINITIONS
+
+INF = math.inf
+
+
+# Tails: of a vector of 8, of a warp's 256 columns, of a block's slice; rows shorter than a cluster's blocks.
+WIDTHS = (1, 2, 7, 8, 9, 31, 63, 257, 1000, 2051)
+CLUSTERS = (1, 2, 4, 8, 16)
+
+
+def test_the_table_is_the_table(host: ModuleType) -> None:
+    assert host.divergences() == [function.__name__.lstrip("_") for function in DEFINITIONS]
+
+
+@pytest.mark.parametrize("ranks", CLUSTERS)
+@pytest.mark.parametrize("divergence", fastkd.DIVERGENCES)
+def test_every_divergence_over_every_cluster(
+    emulation: Emulation, divergence: str, ranks: int
+) -> None:
+    emulation.ranks = ranks
+    for width in WIDTHS:
+        student, teacher = logits(3, width, seed=width), logits(3, width, seed=width + 1)
+        labels = labels_for(3, vocabulary=width, seed=ranks)
+        check(
+            "cuda", student, teacher, labels, divergence=divergence, alpha=0.7, temperature=2.0,
+            label_smoothing=0.1,
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize("dtypes", [
+    (torch.float32, torch.float32), (torch.bfloat16, torch.bfloat16), (torch.float16, torch.float16),
+    (torch.bfloat16, torch.float32), (torch.float32, torch.float16), (torch.float16, torch.bfloat16),
+], ids=str)  # fmt: skip
+@pytest.mark.parametrize("divergence", ["forward_kl", "jsd", "squared_error"])
+def test_every_dtype(
+    emulation: Emulation, divergence: str, dtypes: tuple[torch.dtype, torch.dtype]
+) -> None:
+    for width, emulation.ranks in ((40, 2), (333, 4), (2051, 1)):
+        student = logits(4, width, seed=1, dtype=dtypes[0])
+        teacher = logits(4, width, seed=2, dtype=dtypes[1])
+        check("cuda", student, teacher, divergence=divergence, temperature=0.7)
+
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "softcaps": {"softcap": 9.0, "teacher_softcap": 4.0, "teacher_logit_scale": 2.0},
+    "scales": {"logit_scale": -0.3, "teacher_logit_scale": 1.7},
+    "padding": {"vocab_size": 301},
+    "temperatures": {"temperature": 0.3, "teacher_temperature": 3.0, "scale_by_temperature": False},
+    "labels alone": {"alpha": 0.0, "temperature": 3.0},
+    "smoothing": {"alpha": 0.25, "label_smoothing": 0.3, "softcap": 5.0},
+    "mean": {"reduction": "mean", "num_items": 3},
+    "batchmean": {"reduction": "batchmean"},
+}
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+@pytest.mark.parametrize("divergence", ["forward_kl", "reverse_kl", "mixture", "jsd", "tvd"])
+def test_options(emulation: Emulation, divergence: str, name: str) -> None:
+    emulation.ranks = 4
+    student, teacher = logits(6, 309, seed=1), logits(6, 309, seed=2)
+    width = OPTIONS[name].get("vocab_size", 309)
+    labels = labels_for(6, vocabulary=width, seed=3, ignored=0.3)
+    generator = torch.Generator().manual_seed(4)
+    rows = {
+        "mask": torch.rand(6, generator=generator) < 0.8,
+        "weight": torch.rand(6, generator=generator),
+    }
+    options = {"alpha": 0.5} | OPTIONS[name]
+    check("cuda", student, teacher, labels, divergence=divergence, **options, **rows)
+
+
+@pytest.mark.parametrize("divergence", ["forward_kl", "reverse_kl", "jsd", "tvd", "hellinger"])
+def test_log_0(emulation: Emulation, divergence: str) -> None:
+    """-inf shared, of the teacher alone, and where an exponential is 0: the second attempt, with the policy."""
+    emulation.ranks = 2
+    student, teacher = logits(4, 300, seed=1), logits(4, 300, seed=2)
+    student[0, 7], teacher[0, 7] = -INF, -INF
+    student[0, 8:200], teacher[0, 8:200] = -INF, -INF  # whole vectors, and a thread's first
+    teacher[1, 100:140] = -INF
+    student[2, 3], teacher[2, 3] = -400.0, -INF
+    if divergence not in ("reverse_kl",):
+        check("cuda", student, teacher, divergence=divergence)
+    else:
+        student[1], student[2] = teacher[1], teacher[2]
+        check("cuda", student, teacher, divergence=divergence)
+
+
+LOW: dict[str, tuple[slice, float, float, float]] = {
+    "a vector of both": (slice(0, 8), -INF, -INF, 1.0),
+    "many vectors of both": (slice(504, 1000), -INF, -INF, 1.0),
+    "the teacher alone": (slice(504, 1000), -1e4, -INF, 1.0),
+    "where an exponential is subnormal": (slice(504, 1000), -90.0, -INF, 1.0),
+    "the least number there is": (slice(504, 1000), -3.4028e38, -3.4028e38, 0.5),
+    "the same at the usual temperature": (slice(504, 1000), -3.4028e38, -3.4028e38, 1.0),
+}
+
+
+@pytest.mark.parametrize("low", LOW)
+@pytest.mark.parametrize("divergence", fastkd.DIVERGENCES)
+def test_low_logits_in_whole_vectors(emulation: Emulation, divergence: str, low: str) -> None:
+    """No moment of such a thread is left when maxima have risen: what the gradient needs is found out by itself."""
+    where, s_low, t_low, temperature = LOW[low]
+    emulation.ranks = 2
+    student, teacher = logits(2, 1000, seed=1), logits(2, 1000, seed=2)
+    student[1, where], teacher[1, where] = s_low, t_low
+    if fastkd.DIVERGENCES[divergence]().normalized:
+        _as_the_reference(student, teacher, divergence, temperature=temperature)
+
+
+def _as_the_reference(student: Tensor, teacher: Tensor, divergence: Any, **options: Any) -> None:
+    """Infinities and NaN where the reference has them, and close to it elsewhere."""
+    outcomes = []
+    for backend, dtype in (("cuda", torch.float32), ("reference", torch.float64)):
+        leaves = [x.to(dtype).requires_grad_() for x in (student, teacher)]
+        loss = fastkd.kd_loss(
+            *leaves, divergence=divergence, reduction="none", backend=backend, **options
+        )
+        outcomes.append([loss.detach(), *torch.autograd.grad(loss.sum(), leaves)])
+    for found, exact in zip(*outcomes, strict=True):
+        torch.testing.assert_close(found, exact.float(), equal_nan=True, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("gap", [60.0, 97.0])
+def test_an_exponential_that_overflows_is_infinite(emulation: Emulation, gap: float) -> None:
+    student, teacher = logits(1, 50, seed=1), logits(1, 50, seed=2)
+    student[0, 3] -= gap
+    found = [
+        fastkd.kd_loss(student, teacher, divergence=fastkd.alpha_beta(1.0, -1.0), backend=backend)
+        for backend in ("cuda", "reference")
+    ]
+    torch.testing.assert_close(*found, rtol=1e-4, atol=0.0)
+    assert found[0].isinf() == (gap > 90)
+
+
+@pytest.mark.parametrize("divergence", ["forward_kl", "reverse_kl", "jsd", "squared_error"])
+def test_offsets_and_maxima_in_every_place(emulation: Emulation, divergence: str) -> None:
+    """A maximum that rises late rescales what a thread, a warp or a block has summed before."""
+    emulation.ranks = 4
+    width = 1111
+    peaks = torch.tensor([0, 7, 8, 300, 555, 1000, 1110])
+    student, teacher = logits(7, width, seed=1), logits(7, width, seed=2)
+    student[torch.arange(7), peaks] += 30.0
+    teacher[torch.arange(7), peaks.flip(0)] += 20.0
+    check("cuda", student, teacher, divergence=divergence, temperature=2.0)
+    rising = torch.linspace(-60, 60, width).expand(7, width)
+    check("cuda", student + rising, teacher - rising, divergence=divergence, temperature=8.0)
+    if divergence != "squared_error":
+        check("cuda", student + 1e4, teacher - 1e4, divergence=divergence, temperature=2.0)
+
+
+def _placed(
+    width: int, rows: int, offset: int, stride: int, dtype: torch.dtype, seed: int
+) -> Tensor:
+    """Rows at that offset from a multiple of 16 bytes, that far apart."""
+    memory = torch.full((rows * stride + offset + 64,), 7.0, dtype=dtype)
+    at = -memory.data_ptr() // dtype.itemsize % (16 // dtype.itemsize)
+    view = memory.as_strided((rows, width), (stride, 1), at + offset)
+    return view.copy_(logits(rows, width, seed=seed, dtype=dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("offset", "stride"), [(0, 320), (0, 301), (1, 320), (3, 333), (0, 312)])
+def test_rows_at_any_address(
+    emulation: Emulation, dtype: torch.dtype, offset: int, stride: int
+) -> None:
+    emulation.ranks = 2
+    student = _placed(301, 5, offset, stride, dtype, seed=1)
+    teacher = _placed(301, 5, 0, 304, dtype, seed=2)
+    check("cuda", student, teacher, divergence="jsd")
+    check("cuda", teacher, student, divergence="forward_kl")
+
+
+def test_views(emulation: Emulation) -> None:
+    """Shifted, transposed, expanded and more leading dimensions than one; nothing outside is written."""
+    emulation.ranks = 2
+    whole, teacher = logits(3, 5, 77, seed=1), logits(3, 5, 77, seed=2)
+    check("cuda", whole[:, :-1], teacher[:, 1:])
+    check("cuda", whole.transpose(0, 1), teacher.transpose(0, 1), divergence="jsd")
+    check("cuda", whole[:, :1].expand(3, 5, 77), teacher, teacher_gradient=False)
+    check("cuda", whole[..., ::2], teacher[..., ::2])
+    small = logits(2, 2, 2, 2, 2, 2, 2, 2, 9, seed=3)
+    check("cuda", small.transpose(0, 3).transpose(1, 6), small.flip(0))
+
+
+@pytest.mark.parametrize("offset", [0, 1])
+def test_in_place(emulation: Emulation, offset: int) -> None:
+    emulation.ranks = 4
+    student = _placed(301, 4, offset, 320, torch.float32, seed=1)
+    teacher = logits(4, 301, seed=2)
+    labels = labels_for(4, vocabulary=301, seed=1, ignored=0.5)
+    outcomes = []
+    for inplace in (False, True):
+        leaf = student.clone().requires_grad_()
+        given = torch.empty_strided(student.shape, (320, 1)).copy_(leaf)
+        loss = fastkd.kd_loss(given, teacher, labels, alpha=0.5, inplace=inplace, backend="cuda")
+        outcomes.append((loss.detach(), *torch.autograd.grad(loss, leaf)))
+    assert all(torch.equal(a, b) for a, b in zip(*outcomes, strict=True))
+
+
+def test_a_dropped_row_is_not_read(emulation: Emulation) -> None:
+    student, teacher = logits(3, 50, seed=1), logits(3, 50, seed=2)
+    student[1], teacher[1] = math.nan, math.nan
+    labels = torch.tensor([1, -100, 2])
+    leaf = student.requires_grad_()
+    loss = fastkd.kd_loss(leaf, teacher, labels, alpha=0.5, backend="cuda")
+    (gradient,) = torch.autograd.grad(loss, leaf)
+    assert loss.isfinite() and gradient.isfinite().all() and not gradient[1].any()
+
+
+def test_what_cannot_be_right_is_nan(emulation: Emulation) -> None:
+    """A label outside the vocabulary and a temperature that is not positive poison their row and no other."""
+    student, teacher = logits(3, 50, seed=1), logits(3, 50, seed=2)
+    labels = torch.tensor([1, 50, 2])
+    temperature = torch.tensor([1.0, 1.0, 0.0])
+    loss = fastkd.kd_loss(
+        student,
+        teacher,
+        labels,
+        alpha=0.5,
+        temperature=temperature,
+        reduction="none",
+        backend="cuda",
+    )
+    assert loss.isnan().tolist() == [False, True, True]
+
+
+def test_no_rows(emulation: Emulation) -> None:
+    student = torch.empty(0, 50, requires_grad=True)
+    loss = fastkd.kd_loss(student, torch.empty(0, 50), backend="cuda")
+    loss.backward()
+    assert loss == 0 and student.grad.shape == (0, 50)
+
+
+@pytest.mark.parametrize("offset", [0, 1])
+@pytest.mark.parametrize("divergence", ["forward_kl", "jsd", "reverse_kl"])
+@pytest.mark.parametrize(
+    ("student", "teacher"),
+    [
+        (torch.float32, torch.float32),
+        (torch.bfloat16, torch.bfloat16),
+        (torch.float16, torch.float32),
+    ],
+    ids=str,
+)
+def test_device_memory_moves_three_tensors(
+    emulation: Emulation, student: torch.dtype, teacher: torch.dtype, divergence: str, offset: int
+) -> None:
+    """Each logit is read once and each gradient written once, whatever the divergence and the cluster."""
+    rows, width = 4, 333
+    s = _placed(width, rows, offset, 344, student, seed=1)
+    t = _placed(width, rows, 0, 344, teacher, seed=2)
+    labels = torch.tensor([1, 2, -100, 3])
+    both = width * (s.itemsize + t.itemsize)
+    for emulation.ranks in (1, 4):
+        emulation.traffic()
+        leaf = s.detach().requires_grad_(student != torch.float16)
+        fastkd.kd_loss(leaf, t, labels, divergence=divergence, backend="cuda")
+        read, written = emulation.traffic()
+        assert read == 3 * both  # the dropped row is not read
+        assert written == (rows * width * s.itemsize if leaf.requires_grad else 0)
+        fastkd.kd_loss(leaf, t, labels, divergence=divergence, alpha=0.5, backend="cuda")
+        # And the label's logit, by every block.
+        assert emulation.traffic()[0] == 3 * (both + emulation.ranks * s.itemsize)
+
+
+# How a row is spread
+
+
+@pytest.mark.parametrize(("width", "dtype", "ranks"), [
+    (1, torch.float32, 1), (1000, torch.float32, 1), (32_768, torch.bfloat16, 2), (32_768, torch.float32, 4),
+    (128_256, torch.bfloat16, 8), (128_256, torch.float32, 8), (151_936, torch.bfloat16, 8),
+    (262_144, torch.bfloat16, 8), (262_144, torch.float32, 16),
+])  # fmt: skip
+def test_rows_stay_on_chip(host: ModuleType, width: int, dtype: torch.dtype, ranks: int) -> None:
+    number = native.DTYPES[dtype]
+    blocks, threads, columns = host.plan(width, number, number, sparse=False)
+    assert blocks == ranks and threads % 32 == 0 and threads <= 512
+    assert blocks * columns >= width and columns % 8 == 0
+    assert 2 * columns * dtype.itemsize <= (106 if threads <= 256 else 220) * 1024
+    fewer, *_ = host.plan(width, number, number, sparse=True)
+    assert fewer <= blocks
+
+
+def test_few_rows_are_spread_over_more_blocks(host: ModuleType) -> None:
+    """As many as there are multiprocessors, with a vector for every thread; many rows are not."""
+
+    def blocks(rows: int, width: int) -> int:
+        ranks, _, columns = host.plan(width, 1, 1, sparse=False, rows=rows, multiprocessors=132)
+        assert ranks * columns >= width and columns % 8 == 0
+        return ranks
+
+    assert [blocks(rows, 32_768) for rows in (1, 16, 33, 67, 4096)] == [8, 8, 4, 2, 2]
+    assert [blocks(1, width) for width in (1000, 4096, 16_384, 128_256)] == [1, 2, 8, 8]
+
+
+@pytest.mark.parametrize("tail", ["bucket", "renormalize"])
+def test_a_sparse_teacher_moves_two_tensors(emulation: Emulation, tail: str) -> None:
+    """The student is read once and its gradient written once; what a token takes is beside that."""
+    student, teacher = logits(5, 2000, seed=1), logits(5, 2000, seed=2)
+    named = fastkd.TopK.from_logits(teacher, 8, tail=tail)
+    for emulation.ranks in (1, 4):
+        emulation.traffic()
+        fastkd.kd_loss(student.requires_grad_(), named, divergence="jsd", backend="cuda")
+        read, written = emulation.traffic()
+        assert written == student.nbytes
+        assert student.nbytes < read < student.nbytes + 5 * 8 * 30
+
+
+@pytest.mark.parametrize("divergence", ["forward_kl", "jsd", "tvd"])
+def test_a_row_of_padding_alone(emulation: Emulation, divergence: str) -> None:
+    """Renormalised over no tokens there is nothing but the cross-entropy; the other row has a divergence."""
+    emulation.ranks = 2
+    ids = torch.tensor([[-1, -1], [3, 40]])
+    named = fastkd.TopK(ids, torch.full((2, 2), -1.0), tail="renormalize")
+    student = logits(2, 50, seed=1)
+    for alpha in (1.0, 0.5):
+        losses = [
+            fastkd.kd_loss(
+                student, named, torch.tensor([1, 2]), divergence=divergence, alpha=alpha,
+                reduction="none", backend=backend,
+            )
+            for backend in ("cuda", "reference")
+        ]  # fmt: skip
+        torch.testing.assert_close(*losses)
+        assert losses[0][1] > 0 and (losses[0][0] > 0) == (alpha < 1)
+
+
+def test_a_row_that_is_too_wide(emulation: Emulation, host: ModuleType) -> None:
+    assert host.plan(500_000, 0, 0, sparse=False) is None
+    student = torch.zeros(1, 500_000)
+    with pytest.raises(fastkd.BackendUnavailable, match="500000 columns .* shared memory"):
+        fastkd.kd_loss(student, student, backend="cuda")
+
+
+# Planted faults turn the checks above red
+
+
+FAULTS = {
+    "an off-by-one in the tail": ("row.h", "k < vector.n ? z[k] : z[0]", "k <= vector.n ? z[k] : z[0]"),
+    "columns of a slice": ("row.h", "rest < call.slice ? rest :", "rest < call.slice ? rest - 1 :"),
+    "the edge of a copy": ("row.h", "if (at < bytes) copy_element", "if (at + element < bytes) copy_element"),
+    "a swapped merge": ("row.h", "a.forward += b.forward;", "a.forward += b.reverse;"),
+    "a merge that forgets to rescale": ("row.h", "  raise(b, s_top, t_top, row);\n", "  b.s_top = s_top;\n"),
+    "a maximum that does not rescale": ("row.h", "a.s_sum *= s_fade;", ""),
+    "a moment that does not move": ("row.h", "a.forward + (s_step - t_step) * a.t_sum", "a.forward"),
+    "a sign": ("row.h", "h - p * row.sum_h", "h + p * row.sum_h"),
+    "the temperature of the gradient": ("row.h", "square * scale * row.student.unit", "square * scale"),
+    "the policy for log 0": ("row.h", "LOG_0 ? (e > threshold ? e * x : 0) : e * x", "e * x"),
+    "logits that are too low": ("row.h", "overflows = (row.flags & LOWS)", "overflows = false && (row.flags & LOWS)"),
+    "the label's column": ("row.h", "column == row.label", "column + 1 == row.label"),
+    "a whole vector where there is a part": ("row.h", "first + VECTOR <= range.last", "first < range.last"),
+    "what came by the copy engine is not waited for": ("cluster.h", "      await(stage);\n", ""),
+    "a stage is fetched before all are done with it": (
+        "cluster.h", "order_before_copies();\n      sync_block();", "order_before_copies();"),
+    "one place for all exchanges": ("cluster.h", "shared_.of_ranks[exchange_++ & 1]", "shared_.of_ranks[0]"),
+    "no gap between stages": ("row.h", "memory + number * gap", "memory"),
+    "a cluster that does not wait": (
+        "cluster.h", "        cluster_arrive(warp == 0);\n        cluster_wait();\n", ""),
+    "a row that is forgotten": ("cluster.h", "counting(row + ", "counting(row + 2 * "),
+}  # fmt: skip
+
+
+# Each is compiled, at twenty seconds. They judge the checks above and not the kernels: one shows that they can fail.
+EVERY_TIME = ("a maximum that does not rescale",)
+
+
+@pytest.mark.parametrize(
+    "fault", [x if x in EVERY_TIME else pytest.param(x, marks=pytest.mark.heavy) for x in FAULTS]
+)
+def test_a_planted_fault_is_seen(
+    fault: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> None:
+    header, old, new = FAULTS[fault]
+    broken = load_host(compile_host(tmp_path, (header, lambda text: text.replace(old, new))))
+    emulation = request.getfixturevalue("emulation")
+    monkeypatch.setattr(registry.load("cuda"), "_cuda", broken)
+    with pytest.raises((AssertionError, RuntimeError)):
+        for divergence in ("forward_kl", "mixture", "jsd"):
+            test_every_divergence_over_every_cluster(emulation, divergence, 4)
+            test_log_0(emulation, divergence)
+            test_low_logits_in_whole_vectors(emulation, divergence, "many vectors of both")
+            test_offsets_and_maxima_in_every_place(emulation, divergence)
+        test_rows_at_any_address(emulation, torch.bfloat16, 0, 320)

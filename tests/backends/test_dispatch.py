@@ -1,0 +1,385 @@
+"""Which backend serves a call, what is said when it is not the fast one, and what importing loads."""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import pytest
+import torch
+from support.accuracy import logits, ran_on
+from torch import Tensor
+
+import fastkd
+from fastkd import BackendUnavailable, kd_loss
+from fastkd.backends import registry
+from fastkd.backends.registry import Call, Obstacle, choose
+
+ALL: Mapping[str, Obstacle | None] = dict.fromkeys(
+    ("cpu", "triton", "cuda", "portable", "reference")
+)
+NO_COMPILER = Obstacle("no compiler", "Install one")
+NO_TRITON = Obstacle("no triton", "pip install it")
+F32, BF16, F16, F64 = torch.float32, torch.bfloat16, torch.float16, torch.float64
+
+
+def _theirs(p: Any, q: Any, log_p: Any, log_q: Any) -> tuple[Any, Any]:
+    return p * (log_p - log_q), -p
+
+
+THEIRS = fastkd.Divergence("theirs", _theirs)
+KL = fastkd.forward_kl()
+
+
+@pytest.fixture
+def undecided() -> Iterator[None]:
+    """Nothing found, chosen or logged yet."""
+
+    def forget() -> None:
+        for cached in (registry.available_backends, registry._select, registry._log_once):
+            cached.cache_clear()
+
+    forget()
+    yield
+    forget()
+
+
+# The table
+
+
+@pytest.mark.parametrize(
+    ("call", "available", "chosen", "why"),
+    [
+        (Call("cpu", F32, F32, KL), ALL, "cpu", None),
+        (Call("cpu", BF16, F16, KL), ALL, "cpu", None),
+        (Call("cuda", F32, F32, KL), ALL, "triton", None),
+        (Call("xpu", BF16, F32, KL), ALL, "triton", None),
+        # Triton compiles a definition of the user's; the extension holds those of the table.
+        (Call("cuda", F32, F32, THEIRS), ALL, "triton", None),
+        (
+            Call("cpu", F32, F32, THEIRS),
+            ALL,
+            "portable",
+            "cpu: divergence 'theirs' is not compiled",
+        ),
+        (
+            Call("cpu", F64, F32, KL),
+            ALL,
+            "portable",
+            "cpu: student_logits is torch.float64, and its kernels take",
+        ),
+        (
+            Call("cpu", F32, F64, KL),
+            ALL,
+            "portable",
+            "cpu: teacher is torch.float64, and its kernels take",
+        ),
+        (Call("cuda", F64, F64, KL), ALL, "portable", "triton: student_logits is torch.float64"),
+        (
+            Call("mps", F32, F32, KL),
+            ALL,
+            "portable",
+            "triton: the logits are on 'mps'. Move them to a GPU",
+        ),
+        (
+            Call("cpu", F32, F32, KL),
+            ALL | {"cpu": NO_COMPILER},
+            "portable",
+            "cpu: no compiler. Install one",
+        ),
+        (
+            Call("cuda", F32, F32, KL),
+            ALL | {"triton": NO_TRITON},
+            "portable",
+            "triton: no triton. pip install it",
+        ),
+        # What another device lacks is not this one's business.
+        (Call("cpu", F32, F32, KL), ALL | {"triton": NO_TRITON}, "cpu", None),
+        (Call("cuda", F32, F32, KL), ALL | {"cpu": NO_COMPILER}, "triton", None),
+    ],
+)
+def test_choose(
+    call: Call, available: Mapping[str, Obstacle | None], chosen: str, why: str | None
+) -> None:
+    name, reason = choose(call, available)
+    assert name == chosen
+    assert reason == why or (reason is not None and why is not None and reason.startswith(why))
+
+
+def test_every_divergence_of_the_table_is_compiled() -> None:
+    made = [make() for make in fastkd.DIVERGENCES.values()]
+    made += [
+        fastkd.alpha_beta(*limit) for limit in ((1.0, 0.0), (0.0, 1.0), (0.5, -0.5), (0.0, 0.0))
+    ]
+    for divergence in made:
+        assert choose(Call("cpu", F32, F32, divergence), ALL) == ("cpu", None), divergence.name
+
+
+def test_available_backends() -> None:
+    available = fastkd.available_backends()
+    assert set(available) == set(ALL) and available["portable"] is available["reference"] is None
+    assert all(why is None or (why.reason and why.remedy) for why in available.values())
+
+
+# What a call does
+
+
+@pytest.mark.usefixtures("undecided")
+def test_auto_takes_the_kernels(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the extension is built, it runs; `backend` fails here where it is not."""
+    ran = ran_on(monkeypatch, "portable", *({"cpu"} & {backend}))
+    monkeypatch.setenv("FASTKD_STRICT", "0")
+    if backend == "portable":
+        monkeypatch.setattr(registry, "_cpu_obstacle", lambda: NO_COMPILER)
+    student = logits(3, 9, seed=1).requires_grad_()
+    kd_loss(student, logits(3, 9, seed=2)).backward()
+    assert ran == [backend]
+
+
+@pytest.mark.usefixtures("undecided")
+def test_a_fallback_is_logged_once_with_its_reason(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(registry, "_cpu_obstacle", lambda: NO_COMPILER)
+    with caplog.at_level(logging.WARNING, logger="fastkd"):
+        for rows in (1, 2, 3):
+            kd_loss(logits(rows, 9, seed=3), logits(rows, 9, seed=4))
+        kd_loss(logits(3, 9, seed=3), logits(3, 9, seed=4), divergence="jsd")
+        kd_loss(logits(3, 9, seed=3).bfloat16(), logits(3, 9, seed=4))
+    assert [record.getMessage() for record in caplog.records] == [
+        "fastkd falls back to the portable backend (cpu: no compiler. Install one)"
+    ]
+
+
+@pytest.mark.usefixtures("undecided")
+def test_each_reason_is_logged(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(registry, "_cpu_obstacle", lambda: None)
+    student, teacher = logits(3, 9, seed=5), logits(3, 9, seed=6)
+    with caplog.at_level(logging.WARNING, logger="fastkd"):
+        kd_loss(student.double(), teacher)
+        kd_loss(student, teacher.double())
+        kd_loss(student, teacher, divergence=THEIRS)
+        kd_loss(student, teacher, divergence=THEIRS, temperature=2.0)
+    reasons = [record.getMessage() for record in caplog.records]
+    assert len(reasons) == 3
+    assert (
+        "student_logits is torch.float64" in reasons[0] and "teacher is torch.float64" in reasons[1]
+    )
+    assert "divergence 'theirs' is not compiled into the extension" in reasons[2]
+
+
+@pytest.mark.usefixtures("undecided")
+def test_strict_makes_a_fallback_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(registry, "_cpu_obstacle", lambda: NO_COMPILER)
+    monkeypatch.setenv("FASTKD_STRICT", "1")
+    student, teacher = logits(3, 9, seed=7), logits(3, 9, seed=8)
+    with pytest.raises(BackendUnavailable) as error:
+        kd_loss(student, teacher)
+    assert "FASTKD_STRICT=1 forbids the fallback to portable" in str(error.value)
+    assert "no compiler. Install one" in str(error.value)
+    kd_loss(student, teacher, backend="reference")  # asked for, and so no fallback
+    monkeypatch.setenv("FASTKD_STRICT", "0")
+    kd_loss(student, teacher)
+
+
+@pytest.mark.parametrize("version", ["3.4.0", "3.5.0", "3.10.1+git", "4.0.0"])
+def test_a_triton_that_is_too_old_is_an_obstacle(
+    monkeypatch: pytest.MonkeyPatch, version: str
+) -> None:
+    monkeypatch.setattr(registry.importlib.metadata, "version", lambda name: version)
+    obstacle = registry._triton_obstacle()
+    if version != "3.4.0":
+        assert obstacle is None
+    else:
+        assert (
+            obstacle is not None and "triton 3.4.0" in obstacle.reason and "3.5" in obstacle.reason
+        )
+
+
+@pytest.mark.usefixtures("undecided")
+def test_a_backend_asked_for_by_name_is_that_one_or_an_error(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    student, teacher = logits(3, 9, seed=9), logits(3, 9, seed=10)
+    monkeypatch.setattr(registry, "_cpu_obstacle", lambda: NO_COMPILER)
+    monkeypatch.setattr(registry, "_triton_obstacle", lambda: None)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(BackendUnavailable) as error:
+        kd_loss(student, teacher, backend="cpu")
+    assert str(error.value) == "backend 'cpu' is unavailable: no compiler. Install one"
+    assert (error.value.backend, error.value.reason, error.value.remedy) == (
+        "cpu",
+        "no compiler",
+        "Install one",
+    )
+    with pytest.raises(
+        BackendUnavailable, match="backend 'triton' is unavailable: the logits are on 'cpu'"
+    ):
+        kd_loss(student, teacher, backend="triton")
+    with pytest.raises(BackendUnavailable, match="student_logits is torch.float64"):
+        kd_loss(student.double(), teacher, backend="triton")
+    with pytest.raises(ValueError) as wrong:
+        kd_loss(student, teacher, backend="gpu")
+    assert (
+        str(wrong.value)
+        == "backend must be 'auto' or one of cpu, triton, cuda, portable, reference; got 'gpu'"
+    )
+
+
+@pytest.mark.parametrize(
+    ("call", "capabilities", "reason"),
+    [
+        (Call("cuda", F32, BF16, KL), {90}, None),
+        (Call("cuda", F32, BF16, KL), {90, 100}, None),
+        (
+            Call("cuda", F32, BF16, KL),
+            {80, 90},
+            None,
+        ),  # fastkd.backends.cuda looks at the tensors' own device
+        (Call("cuda", F32, BF16, KL), {75, 80}, r"compute capability \[75, 80\].* for \[90, 100\]"),
+        (Call("cpu", F32, F32, KL), set(), "the logits are on 'cpu'"),
+        (Call("cuda", F64, F32, KL), {90}, "student_logits is torch.float64"),
+        (Call("cuda", F32, F32, THEIRS), {90}, "'theirs' is not compiled"),
+    ],
+)
+def test_where_the_cuda_kernels_run(
+    call: Call, capabilities: set[int], reason: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(registry, "_capabilities", lambda: capabilities)
+    monkeypatch.setattr(registry, "_architectures", lambda: {90, 100})
+    why = registry.obstacle("cuda", call, ALL)
+    assert (why is None) == (reason is None)
+    assert why is None or (re.search(reason, why.reason) and why.remedy)
+
+
+@pytest.mark.usefixtures("undecided")
+def test_cuda_kernels_that_were_not_built(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "fastkd._cuda", None)
+    built = {"cuda_obstacle": {"reason": "nvcc was not found", "remedy": "Install CUDA"}}
+    for record, reason in ((built, "nvcc was not found"), ({}, "the native extension is missing")):
+        monkeypatch.setattr(registry, "_built", lambda record=record: record)
+        registry.available_backends.cache_clear()
+        why = fastkd.available_backends()["cuda"]
+        assert why is not None and why.reason.startswith(reason) and why.remedy
+
+
+@pytest.mark.usefixtures("undecided")
+def test_a_checkout_that_was_not_built(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "fastkd._C", None)
+    monkeypatch.setattr(registry, "_built", dict)
+    registry.available_backends.cache_clear()
+    why = fastkd.available_backends()["cpu"]
+    assert why is not None and why.reason == "this is a checkout, whose extension is not built"
+    assert "make build" in why.remedy
+
+
+@pytest.mark.usefixtures("undecided")
+def test_fastkd_backend_overrides(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(registry, "_cpu_obstacle", lambda: NO_COMPILER)
+    ran = ran_on(monkeypatch, "reference", "portable")
+    student, teacher = logits(3, 9, seed=11), logits(3, 9, seed=12)
+    monkeypatch.setenv("FASTKD_BACKEND", "reference")
+    kd_loss(student, teacher, backend="cpu")
+    kd_loss(student, teacher)
+    assert ran == ["reference"] * 2
+    monkeypatch.setenv("FASTKD_BACKEND", "cpu")
+    with pytest.raises(BackendUnavailable, match="backend 'cpu' is unavailable: no compiler"):
+        kd_loss(student, teacher, backend="reference")
+    monkeypatch.setenv("FASTKD_BACKEND", "gpu")
+    with pytest.raises(ValueError) as error:
+        kd_loss(student, teacher)
+    assert (
+        str(error.value)
+        == "FASTKD_BACKEND must be 'auto' or one of cpu, triton, cuda, portable, reference; got 'gpu'"
+    )
+    monkeypatch.setenv("FASTKD_BACKEND", "")
+    kd_loss(student, teacher)
+    assert ran == ["reference"] * 2 + ["portable"]
+
+
+@pytest.mark.parametrize(
+    "error", [RuntimeError("launch failed"), MemoryError(), FloatingPointError("NaN")]
+)
+def test_an_error_is_no_reason_to_fall_back(
+    backend: str, error: Exception, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*_: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(registry.load(backend), "kd_rows", fails)
+    monkeypatch.setattr(registry, "choose", lambda *_: (backend, None))
+    registry._select.cache_clear()
+    with pytest.raises(type(error)) as raised:
+        kd_loss(logits(3, 9, seed=13), logits(3, 9, seed=14))
+    assert raised.value is error
+    registry._select.cache_clear()
+
+
+def test_a_backend_that_is_broken_is_no_reason_to_fall_back(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Its module was found, and raises as it is imported."""
+
+    def broken(name: str) -> None:
+        raise ImportError(f"no {name}")
+
+    monkeypatch.setattr(registry, "load", broken)
+    with pytest.raises(ImportError, match="no reference"):
+        kd_loss(logits(3, 9, seed=13), logits(3, 9, seed=14), backend="reference")
+
+
+def test_nan_in_the_result_is_no_reason_to_fall_back(
+    backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ran = ran_on(monkeypatch, *{"reference", backend})
+    student: Tensor = torch.full((2, 5), torch.nan)
+    assert kd_loss(student, student.clone(), backend=backend).isnan()
+    assert ran == [backend]
+
+
+# Importing
+
+
+def _python(code: str, **environment: str) -> str:
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        check=True,
+        env=os.environ | environment,
+    )
+    return done.stdout.strip()
+
+
+def test_import_loads_torch_alone() -> None:
+    """What an import costs in time is measured by bench/imports.py; what it may load is the same on any machine."""
+    say = "print(*__import__('sys').modules, sep='\\n')"
+    with_torch = set(_python(f"import torch; {say}").splitlines())
+    added = set(_python(f"import torch, fastkd; {say}").splitlines()) - with_torch
+    packages = {module.partition(".")[0] for module in added}
+    assert packages - sys.stdlib_module_names == {"fastkd"}
+    at_first_use = {
+        *registry.MODULES.values(),
+        "fastkd._C",
+        "fastkd._cuda",
+        "fastkd.backends.native",
+    }
+    at_first_use |= {f"fastkd.{name}" for name in ("kernels", "compat", "cache", "parallel")}
+    assert not added & at_first_use
+    assert not with_torch & {"triton", "transformers"}, (
+        "torch itself loads what this is to rule out"
+    )
+
+
+def test_submodules_are_there_at_their_first_use() -> None:
+    code = "import fastkd; print(fastkd.parallel.num_items.__name__, fastkd.teachers.cache.TeacherCache.__name__)"
+    assert _python(code).split() == ["num_items", "TeacherCache"]
+    with pytest.raises(AttributeError, match="'nothing'"):
+        _ = fastkd.nothing

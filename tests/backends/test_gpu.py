@@ -1,0 +1,247 @@
+"""The kernels on a GPU: `make gpu` runs these. Everywhere else they are skipped, and say so."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from support.accuracy import check, labels_for, logits
+from support.oracles import UNNORMALIZED
+from torch import Tensor
+
+import fastkd
+from fastkd import kd_loss
+from fastkd.backends import registry
+from fastkd.backends.registry import Call
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU"),
+]
+DEVICE = torch.device("cuda")
+
+
+@pytest.fixture(params=["triton", "cuda"])
+def on_gpu(request: pytest.FixtureRequest) -> str:
+    """A backend of the device; one that this device is not made for is skipped, one that is broken is not."""
+    name = request.param
+    obstacle = registry.obstacle(
+        name, Call("cuda", torch.float32, torch.float32, fastkd.forward_kl()), registry.available_backends()
+    )  # fmt: skip
+    if obstacle is not None:
+        if "compute capability" not in obstacle.reason:
+            pytest.fail(f"{name}: {obstacle.reason}. {obstacle.remedy}")
+        pytest.skip(f"{name}: {obstacle.reason}")
+    return name
+
+
+def _pair(*shape: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+    student, teacher = (logits(*shape, seed=side, dtype=dtype).to(DEVICE) for side in (1, 2))
+    return student, teacher
+
+
+def _gradient(student: Tensor, teacher: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
+    leaf = student.detach().requires_grad_()
+    loss = kd_loss(leaf, teacher, **options)
+    return loss.detach(), torch.autograd.grad(loss.sum(), leaf)[0]
+
+
+# Tails of a vector, a tile and a slice; real vocabularies, an odd one (GPT-2's) among them.
+WIDTHS = (1, 31, 2051, 4097, 32_768, 50_257, 128_256, 151_936, 262_144)
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("divergence", ["forward_kl", "jsd"])
+def test_widths(on_gpu: str, divergence: str, dtype: torch.dtype, width: int) -> None:
+    student, teacher = _pair(3, width, dtype=dtype)
+    labels = labels_for(3, vocabulary=width, seed=3).to(DEVICE)
+    check(on_gpu, student, teacher, labels, divergence=divergence, alpha=0.5, temperature=2.0)
+
+
+@pytest.mark.parametrize("divergence", fastkd.DIVERGENCES)
+def test_every_divergence(on_gpu: str, divergence: str) -> None:
+    for width in (33, 5000):
+        student, teacher = _pair(4, width)
+        labels = labels_for(4, vocabulary=width, seed=3, ignored=0.3).to(DEVICE)
+        check(
+            on_gpu, student, teacher, labels, divergence=divergence, alpha=0.7, temperature=2.0,
+            softcap=20.0, label_smoothing=0.1,
+        )  # fmt: skip
+    student[0, 10:300], teacher[0, 10:300] = -torch.inf, -torch.inf
+    if divergence not in UNNORMALIZED:
+        check(on_gpu, student, teacher, divergence=divergence)
+
+
+def test_views_and_odd_addresses(on_gpu: str) -> None:
+    student, teacher = _pair(3, 7, 1001)
+    check(on_gpu, student[:, :-1], teacher[:, 1:])
+    check(on_gpu, student[..., 1:], teacher[..., :-1], divergence="jsd")
+    check(on_gpu, student.transpose(0, 1), teacher.transpose(0, 1), divergence="tvd")
+
+
+def test_offsets_beyond_32_bits(on_gpu: str) -> None:
+    """8,200 rows of 262,144 columns are more than 2^31 elements."""
+    rows, width = 8200, 262_144
+    student = torch.zeros(rows, width, dtype=torch.bfloat16, device=DEVICE)
+    teacher = torch.zeros_like(student)
+    last = _pair(2, width, dtype=torch.bfloat16)
+    student[-2:], teacher[-2:] = last
+    loss, gradient = _gradient(student, teacher, reduction="none", backend=on_gpu)
+    expected, expected_gradient = _gradient(*last, reduction="none", backend=on_gpu)
+    assert torch.equal(loss[-2:], expected) and torch.equal(gradient[-2:], expected_gradient)
+    assert not loss[:-2].any() and not gradient[:-2].any()
+
+
+@pytest.mark.parametrize("divergence", ["forward_kl", "jsd"])
+def test_bitwise_the_same_again(on_gpu: str, divergence: str) -> None:
+    student, teacher = _pair(64, 50_257, dtype=torch.bfloat16)
+    first = _gradient(student, teacher, divergence=divergence, backend=on_gpu)
+    for _ in range(5):
+        again = _gradient(student, teacher, divergence=divergence, backend=on_gpu)
+        assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+
+
+@pytest.fixture
+def no_synchronisation() -> Iterator[None]:
+    torch.cuda.set_sync_debug_mode("error")
+    yield
+    torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.usefixtures("no_synchronisation")
+def test_nothing_waits_for_the_device(on_gpu: str) -> None:
+    student, teacher = _pair(8, 5000)
+    labels = torch.zeros(8, dtype=torch.int64, device=DEVICE)
+    leaf = student.requires_grad_()
+    loss = kd_loss(leaf, teacher, labels, alpha=0.5, backend=on_gpu)
+    (2 * loss).backward()
+
+
+def test_a_graph_of_a_step(on_gpu: str) -> None:
+    student, teacher = _pair(16, 32_000)
+    labels = labels_for(16, vocabulary=32_000, seed=3, ignored=0.3).to(DEVICE)
+    leaf = student.clone().requires_grad_()
+
+    def step() -> Tensor:
+        leaf.grad = None
+        loss = kd_loss(leaf, teacher, labels, alpha=0.5, backend=on_gpu)
+        (3 * loss).backward()
+        return loss.detach()
+
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            step()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    gradient = leaf.grad
+    fresh, _ = _pair(16, 32_000)
+    leaf.data.copy_(fresh.flip(0))
+    graph.replay()
+    torch.cuda.synchronize()
+    replayed = captured.clone(), gradient.clone()
+    assert torch.equal(step(), replayed[0]) and torch.equal(leaf.grad, replayed[1])
+
+
+def test_the_current_stream(on_gpu: str) -> None:
+    """On a stream that is busy: a launch on another one would read the logits before they are there."""
+    student, teacher = _pair(64, 50_000)
+    expected = _gradient(student, teacher, backend=on_gpu)
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        later = torch.full_like(student, torch.nan)
+        torch.cuda._sleep(100_000_000)
+        later.copy_(student)
+        found = _gradient(later, teacher, backend=on_gpu)
+    side.synchronize()
+    assert all(torch.equal(a, b) for a, b in zip(expected, found, strict=True))
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="there is one GPU")
+def test_a_device_that_is_not_the_current_one(on_gpu: str) -> None:
+    student, teacher = _pair(4, 5000)
+    expected = _gradient(student, teacher, backend=on_gpu)
+    found = _gradient(student.to("cuda:1"), teacher.to("cuda:1"), backend=on_gpu)
+    assert torch.cuda.current_device() == 0
+    assert all(torch.equal(a, b.to(DEVICE)) for a, b in zip(expected, found, strict=True))
+
+
+def test_a_compiled_step_under_autocast(on_gpu: str) -> None:
+    torch.manual_seed(0)
+    head, hidden = torch.nn.Linear(64, 5000, device=DEVICE), torch.randn(32, 64, device=DEVICE)
+    teacher = _pair(32, 5000)[1]
+
+    def step(hidden: Tensor) -> Tensor:
+        with torch.autocast("cuda", dtype=torch.bfloat16):
+            return kd_loss(head(hidden), teacher, divergence="jsd", backend=on_gpu)
+
+    outcomes = []
+    for run in (step, torch.compile(step, fullgraph=True)):
+        head.zero_grad()
+        loss = run(hidden)
+        assert loss.dtype == torch.float32
+        loss.backward()
+        outcomes.append((loss.detach(), head.weight.grad.clone()))
+    torch.testing.assert_close(*outcomes, rtol=2e-2, atol=1e-6)
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+def test_memory(on_gpu: str, inplace: bool) -> None:
+    """Beyond the logits a gradient, or nothing, and some numbers a row."""
+    rows, width = 512, 32_768
+    student, teacher = _pair(rows, width, dtype=torch.bfloat16)
+    leaf = torch.zeros((), device=DEVICE, requires_grad=True)
+
+    class Produced(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, parameter: Tensor, logits: Tensor) -> Tensor:
+            return logits.view_as(logits)
+
+        @staticmethod
+        def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+            return gradient.new_zeros(()), None
+
+    for _ in range(2):  # the first call compiles
+        made = Produced.apply(leaf, student.clone())
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        kd_loss(made, teacher, inplace=inplace, backend=on_gpu).backward()
+        extra = torch.cuda.max_memory_allocated() - before
+    assert extra <= (0 if inplace else student.nbytes) + 64 * rows + (64 << 10)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_fused_linear(on_gpu: str, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    rows, width, inner = 300, 5000, 96
+    hidden = torch.randn(rows, inner, dtype=dtype, device=DEVICE)
+    weight = (torch.randn(width, inner, device=DEVICE) / 4).to(dtype)
+    teacher = fastkd.LinearTeacher(hidden.flip(0), weight.flip(0))
+    outcomes = []
+    for kind, options in ((torch.float64, {}), (dtype, {"chunk_size": 128})):
+        leaves = [x.to(kind).detach().requires_grad_() for x in (hidden, weight)]
+        target = fastkd.LinearTeacher(teacher.hidden.to(kind), teacher.weight.to(kind))
+        backend = "reference" if kind == torch.float64 else on_gpu
+        loss = fastkd.fused_linear_kd_loss(*leaves, target, backend=backend, **options)
+        outcomes.append([loss.detach(), *torch.autograd.grad(loss, leaves)])
+    bar = 1e-5 if dtype == torch.float32 else 6e-3
+    for exact, found in zip(*outcomes, strict=True):
+        assert float((found.double() - exact).norm() / exact.norm()) < bar
+
+
+@pytest.mark.parametrize("tail", ["bucket", "renormalize", "renormalize_teacher", "truncate"])
+def test_sparse_teachers(on_gpu: str, tail: str) -> None:
+    student, teacher = _pair(16, 5000)
+    for k in (1, 64, 5000):
+        given = fastkd.TopK.from_logits(teacher, k, tail=tail)
+        found = _gradient(student, given, backend=on_gpu)
+        expected = _gradient(student.double(), given, backend="reference")
+        for value, exact in zip(found, expected, strict=True):
+            torch.testing.assert_close(value.double(), exact.double(), rtol=1e-4, atol=1e-6)

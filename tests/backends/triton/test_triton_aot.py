@@ -1,0 +1,391 @@
+"""Every Triton kernel compiles ahead of time, for GPUs that are not here, and keeps its tiles in registers.
+
+What is compiled is what the launchers launch: their calls are caught and specialised for the target as on its machine.
+Triton's interpreter may be on in the tests, so this runs in a process of its own, which is this file as a script.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import subprocess
+import sys
+import textwrap
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from fastkd.kernels.tuning import TILES
+from support.paths import PACKAGE
+from support.triton_aot import Caught, Resources, catch, local_in_loop, resources
+from torch import Tensor
+
+import fastkd
+from fastkd import divergences
+from fastkd.backends.native import outputs
+from fastkd.call.contract import Options, Rows, Shard, Want
+
+TARGETS = ["cuda:80", "cuda:90", "cuda:100", "hip:gfx942"]
+LIMITS: dict[str, dict[str, float]] = {
+    "alpha_beta at alpha 0": {"alpha": 0.0, "beta": 0.5},
+    "alpha_beta at beta 0": {"alpha": 0.5, "beta": 0.0},
+    "alpha_beta at sum 0": {"alpha": 0.5, "beta": -0.5},
+    "alpha_beta at 0": {"alpha": 0.0, "beta": 0.0},
+}
+DIVERGENCES = [*fastkd.DIVERGENCES, *LIMITS]
+MADE = divergences.TABLE | divergences.WITH_LABELS
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+# The rows of each entry of the table of tiles; and odd ones. Those of 1000 and of 50257 columns are not ALIGNED.
+WIDTHS = {"narrow": 1000, "medium": 16384, "wide": 128256, "odd": 50257}
+# Rows of one tile, of each size that the rule has.
+WIDTHS |= {f"one tile of {width}": width for width in (100, 112, 200, 256, 512, 1024)}
+WIDTHS |= {f"timed {key[3]}": key[3] for key in TILES}
+
+
+class Variant(NamedTuple):
+    """One specialisation of a kernel."""
+
+    divergence: str  # or "scale" for the kernel that scales gradients
+    kind: str
+    student: str = "bf16"
+    teacher: str = "bf16"
+    width: str = "wide"
+    stage: str = "row"  # or one of those of a row that several programs share
+    sharded: bool = False  # whether processes share the vocabulary
+
+
+def variants(full: bool) -> list[Variant]:
+    """Full: the whole grid. Else each divergence, and what else changes a kernel, in pairs: each width with each type
+    and each kind, but not with every other choice beside it.
+    """
+    both = ["fp32", "bf16"]
+    if full:
+        kinds, widths = ["distillation", "hinton", "everything"], [*WIDTHS]
+        return (
+            [
+                Variant(divergence, kind, dtype, dtype, width)
+                for divergence, kind, dtype, width in itertools.product(
+                    DIVERGENCES, kinds, both, widths
+                )
+            ]
+            + apart_variants(widths)
+            + shared_variants(list(fastkd.DIVERGENCES), widths)
+            + topk_variants(widths)
+            + [
+                variant._replace(sharded=True)
+                for variant in shared_variants(["mixture", "jsd"], ["wide", "odd"])
+                + topk_variants(["wide", "odd"])
+            ]
+        )
+    found = [Variant(divergence, "hinton") for divergence in DIVERGENCES]
+    for divergence in ("forward_kl", "jsd", "squared_error"):
+        found.append(Variant(divergence, "distillation", "fp32", "fp32"))
+    # A closed form with all its moments, three sweeps, and no normaliser.
+    for divergence, dtype in itertools.product(("mixture", "jsd", "squared_error"), both):
+        found.append(Variant(divergence, "everything", dtype, dtype))
+    for width in ("narrow", "medium", "odd"):
+        found.append(Variant("forward_kl", "hinton", *both[:1] * 2, width))
+        found.append(Variant("jsd", "everything", *both[1:] * 2, width))
+    found += [
+        Variant("forward_kl", "value"),
+        Variant("jsd", "value"),
+        Variant("jsd", "cross-entropy"),
+    ]
+    found += [
+        Variant("forward_kl", "hinton", "bf16", "fp32"),
+        Variant("jsd", "hinton", "fp16", "fp16"),
+    ]
+    found += [Variant("scale", "", dtype) for dtype in DTYPES]
+    for width, kind in itertools.product(WIDTHS, ("hinton", "everything")):
+        if width.startswith("one tile"):
+            found.append(Variant("jsd", kind, "fp32", "fp32", width))
+    # Timed tiles, whatever the target: what an architecture does not have is compiled with the rule's.
+    for _, itemsize, closed_form, columns in TILES:
+        dtype = "fp32" if itemsize == 4 else "bf16"
+        for name, make in fastkd.DIVERGENCES.items():
+            if (make().closed_form is not None) == closed_form:
+                found.append(Variant(name, "hinton", dtype, dtype, f"timed {columns}"))
+    found += apart_variants(["wide"])
+    found += shared_variants(["mixture"], ["wide"]) + shared_variants(["jsd"], ["odd"])
+    mark, *others = topk_variants(
+        ["wide", "odd"]
+    )  # of which float32 is wide here, and bfloat16 odd
+    found += [mark, *others[::4], *others[3::4]]
+    everything = Variant("jsd", "everything", sharded=True)
+    found += [everything._replace(stage=stage) for stage in ("statistics", "gradient")]
+    return found + [everything._replace(divergence=kernel) for kernel in ("gather", "spread")]
+
+
+def shared_variants(divergences: Sequence[str], widths: Sequence[str]) -> list[Variant]:
+    """The stages of rows that several programs share: bare in float32, and with all that a row may have."""
+    found = []
+    for divergence, width in itertools.product(divergences, widths):
+        stages = ["statistics", "gradient"]
+        if fastkd.DIVERGENCES[divergence]().closed_form is None:
+            stages[1:1] = ["sums"]
+        for stage in stages:
+            found.append(Variant(divergence, "distillation", "fp32", "fp32", width, stage))
+            found.append(Variant(divergence, "everything", "bf16", "bf16", width, stage))
+    return found
+
+
+def apart_variants(widths: Sequence[str]) -> list[Variant]:
+    """Divergences that compare the label's token apart from the others: rows of one program, and of several."""
+    found = []
+    for divergence, width in itertools.product(divergences.WITH_LABELS, widths):
+        found.append(Variant(divergence, "hinton", "fp32", "fp32", width))
+        found.append(Variant(divergence, "everything", width=width))
+        for stage in ("statistics", "gradient"):
+            found.append(Variant(divergence, "everything", width=width, stage=stage))
+    return found
+
+
+def topk_variants(widths: Sequence[str]) -> list[Variant]:
+    """The kernels of a sparse teacher: bare, and with all that a row may have."""
+    found = [Variant("mark", "")]
+    for kernel, kind in itertools.product(("gather", "spread"), ("distillation", "everything")):
+        for dtype, width in itertools.product(("fp32", "bf16"), widths):
+            found.append(Variant(kernel, kind, dtype, dtype, width))
+    return found
+
+
+def _launch(variant: Variant, target: str) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
+    """(kernel, arguments, options) of the launch that serves a variant."""
+    from fastkd.kernels import kernel as kernels
+    from fastkd.kernels import sparse as sparse_kernels
+    from fastkd.kernels import split
+
+    own = {
+        "mark": sparse_kernels.mark_kernel,
+        "gather": sparse_kernels.gather_kernel,
+        "spread": sparse_kernels.spread_kernel,
+    }
+    for kernel in (kernels.scale_kernel, *own.values()):
+        catch(kernel)
+    catch(kernels.kd_kernel, variant.stage)
+    architecture = target.partition(":")[2]
+    device = split.Device(architecture if "gfx" in target else f"sm_{architecture}", 1, 1, True)
+    kernels.device_of = lambda device_of_tensors: device
+    # Four programs leave the widest rows the widest tiles of the rule, and more of them narrower ones.
+    shared = None if variant.stage == "row" else split.Plan(4, 2)
+    kernels.plan = kernels.shard_plan = lambda *call: shared
+    width = WIDTHS[variant.width]
+    # Shifted as a language model shifts its logits: two strides.
+    student, teacher = (
+        torch.empty(2, 3, width, dtype=DTYPES[dtype])[:, :-1]
+        for dtype in (variant.student, variant.teacher)
+    )
+    labels, numbers = torch.zeros(2, 2, dtype=torch.int64), torch.ones(2, 2)
+    shard = Shard(width, 4 * width, width, 1, None) if variant.sharded else None
+    try:
+        if variant.divergence == "scale":
+            kernels.scale_rows_(student, numbers)
+        if variant.divergence in own:
+            _launch_topk(sparse_kernels, own, variant, student, labels, numbers, shard)
+        parameters = LIMITS.get(variant.divergence, {})
+        divergence = MADE[variant.divergence.split()[0]](**parameters)
+        rows, options, want = {
+            "distillation": (Rows(), Options(divergence), Want(True)),
+            "hinton": (Rows(labels), Options(divergence, 0.5, 2.0, 2.0), Want(True)),
+            "value": (Rows(labels), Options(divergence, 0.5, 2.0, 2.0), Want()),
+            "cross-entropy": (Rows(labels), Options(divergence, 0.0), Want(True)),
+            "everything": (
+                Rows(labels, numbers, numbers, numbers, torch.ones(())),
+                Options(divergence, 0.5, label_smoothing=0.1, softcap=30.0, teacher_softcap=30.0),
+                Want(True, True, True),
+            ),
+        }[variant.kind]
+        options = options._replace(vocab_size=width, shard=shard)
+        if shard is None:
+            kernels.kd_rows(student, teacher, rows, options, want)
+        else:
+            _launch_shard(kernels, student, teacher, rows, options, outputs(student, teacher, want))
+    except Caught as caught:
+        return caught.args
+    raise AssertionError("nothing was launched")
+
+
+def _launch_shard(kernels: Any, *given: Any) -> None:
+    """The steps of one of four processes."""
+    found = kernels.shard_statistics(*given)
+    found = found._replace(gathered=torch.stack([found.gathered] * 4))
+    sums = kernels.shard_sums(*given, found)
+    kernels.shard_results(*given, found, sums if sums is None else torch.stack([sums] * 4))
+
+
+def _launch_topk(
+    sparse_kernels: Any,
+    own: dict[str, Any],
+    variant: Variant,
+    student: Tensor,
+    labels: Tensor,
+    numbers: Tensor,
+    shard: Shard | None,
+) -> None:
+    """Launch one of the kernels of a sparse teacher, past those that come before it."""
+
+    def skip(*arguments: Any, **options: Any) -> None:
+        return None
+
+    for kernel in list(own.values())[: list(own).index(variant.divergence)]:
+        kernel.run = skip
+    width = student.shape[-1]
+    ids = torch.zeros(2, 2, 64, dtype=torch.int64)
+    everything = variant.kind == "everything"
+    # fastkd.backends.sparse gives every row a weight
+    rows = Rows(labels, numbers, numbers, ids=ids) if everything else Rows(weight=numbers, ids=ids)
+    options = Options(fastkd.forward_kl(), vocab_size=width, tail="bucket", shard=shard)
+    if everything:
+        options = options._replace(alpha=0.5, label_smoothing=0.1, softcap=30.0)
+    events = sparse_kernels.gather_events(student, rows, options, everything)
+    scale = numbers if everything else None
+    sparse_kernels.spread_gradient(
+        student,
+        events,
+        torch.ones(2, 2, 65),
+        scale,
+        rows,
+        options,
+        torch.empty(2, 2, width, dtype=student.dtype),
+    )
+
+
+def _measure(task: tuple[Variant, str]) -> Resources:
+    torch.set_num_threads(1)
+    variant, target = task
+    return resources(*_launch(variant, target), target)
+
+
+def _run(target: str, full: bool, cache: Path, **settings: str) -> dict[Variant, Resources]:
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment |= {
+        "TRITON_CACHE_DIR": str(cache),
+        "PYTHONPATH": os.pathsep.join(sys.path),
+    } | settings
+    command = [sys.executable, __file__, target, str(int(full))]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return {Variant(*v): Resources(*r) for v, r in map(json.loads, done.stdout.splitlines())}
+
+
+def _check(target: str, full: bool, cache: Path) -> None:
+    found = _run(target, full, cache)
+    assert list(found) == variants(full)
+    spilled = [f"{variant}: {used}" for variant, used in found.items() if used.spills]
+    assert not spilled, "\n".join(spilled)
+
+
+# One target in every run. The others differ in what a thread may have and in the instructions chosen, and not in the
+# Triton that the kernels are written in.
+@pytest.mark.parametrize(
+    "target",
+    [x if x == "cuda:90" else pytest.param(x, marks=pytest.mark.heavy) for x in TARGETS],
+)
+def test_kernels_compile_and_keep_their_tiles_in_registers(target: str, tmp_path: Path) -> None:
+    _check(target, False, tmp_path)
+
+
+@pytest.mark.heavy
+@pytest.mark.parametrize("target", TARGETS)
+def test_every_variant(target: str, tmp_path: Path) -> None:
+    _check(target, True, tmp_path)
+
+
+@pytest.mark.heavy
+@pytest.mark.parametrize("release", ["3.5.1", "3.6.0"])
+def test_older_tritons_compile_the_kernels(release: str, tmp_path: Path) -> None:
+    """The oldest that backends.OLDEST_TRITON allows, and that of torch 2.11. What they spill is not judged."""
+    folder = tmp_path / "triton"
+    requirement = ["--no-deps", "--target", str(folder), f"triton=={release}"]
+    subprocess.run([sys.executable, "-m", "pip", "install", "-q", *requirement], check=True)
+    path = os.pathsep.join([str(folder), str(PACKAGE)])
+    found = _run("cuda:90", False, tmp_path / "cache", PYTHONPATH=path)
+    assert list(found) == variants(False)
+
+
+def test_every_tile_of_the_rule_is_compiled() -> None:
+    from fastkd.kernels.kernel import tile
+
+    def chosen(width: int, itemsize: int, crowded: bool) -> tuple[Any, ...]:
+        aligned = width % 16 == 0
+        return (*tile(width, itemsize, crowded, aligned), aligned, crowded)
+
+    rule = {
+        chosen(width, itemsize, crowded)
+        for width in (
+            *range(1, 4096),
+            *(2**power + odd for power in range(12, 20) for odd in (0, 1)),
+        )
+        for itemsize in (2, 4)
+        for crowded in (False, True)
+    }
+    compiled = {
+        chosen(WIDTHS[v.width], DTYPES[v.student].itemsize, v.kind == "everything")
+        for v in variants(full=False)
+        if v.stage == "row" and v.kind
+    }
+    assert not rule - compiled
+
+
+GROUPS = """
+    import torch
+    from support.triton_aot import launch_nothing
+    from fastkd.divergences import jsd
+    from fastkd.kernels import kernel as kernels
+    from fastkd.kernels import split
+    from fastkd.call.contract import Options, Rows, Want
+
+    launched = launch_nothing()
+    kernels.plan = lambda *call: split.Plan(3, 16)
+    arguments = Rows(), Options(jsd(), vocab_size=1024), Want(True)
+    kernels.kd_rows(torch.empty(33, 1024), torch.empty(33, 1024), *arguments)
+    stages = [given[-1] for _, given in launched]
+    assert stages == 3 * ["statistics", "sums", "gradient"], stages
+    for number, (grid, given) in enumerate(launched):
+        assert grid == (16 if number < 6 else 1, 3, 1), grid
+        shares = [value for value in given if isinstance(value, kernels.Split)]
+        assert [s.first for s in shares] == [number // 3 * 16], shares
+        first = launched[number % 3][1]
+        assert len(given) == len(first)
+        assert all(a is b or a == b for a, b in zip(given, first) if not isinstance(a, kernels.Split))
+    print(len(kernels.kd_kernel.device_caches[0][0]), "kernels")
+"""
+
+
+def test_later_groups_are_launched_as_the_first(tmp_path: Path) -> None:
+    """Past Triton's own launcher, which looks up the kernel by its arguments: they are the same but for the rows."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment |= {"TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [sys.executable, "-c", textwrap.dedent(GROUPS)]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert done.stdout == "3 kernels\n"
+
+
+def test_a_spill_in_a_loop_is_seen() -> None:
+    sass = """
+        /*0000*/                   MOV R1, c[0x0][0x28] ;
+        /*0010*/                   STL [R1], R8 ;
+        /*0020*/              @!P1 BRA 0x60 ;
+        /*0030*/                   {inside} R4, [R2] ;
+        /*0040*/               @P0 BRA.U 0x30 ;
+        /*0050*/                   LDL R8, [R1] ;
+        /*0060*/                   EXIT ;
+        /*0070*/                   BRA 0x70;
+    """
+    assert not local_in_loop(sass.replace("{inside}", "LDG.E"))
+    assert local_in_loop(sass.replace("{inside}", "LDL.LU"))
+
+
+if __name__ == "__main__":
+    wanted = variants(full=sys.argv[2] == "1")
+    workers = min(os.cpu_count() or 1, 8)
+    with ProcessPoolExecutor(workers, get_context("spawn")) as pool:
+        tasks = [(variant, sys.argv[1]) for variant in wanted]
+        for variant, used in zip(wanted, pool.map(_measure, tasks, chunksize=2), strict=True):
+            print(json.dumps([variant, used]), flush=True)

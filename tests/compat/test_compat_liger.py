@@ -1,0 +1,482 @@
+"""fastkd.compat.liger against Liger itself: its Triton kernels in the interpreter, its chunked losses on the CPU."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from typing import Any
+
+import liger_kernel.ops.kl_div
+import liger_kernel.ops.tvd
+import numpy as np
+import pytest
+import torch
+from liger_kernel import chunked_loss
+from liger_kernel import transformers as liger
+from support.beside_peers import compare, error, float64, run
+from support.paths import DATA
+from torch import Tensor
+
+from fastkd.compat import liger as ours
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning"),
+    pytest.mark.skipif(torch.cuda.is_available(), reason="runs Liger in Triton's interpreter"),
+]
+IGNORED = -100
+
+
+class _Scalar(float):
+    """A kernel's scalar that can be cast, as the interpreter's cannot."""
+
+    def to(self, dtype: object) -> _Scalar:
+        return self
+
+
+class _Castable:
+    """A kernel whose floats are such scalars."""
+
+    def __init__(self, kernel: Any) -> None:
+        self.kernel = kernel
+
+    def __getitem__(self, grid: Any) -> Any:
+        def launch(*args: Any, **kwargs: Any) -> Any:
+            cast = [_Scalar(x) if type(x) is float else x for x in args]
+            named = {k: _Scalar(x) if type(x) is float else x for k, x in kwargs.items()}
+            return self.kernel[grid](*cast, **named)
+
+        return launch
+
+
+@pytest.fixture(autouse=True)
+def castable(monkeypatch: pytest.MonkeyPatch) -> None:
+    for module, name in (
+        (liger_kernel.ops.kl_div, "_kldiv_kernel_forward"),
+        (liger_kernel.ops.tvd, "_tv_distance_kernel"),
+    ):
+        monkeypatch.setattr(module, name, _Castable(getattr(module, name)))
+
+
+def rows(name: str) -> tuple[Tensor, Tensor, Tensor]:
+    """(student, teacher, labels) of logits: small random ones, and real ones of a language model."""
+    if name == "random":  # 37: no power of two, so that a kernel's block has a ragged end
+        generator = torch.Generator().manual_seed(0)
+        student, teacher = 3 * torch.randn(2, 6, 37, generator=generator)
+    else:
+        with np.load(DATA / "smollm2.npz") as file:
+            student, teacher = (
+                torch.from_numpy(file[x])[:4].float() for x in ("student", "teacher")
+            )
+    labels = teacher.argmax(-1)
+    labels[2] = IGNORED
+    return student, teacher, labels
+
+
+both = pytest.mark.parametrize("name", ["random", "real"])
+
+
+# ---- of log-probabilities and probabilities
+
+
+def jsd(log_q: Tensor, log_p: Tensor, labels: Tensor | None, beta: float) -> Tensor:
+    """The published formula, of what is given."""
+    p, q = log_p.exp(), log_q.exp()
+    if beta == 0:
+        terms = p * (log_p - log_q)
+    elif beta == 1:
+        terms = q * (log_q - log_p)
+    else:
+        log_m = torch.logaddexp(log_p + math.log(beta), log_q + math.log1p(-beta))
+        terms = beta * p * (log_p - log_m) + (1 - beta) * q * (log_q - log_m)
+    per_row = terms.sum(-1)
+    return per_row.mean() if labels is None else per_row[labels != IGNORED].mean()
+
+
+@both
+@pytest.mark.parametrize("beta", [0.0, 0.3, 1.0])
+def test_jsd(name: str, beta: float) -> None:
+    student, teacher, labels = rows(name)
+    log_q, log_p = student.log_softmax(-1), teacher.log_softmax(-1)
+    for given in (labels, None):
+        exact = run(jsd, float64(log_q), log_p.double(), given, beta)
+        theirs = run(liger.LigerJSD(beta), [log_q], log_p, given)
+        compare(run(ours.LigerJSD(beta), [log_q], log_p, given), theirs, exact)
+
+
+def test_gradient_by_log_probabilities_reaches_the_logits() -> None:
+    """What autograd makes of it upstream is the gradient of the fused loss of logits."""
+    import fastkd
+
+    student, teacher, labels = rows("random")
+
+    def composed(logits: Tensor) -> Tensor:
+        return ours.LigerJSD(0.3)(logits.log_softmax(-1), teacher.log_softmax(-1), labels)
+
+    def fused(logits: Tensor) -> Tensor:
+        return fastkd.kd_loss(logits, teacher, labels, divergence=fastkd.jsd(0.3))
+
+    def formula(logits: Tensor) -> Tensor:
+        return jsd(logits.log_softmax(-1), teacher.double().log_softmax(-1), labels, 0.3)
+
+    exact = run(formula, float64(student))
+    compare(run(composed, [student]), run(fused, [student]), exact)
+    # and by log-probabilities themselves it is another one: no softmax is in it
+    plain = run(ours.LigerJSD(0.3), [student.log_softmax(-1)], teacher.log_softmax(-1), labels)
+    assert error(plain.gradients[0], exact.gradients[0]) > 0.1
+
+
+def kl(log_q: Tensor, target: Tensor, log_target: bool, reduction: str, eps: float) -> Tensor:
+    p, log_p = (target.exp(), target) if log_target else (target, target.clamp(min=eps).log())
+    terms = p * (log_p - log_q)
+    if reduction == "none":
+        return terms
+    size = {"sum": 1, "batchmean": len(target), "mean": target.numel()}[reduction]
+    return terms.sum() / size
+
+
+@pytest.mark.parametrize("reduction", ["none", "sum", "batchmean", "mean"])
+@pytest.mark.parametrize("log_target", [False, True])
+def test_kl_div(log_target: bool, reduction: str) -> None:
+    for name in ("random", "real") if reduction == "batchmean" else ("random",):
+        student, teacher, _ = rows(name)
+        log_q, target = student.log_softmax(-1), teacher.log_softmax(-1)
+        if not log_target:
+            target = target.exp()
+        options = {"reduction": reduction, "log_target": log_target, "eps": 1e-3}
+        exact = run(kl, float64(log_q), target.double(), log_target, reduction, 1e-3)
+        theirs = run(liger.LigerKLDIVLoss(**options), [log_q], target)
+        compare(run(ours.LigerKLDIVLoss(**options), [log_q], target), theirs, exact)
+    assert ours.LigerKLDIVLoss().reduction == liger.LigerKLDIVLoss().reduction == "mean"
+
+
+def tvd(p: Tensor, q: Tensor, labels: Tensor | None, reduction: str) -> Tensor:
+    terms = 0.5 * (p - q).abs()
+    kept = torch.ones(len(p), dtype=torch.bool) if labels is None else labels != IGNORED
+    if reduction == "none":
+        return terms * kept.unsqueeze(-1)
+    size = {"sum": 1, "batchmean": kept.sum(), "mean": kept.sum() * p.shape[-1]}[reduction]
+    return terms[kept].sum() / size
+
+
+@pytest.mark.parametrize("reduction", ["none", "sum", "batchmean", "mean"])
+def test_tvd(reduction: str) -> None:
+    for name in ("random", "real") if reduction == "batchmean" else ("random",):
+        student, teacher, labels = rows(name)
+        p, q = student.softmax(-1), teacher.softmax(-1)
+        p[0] = q[0]  # the subgradient is 0
+        for given in (labels, None):
+            exact = run(tvd, float64(p), q.double(), given, reduction)
+            theirs = run(liger.LigerTVDLoss(reduction), [p], q, given)
+            compare(run(ours.LigerTVDLoss(reduction), [p], q, given), theirs, exact)
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.3, 1.0])
+def test_in_triton(beta: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The definitions compile for GPUs, where the reference is not what runs."""
+    monkeypatch.setenv("FASTKD_BACKEND", "triton")
+    student, teacher, labels = rows("random")
+    log_q, log_p = student.log_softmax(-1), teacher.log_softmax(-1)
+    exact = run(jsd, float64(log_q), log_p.double(), labels, beta)
+    found = run(ours.LigerJSD(beta), [log_q], log_p, labels)
+    compare(found, found, exact, same=16 * 1.2e-7)
+    exact = run(tvd, float64(log_q.exp()), log_p.double().exp(), labels, "batchmean")
+    found = run(ours.LigerTVDLoss(), [log_q.exp()], log_p.exp(), labels)
+    compare(found, found, exact, same=16 * 1.2e-7)
+
+
+def test_columns_that_are_impossible_on_both_sides() -> None:
+    """Theirs is NaN; the exact value has nothing of them."""
+    student, teacher, labels = rows("random")
+    student[:, 5] = teacher[:, 5] = -math.inf
+    log_q, log_p = student.log_softmax(-1), teacher.log_softmax(-1)
+    kept = torch.arange(37) != 5
+    exact = run(jsd, float64(log_q[:, kept]), log_p[:, kept].double(), labels, 0.3)
+    theirs = run(liger.LigerJSD(0.3), [log_q], log_p, labels)
+    found = run(ours.LigerJSD(0.3), [log_q], log_p, labels)
+    assert theirs.loss.isnan()
+    assert error(found.loss, exact.loss) < 1e-6
+    assert error(found.gradients[0][:, kept], exact.gradients[0]) < 1e-6
+    assert found.gradients[0][:, 5].eq(0).all()
+    for reduction in ("none", "batchmean"):
+        for given in (log_p, log_p.exp()):
+            loss = ours.LigerKLDIVLoss(reduction=reduction, log_target=given is log_p)
+            assert loss(log_q, given).isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("loss", "theirs"),
+    [(ours.LigerJSD(0.3), liger.LigerJSD(0.3)), (ours.LigerTVDLoss(), liger.LigerTVDLoss())],
+    ids=["jsd", "tvd"],
+)
+def test_no_row_counts(loss: Any, theirs: Any) -> None:
+    student, teacher, labels = rows("random")
+    inputs = [
+        x.softmax(-1) if "tvd" in str(type(loss)).lower() else x.log_softmax(-1)
+        for x in (student, teacher)
+    ]
+    found = run(loss, inputs[:1], inputs[1], torch.full_like(labels, IGNORED))
+    assert found.loss == 0
+    assert found.gradients[0].eq(0).all()
+
+
+# ---- from hidden states
+
+
+class Models(dict[str, Tensor]):
+    """Hidden states, heads and biases of a student and a wider teacher."""
+
+    def __init__(self, dtype: torch.dtype = torch.float32, more: int = 0) -> None:
+        generator = torch.Generator().manual_seed(1)
+
+        def normal(*shape: int, scale: float = 1.0) -> Tensor:
+            return (scale * torch.randn(shape, generator=generator)).to(dtype)
+
+        super().__init__(
+            hidden=normal(9, 16),
+            head=normal(53, 16, scale=0.4),
+            teacher_hidden=normal(9, 24),
+            teacher_head=normal(53 + more, 24, scale=0.4),
+            labels=torch.tensor([1, 2, IGNORED, 4, 5, 52, 0, IGNORED, 8]),
+            bias=normal(53),
+            teacher_bias=normal(53 + more),
+        )
+
+    def student(self, bias: bool = False) -> list[Tensor]:
+        return [self["hidden"], self["head"], *([self["bias"]] if bias else [])]
+
+
+def linear(
+    hidden: Tensor,
+    head: Tensor,
+    teacher_hidden: Tensor,
+    teacher_head: Tensor,
+    labels: Tensor,
+    bias: Tensor | None = None,
+    teacher_bias: Tensor | None = None,
+    *,
+    hard: float = 0.5,
+    soft: float = 0.5,
+    beta: float = 0.5,
+    temperature: float = 1.0,
+) -> Tensor:
+    """The objective, of logits made in float64."""
+    s = torch.nn.functional.linear(hidden, head, bias)
+    t = torch.nn.functional.linear(
+        teacher_hidden.double(),
+        teacher_head[: len(head)].double(),
+        None if teacher_bias is None else teacher_bias[: len(head)].double(),
+    )
+    logs = [(x / temperature).log_softmax(-1) for x in (s, t)]
+    cross = torch.nn.functional.cross_entropy(s, labels, ignore_index=IGNORED)
+    return hard * cross + soft * jsd(*logs, labels, beta)
+
+
+CASES = {
+    "defaults": {},
+    "jsd alone": {"weight_hard_loss": 0.0, "weight_soft_loss": 1.0, "beta": 0.3, "temperature": 2.0},
+    "cross-entropy alone": {"weight_hard_loss": 0.7, "weight_soft_loss": 0.0},
+    "weights beyond 1": {"weight_hard_loss": 0.4, "weight_soft_loss": 3.0, "beta": 0.0},
+    "reverse, in chunks": {"beta": 1.0, "temperature": 0.7, "chunk_size": 4},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("case", CASES)
+def test_fused_linear_jsd_loss(case: str, bias: bool) -> None:
+    models, options = Models(), CASES[case]
+    names = ["teacher_hidden", "teacher_head", "labels"]
+
+    def call(loss: Any) -> Any:
+        def called(hidden: Tensor, head: Tensor, *student_bias: Tensor) -> Tensor:
+            biases = (*student_bias, models["teacher_bias"]) if bias else ()
+            return loss(hidden, head, *(models[name] for name in names), *biases)
+
+        return called
+
+    def exact(*args: Tensor) -> Tensor:
+        translated = {
+            {"weight_hard_loss": "hard", "weight_soft_loss": "soft"}.get(k, k): v
+            for k, v in options.items()
+            if k != "chunk_size"
+        }
+        return linear(*args, **translated)
+
+    student = models.student(bias)
+    truth = run(call(exact), float64(*student))
+    theirs = run(call(chunked_loss.LigerFusedLinearJSDLoss(compiled=False, **options)), student)
+    compare(run(call(ours.LigerFusedLinearJSDLoss(**options)), student), theirs, truth)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_soft_and_hard_loss(case: str) -> None:
+    models = Models()
+    given = [models[x] for x in ("hidden", "head", "teacher_hidden", "teacher_head", "labels")]
+    options = {**CASES[case], "return_soft_hard_loss": True, "compiled": False}
+    theirs = chunked_loss.LigerFusedLinearJSDLoss(**options)(*given)
+    found = ours.LigerFusedLinearJSDLoss(**options)(*given)
+    assert len(found) == 3
+    torch.testing.assert_close(found, theirs, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("labelled", [True, False])
+@pytest.mark.parametrize(("beta", "temperature"), [(0.5, 1.0), (0.0, 2.0), (1.0, 1.0)])
+def test_fused_linear_jsd(beta: float, temperature: float, labelled: bool) -> None:
+    models = Models()
+    labels = models["labels"] if labelled else None
+    teacher = (models["teacher_hidden"], models["teacher_head"])
+    options = {"beta": beta, "temperature": temperature, "hard": 0.0, "soft": 1.0}
+
+    def exact(*args: Any) -> Tensor:
+        # without labels every row counts; label 0 then has a cross-entropy of weight 0
+        given = torch.zeros(9, dtype=torch.int64) if args[-1] is None else args[-1]
+        return linear(*args[:-1], given, **options)
+
+    truth = run(exact, float64(*models.student()), *teacher, labels)
+    theirs = run(
+        liger.LigerFusedLinearJSD(beta, IGNORED, temperature), models.student(), *teacher, labels
+    )
+    found = run(
+        ours.LigerFusedLinearJSD(beta, IGNORED, temperature), models.student(), *teacher, labels
+    )
+    compare(found, theirs, truth)
+
+
+@pytest.mark.parametrize("reduction", ["batchmean", "mean", "sum"])
+def test_fused_linear_kl_div(reduction: str) -> None:
+    models = Models()
+    target = (models["teacher_hidden"] @ models["teacher_head"].T).softmax(-1)
+    labels, temperature = models["labels"], 2.0
+
+    def exact(hidden: Tensor, head: Tensor) -> Tensor:
+        kept = labels != IGNORED
+        log_q = (hidden @ head.T / temperature).log_softmax(-1)[kept]
+        return kl(log_q, target[kept].double(), False, reduction, 1e-10)
+
+    truth = run(exact, float64(*models.student()))
+    options = {"reduction": reduction, "temperature": temperature}
+    theirs = run(liger.LigerFusedLinearKLDivLoss(**options), models.student(), target, labels)
+    found = run(ours.LigerFusedLinearKLDivLoss(**options), models.student(), target, labels)
+    compare(found, theirs, truth)
+
+
+# ---- where Liger is wrong
+
+
+def test_low_precision() -> None:
+    """Logits and log-probabilities rounded to bfloat16 cost Liger's JSD two digits, and its sign."""
+    models = Models(torch.bfloat16)
+    for name in ("hidden", "head"):  # a student near its teacher, as after some training
+        models["teacher_" + name] = models[name] + 0.01 * torch.randn_like(models[name])
+    options = {"weight_hard_loss": 0.0, "weight_soft_loss": 1.0}
+    given = [models[x] for x in ("teacher_hidden", "teacher_head", "labels")]
+    truth = run(lambda *x: linear(*x, hard=0.0, soft=1.0), float64(*models.student()), *given)
+    theirs = run(
+        chunked_loss.LigerFusedLinearJSDLoss(compiled=False, **options), models.student(), *given
+    )
+    found = run(ours.LigerFusedLinearJSDLoss(**options), models.student(), *given)
+    assert error(theirs.loss, truth.loss) > 0.1
+    assert error(found.loss, truth.loss) < 1e-4
+    for mine, its, exact in zip(found.gradients, theirs.gradients, truth.gradients, strict=True):
+        assert error(its, exact) > 0.05
+        assert (
+            error(mine, exact) < 0.01
+        )  # one rounding of the gradient to bfloat16, and of its operands
+
+
+def test_low_precision_log_probabilities() -> None:
+    """Liger rounds the loss to their dtype."""
+    student, teacher, labels = rows("random")
+    log_q, log_p = (x.log_softmax(-1).bfloat16() for x in (student, teacher))
+    truth = run(jsd, float64(log_q), log_p.double(), labels, 0.3)
+    theirs = run(liger.LigerJSD(0.3), [log_q], log_p, labels)
+    found = run(ours.LigerJSD(0.3), [log_q], log_p, labels)
+    assert theirs.loss.dtype == found.gradients[0].dtype == torch.bfloat16
+    assert error(theirs.loss, truth.loss) > 1e-4 > 1e-6 > error(found.loss, truth.loss)
+    assert error(found.gradients[0], truth.gradients[0]) < 2**-8
+
+
+def test_the_teacher_is_a_constant() -> None:
+    """As there: its head may be one that requires grad."""
+    models = Models()
+    for name in ("teacher_hidden", "teacher_head"):
+        models[name].requires_grad_()
+    given = [models[x] for x in ("teacher_hidden", "teacher_head", "labels")]
+    for loss in (ours.LigerFusedLinearJSDLoss(), ours.LigerFusedLinearJSD()):
+        run(loss, models.student(), *given)[0]
+        assert models["teacher_head"].grad is None
+    student, teacher, _ = (
+        x.double().softmax(-1) if x.is_floating_point() else x for x in rows("random")
+    )
+    for loss in (
+        ours.LigerTVDLoss(),
+        ours.LigerTVDLoss("none"),
+        ours.LigerKLDIVLoss(),
+        ours.LigerJSD(),
+    ):
+        value = loss(student, teacher.requires_grad_())
+        assert not value.requires_grad
+
+
+def test_padding_columns_of_the_teacher() -> None:
+    """Liger fills the student up with logits of 0, which take mass."""
+    models = Models(more=11)
+    models["hidden"] = models["hidden"] - 3.0  # so that most logits are below 0
+    given = [models[x] for x in ("teacher_hidden", "teacher_head", "labels")]
+    truth = run(linear, float64(*models.student()), *given)
+    theirs = run(chunked_loss.LigerFusedLinearJSDLoss(compiled=False), models.student(), *given)
+    found = run(ours.LigerFusedLinearJSDLoss(), models.student(), *given)
+    assert error(theirs.loss, truth.loss) > 1e-3
+    compare(found, found, truth, same=1e-5)
+
+
+def test_second_backward() -> None:
+    """Liger's Triton losses scale the saved gradient in place."""
+    models = Models()
+    hidden = models["hidden"].clone().requires_grad_()
+    given = [models[x] for x in ("head", "teacher_hidden", "teacher_head", "labels")]
+    for loss, same in ((liger.LigerFusedLinearJSD(), False), (ours.LigerFusedLinearJSD(), True)):
+        doubled = 2.0 * loss(hidden, *given)
+        first, second = (
+            torch.autograd.grad(doubled, hidden, retain_graph=True)[0].clone() for _ in range(2)
+        )
+        assert torch.equal(first, second) is same
+
+
+# ---- the surface
+
+
+@pytest.mark.parametrize(
+    "theirs",
+    [
+        chunked_loss.LigerFusedLinearJSDLoss,
+        liger.LigerFusedLinearJSD,
+        liger.LigerJSD,
+        liger.LigerKLDIVLoss,
+        liger.LigerTVDLoss,
+        liger.LigerFusedLinearKLDivLoss,
+    ],
+    ids=lambda loss: loss.__name__,
+)
+def test_signatures(theirs: Any) -> None:
+    mine = getattr(ours, theirs.__name__)
+    for method in ("__init__", "forward"):
+        expected, found = (inspect.signature(getattr(x, method)) for x in (theirs, mine))
+        assert [(p.name, p.default, p.kind) for p in found.parameters.values()] == [
+            (p.name, p.default, p.kind) for p in expected.parameters.values()
+        ]
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: ours.LigerJSD(1.5), r"beta must be in \[0, 1\], got 1.5"),
+        (lambda: ours.LigerTVDLoss("none?"), "reduction must be one of none, sum"),
+        (lambda: ours.LigerKLDIVLoss(reduction="max"), "reduction must be one of none, sum"),
+        (lambda: ours.LigerFusedLinearKLDivLoss("none"), "reduction must be one of batchmean"),
+        (lambda: ours.LigerFusedLinearJSDLoss(0.0, 0.0), "must not both be 0"),
+        (lambda: ours.LigerFusedLinearJSDLoss(-1.0), r"weight_hard_loss must be in \[0, inf\)"),
+    ],
+)
+def test_errors(make: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make()

@@ -1,0 +1,591 @@
+"""fastkd.compat.trl against TRL itself: its losses, and its trainers on real models with random weights."""
+
+from __future__ import annotations
+
+import inspect
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset
+from support import tiny_models
+from support.paths import DATA, ROOT
+from torch import Tensor, nn
+from trl import DistillationConfig, DistillationTrainer
+from trl.experimental.gkd import GKDConfig, GKDTrainer
+from trl.trainer import distillation_trainer
+
+import fastkd
+import fastkd.compat.trl as adapter
+from fastkd.compat.trl import chunked_divergence_loss, generalized_jsd_loss
+
+stock_jsd = GKDTrainer.generalized_jsd_loss
+stock_chunked = distillation_trainer._chunked_divergence_loss
+BETAS = [0.0, 0.2, 0.5, 1.0]
+ULP = 2.0**-22  # of the terms of a sum, in float32
+
+
+def real_rows(dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """[2, 4, 49152]: what SmolLM2 and a student of it say on eight positions."""
+    with np.load(DATA / "smollm2.npz") as file:
+        return tuple(
+            torch.from_numpy(file[side]).to(dtype).view(2, 4, -1) for side in ("student", "teacher")
+        )
+
+
+def random_rows(dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """[3, 5, 203], the shifted view of a model's logits: no row follows its neighbour in memory."""
+    generator = torch.Generator().manual_seed(0)
+    both = 4 * torch.randn(2, 3, 6, 203, generator=generator)
+    both += 1e3 * torch.rand(2, 3, 6, 1, generator=generator)
+    student, teacher = both.to(dtype)
+    return student[:, :-1], teacher[:, :-1]
+
+
+ROWS = {"real": real_rows, "random": random_rows}
+
+
+def some_labels(student: Tensor) -> Tensor:
+    labels = torch.zeros(student.shape[:-1], dtype=torch.int64)
+    labels[0, 1], labels[-1, -2:] = -100, -100
+    return labels
+
+
+def with_gradients(
+    loss: Callable[..., Tensor],
+    student: Tensor,
+    teacher: Tensor,
+    upstream: Tensor | float,
+    **options: Any,
+) -> tuple[Tensor, ...]:
+    s, t = student.detach().requires_grad_(), teacher.detach().requires_grad_()
+    value = loss(s, t, **options)
+    (value * upstream).sum().backward()
+    return value.detach().double(), s.grad.double(), t.grad.double()
+
+
+def assert_no_further_off(
+    student: Tensor, teacher: Tensor, upstream: Tensor | float = 1.7, **options: Any
+) -> None:
+    """Value and gradients are as near to float64 as TRL's, or within an ulp of their terms."""
+    exact = with_gradients(stock_jsd, student.double(), teacher.double(), upstream, **options)
+    stock = with_gradients(stock_jsd, student, teacher, upstream, **options)
+    found = with_gradients(generalized_jsd_loss, student, teacher, upstream, **options)
+    assert found[0].shape == stock[0].shape
+    assert (
+        (found[0] - exact[0]).abs() <= (stock[0] - exact[0]).abs() + ULP * exact[0].abs().max()
+    ).all()
+    for a, b, c in zip(found[1:], stock[1:], exact[1:], strict=True):
+        bar = (b - c).abs().max() + 4 * ULP * c.abs().max()
+        if student.dtype != torch.float32:  # one rounding
+            bar = bar + c.abs() * torch.finfo(student.dtype).eps + 1e-7
+        assert ((a - c).abs() <= bar).all()
+    assert exact[1].abs().max() > 1e-6
+
+
+@pytest.mark.parametrize("rows", ROWS)
+@pytest.mark.parametrize("beta", BETAS)
+def test_betas_and_temperatures(rows: str, beta: float) -> None:
+    student, teacher = ROWS[rows](torch.float32)
+    labels = some_labels(student)
+    assert_no_further_off(student, teacher, labels=labels, beta=beta)
+    assert_no_further_off(
+        student, teacher, labels=labels, beta=beta, temperature=2.5, num_items_in_batch=11
+    )
+
+
+@pytest.mark.parametrize("reduction", ["batchmean", "sum", "mean", "none"])
+@pytest.mark.parametrize("with_labels", [True, False])
+def test_reductions(reduction: str, with_labels: bool) -> None:
+    student, teacher = random_rows(torch.float32)
+    labels = some_labels(student) if with_labels else None
+    options = {"labels": labels, "reduction": reduction, "beta": 0.3, "temperature": 0.7}
+    upstream: Any = 1.7
+    if reduction == "none":
+        shape = (12, 203) if with_labels else student.shape
+        upstream = torch.rand(shape, generator=torch.Generator().manual_seed(1))
+    assert_no_further_off(student, teacher, upstream, **options)
+    for count in (7, torch.tensor(7), torch.tensor(7.0)):  # replaces the denominator of them all
+        assert_no_further_off(student, teacher, num_items_in_batch=count, **options)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("beta", [0.0, 0.5, 1.0])
+def test_low_precision(beta: float, dtype: torch.dtype) -> None:
+    """TRL computes in the dtype of the logits, and is off by as much."""
+    student, teacher = (x - x.amax(-1, keepdim=True) for x in random_rows(dtype))
+    assert_no_further_off(student, teacher, labels=some_labels(student), beta=beta)
+    assert generalized_jsd_loss(student, teacher).dtype == torch.float32
+
+
+def test_nothing_counts() -> None:
+    """Also where TRL's mean of no entries is NaN."""
+    student, teacher = random_rows(torch.float32)
+    labels = torch.full(student.shape[:-1], -100)
+    for reduction in ("batchmean", "sum", "mean"):
+        s = student.detach().requires_grad_()
+        loss = generalized_jsd_loss(s, teacher, labels, reduction=reduction)
+        loss.backward()
+        assert loss.item() == 0.0 and not s.grad.any()
+    assert generalized_jsd_loss(student, teacher, labels, reduction="none").shape == (0, 203)
+    assert stock_jsd(student, teacher, labels, reduction="mean").isnan()
+
+
+def test_a_token_that_both_exclude() -> None:
+    """-inf in both; TRL gives NaN."""
+    student, teacher = random_rows(torch.float32)
+    student, teacher = student.clone(), teacher.clone()
+    student[..., 7], teacher[..., 7] = -torch.inf, -torch.inf
+    keep = torch.arange(203) != 7
+    for reduction in ("batchmean", "none"):
+        s = student.clone().requires_grad_()
+        found = generalized_jsd_loss(s, teacher, reduction=reduction)
+        expected = stock_jsd(student[..., keep], teacher[..., keep], reduction=reduction)
+        torch.testing.assert_close(found.sum(), expected.sum(), rtol=1e-5, atol=0)
+        found.sum().backward()
+        assert s.grad.isfinite().all()
+    assert stock_jsd(student, teacher).isnan()
+
+
+def test_errors_of_the_loss() -> None:
+    student, teacher = random_rows(torch.float32)
+    with pytest.raises(ValueError, match="reduction must be one of .*; got 'nonne'"):
+        generalized_jsd_loss(student, teacher, reduction="nonne")
+    for reduction in ("batchmean", "none"):
+        with pytest.raises(ValueError, match="beta must be in"):
+            generalized_jsd_loss(student, teacher, beta=1.5, reduction=reduction)
+        with pytest.raises(ValueError, match="teacher"):
+            generalized_jsd_loss(student, teacher[..., :-1], reduction=reduction)
+
+
+def test_signatures() -> None:
+    for ours, theirs in (
+        (generalized_jsd_loss, stock_jsd),
+        (chunked_divergence_loss, stock_chunked),
+    ):
+        expected = {n: p.default for n, p in inspect.signature(theirs).parameters.items()}
+        assert {n: p.default for n, p in inspect.signature(ours).parameters.items()} == expected
+
+
+# ---- the chunked loss
+
+
+def two_heads(dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+    """Hidden widths 24 and 40, over 301 tokens."""
+    generator = torch.Generator().manual_seed(2)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator).to(dtype)
+
+    return {
+        "student_hidden_states": draw(3, 5, 24),
+        "teacher_hidden_states": draw(3, 5, 40),
+        "student_lm_head_weight": draw(301, 24) / 2,
+        "teacher_lm_head_weight": draw(301, 40) / 2,
+        "completion_mask": (torch.arange(15).view(3, 5) % 4 != 1).long(),
+        "student_lm_head_bias": draw(301),
+        "teacher_lm_head_bias": draw(301),
+    }
+
+
+TRAINED = ("student_hidden_states", "student_lm_head_weight", "student_lm_head_bias")
+
+
+def run_chunked(loss: Callable[..., Any], given: dict[str, Any]) -> tuple[Tensor, ...]:
+    """(loss, entropy sum, count, gradients...), with an upstream gradient that is not 1."""
+    leaves = {n: given[n].detach().requires_grad_() for n in TRAINED if n in given}
+    value, entropy, count = loss(**(given | leaves))
+    gradients = torch.autograd.grad(1.7 * value, list(leaves.values()))
+    assert not entropy.requires_grad and not count.requires_grad
+    return value.detach(), entropy, count, *gradients
+
+
+def by_definition(given: dict[str, Any]) -> Callable[..., Any]:
+    """In float64, from whole logits."""
+
+    def logits(side: str, a: dict[str, Any]) -> Tensor:
+        z = a[f"{side}_hidden_states"] @ a[f"{side}_lm_head_weight"].T
+        z = (z + a.get(f"{side}_lm_head_bias", 0.0)) * a.get(f"{side}_logit_scale", 1.0)
+        cap = a.get(f"{side}_final_logit_softcapping")
+        return z if cap is None else cap * torch.tanh(z / cap)
+
+    def loss(**a: Any) -> tuple[Tensor, Tensor, Tensor]:
+        s, t = logits("student", a), logits("teacher", a)
+        rows = a["completion_mask"] != 0
+        labels = torch.where(rows, 0, -100)
+        temperature, count = a.get("temperature", 1.0), a.get("num_items_in_batch")
+        value = stock_jsd(s, t, labels, a["beta"], temperature, num_items_in_batch=count)
+        entropy = torch.special.entr(torch.softmax(s[rows].detach() / temperature, -1)).sum()
+        return value, entropy, rows.sum()
+
+    return loss
+
+
+CAPS = {
+    "student_logit_scale": 0.5,
+    "teacher_logit_scale": 2.0,
+    "student_final_logit_softcapping": 3.0,
+    "teacher_final_logit_softcapping": 7.0,
+    "temperature": 1.5,
+}
+
+
+def assert_chunked(given: dict[str, Any]) -> None:
+    """As near to float64 as TRL is."""
+    doubles = {
+        n: v.double() if isinstance(v, Tensor) and v.is_floating_point() else v
+        for n, v in given.items()
+    }
+    exact = run_chunked(by_definition(doubles), doubles)
+    stock, found = (run_chunked(f, given) for f in (stock_chunked, chunked_divergence_loss))
+    for i, (a, b, c) in enumerate(zip(found, stock, exact, strict=True)):
+        assert a.shape == b.shape and a.dtype == b.dtype
+        bar = 2 * (b - c).abs().max() + (1e-12 if i == 2 else 2**-20 * c.abs().max())
+        if a.dtype == torch.bfloat16:
+            bar = bar + 2**-8 * c.abs()
+        assert ((a - c).abs() <= bar).all(), i
+    assert int(found[2]) == int(exact[2])
+
+
+@pytest.mark.parametrize("beta", BETAS)
+def test_chunked_betas(beta: float) -> None:
+    heads = two_heads()
+    assert_chunked(heads | {"beta": beta})
+    assert_chunked(heads | CAPS | {"beta": beta, "num_items_in_batch": torch.tensor(40.0)})
+
+
+def test_chunked_without_biases() -> None:
+    heads = {name: value for name, value in two_heads().items() if not name.endswith("bias")}
+    assert_chunked(heads | {"beta": 0.5, "num_items_in_batch": 40})
+
+
+def test_chunked_in_bfloat16() -> None:
+    assert_chunked(two_heads(torch.bfloat16) | {"beta": 0.5})
+
+
+def test_chunked_of_an_empty_completion() -> None:
+    heads = two_heads()
+    heads["completion_mask"].zero_()
+    value, entropy, count, *gradients = run_chunked(chunked_divergence_loss, heads | {"beta": 0.5})
+    assert (value.item(), entropy.item(), count.item()) == (0.0, 0.0, 0)
+    assert not any(gradient.any() for gradient in gradients)
+
+
+def test_chunked_casts_a_master_copy() -> None:
+    """FSDP2's mixed precision: hidden states in bfloat16, a head in float32 that gets its gradient in float32."""
+    heads = two_heads() | {"beta": 0.5}
+    low = {n: v.bfloat16() if "hidden" in n else v for n, v in heads.items() if n != "beta"}
+    found = run_chunked(chunked_divergence_loss, low | {"beta": 0.5})
+    expected = run_chunked(stock_chunked, low | {"beta": 0.5})
+    assert found[4].dtype == torch.float32
+    torch.testing.assert_close(found[:3], expected[:3], rtol=2e-2, atol=0)
+    torch.testing.assert_close(found[4], expected[4], rtol=5e-2, atol=1e-3)
+
+
+def test_chunked_takes_a_spread_head(tmp_path: Path) -> None:
+    import torch.distributed as dist
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    heads = two_heads() | {"beta": 0.5}
+    expected = run_chunked(chunked_divergence_loss, heads)
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        mesh = init_device_mesh("cpu", (1,))
+        spread = {
+            n: distribute_tensor(v, mesh, [Shard(0)]) if "lm_head" in n else v
+            for n, v in heads.items()
+        }
+        found = run_chunked(chunked_divergence_loss, spread)
+        assert torch.equal(found[4].full_tensor(), expected[4])
+    finally:
+        dist.destroy_process_group()
+    assert all(torch.equal(a, b) for a, b in zip(found[:4], expected[:4], strict=True))
+
+
+def gradient_of_a_spread_head(group: Any) -> tuple[Tensor, Tensor]:
+    """Of a head over two processes, each with a sequence of its own; and the mean of what each has by itself."""
+    import torch.distributed as dist
+    from torch.distributed.device_mesh import DeviceMesh
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    mesh = DeviceMesh.from_group(group, "cpu")
+    rank = dist.get_rank(group)
+    given = {
+        name: value if "lm_head" in name else value[rank : rank + 1]
+        for name, value in two_heads().items()
+    } | {"beta": 0.5}
+    mean = run_chunked(chunked_divergence_loss, given)[4]
+    dist.all_reduce(mean, group=group)
+    spread = {
+        name: distribute_tensor(value, mesh, [Shard(0)]) if "lm_head" in name else value
+        for name, value in given.items()
+    }
+    return run_chunked(chunked_divergence_loss, spread)[4].full_tensor(), mean / 2
+
+
+@pytest.mark.heavy
+def test_chunked_averages_over_processes() -> None:
+    """As FSDP2 does with the gradients of other parameters."""
+    from support.processes import Processes
+
+    pool = Processes(2)
+    try:
+        for found, expected in pool.run(2, gradient_of_a_spread_head):
+            assert torch.equal(found, expected) and expected.abs().max() > 1e-3
+    finally:
+        pool.stop()
+
+
+def test_a_head_that_zero3_has_partitioned() -> None:
+    heads = two_heads()
+    heads["teacher_lm_head_weight"].ds_id = 1
+    with pytest.raises(ValueError, match="teacher_lm_head_weight is partitioned by DeepSpeed"):
+        chunked_divergence_loss(**heads, beta=0.5)
+
+
+# ---- trainers
+
+PROMPTS = ["in the beginning", "and the earth", "god created", "the heaven and the earth was"]
+
+
+def common(path: Path) -> dict[str, Any]:
+    return {
+        "output_dir": str(path),
+        "use_cpu": True,
+        "bf16": False,
+        "report_to": [],
+        "save_strategy": "no",
+        "logging_steps": 1,
+        "disable_tqdm": True,
+        "per_device_train_batch_size": 2,
+        "per_device_eval_batch_size": 4,
+        "gradient_accumulation_steps": 2,
+        "gradient_checkpointing": False,
+        "max_steps": 5,
+        "learning_rate": 0.5,
+        "lr_scheduler_type": "constant",
+        "optim": "sgd",
+        "seed": 3,
+    }
+
+
+def models() -> dict[str, nn.Module]:
+    return {
+        "model": tiny_models.llama(seed=1),
+        "teacher_model": tiny_models.llama(width=24, seed=2),
+    }
+
+
+def gkd(trainer: type, path: Path, given: Any = None, **options: Any) -> Any:
+    """Half of the batches on-policy."""
+    chats = [
+        [{"role": "user", "content": p}, {"role": "assistant", "content": a}]
+        for p, a in zip(
+            PROMPTS, ["god created the heaven", "was void", "form and earth", "void"], strict=True
+        )
+    ]
+    args = GKDConfig(
+        **common(path) | {"max_length": 24, "max_new_tokens": 6, "beta": 0.3} | options
+    )
+    data = Dataset.from_dict({"messages": chats})
+    return trainer(
+        **(given or models()), args=args, train_dataset=data, eval_dataset=data,
+        processing_class=tiny_models.tokenizer(),
+    )  # fmt: skip
+
+
+def on_policy(trainer: type, path: Path, given: Any = None, **options: Any) -> Any:
+    own = {"max_completion_length": 6, "beta": 0.3, "temperature": 1.3}
+    args = DistillationConfig(**common(path) | own | options)
+    data = Dataset.from_dict({"prompt": PROMPTS})
+    return trainer(
+        **(given or models()), args=args, train_dataset=data, eval_dataset=data,
+        processing_class=tiny_models.tokenizer(),
+    )  # fmt: skip
+
+
+def trained(trainer: Any) -> tuple[list[float], list[float], Tensor]:
+    """Losses of the steps, the entropies where they are logged, and the weights."""
+    trainer.train()
+    entries = [entry for entry in trainer.state.log_history if "loss" in entry]
+    weights = torch.cat([p.detach().flatten() for p in trainer.model.parameters()])
+    return (
+        [entry["loss"] for entry in entries],
+        [entry["entropy"] for entry in entries if "entropy" in entry],
+        weights,
+    )
+
+
+def count_calls(monkeypatch: pytest.MonkeyPatch, name: str) -> list[None]:
+    calls: list[None] = []
+    real = getattr(fastkd, name)
+    monkeypatch.setattr(fastkd, name, lambda *a, **k: (calls.append(None), real(*a, **k))[1])
+    return calls
+
+
+TRAINERS = {
+    "GKDTrainer": (gkd, GKDTrainer, "kd_loss"),
+    "DistillationTrainer": (on_policy, DistillationTrainer, "fused_linear_kd_loss"),
+}
+
+
+@pytest.mark.parametrize("name", TRAINERS)
+def test_trainers(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Five steps of two batches: apart by at most 2e-7, losses of themselves and weights in all, as measured."""
+    build, stock_class, loss = TRAINERS[name]
+    calls = count_calls(monkeypatch, loss)
+    stock = trained(build(stock_class, tmp_path))
+    assert not calls
+    trainer = build(getattr(adapter, name), tmp_path)
+    assert isinstance(trainer, stock_class)
+    ours = trained(trainer)
+    assert len(calls) == 10
+    assert len(ours[0]) == 5 and len(set(ours[0])) == 5
+    assert ours[0] == pytest.approx(stock[0], rel=2e-6)
+    assert ours[1] == pytest.approx(stock[1], rel=2e-6)
+    assert len(ours[1]) == (5 if name == "DistillationTrainer" else 0)
+    assert (ours[2] - stock[2]).abs().max() < 2e-6
+    start = torch.cat([p.detach().flatten() for p in models()["model"].parameters()])
+    assert (ours[2] - start).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("name", TRAINERS)
+def test_evaluation(name: str, tmp_path: Path) -> None:
+    build, stock_class, _ = TRAINERS[name]
+    found = []
+    for trainer_class in (stock_class, getattr(adapter, name)):
+        trainer = build(trainer_class, tmp_path)
+        torch.manual_seed(0)
+        found.append(trainer.evaluate()["eval_loss"])
+    assert found[1] == pytest.approx(found[0], rel=1e-6)
+
+
+def test_gkd_at_temperature_one(tmp_path: Path) -> None:
+    """args.temperature is of sampling, in TRL as here; a subclass has another."""
+    import functools
+
+    class Warmer(adapter.GKDTrainer):
+        generalized_jsd_loss = staticmethod(
+            functools.partial(generalized_jsd_loss, temperature=3.0)
+        )
+
+    found = [
+        gkd(trainer, tmp_path, temperature=temperature).evaluate()["eval_loss"]
+        for trainer, temperature in (
+            (adapter.GKDTrainer, 0.9),
+            (adapter.GKDTrainer, 3.0),
+            (Warmer, 0.9),
+        )
+    ]
+    assert found[0] == found[1] > 2 * found[2]
+
+
+def test_a_mixture_of_experts(tmp_path: Path) -> None:
+    """GKDTrainer keeps the router's auxiliary loss, which TRL's leaves out; DistillationTrainer says that it cannot."""
+    config = {"router_aux_loss_coef": 0.5, "num_local_experts": 4, "num_experts_per_tok": 2}
+
+    def mixtures() -> dict[str, nn.Module]:
+        built = tiny_models.built("MixtralForCausalLM", **config)
+        return {"model": built, "teacher_model": tiny_models.llama(seed=2)}
+
+    losses = []
+    for trainer_class, options in (
+        (GKDTrainer, {}), (adapter.GKDTrainer, {}), (adapter.GKDTrainer, {"router_aux_loss_coef": 0.0}),
+    ):  # fmt: skip
+        trainer = gkd(trainer_class, tmp_path, lmbda=0.0, max_steps=1, given=mixtures(), **options)
+        trainer.train()
+        losses.append(trainer.state.log_history[0])
+    assert losses[1]["aux_loss"] > 0.5  # of 4 experts it is at least 1 where all are used alike
+    aux = 0.5 * losses[1]["aux_loss"]
+    assert losses[1]["loss"] == pytest.approx(losses[0]["loss"] + aux, rel=1e-5)
+    assert losses[2]["loss"] == pytest.approx(losses[0]["loss"], rel=1e-5)
+    with pytest.raises(
+        ValueError, match="DistillationTrainer would leave its router's auxiliary loss out"
+    ):
+        on_policy(adapter.DistillationTrainer, tmp_path, given=mixtures())
+
+
+def test_trl_is_left_as_it_is() -> None:
+    ours = adapter.DistillationTrainer
+    name = "_chunked_divergence_loss"
+    assert getattr(distillation_trainer, name) is stock_chunked
+    assert DistillationTrainer._compute_loss.__globals__[name] is stock_chunked
+    assert ours._compute_loss.__globals__[name] is chunked_divergence_loss
+    assert adapter.DistillationTrainer is ours
+    assert ours.__module__ == "fastkd.compat.trl" and "fastkd" in ours.__doc__
+
+
+def test_another_version(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where TRL has changed, an error says which it is."""
+    for name in TRAINERS:
+        monkeypatch.delitem(vars(adapter), name, raising=False)
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            DistillationTrainer, "_compute_loss", lambda self, *_: None
+        )  # calls something else
+        with pytest.raises(ImportError, match=r"knows TRL 1.16; TRL \d.* does not call"):
+            adapter.DistillationTrainer  # noqa: B018
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            GKDTrainer, "generalized_jsd_loss", staticmethod(lambda student, teacher: None)
+        )
+        with pytest.raises(ImportError, match="has generalized_jsd_loss\\('student', 'teacher'\\)"):
+            adapter.GKDTrainer  # noqa: B018
+    with monkeypatch.context() as patch:
+        patch.delattr(distillation_trainer, "_chunked_divergence_loss")
+        with pytest.raises(ImportError, match="has no _chunked_divergence_loss"):
+            adapter.DistillationTrainer  # noqa: B018
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "trl.experimental.gkd", None)
+        with pytest.raises(ImportError, match="has no trl.experimental.gkd.GKDTrainer"):
+            adapter.GKDTrainer  # noqa: B018
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "trl", None)
+        with pytest.raises(ImportError, match="pip install trl"):
+            adapter.GKDTrainer  # noqa: B018
+    with pytest.raises(AttributeError, match="has no attribute 'SFTTrainer'"):
+        adapter.SFTTrainer  # noqa: B018
+
+
+# ---- the example
+
+
+@pytest.fixture
+def swap(monkeypatch: pytest.MonkeyPatch) -> Path:
+    folder = ROOT / "examples" / "swap"
+    monkeypatch.syspath_prepend(str(folder))
+    return folder
+
+
+def test_example(swap: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    import trl_gkd
+
+    trl_gkd.main(tiny=True, steps=2, assets=swap)
+    table = capsys.readouterr().out
+    assert "TRL" in table and len(re.findall(r"^│ +\d │ ", table, re.M)) == 2
+
+
+def test_example_fails_where_curves_differ(swap: Path) -> None:
+    import typer
+    from side_by_side import Run, report
+
+    report("TRL", Run([1.0, 0.5], 1.0, None), Run([1.00001, 0.501], 1.0, 7), tiny=False)
+    for losses in ([1.001, 0.5], [1.0, 0.51], [1.0, float("nan")]):
+        with pytest.raises(typer.Exit):
+            report("TRL", Run([1.0, 0.5], 1.0, None), Run(losses, 1.0, None), tiny=True)
+
+
+@pytest.mark.heavy
+def test_example_on_smollm2(swap: Path) -> None:
+    import trl_gkd
+
+    assets = swap.parents[1] / "build" / "demo"
+    if not assets.is_dir():
+        pytest.skip("examples/demo-requirements.txt is not in build/demo")
+    trl_gkd.main(tiny=False, steps=2, assets=assets)

@@ -1,0 +1,367 @@
+"""Options that change from step to step in a compiled function: eager's values, from two graphs at most.
+
+torch.compile takes a number for a constant until it changes, and then for a symbol, which an op may not be given as it
+is: torch's graph caches would give a step the graph of another value. Inductor's caches are on in these tests, and in a
+second process they are warm. The other compiler here, aot_eager, has no cache; it counts graphs in little time.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from support.accuracy import labels_for, logits
+from support.paths import ROOT
+from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch._dynamo.utils import counters
+from torch._inductor.utils import fresh_cache
+
+import fastkd
+from fastkd import features, kd_loss, online, relations, response
+
+ROWS, COLUMNS = 5, 13
+
+Loss = Callable[..., Tensor]
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler() -> Iterator[None]:
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def _of_user(p: Any, q: Any, log_p: Any, log_q: Any, factor: float, other: float) -> Any:
+    return factor * other * p * (log_p - log_q), -factor * other * p
+
+
+# What changes, from the share of the way that is done, in [0, 1].
+SCHEDULES: dict[str, Callable[[float], dict[str, Any]]] = {
+    "temperature": lambda x: {"temperature": 4.0 - 3.0 * x},
+    "integer temperature": lambda x: {"temperature": 1 + round(19 * x)},
+    "teacher_temperature": lambda x: {"temperature": 2.0, "teacher_temperature": 4.0 - 3.0 * x},
+    "alpha": lambda x: {"alpha": 1.0 - x},
+    "label_smoothing": lambda x: {"alpha": 0.5, "label_smoothing": 0.5 * x},
+    "logit_scale": lambda x: {"logit_scale": 0.5 + x},
+    "softcap": lambda x: {"softcap": 5.0 + 5.0 * x},
+    "teacher_logit_scale": lambda x: {"teacher_logit_scale": 1.5 - x},
+    "teacher_softcap": lambda x: {"teacher_softcap": 9.0 - 5.0 * x},
+    "num_items": lambda x: {"num_items": 1 + round(19 * x)},
+    "num_items, a float": lambda x: {"num_items": 0.5 + 7.0 * x},
+    "num_items, a tensor": lambda x: {"num_items": torch.tensor(1 + round(19 * x))},
+    "jsd": lambda x: {"divergence": fastkd.jsd(x)},
+    "skew_forward_kl": lambda x: {"divergence": fastkd.skew_forward_kl(0.9 * x)},
+    "skew_reverse_kl": lambda x: {"divergence": fastkd.skew_reverse_kl(0.9 * x)},
+    "mixture": lambda x: {"divergence": fastkd.mixture(1.0 - x, x)},
+    "alpha_beta": lambda x: {"divergence": fastkd.alpha_beta(x, 1.0 - x)},
+    "smooth_l1": lambda x: {"divergence": fastkd.smooth_l1(0.5 + x)},
+    "dkd": lambda x: {"divergence": fastkd.dkd(1.0 + x, 8.0 - x)},
+    "nkd": lambda x: {"divergence": fastkd.nkd(1.5 - x), "temperature": 1.0 + x},
+    "of the user": lambda x: {
+        "divergence": fastkd.Divergence("mine", _of_user, (1.0 + x, 2.0 + x), 1.0),
+        "backend": "reference",
+    },
+}
+WITH_LABELS = ("alpha", "label_smoothing", "dkd", "nkd", "all together")
+
+
+def _all_together(x: float) -> dict[str, Any]:
+    together: dict[str, Any] = {}
+    for name in ("temperature", "teacher_temperature", "alpha", "label_smoothing", "logit_scale", "softcap",
+                 "teacher_logit_scale", "teacher_softcap", "num_items, a float", "jsd"):  # fmt: skip
+        together |= SCHEDULES[name](x)
+    return together | {"temperature": 3.0 - x, "alpha": 1.0 - x}
+
+
+SCHEDULES["all together"] = _all_together
+
+
+def _outcome(loss: Loss, *tensors: Tensor, **options: Any) -> list[Tensor]:
+    """Value and gradient of the first tensor."""
+    leaf = tensors[0].clone().requires_grad_()
+    value = loss(leaf, *tensors[1:], **options)
+    return [value.detach(), *torch.autograd.grad(value.sum(), leaf)]
+
+
+def _batch() -> tuple[Tensor, Tensor, Tensor]:
+    student, teacher = (logits(ROWS, COLUMNS, seed=seed) for seed in (1, 2))
+    return student, teacher, labels_for(ROWS, vocabulary=COLUMNS, seed=3, ignored=0.2)
+
+
+def _agree(found: list[Tensor], wanted: list[Tensor]) -> None:
+    torch.testing.assert_close(found, wanted, rtol=1e-6, atol=1e-7)
+
+
+def _follow(
+    loss: Loss,
+    compiled: Loss,
+    schedule: Callable[[float], dict[str, Any]],
+    steps: int,
+    *labels: Tensor,
+) -> None:
+    student, teacher, _ = _batch()
+    seen = []
+    for step in range(steps):
+        options = schedule(step / (steps - 1))  # both ends are among the values
+        wanted = _outcome(loss, student, teacher, *labels, **options)
+        _agree(_outcome(compiled, student, teacher, *labels, **options), wanted)
+        seen.append(wanted[1])
+    assert not torch.equal(seen[0], seen[-1])  # or the schedule would say nothing
+
+
+# One of each kind in every run: all numbers of a call take the same way, and all divergences of the table theirs.
+USUAL = ("all together", "alpha", "integer temperature", "num_items", "jsd", "nkd", "of the user")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *USUAL,
+        *(pytest.param(name, marks=pytest.mark.heavy) for name in SCHEDULES if name not in USUAL),
+    ],
+)
+def test_a_schedule_is_two_graphs(name: str) -> None:
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(kd_loss, fullgraph=True, backend=counter)
+    labels = _batch()[2:] if name in WITH_LABELS else ()
+    _follow(kd_loss, compiled, SCHEDULES[name], 5, *labels)
+    assert counter.frame_count <= 2
+
+
+def test_with_dynamic_true_too() -> None:
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(kd_loss, fullgraph=True, dynamic=True, backend=counter)
+    _follow(kd_loss, compiled, _all_together, 4, *_batch()[2:])
+    assert counter.frame_count <= 2
+
+
+def test_with_dynamic_false_every_value_is_a_constant() -> None:
+    """As torch has it; the values are right, and each is a graph."""
+    compiled = torch.compile(kd_loss, fullgraph=True, dynamic=False, backend="aot_eager")
+    _follow(kd_loss, compiled, SCHEDULES["temperature"], 3)
+
+
+def _annealed(student: Tensor, teacher: Tensor, *labels: Tensor, **options: Any) -> Tensor:
+    """The temperature is computed in the graph, and multiplies tensors too."""
+    temperature = 1 + options.pop("temperature", 0.0)
+    loss = kd_loss(student, teacher, *labels, temperature=temperature, **options)
+    return loss * temperature * temperature
+
+
+def _under_inductor(names: Sequence[str], steps: int) -> None:
+    for name in names:
+        torch._dynamo.reset()
+        counters.clear()
+        compiled = torch.compile(_annealed, fullgraph=True)
+        labels = _batch()[2:] if name in WITH_LABELS else ()
+        _follow(_annealed, compiled, SCHEDULES[name], steps, *labels)
+        assert counters["stats"]["unique_graphs"] <= 2, name
+
+
+def test_inductor_with_cold_and_warm_caches() -> None:
+    with fresh_cache():
+        _under_inductor(["all together"], 4)
+        assert not counters["aot_autograd"]["autograd_cache_hit"]
+        _under_inductor(["all together"], 4)
+        assert counters["aot_autograd"]["autograd_cache_hit"]
+
+
+@pytest.mark.heavy
+def test_twenty_values_in_two_processes_with_one_cache(tmp_path: Path) -> None:
+    script = f"import sys; sys.path[:0] = {[str(Path(__file__).parent), *sys.path]!r}; import test_schedules as t; "
+    script += "t._under_inductor(t.SCHEDULES, 20)"
+    environment = os.environ | {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
+    for _ in ("cold", "warm"):
+        subprocess.run([sys.executable, "-c", script], check=True, env=environment)
+
+
+# ---- where a number comes from
+
+
+def test_numbers_of_a_module() -> None:
+    """Attributes of a loss, integers among them, and what its options hold."""
+    module = fastkd.KDLoss(temperature=4, alpha=1.0)
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(module, fullgraph=True, backend=counter)
+    student, teacher, labels = _batch()
+    for temperature, alpha in ((4, 1.0), (3, 0.75), (2, 0.5), (1.5, 0.25)):
+        module.temperature = temperature
+        module.options["alpha"] = alpha
+        wanted = kd_loss(student, teacher, labels, temperature=temperature, alpha=alpha)
+        torch.testing.assert_close(compiled(student, teacher, labels), wanted)
+    assert counter.frame_count <= 2
+
+
+def test_numbers_of_a_closure_and_of_a_teacher() -> None:
+    """Temperature of a closure, weights of an ensemble and of a member's, from hidden states; float16 is deferred."""
+    temperature, weights = 1.0, [0.5, 0.5]
+    hidden, weight = logits(ROWS, 8, seed=4).half(), logits(COLUMNS, 8, seed=5).half()
+    members = [logits(ROWS, COLUMNS, seed=seed) for seed in (6, 7)]
+
+    def loss(hidden: Tensor, weight: Tensor) -> Tensor:
+        teacher = fastkd.Ensemble(members, weights)
+        return fastkd.fused_linear_kd_loss(
+            hidden, weight, teacher, temperature=temperature, reduction="none", chunk_size=2
+        )
+
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(loss, fullgraph=True, backend=counter)
+    for step in range(4):
+        temperature, weights = 1.0 + step, [0.5 + 0.1 * step, 0.5 - 0.1 * step]
+        found, wanted = (_outcome(run, hidden, weight.requires_grad_()) for run in (compiled, loss))
+        torch.testing.assert_close(found, wanted, rtol=2e-3, atol=1e-6)
+    assert counter.frame_count <= 2
+
+
+@pytest.mark.parametrize("tail", ["bucket", "renormalize"])
+def test_numbers_of_a_sparse_teacher(tail: str) -> None:
+    student, dense, _ = _batch()
+
+    def loss(
+        student: Tensor, ids: Tensor, logprobs: Tensor, mass: Tensor, temperature: float
+    ) -> Tensor:
+        teacher = fastkd.TopK(ids, logprobs, tail, mass, temperature)
+        return kd_loss(student, teacher, temperature=temperature)
+
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(loss, fullgraph=True, backend=counter)
+    for temperature in (3.0, 2.0, 1.5, 1.0):
+        at = fastkd.TopK.from_logits(dense, 4, temperature=temperature)
+        given = (student, at.ids, at.logprobs, at.tail_logprob, temperature)
+        _agree(_outcome(compiled, *given), _outcome(loss, *given))
+    assert counter.frame_count <= 2
+
+
+def test_a_temperature_of_one_element() -> None:
+    """One for all rows, in eager mode and compiled, in one graph; and one for the only row there is."""
+    student, teacher, _ = _batch()
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(kd_loss, fullgraph=True, backend=counter)
+    for value in (3.0, 1.5, 1.0):
+        wanted = _outcome(kd_loss, student, teacher, temperature=value)
+        for run in (kd_loss, compiled):
+            _agree(_outcome(run, student, teacher, temperature=torch.tensor(value)), wanted)
+        _agree(_outcome(kd_loss, student[0], teacher[0], temperature=torch.tensor(value)),
+               _outcome(kd_loss, student[0], teacher[0], temperature=value))  # fmt: skip
+    assert counter.frame_count == 1
+
+
+# ---- errors
+
+
+@pytest.mark.parametrize(
+    ("good", "bad", "message"),
+    [
+        ({"temperature": 2.0}, {"temperature": -1.0}, "temperature must be positive and finite, got -1.0"),
+        ({"alpha": 1.0}, {"alpha": 0.5}, "labels are needed for the cross-entropy term where alpha < 1; alpha is 0.5"),
+        ({"softcap": 2.0}, {"softcap": 0.0}, "softcap must be positive and finite"),
+        ({"num_items": 3}, {"num_items": 0}, "num_items must be positive, got 0"),
+        ({"divergence": 0.5}, {"divergence": 1.5}, "beta must be in \\[0, 1\\], got 1.5"),
+    ],
+    ids=["temperature", "labels", "softcap", "num_items", "divergence"],
+)  # fmt: skip
+def test_a_wrong_number_raises_what_it_raises_in_eager_mode(
+    good: dict[str, Any], bad: dict[str, Any], message: str
+) -> None:
+    """As a constant of the first graph, and as a symbol."""
+    student, teacher, _ = _batch()
+
+    def loss(student: Tensor, teacher: Tensor, **options: Any) -> Tensor:
+        if "divergence" in options:
+            options["divergence"] = fastkd.jsd(options["divergence"])
+        return kd_loss(student, teacher, **options)
+
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    with pytest.raises(ValueError, match=message):
+        compiled(student, teacher, **bad)
+    compiled(student, teacher, **good)
+    with pytest.raises(ValueError, match=message):
+        compiled(student, teacher, **bad)
+    with pytest.raises(TypeError, match="temperature must be a number or a tensor, got str"):
+        torch.compile(loss, backend="aot_eager")(student, teacher, temperature="2")
+
+
+# ---- what docs/guide.md says of each loss
+
+STUDENT, TEACHER, LABELS = _batch()
+MAPS = torch.randn(2, ROWS, 4, 3, 3, generator=torch.Generator().manual_seed(0))
+LOSS, FUSED = fastkd.KDLoss(temperature=2.0), fastkd.FusedLinearKDLoss()
+HINT = features.HintLoss(torch.nn.Identity())
+FEATURES = features.FeatureLoss([(0, 0)], COLUMNS, COLUMNS)
+# Of each loss a call with numbers that change, where it has any.
+EVERY: dict[str, Callable[[Tensor, float], Tensor]] = {
+    "kd_loss": lambda s, x: kd_loss(s, TEACHER, temperature=x),
+    "KDLoss": lambda s, x: LOSS(s, TEACHER, num_items=x),
+    "fused_linear_kd_loss": lambda s, x: fastkd.fused_linear_kd_loss(s, TEACHER, s.detach() @ TEACHER.T, temperature=x),
+    "FusedLinearKDLoss": lambda s, x: FUSED(s, TEACHER, s.detach() @ TEACHER.T, num_items=x),
+    "adaptive_kl_loss": lambda s, x: response.adaptive_kl_loss(s, TEACHER, head_mass=x / 5, temperature=x),
+    "dist_loss": lambda s, x: response.dist_loss(s, TEACHER, beta=x, gamma=2.0, temperature=x),
+    "standardized_kd_loss": lambda s, x: response.standardized_kd_loss(
+        s, TEACHER, LABELS, alpha=x / 4, divergence=fastkd.jsd(x / 4)
+    ),
+    "uld_loss": lambda s, x: response.uld_loss(s, TEACHER, temperature=x, num_items=x),
+    "policy_distillation_loss": lambda s, x: response.policy_distillation_loss(s, TEACHER, temperature=x),
+    "mutual_loss": lambda s, x: sum(online.mutual_loss([s, 2 * s], LABELS, temperature=x, peer_weight=x)),
+    "ensemble_loss": lambda s, x: online.ensemble_loss([s, 2 * s], LABELS, temperature=x, ensemble_weight=x),
+    "consistency_loss": lambda s, x: online.consistency_loss(s, TEACHER, num_items=x),
+    "rkd_distance_loss": lambda s, x: relations.rkd_distance_loss(s, TEACHER, delta=x),
+    "rkd_angle_loss": lambda s, x: relations.rkd_angle_loss(s, TEACHER, delta=x / 4),
+    "rkd_loss": lambda s, x: relations.rkd_loss(s, TEACHER, distance=x, angle=2 * x),
+    "similarity_loss": lambda s, x: x * relations.similarity_loss(s, TEACHER),
+    "gram_loss": lambda s, x: x * relations.gram_loss(s, TEACHER),
+    "hint_loss": lambda s, x: x * features.hint_loss(s, TEACHER),
+    "attention_transfer_loss": lambda s, x: x * features.attention_transfer_loss(s[:, :4, None, None] * MAPS[0], MAPS[1]),  # noqa: E501
+    "cosine_loss": lambda s, x: x * features.cosine_loss(s, TEACHER),
+    "HintLoss": lambda s, x: x * HINT(s, TEACHER),
+    "FeatureLoss": lambda s, x: x * FEATURES([s.unsqueeze(0)], [TEACHER.unsqueeze(0)]),
+    "k1": lambda s, x: x * fastkd.k1(s, TEACHER).mean(),
+    "k2": lambda s, x: x * fastkd.k2(s, TEACHER).mean(),
+    "k3": lambda s, x: x * fastkd.k3(s, TEACHER).mean(),
+    "inplace=True": lambda s, x: kd_loss(s * 1.0, TEACHER, temperature=x, inplace=True),
+}  # fmt: skip
+
+
+def _table() -> dict[str, str]:
+    page = (ROOT / "docs" / "guide.md").read_text()
+    section = page.split("## Under torch.compile")[1].split("\n## ")[0]
+    rows = [line.strip("|").split("|") for line in section.splitlines() if line.startswith("| `")]
+    return {name.strip(" `"): said.strip() for names, said in rows for name in names.split(",")}
+
+
+def test_the_table_has_every_loss() -> None:
+    public = {"k1", "k2", "k3"}
+    for module in (fastkd, response, online, relations, features):
+        public |= {
+            name for name in dir(module)
+            if name.lower().replace("_", "").endswith("loss") and not name.startswith("_")
+        }  # fmt: skip
+    table = _table()
+    assert public <= table.keys()
+    assert table.keys() - EVERY.keys() == {
+        "process_group"
+    }  # tests/parallel/test_parallel.py has that row
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_the_table_is_true(name: str) -> None:
+    """In one graph, and with right numbers and gradients while they change."""
+    loss = EVERY[name]
+    whole = _table()[name] == "one graph"
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(loss, fullgraph=whole, backend=counter)
+    for x in (3.0, 2.0, 1.5):
+        found, wanted = (_outcome(run, STUDENT, x) for run in (compiled, loss))
+        torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-6)
+    if whole:
+        assert counter.frame_count <= 2
+        return
+    torch._dynamo.reset()
+    with pytest.raises(torch._dynamo.exc.Unsupported, match="inplace=True is for eager mode"):
+        _outcome(torch.compile(loss, fullgraph=True, backend="aot_eager"), STUDENT, 3.0)

@@ -1,0 +1,457 @@
+"""What kd_loss promises at the edges: bad inputs and their messages, empty batches, values it cannot see."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from support.accuracy import logits
+from torch import Tensor
+
+import fastkd
+from fastkd import kd_loss
+
+NAMES = ", ".join([*fastkd.DIVERGENCES, "dkd", "nkd"])
+META = torch.device("meta")
+
+
+def _labels(*values: int) -> Tensor:
+    return torch.tensor(values)
+
+
+# What differs from a good call of 3 rows by 7 columns, the error it must give, and its whole message.
+BAD: list[tuple[dict[str, Any], type[Exception], str]] = [
+    # The logits
+    ({"student_logits": [[1.0]]}, TypeError, "student_logits must be a tensor of logits, got list"),
+    ({"teacher": None}, TypeError,
+     "teacher must be a tensor of logits, a fastkd.TopK, a fastkd.LinearTeacher or a fastkd.Ensemble; "
+     "got NoneType"),
+    (
+        {"student_logits": torch.ones(3, 7, dtype=torch.int64)},
+        TypeError,
+        "student_logits must be float32, bfloat16, float16 or float64, got torch.int64",
+    ),
+    (
+        {"teacher": torch.ones(3, 7, dtype=torch.complex64)},
+        TypeError,
+        "teacher must be float32, bfloat16, float16 or float64, got torch.complex64",
+    ),
+    (
+        {"student_logits": torch.tensor(1.0)},
+        ValueError,
+        "student_logits must have a vocabulary dimension, got shape ()",
+    ),
+    (
+        {"teacher": torch.ones(2, 7)},
+        ValueError,
+        "teacher must have the leading shape of student_logits, (3,); got (2,)",
+    ),
+    (
+        {"teacher": torch.ones(1, 3, 7)},
+        ValueError,
+        "teacher must have the leading shape of student_logits, (3,); got (1, 3)",
+    ),
+    (
+        {"teacher": torch.ones(3, 7, device=META)},
+        ValueError,
+        "teacher must be on cpu, where student_logits is; got meta",
+    ),
+    # The vocabulary
+    (
+        {"teacher": torch.ones(3, 9)},
+        ValueError,
+        "student_logits has 7 columns, teacher has 9 columns; if the rest is padding of one tokenizer, pass vocab_size "
+        "(at most 7), the number of real tokens",
+    ),
+    ({"vocab_size": 8}, ValueError, "vocab_size must be in [1, 7], the narrowest of the widths; got 8"),
+    ({"vocab_size": 0}, ValueError, "vocab_size must be in [1, 7], the narrowest of the widths; got 0"),
+    (
+        {"teacher": torch.ones(3, 5), "vocab_size": 6},
+        ValueError,
+        "vocab_size must be in [1, 5], the narrowest of the widths; got 6",
+    ),
+    ({"vocab_size": 7.0}, TypeError, "vocab_size must be an int, got float"),
+    (
+        {"student_logits": torch.ones(3, 0), "teacher": torch.ones(3, 0)},
+        ValueError,
+        "student_logits must have a vocabulary dimension, got shape (3, 0)",
+    ),
+    # The divergence
+    ({"divergence": "kl"}, ValueError, f"divergence must be one of {NAMES}; got 'kl'"),
+    ({"divergence": fastkd.jsd}, TypeError, "divergence must be a name or a fastkd.Divergence, got function"),
+    # Temperatures
+    (
+        {"temperature": 1e-31},
+        ValueError,
+        "temperature must be of a size between 1e-30 and 1e+30, got 1e-31",
+    ),
+    (
+        {"softcap": 10**400},
+        ValueError,
+        f"softcap must be of a size between 1e-30 and 1e+30, got {10**400}",
+    ),
+    (
+        {"logit_scale": -1e-40},
+        ValueError,
+        "logit_scale must be of a size between 1e-30 and 1e+30, got -1e-40",
+    ),
+    ({"ignore_index": 2**63}, ValueError, f"ignore_index must fit in 64 bits, got {2**63}"),
+    ({"inplace": 1}, TypeError, "inplace must be True or False, got int"),
+    (
+        {"scale_by_temperature": "no"},
+        TypeError,
+        "scale_by_temperature must be True or False, got str",
+    ),
+    (
+        {"num_items": torch.tensor(True)},
+        TypeError,
+        "num_items must be a real number, got torch.bool",
+    ),
+    (
+        {"student_logits": torch.ones(3, 7).to_sparse()},
+        TypeError,
+        "student_logits must be dense, got a tensor of layout torch.sparse_coo",
+    ),
+    ({"temperature": 0.0}, ValueError, "temperature must be positive and finite, got 0.0"),
+    ({"temperature": -1}, ValueError, "temperature must be positive and finite, got -1"),
+    ({"temperature": math.nan}, ValueError, "temperature must be positive and finite, got nan"),
+    ({"temperature": math.inf}, ValueError, "temperature must be positive and finite, got inf"),
+    ({"temperature": "2"}, TypeError, "temperature must be a number or a tensor, got str"),
+    ({"temperature": None}, TypeError, "temperature must be a number or a tensor, got NoneType"),
+    ({"teacher_temperature": 0.0}, ValueError, "teacher_temperature must be positive and finite, got 0.0"),
+    (
+        {"temperature": torch.ones(2)},
+        ValueError,
+        "temperature must have one value a row, shape (3,); got (2,)",
+    ),
+    (
+        {"teacher_temperature": torch.ones(3, 1)},
+        ValueError,
+        "teacher_temperature must have one value a row, shape (3,); got (3, 1)",
+    ),
+    (
+        {"temperature": torch.ones(3, dtype=torch.int64)},
+        TypeError,
+        "temperature must be torch.float32 or torch.bfloat16 or torch.float16 or torch.float64, got torch.int64",
+    ),
+    (
+        {"temperature": torch.ones(3, requires_grad=True)},
+        ValueError,
+        "temperature requires grad, and kd_loss has no gradient for it; detach it",
+    ),
+    (
+        {"temperature": torch.ones(3, device=META)},
+        ValueError,
+        "temperature must be on cpu, where the student is; got meta",
+    ),
+    # Labels
+    ({"alpha": 0.5}, ValueError, "labels are needed for the cross-entropy term where alpha < 1; alpha is 0.5"),
+    ({"labels": _labels(1, 2)}, ValueError, "labels must have one value a row, shape (3,); got (2,)"),
+    ({"labels": _labels(1, 2, 3).int()}, TypeError, "labels must be torch.int64, got torch.int32"),
+    ({"labels": torch.ones(3)}, TypeError, "labels must be torch.int64, got torch.float32"),
+    ({"labels": [1, 2, 3]}, TypeError, "labels must be a tensor, got list"),
+    (
+        {"labels": torch.ones(3, dtype=torch.int64, device=META)},
+        ValueError,
+        "labels must be on cpu, where the student is; got meta",
+    ),
+    ({"labels": _labels(1, 2, 3), "ignore_index": -1.0}, TypeError, "ignore_index must be an int, got float"),
+    ({"ignore_index": None}, TypeError, "ignore_index must be an int, got NoneType"),
+    ({"label_smoothing": 0.1}, ValueError, "label_smoothing needs labels; labels is None"),
+    (
+        {"labels": _labels(1, 2, 3), "label_smoothing": 1.0},
+        ValueError,
+        "label_smoothing must be in [0, 1), got 1.0",
+    ),
+    ({"label_smoothing": -0.1}, ValueError, "label_smoothing must be in [0, 1), got -0.1"),
+    ({"label_smoothing": None}, TypeError, "label_smoothing must be a number, got NoneType"),
+    # Mixing
+    ({"alpha": 1.5}, ValueError, "alpha must be in [0, 1], got 1.5"),
+    ({"alpha": -0.5}, ValueError, "alpha must be in [0, 1], got -0.5"),
+    ({"alpha": math.nan}, ValueError, "alpha must be in [0, 1], got nan"),
+    ({"alpha": "0.5"}, TypeError, "alpha must be a number, got str"),
+    ({"alpha": torch.tensor(0.5)}, TypeError, "alpha must be a number, got Tensor"),
+    # Rows
+    ({"mask": torch.ones(3)}, TypeError, "mask must be torch.bool, got torch.float32"),
+    ({"mask": torch.ones(3, 7, dtype=torch.bool)}, ValueError,
+     "mask must have one value a row, shape (3,); got (3, 7)"),
+    ({"mask": [True, False, True]}, TypeError, "mask must be a tensor, got list"),
+    (
+        {"weight": torch.ones(3, dtype=torch.int64)},
+        TypeError,
+        "weight must be torch.float32 or torch.bfloat16 or torch.float16 or torch.float64, got torch.int64",
+    ),
+    ({"weight": 0.5}, TypeError, "weight must be a tensor, got float"),
+    (
+        {"weight": torch.ones(3, requires_grad=True)},
+        ValueError,
+        "weight requires grad, and kd_loss has no gradient for it; detach it",
+    ),
+    ({"weight": torch.ones(4)}, ValueError, "weight must have one value a row, shape (3,); got (4,)"),
+    # The reduction
+    ({"reduction": "avg"}, ValueError, "reduction must be one of none, sum, mean, batchmean; got 'avg'"),
+    ({"reduction": None}, ValueError, "reduction must be one of none, sum, mean, batchmean; got None"),
+    (
+        {"reduction": "sum", "num_items": 4},
+        ValueError,
+        "num_items is the denominator of 'mean' and 'batchmean'; reduction is 'sum'",
+    ),
+    ({"num_items": 0}, ValueError, "num_items must be positive, got 0"),
+    ({"num_items": -3}, ValueError, "num_items must be positive, got -3"),
+    ({"num_items": math.nan}, ValueError, "num_items must be positive, got nan"),
+    ({"num_items": "4"}, TypeError, "num_items must be a number or a tensor, got str"),
+    (
+        {"num_items": torch.ones(2)},
+        ValueError,
+        "num_items must be a number or a tensor of one element, got (2,) torch.float32",
+    ),
+    (
+        {"num_items": torch.tensor(4.0, requires_grad=True)},
+        ValueError,
+        "num_items requires grad, and kd_loss has no gradient for it; detach it",
+    ),
+    (
+        {"num_items": torch.tensor(4.0, device=META)},
+        ValueError,
+        "num_items must be on cpu or the CPU, got meta",
+    ),
+    (
+        {"student_logits": torch.ones(7), "teacher": torch.ones(7), "reduction": "batchmean"},
+        ValueError,
+        "reduction='batchmean' divides by the first dimension; the student has one row only",
+    ),
+    # Adjusted logits
+    ({"logit_scale": 0.0}, ValueError, "logit_scale must be finite and not 0, got 0.0"),
+    ({"logit_scale": math.inf}, ValueError, "logit_scale must be finite and not 0, got inf"),
+    ({"logit_scale": None}, TypeError, "logit_scale must be a number, got NoneType"),
+    ({"teacher_logit_scale": 0}, ValueError, "teacher_logit_scale must be finite and not 0, got 0"),
+    ({"teacher_logit_scale": math.nan}, ValueError, "teacher_logit_scale must be finite and not 0, got nan"),
+    ({"softcap": 0.0}, ValueError, "softcap must be positive and finite, or None for none; got 0.0"),
+    ({"softcap": -30.0}, ValueError, "softcap must be positive and finite, or None for none; got -30.0"),
+    ({"softcap": math.inf}, ValueError, "softcap must be positive and finite, or None for none; got inf"),
+    ({"softcap": "30"}, TypeError, "softcap must be a number or None, got str"),
+    ({"teacher_softcap": 0}, ValueError, "teacher_softcap must be positive and finite, or None for none; got 0"),
+]  # fmt: skip
+
+
+def _case(bad: tuple[dict[str, Any], type[Exception], str]) -> str:
+    return "; ".join(
+        f"{name}={tuple(value.shape)} {value.dtype}"
+        if isinstance(value, Tensor)
+        else f"{name}={getattr(value, '__name__', repr(value))}"  # no address of a function
+        for name, value in bad[0].items()
+    )
+
+
+@pytest.mark.parametrize("bad", BAD, ids=_case)
+def test_bad_inputs(any_backend: str, bad: tuple[dict[str, Any], type[Exception], str]) -> None:
+    difference, kind, message = bad
+    call: dict[str, Any] = {
+        "student_logits": logits(3, 7, seed=1),
+        "teacher": logits(3, 7, seed=2),
+    } | difference
+    with pytest.raises(kind) as error:
+        kd_loss(**call, backend=any_backend)
+    assert str(error.value) == message
+    assert type(error.value) is kind
+
+
+def test_options_are_keywords(any_backend: str) -> None:
+    student, teacher = logits(3, 7, seed=1), logits(3, 7, seed=2)
+    with pytest.raises(TypeError, match="takes from 2 to 3 positional arguments but 4"):
+        kd_loss(student, teacher, None, 2.0, backend=any_backend)  # type: ignore[misc]
+
+
+# Values that only the device knows
+
+
+@pytest.mark.parametrize("label", [-1, 7, 8, -(2**40), 2**40])
+def test_a_label_out_of_range_makes_its_row_nan(any_backend: str, label: int) -> None:
+    """It is not used as an index, and no other row is touched; columns of padding are out of range too."""
+    student = logits(3, 9, seed=3).requires_grad_()
+    labels = torch.tensor([2, label, 6])
+    call: dict[str, Any] = {
+        "alpha": 0.5,
+        "vocab_size": 7,
+        "reduction": "none",
+        "backend": any_backend,
+    }
+    loss = kd_loss(student, logits(3, 9, seed=4), labels, **call)
+    (gradient,) = torch.autograd.grad(loss.sum(), student)
+    assert loss.isnan().tolist() == [False, True, False]
+    assert gradient[1, :7].isnan().all() and gradient[::2].isfinite().all()
+    good = kd_loss(student[::2], logits(3, 9, seed=4)[::2], labels[::2], **call)
+    assert torch.equal(loss[::2], good)
+    # Where the label is no target it only says whether the row is dropped.
+    assert kd_loss(
+        student, logits(3, 9, seed=4), labels, vocab_size=7, backend=any_backend
+    ).isfinite()
+
+
+@pytest.mark.parametrize("which", ["temperature", "teacher_temperature"])
+@pytest.mark.parametrize("value", [0.0, -1.0, math.nan])
+def test_a_temperature_that_is_not_positive_makes_its_row_nan(
+    any_backend: str, which: str, value: float
+) -> None:
+    student, teacher = logits(3, 7, seed=5).requires_grad_(), logits(3, 7, seed=6)
+    call: dict[str, Any] = {
+        which: torch.tensor([2.0, value, 1.0]),
+        "reduction": "none",
+        "backend": any_backend,
+    }
+    loss = kd_loss(student, teacher, **call)
+    (gradient,) = torch.autograd.grad(loss.sum(), student)
+    assert loss.isnan().tolist() == [False, True, False]
+    assert gradient[1].isnan().all() and gradient[::2].isfinite().all()
+
+
+CHECKED: list[tuple[dict[str, Any], str]] = [
+    (
+        {"labels": _labels(1, 7, -3), "alpha": 0.5},
+        "labels must be in [0, 7) or ignore_index (-100); row 1 has 7",
+    ),
+    (
+        {"labels": _labels(-100, 0, -3), "alpha": 0.5},
+        "labels must be in [0, 7) or ignore_index (-100); row 2 has -3",
+    ),
+    (
+        {"labels": _labels(5, 0, 4), "alpha": 0.5, "vocab_size": 5},
+        "labels must be in [0, 5) or ignore_index (-100); row 0 has 5",
+    ),
+    ({"temperature": torch.tensor([1.0, 2.0, 0.0])}, "temperature must be positive; row 2 has 0.0"),
+    (
+        {"teacher_temperature": torch.tensor([1.0, -2.0, 0.0])},
+        "teacher_temperature must be positive; row 1 has -2.0",
+    ),
+    (
+        {"temperature": torch.tensor([math.nan, 1.0, 1.0])},
+        "temperature must be positive; row 0 has nan",
+    ),
+]
+
+
+@pytest.mark.parametrize(("difference", "message"), CHECKED)
+def test_fastkd_check_names_the_value(
+    any_backend: str, difference: dict[str, Any], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    student, teacher = logits(3, 7, seed=7), logits(3, 7, seed=8)
+    assert kd_loss(student, teacher, **difference, backend=any_backend).isnan()
+    monkeypatch.setenv("FASTKD_CHECK", "1")
+    with pytest.raises(ValueError) as error:
+        kd_loss(student, teacher, **difference, backend=any_backend)
+    assert str(error.value) == message
+
+
+def test_fastkd_check_passes_what_is_dropped(
+    any_backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FASTKD_CHECK", "1")
+    student, teacher = logits(3, 7, seed=9), logits(3, 7, seed=10)
+    kd_loss(student, teacher, _labels(1, -100, 6), alpha=0.5, backend=any_backend)
+    kd_loss(student, teacher, _labels(1, 99, 6), backend=any_backend)  # no target
+    mask = torch.tensor([True, False, True])
+    kd_loss(student, teacher, _labels(1, 99, 6), mask=mask, alpha=0.5, backend=any_backend)
+    kd_loss(
+        student, teacher, temperature=torch.tensor([1.0, -1.0, 1.0]), mask=mask, backend=any_backend
+    )
+
+
+# No row that counts
+
+
+def _nothing_counts() -> dict[str, Callable[[], dict[str, Any]]]:
+    def rows(n: int, **options: Any) -> dict[str, Any]:
+        return {
+            "student_logits": logits(n, 7, seed=11),
+            "teacher": logits(n, 7, seed=12),
+            **options,
+        }
+
+    ignored = torch.full((3,), -100)
+    return {
+        "no rows": lambda: rows(0),
+        "no rows, with everything": lambda: rows(
+            0, labels=ignored[:0], mask=torch.ones(0, dtype=torch.bool), weight=torch.ones(0),
+            temperature=torch.ones(0), alpha=0.5,
+        ),
+        "no rows of a batch": lambda: {
+            "student_logits": torch.ones(2, 0, 7), "teacher": torch.ones(2, 0, 7),
+        },
+        "ignored": lambda: rows(3, labels=ignored),
+        "ignored, hard labels": lambda: rows(3, labels=ignored, alpha=0.25, label_smoothing=0.1),
+        "masked": lambda: rows(3, mask=torch.zeros(3, dtype=torch.bool)),
+        "ignored or masked": lambda: rows(
+            3, labels=_labels(-100, 2, -100), mask=torch.tensor([True, False, True]), alpha=0.5,
+        ),
+        "weight 0": lambda: rows(3, weight=torch.zeros(3)),
+        "NaN": lambda: {
+            "student_logits": torch.full((3, 7), torch.nan), "teacher": torch.full((3, 7), torch.nan),
+            "labels": ignored,
+        },
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("case", _nothing_counts().values(), ids=_nothing_counts())
+def test_no_row_counts(
+    any_backend: str, case: Callable[[], dict[str, Any]], dtype: torch.dtype
+) -> None:
+    """0 in the graph, with a gradient of zeros: a detached 0 hangs data parallelism, and 0 / 0 poisons the weights."""
+    for divergence in ("forward_kl", "jsd"):
+        for options in (
+            {"reduction": "mean"},
+            {"reduction": "sum"},
+            {"reduction": "batchmean"},
+            {"reduction": "none"},
+            {"num_items": 5},
+            {"num_items": torch.tensor(5)},
+        ):
+            call = case()
+            student = call.pop("student_logits").to(dtype).requires_grad_()
+            teacher = call.pop("teacher").to(dtype).requires_grad_()
+            loss, parts = kd_loss(
+                student,
+                teacher,
+                divergence=divergence,
+                return_parts=True,
+                backend=any_backend,
+                **call,
+                **options,
+            )
+            assert loss.shape == (student.shape[:-1] if options.get("reduction") == "none" else ())
+            assert loss.dtype == torch.float32 and loss.requires_grad
+            assert not loss.any(), options
+            assert parts.counted == (3 if "weight" in call and len(student) else 0)
+            loss.sum().backward()
+            for leaf in (student, teacher):
+                assert (
+                    leaf.grad is not None and leaf.grad.shape == leaf.shape and not leaf.grad.any()
+                )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("items", [0, 0.0])
+def test_no_row_counts_in_the_whole_batch(
+    any_backend: str, items: float, dtype: torch.dtype
+) -> None:
+    """num_items as a trainer counts it, on the device: 0 of 0, and not 0 / 0."""
+    student = logits(3, 7, seed=15, dtype=dtype).requires_grad_()
+    loss = kd_loss(
+        student,
+        logits(3, 7, seed=16),
+        torch.full((3,), -100),
+        num_items=torch.tensor(items),
+        backend=any_backend,
+    )
+    loss.backward()
+    assert loss == 0 and student.grad is not None and not student.grad.any()
+
+
+def test_one_row_that_counts_among_many(any_backend: str) -> None:
+    student, teacher = logits(5, 7, seed=13), logits(5, 7, seed=14)
+    mask = torch.tensor([False, False, False, True, False])
+    alone = kd_loss(student[3:4], teacher[3:4], backend=any_backend)
+    assert torch.equal(kd_loss(student, teacher, mask=mask, backend=any_backend), alone)

@@ -1,0 +1,51 @@
+"""Real logits: positions of a text under a real language model, peaked and with a real tail (tests/support/data)."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from support.accuracy import check
+from support.paths import DATA
+from torch import Tensor
+
+import fastkd
+
+SMOLLM2 = DATA / "smollm2.npz"
+
+
+@pytest.fixture(scope="module")
+def real() -> tuple[Tensor, Tensor, Tensor]:
+    """(student, teacher, labels): [8, 49152] in float32, and [8]."""
+    with np.load(SMOLLM2) as file:
+        student, teacher = (torch.from_numpy(file[side]).float() for side in ("student", "teacher"))
+    # What the teacher holds for most likely, a token it holds for unlikely, and two rows that are ignored.
+    labels = teacher.argmax(-1)
+    labels[1], labels[2:4] = 11, -100
+    return student, teacher, labels
+
+
+def test_the_data_is_what_it_says(real: tuple[Tensor, Tensor, Tensor]) -> None:
+    p = real[1].double().softmax(-1)
+    entropy = torch.special.entr(p).sum(-1).mean()
+    assert p.shape == (8, 49_152) and 1 < entropy < 4 and p.topk(64).values.sum(-1).mean() > 0.9
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("name", fastkd.DIVERGENCES)
+def test_divergences(
+    backend: str, real: tuple[Tensor, Tensor, Tensor], name: str, dtype: torch.dtype
+) -> None:
+    student, teacher, labels = real
+    student, teacher = student.to(dtype), teacher.to(dtype)
+    check(backend, student, teacher, divergence=name)
+    check(backend, student, teacher, labels, divergence=name, temperature=2.0, alpha=0.5)
+
+
+@pytest.mark.parametrize("temperature", [0.5, 4.0, 20.0])
+def test_hinton_at_other_temperatures(
+    backend: str, real: tuple[Tensor, Tensor, Tensor], temperature: float
+) -> None:
+    student, teacher, labels = real
+    options = {"alpha": 0.9, "temperature": temperature, "label_smoothing": 0.1}
+    check(backend, student, teacher, labels, **options)

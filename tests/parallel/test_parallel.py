@@ -1,0 +1,356 @@
+"""Losses over processes of a group on this machine (gloo), held to the same bar as one process's."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from support import spread, training
+from support.accuracy import labels_for, logits
+from support.processes import Processes
+from test_divergences import VARIANTS
+from test_linear import problem
+from test_loss import OPTIONS
+from test_topk import DIVERGENCES, TAILS, defined
+from test_topk import sparse as sparse_teacher
+
+EVEN = {2: (1.0, 1.0), 4: (1.0, 1.0, 1.0, 1.0)}
+UNEVEN = {2: (1.0, 3.0), 4: (2.0, 0.0, 1.0, 1.5)}  # one process has no column
+
+
+@pytest.fixture(scope="module")
+def processes() -> Iterator[Processes]:
+    """Four processes, of which a test takes two or four."""
+    pool = Processes(4)
+    yield pool
+    pool.stop()
+
+
+def _shares(size: int, cut: str) -> tuple[float, ...]:
+    return (EVEN if cut == "even" else UNEVEN)[size]
+
+
+sizes = pytest.mark.parametrize("size", [2, 4])
+
+
+@pytest.mark.parametrize(
+    ("size", "cut", "dtype"),
+    [
+        (2, "even", torch.float32),
+        (2, "uneven", torch.bfloat16),
+        (4, "even", torch.float16),
+        (4, "uneven", torch.float32),
+    ],
+)
+def test_every_divergence(
+    processes: Processes, backend: str, size: int, cut: str, dtype: torch.dtype
+) -> None:
+    cases = []
+    for number, (divergence, parameters) in enumerate(VARIANTS):
+        cases.append(
+            {
+                "student": logits(3, 61, seed=number, dtype=dtype),
+                "teacher": logits(3, 61, seed=100 + number, dtype=dtype),
+                "labels": labels_for(3, vocabulary=61, seed=number, ignored=0.2),
+                "divergence": divergence,
+                "parameters": parameters,
+                "temperature": 2.0,
+                "alpha": 0.5,
+                "label_smoothing": 0.1,
+            }
+        )
+    found = processes.run(size, spread.dense, _shares(size, cut), "plain", backend, cases)
+    assert sum(found) == len(cases)
+
+
+@pytest.mark.parametrize(("size", "cut"), [(2, "even"), (4, "uneven")])
+@pytest.mark.parametrize("divergence", ["forward_kl", "jsd", "squared_error"])
+def test_every_option(
+    processes: Processes, backend: str, size: int, cut: str, divergence: str
+) -> None:
+    cases = []
+    for options in OPTIONS.values():
+        case: dict[str, Any] = {
+            "student": logits(4, 3, 43, seed=20),
+            "teacher": logits(4, 3, 43, seed=21),
+            "divergence": divergence,
+            **options,
+        }
+        if "labels" in options:
+            case["labels"] = labels_for(4, 3, vocabulary=41, seed=1, ignored=0.2)
+        cases.append(case)
+    per_row = torch.tensor([[0.5, 1.0, 2.0]]).expand(4, 3)
+    weight = torch.rand(4, 3, generator=torch.Generator().manual_seed(5)).round(decimals=1)
+    rows = {"student": logits(4, 3, 43, seed=4), "teacher": logits(4, 3, 43, seed=5)}
+    cases += [
+        {**rows, "divergence": divergence, "temperature": per_row},
+        {**rows, "divergence": divergence, "weight": weight, "mask": weight < 0.7},
+        {**rows, "divergence": divergence, "reduction": "mean", "num_items": 7},
+        {**rows, "divergence": divergence, "reduction": "batchmean"},
+    ]
+    found = processes.run(size, spread.dense, _shares(size, cut), "plain", backend, cases)
+    assert sum(found) == len(cases)
+
+
+@sizes
+@pytest.mark.parametrize(
+    "form", ["whole teacher", "dtensor", "dtensor, whole teacher", "dtensor, whole student"]
+)
+def test_forms(processes: Processes, backend: str, size: int, form: str) -> None:
+    cases = [
+        {
+            "student": logits(2, 3, 61, seed=6),
+            "teacher": logits(2, 3, 61, seed=7),
+            "divergence": divergence,
+            "temperature": 2.0,
+            "teacher_gradient": form != "whole teacher",
+        }
+        for divergence in ("forward_kl", "jsd")
+    ]
+    cut = "even" if form.startswith("dtensor") else "uneven"
+    found = processes.run(size, spread.dense, _shares(size, cut), form, backend, cases)
+    assert sum(found) == len(cases)
+
+
+@pytest.mark.parametrize(("size", "cut"), [(2, "uneven"), (4, "even")])
+@pytest.mark.parametrize("tail", TAILS)
+def test_topk(processes: Processes, backend: str, size: int, cut: str, tail: str) -> None:
+    cases = []
+    for variant in DIVERGENCES:
+        if defined(tail, variant):
+            divergence, parameters = variant
+            cases.append(
+                {
+                    "student": logits(3, 61, seed=8),
+                    "teacher": sparse_teacher(3, vocabulary=61, k=7, seed=9, tail=tail, at=2.0),
+                    "labels": labels_for(3, vocabulary=61, seed=10),
+                    "divergence": divergence,
+                    "parameters": parameters,
+                    "temperature": 2.0,
+                    "alpha": 0.5,
+                    "label_smoothing": 0.1,
+                }
+            )
+    # K = V: only all processes together know that there is no other token.
+    every = sparse_teacher(3, vocabulary=61, k=61, seed=9, tail=tail, padding=0.0, tail_given=False)
+    cases.append({"student": logits(3, 61, seed=8), "teacher": every})
+    if not tail.startswith("renormalize"):  # the oracle's softmax of nothing is NaN
+        none = sparse_teacher(3, vocabulary=61, k=7, seed=9, tail=tail, tail_given=False)
+        none.ids[1] = -1
+        cases.append({"student": logits(3, 61, seed=8), "teacher": none})
+    found = processes.run(size, spread.sparse, _shares(size, cut), "plain", backend, cases)
+    assert sum(found) == len(cases)
+
+
+@pytest.mark.parametrize(
+    ("size", "form"),
+    [
+        (2, "plain"),
+        (4, "plain"),
+        (2, "whole teacher"),
+        (2, "dtensor"),
+        (2, "dtensor, sequence"),
+        (2, "sequence"),
+        (4, "sequence"),
+    ],
+)
+def test_linear(processes: Processes, backend: str, size: int, form: str) -> None:
+    labels = labels_for(12, vocabulary=130, seed=3, ignored=0.3)
+    cases: list[dict[str, Any]] = [
+        {"given": problem(teacher, 12, rows=130, teacher_rows=130, bias=bias), **options}
+        for teacher, bias, options in (
+            ("linear", False, {}),
+            ("linear with bias", True, {"labels": labels, "alpha": 0.5, "divergence": "jsd"}),
+            ("dense", False, {"temperature": 2.0, "chunk_size": 5}),
+            ("arithmetic", True, {"divergence": "tvd", "chunk_size": 5}),
+            ("geometric", False, {"labels": labels, "alpha": 0.5, "label_smoothing": 0.2}),
+            ("linear", False, {"reduction": "none", "upstream": torch.linspace(-1, 1, 12)}),
+            ("linear", False, {"mask": torch.arange(12) % 3 > 0, "num_items": 5}),
+            ("linear", True, {"mask": torch.zeros(12, dtype=torch.bool)}),
+        )
+    ]
+    half = problem("linear", 12, rows=130, teacher_rows=130, dtype=torch.bfloat16)
+    # Every process rounds its part of the gradient of hidden states, and the sum is rounded again.
+    cases.append({"given": half, "rounding": 2**-7})
+    plain = form in ("plain", "whole teacher")
+    processes.run(
+        size, spread.linear, _shares(size, "uneven" if plain else "even"), form, backend, cases
+    )
+
+
+@sizes
+@pytest.mark.parametrize("divergence", ["forward_kl", "jsd"])
+def test_bits_repeat(processes: Processes, backend: str, size: int, divergence: str) -> None:
+    assert all(processes.run(size, spread.repeated, divergence, backend))
+
+
+# A row has 15 numbers of a dense teacher (reverse KL and its like), 3 more for sums, 8 and K logits of a sparse one, in
+# the cpu backend; processes say what they call in 8.
+@pytest.mark.parametrize(
+    ("divergence", "k", "numbers", "tokens"),
+    [("forward_kl", 0, 15, 0), ("jsd", 0, 18, 0), ("forward_kl", 5, 8, 5)],
+)
+def test_bytes_do_not_depend_on_the_vocabulary(
+    processes: Processes, divergence: str, k: int, numbers: int, tokens: int
+) -> None:
+    options = {"divergence": divergence, "backend": "cpu"}
+    expected = 2 * 8 * 8 + 8 * (2 * 8 * numbers + 4 * tokens)
+    for vocabulary in (64, 5000):
+        found = processes.run(2, spread.bytes_exchanged, vocabulary, options, k)
+        assert found == [expected] * 2
+
+
+def test_compiled(processes: Processes) -> None:
+    assert processes.run(2, spread.compiled, False) == [0.0, 0.0]
+    for good, text in processes.outcomes(2, spread.compiled, True):
+        assert not good and "Unsupported" in text
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 4, reason="there are not four GPUs")
+@pytest.mark.parametrize(("size", "cut"), [(2, "uneven"), (4, "even")])
+@pytest.mark.parametrize("kernels", ["triton", "cuda"])
+def test_every_divergence_over_nccl(
+    processes: Processes, kernels: str, size: int, cut: str
+) -> None:
+    cases = [
+        {
+            "student": logits(3, 61, seed=number),
+            "teacher": logits(3, 61, seed=100 + number),
+            "labels": labels_for(3, vocabulary=61, seed=number, ignored=0.2),
+            "divergence": divergence,
+            "parameters": parameters,
+            "temperature": 2.0,
+            "alpha": 0.5,
+            "label_smoothing": 0.1,
+        }
+        for number, (divergence, parameters) in enumerate(VARIANTS)
+    ]
+    found = processes.run(size, spread.dense, _shares(size, cut), "plain", kernels, cases)
+    assert sum(found) == len(cases)
+
+
+def test_rows_and_columns_of_a_mesh(processes: Processes) -> None:
+    assert all(processes.run(4, training.mesh_of_two))
+
+
+# Training
+
+
+@pytest.fixture(scope="module")
+def trained_alone(processes: Processes) -> dict[str, torch.Tensor]:
+    """The parameters of one process."""
+    return processes.run(1, training.train, "alone", 1)[0]
+
+
+@pytest.mark.parametrize(
+    ("size", "how", "micro_batches"),
+    [
+        (2, "ddp", 1),
+        (4, "ddp", 1),
+        (2, "fsdp", 1),
+        (4, "fsdp", 1),
+        (2, "fsdp, head", 1),
+        (2, "tp", 1),
+        (4, "tp", 1),
+        (1, "alone", 8),
+        (2, "fsdp", 4),
+        (2, "tp", 8),
+        (2, "ddp", 4),
+    ],
+)
+def test_training_is_that_of_one_process(
+    processes: Processes,
+    trained_alone: dict[str, torch.Tensor],
+    size: int,
+    how: str,
+    micro_batches: int,
+) -> None:
+    found = processes.run(size, training.train, how, micro_batches)
+    torch.manual_seed(0)
+    start = dict(training.Model().named_parameters())
+    for parameters in found:
+        assert parameters.keys() == trained_alone.keys()
+        for name, value in parameters.items():
+            moved = (trained_alone[name] - start[name]).abs().max()
+            assert moved > 0.01
+            assert (value - trained_alone[name]).abs().max() < 1e-4 * moved, name
+
+
+# What goes wrong
+
+
+@pytest.mark.parametrize(
+    ("odd", "said"),
+    [
+        ({"temperature": 3.0}, "temperature is 1.0 on process 0, 3.0 on process 1"),
+        ({"divergence": "jsd"}, "divergence is ('forward_kl'"),
+        ({"alpha": 0.25}, "alpha is 0.5 on process 0, 0.25 on process 1"),
+        (
+            {"labels": None, "alpha": 1.0},
+            "labels is 'a tensor (6,)' on process 0, not there on process 1",
+        ),
+        ({"num_items": 3}, "the factor of the loss"),
+        ({"reduction": "sum"}, "the factor of the loss"),
+        ({"backend": "reference"}, "the backend is 'cpu' on process 0, 'reference' on process 1"),
+        ({"student_logits": torch.zeros(6, 8).bfloat16()}, "the student is [(torch.float32"),
+        ({"student_logits": torch.zeros(6, 8, requires_grad=True)}, "what requires grad is"),
+        (
+            {
+                "student_logits": torch.zeros(5, 8),
+                "teacher": torch.zeros(5, 8),
+                "labels": torch.zeros(5, dtype=torch.int64),
+            },
+            "the shape of rows is (6,) on process 0, (5,) on process 1",
+        ),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
+)
+def test_processes_that_disagree(processes: Processes, odd: dict[str, Any], said: str) -> None:
+    for text in processes.run(2, training.call, odd):
+        assert text.startswith("ValueError: the processes that share the vocabulary"), text
+        assert said in text
+
+
+def test_a_teacher_cut_elsewhere(processes: Processes) -> None:
+    for text in processes.run(2, training.call, {"teacher": torch.zeros(6, 7)}):
+        assert "on process 1 the teacher has 7 columns, and student_logits 8 of 16" in text
+
+
+def test_a_process_that_raises(processes: Processes) -> None:
+    first, second = processes.run(2, training.call, {"alpha": 2.0})
+    assert second.startswith("ValueError: alpha must be in [0, 1]")
+    assert "process 1 raised ValueError: alpha must be in [0, 1]" in first
+
+
+def test_labels_that_differ(processes: Processes) -> None:
+    odd = {"labels": torch.ones(6, dtype=torch.int64)}
+    for text in processes.run(2, training.call, odd, {"FASTKD_CHECK": "1"}):
+        assert "labels is" in text
+
+
+@pytest.mark.parametrize("where", ["before", "between its steps"])
+def test_a_process_that_dies(processes: Processes, where: str) -> None:
+    *others, last = processes.outcomes(2, training.die, where)
+    assert last == (False, "died")
+    for good, text in others:
+        assert good and text.startswith("CollectiveError: the all-gather of ")
+        assert "did not finish on process 0 of 2" in text
+
+
+def test_a_process_that_is_late(processes: Processes) -> None:
+    first, second = processes.run(2, training.late, 10.0)
+    assert second == "late"
+    assert first.startswith("CollectiveError: the all-gather of what each process is called with")
+
+
+def test_placements_that_a_loss_cannot_use(processes: Processes) -> None:
+    for (text,) in processes.run(2, training.placements):
+        assert "teacher has placements (Shard(dim=1),)" in text
+
+
+def test_a_head_that_is_not_spread(processes: Processes) -> None:
+    for text in processes.run(2, training.whole_head):
+        assert "student_weight has placements (Replicate(),)" in text

@@ -1,0 +1,151 @@
+"""The three steps that processes take where they share a vocabulary, run one after the other in this process.
+
+tests/parallel/test_parallel.py has processes; here every backend's arithmetic is held to the bar of a whole row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from support.accuracy import check, labels_for, logits
+from support.shards import InShards
+from test_divergences import variants
+from test_loss import OPTIONS
+from test_topk import (
+    DIVERGENCES,
+    TAILS,
+    check_topk,
+    defined,
+    outcomes_of_every_kind,
+    sparse,
+)
+
+from fastkd import kd_loss
+from fastkd.backends import registry
+
+# Of one, of two that are even, of four that are not; the third of those has no column at all.
+SHARES = ((1.0,), (1.0, 1.0), (3.0, 1.0, 0.0, 2.0))
+
+
+@pytest.fixture(params=SHARES, ids=str)
+def sharded(
+    backend: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[str]:
+    """A backend that works in shards; tests/backends/triton/test_triton_shards.py has Triton's."""
+    kernels = InShards(registry.load(backend), request.param)
+    load = registry.load
+    monkeypatch.setattr(registry, "load", lambda name: kernels if name == backend else load(name))
+    yield backend
+    assert kernels.calls
+
+
+@variants
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_every_divergence(
+    sharded: str, variant: tuple[str, dict[str, float]], dtype: torch.dtype
+) -> None:
+    divergence, parameters = variant
+    student, teacher = logits(3, 61, seed=1, dtype=dtype), logits(3, 61, seed=2, dtype=dtype)
+    labels = labels_for(3, vocabulary=61, seed=3)
+    options = {"temperature": 2.0, "alpha": 0.5, "label_smoothing": 0.1}
+    check(
+        sharded, student, teacher, labels, divergence=divergence, parameters=parameters, **options
+    )
+
+
+@pytest.mark.parametrize("divergence", ["forward_kl", "jsd", "squared_error"])
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_every_option(sharded: str, options: dict[str, Any], divergence: str) -> None:
+    options = dict(options)
+    labels = None
+    if options.pop("labels", False):
+        labels = labels_for(4, 3, vocabulary=41, seed=1, ignored=0.2)
+    check(
+        sharded,
+        logits(4, 3, 43, seed=2),
+        logits(4, 3, 43, seed=3),
+        labels,
+        divergence=divergence,
+        **options,
+    )
+
+
+@pytest.mark.parametrize("divergence", ["forward_kl", "reverse_kl", "mixture", "jsd"])
+@pytest.mark.parametrize("side", ["student", "teacher", "both"])
+@pytest.mark.parametrize("columns", [slice(0, 20), slice(20, 47), slice(5, 60)], ids=str)
+@pytest.mark.parametrize(
+    ("masked", "temperature"), [(-torch.inf, 1.0), (torch.finfo(torch.float32).min, 0.5)], ids=str
+)
+def test_log_0(
+    sharded: str,
+    divergence: str,
+    side: str,
+    columns: slice,
+    masked: float,
+    temperature: float,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    # Whole shards at -inf among them.
+    student, teacher = logits(3, 61, seed=4), logits(3, 61, seed=5)
+    if side != "teacher":
+        student[:, columns] = masked
+    if side != "student":
+        teacher[:, columns] = masked
+
+    def run() -> tuple[torch.Tensor, ...]:
+        leaf = student.clone().requires_grad_()
+        loss = kd_loss(
+            leaf, teacher, divergence=divergence, temperature=temperature, backend=sharded,
+            reduction="none",
+        )  # fmt: skip
+        (gradient,) = torch.autograd.grad(loss.sum(), leaf)
+        return loss.detach(), gradient
+
+    found = run()
+    monkeypatch.undo()
+    expected = run()
+    if masked != -torch.inf:  # what is 1e38 or infinite depends on the order of roundings
+        large = expected[0].abs() > 1e30
+        assert bool((found[0].abs()[large] > 1e30).all())
+        found, expected = (tuple(x[~large] for x in pair) for pair in (found, expected))
+    torch.testing.assert_close(
+        found, expected, rtol=1e-5, atol=4e-6, equal_nan=True
+    )  # entries of 10
+
+
+@pytest.mark.parametrize("offset", [1e4, -1e4, -1e33])
+def test_offsets(sharded: str, offset: float) -> None:
+    student, teacher = logits(3, 61, seed=6) + 1e4, logits(3, 61, seed=7) + offset
+    check(sharded, student, teacher, labels_for(3, vocabulary=61, seed=8), alpha=0.5)
+
+
+@pytest.mark.parametrize(
+    ("tail", "divergence", "parameters"),
+    [(tail, *variant) for tail in TAILS for variant in DIVERGENCES if defined(tail, variant)],
+)
+def test_topk(sharded: str, tail: str, divergence: str, parameters: dict[str, float]) -> None:
+    check_topk(
+        sharded,
+        logits(3, 61, seed=9),
+        sparse(3, vocabulary=61, k=7, seed=10, tail=tail, at=2.0),
+        labels_for(3, vocabulary=61, seed=11),
+        divergence=divergence,
+        parameters=parameters,
+        alpha=0.5,
+        temperature=2.0,
+        label_smoothing=0.1,
+    )
+
+
+@pytest.mark.parametrize("tail", TAILS)
+def test_sparse_rows_of_every_kind(
+    sharded: str, tail: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without a token, without a tail that is given, and with NaN: as a whole row has them."""
+    found = outcomes_of_every_kind(tail, sharded)
+    monkeypatch.undo()
+    whole = outcomes_of_every_kind(tail, sharded)
+    torch.testing.assert_close(found, whole, rtol=1e-5, atol=1e-6, equal_nan=True)

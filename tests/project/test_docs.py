@@ -1,0 +1,440 @@
+"""The pages: their Python runs, their links lead somewhere, and they forget no loss, no name and no error."""
+
+from __future__ import annotations
+
+import ast
+import functools
+import importlib
+import importlib.util
+import inspect
+import re
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from support.paths import ROOT
+from torch import Tensor, nn
+
+import fastkd
+from fastkd.divergences import WITH_LABELS
+
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+pytestmark = pytest.mark.skipif(len(PAGES) < 2, reason="there is no checkout around these tests")
+
+
+def name_of(path: Path) -> str:
+    """As pages are called here: index.md is one of docs/ and stacks/index.md another."""
+    return path.relative_to(ROOT).as_posix().removeprefix("docs/")
+
+
+page = pytest.mark.parametrize("path", PAGES, ids=name_of)
+
+# Blocks that are not run here, by page and title, and why. In the page they say ```python title=FILE.
+ELSEWHERE = {
+    ("adding-a-divergence.md", "fastkd/divergences.py"): "tests/project/test_cli.py puts it into a copy of that file",
+    ("adding-a-divergence.md", "tests/support/oracles.py"): "tests/project/test_cli.py compares it with the above",
+    ("kernels.md", "fastkd/divergences.py"): "test_what_a_page_quotes_is_in_the_source",
+    ("stacks/lightning.md", "train.py"): "tests/compat/test_compat_lightning.py has imported lightning",
+    ("stacks/modelopt.md", "distil.py"): "tests/compat/test_compat_modelopt.py has imported Model-Optimizer",
+}  # fmt: skip
+
+# Public names of the modules below that are no loss and no part of one.
+NOT_LOSSES = {
+    "fastkd.distiller": {"Tap", "find_logits", "first_tensor", "unwrapped"},
+    "fastkd.features": {"over_peak", "unit"},
+    "fastkd.relations": {"angles_in_tiles"},
+    "fastkd.sequences": {"Sequences", "Step"},
+    "fastkd.online": {"MutualParts"},
+}
+MODULES = ("response", "sequences", "calibration", "features", "distiller", "relations", "online")
+
+
+# ---- what pages are given
+
+
+class Decoder(nn.Module):
+    """A language model of one layer, as the pages use those of transformers."""
+
+    def __init__(self, vocabulary: int, width: int = 8) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(vocabulary, width)
+        self.lm_head = nn.Linear(width, vocabulary, bias=False)
+
+    def model(self, input_ids: Tensor) -> SimpleNamespace:
+        return SimpleNamespace(last_hidden_state=self.embedding(input_ids))
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> SimpleNamespace:
+        return SimpleNamespace(logits=self.lm_head(self.embedding(input_ids)))
+
+    def generate(
+        self, input_ids: Tensor, attention_mask: Tensor, max_new_tokens: int, **options: Any
+    ) -> Tensor:
+        new = torch.randint(1, self.lm_head.out_features, (len(input_ids), max_new_tokens))
+        return torch.cat([input_ids, new], -1)
+
+
+def decoders(vocabulary: int) -> dict[str, Any]:
+    return {"student": Decoder(vocabulary), "teacher": Decoder(vocabulary, 16)}
+
+
+def for_losses() -> dict[str, Any]:
+    return {**decoders(30), "prompts": torch.randint(1, 30, (2, 3))}
+
+
+def for_teachers() -> dict[str, Any]:
+    return {**decoders(30), "ids": torch.randint(30, (2, 6))}
+
+
+def for_the_cache() -> dict[str, Any]:
+    """A cache in OUT, as its page reads it, and sequences to write another."""
+    from fastkd.teachers.cache import CacheWriter
+
+    sequences = [torch.randint(49152, (length,)) for length in (5, 3, 4)]
+    with CacheWriter(
+        "OUT", kind="hidden", vocab_size=49152, weight=torch.randn(49152, 16)
+    ) as writer:
+        for ids in sequences:
+            writer.append(ids, hidden=torch.randn(len(ids), 16))
+    return {**decoders(49152), "sequences": sequences, "device": "cpu"}
+
+
+def for_readme() -> dict[str, Any]:
+    """What the block on processes names; there is one process here."""
+    import torch.distributed as dist
+
+    return {
+        "student_columns": torch.randn(4, 128, 50, requires_grad=True),
+        "teacher_columns": torch.randn(4, 128, 50),
+        "hidden": torch.randn(4, 128, 8, requires_grad=True),
+        "head_part": torch.randn(32000, 8, requires_grad=True),
+        "tp_group": dist.group.WORLD,
+    }
+
+
+def for_trl() -> dict[str, Any]:
+    """Models of transformers, and chats as TRL's collator wants them."""
+    import datasets
+    from support import tiny_models
+
+    chat = [
+        {"role": "user", "content": "in the"},
+        {"role": "assistant", "content": "beginning god"},
+    ]
+    return {
+        "student": tiny_models.llama(),
+        "teacher": tiny_models.llama(width=24),
+        "tokenizer": tiny_models.tokenizer(),
+        "chats": datasets.Dataset.from_dict({"messages": [chat] * 8}),
+    }
+
+
+def for_the_trainer() -> dict[str, Any]:
+    """Likewise, and a dataset of token ids."""
+    from support import tiny_models
+
+    ids = torch.randint(3, 61, (8, 6))
+    models = {"student": tiny_models.llama(), "teacher": tiny_models.llama(width=24)}
+    return {**models, "data": [{"input_ids": row, "labels": row} for row in ids]}
+
+
+class Given(NamedTuple):
+    """What a page's snippets find: names, and whether torch.distributed has a group, of this process alone."""
+
+    names: Callable[[], dict[str, Any]] = dict
+    group: bool = False
+    stacks: bool = False  # whether its snippets import another stack
+
+
+GIVEN = {
+    "README.md": Given(for_readme, group=True),
+    "losses.md": Given(for_losses),
+    "parallel.md": Given(group=True),
+    "stacks/megatron.md": Given(group=True),
+    "teacher-cache.md": Given(for_the_cache),
+    "teachers.md": Given(for_teachers),
+    "stacks/transformers.md": Given(for_the_trainer, stacks=True),
+    "stacks/trl.md": Given(for_trl, stacks=True),
+}
+
+
+@pytest.fixture
+def group(path: Path, tmp_path: Path) -> Iterator[None]:
+    """A group of one process, for pages that want one."""
+    if not GIVEN.get(name_of(path), Given()).group:
+        yield
+        return
+    import torch.distributed as dist
+
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+# ---- snippets
+
+
+class Block(NamedTuple):
+    line: int  # of its first line in the page
+    title: str
+    body: str
+
+
+def blocks(path: Path) -> list[Block]:
+    """The Python of a page."""
+    text = path.read_text(encoding="utf-8")
+    found = []
+    for match in re.finditer(r"^```python([^\n]*)\n(.*?)^```$", text, re.S | re.M):
+        info = match[1].strip()
+        assert info == "" or info.startswith("title="), f"{name_of(path)}: ```python {info}"
+        line = text.count("\n", 0, match.start(2)) + 1
+        found.append(Block(line, info.removeprefix("title="), match[2]))
+    return found
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        pytest.param(path, marks=[pytest.mark.stacks] * GIVEN.get(name_of(path), Given()).stacks)
+        for path in PAGES
+    ],
+    ids=name_of,
+)
+def test_snippets_run(
+    path: Path, tmp_path: Path, group: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In order, in one namespace and an empty folder; a block with a title is a module there."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    torch.manual_seed(0)
+    names: dict[str, Any] = {"__name__": path.stem, **GIVEN.get(name_of(path), Given()).names()}
+    written = set()
+    try:
+        for block in blocks(path):
+            if (name_of(path), block.title) in ELSEWHERE:
+                continue
+            if block.title:
+                with (tmp_path / block.title).open("a", encoding="utf-8") as module:
+                    module.write(f"{block.body}\n\n")
+                written.add(Path(block.title).stem)
+                continue
+            source = (
+                "\n" * (block.line - 1) + block.body
+            )  # so that tracebacks have the page's lines
+            exec(compile(source, str(path), "exec"), names)
+    finally:
+        for module_name in written:
+            sys.modules.pop(module_name, None)
+
+
+def test_what_runs_elsewhere_is_there() -> None:
+    titles = {(name_of(path), block.title) for path in PAGES for block in blocks(path)}
+    assert titles >= ELSEWHERE.keys()
+
+
+# ---- links
+
+
+def anchors(path: Path) -> set[str]:
+    """Of headings, as GitHub makes them."""
+    text = re.sub(r"^```.*?^```$", "", path.read_text(encoding="utf-8"), flags=re.S | re.M)
+    found: set[str] = set()
+    for heading in re.findall(r"^#+ +(.+?) *$", text, re.M):
+        plain = re.sub(r"\[([^]]*)\]\([^)]*\)", r"\1", heading).lower()
+        slug = re.sub(r"[^\w\- ]", "", plain).replace(" ", "-")
+        number = 0
+        while (name := f"{slug}-{number}" if number else slug) in found:
+            number += 1
+        found.add(name)
+    return found
+
+
+@page
+def test_links_lead_somewhere(path: Path) -> None:
+    text = re.sub(r"^```.*?^```$", "", path.read_text(encoding="utf-8"), flags=re.S | re.M)
+    text = re.sub(r"`[^`\n]*`", "`", text)
+    dead = []
+    for target in re.findall(r"\]\(([^)\s]+)\)", text):
+        if re.match(r"[a-z]+:", target):
+            continue
+        name, _, anchor = target.partition("#")
+        goal = (path.parent / name).resolve() if name else path
+        if not goal.exists() or (anchor and anchor not in anchors(goal)):
+            dead.append(target)
+    assert not dead, f"{name_of(path)}: {dead}"
+
+
+@page
+def test_tests_that_a_page_names_exist(path: Path) -> None:
+    named = re.findall(r"`(tests/\w+\.py)::(\w+)", path.read_text(encoding="utf-8"))
+    missing = [
+        f"{file}::{test}"
+        for file, test in named
+        if not (ROOT / file).is_file()
+        or not re.search(rf"^def {test}\(", (ROOT / file).read_text(encoding="utf-8"), re.M)
+    ]
+    assert not missing, f"{name_of(path)}: {missing}"
+
+
+# ---- the losses
+
+
+def public(name: str) -> set[str]:
+    """Functions and classes that are defined in fastkd.<name>, or are named in its __all__."""
+    module = importlib.import_module(f"fastkd.{name}")
+    members = set(getattr(module, "__all__", ())) or {
+        member
+        for member, value in vars(module).items()
+        if not member.startswith("_")
+        and (inspect.isfunction(value) or inspect.isclass(value))
+        and value.__module__ == module.__name__
+    }
+    return members - NOT_LOSSES.get(module.__name__, set())
+
+
+LOSSES = {
+    "fastkd": {"kd_loss", "fused_linear_kd_loss", "KDLoss", "FusedLinearKDLoss", "k1", "k2", "k3"},
+    "divergences": {*fastkd.DIVERGENCES, *WITH_LABELS},
+    **{name: public(name) for name in MODULES},
+}
+
+
+@pytest.mark.parametrize("module", LOSSES)
+def test_every_loss_has_an_entry(module: str) -> None:
+    text = (ROOT / "docs" / "losses.md").read_text(encoding="utf-8")
+    prose = re.sub(r"^```.*?^```$", "", text, flags=re.S | re.M)
+    code = set(re.findall(r"\w+", " ".join(re.findall(r"`([^`\n]+)`", prose))))
+    missing = LOSSES[module] - code
+    assert not missing, f"docs/losses.md has no entry for {sorted(missing)} of {module}"
+
+
+@pytest.mark.parametrize("module", [name for name in LOSSES if name != "divergences"])
+def test_every_loss_is_called_somewhere(module: str) -> None:
+    code = "\n".join(block.body for path in PAGES for block in blocks(path))
+    missing = {name for name in LOSSES[module] if not re.search(rf"\b{name}\(", code)}
+    assert not missing, f"no page calls {sorted(missing)} of {module}"
+
+
+def test_losses_that_are_none_are_there() -> None:
+    for name, others in NOT_LOSSES.items():
+        module = importlib.import_module(name)
+        assert all(hasattr(module, other) for other in others)
+
+
+def test_those_end_in_no_loss() -> None:
+    """A loss cannot hide among them."""
+    assert not [n for names in NOT_LOSSES.values() for n in names if re.search(r"[lL]oss$", n)]
+
+
+# ---- names, messages and what is quoted
+
+
+def test_every_public_name_has_its_docstring_on_the_site() -> None:
+    pages = "".join(path.read_text(encoding="utf-8") for path in PAGES if path.parent.name == "api")
+    shown = set(re.findall(r"^::: fastkd\.([\w.]+)$", pages, re.M))
+    assert shown >= {*fastkd.__all__, "teachers.cache", *MODULES}, {
+        *fastkd.__all__,
+        *MODULES,
+    } - shown
+
+
+class Message(NamedTuple):
+    """What is raised or logged somewhere, with … for what is filled in."""
+
+    where: str
+    texts: tuple[str, ...]
+
+
+def _text(node: ast.expr) -> str | None:
+    if isinstance(node, ast.Constant) and isinstance(node.value, str):
+        return node.value
+    if isinstance(node, ast.JoinedStr):
+        return "".join(
+            getattr(part, "value", "") if isinstance(part, ast.Constant) else "…"
+            for part in node.values
+        )
+    if isinstance(node, ast.BinOp):
+        return f"{_text(node.left) or '…'}{_text(node.right) or '…'}"
+    return None
+
+
+@functools.cache
+def messages() -> list[Message]:
+    """Of every raise, warning and obstacle of the package; adapters have their own pages."""
+    found = []
+    said = {"warn", "_log_once", "Obstacle", "CollectiveError"}
+    for path in sorted((ROOT / "fastkd").rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            raised = node.exc if isinstance(node, ast.Raise) else node
+            if not isinstance(raised, ast.Call):
+                continue
+            name = ast.unparse(raised.func).rpartition(".")[2]
+            if (
+                isinstance(node, ast.Raise)
+                or name in said
+                or ast.unparse(raised.func) == "super().__init__"
+            ):
+                texts = tuple(filter(None, map(_text, raised.args)))
+                if texts and "compat" not in path.parts:
+                    found.append(Message(f"{path.relative_to(ROOT)}:{node.lineno}", texts))
+    return found
+
+
+def quoted_messages() -> list[str]:
+    """The terms of docs/troubleshooting.md: lines of code that a line with a colon follows."""
+    text = (ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf-8")
+    terms = "\n".join(re.findall(r"^(`.+`)\n:  ", text, re.M))
+    return [a or b for a, b in re.findall(r"``(.+?)``|`([^`]+)`", terms)]
+
+
+def test_quoted_messages_are_in_the_source() -> None:
+    said = [text for message in messages() for text in message.texts]
+    quoted = quoted_messages()
+    assert len(quoted) > 100
+    missing = [message for message in quoted if not any(message in text for text in said)]
+    assert not missing, f"docs/troubleshooting.md quotes what nothing says: {missing}"
+
+
+def test_every_message_is_explained() -> None:
+    """But for those that say what an argument must be, which are explained as one, and what only passes on another."""
+    quoted = quoted_messages()
+    unexplained = [
+        message
+        for message in messages()
+        if not any(re.search(r"\bmust\b", text) for text in message.texts)
+        and any(re.search(r"[a-z] [a-z]", text) for text in message.texts)
+        and not any(part in text for part in quoted for text in message.texts)
+    ]
+    assert not unexplained, unexplained
+
+
+def test_what_a_page_quotes_is_in_the_source() -> None:
+    """docs/kernels.md: lines of code that say where they are from, and `file` `name`."""
+    text = (ROOT / "docs" / "kernels.md").read_text(encoding="utf-8")
+    blocks_of_files = re.findall(r"^```\w+ title=(\S+)\n(.*?)^```$", text, re.S | re.M)
+    assert blocks_of_files
+    for file, body in blocks_of_files:
+        assert body in (ROOT / file).read_text(encoding="utf-8"), file
+    named = re.findall(r"`((?:fastkd|csrc|kernels)/[\w/.]+)`\s+`(\w+)`", text)
+    assert len(named) > 20
+    missing = [
+        (file, name)
+        for file, name in named
+        if not re.search(rf"\b{name}\b", (ROOT / file).read_text(encoding="utf-8"))
+    ]
+    assert not missing
+
+
+def test_drawings_are_those_of_their_script() -> None:
+    spec = importlib.util.spec_from_file_location("drawings", ROOT / "docs" / "drawings.py")
+    assert spec is not None and spec.loader is not None
+    drawings = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(drawings)
+    for draw in drawings.DRAWINGS:
+        file = ROOT / "docs" / "img" / f"{draw.__name__}.svg"
+        assert file.read_text(encoding="utf-8") == draw().svg(), "run python docs/drawings.py"

@@ -1,0 +1,77 @@
+"""The suite itself: which backends its fixtures hold, what it installs, and which cases it makes."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+import sys
+
+import conftest
+import pytest
+import torch
+from support.paths import ROOT
+
+import fastkd
+from fastkd.tools import info
+
+
+def test_the_fixtures_hold_every_backend_that_can_serve_a_cpu_tensor() -> None:
+    """A backend that `any_backend` leaves out would be tested by nothing that reads as if it tested all."""
+    held = set(conftest.EVERY_BACKEND)
+    if os.environ.get("FASTKD_TEST_WITHOUT_NATIVE") == "1":
+        held.add("cpu")  # left out on purpose
+    served = {name for name in fastkd.available_backends() if info.obstacle(name, "cpu") is None}
+    assert served == held
+    # The same without asking fastkd, which might not see what is there.
+    assert {"reference", "portable", "cpu"} <= held
+    if not torch.cuda.is_available() and importlib.util.find_spec("triton"):
+        assert "triton" in held
+
+
+def _packages(extra: str, extras: dict[str, list[str]]) -> set[str]:
+    """What an extra of pyproject.toml installs, by way of others too."""
+    found: set[str] = set()
+    for requirement in extras[extra]:
+        name, others = re.match(r"([\w-]+)(?:\[([\w,-]+)\])?", requirement).groups()  # type: ignore[union-attr]
+        if name == "fastkd":
+            found |= {
+                package for other in others.split(",") for package in _packages(other, extras)
+            }
+        else:
+            found.add(name)
+    return found
+
+
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="Python 3.10 reads no TOML")
+@pytest.mark.skipif(
+    not (ROOT / "Makefile").is_file(), reason="there is no checkout around these tests"
+)
+def test_make_test_installs_no_other_stack() -> None:
+    import tomllib
+
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"][
+        "optional-dependencies"
+    ]
+    makefile = (ROOT / "Makefile").read_text()
+    (installed,) = re.findall(
+        r"^\$\(VENV\)/\.dev:.*\n\t\$\(INSTALL\) -e '\.\[([\w,]+)\]'$", makefile, re.M
+    )
+    core = {package for extra in installed.split(",") for package in _packages(extra, extras)}
+    assert "pytest" in core and "triton" in core
+    assert not core & (_packages("peers", extras) | {"transformers", "accelerate", "matplotlib"})
+    assert _packages("peers", extras) <= _packages("stacks", extras)
+
+
+@pytest.mark.only_where(lambda one, two: one < two)
+@pytest.mark.parametrize("one", [1, 2, 3])
+@pytest.mark.parametrize("two", [1, 2, 3])
+def test_a_combination_that_says_nothing_is_not_made(one: int, two: int) -> None:
+    assert one < two
+
+
+@pytest.mark.only_where(lambda absent: False)
+@pytest.mark.parametrize("one", [1])
+def test_a_mark_of_other_parameters_says_nothing(one: int, request: pytest.FixtureRequest) -> None:
+    cases = [item.name for item in request.session.items if "says_nothing_is_not" in item.name]
+    assert len(cases) in (0, 3)  # none where -k or a node id leaves them out

@@ -1,0 +1,129 @@
+"""fastkd.backends.cuda on a machine without a GPU: its kernels' source with tests/support/cuda_host.h in the place of
+a device."""
+
+from __future__ import annotations
+
+import ctypes
+import fcntl
+import hashlib
+import importlib.util
+import re
+import shlex
+import subprocess
+import sys
+import sysconfig
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+import fastkd
+from fastkd.backends import registry
+from support.paths import ROOT
+
+HARNESS = ROOT / "tests" / "support" / "cuda_host.cpp"
+# A fiber's stack is not the one that _FORTIFY_SOURCE expects of longjmp.
+FLAGS = (
+    "-std=c++17 -O1 -fPIC -shared -Wall -Wno-unknown-pragmas -fvisibility=hidden -U_FORTIFY_SOURCE"
+)
+
+
+def compile_host(directory: Path, edit: tuple[str, Callable[[str], str]] | None = None) -> Path:
+    """The emulation as an extension module; edit changes the text of a header first, and five divergences will do."""
+    csrc = ROOT / "csrc"
+    if edit is not None:
+        source = csrc / "cuda" / edit[0]
+        changed = edit[1](source.read_text())
+        assert changed != source.read_text()
+        csrc = directory / "csrc"
+        for header in (
+            *(ROOT / "csrc" / "cuda").glob("*.[hc]*"),
+            *(ROOT / "csrc").glob("*.h"),
+            ROOT / "csrc" / "generated" / "divergences.h",
+        ):
+            copy = csrc / header.relative_to(ROOT / "csrc")
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            text = changed if header == source else header.read_text()
+            copy.write_text(
+                re.sub(r"(#define FASTKD_DIVERGENCES\(X\)(?: X\(\w+\)){5}).*", r"\1", text)
+            )
+    import pybind11
+
+    target = directory / f"_cuda_host{sysconfig.get_config_var('EXT_SUFFIX')}"
+    includes = [csrc, sysconfig.get_path("include"), pybind11.get_include()]
+    command = [
+        "g++",
+        *shlex.split(FLAGS),
+        "-DFASTKD_MODULE=_cuda_host",
+        *(f"-I{path}" for path in includes),
+    ]
+    command += [str(csrc / "cuda" / "module.cpp"), str(HARNESS), "-o", str(target)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[:4000]
+    return target
+
+
+def load_host(path: Path) -> ModuleType:
+    # A name of its own: pybind11 gives a name that it has seen the module that it made then.
+    spec = importlib.util.spec_from_file_location(f"{path.parent.name}._cuda_host", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="session")
+def host() -> ModuleType:
+    """Compiled once for this state of the sources, also where several processes share the tests."""
+    files = [
+        *sorted((ROOT / "csrc" / "cuda").iterdir()),
+        *sorted((ROOT / "csrc").glob("*.h")),
+        ROOT / "csrc" / "generated" / "divergences.h",
+        HARNESS,
+        HARNESS.with_suffix(".h"),
+    ]
+    text = b"".join(file.read_bytes() for file in files) + f"{FLAGS} {sys.version}".encode()
+    directory = ROOT / "build" / "cuda_host" / hashlib.sha256(text).hexdigest()[:16]
+    directory.mkdir(parents=True, exist_ok=True)
+    with (directory / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        found = list(directory.glob("_cuda_host*.so"))
+        if not found:
+            with tempfile.TemporaryDirectory(dir=directory) as unfinished:
+                made = compile_host(Path(unfinished))
+                found = [made.rename(directory / made.name)]
+    return load_host(found[0])
+
+
+class Emulation:
+    """The cuda backend on CPU tensors."""
+
+    ranks = 1  # blocks a row, where plan() takes fewer
+
+    def __init__(self, module: ModuleType) -> None:
+        self._library = ctypes.CDLL(str(module.__file__))
+
+    def traffic(self) -> list[int]:
+        """Bytes of device memory read and written since the last call."""
+        seen = (ctypes.c_int64 * 2)()
+        self._library.fastkd_traffic(seen)
+        return list(seen)
+
+
+@pytest.fixture
+def emulation(host: ModuleType, monkeypatch: pytest.MonkeyPatch) -> Iterator[Emulation]:
+    """fastkd.backends.cuda with the emulation in place of the device's kernels, and chosen where it is asked for by
+    name."""
+    found = Emulation(host)
+    monkeypatch.setitem(sys.modules, "fastkd._cuda", host)
+    monkeypatch.setattr(fastkd, "_cuda", host, raising=False)
+    registry.load.cache_clear()
+    cuda = registry.load("cuda")
+    monkeypatch.setattr(cuda, "_cuda", host)
+    monkeypatch.setattr(cuda, "_capability", lambda device: 0)
+    monkeypatch.setattr(cuda, "_stream", lambda device: (found.ranks, 0))
+    monkeypatch.setattr(registry, "_select", lambda backend, *others: backend)
+    yield found
+    registry.load.cache_clear()

@@ -1,0 +1,108 @@
+"""A backend whose every call is cut into shards of the vocabulary, in one process: what passes between processes is
+stacked here. So whatever tests a backend tests its steps for shards.
+"""
+
+from __future__ import annotations
+
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastkd.backends import native
+from fastkd.call.contract import Options, Result, Rows, Shard, Statistics, Want
+
+
+class Cut(NamedTuple):
+    """The columns of one shard."""
+
+    first: int
+    width: int  # in memory, padding included
+    columns: int  # that count
+
+
+def cuts(width: int, vocabulary: int, shares: tuple[float, ...]) -> list[Cut]:
+    """Shards of so many columns for each share; the last has the rest."""
+    found, first = [], 0
+    for index, share in enumerate(shares):
+        last = index == len(shares) - 1
+        size = width - first if last else min(int(share / sum(shares) * width), width - first)
+        found.append(Cut(first, size, min(max(vocabulary - first, 0), size)))
+        first += size
+    return found
+
+
+class InShards:
+    """The kernels of a backend, cut by shares; as a backend's module is."""
+
+    def __init__(self, kernels: ModuleType, shares: tuple[float, ...]) -> None:
+        self.kernels, self.shares = kernels, shares
+        self.scale_rows_, self.empty = kernels.scale_rows_, kernels.empty
+        self.calls = 0
+
+    def kd_rows(
+        self, student: Tensor, teacher: Tensor, rows: Rows, options: Options, want: Want
+    ) -> Result:
+        """As the backend's, a step after the other."""
+        self.calls += 1
+        result = native.outputs(student, teacher, want)
+        dtype = torch.float64 if torch.float64 in (student.dtype, teacher.dtype) else torch.float32
+        result = Result(
+            *(
+                value.to(dtype) if value is not None and index not in (2, 3) else value
+                for index, value in enumerate(result)
+            )
+        )
+        for value in result:
+            if value is not None and not want.inplace:
+                value.fill_(torch.nan)
+        vocabulary = options.vocab_size
+        found = cuts(max(student.shape[-1], vocabulary), vocabulary, self.shares)
+        widest = max(cut.width for cut in found)
+        given: list[tuple[Any, ...]] = []
+        for rank, cut in enumerate(found):
+            shard = Shard(cut.first, vocabulary, widest, rank, None)
+            here = options._replace(vocab_size=cut.columns, shard=shard)
+            columns = slice(cut.first, cut.first + cut.width)
+            t = teacher if rows.ids is not None else teacher[..., columns]
+
+            def part(gradient: Tensor | None, columns: slice = columns) -> Tensor | None:
+                return None if gradient is None else gradient[..., columns]
+
+            def own(value: Tensor | None) -> Tensor | None:
+                return None if value is None else value.clone()
+
+            mine = Result(
+                result.loss.clone(),
+                result.total,
+                part(result.student_gradient),
+                part(result.teacher_gradient),
+                *map(own, result[4:]),
+            )
+            given.append((student[..., columns], t, rows, here, mine))
+        each = [self.kernels.shard_statistics(*shard) for shard in given]
+        gathered = torch.stack([one.gathered for one in each])
+        summed = None if each[0].summed is None else torch.stack([x.summed for x in each]).sum(0)
+        every = [Statistics(gathered, summed, one.kept) for one in each]
+        sums = [
+            self.kernels.shard_sums(*shard, one) for shard, one in zip(given, every, strict=True)
+        ]
+        assert len({x is None for x in sums}) == 1
+        total = None if sums[0] is None else torch.stack(sums)
+        for shard, one in zip(given, every, strict=True):
+            self.kernels.shard_results(*shard, one, total)
+        first = given[0][-1]
+        for *_, other in given:
+            for mine, its in zip((first.loss, *first[4:]), (other.loss, *other[4:]), strict=True):
+                if mine is not None:
+                    assert torch.equal(mine.nan_to_num(nan=7e7), its.nan_to_num(nan=7e7))
+        scale = options.scale if rows.scale is None else options.scale * rows.scale
+        total = first.loss.sum() * scale
+        return result._replace(
+            loss=first.loss,
+            total=total,
+            distillation=first.distillation,
+            cross_entropy=first.cross_entropy,
+            student_entropy=first.student_entropy,
+        )

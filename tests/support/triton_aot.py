@@ -1,0 +1,145 @@
+"""Kernels compiled ahead of time, for GPUs that are not here, and what they need of a thread."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+
+class Resources(NamedTuple):
+    """What a compiled kernel needs of a thread."""
+
+    registers: int
+    local_bytes: int  # of local memory
+    local_in_loop: bool  # whether a loop reads or writes it
+
+    @property
+    def spills(self) -> bool:
+        """Whether tiles are not kept in registers.
+
+        ptxas parks a few numbers of a row in local memory before a loop and takes them back after it, where that lets
+        one more block fit. A tile has eight entries a thread: spilled, it would be 32 bytes.
+        """
+        return self.local_in_loop or self.local_bytes >= 32
+
+
+class Caught(Exception):  # noqa: N818 (no error: it carries a launch out of the launcher)
+    """(kernel, arguments, options) of a launch."""
+
+
+def catch(kernel: Any, stage: str | None = None) -> None:
+    """Let a launch of a kernel, or the one of that stage, raise Caught; another does nothing."""
+
+    def run(*arguments: Any, grid: Any, warmup: bool, **options: Any) -> None:
+        if stage in (None, arguments[-1]):
+            raise Caught(kernel, arguments, options)
+
+    kernel.run = run
+
+
+def _compiled(
+    kernel: Any, arguments: tuple[Any, ...], options: dict[str, Any], target: Any
+) -> dict[str, Any]:
+    """The texts and binaries that Triton makes of a launch, specialised for the target as on its machine."""
+    import triton
+    from triton.compiler import ASTSource, make_backend
+    from triton.runtime.jit import create_function_from_signature
+
+    if target.backend == "hip":
+        options.pop("maxnreg", None)  # as the launcher does where torch is for HIP
+    backend = make_backend(target)
+    bind = create_function_from_signature(kernel.signature, kernel.params, backend)
+    bound, specialization, options = bind(*arguments, debug=False, **options)
+    parsed, signature, constants, attributes = kernel._pack_args(
+        backend, options, bound, specialization, options
+    )
+    source = ASTSource(kernel, signature, constants, attributes)
+    return triton.compile(source, target=target, options=parsed.__dict__).asm
+
+
+def local_in_loop(sass: str) -> bool:
+    """Whether local memory is touched between a branch backwards and where it leads."""
+    code = re.findall(r"/\*([0-9a-f]{4,})\*/\s+([^;]*);", sass)
+    touched = [int(place, 16) for place, text in code if re.search(r"\b(STL|LDL)\b", text)]
+    jumps = [(place, re.search(r"\bBRA\b.*\b0x([0-9a-f]+)", text)) for place, text in code]
+    loops = [(int(jump[1], 16), int(place, 16)) for place, jump in jumps if jump is not None]
+    return any(first <= place <= last for place in touched for first, last in loops)
+
+
+def _cuda_resources(cubin: bytes) -> Resources:
+    from triton import knobs
+
+    def cuobjdump(what: str, path: str) -> str:
+        command = [knobs.nvidia.cuobjdump.path, what, path]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        usage = re.search(
+            r"REG:(\d+) STACK:(\d+) .*LOCAL:(\d+)", cuobjdump("--dump-resource-usage", file.name)
+        )
+        assert usage is not None
+        registers, stack, local = map(int, usage.groups())
+        in_loop = stack + local > 0 and local_in_loop(cuobjdump("-sass", file.name))
+    return Resources(registers, stack + local, in_loop)
+
+
+def _hip_resources(text: str) -> Resources:
+    def field(name: str) -> int:
+        found = re.search(rf"\.{name}:\s+(\d+)", text)
+        assert found is not None, name
+        return int(found[1])
+
+    # Scalar registers spill to lanes of vector registers, which vgpr_count has; no memory is touched.
+    local = field("private_segment_fixed_size")
+    return Resources(field("vgpr_count"), local, local > 0 or field("vgpr_spill_count") > 0)
+
+
+def resources(
+    kernel: Any, arguments: tuple[Any, ...], options: dict[str, Any], target: str
+) -> Resources:
+    """What a launch needs on a target such as cuda:90 or hip:gfx942."""
+    from triton.backends.compiler import GPUTarget
+
+    vendor, _, architecture = target.partition(":")
+    if vendor == "hip":
+        found = _compiled(kernel, arguments, options, GPUTarget("hip", architecture, 64))
+        return _hip_resources(found["amdgcn"])
+    found = _compiled(kernel, arguments, options, GPUTarget("cuda", int(architecture), 32))
+    return _cuda_resources(found["cubin"])
+
+
+def launch_nothing() -> list[tuple[Any, ...]]:
+    """Let Triton do for CPU tensors all that it does on sm_90, but for the launch; each one's (grid, arguments)."""
+    from triton.backends.compiler import GPUTarget
+    from triton.runtime import driver
+
+    from fastkd.backends import registry
+
+    launched: list[tuple[Any, ...]] = []
+
+    def launcher(source: Any, metadata: Any) -> Callable[..., None]:
+        # Between the grid and the arguments: stream, function, metadata of two kinds, two hooks.
+        return lambda *launch: launched.append((launch[:3], launch[9:]))
+
+    utilities = SimpleNamespace(
+        get_device_properties=lambda device: {"max_shared_mem": 232_448},
+        load_binary=lambda *binary: (1, 1, 0, 0, 1024),
+        unload_module=lambda module: None,
+    )
+    driver.set_active(
+        SimpleNamespace(
+            utils=utilities,
+            launcher_cls=launcher,
+            get_current_target=lambda: GPUTarget("cuda", 90, 32),
+            get_current_device=lambda: 0,
+            get_current_stream=lambda device: 0,
+        )
+    )
+    registry.interpreting = lambda: True  # the CPU's tensors are let through
+    return launched
