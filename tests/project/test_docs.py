@@ -102,19 +102,6 @@ def for_the_cache() -> dict[str, Any]:
     return {**decoders(49152), "sequences": sequences, "device": "cpu"}
 
 
-def for_readme() -> dict[str, Any]:
-    """What the block on processes names; there is one process here."""
-    import torch.distributed as dist
-
-    return {
-        "student_columns": torch.randn(4, 128, 50, requires_grad=True),
-        "teacher_columns": torch.randn(4, 128, 50),
-        "hidden": torch.randn(4, 128, 8, requires_grad=True),
-        "head_part": torch.randn(32000, 8, requires_grad=True),
-        "tp_group": dist.group.WORLD,
-    }
-
-
 def for_trl() -> dict[str, Any]:
     """Models of transformers, and chats as TRL's collator wants them."""
     import datasets
@@ -150,7 +137,6 @@ class Given(NamedTuple):
 
 
 GIVEN = {
-    "README.md": Given(for_readme, group=True),
     "losses.md": Given(for_losses),
     "parallel.md": Given(group=True),
     "stacks/megatron.md": Given(group=True),
