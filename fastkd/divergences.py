@@ -21,7 +21,7 @@ of both: take signs and ratios of p and q from it. So do the definitions below, 
 keep their digits as log_ratio tends to 0.
 
 A definition may use the names imported from torch below, arithmetic, comparisons and its parameters, and nothing
-else. It never handles log 0: the skeletons do (:func:`fastkd.backends.reference.evaluate` states the policy). The
+else. It never handles log 0: the skeletons do (:func:`fastkd.call.log_zero.evaluate` states the policy). The
 logarithm of a mixture is always a ``logaddexp`` or a ``log_mixture``, because ``log(beta * p + (1 - beta) * q)`` is
 log 0 once both underflow.
 

@@ -16,7 +16,6 @@ derivative to the squared distances, from which the gradient of the points is on
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -26,18 +25,14 @@ from torch import Tensor
 from torch.nn.functional import pdist
 
 from fastkd.backends import registry
-from fastkd.backends.registry import BackendUnavailable
 from fastkd.call.checks import LARGEST, SMALLEST, check_choice, check_dense, check_number
 from fastkd.call.contract import row_dtype
-from fastkd.core.tensors import check_readable, savable_when_compiled
+from fastkd.core.tensors import check_readable, reciprocal, savable_when_compiled
 from fastkd.engine.autograd import differentiable_once
 from fastkd.engine.graphs import Arguments, as_one_op
 from fastkd.features import over_peak, unit
 
 MEANS = ("distinct", "all")
-BACKENDS = ("auto", "cpu", "portable", "reference")
-TILE_BYTES = 64 << 20  # what angles_in_tiles may hold beyond matrices [N, N]
-_TILES = 8  # tensors of the size of a tile that are alive at once, at most
 
 # (distances of the student, of the teacher, whether the second result is wanted) -> the loss, and a matrix which, with
 # its transpose added, is the loss's derivative to the student's squared distances. All float64, matrices [N, N].
@@ -261,7 +256,7 @@ def _distance(delta: float, mean: str) -> Relation:
             return loss, None
         # mu depends on every distance. A pair has the same derivative in both orders, d(d^2) = 2 d d(d).
         through_mean = (slope * student).sum() * unit * unit / count
-        halves = slope.mul_(unit).sub_(through_mean).mul_(_reciprocal(student))
+        halves = slope.mul_(unit).sub_(through_mean).mul_(reciprocal(student))
         return loss, halves.mul_(0.5 / max(total, 1))
 
     return relation
@@ -271,24 +266,19 @@ def _reciprocal_mean(distances: Tensor, mean: str) -> tuple[Tensor, Tensor | int
     """(1 / mu, or 0 where mu is; over how many distances it is the mean)."""
     points = len(distances)
     count = (distances > 0).sum().clamp(min=1) if mean == "all" else max(points * (points - 1), 1)
-    return _reciprocal(distances.sum() / count), count
-
-
-def _reciprocal(x: Tensor) -> Tensor:
-    """1 / x, and 0 where x is 0."""
-    return x.reciprocal().masked_fill_(x == 0, 0.0)
+    return reciprocal(distances.sum() / count), count
 
 
 def _angle(delta: float, mean: str, backend: str) -> Relation:
     delta, mean = _huber(delta, mean)
     if not isinstance(backend, str):
         raise TypeError(f"backend must be a string, got {type(backend).__name__}")
-    check_choice("backend", backend, BACKENDS)
+    check_choice("backend", backend, ("auto", *registry.ANGLES))
 
     def relation(student: Tensor, teacher: Tensor, wanted: bool) -> tuple[Tensor, Tensor | None]:
         points = len(student)
-        tiles = _tiles(backend, student.device)
-        loss, halves = tiles(student, teacher, delta, wanted)
+        angles = registry.function(registry.select_angles(backend, student.device), "angles")
+        loss, halves = angles(student, teacher, delta, wanted)
         total = points**3 if mean == "all" else points * (points - 1) * (points - 2)
         if mean == "all":
             # i = k: the cosine is 1, or 0 where the points coincide
@@ -313,52 +303,6 @@ def _sum(
         if halves is not None and more is not None:
             halves.add_(more, alpha=weight)
     return loss, halves
-
-
-def angles_in_tiles(
-    student: Tensor, teacher: Tensor, delta: float, wanted: bool, tile_bytes: int = TILE_BYTES
-) -> tuple[Tensor, Tensor | None]:
-    """The sum of Huber's loss over triples of three points, and its derivative as a :data:`Relation` gives it.
-
-    csrc/cpu/angles.cpp is the same in C++. A tile is the pairs (i, k) of two blocks of points, with all j; i and k may
-    change places, so half of them are enough.
-
-    Args:
-        student: [N, N], float64, distances.
-        teacher: [N, N].
-        delta: of Huber's loss.
-        wanted: whether the derivative is.
-        tile_bytes: of the temporary tensors of a tile.
-    """
-    points = len(student)
-    half, target_half = (0.5 * x.square() for x in (student, teacher))
-    unit, target_unit = _reciprocal(student), _reciprocal(teacher)
-    loss = student.new_zeros(())
-    halves = torch.zeros_like(student) if wanted else None
-    block = max(1, math.isqrt(tile_bytes // (_TILES * student.element_size() * max(points, 1))))
-    for first in range(0, points, block):
-        for second in range(first, points, block):
-            rows, columns = slice(first, first + block), slice(second, second + block)
-            cosine, product = _cosines(half, unit, rows, columns)  # [i, k, j]
-            gap = cosine - _cosines(target_half, target_unit, rows, columns)[0]
-            if first == second:  # i < k
-                gap *= torch.ones_like(gap[..., :1]).squeeze(-1).triu(1).unsqueeze(-1)
-            slope = gap.clamp(-delta, delta)
-            loss += 2 * (slope * gap.sub_(slope, alpha=0.5)).sum()
-            if halves is None:
-                continue
-            halves[rows, columns] -= product.mul_(slope).sum(-1)
-            left, right = unit[rows, None], unit[None, columns]
-            halves[:, rows] += (unit[rows] * (slope * (right - left * cosine)).sum(1)).t()
-            halves[:, columns] += (unit[columns] * (slope * (left - right * cosine)).sum(0)).t()
-    return loss, halves
-
-
-def _cosines(half: Tensor, unit: Tensor, rows: slice, columns: slice) -> tuple[Tensor, Tensor]:
-    """(cosines of the angles at j between i and k, 1 / (d_ij d_kj)), each [i, k, j]."""
-    product = unit[rows, None] * unit[None, columns]
-    cosine = half[rows, None] + half[None, columns]
-    return cosine.sub_(half[rows, columns].unsqueeze(-1)).mul_(product), product
 
 
 class _OfDistances(torch.autograd.Function):
@@ -412,28 +356,6 @@ def _of_points(halves: Tensor, points: Tensor) -> Tensor:
     points = points - points.mean(0)
     totals = halves.sum(0) + halves.sum(1)
     return 2 * (totals.unsqueeze(-1) * points - halves @ points - halves.t() @ points)
-
-
-def _tiles(backend: str, device: torch.device) -> Callable[..., tuple[Tensor, Tensor | None]]:
-    """What computes the angles."""
-    named = os.environ.get("FASTKD_BACKEND")
-    wanted = named if named in BACKENDS else backend
-    obstacle = registry.available_backends()["cpu"]
-    if device.type != "cpu":
-        if wanted == "cpu":
-            raise BackendUnavailable(
-                "cpu", f"the points are on {device}", "Use backend='auto' for them"
-            )
-        return angles_in_tiles
-    if wanted in ("portable", "reference"):
-        return angles_in_tiles
-    if obstacle is None:
-        return registry.load("cpu").angles
-    if wanted == "cpu":
-        raise BackendUnavailable("cpu", *obstacle)
-    strict = os.environ.get("FASTKD_STRICT") == "1"
-    registry.fall_back(registry.FALLBACK, f"cpu: {obstacle.reason}. {obstacle.remedy}", strict)
-    return angles_in_tiles
 
 
 def _huber(delta: float, mean: str) -> tuple[float, str]:

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
@@ -24,7 +23,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastkd.backends import native, sparse
+from fastkd.backends import native
 from fastkd.call.contract import Options, Result, Rows, Statistics, Want
 from fastkd.core.tensors import address, readable, unit_stride
 from fastkd.divergences import Divergence
@@ -924,8 +923,6 @@ def _launch_shares(call: Call, device: torch.device) -> None:
 
 def kd_rows(student: Tensor, teacher: Tensor, rows: Rows, options: Options, want: Want) -> Result:
     """The loss of each row and its gradients; shapes and meaning as :class:`fastkd.call.contract.Result` has them."""
-    if rows.ids is not None:
-        return sparse.topk_rows(_sparse(), student, teacher, rows, options, want)
     lead = student.shape[:-1]
     student_gradient = teacher_gradient = None
     source = unit_stride(student)
@@ -955,13 +952,6 @@ def kd_rows(student: Tensor, teacher: Tensor, rows: Rows, options: Options, want
     if rows.scale is not None:
         total = total * rows.scale
     return Result(outputs.loss, total, student_gradient, teacher_gradient, *outputs[1:])
-
-
-def _sparse() -> ModuleType:
-    """The kernels of a sparse teacher, which import this module."""
-    from . import topk
-
-    return topk
 
 
 # The same where several processes share the vocabulary: fastkd/call/contract.py says what passes between the steps.
@@ -1004,8 +994,6 @@ def shard_statistics(
 
     APART_FIELDS more where the label's token is compared apart from the others.
     """
-    if rows.ids is not None:
-        return sparse.shard_statistics(_sparse(), student, teacher, rows, options, result)
     gradients = [None if x is None else unit_stride(x) for x in result[2:4]]
     outputs = Outputs(result.loss, *result[4:])
     call = _call(unit_stride(student), teacher, *gradients, outputs, rows, options)
@@ -1028,7 +1016,7 @@ def shard_sums(
 ) -> Tensor | None:
     """Of this process's columns, given the statistics of all: 2 numbers a row and program."""
     call = statistics.kept
-    if rows.ids is not None or "sums" not in call.stages:
+    if "sums" not in call.stages:
         return None
     found, apart, shares = _found(call, statistics.gathered)
     sums = call.left(2, student.device)
@@ -1046,9 +1034,6 @@ def shard_results(
     sums: Tensor | None,
 ) -> None:
     """Fill the result, given the statistics and the sums of all processes."""
-    if rows.ids is not None:
-        sparse.shard_results(_sparse(), student, teacher, rows, options, result, statistics)
-        return
     call = statistics.kept
     found, apart, shares = _found(call, statistics.gathered)
     total = found if sums is None else _shares(sums, call.shared.programs)

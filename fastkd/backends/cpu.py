@@ -11,9 +11,9 @@ from torch.utils.dlpack import from_dlpack
 
 from fastkd import _C
 from fastkd.backends import native
+from fastkd.call import mutual
 from fastkd.call.contract import Options, Result, Rows, Statistics, Want
 from fastkd.core.tensors import address, readable, unit_stride
-from fastkd.online import mutual
 
 _LARGE = 4 << 20  # bytes from which page faults matter: csrc/memory.h
 
@@ -64,7 +64,7 @@ def scale_rows_(gradient: Tensor, upstream: Tensor) -> None:
 def angles(
     student: Tensor, teacher: Tensor, delta: float, derivatives: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """What :func:`fastkd.relations.angles_in_tiles` gives, for its arguments."""
+    """What :func:`fastkd.backends.angles.angles` gives, for its arguments."""
     student, teacher = (readable(points).contiguous() for points in (student, teacher))
     assert student.dtype == teacher.dtype == torch.float64
     loss = torch.zeros((), dtype=torch.float64)
@@ -88,7 +88,7 @@ def mutual_rows(
     wanted: Sequence[bool],
     parts: bool,
 ) -> mutual.Result:
-    """The losses of every row's students and their gradients: :mod:`fastkd.online.mutual` has the contract."""
+    """The losses of every row's students and their gradients: :mod:`fastkd.call.mutual` has the contract."""
     rows = native.readable_rows(rows)
     logits = [unit_stride(student) for student in logits]
     result = mutual.outputs(logits, wanted, parts, empty)

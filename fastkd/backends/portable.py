@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import functools
 import struct
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from types import FunctionType
 from typing import Any, NamedTuple
@@ -22,10 +21,16 @@ import torch
 from torch import Tensor
 
 from fastkd import divergences
-from fastkd.backends import native, reference, sparse
-from fastkd.backends.reference import empty, evaluate, scale_rows_
-from fastkd.backends.sparse import Events, topk_rows
+from fastkd.backends import mutual as plain_mutual
+from fastkd.backends import native, reference
+from fastkd.backends.angles import angles
+from fastkd.backends.pieces import piece_rows
+from fastkd.backends.reference import empty, scale_rows_
+from fastkd.backends.sparse import Events
+from fastkd.call import mutual
 from fastkd.call.contract import Options, Result, Rows, Statistics, Want, counted_rows, row_dtype
+from fastkd.call.log_zero import evaluate
+from fastkd.call.rows import At, put, rows_at, take
 from fastkd.divergences import (
     DEFINITIONS,
     ENTRY,
@@ -35,12 +40,9 @@ from fastkd.divergences import (
     arguments_of,
     takes_ratio,
 )  # fmt: skip
-from fastkd.engine.chunks import At, put, rows_at, take
-from fastkd.engine.plan import piece_rows
-from fastkd.online import mutual
 
 __all__ = [
-    "empty", "gather_events", "kd_rows", "mutual_rows", "scale_rows_", "shard_results",
+    "angles", "empty", "gather_events", "kd_rows", "mutual_rows", "scale_rows_", "shard_results",
     "shard_statistics", "shard_sums", "spread_gradient",
 ]  # fmt: skip
 
@@ -946,8 +948,6 @@ def _add_cross_entropy(
 @torch.no_grad()
 def kd_rows(student: Tensor, teacher: Tensor, rows: Rows, options: Options, want: Want) -> Result:
     """The loss of each row and its gradients; shapes and meaning as :class:`fastkd.call.contract.Result` has them."""
-    if rows.ids is not None:
-        return topk_rows(sys.modules[__name__], student, teacher, rows, options, want)
     lead, device, columns = student.shape[:-1], student.device, options.vocab_size
     dtype = row_dtype(student.dtype, teacher.dtype)
     result = native.outputs(student, teacher, want, row_dtype=dtype)
@@ -1213,10 +1213,6 @@ def shard_statistics(
     student: Tensor, teacher: Tensor, rows: Rows, options: Options, result: Result
 ) -> Statistics:
     """Of this process's columns: 12 numbers a row in float64."""
-    if rows.ids is not None:
-        return sparse.shard_statistics(
-            sys.modules[__name__], student, teacher, rows, options, result
-        )
     made = [
         reference.shard_statistics(*given, result)
         for _, given in _parts_of_shard(student, teacher, rows, options)
@@ -1233,8 +1229,6 @@ def shard_sums(
     statistics: Statistics,
 ) -> Tensor | None:
     """Of this process's columns, given the statistics of all: 3 numbers a row in float64."""
-    if rows.ids is not None:
-        return None
     made = [
         reference.shard_sums(*given, result, Statistics(statistics.gathered[:, at]))
         for at, given in _parts_of_shard(student, teacher, rows, options)
@@ -1252,11 +1246,6 @@ def shard_results(
     sums: Tensor | None,
 ) -> None:
     """Fill the result, given the statistics and the sums of all processes."""
-    if rows.ids is not None:
-        sparse.shard_results(
-            sys.modules[__name__], student, teacher, rows, options, result, statistics
-        )
-        return
     assert sums is not None
     lead = student.shape[:-1]
     for at, given in _parts_of_shard(student, teacher, rows, options):
@@ -1290,13 +1279,13 @@ def mutual_rows(
     wanted: Sequence[bool],
     parts: bool,
 ) -> mutual.Result:
-    """The losses of every row's students and their gradients: :mod:`fastkd.online.mutual` has the contract."""
+    """The losses of every row's students and their gradients: :mod:`fastkd.call.mutual` has the contract."""
     first, students = logits[0], len(logits)
     lead, dtype = first.shape[:-1], row_dtype(first.dtype)
     result = mutual.outputs(logits, wanted, parts, dtype=dtype)
     for at in _slices(lead, students * first.shape[-1], dtype, first.device):
         some = [take(student, lead, at) for student in logits]
-        made = mutual.mutual_rows(some, rows_at(rows, lead, at), options, wanted, parts)
+        made = plain_mutual.mutual_rows(some, rows_at(rows, lead, at), options, wanted, parts)
         for name in ("loss", "divergence", "cross_entropy"):
             whole, values = getattr(result, name), getattr(made, name)
             for student in range(students if whole is not None else 0):

@@ -30,6 +30,7 @@ import torch
 from torch import Tensor, nn
 
 from fastkd.call.checks import check_choice
+from fastkd.core.models import unwrapped
 from fastkd.core.scalars import as_float, plain
 from fastkd.distiller import models
 from fastkd.teachers import Ensemble, LinearTeacher, TopK
@@ -480,17 +481,6 @@ class _Capture:
                 "changed it, or have it make a new tensor"
             )
         return value
-
-
-def unwrapped(model: nn.Module) -> nn.Module:
-    """The model in what torch.compile and DistributedDataParallel make of it: its names are those that are known."""
-    while True:
-        if "_orig_mod" in model._modules:
-            model = model._modules["_orig_mod"]  # type: ignore[assignment]  # a module
-        elif isinstance(model, nn.parallel.DistributedDataParallel):
-            model = model.module
-        else:
-            return model
 
 
 def _taps(terms: Iterable[Term], side: str) -> list[Tap]:

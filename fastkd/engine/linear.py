@@ -20,6 +20,7 @@ from fastkd.call.checks import Numbers, Prepared, settled
 from fastkd.call.contract import Options, Rows, Want, row_dtype
 from fastkd.core.tensors import copied, savable
 from fastkd.engine import autograd
+from fastkd.engine.backend import kernels_for
 from fastkd.engine.chunks import Chunked, Student, chunks_of_rows, saved_dtype
 from fastkd.engine.plan import TOPK_BYTES, MemoryPlan, Shape, plan, wide
 from fastkd.teachers import Ensemble, LinearTeacher, Teacher, flatten, unflatten, weights_of
@@ -91,7 +92,7 @@ class _Call(NamedTuple):
             self.options,
             self.want,
             (False,) * 3 if later else self.wanted,
-            registry.kernels_for(backend, self.options.shard),
+            kernels_for(backend, self.options),
             self._plan(student, teacher, rows, backend).chunk_size,
             self.logits_dtype,
             self.row_dtype(tensors),

@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import torch
 
+from fastkd.backends.pieces import piece_bytes
 from fastkd.call.contract import row_dtype
 from fastkd.core.scalars import plain
 from fastkd.engine.matmul import slab_rows
@@ -17,11 +18,6 @@ CPU_BUDGET, DEVICE_BUDGET = 384 << 20, 2112 << 20
 WORKSPACE = 16 << 20
 # [C, V] tensors that the reference holds at once, beside the logits.
 REFERENCE_TEMPORARIES = 14
-# Bytes of one tensor of a piece of rows that the portable backend works on: on a CPU of each thread, so that the piece
-# stays in the cache, and yet has enough rows that the calls of its operators do not count; elsewhere such that a launch
-# has something to do. And how many of them a piece holds at most: tests/backends/test_portable.py measures it.
-PIECE_CPU, PIECE_DEVICE = 2 << 20, 32 << 20
-PIECE_TEMPORARIES = 18
 # A token of a sparse teacher in a chunk: its id, and float32 logits, log-probabilities and gradients of both sides.
 TOPK_BYTES = 32
 LOW_PRECISION = (torch.bfloat16, torch.float16)
@@ -61,17 +57,6 @@ class Shape(NamedTuple):
     weight_gradient: bool = True
     device: str = "cpu"
     backend: str = ""  # "reference" and "portable" hold more than the kernels do
-
-
-def piece_rows(columns: int, dtype: torch.dtype, device: str) -> int:
-    """How many rows of that many columns the portable backend takes at once; dtype is that of losses."""
-    room = PIECE_CPU * torch.get_num_threads() if device == "cpu" else PIECE_DEVICE
-    return max(room // max(columns * dtype.itemsize, 1), 1)
-
-
-def piece_bytes(columns: int, dtype: torch.dtype, device: str) -> int:
-    """What it holds beside its results, at most."""
-    return PIECE_TEMPORARIES * piece_rows(columns, dtype, device) * columns * dtype.itemsize
 
 
 def budget_of(device: str) -> int:

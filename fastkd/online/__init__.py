@@ -29,9 +29,9 @@ from fastkd.call.checks import (
     prepare,
 )
 from fastkd.call.contract import row_dtype
+from fastkd.core.models import unwrapped
 from fastkd.core.scalars import plain
 from fastkd.core.tensors import check_readable, savable, savable_when_compiled
-from fastkd.distiller import unwrapped
 from fastkd.functional import kd_loss
 from fastkd.online.mutual import MutualParts, check_students, mutual_loss
 from fastkd.teachers import Ensemble

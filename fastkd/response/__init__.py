@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from fastkd.backends import reference, registry
+from fastkd.backends.pieces import PIECE_TEMPORARIES
 from fastkd.call.checks import (
     LARGEST,
     Prepared,
@@ -30,13 +31,13 @@ from fastkd.call.checks import (
     prepare,
 )
 from fastkd.call.contract import Options, Rows, Want, counted_rows, row_dtype
+from fastkd.call.rows import put, rows_at, take
 from fastkd.core.scalars import plain
 from fastkd.core.tensors import savable
 from fastkd.divergences import Divergence, forward_kl, reverse_kl, squared_error
 from fastkd.engine import autograd
-from fastkd.engine.chunks import put, rows_at, take
 from fastkd.engine.graphs import Arguments, as_one_op
-from fastkd.engine.plan import PIECE_TEMPORARIES, REFERENCE_TEMPORARIES
+from fastkd.engine.plan import REFERENCE_TEMPORARIES
 from fastkd.functional import kd_loss
 
 # Bytes of a chunk of a call that names none: on a CPU it stays close to the cache.

@@ -46,7 +46,6 @@ ELSEWHERE = {
 NOT_LOSSES = {
     "fastkd.distiller": {"Tap", "find_logits", "first_tensor", "unwrapped"},
     "fastkd.features": {"over_peak", "unit"},
-    "fastkd.relations": {"angles_in_tiles"},
     "fastkd.sequences": {"Sequences", "Step"},
     "fastkd.online": {"MutualParts"},
 }

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fastkd.backends import native
 from fastkd.call.contract import Options, Result, Rows, Shard, Statistics, Want
+from fastkd.engine.backend import for_teacher
 
 
 class Cut(NamedTuple):
@@ -81,17 +82,16 @@ class InShards:
                 *map(own, result[4:]),
             )
             given.append((student[..., columns], t, rows, here, mine))
-        each = [self.kernels.shard_statistics(*shard) for shard in given]
+        kernels = for_teacher(self.kernels, options)
+        each = [kernels.shard_statistics(*shard) for shard in given]
         gathered = torch.stack([one.gathered for one in each])
         summed = None if each[0].summed is None else torch.stack([x.summed for x in each]).sum(0)
         every = [Statistics(gathered, summed, one.kept) for one in each]
-        sums = [
-            self.kernels.shard_sums(*shard, one) for shard, one in zip(given, every, strict=True)
-        ]
+        sums = [kernels.shard_sums(*shard, one) for shard, one in zip(given, every, strict=True)]
         assert len({x is None for x in sums}) == 1
         total = None if sums[0] is None else torch.stack(sums)
         for shard, one in zip(given, every, strict=True):
-            self.kernels.shard_results(*shard, one, total)
+            kernels.shard_results(*shard, one, total)
         first = given[0][-1]
         for *_, other in given:
             for mine, its in zip((first.loss, *first[4:]), (other.loss, *other[4:]), strict=True):

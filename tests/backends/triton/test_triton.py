@@ -36,6 +36,7 @@ import fastkd
 from fastkd import kd_loss
 from fastkd.backends import reference, registry
 from fastkd.call.contract import Options, Result, Rows, Want
+from fastkd.call.log_zero import evaluate
 from fastkd.kernels import kernel as kernels
 from fastkd.kernels import skeleton, split
 
@@ -124,7 +125,7 @@ def _terms(
 
     An entry is g_v - q_v sum g, or h_v - p_v sum h where h is a difference itself, degree phi - g.
     """
-    phi, g, _ = (x.nan_to_num(0.0, 0.0, 0.0) for x in reference.evaluate(divergence, log_p, log_q))
+    phi, g, _ = (x.nan_to_num(0.0, 0.0, 0.0) for x in evaluate(divergence, log_p, log_q))
     h = (divergence.degree or 0.0) * phi.abs() + g.abs()
     student = g.abs() + log_q.exp() * g.sum(-1, keepdim=True).abs()
     teacher = h + log_p.exp() * h.sum(-1, keepdim=True)
