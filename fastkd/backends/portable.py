@@ -28,7 +28,16 @@ from fastkd.backends.pieces import piece_rows
 from fastkd.backends.reference import empty, scale_rows_
 from fastkd.backends.sparse import Events
 from fastkd.call import mutual
-from fastkd.call.contract import Options, Result, Rows, Statistics, Want, counted_rows, row_dtype
+from fastkd.call.contract import (
+    Options,
+    Result,
+    Rows,
+    ShardCall,
+    Statistics,
+    Want,
+    counted_rows,
+    row_dtype,
+)
 from fastkd.call.log_zero import evaluate
 from fastkd.call.rows import At, put, rows_at, take
 from fastkd.divergences import (
@@ -1209,67 +1218,51 @@ def _slices(
     return [slice(start, min(start + step, count)) for start in range(0, max(count, 1), step)]
 
 
-def shard_statistics(
-    student: Tensor, teacher: Tensor, rows: Rows, options: Options, result: Result
-) -> Statistics:
+def shard_statistics(call: ShardCall) -> Statistics:
     """Of this process's columns: 12 numbers a row in float64."""
-    made = [
-        reference.shard_statistics(*given, result)
-        for _, given in _parts_of_shard(student, teacher, rows, options)
-    ]
+    made = [reference.shard_statistics(part) for _, part in _parts_of_shard(call)]
     return Statistics(torch.cat([statistics.gathered for statistics in made]))
 
 
-def shard_sums(
-    student: Tensor,
-    teacher: Tensor,
-    rows: Rows,
-    options: Options,
-    result: Result,
-    statistics: Statistics,
-) -> Tensor | None:
+def shard_sums(call: ShardCall) -> Tensor | None:
     """Of this process's columns, given the statistics of all: 3 numbers a row in float64."""
-    made = [
-        reference.shard_sums(*given, result, Statistics(statistics.gathered[:, at]))
-        for at, given in _parts_of_shard(student, teacher, rows, options)
-    ]
+    made = [reference.shard_sums(part) for _, part in _parts_of_shard(call)]
     return torch.cat([sums for sums in made if sums is not None])
 
 
-def shard_results(
-    student: Tensor,
-    teacher: Tensor,
-    rows: Rows,
-    options: Options,
-    result: Result,
-    statistics: Statistics,
-    sums: Tensor | None,
-) -> None:
+def shard_results(call: ShardCall) -> None:
     """Fill the result, given the statistics and the sums of all processes."""
-    assert sums is not None
-    lead = student.shape[:-1]
-    for at, given in _parts_of_shard(student, teacher, rows, options):
+    lead = call.student.shape[:-1]
+    for at, part in _parts_of_shard(call):
 
         def memory(whole: Tensor | None, at: slice = at) -> Any:
             return None if whole is None else torch.empty_like(take(whole, lead, at))
 
-        fields = [memory(whole) for whole in result._replace(total=None)]  # type: ignore[arg-type]
-        part = Result(*fields)
-        of_rows = Statistics(statistics.gathered[:, at])
-        reference.shard_results(*given, part, of_rows, sums[:, at])
-        for whole, values in zip(result, part, strict=True):
+        fields = [memory(whole) for whole in call.result._replace(total=None)]  # type: ignore[arg-type]
+        own = Result(*fields)
+        reference.shard_results(part._replace(result=own))
+        for whole, values in zip(call.result, own, strict=True):
             if whole is not None and values is not None:
                 put(whole, lead, at, values)
 
 
-def _parts_of_shard(
-    student: Tensor, teacher: Tensor, rows: Rows, options: Options
-) -> Iterator[tuple[slice, tuple[Tensor, Tensor, Rows, Options]]]:
-    lead = student.shape[:-1]
-    dtype = row_dtype(student.dtype, teacher.dtype)
-    for at in _slices(lead, options.vocab_size, dtype, student.device):
-        s, t = take(student, lead, at), take(teacher, lead, at)
-        yield at, (s, t, rows_at(rows, lead, at), options)
+def _parts_of_shard(call: ShardCall) -> Iterator[tuple[slice, ShardCall]]:
+    """(which rows, the call of these rows alone, but for its result)."""
+    lead = call.student.shape[:-1]
+    dtype = row_dtype(call.student.dtype, call.teacher.dtype)
+    for at in _slices(lead, call.options.vocab_size, dtype, call.student.device):
+        yield (
+            at,
+            call._replace(
+                student=take(call.student, lead, at),
+                teacher=take(call.teacher, lead, at),
+                rows=rows_at(call.rows, lead, at),
+                statistics=None
+                if call.statistics is None
+                else Statistics(call.statistics.gathered[:, at]),
+                sums=None if call.sums is None else call.sums[:, at],
+            ),
+        )
 
 
 def mutual_rows(

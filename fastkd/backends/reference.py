@@ -14,7 +14,16 @@ from torch import Tensor
 from fastkd.backends.angles import angles
 from fastkd.backends.mutual import mutual_rows
 from fastkd.backends.sparse import Events
-from fastkd.call.contract import Options, Result, Rows, Statistics, Want, row_dtype, widened
+from fastkd.call.contract import (
+    Options,
+    Result,
+    Rows,
+    ShardCall,
+    Statistics,
+    Want,
+    row_dtype,
+    widened,
+)
 from fastkd.call.log_zero import NEGLIGIBLE, evaluate
 from fastkd.core.tensors import precision
 from fastkd.divergences import Divergence, Target
@@ -418,41 +427,26 @@ def kd_rows(student: Tensor, teacher: Tensor, rows: Rows, options: Options, want
 # The same where several processes share the vocabulary: fastkd/call/contract.py says what passes between the steps.
 
 
-def shard_statistics(
-    student: Tensor, teacher: Tensor, rows: Rows, options: Options, result: Result
-) -> Statistics:
+def shard_statistics(call: ShardCall) -> Statistics:
     """Of this process's columns: 12 numbers a row in float64."""
+    student, teacher, rows, options, *_ = call
     found = _statistics(*_sides(student, teacher, rows, options), rows, options)
     return Statistics(torch.stack(found, -1).flatten(0, -2).to(torch.float64))
 
 
-def shard_sums(
-    student: Tensor,
-    teacher: Tensor,
-    rows: Rows,
-    options: Options,
-    result: Result,
-    statistics: Statistics,
-) -> Tensor | None:
+def shard_sums(call: ShardCall) -> Tensor | None:
     """Of this process's columns, given the statistics of all: 3 numbers a row in float64."""
-    s, t = _sides(student, teacher, rows, options)
-    terms = _terms(s, t, _of_all(statistics, student), options.divergence)
+    s, t = _sides(call.student, call.teacher, call.rows, call.options)
+    terms = _terms(s, t, _of_all(call.known(), call.student), call.options.divergence)
     return torch.stack(_sums(terms), -1).flatten(0, -2).to(torch.float64)
 
 
-def shard_results(
-    student: Tensor,
-    teacher: Tensor,
-    rows: Rows,
-    options: Options,
-    result: Result,
-    statistics: Statistics,
-    sums: Tensor | None,
-) -> None:
+def shard_results(call: ShardCall) -> None:
     """Fill the result, given the statistics and the sums of all processes."""
+    student, teacher, rows, options, result, _, sums = call
     assert sums is not None
     s, t = _sides(student, teacher, rows, options)
-    found = _of_all(statistics, student)
+    found = _of_all(call.known(), student)
     terms = _terms(s, t, found, options.divergence)
     total = _Sums(*sums.sum(0).reshape(*student.shape[:-1], -1).unbind(-1))
     want = Want(

@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastkd.call.contract import Options, Result, Rows, Statistics, Want, row_dtype
+from fastkd.call.contract import Options, Result, Rows, ShardCall, Statistics, Want, row_dtype
 from fastkd.call.log_zero import evaluate
 
 
@@ -76,10 +76,9 @@ class SparseRows:
 
     # Where several processes share the vocabulary: fastkd/call/contract.py says what passes between the steps.
 
-    def shard_statistics(
-        self, student: Tensor, logprobs: Tensor, rows: Rows, options: Options, result: Result
-    ) -> Statistics:
+    def shard_statistics(self, call: ShardCall) -> Statistics:
         """Of this process's events: 9 numbers a row in float64, and the tokens' logits."""
+        student, _, rows, options, result, *_ = call
         assert rows.ids is not None
         parts = result.distillation is not None
         if options.vocab_size:
@@ -111,29 +110,13 @@ class SparseRows:
         kept = events._replace(tokens=nothing)  # which is the largest, and known to all
         return Statistics(gathered.flatten(0, -2), tokens.reshape(-1, tokens.shape[-1]), kept)
 
-    def shard_sums(
-        self,
-        student: Tensor,
-        logprobs: Tensor,
-        rows: Rows,
-        options: Options,
-        result: Result,
-        statistics: Statistics,
-    ) -> None:
+    def shard_sums(self, call: ShardCall) -> None:
         """None: the events of all processes are enough."""
 
-    def shard_results(
-        self,
-        student: Tensor,
-        logprobs: Tensor,
-        rows: Rows,
-        options: Options,
-        result: Result,
-        statistics: Statistics,
-        sums: None,
-    ) -> None:
+    def shard_results(self, call: ShardCall) -> None:
         """Fill the result, given the events of all processes."""
-        events = merged(statistics, rows, options)
+        student, logprobs, rows, options, result, *_ = call
+        events = merged(call.known(), rows, options)
         out = result.student_gradient
         parts = result.distillation is not None
         where = out if options.vocab_size else None  # no column: only padding is left to write

@@ -28,7 +28,7 @@ from torch import Tensor
 import fastkd
 from fastkd import divergences
 from fastkd.backends.native import outputs
-from fastkd.call.contract import Options, Rows, Shard, Want
+from fastkd.call.contract import Options, Rows, Shard, ShardCall, Want
 
 TARGETS = ["cuda:80", "cuda:90", "cuda:100", "hip:gfx942"]
 LIMITS: dict[str, dict[str, float]] = {
@@ -212,10 +212,11 @@ def _launch(variant: Variant, target: str) -> tuple[Any, tuple[Any, ...], dict[s
 
 def _launch_shard(kernels: Any, *given: Any) -> None:
     """The steps of one of four processes."""
-    found = kernels.shard_statistics(*given)
-    found = found._replace(gathered=torch.stack([found.gathered] * 4))
-    sums = kernels.shard_sums(*given, found)
-    kernels.shard_results(*given, found, sums if sums is None else torch.stack([sums] * 4))
+    call = ShardCall(*given)
+    found = kernels.shard_statistics(call)
+    call = call._replace(statistics=found._replace(gathered=torch.stack([found.gathered] * 4)))
+    sums = kernels.shard_sums(call)
+    kernels.shard_results(call._replace(sums=None if sums is None else torch.stack([sums] * 4)))
 
 
 def _launch_topk(
