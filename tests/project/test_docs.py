@@ -270,7 +270,7 @@ def test_links_lead_somewhere(path: Path) -> None:
 
 @page
 def test_tests_that_a_page_names_exist(path: Path) -> None:
-    named = re.findall(r"`(tests/\w+\.py)::(\w+)", path.read_text(encoding="utf-8"))
+    named = re.findall(r"`(tests/[\w/]+\.py)::(\w+)", path.read_text(encoding="utf-8"))
     missing = [
         f"{file}::{test}"
         for file, test in named
