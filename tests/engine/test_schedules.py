@@ -321,9 +321,9 @@ EVERY: dict[str, Callable[[Tensor, float], Tensor]] = {
     "cosine_loss": lambda s, x: x * features.cosine_loss(s, TEACHER),
     "HintLoss": lambda s, x: x * HINT(s, TEACHER),
     "FeatureLoss": lambda s, x: x * FEATURES([s.unsqueeze(0)], [TEACHER.unsqueeze(0)]),
-    "k1": lambda s, x: x * fastkd.k1(s, TEACHER).mean(),
-    "k2": lambda s, x: x * fastkd.k2(s, TEACHER).mean(),
-    "k3": lambda s, x: x * fastkd.k3(s, TEACHER).mean(),
+    "k1": lambda s, x: x * fastkd.sampled.k1(s, TEACHER).mean(),
+    "k2": lambda s, x: x * fastkd.sampled.k2(s, TEACHER).mean(),
+    "k3": lambda s, x: x * fastkd.sampled.k3(s, TEACHER).mean(),
     "inplace=True": lambda s, x: kd_loss(s * 1.0, TEACHER, temperature=x, inplace=True),
 }  # fmt: skip
 

@@ -49,7 +49,16 @@ NOT_LOSSES = {
     "fastkd.sequences": {"Sequences", "Step"},
     "fastkd.online": {"MutualParts"},
 }
-MODULES = ("response", "sequences", "calibration", "features", "distiller", "relations", "online")
+MODULES = (
+    "response",
+    "sequences",
+    "sampled",
+    "calibration",
+    "features",
+    "distiller",
+    "relations",
+    "online",
+)
 
 
 # ---- what pages are given
@@ -297,7 +306,7 @@ def public(name: str) -> set[str]:
 
 
 LOSSES = {
-    "fastkd": {"kd_loss", "fused_linear_kd_loss", "KDLoss", "FusedLinearKDLoss", "k1", "k2", "k3"},
+    "fastkd": {"kd_loss", "fused_linear_kd_loss", "KDLoss", "FusedLinearKDLoss"},
     "divergences": {*fastkd.DIVERGENCES, *WITH_LABELS},
     **{name: public(name) for name in MODULES},
 }
