@@ -192,7 +192,7 @@ Z, Y = torch.zeros(3, 4), torch.zeros(3, dtype=torch.int64)
         (
             {"labels": Y - 100},
             ValueError,
-            "labels must count at least one row, got 3 that are dropped",
+            "labels must leave at least one row that is not dropped, got 3 rows that all are",
         ),
         (
             {"labels": Y + 4},
@@ -230,7 +230,7 @@ def test_errors_of_options() -> None:
         torch.tensor([[NAN, 0.0]]),
         torch.tensor([[INF, 0.0]]),
     ):
-        with pytest.raises(ValueError, match="logits must be finite where it matters"):
+        with pytest.raises(ValueError, match="logits must not hold NaN or inf in counted rows"):
             fit_temperature(bad, torch.tensor([0]))
 
 
