@@ -220,7 +220,7 @@ def _counted_rows(
 
 
 def _chunks(logits: Tensor, labels: Tensor, rows: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield (logits minus each row's largest [C, V] float64, labels [C]); the logits are a copy the caller may write."""
+    """Yield (logits minus each row's largest [C, V], labels [C]). The logits are a float64 copy, free to overwrite."""
     lead, width = logits.shape[:-1], logits.shape[-1]
     for chunk in rows.split(max(CHUNK_BYTES // (8 * TEMPORARIES * width), 1)):
         z = take(logits.detach(), lead, chunk).to(torch.float64)
@@ -231,7 +231,7 @@ def _chunks(logits: Tensor, labels: Tensor, rows: Tensor) -> Iterator[tuple[Tens
 def _derivatives(
     logits: Tensor, labels: Tensor, rows: Tensor, inverse: float
 ) -> tuple[float, float]:
-    """Return the first two derivatives of the summed negative log-likelihood with respect to b = 1 / T, at b=inverse."""
+    """Return the first two derivatives of the summed negative log-likelihood by b = 1 / T, at b=inverse."""
     slope = torch.zeros((), dtype=torch.float64, device=logits.device)
     curvature = torch.zeros_like(slope)
     for z, label in _chunks(logits, labels, rows):

@@ -408,7 +408,7 @@ def test_tiles_of_any_size() -> None:
     given = matrices(29)
     exact, derivative = angles_in_tiles(*given, 1.0, True)
     for block in (1, 4, 28, 29):
-        budget = relations._TILES * 8 * 29 * block * block
+        budget = relations._TENSORS_PER_TILE * 8 * 29 * block * block
         value, found = angles_in_tiles(*given, 1.0, True, budget)
         same(value, exact)
         same(found + found.t(), derivative + derivative.t())
@@ -483,7 +483,7 @@ def test_without_the_extension(
 def test_a_device_without_a_kernel() -> None:
     # The public functions refuse meta tensors, which hold no numbers, before they choose a backend.
     with pytest.raises(BackendUnavailable, match="the points are on meta"):
-        relations._tiles("cpu", torch.device("meta"))
+        relations._choose_angles("cpu", torch.device("meta"))
 
 
 # What a caller may rely on.
