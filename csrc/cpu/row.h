@@ -389,6 +389,9 @@ class Row {
                        row.cross / row.t_sum,
                        row.entropy / row.s_sum,
                        row.s_total / call_.shard.total};
+    // NaN or an infinity is among the logits; a definition with a comparison in it may lose that.
+    const bool lost = std::isnan(row.s_sum) || (call_.alpha != 0 && std::isnan(row.t_sum));
+    if (call_.normalized && lost) weight_ = std::nan("");
   }
 
   // The sums of phi and g from the moments.
@@ -613,6 +616,8 @@ class Row {
   void set_apart() {
     RowStatistics& row = row_statistics_;
     if (whole()) label_z_ = label_logit(), t_label_z_ = teacher_label_logit();
+    // Neither is in the sums of conclude().
+    if (call_.alpha != 0 && (label_z_ == INF || t_label_z_ == INF)) weight_ = std::nan("");
     const double s_gap = label_z_ - row.s_max, t_gap = t_label_z_ - row.t_max;
     row.s_mean += s_gap / call_.shard.total;
     const double a = t_gap / teacher_softmax_.temperature - row.t_log_sum;

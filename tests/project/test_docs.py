@@ -476,9 +476,7 @@ def test_formulas_are_typeset() -> None:
     finally:
         sys.path.pop(0)
     blocks_of_pages = [
-        block
-        for path in PAGES
-        for block in re.findall(r"(?<=\n\n)(?: {4}\S.*\n)+", prose(path))
+        block for path in PAGES for block in re.findall(r"(?<=\n\n)(?: {4}\S.*\n)+", prose(path))
     ]
     assert blocks_of_pages
     for block in blocks_of_pages:
@@ -486,7 +484,7 @@ def test_formulas_are_typeset() -> None:
         ElementTree.fromstring(formulas.block(block))
     assert not formulas.is_formula("    loss = fastkd.kd_loss(student_logits, teacher_logits)\n")
     assert formulas.inline("½ Σ (√p - q)²") == (
-        "<math><mfrac><mn>1</mn><mn>2</mn></mfrac><mspace width=\"0.17em\"/><mo>Σ</mo><mspace width=\"0.17em\"/>"
+        '<math><mfrac><mn>1</mn><mn>2</mn></mfrac><mspace width="0.17em"/><mo>Σ</mo><mspace width="0.17em"/>'
         "<msup><mrow><mo>(</mo><msqrt><mi>p</mi></msqrt><mo>−</mo><mi>q</mi><mo>)</mo></mrow><mrow><mn>2</mn></mrow>"
         "</msup></math>"
     )
