@@ -803,10 +803,19 @@ class Row {
     const double weight = std::exp(s_gap / UNTEMPERED.temperature - row_statistics_.s_log_sum_at_1);
     const V factor = splat(float(q_scale_ * weight));
     const V uniform = splat(float(ce_scale_ * call_.label_smoothing / call_.shard.total));
+    const int64_t column = label_ - b * BLOCK;
+    const bool here = column >= 0 && column < n;
+    const float distillation = here ? scratch.gradient[column] : 0;
     for (int i = 0; i < n; i += LANES)
       store(scratch.gradient + i, load(scratch.gradient + i) + (load(e + i) * factor - uniform));
-    const int64_t column = label_ - b * BLOCK;
-    if (column >= 0 && column < n) scratch.gradient[column] -= float(ce_scale_ * (1 - call_.label_smoothing));
+    if (!here) return;
+    if (sure_[0] == label_ && !separate_at_1_) {  // q - 1 would have no digits
+      const double smoothed = call_.label_smoothing * (1 - 1.0 / call_.shard.total);
+      const double rest = sure_values_.s_rest / sure_values_.s_sum;
+      scratch.gradient[column] = float(distillation + (ce_scale_ * smoothed - q_scale_ * rest));
+    } else {
+      scratch.gradient[column] -= float(ce_scale_ * (1 - call_.label_smoothing));
+    }
   }
 
   float label_logit() const { return logit_at(student_, call_.student.dtype, s_adjust_, label_); }
