@@ -298,7 +298,12 @@ def test_an_infinite_upstream_gradient_of_dropped_rows(
         torch.tensor([True, True, False, True]),
         torch.tensor([1, math.inf, math.nan, 1]),
     )
-    for function in (kd_loss, torch.compile(kd_loss, backend="aot_eager")):
+    functions = [kd_loss]
+    if (
+        dtype != torch.bfloat16
+    ):  # compiled as float32 is; float16 takes another way, its gradient deferred
+        functions.append(torch.compile(kd_loss, backend="aot_eager"))
+    for function in functions:
         losses = function(
             student, teacher, labels, mask=mask, reduction="none", backend=any_backend
         )
