@@ -52,9 +52,7 @@ def _in_python(text: str, function: str) -> tuple[int, str] | None:
     for name in function.split("."):
         inside = (child for node in nodes for child in ast.walk(node))
         nodes = [
-            n
-            for n in inside
-            if isinstance(n, (ast.FunctionDef, ast.ClassDef)) and n.name == name
+            n for n in inside if isinstance(n, (ast.FunctionDef, ast.ClassDef)) and n.name == name
         ]
     if not nodes:
         return None

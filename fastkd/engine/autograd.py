@@ -22,6 +22,7 @@ from fastkd.backends import registry
 from fastkd.call.checks import Numbers, settled
 from fastkd.call.contract import Options, Result, Rows, Want, row_dtype
 from fastkd.core.tensors import copied, savable
+from fastkd.engine.backend import kernels_for
 from fastkd.engine.graphs import described, from_description, pack, unpack
 
 
@@ -123,7 +124,7 @@ class KDRows(torch.autograd.Function):
         chosen = registry.select(
             backend, student.device.type, student.dtype, teacher.dtype, options.divergence
         )
-        kernels = registry.kernels_for(chosen, options.shard)
+        kernels = kernels_for(chosen, options)
         result: Result = kernels.kd_rows(student, teacher, rows, options, _without_deferred(want))
         kept = rows_to_keep(rows, want, result.loss, summed)
         if want.deferred:
@@ -243,11 +244,10 @@ def kd_rows_op(
     """Result as a tuple; what is not wanted is an empty tensor. The backend is chosen when it runs."""
     rows = Rows(labels, weight, temperature, teacher_temperature, scale, ids, tail_logprob)
     options, want, _ = from_schema(Schema(names, constants, integers, symbols), rows)
-    kernels = registry.load(
-        registry.select(
-            backend, student.device.type, student.dtype, teacher.dtype, options.divergence
-        )
+    chosen = registry.select(
+        backend, student.device.type, student.dtype, teacher.dtype, options.divergence
     )
+    kernels = kernels_for(chosen, options)
     result = kernels.kd_rows(student, teacher, rows, options, _without_deferred(want))
     return tuple(student.new_empty(0) if tensor is None else tensor for tensor in result)  # type: ignore[return-value]
 

@@ -70,7 +70,10 @@ CALLS: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
     "LinearTeacher": (fastkd.LinearTeacher, {"hidden": HIDDEN, "weight": HEAD}),
     "Ensemble": (fastkd.Ensemble, {"teachers": [T, T], "weights": [1.0, 2.0]}),
     "memory_plan": (fastkd.memory_plan, {"rows": 3, "vocab_size": 7, "hidden_size": 4}),
-    "k1": (fastkd.k1, {"student_logprobs": S[..., 0], "teacher_logprobs": T[..., 0], "mask": MASK}),
+    "k1": (
+        fastkd.sampled.k1,
+        {"student_logprobs": S[..., 0], "teacher_logprobs": T[..., 0], "mask": MASK},
+    ),
     **{
         make.__name__: (make, {})
         for make in (divergences.TABLE | divergences.WITH_LABELS).values()
