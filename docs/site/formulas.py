@@ -11,10 +11,13 @@ import html
 import re
 from typing import NamedTuple
 
-GREEK = {
-    "alpha": "α", "beta": "β", "gamma": "γ", "delta": "δ", "eps": "ε", "theta": "θ", "lambda": "λ", "mu": "μ",
-    "phi": "φ", "tau": "τ",
-}  # fmt: skip
+GREEK = dict(
+    zip(
+        "alpha beta gamma delta eps theta lambda mu phi tau".split(),
+        "αβγδεθλμφτ",  # noqa: RUF001 - Greek letters are meant
+        strict=True,
+    )
+)
 FUNCTIONS = set(
     "KL CE JSD TCKD NCKD D H log exp max min mean std cos huber Huber softmax argmax lse NLL sg logaddexp".split()
 )

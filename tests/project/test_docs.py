@@ -418,7 +418,7 @@ def test_what_a_page_quotes_is_in_the_source() -> None:
     blocks_of_files = re.findall(r"^```\w+ title=(\S+)\n(.*?)^```$", text, re.S | re.M)
     assert blocks_of_files
     for file, body in blocks_of_files:
-        assert body in (ROOT / file).read_text(encoding="utf-8"), file
+        assert body in (ROOT / file).read_text(encoding="utf-8"), f"{file}: run python docs/walk.py"
     named = re.findall(r"`((?:fastkd|csrc|kernels)/[\w/.]+)`\s+`(\w+)`", text)
     assert len(named) > 20
     missing = [
