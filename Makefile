@@ -125,6 +125,7 @@ MKDOCS := NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs
 .PHONY: docs docs-serve
 docs: $(VENV)/.docs ## the documentation site, in build/site; a warning or a dead link is an error
 	$(PY) docs/drawings.py
+	$(PY) docs/walk.py
 	$(MKDOCS) build --strict
 	$(PY) docs/site/check.py build/site
 

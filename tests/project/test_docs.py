@@ -483,9 +483,9 @@ def test_formulas_are_typeset() -> None:
         assert formulas.is_formula(block), f"an indented block that is no formula: {block}"
         ElementTree.fromstring(formulas.block(block))
     assert not formulas.is_formula("    loss = fastkd.kd_loss(student_logits, teacher_logits)\n")
-    assert formulas.inline("½ Σ (√p - q)²") == (
+    assert formulas.inline("½ Σ (√p + q)²") == (
         '<math><mfrac><mn>1</mn><mn>2</mn></mfrac><mspace width="0.17em"/><mo>Σ</mo><mspace width="0.17em"/>'
-        "<msup><mrow><mo>(</mo><msqrt><mi>p</mi></msqrt><mo>−</mo><mi>q</mi><mo>)</mo></mrow><mrow><mn>2</mn></mrow>"
+        "<msup><mrow><mo>(</mo><msqrt><mi>p</mi></msqrt><mo>+</mo><mi>q</mi><mo>)</mo></mrow><mrow><mn>2</mn></mrow>"
         "</msup></math>"
     )
 
