@@ -458,9 +458,8 @@ def hellinger() -> Divergence:
 def _alpha_beta(
     p, q, log_p, log_q, log_ratio, alpha, beta, coefficient, p_share, q_share, whole, part, rest
 ):
-    # Of positive exponents: powers of the ratio, less 1, times the power whole + rest = alpha + beta of the larger of p
-    # and q. whole is 0 or 1, and part is 1 - whole: a small rest keeps the digits that the rounding of log p would
-    # cost.
+    # Of positive exponents: powers of the ratio, less 1, times the power alpha + beta = whole + rest of the larger of p
+    # and q. whole is 0 or 1, and part 1 - whole: a small rest keeps the digits that the rounding of log p would cost.
     size = -abs(log_ratio)
     larger = whole * where(log_ratio > 0.0, p, q) + part
     change = rest * where(log_ratio > 0.0, log_p, log_q)
