@@ -370,8 +370,8 @@ def kd_chunks(
     if logits_dtype is None:
         dtype = student.hidden.dtype
         logits_dtype = dtype if student.weight is None else wide(dtype)
-    if torch.compiler.is_compiling() and not want.inplace:
-        assert numbers is not None
+    compiling = torch.compiler.is_compiling()
+    if compiling and numbers is not None and not want.inplace:
         results = kd_chunks_op(
             *student,
             tensors,
@@ -391,13 +391,13 @@ def kd_chunks(
     call = _Call(
         options, want, wanted, backend, form, weights, chunk_size, memory_budget, logits_dtype
     )
-    if numbers is None:
+    if numbers is None and not compiling:
         return KDChunks.apply(*student, tensors, rows, call, summed)
     return torch.compiler.disable(_run_eagerly)(numbers, *student, tensors, rows, call, summed)
 
 
 def _run_eagerly(
-    numbers: Numbers,
+    numbers: Numbers | None,
     hidden: Tensor,
     weight: Any,
     bias: Any,
@@ -407,5 +407,6 @@ def _run_eagerly(
     *rest: Any,
 ) -> tuple[Tensor | None, ...]:
     # As in fastkd.engine.autograd: the graph is broken.
-    call = call._replace(options=settled(call.options, numbers, rows))
+    if numbers is not None:
+        call = call._replace(options=settled(call.options, numbers, rows))
     return KDChunks.apply(hidden, weight, bias, teacher, rows, call, *rest)
