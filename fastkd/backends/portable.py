@@ -40,6 +40,7 @@ from fastkd.call.contract import (
 )
 from fastkd.call.log_zero import evaluate
 from fastkd.call.rows import At, put, rows_at, take
+from fastkd.core.tensors import readable
 from fastkd.divergences import (
     DEFINITIONS,
     ENTRY,
@@ -840,6 +841,13 @@ def _dense_piece(
         if tempering is not None:
             wrong = ~(tempering > 0).unsqueeze(-1)
             invalid = wrong if invalid is None else invalid | wrong
+    for side in (s, t):
+        if side is not None and side.softmax is not None:
+            # NaN or +inf among its logits, which a definition with a comparison in it may lose.
+            wrong = side.softmax.total.isnan()
+            if apart and side.label is not None:  # which is not in the sum
+                wrong = wrong | (side.label == torch.inf)
+            invalid = wrong if invalid is None else invalid | wrong
     if invalid is not None:
         if not isinstance(weight, Tensor):
             weight = torch.full((count, 1), weight, dtype=dtype, device=device)
@@ -957,6 +965,7 @@ def _add_cross_entropy(
 @torch.no_grad()
 def kd_rows(student: Tensor, teacher: Tensor, rows: Rows, options: Options, want: Want) -> Result:
     """The loss of each row and its gradients; shapes and meaning as :class:`fastkd.call.contract.Result` has them."""
+    student, teacher = readable(student), readable(teacher)
     lead, device, columns = student.shape[:-1], student.device, options.vocab_size
     dtype = row_dtype(student.dtype, teacher.dtype)
     result = native.outputs(student, teacher, want, row_dtype=dtype)
@@ -1056,6 +1065,7 @@ def _student_pieces(
 ) -> Iterator[tuple[At, Tensor, Rows, _Scratch]]:
     """(which rows, their logits, what belongs to them, buffers) of the counted rows, piece by piece."""
     lead, device, columns = student.shape[:-1], student.device, options.vocab_size
+    student = readable(student)
     numbers = _counted(rows, options.ignore_index, device)
     count = lead.numel() if numbers is None else numbers.numel()
     step = min(piece_rows(columns, dtype, device.type), max(count, 1))
@@ -1192,7 +1202,7 @@ def _spread_piece(
     # Where there is no tail its derivative may be infinite, and is one of nothing.
     of_tail = gradient[:, -1:].masked_fill(column(events.tail_log_sum) == -torch.inf, 0.0)
     z.mul_(of_tail)
-    z.scatter_add_(-1, seats, gradient[:, :-1].masked_fill(~here, 0.0))
+    z.scatter_add_(-1, seats, gradient[:, :-1].masked_fill(~here, 0.0).to(dtype))
     if entropic is not None:
         z.add_(entropic)
     if slope is not None:

@@ -347,6 +347,13 @@ def _results(
         if tempering is not None:  # an invalid temperature poisons its row
             weight = torch.where(tempering > 0, weight, torch.nan)
 
+    if divergence.normalized and alpha:
+        # NaN or +inf among the logits, which a definition with a comparison in it may lose.
+        lost = (found.s_sum + found.t_sum).isnan()
+        if divergence.target is not None:  # the label's logit is in neither sum
+            lost = lost | (found.label == torch.inf) | (found.t_label == torch.inf)
+        weight = torch.where(lost, torch.nan, weight)
+
     cross_entropy = torch.zeros_like(distillation)
     cross_entropy_gradient: Tensor | float = 0.0
     label_gradient: Tensor | float = 0.0

@@ -249,7 +249,7 @@ def _truncated(
 ) -> tuple[Tensor, Tensor]:
     """(sum of phi over the tokens [...], its gradient by the events' tempered logits [..., K + 1])."""
     z = torch.cat([events.tokens, events.tail.unsqueeze(-1)], -1) / _per_row(temperature)
-    log_q = z.log_softmax(-1)
+    log_q = z.to(logprobs.dtype).log_softmax(-1)
     q = log_q.exp()
     phi, g, _ = evaluate(options.divergence, logprobs, log_q[..., :-1])
     total = g.sum(-1, keepdim=True)

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from fastkd.call.contract import Options, Rows, Shard, Want, counted_rows
 from fastkd.call.rows import At, put, rows_at, take
+from fastkd.core.tensors import readable
 from fastkd.engine.matmul import add_weight_gradient, as_operand, hidden_gradient, make_logits
 from fastkd.teachers import Ensemble, LinearTeacher
 
@@ -117,7 +118,7 @@ class _StudentChunks:
         hidden, weight, bias = self.student
         rows = take(hidden, self.lead, at)
         if weight is None:
-            return buffer.copy_(rows[:, : self.vocabulary])
+            return buffer.copy_(readable(rows[:, : self.vocabulary]))
         bias = None if bias is None else bias[: self.vocabulary]
         return make_logits(rows, weight[: self.vocabulary], bias, buffer)
 

@@ -22,7 +22,7 @@ from fastkd.core.tensors import copied, savable
 from fastkd.engine import autograd
 from fastkd.engine.backend import kernels_for
 from fastkd.engine.chunks import Chunked, Student, chunks_of_rows, saved_dtype
-from fastkd.engine.plan import TOPK_BYTES, MemoryPlan, Shape, plan, wide
+from fastkd.engine.plan import TOPK_BYTES, MemoryPlan, Shape, checked_sizes, plan, wide
 from fastkd.teachers import Ensemble, LinearTeacher, Teacher, flatten, unflatten, weights_of
 
 
@@ -370,6 +370,7 @@ def kd_chunks(
     if logits_dtype is None:
         dtype = student.hidden.dtype
         logits_dtype = dtype if student.weight is None else wide(dtype)
+    chunk_size, memory_budget = checked_sizes(chunk_size, memory_budget)
     compiling = torch.compiler.is_compiling()
     if compiling and numbers is not None and not want.inplace:
         results = kd_chunks_op(
@@ -393,6 +394,7 @@ def kd_chunks(
     )
     if numbers is None and not compiling:
         return KDChunks.apply(*student, tensors, rows, call, summed)
+    # As in fastkd.engine.autograd: the graph was broken inside the validation.
     return torch.compiler.disable(_run_eagerly)(numbers, *student, tensors, rows, call, summed)
 
 
@@ -406,7 +408,6 @@ def _run_eagerly(
     call: _Call,
     *rest: Any,
 ) -> tuple[Tensor | None, ...]:
-    # As in fastkd.engine.autograd: the graph is broken.
     if numbers is not None:
         call = call._replace(options=settled(call.options, numbers, rows))
     return KDChunks.apply(hidden, weight, bias, teacher, rows, call, *rest)

@@ -64,18 +64,26 @@ def budget_of(device: str) -> int:
     return CPU_BUDGET if device == "cpu" else DEVICE_BUDGET
 
 
+def checked_sizes(
+    chunk_size: int | None, memory_budget: int | None
+) -> tuple[int | None, int | None]:
+    """Both as Python's numbers; raise unless each is a positive int or None."""
+    sizes = {"chunk_size": plain(chunk_size), "memory_budget": plain(memory_budget)}
+    for name, value in sizes.items():
+        if value is None:
+            continue
+        if type(value) is not int:
+            raise TypeError(f"{name} must be an int or None, got {type(value).__name__}")
+        if value < 1:
+            raise ValueError(f"{name} must be positive, got {value}")
+    return sizes["chunk_size"], sizes["memory_budget"]
+
+
 def plan(
     shape: Shape, chunk_size: int | None = None, memory_budget: int | None = None
 ) -> MemoryPlan:
     """The plan of a call; the arguments are those of fused_linear_kd_loss, which a call names in errors."""
-    for name, value in (("chunk_size", chunk_size), ("memory_budget", memory_budget)):
-        if value is None:
-            continue
-        if type(plain(value)) is not int:
-            raise TypeError(f"{name} must be an int or None, got {type(value).__name__}")
-        if value < 1:
-            raise ValueError(f"{name} must be positive, got {value}")
-    chunk_size, memory_budget = plain(chunk_size), plain(memory_budget)
+    chunk_size, memory_budget = checked_sizes(chunk_size, memory_budget)
     low = shape.dtype in LOW_PRECISION
     converts = low and shape.logits_dtype != shape.dtype
     a_row = shape.vocabulary * shape.logits_dtype.itemsize

@@ -409,7 +409,7 @@ def test_tiles_of_any_size() -> None:
     given = matrices(29)
     exact, derivative = angles(*given, 1.0, True)
     for block in (1, 4, 28, 29):
-        budget = in_tiles._TILES * 8 * 29 * block * block
+        budget = in_tiles._TENSORS_PER_TILE * 8 * 29 * block * block
         value, found = angles(*given, 1.0, True, budget)
         same(value, exact)
         same(found + found.t(), derivative + derivative.t())
