@@ -300,8 +300,8 @@ def test_label_smoothing(
     torch.testing.assert_close(loss, expected, rtol=1e-6, atol=0)
     assert "labels" in batch
     for options, message in (
-        ({"alpha": 1.0}, "alpha=1 leaves out"),
-        ({"alpha": 0.5, "label_smoothing": 0.1}, "is 0.1 in loss_kwargs, and .* is 0.2"),
+        ({"alpha": 1.0}, "alpha=1 omits"),
+        ({"alpha": 0.5, "label_smoothing": 0.1}, "is 0.1 in loss_kwargs, but .* is 0.2"),
     ):
         with pytest.raises(ValueError, match=message):
             kd_trainer(student, args, teacher_model=teacher, loss_kwargs=options)
