@@ -94,22 +94,22 @@ bench-compare: $(STACKS)/.stacks ## whether a run is worse than one before: make
 
 bench: $(STACKS)/.stacks build build/demo/.stamp ## the whole comparison, in build/bench/full.*, and the benchmarks of single questions
 	$(call SUITE,full,)
-	$(STACKS_PY) bench/loss.py
-	THP_MEM_ALLOC_ENABLE=1 $(STACKS_PY) bench/loss.py
-	$(STACKS_PY) bench/memory.py
-	$(STACKS_PY) bench/accuracy.py
-	$(STACKS_PY) bench/topk.py
-	$(STACKS_PY) bench/linear.py
-	$(STACKS_PY) bench/online.py
-	$(STACKS_PY) bench/relations.py
-	$(STACKS_PY) bench/imports.py
+	$(STACKS_PY) bench/studies/loss.py
+	THP_MEM_ALLOC_ENABLE=1 $(STACKS_PY) bench/studies/loss.py
+	$(STACKS_PY) bench/studies/memory.py
+	$(STACKS_PY) bench/studies/accuracy.py
+	$(STACKS_PY) bench/studies/topk.py
+	$(STACKS_PY) bench/studies/linear.py
+	$(STACKS_PY) bench/studies/online.py
+	$(STACKS_PY) bench/studies/relations.py
+	$(STACKS_PY) bench/studies/imports.py
 
 # With the torch and Triton that the machine has, and no network: GPU_PYTHON is the interpreter that holds them. Set
 # WHEELS to a folder to compare with the losses of other packages in it.
 GPU_PYTHON ?= python3
 WHEELS ?=
 gpu: ## on a machine with a GPU: build, test, sanitize and measure there; writes bench/results/<device>/
-	GPU_PYTHON='$(GPU_PYTHON)' WHEELS='$(WHEELS)' bash bench/gpu.sh
+	GPU_PYTHON='$(GPU_PYTHON)' WHEELS='$(WHEELS)' bash bench/studies/gpu.sh
 
 divergences: $(VENV)/.dev ## after a change of fastkd/divergences.py: its C++ header, the extension, the table's tests
 	$(PY) csrc/generate.py

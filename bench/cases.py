@@ -20,7 +20,7 @@ import fastkd
 
 ROOT = Path(__file__).resolve().parent.parent
 ASSETS = ROOT / "build" / "demo"
-FEW_REAL_LOGITS = ROOT / "tests" / "data" / "smollm2.npz"
+FEW_REAL_LOGITS = ROOT / "tests" / "support" / "data" / "smollm2.npz"
 SMOLLM2 = {"hidden": 576, "vocabulary": 49_152}
 ROWS_AT_A_TIME = 64  # of the truth, whose float64 copies then stay small
 # A contender may lose this many times what plain PyTorch does in the same dtype, for another order of operations; what

@@ -17,7 +17,10 @@ from support.paths import ROOT
 from torch import Tensor
 
 BENCH = ROOT / "bench"
-sys.path.append(str(BENCH))  # after tests/, which has modules of the same names
+sys.path += [
+    str(BENCH),
+    str(BENCH / "studies"),
+]  # after tests/, which has modules of the same names
 
 import cases  # noqa: E402 (from bench/)
 import compare  # noqa: E402 (from bench/)

@@ -1,6 +1,6 @@
 """What `import fastkd` costs a process that has torch already: the median of several processes, in milliseconds.
 
-    python bench/imports.py
+    python bench/studies/imports.py
 
 tests/backends/test_dispatch.py asserts what is loaded; how long that takes depends on the machine.
 """
@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 from statistics import median
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 # torch's objects are not searched for garbage meanwhile, which would be most of the time.
 CODE = """
 import gc, time, torch

@@ -1,12 +1,12 @@
 """Deep mutual learning of M students on the CPU: forward and gradient of every student, beside PyTorch pair by pair.
 
-    python bench/online.py
+    python bench/studies/online.py
 
 The baselines are M (M - 1) calls of torch.nn.functional.kl_div, with peers detached and in float32: `a model` takes a
 log-softmax of each student once and uses it in every pair, `a call` takes both anew for every pair, as the loops of
 published code do. Contenders run in turn within a round; a time is the median over the rounds, a ratio the median of
 those within them. Memory is the peak of a step beyond the logits, gradients included, in tensors of one student's
-logits; each is measured in a process of its own (bench/memory.py says how). Errors are the largest of any student, of
+logits; each is measured in a process of its own (memory.py says how). Errors are the largest of any student, of
 losses a row and of gradients, against float64, on fewer rows; of a bfloat16 gradient, most is its rounding.
 """
 
@@ -19,6 +19,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import study  # noqa: F401 (bench/ is importable from here on)
 import torch
 import torch.nn.functional as F
 from contenders import DTYPES

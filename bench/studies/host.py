@@ -1,8 +1,8 @@
 """What a call costs the host before the device has anything to do.
 
-    python bench/host.py     without a GPU: Triton compiles for sm_90, and launches nothing
+    python bench/studies/host.py     without a GPU: Triton compiles for sm_90, and launches nothing
 
-bench/gpu.py has the same calls on a GPU, beside eager PyTorch, and with the launch in them.
+bench/studies/gpu.py has the same calls on a GPU, beside eager PyTorch, and with the launch in them.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+import study  # noqa: F401 (bench/ is importable from here on)
 import torch
 from contenders import LOSSES, Rows, fastkd_loss
 from report import Table, add_arguments, emit
@@ -23,7 +24,7 @@ from torch import Tensor
 
 import fastkd
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tests"))
 from support.triton_aot import Caught, catch, launch_nothing
 
 SHAPES = ((8, 1_000), (64, 32_768))
@@ -106,7 +107,7 @@ def main() -> None:
     add_arguments(parser)
     arguments = parser.parse_args()
     if torch.cuda.is_available():
-        parser.exit(1, "bench/gpu.py measures this on a GPU\n")
+        parser.exit(1, "bench/studies/gpu.py measures this on a GPU\n")
     launch_nothing()
     torch.set_num_threads(arguments.threads or 1)
     loss = fastkd_loss(LOSSES["forward_kl"], backend="triton")

@@ -1,7 +1,7 @@
 """Error of loss and gradient against float64: fastkd, plain PyTorch in float32, and in bfloat16.
 
-    python bench/accuracy.py
-    python bench/accuracy.py --worst [--backend cpu] [--widest 50000]
+    python bench/studies/accuracy.py
+    python bench/studies/accuracy.py --worst [--backend cpu] [--widest 50000]
 
 With --worst it prints one table: on peaked, close and real rows, the worst ratio of fastkd's error to that of float32
 PyTorch, a divergence a line, for the value and both gradients. tests/support/sure_rows.py says what is measured, and
@@ -23,6 +23,7 @@ import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import study  # noqa: F401 (bench/ is importable from here on)
 import torch
 from contenders import DTYPES, LOSSES, Loss, Rows, eager_rows, fastkd_loss, from_definition
 from report import Table, add_arguments, emit, progress
@@ -30,7 +31,7 @@ from torch import Tensor
 
 import fastkd
 
-sys.path.append(str(Path(__file__).resolve().parents[1] / "tests"))
+sys.path.append(str(Path(__file__).resolve().parents[2] / "tests"))
 from support import sure_rows
 
 ROWS = 32

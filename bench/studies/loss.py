@@ -1,11 +1,11 @@
 """How long losses take on the CPU, in plain PyTorch, under torch.compile and in fastkd.
 
-    python bench/loss.py
+    python bench/studies/loss.py
 
 Every contender runs once a round, in a new random order each round, so that whatever else the machine
 does falls on all of them. A time is the median over the rounds; a ratio is the median of the ratios
 within the rounds. `eager` computes in float32 and is the headline; `eager, no upcast` stays in
-bfloat16, where log-softmax is inexact (bench/accuracy.py shows by how much).
+bfloat16, where log-softmax is inexact (bench/studies/accuracy.py shows by how much).
 
 Two floors run in the same rounds. No loss is in them:
 
@@ -23,6 +23,7 @@ from collections.abc import Sequence
 from statistics import median
 from typing import Any
 
+import study  # noqa: F401 (bench/ is importable from here on)
 import torch
 from contenders import (
     CONTENDERS,

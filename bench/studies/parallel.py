@@ -1,7 +1,7 @@
 """What a loss costs whose vocabulary is spread over processes: a model as code, and gloo processes of this machine.
 
-    python bench/parallel.py             measures 1, 2 and 4 processes, and how far the model is from them
-    python bench/parallel.py --large     no measurement: the tables of docs/parallel.md for large runs
+    python bench/studies/parallel.py             measures 1, 2 and 4 processes, and how far the model is from them
+    python bench/studies/parallel.py --large     no measurement: the tables of docs/parallel.md for large runs
 
 The model counts floating-point operations, bytes of local memory, bytes on the wire and collectives of a call, of one
 process; what a unit of each costs is a Machine. Fitted are, here, how fast one process sweeps (each loss) and
@@ -19,6 +19,7 @@ from contextlib import contextmanager
 from statistics import median
 from typing import Any, NamedTuple
 
+import study  # noqa: F401 (bench/ is importable from here on)
 import torch
 import torch.distributed as dist
 from report import Table, add_arguments, emit, progress

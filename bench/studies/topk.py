@@ -1,6 +1,6 @@
 """What a sparse teacher costs beside a dense one: forward and gradient of forward KL, in the same rounds.
 
-    python bench/topk.py
+    python bench/studies/topk.py
 
 Reading the student's logits and writing their gradient is two thirds of the bytes that a dense teacher moves. `copy` is
 torch's own copy of as many bytes, from one tensor to another. Taking the log-probabilities is not in the times.
@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
+import study  # noqa: F401 (bench/ is importable from here on)
 import torch
 from contenders import DTYPES, random_logits, shape_of
 from measure import Contender, interleave, milliseconds, nothing, ratio

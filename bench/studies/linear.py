@@ -1,13 +1,13 @@
 """Losses from hidden states and an lm_head: time, memory and error, against eager, torch.compile, TRL and Liger.
 
-    python bench/linear.py
+    python bench/studies/linear.py
 
 The yardstick is `four GEMMs`: logits of student and teacher, the gradients of hidden states and weight, with fastkd's
 own chunks and buffers that exist already, and nothing else. A loss that makes the student's logits once and never
 recomputes needs them all; what it takes beyond them is the price of the loss.
 
-- Times: contenders take turns within a round, as in bench/loss.py; ratios are medians of those within the rounds.
-- Memory: the peak beyond inputs and gradients, each case a process of its own, as in bench/memory.py.
+- Times: contenders take turns within a round, as in loss.py; ratios are medians of those within the rounds.
+- Memory: the peak beyond inputs and gradients, each case a process of its own, as in memory.py.
 - Error: of the gradients against float64, relative to the largest entry, on few rows; with bfloat16 operands too.
 
 The head is SmolLM2's own where `make demo` has put it, with hidden states that the model has on real text; the case of
@@ -22,6 +22,7 @@ import subprocess
 import sys
 from typing import Any, NamedTuple
 
+import study  # noqa: F401 (bench/ is importable from here on)
 import torch
 from cases import hidden_states
 from contenders import LOSSES

@@ -1,6 +1,6 @@
 """Peak memory of a loss and its gradient beyond the logits, in multiples of one [N, V] tensor of theirs.
 
-    python bench/memory.py
+    python bench/studies/memory.py
 
 Each case is a process of its own: it makes the logits, takes one step to warm up (threads, compiled
 code), gives everything back, and asks the Linux kernel for the highest resident memory of the next
@@ -20,6 +20,7 @@ import subprocess
 import sys
 from typing import Any
 
+import study  # noqa: F401 (bench/ is importable from here on)
 import torch
 from contenders import (
     CONTENDERS,

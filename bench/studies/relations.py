@@ -1,10 +1,10 @@
 """RKD's angle loss and its gradient beside the published dense form: time, memory and error.
 
-    python bench/relations.py
+    python bench/studies/relations.py
 
 The dense form is that of the paper's code: all differences [N, N, D], normalised, multiplied to cosines [N, N, N],
 smooth L1. Each case is a process of its own, which takes a step to warm up, then times some, and asks Linux for the
-highest resident memory of those (as bench/memory.py does). Errors are against the same form in float64, a block of
+highest resident memory of those (as memory.py does). Errors are against the same form in float64, a block of
 apexes at a time. The dense form is left out where it needs more memory than is free, and so are float64 and fastkd in
 plain PyTorch where they take more than minutes.
 """
@@ -21,6 +21,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+import study  # noqa: F401 (bench/ is importable from here on)
 import torch
 import torch.nn.functional as F
 from measure import peak_extra, seconds_of

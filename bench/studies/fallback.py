@@ -1,6 +1,6 @@
 """What computes where there is no kernel, next to the plain PyTorch that it replaces.
 
-    python bench/fallback.py
+    python bench/studies/fallback.py
 
 Loss and gradient of every divergence on the CPU, without a compiler or in float64: the portable backend's time as a
 share of eager code's, the median of the ratios within interleaved rounds, and the peak of memory of both. One thread,
@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 from functools import partial
 
+import study  # noqa: F401 (bench/ is importable from here on)
 import torch
 from contenders import (
     LOSSES,

@@ -1,11 +1,11 @@
 """Losses on a GPU: time, share of the bandwidth that a copy reaches, memory; from hidden states; and the host's time.
 
-    python bench/gpu.py
+    python bench/studies/gpu.py
 
 - The floor of a loss with its gradient is 3 b: both logits read and one gradient written. `of copy` is that many bytes
   over the time, over what `out.copy_(x)` moves in the same run. A loss that needs fewer bytes does not exist.
 - A contender is compared with float64 on a few rows before it is timed, and left out, by name, where it is wrong.
-- Contenders take turns within a round, as in bench/loss.py; a time is a median.
+- Contenders take turns within a round, as in bench/studies/loss.py; a time is a median.
 - Peaks are torch's own count, beyond the inputs.
 
 Results go to bench/results/<device>/ as JSON and Markdown. `--sanitize` runs a small grid and measures nothing.
@@ -18,11 +18,11 @@ import re
 from collections.abc import Callable
 from functools import partial
 from itertools import chain
-from pathlib import Path
 from statistics import median
 from typing import Any
 
 import linear
+import study
 import torch
 from contenders import LOSSES, Loss, Rows, eager_rows, fastkd_loss, mean_of
 from host import host_time
@@ -299,7 +299,7 @@ def main() -> None:
         *(f"fastkd {backend}" for backend in own_backends()), "eager", "torch.compile", "Liger",
     ]  # fmt: skip
     device = re.sub(r"\W+", "-", torch.cuda.get_device_name()).strip("-").lower()
-    folder = Path(__file__).parent / "results" / device
+    folder = study.BENCH / "results" / device
     folder.mkdir(parents=True, exist_ok=True)
     arguments.json = arguments.json or folder / "gpu.json"
     arguments.markdown = arguments.markdown or folder / "README.md"

@@ -1,7 +1,7 @@
 """Tiles of the Triton kernel: which candidates keep to registers, and which is the fastest; writes kernels/tuning.py.
 
-    python bench/tune.py                     on a GPU: times what does not spill, and writes this GPU's entries
-    python bench/tune.py --compile sm_90     anywhere: compiles for that architecture, and writes nothing
+    python bench/studies/tune.py                     on a GPU: times what does not spill, and writes this GPU's entries
+    python bench/studies/tune.py --compile sm_90     anywhere: compiles for that architecture, and writes nothing
 
 A candidate is a tile for every divergence of its kind, so one that spills for any of KINDS is out. Gradients go to a
 tensor of their own: in place, a second run would have another input.
@@ -16,6 +16,7 @@ from functools import partial
 from pathlib import Path
 from statistics import median
 
+import study  # noqa: F401 (bench/ is importable from here on)
 import torch
 from gpu import logits, timed
 from report import Table, add_arguments, emit, progress
@@ -25,7 +26,7 @@ from fastkd.call.contract import Options, Rows, Want
 from fastkd.kernels import kernel as kernels
 from fastkd.kernels import tuning
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "tests"))
 from support.triton_aot import Caught, Resources, catch, resources  # noqa: E402 (beside the tests)
 
