@@ -1,78 +1,63 @@
-"""What a sparse teacher costs beside a dense one: forward and gradient of forward KL, in the same rounds.
+"""The cost of a sparse teacher beside a dense one: forward and gradient of forward KL, in the same rounds.
 
     python bench/studies/topk.py
 
-Reading the student's logits and writing their gradient is two thirds of the bytes that a dense teacher moves. `copy` is
-torch's own copy of as many bytes, from one tensor to another. Taking the log-probabilities is not in the times.
+A dense teacher's loss moves three tensors of logits. Reading the student's logits and writing their gradient is two of
+them. `copy` is torch's own copy of as many bytes from one tensor to another. Computing the log-probabilities is not
+part of the times.
 """
 
 from __future__ import annotations
 
-import argparse
 from typing import Any
 
-import study  # noqa: F401 (bench/ is importable from here on)
+import study
 import torch
-from contenders import DTYPES, random_logits, shape_of
-from measure import Contender, interleave, milliseconds, nothing, ratio
-from report import Table, add_arguments, emit, progress
-from torch import Tensor
+from cases import DTYPES, TIMED, random_logits
+from measure import Contender, interleave, ratio
+from study import cells, emit, progress
+from tables import Table
 
 import fastkd
 from fastkd.teachers import TAILS
 
+COLUMNS = ["dense", *TAILS, "copy"]
+
+
+def contenders(shape: tuple[int, int], k: int, dtype: torch.dtype) -> dict[str, Contender]:
+    """A step with each teacher, and the copy."""
+    student, logits = random_logits(*shape, dtype=dtype)
+    source, target = student.detach(), student.clone()
+    student.requires_grad_()
+    teachers = {"dense": logits}
+    teachers |= {tail: fastkd.TopK.from_logits(logits, k, tail=tail) for tail in TAILS}
+
+    def step(teacher: Any) -> None:
+        student.grad = None
+        fastkd.kd_loss(student, teacher, backend="cpu").backward()
+
+    steps = {key: Contender(lambda teacher=each: step(teacher)) for key, each in teachers.items()}
+    return steps | {"copy": Contender(lambda: target.copy_(source))}
+
 
 def main() -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--shape", type=shape_of, default=(256, 131_072), metavar="NxV")
+    parser = study.command_line(__doc__, rounds=21, dtypes=TIMED)
+    parser.add_argument("--shape", type=study.shape_of, default=(256, 131_072), metavar="NxV")
     parser.add_argument("--k", type=int, default=64)
-    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES))
-    parser.add_argument("--rounds", type=int, default=21)
-    add_arguments(parser)
-    arguments = parser.parse_args()
-    if arguments.threads:
-        torch.set_num_threads(arguments.threads)
-    columns = ["dense", *TAILS, "copy"]
-    table = Table(
-        f"Forward and gradient, K = {arguments.k}, ms (times the dense loss)", ["logits", *columns]
-    )
+    arguments = study.parsed(parser)
+    title = f"Forward and gradient, K = {arguments.k}, ms (times the dense loss)"
+    table = Table(title, ["logits", *COLUMNS])
     measurements: list[dict[str, Any]] = []
     for name in arguments.dtypes:
         progress(name)
-        student, logits = random_logits(*arguments.shape, dtype=DTYPES[name])
-        student.requires_grad_()
-        target = student.detach().clone()
-        teachers: dict[str, Tensor | fastkd.TopK] = {"dense": logits}
-        for tail in TAILS:
-            teachers[tail] = fastkd.TopK.from_logits(logits, arguments.k, tail=tail)
-
-        def step(teacher: Tensor | fastkd.TopK, student: Tensor = student) -> None:
-            student.grad = None
-            fastkd.kd_loss(student, teacher, backend="cpu").backward()
-
-        competing = {
-            key: Contender(lambda teacher=teacher: step(teacher), nothing)
-            for key, teacher in teachers.items()
-        }
-        source = student.detach()
-        competing["copy"] = Contender(lambda a=target, b=source: a.copy_(b), nothing)
+        competing = contenders(arguments.shape, arguments.k, DTYPES[name])
         seconds = interleave(competing, arguments.rounds)
-        cells = [
-            f"{milliseconds(seconds[key])} ({ratio(seconds, key, 'dense'):.2f}x)" for key in columns
-        ]
-        table.rows.append([name, *cells])
+        table.rows.append([name, *cells(seconds, COLUMNS, to="dense", digits=2)])
         measurements += [
-            {
-                "what": "topk",
-                "dtype": name,
-                "teacher": key,
-                "ratio_to_dense": ratio(seconds, key, "dense"),
-            }
-            for key in columns
-        ]
+            {"what": "topk", "dtype": name, "teacher": key, "ratio_to_dense": ratio(seconds, key, "dense")}
+            for key in COLUMNS
+        ]  # fmt: skip
     emit(arguments, [table], measurements)
 
 
