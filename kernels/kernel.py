@@ -914,7 +914,8 @@ def _launch_shares(call: Call, device: torch.device) -> None:
             grid = call.grid(stage, min(group, call.count - first))
             given = (*call.arguments, split, *call.constants, LANES, stage)
             # What the first group's launch has compiled serves the others, for `split` is not specialised: what Triton
-            # spends on finding it is ten times what it spends on a launch (bench/host.py). The interpreter gives None.
+            # spends on finding it is ten times what it spends on a launch (bench/studies/host.py). The interpreter
+            # gives None.
             if kernels.get(stage) is None:
                 kernels[stage] = kd_kernel[grid](*given, **call.options)
             else:

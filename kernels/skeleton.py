@@ -28,7 +28,7 @@ from fastkd.divergences import (
 )
 
 # Constants come to kernels as defaults of parameters. A global constexpr is compared at every launch with what it was
-# when the kernel was compiled: 2 us of host time for each (bench/host.py).
+# when the kernel was compiled: 2 us of host time for each (bench/studies/host.py).
 LOWEST = torch.finfo(torch.float32).min
 NEGLIGIBLE = log_zero.NEGLIGIBLE
 INFINITE = log_zero.INFINITE
