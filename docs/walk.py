@@ -1,8 +1,8 @@
 """Fills in what docs/kernels.md takes from the source, line numbers and quoted functions: python docs/walk.py
 
 A table of the walk has the columns `file:line`, function, and what the function does. Each function must mention the
-next one by name, or a word that its row puts in parentheses: (through `kernels_`). A last row "the line" quotes the code that
-computes the gradient. tests/project/test_docs.py checks all of this, and that the numbers are current.
+next one by name, or a word that its row puts in parentheses: (through `kernels_`). A last row "the line" quotes the
+code that computes the gradient. tests/project/test_docs.py checks all of this, and that the numbers are current.
 """
 
 from __future__ import annotations
