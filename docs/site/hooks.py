@@ -134,6 +134,18 @@ def _relinked(markdown: str, path: str, rename: Callable[[str], str]) -> str:
     return _outside_of_code(markdown, lambda text: LINK.sub(relink, text))
 
 
+def _without_folders(markdown: str, path: str) -> str:
+    """Markdown without links to folders of the checkout, which are no pages of the site: their text stays."""
+
+    def text_of(match: re.Match[str]) -> str:
+        target, _ = _target(path, match[2])
+        return match[1] if (ROOT / target).is_dir() else match[0]
+
+    return _outside_of_code(
+        markdown, lambda text: re.sub(r"\[([^\]]*)\]\(([\w./-]+)\)", text_of, text)
+    )
+
+
 def _section(path: str, anchor: str) -> str:
     """A section of a Markdown file of the checkout, from below its heading to the next, with links as in docs/."""
     text = _relinked(
@@ -165,6 +177,7 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
     markdown = SECTION.sub(lambda match: _section(match[1], match[2]), markdown)
     markdown = PLOTS.sub(lambda match: _plots(match[1]), markdown)
     folder = posixpath.dirname(uri) or "."
+    markdown = _without_folders(markdown, _of_checkout(uri))
     return _relinked(
         markdown, _of_checkout(uri), lambda to: posixpath.relpath(_of_site(to), folder)
     )
