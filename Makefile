@@ -79,7 +79,7 @@ format: $(VENV)/.dev ## apply what ruff can mend
 	$(PY) -m ruff check --fix .
 	$(PY) -m ruff format .
 
-# Tables are made of a run in which a loss was wrong too, and the target fails then.
+# If a loss was wrong, the tables are written all the same, and then the target fails.
 define SUITE
 	@mkdir -p build/bench
 	@$(STACKS_PY) -m pytest bench -v -rN -p no:cacheprovider --benchmark-quiet --benchmark-json=build/bench/$(1).json $(2) $(ARGS); \
@@ -92,17 +92,11 @@ bench-quick: $(STACKS)/.stacks build build/demo/.stamp ## fastkd beside its peer
 bench-compare: $(STACKS)/.stacks ## whether a run is worse than one before: make bench-compare BEFORE=a.json AFTER=b.json ARGS="--fail 10"
 	$(STACKS_PY) bench/compare.py '$(BEFORE)' '$(AFTER)' $(ARGS)
 
-bench: $(STACKS)/.stacks build build/demo/.stamp ## the whole comparison, in build/bench/full.*, and the benchmarks of single questions
+STUDIES := loss memory accuracy topk linear online relations imports
+bench: $(STACKS)/.stacks build build/demo/.stamp ## the whole comparison, in build/bench/full.*, and the studies of single questions
 	$(call SUITE,full,)
-	$(STACKS_PY) bench/studies/loss.py
+	@for study in $(STUDIES); do echo "bench/studies/$$study.py"; $(STACKS_PY) bench/studies/$$study.py || exit 1; done
 	THP_MEM_ALLOC_ENABLE=1 $(STACKS_PY) bench/studies/loss.py
-	$(STACKS_PY) bench/studies/memory.py
-	$(STACKS_PY) bench/studies/accuracy.py
-	$(STACKS_PY) bench/studies/topk.py
-	$(STACKS_PY) bench/studies/linear.py
-	$(STACKS_PY) bench/studies/online.py
-	$(STACKS_PY) bench/studies/relations.py
-	$(STACKS_PY) bench/studies/imports.py
 
 # With the torch and Triton that the machine has, and no network: GPU_PYTHON is the interpreter that holds them. Set
 # WHEELS to a folder to compare with the losses of other packages in it.
