@@ -1,13 +1,13 @@
-"""python -m fastkd: info, doctor, check and cache.
+"""The command line, python -m fastkd: info, doctor, check and cache.
 
-    python -m fastkd info [--json]                     what is installed, and what runs here
-    python -m fastkd doctor [--backend NAME] [--json]  are the numbers right on this machine
-    python -m fastkd check MODULE:NAME                 is this divergence right
-    python -m fastkd cache build|verify|info PATH      a teacher's outputs on disk
+    python -m fastkd info [--json]                     report versions, backends and the environment
+    python -m fastkd doctor [--backend NAME] [--json]  compare every backend with float64 on this machine
+    python -m fastkd check MODULE:NAME                 verify a divergence of your own
+    python -m fastkd cache build|verify|info PATH      store a teacher's outputs on disk, or examine them
 
-Exit codes: 0; 1 where something is wrong with the numbers or the cache; 2 where the command cannot be read; 141 where
-the output is a pipe that was closed before its end. Needs torch only, and for `cache` the extra of that name or, to
-build one, cache-build.
+Exit codes: 0 for success; 1 if a result or a cache is wrong; 2 for invalid arguments; 141 if the output is a pipe that
+was closed early. All commands need torch only, except that `cache` needs the extra `cache`, and `cache build` the extra
+`cache-build`.
 """
 
 from __future__ import annotations
@@ -19,65 +19,65 @@ import sys
 from collections.abc import Sequence
 
 from fastkd.backends.registry import MODULES
-from fastkd.teachers.cache import cli as cache
-from fastkd.tools import check, doctor, info
+from fastkd.tools import cache, check, doctor, info
 
-CLOSED_PIPE = 141  # as a shell reports a process that SIGPIPE has ended
+CLOSED_PIPE = 141  # the exit code that shells report for a process ended by SIGPIPE
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m fastkd", description="Distillation losses: the installation."
+        prog="python -m fastkd", description="Examine this installation of fastkd."
     )
     commands = parser.add_subparsers(dest="command", required=True)
-    described = commands.add_parser("info", help="versions, backends, environment")
-    examined = commands.add_parser(
-        "doctor", help="every backend against float64; exit code 1 if one is wrong"
+    info_parser = commands.add_parser("info", help="report versions, backends and the environment")
+    doctor_parser = commands.add_parser(
+        "doctor", help="compare every backend with float64; exit code 1 if one is wrong"
     )
-    examined.add_argument(
-        "--backend", choices=MODULES, help="only this one, which then has to run here"
+    doctor_parser.add_argument(
+        "--backend", choices=MODULES, help="check only this backend; an error if it cannot run here"
     )
-    for command in (described, examined):
-        command.add_argument("--json", action="store_true", help="one JSON object on stdout")
-    checked = commands.add_parser(
-        "check", help="a divergence of your own; exit code 1 if it is wrong"
+    for command in (info_parser, doctor_parser):
+        command.add_argument("--json", action="store_true", help="print one JSON object to stdout")
+    check_parser = commands.add_parser(
+        "check", help="verify a divergence of your own; exit code 1 if it is wrong"
     )
-    checked.add_argument(
+    check_parser.add_argument(
         "target",
         metavar="MODULE:NAME",
-        help="an importable module, and in it a fastkd.Divergence or a function without arguments that makes one",
+        help="an importable module and the name in it of a fastkd.Divergence, or of a function that returns one and "
+        "takes no arguments",
     )
     cache.add_parser(commands)
     return parser
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command; the exit code."""
+    """Run the command given by arguments (default: sys.argv) and return its exit code."""
     parser = _parser()
-    chosen = parser.parse_args(arguments)
-    if chosen.command == "check":
+    parsed = parser.parse_args(arguments)
+    if parsed.command == "check":
         try:
-            divergence = check.find(chosen.target)
+            divergence = check.find(parsed.target)
         except check.TargetError as error:
             parser.exit(2, f"{parser.prog} check: {error}\n")
         report = check.check(divergence)
         print("\n".join(report.lines))
         return 0 if report.ok else 1
-    if chosen.command == "cache":
-        return cache.run(chosen)
-    if chosen.command == "info":
-        found = info.collect()
-        print(json.dumps(found, indent=2) if chosen.json else info.text(found))
+    if parsed.command == "cache":
+        return cache.run(parsed)
+    if parsed.command == "info":
+        facts = info.collect()
+        print(json.dumps(facts, indent=2) if parsed.json else info.text(facts))
         return 0
-    diagnosis = doctor.examine(chosen.backend)
+    diagnosis = doctor.examine(parsed.backend)
     print(
-        json.dumps(diagnosis, indent=2, allow_nan=False) if chosen.json else doctor.text(diagnosis)
+        json.dumps(diagnosis, indent=2, allow_nan=False) if parsed.json else doctor.text(diagnosis)
     )
     return 0 if diagnosis["ok"] else 1
 
 
-def _until_the_pipe_closes() -> int:
-    """Run the command of this process; quietly where its output is not read to the end, as in `| head -1`."""
+def _main_with_closed_pipe() -> int:
+    """Run main(), and return CLOSED_PIPE without a traceback if the reader of stdout stops early, as `head -1` does."""
     try:
         try:
             return main()
@@ -85,10 +85,10 @@ def _until_the_pipe_closes() -> int:
             if sys.stdout is not None:
                 sys.stdout.flush()
     except BrokenPipeError:
-        # Python flushes once more as it exits, and would complain again.
+        # Python flushes stdout again at exit. Redirecting it avoids a second BrokenPipeError.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return CLOSED_PIPE
 
 
 if __name__ == "__main__":
-    sys.exit(_until_the_pipe_closes())
+    sys.exit(_main_with_closed_pipe())

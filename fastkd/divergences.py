@@ -1,31 +1,31 @@
-"""The divergences, each written once.
+"""The table of divergences. Each is defined by one function, which every backend uses.
 
-A divergence is a sum over the vocabulary, ``D = sum_v phi(log p_v, log q_v)``, of the teacher's probabilities p
-and the student's q. Its definition is one pure function
+A divergence between a teacher's probabilities p and a student's q is a sum over the vocabulary,
+``D = sum_v phi(log p_v, log q_v)``. Its definition is one pure function
 
     (p, q, log_p, log_q, *params) -> (phi, g) or (phi, g, h)
                                         g = d phi / d log q,  h = d phi / d log p
 
-and every backend consumes that function: the reference runs it on tensors, the Triton kernel compiles the same code
-object, and ``csrc/generate.py`` emits it as a C++ functor. The gradients follow from it alone:
+The reference calls that function on tensors, the Triton kernel compiles the same code object, and ``csrc/generate.py``
+translates it to a C++ functor. The gradients follow from g and h:
 
     dD/ds_v = (g_v - q_v sum_u g_u) / T              s: student logits, log q = log_softmax(s / T)
     dD/dt_v = (h_v - p_v sum_u h_u) / T              t: teacher logits
 
-h is degree * phi - g (:class:`Divergence`). A definition returns it where that difference loses digits, as it does
-where one of p and q is far below the other; it has the same value.
+A definition that returns only (phi, g) has h = degree * phi - g (:class:`Divergence`). That difference loses digits if
+p and q differ by orders of magnitude; definitions that can compute h directly therefore return it.
 
-A definition whose fifth argument is named ``log_ratio`` is given log p - log q there. That is a difference of logits
-less a constant of the row, and as exact as a float can be, where the difference of two rounded logarithms has the error
-of both: take signs and ratios of p and q from it. So do the definitions below, and they are written such that phi and g
-keep their digits as log_ratio tends to 0.
+If the fifth argument of a definition is named ``log_ratio``, it receives log p - log q. It is computed as a difference
+of logits minus one constant per row, so it has a single rounding error, while log_p - log_q has the errors of both
+logarithms. Signs and ratios of p and q should be computed from log_ratio. The definitions below do so, and keep the
+precision of phi and g as log_ratio tends to 0.
 
-A definition may use the names imported from torch below, arithmetic, comparisons and its parameters, and nothing
-else. It never handles log 0: the skeletons do (:func:`fastkd.backends.reference.evaluate` states the policy). The
-logarithm of a mixture is always a ``logaddexp`` or a ``log_mixture``, because ``log(beta * p + (1 - beta) * q)`` is
-log 0 once both underflow.
+A definition may use only arithmetic, comparisons, its arguments and the functions in VOCABULARY. It does not handle
+log 0: the skeletons do (:func:`fastkd.call.log_zero.evaluate` states the policy). The logarithm of a mixture must
+be computed by ``logaddexp`` or ``log_mixture``, because ``log(beta * p + (1 - beta) * q)`` is log 0 if both p and q
+underflow.
 
-docs/adding-a-divergence.md walks through a new one.
+docs/adding-a-divergence.md explains how to add one.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ from typing import Any, ParamSpec
 
 import torch
 
-# The vocabulary of a definition; kernels/skeleton.py and csrc/cpu/vec.h provide the same names.
-# A004: a definition reads as the formula does. F401: the next one may want what none uses yet.
+# The functions that definitions may call. kernels/skeleton.py and csrc/cpu/vec.h provide the same names.
+# A004: shadowing abs lets a definition read like its formula. F401: a name may be unused until a divergence needs it.
 from torch import Tensor, abs, exp, expm1, log1p, logaddexp, where  # noqa: A004, F401
 
 from fastkd.core.scalars import as_float, plain
@@ -51,22 +51,28 @@ RATIO = "log_ratio"
 
 
 def log_mixture(log_ratio: Tensor, share: float, rest: float) -> Tensor:
-    """log(m / max(p, q)) of the mixture m = share p + rest q, where log_ratio = log p - log q and share + rest = 1.
+    """Return log(m / max(p, q)) for the mixture m = share p + rest q, given log_ratio = log p - log q.
 
-    So log(m / q) is max(log_ratio, 0) more, and log(m / p) is max(-log_ratio, 0) more. It is exactly 0 where p = q.
+    share + rest must be 1. Add max(log_ratio, 0) to get log(m / q), and max(-log_ratio, 0) to get log(m / p). The
+    result is exactly 0 where p = q.
     """
-    below, above = (log_ratio < 0.0).to(log_ratio.dtype), (log_ratio > 0.0).to(log_ratio.dtype)
-    lower = below * share + above * rest  # the share of the lower of p and q
-    size = -abs(log_ratio)
-    change = lower * expm1(size)
-    far = (below * rest + above * share + lower * exp(size)).log()
+    p_smaller, q_smaller = (
+        (log_ratio < 0.0).to(log_ratio.dtype),
+        (log_ratio > 0.0).to(log_ratio.dtype),
+    )
+    smaller_share = p_smaller * share + q_smaller * rest
+    larger_share = p_smaller * rest + q_smaller * share
+    log_smaller_over_larger = -abs(log_ratio)
+    change = smaller_share * expm1(log_smaller_over_larger)
+    far = (larger_share + smaller_share * exp(log_smaller_over_larger)).log()
+    # log1p is precise for small changes. Near -1 the sum of the two shares is more precise.
     return where(change > -0.3, log1p(change), far)
 
 
 def derivatives(
     divergence: Divergence, p: Any, q: Any, log_p: Any, log_q: Any, log_ratio: Any
 ) -> tuple[Any, Any, Any]:
-    """(phi, g, h) of a definition; h None where it has no degree."""
+    """Evaluate a definition and return (phi, g, h). h is None if the definition neither returns it nor has a degree."""
     entry = arguments_of(divergence.function, p, q, log_p, log_q, log_ratio)
     terms = divergence.function(*entry, *divergence.params)
     if not isinstance(terms, (tuple, list)) or len(terms) not in (2, 3):
@@ -81,7 +87,7 @@ def derivatives(
 
 
 def takes_ratio(function: Callable[..., Any]) -> bool:
-    """Whether a definition wants log p - log q after its first four arguments."""
+    """Whether the fifth argument of a definition is log_ratio."""
     code = getattr(function, "__code__", None)
     return code is not None and code.co_varnames[4 : code.co_argcount][:1] == (RATIO,)
 
@@ -89,40 +95,49 @@ def takes_ratio(function: Callable[..., Any]) -> bool:
 def arguments_of(
     function: Callable[..., Any], p: Any, q: Any, log_p: Any, log_q: Any, log_ratio: Any
 ) -> tuple[Any, ...]:
-    """The arguments that a definition begins with."""
+    """Return the arguments that precede the parameters of a definition."""
     entry = (p, q, log_p, log_q)
     return (*entry, log_ratio) if takes_ratio(function) else entry
 
 
-# Every definition by name: how a compiled graph, which can hold a string but no function, finds it again.
+# Definitions by name. A compiled graph can hold a string but not a function, so it stores the name.
 _functions: dict[str, Callable[..., tuple[Any, Any]]] = {}
 
 
 def function_name(function: Callable[..., Any]) -> str:
-    """The name of a definition inside compiled graphs."""
+    """Return the name by which compiled graphs refer to a definition."""
     return f"{function.__module__}.{function.__name__}"
 
 
 def function_named(name: str) -> Callable[..., tuple[Any, Any]]:
-    """The definition of that name."""
+    """Return the definition with that name.
+
+    Raises:
+        KeyError: no fastkd.Divergence with that definition has been constructed in this process.
+    """
     if name not in _functions:
         raise KeyError(
-            f"the divergence function {name} is not known yet: make its fastkd.Divergence outside the "
-            "compiled function"
+            f"the divergence function {name} is not registered in this process; construct its fastkd.Divergence before "
+            "the compiled function runs, outside it"
         )
     return _functions[name]
 
 
 @dataclass(frozen=True)
 class ClosedForm:
-    """Weights (forward, reverse, cross) of moments that one online sweep over the logits can collect.
+    """Weights of three moments that give a divergence's value after a single sweep over the logits.
 
-    With A = E_p[t' - s'] and B = E_q[s' - t'] of the tempered logits and C = E_p[-s']:
+    With s' and t' the logits divided by the temperature, A = E_p[t' - s'], B = E_q[s' - t'] and C = E_p[-s']:
 
         D = forward (A - lse_t + lse_s) + reverse (B - lse_s + lse_t) + cross (C + lse_s)
         sum_v g_v = -forward + reverse (KL(q||p) + 1) - cross
 
-    so the sweep that sums phi and g is not needed.
+    The second sweep, which would sum phi and g, is then skipped.
+
+    Args:
+        forward: weight of KL(p || q), finite.
+        reverse: weight of KL(q || p), finite.
+        cross: weight of the cross-entropy -sum p log q, finite.
     """
 
     forward: float = 0.0
@@ -136,13 +151,18 @@ class ClosedForm:
 
 @dataclass(frozen=True)
 class Target:
-    """What becomes of the label's own token where a divergence compares the others by themselves.
+    """The term of the label's token, for divergences that compare the other tokens separately.
 
-    Its column is then out of every sum: p and q are of the other tokens, renormalised without it, and so are the
-    statistics, so that nothing cancels as the label's probability tends to 1. With p_y and q_y that probability,
+    The label's column is excluded from every sum: p, q and their statistics cover the other tokens and are renormalised
+    over them, so nothing cancels as the label's probability tends to 1. With p_y and q_y the label's probabilities, the
+    term is
 
-        binary   weight KL((p_y, 1 - p_y) || (q_y, 1 - q_y)), at the temperature of the rest; T^2 multiplies it
-        label    -weight p_y log q_y, at temperature 1; T^2 does not
+        binary   weight KL((p_y, 1 - p_y) || (q_y, 1 - q_y)), at the loss's temperature and multiplied by T^2
+        label    -weight p_y log q_y, at temperature 1 and not multiplied by T^2
+
+    Args:
+        form: "binary" or "label".
+        weight: factor of the term, finite and not negative.
     """
 
     form: str
@@ -161,16 +181,20 @@ class Divergence:
     """A divergence between a teacher and a student distribution.
 
     Args:
-        name: how it is called in messages, and its identity inside compiled graphs.
-        function: the definition, ``(p, q, log_p, log_q, *params) -> (phi, g)``; the head of this module says what else
-            it may take and return.
-        params: the numbers passed to it.
-        degree: phi is homogeneous of this degree in (p, q), up to a multiple of p in its derivative, so that
-            Euler's identity gives the teacher's derivative as ``h = degree * phi - g``. None: unknown, and a
-            teacher that requires grad raises.
-        closed_form: set where the value follows from moments of one sweep.
-        normalized: False for a function of the tempered logits themselves, which then arrive as log_p and log_q.
-        target: set where the label's token is compared apart from the others; then every row needs a label.
+        name: the name used in messages and in compiled graphs.
+        function: the definition, ``(p, q, log_p, log_q, *params) -> (phi, g)``. The docstring of
+            ``fastkd.divergences`` describes the optional argument log_ratio and the optional result h.
+        params: the parameters passed to function, a sequence of numbers.
+        degree: the degree in which phi is homogeneous in (p, q). Euler's identity then gives the teacher's derivative
+            ``h = degree * phi - g``; an extra multiple of p in h is allowed, because the gradient's projection removes
+            it. None: unknown; a teacher that requires grad raises.
+        closed_form: the weights from which one sweep computes the value, or None.
+        normalized: False for a function of the logits divided by the temperature, which are passed as log_p and log_q.
+        target: the term of the label's token, if it is compared separately from the others; every row then needs a
+            label.
+
+    Raises:
+        TypeError, ValueError: a field has the wrong type or value; the message names it.
     """
 
     name: str
@@ -180,7 +204,8 @@ class Divergence:
     closed_form: ClosedForm | None = None
     normalized: bool = True
     target: Target | None = None
-    # (the function below that made it, its arguments), for a compiled graph; a copy with other fields has none.
+    # (name, arguments) of the function below that returned this divergence, from which compiled graphs construct it
+    # again. None for a divergence constructed directly or by dataclasses.replace.
     made_by: tuple[str, tuple[float, ...]] | None = field(
         default=None, init=False, repr=False, compare=False
     )
@@ -203,7 +228,8 @@ class Divergence:
             raise TypeError(f"function must be callable, got {type(self.function).__name__}")
         if self.target is not None and not self.normalized:
             raise ValueError(
-                "target must be None where normalized is False: there is no probability of a label"
+                "target must be None if normalized=False, because the label's term needs its probability; "
+                f"got {self.target!r}"
             )
         if isinstance(self.params, (str, Tensor)) or not isinstance(self.params, Iterable):
             raise TypeError(f"params must be a tuple of numbers, got {type(self.params).__name__}")
@@ -215,7 +241,7 @@ class Divergence:
 
 
 def _number(argument: str, value: Any) -> float:
-    """The value as a float; a tensor of one element is a number too."""
+    """Return value, a number or a one-element tensor, as a float."""
     value = plain(value)
     if isinstance(value, Tensor) and value.numel() == 1 and not value.is_complex():
         return float(value)
@@ -224,11 +250,12 @@ def _number(argument: str, value: Any) -> float:
     return as_float(value)
 
 
-class _Unmade(Divergence):
-    """What a graph that is being compiled has of a divergence: who makes it, from what. The op makes it when it runs.
+class _Deferred(Divergence):
+    """A divergence during compilation. It records a constructor's name and arguments, and the op calls it at run time.
 
-    Numbers may then change from step to step, up to and including those for which the divergence is another one, as
-    jsd(0.0) is forward_kl(). Its other fields are those of the default parameters, but params, of which it has none.
+    The arguments may therefore change from step to step without a recompile, even to values for which the constructor
+    returns another divergence, as jsd(0.0) returns forward_kl(). params is empty; the other fields are those of the
+    default arguments.
     """
 
 
@@ -236,19 +263,22 @@ Parameters = ParamSpec("Parameters")
 
 
 def _recorded(make: Callable[Parameters, Divergence]) -> Callable[Parameters, Divergence]:
-    """The function that makes a divergence, which also records its arguments."""
+    """Decorator that records in the divergence the name and arguments of the function that returned it."""
     name = make.__name__
     defaults = [(key, value.default) for key, value in inspect.signature(make).parameters.items()]
 
     @functools.wraps(make)
     def recorded(*values: Parameters.args, **named: Parameters.kwargs) -> Divergence:
-        rest = defaults[len(values) :]
-        arguments: tuple[Any, ...] = (*values, *(named.get(key, value) for key, value in rest))
-        fits = len(values) + len(named) <= len(defaults) and all(
+        by_keyword = defaults[len(values) :]
+        arguments: tuple[Any, ...] = (
+            *values,
+            *(named.get(key, value) for key, value in by_keyword),
+        )
+        deferrable = len(values) + len(named) <= len(defaults) and all(
             isinstance(argument, (int, float)) for argument in arguments
         )
-        if torch.compiler.is_compiling() and fits:
-            return _unmade(name, arguments)
+        if torch.compiler.is_compiling() and deferrable:
+            return _deferred(name, arguments)
         divergence = make(*values, **named)
         object.__setattr__(divergence, "made_by", (name, tuple(map(float, arguments))))
         return divergence
@@ -256,17 +286,18 @@ def _recorded(make: Callable[Parameters, Divergence]) -> Callable[Parameters, Di
     return recorded
 
 
-def _unmade(name: str, arguments: tuple[float, ...]) -> Divergence:
-    like = _DEFAULTS[name]
-    divergence = _Unmade(
-        like.name, like.function, (), like.degree, like.closed_form, like.normalized, like.target
-    )
+def _deferred(name: str, arguments: tuple[float, ...]) -> Divergence:
+    default = _DEFAULTS[name]
+    divergence = _Deferred(
+        default.name, default.function, (), default.degree, default.closed_form, default.normalized,
+        default.target,
+    )  # fmt: skip
     object.__setattr__(divergence, "made_by", (name, arguments))
     return divergence
 
 
 def made(name: str, arguments: Sequence[float]) -> Divergence:
-    """The divergence of the table by its name, with these parameters."""
+    """Return the divergence of the table with that name and these parameters."""
     return (TABLE | WITH_LABELS)[name](*arguments)
 
 
@@ -309,7 +340,7 @@ def _reverse_kl(p, q, log_p, log_q, log_ratio):
 
 @_recorded
 def reverse_kl() -> Divergence:
-    """KL(q || p) = sum q (log q - log p), mode seeking (MiniLLM, Gu et al. 2024)."""
+    """KL(q || p) = sum q (log q - log p), which is mode-seeking (MiniLLM, Gu et al. 2024)."""
     return Divergence("reverse_kl", _reverse_kl, degree=1.0, closed_form=ClosedForm(reverse=1.0))
 
 
@@ -326,7 +357,7 @@ def mixture(forward: float = 0.5, reverse: float = 0.5) -> Divergence:
 
     Args:
         forward: weight of KL(p || q), finite and not negative.
-        reverse: weight of KL(q || p), likewise; not both are 0.
+        reverse: weight of KL(q || p), finite and not negative; the two must not both be 0.
     """
     forward, reverse = _weight("forward", forward), _weight("reverse", reverse)
     if forward == reverse == 0:
@@ -348,8 +379,8 @@ def _soft_cross_entropy(p, q, log_p, log_q, weight):
 def soft_cross_entropy() -> Divergence:
     """-sum p log q: forward KL plus the teacher's entropy, with the same student gradient.
 
-    Its teacher derivative is h = phi, and phi - g = phi + p differs from it by a multiple of p, which the
-    projection removes: hence degree 1.
+    Its exact teacher derivative is h = phi. Degree 1 gives h = phi - g = phi + p, which differs by a multiple of p and
+    so has the same gradient.
     """
     return Divergence(
         "soft_cross_entropy",
@@ -361,7 +392,8 @@ def soft_cross_entropy() -> Divergence:
 
 
 def _jsd(p, q, log_p, log_q, log_ratio, beta, rest):
-    # One of the two excesses is 0, and what is added up is the same for (p, q) and (q, p) where beta is 1/2.
+    # rest is 1 - beta. Either above_q or above_p is 0. For beta = 1/2 swapping p and q swaps the terms of the sum, so
+    # the result is exactly symmetric.
     log_m = log_mixture(log_ratio, beta, rest)
     above_q = where(log_ratio > 0.0, log_ratio, 0.0)
     above_p = where(log_ratio < 0.0, -log_ratio, 0.0)
@@ -373,11 +405,11 @@ def _jsd(p, q, log_p, log_q, log_ratio, beta, rest):
 def jsd(beta: float = 0.5) -> Divergence:
     """Generalised Jensen-Shannon: beta KL(p || m) + (1 - beta) KL(q || m), m = beta p + (1 - beta) q.
 
-    The end points follow the convention of GKD (Agarwal et al. 2024): beta = 0 is KL(p || q) and beta = 1 is
-    KL(q || p). They are limits of JSD / beta and JSD / (1 - beta); the formula itself is 0 there.
+    The endpoints follow the convention of GKD (Agarwal et al. 2024): beta = 0 is KL(p || q) and beta = 1 is
+    KL(q || p), the limits of JSD / beta and JSD / (1 - beta). The formula itself is 0 at both endpoints.
 
     Args:
-        beta: the teacher's share of the mixture, in [0, 1].
+        beta: weight of the teacher in the mixture, in [0, 1].
     """
     beta = _unit("beta", beta)
     if beta in (0.0, 1.0):
@@ -387,9 +419,10 @@ def jsd(beta: float = 0.5) -> Divergence:
 
 def _skew_forward_kl(p, q, log_p, log_q, log_ratio, alpha, rest):
     log_m = log_mixture(log_ratio, alpha, rest)
-    phi = -p * (where(log_ratio < 0.0, -log_ratio, 0.0) + log_m)
-    g = -rest * p * exp(-(where(log_ratio > 0.0, log_ratio, 0.0) + log_m))
-    return phi, g, phi - g
+    cost = where(log_ratio < 0.0, -log_ratio, 0.0) + log_m  # log(m / p)
+    # rest p q / m, of the lower of p and q: an exponential of log_ratio would have several units of error.
+    of_q = rest * where(log_ratio > 0.0, q, p) * exp(-log_m)
+    return -p * cost, -of_q, of_q - p * cost
 
 
 @_recorded
@@ -407,9 +440,9 @@ def skew_forward_kl(alpha: float = 0.1) -> Divergence:
 
 def _skew_reverse_kl(p, q, log_p, log_q, log_ratio, alpha, rest):
     log_m = log_mixture(log_ratio, rest, alpha)
-    phi = -q * (where(log_ratio > 0.0, log_ratio, 0.0) + log_m)
-    h = -rest * q * exp(-(where(log_ratio < 0.0, -log_ratio, 0.0) + log_m))
-    return phi, phi - h, h
+    cost = where(log_ratio > 0.0, log_ratio, 0.0) + log_m  # log(m / q)
+    of_p = rest * where(log_ratio < 0.0, p, q) * exp(-log_m)  # rest p q / m, as in _skew_forward_kl
+    return -q * cost, of_p - q * cost, -of_p
 
 
 @_recorded
@@ -438,12 +471,14 @@ def tvd() -> Divergence:
 
 
 def _hellinger(p, q, log_p, log_q, log_ratio):
-    top = exp(0.5 * where(log_ratio > 0.0, log_p, log_q))
-    below = top * expm1(-0.5 * abs(log_ratio))  # how far the smaller root is from the larger
-    of_top = -0.5 * top * below
-    of_other = 0.5 * exp(0.5 * where(log_ratio > 0.0, log_q, log_p)) * below
+    # sqrt(p q) is the larger of p and q times a power of their ratio. Its error is less than that of a power of p.
+    size = -0.5 * abs(log_ratio)
+    change = expm1(size)  # (smaller root - larger root) / larger root
+    below = 0.5 * where(log_ratio > 0.0, p, q) * change
+    of_top = -below
+    of_other = below * exp(size)
     g = where(log_ratio > 0.0, of_other, of_top)
-    return 0.5 * below * below, g, where(log_ratio > 0.0, of_top, of_other)
+    return below * change, g, where(log_ratio > 0.0, of_top, of_other)
 
 
 @_recorded
@@ -452,15 +487,22 @@ def hellinger() -> Divergence:
     return Divergence("hellinger", _hellinger, degree=1.0)
 
 
-def _alpha_beta(p, q, log_p, log_q, log_ratio, alpha, beta, degree, coefficient, p_share, q_share):
-    # Of positive exponents: powers of the ratio, less 1, times the degree-th power of the larger of p and q.
+def _alpha_beta(
+    p, q, log_p, log_q, log_ratio, alpha, beta, coefficient, p_share, q_share, whole, part, rest
+):
+    # For positive exponents. Every term is (a power of the ratio, minus 1) times max(p, q) to the power of
+    # whole + rest = alpha + beta. whole is 0 or 1, and part is 1 - whole: if rest is small, the rounding of log p costs
+    # few digits.
     size = -abs(log_ratio)
-    top = coefficient * exp(degree * where(log_ratio > 0.0, log_p, log_q))
+    larger = whole * where(log_ratio > 0.0, p, q) + part
+    change = rest * where(log_ratio > 0.0, log_p, log_q)
+    top = coefficient * larger * exp(where(change < 40.0, change, 40.0))  # beyond, larger is 0
     a = expm1(alpha * size)
     b = expm1(beta * size)
     both = a + b + a * b
     phi = top * where(log_ratio > 0.0, q_share * both - b, p_share * both - a)
-    cross = exp(where(log_ratio > 0.0, beta * size, alpha * size))
+    # The compiler takes these exponentials from those of expm1.
+    cross = where(log_ratio > 0.0, exp(beta * size), exp(alpha * size))
     g = beta * top * a * where(log_ratio > 0.0, cross, -1.0)
     return phi, g, alpha * top * b * where(log_ratio > 0.0, -1.0, cross)
 
@@ -468,7 +510,8 @@ def _alpha_beta(p, q, log_p, log_q, log_ratio, alpha, beta, degree, coefficient,
 def _alpha_beta_of_any_sign(
     p, q, log_p, log_q, log_ratio, alpha, beta, degree, coefficient, p_share, q_share
 ):
-    # Where p is close to q the terms cancel, and a power of the ratio less 1 is what is left of two of them.
+    # Where p is close to q, pairs of terms cancel. There each pair is replaced by its exact difference, a power of the
+    # ratio minus 1.
     size = abs(log_ratio)
     cross = exp(alpha * log_p + beta * log_q)
     p_power = exp(degree * log_p)
@@ -516,7 +559,7 @@ def alpha_beta(alpha: float = 0.2, beta: float = 0.7) -> Divergence:
 
         -1/(ab) sum [p^a q^b - a/(a+b) p^(a+b) - b/(a+b) q^(a+b)]
 
-    with its limits by continuity:
+    At zero exponents it is defined by continuity:
 
         b = 0:       1/a^2 sum [p^a log(p^a/q^a) - p^a + q^a]     (a = 1: forward KL)
         a = 0:       1/b^2 sum [q^b log(q^b/p^b) - q^b + p^b]     (b = 1: reverse KL)
@@ -524,8 +567,8 @@ def alpha_beta(alpha: float = 0.2, beta: float = 0.7) -> Divergence:
         a = b = 0:   1/2 sum (log p - log q)^2
 
     Args:
-        alpha: exponent of the teacher, finite.
-        beta: exponent of the student, finite.
+        alpha: exponent a of the teacher's probabilities, finite.
+        beta: exponent b of the student's probabilities, finite.
     """
     a, b = _finite("alpha", alpha), _finite("beta", beta)
     if a == 0.0 and b == 0.0:
@@ -536,20 +579,20 @@ def alpha_beta(alpha: float = 0.2, beta: float = 0.7) -> Divergence:
         return Divergence("alpha_beta_at_alpha_0", _alpha_beta_at_alpha_0, (b,), degree=b)
     if a + b == 0.0:
         return Divergence("alpha_beta_at_sum_0", _alpha_beta_at_sum_0, (a,), degree=0.0)
-    return Divergence(
-        "alpha_beta",
-        _alpha_beta if a > 0.0 and b > 0.0 else _alpha_beta_of_any_sign,
-        (a, b, a + b, 1.0 / (a * b), a / (a + b), b / (a + b)),
-        degree=a + b,
-    )
+    degree, shares = a + b, (1.0 / (a * b), a / (a + b), b / (a + b))
+    if a < 0.0 or b < 0.0:
+        return Divergence("alpha_beta", _alpha_beta_of_any_sign, (a, b, degree, *shares), degree)
+    whole = 1.0 if degree > 0.5 else 0.0
+    params = (a, b, *shares, whole, 1.0 - whole, degree - whole)
+    return Divergence("alpha_beta", _alpha_beta, params, degree)
 
 
 @_recorded
 def squared_error() -> Divergence:
     """1/2 sum (s - t)^2 on the logits (Bucila et al. 2006; Ba and Caruana 2014).
 
-    The high-temperature limit of T^2 KL, up to V and the means. It sees s/T and t/T, so that with the usual T^2
-    the value does not depend on T.
+    For logits with mean 0 it is the limit of V T^2 KL at high temperature. It is computed from s / T and t / T, so the
+    value does not depend on T if scale_by_temperature is True.
     """
     return Divergence("squared_error", _half_squared_gap, degree=0.0, normalized=False)
 
@@ -562,12 +605,13 @@ def _smooth_l1(p, q, log_p, log_q, log_ratio, beta):
 
 @_recorded
 def smooth_l1(beta: float = 1.0) -> Divergence:
-    """Smooth L1 distance of the logits, sum of x^2 / (2 beta) where |x| < beta, else |x| - beta / 2; x = s - t.
+    """Smooth L1 distance of the logits: the sum over x = s - t of x^2 / (2 beta) if |x| < beta, else |x| - beta / 2.
 
-    As torch.nn.functional.smooth_l1_loss has it, summed over the vocabulary (Girshick 2015). It sees s/T and t/T.
+    The same as torch.nn.functional.smooth_l1_loss summed over the vocabulary (Girshick 2015), computed from s / T and
+    t / T.
 
     Args:
-        beta: where the square becomes a line; positive and finite.
+        beta: the |x| at which the quadratic becomes linear; positive and finite.
     """
     beta = _finite("beta", beta)
     if beta <= 0:
@@ -577,17 +621,17 @@ def smooth_l1(beta: float = 1.0) -> Divergence:
 
 @_recorded
 def dkd(alpha: float = 1.0, beta: float = 8.0) -> Divergence:
-    """Decoupled distillation (Zhao et al. 2022): alpha TCKD + beta NCKD. Every row needs a label y.
+    """Decoupled knowledge distillation (DKD, Zhao et al. 2022): alpha TCKD + beta NCKD. Every row needs a label y.
 
         TCKD = KL((p_y, 1 - p_y) || (q_y, 1 - q_y))
         NCKD = KL(p' || q'), with p' and q' the probabilities of the other tokens, renormalised without y
 
-    KL(p || q) = TCKD + (1 - p_y) NCKD, so that the weight of what a confident teacher says of the other tokens is set
-    by beta and not by its confidence. NCKD comes from sums without the label, not by division by 1 - p_y.
+    Since KL(p || q) = TCKD + (1 - p_y) NCKD, plain KL hardly weights the other tokens if the teacher is confident; here
+    beta sets their weight. NCKD is computed from sums that exclude the label, without dividing by 1 - p_y.
 
     Args:
-        alpha: weight of the target's part, finite and not negative; not that of :func:`fastkd.kd_loss`.
-        beta: weight of the others' part, likewise. The authors take 1 to 10 for CIFAR-100, 0.5 and 2 for ImageNet.
+        alpha: weight of TCKD, finite and not negative; unrelated to the alpha of :func:`fastkd.kd_loss`.
+        beta: weight of NCKD, finite and not negative. The authors use 1 to 10 on CIFAR-100, 0.5 and 2 on ImageNet.
     """
     alpha, beta = _weight("alpha", alpha), _weight("beta", beta)
     target = Target("binary", alpha)
@@ -596,21 +640,22 @@ def dkd(alpha: float = 1.0, beta: float = 8.0) -> Divergence:
 
 @_recorded
 def nkd(gamma: float = 1.5) -> Divergence:
-    """Normalised distillation (Yang et al. 2023): -p_y log q_y - gamma T^2 sum p' log q'. Every row needs a label y.
+    """Normalised knowledge distillation (NKD, Yang et al. 2023): -p_y log q_y - gamma T^2 sum p' log q'.
 
-    p_y and q_y are at temperature 1; p' and q' are the probabilities of the other tokens at T, renormalised without
-    y. As in the authors' code, T^2 multiplies the second part only. The teacher is a constant.
+    Every row needs a label y. p_y and q_y are its probabilities at temperature 1; p' and q' are the probabilities of
+    the other tokens at temperature T, renormalised without y. As in the authors' code, T^2 multiplies the second term
+    only. The teacher receives no gradient; one that requires grad raises.
 
     Args:
-        gamma: weight of the others' part, finite and not negative. The authors take 1.5 at T = 1 for convolutional
-            networks on ImageNet, 3.5 at T = 3 for CIFAR-100.
+        gamma: weight of the second term, finite and not negative. The authors use 1.5 at T = 1 for convolutional
+            networks on ImageNet, and 3.5 at T = 3 on CIFAR-100.
     """
     gamma = _weight("gamma", gamma)
     form = ClosedForm(cross=gamma)
     return Divergence("nkd", _soft_cross_entropy, (gamma,), None, form, target=Target("label"))
 
 
-# One row a divergence: its name and how to make it with its defaults. Tests, benches and `doctor` run over it.
+# The constructors of all divergences without labels, by name. Tests, benchmarks and `doctor` iterate over them.
 TABLE: dict[str, Callable[..., Divergence]] = {
     make.__name__: make
     for make in (
@@ -628,10 +673,10 @@ TABLE: dict[str, Callable[..., Divergence]] = {
         smooth_l1,
     )
 }
-# Those that need labels.
+# The constructors of divergences that need labels.
 WITH_LABELS: dict[str, Callable[..., Divergence]] = {make.__name__: make for make in (dkd, nkd)}
 
-# The definitions that csrc/generate.py emits, in the order of their number there.
+# The definitions that csrc/generate.py translates; an index into this tuple identifies a definition in C++.
 DEFINITIONS: tuple[Callable[..., tuple[Any, Any]], ...] = (
     _forward_kl,
     _reverse_kl,
@@ -656,8 +701,12 @@ _DEFAULTS = {name: make() for name, make in (TABLE | WITH_LABELS).items()}
 
 
 def resolve(divergence: str | Divergence) -> Divergence:
-    """The divergence itself, or the one of that name with its default parameters."""
-    if isinstance(divergence, _Unmade) and not torch.compiler.is_compiling():
+    """Return divergence itself, or for a name the divergence of the table with default parameters.
+
+    Raises:
+        TypeError, ValueError: divergence is neither a fastkd.Divergence nor a name in the table.
+    """
+    if isinstance(divergence, _Deferred) and not torch.compiler.is_compiling():
         assert divergence.made_by is not None
         return made(*divergence.made_by)
     if isinstance(divergence, Divergence):

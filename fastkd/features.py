@@ -1,11 +1,11 @@
-"""Losses on features: what layers of student and teacher compute on the way to their outputs.
+"""Losses on features, the outputs of intermediate layers of student and teacher.
 
-Features are of any rank, [B, ..] with the batch first. Half precision is taken to float32 before anything is squared
-or summed, and a loss is float32 (float64 where a side is). A mask is bool, of a leading part of the shape ([B], or
-[B, L] for [B, L, D]); what it drops may hold anything, NaN included, as it is replaced before it meets a number. With
-nothing left, a mean is 0 and part of the graph. A teacher that requires grad gets a gradient.
+Features may have any rank, [B, ..] with the batch first. Half precision is converted to float32 before anything is
+squared or summed, and losses are float32 (float64 if either side is). A mask is bool with the features' leading
+dimensions ([B], or [B, L] for [B, L, D]). Masked features are replaced by 0 before any arithmetic, so they may hold
+NaN. A mean over nothing is 0 and still part of the graph. A teacher that requires grad receives a gradient.
 
-:class:`fastkd.distiller.Distiller` brings the features of named layers here.
+:class:`fastkd.distiller.Distiller` captures the features of named layers and passes them to these losses.
 """
 
 from __future__ import annotations
@@ -35,21 +35,21 @@ States = Sequence[Tensor] | Mapping[Any, Tensor]
 
 
 class Regressor(nn.Module):
-    """The regressor of FitNets (Romero et al. 2014): a learned map from the student's width to the teacher's.
+    """Learned map from the student's width to the teacher's, the regressor of FitNets (Romero et al. 2014).
 
     Args:
-        student_width: features, or channels, of the student's layer.
-        teacher_width: of the teacher's.
+        student_width: number of features, or channels, of the student's layer.
+        teacher_width: number of features, or channels, of the teacher's layer.
         kind: "linear" over the last dimension, or "conv", a 1x1 convolution over the channels of [B, C, H, W].
-        bias: whether there is one.
-        resize: what "conv" does where the teacher's maps are of another size than the student's. None: it raises;
-            "interpolate": bilinear; "pool": adaptive average pooling, which suits a smaller teacher's map.
+        bias: whether the map has a bias.
+        resize: what "conv" does if the teacher's maps differ in height or width from the student's. None: raise;
+            "interpolate": bilinear interpolation; "pool": adaptive average pooling, for teacher maps that are smaller.
 
     Shapes: [.., student_width] to [.., teacher_width], or [B, student_width, H, W] to [B, teacher_width, *size]. The
-    features are cast to the dtype of the weight; autocast casts both to its own.
+    features are cast to the dtype of the weight; under autocast both are cast to the autocast dtype.
 
     Raises:
-        TypeError, ValueError: an option or the features' shape; the message names it.
+        TypeError, ValueError: an option or the features have the wrong type, shape or value; the message names it.
     """
 
     def __init__(
@@ -77,47 +77,55 @@ class Regressor(nn.Module):
         )
 
     def forward(self, features: Tensor, size: Sequence[int] | None = None) -> Tensor:
-        """The student's features in the teacher's width. size: height and width of the teacher's maps, for "conv"."""
+        """Map the student's features to the teacher's width.
+
+        Args:
+            features: [.., student_width], or [B, student_width, H, W] for "conv".
+            size: height and width of the teacher's maps, for "conv"; None: those of features.
+        """
         _check_features("features", features)
         if isinstance(self.map, nn.Linear):
-            width, found = self.map.in_features, features.shape[-1]
-            shape = f"[.., {width}]"
+            expected_width, width = self.map.in_features, features.shape[-1]
+            shape = f"[.., {expected_width}]"
         else:
             if features.dim() != 4:
                 raise ValueError(
                     f"features must be [B, C, H, W] for kind='conv', got shape {tuple(features.shape)}"
                 )
-            width, found = self.map.in_channels, features.shape[1]
-            shape = f"[B, {width}, H, W]"
-        if found != width:
+            expected_width, width = self.map.in_channels, features.shape[1]
+            shape = f"[B, {expected_width}, H, W]"
+        if width != expected_width:
             raise ValueError(
-                f"features must be {shape}, as student_width says; got shape {tuple(features.shape)}"
+                f"features must be {shape}, to match student_width; got shape {tuple(features.shape)}"
             )
         (features,) = savable(features)
         mapped = self.map(features.to(self.map.weight.dtype))
         if size is None or isinstance(self.map, nn.Linear):
             return mapped
-        sizes = [] if isinstance(size, Tensor) or not isinstance(size, Iterable) else list(size)
-        sizes = list(map(plain, sizes))
-        if len(sizes) != 2 or any(type(edge) is not int or edge < 1 for edge in sizes):
+        edges = [] if isinstance(size, Tensor) or not isinstance(size, Iterable) else list(size)
+        edges = list(map(plain, edges))
+        if len(edges) != 2 or any(type(edge) is not int or edge < 1 for edge in edges):
             raise ValueError(f"size must be a height and a width, got {size!r}")
-        size = sizes
-        return _resized(mapped, size, self.resize)
+        return _resized(mapped, edges, self.resize)
 
 
 def hint_loss(
     student: Tensor, teacher: Tensor, *, mask: Tensor | None = None, reduction: str = "mean"
 ) -> Tensor:
-    """FitNets' 1/2 ||u_h(x) - r(v_g(x))||^2 of an example x: a teacher's layer as a hint (Romero et al. 2014).
+    """Hint loss of FitNets, 1/2 ||u_h(x) - r(v_g(x))||^2 for an example x (Romero et al. 2014).
+
+    u_h(x) are the features of a teacher's layer, the hint; r(v_g(x)) are those of the student's guided layer, mapped to
+    the teacher's shape by a :class:`Regressor`.
 
     Memory: the difference, in float32.
 
     Args:
-        student: [B, ..], the guided layer, in the teacher's shape (:class:`Regressor` brings it there).
+        student: [B, ..], the student's features in the teacher's shape.
         teacher: [B, ..], the hint.
-        mask: bool, of a leading part of that shape: which examples, or positions of examples, count.
-        reduction: "mean" over the examples with anything unmasked, "sum" over them, "none": [B];
-            "mean_square": the mean of the squares over all unmasked elements, without the 1/2, as common code has it.
+        mask: bool with the features' leading dimensions; False drops an example, or a position of an example.
+        reduction: "mean" over the examples that are not fully masked; "sum" over examples; "none": [B];
+            "mean_square": the mean of the squares over all unmasked elements, without the factor 1/2, as many
+            implementations define the loss.
 
     Returns:
         0-dim, or [B] for reduction="none".
@@ -130,25 +138,28 @@ def hint_loss(
     if student.dim() < 2:
         raise ValueError(f"student must be [B, ..], got shape {tuple(student.shape)}")
     student, teacher = savable_when_compiled(student, teacher)
-    student, teacher, kept = _unmasked(student, teacher, mask, student.shape)
+    student, teacher, unmasked = _apply_mask(student, teacher, mask, student.shape)
     squares = (widened(student) - widened(teacher)).square()
     if reduction == "mean_square":
-        return _mean(squares, kept)
-    of_examples = 0.5 * squares.sum(tuple(range(1, squares.dim())))
+        return _mean(squares, unmasked)
+    per_example = 0.5 * squares.sum(tuple(range(1, squares.dim())))
     if reduction == "none":
-        return of_examples
+        return per_example
     if reduction == "sum":
-        return of_examples.sum()
-    return _mean(of_examples, None if kept is None else _any_of_example(kept))
+        return per_example.sum()
+    return _mean(per_example, None if unmasked is None else _any_per_example(unmasked))
 
 
 class HintLoss(nn.Module):
-    """:func:`hint_loss` behind a regressor: a loss of two layers of different widths.
+    """:func:`hint_loss` with a regressor, for layers of different widths.
 
     Args:
-        regressor: a :class:`Regressor`, or another module that maps the student's features to the teacher's shape; then
-            it is called with the features alone.
+        regressor: a :class:`Regressor`, or another module that maps the student's features to the teacher's shape and
+            takes the features as its only argument.
         reduction: as in :func:`hint_loss`.
+
+    Raises:
+        TypeError, ValueError: regressor is not a torch.nn.Module, or reduction is unknown.
     """
 
     def __init__(self, regressor: nn.Module, *, reduction: str = "mean") -> None:
@@ -160,11 +171,11 @@ class HintLoss(nn.Module):
         self.reduction = reduction
 
     def forward(self, student: Tensor, teacher: Tensor, *, mask: Tensor | None = None) -> Tensor:
-        """The loss. What mask drops does not reach the regressor."""
+        """Return the loss. Masked features are replaced by 0 before the regressor."""
         _check_features("student", student)
         _check_features("teacher", teacher)
         if mask is not None:
-            student = torch.where(_mask_of("student", student, mask), student, 0.0)
+            student = torch.where(_broadcastable_mask("student", student, mask), student, 0.0)
         if isinstance(self.regressor, Regressor):
             mapped = self.regressor(student, teacher.shape[2:] if teacher.dim() == 4 else None)
         else:
@@ -181,27 +192,28 @@ def attention_transfer_loss(
     beta: float = 1.0,
     resize: str | None = None,
 ) -> Tensor:
-    r"""Attention transfer (Zagoruyko and Komodakis 2017): where a layer is active, whatever its channels are.
+    r"""Attention transfer (Zagoruyko and Komodakis 2017), which compares where layers are active.
 
-    With Q = vec(\sum_c |A_c|^p) of an example's activations A, and each Q divided by its Euclidean norm:
+    The attention map of activations A of one example is Q = vec(\sum_c |A_c|^p), divided by its Euclidean norm. With j
+    over pairs of layers, the loss is
 
-        "paper"  beta / 2 sum_j ||Q_S^j - Q_T^j||_2, the mean over the batch
-        "code"   beta sum_j (mean of (Q_S^j - Q_T^j)^2 over batch and positions), as the authors' code has it, but for
-                 the 1e-12 below which it leaves a norm
+        "paper"  beta / 2 sum_j ||Q_S^j - Q_T^j||_2, averaged over the batch
+        "code"   beta sum_j (mean of (Q_S^j - Q_T^j)^2 over batch and positions), as in the authors' code, which also
+                 clamps norms to at least 1e-12
 
-    over pairs of layers j. The numbers of channels need not agree. A map that is all zero stays zero, and the gradient
-    is 0 there and where both maps are the same.
+    Student and teacher may have different numbers of channels. A map of zeros stays zero and has gradient 0, and so do
+    two equal maps.
 
     Memory: each layer's activations twice, in float32.
 
     Args:
-        student_maps: [B, C, ..], or a sequence of these, one a layer.
-        teacher_maps: as many, of the same batch and, but for resize, spatial sizes.
+        student_maps: [B, C, ..], or a sequence of these, one per layer.
+        teacher_maps: as many maps as student_maps, of the same batch and, unless resize is set, the same spatial sizes.
         form: "paper" or "code".
         power: p, at least 1.
-        beta: a factor. The authors had 0.1 with "paper", and 1000 with "code".
-        resize: what is done with a student's Q of another size than the teacher's, for [B, C, H, W]. None: it raises;
-            "interpolate": bilinear; "pool": adaptive average pooling.
+        beta: factor of the loss. The authors use 0.1 with "paper", and 1000 with "code".
+        resize: what to do if the student's Q differs in height or width from the teacher's, for [B, C, H, W]. None:
+            raise; "interpolate": bilinear interpolation; "pool": adaptive average pooling.
 
     Returns:
         0-dim.
@@ -219,7 +231,7 @@ def attention_transfer_loss(
     )
     if len(students) != len(teachers):
         raise ValueError(
-            f"teacher_maps must be as many as student_maps, {len(students)}; got {len(teachers)}"
+            f"teacher_maps must have as many layers as student_maps, {len(students)}; got {len(teachers)}"
         )
     distances = []
     for index, (student, teacher) in enumerate(zip(students, teachers, strict=True)):
@@ -227,47 +239,49 @@ def attention_transfer_loss(
         _check_maps(f"teacher_maps[{index}]", teacher)
         if student.shape[0] != teacher.shape[0] or student.device != teacher.device:
             raise ValueError(
-                f"teacher_maps[{index}] must be of the batch of student_maps[{index}], {student.shape[0]} on "
-                f"{student.device}; got {teacher.shape[0]} on {teacher.device}"
+                f"teacher_maps[{index}] must have the batch size and device of student_maps[{index}], "
+                f"{student.shape[0]} on {student.device}; got {teacher.shape[0]} on {teacher.device}"
             )
         student, teacher = savable_when_compiled(student, teacher)
-        found, wanted = _summed_over_channels(student, power), _summed_over_channels(teacher, power)
-        if found.shape != wanted.shape:
-            if found.dim() != 3 or wanted.dim() != 3:
+        student_q, teacher_q = (_summed_over_channels(maps, power) for maps in (student, teacher))
+        if student_q.shape != teacher_q.shape:
+            if student_q.dim() != 3 or teacher_q.dim() != 3:
                 raise ValueError(
                     f"student_maps[{index}] must have the spatial size of teacher_maps[{index}], "
                     f"{tuple(teacher.shape[2:])}; got {tuple(student.shape[2:])}"
                 )
-            found = _resized(found.unsqueeze(1), wanted.shape[1:], resize).squeeze(1)
-        gap = unit(found.flatten(1)) - unit(wanted.flatten(1))  # [B, positions]
-        distances.append(0.5 * _mean(_length(gap)) if form == "paper" else _mean(gap.square()))
+            student_q = _resized(student_q.unsqueeze(1), teacher_q.shape[1:], resize).squeeze(1)
+        gap = unit(student_q.flatten(1)) - unit(teacher_q.flatten(1))  # [B, positions]
+        distances.append(0.5 * _mean(_norm(gap)) if form == "paper" else _mean(gap.square()))
     return beta * torch.stack(distances).sum()
 
 
 class FeatureLoss(nn.Module):
-    r"""A loss over several layers: sum_l w_l, mean over unmasked positions of ||P_l h_S - h_T||^2 / D.
+    r"""Squared distance of features, summed over pairs of layers: sum_l w_l mean(||P_l h_S - h_T||^2 / D).
 
-    A position is what has a feature vector: a token of [B, L, D], an example of [B, D], a place of [B, D, H, W] with
-    dim=1. D is the teacher's width. Close relatives are patient distillation (Sun et al. 2019: normalize="l2", without
-    the 1/D) and TinyBERT (Jiao et al. 2020: projection="linear").
+    The mean is over unmasked positions. A position has one feature vector: a token of [B, L, D], an example of [B, D],
+    or a pixel of [B, D, H, W] with dim=1. D is the teacher's width. Patient distillation (Sun et al. 2019) corresponds
+    to normalize="l2", apart from the 1/D; TinyBERT (Jiao et al. 2020) to projection="linear".
 
     Memory: for each layer the projected states and the difference, in float32.
 
     Args:
-        layers: student layer -> teacher layer, a dict or a sequence of pairs (in which a layer may come again). A layer
-            is an index into a tuple of states, as transformers' output.hidden_states is, or a name in a dict of them.
-        student_width: the width of the student's layers, or one a pair; not needed for "identity" and a tensor.
-        teacher_width: likewise.
-        projection: P, or one a pair. "linear" is learned; "fixed" is a semi-orthogonal matrix, drawn once and kept in
-            the state; "identity" is none; a tensor [teacher width, student width] is itself, fixed.
-        bias: whether what is learned has a bias.
-        normalize: of P h_S and h_T. "l2" divides each by its norm (zero vectors stay zero); "layer" takes its mean and
-            divides by its standard deviation, as a layer norm does.
-        weights: w, a number or one a pair; None: 1.
-        dim: where the features are, -1 or 1.
+        layers: student layer -> teacher layer, a dict or a sequence of pairs (in which layers may repeat). A layer is
+            an index into a tuple of states, such as transformers' output.hidden_states, or a name in a dict of states.
+        student_width: the width of the student's layers, one for all or one per pair; not needed if projection is
+            "identity" or a tensor.
+        teacher_width: the width of the teacher's layers, in the same forms.
+        projection: P, one for all pairs or one per pair. "linear" is learned; "fixed" is a random semi-orthogonal
+            matrix stored as a buffer; "identity" is no projection; a tensor [teacher width, student width] is used as
+            it is and not trained.
+        bias: whether learned projections have a bias.
+        normalize: how P h_S and h_T are normalized before they are compared. "l2" divides each by its norm (zero
+            vectors stay zero); "layer" subtracts the mean and divides by the standard deviation, as layer norm does.
+        weights: w, a number or one per pair; None: 1.
+        dim: the dimension of the features, -1 or 1.
 
     Raises:
-        TypeError, ValueError: an option; the message names it.
+        TypeError, ValueError: an option has the wrong type or value; the message names it.
     """
 
     def __init__(
@@ -289,18 +303,18 @@ class FeatureLoss(nn.Module):
         check_choice("dim", dim, (-1, 1))
         check_flags(bias=bias)
         self.normalize, self.dim = normalize, dim
-        given = _one_a_pair("weights", 1.0 if weights is None else weights, count)
+        weights = _one_per_pair("weights", 1.0 if weights is None else weights, count)
         self.weights = [
             check_number(f"weights[{index}]", weight, 0.0, math.inf, open_right=True)
-            for index, weight in enumerate(given)
+            for index, weight in enumerate(weights)
         ]
         self.projections = nn.ModuleList(
             _projection(index, kind, widths, bias)
             for index, (kind, *widths) in enumerate(
                 zip(
-                    _one_a_pair("projection", projection, count),
-                    _one_a_pair("student_width", student_width, count),
-                    _one_a_pair("teacher_width", teacher_width, count),
+                    _one_per_pair("projection", projection, count),
+                    _one_per_pair("student_width", student_width, count),
+                    _one_per_pair("teacher_width", teacher_width, count),
                     strict=True,
                 )
             )
@@ -308,35 +322,38 @@ class FeatureLoss(nn.Module):
 
     @property
     def student_layers(self) -> list[Layer]:
-        """The student's layers, each once."""
+        """The student's layers without repeats."""
         return list(dict.fromkeys(student for student, _ in self.layers))
 
     @property
     def teacher_layers(self) -> list[Layer]:
-        """The teacher's layers, each once."""
+        """The teacher's layers without repeats."""
         return list(dict.fromkeys(teacher for _, teacher in self.layers))
 
     def forward(
         self, student_states: States, teacher_states: States, *, mask: Tensor | None = None
     ) -> Tensor:
-        """The loss.
+        """Return the loss.
 
         Args:
-            student_states: tensors by layer, a tuple or a dict.
-            teacher_states: likewise.
-            mask: bool, of a leading part of the positions' shape ([B] or [B, L] for [B, L, D]), for all layers.
+            student_states: the student's features by layer, a tuple or a dict.
+            teacher_states: the teacher's features by layer, a tuple or a dict.
+            mask: bool with the leading dimensions of the positions ([B] or [B, L] for [B, L, D]), used for all layers.
+
+        Raises:
+            TypeError, ValueError: a layer is missing, or has the wrong type, shape or device; the message names it.
         """
         losses = []
         for pair, projection in zip(self.layers, self.projections, strict=True):
             student = _state("student_states", student_states, pair[0]).movedim(self.dim, -1)
             teacher = _state("teacher_states", teacher_states, pair[1]).movedim(self.dim, -1)
-            losses.append(self._of_pair(student, teacher, pair, projection, mask))
+            losses.append(self._pair_loss(student, teacher, pair, projection, mask))
         return sum(
             (weight * loss for weight, loss in zip(self.weights[1:], losses[1:], strict=True)),
             self.weights[0] * losses[0],
         )
 
-    def _of_pair(
+    def _pair_loss(
         self,
         student: Tensor,
         teacher: Tensor,
@@ -344,26 +361,26 @@ class FeatureLoss(nn.Module):
         projection: nn.Module,
         mask: Tensor | None,
     ) -> Tensor:
-        of_student, of_teacher = f"student_states[{pair[0]!r}]", f"teacher_states[{pair[1]!r}]"
+        student_name, teacher_name = f"student_states[{pair[0]!r}]", f"teacher_states[{pair[1]!r}]"
         positions = student.shape[:-1]
         if teacher.shape[:-1] != positions:
             raise ValueError(
-                f"{of_teacher} must have the positions of {of_student}, {tuple(positions)}; got "
+                f"{teacher_name} must have the positions of {student_name}, {tuple(positions)}; got "
                 f"{tuple(teacher.shape[:-1])}"
             )
         width = getattr(projection, "in_features", student.shape[-1])
         if student.shape[-1] != width:
             raise ValueError(
-                f"{of_student} must have {width} features, as its projection takes; got {student.shape[-1]}"
+                f"{student_name} must have {width} features, the input width of its projection; got {student.shape[-1]}"
             )
         student, teacher = savable_when_compiled(student, teacher)
-        student, teacher, kept = _unmasked(student, teacher, mask, positions)
+        student, teacher, unmasked = _apply_mask(student, teacher, mask, positions)
         if isinstance(projection, (nn.Linear, _Fixed)):
             (student,) = savable(student)
             student = projection(student.to(projection.weight.dtype))
-        _check_pair(of_student, student, of_teacher, teacher)
+        _check_pair(student_name, student, teacher_name, teacher)
         student, teacher = (self._normalized(widened(side)) for side in (student, teacher))
-        return _mean((student - teacher).square().mean(-1), kept)
+        return _mean((student - teacher).square().mean(-1), unmasked)
 
     def _normalized(self, features: Tensor) -> Tensor:
         if self.normalize == "l2":
@@ -373,12 +390,12 @@ class FeatureLoss(nn.Module):
         return features
 
     def extra_repr(self) -> str:
-        """The options that no submodule shows."""
+        """Return the options that no submodule's repr shows."""
         return f"layers={self.layers}, weights={self.weights}, normalize={self.normalize!r}"
 
 
 class _Fixed(nn.Module):
-    """A projection that is not learned, in the form of nn.Linear."""
+    """A projection that is not trained, with the interface of nn.Linear."""
 
     weight: Tensor
 
@@ -392,17 +409,17 @@ class _Fixed(nn.Module):
 
 
 def cosine_loss(student: Tensor, teacher: Tensor, *, mask: Tensor | None = None) -> Tensor:
-    """The mean of 1 - cos(h_S, h_T) over unmasked positions, as DistilBERT has it (Sanh et al. 2019).
+    """Mean of 1 - cos(h_S, h_T) over unmasked positions, the cosine loss of DistilBERT (Sanh et al. 2019).
 
-    It is computed as half the squared distance of the unit vectors, which keeps its digits where they are close. The
-    cosine to a zero vector counts as 0, with gradient 0.
+    It is computed as half the squared distance of the unit vectors, which is precise even if they are close. The
+    cosine with a zero vector is defined as 0, with gradient 0.
 
     Memory: both sides and their unit vectors, in float32.
 
     Args:
         student: [.., D].
         teacher: [.., D].
-        mask: bool, of a leading part of [..].
+        mask: bool with leading dimensions of [..]; False drops a position.
 
     Returns:
         0-dim.
@@ -412,76 +429,80 @@ def cosine_loss(student: Tensor, teacher: Tensor, *, mask: Tensor | None = None)
     """
     _check_pair("student", student, "teacher", teacher)
     student, teacher = savable_when_compiled(student, teacher)
-    student, teacher, kept = _unmasked(student, teacher, mask, student.shape[:-1])
+    student, teacher, unmasked = _apply_mask(student, teacher, mask, student.shape[:-1])
     student, teacher = unit(widened(student)), unit(widened(teacher))
-    absent = sum((side.detach() == 0).all(-1) * 0.5 for side in (student, teacher))
-    return _mean(0.5 * (student - teacher).square().sum(-1) + absent, kept)
+    # A zero vector contributes 0 to the squared distance in place of 1, half of which is added here.
+    for_zero_vectors = sum((side.detach() == 0).all(-1) * 0.5 for side in (student, teacher))
+    return _mean(0.5 * (student - teacher).square().sum(-1) + for_zero_vectors, unmasked)
 
 
-def _mean(values: Tensor, kept: Tensor | None = None) -> Tensor:
-    """Of the values that are kept (bool, of their shape); 0 where there are none."""
-    if kept is None:
+def _mean(values: Tensor, unmasked: Tensor | None = None) -> Tensor:
+    """Return the mean of the values where unmasked (bool, the same shape) is True; 0 if there are none."""
+    if unmasked is None:
         return values.sum() / max(values.numel(), 1)
-    return torch.where(kept, values, 0.0).sum() / kept.sum().clamp(min=1)
+    return torch.where(unmasked, values, 0.0).sum() / unmasked.sum().clamp(min=1)
 
 
-def _length(vectors: Tensor) -> Tensor:
-    """[.., D] -> [..]: Euclidean, with derivative 0 at 0."""
+def _norm(vectors: Tensor) -> Tensor:
+    """Return the Euclidean norms [..] of vectors [.., D], with derivative 0 at 0."""
     squared = vectors.square().sum(-1)
-    somewhere = squared != 0
-    return torch.where(somewhere, torch.where(somewhere, squared, 1.0).sqrt(), 0.0)
+    nonzero = squared != 0
+    return torch.where(nonzero, torch.where(nonzero, squared, 1.0).sqrt(), 0.0)
 
 
 def unit(vectors: Tensor) -> Tensor:
-    """[.., D] over their Euclidean norms; 0 where they are 0, with derivative 0.
+    """Divide vectors [.., D] by their Euclidean norms. Zero vectors stay 0, with derivative 0.
 
-    They are divided by their largest entry first, so that no square overflows or vanishes. That divisor drops out, so
-    it is no part of the graph.
+    Each vector is first divided by its largest absolute entry, so that its squares neither overflow nor underflow. This
+    divisor cancels, so it is excluded from the graph.
     """
-    scaled, there = over_peak(vectors, -1)
+    scaled, nonzero = over_peak(vectors, -1)
     squared = scaled.square().sum(-1, keepdim=True)
-    return torch.where(there, scaled / torch.where(there, squared, 1.0).sqrt(), 0.0)
+    return torch.where(nonzero, scaled / torch.where(nonzero, squared, 1.0).sqrt(), 0.0)
 
 
 def over_peak(values: Tensor, *dims: int) -> tuple[Tensor, Tensor]:
-    """(values over the largest |value| along dims, whether that is not 0)"""
+    """Divide values by their largest absolute value along dims; return (quotient, whether that value is not 0)."""
     if not values.numel():
         return values, values != 0
     peak = values.detach().abs().amax(dims, keepdim=True)
-    there = peak != 0  # a NaN stays one
-    return values / torch.where(there, peak, 1.0), there
+    nonzero = peak != 0  # True for NaN, which therefore propagates
+    return values / torch.where(nonzero, peak, 1.0), nonzero
 
 
 def _summed_over_channels(maps: Tensor, power: float) -> Tensor:
-    """[B, C, ..] -> [B, ..]: sum_c |A_c|^p, of A over its largest entry in an example, as only directions matter."""
+    """Return sum_c |A_c|^p, [B, ..], for maps A [B, C, ..] divided by their largest absolute value per example.
+
+    The division avoids overflow. It does not change the loss, which normalizes the sums.
+    """
     scaled, _ = over_peak(widened(maps), *range(1, maps.dim()))
     return scaled.abs().pow(power).sum(1)
 
 
 def _resized(maps: Tensor, size: Sequence[int], resize: str | None) -> Tensor:
-    """[B, C, H, W] -> [B, C, *size]"""
+    """Resize maps [B, C, H, W] to [B, C, *size]."""
     height, width = size
     if maps.shape[2:] == (height, width):
         return maps
     if resize is None:
         raise ValueError(
             f"the student's maps are {maps.shape[2]} x {maps.shape[3]}, and the teacher's {height} x {width}: choose "
-            "layers of one size, or resize='interpolate' (bilinear) or 'pool' (adaptive average)"
+            "layers of the same size, or pass resize='interpolate' (bilinear) or 'pool' (adaptive average)"
         )
     if resize == "pool":
         return F.adaptive_avg_pool2d(maps, (height, width))
     return F.interpolate(maps, (height, width), mode="bilinear", align_corners=False)
 
 
-def _mask_of(argument: str, features: Tensor, mask: Tensor) -> Tensor:
-    """The mask with as many dimensions as the features."""
+def _broadcastable_mask(argument: str, features: Tensor, mask: Tensor) -> Tensor:
+    """Check the mask and return it with trailing dimensions of 1, so that it broadcasts with the features."""
     if not isinstance(mask, Tensor):
         raise TypeError(f"mask must be a tensor, got {type(mask).__name__}")
     if mask.dtype != torch.bool:
         raise TypeError(f"mask must be bool (attention_mask.bool()), got {mask.dtype}")
     if mask.dim() == 0 or mask.shape != features.shape[: mask.dim()]:
         raise ValueError(
-            f"mask must have the shape of {argument}, {tuple(features.shape)}, or of its first dimensions; got "
+            f"mask must have the shape of {argument}, {tuple(features.shape)}, or its first dimensions; got "
             f"{tuple(mask.shape)}"
         )
     if mask.device != features.device:
@@ -492,24 +513,28 @@ def _mask_of(argument: str, features: Tensor, mask: Tensor) -> Tensor:
     return mask.reshape(*mask.shape, *(1,) * (features.dim() - mask.dim()))
 
 
-def _unmasked(
-    student: Tensor, teacher: Tensor, mask: Tensor | None, counted: torch.Size
+def _apply_mask(
+    student: Tensor, teacher: Tensor, mask: Tensor | None, shape: torch.Size
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """(both with 0 where mask drops them, what is kept of the counted shape, which is a leading part of theirs)."""
+    """Replace masked features by 0 and expand the mask to shape, which is a leading part of the features' shape.
+
+    Returns:
+        (student, teacher, the expanded mask or None).
+    """
     if mask is None:
         return student, teacher, None
-    if isinstance(mask, Tensor) and mask.dim() > len(counted):
+    if isinstance(mask, Tensor) and mask.dim() > len(shape):
         raise ValueError(
-            f"mask must have the shape of the positions, {tuple(counted)}, or of their first dimensions; got "
+            f"mask must have the shape of the positions, {tuple(shape)}, or its first dimensions; got "
             f"{tuple(mask.shape)}"
         )
-    kept = _mask_of("student", student, mask)
-    student, teacher = (torch.where(kept, side, 0.0) for side in (student, teacher))
-    return student, teacher, kept.reshape(kept.shape[: len(counted)]).expand(counted)
+    unmasked = _broadcastable_mask("student", student, mask)
+    student, teacher = (torch.where(unmasked, side, 0.0) for side in (student, teacher))
+    return student, teacher, unmasked.reshape(unmasked.shape[: len(shape)]).expand(shape)
 
 
-def _any_of_example(kept: Tensor) -> Tensor:
-    return kept.any(tuple(range(1, kept.dim()))) if kept.dim() > 1 else kept
+def _any_per_example(unmasked: Tensor) -> Tensor:
+    return unmasked.any(tuple(range(1, unmasked.dim()))) if unmasked.dim() > 1 else unmasked
 
 
 def _layers(argument: str, maps: Tensor | Sequence[Tensor]) -> Sequence[Tensor]:
@@ -525,7 +550,7 @@ def _check_maps(argument: str, maps: object) -> None:
     assert isinstance(maps, Tensor)
     if maps.dim() < 3 or 0 in maps.shape[1:]:
         raise ValueError(
-            f"{argument} must be [B, C, ..] with positions, got shape {tuple(maps.shape)}"
+            f"{argument} must be [B, C, ..] with at least one position, got shape {tuple(maps.shape)}"
         )
 
 
@@ -538,11 +563,13 @@ def _check_features(argument: str, features: object) -> None:
         raise ValueError(f"{argument} must be [.., D], got shape {tuple(features.shape)}")
 
 
-def _check_pair(of_student: str, student: Tensor, of_teacher: str, teacher: Tensor) -> None:
-    _check_features(of_student, student)
-    _check_features(of_teacher, teacher)
-    remedy = ". A projection (fastkd.features.Regressor, or FeatureLoss's) makes one width of two"
-    check_alike(of_teacher, teacher, of_student, student, remedy)
+def _check_pair(student_name: str, student: Tensor, teacher_name: str, teacher: Tensor) -> None:
+    _check_features(student_name, student)
+    _check_features(teacher_name, teacher)
+    remedy = (
+        ". If the widths differ, project the student with fastkd.features.Regressor or FeatureLoss"
+    )
+    check_alike(teacher_name, teacher, student_name, student, remedy)
 
 
 def _checked_width(argument: str, width: object) -> int:
@@ -562,17 +589,19 @@ def _pairs(
         pairs = []
     if not pairs or any(type(layer) not in (int, str) for pair in pairs for layer in pair):
         raise ValueError(
-            "layers must map layers of the student to layers of the teacher, a dict or pairs of indices or names; "
+            "layers must map student layers to teacher layers, as a dict or a sequence of pairs of indices or names; "
             f"got {layers!r}"
         )
     return pairs
 
 
-def _one_a_pair(argument: str, value: Any, count: int) -> list[Any]:
+def _one_per_pair(argument: str, value: Any, count: int) -> list[Any]:
     if isinstance(value, (str, Tensor)) or not isinstance(value, Sequence):
         return [value] * count
     if len(value) != count:
-        raise ValueError(f"{argument} must be one a pair of layers, {count}; got {len(value)}")
+        raise ValueError(
+            f"{argument} must have one value per pair of layers, {count}; got {len(value)}"
+        )
     return list(value)
 
 
@@ -580,7 +609,7 @@ def _projection(index: int, kind: object, widths: Sequence[Any], bias: bool) -> 
     if isinstance(kind, Tensor):
         if kind.dim() != 2 or not kind.is_floating_point():
             raise ValueError(
-                f"projection[{index}] must be [teacher width, student width] of floating point, got "
+                f"projection[{index}] must be a floating-point tensor [teacher width, student width], got "
                 f"{tuple(kind.shape)} {kind.dtype}"
             )
         return _Fixed(kind.detach().clone())
@@ -598,13 +627,13 @@ def _state(argument: str, states: States, layer: Layer) -> Tensor:
     try:
         state = states[layer]  # type: ignore[index]
     except (KeyError, IndexError, TypeError):
-        there = (
+        contents = (
             f"has {', '.join(repr(name) for name in states)}"
             if isinstance(states, Mapping)
             else f"has {len(states)} layers"
             if isinstance(states, (tuple, list))
             else f"is a {type(states).__name__}"
         )
-        raise ValueError(f"{argument} must have the layer {layer!r}; it {there}") from None
+        raise ValueError(f"{argument} must have the layer {layer!r}; it {contents}") from None
     _check_features(f"{argument}[{layer!r}]", state)
     return state

@@ -1,7 +1,7 @@
-"""The losses: kd_loss on logits, fused_linear_kd_loss on hidden states and an lm_head.
+"""The two main losses: kd_loss on logits, fused_linear_kd_loss on hidden states and an lm_head.
 
-Both validate (fastkd.call.checks), and hand over to fastkd.engine.autograd, or to fastkd.engine.linear where logits
-are made from hidden states or from several teachers, a chunk of rows at a time.
+Both validate their arguments (fastkd.call.checks). Dense logits then go to fastkd.engine.autograd. Logits that have to
+be computed first, from hidden states or from several teachers, go to fastkd.engine.linear, a chunk of rows at a time.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ Returned = TypeVar("Returned")
 def _not_compiled_over_processes(
     function: Callable[Parameters, Returned],
 ) -> Callable[Parameters, Returned]:
-    """A loss that breaks a compiled graph where it is over processes: they talk between its steps."""
+    """Decorator that breaks a compiled graph at calls over several processes, which communicate between steps."""
 
     @functools.wraps(function)
     def call(*arguments: Parameters.args, **options: Parameters.kwargs) -> Returned:
@@ -63,14 +63,14 @@ def _not_compiled_over_processes(
 
 
 class Parts(NamedTuple):
-    """Detached by-products of a loss, all from the same sweep. Rows that are dropped hold 0.
+    """The terms of a loss per row, detached, from the same sweep as the loss. Dropped rows hold 0.
 
     loss of a row = weight (alpha * distillation + (1 - alpha) * cross_entropy)
     """
 
-    distillation: Tensor  # [...], with T^2 where scale_by_temperature
-    cross_entropy: Tensor  # [...], 0 where alpha is 1 or there are no labels
-    student_entropy: Tensor  # [...], in nats, of softmax(student / temperature)
+    distillation: Tensor  # [...], multiplied by T^2 if scale_by_temperature
+    cross_entropy: Tensor  # [...], 0 if alpha is 1 or there are no labels
+    student_entropy: Tensor  # [...], entropy of softmax(student / temperature) in nats
     counted: Tensor  # 0-dim, the number of counted rows
 
 
@@ -148,64 +148,66 @@ def kd_loss(
     return_parts: bool = False,
     backend: str = "auto",
 ) -> Tensor | tuple[Tensor, Parts]:
-    r"""Distillation loss of student logits against a teacher, with its gradient, in one pass over the logits.
+    r"""Distillation loss of student logits against a teacher, computed with its gradient in one pass.
 
-    The loss of a row (a position) is, with D the divergence and T the temperature,
+    The loss of a row (a position), with D the divergence and T the temperature, is
 
         alpha T^2 D(softmax(t / T), softmax(s / T)) + (1 - alpha) CE(softmax(s), label)
 
-    (Hinton, Vinyals and Dean 2015; cross-entropy at temperature 1). No probability tensor is ever held.
+    (Hinton, Vinyals and Dean 2015). The cross-entropy CE is at temperature 1. No tensor of probabilities is allocated.
 
     Args:
-        student_logits: [..., V], float32, bfloat16, float16 (float64 in plain PyTorch). Any strides; the last
-            dimension is copied only where its stride is not 1.
-        teacher: dense teacher logits of the same leading shape, of any of those dtypes; if they require grad they
-            get their gradient. Or a :class:`fastkd.TopK`, a :class:`fastkd.LinearTeacher` or a
-            :class:`fastkd.Ensemble`, whose rows have that leading shape; the last two are turned into logits a
-            chunk of rows at a time (:func:`fastkd.memory_plan` says how many).
-        labels: [...] int64. Targets of the cross-entropy where alpha < 1. A row whose label is ignore_index is
-            dropped, whatever alpha is.
-        divergence: a name of ``fastkd.DIVERGENCES`` or a divergence such as ``fastkd.jsd(0.3)``.
-        temperature: T > 0, or a float tensor [...] with one per row.
-        teacher_temperature: the teacher's own temperature, likewise; None: as the student's. T^2 is always the
-            student's.
-        alpha: weight of the distillation term, in [0, 1]. Below 1 labels are needed.
+        student_logits: [..., V], float32, bfloat16, float16 (float64 in plain PyTorch). Any strides are allowed; the
+            logits are copied only if the stride of the last dimension is not 1.
+        teacher: dense teacher logits with the same leading shape, in any of those dtypes; they receive a gradient if
+            they require one. Or a :class:`fastkd.TopK`, :class:`fastkd.LinearTeacher` or :class:`fastkd.Ensemble`
+            with the same leading shape. Logits of the last two are computed a chunk of rows at a time;
+            :func:`fastkd.memory_plan` returns the chunk size.
+        labels: [...] int64, the targets of the cross-entropy. Required if alpha < 1. A row whose label is
+            ignore_index is dropped, whatever alpha is.
+        divergence: a name from ``fastkd.DIVERGENCES`` or a divergence such as ``fastkd.jsd(0.3)``.
+        temperature: T > 0, a number or a float tensor [...] with one value per row.
+        teacher_temperature: the teacher's temperature, in the same forms; None: the student's. The factor T^2 always
+            uses the student's.
+        alpha: weight of the distillation term, in [0, 1]. Labels are required if it is below 1.
         scale_by_temperature: multiply value and gradient of the distillation term by T^2.
-        label_smoothing: in [0, 1), of the cross-entropy, as torch.nn.functional.cross_entropy has it.
+        label_smoothing: smoothing of the cross-entropy, in [0, 1), as in torch.nn.functional.cross_entropy.
         ignore_index: the label that drops a row.
-        mask: [...] bool; a row where it is False is dropped. A dropped row is not read.
-        weight: [...] float, multiplies the loss of a row; it does not change how many rows are counted.
+        mask: [...] bool; rows where it is False are dropped. Dropped rows are never read.
+        weight: [...] float, multiplies the loss of each row; it does not change the number of counted rows.
         reduction: "none" ([...], 0 in dropped rows), "sum", "mean" (sum / number of counted rows), "batchmean"
-            (sum / student_logits.shape[0], as torch.nn.functional.kl_div has it).
-        num_items: replaces the denominator of "mean" and "batchmean": a positive number or a 0-dim tensor, such
-            as the number of counted rows of the whole batch under gradient accumulation.
-        logit_scale: multiplies the student's logits first.
+            (sum / student_logits.shape[0], as in torch.nn.functional.kl_div).
+        num_items: replaces the denominator of "mean" and "batchmean": a positive number or a 0-dim tensor, for
+            example the number of counted rows of the whole batch under gradient accumulation.
+        logit_scale: factor of the student's logits, applied before softcap.
         softcap: c > 0; the student's scaled logits become c tanh(logits / c).
-        teacher_logit_scale: as logit_scale, for the teacher.
-        teacher_softcap: as softcap, for the teacher.
-        vocab_size: the columns that count, where a model pads its vocabulary; later columns have probability 0
-            and gradient 0 on both sides. Needed where the widths differ. Of all processes, where they share it.
-        process_group: the torch.distributed processes that share the vocabulary (or their mesh of one dimension):
-            student_logits are then [..., V_r], the columns of this process in the order of ranks, shards even or
-            not; a teacher has the same columns, or all of them, and everything else is the same on every process.
-            Each gets the same loss and the gradient of its own columns. DTensors sharded along the vocabulary say
-            it themselves. docs/parallel.md says what is exchanged, and how to use it with FSDP, DDP and pipelines.
-        inplace: let the gradient overwrite student_logits, which saves one [..., V] tensor. Their version is
-            bumped, so that autograd raises where something else still needs them. A compiled graph plans its
-            own memory: there it breaks the graph, or raises under fullgraph=True.
+        teacher_logit_scale: logit_scale of the teacher.
+        teacher_softcap: softcap of the teacher.
+        vocab_size: number of leading columns that count, for models that pad their vocabulary; later columns have
+            probability 0 and gradient 0 on both sides. Required if the widths of student and teacher differ. With
+            process_group it is the size of the whole vocabulary.
+        process_group: the torch.distributed group, or one-dimensional mesh, whose processes share the vocabulary.
+            student_logits are then [..., V_r], this process's columns in rank order; shards may be uneven. The teacher
+            has the same columns, or all of them; every other argument is the same on every process. Each process gets
+            the same loss and the gradient of its own columns. Not needed for DTensors sharded along the vocabulary.
+            docs/parallel.md lists what is exchanged and how to combine this with FSDP, DDP and pipelines.
+        inplace: let the gradient overwrite student_logits, which saves one [..., V] tensor. The version counter of
+            student_logits is incremented, so autograd raises if another operation still needs them. Under
+            torch.compile this breaks the graph, or raises with fullgraph=True.
         return_parts: return (loss, :class:`Parts`).
         backend: "auto", or one of ``fastkd.available_backends()``.
 
     Returns:
         The loss: 0-dim, or [...] for reduction="none"; float32 (float64 for float64 logits). With no counted row
-        it is 0 and part of the graph. An invalid label, and a temperature of a tensor that is not positive, make
-        their row NaN, because naming them would wait for the device; FASTKD_CHECK=1 waits, and raises.
+        it is 0 and still part of the graph. An invalid label, or a non-positive element of a temperature tensor, makes
+        its row NaN, because reporting it would have to wait for the device; with FASTKD_CHECK=1 the call waits and
+        raises.
 
     Raises:
         ValueError, TypeError: an argument has the wrong shape, dtype, device or value; the message names it.
-        fastkd.BackendUnavailable: the backend asked for cannot serve this call.
-        fastkd.parallel.CollectiveError: another process has stopped, or has not made this call in time.
-        RuntimeError: another process that shares the vocabulary has raised.
+        fastkd.BackendUnavailable: the requested backend cannot serve this call.
+        fastkd.parallel.CollectiveError: another process has stopped, or did not make this call in time.
+        RuntimeError: another process of the group has raised.
     """
     from fastkd.parallel import (  # at its first use: an import of fastkd has to be quick
         layout,
@@ -329,60 +331,59 @@ def fused_linear_kd_loss(
     return_parts: bool = False,
     **options: Unpack[LossOptions],
 ) -> Tensor | tuple[Tensor, Parts]:
-    r"""kd_loss of the logits student_hidden @ student_weight.T + student_bias, which are never held as a whole.
+    r"""kd_loss of the logits student_hidden @ student_weight.T + student_bias, without ever holding all of them.
 
-    Rows that do not count are packed away; the others go through in chunks: logits of student and teacher, the
-    gradient in the student's place, and from it those of hidden states and weight, which is summed in float32. Four
-    matrix products a chunk (two where the weight is frozen), and nothing is computed twice. The one exception is
-    reduction="none" with a weight that requires grad: the gradient of the weight needs the upstream gradient of each
-    row inside the sum, so the backward makes the logits again.
+    Dropped rows are removed first. The other rows are processed in chunks: compute the logits of student and teacher,
+    overwrite the student's with their gradient, and multiply it into the gradients of hidden states and weight. The
+    gradient of the weight is summed in float32. A chunk costs four matrix products with a
+    :class:`fastkd.LinearTeacher`, one fewer if student_weight is frozen, and one fewer with any other teacher. Nothing
+    is computed twice, with one exception: with reduction="none" and a student_weight that requires grad, each row's
+    upstream gradient weights that row's part of the sum, so the backward recomputes the logits.
 
     Args:
-        student_hidden: [..., H], float32, bfloat16, float16 (float64 in plain PyTorch). Any strides.
-        student_weight: [V, H], the lm_head, of the same dtype and device; under autocast both are cast to its dtype.
-            A DTensor that FSDP has spread is gathered once a call, and its gradient is averaged over the processes.
+        student_hidden: [..., H], float32, bfloat16, float16 (float64 in plain PyTorch). Any strides are allowed.
+        student_weight: [V, H], the lm_head, of the same dtype and device; under autocast both are cast to the autocast
+            dtype. A DTensor sharded by FSDP is gathered once per call, and its gradient is averaged over the processes.
         teacher: a :class:`fastkd.LinearTeacher` (of any width), dense logits [..., V], a :class:`fastkd.TopK` or a
-            :class:`fastkd.Ensemble`. A constant: one that requires grad raises.
-        labels: as in :func:`fastkd.kd_loss`, and so are all options that are not listed here.
+            :class:`fastkd.Ensemble`. It receives no gradient; a teacher that requires grad raises.
+        labels: as in :func:`fastkd.kd_loss`, like every option that is not listed here.
         student_bias: [V], or None.
-        chunk_size: rows a chunk, whatever memory_budget is. None: as many as memory_budget allows.
+        chunk_size: rows per chunk; takes precedence over memory_budget. None: as many as memory_budget allows.
         memory_budget: bytes that the call may hold beyond its inputs and gradients; None: 384 MiB on a CPU, 2 GiB
-            elsewhere. :func:`fastkd.memory_plan` says what is in them. A budget too small for one row raises.
-        logits_dtype: of the student's logits, and of a teacher's whose operands have it. None computes them in float32
-            from operands of lower precision (rounding them to bfloat16 costs 4 to 23 % of the gradient). The operands'
-            own dtype trades that for speed and half the memory.
-        vocab_size: as in kd_loss; rows of a weight beyond it are padding, and not computed.
-        process_group: as in kd_loss: student_weight is then [V_r, H], the part of a column-parallel lm_head that this
-            process has. The gradient of student_hidden is summed over the processes.
-        sequence_dim: where hidden states are sequence-parallel, the dimension of student_hidden along which every
-            process of process_group has an equal part of the rows; they are gathered, and their gradient is
-            scattered. Labels and what else has one value a row are of all rows. So are a teacher's hidden states,
-            unless they have the shape of the student's part.
+            elsewhere. :func:`fastkd.memory_plan` itemizes them. A budget too small for one row raises.
+        logits_dtype: dtype of the student's logits, and of a teacher's if its operands have the student's dtype. If
+            None, logits are float32 even for lower-precision operands (rounding them to bfloat16 costs 4 to 23 % of
+            the gradient). The operands' dtype is faster and takes half the memory, at that cost.
+        vocab_size: as in kd_loss; rows of a weight beyond it are padding, and their logits are not computed.
+        process_group: as in kd_loss: student_weight is then [V_r, H], this process's part of a column-parallel
+            lm_head. The gradient of student_hidden is summed over the processes.
+        sequence_dim: for sequence-parallel hidden states, the dimension of student_hidden along which the processes
+            of process_group hold equal parts of the rows. The parts are gathered and their gradient is scattered.
+            Labels and other per-row arguments cover all rows, not only this process's. A teacher's hidden states
+            cover all rows too, unless they have the shape of the student's part.
 
     Returns:
-        What kd_loss returns: a loss in float32 (float64 for float64), and with return_parts its parts.
+        The loss and, with return_parts, its :class:`Parts`, as kd_loss returns them: float32 (float64 for float64).
 
     Raises:
         ValueError, TypeError: an argument has the wrong shape, dtype, device or value; the message names it.
-        fastkd.BackendUnavailable: the backend asked for cannot serve this call.
+        fastkd.BackendUnavailable: the requested backend cannot serve this call.
     """
     from fastkd.parallel import layout, share
 
     group = layout.group_of_head(process_group, student_hidden, student_weight)
     check_flags(return_parts=return_parts)
-    # Collectives of DTensors, whose shapes are the same on every process, come before the validation.
-    given, student_hidden = (
-        student_hidden,
-        layout.local_hidden("student_hidden", student_hidden, group),
-    )
+    # The shapes of a DTensor are the same on every process, so its collectives can run before the validation.
+    hidden_argument = student_hidden
+    student_hidden = layout.local_hidden("student_hidden", student_hidden, group)
     student_weight = layout.local_weight("student_weight", student_weight, group)
     student_bias = layout.local_weight("student_bias", student_bias, group)
     teacher = layout.local_teacher(teacher, group)
     with share.agreed_by(group) as agreement:
-        sequence = layout.sequence_of(given, group, sequence_dim)
-        parts, teacher_parts = student_hidden, teacher
+        sequence = layout.sequence_of(hidden_argument, group, sequence_dim)
+        local_hidden, local_teacher = student_hidden, teacher
         if sequence is not None:
-            student_hidden = sequence.stand_in(parts)
+            student_hidden = sequence.stand_in(local_hidden)
             teacher = sequence.of_teacher(teacher, sequence.stand_in)
         check_student_head(student_hidden, student_weight, student_bias)
         lead, device = student_hidden.shape[:-1], student_hidden.device
@@ -396,21 +397,11 @@ def fused_linear_kd_loss(
         unknown = options.keys() - LossOptions.__annotations__.keys()
         if unknown:
             raise TypeError(f"fused_linear_kd_loss has no option {', '.join(sorted(unknown))}")
-        if logits_dtype is not None and not (
-            isinstance(logits_dtype, torch.dtype) and logits_dtype.is_floating_point
-        ):
-            raise TypeError(
-                f"logits_dtype must be a floating-point torch.dtype, got {logits_dtype!r}"
-            )
         teacher = linear.autocast_teacher(teacher)
         hidden, head, bias = linear.autocast(student_hidden, student_weight, student_bias)
         assert hidden is not None
-        if logits_dtype not in (None, wide(hidden.dtype), hidden.dtype):
-            raise ValueError(
-                f"logits_dtype must be {wide(hidden.dtype)} or the dtype of student_hidden, {hidden.dtype}; "
-                f"got {logits_dtype}"
-            )
-        of_rows: dict[str, Any] = {
+        _check_logits_dtype(logits_dtype, hidden.dtype)
+        per_row: dict[str, Any] = {
             name: layout.local(name, options[name], None, group)
             for name in ("temperature", "teacher_temperature", "mask", "weight")
             if name in options
@@ -423,15 +414,11 @@ def fused_linear_kd_loss(
             vocabulary,
             labels,
             teacher,
-            **{**options, **of_rows},
+            **{**options, **per_row},
         )
         trained = [x is not None and x.requires_grad for x in (hidden, head, bias)]
         grad_enabled = torch.is_grad_enabled()
-        want = Want(
-            grad_enabled and any(trained),
-            False,
-            return_parts,
-        )
+        want = Want(grad_enabled and any(trained), False, return_parts)
         if isinstance(teacher, TopK):
             call = with_topk(call, teacher)
     if agreement is not None:
@@ -441,10 +428,10 @@ def fused_linear_kd_loss(
             trained=trained, sequence_dim=sequence_dim,
         )  # fmt: skip
         if sequence is not None:
-            (hidden,) = linear.autocast(sequence.gathered(parts))
-            teacher = linear.autocast_teacher(sequence.of_teacher(teacher_parts, sequence.gathered))
+            (hidden,) = linear.autocast(sequence.gathered(local_hidden))
+            teacher = linear.autocast_teacher(sequence.of_teacher(local_teacher, sequence.gathered))
         else:
-            hidden = layout.summed_gradient(hidden, given, group)
+            hidden = layout.summed_gradient(hidden, hidden_argument, group)
         assert call.options.shard is not None
         teacher = layout.cut_teacher(teacher, call.options.shard, call.options.vocab_size, width)
     assert hidden is not None
@@ -455,6 +442,18 @@ def fused_linear_kd_loss(
         student, teacher, call, want, logits_dtype, chunk_size, memory_budget
     )
     return _returned(results, call, return_parts, device)
+
+
+def _check_logits_dtype(logits_dtype: object, operands: torch.dtype) -> None:
+    if logits_dtype is None:
+        return
+    if not (isinstance(logits_dtype, torch.dtype) and logits_dtype.is_floating_point):
+        raise TypeError(f"logits_dtype must be a floating-point torch.dtype, got {logits_dtype!r}")
+    if logits_dtype not in (wide(operands), operands):
+        raise ValueError(
+            f"logits_dtype must be {wide(operands)} or the dtype of student_hidden, {operands}; "
+            f"got {logits_dtype}"
+        )
 
 
 def _row_dtype(student: Tensor, teacher: Teacher) -> torch.dtype:
@@ -478,20 +477,25 @@ def _returned(
 def _check_inplace(student: Tensor, teachers: Sequence[Tensor], want: Want, whole: bool) -> None:
     if whole:
         raise ValueError(
-            "inplace=True needs student_logits whose columns are those of this process"
+            "inplace=True needs student_logits that hold this process's columns only, got a DTensor with all columns; "
+            "shard it along the vocabulary, or pass inplace=False"
         )
     if torch.compiler.is_compiling():
-        raise ValueError("inplace=True is for eager mode; a compiled graph plans its own memory")
+        raise ValueError(
+            "inplace=True is for eager mode, got it under torch.compile(fullgraph=True); pass inplace=False there, as "
+            "a compiled graph plans its own memory"
+        )
     if want.student_gradient and student.is_leaf:
         raise ValueError("inplace=True would overwrite student_logits, a leaf that requires grad")
     if want.teacher_gradient:
         raise ValueError(
-            "inplace=True overwrites student_logits, and the teacher's gradient needs them; detach one"
+            "inplace=True overwrites student_logits, which the teacher's gradient needs; detach the teacher or pass "
+            "inplace=False"
         )
     if not writable(student):
         raise ValueError(
-            "inplace=True would write through student_logits that torch marks as negated, as the imaginary part of a "
-            "conjugated tensor is; pass student_logits.resolve_neg()"
+            "inplace=True cannot write to student_logits that are a negated view, such as the imaginary part of a "
+            "conjugated tensor; pass student_logits.resolve_neg()"
         )
     if student.stride(-1) != 1 and student.shape[-1] > 1:
         raise ValueError(
@@ -501,7 +505,10 @@ def _check_inplace(student: Tensor, teachers: Sequence[Tensor], want: Want, whol
         stride == 0 and size > 1
         for stride, size in zip(student.stride(), student.shape, strict=True)
     ):
-        raise ValueError("inplace=True would write expanded student_logits more than once")
+        raise ValueError(
+            f"inplace=True needs student_logits without expanded dimensions, got strides {student.stride()}; pass "
+            "student_logits.contiguous()"
+        )
     if any(share_storage(student, teacher) for teacher in teachers):
         raise ValueError(
             "inplace=True would overwrite the teacher: it shares its storage with student_logits"

@@ -1,4 +1,4 @@
-"""nn.Module twins of the functions: they hold the options and nothing else."""
+"""KDLoss and FusedLinearKDLoss: nn.Module forms of the two losses that hold options but no parameters."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from fastkd.core.scalars import as_float, plain
 from fastkd.functional import DenseOptions, LinearOptions, Parts, fused_linear_kd_loss, kd_loss
 from fastkd.teachers import Teacher
 
-# What belongs to a batch, or to a model, and is passed to the call.
-OF_A_CALL = ("student_bias", "mask", "weight", "num_items")
+# Arguments that change with every batch. They are passed to the call, not to the constructor.
+CALL_ARGUMENTS = ("student_bias", "mask", "weight", "num_items")
 
-
-# Kept as floats where they are given as integers, which torch.compile would take for constants of a module.
+# Options that are stored as floats even if given as ints: torch.compile treats a module's ints as constants, and would
+# recompile when a schedule changes one.
 FLOATS = tuple(name for name in Numbers._fields if name in LossOptions.__annotations__)
 
 
 class _Loss(nn.Module):
-    _names: frozenset[str] = frozenset()  # of the options that there are
+    _option_names: frozenset[str] = frozenset()
 
     def __init__(self, options: dict[str, Any]) -> None:
         super().__init__()
@@ -33,7 +33,7 @@ class _Loss(nn.Module):
 
     def _check(self, options: dict[str, Any]) -> None:
         name = type(self).__name__
-        for argument in OF_A_CALL:
+        for argument in CALL_ARGUMENTS:
             if argument in options:
                 raise TypeError(
                     f"{argument} belongs to a batch: pass it to the call, not to {name}()"
@@ -47,37 +47,37 @@ class _Loss(nn.Module):
             from fastkd.parallel.layout import group_of
 
             group_of(options["process_group"])
-        # One row through the validation of the function, so that there is one; by this process alone.
+        # Calling the function on one row validates the options without a second validator. The call involves this
+        # process only.
         width = options.get("vocab_size")
         row = torch.zeros(1, width if type(width) is int and 0 < width < 2**31 else 2)
-        with contextlib.suppress(
-            BackendUnavailable
-        ):  # for a row on the CPU: the logits may be elsewhere
-            self._try(options, row, torch.zeros(1, dtype=torch.int64))
+        # The row is on the CPU. A backend that cannot serve it may still serve the real logits on another device.
+        with contextlib.suppress(BackendUnavailable):
+            self._call_on_one_row(options, row, torch.zeros(1, dtype=torch.int64))
 
-    def _try(self, options: dict[str, Any], row: Tensor, labels: Tensor) -> None:
+    def _call_on_one_row(self, options: dict[str, Any], row: Tensor, labels: Tensor) -> None:
         raise NotImplementedError
 
     def __getattr__(self, name: str) -> Any:
-        """An option that was given, by its name; else what torch.nn.Module has."""
+        """Return the option of that name if one was set, else the attribute of torch.nn.Module."""
         options = self.__dict__.get("options", {})
         return options[name] if name in options else super().__getattr__(name)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        """Set an option, as a schedule does from step to step; raises where the function would."""
-        if name not in self._names:
+        """Set an option, for example from a schedule; raises the errors that the function would raise."""
+        if name not in self._option_names:
             super().__setattr__(name, value)
             return
         value = _as_float(name, value)
         self._check(self.options | {name: value})
         self.options[name] = value
 
-    def _with(self, **temperatures: Tensor | None) -> dict[str, Any]:
-        given = {name: value for name, value in temperatures.items() if value is not None}
-        return self.options | given
+    def _options_with(self, **temperatures: Tensor | None) -> dict[str, Any]:
+        overrides = {name: value for name, value in temperatures.items() if value is not None}
+        return self.options | overrides
 
     def extra_repr(self) -> str:
-        """The options, as they were given."""
+        """Return the options that were set, as name=value."""
         return ", ".join(f"{name}={value!r}" for name, value in self.options.items())
 
 
@@ -87,23 +87,26 @@ def _as_float(name: str, value: Any) -> Any:
 
 
 class KDLoss(_Loss):
-    """:func:`fastkd.kd_loss` with its options fixed; an option out of range raises here, not at the first step.
+    """Module form of :func:`fastkd.kd_loss` with fixed options; invalid options raise here, not at the first step.
 
     Args:
-        **options: keyword options of :func:`fastkd.kd_loss`, except mask, weight and num_items, which belong to a
-            batch and are passed to the call; so is a temperature that is a tensor. They are attributes, which may be
-            set: ``loss.temperature = 3.0``.
+        **options: keyword options of :func:`fastkd.kd_loss`, except mask, weight, num_items and tensor temperatures,
+            which belong to a batch and are passed to the call. Each option is an attribute that can be set, for example
+            ``loss.temperature = 3.0``.
 
-    Shapes: student_logits [..., V], the teacher as kd_loss takes it, labels, mask and weight [...]; returns what
-    kd_loss returns.
+    Shapes: student_logits [..., V]; a teacher as in kd_loss; labels, mask and weight [...]. Returns what kd_loss
+    returns.
+
+    Raises:
+        ValueError, TypeError: an option has the wrong type or value, or belongs to a batch; the message names it.
     """
 
-    _names = frozenset(DenseOptions.__annotations__) - set(OF_A_CALL) | {"return_parts"}
+    _option_names = frozenset(DenseOptions.__annotations__) - set(CALL_ARGUMENTS) | {"return_parts"}
 
     def __init__(self, **options: Any) -> None:
         super().__init__(options)
 
-    def _try(self, options: dict[str, Any], row: Tensor, labels: Tensor) -> None:
+    def _call_on_one_row(self, options: dict[str, Any], row: Tensor, labels: Tensor) -> None:
         kd_loss(row, row, labels, **(options | {"inplace": False, "process_group": None}))
 
     def forward(
@@ -118,7 +121,7 @@ class KDLoss(_Loss):
         temperature: Tensor | None = None,
         teacher_temperature: Tensor | None = None,
     ) -> Tensor | tuple[Tensor, Parts]:
-        """The loss of one batch. Temperatures, one a row, replace those of the options."""
+        """Return the loss of one batch. Per-row temperatures given here replace those of the options."""
         return kd_loss(
             student_logits,
             teacher,
@@ -126,37 +129,41 @@ class KDLoss(_Loss):
             mask=mask,
             weight=weight,
             num_items=num_items,
-            **self._with(temperature=temperature, teacher_temperature=teacher_temperature),
+            **self._options_with(temperature=temperature, teacher_temperature=teacher_temperature),
         )
 
 
 class FusedLinearKDLoss(_Loss):
-    """:func:`fastkd.fused_linear_kd_loss` with its options fixed; an option out of range raises here.
+    """Module form of :func:`fastkd.fused_linear_kd_loss` with fixed options; invalid options raise here.
 
     Args:
-        **options: keyword options of :func:`fastkd.fused_linear_kd_loss`, except student_bias, mask, weight and
-            num_items, which are passed to the call; so is a temperature that is a tensor. They are attributes, which
-            may be set.
+        **options: keyword options of :func:`fastkd.fused_linear_kd_loss`, except student_bias, mask, weight, num_items
+            and tensor temperatures, which are passed to the call. Each option is an attribute that can be set.
 
-    The head's weight is passed to the call too: this module holds no parameter, so that a tied head stays tied and
-    sharded ones stay where they are.
+    The lm_head's weight is passed to the call too. This module holds no parameters, so tied weights stay tied and
+    sharded weights stay where they are.
 
-    Shapes: student_hidden [..., H], student_weight [V, H], student_bias [V], the teacher as fused_linear_kd_loss takes
-    it, labels, mask and weight [...]; returns what fused_linear_kd_loss returns.
+    Shapes: student_hidden [..., H]; student_weight [V, H]; student_bias [V]; a teacher as in fused_linear_kd_loss;
+    labels, mask and weight [...]. Returns what fused_linear_kd_loss returns.
+
+    Raises:
+        ValueError, TypeError: an option has the wrong type or value, or belongs to a batch; the message names it.
     """
 
-    _names = frozenset(LinearOptions.__annotations__) - set(OF_A_CALL) | {"return_parts"}
+    _option_names = frozenset(LinearOptions.__annotations__) - set(CALL_ARGUMENTS) | {
+        "return_parts"
+    }
 
     def __init__(self, **options: Any) -> None:
         super().__init__(options)
 
-    def _try(self, options: dict[str, Any], row: Tensor, labels: Tensor) -> None:
+    def _call_on_one_row(self, options: dict[str, Any], row: Tensor, labels: Tensor) -> None:
         dtype = options.get("logits_dtype")
         floating = isinstance(dtype, torch.dtype) and dtype.is_floating_point
-        hidden = torch.zeros(1, 1, dtype=dtype if floating else None)  # of the dtype to come
+        hidden = torch.zeros(1, 1, dtype=dtype if floating else None)
         weight = hidden.expand(row.shape[1], 1)
-        alone = options | {"process_group": None, "sequence_dim": None}
-        fused_linear_kd_loss(hidden, weight, row, labels, **alone)
+        local_options = options | {"process_group": None, "sequence_dim": None}
+        fused_linear_kd_loss(hidden, weight, row, labels, **local_options)
 
     def forward(
         self,
@@ -172,7 +179,7 @@ class FusedLinearKDLoss(_Loss):
         temperature: Tensor | None = None,
         teacher_temperature: Tensor | None = None,
     ) -> Tensor | tuple[Tensor, Parts]:
-        """The loss of one batch. Temperatures, one a row, replace those of the options."""
+        """Return the loss of one batch. Per-row temperatures given here replace those of the options."""
         return fused_linear_kd_loss(
             student_hidden,
             student_weight,
@@ -182,5 +189,5 @@ class FusedLinearKDLoss(_Loss):
             mask=mask,
             weight=weight,
             num_items=num_items,
-            **self._with(temperature=temperature, teacher_temperature=teacher_temperature),
+            **self._options_with(temperature=temperature, teacher_temperature=teacher_temperature),
         )

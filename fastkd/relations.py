@@ -1,22 +1,21 @@
-"""Losses on the relations among the samples of a batch: distances, angles, similarities.
+"""Losses on the relations among the samples of a batch: distances, angles and similarities.
 
-A student [N, D_S] and a teacher [N, D_T] are compared by what their embeddings say of the samples' relations, so the
-widths may differ and nothing has to be projected. Any trailing shape is flattened.
+Relations are computed within the student's embeddings [N, D_S] and within the teacher's [N, D_T], then compared. The
+widths may therefore differ, and no projection is needed. Trailing dimensions are flattened.
 
-Distances and angles are those of Relational Knowledge Distillation (Park, Kim, Lu, Cho, 2019). Both follow from the two
-matrices of distances, which are computed from differences in float64: a Gram matrix would lose the distances of points
-that are close to each other. By the law of cosines
+The distance and angle losses are those of Relational Knowledge Distillation (RKD; Park, Kim, Lu, Cho, 2019). Both are
+computed from the two matrices of pairwise distances. The distances are computed from differences in float64, because a
+Gram matrix would lose the distances between close points. Angles follow from the law of cosines,
 
     cos(angle at j between i and k) = (d_ij^2 + d_kj^2 - d_ik^2) / (2 d_ij d_kj)
 
-so that the N^3 angles cost N^3 steps and not N^3 D, and nothing larger than [N, N] is held. A loss is computed with its
-derivative to the squared distances, from which the gradient of the points is one product of matrices.
+so the N^3 angles cost N^3 operations rather than N^3 D, and no tensor is larger than [N, N]. Each loss is computed with
+its derivative with respect to the squared distances, from which matrix products give the gradient of the points.
 """
 
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -26,61 +25,61 @@ from torch import Tensor
 from torch.nn.functional import pdist
 
 from fastkd.backends import registry
-from fastkd.backends.registry import BackendUnavailable
 from fastkd.call.checks import LARGEST, SMALLEST, check_choice, check_dense, check_number
 from fastkd.call.contract import row_dtype
-from fastkd.core.tensors import check_readable, savable_when_compiled
+from fastkd.core.tensors import check_readable, reciprocal, savable_when_compiled
 from fastkd.engine.autograd import differentiable_once
 from fastkd.engine.graphs import Arguments, as_one_op
 from fastkd.features import over_peak, unit
 
 MEANS = ("distinct", "all")
-BACKENDS = ("auto", "cpu", "portable", "reference")
-TILE_BYTES = 64 << 20  # what angles_in_tiles may hold beyond matrices [N, N]
-_TILES = 8  # tensors of the size of a tile that are alive at once, at most
 
-# (distances of the student, of the teacher, whether the second result is wanted) -> the loss, and a matrix which, with
-# its transpose added, is the loss's derivative to the student's squared distances. All float64, matrices [N, N].
+# (student's distances, teacher's distances, whether to differentiate) -> (loss, half derivative or None). The half
+# derivative plus its transpose is the derivative of the loss with respect to the student's squared distances.
+# Everything is float64; the matrices are [N, N].
 Relation = Callable[[Tensor, Tensor, bool], tuple[Tensor, Tensor | None]]
 
 
-def _returned(given: Arguments) -> list[tuple[Sequence[int], torch.dtype]]:
-    """The shape and dtype of a loss of distances, for a compiled graph."""
-    return [((), row_dtype(given["student"].dtype, given["teacher"].dtype))]
+def _result_meta(arguments: Arguments) -> list[tuple[Sequence[int], torch.dtype]]:
+    """Return shape and dtype of the loss for a compiled graph."""
+    return [((), row_dtype(arguments["student"].dtype, arguments["teacher"].dtype))]
 
 
-@as_one_op(_returned)
+@as_one_op(_result_meta)
 def rkd_distance_loss(
     student: Tensor, teacher: Tensor, *, delta: float = 1.0, mean: str = "distinct"
 ) -> Tensor:
-    """Huber's loss between the distances of two samples, each in units of its model's mean distance mu.
+    """Distance loss of RKD: the Huber loss between the pairwise distances of student and teacher.
 
         mean over pairs (i, j) of huber(d_ij(student) / mu_S - d_ij(teacher) / mu_T)
 
+    where mu is the mean distance of each model.
+
     Args:
         student: [N, ...], float32, bfloat16, float16 or float64.
-        teacher: [N, ...], of any width and dtype on the student's device; it gets a gradient where it requires one.
-        delta: where Huber's loss turns from half the square of x to delta (abs(x) - delta / 2).
-        mean: "distinct" takes both means over the N (N - 1) pairs of two samples, as the paper has it. "all" divides
-            the sum by N^2, diagonal included, and takes mu over distances above 0, as the authors' code does.
+        teacher: [N, ...], of any width and dtype, on the student's device; it receives a gradient if it requires one.
+        delta: the |x| at which the Huber loss changes from x^2 / 2 to delta (|x| - delta / 2).
+        mean: "distinct" takes both means over the N (N - 1) pairs of two different samples, as in the paper. "all"
+            divides the sum by N^2, which includes the diagonal, and takes mu over distances above 0, as in the authors'
+            code.
 
     Returns:
-        0-dim, float32 (float64 where an input is). 0 where there is no pair. The distance of points that
-        coincide has no gradient; where all coincide, their distances in units of the mean are 0.
+        0-dim, float32 (float64 if an input is). 0 if there is no pair. The distance of coinciding points has gradient
+        0; if all points coincide, their distances in units of the mean are 0.
 
     Raises:
-        TypeError, ValueError: an argument is of the wrong type, shape, device or range.
-        RuntimeError: it is differentiated twice.
+        TypeError, ValueError: an argument has the wrong type, shape, device or value; the message names it.
+        RuntimeError: the loss is differentiated twice.
 
-    Memory: up to 6 matrices [N, N] of float64 in the call; a gradient [N, D] until the backward.
+    Memory: up to 6 float64 matrices [N, N] during the call; a gradient [N, D] until the backward.
 
     Source: Park, Kim, Lu, Cho, "Relational Knowledge Distillation" (2019), equations 5 to 7.
     """
     _check(student, teacher)
-    return _of_distances(student, teacher, _distance(delta, mean))
+    return _relation_loss(student, teacher, _distance_relation(delta, mean))
 
 
-@as_one_op(_returned)
+@as_one_op(_result_meta)
 def rkd_angle_loss(
     student: Tensor,
     teacher: Tensor,
@@ -89,43 +88,45 @@ def rkd_angle_loss(
     mean: str = "distinct",
     backend: str = "auto",
 ) -> Tensor:
-    """Huber's loss between the cosines of the angle at sample j between samples i and k.
+    """Angle loss of RKD: the Huber loss between the cosines of the angles formed by triples of samples.
 
         mean over triples (i, j, k) of huber(<e_ij, e_kj>(student) - <e_ij, e_kj>(teacher)),
         e_ij = (x_i - x_j) / d_ij
 
-    It costs N^3 steps, whatever the widths. The arithmetic is float64's in every dtype.
+    The product <e_ij, e_kj> is the cosine of the angle at sample j. The loss takes N^3 steps, whatever the widths, and
+    is computed in float64 for every dtype.
 
     Args:
         student: [N, ...], float32, bfloat16, float16 or float64.
-        teacher: [N, ...], of any width and dtype on the student's device; it gets a gradient where it requires one,
-            which costs the loss again.
+        teacher: [N, ...], of any width and dtype, on the student's device; it receives a gradient if it requires one,
+            which takes as long as the loss again.
         delta: as in :func:`rkd_distance_loss`.
-        mean: "distinct" is over the N (N - 1) (N - 2) triples of three samples, as the paper has it. "all" divides
-            by N^3, as the authors' code does; the other triples add 0, but where samples coincide for one model only.
-        backend: "cpu" is a kernel for CPU tensors; "portable", or "reference", is plain PyTorch on any device; "auto"
-            is the first where it can serve. FASTKD_BACKEND overrides it where it names one of them; FASTKD_STRICT=1
-            makes it an error that CPU tensors fall back to "portable".
+        mean: "distinct" averages over the N (N - 1) (N - 2) triples of three different samples, as in the paper. "all"
+            divides by N^3, as in the authors' code; the additional triples contribute only if two samples coincide
+            for one model and not for the other.
+        backend: "cpu" is a C++ kernel for CPU tensors; "portable", or "reference", is plain PyTorch on any device;
+            "auto" uses "cpu" if it is available for the tensors, else "portable". If FASTKD_BACKEND names one of
+            these, it overrides the argument. With FASTKD_STRICT=1, falling back to "portable" for CPU tensors raises.
 
     Returns:
-        0-dim, float32 (float64 where an input is). 0 where there is no triple. Where two points coincide, e is 0 and so
-        are its cosines and their gradient.
+        0-dim, float32 (float64 if an input is). 0 if there is no triple. For two coinciding points, e and its cosines
+        are 0, with gradient 0.
 
     Raises:
-        TypeError, ValueError: an argument is of the wrong type, shape, device or range.
-        BackendUnavailable: a backend asked for by name cannot serve the call.
-        RuntimeError: it is differentiated twice.
+        TypeError, ValueError: an argument has the wrong type, shape, device or value; the message names it.
+        BackendUnavailable: a backend requested by name cannot serve the call.
+        RuntimeError: the loss is differentiated twice.
 
-    Memory: up to 5 matrices [N, N] of float64 in the call, where "portable" holds four more and tiles of 64 MiB; a
-    gradient [N, D] until the backward.
+    Memory: up to 5 float64 matrices [N, N] during the call; "portable" holds four more, and tiles of 64 MiB; a gradient
+    [N, D] until the backward.
 
     Source: Park, Kim, Lu, Cho, "Relational Knowledge Distillation" (2019), equations 8 and 9.
     """
     _check(student, teacher)
-    return _of_distances(student, teacher, _angle(delta, mean, backend))
+    return _relation_loss(student, teacher, _angle_relation(delta, mean, backend))
 
 
-@as_one_op(_returned)
+@as_one_op(_result_meta)
 def rkd_loss(
     student: Tensor,
     teacher: Tensor,
@@ -136,46 +137,46 @@ def rkd_loss(
     mean: str = "distinct",
     backend: str = "auto",
 ) -> Tensor:
-    """The two terms, distance * rkd_distance_loss + angle * rkd_angle_loss, with the distances computed once.
+    """Both RKD losses, distance * rkd_distance_loss + angle * rkd_angle_loss, with the distances computed once.
 
-    The weights 1 and 2 are those of the authors' command for metric learning; code for CIFAR-100 has 25 and 50.
+    The default weights 1 and 2 are those of the authors' command for metric learning; implementations for CIFAR-100
+    use 25 and 50.
 
     Args:
-        student: [N, ...].
-        teacher: [N, ...].
-        distance: the weight of the first term, not negative.
-        angle: the weight of the second; 0 leaves it out.
-        delta: as in :func:`rkd_distance_loss`, and so is mean.
-        mean: see there.
+        student: [N, ...], as in :func:`rkd_distance_loss`.
+        teacher: [N, ...], as in :func:`rkd_distance_loss`.
+        distance: weight of the distance loss, not negative; 0 omits it.
+        angle: weight of the angle loss, not negative; 0 omits it.
+        delta: as in :func:`rkd_distance_loss`.
+        mean: as in :func:`rkd_distance_loss` and :func:`rkd_angle_loss`.
         backend: as in :func:`rkd_angle_loss`.
 
-    Returns, raises, memory, source: as for the two.
+    Returns, raises, memory, source: see :func:`rkd_distance_loss` and :func:`rkd_angle_loss`.
     """
     _check(student, teacher)
     terms = [
-        (check_number("distance", distance, 0.0, LARGEST), _distance(delta, mean)),
-        (
-            check_number("angle", angle, 0.0, LARGEST),
-            _angle(delta, mean, backend),
-        ),
+        (check_number("distance", distance, 0.0, LARGEST), _distance_relation(delta, mean)),
+        (check_number("angle", angle, 0.0, LARGEST), _angle_relation(delta, mean, backend)),
     ]
-    return _of_distances(student, teacher, partial(_sum, terms))
+    return _relation_loss(student, teacher, partial(_weighted_sum, terms))
 
 
 def similarity_loss(student: Tensor, teacher: Tensor) -> Tensor:
-    """Similarity-preserving distillation: 1/N^2 || G_T - G_S ||_F^2, G = Q Q^T with each row divided by its L2 norm.
+    """Similarity-preserving loss, 1/N^2 || G_T - G_S ||_F^2, where G is Q Q^T with each row divided by its L2 norm.
+
+    Q holds the embeddings of one model, one per row.
 
     Args:
-        student: [N, ...], float32, bfloat16, float16 or float64; computed in float32 or wider.
-        teacher: [N, ...], of any width and dtype on the student's device; it gets a gradient where it requires one.
+        student: [N, ...], float32, bfloat16, float16 or float64; computed in float32, or float64 if an input is.
+        teacher: [N, ...], of any width and dtype, on the student's device; it receives a gradient if it requires one.
 
     Returns:
-        0-dim, float32 (float64 where an input is). A row of G that is all zeros stays so, and has no gradient.
+        0-dim, float32 (float64 if an input is). A row of zeros in Q Q^T stays zero, and its gradient is 0.
 
     Raises:
-        TypeError, ValueError: an argument is of the wrong type, shape or device.
+        TypeError, ValueError: an argument has the wrong type, shape or device; the message names it.
 
-    Memory: some 8 matrices [N, N].
+    Memory: about 8 matrices [N, N].
 
     Source: Tung and Mori, "Similarity-Preserving Knowledge Distillation" (2019), equations 1 to 4.
     """
@@ -197,25 +198,26 @@ def gram_loss(
     normalize: str = "none",
     reduction: str = "sum",
 ) -> Tensor:
-    """|| G_T - G_S ||_F^2, where G has the inner products of samples, or of the channels of a sample.
+    """Squared distance of Gram matrices, || G_T - G_S ||_F^2, of samples or of the channels of each sample.
 
     Args:
-        student: [N, ...]; over channels [B, C, ...]. float32, bfloat16, float16 or float64.
-        teacher: likewise on the same device, with as many samples and, over channels, channels. The rest may differ.
-            It gets a gradient where it requires one.
-        over: "samples" has one G [N, N] of the flattened samples; "channels" one G [C, C] a sample, of each channel's
-            values over all positions, as losses of style have it, and adds up the samples.
-        normalize: "none" as the formula stands; "width" divides each G by the number of products that its elements sum,
-            so that models of different widths or resolutions compare.
-        reduction: "sum" as the formula stands; "mean" divides it by the number of elements of all G.
+        student: [N, ...], or [B, C, ...] for over="channels"; float32, bfloat16, float16 or float64.
+        teacher: on the student's device, with the same N, or the same B and C; the other dimensions and the dtype may
+            differ. It receives a gradient if it requires one.
+        over: "samples": one G [N, N] holds the inner products of the flattened samples. "channels": one G [C, C] per
+            sample holds the inner products of its channels over all positions, as in style losses, and the loss is
+            summed over samples.
+        normalize: "none": the formula above. "width": divide each element of G by the number of products it sums, so
+            that models of different widths or resolutions are comparable.
+        reduction: "sum": the formula above. "mean": divide it by the number of elements of all G.
 
     Returns:
-        0-dim, float32 (float64 where an input is).
+        0-dim, float32 (float64 if an input is).
 
     Raises:
-        TypeError, ValueError: an argument is of the wrong type, shape, device or not among those named.
+        TypeError, ValueError: an argument has the wrong type, shape, device or value; the message names it.
 
-    Memory: some 4 times all G, [N, N] or [B, C, C].
+    Memory: about 4 times the size of all G, [N, N] or [B, C, C].
     """
     check_choice("over", over, ("samples", "channels"))
     check_choice("normalize", normalize, ("none", "width"))
@@ -239,7 +241,11 @@ def _gram(x: Tensor, over: str, normalize: str) -> Tensor:
 
 
 def _unit_gram(rows: Tensor) -> Tensor:
-    """Q Q^T with unit rows. What a row, or Q as a whole, is multiplied by does not matter, so nothing overflows."""
+    """Return Q Q^T with rows of norm 1.
+
+    Scaling a row of the left factor, or the whole right factor, does not change the result. Both are therefore scaled
+    to a largest entry of 1, which rules out overflow.
+    """
     return unit(over_peak(rows, -1)[0] @ over_peak(rows, 0, 1)[0].t())
 
 
@@ -247,209 +253,146 @@ def _rows(x: Tensor, dtype: torch.dtype) -> Tensor:
     return x.reshape(x.shape[0], math.prod(x.shape[1:])).to(dtype)
 
 
-def _distance(delta: float, mean: str) -> Relation:
-    delta, mean = _huber(delta, mean)
+def _distance_relation(delta: float, mean: str) -> Relation:
+    delta, mean = _check_huber(delta, mean)
 
-    def relation(student: Tensor, teacher: Tensor, wanted: bool) -> tuple[Tensor, Tensor | None]:
+    def relation(
+        student: Tensor, teacher: Tensor, differentiate: bool
+    ) -> tuple[Tensor, Tensor | None]:
         points = len(student)
-        total = points**2 if mean == "all" else points * (points - 1)
+        pairs = max(points**2 if mean == "all" else points * (points - 1), 1)
         (unit, count), (teacher_unit, _) = (_reciprocal_mean(x, mean) for x in (student, teacher))
         gap = student * unit - teacher * teacher_unit
         slope = gap.clamp(-delta, delta)
-        loss = (slope * gap.sub_(slope, alpha=0.5)).sum() / max(total, 1)
-        if not wanted:
+        loss = (slope * gap.sub_(slope, alpha=0.5)).sum() / pairs
+        if not differentiate:
             return loss, None
-        # mu depends on every distance. A pair has the same derivative in both orders, d(d^2) = 2 d d(d).
+        # mu depends on every distance, so its derivative is subtracted from each. Each order of a pair contributes
+        # 0.5 / d times the derivative with respect to d, because d(d^2) = 2 d d(d).
         through_mean = (slope * student).sum() * unit * unit / count
-        halves = slope.mul_(unit).sub_(through_mean).mul_(_reciprocal(student))
-        return loss, halves.mul_(0.5 / max(total, 1))
+        half_derivative = slope.mul_(unit).sub_(through_mean).mul_(reciprocal(student))
+        return loss, half_derivative.mul_(0.5 / pairs)
 
     return relation
 
 
 def _reciprocal_mean(distances: Tensor, mean: str) -> tuple[Tensor, Tensor | int]:
-    """(1 / mu, or 0 where mu is; over how many distances it is the mean)."""
+    """Return (1 / mu, or 0 if mu is 0; the number of distances averaged)."""
     points = len(distances)
     count = (distances > 0).sum().clamp(min=1) if mean == "all" else max(points * (points - 1), 1)
-    return _reciprocal(distances.sum() / count), count
+    return reciprocal(distances.sum() / count), count
 
 
-def _reciprocal(x: Tensor) -> Tensor:
-    """1 / x, and 0 where x is 0."""
-    return x.reciprocal().masked_fill_(x == 0, 0.0)
-
-
-def _angle(delta: float, mean: str, backend: str) -> Relation:
-    delta, mean = _huber(delta, mean)
+def _angle_relation(delta: float, mean: str, backend: str) -> Relation:
+    delta, mean = _check_huber(delta, mean)
     if not isinstance(backend, str):
         raise TypeError(f"backend must be a string, got {type(backend).__name__}")
-    check_choice("backend", backend, BACKENDS)
+    check_choice("backend", backend, ("auto", *registry.ANGLES))
 
-    def relation(student: Tensor, teacher: Tensor, wanted: bool) -> tuple[Tensor, Tensor | None]:
+    def relation(
+        student: Tensor, teacher: Tensor, differentiate: bool
+    ) -> tuple[Tensor, Tensor | None]:
         points = len(student)
-        tiles = _tiles(backend, student.device)
-        loss, halves = tiles(student, teacher, delta, wanted)
-        total = points**3 if mean == "all" else points * (points - 1) * (points - 2)
+        angles = registry.function(registry.select_angles(backend, student.device), "angles")
+        loss, half_derivative = angles(student, teacher, delta, differentiate)
+        triples = points**3 if mean == "all" else points * (points - 1) * (points - 2)
         if mean == "all":
-            # i = k: the cosine is 1, or 0 where the points coincide
-            least = min(delta, 1.0)
-            loss = loss + ((student > 0) != (teacher > 0)).sum() * (least * (1 - least / 2))
-        total = max(total, 1)
-        return loss / total, None if halves is None else halves.div_(total)
+            # For i = k the cosine is 1, or 0 where the points coincide. Models that differ in this add huber(1).
+            slope = min(delta, 1.0)
+            loss = loss + ((student > 0) != (teacher > 0)).sum() * (slope * (1 - slope / 2))
+        triples = max(triples, 1)
+        return loss / triples, None if half_derivative is None else half_derivative.div_(triples)
 
     return relation
 
 
-def _sum(
-    terms: list[tuple[float, Relation]], student: Tensor, teacher: Tensor, wanted: bool
+def _weighted_sum(
+    terms: list[tuple[float, Relation]], student: Tensor, teacher: Tensor, differentiate: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """The relation that is the sum of others, each times a weight."""
-    loss, halves = student.new_zeros(()), torch.zeros_like(student) if wanted else None
+    """Relation that is the weighted sum of the (weight, relation) pairs in terms."""
+    loss = student.new_zeros(())
+    half_derivative = torch.zeros_like(student) if differentiate else None
     for weight, relation in terms:
         if weight == 0:
             continue
-        value, more = relation(student, teacher, wanted)
-        loss = loss + weight * value
-        if halves is not None and more is not None:
-            halves.add_(more, alpha=weight)
-    return loss, halves
+        term, term_derivative = relation(student, teacher, differentiate)
+        loss = loss + weight * term
+        if half_derivative is not None and term_derivative is not None:
+            half_derivative.add_(term_derivative, alpha=weight)
+    return loss, half_derivative
 
 
-def angles_in_tiles(
-    student: Tensor, teacher: Tensor, delta: float, wanted: bool, tile_bytes: int = TILE_BYTES
-) -> tuple[Tensor, Tensor | None]:
-    """The sum of Huber's loss over triples of three points, and its derivative as a :data:`Relation` gives it.
-
-    csrc/cpu/angles.cpp is the same in C++. A tile is the pairs (i, k) of two blocks of points, with all j; i and k may
-    change places, so half of them are enough.
-
-    Args:
-        student: [N, N], float64, distances.
-        teacher: [N, N].
-        delta: of Huber's loss.
-        wanted: whether the derivative is.
-        tile_bytes: of the temporary tensors of a tile.
-    """
-    points = len(student)
-    half, target_half = (0.5 * x.square() for x in (student, teacher))
-    unit, target_unit = _reciprocal(student), _reciprocal(teacher)
-    loss = student.new_zeros(())
-    halves = torch.zeros_like(student) if wanted else None
-    block = max(1, math.isqrt(tile_bytes // (_TILES * student.element_size() * max(points, 1))))
-    for first in range(0, points, block):
-        for second in range(first, points, block):
-            rows, columns = slice(first, first + block), slice(second, second + block)
-            cosine, product = _cosines(half, unit, rows, columns)  # [i, k, j]
-            gap = cosine - _cosines(target_half, target_unit, rows, columns)[0]
-            if first == second:  # i < k
-                gap *= torch.ones_like(gap[..., :1]).squeeze(-1).triu(1).unsqueeze(-1)
-            slope = gap.clamp(-delta, delta)
-            loss += 2 * (slope * gap.sub_(slope, alpha=0.5)).sum()
-            if halves is None:
-                continue
-            halves[rows, columns] -= product.mul_(slope).sum(-1)
-            left, right = unit[rows, None], unit[None, columns]
-            halves[:, rows] += (unit[rows] * (slope * (right - left * cosine)).sum(1)).t()
-            halves[:, columns] += (unit[columns] * (slope * (left - right * cosine)).sum(0)).t()
-    return loss, halves
-
-
-def _cosines(half: Tensor, unit: Tensor, rows: slice, columns: slice) -> tuple[Tensor, Tensor]:
-    """(cosines of the angles at j between i and k, 1 / (d_ij d_kj)), each [i, k, j]."""
-    product = unit[rows, None] * unit[None, columns]
-    cosine = half[rows, None] + half[None, columns]
-    return cosine.sub_(half[rows, columns].unsqueeze(-1)).mul_(product), product
-
-
-class _OfDistances(torch.autograd.Function):
-    """A relation of two sets of points."""
+class _RelationLoss(torch.autograd.Function):
+    """Autograd function of a relation of two sets of points."""
 
     @staticmethod
     def forward(ctx: Any, student: Tensor, teacher: Tensor, relation: Relation) -> Tensor:
-        """The loss; its gradients are computed here and saved."""
+        """Compute the loss and save its gradients."""
         points, teacher_points = (_rows(x, torch.float64) for x in (student, teacher))
         distances, teacher_distances = _distances(points), _distances(teacher_points)
-        of_student, of_teacher = ctx.needs_input_grad[:2]
-        loss, halves = relation(distances, teacher_distances, of_student)
+        student_needs_grad, teacher_needs_grad = ctx.needs_input_grad[:2]
+        loss, half_derivative = relation(distances, teacher_distances, student_needs_grad)
         gradient = teacher_gradient = None
-        if halves is not None:
-            gradient = _of_points(halves, points).to(row_dtype(student.dtype))
-        if of_teacher:  # Huber's loss is even, so the two may change places
-            _, halves = relation(teacher_distances, distances, True)
-            assert halves is not None
-            teacher_gradient = _of_points(halves, teacher_points).to(row_dtype(teacher.dtype))
+        if half_derivative is not None:
+            gradient = _points_gradient(half_derivative, points).to(row_dtype(student.dtype))
+        if teacher_needs_grad:
+            # The Huber loss is even, so swapping the models gives the teacher's derivative.
+            _, half_derivative = relation(teacher_distances, distances, True)
+            assert half_derivative is not None
+            teacher_gradient = _points_gradient(half_derivative, teacher_points).to(
+                row_dtype(teacher.dtype)
+            )
         ctx.save_for_backward(gradient, teacher_gradient)
-        ctx.like = [(x.shape, x.dtype) for x in (student, teacher)]
+        ctx.inputs = [(x.shape, x.dtype) for x in (student, teacher)]
         return loss.to(row_dtype(student.dtype, teacher.dtype))
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
-        """The saved gradients times upstream, then in the dtype of the points."""
+        """Return the saved gradients times the upstream gradient, in the dtypes of the inputs."""
         with torch.no_grad():
             gradients = tuple(
                 None if saved is None else (saved * upstream).to(dtype).view(shape)
-                for saved, (shape, dtype) in zip(ctx.saved_tensors, ctx.like, strict=True)
+                for saved, (shape, dtype) in zip(ctx.saved_tensors, ctx.inputs, strict=True)
             )
         return (*differentiable_once(gradients), None)
 
 
-def _of_distances(student: Tensor, teacher: Tensor, relation: Relation) -> Tensor:
+def _relation_loss(student: Tensor, teacher: Tensor, relation: Relation) -> Tensor:
     check_readable("student", student)
     check_readable("teacher", teacher)
-    return _OfDistances.apply(student, teacher, relation)
+    return _RelationLoss.apply(student, teacher, relation)
 
 
 def _distances(points: Tensor) -> Tensor:
-    """[N, N] of points [N, D], from differences: exact where points are close, 0 where they coincide."""
+    """Return the distances [N, N] of points [N, D], exact for close points and 0 for coinciding ones."""
     count = len(points)
     upper = torch.ones(count, count, dtype=torch.bool, device=points.device).triu_(1)
     distances = points.new_zeros(count, count).masked_scatter_(upper, pdist(points))
     return distances + distances.t()
 
 
-def _of_points(halves: Tensor, points: Tensor) -> Tensor:
-    """The gradient [N, D], from a derivative to squared distances: element i is sum_j 2 w_ij (x_i - x_j)."""
+def _points_gradient(half_derivative: Tensor, points: Tensor) -> Tensor:
+    """Return the gradient [N, D] of the points: row i is sum_j 2 w_ij (x_i - x_j), with w the full derivative."""
     points = points - points.mean(0)
-    totals = halves.sum(0) + halves.sum(1)
-    return 2 * (totals.unsqueeze(-1) * points - halves @ points - halves.t() @ points)
+    totals = half_derivative.sum(0) + half_derivative.sum(1)
+    products = half_derivative @ points + half_derivative.t() @ points
+    return 2 * (totals.unsqueeze(-1) * points - products)
 
 
-def _tiles(backend: str, device: torch.device) -> Callable[..., tuple[Tensor, Tensor | None]]:
-    """What computes the angles."""
-    named = os.environ.get("FASTKD_BACKEND")
-    wanted = named if named in BACKENDS else backend
-    obstacle = registry.available_backends()["cpu"]
-    if device.type != "cpu":
-        if wanted == "cpu":
-            raise BackendUnavailable(
-                "cpu", f"the points are on {device}", "Use backend='auto' for them"
-            )
-        return angles_in_tiles
-    if wanted in ("portable", "reference"):
-        return angles_in_tiles
-    if obstacle is None:
-        return registry.load("cpu").angles
-    if wanted == "cpu":
-        raise BackendUnavailable("cpu", *obstacle)
-    strict = os.environ.get("FASTKD_STRICT") == "1"
-    registry.fall_back(registry.FALLBACK, f"cpu: {obstacle.reason}. {obstacle.remedy}", strict)
-    return angles_in_tiles
-
-
-def _huber(delta: float, mean: str) -> tuple[float, str]:
+def _check_huber(delta: float, mean: str) -> tuple[float, str]:
     check_choice("mean", mean, MEANS)
     return check_number("delta", delta, SMALLEST, LARGEST), mean
 
 
 def _check(student: object, teacher: object, channels: bool = False) -> None:
-    """Raise unless the two are floating-point tensors [N, ...], or [B, C, ...], of one N, or B and C, and device."""
+    """Raise unless both are floating-point [N, ...], or [B, C, ...] with channels, of equal N (or B, C) and device."""
     for argument, value in (("student", student), ("teacher", teacher)):
         if not isinstance(value, Tensor):
             raise TypeError(f"{argument} must be a tensor, got {type(value).__name__}")
         check_dense(argument, value)
         if value.dim() < 1 + channels:
-            wanted = "[B, C, ...]" if channels else "[N, ...]"
-            raise ValueError(f"{argument} must be {wanted}, got shape {tuple(value.shape)}")
+            shape = "[B, C, ...]" if channels else "[N, ...]"
+            raise ValueError(f"{argument} must be {shape}, got shape {tuple(value.shape)}")
     assert isinstance(student, Tensor) and isinstance(teacher, Tensor)
     shared = 1 + channels
     if student.shape[:shared] != teacher.shape[:shared]:

@@ -158,9 +158,7 @@ def test_properties() -> None:
 
 def test_no_minimum_within_the_bounds() -> None:
     z = torch.eye(4, dtype=torch.float64)
-    with pytest.warns(
-        UserWarning, match=r"beyond the bounds \[0.01, 100\] of the temperature; returning 0.01"
-    ):
+    with pytest.warns(UserWarning, match=r"outside bounds=\(0.01, 100\); returning 0.01"):
         assert fit_temperature(z, torch.arange(4)) == 0.01
     with pytest.warns(UserWarning, match="returning 100"):
         assert fit_temperature(z, (torch.arange(4) + 1) % 4) == 100.0
@@ -192,7 +190,7 @@ Z, Y = torch.zeros(3, 4), torch.zeros(3, dtype=torch.int64)
         (
             {"labels": Y - 100},
             ValueError,
-            "labels must count at least one row, got 3 that are dropped",
+            "labels must leave at least one row that is not dropped, got 3 rows that all are",
         ),
         (
             {"labels": Y + 4},
@@ -230,7 +228,7 @@ def test_errors_of_options() -> None:
         torch.tensor([[NAN, 0.0]]),
         torch.tensor([[INF, 0.0]]),
     ):
-        with pytest.raises(ValueError, match="logits must be finite where it matters"):
+        with pytest.raises(ValueError, match="logits must not hold NaN or inf in counted rows"):
             fit_temperature(bad, torch.tensor([0]))
 
 
@@ -239,7 +237,7 @@ def test_a_model_that_is_right_on_every_row(margin: float) -> None:
     """The slope underflows long before the bound, and is none of a minimum."""
     labels = torch.arange(10).repeat(4)
     logits = margin * torch.nn.functional.one_hot(labels, 10).float()
-    with pytest.warns(UserWarning, match="beyond the bounds"):
+    with pytest.warns(UserWarning, match="outside bounds"):
         assert fit_temperature(logits, labels) == 0.01
 
 

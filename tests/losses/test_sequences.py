@@ -190,9 +190,9 @@ def test_loss_on_the_dataset(models: tuple[Any, Any], beta: float) -> None:
 def test_on_policy(models: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     student, teacher = models
     written: list[sequences.Sequences] = []
-    completed = sequences._completed
+    completed = sequences._generate
     monkeypatch.setattr(
-        sequences, "_completed", lambda *a: written.append(completed(*a)) or written[-1]
+        sequences, "_generate", lambda *a: written.append(completed(*a)) or written[-1]
     )
     options: dict[str, Any] = {
         "pad_token_id": PAD, "on_policy_fraction": 1.0, "generate": {"do_sample": True, "max_new_tokens": 5},
@@ -301,7 +301,7 @@ def test_errors() -> None:
 # ---- batches that a step cannot take
 
 
-PROMPT_LESS = "must have at least one token each, which the model goes on from; row 1 has none"
+PROMPT_LESS = "must have at least one token each, for the model to continue; row 1 has none"
 
 
 def test_a_row_without_a_prompt_is_named(models: tuple[Any, Any]) -> None:
@@ -330,7 +330,7 @@ def test_a_batch_of_prompts_alone_is_for_a_student_that_writes(models: tuple[Any
     prompts = {"prompts": torch.randint(2, V, (2, 4))}
     step = gkd_step(*models, prompts, on_policy_fraction=1.0, **options)
     assert step.on_policy and step.loss.isfinite()
-    with pytest.raises(KeyError, match="on_policy_fraction says how often.*lacks .'input_ids'"):
+    with pytest.raises(KeyError, match="on_policy_fraction < 1.*lacks .'input_ids'"):
         gkd_step(*models, prompts, on_policy_fraction=0.0, **options)
 
 

@@ -63,7 +63,7 @@ def test_digits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 # Labels of noise, which no temperature fits.
-@pytest.mark.filterwarnings("ignore:the likelihood has its maximum beyond:UserWarning")
+@pytest.mark.filterwarnings("ignore:the best temperature is outside bounds:UserWarning")
 @pytest.mark.parametrize(
     ("name", "rows"),
     [  # rows of the table with the students in it
