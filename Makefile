@@ -95,22 +95,22 @@ bench-compare: $(STACKS)/.stacks ## compare two runs: make bench-compare BEFORE=
 
 bench: $(STACKS)/.stacks build build/demo/.stamp ## run the full comparison (build/bench/full.*) and all other benchmarks
 	$(call SUITE,full,)
-	$(STACKS_PY) bench/loss.py
-	THP_MEM_ALLOC_ENABLE=1 $(STACKS_PY) bench/loss.py
-	$(STACKS_PY) bench/memory.py
-	$(STACKS_PY) bench/accuracy.py
-	$(STACKS_PY) bench/topk.py
-	$(STACKS_PY) bench/linear.py
-	$(STACKS_PY) bench/online.py
-	$(STACKS_PY) bench/relations.py
-	$(STACKS_PY) bench/imports.py
+	$(STACKS_PY) bench/studies/loss.py
+	THP_MEM_ALLOC_ENABLE=1 $(STACKS_PY) bench/studies/loss.py
+	$(STACKS_PY) bench/studies/memory.py
+	$(STACKS_PY) bench/studies/accuracy.py
+	$(STACKS_PY) bench/studies/topk.py
+	$(STACKS_PY) bench/studies/linear.py
+	$(STACKS_PY) bench/studies/online.py
+	$(STACKS_PY) bench/studies/relations.py
+	$(STACKS_PY) bench/studies/imports.py
 
 # Uses the torch and Triton of the interpreter GPU_PYTHON and needs no network. Set WHEELS to a folder of wheels to
 # compare with the losses of those packages.
 GPU_PYTHON ?= python3
 WHEELS ?=
 gpu: ## on a machine with a GPU: build, test, run compute-sanitizer and measure; writes bench/results/<device>/
-	GPU_PYTHON='$(GPU_PYTHON)' WHEELS='$(WHEELS)' bash bench/gpu.sh
+	GPU_PYTHON='$(GPU_PYTHON)' WHEELS='$(WHEELS)' bash bench/studies/gpu.sh
 
 divergences: $(VENV)/.dev ## after a change of fastkd/divergences.py: regenerate its C++ header, rebuild, run its tests
 	$(PY) csrc/generate.py

@@ -1,12 +1,13 @@
-"""Writes the drawings of docs/kernels.md to docs/img: python docs/drawings.py
+"""Writes the drawings of docs/kernels.md and docs/index.md to docs/img: python docs/drawings.py
 
-They are 400 units wide, so that their text can be read on a telephone. Colours are those of the reader's system where a
-file is shown by itself, and those of the page where the site has put it into one (docs/site/hooks.py,
+They are 400 units wide, so that their text can be read on a telephone. A file shown by itself follows the light or dark
+setting of the reader's system. On the site, a drawing is part of the page and takes its colours (docs/site/hooks.py,
 docs/stylesheets/site.css).
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from html import escape
 from pathlib import Path
@@ -112,6 +113,39 @@ class Drawing:
             'orient="auto"><path d="M0 0 L8 4 L0 8 z" fill="var(--line)"/></marker></defs>\n'
             f"{body}\n</svg>\n"
         )
+
+
+def measured(case: str) -> dict[str, list[str]]:
+    """The rows of one case of the peers' table in docs/benchmarks.md: contender to cells."""
+    text = (Path(__file__).parent / "benchmarks.md").read_text(encoding="utf-8")
+    table = text.partition(f"| **{case}")[2].partition("| **")[0]
+    rows = re.findall(r"^\| ([^|]+) \| (.+) \|$", table, re.M)
+    return {contender: cells.split(" | ") for contender, cells in rows}
+
+
+def gains() -> Drawing:
+    """Forward KL in fastkd and in what it replaces: time, memory, error. The figures are those of docs/benchmarks.md."""
+    d = Drawing()
+    rows = measured("forward KL on logits: 256 x 49,152, float32")
+    contenders = {
+        "fastkd": rows["fastkd (cpu)"],
+        "torch.compile": rows["torch.compile"],
+        "PyTorch, eager": rows["eager"],
+        "TRL": rows["TRL generalized_jsd_loss"],
+    }
+    panels = (("Time, ms", 0), ("Extra memory, MiB", 2), ("Gradient error against float64", 4))
+    y = 0.0
+    for title, column in panels:
+        d.title(y + 12, title)
+        largest = max(float(cells[column]) for cells in contenders.values())
+        for name, cells in contenders.items():
+            y += 22
+            length = 240 * float(cells[column]) / largest
+            d.text(96, y + 12, name, "end")
+            d.box(102, y, max(length, 1.5), 16, "gradient" if name == "fastkd" else "box")
+            d.text(108 + max(length, 1.5), y + 12, cells[column], colour="soft")
+        y += 40
+    return d
 
 
 def statistics() -> Drawing:
@@ -331,6 +365,7 @@ def vocabulary() -> Drawing:
 
 
 DRAWINGS: tuple[Callable[[], Drawing], ...] = (
+    gains,
     statistics,
     sweeps,
     chunks,

@@ -28,7 +28,6 @@ from fastkd.divergences import (
 from fastkd.engine.plan import MemoryPlan, memory_plan
 from fastkd.functional import Parts, fused_linear_kd_loss, kd_loss
 from fastkd.modules import FusedLinearKDLoss, KDLoss
-from fastkd.sampled import k1, k2, k3
 from fastkd.teachers import Ensemble, LinearTeacher, TopK
 
 __version__ = "0.1.0"
@@ -43,6 +42,7 @@ _AT_FIRST_USE = (
     "parallel",
     "relations",
     "response",
+    "sampled",
     "sequences",
 )
 
@@ -80,9 +80,6 @@ __all__ = [
     "fused_linear_kd_loss",
     "hellinger",
     "jsd",
-    "k1",
-    "k2",
-    "k3",
     "kd_loss",
     "memory_plan",
     "mixture",

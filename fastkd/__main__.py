@@ -19,8 +19,7 @@ import sys
 from collections.abc import Sequence
 
 from fastkd.backends.registry import MODULES
-from fastkd.teachers.cache import cli as cache
-from fastkd.tools import check, doctor, info
+from fastkd.tools import cache, check, doctor, info
 
 CLOSED_PIPE = 141  # the exit code that shells report for a process ended by SIGPIPE
 

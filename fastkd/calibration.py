@@ -20,8 +20,8 @@ from torch import Tensor
 
 from fastkd.call.checks import check_choice, check_int, check_logits, check_number, prepare
 from fastkd.call.contract import counted_rows
+from fastkd.call.rows import take
 from fastkd.core.scalars import plain
-from fastkd.engine.chunks import take
 
 # Bytes held per chunk, and how many float64 tensors of the chunk's size are alive at once.
 CHUNK_BYTES, TEMPORARIES = 64 << 20, 4

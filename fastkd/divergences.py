@@ -21,7 +21,7 @@ logarithms. Signs and ratios of p and q should be computed from log_ratio. The d
 precision of phi and g as log_ratio tends to 0.
 
 A definition may use only arithmetic, comparisons, its arguments and the functions in VOCABULARY. It does not handle
-log 0: the skeletons do (:func:`fastkd.backends.reference.evaluate` states the policy). The logarithm of a mixture must
+log 0: the skeletons do (:func:`fastkd.call.log_zero.evaluate` states the policy). The logarithm of a mixture must
 be computed by ``logaddexp`` or ``log_mixture``, because ``log(beta * p + (1 - beta) * q)`` is log 0 if both p and q
 underflow.
 
@@ -419,9 +419,10 @@ def jsd(beta: float = 0.5) -> Divergence:
 
 def _skew_forward_kl(p, q, log_p, log_q, log_ratio, alpha, rest):
     log_m = log_mixture(log_ratio, alpha, rest)
-    phi = -p * (where(log_ratio < 0.0, -log_ratio, 0.0) + log_m)
-    g = -rest * p * exp(-(where(log_ratio > 0.0, log_ratio, 0.0) + log_m))
-    return phi, g, phi - g
+    cost = where(log_ratio < 0.0, -log_ratio, 0.0) + log_m  # log(m / p)
+    # rest p q / m, of the lower of p and q: an exponential of log_ratio would have several units of error.
+    of_q = rest * where(log_ratio > 0.0, q, p) * exp(-log_m)
+    return -p * cost, -of_q, of_q - p * cost
 
 
 @_recorded
@@ -439,9 +440,9 @@ def skew_forward_kl(alpha: float = 0.1) -> Divergence:
 
 def _skew_reverse_kl(p, q, log_p, log_q, log_ratio, alpha, rest):
     log_m = log_mixture(log_ratio, rest, alpha)
-    phi = -q * (where(log_ratio > 0.0, log_ratio, 0.0) + log_m)
-    h = -rest * q * exp(-(where(log_ratio < 0.0, -log_ratio, 0.0) + log_m))
-    return phi, phi - h, h
+    cost = where(log_ratio > 0.0, log_ratio, 0.0) + log_m  # log(m / q)
+    of_p = rest * where(log_ratio < 0.0, p, q) * exp(-log_m)  # rest p q / m, as in _skew_forward_kl
+    return -q * cost, of_p - q * cost, -of_p
 
 
 @_recorded
@@ -470,12 +471,14 @@ def tvd() -> Divergence:
 
 
 def _hellinger(p, q, log_p, log_q, log_ratio):
-    top = exp(0.5 * where(log_ratio > 0.0, log_p, log_q))
-    below = top * expm1(-0.5 * abs(log_ratio))  # the smaller square root minus the larger
-    of_top = -0.5 * top * below
-    of_other = 0.5 * exp(0.5 * where(log_ratio > 0.0, log_q, log_p)) * below
+    # sqrt(p q) is the larger of p and q times a power of their ratio. Its error is less than that of a power of p.
+    size = -0.5 * abs(log_ratio)
+    change = expm1(size)  # (smaller root - larger root) / larger root
+    below = 0.5 * where(log_ratio > 0.0, p, q) * change
+    of_top = -below
+    of_other = below * exp(size)
     g = where(log_ratio > 0.0, of_other, of_top)
-    return 0.5 * below * below, g, where(log_ratio > 0.0, of_top, of_other)
+    return below * change, g, where(log_ratio > 0.0, of_top, of_other)
 
 
 @_recorded
@@ -484,15 +487,22 @@ def hellinger() -> Divergence:
     return Divergence("hellinger", _hellinger, degree=1.0)
 
 
-def _alpha_beta(p, q, log_p, log_q, log_ratio, alpha, beta, degree, coefficient, p_share, q_share):
-    # For positive exponents. Every term is (a power of the ratio, minus 1) times max(p, q) to the power of degree.
+def _alpha_beta(
+    p, q, log_p, log_q, log_ratio, alpha, beta, coefficient, p_share, q_share, whole, part, rest
+):
+    # For positive exponents. Every term is (a power of the ratio, minus 1) times max(p, q) to the power of
+    # whole + rest = alpha + beta. whole is 0 or 1, and part is 1 - whole: if rest is small, the rounding of log p costs
+    # few digits.
     size = -abs(log_ratio)
-    top = coefficient * exp(degree * where(log_ratio > 0.0, log_p, log_q))
+    larger = whole * where(log_ratio > 0.0, p, q) + part
+    change = rest * where(log_ratio > 0.0, log_p, log_q)
+    top = coefficient * larger * exp(where(change < 40.0, change, 40.0))  # beyond, larger is 0
     a = expm1(alpha * size)
     b = expm1(beta * size)
     both = a + b + a * b
     phi = top * where(log_ratio > 0.0, q_share * both - b, p_share * both - a)
-    cross = exp(where(log_ratio > 0.0, beta * size, alpha * size))
+    # The compiler takes these exponentials from those of expm1.
+    cross = where(log_ratio > 0.0, exp(beta * size), exp(alpha * size))
     g = beta * top * a * where(log_ratio > 0.0, cross, -1.0)
     return phi, g, alpha * top * b * where(log_ratio > 0.0, -1.0, cross)
 
@@ -569,12 +579,12 @@ def alpha_beta(alpha: float = 0.2, beta: float = 0.7) -> Divergence:
         return Divergence("alpha_beta_at_alpha_0", _alpha_beta_at_alpha_0, (b,), degree=b)
     if a + b == 0.0:
         return Divergence("alpha_beta_at_sum_0", _alpha_beta_at_sum_0, (a,), degree=0.0)
-    return Divergence(
-        "alpha_beta",
-        _alpha_beta if a > 0.0 and b > 0.0 else _alpha_beta_of_any_sign,
-        (a, b, a + b, 1.0 / (a * b), a / (a + b), b / (a + b)),
-        degree=a + b,
-    )
+    degree, shares = a + b, (1.0 / (a * b), a / (a + b), b / (a + b))
+    if a < 0.0 or b < 0.0:
+        return Divergence("alpha_beta", _alpha_beta_of_any_sign, (a, b, degree, *shares), degree)
+    whole = 1.0 if degree > 0.5 else 0.0
+    params = (a, b, *shares, whole, 1.0 - whole, degree - whole)
+    return Divergence("alpha_beta", _alpha_beta, params, degree)
 
 
 @_recorded

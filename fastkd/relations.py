@@ -16,7 +16,6 @@ its derivative with respect to the squared distances, from which matrix products
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -26,18 +25,14 @@ from torch import Tensor
 from torch.nn.functional import pdist
 
 from fastkd.backends import registry
-from fastkd.backends.registry import BackendUnavailable
 from fastkd.call.checks import LARGEST, SMALLEST, check_choice, check_dense, check_number
 from fastkd.call.contract import row_dtype
-from fastkd.core.tensors import check_readable, savable_when_compiled
+from fastkd.core.tensors import check_readable, reciprocal, savable_when_compiled
 from fastkd.engine.autograd import differentiable_once
 from fastkd.engine.graphs import Arguments, as_one_op
 from fastkd.features import over_peak, unit
 
 MEANS = ("distinct", "all")
-BACKENDS = ("auto", "cpu", "portable", "reference")
-TILE_BYTES = 64 << 20  # bytes that angles_in_tiles may hold beyond matrices [N, N]
-_TENSORS_PER_TILE = 8  # the most tensors of a tile's size that are alive at once
 
 # (student's distances, teacher's distances, whether to differentiate) -> (loss, half derivative or None). The half
 # derivative plus its transpose is the derivative of the loss with respect to the student's squared distances.
@@ -275,7 +270,7 @@ def _distance_relation(delta: float, mean: str) -> Relation:
         # mu depends on every distance, so its derivative is subtracted from each. Each order of a pair contributes
         # 0.5 / d times the derivative with respect to d, because d(d^2) = 2 d d(d).
         through_mean = (slope * student).sum() * unit * unit / count
-        half_derivative = slope.mul_(unit).sub_(through_mean).mul_(_reciprocal(student))
+        half_derivative = slope.mul_(unit).sub_(through_mean).mul_(reciprocal(student))
         return loss, half_derivative.mul_(0.5 / pairs)
 
     return relation
@@ -285,25 +280,20 @@ def _reciprocal_mean(distances: Tensor, mean: str) -> tuple[Tensor, Tensor | int
     """Return (1 / mu, or 0 if mu is 0; the number of distances averaged)."""
     points = len(distances)
     count = (distances > 0).sum().clamp(min=1) if mean == "all" else max(points * (points - 1), 1)
-    return _reciprocal(distances.sum() / count), count
-
-
-def _reciprocal(x: Tensor) -> Tensor:
-    """Return 1 / x, or 0 where x is 0."""
-    return x.reciprocal().masked_fill_(x == 0, 0.0)
+    return reciprocal(distances.sum() / count), count
 
 
 def _angle_relation(delta: float, mean: str, backend: str) -> Relation:
     delta, mean = _check_huber(delta, mean)
     if not isinstance(backend, str):
         raise TypeError(f"backend must be a string, got {type(backend).__name__}")
-    check_choice("backend", backend, BACKENDS)
+    check_choice("backend", backend, ("auto", *registry.ANGLES))
 
     def relation(
         student: Tensor, teacher: Tensor, differentiate: bool
     ) -> tuple[Tensor, Tensor | None]:
         points = len(student)
-        angles = _choose_angles(backend, student.device)
+        angles = registry.function(registry.select_angles(backend, student.device), "angles")
         loss, half_derivative = angles(student, teacher, delta, differentiate)
         triples = points**3 if mean == "all" else points * (points - 1) * (points - 2)
         if mean == "all":
@@ -330,71 +320,6 @@ def _weighted_sum(
         if half_derivative is not None and term_derivative is not None:
             half_derivative.add_(term_derivative, alpha=weight)
     return loss, half_derivative
-
-
-def angles_in_tiles(
-    student: Tensor,
-    teacher: Tensor,
-    delta: float,
-    differentiate: bool,
-    tile_bytes: int = TILE_BYTES,
-) -> tuple[Tensor, Tensor | None]:
-    """Sum the Huber loss of the cosines over triples of three different points, in plain PyTorch.
-
-    csrc/cpu/angles.cpp is the same in C++. A tile holds the pairs (i, k) of two blocks of points, each with every j.
-    The loss is symmetric in i and k, so only tiles with i < k are computed.
-
-    Args:
-        student: [N, N] float64, the student's distances.
-        teacher: [N, N] float64, the teacher's distances.
-        delta: as in :func:`rkd_distance_loss`.
-        differentiate: whether to compute the derivative.
-        tile_bytes: bytes that the temporary tensors of a tile may take.
-
-    Returns:
-        (loss, half derivative or None), as described at :data:`Relation`.
-    """
-    points = len(student)
-    half_square, teacher_half_square = (0.5 * x.square() for x in (student, teacher))
-    inverse, teacher_inverse = _reciprocal(student), _reciprocal(teacher)
-    loss = student.new_zeros(())
-    half_derivative = torch.zeros_like(student) if differentiate else None
-    point_bytes = _TENSORS_PER_TILE * student.element_size() * max(points, 1)
-    block = max(1, math.isqrt(tile_bytes // point_bytes))
-    for first in range(0, points, block):
-        for second in range(first, points, block):
-            rows, columns = slice(first, first + block), slice(second, second + block)
-            cosine, product = _cosines(half_square, inverse, rows, columns)  # [i, k, j]
-            gap = cosine - _cosines(teacher_half_square, teacher_inverse, rows, columns)[0]
-            if first == second:  # zero the elements without i < k
-                gap *= torch.ones_like(gap[..., :1]).squeeze(-1).triu(1).unsqueeze(-1)
-            slope = gap.clamp(-delta, delta)
-            loss += 2 * (slope * gap.sub_(slope, alpha=0.5)).sum()
-            if half_derivative is None:
-                continue
-            half_derivative[rows, columns] -= product.mul_(slope).sum(-1)
-            left, right = inverse[rows, None], inverse[None, columns]
-            of_rows = inverse[rows] * (slope * (right - left * cosine)).sum(1)
-            half_derivative[:, rows] += of_rows.t()
-            of_columns = inverse[columns] * (slope * (left - right * cosine)).sum(0)
-            half_derivative[:, columns] += of_columns.t()
-    return loss, half_derivative
-
-
-def _cosines(
-    half_square: Tensor, inverse: Tensor, rows: slice, columns: slice
-) -> tuple[Tensor, Tensor]:
-    """Return (cosines of the angles at j between i and k, 1 / (d_ij d_kj)), each [i, k, j].
-
-    Args:
-        half_square: [N, N], half the squared distances.
-        inverse: [N, N], the reciprocal distances.
-        rows: the points i.
-        columns: the points k.
-    """
-    product = inverse[rows, None] * inverse[None, columns]
-    cosine = half_square[rows, None] + half_square[None, columns]
-    return cosine.sub_(half_square[rows, columns].unsqueeze(-1)).mul_(product), product
 
 
 class _RelationLoss(torch.autograd.Function):
@@ -452,30 +377,6 @@ def _points_gradient(half_derivative: Tensor, points: Tensor) -> Tensor:
     totals = half_derivative.sum(0) + half_derivative.sum(1)
     products = half_derivative @ points + half_derivative.t() @ points
     return 2 * (totals.unsqueeze(-1) * points - products)
-
-
-def _choose_angles(
-    backend: str, device: torch.device
-) -> Callable[..., tuple[Tensor, Tensor | None]]:
-    """Return the implementation of :func:`angles_in_tiles` for a backend and device."""
-    from_environment = os.environ.get("FASTKD_BACKEND")
-    requested = from_environment if from_environment in BACKENDS else backend
-    obstacle = registry.available_backends()["cpu"]
-    if device.type != "cpu":
-        if requested == "cpu":
-            raise BackendUnavailable(
-                "cpu", f"the points are on {device}", "Use backend='auto' for them"
-            )
-        return angles_in_tiles
-    if requested in ("portable", "reference"):
-        return angles_in_tiles
-    if obstacle is None:
-        return registry.load("cpu").angles
-    if requested == "cpu":
-        raise BackendUnavailable("cpu", *obstacle)
-    strict = os.environ.get("FASTKD_STRICT") == "1"
-    registry.fall_back(registry.FALLBACK, f"cpu: {obstacle.reason}. {obstacle.remedy}", strict)
-    return angles_in_tiles
 
 
 def _check_huber(delta: float, mean: str) -> tuple[float, str]:

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
@@ -24,8 +23,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastkd.backends import native, sparse
-from fastkd.call.contract import Options, Result, Rows, Statistics, Want
+from fastkd.backends import native
+from fastkd.call.contract import Options, Result, Rows, ShardCall, Statistics, Want
 from fastkd.core.tensors import address, readable, unit_stride
 from fastkd.divergences import Divergence
 
@@ -915,7 +914,8 @@ def _launch_shares(call: Call, device: torch.device) -> None:
             grid = call.grid(stage, min(group, call.count - first))
             given = (*call.arguments, split, *call.constants, LANES, stage)
             # What the first group's launch has compiled serves the others, for `split` is not specialised: what Triton
-            # spends on finding it is ten times what it spends on a launch (bench/host.py). The interpreter gives None.
+            # spends on finding it is ten times what it spends on a launch (bench/studies/host.py). The interpreter
+            # gives None.
             if kernels.get(stage) is None:
                 kernels[stage] = kd_kernel[grid](*given, **call.options)
             else:
@@ -924,8 +924,6 @@ def _launch_shares(call: Call, device: torch.device) -> None:
 
 def kd_rows(student: Tensor, teacher: Tensor, rows: Rows, options: Options, want: Want) -> Result:
     """The loss of each row and its gradients; shapes and meaning as :class:`fastkd.call.contract.Result` has them."""
-    if rows.ids is not None:
-        return sparse.topk_rows(_sparse(), student, teacher, rows, options, want)
     lead = student.shape[:-1]
     student_gradient = teacher_gradient = None
     source = unit_stride(student)
@@ -955,13 +953,6 @@ def kd_rows(student: Tensor, teacher: Tensor, rows: Rows, options: Options, want
     if rows.scale is not None:
         total = total * rows.scale
     return Result(outputs.loss, total, student_gradient, teacher_gradient, *outputs[1:])
-
-
-def _sparse() -> ModuleType:
-    """The kernels of a sparse teacher, which import this module."""
-    from . import topk
-
-    return topk
 
 
 # The same where several processes share the vocabulary: fastkd/call/contract.py says what passes between the steps.
@@ -997,63 +988,42 @@ def _found(call: Call, gathered: Tensor) -> tuple[Tensor, Tensor | None, int]:
     return found[:, :-APART_FIELDS].contiguous(), apart, found.shape[-1]
 
 
-def shard_statistics(
-    student: Tensor, teacher: Tensor, rows: Rows, options: Options, result: Result
-) -> Statistics:
+def shard_statistics(call: ShardCall) -> Statistics:
     """Of this process's columns: FIELDS numbers a row and program; none where nothing is to be known of all of them.
 
     APART_FIELDS more where the label's token is compared apart from the others.
     """
-    if rows.ids is not None:
-        return sparse.shard_statistics(_sparse(), student, teacher, rows, options, result)
+    student, teacher, rows, options, result, *_ = call
     gradients = [None if x is None else unit_stride(x) for x in result[2:4]]
     outputs = Outputs(result.loss, *result[4:])
-    call = _call(unit_stride(student), teacher, *gradients, outputs, rows, options)
-    wanted = "statistics" in call.stages
-    found = call.left(FIELDS if wanted else 0, student.device)
-    apart = call.left(APART_FIELDS, student.device) if call.apart else None
+    launch = _call(unit_stride(student), teacher, *gradients, outputs, rows, options)
+    wanted = "statistics" in launch.stages
+    found = launch.left(FIELDS if wanted else 0, student.device)
+    apart = launch.left(APART_FIELDS, student.device) if launch.apart else None
     if wanted:
-        _launch_stage(call, "statistics", found, apart, found, call.shared.programs)
+        _launch_stage(launch, "statistics", found, apart, found, launch.shared.programs)
     left = found if apart is None else torch.cat([found, apart], 1)
-    return Statistics(left.flatten(1), kept=call)
+    return Statistics(left.flatten(1), kept=launch)
 
 
-def shard_sums(
-    student: Tensor,
-    teacher: Tensor,
-    rows: Rows,
-    options: Options,
-    result: Result,
-    statistics: Statistics,
-) -> Tensor | None:
+def shard_sums(call: ShardCall) -> Tensor | None:
     """Of this process's columns, given the statistics of all: 2 numbers a row and program."""
-    call = statistics.kept
-    if rows.ids is not None or "sums" not in call.stages:
+    launch = call.known().kept
+    if "sums" not in launch.stages:
         return None
-    found, apart, shares = _found(call, statistics.gathered)
-    sums = call.left(2, student.device)
-    _launch_stage(call, "sums", found, apart, sums, shares)
+    found, apart, shares = _found(launch, call.known().gathered)
+    sums = launch.left(2, call.student.device)
+    _launch_stage(launch, "sums", found, apart, sums, shares)
     return sums.flatten(1)
 
 
-def shard_results(
-    student: Tensor,
-    teacher: Tensor,
-    rows: Rows,
-    options: Options,
-    result: Result,
-    statistics: Statistics,
-    sums: Tensor | None,
-) -> None:
+def shard_results(call: ShardCall) -> None:
     """Fill the result, given the statistics and the sums of all processes."""
-    if rows.ids is not None:
-        sparse.shard_results(_sparse(), student, teacher, rows, options, result, statistics)
-        return
-    call = statistics.kept
-    found, apart, shares = _found(call, statistics.gathered)
-    total = found if sums is None else _shares(sums, call.shared.programs)
-    _launch_stage(call, "gradient", found, apart, total, shares)
-    for model, gradient in zip(call.arguments[:2], result[2:4], strict=True):
+    launch = call.known().kept
+    found, apart, shares = _found(launch, call.known().gathered)
+    total = found if call.sums is None else _shares(call.sums, launch.shared.programs)
+    _launch_stage(launch, "gradient", found, apart, total, shares)
+    for model, gradient in zip(launch.arguments[:2], call.result[2:4], strict=True):
         if gradient is None:
             continue
         if model.gradient is None:  # where alpha is 0 the loss does not depend on the teacher

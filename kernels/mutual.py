@@ -1,6 +1,6 @@
 """Deep mutual learning in Triton: one program a row, and the row's students the first dimension of every tile.
 
-fastkd/online/mutual.py has the contract. A row is swept twice: for the normaliser of each student, then for values and
+fastkd/call/mutual.py has the contract. A row is swept twice: for the normaliser of each student, then for values and
 gradients, where p of all students stand side by side and a sum over a student's peers is one over all. The second
 sweep is that of csrc/cpu/mutual.cpp, whose head derives it: u_l is z_l relative to the most probable student's, so that
 nothing large cancels, and what the normalisers differ by is added once a row.
@@ -18,8 +18,8 @@ from torch import Tensor
 
 from fastkd.backends.native import readable_rows
 from fastkd.call.contract import Rows
+from fastkd.call.mutual import Options, Result, outputs
 from fastkd.core.tensors import unit_stride
-from fastkd.online.mutual import Options, Result, outputs
 
 from .kernel import Inputs, _layout, _on, _row_pointer
 from .skeleton import NEGLIGIBLE as _NEGLIGIBLE
@@ -221,7 +221,7 @@ def mutual_rows(
     wanted: Sequence[bool],
     parts: bool,
 ) -> Result:
-    """The losses of every row's students and their gradients: :mod:`fastkd.online.mutual` has the contract."""
+    """The losses of every row's students and their gradients: :mod:`fastkd.call.mutual` has the contract."""
     rows = readable_rows(rows)
     logits = [unit_stride(student) for student in logits]
     result = outputs(logits, wanted, parts)

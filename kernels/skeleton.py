@@ -17,7 +17,7 @@ import torch
 import triton
 import triton.language as tl
 
-from fastkd.backends import reference
+from fastkd.call import log_zero
 from fastkd.divergences import (
     VOCABULARY,
     Divergence,
@@ -28,10 +28,10 @@ from fastkd.divergences import (
 )
 
 # Constants come to kernels as defaults of parameters. A global constexpr is compared at every launch with what it was
-# when the kernel was compiled: 2 us of host time for each (bench/host.py).
+# when the kernel was compiled: 2 us of host time for each (bench/studies/host.py).
 LOWEST = torch.finfo(torch.float32).min
-NEGLIGIBLE = reference.NEGLIGIBLE
-INFINITE = reference.INFINITE
+NEGLIGIBLE = log_zero.NEGLIGIBLE
+INFINITE = log_zero.INFINITE
 
 
 @triton.jit
@@ -223,7 +223,7 @@ def evaluate(
     LOWEST: tl.constexpr = LOWEST,
     NEGLIGIBLE: tl.constexpr = NEGLIGIBLE,
 ):
-    """(phi, g, h) of every entry, with the policy for log 0 that :func:`fastkd.backends.reference.evaluate` states."""
+    """(phi, g, h) of every entry, with the policy for log 0 that :func:`fastkd.call.log_zero.evaluate` states."""
     p_gone = log_p == -float("inf")
     q_gone = log_q == -float("inf")
     if FORM % 2 == 1:

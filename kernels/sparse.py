@@ -26,18 +26,11 @@ from .kernel import (
     _model,
     _on,
     _open,
-    kd_rows,
     register_limits,
     shard_of,
     tile,
 )
 from .sweeps import Row, _faded, _fold, _origin, read, sweep_zeros
-
-__all__ = [
-    "gather_events",
-    "kd_rows",
-    "spread_gradient",
-]  # what fastkd.backends.sparse asks of a backend
 
 BLOCK_K = 256
 WORD = tl.constexpr(32)  # bits

@@ -69,8 +69,9 @@ def plan(rows: int, row_bytes: int, sweeps: int, device: Device | None) -> Plan 
     Few rows. A program has a tile of each side in flight, 16 KB or so, and waits 0.7 us for it: some 20 GB/s, or 26
     us a sweep over 128,256 columns in bfloat16. With fewer rows than multiprocessors those are idle meanwhile, so
     each row is given as many programs as fill the device, which take a few us. Each sweep then has a launch of its
-    own: a few us more where the host is ahead of the device, 50 us more where the device waits for it (bench/host.py,
-    two cores of a shared machine). WIDE is between: two sweeps over such a row take one program 26 us.
+    own: a few us more where the host is ahead of the device, 50 us more where the device waits for it
+    (bench/studies/host.py, two cores of a shared machine). WIDE is between: two sweeps over such a row take
+    one program 26 us.
 
     Groups. With b the bytes of one side, a row a program moves 5 b (7 b without a closed form) where row pairs in
     flight, two a multiprocessor, are more than L2 keeps; narrower rows are in L2 for the second sweep anyway. A group

@@ -1,4 +1,6 @@
-"""Tiles of rows that have one program, as bench/tune.py has timed them. It writes this file, an architecture at a time.
+"""Tiles of rows that have one program, as bench/studies/tune.py has timed them.
+
+It writes this file, an architecture at a time.
 
 No entry has been timed yet: every tile is that of the rule in `rows.tile`.
 """

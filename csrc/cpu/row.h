@@ -389,6 +389,9 @@ class Row {
                        row.cross / row.t_sum,
                        row.entropy / row.s_sum,
                        row.s_total / call_.shard.total};
+    // NaN or an infinity is among the logits; a definition with a comparison in it may lose that.
+    const bool lost = std::isnan(row.s_sum) || (call_.alpha != 0 && std::isnan(row.t_sum));
+    if (call_.normalized && lost) weight_ = std::nan("");
   }
 
   // The sums of phi and g from the moments.
@@ -613,6 +616,8 @@ class Row {
   void set_apart() {
     RowStatistics& row = row_statistics_;
     if (whole()) label_z_ = label_logit(), t_label_z_ = teacher_label_logit();
+    // Neither is in the sums of conclude().
+    if (call_.alpha != 0 && (label_z_ == INF || t_label_z_ == INF)) weight_ = std::nan("");
     const double s_gap = label_z_ - row.s_max, t_gap = t_label_z_ - row.t_max;
     row.s_mean += s_gap / call_.shard.total;
     const double a = t_gap / teacher_softmax_.temperature - row.t_log_sum;
@@ -798,10 +803,19 @@ class Row {
     const double weight = std::exp(s_gap / UNTEMPERED.temperature - row_statistics_.s_log_sum_at_1);
     const V factor = splat(float(q_scale_ * weight));
     const V uniform = splat(float(ce_scale_ * call_.label_smoothing / call_.shard.total));
+    const int64_t column = label_ - b * BLOCK;
+    const bool here = column >= 0 && column < n;
+    const float distillation = here ? scratch.gradient[column] : 0;
     for (int i = 0; i < n; i += LANES)
       store(scratch.gradient + i, load(scratch.gradient + i) + (load(e + i) * factor - uniform));
-    const int64_t column = label_ - b * BLOCK;
-    if (column >= 0 && column < n) scratch.gradient[column] -= float(ce_scale_ * (1 - call_.label_smoothing));
+    if (!here) return;
+    if (sure_[0] == label_ && !separate_at_1_) {  // q - 1 would have no digits
+      const double smoothed = call_.label_smoothing * (1 - 1.0 / call_.shard.total);
+      const double rest = sure_values_.s_rest / sure_values_.s_sum;
+      scratch.gradient[column] = float(distillation + (ce_scale_ * smoothed - q_scale_ * rest));
+    } else {
+      scratch.gradient[column] -= float(ce_scale_ * (1 - call_.label_smoothing));
+    }
   }
 
   float label_logit() const { return logit_at(student_, call_.student.dtype, s_adjust_, label_); }

@@ -92,19 +92,15 @@ FASTKD_INLINE V exp2_of_negative(V d, V high, V low) { return exp2_core(d, high,
 
 // Where exp becomes a subnormal, which is 0 to us. Times log2(e) it is above -127 by a margin: below -127 the mantissa
 // of exp2_core would borrow from its exponent.
-constexpr float EXP_LOWEST = -88.02f;
+constexpr float EXP_LOWEST = -88.02f, EXP_HIGHEST = 88.3f;
 constexpr float LOG2E_HIGH = 1.44269502162933349609375f, LOG2E_LOW = 1.925963033500011e-8f;
 
-FASTKD_INLINE V exp(V x) {
-  // 2^128 is out of the core's range.
-  x = at_most(at_least(x, splat(EXP_LOWEST)), splat(88.722839f));
-  return where(x >= 88.722839f, splat(__builtin_inff()), exp2_core(x, splat(LOG2E_HIGH), splat(LOG2E_LOW)));
-}
-
-// exp(x) - 1, and exp(x) where it is asked for: 2^k (2^fraction - 1) + (2^k - 1), in which nothing cancels near 0.
-FASTKD_INLINE V expm1(V x, V* exponential = nullptr) {
+// exp(x) - 1, and exp(x): 2^k (2^fraction - 1), plus 2^k - 1 or 2^k. Nothing cancels near 0, and both are infinite from
+// 88.3 on. What they have in common is computed once where a definition asks for both of one x.
+template <bool NEGATIVE = false>
+FASTKD_INLINE V exp_less_power(V x, V& power) {
   const float magic = 12582912.0f;
-  const V clamped = at_most(at_least(x, splat(EXP_LOWEST)), splat(88.3f));
+  const V low = at_least(x, splat(EXP_LOWEST)), clamped = NEGATIVE ? low : at_most(low, splat(EXP_HIGHEST));
   const V shifted = clamped * LOG2E_HIGH + magic;
   const V integer = shifted - magic;
   const V fraction = clamped * LOG2E_LOW + (clamped * LOG2E_HIGH - integer);
@@ -113,10 +109,20 @@ FASTKD_INLINE V expm1(V x, V* exponential = nullptr) {
   y = y * fraction + 5.550327227e-2f;
   y = y * fraction + 2.402265090e-1f;
   y = y * fraction + 6.931472067e-1f;
-  const V power = (V)(((U)shifted << 23) + 0x3f800000);
-  const V more = power * fraction * y;
-  if (exponential) *exponential = more + power;
-  return where(x > 88.3f, splat(__builtin_inff()), more + (power - 1.0f));
+  power = (V)(((U)shifted << 23) + 0x3f800000);
+  return power * fraction * y;
+}
+
+FASTKD_INLINE V exp(V x) {
+  V power;
+  const V more = exp_less_power(x, power);
+  return where(x > EXP_HIGHEST, splat(__builtin_inff()), more + power);
+}
+
+FASTKD_INLINE V expm1(V x) {
+  V power;
+  const V more = exp_less_power(x, power);
+  return where(x > EXP_HIGHEST, splat(__builtin_inff()), more + (power - 1.0f));
 }
 
 // log(1 + f) for f in [sqrt(1/2) - 1, sqrt(2) - 1]: f - f^2/2 + f^3 P(f), P as in the Cephes library.
@@ -162,9 +168,10 @@ FASTKD_INLINE V logaddexp(V a, V b) {
 FASTKD_INLINE V log_mixture(V log_ratio, V share, V rest) {
   const I above = log_ratio > 0.0f;
   const V lower = where(above, rest, share);
-  V ratio;
-  const V change = lower * expm1(-abs(log_ratio), &ratio);
-  const V sum = where(above, share, rest) + lower * ratio;
+  V power;
+  const V more = exp_less_power<true>(-abs(log_ratio), power);
+  const V change = lower * (more + (power - 1.0f));
+  const V sum = where(above, share, rest) + lower * (more + power);
   const I k = ((I)sum - 0x3f3504f3) >> 23;  // sum = 2^k m with m in [sqrt(1/2), sqrt(2))
   const V m = (V)((I)sum - (k << 23));
   const I near = k == 0;

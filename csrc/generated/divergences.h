@@ -80,11 +80,11 @@ struct skew_forward_kl {
     const V alpha = splat(params_[0]);
     const V rest = splat(params_[1]);
     const V log_m = log_mixture(log_ratio, alpha, rest);
-    const V phi = ((-p) * (where((log_ratio < splat(0.0f)), (-log_ratio), splat(0.0f)) + log_m));
-    const V g = (((-rest) * p) * exp((-(where((log_ratio > splat(0.0f)), log_ratio, splat(0.0f)) + log_m))));
-    phi_ = phi;
-    g_ = g;
-    h_ = (phi - g);
+    const V cost = (where((log_ratio < splat(0.0f)), (-log_ratio), splat(0.0f)) + log_m);
+    const V of_q = ((rest * where((log_ratio > splat(0.0f)), q, p)) * exp((-log_m)));
+    phi_ = ((-p) * cost);
+    g_ = (-of_q);
+    h_ = (of_q - (p * cost));
   }
 };
 
@@ -96,11 +96,11 @@ struct skew_reverse_kl {
     const V alpha = splat(params_[0]);
     const V rest = splat(params_[1]);
     const V log_m = log_mixture(log_ratio, rest, alpha);
-    const V phi = ((-q) * (where((log_ratio > splat(0.0f)), log_ratio, splat(0.0f)) + log_m));
-    const V h = (((-rest) * q) * exp((-(where((log_ratio < splat(0.0f)), (-log_ratio), splat(0.0f)) + log_m))));
-    phi_ = phi;
-    g_ = (phi - h);
-    h_ = h;
+    const V cost = (where((log_ratio > splat(0.0f)), log_ratio, splat(0.0f)) + log_m);
+    const V of_p = ((rest * where((log_ratio < splat(0.0f)), p, q)) * exp((-log_m)));
+    phi_ = ((-q) * cost);
+    g_ = (of_p - (q * cost));
+    h_ = (-of_p);
   }
 };
 
@@ -122,12 +122,13 @@ struct hellinger {
   static constexpr bool uses_logs = true, gradient_uses_logs = true;
   static FASTKD_INLINE void eval(V p, V q, V log_p, V log_q, V log_ratio, const float* params_,
                                  float degree_, V& phi_, V& g_, V& h_) {
-    const V top = exp((splat(0.5f) * where((log_ratio > splat(0.0f)), log_p, log_q)));
-    const V below = (top * expm1(((-splat(0.5f)) * abs(log_ratio))));
-    const V of_top = (((-splat(0.5f)) * top) * below);
-    const V of_other = ((splat(0.5f) * exp((splat(0.5f) * where((log_ratio > splat(0.0f)), log_q, log_p)))) * below);
+    const V size = ((-splat(0.5f)) * abs(log_ratio));
+    const V change = expm1(size);
+    const V below = ((splat(0.5f) * where((log_ratio > splat(0.0f)), p, q)) * change);
+    const V of_top = (-below);
+    const V of_other = (below * exp(size));
     const V g = where((log_ratio > splat(0.0f)), of_other, of_top);
-    phi_ = ((splat(0.5f) * below) * below);
+    phi_ = (below * change);
     g_ = g;
     h_ = where((log_ratio > splat(0.0f)), of_top, of_other);
   }
@@ -140,17 +141,21 @@ struct alpha_beta {
                                  float degree_, V& phi_, V& g_, V& h_) {
     const V alpha = splat(params_[0]);
     const V beta = splat(params_[1]);
-    const V degree = splat(params_[2]);
-    const V coefficient = splat(params_[3]);
-    const V p_share = splat(params_[4]);
-    const V q_share = splat(params_[5]);
+    const V coefficient = splat(params_[2]);
+    const V p_share = splat(params_[3]);
+    const V q_share = splat(params_[4]);
+    const V whole = splat(params_[5]);
+    const V part = splat(params_[6]);
+    const V rest = splat(params_[7]);
     const V size = (-abs(log_ratio));
-    const V top = (coefficient * exp((degree * where((log_ratio > splat(0.0f)), log_p, log_q))));
+    const V larger = ((whole * where((log_ratio > splat(0.0f)), p, q)) + part);
+    const V change = (rest * where((log_ratio > splat(0.0f)), log_p, log_q));
+    const V top = ((coefficient * larger) * exp(where((change < splat(40.0f)), change, splat(40.0f))));
     const V a = expm1((alpha * size));
     const V b = expm1((beta * size));
     const V both = ((a + b) + (a * b));
     const V phi = (top * where((log_ratio > splat(0.0f)), ((q_share * both) - b), ((p_share * both) - a)));
-    const V cross = exp(where((log_ratio > splat(0.0f)), (beta * size), (alpha * size)));
+    const V cross = where((log_ratio > splat(0.0f)), exp((beta * size)), exp((alpha * size)));
     const V g = (((beta * top) * a) * where((log_ratio > splat(0.0f)), cross, (-splat(1.0f))));
     phi_ = phi;
     g_ = g;

@@ -5,14 +5,17 @@ the site those files are pages as well, a Markdown one at its path, any other as
 
     <!-- on the site: README.md#numbers -->
 
-is replaced by that section, so that a table stands in one place; likewise img/bench/*.svg by those plots.
+is replaced by that section, so that a table stands in one place; likewise img/bench/*.svg by those plots. Formulas are
+typeset (formulas.py).
 """
 
 from __future__ import annotations
 
+import html as markup
 import itertools
 import posixpath
 import re
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,6 +27,12 @@ from mkdocs.structure.pages import Page
 from pymdownx.slugs import slugify
 
 ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(Path(__file__).parent))
+import formulas  # noqa: E402 - mkdocs loads a hook by its path, without its folder
+
+INDENTED = re.compile(
+    r'<div class="language-text highlight"><pre><span></span><code>(.*?)</code></pre></div>', re.S
+)
 LINK = re.compile(r"(\]\()([^)\s]+)(\))")
 FENCE = re.compile(r"(^```.*?^```$)", re.S | re.M)
 SECTION = re.compile(r"^<!-- on the site: (\S+)#(\S+) -->$", re.M)
@@ -162,7 +171,7 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
 
 
 def on_page_content(html: str, page: Page, config: MkDocsConfig, files: Files) -> str:
-    """Puts drawings into the page, where they take its colours, and headings into cells."""
+    """Typesets formulas, puts drawings into the page, where they take its colours, and headings into cells."""
 
     def inline(match: re.Match[str]) -> str:
         svg = (ROOT / "docs" / match[2]).read_text(encoding="utf-8")
@@ -172,12 +181,35 @@ def on_page_content(html: str, page: Page, config: MkDocsConfig, files: Files) -
             "<svg", f'<svg aria-label="{match[1]}"', 1
         )
 
-    return TABLE.sub(_labelled, DRAWING.sub(inline, html))
+    if page.file.src_uri.startswith("source/"):
+        return html
+    html = INDENTED.sub(_typeset, html)
+    return TABLE.sub(lambda match: _labelled(_with_formulas(match[0])), DRAWING.sub(inline, html))
 
 
-def _labelled(match: re.Match[str]) -> str:
-    """A table whose cells know their column's heading, which a telephone shows beside each (stylesheets/site.css)."""
-    table = match[0]
+def _typeset(match: re.Match[str]) -> str:
+    """An indented block: as mathematics where it is a formula, and else as it was."""
+    text = markup.unescape(re.sub(r"</?(span|a)\b[^>]*>", "", match[1]))
+    return formulas.block(text) if formulas.is_formula(text) else match[0]
+
+
+def _with_formulas(table: str) -> str:
+    """A table whose column headed "formula" is typeset."""
+    headings = re.findall(r"<th[^>]*>(.*?)</th>", table, re.S)
+    if "formula" not in headings:
+        return table
+    number = itertools.count()
+
+    def cell(match: re.Match[str]) -> str:
+        if next(number) % len(headings) != headings.index("formula") or "<" in match[2]:
+            return match[0]
+        return f"{match[1]}{formulas.inline(markup.unescape(match[2]))}</td>"
+
+    return re.sub(r"(<td[^>]*>)(.*?)</td>", cell, table, flags=re.S)
+
+
+def _labelled(table: str) -> str:
+    """A table whose cells carry their column's heading, which a telephone shows beside each (stylesheets/site.css)."""
     headings = [
         re.sub(r"<[^>]*>", "", text) for text in re.findall(r"<th[^>]*>(.*?)</th>", table, re.S)
     ]

@@ -11,10 +11,11 @@ from torch.utils.dlpack import from_dlpack
 
 from fastkd import _C
 from fastkd.backends import native
-from fastkd.call.contract import Options, Result, Rows, Statistics, Want
+from fastkd.call import mutual
+from fastkd.call.contract import Options, Result, Rows, ShardCall, Statistics, Want
 from fastkd.core.tensors import address, readable, unit_stride
-from fastkd.online import mutual
 
+SPARSE = True  # kd_rows takes sparse teachers too
 _LARGE = 4 << 20  # bytes from which page faults matter: csrc/memory.h
 
 
@@ -64,7 +65,7 @@ def scale_rows_(gradient: Tensor, upstream: Tensor) -> None:
 def angles(
     student: Tensor, teacher: Tensor, delta: float, derivatives: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """What :func:`fastkd.relations.angles_in_tiles` gives, for its arguments."""
+    """What :func:`fastkd.backends.angles.angles` gives, for its arguments."""
     student, teacher = (readable(points).contiguous() for points in (student, teacher))
     assert student.dtype == teacher.dtype == torch.float64
     loss = torch.zeros((), dtype=torch.float64)
@@ -88,7 +89,7 @@ def mutual_rows(
     wanted: Sequence[bool],
     parts: bool,
 ) -> mutual.Result:
-    """The losses of every row's students and their gradients: :mod:`fastkd.online.mutual` has the contract."""
+    """The losses of every row's students and their gradients: :mod:`fastkd.call.mutual` has the contract."""
     rows = native.readable_rows(rows)
     logits = [unit_stride(student) for student in logits]
     result = mutual.outputs(logits, wanted, parts, empty)
@@ -119,38 +120,21 @@ def mutual_rows(
 # The steps of rows that processes share: csrc/call.h, Shard.
 
 
-def shard_statistics(
-    student: Tensor, teacher: Tensor, rows: Rows, options: Options, result: Result
-) -> Statistics:
+def shard_statistics(call: ShardCall) -> Statistics:
     """Of this process's columns: 15 numbers a row in float64, 17 where the label's token is compared apart from the
     others; of a sparse teacher 8 and the tokens' logits.
     """
-    apart = options.divergence.target is not None
+    apart = call.options.divergence.target is not None
     dense = _C.APART_STATISTICS if apart else _C.STATISTICS
-    fields = dense if rows.ids is None else _C.TAIL_STATISTICS
-    return native.statistics_step(_launch, fields, student, teacher, rows, options, result)
+    fields = dense if call.rows.ids is None else _C.TAIL_STATISTICS
+    return native.statistics_step(_launch, fields, call)
 
 
-def shard_sums(
-    student: Tensor,
-    teacher: Tensor,
-    rows: Rows,
-    options: Options,
-    result: Result,
-    statistics: Statistics,
-) -> Tensor | None:
+def shard_sums(call: ShardCall) -> Tensor | None:
     """Of this process's columns, given the statistics of all: 3 numbers a row in float64."""
-    return native.sums_step(_launch, _C.SUMS, student, teacher, rows, options, result, statistics)
+    return native.sums_step(_launch, _C.SUMS, call)
 
 
-def shard_results(
-    student: Tensor,
-    teacher: Tensor,
-    rows: Rows,
-    options: Options,
-    result: Result,
-    statistics: Statistics,
-    sums: Tensor | None,
-) -> None:
+def shard_results(call: ShardCall) -> None:
     """Fill the result, given the statistics and the sums of all processes."""
-    native.results_step(_launch, student, teacher, rows, options, result, statistics, sums)
+    native.results_step(_launch, call)

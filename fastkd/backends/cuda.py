@@ -13,8 +13,10 @@ from torch import Tensor
 from fastkd import _cuda
 from fastkd.backends import native
 from fastkd.backends.registry import BackendUnavailable
-from fastkd.call.contract import Options, Result, Rows, Statistics, Want
+from fastkd.call.contract import Options, Result, Rows, ShardCall, Statistics, Want
 from fastkd.core.tensors import address, readable, unit_stride
+
+SPARSE = True  # kd_rows takes sparse teachers too
 
 
 @functools.cache
@@ -71,45 +73,23 @@ def kd_rows(student: Tensor, teacher: Tensor, rows: Rows, options: Options, want
 # csrc/cuda/shard.h what a launch makes of it.
 
 
-def _without_gradients(result: Result) -> Result:
-    return result._replace(student_gradient=None, teacher_gradient=None)
+def _without_gradients(call: ShardCall) -> ShardCall:
+    return call._replace(result=call.result._replace(student_gradient=None, teacher_gradient=None))
 
 
-def shard_statistics(
-    student: Tensor, teacher: Tensor, rows: Rows, options: Options, result: Result
-) -> Statistics:
+def shard_statistics(call: ShardCall) -> Statistics:
     """Of this process's columns, in float64, and the tokens' logits; a row that is dropped has none."""
-    fields = _cuda.STATISTICS
-    return native.statistics_step(
-        _launch, fields, student, teacher, rows, options, _without_gradients(result)
-    )
+    return native.statistics_step(_launch, _cuda.STATISTICS, _without_gradients(call))
 
 
-def shard_sums(
-    student: Tensor,
-    teacher: Tensor,
-    rows: Rows,
-    options: Options,
-    result: Result,
-    statistics: Statistics,
-) -> Tensor | None:
+def shard_sums(call: ShardCall) -> Tensor | None:
     """Of this process's columns, in float64, given the statistics of all; None where these are enough."""
-    return native.sums_step(
-        _launch, _cuda.SUMS, student, teacher, rows, options, _without_gradients(result), statistics
-    )
+    return native.sums_step(_launch, _cuda.SUMS, _without_gradients(call))
 
 
-def shard_results(
-    student: Tensor,
-    teacher: Tensor,
-    rows: Rows,
-    options: Options,
-    result: Result,
-    statistics: Statistics,
-    sums: Tensor | None,
-) -> None:
+def shard_results(call: ShardCall) -> None:
     """Fill the result, given the statistics and the sums of all processes."""
-    native.results_step(_launch, student, teacher, rows, options, result, statistics, sums)
+    native.results_step(_launch, call)
 
 
 def scale_rows_(gradient: Tensor, upstream: Tensor) -> None:

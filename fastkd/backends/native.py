@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastkd.call.contract import Options, Result, Rows, Statistics, Want
+from fastkd.call.contract import Options, Result, Rows, ShardCall, Statistics, Want
 from fastkd.core.tensors import address, readable
 from fastkd.divergences import DEFINITIONS, Target
 from fastkd.teachers import TAILS
@@ -146,57 +146,34 @@ def arguments(
 Launch = Callable[[Tensor, Tensor, Rows, Options, Result, tuple[int, ...]], None]
 
 
-def statistics_step(
-    launch: Launch,
-    fields: int,
-    student: Tensor,
-    teacher: Tensor,
-    rows: Rows,
-    options: Options,
-    result: Result,
-) -> Statistics:
+def statistics_step(launch: Launch, fields: int, call: ShardCall) -> Statistics:
     """So many numbers a row in float64, and of a sparse teacher the tokens' logits; 0 in a row that is dropped."""
-    count, device = result.loss.numel(), student.device
+    count, device, ids = call.result.loss.numel(), call.student.device, call.rows.ids
     statistics = torch.zeros(count, fields, dtype=torch.float64, device=device)
     tokens = None
-    if rows.ids is not None:
-        tokens = torch.zeros(count, rows.ids.shape[-1], dtype=torch.float32, device=device)
-    shard = shared(options, 1, statistics=statistics, tokens=tokens)
-    launch(student, teacher, rows, options, result, shard)
+    if ids is not None:
+        tokens = torch.zeros(count, ids.shape[-1], dtype=torch.float32, device=device)
+    shard = shared(call.options, 1, statistics=statistics, tokens=tokens)
+    launch(*call[:5], shard)
     return Statistics(statistics, tokens)
 
 
-def sums_step(
-    launch: Launch,
-    fields: int,
-    student: Tensor,
-    teacher: Tensor,
-    rows: Rows,
-    options: Options,
-    result: Result,
-    statistics: Statistics,
-) -> Tensor | None:
+def sums_step(launch: Launch, fields: int, call: ShardCall) -> Tensor | None:
     """So many numbers a row in float64; None where the statistics are enough."""
-    if rows.ids is not None or options.divergence.closed_form is not None:
+    if call.rows.ids is not None or call.options.divergence.closed_form is not None:
         return None
-    gathered = statistics.gathered
-    sums = torch.zeros(gathered.shape[1], fields, dtype=torch.float64, device=student.device)
-    shard = shared(options, 2, len(gathered), all_statistics=gathered, sums=sums)
-    launch(student, teacher, rows, options, result, shard)
+    gathered = call.known().gathered
+    device = call.student.device
+    sums = torch.zeros(gathered.shape[1], fields, dtype=torch.float64, device=device)
+    shard = shared(call.options, 2, len(gathered), all_statistics=gathered, sums=sums)
+    launch(*call[:5], shard)
     return sums
 
 
-def results_step(
-    launch: Launch,
-    student: Tensor,
-    teacher: Tensor,
-    rows: Rows,
-    options: Options,
-    result: Result,
-    statistics: Statistics,
-    sums: Tensor | None,
-) -> None:
+def results_step(launch: Launch, call: ShardCall) -> None:
     """Fill the result."""
-    gathered, tokens = statistics.gathered, statistics.summed
-    shard = shared(options, 3, len(gathered), all_statistics=gathered, tokens=tokens, all_sums=sums)
-    launch(student, teacher, rows, options, result, shard)
+    gathered, tokens, _ = call.known()
+    shard = shared(
+        call.options, 3, len(gathered), all_statistics=gathered, tokens=tokens, all_sums=call.sums
+    )
+    launch(*call[:5], shard)

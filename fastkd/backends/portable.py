@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import functools
 import struct
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from types import FunctionType
 from typing import Any, NamedTuple
@@ -22,10 +21,26 @@ import torch
 from torch import Tensor
 
 from fastkd import divergences
-from fastkd.backends import native, reference, sparse
-from fastkd.backends.reference import empty, evaluate, scale_rows_
-from fastkd.backends.sparse import Events, topk_rows
-from fastkd.call.contract import Options, Result, Rows, Statistics, Want, counted_rows, row_dtype
+from fastkd.backends import mutual as plain_mutual
+from fastkd.backends import native, reference
+from fastkd.backends.angles import angles
+from fastkd.backends.pieces import piece_rows
+from fastkd.backends.reference import empty, scale_rows_
+from fastkd.backends.sparse import Events
+from fastkd.call import mutual
+from fastkd.call.contract import (
+    Options,
+    Result,
+    Rows,
+    ShardCall,
+    Statistics,
+    Want,
+    counted_rows,
+    row_dtype,
+)
+from fastkd.call.log_zero import evaluate
+from fastkd.call.rows import At, put, rows_at, take
+from fastkd.core.tensors import readable
 from fastkd.divergences import (
     DEFINITIONS,
     ENTRY,
@@ -35,12 +50,9 @@ from fastkd.divergences import (
     arguments_of,
     takes_ratio,
 )  # fmt: skip
-from fastkd.engine.chunks import At, put, rows_at, take
-from fastkd.engine.plan import piece_rows
-from fastkd.online import mutual
 
 __all__ = [
-    "empty", "gather_events", "kd_rows", "mutual_rows", "scale_rows_", "shard_results",
+    "angles", "empty", "gather_events", "kd_rows", "mutual_rows", "scale_rows_", "shard_results",
     "shard_statistics", "shard_sums", "spread_gradient",
 ]  # fmt: skip
 
@@ -829,6 +841,13 @@ def _dense_piece(
         if tempering is not None:
             wrong = ~(tempering > 0).unsqueeze(-1)
             invalid = wrong if invalid is None else invalid | wrong
+    for side in (s, t):
+        if side is not None and side.softmax is not None:
+            # NaN or +inf among its logits, which a definition with a comparison in it may lose.
+            wrong = side.softmax.total.isnan()
+            if apart and side.label is not None:  # which is not in the sum
+                wrong = wrong | (side.label == torch.inf)
+            invalid = wrong if invalid is None else invalid | wrong
     if invalid is not None:
         if not isinstance(weight, Tensor):
             weight = torch.full((count, 1), weight, dtype=dtype, device=device)
@@ -946,8 +965,7 @@ def _add_cross_entropy(
 @torch.no_grad()
 def kd_rows(student: Tensor, teacher: Tensor, rows: Rows, options: Options, want: Want) -> Result:
     """The loss of each row and its gradients; shapes and meaning as :class:`fastkd.call.contract.Result` has them."""
-    if rows.ids is not None:
-        return topk_rows(sys.modules[__name__], student, teacher, rows, options, want)
+    student, teacher = readable(student), readable(teacher)
     lead, device, columns = student.shape[:-1], student.device, options.vocab_size
     dtype = row_dtype(student.dtype, teacher.dtype)
     result = native.outputs(student, teacher, want, row_dtype=dtype)
@@ -1047,6 +1065,7 @@ def _student_pieces(
 ) -> Iterator[tuple[At, Tensor, Rows, _Scratch]]:
     """(which rows, their logits, what belongs to them, buffers) of the counted rows, piece by piece."""
     lead, device, columns = student.shape[:-1], student.device, options.vocab_size
+    student = readable(student)
     numbers = _counted(rows, options.ignore_index, device)
     count = lead.numel() if numbers is None else numbers.numel()
     step = min(piece_rows(columns, dtype, device.type), max(count, 1))
@@ -1183,7 +1202,7 @@ def _spread_piece(
     # Where there is no tail its derivative may be infinite, and is one of nothing.
     of_tail = gradient[:, -1:].masked_fill(column(events.tail_log_sum) == -torch.inf, 0.0)
     z.mul_(of_tail)
-    z.scatter_add_(-1, seats, gradient[:, :-1].masked_fill(~here, 0.0))
+    z.scatter_add_(-1, seats, gradient[:, :-1].masked_fill(~here, 0.0).to(dtype))
     if entropic is not None:
         z.add_(entropic)
     if slope is not None:
@@ -1209,78 +1228,51 @@ def _slices(
     return [slice(start, min(start + step, count)) for start in range(0, max(count, 1), step)]
 
 
-def shard_statistics(
-    student: Tensor, teacher: Tensor, rows: Rows, options: Options, result: Result
-) -> Statistics:
+def shard_statistics(call: ShardCall) -> Statistics:
     """Of this process's columns: 12 numbers a row in float64."""
-    if rows.ids is not None:
-        return sparse.shard_statistics(
-            sys.modules[__name__], student, teacher, rows, options, result
-        )
-    made = [
-        reference.shard_statistics(*given, result)
-        for _, given in _parts_of_shard(student, teacher, rows, options)
-    ]
+    made = [reference.shard_statistics(part) for _, part in _parts_of_shard(call)]
     return Statistics(torch.cat([statistics.gathered for statistics in made]))
 
 
-def shard_sums(
-    student: Tensor,
-    teacher: Tensor,
-    rows: Rows,
-    options: Options,
-    result: Result,
-    statistics: Statistics,
-) -> Tensor | None:
+def shard_sums(call: ShardCall) -> Tensor | None:
     """Of this process's columns, given the statistics of all: 3 numbers a row in float64."""
-    if rows.ids is not None:
-        return None
-    made = [
-        reference.shard_sums(*given, result, Statistics(statistics.gathered[:, at]))
-        for at, given in _parts_of_shard(student, teacher, rows, options)
-    ]
+    made = [reference.shard_sums(part) for _, part in _parts_of_shard(call)]
     return torch.cat([sums for sums in made if sums is not None])
 
 
-def shard_results(
-    student: Tensor,
-    teacher: Tensor,
-    rows: Rows,
-    options: Options,
-    result: Result,
-    statistics: Statistics,
-    sums: Tensor | None,
-) -> None:
+def shard_results(call: ShardCall) -> None:
     """Fill the result, given the statistics and the sums of all processes."""
-    if rows.ids is not None:
-        sparse.shard_results(
-            sys.modules[__name__], student, teacher, rows, options, result, statistics
-        )
-        return
-    assert sums is not None
-    lead = student.shape[:-1]
-    for at, given in _parts_of_shard(student, teacher, rows, options):
+    lead = call.student.shape[:-1]
+    for at, part in _parts_of_shard(call):
 
         def memory(whole: Tensor | None, at: slice = at) -> Any:
             return None if whole is None else torch.empty_like(take(whole, lead, at))
 
-        fields = [memory(whole) for whole in result._replace(total=None)]  # type: ignore[arg-type]
-        part = Result(*fields)
-        of_rows = Statistics(statistics.gathered[:, at])
-        reference.shard_results(*given, part, of_rows, sums[:, at])
-        for whole, values in zip(result, part, strict=True):
+        fields = [memory(whole) for whole in call.result._replace(total=None)]  # type: ignore[arg-type]
+        own = Result(*fields)
+        reference.shard_results(part._replace(result=own))
+        for whole, values in zip(call.result, own, strict=True):
             if whole is not None and values is not None:
                 put(whole, lead, at, values)
 
 
-def _parts_of_shard(
-    student: Tensor, teacher: Tensor, rows: Rows, options: Options
-) -> Iterator[tuple[slice, tuple[Tensor, Tensor, Rows, Options]]]:
-    lead = student.shape[:-1]
-    dtype = row_dtype(student.dtype, teacher.dtype)
-    for at in _slices(lead, options.vocab_size, dtype, student.device):
-        s, t = take(student, lead, at), take(teacher, lead, at)
-        yield at, (s, t, rows_at(rows, lead, at), options)
+def _parts_of_shard(call: ShardCall) -> Iterator[tuple[slice, ShardCall]]:
+    """(which rows, the call of these rows alone, but for its result)."""
+    lead = call.student.shape[:-1]
+    dtype = row_dtype(call.student.dtype, call.teacher.dtype)
+    for at in _slices(lead, call.options.vocab_size, dtype, call.student.device):
+        yield (
+            at,
+            call._replace(
+                student=take(call.student, lead, at),
+                teacher=take(call.teacher, lead, at),
+                rows=rows_at(call.rows, lead, at),
+                statistics=None
+                if call.statistics is None
+                else Statistics(call.statistics.gathered[:, at]),
+                sums=None if call.sums is None else call.sums[:, at],
+            ),
+        )
 
 
 def mutual_rows(
@@ -1290,13 +1282,13 @@ def mutual_rows(
     wanted: Sequence[bool],
     parts: bool,
 ) -> mutual.Result:
-    """The losses of every row's students and their gradients: :mod:`fastkd.online.mutual` has the contract."""
+    """The losses of every row's students and their gradients: :mod:`fastkd.call.mutual` has the contract."""
     first, students = logits[0], len(logits)
     lead, dtype = first.shape[:-1], row_dtype(first.dtype)
     result = mutual.outputs(logits, wanted, parts, dtype=dtype)
     for at in _slices(lead, students * first.shape[-1], dtype, first.device):
         some = [take(student, lead, at) for student in logits]
-        made = mutual.mutual_rows(some, rows_at(rows, lead, at), options, wanted, parts)
+        made = plain_mutual.mutual_rows(some, rows_at(rows, lead, at), options, wanted, parts)
         for name in ("loss", "divergence", "cross_entropy"):
             whole, values = getattr(result, name), getattr(made, name)
             for student in range(students if whole is not None else 0):

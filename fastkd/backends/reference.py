@@ -6,59 +6,32 @@ device without float64 it is computed in float32.
 
 from __future__ import annotations
 
-import sys
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from fastkd.backends import sparse
-from fastkd.backends.sparse import Events, topk_rows
-from fastkd.call.contract import Options, Result, Rows, Statistics, Want, row_dtype, widened
-from fastkd.divergences import Divergence, Target, derivatives
+from fastkd.backends.angles import angles
+from fastkd.backends.mutual import mutual_rows
+from fastkd.backends.sparse import Events
+from fastkd.call.contract import (
+    Options,
+    Result,
+    Rows,
+    ShardCall,
+    Statistics,
+    Want,
+    row_dtype,
+    widened,
+)
+from fastkd.call.log_zero import NEGLIGIBLE, evaluate
+from fastkd.core.tensors import precision
+from fastkd.divergences import Divergence, Target
 
-# A probability below this counts as 0 beside a logit of -inf on the other side (see evaluate).
-NEGLIGIBLE = 1e-30
-# With log 0 replaced by the most negative finite number, a term above this can only be infinite.
-INFINITE = 1e6
-
-
-def evaluate(
-    divergence: Divergence,
-    log_p: Tensor,
-    log_q: Tensor,
-    probabilities: tuple[Tensor, Tensor] | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(phi, g, h) of every entry, with the one policy for log 0, so that no definition has to handle it.
-
-    - Both sides at -inf: 0 * (-inf) = 0, the entry contributes nothing to the value and to the gradient.
-    - One side at -inf, the other's probability not negligible: log 0 is replaced by the most negative finite
-      number. Terms that carry a factor 0 vanish, and what is still above INFINITE is the mathematical infinity
-      (forward KL where p > 0 = q); g stays what it is in the limit (-p there).
-    - One side at -inf and the other below NEGLIGIBLE: nothing, as in the first case.
-
-    probabilities are (p, q) where the caller has them; a softmax is more exact than the exp of its logarithm.
-    """
-    if not divergence.normalized:
-        probabilities = (torch.ones_like(log_p),) * 2
-    p, q = probabilities or (log_p.exp(), log_q.exp())
-    p_gone, q_gone = log_p == -torch.inf, log_q == -torch.inf
-    lowest = torch.finfo(log_p.dtype).min
-    x, y = log_p.masked_fill(p_gone, lowest), log_q.masked_fill(q_gone, lowest)
-    phi, g, h = derivatives(divergence, p, q, x, y, x - y)
-    one_side = p_gone ^ q_gone
-    nothing = (p_gone & (q < NEGLIGIBLE)) | (q_gone & (p < NEGLIGIBLE)) | (p_gone & q_gone)
-
-    def settle(term: Tensor) -> Tensor:
-        term = torch.where(one_side & (term.abs() > INFINITE), term * torch.inf, term)
-        return term.masked_fill(nothing, 0.0)
-
-    return settle(phi), settle(g), settle(g if h is None else h)
-
-
-def precision(device: torch.device) -> torch.dtype:
-    """What the reference computes in."""
-    return torch.float32 if device.type == "mps" else torch.float64
+__all__ = [
+    "angles", "empty", "gather_events", "kd_rows", "mutual_rows", "scale_rows_", "shard_results",
+    "shard_statistics", "shard_sums", "spread_gradient",
+]  # fmt: skip
 
 
 def _adjust(logits: Tensor, scale: float, softcap: float) -> tuple[Tensor, Tensor | float]:
@@ -374,6 +347,13 @@ def _results(
         if tempering is not None:  # an invalid temperature poisons its row
             weight = torch.where(tempering > 0, weight, torch.nan)
 
+    if divergence.normalized and alpha:
+        # NaN or +inf among the logits, which a definition with a comparison in it may lose.
+        lost = (found.s_sum + found.t_sum).isnan()
+        if divergence.target is not None:  # the label's logit is in neither sum
+            lost = lost | (found.label == torch.inf) | (found.t_label == torch.inf)
+        weight = torch.where(lost, torch.nan, weight)
+
     cross_entropy = torch.zeros_like(distillation)
     cross_entropy_gradient: Tensor | float = 0.0
     label_gradient: Tensor | float = 0.0
@@ -445,8 +425,6 @@ def _results(
 
 def kd_rows(student: Tensor, teacher: Tensor, rows: Rows, options: Options, want: Want) -> Result:
     """The loss of each row and its gradients; shapes and meaning as :class:`fastkd.call.contract.Result` has them."""
-    if rows.ids is not None:
-        return topk_rows(sys.modules[__name__], student, teacher, rows, options, want)
     s, t = _sides(student, teacher, rows, options)
     found = _merged(torch.stack(_statistics(s, t, rows, options), -1).unsqueeze(0))
     terms = _terms(s, t, found, options.divergence)
@@ -456,52 +434,26 @@ def kd_rows(student: Tensor, teacher: Tensor, rows: Rows, options: Options, want
 # The same where several processes share the vocabulary: fastkd/call/contract.py says what passes between the steps.
 
 
-def shard_statistics(
-    student: Tensor, teacher: Tensor, rows: Rows, options: Options, result: Result
-) -> Statistics:
+def shard_statistics(call: ShardCall) -> Statistics:
     """Of this process's columns: 12 numbers a row in float64."""
-    if rows.ids is not None:
-        return sparse.shard_statistics(
-            sys.modules[__name__], student, teacher, rows, options, result
-        )
+    student, teacher, rows, options, *_ = call
     found = _statistics(*_sides(student, teacher, rows, options), rows, options)
     return Statistics(torch.stack(found, -1).flatten(0, -2).to(torch.float64))
 
 
-def shard_sums(
-    student: Tensor,
-    teacher: Tensor,
-    rows: Rows,
-    options: Options,
-    result: Result,
-    statistics: Statistics,
-) -> Tensor | None:
+def shard_sums(call: ShardCall) -> Tensor | None:
     """Of this process's columns, given the statistics of all: 3 numbers a row in float64."""
-    if rows.ids is not None:
-        return None
-    s, t = _sides(student, teacher, rows, options)
-    terms = _terms(s, t, _of_all(statistics, student), options.divergence)
+    s, t = _sides(call.student, call.teacher, call.rows, call.options)
+    terms = _terms(s, t, _of_all(call.known(), call.student), call.options.divergence)
     return torch.stack(_sums(terms), -1).flatten(0, -2).to(torch.float64)
 
 
-def shard_results(
-    student: Tensor,
-    teacher: Tensor,
-    rows: Rows,
-    options: Options,
-    result: Result,
-    statistics: Statistics,
-    sums: Tensor | None,
-) -> None:
+def shard_results(call: ShardCall) -> None:
     """Fill the result, given the statistics and the sums of all processes."""
-    if rows.ids is not None:
-        sparse.shard_results(
-            sys.modules[__name__], student, teacher, rows, options, result, statistics
-        )
-        return
+    student, teacher, rows, options, result, _, sums = call
     assert sums is not None
     s, t = _sides(student, teacher, rows, options)
-    found = _of_all(statistics, student)
+    found = _of_all(call.known(), student)
     terms = _terms(s, t, found, options.divergence)
     total = _Sums(*sums.sum(0).reshape(*student.shape[:-1], -1).unbind(-1))
     want = Want(

@@ -11,14 +11,13 @@ import json
 import logging
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
 
-from fastkd.call.contract import Shard
 from fastkd.divergences import DEFINITIONS, Divergence
 
 logger = logging.getLogger("fastkd")
@@ -27,7 +26,7 @@ MODULES = {
     "reference": "fastkd.backends.reference",
     "portable": "fastkd.backends.portable",
     "cpu": "fastkd.backends.cpu",
-    "triton": "fastkd.kernels.kernel",
+    "triton": "fastkd.kernels.backend",
     "cuda": "fastkd.backends.cuda",
 }
 # Builds for other GPUs are packages of other names that hold the same module.
@@ -38,6 +37,12 @@ OLDEST_TRITON = (
 )  # that compiles fastkd.kernels: a heavy test of tests/backends/triton/test_triton_aot.py does
 # It serves every call, as the reference does, which is the oracle and may be slow.
 FALLBACK = "portable"
+# Functions that only some backends have: what an error calls them, and what it says to use.
+OPTIONAL = {
+    "mutual_rows": ("mutual learning", "Use backend='auto' or 'triton'"),
+    "angles": ("angles", "Use backend='auto'"),
+}
+ANGLES = ("cpu", "portable", "reference")  # the backends that have `angles`
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -274,10 +279,36 @@ def load(backend: str) -> ModuleType:
     return importlib.import_module(MODULES[backend])
 
 
-def kernels_for(backend: str, shard: Shard | None) -> Any:
-    """The module of a backend, or the same for rows whose columns are spread over processes."""
-    if shard is None:
-        return load(backend)
-    from fastkd.parallel.shards import SharedRows
+def function(backend: str, name: str) -> Callable[..., Any]:
+    """A function that only some backends have (OPTIONAL).
 
-    return SharedRows(load(backend), shard)
+    Raises:
+        BackendUnavailable: this one has none.
+    """
+    found: Callable[..., Any] | None = getattr(load(backend), name, None)
+    if found is None:
+        what, remedy = OPTIONAL[name]
+        raise BackendUnavailable(backend, f"it has no kernel of {what}", remedy)
+    return found
+
+
+def select_angles(backend: str, device: torch.device) -> str:
+    """The backend that computes angles on that device; FASTKD_BACKEND counts where it names one that can."""
+    override = os.environ.get("FASTKD_BACKEND")
+    wanted = override if override in ("auto", *ANGLES) else backend
+    if device.type != "cpu":
+        if wanted == "cpu":
+            raise BackendUnavailable(
+                "cpu", f"the points are on {device}", "Use backend='auto' for them"
+            )
+        return FALLBACK if wanted == "auto" else wanted
+    if wanted in ("portable", "reference"):
+        return wanted
+    why = available_backends()["cpu"]
+    if why is None:
+        return "cpu"
+    if wanted == "cpu":
+        raise BackendUnavailable("cpu", *why)
+    strict = os.environ.get("FASTKD_STRICT") == "1"
+    fall_back(FALLBACK, f"cpu: {why.reason}. {why.remedy}", strict)
+    return FALLBACK

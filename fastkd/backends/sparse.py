@@ -4,7 +4,8 @@ The student's row becomes the logits of K + 1 events, where the last is T log su
 tail. The loss of the events is the backend's own dense loss, with every divergence and policy it has. Their gradient
 goes back to the row: to the K tokens as it is, and to the others in proportion to their share of the tail.
 
-:func:`topk_rows` is that for backends that bring the two steps in which the whole row takes part:
+A backend brings the two steps in which the whole row takes part, and :class:`SparseRows` is the backend for sparse
+teachers that they make of it:
 
     gather_events(student, rows, options, parts) -> Events
     spread_gradient(student, events, gradient, cross_entropy_scale, rows, options, out) -> gradient of the row
@@ -13,18 +14,19 @@ where rows.weight is there, 0 in a row that is dropped and NaN in one that is no
 the vocabulary, each gathers the events of its own columns (-inf for tokens and labels that are another's), and
 :func:`merged` makes the row's of them.
 
-The cpu backend does all of it row by row (csrc/cpu/topk.h), where the row is in the cache.
+The cpu and cuda backends have neither step. Their kd_rows takes sparse teachers itself, while a row is in the cache
+(csrc/cpu/topk.h), and SPARSE = True says so.
 """
 
 from __future__ import annotations
 
-from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from fastkd.call.contract import Options, Result, Rows, Statistics, Want, row_dtype
+from fastkd.call.contract import Options, Result, Rows, ShardCall, Statistics, Want, row_dtype
+from fastkd.call.log_zero import evaluate
 
 
 class Events(NamedTuple):
@@ -53,56 +55,82 @@ class Events(NamedTuple):
     unit: float = 1.0  # of the origins: a difference of theirs times it is one of z
 
 
-# Probabilities whose sum is above this are none: rounding logarithms to one decimal makes 1.05 of 1.
-MOST = 1.1
+class SparseRows:
+    """A backend for sparse teachers, from its loss of dense rows and its two steps; as a backend's module is."""
 
+    def __init__(self, kernels: Any) -> None:
+        self.kernels = kernels
+        self.scale_rows_, self.empty = kernels.scale_rows_, kernels.empty
 
-def masses(ids: Tensor, logprobs: Tensor) -> tuple[Tensor, Tensor]:
-    """(the sum of a row's p, an estimate of the mass m that is left to the other tokens), [...] each in float64.
+    @torch.no_grad()
+    def kd_rows(
+        self, student: Tensor, logprobs: Tensor, rows: Rows, options: Options, want: Want
+    ) -> Result:
+        """The loss of each row; shapes and meaning as :class:`fastkd.call.contract.Result` has them."""
+        events = self.kernels.gather_events(student, rows, options, want.parts)
+        out = None
+        if want.student_gradient:
+            contiguous = torch.contiguous_format
+            out = student if want.inplace else torch.empty_like(student, memory_format=contiguous)
+        return _results(self.kernels, events, student, logprobs, rows, options, out, want.parts)
 
-    A log-probability z is known to u |z|, with u half of its dtype's epsilon, and p to u |z| p; a z of 0 is the
-    logarithm of a 1, and known to the epsilon of that. Roundings are independent of each other, so that
+    # Where several processes share the vocabulary: fastkd/call/contract.py says what passes between the steps.
 
-        d = 1 - sum p    is known to    s = sqrt(sum (u z p)^2)
+    def shard_statistics(self, call: ShardCall) -> Statistics:
+        """Of this process's events: 9 numbers a row in float64, and the tokens' logits."""
+        student, _, rows, options, result, *_ = call
+        assert rows.ids is not None
+        parts = result.distillation is not None
+        if options.vocab_size:
+            events = self.kernels.gather_events(student, rows, options, parts)
+        else:
+            events = _no_events(rows, options, parts, row_dtype(student.dtype))
+        nothing = torch.zeros_like(events.origin)
 
-    and m lies in [max(d - s, 0), max(d + s, 0)], or nearly. The estimate is the middle of that, d itself where d >= s:
+        def given(value: Tensor | None) -> Tensor:
+            return nothing if value is None else value
 
-        m = (max(d - s, 0) + max(d + s, -d / 4)) / 2
+        origin = events.origin.to(torch.float64) * events.unit
+        shared = _Shared(
+            origin,
+            events.tail_origin.to(torch.float64) * events.unit,
+            events.tail_log_sum,
+            given(events.tail_entropy),
+            given(events.log_sum),
+            given(events.label),
+            given(events.mean),
+            torch.full_like(nothing, options.vocab_size),
+            events.valid,
+        )
+        gathered = torch.stack([value.to(torch.float64) for value in shared], -1)
+        seats = rows.ids - options.first_column
+        here = (seats >= 0) & (seats < options.vocab_size)
+        z = events.tokens + _finite(origin).to(events.tokens.dtype).unsqueeze(-1)
+        tokens = torch.where(here, z, 0.0)
+        kept = events._replace(tokens=nothing)  # which is the largest, and known to all
+        return Statistics(gathered.flatten(0, -2), tokens.reshape(-1, tokens.shape[-1]), kept)
 
-    As m may be anything down to 0, no estimate bounds the error of log m. The middle is near the median of what m may
-    be, which makes the expected error of log m least. A sum above 1 by more than s was rounded by more than its dtype
-    does (to decimals, say), and its excess tells by how much: -d / 4 takes an eighth of it. No row has m = 0.
-    """
-    dtype = torch.finfo(logprobs.dtype)
-    u = dtype.eps / 2
-    of_1 = min(u, torch.finfo(torch.float32).eps / 2)
-    # exp(-1e4) is 0 as well, and -inf would make 0 * inf.
-    z = torch.where(ids < 0, -1e4, logprobs).to(torch.float64).clamp_(min=-1e4)
-    p = z.exp()
-    total = p.sum(-1)
-    sure = z.amax(-1) > -dtype.tiny  # 0, or so near to it that the dtype has no digits left
-    s = u * torch.linalg.vector_norm(z.mul_(p), dim=-1)
-    s = torch.where(sure, of_1, 2.0**-53) + s  # which the sum itself is rounded by
-    d = 1.0 - total
-    return total, ((d - s).clamp(min=0.0) + torch.maximum(d + s, d / -4.0)) / 2.0
+    def shard_sums(self, call: ShardCall) -> None:
+        """None: the events of all processes are enough."""
 
-
-def topk_rows(
-    kernels: ModuleType, student: Tensor, logprobs: Tensor, rows: Rows, options: Options, want: Want
-) -> Result:
-    """The loss of each row against a sparse teacher; shapes and meaning as :class:`fastkd.call.contract.Result` has
-    them.
-    """
-    events = kernels.gather_events(student, rows, options, want.parts)
-    out = None
-    if want.student_gradient:
-        contiguous = torch.contiguous_format
-        out = student if want.inplace else torch.empty_like(student, memory_format=contiguous)
-    return _results(kernels, events, student, logprobs, rows, options, out, want.parts)
+    def shard_results(self, call: ShardCall) -> None:
+        """Fill the result, given the events of all processes."""
+        student, logprobs, rows, options, result, *_ = call
+        events = merged(call.known(), rows, options)
+        out = result.student_gradient
+        parts = result.distillation is not None
+        where = out if options.vocab_size else None  # no column: only padding is left to write
+        if out is not None and where is None:
+            out.zero_()
+        made = _results(self.kernels, events, student, logprobs, rows, options, where, parts)
+        for to, value in zip((result.loss, *result[4:]), (made.loss, *made[4:]), strict=True):
+            if to is not None:
+                assert value is not None
+                to.copy_(value)
 
 
 def _results(
-    kernels: ModuleType,
+    kernels: Any,
     events: Events,
     student: Tensor,
     logprobs: Tensor,
@@ -184,7 +212,7 @@ def _results(
 
 
 def _dense(
-    kernels: ModuleType,
+    kernels: Any,
     events: Events,
     logprobs: Tensor,
     rows: Rows,
@@ -220,10 +248,8 @@ def _truncated(
     events: Events, logprobs: Tensor, options: Options, temperature: float | Tensor
 ) -> tuple[Tensor, Tensor]:
     """(sum of phi over the tokens [...], its gradient by the events' tempered logits [..., K + 1])."""
-    from fastkd.backends.reference import evaluate
-
     z = torch.cat([events.tokens, events.tail.unsqueeze(-1)], -1) / _per_row(temperature)
-    log_q = z.log_softmax(-1)
+    log_q = z.to(logprobs.dtype).log_softmax(-1)
     q = log_q.exp()
     phi, g, _ = evaluate(options.divergence, logprobs, log_q[..., :-1])
     total = g.sum(-1, keepdim=True)
@@ -244,7 +270,7 @@ def _entropy(events: Events, temperature: float | Tensor) -> Tensor:
     return among + q[..., -1] * events.tail_entropy
 
 
-# ---- several processes that share the vocabulary: fastkd/call/contract.py says what passes between the steps
+# ---- what processes that share the vocabulary exchange
 
 
 class _Shared(NamedTuple):
@@ -262,70 +288,6 @@ class _Shared(NamedTuple):
     mean: Tensor
     columns: Tensor
     valid: Tensor
-
-
-def shard_statistics(
-    kernels: ModuleType,
-    student: Tensor,
-    logprobs: Tensor,
-    rows: Rows,
-    options: Options,
-    result: Result,
-) -> Statistics:
-    """Of this process's events: 9 numbers a row in float64, and the tokens' logits."""
-    assert rows.ids is not None
-    parts = result.distillation is not None
-    if options.vocab_size:
-        events = kernels.gather_events(student, rows, options, parts)
-    else:
-        events = _no_events(rows, options, parts, row_dtype(student.dtype))
-    nothing = torch.zeros_like(events.origin)
-
-    def given(value: Tensor | None) -> Tensor:
-        return nothing if value is None else value
-
-    origin = events.origin.to(torch.float64) * events.unit
-    shared = _Shared(
-        origin,
-        events.tail_origin.to(torch.float64) * events.unit,
-        events.tail_log_sum,
-        given(events.tail_entropy),
-        given(events.log_sum),
-        given(events.label),
-        given(events.mean),
-        torch.full_like(nothing, options.vocab_size),
-        events.valid,
-    )
-    gathered = torch.stack([value.to(torch.float64) for value in shared], -1)
-    seats = rows.ids - options.first_column
-    here = (seats >= 0) & (seats < options.vocab_size)
-    z = events.tokens + _finite(origin).to(events.tokens.dtype).unsqueeze(-1)
-    tokens = torch.where(here, z, 0.0)
-    kept = events._replace(tokens=nothing)  # which is the largest, and known to all
-    return Statistics(gathered.flatten(0, -2), tokens.reshape(-1, tokens.shape[-1]), kept)
-
-
-def shard_results(
-    kernels: ModuleType,
-    student: Tensor,
-    logprobs: Tensor,
-    rows: Rows,
-    options: Options,
-    result: Result,
-    statistics: Statistics,
-) -> None:
-    """Fill the result, given the events of all processes."""
-    events = merged(statistics, rows, options)
-    out = result.student_gradient
-    parts = result.distillation is not None
-    where = out if options.vocab_size else None  # no column: only padding is left to write
-    if out is not None and where is None:
-        out.zero_()
-    made = _results(kernels, events, student, logprobs, rows, options, where, parts)
-    for to, value in zip((result.loss, *result[4:]), (made.loss, *made[4:]), strict=True):
-        if to is not None:
-            assert value is not None
-            to.copy_(value)
 
 
 def _no_events(rows: Rows, options: Options, parts: bool, dtype: torch.dtype) -> Events:

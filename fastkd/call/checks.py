@@ -14,8 +14,9 @@ from typing import Any, NamedTuple, TypedDict
 import torch
 from torch import Tensor
 
-from fastkd.backends.sparse import MOST, masses
 from fastkd.call.contract import Options, Rows, counted_rows
+from fastkd.call.log_zero import infinite_at_zero
+from fastkd.call.tail import MOST, masses
 from fastkd.core.scalars import as_float, plain
 from fastkd.core.tensors import check_readable, check_strided
 from fastkd.divergences import Divergence, resolve
@@ -479,7 +480,7 @@ def _at_temperature(options: Options, tail: str, taken_at: float, per_row: bool)
             "teacher_logit_scale and teacher_softcap are for logits, and a TopK has log-probabilities: "
             "apply them before taking those"
         )
-    if tail == "renormalize_teacher" and (divergence.degree != 1 or _infinite_at_zero(divergence)):
+    if tail == "renormalize_teacher" and (divergence.degree != 1 or infinite_at_zero(divergence)):
         raise ValueError(
             f"tail='renormalize_teacher' leaves probability 0 to all other tokens, where the divergence "
             f"{divergence.name!r} is infinite or has no sum; use 'bucket', 'renormalize' or 'truncate'"
@@ -524,15 +525,6 @@ def with_tail(prepared: Prepared, teacher: TopK, dtype: torch.dtype) -> tuple[Pr
         right = total <= MOST
     ids = ids.masked_fill(~right.unsqueeze(-1), -2)
     return prepared._replace(rows=rows._replace(ids=ids, tail_logprob=mass)), logprobs
-
-
-def _infinite_at_zero(divergence: Divergence) -> bool:
-    """Whether a token that the teacher gives no probability costs infinitely much."""
-    from fastkd.backends import reference  # loaded at its first use, as every backend is
-
-    one = torch.zeros((), dtype=torch.float64)
-    phi, *_ = reference.evaluate(divergence, one - torch.inf, one)
-    return not bool(phi.isfinite())
 
 
 def _check_logprobs(logprobs: Tensor, rows: Rows, options: Options) -> None:

@@ -6,15 +6,19 @@ A row is one position: V student logits and V teacher logits. A backend is a mod
     scale_rows_(gradient, upstream) -> None
     empty(shape, dtype, device) -> Tensor
 
-and, where several processes share the vocabulary (Options.shard), the same work in the steps between which they
-exchange a few numbers a row (:mod:`fastkd.parallel`): each process has some columns of every row.
+A backend whose kd_rows takes sparse teachers (Options.tail) says SPARSE = True; any other has the two steps of
+:mod:`fastkd.backends.sparse`. It may have mutual_rows (:mod:`fastkd.call.mutual`) and angles
+(:mod:`fastkd.backends.angles`).
 
-    shard_statistics(student, teacher, rows, options, result) -> Statistics
-    shard_sums(student, teacher, rows, options, result, statistics) -> Tensor | None
-    shard_results(student, teacher, rows, options, result, statistics, sums) -> None
+Where several processes share the vocabulary (Options.shard), each has some columns of every row. A backend then does
+the same work in steps, between which they exchange a few numbers a row (:mod:`fastkd.parallel`):
 
-result is the memory of everything that is wanted; the last of them fills all of it but the total. Between two steps
-every process gets what each of them has returned, [..] before and [processes, ..] after.
+    shard_statistics(call) -> Statistics
+    shard_sums(call) -> Tensor | None
+    shard_results(call) -> None
+
+call is a ShardCall. Its result is the memory of everything that is wanted; the last step fills all of it but the total.
+Between two steps every process gets what each of them has returned, [..] before and [processes, ..] after.
 
 :mod:`fastkd.functional` validates and :mod:`fastkd.engine.autograd` chooses the backend and differentiates.
 """
@@ -142,3 +146,22 @@ class Statistics(NamedTuple):
         None  # float32 [rows, K], of a sparse teacher: logits, 0 where another process has them
     )
     kept: Any = None  # not exchanged: what the backend wants to find again in later steps
+
+
+class ShardCall(NamedTuple):
+    """A call of which this process has some columns, and what all processes know of its rows so far."""
+
+    student: Tensor
+    teacher: Tensor
+    rows: Rows
+    options: Options
+    result: Result
+    statistics: Statistics | None = None  # of all processes, after the first step
+    sums: Tensor | None = (
+        None  # of all processes, after the second; None where the statistics are enough
+    )
+
+    def known(self) -> Statistics:
+        """The statistics, in a step after the first."""
+        assert self.statistics is not None
+        return self.statistics

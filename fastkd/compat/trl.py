@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 import fastkd
-from fastkd.backends import reference
+from fastkd.call import log_zero
 from fastkd.call.checks import check_choice, check_pair, check_per_row, check_side
 from fastkd.teachers import LinearTeacher
 
@@ -106,7 +106,7 @@ def _entries(
         for logits in (student_logits, teacher_logits)
     )
     fastkd.jsd(beta)  # raises if beta is invalid
-    # Clamp -inf, so that its product with a probability of 0 is 0. reference.evaluate has the same policy but is not
+    # Clamp -inf, so that its product with a probability of 0 is 0. log_zero.evaluate has the same policy but is not
     # differentiable by autograd.
     lowest = torch.finfo(dtype).min
     p, q = log_p.exp(), log_q.exp()
@@ -118,7 +118,7 @@ def _entries(
         log_m = torch.logaddexp(log_p_finite + math.log(beta), log_q_finite + math.log1p(-beta))
         entries = beta * p * (log_p_finite - log_m) + (1.0 - beta) * q * (log_q_finite - log_m)
     excluded = (log_p == -torch.inf) | (log_q == -torch.inf)
-    return entries.masked_fill(excluded & (entries > reference.INFINITE), torch.inf)
+    return entries.masked_fill(excluded & (entries > log_zero.INFINITE), torch.inf)
 
 
 def _on(device: torch.device, count: int | Tensor | None) -> int | Tensor | None:

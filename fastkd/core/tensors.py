@@ -137,3 +137,13 @@ def copied(tensor: Tensor) -> Tensor:
 @copied.register_fake
 def _(tensor: Tensor) -> Tensor:
     return torch.empty_like(tensor)
+
+
+def precision(device: torch.device) -> torch.dtype:
+    """The dtype in which the reference computes: float64 where the device has it."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
+def reciprocal(x: Tensor) -> Tensor:
+    """1 / x, and 0 where x is 0."""
+    return x.reciprocal().masked_fill_(x == 0, 0.0)

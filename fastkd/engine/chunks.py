@@ -1,7 +1,7 @@
 """The loop over chunks of rows: logits of both sides made, the kernel run in place, gradients carried back.
 
-Read top to bottom: rows of a tensor by number, what a chunk's student and teacher are, and the loop
-(:func:`chunks_of_rows`). fastkd/engine/linear.py plans and differentiates it.
+Read top to bottom: what a chunk's student and teacher are, and the loop (:func:`chunks_of_rows`).
+fastkd/engine/linear.py plans and differentiates it.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ import torch
 from torch import Tensor
 
 from fastkd.call.contract import Options, Rows, Shard, Want, counted_rows
+from fastkd.call.rows import At, put, rows_at, take
+from fastkd.core.tensors import readable
 from fastkd.engine.matmul import add_weight_gradient, as_operand, hidden_gradient, make_logits
 from fastkd.teachers import Ensemble, LinearTeacher
 
 # Elements of a part of a chunk in which several teachers are combined: on a CPU it stays in the cache.
 COMBINED_CPU, COMBINED_DEVICE = 1 << 18, 1 << 24
-
-At = slice | Tensor  # rows: a range, or their numbers
 
 
 class Student(NamedTuple):
@@ -58,47 +58,6 @@ class Chunked(NamedTuple):
     cross_entropy: Tensor | None
     student_entropy: Tensor | None
     gradients: Gradients
-
-
-# ---- rows of a tensor [..., columns], by number
-
-
-def _flat(tensor: Tensor, lead: torch.Size) -> Tensor | None:
-    """The tensor as [rows, ...], where that needs no copy."""
-    try:
-        return tensor.view(lead.numel(), *tensor.shape[len(lead) :])
-    except RuntimeError:
-        return None
-
-
-def _numbers(at: At, lead: torch.Size, device: torch.device) -> tuple[Tensor, ...]:
-    if isinstance(at, slice):
-        at = torch.arange(at.start, at.stop, device=device)
-    return torch.unravel_index(at, lead)
-
-
-def take(tensor: Tensor, lead: torch.Size, at: At) -> Tensor:
-    """[C, ...]: these rows of a tensor [*lead, ...]; a view where that is possible."""
-    flat = _flat(tensor, lead)
-    return tensor[_numbers(at, lead, tensor.device)] if flat is None else flat[at]
-
-
-def put(tensor: Tensor, lead: torch.Size, at: At, values: Tensor) -> None:
-    """Write these rows."""
-    flat = _flat(tensor, lead)
-    if flat is None:
-        tensor[_numbers(at, lead, tensor.device)] = values
-    else:
-        flat[at] = values
-
-
-def rows_at(rows: Rows, lead: torch.Size, at: At) -> Rows:
-    """What these rows have of it."""
-
-    def pick(value: Tensor | None) -> Tensor | None:
-        return None if value is None else take(value, lead, at)
-
-    return Rows(*map(pick, rows._replace(scale=None)))._replace(scale=rows.scale)
 
 
 def _counted(rows: Rows, ignore_index: int) -> Tensor | None:
@@ -159,7 +118,7 @@ class _StudentChunks:
         hidden, weight, bias = self.student
         rows = take(hidden, self.lead, at)
         if weight is None:
-            return buffer.copy_(rows[:, : self.vocabulary])
+            return buffer.copy_(readable(rows[:, : self.vocabulary]))
         bias = None if bias is None else bias[: self.vocabulary]
         return make_logits(rows, weight[: self.vocabulary], bias, buffer)
 

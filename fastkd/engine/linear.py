@@ -20,8 +20,9 @@ from fastkd.call.checks import Numbers, Prepared, settled
 from fastkd.call.contract import Options, Rows, Want, row_dtype
 from fastkd.core.tensors import copied, savable
 from fastkd.engine import autograd
+from fastkd.engine.backend import kernels_for
 from fastkd.engine.chunks import Chunked, Student, chunks_of_rows, saved_dtype
-from fastkd.engine.plan import TOPK_BYTES, MemoryPlan, Shape, plan, wide
+from fastkd.engine.plan import TOPK_BYTES, MemoryPlan, Shape, checked_sizes, plan, wide
 from fastkd.teachers import Ensemble, LinearTeacher, Teacher, flatten, unflatten, weights_of
 
 
@@ -91,7 +92,7 @@ class _Call(NamedTuple):
             self.options,
             self.want,
             (False,) * 3 if later else self.wanted,
-            registry.kernels_for(backend, self.options.shard),
+            kernels_for(backend, self.options),
             self._plan(student, teacher, rows, backend).chunk_size,
             self.logits_dtype,
             self.row_dtype(tensors),
@@ -369,8 +370,9 @@ def kd_chunks(
     if logits_dtype is None:
         dtype = student.hidden.dtype
         logits_dtype = dtype if student.weight is None else wide(dtype)
-    if torch.compiler.is_compiling() and not want.inplace:
-        assert numbers is not None
+    chunk_size, memory_budget = checked_sizes(chunk_size, memory_budget)
+    compiling = torch.compiler.is_compiling()
+    if compiling and numbers is not None and not want.inplace:
         results = kd_chunks_op(
             *student,
             tensors,
@@ -390,13 +392,14 @@ def kd_chunks(
     call = _Call(
         options, want, wanted, backend, form, weights, chunk_size, memory_budget, logits_dtype
     )
-    if numbers is None:
+    if numbers is None and not compiling:
         return KDChunks.apply(*student, tensors, rows, call, summed)
+    # As in fastkd.engine.autograd: the graph was broken inside the validation.
     return torch.compiler.disable(_run_eagerly)(numbers, *student, tensors, rows, call, summed)
 
 
 def _run_eagerly(
-    numbers: Numbers,
+    numbers: Numbers | None,
     hidden: Tensor,
     weight: Any,
     bias: Any,
@@ -405,6 +408,6 @@ def _run_eagerly(
     call: _Call,
     *rest: Any,
 ) -> tuple[Tensor | None, ...]:
-    # As in fastkd.engine.autograd: the graph is broken.
-    call = call._replace(options=settled(call.options, numbers, rows))
+    if numbers is not None:
+        call = call._replace(options=settled(call.options, numbers, rows))
     return KDChunks.apply(hidden, weight, bias, teacher, rows, call, *rest)

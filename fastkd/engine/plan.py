@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import torch
 
+from fastkd.backends.pieces import piece_bytes
 from fastkd.call.contract import row_dtype
 from fastkd.core.scalars import plain
 from fastkd.engine.matmul import slab_rows
@@ -17,11 +18,6 @@ CPU_BUDGET, DEVICE_BUDGET = 384 << 20, 2112 << 20
 WORKSPACE = 16 << 20
 # [C, V] tensors that the reference holds at once, beside the logits.
 REFERENCE_TEMPORARIES = 14
-# Bytes of one tensor of a piece of rows that the portable backend works on: on a CPU of each thread, so that the piece
-# stays in the cache, and yet has enough rows that the calls of its operators do not count; elsewhere such that a launch
-# has something to do. And how many of them a piece holds at most: tests/backends/test_portable.py measures it.
-PIECE_CPU, PIECE_DEVICE = 2 << 20, 32 << 20
-PIECE_TEMPORARIES = 18
 # A token of a sparse teacher in a chunk: its id, and float32 logits, log-probabilities and gradients of both sides.
 TOPK_BYTES = 32
 LOW_PRECISION = (torch.bfloat16, torch.float16)
@@ -63,34 +59,31 @@ class Shape(NamedTuple):
     backend: str = ""  # "reference" and "portable" hold more than the kernels do
 
 
-def piece_rows(columns: int, dtype: torch.dtype, device: str) -> int:
-    """How many rows of that many columns the portable backend takes at once; dtype is that of losses."""
-    room = PIECE_CPU * torch.get_num_threads() if device == "cpu" else PIECE_DEVICE
-    return max(room // max(columns * dtype.itemsize, 1), 1)
-
-
-def piece_bytes(columns: int, dtype: torch.dtype, device: str) -> int:
-    """What it holds beside its results, at most."""
-    return PIECE_TEMPORARIES * piece_rows(columns, dtype, device) * columns * dtype.itemsize
-
-
 def budget_of(device: str) -> int:
     """The bytes of a call that states none."""
     return CPU_BUDGET if device == "cpu" else DEVICE_BUDGET
+
+
+def checked_sizes(
+    chunk_size: int | None, memory_budget: int | None
+) -> tuple[int | None, int | None]:
+    """Both as Python's numbers; raise unless each is a positive int or None."""
+    sizes = {"chunk_size": plain(chunk_size), "memory_budget": plain(memory_budget)}
+    for name, value in sizes.items():
+        if value is None:
+            continue
+        if type(value) is not int:
+            raise TypeError(f"{name} must be an int or None, got {type(value).__name__}")
+        if value < 1:
+            raise ValueError(f"{name} must be positive, got {value}")
+    return sizes["chunk_size"], sizes["memory_budget"]
 
 
 def plan(
     shape: Shape, chunk_size: int | None = None, memory_budget: int | None = None
 ) -> MemoryPlan:
     """The plan of a call; the arguments are those of fused_linear_kd_loss, which a call names in errors."""
-    for name, value in (("chunk_size", chunk_size), ("memory_budget", memory_budget)):
-        if value is None:
-            continue
-        if type(plain(value)) is not int:
-            raise TypeError(f"{name} must be an int or None, got {type(value).__name__}")
-        if value < 1:
-            raise ValueError(f"{name} must be positive, got {value}")
-    chunk_size, memory_budget = plain(chunk_size), plain(memory_budget)
+    chunk_size, memory_budget = checked_sizes(chunk_size, memory_budget)
     low = shape.dtype in LOW_PRECISION
     converts = low and shape.logits_dtype != shape.dtype
     a_row = shape.vocabulary * shape.logits_dtype.itemsize

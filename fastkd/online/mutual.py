@@ -1,19 +1,9 @@
-"""Deep mutual learning: the losses of several students of one batch, each with the others as its teachers.
-
-:func:`mutual_loss` is the public function (of :mod:`fastkd.online`). A backend's module has
-
-    mutual_rows(logits, rows, options, wanted, parts) -> Result
-
-the reference here in plain PyTorch, pair by pair; kernels use that a sum over a student's peers is one over all
-students, so that a row costs a pass over each student's logits and not over each pair's.
-"""
+"""Deep mutual learning: the losses of several students of one batch, each with the others as its teachers."""
 
 from __future__ import annotations
 
-import importlib
 import math
-from collections.abc import Callable, Sequence
-from types import ModuleType
+from collections.abc import Sequence
 from typing import (
     TYPE_CHECKING,
     Any,
@@ -36,6 +26,7 @@ from fastkd.call.checks import (
     prepare,
 )
 from fastkd.call.contract import Rows, row_dtype
+from fastkd.call.mutual import PEERS, Options, Result
 from fastkd.core.tensors import check_readable, savable
 from fastkd.divergences import forward_kl
 from fastkd.engine.autograd import differentiable_once, of_counted_rows, scaled
@@ -43,37 +34,6 @@ from fastkd.engine.graphs import Arguments, as_one_op
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
-
-PEERS = ("mean", "sum", "average")
-_MODULES = {
-    "reference": "fastkd.online.mutual",
-    "portable": "fastkd.backends.portable",
-    "cpu": "fastkd.backends.cpu",
-    "triton": "fastkd.kernels.mutual",
-}
-
-
-class Options(NamedTuple):
-    """What does not change from row to row."""
-
-    temperature: float = 1.0
-    peers: str = "mean"
-    peer_weight: float = 1.0
-    scale_by_temperature: bool = True
-    ignore_index: int = -100
-    scale: float = 1.0  # multiplies the totals and every gradient
-
-
-class Result(NamedTuple):
-    """Of M students: [M, ...] in the logits' leading shape, 0 in rows that are dropped."""
-
-    loss: Tensor
-    total: Tensor  # [M], scale times the sum of loss
-    gradients: tuple[
-        Tensor | None, ...
-    ]  # of loss times scale, in the shape of the logits; None: not wanted
-    divergence: Tensor | None = None
-    cross_entropy: Tensor | None = None
 
 
 class MutualParts(NamedTuple):
@@ -100,120 +60,6 @@ class MutualOptions(TypedDict, total=False):
     reduction: str
     num_items: int | float | Tensor | None
     backend: str
-
-
-def gradient_dtype(logits: torch.dtype) -> torch.dtype:
-    """Of a gradient that waits for its upstream factor: in float16 a loss scaler's would come too late."""
-    return torch.float32 if logits == torch.float16 else logits
-
-
-def outputs(
-    logits: Sequence[Tensor],
-    wanted: Sequence[bool],
-    parts: bool,
-    empty: Callable[..., Tensor] = torch.empty,
-    dtype: torch.dtype = torch.float32,
-) -> Result:
-    """Fresh memory for what is wanted; dtype is that of losses."""
-    first = logits[0]
-    shape = (len(logits), *first.shape[:-1])
-
-    def rows(of: Sequence[int] = shape) -> Tensor:
-        return torch.empty(of, dtype=dtype, device=first.device)
-
-    gradients = tuple(
-        empty(first.shape, dtype=gradient_dtype(first.dtype), device=first.device) if want else None
-        for want in wanted
-    )
-    return Result(
-        rows(), rows(shape[:1]), gradients, *((rows(), rows()) if parts else (None, None))
-    )
-
-
-# ---- the reference
-
-
-def _of_pair(
-    log_p: Tensor,
-    p: Tensor,
-    log_q: Tensor,
-    q: Tensor,
-    with_logs: Callable[..., tuple[Tensor, ...]],
-) -> Tensor:
-    """KL(p || q) of every row."""
-    phi, *_ = with_logs(forward_kl(), log_p, log_q, (p, q))
-    return phi.sum(-1)
-
-
-def mutual_rows(
-    logits: Sequence[Tensor],
-    rows: Rows,
-    options: Options,
-    wanted: Sequence[bool],
-    parts: bool,
-) -> Result:
-    """The reference, computed as :mod:`fastkd.backends.reference` is."""
-    from fastkd.backends.reference import (  # loaded at its first use, as every backend is
-        evaluate,
-        precision,
-    )
-
-    dtype, students = precision(logits[0].device), len(logits)
-    of_rows = row_dtype(logits[0].dtype)
-    z = [student.to(dtype) for student in logits]
-    z = [student - student.amax(-1, keepdim=True) for student in z]
-
-    def softmax(gap: Tensor) -> tuple[Tensor, Tensor]:
-        powers = gap.exp()
-        total = powers.sum(-1, keepdim=True, dtype=torch.float64)
-        return gap - total.log().to(dtype), powers / total.to(dtype)
-
-    tempered = [softmax(student / options.temperature) for student in z]
-    t_squared = options.temperature**2 if options.scale_by_temperature else 1.0
-    share = 1.0 if options.peers == "sum" else 1.0 / (students - 1)
-    weight = torch.ones(logits[0].shape[:-1], dtype=dtype, device=logits[0].device)
-    if rows.weight is not None:
-        weight = rows.weight.to(dtype)
-    keep, labels = weight != 0, rows.labels
-    if labels is not None:
-        keep = keep & (labels != options.ignore_index)
-        valid = (labels >= 0) & (labels < z[0].shape[-1])
-        weight = torch.where(valid, weight, torch.nan)  # an invalid label poisons its row
-        labels = torch.where(valid, labels, 0).unsqueeze(-1)
-    scale = options.scale if rows.scale is None else options.scale * rows.scale.to(dtype)
-
-    divergences, entropies, gradients = [], [], []
-    for k in range(students):
-        log_q, q = tempered[k]
-        others = [pair for index, pair in enumerate(tempered) if index != k]
-        divergence = torch.zeros_like(weight)
-        if options.peers == "average":
-            mean = sum((p for _, p in others), torch.zeros_like(q)) * share
-            divergence = _of_pair(mean.log(), mean, log_q, q, evaluate)
-        else:
-            for log_p, p in others:
-                divergence = divergence + share * _of_pair(log_p, p, log_q, q, evaluate)
-        factor = options.peer_weight * t_squared
-        divergences.append(divergence * factor if factor else torch.zeros_like(divergence))
-        gradient = sum((q - p for _, p in others), torch.zeros_like(q))
-        gradient = gradient * (factor * share / options.temperature)
-        cross_entropy = torch.zeros_like(weight)
-        if labels is not None:
-            log_q, q = softmax(z[k])
-            cross_entropy = -log_q.gather(-1, labels).squeeze(-1)
-            gradient = gradient + q.scatter_add(-1, labels, -torch.ones_like(q[..., :1]))
-        entropies.append(cross_entropy)
-        gradient = torch.where(keep.unsqueeze(-1), gradient * (weight * scale).unsqueeze(-1), 0.0)
-        gradients.append(gradient.to(gradient_dtype(logits[k].dtype)) if wanted[k] else None)
-
-    def kept(values: list[Tensor]) -> Tensor:
-        return torch.where(keep, torch.stack(values), 0.0)
-
-    divergence, cross_entropy = kept(divergences), kept(entropies)
-    loss = torch.where(keep, (divergence + cross_entropy) * weight, 0.0)
-    total = loss.reshape(students, -1).sum(-1) * scale
-    by_products = (divergence.to(of_rows), cross_entropy.to(of_rows)) if parts else (None, None)
-    return Result(loss.to(of_rows), total.to(of_rows), tuple(gradients), *by_products)
 
 
 # ---- the loss
@@ -279,17 +125,6 @@ def _check_options(temperature: object, peers: object, peer_weight: float) -> fl
         raise TypeError(f"temperature must be a number, got {type(temperature).__name__}")
     check_choice("peers", peers, PEERS)
     return check_number("peer_weight", peer_weight, 0.0, math.inf, open_right=True)
-
-
-def _kernels(backend: str, logits: Tensor) -> tuple[ModuleType, ModuleType]:
-    """The module that has mutual_rows, and that which scales gradients."""
-    dtype = logits.dtype
-    chosen = registry.select(backend, logits.device.type, dtype, dtype, forward_kl())
-    if chosen not in _MODULES:
-        raise registry.BackendUnavailable(
-            chosen, "it has no kernel of mutual learning", "Use backend='auto' or 'triton'"
-        )
-    return importlib.import_module(_MODULES[chosen]), registry.load(chosen)
 
 
 def _returned(given: Arguments) -> list[tuple[Sequence[int], torch.dtype]]:
@@ -431,16 +266,19 @@ def mutual_loss(
         call.options.scale,
     )
     wanted = [torch.is_grad_enabled() and student.requires_grad for student in students]
-    kernels, scaling = _kernels(backend, first)
+    dtype = first.dtype
+    chosen = registry.select(backend, first.device.type, dtype, dtype, forward_kl())
+    mutual_rows = registry.function(chosen, "mutual_rows")
     with torch.no_grad():
-        result = kernels.mutual_rows(
+        result: Result = mutual_rows(
             [student.detach() for student in students], call.rows, options, wanted, return_parts
         )
+    kernels = registry.load(chosen)
     values = result.total if call.summed else result.loss
     losses = tuple(
         value.clone()
         if gradient is None
-        else _StudentLoss.apply(student, value, gradient, scaling, call.rows, options.ignore_index)
+        else _StudentLoss.apply(student, value, gradient, kernels, call.rows, options.ignore_index)
         for student, value, gradient in zip(students, values, result.gradients, strict=True)
     )
     if not return_parts:

@@ -18,7 +18,16 @@ import torch
 from torch import Tensor
 
 from fastkd.backends import native
-from fastkd.call.contract import Options, Result, Rows, Shard, Statistics, Want, row_dtype
+from fastkd.call.contract import (
+    Options,
+    Result,
+    Rows,
+    Shard,
+    ShardCall,
+    Statistics,
+    Want,
+    row_dtype,
+)
 from fastkd.parallel.collectives import Pending, all_gather, all_reduce
 
 # Of one side of a half, at least: some hundred microseconds of a device's memory, or ten milliseconds of a CPU's.
@@ -28,30 +37,26 @@ HALF_BYTES = 32 << 20
 class _Half:
     """Some rows of a call, and how far they are."""
 
-    def __init__(
-        self,
-        kernels: ModuleType,
-        given: tuple[Tensor, Tensor, Rows, Options, Result],
-        shard: Shard,
-    ) -> None:
-        self.kernels, self.given, self.shard = kernels, given, shard
+    def __init__(self, kernels: ModuleType, call: ShardCall, shard: Shard) -> None:
+        self.kernels, self.call, self.shard = kernels, call, shard
 
     def start(self) -> None:
         """Sweep for the statistics, and send them."""
         group = self.shard.group
-        self.mine: Statistics = self.kernels.shard_statistics(*self.given)
+        self.mine: Statistics = self.kernels.shard_statistics(self.call)
         self.gathered = all_gather(self.mine.gathered, group, "the statistics of rows")
         tokens = self.mine.summed
         self.summed = tokens if tokens is None else all_reduce(tokens, group, "the tokens' logits")
 
     def go_on(self) -> None:
         """Sweep for the sums, where they are needed, and send them."""
-        self.statistics = Statistics(
+        statistics = Statistics(
             self.gathered.wait(),
             None if self.summed is None else self.summed.wait(),
             self.mine.kept,
         )
-        sums = self.kernels.shard_sums(*self.given, self.statistics)
+        self.call = self.call._replace(statistics=statistics)
+        sums = self.kernels.shard_sums(self.call)
         self.sums: Pending | None = None
         if sums is not None:
             self.sums = all_gather(sums, self.shard.group, "the sums over rows")
@@ -59,7 +64,7 @@ class _Half:
     def finish(self) -> None:
         """Write the results."""
         sums = None if self.sums is None else self.sums.wait()
-        self.kernels.shard_results(*self.given, self.statistics, sums)
+        self.kernels.shard_results(self.call._replace(sums=sums))
 
 
 class SharedRows:
@@ -86,8 +91,8 @@ class SharedRows:
             )
             # What is one number a row has to be contiguous for a backend, and is copied from there.
             own = _of_part(result, part)
-            given = (student[part], teacher[part], few, options, own)
-            halves.append((part, own, _Half(self.kernels, given, self.shard)))
+            call = ShardCall(student[part], teacher[part], few, options, own)
+            halves.append((part, own, _Half(self.kernels, call, self.shard)))
         if lead.numel():
             for _, _, half in halves:
                 half.start()

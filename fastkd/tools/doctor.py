@@ -20,7 +20,8 @@ from torch import Tensor
 from torch.nn.functional import kl_div
 
 import fastkd
-from fastkd.backends import reference, registry
+from fastkd.backends import registry
+from fastkd.call.log_zero import evaluate
 from fastkd.tools.info import columns, devices, obstacle
 
 ULP = torch.finfo(torch.float32).eps
@@ -178,7 +179,7 @@ def _terms(case: Case, divergence: fastkd.Divergence) -> tuple[Tensor, Tensor]:
     log_q, log_p = s / case.temperature, t / case.temperature
     if divergence.normalized:
         log_q, log_p = log_q.log_softmax(-1), log_p.log_softmax(-1)
-    phi, g, _ = reference.evaluate(divergence, log_p, log_q)
+    phi, g, _ = evaluate(divergence, log_p, log_q)
     size = torch.maximum(log_p.abs(), log_q.abs()).clamp(min=1.0)
     terms = (phi.abs() + g.abs()) * size
     total = terms.sum(-1, keepdim=True)

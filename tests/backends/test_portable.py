@@ -14,10 +14,9 @@ from torch.utils._pytree import tree_leaves
 
 import fastkd
 from fastkd import divergences, kd_loss
-from fastkd.backends import portable
+from fastkd.backends import pieces, portable
 from fastkd.call.contract import Options, Rows, Want
 from fastkd.divergences import DEFINITIONS
-from fastkd.engine import plan
 
 NAN, INF = torch.nan, torch.inf
 CALLS: dict[str, dict[str, Any]] = {
@@ -78,7 +77,7 @@ def test_pieces_of_any_size(name: str, infinite: bool, monkeypatch: pytest.Monke
     }
     wanted = _results(call, "reference")
     for rows in (1, 3, 7, 100):
-        monkeypatch.setattr(plan, "PIECE_CPU", rows * 99 * 8 // torch.get_num_threads() + 8)
+        monkeypatch.setattr(pieces, "PIECE_CPU", rows * 99 * 8 // torch.get_num_threads() + 8)
         _assert_close(_results(call), wanted, 1e-12)
 
 
@@ -189,7 +188,7 @@ class _Live(TorchDispatchMode):
 def test_memory_of_a_piece(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Beside the gradients, no more than the plan says, which is that of a few rows."""
     student, teacher, labels = logits(96, 500, seed=1), logits(96, 500, seed=2), torch.arange(96)
-    monkeypatch.setattr(plan, "PIECE_CPU", 4 * 500 * 4 // torch.get_num_threads() + 4)
+    monkeypatch.setattr(pieces, "PIECE_CPU", 4 * 500 * 4 // torch.get_num_threads() + 4)
     options = Options(fastkd.divergences.resolve("forward_kl"), vocab_size=500)
     want = Want(student_gradient=True)
     if name == "everything":
@@ -209,9 +208,9 @@ def test_memory_of_a_piece(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     gradients = (1 + want.teacher_gradient) * student.nbytes
     assert gradients <= live.peak
     small = 96 * 500 * 4 // 8  # numbers of a row
-    bound = plan.piece_bytes(500, torch.float32, "cpu")
+    bound = pieces.piece_bytes(500, torch.float32, "cpu")
     assert live.peak - gradients <= bound + small, (
-        (live.peak - gradients) / bound * plan.PIECE_TEMPORARIES
+        (live.peak - gradients) / bound * pieces.PIECE_TEMPORARIES
     )
     assert bound < student.nbytes
 

@@ -19,6 +19,9 @@ from fastkd.call.contract import Options, Want
 from fastkd.divergences import resolve
 from fastkd.engine.autograd import as_schema
 
+# What is compiled is one operator with its backend as an argument, so every run has no need of two in plain PyTorch.
+ONE_OPERATOR = pytest.mark.heavy_with(any_backend="portable")
+
 
 @pytest.fixture(autouse=True)
 def fresh_compiler() -> Iterator[None]:
@@ -109,7 +112,6 @@ SWEEP += [
 ]
 
 
-# What is compiled is one operator with its backend as an argument: the tests below have the reference in every run.
 @pytest.mark.heavy_with(backend="portable")
 @pytest.mark.parametrize(("name", "dtype"), SWEEP, ids=str)
 def test_one_graph_and_no_recompilation_across_rows(
@@ -137,6 +139,7 @@ def test_by_default_the_second_size_makes_rows_dynamic(backend: str, name: str) 
     assert counter.frame_count <= 2
 
 
+@ONE_OPERATOR
 @pytest.mark.parametrize("dynamic", [True, None])
 def test_a_temperature_that_changes_breaks_no_graph(any_backend: str, dynamic: bool | None) -> None:
     """An annealed temperature comes as an argument, and the compiler may make it a symbol."""
@@ -173,12 +176,15 @@ def test_inductor(backend: str) -> None:
     results = []
     for function in (step, torch.compile(step, fullgraph=True)):
         head.zero_grad()
-        loss = function(hidden)
-        loss.backward()
+        # Without vectors, which this is not about and which g++ takes longer for.
+        with torch._inductor.config.patch({"cpp.vec_isa_ok": False}):
+            loss = function(hidden)
+            loss.backward()
         results.append((loss.detach(), head.weight.grad.clone(), head.bias.grad.clone()))
     torch.testing.assert_close(results[0], results[1])
 
 
+@ONE_OPERATOR
 def test_parts_are_compiled(any_backend: str) -> None:
     student, teacher, labels = _batch(5)
 
@@ -206,6 +212,7 @@ def test_a_divergence_of_the_user_is_compiled() -> None:
     torch.testing.assert_close(loss, 2 * kd_loss(student, teacher, backend="reference"))
 
 
+@ONE_OPERATOR
 def test_no_row_counts_in_a_compiled_function(any_backend: str) -> None:
     compiled = torch.compile(kd_loss, fullgraph=True, dynamic=True, backend="aot_eager")
     for rows in (3, 0):
@@ -216,6 +223,7 @@ def test_no_row_counts_in_a_compiled_function(any_backend: str) -> None:
         assert loss == 0 and leaf.grad is not None and not leaf.grad.any()
 
 
+@ONE_OPERATOR
 def test_errors_inside_a_compiled_function(any_backend: str) -> None:
     student, teacher, _ = _batch(3)
     compiled = torch.compile(kd_loss, backend="aot_eager")
@@ -223,6 +231,7 @@ def test_errors_inside_a_compiled_function(any_backend: str) -> None:
         compiled(student, teacher, temperature=0.0, backend=any_backend)
 
 
+@ONE_OPERATOR
 def test_inplace_breaks_the_graph(any_backend: str) -> None:
     student, teacher, _ = _batch(3)
     student.requires_grad_()
@@ -238,6 +247,7 @@ def test_inplace_breaks_the_graph(any_backend: str) -> None:
         torch.compile(step, backend="aot_eager", fullgraph=True)(student, teacher)
 
 
+@ONE_OPERATOR
 def test_double_backward_of_a_compiled_function_raises(any_backend: str) -> None:
     student, teacher, _ = _batch(3)
     leaf = student.requires_grad_()
@@ -344,6 +354,7 @@ def test_opcheck(
 # Autocast
 
 
+@ONE_OPERATOR
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_autocast_leaves_the_loss_in_float32(any_backend: str, dtype: torch.dtype) -> None:
     torch.manual_seed(0)

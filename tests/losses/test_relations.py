@@ -12,10 +12,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastkd import BackendUnavailable, relations
+from fastkd import BackendUnavailable
+from fastkd.backends import angles as in_tiles
 from fastkd.backends import registry
+from fastkd.backends.angles import angles
 from fastkd.relations import (
-    angles_in_tiles,
     gram_loss,
     rkd_angle_loss,
     rkd_distance_loss,
@@ -391,7 +392,7 @@ def test_kernel_and_tiles_agree(instructions: str, samples: int) -> None:
     from fastkd.backends import cpu
 
     given = matrices(samples)
-    exact, derivative = angles_in_tiles(*given, 0.5, True)
+    exact, derivative = angles(*given, 0.5, True)
     value, found = cpu.angles(*given, 0.5, True)
     alone, nothing = cpu.angles(*given, 0.5, False)
     assert nothing is None and derivative is not None and found is not None
@@ -406,13 +407,13 @@ def test_kernel_and_tiles_agree(instructions: str, samples: int) -> None:
 
 def test_tiles_of_any_size() -> None:
     given = matrices(29)
-    exact, derivative = angles_in_tiles(*given, 1.0, True)
+    exact, derivative = angles(*given, 1.0, True)
     for block in (1, 4, 28, 29):
-        budget = relations._TENSORS_PER_TILE * 8 * 29 * block * block
-        value, found = angles_in_tiles(*given, 1.0, True, budget)
+        budget = in_tiles._TENSORS_PER_TILE * 8 * 29 * block * block
+        value, found = angles(*given, 1.0, True, budget)
         same(value, exact)
         same(found + found.t(), derivative + derivative.t())
-        same(angles_in_tiles(*given, 1.0, False, budget)[0], exact)
+        same(angles(*given, 1.0, False, budget)[0], exact)
 
 
 @pytest.fixture
@@ -449,7 +450,8 @@ def test_which_backend_ran(monkeypatch: pytest.MonkeyPatch) -> None:
 
     cpu = registry.load("cpu")
     monkeypatch.setattr(cpu, "angles", recording("cpu", cpu.angles))
-    monkeypatch.setattr(relations, "angles_in_tiles", recording("reference", angles_in_tiles))
+    reference = registry.load("reference")
+    monkeypatch.setattr(reference, "angles", recording("reference", reference.angles))
     student, teacher = pair(5)
     for backend in ("auto", "cpu", "reference"):
         rkd_angle_loss(student, teacher, backend=backend)
@@ -483,7 +485,7 @@ def test_without_the_extension(
 def test_a_device_without_a_kernel() -> None:
     # The public functions refuse meta tensors, which hold no numbers, before they choose a backend.
     with pytest.raises(BackendUnavailable, match="the points are on meta"):
-        relations._choose_angles("cpu", torch.device("meta"))
+        registry.select_angles("cpu", torch.device("meta"))
 
 
 # What a caller may rely on.

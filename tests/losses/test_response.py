@@ -27,7 +27,9 @@ from torch import Tensor
 import fastkd
 from fastkd import response
 from fastkd.response import (
+    adaptive_kl,
     adaptive_kl_loss,
+    chunks,
     common_positions,
     dist_loss,
     policy_distillation_loss,
@@ -154,7 +156,7 @@ def hold_to(
 def test_rows(
     name: str, dtype: torch.dtype, shape: tuple[int, ...], temperature: float, monkeypatch: Any
 ) -> None:
-    monkeypatch.setattr(response, "CPU_BUDGET", 3 * 4 * shape[-1] * response.TEMPORARIES)
+    monkeypatch.setattr(chunks, "CPU_BUDGET", 3 * 4 * shape[-1] * chunks.TEMPORARIES)
     loss, formula = ROWS[name]
     s, t = logits(*shape, seed=1, dtype=dtype), logits(*shape, seed=2, dtype=dtype)
     # Powers of 2, so that the upstream factor does not round.
@@ -395,7 +397,7 @@ def test_head_of_a_threshold_search_is_that_of_a_sort(
     p = t.softmax(-1)
     held = p.sort(-1, descending=True).values.cumsum(-1)
     clear = (held - mass).abs().amin(-1) > 1e-9  # where rounding does not decide
-    lowest, tied = response._head(t, p, mass, crossing)
+    lowest, tied = adaptive_kl._head(t, p, mass, crossing)
     inside = t > lowest.unsqueeze(-1)
     equal = t == lowest.unsqueeze(-1)
     inside |= equal & (equal.cumsum(-1) <= tied.unsqueeze(-1))
@@ -405,7 +407,7 @@ def test_head_of_a_threshold_search_is_that_of_a_sort(
 @pytest.mark.parametrize("crossing", ["head", "tail"])
 def test_no_token_crosses_a_mass_that_is_met_exactly(crossing: str) -> None:
     t = torch.zeros(1, 4, dtype=torch.float64)
-    lowest, tied = response._head(t, t.softmax(-1), 0.5, crossing)
+    lowest, tied = adaptive_kl._head(t, t.softmax(-1), 0.5, crossing)
     assert lowest.tolist() == [0.0] and tied.tolist() == [2]
 
 
@@ -481,7 +483,7 @@ def test_dist(beta: float, gamma: float, dtype: torch.dtype, monkeypatch: Any) -
         t.double(),
         upstream=torch.tensor(4.0).double(),
     )
-    temporaries = response.TEMPORARIES + response.DIST_TEMPORARIES
+    temporaries = chunks.TEMPORARIES + response.dist.DIST_TEMPORARIES
     a_row = 37 * temporaries * max(dtype.itemsize, 4)
     for rows in (1, 4, 100):  # of a chunk
         ours = differentiated(
@@ -502,7 +504,7 @@ def test_dist_of_classes_that_hardly_vary() -> None:
     """Columns near 1e-4 with a relative spread of 1e-3 want centred moments; a batch in many chunks merges them."""
     s = logits(300, 10, seed=1, spread=1e-3) + 10 * torch.arange(10.0) / 10
     t = logits(300, 10, seed=2, spread=1e-3) + 10 * torch.arange(10.0) / 10
-    small = 7 * 10 * response.TEMPORARIES * 4
+    small = 7 * 10 * chunks.TEMPORARIES * 4
 
     def formula(s: Tensor, t: Tensor) -> Tensor:
         return dist(s, t, 1.0, 1.0, eps=1e-12)

@@ -63,23 +63,43 @@ def test_info_as_json() -> None:
     assert found["environment"]["FASTKD_BACKEND"]["value"] is None
 
 
-@pytest.mark.parametrize(
-    "arguments",
-    ["info", "info --json", "--help", "cache info {cache}", "cache info --json {cache}"],
-)
-def test_a_pipe_that_is_closed_ends_a_command_quietly(arguments: str, tmp_path: Path) -> None:
+PIPED = ("info", "info --json", "--help", "cache info {cache}", "cache info --json {cache}")
+# Each command as `python -m fastkd` has it, in a process of its own that need not import torch again.
+EACH_PIPED = """
+import json, os, runpy, sys
+import fastkd.__main__, fastkd.teachers.cache.cli, fastkd.tools.info
+codes = []
+for arguments in json.loads(sys.argv[2]):
+    child = os.fork()
+    if not child:
+        sys.argv = ["fastkd", *arguments]
+        del sys.modules["fastkd.__main__"]
+        runpy.run_module("fastkd", run_name="__main__", alter_sys=True)
+        os._exit(99)
+    codes.append(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+with open(sys.argv[1], "w") as file:
+    json.dump(codes, file)
+"""
+
+
+def test_a_pipe_that_is_closed_ends_a_command_quietly(tmp_path: Path) -> None:
     """As in `python -m fastkd info --json | head -1`; here nothing at all is read."""
-    with CacheWriter(tmp_path, kind="dense", vocab_size=2) as writer:
+    cache = tmp_path / "cache"
+    with CacheWriter(cache, kind="dense", vocab_size=2) as writer:
         writer.append(torch.tensor([0]), logits=torch.zeros(1, 2))
+    commands = [arguments.format(cache=cache).split() for arguments in PIPED]
+    codes = tmp_path / "codes"
     reading, writing = os.pipe()
     os.close(reading)
     done = subprocess.run(
-        [sys.executable, "-m", "fastkd", *arguments.format(cache=tmp_path).split()],
+        [sys.executable, "-c", EACH_PIPED, str(codes), json.dumps(commands)],
         cwd=ROOT, stdout=writing, stderr=subprocess.PIPE, text=True, timeout=300,
     )  # fmt: skip
     os.close(writing)
+    assert (done.returncode, done.stderr) == (0, "")
     # argparse overlooks that nobody reads its help.
-    assert (done.returncode, done.stderr) == (0 if arguments == "--help" else 141, "")
+    wanted = {arguments: 0 if arguments == "--help" else 141 for arguments in PIPED}
+    assert dict(zip(PIPED, json.loads(codes.read_text()), strict=True)) == wanted
 
 
 def test_info_as_text() -> None:

@@ -7,12 +7,14 @@ import functools
 import importlib
 import importlib.util
 import inspect
+import itertools
 import re
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any, NamedTuple
+from xml.etree import ElementTree
 
 import pytest
 import torch
@@ -46,11 +48,19 @@ ELSEWHERE = {
 NOT_LOSSES = {
     "fastkd.distiller": {"Tap", "find_logits", "first_tensor", "unwrapped"},
     "fastkd.features": {"over_peak", "unit"},
-    "fastkd.relations": {"angles_in_tiles"},
     "fastkd.sequences": {"Sequences", "Step"},
     "fastkd.online": {"MutualParts"},
 }
-MODULES = ("response", "sequences", "calibration", "features", "distiller", "relations", "online")
+MODULES = (
+    "response",
+    "sequences",
+    "sampled",
+    "calibration",
+    "features",
+    "distiller",
+    "relations",
+    "online",
+)
 
 
 # ---- what pages are given
@@ -102,19 +112,6 @@ def for_the_cache() -> dict[str, Any]:
     return {**decoders(49152), "sequences": sequences, "device": "cpu"}
 
 
-def for_readme() -> dict[str, Any]:
-    """What the block on processes names; there is one process here."""
-    import torch.distributed as dist
-
-    return {
-        "student_columns": torch.randn(4, 128, 50, requires_grad=True),
-        "teacher_columns": torch.randn(4, 128, 50),
-        "hidden": torch.randn(4, 128, 8, requires_grad=True),
-        "head_part": torch.randn(32000, 8, requires_grad=True),
-        "tp_group": dist.group.WORLD,
-    }
-
-
 def for_trl() -> dict[str, Any]:
     """Models of transformers, and chats as TRL's collator wants them."""
     import datasets
@@ -150,7 +147,6 @@ class Given(NamedTuple):
 
 
 GIVEN = {
-    "README.md": Given(for_readme, group=True),
     "losses.md": Given(for_losses),
     "parallel.md": Given(group=True),
     "stacks/megatron.md": Given(group=True),
@@ -237,14 +233,18 @@ def test_what_runs_elsewhere_is_there() -> None:
     assert titles >= ELSEWHERE.keys()
 
 
+def prose(path: Path) -> str:
+    """A page without its fenced blocks."""
+    return re.sub(r"^```.*?^```$", "", path.read_text(encoding="utf-8"), flags=re.S | re.M)
+
+
 # ---- links
 
 
 def anchors(path: Path) -> set[str]:
     """Of headings, as GitHub makes them."""
-    text = re.sub(r"^```.*?^```$", "", path.read_text(encoding="utf-8"), flags=re.S | re.M)
     found: set[str] = set()
-    for heading in re.findall(r"^#+ +(.+?) *$", text, re.M):
+    for heading in re.findall(r"^#+ +(.+?) *$", prose(path), re.M):
         plain = re.sub(r"\[([^]]*)\]\([^)]*\)", r"\1", heading).lower()
         slug = re.sub(r"[^\w\- ]", "", plain).replace(" ", "-")
         number = 0
@@ -256,8 +256,7 @@ def anchors(path: Path) -> set[str]:
 
 @page
 def test_links_lead_somewhere(path: Path) -> None:
-    text = re.sub(r"^```.*?^```$", "", path.read_text(encoding="utf-8"), flags=re.S | re.M)
-    text = re.sub(r"`[^`\n]*`", "`", text)
+    text = re.sub(r"`[^`\n]*`", "`", prose(path))
     dead = []
     for target in re.findall(r"\]\(([^)\s]+)\)", text):
         if re.match(r"[a-z]+:", target):
@@ -271,7 +270,7 @@ def test_links_lead_somewhere(path: Path) -> None:
 
 @page
 def test_tests_that_a_page_names_exist(path: Path) -> None:
-    named = re.findall(r"`(tests/\w+\.py)::(\w+)", path.read_text(encoding="utf-8"))
+    named = re.findall(r"`(tests/[\w/]+\.py)::(\w+)", path.read_text(encoding="utf-8"))
     missing = [
         f"{file}::{test}"
         for file, test in named
@@ -298,7 +297,7 @@ def public(name: str) -> set[str]:
 
 
 LOSSES = {
-    "fastkd": {"kd_loss", "fused_linear_kd_loss", "KDLoss", "FusedLinearKDLoss", "k1", "k2", "k3"},
+    "fastkd": {"kd_loss", "fused_linear_kd_loss", "KDLoss", "FusedLinearKDLoss"},
     "divergences": {*fastkd.DIVERGENCES, *WITH_LABELS},
     **{name: public(name) for name in MODULES},
 }
@@ -430,11 +429,68 @@ def test_what_a_page_quotes_is_in_the_source() -> None:
     assert not missing
 
 
-def test_drawings_are_those_of_their_script() -> None:
-    spec = importlib.util.spec_from_file_location("drawings", ROOT / "docs" / "drawings.py")
+def script(name: str) -> ModuleType:
+    """A script of docs/, imported."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / "docs" / f"{name}.py")
     assert spec is not None and spec.loader is not None
-    drawings = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(drawings)
-    for draw in drawings.DRAWINGS:
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # where NamedTuple looks its annotations up
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_walk_to_the_gradient() -> None:
+    """Every function of a walk exists and mentions the next, and the line numbers are current."""
+    walk = script("walk")
+    page = walk.PAGE.read_text(encoding="utf-8")
+    walks = walk.walks(page)
+    assert list(walks) == ["eager mode", "reference", "portable", "cpu", "triton", "cuda"]
+    entry = walks["eager mode"]
+    for name, hops in walks.items():
+        assert name == "eager mode" or not hops[-1].function, f"{name} ends before the line"
+        chain = hops if hops is entry else [entry[-1], *hops]
+        for hop, following in itertools.pairwise(chain):
+            body = walk.span(hop.path, hop.function)[1]
+            through = re.search(r"\(through `(\w+)`\)", hop.remark)
+            mentioned = through[1] if through else following.function.partition(".")[0]
+            assert re.search(rf"\b{mentioned}\b", body), (
+                f"{name}: {hop.function} in {hop.path} does not mention {mentioned}"
+            )
+    assert walk.numbered(page) == page, "run python docs/walk.py"
+
+
+# 1,300 pixels show 88 characters between the site's two columns.
+@pytest.mark.parametrize("name", ["index.md", "guide.md", "install.md"])
+def test_code_of_the_first_pages_does_not_scroll_sideways(name: str) -> None:
+    text = (ROOT / "docs" / name).read_text(encoding="utf-8")
+    code = "".join(re.findall(r"^```\w+[^\n]*\n(.*?)^```$", text, re.S | re.M))
+    wide = [line for line in code.splitlines() if len(line) > 84]
+    assert not wide, wide
+
+
+def test_formulas_are_typeset() -> None:
+    """Indented blocks of the pages become mathematics; code does not; what is made is well-formed."""
+    sys.path.insert(0, str(ROOT / "docs" / "site"))
+    try:
+        formulas = importlib.import_module("formulas")
+    finally:
+        sys.path.pop(0)
+    blocks_of_pages = [
+        block for path in PAGES for block in re.findall(r"(?<=\n\n)(?: {4}\S.*\n)+", prose(path))
+    ]
+    assert blocks_of_pages
+    for block in blocks_of_pages:
+        assert formulas.is_formula(block), f"an indented block that is no formula: {block}"
+        ElementTree.fromstring(formulas.block(block))
+    assert not formulas.is_formula("    loss = fastkd.kd_loss(student_logits, teacher_logits)\n")
+    assert formulas.inline("½ Σ (√p - q)²") == (
+        '<math><mfrac><mn>1</mn><mn>2</mn></mfrac><mspace width="0.17em"/><mo>Σ</mo><mspace width="0.17em"/>'
+        "<msup><mrow><mo>(</mo><msqrt><mi>p</mi></msqrt><mo>−</mo><mi>q</mi><mo>)</mo></mrow><mrow><mn>2</mn></mrow>"
+        "</msup></math>"
+    )
+
+
+def test_drawings_are_those_of_their_script() -> None:
+    for draw in script("drawings").DRAWINGS:
         file = ROOT / "docs" / "img" / f"{draw.__name__}.svg"
         assert file.read_text(encoding="utf-8") == draw().svg(), "run python docs/drawings.py"

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import importlib.util
+import math
 import os
 import re
 import sys
+from typing import NamedTuple
 
 import conftest
 import pytest
 import torch
 from support.paths import ROOT
+from support.remembered import remembered
+from torch import Tensor
 
 import fastkd
 from fastkd.tools import info
@@ -75,3 +79,36 @@ def test_a_combination_that_says_nothing_is_not_made(one: int, two: int) -> None
 def test_a_mark_of_other_parameters_says_nothing(one: int, request: pytest.FixtureRequest) -> None:
     cases = [item.name for item in request.session.items if "says_nothing_is_not" in item.name]
     assert len(cases) in (0, 3)  # none where -k or a node id leaves them out
+
+
+class Doubled(NamedTuple):
+    """A result as the oracles have them."""
+
+    value: Tensor
+    number: float
+
+
+def test_an_oracle_remembers_by_what_its_tensors_hold() -> None:
+    """Whatever tells two calls apart is a call of its own; and nobody changes what the next one gets."""
+    calls = []
+
+    @remembered
+    def doubled(x: Tensor, *, number: float = 1.0, other: Tensor | None = None) -> Doubled:
+        calls.append(number)
+        return Doubled(2 * x, number)
+
+    x = torch.tensor([[1.0, math.nan], [-0.0, 3.0]])
+    first = doubled(x)
+    assert doubled(x.t().contiguous().t()) is first and doubled(x.clone()) is first
+    assert len(calls) == 1
+    different = [
+        (x.t(), {}), (x.view(4), {}), (x.half(), {}), (x.abs(), {}), (torch._neg_view(x), {}), (x[:0], {}),
+        (x, {"number": 2.0}), (x, {"number": 1}), (x, {"other": x}), (x, {"other": x.long()}),
+    ]  # fmt: skip
+    for given, options in different:
+        assert doubled(given, **options) is doubled(given, **options)
+        assert torch.equal(doubled(given, **options).value.nan_to_num(), (2 * given).nan_to_num())
+    assert len(calls) == 1 + len(different)
+    first.value.add_(1.0)
+    with pytest.raises(AssertionError, match="was changed in place"):
+        doubled(x)

@@ -23,6 +23,7 @@ import fastkd
 from fastkd.backends import registry
 from support import oracles
 from support.oracles import Outcome, compose
+from support.remembered import remembered
 
 ULP = torch.finfo(torch.float32).eps
 UNDERFLOW = 1e-36  # a hundred times where float32 begins to lose digits: nothing below is promised
@@ -167,6 +168,7 @@ class Bars(NamedTuple):
     parts: tuple[Tensor, Tensor, Tensor]
 
 
+@remembered
 def bars(student: Tensor, teacher: Tensor, labels: Tensor | None = None, **arguments: Any) -> Bars:
     """What kd_loss should give for these arguments, upstream gradient included."""
     exact = compose(student, teacher, labels, **arguments)

@@ -283,7 +283,7 @@ LOSSES: dict[str, Case] = {
         with_backend=False,
     ),
     **{
-        name: Case(_logprobs, _sampled(getattr(fastkd, name)), with_backend=False)
+        name: Case(_logprobs, _sampled(getattr(fastkd.sampled, name)), with_backend=False)
         for name in ("k1", "k2", "k3")
     },
 }  # fmt: skip

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from fastkd.call.contract import Rows
-from fastkd.online.mutual import PEERS, Options
+from fastkd.call.mutual import PEERS, Options
 from support.triton_aot import Caught, catch, resources
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}

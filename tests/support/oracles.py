@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from support.remembered import remembered
+
 
 def _times(log_x: Tensor, factor: Tensor) -> Tensor:
     """x * factor with 0 * infinity = 0, in the value and in both derivatives."""
@@ -335,6 +337,7 @@ class Sparse(NamedTuple):
     at: float = 1.0  # the temperature the log-probabilities were taken at
 
 
+@remembered
 def compose_topk(
     student: Tensor,
     teacher: Sparse,

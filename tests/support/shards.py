@@ -5,13 +5,14 @@ stacked here. So whatever tests a backend tests its steps for shards.
 from __future__ import annotations
 
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from fastkd.backends import native
-from fastkd.call.contract import Options, Result, Rows, Shard, Statistics, Want
+from fastkd.call.contract import Options, Result, Rows, Shard, ShardCall, Statistics, Want
+from fastkd.engine.backend import for_teacher
 
 
 class Cut(NamedTuple):
@@ -35,6 +36,8 @@ def cuts(width: int, vocabulary: int, shares: tuple[float, ...]) -> list[Cut]:
 
 class InShards:
     """The kernels of a backend, cut by shares; as a backend's module is."""
+
+    SPARSE = True
 
     def __init__(self, kernels: ModuleType, shares: tuple[float, ...]) -> None:
         self.kernels, self.shares = kernels, shares
@@ -60,7 +63,7 @@ class InShards:
         vocabulary = options.vocab_size
         found = cuts(max(student.shape[-1], vocabulary), vocabulary, self.shares)
         widest = max(cut.width for cut in found)
-        given: list[tuple[Any, ...]] = []
+        given: list[ShardCall] = []
         for rank, cut in enumerate(found):
             shard = Shard(cut.first, vocabulary, widest, rank, None)
             here = options._replace(vocab_size=cut.columns, shard=shard)
@@ -80,20 +83,23 @@ class InShards:
                 part(result.teacher_gradient),
                 *map(own, result[4:]),
             )
-            given.append((student[..., columns], t, rows, here, mine))
-        each = [self.kernels.shard_statistics(*shard) for shard in given]
+            given.append(ShardCall(student[..., columns], t, rows, here, mine))
+        kernels = for_teacher(self.kernels, options)
+        each = [kernels.shard_statistics(shard) for shard in given]
         gathered = torch.stack([one.gathered for one in each])
         summed = None if each[0].summed is None else torch.stack([x.summed for x in each]).sum(0)
-        every = [Statistics(gathered, summed, one.kept) for one in each]
-        sums = [
-            self.kernels.shard_sums(*shard, one) for shard, one in zip(given, every, strict=True)
+        given = [
+            shard._replace(statistics=Statistics(gathered, summed, one.kept))
+            for shard, one in zip(given, each, strict=True)
         ]
+        sums = [kernels.shard_sums(shard) for shard in given]
         assert len({x is None for x in sums}) == 1
         total = None if sums[0] is None else torch.stack(sums)
-        for shard, one in zip(given, every, strict=True):
-            self.kernels.shard_results(*shard, one, total)
-        first = given[0][-1]
-        for *_, other in given:
+        for shard in given:
+            kernels.shard_results(shard._replace(sums=total))
+        first = given[0].result
+        for shard in given:
+            other = shard.result
             for mine, its in zip((first.loss, *first[4:]), (other.loss, *other[4:]), strict=True):
                 if mine is not None:
                     assert torch.equal(mine.nan_to_num(nan=7e7), its.nan_to_num(nan=7e7))

@@ -293,9 +293,8 @@ def repeated(group: Any, divergence: str, backend: str) -> bool:
     )
 
 
-def compiled(group: Any, fullgraph: bool) -> float:
-    """The difference of a compiled call to the eager one."""
-    torch._dynamo.reset()  # else it finds what it has compiled with other options
+def compiled(group: Any) -> tuple[float, str]:
+    """The difference of a compiled call to the eager one, and what a graph without breaks says."""
     columns = columns_of(64, (1.0,) * dist.get_world_size(group), dist.get_rank(group))
     torch.manual_seed(0)
     student, teacher = (torch.randn(4, 64)[:, columns] for _ in range(2))
@@ -303,5 +302,13 @@ def compiled(group: Any, fullgraph: bool) -> float:
     def loss_of(student: Tensor, teacher: Tensor) -> Tensor:
         return REAL(student * 2, teacher, process_group=group) * 3
 
-    compile_ = torch.compile(loss_of, backend="eager", fullgraph=fullgraph)
-    return float((compile_(student, teacher) - loss_of(student, teacher)).abs())
+    with_breaks, whole = (
+        torch.compile(loss_of, backend="eager", fullgraph=fullgraph) for fullgraph in (False, True)
+    )
+    difference = float((with_breaks(student, teacher) - loss_of(student, teacher)).abs())
+    torch._dynamo.reset()  # else it finds what it has compiled in parts
+    try:
+        whole(student, teacher)
+    except torch._dynamo.exc.Unsupported as error:  # before any process calls another
+        return difference, str(error)
+    return difference, "nothing"

@@ -38,7 +38,7 @@ from torch.utils.checkpoint import checkpoint
 import fastkd
 from fastkd import KDLoss, TopK, kd_loss
 from fastkd.backends import registry
-from fastkd.backends.sparse import masses
+from fastkd.call.tail import masses
 
 INF, NAN = math.inf, math.nan
 TAILS = ("bucket", "renormalize", "renormalize_teacher", "truncate")
@@ -1007,6 +1007,22 @@ WHOLE: dict[str, tuple[list[int], list[float]]] = {
 }
 
 
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("plain", ["reference", "portable"])
+@pytest.mark.parametrize("tail", TAILS)
+def test_float64_teachers_of_narrower_students(tail: str, plain: str, dtype: torch.dtype) -> None:
+    """Log-probabilities that come from NumPy are float64; the loss is the same but for the teacher's rounding."""
+    student, dense = logits(4, 9, seed=95, dtype=dtype), logits(4, 9, seed=96)
+    narrow = TopK.from_logits(dense, 3, tail=tail)
+    assert narrow.tail_logprob is not None
+    mass = narrow.tail_logprob.double()
+    wide = dataclasses.replace(narrow, logprobs=narrow.logprobs.double(), tail_logprob=mass)
+    found, wanted = (rows_of(student, teacher, backend=plain) for teacher in (wide, narrow))
+    assert found[0].dtype == torch.float64 and found[1].dtype == dtype
+    torch.testing.assert_close(found[0].float(), wanted[0], rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(found[1], wanted[1], rtol=1e-2, atol=1e-5)
+
+
 @pytest.mark.parametrize("dtype", [*FLOATS, torch.float64], ids=str)
 @pytest.mark.parametrize("case", WHOLE)
 def test_no_tail_is_0_by_itself(backend: str, case: str, dtype: torch.dtype) -> None:
@@ -1559,7 +1575,7 @@ def test_the_backend_asked_for_runs(everywhere: str, monkeypatch: pytest.MonkeyP
     steps: list[str] = []
     whole = everywhere in ("cpu", "cuda")
     if not whole:
-        module = registry.load("reference") if everywhere == "reference" else _triton()[1]
+        module = registry.load(everywhere)
         for step in ("gather_events", "spread_gradient"):
             launch = getattr(module, step)
             monkeypatch.setattr(

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 from support.accuracy import labels_for, logits
-from support.cuda_emulation import Emulation, compile_host, load_host
+from support.cuda_emulation import Emulation
 from support.shards import InShards
 from test_cuda_host import _placed
 from torch import Tensor
@@ -357,8 +357,7 @@ FAULTS = {
 def test_a_planted_fault_is_seen(
     fault: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, emulation: Emulation
 ) -> None:
-    header, old, new = FAULTS[fault]
-    broken = load_host(compile_host(tmp_path, (header, lambda text: text.replace(old, new))))
+    broken = emulation.with_fault(FAULTS[fault], tmp_path)
     monkeypatch.setattr(registry.load("cuda"), "_cuda", broken)
     with pytest.raises((AssertionError, RuntimeError)):
         for name in DIVERGENCES:

@@ -15,7 +15,7 @@ import pytest
 import test_shards
 import torch
 from support.accuracy import check, labels_for, logits
-from support.cuda_emulation import Emulation, compile_host, load_host
+from support.cuda_emulation import Emulation
 from support.shards import InShards
 from test_divergences import variants
 from test_topk import DIVERGENCES, TAILS, check_topk, defined, outcomes_of_every_kind, sparse
@@ -264,8 +264,7 @@ FAULTS = {
 def test_a_planted_fault_is_seen(
     fault: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, emulation: Emulation
 ) -> None:
-    header, old, new = FAULTS[fault]
-    broken = load_host(compile_host(tmp_path, (header, lambda text: text.replace(old, new))))
+    broken = emulation.with_fault(FAULTS[fault], tmp_path)
     monkeypatch.setattr(registry.load("cuda"), "_cuda", broken)
     emulation.ranks = 2
     kernels, load = InShards(registry.load("cuda"), test_shards.SHARES[-1]), registry.load

@@ -36,6 +36,7 @@ import fastkd
 from fastkd import kd_loss
 from fastkd.backends import reference, registry
 from fastkd.call.contract import Options, Result, Rows, Want
+from fastkd.call.log_zero import evaluate
 from fastkd.kernels import kernel as kernels
 from fastkd.kernels import skeleton, split
 
@@ -124,7 +125,7 @@ def _terms(
 
     An entry is g_v - q_v sum g, or h_v - p_v sum h where h is a difference itself, degree phi - g.
     """
-    phi, g, _ = (x.nan_to_num(0.0, 0.0, 0.0) for x in reference.evaluate(divergence, log_p, log_q))
+    phi, g, _ = (x.nan_to_num(0.0, 0.0, 0.0) for x in evaluate(divergence, log_p, log_q))
     h = (divergence.degree or 0.0) * phi.abs() + g.abs()
     student = g.abs() + log_q.exp() * g.sum(-1, keepdim=True).abs()
     teacher = h + log_p.exp() * h.sum(-1, keepdim=True)
@@ -311,7 +312,6 @@ GONE: dict[str, tuple[slice, slice]] = {
 
 
 @however_shared
-@pytest.mark.parametrize("gone", GONE.values(), ids=GONE)
 @pytest.mark.parametrize(
     "divergence",
     [
@@ -324,10 +324,13 @@ GONE: dict[str, tuple[slice, slice]] = {
         "squared_error",
     ],
 )
-def test_infinities(divergence: str, gone: tuple[slice, slice]) -> None:
-    student, teacher = pair(2, 37)
-    student[0, gone[0]], teacher[0, gone[1]] = -INF, -INF
-    labels = torch.tensor([4, 3], device=DEVICE)
+def test_infinities(divergence: str) -> None:
+    """A row for each place that they may have, and one without."""
+    student, teacher = pair(len(GONE) + 1, 37)
+    for row, (of_student, of_teacher) in enumerate(GONE.values()):
+        student[row, of_student], teacher[row, of_teacher] = -INF, -INF
+    labels = torch.full((len(GONE) + 1,), 4, device=DEVICE)
+    labels[-1] = 3
     compare(student, teacher, Rows(labels), divergence, alpha=0.5, temperature=2.0)
 
 
@@ -350,18 +353,18 @@ def test_a_probability_that_underflows_beside_an_infinity(divergence: str) -> No
     [*itertools.product(["mixture", "jsd"], [math.nan, INF]), ("squared_error", math.nan)],
 )
 def test_nan_spreads_over_its_row_only(divergence: str, poison: float) -> None:
-    for column in (0, 20, 36):
-        for side in (0, 1):
-            inputs = pair(3, 37)
-            clean = launch(*inputs, divergence=divergence)
-            inputs[side][1, column] = poison
-            found = launch(*inputs, divergence=divergence)
-            assert found.loss[1].isnan()
-            if divergence != "squared_error":
-                assert found.student_gradient[1].isnan().all()
-            for name in ("loss", "student_gradient", "teacher_gradient"):
-                for row in (0, 2):
-                    assert torch.equal(getattr(found, name)[row], getattr(clean, name)[row]), name
+    """One row for each column and side that it is in, between rows that it must not reach."""
+    places = list(itertools.product((0, 1), (0, 20, 36)))
+    inputs = pair(2 * len(places) + 1, 37)
+    clean = launch(*inputs, divergence=divergence)
+    for number, (side, column) in enumerate(places):
+        inputs[side][2 * number + 1, column] = poison
+    found = launch(*inputs, divergence=divergence)
+    assert found.loss[1::2].isnan().all()
+    if divergence != "squared_error":
+        assert found.student_gradient[1::2].isnan().all()
+    for name in ("loss", "student_gradient", "teacher_gradient"):
+        assert torch.equal(getattr(found, name)[::2], getattr(clean, name)[::2]), name
 
 
 # Options
@@ -518,16 +521,19 @@ def test_layouts(layout: str, inplace: bool) -> None:
     student, teacher = pair(2, 3, 2, 2, 17)
     labels = labels_for(2, 3, 2, 2, vocabulary=17, seed=3, ignored=0.2).to(DEVICE)
     wanted = launch(student, teacher, Rows(labels), alpha=0.5, want=Want(True, True))
-    for s, t in ((strided(student)[layout], teacher), (student.clone(), strided(teacher)[layout])):
-        want = Want(True, not inplace, inplace=inplace)
-        found = launch(s, t, Rows(labels), alpha=0.5, want=want)
-        assert torch.equal(found.loss, wanted.loss)
-        assert torch.equal(found.student_gradient, wanted.student_gradient)
-        if inplace:
-            assert found.student_gradient is s
-        else:
-            assert torch.equal(found.teacher_gradient, wanted.teacher_gradient)
-            assert found.student_gradient.is_contiguous() and found.teacher_gradient.is_contiguous()
+    # Of two tensors in other places each has its own strides.
+    names = list(strided(teacher))
+    other = names[(names.index(layout) + 1) % len(names)]
+    s, t = strided(student)[layout], strided(teacher)[other]
+    want = Want(True, not inplace, inplace=inplace)
+    found = launch(s, t, Rows(labels), alpha=0.5, want=want)
+    assert torch.equal(found.loss, wanted.loss)
+    assert torch.equal(found.student_gradient, wanted.student_gradient)
+    if inplace:
+        assert found.student_gradient is s
+    else:
+        assert torch.equal(found.teacher_gradient, wanted.teacher_gradient)
+        assert found.student_gradient.is_contiguous() and found.teacher_gradient.is_contiguous()
 
 
 @however_shared
@@ -893,9 +899,9 @@ def test_device_memory_moves_what_the_sweeps_say(
 def test_a_group_of_rows_that_a_cache_holds_is_read_once(
     monkeypatch: pytest.MonkeyPatch, divergence: str
 ) -> None:
-    """Close to 3 b, whatever the sweeps: what programs leave each other is under a hundredth of it."""
+    """Close to 3 b, whatever the sweeps: what programs leave each other is under a fiftieth of it."""
     monkeypatch.setattr(kernels, "tile", lambda *row: (64, 1))
-    rows, width, group = 4, 4096, 2
+    rows, width, group = 4, 2048, 2
     sweeps = {"forward_kl": 2, "jsd": 3}[divergence]
     student, teacher = pair(rows, width)
 
@@ -906,7 +912,7 @@ def test_a_group_of_rows_that_a_cache_holds_is_read_once(
         return _traffic(accesses, cache) / student.nbytes
 
     cache = group * 2 * width * 4 + 2048  # the group's logits, and what its programs leave
-    assert 3.0 <= moved(group, cache) < 3.03
+    assert 3.0 <= moved(group, cache) < 3.06
     assert moved(rows, cache) > 2 * sweeps + 0.99, "a group that the cache does not hold"
 
 
@@ -915,8 +921,8 @@ def test_a_group_of_rows_that_a_cache_holds_is_read_once(
 
 @pytest.mark.parametrize("divergence", ["mixture", "jsd"])
 def test_bits_do_not_depend_on_the_groups(monkeypatch: pytest.MonkeyPatch, divergence: str) -> None:
-    student, teacher = pair(5, 150)
-    labels = torch.tensor([5, -100, 30, 0, 149], device=DEVICE)
+    student, teacher = pair(5, 70)  # five tiles: programs of two, two and one
+    labels = torch.tensor([5, -100, 30, 0, 69], device=DEVICE)
     found = []
     for group in (1, 2, 5):
         monkeypatch.setattr(kernels, "plan", lambda *call, group=group: split.Plan(3, group))

@@ -28,7 +28,7 @@ from torch import Tensor
 import fastkd
 from fastkd import divergences
 from fastkd.backends.native import outputs
-from fastkd.call.contract import Options, Rows, Shard, Want
+from fastkd.call.contract import Options, Rows, Shard, ShardCall, Want
 
 TARGETS = ["cuda:80", "cuda:90", "cuda:100", "hip:gfx942"]
 LIMITS: dict[str, dict[str, float]] = {
@@ -59,29 +59,104 @@ class Variant(NamedTuple):
     sharded: bool = False  # whether processes share the vocabulary
 
 
-def variants(full: bool) -> list[Variant]:
-    """Full: the whole grid. Else each divergence, and what else changes a kernel, in pairs: each width with each type
-    and each kind, but not with every other choice beside it.
+def variants(grid: str) -> list[Variant]:
+    """One of three lists, each with the kinds of kernel of the one before.
+
+    "few": each divergence once, each tile of the rule once, and each stage and sparse kernel; what every run compiles.
+    "pairs": each divergence, and what else changes a kernel, in pairs: each width with each type and each kind, but not
+    with every other choice beside it. "full": every combination.
     """
+    return {"few": _few, "pairs": _pairs, "full": _full}[grid]()
+
+
+def _few() -> list[Variant]:
     both = ["fp32", "bf16"]
-    if full:
-        kinds, widths = ["distillation", "hinton", "everything"], [*WIDTHS]
-        return (
-            [
-                Variant(divergence, kind, dtype, dtype, width)
-                for divergence, kind, dtype, width in itertools.product(
-                    DIVERGENCES, kinds, both, widths
-                )
-            ]
-            + apart_variants(widths)
-            + shared_variants(list(fastkd.DIVERGENCES), widths)
-            + topk_variants(widths)
-            + [
-                variant._replace(sharded=True)
-                for variant in shared_variants(["mixture", "jsd"], ["wide", "odd"])
-                + topk_variants(["wide", "odd"])
-            ]
-        )
+    # A closed form with all its moments, three sweeps, and no normaliser: bare, usual and with all that a row may have.
+    found = [
+        Variant("forward_kl", "hinton"),
+        Variant("forward_kl", "distillation", "fp32", "fp32"),
+        Variant("mixture", "everything", "fp32", "fp32"),
+        Variant("jsd", "everything"),
+        Variant("jsd", "value"),
+        Variant("jsd", "cross-entropy"),
+        Variant("squared_error", "everything"),
+        Variant("forward_kl", "hinton", "bf16", "fp32"),
+        Variant("jsd", "hinton", "fp16", "fp16"),
+    ]
+    found += [Variant("scale", "", dtype) for dtype in DTYPES]
+    for width in ("narrow", "medium", "odd"):
+        found.append(Variant("forward_kl", "hinton", "fp32", "fp32", width))
+        found.append(Variant("mixture", "everything", "bf16", "bf16", width))
+    # Each other divergence has a tile of its own, of rows that are one tile.
+    tiles = [
+        Variant("jsd", kind, "fp32", "fp32", width)
+        for width in WIDTHS if width.startswith("one tile") for kind in ("hinton", "everything")
+    ]  # fmt: skip
+    seen = {variant.divergence for variant in found}
+    others = [divergence for divergence in DIVERGENCES if divergence not in seen]
+    found += [
+        tile._replace(divergence=divergence)
+        for divergence, tile in zip(others, tiles, strict=False)
+    ]
+    found += tiles[len(others) :]
+    found += [Variant(divergence, "hinton") for divergence in others[len(tiles) :]]
+    found += _timed_variants(every_divergence=False)
+    # Rows whose label's token is apart; rows of several programs; sparse teachers; and what a shard adds.
+    first, *more = divergences.WITH_LABELS
+    found += [
+        Variant(first, "everything", stage=stage) for stage in ("row", "statistics", "gradient")
+    ]
+    found += [Variant(divergence, "hinton", "fp32", "fp32") for divergence in more]
+    found += shared_variants(["mixture"], ["wide"])
+    found += [Variant("jsd", "everything", width="odd", stage="sums")]
+    for kernel, (dtype, width) in itertools.product(
+        ("gather", "spread"), zip(both, ("wide", "odd"), strict=True)
+    ):
+        found.append(Variant(kernel, "everything", dtype, dtype, width))
+    found.append(Variant("mark", ""))
+    everything = Variant("jsd", "everything", sharded=True)
+    found += [everything._replace(stage=stage) for stage in ("statistics", "gradient")]
+    return found + [everything._replace(divergence=kernel) for kernel in ("gather", "spread")]
+
+
+def _timed_variants(every_divergence: bool) -> list[Variant]:
+    """Timed tiles, whatever the target: what an architecture does not have is compiled with the rule's."""
+    found = []
+    for _, itemsize, closed_form, columns in TILES:
+        dtype = "fp32" if itemsize == 4 else "bf16"
+        names = [
+            name
+            for name, make in fastkd.DIVERGENCES.items()
+            if (make().closed_form is not None) == closed_form
+        ]
+        for name in names if every_divergence else names[:1]:
+            found.append(Variant(name, "hinton", dtype, dtype, f"timed {columns}"))
+    return found
+
+
+def _full() -> list[Variant]:
+    both = ["fp32", "bf16"]
+    kinds, widths = ["distillation", "hinton", "everything"], [*WIDTHS]
+    return (
+        [
+            Variant(divergence, kind, dtype, dtype, width)
+            for divergence, kind, dtype, width in itertools.product(
+                DIVERGENCES, kinds, both, widths
+            )
+        ]
+        + apart_variants(widths)
+        + shared_variants(list(fastkd.DIVERGENCES), widths)
+        + topk_variants(widths)
+        + [
+            variant._replace(sharded=True)
+            for variant in shared_variants(["mixture", "jsd"], ["wide", "odd"])
+            + topk_variants(["wide", "odd"])
+        ]
+    )
+
+
+def _pairs() -> list[Variant]:
+    both = ["fp32", "bf16"]
     found = [Variant(divergence, "hinton") for divergence in DIVERGENCES]
     for divergence in ("forward_kl", "jsd", "squared_error"):
         found.append(Variant(divergence, "distillation", "fp32", "fp32"))
@@ -104,12 +179,7 @@ def variants(full: bool) -> list[Variant]:
     for width, kind in itertools.product(WIDTHS, ("hinton", "everything")):
         if width.startswith("one tile"):
             found.append(Variant("jsd", kind, "fp32", "fp32", width))
-    # Timed tiles, whatever the target: what an architecture does not have is compiled with the rule's.
-    for _, itemsize, closed_form, columns in TILES:
-        dtype = "fp32" if itemsize == 4 else "bf16"
-        for name, make in fastkd.DIVERGENCES.items():
-            if (make().closed_form is not None) == closed_form:
-                found.append(Variant(name, "hinton", dtype, dtype, f"timed {columns}"))
+    found += _timed_variants(every_divergence=True)
     found += apart_variants(["wide"])
     found += shared_variants(["mixture"], ["wide"]) + shared_variants(["jsd"], ["odd"])
     mark, *others = topk_variants(
@@ -212,10 +282,11 @@ def _launch(variant: Variant, target: str) -> tuple[Any, tuple[Any, ...], dict[s
 
 def _launch_shard(kernels: Any, *given: Any) -> None:
     """The steps of one of four processes."""
-    found = kernels.shard_statistics(*given)
-    found = found._replace(gathered=torch.stack([found.gathered] * 4))
-    sums = kernels.shard_sums(*given, found)
-    kernels.shard_results(*given, found, sums if sums is None else torch.stack([sums] * 4))
+    call = ShardCall(*given)
+    found = kernels.shard_statistics(call)
+    call = call._replace(statistics=found._replace(gathered=torch.stack([found.gathered] * 4)))
+    sums = kernels.shard_sums(call)
+    kernels.shard_results(call._replace(sums=None if sums is None else torch.stack([sums] * 4)))
 
 
 def _launch_topk(
@@ -261,39 +332,41 @@ def _measure(task: tuple[Variant, str]) -> Resources:
     return resources(*_launch(variant, target), target)
 
 
-def _run(target: str, full: bool, cache: Path, **settings: str) -> dict[Variant, Resources]:
+def _run(target: str, grid: str, cache: Path, **settings: str) -> dict[Variant, Resources]:
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     environment |= {
         "TRITON_CACHE_DIR": str(cache),
         "PYTHONPATH": os.pathsep.join(sys.path),
     } | settings
-    command = [sys.executable, __file__, target, str(int(full))]
+    command = [sys.executable, __file__, target, grid]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     assert done.returncode == 0, done.stderr[-4000:]
     return {Variant(*v): Resources(*r) for v, r in map(json.loads, done.stdout.splitlines())}
 
 
-def _check(target: str, full: bool, cache: Path) -> None:
-    found = _run(target, full, cache)
-    assert list(found) == variants(full)
+def _check(target: str, grid: str, cache: Path) -> None:
+    found = _run(target, grid, cache)
+    assert list(found) == variants(grid)
     spilled = [f"{variant}: {used}" for variant, used in found.items() if used.spills]
     assert not spilled, "\n".join(spilled)
 
 
 # One target in every run. The others differ in what a thread may have and in the instructions chosen, and not in the
 # Triton that the kernels are written in.
-@pytest.mark.parametrize(
-    "target",
-    [x if x == "cuda:90" else pytest.param(x, marks=pytest.mark.heavy) for x in TARGETS],
-)
-def test_kernels_compile_and_keep_their_tiles_in_registers(target: str, tmp_path: Path) -> None:
-    _check(target, False, tmp_path)
+def test_kernels_compile_and_keep_their_tiles_in_registers(tmp_path: Path) -> None:
+    _check("cuda:90", "few", tmp_path)
+
+
+@pytest.mark.heavy
+@pytest.mark.parametrize("target", TARGETS)
+def test_each_choice_with_each_other(target: str, tmp_path: Path) -> None:
+    _check(target, "pairs", tmp_path)
 
 
 @pytest.mark.heavy
 @pytest.mark.parametrize("target", TARGETS)
 def test_every_variant(target: str, tmp_path: Path) -> None:
-    _check(target, True, tmp_path)
+    _check(target, "full", tmp_path)
 
 
 @pytest.mark.heavy
@@ -304,8 +377,8 @@ def test_older_tritons_compile_the_kernels(release: str, tmp_path: Path) -> None
     requirement = ["--no-deps", "--target", str(folder), f"triton=={release}"]
     subprocess.run([sys.executable, "-m", "pip", "install", "-q", *requirement], check=True)
     path = os.pathsep.join([str(folder), str(PACKAGE)])
-    found = _run("cuda:90", False, tmp_path / "cache", PYTHONPATH=path)
-    assert list(found) == variants(False)
+    found = _run("cuda:90", "pairs", tmp_path / "cache", PYTHONPATH=path)
+    assert list(found) == variants("pairs")
 
 
 def test_every_tile_of_the_rule_is_compiled() -> None:
@@ -326,7 +399,7 @@ def test_every_tile_of_the_rule_is_compiled() -> None:
     }
     compiled = {
         chosen(WIDTHS[v.width], DTYPES[v.student].itemsize, v.kind == "everything")
-        for v in variants(full=False)
+        for v in variants("few")
         if v.stage == "row" and v.kind
     }
     assert not rule - compiled
@@ -383,7 +456,7 @@ def test_a_spill_in_a_loop_is_seen() -> None:
 
 
 if __name__ == "__main__":
-    wanted = variants(full=sys.argv[2] == "1")
+    wanted = variants(sys.argv[2])
     workers = min(os.cpu_count() or 1, 8)
     with ProcessPoolExecutor(workers, get_context("spawn")) as pool:
         tasks = [(variant, sys.argv[1]) for variant in wanted]

@@ -29,7 +29,7 @@ from torch import Tensor
 from triton.runtime import interpreter
 
 from fastkd.backends import reference, registry
-from fastkd.call.contract import Options, Result, Rows, Shard, Want
+from fastkd.call.contract import Options, Result, Rows, Shard, ShardCall, Want
 from fastkd.divergences import resolve
 from fastkd.kernels import kernel as kernels
 from fastkd.kernels import sparse as sparse_kernels
@@ -210,11 +210,11 @@ def test_what_is_exchanged(monkeypatch: pytest.MonkeyPatch) -> None:
     ]
     for divergence, alpha, statistics, sums in cases:
         options = Options(resolve(divergence), alpha, vocab_size=7, shard=Shard(7, 21, 7, 1, None))
-        given = student, teacher, Rows(labels), options, result
-        found = kernels.shard_statistics(*given)
+        call = ShardCall(student, teacher, Rows(labels), options, result)
+        found = kernels.shard_statistics(call)
         assert found.gathered.shape == (2, 2 * split.FIELDS * statistics)
         found = found._replace(gathered=torch.stack([found.gathered] * 3))
-        left = kernels.shard_sums(*given, found)
+        left = kernels.shard_sums(call._replace(statistics=found))
         assert (left is not None) == sums
         assert left is None or left.shape == (2, 2 * 2)
 

@@ -1,0 +1,167 @@
+"""Distillation of standardised logits."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastkd.call.contract import Options, Rows, Want, row_dtype
+from fastkd.divergences import Divergence
+from fastkd.engine.graphs import as_one_op
+from fastkd.response.chunks import (
+    Outcome,
+    Wanted,
+    as_column,
+    both_widened,
+    by_rows,
+    chunk_rows,
+    differentiable,
+    factors_of,
+    kernels_of,
+    positive,
+    prepared,
+    returned,
+    row_sum,
+)
+
+
+@as_one_op(returned)
+def standardized_kd_loss(
+    student_logits: Tensor,
+    teacher: Tensor,
+    labels: Tensor | None = None,
+    *,
+    divergence: str | Divergence = "forward_kl",
+    temperature: float | Tensor = 2.0,
+    teacher_temperature: float | Tensor | None = None,
+    eps: float = 1e-7,
+    alpha: float = 1.0,
+    scale_by_temperature: bool = True,
+    label_smoothing: float = 0.0,
+    ignore_index: int = -100,
+    mask: Tensor | None = None,
+    weight: Tensor | None = None,
+    reduction: str = "mean",
+    num_items: int | float | Tensor | None = None,
+    vocab_size: int | None = None,
+    memory_budget: int | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    r"""Distillation of standardised logits (Sun et al. 2024), which need agree in shape and not in scale.
+
+        alpha T^2 D(softmax(Z(t) / T), softmax(Z(s) / T)) + (1 - alpha) CE(softmax(s), label),
+
+        Z(z) = (z - mean z) / (std z + eps)
+
+    with the deviation of a sample, as torch.std has it. A softmax does not see the mean, so this is kd_loss with a
+    temperature T (std + eps) for each row and side, but for T^2, which stays T's, and for the gradient, which goes
+    through the standard deviation. No standardised logits are held. The cross-entropy sees the logits as they are.
+
+    Args:
+        student_logits: [..., V], V > 1. All finite: the deviation of a row with -inf is NaN, and so is its loss.
+        teacher: dense logits [..., V]; if they require grad they get their gradient.
+        labels: as in :func:`fastkd.kd_loss`, and so are all options that are not listed here.
+        divergence: a divergence of probabilities at one temperature (not "squared_error", which sees the mean, nor
+            "nkd", whose label's part is at temperature 1).
+        temperature: the base temperature T > 0, which the paper has at 2 and more.
+        eps: positive, added to the standard deviation.
+        memory_budget: as in :func:`fastkd.response.adaptive_kl_loss`.
+
+    Returns:
+        The loss: 0-dim, or [...] for reduction="none"; float32 (float64 for float64 logits).
+
+    Raises:
+        ValueError, TypeError: an argument has the wrong shape, dtype, device or value; the message names it.
+        fastkd.BackendUnavailable: the backend asked for cannot serve this call.
+
+    Memory: the gradient, and one chunk.
+    """
+    eps = positive("eps", eps)
+    student, teacher, call = prepared(
+        student_logits, teacher, labels, vocab_size, divergence=divergence,
+        temperature=temperature, teacher_temperature=teacher_temperature, alpha=alpha,
+        scale_by_temperature=scale_by_temperature, label_smoothing=label_smoothing, ignore_index=ignore_index,
+        mask=mask, weight=weight, reduction=reduction, num_items=num_items, backend=backend,
+    )  # fmt: skip
+    chosen, width = call.options.divergence, call.options.vocab_size
+    if not chosen.normalized:
+        raise ValueError(
+            f"the divergence {chosen.name!r} is one of logits, and standardisation is for one of probabilities"
+        )
+    if chosen.target is not None and chosen.target.form == "label":
+        raise ValueError(
+            f"the divergence {chosen.name!r} takes the label's part at temperature 1, of logits as they are"
+        )
+    if width < 2:
+        raise ValueError(f"a standard deviation needs at least 2 columns, got {width}")
+    if teacher.requires_grad and torch.is_grad_enabled() and chosen.degree is None:
+        raise ValueError(
+            f"teacher requires grad, and the divergence {chosen.name!r} does not say its degree; detach the teacher"
+        )
+    kernels, extra = kernels_of(call, student, teacher)
+
+    def of_chunk(s: Tensor, t: Tensor, rows: Rows, options: Options, wanted: Wanted) -> Outcome:
+        s, t = both_widened(s, t)
+        base = factors_of(rows._replace(weight=None), options, s.dtype)[0]  # T^2
+        temperatures = (
+            as_column(options.temperature, rows.temperature),
+            as_column(options.teacher_temperature, rows.teacher_temperature),
+        )
+        deviations = [_deviation(s), _deviation(t)]
+        tempered = [
+            ((deviation + eps) * temperature).squeeze(-1).to(s.dtype)
+            for deviation, temperature in zip(deviations, temperatures, strict=True)
+        ]
+        weights = torch.ones_like(s[:, 0]) if rows.weight is None else rows.weight.to(s.dtype)
+        plain = rows._replace(
+            labels=None if chosen.target is None else rows.labels,
+            weight=(options.alpha * weights.unsqueeze(-1) * base).squeeze(-1),
+            temperature=tempered[0],
+            teacher_temperature=tempered[1],
+        )
+        distil = options._replace(alpha=1.0, scale_by_temperature=False, label_smoothing=0.0)
+        result = kernels.kd_rows(s, t, plain, distil, Want(*wanted))
+        for logits, deviation, gradient in zip((s, t), deviations, result[2:4], strict=True):
+            if gradient is not None:
+                _through_deviation(gradient, logits, deviation, eps)
+        if options.alpha == 1.0:
+            return Outcome(result.loss, *result[2:4])
+        labelled = rows._replace(
+            weight=(1.0 - options.alpha) * weights, temperature=None, teacher_temperature=None
+        )
+        hard = options._replace(alpha=0.0, temperature=1.0, teacher_temperature=1.0)
+        entropy = kernels.kd_rows(s, t, labelled, hard, Want(wanted[0]))
+        if result.student_gradient is not None:
+            result.student_gradient.add_(entropy.student_gradient)
+        return Outcome(result.loss + entropy.loss, *result[2:4])
+
+    size = chunk_rows(
+        memory_budget, width, row_dtype(student.dtype, teacher.dtype), student.device, extra
+    )
+    compute = by_rows(size, call.summed, of_chunk, (width, width))
+    return differentiable(student, teacher, call, compute)
+
+
+def _centred(logits: Tensor) -> Tensor:
+    """Less their mean. First less one of them: a mean of the size of a common shift would have no digits left."""
+    logits = logits - logits[:, :1]
+    return logits.sub_((row_sum(logits) / logits.shape[1]).to(logits.dtype))
+
+
+def _deviation(logits: Tensor) -> Tensor:
+    """[C, 1] float64, of a sample."""
+    return (row_sum(_centred(logits).square_()) / (logits.shape[1] - 1)).sqrt()
+
+
+def _through_deviation(gradient: Tensor, logits: Tensor, deviation: Tensor, eps: float) -> None:
+    """Make of G, the gradient at fixed temperatures T (std + eps), the whole one, in place.
+
+        G - (sum_i G_i (s_i - mean)) (s_i - mean) / ((V - 1) std (std + eps))
+
+    as the loss is one of s / temperature, and G sums to 0. Where std is 0, so is its derivative, as torch has it.
+    """
+    centred = _centred(logits)
+    along = row_sum(gradient * centred)
+    along = along / ((logits.shape[1] - 1) * deviation * (deviation + eps))
+    along = torch.where(deviation == 0, 0.0, along)
+    gradient.addcmul_(centred, along.to(gradient.dtype), value=-1.0)

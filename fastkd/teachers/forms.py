@@ -1,0 +1,59 @@
+"""A teacher of any form as a list of tensors, and back: what an op and a saved graph can hold."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from fastkd.teachers.ensemble import Ensemble
+from fastkd.teachers.linear import LinearTeacher
+from fastkd.teachers.topk import TopK
+
+Teacher = Tensor | TopK | LinearTeacher | Ensemble
+
+
+def weights_of(teacher: Teacher) -> tuple[float, ...]:
+    """The weights of an ensemble's members; none where it is no ensemble."""
+    if not isinstance(teacher, Ensemble):
+        return ()
+    assert teacher.weights is not None  # its constructor makes them
+    return tuple(teacher.weights)
+
+
+def flatten(teacher: Teacher) -> tuple[list[Tensor], str]:
+    """(its tensors, how to put them together again); :func:`unflatten` does, given :func:`weights_of` it.
+
+    Of a TopK its log-probabilities alone.
+    """
+    if isinstance(teacher, Tensor):
+        return [teacher], "dense"
+    if isinstance(teacher, TopK):
+        return [teacher.logprobs], "dense"
+    if isinstance(teacher, LinearTeacher):
+        tensors = [teacher.hidden, teacher.weight]
+        if teacher.bias is not None:
+            tensors.append(teacher.bias)
+        return tensors, f"linear{len(tensors)}"
+    tensors, form = [], teacher.mean
+    for member in teacher.teachers:
+        parts, kind = flatten(member)
+        tensors, form = tensors + parts, f"{form};{kind}"
+    return tensors, form
+
+
+def unflatten(
+    tensors: Sequence[Tensor], form: str, weights: Sequence[float] = ()
+) -> Tensor | LinearTeacher | Ensemble:
+    """The teacher; a TopK's log-probabilities come back dense."""
+    if form == "dense":
+        return tensors[0]
+    if form.startswith("linear"):
+        return LinearTeacher(*tensors)
+    mean, *members = form.split(";")
+    teachers: list[Tensor | LinearTeacher] = []
+    for kind in members:
+        count = 1 if kind == "dense" else int(kind.removeprefix("linear"))
+        teachers.append(unflatten(tensors[:count], kind))  # type: ignore[arg-type]  # a member is no Ensemble
+        tensors = tensors[count:]
+    return Ensemble(teachers, weights, mean)

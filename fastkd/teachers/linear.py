@@ -1,0 +1,63 @@
+"""Teachers as hidden states and an lm_head."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fastkd.teachers.tensors import FLOATS, check_tensor
+
+
+@dataclass(frozen=True, eq=False)
+class LinearTeacher:
+    """A teacher as hidden states and an lm_head: logits = hidden @ weight.T + bias, a chunk of rows at a time.
+
+    Args:
+        hidden: [..., H], of any width; it need not be the student's.
+        weight: [V, H].
+        bias: [V], or None.
+
+    All of one dtype (under autocast of any), and on one device. logit_scale and softcap of a model's head are the
+    loss's teacher_logit_scale and teacher_softcap.
+
+    Raises:
+        TypeError, ValueError: a wrong type, dtype or shape; the message names the argument.
+    """
+
+    hidden: Tensor
+    weight: Tensor
+    bias: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("hidden", "weight", "bias"):
+            value = getattr(self, name)
+            if value is not None or name != "bias":
+                check_tensor(f"the teacher's {name}", value, FLOATS)
+        check_linear("the teacher's ", self.hidden, self.weight, self.bias)
+
+
+def check_linear(whose: str, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    """Raise unless hidden [..., H], weight [V, H] and bias [V] go together. whose: "the teacher's ", "student_"."""
+    if hidden.dim() == 0 or hidden.shape[-1] == 0:
+        raise ValueError(f"{whose}hidden must be [..., H], got shape {tuple(hidden.shape)}")
+    if weight.dim() != 2 or weight.shape[1] != hidden.shape[-1]:
+        raise ValueError(
+            f"{whose}weight must be [V, {hidden.shape[-1]}], as hidden has that width; got {tuple(weight.shape)}"
+        )
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(
+            f"{whose}bias must be [{weight.shape[0]}], one a row of weight; got {tuple(bias.shape)}"
+        )
+    for name, value in (("weight", weight), ("bias", bias)):
+        if value is None:
+            continue
+        if value.device != hidden.device:
+            raise ValueError(
+                f"{whose}{name} must be on {hidden.device}, where {whose}hidden is; got {value.device}"
+            )
+        if value.dtype != hidden.dtype and not torch.is_autocast_enabled(hidden.device.type):
+            raise TypeError(
+                f"{whose}{name} must be {hidden.dtype}, as {whose}hidden is; got {value.dtype}"
+            )

@@ -1,0 +1,23 @@
+"""What the tensors of a teacher may be."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from fastkd.core.tensors import check_strided
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def check_tensor(argument: str, value: object, dtypes: Sequence[torch.dtype]) -> Tensor:
+    """The value; raise unless it is a tensor of one of these dtypes that is laid out by strides."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{argument} must be a tensor, got {type(value).__name__}")
+    if value.dtype not in dtypes:
+        allowed = " or ".join(str(dtype) for dtype in dtypes)
+        raise TypeError(f"{argument} must be {allowed}, got {value.dtype}")
+    check_strided(argument, value)
+    return value
