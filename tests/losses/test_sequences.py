@@ -301,7 +301,7 @@ def test_errors() -> None:
 # ---- batches that a step cannot take
 
 
-PROMPT_LESS = "must have at least one token each, for the model to continue; row 1 has none"
+PROMPT_LESS = "must have at least one token each for the model to continue; row 1 has none"
 
 
 def test_a_row_without_a_prompt_is_named(models: tuple[Any, Any]) -> None:
