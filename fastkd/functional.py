@@ -336,9 +336,10 @@ def fused_linear_kd_loss(
     Dropped rows are removed first. The other rows are processed in chunks: compute the logits of student and teacher,
     overwrite the student's with their gradient, and multiply it into the gradients of hidden states and weight. The
     gradient of the weight is summed in float32. A chunk costs four matrix products with a
-    :class:`fastkd.LinearTeacher`, one fewer if student_weight is frozen, and one fewer with any other teacher. Nothing
-    is computed twice, with one exception: with reduction="none" and a student_weight that requires grad, each row's
-    upstream gradient weights that row's part of the sum, so the backward recomputes the logits.
+    :class:`fastkd.LinearTeacher`: two for the logits and two for the gradients. It costs one fewer if student_weight is
+    frozen, and one fewer with dense logits or a :class:`fastkd.TopK`. Nothing is computed twice, with one exception:
+    with reduction="none" and a student_weight that requires grad, each row's upstream gradient weights that row's part
+    of the sum, so the backward recomputes the logits.
 
     Args:
         student_hidden: [..., H], float32, bfloat16, float16 (float64 in plain PyTorch). Any strides are allowed.

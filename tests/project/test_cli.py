@@ -157,7 +157,7 @@ PLANT = """
 import sys
 from fastkd.backends import registry
 from fastkd.__main__ import main
-module = backends.load("cpu")
+module = registry.load("cpu")
 healthy = module.kd_rows
 def kd_rows(student, teacher, rows, options, want):
     result = healthy(student, teacher, rows, options, want)
