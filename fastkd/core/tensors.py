@@ -144,6 +144,11 @@ def precision(device: torch.device) -> torch.dtype:
     return torch.float32 if device.type == "mps" else torch.float64
 
 
+def finite_max(maximum: Tensor) -> Tensor:
+    """The maximum with 0 for -inf, so that a row or shard without a finite logit can be centred without NaN."""
+    return maximum.masked_fill(maximum == -torch.inf, 0.0)
+
+
 def reciprocal(x: Tensor) -> Tensor:
     """1 / x, and 0 where x is 0."""
     return x.reciprocal().masked_fill_(x == 0, 0.0)
