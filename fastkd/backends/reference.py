@@ -493,7 +493,7 @@ def _results(
     sums = _sums_with_label(sweeps)
     losses = _losses(sweeps, sums, rows, options)
     weight, counted = _row_weights(sweeps, rows, options)
-    scale = options.scale
+    scale: float | Tensor = options.scale
     if rows.scale is not None:
         scale = options.scale * rows.scale.to(sweeps.s.z.dtype)
     row_scale = (weight * scale).unsqueeze(-1)
