@@ -385,7 +385,7 @@ def fused_linear_kd_loss(
         local_hidden, local_teacher = student_hidden, teacher
         if sequence is not None:
             student_hidden = sequence.stand_in(local_hidden)
-            teacher = sequence.of_teacher(teacher, sequence.stand_in)
+            teacher = sequence.with_hidden(teacher, sequence.stand_in)
         check_student_head(student_hidden, student_weight, student_bias)
         lead, device = student_hidden.shape[:-1], student_hidden.device
         teacher = check_teacher(teacher, "student_hidden", lead, device, group is not None)
@@ -430,7 +430,9 @@ def fused_linear_kd_loss(
         )  # fmt: skip
         if sequence is not None:
             (hidden,) = linear.autocast(sequence.gathered(local_hidden))
-            teacher = linear.autocast_teacher(sequence.of_teacher(local_teacher, sequence.gathered))
+            teacher = linear.autocast_teacher(
+                sequence.with_hidden(local_teacher, sequence.gathered)
+            )
         else:
             hidden = layout.summed_gradient(hidden, hidden_argument, group)
         assert call.options.shard is not None
