@@ -14,8 +14,7 @@ import torch
 from torch import Tensor
 
 from fastkd.call.checks import (
-    LossOptions,
-    Prepared,
+    LossCall,
     check_flags,
     check_logits,
     check_student_head,
@@ -28,6 +27,7 @@ from fastkd.call.checks import (
     with_topk,
 )
 from fastkd.call.contract import Want, row_dtype
+from fastkd.call.options import LossOptions
 from fastkd.core.tensors import share_storage, writable
 from fastkd.divergences import Divergence
 from fastkd.engine import autograd, linear
@@ -464,7 +464,7 @@ def _row_dtype(student: Tensor, teacher: Teacher) -> torch.dtype:
 
 
 def _returned(
-    results: tuple[Tensor | None, ...], call: Prepared, return_parts: bool, device: torch.device
+    results: tuple[Tensor | None, ...], call: LossCall, return_parts: bool, device: torch.device
 ) -> Tensor | tuple[Tensor, Parts]:
     loss, distillation, cross_entropy, entropy = results
     assert loss is not None
