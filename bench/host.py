@@ -71,10 +71,10 @@ def host_time(
 
 
 def steps(rounds: int) -> tuple[Table, list[dict[str, Any]]]:
-    """What kd_rows takes of a call, and Triton of that; and of a launch whose kernel is at hand (kernels/kernel.py)."""
+    """What kd_rows takes of a call, and Triton of that; and of a launch whose kernel is at hand (kernels/launch.py)."""
     from fastkd.call.contract import Options, Want
     from fastkd.call.contract import Rows as RowValues
-    from fastkd.kernels import kernel as kernels
+    from fastkd.kernels import launch as kernels
 
     options = Options(fastkd.forward_kl(), vocab_size=1_000)
     inputs = (torch.randn(8, 1_000), torch.randn(8, 1_000), RowValues(), options, Want(True))

@@ -22,7 +22,7 @@ from report import Table, add_arguments, emit, progress
 
 import fastkd
 from fastkd.call.contract import Options, Rows, Want
-from fastkd.kernels import kernel as kernels
+from fastkd.kernels import launch as kernels
 from fastkd.kernels import tuning
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -133,8 +133,8 @@ def write(architecture: str, found: dict[Key, tuple[int, int]]) -> None:
     """Put this architecture's entries in the place of those it has."""
     path = ROOT / "kernels" / "tuning.py"
     before, declaration, _ = path.read_text().partition("TILES: ")
-    before = before.replace("\nNo entry has been timed yet: every tile is that of the rule in `rows.tile`.\n",
-                            "\nWhat has no entry has the tile of the rule in `rows.tile`.\n")  # fmt: skip
+    before = before.replace("\nNo entry has been timed yet, so every tile comes from the rule in `launch.tile`.\n",
+                            "\nA tile without an entry comes from the rule in `launch.tile`.\n")  # fmt: skip
     entries = {key: value for key, value in tuning.TILES.items() if key[0] != architecture} | found
     lines = [f"    {key}: {value},\n" for key, value in sorted(entries.items())]
     text = "dict[tuple[str, int, bool, int], tuple[int, int]] = {\n" + "".join(lines) + "}\n"
