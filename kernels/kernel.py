@@ -108,10 +108,9 @@ class Objective(NamedTuple):
     scale: Any
     degree: Any  # fastkd.divergences.Divergence.degree
     ignore_index: Any
-    binary_weight: (
-        Any  # weight of a label term of the form "binary" (fastkd.divergences.Target); else None
-    )
-    label_weight: Any  # weight of a label term of the form "label"; else None
+    # Weight of a label term of either form of fastkd.divergences.Target; None if the divergence has no such term.
+    binary_weight: Any
+    label_weight: Any
 
 
 @triton.jit
@@ -198,6 +197,17 @@ def _center(student, label, columns, spec):
         z, _ = read(student, tl.arange(0, spec.BLOCK_V), columns.V)
         center = tl.max(z, 0)
     return tl.where(center == -float("inf"), 0.0, center)
+
+
+@triton.jit
+def _poison(weight, statistics, label, excluded):
+    """Return the weight, or NaN if NaN or +inf is among the row's logits: a comparison in a definition may lose it."""
+    log_exp_sums = statistics.s_norm.log_exp_sum + statistics.t_norm.log_exp_sum
+    weight = tl.where(log_exp_sums == log_exp_sums, weight, float("nan"))
+    if excluded is not None:  # the label's logits are in neither sum
+        infinite = (label.s == float("inf")) | (label.t == float("inf"))
+        weight = tl.where(infinite, float("nan"), weight)
+    return weight
 
 
 @triton.jit
@@ -454,6 +464,9 @@ def _compute_row(
     if spec.STAGE == "sums":
         store_partial_sums(columns.split, row, statistics.phi, statistics.g)
     elif spec.STAGE != "statistics":
+        if NORMALIZED:  # noqa: SIM102
+            if objective.alpha is not None:
+                weight = _poison(weight, statistics, label, excluded)
         value = _value(
             row, student, teacher, statistics, label, excluded, center, weight, outputs, objective,
             columns, spec,

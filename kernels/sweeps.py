@@ -149,9 +149,8 @@ class Partial(NamedTuple):
     t_at_s_argmax: Any
     t_argmax: Any
     s_at_t_argmax: Any
-    t_exp_sum_t1: (
-        Any  # last, because it is stored only if the divergence has a label term (split.py)
-    )
+    # Last, because it is stored only if the divergence has a label term (split.py).
+    t_exp_sum_t1: Any
 
 
 class Statistics(NamedTuple):
@@ -166,9 +165,8 @@ class Statistics(NamedTuple):
     s_argmax: Any  # Argmax
     t_argmax: Any  # Argmax
     log_ratio: Any  # LogRatio
-    log_exp_sum_ratio: (
-        Any  # log of the student's exp_sum over the teacher's, each including its maximum
-    )
+    # log of the student's sum of exponentials over the teacher's, each with its maximum
+    log_exp_sum_ratio: Any
     phi: Any  # sum, from the closed form or from the second sweep
     g: Any  # sum, likewise
 
@@ -185,9 +183,8 @@ class Value(NamedTuple):
     """What the gradient needs of a row's value."""
 
     sums: Any  # Sums over all columns
-    label_sums: (
-        Any  # Sums that a binary label term adds; they are the derivatives in the label's column
-    )
+    # Sums that a binary label term adds; g and h are also the derivatives in the label's column
+    label_sums: Any
     label_weight: Any  # factor of -log q_label in the distillation term
     s_norm_t1: Any  # Normalizer that includes the label's column
     s_argmax: Any  # Argmax
