@@ -121,14 +121,16 @@ def check(
         s, t, labels, divergence=made(name, weights), reduction="none", backend=backend, **options
     )
     wanted = (s, t) if of_teacher else (s,)
-    found = (
+    actual = (
         loss.detach(),
         *torch.autograd.grad(loss, wanted, upstream.to(loss.dtype), retain_graph=True),
     )
     temperature = float(torch.as_tensor(options.get("temperature", 1.0)).max())
     depth = float(exact[0].abs().max()) / temperature**2 + 10.0
     size = temperature**2 * (1.0 + sum(weights)) * depth
-    for index, (what, value) in enumerate(zip(("loss", "student", "teacher"), found, strict=False)):
+    for index, (what, value) in enumerate(
+        zip(("loss", "student", "teacher"), actual, strict=False)
+    ):
         error = (plain[index].double() - exact[index]).abs().nan_to_num(0.0, 0.0, 0.0)
         floor = ULP * size / (temperature if index else 1.0)
         if index:
@@ -381,14 +383,14 @@ def test_fused_linear_and_compiled(name: str, weights: tuple[float, ...]) -> Non
     for loss in (fused, torch.compile(dense, fullgraph=True, backend="aot_eager")):
         value = loss(hidden, weight)
         torch.testing.assert_close(value, truth)
-        found = torch.autograd.grad(value, (hidden, weight))
-        torch.testing.assert_close(found, gradients, rtol=1e-4, atol=1e-5)
+        actual = torch.autograd.grad(value, (hidden, weight))
+        torch.testing.assert_close(actual, gradients, rtol=1e-4, atol=1e-5)
 
 
 def test_in_place_and_threads(backend: str) -> None:
     student, teacher = logits(3, 9000, seed=29), logits(3, 9000, seed=30)
     labels = torch.tensor([0, 8999, 4096])
-    found = []
+    results = []
     threads = torch.get_num_threads()
     try:
         for count, inplace in ((1, False), (2, False), (1, True)):
@@ -398,10 +400,10 @@ def test_in_place_and_threads(backend: str) -> None:
             loss = kd_loss(
                 copy, teacher, labels, divergence="dkd", inplace=inplace, backend=backend
             )
-            found.append((loss.detach(), *torch.autograd.grad(loss, s)))
+            results.append((loss.detach(), *torch.autograd.grad(loss, s)))
     finally:
         torch.set_num_threads(threads)
-    assert all(torch.equal(a, b) for other in found[1:] for a, b in zip(found[0], other, strict=True)
+    assert all(torch.equal(a, b) for other in results[1:] for a, b in zip(results[0], other, strict=True)
                ) or backend == "portable"  # fmt: skip
 
 

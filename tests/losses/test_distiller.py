@@ -114,8 +114,8 @@ def test_compiled(expected: Any, how: str) -> None:
     loss, _ = run(images, labels=labels)
     loss.backward()
     close(loss.detach(), expected[0])
-    found = {name.replace("_orig_mod.", ""): g for name, g in gradients(distiller).items()}
-    close(found, expected[1])
+    results = {name.replace("_orig_mod.", ""): g for name, g in gradients(distiller).items()}
+    close(results, expected[1])
     assert distiller._of_student.caught == [None, None]
 
 
@@ -311,17 +311,17 @@ def test_a_teacher_that_spoke_before() -> None:
     loss, parts = Distiller(student, teacher, losses)(images)
     alone = Distiller(student, None, losses)
     with torch.no_grad():
-        said, layer = teacher(images), teacher.layer1(images)
-    close(alone(images, teacher_output=said, teacher_layers={"layer1": layer}), (loss, parts))
-    sparse = fastkd.TopK.from_logits(said, 7)
+        output, layer = teacher(images), teacher.layer1(images)
+    close(alone(images, teacher_output=output, teacher_layers={"layer1": layer}), (loss, parts))
+    sparse = fastkd.TopK.from_logits(output, 7)
     close(alone(images, teacher_output=sparse, teacher_layers={"layer1": layer})[0], loss)
     with pytest.raises(ValueError, match=r"teacher_layers\['layer1'\] must be given"):
-        alone(images, teacher_output=said)
+        alone(images, teacher_output=output)
     with pytest.raises(ValueError, match="teacher_output must be given"):
         alone(images, teacher_layers={"layer1": layer})
     teacher.forward = None  # it is not asked
     close(Distiller(student, teacher, {"kd": losses["kd"]})(
-        images, teacher_output=said)[1]["kd"], parts["kd"])  # fmt: skip
+        images, teacher_output=output)[1]["kd"], parts["kd"])  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -356,16 +356,18 @@ def test_language_models(llamas: Any) -> None:
         "by_index": Term(by_index, "", select=lambda output: output.hidden_states),
     })  # fmt: skip
     inputs = {"input_ids": tokens, "attention_mask": attended, "output_hidden_states": True}
-    _, found = step(distiller, labels=labels, mask=mask, **inputs)
+    _, actual = step(distiller, labels=labels, mask=mask, **inputs)
     _, parts = distiller(labels=labels, mask=mask, **inputs)
     distiller.zero_grad()
-    ours = student(**inputs)
+    student_output = student(**inputs)
     with torch.no_grad():
-        theirs = teacher.eval()(**inputs)
-    kd = fastkd.kd_loss(ours.logits, theirs.logits, labels, temperature=2.0, alpha=0.5, mask=mask)
+        teacher_output = teacher.eval()(**inputs)
+    kd = fastkd.kd_loss(
+        student_output.logits, teacher_output.logits, labels, temperature=2.0, alpha=0.5, mask=mask
+    )
     hidden = 0.0
     for l_s, l_t, projection in zip((1, 2), (2, 3), by_index.projections, strict=True):
-        gap = projection(ours.hidden_states[l_s]) - theirs.hidden_states[l_t]
+        gap = projection(student_output.hidden_states[l_s]) - teacher_output.hidden_states[l_t]
         hidden = hidden + gap[mask].square().mean()
     close(parts["kd"], kd.detach())
     close(parts["by_name"], hidden.detach())
@@ -374,10 +376,10 @@ def test_language_models(llamas: Any) -> None:
     wanted = gradients(distiller)
     for name, gradient in wanted.items():
         if not name.startswith("losses"):
-            close(found[name], gradient)
+            close(actual[name], gradient)
     student.gradient_checkpointing_enable()
     distiller.zero_grad()
-    close(step(distiller, labels=labels, mask=mask, **(inputs | {"use_cache": False}))[1], found)
+    close(step(distiller, labels=labels, mask=mask, **(inputs | {"use_cache": False}))[1], actual)
     student.gradient_checkpointing_disable()
     distiller.close()
 
@@ -391,13 +393,13 @@ def processes() -> Iterator[Processes]:
 
 @pytest.mark.parametrize("stage", [False, True])
 def test_data_parallel(processes: Processes, expected: Any, stage: bool) -> None:
-    found = processes.run(2, in_parallel, stage)
+    actual = processes.run(2, in_parallel, stage)
     wanted = expected[1]
     if stage:
         losses = terms()
         del losses["kd"]
         wanted = step(Distiller(*pair(), losses), batch()[0])[1]
-    for process in found:
+    for process in actual:
         assert process["names"] == [
             f"module.losses.hint.regressor.map.{n}" for n in ("weight", "bias")
         ]
@@ -410,10 +412,10 @@ def test_what_outputs_hold() -> None:
         assert first_tensor(output) is tensor
     for output in (tensor, (tensor, other), {"hidden": other, "logits": tensor}):
         assert find_logits(output) is tensor
-    for found in (first_tensor, find_logits):
+    for select in (first_tensor, find_logits):
         for output in (None, (), {"a": 1}, 3):
             with pytest.raises(TypeError, match="pass "):
-                found(output)
+                select(output)
 
 
 def _distiller(**terms: Any) -> Any:

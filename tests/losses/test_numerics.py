@@ -264,12 +264,12 @@ def test_a_mask_of_the_lowest_number(
     student[:, 15:] = teacher[:, 15:] = torch.finfo(torch.float32).min
     names = ("temperature", "teacher_temperature")
     options = {"divergence": divergence, **dict(zip(names, temperatures, strict=True))}
-    found = []
+    results = []
     for kept in (slice(None), slice(15)):
         sides = [x[:, kept].clone().requires_grad_() for x in (student, teacher)]
         loss = kd_loss(*sides, backend=backend, **options)
-        found.append((loss.detach(), *(x[:, :15] for x in torch.autograd.grad(loss, sides))))
-    for masked, without in zip(*found, strict=True):
+        results.append((loss.detach(), *(x[:, :15] for x in torch.autograd.grad(loss, sides))))
+    for masked, without in zip(*results, strict=True):
         torch.testing.assert_close(masked, without, rtol=1e-5, atol=1e-6)
 
 
@@ -280,11 +280,13 @@ def test_rows_far_below_0(backend: str, side: str) -> None:
     low = torch.tensor([[lowest] * 4, [-2e30, -2e30, -1e31, -2e30], [-math.inf, -math.inf, -5, -6]])
     near = torch.tensor([[0.0] * 4, [0.0, 0.0, -math.inf, 0.0], [-math.inf, -math.inf, -5, -6]])
     other = logits(3, 4, seed=33)
-    found = []
+    results = []
     for row in (low, near):
         student, teacher = (row, other) if side == "student" else (other, row)
-        found.append(kd_loss(student, teacher, divergence="jsd", reduction="none", backend=backend))
-    torch.testing.assert_close(*found)
+        results.append(
+            kd_loss(student, teacher, divergence="jsd", reduction="none", backend=backend)
+        )
+    torch.testing.assert_close(*results)
     assert kd_loss(torch.full((1, 4), -math.inf), other[:1], backend=backend).isnan()
 
 
@@ -323,8 +325,8 @@ def test_negated_views(backend: str) -> None:
     weight = torch.tensor([1.0, 2.0, 0.5])
     views = [torch._neg_view(-x) for x in (student, teacher, weight)]
     assert all(view.is_neg() for view in views)
-    found = kd_loss(*views[:2], weight=views[2], backend=backend)
-    assert torch.equal(found, kd_loss(student, teacher, weight=weight, backend=backend))
+    actual = kd_loss(*views[:2], weight=views[2], backend=backend)
+    assert torch.equal(actual, kd_loss(student, teacher, weight=weight, backend=backend))
 
 
 # Which side's zeros make the divergence infinite: p / q where q = 0, q / p where p = 0.

@@ -160,11 +160,11 @@ def compose(
         terms = torch.where(counted, terms, 0.0) * multiplier.abs()
         if reduction != "none":
             loss, terms = loss.sum() / denominator, terms.sum() / denominator
-        given = torch.ones_like(loss) if upstream is None else upstream.to(dtype)
+        inputs = torch.ones_like(loss) if upstream is None else upstream.to(dtype)
         (gradient,) = torch.autograd.grad(
-            loss, leaves[k], given, retain_graph=True, allow_unused=True, materialize_grads=True
+            loss, leaves[k], inputs, retain_graph=True, allow_unused=True, materialize_grads=True
         )
-        reach = (given.expand(lead) * multiplier).abs().unsqueeze(-1) / denominator
+        reach = (inputs.expand(lead) * multiplier).abs().unsqueeze(-1) / denominator
         losses.append(loss.detach())
         gradients.append(gradient)
         loss_terms.append(terms.detach())
@@ -372,8 +372,8 @@ def test_close_students(backend: str, peers: str, distance: float) -> None:
         check(backend, students, peers=peers)
         return
     error, of_plain = (
-        max(float((a - b).abs().max()) for a, b in zip(found, exact.losses, strict=True))
-        for found in (losses, plain.losses)
+        max(float((a - b).abs().max()) for a, b in zip(actual, exact.losses, strict=True))
+        for actual in (losses, plain.losses)
     )
     assert error <= of_plain
 
@@ -390,7 +390,7 @@ def test_common_shifts(everywhere: str, peers: str, shift: float) -> None:
             "temperature": temperature,
             "backend": everywhere,
         }
-        here, there = (mutual_loss(given, labels, **options) for given in (students, moved))
+        here, there = (mutual_loss(inputs, labels, **options) for inputs in (students, moved))
         torch.testing.assert_close(here, there, rtol=1e-6, atol=1e-6)
 
 
@@ -436,10 +436,10 @@ def test_tokens_that_one_has_lost(everywhere: str, peers: str) -> None:
 def test_a_lost_token_that_nobody_believes_in(everywhere: str, peers: str) -> None:
     students = group(2, 1, 20)
     students[0][0, 5], students[1][0, 5] = -INF, -200.0
-    found = mutual_loss(students, peers=peers, backend=everywhere)
+    actual = mutual_loss(students, peers=peers, backend=everywhere)
     students[1][0, 5] = -INF
-    torch.testing.assert_close(found, mutual_loss(students, peers=peers, backend=everywhere))
-    assert found[0].isfinite()
+    torch.testing.assert_close(actual, mutual_loss(students, peers=peers, backend=everywhere))
+    assert actual[0].isfinite()
 
 
 @pytest.mark.parametrize("bad", [NAN, INF])
@@ -526,7 +526,7 @@ def test_one_row_without_a_leading_shape(everywhere: str) -> None:
 def test_layouts(everywhere: str) -> None:
     """Shifted, sliced, transposed, expanded, at any offset: as their contiguous copies, bit by bit."""
     labels = labels_for(3, 4, vocabulary=19, seed=1)
-    given = [
+    inputs = [
         logits(3, 5, 19, seed=1)[:, :-1],
         logits(3, 4, 23, seed=2)[..., 3:22],
         logits(4, 3, 19, seed=3).transpose(0, 1),
@@ -534,7 +534,7 @@ def test_layouts(everywhere: str) -> None:
         logits(4, 19, seed=5).expand(3, 4, 19),
     ]
     results = []
-    for students in (given, [student.contiguous() for student in given]):
+    for students in (inputs, [student.contiguous() for student in inputs]):
         leaves = [student.detach().requires_grad_() for student in students]
         losses = mutual_loss(leaves, labels, reduction="none", temperature=2.0, backend=everywhere)
         results.append([*losses, *torch.autograd.grad(sum(losses).sum(), leaves)])
@@ -547,10 +547,10 @@ def test_only_who_learns_gets_a_gradient(everywhere: str) -> None:
     leaves[1].requires_grad_()
     losses = mutual_loss(leaves, backend=everywhere)
     assert [loss.requires_grad for loss in losses] == [False, True, False]
-    (found,) = torch.autograd.grad(losses[1], leaves[1])
+    (actual,) = torch.autograd.grad(losses[1], leaves[1])
     everyone = [student.requires_grad_() for student in students]
     (expected,) = torch.autograd.grad(mutual_loss(everyone, backend=everywhere)[1], everyone[1])
-    assert torch.equal(found, expected)
+    assert torch.equal(actual, expected)
     with torch.no_grad():
         assert not any(loss.requires_grad for loss in mutual_loss(everyone, backend=everywhere))
 
@@ -614,8 +614,8 @@ def test_gradcheck(peers: str) -> None:
     for k in range(3):
 
         def of_one(leaf: Tensor, k: int = k) -> Tensor:
-            given = [leaf if index == k else student for index, student in enumerate(students)]
-            return mutual_loss(given, labels, temperature=1.7, peers=peers, reduction="none")[k]
+            inputs = [leaf if index == k else student for index, student in enumerate(students)]
+            return mutual_loss(inputs, labels, temperature=1.7, peers=peers, reduction="none")[k]
 
         leaf = students[k].clone().requires_grad_()
         assert of_one(leaf).dtype == torch.float64
@@ -679,8 +679,8 @@ def test_compiled_functions_give_the_same_numbers(backend: str) -> None:
         return sum(mutual_loss([a * 2, b + 1], labels, backend=backend))
 
     expected = torch.autograd.grad(step(*leaves), leaves)
-    found = torch.autograd.grad(torch.compile(step, backend="eager")(*leaves), leaves)
-    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    actual = torch.autograd.grad(torch.compile(step, backend="eager")(*leaves), leaves)
+    assert all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True))
 
 
 def test_nothing_stays_in_memory() -> None:
@@ -758,10 +758,10 @@ BAD: list[tuple[dict[str, Any], type[Exception], str]] = [
 @pytest.mark.parametrize("case", range(len(BAD)))
 def test_bad_arguments(backend: str, case: int) -> None:
     arguments, error, message = BAD[case]
-    given, labels = (copy.copy(arguments[name]) for name in ("logits", "labels"))
+    inputs, labels = (copy.copy(arguments[name]) for name in ("logits", "labels"))
     options = {name: value for name, value in arguments.items() if name not in ("logits", "labels")}
     with pytest.raises(error) as caught:
-        mutual_loss(given, labels, backend=backend, **options)
+        mutual_loss(inputs, labels, backend=backend, **options)
     assert str(caught.value) == message
 
 
@@ -818,9 +818,9 @@ def test_the_triton_kernel_compiles_and_keeps_its_tiles_in_registers(
     command = [sys.executable, str(ROOT / "tests" / "support" / "mutual_aot.py"), target, full]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     assert done.returncode == 0, done.stderr[-4000:]
-    found = [json.loads(line) for line in done.stdout.splitlines()]
-    assert found
-    assert not [line for line in found if line[1][1] >= 32 or line[1][2]]
+    results = [json.loads(line) for line in done.stdout.splitlines()]
+    assert results
+    assert not [line for line in results if line[1][1] >= 32 or line[1][2]]
 
 
 # ---- on-the-fly ensembles
@@ -862,8 +862,8 @@ def test_ensemble_loss(backend: str, per_row: bool) -> None:
         results.append(
             [loss, *torch.autograd.grad(loss, (*leaves, gate), upstream_for(4).to(dtype))]
         )
-    for found, exact in zip(*results, strict=True):
-        torch.testing.assert_close(found.double(), exact, rtol=1e-5, atol=2e-6)
+    for actual, exact in zip(*results, strict=True):
+        torch.testing.assert_close(actual.double(), exact, rtol=1e-5, atol=2e-6)
 
 
 def test_ensemble_logits() -> None:
@@ -1069,10 +1069,10 @@ def test_consistency(dtype: torch.dtype) -> None:
     assert loss.dtype == torch.float32
     torch.testing.assert_close(loss.double(), truth, rtol=1e-6, atol=0)
     tolerance = 4 * torch.finfo(dtype).eps
-    for found, expected in zip(
+    for actual, expected in zip(
         torch.autograd.grad(loss, leaves), torch.autograd.grad(truth, exact), strict=True
     ):
-        torch.testing.assert_close(found.double(), expected, rtol=tolerance, atol=1e-7)
+        torch.testing.assert_close(actual.double(), expected, rtol=tolerance, atol=1e-7)
     torch.testing.assert_close(
         consistency_loss(student, teacher, "kl"), kd_loss(student, teacher), rtol=0, atol=0
     )
@@ -1182,9 +1182,9 @@ def test_born_again() -> None:
     torch.testing.assert_close(
         kd_loss(student, teacher), F.kl_div(student.log_softmax(-1), p, reduction="batchmean")
     )
-    given = nn.Linear(3, 5)
-    list(born_again(make_student, train, 1, teacher=given))
-    assert trained[-1][1] is given
+    first_student = nn.Linear(3, 5)
+    list(born_again(make_student, train, 1, teacher=first_student))
+    assert trained[-1][1] is first_student
 
 
 def test_generations_are_made_one_at_a_time() -> None:

@@ -149,9 +149,9 @@ def results(loss: Loss, student: Tensor, teacher: Tensor, **options: Any) -> lis
 
 
 def check(loss: Loss, oracle: Loss, student: Tensor, teacher: Tensor, **options: Any) -> None:
-    given = options.pop("given", {})
+    inputs = options.pop("loss_options", {})
     for value, exact in zip(
-        results(loss, student, teacher, **options, **given),
+        results(loss, student, teacher, **options, **inputs),
         results(oracle, student, teacher, **options),
         strict=True,
     ):
@@ -167,15 +167,17 @@ def check(loss: Loss, oracle: Loss, student: Tensor, teacher: Tensor, **options:
 @MEANS
 @pytest.mark.parametrize("samples", SIZES)
 def test_angles(backend: str, samples: int, mean: str, delta: float) -> None:
-    given = {"mean": mean, "backend": backend}
-    check(rkd_angle_loss, ANGLES[mean], *pair(samples), delta=delta, given=given)
+    inputs = {"mean": mean, "backend": backend}
+    check(rkd_angle_loss, ANGLES[mean], *pair(samples), delta=delta, loss_options=inputs)
 
 
 @pytest.mark.parametrize("delta", [1.0, 0.3])
 @MEANS
 @pytest.mark.parametrize("samples", SIZES)
 def test_distances(samples: int, mean: str, delta: float) -> None:
-    check(rkd_distance_loss, DISTANCES[mean], *pair(samples), delta=delta, given={"mean": mean})
+    check(
+        rkd_distance_loss, DISTANCES[mean], *pair(samples), delta=delta, loss_options={"mean": mean}
+    )
 
 
 def test_the_authors_smooth_l1_is_huber_of_delta_1() -> None:
@@ -195,8 +197,8 @@ def test_both_terms(mean: str, weights: tuple[float, float]) -> None:
     def oracle(student: Tensor, teacher: Tensor) -> Tensor:
         return distance * DISTANCES[mean](student, teacher) + angle * ANGLES[mean](student, teacher)
 
-    given = {"mean": mean, "distance": distance, "angle": angle}
-    check(rkd_loss, oracle, *pair(33), given=given)
+    inputs = {"mean": mean, "distance": distance, "angle": angle}
+    check(rkd_loss, oracle, *pair(33), loss_options=inputs)
 
 
 def test_the_weights_of_the_authors() -> None:
@@ -226,7 +228,7 @@ def test_gram_over_channels() -> None:
         lambda s, t: sum(gram(a, b) for a, b in zip(s, t, strict=True)),
         student,
         teacher,
-        given={"over": "channels"},
+        loss_options={"over": "channels"},
     )
     exact = sum(gram(a / 8**0.5, b / 6**0.5) for a, b in zip(student, teacher, strict=True))
     options = {"over": "channels", "normalize": "width"}
@@ -323,9 +325,9 @@ def test_points_that_coincide(backend: str, mean: str) -> None:
         x[3] = x[66]
     student[10] = student[11] = student[12]
     teacher[20] = teacher[69]
-    given = {"mean": mean, "backend": backend}
-    check(rkd_angle_loss, ANGLES[mean], student, teacher, delta=0.8, given=given)
-    check(rkd_distance_loss, DISTANCES[mean], student, teacher, given={"mean": mean})
+    inputs = {"mean": mean, "backend": backend}
+    check(rkd_angle_loss, ANGLES[mean], student, teacher, delta=0.8, loss_options=inputs)
+    check(rkd_distance_loss, DISTANCES[mean], student, teacher, loss_options={"mean": mean})
 
 
 @pytest.mark.parametrize("name", RKD)
@@ -372,9 +374,9 @@ def test_gradients_move_no_centre_and_turn_nothing(name: str) -> None:
 def test_what_is_not_finite_reaches_the_loss(name: str, bad: float) -> None:
     loss, _ = EVERY[name]
     for side in range(2):
-        given = pair(70)
-        given[side][68, 1] = bad
-        assert not loss(*given).isfinite()
+        inputs = pair(70)
+        inputs[side][68, 1] = bad
+        assert not loss(*inputs).isfinite()
 
 
 # The two implementations.
@@ -391,29 +393,29 @@ def matrices(samples: int) -> tuple[Tensor, Tensor]:
 def test_kernel_and_tiles_agree(instructions: str, samples: int) -> None:
     from fastkd.backends import cpu
 
-    given = matrices(samples)
-    exact, derivative = angles(*given, 0.5, True)
-    value, found = cpu.angles(*given, 0.5, True)
-    alone, nothing = cpu.angles(*given, 0.5, False)
-    assert nothing is None and derivative is not None and found is not None
+    inputs = matrices(samples)
+    exact, derivative = angles(*inputs, 0.5, True)
+    value, actual = cpu.angles(*inputs, 0.5, True)
+    alone, nothing = cpu.angles(*inputs, 0.5, False)
+    assert nothing is None and derivative is not None and actual is not None
     torch.testing.assert_close(value, exact, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(alone, exact, rtol=1e-12, atol=1e-12)
     # What is added is a matter of taste, the sum with the transpose is not; nor is the diagonal used.
     off = ~torch.eye(samples, dtype=torch.bool)
     torch.testing.assert_close(
-        (found + found.t())[off], (derivative + derivative.t())[off], rtol=1e-9, atol=1e-9
+        (actual + actual.t())[off], (derivative + derivative.t())[off], rtol=1e-9, atol=1e-9
     )
 
 
 def test_tiles_of_any_size() -> None:
-    given = matrices(29)
-    exact, derivative = angles(*given, 1.0, True)
+    inputs = matrices(29)
+    exact, derivative = angles(*inputs, 1.0, True)
     for block in (1, 4, 28, 29):
         budget = in_tiles._TENSORS_PER_TILE * 8 * 29 * block * block
-        value, found = angles(*given, 1.0, True, budget)
+        value, actual = angles(*inputs, 1.0, True, budget)
         same(value, exact)
-        same(found + found.t(), derivative + derivative.t())
-        same(angles(*given, 1.0, False, budget)[0], exact)
+        same(actual + actual.t(), derivative + derivative.t())
+        same(angles(*inputs, 1.0, False, budget)[0], exact)
 
 
 @pytest.fixture
@@ -429,11 +431,11 @@ def threads() -> Iterator[None]:
 def test_any_number_of_threads_gives_the_same_bits(instructions: str, samples: int) -> None:
     from fastkd.backends import cpu
 
-    given = matrices(samples)
+    inputs = matrices(samples)
     runs = []
     for count in (1, 2, 3, 2):
         torch.set_num_threads(count)
-        runs.append(cpu.angles(*given, 0.5, True))
+        runs.append(cpu.angles(*inputs, 0.5, True))
     for again in runs[1:]:
         assert torch.equal(runs[0][0], again[0]) and torch.equal(runs[0][1], again[1])
 
@@ -591,8 +593,8 @@ def test_autocast(name: str) -> None:
         with torch.autocast("cpu", dtype=torch.bfloat16):
             return loss(s, t)
 
-    found = results(cast, student, teacher)
-    assert all(torch.equal(a, b) for a, b in zip(found, exact, strict=True))
+    actual = results(cast, student, teacher)
+    assert all(torch.equal(a, b) for a, b in zip(actual, exact, strict=True))
 
 
 @every
@@ -656,10 +658,10 @@ def test_bad_inputs(
 def test_similarity_does_not_depend_on_scale(scale: float) -> None:
     generator = torch.Generator().manual_seed(5)
     points, teacher = (torch.randn(8, n, generator=generator) for n in (512, 64))
-    found = []
+    results = []
     for factor in (1.0, scale):
         student = (points * factor).requires_grad_()
         loss = similarity_loss(student, teacher)
         (gradient,) = torch.autograd.grad(loss, student)
-        found.append((loss.detach(), gradient * factor))
-    torch.testing.assert_close(found[1], found[0], rtol=1e-5, atol=1e-8)
+        results.append((loss.detach(), gradient * factor))
+    torch.testing.assert_close(results[1], results[0], rtol=1e-5, atol=1e-8)

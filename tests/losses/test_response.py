@@ -131,18 +131,18 @@ def hold_to(
     ]
     exact = differentiated(formula, s.double(), t.double(), upstream=widened[0])
     plain = differentiated(formula, s.float(), t.float(), upstream=widened[1])
-    for mine, true, theirs in zip(ours, exact, plain, strict=True):
+    for computed, true, reference in zip(ours, exact, plain, strict=True):
         whole = true.dim() == 2
-        size, error = true.abs(), (theirs.double() - true).abs()
+        size, error = true.abs(), (reference.double() - true).abs()
         if whole:
             size, error = size.amax(-1, keepdim=True), error.amax(-1, keepdim=True)
         allowed = 2 * error + 16 * ULP * size + 1e-9 + torch.zeros_like(true)
-        if mine.dtype in (torch.bfloat16, torch.float16) and whole:
-            information = torch.finfo(mine.dtype)
+        if computed.dtype in (torch.bfloat16, torch.float16) and whole:
+            information = torch.finfo(computed.dtype)
             allowed += (
                 true.abs() * information.eps / 2 + information.smallest_normal * information.eps
             )
-        assert_within("response", mine, true, allowed)
+        assert_within("response", computed, true, allowed)
 
 
 # ---- against the formulas
@@ -164,18 +164,18 @@ def test_rows(
     # Powers of 2, so that the upstream factor does not round.
     upstream = upstream_for(*shape[:-1]).sign() * 4.0
     before = s.clone(), t.clone()
-    ours = differentiated(
+    actual = differentiated(
         lambda s, t: loss(s, t, temperature=temperature, scale_by_temperature=True, reduction="none"),
         s, t, upstream=upstream,
     )  # fmt: skip
-    assert ours[0].dtype == torch.float32 and ours[1].dtype == dtype
-    assert ours[0].shape == shape[:-1] and torch.equal(s, before[0]) and torch.equal(t, before[1])
+    assert actual[0].dtype == torch.float32 and actual[1].dtype == dtype
+    assert actual[0].shape == shape[:-1] and torch.equal(s, before[0]) and torch.equal(t, before[1])
 
     def of(s: Tensor, t: Tensor) -> Tensor:
         value = formula(s, t, temperature)
         return value * temperature**2 if name == "uld" else value
 
-    flat = [ours[0].flatten(), *(x.flatten(0, -2) for x in ours[1:])]
+    flat = [actual[0].flatten(), *(x.flatten(0, -2) for x in actual[1:])]
     hold_to(flat, of, s.flatten(0, -2), t.flatten(0, -2), upstream.flatten())
 
 
@@ -219,12 +219,12 @@ def test_options_of_rows(name: str) -> None:
         value = formula(s[keep], t[keep], at) * (at.squeeze(-1) ** 2 if name == "uld" else 1.0)
         return (value * weight[keep]).sum() / 11
 
-    ours = differentiated(lambda s, t: loss(s, t, labels, num_items=11, **options), s, t)
+    actual = differentiated(lambda s, t: loss(s, t, labels, num_items=11, **options), s, t)
     exact = differentiated(of, s, t)
-    for mine, true in zip(ours, exact, strict=True):
-        torch.testing.assert_close(mine, true.nan_to_num(), rtol=1e-9, atol=1e-12)
+    for computed, true in zip(actual, exact, strict=True):
+        torch.testing.assert_close(computed, true.nan_to_num(), rtol=1e-9, atol=1e-12)
     mean = loss(s, t, labels, **options)
-    torch.testing.assert_close(mean * int(keep.sum()), ours[0] * 11)
+    torch.testing.assert_close(mean * int(keep.sum()), actual[0] * 11)
     per_row = loss(s, t, labels, reduction="none", **options)
     assert (per_row[~keep] == 0).all() and (per_row[keep] != 0).all()
     torch.testing.assert_close(loss(s, t, labels, reduction="sum", **options), per_row.sum())
@@ -238,10 +238,10 @@ def test_vocab_size_and_strides(name: str) -> None:
     wide = [F.pad(x, (0, 5), value=7.0).transpose(0, 1)[1:] for x in (s, t)]
     expected = differentiated(loss, *(x.transpose(0, 1)[1:].contiguous() for x in (s, t)))
     if narrow:
-        ours = differentiated(lambda s, t: loss(s, t, **narrow), *wide)
-        assert all((g[..., 24:] == 0).all() for g in ours[1:])
-        for mine, true in zip(ours, expected, strict=True):
-            assert torch.equal(mine, true if true.dim() == 0 else F.pad(true, (0, 5)))
+        actual = differentiated(lambda s, t: loss(s, t, **narrow), *wide)
+        assert all((g[..., 24:] == 0).all() for g in actual[1:])
+        for computed, true in zip(actual, expected, strict=True):
+            assert torch.equal(computed, true if true.dim() == 0 else F.pad(true, (0, 5)))
     strided = differentiated(loss, *(x.transpose(0, 1)[1:] for x in (s, t)))
     columns = differentiated(loss, *(x.mT.contiguous().mT.transpose(0, 1)[1:] for x in (s, t)))
     for a, b, c in zip(expected, strided, columns, strict=True):
@@ -313,9 +313,9 @@ def test_properties(name: str) -> None:
         lambda s, t: loss(s, t, reduction="sum"), s[rows][:, order], t[rows][:, order]
     )
     torch.testing.assert_close(permuted[0], base[0])
-    for mine, true in zip(permuted[1:], base[1:], strict=True):
-        torch.testing.assert_close(mine, true[rows][:, order])
-        assert mine.sum(-1).abs().max() < 1e-12
+    for computed, true in zip(permuted[1:], base[1:], strict=True):
+        torch.testing.assert_close(computed, true[rows][:, order])
+        assert computed.sum(-1).abs().max() < 1e-12
     same = differentiated(lambda s: loss(s, s.detach(), reduction="sum"), s)
     assert same[0].abs() < 1e-12 and same[1].abs().max() < 1e-7
 
@@ -418,7 +418,7 @@ def test_no_token_crosses_a_mass_that_is_met_exactly(crossing: str) -> None:
 @pytest.mark.parametrize("width", [3, 64, 65, 600])
 def test_adaptive_kl(mass: float, crossing: str, width: int) -> None:
     s, t = (logits(9, width, seed=seed, spread=1.0, dtype=torch.float64) for seed in (1, 2))
-    ours = differentiated(
+    actual = differentiated(
         lambda s, t: adaptive_kl_loss(
             s, t, head_mass=mass, crossing=crossing, reduction="none"
         ).sum(),
@@ -426,8 +426,8 @@ def test_adaptive_kl(mass: float, crossing: str, width: int) -> None:
         t,
     )
     exact = differentiated(lambda s, t: adaptive(s, t, 1.0, mass, crossing).sum(), s, t)
-    for mine, true in zip(ours, exact, strict=True):
-        torch.testing.assert_close(mine, true, rtol=1e-10, atol=1e-13)
+    for computed, true in zip(actual, exact, strict=True):
+        torch.testing.assert_close(computed, true, rtol=1e-10, atol=1e-13)
 
 
 def test_adaptive_kl_of_the_published_code() -> None:
@@ -443,9 +443,9 @@ def test_adaptive_kl_of_the_published_code() -> None:
         ratio = [gap / sum(gaps) for gap in gaps]
         kl = (row_p * (row_p / row_q).log()).sum(), (row_q * (row_q / row_p).log()).sum()
         expected.append(ratio[0] * kl[0] + ratio[1] * kl[1])
-    ours = adaptive_kl_loss(s, t, crossing="tail", reduction="none")
-    torch.testing.assert_close(ours, torch.stack(expected))
-    assert not torch.allclose(ours, adaptive_kl_loss(s, t, crossing="head", reduction="none"))
+    actual = adaptive_kl_loss(s, t, crossing="tail", reduction="none")
+    torch.testing.assert_close(actual, torch.stack(expected))
+    assert not torch.allclose(actual, adaptive_kl_loss(s, t, crossing="head", reduction="none"))
 
 
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
@@ -488,7 +488,7 @@ def test_dist(beta: float, gamma: float, dtype: torch.dtype, monkeypatch: Any) -
     temporaries = chunks.TEMPORARIES + response.dist.DIST_TEMPORARIES
     a_row = 37 * temporaries * max(dtype.itemsize, 4)
     for rows in (1, 4, 100):  # of a chunk
-        ours = differentiated(
+        actual = differentiated(
             lambda s, t, rows=rows: dist_loss(
                 s, t, beta=beta, gamma=gamma, temperature=2.0,
                 memory_budget=rows * a_row,
@@ -496,10 +496,10 @@ def test_dist(beta: float, gamma: float, dtype: torch.dtype, monkeypatch: Any) -
             s, t, upstream=torch.tensor(4.0),
         )  # fmt: skip
         if dtype == torch.float64:
-            for mine, true in zip(ours, exact, strict=True):
-                torch.testing.assert_close(mine, true, rtol=1e-9, atol=1e-13)
+            for computed, true in zip(actual, exact, strict=True):
+                torch.testing.assert_close(computed, true, rtol=1e-9, atol=1e-13)
         else:
-            hold_to(ours, lambda s, t: dist(s, t, beta, gamma, 2.0), s, t, torch.tensor(4.0))
+            hold_to(actual, lambda s, t: dist(s, t, beta, gamma, 2.0), s, t, torch.tensor(4.0))
 
 
 def test_dist_of_classes_that_hardly_vary() -> None:
@@ -511,10 +511,10 @@ def test_dist_of_classes_that_hardly_vary() -> None:
     def formula(s: Tensor, t: Tensor) -> Tensor:
         return dist(s, t, 1.0, 1.0, eps=1e-12)
 
-    ours = differentiated(lambda s, t: dist_loss(s, t, eps=1e-12, memory_budget=small), s, t)
+    actual = differentiated(lambda s, t: dist_loss(s, t, eps=1e-12, memory_budget=small), s, t)
     exact, plain = differentiated(formula, s.double(), t.double()), differentiated(formula, s, t)
-    for mine, true, theirs in zip(ours, exact, plain, strict=True):
-        assert (mine - true).abs().max() <= 1.5 * (theirs - true).abs().max() + 1e-9
+    for computed, true, reference in zip(actual, exact, plain, strict=True):
+        assert (computed - true).abs().max() <= 1.5 * (reference - true).abs().max() + 1e-9
 
 
 def test_dist_drops_rows_and_is_finite_where_nothing_varies() -> None:
@@ -522,10 +522,10 @@ def test_dist_drops_rows_and_is_finite_where_nothing_varies() -> None:
     labels = labels_for(3, 4, vocabulary=9, seed=3, ignored=0.4)
     keep = labels != -100
     s[~keep] = NAN
-    ours = differentiated(lambda s, t: dist_loss(s, t, labels), s, t)
+    actual = differentiated(lambda s, t: dist_loss(s, t, labels), s, t)
     exact = differentiated(lambda s, t: dist(s[keep], t[keep], 1.0, 1.0), s, t)
-    for mine, true in zip(ours, exact, strict=True):
-        torch.testing.assert_close(mine, true.nan_to_num())
+    for computed, true in zip(actual, exact, strict=True):
+        torch.testing.assert_close(computed, true.nan_to_num())
     constant = torch.zeros(4, 9, requires_grad=True)
     value = dist_loss(constant, t[0].float())
     value.backward()
@@ -558,7 +558,7 @@ def test_standardized_with_labels(divergence: str, alpha: float) -> None:
         hard = F.cross_entropy(s, labels, label_smoothing=0.1)  # of the logits as they are
         return alpha * standardized(s, t, 3.0, 1e-2, divergence).mean() + (1 - alpha) * hard
 
-    ours = differentiated(
+    actual = differentiated(
         lambda s, t: standardized_kd_loss(
             s, t, labels, divergence=divergence, temperature=3.0, eps=1e-2, alpha=alpha, label_smoothing=0.1
         ),
@@ -567,24 +567,26 @@ def test_standardized_with_labels(divergence: str, alpha: float) -> None:
     exact = differentiated(
         lambda s, t: formula(s, t) + 0 * t.sum(), s, t
     )  # a teacher of alpha 0 has gradient 0
-    for mine, true in zip(ours, exact, strict=True):
-        torch.testing.assert_close(mine, true, rtol=1e-9, atol=1e-13)
+    for computed, true in zip(actual, exact, strict=True):
+        torch.testing.assert_close(computed, true, rtol=1e-9, atol=1e-13)
 
 
 @pytest.mark.parametrize("divergence", ["forward_kl", "dkd"])
 def test_standardized_is_kd_loss_of_standardized_logits(divergence: str) -> None:
     s, t = logits(5, 100, seed=1), logits(5, 100, seed=2)
-    given = {"divergence": divergence, "labels": t.argmax(-1), "temperature": 4.0}
+    options = {"divergence": divergence, "labels": t.argmax(-1), "temperature": 4.0}
 
     def standardised(z: Tensor) -> Tensor:
         return (z - z.mean(-1, keepdim=True)) / (z.std(-1, keepdim=True) + 1e-7)
 
-    ours = differentiated(lambda s: standardized_kd_loss(s, t, **given), s)
-    theirs = differentiated(lambda s: fastkd.kd_loss(standardised(s), standardised(t), **given), s)
-    for mine, true in zip(ours, theirs, strict=True):
-        torch.testing.assert_close(mine, true, rtol=1e-5, atol=1e-7)
+    actual = differentiated(lambda s: standardized_kd_loss(s, t, **options), s)
+    reference = differentiated(
+        lambda s: fastkd.kd_loss(standardised(s), standardised(t), **options), s
+    )
+    for computed, true in zip(actual, reference, strict=True):
+        torch.testing.assert_close(computed, true, rtol=1e-5, atol=1e-7)
     # The scale of either side does not matter.
-    torch.testing.assert_close(standardized_kd_loss(3 * s, 0.1 * t, **given), ours[0])
+    torch.testing.assert_close(standardized_kd_loss(3 * s, 0.1 * t, **options), actual[0])
 
 
 def test_standardized_at_the_edges() -> None:
@@ -610,12 +612,12 @@ def test_standardized_at_the_edges() -> None:
 def test_uld_of_unequal_vocabularies(widths: tuple[int, int], dtype: torch.dtype) -> None:
     s, t = logits(6, widths[0], seed=1, dtype=dtype), logits(6, widths[1], seed=2, dtype=dtype)
     temperatures = {"temperature": 2.0, "teacher_temperature": 0.5}
-    ours = differentiated(lambda s, t: uld_loss(s, t, **temperatures), s, t)
-    hold_to(ours, lambda s, t: uld(s / 2, t * 2).mean(), s, t)
+    actual = differentiated(lambda s, t: uld_loss(s, t, **temperatures), s, t)
+    hold_to(actual, lambda s, t: uld(s / 2, t * 2).mean(), s, t)
     if dtype == torch.float64:
         exact = differentiated(lambda s, t: uld(s / 2, t * 2).mean(), s, t)
-        for mine, true in zip(ours, exact, strict=True):
-            torch.testing.assert_close(mine, true, rtol=1e-10, atol=1e-14)
+        for computed, true in zip(actual, exact, strict=True):
+            torch.testing.assert_close(computed, true, rtol=1e-10, atol=1e-14)
 
 
 def test_uld_is_the_same_for_any_order_of_each_vocabulary() -> None:
@@ -645,8 +647,8 @@ def test_common_positions_give_what_their_code_computes() -> None:
     masks = common_positions(*labels)
     assert masks[0].sum(-1).tolist() == masks[1].sum(-1).tolist() == [4, 2, 5]
     weight = (1.0 / masks[0].sum(-1, keepdim=True)).expand(3, 9)[masks[0]]
-    ours = uld_loss(s[masks[0]], t[masks[1]], weight=weight, num_items=3)
-    torch.testing.assert_close(ours, torch.stack(expected).mean())
+    actual = uld_loss(s[masks[0]], t[masks[1]], weight=weight, num_items=3)
+    torch.testing.assert_close(actual, torch.stack(expected).mean())
     with pytest.raises(ValueError, match="teacher_labels must have 3 rows on cpu"):
         common_positions(labels[0], labels[1][:2])
     with pytest.raises(TypeError, match="student_labels must be an int64 tensor"):
@@ -670,12 +672,12 @@ def test_policy_distillation() -> None:
         ).sum(-1),
     }
     for form, formula in formulas.items():
-        ours = differentiated(
+        actual = differentiated(
             lambda s, f=form: policy_distillation_loss(s, t, labels, form=f, temperature=0.3), s
         )
         exact = differentiated(lambda s, f=formula: f(s, t)[keep].mean(), s)
-        for mine, true in zip(ours, exact, strict=True):
-            torch.testing.assert_close(mine, true)
+        for computed, true in zip(actual, exact, strict=True):
+            torch.testing.assert_close(computed, true)
         per_row = policy_distillation_loss(s, t, form=form, temperature=0.3, reduction="none")
         torch.testing.assert_close(per_row, formula(s, t))
     with pytest.raises(ValueError, match="teacher requires grad, and its argmax has no gradient"):
@@ -694,11 +696,11 @@ def test_high_temperature_is_logit_matching() -> None:
     value, gradient = gap.square().sum(-1).mean() / 60, gap / 30 / 4
     errors = []
     for temperature in (10.0, 100.0, 1000.0):
-        ours = differentiated(lambda s, T=temperature: fastkd.kd_loss(s, t, temperature=T), s)
+        actual = differentiated(lambda s, T=temperature: fastkd.kd_loss(s, t, temperature=T), s)
         errors.append(
             (
-                (ours[0] - value).abs() / value,
-                (ours[1] - gradient).abs().max() / gradient.abs().max(),
+                (actual[0] - value).abs() / value,
+                (actual[1] - gradient).abs().max() / gradient.abs().max(),
             )
         )
     assert max(errors[-1]) < 0.01
@@ -769,9 +771,11 @@ def test_importing_fastkd_loads_none_of_it() -> None:
 def test_an_argmax_that_is_the_ignored_label() -> None:
     """ignore_index is one of labels; that the teacher's best token has its number drops nothing."""
     student, teacher = torch.randn(2, 5), 3.0 * torch.eye(5)[:2]
-    found = policy_distillation_loss(student, teacher, form="nll", ignore_index=0, reduction="none")
+    actual = policy_distillation_loss(
+        student, teacher, form="nll", ignore_index=0, reduction="none"
+    )
     exact = torch.nn.functional.cross_entropy(student, teacher.argmax(-1), reduction="none")
-    torch.testing.assert_close(found, exact)
+    torch.testing.assert_close(actual, exact)
     labels = torch.tensor([3, 0])
     dropped = policy_distillation_loss(
         student, teacher, labels, form="nll", ignore_index=0, reduction="none"

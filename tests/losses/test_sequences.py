@@ -78,7 +78,7 @@ class Script(nn.Module):
 @pytest.mark.parametrize("wrapped", [True, False])
 def test_labels_are_the_completion(left: bool, wrapped: bool) -> None:
     teacher = Script([[4, EOS, PAD, PAD], [3, 3, 3, 3], [PAD, 5, 6, EOS]])
-    found = teacher_targets(
+    actual = teacher_targets(
         teacher,
         *padded(PROMPTS, left),
         pad_token_id=PAD,
@@ -94,10 +94,10 @@ def test_labels_are_the_completion(left: bool, wrapped: bool) -> None:
     answers = [[4, EOS], [3, 3, 3, 3], [PAD, 5, 6, EOS]]
     rows = [prompt + answer for prompt, answer in zip(PROMPTS, answers, strict=True)]
     ids, mask = padded(rows, left=False)
-    assert torch.equal(found.input_ids, ids) and torch.equal(found.attention_mask, mask)
+    assert torch.equal(actual.input_ids, ids) and torch.equal(actual.attention_mask, mask)
     for i, (prompt, answer) in enumerate(zip(PROMPTS, answers, strict=True)):
         end = len(prompt) + len(answer)
-        assert found.labels[i].tolist() == [-100] * len(prompt) + answer + [-100] * (9 - end)
+        assert actual.labels[i].tolist() == [-100] * len(prompt) + answer + [-100] * (9 - end)
 
 
 def test_where_completions_end() -> None:
@@ -141,8 +141,8 @@ def test_a_batch_is_as_prompts_one_by_one(models: tuple[Any, Any]) -> None:
     output = teacher(together.input_ids, together.attention_mask, labels=together.labels)
     logits, labels = shift(output.logits, together.labels)
     torch.testing.assert_close(F.cross_entropy(logits.flatten(0, 1), labels.flatten()), output.loss)
-    ours = fastkd.kd_loss(logits, logits.detach(), labels, alpha=0.0)
-    torch.testing.assert_close(ours, output.loss)
+    actual = fastkd.kd_loss(logits, logits.detach(), labels, alpha=0.0)
+    torch.testing.assert_close(actual, output.loss)
     teacher.train()
 
 
@@ -158,20 +158,20 @@ def batch() -> dict[str, Tensor]:
 def test_loss_on_the_dataset(models: tuple[Any, Any], beta: float) -> None:
     """D of the next token's distributions over completions, by a loop over positions."""
     student, teacher = models
-    given = batch()
+    inputs = batch()
     student.eval()
     step = gkd_step(
-        student, teacher, given, pad_token_id=PAD, on_policy_fraction=0.0, beta=beta, temperature=2.0,
+        student, teacher, inputs, pad_token_id=PAD, on_policy_fraction=0.0, beta=beta, temperature=2.0,
         scale_by_temperature=False,
     )  # fmt: skip
     assert not step.on_policy and teacher.training
     assert all(p.grad is None for p in teacher.parameters())
-    s = student(given["input_ids"], given["attention_mask"]).logits
+    s = student(inputs["input_ids"], inputs["attention_mask"]).logits
     with torch.no_grad():
-        t = teacher.eval()(given["input_ids"], given["attention_mask"]).logits
+        t = teacher.eval()(inputs["input_ids"], inputs["attention_mask"]).logits
     teacher.train()
     values = []
-    for row, position in (given["labels"] != -100).nonzero().tolist():
+    for row, position in (inputs["labels"] != -100).nonzero().tolist():
         p, q = (z[row, position - 1].div(2.0).softmax(-1) for z in (t, s))
         m = beta * p + (1 - beta) * q
         kl = {0.0: (p, q), 1.0: (q, p)}.get(beta)
@@ -180,9 +180,9 @@ def test_loss_on_the_dataset(models: tuple[Any, Any], beta: float) -> None:
         else:
             values.append(beta * (p * (p / m).log()).sum() + (1 - beta) * (q * (q / m).log()).sum())
     torch.testing.assert_close(step.loss, torch.stack(values).mean(), rtol=1e-4, atol=1e-6)
-    ours = torch.autograd.grad(step.loss, list(student.parameters()))
-    theirs = torch.autograd.grad(torch.stack(values).mean(), list(student.parameters()))
-    for a, b in zip(ours, theirs, strict=True):
+    actual = torch.autograd.grad(step.loss, list(student.parameters()))
+    reference = torch.autograd.grad(torch.stack(values).mean(), list(student.parameters()))
+    for a, b in zip(actual, reference, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-6)
     student.train()
 
@@ -221,7 +221,7 @@ def test_on_policy(models: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch) -> 
     again = gkd_step(student, teacher, inputs, pad_token_id=PAD, on_policy_fraction=0.0)
     torch.testing.assert_close(again.loss, steps[0].loss)
     # Prompts of its own, and a wrapped student.
-    given = batch() | dict(
+    arguments = batch() | dict(
         zip(("prompts", "prompt_attention_mask"), padded([[3, 4], [6], [7, 9]], True), strict=True)
     )
 
@@ -230,11 +230,11 @@ def test_on_policy(models: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch) -> 
             super().__init__()
             self.module = student
 
-        def forward(self, **given: Any) -> Any:
-            return self.module(**given)
+        def forward(self, **arguments: Any) -> Any:
+            return self.module(**arguments)
 
     student.train()
-    assert gkd_step(Wrapped(), teacher, given, **options).on_policy
+    assert gkd_step(Wrapped(), teacher, arguments, **options).on_policy
     assert written[-1].input_ids[:, 0].tolist() == [3, 6, 7]
     assert student.training and student.model.training
 
@@ -259,9 +259,9 @@ def test_processes_of_one_seed_take_one_branch(models: tuple[Any, Any]) -> None:
 
 def test_no_label_and_unequal_vocabularies(models: tuple[Any, Any]) -> None:
     student, teacher = models
-    given = batch()
-    given["labels"] = torch.full_like(given["labels"], -100)
-    step = gkd_step(student, teacher, given, pad_token_id=PAD, on_policy_fraction=0.0)
+    arguments = batch()
+    arguments["labels"] = torch.full_like(arguments["labels"], -100)
+    step = gkd_step(student, teacher, arguments, pad_token_id=PAD, on_policy_fraction=0.0)
     step.loss.backward()
     assert step.loss == 0 and all((p.grad == 0).all() for p in student.parameters())
     student.zero_grad()

@@ -104,10 +104,10 @@ def real() -> tuple[Case, ...]:
 @functools.cache
 def _known(name: str, parameters: tuple[tuple[str, float], ...], case: str) -> tuple[Outcome, ...]:
     """(exact, plain)."""
-    found = {case.name: case for case in (*made_up(), *real())}[case]
+    results = {case.name: case for case in (*made_up(), *real())}[case]
     options: dict[str, Any] = {"divergence": name, "parameters": dict(parameters)}
     return tuple(
-        sure_rows.plain(found, dtype, **options) for dtype in (torch.float64, torch.float32)
+        sure_rows.plain(results, dtype, **options) for dtype in (torch.float64, torch.float32)
     )
 
 
@@ -128,11 +128,11 @@ def hold(backend: str, variant: tuple[str, dict[str, float]], cases: tuple[Case,
     worse = []
     for case in cases:
         exact, plain = _known(name, tuple(parameters.items()), case.name)
-        found = sure_rows.run(
+        actual = sure_rows.run(
             lambda s, t: kd_loss(s, t, divergence=divergence, reduction="none", backend=backend),
             case,
         )
-        for what, ratio in sure_rows.ratios(found, plain, exact, bar.units)._asdict().items():
+        for what, ratio in sure_rows.ratios(actual, plain, exact, bar.units)._asdict().items():
             if not ratio <= bar.ratio * (1 + 1e-6):
                 worse.append(f"{what} of {case.name}: {ratio:.3g} times the error of PyTorch")
     assert not worse, "\n".join(worse)
@@ -159,13 +159,13 @@ def hold_with(
         exact, plain = (
             sure_rows.plain(case, dtype, **formula) for dtype in (torch.float64, torch.float32)
         )
-        found = sure_rows.run(
+        actual = sure_rows.run(
             lambda s, t, formula=formula: kd_loss(
                 s, t, reduction="none", backend=backend, **formula
             ),
             case,
         )
-        for what, ratio in sure_rows.ratios(found, plain, exact, bar.units)._asdict().items():
+        for what, ratio in sure_rows.ratios(actual, plain, exact, bar.units)._asdict().items():
             if not ratio <= bar.ratio * (1 + 1e-6):
                 worse.append(f"{what} of {case.name}: {ratio:.3g} times the error of PyTorch")
     assert not worse, "\n".join(worse)
@@ -199,10 +199,10 @@ def hold_digits(backend: str, name: str) -> None:
     """Value and gradients are right to 1e-4. PyTorch has no digit of a sure token's gradient: no ratio would tell."""
     case = {case.name: case for case in narrow()}["peaked 1e-09, same tops, V = 40"]
     exact, _ = _known(name, (), case.name)
-    found = sure_rows.run(
+    actual = sure_rows.run(
         lambda s, t: kd_loss(s, t, divergence=name, reduction="none", backend=backend), case
     )
-    assert all(error < 1e-4 for error in sure_rows.errors(found, exact, math.inf, 0.0))
+    assert all(error < 1e-4 for error in sure_rows.errors(actual, exact, math.inf, 0.0))
 
 
 @variants
