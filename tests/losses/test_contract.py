@@ -395,7 +395,9 @@ def _batches_without_counted_rows() -> dict[str, Callable[[], dict[str, Any]]]:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("case", _batches_without_counted_rows().values(), ids=_batches_without_counted_rows())
+@pytest.mark.parametrize(
+    "case", _batches_without_counted_rows().values(), ids=_batches_without_counted_rows()
+)
 def test_a_batch_without_a_counted_row_has_loss_0(
     any_backend: str, case: Callable[[], dict[str, Any]], dtype: torch.dtype
 ) -> None:
@@ -435,9 +437,7 @@ def test_a_batch_without_a_counted_row_has_loss_0(
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 @pytest.mark.parametrize("items", [0, 0.0])
-def test_num_items_of_0_gives_loss_0(
-    any_backend: str, items: float, dtype: torch.dtype
-) -> None:
+def test_num_items_of_0_gives_loss_0(any_backend: str, items: float, dtype: torch.dtype) -> None:
     """With num_items = 0 on the device, as a trainer counts it, the loss is 0 and not 0 / 0."""
     student = logits(3, 7, seed=15, dtype=dtype).requires_grad_()
     loss = kd_loss(

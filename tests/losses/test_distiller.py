@@ -1,4 +1,4 @@
-"""The Distiller: the numbers of a loop written by hand, and what it leaves of its models."""
+"""The Distiller: same results as a hand-written loop, and no traces left in its models."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def hooks(*models: nn.Module) -> int:
     return sum(len(module._forward_hooks) for model in models for module in model.modules())
 
 
-def by_hand(
+def hand_written_loss(
     student: Net, teacher: Net, regressor: nn.Module, images: Tensor, labels: Tensor
 ) -> Tensor:
     def layers(net: Net) -> list[Tensor]:
@@ -56,14 +56,16 @@ def step(distiller: Any, *inputs: Any, **options: Any) -> tuple[Tensor, dict[str
 
 @pytest.fixture
 def expected() -> tuple[Tensor, dict[str, Tensor]]:
-    """Of the batch: the loss and its gradients, by hand."""
+    """The loss of the batch and its gradients, from the hand-written loop."""
     distiller = Distiller(*pair(), terms())
-    loss = by_hand(distiller.student, distiller.teacher, distiller.losses.hint.regressor, *batch())
+    loss = hand_written_loss(
+        distiller.student, distiller.teacher, distiller.losses.hint.regressor, *batch()
+    )
     loss.backward()
     return loss.detach(), gradients(distiller)
 
 
-def test_a_loop_by_hand(expected: Any) -> None:
+def test_a_hand_written_loop_gives_the_same_numbers(expected: Any) -> None:
     images, labels = batch()
     with Distiller(*pair(), terms()) as distiller:
         close(step(distiller, images, labels=labels), expected)
@@ -119,7 +121,7 @@ def test_compiled(expected: Any, how: str) -> None:
     assert distiller._of_student.caught == [None, None]
 
 
-def test_a_model_compiled_and_run_before_is_an_error() -> None:
+def test_a_model_that_was_compiled_and_run_before_is_refused() -> None:
     torch.compiler.reset()
     student, teacher = pair()
     student = torch.compile(student, backend="aot_eager")
@@ -139,7 +141,7 @@ def test_autocast() -> None:
     assert {part.dtype for part in parts.values()} == {torch.float32} == {loss.dtype}
 
 
-def test_the_teacher_is_left_as_it_was() -> None:
+def test_the_teacher_is_unchanged() -> None:
     student, teacher = pair()
     teacher.layer1.eval()
     modes = [module.training for module in teacher.modules()]
@@ -201,7 +203,7 @@ def test_parameters_and_state(tmp_path: Any) -> None:
         other.load_state_dict(state | {"student.head.weight": before["head.weight"]})
 
 
-def test_hooks_and_what_they_caught_are_gone() -> None:
+def test_hooks_and_captured_outputs_are_released() -> None:
     student, teacher = pair()
     images, labels = batch()
     with Distiller(student, teacher, terms()) as distiller:
@@ -226,8 +228,8 @@ def test_hooks_and_what_they_caught_are_gone() -> None:
     assert hooks(student, teacher) == 0
 
 
-class Odd(Net):
-    """Layers that are used in ways that a hook must notice."""
+class OddLayers(Net):
+    """A model that uses its layers in ways that a hook must notice."""
 
     def __init__(self, way: str) -> None:
         super().__init__(4)
@@ -261,8 +263,10 @@ class Odd(Net):
         ("reentrant", "ran without gradients.*use_reentrant=False"),
     ],
 )
-def test_layers_that_cannot_be_caught(way: str, message: str) -> None:
-    distiller = Distiller(Odd(way), pair()[1], {"at": Term(attention_transfer_loss, "layer2")})
+def test_layers_that_cannot_be_captured_raise(way: str, message: str) -> None:
+    distiller = Distiller(
+        OddLayers(way), pair()[1], {"at": Term(attention_transfer_loss, "layer2")}
+    )
     with pytest.raises(RuntimeError, match=message):
         distiller(batch()[0])
     assert distiller._of_student.caught == [None]
@@ -272,7 +276,7 @@ def test_checkpointing_changes_nothing() -> None:
     results = []
     for way in ("plainly", "checkpointed"):
         torch.manual_seed(3)
-        student = Odd(way)
+        student = OddLayers(way)
         distiller = Distiller(student, pair()[1], terms())
         images, labels = batch()
         results.append(step(distiller, images, labels=labels))
@@ -280,16 +284,16 @@ def test_checkpointing_changes_nothing() -> None:
     close(results[0], results[1])
 
 
-def test_weights_follow_the_step() -> None:
+def test_weights_may_depend_on_the_step() -> None:
     images, _ = batch()
     calls = []
 
-    def counted(student: Tensor, teacher: Tensor) -> Tensor:
+    def counting_loss(student: Tensor, teacher: Tensor) -> Tensor:
         calls.append(student.shape)
         return (student.mean() - teacher.mean()) ** 2
 
     losses = {
-        "hint": Term(counted, "layer1", weight=lambda step: 1.0 if step < 2 else 0.0),
+        "hint": Term(counting_loss, "layer1", weight=lambda step: 1.0 if step < 2 else 0.0),
         "kd": Term(fastkd.KDLoss(), weight=lambda step: 0.25 * step),
     }
     distiller = Distiller(*pair(), losses)
@@ -304,7 +308,7 @@ def test_weights_follow_the_step() -> None:
         nothing(images)
 
 
-def test_a_teacher_that_spoke_before() -> None:
+def test_teacher_outputs_can_be_passed_in() -> None:
     student, teacher = pair()
     images, _ = batch()
     losses = {"kd": Term(fastkd.KDLoss()), "at": Term(attention_transfer_loss, "layer1")}
@@ -319,7 +323,7 @@ def test_a_teacher_that_spoke_before() -> None:
         alone(images, teacher_output=output)
     with pytest.raises(ValueError, match="teacher_output must be given"):
         alone(images, teacher_layers={"layer1": layer})
-    teacher.forward = None  # it is not asked
+    teacher.forward = None  # the teacher is not run
     close(Distiller(student, teacher, {"kd": losses["kd"]})(
         images, teacher_output=output)[1]["kd"], parts["kd"])  # fmt: skip
 
@@ -328,14 +332,14 @@ def test_a_teacher_that_spoke_before() -> None:
 def llamas() -> tuple[Any, Any]:
     import transformers
 
-    def made(width: int, layers: int) -> Any:
+    def build_llama(width: int, layers: int) -> Any:
         torch.manual_seed(width)
         return transformers.LlamaForCausalLM(transformers.LlamaConfig(
             vocab_size=31, hidden_size=width, intermediate_size=2 * width, num_hidden_layers=layers,
             num_attention_heads=2, num_key_value_heads=1, max_position_embeddings=16,
         ))  # fmt: skip
 
-    return made(8, 2), made(12, 3)
+    return build_llama(8, 2), build_llama(12, 3)
 
 
 @pytest.mark.stacks
@@ -406,7 +410,7 @@ def test_data_parallel(processes: Processes, expected: Any, stage: bool) -> None
         close({name: process["gradients"][name] for name in wanted}, wanted)
 
 
-def test_what_outputs_hold() -> None:
+def test_contents_of_outputs() -> None:
     tensor, other = torch.zeros(1), torch.ones(1)
     for output in (tensor, (None, tensor, other), [tensor], {"a": 1, "b": tensor}):
         assert first_tensor(output) is tensor

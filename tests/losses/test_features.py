@@ -162,7 +162,9 @@ def test_hint_reductions() -> None:
     close = torch.testing.assert_close
     close(hint_loss(student, teacher, mask=mask, reduction="none"), per_example)
     close(hint_loss(student, teacher, mask=mask, reduction="sum"), per_example.sum())
-    close(hint_loss(student, teacher, mask=mask), per_example.sum() / 2)  # one example has no position left
+    close(
+        hint_loss(student, teacher, mask=mask), per_example.sum() / 2
+    )  # one example has no position left
     close(hint_loss(student, teacher, mask=mask, reduction="mean_square"), squares[mask].mean())
     close(hint_loss(student, teacher, reduction="mean_square"), F.mse_loss(student, teacher))
     of_examples = torch.tensor([True, False, True])

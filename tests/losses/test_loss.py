@@ -237,7 +237,10 @@ def test_reductions(any_backend: str, with_labels: bool, dtype: torch.dtype) -> 
     assert rows.shape == (2, 4)
     for reduction, denominator in (
         ("sum", 1),
-        ("mean", 5 if with_labels else 8),  # the number of counted rows, not V or the sum of weights
+        (
+            "mean",
+            5 if with_labels else 8,
+        ),  # the number of counted rows, not V or the sum of weights
         ("batchmean", 2),
     ):
         call = {"reduction": reduction, "weight": weight}

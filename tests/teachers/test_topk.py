@@ -69,11 +69,11 @@ def backend(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
 
-def _once_in_triton(everywhere: str, test: str, given: dict[str, Any]) -> bool:
+def _once_in_triton(everywhere: str, test: str, parameters: dict[str, Any]) -> bool:
     """One case of a test is enough for Triton's interpreter, at a second a call."""
     chosen = {**IN_TRITON, "tail": TAILS[zlib.crc32(test.encode()) % 4]}
     return everywhere != "triton" or all(
-        given.get(name, value) == value for name, value in chosen.items()
+        parameters.get(name, value) == value for name, value in chosen.items()
     )
 
 
