@@ -218,7 +218,7 @@ def group(
 
 
 # Widths: the label alone, less than a vector, an unaligned width, one block of the CPU kernel, one column more, two
-# blocks and a column. Numbers of students: those that have a kernel of their own there, and the first beyond.
+# blocks and a column. Numbers of students: those with their own CPU kernel, and the first number without one.
 @pytest.mark.only_where(
     lambda backend, columns: backend == "cpu" or columns != 2048
 )  # the CPU kernel works in blocks
