@@ -770,6 +770,10 @@ FASTKD_CALL void close_statistics(const Call& call, RowState& row) {
   const bool overflows = (row.flags & LOWS) && ((all.s_low - row.student.top) * row.student.rate == -INF ||
                                                 (all.t_low - row.teacher.top) * row.teacher.rate == -INF);
   row.finite = row.log_0 || (!overflows && finite(float(row.phi) + float(row.entropy)));
+  // NaN or +inf is among the logits; a comparison in a definition may lose it. The label's logits may be in neither sum.
+  const double log_sums = s_log_sum + t_log_sum;
+  const bool infinite = all.s_top == INF || all.t_top == INF || (label_is_apart(call) && (row.z_label == INF || row.t_label == INF));
+  if (call.normalized && call.alpha != 0 && (infinite || log_sums != log_sums)) row.weight = NAN;
 }
 
 FASTKD_CALL double sigmoid(double x) { return 1 / (1 + exponential(-x)); }
