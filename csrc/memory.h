@@ -1,6 +1,6 @@
 // Memory for large outputs, lent to torch through DLPack.
 //
-// A fresh 64 MB tensor costs more in page faults than the whole loss costs in arithmetic (bench/loss.py shows both).
+// A fresh 64 MB tensor costs more in page faults than the whole loss costs in arithmetic (bench/studies/loss.py shows both).
 // A buffer that torch gives back is therefore kept for the next call, in huge pages, and marked as free to the kernel
 // (MADV_FREE): under memory pressure its pages are taken away and nothing is lost, without it they are reused as they
 // are. At most two are kept; one that is too small for a request is unmapped first.

@@ -373,8 +373,8 @@ def _launch_splits(launch: Launch, device: torch.device) -> None:
             grid = launch.grid(stage, min(group, launch.num_rows - first_row))
             arguments = (*launch.arguments, split, *launch.constants, LANES, stage)
             # The kernel that the first group's launch has compiled serves the other groups, because `split` is not
-            # specialised. Triton's search for it takes ten times as long as a launch (bench/host.py). The interpreter
-            # returns None instead of a kernel.
+            # specialised. Triton's search for it takes ten times as long as a launch (bench/studies/host.py). The
+            # interpreter returns None instead of a kernel.
             if compiled.get(stage) is None:
                 compiled[stage] = kd_kernel[grid](*arguments, **launch.options)
             else:

@@ -28,7 +28,7 @@ from fastkd.divergences import (
 )
 
 # Kernels receive constants as defaults of parameters. Triton compares a global constexpr at every launch with its value
-# at compile time, which costs 2 us of host time each (bench/host.py).
+# at compile time, which costs 2 us of host time each (bench/studies/host.py).
 LOWEST = torch.finfo(torch.float32).min
 NEGLIGIBLE = log_zero.NEGLIGIBLE
 INFINITE = log_zero.INFINITE

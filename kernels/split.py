@@ -70,8 +70,8 @@ def plan(rows: int, row_bytes: int, sweeps: int, device: Device | None) -> Plan 
     26 us per sweep over 128,256 columns in bfloat16. With fewer rows than multiprocessors, the other multiprocessors
     are idle meanwhile. Each row therefore gets as many programs as fill the device, which take a few us. Each sweep
     then has its own launch, which costs a few us if the host is ahead of the device, and 50 us if the device waits for
-    the host (bench/host.py, two cores of a shared machine). WIDE lies between: two sweeps over such a row take one
-    program 26 us.
+    the host (bench/studies/host.py, two cores of a shared machine). WIDE lies between: two sweeps over such a row take
+    one program 26 us.
 
     Groups. Let b be the bytes of one side. One program per row moves 5 b (7 b without a closed form) if the row pairs
     in flight, two per multiprocessor, exceed L2. Narrower rows are in L2 for the second sweep anyway. A group whose row

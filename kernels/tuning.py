@@ -1,4 +1,4 @@
-"""Timed tiles of rows with one program each. bench/tune.py writes this file, one architecture at a time.
+"""Timed tiles of rows with one program each. bench/studies/tune.py writes this file, one architecture at a time.
 
 No entry has been timed yet, so every tile comes from the rule in `launch.tile`.
 """

@@ -97,9 +97,10 @@ constexpr float LOG2E_HIGH = 1.44269502162933349609375f, LOG2E_LOW = 1.925963033
 
 // exp(x) - 1, and exp(x): 2^k (2^fraction - 1), plus 2^k - 1 or 2^k. Nothing cancels near 0, and both are infinite from
 // 88.3 on. What they have in common is computed once where a definition asks for both of one x.
+template <bool NEGATIVE = false>
 FASTKD_INLINE V exp_less_power(V x, V& power) {
   const float magic = 12582912.0f;
-  const V clamped = at_most(at_least(x, splat(EXP_LOWEST)), splat(EXP_HIGHEST));
+  const V low = at_least(x, splat(EXP_LOWEST)), clamped = NEGATIVE ? low : at_most(low, splat(EXP_HIGHEST));
   const V shifted = clamped * LOG2E_HIGH + magic;
   const V integer = shifted - magic;
   const V fraction = clamped * LOG2E_LOW + (clamped * LOG2E_HIGH - integer);
@@ -167,9 +168,10 @@ FASTKD_INLINE V logaddexp(V a, V b) {
 FASTKD_INLINE V log_mixture(V log_ratio, V share, V rest) {
   const I above = log_ratio > 0.0f;
   const V lower = where(above, rest, share);
-  const V size = -abs(log_ratio);
-  const V change = lower * expm1(size);
-  const V sum = where(above, share, rest) + lower * exp(size);
+  V power;
+  const V more = exp_less_power<true>(-abs(log_ratio), power);
+  const V change = lower * (more + (power - 1.0f));
+  const V sum = where(above, share, rest) + lower * (more + power);
   const I k = ((I)sum - 0x3f3504f3) >> 23;  // sum = 2^k m with m in [sqrt(1/2), sqrt(2))
   const V m = (V)((I)sum - (k << 23));
   const I near = k == 0;

@@ -15,6 +15,7 @@ from fastkd.call import mutual
 from fastkd.call.contract import Options, Result, Rows, ShardCall, Statistics, Want
 from fastkd.core.tensors import address, readable, unit_stride
 
+SPARSE = True  # kd_rows takes sparse teachers too
 _LARGE = 4 << 20  # bytes from which page faults matter: csrc/memory.h
 
 

@@ -16,6 +16,8 @@ from fastkd.backends.registry import BackendUnavailable
 from fastkd.call.contract import Options, Result, Rows, ShardCall, Statistics, Want
 from fastkd.core.tensors import address, readable, unit_stride
 
+SPARSE = True  # kd_rows takes sparse teachers too
+
 
 @functools.cache
 def _capability(device: torch.device) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -14,15 +14,9 @@ from fastkd.core.tensors import precision
 from fastkd.divergences import forward_kl
 
 
-def _of_pair(
-    log_p: Tensor,
-    p: Tensor,
-    log_q: Tensor,
-    q: Tensor,
-    with_logs: Callable[..., tuple[Tensor, ...]],
-) -> Tensor:
+def _of_pair(log_p: Tensor, p: Tensor, log_q: Tensor, q: Tensor) -> Tensor:
     """KL(p || q) of every row."""
-    phi, *_ = with_logs(forward_kl(), log_p, log_q, (p, q))
+    phi, *_ = evaluate(forward_kl(), log_p, log_q, (p, q))
     return phi.sum(-1)
 
 
@@ -65,10 +59,10 @@ def mutual_rows(
         divergence = torch.zeros_like(weight)
         if options.peers == "average":
             mean = sum((p for _, p in others), torch.zeros_like(q)) * share
-            divergence = _of_pair(mean.log(), mean, log_q, q, evaluate)
+            divergence = _of_pair(mean.log(), mean, log_q, q)
         else:
             for log_p, p in others:
-                divergence = divergence + share * _of_pair(log_p, p, log_q, q, evaluate)
+                divergence = divergence + share * _of_pair(log_p, p, log_q, q)
         factor = options.peer_weight * t_squared
         divergences.append(divergence * factor if factor else torch.zeros_like(divergence))
         gradient = sum((q - p for _, p in others), torch.zeros_like(q))

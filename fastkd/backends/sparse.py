@@ -14,8 +14,8 @@ where rows.weight is there, 0 in a row that is dropped and NaN in one that is no
 the vocabulary, each gathers the events of its own columns (-inf for tokens and labels that are another's), and
 :func:`merged` makes the row's of them.
 
-The cpu and cuda backends have neither step: their kd_rows takes sparse teachers itself, while a row is in the cache
-(csrc/cpu/topk.h).
+The cpu and cuda backends have neither step. Their kd_rows takes sparse teachers itself, while a row is in the cache
+(csrc/cpu/topk.h), and SPARSE = True says so.
 """
 
 from __future__ import annotations

@@ -327,19 +327,26 @@ def kd_rows(
     numbers: those of a graph that is being compiled (fastkd.call.checks.Prepared).
     """
     want = want._replace(deferred=_defers(student, teacher, want))
-    if torch.compiler.is_compiling() and not want.inplace:
-        assert numbers is not None
+    compiling = torch.compiler.is_compiling()
+    if compiling and numbers is not None and not want.inplace:
         results = kd_rows_op(student, teacher, *rows, backend, *as_schema(options, want, numbers))
         loss = results[1] if summed else results[0]
         return (loss, *(part.detach() if want.parts else None for part in results[4:]))
-    if numbers is None:
-        return KDRows.apply(student, teacher, rows, options, want, backend, summed)
-    # kd_loss has broken the graph, but the compiler took its validation for one.
     arguments = (student, teacher, rows, options, want, backend, summed)
+    if numbers is None and not compiling:
+        return KDRows.apply(*arguments)
+    # The graph was broken inside kd_loss, so that its validation was compiled and this is not, or the other way round.
     return torch.compiler.disable(_run_eagerly)(numbers, *arguments)
 
 
 def _run_eagerly(
-    numbers: Numbers, student: Tensor, teacher: Tensor, rows: Rows, options: Options, *rest: Any
+    numbers: Numbers | None,
+    student: Tensor,
+    teacher: Tensor,
+    rows: Rows,
+    options: Options,
+    *rest: Any,
 ) -> tuple[Tensor | None, ...]:
-    return KDRows.apply(student, teacher, rows, settled(options, numbers, rows), *rest)
+    if numbers is not None:
+        options = settled(options, numbers, rows)
+    return KDRows.apply(student, teacher, rows, options, *rest)

@@ -372,7 +372,7 @@ def kd_chunks(
         logits_dtype = dtype if student.weight is None else wide(dtype)
     chunk_size, memory_budget = checked_sizes(chunk_size, memory_budget)
     compiling = torch.compiler.is_compiling()
-    if compiling and not want.inplace and numbers is not None:
+    if compiling and numbers is not None and not want.inplace:
         results = kd_chunks_op(
             *student,
             tensors,
@@ -392,15 +392,14 @@ def kd_chunks(
     call = _Call(
         options, want, wanted, backend, form, weights, chunk_size, memory_budget, logits_dtype
     )
-    if numbers is None:
-        # A compiler that has left the graph within the validation may be back: what it has is checked already.
-        run = torch.compiler.disable(KDChunks.apply) if compiling else KDChunks.apply
-        return run(*student, tensors, rows, call, summed)
+    if numbers is None and not compiling:
+        return KDChunks.apply(*student, tensors, rows, call, summed)
+    # As in fastkd.engine.autograd: the graph was broken inside the validation.
     return torch.compiler.disable(_run_eagerly)(numbers, *student, tensors, rows, call, summed)
 
 
 def _run_eagerly(
-    numbers: Numbers,
+    numbers: Numbers | None,
     hidden: Tensor,
     weight: Any,
     bias: Any,
@@ -409,6 +408,6 @@ def _run_eagerly(
     call: _Call,
     *rest: Any,
 ) -> tuple[Tensor | None, ...]:
-    # As in fastkd.engine.autograd: the graph is broken.
-    call = call._replace(options=settled(call.options, numbers, rows))
+    if numbers is not None:
+        call = call._replace(options=settled(call.options, numbers, rows))
     return KDChunks.apply(hidden, weight, bias, teacher, rows, call, *rest)

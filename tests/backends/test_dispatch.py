@@ -359,7 +359,7 @@ def _python(code: str, **environment: str) -> str:
 
 
 def test_import_loads_torch_alone() -> None:
-    """What an import costs in time is measured by bench/imports.py; what it may load is the same on any machine."""
+    """bench/studies/imports.py measures how long an import takes; what it may load is the same on any machine."""
     say = "print(*__import__('sys').modules, sep='\\n')"
     with_torch = set(_python(f"import torch; {say}").splitlines())
     added = set(_python(f"import torch, fastkd; {say}").splitlines()) - with_torch

@@ -253,7 +253,7 @@ def test_chunks_of_other_tokens() -> None:
     with pytest.raises(ValueError, match="got 3 and 3 chunks, 9 tokens of the student and labels"):
         loss(student.chunk(3, 1), student.chunk(3, 1), labels[:, :8])
     with pytest.raises(
-        ValueError, match="student_logits must be a list of chunks .* there is ForwardKLLoss"
+        ValueError, match="student_logits must be a list of chunks .* use ForwardKLLoss"
     ):
         loss(student, student, labels)
     with pytest.raises(ValueError, match="teacher_logits must have the shape of student_logits"):

@@ -418,7 +418,7 @@ def test_what_a_page_quotes_is_in_the_source() -> None:
     blocks_of_files = re.findall(r"^```\w+ title=(\S+)\n(.*?)^```$", text, re.S | re.M)
     assert blocks_of_files
     for file, body in blocks_of_files:
-        assert body in (ROOT / file).read_text(encoding="utf-8"), file
+        assert body in (ROOT / file).read_text(encoding="utf-8"), f"{file}: run python docs/walk.py"
     named = re.findall(r"`((?:fastkd|csrc|kernels)/[\w/.]+)`\s+`(\w+)`", text)
     assert len(named) > 20
     missing = [
@@ -483,9 +483,9 @@ def test_formulas_are_typeset() -> None:
         assert formulas.is_formula(block), f"an indented block that is no formula: {block}"
         ElementTree.fromstring(formulas.block(block))
     assert not formulas.is_formula("    loss = fastkd.kd_loss(student_logits, teacher_logits)\n")
-    assert formulas.inline("½ Σ (√p - q)²") == (
+    assert formulas.inline("½ Σ (√p + q)²") == (
         '<math><mfrac><mn>1</mn><mn>2</mn></mfrac><mspace width="0.17em"/><mo>Σ</mo><mspace width="0.17em"/>'
-        "<msup><mrow><mo>(</mo><msqrt><mi>p</mi></msqrt><mo>−</mo><mi>q</mi><mo>)</mo></mrow><mrow><mn>2</mn></mrow>"
+        "<msup><mrow><mo>(</mo><msqrt><mi>p</mi></msqrt><mo>+</mo><mi>q</mi><mo>)</mo></mrow><mrow><mn>2</mn></mrow>"
         "</msup></math>"
     )
 

@@ -37,6 +37,8 @@ def cuts(width: int, vocabulary: int, shares: tuple[float, ...]) -> list[Cut]:
 class InShards:
     """The kernels of a backend, cut by shares; as a backend's module is."""
 
+    SPARSE = True
+
     def __init__(self, kernels: ModuleType, shares: tuple[float, ...]) -> None:
         self.kernels, self.shares = kernels, shares
         self.scale_rows_, self.empty = kernels.scale_rows_, kernels.empty

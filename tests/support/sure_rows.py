@@ -9,7 +9,8 @@ contender: the root of the mean of the squares of its rows' errors, as in a sing
 error below a few units in the last place counts as those few, for all of a float32's digits are there; nor is one below
 float64's own.
 
-Nothing here uses a kernel; bench/accuracy.py prints the ratios, tests/losses/test_sure_rows.py holds them to a bar.
+Nothing here uses a kernel; bench/studies/accuracy.py prints the ratios, and tests/losses/test_sure_rows.py holds them
+to a bar.
 """
 
 from __future__ import annotations
