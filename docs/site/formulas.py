@@ -173,7 +173,8 @@ def _word(text: str) -> Item:
         letter = f"<mi>{GREEK.get(stem, stem)}</mi>"
         return Item("operand", f"<msup>{letter}<mo>{prime}</mo></msup>" if prime else letter)
     if set(stem) <= set("ab") or re.fullmatch("d[a-zA-Z]", stem):
-        return Item("operand", "".join(f"<mi>{letter}</mi>" for letter in stem))
+        letters = "".join(f"<mi>{letter}</mi>" for letter in stem)
+        return Item("operand", f"<mrow>{letters}</mrow>", letters)
     return Item("text", f"<mtext>{html.escape(text)}</mtext>")
 
 

@@ -1,9 +1,9 @@
 """Hooks of the documentation site (mkdocs.yml).
 
-- Pages may link to files of the checkout, such as ``../README.md`` or ``../examples/distributed.py``, as they must in the
+- Pages link to files of the checkout, such as ``../README.md`` or ``../examples/distributed.py``, as they must in the
   checkout. The site has these files as pages too: Markdown at its own path, any other file as text under source/.
-- ``<!-- on the site: FILE.md#section -->`` is replaced by that section, and ``<!-- on the site: img/bench/*.svg -->`` by
-  these plots, so that each stands in one place.
+- ``<!-- on the site: FILE.md#section -->`` is replaced by that section, and
+  ``<!-- on the site: img/bench/*.svg -->`` by these plots, so that each stands in one place.
 - Formulas are typeset (formulas.py), and drawings become part of the page.
 """
 

@@ -276,7 +276,10 @@ def test_a_checkout_that_was_not_built(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(registry, "_built", dict)
     registry.available_backends.cache_clear()
     why = fastkd.available_backends()["cpu"]
-    assert why is not None and why.reason == "this is a checkout, whose extension is not built"
+    assert (
+        why is not None
+        and why.reason == "this is a source checkout, and its extension has not been built"
+    )
     assert "make build" in why.remedy
 
 

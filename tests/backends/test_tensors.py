@@ -334,7 +334,7 @@ KINDS: dict[str, tuple[Callable[[Tensor], Tensor], str]] = {
     "sparse": (lambda x: x.to_sparse(), "must be dense, got a tensor of layout torch.sparse_coo"),
     "nested": (_nested, "must be dense, got a nested tensor"),
     "strided nested": (lambda x: torch.nested.as_nested_tensor(list(x)), "got a nested tensor"),
-    "fake": (lambda x: FakeTensorMode().from_tensor(x), "holds no numbers, got a FakeTensor"),
+    "fake": (lambda x: FakeTensorMode().from_tensor(x), "must have values, got a FakeTensor"),
     "meta": (lambda x: x.to("meta"), "meta"),
 }
 # Those of which a message speaks by another name than every_loss has.

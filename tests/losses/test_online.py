@@ -771,7 +771,7 @@ def test_backends_that_cannot(monkeypatch: pytest.MonkeyPatch) -> None:
         mutual_loss(students, backend="cuda")
     monkeypatch.setattr("fastkd.backends.registry.select", lambda *call: "cuda")
     monkeypatch.setattr("fastkd.backends.registry.load", lambda backend: object())
-    with pytest.raises(BackendUnavailable, match="no kernel of mutual learning"):
+    with pytest.raises(BackendUnavailable, match="no kernel for mutual learning"):
         mutual_loss(students)
     monkeypatch.undo()
     with pytest.raises(BackendUnavailable, match="float64"):

@@ -1832,7 +1832,7 @@ CONSTRUCTED: list[tuple[dict[str, Any], type[Exception], str]] = [
     (
         {"logprobs": LOGPROBS.to(META)},
         ValueError,
-        "logprobs must be on cpu, where ids are; got meta",
+        "logprobs must be on cpu, the device of ids; got meta",
     ),
     (
         {"tail": "zero"},
@@ -1858,12 +1858,12 @@ CONSTRUCTED: list[tuple[dict[str, Any], type[Exception], str]] = [
     (
         {"tail_logprob": torch.zeros(3, 1)},
         ValueError,
-        "tail_logprob must have one value a row, shape (3,); got (3, 1)",
+        "tail_logprob must have one value per row, shape (3,); got (3, 1)",
     ),
     (
         {"tail_logprob": torch.zeros(3, device=META)},
         ValueError,
-        "tail_logprob must be on cpu, where ids are; got meta",
+        "tail_logprob must be on cpu, the device of ids; got meta",
     ),
     ({"temperature": torch.ones(())}, TypeError, "temperature must be a number, got Tensor"),
     ({"temperature": "1"}, TypeError, "temperature must be a number, got str"),
