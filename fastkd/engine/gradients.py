@@ -170,9 +170,8 @@ class Differentiable(torch.autograd.Function):
         if want.deferred:
             # The logits are needed again if the graph is kept.
             want = want._replace(deferred=False, inplace=want.inplace and not graph_is_kept())
-            gradients = loss.compute(
-                *saved, rows=with_upstream(rows, upstream), want=want
-            ).gradients
+            rows = with_upstream(rows, upstream)
+            gradients = loss.compute(*saved, rows, loss.options, want).gradients
             if want.inplace:
                 torch.autograd.graph.increment_version(saved[0])
         else:
