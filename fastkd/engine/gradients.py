@@ -57,6 +57,11 @@ class Loss(NamedTuple):
     scale_rows_: Callable[[Tensor, Tensor], None]  # the backend's: multiplies a gradient in place
 
 
+def _is_computed(*_: Any) -> Any:
+    """Stands for a computation that only the forward runs."""
+    raise AssertionError("the gradient was saved by the forward")
+
+
 def graph_is_kept() -> bool:
     """Whether the running backward was asked to retain its graph; True where torch cannot tell."""
     ask = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
@@ -145,7 +150,9 @@ class Differentiable(torch.autograd.Function):
         if want.inplace and not want.deferred:
             assert inputs[0] is not None
             torch.autograd.graph.increment_version(inputs[0])
-        ctx.loss, ctx.count = loss, len(inputs)
+        # Only a deferred loss keeps its computation, which may hold tensors.
+        ctx.loss = loss if want.deferred else loss._replace(compute=_is_computed)
+        ctx.count = len(inputs)
         ctx.dtypes = [None if x is None else x.dtype for x in inputs[:trained]]
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(*(part for part in computed.parts if part is not None))
