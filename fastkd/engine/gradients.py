@@ -172,7 +172,8 @@ class Differentiable(torch.autograd.Function):
     def _gradients(ctx: Any, upstream: Tensor) -> list[Tensor | None]:
         loss, want = ctx.loss, ctx.loss.want
         fields = len(Rows._fields)
-        rows, saved = Rows(*ctx.saved_tensors[:fields]), ctx.saved_tensors[fields:]
+        tensors = ctx.saved_tensors  # read once: activation checkpointing raises at a second time
+        rows, saved = Rows(*tensors[:fields]), tensors[fields:]
         upstream = of_counted_rows(upstream, rows, loss.options.ignore_index)
         if want.deferred:
             # The logits are needed again if the graph is kept.
