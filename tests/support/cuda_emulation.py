@@ -54,7 +54,7 @@ def compile_host(
         for header in (
             *(ROOT / "csrc" / "cuda").glob("*.[hc]*"),
             *(ROOT / "csrc").glob("*.h"),
-            ROOT / "csrc" / "generated" / "divergences.h",
+            *(ROOT / "csrc" / "generated").glob("*.h"),
         ):
             copy = csrc / header.relative_to(ROOT / "csrc")
             copy.parent.mkdir(parents=True, exist_ok=True)
@@ -100,7 +100,7 @@ def host() -> ModuleType:
     files = [
         *sorted((ROOT / "csrc" / "cuda").iterdir()),
         *sorted((ROOT / "csrc").glob("*.h")),
-        ROOT / "csrc" / "generated" / "divergences.h",
+        *sorted((ROOT / "csrc" / "generated").glob("*.h")),
         HARNESS,
         HARNESS.with_suffix(".h"),
     ]
