@@ -24,7 +24,7 @@ struct Call : Loss {
 
   // Filled in by prepare (row.h): how a row is spread over a cluster, and whether its lowest logits are of interest.
   int ranks = 1, threads = 1, slice = 0, stage = 0;  // blocks; threads, columns, columns of a stage of a block
-  bool watches_lows = false;
+  bool needs_minima = false;
 };
 
 }  // namespace fastkd::cuda

@@ -43,7 +43,7 @@ __global__ void __launch_bounds__(SCALE_THREADS)
   const float factor = factors[row * stride];
   if (factor == 1) return;
   const Rows& rows = call.student;
-  char* memory = row_of(call, rows, row);
+  char* memory = row_address(call, rows, row);
   const int64_t first = blockIdx.x % tiles * SCALE_COLUMNS;
   const int64_t last = first + SCALE_COLUMNS < rows.width ? first + SCALE_COLUMNS : rows.width;
   for (int64_t i = first + threadIdx.x; i < last; i += SCALE_THREADS)
@@ -125,7 +125,7 @@ void kd_rows(Call call, int device, void* stream) {
     int multiprocessors = 0;
     check(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device), "cudaDeviceGetAttribute");
     widen(call, multiprocessors);
-    const Kernel dense = call.shard.step == Step::statistics ? kd_kernel<DenseShare> : kernels[call.divergence];
+    const Kernel dense = call.shard.step == Step::statistics ? kd_kernel<DenseShard> : kernels[call.divergence];
     const Kernel kernel = call.ids ? kd_kernel<Sparse> : dense;
     cudaLaunchAttribute cluster{};
     cluster.id = cudaLaunchAttributeClusterDimension;

@@ -8,10 +8,10 @@
 #if defined(__CUDACC__)
 #include <cuda_fp16.h>
 #define FASTKD_INLINE __host__ __device__ __forceinline__
-#define FASTKD_CALL static __host__ __device__ __noinline__  // what runs once a row
+#define FASTKD_PER_ROW static __host__ __device__ __noinline__  // what runs once a row
 #else
 #define FASTKD_INLINE inline
-#define FASTKD_CALL inline
+#define FASTKD_PER_ROW inline
 #endif
 
 namespace fastkd::cuda {
