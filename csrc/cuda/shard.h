@@ -27,25 +27,21 @@ FASTKD_INLINE ShardStatistics merge(const ShardStatistics& a, const ShardStatist
 
 FASTKD_INLINE void add_shard_statistics(ShardStatistics& local, const Call& call, const RowState& row, Place place,
                                         Range range, const char* student, const char* teacher) {
-  each_vector_without_label<true>(call, row, place, range, student, teacher,
-                                  [&](auto vector, const auto& s, const auto& t) {
-                                    add_vector<false, true>(local.sweep, s, t, vector.n, row);
-                                    const auto gone = [](V z, float max, const Side& side) {
-                                      return product(z - finite_max(max), side.rate) == -INF;
-                                    };
-                                    for (int k = 0; k < VECTOR; ++k) {
-                                      if (gone(s[k], local.sweep.s_max, row.student))
-                                        local.t_skipped_max = fmaxf(local.t_skipped_max, t[k]);
-                                      if (gone(t[k], local.sweep.t_max, row.teacher))
-                                        local.s_skipped_max = fmaxf(local.s_skipped_max, s[k]);
-                                    }
-                                  });
+  const auto gone = [](V z, float max, const Side& side) { return product(z - finite_max(max), side.rate) == -INF; };
+  const auto add = [&](auto vector, const auto& s, const auto& t) {
+    add_vector<false, true>(local.sweep, s, t, vector.n, row);
+    for (int k = 0; k < VECTOR; ++k) {
+      if (gone(s[k], local.sweep.s_max, row.student)) local.t_skipped_max = fmaxf(local.t_skipped_max, t[k]);
+      if (gone(t[k], local.sweep.t_max, row.teacher)) local.s_skipped_max = fmaxf(local.s_skipped_max, s[k]);
+    }
+  };
+  each_vector_without_label<true>(call, row, place, range, student, teacher, add);
 }
 
 // ---- what is exchanged
 
-constexpr int SWEPT_FIELDS = sizeof(Statistics) / sizeof(float),
-              CENTERED_SUM_AT = offsetof(Statistics, centered_sum) / sizeof(float);
+constexpr int SWEPT_FIELDS = sizeof(Statistics) / sizeof(float);
+constexpr int CENTERED_SUM_AT = offsetof(Statistics, centered_sum) / sizeof(float);
 static_assert(STATISTICS == SWEPT_FIELDS + 5, "what store_partial writes");
 
 FASTKD_INLINE void store_rest(double* to, const ShardStatistics& all) {
@@ -110,12 +106,12 @@ FASTKD_PER_ROW void choose_pivot(const Call& call, RowState& row) {
 FASTKD_PER_ROW void open_dense_shard(const Call& call, int64_t index, RowState& row) {
   open_row(call, index, row);
   ShardStatistics all = load_partial(call, row, ShardStatistics{empty_statistics<false>(row), -INF, -INF});
-  const auto counts = [](float lost, float max, float sum, const Side& side) {
-    return exp2_of((lost - finite_max(max)) * side.rate) > NEGLIGIBLE * sum;
+  const auto matters = [](float z, float max, float sum, const Side& side) {
+    return exp2_of((z - finite_max(max)) * side.rate) > NEGLIGIBLE * sum;
   };
-  if (counts(all.t_skipped_max, all.sweep.t_max, all.sweep.t_exp_sum + all.sweep.t_max_count, row.teacher))
+  if (matters(all.t_skipped_max, all.sweep.t_max, all.sweep.t_exp_sum + all.sweep.t_max_count, row.teacher))
     all.sweep.forward = INF, all.sweep.cross = -INF;
-  if (counts(all.s_skipped_max, all.sweep.s_max, all.sweep.s_exp_sum + all.sweep.s_max_count, row.student))
+  if (matters(all.s_skipped_max, all.sweep.s_max, all.sweep.s_exp_sum + all.sweep.s_max_count, row.student))
     all.sweep.reverse = INF;
   // Moments also skipped what a side has at the other side's maximum, if it is gone there.
   if (all.t_skipped_max == all.sweep.t_max) all.sweep.s_at_t_max = -INF;
