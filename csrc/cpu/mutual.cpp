@@ -1,18 +1,19 @@
-// Deep mutual learning on the CPU: the losses of M students and their gradients, in two sweeps over the blocks of a row.
+// Deep mutual learning on the CPU: the losses of M students and their gradients, in two sweeps over the blocks of a
+// row.
 //
 //   statistics   maximum and sum of exponentials of each student's block, merged in double, in block order
 //   peers        probabilities of all students, and sums over students instead of sums over pairs
 //
-// In a column, let r be the student with the largest p, u_l = (z_l - max_l) - (z_r - max_r), and c_l the log-sum-exp of the row
-// minus its maximum. The peer l = k contributes 0, so
+// In a column, let r be the student with the largest p, u_l = (z_l - max_l) - (z_r - max_r), and c_l the log-sum-exp of
+// the row minus its maximum. The peer l = k contributes 0, so
 //
 //   sum_(l != k) p_l log(p_l / p_k) = (sum_l p_l u_l - S u_k) / T - sum_l p_l (c_l - c_k),    S = sum_l p_l
 //
-// The last term is one number per row, computed in double. p_l |u_l| is small for every l, so nothing large cancels. Equal
-// students have u = 0 and c_l = c_k, and a divergence of exactly 0. The gradient by z_k / T is M p_k - S.
+// The last term is one number per row, computed in double. p_l |u_l| is small for every l, so nothing large cancels.
+// Equal students have u = 0 and c_l = c_k, and a divergence of exactly 0. The gradient by z_k / T is M p_k - S.
 //
-// Exponentials are kept in scratch memory if those of a row fit in the cache, else recomputed, last block first. A row whose
-// sums are not finite is computed again with the policy for log 0 (fastkd/backends/reference.py, evaluate).
+// Exponentials are kept in scratch memory if those of a row fit in the cache, else recomputed, last block first. A row
+// whose sums are not finite is computed again with the policy for log 0 (fastkd/backends/reference.py, evaluate).
 
 #include "kernel.h"
 
@@ -95,8 +96,8 @@ void peers_strip(const PeersView& view, int from, int to) {
       u[k] = LOG_0 ? where(gone, u[k], u[k] - z_top) : u[k] - z_top;
       moment += LOG_0 ? where(gone, V{}, p[k] * u[k]) : p[k] * u[k];
     }
-    // strip += m log(m / p) - (m - p), where m is the mean of the others, summed without subtracting p from a total. The last
-    // term sums to 0 over a row. With it, no column is negative, nor as large as m - p if students are close.
+    // strip += m log(m / p) - (m - p), where m is the mean of the others, summed without subtracting p from a total.
+    // The last term sums to 0 over a row. With it, no column is negative, nor as large as m - p if students are close.
     if (AVERAGE) {
       V* const after = strip + students;
       after[students - 1] = V{};

@@ -6,15 +6,17 @@
 //   sums         sums of phi and g if there is no closed form, merged likewise
 //   gradient     written block by block
 //
-// The numbers of a block do not depend on the thread that computes it, so the result has the same bits for any number of
-// threads. Threads share the rows or, if there are fewer rows than threads, the blocks of a row.
+// The numbers of a block do not depend on the thread that computes it, so the result has the same bits for any number
+// of threads. Threads share the rows or, if there are fewer rows than threads, the blocks of a row.
 //
-// The exponentials of the first phase are kept in scratch memory if those of a row fit in the cache. The gradient of a row,
-// which is bound by memory, then runs during the statistics of the next row, which are bound by arithmetic: see
-// PendingGradient. Otherwise the exponentials are recomputed, last block first, because its logits are still in the cache.
+// The exponentials of the first phase are kept in scratch memory if those of a row fit in the cache. The gradient of a
+// row, which is bound by memory, then runs during the statistics of the next row, which are bound by arithmetic: see
+// PendingGradient. Otherwise the exponentials are recomputed, last block first, because its logits are still in the
+// cache.
 //
 // The first attempt at a row ignores log 0: arithmetic on -inf gives NaN exactly where the policy of
-// fastkd/backends/reference.py (evaluate) matters. A row whose merged sums are not finite is computed again with the policy.
+// fastkd/backends/reference.py (evaluate) matters. A row whose merged sums are not finite is computed again with the
+// policy.
 //
 // The entry points are in this file. blocks.h has a block, row.h the phases of a row, topk.h a sparse teacher.
 

@@ -335,7 +335,8 @@ FAULTS = {
     "a vector of the label alone": ("columns.h", "    if (vector.rest().n == 0) return;\n", ""),
     "another block's column": ("open.h", "row.label - first_column(call, rank);", "row.label;"),
     "a gradient among others": ("gradient.h", "set_label_gradient(vector, out, row.label_gradient);", ""),
-    "a teacher's gradient among others": ("gradient.h", "set_label_gradient(vector, teacher_out, row.teacher_label_gradient);", ""),
+    "a teacher's gradient among others": (
+        "gradient.h", "set_label_gradient(vector, teacher_out, row.teacher_label_gradient);", ""),
     "the label's slope": ("gradient.h", "float(s) * row.student.slope(row.z_label)", "float(s)"),
     "the teacher's slope": ("gradient.h", "float(t) * row.teacher.slope(row.t_label)", "float(t)"),
     "the others' share of g": ("gradient.h", "  row.g += label_term.g;\n", ""),
@@ -351,7 +352,8 @@ FAULTS = {
     "the others' entropy": ("common/row_math.h", "+ q_rest * rest_entropy;", "+ rest_entropy;"),
     "labels that are not checked": ("open.h", "row.with_labels || has_label_term(call)) {", "row.with_labels) {"),
     "a sum of z without the label": ("shard.h", "double(row.z_label) - double(row.pivot)", "0"),
-    "the label of the last shard": ("shard.h", "fmaxf(row.t_label, float(from[SWEPT_FIELDS + 1]))", "float(from[SWEPT_FIELDS + 1])"),
+    "the label of the last shard": (
+        "shard.h", "fmaxf(row.t_label, float(from[SWEPT_FIELDS + 1]))", "float(from[SWEPT_FIELDS + 1])"),
 }  # fmt: skip
 
 
