@@ -321,6 +321,21 @@ def test_alpha_0_silences_an_infinite_divergence(any_backend: str) -> None:
     assert loss.isfinite() and not torch.autograd.grad(loss, teacher)[0].any()
 
 
+@pytest.mark.parametrize("vocabulary", [9, 2500])
+def test_alpha_0_ignores_a_teacher_of_minus_infinity(any_backend: str, vocabulary: int) -> None:
+    """Without weight, even a teacher that has no softmax leaves the cross-entropy as it is."""
+    student, labels = logits(2, vocabulary, seed=36), torch.tensor([0, 2])
+    student.requires_grad_()
+    expected = torch.nn.functional.cross_entropy(student, labels)
+    for teacher in (torch.full_like(student, -math.inf), torch.full_like(student, math.nan)):
+        loss = kd_loss(student, teacher, labels, alpha=0.0, backend=any_backend)
+        torch.testing.assert_close(loss, expected)
+        torch.testing.assert_close(
+            torch.autograd.grad(loss, student)[0],
+            torch.autograd.grad(expected, student, retain_graph=True)[0],
+        )
+
+
 def test_negated_views(backend: str) -> None:
     student, teacher = logits(3, 9, seed=38), logits(3, 9, seed=39)
     weight = torch.tensor([1.0, 2.0, 0.5])
