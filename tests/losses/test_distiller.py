@@ -427,7 +427,7 @@ BAD: dict[str, tuple[Any, type[Exception], str]] = {
     "no term": (_distiller(a=cosine_loss), TypeError, r"terms\['a'\] must be a fastkd.distiller.Term, got function"),
     "a name taken": (_distiller(loss=Term(cosine_loss)), ValueError, "other than 'loss'"),
     "no such layer": (
-        _distiller(a=Term(cosine_loss, "layer3")), ValueError, "student has no layer 'layer3'; similar names: .*'layer1'",
+        _distiller(a=Term(cosine_loss, "layer3")), ValueError, "student has no layer 'layer3'; similar names.*'layer1'",
     ),
     "last name": (_distiller(a=Term(cosine_loss, "", "net.head")), ValueError, "teacher has no layer.*'head'"),
     "weight": (lambda: Term(cosine_loss, weight="1"), TypeError, "weight must be a number, got str"),
