@@ -680,7 +680,7 @@ def test_a_loss_that_is_computed_in_another_way(arguments: Callable[..., Any]) -
     assert float(trainer.compute_loss(student, batch)) == pytest.approx(expected, rel=2e-6)
     student.extra = 0.3
     trainer = kd_trainer(student, arguments(), teacher_model=teacher)
-    with pytest.raises(ValueError, match="own_loss='drop', and say shift_labels"):
+    with pytest.raises(ValueError, match="own_loss='drop' to leave that out, and pass shift_labels"):
         trainer.compute_loss(student, batch)
     trainer = kd_trainer(
         student, arguments(), teacher_model=teacher, own_loss="drop", shift_labels=True
