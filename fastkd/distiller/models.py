@@ -697,6 +697,6 @@ def check_boundaries(
     if bool((results[0] - results[1]).abs().max() > allowed):
         raise ValueError(
             f"{whose} reads across the examples of a packed batch: the logits of an example change with the tokens of "
-            "the one before. Leave attention_mask out of the batch, pass position_ids that restart in each example, and "
-            "load both models with an attn_implementation that respects them, or do not pack"
+            "the one before. Leave attention_mask out of the batch, pass position_ids that restart in each example, "
+            "and load both models with an attn_implementation that respects them, or do not pack"
         )
