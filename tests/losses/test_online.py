@@ -771,7 +771,7 @@ def test_backends_that_cannot(monkeypatch: pytest.MonkeyPatch) -> None:
         mutual_loss(students, backend="cuda")
     monkeypatch.setattr("fastkd.backends.registry.select", lambda *call: "cuda")
     monkeypatch.setattr("fastkd.backends.registry.load", lambda backend: object())
-    with pytest.raises(BackendUnavailable, match="no kernel of mutual learning"):
+    with pytest.raises(BackendUnavailable, match="no kernel for mutual learning"):
         mutual_loss(students)
     monkeypatch.undo()
     with pytest.raises(BackendUnavailable, match="float64"):
@@ -1048,7 +1048,7 @@ def test_bad_mean_teachers() -> None:
         with pytest.raises(error, match=message):
             MeanTeacher(**{"student": student, **arguments})
     teacher = MeanTeacher(student)
-    with pytest.raises(ValueError, match=r"bias is \(2,\) there and \(3,\) here"):
+    with pytest.raises(ValueError, match=r"bias has shape \(2,\) in the teacher and \(3,\) in the student"):
         teacher.update(nn.Linear(2, 3))
     with pytest.raises(
         ValueError, match=r"the buffers .*; num_batches_tracked is None there and \(\) here"

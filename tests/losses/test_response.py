@@ -734,7 +734,7 @@ BAD: list[tuple[Callable[..., Tensor], dict[str, Any], type[Exception], str]] = 
     (dist_loss, {"beta": -1.0}, ValueError, "beta must be in"),
     (dist_loss, {"gamma": "1"}, TypeError, "gamma must be a number, got str"),
     (dist_loss, {"eps": 0.0}, ValueError, "eps must be positive, got 0.0"),
-    (dist_loss, {"temperature": torch.ones(2)}, TypeError, "temperature must be a number: a class is compared"),
+    (dist_loss, {"temperature": torch.ones(2)}, TypeError, "temperature must be a number, because a class is"),
     (standardized_kd_loss, {"divergence": "squared_error"}, ValueError, "'squared_error', which compares logits"),
     (standardized_kd_loss, {"divergence": "nkd", "labels": torch.zeros(2).long()}, ValueError, "at temperature 1"),
     (standardized_kd_loss, {"vocab_size": 1}, ValueError, "at least 2 columns for a standard deviation, got 1"),
