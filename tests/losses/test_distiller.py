@@ -56,7 +56,7 @@ def step(distiller: Any, *inputs: Any, **options: Any) -> tuple[Tensor, dict[str
 
 @pytest.fixture
 def expected() -> tuple[Tensor, dict[str, Tensor]]:
-    """Of the batch: the loss and its gradients, by hand."""
+    """The loss of the batch and its gradients, computed without a Distiller."""
     distiller = Distiller(*pair(), terms())
     loss = by_hand(distiller.student, distiller.teacher, distiller.losses.hint.regressor, *batch())
     loss.backward()

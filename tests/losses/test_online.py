@@ -75,7 +75,7 @@ def everywhere(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) 
 
 
 class Exact(NamedTuple):
-    """Of every student: the loss, its gradient, and what one unit of error in a log-probability makes of them."""
+    """The loss of each student, its gradient, and how much one unit of error in a log-probability changes them."""
 
     losses: list[Tensor]
     gradients: list[Tensor]
@@ -608,7 +608,7 @@ def test_every_student_goes_backward_by_itself(everywhere: str) -> None:
 
 @forms
 def test_gradcheck(peers: str) -> None:
-    """Of each student alone, as its peers are constants; float64, on the reference."""
+    """The gradient of each student alone, because its peers are constants; float64, on the reference."""
     students = [student.double() for student in group(3, 2, 5)]
     labels = torch.tensor([1, 4])
     for k in range(3):
@@ -1048,7 +1048,9 @@ def test_bad_mean_teachers() -> None:
         with pytest.raises(error, match=message):
             MeanTeacher(**{"student": student, **arguments})
     teacher = MeanTeacher(student)
-    with pytest.raises(ValueError, match=r"bias has shape \(2,\) in the teacher and \(3,\) in the student"):
+    with pytest.raises(
+        ValueError, match=r"bias has shape \(2,\) in the teacher and \(3,\) in the student"
+    ):
         teacher.update(nn.Linear(2, 3))
     with pytest.raises(
         ValueError, match=r"the buffers .*; num_batches_tracked is None there and \(\) here"
