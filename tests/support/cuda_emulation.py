@@ -1,4 +1,4 @@
-"""fastkd.backends.cuda on a machine without a GPU: the source of its kernels, with tests/support/cuda_host.h as device."""
+"""fastkd.backends.cuda on a machine without a GPU: the kernels' source with tests/support/cuda_host.h as device."""
 
 from __future__ import annotations
 
