@@ -213,12 +213,12 @@ def consistency_loss(
     return _reduced((q - p).square().mean(-1), call)
 
 
-def _clear_dropped(logits: Tensor, call: Prepared) -> Tensor:
+def _clear_dropped(logits: Tensor, call: LossCall) -> Tensor:
     weight = call.rows.weight
     return logits if weight is None else torch.where((weight != 0).unsqueeze(-1), logits, 0.0)
 
 
-def _reduced(loss: Tensor, call: Prepared) -> Tensor:
+def _reduced(loss: Tensor, call: LossCall) -> Tensor:
     """Apply the weights and the reduction of a call to the loss of each row."""
     if call.rows.weight is not None:
         loss = loss * call.rows.weight
