@@ -1,4 +1,4 @@
-"""The backends under test, and the conditions every test runs in."""
+"""The backends under test, and the settings of every test."""
 
 from __future__ import annotations
 

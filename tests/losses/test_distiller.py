@@ -118,7 +118,7 @@ def test_compiled(expected: Any, how: str) -> None:
     close(loss.detach(), expected[0])
     results = {name.replace("_orig_mod.", ""): g for name, g in gradients(distiller).items()}
     close(results, expected[1])
-    assert distiller._of_student.caught == [None, None]
+    assert distiller._student_capture.captured == [None, None]
 
 
 def test_a_model_that_was_compiled_and_run_before_is_refused() -> None:
@@ -128,7 +128,7 @@ def test_a_model_that_was_compiled_and_run_before_is_refused() -> None:
     images, labels = batch()
     student(images)
     with pytest.raises(
-        RuntimeError, match="'layer1' of the student was not caught.*compiled and had run"
+        RuntimeError, match="'layer1' of the student was not captured.*compiled and ran"
     ):
         Distiller(student, teacher, terms())(images, labels=labels)
 
@@ -218,7 +218,7 @@ def test_hooks_and_captured_outputs_are_released() -> None:
         assert held[0]() is None
         handle.remove()
         student(images)
-        assert distiller._of_student.caught == [None, None]
+        assert distiller._student_capture.captured == [None, None]
     assert hooks(student, teacher) == 0
     with pytest.raises(RuntimeError, match="closed"):
         distiller(images, labels=labels)
@@ -257,7 +257,7 @@ class OddLayers(Net):
 @pytest.mark.parametrize(
     ("way", "message"),
     [
-        ("skipped", "layer 'layer2' of the student was not caught: it did not run"),
+        ("skipped", "layer 'layer2' of the student was not captured: it did not run"),
         ("twice", "'layer2' of the student ran 2 times"),
         ("in place", "'layer2' of the student was changed in place"),
         ("reentrant", "ran without gradients.*use_reentrant=False"),
@@ -269,7 +269,7 @@ def test_layers_that_cannot_be_captured_raise(way: str, message: str) -> None:
     )
     with pytest.raises(RuntimeError, match=message):
         distiller(batch()[0])
-    assert distiller._of_student.caught == [None]
+    assert distiller._student_capture.captured == [None]
 
 
 def test_checkpointing_changes_nothing() -> None:
@@ -280,7 +280,7 @@ def test_checkpointing_changes_nothing() -> None:
         distiller = Distiller(student, pair()[1], terms())
         images, labels = batch()
         results.append(step(distiller, images, labels=labels))
-        assert distiller._of_student.caught == [None, None]
+        assert distiller._student_capture.captured == [None, None]
     close(results[0], results[1])
 
 
@@ -301,10 +301,10 @@ def test_weights_may_depend_on_the_step() -> None:
     loss, parts = distiller(images, step=1)
     close(loss.detach(), parts["hint"] + 0.25 * parts["kd"])
     assert list(distiller(images, step=2)[1]) == ["kd", "loss"] and len(calls) == 2
-    with pytest.raises(ValueError, match="step must be given, as the weight of term 'hint'"):
+    with pytest.raises(ValueError, match="step must be given, because the weight of term 'hint'"):
         distiller(images)
     nothing = Distiller(*pair(), {"kd": Term(fastkd.KDLoss(), weight=0.0)})
-    with pytest.raises(ValueError, match="some term must have a weight other than 0"):
+    with pytest.raises(ValueError, match="terms must have one with a weight other than 0"):
         nothing(images)
 
 
@@ -433,7 +433,7 @@ BAD: dict[str, tuple[Any, type[Exception], str]] = {
     "no term": (_distiller(a=cosine_loss), TypeError, r"terms\['a'\] must be a fastkd.distiller.Term, got function"),
     "a name taken": (_distiller(loss=Term(cosine_loss)), ValueError, "other than 'loss'"),
     "no such layer": (
-        _distiller(a=Term(cosine_loss, "layer3")), ValueError, "student has no layer 'layer3'; near it are .*'layer1'",
+        _distiller(a=Term(cosine_loss, "layer3")), ValueError, "student has no layer 'layer3'; similar names.*'layer1'",
     ),
     "last name": (_distiller(a=Term(cosine_loss, "", "net.head")), ValueError, "teacher has no layer.*'head'"),
     "weight": (lambda: Term(cosine_loss, weight="1"), TypeError, "weight must be a number, got str"),

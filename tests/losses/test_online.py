@@ -704,12 +704,12 @@ BAD: list[tuple[dict[str, Any], type[Exception], str]] = [
     (
         _bad(logits=torch.ones(3, 2, 7)),
         TypeError,
-        "logits must be a list of tensors, one a student; got Tensor",
+        "logits must be a list of tensors, one per student; got Tensor",
     ),
     (
         _bad(logits=group(1, 2, 7)),
         ValueError,
-        "logits must be those of two students or more, got 1",
+        "logits must be of two or more students, got 1",
     ),
     (
         _bad(logits=[torch.ones(2, 7), None]),
@@ -724,7 +724,7 @@ BAD: list[tuple[dict[str, Any], type[Exception], str]] = [
     (
         _bad(logits=[*group(2, 2, 7), torch.ones(2, 7).half()]),
         TypeError,
-        "logits[2] must be torch.float32, as logits[0] is; got torch.float16",
+        "logits[2] must be torch.float32, the dtype of logits[0]; got torch.float16",
     ),
     (
         _bad(logits=[torch.ones(2, 7), torch.ones(2, 7, device="meta")]),
@@ -900,7 +900,7 @@ def test_ensemble_loss_drops_rows_and_reduces() -> None:
         (
             {"gate": torch.ones(4)},
             ValueError,
-            r"gate must have one weight a branch, shape \(3,\) or \(2, 3\); got \(4,\)",
+            r"gate must have one weight per branch, shape \(3,\) or \(2, 3\); got \(4,\)",
         ),
         ({"gate": [1.0]}, TypeError, "gate must be a tensor or None, got list"),
         (
@@ -911,7 +911,7 @@ def test_ensemble_loss_drops_rows_and_reduces() -> None:
         (
             {"gate": torch.ones(3, device="meta")},
             ValueError,
-            "gate must be on cpu, where the logits are; got meta",
+            "gate must be on cpu, the device of the logits; got meta",
         ),
         (
             {"ensemble_weight": -1.0},
@@ -1051,7 +1051,9 @@ def test_bad_mean_teachers() -> None:
         with pytest.raises(error, match=message):
             MeanTeacher(**{"student": student, **arguments})
     teacher = MeanTeacher(student)
-    with pytest.raises(ValueError, match=r"bias is \(2,\) there and \(3,\) here"):
+    with pytest.raises(
+        ValueError, match=r"bias has shape \(2,\) in the teacher and \(3,\) in the student"
+    ):
         teacher.update(nn.Linear(2, 3))
     with pytest.raises(
         ValueError, match=r"the buffers .*; num_batches_tracked is None there and \(\) here"

@@ -58,11 +58,11 @@ def narrow_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def in_shards(monkeypatch: pytest.MonkeyPatch) -> Iterator[InShards]:
     """What backend="triton" is meanwhile."""
-    actual = InShards(kernels, SHARES)
     load = registry.load
-    monkeypatch.setattr(registry, "load", lambda name: actual if name == "triton" else load(name))
-    yield actual
-    assert actual.calls
+    shards = InShards(load("triton"), SHARES)
+    monkeypatch.setattr(registry, "load", lambda name: shards if name == "triton" else load(name))
+    yield shards
+    assert shards.calls
 
 
 @pytest.fixture(params=[pytest.param("triton", marks=pytest.mark.heavy)])
