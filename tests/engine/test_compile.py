@@ -85,7 +85,7 @@ def _compare(
     rows: int,
     dtype: torch.dtype,
 ) -> None:
-    """The compiled function against the eager one: value and both gradients."""
+    """Compare the compiled function with the eager one: value and both gradients."""
     student, teacher, labels = _batch(rows, dtype)
     generator = torch.Generator().manual_seed(rows)
     batch: dict[str, Tensor] = {}

@@ -33,7 +33,7 @@ N, H, WIDER, V = 19, 24, 40, 2_100
 
 
 class Problem(NamedTuple):
-    """Operands as a user has them."""
+    """Operands in the form that a user passes."""
 
     hidden: Tensor
     weight: Tensor
@@ -114,7 +114,7 @@ def composed(
     upstream: Tensor | None,
     **options: Any,
 ) -> dict[str, Tensor]:
-    """Loss and gradients as plain PyTorch has them in that dtype."""
+    """Loss and gradients of plain PyTorch in the given dtype."""
     vocabulary = options.get("vocab_size") or given.weight.shape[0]
     hidden, weight = given.hidden.to(dtype), given.weight.to(dtype)
     s = hidden @ weight.T
@@ -450,7 +450,7 @@ def _sliced(teacher: Any, at: slice) -> Any:
 
 
 def _close_to_eager(eager: list[Tensor], ours: list[Tensor], dtype: torch.dtype) -> None:
-    """The same kernels in the same chunks: but for the rounding of the upstream gradient's product."""
+    """The same kernels and chunks give equal results, up to the rounding of the product with the upstream gradient."""
     for a, b in zip(eager, ours, strict=True):
         assert a.dtype == b.dtype and a.shape == b.shape
         assert error(b, a) <= 2 * torch.finfo(dtype).eps
@@ -901,7 +901,7 @@ def test_products_of_a_gpu(
     dtype: torch.dtype,
     accumulates: bool,
 ) -> None:
-    """In chunks against one whole in float64; a product each for logits, hidden states and weight."""
+    """Compare chunks with whole tensors in float64; logits, hidden states and weight take one product each."""
     if not accumulates:
         monkeypatch.setattr(matmul, "_accumulates", lambda device: False)
     torch.manual_seed(0)

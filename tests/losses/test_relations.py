@@ -78,7 +78,7 @@ def norms(x: Tensor) -> Tensor:
 
 
 def in_units(d: Tensor, of: Tensor) -> Tensor:
-    """d by the mean of those; where that is 0, so is d."""
+    """Divide d by its mean; if the mean is 0, so is d."""
     return d / of.mean() if (of > 0).any() else d
 
 
@@ -339,7 +339,7 @@ def test_a_student_that_has_collapsed(name: str) -> None:
 
 @pytest.mark.parametrize("name", RKD)
 def test_invariances(name: str) -> None:
-    """To rotation, shift and scale of either model, and to the order of samples."""
+    """The loss is invariant to rotation, shift and scale of either model, and to the order of samples."""
     loss, _ = EVERY[name]
     student, teacher = pair(40)
     value = loss(student, teacher)

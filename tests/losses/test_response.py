@@ -429,7 +429,7 @@ def test_adaptive_kl(mass: float, crossing: str, width: int) -> None:
 
 
 def test_adaptive_kl_of_the_published_code() -> None:
-    """Its gaps, in which the token that crosses is in the tail unless it is the first, and its sum of both KLs."""
+    """The authors' code puts the crossing token into the tail unless it is the first, and sums both KLs."""
     s, t = logits(40, 30, seed=1, dtype=torch.float64), logits(40, 30, seed=2, dtype=torch.float64)
     p, q = t.softmax(-1), s.softmax(-1)
     expected = []
@@ -765,7 +765,7 @@ def test_importing_fastkd_loads_none_of_it() -> None:
 
 
 def test_an_argmax_that_is_the_ignored_label() -> None:
-    """ignore_index is one of labels; that the teacher's best token has its number drops nothing."""
+    """ignore_index applies to labels only; a row counts if the teacher's best token has that number."""
     student, teacher = torch.randn(2, 5), 3.0 * torch.eye(5)[:2]
     found = policy_distillation_loss(student, teacher, form="nll", ignore_index=0, reduction="none")
     exact = torch.nn.functional.cross_entropy(student, teacher.argmax(-1), reduction="none")

@@ -58,7 +58,7 @@ def padded(rows: list[list[int]], left: bool) -> tuple[Tensor, Tensor]:
 
 
 class Script(nn.Module):
-    """Completes every prompt with these tokens, and says what it was given."""
+    """A model that completes every prompt with fixed tokens, and records its arguments."""
 
     def __init__(self, completions: list[list[int]], eos: Any = EOS) -> None:
         super().__init__()
@@ -240,7 +240,7 @@ def test_on_policy(models: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_processes_of_one_seed_take_one_branch(models: tuple[Any, Any]) -> None:
-    """A share of on_policy_fraction, one number a step; both with the same generator do the same."""
+    """A share of on_policy_fraction of the steps is on-policy; processes with the same generator decide alike."""
     student, teacher = models
     answers = []
     for _ in range(2):

@@ -144,7 +144,7 @@ def test_topk(sharded: str, tail: str, divergence: str, parameters: dict[str, fl
 def test_sparse_rows_of_every_kind(
     sharded: str, tail: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Without a token, without a tail that is given, and with NaN: as a whole row has them."""
+    """Rows without a token, without tail_logprob, and with NaN have the results of whole rows."""
     found = outcomes_of_every_kind(tail, sharded)
     monkeypatch.undo()
     whole = outcomes_of_every_kind(tail, sharded)

@@ -81,7 +81,7 @@ def sequences(lengths: tuple[int, ...] = LENGTHS) -> list[Tensor]:
 
 
 def python(script: str, *arguments: str) -> str:
-    """What a script says in an interpreter of its own."""
+    """The output of a script in a separate interpreter."""
     done = subprocess.run(
         [sys.executable, "-c", script, *arguments],
         env=os.environ | {"PYTHONPATH": str(PACKAGE)},
@@ -598,7 +598,7 @@ def test_a_second_writer_is_refused(tmp_path: Path) -> None:
 
 @contextlib.contextmanager
 def read_only(folder: Path) -> Iterator[None]:
-    """A folder that this process may not write; root gives its rights up for a while."""
+    """A directory that this process may not write to; root temporarily drops its privileges."""
     for path in (folder, *folder.rglob("*")):
         path.chmod(0o555 if path.is_dir() else 0o444)
     root = os.geteuid() == 0
@@ -791,7 +791,7 @@ def test_parts_of_other_settings(
 
 
 def test_parts_of_another_teacher(tmp_path: Path) -> None:
-    """Where the cache has the head, its digest says whose it is."""
+    """A cache that includes the head identifies it by its digest."""
     for rank in range(2):
         own = settings("hidden", rank=rank, world_size=2, weight=torch.full((V, H), 1.0 + rank))
         CacheWriter(tmp_path / str(rank), **own).finish()
@@ -878,7 +878,7 @@ def change_manifest(change: Callable[[dict[str, Any]], object]) -> Callable[[Pat
 
 
 def forge(change: Callable[[bytearray], object], file: str = SHARD) -> Callable[[Path], None]:
-    """Change a file, and give it a digest that fits: what a digest cannot find."""
+    """Change a file and its digest together, which a digest cannot detect."""
 
     def damage(folder: Path) -> None:
         content = bytearray((folder / file).read_bytes())

@@ -70,7 +70,7 @@ def backend(request: pytest.FixtureRequest) -> str:
 
 
 def _once_in_triton(everywhere: str, test: str, given: dict[str, Any]) -> bool:
-    """One case of a test is enough for Triton's interpreter, at a second a call."""
+    """Triton's interpreter, which takes a second per call, runs only one case of a test."""
     chosen = {**IN_TRITON, "tail": TAILS[zlib.crc32(test.encode()) % 4]}
     return everywhere != "triton" or all(
         given.get(name, value) == value for name, value in chosen.items()
@@ -185,7 +185,7 @@ def given_as(teacher: Sparse) -> TopK:
 
 
 class Found(NamedTuple):
-    """What a backend gave, and the truth."""
+    """The results of a backend, and the exact ones."""
 
     loss: Tensor
     gradient: Tensor
@@ -241,7 +241,7 @@ def check_topk(
 def rows_of(
     student: Tensor, teacher: TopK, *arguments: Any, backend: str, **options: Any
 ) -> tuple[Tensor, Tensor]:
-    """(loss of each row, its gradient)."""
+    """Return (the loss of each row, its gradient)."""
     leaf = student.detach().requires_grad_()
     loss = kd_loss(leaf, teacher, *arguments, reduction="none", backend=backend, **options)
     (gradient,) = torch.autograd.grad(loss.sum(), leaf)
@@ -410,7 +410,7 @@ def test_exponentials_that_are_not_kept(tail: str, columns: int) -> None:
 def test_types_of_the_teacher(
     backend: str, tail: str, tail_given: bool, dtype: torch.dtype
 ) -> None:
-    """A flat teacher, whose tokens leave more to the tail than their rounding takes."""
+    """A flat teacher, whose tail has more mass than the rounding error of the tokens."""
     for student in FLOATS:
         teacher = sparse(
             4,
@@ -431,7 +431,7 @@ def test_types_of_the_teacher(
 @tails
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 def test_types_of_the_tail(everywhere: str, tail: str, dtype: torch.dtype) -> None:
-    """tail_logprob rounds as its dtype does; what it then is counts."""
+    """tail_logprob is exact as it is after rounding to its dtype."""
     teacher = sparse(2, vocabulary=33, k=5, seed=9, tail=tail)
     assert teacher.tail_logprob is not None
     rounded = teacher._replace(tail_logprob=teacher.tail_logprob.to(dtype))
@@ -810,7 +810,7 @@ def test_a_tail_far_below_the_tokens(
 def test_tokens_far_below_the_tail(
     everywhere: str, tail: str, divergence: str, depth: float
 ) -> None:
-    """The student has given up on the teacher's tokens."""
+    """The student has almost no probability on the teacher's tokens."""
     student = logits(2, 37, seed=35, spread=1.0)
     teacher = sparse(2, vocabulary=37, k=6, seed=36, tail=tail, padding=0.0, spread=1.0)
     student.scatter_(-1, teacher.ids, student.gather(-1, teacher.ids) - depth)
@@ -1026,7 +1026,7 @@ def test_float64_teachers_of_narrower_students(tail: str, plain: str, dtype: tor
 @pytest.mark.parametrize("dtype", [*FLOATS, torch.float64], ids=str)
 @pytest.mark.parametrize("case", WHOLE)
 def test_no_tail_is_0_by_itself(backend: str, case: str, dtype: torch.dtype) -> None:
-    """Only tail_logprob = -inf says so, or tokens that are the whole vocabulary."""
+    """The tail is empty only if tail_logprob = -inf, or if the tokens are the whole vocabulary."""
     ids, logprobs = WHOLE[case]
     teacher = TopK(torch.tensor([ids]), torch.tensor([logprobs], dtype=dtype))
     backend = "reference" if dtype == torch.float64 else backend
@@ -1069,7 +1069,7 @@ def test_float64_keeps_the_digits_of_the_tail() -> None:
 def test_log_probabilities_at_another_temperature(
     everywhere: str, tail: str, divergence: str
 ) -> None:
-    """Taken at 1 and used at 2 they are those taken at 2; per row too."""
+    """Log-probabilities taken at 1 and used at 2 equal those taken at 2, also with temperatures per row."""
     student, dense = logits(3, 37, seed=43), logits(3, 37, seed=44)
     call: dict[str, Any] = {"divergence": divergence, "backend": everywhere}
     for temperature in (2.0, torch.tensor([2.0, 2.0, 2.0])):
@@ -1391,14 +1391,14 @@ def outcomes_of_every_kind(tail: str, backend: str) -> list[Tensor]:
 
 @tails
 def test_rows_of_every_kind(everywhere: str, tail: str) -> None:
-    """All backends find the same."""
+    """All backends give the same results."""
     found, expected = (outcomes_of_every_kind(tail, b) for b in (everywhere, "reference"))
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6, equal_nan=True)
 
 
 @tails
 def test_a_row_that_names_no_token_in_chunks(backend: str, tail: str) -> None:
-    """As in kd_loss, and under a mask that drops another."""
+    """The same as in kd_loss, also with a mask that drops another row."""
     hidden, head = logits(5, 6, seed=56), logits(21, 6, seed=57)
     teacher = sparse(5, vocabulary=21, k=3, seed=55, tail=tail)
     teacher.ids[1] = teacher.ids[4] = -1
@@ -1509,7 +1509,7 @@ def test_a_teacher_without_a_tail(everywhere: str, tail: str, divergence: str) -
 @tails
 @pytest.mark.parametrize("level", [-1e31, -3e38])
 def test_rows_of_very_low_logits(everywhere: str, tail: str, level: float) -> None:
-    """The softmax of a row does not care where it lies; in float32 such a row is uniform, or of few columns."""
+    """A common offset does not change the softmax; in float32 such a row is uniform, or has few columns."""
     student = torch.full((2, 37), level)
     student[1, 5:] = -INF
     teacher = sparse(2, vocabulary=37, k=3, seed=64, tail=tail, padding=0.0)
@@ -1602,7 +1602,7 @@ def test_the_backend_that_is_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("other", [40.0, 1e5, -INF])
 def test_renormalize_does_not_see_the_others(everywhere: str, other: float) -> None:
-    """However far above the tokens they are: an origin that is theirs would cost the tokens their digits."""
+    """Other tokens may be far above the listed ones; with a common origin, the tokens would lose their digits."""
     student = torch.tensor([[0.1234567, 0.7654321, other], [0.7654321, other, 0.1234567]])
     named = TopK(
         torch.tensor([[0, 1], [2, 0]]), torch.tensor([[-1.0, -1.3], [-1.0, -1.3]]), "renormalize"
@@ -2045,7 +2045,7 @@ def test_what_kd_loss_refuses(
 
 
 def test_one_event_alone_has_no_gradient(everywhere: str) -> None:
-    """V = 1: nothing to learn, whatever the policy."""
+    """With V = 1, loss and gradient are 0 under every policy."""
     for tail in TAILS:
         named = TopK(torch.zeros(2, 1, dtype=torch.int64), torch.full((2, 1), -0.0), tail)
         for divergence in ("forward_kl", "jsd"):
