@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fastkd.call.checks import (
-    Prepared,
+    LossCall,
     check_alike,
     check_choice,
     check_columns,
@@ -20,6 +20,7 @@ from fastkd.call.checks import (
     prepare,
 )
 from fastkd.call.contract import row_dtype
+from fastkd.call.options import as_tensor
 from fastkd.core.models import unwrapped
 from fastkd.core.scalars import plain
 from fastkd.core.tensors import check_readable, savable_when_compiled
@@ -212,12 +213,12 @@ def consistency_loss(
     return _reduced((q - p).square().mean(-1), call)
 
 
-def _clear_dropped(logits: Tensor, call: Prepared) -> Tensor:
+def _clear_dropped(logits: Tensor, call: LossCall) -> Tensor:
     weight = call.rows.weight
     return logits if weight is None else torch.where((weight != 0).unsqueeze(-1), logits, 0.0)
 
 
-def _reduced(loss: Tensor, call: Prepared) -> Tensor:
+def _reduced(loss: Tensor, call: LossCall) -> Tensor:
     """Apply the weights and the reduction of a call to the loss of each row."""
     if call.rows.weight is not None:
         loss = loss * call.rows.weight
@@ -226,10 +227,8 @@ def _reduced(loss: Tensor, call: Prepared) -> Tensor:
     scale: float | Tensor = call.options.scale
     if call.rows.scale is not None:
         scale = call.rows.scale
-    elif (
-        call.numbers is not None
-    ):  # in a compiled graph the options hold a stand-in (fastkd.engine.graphs)
-        items = torch.ones((), dtype=torch.float64, device="cpu") * call.numbers.items
+    elif call.numbers is not None:  # in a compiled graph, the options hold a stand-in
+        items = as_tensor(call.numbers.num_items)
         scale = items.reciprocal().to(loss.device, loss.dtype)
     return loss.sum() * scale
 

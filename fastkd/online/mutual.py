@@ -25,11 +25,11 @@ from fastkd.call.checks import (
     check_number,
     prepare,
 )
-from fastkd.call.contract import Rows, row_dtype
+from fastkd.call.contract import Want, row_dtype
 from fastkd.call.mutual import PEERS, Options, Result
-from fastkd.core.tensors import check_readable, savable
+from fastkd.core.tensors import check_readable
 from fastkd.divergences import forward_kl
-from fastkd.engine.autograd import differentiable_once, of_counted_rows, scaled
+from fastkd.engine.gradients import Differentiable, Loss
 from fastkd.engine.graphs import Arguments, as_one_op
 
 if TYPE_CHECKING:
@@ -68,38 +68,13 @@ class MutualOptions(TypedDict, total=False):
 # The loss
 
 
-class _StudentLoss(torch.autograd.Function):
-    """One student's loss, whose gradient is known: each has its own node, so that each can go backward by itself."""
+class _Known(NamedTuple):
+    """One student's loss, which the sweep over all students has computed with its gradient."""
 
-    @staticmethod
-    def forward(
-        ctx: Any,
-        logits: Tensor,
-        loss: Tensor,
-        gradient: Tensor,
-        kernels: Any,
-        rows: Rows,
-        ignore: int,
-    ) -> Tensor:
-        """The loss."""
-        ctx.save_for_backward(gradient, *savable(*(rows if loss.dim() else Rows())))
-        ctx.call = (kernels, ignore, logits.dtype)
-        ctx.set_materialize_grads(False)
-        return loss.clone()
-
-    @staticmethod
-    def backward(ctx: Any, upstream: Tensor | None) -> tuple[Tensor | None, ...]:
-        """The saved gradient times upstream."""
-        if upstream is None:
-            return (None,) * 6
-        kernels, ignore, dtype = ctx.call
-        gradient, *others = ctx.saved_tensors
-        with torch.no_grad():
-            upstream = of_counted_rows(upstream, Rows(*others), ignore)
-            (found,) = scaled(kernels, (gradient,), upstream)
-            assert found is not None
-            gradients: tuple[Tensor | None, ...] = (found.to(dtype),)
-        return (*differentiable_once(gradients), *(None,) * 5)
+    loss: Tensor
+    total: Tensor
+    gradients: tuple[Tensor]
+    parts: tuple[()] = ()
 
 
 def check_students(logits: object) -> list[Tensor]:
@@ -277,13 +252,20 @@ def mutual_loss(
             [student.detach() for student in students], call.rows, options, wanted, return_parts
         )
     kernels = registry.load(chosen)
-    values = result.total if call.summed else result.loss
-    losses = tuple(
-        value.clone()
-        if gradient is None
-        else _StudentLoss.apply(student, value, gradient, kernels, call.rows, options.ignore_index)
-        for student, value, gradient in zip(students, values, result.gradients, strict=True)
-    )
+    want = Want(student_gradient=True)
+
+    def differentiable(number: int) -> Tensor:
+        """The loss of a student, with a node of its own in the graph, so that each can go backward by itself."""
+        loss, total = result.loss[number].clone(), result.total[number].clone()
+        gradient = result.gradients[number]
+        if gradient is None:
+            return total if call.summed else loss
+        known = _Known(loss, total, (gradient,))
+        rule = Loss(lambda *_: known, options, want, call.summed, kernels.scale_rows_)
+        (returned,) = Differentiable.apply(rule, call.rows, 1, students[number])
+        return returned
+
+    losses = tuple(map(differentiable, range(len(students))))
     if not return_parts:
         return losses
     counted = call.counted

@@ -27,6 +27,7 @@ from fastkd.call.contract import (
     Statistics,
     Want,
     row_dtype,
+    total_of,
 )
 from fastkd.parallel.collectives import Pending, all_gather, all_reduce
 
@@ -104,9 +105,7 @@ class SharedRows:
                 for name in _PER_ROW:
                     if getattr(result, name) is not None:
                         getattr(result, name)[part].copy_(getattr(part_result, name))
-        scale = options.scale if rows.scale is None else options.scale * rows.scale
-        total = (result.loss.sum(dtype=torch.float64) * scale).to(dtype)
-        return result._replace(total=total)
+        return result._replace(total=total_of(result.loss, rows, options))
 
     def _parts(self, lead: torch.Size, dtype: torch.dtype) -> list[tuple[slice, ...]]:
         """The indices of the halves, the same on every process."""

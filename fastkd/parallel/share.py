@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fastkd.backends import registry
-from fastkd.call.checks import Prepared, check_int, check_values, checking
+from fastkd.call.checks import LossCall, check_int, check_values, checking
 from fastkd.call.contract import Rows, Shard, Want
 from fastkd.divergences import function_name
 from fastkd.parallel.agreement import Agreed, Agreement, digest_of
@@ -25,7 +25,7 @@ def agreed_by(group: Any) -> contextlib.AbstractContextManager[Agreement | None]
 
 def share(
     agreement: Agreement,
-    call: Prepared,
+    call: LossCall,
     want: Want,
     lead: torch.Size,
     student: Iterable[Tensor | None],
@@ -33,7 +33,7 @@ def share(
     vocab_size: int | None,
     widths: dict[str, int],
     **others: object,
-) -> tuple[Prepared, int]:
+) -> tuple[LossCall, int]:
     """Return (the call restricted to this process's columns, the width of its shard), once all processes agree.
 
     widths has the student first, then the tensors of the teacher; others are further facts that have to agree.
@@ -57,7 +57,7 @@ _FACTOR = "the factor of the loss (of num_items or the number of rows)"
 
 
 def _facts(
-    call: Prepared,
+    call: LossCall,
     want: Want,
     lead: torch.Size,
     student: Iterable[Tensor | None],
@@ -133,11 +133,11 @@ def share_logits(
     student: Tensor,
     whole: bool,
     teacher: Teacher,
-    call: Prepared,
+    call: LossCall,
     want: Want,
     vocab_size: int | None,
     widths: dict[str, int],
-) -> tuple[Tensor, Any, Prepared]:
+) -> tuple[Tensor, Any, LossCall]:
     """Return (student logits, teacher, call), restricted to this process's columns.
 
     whole: every process has all columns of the student.

@@ -113,7 +113,7 @@ def adaptive_kl_loss(
     size = chunk_rows(
         memory_budget, width, row_dtype(student.dtype, teacher.dtype), student.device, extra
     )
-    compute = by_rows(size, call.summed, of_chunk, (width, width))
+    compute = by_rows(size, of_chunk, (width, width))
     return differentiable(student, teacher, call, compute)
 
 

@@ -11,16 +11,12 @@ from fastkd.call.checks import (
     LARGEST,
     check_number,
 )
-from fastkd.call.contract import Options, Rows, row_dtype
-from fastkd.call.rows import put, take
+from fastkd.call.contract import Options, Result, Rows, Want, row_dtype
+from fastkd.call.rows import At, Chunks, put, take
 from fastkd.engine.graphs import as_one_op
 from fastkd.response.chunks import (
-    Outcome,
-    Wanted,
     blank,
     chunk_rows,
-    chunks_of,
-    counted_numbers,
     differentiable,
     positive,
     prepared,
@@ -105,17 +101,18 @@ def dist_loss(
     size = chunk_rows(memory_budget, width, dtype, student.device, DIST_TEMPORARIES)
 
     def compute(
-        student: Tensor, teacher: Tensor, rows: Rows, options: Options, wanted: Wanted
-    ) -> Outcome:
-        lead, numbers = student.shape[:-1], counted_numbers(rows, options)
-        count = lead.numel() if numbers is None else numbers.numel()
+        student: Tensor, teacher: Tensor, rows: Rows, options: Options, want: Want
+    ) -> Result:
+        lead, wanted = student.shape[:-1], (want.student_gradient, want.teacher_gradient)
+        chunks = Chunks.of(rows, lead, options.ignore_index, size)
+        count = chunks.count
         gradients = [blank(x, wants) for x, wants in zip((student, teacher), wanted, strict=True)]
         if count == 0:
-            return Outcome(torch.zeros((), dtype=dtype, device=student.device), *gradients)
-        chunks = chunks_of(count, size, numbers)
+            nothing = torch.zeros((), dtype=dtype, device=student.device)
+            return Result(nothing, nothing, *gradients)
         temperatures = (options.temperature, options.teacher_temperature)
 
-        def probabilities(at: slice | Tensor) -> tuple[Tensor, Tensor]:
+        def probabilities(at: At) -> tuple[Tensor, Tensor]:
             first, second = [
                 softmax_of(take(x[..., :width], lead, at), temperature, dtype)
                 for x, temperature in zip((student, teacher), temperatures, strict=True)
@@ -123,7 +120,7 @@ def dist_loss(
             return first, second
 
         # Functions, so that nothing of a chunk outlives it.
-        def collect(at: slice | Tensor) -> tuple[_Moments, Tensor]:
+        def collect(at: At) -> tuple[_Moments, Tensor]:
             q, p = probabilities(at)
             return _Moments.of(q, p, 0), _Moments.of(q, p, 1).correlation(eps).sum()
 
@@ -137,7 +134,7 @@ def dist_loss(
         loss = square * (beta * (1.0 - between / count) + gamma * (1.0 - within))
         factor = -square * (1.0 if rows.scale is None else rows.scale.to(dtype))
 
-        def differentiate(at: slice | Tensor, side: int, whole: Tensor) -> None:
+        def differentiate(at: At, side: int, whole: Tensor) -> None:
             pair = probabilities(at)
             own, other = pair[side], pair[1 - side]
             g = _Moments.of(*pair, 1).slope(own, other, side, eps).mul_(beta / count)
@@ -149,7 +146,8 @@ def dist_loss(
             if whole is not None:
                 for at in chunks:
                     differentiate(at, side, whole)
-        return Outcome(loss.to(dtype), *gradients)
+        loss = loss.to(dtype)  # one number of all rows
+        return Result(loss, loss, *gradients)
 
     return differentiable(student, teacher, call, compute)
 

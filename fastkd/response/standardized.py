@@ -141,7 +141,7 @@ def standardized_kd_loss(
     size = chunk_rows(
         memory_budget, width, row_dtype(student.dtype, teacher.dtype), student.device, extra
     )
-    compute = by_rows(size, call.summed, of_chunk, (width, width))
+    compute = by_rows(size, of_chunk, (width, width))
     return differentiable(student, teacher, call, compute)
 
 

@@ -86,7 +86,7 @@ def uld_loss(
     widths = (student.shape[-1], teacher.shape[-1])
     dtype = row_dtype(student.dtype, teacher.dtype)
     size = chunk_rows(memory_budget, max(widths), dtype, student.device)
-    compute = by_rows(size, call.summed, _sorted_distance, widths)
+    compute = by_rows(size, _sorted_distance, widths)
     return differentiable(student, teacher, call, compute)
 
 

@@ -20,11 +20,11 @@ from torch.utils.checkpoint import checkpoint
 
 import fastkd
 from fastkd.backends import cpu
-from fastkd.call.checks import Numbers
 from fastkd.call.contract import Options, Want
+from fastkd.call.options import Numbers
 from fastkd.divergences import resolve
 from fastkd.engine import chunks, matmul
-from fastkd.engine.autograd import as_schema
+from fastkd.engine.ops import GraphOptions
 from fastkd.teachers import flatten, weights_of
 from fastkd.teachers.cache import CacheWriter, TeacherCache
 
@@ -601,13 +601,13 @@ def test_opcheck(
         monkeypatch.setattr("fastkd.engine.graphs._is_constant", lambda _: False)
     given = problem(form, dtype=dtype, bias=True, rows=9, teacher_rows=9)
     options = Options(resolve("jsd"), vocab_size=9)
-    numbers = Numbers(alpha=0.5, temperature=2.0, teacher_temperature=2.0, items=2)
+    numbers = Numbers.of(alpha=0.5, temperature=2.0, teacher_temperature=2.0, num_items=2)
     want = Want(student_gradient=True, parts=True, deferred=deferred)
     labels = labels_for(N, vocabulary=9, seed=1, ignored=0.3)
     (tensors, spec), weights = flatten(given.teacher), weights_of(given.teacher)
     arguments = (
         *given.leaves(), tensors, labels, torch.rand(N), *(None,) * 5, backend, spec, 4, None,
-        len(weights), [True] * 3, torch.float32, False, *as_schema(options, want, numbers, weights),
+        len(weights), [True] * 3, torch.float32, *GraphOptions.of(options, want, numbers, weights),
     )  # fmt: skip
     torch.library.opcheck(torch.ops.fastkd.kd_chunks.default, arguments)
 

@@ -26,6 +26,7 @@ from torch import Tensor
 
 import fastkd
 from fastkd import response
+from fastkd.engine.plan import Budget
 from fastkd.response import (
     adaptive_kl,
     adaptive_kl_loss,
@@ -156,7 +157,8 @@ def hold_to(
 def test_rows(
     name: str, dtype: torch.dtype, shape: tuple[int, ...], temperature: float, monkeypatch: Any
 ) -> None:
-    monkeypatch.setattr(chunks, "CPU_BUDGET", 3 * 4 * shape[-1] * chunks.TEMPORARIES)
+    budget = Budget(cpu=3 * 4 * shape[-1] * chunks.TEMPORARIES, other=1)
+    monkeypatch.setattr(chunks, "RESPONSE_BUDGET", budget)
     loss, formula = ROWS[name]
     s, t = logits(*shape, seed=1, dtype=dtype), logits(*shape, seed=2, dtype=dtype)
     # Powers of 2, so that the upstream factor does not round.

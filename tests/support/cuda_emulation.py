@@ -31,7 +31,19 @@ FLAGS = (
 
 
 MODULE = "module.o"  # of csrc/cuda/module.cpp: half the time of a build, and the same whatever the kernels are
-OF_KERNELS = ("row.h", "cluster.h", "shard.h", "topk.h")  # headers that module.cpp does not include
+# Headers that module.cpp does not include.
+OF_KERNELS = (
+    "slice",
+    "vectors",
+    "state",
+    "open",
+    "columns",
+    "statistics",
+    "finish",
+    "sums",
+    "gradient",
+)
+OF_KERNELS = (*OF_KERNELS, "row", "cluster", "shard", "topk", "common/row_math")
 
 
 def compile_host(
@@ -45,15 +57,16 @@ def compile_host(
     """
     csrc = ROOT / "csrc"
     if edit is not None:
-        assert edit[0] in OF_KERNELS
-        source = csrc / "cuda" / edit[0]
+        assert edit[0].removesuffix(".h") in OF_KERNELS
+        source = csrc / (edit[0] if "/" in edit[0] else f"cuda/{edit[0]}")
         changed = edit[1](source.read_text())
         assert changed != source.read_text()
         csrc = directory / "csrc"
         for header in (
             *(ROOT / "csrc" / "cuda").glob("*.[hc]*"),
             *(ROOT / "csrc").glob("*.h"),
-            ROOT / "csrc" / "generated" / "divergences.h",
+            *(ROOT / "csrc" / "common").glob("*.h"),
+            *(ROOT / "csrc" / "generated").glob("*.h"),
         ):
             copy = csrc / header.relative_to(ROOT / "csrc")
             copy.parent.mkdir(parents=True, exist_ok=True)
@@ -99,7 +112,8 @@ def host() -> ModuleType:
     files = [
         *sorted((ROOT / "csrc" / "cuda").iterdir()),
         *sorted((ROOT / "csrc").glob("*.h")),
-        ROOT / "csrc" / "generated" / "divergences.h",
+        *sorted((ROOT / "csrc" / "common").glob("*.h")),
+        *sorted((ROOT / "csrc" / "generated").glob("*.h")),
         HARNESS,
         HARNESS.with_suffix(".h"),
     ]

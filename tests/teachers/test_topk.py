@@ -94,9 +94,9 @@ def everywhere(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) 
 
 
 def _triton() -> tuple[ModuleType, ModuleType]:
-    from fastkd.kernels import kernel, sparse
+    from fastkd.kernels import launch, sparse
 
-    return kernel, sparse
+    return launch, sparse
 
 
 # The divergences, and those parameters whose formulas differ. 0 * infinity is what they disagree on.

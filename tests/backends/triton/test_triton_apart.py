@@ -36,7 +36,7 @@ from fastkd import kd_loss
 from fastkd.backends import reference, registry
 from fastkd.call.contract import Options, Result, Rows, ShardCall, Want
 from fastkd.divergences import Divergence, Target, dkd, jsd, nkd
-from fastkd.kernels import kernel as kernels
+from fastkd.kernels import launch as kernels
 from fastkd.kernels import sparse as sparse_kernels
 from fastkd.kernels import split
 
@@ -457,7 +457,7 @@ def test_what_shards_exchange(monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows have two more statistics only if the label has a separate term."""
     student, teacher = pair(2, 7)
     for divergence, fields in (
-        ("dkd", split.FIELDS + split.APART_FIELDS),
+        ("dkd", split.FIELDS + split.LABEL_TERM_FIELDS),
         ("mixture", split.FIELDS),
     ):
         shard = fastkd.call.contract.Shard(7, 21, 7, 1, None)
