@@ -1,4 +1,4 @@
-"""The kernels on a GPU: `make gpu` runs these. Everywhere else they are skipped, and say so."""
+"""The kernels on a GPU, run by `make gpu`. Without a GPU the tests are skipped with that reason."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ DEVICE = torch.device("cuda")
 
 @pytest.fixture(params=["triton", "cuda"])
 def on_gpu(request: pytest.FixtureRequest) -> str:
-    """A backend of the device; one that this device is not made for is skipped, one that is broken is not."""
+    """A backend of the device. One that does not support this device is skipped; a broken one fails."""
     name = request.param
     obstacle = registry.obstacle(
         name, Request("cuda", torch.float32, torch.float32, fastkd.forward_kl()), registry.available_backends()
@@ -150,7 +150,7 @@ def test_a_graph_of_a_step(on_gpu: str) -> None:
 
 
 def test_the_current_stream(on_gpu: str) -> None:
-    """On a stream that is busy: a launch on another one would read the logits before they are there."""
+    """On a busy stream, a launch on another stream would read the logits before they are written."""
     student, teacher = _pair(64, 50_000)
     expected = _gradient(student, teacher, backend=on_gpu)
     side = torch.cuda.Stream()
@@ -193,7 +193,7 @@ def test_a_compiled_step_under_autocast(on_gpu: str) -> None:
 
 @pytest.mark.parametrize("inplace", [False, True])
 def test_memory(on_gpu: str, inplace: bool) -> None:
-    """Beyond the logits a gradient, or nothing, and some numbers a row."""
+    """A call allocates its gradient, if any, and a few numbers per row."""
     rows, width = 512, 32_768
     student, teacher = _pair(rows, width, dtype=torch.bfloat16)
     leaf = torch.zeros((), device=DEVICE, requires_grad=True)

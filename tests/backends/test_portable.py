@@ -70,7 +70,7 @@ def _assert_close(found: list[Tensor], wanted: list[Tensor], close: float) -> No
 @pytest.mark.parametrize("infinite", [False, True])
 @pytest.mark.parametrize("name", CALLS)
 def test_pieces_of_any_size(name: str, infinite: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As the oracle has it in float64, to the last digits, whatever the rows are divided into."""
+    """Results equal the float64 oracle's to the last digits, however the rows are divided into pieces."""
     call = CALLS[name] | {
         "dtype": torch.float64,
         "infinite": infinite and "topk" not in CALLS[name],
@@ -86,7 +86,7 @@ def test_pieces_of_any_size(name: str, infinite: bool, monkeypatch: pytest.Monke
 def test_a_device_is_not_waited_for(
     name: str, infinite: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What another device runs, on the CPU: no number of a tensor is asked for, and the results are the same."""
+    """The path of other devices, run on the CPU, reads no number of a tensor and gives the same results."""
     call = CALLS[name] | {"infinite": infinite and "topk" not in CALLS[name]}
     wanted = _results(call)
     monkeypatch.setattr(portable, "_synchronizes", lambda device: True)
@@ -111,7 +111,7 @@ def _made(function: Any) -> fastkd.Divergence:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("function", DEFINITIONS, ids=lambda function: function.__name__)
 def test_definitions_in_buffers(function: Any, dtype: torch.dtype) -> None:
-    """A definition gives in the buffers of a piece what it gives as it stands."""
+    """A definition gives the same results in the buffers of a piece as when it is called directly."""
     divergence = _made(function)
     log_p, log_q = (logits(4, 50, seed=seed).to(dtype).log_softmax(-1) for seed in (5, 6))
     log_p[:, :9] = log_q[:, :9]  # where conditions are at their edge
@@ -161,7 +161,7 @@ def test_a_definition_that_returns_its_arguments() -> None:
 
 
 class _Live(TorchDispatchMode):
-    """The most bytes that tensors held which were made inside."""
+    """The peak of the bytes of tensors that were made inside the context."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -186,7 +186,7 @@ class _Live(TorchDispatchMode):
 
 @pytest.mark.parametrize("name", [*fastkd.DIVERGENCES, "everything"])
 def test_memory_of_a_piece(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Beside the gradients, no more than the plan says, which is that of a few rows."""
+    """In addition to the gradients, a call holds at most what the plan says: a few rows."""
     student, teacher, labels = logits(96, 500, seed=1), logits(96, 500, seed=2), torch.arange(96)
     monkeypatch.setattr(pieces, "PIECE_CPU", 4 * 500 * 4 // torch.get_num_threads() + 4)
     options = Options(fastkd.divergences.resolve("forward_kl"), vocab_size=500)
@@ -217,7 +217,7 @@ def test_memory_of_a_piece(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("divergence", [*fastkd.DIVERGENCES])
 def test_a_row_does_not_depend_on_its_neighbours(divergence: str) -> None:
-    """Rows with NaN, with logits far from the other model's, and with -inf are in one piece with plain ones."""
+    """One piece has ordinary rows and rows with NaN, with -inf, and with logits far from the other model's."""
     made = fastkd.DIVERGENCES[divergence]()
     student, teacher = logits(6, 99, seed=10), logits(6, 99, seed=11)
     student[1] += 40.0

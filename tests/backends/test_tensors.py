@@ -39,7 +39,7 @@ IN_TRITON = {
 def run(
     case: Case, given: Tensors, backend: str, upstream: Tensor | None = None
 ) -> tuple[Tensor, ...]:
-    """The loss and its gradients, taken twice, as the first leaves the graph and the second gives it away."""
+    """The loss and its gradients, computed twice: the first backward keeps the graph, the second frees it."""
     of_backend = {"backend": backend} if case.with_backend else {}
     trained = [given[name] for name in case.trained]
     loss = case.loss(given, **of_backend)
@@ -402,7 +402,7 @@ DROPPED = (1, 1)
 @pytest.mark.parametrize("hole", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("loss", [name for name, case in LOSSES.items() if masked(case)])
 def test_what_a_mask_drops_may_hold_anything(loss: str, hole: float) -> None:
-    """Value 0 and gradient 0 there, whatever the arguments and the upstream gradient hold."""
+    """Dropped rows have value 0 and gradient 0, whatever the arguments and the upstream gradient contain."""
     case = LOSSES[loss]
     inputs = case.tensors(torch.float32)
     if hole == float("inf"):
@@ -429,7 +429,7 @@ def test_what_a_mask_drops_may_hold_anything(loss: str, hole: float) -> None:
 
 
 def test_estimates_over_padding() -> None:
-    """A product with the mask would be NaN: 0 times infinity."""
+    """Multiplying by the mask would give NaN, because 0 times infinity is NaN."""
     student = torch.tensor([[-1.0, -2.0, -float("inf")], [-0.5, float("nan"), 3.0]])
     teacher = torch.tensor([[-1.5, -2.5, -float("inf")], [-1.0, -1.0, -float("inf")]])
     mask = torch.tensor([[True, True, False], [True, False, False]])

@@ -430,8 +430,7 @@ def test_adaptive_kl(mass: float, crossing: str, width: int) -> None:
 
 
 def test_adaptive_kl_of_the_published_code() -> None:
-    """The published code's gaps, in which the crossing token is in the tail unless it is first, and its sum of both
-    KLs."""
+    """The authors' code puts the crossing token into the tail unless it is the first, and sums both KLs."""
     s, t = logits(40, 30, seed=1, dtype=torch.float64), logits(40, 30, seed=2, dtype=torch.float64)
     p, q = t.softmax(-1), s.softmax(-1)
     expected = []

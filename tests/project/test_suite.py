@@ -1,4 +1,4 @@
-"""The suite itself: which backends its fixtures hold, what it installs, and which cases it makes."""
+"""Tests of the test suite: the backends of its fixtures, what it installs, and which cases it generates."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def test_a_mark_of_other_parameters_says_nothing(one: int, request: pytest.Fixtu
 
 
 class Doubled(NamedTuple):
-    """A result as the oracles have them."""
+    """A result in the form of the oracles' results."""
 
     value: Tensor
     number: float

@@ -242,7 +242,7 @@ def check_topk(
 def rows_of(
     student: Tensor, teacher: TopK, *arguments: Any, backend: str, **options: Any
 ) -> tuple[Tensor, Tensor]:
-    """(loss of each row, its gradient)."""
+    """Return (the loss of each row, its gradient)."""
     leaf = student.detach().requires_grad_()
     loss = kd_loss(leaf, teacher, *arguments, reduction="none", backend=backend, **options)
     (gradient,) = torch.autograd.grad(loss.sum(), leaf)

@@ -143,7 +143,7 @@ def test_options(emulation: Emulation, option: str, name: str) -> None:
 def test_rows_at_any_address(
     emulation: Emulation, name: str, offset: int, dtypes: tuple[torch.dtype, torch.dtype]
 ) -> None:
-    """Whole pieces at once, and what goes by way of shared memory."""
+    """Rows of whole 16-byte pieces, and rows whose ends go through shared memory."""
     emulation.ranks = 2
     labels = torch.tensor([0, 150, 151, 299, 300])
     student = _placed(301, 5, offset, 320 + offset, dtypes[0], seed=1)
@@ -153,7 +153,7 @@ def test_rows_at_any_address(
 
 @every
 def test_many_vectors_a_thread(emulation: Emulation, name: str) -> None:
-    """Stages of more than one round of the block's threads, in bf16 as it lies."""
+    """Stages that take the block's threads more than one round, in aligned bf16."""
     student, teacher = (logits(3, 10_000, seed=i, dtype=torch.bfloat16) for i in (1, 2))
     _check(student, teacher, torch.tensor([4095, 5000, 9999]), name, alpha=0.7, temperature=4.0)
 
@@ -183,7 +183,7 @@ def test_log_0(emulation: Emulation, low: str, name: str) -> None:
 
 
 def test_nkd_of_a_label_that_neither_side_has(emulation: Emulation) -> None:
-    """0 log 0 is 0: what is left is the others' part."""
+    """0 log 0 is 0, so only the part of the other tokens is left."""
     student, teacher, labels = logits(1, 50, seed=1), logits(1, 50, seed=2), torch.tensor([9])
     others = torch.arange(50) != 9
     expected = -1.5 * (teacher[:, others].softmax(-1) * student[:, others].log_softmax(-1)).sum(-1)
@@ -195,7 +195,7 @@ def test_nkd_of_a_label_that_neither_side_has(emulation: Emulation) -> None:
 @pytest.mark.parametrize("gap", [60.0, -60.0, 1e4, -1e4])
 @every
 def test_sure_of_the_label(emulation: Emulation, name: str, gap: float) -> None:
-    """Nothing cancels where the label has all of the probability, or none."""
+    """Nothing cancels if the label has all of the probability, or none."""
     emulation.ranks = 2
     labels = torch.tensor([0, 150, 296, 299])  # 296 begins a vector of 4
     at_labels = torch.nn.functional.one_hot(labels, 300)
@@ -206,7 +206,7 @@ def test_sure_of_the_label(emulation: Emulation, name: str, gap: float) -> None:
 
 
 def test_the_others_do_not_see_the_label(emulation: Emulation) -> None:
-    """Bit by bit, whatever its logit is."""
+    """The results have the same bits, whatever the label's logit is."""
     emulation.ranks = 2
     labels = torch.tensor([0, 8, 256, 300])
     student, teacher = logits(4, 301, seed=1), logits(4, 301, seed=2)
@@ -241,7 +241,7 @@ def test_its_parts_are_those_of_kl(emulation: Emulation, temperature: float) -> 
 
 @every
 def test_what_cannot_be_right_is_nan(emulation: Emulation, name: str) -> None:
-    """A label outside the vocabulary poisons its row and no other, also where the labels' term has no weight."""
+    """A label outside the vocabulary makes only its row NaN, also if the label's term has weight 0."""
     student, teacher = logits(4, 50, seed=1), logits(4, 50, seed=2)
     loss, *_, gradient = _outcome("cuda", student, teacher, torch.tensor([1, 50, -1, 2]), name)
     bad = [False, True, True, False]
@@ -251,7 +251,7 @@ def test_what_cannot_be_right_is_nan(emulation: Emulation, name: str) -> None:
 
 @every
 def test_a_dropped_row_is_not_read(emulation: Emulation, name: str) -> None:
-    """And of the others each logit is read once, but for the label's: its two by every block."""
+    """Each logit is read once, except the label's two logits, which every block reads."""
     student, teacher = logits(3, 344, seed=1), logits(3, 344, seed=2)
     student[1], teacher[1] = math.nan, math.nan
     labels = torch.tensor([1, -100, 2])

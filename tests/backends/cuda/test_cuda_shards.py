@@ -88,7 +88,7 @@ def test_offsets(sharded: Sharded, offset: float) -> None:
 
 @pytest.mark.parametrize("offset", [0.0, 1e4])
 def test_smoothing_where_the_label_is_not(sharded: Sharded, offset: float) -> None:
-    """The sum of z is over every shard; far from 0 it has to be taken relative to something."""
+    """The sum of z runs over all shards; far from 0 it must be relative to an origin."""
     student, labels = logits(3, WIDE, seed=1) + offset, torch.tensor([0, WIDE // 2, WIDE - 1])
     options = {"alpha": 0.5, "label_smoothing": 0.3}
     check("cuda", student, logits(3, WIDE, seed=2), labels, **options)
@@ -134,7 +134,7 @@ def test_more_tokens_than_a_warp_has_lanes(sharded: Sharded, tail: str) -> None:
 
 @pytest.mark.parametrize("tail", TAILS)
 def test_sparse_rows_of_every_kind(sharded: Sharded, tail: str) -> None:
-    """Without a token, without a tail that is given, and with NaN: as a whole row has them."""
+    """Rows without a token, without tail_logprob, and with NaN have the results of whole rows."""
     actual = outcomes_of_every_kind(tail, "cuda")
     sharded.patch.undo()
     whole = outcomes_of_every_kind(tail, "cuda")
@@ -152,7 +152,7 @@ def _outcome(student: Tensor, teacher: Any, labels: Tensor | None, **options: An
 
 
 def _as_whole_rows(sharded: Sharded, *arguments: Any, **options: Any) -> list[Tensor]:
-    """The same in shards and not; the former."""
+    """Check that results in shards and of whole rows agree; return those in shards."""
     actual = _outcome(*arguments, **options)
     sharded.patch.undo()
     whole = _outcome(*arguments, **options)
@@ -212,7 +212,7 @@ def test_in_place(sharded: Sharded, divergence: str) -> None:
 
 @pytest.mark.parametrize(("divergence", "reads"), [("forward_kl", 1), ("jsd", 2)])
 def test_what_moves(sharded: Sharded, divergence: str, reads: int) -> None:
-    """A launch reads a row once; the last, where no gradient is wanted, not at all."""
+    """Each launch reads a row once; the last one reads nothing if no gradient is wanted."""
     student, teacher = logits(3, WIDE, seed=1), logits(3, WIDE, seed=2)
     both = student.nbytes + teacher.nbytes
     sharded.emulation.traffic()

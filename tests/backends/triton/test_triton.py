@@ -104,7 +104,7 @@ def launch(
     want: Want = EVERYTHING,
     **options: Any,
 ) -> Result:
-    """What the kernels give; every output."""
+    """Every output of the kernels."""
     options.setdefault("vocab_size", min(student.shape[-1], teacher.shape[-1]))
     resolved = Options(fastkd.divergences.resolve(divergence), **options)
     return kernels.kd_rows(student, teacher, rows, resolved, want)
@@ -250,7 +250,7 @@ def test_shipped_tiles(monkeypatch: pytest.MonkeyPatch, columns: int, divergence
 
 
 def test_a_timed_tile_goes_before_the_rule(monkeypatch: pytest.MonkeyPatch) -> None:
-    """For its architecture, type, kind and widths, and where rows are aligned and registers are not crowded."""
+    """Tiles depend on architecture, dtype, kind and widths, and on alignment and register pressure."""
     monkeypatch.undo()
     monkeypatch.setitem(kernels.TILES, ("sm_90", 2, True, 65536), (8192, 32))
     rule = (2048, 8)
@@ -288,7 +288,7 @@ def test_common_offset(divergence: str) -> None:
 
 @however_shared
 def test_a_maximum_that_rises_late_and_steeply() -> None:
-    """Earlier sums fade away entirely; the tempered logits span 4000 and the row is steeper for one side."""
+    """Rescaling erases the earlier sums; the tempered logits span 4000, and one model's row is steeper."""
     rise = torch.linspace(-100, 100, 37, device=DEVICE)
     for student, teacher in ((rise, rise / 7), (rise / 7, rise), (rise, -rise), (-rise, rise / 50)):
         for divergence in ("mixture", "soft_cross_entropy", "jsd"):
@@ -325,7 +325,7 @@ GONE: dict[str, tuple[slice, slice]] = {
     ],
 )
 def test_infinities(divergence: str) -> None:
-    """A row for each place that they may have, and one without."""
+    """One row for each column that the value may have, and one row without it."""
     student, teacher = pair(len(GONE) + 1, 37)
     for row, (of_student, of_teacher) in enumerate(GONE.values()):
         student[row, of_student], teacher[row, of_teacher] = -INF, -INF
@@ -373,7 +373,7 @@ def test_nan_spreads_over_its_row_only(divergence: str, poison: float) -> None:
 @however_shared
 @kinds
 def test_options(divergence: str) -> None:
-    """Each alone, with three rows of which one is dropped."""
+    """Each option alone, with three rows, one of which is dropped."""
     student, teacher = pair(3, 37)
     labels = torch.tensor([5, -100, 30], device=DEVICE)
     weight = torch.tensor([0.5, 2.0, -1.5], device=DEVICE)
@@ -495,7 +495,7 @@ def test_scale_known_to_the_device_only() -> None:
 
 
 def strided(student: Tensor) -> dict[str, Tensor]:
-    """Logits [2, 3, 2, 2, columns] in other places; some have more than three strides of their own."""
+    """Logits [2, 3, 2, 2, columns] in several layouts, some of which three strides cannot express."""
     rows, columns = student.shape[:-1], student.shape[-1]
     wide = student.new_full((4, 5, 4, 4, columns + 4), math.nan)
     every_other = wide[::2, 1:4, ::2, :2, 3 : columns + 3]
@@ -613,7 +613,7 @@ FAR_APART = """
     DEVICE != "cpu", reason="12 GB of addresses without memory behind them are the CPU's"
 )
 def test_rows_2_to_the_30_elements_apart() -> None:
-    """An offset in 32 bits reads elsewhere; in a process of its own, which may then die."""
+    """A 32-bit offset would read outside, which may end the process, so this runs in a separate one."""
     script = [sys.executable, "-c", textwrap.dedent(FAR_APART)]
     done = subprocess.run(script, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr
@@ -802,7 +802,7 @@ def _module(path: Path, source: str) -> Any:
 
 @however_shared
 def test_a_users_own_divergence(tmp_path: Path) -> None:
-    """From a file of theirs, with two sets of parameters, no closed form and no degree."""
+    """A user's divergence from a file, with two sets of parameters, no closed form and no degree."""
     own = _module(tmp_path / "own.py", OWN)
     student, teacher = pair(3, 37)
     labels = torch.tensor([1, -100, 36], device=DEVICE)

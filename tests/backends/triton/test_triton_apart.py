@@ -454,7 +454,7 @@ def test_shards_with_infinities_and_nan(
 
 
 def test_what_shards_exchange(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two numbers more, and only where a token is apart."""
+    """Rows have two more statistics only if the label has a separate term."""
     student, teacher = pair(2, 7)
     for divergence, fields in (
         ("dkd", split.FIELDS + split.LABEL_TERM_FIELDS),

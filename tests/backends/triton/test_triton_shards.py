@@ -57,7 +57,7 @@ def narrow_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def in_shards(monkeypatch: pytest.MonkeyPatch) -> Iterator[InShards]:
-    """What backend="triton" is meanwhile."""
+    """The backend that backend="triton" selects in these tests."""
     load = registry.load
     shards = InShards(load("triton"), SHARES)
     monkeypatch.setattr(registry, "load", lambda name: shards if name == "triton" else load(name))
@@ -101,7 +101,7 @@ def test_labels(in_shards: InShards, divergence: str) -> None:
 def test_one_program_of_each_process(
     in_shards: InShards, monkeypatch: pytest.MonkeyPatch, divergence: str
 ) -> None:
-    """As where rows alone fill a device: what the processes left is then strided until it is copied."""
+    """Enough rows fill a device; the partial results of processes are then strided until they are copied."""
     monkeypatch.setattr(kernels, "shard_plan", split.shard_plan)
     assert split.shard_plan(3, Shard(0, 61, 30, 0, None)).num_splits == 1
     labels = torch.tensor([30, 39, 60], device=DEVICE)
@@ -110,7 +110,7 @@ def test_one_program_of_each_process(
 
 @pytest.mark.parametrize("divergence", ["mixture", "jsd"])
 def test_everything_at_once(in_shards: InShards, divergence: str) -> None:
-    """Softcaps, scales, two temperatures, and 41 columns that count of 43, in bfloat16; two dropped rows."""
+    """Softcaps, scales, two temperatures, 41 counted columns of 43, and two dropped rows, in bfloat16."""
     options = OPTIONS["everything"] | {"temperature": torch.tensor([0.7, 3.0, 1.0, 2.0])}
     del options["labels"]
     labels = torch.tensor([5, -100, 40, 7], device=DEVICE)
@@ -259,7 +259,7 @@ def test_sparse_teachers(in_shards: InShards, tail: str) -> None:
 
 
 def test_sparse_teachers_with_all_that_a_row_may_have(in_shards: InShards) -> None:
-    """41 columns that count of 43, offsets, a dropped row, a weight and a temperature of its own for each."""
+    """41 counted columns of 43, offsets, a dropped row, and a weight and a temperature per row."""
     check_topk(
         "triton",
         logits(4, 43, seed=9) + torch.tensor([0.0, 100.0, -1e4, 0.0]).unsqueeze(-1),
