@@ -1,8 +1,8 @@
-# Everything runs in .venv, which the first target makes, but for what needs other people's stacks: that runs in
-# .venv-stacks, which sees .venv beneath it. `make help` lists the targets.
+# Targets run in the virtual environment .venv, which they create. Targets that need other stacks run in .venv-stacks,
+# which also sees the packages of .venv. `make help` lists the targets.
 #
-#   TORCH   the torch to install there, once; any other choice, such as a build for one GPU, is as good
-#   PYTHON  the interpreter that .venv is made from
+#   TORCH   the torch to install when .venv is created; any build that torch supports works
+#   PYTHON  the interpreter from which .venv is created
 #   ARGS    further arguments for pytest or the demo: make test ARGS="-k jsd -x"; "-n0" runs the tests in one process
 
 PYTHON ?= python3
@@ -21,12 +21,12 @@ PROJECT := pyproject.toml setup.py
 .PHONY: help build test test-stacks heavy gpu lint format bench bench-quick bench-compare divergences demo demo-distributed swap examples \
     docs docs-serve dist wheels install-matrix clean
 
-help: ## this list
+help: ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  \1\t/' | expand -t 24
 
-# torch comes first and by its exact version, or resolving fastkd would choose one. The second line is what
-# [build-system] in pyproject.toml asks for: the checkout is installed without build isolation, so that objects are
-# compiled once and not once for each install.
+# torch is installed first with its exact version; otherwise installing fastkd would choose one. The second install
+# provides the requirements of [build-system] in pyproject.toml, because the checkout is installed without build
+# isolation: object files are then compiled once rather than once per install.
 $(VENV)/.torch:
 	test -x $(PY) || $(PYTHON) -m venv $(VENV)
 	$(PIP) install '$(TORCH)'
@@ -34,19 +34,20 @@ $(VENV)/.torch:
 	$(PIP) freeze | grep -E '^torch *[=@]' > $(VENV)/constraints.txt
 	@touch $@
 
-# What comes after torch leaves it alone.
+# Later installs must not change torch.
 INSTALL := $(PIP) install --no-build-isolation -c $(VENV)/constraints.txt
 
-build: $(VENV)/.torch ## the native extension, in place; compiles what changed
+build: $(VENV)/.torch ## build the native extension in place, incrementally
 	@$(PY) setup.py -q build_ext --inplace
 
 $(VENV)/.dev: $(VENV)/.torch $(PROJECT) | build
 	$(INSTALL) -e '.[dev,triton]'
 	@touch $@
 
-# The packages that the adapters stand in for, and what the examples and benchmarks draw with. They want many others and
-# none of torch's: .venv's site-packages come after this environment's own, with torch, Triton and the checkout in them.
-# torchdistill wants a torchvision, and one that does not fit the torch at hand breaks the others.
+# The packages that the adapters replace, and the plotting packages of examples and benchmarks. They have many
+# dependencies. torch, Triton and the checkout come from .venv, whose site-packages are appended to this environment's.
+# torchdistill is installed without dependencies, because it requires torchvision, and a torchvision that does not match
+# torch breaks the other packages.
 $(STACKS)/.stacks: $(VENV)/.dev
 	test -x $(STACKS_PY) || $(PY) -m venv $(STACKS)
 	@$(PY) -c 'import site; print(f"import site; site.addsitedir({site.getsitepackages()[0]!r})")' \
@@ -59,59 +60,53 @@ $(VENV)/.demo: $(VENV)/.torch $(PROJECT) | build
 	$(INSTALL) -e '.[demo]'
 	@touch $@
 
-# A process for each core, up to four, since a few files are most of the time: those come first (tests/conftest.py). A
-# file's tests stay in one process and in their order, as its fixtures want it.
+# One process per core, up to four; a few files take most of the time and come first (tests/conftest.py). The tests of a
+# file stay in one process and in order, because they share fixtures.
 SHARED := -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
-test: $(VENV)/.dev build ## the tests, without the big grids and without other stacks
+test: $(VENV)/.dev build ## run the tests, except heavy ones and those of other stacks
 	$(PY) -m pytest -m 'not heavy and not stacks' $(SHARED) $(ARGS)
 
-test-stacks: $(STACKS)/.stacks build ## the adapters against the packages that they stand in for, the examples, the benchmark suite
+test-stacks: $(STACKS)/.stacks build ## test the adapters against the original packages, the examples and the benchmark suite
 	$(STACKS_PY) -m pytest -m 'stacks and not heavy' $(SHARED) $(ARGS)
 
-heavy: $(STACKS)/.stacks build build/demo/.stamp ## the big grids that `make test` and `make test-stacks` leave out
+heavy: $(STACKS)/.stacks build build/demo/.stamp ## run the heavy tests, which `make test` and `make test-stacks` omit
 	$(STACKS_PY) -m pytest -m heavy $(ARGS)
 
-lint: $(VENV)/.dev ## ruff and mypy, as CI runs them
+lint: $(VENV)/.dev ## run ruff and mypy as CI does
 	@status=0; for check in "ruff check ." "ruff format --check ." mypy; do \
 	    echo "$$check"; $(PY) -m $$check || status=1; done; exit $$status
 
-format: $(VENV)/.dev ## apply what ruff can mend
+format: $(VENV)/.dev ## apply ruff's fixes and formatting
 	$(PY) -m ruff check --fix .
 	$(PY) -m ruff format .
 
-# Tables are made of a run in which a loss was wrong too, and the target fails then.
+# Tables are also made of a run in which a loss was wrong; the target then fails.
 define SUITE
 	@mkdir -p build/bench
 	@$(STACKS_PY) -m pytest bench -v -rN -p no:cacheprovider --benchmark-quiet --benchmark-json=build/bench/$(1).json $(2) $(ARGS); \
 	    status=$$?; $(STACKS_PY) bench/tables.py build/bench/$(1).json && exit $$status
 endef
 
-bench-quick: $(STACKS)/.stacks build build/demo/.stamp ## fastkd beside its peers: a comparison in under five minutes, in build/bench/quick.*
+bench-quick: $(STACKS)/.stacks build build/demo/.stamp ## compare fastkd with other libraries in under five minutes; writes build/bench/quick.*
 	$(call SUITE,quick,--quick)
 
-bench-compare: $(STACKS)/.stacks ## whether a run is worse than one before: make bench-compare BEFORE=a.json AFTER=b.json ARGS="--fail 10"
+bench-compare: $(STACKS)/.stacks ## compare two runs: make bench-compare BEFORE=a.json AFTER=b.json ARGS="--fail 10"
 	$(STACKS_PY) bench/compare.py '$(BEFORE)' '$(AFTER)' $(ARGS)
 
-bench: $(STACKS)/.stacks build build/demo/.stamp ## the whole comparison, in build/bench/full.*, and the benchmarks of single questions
+STUDIES := loss memory accuracy topk linear online relations imports
+bench: $(STACKS)/.stacks build build/demo/.stamp ## run the full comparison (build/bench/full.*) and all other benchmarks
 	$(call SUITE,full,)
-	$(STACKS_PY) bench/loss.py
-	THP_MEM_ALLOC_ENABLE=1 $(STACKS_PY) bench/loss.py
-	$(STACKS_PY) bench/memory.py
-	$(STACKS_PY) bench/accuracy.py
-	$(STACKS_PY) bench/topk.py
-	$(STACKS_PY) bench/linear.py
-	$(STACKS_PY) bench/online.py
-	$(STACKS_PY) bench/relations.py
-	$(STACKS_PY) bench/imports.py
+	@for study in $(STUDIES); do echo "bench/studies/$$study.py"; $(STACKS_PY) bench/studies/$$study.py || exit 1; done
+	THP_MEM_ALLOC_ENABLE=1 $(STACKS_PY) bench/studies/loss.py
 
-# With the torch and Triton that the machine has, and no network: GPU_PYTHON is the interpreter that holds them. Set
-# WHEELS to a folder to compare with the losses of other packages in it.
+# Uses the torch and Triton of the interpreter GPU_PYTHON and needs no network. Set WHEELS to a folder of wheels to
+# compare with the losses of those packages.
 GPU_PYTHON ?= python3
 WHEELS ?=
-gpu: ## on a machine with a GPU: build, test, sanitize and measure there; writes bench/results/<device>/
-	GPU_PYTHON='$(GPU_PYTHON)' WHEELS='$(WHEELS)' bash bench/gpu.sh
+gpu: ## on a machine with a GPU: build, test, run compute-sanitizer and measure; writes bench/results/<device>/
+	GPU_PYTHON='$(GPU_PYTHON)' WHEELS='$(WHEELS)' bash bench/studies/gpu.sh
 
-divergences: $(VENV)/.dev ## after a change of fastkd/divergences.py: its C++ header, the extension, the table's tests
+divergences: $(VENV)/.dev ## after a change of fastkd/divergences.py: regenerate its C++ header, rebuild, run its tests
 	$(PY) csrc/generate.py
 	@FASTKD_NATIVE=1 $(MAKE) --no-print-directory build
 	$(PY) -m pytest -k "divergence or table" $(ARGS)
@@ -120,31 +115,32 @@ $(VENV)/.docs: $(VENV)/.torch $(PROJECT) | build
 	$(INSTALL) -e '.[docs]'
 	@touch $@
 
-# The notice is of mkdocs-material on its own successor.
+# NO_MKDOCS_2_WARNING suppresses a notice of mkdocs-material about its successor.
 MKDOCS := NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs
 .PHONY: docs docs-serve
-docs: $(VENV)/.docs ## the documentation site, in build/site; a warning or a dead link is an error
+docs: $(VENV)/.docs ## build the documentation site in build/site; warnings and dead links are errors
 	$(PY) docs/drawings.py
+	$(PY) docs/walk.py
 	$(MKDOCS) build --strict
 	$(PY) docs/site/check.py build/site
 
-docs-serve: $(VENV)/.docs ## the same on http://127.0.0.1:8000, rebuilt as you write
+docs-serve: $(VENV)/.docs ## serve the site on http://127.0.0.1:8000 and rebuild it on changes
 	$(MKDOCS) serve --watch fastkd
 
 build/demo/.stamp: examples/demo-requirements.txt | $(VENV)/.torch
 	$(PIP) install --no-deps --no-build-isolation --require-hashes --upgrade --target $(@D) -r $<
 	@touch $@
 
-# Without a GPU they have no use for CUDA's extension, which takes nvcc minutes; one that is there is left alone.
+# Without a GPU, do not build the CUDA extension, which takes minutes; one that already exists is kept.
 demo demo-distributed examples: export FASTKD_CUDA := $(or $(FASTKD_CUDA),$(if $(wildcard /dev/nvidia* fastkd/_cuda*.so),,0))
-demo: $(VENV)/.demo build/demo/.stamp build ## distil a small model on this machine, in plain PyTorch and with fastkd
+demo: $(VENV)/.demo build/demo/.stamp build ## distil a small model on this machine, with plain PyTorch and with fastkd
 	OMP_WAIT_POLICY=passive $(PY) examples/demo.py $(ARGS)
 
-demo-distributed: $(VENV)/.demo build/demo/.stamp build ## the same over several processes, and that the curves are those of one
+demo-distributed: $(VENV)/.demo build/demo/.stamp build ## the same on several processes; fails unless the curves match those of one process
 	OMP_WAIT_POLICY=passive $(PY) examples/distributed.py $(ARGS)
 
 SWAPS := torch_loop hf_trainer trl_gkd lightning_module
-swap: $(STACKS)/.stacks build/demo/.stamp build ## a loss replaced in four training stacks, and the curves side by side; ARGS=--tiny takes seconds
+swap: $(STACKS)/.stacks build/demo/.stamp build ## replace the loss in four training stacks and compare the curves; ARGS=--tiny takes seconds
 	@for script in $(SWAPS); do echo "examples/swap/$$script.py"; \
 	    OMP_WAIT_POLICY=passive $(STACKS_PY) -W ignore examples/swap/$$script.py $(ARGS) || exit 1; done
 
@@ -152,8 +148,8 @@ $(VENV)/.examples: $(VENV)/.torch $(PROJECT) | build
 	$(INSTALL) -e '.[examples]'
 	@touch $@
 
-# The folder of Fashion-MNIST's files: where Debian's package puts them, or else that package unpacked here, for which
-# nobody has to be root.
+# The folder with Fashion-MNIST's files: that of the installed Debian package, or else the package unpacked in build/,
+# which does not need root.
 UNPACKED := build/fashion-mnist/usr/share/datasets/fashion-mnist
 FASHION ?= $(firstword $(wildcard /usr/share/datasets/fashion-mnist) $(UNPACKED))
 $(UNPACKED):
@@ -163,35 +159,35 @@ $(UNPACKED):
 	        "install dataset-fashion-mnist. Elsewhere: make examples FASHION=<a folder with its four" \
 	        "*-ubyte.gz files>. examples/digits.py runs without it."; exit 1; } >&2
 
-examples: $(VENV)/.examples $(FASHION) build ## what the losses do on real images: tables and plots in build/examples
+examples: $(VENV)/.examples $(FASHION) build ## compare losses on real images; writes tables and plots to build/examples
 	OMP_WAIT_POLICY=passive $(PY) examples/digits.py $(ARGS)
 	OMP_WAIT_POLICY=passive $(PY) examples/fashion.py --data $(FASHION) $(ARGS)
 	OMP_WAIT_POLICY=passive $(PY) examples/online.py --data $(FASHION) $(ARGS)
 	OMP_WAIT_POLICY=passive $(PY) examples/sweeps.py --data $(FASHION) $(ARGS)
 
-# The tools of a release, by hash and apart from .venv, which keeps what it tests with.
+# The tools that make a release, pinned by hash, in an environment separate from .venv.
 build/release/.stamp: .ci/release-requirements.txt
 	$(PYTHON) -m venv build/release
 	build/release/bin/python -m pip --disable-pip-version-check install --require-hashes -r $<
 	@touch $@
 
-dist: build/release/.stamp ## what a release of this commit consists of, in dist/: sdist, two wheels, SBOM, SHA256SUMS
+dist: build/release/.stamp ## make a release of this commit in dist/: sdist, two wheels, SBOM, SHA256SUMS
 	.ci/release build/release/bin/python '$(TORCH)'
 
-wheels: build/release/.stamp ## from the sdist in dist/, one for each Python in build/wheels; takes Docker. ARGS="--archs aarch64"
+wheels: build/release/.stamp ## build a wheel per Python from the sdist in dist/, in build/wheels; needs Docker. ARGS="--archs aarch64"
 	SOURCE_DATE_EPOCH=$$(git log -1 --format=%ct) build/release/bin/python -m cibuildwheel --platform linux \
 	    --output-dir build/wheels $(ARGS) dist/fastkd-*.tar.gz
 
-# Environments are made of these files alone, as a machine without a network would.
+# The environments of install-matrix are made from these files alone, as on a machine without a network.
 build/wheelhouse/.stamp: | build/release/.stamp
 	build/release/bin/python -m pip --disable-pip-version-check download -d $(@D) \
 	    '$(TORCH)' 'triton>=3.5' numpy 'setuptools>=77' wheel 'pybind11>=2.13' ninja
 	@touch $@
 
-install-matrix: build/wheelhouse/.stamp ## install what is in dist/ where something is missing, each time in a fresh environment
+install-matrix: build/wheelhouse/.stamp ## install the files in dist/ in fresh environments in which something is missing
 	test -f dist/SHA256SUMS || $(MAKE) --no-print-directory dist
 	build/release/bin/python .ci/install_matrix.py $(ARGS)
 
-clean: ## remove what a build writes, but not .venv
+clean: ## remove build outputs, but not .venv
 	rm -rf build dist *.egg-info fastkd/_C*.so fastkd/_build.json .mypy_cache .pytest_cache .ruff_cache .benchmarks
 	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +

@@ -1,16 +1,16 @@
-"""Packages, and the native extensions, which ninja builds and whose absence is no error.
+"""Setup script: declares the packages and builds the optional native extensions with ninja.
 
-`fastkd._C` has the kernels for CPUs, `fastkd._cuda` those for GPUs. They include no torch header and link no libtorch:
-building them takes a C++17 compiler with OpenMP, pybind11 and ninja, and for the second nvcc; no torch. Where something
-is missing or a compiler fails, the install succeeds without the extension and `fastkd/_build.json` keeps the reason,
-which fastkd shows when its backend is asked for.
+`fastkd._C` contains the kernels for CPUs, `fastkd._cuda` those for GPUs. They include no torch header and do not link
+libtorch, so torch is not needed to build them. `fastkd._C` needs a C++17 compiler with OpenMP, pybind11 and ninja;
+`fastkd._cuda` also needs nvcc. If something is missing or does not compile, the install succeeds without the extension.
+The reason is stored in `fastkd/_build.json`, and fastkd reports it when the backend is requested.
 
 Environment:
-    FASTKD_NATIVE  1: no fastkd._C is an error; 0: build no extension, which makes a wheel for any platform;
-                   unset: build it where possible.
-    FASTKD_CUDA    likewise for fastkd._cuda; unset: build it where nvcc is.
-    NVCC           nvcc, with arguments if need be; else the one on PATH, in $CUDA_HOME or in /usr/local/cuda.
-    CXX            the compiler, with arguments if need be; else the first of c++, g++, clang++.
+    FASTKD_NATIVE  1: fail if fastkd._C cannot be built; 0: build no extension, for a platform-independent wheel;
+                   unset: build it if possible.
+    FASTKD_CUDA    1: fail if fastkd._cuda cannot be built; 0: do not build it; unset: build it if nvcc is found.
+    NVCC           command of nvcc, with optional arguments; default: from PATH, $CUDA_HOME or /usr/local/cuda.
+    CXX            command of the C++ compiler, with optional arguments; default: the first of c++, g++, clang++.
     CXXFLAGS, LDFLAGS  appended to the flags below.
 """
 
@@ -35,19 +35,19 @@ from setuptools.errors import CompileError
 
 try:
     import fcntl
-except ImportError:  # not a Unix; the extension is not built there either
+except ImportError:  # not on Unix, where the extension is not built either
     fcntl = None
 
 ROOT = Path(__file__).resolve().parent
 
 COMPILE = ["-O3", "-DNDEBUG", "-std=c++17", "-fPIC", "-fopenmp", "-fvisibility=hidden"]
 COMPILE += ["-fno-math-errno", "-fno-trapping-math"]
-# The last is for g++, which sees an uninitialised variable in its own AVX-512 headers, and the one before for clang++,
-# which does not know the last.
+# -Wno-maybe-uninitialized silences a false warning of g++ in its own AVX-512 headers. clang++ does not know that
+# option; -Wno-unknown-warning-option silences its warning about it.
 WARN = ["-Wall", "-Wno-unknown-warning-option", "-Wno-maybe-uninitialized"]
 LINK = ["-shared", "-fopenmp"]
 
-# csrc/*.cpp is compiled once, and KERNELS once for each of these; the extension picks one at run time.
+# csrc/*.cpp is compiled once. KERNELS are compiled once per instruction set; the extension picks one at run time.
 KERNELS = sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("csrc/cpu/*.cpp"))
 INSTRUCTION_SETS: dict[str, list[str]] = {"baseline": []}
 if sysconfig.get_platform().endswith("x86_64"):
@@ -55,7 +55,7 @@ if sysconfig.get_platform().endswith("x86_64"):
     INSTRUCTION_SETS["avx2"] = ["-mavx2", "-mfma", "-mf16c"]
     INSTRUCTION_SETS["avx512"] = [*avx512, "-mfma", "-mf16c"]
 
-# The GPUs with thread-block clusters that csrc/cuda has machine code for.
+# The compute capabilities for which csrc/cuda is compiled. Both have thread-block clusters.
 ARCHITECTURES = (90, 100)
 NVCC = ["-O3", "-std=c++17", "--threads", "0"]
 NVCC += [f"-gencode=arch=compute_{sm}a,code=sm_{sm}a" for sm in ARCHITECTURES]
@@ -66,7 +66,7 @@ SOURCES = [*sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("csrc/*.cpp
 
 
 class UnavailableError(Exception):
-    """Why there is no native extension, and what to do about it."""
+    """A native extension cannot be built; holds the reason and a remedy."""
 
     def __init__(self, reason: str, remedy: str) -> None:
         super().__init__(f"{reason}. {remedy}")
@@ -74,23 +74,23 @@ class UnavailableError(Exception):
 
 
 def lock_tree() -> None:
-    """Let one process at a time build in this tree: setuptools and ninja write to fixed places under build/.
+    """Wait until no other process builds in this tree, because setuptools and ninja write to fixed paths under build/.
 
-    The lock lasts as long as the process: a frontend starts one for each build command. It is the process's own, so a
-    second setup() in it goes through.
+    The lock is released when the process ends; build frontends start one process per build command. A second setup() in
+    the same process does not block.
     """
     if fcntl is None:
         return
     try:
         (ROOT / "build").mkdir(exist_ok=True)
         handle = os.open(ROOT / "build" / ".lock", os.O_RDWR | os.O_CREAT, 0o666)
-    except OSError:  # a read-only tree: two builds cannot meet in it
+    except OSError:  # in a read-only tree no build can write, so none needs the lock
         return
     fcntl.lockf(handle, fcntl.LOCK_EX)
 
 
 def find_compiler() -> list[str]:
-    """The command of the C++ compiler."""
+    """Return the command of the C++ compiler."""
     if os.environ.get("CXX"):
         command = shlex.split(os.environ["CXX"])
         if shutil.which(command[0]) is None:
@@ -109,7 +109,7 @@ def find_compiler() -> list[str]:
 
 
 def find_nvcc() -> list[str]:
-    """The command of CUDA's compiler."""
+    """Return the command of nvcc."""
     if os.environ.get("NVCC"):
         return shlex.split(os.environ["NVCC"])
     homes = (os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda")
@@ -123,7 +123,7 @@ def find_nvcc() -> list[str]:
 
 
 def find_ninja() -> list[str]:
-    """The command of ninja: the Python package's, else one on PATH."""
+    """Return the command of ninja: that of the Python package, else one on PATH."""
     if importlib.util.find_spec("ninja"):
         return [sys.executable, "-m", "ninja"]
     for name in ("ninja", "ninja-build"):
@@ -133,7 +133,7 @@ def find_ninja() -> list[str]:
 
 
 def find_headers() -> list[Path]:
-    """The include directories of Python and pybind11."""
+    """Return the include directories of Python and pybind11."""
     python = Path(sysconfig.get_path("include"))
     if not (python / "Python.h").is_file():
         raise UnavailableError(
@@ -150,20 +150,20 @@ def find_headers() -> list[Path]:
 
 
 def version_line(compiler: list[str]) -> str:
-    """The first line of `compiler --version`; the command itself where it says nothing."""
+    """Return the first line of `compiler --version`, or the command itself if it prints nothing."""
     try:
-        said = subprocess.run(
+        version = subprocess.run(
             [*compiler, "--version"], capture_output=True, text=True, timeout=60
         ).stdout
     except (OSError, subprocess.TimeoutExpired):
-        said = ""
-    return said.partition("\n")[0].strip() or shlex.join(compiler)
+        version = ""
+    return version.partition("\n")[0].strip() or shlex.join(compiler)
 
 
 def ninja_text(
     compiler: list[str], nvcc: list[str] | None, include: list[Path], outputs: dict[str, str]
 ) -> str:
-    """The build.ninja of the extensions; ninja runs beside it, so that objects land there."""
+    """Return the text of build.ninja; ninja runs in its folder, so object files are written there."""
 
     def path(value: Path) -> str:
         return str(value).replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
@@ -211,7 +211,7 @@ def ninja_text(
             "  depfile = $out.d",
             "  deps = gcc",
             "  description = nvcc $out",
-            "rule nvlink",  # finds CUDA's own libraries, of which the runtime is linked statically
+            "rule nvlink",  # nvcc finds CUDA's libraries; the CUDA runtime is linked statically
             f"  command = {command(nvcc + host)} -shared -cudart static $in -o $out",
             "  description = link $out",
             edge("cuda_kernel", "nvcc", CUDA_SOURCES[0]),
@@ -221,8 +221,8 @@ def ninja_text(
     return "\n".join(lines) + "\n"
 
 
-def wish(variable: str) -> str:
-    """What the environment says of an extension: "", "0" or "1"."""
+def build_option(variable: str) -> str:
+    """Return the value of an environment variable that must be unset, "0" or "1"; "" if unset."""
     value = os.environ.get(variable, "")
     if value not in ("", "0", "1"):
         raise CompileError(f"{variable} must be 0, 1 or unset; got {value!r}")
@@ -230,11 +230,11 @@ def wish(variable: str) -> str:
 
 
 class BuildNative(build_ext):
-    """Build the extensions with ninja, and write `_build.json` beside the place where they belong."""
+    """Build the extensions with ninja, and write `_build.json` next to them."""
 
     def run(self) -> None:
-        """Build, or record why not; where the environment asks for an extension, the latter is an error."""
-        native, cuda = wish("FASTKD_NATIVE"), wish("FASTKD_CUDA")
+        """Build the extensions and record why one is missing; an error if the environment requires it."""
+        native, cuda = build_option("FASTKD_NATIVE"), build_option("FASTKD_CUDA")
         targets = {name: Path(self.get_ext_fullpath(f"fastkd.{name}")) for name in ("_C", "_cuda")}
         record_at = targets["_C"].with_name("_build.json")
         record_at.parent.mkdir(parents=True, exist_ok=True)
@@ -263,15 +263,17 @@ class BuildNative(build_ext):
         write_atomically(record_at, json.dumps(record, indent=2) + "\n")
 
     def without(self, target: Path, failure: UnavailableError, variable: str) -> None:
-        """Go on without an extension that nobody insists on."""
+        """Continue without an extension; CompileError if the environment variable requires it."""
         if os.environ.get(variable) == "1":
-            raise CompileError(f"{variable}=1, and {failure}") from None
-        target.unlink(missing_ok=True)  # one of an earlier build would not match these sources
+            raise CompileError(f"{variable}=1, but {failure}") from None
+        target.unlink(
+            missing_ok=True
+        )  # the result of an earlier build would not match these sources
         if variable == "FASTKD_NATIVE" and not os.environ.get(variable):
             self.warn(f"fastkd is installed without its native extension: {failure}")
 
     def build_cpu(self, targets: dict[str, Path]) -> dict[str, Any]:
-        """fastkd._C."""
+        """Build fastkd._C and return its record."""
         compiler = self.ninja(targets, "_C", nvcc=None)
         return {
             "native": True,
@@ -281,16 +283,16 @@ class BuildNative(build_ext):
         }
 
     def build_cuda(self, targets: dict[str, Path]) -> dict[str, Any]:
-        """fastkd._cuda."""
+        """Build fastkd._cuda and return its record."""
         nvcc = find_nvcc()
         self.ninja(targets, "_cuda", nvcc)
         return {"cuda": True, "nvcc": shlex.join(nvcc), "cuda_flags": NVCC}
 
     def ninja(self, targets: dict[str, Path], name: str, nvcc: list[str] | None) -> list[str]:
-        """Build one in ninja's own directory, which later builds reuse, and put it in its place; the C++ compiler."""
+        """Build one extension in a directory that later builds reuse, install it, and return the C++ compiler."""
         if not sys.platform.startswith("linux"):
             raise UnavailableError(
-                f"the native extensions are built on Linux, and this is {sys.platform}",
+                f"the native extensions are built on Linux only, and this is {sys.platform}",
                 "The other backends work here",
             )
         compiler, ninja, include = find_compiler(), find_ninja(), find_headers()
@@ -305,7 +307,7 @@ class BuildNative(build_ext):
                 f"the extension fastkd.{name} did not compile with {version_line(nvcc or compiler)}",
                 f"Reinstall fastkd with `{variable}=1 pip install -v` to see the compiler's output",
             )
-        # Replaced and not overwritten: a process that has the old one mapped keeps it.
+        # Replace the file rather than overwrite it, so that running processes keep the old file mapped.
         target = targets[name]
         fresh = target.with_name(f"{target.name}.{os.getpid()}")
         shutil.copy2(directory / target.name, fresh)
@@ -313,27 +315,29 @@ class BuildNative(build_ext):
         return compiler
 
     def get_outputs(self) -> list[str]:
-        """The files that this command has written, which may be without the extensions."""
+        """Return the files that this command has written; extensions that were not built are omitted."""
         targets = [Path(self.get_ext_fullpath(f"fastkd.{name}")) for name in ("_C", "_cuda")]
         files = [*targets, targets[0].with_name("_build.json")]
         return [str(file) for file in files if file.is_file()]
 
 
 class BuildPython(build_py):
-    """Copy the Python files into an empty directory, or a wheel would still hold those of an earlier build."""
+    """Copy the Python files into an empty directory, so that wheels contain no files of earlier builds."""
 
     def run(self) -> None:
-        """Empty the package in build_lib, copy, and see that the record is written."""
+        """Empty the package in build_lib, copy the files, and run build_ext even if there are no extensions."""
         if not self.editable_mode:
             shutil.rmtree(Path(self.build_lib) / "fastkd", ignore_errors=True)
         super().run()
-        if not self.distribution.has_ext_modules():  # setuptools then leaves build_ext out
+        if (
+            not self.distribution.has_ext_modules()
+        ):  # setuptools then skips build_ext, which writes _build.json
             self.get_finalized_command("build_ext").inplace = self.editable_mode
             self.run_command("build_ext")
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Write a file that another process may be reading."""
+    """Write a file so that other processes see either the old or the new content."""
     fresh = path.with_name(f"{path.name}.{os.getpid()}")
     fresh.write_text(text)
     fresh.replace(path)
@@ -342,11 +346,12 @@ def write_atomically(path: Path, text: str) -> None:
 lock_tree()
 setup(
     packages=find_packages(include=["fastkd", "fastkd.*"]),
-    # The Triton sources sit at the top level, without an __init__.py, and are installed beside the shim that stands
-    # in fastkd/kernels/. As setuptools looks for that package's files in kernels/ only, the shim goes as data.
+    # The Triton sources are in kernels/ at the top level, without an __init__.py; fastkd/kernels/ holds only an
+    # __init__.py. setuptools looks for files of the package fastkd.kernels in kernels/ alone, so that __init__.py is
+    # installed as data of the package fastkd.
     package_dir={"fastkd.kernels": "kernels"},
     package_data={"fastkd": ["py.typed", "*.pyi", "kernels/__init__.py"]},
-    # Without them a wheel is for any platform.
+    # A wheel without extension modules is platform-independent.
     ext_modules=[]
     if os.environ.get("FASTKD_NATIVE") == "0"
     else [

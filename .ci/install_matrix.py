@@ -1,8 +1,8 @@
-"""make install-matrix: install what is in dist/ on machines that lack something, each time in a fresh environment.
+"""Install the files in dist/ in fresh environments in which something is missing (make install-matrix).
 
-Environments are made from build/wheelhouse alone. One is built with torch in it, and a case gets a copy by hard links,
-which is as fresh and takes a second. A case passes if the loss is F.kl_div's in float64, the backend is the one
-expected, with the reason shown where that is the reference, and torch's files are those that were there before.
+Environments are made from build/wheelhouse alone. One environment with torch is created, and every case gets a copy of
+it made of hard links, which takes a second. A case passes if the loss equals that of F.kl_div in float64, the backend
+is the expected one, the reason is reported if it is a fallback, and torch's files are unchanged.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from rich.console import Console
 from rich.table import Table
 
 ROOT = Path(__file__).resolve().parents[1]
-NOWHERE = "http://127.0.0.1:9"  # a proxy that answers nobody
-TOOLS = ("env", "sh")  # on a PATH without compilers
+NOWHERE = "http://127.0.0.1:9"  # a proxy address at which nothing listens
+TOOLS = ("env", "sh")  # the tools on a PATH without compilers
 
 PROBE = """
 import json, logging, torch
@@ -59,7 +59,7 @@ assert student.grad is not None
 
 
 class CaseError(Exception):
-    """What a case found."""
+    """A case failed; the message says why."""
 
 
 def check(truth: bool, what: object) -> None:
@@ -68,7 +68,7 @@ def check(truth: bool, what: object) -> None:
 
 
 class Files(NamedTuple):
-    """What is installed: the files of a release, and the wheels that it needs."""
+    """The files of a release, and the wheels that they depend on."""
 
     sdist: Path
     linux: Path
@@ -77,7 +77,7 @@ class Files(NamedTuple):
 
 
 class Environment(NamedTuple):
-    """A virtual environment, and the variables that its programs see."""
+    """A virtual environment and the environment variables of its programs."""
 
     folder: Path
     variables: dict[str, str]
@@ -109,16 +109,16 @@ class Environment(NamedTuple):
 
     def probe(self) -> dict[str, Any]:
         (self.folder / "log").unlink(missing_ok=True)
-        found = json.loads(self.run("-c", PROBE).splitlines()[-1])
-        check(str(self.folder) in found["file"], found["file"])
-        check(max(found["loss_error"], found["gradient_error"]) < 1e-5, "the loss is another")
-        return found
+        facts = json.loads(self.run("-c", PROBE).splitlines()[-1])
+        check(str(self.folder) in facts["file"], facts["file"])
+        check(max(facts["loss_error"], facts["gradient_error"]) < 1e-5, "loss or gradient is wrong")
+        return facts
 
     def packages(self) -> Path:
         return next(self.folder.glob("lib/python*/site-packages"))
 
     def files(self) -> dict[str, int]:
-        """When each installed file was written, but for those that Python writes beside what it imports."""
+        """Return the modification times of all installed files, except for __pycache__."""
         names = (path for path in self.packages().rglob("*") if "__pycache__" not in path.parts)
         return {str(path): path.stat().st_mtime_ns for path in names if path.is_file()}
 
@@ -129,21 +129,21 @@ def finish(process: subprocess.Popen[str]) -> str:
     return output
 
 
-def expect_cpu(found: dict[str, Any]) -> str:
-    check("cpu" in found["backends"]["cpu"]["devices"], found["backends"]["cpu"])
-    check("falls back" not in found["logged"], found["logged"])
-    return f"cpu, {found['native']['instruction_set']}"
+def expect_cpu(facts: dict[str, Any]) -> str:
+    check("cpu" in facts["backends"]["cpu"]["devices"], facts["backends"]["cpu"])
+    check("falls back" not in facts["logged"], facts["logged"])
+    return f"cpu, {facts['native']['instruction_set']}"
 
 
-def expect_reference(found: dict[str, Any], reason: str) -> str:
-    """The reference, and its reason in the log and in what `info` shows."""
-    why = found["backends"]["cpu"]["reason"] or ""
-    check(reason in why and why in found["logged"], (reason, why, found["logged"]))
-    check("reference" in found["logged"], found["logged"])
+def expect_reference(facts: dict[str, Any], reason: str) -> str:
+    """Check that the fallback ran, with the reason in the log and in the output of `info`."""
+    why = facts["backends"]["cpu"]["reason"] or ""
+    check(reason in why and why in facts["logged"], (reason, why, facts["logged"]))
+    check("reference" in facts["logged"], facts["logged"])
     return f"reference: {why}"
 
 
-# ---- the cases: a fresh environment with torch, and what is installed; each returns what ran
+# ---- cases: each is called with a fresh environment that has torch, and returns which backend ran
 
 CASES: dict[str, Callable[[Environment, Files], str]] = {}
 
@@ -159,10 +159,10 @@ def case(title: str) -> Callable[[Callable[[Environment, Files], str]], None]:
 def _(env: Environment, files: Files) -> str:
     env = env.having(PATH=without_compilers(env))
     env.install(files.linux)
-    found = env.probe()
-    check("triton is not installed" in found["backends"]["triton"]["reason"], found["backends"])
+    facts = env.probe()
+    check("triton is not installed" in facts["backends"]["triton"]["reason"], facts["backends"])
     env.run("-m", "fastkd", "doctor")
-    return expect_cpu(found)
+    return expect_cpu(facts)
 
 
 @case("sdist, no compiler")
@@ -174,7 +174,7 @@ def _(env: Environment, files: Files) -> str:
 
 @case("sdist, compiled")
 def _(env: Environment, files: Files) -> str:
-    env.having(CXXFLAGS="-O0").install(files.sdist)  # about the build, not about its speed
+    env.having(CXXFLAGS="-O0").install(files.sdist)  # -O0 compiles faster, and speed is not tested
     return expect_cpu(env.probe())
 
 
@@ -189,9 +189,9 @@ def _(env: Environment, files: Files) -> str:
     env.install(
         f"fastkd[triton] @ {files.pure.as_uri()}", "numpy"
     )  # the latter for the interpreter
-    found = env.having(TRITON_INTERPRET="1", FASTKD_BACKEND="triton").probe()
-    check(found["backends"]["triton"]["devices"] == ["cpu"], found["backends"]["triton"])
-    return f"triton {found['versions']['triton']}, in its interpreter"
+    facts = env.having(TRITON_INTERPRET="1", FASTKD_BACKEND="triton").probe()
+    check(facts["backends"]["triton"]["devices"] == ["cpu"], facts["backends"]["triton"])
+    return f"triton {facts['versions']['triton']}, in its interpreter"
 
 
 @case("by name: pip chooses")
@@ -227,7 +227,7 @@ def _(env: Environment, files: Files) -> str:
     home = env.folder / "home"
     home.mkdir()
     home.chmod(0o500)
-    # Bits do not bind root, as long as it has the capability to pass them.
+    # Permission bits do not apply to root unless it drops the capability to override them.
     bound = ("setpriv", "--bounding-set=-dac_override", "--inh-caps=-dac_override", "--")
     env = env.having(*(bound if os.geteuid() == 0 else ()), HOME=str(home))
     refused = "import os, sys; sys.exit(os.access(os.environ['HOME'], os.W_OK))"
@@ -280,14 +280,14 @@ def _(env: Environment, files: Files) -> str:
     hidden = hide_libgomp(env.folder)
     if hidden is None:
         return "not run: it takes root, and a system with libgomp"
-    found = env.having("unshare", "--mount", "sh", "-c", f'{hidden}; exec "$0" "$@"').probe()
+    facts = env.having("unshare", "--mount", "sh", "-c", f'{hidden}; exec "$0" "$@"').probe()
     if list(env.packages().glob("torch/lib/libgomp.so.1")):
-        return f"{expect_cpu(found)}, with torch's libgomp"
-    return expect_reference(found, "libgomp.so.1")  # under another name it serves torch alone
+        return f"{expect_cpu(facts)}, with torch's libgomp"
+    return expect_reference(facts, "libgomp.so.1")  # under another name it serves torch alone
 
 
 def hide_libgomp(folder: Path) -> str | None:
-    """A command that puts an empty file in front of the system's libgomp, for the processes of one mount namespace."""
+    """Return a command that hides the system's libgomp behind an empty file in one mount namespace, or None."""
     listed = subprocess.run(["ldconfig", "-p"], capture_output=True, text=True).stdout
     places = [line.split(" => ")[1] for line in listed.splitlines() if "libgomp.so.1" in line]
     empty = folder / "empty"
@@ -298,7 +298,7 @@ def hide_libgomp(folder: Path) -> str | None:
 
 
 def without_compilers(env: Environment) -> str:
-    """A PATH that has this environment, and of the system no compiler."""
+    """Return a PATH with this environment's programs but without compilers."""
     tools = env.folder / "tools"
     tools.mkdir(exist_ok=True)
     for name in TOOLS:
@@ -310,13 +310,13 @@ def without_compilers(env: Environment) -> str:
 
 
 def copy(source: Path, destination: Path) -> Path:
-    """By hard links: pip replaces files and does not write into them."""
+    """Copy a folder with hard links, which is safe because pip replaces files rather than writing into them."""
     shutil.copytree(source, destination, symlinks=True, copy_function=link)
     return destination
 
 
 def link(source: str, destination: str) -> None:
-    # A symbolic link stays one; a file that names its own environment is copied.
+    # Copy symbolic links as links, and copy programs in bin/, which contain the path of their environment.
     if os.path.islink(source) or "/bin/" in source:
         shutil.copy2(source, destination, follow_symlinks=False)
     else:
@@ -324,9 +324,11 @@ def link(source: str, destination: str) -> None:
 
 
 def environments(files: Files, python: str, scratch: Path) -> Iterator[Environment]:
-    """First the one with torch that the others are copied from."""
-    kept = {k: v for k, v in os.environ.items() if not k.startswith(("FASTKD_", "PIP_", "PYTHON"))}
-    kept |= {
+    """Create an environment with torch, then yield fresh copies of it."""
+    variables = {
+        k: v for k, v in os.environ.items() if not k.startswith(("FASTKD_", "PIP_", "PYTHON"))
+    }
+    variables |= {
         "PIP_NO_INDEX": "1",
         "PIP_CONFIG_FILE": os.devnull,
         "PIP_FIND_LINKS": str(files.wheelhouse),
@@ -335,7 +337,7 @@ def environments(files: Files, python: str, scratch: Path) -> Iterator[Environme
         "OMP_WAIT_POLICY": "passive",
         "HOME": str(scratch / "home"),
     }
-    base = Environment(scratch / "base", kept | {"FASTKD_CUDA": "0"})
+    base = Environment(scratch / "base", variables | {"FASTKD_CUDA": "0"})
     subprocess.run([python, "-m", "venv", base.folder], check=True)
     torch = next(files.wheelhouse.glob("torch-*.whl"))
     base.install(torch)
@@ -347,24 +349,24 @@ def environments(files: Files, python: str, scratch: Path) -> Iterator[Environme
 
 
 def run(title: str, env: Environment, files: Files) -> tuple[str, str]:
-    """(verdict, what ran or what went wrong)."""
+    """Run a case and return (verdict, which backend ran or what went wrong)."""
     torches = {name: time for name, time in env.files().items() if "/torch" in name}
     try:
-        said = CASES[title](env, files)
+        outcome = CASES[title](env, files)
         now = env.files()
         if "torch and all" not in title:
             check(torches == {n: now.get(n) for n in torches}, "files of torch have changed")
     except (CaseError, OSError, subprocess.SubprocessError) as failure:
         return "FAIL", str(failure)
-    return "ok", said
+    return "ok", outcome
 
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--dist", type=Path, default=ROOT / "dist")
     parser.add_argument("--wheelhouse", type=Path, default=ROOT / "build" / "wheelhouse")
-    parser.add_argument("--python", default=sys.executable, help="what environments are made from")
-    parser.add_argument("-k", default="", help="only the cases with this in their names")
+    parser.add_argument("--python", default=sys.executable, help="the interpreter of environments")
+    parser.add_argument("-k", default="", help="run only the cases whose names contain this")
     return parser.parse_args()
 
 
@@ -386,13 +388,13 @@ def main() -> int:
                 continue
             environment = next(fresh)
             start = time.monotonic()
-            verdict, said = run(title, environment, files)
+            verdict, outcome = run(title, environment, files)
             print(f"{verdict}: {title}", flush=True)
             seconds = f"{time.monotonic() - start:.0f}"
             if verdict != "ok":
-                failures.append(f"{title}: {said}")
-                said = said.rstrip().rpartition("\n")[2]
-            table.add_row(title, verdict, said, seconds)
+                failures.append(f"{title}: {outcome}")
+                outcome = outcome.rstrip().rpartition("\n")[2]
+            table.add_row(title, verdict, outcome, seconds)
         fresh.close()
     print(*failures, sep="\n")
     Console().print(table)

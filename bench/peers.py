@@ -1,36 +1,145 @@
-"""Who is compared: fastkd's backends, plain PyTorch and other packages, each the mean over rows of a divergence.
+"""Who is compared: fastkd's backends, plain PyTorch and other packages.
 
-What a package's own convention adds or leaves out is undone where its loss is made, and said in its `note`. One that
-cannot be made to return the number (torchtune's forward KL leaves out the teacher's entropy) is verified against the
-formula it does compute, `instead`.
+Each contender computes the mean of a divergence over rows. Where a package's own convention adds or omits a term, its
+wrapper here undoes that, and its `note` says so. torchtune's forward KL cannot be corrected, because it omits the
+teacher's entropy; it is verified against the formula it does compute, `instead`.
 """
 
 from __future__ import annotations
 
 import importlib.metadata
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from contenders import LOSSES, Loss, Rows, eager_rows, fastkd_loss, from_definition, mean_of
 from torch import Tensor
 
 import fastkd
 from fastkd.backends import registry
+from fastkd.divergences import derivatives
 
-# (student, teacher), or (student, weight, teacher, teacher_weight): logits, or hidden states and heads -> scalar.
+# (student, teacher) logits, or (student, weight, teacher, teacher_weight) hidden states and heads -> scalar.
 Call = Callable[..., Tensor]
+Rows = Callable[[Tensor, Tensor], Tensor]  # (student [..., V], teacher [..., V]) -> loss [...]
 
 BETAS = {"forward_kl": 0.0, "jsd": 0.5, "reverse_kl": 1.0}  # of the generalised JSD
-KLS = ("forward_kl", "reverse_kl")
 
 
-def loss_of(divergence: str) -> Loss:
-    """A divergence of fastkd's table at temperature 1, with the published formula where contenders.py has one."""
-    if divergence in LOSSES:
-        return LOSSES[divergence]._replace(temperature=1.0)
-    return from_definition(fastkd.DIVERGENCES[divergence]())
+# The formulas of plain PyTorch, in the fastest form that we know of.
+
+
+def forward_kl(student: Tensor, teacher: Tensor) -> Tensor:
+    # log_target is the faster choice: a target of probabilities costs another logarithm.
+    log_q, log_p = student.log_softmax(-1), teacher.log_softmax(-1)
+    return F.kl_div(log_q, log_p, reduction="none", log_target=True).sum(-1)
+
+
+def reverse_kl(student: Tensor, teacher: Tensor) -> Tensor:
+    return forward_kl(teacher, student)
+
+
+def jsd(student: Tensor, teacher: Tensor) -> Tensor:
+    log_q, log_p = student.log_softmax(-1), teacher.log_softmax(-1)
+    log_m = torch.logaddexp(log_p, log_q) - math.log(2)
+    from_teacher = F.kl_div(log_m, log_p, reduction="none", log_target=True)
+    from_student = F.kl_div(log_m, log_q, reduction="none", log_target=True)
+    return 0.5 * (from_teacher + from_student).sum(-1)
+
+
+def tvd(student: Tensor, teacher: Tensor) -> Tensor:
+    return 0.5 * (student.softmax(-1) - teacher.softmax(-1)).abs().sum(-1)
+
+
+class Loss(NamedTuple):
+    """A loss to measure: T^2 times the formula of logits / T, with T the temperature."""
+
+    name: str
+    label: str
+    divergence: fastkd.Divergence
+    formula: Rows
+    temperature: float = 1.0
+
+
+LOSSES = {
+    "forward_kl": Loss("forward_kl", "forward KL", fastkd.forward_kl(), forward_kl),
+    "jsd": Loss("jsd", "jsd(0.5)", fastkd.jsd(0.5), jsd),
+    "tvd": Loss("tvd", "tvd", fastkd.tvd(), tvd),
+    "reverse_kl": Loss("reverse_kl", "reverse KL", fastkd.reverse_kl(), reverse_kl),
+}
+
+
+def loss_of(name: str) -> Loss:
+    """The loss of that name at temperature 1. If it has no formula above, its formula is fastkd's definition."""
+    if name in LOSSES:
+        return LOSSES[name]
+    divergence = fastkd.DIVERGENCES[name]()
+
+    def formula(student: Tensor, teacher: Tensor) -> Tensor:
+        log_q, log_p = student, teacher
+        if divergence.normalized:
+            log_q, log_p = log_q.log_softmax(-1), log_p.log_softmax(-1)
+        phi, *_ = derivatives(divergence, log_p.exp(), log_q.exp(), log_p, log_q, log_p - log_q)
+        return phi.sum(-1)
+
+    return Loss(name, divergence.name, divergence, formula)
+
+
+def published(name: str) -> Loss:
+    """The loss at the temperature it was published with: Hinton's forward KL at 2, the others at 1."""
+    if name == "forward_kl":
+        return LOSSES[name]._replace(label="Hinton (T = 2)", temperature=2.0)
+    return loss_of(name)
+
+
+def at_temperature(call: Call, t: float) -> Call:
+    """The loss of logits / t, times t^2."""
+    if t == 1:
+        return call
+    return lambda student, teacher: t * t * call(student / t, teacher / t)
+
+
+def eager_rows(loss: Loss, dtype: torch.dtype) -> Rows:
+    """The loss of each row in plain PyTorch, computed in dtype."""
+    formula = at_temperature(loss.formula, loss.temperature)
+    return lambda student, teacher: formula(student.to(dtype), teacher.to(dtype))
+
+
+def mean_of(rows: Rows) -> Call:
+    """The mean over rows, which training minimises."""
+    return lambda student, teacher: rows(student, teacher).mean()
+
+
+def eager_linear(loss: Loss, dtype: torch.dtype = torch.float32) -> Call:
+    """The loss from hidden states as people write it, with whole logits cast to dtype."""
+    rows = eager_rows(loss, dtype)
+
+    def mean(student: Tensor, weight: Tensor, teacher: Tensor, teacher_weight: Tensor) -> Tensor:
+        with torch.no_grad():
+            target = F.linear(teacher, teacher_weight)
+        return rows(F.linear(student, weight), target).mean()
+
+    return mean
+
+
+def fastkd_loss(loss: Loss, **options: Any) -> Call:
+    """The loss of logits in fastkd. The backend is always named ("cpu" by default), so a missing one is an error."""
+    options = {"temperature": loss.temperature, "backend": "cpu", **options}
+    return lambda s, t: fastkd.kd_loss(s, t, divergence=loss.divergence, **options)
+
+
+def fastkd_linear(loss: Loss, **options: Any) -> Call:
+    """The loss from hidden states in fastkd. The backend is named, as in `fastkd_loss`."""
+    options = {"temperature": loss.temperature, "backend": "cpu", **options}
+
+    def mean(student: Tensor, weight: Tensor, teacher: Tensor, teacher_weight: Tensor) -> Tensor:
+        target = fastkd.LinearTeacher(teacher, teacher_weight)
+        return fastkd.fused_linear_kd_loss(
+            student, weight, target, divergence=loss.divergence, **options
+        )
+
+    return mean
 
 
 def soft_cross_entropy(student: Tensor, teacher: Tensor) -> Tensor:
@@ -38,7 +147,7 @@ def soft_cross_entropy(student: Tensor, teacher: Tensor) -> Tensor:
 
 
 def half_of_each(student: Tensor, teacher: Tensor) -> Tensor:
-    reverse = LOSSES["reverse_kl"].formula(student, teacher)
+    reverse = reverse_kl(student, teacher)
     return 0.5 * (soft_cross_entropy(student, teacher) + reverse)
 
 
@@ -51,31 +160,6 @@ def zeros_like_labels(rows: Tensor) -> Tensor:
     return torch.zeros(rows.shape[:-1], dtype=torch.int64, device=rows.device)
 
 
-def eager_linear(formula: Rows) -> Call:
-    """From hidden states, as people write it: whole logits in float32."""
-
-    def loss(student: Tensor, weight: Tensor, teacher: Tensor, teacher_weight: Tensor) -> Tensor:
-        with torch.no_grad():
-            target = F.linear(teacher, teacher_weight).float()
-        return formula(F.linear(student, weight).float(), target).mean()
-
-    return loss
-
-
-def fastkd_linear(divergence: fastkd.Divergence, **options: Any) -> Call:
-    """From hidden states. The backend is named, "cpu" unless it is given, so that a missing one is an error."""
-    options = {"divergence": divergence, "backend": "cpu", **options}
-
-    def loss(student: Tensor, weight: Tensor, teacher: Tensor, teacher_weight: Tensor) -> Tensor:
-        value = fastkd.fused_linear_kd_loss(
-            student, weight, fastkd.LinearTeacher(teacher, teacher_weight), **options
-        )
-        assert isinstance(value, Tensor)
-        return value
-
-    return loss
-
-
 def trl_logits(divergence: str) -> Call:
     from trl.experimental.gkd import GKDTrainer
 
@@ -86,7 +170,7 @@ def trl_logits(divergence: str) -> Call:
 
 
 def trl_chunked(divergence: str) -> Call:
-    """Makes the logits again in the backward."""
+    """Recomputes the logits in the backward."""
     from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
 
     def loss(student: Tensor, weight: Tensor, teacher: Tensor, teacher_weight: Tensor) -> Tensor:
@@ -156,7 +240,7 @@ def log_probabilities(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]
 
 
 def liger_chunked(divergence: str, compiled: bool = True) -> Call:
-    """Liger's chunked JSD in PyTorch, without the cross-entropy that it mixes in by default."""
+    """Liger's chunked JSD in PyTorch, without the cross-entropy that it adds by default."""
     from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss
 
     module = LigerFusedLinearJSDLoss(0.0, 1.0, beta=BETAS[divergence], compiled=compiled)
@@ -190,7 +274,7 @@ def linear_cross_entropy(divergence: str) -> Call:
     if not hasattr(F, "linear_cross_entropy"):
         raise ImportError("this torch has no linear_cross_entropy")
 
-    # Whole logits, as by default: in chunks of a few rows each it takes ten times as long on a CPU.
+    # Whole logits, its default: chunks of a few rows take ten times as long on a CPU.
     def loss(student: Tensor, weight: Tensor, teacher: Tensor, teacher_weight: Tensor) -> Tensor:
         return F.linear_cross_entropy(student, weight, zeros_like_labels(student))
 
@@ -198,24 +282,24 @@ def linear_cross_entropy(divergence: str) -> Call:
 
 
 class Peer(NamedTuple):
-    """A contender.
+    """A contender: who makes the loss, where it can run, and what it is verified against.
 
     Attributes:
-        form: "logits" or "linear", from hidden states.
-        make: Its loss, given the divergence's name and the dtype. ImportError where the package is not there.
-        divergences: Those it has; None for all.
+        form: "logits", or "linear" for a loss from hidden states.
+        make: Returns its loss, for a Loss and the dtype of the logits. Raises ImportError without the package.
+        divergences: Names of the divergences it has; None for all.
         package: The distribution it comes from.
-        backend: Of fastkd, the one it asks for.
-        device: "cpu" or "cuda" where it runs on that alone; None for any.
-        triton: It is a Triton kernel, which its interpreter can verify without a GPU.
-        instead: The formula that it is verified against, where that is not the divergence's.
-        in_place: Its gradient overwrites the student's logits.
-        note: What its own convention adds or leaves out.
+        backend: The backend of fastkd that it uses; None for other packages.
+        device: "cpu" or "cuda" if it runs on that device alone; None for any.
+        triton: Whether it is a Triton kernel, which Triton's interpreter can verify without a GPU.
+        instead: The formula it is verified against, if that is not the divergence's.
+        in_place: Whether its gradient overwrites the student's logits.
+        note: What its own convention adds or omits.
     """
 
     name: str
     form: str
-    make: Callable[[str, torch.dtype], Call]
+    make: Callable[[Loss, torch.dtype], Call]
     divergences: tuple[str, ...] | None = None
     package: str = "torch"
     backend: str | None = None
@@ -231,31 +315,27 @@ def _own(backend: str) -> list[Peer]:
     common: dict[str, Any] = {"package": "fastkd", "backend": backend, "device": device}
     common["triton"] = backend == "triton"
     name = f"fastkd ({backend})"
-
-    def logits(divergence: str, dtype: torch.dtype) -> Call:
-        return fastkd_loss(loss_of(divergence), backend=backend)
-
-    def linear(divergence: str, dtype: torch.dtype) -> Call:
-        return fastkd_linear(loss_of(divergence).divergence, backend=backend)
-
-    return [Peer(name, "logits", logits, **common), Peer(name, "linear", linear, **common)]
+    return [
+        Peer(name, "logits", lambda loss, _: fastkd_loss(loss, backend=backend), **common),
+        Peer(name, "linear", lambda loss, _: fastkd_linear(loss, backend=backend), **common),
+    ]
 
 
 def _plain() -> list[Peer]:
-    def eager(divergence: str, dtype: torch.dtype) -> Call:
-        return mean_of(eager_rows(loss_of(divergence), torch.float32))
+    def eager(loss: Loss, dtype: torch.dtype) -> Call:
+        return mean_of(eager_rows(loss, torch.promote_types(dtype, torch.float32)))
 
-    def no_upcast(divergence: str, dtype: torch.dtype) -> Call:
-        return mean_of(eager_rows(loss_of(divergence), dtype))
+    def no_upcast(loss: Loss, dtype: torch.dtype) -> Call:
+        return mean_of(eager_rows(loss, dtype))
 
-    def linear(divergence: str, dtype: torch.dtype) -> Call:
-        return eager_linear(loss_of(divergence).formula)
+    def linear(loss: Loss, dtype: torch.dtype) -> Call:
+        return eager_linear(loss)
 
-    def compiled(make: Callable[[str, torch.dtype], Call]) -> Callable[[str, torch.dtype], Call]:
-        # Fixed sizes, and a case starts afresh: the most favourable conditions there are.
-        def make_compiled(divergence: str, dtype: torch.dtype) -> Call:
+    def compiled(make: Callable[[Loss, torch.dtype], Call]) -> Callable[[Loss, torch.dtype], Call]:
+        # The most favourable conditions: fixed sizes, and nothing left over from another case.
+        def make_compiled(loss: Loss, dtype: torch.dtype) -> Call:
             torch.compiler.reset()
-            return torch.compile(make(divergence, dtype), fullgraph=True, dynamic=False)
+            return torch.compile(make(loss, dtype), fullgraph=True, dynamic=False)
 
         return make_compiled
 
@@ -268,24 +348,26 @@ def _plain() -> list[Peer]:
     ]
 
 
-def _in_place(divergence: str, dtype: torch.dtype) -> Call:
-    return fastkd_loss(loss_of(divergence), inplace=True)
+def _in_place(loss: Loss, dtype: torch.dtype) -> Call:
+    return fastkd_loss(loss, inplace=True)
 
 
-def _named(make: Callable[[str], Call]) -> Callable[[str, torch.dtype], Call]:
-    return lambda divergence, dtype: make(divergence)
+def _named(make: Callable[[str], Call]) -> Callable[[Loss, torch.dtype], Call]:
+    """A package's loss, made by the name of the divergence."""
+    return lambda loss, dtype: at_temperature(make(loss.name), loss.temperature)
 
 
-def _fixed(make: Callable[[str], Call], name: str) -> Callable[[str, torch.dtype], Call]:
-    return lambda divergence, dtype: make(name)
+def _fixed(make: Callable[[str], Call], name: str) -> Callable[[Loss, torch.dtype], Call]:
+    """A package's loss, made by its own name in the package."""
+    return lambda loss, dtype: at_temperature(make(name), loss.temperature)
 
 
-_GENERALISED = tuple(BETAS)
-_TORCHTUNE: dict[str, Any] = {"package": "torchtune", "note": "wants labels: none is ignored"}
+_BY_BETA = tuple(BETAS)
+_TORCHTUNE: dict[str, Any] = {"package": "torchtune", "note": "takes labels; none is ignored here"}
 _TORCHTUNE_FORWARD: dict[str, Any] = {
     "package": "torchtune",
     "instead": soft_cross_entropy,
-    "note": "leaves out the teacher's entropy, a constant; the gradient is forward KL's",
+    "note": "omits the teacher's entropy, a constant; the gradient is forward KL's",
 }
 _LIGER: dict[str, Any] = {"package": "liger-kernel", "device": "cuda", "triton": True}
 
@@ -298,12 +380,12 @@ PEERS: list[Peer] = [
     ),
     *_plain(),
     Peer(
-        "TRL generalized_jsd_loss", "logits", _named(trl_logits), _GENERALISED, "trl",
+        "TRL generalized_jsd_loss", "logits", _named(trl_logits), _BY_BETA, "trl",
         note="in the logits' dtype; beta 0, 0.5, 1; batchmean",
     ),
     Peer(
-        "TRL chunked divergence", "linear", _named(trl_chunked), _GENERALISED, "trl",
-        note="a loss a row, of which the mean is taken",
+        "TRL chunked divergence", "linear", _named(trl_chunked), _BY_BETA, "trl",
+        note="returns a loss per row; the mean is taken here",
     ),
     Peer(
         "torchtune ForwardKL", "logits", _fixed(torchtune_logits, "ForwardKLLoss"), ("forward_kl",),
@@ -325,11 +407,11 @@ PEERS: list[Peer] = [
     Peer(
         "torchtune SymmetricKL", "logits", _fixed(torchtune_logits, "SymmetricKLLoss"), ("mixture",),
         package="torchtune", instead=half_of_each,
-        note="leaves out half of the teacher's entropy, a constant",
+        note="omits half of the teacher's entropy, a constant",
     ),
     Peer(
         "Model-Optimizer", "logits", _named(modelopt_logits), ("forward_kl",), "nvidia-modelopt",
-        note="batchmean in place of its default, which divides by V",
+        note="batchmean instead of its default, which divides by V",
     ),
     Peer(
         "torchdistill KDLoss", "logits", _named(torchdistill_logits), ("forward_kl",), "torchdistill",
@@ -340,7 +422,7 @@ PEERS: list[Peer] = [
         note="takes log-probabilities, made here in float32; batchmean",
     ),
     Peer(
-        "Liger JSD", "logits", _named(liger_jsd), _GENERALISED, **_LIGER,
+        "Liger JSD", "logits", _named(liger_jsd), _BY_BETA, **_LIGER,
         note="takes log-probabilities, made here in float32; beta 0, 0.5, 1",
     ),
     Peer(
@@ -348,10 +430,10 @@ PEERS: list[Peer] = [
         note="takes probabilities, made here in float32; batchmean",
     ),
     Peer(
-        "Liger chunked JSD", "linear", _named(liger_chunked), _GENERALISED, "liger-kernel",
-        note="compiled by itself; weight 0 for the cross-entropy that it mixes in by default",
+        "Liger chunked JSD", "linear", _named(liger_chunked), _BY_BETA, "liger-kernel",
+        note="compiles itself; weight 0 for the cross-entropy that it adds by default",
     ),
-    Peer("Liger FusedLinearJSD", "linear", _named(liger_linear_jsd), _GENERALISED, **_LIGER),
+    Peer("Liger FusedLinearJSD", "linear", _named(liger_linear_jsd), _BY_BETA, **_LIGER),
     Peer(
         "Liger FusedLinearKLDiv", "linear", _named(liger_linear_kl), ("forward_kl",), **_LIGER,
         note="takes the teacher's probabilities, made here",
@@ -359,37 +441,37 @@ PEERS: list[Peer] = [
     Peer(
         "torch linear_cross_entropy", "linear", _named(linear_cross_entropy), None,
         instead=first_label,
-        note="a yardstick: cross-entropy with labels, no teacher; whole logits, its default",
+        note="a yardstick: cross-entropy with labels and no teacher; whole logits, its default",
     ),
 ]  # fmt: skip
 
 NOT_COMPARED = {
     "DistillKit": "not on PyPI, so there is no version to pin",
-    "Megatron-LM": "its loss takes top-k log-probabilities and a tensor-parallel group: another question",
+    "Megatron-LM": "its loss needs top-k log-probabilities and a tensor-parallel group, which answers another question",
 }
 
 
 def anchor(form: str, device: str) -> Peer:
-    """fastkd as it runs there by itself: what all are compared with."""
+    """fastkd with the backend it chooses for that device. Every contender is compared with it."""
     name = "fastkd (cpu)" if device == "cpu" else "fastkd (triton)"
     return next(peer for peer in PEERS if peer.form == form and peer.name == name)
 
 
 def of_case(form: str, divergence: str, dtype: torch.dtype, device: str) -> list[Peer]:
-    """Those that have such a loss, whether or not they can run here."""
+    """The contenders that have such a loss, whether or not they can run here."""
 
     def has(peer: Peer) -> bool:
         if peer.form != form or (device != "cpu" and peer.device == "cpu"):
             return False
-        if peer.name == "eager, no upcast" and dtype == torch.float32:
-            return False  # there is no upcast to leave out
+        if peer.name == "eager, no upcast" and torch.finfo(dtype).bits >= 32:
+            return False  # "eager" does not cast these dtypes either
         return peer.divergences is None or divergence in peer.divergences
 
     return [peer for peer in PEERS if has(peer)]
 
 
 def installed(package: str) -> str | None:
-    """Its version; None where it is not there."""
+    """The package's version, or None if it is not installed."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
@@ -397,7 +479,7 @@ def installed(package: str) -> str | None:
 
 
 def obstacle(peer: Peer, device: str) -> str | None:
-    """Why it cannot run on that device; None where it can."""
+    """Why the contender cannot run on that device, or None if it can."""
     if peer.package != "fastkd" and installed(peer.package) is None:
         return "not installed"
     if device == "cpu" and peer.device == "cuda":
@@ -407,3 +489,8 @@ def obstacle(peer: Peer, device: str) -> str | None:
     call = registry.Call(device, torch.float32, torch.float32, fastkd.forward_kl())
     why = registry.obstacle(peer.backend, call, registry.available_backends())
     return why.reason if why else None
+
+
+def failure(error: Exception) -> str:
+    """An exception in one line."""
+    return f"fails: {type(error).__name__}: {str(error).strip().partition(chr(10))[0][:100]}"

@@ -1,7 +1,7 @@
-"""A run of the suite as tables and plots.
+"""Tables for a terminal and as Markdown, and a run of the suite as tables and plots.
 
 python bench/tables.py build/bench/quick.json             # prints the tables; writes quick.md and quick-*.svg, .png
-python bench/tables.py build/bench/quick.json --readme    # one short table, as Markdown
+python bench/tables.py build/bench/quick.json --readme    # prints one short table as Markdown
 """
 
 from __future__ import annotations
@@ -9,28 +9,80 @@ from __future__ import annotations
 import argparse
 import json
 from collections import Counter, defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from measure import milliseconds
 from peers import loss_of
-from report import Table, console_of
+from rich.console import Console
+from rich.table import Table as RichTable
 
+WIDTH = 150  # of output that is not a terminal
 Row = dict[str, Any]
 CASE = ("form", "divergence", "rows", "vocabulary", "hidden", "dtype", "data", "device")
 SIZES = {"V": "vocabulary", "N": "rows"}
 COSTS = {"time": "seconds", "memory": "peak"}
-# Okabe and Ito's palette, which colour-blind readers tell apart; one colour a contender in every plot.
+# Okabe and Ito's palette, for colour-blind readers. A contender has the same colour in every plot.
 COLOURS = {"fastkd": "#D55E00", "eager": "#0072B2", "torch.compile": "#009E73", "roof": "#000000"}
 OTHER = "#767676"
-# Of a file of the suite; "untimed" and "not_compared" are the suite's own.
+# The keys of a run's file. The suite adds "untimed" and "not_compared" to those of pytest-benchmark.
 KEYS = {"benchmarks", "commit_info", "datetime", "machine_info", "not_compared", "untimed"}
 
 
+@dataclass
+class Table:
+    """Rows of text under a title that says what the numbers are."""
+
+    title: str
+    columns: Sequence[str]
+    rows: list[Sequence[str]] = field(default_factory=list)
+
+    def rich(self) -> RichTable:
+        """The table for a terminal."""
+        table = RichTable(title=self.title, title_justify="left", title_style="bold")
+        for i, column in enumerate(self.columns):
+            table.add_column(column, justify="left" if i == 0 else "right")
+        for row in self.rows:
+            table.add_row(*row)
+        return table
+
+    def markdown(self) -> str:
+        """The table for a page."""
+        lines = [self.columns, ["---", *["---:"] * (len(self.columns) - 1)], *self.rows]
+        heading = [f"**{self.title}**", ""] if self.title else []
+        return "\n".join([*heading, *("| " + " | ".join(line) + " |" for line in lines)])
+
+
+def console_of() -> Console:
+    """Standard output, with a width that fits the tables if it is not a terminal."""
+    console = Console()
+    return console if console.is_terminal else Console(width=WIDTH)
+
+
+def show(about: dict[str, str], tables: Sequence[Table], notes: Sequence[str] = ()) -> None:
+    """Print the machine, the tables and the notes."""
+    console = console_of()
+    for key, value in about.items():
+        console.print(f"{key}: {value}", highlight=False, markup=False)
+    for table in tables:
+        console.print()
+        console.print(table.rich())
+    for note in notes:
+        console.print(note, highlight=False, markup=False)
+
+
+def page(about: dict[str, str], tables: Sequence[Table], *rest: str) -> str:
+    """The same as Markdown."""
+    parts = ["\n".join(f"- {key}: {value}" for key, value in about.items())]
+    parts += [*(table.markdown() for table in tables), *rest]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
 class Run(NamedTuple):
-    """A file of the suite: timed and untimed rows, and what it records of itself."""
+    """A file of the suite: timed and untimed rows, and what it records about itself."""
 
     timed: list[Row]
     untimed: list[Row]
@@ -39,11 +91,11 @@ class Run(NamedTuple):
 
 
 def load(path: Path) -> Run:
-    """Raises ValueError where the file is not of the suite."""
+    """Read a run. Raises ValueError if the file is not one."""
     try:
         found = json.loads(path.read_text())
     except ValueError as error:
-        raise ValueError(f"{path} is no JSON: {error}") from error
+        raise ValueError(f"{path} is not JSON: {error}") from error
     if not isinstance(found, dict) or not found.keys() >= KEYS:
         raise ValueError(
             f"{path} is not a run of the suite; `make bench-quick` or `make bench` writes one"
@@ -60,18 +112,17 @@ def load(path: Path) -> Run:
 
 
 def case_of(row: Row) -> tuple[Any, ...]:
-    """What rows that compete have in common."""
+    """What competing rows have in common."""
     return tuple(row[key] for key in CASE)
 
 
 def title(row: Row) -> str:
-    """A case in words."""
+    """The case of a row in words."""
     sizes = f"{row['rows']} x {row['vocabulary']:,}"
     if row["hidden"]:
         sizes += f", H = {row['hidden']}"
     form = "from hidden states" if row["form"] == "linear" else "on logits"
-    name = "forward KL" if row["divergence"] == "forward_kl" else loss_of(row["divergence"]).label
-    return f"{name} {form}: {sizes}, {row['dtype']}, {row['data']}, {row['device']}"
+    return f"{loss_of(row['divergence']).label} {form}: {sizes}, {row['dtype']}, {row['data']}, {row['device']}"
 
 
 def mebibytes(size: float) -> str:
@@ -84,7 +135,7 @@ COLUMNS = (
 
 
 def cells(row: Row) -> list[str]:
-    """One contender; of one without a time the reason in its place."""
+    """The cells of one contender. Without a time, the reason is in its place."""
     errors = [f"{error:.1e}" for error in row["errors"]] if row.get("errors") else ["-", "-"]
     if "seconds" not in row:
         return [row["contender"], row["why"], *["-"] * 5, *errors]
@@ -108,7 +159,7 @@ def by_case(rows: Iterable[Row]) -> dict[tuple[Any, ...], list[Row]]:
 
 
 def contests(run: Run) -> list[list[Row]]:
-    """The rows of each case in which everyone takes part, the fastest first and those without a time last."""
+    """The rows of each case with all contenders: the fastest first, those without a time last."""
     untimed = by_case(row for row in run.untimed if not row["few"])
     timed = by_case(row for row in run.timed if not row["few"])
     return [
@@ -118,19 +169,19 @@ def contests(run: Run) -> list[list[Row]]:
 
 
 def contest_tables(run: Run) -> list[Table]:
-    """A table for each of them."""
+    """A table for each such case."""
     return [Table(title(rows[0]), COLUMNS, [cells(row) for row in rows]) for rows in contests(run)]
 
 
 def few_table(run: Run) -> list[Table]:
-    """The cases of fastkd, eager and torch.compile alone."""
+    """The cases with fastkd, eager and torch.compile only."""
     groups = by_case(row for row in (*run.timed, *run.untimed) if row["few"])
     rows = [[title(row), *cells(row)] for group in groups.values() for row in group]
     return [Table("Other sizes and divergences", ("case", *COLUMNS), rows)] if rows else []
 
 
 class Series(NamedTuple):
-    """A cost of one contender at sizes that differ in one of N and V."""
+    """A cost of one contender at sizes that differ in N or in V."""
 
     contender: str
     about: str
@@ -141,14 +192,14 @@ class Series(NamedTuple):
 
 
 class Fit(NamedTuple):
-    """cost = c size^slope; off is the largest relative distance of a point from that."""
+    """The fit cost = c size^slope; off is the largest relative distance of a point from it."""
 
     slope: float
     off: float
 
 
 def series_of(rows: Iterable[Row]) -> list[Series]:
-    """All that have three sizes or more."""
+    """Every series of at least three sizes."""
     found: dict[tuple[Any, ...], dict[int, Row]] = defaultdict(dict)
     for row in rows:
         for against, key in SIZES.items():
@@ -172,7 +223,7 @@ def series_of(rows: Iterable[Row]) -> list[Series]:
 
 
 def fit(sizes: list[int], costs: list[float]) -> Fit | None:
-    """By least squares of logarithms; None where a cost is nothing, as the memory of a loss in place."""
+    """Fit logarithms by least squares. None if a cost is 0, as the memory of a loss in place is."""
     if min(costs) <= 0:
         return None
     x, y = np.log(sizes), np.log(costs)
@@ -181,7 +232,7 @@ def fit(sizes: list[int], costs: list[float]) -> Fit | None:
 
 
 def growth_table(run: Run) -> list[Table]:
-    """Slopes: 1 is a cost in proportion."""
+    """The slopes of all series. A cost in proportion to the size has slope 1."""
     rows = []
     for one in sorted(series_of(run.timed), key=lambda s: (s.about, s.against, s.cost)):
         found = fit(one.sizes, one.costs)
@@ -194,14 +245,14 @@ def growth_table(run: Run) -> list[Table]:
 
 
 def note_table(run: Run) -> list[Table]:
-    """What a package's convention adds or leaves out."""
+    """What each package's convention adds or omits."""
     notes = {row["contender"]: row["note"] for row in (*run.timed, *run.untimed) if row["note"]}
     rows = [[name, note] for name, note in (notes | run.not_compared).items()]
     return [Table("Contenders: what they compute, and who is not compared", ("", "note"), rows)]
 
 
 def readme_table(run: Run) -> Table:
-    """The first case of each form and divergence, for a page that has room for one table."""
+    """The first case of each form and divergence, for a page with room for one table."""
     columns = ("", "ms", "times fastkd's", "peak MiB", "of bandwidth", "gradient error")
     table = Table("", columns)
     seen: set[tuple[str, str]] = set()
@@ -222,12 +273,12 @@ def colour(contender: str) -> str:
 
 
 def short(contender: str) -> str:
-    """Of fastkd's backends the one that all are compared with is fastkd."""
+    """The name in a plot: plain "fastkd" for the backend that all are compared with."""
     return {"fastkd (cpu)": "fastkd", "fastkd (triton)": "fastkd"}.get(contender, contender)
 
 
 def plots(run: Run, stem: Path) -> list[Path]:
-    """Written beside the run, as SVG and PNG; what has too few rows is left out."""
+    """Write the plots beside the run, as SVG and PNG. Those with too few rows are left out."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -276,7 +327,7 @@ def plots(run: Run, stem: Path) -> list[Path]:
 
 
 def _label(ax: Any, ends: list[tuple[float, float, str, str]]) -> None:
-    """Names at the ends (x, y) of curves, one above the other where the ends meet."""
+    """Write names at the ends (x, y) of curves, above each other where the ends meet."""
     lowest = -float("inf")
     for x, y, name, shade in sorted(ends, key=lambda end: end[1]):
         _, height = ax.transData.transform((x, y)) * 72 / ax.figure.dpi  # in points
@@ -286,7 +337,7 @@ def _label(ax: Any, ends: list[tuple[float, float, str, str]]) -> None:
 
 
 def _roofline(run: Run, axes: Any, save: Any) -> None:
-    """Bytes a second against bytes, under what an addition of as many reaches in the same rounds."""
+    """Plot bytes per second against bytes, under the rate of an addition in the same rounds."""
     for device in sorted({row["device"] for row in run.timed}):
         rows = [
             row for row in run.timed if row["few"]
@@ -299,8 +350,8 @@ def _roofline(run: Run, axes: Any, save: Any) -> None:
         if not rows:
             continue
         ax = axes(
-            f"Forward KL moves its bytes at what part of the bandwidth?\nN = {rows[0]['rows']}, {device}",
-            "MB that a loss has to move",
+            f"Forward KL: the rate at which its bytes move\nN = {rows[0]['rows']}, {device}",
+            "MB that the loss must move",
             "GB/s",
         )
         roof: dict[int, list[float]] = defaultdict(list)
@@ -308,8 +359,10 @@ def _roofline(run: Run, axes: Any, save: Any) -> None:
             roof[row["moved"]].append(row["bandwidth"])
         curves = {"measured bandwidth": [(x, float(np.median(y))) for x, y in roof.items()]}
         for name in named:
-            mine = [(r["moved"], r["moved"] / r["seconds"]) for r in rows if r["contender"] == name]
-            curves |= {short(name): mine} if mine else {}
+            points = [
+                (r["moved"], r["moved"] / r["seconds"]) for r in rows if r["contender"] == name
+            ]
+            curves |= {short(name): points} if points else {}
         ends = []
         for name, points in curves.items():
             x, y = ([v / 10**p for v in side] for side, p in zip(zip(*points), (6, 9)))  # noqa: B905
@@ -321,7 +374,7 @@ def _roofline(run: Run, axes: Any, save: Any) -> None:
 
 
 def _errors(run: Run, axes: Any, save: Any) -> None:
-    """Of the first case of each form: who is fast, and who is right."""
+    """Plot error against time for the first case of each form."""
     forms: set[tuple[str, str]] = set()
     for rows in by_case(row for row in run.timed if not row["few"]).values():
         which = (rows[0]["form"], rows[0]["device"])
@@ -334,7 +387,7 @@ def _errors(run: Run, axes: Any, save: Any) -> None:
             "gradient's relative error",
         )
         rows = sorted(rows, key=lambda row: row["times_fastkd"])
-        # Many have the same error to the digit, so that names beside the points would cover each other.
+        # Many errors are the same to the digit, so names beside the points would overlap.
         for number, row in enumerate(rows, 1):
             point, shade = (row["times_fastkd"], row["errors"][1]), colour(row["contender"])
             ax.plot(*point, "o", color=shade)
@@ -353,28 +406,21 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("run", type=Path, help="what --benchmark-json of the suite wrote")
-    parser.add_argument("--readme", action="store_true", help="one short table, and nothing else")
+    parser.add_argument("run", type=Path, help="the file that the suite's --benchmark-json wrote")
+    parser.add_argument(
+        "--readme", action="store_true", help="print one short table and nothing else"
+    )
     arguments = parser.parse_args()
     run = load(arguments.run)
     if arguments.readme:
         print(readme_table(run).markdown())
         return
     tables = [*contest_tables(run), *few_table(run), *growth_table(run), *note_table(run)]
-    console = console_of()
-    for key, value in run.about.items():
-        console.print(f"{key}: {value}", highlight=False, markup=False)
-    for table in tables:
-        console.print()
-        console.print(table.rich())
-    about = "\n".join(f"- {key}: {value}" for key, value in run.about.items())
-    page = arguments.run.with_suffix(".md")
-    stem = arguments.run.with_suffix("")
-    drawn = [path for path in plots(run, stem) if path.suffix == ".svg"]
-    pictures = [f"![{path.stem}]({path.name})" for path in drawn]
-    parts = [about, *(table.markdown() for table in tables), *pictures]
-    page.write_text("\n\n".join(parts) + "\n")
-    console.print(f"{page}, with {len(drawn)} plots beside it", highlight=False)
+    written = arguments.run.with_suffix(".md")
+    drawn = [path for path in plots(run, written.with_suffix("")) if path.suffix == ".svg"]
+    pictures = (f"![{path.stem}]({path.name})" for path in drawn)
+    written.write_text(page(run.about, tables, *pictures))
+    show(run.about, tables, [f"{written}, with {len(drawn)} plots beside it"])
 
 
 if __name__ == "__main__":

@@ -1,13 +1,14 @@
-"""Every contender on every case: verified first, then timed, with its memory, its bandwidth and its error.
+"""Every contender on every case: verified, then timed, with its memory, bandwidth and error.
 
     python -m pytest bench --quick --benchmark-json=build/bench/quick.json
     python bench/tables.py build/bench/quick.json
 
-A contender is held to float64 on the tensors it is then timed on. One that is wrong is a row that says so, with no
-time; so is one that cannot run here, which Triton's interpreter verifies where it can.
+A contender is compared with float64 on the tensors it is then timed on. If it is wrong or cannot run here, its row says
+so and has no time. Triton kernels that need a GPU are verified in Triton's interpreter.
 
-Before every timed step, fastkd's own step and the floors run on the same tensors, untimed by pytest-benchmark. Ratios
-are taken within such a round, where whatever else the machine does falls on both, and their median is reported.
+Before every timed step, fastkd's own step and the floors run on the same tensors; pytest-benchmark does not time these.
+Ratios are taken within such a round, because other work of the machine slows all of a round alike. Their median is
+reported.
 """
 
 from __future__ import annotations
@@ -18,15 +19,14 @@ from statistics import median, quantiles
 from typing import Any
 
 import pytest
-from cases import FULL, QUICK, Case, Problem, on, origin
+from cases import DTYPES, FULL, QUICK, Case, Problem, on, origin
 from conftest import UNTIMED
-from contenders import DTYPES
 from measure import seconds_of
-from peers import Peer, anchor, obstacle, of_case
+from peers import Peer, anchor, failure, obstacle, of_case
 from pytest_benchmark.fixture import BenchmarkFixture
-from verify import Verdicts, failure, in_the_interpreter
+from verify import Verdicts, in_the_interpreter
 
-SECONDS = {True: 0.5, False: 4.0}  # for the rounds of a row, of a quick run or a full one
+SECONDS = {True: 0.5, False: 4.0}  # for all rounds of a row, in a quick run and in a full one
 ROUNDS = (3, 200)
 FEW = ("eager", "torch.compile")
 
@@ -50,27 +50,27 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     metafunc.parametrize(("case", "peer"), rows)
 
 
-@functools.lru_cache(maxsize=1)  # rows come case by case, and the tensors of one are enough
+@functools.lru_cache(maxsize=1)  # rows come case by case, so the tensors of one case are enough
 def problem_of(case: Case) -> Problem:
-    gc.freeze()  # the packages loaded so far: looking through them before each peak takes half a second
+    gc.freeze()  # searching the loaded packages for garbage takes half a second for each peak
     return Problem(case)
 
 
 @functools.cache
 def interpreted(quick: bool) -> Verdicts:
-    """Of all forms and divergences of the run, so that one process does it."""
+    """The verdicts for the whole run, from one process."""
     return in_the_interpreter(
         f"{case.form}:{case.divergence}" for case in (QUICK if quick else FULL)
     )
 
 
 def describe(case: Case, peer: Peer) -> dict[str, Any]:
-    """What the row is about."""
+    """The case and the contender of a row."""
     return {**case._asdict(), "data": origin(case), "contender": peer.name, "note": peer.note}
 
 
 def leave_out(row: dict[str, Any], why: str, errors: Any = None) -> None:
-    """The row without a time. fastkd has to be right, or the run fails; of a peer it is a result."""
+    """Record a row without a time. The run fails if fastkd is wrong; a wrong peer is a result."""
     UNTIMED.append(row | {"why": why, "errors": errors})
     if row["contender"].startswith("fastkd") and why.startswith(("wrong", "fails")):
         pytest.fail(why)
@@ -80,10 +80,10 @@ def leave_out(row: dict[str, Any], why: str, errors: Any = None) -> None:
 def in_rounds(
     benchmark: BenchmarkFixture, problem: Problem, peer: Peer, call: Any, seconds: float
 ) -> dict[str, list[float]]:
-    """Seconds of the contender, of fastkd and of the floors, each in every round."""
+    """Seconds of the contender, fastkd and the floors in every round."""
     case = problem.case
     ours = anchor(case.form, case.device)
-    our_call = call if peer == ours else ours.make(case.divergence, DTYPES[case.dtype])
+    our_call = call if peer == ours else problem.make(ours)
     floors = problem.floors()
     beside: dict[str, list[float]] = {name: [] for name in ("fastkd", *floors)}
 
@@ -103,11 +103,11 @@ def in_rounds(
     )
     problem.clean_up(peer.in_place)
     times = list(benchmark.stats.stats.data)
-    return {"contender": times, **{name: found[-rounds:] for name, found in beside.items()}}
+    return {"contender": times, **{name: each[-rounds:] for name, each in beside.items()}}
 
 
 def quartiles(above: list[float], below: list[float]) -> list[float]:
-    """Of the ratios within rounds."""
+    """The quartiles of the ratios within rounds."""
     return quantiles([a / b for a, b in zip(above, below, strict=True)], n=4, method="inclusive")
 
 
@@ -125,9 +125,9 @@ def test_row(
 
     problem = problem_of(case)
     try:
-        call = peer.make(case.divergence, DTYPES[case.dtype])
+        call = problem.make(peer)
         errors = problem.errors(peer, call)
-    except Exception as error:  # whatever a package raises on this machine is a cell of the table
+    except Exception as error:  # whatever a package raises here becomes a cell of the table
         if peer.package == "fastkd":
             raise
         problem.clean_up()

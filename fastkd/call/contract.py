@@ -6,8 +6,12 @@ A row is one position: V student logits and V teacher logits. A backend is a mod
     scale_rows_(gradient, upstream) -> None
     empty(shape, dtype, device) -> Tensor
 
-and, where several processes share the vocabulary (Options.shard), the same work in the steps between which they
-exchange a few numbers a row (:mod:`fastkd.parallel`): each process has some columns of every row.
+A backend whose kd_rows takes sparse teachers (Options.tail) says SPARSE = True; any other has the two steps of
+:mod:`fastkd.backends.sparse`. It may have mutual_rows (:mod:`fastkd.call.mutual`) and angles
+(:mod:`fastkd.backends.angles`).
+
+Where several processes share the vocabulary (Options.shard), each has some columns of every row. A backend then does
+the same work in steps, between which they exchange a few numbers a row (:mod:`fastkd.parallel`):
 
     shard_statistics(call) -> Statistics
     shard_sums(call) -> Tensor | None

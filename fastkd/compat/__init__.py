@@ -1,9 +1,9 @@
-"""Adapters: the losses of other stacks, with their signatures and their numbers, computed by fastkd.
+"""Adapters that compute the losses of other stacks with fastkd, under the same signatures and with the same results.
 
-An adapter matches a stack: the names and the order of its arguments, its defaults, its reductions and its factors of
-temperature. Quirks of a stack live in its adapter and never in the losses that it calls; where an adapter does differ,
-its docstring and the stack's page in docs/stacks say so. A stack is imported where one of its classes is asked for,
-and by no import of a module here; its functions need none.
+An adapter matches its stack's argument names and order, defaults, reductions and temperature factors. Quirks of a stack
+are confined to its adapter; fastkd's own losses do not know them. Where an adapter deliberately differs, its docstring
+and the stack's page in docs/stacks say so. Importing these modules does not import the stacks: a stack is imported only
+when a class that subclasses one of its own is accessed.
 
     fastkd.compat.trl            TRL: GKDTrainer, DistillationTrainer and their losses
     fastkd.compat.transformers   the Hugging Face Trainer

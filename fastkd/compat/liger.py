@@ -1,20 +1,20 @@
-r"""Liger Kernel's distillation losses, with its constructors, calls and numbers.
+r"""Liger Kernel's distillation losses, with the same constructors, calls and results.
 
     from fastkd.compat.liger import LigerFusedLinearJSDLoss  # was: liger_kernel.chunked_loss
     from fastkd.compat.liger import LigerFusedLinearJSD      # was: liger_kernel.transformers
 
-Liger need not be installed. What is Liger's convention is kept: no T^2, the mean over labels that are not
-ignore_index, half a cross-entropy mixed in by default, the student first, the teacher a constant. What differs, on
-purpose, in all of them:
+Liger need not be installed. Its conventions are kept: no T^2 factor, the mean over labels that are not ignore_index,
+equal weights of cross-entropy and JSD by default, student arguments first, no gradient for the teacher. All losses
+differ deliberately in these points:
 
-- the loss is float32, and computed from float32 logits, where Liger's have the dtype of its inputs;
-- a vocabulary in which the teacher has padding columns is cut to the student's, where Liger fills the student up
-  with logits of 0, to which the softmax gives mass;
-- with no counted row the loss is 0 and part of the graph, where some of Liger's are NaN;
-- a second backward of one graph gives the same gradient again.
+- the loss is float32 and computed from float32 logits; Liger uses the dtype of the inputs;
+- if the teacher's vocabulary has padding columns, it is cut to the student's; Liger pads the student with logits of 0,
+  which receive probability;
+- with no counted row the loss is 0 and part of the graph; some of Liger's losses are NaN;
+- a second backward through the same graph gives the same gradient.
 
-There is no LigerFusedLinearCosineSimilarityLoss: the cosine of two rows of logits is no divergence of distributions,
-and fastkd has no kernel that would make it cheaper than Liger's chunks do.
+LigerFusedLinearCosineSimilarityLoss is not provided: cosine similarity of logits is not a divergence of distributions,
+and fastkd has no kernel that would make it cheaper than Liger's.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch import (
     Tensor,
-    abs,  # noqa: A004 (a definition reads as its formula does, as in fastkd.divergences)
+    abs,  # noqa: A004 (a definition should read like its formula, as in fastkd.divergences)
     exp,
     logaddexp,
     nn,
@@ -44,12 +44,14 @@ from fastkd.divergences import Divergence, jsd
 from fastkd.functional import fused_linear_kd_loss, kd_loss
 from fastkd.teachers import LinearTeacher
 
-_REMEDY = "Cut both to the tokens that they share, [..., :n], and normalise them anew"
+_REMEDY = "Cut both to their n shared tokens, [..., :n], and normalise them again"
 LOWEST = torch.finfo(torch.float32).min
 
 
-# ---- of log-probabilities and probabilities as they are given: with normalized=False nothing is normalised on the way
-# in, g is the derivative by the given numbers, and the p and q of the arguments are not there
+# ---- losses of log-probabilities or probabilities
+#
+# The divergences below set normalized=False, so the inputs arrive unchanged as log_p and log_q, g is the derivative
+# with respect to them, and the arguments p and q are unused.
 
 
 def _forward_of_logs(p: Any, q: Any, log_p: Any, log_q: Any, floor: Any) -> Any:
@@ -77,11 +79,11 @@ def _distance_of_probabilities(p: Any, q: Any, log_p: Any, log_q: Any) -> Any:
 
 
 def _forward_kl(floor: float = LOWEST) -> Divergence:
-    """KL(p || q) of log-probabilities; logarithms of p below the floor count as the floor, as those of Liger's eps."""
+    """KL(p || q) of log-probabilities, with log p clamped to at least floor, as Liger's eps does."""
     return Divergence("liger_forward_kl", _forward_of_logs, (floor,), normalized=False)
 
 
-def _jsd_as_given(beta: float) -> Divergence:
+def _unnormalized_jsd(beta: float) -> Divergence:
     beta = check_number("beta", beta, 0.0, 1.0)
     if beta == 0.0:
         return _forward_kl()
@@ -94,7 +96,7 @@ def _jsd_as_given(beta: float) -> Divergence:
 _DISTANCE = Divergence("liger_tvd", _distance_of_probabilities, normalized=False)
 
 
-def _as_given(
+def _unnormalized_loss(
     student: Tensor,
     teacher: Tensor,
     labels: Tensor | None,
@@ -108,16 +110,16 @@ def _as_given(
         labels,
         divergence=divergence,
         ignore_index=ignore_index,
-        **_reduced(reduction, student.shape, labels, ignore_index),
-        # These definitions are no part of the C++ kernel's table.
+        **_reduction_options(reduction, student.shape, labels, ignore_index),
+        # The C++ kernel does not contain these definitions.
         backend="portable" if student.device.type == "cpu" else "auto",
     )
 
 
-def _reduced(
+def _reduction_options(
     reduction: str, shape: torch.Size, labels: Tensor | None, ignore_index: int
 ) -> dict[str, Any]:
-    """Options for "sum", "batchmean" (the mean of counted rows) and "mean" (also over columns) of logits [..., V]."""
+    """Return kd_loss options for "sum", "batchmean" (mean over counted rows) and "mean" (over rows and columns)."""
     if reduction != "mean":
         return {"reduction": "sum" if reduction == "sum" else "mean"}
     rows = max(shape[:-1].numel(), 1) if labels is None else (labels != ignore_index).sum()
@@ -129,14 +131,14 @@ class LigerJSD(nn.Module):
 
         beta KL(p || m) + (1 - beta) KL(q || m),   m = beta p + (1 - beta) q;   0: KL(p || q), 1: KL(q || p)
 
-    The gradient is by log q as it is given, so that a log_softmax before it gets what it expects. Where the logits are
-    at hand, ``fastkd.kd_loss(logits, teacher_logits, divergence=fastkd.jsd(beta))`` is the same loss without
-    log-probabilities in memory, and the fast path; this module spares neither.
+    The gradient is with respect to log q, for a log_softmax before this module. If the logits are available, prefer
+    ``fastkd.kd_loss(logits, teacher_logits, divergence=fastkd.jsd(beta))``: the same loss, faster, and without
+    storing log-probabilities.
 
-    Liger gives NaN where a column has probability 0 on both sides, and rounds the loss to the dtype of log_q.
+    Liger returns NaN if a column has probability 0 on both sides, and rounds the loss to the dtype of log_q.
 
     Args:
-        beta: the teacher's share of the mixture, in [0, 1].
+        beta: weight of the teacher in the mixture, in [0, 1].
         ignore_index: the label that drops a row.
     """
 
@@ -144,29 +146,36 @@ class LigerJSD(nn.Module):
         super().__init__()
         self.beta = beta
         self.ignore_index = ignore_index
-        self._divergence = _jsd_as_given(beta)
+        self._divergence = _unnormalized_jsd(beta)
 
     def forward(self, log_q: Tensor, log_p: Tensor, shift_labels: Tensor | None = None) -> Tensor:
-        """Student's and teacher's log-probabilities [..., V], labels [...]; the mean over rows that count, 0-dim."""
+        """Return the mean over counted rows, 0-dim.
+
+        Args:
+            log_q: [..., V], the student's log-probabilities.
+            log_p: [..., V], the teacher's log-probabilities.
+            shift_labels: [...], or None to count all rows.
+        """
         check_pair("log_p", log_p, "log_q", log_q, _REMEDY)
         check_per_row("shift_labels", shift_labels, log_q.shape[:-1])
-        return _as_given(
+        return _unnormalized_loss(
             log_q, log_p, shift_labels, self._divergence, "batchmean", self.ignore_index
         )
 
 
 class LigerKLDIVLoss(nn.KLDivLoss):
-    r"""liger_kernel.transformers.LigerKLDIVLoss: sum p (log max(p, eps) - log q) of log-probabilities of the student.
+    r"""liger_kernel.transformers.LigerKLDIVLoss: sum p (log max(p, eps) - log q), from the student's log q.
 
-    The gradient is by log q as it is given; the target is a constant. "batchmean" divides by the number of rows, and
-    "mean", the default as in Liger and torch, by the vocabulary too. Liger takes [rows, V] alone, of which the rows are
-    torch's size(0); of more dimensions each leading position is a row here, where torch's "batchmean" divides by
-    size(0) only. The one without a reduction, [..., V], is what torch computes. Liger gives NaN where p and q are 0.
+    The gradient is with respect to log q; the target receives none. "batchmean" divides by the number of rows; "mean",
+    the default in Liger and torch, also by the vocabulary size. Liger accepts [rows, V] only. Here every leading
+    position is a row, whereas torch's "batchmean" divides by size(0) only. Without a reduction the result is [..., V],
+    as in torch. Liger returns NaN where both p and q are 0.
 
     Args:
-        eps: probabilities of the target below it have its logarithm; not used with log_target.
-        args: as torch.nn.KLDivLoss has them, (size_average, reduce, reduction), and
-        kwargs: by name: reduction "none", "sum", "batchmean" or "mean"; log_target, whether targets are logarithms.
+        eps: lower bound of the target's probabilities inside the logarithm; not used with log_target.
+        args: positional arguments of torch.nn.KLDivLoss: size_average, reduce, reduction.
+        kwargs: keyword arguments of torch.nn.KLDivLoss: reduction, "none", "sum", "batchmean" or "mean"; and
+            log_target, whether targets are log-probabilities.
     """
 
     def __init__(self, eps: float = 1e-10, *args: Any, **kwargs: Any) -> None:
@@ -175,7 +184,12 @@ class LigerKLDIVLoss(nn.KLDivLoss):
         self.eps = eps
 
     def forward(self, y_pred: Tensor, y_true: Tensor) -> Tensor:
-        """log q [..., V], and p or, with log_target, log p; 0-dim, or [..., V] without a reduction."""
+        """Return the loss, 0-dim, or [..., V] for reduction="none".
+
+        Args:
+            y_pred: [..., V], the student's log-probabilities.
+            y_true: [..., V], the teacher's probabilities; with log_target its log-probabilities.
+        """
         check_pair("y_true", y_true, "y_pred", y_pred, _REMEDY)
         log_p = widened(y_true.detach())
         if not self.log_target:
@@ -184,17 +198,18 @@ class LigerKLDIVLoss(nn.KLDivLoss):
         if self.reduction == "none":
             terms = log_p.exp() * (log_p.clamp(min=floor) - y_pred)
             return torch.where(log_p == -math.inf, 0.0, terms)
-        return _as_given(y_pred, log_p, None, _forward_kl(floor), self.reduction)
+        return _unnormalized_loss(y_pred, log_p, None, _forward_kl(floor), self.reduction)
 
 
 class LigerTVDLoss(nn.Module):
     r"""liger_kernel.transformers.LigerTVDLoss: the total variation distance 1/2 sum |p - q| of probabilities.
 
-    The first argument is the student's, and gets the gradient sign(p - q) / 2; the second is a constant. Divided by the
-    rows that count for "batchmean", the default, and by the vocabulary too for "mean". Where the logits are at hand,
-    ``fastkd.kd_loss(logits, teacher_logits, divergence="tvd")`` is the same loss, and the fast path.
+    The first argument is the student's and receives the gradient sign(p - q) / 2; the second receives none.
+    "batchmean", the default, divides by the number of counted rows, "mean" also by the vocabulary size. If the logits
+    are available, prefer ``fastkd.kd_loss(logits, teacher_logits, divergence="tvd")``, which computes the same loss
+    faster.
 
-    Liger divides by 0 where no row counts, and takes the difference in the dtype of the probabilities.
+    Liger divides by 0 if no row is counted, and subtracts in the dtype of the probabilities.
 
     Args:
         reduction: "none" ([..., V], 0 in dropped rows), "sum", "batchmean" or "mean".
@@ -208,38 +223,45 @@ class LigerTVDLoss(nn.Module):
         self.ignore_index = ignore_index
 
     def forward(self, p: Tensor, q: Tensor, shift_labels: Tensor | None = None) -> Tensor:
-        """Probabilities [..., V] of student and teacher, labels [...]; 0-dim, or [..., V] without a reduction."""
+        """Return the loss, 0-dim, or [..., V] for reduction="none".
+
+        Args:
+            p: [..., V], the student's probabilities.
+            q: [..., V], the teacher's probabilities.
+            shift_labels: [...], or None to count all rows.
+        """
         check_pair("q", q, "p", p, _REMEDY)
         check_per_row("shift_labels", shift_labels, p.shape[:-1])
         if self.reduction != "none":
-            return _as_given(p, q, shift_labels, _DISTANCE, self.reduction, self.ignore_index)
+            return _unnormalized_loss(
+                p, q, shift_labels, _DISTANCE, self.reduction, self.ignore_index
+            )
         terms = 0.5 * (widened(p) - widened(q.detach())).abs()
         if shift_labels is not None:
             terms = terms.masked_fill((shift_labels == self.ignore_index).unsqueeze(-1), 0.0)
         return terms
 
 
-# ---- from hidden states and heads
+# ---- losses of hidden states and lm_heads
 
 
 class LigerFusedLinearJSDLoss(nn.Module):
-    r"""liger_kernel.chunked_loss.LigerFusedLinearJSDLoss: cross-entropy and JSD from hidden states and heads.
+    r"""liger_kernel.chunked_loss.LigerFusedLinearJSDLoss: cross-entropy and JSD from hidden states and lm_heads.
 
         weight_hard_loss CE(softmax(s), label) + weight_soft_loss JSD_beta(softmax(t / T), softmax(s / T))
 
-    over the labels that are not ignore_index, without T^2. Each [chunk_size, V] of logits is made once.
-
-    Liger's gradient through the soft_loss and hard_loss that it returns is lost; here they are detached.
+    The mean is over labels that are not ignore_index, without T^2. The logits of each chunk of rows are computed once.
+    The soft_loss and hard_loss that it can return carry no gradient, in Liger as here.
 
     Args:
-        weight_hard_loss: of the cross-entropy, at temperature 1; not negative.
-        weight_soft_loss: of the JSD; not negative, and not both are 0.
-        beta: the teacher's share of the mixture, in [0, 1]; 0 is KL(p || q), 1 is KL(q || p).
+        weight_hard_loss: weight of the cross-entropy at temperature 1; not negative.
+        weight_soft_loss: weight of the JSD; not negative. The two weights must not both be 0.
+        beta: weight of the teacher in the mixture, in [0, 1]; 0 is KL(p || q), 1 is KL(q || p).
         ignore_index: the label that drops a row.
         temperature: T > 0.
-        compiled: accepted, as Liger's callers pass it: there is nothing to compile.
-        chunk_size: rows whose logits are held at once.
-        return_soft_hard_loss: return (loss, soft_loss, hard_loss); the last two before their weights, detached.
+        compiled: accepted for compatibility and ignored, because nothing is compiled.
+        chunk_size: the number of rows whose logits are held at a time.
+        return_soft_hard_loss: return (loss, soft_loss, hard_loss), the last two unweighted and detached.
     """
 
     def __init__(
@@ -280,26 +302,36 @@ class LigerFusedLinearJSDLoss(nn.Module):
         student_bias: Tensor | None = None,
         teacher_bias: Tensor | None = None,
     ) -> Tensor | tuple[Tensor, Tensor, Tensor]:
-        """Hidden states [N, H], heads [V, H] and biases [V] of both, labels [N]; 0-dim."""
+        """Return the loss, 0-dim, or the tuple of return_soft_hard_loss.
+
+        Args:
+            student_input: [N, H], the student's hidden states.
+            student_weight: [V, H], the student's lm_head.
+            teacher_input: [N, H_t], the teacher's hidden states.
+            teacher_weight: [V, H_t], the teacher's lm_head.
+            true_labels: [N].
+            student_bias: [V], or None.
+            teacher_bias: [V], or None.
+        """
         _check_sides(student_input, student_weight, teacher_input, teacher_weight)
         if true_labels is None:
             raise TypeError("true_labels must be a tensor, got NoneType")
         check_per_row("true_labels", true_labels, student_input.shape[:-1])
         total = self.weight_hard_loss + self.weight_soft_loss
         alpha = self.weight_soft_loss / total
-        given = (student_input, student_weight, teacher_input, teacher_weight, true_labels)
+        inputs = (student_input, student_weight, teacher_input, teacher_weight, true_labels)
         biases = (student_bias, teacher_bias)
         counted = (true_labels != self.ignore_index).sum()
-        loss, parts = self._loss(*given, *biases, alpha, counted.to(torch.float64) / total)
+        loss, parts = self._loss(*inputs, *biases, alpha, counted.to(torch.float64) / total)
         if not self.return_soft_hard_loss:
             return loss
         soft, hard = (
             part.sum() / counted.clamp(min=1) for part in (parts.distillation, parts.cross_entropy)
         )
-        if alpha in (0.0, 1.0):  # the one of weight 0 was not computed
+        if alpha in (0.0, 1.0):  # the term of weight 0 has not been computed yet
             with torch.no_grad():
-                other, _ = self._loss(*given, *biases, 1.0 - alpha, counted)
-            soft, hard = (soft, other) if alpha else (other, hard)
+                unweighted, _ = self._loss(*inputs, *biases, 1.0 - alpha, counted)
+            soft, hard = (soft, unweighted) if alpha else (unweighted, hard)
         return loss, soft, hard
 
     def _loss(
@@ -333,15 +365,16 @@ class LigerFusedLinearJSDLoss(nn.Module):
 
 
 class LigerFusedLinearJSD(nn.Module):
-    r"""liger_kernel.transformers.LigerFusedLinearJSD: the JSD from hidden states and heads, without a cross-entropy.
+    r"""liger_kernel.transformers.LigerFusedLinearJSD: the JSD from hidden states and lm_heads, without cross-entropy.
 
-    The mean over rows that count, without T^2. The gradient of the head is summed in float32.
+    The loss is the mean over counted rows, without T^2.
 
     Args:
-        jsd_beta: the teacher's share of the mixture, in [0, 1]; 0 is KL(p || q), 1 is KL(q || p).
+        jsd_beta: weight of the teacher in the mixture, in [0, 1]; 0 is KL(p || q), 1 is KL(q || p).
         ignore_index: the label that drops a row.
         temperature: T > 0.
-        accum_dtype: accepted, as Liger's callers pass it: None sums in the head's dtype there, here always in float32.
+        accum_dtype: accepted for compatibility and ignored: the gradient of the lm_head is always summed in float32.
+            With None, Liger sums in the dtype of the lm_head.
     """
 
     def __init__(
@@ -365,7 +398,15 @@ class LigerFusedLinearJSD(nn.Module):
         teacher_weight: Tensor,
         shift_labels: Tensor | None,
     ) -> Tensor:
-        """Hidden states [N, H] and heads [V, H] of both, labels [N] or None; 0-dim."""
+        """Return the loss, 0-dim.
+
+        Args:
+            student_input: [N, H], the student's hidden states.
+            student_weight: [V, H], the student's lm_head.
+            teacher_input: [N, H_t], the teacher's hidden states.
+            teacher_weight: [V, H_t], the teacher's lm_head.
+            shift_labels: [N], or None to count all rows.
+        """
         _check_sides(student_input, student_weight, teacher_input, teacher_weight)
         check_per_row("shift_labels", shift_labels, student_input.shape[:-1])
         return fused_linear_kd_loss(
@@ -384,16 +425,17 @@ class LigerFusedLinearJSD(nn.Module):
 class LigerFusedLinearKLDivLoss(nn.Module):
     r"""liger_kernel.transformers.LigerFusedLinearKLDivLoss: KL(target || softmax(s / T)) from hidden states.
 
-    The target is probabilities [N, V], of which the logarithm is held beside them; ``fastkd.TopK`` and
-    ``fastkd.LinearTeacher`` need neither. It is taken for a distribution: divided by its sum, where Liger takes it as
-    it is, which differs by the rounding of low-precision targets. Without T^2; the temperature is the student's alone.
+    The target holds probabilities [N, V], and their logarithms take as much memory again; ``fastkd.TopK`` and
+    ``fastkd.LinearTeacher`` avoid both. Each row of the target is divided by its sum. Liger does not normalise it, so
+    results differ by the rounding error of low-precision targets. There is no T^2, and only the student's logits are
+    divided by the temperature.
 
     Args:
-        reduction: "batchmean" (over rows that count), "mean" (also over the vocabulary) or "sum".
+        reduction: "batchmean" (mean over counted rows), "mean" (also over the vocabulary) or "sum".
         ignore_index: the label that drops a row.
         temperature: T > 0.
-        eps: accepted, as Liger's callers pass it: there it bounds log p from below; here 0 log 0 is 0.
-        accum_dtype: accepted likewise: the gradient of the head is summed in float32.
+        eps: accepted for compatibility and ignored: Liger's lower bound of p in log p. Here 0 log 0 is 0.
+        accum_dtype: accepted for compatibility and ignored: the gradient of the lm_head is summed in float32.
     """
 
     def __init__(
@@ -419,12 +461,19 @@ class LigerFusedLinearKLDivLoss(nn.Module):
         target: Tensor,
         shift_labels: Tensor | None = None,
     ) -> Tensor:
-        """Hidden states [N, H], head [V, H], probabilities [N, V], labels [N] or None; 0-dim."""
+        """Return the loss, 0-dim.
+
+        Args:
+            student_input: [N, H], the student's hidden states.
+            student_weight: [V, H], the student's lm_head.
+            target: [N, V], the teacher's probabilities.
+            shift_labels: [N], or None to count all rows.
+        """
         check_side("student_input", student_input, "student_weight", student_weight)
         check_per_row("shift_labels", shift_labels, student_input.shape[:-1])
         if not target.is_floating_point():
             raise TypeError(
-                f"target must be probabilities, a floating-point tensor; got {target.dtype}"
+                f"target must be a floating-point tensor of probabilities, got {target.dtype}"
             )
         if target.shape[:-1] != student_input.shape[:-1]:
             raise ValueError(
@@ -433,9 +482,9 @@ class LigerFusedLinearKLDivLoss(nn.Module):
             )
         if target.dim() < 1 or target.shape[-1] != len(student_weight):
             raise ValueError(
-                f"target must have the {len(student_weight)} columns of student_weight; got {tuple(target.shape)}. Cut "
-                "the wider of both to the tokens that they share: fewer rows of student_weight, or target[..., :n], "
-                "which is normalised here"
+                f"target must have {len(student_weight)} columns, one per row of student_weight; got "
+                f"{tuple(target.shape)}. Cut the wider one to the n shared tokens: student_weight[:n] or "
+                "target[..., :n], which is normalised here"
             )
         return fused_linear_kd_loss(
             student_input,
@@ -446,7 +495,7 @@ class LigerFusedLinearKLDivLoss(nn.Module):
             teacher_temperature=1.0,
             scale_by_temperature=False,
             ignore_index=self.ignore_index,
-            **_reduced(self.reduction, target.shape, shift_labels, self.ignore_index),
+            **_reduction_options(self.reduction, target.shape, shift_labels, self.ignore_index),
         )
 
 

@@ -1,15 +1,15 @@
-r"""mdistiller's losses of logits, with its signatures and numbers.
+r"""mdistiller's losses of logits, with the same signatures and results.
 
     from fastkd.compat.mdistiller import kd_loss   # was: mdistiller.distillers.KD
     from fastkd.compat.mdistiller import dkd_loss  # was: mdistiller.distillers.DKD
 
-(mdistiller is a repository, megvii-research/mdistiller, and no package; the code of many papers was grown from it.)
-T^2 and the mean over the batch, as there; the cross-entropy is added by the caller, as there. ``logit_stand`` is the
-fourth argument of the version that came with logit standardisation (Sun et al. 2024). Its attention, relation and hint
-losses are :mod:`fastkd.features` and :mod:`fastkd.relations`.
+mdistiller is the repository megvii-research/mdistiller, not a package; the code of many papers is derived from it. As
+there, losses have the factor T^2 and are averaged over the batch, and callers add the cross-entropy themselves.
+``logit_stand`` comes from the version with logit standardisation (Sun et al. 2024). For mdistiller's attention,
+relation and hint losses see :mod:`fastkd.features` and :mod:`fastkd.relations`.
 
-mdistiller's dkd_loss takes logarithms of sums of probabilities, which are 0 once the student is sure of a label: its
-loss is then NaN or infinite, and its gradient NaN. Here the two parts come from log-probabilities.
+mdistiller's dkd_loss takes the logarithm of sums of probabilities. If the student is certain of a label, a sum is 0, so
+the loss is NaN or infinite and its gradient NaN. Here both terms are computed from log-probabilities and stay finite.
 """
 
 from __future__ import annotations
@@ -21,19 +21,19 @@ from fastkd.call.checks import check_pair, check_per_row
 from fastkd.divergences import Divergence, dkd, forward_kl
 from fastkd.response import standardized_kd_loss
 
-_REMEDY = "Both models must classify into the same classes"
+_REMEDY = "Use two models with the same classes"
 
 
 def kd_loss(
     logits_student: Tensor, logits_teacher: Tensor, temperature: float, logit_stand: bool = False
 ) -> Tensor:
-    """T^2 KL(softmax(t / T) || softmax(s / T)), the mean over the batch.
+    """T^2 KL(softmax(t / T) || softmax(s / T)), averaged over the batch.
 
     Args:
         logits_student: [B, C].
         logits_teacher: [B, C].
         temperature: T > 0.
-        logit_stand: standardise the logits of each row first, by their mean and standard deviation.
+        logit_stand: first standardise the logits of each row: subtract their mean, divide by their standard deviation.
 
     Returns:
         0-dim.
@@ -50,14 +50,14 @@ def dkd_loss(
     temperature: float,
     logit_stand: bool = False,
 ) -> Tensor:
-    """T^2 (alpha TCKD + beta NCKD), the mean over the batch: :func:`fastkd.dkd`.
+    """T^2 (alpha TCKD + beta NCKD), averaged over the batch; see :func:`fastkd.dkd`.
 
     Args:
         logits_student: [B, C].
         logits_teacher: [B, C].
-        target: [B] int64, the labels; -100 is none of them there, and drops a row here.
-        alpha: weight of the target class's part, not negative.
-        beta: weight of the other classes' part, likewise.
+        target: [B] int64, the labels. A label of -100 drops the row; mdistiller does not accept it.
+        alpha: weight of TCKD, the target class's term; not negative.
+        beta: weight of NCKD, the other classes' term; not negative.
         temperature: T > 0.
         logit_stand: as in :func:`kd_loss`.
 

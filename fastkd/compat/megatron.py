@@ -1,9 +1,9 @@
-r"""Megatron-LM's distillation from a teacher's cached top-k log-probabilities.
+r"""Megatron-LM's distillation loss on a teacher's cached top-k log-probabilities.
 
     from fastkd.compat.megatron import topk_kl_div  # was: megatron.training.distillation.cached_logits_loss
 
-Megatron need not be installed. Its dense loss over tensor-parallel logits is Model-Optimizer's: fastkd.compat.modelopt
-has LogitsKLLoss and TopKLogitsKLLoss.
+Megatron need not be installed. For dense tensor-parallel logits Megatron uses Model-Optimizer's losses; their adapters
+are LogitsKLLoss and TopKLogitsKLLoss in fastkd.compat.modelopt.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from fastkd.teachers import TopK
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-SENTINEL = -1e3  # the log-probability of an entry that is padding
+SENTINEL = -1e3  # the log-probability that marks an entry as padding
 
 
 def topk_kl_div(
@@ -30,34 +30,36 @@ def topk_kl_div(
     tp_group: ProcessGroup | None,
     add_ghost_token: bool = False,
 ) -> Tensor:
-    r"""Forward KL over the teacher's top-k, sum p_k (log p_k - log q_k), q over the whole vocabulary.
+    r"""Forward KL over the teacher's top-k tokens, sum p_k (log p_k - log q_k), with q over the whole vocabulary.
 
-    With add_ghost_token one more event stands for all other tokens, with p = 1 - sum p_k and q = 1 - sum q_k; without
-    it the sum is no divergence and can be negative. (They are the tails "bucket" and "truncate" of
+    With add_ghost_token one additional event stands for all other tokens, with p = 1 - sum p_k and q = 1 - sum q_k.
+    Without it the sum is not a divergence and can be negative. (These are the tails "bucket" and "truncate" of
     :class:`fastkd.TopK`.)
 
-    As Megatron's callers reduce the loss over tp_group by a sum, the loss is on tp_rank 0 and the others have 0; the
-    gradient is whole on each. Megatron's own subtracts the maximum from student_logits in place, where they are
-    float32, and its q of the ghost token is rounding alone, or 1e-8, once the student is sure of the k tokens; here it
-    comes from the sum of the others, and student_logits stay as they are.
+    Megatron's callers sum the loss over tp_group, so tp_rank 0 returns the loss and the other ranks return 0; every
+    rank gets its full gradient. Megatron's function subtracts the maximum from float32 student_logits in place, and its
+    q of the ghost token is only rounding error, or 1e-8, if the student is certain of the k tokens. Here that q is the
+    sum over the other tokens, and student_logits are not modified.
 
     Args:
-        student_logits: [s, b, V_r], this process's columns of the vocabulary, of equal number on every process.
+        student_logits: [s, b, V_r], this process's columns of the vocabulary, the same number on every process.
         teacher_topk_logprobs: [s, b, K], natural logarithms at temperature 1; -1e3 marks padding.
-        teacher_topk_indices: [s, b, K], distinct ids of the whole vocabulary.
+        teacher_topk_indices: [s, b, K], distinct token ids of the whole vocabulary.
         tp_size: the number of processes that share the vocabulary.
-        tp_rank: which one this is.
-        tp_group: these processes; not used where tp_size is 1.
-        add_ghost_token: count the remaining mass as one more token.
+        tp_rank: the rank of this process among them.
+        tp_group: the process group of these processes; ignored if tp_size is 1.
+        add_ghost_token: add an event for the remaining probability.
 
     Returns:
         The loss of each token, [b, s].
 
     Raises:
-        ValueError: tp_size is more than 1 and there is no tp_group.
+        ValueError, TypeError: an argument has the wrong shape or dtype, or tp_size is more than 1 without a tp_group.
     """
     if tp_size > 1 and tp_group is None:
-        raise ValueError(f"tp_group must be the {tp_size} processes of tp_size, got None")
+        raise ValueError(
+            f"tp_group must be the process group of the tp_size={tp_size} processes, got None"
+        )
     if student_logits.dim() != 3:
         raise ValueError(f"student_logits must be [s, b, V], got {tuple(student_logits.shape)}")
     lead = student_logits.shape[:-1]
@@ -71,7 +73,7 @@ def topk_kl_div(
             )
     if not teacher_topk_logprobs.is_floating_point() or teacher_topk_indices.is_floating_point():
         raise TypeError(
-            "teacher_topk_logprobs must be floating-point and teacher_topk_indices integers, got "
+            "teacher_topk_logprobs must be floating point and teacher_topk_indices integers, got "
             f"{teacher_topk_logprobs.dtype} and {teacher_topk_indices.dtype}"
         )
     if teacher_topk_logprobs.shape != teacher_topk_indices.shape:

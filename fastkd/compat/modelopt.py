@@ -1,16 +1,17 @@
-r"""NVIDIA Model-Optimizer's distillation losses, with its constructors, calls and numbers.
+r"""NVIDIA Model-Optimizer's distillation losses, with the same constructors, calls and results.
 
     from fastkd.compat.modelopt import LogitsDistillationLoss  # was: modelopt.torch.distill
     from fastkd.compat.modelopt import LogitsKLLoss            # was: modelopt.torch.distill.plugins.megatron
 
-Model-Optimizer need not be installed: its criteria are torch's own ``_Loss``, and so are these, which is what
-``mtd.convert(model, [("kd_loss", {"criterion": LogitsDistillationLoss(), ...})])`` asks of one. The two of its Megatron
-plug-in import megatron.core where the vocabulary is spread over processes, to ask for the group of these.
+Model-Optimizer need not be installed. Its criteria subclass torch's ``_Loss``, as
+``mtd.convert(model, [("kd_loss", {"criterion": LogitsDistillationLoss(), ...})])`` requires, and so do these classes.
+The two losses of its Megatron plug-in import megatron.core to find the process group, if the vocabulary is spread over
+processes.
 
-What is its convention is kept: forward KL, T^2 in LogitsDistillationLoss and MFTLoss and not in the plug-in's, the
-default "mean" of LogitsDistillationLoss over rows and columns (as F.kl_div has it, a V-th of the mean over rows), the
-teacher a constant. Columns at -inf on both sides contribute 0, where its losses are NaN, and everything is computed in
-float32, where LogitsDistillationLoss and MFTLoss compute in the dtype of the logits.
+Its conventions are kept: forward KL; T^2 in LogitsDistillationLoss and MFTLoss but not in the plug-in's losses; the
+default "mean" of LogitsDistillationLoss over rows and columns, as in F.kl_div (1/V of the mean over rows); no gradient
+for the teacher. Two things differ: columns at -inf on both sides contribute 0, where Model-Optimizer returns NaN; and
+everything is computed in float32, where its LogitsDistillationLoss and MFTLoss use the dtype of the logits.
 """
 
 from __future__ import annotations
@@ -26,13 +27,14 @@ from fastkd.call.contract import widened
 from fastkd.functional import kd_loss
 from fastkd.teachers import TopK
 
-# Logarithm of the odds of a label that MFTLoss makes certain: what is left to others is no float32.
+# Log odds of a label whose target probability in MFTLoss is 1. The other tokens keep exp(-100), below normal float32.
 CERTAIN = 100.0
 
 
 _REMEDY = (
-    "Model-Optimizer compares whole vocabularies: where the rest is padding of one tokenizer, pad both models alike "
-    "(Megatron's make_vocab_size_divisible_by), or have the criterion get logits[..., :n] of its n tokens"
+    "Model-Optimizer compares whole vocabularies. If the models differ only in padding of one tokenizer, pad both to "
+    "the same size (Megatron's make_vocab_size_divisible_by), or pass the criterion logits[..., :n] of the n real "
+    "tokens"
 )
 
 
@@ -41,7 +43,8 @@ class LogitsDistillationLoss(_Loss):
 
     Args:
         temperature: T > 0.
-        reduction: "mean" (over rows and columns), "batchmean" (over the first dimension), "sum", or "none" ([...]).
+        reduction: "mean" (over rows and columns), "batchmean" (sum / size of the first dimension), "sum", or "none"
+            ([...]).
     """
 
     def __init__(self, temperature: float = 1.0, reduction: str = "mean") -> None:
@@ -51,7 +54,12 @@ class LogitsDistillationLoss(_Loss):
         self._reduction = reduction
 
     def forward(self, logits_s: Tensor, logits_t: Tensor) -> Tensor:
-        """Logits [..., V] of the student and of the teacher; 0-dim, or [...] without a reduction."""
+        """Return the loss, 0-dim, or [...] for reduction="none".
+
+        Args:
+            logits_s: [..., V], the student's logits.
+            logits_t: [..., V], the teacher's logits.
+        """
         check_pair("logits_t", logits_t, "logits_s", logits_s, _REMEDY)
         return kd_loss(
             logits_s,
@@ -67,15 +75,15 @@ class MFTLoss(_Loss):
 
         T^2 KL(p' || softmax(s / T)),   p' = (1 - m) p + m onehot(y),   p = softmax(t / T)
 
-    with the m of a row that lifts the label y above the teacher's other tokens by the threshold: where the most
-    probable token is another, (p_max - p_y + threshold) / (1 + p_max - p_y); else (p_y + threshold - p_max) / (1 -
-    p_max), with p_y + threshold at most 1. Of the teacher's logits only the label's is another one for it, so a copy of
-    them with that column changed is the target.
+    Each row has its own m, which raises the target probability of the label y above that of every other token by the
+    threshold. If the teacher's most probable token is not y, m = (p_max - p_y + threshold) / (1 + p_max - p_y);
+    otherwise m = (p_y + threshold - p_max) / (1 - p_max), with p_y + threshold at most 1. The logits of p' differ from
+    the teacher's only in the label's column, so the target is a copy of them with that column changed.
 
     Args:
         temperature: T > 0.
         threshold: in [0, 1].
-        reduction: "batchmean" (over rows), "mean" (also over columns) or "sum". "none" raises: it would be [N, V].
+        reduction: "batchmean" (over rows), "mean" (also over columns) or "sum". "none" raises.
     """
 
     def __init__(
@@ -88,42 +96,49 @@ class MFTLoss(_Loss):
         self._reduction = reduction
 
     def forward(self, logits_s: Tensor, logits_t: Tensor, labels: Tensor) -> Tensor:
-        """Logits [..., V] of the student and of the teacher, labels [N], one a row; 0-dim."""
+        """Return the loss, 0-dim.
+
+        Args:
+            logits_s: [..., V], the student's logits, N rows in total.
+            logits_t: [..., V], the teacher's logits.
+            labels: [N], one per row.
+        """
         check_pair("logits_t", logits_t, "logits_s", logits_s, _REMEDY, lowest=2)
         check_per_row("labels", labels, torch.Size((logits_s.shape[:-1].numel(),)))
         student = logits_s.flatten(0, -2)
         return kd_loss(
             student,
-            self._corrected(logits_t.detach().flatten(0, -2), labels),
+            self._target_logits(logits_t.detach().flatten(0, -2), labels),
             temperature=self._temperature,
             teacher_temperature=1.0,
             reduction="sum" if self._reduction == "sum" else "mean",
             num_items=max(student.numel(), 1) if self._reduction == "mean" else None,
         )
 
-    def _corrected(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """Logits whose softmax is p'."""
+    def _target_logits(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """Return logits whose softmax is p'."""
         tempered = widened(logits) / self._temperature
-        # About 0, so that the label's new logit is rounded as finely as its odds ask for.
+        # Shift the maximum to 0, so that rounding the label's new logit does not lose its odds.
         tempered -= tempered.amax(-1, keepdim=True)
-        seat = labels.unsqueeze(-1)
-        label = tempered.gather(-1, seat).double()
-        # The label's odds are against the others, which are summed by themselves: 1 - p_y may be rounding alone.
-        tempered.scatter_(-1, seat, -torch.inf)
+        column = labels.unsqueeze(-1)
+        label = tempered.gather(-1, column).double()
+        # Sum the other tokens separately: 1 - p_y would be only rounding error if p_y is close to 1.
+        tempered.scatter_(-1, column, -torch.inf)
         others = tempered.logsumexp(-1, keepdim=True).double()
         p_y, p_others = (label - others).sigmoid(), (others - label).sigmoid()
         p_best = (tempered.amax(-1, keepdim=True).double() - others).exp() * p_others
-        below = p_others * (1.0 - self._threshold) / (1.0 + p_best - p_y)
-        above = (p_others - self._threshold).clamp(min=0.0)
-        rest = torch.where(p_best > p_y, below, above)  # the others' mass in p'
-        odds = (torch.log1p(-rest) - rest.log()).clamp(max=CERTAIN)
-        # Finite where the others are all -inf, as the odds are against nothing.
-        lifted = (others + odds).to(tempered.dtype).clamp(min=torch.finfo(tempered.dtype).min)
-        return tempered.scatter_(-1, seat, lifted)
+        # The probability of the other tokens in p', if the label is not the teacher's best token and if it is.
+        if_not_best = p_others * (1.0 - self._threshold) / (1.0 + p_best - p_y)
+        if_best = (p_others - self._threshold).clamp(min=0.0)
+        target_others = torch.where(p_best > p_y, if_not_best, if_best)
+        log_odds = (torch.log1p(-target_others) - target_others.log()).clamp(max=CERTAIN)
+        # If all other logits are -inf the sum is -inf too; any finite logit then gives the label probability 1.
+        raised = (others + log_odds).to(tempered.dtype).clamp(min=torch.finfo(tempered.dtype).min)
+        return tempered.scatter_(-1, column, raised)
 
 
-class _OverVocabulary(_Loss):
-    """What the losses of the Megatron plug-in share: a loss a row of logits [s, b, V_r], and the flags beside it."""
+class _VocabularyParallelLoss(_Loss):
+    """Base of the Megatron plug-in's losses: a loss per row of logits [s, b, V_r], returned with two flags."""
 
     def __init__(self, model_config: Any, temperature: float, reverse: bool) -> None:
         super().__init__()
@@ -134,10 +149,14 @@ class _OverVocabulary(_Loss):
     def forward(
         self, predictions: Tensor | tuple[Tensor, Any], targets: Tensor | tuple[Tensor, Any]
     ) -> tuple[Tensor, bool, bool]:
-        """This process's columns of both models' logits, [s, b, V_r], or the (logits, bias) of a ColumnParallelLinear.
+        """Return (loss [b, s], False, False).
 
-        Returns:
-            (loss [b, s], False, False): whole on every process, so that nothing is left to be reduced over them.
+        The loss is complete on every process; the two flags tell Megatron that it needs no reduction.
+
+        Args:
+            predictions: [s, b, V_r], this process's columns of the student's logits, or the pair (logits, bias) that a
+                ColumnParallelLinear returns.
+            targets: the teacher's, in the same form.
         """
         if isinstance(predictions, tuple):
             predictions = predictions[0]
@@ -160,28 +179,28 @@ class _OverVocabulary(_Loss):
         raise NotImplementedError
 
     def _group(self) -> Any:
-        """The processes that share the vocabulary; None where there is one."""
+        """Return the group of processes that share the vocabulary, or None for a single process."""
         if self._config.tensor_model_parallel_size == 1:
             return None
         try:
             from megatron.core import parallel_state
         except ImportError as error:
             raise ImportError(
-                "megatron.core says which processes share the vocabulary: pip install megatron-core"
+                "megatron.core is needed to find the processes that share the vocabulary: pip install megatron-core"
             ) from error
         return parallel_state.get_tensor_model_parallel_group()
 
 
-class LogitsKLLoss(_OverVocabulary):
-    """modelopt.torch.distill.plugins.megatron.LogitsKLLoss: KL of a vocabulary that processes may share, without T^2.
+class LogitsKLLoss(_VocabularyParallelLoss):
+    """modelopt.torch.distill.plugins.megatron.LogitsKLLoss: KL without T^2, for tensor-parallel vocabularies.
 
-    Theirs returns each process's share of the sum and asks for a reduction; this one is whole, and the same bits, on
-    every process of the group. The gradients are the same.
+    Model-Optimizer's class returns this process's part of the sum and requests a reduction. This one returns the
+    complete loss, bit for bit the same on every process of the group. The gradients are the same.
 
     Args:
-        model_config: the TransformerConfig; its tensor_model_parallel_size is read.
+        model_config: the TransformerConfig, of which tensor_model_parallel_size is read.
         temperature: T > 0.
-        reverse: KL(q || p) in place of KL(p || q).
+        reverse: compute KL(q || p) instead of KL(p || q).
     """
 
     def __init__(self, model_config: Any, temperature: float = 1.0, reverse: bool = False) -> None:
@@ -191,16 +210,17 @@ class LogitsKLLoss(_OverVocabulary):
         return targets
 
 
-class TopKLogitsKLLoss(_OverVocabulary):
-    """modelopt.torch.distill.plugins.megatron.TopKLogitsKLLoss: KL of the teacher's k most probable tokens alone.
+class TopKLogitsKLLoss(_VocabularyParallelLoss):
+    """modelopt.torch.distill.plugins.megatron.TopKLogitsKLLoss: KL over the teacher's k most probable tokens only.
 
-    Both softmaxes are over these k of the whole vocabulary. Over n processes the gradient of theirs is n times that of
-    its loss, as every process differentiates the whole through an all-gather; this one's is the loss's.
+    Both softmaxes are taken over these k tokens of the whole vocabulary. With n processes, Model-Optimizer's gradient
+    is n times the gradient of its loss, because every process differentiates the whole loss through an all-gather. Here
+    it is the gradient of the loss.
 
     Args:
-        model_config: the TransformerConfig; its tensor_model_parallel_size is read.
+        model_config: the TransformerConfig, of which tensor_model_parallel_size is read.
         temperature: T > 0.
-        reverse: KL(q || p) in place of KL(p || q).
+        reverse: compute KL(q || p) instead of KL(p || q).
         top_k: k, at most the size of the vocabulary.
     """
 
@@ -218,19 +238,19 @@ class TopKLogitsKLLoss(_OverVocabulary):
         columns, processes = targets.shape[-1], self._config.tensor_model_parallel_size
         if not 1 <= self.top_k <= columns * processes:
             raise ValueError(
-                f"top_k must be in [1, {columns * processes}], the vocabulary; got {self.top_k}"
+                f"top_k must be in [1, {columns * processes}], the vocabulary size; got {self.top_k}"
             )
         values, ids = targets.topk(min(self.top_k, columns), dim=-1)
         if group is not None:
             ids = ids + columns * torch.distributed.get_rank(group)
             values, ids = _gathered(values, group), _gathered(ids, group)
-            values, seats = values.topk(self.top_k, dim=-1)
-            ids = ids.gather(-1, seats)
+            values, positions = values.topk(self.top_k, dim=-1)
+            ids = ids.gather(-1, positions)
         return TopK(ids, values, tail="renormalize")
 
 
 def _gathered(values: Tensor, group: Any) -> Tensor:
-    """[..., k] of every process side by side."""
+    """Concatenate the tensors [..., k] of all processes along the last dimension, in rank order."""
     parts = [torch.empty_like(values) for _ in range(torch.distributed.get_world_size(group))]
     torch.distributed.all_gather(parts, values.contiguous(), group=group)
     return torch.cat(parts, dim=-1)

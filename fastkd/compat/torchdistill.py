@@ -1,20 +1,20 @@
-r"""torchdistill's losses that fastkd computes, with its constructors, calls and numbers.
+r"""torchdistill's losses computed by fastkd, with the same constructors, calls and results.
 
     from fastkd.compat import torchdistill
 
-    torchdistill.register()  # and in the yaml, key: 'fastkd.KDLoss' for 'KDLoss'
-    torchdistill.register(prefix="")  # or: every configuration that says 'KDLoss' gets fastkd's
+    torchdistill.register()  # then write key: 'fastkd.KDLoss' in the yaml, in place of 'KDLoss'
+    torchdistill.register(prefix="")  # or replace 'KDLoss' itself, for every configuration
 
-Importing this module does not import torchdistill; registering does. A criterion gets the dictionaries that
-torchdistill's hooks fill, ``{path: {"input" or "output": tensor}}``, of the student and of the teacher.
+Importing this module does not import torchdistill; registering does. A criterion receives the dictionaries that
+torchdistill's hooks fill for student and teacher, ``{path: {"input" or "output": tensor}}``.
 
-What is its convention is kept: T^2 and beta multiply the distillation term only where there is a cross-entropy (alpha,
-and targets); "mean" is over rows and classes for the first and over rows for the second. What differs: with
-alpha=None and no beta KDLoss and LogitStdKDLoss can be made, where torchdistill's raise TypeError; without a reduction
-theirs adds tensors of different shapes, and these raise.
+torchdistill's conventions are kept: T^2 and beta multiply the distillation term only if there is a cross-entropy (alpha
+is set and the call has targets); "mean" averages the distillation term over rows and classes, and the cross-entropy
+over rows. Two things differ: KDLoss and LogitStdKDLoss can be constructed with alpha=None and no beta, for which
+torchdistill raises TypeError; and reduction="none" raises, because torchdistill then adds tensors of different shapes.
 
-SPKDLoss is not here: torchdistill's divides rows of the Gram matrix by their sum of absolute values, and the paper, as
-:func:`fastkd.relations.similarity_loss` does, by their Euclidean norm.
+SPKDLoss is not provided: torchdistill divides the rows of the Gram matrix by their sum of absolute values, whereas the
+paper and :func:`fastkd.relations.similarity_loss` divide by their Euclidean norm.
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ from fastkd.response import dist_loss, standardized_kd_loss
 Outputs = Mapping[str, Mapping[str, Any]]
 
 
-_REMEDY = "Both modules must return logits of the same classes"
+_REMEDY = "Choose two modules that return logits of the same classes"
 
 
-class _OnLogits(nn.Module):
-    """A loss of the logits that hooks have caught."""
+class _LogitsLoss(nn.Module):
+    """Base of losses on the logits that torchdistill's hooks capture."""
 
     def __init__(
         self,
@@ -54,30 +54,31 @@ class _OnLogits(nn.Module):
         self.teacher_module_io = teacher_module_io
 
     def _logits(self, student_io_dict: Outputs, teacher_io_dict: Outputs) -> tuple[Tensor, Tensor]:
-        """Classes last: [N, C], or [N, ..., C] of maps [N, C, ...]."""
+        """Return the logits of student and teacher with classes last: [N, C], or [N, ..., C] for maps [N, C, ...]."""
         student = student_io_dict[self.student_module_path][self.student_module_io]
         teacher = teacher_io_dict[self.teacher_module_path][self.teacher_module_io]
-        name = f"{self.teacher_module_path!r} of the teacher"
-        own = f"{self.student_module_path!r} of the student"
-        check_pair(name, teacher, own, student, _REMEDY, lowest=2)
+        teacher_name = f"{self.teacher_module_path!r} of the teacher"
+        student_name = f"{self.student_module_path!r} of the student"
+        check_pair(teacher_name, teacher, student_name, student, _REMEDY, lowest=2)
         return student.movedim(1, -1), teacher.movedim(1, -1)
 
 
-class KDLoss(_OnLogits):
+class KDLoss(_LogitsLoss):
     r"""torchdistill's KDLoss: alpha CE + beta T^2 KL(softmax(t / T) || softmax(s / T)).
 
-    The KL alone, without T^2 and beta, where alpha is None or 0 or the call has no targets.
+    If alpha is None or 0, or the call has no targets, the loss is the KL alone, without T^2 and beta.
 
     Args:
-        student_module_path: of the student's module whose logits are taken.
-        student_module_io: "input" or "output" of it.
-        teacher_module_path: likewise of the teacher.
-        teacher_module_io: likewise.
+        student_module_path: path of the student's module that returns the logits.
+        student_module_io: "input" or "output" of that module.
+        teacher_module_path: path of the teacher's module that returns the logits.
+        teacher_module_io: "input" or "output" of that module.
         temperature: T > 0.
-        alpha: weight of the cross-entropy, or None for none.
+        alpha: weight of the cross-entropy; None: no cross-entropy.
         beta: weight of the KL; None: 1 - alpha.
-        reduction: "batchmean" (over the first dimension; the cross-entropy "mean"), "mean" or "sum".
-        kwargs: of torch.nn.CrossEntropyLoss. Rows that it ignores are in the KL all the same, as there.
+        reduction: "batchmean" (sum / size of the first dimension, with a cross-entropy of reduction "mean"), "mean" or
+            "sum".
+        kwargs: arguments of torch.nn.CrossEntropyLoss. As in torchdistill, rows that it ignores still count in the KL.
     """
 
     def __init__(
@@ -100,8 +101,8 @@ class KDLoss(_OnLogits):
         self.alpha = alpha
         self.beta = 1.0 - (alpha or 0.0) if beta is None else beta
         self.reduction = reduction
-        of_labels = "mean" if reduction == "batchmean" else reduction
-        self.cross_entropy_loss = nn.CrossEntropyLoss(reduction=of_labels, **kwargs)
+        ce_reduction = "mean" if reduction == "batchmean" else reduction
+        self.cross_entropy_loss = nn.CrossEntropyLoss(reduction=ce_reduction, **kwargs)
 
     def forward(
         self,
@@ -111,17 +112,26 @@ class KDLoss(_OnLogits):
         *args: Any,
         **kwargs: Any,
     ) -> Tensor:
-        """What the hooks caught of student and teacher, class indices [N, ...]; 0-dim."""
-        student, teacher = self._logits(student_io_dict, teacher_io_dict)
-        soft = self._soft(student, teacher)
-        if not self.alpha or targets is None:
-            return soft
-        if not targets.is_floating_point():  # of probabilities CrossEntropyLoss takes another shape
-            check_per_row("targets", targets, student.shape[:-1])
-        hard = self.cross_entropy_loss(student.movedim(-1, 1), targets)
-        return self.alpha * hard + self.beta * self.temperature**2 * soft
+        """Return the loss, 0-dim.
 
-    def _soft(self, student: Tensor, teacher: Tensor) -> Tensor:
+        Args:
+            student_io_dict: the tensors that hooks captured from the student.
+            teacher_io_dict: the tensors that hooks captured from the teacher.
+            targets: [N, ...] class indices, or probabilities as torch.nn.CrossEntropyLoss accepts them; None: no
+                cross-entropy.
+            *args: ignored.
+            **kwargs: ignored.
+        """
+        student, teacher = self._logits(student_io_dict, teacher_io_dict)
+        kl = self._kl(student, teacher)
+        if not self.alpha or targets is None:
+            return kl
+        if not targets.is_floating_point():  # targets of probabilities have another shape
+            check_per_row("targets", targets, student.shape[:-1])
+        cross_entropy = self.cross_entropy_loss(student.movedim(-1, 1), targets)
+        return self.alpha * cross_entropy + self.beta * self.temperature**2 * kl
+
+    def _kl(self, student: Tensor, teacher: Tensor) -> Tensor:
         return kd_loss(student, teacher, **self._options(student))
 
     def _options(self, student: Tensor) -> dict[str, Any]:
@@ -134,19 +144,21 @@ class KDLoss(_OnLogits):
 
 
 class LogitStdKDLoss(KDLoss):
-    r"""torchdistill's LogitStdKDLoss: KDLoss of logits [N, C] that are standardised first, but for the cross-entropy's.
+    r"""torchdistill's LogitStdKDLoss: KDLoss whose KL is computed from standardised logits [N, C].
+
+    The cross-entropy is computed from the original logits.
 
     Args:
-        student_module_path: as in :class:`KDLoss`, and so is what is not listed here.
-        student_module_io: see there.
-        teacher_module_path: see there.
-        teacher_module_io: see there.
+        student_module_path: as in :class:`KDLoss`.
+        student_module_io: as in :class:`KDLoss`.
+        teacher_module_path: as in :class:`KDLoss`.
+        teacher_module_io: as in :class:`KDLoss`.
         temperature: T > 0.
         eps: added to the standard deviation.
-        alpha: see there.
-        beta: see there.
-        reduction: see there.
-        kwargs: see there.
+        alpha: as in :class:`KDLoss`.
+        beta: as in :class:`KDLoss`.
+        reduction: as in :class:`KDLoss`.
+        kwargs: as in :class:`KDLoss`.
     """
 
     def __init__(
@@ -168,27 +180,27 @@ class LogitStdKDLoss(KDLoss):
         )  # fmt: skip
         self.eps = eps
 
-    def _soft(self, student: Tensor, teacher: Tensor) -> Tensor:
+    def _kl(self, student: Tensor, teacher: Tensor) -> Tensor:
         _check_rows("LogitStdKDLoss", student)
         return standardized_kd_loss(student, teacher, eps=self.eps, **self._options(student))
 
 
-class DISTLoss(_OnLogits):
-    r"""torchdistill's DISTLoss: T^2 [beta (1 - mean r of rows) + gamma (1 - mean r of columns)], r the correlation.
+class DISTLoss(_LogitsLoss):
+    r"""torchdistill's DISTLoss: T^2 [beta (1 - mean r of rows) + gamma (1 - mean r of columns)].
 
-    torchdistill bounds each norm in r from below by eps; here eps^2 is added to their product. That is the same to
-    eps^2 over the product.
+    r is the correlation of student and teacher. torchdistill clamps each of the two norms in r to at least eps; here
+    eps^2 is added to their product, which differs by a factor of about 1 + eps^2 / product.
 
     Args:
         student_module_path: as in :class:`KDLoss`.
-        student_module_io: see there.
-        teacher_module_path: see there.
-        teacher_module_io: see there.
-        beta: weight of the relation between classes.
-        gamma: weight of the relation within a class.
-        tau: T > 0.
+        student_module_io: as in :class:`KDLoss`.
+        teacher_module_path: as in :class:`KDLoss`.
+        teacher_module_io: as in :class:`KDLoss`.
+        beta: weight of the inter-class relation, over rows.
+        gamma: weight of the intra-class relation, over columns.
+        tau: the temperature T > 0.
         eps: positive.
-        kwargs: accepted and not used, as there.
+        kwargs: accepted and ignored, as in torchdistill.
     """
 
     def __init__(
@@ -214,7 +226,7 @@ class DISTLoss(_OnLogits):
     def forward(
         self, student_io_dict: Outputs, teacher_io_dict: Outputs, *args: Any, **kwargs: Any
     ) -> Tensor:
-        """What the hooks caught of student and teacher, logits [N, C]; 0-dim."""
+        """Return the loss, 0-dim, of the logits [N, C] that hooks captured from student and teacher."""
         student, teacher = self._logits(student_io_dict, teacher_io_dict)
         _check_rows("DISTLoss", student)
         return dist_loss(
@@ -232,8 +244,8 @@ class ATLoss(nn.Module):
 
     Args:
         at_pairs: name -> {"student": {"path", "io"}, "teacher": {"path", "io"}, "weight"}.
-        mode: "code": the mean of squared differences; "paper": the mean over the batch of their norms.
-        kwargs: accepted and not used, as there.
+        mode: "code": the mean of squared differences; "paper": their Euclidean norm, averaged over the batch.
+        kwargs: accepted and ignored, as in torchdistill.
     """
 
     def __init__(
@@ -247,14 +259,14 @@ class ATLoss(nn.Module):
     def forward(
         self, student_io_dict: Outputs, teacher_io_dict: Outputs, *args: Any, **kwargs: Any
     ) -> Tensor:
-        """What the hooks caught of student and teacher, maps [N, C, H, W]; 0-dim."""
+        """Return the loss, 0-dim, of the maps [N, C, H, W] that hooks captured from student and teacher."""
         losses = [
-            # the paper has half of each norm
+            # The paper's factor 1/2 is missing in torchdistill.
             (2.0 if self.mode == "paper" else 1.0)
             * pair.get("weight", 1)
             * attention_transfer_loss(
-                _caught(student_io_dict, pair["student"]),
-                _caught(teacher_io_dict, pair["teacher"]).detach(),
+                _captured(student_io_dict, pair["student"]),
+                _captured(teacher_io_dict, pair["teacher"]).detach(),
                 form=self.mode,
             )
             for pair in self.at_pairs.values()
@@ -263,15 +275,15 @@ class ATLoss(nn.Module):
 
 
 class RKDLoss(nn.Module):
-    r"""torchdistill's RKDLoss: relational distillation, the distance and the angle term of :mod:`fastkd.relations`.
+    r"""torchdistill's RKDLoss: relational distillation with the distance and angle losses of :mod:`fastkd.relations`.
 
     Args:
-        student_output_path: of the student's module whose output is taken.
-        teacher_output_path: likewise of the teacher.
-        dist_factor: weight of the distances; None or 0 leaves them out.
-        angle_factor: weight of the angles; likewise.
+        student_output_path: path of the student's module whose output is compared.
+        teacher_output_path: path of the teacher's module whose output is compared.
+        dist_factor: weight of the distance loss; None or 0 omits it.
+        angle_factor: weight of the angle loss; None or 0 omits it.
         reduction: "mean" (over all N^2 pairs and N^3 triples) or "sum".
-        kwargs: accepted and not used, as there.
+        kwargs: accepted and ignored, as in torchdistill.
     """
 
     def __init__(
@@ -294,7 +306,7 @@ class RKDLoss(nn.Module):
     def forward(
         self, student_io_dict: Outputs, teacher_io_dict: Outputs, *args: Any, **kwargs: Any
     ) -> Tensor:
-        """What the hooks caught of student and teacher, [N, ...]; 0-dim."""
+        """Return the loss, 0-dim, of the outputs [N, ...] that hooks captured from student and teacher."""
         student = student_io_dict[self.student_output_path]["output"]
         teacher = teacher_io_dict[self.teacher_output_path]["output"].detach()
         loss = student.sum() * 0.0
@@ -312,10 +324,10 @@ LOSSES = (KDLoss, LogitStdKDLoss, DISTLoss, ATLoss, RKDLoss)
 
 
 def register(prefix: str = "fastkd.") -> None:
-    """Put these losses in torchdistill's registry, where its configurations find them by "key".
+    """Register these losses with torchdistill, whose configurations refer to them by "key".
 
     Args:
-        prefix: before each name. "" replaces torchdistill's own.
+        prefix: put before each name. "" replaces torchdistill's losses.
 
     Raises:
         ImportError: torchdistill is not installed.
@@ -326,14 +338,14 @@ def register(prefix: str = "fastkd.") -> None:
         )
     except ImportError as error:
         raise ImportError(
-            "torchdistill's registry is what this is for: pip install torchdistill"
+            "register() adds fastkd's losses to torchdistill, which is not installed: pip install torchdistill"
         ) from error
     for loss in LOSSES:
         register_mid_level_loss(key=f"{prefix}{loss.__name__}")(loss)
 
 
-def _caught(io_dict: Outputs, of: Mapping[str, str]) -> Tensor:
-    return io_dict[of["path"]][of["io"]]
+def _captured(io_dict: Outputs, source: Mapping[str, str]) -> Tensor:
+    return io_dict[source["path"]][source["io"]]
 
 
 def _check_rows(name: str, logits: Tensor) -> None:

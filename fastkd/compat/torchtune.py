@@ -1,22 +1,23 @@
-r"""torchtune's distillation losses, with its constructors, calls and numbers.
+r"""torchtune's distillation losses, with the same constructors, calls and results.
 
     from fastkd.compat.torchtune import ForwardKLLoss  # was: torchtune.modules.loss
 
-torchtune need not be installed. A recipe takes them from its config:
+torchtune need not be installed. In a recipe's config:
 
     kd_loss:
       _component_: fastkd.compat.torchtune.ForwardKLWithChunkedOutputLoss
 
-What is torchtune's convention is kept: its forward KL is the cross-entropy -sum p log q, without the teacher's entropy
-(same gradient), no temperature, the mean over labels that are not ignore_index. What differs, on purpose:
+torchtune's conventions are kept: the forward KL is the cross-entropy -sum p log q, without the teacher's entropy (the
+gradient is the same); there is no temperature; the mean is over labels that are not ignore_index. Three things differ
+deliberately:
 
-- with no counted row the loss is 0 and part of the graph, where torchtune's is a constant, or NaN from the chunked
-  reverse and symmetric losses;
-- a token that the student holds for impossible and the teacher does not costs infinitely much in forward KL, and one
-  that the teacher holds for impossible does in reverse KL, as the formulas say; torchtune counts both as 0. Columns
-  at -inf on both sides are 0 here and there, but torchtune's reverse KL has a gradient of NaN for them;
-- labels are cut where the student's chunks end, whatever cut those; lists of different lengths raise, where torchtune
-  leaves out what is left over.
+- with no counted row the loss is 0 and part of the graph; torchtune's is a constant, or NaN for the chunked reverse and
+  symmetric losses;
+- a token at -inf for the student only makes the forward KL infinite, and a token at -inf for the teacher only makes the
+  reverse KL infinite, as the formulas require; torchtune counts both as 0. Columns at -inf on both sides count as 0 in
+  both, but torchtune's reverse KL has a NaN gradient for them;
+- labels are split where the student's chunks end, however the chunks were cut; lists of different lengths raise, where
+  torchtune ignores the surplus chunks.
 """
 
 from __future__ import annotations
@@ -32,18 +33,18 @@ from fastkd.divergences import mixture
 from fastkd.functional import kd_loss
 
 _REMEDY = (
-    "torchtune's losses compare whole vocabularies: where the rest is padding of one tokenizer, cut the logits of both "
-    "models to its n tokens, [..., :n], before the loss"
+    "torchtune's losses compare whole vocabularies. If the models differ only in padding of one tokenizer, cut the "
+    "logits of both to the n real tokens, [..., :n], before the loss"
 )
 
 
 class _Loss(nn.Module):
-    """The mean, or the sum, of forward (-sum p log q) + reverse KL(q || p), by their shares."""
+    """Mean or sum over rows of w (-sum p log q) + (1 - w) KL(q || p), where w is forward_weight."""
 
-    def __init__(self, forward_share: float, ignore_index: int) -> None:
+    def __init__(self, forward_weight: float, ignore_index: int) -> None:
         super().__init__()
         self.ignore_index = ignore_index
-        self._forward_share = forward_share
+        self._forward_weight = forward_weight
 
     def forward(
         self,
@@ -52,16 +53,13 @@ class _Loss(nn.Module):
         labels: Tensor,
         normalize: bool = True,
     ) -> Tensor:
-        """The loss over the rows whose label is not ignore_index.
+        """Return the loss over the rows whose label is not ignore_index, 0-dim.
 
         Args:
             student_logits: [..., V].
             teacher_logits: [..., V].
-            labels: one a row, of any shape.
-            normalize: divide by the number of these rows.
-
-        Returns:
-            0-dim.
+            labels: one per row, in any shape.
+            normalize: divide the sum by the number of counted rows.
         """
         return self._loss(
             student_logits, teacher_logits, labels, reduction="mean" if normalize else "sum"
@@ -71,31 +69,31 @@ class _Loss(nn.Module):
         self, student_logits: Tensor, teacher_logits: Tensor, labels: Tensor, **options: Any
     ) -> Tensor:
         check_pair("teacher_logits", teacher_logits, "student_logits", student_logits, _REMEDY)
-        if labels.numel() == student_logits.shape[:-1].numel():  # or kd_loss says what is wrong
+        if labels.numel() == student_logits.shape[:-1].numel():  # otherwise kd_loss raises
             labels = labels.reshape(student_logits.shape[:-1])
         options["ignore_index"] = self.ignore_index
-        share = self._forward_share
-        if share == 1.0:
+        weight = self._forward_weight
+        if weight == 1.0:
             options["divergence"] = "soft_cross_entropy"
             return kd_loss(student_logits, teacher_logits, labels, **options)
-        if share == 0.0:
+        if weight == 0.0:
             options["divergence"] = "reverse_kl"
             return kd_loss(student_logits, teacher_logits, labels, **options)
         kl = kd_loss(
             student_logits,
             teacher_logits,
             labels,
-            divergence=mixture(share, 1.0 - share),
+            divergence=mixture(weight, 1.0 - weight),
             **options,
         )
         entropy = kd_loss(
             teacher_logits, teacher_logits, labels, divergence="soft_cross_entropy", **options
         )
-        return kl + share * entropy
+        return kl + weight * entropy
 
 
 class ForwardKLLoss(_Loss):
-    """torchtune.modules.loss.ForwardKLLoss: -sum p log q, the forward KL but for the teacher's entropy.
+    """torchtune.modules.loss.ForwardKLLoss: -sum p log q, which is the forward KL plus the teacher's entropy.
 
     Args:
         ignore_index: the label that drops a row.
@@ -117,9 +115,9 @@ class ReverseKLLoss(_Loss):
 
 
 class SymmetricKLLoss(_Loss):
-    """torchtune.modules.loss.SymmetricKLLoss: r (-sum p log q) + (1 - r) KL(q || p), in one sweep.
+    """torchtune.modules.loss.SymmetricKLLoss: r (-sum p log q) + (1 - r) KL(q || p).
 
-    The teacher's entropy, which is in the value and not in the gradient, takes a second sweep of its logits.
+    The value contains the teacher's entropy, which has no gradient and is computed in a second pass over its logits.
 
     Args:
         sym_kd_ratio: r, in [0, 1].
@@ -132,29 +130,26 @@ class SymmetricKLLoss(_Loss):
 
 
 class _ChunkedLoss(_Loss):
-    """The same, of lists of logits, chunks along the sequence as a model with chunked output gives them."""
+    """The same loss of lists of logits: chunks along the sequence, as models with chunked output return."""
 
-    def __init__(self, num_output_chunks: int, forward_share: float, ignore_index: int) -> None:
-        super().__init__(forward_share, ignore_index)
+    def __init__(self, num_output_chunks: int, forward_weight: float, ignore_index: int) -> None:
+        super().__init__(forward_weight, ignore_index)
         self.num_output_chunks = num_output_chunks
 
-    def forward(  # type: ignore[override]  # as torchtune has it
+    def forward(  # type: ignore[override]  # the signature is torchtune's
         self, student_logits: Sequence[Tensor], teacher_logits: Sequence[Tensor], labels: Tensor
     ) -> Tensor:
-        """The mean over all rows of all chunks whose label is not ignore_index.
+        """Return the mean over the rows of all chunks whose label is not ignore_index, 0-dim.
 
         Args:
-            student_logits: [batch, tokens of the chunk, V] each, of chunks however they were cut: by torch.chunk, as
-                torchtune 0.6 does, by torch.tensor_split, as its main branch does, or by hand.
-            teacher_logits: likewise, of the same chunks.
-            labels: [batch, tokens], which are cut as the student's logits are.
-
-        Returns:
-            0-dim.
+            student_logits: chunks [batch, tokens of the chunk, V], cut in any way: by torch.chunk as in torchtune 0.6,
+                by torch.tensor_split as in its main branch, or by hand.
+            teacher_logits: the teacher's chunks, cut in the same places.
+            labels: [batch, tokens], not chunked.
 
         Raises:
-            ValueError: there are not as many chunks of the student and of the teacher, or their tokens are not those
-                of the labels.
+            ValueError: student and teacher have different numbers of chunks, or the chunks do not have as many tokens
+                as the labels.
         """
         for name, chunks in (
             ("student_logits", student_logits),
@@ -163,21 +158,21 @@ class _ChunkedLoss(_Loss):
             if isinstance(chunks, Tensor) or not chunks or any(x.dim() != 3 for x in chunks):
                 raise ValueError(
                     f"{name} must be a list of chunks [batch, tokens, V], as a model with chunked output returns; "
-                    f"for whole logits there is {type(self).__name__.replace('WithChunkedOutput', '')}"
+                    f"for logits in one tensor use {type(self).__name__.replace('WithChunkedOutput', '')}"
                 )
         lengths = [chunk.shape[1] for chunk in student_logits]
         tokens = labels.shape[1] if labels.dim() == 2 else None
         if len(student_logits) != len(teacher_logits) or sum(lengths) != tokens:
             raise ValueError(
-                "student_logits and teacher_logits must have as many chunks, and labels [batch, tokens] the tokens of "
-                f"them all; got {len(student_logits)} and {len(teacher_logits)} chunks, {sum(lengths)} tokens of the "
-                f"student and labels {tuple(labels.shape)}"
+                "student_logits and teacher_logits must have the same number of chunks, and together as many tokens as "
+                f"labels [batch, tokens]; got {len(student_logits)} and {len(teacher_logits)} chunks, {sum(lengths)} "
+                f"tokens of the student and labels {tuple(labels.shape)}"
             )
         counted = (labels != self.ignore_index).sum()
-        of_labels = labels.split(lengths, dim=1)
+        label_chunks = labels.split(lengths, dim=1)
         losses = [
             self._loss(*chunk, num_items=counted)
-            for chunk in zip(student_logits, teacher_logits, of_labels, strict=True)
+            for chunk in zip(student_logits, teacher_logits, label_chunks, strict=True)
         ]
         return torch.stack(losses).sum()
 
@@ -186,7 +181,7 @@ class ForwardKLWithChunkedOutputLoss(_ChunkedLoss):
     """torchtune.modules.loss.ForwardKLWithChunkedOutputLoss: ForwardKLLoss of lists of chunks.
 
     Args:
-        num_output_chunks: into how many chunks the model cuts its output; kept for recipes, which read it.
+        num_output_chunks: the number of chunks of the model's output; recipes read this attribute.
         ignore_index: the label that drops a row.
     """
 
@@ -198,7 +193,7 @@ class ReverseKLWithChunkedOutputLoss(_ChunkedLoss):
     """torchtune.modules.loss.ReverseKLWithChunkedOutputLoss: ReverseKLLoss of lists of chunks.
 
     Args:
-        num_output_chunks: into how many chunks the model cuts its output; kept for recipes, which read it.
+        num_output_chunks: the number of chunks of the model's output; recipes read this attribute.
         ignore_index: the label that drops a row.
     """
 
@@ -210,7 +205,7 @@ class SymmetricKLWithChunkedOutputLoss(_ChunkedLoss):
     """torchtune.modules.loss.SymmetricKLWithChunkedOutputLoss: SymmetricKLLoss of lists of chunks.
 
     Args:
-        num_output_chunks: into how many chunks the model cuts its output; kept for recipes, which read it.
+        num_output_chunks: the number of chunks of the model's output; recipes read this attribute.
         sym_kd_ratio: r, in [0, 1].
         ignore_index: the label that drops a row.
     """
@@ -218,6 +213,6 @@ class SymmetricKLWithChunkedOutputLoss(_ChunkedLoss):
     def __init__(
         self, num_output_chunks: int = 8, sym_kd_ratio: float = 0.5, ignore_index: int = -100
     ) -> None:
-        share = check_number("sym_kd_ratio", sym_kd_ratio, 0.0, 1.0)
-        super().__init__(num_output_chunks, share, ignore_index)
+        weight = check_number("sym_kd_ratio", sym_kd_ratio, 0.0, 1.0)
+        super().__init__(num_output_chunks, weight, ignore_index)
         self.sym_kd_ratio = sym_kd_ratio

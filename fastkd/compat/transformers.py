@@ -1,11 +1,11 @@
-"""The Hugging Face Trainer: a teacher beside the student, and fastkd's loss.
+"""Distillation with the Hugging Face Trainer.
 
     from fastkd.compat.transformers import KDTrainer
 
     trainer = KDTrainer(student, args, train_dataset=..., teacher_model=teacher, loss_kwargs={"alpha": 0.9})
 
-KDTrainer is DistillationMixin before transformers.Trainer; the mixin goes before any other Trainer the same way.
-compute_loss_func is for code that cannot change the class of its Trainer. docs/stacks/transformers.md compares them.
+KDTrainer combines DistillationMixin with transformers.Trainer; the mixin combines with other Trainers in the same way.
+compute_loss_func is for code that cannot change its Trainer class. docs/stacks/transformers.md compares the two.
 """
 
 from __future__ import annotations
@@ -31,22 +31,23 @@ if TYPE_CHECKING:
 else:
     _Trainer = object
 
-# What the Trainer decides: it counts labels that are not -100, and divides by their number in the whole batch.
-_OF_THE_TRAINER = ("reduction", "ignore_index", "return_parts")
-# Options of the fused linear loss that the other has no use for.
-_OF_CHUNKS = ("chunk_size", "memory_budget", "logits_dtype", "sequence_dim")
-# Inputs that are no features.
-_OF_THE_LOSS = ("labels", "shift_labels", "num_items_in_batch")
+# Options that the Trainer determines: it counts labels that are not -100, and divides by their number in the whole
+# batch.
+_TRAINER_OPTIONS = ("reduction", "ignore_index", "return_parts")
+# Options that only the fused linear loss has.
+_FUSED_OPTIONS = ("chunk_size", "memory_budget", "logits_dtype", "sequence_dim")
+# Elements of a batch that the loss needs. All others are features.
+_LOSS_INPUTS = ("labels", "shift_labels", "num_items_in_batch")
 
-# A teacher: a model, or a function of a batch (see DistillationMixin).
+# A teacher: a model, or a function of a batch's features (see DistillationMixin).
 TeacherModel = nn.Module | Callable[[dict[str, Any]], Teacher]
 
 
-def _checked(
+def _checked_options(
     loss_kwargs: dict[str, Any] | None, shift_labels: object, own_loss: object
 ) -> dict[str, Any]:
     options = dict(loss_kwargs or {})
-    for name in _OF_THE_TRAINER:
+    for name in _TRAINER_OPTIONS:
         if name in options:
             raise TypeError(f"loss_kwargs must not have {name!r}: the Trainer decides it")
     if shift_labels not in ("auto", True, False) or isinstance(shift_labels, int) != isinstance(
@@ -57,27 +58,40 @@ def _checked(
     return options
 
 
-def _shifts(asked: bool | str, known: bool | None, labels: Tensor | None, rows: torch.Size) -> bool:
-    """Whether the label of a row of logits [*rows, C] is that of the next position."""
-    if len(rows) != 2 or (labels is not None and labels.dim() != 2):  # no sequence to move along
-        if asked is True:
+def _shifts(
+    requested: bool | str, student_shifts: bool | None, labels: Tensor | None, rows: torch.Size
+) -> bool:
+    """Return whether the label of a row of logits [*rows, C] is that of the next position.
+
+    Args:
+        requested: the option shift_labels.
+        student_shifts: whether the student shifts labels itself; None: unknown.
+        labels: the batch's labels, or None.
+        rows: the leading shape of the logits.
+    """
+    if len(rows) != 2 or (
+        labels is not None and labels.dim() != 2
+    ):  # there is no sequence dimension
+        if requested is True:
             raise ValueError(
                 f"shift_labels=True moves labels along a sequence, and the logits have rows {tuple(rows)}; leave "
                 "shift_labels out, or pass False"
             )
         return False
-    if isinstance(asked, bool):
-        return asked
-    if known is None:
+    if isinstance(requested, bool):
+        return requested
+    if student_shifts is None:
         raise ValueError(
-            "shift_labels must be given for this student, of which it cannot be known whether position i predicts the "
-            "label of i + 1 (a causal language model whose labels are its input_ids: True) or its own label (False)"
+            "shift_labels must be given for this student: it is unknown whether position i predicts the label of i + 1 "
+            "(a causal language model whose labels are its input_ids: True) or its own label (False)"
         )
-    return known
+    return student_shifts
 
 
-def _ask(teacher: TeacherModel, student: nn.Module, features: dict[str, Any], labels: Any) -> Any:
-    """What the teacher says of a batch: a model's outputs, or what a function of the features returns."""
+def _teacher_outputs(
+    teacher: TeacherModel, student: nn.Module, features: dict[str, Any], labels: Any
+) -> Any:
+    """Return a model's outputs for a batch, or the result of a function of its features."""
     with torch.no_grad():
         if not isinstance(teacher, nn.Module):
             return teacher(features)
@@ -87,24 +101,25 @@ def _ask(teacher: TeacherModel, student: nn.Module, features: dict[str, Any], la
 def _inputs(
     model: nn.Module, features: dict[str, Any], other: object, labels: Tensor | None
 ) -> dict[str, Any]:
-    """What a model is called with, under conditions that are the same for student and teacher."""
-    given = models.beside(model, other).chosen(features)
-    return models.with_decoder_inputs(model, given, labels)
+    """Return a model's keyword arguments, chosen so that student and teacher run under the same conditions."""
+    inputs = models.beside(model, other).chosen(features)
+    return models.with_decoder_inputs(model, inputs, labels)
 
 
-def _same_widths(student: int, teacher: Teacher, vocab_size: object, where: str) -> None:
-    """Raise for two vocabularies of which nobody said how many columns count."""
+def _check_widths(student: int, teacher: Teacher, vocab_size: object, argument: str) -> None:
+    """Raise if the vocabularies differ in size and no vocab_size was given; the message names the argument for it."""
     widths = {} if isinstance(teacher, TopK) else teacher_widths(teacher)
     if vocab_size is None and any(width != student for width in widths.values()):
         listed = ", ".join(str(width) for width in widths.values())
         raise ValueError(
-            f"the student's logits have {student} columns and the teacher's {listed}; if the rest is padding of one "
-            f"tokenizer, pass {where}, the number of real tokens (at most {min(student, *widths.values())})"
+            f"the student's logits have {student} columns and the teacher's {listed}; if the additional columns are "
+            f"padding of one tokenizer, pass {argument}, the number of real tokens (at most "
+            f"{min(student, *widths.values())})"
         )
 
 
 def _moved(teacher: Teacher, device: torch.device) -> Teacher:
-    """The teacher on the student's device."""
+    """Return the teacher on the student's device."""
     if isinstance(teacher, Tensor):
         return teacher.to(device)
     if isinstance(teacher, LinearTeacher) and teacher.hidden.device != device:
@@ -114,14 +129,14 @@ def _moved(teacher: Teacher, device: torch.device) -> Teacher:
 
 
 def _check_batch(inputs: dict[str, Any], label_names: Sequence[str]) -> None:
-    """Raise for labels of a name under which nobody would look for them."""
+    """Raise if the batch has labels under a name other than 'labels', which the loss would ignore."""
     if inputs.get("labels") is not None or inputs.get("shift_labels") is not None:
         return
     others = [n for n in {"label", "label_ids", *label_names} - {"labels"} if n in inputs]
     if others:
         raise ValueError(
-            f"the batch must have its labels under the name 'labels', and this one has {', '.join(sorted(others))}; "
-            "rename the column, or have the data collator do it"
+            f"the batch must have its labels under the name 'labels', got {', '.join(sorted(others))}; rename the "
+            "column, or let the data collator rename it"
         )
 
 
@@ -133,141 +148,159 @@ def compute_loss_func(
     own_loss: str = "keep",
     **loss_kwargs: Any,
 ) -> Callable[..., Tensor]:
-    """A loss for ``transformers.Trainer(student, compute_loss_func=...)``.
+    """Return a distillation loss for ``transformers.Trainer(student, compute_loss_func=...)``.
 
-    The Trainer gives such a function outputs and labels, and no inputs. So that the teacher sees the batch, a forward
-    pre-hook, which stays on the student, notes what it is called with; the loss then asks the teacher the same,
-    without gradients, under the mixed precision of the Trainer's accelerator. The hook hands the student what its
-    forward takes, and use_cache=False.
+    The Trainer passes such a function outputs and labels, but not the inputs. A forward pre-hook on the student
+    therefore records the arguments of each call, and the loss runs the teacher on them, without gradients and under the
+    mixed precision of the Trainer's accelerator. The hook stays on the student. It passes only arguments that the
+    student's forward accepts, and use_cache=False.
 
-    The Trainer takes labels away from the student, so an encoder-decoder needs decoder_input_ids in the batch, and of
-    the losses that a model adds to its own, only those that it returns without labels are kept.
+    The Trainer does not pass labels to the student. An encoder-decoder therefore needs decoder_input_ids in the batch,
+    and of the losses that a model adds itself, only those that it returns without labels are kept.
 
     Args:
-        student: the model that the Trainer is given.
-        teacher_model: as :class:`DistillationMixin` takes it. A model has to be on the student's device, and in eval
-            mode, already.
-        shift_labels: as in :class:`DistillationMixin`. The Trainer counts labels; where it does not know the student
-            for a causal language model (a wrapper), the first label of a row has to be -100.
+        student: the model passed to the Trainer.
+        teacher_model: as in :class:`DistillationMixin`. A model must already be on the student's device and in eval
+            mode.
+        shift_labels: as in :class:`DistillationMixin`. The Trainer counts the labels. If it does not recognize the
+            student as a causal language model (a wrapper), the first label of each row must be -100.
         own_loss: as in :class:`DistillationMixin`.
         **loss_kwargs: options of :class:`fastkd.KDLoss`.
 
     Returns:
-        (outputs, labels, num_items_in_batch=None) -> the loss.
+        A function (outputs, labels, num_items_in_batch=None) -> loss.
 
     Raises:
-        RuntimeError: the student has not been called since the last loss.
-        ValueError, TypeError: from the options; at the call, for a batch without labels, whose rows the Trainer does
-            not count (:class:`DistillationMixin` takes them), for labels of which it cannot be known whether they are
-            shifted, and for a loss of the student's own that needs labels.
+        RuntimeError: at the call, if the student has not been called since the last loss.
+        ValueError, TypeError: an option is invalid; or at the call, the batch has no labels, so that the Trainer does
+            not count its rows (use :class:`DistillationMixin`), it is unknown whether labels are shifted, or the
+            student adds a loss that needs labels.
     """
-    loss = KDLoss(**_checked(loss_kwargs, shift_labels, own_loss))
+    loss = KDLoss(**_checked_options(loss_kwargs, shift_labels, own_loss))
     models.check_heads(student, teacher_model)
     _check_columns(student, teacher_model)
-    _name_loss_type(student)
-    seen: list[dict[str, Any]] = []
-    habits: list[Habits] = []
-    probing: list[bool] = []
+    _set_loss_type(student)
+    recorded: list[dict[str, Any]] = []  # the features of the student's last call
+    habits: list[Habits] = []  # determined at the first loss
+    probing: list[bool] = []  # not empty while the hook should pass calls through
 
-    def note(
+    def record(
         module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         if probing:
             return None
         named = models.by_name(student, args, kwargs)
-        features = {name: named[name] for name in named if name not in _OF_THE_LOSS}
-        seen[:] = [features]
+        features = {name: named[name] for name in named if name not in _LOSS_INPUTS}
+        recorded[:] = [features]
         if models.is_encoder_decoder(student) and not (
             set(features) & {"decoder_input_ids", "decoder_inputs_embeds"}
         ):
             raise ValueError(
-                "decoder_input_ids must be in the batch, as the Trainer takes labels away from the student: use "
+                "decoder_input_ids must be in the batch, because the Trainer does not pass labels to the student: use "
                 "DataCollatorForSeq2Seq(tokenizer, model=student), or KDTrainer, which makes them from labels"
             )
-        rest = {name: value for name, value in named.items() if name not in features}
-        return (), _inputs(student, features, teacher_model, None) | rest
+        loss_inputs = {name: value for name, value in named.items() if name not in features}
+        return (), _inputs(student, features, teacher_model, None) | loss_inputs
 
-    student.register_forward_pre_hook(note, with_kwargs=True)
+    student.register_forward_pre_hook(record, with_kwargs=True)
+
+    def student_habits(features: dict[str, Any], labels: Tensor, device: torch.device) -> Habits:
+        if not habits:
+            probing.append(True)
+            try:
+                habits.append(_probe(student, teacher_model, features, labels, own_loss, device))
+            finally:
+                probing.clear()
+        return habits[0]
 
     def distillation_loss(
         outputs: Any, labels: Tensor | None, num_items_in_batch: int | Tensor | None = None
     ) -> Tensor:
         if labels is None:
             raise ValueError(
-                "labels are needed by compute_loss_func; KDTrainer takes batches without"
+                "labels are needed by compute_loss_func, got None; KDTrainer accepts batches without labels"
             )
-        if not seen:
-            raise RuntimeError("the student has not been called since the last loss")
+        if not recorded:
+            raise RuntimeError(
+                "the student has not been called since the last loss; call it once before each loss"
+            )
         models.check_labels(labels)
-        features = seen.pop()
-        given = dict(features)
+        features = recorded.pop()
+        teacher_features = dict(features)
         logits = models.without_soft_prompt(
             student, models.logits_of(outputs, "the student"), labels.shape
         )
-        if not habits:
-            probing.append(True)
-            try:
-                own = _inputs(student, features, teacher_model, labels)
-                habits.append(models.habits_of(student, student, own, labels, own_loss))
-                with _mixed_precision(logits.device):
-                    for whose, model in (("student", student), ("teacher_model", teacher_model)):
-                        if isinstance(model, nn.Module):
-                            other = teacher_model if model is student else student
-                            inputs = _inputs(model, features, other, labels)
-                            models.check_boundaries(model, model, inputs, features, whose)
-            finally:
-                probing.clear()
-            if habits[0].own == "labels" and own_loss == "keep":
-                habits.clear()
-                raise ValueError(
-                    "the student adds a loss of its own to that of labels, which the Trainer takes away from it; "
-                    "KDTrainer keeps such a loss, and own_loss='drop' leaves it out in so many words"
-                )
+        learned = student_habits(features, labels, logits.device)
         with _mixed_precision(logits.device):
-            said = _ask(teacher_model, student, given, labels)
-        teacher = _teacher_of(said, teacher_model)
+            teacher_outputs = _teacher_outputs(teacher_model, student, teacher_features, labels)
+        teacher = _logits_or_teacher(teacher_outputs, teacher_model)
         rows = logits.shape[:-1]
-        shifts = _shifts(shift_labels, habits[0].shifts, labels, rows)
+        shifts = _shifts(shift_labels, learned.shifts, labels, rows)
         begins = models.starts(features, labels.shape)
         targets = models.targets(labels, shifts, begins)
         models.check_rows(targets, rows)
         if num_items_in_batch is not None and (
-            begins is not None or shifts != _counts_shifted(student)
+            begins is not None or shifts != _trainer_counts_shifted(student)
         ):
             _check_count(student, labels, targets)
         vocab_size = loss.options.get("vocab_size")
-        _same_widths(logits.shape[-1], teacher, vocab_size, "vocab_size=... to compute_loss_func")
-        found: Tensor = loss(logits, teacher, targets, num_items=num_items_in_batch)
-        if own_loss == "keep" and habits[0].own == "outputs":
-            added = models.own_loss(student, outputs)
-            if added is not None:
-                counted = (targets != models.IGNORED).sum()
-                found = found + _share(added, counted, num_items_in_batch).to(found.device)
-        return found
+        _check_widths(logits.shape[-1], teacher, vocab_size, "vocab_size=... to compute_loss_func")
+        total: Tensor = loss(logits, teacher, targets, num_items=num_items_in_batch)
+        keep = own_loss == "keep" and learned.own == "outputs"
+        own = models.own_loss(student, outputs) if keep else None
+        if own is not None:
+            counted = (targets != models.IGNORED).sum()
+            total = total + _weighted_by_rows(own, counted, num_items_in_batch).to(total.device)
+        return total
 
     return distillation_loss
 
 
-def _counts_shifted(student: nn.Module) -> bool:
-    """Whether the Trainer counts the labels of a batch from the second of each row on, for a compute_loss_func."""
+def _probe(
+    student: nn.Module,
+    teacher: TeacherModel,
+    features: dict[str, Any],
+    labels: Tensor,
+    own_loss: str,
+    device: torch.device,
+) -> Habits:
+    """Determine how the student treats labels, and check that both models separate packed examples."""
+    inputs = _inputs(student, features, teacher, labels)
+    habits = models.habits_of(student, student, inputs, labels, own_loss)
+    with _mixed_precision(device):
+        for whose, model, other in (
+            ("student", student, teacher),
+            ("teacher_model", teacher, student),
+        ):
+            if isinstance(model, nn.Module):
+                inputs = _inputs(model, features, other, labels)
+                models.check_boundaries(model, model, inputs, features, whose)
+    if habits.own == "labels" and own_loss == "keep":
+        raise ValueError(
+            "the student adds a loss of its own that needs labels, which the Trainer does not pass to it; use "
+            "KDTrainer, which keeps that loss, or own_loss='drop', which omits it"
+        )
+    return habits
+
+
+def _trainer_counts_shifted(student: nn.Module) -> bool:
+    """Whether the Trainer omits the first label of each row when it counts labels for a compute_loss_func."""
     trainer = sys.modules.get("transformers.trainer")
     init = getattr(getattr(trainer, "Trainer", None), "__init__", None)
     if "_loss_shifts_labels" not in getattr(getattr(init, "__code__", None), "co_names", ()):
-        return False  # of versions that count them all
+        return False  # this version counts all labels
     inner = models.base(student)
     losses: Any = sys.modules.get("transformers.loss.loss_utils")
-    found = getattr(losses, "LOSS_MAPPING", {}).get(getattr(inner, "loss_type", None))
+    loss = getattr(losses, "LOSS_MAPPING", {}).get(getattr(inner, "loss_type", None))
     return (
-        found is not None
-        and found is losses.ForCausalLMLoss
-        and not models.is_encoder_decoder(inner)
+        loss is not None and loss is losses.ForCausalLMLoss and not models.is_encoder_decoder(inner)
     )
 
 
-def _name_loss_type(student: nn.Module) -> None:
-    """Says of a causal language model that its loss is ForCausalLMLoss, where its class does not (GPT-2).
+def _set_loss_type(student: nn.Module) -> None:
+    """Set loss_type to "ForCausalLM" for causal language models whose class does not (GPT-2).
 
-    It is the loss that the model falls back to without a loss_type; by the loss_type the Trainer counts labels.
+    Without a loss_type such a model uses ForCausalLMLoss anyway, but the Trainer would count its labels differently.
     """
     inner: Any = models.base(student)
     if models.shifts_labels(inner) and getattr(inner, "loss_type", "") is None:
@@ -277,19 +310,23 @@ def _name_loss_type(student: nn.Module) -> None:
 
 
 def _check_count(student: nn.Module, labels: Tensor, targets: Tensor) -> None:
-    """Raise where the Trainer has counted labels that are none of this loss, or not all of them."""
-    theirs = labels[..., 1:] if _counts_shifted(student) and labels.dim() else labels
-    counts = [int((some != models.IGNORED).sum()) for some in (theirs, targets)]
-    if counts[0] != counts[1]:
+    """Raise if the Trainer's count of labels differs from the number of rows in the loss."""
+    trainer_labels = (
+        labels[..., 1:] if _trainer_counts_shifted(student) and labels.dim() else labels
+    )
+    trainer_count, loss_count = (
+        int((values != models.IGNORED).sum()) for values in (trainer_labels, targets)
+    )
+    if trainer_count != loss_count:
         raise ValueError(
-            f"the Trainer counts {counts[0]} labels in a batch in which the loss has {counts[1]}, and would divide by "
-            "the wrong number: the first label of a row, and of each packed example, must be -100 here; or use "
-            "KDTrainer, which counts for itself"
+            f"the Trainer counts {trainer_count} labels in a batch in which the loss has {loss_count}, and would "
+            "divide by the wrong number: set the first label of each row, and of each packed example, to -100; or use "
+            "KDTrainer, which counts the rows of the loss"
         )
 
 
 def _check_columns(student: nn.Module, teacher: TeacherModel) -> None:
-    """Raise where the teacher tells segments apart by a column that the Trainer drops."""
+    """Raise if the teacher needs token_type_ids, which the Trainer drops because the student does not accept them."""
     if not isinstance(teacher, nn.Module):
         return
     segments = getattr(getattr(models.base(teacher), "config", None), "type_vocab_size", 0) or 0
@@ -297,25 +334,29 @@ def _check_columns(student: nn.Module, teacher: TeacherModel) -> None:
         return
     if "token_type_ids" not in models.signature(student).names:
         raise ValueError(
-            "token_type_ids are an input of the teacher and none of the student, so that the Trainer drops them from "
-            "the batch; use KDTrainer, which keeps what either of them takes"
+            "token_type_ids are an input of the teacher but not of the student, so the Trainer drops them from the "
+            "batch; use KDTrainer, which keeps the inputs of both models"
         )
 
 
-def _share(own: Tensor, counted: Tensor, num_items: int | Tensor | None) -> Tensor:
-    """What a model adds to the loss of a batch, weighted so that a step has the mean over the rows of its batches."""
+def _weighted_by_rows(own: Tensor, counted: Tensor, num_items: int | Tensor | None) -> Tensor:
+    """Weight a batch's own loss by its share of the step's rows, so that a step averages it over all its rows."""
     if num_items is None:
         return own
     items = torch.as_tensor(num_items, device=own.device).clamp(min=1)
     return own * (counted.to(own.device) / items)
 
 
-def _teacher_of(said: Any, teacher: TeacherModel) -> Any:
-    return models.logits_of(said, "the teacher") if isinstance(teacher, nn.Module) else said
+def _logits_or_teacher(outputs: Any, teacher: TeacherModel) -> Any:
+    """Return the logits in a model's outputs, or the outputs of a function unchanged."""
+    return models.logits_of(outputs, "the teacher") if isinstance(teacher, nn.Module) else outputs
 
 
 def _mixed_precision(device: torch.device) -> contextlib.AbstractContextManager[Any]:
-    """What accelerate runs the student under; it wraps the forward of models that it has prepared, and no others."""
+    """Return the autocast context under which accelerate runs the student.
+
+    accelerate wraps the forward of prepared models only, and compute_loss_func's teacher is not prepared.
+    """
     library = sys.modules.get("accelerate.state")
     shared = getattr(getattr(library, "AcceleratorState", None), "_shared_state", None) or {}
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(shared.get("_mixed_precision", ""))
@@ -325,44 +366,45 @@ def _mixed_precision(device: torch.device) -> contextlib.AbstractContextManager[
 
 
 class DistillationMixin(_Trainer):
-    """A ``transformers.Trainer`` that distils: ``class MyTrainer(DistillationMixin, Trainer)``.
+    """Mixin that adds distillation to a ``transformers.Trainer``: ``class MyTrainer(DistillationMixin, Trainer)``.
 
-    The teacher sees the features of each batch, without gradients. Columns of the data set are kept where the student
-    or the teacher names them, and each model gets those that it names. Both run with use_cache=False, and an
-    encoder-decoder's decoder_input_ids are made from labels where the batch has none.
+    The teacher runs on the features of each batch, without gradients. Columns of the data set that either model accepts
+    are kept, and each model receives those that it accepts. Both run with use_cache=False. If the batch has no
+    decoder_input_ids, those of an encoder-decoder are made from the labels.
 
-    A row (a position) counts where its label is not -100; in a batch without labels, where it predicts a token that is
-    no padding. The loss is summed and divided by the Trainer's num_items_in_batch, so that 8 batches of 1 that are
-    accumulated have the gradient of 1 batch of 8, on any number of processes; without labels the Trainer does not
-    count, and takes the mean of the batches' means. Where alpha < 1, the log has both terms, kd_loss and ce_loss, as
-    means over the rows since the last log.
+    A row (a position) is counted if its label is not -100; in a batch without labels, if it predicts a token that is
+    not padding. The loss is the sum over rows divided by the Trainer's num_items_in_batch, so accumulating 8 batches of
+    1 gives the gradient of 1 batch of 8, on any number of processes. Without labels the Trainer does not count rows,
+    and averages the means of the batches. If alpha < 1 both terms are logged, as kd_loss and ce_loss, each the mean
+    over the rows since the last log.
 
     Args:
-        *args: of the Trainer.
-        **kwargs: of the Trainer. ``args.label_smoothing_factor`` is that of the cross-entropy.
-        teacher_model: a model that gives logits of the same rows; it is set to eval mode and placed by
-            ``accelerator.prepare_model(..., evaluation_mode=True)``: whole on every process, under the Trainer's mixed
-            precision. Or a function of the batch's features (a dict, from which it may take what the student must not
-            see) that returns what :func:`fastkd.kd_loss` takes for a teacher, of the shape of the student's
-            logits, unshifted: a :class:`fastkd.TopK` from a cache, say. The data set's columns are kept for it.
-        loss_kwargs: options of :class:`fastkd.KDLoss` (of :class:`fastkd.FusedLinearKDLoss` where fused): divergence,
+        *args: arguments of the Trainer.
+        **kwargs: keyword arguments of the Trainer. ``args.label_smoothing_factor`` applies to the cross-entropy.
+        teacher_model: a model that returns logits of the same rows. It is set to eval mode and placed by
+            ``accelerator.prepare_model(..., evaluation_mode=True)``: a full copy on every process, under the Trainer's
+            mixed precision. Or a function of the batch's features, a dict from which it may remove what the student
+            should not see. The function returns any teacher that :func:`fastkd.kd_loss` accepts, for example a
+            :class:`fastkd.TopK` from a cache, with the leading shape of the student's logits and not shifted. The
+            columns of the data set are kept for it.
+        loss_kwargs: options of :class:`fastkd.KDLoss`, or with fused of :class:`fastkd.FusedLinearKDLoss`: divergence,
             temperature, alpha, ...
-        shift_labels: True: the label of position i is that of i + 1, as in a causal language model whose labels are
-            its input_ids; False: its own. "auto": what the student does with labels itself, seen in a run on the first
-            example, or else known from its class (False for encoder-decoders and for logits without a sequence). With
-            True the first token of each example of a packed batch is no label.
-        own_loss: "keep": what the student adds to the cross-entropy by itself, such as a router's auxiliary loss, is
-            added to the loss with the student's own coefficient; over the batches of a step it is averaged by their
-            rows. It is in the log, as own_loss. "drop": it is left out.
-        fused: compute the loss from hidden states and lm_heads, so that no logits [rows, V] are held
-            (:func:`fastkd.fused_linear_kd_loss`). For heads that are an nn.Linear, on one device or under DDP.
-            What a model does to its logits after the head, logit_scale and softcap of loss_kwargs have to say; the
-            first batch is checked for it. Where an evaluation wants predictions, logits are made for it.
+        shift_labels: True: position i is trained on the label of i + 1, as in a causal language model whose labels are
+            its input_ids; False: on its own label. "auto": as the student itself treats labels, which a run on the
+            first example or else its class shows (False for encoder-decoders and for logits without a sequence
+            dimension). With True the first token of each example of a packed batch is not a label.
+        own_loss: "keep": losses that the student adds to the cross-entropy itself, such as a router's auxiliary loss,
+            are added with the student's coefficient, averaged over the rows of a step, and logged as own_loss. "drop":
+            they are omitted.
+        fused: compute the loss from hidden states and lm_heads by :func:`fastkd.fused_linear_kd_loss`, without holding
+            logits [rows, V]. Supported for heads that are an nn.Linear, on one device or under DDP. If a model scales
+            or caps its logits after the head, loss_kwargs must contain the same logit_scale and softcap; the first
+            batch is checked for this. An evaluation that returns predictions still computes logits.
 
     Raises:
-        ValueError, TypeError: from the options, at construction, and for heads that are no distribution over classes;
-            at the first batch, from fused, for labels of which it cannot be known whether they are shifted, and for a
-            model that reads across the examples of a packed batch.
+        ValueError, TypeError: at construction, an option is invalid, or a model's outputs are not logits of a
+            distribution over classes; at the first batch, a model does not support fused, it is unknown whether labels
+            are shifted, or a model attends across the examples of a packed batch.
     """
 
     def __init__(
@@ -375,7 +417,7 @@ class DistillationMixin(_Trainer):
         fused: bool = False,
         **kwargs: Any,
     ) -> None:
-        options = _checked(loss_kwargs, shift_labels, own_loss)
+        options = _checked_options(loss_kwargs, shift_labels, own_loss)
         super().__init__(*args, **kwargs)
         self._check_trainer(fused)
         models.check_heads(self.model, teacher_model)
@@ -383,51 +425,57 @@ class DistillationMixin(_Trainer):
         if smoothing:
             if options.get("alpha", 1.0) == 1.0:
                 raise ValueError(
-                    "label_smoothing_factor is of the cross-entropy, which alpha=1 leaves out; set alpha in loss_kwargs"
+                    f"label_smoothing_factor={smoothing} applies to the cross-entropy, which alpha=1 omits; set "
+                    "loss_kwargs={'alpha': ...} below 1"
                 )
             if options.setdefault("label_smoothing", smoothing) != smoothing:
                 raise ValueError(
-                    f"label_smoothing is {options['label_smoothing']} in loss_kwargs, and "
-                    f"label_smoothing_factor is {smoothing}"
+                    f"label_smoothing is {options['label_smoothing']} in loss_kwargs, but "
+                    f"label_smoothing_factor is {smoothing}; set only one of them"
                 )
         if isinstance(teacher_model, nn.Module):
             if teacher_model is self.model:
-                raise ValueError("teacher_model is the student")
+                raise ValueError(
+                    "teacher_model must not be the student itself; pass another model or a copy"
+                )
             teacher_model = self.accelerator.prepare_model(
                 teacher_model, evaluation_mode=True
             ).eval()
         self.teacher_model = teacher_model
-        self._loss = KDLoss(return_parts=True, **self._on_whole_logits(options, fused))
+        self._loss = KDLoss(return_parts=True, **self._dense_options(options, fused))
         self._fused_loss = FusedLinearKDLoss(return_parts=True, **options) if fused else None
         self._logs_parts = options.get("alpha", 1.0) < 1.0
-        # Of distillation, cross-entropy and rows, since the last log.
+        # Sums of distillation, cross-entropy, own loss and rows since the last log.
         self._sums: Tensor | None = None
         self._wants_predictions = False
         self._checked_heads = False
-        self.can_return_loss = True  # an evaluation without labels, where args.label_names is []
-        # The Trainer counts labels for a model that takes their number; here the loss does.
+        # Allows evaluation without labels, if args.label_names is [].
+        self.can_return_loss = True
+        # The Trainer counts labels only for models that accept their number. Here the loss accepts it.
         self.model_accepts_loss_kwargs = True
-        # It is given labels that have been moved already.
+        # The labels that the Trainer counts (_get_num_items_in_batch) are already shifted.
         self._loss_shifts_labels = False
-        self._asked_to_shift, self._keeps_own_loss = shift_labels, own_loss == "keep"
+        self._requested_shift, self._keeps_own_loss = shift_labels, own_loss == "keep"
         self._habits: Habits | None = None
         self._checked_boundaries = False
-        # Columns were looked up before there was a teacher.
+        # The Trainer's constructor looked up the columns before the teacher was known; look them up again.
         self._signature_columns: Any = None
-        self._of_teacher: set[str] = set()  # columns that were kept for a function alone
+        self._teacher_columns: set[str] = (
+            set()
+        )  # columns kept only for a teacher that is a function
 
     def _set_signature_columns_if_needed(self) -> None:
-        """The Trainer's columns, and those that the teacher names."""
+        """Add the arguments of the teacher's forward to the Trainer's columns."""
         super()._set_signature_columns_if_needed()
         teacher = getattr(self, "teacher_model", None)
-        wanted = {"labels", "shift_labels"}
+        columns = {"labels", "shift_labels"}
         for model in (self.model, teacher):
             if isinstance(model, nn.Module):
-                wanted |= models.signature(model).names
-        self._signature_columns += sorted(wanted - set(self._signature_columns))
+                columns |= models.signature(model).names
+        self._signature_columns += sorted(columns - set(self._signature_columns))
 
     def _remove_unused_columns(self, dataset: Any, description: str | None = None) -> Any:
-        """As the Trainer's; a teacher that is a function may want any column that is no text."""
+        """Remove unused columns like the Trainer, but keep all columns except text for a teacher that is a function."""
         if self.args.remove_unused_columns and not isinstance(self.teacher_model, nn.Module):
             self._set_signature_columns_if_needed()
             others = {
@@ -435,44 +483,48 @@ class DistillationMixin(_Trainer):
                 for name, feature in (dataset.features or {}).items()
                 if getattr(feature, "dtype", None) not in ("string", "large_string")
             }.difference(self._signature_columns)
-            self._of_teacher |= others
+            self._teacher_columns |= others
             self._signature_columns += sorted(others)
         return super()._remove_unused_columns(dataset, description=description)
 
     def _get_collator_with_removed_columns(
         self, data_collator: Any, description: Any = None
     ) -> Any:
-        """As the Trainer's; a teacher that is a function may want any column."""
+        """Return the Trainer's collator, but keep all columns for a teacher that is a function."""
         if not isinstance(self.teacher_model, nn.Module):
             return data_collator
         return super()._get_collator_with_removed_columns(data_collator, description=description)
 
-    def _on_whole_logits(self, options: dict[str, Any], fused: bool) -> dict[str, Any]:
-        """The options where a fused trainer needs logits after all: models have scaled and capped theirs themselves."""
+    def _dense_options(self, options: dict[str, Any], fused: bool) -> dict[str, Any]:
+        """Return the options for logits that the models compute themselves, which are already scaled and capped."""
         if not fused:
             return options
-        done = [*_OF_CHUNKS, "logit_scale", "softcap"]
+        omitted = [*_FUSED_OPTIONS, "logit_scale", "softcap"]
         if isinstance(self.teacher_model, nn.Module):
-            done += ["teacher_logit_scale", "teacher_softcap"]
-        return {name: value for name, value in options.items() if name not in done}
+            omitted += ["teacher_logit_scale", "teacher_softcap"]
+        return {name: value for name, value in options.items() if name not in omitted}
 
     def _check_trainer(self, fused: bool) -> None:
         if self.compute_loss_func is not None:
-            raise ValueError("compute_loss_func would not be called: the mixin has a loss")
+            raise ValueError(
+                "compute_loss_func would not be called, because DistillationMixin computes the loss; remove it, or use "
+                "a plain Trainer with fastkd.compat.transformers.compute_loss_func"
+            )
         if self.args.n_gpu > 1:
             raise ValueError(
-                f"one process has {self.args.n_gpu} GPUs (DataParallel); start one process a GPU, with torchrun or "
+                f"one process has {self.args.n_gpu} GPUs (DataParallel); start one process per GPU with torchrun or "
                 "accelerate launch"
             )
         parallelism = getattr(self.accelerator, "parallelism_config", None)
         if parallelism is not None and parallelism.sp_enabled:
             raise ValueError(
-                "sequence parallelism is not supported: the Trainer has a loss of its own for it"
+                "sequence parallelism is not supported, because the Trainer replaces the loss under it; disable it in "
+                "the accelerator's parallelism_config"
             )
         if fused and (self.is_fsdp_enabled or self.is_deepspeed_enabled or self.args.torch_compile):
             raise ValueError(
-                "fused=True reads lm_heads outside of the models' forward, and hooks into them; it is for eager mode "
-                "on one device or under DDP, and not for FSDP, DeepSpeed or torch_compile"
+                "fused=True reads lm_heads outside of the models' forward through hooks, which works in eager mode on "
+                "one device or under DDP, but not with FSDP, DeepSpeed or torch_compile; pass fused=False"
             )
 
     def compute_loss(
@@ -482,34 +534,34 @@ class DistillationMixin(_Trainer):
         return_outputs: bool = False,
         num_items_in_batch: int | Tensor | None = None,
     ) -> Any:
-        """The loss of one batch, as Trainer.compute_loss has it; with return_outputs also the student's outputs."""
+        """Return the loss of one batch, like Trainer.compute_loss; with return_outputs (loss, student's outputs)."""
         _check_batch(inputs, self.label_names)
-        self._learn(model, inputs)
-        with_hidden = self._fused_loss is not None and not self._wants_predictions
-        run = self._on_hidden_states if with_hidden else self._on_logits
-        (loss, parts), outputs, own = run(model, inputs, num_items_in_batch)
+        self._probe_student(model, inputs)
+        from_hidden = self._fused_loss is not None and not self._wants_predictions
+        compute = self._loss_of_hidden_states if from_hidden else self._loss_of_logits
+        (loss, parts), outputs, own = compute(model, inputs, num_items_in_batch)
         if own is not None:
             own = own.to(loss.device)
-            loss = loss + _share(own, parts.counted, num_items_in_batch)
+            loss = loss + _weighted_by_rows(own, parts.counted, num_items_in_batch)
         if (self._logs_parts or own is not None) and model.training:
-            added = parts.counted * (0.0 if own is None else own.detach())
-            rows = (parts.distillation.sum(), parts.cross_entropy.sum(), added, parts.counted)
-            sums = torch.stack([part.to(torch.float32) for part in rows])
+            own_sum = parts.counted * (0.0 if own is None else own.detach())
+            terms = (parts.distillation.sum(), parts.cross_entropy.sum(), own_sum, parts.counted)
+            sums = torch.stack([term.to(torch.float32) for term in terms])
             self._sums = sums if self._sums is None else self._sums + sums
         if self.args.average_tokens_across_devices and num_items_in_batch is not None:
-            # num_items_in_batch is of all processes, and DDP takes the mean of theirs
+            # num_items_in_batch counts the rows of all processes, but DDP averages their gradients.
             loss = loss * (self.accelerator.num_processes // self.get_tp_size())
         return (loss, outputs) if return_outputs else loss
 
     def _features(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        return {name: value for name, value in inputs.items() if name not in _OF_THE_LOSS}
+        return {name: value for name, value in inputs.items() if name not in _LOSS_INPUTS}
 
     def _student_inputs(self, features: dict[str, Any], labels: Tensor | None) -> dict[str, Any]:
-        known = {n: v for n, v in features.items() if n not in self._of_teacher}
-        return _inputs(self.model, known, self.teacher_model, labels)
+        accepted = {n: v for n, v in features.items() if n not in self._teacher_columns}
+        return _inputs(self.model, accepted, self.teacher_model, labels)
 
-    def _learn(self, model: nn.Module, inputs: dict[str, Any]) -> None:
-        """At the first batch: what the student does with labels, and whether packed examples are kept apart."""
+    def _probe_student(self, model: nn.Module, inputs: dict[str, Any]) -> None:
+        """Determine at the first batch how the student treats labels, and check that packed examples are separated."""
         labels = inputs.get("labels")
         if labels is not None:
             models.check_labels(labels)
@@ -520,37 +572,36 @@ class DistillationMixin(_Trainer):
             call = self.accelerator.unwrap_model(model, keep_torch_compile=False) if (
                 self.args.torch_compile
             ) else model  # fmt: skip
-            of_student = self._student_inputs(features, labels)
+            student_inputs = self._student_inputs(features, labels)
             if not isinstance(self.teacher_model, nn.Module) and models.from_transformers(
                 self.model
             ):
-                # The function has not yet taken what is not the student's.
+                # The teacher function has not run yet, so its columns have not been removed from the features.
                 names = {*models.signature(self.model).names, *models.BOUNDARIES}
-                of_student = {n: v for n, v in of_student.items() if n in names}
+                student_inputs = {n: v for n, v in student_inputs.items() if n in names}
             own_loss = "keep" if self._keeps_own_loss else "drop"
             fused = self._fused_loss is not None
-            head = _BeforeHead("model", self.accelerator.unwrap_model(model)) if fused else None
+            head = _HeadInput("model", self.accelerator.unwrap_model(model)) if fused else None
             with head or contextlib.nullcontext():
-                found = models.habits_of(call, self.model, of_student, labels, own_loss)
-            self._habits = found
+                self._habits = models.habits_of(call, self.model, student_inputs, labels, own_loss)
         if not self._checked_boundaries and any(name in features for name in models.BOUNDARIES):
             self._checked_boundaries = True
-            for whose, of, call, other in (
+            for whose, inner, call, other in (
                 ("the student", self.model, model, self.teacher_model),
                 ("teacher_model", self.teacher_model, self.teacher_model, self.model),
             ):
-                if isinstance(of, nn.Module):
-                    given = _inputs(of, features, other, labels)
-                    models.check_boundaries(of, call, given, features, whose)
+                if isinstance(inner, nn.Module):
+                    model_inputs = _inputs(inner, features, other, labels)
+                    models.check_boundaries(inner, call, model_inputs, features, whose)
 
     def _rows(
         self, inputs: dict[str, Any], shape: torch.Size
     ) -> tuple[Tensor | None, Tensor | None]:
-        """(the label of each row of logits [*shape, C], None), or without labels (None, which rows count)."""
-        given, labels = inputs.get("shift_labels"), inputs.get("labels")
-        if given is not None:
-            models.check_rows(given, shape)
-            return given, None
+        """Return (labels of the rows of logits [*shape, C], None), or (None, mask of counted rows) without labels."""
+        shifted_labels, labels = inputs.get("shift_labels"), inputs.get("labels")
+        if shifted_labels is not None:
+            models.check_rows(shifted_labels, shape)
+            return shifted_labels, None
         shifts = self._shift(labels, shape)
         features = self._features(inputs)
         if labels is None:
@@ -560,11 +611,11 @@ class DistillationMixin(_Trainer):
         return targets, None
 
     def _shift(self, labels: Tensor | None, shape: torch.Size) -> bool:
-        known = None if self._habits is None else self._habits.shifts
-        return _shifts(self._asked_to_shift, known, labels, shape)
+        student_shifts = None if self._habits is None else self._habits.shifts
+        return _shifts(self._requested_shift, student_shifts, labels, shape)
 
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: Any) -> Any:
-        """The Trainer's, of labels as the loss counts them."""
+        """Return the Trainer's count of the labels, aligned as in the loss."""
         counted = []
         for batch in batch_samples:
             labels = batch.get("shift_labels")
@@ -572,44 +623,44 @@ class DistillationMixin(_Trainer):
                 labels = batch.get("labels")
                 if labels is None:
                     return super()._get_num_items_in_batch(batch_samples, device)
-                self._learn(self.model_wrapped, self._prepare_inputs(batch))
+                self._probe_student(self.model_wrapped, self._prepare_inputs(batch))
                 begins = models.starts(batch, labels.shape)
                 labels = models.targets(labels, self._shift(labels, labels.shape), begins)
             counted.append({"labels": labels})
         return super()._get_num_items_in_batch(counted, device)
 
-    def _call(
+    def _call_student(
         self, model: nn.Module, features: dict[str, Any], labels: Tensor | None
     ) -> tuple[Any, Tensor | None]:
-        """(the student's outputs, what it adds to its loss by itself)"""
-        given = self._student_inputs(features, labels)
+        """Return (the student's outputs, the loss that it adds itself or None)."""
+        student_inputs = self._student_inputs(features, labels)
         assert self._habits is not None
         if not self._keeps_own_loss or self._habits.own == "nothing":
-            return model(**given), None
+            return model(**student_inputs), None
         if self._habits.own == "outputs" or labels is None:
-            outputs = model(**given)
+            outputs = model(**student_inputs)
             return outputs, models.own_loss(self.model, outputs)
         with models.LabelLoss(labels):
-            outputs = model(**given, labels=labels)
+            outputs = model(**student_inputs, labels=labels)
         return outputs, models.loss_in(outputs)
 
-    def _on_logits(
+    def _loss_of_logits(
         self, model: nn.Module, inputs: dict[str, Any], num_items: int | Tensor | None
     ) -> tuple[tuple[Tensor, Parts], Any, Tensor | None]:
         features, labels = self._features(inputs), inputs.get("labels")
-        said = _ask(self.teacher_model, self.model, features, labels)
-        teacher = _teacher_of(said, self.teacher_model)
-        outputs, own = self._call(model, features, labels)
+        teacher_outputs = _teacher_outputs(self.teacher_model, self.model, features, labels)
+        teacher = _logits_or_teacher(teacher_outputs, self.teacher_model)
+        outputs, own = self._call_student(model, features, labels)
         logits = models.logits_of(outputs, "the student")
-        logits = models.without_soft_prompt(model, logits, _length(inputs))
+        logits = models.without_soft_prompt(model, logits, _token_shape(inputs))
         targets, mask = self._rows(inputs, logits.shape[:-1])
         teacher = _moved(teacher, logits.device)
         vocab_size = self._loss.options.get("vocab_size")
-        _same_widths(logits.shape[-1], teacher, vocab_size, "loss_kwargs={'vocab_size': ...}")
-        rows = {"labels": targets, "mask": mask, "num_items": num_items}
-        return self._loss(logits, teacher, **rows), outputs, own
+        _check_widths(logits.shape[-1], teacher, vocab_size, "loss_kwargs={'vocab_size': ...}")
+        row_options = {"labels": targets, "mask": mask, "num_items": num_items}
+        return self._loss(logits, teacher, **row_options), outputs, own
 
-    def _on_hidden_states(
+    def _loss_of_hidden_states(
         self, model: nn.Module, inputs: dict[str, Any], num_items: int | Tensor | None
     ) -> tuple[tuple[Tensor, Parts], Any, Tensor | None]:
         assert self._fused_loss is not None
@@ -617,29 +668,33 @@ class DistillationMixin(_Trainer):
         features, labels = self._features(inputs), inputs.get("labels")
         teacher: Teacher
         if isinstance(self.teacher_model, nn.Module):
-            with _BeforeHead("teacher_model", self.teacher_model) as head:
-                outputs = _ask(self.teacher_model, self.model, features, labels)
+            with _HeadInput("teacher_model", self.teacher_model) as head:
+                outputs = _teacher_outputs(self.teacher_model, self.model, features, labels)
             if not self._checked_heads:
                 head.check(models.logits_of(outputs, "the teacher"), options, "teacher_")
             bias = None if head.linear.bias is None else head.linear.bias.detach()
             teacher = LinearTeacher(head.hidden, head.linear.weight.detach(), bias)
         else:
-            teacher = _ask(self.teacher_model, self.model, features, labels)
-        with _BeforeHead("model", self.accelerator.unwrap_model(model)) as head:
-            outputs, own = self._call(model, features, labels)
+            teacher = _teacher_outputs(self.teacher_model, self.model, features, labels)
+        with _HeadInput("model", self.accelerator.unwrap_model(model)) as head:
+            outputs, own = self._call_student(model, features, labels)
         if not self._checked_heads:
             head.check(models.logits_of(outputs, "the student"), options, "")
             self._checked_heads = True
-        hidden = models.without_soft_prompt(model, head.hidden, _length(inputs))
+        hidden = models.without_soft_prompt(model, head.hidden, _token_shape(inputs))
         targets, mask = self._rows(inputs, hidden.shape[:-1])
         teacher = _moved(teacher, hidden.device)
         weight = head.linear.weight
-        _same_widths(
+        _check_widths(
             len(weight), teacher, options.get("vocab_size"), "loss_kwargs={'vocab_size': ...}"
         )
-        rows = {"labels": targets, "mask": mask, "num_items": num_items}
-        with self.accelerator.autocast():  # it is on in the models' forward alone
-            loss = self._fused_loss(hidden, weight, teacher, student_bias=head.linear.bias, **rows)
+        row_options = {"labels": targets, "mask": mask, "num_items": num_items}
+        with (
+            self.accelerator.autocast()
+        ):  # accelerate enables autocast only inside the models' forward
+            loss = self._fused_loss(
+                hidden, weight, teacher, student_bias=head.linear.bias, **row_options
+            )
         return loss, outputs, own
 
     def prediction_step(
@@ -649,7 +704,7 @@ class DistillationMixin(_Trainer):
         prediction_loss_only: bool,
         ignore_keys: list[str] | None = None,
     ) -> Any:
-        """As the Trainer's; with fused, predictions need the logits that are otherwise left out."""
+        """Run the Trainer's prediction step; with fused, compute logits if predictions are requested."""
         self._wants_predictions = not prediction_loss_only
         try:
             return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
@@ -657,7 +712,7 @@ class DistillationMixin(_Trainer):
             self._wants_predictions = False
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """Adds kd_loss, ce_loss where alpha < 1, and own_loss where the student has one, to a log of training."""
+        """Add kd_loss, ce_loss (if alpha < 1) and own_loss (if the student has one) to a training log."""
         if self._sums is not None and self.model.training:
             kd, ce, own, rows = self.accelerator.reduce(self._sums, reduction="sum").tolist()
             logs["kd_loss"] = kd / max(rows, 1)
@@ -669,32 +724,32 @@ class DistillationMixin(_Trainer):
         super().log(logs, *args, **kwargs)
 
 
-class _BeforeHead:
-    """Catches the hidden states that reach a model's lm_head, which meanwhile projects the first position only."""
+class _HeadInput:
+    """Context manager that captures the input of a model's lm_head, which then projects the first position only."""
 
     def __init__(self, name: str, model: nn.Module) -> None:
-        find = getattr(model, "get_output_embeddings", None)
-        linear = None if find is None else find()
+        get_head = getattr(model, "get_output_embeddings", None)
+        linear = None if get_head is None else get_head()
         if linear is None:
             raise ValueError(
                 f"fused=True needs a {name} with an lm_head, which its get_output_embeddings() returns; "
-                f"{type(models.base(model)).__name__} has none, so leave fused out: a classifier's logits are small"
+                f"{type(models.base(model)).__name__} has none, so leave fused out (a classifier's logits are small)"
             )
         if type(linear) is not nn.Linear:
             kind = type(linear)
             raise ValueError(
-                f"fused=True needs a {name} whose get_output_embeddings() is an nn.Linear itself, got a "
-                f"{kind.__module__}.{kind.__qualname__}, whose output is not its weight's alone; leave lm_head out of "
-                "an adapter's target_modules, merge the adapter (merge_and_unload), or leave fused out"
+                f"fused=True needs a {name} whose get_output_embeddings() is exactly an nn.Linear, got a "
+                f"{kind.__module__}.{kind.__qualname__}, whose output may depend on more than its weight; remove "
+                "lm_head from the adapter's target_modules, merge the adapter (merge_and_unload), or leave fused out"
             )
         self.name, self.linear = name, linear
         self.hidden: Tensor
         self._projected: Tensor
 
-    def __enter__(self) -> _BeforeHead:
+    def __enter__(self) -> _HeadInput:
         self._hooks = (
-            self.linear.register_forward_pre_hook(self._catch),
-            self.linear.register_forward_hook(self._keep),
+            self.linear.register_forward_pre_hook(self._capture_input),
+            self.linear.register_forward_hook(self._capture_output),
         )
         return self
 
@@ -702,15 +757,18 @@ class _BeforeHead:
         for hook in self._hooks:
             hook.remove()
 
-    def _catch(self, linear: nn.Module, inputs: tuple[Tensor]) -> tuple[Tensor]:
+    def _capture_input(self, linear: nn.Module, inputs: tuple[Tensor]) -> tuple[Tensor]:
         (self.hidden,) = inputs
         return (self.hidden[..., :1, :],)
 
-    def _keep(self, linear: nn.Module, inputs: tuple[Tensor], projected: Tensor) -> None:
+    def _capture_output(self, linear: nn.Module, inputs: tuple[Tensor], projected: Tensor) -> None:
         self._projected = projected.detach()
 
     def check(self, logits: Tensor, options: dict[str, Any], side: str) -> None:
-        """Raises where the model does to its logits what the options do not say; waits for the device."""
+        """Raise unless the model's logits are those of its head with the scale and softcap of the options.
+
+        Synchronizes with the device. side is "" for the student's options, "teacher_" for the teacher's.
+        """
         scale = options.get(f"{side}logit_scale", 1.0)
         softcap = options.get(f"{side}softcap")
         expected = self._projected * scale
@@ -721,14 +779,14 @@ class _BeforeHead:
         if not bool(error <= allowed):
             raise ValueError(
                 f"fused=True: the logits of {self.name} are not those of its lm_head times {scale} with the softcap "
-                f"{softcap}; they differ by up to {float(error):.3g}. Say in loss_kwargs what it does to them "
-                f"({side}logit_scale, {side}softcap; its config has logit_scale, logits_scaling or "
+                f"{softcap}; they differ by up to {float(error):.3g}. Set {side}logit_scale and {side}softcap in "
+                "loss_kwargs to match the model (its config has logit_scale, logits_scaling or "
                 "final_logit_softcapping), or leave fused out"
             )
 
 
-def _length(inputs: dict[str, Any]) -> torch.Size | None:
-    """The shape [B, S] of a batch's tokens."""
+def _token_shape(inputs: dict[str, Any]) -> torch.Size | None:
+    """Return the shape [B, S] of a batch's tokens, or None if it cannot be determined."""
     for name in ("labels", "shift_labels", "input_ids"):
         value = inputs.get(name)
         if isinstance(value, Tensor):
@@ -749,7 +807,7 @@ def _kd_trainer() -> type:
 
 
 def __getattr__(name: str) -> Any:
-    """KDTrainer, built where it is first asked for, since transformers takes seconds to import."""
+    """Build KDTrainer at first access, because importing transformers takes seconds."""
     if name != "KDTrainer":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return globals().setdefault(name, _kd_trainer())

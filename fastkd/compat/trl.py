@@ -1,10 +1,11 @@
-"""TRL: the losses of GKDTrainer and DistillationTrainer, and both trainers with fastkd's in their place.
+"""TRL: the losses of GKDTrainer and DistillationTrainer, and both trainers with these losses computed by fastkd.
 
-    from fastkd.compat.trl import GKDTrainer  # for: from trl.experimental.gkd import GKDTrainer
-    from fastkd.compat.trl import DistillationTrainer  # for: from trl import DistillationTrainer
+    from fastkd.compat.trl import GKDTrainer  # was: from trl.experimental.gkd import GKDTrainer
+    from fastkd.compat.trl import DistillationTrainer  # was: from trl import DistillationTrainer
 
-TRL's conventions: forward KL at beta = 0, reverse KL at beta = 1, the generalised JSD of fastkd.jsd between; no T^2;
-rows are those whose label is not -100, or whose mask is not 0. docs/stacks/trl.md has what differs.
+TRL's conventions are kept: forward KL at beta = 0, reverse KL at beta = 1, and the generalised JSD of fastkd.jsd in
+between; no T^2; the counted rows are those whose label is not -100, or whose mask is not 0. docs/stacks/trl.md lists
+what differs.
 """
 
 from __future__ import annotations
@@ -26,10 +27,11 @@ from fastkd.teachers import LinearTeacher
 
 # TRL compares whole vocabularies, and its trainers refuse models whose vocab_size differs.
 _REMEDY = (
-    "TRL compares whole vocabularies: where the rest is padding of one tokenizer, make both models as wide by their "
-    "resize_token_embeddings(), or cut the wider's logits to its tokens; across tokenizers use TRL's GOLDTrainer"
+    "TRL compares whole vocabularies. If the models differ only in padding of one tokenizer, resize both to the same "
+    "width with resize_token_embeddings(), or cut the wider logits to the real tokens; across tokenizers use TRL's "
+    "GOLDTrainer"
 )
-# TRL's names to those of kd_loss, where labels say which rows count.
+# kd_loss's name for each reduction of TRL, for calls with labels.
 _REDUCTIONS = {"batchmean": "mean", "sum": "sum", "mean": "mean", "none": "none"}
 
 
@@ -42,28 +44,30 @@ def generalized_jsd_loss(
     reduction: str = "batchmean",
     num_items_in_batch: int | Tensor | None = None,
 ) -> Tensor:
-    """``trl.experimental.gkd.GKDTrainer.generalized_jsd_loss``: beta KL(p || m) + (1 - beta) KL(q || m) of softmaxes
-    of logits / temperature, m = beta p + (1 - beta) q, with p the teacher; forward KL at beta = 0, reverse KL at 1.
+    """``trl.experimental.gkd.GKDTrainer.generalized_jsd_loss``: the generalised JSD of student and teacher.
+
+        beta KL(p || m) + (1 - beta) KL(q || m),   m = beta p + (1 - beta) q
+
+    with p the teacher's softmax(logits / temperature) and q the student's; forward KL at beta = 0, reverse KL at 1.
 
     Args:
-        student_logits: [B, L, V]; any leading shape, and views such as logits[:, :-1] are not copied.
+        student_logits: [B, L, V], or any other leading shape; views such as logits[:, :-1] are not copied.
         teacher_logits: the same shape.
-        labels: [B, L]; a row whose label is -100 is dropped. They are not shifted here.
+        labels: [B, L], already shifted; a row whose label is -100 is dropped.
         beta: in [0, 1].
-        temperature: T > 0. Nothing is multiplied by T^2.
-        reduction: "batchmean": sum / number of counted rows, without labels sum / B. "sum". "mean": "batchmean" with
-            labels, divided by V too; without them, the mean over all entries. "none": the summands of each entry of
-            the vocabulary, [counted rows, V], without labels [B, L, V]; they are computed by plain PyTorch in
-            float32, as no fused loss has them.
-        num_items_in_batch: the denominator, whatever the reduction: the number of counted rows of the whole batch
+        temperature: T > 0. There is no factor T^2.
+        reduction: "batchmean": sum / number of counted rows, or without labels sum / B. "sum". "mean": with labels,
+            "batchmean" divided by V; without, the mean over all elements. "none": the summand of every vocabulary
+            entry, [counted rows, V], or without labels [B, L, V], computed in float32 by plain PyTorch.
+        num_items_in_batch: the denominator, whatever the reduction is: the number of counted rows of the whole batch
             under gradient accumulation.
 
     Returns:
-        The loss in float32 (TRL: in the dtype of the logits), 0 with a graph where no row counts (TRL's "mean": NaN).
+        The loss in float32 (TRL: in the dtype of the logits). With no counted row it is 0 and part of the graph (TRL's
+        "mean" is NaN).
 
     Raises:
-        ValueError, TypeError: as :func:`fastkd.kd_loss`; and for a reduction that is none of these, which TRL takes
-            for "none".
+        ValueError, TypeError: as :func:`fastkd.kd_loss`; also for an unknown reduction, which TRL treats as "none".
     """
     check_choice("reduction", reduction, tuple(_REDUCTIONS))
     check_pair("teacher_logits", teacher_logits, "student_logits", student_logits, _REMEDY)
@@ -71,7 +75,7 @@ def generalized_jsd_loss(
     mask = None if labels is None else labels != -100
     if num_items_in_batch is None and reduction == "none":
         return _entries(student_logits, teacher_logits, mask, beta, temperature)
-    of_rows = reduction if mask is None else _REDUCTIONS[reduction]
+    row_reduction = reduction if mask is None else _REDUCTIONS[reduction]
     loss = fastkd.kd_loss(
         student_logits,
         teacher_logits,
@@ -79,11 +83,11 @@ def generalized_jsd_loss(
         temperature=temperature,
         scale_by_temperature=False,
         mask=mask,
-        reduction=of_rows if num_items_in_batch is None else "mean",
+        reduction=row_reduction if num_items_in_batch is None else "mean",
         num_items=_on(student_logits.device, num_items_in_batch),
     )
-    by_entry = reduction == "mean" and num_items_in_batch is None
-    return loss / student_logits.shape[-1] if by_entry else loss
+    per_entry = reduction == "mean" and num_items_in_batch is None
+    return loss / student_logits.shape[-1] if per_entry else loss
 
 
 def _entries(
@@ -93,7 +97,7 @@ def _entries(
     beta: float,
     temperature: float,
 ) -> Tensor:
-    """The summands of the counted rows, differentiable by autograd."""
+    """Return the summands of the divergence for every entry of the counted rows, differentiable by autograd."""
     if mask is not None:
         student_logits, teacher_logits = student_logits[mask], teacher_logits[mask]
     dtype = torch.promote_types(student_logits.dtype, torch.float32)
@@ -101,8 +105,9 @@ def _entries(
         torch.log_softmax(logits.to(dtype) / temperature, -1)
         for logits in (student_logits, teacher_logits)
     )
-    fastkd.jsd(beta)  # beta is checked there
-    # -inf times a probability of 0 is 0; log_zero.evaluate does it too, but autograd cannot follow that.
+    fastkd.jsd(beta)  # raises if beta is invalid
+    # Clamp -inf, so that its product with a probability of 0 is 0. log_zero.evaluate has the same policy but is not
+    # differentiable by autograd.
     lowest = torch.finfo(dtype).min
     p, q = log_p.exp(), log_q.exp()
     log_p_finite, log_q_finite = log_p.clamp(min=lowest), log_q.clamp(min=lowest)
@@ -136,37 +141,36 @@ def chunked_divergence_loss(
     teacher_final_logit_softcapping: float | None = None,
     temperature: float = 1.0,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """``trl.trainer.distillation_trainer._chunked_divergence_loss``: the divergence of generalized_jsd_loss, of hidden
-    states and lm_heads, on :func:`fastkd.fused_linear_kd_loss`.
+    """``trl.trainer.distillation_trainer._chunked_divergence_loss``: the JSD from hidden states and lm_heads.
 
-    The logits of a side are softcap tanh(scale (hidden @ weight.T + bias) / softcap), without a softcap scale (...);
-    then the temperature divides them.
+    It computes the divergence of :func:`generalized_jsd_loss` by :func:`fastkd.fused_linear_kd_loss`. The logits of
+    each model are softcap tanh(scale (hidden @ weight.T + bias) / softcap), or scale (hidden @ weight.T + bias) without
+    a softcap, and are then divided by the temperature.
 
     Args:
         student_hidden_states: [B, K, H].
-        teacher_hidden_states: [B, K, H_t], a constant.
-        student_lm_head_weight: [V, H]; of another dtype than the hidden states it is cast to theirs. A DTensor that
-            FSDP2 has spread is gathered once, and its gradient is averaged over the processes as those of other
-            parameters are.
-        teacher_lm_head_weight: [V, H_t], a constant; likewise.
+        teacher_hidden_states: [B, K, H_t]; receives no gradient.
+        student_lm_head_weight: [V, H]; cast to the dtype of the student's hidden states. A DTensor sharded by FSDP2 is
+            gathered once, and its gradient is averaged over the processes like that of any other parameter.
+        teacher_lm_head_weight: [V, H_t]; cast and gathered in the same way; receives no gradient.
         completion_mask: [B, K]; a row where it is 0 is dropped.
         beta: in [0, 1], as in :func:`generalized_jsd_loss`.
-        num_items_in_batch: the denominator; None: the number of rows that count here, at least 1.
-        student_lm_head_bias: [V].
-        teacher_lm_head_bias: [V].
+        num_items_in_batch: the denominator; None: the number of counted rows of this call, at least 1.
+        student_lm_head_bias: [V], or None.
+        teacher_lm_head_bias: [V], or None.
         student_logit_scale: not 0.
         teacher_logit_scale: not 0.
         student_final_logit_softcapping: > 0, or None.
         teacher_final_logit_softcapping: > 0, or None.
-        temperature: T > 0. Nothing is multiplied by T^2.
+        temperature: T > 0. There is no factor T^2.
 
     Returns:
-        (the loss, the sum over counted rows of the student's entropy in nats at this temperature, their number); the
+        (loss, sum over counted rows of the student's entropy in nats at this temperature, number of counted rows); the
         last two are detached.
 
     Raises:
-        ValueError, TypeError: as :func:`fastkd.fused_linear_kd_loss`; and for a head that DeepSpeed's ZeRO-3 has
-            partitioned.
+        ValueError, TypeError: as :func:`fastkd.fused_linear_kd_loss`; also for an lm_head partitioned by DeepSpeed
+            ZeRO-3.
     """
     for name, weight in (
         ("student_lm_head_weight", student_lm_head_weight),
@@ -174,8 +178,8 @@ def chunked_divergence_loss(
     ):
         if hasattr(weight, "ds_id"):
             raise ValueError(
-                f"{name} is partitioned by DeepSpeed ZeRO-3, and its gradient would not find its way back; use "
-                "FSDP2, ZeRO-2, or TRL's own DistillationTrainer"
+                f"{name} is partitioned by DeepSpeed ZeRO-3, which would not receive its gradient; use FSDP2, ZeRO-2, "
+                "or TRL's own DistillationTrainer"
             )
     for side, hidden, weight in (
         ("student", student_hidden_states, student_lm_head_weight),
@@ -221,21 +225,21 @@ def chunked_divergence_loss(
     return loss, parts.student_entropy.sum(), parts.counted
 
 
-# ---- trainers, built where they are first asked for, since TRL takes seconds to import
+# ---- trainers, built at first access because importing TRL takes seconds
 
 
 def _gkd_trainer() -> type:
     """TRL's GKDTrainer with fastkd's loss.
 
-    A mixture-of-experts student's auxiliary loss, which TRL's leaves out, is added with its coefficient and logged as
-    aux_loss, as TRL's SFTTrainer does; GKDConfig(router_aux_loss_coef=0.0) turns it off.
+    The auxiliary loss of a mixture-of-experts student, which TRL's GKDTrainer ignores, is added with its coefficient
+    and logged as aux_loss, as in TRL's SFTTrainer. GKDConfig(router_aux_loss_coef=0.0) disables it.
 
-    As TRL's it takes the loss at temperature 1: ``args.temperature`` is of the student's sampling. For another one:
+    The loss is at temperature 1, as in TRL: ``args.temperature`` is the student's sampling temperature. To change it:
 
         class MyTrainer(GKDTrainer):
             generalized_jsd_loss = staticmethod(functools.partial(generalized_jsd_loss, temperature=2.0))
     """
-    stock = _of_trl("trl.experimental.gkd", "GKDTrainer")
+    stock = _import_from_trl("trl.experimental.gkd", "GKDTrainer")
     _check_signature(stock, "generalized_jsd_loss", generalized_jsd_loss)
 
     def compute_loss(
@@ -245,18 +249,18 @@ def _gkd_trainer() -> type:
         return_outputs: bool = False,
         num_items_in_batch: int | Tensor | None = None,
     ) -> Any:
-        """TRL's, and a router's auxiliary loss with its coefficient, as TRL's SFTTrainer has it."""
+        """Return TRL's loss plus the router's auxiliary loss times its coefficient, as TRL's SFTTrainer does."""
         loss, outputs = stock.compute_loss(self, model, inputs, True, num_items_in_batch)  # type: ignore[attr-defined]
         if getattr(self, "aux_loss_enabled", False):
             aux = getattr(outputs, "aux_loss", None)
             if aux is None:
                 raise ValueError(
-                    "the student's configuration has output_router_logits, and its outputs have no aux_loss to add; "
+                    "the student's configuration sets output_router_logits, but its outputs have no aux_loss to add; "
                     "set GKDConfig(router_aux_loss_coef=0.0)"
                 )
             training = self.model.training
-            counted = training and num_items_in_batch is not None
-            steps = self.current_gradient_accumulation_steps if counted else 1
+            normalized = training and num_items_in_batch is not None
+            steps = self.current_gradient_accumulation_steps if normalized else 1
             loss = loss + self.router_aux_loss_coef * aux.to(loss.device) / steps
             gathered = self.accelerator.gather_for_metrics(aux.detach()).mean().item()
             self._metrics["train" if training else "eval"]["aux_loss"].append(gathered)
@@ -271,27 +275,27 @@ def _gkd_trainer() -> type:
 
 
 def _distillation_trainer() -> type:
-    """TRL's DistillationTrainer with fastkd's loss. Everything else, generation and logs with it, is TRL's.
+    """TRL's DistillationTrainer with fastkd's loss. Everything else, including generation and logs, is TRL's.
 
-    TRL's runs the students' layers without what computes a router's auxiliary loss; a student that asks for one by
-    output_router_logits raises.
+    TRL runs the student's layers without the code that computes a router's auxiliary loss. A student whose
+    configuration sets output_router_logits therefore raises.
     """
-    stock = _of_trl("trl", "DistillationTrainer")
+    stock = _import_from_trl("trl", "DistillationTrainer")
     module = importlib.import_module(stock.__module__)
     name = "_chunked_divergence_loss"
     _check_signature(module, name, chunked_divergence_loss)
     method = _with_global(getattr(stock, "_compute_loss", None), name, chunked_divergence_loss)
 
-    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:  # noqa: N807 (a member of the class below)
+    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:  # noqa: N807 (becomes a method of the class below)
         stock.__init__(self, *args, **kwargs)  # type: ignore[misc]
         config = self.model.config.get_text_config()
         if getattr(config, "output_router_logits", False) and getattr(
             config, "router_aux_loss_coef", 0.0
         ):
             raise ValueError(
-                "the student's configuration has output_router_logits, and DistillationTrainer would leave its "
-                "router's auxiliary loss out; set output_router_logits=False in it, or use "
-                "fastkd.compat.transformers.KDTrainer or GKDTrainer, which keep it"
+                "the student's configuration sets output_router_logits, but DistillationTrainer ignores the router's "
+                "auxiliary loss; set output_router_logits=False, or use fastkd.compat.transformers.KDTrainer or "
+                "fastkd.compat.trl.GKDTrainer, which add it"
             )
 
     return _subclass(stock, _distillation_trainer, _compute_loss=method, __init__=__init__)
@@ -311,30 +315,33 @@ def _subclass(stock: type, built_by: Callable[[], type], **members: Any) -> type
     return type(stock.__name__, (stock,), members)
 
 
-def _of_trl(module: str, name: str) -> type:
+def _import_from_trl(module: str, name: str) -> type:
     try:
         import trl  # noqa: F401
     except ModuleNotFoundError as error:
         raise ImportError(f"fastkd.compat.trl.{name} needs TRL: pip install trl") from error
     try:
-        found: type = getattr(importlib.import_module(module), name)
+        trainer: type = getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError) as error:
-        raise _unknown_version(f"has no {module}.{name} that can be imported") from error
-    return found
+        raise _unknown_version(f"has no importable {module}.{name}") from error
+    return trainer
 
 
-def _check_signature(owner: Any, name: str, ours: Callable[..., Any]) -> None:
-    theirs = getattr(owner, name, None)
-    if theirs is None:
+def _check_signature(owner: Any, name: str, replacement: Callable[..., Any]) -> None:
+    """Raise unless the function that replaces owner.name has the same parameters."""
+    original = getattr(owner, name, None)
+    if original is None:
         raise _unknown_version(f"has no {name} in {owner.__name__}")
-    expected, found = (tuple(inspect.signature(f).parameters) for f in (ours, theirs))
-    if found != expected:
-        raise _unknown_version(f"has {name}{found}, and not {expected}")
+    expected, actual = (tuple(inspect.signature(f).parameters) for f in (replacement, original))
+    if actual != expected:
+        raise _unknown_version(f"has {name}{actual}, and not {expected}")
 
 
 def _with_global(function: Any, name: str, value: Any) -> types.FunctionType:
-    """The function, reading another value for one global name. TRL calls its loss by such a name and has no argument
-    for it; its module stays as it is, so that its own trainer, at the same time or in another thread, does too.
+    """Return a copy of a function in which one global name has another value.
+
+    TRL's trainer refers to its loss by a global name. Replacing it in TRL's module would also change TRL's own trainer,
+    which may be used in the same process; a copy of the function does not.
     """
     code = getattr(function, "__code__", None)
     if code is None or name not in code.co_names:
@@ -347,9 +354,9 @@ def _with_global(function: Any, name: str, value: Any) -> types.FunctionType:
     return copy
 
 
-def _unknown_version(what: str) -> ImportError:
+def _unknown_version(difference: str) -> ImportError:
     from importlib.metadata import version
 
     return ImportError(
-        f"fastkd.compat.trl knows TRL 1.16; TRL {version('trl')} {what}. Use TRL's own trainer, or TRL 1.16"
+        f"fastkd.compat.trl supports TRL 1.16; TRL {version('trl')} {difference}. Use TRL's own trainer, or TRL 1.16"
     )

@@ -104,24 +104,41 @@ def kd_rows(
     numbers: of a graph that is being compiled (fastkd.call.checks.LossCall).
     """
     want = want._replace(deferred=_defers(student, teacher, want))
-    if torch.compiler.is_compiling() and not want.inplace:
-        assert numbers is not None
+    compiling = torch.compiler.is_compiling()
+    if compiling and numbers is not None and not want.inplace:
         graph_options = GraphOptions.of(options, want, numbers)
         result = Result(*kd_rows_op(student, teacher, *rows, backend, *graph_options))
         loss = result.total if summed else result.loss
         return (loss, *(part.detach() if want.parts else None for part in result.parts))  # type: ignore[union-attr]
-    if (
-        numbers is not None
-    ):  # kd_loss has broken the graph, but the compiler took its validation for one
-        run = torch.compiler.disable(_settled)
-        return run(numbers, student, teacher, rows, options, want, backend, summed)
+    arguments = (student, teacher, rows, options, want, backend, summed)
+    if numbers is None and not compiling:
+        return _differentiable(*arguments)
+    # The graph broke inside kd_loss: only its validation was compiled, or only what follows it.
+    return torch.compiler.disable(_run_eagerly)(numbers, *arguments)
+
+
+def _differentiable(
+    student: Tensor,
+    teacher: Tensor,
+    rows: Rows,
+    options: Options,
+    want: Want,
+    backend: str,
+    summed: bool,
+) -> tuple[Tensor | None, ...]:
     kernels = _kernels(student, teacher, options, backend)
     computation = Loss(kernels.kd_rows, options, want, summed, kernels.scale_rows_)
     return Differentiable.apply(computation, rows, 2, student, teacher)
 
 
-def _settled(
-    numbers: Numbers, student: Tensor, teacher: Tensor, rows: Rows, options: Options, *rest: Any
+def _run_eagerly(
+    numbers: Numbers | None,
+    student: Tensor,
+    teacher: Tensor,
+    rows: Rows,
+    options: Options,
+    *others: Any,
 ) -> tuple[Tensor | None, ...]:
-    options = settled(options.divergence, options.vocab_size, options.tail, numbers, rows)
-    return kd_rows(student, teacher, rows, options, *rest)
+    if numbers is not None:
+        options = settled(options.divergence, options.vocab_size, options.tail, numbers, rows)
+    return _differentiable(student, teacher, rows, options, *others)

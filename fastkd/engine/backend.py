@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 from fastkd.backends import registry
+from fastkd.backends.sparse import SparseRows
 from fastkd.call.contract import Options
 
 
@@ -23,8 +24,5 @@ def kernels_for(backend: str, options: Options) -> Any:
 
 def for_teacher(kernels: Any, options: Options) -> Any:
     """The backend, or the same for a sparse teacher where its own kd_rows takes none."""
-    if not options.tail or not hasattr(kernels, "gather_events"):
-        return kernels
-    from fastkd.backends.sparse import SparseRows
-
-    return SparseRows(kernels)
+    takes_it = not options.tail or getattr(kernels, "SPARSE", False)
+    return kernels if takes_it else SparseRows(kernels)

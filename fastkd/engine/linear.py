@@ -259,7 +259,7 @@ def kd_chunks(
         logits_dtype = dtype if student.weight is None else wide(dtype)
     chunk_size, memory_budget = checked_sizes(chunk_size, memory_budget)
     compiling = torch.compiler.is_compiling()
-    if compiling and not want.inplace and numbers is not None:
+    if compiling and numbers is not None and not want.inplace:
         graph_options = GraphOptions.of(options, want, numbers, weights)
         result = Chunked(
             *kd_chunks_op(
@@ -273,11 +273,10 @@ def kd_chunks(
         wanted, call.backend, form, weights, chunk_size, memory_budget, logits_dtype
     )
     arguments = (student, tensors, rows, options, chunked, want, call.summed)
-    if numbers is not None:  # as in fastkd.engine.autograd: the graph is broken
-        return torch.compiler.disable(_settled)(numbers, *arguments)
-    # A compiler that has left the graph within the validation may be back: what it has is checked already.
-    run = torch.compiler.disable(_differentiable) if compiling else _differentiable
-    return run(*arguments)
+    if numbers is None and not compiling:
+        return _differentiable(*arguments)
+    # As in fastkd.engine.autograd: the graph broke inside the validation.
+    return torch.compiler.disable(_run_eagerly)(numbers, *arguments)
 
 
 def _differentiable(
@@ -294,13 +293,14 @@ def _differentiable(
     return Differentiable.apply(loss, rows, len(student), *student, *teacher)
 
 
-def _settled(
-    numbers: Numbers,
+def _run_eagerly(
+    numbers: Numbers | None,
     student: Student,
     teacher: Sequence[Tensor],
     rows: Rows,
     options: Options,
-    *rest: Any,
+    *others: Any,
 ) -> tuple[Tensor | None, ...]:
-    options = settled(options.divergence, options.vocab_size, options.tail, numbers, rows)
-    return _differentiable(student, teacher, rows, options, *rest)
+    if numbers is not None:
+        options = settled(options.divergence, options.vocab_size, options.tail, numbers, rows)
+    return _differentiable(student, teacher, rows, options, *others)

@@ -59,10 +59,12 @@ def _text(text: str) -> str:
 
 def add_parser(commands: Any) -> None:
     """Add `cache` to the subparsers of python -m fastkd."""
-    parser = commands.add_parser("cache", help="a teacher's outputs on disk: build, verify, info")
+    parser = commands.add_parser(
+        "cache", help="build, verify or describe a teacher's outputs on disk"
+    )
     actions = parser.add_subparsers(dest="action", required=True)
     build = actions.add_parser(
-        "build", help="run a teacher over a text; goes on where a killed build was"
+        "build", help="run a teacher over a text; resumes an interrupted build"
     )
     build.add_argument("path", metavar="OUT", help="the folder of the cache")
     build.add_argument(
@@ -71,64 +73,79 @@ def add_parser(commands: Any) -> None:
     build.add_argument(
         "--text", type=_text, required=True, metavar="FILE", help="a UTF-8 text file"
     )
-    build.add_argument("--kind", choices=KINDS, required=True, help="what is kept of the teacher")
-    build.add_argument("--k", type=_count, default=64, help="entries a row of kind topk (64)")
+    build.add_argument("--kind", choices=KINDS, required=True, help="which outputs to store")
     build.add_argument(
-        "--temperature", type=_temperature, default=1.0, help="of kind topk's probabilities (1)"
+        "--k", type=_count, default=64, help="entries per row, for kind topk (default: 64)"
     )
-    build.add_argument("--length", type=_count, default=256, help="tokens a sequence (256)")
     build.add_argument(
-        "--dtype", choices=DTYPES, default="float32", help="what values are rounded to (float32)"
+        "--temperature",
+        type=_temperature,
+        default=1.0,
+        help="temperature of the log-probabilities, for kind topk (default: 1)",
     )
-    build.add_argument("--sequences", type=_count, help="stop after so many (the whole text)")
-    build.add_argument("--shard-examples", type=_count, default=64, help="sequences a shard (64)")
+    build.add_argument(
+        "--length", type=_count, default=256, help="tokens per sequence (default: 256)"
+    )
+    build.add_argument(
+        "--dtype", choices=DTYPES, default="float32", help="dtype of the outputs (default: float32)"
+    )
+    build.add_argument(
+        "--sequences",
+        type=_count,
+        help="stop after this number of sequences (default: the whole text)",
+    )
+    build.add_argument(
+        "--shard-examples", type=_count, default=64, help="sequences per shard (default: 64)"
+    )
     build.add_argument(
         "--rank",
         type=_rank,
-        help="build one part of a cache that several processes build: which one, from 0 (RANK, as torchrun sets it)",
+        help="the rank of this process, from 0, if several build the cache (default: $RANK, as torchrun sets it)",
     )
     build.add_argument(
-        "--world-size", type=_count, help="how many processes build the cache (WORLD_SIZE)"
+        "--world-size",
+        type=_count,
+        help="the number of processes that build the cache (default: $WORLD_SIZE)",
     )
     verify = actions.add_parser(
         "verify", help="check every digest and value; exit code 1 if one is wrong"
     )
-    described = actions.add_parser("info", help="what a cache holds, and what it takes")
-    described.add_argument("--json", action="store_true", help="one JSON object on stdout")
-    for action in (verify, described):
+    info = actions.add_parser("info", help="report what a cache contains and its size")
+    info.add_argument("--json", action="store_true", help="print one JSON object to stdout")
+    for action in (verify, info):
         action.add_argument("path", metavar="PATH", help="the folder of the cache")
 
 
-def run(chosen: argparse.Namespace) -> int:
-    """Run a parsed `cache` command; the exit code."""
+def run(parsed: argparse.Namespace) -> int:
+    """Run a parsed `cache` command and return its exit code."""
     try:
-        if chosen.action == "build":
-            rank, world_size = _process(chosen)
-            folder = part_folder(Path(chosen.path), rank, world_size)
-            manifest = _build(chosen, rank, world_size)
+        if parsed.action == "build":
+            rank, world_size = _process(parsed)
+            folder = part_folder(Path(parsed.path), rank, world_size)
+            manifest = _build(parsed, rank, world_size)
             print(f"{folder}: {manifest.examples} examples, {manifest.rows} rows")
-        elif chosen.action == "verify":
-            cache = TeacherCache(chosen.path)
+        elif parsed.action == "verify":
+            cache = TeacherCache(parsed.path)
             cache.verify()
-            print(f"{chosen.path}: {cache.manifest.examples} examples are as they were written")
+            print(f"{parsed.path}: {cache.manifest.examples} examples match their digests")
         else:
-            found = describe(read_manifest(chosen.path))
-            print(json.dumps(found, indent=2) if chosen.json else text(found))
-    except BrokenPipeError:  # whoever reads the output has read enough
+            description = describe(read_manifest(parsed.path))
+            print(json.dumps(description, indent=2) if parsed.json else text(description))
+    except BrokenPipeError:  # an OSError, but not an error of the cache; fastkd.__main__ handles it
         raise
     except (ValueError, OSError, ImportError) as error:
-        print(f"python -m fastkd cache {chosen.action}: {error}", file=sys.stderr)
+        print(f"python -m fastkd cache {parsed.action}: {error}", file=sys.stderr)
         return 1
     return 0
 
 
-def _process(chosen: argparse.Namespace) -> tuple[int, int]:
-    """This process's rank, and how many there are: as said, or else as torchrun's environment has it."""
-    given = chosen.rank, chosen.world_size
-    if None not in given:
-        return given
-    if given != (None, None):
-        raise ValueError("--rank and --world-size go together")
+def _process(parsed: argparse.Namespace) -> tuple[int, int]:
+    """Return (rank, world size) from the arguments, else from torchrun's environment variables, else (0, 1)."""
+    arguments = parsed.rank, parsed.world_size
+    if None not in arguments:
+        return arguments
+    if arguments != (None, None):
+        raise ValueError("--rank and --world-size must be passed together")
     if not {"RANK", "WORLD_SIZE"} <= os.environ.keys():
         return 0, 1
     try:
@@ -139,45 +156,46 @@ def _process(chosen: argparse.Namespace) -> tuple[int, int]:
     return rank, world_size
 
 
-def _build(chosen: argparse.Namespace, rank: int, world_size: int) -> Manifest:
+def _build(parsed: argparse.Namespace, rank: int, world_size: int) -> Manifest:
     transformers = need("transformers", "building a teacher cache", "cache-build")
     need("rich", "building a teacher cache", "cache-build")
     from rich.console import Console
     from rich.progress import Progress
 
     transformers.utils.logging.disable_progress_bar()
-    tokenizer = transformers.AutoTokenizer.from_pretrained(chosen.model, local_files_only=True)
-    # Line by line, which lets the tokenizer use every core.
+    tokenizer = transformers.AutoTokenizer.from_pretrained(parsed.model, local_files_only=True)
+    # Tokenize a list of lines rather than one string, so that the tokenizer uses every core.
     lines = tokenizer(
-        chosen.text.splitlines(keepends=True) or [""], add_special_tokens=False, verbose=False
+        parsed.text.splitlines(keepends=True) or [""], add_special_tokens=False, verbose=False
     )
     tokens = torch.tensor(list(itertools.chain.from_iterable(lines["input_ids"])))
-    sequences = tokens.split(chosen.length)[: chosen.sequences] if len(tokens) else ()
+    sequences = tokens.split(parsed.length)[: parsed.sequences] if len(tokens) else ()
     model = transformers.AutoModelForCausalLM.from_pretrained(
-        chosen.model, local_files_only=True, dtype=torch.float32
+        parsed.model, local_files_only=True, dtype=torch.float32
     )
     vocab_size = model.config.get_text_config().vocab_size
     if len(tokens) and int(tokens.max()) >= vocab_size:
         raise ValueError(
-            f"the tokenizer gives id {int(tokens.max())}, and the model has a vocabulary of {vocab_size}"
+            f"the tokenizer returned id {int(tokens.max())}, but the model's vocabulary has {vocab_size} entries; use "
+            "the tokenizer of the model"
         )
-    # torchrun numbers the processes of a machine, which share its GPUs and its terminal.
+    # torchrun sets LOCAL_RANK, the rank among the processes of this machine, which share its GPUs and its terminal.
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     gpus = torch.cuda.device_count()
     model.to(torch.device("cuda", local_rank % gpus) if gpus else "cpu")
     with Progress(console=Console(stderr=True), disable=local_rank > 0) as progress:
         task = progress.add_task("sequences", total=len(sequences))
         return build_cache(
-            chosen.path,
+            parsed.path,
             model,
             sequences,
-            kind=chosen.kind,
-            dtype=DTYPES[chosen.dtype],
-            shard_examples=chosen.shard_examples,
-            k=chosen.k,
-            temperature=chosen.temperature,
+            kind=parsed.kind,
+            dtype=DTYPES[parsed.dtype],
+            shard_examples=parsed.shard_examples,
+            k=parsed.k,
+            temperature=parsed.temperature,
             tokenizer_sha256=tokenizer_sha256(tokenizer),
-            teacher=chosen.model.resolve().name,
+            teacher=parsed.model.resolve().name,
             rank=rank,
             world_size=world_size,
             progress=lambda done: progress.update(task, completed=done),
@@ -185,10 +203,10 @@ def _build(chosen: argparse.Namespace, rank: int, world_size: int) -> Manifest:
 
 
 def describe(manifest: Manifest) -> dict[str, Any]:
-    """What `info` shows, ready for JSON; sizes in bytes."""
+    """Return the facts that `info` prints, ready for JSON; sizes are in bytes."""
     head = manifest.head.bytes if manifest.head else 0
     total = head + sum(shard.bytes for shard in manifest.shards)
-    a_row = (total - head) / manifest.rows if manifest.rows else None
+    per_row = (total - head) / manifest.rows if manifest.rows else None
     dense = 4 * manifest.vocab_size
     return {
         "kind": manifest.kind,
@@ -205,16 +223,16 @@ def describe(manifest: Manifest) -> dict[str, Any]:
         "shards": len(manifest.shards),
         "bytes": total,
         "head_bytes": head,
-        "bytes_a_row": a_row,
-        "dense_float32_bytes_a_row": dense,
-        "times_smaller_a_row": dense / a_row if a_row else None,
+        "bytes_per_row": per_row,
+        "dense_float32_bytes_per_row": dense,
+        "times_smaller_per_row": dense / per_row if per_row else None,
     }
 
 
-def text(found: dict[str, Any]) -> str:
-    """What :func:`describe` found, for people."""
+def text(description: dict[str, Any]) -> str:
+    """Format the result of :func:`describe` for people."""
     rows = []
-    for name, value in found.items():
+    for name, value in description.items():
         if value is None:
             continue
         if isinstance(value, dict):

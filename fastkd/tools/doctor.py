@@ -1,8 +1,8 @@
-"""python -m fastkd doctor: the numbers of every backend that runs here, next to float64.
+"""The command python -m fastkd doctor, which compares the results of every backend that runs here with float64.
 
-The bar is not a tolerance. In float32 it is what the reference loses there, plus one unit in the last place of the
-largest terms (the reference can be exact by luck); in a low precision, one rounding of the exact gradient on top.
-Every verdict is the largest error divided by its bar, so above 1 is wrong.
+The allowed error, the bar, is not a fixed tolerance. For float32 it is the float32 error of the reference, which can be
+0 by chance, plus one unit in the last place of the largest terms. For lower precisions it also includes one rounding of
+the exact gradient. Each verdict is the largest ratio of error to bar; a ratio above 1 is a failure.
 """
 
 from __future__ import annotations
@@ -30,30 +30,30 @@ IGNORED = -100
 
 
 class Case(NamedTuple):
-    """One call of kd_loss on random logits."""
+    """Shape, dtype and options of one call of kd_loss on random logits."""
 
     rows: int
     columns: int
     dtype: torch.dtype
     temperature: float
-    alpha: float  # below 1 there are labels, the first of which drops its row
+    alpha: float  # below 1 the call has labels, the first of which drops its row
     spread: float = 3.0  # the standard deviation of the logits
 
     @property
     def dtype_name(self) -> str:
-        """Without the module."""
+        """The dtype without the prefix "torch."."""
         return str(self.dtype).removeprefix("torch.")
 
     @property
     def label(self) -> str:
-        """As failures name it."""
+        """The description used in failures."""
         objective = f"T={self.temperature:g}, alpha={self.alpha:g}"
         logits = f"{self.rows} x {self.columns} logits of spread {self.spread:g}"
         return f"{self.dtype_name}, {logits}, {objective}"
 
 
 class Failure(NamedTuple):
-    """A result that is wrong, or what was raised in its place."""
+    """A wrong result, or the exception that a call raised."""
 
     case: str
     result: str
@@ -68,31 +68,31 @@ class Failure(NamedTuple):
 
 
 class Verdict(NamedTuple):
-    """How a backend does on one divergence."""
+    """Result of a backend for one divergence."""
 
-    worst: dict[
-        str, float
-    ]  # by dtype, error / bar; infinite for a NaN, an infinity and an exception
-    failure: Failure | None  # the worst one
+    # The largest error / bar by dtype; infinite for a wrong NaN or infinity, or an exception.
+    worst: dict[str, float]
+    failure: Failure | None  # the failure with the largest ratio
 
 
 def ratios(worst: dict[str, float]) -> str:
-    """The worst error / bar of each dtype, as text."""
+    """Format the largest error / bar of each dtype."""
     return ", ".join(f"{dtype} {ratio:.2g}" for dtype, ratio in worst.items())
 
 
-# 37 columns: two SIMD vectors of 16 and a tail. 4097: two of the C++ kernel's blocks of 2048 and one column.
-# 5 rows: not a multiple of the threads.
+# 37 columns: two SIMD vectors of 16 elements and a remainder. 4097 columns: two blocks of the C++ kernel, 2048 columns
+# each, and one column. 5 rows: not a multiple of usual thread counts.
 GRID = [
     Case(5, width, dtype, temperature, alpha)
     for dtype in DTYPES
     for width in (37, 4097)
     for temperature, alpha in ((1.0, 1.0), (2.0, 0.6))
 ]
-# Most probabilities are 0 in float32: exp is at the end of its range.
+# A spread at which most probabilities underflow to 0 in float32.
 FAR = Case(5, 37, torch.float32, 1.0, 1.0, spread=40.0)
 GRID.append(FAR)
-# Triton's interpreter takes half a second a call. It has no bfloat16: it cuts digits off where a GPU rounds.
+# For Triton's interpreter, which takes half a second per call. bfloat16 is omitted, because the interpreter truncates
+# where a GPU rounds.
 SMALL_GRID = [
     Case(2, 37, torch.float32, 2.0, 0.6),
     Case(2, 37, torch.float16, 1.0, 1.0),
@@ -101,23 +101,26 @@ SMALL_GRID = [
 
 
 def grid(device: str, backend: str) -> list[Case]:
-    """The cases that fit a backend's speed."""
+    """Return the cases for a backend: fewer for Triton's interpreter."""
     return SMALL_GRID if backend == "triton" and device == "cpu" else GRID
 
 
 def divergences() -> dict[str, fastkd.Divergence]:
-    """The table with its defaults, and the limits of the alpha-beta family, each of its own definition."""
+    """Return the divergences of the table with default parameters, and the limits of alpha_beta, by name.
+
+    The limits are included because each has its own definition.
+    """
     limits = [fastkd.alpha_beta(*ab) for ab in ((0.4, 0.0), (0.0, 0.4), (0.3, -0.3), (0.0, 0.0))]
     listed = [make() for make in fastkd.DIVERGENCES.values()] + limits
     return {divergence.name: divergence for divergence in listed}
 
 
 class Results(NamedTuple):
-    """What kd_loss gave, row by row, on the CPU in float64."""
+    """Results of kd_loss per row, on the CPU in float64."""
 
     loss: Tensor  # [N]
-    student: Tensor  # [N, V], the gradient
-    teacher: Tensor | None  # [N, V]; None where the divergence has no degree
+    student: Tensor  # [N, V], the student's gradient
+    teacher: Tensor | None  # [N, V], the teacher's gradient; None if the divergence has no degree
 
 
 def _inputs(case: Case) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -159,15 +162,17 @@ def _run(
     )
     assert isinstance(loss, Tensor)
     loss.backward(torch.ones_like(loss))
-    found = (loss.detach(), student.grad, teacher.grad)
-    loss64, student64, teacher64 = (None if x is None else x.cpu().double() for x in found)
+    results = (loss.detach(), student.grad, teacher.grad)
+    loss64, student64, teacher64 = (None if x is None else x.cpu().double() for x in results)
     assert loss64 is not None and student64 is not None
     return Results(loss64, student64, teacher64)
 
 
 def _terms(case: Case, divergence: fastkd.Divergence) -> tuple[Tensor, Tensor]:
-    """What the loss and a gradient are sums of, in size [N, 1]: one unit in the last place of every
-    log-probability x, an error of the order of max(1, |x|) units, moves the results by that much.
+    """Return the size [N, 1] of the terms that the loss and the gradient sum.
+
+    If every log-probability x has a relative error of one unit in the last place, which is an absolute error of the
+    order of max(1, |x|) units, the results change by about this size times one unit.
     """
     student, teacher, labels = _inputs(case)
     s, t = student.double(), teacher.double()
@@ -176,64 +181,66 @@ def _terms(case: Case, divergence: fastkd.Divergence) -> tuple[Tensor, Tensor]:
         log_q, log_p = log_q.log_softmax(-1), log_p.log_softmax(-1)
     phi, g, _ = evaluate(divergence, log_p, log_q)
     size = torch.maximum(log_p.abs(), log_q.abs()).clamp(min=1.0)
-    own = (phi.abs() + g.abs()) * size
-    total = own.sum(-1, keepdim=True)
-    gradient = own
+    terms = (phi.abs() + g.abs()) * size
+    total = terms.sum(-1, keepdim=True)
+    gradient = terms
     if divergence.normalized:
-        gradient = own + torch.maximum(log_p, log_q).exp() * total
-    entropic = torch.zeros_like(total)
+        gradient = terms + torch.maximum(log_p, log_q).exp() * total
+    cross_entropy = torch.zeros_like(total)
     if labels is not None:
-        entropic = s.log_softmax(-1).abs().amax(-1, keepdim=True)
-    loss_terms = case.alpha * case.temperature**2 * total + (1 - case.alpha) * entropic
+        cross_entropy = s.log_softmax(-1).abs().amax(-1, keepdim=True)
+    loss_terms = case.alpha * case.temperature**2 * total + (1 - case.alpha) * cross_entropy
     largest = gradient.amax(-1, keepdim=True)
-    return loss_terms, case.alpha * case.temperature * largest + (1 - case.alpha) * entropic
+    return loss_terms, case.alpha * case.temperature * largest + (1 - case.alpha) * cross_entropy
 
 
 class Truth:
-    """The float64 reference and the bars, computed once for all backends."""
+    """Cache of the exact results and bars, which are computed once for all backends."""
 
     def __init__(self) -> None:
-        self._known: dict[tuple[Case, fastkd.Divergence], tuple[Results, Results]] = {}
+        self._cache: dict[tuple[Case, fastkd.Divergence], tuple[Results, Results]] = {}
 
     def of(self, case: Case, divergence: fastkd.Divergence) -> tuple[Results, Results]:
-        """(the exact results, the error allowed to each of their elements)."""
+        """Return (exact results, bars): the float64 results, and the error allowed for each of their elements."""
         key = (case, divergence)
-        if key not in self._known:
+        if key not in self._cache:
             exact = _run(case, divergence, "reference", dtype=torch.float64)
-            plain = _run(case, divergence, "reference", dtype=torch.float32)
+            float32 = _run(case, divergence, "reference", dtype=torch.float32)
             loss_terms, gradient_terms = _terms(case, divergence)
 
-            def gradient_bar(of_plain: Tensor | None, of_exact: Tensor | None) -> Tensor | None:
-                if of_plain is None or of_exact is None:
+            def gradient_bar(rounded: Tensor | None, exact: Tensor | None) -> Tensor | None:
+                if rounded is None or exact is None:
                     return None
-                lost = (of_plain - of_exact).abs().amax(-1, keepdim=True)
-                bar = (lost + ULP * gradient_terms).expand_as(of_exact)
-                if case.dtype != torch.float32:  # half a unit in the last place
+                lost = (rounded - exact).abs().amax(-1, keepdim=True)
+                bar = (lost + ULP * gradient_terms).expand_as(exact)
+                if (
+                    case.dtype != torch.float32
+                ):  # half a unit in the last place, also for subnormals
                     number = torch.finfo(case.dtype)
-                    bar = bar + of_exact.abs() * number.eps / 2
+                    bar = bar + exact.abs() * number.eps / 2
                     bar = bar + number.smallest_normal * number.eps / 2
                 return bar
 
-            student = gradient_bar(plain.student, exact.student)
+            student = gradient_bar(float32.student, exact.student)
             assert student is not None
-            loss = (plain.loss - exact.loss).abs() + ULP * loss_terms.squeeze(-1)
-            self._known[key] = (
+            loss = (float32.loss - exact.loss).abs() + ULP * loss_terms.squeeze(-1)
+            self._cache[key] = (
                 exact,
-                Results(loss, student, gradient_bar(plain.teacher, exact.teacher)),
+                Results(loss, student, gradient_bar(float32.teacher, exact.teacher)),
             )
-        return self._known[key]
+        return self._cache[key]
 
 
-def _judge(case: Case, given: Results, exact: Results, bars: Results) -> tuple[float, Failure]:
-    """(the largest error / bar, and where it is)."""
+def _judge(case: Case, results: Results, exact: Results, bars: Results) -> tuple[float, Failure]:
+    """Return (the largest error / bar, the element where it occurs)."""
     worst, failure = -1.0, None
     named = zip(
-        ("loss", "student's gradient", "teacher's gradient"), given, exact, bars, strict=True
+        ("loss", "student's gradient", "teacher's gradient"), results, exact, bars, strict=True
     )
-    for name, value, right, bar in named:
-        if value is None or right is None or bar is None:
+    for name, value, expected, bar in named:
+        if value is None or expected is None or bar is None:
             continue
-        error = (value - right).abs().flatten()
+        error = (value - expected).abs().flatten()
         bar = bar.flatten()
         ratio = torch.where(error == 0, 0.0, error / bar).nan_to_num(nan=math.inf)
         at = int(ratio.argmax())
@@ -249,27 +256,30 @@ def _judge(case: Case, given: Results, exact: Results, bars: Results) -> tuple[f
 def judge(
     divergence: fastkd.Divergence, backend: str, device: str = "cpu", truth: Truth | None = None
 ) -> Verdict:
-    """Run a backend's grid on a divergence; the worst case of each dtype."""
+    """Run the cases of a backend for a divergence and return the worst result of each dtype."""
     truth = truth or Truth()
     worst: dict[str, float] = {}
     failures: list[tuple[float, Failure]] = []
     for case in grid(device, backend):
         exact, bars = truth.of(case, divergence)
         try:
-            ratio, where = _judge(case, _run(case, divergence, backend, device), exact, bars)
-        except Exception as error:  # whatever a broken installation raises is the diagnosis
-            said = f"{type(error).__name__}: {str(error).strip() or 'no message'}"
-            ratio, where = math.inf, Failure(case.label, "", math.nan, math.nan, said)
+            ratio, failure = _judge(case, _run(case, divergence, backend, device), exact, bars)
+        except (
+            Exception
+        ) as error:  # a broken installation can raise anything; report it as a failure
+            message = f"{type(error).__name__}: {str(error).strip() or 'no message'}"
+            ratio, failure = math.inf, Failure(case.label, "", math.nan, math.nan, message)
         worst[case.dtype_name] = max(ratio, worst.get(case.dtype_name, 0.0))
         if ratio > 1.0:
-            failures.append((ratio, where))
+            failures.append((ratio, failure))
     return Verdict(worst, max(failures, key=lambda failed: failed[0])[1] if failures else None)
 
 
 @contextlib.contextmanager
 def own_settings() -> Iterator[None]:
-    """Without the switches that would change which backend runs; and without NumPy's remarks on log 0 in
-    Triton's interpreter.
+    """Unset the environment variables that affect backends, and silence NumPy's warnings in Triton's interpreter.
+
+    NumPy warns about log 0, which is intended. The environment is restored afterwards.
     """
     switches = ("FASTKD_BACKEND", "FASTKD_STRICT", "FASTKD_CHECK")
     saved = {name: os.environ.pop(name) for name in switches if name in os.environ}
@@ -293,8 +303,8 @@ def _eager(student: Tensor, teacher: Tensor, divergence: str) -> Tensor:
 
 
 def _seconds(step: Callable[[], None], device: str, repeats: int = 5) -> float:
-    """The fastest of a few runs, after one that does not count."""
-    taken = []
+    """Return the shortest time of several runs after a warm-up run."""
+    times = []
     for _ in range(repeats + 1):
         start = time.perf_counter()
         step()
@@ -302,16 +312,16 @@ def _seconds(step: Callable[[], None], device: str, repeats: int = 5) -> float:
             torch.accelerator.synchronize() if hasattr(
                 torch, "accelerator"
             ) else torch.cuda.synchronize()
-        taken.append(time.perf_counter() - start)
-    return min(taken[1:])
+        times.append(time.perf_counter() - start)
+    return min(times[1:])
 
 
 def timings(backend: str, device: str) -> list[dict[str, Any]]:
-    """Loss and gradient in float32, next to eager PyTorch."""
+    """Time loss and gradient in float32, with eager PyTorch for comparison."""
     rows, width = (64, 32768) if device == "cpu" else (2048, 32768)
     student = torch.randn(rows, width, device=device, requires_grad=True)
     teacher = torch.randn(rows, width, device=device)
-    found = []
+    results = []
     for divergence in ("forward_kl", "jsd"):
 
         def fused(divergence: str = divergence) -> None:
@@ -323,7 +333,7 @@ def timings(backend: str, device: str) -> list[dict[str, Any]]:
             torch.autograd.grad(_eager(student, teacher, divergence), student)
 
         seconds, eager_seconds = _seconds(fused, device), _seconds(eager, device)
-        found.append(
+        results.append(
             {
                 "backend": backend,
                 "device": device,
@@ -335,7 +345,7 @@ def timings(backend: str, device: str) -> list[dict[str, Any]]:
                 "times_eager": round(eager_seconds / seconds, 2),
             }
         )
-    return found
+    return results
 
 
 def _chosen(device: str) -> dict[str, Any]:
@@ -345,7 +355,7 @@ def _chosen(device: str) -> dict[str, Any]:
 
 
 def examine(only: str | None = None) -> dict[str, Any]:
-    """Judge every backend on every device it runs on, or only that one; what was found, ready for JSON."""
+    """Judge every backend, or only one, on every device it runs on; return the findings, ready for JSON."""
     names = [only] if only else list(registry.available_backends())
     verdicts, not_run, speed = [], [], []
     with own_settings():
@@ -387,7 +397,7 @@ def examine(only: str | None = None) -> dict[str, Any]:
 
 
 def text(diagnosis: dict[str, Any]) -> str:
-    """What :func:`examine` found, for people."""
+    """Format the result of :func:`examine` for people."""
     verdicts = diagnosis["verdicts"]
     lines = []
     places = dict.fromkeys((v["backend"], v["device"]) for v in verdicts)
@@ -397,30 +407,30 @@ def text(diagnosis: dict[str, Any]) -> str:
         rows = [[f"{backend} on {device}", "", *dtypes]]
         for v in here:
             ratios = v["error_over_bar"].values()
-            cells = ("not a number" if ratio is None else f"{ratio:.2f}" for ratio in ratios)
+            cells = ("not finite" if ratio is None else f"{ratio:.2f}" for ratio in ratios)
             rows.append([v["divergence"], "ok" if v["passed"] else "FAIL", *cells])
         lines += [*columns(rows, indent=""), ""]
     if verdicts:
         lines += [
-            "Numbers: largest error / its bar, over the loss and the gradients. Above 1 is wrong.",
+            "Numbers: the largest error / bar over loss and gradients. Above 1 is a failure.",
             "",
         ]
     for skipped in diagnosis["not_run"]:
         lines.append(f"{skipped['backend']} was not run: {skipped['reason']}. {skipped['remedy']}")
     for device, chosen in diagnosis["auto"].items():
         because = f", because {chosen['fallback']}" if chosen["fallback"] else ""
-        lines.append(f"backend='auto' takes {chosen['backend']} for {device} tensors{because}")
+        lines.append(f"backend='auto' chooses {chosen['backend']} for {device} tensors{because}")
     for t in diagnosis["timings"]:
         lines.append(
             f"{t['backend']}, {t['divergence']}, {t['rows']} x {t['columns']} float32 with gradient: {t['ms']:.1f} ms, "
-            f"eager PyTorch {t['eager_ms']:.1f} ms, {t['times_eager']:.1f} times that"
+            f"eager PyTorch {t['eager_ms']:.1f} ms, {t['times_eager']:.1f} times as long"
         )
     failures = [v for v in verdicts if not v["passed"]]
     lines += [""] + [
         f"FAIL {v['backend']} ({v['device']}), {v['divergence']}: {v['failure']}" for v in failures
     ]
     if diagnosis["ok"]:
-        lines.append("all is well")
+        lines.append("all backends passed")
     elif failures:
-        lines.append(f"{len(failures)} of {len(verdicts)} verdicts are failures")
+        lines.append(f"{len(failures)} of {len(verdicts)} checks failed")
     return "\n".join(lines)

@@ -1,4 +1,4 @@
-"""python -m fastkd info: what is installed, and what of it runs here."""
+"""The command python -m fastkd info, which reports what is installed and which backends run here."""
 
 from __future__ import annotations
 
@@ -18,32 +18,32 @@ import fastkd
 from fastkd.backends import registry
 
 SWITCHES = {
-    "FASTKD_BACKEND": "a backend that replaces the one each call asks for",
+    "FASTKD_BACKEND": "a backend that overrides the argument of every call",
     "FASTKD_STRICT": "1: falling back to the portable backend raises BackendUnavailable",
-    "FASTKD_CHECK": "1: wait for the device, and raise on an invalid label or temperature",
-    "TRITON_INTERPRET": "1, before triton is imported: the triton backend runs on CPU tensors, slowly",
+    "FASTKD_CHECK": "1: wait for the device, and raise for an invalid label or temperature",
+    "TRITON_INTERPRET": "1, set before triton is imported: the triton backend runs on CPU tensors, slowly",
 }
 
 ROLES = {
-    "portable": "plain PyTorch: what backend='auto' falls back to",
-    "reference": "the oracle that the others are held to: right, and slow",
+    "portable": "plain PyTorch, the fallback of backend='auto'",
+    "reference": "slow; the others are tested against it",
 }
 
 
 def devices() -> list[str]:
-    """The types of device that torch can use here and a backend may serve."""
-    found = ["cpu"]
+    """Return the device types that torch can use here and that a backend may serve."""
+    types = ["cpu"]
     if torch.cuda.is_available():
-        found.append("cuda")
+        types.append("cuda")
     if hasattr(torch, "xpu") and torch.xpu.is_available():
-        found.append("xpu")
-    return found
+        types.append("xpu")
+    return types
 
 
 def obstacle(
     backend: str, device: str, divergence: fastkd.Divergence | None = None
 ) -> registry.Obstacle | None:
-    """Why a backend cannot serve float32 logits on a device; None where it can."""
+    """Return why a backend cannot serve float32 logits on a device, or None if it can."""
     if divergence is None:
         divergence = fastkd.forward_kl()
     call = registry.Request(device, torch.float32, torch.float32, divergence)
@@ -72,25 +72,25 @@ def _processor() -> str:
 
 
 def _native() -> dict[str, Any]:
-    """The native extension, and the record that its build left beside it."""
-    found: dict[str, Any] = {
+    """Describe the native extension, with the record of its build from _build.json."""
+    facts: dict[str, Any] = {
         "available": fastkd.available_backends()["cpu"] is None,
         "instruction_set": None,
         "instruction_sets": [],
         "build": None,
     }
-    if found["available"]:
+    if facts["available"]:
         extension = importlib.import_module("fastkd._C")
-        found["instruction_set"] = extension.instruction_set()
-        found["instruction_sets"] = list(extension.instruction_sets())
+        facts["instruction_set"] = extension.instruction_set()
+        facts["instruction_sets"] = list(extension.instruction_sets())
     record = Path(__file__).parents[1] / "_build.json"
     if record.is_file():
-        found["build"] = json.loads(record.read_text())
-    return found
+        facts["build"] = json.loads(record.read_text())
+    return facts
 
 
 def _backend(name: str) -> dict[str, Any]:
-    """Where a backend runs; with a reason and a remedy where that is nowhere."""
+    """Describe on which devices a backend runs, or if it runs on none the reason and a remedy."""
     obstacles = {device: obstacle(name, device) for device in devices()}
     served = [device for device, why in obstacles.items() if why is None]
     why = None if served else next(iter(obstacles.values()))
@@ -103,10 +103,10 @@ def _backend(name: str) -> dict[str, Any]:
 
 
 def _serving() -> list[dict[str, Any]]:
-    """Which backend a call with backend="auto" gets for each kind of tensor, and why it is not the preferred one."""
+    """Return which backend backend="auto" chooses for each kind of tensor, and why if it is not the preferred one."""
     override = os.environ.get("FASTKD_BACKEND")
     available = registry.available_backends()
-    found = []
+    choices = []
     for device in devices():
         for dtype in (torch.float32, torch.bfloat16, torch.float64):
             call = registry.Request(device, dtype, dtype, fastkd.forward_kl())
@@ -115,11 +115,11 @@ def _serving() -> list[dict[str, Any]]:
                 obstacle = registry.obstacle(override, call, available)
                 chosen = override if obstacle is None else None
                 why = f"FASTKD_BACKEND={override}"
-                why += "" if obstacle is None else f", and {obstacle.reason}. {obstacle.remedy}"
+                why += "" if obstacle is None else f", but {obstacle.reason}. {obstacle.remedy}"
             else:
                 chosen, fallback = registry.choose(call, available)
                 why = fallback or ""
-            found.append(
+            choices.append(
                 {
                     "device": device,
                     "dtype": str(dtype).removeprefix("torch."),
@@ -127,11 +127,11 @@ def _serving() -> list[dict[str, Any]]:
                     "why": why or None,
                 }
             )
-    return found
+    return choices
 
 
 def collect() -> dict[str, Any]:
-    """Everything that `info` shows, ready for JSON."""
+    """Return the facts that `info` prints, ready for JSON."""
     return {
         "versions": {
             "fastkd": fastkd.__version__,
@@ -160,7 +160,7 @@ def collect() -> dict[str, Any]:
 
 
 def columns(rows: Iterable[Sequence[str]], indent: str = "  ") -> list[str]:
-    """Rows as lines of aligned columns, for text and not for programs."""
+    """Format rows as lines with aligned columns."""
     table = [list(row) for row in rows]
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
     return [(indent + "  ".join(map(str.ljust, row, widths))).rstrip() for row in table]
@@ -177,9 +177,9 @@ def _build_lines(build: dict[str, Any] | None) -> list[tuple[str, str]]:
     return [*lines, *((f"flags, {name}", " ".join(sets[name])) for name in sets if sets[name])]
 
 
-def text(found: dict[str, Any]) -> str:
-    """What :func:`collect` found, for people."""
-    versions, machine, native = found["versions"], found["machine"], found["native"]
+def text(facts: dict[str, Any]) -> str:
+    """Format the result of :func:`collect` for people."""
+    versions, machine, native = facts["versions"], facts["machine"], facts["native"]
     lines = columns(
         [
             *((name, version or "not installed") for name, version in versions.items()),
@@ -199,28 +199,28 @@ def text(found: dict[str, Any]) -> str:
         [("instruction sets", ", ".join(sets) or "none"), *_build_lines(native["build"])]
     )
     lines += ["", "backends"]
-    for name, backend in found["backends"].items():
+    for name, backend in facts["backends"].items():
         if backend["devices"]:
             role = f" ({ROLES[name]})" if name in ROLES else ""
             lines.append(f"  {name:<10} runs on {', '.join(backend['devices'])}{role}")
         else:
-            state = "nothing to run on" if backend["installed"] else "missing"
+            state = "no device to run on" if backend["installed"] else "missing"
             lines += [
                 f"  {name:<10} {state}: {backend['reason']}",
                 f"  {'':<10} {backend['remedy']}",
             ]
-    lines += ["", "which one serves"]
+    lines += ["", "backend='auto' chooses"]
     lines += columns(
         (
             f"{served['dtype']} on {served['device']}",
             served["backend"] or "none",
             served["why"] or "",
         )
-        for served in found["serves"]
+        for served in facts["serves"]
     )
     lines += ["", "environment"]
     lines += columns(
         (name, switch["value"] or "unset", switch["meaning"])
-        for name, switch in found["environment"].items()
+        for name, switch in facts["environment"].items()
     )
     return "\n".join(lines)

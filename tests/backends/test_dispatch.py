@@ -280,7 +280,10 @@ def test_a_checkout_that_was_not_built(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(registry, "_built", dict)
     registry.available_backends.cache_clear()
     why = fastkd.available_backends()["cpu"]
-    assert why is not None and why.reason == "this is a checkout, whose extension is not built"
+    assert (
+        why is not None
+        and why.reason == "this is a source checkout, and its extension has not been built"
+    )
     assert "make build" in why.remedy
 
 
@@ -363,7 +366,7 @@ def _python(code: str, **environment: str) -> str:
 
 
 def test_import_loads_torch_alone() -> None:
-    """What an import costs in time is measured by bench/imports.py; what it may load is the same on any machine."""
+    """bench/studies/imports.py measures how long an import takes; what it may load is the same on any machine."""
     say = "print(*__import__('sys').modules, sep='\\n')"
     with_torch = set(_python(f"import torch; {say}").splitlines())
     added = set(_python(f"import torch, fastkd; {say}").splitlines()) - with_torch

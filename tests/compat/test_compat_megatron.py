@@ -115,7 +115,9 @@ def test_megatrons_ghost_of_a_sure_student() -> None:
 
 def test_without_a_group() -> None:
     student, _, logprobs, ids = problem()
-    with pytest.raises(ValueError, match="tp_group must be the 2 processes of tp_size, got None"):
+    with pytest.raises(
+        ValueError, match="tp_group must be the process group of the tp_size=2 processes, got None"
+    ):
         megatron.topk_kl_div(student, logprobs, ids, 2, 0, None)
 
 

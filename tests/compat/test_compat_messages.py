@@ -215,7 +215,7 @@ def test_tensors_without_a_dimension(loss: torch.nn.Module) -> None:
 
 
 def test_batchmean_of_more_dimensions() -> None:
-    """Of [rows, V], which is all that Liger takes, rows are torch's size(0); of [B, S, V] each position is a row."""
+    """With [rows, V], the only shape of Liger, rows are torch's size(0); with [B, S, V] each position is a row."""
     log_q, target = log_p(3, 4, 7), p(3, 4, 7)
     loss = liger.LigerKLDIVLoss(reduction="batchmean")
     total = torch.nn.functional.kl_div(log_q.double(), target.double(), reduction="sum")
@@ -253,7 +253,7 @@ def test_chunks_of_other_tokens() -> None:
     with pytest.raises(ValueError, match="got 3 and 3 chunks, 9 tokens of the student and labels"):
         loss(student.chunk(3, 1), student.chunk(3, 1), labels[:, :8])
     with pytest.raises(
-        ValueError, match="student_logits must be a list of chunks .* there is ForwardKLLoss"
+        ValueError, match="student_logits must be a list of chunks .* use ForwardKLLoss"
     ):
         loss(student, student, labels)
     with pytest.raises(ValueError, match="teacher_logits must have the shape of student_logits"):

@@ -277,7 +277,9 @@ def test_megatron_losses(top_k: int | None, reverse: bool) -> None:
 
 def test_errors() -> None:
     student, teacher = logits()
-    with pytest.raises(ValueError, match=r"top_k must be in \[1, 37\], the vocabulary; got 38"):
+    with pytest.raises(
+        ValueError, match=r"top_k must be in \[1, 37\], the vocabulary size; got 38"
+    ):
         ours.TopKLogitsKLLoss(CONFIG, top_k=38)(student, teacher)
     with pytest.raises(ValueError, match="reduction must be one of mean, batchmean, sum, none"):
         ours.LogitsDistillationLoss(reduction="max")

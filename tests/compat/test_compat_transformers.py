@@ -300,8 +300,8 @@ def test_label_smoothing(
     torch.testing.assert_close(loss, expected, rtol=1e-6, atol=0)
     assert "labels" in batch
     for options, message in (
-        ({"alpha": 1.0}, "alpha=1 leaves out"),
-        ({"alpha": 0.5, "label_smoothing": 0.1}, "is 0.1 in loss_kwargs, and .* is 0.2"),
+        ({"alpha": 1.0}, "alpha=1 omits"),
+        ({"alpha": 0.5, "label_smoothing": 0.1}, "is 0.1 in loss_kwargs, but .* is 0.2"),
     ):
         with pytest.raises(ValueError, match=message):
             kd_trainer(student, args, teacher_model=teacher, loss_kwargs=options)
@@ -360,7 +360,7 @@ def test_labels_that_are_shifted_already(
 def test_a_teacher_that_is_a_function(
     student: nn.Module, teacher: nn.Module, arguments: Callable[..., Any], fused: bool
 ) -> None:
-    """Of top-k columns that a dataset carries, and the student must not see."""
+    """Top-k columns of a dataset do not reach the student."""
     (batch,) = stacked(sentences(), 8)
     with torch.no_grad():
         log_p = teacher.eval()(batch["input_ids"], batch["attention_mask"]).logits.log_softmax(-1)
@@ -426,7 +426,7 @@ def test_fused_wants_to_know_what_becomes_of_logits(
         trainer = kd_trainer(model, arguments(), teacher_model=teacher, **options)
         return trainer.compute_loss(model, batch)
 
-    with pytest.raises(ValueError, match=f"Say in loss_kwargs .*{side}logit_scale"):
+    with pytest.raises(ValueError, match=f"Set {side}logit_scale .* in loss_kwargs"):
         loss(fused=True)
     options = LOSS | {f"{side}logit_scale": 0.25}
     torch.testing.assert_close(loss(fused=True, loss_kwargs=options), loss(), rtol=1e-6, atol=0)
@@ -582,7 +582,7 @@ def test_what_a_trainer_must_not_be(
         given = {"args": arguments(), "teacher_model": teacher} | options
         return kd_trainer(student, **given)
 
-    with pytest.raises(ValueError, match="teacher_model is the student"):
+    with pytest.raises(ValueError, match="teacher_model must not be the student"):
         build(teacher_model=student)
     with pytest.raises(ValueError, match="compute_loss_func would not be called"):
         build(compute_loss_func=print)
@@ -599,7 +599,9 @@ def test_what_a_trainer_must_not_be(
         build(args=several)
     student.lm_head = nn.Sequential(student.lm_head)
     trainer = build(fused=True)
-    with pytest.raises(ValueError, match="model whose get_output_embeddings\\(\\) is an nn.Linear"):
+    with pytest.raises(
+        ValueError, match="model whose get_output_embeddings\\(\\) is exactly an nn.Linear"
+    ):
         trainer.compute_loss(student, stacked(sentences(2), 2)[0])
 
 

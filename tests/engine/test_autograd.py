@@ -403,7 +403,8 @@ def test_in_place_refuses_what_it_would_break(any_backend: str) -> None:
         ((leaf, teacher), "inplace=True would overwrite student_logits, a leaf that requires grad"),
         (
             (student, teacher.clone().requires_grad_()),
-            "inplace=True overwrites student_logits, which the teacher's gradient needs; detach the teacher",
+            "inplace=True overwrites student_logits, which the teacher's gradient needs; detach the teacher or "
+            "pass inplace=False",
         ),
         (
             (student.t().contiguous().t(), teacher),
@@ -411,7 +412,8 @@ def test_in_place_refuses_what_it_would_break(any_backend: str) -> None:
         ),
         (
             (student[:1].expand(4, 19), teacher),
-            "inplace=True needs student_logits without expanded dimensions, got strides (0, 1)",
+            "inplace=True needs student_logits without expanded dimensions, got strides (0, 1); pass "
+            "student_logits.contiguous()",
         ),
         (
             (student, student.detach()),

@@ -19,6 +19,7 @@ from fastkd import (
     calibration,
     divergences,
     features,
+    functional,
     kd_loss,
     online,
     parallel,
@@ -26,6 +27,7 @@ from fastkd import (
     response,
     sequences,
 )
+from fastkd.call import checks
 from fastkd.core.scalars import as_float, plain
 from fastkd.teachers import cache
 
@@ -335,3 +337,33 @@ def test_what_is_no_number_is_refused() -> None:
 def test_numbers_in_a_compiled_graph(value: Any) -> None:
     compiled = torch.compile(lambda s: kd_loss(s, T, temperature=value), backend="aot_eager")
     torch.testing.assert_close(compiled(S), kd_loss(S, T, temperature=2.0))
+
+
+@pytest.mark.parametrize("broken", ["around prepare", "in prepare"])
+@pytest.mark.parametrize("loss", ["kd_loss", "fused_linear_kd_loss"])
+def test_a_graph_that_breaks_in_the_validation(
+    loss: str, broken: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The validation then runs as it is and the rest is compiled, or the other way round."""
+    student, heads = (S, ()) if loss == "kd_loss" else (HIDDEN, (HEAD,))
+
+    def call(student: Tensor) -> Tensor:
+        return getattr(fastkd, loss)(student, *heads, T, temperature=2.0)
+
+    leaf = student.clone().requires_grad_()
+    expected = call(leaf)
+    gradient = torch.autograd.grad(expected, leaf)[0]
+    if broken == "around prepare":
+        monkeypatch.setattr(functional, "prepare", torch.compiler.disable(checks.prepare))
+    else:
+        choose = checks.check_choice
+
+        def breaking(*arguments: Any) -> None:
+            torch._dynamo.graph_break()
+            choose(*arguments)
+
+        monkeypatch.setattr(checks, "check_choice", breaking)
+    torch._dynamo.reset()
+    found = torch.compile(call, backend="aot_eager")(leaf)
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(torch.autograd.grad(found, leaf)[0], gradient)

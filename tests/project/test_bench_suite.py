@@ -1,4 +1,4 @@
-"""The benchmark suite: who is wrong is caught and not timed, figures are what they say, and a regression fails."""
+"""The benchmark suite: wrong contenders are caught and not timed, figures are right, and a regression fails."""
 
 from __future__ import annotations
 
@@ -17,12 +17,16 @@ from support.paths import ROOT
 from torch import Tensor
 
 BENCH = ROOT / "bench"
-sys.path.append(str(BENCH))  # after tests/, which has modules of the same names
+sys.path += [
+    str(BENCH),
+    str(BENCH / "studies"),
+]  # after tests/, which has modules of the same names
 
 import cases  # noqa: E402 (from bench/)
 import compare  # noqa: E402 (from bench/)
 import measure  # noqa: E402 (from bench/)
 import peers  # noqa: E402 (from bench/)
+import study  # noqa: E402 (from bench/studies/)
 import tables  # noqa: E402 (from bench/)
 import verify  # noqa: E402 (from bench/)
 
@@ -30,28 +34,26 @@ TINY = {"rows": 6, "vocabulary": 1_037}  # an unaligned row; hidden states are 1
 COMPILING = ("torch.compile", "Liger chunked JSD")
 SLOW = (*COMPILING, "Model-Optimizer")  # seconds each, to compile or to import
 
-# A contender each that is off as losses in the wild are, among those that are right.
+# Right contenders, and one for each way in which published losses are wrong.
 PLANTED = """
 import cases
 import peers
-from contenders import mean_of, eager_rows
-
-Case, Peer = cases.Case, peers.Peer
+from peers import Peer, eager_rows, mean_of
 
 def planted(factor):
-    def make(divergence, dtype):
-        right = mean_of(eager_rows(peers.loss_of(divergence), dtype))
+    def make(loss, dtype):
+        right = mean_of(eager_rows(loss, dtype))
         return lambda student, teacher: factor * right(student, teacher)
     return make
 
-def detached(divergence, dtype):  # the right value, and another gradient
-    right = mean_of(eager_rows(peers.loss_of(divergence), dtype))
+def detached(loss, dtype):  # the right value, and another gradient
+    right = mean_of(eager_rows(loss, dtype))
     return lambda s, t: right(s.detach(), t) + 0 * s.sum() + (s - s.detach()).sum() / s.numel()
 
-def raises(divergence, dtype):
+def raises(loss, dtype):
     raise RuntimeError("no kernel image")
 
-cases.QUICK[:] = [Case("logits", "forward_kl", 64, 8_192)]
+cases.QUICK[:] = [cases.Case("logits", "forward_kl", 64, 8_192)]
 peers.PEERS[:] = [p for p in peers.PEERS if p.name in ("fastkd (cpu)", "eager", "Liger KLDiv")] + [
     Peer("wrong sign", "logits", planted(-1)),
     Peer("mean over V", "logits", planted(1 / 8192)),
@@ -158,7 +160,7 @@ def test_every_peer_is_right_or_says_why_it_cannot_run(peer: peers.Peer, diverge
         case = cases.Case(peer.form, divergence, **TINY, dtype=dtype, hidden=16 * linear)
         problem = cases.Problem(case)
         try:
-            call = peer.make(divergence, cases.DTYPES[dtype])
+            call = problem.make(peer)
         except ImportError as error:
             pytest.skip(str(error))
         assert problem.verdict(peer, problem.errors(peer, call)) is None
@@ -231,12 +233,12 @@ def unpoisoned_memory() -> Iterator[None]:
 def test_the_peak_in_this_process_is_that_of_a_process_of_its_own() -> None:
     import memory
 
-    case = {"divergence": "forward_kl", "layout": "contiguous", "shape": (64, 32_768), "threads": 1}
-    case |= {"dtype": "float32", "contender": "fastkd"}
-    alone = memory.in_a_process(case)["peak"]
+    case = {"divergence": "forward_kl", "layout": "contiguous", "shape": (64, 32_768)}
+    case |= {"dtype": "float32", "contender": "fastkd (cpu)"}
+    alone = measure.in_a_process(memory.measure, case, threads=1)["peak"]
     problem = cases.Problem(cases.Case("logits", "forward_kl", 64, 32_768))
     ours = peers.anchor("logits", "cpu")
-    call = ours.make("forward_kl", torch.float32)
+    call = problem.make(ours)
     problem.errors(
         ours, call
     )  # its float64 copies are freed, and must neither count nor hide anything
@@ -305,6 +307,26 @@ def test_what_is_no_run_is_refused(tmp_path: Path) -> None:
     path.write_text("{}")
     with pytest.raises(ValueError, match=r"other.json is not a run of the suite"):
         tables.load(path)
+
+
+def test_studies_have_the_suites_contenders() -> None:
+    problem = cases.Problem(
+        cases.Case("logits", "forward_kl", 4, 65), peers.published("forward_kl")
+    )
+    names = ("eager", "fastkd (cpu)", "fastkd (cpu, in place)", "Liger", "nobody")
+    found = study.contenders(problem, names)
+    assert list(found) == ["eager", "fastkd", "fastkd in place"]  # Liger's needs a GPU
+    for peer, call in found.values():
+        assert problem.verdict(peer, problem.errors(peer, call)) is None  # at temperature 2
+
+
+def test_another_packages_loss_takes_a_temperature() -> None:
+    case = cases.Case("logits", "forward_kl", *TINY.values())
+    problem = cases.Problem(case, peers.published("forward_kl"))
+    trl = next(peer for peer in peers.PEERS if peer.name == "TRL generalized_jsd_loss")
+    assert problem.verdict(trl, problem.errors(trl, problem.make(trl))) is None
+    at_1 = trl.make(peers.loss_of("forward_kl"), torch.float32)
+    assert problem.verdict(trl, problem.errors(trl, at_1))
 
 
 def row_of_fastkd(found: dict[str, Any]) -> dict[str, Any]:

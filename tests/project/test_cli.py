@@ -67,7 +67,7 @@ PIPED = ("info", "info --json", "--help", "cache info {cache}", "cache info --js
 # Each command as `python -m fastkd` has it, in a process of its own that need not import torch again.
 EACH_PIPED = """
 import json, os, runpy, sys
-import fastkd.__main__, fastkd.teachers.cache.cli, fastkd.tools.info
+import fastkd.__main__, fastkd.tools.cache, fastkd.tools.info
 codes = []
 for arguments in json.loads(sys.argv[2]):
     child = os.fork()
@@ -150,14 +150,14 @@ def test_doctor_finds_every_backend_right() -> None:
 def test_doctor_as_text() -> None:
     said = command("doctor", "--backend", "reference").stdout
     assert re.search(r"forward_kl +ok +0\.\d\d", said)
-    assert said.endswith("all is well\n")
+    assert said.endswith("all backends passed\n")
 
 
 PLANT = """
 import sys
 from fastkd.backends import registry
 from fastkd.__main__ import main
-module = backends.load("cpu")
+module = registry.load("cpu")
 healthy = module.kd_rows
 def kd_rows(student, teacher, rows, options, want):
     result = healthy(student, teacher, rows, options, want)
@@ -176,7 +176,7 @@ def test_doctor_exits_with_1_at_a_planted_fault() -> None:
     assert re.search(r"jsd +FAIL ", said) and re.search(r"forward_kl +ok ", said)
     (line,) = [line for line in said.splitlines() if line.startswith("FAIL")]
     assert re.match(r"FAIL cpu \(cpu\), jsd: float\S+, .*: error of the loss \S+, bar \d", line)
-    assert "all is well" not in said
+    assert "all backends passed" not in said
 
 
 def _scaled_value(result: Result) -> None:
@@ -232,7 +232,7 @@ def test_doctor_asked_for_a_backend_that_cannot_run() -> None:
     absent = "import sys; sys.modules['fastkd._C'] = None\nfrom fastkd.__main__ import main\n"
     said = run("-c", absent + "sys.exit(main(['doctor', '--backend', 'cpu']))", code=1).stdout
     assert "cpu was not run: the native extension is missing" in said
-    assert "all is well" not in said
+    assert "all backends passed" not in said
 
 
 HEADER = "import fastkd\nfrom torch import exp, log1p, where\n\n"
@@ -242,13 +242,13 @@ RIGHT = "def f(p, q, log_p, log_q):\n    return q * (log_q - log_p), q * (log_q 
 @pytest.mark.parametrize(
     ("definition", "arguments", "said"),
     [
-        (RIGHT, "degree=1.0", "it is what it says"),
-        (RIGHT, "degree=1.0, closed_form=fastkd.ClosedForm(reverse=1.0)", "closed form: is the sum"),
-        (RIGHT, "", "degree=1 would be right"),
+        (RIGHT, "degree=1.0", "all checks passed"),
+        (RIGHT, "degree=1.0, closed_form=fastkd.ClosedForm(reverse=1.0)", "closed form: gives the sums"),
+        (RIGHT, "", "Set degree=1, which fits"),
         (RIGHT, "degree=2.0", "FAIL  degree: .* degree=1 fits"),
         (RIGHT, "degree=1.0, closed_form=fastkd.ClosedForm(forward=1.0)", "FAIL  closed form: its sum of phi"),
         # q left out of the derivative
-        (RIGHT.replace(" + q", ""), "degree=1.0", "FAIL  g: is not d phi / d log q at .* it is .* the derivative"),
+        (RIGHT.replace(" + q", ""), "degree=1.0", "FAIL  g: is not d phi / d log q at .* it is .* the derivative is"),
         # best where the student is as far from the teacher as can be
         ("def f(p, q, log_p, log_q):\n    return -p * (log_p - log_q), p\n\n", "degree=1.0", "FAIL  minimum"),
         # 0 / 0 where both underflow
@@ -290,7 +290,7 @@ def test_check(
         ("broken:f", "importing 'broken' failed: .*absent"),
         ("mine:divergense", "has no 'divergense'; did you mean 'divergence'"),
         ("mine:f", "needs arguments"),
-        ("mine:number", "is a int, and not"),
+        ("mine:number", "is a int, not a"),
         ("mine:wrong", r"wrong\(\) is a int"),
         ("mine:failing", r"failing\(\) failed: ValueError: no \(line 7 of mine.py\)"),
     ],

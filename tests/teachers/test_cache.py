@@ -174,7 +174,7 @@ def test_a_wrong_index_is_named(tmp_path: Path) -> None:
     for beyond in (len(cache), -len(cache) - 1):
         with pytest.raises(IndexError, match=r"index must be in \[-\d+, \d+\), got"):
             cache[beyond]
-    with pytest.raises(ValueError, match="examples must be one or more, got none"):
+    with pytest.raises(ValueError, match="examples must contain at least one example, got none"):
         cache.collate(cache[5:5])
 
 
@@ -501,7 +501,7 @@ def test_resume_goes_on_after_the_last_whole_shard(tmp_path: Path) -> None:
     assert files(tmp_path / "cut") == files(tmp_path / "whole")
     with CacheWriter(tmp_path / "cut", **settings("dense")) as writer:
         assert writer.examples == 8
-        with pytest.raises(CacheError, match="is complete, and takes no more"):
+        with pytest.raises(CacheError, match="is complete and accepts no more"):
             writer.append(all_ids[0], logits=torch.zeros(3, V))
     assert files(tmp_path / "cut") == files(tmp_path / "whole")
 
@@ -569,18 +569,18 @@ def test_a_build_refuses_other_sequences(tmp_path: Path) -> None:
 
     with pytest.raises(RuntimeError, match="killed"):
         build_cache(tmp_path, model, until_killed(), **options)
-    with pytest.raises(CacheError, match="was begun with another sequence 1"):
+    with pytest.raises(CacheError, match="was begun with a different sequence 1"):
         build_cache(tmp_path, model, [ids[0], *ids[2:]], **options)
-    with pytest.raises(CacheError, match="was begun with 3 sequences or more, not 2"):
+    with pytest.raises(CacheError, match="was begun with at least 3 sequences, got 2"):
         build_cache(tmp_path, model, ids[:2], **options)
     assert build_cache(tmp_path, model, ids, **options).complete
     assert build_cache(tmp_path, model, ids, **options).complete
-    with pytest.raises(CacheError, match="is complete, and takes no more"):
+    with pytest.raises(CacheError, match="is complete and accepts no more"):
         build_cache(tmp_path, model, [*ids, ids[0]], **options)
     with pytest.raises(CacheError, match="sequences must be at least one"):
         build_cache(tmp_path, model, [], **options)
     for bad in ([1.5], [], [[1]], torch.ones(3)):
-        with pytest.raises(ValueError, match="sequences must be of int64 or int32 tokens"):
+        with pytest.raises(ValueError, match="sequences must be int64 or int32 token ids"):
             build_cache(tmp_path / "new", model, [bad], **options)  # type: ignore[list-item]  # that is what is tried
     assert not (tmp_path / "new").exists()
 
@@ -723,7 +723,7 @@ def test_a_part_that_is_missing_or_unfinished(tmp_path: Path) -> None:
     build(tmp_path, rank=2, world_size=3)
     CacheWriter(tmp_path, **settings(rank=1, world_size=3)).close()
     with pytest.raises(
-        IncompleteError, match="3 examples so far, and lacks the end of part-00001-of-00003; go on"
+        IncompleteError, match="3 examples so far, and lacks the end of part-00001-of-00003; resume"
     ):
         TeacherCache(tmp_path)
     assert [len(example.input_ids) for example in read_all(tmp_path, allow_incomplete=True)] == [3, 1, 4]  # fmt: skip
@@ -743,7 +743,7 @@ def test_what_is_there_of_unfinished_parts_is_read_in_order(tmp_path: Path) -> N
 @pytest.mark.parametrize("name", ["part-00000-of-00000", "part-00002-of-00002", "part-0-of-2"])
 def test_other_names_are_no_parts(name: str, tmp_path: Path) -> None:
     (tmp_path / name).mkdir()
-    with pytest.raises(ManifestError, match="is no teacher cache: manifest.json: No such file"):
+    with pytest.raises(ManifestError, match="is not a teacher cache: manifest.json: No such file"):
         TeacherCache(tmp_path)
 
 
@@ -829,9 +829,11 @@ def test_parts_of_other_sequences(tmp_path: Path) -> None:
         ManifestError, match="of different sequences: part-00000-of-00002 has 5 of all 7, not 4"
     ):
         TeacherCache(tmp_path)
-    with pytest.raises(CacheError, match="part-00001-of-00002 was begun with another sequence 3"):
+    with pytest.raises(
+        CacheError, match="part-00001-of-00002 was begun with a different sequence 3"
+    ):
         build_cache(tmp_path, model, ids[1:], rank=1, **own)
-    with pytest.raises(CacheError, match="part-00001-of-00002 was begun with 2 sequences or more, not 1"):  # fmt: skip
+    with pytest.raises(CacheError, match="part-00001-of-00002 was begun with at least 2 sequences, got 1"):  # fmt: skip
         build_cache(tmp_path, model, ids[:4], rank=1, **own)
     with pytest.raises(CacheError, match="sequences must be at least one"):
         build_cache(tmp_path, model, [], rank=1, **own)
@@ -1006,7 +1008,7 @@ CORRUPTIONS: dict[str, tuple[str, Callable[[Path], None], type[CacheError], str]
     "empty": ("topk", edit(bytearray.clear), S, "has 0 bytes; the manifest says"),
     "missing shard": ("topk", lambda folder: (folder / SECOND).unlink(), S, "cannot be read: No such file"),
     "missing head": ("hidden", lambda folder: (folder / HEAD).unlink(), S, "head.safetensors cannot be read"),
-    "a pipe": ("topk", make_pipe, S, "is no regular file"),
+    "a pipe": ("topk", make_pipe, S, "is not a regular file"),
     "flipped byte of data": ("topk", edit(flip(-1)), S, "has sha256 .*; the manifest says"),
     "flipped byte of lengths": ("dense", edit(flip(400)), S, "has sha256 .*; the manifest says"),
     "flipped byte of the head": ("hidden", edit(flip(-1), HEAD), S, "has sha256 .*; the manifest says"),
@@ -1020,28 +1022,28 @@ CORRUPTIONS: dict[str, tuple[str, Callable[[Path], None], type[CacheError], str]
         "topk",
         edit(lambda c: c.__setitem__(slice(8), (1 << 40).to_bytes(8, "little"))),
         S,
-        "is no safetensors file: a header of 1099511627776 bytes",
+        "is not a safetensors file: its header would have 1099511627776 bytes",
     ),
     "header beyond the end": (
         "topk",
         edit(lambda c: c.__setitem__(slice(8), len(c).to_bytes(8, "little"))),
         S,
-        "is no safetensors file: a header of",
+        "is not a safetensors file: its header would have",
     ),
     "header of 0 bytes": ("topk", edit(lambda c: c.__setitem__(slice(8), bytes(8))), S, "not JSON"),
     "flipped byte of the header": ("topk", edit(flip(8)), S, "the header is not JSON"),
     "a header that nests": ("topk", rewrite_header(lambda h: b"[" * len(h)), S, "the header is not JSON"),
-    "a header that is a list": ("topk", rewrite_header(lambda h: b"[]".ljust(len(h))), S, "no JSON object"),
+    "a header that is a list": ("topk", rewrite_header(lambda h: b"[]".ljust(len(h))), S, "not a JSON object"),
     "wrong dtype": (
         "topk",
         rewrite_header(lambda h: h.replace(b"F32", b"I32")),
         S,
-        "the header says .*'I32'.* of tensor 'logprobs'; the manifest implies .*'F32'",
+        "the header has .*'I32'.* for tensor 'logprobs'; the manifest implies .*'F32'",
     ),
-    "wrong shape": ("topk", rewrite_header(lambda h: h.replace(b"[8,5]", b"[5,8]")), S, "of tensor 'ids'"),
-    "wrong name": ("topk", rewrite_header(lambda h: h.replace(b'"ids"', b'"idx"')), S, "of tensor 'ids'"),
-    "wrong offsets": ("topk", rewrite_header(lambda h: h.replace(b"[0,24]", b"[8,24]")), S, "of tensor 'lengths'"),
-    "another order": ("topk", rewrite_header(reverse), S, "not written as this format writes it"),
+    "wrong shape": ("topk", rewrite_header(lambda h: h.replace(b"[8,5]", b"[5,8]")), S, "for tensor 'ids'"),
+    "wrong name": ("topk", rewrite_header(lambda h: h.replace(b'"ids"', b'"idx"')), S, "for tensor 'ids'"),
+    "wrong offsets": ("topk", rewrite_header(lambda h: h.replace(b"[0,24]", b"[8,24]")), S, "for tensor 'lengths'"),
+    "another order": ("topk", rewrite_header(reverse), S, "not the bytes that CacheWriter writes"),
     # Values, with a digest that fits
     "id of V": ("topk", put("input_ids", V), S, r"input_ids must be in \[0, 50\), got 50"),
     "id of -1": ("dense", put("input_ids", -1, 3), S, r"input_ids must be in \[0, 50\), got -1"),
@@ -1056,12 +1058,12 @@ CORRUPTIONS: dict[str, tuple[str, Callable[[Path], None], type[CacheError], str]
     "NaN in the bias": ("hidden", put("bias", math.nan, 5, HEAD), S, "bias must be finite"),
     "NaN in logits": ("dense", put("logits", math.nan, 60), S, "logits must be finite or -inf"),
     "inf in logits": ("dense", put("logits", math.inf, 399), S, "logits must be finite or -inf"),
-    "length of 0": ("topk", put("lengths", 0), S, "lengths must be positive, and their sum 8"),
-    "wrong lengths": ("topk", put("lengths", 4), S, "lengths must be positive, and their sum 8"),
-    "huge length": ("topk", put("lengths", 2**62), S, "lengths must be positive, and their sum 8"),
+    "length of 0": ("topk", put("lengths", 0), S, "lengths must be positive and have the sum 8"),
+    "wrong lengths": ("topk", put("lengths", 4), S, "lengths must be positive and have the sum 8"),
+    "huge length": ("topk", put("lengths", 2**62), S, "lengths must be positive and have the sum 8"),
     # The manifest
     "no manifest": ("topk", lambda folder: (folder / "manifest.json").unlink(), M,
-        "is no teacher cache: manifest.json: No such"),
+        "is not a teacher cache: manifest.json: No such"),
     "bad JSON": ("topk", edit(lambda c: c.__delitem__(slice(-20, None)), "manifest.json"), M,
         "manifest.json: Expecting"),
     "no UTF-8": ("topk", write_manifest(b'{"\xff'), M, "codec can't decode"),
@@ -1069,7 +1071,7 @@ CORRUPTIONS: dict[str, tuple[str, Callable[[Path], None], type[CacheError], str]
     "a list": ("topk", write_manifest(b"[]"), M, "format must be 'fastkd teacher cache', got None"),
     "another format": ("topk", field("format", to="gguf"), M, "format must be 'fastkd teacher cache', got 'gguf'"),
     "newer version": ("topk", field("version", to=2), M,
-        "is of version 2, and this fastkd reads version 1; upgrade fastkd"),
+        "has version 2, but this fastkd reads version 1; upgrade fastkd"),
     "no version": ("topk", field("version", to=True), M, "version must be a positive int, got True"),
     "extra field": ("topk", field("colour", to=1), M, r"missing: none; unknown: \['colour'\]"),
     "extra field of a shard": ("topk", field("shards", 0, "x", to=1), M, r"shards\[0\] must have the fields"),
@@ -1081,24 +1083,24 @@ CORRUPTIONS: dict[str, tuple[str, Callable[[Path], None], type[CacheError], str]
     "absolute path": ("topk", field("shards", 0, "file", to="/etc/passwd"), M, r"shards\[0\].file must be"),
     "head elsewhere": ("hidden", field("head", "file", to="../" + HEAD), M, "head.file must be 'head.safetensors'"),
     "swapped names": ("topk", field("shards", 0, "file", to=SECOND), M, r"shards\[0\].file must be 'shard-000000"),
-    "wrong count of examples": ("topk", field("examples", to=9), M, "examples must be 8, as the rest implies, got 9"),
-    "wrong count of rows": ("topk", field("rows", to=30), M, "rows must be 31, as the rest implies, got 30"),
+    "wrong count of examples": ("topk", field("examples", to=9), M, "examples must be 8, which .* imply, got 9"),
+    "wrong count of rows": ("topk", field("rows", to=30), M, "rows must be 31, which the other fields imply, got 30"),
     "wrong examples of a shard": ("topk", field("shards", 0, "examples", to=2), M,
         r"shards\[0\].examples must be 3, got 2"),
     "wrong rows of a shard": ("topk", field("shards", 0, "rows", to=9), M,
-        r"shards\[0\].bytes must be .*, which its tensors take"),
+        r"shards\[0\].bytes must be .*, the size of its tensors"),
     "rows beyond memory": ("dense", field("shards", 0, "rows", to=2**60), M, r"shards\[0\].bytes must be"),
     "wrong bytes": ("topk", field("shards", 0, "bytes", to=8), M, r"shards\[0\].bytes must be"),
     "no digest": ("topk", field("shards", 0, "sha256", to="x"), M, r"shards\[0\].sha256 must be 64 lowercase"),
     "a shard too few": ("topk", change_manifest(lambda c: c["shards"].pop()), M,
-        "examples must be 6, as the rest implies"),
+        "examples must be 6, which the other fields imply"),
     "another kind": ("topk", field("kind", to="dense"), M, "k must be None for kind 'dense', got 5"),
     "no kind": ("topk", field("kind", to=[]), M, "kind must be one of hidden, topk, dense, got"),
     "another dtype": ("topk", field("dtypes", "logprobs", to="float16"), M, r"shards\[0\].bytes must be"),
     "unknown dtype": ("topk", field("dtypes", "logprobs", to="object"), M,
         "dtype must be one of float32, bfloat16, float16"),
-    "dtypes that differ": ("topk", field("dtypes", "ids", to="int64"), M, "dtypes must be .*, as the rest implies"),
-    "no dtypes": ("topk", field("dtypes", to=None), M, "dtypes must be a dtype of each tensor by its name"),
+    "dtypes that differ": ("topk", field("dtypes", "ids", to="int64"), M, "dtypes must be .*, which the other"),
+    "no dtypes": ("topk", field("dtypes", to=None), M, "dtypes must be a dict of dtypes by tensor name"),
     "NaN temperature": ("topk", field("temperature", to=math.nan), M,
         "temperature must be positive and finite, got nan"),
     "huge temperature": ("topk", field("temperature", to=10**400), M, "temperature must be positive and finite"),
@@ -1161,7 +1163,7 @@ print(peak() - before)
 def test_a_huge_sparse_manifest(tmp_path: Path) -> None:
     with (tmp_path / "manifest.json").open("wb") as file:
         file.truncate(1 << 40)
-    with pytest.raises(ManifestError, match="is no file of at most"):
+    with pytest.raises(ManifestError, match="is not a regular file of at most"):
         read_manifest(tmp_path)
 
 
@@ -1212,7 +1214,7 @@ BAD_APPEND: list[tuple[str, dict[str, Any], type[Exception], str]] = [
     ("topk", {"topk": torch.ones(4, K)}, TypeError, "topk must be a fastkd.TopK, got Tensor"),
     ("topk", {"topk": topk(4, temperature=2.0)}, ValueError, "topk's temperature must be 1.0, the cache's, got 2.0"),
     ("topk", {"topk": topk(4, tail_logprob=None)}, ValueError,
-        "topk must have a tail_logprob, as TopK.from_logits gives it"),
+        "topk must have a tail_logprob; TopK.from_logits computes it"),
     ("topk", {"topk": topk(3)}, ValueError, "ids must be of shape (4, 5), got (3, 5)"),
     ("topk", {"topk": topk(4, ids=torch.full((4, K), 3))}, ValueError, "ids must be distinct within a row, got [3]"),
     ("topk", {"topk": topk(4, ids=torch.arange(K).expand(4, K) - 2)}, ValueError, "ids must be in [-1, 50), got -2"),
@@ -1383,7 +1385,7 @@ def test_a_head_that_is_not_linear_is_refused(tmp_path: Path) -> None:
             return SimpleNamespace(logits=super().forward(ids).logits.square())
 
     with pytest.raises(
-        ValueError, match="needs logits that are linear in the hidden states; .* differ by"
+        ValueError, match="needs logits that are linear in the hidden states, .* differ by"
     ):
         build_cache(tmp_path / "cache", Odd(), sequences(), kind="hidden")
 
@@ -1418,7 +1420,7 @@ def test_the_commands(
         assert main(["cache", "build", cache, *options]) == 0
         assert capsys.readouterr().out == f"{cache}: 5 examples, 45 rows\n"
     assert main(["cache", "verify", cache]) == 0
-    assert "5 examples are as they were written" in capsys.readouterr().out
+    assert "5 examples match their digests" in capsys.readouterr().out
     assert main(["cache", "info", cache, "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert (found["kind"], found["examples"], found["rows"], found["shards"]) == (kind, 5, 45, 3)
@@ -1426,7 +1428,7 @@ def test_the_commands(
     assert found["bytes"] == sum(
         len(data) for name, data in files(Path(cache)).items() if name.endswith("tensors")
     )
-    assert found["dense_float32_bytes_a_row"] == 4 * V
+    assert found["dense_float32_bytes_per_row"] == 4 * V
     import transformers
 
     assert found["tokenizer_sha256"] == tokenizer_sha256(
@@ -1437,8 +1439,8 @@ def test_the_commands(
     for line in (
         f"kind +{kind}",
         "rows +45",
-        "bytes a row +[0-9.]+",
-        "times smaller a row +[0-9.]+",
+        "bytes per row +[0-9.]+",
+        "times smaller per row +[0-9.]+",
     ):
         assert re.search(line, said), said
     assert [len(example.input_ids) for example in read_all(Path(cache))] == [10, 10, 10, 10, 5]
@@ -1484,7 +1486,7 @@ def test_the_command_builds_parts(
     assert read_manifest(parts) == read_manifest(whole)
     assert main(["cache", "verify", str(parts)]) == 0
     for options, message in (
-        (["--rank", "0"], "--rank and --world-size go together"),
+        (["--rank", "0"], "--rank and --world-size must be passed together"),
         (["--rank", "2", "--world-size", "2"], "rank must be an int in [0, 2), got 2"),
     ):
         assert main(command(model_folder, parts, *options)) == 1

@@ -21,7 +21,7 @@ from fastkd.teachers.cache.writer import CacheWriter
 
 
 def tokenizer_sha256(tokenizer: Any) -> str:
-    """The digest of a Hugging Face tokenizer's vocabulary: equal where token ids mean the same."""
+    """Return a digest of a Hugging Face tokenizer's vocabulary; equal digests mean equal token ids."""
     vocabulary = sorted(tokenizer.get_vocab().items())
     return hashlib.sha256(json.dumps(vocabulary).encode()).hexdigest()
 
@@ -42,33 +42,36 @@ def build_cache(
     world_size: int = 1,
     progress: Callable[[int], None] | None = None,
 ) -> Manifest:
-    """Run a causal language model over token sequences and keep what it says; goes on where a killed build was.
+    """Run a causal language model over token sequences and store its outputs; resumes an interrupted build.
 
     Args:
         path: the folder of the cache.
-        model: a Hugging Face style model: called with ids [1, S] it returns an object with logits [1, S, V]. Kind
-            "hidden" also needs base_model, whose last_hidden_state the head is applied to, and get_output_embeddings;
-            its config tells the head's scale and softcap. It runs in eval mode, a sequence at a time.
-        sequences: token ids [S] each; the same ones, in the same order, when a build goes on, and in every process.
+        model: a model in the style of Hugging Face: called with ids [1, S], it returns an object with logits [1, S, V].
+            Kind "hidden" also needs base_model, whose last_hidden_state is the input of the lm_head, and
+            get_output_embeddings; the scale and softcap of the logits are read from its config. The model runs in eval
+            mode, one sequence at a time.
+        sequences: token ids [S] each. Every process, and a resumed build, must pass the same sequences in the same
+            order.
         kind: "hidden", "topk" or "dense".
-        dtype: what the teacher's values are rounded to.
-        shard_examples: sequences a shard.
-        k: entries a row, for kind "topk".
-        temperature: of the log-probabilities, for kind "topk".
+        dtype: the dtype in which the teacher's outputs are stored.
+        shard_examples: the number of sequences per shard.
+        k: the number of entries per row, for kind "topk".
+        temperature: the temperature of the log-probabilities, for kind "topk".
         tokenizer_sha256: see :func:`tokenizer_sha256`.
-        teacher: a name for the teacher.
-        rank: this process is the rank-th of `world_size` that build the cache; it runs the model over every
-            `world_size`-th shard's sequences, and needs no other process.
+        teacher: a name for the teacher, for people.
+        rank: the rank of this process among the `world_size` that build the cache. It runs the model over every
+            `world_size`-th shard and does not communicate with the others.
         world_size: the number of processes.
-        progress: called with the number of sequences done, or left to other processes, after each.
+        progress: function called after each sequence with the number of sequences finished so far, including those of
+            other processes.
 
     Returns:
         The manifest of what this process has written.
 
     Raises:
-        TypeError, ValueError: an argument is wrong, or the head does not give the model's logits.
-        CacheError: as :class:`CacheWriter` and :class:`TeacherCache` raise it; or the sequences are none, or not those
-            that the cache was begun with.
+        TypeError, ValueError: an argument is invalid, or the lm_head does not reproduce the model's logits.
+        CacheError: there are no sequences, or they differ from those that the cache was started with; or an error of
+            :class:`CacheWriter` or :class:`TeacherCache`.
     """
     remaining = iter(sequences)
     first = next(remaining, None)
@@ -104,7 +107,8 @@ def build_cache(
                         if stored is not None and count < done:
                             if not torch.equal(stored[count].input_ids, input_ids):
                                 raise CacheError(
-                                    f"{writer.folder} was begun with another sequence {index}"
+                                    f"{writer.folder} was begun with a different sequence {index}; pass the same "
+                                    "sequences in the same order, or build into another folder"
                                 )
                         else:
                             rows = _outputs(model, input_ids, kind, dtype, k, temperature)
@@ -114,7 +118,7 @@ def build_cache(
                         progress(index + 1)
                 if count < done:
                     raise CacheError(
-                        f"{writer.folder} was begun with {done} sequences or more, not {count}"
+                        f"{writer.folder} was begun with at least {done} sequences, got {count}; pass all of them"
                     )
     finally:
         model.train(was_training)
@@ -125,7 +129,7 @@ def _input_ids(sequence: Tensor | Sequence[int]) -> Tensor:
     ids = torch.as_tensor(sequence).cpu()
     if ids.dim() != 1 or not len(ids) or ids.dtype not in (torch.int64, torch.int32):
         raise ValueError(
-            f"sequences must be of int64 or int32 tokens, [S] with S > 0; got {ids.dtype}, {tuple(ids.shape)}"
+            f"sequences must be int64 or int32 token ids [S] with S > 0, got {ids.dtype} {tuple(ids.shape)}"
         )
     return ids.long()
 
@@ -133,14 +137,14 @@ def _input_ids(sequence: Tensor | Sequence[int]) -> Tensor:
 def _outputs(
     model: nn.Module, input_ids: Tensor, kind: str, dtype: torch.dtype, k: int, temperature: float
 ) -> dict[str, Any]:
-    """The arguments of append."""
+    """Run the model and return the keyword arguments of CacheWriter.append."""
     if kind == "hidden":
         return {"hidden": _hidden(model, input_ids).to(dtype)}
     logits = _logits(model, input_ids)
     if kind == "dense":
         return {"logits": logits.to(dtype)}
     topk = TopK.from_logits(logits, k, temperature=temperature)
-    assert topk.tail_logprob is not None  # from_logits gives it
+    assert topk.tail_logprob is not None  # because from_logits computes it
     logprobs, tail_logprob = topk.logprobs.to(dtype), topk.tail_logprob.to(dtype)
     return {"topk": replace(topk, logprobs=logprobs, tail_logprob=tail_logprob)}
 
@@ -159,7 +163,11 @@ def _hidden(model: Any, input_ids: Tensor) -> Tensor:
 
 
 def _settings(model: Any, input_ids: Tensor, kind: str, dtype: torch.dtype) -> dict[str, Any]:
-    """The writer's arguments that the model decides; raises ValueError where a head is not all of a linear one."""
+    """Return the writer's arguments that depend on the model.
+
+    Raises:
+        ValueError: the lm_head with the scale and softcap of the config does not reproduce the model's logits.
+    """
     logits = _logits(model, input_ids)
     vocab_size = logits.shape[-1]
     if kind != "hidden":
@@ -172,14 +180,15 @@ def _settings(model: Any, input_ids: Tensor, kind: str, dtype: torch.dtype) -> d
         config, "logits_scaling", 1.0
     )
     softcap = getattr(config, "final_logit_softcapping", None)
-    again = F.linear(_hidden(model, input_ids), weight, bias).float() * scale
+    recomputed = F.linear(_hidden(model, input_ids), weight, bias).float() * scale
     if softcap is not None:
-        again = softcap * torch.tanh(again / softcap)
-    gap = (again - logits.float()).abs().max().item()
-    # A head that is not understood is wrong by the size of its logits; a right one in bfloat16 by a hundredth of it.
+        recomputed = softcap * torch.tanh(recomputed / softcap)
+    gap = (recomputed - logits.float()).abs().max().item()
+    # Rounding errors of bfloat16 are about 1 % of the logits. A head with an unknown transformation is off by 100 %.
     if not gap <= 0.05 * logits.float().abs().max().item():
         raise ValueError(
-            f"kind 'hidden' needs logits that are linear in the hidden states; those of this model differ by {gap:.3g}"
+            "kind 'hidden' needs logits that are linear in the hidden states, up to logit_scale and softcap of the "
+            f"config; those of this model differ by {gap:.3g}. Use kind 'topk' or 'dense'"
         )
     return {
         "vocab_size": vocab_size,

@@ -1,7 +1,7 @@
-"""The files of a teacher cache: the manifest, the layout of a safetensors file, and what is checked of both.
+"""The files of a teacher cache: manifest, safetensors layout, and the checks of both.
 
-A shard is checked from the outside in, and never by way of an allocation that the file asks for: its size against the
-manifest, its header against the one that the manifest implies, its digest, then the values, a bounded piece at a time.
+A shard is checked in this order: its size against the manifest, its header against the one that the manifest implies,
+its digest, and its values. Every step reads bounded pieces, so no number in a file can cause a large allocation.
 """
 
 from __future__ import annotations
@@ -35,12 +35,12 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 MANIFEST = "manifest.json"
 HEAD = "head.safetensors"
-PARTIAL = ".partial"  # ends the name of a file that is being written
+PARTIAL = ".partial"  # suffix of files that are being written
 
-MAX_MANIFEST = 16 << 20  # bytes; a shard takes about 200
-_MAX_HEADER = 64 << 10  # bytes; a shard has at most five tensors, about 100 each
-_PIECE = 1 << 20  # elements, or bytes, that are looked at at once
-_MAX_LOGPROB = 1e-4  # rounding takes the logarithm of a probability of nearly 1 above 0
+MAX_MANIFEST = 16 << 20  # bytes; each shard takes about 200
+_MAX_HEADER = 64 << 10  # bytes; a shard has at most five tensors of about 100 each
+_PIECE = 1 << 20  # elements, or bytes, checked at a time
+_MAX_LOGPROB = 1e-4  # above 0, because rounding can raise the logarithm of a probability close to 1
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _SAFETENSORS = {
     torch.int64: "I64",
@@ -50,19 +50,21 @@ _SAFETENSORS = {
     torch.float16: "F16",
 }
 
-Layout = dict[str, tuple[torch.dtype, tuple[int, ...]]]  # the tensors of a file: dtype and shape
+Layout = dict[
+    str, tuple[torch.dtype, tuple[int, ...]]
+]  # dtype and shape of a file's tensors by name
 
 
 class CacheError(ValueError):
-    """A cache that cannot be read, or cannot be written."""
+    """A cache cannot be read or written."""
 
 
 class ManifestError(CacheError):
-    """manifest.json is missing, malformed, of a newer version, or contradicts itself."""
+    """The manifest is missing, malformed, of a newer version, or contradicts itself."""
 
 
 class ShardError(CacheError):
-    """A shard or the head is missing, or is not what the manifest says."""
+    """A shard or the lm_head's file is missing, or contradicts the manifest."""
 
 
 class IncompleteError(CacheError):
@@ -74,20 +76,20 @@ class LockedError(CacheError):
 
 
 def require(holds: bool, name: str, allowed: str, value: object) -> None:
-    """Raise ValueError, saying what came and what is allowed, unless the condition holds."""
+    """Raise ValueError unless the condition holds; the message names the argument, its value and what is allowed."""
     if not holds:
         raise ValueError(f"{name} must be {allowed}, got {reprlib.repr(value)}")
 
 
 def folder_of(path: object, argument: str = "path") -> Path:
-    """The path of a cache's folder."""
+    """Return the folder of a cache as a Path; TypeError unless it is a str or an os.PathLike."""
     if not isinstance(path, (str, os.PathLike)):
         raise TypeError(f"{argument} must be a str or an os.PathLike, got {type(path).__name__}")
     return Path(path)
 
 
 def need(module: str, what: str, extra: str) -> Any:
-    """Import a module of an extra; ImportError says which extra."""
+    """Import an optional dependency; ImportError names the extra that installs it."""
     try:
         return importlib.import_module(module)
     except ImportError as error:
@@ -95,14 +97,15 @@ def need(module: str, what: str, extra: str) -> Any:
 
 
 def is_int(value: object, least: int = 1) -> TypeGuard[int]:
-    """Whether a value is an int, and no bool, of at least that."""
+    """Whether a value is an int (and not a bool) of at least `least`."""
     value = plain(value)
     return type(value) is int and value >= least
 
 
 def _is_number(value: object) -> TypeGuard[int | float]:
     real = type(value) is int or type(value) is float
-    return real and abs(value) <= sys.float_info.max  # type: ignore[arg-type]  # neither NaN nor an int of any size
+    # False for NaN, and for ints too large for a float.
+    return real and abs(value) <= sys.float_info.max  # type: ignore[arg-type]
 
 
 def _is_digest(value: object) -> bool:
@@ -111,7 +114,7 @@ def _is_digest(value: object) -> bool:
 
 @dataclass(frozen=True)
 class StoredFile:
-    """A file of the cache: its name in the folder, its size and its digest."""
+    """Record of a file: its name in the cache's folder, its size in bytes and its SHA-256."""
 
     file: str
     bytes: int
@@ -120,38 +123,38 @@ class StoredFile:
 
 @dataclass(frozen=True)
 class Shard(StoredFile):
-    """A file of examples, whose rows lie one after the other."""
+    """Record of a file of examples, whose rows are concatenated."""
 
     examples: int
     rows: int
 
 
 def shard_name(index: int) -> str:
-    """The name of a shard's file."""
+    """Return the file name of a shard."""
     return f"shard-{index:06d}.safetensors"
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a cache holds, as manifest.json says it.
+    """The content of manifest.json, which describes a cache.
 
     Raises:
-        ValueError: a field is malformed or contradicts another one; the message names it.
+        ValueError: a field is malformed or contradicts another; the message names it.
     """
 
     kind: str
     vocab_size: int
-    dtype: str  # of the teacher's floating-point tensors
-    shard_examples: int  # sequences in every shard but the last of a complete cache
-    k: int | None = None  # kind "topk"
-    temperature: float | None = None  # kind "topk"
-    hidden_size: int | None = None  # kind "hidden"
-    bias: bool = False  # kind "hidden": whether the head has one
-    logit_scale: float = 1.0  # kind "hidden": the loss's teacher_logit_scale
-    softcap: float | None = None  # kind "hidden": the loss's teacher_softcap
+    dtype: str  # dtype of the teacher's floating-point tensors
+    shard_examples: int  # sequences per shard; the last shard of a complete cache may have fewer
+    k: int | None = None  # for kind "topk"
+    temperature: float | None = None  # for kind "topk"
+    hidden_size: int | None = None  # for kind "hidden"
+    bias: bool = False  # for kind "hidden": whether the lm_head has a bias
+    logit_scale: float = 1.0  # for kind "hidden": pass it to the loss as teacher_logit_scale
+    softcap: float | None = None  # for kind "hidden": pass it to the loss as teacher_softcap
     tokenizer_sha256: str | None = None
     teacher: str | None = None  # a name for people
-    head: StoredFile | None = None  # kind "hidden"
+    head: StoredFile | None = None  # for kind "hidden"
     shards: tuple[Shard, ...] = ()
     complete: bool = False
 
@@ -191,15 +194,12 @@ class Manifest:
         check("tokenizer_sha256", hexadecimal, "64 lowercase hexadecimal digits, or None")
         check("teacher", isinstance(self.teacher, str | None), "a str, or None")
         check("complete", type(self.complete) is bool, "a bool")
-        for name in (
-            "temperature",
-            "logit_scale",
-            "softcap",
-        ):  # 1 and 1.0 are the same setting, and the same bytes
+        # Store 1 as 1.0, so that equal settings give equal bytes.
+        for name in ("temperature", "logit_scale", "softcap"):
             if getattr(self, name) is not None:
                 object.__setattr__(self, name, float(getattr(self, name)))
-        held = isinstance(self.head, StoredFile)
-        check_kind("hidden", "head", held, "the record of a file", None)
+        is_record = isinstance(self.head, StoredFile)
+        check_kind("hidden", "head", is_record, "the record of a file", None)
         if self.head is not None:
             _check_record("head", self.head, HEAD, self.head_layout())
         for index, shard in enumerate(self.shards):
@@ -208,12 +208,12 @@ class Manifest:
     def _check_shard(self, index: int, shard: Shard) -> None:
         where, full = f"shards[{index}]", self.shard_examples
         if self.complete and index == len(self.shards) - 1:
-            whole, allowed = is_int(shard.examples) and shard.examples <= full, f"in [1, {full}]"
+            valid, allowed = is_int(shard.examples) and shard.examples <= full, f"in [1, {full}]"
         else:
-            whole, allowed = is_int(shard.examples) and shard.examples == full, f"{full}"
-        require(whole, f"{where}.examples", allowed, shard.examples)
-        enough = is_int(shard.rows, shard.examples)
-        require(enough, f"{where}.rows", f"an int of at least {shard.examples}", shard.rows)
+            valid, allowed = is_int(shard.examples) and shard.examples == full, f"{full}"
+        require(valid, f"{where}.examples", allowed, shard.examples)
+        valid = is_int(shard.rows, shard.examples)
+        require(valid, f"{where}.rows", f"an int of at least {shard.examples}", shard.rows)
         _check_record(where, shard, shard_name(index), self.shard_layout(shard))
 
     @property
@@ -228,14 +228,14 @@ class Manifest:
 
     @property
     def dtypes(self) -> dict[str, str]:
-        """The dtype of every tensor by its name."""
+        """The dtypes of all tensors by name."""
         layout: Layout = {"lengths": (torch.int64, ())} | self.row_layout()
         if self.kind == "hidden":
             layout |= self.head_layout()
         return {name: str(dtype).removeprefix("torch.") for name, (dtype, _) in layout.items()}
 
     def row_layout(self) -> Layout:
-        """The tensors that have an entry a row, and the shape of that entry."""
+        """Return the dtypes of the per-row tensors and their shapes without the dimension of rows."""
         real = DTYPES[self.dtype]
         teacher: Layout = {"logits": (real, (self.vocab_size,))}
         if self.kind == "hidden":
@@ -246,74 +246,76 @@ class Manifest:
         return {"input_ids": (torch.int32, ()), **teacher}
 
     def shard_layout(self, shard: Shard) -> Layout:
-        """The tensors of a shard."""
+        """Return the dtypes and shapes of a shard's tensors."""
         layout: Layout = {"lengths": (torch.int64, (shard.examples,))}
         for name, (dtype, shape) in self.row_layout().items():
             layout[name] = (dtype, (shard.rows, *shape))
         return layout
 
     def head_layout(self) -> Layout:
-        """The tensors of the head."""
+        """Return the dtypes and shapes of the lm_head's tensors."""
         real = DTYPES[self.dtype]
         layout: Layout = {"weight": (real, (self.vocab_size, self.hidden_size or 0))}
         return layout | ({"bias": (real, (self.vocab_size,))} if self.bias else {})
 
     def to_json(self) -> str:
-        """The text of manifest.json."""
+        """Return the text of manifest.json."""
         content: dict[str, Any] = {"format": FORMAT, "version": VERSION, **asdict(self)}
-        del content["dtype"], content["bias"]  # dtypes tells them
+        del content["dtype"], content["bias"]  # both follow from dtypes
         shards = content.pop("shards")
         content |= {"dtypes": self.dtypes, "examples": self.examples, "rows": self.rows}
         return json.dumps({**content, "shards": shards}, indent=1) + "\n"
 
     @classmethod
     def from_json(cls, text: bytes | str) -> Manifest:
-        """The inverse of :meth:`to_json`.
+        """Parse the text of manifest.json, the inverse of :meth:`to_json`.
 
         Raises:
             ValueError, RecursionError: the text is not JSON, or not a manifest of this version.
         """
         content = json.loads(text)
-        known = content if isinstance(content, dict) else {}
-        require(known.get("format") == FORMAT, "format", repr(FORMAT), known.get("format"))
-        version = known.get("version")
+        content = content if isinstance(content, dict) else {}
+        require(content.get("format") == FORMAT, "format", repr(FORMAT), content.get("format"))
+        version = content.get("version")
         require(is_int(version), "version", "a positive int", version)
         if version != VERSION:
             raise ValueError(
-                f"is of version {version}, and this fastkd reads version {VERSION}; upgrade fastkd"
+                f"has version {version}, but this fastkd reads version {VERSION}; upgrade fastkd"
             )
         stored = {field.name for field in fields(cls)} - {"dtype", "bias"}
         derived = {"dtypes", "examples", "rows"}
-        own = _members("the manifest", known, stored | derived | {"format", "version"})
-        settings = {name: own[name] for name in stored - {"shards", "head"}}
-        require(isinstance(own["shards"], list), "shards", "a list", own["shards"])
+        members = _members("the manifest", content, stored | derived | {"format", "version"})
+        settings = {name: members[name] for name in stored - {"shards", "head"}}
+        require(isinstance(members["shards"], list), "shards", "a list", members["shards"])
         shards = tuple(
-            _record(Shard, f"shards[{index}]", entry) for index, entry in enumerate(own["shards"])
+            _record(Shard, f"shards[{index}]", entry)
+            for index, entry in enumerate(members["shards"])
         )
-        head = None if own["head"] is None else _record(StoredFile, "head", own["head"])
-        dtypes = own["dtypes"] if isinstance(own["dtypes"], dict) else {}
-        # A kind has one of these; that it is the right one, and the others go with it, is seen below.
+        head = None if members["head"] is None else _record(StoredFile, "head", members["head"])
+        dtypes = members["dtypes"] if isinstance(members["dtypes"], dict) else {}
+        # Each kind has one of these tensors. The comparison with the derived members below finds a wrong one.
         floating = (dtypes[name] for name in ("hidden", "logprobs", "logits") if name in dtypes)
         dtype = next(floating, None)
-        require(isinstance(dtype, str), "dtypes", "a dtype of each tensor by its name", dtypes)
+        require(isinstance(dtype, str), "dtypes", "a dict of dtypes by tensor name", dtypes)
         bias = "bias" in dtypes
         manifest = cls(**settings, dtype=str(dtype), bias=bias, head=head, shards=shards)
         for name in sorted(derived):
             implied = getattr(manifest, name)
-            require(own[name] == implied, name, f"{implied}, as the rest implies", own[name])
+            allowed = f"{implied}, which the other fields imply"
+            require(members[name] == implied, name, allowed, members[name])
         return manifest
 
 
 def _members(where: str, value: object, names: set[str]) -> dict[str, Any]:
-    """A JSON object that has exactly these members."""
-    found = value if isinstance(value, dict) else {}
-    missing, extra = sorted(names - found.keys()), sorted(found.keys() - names)
+    """Return a JSON object's members; ValueError unless their names are exactly these."""
+    members = value if isinstance(value, dict) else {}
+    missing, extra = sorted(names - members.keys()), sorted(members.keys() - names)
     if missing or extra:
         raise ValueError(
             f"{where} must have the fields of version {VERSION}; "
             f"missing: {', '.join(missing) or 'none'}; unknown: {reprlib.repr(extra) if extra else 'none'}"
         )
-    return found
+    return members
 
 
 def _record(kind: type[Any], where: str, value: object) -> Any:
@@ -321,29 +323,29 @@ def _record(kind: type[Any], where: str, value: object) -> Any:
 
 
 def _check_record(where: str, record: StoredFile, name: str, layout: Layout) -> None:
-    # Names are prescribed, so that no path leads out of the folder.
+    # File names are fixed, so no manifest can point outside the folder.
     require(record.file == name, f"{where}.file", repr(name), record.file)
     size = file_size(layout)
-    sized = is_int(record.bytes) and record.bytes == size
-    require(sized, f"{where}.bytes", f"{size}, which its tensors take", record.bytes)
-    digits = _is_digest(record.sha256)
-    require(digits, f"{where}.sha256", "64 lowercase hexadecimal digits", record.sha256)
+    has_size = is_int(record.bytes) and record.bytes == size
+    require(has_size, f"{where}.bytes", f"{size}, the size of its tensors", record.bytes)
+    has_digest = _is_digest(record.sha256)
+    require(has_digest, f"{where}.sha256", "64 lowercase hexadecimal digits", record.sha256)
 
 
 def read_part(folder: Path) -> Manifest:
-    """The manifest that lies in a folder: of a cache, or of a part of one.
+    """Read the manifest in a folder, of a cache or of one part of it.
 
     Raises:
-        ManifestError: there is none, or it is malformed, of a newer version, or contradicts itself.
+        ManifestError: the manifest is missing, malformed, of a newer version, or contradicts itself.
     """
     path = folder / MANIFEST
     try:
-        found = path.stat()
-        if not stat.S_ISREG(found.st_mode) or found.st_size > MAX_MANIFEST:
-            raise ManifestError(f"{path} is no file of at most {MAX_MANIFEST} bytes")
+        status = path.stat()
+        if not stat.S_ISREG(status.st_mode) or status.st_size > MAX_MANIFEST:
+            raise ManifestError(f"{path} is not a regular file of at most {MAX_MANIFEST} bytes")
         text = path.read_bytes()
     except OSError as error:
-        raise ManifestError(f"{folder} is no teacher cache: {MANIFEST}: {error.strerror}") from error  # fmt: skip
+        raise ManifestError(f"{folder} is not a teacher cache: {MANIFEST}: {error.strerror}") from error  # fmt: skip
     try:
         return Manifest.from_json(text)
     except (ValueError, RecursionError) as error:
@@ -351,9 +353,9 @@ def read_part(folder: Path) -> Manifest:
 
 
 def _header(layout: Layout) -> tuple[dict[str, Any], int]:
-    """The header of a safetensors file, and the size of the data after it in bytes."""
+    """Return the header of a safetensors file and the size in bytes of the data that follows it."""
     header, end = {}, 0
-    # Wide items first: then every tensor is aligned.
+    # Tensors with wider elements come first, so that every tensor is aligned.
     for name in sorted(layout, key=lambda name: (-layout[name][0].itemsize, name)):
         dtype, shape = layout[name]
         start, end = end, end + dtype.itemsize * math.prod(shape)
@@ -363,55 +365,59 @@ def _header(layout: Layout) -> tuple[dict[str, Any], int]:
 
 
 def _prefix(layout: Layout) -> bytes:
-    """A safetensors file up to its data: the length of the header, and the header."""
+    """Return the bytes of a safetensors file before its data: the length of the header, and the header."""
     text = json.dumps(_header(layout)[0], separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     return len(text).to_bytes(8, "little") + text
 
 
 def file_size(layout: Layout) -> int:
-    """The bytes of a safetensors file."""
+    """Return the size of a safetensors file in bytes."""
     return len(_prefix(layout)) + _header(layout)[1]
 
 
 def chunks(layout: Layout, tensors: Mapping[str, Sequence[Tensor]]) -> Iterator[Any]:
-    """The bytes of a safetensors file. Each tensor comes as contiguous pieces along its first dimension, on the CPU.
+    """Yield the bytes of a safetensors file.
 
-    Not safetensors.torch.save_file: that takes the shard in one piece, a second copy in memory; and the bytes, which a
-    resumed writer has to repeat, would be those of the version at hand.
+    safetensors.torch.save_file is not used, because it needs each tensor in one piece, a second copy in memory, and its
+    bytes may depend on the installed version, while a resumed writer must reproduce them.
+
+    Args:
+        layout: dtypes and shapes of the tensors.
+        tensors: contiguous CPU tensors by name; each sequence is concatenated along the first dimension.
     """
     yield _prefix(layout)
     for name in _header(layout)[0]:
         for piece in tensors[name]:
-            # torch lends a tensor's memory by way of NumPy alone, which may be missing.
+            # torch exposes a tensor's memory as a buffer only through NumPy, which may not be installed.
             yield memoryview((ctypes.c_char * piece.nbytes).from_address(address(piece)))
 
 
 def digest(data: Iterable[Any]) -> str:
-    """The sha256 of chunks of bytes."""
-    found = hashlib.sha256()
+    """Return the SHA-256 of concatenated chunks of bytes."""
+    sha256 = hashlib.sha256()
     for chunk in data:
-        found.update(chunk)
-    return found.hexdigest()
+        sha256.update(chunk)
+    return sha256.hexdigest()
 
 
 def replace_file(path: Path, data: Iterable[Any]) -> str:
-    """Write a file that is there whole or not at all, after a power cut too; its sha256."""
+    """Write a file atomically, so that it is complete or absent even after a power failure; return its SHA-256."""
     partial = path.with_name(path.name + PARTIAL)
-    found = hashlib.sha256()
+    sha256 = hashlib.sha256()
     with partial.open("wb") as file:
         for chunk in data:
             file.write(chunk)
-            found.update(chunk)
+            sha256.update(chunk)
         file.flush()
         os.fsync(file.fileno())
     partial.replace(path)
     sync_folder(path.parent)
-    return found.hexdigest()
+    return sha256.hexdigest()
 
 
 def sync_folder(path: Path) -> None:
-    """Wait until the names in a folder are on disk."""
+    """Wait until a folder's entries are on disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -420,7 +426,7 @@ def sync_folder(path: Path) -> None:
 
 
 def check_files(folder: Path, manifest: Manifest) -> None:
-    """Raise ShardError unless every file has the size and the header that the manifest implies."""
+    """Raise ShardError unless every file has the size and header that the manifest implies."""
     if manifest.head is not None:
         check_file(folder, manifest.head, manifest.head_layout(), full=False)
     for shard in manifest.shards:
@@ -428,25 +434,29 @@ def check_files(folder: Path, manifest: Manifest) -> None:
 
 
 def check_file(folder: Path, record: StoredFile, layout: Layout, *, full: bool) -> None:
-    """Raise ShardError unless a file has the size, the header and, if full, the digest that the manifest implies.
+    """Raise ShardError unless a file has the size, header and (if full) digest that the manifest implies.
 
-    Whatever the file holds, no more than 1 MiB of it is in memory at once.
+    At most 1 MiB of the file is held in memory, whatever it contains.
     """
     path = folder / record.file
     try:
-        found = path.stat()
-        if not stat.S_ISREG(found.st_mode):
-            raise ShardError(f"{path} is no regular file")
-        if found.st_size != record.bytes:
-            raise ShardError(f"{path} has {found.st_size} bytes; the manifest says {record.bytes}")
+        status = path.stat()
+        if not stat.S_ISREG(status.st_mode):
+            raise ShardError(f"{path} is not a regular file")
+        if status.st_size != record.bytes:
+            raise ShardError(f"{path} has {status.st_size} bytes; the manifest says {record.bytes}")
         with path.open("rb") as file:
             start = file.read(8)
             length = int.from_bytes(start, "little")
             if length > min(_MAX_HEADER, record.bytes - 8):
                 hint = ""
                 if start.startswith((b"PK", b"\x80")):
-                    hint = "; it looks like a pickle or a file of torch.save, which is never read"
-                raise ShardError(f"{path} is no safetensors file: a header of {length} bytes{hint}")
+                    hint = (
+                        "; it looks like a pickle or a file of torch.save, which fastkd never reads"
+                    )
+                raise ShardError(
+                    f"{path} is not a safetensors file: its header would have {length} bytes{hint}"
+                )
             text = file.read(length)
             if start + text != _prefix(layout):
                 raise ShardError(f"{path}: {_difference(text, layout)}")
@@ -462,27 +472,27 @@ def check_file(folder: Path, record: StoredFile, layout: Layout, *, full: bool) 
 
 
 def _difference(text: bytes, layout: Layout) -> str:
-    """How a header differs from the layout's."""
+    """Describe how a header differs from that of the layout."""
     try:
-        found = json.loads(text)
+        header = json.loads(text)
     except (ValueError, RecursionError):
         return "the header is not JSON"
-    if not isinstance(found, dict):
-        return "the header is no JSON object"
+    if not isinstance(header, dict):
+        return "the header is not a JSON object"
     implied, _ = _header(layout)
-    for name in sorted(implied.keys() | found.keys()):
-        if found.get(name) != implied.get(name):
-            said = reprlib.repr(found.get(name))
-            return f"the header says {said} of tensor {name!r}; the manifest implies {implied.get(name)}"
-    return "the header is not written as this format writes it"
+    for name in sorted(implied.keys() | header.keys()):
+        if header.get(name) != implied.get(name):
+            stored = reprlib.repr(header.get(name))
+            return f"the header has {stored} for tensor {name!r}; the manifest implies {implied.get(name)}"
+    return "the header has the right content but not the bytes that CacheWriter writes"
 
 
 def check_values(tensors: Mapping[str, Any], layout: Layout, vocab_size: int) -> None:
-    """Raise ValueError, naming the tensor, unless every value is in its range.
+    """Raise ValueError unless every value is in its range; the message names the tensor.
 
     Args:
-        tensors: tensors, or slices of a safetensors file; they are looked at a bounded piece at a time.
-        layout: those to look at; none is empty.
+        tensors: tensors, or slices of a safetensors file, which are read a bounded piece at a time.
+        layout: the tensors to check, none of them empty.
         vocab_size: V.
     """
     for name, (_, shape) in layout.items():
@@ -493,12 +503,12 @@ def check_values(tensors: Mapping[str, Any], layout: Layout, vocab_size: int) ->
 
 def _check_piece(name: str, values: Tensor, vocab_size: int) -> None:
     if name == "logits":
-        best = values.amax(-1)  # NaN where a row has one
-        wrong = best[~best.isfinite()]
+        largest = values.amax(-1)  # NaN if the row contains NaN
+        wrong = largest[~largest.isfinite()]
         allowed = "finite or -inf, and not all -inf in a row"
         require(not wrong.numel(), "logits", allowed, wrong[:1].tolist())
         return
-    least, most = (extreme.item() for extreme in values.aminmax())  # a NaN is both
+    least, most = (extreme.item() for extreme in values.aminmax())  # both NaN if there is a NaN
     if name in ("logprobs", "tail_logprob"):
         require(most <= _MAX_LOGPROB, name, "at most 0, and not NaN", most)
     elif name in ("input_ids", "ids"):
@@ -509,6 +519,6 @@ def _check_piece(name: str, values: Tensor, vocab_size: int) -> None:
         require(math.isfinite(least) and math.isfinite(most), name, "finite", [least, most])
     if name == "ids":
         ordered = values.sort(-1).values
-        again = ordered[..., 1:]
-        twice = again[(again == ordered[..., :-1]) & (again >= 0)]
-        require(not twice.numel(), "ids", "distinct within a row", twice[:1].tolist())
+        following = ordered[..., 1:]
+        repeated = following[(following == ordered[..., :-1]) & (following >= 0)]
+        require(not repeated.numel(), "ids", "distinct within a row", repeated[:1].tolist())

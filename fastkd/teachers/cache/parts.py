@@ -1,8 +1,8 @@
-"""A cache that several processes build: a folder of parts, each a cache of its own, that read as one.
+"""Caches built by several processes: a folder of parts, each of which is a cache; together they read as one.
 
-Of N processes, the one of rank r has the shards r, r + N, r + 2N and so on of the unsplit build, in a folder
-part-r-of-N, and numbers them from 0. So the shards are those of the unsplit build, byte for byte; a process needs no
-other one and no count of the sequences; and nobody has to put the parts together.
+With N processes, rank r writes the shards r, r + N, r + 2N, ... of the unsplit cache into the folder part-r-of-N and
+numbers them from 0. The shards are therefore byte for byte those of an unsplit build, processes neither communicate nor
+need the number of sequences, and no step has to join the parts.
 """
 
 from __future__ import annotations
@@ -30,26 +30,26 @@ from fastkd.teachers.cache.format import (
 )
 
 _NAME = re.compile(r"part-([0-9]{5})-of-([0-9]{5})")
-_MOST = 99999  # five digits, so that names sort by rank
+_MAX_WORLD_SIZE = 99999  # five digits, so that names sort by rank
 
 
 class Whole(NamedTuple):
-    """A cache as the unsplit build would describe it, and where it lies: shard i is number i // N of part i % N."""
+    """A cache as one manifest, with the folders that hold it: shard i is shard i // N of part i % N."""
 
     manifest: Manifest
-    parts: Sequence[tuple[Path, Manifest]]  # the one folder, where the cache is not in parts
+    parts: Sequence[tuple[Path, Manifest]]  # one element if the cache is not in parts
 
 
 def check_rank(rank: int, world_size: int) -> None:
-    """Raise ValueError unless there is such a process."""
+    """Raise ValueError unless rank and world_size are ints with 0 <= rank < world_size."""
     require(is_int(world_size), "world_size", "a positive int", world_size)
     require(is_int(rank, 0) and rank < world_size, "rank", f"an int in [0, {world_size})", rank)
 
 
 def part_folder(folder: Path, rank: int, world_size: int) -> Path:
-    """Where a process writes; one that is alone, into the folder itself."""
+    """Return the folder into which a process writes: the cache's folder itself if there is only one process."""
     check_rank(rank, world_size)
-    require(world_size <= _MOST, "world_size", f"at most {_MOST}", world_size)
+    require(world_size <= _MAX_WORLD_SIZE, "world_size", f"at most {_MAX_WORLD_SIZE}", world_size)
     return folder if world_size == 1 else folder / _name(rank, world_size)
 
 
@@ -58,18 +58,19 @@ def _name(rank: int, world_size: int) -> str:
 
 
 def difference(first: Manifest, second: Manifest) -> tuple[str, object, object] | None:
-    """The first setting that differs between two manifests, and its two values."""
+    """Return (name, first's value, second's value) of the first setting that differs, or None."""
     for name in (field.name for field in fields(Manifest)):
-        ours, theirs = getattr(first, name), getattr(second, name)
-        if name not in ("shards", "complete") and ours != theirs:
-            return name, ours, theirs
+        values = getattr(first, name), getattr(second, name)
+        if name not in ("shards", "complete") and values[0] != values[1]:
+            return name, *values
     return None
 
 
-def check_others(folder: Path, world_size: int, wanted: Manifest) -> None:
-    """Raise CacheError where a part of these settings does not go with what the folder holds.
+def check_others(folder: Path, world_size: int, settings: Manifest) -> None:
+    """Raise CacheError if a new part with these settings would not match the other parts in the folder.
 
-    That is for a mistake to show early. Of processes that begin at once none may see it, so readers look again.
+    The check reports mistakes early. Processes that start at the same time can miss each other's parts, so readers
+    check again.
     """
     if world_size == 1 or not folder.is_dir():
         return
@@ -79,18 +80,18 @@ def check_others(folder: Path, world_size: int, wanted: Manifest) -> None:
         if count != world_size:
             raise CacheError(f"{folder} holds {name}, of {count} processes, not {world_size}")
         if (folder / name / MANIFEST).exists():
-            differs = difference(read_part(folder / name), wanted)
-            if differs:
-                setting, theirs, ours = differs
-                raise CacheError(f"{folder / name} was begun with {setting} = {theirs}, not {ours}")
+            mismatch = difference(read_part(folder / name), settings)
+            if mismatch:
+                setting, stored, new = mismatch
+                raise CacheError(f"{folder / name} was begun with {setting} = {stored}, not {new}")
 
 
 def read_whole(folder: Path) -> Whole:
-    """What a folder holds, be it in parts or not.
+    """Read the manifest or manifests of a cache, which may be in parts.
 
     Raises:
-        ManifestError: a manifest is missing or malformed, or parts do not go together.
-        IncompleteError: a part has not been begun.
+        ManifestError: a manifest is missing or malformed, or parts do not match.
+        IncompleteError: a part has not been started.
     """
     names = [] if (folder / MANIFEST).exists() else sorted(_part_names(folder))
     if not names:
@@ -100,69 +101,73 @@ def read_whole(folder: Path) -> Whole:
     for name, count in names:
         if count != world_size:
             raise ManifestError(f"{folder} holds {first} and {name}, parts of two builds")
-    begun = {name for name, _ in names if (folder / name / MANIFEST).exists()}
-    every = [_name(rank, world_size) for rank in range(world_size)]
-    missing = [name for name in every if name not in begun]
+    started = {name for name, _ in names if (folder / name / MANIFEST).exists()}
+    expected = [_name(rank, world_size) for rank in range(world_size)]
+    missing = [name for name in expected if name not in started]
     if missing:
         raise IncompleteError(f"{folder} is not complete: it lacks {listed(missing)}")
-    parts = [(folder / name, read_part(folder / name)) for name in every]
+    parts = [(folder / name, read_part(folder / name)) for name in expected]
     for path, part in parts:
-        differs = difference(part, parts[0][1])
-        if differs:
-            setting, theirs, ours = differs
+        mismatch = difference(part, parts[0][1])
+        if mismatch:
+            setting, value, first_value = mismatch
             raise ManifestError(
-                f"{folder} has parts that differ: {setting} = {theirs} in {path.name}, {ours} in {first}"
+                f"{folder} has parts that differ: {setting} = {value} in {path.name}, {first_value} in {first}"
             )
     return Whole(_join(folder, parts), parts)
 
 
 def read_manifest(folder: str | os.PathLike[str]) -> Manifest:
-    """The manifest of the cache in a folder; of one in parts, that of the unsplit build.
+    """Return the manifest of the cache in a folder; for a cache in parts, that of the equivalent unsplit cache.
 
-    Where parts are unfinished, it has the shards before the first one that is not there yet.
+    If parts are unfinished, it lists the shards before the first missing one.
+
+    Args:
+        folder: the folder of the cache.
 
     Raises:
-        ManifestError: there is none, or it is malformed, of a newer version, or contradicts itself; or parts do not go
-            together.
-        IncompleteError: a part has not been begun.
+        ManifestError: the manifest is missing, malformed, of a newer version, or contradicts itself; or the parts do
+            not match.
+        IncompleteError: a part has not been started.
     """
     return read_whole(folder_of(folder, "folder")).manifest
 
 
 def _part_names(folder: Path) -> list[tuple[str, int]]:
-    """The names of a folder that are those of parts, and of how many."""
+    """Return (name, world size) of every part in a folder."""
     try:
         names = os.listdir(folder)
     except OSError:
-        return []  # reading the manifest says why
-    found = (_NAME.fullmatch(name) for name in names)
-    return [(match[0], int(match[2])) for match in found if match and match[1] < match[2]]
+        return []  # reading the manifest will report the error
+    matches = (_NAME.fullmatch(name) for name in names)
+    return [(match[0], int(match[2])) for match in matches if match and match[1] < match[2]]
 
 
 def _join(folder: Path, parts: Sequence[tuple[Path, Manifest]]) -> Manifest:
-    """The manifest of the unsplit build."""
+    """Return the manifest of the equivalent unsplit cache."""
     manifest = parts[0][1]
     full, complete = manifest.shard_examples, all(part.complete for _, part in parts)
     if complete:
         total = sum(part.examples for _, part in parts)
         for rank, (path, part) in enumerate(parts):
             starts = range(rank * full, total, len(parts) * full)
-            share = sum(min(full, total - start) for start in starts)
-            if part.examples != share:
+            expected = sum(min(full, total - start) for start in starts)
+            if part.examples != expected:
                 raise ManifestError(
                     f"{folder} has parts of different sequences: {path.name} has {part.examples} of all {total}, "
-                    f"not {share}"
+                    f"not {expected}"
                 )
     shards = []
     for index in itertools.count():
-        own, number = parts[index % len(parts)][1].shards, index // len(parts)
-        # A short shard is the last one of all, which is known once every part is complete.
-        if number == len(own) or not (complete or own[number].examples == full):
+        part_shards, number = parts[index % len(parts)][1].shards, index // len(parts)
+        # Only the last shard of the whole cache may be short, and which one is last is unknown until all parts are
+        # complete.
+        if number == len(part_shards) or not (complete or part_shards[number].examples == full):
             break
-        shards.append(replace(own[number], file=shard_name(index)))
+        shards.append(replace(part_shards[number], file=shard_name(index)))
     return replace(manifest, shards=tuple(shards), complete=complete)
 
 
 def listed(names: Sequence[str]) -> str:
-    """Names for a message, the first ones where they are many."""
+    """Join names for a message, abbreviated if there are more than 8."""
     return ", ".join(names) if len(names) <= 8 else reprlib.repr(names)

@@ -1,4 +1,4 @@
-"""Reading a teacher cache: a dataset of its examples, and batches whose teacher a loss takes as it is."""
+"""Reading a teacher cache: a dataset of examples, and batches whose teacher can be passed to a loss."""
 
 from __future__ import annotations
 
@@ -44,19 +44,21 @@ def _open_file(path: Path) -> Any:
 
 
 class _Head(NamedTuple):
-    """Where a head lies: what travels between processes in its place."""
+    """Reference to an lm_head on disk, which is sent between processes in place of its tensors."""
 
     folder: str
     sha256: str
-    modified: int  # st_mtime_ns: a file that has changed since is looked at anew
-    full: bool  # whether its digest and values are checked
+    modified: int  # st_mtime_ns, so that a changed file is checked and loaded again
+    full: bool  # whether to check digest and values
     device: str = "cpu"
 
 
+# The head may be loaded under torch.inference_mode by an evaluation and used by training later, which must be able to
+# save it for backward.
 @functools.lru_cache(maxsize=8)
-@torch.inference_mode(False)  # what an evaluation loads first may be trained with later
+@torch.inference_mode(False)
 def _load_head(head: _Head) -> tuple[Tensor, Tensor | None]:
-    """Weight and bias, once a process and device; on the CPU they are the mapped file."""
+    """Return weight and bias, cached per process and device; on the CPU they are memory-mapped."""
     if head.device != "cpu":
         weight, bias = _load_head(head._replace(device="cpu"))
         return weight.to(head.device), None if bias is None else bias.to(head.device)
@@ -78,7 +80,7 @@ def _load_head(head: _Head) -> tuple[Tensor, Tensor | None]:
 
 @dataclass(frozen=True, eq=False)
 class _CachedTeacher(LinearTeacher):
-    """A LinearTeacher that is pickled without its head, which a DataLoader's worker would send with every batch."""
+    """LinearTeacher that is pickled without its lm_head, so that DataLoader workers do not send it with every batch."""
 
     head: _Head | None = None
 
@@ -91,21 +93,21 @@ def _cached_teacher(hidden: Tensor, head: _Head) -> _CachedTeacher:
 
 
 class Example(NamedTuple):
-    """A sequence: input_ids [S] int64, and the teacher's rows: LinearTeacher, TopK or logits [S, V]."""
+    """One sequence: input_ids [S] int64, and its teacher, a LinearTeacher, a TopK or logits [S, V]."""
 
     input_ids: Tensor
     teacher: Tensor | TopK | LinearTeacher
 
 
 class Batch(NamedTuple):
-    """Sequences padded to the longest: input_ids [B, S] int64, mask [B, S] bool, and the teacher's rows [B, S, ...]."""
+    """Sequences padded to the longest: input_ids [B, S] int64, mask [B, S] bool, and a teacher of rows [B, S]."""
 
     input_ids: Tensor
     mask: Tensor
     teacher: Tensor | TopK | LinearTeacher
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
-        """The batch on a device. A head is copied there once, and kept for later batches."""
+        """Return the batch on a device. An lm_head is copied there once and reused by later batches."""
         move = functools.partial(Tensor.to, device=torch.device(device), non_blocking=non_blocking)
         teacher = self.teacher
         if isinstance(teacher, TopK):
@@ -126,28 +128,30 @@ class Batch(NamedTuple):
 
 class _OpenShard(NamedTuple):
     file: Any  # safetensors.safe_open
-    starts: list[int]  # the first row of each example, and the end of the last
+    starts: list[int]  # the first row of each example, followed by the number of rows
 
 
 class TeacherCache(Dataset[Example]):
-    """A cache as a map-style dataset of :class:`Example`; `collate` makes a :class:`Batch` of several.
+    """Teacher cache as a map-style dataset of :class:`Example`; `collate` combines examples to a :class:`Batch`.
 
-    The manifest, and the size and header of every file, are checked here. A process that opens a shard for the first
-    time checks its digest and values; then it is memory-mapped. Instances can be pickled, so that the workers of a
-    DataLoader open shards for themselves.
+    The constructor checks the manifest and the size and header of every file. Each process checks the digest and values
+    of a shard when it first opens it, and then memory-maps it. Instances can be pickled; DataLoader workers open the
+    shards themselves.
 
     Args:
-        path: the folder; one that several processes have built reads as if one had.
-        rank: this process has the rank-th of `world_size` contiguous parts, which differ by at most one example.
+        path: the folder of the cache, which one or several processes have built.
+        rank: the index of the contiguous part of the examples that this process reads, in [0, world_size). Parts differ
+            in size by at most one example.
         world_size: the number of parts.
-        tail: the policy of the TopK teachers; only kind "topk" has one.
-        verify: "full", or "header" to take the digests, the head, hidden states and logits unread, which `verify()`
-            may have checked once; token ids, lengths and log-probabilities are checked either way.
-        allow_incomplete: whether to open a cache that is not complete, for the examples that it has so far.
+        tail: the tail policy of TopK teachers, for kind "topk".
+        verify: "full", or "header" to skip digests and the values of lm_head, hidden states and logits, for example
+            after a call of `verify()`. Token ids, lengths and log-probabilities are checked in both cases.
+        allow_incomplete: open an unfinished cache, with the examples that it has so far.
 
     Raises:
-        ValueError: an argument is wrong; the message names it.
-        ManifestError, ShardError, IncompleteError: here and at an access, the cache is not what it says.
+        ValueError, TypeError: an argument is invalid; the message names it.
+        ManifestError, ShardError, IncompleteError: the cache is damaged or incomplete; also raised when examples are
+            accessed.
         ImportError: safetensors is not installed.
     """
 
@@ -170,11 +174,11 @@ class TeacherCache(Dataset[Example]):
         self.manifest, self._parts = read_whole(whole)
         count = self.manifest.examples
         if not (self.manifest.complete or allow_incomplete):
-            behind = [folder.name for folder, part in self._parts if not part.complete]
-            which = f", and lacks the end of {listed(behind)}" if len(self._parts) > 1 else ""
+            unfinished = [folder.name for folder, part in self._parts if not part.complete]
+            which = f", and lacks the end of {listed(unfinished)}" if len(self._parts) > 1 else ""
             raise IncompleteError(
                 f"{whole} is not complete: it has {count} examples so far{which}; "
-                "go on building it, or open it with allow_incomplete=True"
+                "resume the build, or open it with allow_incomplete=True"
             )
         for folder, part in self._parts:
             check_files(folder, part)
@@ -199,12 +203,12 @@ class TeacherCache(Dataset[Example]):
     @overload
     def __getitem__(self, index: slice) -> list[Example]: ...
     def __getitem__(self, index: int | slice) -> Example | list[Example]:
-        """The example at a position within this rank's part, or a list of those of a slice, which `collate` takes.
+        """Return the example at an index within this rank's part, or for a slice a list that `collate` accepts.
 
         Raises:
             TypeError: the index is neither an integer nor a slice of integers.
-            IndexError: there is no example at that position.
-            ShardError: as the class says.
+            IndexError: the index is out of range.
+            ShardError: a shard is missing or damaged.
         """
         if isinstance(index, slice):
             try:
@@ -230,41 +234,41 @@ class TeacherCache(Dataset[Example]):
             self._shards[number] = self._open(number, self._full)
         file, starts = self._shards[number]
         rows = slice(starts[position], starts[position + 1])
-        # Copies: a view would keep, and hand to other processes, the whole shard.
+        # Copy the rows: a view would keep the whole shard alive, and pickling it would send the whole shard.
         tensors = {name: file.get_slice(name)[rows].clone() for name in self.manifest.row_layout()}
         return Example(tensors.pop("input_ids").long(), self._teacher(tensors))
 
     def collate(self, examples: Sequence[Example]) -> Batch:
-        """A batch of examples, for a DataLoader's collate_fn.
+        """Combine examples to a batch, as a DataLoader's collate_fn.
 
-        Where the mask is False, input_ids, hidden states and logits are 0; a TopK has ids -1, and all mass in the tail.
+        Where the mask is False, input_ids, hidden states and logits are 0; a TopK has ids -1 and tail probability 1.
 
         Raises:
-            ValueError: there is no example.
+            ValueError: examples is empty.
         """
         if not examples:
-            raise ValueError("examples must be one or more, got none")
+            raise ValueError("examples must contain at least one example, got none")
         lengths = torch.tensor([len(example.input_ids) for example in examples])
         mask = torch.arange(int(lengths.max())) < lengths.unsqueeze(-1)
-        parts = [_parts(example.teacher) for example in examples]
+        per_example = [_row_tensors(example.teacher) for example in examples]
         padding = {"ids": -1, "logprobs": -math.inf}
         tensors = {
-            name: pad_sequence([part[name] for part in parts], True, padding.get(name, 0))
-            for name in parts[0]
+            name: pad_sequence([rows[name] for rows in per_example], True, padding.get(name, 0))
+            for name in per_example[0]
         }
         input_ids = pad_sequence([example.input_ids for example in examples], True)
         return Batch(input_ids, mask, self._teacher(tensors))
 
     def verify(self) -> None:
-        """Check every digest and every value of the whole cache, whatever the rank and `verify` are.
+        """Check all digests and values of the whole cache, independent of the rank and `verify` of this instance.
 
         Raises:
-            ShardError: a file is not what the manifest says, or holds a value out of range.
+            ShardError: a file contradicts the manifest, or holds a value out of range.
         """
         if self._head is not None:
             for folder, _ in self._parts:
                 head = self._head._replace(folder=str(folder), full=True)
-                _load_head.__wrapped__(head)  # not the one kept from before
+                _load_head.__wrapped__(head)  # bypass the lru_cache
         for number in range(len(self.manifest.shards)):
             self._open(number, full=True)
 
@@ -279,9 +283,9 @@ class TeacherCache(Dataset[Example]):
         lengths = file.get_tensor("lengths")
         ends = lengths.cumsum(0)
         if not (lengths.ge(1).all() and lengths.le(shard.rows).all() and ends[-1] == shard.rows):
-            raise ShardError(f"{path}: lengths must be positive, and their sum {shard.rows}")
-        unread = {"lengths"} if full else {"lengths", "hidden", "logits"}
-        checked = {name: layout[name] for name in layout if name not in unread}
+            raise ShardError(f"{path}: lengths must be positive and have the sum {shard.rows}")
+        skipped = {"lengths"} if full else {"lengths", "hidden", "logits"}
+        checked = {name: layout[name] for name in layout if name not in skipped}
         slices = {name: file.get_slice(name) for name in checked}
         try:
             check_values(slices, checked, self.manifest.vocab_size)
@@ -298,9 +302,9 @@ class TeacherCache(Dataset[Example]):
         return tensors["logits"]
 
 
-def _parts(teacher: Tensor | TopK | LinearTeacher) -> dict[str, Tensor]:
-    """The tensors of an example's teacher that have a row a token."""
+def _row_tensors(teacher: Tensor | TopK | LinearTeacher) -> dict[str, Tensor]:
+    """Return the tensors of an example's teacher that have one row per token."""
     if isinstance(teacher, TopK):
-        assert teacher.tail_logprob is not None  # of a cache's teachers
+        assert teacher.tail_logprob is not None  # because caches store it
         return {name: getattr(teacher, name) for name in ("ids", "logprobs", "tail_logprob")}
     return {"hidden": teacher.hidden} if isinstance(teacher, LinearTeacher) else {"logits": teacher}

@@ -1,4 +1,4 @@
-"""Writing a teacher cache: whole shards, one after the other, by one writer at a time."""
+"""Writing a teacher cache: complete shards in order, by one writer at a time."""
 
 from __future__ import annotations
 
@@ -42,42 +42,42 @@ from fastkd.teachers.cache.format import (
 from fastkd.teachers.cache.parts import check_others, difference, part_folder
 
 _LOCK = ".lock"
-_ARGUMENTS = {"hidden": "hidden", "topk": "topk", "dense": "logits"}  # of append, by kind
+_ARGUMENTS = {"hidden": "hidden", "topk": "topk", "dense": "logits"}  # argument of append by kind
 
 
 class CacheWriter:
-    """Writes a cache, a shard of `shard_examples` sequences at a time, and goes on after a kill.
+    """Writer of a cache, which writes shards of `shard_examples` sequences and resumes after an interruption.
 
-    A folder whose cache is incomplete is taken up after its last whole shard: `examples` says how many sequences it
-    has, and the caller appends from there. The files are then, byte for byte, those of an uninterrupted run. One shard
-    is held in memory until it is written.
+    In a folder with an unfinished cache the writer continues after the last complete shard. `examples` is the number of
+    sequences that the cache has; append the following ones. The files are then byte for byte those of an uninterrupted
+    run. One shard is held in memory until it is written.
 
-    Leaving the `with` block writes the last, shorter shard and marks the cache complete; leaving it by an exception
-    does neither. A complete cache of the same settings opens too, and takes no more.
+    Leaving the `with` block writes the last, possibly shorter shard and marks the cache complete. Leaving it by an
+    exception does neither. A complete cache with the same settings can be opened, but accepts no more sequences.
 
     Args:
-        path: the folder; made if it is missing.
+        path: the folder; created if it does not exist.
         kind: "hidden", "topk" or "dense".
         vocab_size: V.
-        dtype: of the teacher's floating-point tensors: float32, bfloat16 or float16.
-        shard_examples: sequences a shard.
-        weight: [V, H], of that dtype, for kind "hidden": the head.
-        bias: [V], of that dtype, or None.
-        k: entries a row, for kind "topk".
+        dtype: dtype of the teacher's floating-point tensors: float32, bfloat16 or float16.
+        shard_examples: the number of sequences per shard.
+        weight: [V, H] of that dtype, the lm_head, for kind "hidden".
+        bias: [V] of that dtype, or None, for kind "hidden".
+        k: the number of entries per row, for kind "topk".
         temperature: the temperature of the log-probabilities, for kind "topk".
-        logit_scale: for kind "hidden", what the head multiplies its logits by.
-        softcap: for kind "hidden", c of the head's c tanh(logits / c).
+        logit_scale: the factor by which the model multiplies its logits, for kind "hidden".
+        softcap: c if the model replaces its logits by c tanh(logits / c), or None, for kind "hidden".
         tokenizer_sha256: see :func:`tokenizer_sha256`.
-        teacher: a name for the teacher.
-        rank: this process is the rank-th of `world_size` that build the cache, each with a writer of the same settings;
-            it takes the sequences that :attr:`position` names.
+        teacher: a name for the teacher, for people.
+        rank: the rank of this process among the `world_size` that build the cache, each with a writer of the same
+            settings. :attr:`position` is the index of the sequence that it needs next.
         world_size: the number of processes.
 
     Raises:
-        TypeError, ValueError: an argument is wrong; the message names it.
-        LockedError: another writer, of the same rank, has the folder open.
-        CacheError: the folder holds a cache or a part of other settings, parts of another number of processes, or other
-            files; or it cannot be written.
+        TypeError, ValueError: an argument is invalid; the message names it.
+        LockedError: another writer of the same rank has the folder open.
+        CacheError: the folder holds a cache or a part with other settings, parts of another number of processes, or
+            other files; or it cannot be written.
     """
 
     def __init__(
@@ -100,15 +100,15 @@ class CacheWriter:
         world_size: int = 1,
     ) -> None:
         names = {value: name for name, value in DTYPES.items()}
-        known = isinstance(dtype, torch.dtype) and dtype in names
-        require(known, "dtype", " or ".join(map(str, names)), dtype)
+        supported = isinstance(dtype, torch.dtype) and dtype in names
+        require(supported, "dtype", " or ".join(map(str, names)), dtype)
         vocab_size, rank, world_size = map(plain, (vocab_size, rank, world_size))
         head = _head_tensors(kind, vocab_size, dtype, weight, bias)
         layout: Layout = {name: (dtype, tuple(piece.shape)) for name, [piece] in head.items()}
         record = None
         if head:
             record = StoredFile(HEAD, file_size(layout), digest(chunks(layout, head)))
-        wanted = Manifest(
+        settings = Manifest(
             kind=kind,
             vocab_size=vocab_size,
             dtype=names[dtype],
@@ -129,58 +129,61 @@ class CacheWriter:
         self._pending: list[dict[str, Tensor]] = []
         self._lock: BinaryIO | None = None
         try:
-            check_others(whole, world_size, wanted)
+            check_others(whole, world_size, settings)
             self._lock = _lock(self._folder)
-            self._manifest = self._begin(wanted, chunks(layout, head))
+            self._manifest = self._start(settings, chunks(layout, head))
         except BaseException as error:
             self._fail(error)
 
-    def _begin(self, wanted: Manifest, head: Iterator[Any]) -> Manifest:
-        """The manifest of what is there already; of an empty cache where nothing is."""
+    def _start(self, settings: Manifest, head: Iterator[Any]) -> Manifest:
+        """Return the manifest in the folder, after checks, or create that of an empty cache."""
         if not (self._folder / MANIFEST).exists():
-            # Without a manifest nothing but the head can have been written, so other files are someone else's.
-            ours = {_LOCK, HEAD, HEAD + PARTIAL, MANIFEST + PARTIAL}
-            foreign = sorted(name for name in os.listdir(self._folder) if name not in ours)
+            # Before the manifest a writer writes only the head, so any other file does not belong to a cache.
+            own = {_LOCK, HEAD, HEAD + PARTIAL, MANIFEST + PARTIAL}
+            foreign = sorted(name for name in os.listdir(self._folder) if name not in own)
             if foreign:
                 raise CacheError(
                     f"{self._folder} holds other files, {reprlib.repr(foreign)}; a new cache needs an empty folder"
                 )
-            for name in ours - {_LOCK}:
+            for name in own - {_LOCK}:
                 (self._folder / name).unlink(missing_ok=True)
-            if wanted.head is not None:
+            if settings.head is not None:
                 replace_file(self._folder / HEAD, head)
-            self._write_manifest(wanted)
-            return wanted
-        found = read_part(self._folder)
-        differs = difference(found, wanted)
-        if differs:
-            name, before, now = differs
+            self._write_manifest(settings)
+            return settings
+        stored = read_part(self._folder)
+        mismatch = difference(stored, settings)
+        if mismatch:
+            name, before, now = mismatch
             raise CacheError(f"{self._folder} was begun with {name} = {before}, not {now}")
-        check_files(self._folder, found)
-        # What a killed writer may have left behind.
-        following = shard_name(len(found.shards))
+        check_files(self._folder, stored)
+        # Remove files that an interrupted writer may have left behind.
+        following = shard_name(len(stored.shards))
         for name in (MANIFEST + PARTIAL, following + PARTIAL, following):
             (self._folder / name).unlink(missing_ok=True)
-        return found
+        return stored
 
     @property
     def manifest(self) -> Manifest:
-        """What is on disk, of this process."""
+        """The manifest of what this process has written to disk."""
         return self._manifest
 
     @property
     def folder(self) -> Path:
-        """Where this process writes: the cache's folder, or its part's."""
+        """The folder into which this process writes: the cache's, or its part's."""
         return self._folder
 
     @property
     def examples(self) -> int:
-        """The number of sequences so far, those of the unfinished shard included; of this process."""
+        """The number of sequences of this process so far, including those of the unfinished shard."""
         return self.manifest.examples + len(self._pending)
 
     @property
     def position(self) -> int:
-        """Which sequence :meth:`append` takes next, of those of all processes; shards go round."""
+        """Index, among the sequences of all processes, of the sequence to pass to :meth:`append` next.
+
+        The shards are dealt to the processes in turn.
+        """
         shard, offset = divmod(self.examples, self.manifest.shard_examples)
         return (shard * self._world_size + self._rank) * self.manifest.shard_examples + offset
 
@@ -192,48 +195,48 @@ class CacheWriter:
         topk: TopK | None = None,
         logits: Tensor | None = None,
     ) -> None:
-        """Add a sequence, and what the teacher says about it, which is the argument of the cache's kind.
+        """Add a sequence and the teacher's outputs for it, in the one argument that belongs to the cache's kind.
 
-        Tensors are copied, and may be on any device. A wrong argument leaves the writer as it was; a failure to write
-        closes it, and a new one goes on after the last whole shard.
+        Tensors are copied and may be on any device. An invalid argument leaves the writer unchanged. A failure to write
+        closes the writer; a new one continues after the last complete shard.
 
         Args:
             input_ids: [S] int64 or int32, S > 0, each in [0, V).
             hidden: [S, H], finite, of the cache's dtype.
-            topk: ids and logprobs [S, K] and tail_logprob [S], the latter two of the cache's dtype; its temperature is
-                the cache's. Its tail policy is not kept. Log-probabilities at padding become -inf.
+            topk: ids and logprobs [S, K] and tail_logprob [S], the latter two of the cache's dtype, at the cache's
+                temperature. Its tail policy is not stored. Log-probabilities of padding entries are stored as -inf.
             logits: [S, V] of the cache's dtype, finite or -inf; not all -inf in a row.
 
         Raises:
-            TypeError, ValueError: an argument is wrong; the message names it.
+            TypeError, ValueError: an argument is invalid; the message names it.
             CacheError: the cache is complete, the writer is closed, or a shard cannot be written.
         """
         self._check_open()
         if self.manifest.complete:
-            raise CacheError(f"{self._folder} is complete, and takes no more examples")
-        wanted = _ARGUMENTS[self.manifest.kind]
-        given: dict[str, Any] = {"hidden": hidden, "topk": topk, "logits": logits}
-        for name, value in given.items():
-            if (value is not None) != (name == wanted):
+            raise CacheError(f"{self._folder} is complete and accepts no more examples")
+        argument = _ARGUMENTS[self.manifest.kind]
+        values: dict[str, Any] = {"hidden": hidden, "topk": topk, "logits": logits}
+        for name, value in values.items():
+            if (value is not None) != (name == argument):
                 raise TypeError(
-                    f"a cache of kind {self.manifest.kind!r} takes {wanted} alone; {name} was "
+                    f"a cache of kind {self.manifest.kind!r} takes {argument} alone; {name} was "
                     f"{'missing' if value is None else 'given'}"
                 )
         _check_ids("input_ids", input_ids, 1)
         rows = len(input_ids)
         require(rows > 0, "input_ids", "[S] with S > 0", tuple(input_ids.shape))
         if topk is not None:
-            given = self._topk_tensors(topk)
-        given["input_ids"] = input_ids
+            values = self._topk_tensors(topk)
+        values["input_ids"] = input_ids
         layout: Layout = {}
         for name, (dtype, shape) in self.manifest.row_layout().items():
             layout[name] = (dtype, (rows, *shape))
         vocab_size = self.manifest.vocab_size
         example = {}
         for name, (dtype, shape) in layout.items():
-            value = given[name]
+            value = values[name]
             if dtype == torch.int32:
-                # Before they are narrowed, which would bring others into the range.
+                # Check before the conversion, which could wrap invalid ids into the valid range.
                 check_values({name: value}, {name: (dtype, tuple(value.shape))}, vocab_size)
                 value = value.to(dtype)
             example[name] = _copy(name, value, dtype, shape)
@@ -247,16 +250,16 @@ class CacheWriter:
     def _topk_tensors(self, topk: TopK) -> dict[str, Any]:
         if not isinstance(topk, TopK):
             raise TypeError(f"topk must be a fastkd.TopK, got {type(topk).__name__}")
-        tempered = topk.temperature == self.manifest.temperature
+        same = topk.temperature == self.manifest.temperature
         allowed = f"{self.manifest.temperature}, the cache's"
-        require(tempered, "topk's temperature", allowed, topk.temperature)
+        require(same, "topk's temperature", allowed, topk.temperature)
         if topk.tail_logprob is None:
-            raise ValueError("topk must have a tail_logprob, as TopK.from_logits gives it")
+            raise ValueError("topk must have a tail_logprob; TopK.from_logits computes it")
         _check_ids("ids", topk.ids, 2)
         return {"ids": topk.ids, "logprobs": topk.logprobs, "tail_logprob": topk.tail_logprob}
 
     def finish(self) -> None:
-        """Write the last shard, mark the cache complete, and close; leaving the `with` block calls it.
+        """Write the last shard, mark the cache complete, and close the writer; called at the end of a `with` block.
 
         Raises:
             CacheError: the writer is closed, or a file cannot be written.
@@ -267,7 +270,7 @@ class CacheWriter:
         self.close()
 
     def close(self) -> None:
-        """Let go of the folder; sequences of an unfinished shard are lost, and the cache stays incomplete."""
+        """Release the folder. Sequences of an unfinished shard are lost, and the cache stays incomplete."""
         self._pending.clear()
         if self._lock is not None:
             self._lock.close()
@@ -289,7 +292,7 @@ class CacheWriter:
             manifest = replace(self.manifest, shards=shards, complete=complete)
             self._write_manifest(manifest)
         except BaseException as error:
-            # How much of it is on disk is for the next writer to see.
+            # Parts of the shard may be on disk; the next writer removes them.
             self._fail(error)
         self._manifest = manifest
         self._pending.clear()
@@ -309,12 +312,16 @@ class CacheWriter:
     def _write_manifest(self, manifest: Manifest) -> None:
         text = manifest.to_json().encode()
         if len(text) > MAX_MANIFEST:
-            raise CacheError(f"{self._folder} has too many shards; begin with more shard_examples")
+            raise CacheError(
+                f"{self._folder} has too many shards; build into another folder with a larger shard_examples"
+            )
         replace_file(self._folder / MANIFEST, [text])
 
     def _check_open(self) -> None:
         if self._lock is None:
-            raise CacheError(f"the writer of {self._folder} is closed; open another to go on")
+            raise CacheError(
+                f"the writer of {self._folder} is closed; open another CacheWriter to continue"
+            )
 
     def _fail(self, error: BaseException) -> NoReturn:
         self.close()
@@ -325,11 +332,11 @@ class CacheWriter:
 
 
 def _lock(folder: Path) -> BinaryIO:
-    """The folder's lock, which lasts until the file is closed or the process ends."""
-    import fcntl  # here, as a system that lacks it can read a cache
+    """Create the folder and lock it until the returned file is closed or the process ends."""
+    import fcntl  # imported here so that caches can be read on systems without fcntl
 
     missing = [path for path in (folder, *folder.parents) if not path.is_dir()]
-    folder.mkdir(parents=True, exist_ok=True)  # another writer may be quicker
+    folder.mkdir(parents=True, exist_ok=True)  # another writer may create it at the same time
     for path in missing:
         sync_folder(path.parent)
     lock = (folder / _LOCK).open("ab")
@@ -346,7 +353,7 @@ def _lock(folder: Path) -> BinaryIO:
 def _head_tensors(
     kind: str, vocab_size: int, dtype: torch.dtype, weight: Tensor | None, bias: Tensor | None
 ) -> dict[str, list[Tensor]]:
-    """The tensors of the head's file; none for a kind without one."""
+    """Return the tensors of the head's file, each as a list of one piece; empty unless the kind is "hidden"."""
     if kind != "hidden":
         for name, value in (("weight", weight), ("bias", bias)):
             require(value is None, name, f"None for kind {kind!r}", value)
@@ -377,7 +384,7 @@ def _check_ids(name: str, value: object, dimensions: int) -> None:
 
 
 def _copy(name: str, value: object, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
-    """A tensor of that dtype and shape in memory of its own, contiguous and on the CPU."""
-    given = _check_tensor(name, value, (dtype,))
-    require(tuple(given.shape) == shape, name, f"of shape {shape}", tuple(given.shape))
-    return given.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
+    """Return a contiguous CPU copy of a tensor that must have this dtype and shape."""
+    tensor = _check_tensor(name, value, (dtype,))
+    require(tuple(tensor.shape) == shape, name, f"of shape {shape}", tuple(tensor.shape))
+    return tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)

@@ -1,37 +1,34 @@
-"""What a call costs the host before the device has anything to do.
+"""The time that a call takes the host before the device has work.
 
-    python bench/host.py     without a GPU: Triton compiles for sm_90, and launches nothing
+    python bench/studies/host.py     without a GPU: Triton compiles for sm_90, and launches nothing
 
-bench/gpu.py has the same calls on a GPU, beside eager PyTorch, and with the launch in them.
+gpu.py has the same calls on a GPU, with the launch, beside eager PyTorch.
 """
 
 from __future__ import annotations
 
-import argparse
-import sys
 import time
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from statistics import median
 from typing import Any
 
+import study
 import torch
-from contenders import LOSSES, Rows, fastkd_loss
-from report import Table, add_arguments, emit
+from peers import Call, fastkd_loss, published
+from study import emit
+from support.triton_aot import Caught, catch, launch_nothing
+from tables import Table
 from torch import Tensor
 
 import fastkd
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
-from support.triton_aot import Caught, catch, launch_nothing
-
 SHAPES = ((8, 1_000), (64, 32_768))
-CALLS = 100  # fewer than the launches that a device's queue takes before the host has to wait
+CALLS = 100  # fewer than a device's queue holds, so the host never waits
 
 
 def microseconds(run: Callable[[], object], rounds: int) -> float:
-    """Of the host, for a call."""
+    """The host's time for a call."""
     for _ in range(CALLS):
         run()
     times = []
@@ -45,15 +42,15 @@ def microseconds(run: Callable[[], object], rounds: int) -> float:
     return 1e6 * median(times)
 
 
-def gradient(loss: Rows, student: Tensor, teacher: Tensor) -> tuple[Tensor, ...]:
+def gradient(loss: Call, student: Tensor, teacher: Tensor) -> tuple[Tensor, ...]:
     """Forward and backward."""
     return torch.autograd.grad(loss(student, teacher), student)
 
 
 def host_time(
-    losses: dict[str, Rows], device: str, rounds: int
+    losses: dict[str, Call], device: str, rounds: int
 ) -> tuple[Table, list[dict[str, Any]]]:
-    """Forward and gradient of Hinton's loss on tensors so small that the device waits for the host."""
+    """Forward and gradient of Hinton's loss, on tensors so small that the device waits for the host."""
     table = Table("Host time of forward and gradient: microseconds", ("rows x V", *losses))
     measurements = []
     for shape in SHAPES:
@@ -71,10 +68,10 @@ def host_time(
 
 
 def steps(rounds: int) -> tuple[Table, list[dict[str, Any]]]:
-    """What kd_rows takes of a call, and Triton of that; and of a launch whose kernel is at hand (kernels/kernel.py)."""
+    """The times of kd_rows in a call, of its launch, and of a launch whose kernel is compiled (kernels/launch.py)."""
     from fastkd.call.contract import Options, Want
     from fastkd.call.contract import Rows as RowValues
-    from fastkd.kernels import kernel as kernels
+    from fastkd.kernels import launch as kernels
 
     options = Options(fastkd.forward_kl(), vocab_size=1_000)
     inputs = (torch.randn(8, 1_000), torch.randn(8, 1_000), RowValues(), options, Want(True))
@@ -82,38 +79,33 @@ def steps(rounds: int) -> tuple[Table, list[dict[str, Any]]]:
     try:
         kernels.kd_rows(*inputs)
     except Caught as caught:
-        kernel, given, launch = caught.args
+        kernel, arguments, launch = caught.args
     del kernels.kd_kernel.run
     grid = (8, 1, 1)
-    compiled = kernel[grid](*given, **launch)
+    compiled = kernel[grid](*arguments, **launch)
     runs = {
         "kd_rows": lambda: kernels.kd_rows(*inputs),
-        "its launch": lambda: kernel[grid](*given, **launch),
-        "another launch": lambda: compiled[grid](*given),
+        "its launch": lambda: kernel[grid](*arguments, **launch),
+        "another launch": lambda: compiled[grid](*arguments),
     }
     times = {name: microseconds(run, rounds) for name, run in runs.items()}
-    table = Table("Of them, for 8 x 1,000: microseconds", [*times])
+    table = Table("Parts of a call of 8 x 1,000: microseconds", [*times])
     table.rows.append([f"{t:.1f}" for t in times.values()])
     return table, [{"step": name, "microseconds": t} for name, t in times.items()]
 
 
 def main() -> None:
-    """Both tables."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--rounds", type=int, default=21)
-    add_arguments(parser)
-    arguments = parser.parse_args()
+    """The command line."""
+    parser = study.command_line(__doc__, rounds=21)
+    parser.set_defaults(threads=1)
+    arguments = study.parsed(parser)
     if torch.cuda.is_available():
-        parser.exit(1, "bench/gpu.py measures this on a GPU\n")
+        parser.exit(1, "bench/studies/gpu.py measures this on a GPU\n")
     launch_nothing()
-    torch.set_num_threads(arguments.threads or 1)
-    loss = fastkd_loss(LOSSES["forward_kl"], backend="triton")
-    whole, parts = (
-        host_time({"fastkd triton, without the launch": loss}, "cpu", arguments.rounds),
-        steps(arguments.rounds),
-    )
+    losses = {
+        "fastkd triton, without the launch": fastkd_loss(published("forward_kl"), backend="triton")
+    }
+    whole, parts = host_time(losses, "cpu", arguments.rounds), steps(arguments.rounds)
     emit(arguments, [whole[0], parts[0]], [*whole[1], *parts[1]])
 
 

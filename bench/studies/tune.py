@@ -1,57 +1,55 @@
-"""Tiles of the Triton kernel: which candidates keep to registers, and which is the fastest; writes kernels/tuning.py.
+"""Finds the fastest tiles of the Triton kernel that do not spill registers, and writes them to kernels/tuning.py.
 
-    python bench/tune.py                     on a GPU: times what does not spill, and writes this GPU's entries
-    python bench/tune.py --compile sm_90     anywhere: compiles for that architecture, and writes nothing
+    python bench/studies/tune.py                     on a GPU: times the candidates, and writes this GPU's entries
+    python bench/studies/tune.py --compile sm_90     anywhere: compiles for that architecture, and writes nothing
 
-A candidate is a tile for every divergence of its kind, so one that spills for any of KINDS is out. Gradients go to a
-tensor of their own: in place, a second run would have another input.
+A tile serves every divergence of its kind, so a candidate that spills for one of KINDS is out. Gradients go to a tensor
+of their own, because a run in place would change the input of the next.
 """
 
 from __future__ import annotations
 
-import argparse
 import itertools
-import sys
+import re
 from functools import partial
-from pathlib import Path
 from statistics import median
 
+import study
 import torch
-from gpu import logits, timed
-from report import Table, add_arguments, emit, progress
+from cases import random_logits
+from measure import Contender, interleave
+from study import ROOT, emit, progress
+from support.triton_aot import Caught, Resources, catch, resources
+from tables import Table
 
 import fastkd
 from fastkd.call.contract import Options, Rows, Want
-from fastkd.kernels import kernel as kernels
+from fastkd.kernels import launch as kernels
 from fastkd.kernels import tuning
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "tests"))
-from support.triton_aot import Caught, Resources, catch, resources  # noqa: E402 (beside the tests)
-
-# One of 32 warps has its multiprocessor to itself: half the row pairs in flight, of which L2 keeps more. 16384 columns
-# spill 72 to 192 bytes with 32 warps, on sm_90 in every one of KINDS.
+# A program of 32 warps has a multiprocessor to itself: half as many row pairs are in flight, so L2 keeps more of them.
+# 16384 columns are no candidate: with 32 warps they spill 72 to 192 bytes on sm_90, for all of KINDS.
 CANDIDATES = ((2048, 4), (2048, 8), (4096, 8), (4096, 16), (8192, 16), (8192, 32))
-# By whether there is a closed form; the first is timed, the other has the most to keep.
+# By whether there is a closed form. The first divergence is timed; the second needs the most registers.
 KINDS = {True: ("forward_kl", "mixture"), False: ("jsd", "alpha_beta")}
 DTYPES = (torch.bfloat16, torch.float32)
 WIDTHS = tuple(2**power for power in range(12, 19))
-BYTES = 1 << 30  # of one side
+BYTES = 1 << 30  # of the student's logits, and of the teacher's
 
 Key = tuple[str, int, bool, int]
+Tile = tuple[int, int]
+Kept = dict[tuple[torch.dtype, bool], list[Tile]]
 
 
 def loss(student: torch.Tensor, teacher: torch.Tensor, divergence: str) -> None:
-    """One call as Hinton's: labels, a temperature, the student's gradient."""
+    """Hinton's loss: labels, a temperature, the student's gradient."""
     labels = torch.zeros(student.shape[0], dtype=torch.int64, device=student.device)
     options = Options(fastkd.DIVERGENCES[divergence](), 0.5, 2.0, 2.0, vocab_size=student.shape[-1])
     kernels.kd_rows(student, teacher, Rows(labels), options, Want(True))
 
 
-def compiled(
-    candidate: tuple[int, int], divergence: str, dtype: torch.dtype, target: str
-) -> Resources:
-    """What the kernel needs with that tile."""
+def compiled(candidate: Tile, divergence: str, dtype: torch.dtype, target: str) -> Resources:
+    """The registers and memory that the kernel needs with that tile."""
     kernels.tile = lambda *row: candidate
     catch(kernels.kd_kernel, "row")
     try:
@@ -63,10 +61,8 @@ def compiled(
     raise AssertionError("nothing was launched")
 
 
-def keeps_to_registers(
-    target: str,
-) -> tuple[Table, dict[tuple[torch.dtype, bool], list[tuple[int, int]]]]:
-    """(what each candidate needs, those that do not spill)."""
+def keeps_to_registers(target: str) -> tuple[Table, Kept]:
+    """(a table of what each candidate needs, the candidates that do not spill)."""
     table = Table(
         f"Registers a thread on {target} (bytes of local memory where there are any)",
         ("divergence", "logits", *(f"{block}/{warps}" for block, warps in CANDIDATES)),
@@ -89,67 +85,59 @@ def keeps_to_registers(
     return table, kept
 
 
-def fastest(
-    architecture: str,
-    kept: dict[tuple[torch.dtype, bool], list[tuple[int, int]]],
-    rounds: int,
-) -> tuple[Table, dict[Key, tuple[int, int]]]:
-    """(milliseconds, the entries of this GPU). The rule's own tile is a candidate too."""
+def fastest(architecture: str, kept: Kept, rounds: int) -> tuple[Table, dict[Key, Tile]]:
+    """(a table of milliseconds, the entries of this GPU). The rule's own tile is a candidate too."""
     table = Table(
         "Milliseconds; * is the fastest",
         ("divergence", "logits", "V", "rule", *(f"{block}/{warps}" for block, warps in CANDIDATES)),
     )
-    rule, found = kernels.tile, {}
-    kernels.plan = lambda *call: None  # rows of one program are what is tuned
+    rule, entries = kernels.tile, {}
+    kernels.plan = lambda *call: None  # one program per row, which is what these tiles are for
     for (dtype, closed_form), candidates in kept.items():
         for width in WIDTHS:
             divergence = KINDS[closed_form][0]
             progress(divergence, str(dtype), str(width))
-            student, teacher = logits(BYTES // (width * dtype.itemsize), width, dtype)
-            run = partial(loss, student.detach(), teacher, divergence)
+            rows = BYTES // (width * dtype.itemsize)
+            student, teacher = random_logits(rows, width, dtype=dtype, device="cuda")
+            run = partial(loss, student, teacher, divergence)
 
-            def with_tile(chosen: tuple[int, int], run: partial[None] = run) -> None:
+            def with_tile(chosen: Tile, run: partial[None] = run) -> None:
                 kernels.tile = lambda *row: chosen
                 run()
 
             tiles = {"rule": rule(width, dtype.itemsize)}
             tiles |= {f"{block}/{warps}": (block, warps) for block, warps in candidates}
-            seconds = timed(
-                {name: partial(with_tile, chosen) for name, chosen in tiles.items()}, rounds
-            )
+            runs = {name: Contender(partial(with_tile, each)) for name, each in tiles.items()}
+            seconds = interleave(runs, rounds, "cuda")
             times = {name: median(values) for name, values in seconds.items()}
             best = min(times, key=times.__getitem__)
-            found[architecture, dtype.itemsize, closed_form, width] = tiles[best]
+            entries[architecture, dtype.itemsize, closed_form, width] = tiles[best]
             cells = [
                 f"{1e3 * times[name]:.3g}{'*' * (name == best)}" if name in times else "spills"
                 for name in table.columns[3:]
             ]
             table.rows.append((divergence, str(dtype).removeprefix("torch."), f"{width:,}", *cells))
             del student, teacher
-    return table, found
+    return table, entries
 
 
-def write(architecture: str, found: dict[Key, tuple[int, int]]) -> None:
-    """Put this architecture's entries in the place of those it has."""
+def write(architecture: str, entries: dict[Key, Tile]) -> None:
+    """Replace this architecture's entries in kernels/tuning.py."""
     path = ROOT / "kernels" / "tuning.py"
     before, declaration, _ = path.read_text().partition("TILES: ")
-    before = before.replace("\nNo entry has been timed yet: every tile is that of the rule in `rows.tile`.\n",
-                            "\nWhat has no entry has the tile of the rule in `rows.tile`.\n")  # fmt: skip
-    entries = {key: value for key, value in tuning.TILES.items() if key[0] != architecture} | found
-    lines = [f"    {key}: {value},\n" for key, value in sorted(entries.items())]
+    rule = "\nArchitectures without an entry use the rule in `launch.tile`.\n"
+    before = re.sub(r"\nNo entry has been timed yet.*\n", rule, before)
+    others = {key: tile for key, tile in tuning.TILES.items() if key[0] != architecture}
+    lines = [f"    {key}: {tile},\n" for key, tile in sorted((others | entries).items())]
     text = "dict[tuple[str, int, bool, int], tuple[int, int]] = {\n" + "".join(lines) + "}\n"
     path.write_text(before + declaration + text.replace("'", '"'))
 
 
 def main() -> None:
-    """Run what the command line asks for."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    """The command line."""
+    parser = study.command_line(__doc__, rounds=15)
     parser.add_argument("--compile", metavar="ARCHITECTURE", help="sm_80, sm_90, gfx942, ...")
-    parser.add_argument("--rounds", type=int, default=15)
-    add_arguments(parser)
-    arguments = parser.parse_args()
+    arguments = study.parsed(parser)
     device = kernels.device_of(torch.device("cuda", 0)) if torch.cuda.is_available() else None
     architecture = arguments.compile or (device.architecture if device else None)
     if architecture is None:
@@ -160,10 +148,10 @@ def main() -> None:
     )
     tables = [table]
     if not arguments.compile:
-        times, found = fastest(architecture, kept, arguments.rounds)
+        times, entries = fastest(architecture, kept, arguments.rounds)
         tables.append(times)
-        write(architecture, found)
-    emit(arguments, tables, [])
+        write(architecture, entries)
+    emit(arguments, tables)
 
 
 if __name__ == "__main__":

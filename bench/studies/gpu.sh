@@ -2,7 +2,7 @@
 # `make gpu`: build the extensions for this machine, test the kernels on its GPU, look for races and stray accesses, and
 # measure. No network; nothing is installed into GPU_PYTHON, the interpreter whose torch and Triton are used.
 set -uo pipefail
-cd "$(dirname "$0")/.." || exit 1
+cd "$(dirname "$0")/../.." || exit 1
 python=${GPU_PYTHON:-python3}
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" FASTKD_NATIVE=1 FASTKD_CUDA=1
 for wheel in "${WHEELS:-/nonexistent}"/*.whl; do # a wheel is a zip that Python can import from
@@ -20,10 +20,10 @@ step "$python" -m fastkd info
 step "$python" -m pytest -q tests/backends/test_gpu.py tests/backends/cuda/test_cuda_build.py
 if command -v compute-sanitizer >/dev/null; then
     for tool in memcheck racecheck initcheck synccheck; do
-        step compute-sanitizer --tool "$tool" --error-exitcode 9 --print-limit 5 "$python" bench/gpu.py --sanitize
+        step compute-sanitizer --tool "$tool" --error-exitcode 9 --print-limit 5 "$python" bench/studies/gpu.py --sanitize
     done
 else
     echo "compute-sanitizer is not on PATH: left out"
 fi
-step "$python" bench/gpu.py
+step "$python" bench/studies/gpu.py
 exit "$status"

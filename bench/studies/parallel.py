@@ -1,17 +1,17 @@
-"""What a loss costs whose vocabulary is spread over processes: a model as code, and gloo processes of this machine.
+"""The cost of a loss whose vocabulary is spread over processes: a model as code, and gloo processes on this machine.
 
-    python bench/parallel.py             measures 1, 2 and 4 processes, and how far the model is from them
-    python bench/parallel.py --large     no measurement: the tables of docs/parallel.md for large runs
+    python bench/studies/parallel.py             measures 1, 2 and 4 processes, and the error of the model
+    python bench/studies/parallel.py --large     no measurement: the tables for large runs in docs/parallel.md
 
-The model counts floating-point operations, bytes of local memory, bytes on the wire and collectives of a call, of one
-process; what a unit of each costs is a Machine. Fitted are, here, how fast one process sweeps (each loss) and
-multiplies, at one vocabulary (the first of VOCABULARIES), and the latency and bandwidth of collectives. The rest is
-predicted. Bytes and collectives are counted too, where those of fastkd.parallel begin, and have to be the model's.
+For one process and one call the model counts floating-point operations, bytes of local memory, bytes on the wire and
+collectives. A Machine says what a unit of each costs. Two kinds of figures are fitted here: the rates of one process at
+one vocabulary (the first of VOCABULARIES), for the sweeps of each loss and for matrix products, and the latency and
+bandwidth of collectives. Everything else is predicted. Bytes and collectives are also counted where fastkd.parallel
+starts them, and must equal the model's.
 """
 
 from __future__ import annotations
 
-import argparse
 import os
 import time
 from collections.abc import Callable
@@ -19,39 +19,39 @@ from contextlib import contextmanager
 from statistics import median
 from typing import Any, NamedTuple
 
+import study
 import torch
 import torch.distributed as dist
-from report import Table, add_arguments, emit, progress
+from study import emit, progress
+from tables import Table
 
 import fastkd
 from fastkd.parallel import collectives
 from fastkd.parallel.shards import HALF_BYTES
 
-# ---- the model
-
-AGREEMENT_BYTES = 64  # between hosts, a call
-# What a row's statistics take on the wire, of one process: (dense, the sums after them, sparse without its tokens).
+AGREEMENT_BYTES = 64  # between hosts, per call
+# Bytes that one process sends per row: (dense statistics, the sums after them, sparse statistics without the tokens).
 ROW_BYTES = {
     "cpu": (15 * 8, 3 * 8, 8 * 8),
     "reference": (12 * 8, 3 * 8, 9 * 8),
     "portable": (12 * 8, 3 * 8, 9 * 8),
-    "triton": (14 * 4, 2 * 4, 9 * 8),  # and a program; from 512 rows on a row has one
+    "triton": (14 * 4, 2 * 4, 9 * 8),  # per program; with 512 rows or more, a row has one program
 }
 GIB = 2**30
 
 
 class Cost(NamedTuple):
-    """Of a call, forward and gradient, of one process."""
+    """The cost of a call, forward and gradient, for one process."""
 
     flops: float  # of matrix products
-    product_bytes: float  # that those move in local memory, at least
-    sweep_bytes: float  # that the rows' kernels move there
+    product_bytes: float  # the least that the products move in local memory
+    sweep_bytes: float  # moved in local memory by the row kernels
     wire_bytes: float  # received from other processes (as many are sent)
-    collectives: int  # one after the other, at most; those of two halves overlap
+    collectives: int  # at most, in sequence; those of two halves overlap
     chunks: int
 
     def seconds(self, machine: Machine, processes: int) -> float:
-        """On that machine, with nothing overlapping but a product's arithmetic and its memory."""
+        """The time on that machine. Only the arithmetic of a product and its memory traffic overlap."""
         crowded = max(1.0, processes / machine.cores)
         products = max(self.flops / machine.flops, self.product_bytes / machine.product_bytes)
         exchange = 0.0
@@ -62,13 +62,13 @@ class Cost(NamedTuple):
 
 
 class Machine(NamedTuple):
-    """What one process does alone, a second; cores: how many processes do that side by side."""
+    """Rates per second of one process alone. `cores` processes reach them side by side."""
 
     flops: float
     product_bytes: float
     sweep_bytes: float
-    latency: dict[int, float]  # of a collective of that many processes, seconds
-    bandwidth: dict[int, float]  # bytes a second that one of them receives
+    latency: dict[int, float]  # seconds of a collective, by number of processes
+    bandwidth: dict[int, float]  # bytes per second that each receives, by number of processes
     cores: float
 
 
@@ -89,11 +89,23 @@ def model(
     sequence_parallel: bool = False,
     shared: bool = True,
 ) -> Cost:
-    """The cost of a call of N rows whose V columns R processes share.
+    """The cost of a call with N rows, whose V columns are spread over R processes.
 
-    N: rows, of all. V: columns, of all. H: the student's width; 0 for logits (kd_loss). teacher_H: of a LinearTeacher;
-    0 for one of dense logits, or, with k, of k tokens. itemsize: of logits, or of hidden states and heads (whose logits
-    are float32). chunk: rows; None: as fastkd plans on a device. shared: False where no process_group is given.
+    Args:
+        N: Rows, of all processes.
+        V: Columns, of all processes.
+        H: The student's width; 0 for logits (kd_loss).
+        R: Processes.
+        teacher_H: The width of a LinearTeacher; 0 for dense logits, or for k tokens if k is given.
+        itemsize: Bytes of a logit, or of an element of hidden states and heads, whose logits are float32.
+        teacher_itemsize: The same for the teacher; None: as itemsize.
+        closed_form: Whether the divergence has a closed form.
+        k: The tokens of a TopK teacher; 0 for other teachers.
+        backend: The backend, which decides what a row sends.
+        trained_head: Whether the head gets a gradient.
+        chunk: Rows in a chunk; None: as fastkd plans on a device.
+        sequence_parallel: Whether hidden states are spread over the processes by rows.
+        shared: Whether a process_group is given.
     """
     columns = -(-V // R)
     others = R - 1
@@ -102,11 +114,11 @@ def model(
     teacher_logit = 4 if H and teacher_H else (teacher_itemsize or itemsize)
     step = N
     if H:
-        step = chunk or _planned(N, columns, H, teacher_H, k, itemsize, trained_head)
+        step = chunk or plan(N, columns, H, teacher_H, k, itemsize, trained_head).chunk_size
     chunks = -(-N // step)
 
-    # Statistics read both sides, the sums do again where they are needed, the gradient reads both and writes one. A row
-    # of one process stays in a CPU's cache between them.
+    # The statistics read both sides. So do the sums, where they are needed, and the gradient, which also writes one
+    # side. Without other processes, a row stays in a CPU's cache from one sweep to the next.
     again = shared or backend != "cpu"
     reads = (1 + again * (1 if closed_form or k else 2)) * (logit + (0 if k else teacher_logit))
     sweep_bytes = N * columns * (reads + logit)
@@ -122,18 +134,15 @@ def model(
 
     flops = product_bytes = 0.0
     if H:
-        products = (
-            3 if trained_head else 2
-        )  # logits, gradient of hidden states, gradient of the weight
+        # Logits, the gradient of the hidden states, and that of the weight.
+        products = 3 if trained_head else 2
         flops = 2.0 * N * columns * (products * H + teacher_H)
         heads = columns * ((2 * H + teacher_H) * itemsize + (8 * H if trained_head else 0))
         logits = N * columns * (products * logit + (4 if teacher_H else 0))
         product_bytes = chunks * heads + logits
         if shared:
             hidden = N * H * itemsize
-            wire += (
-                2 * others / R * hidden
-            )  # the gradient: an all-reduce, or a gather and a scatter
+            wire += 2 * others / R * hidden  # gradient: an all-reduce, or a gather and a scatter
             collective_count += 1
             if sequence_parallel:
                 wire += others / R * N * teacher_H * itemsize
@@ -141,15 +150,10 @@ def model(
     return Cost(flops, product_bytes, sweep_bytes, wire, collective_count, chunks)
 
 
-def _planned(
-    N: int, columns: int, H: int, teacher_H: int, k: int, itemsize: int, trained_head: bool
-) -> int:
-    return _plan(N, columns, H, teacher_H, k, itemsize, trained_head).chunk_size
-
-
-def _plan(
+def plan(
     N: int, columns: int, H: int, teacher_H: int, k: int, itemsize: int, trained_head: bool = True
 ) -> Any:
+    """fastkd's plan of chunks on a GPU."""
     return fastkd.memory_plan(
         N,
         columns,
@@ -163,17 +167,15 @@ def _plan(
     )
 
 
-# ---- what is measured
-
 ROWS, WIDTH, CHUNK = 128, 256, 64
-VOCABULARIES = (32_768, 8_192, 131_072)  # the first is what one process is fitted at
+VOCABULARIES = (32_768, 8_192, 131_072)  # the rates of one process are fitted at the first
 PROCESSES = (1, 2, 4)
 LOSSES = ("forward_kl", "jsd", "topk")
 K = 64
 
 
 class Case(NamedTuple):
-    """A loss, and how many columns the vocabulary has."""
+    """A loss and the size of its vocabulary."""
 
     loss: str
     linear: bool
@@ -184,7 +186,7 @@ class Case(NamedTuple):
         return f"{'fused_linear_kd_loss' if self.linear else 'kd_loss'} {self.loss}"
 
     def cost(self, R: int) -> Cost:
-        """By the model."""
+        """The cost by the model."""
         shape: dict[str, Any] = {}
         if self.linear:
             shape = {"H": WIDTH, "teacher_H": 0 if self.loss == "topk" else WIDTH, "chunk": CHUNK}
@@ -203,27 +205,27 @@ CASES += [Case("forward_kl", True, V) for V in VOCABULARIES]
 
 
 class Sample(NamedTuple):
-    """Of a step, of one process."""
+    """A step of one process, or the mean over processes."""
 
     seconds: float
-    waiting: float  # of them in collectives
+    waiting: float  # seconds in collectives
     wire_bytes: float
     collectives: int
-    row_bytes: float  # on the wire, a row and other process, without the gradient of hidden states
-    apart: float = (
-        0.0  # seconds of the same columns by as many processes at once that exchange nothing
-    )
+    # Bytes on the wire per row and other process, without the gradient of hidden states.
+    row_bytes: float
+    # Seconds for the same columns, with as many processes at once that exchange nothing.
+    apart: float = 0.0
 
 
 class Wire:
-    """What passes between processes, counted where every collective of fastkd.parallel begins and ends."""
+    """A count of what passes between processes, taken where each collective of fastkd.parallel begins and ends."""
 
     def __init__(self) -> None:
         self.seconds, self.bytes, self.collectives, self.of_hidden = 0.0, 0.0, 0, 0.0
 
     @contextmanager
     def counting(self) -> Any:
-        """Within, all are counted."""
+        """Count all collectives within the context."""
         wire, plain = self, collectives.Pending
 
         class Counted(plain):  # type: ignore[misc, valid-type]
@@ -255,7 +257,7 @@ class Wire:
 
 
 def step_of(case: Case, R: int, group: Any) -> Callable[[], None]:
-    """Forward and gradient of a process's columns."""
+    """A function that computes forward and gradient of one process's columns."""
     generator = torch.Generator().manual_seed(1)
     columns = case.V // R
 
@@ -286,7 +288,7 @@ def step_of(case: Case, R: int, group: Any) -> Callable[[], None]:
 
 
 def sample(step: Callable[[], None], group: Any) -> Sample:
-    """One step, from a moment at which all processes are there."""
+    """Measure one step, which all processes start together."""
     wire = Wire()
     dist.barrier(group)
     with wire.counting():
@@ -299,24 +301,24 @@ def sample(step: Callable[[], None], group: Any) -> Sample:
     return Sample(seconds, wire.seconds, wire.bytes, wire.collectives, a_row)
 
 
-SMALL, BIG = 1 << 10, 4 << 20  # bytes of one process: what the collectives are fitted to
+SMALL, BIG = 1 << 10, 4 << 20  # bytes per process, for the fit of latency and bandwidth
 
 
 def collective_times(group: Any, rounds: int) -> tuple[list[float], list[float]]:
-    """Seconds of an all-gather of SMALL and of BIG bytes."""
+    """Seconds of all-gathers of SMALL and of BIG bytes."""
     times: tuple[list[float], list[float]] = ([], [])
     for _ in range(rounds):
-        for size, found in zip((SMALL, BIG), times, strict=True):
+        for size, seconds in zip((SMALL, BIG), times, strict=True):
             value = torch.zeros(size, dtype=torch.uint8)
             dist.barrier(group)
             start = time.perf_counter()
             collectives.all_gather(value, group, "a benchmark").wait()
-            found.append(time.perf_counter() - start)
+            seconds.append(time.perf_counter() - start)
     return times
 
 
 def process(rank: int, port: int, rounds: int, results: Any) -> None:
-    """One of four; those that a round does not need wait for the next without computing."""
+    """The work of one of four processes. In a round with fewer processes, the others wait at a barrier."""
     torch.set_num_threads(1)
     address = f"tcp://127.0.0.1:{port}"
     dist.init_process_group("gloo", init_method=address, rank=rank, world_size=max(PROCESSES))
@@ -328,8 +330,9 @@ def process(rank: int, port: int, rounds: int, results: Any) -> None:
             found["collective", R] = collective_times(groups[R], 5 * rounds)
         dist.barrier()
     for case in CASES:
-        mine = [R for R in PROCESSES if rank < R]
-        steps = {R: (step_of(case, R, groups[R]), step_of(case, R, own)) for R in mine}
+        steps = {
+            R: (step_of(case, R, groups[R]), step_of(case, R, own)) for R in PROCESSES if rank < R
+        }
         for number in range(rounds + 1):
             for R in PROCESSES:
                 if rank < R:
@@ -346,19 +349,11 @@ def process(rank: int, port: int, rounds: int, results: Any) -> None:
     dist.destroy_process_group()
 
 
-class Measured(NamedTuple):
-    """Means over processes of the fastest round, which other work on the machine disturbs least."""
+def measure(rounds: int) -> tuple[dict[tuple[Case, int], Sample], Machine]:
+    """Every case on every number of processes, and this machine for the model.
 
-    seconds: float
-    waiting: float
-    wire_bytes: float
-    collectives: int
-    row_bytes: float
-    apart: float
-
-
-def measure(rounds: int) -> tuple[dict[tuple[Case, int], Measured], Machine]:
-    """Every case on every number of processes, and this machine as the model sees it."""
+    A Sample is the mean over processes of the fastest round, which other work on the machine disturbs least.
+    """
     import socket
 
     import torch.multiprocessing as mp
@@ -369,7 +364,7 @@ def measure(rounds: int) -> tuple[dict[tuple[Case, int], Measured], Machine]:
     results = mp.get_context("spawn").Queue()
     spawned = mp.spawn(process, args=(port, rounds, results), nprocs=max(PROCESSES), join=False)
     by_rank: dict[int, Any] = {}
-    while not spawned.join(timeout=1):  # raises what a process has raised
+    while not spawned.join(timeout=1):  # raises if a process raised
         while not results.empty():
             by_rank |= [results.get()]
     while len(by_rank) < max(PROCESSES):
@@ -384,7 +379,7 @@ def measure(rounds: int) -> tuple[dict[tuple[Case, int], Measured], Machine]:
                 for moment in zip(*each, strict=True)
             ]
             apart = min(moment[-1] for moment in means)
-            found[case, R] = Measured(*min(means)[:-1], apart)
+            found[case, R] = Sample(*min(means)[:-1], apart)
     latency, bandwidth = {}, {}
     for R in PROCESSES[1:]:
         small, big = (min(times) for times in by_rank[0]["collective", R])
@@ -393,8 +388,8 @@ def measure(rounds: int) -> tuple[dict[tuple[Case, int], Measured], Machine]:
     return found, Machine(1.0, 1.0, 1.0, latency, bandwidth, len(os.sched_getaffinity(0)))
 
 
-def fitted(case: Case, found: dict[tuple[Case, int], Measured], machine: Machine) -> Machine:
-    """The machine with one process's rates, from the same loss at the first vocabulary."""
+def fitted(case: Case, found: dict[tuple[Case, int], Sample], machine: Machine) -> Machine:
+    """The machine with the rates of one process, fitted to the same loss at the first vocabulary."""
     rates = machine
     for linear in (False, True):
         at = Case(case.loss, linear, VOCABULARIES[0])
@@ -411,10 +406,10 @@ def fitted(case: Case, found: dict[tuple[Case, int], Measured], machine: Machine
 
 
 def report(rounds: int) -> tuple[list[Table], list[dict[str, Any]], list[str]]:
-    """The tables of a measurement."""
+    """The table of a measurement, with its figures and notes."""
     found, machine = measure(rounds)
     columns = (
-        "V", "processes", "collectives", "wire, B a row and other process", "step, ms", "of one process",
+        "V", "processes", "collectives", "wire, B per row and other process", "step, ms", "of one process",
         "in collectives", "without exchange, ms", "model, ms", "model's error", "error given that",
     )  # fmt: skip
     table = Table(f"{ROWS} rows, float32; H = {WIDTH}, chunks of {CHUNK} rows", ("loss", *columns))
@@ -432,7 +427,7 @@ def report(rounds: int) -> tuple[list[Table], list[dict[str, Any]], list[str]]:
             is_fitted = R == 1 and case.V in VOCABULARIES[:1]
             if not is_fitted:
                 errors.append(abs(error))
-            # Were as many processes beside each other as fast as the measurement without exchange has them.
+            # The error of the model's exchange, added to the measured step without exchange.
             exchange = predicted - cost._replace(collectives=0, wire_bytes=0).seconds(rates, R)
             exchange_error = (own.apart + exchange) / own.seconds - 1
             if R > 1:
@@ -468,20 +463,18 @@ def report(rounds: int) -> tuple[list[Table], list[dict[str, Any]], list[str]]:
         for R in machine.latency
     ]
     notes.append(
-        f"the model's error where nothing was fitted: median {median(errors):.0%}, largest {max(errors):.0%}; of "
-        f"the exchange alone, on top of the step without it: median {median(exchange_errors):.0%}, largest "
-        f"{max(exchange_errors):.0%}"
+        f"the model's error where nothing was fitted: median {median(errors):.0%}, largest {max(errors):.0%}; "
+        f"with the measured step without exchange: median {median(exchange_errors):.0%}, "
+        f"largest {max(exchange_errors):.0%}"
     )
     notes.append(f"load average at the end: {os.getloadavg()[0]:.1f}")
     return [table], measurements, notes
 
 
-# ---- large runs
-
 STUDENT, TEACHER = (8e9, 4_096), (70e9, 8_192)  # parameters, width
 V, SEQUENCE = 262_144, 8_192  # columns; rows of a call
-# Assumptions, not measurements: of an H100 in a node of eight.
-PEAK, SHARE = 989e12, 0.4  # bfloat16, and what of it a training step gets
+# Assumptions about an H100 in a node of eight, not measurements.
+PEAK, SHARE = 989e12, 0.4  # in bfloat16, and the share of it that a training step reaches
 GPU = Machine(
     flops=0.6 * PEAK,
     product_bytes=2.5e12,
@@ -496,17 +489,17 @@ TOKENS = 1e12
 
 
 def large() -> list[Table]:
-    """The plan's tables."""
+    """The tables for large runs."""
     _, H = STUDENT
     _, teacher_H = TEACHER
     shape = f"{SEQUENCE:,} rows, V = {V:,}, H = {H:,}, teacher's {teacher_H:,}, bfloat16"
     memory = Table(
-        f"A GPU's memory, GiB: {shape}",
+        f"Memory of a GPU, GiB: {shape}",
         ("group R", "float32 logits of both and gradient", "fused: chunk, rows", "fused: held by the call",
          "heads", "head's gradient", "fused, TopK: held"),
     )  # fmt: skip
     times = Table(
-        f"A call of a GPU, by the model: {shape}",
+        f"A call on a GPU, by the model: {shape}",
         ("group R", "chunks", "TFLOP", "products, ms", "sweeps, ms", "wire, MB", "collectives",
          "exchange, ms", "agreement, ms", "total, ms", "student's model, ms"),
     )  # fmt: skip
@@ -514,7 +507,7 @@ def large() -> list[Table]:
     for R in (1, 2, 4, 8, 16):
         columns = V // R
         linear, topk = (
-            _plan(SEQUENCE, columns, H, width, k, 2) for width, k in ((teacher_H, 0), (0, 64))
+            plan(SEQUENCE, columns, H, width, k, 2) for width, k in ((teacher_H, 0), (0, 64))
         )
         memory.rows.append(
             (
@@ -557,7 +550,7 @@ def large() -> list[Table]:
 
 def _heads(H: int, teacher_H: int) -> Table:
     shown = Table(
-        f"Received by a GPU, MB a call, for {SEQUENCE:,} rows of each of 8 processes",
+        f"Received by a GPU, MB per call, for {SEQUENCE:,} rows of each of 8 processes",
         ("weights by FSDP2: both heads, the gradient", "vocabulary shared by 8, for the rows of all 8"),
     )  # fmt: skip
     gathered = 7 / 8 * 2 * V * (2 * H + teacher_H)
@@ -576,7 +569,7 @@ def _heads(H: int, teacher_H: int) -> Table:
 
 
 def _teachers(student_step: float) -> list[Table]:
-    rate = SEQUENCE / student_step  # tokens a second and GPU, of the student alone
+    rate = SEQUENCE / student_step  # tokens per second and GPU, for the student alone
     online = 1 + 2 * TEACHER[0] / (6 * STUDENT[0])
     kinds = {
         "TopK, K = 64": 64 * 8 + 8,
@@ -584,8 +577,8 @@ def _teachers(student_step: float) -> list[Table]:
         "hidden, bfloat16": 2 * TEACHER[1] + 4,
     }
     cache = Table(
-        f"A cache: {rate:,.0f} tokens a second and GPU without a teacher, {rate / online:,.0f} with it online",
-        ("kind", "bytes a token", "TB a 10^12 tokens", *(f"GB/s for {n:,} GPUs" for n in GPUS), "MB/s a GPU"),
+        f"A cache: {rate:,.0f} tokens per second and GPU without a teacher, {rate / online:,.0f} with it online",
+        ("kind", "bytes per token", "TB per 10^12 tokens", *(f"GB/s for {n:,} GPUs" for n in GPUS), "MB/s per GPU"),
     )  # fmt: skip
     for kind, size in kinds.items():
         cells = (f"{rate * n * size / 1e9:,.1f}" for n in GPUS)
@@ -593,7 +586,7 @@ def _teachers(student_step: float) -> list[Table]:
             (kind, f"{size:,}", f"{size * TOKENS / 1e12:,.0f}", *cells, f"{rate * size / 1e6:.1f}")
         )
     runs = Table(
-        "GPU days of 10^12 tokens of a student, times it is trained",
+        "GPU days for a student on 10^12 tokens, by how often it is trained",
         ("times", "teacher online", "teacher once, then a cache", "cache / online"),
     )
     day = TOKENS / rate / 86_400
@@ -605,19 +598,17 @@ def _teachers(student_step: float) -> list[Table]:
 
 def main() -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--rounds", type=int, default=15)
+    parser = study.command_line(__doc__, rounds=15)
     parser.add_argument(
-        "--large", action="store_true", help="the tables for large runs, no measurement"
+        "--large",
+        action="store_true",
+        help="print the tables for large runs, without a measurement",
     )
-    add_arguments(parser)
-    arguments = parser.parse_args()
+    arguments = study.parsed(parser)
     if arguments.large:
         print("\n\n".join(table.markdown() for table in large()))
         return
-    torch.set_num_threads(1)  # as each process does; for the line that says so
+    torch.set_num_threads(1)  # as each process does, for the report of the machine
     emit(arguments, *report(arguments.rounds))
 
 
