@@ -383,14 +383,14 @@ FAULTS = {
     "logits that are too low": ("finish.h", "return (row.flags & MINIMA)", "return false && (row.flags & MINIMA)"),
     "the label's column": ("gradient.h", "column == row.label", "column + 1 == row.label"),
     "a whole vector where there is a part": ("columns.h", "first + VECTOR <= range.last", "first < range.last"),
-    "what came by the copy engine is not waited for": ("cluster.h", "      await(stage);\n", ""),
+    "what came by the copy engine is not waited for": ("block.h", "      await(stage);\n", ""),
     "a stage is fetched before all are done with it": (
         "cluster.h", "order_before_copies();\n      sync_block();", "order_before_copies();"),
-    "one place for all exchanges": ("cluster.h", "shared_.rank_parts[exchange_++ & 1]", "shared_.rank_parts[0]"),
+    "one place for all exchanges": ("block.h", "shared_.rank_parts[exchange_++ & 1]", "shared_.rank_parts[0]"),
     "no gap between stages": ("slice.h", "memory + number * gap", "memory"),
     "a cluster that does not wait": (
-        "cluster.h", "        cluster_arrive(warp == 0);\n        cluster_wait();\n", ""),
-    "a row that is forgotten": ("cluster.h", "next_counted(row + ", "next_counted(row + 2 * "),
+        "block.h", "        cluster_arrive(warp == 0);\n        cluster_wait();\n", ""),
+    "a row that is forgotten": ("block.h", "next_counted(row + ", "next_counted(row + 2 * "),
 }  # fmt: skip
 
 

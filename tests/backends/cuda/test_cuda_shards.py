@@ -257,7 +257,7 @@ FAULTS = {
         "gradient.h", "call.label_smoothing / double(call.shard.total)", "call.label_smoothing / 7"),
     "a shift of nothing": ("statistics.h", "a.s_max == -INF ? 0 : (", "a.s_max == -INF ? finite_max(s_max) : ("),
     "events in the order of a process": ("topk.h", "constexpr int LANES = 32;", "const int LANES = call.threads;"),
-    "copies that are not waited for": ("cluster.h", "Step::results) block.each_stage", "Step::all) block.each_stage"),
+    "copies that are not waited for": ("kinds.h", "Step::results) block.each_stage", "Step::all) block.each_stage"),
 }  # fmt: skip
 
 
