@@ -173,9 +173,7 @@ def completed(options: Mapping[str, Any]) -> dict[str, Any]:
     """
     for name in options:
         if name not in NAMES:
-            raise TypeError(
-                f"there is no option {name!r}; the scalar options are {', '.join(NAMES)}"
-            )
+            raise TypeError(f"an option must be one of {', '.join(NAMES)}; got {name!r}")
     return {row.name: options.get(row.name, row.default) for row in TABLE}
 
 
