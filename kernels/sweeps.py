@@ -605,12 +605,10 @@ def merge_partials(partials, student, teacher, moments):
             q_moment -= tl.where((s_extra == 0.0) | (gap == -float("inf")), 0.0, gap)
             q_moment = _rescale_q_moment(q_moment, s_step, t_step, s_exp_sum, s_factor)
         t_exp_sum = t_factor * t_exp_sum
-    sums = (
-        *(s_factor * s_exp_sum, t_exp_sum, s_exp_sum_t1),
-        *(p_moment, q_moment, entropy_moment, partials.centered_sum),
-    )
-    lost = (partials.t_lost_max, partials.s_lost_max)
-    return _reduce_lanes(s_max, t_max, sums, lost[0], lost[1], argmaxes, t_exp_sum_t1)
+    s_exp_sum, centered_sum = s_factor * s_exp_sum, partials.centered_sum
+    sums = (s_exp_sum, t_exp_sum, s_exp_sum_t1, p_moment, q_moment, entropy_moment, centered_sum)
+    t_lost_max, s_lost_max = partials.t_lost_max, partials.s_lost_max
+    return _reduce_lanes(s_max, t_max, sums, t_lost_max, s_lost_max, argmaxes, t_exp_sum_t1)
 
 
 # If the log-sum-exps of two rows are closer than this, log q - log p is most exact when computed from s - t.
