@@ -158,18 +158,18 @@ def test_the_current_stream(on_gpu: str) -> None:
         later = torch.full_like(student, torch.nan)
         torch.cuda._sleep(100_000_000)
         later.copy_(student)
-        found = _gradient(later, teacher, backend=on_gpu)
+        actual = _gradient(later, teacher, backend=on_gpu)
     side.synchronize()
-    assert all(torch.equal(a, b) for a, b in zip(expected, found, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(expected, actual, strict=True))
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="there is one GPU")
 def test_a_device_that_is_not_the_current_one(on_gpu: str) -> None:
     student, teacher = _pair(4, 5000)
     expected = _gradient(student, teacher, backend=on_gpu)
-    found = _gradient(student.to("cuda:1"), teacher.to("cuda:1"), backend=on_gpu)
+    actual = _gradient(student.to("cuda:1"), teacher.to("cuda:1"), backend=on_gpu)
     assert torch.cuda.current_device() == 0
-    assert all(torch.equal(a, b.to(DEVICE)) for a, b in zip(expected, found, strict=True))
+    assert all(torch.equal(a, b.to(DEVICE)) for a, b in zip(expected, actual, strict=True))
 
 
 def test_a_compiled_step_under_autocast(on_gpu: str) -> None:
@@ -232,16 +232,16 @@ def test_fused_linear(on_gpu: str, dtype: torch.dtype) -> None:
         loss = fastkd.fused_linear_kd_loss(*leaves, target, backend=backend, **options)
         outcomes.append([loss.detach(), *torch.autograd.grad(loss, leaves)])
     bar = 1e-5 if dtype == torch.float32 else 6e-3
-    for exact, found in zip(*outcomes, strict=True):
-        assert float((found.double() - exact).norm() / exact.norm()) < bar
+    for exact, actual in zip(*outcomes, strict=True):
+        assert float((actual.double() - exact).norm() / exact.norm()) < bar
 
 
 @pytest.mark.parametrize("tail", ["bucket", "renormalize", "renormalize_teacher", "truncate"])
 def test_sparse_teachers(on_gpu: str, tail: str) -> None:
     student, teacher = _pair(16, 5000)
     for k in (1, 64, 5000):
-        given = fastkd.TopK.from_logits(teacher, k, tail=tail)
-        found = _gradient(student, given, backend=on_gpu)
-        expected = _gradient(student.double(), given, backend="reference")
-        for value, exact in zip(found, expected, strict=True):
+        sparse_teacher = fastkd.TopK.from_logits(teacher, k, tail=tail)
+        actual = _gradient(student, sparse_teacher, backend=on_gpu)
+        expected = _gradient(student.double(), sparse_teacher, backend="reference")
+        for value, exact in zip(actual, expected, strict=True):
             torch.testing.assert_close(value.double(), exact.double(), rtol=1e-4, atol=1e-6)

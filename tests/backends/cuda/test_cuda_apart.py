@@ -61,13 +61,13 @@ def _check(
 
     Roundings are of a row's largest number, and of its divergence: what a teacher's gradient is a difference of.
     """
-    found = _outcome("cuda", student, teacher, labels, name, **options)
+    actual = _outcome("cuda", student, teacher, labels, name, **options)
     plain, truth = (
         _outcome("reference", student.to(dtype), teacher.to(dtype), labels, name, **options)
         for dtype in (torch.float32, torch.float64)
     )
     divergence = truth[1].where(truth[1].isfinite(), 0.0).abs()
-    for value, near, exact in zip(found, plain, truth, strict=True):
+    for value, near, exact in zip(actual, plain, truth, strict=True):
         assert torch.equal(value.isnan(), exact.isnan())
         assert torch.equal(value[value.isinf()].double(), exact[value.isinf()])
         known = exact.isfinite()
@@ -83,7 +83,7 @@ def _check(
         assert bool((error <= allowed).all()), (
             f"{float((error / allowed).max())} of what is allowed"
         )
-    return found
+    return actual
 
 
 def _everywhere(width: int) -> Tensor:
@@ -219,7 +219,7 @@ def test_the_others_do_not_see_the_label(emulation: Emulation) -> None:
         outcomes.append((loss.detach(), *torch.autograd.grad(loss.sum(), leaf)))
         assert not outcomes[-1][1].gather(1, labels[:, None]).any()
     assert all(
-        torch.equal(a, b) for found in outcomes for a, b in zip(found, outcomes[0], strict=True)
+        torch.equal(a, b) for actual in outcomes for a, b in zip(actual, outcomes[0], strict=True)
     )
 
 
@@ -272,9 +272,9 @@ def test_in_place(emulation: Emulation, name: str) -> None:
     outcomes = []
     for inplace in (False, True):
         leaf = student.clone().requires_grad_()
-        given = torch.empty_strided(student.shape, (320, 1)).copy_(leaf)
+        inputs = torch.empty_strided(student.shape, (320, 1)).copy_(leaf)
         loss = fastkd.kd_loss(
-            given, teacher, torch.tensor([0, 7, 150, 300]), inplace=inplace, **options
+            inputs, teacher, torch.tensor([0, 7, 150, 300]), inplace=inplace, **options
         )
         outcomes.append((loss.detach(), *torch.autograd.grad(loss, leaf)))
     assert all(torch.equal(a, b) for a, b in zip(*outcomes, strict=True))

@@ -150,20 +150,20 @@ def _as_the_reference(student: Tensor, teacher: Tensor, divergence: Any, **optio
             *leaves, divergence=divergence, reduction="none", backend=backend, **options
         )
         outcomes.append([loss.detach(), *torch.autograd.grad(loss.sum(), leaves)])
-    for found, exact in zip(*outcomes, strict=True):
-        torch.testing.assert_close(found, exact.float(), equal_nan=True, rtol=1e-4, atol=1e-6)
+    for actual, exact in zip(*outcomes, strict=True):
+        torch.testing.assert_close(actual, exact.float(), equal_nan=True, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("gap", [60.0, 97.0])
 def test_an_exponential_that_overflows_is_infinite(emulation: Emulation, gap: float) -> None:
     student, teacher = logits(1, 50, seed=1), logits(1, 50, seed=2)
     student[0, 3] -= gap
-    found = [
+    results = [
         fastkd.kd_loss(student, teacher, divergence=fastkd.alpha_beta(1.0, -1.0), backend=backend)
         for backend in ("cuda", "reference")
     ]
-    torch.testing.assert_close(*found, rtol=1e-4, atol=0.0)
-    assert found[0].isinf() == (gap > 90)
+    torch.testing.assert_close(*results, rtol=1e-4, atol=0.0)
+    assert results[0].isinf() == (gap > 90)
 
 
 @pytest.mark.parametrize("divergence", ["forward_kl", "reverse_kl", "jsd", "squared_error"])
@@ -225,8 +225,8 @@ def test_in_place(emulation: Emulation, offset: int) -> None:
     outcomes = []
     for inplace in (False, True):
         leaf = student.clone().requires_grad_()
-        given = torch.empty_strided(student.shape, (320, 1)).copy_(leaf)
-        loss = fastkd.kd_loss(given, teacher, labels, alpha=0.5, inplace=inplace, backend="cuda")
+        inputs = torch.empty_strided(student.shape, (320, 1)).copy_(leaf)
+        loss = fastkd.kd_loss(inputs, teacher, labels, alpha=0.5, inplace=inplace, backend="cuda")
         outcomes.append((loss.detach(), *torch.autograd.grad(loss, leaf)))
     assert all(torch.equal(a, b) for a, b in zip(*outcomes, strict=True))
 

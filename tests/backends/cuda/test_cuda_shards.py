@@ -135,17 +135,17 @@ def test_more_tokens_than_a_warp_has_lanes(sharded: Sharded, tail: str) -> None:
 @pytest.mark.parametrize("tail", TAILS)
 def test_sparse_rows_of_every_kind(sharded: Sharded, tail: str) -> None:
     """Rows without a token, without tail_logprob, and with NaN have the results of whole rows."""
-    found = outcomes_of_every_kind(tail, "cuda")
+    actual = outcomes_of_every_kind(tail, "cuda")
     sharded.patch.undo()
     whole = outcomes_of_every_kind(tail, "cuda")
-    torch.testing.assert_close(found, whole, rtol=1e-5, atol=1e-6, equal_nan=True)
+    torch.testing.assert_close(actual, whole, rtol=1e-5, atol=1e-6, equal_nan=True)
 
 
 def _outcome(student: Tensor, teacher: Any, labels: Tensor | None, **options: Any) -> list[Tensor]:
     leaf = student.clone().requires_grad_()
-    given = leaf * 1 if options.get("inplace") else leaf
+    inputs = leaf * 1 if options.get("inplace") else leaf
     loss, parts = fastkd.kd_loss(
-        given, teacher, labels, backend="cuda", reduction="none", return_parts=True, **options
+        inputs, teacher, labels, backend="cuda", reduction="none", return_parts=True, **options
     )
     (gradient,) = torch.autograd.grad(loss.sum(), leaf)
     return [loss.detach(), gradient, *parts]
@@ -153,11 +153,11 @@ def _outcome(student: Tensor, teacher: Any, labels: Tensor | None, **options: An
 
 def _as_whole_rows(sharded: Sharded, *arguments: Any, **options: Any) -> list[Tensor]:
     """Check that results in shards and of whole rows agree; return those in shards."""
-    found = _outcome(*arguments, **options)
+    actual = _outcome(*arguments, **options)
     sharded.patch.undo()
     whole = _outcome(*arguments, **options)
-    torch.testing.assert_close(found, whole, rtol=1e-5, atol=1e-6, equal_nan=True)
-    return found
+    torch.testing.assert_close(actual, whole, rtol=1e-5, atol=1e-6, equal_nan=True)
+    return actual
 
 
 @pytest.mark.parametrize("sparsely", [False, True])
