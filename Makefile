@@ -93,17 +93,11 @@ bench-quick: $(STACKS)/.stacks build build/demo/.stamp ## compare fastkd with ot
 bench-compare: $(STACKS)/.stacks ## compare two runs: make bench-compare BEFORE=a.json AFTER=b.json ARGS="--fail 10"
 	$(STACKS_PY) bench/compare.py '$(BEFORE)' '$(AFTER)' $(ARGS)
 
+STUDIES := loss memory accuracy topk linear online relations imports
 bench: $(STACKS)/.stacks build build/demo/.stamp ## run the full comparison (build/bench/full.*) and all other benchmarks
 	$(call SUITE,full,)
-	$(STACKS_PY) bench/studies/loss.py
+	@for study in $(STUDIES); do echo "bench/studies/$$study.py"; $(STACKS_PY) bench/studies/$$study.py || exit 1; done
 	THP_MEM_ALLOC_ENABLE=1 $(STACKS_PY) bench/studies/loss.py
-	$(STACKS_PY) bench/studies/memory.py
-	$(STACKS_PY) bench/studies/accuracy.py
-	$(STACKS_PY) bench/studies/topk.py
-	$(STACKS_PY) bench/studies/linear.py
-	$(STACKS_PY) bench/studies/online.py
-	$(STACKS_PY) bench/studies/relations.py
-	$(STACKS_PY) bench/studies/imports.py
 
 # Uses the torch and Triton of the interpreter GPU_PYTHON and needs no network. Set WHEELS to a folder of wheels to
 # compare with the losses of those packages.
@@ -126,6 +120,7 @@ MKDOCS := NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs
 .PHONY: docs docs-serve
 docs: $(VENV)/.docs ## build the documentation site in build/site; warnings and dead links are errors
 	$(PY) docs/drawings.py
+	$(PY) docs/walk.py
 	$(MKDOCS) build --strict
 	$(PY) docs/site/check.py build/site
 

@@ -109,10 +109,10 @@ class Environment(NamedTuple):
 
     def probe(self) -> dict[str, Any]:
         (self.folder / "log").unlink(missing_ok=True)
-        found = json.loads(self.run("-c", PROBE).splitlines()[-1])
-        check(str(self.folder) in found["file"], found["file"])
-        check(max(found["loss_error"], found["gradient_error"]) < 1e-5, "loss or gradient is wrong")
-        return found
+        facts = json.loads(self.run("-c", PROBE).splitlines()[-1])
+        check(str(self.folder) in facts["file"], facts["file"])
+        check(max(facts["loss_error"], facts["gradient_error"]) < 1e-5, "loss or gradient is wrong")
+        return facts
 
     def packages(self) -> Path:
         return next(self.folder.glob("lib/python*/site-packages"))
@@ -129,17 +129,17 @@ def finish(process: subprocess.Popen[str]) -> str:
     return output
 
 
-def expect_cpu(found: dict[str, Any]) -> str:
-    check("cpu" in found["backends"]["cpu"]["devices"], found["backends"]["cpu"])
-    check("falls back" not in found["logged"], found["logged"])
-    return f"cpu, {found['native']['instruction_set']}"
+def expect_cpu(facts: dict[str, Any]) -> str:
+    check("cpu" in facts["backends"]["cpu"]["devices"], facts["backends"]["cpu"])
+    check("falls back" not in facts["logged"], facts["logged"])
+    return f"cpu, {facts['native']['instruction_set']}"
 
 
-def expect_reference(found: dict[str, Any], reason: str) -> str:
+def expect_reference(facts: dict[str, Any], reason: str) -> str:
     """Check that the fallback ran, with the reason in the log and in the output of `info`."""
-    why = found["backends"]["cpu"]["reason"] or ""
-    check(reason in why and why in found["logged"], (reason, why, found["logged"]))
-    check("reference" in found["logged"], found["logged"])
+    why = facts["backends"]["cpu"]["reason"] or ""
+    check(reason in why and why in facts["logged"], (reason, why, facts["logged"]))
+    check("reference" in facts["logged"], facts["logged"])
     return f"reference: {why}"
 
 
@@ -159,10 +159,10 @@ def case(title: str) -> Callable[[Callable[[Environment, Files], str]], None]:
 def _(env: Environment, files: Files) -> str:
     env = env.having(PATH=without_compilers(env))
     env.install(files.linux)
-    found = env.probe()
-    check("triton is not installed" in found["backends"]["triton"]["reason"], found["backends"])
+    facts = env.probe()
+    check("triton is not installed" in facts["backends"]["triton"]["reason"], facts["backends"])
     env.run("-m", "fastkd", "doctor")
-    return expect_cpu(found)
+    return expect_cpu(facts)
 
 
 @case("sdist, no compiler")
@@ -189,9 +189,9 @@ def _(env: Environment, files: Files) -> str:
     env.install(
         f"fastkd[triton] @ {files.pure.as_uri()}", "numpy"
     )  # the latter for the interpreter
-    found = env.having(TRITON_INTERPRET="1", FASTKD_BACKEND="triton").probe()
-    check(found["backends"]["triton"]["devices"] == ["cpu"], found["backends"]["triton"])
-    return f"triton {found['versions']['triton']}, in its interpreter"
+    facts = env.having(TRITON_INTERPRET="1", FASTKD_BACKEND="triton").probe()
+    check(facts["backends"]["triton"]["devices"] == ["cpu"], facts["backends"]["triton"])
+    return f"triton {facts['versions']['triton']}, in its interpreter"
 
 
 @case("by name: pip chooses")
@@ -280,10 +280,10 @@ def _(env: Environment, files: Files) -> str:
     hidden = hide_libgomp(env.folder)
     if hidden is None:
         return "not run: it takes root, and a system with libgomp"
-    found = env.having("unshare", "--mount", "sh", "-c", f'{hidden}; exec "$0" "$@"').probe()
+    facts = env.having("unshare", "--mount", "sh", "-c", f'{hidden}; exec "$0" "$@"').probe()
     if list(env.packages().glob("torch/lib/libgomp.so.1")):
-        return f"{expect_cpu(found)}, with torch's libgomp"
-    return expect_reference(found, "libgomp.so.1")  # under another name it serves torch alone
+        return f"{expect_cpu(facts)}, with torch's libgomp"
+    return expect_reference(facts, "libgomp.so.1")  # under another name it serves torch alone
 
 
 def hide_libgomp(folder: Path) -> str | None:
@@ -325,8 +325,10 @@ def link(source: str, destination: str) -> None:
 
 def environments(files: Files, python: str, scratch: Path) -> Iterator[Environment]:
     """Create an environment with torch, then yield fresh copies of it."""
-    kept = {k: v for k, v in os.environ.items() if not k.startswith(("FASTKD_", "PIP_", "PYTHON"))}
-    kept |= {
+    variables = {
+        k: v for k, v in os.environ.items() if not k.startswith(("FASTKD_", "PIP_", "PYTHON"))
+    }
+    variables |= {
         "PIP_NO_INDEX": "1",
         "PIP_CONFIG_FILE": os.devnull,
         "PIP_FIND_LINKS": str(files.wheelhouse),
@@ -335,7 +337,7 @@ def environments(files: Files, python: str, scratch: Path) -> Iterator[Environme
         "OMP_WAIT_POLICY": "passive",
         "HOME": str(scratch / "home"),
     }
-    base = Environment(scratch / "base", kept | {"FASTKD_CUDA": "0"})
+    base = Environment(scratch / "base", variables | {"FASTKD_CUDA": "0"})
     subprocess.run([python, "-m", "venv", base.folder], check=True)
     torch = next(files.wheelhouse.glob("torch-*.whl"))
     base.install(torch)
@@ -350,13 +352,13 @@ def run(title: str, env: Environment, files: Files) -> tuple[str, str]:
     """Run a case and return (verdict, which backend ran or what went wrong)."""
     torches = {name: time for name, time in env.files().items() if "/torch" in name}
     try:
-        said = CASES[title](env, files)
+        outcome = CASES[title](env, files)
         now = env.files()
         if "torch and all" not in title:
             check(torches == {n: now.get(n) for n in torches}, "files of torch have changed")
     except (CaseError, OSError, subprocess.SubprocessError) as failure:
         return "FAIL", str(failure)
-    return "ok", said
+    return "ok", outcome
 
 
 def arguments() -> argparse.Namespace:
@@ -386,13 +388,13 @@ def main() -> int:
                 continue
             environment = next(fresh)
             start = time.monotonic()
-            verdict, said = run(title, environment, files)
+            verdict, outcome = run(title, environment, files)
             print(f"{verdict}: {title}", flush=True)
             seconds = f"{time.monotonic() - start:.0f}"
             if verdict != "ok":
-                failures.append(f"{title}: {said}")
-                said = said.rstrip().rpartition("\n")[2]
-            table.add_row(title, verdict, said, seconds)
+                failures.append(f"{title}: {outcome}")
+                outcome = outcome.rstrip().rpartition("\n")[2]
+            table.add_row(title, verdict, outcome, seconds)
         fresh.close()
     print(*failures, sep="\n")
     Console().print(table)

@@ -161,7 +161,7 @@ def hidden_states(
 def random_logits(
     *shape: int, dtype: torch.dtype, device: str = "cpu", count: int = 2
 ) -> list[Tensor]:
-    """Normal logits of standard deviation 3: student and teacher, or as many models as count says."""
+    """Normal logits of standard deviation 3, for each of `count` models: by default student and teacher."""
     generator = torch.Generator(device).manual_seed(0)
     each = (torch.randn(shape, generator=generator, device=device) for _ in range(count))
     return [logits.mul_(3).to(dtype) for logits in each]
@@ -219,7 +219,7 @@ class Result(NamedTuple):
 def by_definition(
     formula: Rows, tensors: Tensors, dtype: torch.dtype, at_a_time: int | None = None
 ) -> Result:
-    """The formula in plain PyTorch, on logits or from hidden states, some rows at a time."""
+    """The result of the formula in plain PyTorch, on logits or from hidden states, computed some rows at a time."""
     (student, *heads), (teacher, *teacher_heads) = (
         [x.detach().to(dtype) for x in side] for side in (tensors.leaves, tensors.others)
     )
@@ -334,7 +334,7 @@ class Problem:
             exact = by_definition(
                 eager_rows(loss, torch.float64), self.tensors, torch.float64, ROWS_AT_A_TIME
             )
-            # From hidden states eager code casts the rounded logits to float32; given logits, it may not.
+            # From hidden states, plain PyTorch may cast the logits to float32; on logits it keeps their dtype.
             inner = torch.float32 if self.case.form == "linear" else dtype
             plain = by_definition(eager_rows(loss, inner), self.tensors, dtype)
             lost = (plain.rows - exact.rows).abs().mean() / exact.rows.mean().abs()

@@ -160,7 +160,7 @@ def peak_extra(run: Callable[[], object], device: str = "cpu") -> int:
 
 
 def addition(a: Tensor, b: Tensor) -> Callable[[], object]:
-    """`torch.add` into a third tensor that exists already. It moves three times a's bytes, at no arithmetic."""
+    """`torch.add` into a third tensor that exists already. It moves three times a's bytes."""
     # As integers: adding them costs nothing in any dtype, and there are no denormal numbers.
     integers = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
     a, b = (x.detach().contiguous().view(integers[x.element_size()]) for x in (a, b))

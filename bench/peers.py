@@ -71,7 +71,7 @@ LOSSES = {
 
 
 def loss_of(name: str) -> Loss:
-    """The divergence of that name at temperature 1. Without a formula above, autograd differentiates its definition."""
+    """The loss of that name at temperature 1. If it has no formula above, its formula is fastkd's definition."""
     if name in LOSSES:
         return LOSSES[name]
     divergence = fastkd.DIVERGENCES[name]()
@@ -282,7 +282,7 @@ def linear_cross_entropy(divergence: str) -> Call:
 
 
 class Peer(NamedTuple):
-    """A contender.
+    """A contender: who makes the loss, where it can run, and what it is verified against.
 
     Attributes:
         form: "logits", or "linear" for a loss from hidden states.
@@ -353,12 +353,12 @@ def _in_place(loss: Loss, dtype: torch.dtype) -> Call:
 
 
 def _named(make: Callable[[str], Call]) -> Callable[[Loss, torch.dtype], Call]:
-    """A package's loss by the divergence's name. Packages have temperature 1 here; others scale the logits."""
+    """A package's loss, made by the name of the divergence."""
     return lambda loss, dtype: at_temperature(make(loss.name), loss.temperature)
 
 
 def _fixed(make: Callable[[str], Call], name: str) -> Callable[[Loss, torch.dtype], Call]:
-    """A package's loss by its own name."""
+    """A package's loss, made by its own name in the package."""
     return lambda loss, dtype: at_temperature(make(name), loss.temperature)
 
 
@@ -452,7 +452,7 @@ NOT_COMPARED = {
 
 
 def anchor(form: str, device: str) -> Peer:
-    """fastkd with the backend it chooses there by itself. Every contender is compared with it."""
+    """fastkd with the backend it chooses for that device. Every contender is compared with it."""
     name = "fastkd (cpu)" if device == "cpu" else "fastkd (triton)"
     return next(peer for peer in PEERS if peer.form == form and peer.name == name)
 
@@ -464,7 +464,7 @@ def of_case(form: str, divergence: str, dtype: torch.dtype, device: str) -> list
         if peer.form != form or (device != "cpu" and peer.device == "cpu"):
             return False
         if peer.name == "eager, no upcast" and torch.finfo(dtype).bits >= 32:
-            return False  # float32 and float64 logits are not cast by eager either
+            return False  # "eager" does not cast these dtypes either
         return peer.divergences is None or divergence in peer.divergences
 
     return [peer for peer in PEERS if has(peer)]

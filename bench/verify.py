@@ -47,7 +47,7 @@ def verify_all(forms: Iterable[str]) -> Verdicts:
 
 
 def in_the_interpreter(forms: Iterable[str]) -> Verdicts:
-    """The same from a process whose Triton interprets."""
+    """The verdicts, from a process in which Triton interprets."""
     verdicts: Verdicts = in_a_process(verify_all, sorted(set(forms)), TRITON_INTERPRET="1")
     return verdicts
 

@@ -145,6 +145,7 @@ PYBIND11_MODULE(_C, module) {
   module.def("new_output", &fastkd::new_output);
   module.def("idle_output_bytes", &fastkd::idle_output_bytes, "Bytes of the buffers kept for later outputs, which the system may reclaim.");
   module.def("release_idle_outputs", &fastkd::release_idle_outputs, "Unmap the buffers kept for later outputs.");
+  module.attr("OPTION_NAMES") = fastkd::OPTION_NAMES;
   module.attr("STATISTICS") = fastkd::STATISTICS;
   module.attr("APART_STATISTICS") = fastkd::APART_STATISTICS;
   module.attr("TAIL_STATISTICS") = fastkd::TAIL_STATISTICS;

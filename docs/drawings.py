@@ -35,7 +35,7 @@ STYLE = (
 
 
 class Drawing:
-    """Shapes from top to bottom."""
+    """A list of shapes, and the height they need."""
 
     def __init__(self) -> None:
         self.shapes: list[str] = []
@@ -55,7 +55,7 @@ class Drawing:
         text: str = "",
         dashed: bool = False,
     ) -> None:
-        """A rectangle with lines of text in its middle."""
+        """A rectangle with centred lines of text."""
         dash = ' stroke-dasharray="4 3"' if dashed else ""
         self._add(
             f'<rect x="{x:g}" y="{y:g}" width="{width:g}" height="{height:g}" rx="3" fill="var(--{fill})" '
@@ -80,7 +80,7 @@ class Drawing:
         colour: str = "ink",
         bold: bool = False,
     ) -> None:
-        """One line, y at its foot."""
+        """One line of text; y is its baseline."""
         weight = ' font-weight="600"' if bold else ""
         self._add(
             f'<text x="{x:g}" y="{y:g}" text-anchor="{anchor}" fill="var(--{colour})"{weight}>{escape(line)}</text>',
@@ -88,11 +88,11 @@ class Drawing:
         )
 
     def title(self, y: float, line: str) -> None:
-        """A heading inside of the drawing."""
+        """A heading inside the drawing."""
         self.text(0, y, line, bold=True)
 
     def note(self, y: float, line: str) -> None:
-        """A remark under something."""
+        """A remark below a shape."""
         self.text(0, y, line, colour="soft")
 
     def arrow(self, x0: float, y0: float, x1: float, y1: float) -> None:
@@ -104,7 +104,7 @@ class Drawing:
         )
 
     def svg(self) -> str:
-        """The file."""
+        """The SVG file."""
         body = "\n".join(self.shapes)
         return (
             f'<svg xmlns="http://www.w3.org/2000/svg" class="drawing" role="img" viewBox="-4 -4 {WIDTH + 8} '
@@ -124,7 +124,7 @@ def measured(case: str) -> dict[str, list[str]]:
 
 
 def gains() -> Drawing:
-    """Forward KL in fastkd and in what it replaces: time, memory, error. The figures are those of docs/benchmarks.md."""
+    """Time, memory and error of forward KL in fastkd and in other code, with the figures of docs/benchmarks.md."""
     d = Drawing()
     rows = measured("forward KL on logits: 256 x 49,152, float32")
     contenders = {
@@ -149,7 +149,7 @@ def gains() -> Drawing:
 
 
 def statistics() -> Drawing:
-    """The first sweep: what a block leaves, and how two blocks are merged."""
+    """The first sweep: the statistics of a block, and how two blocks are merged."""
     d = Drawing()
     d.title(12, "One row, read once, block by block")
     for side, fill, y in (("student s", "student", 24), ("teacher t", "teacher", 52)):
@@ -177,15 +177,15 @@ def statistics() -> Drawing:
         60,
         "box",
         "log-sum-exp of s and of t: both softmaxes\nA = E_p[t - s]: KL(p‖q) = A - lse t + lse s\n"
-        "the loss of the row, where that is all of it",
+        "the loss of the row, with a closed form",
     )
-    d.note(338, "x = s/T or t/T, Z = Σ e^(x-m). Where the maximum rises,")
-    d.note(355, "earlier sums fade by a factor: nothing is read twice.")
+    d.note(338, "x = s/T or t/T, Z = Σ e^(x-m). If the maximum rises,")
+    d.note(355, "earlier sums are rescaled. Nothing is read twice.")
     return d
 
 
 def sweeps() -> Drawing:
-    """Two sweeps, or three; what each reads and writes."""
+    """The two or three sweeps, with what each reads and writes."""
     d = Drawing()
 
     def sweep(y: float, name: str, why: str, reads: str, back: bool, dashed: bool = False) -> None:
@@ -202,7 +202,7 @@ def sweeps() -> Drawing:
     sweep(
         144,
         "2  sums",
-        "Σ φ and Σ g: only where no closed form gives them",
+        "Σ φ and Σ g: only without a closed form",
         "from cache",
         False,
         True,
@@ -212,15 +212,15 @@ def sweeps() -> Drawing:
     sweep(288, "3  gradient", "last block first: the cache still holds it", "from cache", True)
     d.box(236, 332, 164, 40, "gradient", "(g - q Σ g) / T")
     d.arrow(192, 352, 232, 352)
-    d.note(428, "Where a cache holds the row, memory moves three tensors:")
-    d.note(445, "two read, one written. None of them are probabilities.")
+    d.note(428, "If the row fits in a cache, memory moves three tensors:")
+    d.note(445, "two read, one written, and no probabilities.")
     return d
 
 
 def chunks() -> Drawing:
-    """The fused linear loss, a chunk of rows at a time."""
+    """The fused linear loss, one chunk of rows at a time."""
     d = Drawing()
-    d.title(12, "A chunk of C rows; the next takes its buffers")
+    d.title(12, "A chunk of C rows; the next chunk reuses the buffers")
     d.box(0, 28, 70, 150, "box")
     d.box(0, 66, 70, 40, "student", "C rows")
     d.text(0, 196, "hidden [N, H]", colour="soft")
@@ -237,14 +237,14 @@ def chunks() -> Drawing:
     d.arrow(330, 244, 330, 272)
     d.box(60, 276, 160, 44, "gradient", "∂hidden = G · head\nfor these C rows")
     d.box(236, 276, 164, 44, "gradient", "∂head += Gᵀ · hidden\nin float32")
-    d.note(344, "Four matrix products, none of them twice. What is held is")
-    d.note(361, "two buffers [C, V]; memory_budget= or chunk_size= is C.")
-    d.note(378, "Rows that do not count are packed away before.")
+    d.note(344, "Four matrix products, none computed twice. Two buffers")
+    d.note(361, "[C, V] are stored; memory_budget= or chunk_size= sets C.")
+    d.note(378, "Dropped rows are removed first.")
     return d
 
 
 def split() -> Drawing:
-    """Triton: a row to a program, or several programs to a row."""
+    """Triton: one program per row, or several."""
     d = Drawing()
     d.title(12, "Many rows: one program a row, one launch")
     for row in range(4):
@@ -255,23 +255,23 @@ def split() -> Drawing:
             d.box(101 * program, 160 + 26 * row, 97, 22, "student", f"row {row}, part {program}")
     for program in range(4):
         d.arrow(48 + 101 * program, 210, 48 + 101 * program, 232)
-    d.box(0, 234, 400, 26, "numbers", "each leaves its statistics in device memory")
+    d.box(0, 234, 400, 26, "numbers", "each stores its statistics in device memory")
     for program in range(4):
         d.arrow(48 + 101 * program, 260, 48 + 101 * program, 282)
-    d.box(0, 284, 400, 26, "numbers", "next launch: each merges those of all, in one order")
+    d.box(0, 284, 400, 26, "numbers", "next launch: each merges all statistics, in one order")
     for program in range(4):
         d.arrow(48 + 101 * program, 310, 48 + 101 * program, 332)
     for program in range(4):
         d.box(101 * program, 334, 97, 22, "gradient", f"part {program}")
-    d.note(378, "Where L2 keeps a group of rows (sm_80, sm_89), it goes")
-    d.note(395, "through all launches before the next group does.")
+    d.note(378, "If L2 can hold a group of rows (sm_80, sm_89), it goes")
+    d.note(395, "through all launches before the next group starts.")
     return d
 
 
 def cluster() -> Drawing:
     """CUDA: a row in the shared memory of a cluster."""
     d = Drawing()
-    d.title(12, "A cluster of thread blocks has one row at a time")
+    d.title(12, "A cluster of thread blocks processes one row at a time")
     d.box(0, 24, 400, 24, "box", "device memory: one row of both sides")
     for block in range(4):
         x = 101 * block
@@ -299,8 +299,8 @@ def cluster() -> Drawing:
         )
     ):
         d.box(101 * stage, 350, 97, 42, fill, text)
-    d.note(412, "Every logit is read from device memory once. A stage whose")
-    d.note(429, "gradient is written makes room for that of the next row.")
+    d.note(412, "Every logit is read from device memory once. After a stage's")
+    d.note(429, "gradient is written, the next row's logits are fetched there.")
     return d
 
 
@@ -325,7 +325,7 @@ def topk() -> Drawing:
         400,
         44,
         "numbers",
-        "any divergence, dense, over K + 1 events\nthe teacher's last one: 1 - Σ p, or tail_logprob",
+        "any divergence, dense, over K + 1 events\nthe teacher's tail: 1 - Σ p, or tail_logprob",
     )
     d.arrow(100, 218, 100, 250)
     d.arrow(351, 218, 351, 250)
@@ -351,16 +351,14 @@ def vocabulary() -> Drawing:
     for rank in range(3):
         x = 136 * rank
         d.arrow(x + 64, 148, x + 64, 168)
-        d.box(x, 170, 128, 40, "numbers", "those of all,\nin rank order")
+        d.box(x, 170, 128, 40, "numbers", "all statistics,\nin rank order")
         d.arrow(x + 64, 212, x + 64, 232)
-    d.box(
-        0, 234, 400, 42, "box", "without a closed form once more:\nΣ φ and Σ g, all-gathered", True
-    )
+    d.box(0, 234, 400, 42, "box", "only without a closed form:\nall-gather of Σ φ and Σ g", True)
     for rank in range(3):
         x = 136 * rank
         d.arrow(x + 64, 278, x + 64, 298)
-        d.box(x, 300, 128, 40, "gradient", "loss: same bits\nown gradient")
-    d.note(362, "Nothing that travels has the size of the vocabulary.")
+        d.box(x, 300, 128, 40, "gradient", "loss: same bits;\ngradient: own columns")
+    d.note(362, "No exchanged tensor has the size of the vocabulary.")
     return d
 
 
@@ -377,7 +375,7 @@ DRAWINGS: tuple[Callable[[], Drawing], ...] = (
 
 
 def main() -> None:
-    """Write all."""
+    """Write all drawings."""
     FOLDER.mkdir(exist_ok=True)
     for draw in DRAWINGS:
         (FOLDER / f"{draw.__name__}.svg").write_text(draw().svg(), encoding="utf-8")

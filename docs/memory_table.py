@@ -1,10 +1,10 @@
-"""The memory table of docs/teachers.md, as Markdown: python docs/memory_table.py."""
+"""Prints the memory table of docs/teachers.md as Markdown: python docs/memory_table.py."""
 
 import torch
 
 import fastkd
 
-# (model, vocabulary, width), from the models' own configurations
+# (model, vocabulary, width) from the models' configurations
 MODELS = (
     ("SmolLM2-135M", 49_152, 576),
     ("Llama-3-8B", 128_256, 4_096),
@@ -15,7 +15,7 @@ TOKENS = 8_192
 
 
 def gib(size: int) -> str:
-    """In GiB."""
+    """A size in bytes, formatted in GiB."""
     return f"{size / 2**30:.2f}"
 
 

@@ -1,8 +1,8 @@
-"""Fills in the line numbers of docs/kernels.md, from kd_loss to the gradient in each backend: python docs/walk.py
+"""Fills in what docs/kernels.md takes from the source, line numbers and quoted functions: python docs/walk.py
 
 A table of the walk has the columns `file:line`, function, and what the function does. Each function must mention the
-next one by name, or a word that its row puts in parentheses: (through `kernels_`). A last row "the line" quotes the code that
-computes the gradient. tests/project/test_docs.py checks all of this, and that the numbers are current.
+next one by name, or a word that its row puts in parentheses: (through `kernels_`). A last row "the line" quotes the
+code that computes the gradient. tests/project/test_docs.py checks all of this, and that the numbers are current.
 """
 
 from __future__ import annotations
@@ -77,13 +77,13 @@ def current_line(hops: list[Hop], number: int) -> int:
     hop = hops[number]
     if hop.function:
         return span(hop.path, hop.function)[0]
-    quoted = re.findall(r"`([^`]+)`", hop.remark)[0]
+    code = re.findall(r"`([^`]+)`", hop.remark)[0]
     start, body = span(hop.path, hops[number - 1].function)
     text = (ROOT / hop.path).read_text(encoding="utf-8").splitlines()
     for line in range(start, start + body.count("\n") + 3):
-        if quoted in text[line - 1]:
+        if code in text[line - 1]:
             return line
-    raise LookupError(f"{hops[number - 1].function} in {hop.path} has no line {quoted!r}")
+    raise LookupError(f"{hops[number - 1].function} in {hop.path} has no line {code!r}")
 
 
 def numbered(page: str) -> str:
@@ -94,5 +94,16 @@ def numbered(page: str) -> str:
     return HOP.sub(lambda match: match[0].replace(f":{match[2]}`", f":{next(numbers)}`", 1), page)
 
 
+def quoted(page: str) -> str:
+    """The page with the current text of the functions that it quotes."""
+
+    def current(match: re.Match[str]) -> str:
+        return f"{match[1]}{span(match[2], match[3])[1]}\n```\n"
+
+    return re.sub(
+        r"^(```python title=(\S+)\n)def (\w+)\(.*?^```\n", current, page, flags=re.S | re.M
+    )
+
+
 if __name__ == "__main__":
-    PAGE.write_text(numbered(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
+    PAGE.write_text(quoted(numbered(PAGE.read_text(encoding="utf-8"))), encoding="utf-8")

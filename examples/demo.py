@@ -1,17 +1,17 @@
-"""The same distillation twice, side by side: with the loss in eager PyTorch and with fastkd.
+"""Run the same distillation twice, side by side: with the loss in eager PyTorch and with fastkd.
 
     python examples/demo.py
 
-SmolLM2-135M teaches a student of six of its layers on the King James text: 49,152 classes a token.
-Both students start equal and see the same batches and the same teacher, one step of each in turn, so
-whatever else the machine does falls on both. Their first gradients and their training curves have to
-agree. `--teacher` says in which form the teacher comes: logits, hidden states and its head, its most
-probable tokens, or hidden states that were written to disk first. What is measured, in the run itself:
+The teacher is SmolLM2-135M, with a vocabulary of 49,152 tokens; the student has six of its layers. Both
+train on the King James text. The two students start with equal weights and see the same batches and the
+same teacher. They take steps in turn, so other load on the machine affects both. Their first gradients
+and their training curves must agree. `--teacher` selects the form of the teacher: logits, hidden states
+with its lm_head, its most probable tokens, or hidden states read from disk. The run measures:
 
-- loss time: from the logits of both models (hidden states, where the form has them) to the gradient
-  of the student's, once a step;
-- extra loss memory: by how much that raises the peak of the process's resident memory, that
-  gradient included. The system counts it (Linux only), so no allocation of either side escapes.
+- loss time: from the logits (or hidden states) of both models to the gradient with respect to the
+  student's, per step;
+- extra loss memory: the increase of the process's peak resident memory during this computation,
+  including the gradient. It is measured by the system (Linux only), so it includes every allocation.
 """
 
 import json
@@ -49,17 +49,17 @@ import fastkd
 LAYERS = (0, 1, 2, 10, 20, 29)
 MIB = 2**20
 
-# Relative. In the first step weights and logits are equal, so the values and the gradients differ
-# by rounding alone, which is eager PyTorch's: on this text both of its are 1e-5 from float64, those
-# of fastkd 1e-7. From there on the rounding of every step goes through the model and AdamW, which
-# divides by the gradient's own size and so enlarges it where the gradient is near 0: the curve of
-# eager PyTorch with its loss in float64 leaves that in float32 by 1e-5 in 9 steps and 1e-3 in 28.
+# Relative tolerances. In the first step weights and logits are equal, so values and gradients differ
+# only by rounding: on this text those of eager PyTorch are off by 1e-5 from float64, those of fastkd
+# by 1e-7. Later the rounding errors pass through the model and AdamW. AdamW divides by the size of the
+# gradient, which amplifies errors where the gradient is near 0: two runs of eager PyTorch with the loss
+# in float64 and in float32 differ by 1e-5 after 9 steps and by 1e-3 after 28.
 FIRST_STEP_TOLERANCE = 1e-4
 CURVE_TOLERANCE = 2e-2
 
 
-class _HandOn(torch.autograd.Function):
-    """A loss whose gradient is already known."""
+class _KnownGradient(torch.autograd.Function):
+    """Loss with a gradient that has already been computed."""
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, loss: Tensor, gradient: Tensor) -> Tensor:
@@ -72,24 +72,24 @@ class _HandOn(torch.autograd.Function):
 
 
 class TimedLoss:
-    """A loss that notes how long its forward and backward take, up to the gradient of its input."""
+    """A loss that records how long its forward and backward take, up to the gradient of its input."""
 
     def __init__(self, loss: Callable[..., Tensor]) -> None:
         self.loss = loss
         self.seconds: list[float] = []
 
     def __call__(self, student: Tensor, teacher: Any, labels: Tensor) -> Tensor:
-        """The loss, which hands the gradient on when the model's backward asks for it."""
+        """Compute the loss and its gradient at once; the model's backward receives the gradient."""
         start = time.perf_counter()
         loss, gradient = loss_and_gradient(self.loss, student, teacher, labels)
         self.seconds.append(time.perf_counter() - start)
-        return _HandOn.apply(student, loss, gradient)
+        return _KnownGradient.apply(student, loss, gradient)
 
 
 def loss_and_gradient(
     loss: Callable[..., Tensor], student: Tensor, teacher: Any, labels: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """The value, and its gradient with respect to the student's logits or hidden states."""
+    """Return the loss and its gradient with respect to the student's logits or hidden states."""
     with torch.enable_grad():
         leaf = student.detach().requires_grad_()
         value = loss(leaf, teacher, labels)
@@ -100,15 +100,15 @@ def loss_and_gradient(
 def extra_memory(
     loss: Callable[..., Tensor], student: Tensor, teacher: Any, labels: Tensor
 ) -> int | None:
-    """Bytes by which the loss and its gradient raise the peak of resident memory.
+    """Return the bytes by which the loss and its gradient raise the peak resident memory.
 
-    Counted from before the loss first sees tensors of this size, so that buffers it keeps from call
-    to call count as well. None where the system does not say.
+    The measurement starts before the loss first sees tensors of this size, so buffers that it caches
+    between calls count too. None if the system does not report the peak.
     """
-    # One row first: what it takes to load code and start threads is no cost of a step.
+    # Run one row first, so that loading code and starting threads is not counted.
     loss_and_gradient(loss, student[:, :1], first_token(teacher), labels[:, :1])
     try:
-        Path("/proc/self/clear_refs").write_text("5")  # the peak becomes the present size
+        Path("/proc/self/clear_refs").write_text("5")  # reset the peak to the current size
         before = _status_bytes("VmHWM")
         for _ in range(2):
             loss_and_gradient(loss, student, teacher, labels)
@@ -127,7 +127,7 @@ def _status_bytes(field: str) -> int:
 
 @dataclass(frozen=True)
 class Outcome:
-    """All that was measured on one of the two sides."""
+    """Measurements of one of the two students."""
 
     curve: list[float]
     loss_seconds: list[float]
@@ -136,25 +136,25 @@ class Outcome:
 
     @property
     def milliseconds(self) -> float:
-        """Median loss time of a step."""
+        """Median loss time per step."""
         return 1e3 * statistics.median(self.loss_seconds)
 
 
 def check_curves(eager: Sequence[float], fused: Sequence[float]) -> list[float]:
-    """The relative difference of each step; AssertionError where it passes the tolerance."""
+    """Return the relative difference of each step; AssertionError if one exceeds the tolerance."""
     differences = [abs(b - a) / abs(a) for a, b in zip(eager, fused, strict=True)]
     for step, difference in enumerate(differences, start=1):
         allowed = FIRST_STEP_TOLERANCE if step == 1 else CURVE_TOLERANCE
         if not difference <= allowed:  # a NaN fails too
             raise AssertionError(
                 f"step {step}: eager PyTorch has {eager[step - 1]}, fastkd {fused[step - 1]}; "
-                f"they differ by {difference:.1e} of it, allowed is {allowed:.0e}"
+                f"the relative difference is {difference:.1e}, allowed is {allowed:.0e}"
             )
     return differences
 
 
 def check_gradients(eager: Tensor, fused: Tensor) -> float:
-    """The relative difference of two gradients; AssertionError where it passes the tolerance."""
+    """Return the relative difference of two gradients; AssertionError if it exceeds the tolerance."""
     difference = float(torch.linalg.vector_norm(fused - eager) / torch.linalg.vector_norm(eager))
     if not difference <= FIRST_STEP_TOLERANCE:
         raise AssertionError(
@@ -167,7 +167,7 @@ def check_gradients(eager: Tensor, fused: Tensor) -> float:
 def train_both(
     distillers: Sequence[Distiller], teacher: Teacher, corpus: Corpus, steps: int
 ) -> None:
-    """Train all of them in step, on the same batches and the same teacher, with a bar."""
+    """Train the students in turn on the same batches and the same teacher, with a progress bar."""
     with progress_bar() as progress:
         task = progress.add_task("training both", total=steps, figures="")
         for step in range(steps):
@@ -179,7 +179,7 @@ def train_both(
 
 
 def plot(path: Path, eager: Outcome, fused: Outcome, before: Quality) -> None:
-    """A PNG: both curves, what the held-out text says, loss time and extra memory."""
+    """Plot both curves, the held-out results, loss time and extra memory to a PNG file."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -192,7 +192,7 @@ def plot(path: Path, eager: Outcome, fused: Outcome, before: Quality) -> None:
     steps = range(1, len(eager.curve) + 1)
     curve.plot(steps, eager.curve, color=colours[0], label=labels[0], linewidth=5, alpha=0.6)
     curve.plot(steps, fused.curve, color=colours[1], label=labels[1], linewidth=1.5)
-    curve.set(title="training loss, nats a token", xlabel="step", ylim=(0, None))
+    curve.set(title="training loss, nats per token", xlabel="step", ylim=(0, None))
     curve.legend()
 
     sides = (eager, fused)
@@ -201,9 +201,9 @@ def plot(path: Path, eager: Outcome, fused: Outcome, before: Quality) -> None:
     times = [side.milliseconds for side in sides]
     sizes = [(side.extra_loss_bytes or 0) / MIB for side in sides]
     panels = [
-        ("held-out KL, nats a token", kl, "{:.3f}"),
+        ("held-out KL, nats per token", kl, "{:.3f}"),
         (f"held-out perplexity (teacher {before.teacher_perplexity:.1f})", perplexity, "{:,.0f}"),
-        ("loss time, ms a step", times, "{:.1f}"),
+        ("loss time, ms per step", times, "{:.1f}"),
         ("extra loss memory, MiB", sizes, "{:.0f}"),
     ]
     for axes, (title, values, form) in zip(bars, panels, strict=True):
@@ -223,23 +223,23 @@ def plot(path: Path, eager: Outcome, fused: Outcome, before: Quality) -> None:
 def results_table(
     eager: Outcome, fused: Outcome, before: Quality, differences: Sequence[float]
 ) -> Table:
-    """Everything the run measured."""
+    """Return a table of all measurements."""
 
-    def shift(eager: float, fused: float) -> str:
+    def relative(eager: float, fused: float) -> str:
         return f"{fused / eager - 1:+.2%}"
 
     table = Table("", "start", "eager", "fastkd", "fastkd is")
     pair = (eager.after.kl, fused.after.kl)
     cells = [f"{value:.3f}" for value in (before.kl, *pair)]
-    table.add_row("held-out KL, nats a token", *cells, shift(*pair))
+    table.add_row("held-out KL, nats per token", *cells, relative(*pair))
     pair = (eager.after.perplexity, fused.after.perplexity)
     cells = [f"{value:,.0f}" for value in (before.perplexity, *pair)]
-    table.add_row("held-out perplexity", *cells, shift(*pair))
+    table.add_row("held-out perplexity", *cells, relative(*pair))
     cells = [f"{value:.4f}" for value in (eager.curve[0], eager.curve[-1], fused.curve[-1])]
     table.add_row("training loss", *cells, f"within {max(differences):.3%}")
     pair = (eager.milliseconds, fused.milliseconds)
     cells = [f"{value:.1f} ms" for value in pair]
-    table.add_row("loss time a step (median)", "", *cells, f"{pair[0] / pair[1]:.1f} x faster")
+    table.add_row("loss time per step (median)", "", *cells, f"{pair[0] / pair[1]:.1f} x faster")
     if eager.extra_loss_bytes and fused.extra_loss_bytes:
         sizes = (eager.extra_loss_bytes, fused.extra_loss_bytes)
         cells = [f"{size / MIB:.0f} MiB" for size in sizes]
@@ -252,24 +252,22 @@ def main(
     divergence: Annotated[str, typer.Option(help="forward_kl, reverse_kl, jsd or tvd.")] = (
         "forward_kl"
     ),
-    temperature: Annotated[float, typer.Option(help="Divides the logits of both.")] = 1.0,
-    teacher: Annotated[
-        Form, typer.Option(help="The form in which the teacher comes to the loss.")
-    ] = Form.dense,
-    k: Annotated[int, typer.Option(help="Tokens of --teacher topk.")] = 64,
-    steps: Annotated[int, typer.Option(help="Steps of training.")] = 30,
-    sequence_length: Annotated[int, typer.Option(help="Tokens a step.")] = 256,
-    held_out: Annotated[int, typer.Option(help="Sequences held out.")] = 4,
+    temperature: Annotated[float, typer.Option(help="Divides the logits of both models.")] = 1.0,
+    teacher: Annotated[Form, typer.Option(help="The form of the teacher.")] = Form.dense,
+    k: Annotated[int, typer.Option(help="Tokens per row of --teacher topk.")] = 64,
+    steps: Annotated[int, typer.Option(help="Number of training steps.")] = 30,
+    sequence_length: Annotated[int, typer.Option(help="Tokens per step.")] = 256,
+    held_out: Annotated[int, typer.Option(help="Sequences not used for training.")] = 4,
     lr: Annotated[float, typer.Option(help="Learning rate of AdamW.")] = 1e-3,
-    seed: Annotated[int, typer.Option(help="Of the batches' order.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the order of batches.")] = 0,
     output: Annotated[
-        Path, typer.Option(help="Gets demo.png and demo.json.", file_okay=False)
+        Path, typer.Option(help="Folder for demo.png and demo.json.", file_okay=False)
     ] = Path("build/demo-output"),
-    assets: Annotated[Path, typer.Option(help="Where demo-requirements.txt was installed.")] = (
-        Path("build/demo")
-    ),
+    assets: Annotated[
+        Path, typer.Option(help="Folder in which demo-requirements.txt was installed.")
+    ] = Path("build/demo"),
 ) -> None:
-    """Distil with fastkd and with eager PyTorch in turn, and compare."""
+    """Distil with fastkd and with eager PyTorch side by side, and compare."""
     require_positive(
         temperature=temperature,
         k=k,
@@ -278,9 +276,9 @@ def main(
         held_out=held_out,
         lr=lr,
     )
-    known = ", ".join(EAGER_DIVERGENCES)
-    require("--divergence", divergence, f"one of {known}", divergence in EAGER_DIVERGENCES)
-    began = time.perf_counter()
+    allowed = ", ".join(EAGER_DIVERGENCES)
+    require("--divergence", divergence, f"one of {allowed}", divergence in EAGER_DIVERGENCES)
+    start = time.perf_counter()
     with console.status("loading SmolLM2-135M and the King James text"):
         model, tokenizer = load_teacher("smollm2", assets)
         ids = encode(load_text(None, assets), tokenizer)
@@ -339,11 +337,11 @@ def main(
     console.print(results_table(eager, fused, before, differences))
     console.print(
         f"The curves agree, and the first gradients to {gradient_difference:.0e}. {steps} steps of "
-        f"{sequence_length} tokens, {megabytes:.0f} MiB of logits a model, "
-        f"{torch.get_num_threads()} threads, {time.perf_counter() - began:.0f} s."
+        f"{sequence_length} tokens, {megabytes:.0f} MiB of logits per model, "
+        f"{torch.get_num_threads()} threads, {time.perf_counter() - start:.0f} s."
     )
     if fastkd.available_backends()["cpu"] is not None:
-        console.print("fastkd ran in plain PyTorch: it was installed without a compiler.")
+        console.print("fastkd ran in plain PyTorch, because its native extension is missing.")
     console.print(f"{output}: demo.png, demo.json")
 
 

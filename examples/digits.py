@@ -1,10 +1,10 @@
-"""The teacher replaces the labels: scikit-learn's digits.
+"""A teacher in place of labels, on scikit-learn's digits.
 
     python examples/digits.py
 
-A convolutional teacher learns from 1,297 labelled images. A student of 16 hidden units then learns three times: from
-the labels of 100 images, from the teacher's logits on all 1,297 images without a label, and from all 1,297 labels.
-Each seed draws its own split, its own teacher and its own students.
+A convolutional teacher learns from 1,297 labelled images. Three students with 16 hidden units then learn: one from the
+labels of 100 images, one from the teacher's logits on all 1,297 images without labels, and one from all 1,297 labels.
+Each seed has its own split, teacher and students.
 """
 
 from pathlib import Path
@@ -54,9 +54,9 @@ def one_seed(seed: int, steps: int, rows: dict[str, list[float]]) -> None:
     fit_to_labels(teacher, data.images, data.labels, steps=steps // 4, seed=seed)
     note("teacher", teacher)
 
-    few = student()
-    fit_to_labels(few, *data.draw(FEW, seed), steps=steps, seed=seed, lr=1e-2)
-    note(f"{FEW} labels", few)
+    few_labels = student()
+    fit_to_labels(few_labels, *data.draw(FEW, seed), steps=steps, seed=seed, lr=1e-2)
+    note(f"{FEW} labels", few_labels)
 
     taught = student()
     fit(
@@ -69,28 +69,28 @@ def one_seed(seed: int, steps: int, rows: dict[str, list[float]]) -> None:
     )
     note("teacher, no label", taught)
 
-    whole = student()
-    fit_to_labels(whole, data.images, data.labels, steps=steps, seed=seed, lr=1e-2)
-    note("all labels", whole)
+    all_labels = student()
+    fit_to_labels(all_labels, data.images, data.labels, steps=steps, seed=seed, lr=1e-2)
+    note("all labels", all_labels)
 
 
 def main(output: Output = Path("build/examples"), quick: Quick = False) -> None:
-    """Labels of a few images, the teacher without labels, all labels."""
+    """Compare students of few labels, of a teacher without labels, and of all labels."""
     rows: dict[str, list[float]] = {}
     for seed in track(range(1 if quick else 5), "digits, seeds"):
         one_seed(seed, 40 if quick else 1200, rows)
 
-    table = Table("", "accuracy, %", "over few labels", title="digits: 500 test images")
+    table = Table("", "accuracy, %", "gain over few labels", title="digits: 500 test images")
     for name, values in rows.items():
         gain = "" if name == "teacher" else str(difference(values, rows[f"{FEW} labels"]))
         table.add_row(name, spread(values), gain)
     taught = rows["teacher, no label"]
     claim = (
-        f"Mean ± deviation over {len(taught)} seeds; differences with their standard error. A student has "
-        f"{parameters(two_layers(64, 16)):,} parameters. The one that was taught without a label is "
-        f"{difference(taught, rows[f'{FEW} labels'])} points from that of {FEW} labels and "
-        f"{difference(taught, rows['all labels'])} from that of all: the teacher replaces the labels, and does no "
-        "more. It had learned from them itself."
+        f"Mean ± standard deviation over {len(taught)} seeds; differences with their standard error. A student has "
+        f"{parameters(two_layers(64, 16)):,} parameters. The student of the teacher differs by "
+        f"{difference(taught, rows[f'{FEW} labels'])} points from that of {FEW} labels and by "
+        f"{difference(taught, rows['all labels'])} from that of all labels. The teacher can replace the labels, but "
+        "not add to them: it learned from the same labels."
     )
 
     figure, (axes,) = panels(7.0, height=3.0)

@@ -4,9 +4,9 @@
     python examples/distill.py --teacher path/to/large --student path/to/small --text corpus.txt
     python examples/distill.py              # SmolLM2-135M to six layers, on the King James text
 
-`--loss reference` trains with the loss in plain PyTorch, `--loss fastkd` with `fastkd.kd_loss`:
-the call is the only line that differs (see `make_loss`). With `--checkpoint FILE` a run that
-stopped goes on where it was and draws the curve that an uninterrupted run draws.
+`--loss reference` trains with the loss in plain PyTorch, `--loss fastkd` with `fastkd.kd_loss`;
+only the call of the loss differs (see `make_loss`). With `--checkpoint FILE` an interrupted run
+resumes, and its loss curve is the same as that of an uninterrupted run.
 """
 
 import copy
@@ -48,14 +48,14 @@ Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 class LossName(str, Enum):
-    """Who computes the loss."""
+    """Implementation of the loss."""
 
     reference = "reference"
     fastkd = "fastkd"
 
 
 class Precision(str, Enum):
-    """What the teacher computes in."""
+    """Dtype in which the teacher computes."""
 
     float32 = "float32"
     bfloat16 = "bfloat16"
@@ -69,19 +69,19 @@ def _jensen_shannon(log_p: Tensor, log_q: Tensor) -> Tensor:
 
 
 def require(option: str, value: object, allowed: str, holds: bool) -> None:
-    """Refuse the value of an option unless the condition holds."""
+    """Raise BadParameter for the value of an option unless the condition holds."""
     if not holds:
         raise typer.BadParameter(f"got {value}; allowed is {allowed}", param_hint=option)
 
 
 def require_positive(**options: float) -> None:
-    """Refuse an option that is not a positive, finite number."""
+    """Raise BadParameter for options that are not positive, finite numbers."""
     for name, value in options.items():
         option = "--" + name.replace("_", "-")
         require(option, value, "a positive number", 0 < value < math.inf)
 
 
-# Sums over all rows, from log-probabilities of teacher (p) and student (q).
+# Divergences summed over all rows, as functions of the log-probabilities of teacher (p) and student (q).
 EAGER_DIVERGENCES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "forward_kl": lambda log_p, log_q: F.kl_div(log_q, log_p, log_target=True, reduction="sum"),
     "reverse_kl": lambda log_p, log_q: F.kl_div(log_p, log_q, log_target=True, reduction="sum"),
@@ -99,7 +99,7 @@ def eager_loss(
     temperature: float,
     alpha: float,
 ) -> Tensor:
-    """The objective of `fastkd.kd_loss` as one writes it in PyTorch.
+    """The objective of `fastkd.kd_loss`, written in plain PyTorch.
 
     alpha T^2 D(teacher, student) + (1 - alpha) CE(student, labels), averaged over rows.
     """
@@ -117,7 +117,7 @@ def _tempered(logits: Tensor, temperature: float) -> Tensor:
 
 
 def make_loss(name: LossName, divergence: str, temperature: float, alpha: float) -> Loss:
-    """The loss the two names stand for: the same objective, from PyTorch or from fastkd."""
+    """Return the loss with these options, computed by plain PyTorch or by fastkd."""
     options: dict[str, Any] = {"divergence": divergence, "temperature": temperature, "alpha": alpha}
     if name is LossName.fastkd:
         if divergence not in fastkd.DIVERGENCES:
@@ -136,7 +136,7 @@ def make_loss(name: LossName, divergence: str, temperature: float, alpha: float)
 
 
 def _on_common_columns(loss: Loss) -> Loss:
-    """The loss on the columns that both models have: the rest is padding of one tokenizer."""
+    """Restrict a loss to the columns that both models have; the others are padding of the vocabulary."""
 
     def common(student_logits: Tensor, teacher_logits: Tensor, labels: Tensor) -> Tensor:
         width = min(student_logits.shape[-1], teacher_logits.shape[-1])
@@ -146,7 +146,7 @@ def _on_common_columns(loss: Loss) -> Loss:
 
 
 def load_teacher(name: str, assets: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The model and tokenizer of a local folder, or the packaged SmolLM2."""
+    """Load the model and tokenizer from a local folder, or the packaged SmolLM2."""
     if name == "smollm2":
         import smollm2
 
@@ -159,7 +159,7 @@ def load_teacher(name: str, assets: Path) -> tuple[PreTrainedModel, PreTrainedTo
 
 
 def load_text(path: Path | None, assets: Path) -> str:
-    """A text file, or the packaged King James text."""
+    """Read a text file, or the packaged King James text."""
     if path is not None:
         require("--text", path, "a UTF-8 text file", path.is_file())
         return path.read_text(encoding="utf-8")
@@ -172,7 +172,7 @@ def load_text(path: Path | None, assets: Path) -> str:
 
 
 def load_folder(folder: str, option: str) -> PreTrainedModel:
-    """The causal language model in a local Hugging Face folder, in float32."""
+    """Load the causal language model of a local Hugging Face folder in float32."""
     if not (Path(folder) / "config.json").is_file():
         raise typer.BadParameter(
             f"got {folder!r}, which has no config.json; allowed is a local Hugging Face folder",
@@ -182,7 +182,7 @@ def load_folder(folder: str, option: str) -> PreTrainedModel:
 
 
 def keep_layers(teacher: PreTrainedModel, layers: Sequence[int]) -> PreTrainedModel:
-    """A copy of the teacher that has only these of its layers."""
+    """Return a copy of the teacher with only the given layers."""
     depth = teacher.config.num_hidden_layers
     inside = bool(layers) and all(0 <= layer < depth for layer in layers)
     require("--layers", list(layers), f"layers 0 to {depth - 1} of the teacher", inside)
@@ -192,7 +192,10 @@ def keep_layers(teacher: PreTrainedModel, layers: Sequence[int]) -> PreTrainedMo
         if isinstance(module, nn.ModuleList) and len(module) == depth
     )
     config = copy.deepcopy(teacher.config)
-    for key, value in config.to_dict().items():  # one entry a layer, as in layer_types
+    for (
+        key,
+        value,
+    ) in config.to_dict().items():  # lists with one entry per layer, such as layer_types
         if isinstance(value, list) and len(value) == depth:
             setattr(config, key, [value[layer] for layer in layers])
     config.num_hidden_layers = len(layers)
@@ -208,16 +211,16 @@ def keep_layers(teacher: PreTrainedModel, layers: Sequence[int]) -> PreTrainedMo
 
 
 def freeze_embeddings(model: PreTrainedModel) -> None:
-    """Leave the token embedding and the head as they are."""
+    """Exclude the token embedding and the lm_head from training."""
     for module in (model.get_input_embeddings(), model.get_output_embeddings()):
         module.requires_grad_(False)
 
 
 class Corpus:
-    """A text in sequences of `length` + 1 tokens: inputs and labels are shifted views of them.
+    """A text split into sequences of `length` + 1 tokens; inputs and labels are shifted views of them.
 
-    Sequences at even distances are held out. `batch(step)` depends on the seed and the step alone,
-    so a run that is taken up again sees what it would have seen.
+    Sequences at regular distances are held out. `batch(step)` depends only on the seed and the step,
+    so a resumed run sees the same batches as an uninterrupted one.
     """
 
     def __init__(self, ids: Tensor, length: int, batch: int, held_out: int, seed: int) -> None:
@@ -229,39 +232,39 @@ class Corpus:
                 param_hint="--text",
             )
         sequences = ids[: count * length + 1].unfold(0, length + 1, length)  # [count, length + 1]
-        kept_back = (2 * torch.arange(held_out) + 1) * count // (2 * held_out)
+        held_out_indices = (2 * torch.arange(held_out) + 1) * count // (2 * held_out)
         in_training = torch.ones(count, dtype=torch.bool)
-        in_training[kept_back] = False
-        self.held_out = sequences[kept_back]
+        in_training[held_out_indices] = False
+        self.held_out = sequences[held_out_indices]
         self.training = sequences[in_training]
         self._batch, self._seed = batch, seed
         self.fingerprint = hashlib.sha256(ids.numpy().tobytes()).hexdigest()
 
     def batch(self, step: int) -> Tensor:
-        """Token ids [batch, length + 1] of one step: a fresh permutation each time through."""
-        a_pass = len(self.training) // self._batch
-        generator = torch.Generator().manual_seed(self._seed + step // a_pass)
+        """Return the token ids [batch, length + 1] of one step; every epoch has a new permutation."""
+        steps_per_epoch = len(self.training) // self._batch
+        generator = torch.Generator().manual_seed(self._seed + step // steps_per_epoch)
         order = torch.randperm(len(self.training), generator=generator)
-        first = step % a_pass * self._batch
+        first = step % steps_per_epoch * self._batch
         return self.training[order[first : first + self._batch]]
 
 
 def encode(text: str, tokenizer: PreTrainedTokenizerBase) -> Tensor:
-    """Token ids [n] of a text; line by line, which lets the tokenizer use every core."""
+    """Return the token ids [n] of a text. Passing a list of lines lets the tokenizer use every core."""
     lines = tokenizer(text.splitlines(keepends=True), add_special_tokens=False, verbose=False)
     return torch.tensor([token for line in lines["input_ids"] for token in line])
 
 
 @torch.no_grad()
 def logits_of(model: PreTrainedModel, inputs: Tensor) -> Tensor:
-    """The logits [B, S, V] of token ids [B, S], without a graph."""
+    """Return the logits [B, S, V] of token ids [B, S], without gradients."""
     return model(inputs, use_cache=False).logits
 
 
 class Distiller:
-    """A student, its optimizer and its loss: `step` is one step of training."""
+    """A student with its optimizer and loss; `step` makes one training step."""
 
-    warm_up = 5  # steps over which the learning rate rises; it is constant from there on
+    warm_up = 5  # steps over which the learning rate rises to its constant value
 
     def __init__(self, student: PreTrainedModel, loss: Loss, lr: float) -> None:
         self.student = student.train()
@@ -276,11 +279,11 @@ class Distiller:
         self.curve: list[float] = []
 
     def output(self, inputs: Tensor) -> Tensor:
-        """What the loss takes of the student: logits [B, S, V]."""
+        """Return the student's input of the loss: logits [B, S, V]."""
         return self.student(inputs, use_cache=False).logits
 
     def step(self, ids: Tensor, teacher: Any) -> float:
-        """Train on token ids [B, S + 1] and what the loss takes of the teacher; returns the loss."""
+        """Train on token ids [B, S + 1] with the teacher's input of the loss; return the loss."""
         for group in self.optimizer.param_groups:
             group["lr"] = self.lr * min(1.0, (len(self.curve) + 1) / self.warm_up)
         loss = self.loss(self.output(ids[:, :-1]), teacher, ids[:, 1:])
@@ -293,9 +296,9 @@ class Distiller:
 
 
 def save_checkpoint(path: Path, distiller: Distiller, settings: dict[str, Any]) -> None:
-    """Write all that goes on changing into one safetensors file, which is replaced as a whole.
+    """Write trained weights, optimizer and random state to one safetensors file, which is replaced atomically.
 
-    Weights that are not trained are not in it: they come from the teacher or student folder again.
+    Frozen weights are omitted, because a resumed run loads them from the teacher's or student's folder.
     """
     tensors = {f"weight.{name}": weight.detach() for name, weight in distiller.trained.items()}
     for index, state in distiller.optimizer.state_dict()["state"].items():
@@ -312,7 +315,7 @@ def save_checkpoint(path: Path, distiller: Distiller, settings: dict[str, Any]) 
 
 
 def resume(path: Path, distiller: Distiller, settings: dict[str, Any]) -> None:
-    """Put a distiller back where `save_checkpoint` saw it."""
+    """Restore the state that `save_checkpoint` saved."""
 
     def refuse(message: str) -> typer.BadParameter:
         return typer.BadParameter(f"{path}: {message}", param_hint="--checkpoint")
@@ -322,13 +325,15 @@ def resume(path: Path, distiller: Distiller, settings: dict[str, Any]) -> None:
             notes = json.loads((file.metadata() or {}).get("fastkd-distill", "{}"))
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
     except (safetensors.SafetensorError, json.JSONDecodeError) as error:
-        raise refuse(f"not a whole safetensors file ({error})") from error
+        raise refuse(f"not a complete safetensors file ({error})") from error
     if not notes:
-        raise refuse("got a safetensors file of another kind; allowed is one this script wrote")
+        raise refuse(
+            "got a safetensors file that this script did not write; pass a checkpoint of it"
+        )
     for name, value in settings.items():
         before = notes["settings"].get(name)
         if before != value:
-            raise refuse(f"was made with {name} = {before}, this run has {value}")
+            raise refuse(f"was saved with {name} = {before}, but this run has {value}")
 
     states: dict[int, dict[str, Tensor]] = {}
     for name, tensor in tensors.items():
@@ -348,9 +353,9 @@ def resume(path: Path, distiller: Distiller, settings: dict[str, Any]) -> None:
 
 @dataclass(frozen=True)
 class Quality:
-    """How a student does on the held-out sequences."""
+    """Results of a student on the held-out sequences."""
 
-    kl: float  # KL(teacher || student), nats a token
+    kl: float  # KL(teacher || student) in nats per token
     perplexity: float
     teacher_perplexity: float
 
@@ -359,30 +364,33 @@ class Quality:
 def evaluate(
     students: Sequence[PreTrainedModel], teacher: PreTrainedModel, sequences: Tensor
 ) -> list[Quality]:
-    """The quality of each student on token ids [n, S + 1]; the teacher runs once for all."""
-    width = min(model.config.vocab_size for model in (teacher, *students))  # the rest is padding
+    """Evaluate each student on token ids [n, S + 1]; the teacher runs only once."""
+    # Later columns are padding.
+    width = min(model.config.vocab_size for model in (teacher, *students))
     modes = [student.training for student in students]
     divergence = torch.zeros(len(students), dtype=torch.float64)
-    surprise = torch.zeros(len(students), dtype=torch.float64)
-    teacher_surprise = 0.0
+    nll = torch.zeros(len(students), dtype=torch.float64)
+    teacher_nll = 0.0
     for ids in sequences.to(teacher.device).split(1):
         inputs, labels = ids[:, :-1], ids[0, 1:]
         log_p = F.log_softmax(logits_of(teacher, inputs)[0, :, :width].float(), dim=-1)
-        teacher_surprise += F.nll_loss(log_p, labels, reduction="sum").item()
+        teacher_nll += F.nll_loss(log_p, labels, reduction="sum").item()
         for i, student in enumerate(students):
             log_q = F.log_softmax(logits_of(student.eval(), inputs)[0, :, :width].float(), dim=-1)
             divergence[i] += F.kl_div(log_q, log_p, log_target=True, reduction="sum").item()
-            surprise[i] += F.nll_loss(log_q, labels, reduction="sum").item()
+            nll[i] += F.nll_loss(log_q, labels, reduction="sum").item()
     for student, mode in zip(students, modes, strict=True):
         student.train(mode)
     tokens = sequences[:, 1:].numel()
-    kl, perplexity = (divergence / tokens).tolist(), (surprise / tokens).exp().tolist()
-    bar = math.exp(teacher_surprise / tokens)
-    return [Quality(*row, teacher_perplexity=bar) for row in zip(kl, perplexity, strict=True)]
+    kl, perplexity = (divergence / tokens).tolist(), (nll / tokens).exp().tolist()
+    of_teacher = math.exp(teacher_nll / tokens)
+    return [
+        Quality(*row, teacher_perplexity=of_teacher) for row in zip(kl, perplexity, strict=True)
+    ]
 
 
 def progress_bar() -> Progress:
-    """A bar with the step, the time left and a line of figures that the caller updates."""
+    """Return a progress bar with the step, the time left and a text that the caller updates."""
     return Progress(
         TextColumn("{task.description}"),
         BarColumn(bar_width=16),
@@ -394,7 +402,7 @@ def progress_bar() -> Progress:
 
 
 def plot_curve(path: Path, curves: dict[str, Sequence[float]], title: str) -> None:
-    """A PNG of the training loss, a line for each run."""
+    """Plot the training loss to a PNG file, with one line per run."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -403,14 +411,14 @@ def plot_curve(path: Path, curves: dict[str, Sequence[float]], title: str) -> No
     figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
     for label, curve in curves.items():
         axes.plot(range(1, len(curve) + 1), curve, label=label)
-    axes.set(title=title, xlabel="step", ylabel="training loss (nats a token)")
+    axes.set(title=title, xlabel="step", ylabel="training loss (nats per token)")
     axes.legend()
     figure.savefig(path, dpi=150)
     pyplot.close(figure)
 
 
 def quality_table(rows: dict[str, Quality]) -> Table:
-    """Held-out figures, one row a model."""
+    """Return a table of held-out results with one row per model."""
     table = Table("", "KL to the teacher", "perplexity", title="held out")
     for name, quality in rows.items():
         table.add_row(name, f"{quality.kl:.3f}", f"{quality.perplexity:.1f}")
@@ -419,12 +427,13 @@ def quality_table(rows: dict[str, Quality]) -> Table:
 
 
 def parse_layers(layers: str) -> list[int]:
-    """Turn 0,1,5 into numbers."""
+    """Parse comma-separated layer numbers such as 0,1,5."""
     try:
         return [int(layer) for layer in layers.split(",")]
     except ValueError:
         raise typer.BadParameter(
-            f"got {layers!r}; allowed are numbers with commas, as in 0,1,5", param_hint="--layers"
+            f"got {layers!r}; allowed are numbers separated by commas, such as 0,1,5",
+            param_hint="--layers",
         ) from None
 
 
@@ -433,45 +442,49 @@ def main(
         str, typer.Option(help="A local Hugging Face folder, or smollm2.")
     ] = "smollm2",
     student: Annotated[
-        str | None, typer.Option(help="A local Hugging Face folder; else layers of the teacher.")
+        str | None,
+        typer.Option(help="A local Hugging Face folder; default: layers of the teacher."),
     ] = None,
     layers: Annotated[
         str, typer.Option(help="Which of the teacher's layers the student keeps.")
     ] = "0,1,2,10,20,29",
     text: Annotated[
-        Path | None, typer.Option(help="A UTF-8 text file; else the King James text.")
+        Path | None, typer.Option(help="A UTF-8 text file; default: the King James text.")
     ] = None,
-    loss: Annotated[LossName, typer.Option(help="Who computes the loss.")] = LossName.fastkd,
+    loss: Annotated[LossName, typer.Option(help="Implementation of the loss.")] = LossName.fastkd,
     divergence: Annotated[
         str, typer.Option(help="forward_kl, reverse_kl, jsd, ...")
     ] = "forward_kl",
-    temperature: Annotated[float, typer.Option(help="Divides the logits of both.")] = 1.0,
+    temperature: Annotated[float, typer.Option(help="Divides the logits of both models.")] = 1.0,
     alpha: Annotated[
-        float, typer.Option(help="Weight of the divergence; the labels get the rest.")
+        float, typer.Option(help="Weight of the divergence; the cross-entropy gets 1 - alpha.")
     ] = 1.0,
-    steps: Annotated[int, typer.Option(help="Up to which step to train.")] = 100,
-    sequence_length: Annotated[int, typer.Option(help="Tokens in a sequence.")] = 256,
-    batch: Annotated[int, typer.Option(help="Sequences a step.")] = 1,
+    steps: Annotated[int, typer.Option(help="Number of training steps.")] = 100,
+    sequence_length: Annotated[int, typer.Option(help="Tokens per sequence.")] = 256,
+    batch: Annotated[int, typer.Option(help="Sequences per step.")] = 1,
     lr: Annotated[float, typer.Option(help="Learning rate of AdamW.")] = 1e-3,
     teacher_dtype: Annotated[
-        Precision, typer.Option(help="What the teacher computes in; the student has float32.")
+        Precision, typer.Option(help="The teacher's dtype; the student's is float32.")
     ] = Precision.float32,
-    train_head: Annotated[bool, typer.Option(help="Train the embedding and the head too.")] = False,
-    held_out: Annotated[int, typer.Option(help="Sequences kept out of training.")] = 8,
-    seed: Annotated[int, typer.Option(help="Of the batches' order.")] = 0,
+    train_head: Annotated[
+        bool, typer.Option(help="Also train the embedding and the lm_head.")
+    ] = False,
+    held_out: Annotated[int, typer.Option(help="Sequences not used for training.")] = 8,
+    seed: Annotated[int, typer.Option(help="Seed of the order of batches.")] = 0,
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")] = "cuda"
     if torch.cuda.is_available()
     else "cpu",
     checkpoint: Annotated[
-        Path | None, typer.Option(help="Saved to, and gone on from if it exists.")
+        Path | None, typer.Option(help="File to save to, and to resume from if it exists.")
     ] = None,
-    checkpoint_every: Annotated[int, typer.Option(help="Steps between savings.")] = 50,
+    checkpoint_every: Annotated[int, typer.Option(help="Steps between checkpoints.")] = 50,
     output: Annotated[
-        Path, typer.Option(help="Gets the student, metrics.json and curve.png.", file_okay=False)
+        Path,
+        typer.Option(help="Folder for the student, metrics.json and curve.png.", file_okay=False),
     ] = Path("build/distilled"),
-    assets: Annotated[Path, typer.Option(help="Where demo-requirements.txt was installed.")] = Path(
-        "build/demo"
-    ),
+    assets: Annotated[
+        Path, typer.Option(help="Folder in which demo-requirements.txt was installed.")
+    ] = Path("build/demo"),
 ) -> None:
     """Distil a teacher into a smaller student on a text."""
     require_positive(
@@ -523,7 +536,7 @@ def main(
         checkpoint.parent.mkdir(parents=True, exist_ok=True)
     if checkpoint is not None and checkpoint.exists():
         resume(checkpoint, distiller, settings)
-        console.print(f"going on after step {len(distiller.curve)} of {checkpoint}")
+        console.print(f"resuming after step {len(distiller.curve)} of {checkpoint}")
 
     with progress_bar() as progress:
         done = len(distiller.curve)

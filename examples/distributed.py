@@ -1,17 +1,18 @@
-r"""The demo's distillation over several processes: their curves are those of one process.
+r"""The demo's distillation on several processes, which must reproduce the loss curve of one process.
 
-    python examples/distributed.py                    # all ways one after the other, and a table
+    python examples/distributed.py                    # all modes in turn, and a table
     torchrun --nproc-per-node 2 examples/distributed.py --mode tp --compare build/one.json
 
-SmolLM2-135M teaches six of its layers and a head of their own on the King James text, on CPUs (gloo). The two ways
-have in common that every process runs both models on its share of a batch's sequences. They differ in the heads:
+The teacher is SmolLM2-135M; the student has six of its layers and an lm_head of its own. Both run on the King James
+text, on CPUs (gloo). In both modes every process runs both models on its part of a batch's sequences. The modes differ
+in the lm_heads:
 
-    tp      vocabulary-parallel: a process has some rows of both heads, and the hidden states of all sequences
-            (sequence_dim=0 gathers them). No process has a whole head, nor logits of a whole row.
-    fsdp    data-parallel, with the student's weights spread by FSDP2: a process has its own sequences and, while
-            the loss is computed, the whole head.
+    tp      vocabulary-parallel: a process has some rows of both heads, and the hidden states of all sequences, which
+            sequence_dim=0 gathers. No process holds a full head, or the logits of a full row.
+    fsdp    data-parallel with the student's weights sharded by FSDP2: a process has the hidden states of its own
+            sequences and, during the loss, the full head.
 
-`--curve FILE` writes the loss of every step, and `--compare FILE` fails where it is not that of another run.
+`--curve FILE` writes the loss of every step; `--compare FILE` fails unless the curve equals that of another run.
 """
 
 import json
@@ -44,18 +45,18 @@ import fastkd
 from fastkd import parallel
 
 LAYERS = (0, 1, 2, 10, 20, 29)
-BATCH = 4  # sequences a step, of all processes
-CHARACTERS = 400_000  # of the text, which is more than a run reads
-WAYS = (("one", 1), ("tp", 2), ("tp", 4), ("fsdp", 2), ("fsdp", 4))
+BATCH = 4  # sequences per step, over all processes
+CHARACTERS = 400_000  # length of the text's beginning that is used, more than a run reads
+RUNS = (("one", 1), ("tp", 2), ("tp", 4), ("fsdp", 2), ("fsdp", 4))
 
-# Relative. The first loss differs by the rounding of sums alone. The optimizer enlarges that from step to step: to 5e-7
-# in six steps, and to 1e-3 in some thirty (examples/demo.py).
+# Relative tolerances. The first losses differ only by the rounding of sums. The optimizer amplifies this from step to
+# step: to 5e-7 in six steps, and to 1e-3 in about thirty (examples/demo.py).
 FIRST_STEP_TOLERANCE = 1e-5
 CURVE_TOLERANCE = 1e-4
 
 
 class Mode(str, Enum):
-    """How the heads are spread over the processes."""
+    """How the lm_heads are distributed over the processes."""
 
     one = "one"
     tp = "tp"
@@ -63,7 +64,7 @@ class Mode(str, Enum):
 
 
 class Learner:
-    """The student of one process: its part of the weights, and its loss."""
+    """The part of the student that one process holds, with its loss."""
 
     def __init__(self, teacher: PreTrainedModel, mode: Mode, lr: float) -> None:
         self.mode, self.lr, self.steps = mode, lr, 0
@@ -71,7 +72,7 @@ class Learner:
         self.teacher_head = teacher.lm_head.weight.detach()
         self.body = keep_layers(teacher, LAYERS).model.train()
         self.body.embed_tokens.requires_grad_(False)
-        # As a module, for FSDP; it starts as the teacher's, and is trained.
+        # A module, because FSDP shards modules. It starts as a copy of the teacher's and is trained.
         self.head = nn.Linear(*reversed(self.teacher_head.shape), bias=False)
         self.head.weight.data = self.teacher_head.clone()
         if mode is Mode.tp:
@@ -93,57 +94,57 @@ class Learner:
         from torch.distributed.fsdp import fully_shard
 
         mesh = init_device_mesh("cpu", (dist.get_world_size(),))
-        # The head's forward is never called: its weight stays a DTensor, which the loss gathers.
+        # The head's forward is never called, so FSDP does not gather its weight; the loss gathers the DTensor.
         for module in (*self.body.layers, self.body, self.head):
             fully_shard(module, mesh=mesh)
 
     def loss(self, ids: Tensor, targets: Tensor) -> Tensor:
-        """Of this process's sequences and all labels [B, S]; its gradient is what the optimizer steps along."""
+        """Return the loss from the ids of this process's sequences and the labels [B, S] of all sequences."""
         hidden = self.body(ids, use_cache=False).last_hidden_state
         with torch.no_grad():
             states = self.teacher(ids, use_cache=False).last_hidden_state
         teacher = fastkd.LinearTeacher(states, self.teacher_head)
         options: dict[str, Any] = {}
-        if self.mode is Mode.tp:  # labels of all sequences, rows of the heads
+        if self.mode is Mode.tp:  # labels of all sequences, some rows of the heads
             options = {"process_group": dist.group.WORLD, "sequence_dim": 0}
         if (
             self.mode is Mode.fsdp
-        ):  # the labels of these sequences, and how many count on all processes
-            targets = share(targets)
+        ):  # labels of this process's sequences, averaged over those of all processes
+            targets = local_part(targets)
             options = {"num_items": parallel.num_items(targets)}
         return fastkd.fused_linear_kd_loss(hidden, self.head.weight, teacher, targets, **options)
 
     def step(self, ids: Tensor, targets: Tensor) -> float:
-        """Train on token ids and labels [B, S] of all processes; the loss over all of them."""
+        """Train on the token ids and labels [B, S] of all processes; return the loss over all of them."""
         self.steps += 1
         for group in self.optimizer.param_groups:
             group["lr"] = self.lr * min(1.0, self.steps / 5)
-        loss = self.loss(share(ids), targets)
+        loss = self.loss(local_part(ids), targets)
         loss.backward()
-        if self.mode is Mode.tp:  # of the body each process has its own sequences' gradient
+        if self.mode is Mode.tp:  # each process has the body's gradient for its own sequences only
             for weight in self.trained:
                 dist.all_reduce(weight.grad)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         loss = loss.detach()
-        if self.mode is Mode.fsdp:  # a mean of losses, as the gradient is one of gradients
+        if self.mode is Mode.fsdp:  # average the losses, as FSDP averages the gradients
             dist.all_reduce(loss)
             loss /= dist.get_world_size()
         return float(loss)
 
 
-def share(batch: Tensor) -> Tensor:
-    """This process's part of a batch."""
+def local_part(batch: Tensor) -> Tensor:
+    """Return this process's part of a batch."""
     return batch.tensor_split(processes())[dist.get_rank()] if dist.is_initialized() else batch
 
 
 def processes() -> int:
-    """Of this run."""
+    """Return the number of processes of this run."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def labels_of(batch: Tensor) -> Tensor:
-    """[B, S] of token ids [B, S + 1]: the beginning of a sequence is a prompt, longer in each, and does not count."""
+    """Return labels [B, S] of token ids [B, S + 1]; prompts at the beginnings, of different lengths, are dropped."""
     labels = batch[:, 1:].clone()
     for row, sequence in enumerate(labels):
         sequence[: (row + 1) * len(sequence) // (2 * len(labels))] = -100
@@ -151,13 +152,13 @@ def labels_of(batch: Tensor) -> Tensor:
 
 
 def say(text: str) -> None:
-    """On the first process."""
+    """Print on the first process only."""
     if not dist.is_initialized() or dist.get_rank() == 0:
         print(text, flush=True)
 
 
 def train(mode: Mode, steps: int, length: int, lr: float, seed: int, assets: Path) -> dict:
-    """What --curve writes."""
+    """Train and return the content of the --curve file."""
     title = f"{mode.value} x {processes()}"
     say(f"{title}: loading SmolLM2-135M and the King James text")
     teacher, tokenizer = load_teacher("smollm2", assets)
@@ -182,90 +183,95 @@ def train(mode: Mode, steps: int, length: int, lr: float, seed: int, assets: Pat
 
 
 def differences(run: dict, other: dict, tolerance: float) -> list[float]:
-    """The relative difference of each step; SystemExit where it passes the tolerance."""
+    """Return the relative difference of each step; SystemExit if one exceeds the tolerance."""
     if run["settings"] != other["settings"]:
-        raise SystemExit(f"other settings: {run['settings']} and {other['settings']}")
-    found = [abs(a - b) / abs(b) for a, b in zip(run["curve"], other["curve"], strict=True)]
-    for step, difference in enumerate(found, start=1):
+        raise SystemExit(
+            f"the runs have different settings: {run['settings']} and {other['settings']}"
+        )
+    gaps = [abs(a - b) / abs(b) for a, b in zip(run["curve"], other["curve"], strict=True)]
+    for step, difference in enumerate(gaps, start=1):
         allowed = FIRST_STEP_TOLERANCE if step == 1 else tolerance
         if not difference <= allowed:  # a NaN fails too
             raise SystemExit(
                 f"step {step} of {run['mode']} x {run['processes']}: {run['curve'][step - 1]}, on one process "
-                f"{other['curve'][step - 1]}; they differ by {difference:.1e} of it, allowed is {allowed:.0e}"
+                f"{other['curve'][step - 1]}; the relative difference is {difference:.1e}, allowed is {allowed:.0e}"
             )
-    return found
+    return gaps
 
 
 def run_all(output: Path, tolerance: float, arguments: list[str]) -> None:
-    """Every way in processes of its own, and the table."""
+    """Run every mode in new processes, and print the table."""
     output.mkdir(parents=True, exist_ok=True)
     runs = []
-    for mode, count in WAYS:
+    for mode, count in RUNS:
         curve = output / f"{mode}-{count}.json"
         launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}"]
         own = ["--mode", mode, "--curve", str(curve)]
         subprocess.run(
             [sys.executable, *launch, __file__, *own, *arguments],
             check=True,
-            env=os.environ | {"OMP_NUM_THREADS": str(threads(count))},  # or torchrun warns
+            # torchrun warns if OMP_NUM_THREADS is not set.
+            env=os.environ | {"OMP_NUM_THREADS": str(threads(count))},
         )
         runs.append(json.loads(curve.read_text(encoding="utf-8")))
     console.print(table(runs, tolerance))
 
 
 def table(runs: list[dict], tolerance: float) -> Table:
-    """Curves side by side, and how far each is from the first."""
-    shown = Table("step", *(f"{run['mode']} x {run['processes']}" for run in runs))
+    """Return a table of the curves and their differences from the first."""
+    result = Table("step", *(f"{run['mode']} x {run['processes']}" for run in runs))
     for step, values in enumerate(zip(*(run["curve"] for run in runs), strict=True), start=1):
-        shown.add_row(str(step), *(f"{value:.6f}" for value in values))
-    shown.add_section()
+        result.add_row(str(step), *(f"{value:.6f}" for value in values))
+    result.add_section()
     largest = (max(differences(run, runs[0], tolerance)) for run in runs[1:])
-    shown.add_row("largest difference", "", *(f"{value:.1e}" for value in largest))
+    result.add_row("largest difference", "", *(f"{value:.1e}" for value in largest))
     medians = [sorted(run["seconds"])[len(run["seconds"]) // 2] for run in runs]
-    shown.add_row("median step", *(f"{median:.1f} s" for median in medians))
-    shown.caption = "differences are relative, from one process"
-    return shown
+    result.add_row("median step", *(f"{median:.1f} s" for median in medians))
+    result.caption = "relative differences from the run on one process"
+    return result
 
 
 def threads(count: int) -> int:
-    """Of each of that many processes on this machine."""
+    """Return the number of threads for each of `count` processes on this machine."""
     return max(1, len(os.sched_getaffinity(0)) // count)
 
 
 def main(
     mode: Annotated[
-        Mode | None, typer.Option(help="Of this run; without it and without torchrun: all.")
+        Mode | None, typer.Option(help="The mode; without it and without torchrun: all modes.")
     ] = None,
-    steps: Annotated[int, typer.Option(help="Steps of training.")] = 6,
-    sequence_length: Annotated[int, typer.Option(help="Tokens in each of the sequences.")] = 32,
+    steps: Annotated[int, typer.Option(help="Number of training steps.")] = 6,
+    sequence_length: Annotated[int, typer.Option(help="Tokens per sequence.")] = 32,
     lr: Annotated[float, typer.Option(help="Learning rate of AdamW.")] = 1e-3,
-    seed: Annotated[int, typer.Option(help="Of the batches' order.")] = 0,
-    curve: Annotated[Path | None, typer.Option(help="Gets the loss of every step.")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of the order of batches.")] = 0,
+    curve: Annotated[
+        Path | None, typer.Option(help="File to write the loss of every step to.")
+    ] = None,
     compare: Annotated[
-        Path | None, typer.Option(help="A --curve of one process that this one has to equal.")
+        Path | None, typer.Option(help="A --curve file that this run must reproduce.")
     ] = None,
     tolerance: Annotated[
-        float, typer.Option(help="How far curves may be apart, relative, after the first step.")
+        float, typer.Option(help="Largest relative difference of curves after the first step.")
     ] = CURVE_TOLERANCE,
     output: Annotated[
-        Path, typer.Option(help="Gets the curves where all ways are run.", file_okay=False)
+        Path, typer.Option(help="Folder for the curves if all modes are run.", file_okay=False)
     ] = Path("build/demo-distributed"),
-    assets: Annotated[Path, typer.Option(help="Where demo-requirements.txt was installed.")] = (
-        Path("build/demo")
-    ),
+    assets: Annotated[
+        Path, typer.Option(help="Folder in which demo-requirements.txt was installed.")
+    ] = Path("build/demo"),
 ) -> None:
     """Distil on several processes."""
     require_positive(steps=steps, sequence_length=sequence_length, lr=lr, tolerance=tolerance)
     launched = "RANK" in os.environ
     if mode is None and not launched:
-        given = {"steps": steps, "sequence-length": sequence_length, "lr": lr, "seed": seed}
-        options = [f"--{name}={value}" for name, value in given.items()]
+        settings = {"steps": steps, "sequence-length": sequence_length, "lr": lr, "seed": seed}
+        options = [f"--{name}={value}" for name, value in settings.items()]
         run_all(output, tolerance, [*options, f"--assets={assets}"])
         return
     mode = mode or Mode.tp
     count = int(os.environ.get("WORLD_SIZE", "1"))
     fits = count == 1 if mode is Mode.one else launched and BATCH % count == 0
-    allowed = "one on 1, tp and fsdp on 1, 2 or 4 of torchrun"
+    allowed = "one on 1 process, tp and fsdp on 1, 2 or 4 processes of torchrun"
     require("--mode", f"{mode.value} on {count} processes", allowed, fits)
     torch.set_num_threads(threads(int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
     if mode is not Mode.one:
@@ -278,7 +284,7 @@ def main(
         if compare is not None:
             other = json.loads(compare.read_text(encoding="utf-8"))
             largest = max(differences(run, other, tolerance))
-            say(f"the curve is that of {compare} within {largest:.1e}")
+            say(f"the curve equals that of {compare} within {largest:.1e}")
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()

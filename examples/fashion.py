@@ -1,11 +1,11 @@
-"""One student of one teacher, and losses on logits, on layers and on relations: Fashion-MNIST.
+"""Losses on logits, on layers and on relations, compared for one teacher and student on Fashion-MNIST.
 
     python examples/fashion.py
 
-A convolutional teacher learns from 60,000 labelled images, its student has 1,000 of them, and every row of the table
-but the last the same 1,000: what differs is what is asked of the teacher. Weights and temperatures are those of the
-papers or of their code, and none was tuned here. The student's architecture is the teacher's with a quarter of the
-channels; nothing is augmented, so that the teacher is asked once and each step has its answers at hand.
+A convolutional teacher learns from 60,000 labelled images, the student from 1,000 of them. Every row of the table uses
+the same 1,000 images with another loss, except that the last row uses more images without labels. Weights and
+temperatures are those of the papers or of their code, without tuning. The student has the teacher's architecture with a
+quarter of the channels. Images are not augmented, so the teacher's outputs are computed once, before training.
 """
 
 import itertools
@@ -42,14 +42,14 @@ from fastkd.distiller import Distiller, Term
 from fastkd.features import HintLoss, Regressor, attention_transfer_loss
 from fastkd.relations import rkd_loss
 
-IMAGES = 1000  # that the student sees, with their labels
-MORE_IMAGES = 10_000  # of the last row, without
-TEACHER, STUDENT = (16, 32), (4, 8)  # channels
+IMAGES = 1000  # labelled images for the student
+MORE_IMAGES = 10_000  # unlabelled images of the last row
+TEACHER, STUDENT = (16, 32), (4, 8)  # numbers of channels
 LAYERS = ("layer1", "layer2", "embedding")
 
 
 def terms_of_rows(steps: int) -> dict[str, dict[str, Term]]:
-    """What each row's loss is made of, made afresh, as a regressor has weights of its own."""
+    """Return the terms of each row's loss; new ones at each call, because regressors have weights."""
     labels = Term(KDLoss(alpha=0.0))
     kd = Term(KDLoss(temperature=4.0, alpha=0.9))  # Hinton, Vinyals, Dean 2015
     attention = Term(
@@ -65,11 +65,12 @@ def terms_of_rows(steps: int) -> dict[str, dict[str, Term]]:
     def hint() -> HintLoss:
         return HintLoss(Regressor(STUDENT[1], TEACHER[1], "conv"), reduction="mean_square")
 
-    def first(step: int) -> float:  # FitNets' two stages: the hint, and then the rest
+    # The two stages of FitNets: first the hint alone, then the distillation.
+    def first_stage(step: int) -> float:
         return 1.0 if step < steps // 3 else 0.0
 
-    def then(step: int) -> float:
-        return 1.0 - first(step)
+    def second_stage(step: int) -> float:
+        return 1.0 - first_stage(step)
 
     return {
         "labels alone": {"labels": labels},
@@ -81,8 +82,8 @@ def terms_of_rows(steps: int) -> dict[str, dict[str, Term]]:
         },
         "NKD": {"labels": labels, "nkd": Term(KDLoss(divergence=nkd(1.5)))},
         "FitNets: hint, then KD": {
-            "hint": Term(hint(), "layer2", weight=first),
-            "kd": Term(kd.loss, weight=then),
+            "hint": Term(hint(), "layer2", weight=first_stage),
+            "kd": Term(kd.loss, weight=second_stage),
         },
         "KD + hint": {"kd": kd, "hint": Term(hint(), "layer2")},
         "KD + attention": {"kd": kd, "attention": attention},
@@ -98,26 +99,27 @@ def terms_of_rows(steps: int) -> dict[str, dict[str, Term]]:
 
 @torch.no_grad()
 def layers_of(teacher: nn.Sequential, images: Tensor) -> list[Tensor]:
-    """What the layers of LAYERS, and then the head, make of images."""
-    found = []
+    """Return the teacher's outputs of each of LAYERS and of the head."""
+    layer_outputs = []
     for layer in teacher:
         images = layer(images)
-        found.append(images)
-    return found
+        layer_outputs.append(images)
+    return layer_outputs
 
 
 def train_row(
     terms: dict[str, Term], examples: list[Tensor], seed: int, steps: int
 ) -> tuple[nn.Module, float]:
-    """A student with the losses of a row on (images, labels, layers, logits); and its milliseconds a step."""
+    """Train a student on (images, labels, layers, logits) with a row's terms; return it and its ms per step."""
     torch.manual_seed(seed)  # every row's student starts from the same weights
     student = convolutional(STUDENT, 32, size=28)
     count = itertools.count()
 
-    def loss(images: Tensor, labels: Tensor, *said: Tensor) -> Tensor:
-        layers = dict(zip(LAYERS, said[:-1], strict=True))
+    def loss(images: Tensor, labels: Tensor, *from_teacher: Tensor) -> Tensor:
+        *features, logits = from_teacher
+        layers = dict(zip(LAYERS, features, strict=True))
         total, _ = distiller(
-            images, labels=labels, step=next(count), teacher_output=said[-1], teacher_layers=layers
+            images, labels=labels, step=next(count), teacher_output=logits, teacher_layers=layers
         )
         return total
 
@@ -134,7 +136,7 @@ def one_seed(
     rows: dict[str, list[float]],
     times: dict[str, list[float]],
 ) -> None:
-    """Append the accuracy and the milliseconds a step of each row."""
+    """Append the accuracy and the milliseconds per step of each row."""
 
     def note(name: str, terms: dict[str, Term], examples: list[Tensor]) -> None:
         student, milliseconds = train_row(terms, examples, seed, steps)
@@ -160,7 +162,7 @@ def one_seed(
 def main(
     data: Data = FASHION, output: Output = Path("build/examples"), quick: Quick = False
 ) -> None:
-    """One student, and what to ask of its teacher."""
+    """Compare distillation losses for one teacher and one student."""
     images = fashion_mnist(data)
     torch.manual_seed(0)
     teacher = convolutional(TEACHER, 128, size=28)
@@ -173,7 +175,7 @@ def main(
         one_seed(images, teacher, seed, 6 if quick else 200, rows, times)
 
     table = Table(
-        "", "accuracy, %", "over labels", "over KD", "ms a step",
+        "", "accuracy, %", "gain over labels", "gain over KD", "ms per step",
         title=f"Fashion-MNIST: {len(images.test_labels):,} test images",
     )  # fmt: skip
     table.add_row("teacher", f"{of_teacher:.1f}")
@@ -181,18 +183,19 @@ def main(
         gains = (str(difference(values, rows[base])) for base in ("labels alone", "KD"))
         table.add_row(name, spread(values), *gains, f"{min(times[name]):.1f}")
     claim = (
-        f"Mean ± deviation over {len(rows['KD'])} seeds; differences with their standard error. "
-        f"{parameters(convolutional(STUDENT, 32, 28)):,} parameters learn from {parameters(teacher):,}. A step's time "
-        "is without the teacher: what a tenth of the steps stay below.\n"
-        f"Against labels alone: {verdicts(rows, 'labels alone')}.\nAgainst KD: {verdicts(rows, 'KD')}.\n"
-        "That is what published weights do in a short training of a small student, without tuning, and not what each "
-        "loss can do."
+        f"Mean ± standard deviation over {len(rows['KD'])} seeds; differences with their standard error. The student "
+        f"has {parameters(convolutional(STUDENT, 32, 28)):,} parameters, the teacher {parameters(teacher):,}. The time "
+        "per step excludes the teacher and is the first decile over steps.\n"
+        f"Compared with labels alone: {verdicts(rows, 'labels alone')}.\n"
+        f"Compared with KD: {verdicts(rows, 'KD')}.\n"
+        "These results are of published weights, without tuning, in a short training of a small student. They do not "
+        "show what each loss can achieve."
     )
 
     figure, (left, right) = panels(7.0, 4.0)
     points(left, rows, f"accuracy, % (teacher {of_teacher:.1f})")
     right.barh(range(len(times)), [min(values) for values in times.values()], color="#d98c3f")
-    right.set(title="milliseconds a step", yticks=[])
+    right.set(title="milliseconds per step", yticks=[])
     right.invert_yaxis()
     output.mkdir(parents=True, exist_ok=True)
     figure.savefig(output / "fashion.png", dpi=150)

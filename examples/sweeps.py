@@ -1,13 +1,13 @@
-"""What temperature and alpha do, and what a teacher that is too sure of itself does: Fashion-MNIST.
+"""The effects of temperature, alpha and overconfident teachers, on Fashion-MNIST.
 
     python examples/sweeps.py
 
-Students of 64 hidden units learn from 1,000 images, from their labels with the weight 1 - alpha and from the teacher
-at temperature T with the weight alpha. First a grid over both. Then teachers of which some are too confident, taken
-at their word and with the temperature that fits their confidence to data which no model was trained on
-(fastkd.calibration): a teacher divides its logits by T times that, the student by T.
+Students with 64 hidden units learn from 1,000 images: from their labels with weight 1 - alpha, and from the teacher at
+temperature T with weight alpha. The first part is a grid over T and alpha. The second part uses teachers some of which
+are overconfident, with and without calibration (fastkd.calibration). A calibrated teacher's logits are divided by T
+times the temperature fitted on held-out data, the student's by T.
 
-The teacher, its calibration and the students each have images of their own.
+Teachers, calibration and students use disjoint images.
 """
 
 from pathlib import Path
@@ -46,7 +46,7 @@ IMAGES = 1000
 TEMPERATURES = (1.0, 2.0, 4.0, 8.0, 16.0)
 ALPHAS = (0.1, 0.4, 0.7, 1.0)
 FITTED = ", fitted T"
-SOFT, ALPHA = 1.0, 0.9  # of the second part: at T = 1 confidence counts most
+SOFT, ALPHA = 1.0, 0.9  # T and alpha of the second part; overconfidence matters most at T = 1
 
 
 class Parts(NamedTuple):
@@ -58,16 +58,16 @@ class Parts(NamedTuple):
 
 
 class Scores(NamedTuple):
-    """Of a student on the test images."""
+    """Results of a student on the test images."""
 
     accuracy: float  # %
-    agreement: float  # %, with the teacher's first choice
-    likelihood: float  # negative and logarithmic, nats an image
+    agreement: float  # %, with the teacher's most probable class
+    likelihood: float  # negative log-likelihood, nats per image
     calibration: float  # expected calibration error, %
 
 
 def divide(data: Split) -> Parts:
-    """A twelfth of the images to students, a twelfth to calibration, the rest to teachers."""
+    """Split the images: one twelfth for students, one twelfth for calibration, the rest for teachers."""
     share = len(data.labels) // 12
     cut = [slice(0, share), slice(share, 2 * share), slice(2 * share, None)]
     return Parts(*((data.images[part], data.labels[part]) for part in cut))
@@ -81,7 +81,16 @@ def train_student(
     steps: int,
     **options: float,
 ) -> Scores:
-    """A student of (images, teacher's logits, labels), with kd_loss's options; of_teacher: its logits when testing."""
+    """Train and score a student.
+
+    Args:
+        data: the test images and labels.
+        examples: (images, teacher's logits, labels) to train on.
+        of_teacher: the teacher's logits on the test images.
+        seed: of the choice of examples and the initial weights.
+        steps: the number of training steps.
+        **options: of fastkd.kd_loss.
+    """
     chosen = torch.randperm(len(examples[0]), generator=torch.Generator().manual_seed(seed))[
         :IMAGES
     ]
@@ -101,44 +110,44 @@ def train_student(
     )
 
 
-class Said(NamedTuple):
-    """A teacher's logits."""
+class TeacherLogits(NamedTuple):
+    """A teacher's logits on the images of the students, of calibration and of the test."""
 
-    to_students: Tensor
-    to_calibration: Tensor
-    on_test: Tensor
+    students: Tensor
+    calibration: Tensor
+    test: Tensor
 
 
-def teachers(parts: Parts, test_images: Tensor, quick: bool) -> dict[str, Said]:
-    """What each teacher says, by its name."""
+def teachers(parts: Parts, test_images: Tensor, quick: bool) -> dict[str, TeacherLogits]:
+    """Train the teachers and return their logits by name."""
     torch.manual_seed(0)
     good = convolutional((16, 32), 128, size=28)
     fit_to_labels(good, *parts.teachers, steps=5 if quick else 300, seed=0)
-    # Few images, many times over, and a wide hidden layer: it ends sure of every one of them.
+    # A wide network trained for many epochs on few images becomes overconfident.
     torch.manual_seed(0)
     overtrained = two_layers(784, 256)
     few = tuple(each[:2000] for each in parts.teachers)
     fit_to_labels(overtrained, *few, steps=5 if quick else 800, seed=0)
 
-    def ask(teacher: nn.Module) -> Said:
+    def logits_of(teacher: nn.Module) -> TeacherLogits:
         images = (parts.students[0], parts.calibration[0], test_images)
-        return Said(*(outputs(teacher, x) for x in images))
+        return TeacherLogits(*(outputs(teacher, x) for x in images))
 
-    said = ask(good)
+    as_trained = logits_of(good)
     return {
-        "as trained": said,
-        "logits x 3": Said(*(3.0 * logits for logits in said)),
-        "overtrained": ask(overtrained),
+        "as trained": as_trained,
+        "logits x 3": TeacherLogits(*(3.0 * logits for logits in as_trained)),
+        "overtrained": logits_of(overtrained),
     }
 
 
 def column(results: list[Scores], field: str) -> list[float]:
-    """One figure of each seed."""
+    """Return one field of the results of all seeds."""
     return [getattr(result, field) for result in results]
 
 
 def grid_table(grid: dict[tuple[float, float], list[Scores]], field: str, title: str) -> Table:
-    """A row for each alpha, a column for each T."""
+    """Return a table with one row per alpha and one column per T."""
     table = Table("alpha", *(f"T = {t:g}" for t in TEMPERATURES), title=title)
     for alpha in ALPHAS:
         table.add_row(f"{alpha:g}", *(spread(column(grid[t, alpha], field)) for t in TEMPERATURES))
@@ -146,15 +155,15 @@ def grid_table(grid: dict[tuple[float, float], list[Scores]], field: str, title:
 
 
 def teachers_table(
-    rows: dict[str, list[Scores]], said: dict[str, tuple[float, float, float]]
+    rows: dict[str, list[Scores]], confidence: dict[str, tuple[float, float, float]]
 ) -> Table:
-    """A row for each teacher, at its word and calibrated."""
-    table = Table(title=f"teachers, and their student at T = {SOFT:g}, alpha = {ALPHA:g}")
+    """Return a table with two rows per teacher, without and with calibration."""
+    table = Table(title=f"teachers and their students at T = {SOFT:g}, alpha = {ALPHA:g}")
     table.add_column("teacher", no_wrap=True)
     for heading in ("T", "accuracy, %", "ECE, %", "student's", "NLL", "ECE, %"):
         table.add_column(heading)
     for name, results in rows.items():
-        score, temperature, error = said[name]
+        score, temperature, error = confidence[name]
         student = [
             spread(column(results, field), digits)
             for field, digits in (("accuracy", 1), ("likelihood", 3), ("calibration", 1))
@@ -164,15 +173,15 @@ def teachers_table(
 
 
 def compared(rows: dict[str, list[Scores]], name: str, base: str) -> str:
-    """What a teacher does for its student that another does not."""
+    """Describe the differences between the students of two teachers."""
     accuracies, likelihoods = (
         difference(column(rows[name], field), column(rows[base], field))
         for field in ("accuracy", "likelihood")
     )
-    words = ["" if gap.clear else " (not told apart)" for gap in (accuracies, likelihoods)]
+    notes = ["" if gap.clear else " (not significant)" for gap in (accuracies, likelihoods)]
     return (
-        f"{name}, against {base}: accuracy {accuracies}{words[0]}, NLL {likelihoods.mean:+.3f} ± "
-        f"{likelihoods.error:.3f}{words[1]}."
+        f"{name}, compared with {base}: accuracy {accuracies}{notes[0]}, NLL {likelihoods.mean:+.3f} ± "
+        f"{likelihoods.error:.3f}{notes[1]}."
     )
 
 
@@ -181,20 +190,22 @@ def claims(
     alone: list[Scores],
     rows: dict[str, list[Scores]],
 ) -> str:
-    """What the tables show."""
+    """Summarize the tables."""
     total = {cell: sum(column(results, "accuracy")) for cell, results in grid.items()}
     base = column(alone, "accuracy")
     lines = [
-        f"Mean ± deviation over {len(base)} seeds, which draw the images and the weights; differences with their "
-        f"standard error. Labels alone: {spread(base)} %."
+        f"Mean ± standard deviation over {len(base)} seeds, which determine the images and the initial weights; "
+        f"differences with their standard error. Labels alone: {spread(base)} %."
     ]
     for word, choose in (("Best", max), ("Worst", min)):
         t, alpha = cell = choose(total, key=total.__getitem__)
         gap = difference(column(grid[cell], "accuracy"), base)
-        lines.append(f"{word} of the grid: T = {t:g}, alpha = {alpha:g}, {gap} over labels alone.")
+        lines.append(
+            f"{word} of the grid: T = {t:g}, alpha = {alpha:g}, {gap} compared with labels alone."
+        )
     lines += [
-        "The best was chosen on the test images, so that it is a little too good.",
-        "What overconfidence costs a student, and what the fitted temperature mends:",
+        "The best cell was chosen on the test images, so its accuracy is slightly optimistic.",
+        "The effects of overconfidence and of calibration on the student:",
         compared(rows, "logits x 3", "as trained"),
         *(
             compared(rows, name, name.removesuffix(FITTED))
@@ -211,7 +222,7 @@ def plot(
     alone: list[Scores],
     rows: dict[str, list[Scores]],
 ) -> None:
-    """A PNG: the grid's accuracy and agreement, and the students' likelihood by teacher."""
+    """Plot the grid's accuracy and agreement, and the students' likelihood by teacher, to a PNG file."""
 
     def mean(results: list[Scores], field: str) -> float:
         return sum(column(results, field)) / len(results)
@@ -237,44 +248,44 @@ def plot(
 def main(
     data: Data = FASHION, output: Output = Path("build/examples"), quick: Quick = False
 ) -> None:
-    """A grid over T and alpha, and teachers of different confidence."""
+    """Run a grid over T and alpha, and compare teachers of different confidence."""
     images = fashion_mnist(data)
     parts = divide(images)
     seeds, steps = range(1 if quick else 4), 4 if quick else 200
-    of_teachers = teachers(parts, images.test_images, quick)
-    count = len(TEMPERATURES) * len(ALPHAS) + 1 + 2 * len(of_teachers)
+    teacher_logits = teachers(parts, images.test_images, quick)
+    count = len(TEMPERATURES) * len(ALPHAS) + 1 + 2 * len(teacher_logits)
 
     with Progress() as progress:
         task = progress.add_task("sweeps, students", total=count * len(seeds))
 
-        def students(said: Said, **options: float) -> list[Scores]:
+        def students(logits: TeacherLogits, **options: float) -> list[Scores]:
             results = []
             for seed in seeds:
-                examples = (parts.students[0], said.to_students, parts.students[1])
-                scores = train_student(images, examples, said.on_test, seed, steps, **options)
+                examples = (parts.students[0], logits.students, parts.students[1])
+                scores = train_student(images, examples, logits.test, seed, steps, **options)
                 results.append(scores)
                 progress.advance(task)
             return results
 
-        said = of_teachers["as trained"]
-        alone = students(said, alpha=0.0)
+        as_trained = teacher_logits["as trained"]
+        alone = students(as_trained, alpha=0.0)
         grid = {
-            (t, alpha): students(said, temperature=t, alpha=alpha)
+            (t, alpha): students(as_trained, temperature=t, alpha=alpha)
             for t in TEMPERATURES
             for alpha in ALPHAS
         }
 
         rows, confidence = {}, {}
-        for name, said in of_teachers.items():
-            fitted = fit_temperature(said.to_calibration, parts.calibration[1])
-            score = accuracy(said.on_test, images.test_labels)
-            for row, own in ((name, 1.0), (name + FITTED, fitted)):
+        for name, logits in teacher_logits.items():
+            fitted = fit_temperature(logits.calibration, parts.calibration[1])
+            score = accuracy(logits.test, images.test_labels)
+            for row, temperature in ((name, 1.0), (name + FITTED, fitted)):
                 error = expected_calibration_error(
-                    said.on_test, images.test_labels, temperature=own
+                    logits.test, images.test_labels, temperature=temperature
                 )
-                confidence[row] = score, own, 100 * error
+                confidence[row] = score, temperature, 100 * error
                 rows[row] = students(
-                    said, temperature=SOFT, teacher_temperature=own * SOFT, alpha=ALPHA
+                    logits, temperature=SOFT, teacher_temperature=temperature * SOFT, alpha=ALPHA
                 )
 
     tables = [

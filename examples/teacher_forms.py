@@ -1,7 +1,7 @@
-"""The teacher of the demo in each of its forms, and the two losses that train against it.
+"""The forms of the demo's teacher, and for each form the loss in eager PyTorch and in fastkd.
 
-`dense` and `topk` work on the student's logits; `linear` and `cache` on its hidden states, so that no
-[tokens, V] tensor exists on fastkd's side, nor on disk. Eager PyTorch always makes whole logits.
+`dense` and `topk` use the student's logits. `linear` and `cache` use its hidden states, so that fastkd
+holds no [tokens, V] tensor, neither in memory nor on disk; eager PyTorch always computes full logits.
 """
 
 import tempfile
@@ -21,16 +21,16 @@ from fastkd.teachers.cache import TeacherCache, build_cache
 
 
 class Form(str, Enum):
-    """What the teacher hands to the loss."""
+    """Form in which the loss receives the teacher."""
 
     dense = "dense"  # logits
-    linear = "linear"  # hidden states and the head
-    topk = "topk"  # the most probable tokens and the mass of the others
-    cache = "cache"  # hidden states, written to disk before training and read back
+    linear = "linear"  # hidden states and the lm_head
+    topk = "topk"  # the most probable tokens, and the probability of the others
+    cache = "cache"  # hidden states that are written to disk before training
 
     @property
     def on_hidden_states(self) -> bool:
-        """Whether the losses start from hidden states."""
+        """Whether the losses take hidden states rather than logits."""
         return self in (Form.linear, Form.cache)
 
 
@@ -38,7 +38,7 @@ Losses = tuple[Callable[..., Tensor], Callable[..., Tensor]]
 
 
 def losses(form: Form, divergence: str, temperature: float, head: Tensor) -> Losses:
-    """(eager, fastkd): functions of the student's logits or hidden states, the teacher, and labels."""
+    """Return the losses (eager, fastkd), functions of the student's logits or hidden states, teacher and labels."""
     options: dict[str, Any] = {"divergence": divergence, "temperature": temperature}
 
     def eager(student: Tensor, teacher: Any, labels: Tensor) -> Tensor:
@@ -60,26 +60,26 @@ def losses(form: Form, divergence: str, temperature: float, head: Tensor) -> Los
 def _eager_topk(
     student: Tensor, teacher: fastkd.TopK, *, divergence: str, temperature: float
 ) -> Tensor:
-    """The divergence over K tokens and one event for all others."""
+    """Compute the divergence over K tokens and one event for all others."""
     log_q = F.log_softmax(student / temperature, dim=-1)
     others = log_q.scatter(-1, teacher.ids, -torch.inf).logsumexp(-1, keepdim=True)
     log_q = torch.cat([log_q.gather(-1, teacher.ids), others], -1)
     log_p = torch.cat([teacher.logprobs, teacher.tail_logprob.unsqueeze(-1)], -1)
-    gone = (log_p == -torch.inf) & (log_q == -torch.inf)
-    log_p, log_q = log_p.masked_fill(gone, -100.0), log_q.masked_fill(gone, -100.0)
+    impossible = (log_p == -torch.inf) & (log_q == -torch.inf)
+    log_p, log_q = log_p.masked_fill(impossible, -100.0), log_q.masked_fill(impossible, -100.0)
     distance = EAGER_DIVERGENCES[divergence](log_p, log_q) / log_q[..., 0].numel()
     return temperature**2 * distance
 
 
 def on_hidden_states(distiller: Distiller) -> None:
-    """Let the loss of a distiller see the student's hidden states in place of its logits."""
+    """Make a distiller pass the student's hidden states to the loss instead of its logits."""
     distiller.output = lambda inputs: (
         distiller.student.base_model(inputs, use_cache=False).last_hidden_state
     )
 
 
 class Teacher:
-    """A model as the teacher of the batches of a corpus, in one of the forms."""
+    """Teacher for the batches of a corpus, in one of the forms."""
 
     def __init__(
         self,
@@ -105,7 +105,7 @@ class Teacher:
 
     @torch.no_grad()
     def of(self, step: int, ids: Tensor) -> Any:
-        """The teacher for the token ids [B, S] of a step."""
+        """Return the teacher for the token ids [B, S] of a step."""
         if self._form is Form.cache:
             first = step * len(ids)
             batch = self._cache.collate([self._cache[first + i] for i in range(len(ids))])
@@ -121,7 +121,7 @@ class Teacher:
 
 
 def first_token(teacher: Any) -> Any:
-    """The same teacher for the first token of each sequence."""
+    """Return the teacher restricted to the first token of each sequence."""
     if isinstance(teacher, fastkd.LinearTeacher):
         return fastkd.LinearTeacher(teacher.hidden[:, :1], teacher.weight)
     if isinstance(teacher, fastkd.TopK):

@@ -1,9 +1,9 @@
-"""What the examples on images share: the data, small networks, a training loop, tables and plots.
+"""Code that the examples on images share: data, small networks, a training loop, tables and plots.
 
-digits.py    the teacher replaces the labels
-fashion.py   one student, and losses on logits, layers and relations
-online.py    students that teach each other, and generations of one student
-sweeps.py    temperature and alpha; teachers that are too sure of themselves
+digits.py    a teacher in place of labels
+fashion.py   losses on logits, layers and relations
+online.py    mutual learning and born-again networks
+sweeps.py    temperature and alpha; overconfident teachers
 """
 
 import gzip
@@ -25,18 +25,19 @@ from rich.table import Table
 from torch import Tensor, nn
 
 CLASSES = 10
-_DEBIAN = Path(
-    "/usr/share/datasets/fashion-mnist"
-)  # where its package dataset-fashion-mnist is installed
-_UNPACKED = Path("build/fashion-mnist") / _DEBIAN.relative_to("/")  # where make unpacks that
+# The folder of Debian's package dataset-fashion-mnist, and the folder into which `make examples` unpacks that package.
+_DEBIAN = Path("/usr/share/datasets/fashion-mnist")
+_UNPACKED = Path("build/fashion-mnist") / _DEBIAN.relative_to("/")
 FASHION = _UNPACKED if _UNPACKED.is_dir() else _DEBIAN
-# Student's t: how many standard errors a mean over so many seeds is from 0 by chance once in 20 times.
-TOLD_APART = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78}
+# Two-sided 5 % critical values of Student's t by the number of seeds.
+T_CRITICAL = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78}
 
 Output = Annotated[
-    Path, typer.Option(help="Gets the table, the figures and the plot.", file_okay=False)
+    Path, typer.Option(help="Folder for the table, the figures and the plot.", file_okay=False)
 ]
-Quick = Annotated[bool, typer.Option("--quick", help="A few steps and a seed: does it run?")]
+Quick = Annotated[
+    bool, typer.Option("--quick", help="Run a few steps of one seed, to see that it works.")
+]
 Data = Annotated[Path, typer.Option(help="The folder with Fashion-MNIST's four gz files.")]
 
 console = Console()
@@ -46,7 +47,7 @@ console = Console()
 
 
 class Split(NamedTuple):
-    """Images [n, 1, H, W], float32, and labels [n], int64, for training and for testing."""
+    """Images [n, 1, H, W] float32 and labels [n] int64, for training and for testing."""
 
     images: Tensor
     labels: Tensor
@@ -54,14 +55,14 @@ class Split(NamedTuple):
     test_labels: Tensor
 
     def draw(self, count: int, seed: int) -> tuple[Tensor, Tensor]:
-        """As many training images and their labels, drawn by the seed."""
+        """Return `count` random training images and their labels."""
         generator = torch.Generator().manual_seed(seed)
         chosen = torch.randperm(len(self.labels), generator=generator)[:count]
         return self.images[chosen], self.labels[chosen]
 
 
 def digits(seed: int, held_out: int = 500) -> Split:
-    """scikit-learn's 1,797 images of 8x8 pixels, split by the seed."""
+    """Load scikit-learn's 1,797 images of 8x8 pixels, with a random split."""
     try:
         from sklearn.datasets import load_digits
     except ImportError:
@@ -76,7 +77,7 @@ def digits(seed: int, held_out: int = 500) -> Split:
 
 
 def read_idx(path: Path) -> Tensor:
-    """An array of bytes as the MNIST family has them: a magic number, the sizes, the values."""
+    """Read a gzipped IDX file, the format of MNIST: a magic number, the sizes, the values."""
     raw = gzip.decompress(path.read_bytes())
     dimensions = raw[3]
     sizes = np.frombuffer(raw, ">u4", dimensions, 4)
@@ -85,7 +86,7 @@ def read_idx(path: Path) -> Tensor:
 
 
 def fashion_mnist(folder: Path) -> Split:
-    """60,000 and 10,000 images of 28x28 pixels, of ten kinds of clothes (Xiao, Rasul, Vollgraf 2017)."""
+    """Load Fashion-MNIST: 60,000 training and 10,000 test images of 28x28 pixels (Xiao, Rasul, Vollgraf 2017)."""
     files = [
         folder / f"{part}-{kind}-ubyte.gz"
         for part in ("train", "t10k")
@@ -93,8 +94,8 @@ def fashion_mnist(folder: Path) -> Split:
     ]
     if missing := [path.name for path in files if not path.is_file()]:
         raise typer.BadParameter(
-            f"{folder} lacks {', '.join(missing)}; `make examples` fetches them, and so does "
-            f"`apt-get install dataset-fashion-mnist`, into {_DEBIAN}",
+            f"{folder} lacks {', '.join(missing)}; run `make examples`, which downloads them, or "
+            f"`apt-get install dataset-fashion-mnist`, which installs them in {_DEBIAN}",
             param_hint="--data",
         )
     images, labels, test_images, test_labels = map(read_idx, files)
@@ -108,7 +109,7 @@ def fashion_mnist(folder: Path) -> Split:
 
 
 def convolutional(channels: tuple[int, int], hidden: int, size: int) -> nn.Sequential:
-    """Two convolutions, a hidden layer, a head; its layers are called by these names in Distiller's terms."""
+    """Return a network of two convolutions, a hidden layer and a head, with layer names for Distiller's terms."""
 
     def block(before: int, after: int) -> nn.Sequential:
         return nn.Sequential(
@@ -130,19 +131,19 @@ def convolutional(channels: tuple[int, int], hidden: int, size: int) -> nn.Seque
 
 
 def two_layers(inputs: int, hidden: int) -> nn.Sequential:
-    """A student without convolutions."""
+    """Return a network with one hidden layer and no convolutions."""
     return nn.Sequential(
         nn.Flatten(), nn.Linear(inputs, hidden), nn.ReLU(), nn.Linear(hidden, CLASSES)
     )
 
 
 def parameters(model: nn.Module) -> int:
-    """How many numbers a model has learned."""
+    """Return the number of a model's parameters."""
     return sum(parameter.numel() for parameter in model.parameters())
 
 
 def batches(examples: int, batch: int, steps: int, seed: int) -> Iterator[Tensor]:
-    """The rows of each step: a fresh permutation each time through."""
+    """Yield the row indices of each step; every epoch has a new permutation."""
     generator = torch.Generator().manual_seed(seed)
     order = torch.empty(0, dtype=torch.int64)
     for _ in range(steps):
@@ -162,10 +163,10 @@ def fit(
     batch: int = 128,
     lr: float = 3e-3,
 ) -> float:
-    """Train the model's parameters on `loss(*rows of each of the examples)`; returns the milliseconds of a step.
+    """Train a model on `loss(*rows of each of the examples)`; return the milliseconds per step.
 
-    They are what a tenth of the steps stay below, as other work on the machine slows the rest. The learning rate
-    falls to 0 along a cosine.
+    These are the first decile over steps, because other work on the machine slows some steps. The learning rate
+    decays to 0 along a cosine.
     """
     optimizer = torch.optim.AdamW(model.parameters(), lr, weight_decay=1e-4, fused=True)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
@@ -183,7 +184,7 @@ def fit(
 
 
 def fit_to_labels(model: nn.Module, images: Tensor, labels: Tensor, **options: Any) -> float:
-    """Train on labels alone."""
+    """Train a model on labels alone."""
     return fit(
         model, lambda x, label: F.cross_entropy(model(x), label), (images, labels), **options
     )
@@ -191,13 +192,13 @@ def fit_to_labels(model: nn.Module, images: Tensor, labels: Tensor, **options: A
 
 @torch.no_grad()
 def outputs(model: nn.Module, images: Tensor) -> Tensor:
-    """The logits [n, 10] of images, in evaluation mode."""
+    """Return the logits [n, 10] of images, in evaluation mode."""
     model.eval()
     return torch.cat([model(part) for part in images.split(1000)])
 
 
 def accuracy(logits: Tensor, labels: Tensor) -> float:
-    """In percent."""
+    """Return the accuracy in percent."""
     return 100.0 * (logits.argmax(-1) == labels).double().mean().item()
 
 
@@ -205,40 +206,40 @@ def accuracy(logits: Tensor, labels: Tensor) -> float:
 
 
 def spread(values: Sequence[float], digits: int = 1) -> str:
-    """Mean and standard deviation."""
+    """Format mean ± standard deviation."""
     deviation = statistics.stdev(values) if len(values) > 1 else math.nan
     return f"{statistics.fmean(values):.{digits}f} ± {deviation:.{digits}f}"
 
 
 class Difference(NamedTuple):
-    """What two rows of one table differ by, seed by seed."""
+    """Difference of two rows of a table, paired by seed."""
 
     mean: float
     error: float  # standard error of the mean
-    clear: bool  # whether seeds alone would seldom make it
+    clear: bool  # whether it is significant at the 5 % level
 
     def __str__(self) -> str:
         return f"{self.mean:+.2f} ± {self.error:.2f}"
 
 
 def difference(values: Sequence[float], base: Sequence[float]) -> Difference:
-    """Of rows that have the same seeds."""
+    """Return the difference of two rows with the same seeds."""
     gaps = [value - other for value, other in zip(values, base, strict=True)]
     seeds, mean = len(gaps), statistics.fmean(gaps)
     if seeds == 1:
         return Difference(mean, math.inf, clear=False)
     error = statistics.stdev(gaps) / math.sqrt(seeds)
-    return Difference(mean, error, clear=abs(mean) > TOLD_APART[seeds] * error)
+    return Difference(mean, error, clear=abs(mean) > T_CRITICAL[seeds] * error)
 
 
 def verdicts(rows: dict[str, Sequence[float]], base: str) -> str:
-    """Which rows are better or worse than the base, and which cannot be told from it by so few seeds."""
-    groups: dict[str, list[str]] = {"better": [], "worse": [], "not told apart": []}
+    """List which rows are better or worse than the base, and which do not differ significantly."""
+    groups: dict[str, list[str]] = {"better": [], "worse": [], "not significant": []}
     for name, values in rows.items():
         if name != base:
-            found = difference(values, rows[base])
-            kind = "not told apart" if not found.clear else "better" if found.mean > 0 else "worse"
-            groups[kind].append(f"{name} ({found})")
+            gap = difference(values, rows[base])
+            kind = "not significant" if not gap.clear else "better" if gap.mean > 0 else "worse"
+            groups[kind].append(f"{name} ({gap})")
     return "; ".join(f"{kind}: {', '.join(names)}" for kind, names in groups.items() if names)
 
 
@@ -251,20 +252,20 @@ def report(
     *,
     quick: bool,
 ) -> None:
-    """Print the tables and what can be said of them, and write both and the figures to the folder."""
+    """Print tables and conclusions, and write both and the figures to the folder."""
     if quick:
-        claim = "A quick run, which shows that it runs and nothing else."
+        claim = "A quick run, which shows only that the example works."
     with (output / f"{name}.txt").open("w", encoding="utf-8") as file:
-        for to in (console, Console(file=file, width=120)):
+        for target in (console, Console(file=file, width=120)):
             for table in tables:
-                to.print(table)
-            to.print(claim, highlight=False)
+                target.print(table)
+            target.print(claim, highlight=False)
     (output / f"{name}.json").write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
     console.print(f"{output}: {name}.txt, {name}.json, {name}.png", highlight=False)
 
 
 def panels(*widths: float, height: float = 4.0) -> tuple[Any, list[Any]]:
-    """A figure without a screen, and its axes side by side."""
+    """Return a figure that needs no display, and its axes side by side."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -282,7 +283,7 @@ def panels(*widths: float, height: float = 4.0) -> tuple[Any, list[Any]]:
 
 
 def points(axes: Any, rows: dict[str, Sequence[float]], title: str) -> None:
-    """A row's mean and deviation, and a small dot for each seed."""
+    """Plot the mean and standard deviation of each row, with a small dot per seed."""
     for place, values in enumerate(rows.values()):
         deviation = statistics.stdev(values) if len(values) > 1 else 0.0
         mean = statistics.fmean(values)

@@ -491,12 +491,14 @@ def _alpha_beta(
     p, q, log_p, log_q, log_ratio, alpha, beta, coefficient, p_share, q_share, whole, part, rest
 ):
     # For positive exponents. Every term is (a power of the ratio, minus 1) times max(p, q) to the power of
-    # whole + rest = alpha + beta. whole is 0 or 1, and part is 1 - whole: if rest is small, the rounding of log p costs
-    # few digits.
+    # whole + rest = alpha + beta. whole is 0 or 1, and part is 1 - whole. The exponential multiplies the rounding error
+    # of log p by rest, which is smaller than alpha + beta.
     size = -abs(log_ratio)
     larger = whole * where(log_ratio > 0.0, p, q) + part
     change = rest * where(log_ratio > 0.0, log_p, log_q)
-    top = coefficient * larger * exp(where(change < 40.0, change, 40.0))  # beyond, larger is 0
+    top = (
+        coefficient * larger * exp(where(change < 40.0, change, 40.0))
+    )  # a larger exponent occurs only if larger is 0
     a = expm1(alpha * size)
     b = expm1(beta * size)
     both = a + b + a * b

@@ -14,8 +14,7 @@ import torch
 from torch import Tensor
 
 from fastkd.call.checks import (
-    LossOptions,
-    Prepared,
+    LossCall,
     check_flags,
     check_logits,
     check_student_head,
@@ -28,6 +27,7 @@ from fastkd.call.checks import (
     with_topk,
 )
 from fastkd.call.contract import Want, row_dtype
+from fastkd.call.options import LossOptions
 from fastkd.core.tensors import share_storage, writable
 from fastkd.divergences import Divergence
 from fastkd.engine import autograd, linear
@@ -336,9 +336,10 @@ def fused_linear_kd_loss(
     Dropped rows are removed first. The other rows are processed in chunks: compute the logits of student and teacher,
     overwrite the student's with their gradient, and multiply it into the gradients of hidden states and weight. The
     gradient of the weight is summed in float32. A chunk costs four matrix products with a
-    :class:`fastkd.LinearTeacher`, one fewer if student_weight is frozen, and one fewer with any other teacher. Nothing
-    is computed twice, with one exception: with reduction="none" and a student_weight that requires grad, each row's
-    upstream gradient weights that row's part of the sum, so the backward recomputes the logits.
+    :class:`fastkd.LinearTeacher`: two for the logits and two for the gradients. It costs one fewer if student_weight is
+    frozen, and one fewer with dense logits or a :class:`fastkd.TopK`. Nothing is computed twice, with one exception:
+    with reduction="none" and a student_weight that requires grad, each row's upstream gradient weights that row's part
+    of the sum, so the backward recomputes the logits.
 
     Args:
         student_hidden: [..., H], float32, bfloat16, float16 (float64 in plain PyTorch). Any strides are allowed.
@@ -384,7 +385,7 @@ def fused_linear_kd_loss(
         local_hidden, local_teacher = student_hidden, teacher
         if sequence is not None:
             student_hidden = sequence.stand_in(local_hidden)
-            teacher = sequence.of_teacher(teacher, sequence.stand_in)
+            teacher = sequence.with_hidden(teacher, sequence.stand_in)
         check_student_head(student_hidden, student_weight, student_bias)
         lead, device = student_hidden.shape[:-1], student_hidden.device
         teacher = check_teacher(teacher, "student_hidden", lead, device, group is not None)
@@ -429,7 +430,9 @@ def fused_linear_kd_loss(
         )  # fmt: skip
         if sequence is not None:
             (hidden,) = linear.autocast(sequence.gathered(local_hidden))
-            teacher = linear.autocast_teacher(sequence.of_teacher(local_teacher, sequence.gathered))
+            teacher = linear.autocast_teacher(
+                sequence.with_hidden(local_teacher, sequence.gathered)
+            )
         else:
             hidden = layout.summed_gradient(hidden, hidden_argument, group)
         assert call.options.shard is not None
@@ -461,7 +464,7 @@ def _row_dtype(student: Tensor, teacher: Teacher) -> torch.dtype:
 
 
 def _returned(
-    results: tuple[Tensor | None, ...], call: Prepared, return_parts: bool, device: torch.device
+    results: tuple[Tensor | None, ...], call: LossCall, return_parts: bool, device: torch.device
 ) -> Tensor | tuple[Tensor, Parts]:
     loss, distillation, cross_entropy, entropy = results
     assert loss is not None

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fastkd.backends.registry import BackendUnavailable
-from fastkd.call.checks import LossOptions, Numbers
+from fastkd.call.options import TABLE
 from fastkd.core.scalars import as_float, plain
 from fastkd.functional import DenseOptions, LinearOptions, Parts, fused_linear_kd_loss, kd_loss
 from fastkd.teachers import Teacher
@@ -19,7 +19,7 @@ CALL_ARGUMENTS = ("student_bias", "mask", "weight", "num_items")
 
 # Options that are stored as floats even if given as ints: torch.compile treats a module's ints as constants, and would
 # recompile when a schedule changes one.
-FLOATS = tuple(name for name in Numbers._fields if name in LossOptions.__annotations__)
+FLOATS = tuple(option.name for option in TABLE if option.stand_in is not None)
 
 
 class _Loss(nn.Module):

@@ -28,7 +28,7 @@ from fastkd.backends import registry
 from fastkd.call.checks import LARGEST, SMALLEST, check_choice, check_dense, check_number
 from fastkd.call.contract import row_dtype
 from fastkd.core.tensors import check_readable, reciprocal, savable_when_compiled
-from fastkd.engine.autograd import differentiable_once
+from fastkd.engine.gradients import differentiable_once
 from fastkd.engine.graphs import Arguments, as_one_op
 from fastkd.features import over_peak, unit
 

@@ -1,6 +1,6 @@
 """The triton backend: the functions of its modules that fastkd/call/contract.py asks of a backend."""
 
-from .kernel import empty, kd_rows, scale_rows_, shard_results, shard_statistics, shard_sums
+from .launch import empty, kd_rows, scale_rows_, shard_results, shard_statistics, shard_sums
 from .mutual import mutual_rows
 from .sparse import gather_events, spread_gradient
 

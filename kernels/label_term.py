@@ -1,7 +1,8 @@
-"""What the label's token adds to the sums over the others, where a divergence compares it apart from them.
+"""The label term: what the label's column contributes if a divergence treats the label separately.
 
-As in :mod:`fastkd.backends.reference`: with y the label, a is log(p_y / (1 - p_y)) of the teacher and b that of the
-student, at the temperature of the rest; each is the label's log_softmax with a normaliser of the others.
+The formulas are those of :mod:`fastkd.backends.reference`. With y the label, a is log(p_y / (1 - p_y)) of the teacher
+and b that of the student, at the temperature of the other columns. Each is the label's log_probability under a
+normalizer that excludes the label.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from .sweeps import Normalizer, Sums, log_probability
 
 @triton.jit
 def _sigmoid(x):
-    """(sigmoid(x), sigmoid(-x)), each with all its digits."""
+    """Return (sigmoid(x), sigmoid(-x)), both without cancellation."""
     e = tl.exp(-tl.abs(x))
     large = 1.0 / (1.0 + e)
     small = e * large
@@ -28,42 +29,43 @@ def _softplus(x):
 
 
 @triton.jit
-def weighed(probability, value, NEGLIGIBLE: tl.constexpr = NEGLIGIBLE):
-    """Their product; a probability of 0 makes it 0, whatever the value."""
+def weighted(probability, value, NEGLIGIBLE: tl.constexpr = NEGLIGIBLE):
+    """Return probability * value; 0 if the probability is 0, even if the value is infinite."""
     return tl.where(probability < NEGLIGIBLE, 0.0, probability * value)
 
 
 @triton.jit
-def share(z, normalizer):
-    """The probability of the label's token, given a normaliser of the others."""
-    probability, _ = _sigmoid(log_probability(z, normalizer))
+def label_probability(z, others):
+    """Return the label's probability; `others` is the normalizer of the other columns."""
+    probability, _ = _sigmoid(log_probability(z, others))
     return probability
 
 
 @triton.jit
 def binary(weight, a, b):
-    """KL((p_y, 1 - p_y) || (q_y, 1 - q_y)), and its derivatives by b and by a."""
-    p, p_rest = _sigmoid(a)
-    q, q_rest = _sigmoid(b)
-    phi = weighed(p, _softplus(-b) - _softplus(-a)) + weighed(p_rest, _softplus(b) - _softplus(a))
-    # The smaller side's difference, as near 1 both have lost their digits.
-    g = tl.where(b > 0, p_rest - q_rest, q - p)
-    return Sums(weighed(weight, phi), weight * g, weighed(weight, weighed(p * p_rest, a - b)))
+    """Return weight times KL((p_y, 1 - p_y) || (q_y, 1 - q_y)), and its derivatives with respect to b and a."""
+    p, p_others = _sigmoid(a)
+    q, q_others = _sigmoid(b)
+    phi = weighted(p, _softplus(-b) - _softplus(-a))
+    phi += weighted(p_others, _softplus(b) - _softplus(a))
+    # The difference of the two smaller probabilities, because those near 1 have lost their digits.
+    g = tl.where(b > 0, p_others - q_others, q - p)
+    return Sums(weighted(weight, phi), weight * g, weighted(weight, weighted(p * p_others, a - b)))
 
 
 @triton.jit
 def entropy_of_all(b, entropy):
-    """From the entropy of the others by themselves to that of all tokens."""
-    q, q_rest = _sigmoid(b)
-    return weighed(q, _softplus(-b)) + weighed(q_rest, _softplus(b)) + q_rest * entropy
+    """Return the entropy of all columns from that of the columns other than the label's."""
+    q, q_others = _sigmoid(b)
+    return weighted(q, _softplus(-b)) + weighted(q_others, _softplus(b)) + q_others * entropy
 
 
 @triton.jit
 def normalizer_of_all(z, others):
-    """From a normaliser of the others to one of all tokens; its origin is the label's z where that outweighs them."""
+    """Return the normalizer of all columns; its max is the label's z if that outweighs all other columns together."""
     gap = log_probability(z, others)
     return Normalizer(
-        tl.where(gap > 0, z, others.origin),
+        tl.where(gap > 0, z, others.max),
         others.unit,
-        tl.where(gap > 0, _softplus(-gap), others.log_sum + _softplus(gap)),
+        tl.where(gap > 0, _softplus(-gap), others.log_exp_sum + _softplus(gap)),
     )

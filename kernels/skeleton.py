@@ -1,7 +1,7 @@
-"""What a divergence is inside a Triton kernel: its vocabulary, its binding, and the policy for log 0.
+"""How a divergence runs inside a Triton kernel: the functions it may call, its binding, and the policy for log 0.
 
-A definition of :mod:`fastkd.divergences` (or a user's own) enters a kernel as a ``tl.constexpr`` function: the same
-code object, with the names it uses resolved to the functions below instead of torch's.
+A definition of :mod:`fastkd.divergences` (or a user's own) enters a kernel as a ``tl.constexpr`` function. It is the
+same code object; only the names that it uses refer to the functions below instead of torch's.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ from fastkd.divergences import (
     log_mixture as log_mixture_of_tensors,
 )
 
-# Constants come to kernels as defaults of parameters. A global constexpr is compared at every launch with what it was
-# when the kernel was compiled: 2 us of host time for each (bench/studies/host.py).
+# Kernels receive constants as defaults of parameters. Triton compares a global constexpr at every launch with its value
+# at compile time, which costs 2 us of host time each (bench/studies/host.py).
 LOWEST = torch.finfo(torch.float32).min
 NEGLIGIBLE = log_zero.NEGLIGIBLE
 INFINITE = log_zero.INFINITE
@@ -36,36 +36,36 @@ INFINITE = log_zero.INFINITE
 
 @triton.jit
 def abs(x):  # noqa: A001 (the vocabulary has torch's names)
-    """|x|."""
+    """Return |x|."""
     return tl.abs(x)
 
 
 @triton.jit
 def exp(x):
-    """e to the x."""
+    """Return e to the power x."""
     return tl.exp(x)
 
 
 @triton.jit
 def where(condition, x, y):
-    """The x where the condition holds, else y."""
+    """Return x where the condition holds, else y."""
     return tl.where(condition, x, y)
 
 
 @triton.jit
 def log1p(x):
-    """log(1 + x), accurate near 0: what the sum 1 + x rounds away is put back to first order."""
+    """Return log(1 + x), accurate near 0: a first-order term corrects the rounding of 1 + x."""
     u = 1.0 + x
-    kept = u - 1.0
-    return tl.where(kept == x, tl.log(u), tl.log(u) + (x - kept) / u)
+    rounded = u - 1.0
+    return tl.where(rounded == x, tl.log(u), tl.log(u) + (x - rounded) / u)
 
 
 @triton.jit
 def logaddexp(x, y):
-    """log(exp(x) + exp(y)) of finite x and y.
+    """Return log(exp(x) + exp(y)) for finite x and y.
 
-    log1p of a number in [0, 1] is u times a polynomial interpolated at Chebyshev nodes, of relative error 5e-9 before
-    rounding: nine fused multiply-adds and no branch, where tl.log has twenty instructions and one.
+    log1p(u), for u in [0, 1], is u times a polynomial that interpolates at Chebyshev nodes. Its relative error is 5e-9
+    before rounding. It needs nine fused multiply-adds and no branch; tl.log needs twenty instructions and a branch.
     """
     u = tl.exp(-tl.abs(x - y))
     series = -0.0031760570127516985 * u + 0.019542528316378593
@@ -81,7 +81,7 @@ def logaddexp(x, y):
 
 @triton.jit
 def expm1(x):
-    """e to the x, less 1, accurate near 0: a series there (of relative error 2e-8), as nothing cancels elsewhere."""
+    """Return e to the power x, minus 1; near 0, where the difference cancels, a series of relative error 2e-8."""
     near = tl.minimum(tl.maximum(x, -0.5), 0.5)
     series = near * (1.0 / 40320.0) + 1.0 / 5040.0
     series = series * near + 1.0 / 720.0
@@ -95,17 +95,17 @@ def expm1(x):
 
 @triton.jit
 def log_mixture(log_ratio, share, rest):
-    """fastkd.divergences.log_mixture, without a branch and with one polynomial.
+    """Return fastkd.divergences.log_mixture, without a branch and with one polynomial.
 
-    It is log(f) + k log 2 with f in [sqrt(1/2), sqrt(2)), and the polynomial, of f - 1, is that of Cephes' logf. Where
-    k is 0, f - 1 is made by expm1, and has its digits however close to 0 it is.
+    The logarithm is log(f) + k log 2 with f in [sqrt(1/2), sqrt(2)). The polynomial in f - 1 is that of Cephes' logf.
+    If k is 0, expm1 computes f - 1, so f - 1 is accurate however close to 0 it is.
     """
     above = log_ratio > 0.0
     lower = tl.where(above, rest, share)
     size = -tl.abs(log_ratio)
     change = lower * expm1(size)
     total = tl.where(above, share, rest) + lower * tl.exp(size)
-    far = change < -0.29289322  # not where it is NaN
+    far = change < -0.29289322  # k is not 0; False for NaN
     bits = total.to(tl.int32, bitcast=True)
     power = tl.where(far, (bits - 0x3F3504F3) >> 23, 0)
     x = tl.where(far, (bits - (power << 23)).to(tl.float32, bitcast=True) - 1.0, change)
@@ -123,9 +123,10 @@ def log_mixture(log_ratio, share, rest):
 
 @triton.jit
 def squash(x):
-    """(tanh x, its derivative), each to a few units of roundoff for any x.
+    """Return (tanh x, its derivative), each to a few units of roundoff for any x.
 
-    The polynomial is that of Cephes' tanhf; the derivative as 1 - tanh^2 would cancel where tanh saturates.
+    The polynomial is that of Cephes' tanhf. The derivative is not computed as 1 - tanh^2, which cancels where tanh
+    saturates.
     """
     e = tl.exp(-2.0 * tl.abs(x))
     saturating = 1.0 - 2.0 * e / (1.0 + e)
@@ -143,20 +144,21 @@ _WORDS: dict[Callable[..., Any], Any] = {
     getattr(torch, word): globals()[word] for word in VOCABULARY if hasattr(torch, word)
 } | {builtins.abs: abs, log_mixture_of_tensors: log_mixture}
 
-# What a kernel is told of a definition, as one number: whether it is of probabilities, takes log p - log q, returns h.
+# Bits of the number that describes a definition to a kernel: it is a function of probabilities, it takes log p - log q,
+# it returns h.
 NORMALIZED, RATIO, H = 1, 2, 4
 
 
 @functools.cache
 def _results(function: Callable[..., Any]) -> int:
-    """How many numbers a definition returns."""
+    """Return how many values a definition returns."""
     code = function.__code__
     ones = [torch.ones(1)] * code.co_argcount
     return len(function(*ones))
 
 
 def form_of(divergence: Divergence) -> int:
-    """That number."""
+    """Return the number that describes a definition to a kernel."""
     returns_h = _results(divergence.function) == 3
     return (
         NORMALIZED * divergence.normalized
@@ -167,7 +169,7 @@ def form_of(divergence: Divergence) -> int:
 
 @functools.cache
 def bind(function: Callable[..., Any]) -> Any:
-    """A definition as a Triton function.
+    """Return a definition as a Triton function.
 
     Raises:
         TypeError: the definition is not a plain function, or uses a name outside the vocabulary.
@@ -197,7 +199,7 @@ def bind(function: Callable[..., Any]) -> Any:
                 f"and {', '.join(VOCABULARY)} imported from torch"
             )
         words[used] = word
-    # The interpreter wants to find triton.language among a function's globals.
+    # The interpreter looks for triton.language among a function's globals.
     rebound = types.FunctionType(
         function.__code__, {**words, "tl": tl}, function.__name__, function.__defaults__
     )
@@ -207,6 +209,7 @@ def bind(function: Callable[..., Any]) -> Any:
 
 @triton.jit
 def _settle(term, one_side, nothing, INFINITE: tl.constexpr = INFINITE):
+    """Return a term with the policy for log 0: infinite if log 0 made it huge, and 0 if it counts for nothing."""
     term = tl.where(one_side & (tl.abs(term) > INFINITE), term * float("inf"), term)
     return tl.where(nothing, 0.0, term)
 
@@ -223,7 +226,7 @@ def evaluate(
     LOWEST: tl.constexpr = LOWEST,
     NEGLIGIBLE: tl.constexpr = NEGLIGIBLE,
 ):
-    """(phi, g, h) of every entry, with the policy for log 0 that :func:`fastkd.call.log_zero.evaluate` states."""
+    """Return (phi, g, h) of every column, with the policy for log 0 of :func:`fastkd.call.log_zero.evaluate`."""
     p_gone = log_p == -float("inf")
     q_gone = log_q == -float("inf")
     if FORM % 2 == 1:

@@ -1,8 +1,8 @@
-"""Sparse teachers in Triton: the two steps of :mod:`fastkd.backends.sparse` in which the whole row of the student
-takes part.
+"""Sparse teachers in Triton: the two steps of :mod:`fastkd.backends.sparse` that need the student's whole row.
 
-Which columns are the teacher's tokens is a bit a column: with it a sweep leaves them out, where subtracting them from
-the sum of all would lose the digits of a small tail.
+`gather_kernel` computes the events of a row, and `spread_kernel` its gradient from that of its events. A bitmap has one
+bit per column that is set for the teacher's tokens, and sweeps skip these columns. To subtract the tokens from the sum
+over all columns would lose the digits of a small tail.
 """
 
 from __future__ import annotations
@@ -19,38 +19,37 @@ from fastkd.backends.sparse import Events
 from fastkd.call.contract import Options, Rows
 from fastkd.core.tensors import unit_stride
 
-from .kernel import (
-    Inputs,
-    _aligned,
-    _layout,
-    _model,
-    _on,
-    _open,
+from .kernel import Inputs, is_counted, open_side
+from .launch import (
+    is_aligned,
+    lay_out,
+    on_device,
     register_limits,
-    shard_of,
+    student_side,
     tile,
+    vocab_shard,
 )
-from .sweeps import Row, _faded, _fold, _origin, read, sweep_zeros
+from .sweeps import Row, finite_max, fold, read, rescale, rescale_moment, sweep_zeros
 
 BLOCK_K = 256
-WORD = tl.constexpr(32)  # bits
+BITS_PER_WORD = tl.constexpr(32)
 
 
 class Tokens(NamedTuple):
     """The teacher's tokens."""
 
-    ids: Any  # int64 [rows, K]
+    ids: Any  # int64 [rows, K]; vocabulary indices, or -1
     K: Any
-    bits: Any  # int32 [rows, words], one bit a column
+    bitmap: Any  # int32 [rows, words], one bit per column
     words: Any
-    shard: Any  # sweeps.Shard, or None
+    shard: Any  # sweeps.VocabShard, or None
 
 
-class Gathered(NamedTuple):
-    """fastkd.backends.sparse.Events, one float32 a row each but for tokens [rows, K]; what is None is not computed."""
+class EventOutputs(NamedTuple):
+    """The tensors of fastkd.backends.sparse.Events: float32 [rows], tokens [rows, K]; None if not wanted."""
 
-    origin: Any  # of what `read` gives, before Model.unit
-    tail_origin: Any  # likewise
+    max: Any  # largest z of the tokens, before Side.unit_t1
+    tail_max: Any  # largest z of the other columns
     tokens: Any
     tail: Any
     tail_log_sum: Any
@@ -60,162 +59,186 @@ class Gathered(NamedTuple):
     mean: Any
 
 
-class Spread(NamedTuple):
-    """What a gradient of the row is made of."""
+class EventGradients(NamedTuple):
+    """What a row's gradient is computed from."""
 
     events: Any  # float32 [rows, K + 1]: the gradient of the events
-    scale: Any  # float32, one a row, of the cross-entropy; or None
+    ce_scale: Any  # float32 [rows], factor of the cross-entropy's gradient; or None
     smoothing: Any  # or None
+
+
+class TailSums(NamedTuple):
+    """Sums over the columns that are not tokens, relative to their maximum; 0 if not asked for."""
+
+    max: Any
+    exp_sum: Any
+    exp_sum_t1: Any
+    entropy_moment: Any
+    z_sum: Any  # of all columns, tokens included
 
 
 @triton.jit
 def _vocabulary(tokens, V):
-    """Columns, wherever they are."""
+    """Return the number of columns of all processes."""
     if tokens.shard is not None:
         V = tokens.shard.total
     return V
 
 
 @triton.jit
-def _label(inputs, tokens, row):
-    """The column of a label; none of those here where another process has it, or where it is not valid."""
-    label = tl.load(inputs.labels + row)
+def _label_column(inputs, tokens, row):
+    """Return the label's column; it is outside [0, V) if another process has it, or if the label is not valid."""
+    column = tl.load(inputs.labels + row)
     if tokens.shard is not None:
-        label -= tokens.shard.first
-    return label
+        column -= tokens.shard.first
+    return column
 
 
 @triton.jit
-def _token_ids(tokens, row, start, V, BLOCK_K: tl.constexpr):
-    """(place in the row, which of them name a token or none, which a column, that) of a tile of ids."""
-    places = start + tl.arange(0, BLOCK_K)
-    ids = tl.load(
-        tokens.ids + row.to(tl.int64) * tokens.K + places, mask=places < tokens.K, other=-1
-    )
-    known = (ids >= -1) & (ids < _vocabulary(tokens, V))
+def _load_tokens(tokens, row, start, V, BLOCK_K: tl.constexpr):
+    """Load a tile of ids; return (index in the row, whether the id is valid, whether its column is here, column)."""
+    index = start + tl.arange(0, BLOCK_K)
+    offset = row.to(tl.int64) * tokens.K + index
+    ids = tl.load(tokens.ids + offset, mask=index < tokens.K, other=-1)
+    valid = (ids >= -1) & (ids < _vocabulary(tokens, V))
     if tokens.shard is not None:
         ids -= tokens.shard.first
-    seated = (ids >= 0) & (ids < V)
-    return places, known, seated, tl.where(seated, ids, 0).to(tl.int32)
+    here = (ids >= 0) & (ids < V)
+    return index, valid, here, tl.where(here, ids, 0).to(tl.int32)
 
 
 @triton.jit
-def mark_kernel(tokens, valid, V, BLOCK_K: tl.constexpr):
-    """Set the bits of a row's tokens; valid is whether all ids are -1 or columns, and none comes twice."""
+def mark_kernel(tokens, valid_rows, V, BLOCK_K: tl.constexpr):
+    """Set the bits of a row's tokens, and store whether all ids are valid and none occurs twice."""
     row = tl.program_id(0)
     wrong = tl.zeros([BLOCK_K], tl.int32)
     for start in range(0, tokens.K, BLOCK_K):
-        _, known, seated, columns = _token_ids(tokens, row, start, V, BLOCK_K)
-        bit = (tl.full([BLOCK_K], 1, tl.int32)) << (columns % WORD)
-        word = tokens.bits + row.to(tl.int64) * tokens.words + columns // WORD
-        before = tl.atomic_or(word, bit, mask=seated)
-        twice = seated & ((before & bit) != 0)
-        wrong = tl.where(twice | ~known, 1, wrong)
-    tl.store(valid + row, tl.max(wrong, 0) == 0)
+        _, valid, here, column = _load_tokens(tokens, row, start, V, BLOCK_K)
+        bit = (tl.full([BLOCK_K], 1, tl.int32)) << (column % BITS_PER_WORD)
+        word = tokens.bitmap + row.to(tl.int64) * tokens.words + column // BITS_PER_WORD
+        before = tl.atomic_or(word, bit, mask=here)
+        twice = here & ((before & bit) != 0)
+        wrong = tl.where(twice | ~valid, 1, wrong)
+    tl.store(valid_rows + row, tl.max(wrong, 0) == 0)
 
 
 @triton.jit
-def _among_tokens(tokens, row, columns, V):
-    word = tl.load(
-        tokens.bits + row.to(tl.int64) * tokens.words + columns // WORD, mask=columns < V, other=0
+def _is_token(tokens, row, column, V):
+    """Return whether these columns are tokens of the teacher."""
+    offset = row.to(tl.int64) * tokens.words + column // BITS_PER_WORD
+    word = tl.load(tokens.bitmap + offset, mask=column < V, other=0)
+    return ((word >> (column % BITS_PER_WORD)) & 1) != 0
+
+
+@triton.jit
+def _sweep_tail(
+    row,
+    student,
+    tokens,
+    out,
+    V,
+    SWEEP: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+):
+    """Return the TailSums of a row: an online softmax of the columns that are not tokens. SWEEP False: no tail."""
+    lanes = tl.arange(0, BLOCK_V)
+    tail_max = tl.full([], -float("inf"), tl.float32)
+    zero = fold(tl.zeros([BLOCK_V], tl.float32), ALIGNED)
+    exp_sum, exp_sum_t1, entropy_moment, z_sum = zero, zero, zero, zero
+    if SWEEP:
+        for number in range(tl.cdiv(V, BLOCK_V)):
+            column = number * BLOCK_V + lanes
+            z, _ = read(student, column, V)
+            if out.mean is not None:
+                z_sum += fold(tl.where(column < V, z, 0.0), ALIGNED)
+            z = tl.where(_is_token(tokens, row, column, V), -float("inf"), z)
+            old_max = tail_max
+            tail_max = tl.maximum(tail_max, tl.max(z, 0))
+            finite, step, factor = rescale(old_max, tail_max, student.unit)
+            x = (z - finite) * student.unit
+            e = tl.exp(x)
+            if out.tail_entropy is not None:
+                entropy_moment = rescale_moment(entropy_moment, -step, exp_sum, factor)
+                entropy_moment += fold(tl.where(x == -float("inf"), 0.0, e * x), ALIGNED)
+            if out.log_sum is not None:
+                unit_t1 = student.side.unit_t1
+                exp_sum_t1 = tl.exp((old_max - finite) * unit_t1) * exp_sum_t1
+                exp_sum_t1 += fold(tl.exp((z - finite) * unit_t1), ALIGNED)
+            exp_sum = factor * exp_sum + fold(e, ALIGNED)
+    return TailSums(
+        tail_max,
+        tl.sum(exp_sum, 0),
+        tl.sum(exp_sum_t1, 0),
+        tl.sum(entropy_moment, 0),
+        tl.sum(z_sum, 0),
     )
-    return ((word >> (columns % WORD)) & 1) != 0
 
 
 @triton.jit
-def _keeps(inputs, row, ignore_index):
-    keep = row >= 0
-    if inputs.labels is not None:
-        keep = keep & (tl.load(inputs.labels + row) != ignore_index)
-    if inputs.weight is not None:
-        keep = keep & (tl.load(inputs.weight + row) != 0)
-    return keep
+def _max_of_tokens(row, student, tokens, V, BLOCK_K: tl.constexpr):
+    """Return the largest z of a row's tokens; -inf if none is here."""
+    token_max = tl.full([], -float("inf"), tl.float32)
+    for start in range(0, tokens.K, BLOCK_K):
+        _, _, here, column = _load_tokens(tokens, row, start, V, BLOCK_K)
+        z, _ = read(student, column, V)
+        token_max = tl.maximum(token_max, tl.max(tl.where(here, z, -float("inf")), 0))
+    return token_max
 
 
 @triton.jit
 def _gather_row(
     row,
-    student_model,
+    student,
+    temperature,
     tokens,
     inputs,
     out,
-    sizes,
     V,
     SWEEP: tl.constexpr,
     ALIGNED: tl.constexpr,
     BLOCK_V: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    logits, gradient, row_unit, temperature = _open(student_model, row, sizes, ALIGNED)
-    student = Row(logits, gradient, row_unit, student_model)
-    lanes = tl.arange(0, BLOCK_V)
-    top = tl.full([], -float("inf"), tl.float32)  # of the tail
-    zero = _fold(tl.zeros([BLOCK_V], tl.float32), ALIGNED)
-    tail_sum, plain_sum, moment, spread = zero, zero, zero, zero
-    if SWEEP:
-        for number in range(tl.cdiv(V, BLOCK_V)):
-            columns = number * BLOCK_V + lanes
-            z, _ = read(student, columns, V)
-            if out.mean is not None:
-                spread += _fold(tl.where(columns < V, z, 0.0), ALIGNED)
-            z = tl.where(_among_tokens(tokens, row, columns, V), -float("inf"), z)
-            before = top
-            top = tl.maximum(top, tl.max(z, 0))
-            origin = _origin(top)
-            fade = tl.exp((before - origin) * student.unit)
-            step = (origin - _origin(before)) * student.unit
-            x = (z - origin) * student.unit
-            e = tl.exp(x)
-            if out.tail_entropy is not None:
-                moment = _faded(moment, -step, tail_sum, fade)
-                moment += _fold(tl.where(x == -float("inf"), 0.0, e * x), ALIGNED)
-            if out.log_sum is not None:
-                plain_unit = student_model.unit
-                plain_sum = tl.exp((before - origin) * plain_unit) * plain_sum
-                plain_sum += _fold(tl.exp((z - origin) * plain_unit), ALIGNED)
-            tail_sum = fade * tail_sum + _fold(e, ALIGNED)
-
-    highest = tl.full([], -float("inf"), tl.float32)  # of the tokens
+    """Store the events of a counted row."""
+    tail = _sweep_tail(row, student, tokens, out, V, SWEEP, ALIGNED, BLOCK_V)
+    no_tail = tail.max == -float("inf")
+    token_max = _max_of_tokens(row, student, tokens, V, BLOCK_K)
+    origin = finite_max(token_max)
+    unit = student.side.unit_t1
+    row_max = finite_max(tl.maximum(token_max, tail.max))
+    exp_sum_t1 = tail.exp_sum_t1 * tl.exp((finite_max(tail.max) - row_max) * unit)
+    exp_sum_t1 = tl.where(no_tail, 0.0, exp_sum_t1)
     for start in range(0, tokens.K, BLOCK_K):
-        _, _, seated, columns = _token_ids(tokens, row, start, V, BLOCK_K)
-        z, _ = read(student, columns, V)
-        highest = tl.maximum(highest, tl.max(tl.where(seated, z, -float("inf")), 0))
-    origin = _origin(highest)
-    unit = student_model.unit
-    row_origin = _origin(tl.maximum(highest, top))
-    plain_total = tl.sum(plain_sum, 0) * tl.exp((_origin(top) - row_origin) * unit)
-    plain_total = tl.where(top == -float("inf"), 0.0, plain_total)
-    for start in range(0, tokens.K, BLOCK_K):
-        places, _, seated, columns = _token_ids(tokens, row, start, V, BLOCK_K)
-        z, _ = read(student, columns, V)
-        z = tl.where(seated, z, -float("inf"))
-        place = out.tokens + row.to(tl.int64) * tokens.K + places
-        tl.store(place, (z - origin) * unit, mask=places < tokens.K)
+        index, _, here, column = _load_tokens(tokens, row, start, V, BLOCK_K)
+        z, _ = read(student, column, V)
+        z = tl.where(here, z, -float("inf"))
+        pointer = out.tokens + row.to(tl.int64) * tokens.K + index
+        tl.store(pointer, (z - origin) * unit, mask=index < tokens.K)
         if out.log_sum is not None:
-            plain_total += tl.sum(tl.exp((z - row_origin) * unit), 0)
+            exp_sum_t1 += tl.sum(tl.exp((z - row_max) * unit), 0)
 
-    tl.store(out.origin + row, highest)
-    tl.store(out.tail_origin + row, top)
-    tail, log_sum = -float("inf"), 0.0
+    tl.store(out.max + row, token_max)
+    tl.store(out.tail_max + row, tail.max)
+    log_tail, tail_log_sum = -float("inf"), 0.0
     if SWEEP:
-        total = tl.sum(tail_sum, 0)
-        log_sum = tl.log(total)
-        tail = (top - origin) * unit + log_sum * temperature
+        tail_log_sum = tl.log(tail.exp_sum)
+        log_tail = (tail.max - origin) * unit + tail_log_sum * temperature
         if out.tail_entropy is not None:
-            entropy = log_sum - tl.div_rn(tl.sum(moment, 0), total)
-            tl.store(out.tail_entropy + row, tl.where(top == -float("inf"), 0.0, entropy))
-    tl.store(out.tail + row, tl.where(top == -float("inf"), -float("inf"), tail))
-    tl.store(out.tail_log_sum + row, log_sum)
+            entropy = tail_log_sum - tl.div_rn(tail.entropy_moment, tail.exp_sum)
+            tl.store(out.tail_entropy + row, tl.where(no_tail, 0.0, entropy))
+    tl.store(out.tail + row, tl.where(no_tail, -float("inf"), log_tail))
+    tl.store(out.tail_log_sum + row, tail_log_sum)
     if out.log_sum is not None:
-        tl.store(out.log_sum + row, tl.log(plain_total))
-        label = _label(inputs, tokens, row)
+        tl.store(out.log_sum + row, tl.log(exp_sum_t1))
+        label = _label_column(inputs, tokens, row)
         here = (label >= 0) & (label < V)
         z, _ = read(student, tl.where(here, label, 0).to(tl.int32), V)
         if tokens.shard is not None:
             z = tl.where(here, z, -float("inf"))
-        tl.store(out.label + row, (z - row_origin) * unit)
+        tl.store(out.label + row, (z - row_max) * unit)
     if out.mean is not None:
-        mean = (tl.sum(spread, 0) / V - row_origin) * unit
+        mean = (tail.z_sum / V - row_max) * unit
         if tokens.shard is not None:
             mean *= V / tokens.shard.total
         tl.store(out.mean + row, mean)
@@ -223,7 +246,7 @@ def _gather_row(
 
 @triton.jit(do_not_specialize=["sizes"])
 def gather_kernel(
-    student_model,
+    side,
     tokens,
     inputs,
     out,
@@ -235,91 +258,93 @@ def gather_kernel(
     BLOCK_V: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """The events of one row; a row that is dropped is not read."""
+    """Store the events of one row; a dropped row is not read."""
     row = tl.program_id(0)
-    if _keeps(inputs, row, ignore_index):
+    if is_counted(inputs, row, ignore_index):
+        logits, gradient, unit, temperature = open_side(side, row, sizes, ALIGNED)
+        student = Row(logits, gradient, unit, None, temperature, side)
         _gather_row(
-            row, student_model, tokens, inputs, out, sizes, V, SWEEP, ALIGNED, BLOCK_V, BLOCK_K
+            row, student, temperature, tokens, inputs, out, V, SWEEP, ALIGNED, BLOCK_V, BLOCK_K
         )
 
 
 @triton.jit
-def _cross_entropy_gradient(z, columns, label, gathered, spread, row, vocabulary):
-    """Of these columns, z relative to the row's origin."""
-    target = tl.where(columns == label, 1.0, 0.0)
-    if spread.smoothing is not None:
-        target = (1.0 - spread.smoothing) * target + spread.smoothing / vocabulary
-    return tl.load(spread.scale + row) * (tl.exp(z - tl.load(gathered.log_sum + row)) - target)
+def _cross_entropy_gradient(x, column, label, events, gradients, row, vocabulary):
+    """Return the cross-entropy's gradient in these columns; x is at temperature 1, relative to the row's maximum."""
+    target = tl.where(column == label, 1.0, 0.0)
+    if gradients.smoothing is not None:
+        target = (1.0 - gradients.smoothing) * target + gradients.smoothing / vocabulary
+    q = tl.exp(x - tl.load(events.log_sum + row))
+    return tl.load(gradients.ce_scale + row) * (q - target)
 
 
 @triton.jit
 def _spread_row(
     row,
-    student_model,
+    student,
+    temperature,
     tokens,
     inputs,
-    gathered,
-    spread,
-    sizes,
+    events,
+    gradients,
     V,
-    ALIGNED: tl.constexpr,
     BLOCK_V: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    logits, gradient, row_unit, temperature = _open(student_model, row, sizes, ALIGNED)
-    student = Row(logits, gradient, row_unit, student_model)
-    unit = student_model.unit
-    tail_origin = tl.load(gathered.tail_origin + row)
-    row_origin = _origin(tl.maximum(tail_origin, tl.load(gathered.origin + row)))
-    seats = row.to(tl.int64) * (tokens.K + 1)
-    tail_gradient = tl.load(spread.events + seats + tokens.K)
-    tail_gradient = tl.where(tail_origin == -float("inf"), 0.0, tail_gradient)
-    tail_origin = _origin(tail_origin)
-    tail_log_sum = tl.load(gathered.tail_log_sum + row)
-    # A row that is not valid is NaN in every column.
-    poison = tl.where(
-        tl.load(inputs.weight + row) == tl.load(inputs.weight + row), 0.0, float("nan")
-    )
+    """Write the gradient of a counted row."""
+    side = student.side
+    unit = side.unit_t1
+    tail_max = tl.load(events.tail_max + row)
+    row_max = finite_max(tl.maximum(tail_max, tl.load(events.max + row)))
+    first_event = row.to(tl.int64) * (tokens.K + 1)
+    tail_gradient = tl.load(gradients.events + first_event + tokens.K)
+    tail_gradient = tl.where(tail_max == -float("inf"), 0.0, tail_gradient)
+    tail_max = finite_max(tail_max)
+    tail_log_sum = tl.load(events.tail_log_sum + row)
+    # The weight of an invalid row is NaN, and its gradient is NaN in every column.
+    weight = tl.load(inputs.weight + row)
+    poison = tl.where(weight == weight, 0.0, float("nan"))
     label, vocabulary = 0, _vocabulary(tokens, V)
-    if spread.scale is not None:
-        label = _label(inputs, tokens, row).to(tl.int32)
+    if gradients.ce_scale is not None:
+        label = _label_column(inputs, tokens, row).to(tl.int32)
     element = student.gradient.dtype.element_ty
-    # The tokens first: their logits may be where the gradient goes.
+    # Tokens first: the gradient may overwrite their logits.
     for start in range(0, tokens.K, BLOCK_K):
-        places, _, seated, columns = _token_ids(tokens, row, start, V, BLOCK_K)
-        z, slope = read(student, columns, V)
-        value = tl.load(spread.events + seats + places, mask=seated, other=0.0)
-        if spread.scale is not None:
+        index, _, here, column = _load_tokens(tokens, row, start, V, BLOCK_K)
+        z, slope = read(student, column, V)
+        value = tl.load(gradients.events + first_event + index, mask=here, other=0.0)
+        if gradients.ce_scale is not None:
+            x_t1 = (z - row_max) * unit
             value += _cross_entropy_gradient(
-                (z - row_origin) * unit, columns, label, gathered, spread, row, vocabulary
+                x_t1, column, label, events, gradients, row, vocabulary
             )
-        value = value * slope * student_model.scale + poison
-        tl.store(student.gradient + columns, value.to(element), mask=seated)
+        value = value * slope * side.logit_scale + poison
+        tl.store(student.gradient + column, value.to(element), mask=here)
     lanes = tl.arange(0, BLOCK_V)
-    tiles = tl.cdiv(student_model.width, BLOCK_V)
-    for back in range(tiles):
-        columns = (tiles - 1 - back) * BLOCK_V + lanes
-        z, slope = read(student, columns, V)
-        share = tl.exp(tl.div_rn((z - tail_origin) * unit, temperature) - tail_log_sum)
-        value = tl.where(tail_gradient == 0.0, 0.0, tail_gradient * share)
-        if spread.scale is not None:
-            plain = (z - row_origin) * unit
+    num_tiles = tl.cdiv(side.width, BLOCK_V)
+    for reverse in range(num_tiles):
+        column = (num_tiles - 1 - reverse) * BLOCK_V + lanes
+        z, slope = read(student, column, V)
+        q_in_tail = tl.exp(tl.div_rn((z - tail_max) * unit, temperature) - tail_log_sum)
+        value = tl.where(tail_gradient == 0.0, 0.0, tail_gradient * q_in_tail)
+        if gradients.ce_scale is not None:
+            x_t1 = (z - row_max) * unit
             value += _cross_entropy_gradient(
-                plain, columns, label, gathered, spread, row, vocabulary
+                x_t1, column, label, events, gradients, row, vocabulary
             )
-        value = value * slope * student_model.scale + poison
-        value = tl.where(columns < V, value, 0.0)
-        others = (columns < student_model.width) & ~_among_tokens(tokens, row, columns, V)
-        tl.store(student.gradient + columns, value.to(element), mask=others)
+        value = value * slope * side.logit_scale + poison
+        value = tl.where(column < V, value, 0.0)
+        mask = (column < side.width) & ~_is_token(tokens, row, column, V)
+        tl.store(student.gradient + column, value.to(element), mask=mask)
 
 
 @triton.jit(do_not_specialize=["sizes"])
 def spread_kernel(
-    student_model,
+    side,
     tokens,
     inputs,
-    gathered,
-    spread,
+    events,
+    gradients,
     ignore_index,
     sizes,
     V,
@@ -327,78 +352,70 @@ def spread_kernel(
     BLOCK_V: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """The gradient of one row from that of its events."""
+    """Write the gradient of one row from that of its events; zeros for a dropped row."""
     row = tl.program_id(0)
-    if _keeps(inputs, row, ignore_index):
+    if is_counted(inputs, row, ignore_index):
+        logits, gradient, unit, temperature = open_side(side, row, sizes, ALIGNED)
+        student = Row(logits, gradient, unit, None, temperature, side)
         _spread_row(
-            row,
-            student_model,
-            tokens,
-            inputs,
-            gathered,
-            spread,
-            sizes,
-            V,
-            ALIGNED,
-            BLOCK_V,
-            BLOCK_K,
+            row, student, temperature, tokens, inputs, events, gradients, V, BLOCK_V, BLOCK_K
         )
     else:
-        _, gradient, _, _ = _open(student_model, row, sizes, ALIGNED)
-        sweep_zeros(gradient, student_model.width, None, BLOCK_V)
+        _, gradient, _, _ = open_side(side, row, sizes, ALIGNED)
+        sweep_zeros(gradient, side.width, None, BLOCK_V)
 
 
-def _tokens(student: Tensor, rows: Rows, options: Options) -> tuple[Tokens, Tensor]:
-    """(the teacher's tokens with their bits set, which rows are valid)."""
+def _mark_tokens(student: Tensor, rows: Rows, options: Options) -> tuple[Tokens, Tensor]:
+    """Return (the teacher's tokens with their bitmap, which rows have valid ids)."""
     ids = rows.ids
     assert ids is not None
     lead = student.shape[:-1]
     words = -(-options.vocab_size // 32)
-    bits = torch.zeros((*lead, words), dtype=torch.int32, device=student.device)
-    valid = torch.ones(lead, dtype=torch.bool, device=student.device)
-    tokens = Tokens(ids, ids.shape[-1], bits, words, shard_of(options))
+    bitmap = torch.zeros((*lead, words), dtype=torch.int32, device=student.device)
+    valid_rows = torch.ones(lead, dtype=torch.bool, device=student.device)
+    tokens = Tokens(ids, ids.shape[-1], bitmap, words, vocab_shard(options))
     if lead.numel():
-        with _on(student.device):
-            mark_kernel[(lead.numel(),)](tokens, valid, options.vocab_size, BLOCK_K)
-    return tokens, valid
+        with on_device(student.device):
+            mark_kernel[(lead.numel(),)](tokens, valid_rows, options.vocab_size, BLOCK_K)
+    return tokens, valid_rows
 
 
 def gather_events(student: Tensor, rows: Rows, options: Options, parts: bool) -> Events:
-    """The student's rows as a sparse teacher sees them: fastkd/backends/sparse.py."""
+    """Compute the student's events: the teacher's tokens and the tail, as in :mod:`fastkd.backends.sparse`."""
     lead, rows = student.shape[:-1], readable_rows(rows)
-    tokens, valid = _tokens(student, rows, options)
-    with_labels = rows.labels is not None and options.alpha < 1.0
+    tokens, valid_rows = _mark_tokens(student, rows, options)
+    with_label = rows.labels is not None and options.alpha < 1.0
 
     def per_row(wanted: bool = True) -> Tensor | None:
         return student.new_empty(lead, dtype=torch.float32) if wanted else None
 
-    out = Gathered(
-        per_row(),
-        per_row(),
-        student.new_empty((*lead, tokens.K), dtype=torch.float32),
-        per_row(),
-        per_row(),
-        per_row(parts),
-        per_row(with_labels),
-        per_row(with_labels),
-        per_row(with_labels and options.label_smoothing > 0),
+    out = EventOutputs(
+        max=per_row(),
+        tail_max=per_row(),
+        tokens=student.new_empty((*lead, tokens.K), dtype=torch.float32),
+        tail=per_row(),
+        tail_log_sum=per_row(),
+        tail_entropy=per_row(parts),
+        log_sum=per_row(with_label),
+        label=per_row(with_label),
+        mean=per_row(with_label and options.label_smoothing > 0),
     )
-    sizes, (view,) = _layout(unit_stride(student))
-    model = _student(view, None, rows, options)
-    aligned = _aligned(options.vocab_size, view)
+    sizes, (view,) = lay_out(unit_stride(student))
+    side = student_side(view, None, rows, options)
+    aligned = is_aligned(options.vocab_size, view)
     crowded = options.softcap > 0
     block, warps = tile(options.vocab_size, student.itemsize, crowded, aligned)
     if lead.numel():
-        with _on(student.device):
+        with on_device(student.device):
             gather_kernel[(lead.numel(),)](
-                model,
+                side,
                 tokens,
                 Inputs(rows.labels, rows.weight, None),
                 out,
                 options.ignore_index,
                 sizes,
                 options.vocab_size,
-                options.tail != "renormalize" or with_labels or parts,
+                options.tail != "renormalize" or with_label or parts,
                 aligned,
                 block,
                 BLOCK_K,
@@ -406,18 +423,7 @@ def gather_events(student: Tensor, rows: Rows, options: Options, parts: bool) ->
                 enable_fp_fusion=True,
                 **register_limits(aligned, crowded),
             )
-    return Events(*out, valid, tokens.bits, model.unit)
-
-
-def _student(view: Any, gradient: Any, rows: Rows, options: Options) -> Any:
-    return _model(
-        view,
-        gradient,
-        options.logit_scale,
-        options.softcap,
-        options.temperature,
-        rows.temperature,
-    )
+    return Events(*out, valid_rows, tokens.bitmap, side.unit_t1)
 
 
 def spread_gradient(
@@ -429,35 +435,35 @@ def spread_gradient(
     options: Options,
     out: Tensor,
 ) -> Tensor:
-    """The gradient of the events [..., K + 1], and the cross-entropy's, as that of the student's logits."""
+    """Compute the gradient of the student's logits from that of the events [..., K + 1] and the cross-entropy."""
     rows = readable_rows(rows)
     ids, lead = rows.ids, student.shape[:-1]
     assert ids is not None
     source = unit_stride(student)
     target = source if out is student else unit_stride(out)
-    tokens = Tokens(ids, ids.shape[-1], events.bits, events.bits.shape[-1], shard_of(options))
-    sizes, (view, gradient_view) = _layout(source, target)
-    aligned = _aligned(options.vocab_size, view, gradient_view)
+    tokens = Tokens(ids, ids.shape[-1], events.bits, events.bits.shape[-1], vocab_shard(options))
+    sizes, (view, gradient_view) = lay_out(source, target)
+    aligned = is_aligned(options.vocab_size, view, gradient_view)
     crowded = options.softcap > 0
     block, warps = tile(options.vocab_size, student.itemsize, crowded, aligned)
     if lead.numel():
-        with _on(student.device):
+        with on_device(student.device):
             spread_kernel[(lead.numel(),)](
-                _student(view, gradient_view, rows, options),
+                student_side(view, gradient_view, rows, options),
                 tokens,
                 Inputs(rows.labels, rows.weight, None),
-                Gathered(
-                    events.origin,
-                    events.tail_origin,
-                    None,
-                    None,
-                    events.tail_log_sum,
-                    None,
-                    events.log_sum,
-                    None,
-                    None,
+                EventOutputs(
+                    max=events.origin,
+                    tail_max=events.tail_origin,
+                    tokens=None,
+                    tail=None,
+                    tail_log_sum=events.tail_log_sum,
+                    tail_entropy=None,
+                    log_sum=events.log_sum,
+                    label=None,
+                    mean=None,
                 ),
-                Spread(
+                EventGradients(
                     gradient.contiguous(),
                     None if cross_entropy_scale is None else cross_entropy_scale.contiguous(),
                     options.label_smoothing or None,

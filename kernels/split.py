@@ -1,10 +1,10 @@
-"""Rows that several programs share: whether, how many, and what passes between the kernels.
+"""Rows that several programs share: the choice of their number, and the partial results that pass between kernels.
 
-One program a row is one launch, and reads a row again from wherever it is by then. Several a row need a kernel a sweep,
-for a program knows the statistics of its own columns only: it leaves them in device memory, and every program of the
-next kernel merges all of its row's, in one order, so that all of them have the same bits.
+With one program per row, one launch does everything. With several, each sweep is a kernel of its own, because a program
+knows only the statistics of its own columns. It stores them in device memory as a partial result. Every program of the
+next kernel loads all partial results of its row and merges them in the same order, so all programs get the same bits.
 
-Where processes share the vocabulary, a row's programs are those of all processes, which exchange what theirs have left.
+If processes share the vocabulary, they exchange their partial results, and each merges those of all processes.
 """
 
 from __future__ import annotations
@@ -20,25 +20,25 @@ from fastkd.call.contract import Shard
 
 from .sweeps import Partial
 
-# What a program leaves of its share of a row: a Partial but for its last field, and the label's logit (the gradient may
-# by then have overwritten it); where processes share the vocabulary also what its spread is relative to, and its number
+# Fields of a stored partial result: a Partial without its last field; the label's z, because the gradient may later
+# overwrite the logits; and, used only if processes share the vocabulary, the center of the centered sum and the number
 # of columns.
-SPREAD = Partial._fields.index("spread")
+CENTERED_SUM = Partial._fields.index("centered_sum")
 LABEL = len(Partial._fields) - 1
-PIVOT, COLUMNS = LABEL + 1, LABEL + 2
+CENTER, COLUMNS = LABEL + 1, LABEL + 2
 FIELDS = LABEL + 3
-# And where the label's token is compared apart from the others: that last field, and the teacher's logit of the label.
-APART_FIELDS = 2
+# Fields for divergences with a label term: the last field of Partial, and the teacher's z in the label's column.
+LABEL_TERM_FIELDS = 2
 
-# Lanes that merge a row's shares: the largest number of programs a row, whatever it is in a call. Only where more
-# processes than these share a vocabulary are there more.
+# Lanes that merge a row's partial results, and the largest number of programs per row. A kernel has more lanes only if
+# more processes than this share the vocabulary.
 LANES = 64
 
 
 class Device(NamedTuple):
-    """What the plan depends on."""
+    """Properties of a device that the plan depends on."""
 
-    architecture: str  # as Triton's targets have it: "sm_90", "gfx942"
+    architecture: str  # as in Triton's targets: "sm_90", "gfx942"
     multiprocessors: int
     l2: int  # bytes
     clusters: bool  # sm_90 and later
@@ -47,40 +47,40 @@ class Device(NamedTuple):
 class Plan(NamedTuple):
     """How programs share rows."""
 
-    programs: int  # a row
-    group: int  # rows that all the kernels go over before the next group's do
+    num_splits: int  # programs per row
+    group: int  # rows that go through all kernels before the next group starts
 
 
-# Of the rows of a group, both sides. L2 is written to as well, and on an A100 half of it is the farther one.
+# Largest size of a group's rows, both sides together. L2 also holds what is written, and half of an A100's L2 is far.
 GROUP_BYTES = 20 << 20
-# The least that a group may have. Below, its kernels are done before the host has launched the next ones.
+# Smallest size of a group's rows. The kernels of a smaller group finish before the host has launched the next ones.
 LEAST_GROUP_BYTES = 16 << 20
-# Programs of 8 warps that a multiprocessor holds at 64 registers a thread.
+# Programs of 8 warps that a multiprocessor holds at 64 registers per thread.
 OCCUPANCY = 4
-# The least that a row's two sides have where it is worth a launch more.
+# Smallest size of a row's two sides that is worth an additional launch.
 WIDE = 256 << 10
 
 
 def plan(rows: int, row_bytes: int, sweeps: int, device: Device | None) -> Plan | None:
-    """How to share rows of row_bytes on both sides, which are read `sweeps` times; None for a program a row.
+    """Choose how programs share rows of row_bytes (both sides) that are read `sweeps` times; None: one program per row.
 
-    The figures are a model's; none has been timed.
+    The figures come from a model; none has been timed.
 
-    Few rows. A program has a tile of each side in flight, 16 KB or so, and waits 0.7 us for it: some 20 GB/s, or 26
-    us a sweep over 128,256 columns in bfloat16. With fewer rows than multiprocessors those are idle meanwhile, so
-    each row is given as many programs as fill the device, which take a few us. Each sweep then has a launch of its
-    own: a few us more where the host is ahead of the device, 50 us more where the device waits for it
-    (bench/studies/host.py, two cores of a shared machine). WIDE is between: two sweeps over such a row take
+    Few rows. A program has one tile of each side in flight, about 16 KB, and waits 0.7 us for it. That is 20 GB/s, or
+    26 us per sweep over 128,256 columns in bfloat16. With fewer rows than multiprocessors, the other multiprocessors
+    are idle meanwhile. Each row therefore gets as many programs as fill the device, which take a few us. Each sweep
+    then has its own launch, which costs a few us if the host is ahead of the device, and 50 us if the device waits for
+    the host (bench/studies/host.py, two cores of a shared machine). WIDE lies between: two sweeps over such a row take
     one program 26 us.
 
-    Groups. With b the bytes of one side, a row a program moves 5 b (7 b without a closed form) where row pairs in
-    flight, two a multiprocessor, are more than L2 keeps; narrower rows are in L2 for the second sweep anyway. A group
-    whose pairs L2 keeps moves 3 b. It costs two launches (three), past the first group's of some 10 us each: Triton
-    spends 5 us on one (`rows._launch_shares`), and the rest is a guess at the driver's. A group of 20 MB then pays
-    with an A100, whose 1.5 to 2 TB/s take 15 to 20 us for its 3 b and 25 to 33 us for 5 b, and the more the slower
-    the memory is beside L2: 100 us against 167 us at 300 GB/s of an L4. A group of the 2 to 4 MB of an L2 of 4 to 8
-    MB (sm_86, AMD) would be done in 3 to 8 us, before the next one is launched. From sm_90 on, `backend="cuda"` reads
-    every logit once and needs no group.
+    Groups. Let b be the bytes of one side. One program per row moves 5 b (7 b without a closed form) if the row pairs
+    in flight, two per multiprocessor, exceed L2. Narrower rows are in L2 for the second sweep anyway. A group whose row
+    pairs fit into L2 moves 3 b. It costs two more launches (three without a closed form) of about 10 us each: Triton
+    spends 5 us on one (`launch._launch_splits`), and the rest is a guess at the driver's time. A group of 20 MB pays on
+    an A100, whose 1.5 to 2 TB/s need 15 to 20 us for 3 b and 25 to 33 us for 5 b. It pays more if the memory is slower:
+    100 us instead of 167 us at the 300 GB/s of an L4. A group of the 2 to 4 MB that fit an L2 of 4 to 8 MB (sm_86, AMD)
+    would finish in 3 to 8 us, before the next launch. From sm_90 on, `backend="cuda"` reads every logit once and needs
+    no group.
     """
     if device is None or not rows:
         return None
@@ -94,159 +94,176 @@ def plan(rows: int, row_bytes: int, sweeps: int, device: Device | None) -> Plan 
     few = rows < device.multiprocessors and row_bytes >= WIDE
     if group == rows and not few:
         return None
-    programs = OCCUPANCY * device.multiprocessors // group
-    return Plan(min(max(programs, 1), LANES), group)
+    num_splits = OCCUPANCY * device.multiprocessors // group
+    return Plan(min(max(num_splits, 1), LANES), group)
 
 
-# Programs that fill a device, and the least columns that one has, where processes share the vocabulary.
+# For processes that share the vocabulary: programs that fill a device, and the fewest columns of a program.
 FILL = 512
 LEAST_COLUMNS = 2048
 
 
 def shard_plan(rows: int, shard: Shard) -> Plan:
-    """As `plan`, for a process's columns of a vocabulary that several share: a sweep has a launch of its own anyway.
+    """Choose how programs share rows if processes share the vocabulary; each sweep then has its own launch anyway.
 
-    All processes exchange what as many programs leave, so the plan is one of what all of them know. Like figures of
-    the other, these have not been timed.
+    Every process must have the same number of programs per row, because they exchange partial results. The choice
+    therefore depends only on numbers that all processes know. These figures have not been timed either.
     """
-    processes = -(-shard.total // max(shard.widest, 1))  # or more, where their columns are uneven
-    widest = -(-shard.widest // LEAST_COLUMNS)
-    programs = min(FILL // max(rows, 1), widest, LANES // max(processes, 1))
-    return Plan(max(programs, 1), rows)
+    processes = -(
+        -shard.total // max(shard.widest, 1)
+    )  # at least; more if their columns are uneven
+    most_useful = -(-shard.widest // LEAST_COLUMNS)
+    num_splits = min(FILL // max(rows, 1), most_useful, LANES // max(processes, 1))
+    return Plan(max(num_splits, 1), rows)
 
 
 @functools.cache
 def device_of(device: torch.device) -> Device | None:
-    """What the plan and the tiles depend on; None for the interpreter, and where torch does not say it."""
+    """Return the properties of a device; None for the interpreter, and if torch does not know them."""
     if device.type != "cuda":
         return None
-    found = torch.cuda.get_device_properties(device)
+    properties = torch.cuda.get_device_properties(device)
     if torch.version.hip:
-        architecture, clusters = found.gcnArchName.partition(":")[0], False
+        architecture, clusters = properties.gcnArchName.partition(":")[0], False
     else:
-        architecture, clusters = f"sm_{found.major}{found.minor}", found.major >= 9
-    return Device(architecture, found.multi_processor_count, found.L2_cache_size, clusters)
+        architecture, clusters = f"sm_{properties.major}{properties.minor}", properties.major >= 9
+    return Device(
+        architecture, properties.multi_processor_count, properties.L2_cache_size, clusters
+    )
 
 
 @triton.jit
-def _leave(split, row, field, value, FIELDS: tl.constexpr = FIELDS):
-    """Leave a number of this program's share of a row."""
-    place = (row.to(tl.int64) * FIELDS + field) * split.programs
-    tl.store(split.statistics + place + tl.program_id(1), value)
+def _store_field(split, row, field, value, FIELDS: tl.constexpr = FIELDS):
+    """Store one number of this program's partial result."""
+    offset = (row.to(tl.int64) * FIELDS + field) * split.num_splits
+    tl.store(split.statistics + offset + tl.program_id(1), value)
 
 
 @triton.jit
-def leave_statistics(split, row, part, z_label, LABEL: tl.constexpr = LABEL):
-    """Leave a Partial, and the label's logit."""
-    _leave(split, row, LABEL, z_label)
+def store_partial_statistics(split, row, partial, s_label, LABEL: tl.constexpr = LABEL):
+    """Store a Partial, and the student's z in the label's column."""
+    _store_field(split, row, LABEL, s_label)
     for field in tl.static_range(LABEL):
-        _leave(split, row, field, part[field])
+        _store_field(split, row, field, partial[field])
 
 
 @triton.jit
-def leave_apart(split, row, part, t_label, APART_FIELDS: tl.constexpr = APART_FIELDS):
-    """Leave what is asked for where the label's token is compared apart from the others."""
-    place = split.apart + row.to(tl.int64) * APART_FIELDS * split.programs + tl.program_id(1)
-    tl.store(place, part.t_plain_sum)
-    tl.store(place + split.programs, t_label)
-
-
-@triton.jit
-def leave_pivot(
-    split, row, pivot, columns, PIVOT: tl.constexpr = PIVOT, COLUMNS: tl.constexpr = COLUMNS
+def store_partial_label_term(
+    split, row, partial, t_label, LABEL_TERM_FIELDS: tl.constexpr = LABEL_TERM_FIELDS
 ):
-    """Leave what the spread of a Partial is relative to, and the number of its terms."""
-    _leave(split, row, PIVOT, pivot)
-    _leave(split, row, COLUMNS, columns)
+    """Store what a label term adds: the teacher's sum at temperature 1, and its z in the label's column."""
+    offset = row.to(tl.int64) * LABEL_TERM_FIELDS * split.num_splits + tl.program_id(1)
+    pointer = split.label_term + offset
+    tl.store(pointer, partial.t_exp_sum_t1)
+    tl.store(pointer + split.num_splits, t_label)
 
 
 @triton.jit
-def leave_sums(split, row, phi, g):
-    """Leave the sums of phi and g."""
-    place = split.sums + row.to(tl.int64) * 2 * split.programs + tl.program_id(1)
-    tl.store(place, phi)
-    tl.store(place + split.programs, g)
-
-
-@triton.jit
-def _lanes(fields, field, split, nothing, LANES: tl.constexpr):
-    """A field of all of a row's shares, which lie side by side; its number is an int64."""
-    lanes = tl.arange(0, LANES)
-    place = fields + field * split.shares + lanes
-    return tl.load(place, mask=lanes < split.shares, other=nothing)
-
-
-@triton.jit
-def _left(split, row, field, nothing, LANES: tl.constexpr, FIELDS: tl.constexpr = FIELDS):
-    return _lanes(split.statistics, row.to(tl.int64) * FIELDS + field, split, nothing, LANES)
-
-
-@triton.jit
-def left_label(split, row, LANES: tl.constexpr, LABEL: tl.constexpr = LABEL):
-    """The label's logit, which is -inf where another process has it."""
-    return tl.max(_left(split, row, LABEL, -float("inf"), LANES), 0)
-
-
-@triton.jit
-def _left_plain_sum(split, row, LANES: tl.constexpr, APART_FIELDS: tl.constexpr = APART_FIELDS):
-    plain_sum = tl.zeros([LANES], tl.float32)
-    if split.apart is not None:
-        field = row.to(tl.int64) * APART_FIELDS
-        plain_sum = _lanes(split.apart, field, split, 0.0, LANES)
-    return plain_sum
-
-
-@triton.jit
-def left_t_label(split, row, LANES: tl.constexpr, APART_FIELDS: tl.constexpr = APART_FIELDS):
-    """As left_label, of the teacher."""
-    field = row.to(tl.int64) * APART_FIELDS + 1
-    return tl.max(_lanes(split.apart, field, split, -float("inf"), LANES), 0)
-
-
-@triton.jit
-def left_spread(
+def store_partial_center(
     split,
     row,
-    pivot,
-    LANES: tl.constexpr,
-    SPREAD: tl.constexpr = SPREAD,
-    PIVOT: tl.constexpr = PIVOT,
+    center,
+    num_columns,
+    CENTER: tl.constexpr = CENTER,
     COLUMNS: tl.constexpr = COLUMNS,
 ):
-    """The sum of z - pivot over a row, of shares with a pivot each."""
-    spread = _left(split, row, SPREAD, 0.0, LANES)
-    rise = _left(split, row, PIVOT, 0.0, LANES) - pivot
-    return tl.sum(spread + rise * _left(split, row, COLUMNS, 0.0, LANES), 0)
+    """Store the center of a partial centered sum, and its number of columns."""
+    _store_field(split, row, CENTER, center)
+    _store_field(split, row, COLUMNS, num_columns)
 
 
 @triton.jit
-def left_sums(split, row, LANES: tl.constexpr):
-    """(sum phi, sum g) over a row."""
-    field = row.to(tl.int64) * 2
-    phi = _lanes(split.sums, field, split, 0.0, LANES)
-    g = _lanes(split.sums, field + 1, split, 0.0, LANES)
+def store_partial_sums(split, row, phi, g):
+    """Store the partial sums of phi and g."""
+    pointer = split.sums + row.to(tl.int64) * 2 * split.num_splits + tl.program_id(1)
+    tl.store(pointer, phi)
+    tl.store(pointer + split.num_splits, g)
+
+
+@triton.jit
+def _load_lanes(pointer, field, split, default, LANES: tl.constexpr):
+    """Load one field (an int64 number) of all partial results of a row, which are adjacent."""
+    lanes = tl.arange(0, LANES)
+    pointers = pointer + field * split.num_partials + lanes
+    return tl.load(pointers, mask=lanes < split.num_partials, other=default)
+
+
+@triton.jit
+def _load_field(split, row, field, default, LANES: tl.constexpr, FIELDS: tl.constexpr = FIELDS):
+    index = row.to(tl.int64) * FIELDS + field
+    return _load_lanes(split.statistics, index, split, default, LANES)
+
+
+@triton.jit
+def load_s_label(split, row, LANES: tl.constexpr, LABEL: tl.constexpr = LABEL):
+    """Return the student's z in the label's column; all partial results but one process's have -inf."""
+    return tl.max(_load_field(split, row, LABEL, -float("inf"), LANES), 0)
+
+
+@triton.jit
+def load_t_label(
+    split, row, LANES: tl.constexpr, LABEL_TERM_FIELDS: tl.constexpr = LABEL_TERM_FIELDS
+):
+    """Return the teacher's z in the label's column."""
+    index = row.to(tl.int64) * LABEL_TERM_FIELDS + 1
+    return tl.max(_load_lanes(split.label_term, index, split, -float("inf"), LANES), 0)
+
+
+@triton.jit
+def _load_t_exp_sum_t1(
+    split, row, LANES: tl.constexpr, LABEL_TERM_FIELDS: tl.constexpr = LABEL_TERM_FIELDS
+):
+    t_exp_sum_t1 = tl.zeros([LANES], tl.float32)
+    if split.label_term is not None:
+        index = row.to(tl.int64) * LABEL_TERM_FIELDS
+        t_exp_sum_t1 = _load_lanes(split.label_term, index, split, 0.0, LANES)
+    return t_exp_sum_t1
+
+
+@triton.jit
+def load_centered_sum(
+    split,
+    row,
+    center,
+    LANES: tl.constexpr,
+    CENTERED_SUM: tl.constexpr = CENTERED_SUM,
+    CENTER: tl.constexpr = CENTER,
+    COLUMNS: tl.constexpr = COLUMNS,
+):
+    """Return the sum of z - center over a row; each partial sum has a center of its own."""
+    partial_sums = _load_field(split, row, CENTERED_SUM, 0.0, LANES)
+    shift = _load_field(split, row, CENTER, 0.0, LANES) - center
+    return tl.sum(partial_sums + shift * _load_field(split, row, COLUMNS, 0.0, LANES), 0)
+
+
+@triton.jit
+def load_sums(split, row, LANES: tl.constexpr):
+    """Return (sum phi, sum g) over a row."""
+    index = row.to(tl.int64) * 2
+    phi = _load_lanes(split.sums, index, split, 0.0, LANES)
+    g = _load_lanes(split.sums, index + 1, split, 0.0, LANES)
     return tl.sum(phi, 0), tl.sum(g, 0)
 
 
 @triton.jit
-def left_statistics(split, row, LANES: tl.constexpr):
-    """A Partial of lanes, one a share of the row."""
+def load_partials(split, row, LANES: tl.constexpr):
+    """Return the partial results of a row as a Partial of lanes."""
     lowest: tl.constexpr = -float("inf")
     return Partial(
-        _left(split, row, 0, lowest, LANES),
-        _left(split, row, 1, lowest, LANES),
-        _left(split, row, 2, 0.0, LANES),
-        _left(split, row, 3, 0.0, LANES),
-        _left(split, row, 4, 0.0, LANES),
-        _left(split, row, 5, 0.0, LANES),
-        _left(split, row, 6, 0.0, LANES),
-        _left(split, row, 7, 0.0, LANES),
-        _left(split, row, 8, 0.0, LANES),
-        _left(split, row, 9, lowest, LANES),
-        _left(split, row, 10, lowest, LANES),
-        _left(split, row, 11, -1.0, LANES),
-        _left(split, row, 12, lowest, LANES),
-        _left(split, row, 13, -1.0, LANES),
-        _left(split, row, 14, lowest, LANES),
-        _left_plain_sum(split, row, LANES),
+        _load_field(split, row, 0, lowest, LANES),
+        _load_field(split, row, 1, lowest, LANES),
+        _load_field(split, row, 2, 0.0, LANES),
+        _load_field(split, row, 3, 0.0, LANES),
+        _load_field(split, row, 4, 0.0, LANES),
+        _load_field(split, row, 5, 0.0, LANES),
+        _load_field(split, row, 6, 0.0, LANES),
+        _load_field(split, row, 7, 0.0, LANES),
+        _load_field(split, row, 8, 0.0, LANES),
+        _load_field(split, row, 9, lowest, LANES),
+        _load_field(split, row, 10, lowest, LANES),
+        _load_field(split, row, 11, -1.0, LANES),
+        _load_field(split, row, 12, lowest, LANES),
+        _load_field(split, row, 13, -1.0, LANES),
+        _load_field(split, row, 14, lowest, LANES),
+        _load_t_exp_sum_t1(split, row, LANES),
     )

@@ -1,12 +1,15 @@
 """The sweeps over a row: statistics, the sums of phi and g, and the gradients.
 
-All arithmetic is in float32. A sum over the vocabulary has one accumulator a lane of the tile and is reduced once, so
-that a row of 262144 entries adds some hundred numbers in sequence and not all of them.
+All arithmetic is in float32. A sum over the vocabulary has one accumulator per lane of a tile, and the accumulators are
+added once, at the end. A row of 262144 columns therefore adds only some hundred numbers in sequence.
 
-z are a row's logits after logit_scale and softcap, up to a positive factor. Differences of z are taken before the
-temperature (and that factor) multiplies them, so that an offset common to a row costs no digits. Columns past the
-vocabulary read as z = -inf on both sides, which the policy for log 0 makes count as nothing. So does the label's
-column where a divergence compares it apart (apart.py): all sums but that of z are of the others.
+``z`` is a logit after logit_scale and softcap, up to the positive factor ``Row.unit``. Differences of z are taken
+before that factor multiplies them, so an offset common to a row costs no digits. Columns past the vocabulary read as
+z = -inf on both sides, and the policy for log 0 gives them no contribution. If a divergence treats the label separately
+(``label_term.py``), every sum except the sum of z excludes the label's column in the same way.
+
+Names: ``s`` and ``t`` are z of the student and of the teacher; ``x_s`` and ``x_t`` are tempered and relative to the
+maximum; ``e_s`` and ``e_t`` are their exponentials. ``_t1`` means at temperature 1.
 """
 
 from __future__ import annotations
@@ -19,176 +22,236 @@ import triton.language as tl
 from .skeleton import NEGLIGIBLE, evaluate, log1p, squash
 
 
-class Row(NamedTuple):
-    """One model's row; all of it is None, which is known at compile time, where there is no such model.
+class Spec(NamedTuple):
+    """What a kernel is compiled for; every field is a constexpr."""
 
-    That is asked of a field: not every Triton can compare a tuple with a None in it to None, or return one.
+    DIVERGENCE: Any  # from skeleton.bind
+    FORM: Any  # from skeleton.form_of; odd for a divergence of probabilities
+    SQUARED: Any  # whether the distillation term is multiplied by T^2
+    ALIGNED: Any  # whether every row starts at a multiple of 16 bytes
+    BLOCK_V: Any  # columns of a tile
+    LANES: Any  # lanes that merge partial results
+    STAGE: Any  # "row", or one of "statistics", "sums", "gradient"
+
+
+class Columns(NamedTuple):
+    """The columns of a row, and how they are divided among programs and processes."""
+
+    V: Any  # columns of the logits in this process
+    width: Any  # columns of the widest gradient; None if there is no gradient
+    first: Any  # vocabulary index of this process's first column
+    vocabulary: Any  # columns of all processes
+    shard: Any  # VocabShard, or None if this process has the whole vocabulary
+    split: Any  # Split, or None if one program processes the whole row
+
+
+class VocabShard(NamedTuple):
+    """The vocabulary columns of this process, if several processes share the vocabulary."""
+
+    first: Any
+    total: Any  # columns of all processes
+
+
+class Split(NamedTuple):
+    """How programs share rows; program_id(1) is the number of a program within its row."""
+
+    statistics: Any  # float32 [rows, FIELDS, ..]: partial results that one kernel stores for the next (split.py)
+    sums: Any  # float32 [rows, 2, ..]: partial sums of phi and g
+    label_term: Any  # float32 [rows, LABEL_TERM_FIELDS, ..]; None if no divergence treats the label separately
+    first_row: Any  # row of the kernel's first program
+    num_splits: Any  # programs per row in this process
+    num_partials: Any  # partial results per row that a kernel loads: those of all processes
+
+
+class Row(NamedTuple):
+    """One side's row; every field is None, at compile time, if the side is absent.
+
+    Test a field for None, not the tuple. Some Triton releases cannot compare a tuple that contains None with None, or
+    return such a tuple from a function.
     """
 
-    logits: Any  # the address of column 0
-    gradient: Any  # likewise; that of the logits where model.width is None
+    logits: Any  # address of column 0
+    gradient: Any  # address of column 0; equal to logits if there is no gradient
     unit: Any  # tempered logits are unit * z
-    model: Any  # rows.Model
+    unit_t1: Any  # likewise at temperature 1; None if no sum at temperature 1 is needed
+    temperature: Any
+    side: Any  # kernel.Side
+
+
+class Moments(NamedTuple):
+    """Weights of the moments to collect, from fastkd.divergences.ClosedForm; all None if there is no closed form."""
+
+    forward: Any  # None if forward and cross are both 0
+    cross: Any  # None if forward and cross are both 0
+    reverse: Any  # None if 0
 
 
 class Normalizer(NamedTuple):
-    """log_softmax(unit * z) = unit * (z - origin) - log_sum."""
+    """log_softmax(unit * z) = unit * (z - max) - log_exp_sum; max is 0 if every z is -inf."""
 
-    origin: Any
+    max: Any
     unit: Any
-    log_sum: Any
+    log_exp_sum: Any
 
 
-class Top(NamedTuple):
-    """The column of a row's maximum: sums leave it out, for beside it they would lose what the others are.
+class Argmax(NamedTuple):
+    """The column of a row's maximum. Sums exclude it, because adding it would round away the other columns.
 
-    1 less its probability is rest / (1 + rest), with the rest relative to it; and its gradient, x_v - p_v sum x, is
-    x_v (1 - p_v) - p_v times the sum of the others', which is no difference of two numbers of its own size.
+    With r the sum of the other columns' exponentials relative to it, 1 - p_v is r / (1 + r) without cancellation. Its
+    gradient x_v - p_v sum x is computed as x_v (1 - p_v) - p_v (sum of the other columns' x), because the direct
+    difference would cancel.
     """
 
-    column: Any
-    rest: Any  # the sum of the others' exponentials
+    column: Any  # vocabulary index, as a float; -1 if there is none
+    exp_sum: Any  # of the other columns, relative to the maximum
     z: Any
-    other_z: Any  # of the other side in that column
+    z_other: Any  # the other side's z in that column
     gradient: Any
 
 
-class Ratio(NamedTuple):
-    """log p - log q = ((t - t_origin) * scale - (s - s_origin)) * unit + high + low."""
+class LogRatio(NamedTuple):
+    """log p - log q = ((t - t_shift) * scale - (s - s_shift)) * unit + high + low."""
 
-    s_origin: Any
-    t_origin: Any
+    s_shift: Any
+    t_shift: Any
     scale: Any
     unit: Any
     low: Any
     high: Any
 
 
-class Moments(NamedTuple):
-    """fastkd.divergences.ClosedForm: the weights of the moments to collect; all None where there is no such form."""
-
-    forward: Any  # None where both forward and cross are 0, as the others are where they are 0
-    cross: Any
-    reverse: Any
-
-
 class Sums(NamedTuple):
-    """Over the vocabulary: the divergence, and its derivatives by log q and by log p."""
+    """Sums over the vocabulary: the divergence, and its derivatives with respect to log q and log p."""
 
     phi: Any
     g: Any
     h: Any
 
 
-class Split(NamedTuple):
-    """The share of a row that a program has where several have one row: program_id(1) counts them."""
-
-    statistics: Any  # float32 [rows, FIELDS, ..]: what one kernel leaves to the next (split.py)
-    sums: Any  # float32 [rows, 2, ..], likewise
-    apart: Any  # float32 [rows, APART_FIELDS, ..], likewise; None where no token is compared apart from the others
-    first: Any  # the row of the kernel's first program
-    programs: Any  # a row has here; a program leaves its numbers beside those of the others
-    shares: Any  # that a kernel finds of a row; where processes share the vocabulary, those of all of them
-
-
-class Shard(NamedTuple):
-    """Which columns are here of a vocabulary that several processes share."""
-
-    first: Any
-    total: Any  # columns of all processes
-
-
 class Partial(NamedTuple):
-    """The sums of the first sweep over some tiles of a row, relative to the maxima of those; 0 where not asked for.
+    """Sums of the first sweep over some tiles of a row, relative to the maxima of those tiles; 0 if not asked for.
 
-    A side's sums of exponentials, and the moments that these weigh, are without the column of its maximum.
+    A side's sums of exponentials, and the moments that they weight, exclude the column of that side's maximum.
     """
 
-    s_top: Any
-    t_top: Any
-    s_sum: Any
-    t_sum: Any
-    plain_sum: Any
+    s_max: Any
+    t_max: Any
+    s_exp_sum: Any
+    t_exp_sum: Any
+    s_exp_sum_t1: Any
     p_moment: Any
     q_moment: Any
     entropy_moment: Any
-    spread: Any  # sum of z - pivot
-    p_lost: Any  # the largest z of a side where the other is at -inf
-    q_lost: Any
-    s_column: Any  # of the maximum, as a float, and the teacher's z there
-    t_of_s: Any
-    t_column: Any
-    s_of_t: Any
-    t_plain_sum: Any  # last, for few ask for it (split.py)
+    centered_sum: Any  # sum of z - center
+    t_lost_max: Any  # largest t in a column with s = -inf
+    s_lost_max: Any  # largest s in a column with t = -inf
+    s_argmax: Any  # as a float; -1 if there is none
+    t_at_s_argmax: Any
+    t_argmax: Any
+    s_at_t_argmax: Any
+    # Last, because it is stored only if the divergence has a label term (split.py).
+    t_exp_sum_t1: Any
 
 
 class Statistics(NamedTuple):
-    """What the first sweep knows of a row; 0 where it was not asked for."""
+    """What is known of a row before its value and gradient; 0 if not asked for."""
 
-    student: Any  # Normalizer
-    teacher: Any  # Normalizer
-    plain: Any  # Normalizer of the student at temperature 1
-    t_plain: Any  # likewise of the teacher
-    entropy: Any  # of the student, tempered
-    spread: Any  # sum of z - pivot
-    s_at: Any  # Top
-    t_at: Any
-    ratio: Any  # Ratio
-    log_quotient: Any  # of the sums of exponentials
-    phi: Any  # the closed form's value
-    g: Any  # and sum of g
+    s_norm: Any  # Normalizer
+    t_norm: Any  # Normalizer
+    s_norm_t1: Any  # Normalizer
+    t_norm_t1: Any  # Normalizer
+    entropy: Any  # of the tempered student
+    centered_sum: Any  # sum of z - center
+    s_argmax: Any  # Argmax
+    t_argmax: Any  # Argmax
+    log_ratio: Any  # LogRatio
+    # log of the student's sum of exponentials over the teacher's, each with its maximum
+    log_exp_sum_ratio: Any
+    phi: Any  # sum, from the closed form or from the second sweep
+    g: Any  # sum, likewise
+
+
+class Label(NamedTuple):
+    """The label's column in this process, and both sides' z there; -inf if another process has the column."""
+
+    column: Any
+    s: Any
+    t: Any
+
+
+class Value(NamedTuple):
+    """What the gradient needs of a row's value."""
+
+    sums: Any  # Sums over all columns
+    # Sums that a binary label term adds; g and h are also the derivatives in the label's column
+    label_sums: Any
+    label_weight: Any  # factor of -log q_label in the distillation term
+    s_norm_t1: Any  # Normalizer that includes the label's column
+    s_argmax: Any  # Argmax
+    t_argmax: Any  # Argmax
+
+
+class Factors(NamedTuple):
+    """Factors of the terms of a row's gradients; None if a term is absent."""
+
+    distillation: Any
+    cross_entropy: Any
+    teacher: Any
+    smoothing: Any
 
 
 @triton.jit
-def _tiles(columns, split, BLOCK_V: tl.constexpr):
-    """From which tile to which a program goes; past the last tile of the row it has none."""
-    first, last = 0, tl.cdiv(columns, BLOCK_V)
+def _tile_range(num_columns, split, BLOCK_V: tl.constexpr):
+    """Return this program's (first tile, tile after its last); the range is empty past the end of the row."""
+    first, last = 0, tl.cdiv(num_columns, BLOCK_V)
     if split is not None:
-        share = tl.cdiv(last, split.programs)
-        first = tl.program_id(1) * share
-        last = tl.minimum(first + share, last)
+        tiles_per_program = tl.cdiv(last, split.num_splits)
+        first = tl.program_id(1) * tiles_per_program
+        last = tl.minimum(first + tiles_per_program, last)
     return first, last
 
 
 @triton.jit
-def columns_of(V, split, BLOCK_V: tl.constexpr):
-    """How many columns a program has."""
-    first, last = _tiles(V, split, BLOCK_V)
+def count_columns(V, split, BLOCK_V: tl.constexpr):
+    """Return the number of columns that this program processes."""
+    first, last = _tile_range(V, split, BLOCK_V)
     return tl.maximum(tl.minimum(last * BLOCK_V, V) - first * BLOCK_V, 0)
 
 
 @triton.jit
-def read(row, columns, V):
-    """(z, the derivative of z by logit_scale * logits) of these columns of a row."""
-    z = tl.load(row.logits + columns, mask=columns < V, other=-float("inf")).to(tl.float32)
+def read(row, column, V):
+    """Return (z, derivative of z with respect to logit_scale * logits) of these columns of a row."""
+    z = tl.load(row.logits + column, mask=column < V, other=-float("inf")).to(tl.float32)
     slope = 1.0
-    if row.model.softcap is not None:
-        squashed, slope = squash(row.model.gain * z)
-        z = tl.where(columns < V, row.model.softcap * squashed, -float("inf"))
-    elif row.model.sign is not None:
-        z = tl.where(columns < V, row.model.sign * z, -float("inf"))
+    if row.side.softcap is not None:
+        squashed, slope = squash(row.side.softcap_gain * z)
+        z = tl.where(column < V, row.side.softcap * squashed, -float("inf"))
+    elif row.side.sign is not None:
+        z = tl.where(column < V, row.side.sign * z, -float("inf"))
     return z, slope
 
 
 @triton.jit
-def _others(z, columns, apart):
-    """z without the column apart; a NaN stays, and spoils the row there as anywhere."""
-    if apart is not None:
-        z = tl.where((columns == apart) & (z == z), -float("inf"), z)
+def _exclude(z, column, excluded):
+    """Replace z by -inf in the excluded column. A NaN there stays, and poisons the row as in any other column."""
+    if excluded is not None:
+        z = tl.where((column == excluded) & (z == z), -float("inf"), z)
     return z
 
 
 @triton.jit
 def log_probability(z, normalizer):
-    """log_softmax of the tempered logits."""
-    return (z - normalizer.origin) * normalizer.unit - normalizer.log_sum
+    """Return log_softmax of the tempered logits."""
+    return (z - normalizer.max) * normalizer.unit - normalizer.log_exp_sum
 
 
-# A tile's lanes are added in fours or twos before they meet an accumulator. Those lie in one thread: the sum moves
-# nothing, and accumulators need fewer registers. Where rows are ALIGNED, a thread loads 16 bytes at a time and has four
-# neighbours; where not, its entries are as far apart as there are threads, and two of them half a tile.
+# A tile's lanes are added in fours or twos before they are added to an accumulator. These lanes belong to one thread,
+# so the addition moves no data, and accumulators need fewer registers. If rows are ALIGNED, a thread loads 16 bytes at
+# a time and has four adjacent columns. Otherwise its columns are as far apart as there are threads, and two of them are
+# half a tile apart.
 @triton.jit
-def _fold(tile, ALIGNED: tl.constexpr = True):
+def fold(tile, ALIGNED: tl.constexpr = True):
+    """Add the lanes of a tile that belong to one thread."""
     if ALIGNED:
         return tl.sum(tl.reshape(tile, [tile.shape[0] // 4, 4]), 1)
     else:
@@ -197,6 +260,7 @@ def _fold(tile, ALIGNED: tl.constexpr = True):
 
 @triton.jit
 def _fold_max(tile, ALIGNED: tl.constexpr):
+    """Return the maximum of the lanes of a tile that belong to one thread."""
     if ALIGNED:
         return tl.max(tl.reshape(tile, [tile.shape[0] // 4, 4]), 1)
     else:
@@ -204,42 +268,41 @@ def _fold_max(tile, ALIGNED: tl.constexpr):
 
 
 @triton.jit
-def _origin(top):
-    """The running maximum as an origin for z: 0 while every entry so far is -inf."""
-    return tl.where(top == -float("inf"), 0.0, top)
+def finite_max(max):  # noqa: A002 (the glossary's name)
+    """Return the running maximum, or 0 while every z so far is -inf."""
+    return tl.where(max == -float("inf"), 0.0, max)
 
 
 @triton.jit
-def _rise(before, top, unit):
-    """(the new origin, how far it rose, what sums relative to the old one are to be multiplied by)."""
-    origin = _origin(top)
-    return origin, (origin - _origin(before)) * unit, tl.exp((before - origin) * unit)
+def rescale(old_max, new_max, unit):
+    """Return (finite new maximum, tempered rise of the maximum, factor that rescales earlier sums)."""
+    new = finite_max(new_max)
+    return new, (new - finite_max(old_max)) * unit, tl.exp((old_max - new) * unit)
 
 
 @triton.jit
-def _faded(moment, shift, total, fade):
-    """A moment relative to the new maximum; what has faded to nothing is 0, however far the maximum rose."""
-    return tl.where(fade == 0.0, 0.0, fade * (moment + shift * total))
+def rescale_moment(moment, shift, exp_sum, factor):
+    """Return a moment relative to the new maximum; 0 if the factor is 0, however far the maximum rose."""
+    return tl.where(factor == 0.0, 0.0, factor * (moment + shift * exp_sum))
 
 
 @triton.jit
-def _faded_p(p_moment, moments, s_step, t_step, t_sum, t_fade):
+def _rescale_p_moment(p_moment, moments, s_step, t_step, t_exp_sum, t_factor):
     shift = (moments.forward + moments.cross) * s_step - moments.forward * t_step
-    return _faded(p_moment, shift, t_sum, t_fade)
+    return rescale_moment(p_moment, shift, t_exp_sum, t_factor)
 
 
 @triton.jit
-def _faded_q(q_moment, s_step, t_step, s_sum, s_fade):
-    return _faded(q_moment, t_step - s_step, s_sum, s_fade)
+def _rescale_q_moment(q_moment, s_step, t_step, s_exp_sum, s_factor):
+    return rescale_moment(q_moment, t_step - s_step, s_exp_sum, s_factor)
 
 
 @triton.jit
-def _log_quotient(s_rest, t_rest):
-    """log((1 + s_rest) / (1 + t_rest)): exactly 0 where they are equal, and with all digits where both are small."""
-    change = tl.div_rn(s_rest - t_rest, 1.0 + t_rest)
-    return tl.where(
-        tl.abs(change) < 0.5, log1p(change), tl.log(tl.div_rn(1.0 + s_rest, 1.0 + t_rest))
-    )
+def _log_exp_sum_ratio(s_exp_sum, t_exp_sum):
+    """Return log((1 + s) / (1 + t)): exactly 0 if they are equal, and accurate if both are small."""
+    change = tl.div_rn(s_exp_sum - t_exp_sum, 1.0 + t_exp_sum)
+    quotient = tl.div_rn(1.0 + s_exp_sum, 1.0 + t_exp_sum)
+    return tl.where(tl.abs(change) < 0.5, log1p(change), tl.log(quotient))
 
 
 @triton.jit
@@ -247,58 +310,61 @@ def _closed_form(
     moments,
     p_moment,
     q_moment,
-    s_at,
-    t_at,
+    s_argmax,
+    t_argmax,
     s_gap,
     t_gap,
-    log_quotient,
+    log_exp_sum_ratio,
     p_lost,
     q_lost,
     NEGLIGIBLE: tl.constexpr = NEGLIGIBLE,
 ):
-    """(sum phi, sum g, the student's gradient at its top, the teacher's at its own) from the moments of the others.
+    """Return (sum phi, sum g, student's gradient at its argmax, teacher's at its own), from the moments.
 
-    s_gap and t_gap are tempered: how far a side is below its maximum at the other's top.
+    s_gap: the student's tempered z at the teacher's argmax, relative to the student's maximum; t_gap the reverse.
+    p_lost, q_lost: the largest probability of a side where the other side's z is -inf.
     """
-    s_sum = 1.0 + s_at.rest
-    t_sum = 1.0 + t_at.rest
-    same = s_at.column == t_at.column
+    s_exp_sum = 1.0 + s_argmax.exp_sum
+    t_exp_sum = 1.0 + t_argmax.exp_sum
+    same = s_argmax.column == t_argmax.column
     phi = 0.0
     g = 0.0
-    of_s = 0.0
-    of_t = 0.0
-    q_rest = tl.div_rn(s_at.rest, s_sum)
-    p_rest = tl.div_rn(t_at.rest, t_sum)
+    s_gradient = 0.0
+    t_gradient = 0.0
+    q_others = tl.div_rn(s_argmax.exp_sum, s_exp_sum)  # probability of all columns but the argmax
+    p_others = tl.div_rn(t_argmax.exp_sum, t_exp_sum)
     if moments.forward is not None:
         weight = moments.forward + moments.cross
-        phi += tl.div_rn(p_moment - weight * s_gap, t_sum) + moments.forward * log_quotient
-        phi += moments.cross * log1p(s_at.rest)
+        phi += tl.div_rn(p_moment - weight * s_gap, t_exp_sum) + moments.forward * log_exp_sum_ratio
+        phi += moments.cross * log1p(s_argmax.exp_sum)
         phi += tl.where(p_lost >= NEGLIGIBLE, float("inf"), 0.0)
         g -= weight
-        p_there = tl.div_rn(tl.exp(t_gap), t_sum)
-        of_s += weight * tl.where(same, p_rest - q_rest, tl.div_rn(1.0, s_sum) - p_there)
-        gap = tl.where(
-            s_gap == -float("inf"), 0.0, s_gap
-        )  # then the value says that it is infinite
-        of_t -= tl.div_rn(weight * gap * p_rest + tl.div_rn(p_moment, t_sum), t_sum)
+        p_at_s_argmax = tl.div_rn(tl.exp(t_gap), t_exp_sum)
+        difference = tl.where(same, p_others - q_others, tl.div_rn(1.0, s_exp_sum) - p_at_s_argmax)
+        s_gradient += weight * difference
+        # A gap of -inf makes phi infinite, and where_finite discards these gradients.
+        gap = tl.where(s_gap == -float("inf"), 0.0, s_gap)
+        t_gradient -= tl.div_rn(weight * gap * p_others + tl.div_rn(p_moment, t_exp_sum), t_exp_sum)
     if moments.reverse is not None:
-        reverse = tl.div_rn(q_moment - t_gap, s_sum) - log_quotient
+        reverse = tl.div_rn(q_moment - t_gap, s_exp_sum) - log_exp_sum_ratio
         reverse += tl.where(q_lost >= NEGLIGIBLE, float("inf"), 0.0)
         phi += moments.reverse * reverse
         g += moments.reverse * (reverse + 1.0)
-        q_there = tl.div_rn(tl.exp(s_gap), s_sum)
+        q_at_t_argmax = tl.div_rn(tl.exp(s_gap), s_exp_sum)
         gap = tl.where(t_gap == -float("inf"), 0.0, t_gap)
-        of_s -= moments.reverse * tl.div_rn(gap * q_rest + tl.div_rn(q_moment, s_sum), s_sum)
-        of_t += moments.reverse * tl.where(same, q_rest - p_rest, tl.div_rn(1.0, t_sum) - q_there)
-    return phi, g, of_s, of_t
+        mean = tl.div_rn(gap * q_others + tl.div_rn(q_moment, s_exp_sum), s_exp_sum)
+        s_gradient -= moments.reverse * mean
+        difference = tl.where(same, q_others - p_others, tl.div_rn(1.0, t_exp_sum) - q_at_t_argmax)
+        t_gradient += moments.reverse * difference
+    return phi, g, s_gradient, t_gradient
 
 
 @triton.jit
-def _total(s_top, t_top, sums, p_lost, q_lost, tops, t_plain_sum):
-    """A Partial of what lanes hold."""
+def _reduce_lanes(s_max, t_max, sums, t_lost_max, s_lost_max, argmaxes, t_exp_sum_t1):
+    """Return a Partial from the accumulators' lanes."""
     return Partial(
-        s_top,
-        t_top,
+        s_max,
+        t_max,
         tl.sum(sums[0], 0),
         tl.sum(sums[1], 0),
         tl.sum(sums[2], 0),
@@ -306,494 +372,549 @@ def _total(s_top, t_top, sums, p_lost, q_lost, tops, t_plain_sum):
         tl.sum(sums[4], 0),
         tl.sum(sums[5], 0),
         tl.sum(sums[6], 0),
-        tl.max(p_lost, 0),
-        tl.max(q_lost, 0),
-        tops[0],
-        tops[1],
-        tops[2],
-        tops[3],
-        tl.sum(t_plain_sum, 0),
+        tl.max(t_lost_max, 0),
+        tl.max(s_lost_max, 0),
+        argmaxes[0],
+        argmaxes[1],
+        argmaxes[2],
+        argmaxes[3],
+        tl.sum(t_exp_sum_t1, 0),
     )
 
 
 @triton.jit
-def _column_of(z, top, columns):
-    """The first column that has this maximum."""
-    return tl.min(tl.where(z == top, columns, 2147483647), 0)
-
-
-@triton.jit
 def _z_at(row, column, V):
-    """z of one column; -inf where it is none."""
+    """Return z of one column; -inf if the column is negative."""
     z, _ = read(row, tl.maximum(column, 0), V)
     return tl.where(column < 0, -float("inf"), z)
 
 
 @triton.jit
-def _gap_at(row, column, V, top, unit):
-    """Tempered, how far one column is below a maximum."""
-    return (_z_at(row, column, V) - _origin(top)) * unit
+def _first_lane(accumulator):
+    """Return 1 in the first lane of an accumulator and 0 elsewhere: adds the term of a single column."""
+    return tl.where(tl.arange(0, accumulator.shape[0]) == 0, 1.0, 0.0)
+
+
+class Tile(NamedTuple):
+    """One side's tile of columns in the first sweep."""
+
+    z: Any
+    x: Any  # tempered, relative to the maximum so far
+    e: Any  # exp(x); 0 in the column of the maximum
+    step: Any  # tempered rise of the maximum in this tile
+    factor: Any  # rescales earlier sums
 
 
 @triton.jit
-def _first_lane(zero):
-    """1 in one lane of an accumulator: what a column adds that is no longer the maximum."""
-    return tl.where(tl.arange(0, zero.shape[0]) == 0, 1.0, 0.0)
+def _change_argmax(
+    argmax, exp_sum, exp_sum_t1, moment, z, new_max, column, row, other, other_max, weight, V
+):
+    """Return (argmax, exp_sum, exp_sum_t1, moment) after the maximum has risen.
+
+    Sums exclude the argmax, so the column of the old maximum is added to them here. weight None: no moment.
+    """
+    if argmax >= 0:
+        exp_sum += _first_lane(exp_sum)
+        if row.unit_t1 is not None:
+            exp_sum_t1 += _first_lane(exp_sum_t1)
+        if weight is not None:
+            gap = (_z_at(other, argmax, V) - finite_max(other_max)) * other.unit
+            gap *= weight
+            moment += _first_lane(moment) * tl.where(gap == -float("inf"), 0.0, -gap)
+    argmax = tl.min(tl.where(z == new_max, column, 2147483647), 0)  # the first such column
+    return argmax, exp_sum, exp_sum_t1, moment
+
+
+@triton.jit
+def _add_moments(
+    p_moment, q_moment, t_lost_max, s_lost_max, s, t, s_exp_sum, t_exp_sum, moments, spec
+):
+    """Return (p_moment, q_moment, t_lost_max, s_lost_max) with a tile added; s and t are its Tiles.
+
+    Columns in which a side is -inf are not in the moments. The largest z that is skipped decides later whether the
+    divergence is infinite.
+    """
+    # x decides, not z: at a temperature below 1, a finite z can be so low that x is -inf.
+    s_gone = s.x == -float("inf")
+    t_gone = t.x == -float("inf")
+    if moments.forward is not None:
+        weight = moments.forward + moments.cross
+        term = t.e * (moments.forward * t.x - weight * s.x)
+        p_moment = _rescale_p_moment(p_moment, moments, s.step, t.step, t_exp_sum, t.factor)
+        p_moment += fold(tl.where(s_gone | t_gone, 0.0, term), spec.ALIGNED)
+        lost = tl.where(s_gone, t.z, -float("inf"))
+        t_lost_max = tl.maximum(t_lost_max, _fold_max(lost, spec.ALIGNED))
+    if moments.reverse is not None:
+        q_moment = _rescale_q_moment(q_moment, s.step, t.step, s_exp_sum, s.factor)
+        q_moment += fold(tl.where(s_gone | t_gone, 0.0, s.e * (s.x - t.x)), spec.ALIGNED)
+        lost = tl.where(t_gone, s.z, -float("inf"))
+        s_lost_max = tl.maximum(s_lost_max, _fold_max(lost, spec.ALIGNED))
+    return p_moment, q_moment, t_lost_max, s_lost_max
+
+
+@triton.jit
+def _add_exp_sum_t1(exp_sum_t1, z, old_max, new_max, argmax, column, unit_t1, spec):
+    """Return the sum of exponentials at temperature 1 with a tile added."""
+    factor = tl.exp((old_max - new_max) * unit_t1)
+    e = tl.where(column == argmax, 0.0, tl.exp((z - new_max) * unit_t1))
+    return factor * exp_sum_t1 + fold(e, spec.ALIGNED)
 
 
 @triton.jit
 def sweep_statistics(
-    student,
-    teacher,
-    plain_unit,
-    t_plain_unit,
-    apart,
-    pivot,
-    moments,
-    V,
-    shard,
-    split,
-    ENTROPY: tl.constexpr,
-    ALIGNED: tl.constexpr,
-    BLOCK_V: tl.constexpr,
+    student, teacher, excluded, center, moments, columns, ENTROPY: tl.constexpr, spec
 ):
-    """Online softmax of both sides, with every moment that is asked for.
+    """Return a Partial: the online softmax of both sides, with the moments that are asked for.
 
-    Sums of exponentials are relative to the running maximum. When it rises by `step` (tempered), earlier sums fade by
-    exp(-step), and a moment, a sum of e x with x relative to the maximum too, moves by -step times the sum of e.
-
-    moments None: none. plain_unit None: no normaliser at temperature 1. apart None: the divergence is of all columns.
-    pivot None: no sum of z.
+    Sums of exponentials are relative to the running maximum. When it rises by `step` (tempered), earlier sums are
+    multiplied by exp(-step). A moment is a sum of e x in which x is relative to the maximum too, so it also changes by
+    -step times the sum of e. excluded None: sums are over all columns. center None: no sum of z.
     """
-    lanes = tl.arange(0, BLOCK_V)
-    lowest = _fold_max(tl.full([BLOCK_V], -float("inf"), tl.float32), ALIGNED)
-    zero = _fold(tl.zeros([BLOCK_V], tl.float32), ALIGNED)
-    s_top = tl.full([], -float("inf"), tl.float32)
-    t_top = s_top
-    s_column = tl.full([], -1, tl.int32)
-    t_column = s_column
-    s_sum, t_sum, plain_sum, t_plain_sum = zero, zero, zero, zero
-    p_moment, q_moment, entropy_moment, spread = zero, zero, zero, zero
-    p_lost, q_lost = lowest, lowest
-    first, last = _tiles(V, split, BLOCK_V)
+    lanes = tl.arange(0, spec.BLOCK_V)
+    lowest = _fold_max(tl.full([spec.BLOCK_V], -float("inf"), tl.float32), spec.ALIGNED)
+    zero = fold(tl.zeros([spec.BLOCK_V], tl.float32), spec.ALIGNED)
+    s_max = tl.full([], -float("inf"), tl.float32)
+    s_argmax = tl.full([], -1, tl.int32)
+    t_max, t_argmax = s_max, s_argmax
+    s_exp_sum, t_exp_sum, s_exp_sum_t1, t_exp_sum_t1 = zero, zero, zero, zero
+    p_moment, q_moment, entropy_moment, centered_sum = zero, zero, zero, zero
+    t_lost_max, s_lost_max = lowest, lowest
+    p_weight, q_weight, V = None, None, columns.V
+    if moments.forward is not None:
+        p_weight = moments.forward + moments.cross
+    if moments.reverse is not None:
+        q_weight = 1.0
+    first, last = _tile_range(V, columns.split, spec.BLOCK_V)
     for tile in range(first, last):
-        columns = tile * BLOCK_V + lanes
-        z, _ = read(student, columns, V)
-        s = _others(z, columns, apart)
-        s_before = s_top
-        s_top = tl.maximum(s_top, tl.max(s, 0))
-        s_origin, s_step, s_fade = _rise(s_before, s_top, student.unit)
+        column = tile * spec.BLOCK_V + lanes
+        z, _ = read(student, column, V)
+        s = _exclude(z, column, excluded)
+        old_s_max, old_t_max = s_max, t_max
+        s_max = tl.maximum(s_max, tl.max(s, 0))
+        s_finite, s_step, s_factor = rescale(old_s_max, s_max, student.unit)
         if teacher.unit is not None:
-            t, _ = read(teacher, columns, V)
-            t = _others(t, columns, apart)
-            t_before = t_top
-            t_top = tl.maximum(t_top, tl.max(t, 0))
-            t_origin, t_step, t_fade = _rise(t_before, t_top, teacher.unit)
-        # A maximum that rose takes its place outside of the sums, and the one before is one of the others from here on.
-        # Both sides do that here, where a tile is no more than its logits: what lives across a branch needs registers.
-        if s_top > s_before:
-            if s_column >= 0:
-                s_sum += _first_lane(s_sum)
-                if plain_unit is not None:
-                    plain_sum += _first_lane(plain_sum)
-                # Triton knows at compile time what is None, but not what `and` makes of it.
-                if teacher.unit is not None:  # noqa: SIM102
-                    if moments.reverse is not None:
-                        x = _gap_at(teacher, s_column, V, t_before, teacher.unit)
-                        q_moment += _first_lane(q_moment) * tl.where(x == -float("inf"), 0.0, -x)
-            s_column = _column_of(s, s_top, columns)
-        if teacher.unit is not None:  # noqa: SIM102
-            if t_top > t_before:
-                if t_column >= 0:
-                    t_sum += _first_lane(t_sum)
-                    if t_plain_unit is not None:
-                        t_plain_sum += _first_lane(t_plain_sum)
-                    if moments.forward is not None:
-                        x = _gap_at(student, t_column, V, s_before, student.unit)
-                        x *= moments.forward + moments.cross
-                        p_moment += _first_lane(p_moment) * tl.where(x == -float("inf"), 0.0, -x)
-                t_column = _column_of(t, t_top, columns)
-        x_s = (s - s_origin) * student.unit
-        e_s = tl.where(columns == s_column, 0.0, tl.exp(x_s))
+            t, _ = read(teacher, column, V)
+            t = _exclude(t, column, excluded)
+            t_max = tl.maximum(t_max, tl.max(t, 0))
+            t_finite, t_step, t_factor = rescale(old_t_max, t_max, teacher.unit)
+        # Both sides change their argmax before the tile has exponentials: what lives across a branch needs registers.
+        if s_max > old_s_max:
+            s_argmax, s_exp_sum, s_exp_sum_t1, q_moment = _change_argmax(
+                s_argmax, s_exp_sum, s_exp_sum_t1, q_moment,
+                s, s_max, column, student, teacher, old_t_max, q_weight, V,
+            )  # fmt: skip
+        if teacher.unit is not None:  # noqa: SIM102 (Triton knows at compile time what is None, but not `and`)
+            if t_max > old_t_max:
+                t_argmax, t_exp_sum, t_exp_sum_t1, p_moment = _change_argmax(
+                    t_argmax, t_exp_sum, t_exp_sum_t1, p_moment,
+                    t, t_max, column, teacher, student, old_s_max, p_weight, V,
+                )  # fmt: skip
+        x_s = (s - s_finite) * student.unit
+        e_s = tl.where(column == s_argmax, 0.0, tl.exp(x_s))
         if ENTROPY:
-            term = tl.where(x_s == -float("inf"), 0.0, e_s * x_s)
-            total = s_sum
-            entropy_moment = _faded(entropy_moment, -s_step, total, s_fade) + _fold(term, ALIGNED)
-        if plain_unit is not None:
-            plain_fade = tl.exp((s_before - s_origin) * plain_unit)
-            e_plain = tl.where(columns == s_column, 0.0, tl.exp((s - s_origin) * plain_unit))
-            plain_sum = plain_fade * plain_sum + _fold(e_plain, ALIGNED)
-        if pivot is not None:
-            spread += _fold(tl.where(columns < V, z - pivot, 0.0), ALIGNED)
+            term = fold(tl.where(x_s == -float("inf"), 0.0, e_s * x_s), spec.ALIGNED)
+            entropy_moment = rescale_moment(entropy_moment, -s_step, s_exp_sum, s_factor) + term
+        if student.unit_t1 is not None:
+            s_exp_sum_t1 = _add_exp_sum_t1(
+                s_exp_sum_t1, s, old_s_max, s_finite, s_argmax, column, student.unit_t1, spec
+            )
+        if center is not None:
+            centered_sum += fold(tl.where(column < V, z - center, 0.0), spec.ALIGNED)
         if teacher.unit is not None:
-            x_t = (t - t_origin) * teacher.unit
-            e_t = tl.where(columns == t_column, 0.0, tl.exp(x_t))
-            if moments.forward is not None or moments.reverse is not None:
-                # Tempered: below a temperature of 1, finite logits can be so low that they are gone as well.
-                s_gone = x_s == -float("inf")
-                t_gone = x_t == -float("inf")
-                if moments.forward is not None:
-                    weight = moments.forward + moments.cross
-                    term = e_t * (moments.forward * x_t - weight * x_s)
-                    p_moment = _faded_p(p_moment, moments, s_step, t_step, t_sum, t_fade)
-                    p_moment += _fold(tl.where(s_gone | t_gone, 0.0, term), ALIGNED)
-                    p_lost = tl.maximum(
-                        p_lost, _fold_max(tl.where(s_gone, t, -float("inf")), ALIGNED)
-                    )
-                if moments.reverse is not None:
-                    q_moment = _faded_q(q_moment, s_step, t_step, s_sum, s_fade)
-                    q_moment += _fold(tl.where(s_gone | t_gone, 0.0, e_s * (x_s - x_t)), ALIGNED)
-                    q_lost = tl.maximum(
-                        q_lost, _fold_max(tl.where(t_gone, s, -float("inf")), ALIGNED)
-                    )
-            if t_plain_unit is not None:
-                plain_fade = tl.exp((t_before - t_origin) * t_plain_unit)
-                e_plain = tl.exp((t - t_origin) * t_plain_unit)
-                e_plain = tl.where(columns == t_column, 0.0, e_plain)
-                t_plain_sum = plain_fade * t_plain_sum + _fold(e_plain, ALIGNED)
-            t_sum = t_fade * t_sum + _fold(e_t, ALIGNED)
-        s_sum = s_fade * s_sum + _fold(e_s, ALIGNED)
+            x_t = (t - t_finite) * teacher.unit
+            e_t = tl.where(column == t_argmax, 0.0, tl.exp(x_t))
+            p_moment, q_moment, t_lost_max, s_lost_max = _add_moments(
+                p_moment, q_moment, t_lost_max, s_lost_max,
+                Tile(s, x_s, e_s, s_step, s_factor), Tile(t, x_t, e_t, t_step, t_factor),
+                s_exp_sum, t_exp_sum, moments, spec,
+            )  # fmt: skip
+            if teacher.unit_t1 is not None:
+                t_exp_sum_t1 = _add_exp_sum_t1(
+                    t_exp_sum_t1, t, old_t_max, t_finite, t_argmax, column, teacher.unit_t1, spec
+                )
+            t_exp_sum = t_factor * t_exp_sum + fold(e_t, spec.ALIGNED)
+        s_exp_sum = s_factor * s_exp_sum + fold(e_s, spec.ALIGNED)
+    sums = (s_exp_sum, t_exp_sum, s_exp_sum_t1, p_moment, q_moment, entropy_moment, centered_sum)
+    argmaxes = _argmaxes(student, teacher, s_max, s_argmax, t_argmax, columns)
+    return _reduce_lanes(s_max, t_max, sums, t_lost_max, s_lost_max, argmaxes, t_exp_sum_t1)
 
-    t_of_s, s_of_t = s_top, s_top
+
+@triton.jit
+def _argmaxes(student, teacher, s_max, s_argmax, t_argmax, columns):
+    """Return (s_argmax, t there, t_argmax, s there), with vocabulary indices as floats."""
+    t_at_s_argmax, s_at_t_argmax = s_max, s_max
     if teacher.unit is not None:
-        t_of_s = _z_at(teacher, s_column, V)
-        s_of_t = _z_at(student, t_column, V)
-    sums = (s_sum, t_sum, plain_sum, p_moment, q_moment, entropy_moment, spread)
-    if shard is not None:  # as all processes count
-        s_column = tl.where(s_column < 0, -1, s_column + shard.first)
-        t_column = tl.where(t_column < 0, -1, t_column + shard.first)
-    tops = (s_column.to(tl.float32), t_of_s, t_column.to(tl.float32), s_of_t)
-    return _total(s_top, t_top, sums, p_lost, q_lost, tops, t_plain_sum)
+        t_at_s_argmax = _z_at(teacher, s_argmax, columns.V)
+        s_at_t_argmax = _z_at(student, t_argmax, columns.V)
+    if columns.shard is not None:
+        s_argmax = tl.where(s_argmax < 0, -1, s_argmax + columns.first)
+        t_argmax = tl.where(t_argmax < 0, -1, t_argmax + columns.first)
+    return s_argmax.to(tl.float32), t_at_s_argmax, t_argmax.to(tl.float32), s_at_t_argmax
 
 
 @triton.jit
-def _that_has(values, here, column):
-    """The value of the lane that has this column among those that may."""
-    return tl.max(tl.where(here & (values[0] == column), values[1], -float("inf")), 0)
+def _select(values, eligible, argmaxes, argmax):
+    """Return the value of the eligible partial whose argmax is this column."""
+    return tl.max(tl.where(eligible & (argmaxes == argmax), values, -float("inf")), 0)
 
 
 @triton.jit
-def merge(parts, student, teacher, plain_unit, t_plain_unit, moments):
-    """A row's partial statistics, one a lane, as one; a lane of no tiles has the maximum -inf, and fades.
+def _merge_argmax(maxima, new_max, argmaxes):
+    """Return (which partials have the row's maximum, the first column that has it, terms to add to each sum).
 
-    The row's maximum is one lane's, whose sums leave it out; all other lanes' maxima are among the others.
+    A partial's sums exclude its own argmax. All of these columns but one belong to the row's sums: a term of 1 each.
     """
-    s_top = tl.max(parts.s_top, 0)
-    t_top = tl.max(parts.t_top, 0)
-    s_origin, s_step, s_fade = _rise(parts.s_top, s_top, student.unit)
-    s_here = (parts.s_top == s_top) & (parts.s_column >= 0)
-    s_column = tl.min(tl.where(s_here, parts.s_column, float("inf")), 0)
-    s_more = tl.where((parts.s_column >= 0) & ~(s_here & (parts.s_column == s_column)), 1.0, 0.0)
-    s_parts = parts.s_sum + s_more
-    entropy_moment = _faded(parts.entropy_moment, -s_step, s_parts, s_fade)
-    plain_sum, t_plain_sum = parts.plain_sum, parts.t_plain_sum
-    p_moment, q_moment, t_sum = parts.p_moment, parts.q_moment, parts.t_sum
-    tops = (s_column, s_top, s_column, s_top)
-    if plain_unit is not None:
-        plain_sum = (plain_sum + s_more) * tl.exp((parts.s_top - s_origin) * plain_unit)
+    eligible = (maxima == new_max) & (argmaxes >= 0)
+    argmax = tl.min(tl.where(eligible, argmaxes, float("inf")), 0)
+    extra = tl.where((argmaxes >= 0) & ~(eligible & (argmaxes == argmax)), 1.0, 0.0)
+    return eligible, argmax, extra
+
+
+@triton.jit
+def merge_partials(partials, student, teacher, moments):
+    """Return one Partial of a row from its partials, one per lane. A lane without tiles has the maximum -inf."""
+    s_max = tl.max(partials.s_max, 0)
+    t_max = tl.max(partials.t_max, 0)
+    s_finite, s_step, s_factor = rescale(partials.s_max, s_max, student.unit)
+    s_eligible, s_argmax, s_extra = _merge_argmax(partials.s_max, s_max, partials.s_argmax)
+    s_exp_sum = partials.s_exp_sum + s_extra
+    entropy_moment = rescale_moment(partials.entropy_moment, -s_step, s_exp_sum, s_factor)
+    s_exp_sum_t1, t_exp_sum_t1 = partials.s_exp_sum_t1, partials.t_exp_sum_t1
+    p_moment, q_moment, t_exp_sum = partials.p_moment, partials.q_moment, partials.t_exp_sum
+    argmaxes = (s_argmax, s_max, s_argmax, s_max)
+    if student.unit_t1 is not None:
+        s_factor_t1 = tl.exp((partials.s_max - s_finite) * student.unit_t1)
+        s_exp_sum_t1 = (s_exp_sum_t1 + s_extra) * s_factor_t1
     if teacher.unit is not None:
-        t_origin, t_step, t_fade = _rise(parts.t_top, t_top, teacher.unit)
-        t_here = (parts.t_top == t_top) & (parts.t_column >= 0)
-        t_column = tl.min(tl.where(t_here, parts.t_column, float("inf")), 0)
-        t_more = tl.where(
-            (parts.t_column >= 0) & ~(t_here & (parts.t_column == t_column)), 1.0, 0.0
-        )
-        t_parts = t_sum + t_more
-        t_of_s = _that_has((parts.s_column, parts.t_of_s), s_here, s_column)
-        s_of_t = _that_has((parts.t_column, parts.s_of_t), t_here, t_column)
-        tops = (s_column, t_of_s, t_column, s_of_t)
-        if t_plain_unit is not None:
-            t_plain_sum = (t_plain_sum + t_more) * tl.exp((parts.t_top - t_origin) * t_plain_unit)
-        if moments.forward is not None or moments.reverse is not None:
-            if moments.forward is not None:
-                x = (parts.s_of_t - _origin(parts.s_top)) * student.unit
-                x *= moments.forward + moments.cross
-                p_moment -= tl.where((t_more == 0.0) | (x == -float("inf")), 0.0, x)
-                p_moment = _faded_p(p_moment, moments, s_step, t_step, t_parts, t_fade)
-            if moments.reverse is not None:
-                x = (parts.t_of_s - _origin(parts.t_top)) * teacher.unit
-                q_moment -= tl.where((s_more == 0.0) | (x == -float("inf")), 0.0, x)
-                q_moment = _faded_q(q_moment, s_step, t_step, s_parts, s_fade)
-        t_sum = t_fade * t_parts
-    s_sum = s_fade * s_parts
-    sums = (s_sum, t_sum, plain_sum, p_moment, q_moment, entropy_moment, parts.spread)
-    return _total(s_top, t_top, sums, parts.p_lost, parts.q_lost, tops, t_plain_sum)
+        t_finite, t_step, t_factor = rescale(partials.t_max, t_max, teacher.unit)
+        t_eligible, t_argmax, t_extra = _merge_argmax(partials.t_max, t_max, partials.t_argmax)
+        t_exp_sum = t_exp_sum + t_extra
+        t_at_s_argmax = _select(partials.t_at_s_argmax, s_eligible, partials.s_argmax, s_argmax)
+        s_at_t_argmax = _select(partials.s_at_t_argmax, t_eligible, partials.t_argmax, t_argmax)
+        argmaxes = (s_argmax, t_at_s_argmax, t_argmax, s_at_t_argmax)
+        if teacher.unit_t1 is not None:
+            t_factor_t1 = tl.exp((partials.t_max - t_finite) * teacher.unit_t1)
+            t_exp_sum_t1 = (t_exp_sum_t1 + t_extra) * t_factor_t1
+        if moments.forward is not None:
+            gap = (partials.s_at_t_argmax - finite_max(partials.s_max)) * student.unit
+            gap *= moments.forward + moments.cross
+            p_moment -= tl.where((t_extra == 0.0) | (gap == -float("inf")), 0.0, gap)
+            p_moment = _rescale_p_moment(p_moment, moments, s_step, t_step, t_exp_sum, t_factor)
+        if moments.reverse is not None:
+            gap = (partials.t_at_s_argmax - finite_max(partials.t_max)) * teacher.unit
+            q_moment -= tl.where((s_extra == 0.0) | (gap == -float("inf")), 0.0, gap)
+            q_moment = _rescale_q_moment(q_moment, s_step, t_step, s_exp_sum, s_factor)
+        t_exp_sum = t_factor * t_exp_sum
+    s_exp_sum, centered_sum = s_factor * s_exp_sum, partials.centered_sum
+    sums = (s_exp_sum, t_exp_sum, s_exp_sum_t1, p_moment, q_moment, entropy_moment, centered_sum)
+    t_lost_max, s_lost_max = partials.t_lost_max, partials.s_lost_max
+    return _reduce_lanes(s_max, t_max, sums, t_lost_max, s_lost_max, argmaxes, t_exp_sum_t1)
 
 
-# Where the log-sum-exps of two rows are closer than this, s - t is the most exact way to log q - log p.
+# If the log-sum-exps of two rows are closer than this, log q - log p is most exact when computed from s - t.
 CLOSE = 8.0
 
 
 @triton.jit
-def _ratio(s_norm, t_norm, log_quotient, CLOSE: tl.constexpr = CLOSE):
-    """How log p - log q is made."""
+def _log_ratio_constants(s_norm, t_norm, log_exp_sum_ratio, CLOSE: tl.constexpr = CLOSE):
+    """Return the LogRatio of a row."""
     scale = tl.div_rn(t_norm.unit, s_norm.unit)
-    # (s_origin - t_origin) unit and the quotient's logarithm, as two floats.
-    apart = (s_norm.origin - t_norm.origin) * s_norm.unit
-    lost = tl.fma(s_norm.origin - t_norm.origin, s_norm.unit, -apart)
-    high = apart + log_quotient
-    part = high - apart
-    low = (apart - (high - part)) + (log_quotient - part) + lost
+    # high + low is (s_norm.max - t_norm.max) * unit + log_exp_sum_ratio as two floats.
+    difference = s_norm.max - t_norm.max
+    product = difference * s_norm.unit
+    product_error = tl.fma(difference, s_norm.unit, -product)
+    high = product + log_exp_sum_ratio
+    added = high - product
+    low = (product - (high - added)) + (log_exp_sum_ratio - added) + product_error
+    # Only close maxima may be subtracted once per row: the rounding error of their difference is then as small.
     close = (scale == 1.0) & (tl.abs(high) < CLOSE)
-    # Of the origins' difference, what rounding takes away is as small as they are close.
-    return Ratio(
-        tl.where(close, 0.0, s_norm.origin),
-        tl.where(close, 0.0, t_norm.origin),
+    return LogRatio(
+        tl.where(close, 0.0, s_norm.max),
+        tl.where(close, 0.0, t_norm.max),
         scale,
         s_norm.unit,
         tl.where(close, low, 0.0),
-        tl.where(close, high, log_quotient),
+        tl.where(close, high, log_exp_sum_ratio),
     )
 
 
 @triton.jit
-def log_ratio_of(s, t, ratio):
-    """log p - log q."""
-    gap = (t - ratio.t_origin) * ratio.scale - (s - ratio.s_origin)
-    # The product meets high unrounded: where p is close to q, the two cancel.
-    return tl.fma(gap, ratio.unit, ratio.high) + ratio.low
+def evaluate_log_ratio(s, t, log_ratio):
+    """Return log p - log q."""
+    gap = (t - log_ratio.t_shift) * log_ratio.scale - (s - log_ratio.s_shift)
+    # A fused multiply-add, because the unrounded product cancels with high where p is close to q.
+    return tl.fma(gap, log_ratio.unit, log_ratio.high) + log_ratio.low
 
 
 @triton.jit
-def _log_sum(top, rest):
-    """The logarithm of 1 + rest; of a row that is -inf throughout that of 0, and of one with +inf not a number."""
-    value = tl.where(top < float("inf"), log1p(rest), float("nan"))
-    # A label that is compared apart from such a row still has a probability, which is 1. A NaN among the others stays.
-    return tl.where(top == -float("inf"), rest - float("inf"), value)
+def _log_exp_sum(max, exp_sum):  # noqa: A002 (the glossary's name)
+    """Return log(1 + exp_sum); log 0 for a row that is -inf throughout, and NaN for one that contains +inf or NaN."""
+    value = tl.where(max < float("inf"), log1p(exp_sum), float("nan"))
+    # If the label is excluded from a row that is otherwise -inf, its probability is 1. A NaN in exp_sum stays NaN.
+    return tl.where(max == -float("inf"), exp_sum - float("inf"), value)
 
 
 @triton.jit
-def conclude(row, student, teacher, plain_unit, t_plain_unit, moments):
-    """The statistics of a row from the sums over all of it."""
-    s_norm = Normalizer(_origin(row.s_top), student.unit, _log_sum(row.s_top, row.s_sum))
-    t_norm, plain, t_plain, phi, g = s_norm, s_norm, s_norm, 0.0, 0.0
-    ratio = Ratio(0.0, 0.0, 1.0, student.unit, 0.0, 0.0)
-    of_s, of_t, log_quotient = 0.0, 0.0, 0.0
-    t_sum, t_column, t_of_s, s_of_t = row.s_sum, row.s_column, row.s_top, row.s_top
-    if plain_unit is not None:
-        plain = Normalizer(_origin(row.s_top), plain_unit, _log_sum(row.s_top, row.plain_sum))
+def conclude(total, student, teacher, moments):
+    """Return the Statistics of a row from the Partial of all its columns."""
+    s_finite = finite_max(total.s_max)
+    s_norm = Normalizer(s_finite, student.unit, _log_exp_sum(total.s_max, total.s_exp_sum))
+    t_norm, s_norm_t1, t_norm_t1, phi, g = s_norm, s_norm, s_norm, 0.0, 0.0
+    log_ratio = LogRatio(0.0, 0.0, 1.0, student.unit, 0.0, 0.0)
+    s_gradient, t_gradient, log_exp_sum_ratio = 0.0, 0.0, 0.0
+    t_exp_sum, t_argmax = total.s_exp_sum, total.s_argmax
+    t_at_s_argmax, s_at_t_argmax = total.s_max, total.s_max
+    if student.unit_t1 is not None:
+        s_log_t1 = _log_exp_sum(total.s_max, total.s_exp_sum_t1)
+        s_norm_t1 = Normalizer(s_finite, student.unit_t1, s_log_t1)
     if teacher.unit is not None:
-        t_sum, t_column, t_of_s, s_of_t = row.t_sum, row.t_column, row.t_of_s, row.s_of_t
-        t_norm = Normalizer(_origin(row.t_top), teacher.unit, _log_sum(row.t_top, t_sum))
-        t_plain = t_norm
-        if t_plain_unit is not None:
-            t_plain_log_sum = _log_sum(row.t_top, row.t_plain_sum)
-            t_plain = Normalizer(_origin(row.t_top), t_plain_unit, t_plain_log_sum)
-        log_quotient = _log_quotient(row.s_sum, t_sum)
-        ratio = _ratio(s_norm, t_norm, log_quotient)
+        t_exp_sum, t_argmax = total.t_exp_sum, total.t_argmax
+        t_at_s_argmax, s_at_t_argmax = total.t_at_s_argmax, total.s_at_t_argmax
+        t_finite = finite_max(total.t_max)
+        t_norm = Normalizer(t_finite, teacher.unit, _log_exp_sum(total.t_max, t_exp_sum))
+        t_norm_t1 = t_norm
+        if teacher.unit_t1 is not None:
+            t_log_t1 = _log_exp_sum(total.t_max, total.t_exp_sum_t1)
+            t_norm_t1 = Normalizer(t_finite, teacher.unit_t1, t_log_t1)
+        log_exp_sum_ratio = _log_exp_sum_ratio(total.s_exp_sum, t_exp_sum)
+        log_ratio = _log_ratio_constants(s_norm, t_norm, log_exp_sum_ratio)
         if moments.forward is not None or moments.reverse is not None:
-            phi, g, of_s, of_t = _closed_form(
+            phi, g, s_gradient, t_gradient = _closed_form(
                 moments,
-                row.p_moment,
-                row.q_moment,
-                Top(row.s_column, row.s_sum, 0.0, 0.0, 0.0),
-                Top(t_column, t_sum, 0.0, 0.0, 0.0),
-                (s_of_t - s_norm.origin) * student.unit,
-                (t_of_s - t_norm.origin) * teacher.unit,
-                log_quotient,
-                tl.exp(log_probability(row.p_lost, t_norm)),
-                tl.exp(log_probability(row.q_lost, s_norm)),
+                total.p_moment,
+                total.q_moment,
+                Argmax(total.s_argmax, total.s_exp_sum, 0.0, 0.0, 0.0),
+                Argmax(t_argmax, t_exp_sum, 0.0, 0.0, 0.0),
+                (s_at_t_argmax - s_norm.max) * student.unit,
+                (t_at_s_argmax - t_norm.max) * teacher.unit,
+                log_exp_sum_ratio,
+                tl.exp(log_probability(total.t_lost_max, t_norm)),
+                tl.exp(log_probability(total.s_lost_max, s_norm)),
             )
-            known = s_norm.log_sum + t_norm.log_sum
-            phi = tl.where(known - known == 0.0, phi, float("nan"))
-    entropy = s_norm.log_sum - tl.div_rn(row.entropy_moment, 1.0 + row.s_sum)
-    entropy = tl.where(s_norm.log_sum > -float("inf"), entropy, float("nan"))
-    s_at = Top(row.s_column, row.s_sum, row.s_top, t_of_s, of_s)
-    t_at = Top(t_column, t_sum, row.t_top, s_of_t, of_t)
+            both = s_norm.log_exp_sum + t_norm.log_exp_sum
+            phi = tl.where(both - both == 0.0, phi, float("nan"))
+    entropy = s_norm.log_exp_sum - tl.div_rn(total.entropy_moment, 1.0 + total.s_exp_sum)
+    entropy = tl.where(s_norm.log_exp_sum > -float("inf"), entropy, float("nan"))
     return Statistics(
-        s_norm, t_norm, plain, t_plain, entropy, row.spread, s_at, t_at, ratio, log_quotient, phi, g
+        s_norm,
+        t_norm,
+        s_norm_t1,
+        t_norm_t1,
+        entropy,
+        total.centered_sum,
+        Argmax(total.s_argmax, total.s_exp_sum, total.s_max, t_at_s_argmax, s_gradient),
+        Argmax(t_argmax, t_exp_sum, total.t_max, s_at_t_argmax, t_gradient),
+        log_ratio,
+        log_exp_sum_ratio,
+        phi,
+        g,
     )
 
 
 @triton.jit
-def sweep_sums(
-    student,
-    teacher,
-    s_norm,
-    t_norm,
-    s_at,
-    t_at,
-    ratio,
-    apart,
-    V,
-    first_column,
-    split,
-    parameters,
-    DIVERGENCE: tl.constexpr,
-    FORM: tl.constexpr,
-    ALIGNED: tl.constexpr,
-    BLOCK_V: tl.constexpr,
-):
-    """(sum phi, sum g) of a divergence without a closed form, but for the two tops."""
-    lanes = tl.arange(0, BLOCK_V)
-    phi_sum = _fold(tl.zeros([BLOCK_V], tl.float32), ALIGNED)
+def no_statistics(s_unit):
+    """Return the Statistics of a row whose first sweep is not needed."""
+    s_norm = Normalizer(0.0, s_unit, 0.0)
+    none = Argmax(tl.full([], -1.0, tl.float32), 0.0, 0.0, 0.0, 0.0)
+    log_ratio = LogRatio(0.0, 0.0, 1.0, s_unit, 0.0, 0.0)
+    return Statistics(
+        s_norm, s_norm, s_norm, s_norm, 0.0, 0.0, none, none, log_ratio, 0.0, 0.0, 0.0
+    )
+
+
+@triton.jit
+def without_softmax(statistics, s_unit, t_unit):
+    """Return Statistics for a divergence of logits: log q and log p are then the tempered logits themselves."""
+    bare = no_statistics(s_unit)
+    t_norm, log_ratio = bare.t_norm, bare.log_ratio
+    if t_unit is not None:
+        t_norm = Normalizer(0.0, t_unit, 0.0)
+        log_ratio = LogRatio(0.0, 0.0, tl.div_rn(t_unit, s_unit), s_unit, 0.0, 0.0)
+    return Statistics(
+        bare.s_norm,
+        t_norm,
+        statistics.s_norm_t1,
+        statistics.t_norm_t1,
+        statistics.entropy,
+        statistics.centered_sum,
+        bare.s_argmax,
+        bare.t_argmax,
+        log_ratio,
+        0.0,
+        statistics.phi,
+        statistics.g,
+    )
+
+
+@triton.jit
+def with_sums(statistics, phi, g, s_gradient, t_gradient):
+    """Return Statistics with these sums, and with these gradients of the argmaxes."""
+    s, t = statistics.s_argmax, statistics.t_argmax
+    return Statistics(
+        statistics.s_norm,
+        statistics.t_norm,
+        statistics.s_norm_t1,
+        statistics.t_norm_t1,
+        statistics.entropy,
+        statistics.centered_sum,
+        Argmax(s.column, s.exp_sum, s.z, s.z_other, s_gradient),
+        Argmax(t.column, t.exp_sum, t.z, t.z_other, t_gradient),
+        statistics.log_ratio,
+        statistics.log_exp_sum_ratio,
+        phi,
+        g,
+    )
+
+
+@triton.jit
+def sweep_sums(student, teacher, statistics, excluded, parameters, columns, spec):
+    """Return (sum phi, sum g) of a divergence without a closed form; the argmaxes' columns are excluded."""
+    lanes = tl.arange(0, spec.BLOCK_V)
+    phi_sum = fold(tl.zeros([spec.BLOCK_V], tl.float32), spec.ALIGNED)
     g_sum = phi_sum
-    s_column = s_at.column.to(tl.int32) - first_column
-    t_column = t_at.column.to(tl.int32) - first_column
-    first, last = _tiles(V, split, BLOCK_V)
+    s_argmax = statistics.s_argmax.column.to(tl.int32) - columns.first
+    t_argmax = statistics.t_argmax.column.to(tl.int32) - columns.first
+    first, last = _tile_range(columns.V, columns.split, spec.BLOCK_V)
     for tile in range(first, last):
-        columns = tile * BLOCK_V + lanes
-        s, _ = read(student, columns, V)
-        t, _ = read(teacher, columns, V)
-        s = _others(s, columns, apart)
-        t = _others(t, columns, apart)
-        log_q = log_probability(s, s_norm)
-        log_p = log_probability(t, t_norm)
-        log_ratio = log_ratio_of(s, t, ratio)
-        phi, g, _ = evaluate(DIVERGENCE, parameters, log_p, log_q, log_ratio, 0.0, FORM)
-        if FORM % 2 == 1:
-            left_out = (columns == s_column) | (columns == t_column)
-            phi = tl.where(left_out, 0.0, phi)
-            g = tl.where(left_out, 0.0, g)
-        phi_sum += _fold(phi, ALIGNED)
-        g_sum += _fold(g, ALIGNED)
+        column = tile * spec.BLOCK_V + lanes
+        s, _ = read(student, column, columns.V)
+        t, _ = read(teacher, column, columns.V)
+        s = _exclude(s, column, excluded)
+        t = _exclude(t, column, excluded)
+        log_q = log_probability(s, statistics.s_norm)
+        log_p = log_probability(t, statistics.t_norm)
+        ratio = evaluate_log_ratio(s, t, statistics.log_ratio)
+        phi, g, _ = evaluate(spec.DIVERGENCE, parameters, log_p, log_q, ratio, 0.0, spec.FORM)
+        if spec.FORM % 2 == 1:
+            is_argmax = (column == s_argmax) | (column == t_argmax)
+            phi = tl.where(is_argmax, 0.0, phi)
+            g = tl.where(is_argmax, 0.0, g)
+        phi_sum += fold(phi, spec.ALIGNED)
+        g_sum += fold(g, spec.ALIGNED)
     return tl.sum(phi_sum, 0), tl.sum(g_sum, 0)
 
 
 @triton.jit
-def add_tops(
-    phi,
-    g,
-    s_norm,
-    t_norm,
-    s_at,
-    t_at,
-    log_quotient,
-    degree,
-    parameters,
-    DIVERGENCE: tl.constexpr,
-    FORM: tl.constexpr,
-):
-    """(sum phi, sum g, the student's gradient at its top, the teacher's at its own) from the sums of all others."""
-    lanes = tl.arange(0, 2)
-    of_s = lanes == 0
-    s = tl.where(of_s, s_at.z, t_at.other_z)
-    t = tl.where(of_s, s_at.other_z, t_at.z)
-    x_s = (s - s_norm.origin) * s_norm.unit
-    x_t = (t - t_norm.origin) * t_norm.unit
-    log_ratio = (x_t - x_s) + log_quotient
-    log_q = x_s - s_norm.log_sum
-    log_p = x_t - t_norm.log_sum
-    phis, gs, hs = evaluate(DIVERGENCE, parameters, log_p, log_q, log_ratio, degree, FORM)
-    g_s = tl.sum(tl.where(of_s, gs, 0.0), 0)
-    h_s = tl.sum(tl.where(of_s, hs, 0.0), 0)
-    g_t = tl.sum(tl.where(of_s, 0.0, gs), 0)
-    h_t = tl.sum(tl.where(of_s, 0.0, hs), 0)
-    phi_s = tl.sum(tl.where(of_s, phis, 0.0), 0)
-    phi_t = tl.sum(tl.where(of_s, 0.0, phis), 0)
-    two = s_at.column != t_at.column
-    g_others = tl.where(two, g + g_t, g)
+def add_argmaxes(phi, g, statistics, degree, parameters, spec):
+    """Add the argmaxes to the sums; return (sum phi, sum g, student's gradient at its argmax, teacher's at its own)."""
+    s_norm, t_norm = statistics.s_norm, statistics.t_norm
+    s_argmax, t_argmax = statistics.s_argmax, statistics.t_argmax
+    # Two lanes: the student's argmax and the teacher's.
+    is_s = tl.arange(0, 2) == 0
+    s = tl.where(is_s, s_argmax.z, t_argmax.z_other)
+    t = tl.where(is_s, s_argmax.z_other, t_argmax.z)
+    x_s = (s - s_norm.max) * s_norm.unit
+    x_t = (t - t_norm.max) * t_norm.unit
+    ratio = (x_t - x_s) + statistics.log_exp_sum_ratio
+    log_q = x_s - s_norm.log_exp_sum
+    log_p = x_t - t_norm.log_exp_sum
+    phis, gs, hs = evaluate(spec.DIVERGENCE, parameters, log_p, log_q, ratio, degree, spec.FORM)
+    g_s = tl.sum(tl.where(is_s, gs, 0.0), 0)
+    h_s = tl.sum(tl.where(is_s, hs, 0.0), 0)
+    g_t = tl.sum(tl.where(is_s, 0.0, gs), 0)
+    h_t = tl.sum(tl.where(is_s, 0.0, hs), 0)
+    phi_s = tl.sum(tl.where(is_s, phis, 0.0), 0)
+    phi_t = tl.sum(tl.where(is_s, 0.0, phis), 0)
+    differ = s_argmax.column != t_argmax.column
+    g_others = tl.where(differ, g + g_t, g)
     h = degree * phi - g
-    h_others = tl.where(two, h + h_s, h)
-    student = tl.div_rn(g_s * s_at.rest - g_others, 1.0 + s_at.rest)
-    teacher = tl.div_rn(h_t * t_at.rest - h_others, 1.0 + t_at.rest)
+    h_others = tl.where(differ, h + h_s, h)
+    s_gradient = tl.div_rn(g_s * s_argmax.exp_sum - g_others, 1.0 + s_argmax.exp_sum)
+    t_gradient = tl.div_rn(h_t * t_argmax.exp_sum - h_others, 1.0 + t_argmax.exp_sum)
     phi += phi_s
-    return tl.where(two, phi + phi_t, phi), g_others + g_s, student, teacher
+    return tl.where(differ, phi + phi_t, phi), g_others + g_s, s_gradient, t_gradient
 
 
 @triton.jit
-def with_more(at, more):
-    """A top where the sum that its side's derivatives have over the other columns is larger by that."""
-    gradient = at.gradient - tl.div_rn(more, 1.0 + at.rest)
-    return Top(at.column, at.rest, at.z, at.other_z, gradient)
+def with_more(argmax, more):
+    """Return an Argmax for a derivative whose sum over the other columns is larger by `more`."""
+    gradient = argmax.gradient - tl.div_rn(more, 1.0 + argmax.exp_sum)
+    return Argmax(argmax.column, argmax.exp_sum, argmax.z, argmax.z_other, gradient)
 
 
 @triton.jit
-def where_finite(at, phi):
-    """A top, which is none in a row whose divergence is infinite: the limit of its gradient is the kernel's to find."""
-    known = (phi - phi == 0.0) & (at.gradient - at.gradient == 0.0)
-    return Top(tl.where(known, at.column, -1.0), at.rest, at.z, at.other_z, at.gradient)
+def where_finite(argmax, phi):
+    """Return an Argmax, or none if the divergence is infinite: sweep_gradients then finds the limit of the gradient."""
+    finite = (phi - phi == 0.0) & (argmax.gradient - argmax.gradient == 0.0)
+    column = tl.where(finite, argmax.column, -1.0)
+    return Argmax(column, argmax.exp_sum, argmax.z, argmax.z_other, argmax.gradient)
 
 
 @triton.jit
 def _project(derivative, log_x, total, FORM: tl.constexpr):
-    """From a derivative by log-probabilities to one by tempered logits: g_v - q_v sum_u g_u."""
+    """Turn a derivative by log-probabilities into one by tempered logits: g_v - q_v sum_u g_u."""
     if FORM % 2 == 1:
         derivative -= tl.exp(log_x) * total
     return derivative
 
 
 @triton.jit
-def _store(pointer, columns, value, width):
-    tl.store(pointer + columns, value.to(pointer.dtype.element_ty), mask=columns < width)
+def _store(pointer, column, value, width):
+    tl.store(pointer + column, value.to(pointer.dtype.element_ty), mask=column < width)
 
 
 @triton.jit
 def sweep_gradients(
     student,
     teacher,
-    s_norm,
-    t_norm,
-    plain,
-    s_at,
-    t_at,
-    ratio,
-    first_column,
-    sums,
-    of_apart,
+    statistics,
+    value,
     factors,
+    label_column,
+    excluded,
     degree,
-    apart,
-    label,
-    smoothing,
-    vocabulary,
-    V,
-    width,
-    split,
     parameters,
-    DIVERGENCE: tl.constexpr,
-    FORM: tl.constexpr,
-    BLOCK_V: tl.constexpr,
+    columns,
+    spec,
 ):
-    """Write the gradients, in reverse order: what the sweep before read last is what the caches still hold.
-
-    Where a column is apart, its share of sums is of_apart; it is the label's.
-    """
-    lanes = tl.arange(0, BLOCK_V)
-    s_column = s_at.column.to(tl.int32) - first_column
-    t_column = t_at.column.to(tl.int32) - first_column
-    first, last = _tiles(width, split, BLOCK_V)
-    for back in range(first, last):
-        columns = (first + last - 1 - back) * BLOCK_V + lanes
-        s, s_slope = read(student, columns, V)
-        gradient = tl.zeros([BLOCK_V], tl.float32)
+    """Write the gradients, in reverse order, because caches still hold what the sweep before read last."""
+    V = columns.V
+    lanes = tl.arange(0, spec.BLOCK_V)
+    s_argmax = value.s_argmax.column.to(tl.int32) - columns.first
+    t_argmax = value.t_argmax.column.to(tl.int32) - columns.first
+    first, last = _tile_range(columns.width, columns.split, spec.BLOCK_V)
+    for reverse in range(first, last):
+        column = (first + last - 1 - reverse) * spec.BLOCK_V + lanes
+        s, s_slope = read(student, column, V)
+        gradient = tl.zeros([spec.BLOCK_V], tl.float32)
         if factors.distillation is not None:
-            t, t_slope = read(teacher, columns, V)
-            s_other = _others(s, columns, apart)
-            t_other = _others(t, columns, apart)
-            log_q = log_probability(s_other, s_norm)
-            log_p = log_probability(t_other, t_norm)
-            log_ratio = log_ratio_of(s_other, t_other, ratio)
-            _, g, h = evaluate(DIVERGENCE, parameters, log_p, log_q, log_ratio, degree, FORM)
-            gradient = _project(g, log_q, sums.g, FORM)
-            if FORM % 2 == 1:
-                gradient = tl.where(columns == s_column, s_at.gradient, gradient)
-            if apart is not None:
-                gradient = tl.where(columns == apart, of_apart.g, gradient)
+            t, t_slope = read(teacher, column, V)
+            s_others = _exclude(s, column, excluded)
+            t_others = _exclude(t, column, excluded)
+            log_q = log_probability(s_others, statistics.s_norm)
+            log_p = log_probability(t_others, statistics.t_norm)
+            ratio = evaluate_log_ratio(s_others, t_others, statistics.log_ratio)
+            _, g, h = evaluate(spec.DIVERGENCE, parameters, log_p, log_q, ratio, degree, spec.FORM)
+            gradient = _project(g, log_q, value.sums.g, spec.FORM)
+            if spec.FORM % 2 == 1:
+                gradient = tl.where(column == s_argmax, value.s_argmax.gradient, gradient)
+            if excluded is not None:
+                gradient = tl.where(column == excluded, value.label_sums.g, gradient)
             gradient *= factors.distillation
-            if teacher.model.width is not None:
-                h = _project(h, log_p, sums.h, FORM)
-                if FORM % 2 == 1:
-                    h = tl.where(columns == t_column, t_at.gradient, h)
-                if apart is not None:
-                    h = tl.where(columns == apart, of_apart.h, h)
-                h = tl.where(columns < V, h * t_slope * factors.teacher, 0.0)
-                _store(teacher.gradient, columns, h, teacher.model.width)
-        if student.model.width is not None:
+            if teacher.side.width is not None:
+                h = _project(h, log_p, value.sums.h, spec.FORM)
+                if spec.FORM % 2 == 1:
+                    h = tl.where(column == t_argmax, value.t_argmax.gradient, h)
+                if excluded is not None:
+                    h = tl.where(column == excluded, value.label_sums.h, h)
+                h = tl.where(column < V, h * t_slope * factors.teacher, 0.0)
+                _store(teacher.gradient, column, h, teacher.side.width)
+        if student.side.width is not None:
             if factors.cross_entropy is not None:
-                target = tl.where(columns == label, 1.0, 0.0)
-                if smoothing is not None:
-                    target = (1.0 - smoothing) * target + smoothing / vocabulary
-                q_plain = tl.exp(log_probability(s, plain))
-                gradient += (q_plain - target) * factors.cross_entropy
-            gradient = tl.where(columns < V, gradient * s_slope, 0.0)
-            _store(student.gradient, columns, gradient, student.model.width)
+                target = tl.where(column == label_column, 1.0, 0.0)
+                if factors.smoothing is not None:
+                    target = (1.0 - factors.smoothing) * target
+                    target += factors.smoothing / columns.vocabulary
+                q_t1 = tl.exp(log_probability(s, value.s_norm_t1))
+                gradient += (q_t1 - target) * factors.cross_entropy
+            gradient = tl.where(column < V, gradient * s_slope, 0.0)
+            _store(student.gradient, column, gradient, student.side.width)
 
 
 @triton.jit
 def sweep_zeros(pointer, width, split, BLOCK_V: tl.constexpr):
-    """The gradient of a row that is dropped."""
+    """Write zeros: the gradient of a dropped row."""
     lanes = tl.arange(0, BLOCK_V)
-    first, last = _tiles(width, split, BLOCK_V)
+    first, last = _tile_range(width, split, BLOCK_V)
     for tile in range(first, last):
         _store(pointer, tile * BLOCK_V + lanes, tl.zeros([BLOCK_V], tl.float32), width)

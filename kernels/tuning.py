@@ -1,12 +1,10 @@
-"""Tiles of rows that have one program, as bench/studies/tune.py has timed them.
+"""Timed tiles of rows with one program each. bench/studies/tune.py writes this file, one architecture at a time.
 
-It writes this file, an architecture at a time.
-
-No entry has been timed yet: every tile is that of the rule in `rows.tile`.
+No entry has been timed yet, so every tile comes from the rule in `launch.tile`.
 """
 
 from __future__ import annotations
 
-# (architecture, bytes of a logit, whether the divergence has a closed form, columns rounded up to a power of 2)
-# to (BLOCK_V, num_warps)
+# The keys are (architecture, bytes of a logit, whether the divergence has a closed form, columns rounded up to a power
+# of 2), the values (BLOCK_V, num_warps).
 TILES: dict[tuple[str, int, bool, int], tuple[int, int]] = {}

@@ -68,10 +68,10 @@ def host_time(
 
 
 def steps(rounds: int) -> tuple[Table, list[dict[str, Any]]]:
-    """The times of kd_rows in a call, of its launch, and of a launch whose kernel is compiled (kernels/kernel.py)."""
+    """The times of kd_rows in a call, of its launch, and of a launch whose kernel is compiled (kernels/launch.py)."""
     from fastkd.call.contract import Options, Want
     from fastkd.call.contract import Rows as RowValues
-    from fastkd.kernels import kernel as kernels
+    from fastkd.kernels import launch as kernels
 
     options = Options(fastkd.forward_kl(), vocab_size=1_000)
     inputs = (torch.randn(8, 1_000), torch.randn(8, 1_000), RowValues(), options, Want(True))

@@ -71,7 +71,7 @@ def memory_row(
             peak = in_a_process(memory_of, (name, divergence, contender, budget), threads)
         except (
             subprocess.CalledProcessError
-        ):  # such as a process that the system killed for its memory
+        ):  # for example because the system ended it for its memory
             peak = None
         row.append("-" if peak is None else f"{peak / MIB:,.0f}")
         if peak is not None:
@@ -81,7 +81,7 @@ def memory_row(
 
 
 def errors(divergence: str, dtype: str, rows: int = 64, columns: int = 8192) -> list[list[str]]:
-    """Gradient errors against float64 on the same rounded operands, on a part of SmolLM2's vocabulary."""
+    """Gradient errors against float64 on the same rounded operands, for a few rows and a part of the vocabulary."""
     case = CASES["SmolLM2"]._replace(divergence=divergence, dtype=dtype)
     whole = Problem(case).tensors
     leaves, others = ([hidden[:rows].detach(), head[:columns].detach()] for hidden, head in whole)

@@ -32,14 +32,14 @@ CONTENDERS = (
     "eager", "eager, no upcast", "torch.compile", "fastkd (cpu)", "fastkd (portable)", "fastkd (cpu, in place)",
 )  # fmt: skip
 COLUMNS = [column(name) for name in CONTENDERS]
-FORWARD_COLUMNS = COLUMNS[:-1]  # a forward overwrites nothing
+FORWARD_COLUMNS = COLUMNS[:-1]  # a forward alone cannot be in place
 CACHED_COLUMNS = 8_192  # 64 KB for two float32 tensors, which fits any second-level cache
 OVERHEAD_SHAPE = (8, 1_000)
 OVERHEAD_ROUNDS = 300
 
 
 def floors(problem: Problem) -> dict[str, Contender]:
-    """Work that takes as long as the fastest possible loss."""
+    """Work that bounds the time of any loss from below."""
     student, teacher = (x.detach() for x in (*problem.tensors.leaves, *problem.tensors.others))
     a, b = (x.view(torch.int32) for x in (student, teacher))  # adding integers costs nothing
     rows = student.numel() // CACHED_COLUMNS

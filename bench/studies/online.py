@@ -37,7 +37,7 @@ COLUMNS = (
 def pairwise(
     students: Sequence[Tensor], dtype: torch.dtype = torch.float32, once: bool = True
 ) -> list[Tensor]:
-    """The mean KL to the peers, for each student. once: compute each log-softmax once, not once for every pair."""
+    """The mean KL of each student to its peers. once: compute each log-softmax once instead of for every pair."""
 
     def of_call(i: int) -> Tensor:
         return students[i].to(dtype).log_softmax(-1)

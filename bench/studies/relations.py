@@ -30,7 +30,7 @@ from fastkd.relations import rkd_angle_loss
 
 SHAPES = ((512, 512), (1024, 512), (4096, 512))
 MARGIN = 1.15  # free memory that a case must find, as a multiple of what it should need
-STEPS = 1 << 40  # N^3 D from which float64 takes more than minutes
+STEPS = 1 << 40  # for a larger N^3 D, float64 takes more than minutes
 
 
 def cosines(x: Tensor, apexes: Tensor | None = None) -> Tensor:

@@ -41,9 +41,9 @@ def command_line(
     choices: Iterable[str] | None = None,
     shapes: Sequence[tuple[int, int]] = (),
 ) -> argparse.ArgumentParser:
-    """A parser with the common options, and with those of the arguments that are given; each is a default.
+    """A parser with the common options. An argument that is given adds its option, and is the option's default.
 
-    choices: The divergences to choose from, if there are more than the default ones.
+    choices: The allowed divergences, if there are more than the default ones.
     """
     parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -75,12 +75,12 @@ def parsed(parser: argparse.ArgumentParser) -> argparse.Namespace:
 
 
 def column(contender: str) -> str:
-    """A contender's name in the tables of studies, where fastkd is its CPU backend unless another is named."""
+    """A contender's name in the tables of studies, where plain "fastkd" means its CPU backend."""
     return contender.replace(" (cpu)", "").replace(" (cpu, in place)", " in place")
 
 
 def contenders(problem: Problem, names: Iterable[str]) -> dict[str, tuple[Peer, Call]]:
-    """The suite's contenders that can run the case, by column. A name may be the beginning of a contender's."""
+    """The contenders of peers.py that can run the case, by column. A name selects the first that begins with it."""
     case = problem.case
     peers = of_case(case.form, case.divergence, DTYPES[case.dtype], case.device)
     found = {}

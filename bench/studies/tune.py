@@ -24,7 +24,7 @@ from tables import Table
 
 import fastkd
 from fastkd.call.contract import Options, Rows, Want
-from fastkd.kernels import kernel as kernels
+from fastkd.kernels import launch as kernels
 from fastkd.kernels import tuning
 
 # A program of 32 warps has a multiprocessor to itself: half as many row pairs are in flight, so L2 keeps more of them.
@@ -125,7 +125,7 @@ def write(architecture: str, entries: dict[Key, Tile]) -> None:
     """Replace this architecture's entries in kernels/tuning.py."""
     path = ROOT / "kernels" / "tuning.py"
     before, declaration, _ = path.read_text().partition("TILES: ")
-    rule = "\nArchitectures without an entry use the rule in `kernel.tile`.\n"
+    rule = "\nArchitectures without an entry use the rule in `launch.tile`.\n"
     before = re.sub(r"\nNo entry has been timed yet.*\n", rule, before)
     others = {key: tile for key, tile in tuning.TILES.items() if key[0] != architecture}
     lines = [f"    {key}: {tile},\n" for key, tile in sorted((others | entries).items())]

@@ -108,6 +108,12 @@ FASTKD_PER_ROW void finish_statistics(const Call& call, RowState& row) {
   set_closed_form(weights, means, s_log_sum, t_log_sum, row.phi, row.g);
   set_sure_columns(call, row);
   row.finite = row.log_0_policy || (!logs_overflow(row) && finite(float(row.phi) + float(row.entropy)));
+  // NaN or +inf among the logits makes the whole row NaN: a comparison in a definition could hide it. If the label is
+  // compared separately, neither sum contains its logits.
+  const double log_sums = s_log_sum + t_log_sum;
+  const bool infinite = all.s_max == INF || all.t_max == INF ||
+                        (has_label_term(call) && (row.z_label == INF || row.t_label == INF));
+  if (call.normalized && call.alpha != 0 && (infinite || log_sums != log_sums)) row.weight = NAN;
 }
 
 // Computes the label term from the sums of the other tokens' exponentials.

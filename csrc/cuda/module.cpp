@@ -95,6 +95,7 @@ PYBIND11_MODULE(FASTKD_MODULE, module) {
   module.def("scale_rows", &scale);
   module.def("plan", &layout_of_a_row, py::arg("vocabulary"), py::arg("student_dtype"), py::arg("teacher_dtype"), py::arg("sparse"), py::arg("rows") = 1, py::arg("multiprocessors") = 0,
              "(blocks per row, threads per block, columns per block); None if a row does not fit on chip.");
+  module.attr("OPTION_NAMES") = OPTION_NAMES;
   module.attr("STATISTICS") = STATISTICS;
   module.attr("SUMS") = SUMS;
   module.def("divergences", &divergences, "Names of the compiled definitions, by number.");

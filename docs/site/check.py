@@ -1,6 +1,6 @@
 """Checks the built site: python docs/site/check.py build/site
 
-Every link and anchor within it leads somewhere, and nothing on it is loaded from anywhere else.
+It reports links and anchors within the site that lead nowhere, and anything that is loaded from another site.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from urllib.parse import unquote, urlsplit
 
 
 class Page(HTMLParser):
-    """What a page links to, what it loads, and which anchors it has."""
+    """The links of a page, what it loads, and its anchors."""
 
     def __init__(self, path: Path) -> None:
         super().__init__()
@@ -34,7 +34,7 @@ class Page(HTMLParser):
 
 
 def problems(site: Path) -> list[str]:
-    """One line for each."""
+    """One line per problem."""
     pages = {path.resolve(): Page(path) for path in sorted(site.rglob("*.html"))}
     found = [] if pages else [f"{site} has no page"]
     for path, page in pages.items():
@@ -45,7 +45,7 @@ def problems(site: Path) -> list[str]:
                 if target in page.loaded and parts.scheme != "data":
                     found.append(f"{where} loads {target}")
                 continue
-            # 404.html is served for any address, so that its links begin at the root.
+            # 404.html is served for any address, so its links start at the root.
             root = site.resolve() if parts.path.startswith("/") else path.parent
             goal = (root / unquote(parts.path).lstrip("/")).resolve() if parts.path else path
             goal = goal / "index.html" if goal.is_dir() else goal

@@ -5,6 +5,8 @@ an editor, in help() and on a code host. Two places hold formulas: an indented b
 table's column that is headed "formula". Fenced blocks are code.
 """
 
+# ruff: noqa: RUF001 - Greek letters, minus signs and primes are meant
+
 from __future__ import annotations
 
 import html
@@ -15,9 +17,10 @@ GREEK = {
     "alpha": "α", "beta": "β", "gamma": "γ", "delta": "δ", "eps": "ε", "theta": "θ", "lambda": "λ", "mu": "μ",
     "phi": "φ", "tau": "τ",
 }  # fmt: skip
-FUNCTIONS = set(
-    "KL CE JSD TCKD NCKD D H log exp max min mean std cos huber Huber softmax argmax lse NLL sg logaddexp".split()
-)
+FUNCTIONS = {
+    "KL", "CE", "JSD", "TCKD", "NCKD", "NLL", "D", "H", "Huber", "argmax", "cos", "exp", "huber", "log", "logaddexp",
+    "lse", "max", "mean", "min", "sg", "softmax", "std",
+}  # fmt: skip
 OPERATORS = {
     "||": "‖", "|": "|", "<-": "←", "->": "→", ">=": "≥", "<=": "≤", "!=": "≠", "-": "−", "*": "·", "...": "…",
     "|->": "↦",
@@ -32,10 +35,10 @@ TOKEN = re.compile(
     re.S,
 )
 OPEN, CLOSE = {"(": ")", "[": "]", "{": "}"}, ")]}"
-# What no formula has: keyword arguments, calls of functions with an underscore, statements, attributes.
+# Signs of code: keyword arguments, calls of functions with an underscore, statements, attributes.
 CODE = re.compile(
-    r"^ *(from|import|for|def|class|with|if)\b|(?<!\w)(?!log_softmax)[a-z]\w+_\w+\(|\w=[\w\"{(]|\w\[[:\w]|[a-z]{2}\.[a-z]{2}|\w\w:$"
-    r"|-> [A-Z]\w+$",
+    r"^ *(from|import|for|def|class|with|if)\b|(?<!\w)(?!log_softmax)[a-z]\w+_\w+\(|\w=[\w\"{(]"
+    r"|\w\[[:\w]|[a-z]{2}\.[a-z]{2}|\w\w:$|-> [A-Z]\w+$",
     re.M,
 )
 MATHS = re.compile(
@@ -170,7 +173,8 @@ def _word(text: str) -> Item:
         letter = f"<mi>{GREEK.get(stem, stem)}</mi>"
         return Item("operand", f"<msup>{letter}<mo>{prime}</mo></msup>" if prime else letter)
     if set(stem) <= set("ab") or re.fullmatch("d[a-zA-Z]", stem):
-        return Item("operand", "".join(f"<mi>{letter}</mi>" for letter in stem))
+        letters = "".join(f"<mi>{letter}</mi>" for letter in stem)
+        return Item("operand", f"<mrow>{letters}</mrow>", letters)
     return Item("text", f"<mtext>{html.escape(text)}</mtext>")
 
 

@@ -1,12 +1,10 @@
-"""Hooks of the documentation site (mkdocs.yml): what lies above docs/ is on it too, and drawings are part of a page.
+"""Hooks of the documentation site (mkdocs.yml).
 
-Pages link to files of the checkout, as they must to work there: ``../README.md``, ``../examples/distributed.py``. On
-the site those files are pages as well, a Markdown one at its path, any other as its text under source/. And
-
-    <!-- on the site: README.md#numbers -->
-
-is replaced by that section, so that a table stands in one place; likewise img/bench/*.svg by those plots. Formulas are
-typeset (formulas.py).
+- Pages link to files of the checkout, such as ``../README.md`` or ``../examples/distributed.py``, as they must in the
+  checkout. The site has these files as pages too: Markdown at its own path, any other file as text under source/.
+- ``<!-- on the site: FILE.md#section -->`` is replaced by that section, and
+  ``<!-- on the site: img/bench/*.svg -->`` by these plots, so that each stands in one place.
+- Formulas are typeset (formulas.py), and drawings become part of the page.
 """
 
 from __future__ import annotations
@@ -51,25 +49,25 @@ LANGUAGES = {
 
 
 def _of_checkout(uri: str) -> str:
-    """The path in the checkout of a page of the site."""
+    """The path in the checkout of a page on the site."""
     if (ROOT / "docs" / uri).is_file():
         return f"docs/{uri}"
     return uri.replace("overview.md", "README.md")
 
 
 def _of_site(path: str) -> str:
-    """The page of the site that has a file of the checkout."""
+    """The page on the site for a file of the checkout."""
     if path.startswith("docs/") and not path.endswith(".py"):
         return path.removeprefix("docs/")
     if not path.endswith(".md"):
         return f"source/{path}.md"
     return path.replace(
         "README.md", "overview.md"
-    )  # by its own name it would be the index of its folder
+    )  # README.md would become the index of its folder
 
 
 def _links(markdown: str) -> list[str]:
-    """Targets of links to files, as they are written."""
+    """Targets of links to files, as written on the page."""
     found = (match[2] for part in FENCE.split(markdown)[::2] for match in LINK.finditer(part))
     return [target for target in found if not re.match(r"[a-z]+:|#", target)]
 
@@ -81,14 +79,14 @@ def _target(path: str, link: str) -> tuple[str, str]:
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
-    """Adds the files above docs/ that the navigation names or a page links to."""
+    """Adds the files outside docs/ that the navigation names or a page links to."""
     known = {file.src_uri for file in files}
     pages = [_of_checkout(uri) for uri in (*known, *_leaves(config.nav)) if uri.endswith(".md")]
     while pages:
         path = pages.pop()
         uri = _of_site(path)
         if not (ROOT / path).is_file():
-            continue  # mkdocs says who names it
+            continue  # mkdocs reports it
         text = (ROOT / path).read_text(encoding="utf-8")
         if uri not in known:
             known.add(uri)
@@ -104,7 +102,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 
 def _leaves(nav: Any) -> list[str]:
-    """The files that a navigation names."""
+    """The files in a navigation."""
     if isinstance(nav, str):
         return [nav]
     children = nav.values() if isinstance(nav, dict) else nav or []
@@ -112,18 +110,18 @@ def _leaves(nav: Any) -> list[str]:
 
 
 def _shown(path: str, text: str) -> str:
-    """A page with the text of a file."""
+    """A page that shows the text of a file."""
     return f"# {path}\n\n``````{LANGUAGES.get(Path(path).suffix, 'text')}\n{text}\n``````\n"
 
 
 def _outside_of_code(markdown: str, change: Callable[[str], str]) -> str:
-    """Markdown with everything but its blocks of code changed."""
+    """Markdown with a change applied to everything except blocks of code."""
     parts = FENCE.split(markdown)
     return "".join(part if n % 2 else change(part) for n, part in enumerate(parts))
 
 
 def _relinked(markdown: str, path: str, rename: Callable[[str], str]) -> str:
-    """Markdown of the file at `path` of the checkout with other links to files: rename gives them, from paths there."""
+    """Markdown of the file at `path` in the checkout; `rename` maps the path of a linked file to the new link."""
 
     def relink(match: re.Match[str]) -> str:
         if re.match(r"[a-z]+:|#", match[2]):
@@ -134,8 +132,20 @@ def _relinked(markdown: str, path: str, rename: Callable[[str], str]) -> str:
     return _outside_of_code(markdown, lambda text: LINK.sub(relink, text))
 
 
+def _without_folders(markdown: str, path: str) -> str:
+    """Markdown without links to folders of the checkout, which are no pages of the site: their text stays."""
+
+    def text_of(match: re.Match[str]) -> str:
+        target, _ = _target(path, match[2])
+        return match[1] if (ROOT / target).is_dir() else match[0]
+
+    return _outside_of_code(
+        markdown, lambda text: re.sub(r"\[([^\]]*)\]\(([\w./-]+)\)", text_of, text)
+    )
+
+
 def _section(path: str, anchor: str) -> str:
-    """A section of a Markdown file of the checkout, from below its heading to the next, with links as in docs/."""
+    """The body of a section of a Markdown file of the checkout, with links relative to docs/."""
     text = _relinked(
         (ROOT / path).read_text(encoding="utf-8"), path, lambda to: posixpath.relpath(to, "docs")
     )
@@ -157,21 +167,22 @@ def _plots(folder: str) -> str:
 
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
-    """Includes sections, and has links lead to pages of the site."""
+    """Includes sections and plots, and points links to pages of the site."""
     uri = page.file.src_uri
     if uri.startswith("source/"):
         return markdown
-    markdown = TITLE.sub(r'\1"\2"', markdown)  # what a page says without quotes, as tests read it
+    markdown = TITLE.sub(r'\1"\2"', markdown)  # pages have no quotes there, which tests rely on
     markdown = SECTION.sub(lambda match: _section(match[1], match[2]), markdown)
     markdown = PLOTS.sub(lambda match: _plots(match[1]), markdown)
     folder = posixpath.dirname(uri) or "."
+    markdown = _without_folders(markdown, _of_checkout(uri))
     return _relinked(
         markdown, _of_checkout(uri), lambda to: posixpath.relpath(_of_site(to), folder)
     )
 
 
 def on_page_content(html: str, page: Page, config: MkDocsConfig, files: Files) -> str:
-    """Typesets formulas, puts drawings into the page, where they take its colours, and headings into cells."""
+    """Typesets formulas, inlines drawings so that they take the page's colours, and labels the cells of tables."""
 
     def inline(match: re.Match[str]) -> str:
         svg = (ROOT / "docs" / match[2]).read_text(encoding="utf-8")

@@ -8,8 +8,8 @@
     + options = {"alpha": 0.9, "temperature": 2.0}
     + trainer = KDTrainer(student, args, train_dataset=data, teacher_model=teacher, loss_kwargs=options)
 
-PlainTrainer is what one writes by hand, below. Both are trained here from the same weights on the same batches, and
-their losses have to agree. `--fused` computes fastkd's from hidden states and lm_heads, without logits.
+PlainTrainer, below, is written by hand. Both trainers start from the same weights and see the same batches, and their
+losses must agree. `--fused` computes fastkd's loss from hidden states and lm_heads, without logits.
 """
 
 import tempfile
@@ -60,14 +60,14 @@ class PlainTrainer(Trainer):
 
 
 def main(
-    tiny: Annotated[bool, typer.Option(help="Two tiny models, and nothing to install.")] = False,
-    fused: Annotated[bool, typer.Option(help="Without logits.")] = False,
+    tiny: Annotated[bool, typer.Option(help="Use two tiny models; needs no download.")] = False,
+    fused: Annotated[bool, typer.Option(help="Compute the loss without logits.")] = False,
     steps: Annotated[int, typer.Option(min=1)] = 3,
-    assets: Annotated[Path, typer.Option(help="Where SmolLM2 lies.")] = ASSETS,
+    assets: Annotated[Path, typer.Option(help="Folder with SmolLM2.")] = ASSETS,
 ) -> None:
-    """Distil with a loss in PyTorch, then with fastkd's."""
+    """Distil with a loss in PyTorch and with fastkd's, and compare."""
     models = setting(tiny, assets)
-    proverbs = models.tokenizer([f"{begun} {ended}" for begun, ended in PROVERBS])
+    proverbs = models.tokenizer([f"{start} {end}" for start, end in PROVERBS])
     dataset = [{"input_ids": ids} for ids in proverbs["input_ids"]]
     with tempfile.TemporaryDirectory() as folder:
         args = TrainingArguments(

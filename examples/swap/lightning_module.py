@@ -11,9 +11,9 @@ The swap, in `distillation_loss`:
     -    return T**2 * kl[labels != -100].mean()
     +    return fastkd.kd_loss(student_logits, teacher_logits, labels, temperature=T)
 
-Both train the same student on the same batches; the run fails where the curves differ by more than rounding does. With
---whole it is fastkd.compat.lightning.DistillationModule in place of a module of one's own, which also keeps the teacher
-out of checkpoints and has the mean right under accumulate_grad_batches.
+Both train the same student on the same batches; the run fails if the curves differ by more than rounding errors. With
+--whole, fastkd.compat.lightning.DistillationModule replaces the whole module; it also keeps the teacher out of
+checkpoints and computes the exact mean under accumulate_grad_batches.
 """
 
 import logging
@@ -30,7 +30,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 with warnings.catch_warnings():
-    warnings.simplefilter("ignore")  # of other packages that it could use
+    warnings.simplefilter("ignore")  # lightning warns about optional packages
     import lightning
 
 import fastkd
@@ -41,7 +41,7 @@ OPTIMIZER = partial(torch.optim.AdamW, lr=3e-4)
 
 
 class Distillation(lightning.LightningModule):
-    """The module that a user has."""
+    """A user's module, with the loss in PyTorch."""
 
     def __init__(self, student: torch.nn.Module, teacher: torch.nn.Module) -> None:
         super().__init__()
@@ -50,14 +50,14 @@ class Distillation(lightning.LightningModule):
     def distillation_loss(
         self, student_logits: Tensor, teacher_logits: Tensor, labels: Tensor
     ) -> Tensor:
-        """The loss as one writes it: logits [B, S, V], labels [B, S], -100 where a position does not count."""
+        """Compute the loss of logits [B, S, V] in PyTorch; labels [B, S] are -100 at positions that are dropped."""
         log_q = F.log_softmax(student_logits.float() / T, dim=-1)
         log_p = F.log_softmax(teacher_logits.float() / T, dim=-1)
         kl = F.kl_div(log_q, log_p, log_target=True, reduction="none").sum(-1)
         return T**2 * kl[labels != -100].mean()
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """The loss of a batch."""
+        """Return the loss of a batch."""
         self.teacher.eval()
         teacher_logits = self.teacher(batch["input_ids"]).logits
         student_logits = self.student(batch["input_ids"]).logits
@@ -66,37 +66,37 @@ class Distillation(lightning.LightningModule):
         return loss
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        """Of the student alone."""
+        """Return an optimizer of the student's parameters."""
         return OPTIMIZER([p for p in self.student.parameters() if p.requires_grad])
 
 
 class WithFastkd(Distillation):
-    """The same, with the loss swapped."""
+    """The same module with fastkd's loss."""
 
     def distillation_loss(
         self, student_logits: Tensor, teacher_logits: Tensor, labels: Tensor
     ) -> Tensor:
-        """The same number."""
+        """Compute the same loss with fastkd."""
         return fastkd.kd_loss(student_logits, teacher_logits, labels, temperature=T)
 
 
-class Noting(lightning.Callback):
-    """Notes the loss of each step."""
+class LossCallback(lightning.Callback):
+    """Passes the loss of each step to a function."""
 
     def __init__(self, note: Note) -> None:
         self.note = note
 
     def on_train_batch_end(self, trainer: lightning.Trainer, *args: Any) -> None:
-        """What the module has logged."""
+        """Pass on the loss that the module logged."""
         self.note(float(trainer.callback_metrics["train_loss"]))
 
 
 def fit(module: lightning.LightningModule, batches: list[Batch], note: Note) -> None:
-    """One epoch over the batches."""
+    """Train for one epoch over the batches."""
     trainer = lightning.Trainer(
         accelerator="cpu",
         max_epochs=1,
-        callbacks=[Noting(note)],
+        callbacks=[LossCallback(note)],
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,
@@ -106,27 +106,29 @@ def fit(module: lightning.LightningModule, batches: list[Batch], note: Note) -> 
 
 
 def main(
-    tiny: Annotated[bool, typer.Option(help="Two tiny models, and nothing to install.")] = False,
-    whole: Annotated[bool, typer.Option(help="With fastkd's module in place of the loss.")] = False,
+    tiny: Annotated[bool, typer.Option(help="Use two tiny models; needs no download.")] = False,
+    whole: Annotated[
+        bool, typer.Option(help="Replace the whole module, not only the loss.")
+    ] = False,
     steps: Annotated[int, typer.Option(min=1)] = 6,
-    assets: Annotated[Path, typer.Option(help="Where SmolLM2 lies.")] = ASSETS,
+    assets: Annotated[Path, typer.Option(help="Folder with SmolLM2.")] = ASSETS,
 ) -> None:
-    """Train with the loss by hand and with fastkd's, and compare."""
+    """Train with the loss in PyTorch and with fastkd's, and compare."""
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module="lightning.pytorch")
-    given = setting(tiny, assets)
-    batches = given.batches(steps)
+    models = setting(tiny, assets)
+    batches = models.batches(steps)
 
-    def ours() -> lightning.LightningModule:
+    def with_fastkd() -> lightning.LightningModule:
         if not whole:
-            return WithFastkd(given.new_student(), given.teacher)
+            return WithFastkd(models.new_student(), models.teacher)
         loss = fastkd.KDLoss(temperature=T)
-        return DistillationModule(given.new_student(), given.teacher, loss, optimizer=OPTIMIZER)
+        return DistillationModule(models.new_student(), models.teacher, loss, optimizer=OPTIMIZER)
 
     compare(
         "PyTorch",
-        lambda: partial(fit, Distillation(given.new_student(), given.teacher), batches),
-        lambda: partial(fit, ours(), batches),
+        lambda: partial(fit, Distillation(models.new_student(), models.teacher), batches),
+        lambda: partial(fit, with_fastkd(), batches),
         tiny,
     )
 

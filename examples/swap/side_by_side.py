@@ -1,4 +1,4 @@
-"""What the scripts here share: a teacher and a student, runs that are measured, and the table of both."""
+"""Code that the scripts in this folder share: a teacher, a student, measured runs and a table that compares them."""
 
 import contextlib
 import copy
@@ -28,7 +28,7 @@ from transformers import (
 
 EXAMPLES = Path(__file__).resolve().parents[1]
 ASSETS = EXAMPLES.parent / "build" / "demo"
-LAYERS = (0, 1, 2, 10, 20, 29)  # of SmolLM2's 30, that the student keeps
+LAYERS = (0, 1, 2, 10, 20, 29)  # the layers of SmolLM2's 30 that the student keeps
 CHAT = "{% for m in messages %}{{ m['content'] }} {% endfor %}"
 PROVERBS = [
     ("A soft answer turneth away wrath:", "but grievous words stir up anger."),
@@ -41,21 +41,21 @@ PROVERBS = [
     ("Go to the ant, thou sluggard;", "consider her ways, and be wise."),
 ]  # fmt: skip
 
-# Relative. Values of the first step differ by rounding: by 5e-6 for TRL's, which in float32 is that far from float64.
-# From there AdamW, which divides a gradient by its own size, enlarges the rounding of every step before.
+# Relative tolerances. Losses of the first step differ only by rounding: TRL's float32 loss is off by 5e-6 from float64.
+# Later AdamW, which divides a gradient by its size, amplifies the rounding errors of earlier steps.
 FIRST_STEP_TOLERANCE = 2e-5
 CURVE_TOLERANCE = 5e-3
 
 console = Console()
 
 Batch = dict[str, Tensor]  # input_ids [B, S] and labels [B, S], which are -100 in the prompts
-Note = Callable[[float], None]  # given a step's loss at its end
+Note = Callable[[float], None]  # called with the loss at the end of each step
 Training = Callable[[Note], None]
 
 
 @dataclass
 class Setting:
-    """What both runs start from."""
+    """Models, tokenizer and text, the same for both runs."""
 
     teacher: LlamaForCausalLM
     student: LlamaForCausalLM
@@ -63,18 +63,18 @@ class Setting:
     text: Tensor  # token ids
 
     def new_student(self) -> LlamaForCausalLM:
-        """A student with the same weights each time."""
+        """Return a new student, always with the same weights."""
         return copy.deepcopy(self.student).train()
 
     def batches(self, steps: int, rows: int = 4, length: int = 64) -> list[Batch]:
-        """Of the text, again from its beginning where it ends. Labels are shifted: the next token's."""
+        """Return batches of the text, which is repeated if necessary. Labels are shifted to the next token."""
         count = steps * rows * (length + 1)
         ids = self.text.repeat(-(-count // len(self.text)))[:count]
         return [_batch(batch) for batch in ids.view(steps, rows, length + 1)]
 
 
 def _batch(ids: Tensor) -> Batch:
-    """Of ids [B, S + 1]; prompts of different lengths have no labels."""
+    """Make a batch of ids [B, S + 1]; labels are -100 in prompts of different lengths."""
     labels = ids[:, 1:].clone()
     for row, label in enumerate(labels):
         label[: 2 + row] = -100
@@ -82,11 +82,11 @@ def _batch(ids: Tensor) -> Batch:
 
 
 def setting(tiny: bool, assets: Path) -> Setting:
-    """SmolLM2-135M and a student of six of its layers; or two tiny models with random weights."""
-    found = _tiny() if tiny else _smollm2(assets)
-    found.tokenizer.chat_template = CHAT
-    found.tokenizer.padding_side = "left"
-    return found
+    """Return SmolLM2-135M and a student with six of its layers, or two tiny models with random weights."""
+    result = _tiny() if tiny else _smollm2(assets)
+    result.tokenizer.chat_template = CHAT
+    result.tokenizer.padding_side = "left"
+    return result
 
 
 def _smollm2(assets: Path) -> Setting:
@@ -126,20 +126,20 @@ def _tiny() -> Setting:
         for width in (48, 24)
     )
     text = torch.randint(len(special), len(words), (4096,))
-    whole = PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special)
-    return Setting(teacher.eval(), student, whole, text)
+    wrapped = PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special)
+    return Setting(teacher.eval(), student, wrapped, text)
 
 
 @dataclass
 class Run:
-    """What was measured on one of the two."""
+    """Measurements of one run."""
 
     losses: list[float]
-    seconds: float  # of a step, the median of all but the first
+    seconds: float  # per step, the median of all steps but the first
     peak_bytes: int | None
 
 
-class _Noting(TrainerCallback):
+class _LossCallback(TrainerCallback):
     def __init__(self, note: Note) -> None:
         self._note = note
 
@@ -149,19 +149,20 @@ class _Noting(TrainerCallback):
 
 
 def of_trainer(trainer: Any) -> Training:
-    """With a transformers.Trainer that logs every step."""
+    """Return a training with a transformers.Trainer that logs every step."""
 
     def train(note: Note) -> None:
-        trainer.add_callback(_Noting(note))
+        trainer.add_callback(_LossCallback(note))
         trainer.train()
 
     return train
 
 
 def measured(training: Training) -> Run:
-    """Train; the peak is by how much it raises the process's resident memory (Linux only)."""
+    """Train and measure; the peak is the increase of the process's resident memory (Linux only)."""
     gc.collect()
-    with contextlib.suppress(OSError, AttributeError):  # so that what was freed is not at hand
+    # Return freed memory to the system, so that reusing it counts.
+    with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).malloc_trim(0)
     before = _new_peak()
     losses: list[float] = []
@@ -179,7 +180,7 @@ def measured(training: Training) -> Run:
 
 def _new_peak() -> int | None:
     try:
-        Path("/proc/self/clear_refs").write_text("5")  # the peak becomes the present size
+        Path("/proc/self/clear_refs").write_text("5")  # reset the peak to the current size
         return _peak()
     except OSError:
         return None
@@ -192,24 +193,24 @@ def _peak() -> int:
 
 
 def report(stock_name: str, stock: Run, ours: Run, tiny: bool) -> None:
-    """Print both; exit with 1 where the curves differ."""
+    """Print both runs; exit with code 1 if the curves differ."""
     differences = [abs(b - a) / abs(a) for a, b in zip(stock.losses, ours.losses, strict=True)]
     table = Table()
-    for column in ("step", stock_name, "fastkd", "apart"):
+    for column in ("step", stock_name, "fastkd", "difference"):
         table.add_column(column, justify="right")
     rows = zip(stock.losses, ours.losses, differences, strict=True)
     for step, (a, b, difference) in enumerate(rows, 1):
         table.add_row(str(step), f"{a:.6f}", f"{b:.6f}", f"{difference:.0e}")
-    if not tiny:  # of which cost would say nothing
+    if not tiny:  # the costs of tiny models mean nothing
         table.add_section()
         ratio = f"{ours.seconds / stock.seconds:.2f} x"
         table.add_row("step time", f"{stock.seconds:.1f} s", f"{ours.seconds:.1f} s", ratio)
         if stock.peak_bytes and ours.peak_bytes is not None:
             sizes = (f"{run.peak_bytes / 2**20:.0f} MiB" for run in (stock, ours))
             table.add_row("peak memory", *sizes, f"{ours.peak_bytes / stock.peak_bytes:.2f} x")
-        table.caption = "Of the whole training, most of which is the models'."
+        table.caption = "Time and memory include the models, which take most of both."
     console.print(table)
-    agree = [d <= CURVE_TOLERANCE for d in differences]  # a NaN does not
+    agree = [d <= CURVE_TOLERANCE for d in differences]  # False for NaN
     if not (differences[0] <= FIRST_STEP_TOLERANCE and all(agree)):
         console.print(
             f"The curves differ by {differences[0]:.0e} in the first step (allowed: {FIRST_STEP_TOLERANCE}) and by up "
@@ -221,6 +222,6 @@ def report(stock_name: str, stock: Run, ours: Run, tiny: bool) -> None:
 def compare(
     stock_name: str, stock: Callable[[], Training], ours: Callable[[], Training], tiny: bool
 ) -> None:
-    """Train with both, each prepared when its turn comes. fastkd's is first: what a first run costs is its own."""
+    """Train with both losses and compare. fastkd runs first, so it bears the one-time costs of a first run."""
     after = measured(ours())
     report(stock_name, measured(stock()), after, tiny)

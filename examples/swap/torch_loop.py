@@ -14,7 +14,7 @@ The swap, in `loss_of_step`:
     -    return ALPHA * distillation + (1 - ALPHA) * cross_entropy
     +    return fastkd.kd_loss(student_logits, teacher_logits, labels, temperature=T, alpha=ALPHA)
 
-Both train the same student on the same batches; the run fails where the curves differ by more than rounding does.
+Both train the same student on the same batches; the run fails if the curves differ by more than rounding errors.
 """
 
 from collections.abc import Callable
@@ -36,7 +36,7 @@ Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 def by_hand(student_logits: Tensor, teacher_logits: Tensor, labels: Tensor) -> Tensor:
-    """The loss as one writes it: logits [B, S, V], labels [B, S], -100 where a position does not count."""
+    """Compute the loss of logits [B, S, V] in PyTorch; labels [B, S] are -100 at positions that are dropped."""
     log_q = F.log_softmax(student_logits.float() / T, dim=-1)
     log_p = F.log_softmax(teacher_logits.float() / T, dim=-1)
     kl = F.kl_div(log_q, log_p, log_target=True, reduction="none").sum(-1)
@@ -47,18 +47,18 @@ def by_hand(student_logits: Tensor, teacher_logits: Tensor, labels: Tensor) -> T
 
 
 def with_fastkd(student_logits: Tensor, teacher_logits: Tensor, labels: Tensor) -> Tensor:
-    """The same number."""
+    """Compute the same loss with fastkd."""
     return fastkd.kd_loss(student_logits, teacher_logits, labels, temperature=T, alpha=ALPHA)
 
 
-def train(given: Setting, batches: list[Batch], loss_of_step: Loss, note: Note) -> None:
-    """A fresh student on all batches."""
-    student = given.new_student()
+def train(models: Setting, batches: list[Batch], loss_of_step: Loss, note: Note) -> None:
+    """Train a new student on all batches."""
+    student = models.new_student()
     trained = [p for p in student.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=3e-4)
     for batch in batches:
         with torch.no_grad():
-            teacher_logits = given.teacher(batch["input_ids"], use_cache=False).logits
+            teacher_logits = models.teacher(batch["input_ids"], use_cache=False).logits
         student_logits = student(batch["input_ids"], use_cache=False).logits
         loss = loss_of_step(student_logits, teacher_logits, batch["labels"])
         optimizer.zero_grad()
@@ -68,17 +68,17 @@ def train(given: Setting, batches: list[Batch], loss_of_step: Loss, note: Note) 
 
 
 def main(
-    tiny: Annotated[bool, typer.Option(help="Two tiny models, and nothing to install.")] = False,
+    tiny: Annotated[bool, typer.Option(help="Use two tiny models; needs no download.")] = False,
     steps: Annotated[int, typer.Option(min=1)] = 6,
-    assets: Annotated[Path, typer.Option(help="Where SmolLM2 lies.")] = ASSETS,
+    assets: Annotated[Path, typer.Option(help="Folder with SmolLM2.")] = ASSETS,
 ) -> None:
-    """Train with the loss by hand and with fastkd's, and compare."""
-    given = setting(tiny, assets)
-    batches = given.batches(steps)
+    """Train with the loss in PyTorch and with fastkd's, and compare."""
+    models = setting(tiny, assets)
+    batches = models.batches(steps)
     compare(
         "PyTorch",
-        lambda: partial(train, given, batches, by_hand),
-        lambda: partial(train, given, batches, with_fastkd),
+        lambda: partial(train, models, batches, by_hand),
+        lambda: partial(train, models, batches, with_fastkd),
         tiny,
     )
 

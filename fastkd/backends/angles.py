@@ -1,4 +1,4 @@
-"""The angles among the points of a batch in plain PyTorch, a tile of pairs at a time; for :mod:`fastkd.relations`."""
+"""Angles between the points of a batch in plain PyTorch, a tile of pairs at a time; for :mod:`fastkd.relations`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The cpu backend: allocates outputs and hands addresses to the native kernels (csrc/)."""
+"""The cpu backend: it allocates outputs and passes addresses to the native kernels (csrc/)."""
 
 from __future__ import annotations
 
@@ -15,12 +15,14 @@ from fastkd.call import mutual
 from fastkd.call.contract import Options, Result, Rows, ShardCall, Statistics, Want
 from fastkd.core.tensors import address, readable, unit_stride
 
-SPARSE = True  # kd_rows takes sparse teachers too
-_LARGE = 4 << 20  # bytes from which page faults matter: csrc/memory.h
+# kd_rows also takes sparse teachers.
+SPARSE = True
+# Bytes from which page faults matter: csrc/memory.h.
+_LARGE = 4 << 20
 
 
 def empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device | None = None) -> Tensor:
-    """An uninitialised contiguous tensor, where it is large in memory that is reused from call to call."""
+    """Allocate an uninitialised contiguous tensor; a large one is in memory that calls reuse."""
     if math.prod(shape) * dtype.itemsize < _LARGE:
         return torch.empty(shape, dtype=dtype)
     return from_dlpack(_C.new_output(list(shape), native.DTYPES[dtype]))
@@ -34,7 +36,7 @@ def _launch(
     result: Result,
     shard: tuple[int, ...] = (),
 ) -> None:
-    """Fill the result, or do the step that shard is of (fastkd.backends.native.arguments)."""
+    """Fill the result, or run the step of a shared vocabulary that `shard` describes (fastkd.backends.native)."""
     rows = native.readable_rows(rows)
     student, teacher = unit_stride(student), unit_stride(teacher)
     _C.kd_rows(
@@ -43,14 +45,14 @@ def _launch(
 
 
 def kd_rows(student: Tensor, teacher: Tensor, rows: Rows, options: Options, want: Want) -> Result:
-    """The loss of each row and its gradients; shapes and meaning as :class:`fastkd.call.contract.Result` has them."""
+    """Compute the loss of each row and its gradients; :class:`fastkd.call.contract.Result` has shapes and meaning."""
     result = native.outputs(student, teacher, want, empty)
     _launch(student, teacher, rows, options, result)
     return result
 
 
 def scale_rows_(gradient: Tensor, upstream: Tensor) -> None:
-    """Multiply each row of gradient [..., V] by upstream, a scalar or [...]; by 1 costs nothing."""
+    """Multiply each row of gradient [..., V] by upstream, a scalar or [...]. A factor of 1 costs no pass."""
     upstream = readable(upstream.to(torch.float32)).contiguous()
     stride = 1 if upstream.dim() else 0
     _C.scale_rows(
@@ -65,21 +67,21 @@ def scale_rows_(gradient: Tensor, upstream: Tensor) -> None:
 def angles(
     student: Tensor, teacher: Tensor, delta: float, derivatives: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """What :func:`fastkd.backends.angles.angles` gives, for its arguments."""
+    """Compute the same as :func:`fastkd.backends.angles.angles`."""
     student, teacher = (readable(points).contiguous() for points in (student, teacher))
     assert student.dtype == teacher.dtype == torch.float64
     loss = torch.zeros((), dtype=torch.float64)
-    halves = torch.zeros_like(student) if derivatives else None
+    half_derivative = torch.zeros_like(student) if derivatives else None
     _C.angles(
         len(student),
         address(student),
         address(teacher),
         delta,
         address(loss),
-        address(halves),
+        address(half_derivative),
         torch.get_num_threads(),
     )
-    return loss, halves
+    return loss, half_derivative
 
 
 def mutual_rows(
@@ -89,7 +91,7 @@ def mutual_rows(
     wanted: Sequence[bool],
     parts: bool,
 ) -> mutual.Result:
-    """The losses of every row's students and their gradients: :mod:`fastkd.call.mutual` has the contract."""
+    """Compute the losses of each row's students and their gradients; :mod:`fastkd.call.mutual` has the contract."""
     rows = native.readable_rows(rows)
     logits = [unit_stride(student) for student in logits]
     result = mutual.outputs(logits, wanted, parts, empty)
@@ -117,21 +119,23 @@ def mutual_rows(
     return result
 
 
-# The steps of rows that processes share: csrc/call.h, Shard.
+# The steps where several processes share the vocabulary: Shard in csrc/call.h.
 
 
 def shard_statistics(call: ShardCall) -> Statistics:
-    """Of this process's columns: 15 numbers a row in float64, 17 where the label's token is compared apart from the
-    others; of a sparse teacher 8 and the tokens' logits.
+    """Compute the statistics of this process's columns, in float64.
+
+    They are 15 numbers per row, 17 if the label has a separate term; for a sparse teacher, 8 numbers and the logits of
+    its tokens.
     """
-    apart = call.options.divergence.target is not None
-    dense = _C.APART_STATISTICS if apart else _C.STATISTICS
+    has_label_term = call.options.divergence.target is not None
+    dense = _C.APART_STATISTICS if has_label_term else _C.STATISTICS
     fields = dense if call.rows.ids is None else _C.TAIL_STATISTICS
     return native.statistics_step(_launch, fields, call)
 
 
 def shard_sums(call: ShardCall) -> Tensor | None:
-    """Of this process's columns, given the statistics of all: 3 numbers a row in float64."""
+    """Compute the sums over this process's columns, given the statistics of all: 3 numbers per row in float64."""
     return native.sums_step(_launch, _C.SUMS, call)
 
 

@@ -1,6 +1,7 @@
 """The cuda backend: one launch of the cluster kernel (csrc/cuda), on the tensors' device and its current stream.
 
-A row pair stays in the shared memory of a cluster of thread blocks, so each logit is read from device memory once.
+A row of student and teacher logits stays in the shared memory of a cluster of thread blocks, so each logit is read
+from device memory once.
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ from fastkd.backends.registry import BackendUnavailable
 from fastkd.call.contract import Options, Result, Rows, ShardCall, Statistics, Want
 from fastkd.core.tensors import address, readable, unit_stride
 
-SPARSE = True  # kd_rows takes sparse teachers too
+# kd_rows also takes sparse teachers.
+SPARSE = True
 
 
 @functools.cache
@@ -26,7 +28,7 @@ def _capability(device: torch.device) -> int:
 
 
 def _stream(device: torch.device) -> tuple[int, int]:
-    """(number of the device, address of its current stream)."""
+    """Return (number of the device, address of its current stream)."""
     number = torch.cuda.current_device() if device.index is None else device.index
     return number, torch.cuda.current_stream(device).cuda_stream
 
@@ -39,12 +41,12 @@ def _launch(
     result: Result,
     shared: tuple[int, ...] = (),
 ) -> None:
-    """Fill the result, or do the step that shared is of (fastkd.backends.native.arguments)."""
+    """Fill the result, or run the step of a shared vocabulary that `shared` describes (fastkd.backends.native)."""
     capability = _capability(student.device)
     if capability not in _cuda.architectures():
         raise BackendUnavailable(
             "cuda",
-            f"{student.device} has compute capability {capability}, and its kernels are for {_cuda.architectures()}",
+            f"{student.device} has compute capability {capability}; the kernels are built for {_cuda.architectures()}",
             "Use backend='triton'",
         )
     dtypes = native.DTYPES[student.dtype], native.DTYPES[teacher.dtype]
@@ -63,14 +65,14 @@ def _launch(
 
 
 def kd_rows(student: Tensor, teacher: Tensor, rows: Rows, options: Options, want: Want) -> Result:
-    """The loss of each row and its gradients; shapes and meaning as :class:`fastkd.call.contract.Result` has them."""
+    """Compute the loss of each row and its gradients; :class:`fastkd.call.contract.Result` has shapes and meaning."""
     result = native.outputs(student, teacher, want)
     _launch(student, teacher, rows, options, result)
     return result
 
 
-# Where several processes share the vocabulary: fastkd/call/contract.py says what passes between the steps,
-# csrc/cuda/shard.h what a launch makes of it.
+# The steps where several processes share the vocabulary: fastkd/call/contract.py says what passes between them,
+# csrc/cuda/shard.h what each launch computes.
 
 
 def _without_gradients(call: ShardCall) -> ShardCall:
@@ -78,12 +80,12 @@ def _without_gradients(call: ShardCall) -> ShardCall:
 
 
 def shard_statistics(call: ShardCall) -> Statistics:
-    """Of this process's columns, in float64, and the tokens' logits; a row that is dropped has none."""
+    """Compute the statistics of this process's columns in float64, and the tokens' logits; 0 in dropped rows."""
     return native.statistics_step(_launch, _cuda.STATISTICS, _without_gradients(call))
 
 
 def shard_sums(call: ShardCall) -> Tensor | None:
-    """Of this process's columns, in float64, given the statistics of all; None where these are enough."""
+    """Compute the sums over this process's columns in float64; None if the statistics are enough."""
     return native.sums_step(_launch, _cuda.SUMS, _without_gradients(call))
 
 
@@ -93,7 +95,7 @@ def shard_results(call: ShardCall) -> None:
 
 
 def scale_rows_(gradient: Tensor, upstream: Tensor) -> None:
-    """Multiply each row of gradient [..., V] by upstream, a scalar or [...]; by 1 costs no pass over it."""
+    """Multiply each row of gradient [..., V] by upstream, a scalar or [...]. A factor of 1 costs no pass."""
     factor = readable(upstream.to(torch.float32)).contiguous()
     _cuda.scale_rows(
         list(gradient.shape[:-1]),
@@ -105,5 +107,5 @@ def scale_rows_(gradient: Tensor, upstream: Tensor) -> None:
 
 
 def empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Uninitialised memory for logits of a chunk."""
+    """Allocate uninitialised memory for the logits of a chunk."""
     return torch.empty(shape, dtype=dtype, device=device)

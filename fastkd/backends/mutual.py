@@ -1,4 +1,4 @@
-"""Mutual learning in plain PyTorch, pair by pair: the oracle of the kernels, and what the portable backend runs."""
+"""Mutual learning in plain PyTorch, pair by pair: the oracle of the kernels, which the portable backend runs too."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from fastkd.core.tensors import precision
 from fastkd.divergences import forward_kl
 
 
-def _of_pair(log_p: Tensor, p: Tensor, log_q: Tensor, q: Tensor) -> Tensor:
-    """KL(p || q) of every row."""
+def _kl(log_p: Tensor, p: Tensor, log_q: Tensor, q: Tensor) -> Tensor:
+    """KL(p || q) of each row."""
     phi, *_ = evaluate(forward_kl(), log_p, log_q, (p, q))
     return phi.sum(-1)
 
@@ -27,16 +27,16 @@ def mutual_rows(
     wanted: Sequence[bool],
     parts: bool,
 ) -> Result:
-    """The reference, computed as :mod:`fastkd.backends.reference` is."""
+    """Compute the losses and gradients as :mod:`fastkd.backends.reference` does."""
     dtype, students = precision(logits[0].device), len(logits)
-    of_rows = row_dtype(logits[0].dtype)
+    output_dtype = row_dtype(logits[0].dtype)
     z = [student.to(dtype) for student in logits]
     z = [student - student.amax(-1, keepdim=True) for student in z]
 
-    def softmax(gap: Tensor) -> tuple[Tensor, Tensor]:
-        powers = gap.exp()
-        total = powers.sum(-1, keepdim=True, dtype=torch.float64)
-        return gap - total.log().to(dtype), powers / total.to(dtype)
+    def softmax(centered: Tensor) -> tuple[Tensor, Tensor]:
+        exps = centered.exp()
+        exp_sum = exps.sum(-1, keepdim=True, dtype=torch.float64)
+        return centered - exp_sum.log().to(dtype), exps / exp_sum.to(dtype)
 
     tempered = [softmax(student / options.temperature) for student in z]
     t_squared = options.temperature**2 if options.scale_by_temperature else 1.0
@@ -44,11 +44,11 @@ def mutual_rows(
     weight = torch.ones(logits[0].shape[:-1], dtype=dtype, device=logits[0].device)
     if rows.weight is not None:
         weight = rows.weight.to(dtype)
-    keep, labels = weight != 0, rows.labels
+    counted, labels = weight != 0, rows.labels
     if labels is not None:
-        keep = keep & (labels != options.ignore_index)
+        counted = counted & (labels != options.ignore_index)
         valid = (labels >= 0) & (labels < z[0].shape[-1])
-        weight = torch.where(valid, weight, torch.nan)  # an invalid label poisons its row
+        weight = torch.where(valid, weight, torch.nan)  # an invalid label makes its row NaN
         labels = torch.where(valid, labels, 0).unsqueeze(-1)
     scale = options.scale if rows.scale is None else options.scale * rows.scale.to(dtype)
 
@@ -59,10 +59,10 @@ def mutual_rows(
         divergence = torch.zeros_like(weight)
         if options.peers == "average":
             mean = sum((p for _, p in others), torch.zeros_like(q)) * share
-            divergence = _of_pair(mean.log(), mean, log_q, q)
+            divergence = _kl(mean.log(), mean, log_q, q)
         else:
             for log_p, p in others:
-                divergence = divergence + share * _of_pair(log_p, p, log_q, q)
+                divergence = divergence + share * _kl(log_p, p, log_q, q)
         factor = options.peer_weight * t_squared
         divergences.append(divergence * factor if factor else torch.zeros_like(divergence))
         gradient = sum((q - p for _, p in others), torch.zeros_like(q))
@@ -73,14 +73,20 @@ def mutual_rows(
             cross_entropy = -log_q.gather(-1, labels).squeeze(-1)
             gradient = gradient + q.scatter_add(-1, labels, -torch.ones_like(q[..., :1]))
         entropies.append(cross_entropy)
-        gradient = torch.where(keep.unsqueeze(-1), gradient * (weight * scale).unsqueeze(-1), 0.0)
+        gradient = torch.where(
+            counted.unsqueeze(-1), gradient * (weight * scale).unsqueeze(-1), 0.0
+        )
         gradients.append(gradient.to(gradient_dtype(logits[k].dtype)) if wanted[k] else None)
 
-    def kept(values: list[Tensor]) -> Tensor:
-        return torch.where(keep, torch.stack(values), 0.0)
+    def select(values: list[Tensor]) -> Tensor:
+        return torch.where(counted, torch.stack(values), 0.0)
 
-    divergence, cross_entropy = kept(divergences), kept(entropies)
-    loss = torch.where(keep, (divergence + cross_entropy) * weight, 0.0)
+    divergence, cross_entropy = select(divergences), select(entropies)
+    loss = torch.where(counted, (divergence + cross_entropy) * weight, 0.0)
     total = loss.reshape(students, -1).sum(-1) * scale
-    by_products = (divergence.to(of_rows), cross_entropy.to(of_rows)) if parts else (None, None)
-    return Result(loss.to(of_rows), total.to(of_rows), tuple(gradients), *by_products)
+    result = Result(loss.to(output_dtype), total.to(output_dtype), tuple(gradients))
+    if not parts:
+        return result
+    return result._replace(
+        divergence=divergence.to(output_dtype), cross_entropy=cross_entropy.to(output_dtype)
+    )

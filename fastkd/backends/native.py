@@ -1,27 +1,31 @@
-"""What a native kernel is given: addresses, shapes and numbers in place of tensors; for fastkd.backends.cpu and
-fastkd.backends.cuda.
+"""The arguments of a native kernel: addresses, shapes and numbers in place of tensors.
+
+fastkd.backends.cpu and fastkd.backends.cuda use it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from operator import attrgetter
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastkd.call.contract import Options, Result, Rows, ShardCall, Statistics, Want
+from fastkd.call.options import OPTION_NAMES
 from fastkd.core.tensors import address, readable
 from fastkd.divergences import DEFINITIONS, Target
 from fastkd.teachers import TAILS
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _NUMBER = {function: number for number, function in enumerate(DEFINITIONS)}
+_scalars = attrgetter(*OPTION_NAMES)  # the tuple that csrc/generated/options.h unpacks
 _NOWHERE: tuple[int, int, int, list[int]] = (0, 0, 0, [])
 
 
 def logits(tensor: Tensor | None) -> tuple[int, int, int, list[int]]:
-    """(address, dtype, width, leading strides) of a tensor [..., V] with a last stride of 1."""
+    """Return (address, dtype, width, leading strides) of a tensor [..., V] whose last stride is 1."""
     if tensor is None:
         return _NOWHERE
     *strides, _ = tensor.stride()
@@ -29,7 +33,7 @@ def logits(tensor: Tensor | None) -> tuple[int, int, int, list[int]]:
 
 
 def readable_rows(rows: Rows) -> Rows:
-    """The rows with every tensor :func:`fastkd.core.tensors.readable`."""
+    """The rows with each tensor passed through :func:`fastkd.core.tensors.readable`."""
     for name, value in rows._asdict().items():
         kinds = (torch.int64,) if name in ("labels", "ids") else (torch.float32,)
         assert value is None or value.dtype in kinds, (name, value.dtype)  # an address has no dtype
@@ -43,7 +47,7 @@ def outputs(
     empty: Callable[..., Tensor] = torch.empty,
     row_dtype: torch.dtype = torch.float32,
 ) -> Result:
-    """Fresh memory for what is wanted; the student's own for its gradient in place."""
+    """Allocate the wanted outputs; an in-place gradient uses the memory of the student's logits."""
     lead, device = student.shape[:-1], student.device
 
     def gradient(of: Tensor) -> Tensor:
@@ -72,7 +76,7 @@ def shared(
     sums: Tensor | None = None,
     all_sums: Tensor | None = None,
 ) -> tuple[int, ...]:
-    """csrc/call.h: Shard. Without a step, the whole vocabulary is here."""
+    """The fields of Shard in csrc/call.h. Step 0: this process has the whole vocabulary."""
     return (
         step,
         options.first_column,
@@ -91,18 +95,15 @@ def arguments(
     result: Result,
     shard: tuple[int, ...] | None = None,
 ) -> tuple[Any, ...]:
-    """What every kd_rows of C++ takes first. The tensors must outlive the call."""
+    """The leading arguments of every C++ kd_rows. The tensors must outlive the call."""
     divergence = options.divergence
     form, target = divergence.closed_form, divergence.target
     description = (
+        _scalars(options),
         options.vocab_size,
-        (options.temperature, address(rows.temperature), options.logit_scale, options.softcap),
-        (
-            options.teacher_temperature,
-            address(rows.teacher_temperature),
-            options.teacher_logit_scale,
-            options.teacher_softcap,
-        ),
+        options.scale,
+        address(rows.temperature),
+        address(rows.teacher_temperature),
         (
             address(rows.ids),
             0 if rows.ids is None else rows.ids.shape[-1],
@@ -114,7 +115,7 @@ def arguments(
         address(rows.scale),
         address(result.loss),
         address(result.total),
-        *map(address, result[4:]),
+        *map(address, result.parts),
         (
             _NUMBER[divergence.function],
             divergence.params,
@@ -124,11 +125,6 @@ def arguments(
             0 if target is None else 1 + Target.FORMS.index(target.form),
             0.0 if target is None else target.weight,
         ),
-        options.alpha,
-        options.label_smoothing,
-        options.scale,
-        options.scale_by_temperature,
-        options.ignore_index,
         shard or shared(options),
     )
     return (
@@ -141,13 +137,14 @@ def arguments(
     )
 
 
-# The steps of rows that processes share (fastkd/call/contract.py), for a launch that takes what arguments() does.
+# The steps where several processes share the vocabulary (fastkd/call/contract.py); `launch` takes the arguments of
+# arguments().
 
 Launch = Callable[[Tensor, Tensor, Rows, Options, Result, tuple[int, ...]], None]
 
 
 def statistics_step(launch: Launch, fields: int, call: ShardCall) -> Statistics:
-    """So many numbers a row in float64, and of a sparse teacher the tokens' logits; 0 in a row that is dropped."""
+    """Compute `fields` numbers per row in float64, and a sparse teacher's token logits; 0 in dropped rows."""
     count, device, ids = call.result.loss.numel(), call.student.device, call.rows.ids
     statistics = torch.zeros(count, fields, dtype=torch.float64, device=device)
     tokens = None
@@ -159,7 +156,7 @@ def statistics_step(launch: Launch, fields: int, call: ShardCall) -> Statistics:
 
 
 def sums_step(launch: Launch, fields: int, call: ShardCall) -> Tensor | None:
-    """So many numbers a row in float64; None where the statistics are enough."""
+    """Compute `fields` numbers per row in float64; None if the statistics are enough."""
     if call.rows.ids is not None or call.options.divergence.closed_form is not None:
         return None
     gathered = call.known().gathered
@@ -171,7 +168,7 @@ def sums_step(launch: Launch, fields: int, call: ShardCall) -> Tensor | None:
 
 
 def results_step(launch: Launch, call: ShardCall) -> None:
-    """Fill the result."""
+    """Fill the result, given the statistics and the sums of all processes."""
     gathered, tokens, _ = call.known()
     shard = shared(
         call.options, 3, len(gathered), all_statistics=gathered, tokens=tokens, all_sums=call.sums

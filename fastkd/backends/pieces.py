@@ -1,22 +1,22 @@
-"""How many rows the portable backend computes at once, and what it holds meanwhile."""
+"""The size of a piece of the portable backend: rows computed at once, and the memory that they need."""
 
 from __future__ import annotations
 
 import torch
 
-# Bytes of one tensor of a piece of rows that the portable backend works on: on a CPU of each thread, so that the piece
-# stays in the cache, and yet has enough rows that the calls of its operators do not count; elsewhere such that a launch
-# has something to do. And how many of them a piece holds at most: tests/backends/test_portable.py measures it.
+# Bytes of one tensor of a piece. On a CPU this is per thread: small enough for the cache, and large enough that the
+# overhead of operator calls does not matter. On a device it is large enough to keep a launch busy.
 PIECE_CPU, PIECE_DEVICE = 2 << 20, 32 << 20
+# The most tensors of this size that a piece holds at once; tests/backends/test_portable.py measures it.
 PIECE_TEMPORARIES = 18
 
 
 def piece_rows(columns: int, dtype: torch.dtype, device: str) -> int:
-    """How many rows of that many columns the portable backend takes at once; dtype is that of losses."""
+    """How many rows of `columns` columns the portable backend computes at once; dtype is the dtype of losses."""
     room = PIECE_CPU * torch.get_num_threads() if device == "cpu" else PIECE_DEVICE
     return max(room // max(columns * dtype.itemsize, 1), 1)
 
 
 def piece_bytes(columns: int, dtype: torch.dtype, device: str) -> int:
-    """What it holds beside its results, at most."""
+    """The most bytes that the portable backend holds in addition to its results."""
     return PIECE_TEMPORARIES * piece_rows(columns, dtype, device) * columns * dtype.itemsize

@@ -1,12 +1,12 @@
-"""The portable backend: plain PyTorch, a few rows at a time. What "auto" falls back to where there are no kernels.
+"""The portable backend: plain PyTorch, a few rows at a time. "auto" falls back to it where there are no kernels.
 
 It serves every call, on every device and in every dtype that PyTorch has. The formulas are those of
-:mod:`fastkd.backends.reference`, which computes them on whole tensors and is the oracle. Here a piece of rows stays in
-the processor's cache, the operators write to buffers that every piece uses again, and the gradient goes straight to the
-tensor that is returned. Fresh memory is what plain PyTorch spends most of its time on.
+:mod:`fastkd.backends.reference`, the oracle, which computes them on whole tensors. Here a piece of rows stays in the
+processor's cache, operators write to buffers that the next piece reuses, and the gradient goes straight to the tensor
+that is returned, because plain PyTorch spends most of its time on fresh memory.
 
 A piece of dense rows has code of its own (:func:`_dense_piece`). Sparse teachers, mutual learning, and rows whose
-vocabulary is spread over processes run the reference's steps piece by piece.
+vocabulary is spread over processes run the steps of the reference piece by piece.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from fastkd import divergences
-from fastkd.backends import mutual as plain_mutual
+from fastkd.backends import mutual as reference_mutual
 from fastkd.backends import native, reference
 from fastkd.backends.angles import angles
 from fastkd.backends.pieces import piece_rows
@@ -40,7 +40,7 @@ from fastkd.call.contract import (
 )
 from fastkd.call.log_zero import evaluate
 from fastkd.call.rows import At, put, rows_at, take
-from fastkd.core.tensors import readable
+from fastkd.core.tensors import finite_max, readable
 from fastkd.divergences import (
     DEFINITIONS,
     ENTRY,
@@ -57,14 +57,14 @@ __all__ = [
 ]  # fmt: skip
 
 
-# Columns that are searched for a row's maximum at once.
+# The search for a row's maximum goes over blocks of this many columns.
 BLOCK = 512
-# Where the maxima of both models' logits differ by less, so do the logits, without loss.
+# If the maxima of both models' logits differ by less, the logits are subtracted directly, without loss of digits.
 NEAR = 8.0
 
 
-def _waits(device: torch.device) -> bool:
-    """Whether to ask for a number means to wait for the device."""
+def _synchronizes(device: torch.device) -> bool:
+    """Whether reading a number from this device makes the host wait for it."""
     return device.type != "cpu"
 
 
@@ -73,31 +73,31 @@ def _exact(dtype: torch.dtype, device: torch.device) -> torch.dtype:
     return torch.float64 if device.type in ("cpu", "cuda") else dtype
 
 
-# ---- pieces of rows
+# Pieces of rows
 
 
 def _counted(rows: Rows, ignore_index: int, device: torch.device) -> Tensor | None:
-    """The numbers of the rows that count; None where all go through.
+    """Indices of the counted rows; None where all rows are computed.
 
-    That is so on a device, where their number would have to be waited for: dropped rows are computed and set to 0.
+    On a device all are, because reading their number would synchronize: dropped rows are computed and set to 0.
     """
-    if _waits(device):
+    if _synchronizes(device):
         return None
-    keep = counted_rows(rows, ignore_index)
-    if keep is None:
+    counted = counted_rows(rows, ignore_index)
+    if counted is None:
         return None
-    numbers = keep.flatten().nonzero().squeeze(1)
-    return None if numbers.numel() == keep.numel() else numbers
+    indices = counted.flatten().nonzero().squeeze(1)
+    return None if indices.numel() == counted.numel() else indices
 
 
-def _pieces(count: int, step: int, numbers: Tensor | None) -> Iterator[At]:
+def _pieces(count: int, step: int, indices: Tensor | None) -> Iterator[At]:
     for start in range(0, count, step):
-        part = slice(start, min(start + step, count))
-        yield part if numbers is None else numbers[part]
+        piece = slice(start, min(start + step, count))
+        yield piece if indices is None else indices[piece]
 
 
 class _Scratch:
-    """Buffers [rows, columns] that every piece uses again, by name."""
+    """Named buffers [rows, columns] that every piece reuses."""
 
     def __init__(self, rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> None:
         self.shape, self.dtype, self.device = (rows, columns), dtype, device
@@ -110,53 +110,71 @@ class _Scratch:
         return buffer if rows == self.shape[0] else buffer[:rows]
 
 
-# ---- dense rows
+# Dense rows
 #
 # A model that is sure of a token has a column whose probability is 1 but for rounding, where g - q sum g loses all
-# its digits. So the sum of exponentials is kept apart from its largest term, and what the top columns of both models
-# give is computed by itself, in float64: a few numbers of a row.
+# its digits. So the sum of exponentials is kept separate from its largest term, and the contribution of both models'
+# top columns is computed separately, in float64: a few numbers per row.
 
 
 class _Model(NamedTuple):
-    """What a call says of one model, and what of it a piece computes."""
+    """The options of one model, and what a piece computes of it."""
 
     name: str
     scale: float
     softcap: float
-    temperature: float | Tensor  # [rows, 1]
-    softmax: bool  # at the temperature
-    plain: bool  # at temperature 1
+    # A number, or [rows, 1].
+    temperature: float | Tensor
+    # Whether the softmax at the temperature is needed.
+    needs_softmax: bool
+    # Whether the softmax at temperature 1 is needed.
+    needs_softmax_t1: bool
 
 
 class _Softmax(NamedTuple):
-    """[rows, columns], and [rows, 1] in float64. exp((z - top) / temperature) is 1 at the top column."""
+    """A softmax before and after its division: [rows, columns], and [rows, 1] in float64."""
 
-    powers: Tensor  # these; probabilities once they are divided by total
-    top: Tensor
-    seat: Tensor  # the top column
-    largest: Tensor  # 1 there, or 0 and NaN in a row that has no softmax
-    rest: Tensor  # the sum of the other columns
-    total: Tensor  # of all columns
-    log_total: Tensor  # its logarithm, also of a rest that is lost in the total
+    # exp((z - max) / temperature), 1 in the top column; probabilities after their division by exp_sum.
+    exps: Tensor
+    row_max: Tensor
+    # The top column.
+    argmax: Tensor
+    # exps in the top column: 1, or 0 or NaN in a row that has no softmax.
+    max_term: Tensor
+    # Sum of exps over the other columns.
+    others_sum: Tensor
+    # Sum of exps over all columns.
+    exp_sum: Tensor
+    # Logarithm of exp_sum. It keeps an others_sum that is too small to change exp_sum.
+    log_exp_sum: Tensor
 
 
 class _Side(NamedTuple):
     """One model's columns in a piece."""
 
-    z: Tensor  # scaled and soft-capped; -inf of a label that is compared apart
-    slope: Tensor | None  # dz / dlogits, where they are soft-capped
-    label: Tensor | None  # z of the label, [rows, 1]
+    # Scaled and soft-capped logits; -inf in the column of a label with a separate term.
+    z: Tensor
+    # dz / dlogits under a softcap; None: the slope is the scale.
+    slope: Tensor | None
+    # z of the label, [rows, 1].
+    label: Tensor | None
     temperature: float | Tensor
     softmax: _Softmax | None = None
-    plain: _Softmax | None = None  # of all columns, at temperature 1
-    spread: Tensor | None = None  # sum of exp(x) x over x = (z - top) / temperature, [rows, 1]
-    height: Tensor | None = None  # sum of z - top at temperature 1
+    # Over all columns, at temperature 1.
+    softmax_t1: _Softmax | None = None
+    # Sum of exp(x) x over x = (z - max) / temperature, [rows, 1].
+    weighted_sum: Tensor | None = None
+    # Sum of z - max at temperature 1, [rows, 1].
+    centered_sum: Tensor | None = None
 
 
 def _adjusted(
     logits: Tensor, scale: float, softcap: float, buffer: Tensor, scratch: _Scratch, name: str
 ) -> tuple[Tensor, Tensor | None]:
-    """(z, its slope where it is no number): the logits themselves where there is nothing to do, else in the buffer."""
+    """Return (scaled and soft-capped logits z, dz / dlogits under a softcap or None).
+
+    z is the logits themselves if nothing changes them, else it is in the buffer.
+    """
     z = logits
     if z.dtype != buffer.dtype or (z.stride(-1) != 1 and z.shape[-1] > 1):
         z = buffer.copy_(z)
@@ -169,78 +187,85 @@ def _adjusted(
 
 
 def _largest(z: Tensor) -> tuple[Tensor, Tensor]:
-    """(the maximum of each row, its column), [rows, 1]. A search of the whole row takes 8 times as long."""
+    """Return (the maximum of each row, its column), [rows, 1].
+
+    It searches blocks for their maxima first, because torch's search for the column takes 8 times as long.
+    """
     blocks = z.shape[-1] // BLOCK
     if blocks < 4:
         return z.max(-1, keepdim=True)
     body = z[:, : blocks * BLOCK].unflatten(-1, (blocks, BLOCK))
-    top, block = body.amax(-1).max(-1, keepdim=True)
-    best = body.gather(1, block.unsqueeze(-1).expand(-1, -1, BLOCK)).squeeze(1)
-    seat = block * BLOCK + best.argmax(-1, keepdim=True)
+    row_max, block = body.amax(-1).max(-1, keepdim=True)
+    top_block = body.gather(1, block.unsqueeze(-1).expand(-1, -1, BLOCK)).squeeze(1)
+    argmax = block * BLOCK + top_block.argmax(-1, keepdim=True)
     if blocks * BLOCK < z.shape[-1]:
-        other, column = z[:, blocks * BLOCK :].max(-1, keepdim=True)
-        beyond = (other > top) | other.isnan()
-        top, seat = other.where(beyond, top), (column + blocks * BLOCK).where(beyond, seat)
-    return top, seat
-
-
-def _finite(origin: Tensor) -> Tensor:
-    return origin.masked_fill(origin == -torch.inf, 0.0)
+        end_max, column = z[:, blocks * BLOCK :].max(-1, keepdim=True)
+        in_end = (end_max > row_max) | end_max.isnan()
+        row_max = end_max.where(in_end, row_max)
+        argmax = (column + blocks * BLOCK).where(in_end, argmax)
+    return row_max, argmax
 
 
 def _finite_largest(z: Tensor) -> tuple[Tensor, Tensor]:
-    """The same, and 0 for a maximum of -inf."""
-    top, seat = _largest(z)
-    return _finite(top), seat
+    """Like _largest, but with 0 for a maximum of -inf."""
+    row_max, argmax = _largest(z)
+    return finite_max(row_max), argmax
 
 
 def _sum(values: Tensor) -> Tensor:
-    """[rows, 1]; what follows with the few numbers of a row is more exact than its columns are."""
+    """The sum of each row, [rows, 1], in the dtype of the few numbers of each row."""
     return values.sum(-1, keepdim=True).to(_exact(values.dtype, values.device))
 
 
-def _exponentials(gap: Tensor, top: Tensor, seat: Tensor, out: Tensor) -> _Softmax:
-    powers = torch.exp(gap, out=out)
-    largest = powers.gather(-1, seat)
-    rest = _sum(powers.scatter_(-1, seat, 0.0))
-    powers.scatter_(-1, seat, largest)
-    largest = largest.to(rest.dtype)
-    log_total = (rest + (largest - 1.0)).log1p_()
-    return _Softmax(powers, top, seat, largest, rest, largest + rest, log_total)
+def _exponentials(centered: Tensor, row_max: Tensor, argmax: Tensor, out: Tensor) -> _Softmax:
+    exps = torch.exp(centered, out=out)
+    max_term = exps.gather(-1, argmax)
+    others_sum = _sum(exps.scatter_(-1, argmax, 0.0))
+    exps.scatter_(-1, argmax, max_term)
+    max_term = max_term.to(others_sum.dtype)
+    log_exp_sum = (others_sum + (max_term - 1.0)).log1p_()
+    return _Softmax(exps, row_max, argmax, max_term, others_sum, max_term + others_sum, log_exp_sum)
 
 
 def _sweep(
-    logits: Tensor, model: _Model, label: Tensor | None, apart: bool, parts: bool, scratch: _Scratch
+    logits: Tensor,
+    model: _Model,
+    label: Tensor | None,
+    separate_label: bool,
+    parts: bool,
+    scratch: _Scratch,
 ) -> _Side:
-    """A side of a piece; label [rows, 1] is the label's column, where that is read."""
+    """Sweep over one model's logits in a piece; label [rows, 1] is the label's column, if it is needed."""
     count, temperature, name = logits.shape[0], model.temperature, model.name
     z, slope = _adjusted(
         logits, model.scale, model.softcap, scratch(f"{name} z", count), scratch, f"{name} slope"
     )
     side = _Side(z, slope, None if label is None else z.gather(-1, label), temperature)
-    if not (model.softmax or model.plain):
+    if not (model.needs_softmax or model.needs_softmax_t1):
         return side
-    top, seat = _finite_largest(z)
-    gap = torch.sub(z, top, out=scratch(f"{name} gap", count))
-    if model.plain:
-        plain = _exponentials(gap, top, seat, scratch(f"{name} plain", count))
-        side = side._replace(plain=plain, height=_sum(gap))
-    if not model.softmax:
+    row_max, argmax = _finite_largest(z)
+    centered = torch.sub(z, row_max, out=scratch(f"{name} centered", count))
+    if model.needs_softmax_t1:
+        out = scratch(f"{name} softmax at 1", count)
+        softmax_t1 = _exponentials(centered, row_max, argmax, out)
+        side = side._replace(softmax_t1=softmax_t1, centered_sum=_sum(centered))
+    if not model.needs_softmax:
         return side
-    if apart:
+    if separate_label:
         assert label is not None
         if z is logits:
             z = scratch(f"{name} z", count).copy_(z)
-        top, seat = _finite_largest(z.scatter_(-1, label, -torch.inf))
-        torch.sub(z, top, out=gap)
+        row_max, argmax = _finite_largest(z.scatter_(-1, label, -torch.inf))
+        torch.sub(z, row_max, out=centered)
         side = side._replace(z=z)
-    _divide(gap, temperature)
-    keeps = parts and name == "student"
-    softmax = _exponentials(gap, top, seat, scratch(f"{name} powers", count) if keeps else gap)
-    if keeps:
-        gap.clamp_(min=torch.finfo(gap.dtype).min).mul_(softmax.powers)
-        side = side._replace(spread=_sum(gap))
-    softmax.powers.div_(softmax.total.to(gap.dtype))
+    _divide(centered, temperature)
+    needs_entropy = parts and name == "student"
+    out = scratch(f"{name} exps", count) if needs_entropy else centered
+    softmax = _exponentials(centered, row_max, argmax, out)
+    if needs_entropy:
+        centered.clamp_(min=torch.finfo(centered.dtype).min).mul_(softmax.exps)
+        side = side._replace(weighted_sum=_sum(centered))
+    softmax.exps.div_(softmax.exp_sum.to(centered.dtype))
     return side._replace(softmax=softmax)
 
 
@@ -249,11 +274,11 @@ def _divide(z: Tensor, temperature: float | Tensor) -> Tensor:
 
 
 def _log_softmax(side: _Side, out: Tensor) -> Tensor:
-    """Or the tempered logits, where nothing is normalised."""
+    """The log-probabilities, or the tempered logits of a divergence that does not normalise."""
     if side.softmax is None:
         return torch.div(side.z, side.temperature, out=out)
-    gap = _divide(torch.sub(side.z, side.softmax.top, out=out), side.temperature)
-    return gap.sub_(side.softmax.log_total.to(out.dtype))
+    centered = _divide(torch.sub(side.z, side.softmax.row_max, out=out), side.temperature)
+    return centered.sub_(side.softmax.log_exp_sum.to(out.dtype))
 
 
 def _same_temperature(s: _Side, t: _Side) -> bool:
@@ -263,47 +288,51 @@ def _same_temperature(s: _Side, t: _Side) -> bool:
 
 
 def _near(s: _Side, t: _Side) -> Tensor | None:
-    """Which rows [rows, 1] have logits of both models in one range; None where that is not asked for."""
-    if s.softmax is None or t.softmax is None or _waits(s.z.device) or not _same_temperature(s, t):
+    """Whether the maxima of a row's two sides are near each other, [rows, 1]; None: this cannot be used."""
+    if s.softmax is None or t.softmax is None:
         return None
-    return (s.softmax.top - t.softmax.top).abs() < NEAR
+    if _synchronizes(s.z.device) or not _same_temperature(s, t):
+        return None
+    return (s.softmax.row_max - t.softmax.row_max).abs() < NEAR
 
 
 def _log_ratio(s: _Side, t: _Side, out: Tensor) -> Tensor:
-    """log p - log q as one difference of logits less a constant of the row."""
-    first, second = s.softmax, t.softmax
-    alike = _same_temperature(s, t)
-    if first is None or second is None:
-        if alike:
+    """Compute log p - log q as one difference of logits minus a constant of the row."""
+    q, p = s.softmax, t.softmax
+    same_temperature = _same_temperature(s, t)
+    if q is None or p is None:
+        if same_temperature:
             return _divide(torch.sub(t.z, s.z, out=out), s.temperature)
         torch.div(t.z, t.temperature, out=out)
         return out.sub_(s.z / s.temperature)
-    constant = first.log_total - second.log_total
+    constant = q.log_exp_sum - p.log_exp_sum
     near = _near(s, t)
-    # Where one model's logits are all higher than the other's, their difference has lost digits.
+    # If all of one model's logits are higher than the other's, their difference has lost digits.
     if near is not None and bool(near.all()):
-        constant = constant + (first.top - second.top).to(constant.dtype) / s.temperature
+        constant = constant + (q.row_max - p.row_max).to(constant.dtype) / s.temperature
         _divide(torch.sub(t.z, s.z, out=out), s.temperature)
     else:
-        torch.sub(t.z, second.top, out=out)
-        if not alike:
+        torch.sub(t.z, p.row_max, out=out)
+        if not same_temperature:
             out.mul_(s.temperature / t.temperature)
-        _divide(out.sub_(s.z - first.top), s.temperature)
+        _divide(out.sub_(s.z - q.row_max), s.temperature)
     return out.add_(constant.to(out.dtype))
 
 
 class _Terms(NamedTuple):
-    """What the divergence gives in every column [rows, columns], and in both models' top columns, [rows, 2]."""
+    """Phi, g and h of every column [rows, columns], and of both models' top columns separately, [rows, 2]."""
 
     phi: Tensor
     g: Tensor
     h: Tensor | None
-    seats: Tensor | None = (
-        None  # the student's top column and the teacher's; None where nothing is normalised
-    )
-    different: Tensor | None = None  # 0 and 1: whether they are
-    tops: tuple[Tensor, ...] = ()  # phi, g and h there, where phi, g and h themselves are 0
-    logs: tuple[Tensor, Tensor] | None = None  # log q and log p there
+    # The student's top column and the teacher's; None for a divergence that does not normalise.
+    top_columns: Tensor | None = None
+    # 1 if the two differ, else 0.
+    different: Tensor | None = None
+    # (phi, g, h) in the top columns, where the fields phi, g and h are 0.
+    top_terms: tuple[Tensor, ...] = ()
+    # (log q, log p) in the top columns.
+    top_logs: tuple[Tensor, Tensor] | None = None
 
     def field(self, index: int) -> Tensor:
         """Phi, g or h of every column."""
@@ -315,8 +344,8 @@ class _Terms(NamedTuple):
         """The sum of phi over all columns, [rows, 1]."""
         if self.different is None:
             return _sum(self.phi)
-        first, second = self.tops[0].split(1, -1)
-        return _sum(self.phi) + first + self.different * second
+        student_top, teacher_top = self.top_terms[0].split(1, -1)
+        return _sum(self.phi) + student_top + self.different * teacher_top
 
 
 def _evaluated(
@@ -327,66 +356,66 @@ def _evaluated(
     wants_h: bool,
     scratch: _Scratch,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """(phi, g, h) of every column, in memory of their own; 0 of a label that is compared apart."""
+    """Return (phi, g, h) of every column in buffers of their own; 0 in the column of a label with a separate term."""
     count, wanted = s.z.shape[0], 3 if wants_h else 2
-    apart = None if divergence.target is None else label
+    separate_label = None if divergence.target is None else label
     pair = None
     if s.softmax is not None and t.softmax is not None:
-        pair = (t.softmax.powers, s.softmax.powers)
+        pair = (t.softmax.exps, s.softmax.exps)
     reads = _reads(divergence.function, divergence.params, wanted)
-    if pair is not None and apart is None and reads <= {*ENTRY[:2]}:
-        # Nothing is a logarithm of 0.
+    if pair is not None and separate_label is None and reads <= {*ENTRY[:2]}:
+        # The definition reads only p and q, so it has no logarithm of 0.
         phi, g, *more = _applied(divergence, (*pair, *pair[:1] * 3), scratch, wanted)
         return phi, g, more[0] if more else None
-    near = None if _waits(s.z.device) else _near(s, t)
+    near = _near(s, t)
     if near is not None and bool(near.any()) and not bool(near.all()):
-        return _apart_by(near, divergence, s, t, label, wants_h, scratch)
+        return _evaluated_by_kind(near, divergence, s, t, label, wants_h, scratch)
     ratio = _log_ratio(s, t, scratch("ratio", count))
-    if apart is not None:
-        ratio.scatter_(-1, apart, 0.0)
-    # Then no logarithm is one of 0. The policy for those costs more than all the rest, and on a device the question
-    # whether it is needed would cost a wait.
+    if separate_label is not None:
+        ratio.scatter_(-1, separate_label, 0.0)
+    # A finite row has no log 0 and skips the policy for it, which costs more than all the rest. On a device, to ask
+    # whether it is needed would synchronize.
     finite = _finite_rows(ratio)
     log_p = log_q = ratio
     if not _all(finite) or not reads.isdisjoint(ENTRY[2:]):
         log_p = _log_softmax(t, scratch("log p", count))
         log_q = _log_softmax(s, scratch("log q", count))
-        if apart is None and _all(finite):
+        if separate_label is None and _all(finite):
             finite = finite & _finite_rows(log_p) & _finite_rows(log_q)
     if not _all(finite):
-        if not _waits(ratio.device) and bool(finite.any()):
-            return _apart_by(finite, divergence, s, t, label, wants_h, scratch)
+        if not _synchronizes(ratio.device) and bool(finite.any()):
+            return _evaluated_by_kind(finite, divergence, s, t, label, wants_h, scratch)
         return evaluate(divergence, log_p, log_q, pair)
     if pair is None:
         pair = (torch.ones((), dtype=ratio.dtype, device=ratio.device).expand_as(ratio),) * 2
-    if apart is not None and log_p is not ratio:
+    if separate_label is not None and log_p is not ratio:
         for logs in (log_p, log_q):
-            logs.scatter_(-1, apart, torch.finfo(ratio.dtype).min)
+            logs.scatter_(-1, separate_label, torch.finfo(ratio.dtype).min)
     entry = arguments_of(divergence.function, *pair, log_p, log_q, ratio)
     phi, g, *more = _applied(divergence, entry, scratch, wanted)
     h = more[0] if more else None
     if wants_h and h is None:
         assert divergence.degree is not None  # validated
         h = torch.mul(phi, divergence.degree, out=scratch("h", count)).sub_(g)
-    if apart is not None:
+    if separate_label is not None:
         for term in (phi, g, h):
             if term is not None:
-                term.scatter_(-1, apart, 0.0)
+                term.scatter_(-1, separate_label, 0.0)
     return phi, g, h
 
 
 def _all(rows: Tensor) -> bool:
-    """On a device that would have to be waited for, the answer is no."""
-    return not _waits(rows.device) and bool(rows.all())
+    """Whether the mask is True in all rows; False on a device, because reading it would synchronize."""
+    return not _synchronizes(rows.device) and bool(rows.all())
 
 
 def _finite_rows(values: Tensor) -> Tensor:
-    """Which rows have finite numbers alone; not one whose sum overflows either."""
+    """Which rows are certainly finite. A row whose sum overflows counts as not finite."""
     return values.sum(-1).isfinite()
 
 
-def _apart_by(
-    mask: Tensor,
+def _evaluated_by_kind(
+    kind: Tensor,
     divergence: Divergence,
     s: _Side,
     t: _Side,
@@ -394,26 +423,26 @@ def _apart_by(
     wants_h: bool,
     scratch: _Scratch,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """The terms of a piece whose rows are computed in two ways: each kind by itself, so that no row changes another."""
+    """Evaluate the rows where the mask `kind` is True and the other rows separately, so that no row changes another."""
 
-    def rows_of(value: Any, numbers: Tensor) -> Any:
+    def select(value: Any, indices: Tensor) -> Any:
         if isinstance(value, Tensor):
-            return value[numbers]
+            return value[indices]
         if isinstance(value, (_Side, _Softmax)):
-            return type(value)(*(rows_of(part, numbers) for part in value))
+            return type(value)(*(select(field, indices) for field in value))
         return value
 
     terms: list[Tensor] = []
-    for kind in (mask.flatten(), ~mask.flatten()):
-        numbers = kind.nonzero().squeeze(1)
-        sides = rows_of(s, numbers), rows_of(t, numbers)
+    for mask in (kind.flatten(), ~kind.flatten()):
+        indices = mask.nonzero().squeeze(1)
+        sides = select(s, indices), select(t, indices)
         if s.temperature is t.temperature:
             sides = sides[0], sides[1]._replace(temperature=sides[0].temperature)
-        found = _evaluated(divergence, *sides, rows_of(label, numbers), wants_h, scratch)
-        parts = [term for term in (found if wants_h else found[:2]) if term is not None]
-        terms = terms or [part.new_empty(mask.shape[0], part.shape[1]) for part in parts]
+        evaluated = _evaluated(divergence, *sides, select(label, indices), wants_h, scratch)
+        parts = [term for term in (evaluated if wants_h else evaluated[:2]) if term is not None]
+        terms = terms or [part.new_empty(kind.shape[0], part.shape[1]) for part in parts]
         for term, part in zip(terms, parts, strict=True):
-            term[numbers] = part
+            term[indices] = part
     phi, g, *more = terms
     return phi, g, more[0] if more else None
 
@@ -426,81 +455,81 @@ def _terms(
     wants_h: bool,
     scratch: _Scratch,
 ) -> _Terms:
-    made = _evaluated(divergence, s, t, label, wants_h, scratch)
+    columns = _evaluated(divergence, s, t, label, wants_h, scratch)
     if not divergence.normalized:
-        return _Terms(*made)
+        return _Terms(*columns)
     assert s.softmax is not None and t.softmax is not None
-    seats = torch.cat([s.softmax.seat, t.softmax.seat], -1)
+    top_columns = torch.cat([s.softmax.argmax, t.softmax.argmax], -1)
     logs = []
     for side in (s, t):
         assert side.softmax is not None
-        kind = side.softmax.rest.dtype
-        gap = side.z.gather(-1, seats).to(kind) - side.softmax.top
+        exact = side.softmax.others_sum.dtype
+        centered = side.z.gather(-1, top_columns).to(exact) - side.softmax.row_max
         temperature = side.temperature
         if isinstance(temperature, Tensor):
-            temperature = temperature.to(kind)
-        logs.append(_divide(gap, temperature) - side.softmax.log_total)
+            temperature = temperature.to(exact)
+        logs.append(_divide(centered, temperature) - side.softmax.log_exp_sum)
     log_q, log_p = logs
-    tops = evaluate(divergence, log_p, log_q)
-    for term in made:
+    top_terms = evaluate(divergence, log_p, log_q)
+    for term in columns:
         if term is not None:
-            term.scatter_(-1, seats, 0.0)
-    different = (seats[:, :1] != seats[:, 1:]).to(log_q.dtype)
-    return _Terms(*made, seats, different, tops, (log_q, log_p))
+            term.scatter_(-1, top_columns, 0.0)
+    different = (top_columns[:, :1] != top_columns[:, 1:]).to(log_q.dtype)
+    return _Terms(*columns, top_columns, different, top_terms, (log_q, log_p))
 
 
 def _project(
     terms: _Terms,
     index: int,
     side: _Side,
-    beyond: Tensor | None,
+    label_term: Tensor | None,
     factor: float | Tensor,
-    to: Tensor,
+    out: Tensor,
 ) -> Tensor:
-    """factor (x_v - q_v sum_u x_u) of the field with that number, in `to`; the field is overwritten.
+    """Write factor (x_v - q_v sum_u x_u) to out, for the field x of the terms with that index; x is overwritten.
 
-    beyond [rows, 1] is what else is in the sum.
+    label_term [rows, 1] is added to the sum.
     """
     x = terms.field(index)
-    if terms.seats is None or side.softmax is None:
-        return torch.mul(x, factor, out=to)
-    assert terms.logs is not None and terms.different is not None
-    own, log_q = terms.tops[index], terms.logs[index - 1]
-    # The sum of all columns but one, for each of the two top columns.
+    if terms.top_columns is None or side.softmax is None:
+        return torch.mul(x, factor, out=out)
+    assert terms.top_logs is not None and terms.different is not None
+    own, log_q = terms.top_terms[index], terms.top_logs[index - 1]
+    # For each of the two top columns, the sum over all columns but itself.
     others = _sum(x) + terms.different * own.flip(-1)
-    if beyond is not None:
-        others = others + beyond
+    if label_term is not None:
+        others = others + label_term
     total = others[:, :1] + own[:, :1]
     exact = -own * log_q.expm1() - log_q.exp() * others
     _multiply(x, factor)
-    torch.addcmul(x, side.softmax.powers, (total * factor).to(x.dtype), value=-1.0, out=to)
-    return to.scatter_(-1, terms.seats, (exact * factor).to(to.dtype))
+    torch.addcmul(x, side.softmax.exps, (total * factor).to(x.dtype), value=-1.0, out=out)
+    return out.scatter_(-1, terms.top_columns, (exact * factor).to(out.dtype))
 
 
-# ---- the definitions of the table, without fresh memory
+# The definitions of the table, without fresh memory
 #
-# Their code runs once on symbols in place of tensors, and what it does becomes a list of steps: without those that
-# nothing wanted needs, and each writes to a buffer of the piece, over an operand that is not read again where there is
-# one. `where` selects bits, as torch's takes 4 nanoseconds an element on a CPU.
+# A definition's code runs once on symbols instead of tensors, which records its operations as a list of steps. Steps
+# that no wanted term needs are left out. Each step writes to a buffer of the piece: over an operand that no later step
+# reads, if there is one. `where` selects bits, because torch.where takes 4 nanoseconds per element on a CPU.
 
 
 class _Symbol:
-    """A value in a definition: an operator, and what it is applied to."""
+    """A value in a definition: an operator and its operands."""
 
-    __slots__ = ("made", "operands", "operator")
+    __slots__ = ("operands", "operator", "symbols")
 
-    def __init__(self, operator: str, operands: tuple[Operand, ...], made: _Made) -> None:
-        self.operator, self.operands, self.made = operator, operands, made
+    def __init__(self, operator: str, operands: tuple[Operand, ...], symbols: _Symbols) -> None:
+        self.operator, self.operands, self.symbols = operator, operands, symbols
 
     def apply(self, operator: str, *others: Operand) -> _Symbol:
-        """The operator of this and the others: the same symbol where the definition has it twice."""
+        """Apply the operator to this symbol and the others; equal expressions give the same symbol."""
         operands = (self, *others)
-        if (operator, operands) not in self.made:
-            self.made[operator, operands] = _Symbol(operator, operands, self.made)
-        return self.made[operator, operands]
+        if (operator, operands) not in self.symbols:
+            self.symbols[operator, operands] = _Symbol(operator, operands, self.symbols)
+        return self.symbols[operator, operands]
 
     def _scaled(self) -> tuple[_Symbol, float] | None:
-        """(x, number) where this is their product."""
+        """Return (x, number) if this symbol is their product."""
         if self.operator == "mul" and not isinstance(self.operands[1], _Symbol):
             assert isinstance(self.operands[0], _Symbol)
             return self.operands[0], self.operands[1]
@@ -537,25 +566,23 @@ class _Symbol:
 
 
 Operand = _Symbol | float
-_Made = dict[tuple[str, tuple[Any, ...]], _Symbol]
+_Symbols = dict[tuple[str, tuple[Any, ...]], _Symbol]
 
 
 def _where(condition: _Symbol, yes: Operand, no: Operand) -> _Symbol:
     number, bound = condition.operands
     assert isinstance(number, _Symbol)
     if not isinstance(yes, _Symbol) and not isinstance(no, _Symbol):
-        made = condition if yes - no == 1.0 else condition * (yes - no)
-        return made + no if no else made
+        step = condition if yes - no == 1.0 else condition * (yes - no)
+        return step + no if no else step
     if bound == 0.0 and no == 0.0:
         size = number if condition.operator == "gt" else -number
         if yes is size:
             return size.apply("clamp_min", 0.0)
     if (condition.operator, number.operator, bound) == ("gt", RATIO, 0.0):
         names = tuple(x.operator if isinstance(x, _Symbol) else "" for x in (yes, no))
-        if names in (
-            ENTRY[:2],
-            ENTRY[2:],
-        ):  # p and q or their logarithms, the larger of which is p's there
+        # p and q, or their logarithms: where the ratio is positive, the larger one is p's.
+        if names in (ENTRY[:2], ENTRY[2:]):
             assert isinstance(yes, _Symbol)
             return yes.apply("maximum", no)
         if names[::-1] in (ENTRY[:2], ENTRY[2:]):
@@ -565,10 +592,10 @@ def _where(condition: _Symbol, yes: Operand, no: Operand) -> _Symbol:
 
 
 def _log_mixture(log_ratio: _Symbol, share: float, rest: float) -> _Symbol:
-    """As fastkd.divergences has it, in fewer steps."""
+    """Compute the same as log_mixture of fastkd.divergences, in fewer steps."""
     size = -log_ratio.apply("abs")
     change = size.apply("expm1")
-    if share == rest:  # it is never below -1/2
+    if share == rest:  # both 1/2, so the argument of log1p is never below -1/2
         return (change * share).apply("log1p")
     below = log_ratio < 0.0
     lower, upper = _where(below, share, rest), _where(below, rest, share)
@@ -592,13 +619,13 @@ def _as_integers(values: Tensor) -> Tensor:
 
 
 def _mask(condition: Tensor, out: Tensor) -> None:
-    """All bits where the condition is 1, none where it is 0."""
+    """Set all bits where the condition is 1, and none where it is 0."""
     torch.gt(_as_integers(condition), 0, out=_as_integers(out)).neg_()
 
 
 @functools.cache
 def _bits(number: float, size: int) -> int:
-    """Those of a float of that many bytes, as an integer."""
+    """The bits of a float of `size` bytes, as an integer."""
     value: int = struct.unpack(
         *(("<i", struct.pack("<f", number)) if size == 4 else ("<q", struct.pack("<d", number)))
     )[0]
@@ -606,49 +633,55 @@ def _bits(number: float, size: int) -> int:
 
 
 def _select(mask: Tensor, yes: Tensor | float, no: Tensor | float, out: Tensor) -> None:
-    """The bits of yes where there is a mask, of no elsewhere; out may be yes."""
-    made, bits = _as_integers(out), _as_integers(mask)
-    one: Any
-    other: Any
-    one, other = (
+    """Select the bits of yes where the mask is set, and of no elsewhere; out may be yes."""
+    result, bits = _as_integers(out), _as_integers(mask)
+    yes_bits: Any
+    no_bits: Any
+    yes_bits, no_bits = (
         _as_integers(x) if isinstance(x, Tensor) else _bits(x, out.itemsize) for x in (yes, no)
     )
-    if isinstance(no, float) and other == 0:
-        torch.bitwise_and(one, bits, out=made)
+    if isinstance(no, float) and no_bits == 0:
+        torch.bitwise_and(yes_bits, bits, out=result)
     else:
-        # torch takes no number first.
-        torch.bitwise_xor(*((one, other) if isinstance(yes, Tensor) else (other, one)), out=made)
-        made.bitwise_and_(bits).bitwise_xor_(other)
+        # torch requires the tensor as the first operand.
+        operands = (yes_bits, no_bits) if isinstance(yes, Tensor) else (no_bits, yes_bits)
+        torch.bitwise_xor(*operands, out=result)
+        result.bitwise_and_(bits).bitwise_xor_(no_bits)
 
 
 def _tvd(p: _Symbol, q: _Symbol, *_: Any) -> tuple[_Symbol, _Symbol, _Symbol]:
-    """As fastkd.divergences has it but for rounding, which is as plain PyTorch's, and without a logarithm.
+    """Compute tvd of fastkd.divergences without a logarithm; only the rounding differs.
 
-    Plain PyTorch takes the sign of p - q too, and next to its time an exponential of the ratio costs too much.
+    Plain PyTorch also takes the sign of p - q, and an exponential of the ratio would cost too much in comparison.
     """
-    gap = p - q
-    sign = gap.apply("sign") * 0.5
-    return gap.apply("abs") * 0.5, -(q * sign), p * sign
+    difference = p - q
+    sign = difference.apply("sign") * 0.5
+    return difference.apply("abs") * 0.5, -(q * sign), p * sign
 
 
 _SHORTER = {divergences._tvd: _tvd}
 
 
 class _Step(NamedTuple):
-    """A call that writes to a buffer. Of the operands, an int is a buffer's number, and a float is itself."""
+    """A call that writes to a buffer."""
 
     function: Callable[..., Any]
+    # An int is the number of a buffer, a float is a number.
     operands: tuple[int | float, ...]
+    # The number of a buffer.
     out: int
 
 
 class _Program(NamedTuple):
-    """The first buffers are the definition's arguments. All but p and q are overwritten."""
+    """A definition as steps. The first buffers hold its arguments; all but p and q may be overwritten."""
 
     steps: list[_Step]
+    # How many buffers the steps use, arguments included.
     buffers: int
-    terms: list[int]  # the numbers of the buffers of phi, g and h
-    reads: frozenset[str]  # which arguments any step reads
+    # The numbers of the buffers of phi, g and h.
+    terms: list[int]
+    # The arguments that any step reads.
+    reads: frozenset[str]
 
 
 _OWN: dict[str, Callable[..., Any]] = {
@@ -660,17 +693,56 @@ _OWN: dict[str, Callable[..., Any]] = {
 
 @functools.lru_cache(maxsize=256)
 def _program(function: Callable[..., Any], params: tuple[float, ...], wanted: int) -> _Program:
-    """The first of the terms that a definition of the table returns, as steps."""
-    made: _Made = {}
+    """Record the first `wanted` terms that a definition of the table returns as steps."""
+    symbols: _Symbols = {}
     names = (*ENTRY, RATIO)[: 5 if takes_ratio(function) else 4]
-    entry = [_Symbol(name, (), made) for name in names]
+    entry = [_Symbol(name, (), symbols) for name in names]
     on_symbols = _SHORTER.get(function) or FunctionType(
         function.__code__, vars(divergences) | _WORDS
     )
     terms: list[_Symbol] = []
     for term in on_symbols(*entry, *params)[:wanted]:
-        # Memory of its own.
+        # Each term needs a buffer of its own.
         terms.append(term.apply("copy") if term in entry or term in terms else term)
+    ordered, uses = _in_order(terms)
+    reads = frozenset(symbol.operator for symbol in entry if symbol in uses)
+    buffer_of = {symbol: number for number, symbol in enumerate(entry)}
+    protected = {*entry[:2], *terms}
+    free: list[int] = []
+    buffers = len(entry)
+    steps = []
+    for symbol in ordered:
+        operands = tuple(
+            buffer_of[x] if isinstance(x, _Symbol) else float(x) for x in symbol.operands
+        )
+        released = []
+        for x in symbol.operands:
+            if isinstance(x, _Symbol):
+                uses[x] -= 1
+                if not uses[x] and x not in protected:
+                    released.append(buffer_of[x])
+        # A selection reads `no` after its first write, so it may only overwrite `yes`.
+        reusable = released
+        if symbol.operator == "select":
+            yes, no = symbol.operands[1:]
+            reusable = [buffer_of[yes]] if isinstance(yes, _Symbol) and yes is not no else []
+            reusable = [buffer for buffer in reusable if buffer in released]
+        if reusable:
+            out = reusable[0]
+            released.remove(out)
+        elif free:
+            out = free.pop()
+        else:
+            out, buffers = buffers, buffers + 1
+        free += released
+        buffer_of[symbol] = out
+        call = _OWN.get(symbol.operator) or getattr(torch, symbol.operator)
+        steps.append(_Step(call, operands, out))
+    return _Program(steps, buffers, [buffer_of[term] for term in terms], reads)
+
+
+def _in_order(terms: Sequence[_Symbol]) -> tuple[list[_Symbol], dict[_Symbol, int]]:
+    """Return (the symbols that the terms need, operands first; how often each symbol is read or is a term)."""
     uses: dict[_Symbol, int] = {}
     ordered: list[_Symbol] = []
 
@@ -685,50 +757,19 @@ def _program(function: Callable[..., Any], params: tuple[float, ...], wanted: in
 
     for term in terms:
         visit(term)
-    places = {symbol: number for number, symbol in enumerate(entry)}
-    kept = {*entry[:2], *terms}
-    free: list[int] = []
-    buffers = len(entry)
-    steps = []
-    for symbol in ordered:
-        operands = tuple(places[x] if isinstance(x, _Symbol) else float(x) for x in symbol.operands)
-        last = []
-        for x in symbol.operands:
-            if isinstance(x, _Symbol):
-                uses[x] -= 1
-                if not uses[x] and x not in kept:
-                    last.append(places[x])
-        # What a selection writes first is what `yes` is read for, and `no` is still to be read.
-        over = last
-        if symbol.operator == "select":
-            yes, no = symbol.operands[1:]
-            over = [places[yes]] if isinstance(yes, _Symbol) and yes is not no else []
-            over = [place for place in over if place in last]
-        if over:
-            place = over[0]
-            last.remove(place)
-        elif free:
-            place = free.pop()
-        else:
-            place, buffers = buffers, buffers + 1
-        free += last
-        places[symbol] = place
-        call = _OWN.get(symbol.operator) or getattr(torch, symbol.operator)
-        steps.append(_Step(call, operands, place))
-    reads = frozenset(symbol.operator for symbol in entry if symbol in uses)
-    return _Program(steps, buffers, [places[term] for term in terms], reads)
+    return ordered, uses
 
 
 def _applied(
     divergence: Divergence, entry: Sequence[Tensor], scratch: _Scratch, wanted: int = 3
 ) -> list[Tensor]:
-    """The first of the terms that the definition returns, in memory of their own. The logarithms may be overwritten."""
+    """Return the first `wanted` terms of the definition in buffers of their own. Logarithms may be overwritten."""
     function, params = divergence.function, divergence.params
     shape, dtype = entry[-1].shape, entry[-1].dtype
     if function not in DEFINITIONS:
-        # It may return its arguments, or a number a row.
-        made = function(*entry, *params)[:wanted]
-        return [term.to(dtype).expand(shape).clone() for term in made]
+        # A user's definition may return its arguments, or one number per row.
+        terms = function(*entry, *params)[:wanted]
+        return [term.to(dtype).expand(shape).clone() for term in terms]
     program = _program(function, params, wanted)
     buffers = list(entry)
     buffers += [
@@ -740,45 +781,50 @@ def _applied(
 
 
 def _reads(function: Callable[..., Any], params: tuple[float, ...], wanted: int) -> frozenset[str]:
-    """Which of its arguments a definition needs."""
+    """The names of the arguments that a definition reads."""
     if function in DEFINITIONS:
         return _program(function, params, wanted).reads
     return frozenset((*ENTRY, RATIO))
 
 
-def _label_apart(s: _Side, t: _Side, divergence: Divergence) -> reference._Apart:
-    """What the label's token adds, [rows, 1] each."""
+def _label_term(s: _Side, t: _Side, divergence: Divergence) -> reference.LabelTerm:
+    """Compute the label's separate term as the reference does, [rows, 1] each."""
     assert s.softmax is not None and t.softmax is not None and divergence.target is not None
-    assert s.label is not None and t.label is not None
-    kind = s.softmax.rest.dtype
-    nothing = torch.zeros((), dtype=kind, device=s.z.device)
+    exact = s.softmax.others_sum.dtype
+    zero = torch.zeros((), dtype=exact, device=s.z.device)
 
-    def row(value: Tensor | None) -> Tensor:
-        return nothing if value is None else value.to(kind).squeeze(-1)
+    def flat(value: Tensor | None) -> Tensor:
+        return zero if value is None else value.to(exact).squeeze(-1)
 
-    sides, tops = [], []
-    for side in (s, t):
+    def tempered_max(side: _Side) -> Tensor:
         assert side.softmax is not None
-        spread = side.temperature
-        sides.append(reference._Side(side.z, 1.0, spread, None))
-        tops.append(row(side.softmax.top) / (row(spread) if isinstance(spread, Tensor) else spread))
-    plain = [(None, None) if x.plain is None else (x.plain.total, x.plain.top) for x in (s, t)]
-    found = reference._Found(
-        s_top=tops[0],
-        t_top=tops[1],
-        s_sum=row(s.softmax.total),
-        t_sum=row(t.softmax.total),
-        plain_sum=row(plain[0][0]),
-        plain_top=row(plain[0][1]),
-        label=row(s.label),
-        t_label=row(t.label),
-        t_plain_sum=row(plain[1][0]),
-        t_plain_top=row(plain[1][1]),
-        total=nothing,
-        columns=nothing,
+        temperature = side.temperature
+        divisor = flat(temperature) if isinstance(temperature, Tensor) else temperature
+        return flat(side.softmax.row_max) / divisor
+
+    def at_1(side: _Side) -> tuple[Tensor, Tensor]:
+        softmax = side.softmax_t1
+        return (zero, zero) if softmax is None else (flat(softmax.exp_sum), flat(softmax.row_max))
+
+    exp_sum_t1, max_t1 = at_1(s)
+    teacher_exp_sum_t1, teacher_max_t1 = at_1(t)
+    statistics = reference.RowStatistics(
+        max=tempered_max(s),
+        teacher_max=tempered_max(t),
+        exp_sum=flat(s.softmax.exp_sum),
+        teacher_exp_sum=flat(t.softmax.exp_sum),
+        exp_sum_t1=exp_sum_t1,
+        max_t1=max_t1,
+        label=flat(s.label),
+        teacher_label=flat(t.label),
+        teacher_exp_sum_t1=teacher_exp_sum_t1,
+        teacher_max_t1=teacher_max_t1,
+        centered_sum=zero,
+        columns=zero,
     )
-    made = reference._apart(sides[0], sides[1], found, divergence.target)
-    return reference._Apart(*(value.unsqueeze(-1) for value in made))
+    sides = [reference.Side(side.z, 1.0, side.temperature, None) for side in (s, t)]
+    term = reference.label_term(sides[0], sides[1], statistics, divergence.target)
+    return reference.LabelTerm(*(value.unsqueeze(-1) for value in term))
 
 
 class _Values(NamedTuple):
@@ -790,6 +836,171 @@ class _Values(NamedTuple):
     student_entropy: Tensor | None
 
 
+class _Piece(NamedTuple):
+    """A piece of dense rows [rows, columns], and what the call asks of it."""
+
+    student: Tensor
+    teacher: Tensor
+    rows: Rows
+    options: Options
+    want: Want
+    scratch: _Scratch
+    # Numbers, or [rows, 1].
+    temperature: float | Tensor
+    teacher_temperature: float | Tensor
+    # The label's column, [rows, 1], 0 for an invalid label; None: labels only drop rows.
+    label: Tensor | None
+    # Which labels are not in the vocabulary, [rows, 1].
+    invalid_label: Tensor | None
+
+    @property
+    def compares(self) -> bool:
+        """Whether the divergence is computed."""
+        return self.options.alpha > 0.0 or self.want.parts
+
+    @property
+    def has_cross_entropy(self) -> bool:
+        """Whether the loss has a cross-entropy of the labels."""
+        return self.rows.labels is not None and self.options.alpha < 1.0
+
+    @property
+    def has_separate_label(self) -> bool:
+        """Whether the divergence has a separate term for the label."""
+        return self.compares and self.options.divergence.target is not None
+
+    @property
+    def has_label_cross_entropy(self) -> bool:
+        """Whether this term is a cross-entropy at temperature 1."""
+        target = self.options.divergence.target
+        return self.compares and target is not None and target.form == "label"
+
+    @property
+    def t_squared(self) -> float | Tensor:
+        """The factor T^2 of the distillation, or 1."""
+        return self.temperature * self.temperature if self.options.scale_by_temperature else 1.0
+
+
+def _piece(
+    student: Tensor, teacher: Tensor, rows: Rows, options: Options, want: Want, scratch: _Scratch
+) -> _Piece:
+    def column(value: Tensor | None, default: float) -> float | Tensor:
+        return default if value is None else value.to(scratch.dtype).unsqueeze(-1)
+
+    temperature = column(rows.temperature, options.temperature)
+    teacher_temperature = temperature  # one object if both are one, which _same_temperature sees
+    if rows.teacher_temperature is not rows.temperature or rows.temperature is None:
+        teacher_temperature = column(rows.teacher_temperature, options.teacher_temperature)
+    label = invalid = None
+    if rows.labels is not None and options.reads_labels:
+        label = rows.labels.unsqueeze(-1)
+        invalid = (label < 0) | (label >= options.vocab_size)
+        label = label.masked_fill(invalid, 0)
+    return _Piece(
+        student, teacher, rows, options, want, scratch, temperature, teacher_temperature, label,
+        invalid,
+    )  # fmt: skip
+
+
+def _sides(piece: _Piece) -> tuple[_Side, _Side | None]:
+    """Sweep over both models' logits; None: the teacher's are not needed."""
+    options, parts = piece.options, piece.want.parts
+    normalizes = piece.compares and options.divergence.normalized
+    by_label, separate = piece.has_label_cross_entropy, piece.has_separate_label
+    student = _Model(
+        "student",
+        options.logit_scale,
+        options.softcap,
+        piece.temperature,
+        needs_softmax=normalizes or parts,
+        needs_softmax_t1=piece.has_cross_entropy or by_label,
+    )
+    s = _sweep(piece.student, student, piece.label, separate, parts, piece.scratch)
+    if not piece.compares:
+        return s, None
+    teacher = _Model(
+        "teacher",
+        options.teacher_logit_scale,
+        options.teacher_softcap,
+        piece.teacher_temperature,
+        needs_softmax=normalizes,
+        needs_softmax_t1=by_label,
+    )
+    return s, _sweep(piece.teacher, teacher, piece.label, separate, False, piece.scratch)
+
+
+def _weights(piece: _Piece, s: _Side, t: _Side | None) -> float | Tensor:
+    """The weight of each row, a number or [rows, 1]: NaN if the row is invalid."""
+    rows, scratch = piece.rows, piece.scratch
+    invalid = [] if piece.invalid_label is None else [piece.invalid_label]
+    for temperatures in (rows.temperature, rows.teacher_temperature):
+        if temperatures is not None:
+            invalid.append(~(temperatures > 0).unsqueeze(-1))
+    for side in (s, t):
+        if side is not None and side.softmax is not None:
+            # A definition that compares numbers may drop a NaN or +inf among the logits, so the sum is asked.
+            invalid.append(side.softmax.exp_sum.isnan())
+            if piece.has_separate_label and side.label is not None:  # its logit is not in the sum
+                invalid.append(side.label == torch.inf)
+    weight: float | Tensor = 1.0
+    if rows.weight is not None:
+        weight = rows.weight.to(scratch.dtype).unsqueeze(-1)
+    if invalid:
+        if not isinstance(weight, Tensor):
+            shape, device = (piece.student.shape[0], 1), piece.student.device
+            weight = torch.full(shape, weight, dtype=scratch.dtype, device=device)
+        weight = weight.masked_fill(functools.reduce(torch.logical_or, invalid), torch.nan)
+    return weight
+
+
+def _cross_entropy(s: _Side, options: Options, smoothing: float) -> Tensor:
+    """The label-smoothed cross-entropy of each row, [rows, 1]."""
+    assert s.softmax_t1 is not None and s.label is not None and s.centered_sum is not None
+    softmax = s.softmax_t1
+    exact = softmax.others_sum.dtype
+    value = softmax.log_exp_sum - (s.label.to(exact) - softmax.row_max.to(exact))
+    smooth = softmax.log_exp_sum - s.centered_sum / options.vocab_size
+    return (1.0 - smoothing) * value + smoothing * smooth if smoothing else value
+
+
+class _Compared(NamedTuple):
+    """What a divergence gives for a piece."""
+
+    # [rows, 1], T^2 included.
+    distillation: Tensor
+    # Of the student at temperature T, [rows, 1].
+    entropy: Tensor | None = None
+    terms: _Terms | None = None
+    # The label's separate term.
+    label: reference.LabelTerm | None = None
+
+
+def _compared(piece: _Piece, s: _Side, t: _Side | None) -> _Compared:
+    exact = _exact(piece.scratch.dtype, piece.student.device)
+    if t is None:
+        shape, device = (piece.student.shape[0], 1), piece.student.device
+        return _Compared(torch.zeros(shape, dtype=exact, device=device))
+    divergence, options = piece.options.divergence, piece.options
+    side = s if divergence.normalized else s._replace(softmax=None)
+    wants_h = piece.want.teacher_gradient
+    terms = _terms(divergence, side, t, piece.label, wants_h, piece.scratch)
+    distillation = terms.value()
+    entropy = label = None
+    if piece.want.parts:
+        assert s.softmax is not None and s.weighted_sum is not None
+        entropy = s.softmax.log_exp_sum - s.weighted_sum / s.softmax.exp_sum
+    if divergence.target is not None:
+        label = _label_term(s, t, divergence)
+        distillation = distillation + label.phi
+        if entropy is not None:
+            entropy = label.entropy + label.others_probability * entropy
+    distillation = distillation * piece.t_squared
+    if piece.has_label_cross_entropy and label is not None:
+        factor = label.cross_entropy_weight
+        value = _cross_entropy(s, options, 0.0)
+        distillation = distillation + torch.where(factor == 0, 0.0, factor * value)
+    return _Compared(distillation, entropy, terms, label)
+
+
 def _dense_piece(
     student: Tensor,
     teacher: Tensor,
@@ -799,144 +1010,88 @@ def _dense_piece(
     outs: Sequence[Tensor | None],
     scratch: _Scratch,
 ) -> _Values:
-    """The loss of some rows [rows, columns], and the gradients, which it writes into outs."""
-    divergence, alpha, target = options.divergence, options.alpha, options.divergence.target
-    count, device, dtype = student.shape[0], student.device, scratch.dtype
-    kind = _exact(dtype, device)
-
-    def column(value: Tensor | None, number: float) -> float | Tensor:
-        return number if value is None else value.to(dtype).unsqueeze(-1)
-
-    temperature = column(rows.temperature, options.temperature)
-    teacher_temperature = temperature
-    if rows.teacher_temperature is not rows.temperature or rows.temperature is None:
-        teacher_temperature = column(rows.teacher_temperature, options.teacher_temperature)
-    with_labels = rows.labels is not None and alpha < 1.0
-    compares = alpha > 0.0 or want.parts
-    by_label = compares and target is not None and target.form == "label"
-    normalizes = compares and divergence.normalized
-    models = (
-        _Model(
-            "student", options.logit_scale, options.softcap, temperature,
-            normalizes or want.parts, with_labels or by_label,
-        ),
-        _Model(
-            "teacher", options.teacher_logit_scale, options.teacher_softcap, teacher_temperature,
-            normalizes, by_label,
-        ),
-    )  # fmt: skip
-
-    label = invalid = None
-    if rows.labels is not None and options.reads_labels:
-        label = rows.labels.unsqueeze(-1)
-        invalid = (label < 0) | (label >= options.vocab_size)
-        label = label.masked_fill(invalid, 0)
-    apart = target is not None and compares
-    s = _sweep(student, models[0], label, apart, want.parts, scratch)
-    t = _sweep(teacher, models[1], label, apart, False, scratch) if compares else None
-
-    # What multiplies a row: NaN where a label or a temperature is invalid.
-    weight: float | Tensor = column(rows.weight, 1.0)
-    for tempering in (rows.temperature, rows.teacher_temperature):
-        if tempering is not None:
-            wrong = ~(tempering > 0).unsqueeze(-1)
-            invalid = wrong if invalid is None else invalid | wrong
-    for side in (s, t):
-        if side is not None and side.softmax is not None:
-            # NaN or +inf among its logits, which a definition with a comparison in it may lose.
-            wrong = side.softmax.total.isnan()
-            if apart and side.label is not None:  # which is not in the sum
-                wrong = wrong | (side.label == torch.inf)
-            invalid = wrong if invalid is None else invalid | wrong
-    if invalid is not None:
-        if not isinstance(weight, Tensor):
-            weight = torch.full((count, 1), weight, dtype=dtype, device=device)
-        weight = weight.masked_fill(invalid, torch.nan)
-    scale = options.scale if rows.scale is None else options.scale * rows.scale.to(dtype)
-    row_scale = weight * scale
-    t_squared = temperature * temperature if options.scale_by_temperature else 1.0
-
-    zeros = torch.zeros((count, 1), dtype=kind, device=device)
-    distillation, entropy, terms, added = zeros, None, None, None
-    if compares:
-        assert t is not None
-        plain_side = s if divergence.normalized else s._replace(softmax=None)
-        terms = _terms(divergence, plain_side, t, label, outs[1] is not None, scratch)
-        distillation = terms.value()
-        if want.parts:
-            assert s.softmax is not None and s.spread is not None
-            entropy = s.softmax.log_total - s.spread / s.softmax.total
-        if target is not None:
-            added = _label_apart(s, t, divergence)
-            distillation = distillation + added.phi
-            if entropy is not None:
-                entropy = added.entropy + added.others * entropy
-        distillation = distillation * t_squared
-
-    def cross_entropy_of(smoothing: float) -> Tensor:
-        assert s.plain is not None and s.label is not None and s.height is not None
-        value = s.plain.log_total - (s.label.to(kind) - s.plain.top.to(kind))
-        smooth = s.plain.log_total - s.height / options.vocab_size
-        return (1.0 - smoothing) * value + smoothing * smooth if smoothing else value
-
-    cross_entropy = cross_entropy_of(options.label_smoothing) if with_labels else zeros
-    if by_label and added is not None:
-        value = cross_entropy_of(0.0)
-        distillation = distillation + torch.where(added.weight == 0, 0.0, added.weight * value)
-    loss = alpha * distillation if alpha else zeros
-    if with_labels:
-        loss = loss + (1.0 - alpha) * cross_entropy
+    """Compute the loss of some rows [rows, columns], and write the wanted gradients into outs."""
+    piece = _piece(student, teacher, rows, options, want, scratch)
+    s, t = _sides(piece)
+    compared = _compared(piece, s, t)
+    cross_entropy = torch.zeros_like(compared.distillation)
+    if piece.has_cross_entropy:
+        cross_entropy = _cross_entropy(s, options, options.label_smoothing)
+    loss = torch.zeros_like(compared.distillation)
+    if options.alpha:
+        loss = options.alpha * compared.distillation
+    if piece.has_cross_entropy:
+        loss = loss + (1.0 - options.alpha) * cross_entropy
+    weight = _weights(piece, s, t)
     loss = loss * weight
 
-    keep = None  # on a CPU they all are
-    if _waits(device):
-        keep = counted_rows(rows, options.ignore_index)
-        keep = None if keep is None else keep.unsqueeze(-1)
+    counted = None  # on a CPU all rows of a piece are counted
+    if _synchronizes(student.device):
+        counted = counted_rows(rows, options.ignore_index)
+        counted = None if counted is None else counted.unsqueeze(-1)
+    _write_gradients(piece, s, t, compared, weight, counted, outs)
 
-    def differentiated(index: int, side: _Side, spread: float | Tensor, out: Tensor) -> Tensor:
-        """The divergence's part."""
-        to = out if out.dtype == dtype else scratch("gradient", count)
+    def select(value: Tensor) -> Tensor:
+        return value if counted is None else value.masked_fill(~counted, 0.0)
+
+    entropy = None if compared.entropy is None else select(compared.entropy)
+    return _Values(select(loss), select(compared.distillation), select(cross_entropy), entropy)
+
+
+def _write_gradients(
+    piece: _Piece,
+    s: _Side,
+    t: _Side | None,
+    compared: _Compared,
+    weight: float | Tensor,
+    counted: Tensor | None,
+    outs: Sequence[Tensor | None],
+) -> None:
+    options, alpha, dtype = piece.options, piece.options.alpha, piece.scratch.dtype
+    scale = (
+        options.scale if piece.rows.scale is None else options.scale * piece.rows.scale.to(dtype)
+    )
+    row_scale = weight * scale
+
+    def of_divergence(index: int, side: _Side, out: Tensor) -> Tensor:
+        """The gradient of the divergence by one side's z; index is that of g or h in the terms."""
+        to = out if out.dtype == dtype else piece.scratch("gradient", out.shape[0])
         if not alpha:
             return to.zero_()
-        assert terms is not None
-        beyond = None if added is None else added[index]
-        factor = row_scale * (alpha * t_squared / spread)
-        gradient = _project(terms, index, side, beyond, factor, to)
-        if beyond is not None:
-            assert label is not None
-            gradient.scatter_(-1, label, (beyond * factor).to(dtype))
+        assert compared.terms is not None
+        label = None if compared.label is None else compared.label[index]
+        factor = row_scale * (alpha * piece.t_squared / side.temperature)
+        gradient = _project(compared.terms, index, side, label, factor, to)
+        if label is not None:
+            assert piece.label is not None
+            gradient.scatter_(-1, piece.label, (label * factor).to(dtype))
         return gradient
 
     def finish(gradient: Tensor, slope: Tensor | None, scale: float, out: Tensor) -> None:
         _multiply(gradient, scale if slope is None else slope)
-        if keep is not None:
-            gradient.masked_fill_(~keep, 0.0)
+        if counted is not None:
+            gradient.masked_fill_(~counted, 0.0)
         if gradient is not out:
             out.copy_(gradient)
 
     student_out, teacher_out = outs
-    # The teacher's first, as the student's may overwrite logits that are still read.
+    # The teacher's gradient comes first, because the student's may overwrite logits that are still read.
     if teacher_out is not None:
         if t is None:
+            zeros = torch.zeros_like(compared.distillation)
             teacher_out.copy_((zeros * row_scale).expand_as(teacher_out))
         else:
-            gradient = differentiated(2, t, teacher_temperature, teacher_out)
+            gradient = of_divergence(2, t, teacher_out)
             finish(gradient, t.slope, options.teacher_logit_scale, teacher_out)
     if student_out is not None:
-        gradient = differentiated(1, s, temperature, student_out)
-        if with_labels:
+        gradient = of_divergence(1, s, student_out)
+        if piece.has_cross_entropy:
             factor = (1.0 - alpha) * row_scale
-            _add_cross_entropy(gradient, s, label, factor, options, options.label_smoothing)
-        if by_label and added is not None and alpha:
-            factor = alpha * row_scale * added.weight
-            _add_cross_entropy(gradient, s, label, factor, options, 0.0)
+            _add_cross_entropy(gradient, s, piece.label, factor, options, options.label_smoothing)
+        if piece.has_label_cross_entropy and compared.label is not None and alpha:
+            factor = alpha * row_scale * compared.label.cross_entropy_weight
+            _add_cross_entropy(gradient, s, piece.label, factor, options, 0.0)
         finish(gradient, s.slope, options.logit_scale, student_out)
-
-    def kept(value: Tensor) -> Tensor:
-        return value if keep is None else value.masked_fill(~keep, 0.0)
-
-    entropy = None if entropy is None else kept(entropy)
-    return _Values(kept(loss), kept(distillation), kept(cross_entropy), entropy)
 
 
 def _multiply(gradient: Tensor, factor: float | Tensor) -> Tensor:
@@ -951,12 +1106,13 @@ def _add_cross_entropy(
     options: Options,
     smoothing: float,
 ) -> None:
-    """Add factor times (softmax - target), the target smoothed."""
-    assert s.plain is not None and s.label is not None and label is not None
-    # The label's column by itself: its probability less 1 has no digits left where the student is sure of it.
-    s.plain.powers.scatter_(-1, label, 0.0)
-    gradient.addcmul_(s.plain.powers, (factor / s.plain.total).to(gradient.dtype))
-    log_q = (s.label.to(s.plain.rest.dtype) - s.plain.top) - s.plain.log_total
+    """Add factor times (softmax - smoothed label) to the gradient."""
+    assert s.softmax_t1 is not None and s.label is not None and label is not None
+    softmax = s.softmax_t1
+    # The label's column is computed separately: q_y - 1 has no digits left if the student is sure of the label.
+    softmax.exps.scatter_(-1, label, 0.0)
+    gradient.addcmul_(softmax.exps, (factor / softmax.exp_sum).to(gradient.dtype))
+    log_q = (s.label.to(softmax.others_sum.dtype) - softmax.row_max) - softmax.log_exp_sum
     gradient.scatter_add_(-1, label, (factor * (log_q.expm1() + smoothing)).to(gradient.dtype))
     if smoothing:
         gradient.sub_(factor * (smoothing / options.vocab_size))
@@ -964,27 +1120,27 @@ def _add_cross_entropy(
 
 @torch.no_grad()
 def kd_rows(student: Tensor, teacher: Tensor, rows: Rows, options: Options, want: Want) -> Result:
-    """The loss of each row and its gradients; shapes and meaning as :class:`fastkd.call.contract.Result` has them."""
+    """Compute the loss of each row and its gradients; :class:`fastkd.call.contract.Result` has shapes and meaning."""
     student, teacher = readable(student), readable(teacher)
     lead, device, columns = student.shape[:-1], student.device, options.vocab_size
     dtype = row_dtype(student.dtype, teacher.dtype)
     result = native.outputs(student, teacher, want, row_dtype=dtype)
-    numbers = _counted(rows, options.ignore_index, device)
-    count = lead.numel() if numbers is None else numbers.numel()
+    indices = _counted(rows, options.ignore_index, device)
+    count = lead.numel() if indices is None else indices.numel()
     step = min(piece_rows(columns, dtype, device.type), max(count, 1))
     scratch = _Scratch(step, columns, dtype, device)
     gradients = (result.student_gradient, result.teacher_gradient)
     per_row = (result.loss, *result[4:])
-    if numbers is not None:
-        _clear_dropped([*per_row, *gradients], numbers, lead)
-    for at in _pieces(count, step, numbers):
+    if indices is not None:
+        _clear_dropped([*per_row, *gradients], indices, lead)
+    for at in _pieces(count, step, indices):
         s, t = (take(logits, lead, at)[:, :columns] for logits in (student, teacher))
         outs = [_Out(gradient, lead, at, columns) for gradient in gradients]
         buffers = [out.buffer(scratch, name) for out, name in zip(outs, ("s", "t"), strict=True)]
         values = _dense_piece(s, t, rows_at(rows, lead, at), options, want, buffers, scratch)
-        for whole, part in zip(per_row, values, strict=True):
-            if whole is not None and part is not None:
-                put(whole, lead, at, part.squeeze(-1).to(dtype))
+        for whole, value in zip(per_row, values, strict=True):
+            if whole is not None and value is not None:
+                put(whole, lead, at, value.squeeze(-1).to(dtype))
         for out in outs:
             out.close()
     for gradient in gradients:
@@ -996,7 +1152,7 @@ def kd_rows(student: Tensor, teacher: Tensor, rows: Rows, options: Options, want
 
 
 def _clear_dropped(values: Sequence[Tensor | None], counted: Tensor, lead: torch.Size) -> None:
-    """Set the rows that are not counted to 0."""
+    """Set all rows to 0 whose indices are not among `counted`."""
     dropped = torch.ones(lead.numel(), dtype=torch.bool, device=counted.device)
     dropped[counted] = False
     at = dropped.nonzero().squeeze(1)
@@ -1006,20 +1162,20 @@ def _clear_dropped(values: Sequence[Tensor | None], counted: Tensor, lead: torch
 
 
 class _Out:
-    """Where a piece's gradient goes: the result's own memory, or a buffer where its rows are not next to each other."""
+    """Where a piece writes its gradient: the result's memory, or a buffer if the piece's rows are not adjacent."""
 
     def __init__(self, whole: Tensor | None, lead: torch.Size, at: At, columns: int) -> None:
         self.whole, self.lead, self.at, self.columns = whole, lead, at, columns
         self.packed: Tensor | None = None
 
     def buffer(self, scratch: _Scratch, name: str) -> Tensor | None:
-        """[rows, columns], to write to."""
+        """The memory to write to, [rows, columns]; None: no gradient is wanted."""
         if self.whole is None:
             return None
         if isinstance(self.at, slice):
             try:
                 rows = self.whole.view(self.lead.numel(), self.whole.shape[-1])
-            except RuntimeError:  # strides of the caller, whose logits are overwritten
+            except RuntimeError:  # in place: the strides are those of the caller's logits
                 pass
             else:
                 return rows[self.at, : self.columns]
@@ -1028,106 +1184,124 @@ class _Out:
         return self.packed
 
     def close(self) -> None:
-        """Bring a buffer's rows to their places."""
+        """Copy the rows of a buffer to the result."""
         if self.packed is not None and self.whole is not None:
             packed = self.packed.to(self.whole.dtype)
             put(self.whole[..., : self.columns], self.lead, self.at, packed)
 
 
-# ---- sparse teachers
+# Sparse teachers
 
 
 def gather_events(student: Tensor, rows: Rows, options: Options, parts: bool) -> Events:
-    """The student's rows as a sparse teacher sees them: fastkd/backends/sparse.py. Of a row that is dropped, zeros."""
+    """Reduce the student's rows to the K + 1 events of a sparse teacher (fastkd/backends/sparse.py).
+
+    Dropped rows get zeros.
+    """
     lead, device, dtype = student.shape[:-1], student.device, row_dtype(student.dtype)
     assert rows.ids is not None
-    with_labels = rows.labels is not None and options.alpha < 1.0
-    smooths = with_labels and options.label_smoothing > 0
+    has_cross_entropy = rows.labels is not None and options.alpha < 1.0
+    smooths = has_cross_entropy and options.label_smoothing > 0
 
     def per_row(wanted: bool, *columns: int) -> Any:
         return torch.zeros((*lead, *columns), dtype=dtype, device=device) if wanted else None
 
     events = Events(
         per_row(True), per_row(True), per_row(True, rows.ids.shape[-1]), per_row(True), per_row(True),
-        per_row(parts), per_row(with_labels), per_row(with_labels), per_row(smooths),
+        per_row(parts), per_row(has_cross_entropy), per_row(has_cross_entropy), per_row(smooths),
         torch.ones(lead, dtype=torch.bool, device=device),
     )  # fmt: skip
-    wholes = [value for value in events if isinstance(value, Tensor)]
-    for at, s, some, scratch in _student_pieces(student, rows, options, dtype):
-        made = _events_of_piece(s, some, options, parts, scratch)
-        for whole, value in zip(wholes, made, strict=True):
-            put(whole, lead, at, value)
+    outputs = [value for value in events if isinstance(value, Tensor)]
+    for at, s, rows_of_piece, scratch in _student_pieces(student, rows, options, dtype):
+        values = _events_of_piece(s, rows_of_piece, options, parts, scratch)
+        for output, value in zip(outputs, values, strict=True):
+            put(output, lead, at, value)
     return events
 
 
 def _student_pieces(
     student: Tensor, rows: Rows, options: Options, dtype: torch.dtype
 ) -> Iterator[tuple[At, Tensor, Rows, _Scratch]]:
-    """(which rows, their logits, what belongs to them, buffers) of the counted rows, piece by piece."""
+    """Yield (which rows, their logits, their Rows, buffers) of the counted rows, piece by piece."""
     lead, device, columns = student.shape[:-1], student.device, options.vocab_size
     student = readable(student)
-    numbers = _counted(rows, options.ignore_index, device)
-    count = lead.numel() if numbers is None else numbers.numel()
+    indices = _counted(rows, options.ignore_index, device)
+    count = lead.numel() if indices is None else indices.numel()
     step = min(piece_rows(columns, dtype, device.type), max(count, 1))
     scratch = _Scratch(step, columns, dtype, device)
-    for at in _pieces(count, step, numbers):
+    for at in _pieces(count, step, indices):
         yield at, take(student, lead, at)[:, :columns], rows_at(rows, lead, at), scratch
 
 
-def _seats(ids: Tensor, options: Options) -> tuple[Tensor, Tensor, Tensor]:
-    """(which ids are columns here, which columns those are and 0 for the others, -inf there and inf for the others)."""
-    seats = ids - options.first_column
-    here = (seats >= 0) & (seats < options.vocab_size)
-    marks = torch.full(ids.shape, torch.inf, device=ids.device).masked_fill_(here, -torch.inf)
-    return here, seats.masked_fill(~here, 0), marks
+def _id_columns(ids: Tensor, options: Options) -> tuple[Tensor, Tensor, Tensor]:
+    """Return three tensors of the shape of ids.
+
+    They are: whether this process has the id's column; that column, or 0; and -inf if it has the column, else inf,
+    so that amin with these marks sets the listed columns to -inf.
+    """
+    columns = ids - options.first_column
+    is_local = (columns >= 0) & (columns < options.vocab_size)
+    marks = torch.full(ids.shape, torch.inf, device=ids.device).masked_fill_(is_local, -torch.inf)
+    return is_local, columns.masked_fill(~is_local, 0), marks
+
+
+def _label_columns(labels: Tensor, options: Options) -> tuple[Tensor, Tensor]:
+    """Return (whether this process has the label's column, that column or 0), [rows, 1]."""
+    columns = labels.unsqueeze(-1) - options.first_column
+    is_local = (columns >= 0) & (columns < options.vocab_size)
+    return is_local, columns.masked_fill(~is_local, 0)
 
 
 def _events_of_piece(
     student: Tensor, rows: Rows, options: Options, parts: bool, scratch: _Scratch
 ) -> list[Tensor]:
-    """The fields of Events that are there, [rows, ...]."""
+    """The fields of Events that are not None, [rows, ...]."""
     ids, dtype, count = rows.ids, scratch.dtype, student.shape[0]
     assert ids is not None
-    kind = _exact(dtype, student.device)
+    exact = _exact(dtype, student.device)
     z = scratch("z", count)
     adjusted, _ = _adjusted(student, options.logit_scale, options.softcap, z, scratch, "slope")
-    here, seats, marks = _seats(ids, options)
-    tokens = adjusted.gather(-1, seats).masked_fill_(~here, -torch.inf)
+    is_local, id_columns, marks = _id_columns(ids, options)
+    tokens = adjusted.gather(-1, id_columns).masked_fill_(~is_local, -torch.inf)
     origin = tokens.amax(-1, keepdim=True)
-    at_1: list[Tensor] = []
+    at_1: list[Tensor] = []  # log_sum, label and mean
     if rows.labels is not None and options.alpha < 1.0:
-        top = _finite(adjusted.amax(-1, keepdim=True))
-        label = rows.labels.unsqueeze(-1) - options.first_column
-        named = (label >= 0) & (label < options.vocab_size)
-        of_label = adjusted.gather(-1, label.masked_fill(~named, 0)) - top
-        gap = torch.sub(adjusted, top, out=scratch("powers", count))
-        mean = _sum(gap) / options.vocabulary
-        at_1 = [_sum(gap.exp_()).log(), of_label.masked_fill(~named, -torch.inf)]
+        row_max = finite_max(adjusted.amax(-1, keepdim=True))
+        label_is_local, label_column = _label_columns(rows.labels, options)
+        label = adjusted.gather(-1, label_column) - row_max
+        centered = torch.sub(adjusted, row_max, out=scratch("exps", count))
+        mean = _sum(centered) / options.vocabulary
+        at_1 = [_sum(centered.exp_()).log(), label.masked_fill(~label_is_local, -torch.inf)]
         at_1 += [mean] if options.label_smoothing else []
     if adjusted is not z:
         z.copy_(adjusted)
-    z.scatter_reduce_(-1, seats, marks.to(dtype), "amin")
+    z.scatter_reduce_(-1, id_columns, marks.to(dtype), "amin")
     tail_origin = z.amax(-1, keepdim=True)
     temperature: float | Tensor = options.temperature
     if rows.temperature is not None:
         temperature = rows.temperature.to(dtype).unsqueeze(-1)
-    _divide(z.sub_(_finite(tail_origin)), temperature)
-    powers = torch.exp(z, out=scratch("powers", count))
-    total = _sum(powers)
-    log_sum = total.log()
+    _divide(z.sub_(finite_max(tail_origin)), temperature)
+    exps = torch.exp(z, out=scratch("exps", count))
+    exp_sum = _sum(exps)
+    log_sum = exp_sum.log()
     entropy = []
     if parts:
-        powers.div_(total.clamp(min=torch.finfo(dtype).tiny).to(dtype))
-        log_q = z.sub_(_finite(log_sum).to(dtype)).clamp_(min=torch.finfo(dtype).min)
-        entropy = [-_sum(powers.mul_(log_q))]
-    tail = (tail_origin - _finite(origin)).to(kind) + temperature * log_sum
-    known = ((ids == -1) | ((ids >= 0) & (ids < options.vocabulary))).all(-1)
+        exps.div_(exp_sum.clamp(min=torch.finfo(dtype).tiny).to(dtype))
+        log_q = z.sub_(finite_max(log_sum).to(dtype)).clamp_(min=torch.finfo(dtype).min)
+        entropy = [-_sum(exps.mul_(log_q))]
+    tail = (tail_origin - finite_max(origin)).to(exact) + temperature * log_sum
+    values = [origin, tail_origin, tail, log_sum, *entropy, *at_1]
+    fields = [value.squeeze(-1).to(dtype) for value in values]
+    fields.insert(2, tokens - finite_max(origin))
+    return [*fields, _valid_ids(ids, options)]
+
+
+def _valid_ids(ids: Tensor, options: Options) -> Tensor:
+    """Which rows have distinct ids that are in the vocabulary or padding."""
+    in_vocabulary = ((ids == -1) | ((ids >= 0) & (ids < options.vocabulary))).all(-1)
     ordered = ids.sort(-1).values
-    twice = ((ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] >= 0)).any(-1)
-    numbers = [origin, tail_origin, tail, log_sum, *entropy, *at_1]
-    made = [value.squeeze(-1).to(dtype) for value in numbers]
-    made.insert(2, tokens - _finite(origin))
-    return [*made, known & ~twice]
+    repeated = ((ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] >= 0)).any(-1)
+    return in_vocabulary & ~repeated
 
 
 def spread_gradient(
@@ -1139,23 +1313,28 @@ def spread_gradient(
     options: Options,
     out: Tensor,
 ) -> Tensor:
-    """The gradient of the events [..., K + 1], and the cross-entropy's, as that of the student's logits."""
+    """Convert the gradient of the events [..., K + 1], plus that of the cross-entropy, to one by student logits."""
     lead, columns, dtype = student.shape[:-1], options.vocab_size, row_dtype(student.dtype)
     assert rows.weight is not None
-    counts = rows._replace(labels=None)  # its weight says which rows do
-    numbers = _counted(counts, options.ignore_index, student.device)
-    if numbers is not None:
-        _clear_dropped([out], numbers, lead)
-    for at, s, _, scratch in _student_pieces(student, counts, options, dtype):
+    weighted = rows._replace(labels=None)  # the weight is 0 in every dropped row
+    indices = _counted(weighted, options.ignore_index, student.device)
+    if indices is not None:
+        _clear_dropped([out], indices, lead)
+    for at, s, _, scratch in _student_pieces(student, weighted, options, dtype):
 
-        def part(value: Any, at: At = at) -> Any:
+        def select(value: Any, at: At = at) -> Any:
             return take(value, lead, at) if isinstance(value, Tensor) else value
 
-        few, of_events = rows_at(rows, lead, at), Events(*map(part, events))
-        made = _spread_piece(
-            s, of_events, part(gradient), part(cross_entropy_scale), few, options, scratch
+        piece = _spread_piece(
+            s,
+            Events(*map(select, events)),
+            select(gradient),
+            select(cross_entropy_scale),
+            rows_at(rows, lead, at),
+            options,
+            scratch,
         )
-        put(out[..., :columns], lead, at, made.to(out.dtype))
+        put(out[..., :columns], lead, at, piece.to(out.dtype))
     if out.shape[-1] > columns:
         out[..., columns:] = 0.0
     return out
@@ -1174,90 +1353,90 @@ def _spread_piece(
     assert ids is not None and rows.weight is not None
     z = scratch("z", count)
     adjusted, slope = _adjusted(student, options.logit_scale, options.softcap, z, scratch, "slope")
-    here, seats, marks = _seats(ids, options)
+    is_local, id_columns, marks = _id_columns(ids, options)
 
     def column(value: Tensor) -> Tensor:
         return value.to(dtype).unsqueeze(-1)
 
-    entropic = None
+    cross_entropy = None
     if cross_entropy_scale is not None:
         assert rows.labels is not None and events.log_sum is not None
-        origin = column(torch.maximum(events.origin, events.tail_origin) + events.log_sum)
+        log_norm = column(torch.maximum(events.origin, events.tail_origin) + events.log_sum)
         factor = column(cross_entropy_scale)
-        entropic = torch.sub(adjusted, origin, out=scratch("entropic", count)).exp_().mul_(factor)
-        label = rows.labels.unsqueeze(-1) - options.first_column
-        named = (label >= 0) & (label < options.vocab_size)
-        at_label = (factor * (options.label_smoothing - 1.0)).masked_fill(~named, 0.0)
-        entropic.scatter_add_(-1, label.masked_fill(~named, 0), at_label)
+        cross_entropy = torch.sub(adjusted, log_norm, out=scratch("cross-entropy", count))
+        cross_entropy.exp_().mul_(factor)
+        label_is_local, label_column = _label_columns(rows.labels, options)
+        at_label = (factor * (options.label_smoothing - 1.0)).masked_fill(~label_is_local, 0.0)
+        cross_entropy.scatter_add_(-1, label_column, at_label)
         if options.label_smoothing:
-            entropic.sub_(factor * (options.label_smoothing / options.vocabulary))
+            cross_entropy.sub_(factor * (options.label_smoothing / options.vocabulary))
     if adjusted is not z:
         z.copy_(adjusted)
-    z.scatter_reduce_(-1, seats, marks.to(dtype), "amin")
+    z.scatter_reduce_(-1, id_columns, marks.to(dtype), "amin")
     temperature: float | Tensor = options.temperature
     if rows.temperature is not None:
         temperature = column(rows.temperature)
-    _divide(z.sub_(_finite(column(events.tail_origin))), temperature)
-    z.sub_(_finite(column(events.tail_log_sum))).exp_()
-    # Where there is no tail its derivative may be infinite, and is one of nothing.
-    of_tail = gradient[:, -1:].masked_fill(column(events.tail_log_sum) == -torch.inf, 0.0)
-    z.mul_(of_tail)
-    z.scatter_add_(-1, seats, gradient[:, :-1].masked_fill(~here, 0.0).to(dtype))
-    if entropic is not None:
-        z.add_(entropic)
+    _divide(z.sub_(finite_max(column(events.tail_origin))), temperature)
+    z.sub_(finite_max(column(events.tail_log_sum))).exp_()
+    # A row without a tail may have an infinite derivative by it, which applies to no column.
+    no_tail = column(events.tail_log_sum) == -torch.inf
+    z.mul_(gradient[:, -1:].masked_fill(no_tail, 0.0))
+    z.scatter_add_(-1, id_columns, gradient[:, :-1].masked_fill(~is_local, 0.0).to(dtype))
+    if cross_entropy is not None:
+        z.add_(cross_entropy)
     if slope is not None:
         z.mul_(slope)
     elif options.logit_scale != 1.0:
         z.mul_(options.logit_scale)
     weight = column(rows.weight)
     z.add_(torch.where(weight.isnan(), torch.nan, 0.0))
-    if _waits(student.device):
+    if _synchronizes(student.device):
         z.masked_fill_(weight == 0, 0.0)
     return z
 
 
-# ---- steps of the reference, a piece of rows at a time
+# Steps of the reference, a piece of rows at a time
 
 
 def _slices(
     lead: torch.Size, columns: int, dtype: torch.dtype, device: torch.device
 ) -> list[slice]:
-    """All rows, none packed: what is computed of a dropped one is not used."""
+    """Slices of all rows, dropped ones included: their results are 0 or are not used."""
     count, step = lead.numel(), piece_rows(columns, dtype, device.type)
-    # One of no rows where there are none, so that what is returned has its shape.
+    # Without rows there is one empty slice, so that results get their shapes.
     return [slice(start, min(start + step, count)) for start in range(0, max(count, 1), step)]
 
 
 def shard_statistics(call: ShardCall) -> Statistics:
-    """Of this process's columns: 12 numbers a row in float64."""
-    made = [reference.shard_statistics(part) for _, part in _parts_of_shard(call)]
-    return Statistics(torch.cat([statistics.gathered for statistics in made]))
+    """Compute the statistics of this process's columns: 12 numbers per row in float64."""
+    pieces = [reference.shard_statistics(piece) for _, piece in _shard_pieces(call)]
+    return Statistics(torch.cat([statistics.gathered for statistics in pieces]))
 
 
 def shard_sums(call: ShardCall) -> Tensor | None:
-    """Of this process's columns, given the statistics of all: 3 numbers a row in float64."""
-    made = [reference.shard_sums(part) for _, part in _parts_of_shard(call)]
-    return torch.cat([sums for sums in made if sums is not None])
+    """Compute the sums over this process's columns, given the statistics of all: 3 numbers per row in float64."""
+    pieces = [reference.shard_sums(piece) for _, piece in _shard_pieces(call)]
+    return torch.cat([sums for sums in pieces if sums is not None])
 
 
 def shard_results(call: ShardCall) -> None:
     """Fill the result, given the statistics and the sums of all processes."""
     lead = call.student.shape[:-1]
-    for at, part in _parts_of_shard(call):
+    for at, piece in _shard_pieces(call):
 
         def memory(whole: Tensor | None, at: slice = at) -> Any:
             return None if whole is None else torch.empty_like(take(whole, lead, at))
 
         fields = [memory(whole) for whole in call.result._replace(total=None)]  # type: ignore[arg-type]
-        own = Result(*fields)
-        reference.shard_results(part._replace(result=own))
-        for whole, values in zip(call.result, own, strict=True):
+        piece_result = Result(*fields)
+        reference.shard_results(piece._replace(result=piece_result))
+        for whole, values in zip(call.result, piece_result, strict=True):
             if whole is not None and values is not None:
                 put(whole, lead, at, values)
 
 
-def _parts_of_shard(call: ShardCall) -> Iterator[tuple[slice, ShardCall]]:
-    """(which rows, the call of these rows alone, but for its result)."""
+def _shard_pieces(call: ShardCall) -> Iterator[tuple[slice, ShardCall]]:
+    """Yield (which rows, the call restricted to these rows, except for its result)."""
     lead = call.student.shape[:-1]
     dtype = row_dtype(call.student.dtype, call.teacher.dtype)
     for at in _slices(lead, call.options.vocab_size, dtype, call.student.device):
@@ -1282,18 +1461,20 @@ def mutual_rows(
     wanted: Sequence[bool],
     parts: bool,
 ) -> mutual.Result:
-    """The losses of every row's students and their gradients: :mod:`fastkd.call.mutual` has the contract."""
+    """Compute the losses of each row's students and their gradients; :mod:`fastkd.call.mutual` has the contract."""
     first, students = logits[0], len(logits)
     lead, dtype = first.shape[:-1], row_dtype(first.dtype)
     result = mutual.outputs(logits, wanted, parts, dtype=dtype)
     for at in _slices(lead, students * first.shape[-1], dtype, first.device):
-        some = [take(student, lead, at) for student in logits]
-        made = plain_mutual.mutual_rows(some, rows_at(rows, lead, at), options, wanted, parts)
+        piece_logits = [take(student, lead, at) for student in logits]
+        piece = reference_mutual.mutual_rows(
+            piece_logits, rows_at(rows, lead, at), options, wanted, parts
+        )
         for name in ("loss", "divergence", "cross_entropy"):
-            whole, values = getattr(result, name), getattr(made, name)
+            whole, values = getattr(result, name), getattr(piece, name)
             for student in range(students if whole is not None else 0):
                 put(whole[student], lead, at, values[student])
-        for gradient, values in zip(result.gradients, made.gradients, strict=True):
+        for gradient, values in zip(result.gradients, piece.gradients, strict=True):
             if gradient is not None and values is not None:
                 put(gradient, lead, at, values)
     scale = options.scale if rows.scale is None else options.scale * rows.scale

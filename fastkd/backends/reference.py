@@ -1,7 +1,7 @@
-"""The reference: the mathematics in plain PyTorch. It is the oracle of every other backend, and their fallback.
+"""The reference backend: the mathematics in plain PyTorch. It is the oracle of every other backend.
 
-Everything is computed in float64, whatever the logits are, and rounded once; [N, V] temporaries are not avoided. On a
-device without float64 it is computed in float32.
+Everything is computed in float64, whatever the dtype of the logits, and rounded once; [N, V] temporaries are not
+avoided. On a device without float64 it is computed in float32.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from fastkd.call.contract import (
     widened,
 )
 from fastkd.call.log_zero import NEGLIGIBLE, evaluate
-from fastkd.core.tensors import precision
+from fastkd.core.tensors import finite_max, precision
 from fastkd.divergences import Divergence, Target
 
 __all__ = [
@@ -35,7 +35,7 @@ __all__ = [
 
 
 def _adjust(logits: Tensor, scale: float, softcap: float) -> tuple[Tensor, Tensor | float]:
-    """Scaled and soft-capped logits z, and dz/dlogits. z = softcap * tanh(scale * logits / softcap)."""
+    """Return the scaled and soft-capped logits z = softcap * tanh(scale * logits / softcap), and dz/dlogits."""
     if not softcap:
         return (logits * scale, scale) if scale != 1.0 else (logits, 1.0)
     squashed = torch.tanh(logits * (scale / softcap))
@@ -43,43 +43,53 @@ def _adjust(logits: Tensor, scale: float, softcap: float) -> tuple[Tensor, Tenso
 
 
 def _project(derivative: Tensor, probabilities: Tensor, total: Tensor | None) -> Tensor:
-    """From a derivative by log-probabilities to one by tempered logits: x_v - p_v sum_u x_u; total is that sum."""
+    """Convert a derivative by log-probabilities to one by tempered logits: x_v - p_v sum_u x_u.
+
+    total is the sum over u; None: the divergence does not normalise, and the derivative is already by logits.
+    """
     return derivative if total is None else derivative - probabilities * total.unsqueeze(-1)
 
 
-class _Side(NamedTuple):
-    """The columns of one model that count."""
+class Side(NamedTuple):
+    """One model's columns that count (without padding)."""
 
-    z: Tensor  # scaled and soft-capped
-    slope: Tensor | float  # dz / dlogits
-    temperature: Tensor | float  # [..., 1]
-    apart: Tensor | None  # bool, where the label's column is not one of the divergence
+    # Scaled and soft-capped logits.
+    z: Tensor
+    # dz / dlogits.
+    slope: Tensor | float
+    # A number, or [..., 1].
+    temperature: Tensor | float
+    # Bool, True in the label's column where the label is a separate term (LabelTerm); None: there is no such term.
+    is_label: Tensor | None
 
     @property
     def tempered(self) -> Tensor:
-        """What the divergence is of."""
+        """The logits that the divergence compares: z / temperature, -inf in the column of a separate label."""
         tempered = self.z / self.temperature
-        return tempered if self.apart is None else tempered.masked_fill(self.apart, -torch.inf)
+        return (
+            tempered if self.is_label is None else tempered.masked_fill(self.is_label, -torch.inf)
+        )
 
 
-def _sides(student: Tensor, teacher: Tensor, rows: Rows, options: Options) -> tuple[_Side, _Side]:
+def _sides(student: Tensor, teacher: Tensor, rows: Rows, options: Options) -> tuple[Side, Side]:
     dtype = precision(student.device)
-    apart = None
+    is_label = None
     if options.divergence.target is not None:
         assert rows.labels is not None  # validated
         columns = torch.arange(options.vocab_size, device=student.device) + options.first_column
-        apart = columns == rows.labels.unsqueeze(-1)
+        is_label = columns == rows.labels.unsqueeze(-1)
 
     def side(
         logits: Tensor,
         scale: float,
         softcap: float,
         temperature: float,
-        temperatures: Tensor | None,
-    ) -> _Side:
+        row_temperatures: Tensor | None,
+    ) -> Side:
         z, slope = _adjust(logits[..., : options.vocab_size].to(dtype), scale, softcap)
-        spread = temperature if temperatures is None else temperatures.to(dtype).unsqueeze(-1)
-        return _Side(z, slope, spread, apart)
+        if row_temperatures is None:
+            return Side(z, slope, temperature, is_label)
+        return Side(z, slope, row_temperatures.to(dtype).unsqueeze(-1), is_label)
 
     return (
         side(
@@ -99,170 +109,201 @@ def _sides(student: Tensor, teacher: Tensor, rows: Rows, options: Options) -> tu
     )
 
 
-def _finite(origin: Tensor) -> Tensor:
-    return torch.where(origin == -torch.inf, 0.0, origin).unsqueeze(-1)
+def _finite_column(maximum: Tensor) -> Tensor:
+    """A maximum [...] as [..., 1], with 0 for -inf, so that it can be subtracted from logits."""
+    return finite_max(maximum).unsqueeze(-1)
 
 
-def _top(logits: Tensor) -> Tensor:
-    """The maximum of a row, [...]; -inf where a process has no column."""
+def _row_max(logits: Tensor) -> Tensor:
+    """The maximum of each row, [...]; -inf where a process has no column."""
     if logits.shape[-1]:
         return logits.amax(-1)
     return logits.new_full(logits.shape[:-1], -torch.inf)
 
 
-def _with_labels(rows: Rows, options: Options) -> bool:
+def _has_cross_entropy(rows: Rows, options: Options) -> bool:
     return rows.labels is not None and options.alpha < 1.0
 
 
-class _Apart(NamedTuple):
-    """What the label's token adds to the sums over the others (fastkd.divergences.Target); [...] each, float64."""
+class LabelTerm(NamedTuple):
+    """The separate term of the label (fastkd.divergences.Target), added to the sums over all other tokens.
+
+    Each field is [...], float64.
+    """
 
     phi: Tensor
-    g: Tensor  # d phi / d (s_y - log-sum-exp of the others): the label's own derivative, and the others' sum
-    h: Tensor  # likewise by the teacher's logits
-    entropy: Tensor  # of the label against the others
-    others: Tensor  # the student's probability of them
-    weight: Tensor  # of -log q_y at temperature 1
+    # d phi / d (s_y - log-sum-exp of the other tokens): the label's own derivative, and the sum of the others'.
+    g: Tensor
+    # The same by the teacher's logits.
+    h: Tensor
+    # Entropy of the two events "label" and "any other token".
+    entropy: Tensor
+    # The student's probability of all other tokens together.
+    others_probability: Tensor
+    # Factor of -log q_y at temperature 1.
+    cross_entropy_weight: Tensor
 
 
-def _apart(s: _Side, t: _Side, found: _Found, target: Target) -> _Apart:
-    def against_others(side: _Side, label: Tensor, top: Tensor, total: Tensor) -> Tensor:
-        temperature = side.temperature
-        if isinstance(temperature, Tensor):
-            temperature = temperature.squeeze(-1).to(label.dtype)
-        return (label / temperature - top) - total.log()
+class RowStatistics(NamedTuple):
+    """What the first sweep computes of each row: over one process's columns, or merged over all. Each field is [...].
 
-    b = against_others(s, found.label, found.s_top, found.s_sum)
-    a = against_others(t, found.t_label, found.t_top, found.t_sum)
-    p, p_rest, q, q_rest = a.sigmoid(), (-a).sigmoid(), b.sigmoid(), (-b).sigmoid()
-    logs = [torch.nn.functional.logsigmoid(x) for x in (a, -a, b, -b)]
+    The fields without `teacher` are the student's.
+    """
 
-    def term(weight: Tensor, gap: Tensor) -> Tensor:
-        return torch.where(weight < NEGLIGIBLE, 0.0, weight * gap)
-
-    phi = g = h = weight = torch.zeros_like(a)
-    if target.form == "binary":
-        phi = term(
-            weight + target.weight, term(p, logs[0] - logs[2]) + term(p_rest, logs[1] - logs[3])
-        )
-        # The smaller side's difference, as near 1 both have lost their digits.
-        g = target.weight * torch.where(b > 0, p_rest - q_rest, q - p)
-        h = term(weight + target.weight, term(p * p_rest, a - b))
-    else:
-        weight = found.t_label - _finite(found.t_plain_top).squeeze(-1) - found.t_plain_sum.log()
-        weight = target.weight * weight.exp()
-    return _Apart(phi, g, h, -term(q, logs[2]) - term(q_rest, logs[3]), q_rest, weight)
-
-
-def _seat_of_labels(z: Tensor, labels: Tensor, options: Options) -> tuple[Tensor, Tensor]:
-    """(whether the label is one of these columns, which it is, or 0), [..., 1]."""
-    seat = labels.unsqueeze(-1) - options.first_column
-    here = (seat >= 0) & (seat < z.shape[-1])
-    return here, torch.where(here, seat, 0)
-
-
-def _of_labels(z: Tensor, labels: Tensor, options: Options) -> Tensor:
-    """z of the labels; -inf where they are no column of these."""
-    if not z.shape[-1]:
-        return _top(z)
-    here, seat = _seat_of_labels(z, labels, options)
-    return torch.where(here, z.gather(-1, seat), -torch.inf).squeeze(-1)
-
-
-def _towards_labels(q: Tensor, labels: Tensor, options: Options, smoothing: float) -> Tensor:
-    """q less what the labels weigh, where they are."""
-    if not q.shape[-1]:
-        return q
-    here, seat = _seat_of_labels(q, labels, options)
-    return q.scatter_add(-1, seat, here.to(q.dtype) * (smoothing - 1.0))
-
-
-class _Found(NamedTuple):
-    """What one process knows of its columns, or all together of all; [...] each."""
-
-    s_top: Tensor
-    t_top: Tensor
-    s_sum: Tensor  # of exp of the tempered logits, relative to the maximum
-    t_sum: Tensor
-    plain_sum: Tensor  # of exp(z), relative to top times the temperature
-    plain_top: Tensor
-    label: Tensor  # z of the label; -inf where it is another's
-    t_label: Tensor  # likewise of the teacher, where the label is compared apart
-    t_plain_sum: Tensor
-    t_plain_top: Tensor
-    total: Tensor  # sum of z - plain_top
+    # Maximum of the tempered logits.
+    max: Tensor
+    teacher_max: Tensor
+    # Sum of exp(tempered logits - max).
+    exp_sum: Tensor
+    teacher_exp_sum: Tensor
+    # Sum of exp(z - max_t1), at temperature 1.
+    exp_sum_t1: Tensor
+    max_t1: Tensor
+    # z of the label; -inf where another process has its column.
+    label: Tensor
+    # The same of the teacher, where the label is a separate term.
+    teacher_label: Tensor
+    teacher_exp_sum_t1: Tensor
+    teacher_max_t1: Tensor
+    # Sum of z - max_t1.
+    centered_sum: Tensor
+    # How many columns these statistics cover.
     columns: Tensor
 
 
-def _statistics(s: _Side, t: _Side, rows: Rows, options: Options) -> _Found:
-    tops = [_top(s.tempered), _top(t.tempered), _top(s.z), _top(t.z)]
+def label_term(s: Side, t: Side, statistics: RowStatistics, target: Target) -> LabelTerm:
+    """Compute the label's separate term from the statistics of all other tokens."""
 
-    def total(logits: Tensor, top: Tensor) -> Tensor:
-        return (logits - _finite(top)).exp().sum(-1)
+    def logit_against_others(side: Side, label: Tensor, row_max: Tensor, exp_sum: Tensor) -> Tensor:
+        temperature = side.temperature
+        if isinstance(temperature, Tensor):
+            temperature = temperature.squeeze(-1).to(label.dtype)
+        return (label / temperature - row_max) - exp_sum.log()
 
-    label = t_label = torch.zeros_like(tops[0])
+    b = logit_against_others(s, statistics.label, statistics.max, statistics.exp_sum)
+    a = logit_against_others(
+        t, statistics.teacher_label, statistics.teacher_max, statistics.teacher_exp_sum
+    )
+    p, p_others, q, q_others = a.sigmoid(), (-a).sigmoid(), b.sigmoid(), (-b).sigmoid()
+    logs = [torch.nn.functional.logsigmoid(x) for x in (a, -a, b, -b)]
+
+    def product(probability: Tensor, difference: Tensor) -> Tensor:
+        return torch.where(probability < NEGLIGIBLE, 0.0, probability * difference)
+
+    phi = g = h = weight = torch.zeros_like(a)
+    if target.form == "binary":
+        divergence = product(p, logs[0] - logs[2]) + product(p_others, logs[1] - logs[3])
+        phi = product(weight + target.weight, divergence)
+        # The difference of the smaller probabilities: near 1, both have lost their digits.
+        g = target.weight * torch.where(b > 0, p_others - q_others, q - p)
+        h = product(weight + target.weight, product(p * p_others, a - b))
+    else:
+        log_p = (
+            statistics.teacher_label
+            - finite_max(statistics.teacher_max_t1)
+            - statistics.teacher_exp_sum_t1.log()
+        )
+        weight = target.weight * log_p.exp()
+    entropy = -product(q, logs[2]) - product(q_others, logs[3])
+    return LabelTerm(phi, g, h, entropy, q_others, weight)
+
+
+def _label_columns(z: Tensor, labels: Tensor, options: Options) -> tuple[Tensor, Tensor]:
+    """Return (whether z has the label's column, that column or 0), each [..., 1]."""
+    column = labels.unsqueeze(-1) - options.first_column
+    is_local = (column >= 0) & (column < z.shape[-1])
+    return is_local, torch.where(is_local, column, 0)
+
+
+def _label_logits(z: Tensor, labels: Tensor, options: Options) -> Tensor:
+    """Z of the labels, [...]; -inf where z does not have the label's column."""
+    if not z.shape[-1]:
+        return _row_max(z)
+    is_local, column = _label_columns(z, labels, options)
+    return torch.where(is_local, z.gather(-1, column), -torch.inf).squeeze(-1)
+
+
+def _minus_labels(q: Tensor, labels: Tensor, options: Options, smoothing: float) -> Tensor:
+    """Q minus (1 - smoothing) in the columns of the labels."""
+    if not q.shape[-1]:
+        return q
+    is_local, column = _label_columns(q, labels, options)
+    return q.scatter_add(-1, column, is_local.to(q.dtype) * (smoothing - 1.0))
+
+
+def _statistics(s: Side, t: Side, rows: Rows, options: Options) -> RowStatistics:
+    def exp_sum(logits: Tensor, row_max: Tensor) -> Tensor:
+        return (logits - _finite_column(row_max)).exp().sum(-1)
+
+    student_max, teacher_max = _row_max(s.tempered), _row_max(t.tempered)
+    max_t1, teacher_max_t1 = _row_max(s.z), _row_max(t.z)
+    label = teacher_label = torch.zeros_like(student_max)
     if rows.labels is not None and options.reads_labels:
-        label = _of_labels(s.z, rows.labels, options)
-    if s.apart is not None:
+        label = _label_logits(s.z, rows.labels, options)
+    if s.is_label is not None:
         assert rows.labels is not None
-        t_label = _of_labels(t.z, rows.labels, options)
-    return _Found(
-        tops[0],
-        tops[1],
-        total(s.tempered, tops[0]),
-        total(t.tempered, tops[1]),
-        total(s.z, tops[2]),
-        tops[2],
-        label,
-        t_label,
-        total(t.z, tops[3]),
-        tops[3],
-        (s.z - _finite(tops[2])).sum(-1),
-        torch.full_like(label, s.z.shape[-1]),
+        teacher_label = _label_logits(t.z, rows.labels, options)
+    return RowStatistics(
+        max=student_max,
+        teacher_max=teacher_max,
+        exp_sum=exp_sum(s.tempered, student_max),
+        teacher_exp_sum=exp_sum(t.tempered, teacher_max),
+        exp_sum_t1=exp_sum(s.z, max_t1),
+        max_t1=max_t1,
+        label=label,
+        teacher_label=teacher_label,
+        teacher_exp_sum_t1=exp_sum(t.z, teacher_max_t1),
+        teacher_max_t1=teacher_max_t1,
+        centered_sum=(s.z - _finite_column(max_t1)).sum(-1),
+        columns=torch.full_like(label, s.z.shape[-1]),
     )
 
 
-def _merged(parts: Tensor) -> _Found:
-    """Of [processes, ..., fields], the sums in float64."""
-    parts = parts.to(torch.float64)
-    each = _Found(*parts.unbind(-1))
-    tops = [top.amax(0) for top in (each.s_top, each.t_top, each.plain_top, each.t_plain_top)]
+def _merged(gathered: Tensor) -> RowStatistics:
+    """Merge the statistics of several processes, [processes, ..., fields]; the sums in float64."""
+    local = RowStatistics(*gathered.to(torch.float64).unbind(-1))
 
-    def total(sums: Tensor, of_each: Tensor, top: Tensor) -> Tensor:
-        return (sums * (of_each - _finite(top).squeeze(-1)).exp()).sum(0)
+    def rescaled_sum(exp_sums: Tensor, maxima: Tensor, maximum: Tensor) -> Tensor:
+        return (exp_sums * (maxima - finite_max(maximum)).exp()).sum(0)
 
-    rise = _finite(each.plain_top).squeeze(-1) - _finite(tops[2]).squeeze(-1)
-    return _Found(
-        tops[0],
-        tops[1],
-        total(each.s_sum, each.s_top, tops[0]),
-        total(each.t_sum, each.t_top, tops[1]),
-        total(each.plain_sum, each.plain_top, tops[2]),
-        tops[2],
-        each.label.amax(0),
-        each.t_label.amax(0),
-        total(each.t_plain_sum, each.t_plain_top, tops[3]),
-        tops[3],
-        (each.total + rise * each.columns).sum(0),
-        each.columns.sum(0),
+    student_max, teacher_max = local.max.amax(0), local.teacher_max.amax(0)
+    max_t1, teacher_max_t1 = local.max_t1.amax(0), local.teacher_max_t1.amax(0)
+    shift = finite_max(local.max_t1) - finite_max(max_t1)
+    return RowStatistics(
+        max=student_max,
+        teacher_max=teacher_max,
+        exp_sum=rescaled_sum(local.exp_sum, local.max, student_max),
+        teacher_exp_sum=rescaled_sum(local.teacher_exp_sum, local.teacher_max, teacher_max),
+        exp_sum_t1=rescaled_sum(local.exp_sum_t1, local.max_t1, max_t1),
+        max_t1=max_t1,
+        label=local.label.amax(0),
+        teacher_label=local.teacher_label.amax(0),
+        teacher_exp_sum_t1=rescaled_sum(
+            local.teacher_exp_sum_t1, local.teacher_max_t1, teacher_max_t1
+        ),
+        teacher_max_t1=teacher_max_t1,
+        centered_sum=(local.centered_sum + shift * local.columns).sum(0),
+        columns=local.columns.sum(0),
     )
 
 
 class _Softmax(NamedTuple):
-    """torch.softmax is off by 1e-5 on a CPU, in rows of 50,000 columns."""
+    """Log-probabilities and probabilities. torch.softmax errs by 1e-5 on a CPU in rows of 50,000 columns."""
 
     logs: Tensor
     probabilities: Tensor
 
 
-def _softmax(logits: Tensor, top: Tensor, total: Tensor) -> _Softmax:
-    gap = logits - _finite(top).to(logits.dtype)
-    total = total.unsqueeze(-1)
-    return _Softmax(gap - total.log().to(gap.dtype), gap.exp() / total.to(gap.dtype))
+def _softmax(logits: Tensor, row_max: Tensor, exp_sum: Tensor) -> _Softmax:
+    centered = logits - _finite_column(row_max).to(logits.dtype)
+    exp_sum = exp_sum.unsqueeze(-1)
+    return _Softmax(
+        centered - exp_sum.log().to(centered.dtype), centered.exp() / exp_sum.to(centered.dtype)
+    )
 
 
 class _Terms(NamedTuple):
-    """Every column's, between the sweeps."""
+    """What every column contributes: probabilities, phi and its derivatives; [..., columns] each."""
 
     p: _Softmax
     q: _Softmax
@@ -271,9 +312,9 @@ class _Terms(NamedTuple):
     h: Tensor
 
 
-def _terms(s: _Side, t: _Side, found: _Found, divergence: Divergence) -> _Terms:
-    q = _softmax(s.tempered, found.s_top, found.s_sum)
-    p = _softmax(t.tempered, found.t_top, found.t_sum)
+def _terms(s: Side, t: Side, statistics: RowStatistics, divergence: Divergence) -> _Terms:
+    q = _softmax(s.tempered, statistics.max, statistics.exp_sum)
+    p = _softmax(t.tempered, statistics.teacher_max, statistics.teacher_exp_sum)
     if divergence.normalized:
         pair = (p.probabilities, q.probabilities)
         return _Terms(p, q, *evaluate(divergence, p.logs, q.logs, pair))
@@ -281,7 +322,7 @@ def _terms(s: _Side, t: _Side, found: _Found, divergence: Divergence) -> _Terms:
 
 
 class _Sums(NamedTuple):
-    """Over the columns of one process, or of all; [...] each."""
+    """Sums over the columns of one process, or of all; [...] each."""
 
     phi: Tensor
     g: Tensor
@@ -294,220 +335,290 @@ def _sums(terms: _Terms) -> _Sums:
     return _Sums(terms.phi.sum(-1), terms.g.sum(-1), entropy)
 
 
+class _Sweeps(NamedTuple):
+    """What the sweeps over the rows computed; statistics and sums cover the whole vocabulary."""
+
+    s: Side
+    t: Side
+    statistics: RowStatistics
+    terms: _Terms
+    # Of all tokens but a label with a separate term.
+    sums: _Sums
+    # That term; None: the divergence has none.
+    label: LabelTerm | None
+
+
+def _sweeps(
+    s: Side, t: Side, statistics: RowStatistics, terms: _Terms, sums: _Sums, target: Target | None
+) -> _Sweeps:
+    label = None
+    if target is not None:
+        label = LabelTerm(*(x.to(s.z.dtype) for x in label_term(s, t, statistics, target)))
+    return _Sweeps(s, t, statistics, terms, sums, label)
+
+
+def _sums_with_label(sweeps: _Sweeps) -> _Sums:
+    sums, label = sweeps.sums, sweeps.label
+    if label is not None:
+        entropy = label.entropy + label.others_probability * sums.entropy
+        sums = _Sums(sums.phi + label.phi, sums.g + label.g, entropy)
+    return _Sums(*(value.to(sweeps.s.z.dtype) for value in sums))
+
+
+class _CrossEntropy(NamedTuple):
+    """The cross-entropy of the labels at temperature 1."""
+
+    # [...].
+    value: Tensor
+    # By z, [..., columns]; 0.0 where there is no cross-entropy.
+    gradient: Tensor | float
+
+
 def _cross_entropy(
-    s: _Side, found: _Found, rows: Rows, options: Options, smoothing: float
-) -> tuple[Tensor, Tensor]:
-    """(value [...], gradient [..., columns]) of label-smoothed cross-entropy at temperature 1."""
-    _, q = _softmax(s.z, found.plain_top, found.plain_sum)
-    origin = _finite(found.plain_top).squeeze(-1)
-    log_sum = found.plain_sum.log()
-    value = (1.0 - smoothing) * (log_sum - (found.label - origin))
+    sweeps: _Sweeps, rows: Rows, options: Options, smoothing: float
+) -> _CrossEntropy:
+    z, statistics = sweeps.s.z, sweeps.statistics
+    _, q = _softmax(z, statistics.max_t1, statistics.exp_sum_t1)
+    log_sum = statistics.exp_sum_t1.log()
+    value = (1.0 - smoothing) * (log_sum - (statistics.label - finite_max(statistics.max_t1)))
     assert rows.labels is not None
-    gradient = _towards_labels(q, rows.labels, options, smoothing)
+    gradient = _minus_labels(q, rows.labels, options, smoothing)
     if smoothing:
-        value = value + smoothing * (log_sum - found.total / options.vocabulary)
+        value = value + smoothing * (log_sum - statistics.centered_sum / options.vocabulary)
         gradient = gradient - smoothing / options.vocabulary
-    return value.to(s.z.dtype), gradient
+    return _CrossEntropy(value.to(z.dtype), gradient)
 
 
-def _results(
-    student: Tensor,
-    teacher: Tensor,
-    s: _Side,
-    t: _Side,
-    terms: _Terms,
-    found: _Found,
-    sums: _Sums,
-    rows: Rows,
-    options: Options,
-    want: Want,
-) -> Result:
-    """Everything that is wanted, in fresh tensors; the sums are over the whole vocabulary."""
-    divergence, alpha = options.divergence, options.alpha
-    dtype = s.z.dtype
-    temperature, teacher_temperature = s.temperature, t.temperature
-    apart, others = None, sums
-    if divergence.target is not None:
-        apart = _Apart(*(x.to(dtype) for x in _apart(s, t, found, divergence.target)))
-        entropy = apart.entropy + apart.others * sums.entropy
-        sums = _Sums(sums.phi + apart.phi, sums.g + apart.g, entropy)
-    sums = _Sums(*(value.to(dtype) for value in sums))
-    t_squared: Tensor | float = temperature * temperature if options.scale_by_temperature else 1.0
+class _Losses(NamedTuple):
+    """The terms of each row's loss before weights, [...] each, and the parts of the gradient that labels add."""
+
+    distillation: Tensor
+    cross_entropy: _CrossEntropy
+    entropy: Tensor
+    # Gradient of the part of the distillation that is a cross-entropy of the label (Target.form "label").
+    label_gradient: Tensor | float
+
+
+def _losses(sweeps: _Sweeps, sums: _Sums, rows: Rows, options: Options) -> _Losses:
+    t_squared = _t_squared(sweeps, options)
     distillation = sums.phi * (
         t_squared.squeeze(-1) if isinstance(t_squared, Tensor) else t_squared
     )
-
-    # A dropped row contributes 0 whatever its logits hold, so it is selected away and not multiplied by 0.
-    labels = rows.labels
-    weight = torch.ones_like(distillation) if rows.weight is None else rows.weight.to(dtype)
-    keep = weight != 0
-    if labels is not None:
-        keep = keep & (labels != options.ignore_index)
-    for tempering in (rows.temperature, rows.teacher_temperature):
-        if tempering is not None:  # an invalid temperature poisons its row
-            weight = torch.where(tempering > 0, weight, torch.nan)
-
-    if divergence.normalized and alpha:
-        # NaN or +inf among the logits, which a definition with a comparison in it may lose.
-        lost = (found.s_sum + found.t_sum).isnan()
-        if divergence.target is not None:  # the label's logit is in neither sum
-            lost = lost | (found.label == torch.inf) | (found.t_label == torch.inf)
-        weight = torch.where(lost, torch.nan, weight)
-
-    cross_entropy = torch.zeros_like(distillation)
-    cross_entropy_gradient: Tensor | float = 0.0
+    cross_entropy = _CrossEntropy(torch.zeros_like(distillation), 0.0)
+    if _has_cross_entropy(rows, options):
+        cross_entropy = _cross_entropy(sweeps, rows, options, options.label_smoothing)
     label_gradient: Tensor | float = 0.0
-    with_labels = _with_labels(rows, options)
-    if labels is not None and with_labels:
-        cross_entropy, cross_entropy_gradient = _cross_entropy(
-            s, found, rows, options, options.label_smoothing
-        )
-    if divergence.target is not None and divergence.target.form == "label":
-        assert apart is not None
-        value, label_gradient = _cross_entropy(s, found, rows, options, 0.0)
-        distillation = distillation + torch.where(apart.weight == 0, 0.0, apart.weight * value)
-        label_gradient = apart.weight.unsqueeze(-1) * label_gradient
+    target = options.divergence.target
+    if target is not None and target.form == "label":
+        assert sweeps.label is not None
+        factor = sweeps.label.cross_entropy_weight
+        value, gradient = _cross_entropy(sweeps, rows, options, 0.0)
+        distillation = distillation + torch.where(factor == 0, 0.0, factor * value)
+        label_gradient = factor.unsqueeze(-1) * gradient
+    return _Losses(distillation, cross_entropy, sums.entropy, label_gradient)
+
+
+def _t_squared(sweeps: _Sweeps, options: Options) -> Tensor | float:
+    """The factor T^2 of the distillation, or 1."""
+    temperature = sweeps.s.temperature
+    return temperature * temperature if options.scale_by_temperature else 1.0
+
+
+def _row_weights(sweeps: _Sweeps, rows: Rows, options: Options) -> tuple[Tensor, Tensor]:
+    """Return (weights [...], NaN in an invalid row; whether the row is counted, bool [...])."""
+    labels, statistics = rows.labels, sweeps.statistics
+    dtype = sweeps.s.z.dtype
+    weight = torch.ones_like(sweeps.sums.phi, dtype=dtype)
+    if rows.weight is not None:
+        weight = rows.weight.to(dtype)
+    counted = weight != 0
+    if labels is not None:
+        counted = counted & (labels != options.ignore_index)
+    for temperatures in (rows.temperature, rows.teacher_temperature):
+        if temperatures is not None:
+            weight = torch.where(temperatures > 0, weight, torch.nan)
+    if options.divergence.normalized and options.alpha:
+        # A definition that compares numbers may drop a NaN or +inf among the logits, so the sums are asked.
+        invalid = (statistics.exp_sum + statistics.teacher_exp_sum).isnan()
+        if options.divergence.target is not None:  # the label's logit is in neither sum
+            invalid = invalid | (statistics.label == torch.inf)
+            invalid = invalid | (statistics.teacher_label == torch.inf)
+        weight = torch.where(invalid, torch.nan, weight)
     if labels is not None and options.reads_labels:
         valid = (labels >= 0) & (labels < options.vocabulary)
-        weight = torch.where(valid, weight, torch.nan)  # and so does an invalid label
+        weight = torch.where(valid, weight, torch.nan)
+    return weight, counted
 
-    scale = options.scale if rows.scale is None else options.scale * rows.scale.to(dtype)
-    row_scale = (weight * scale).unsqueeze(-1)
-    loss = torch.zeros_like(distillation)
+
+def _student_gradient(
+    sweeps: _Sweeps, sums: _Sums, losses: _Losses, rows: Rows, options: Options
+) -> Tensor:
+    """The gradient of each row's unweighted loss by the student's logits."""
+    s, terms, alpha = sweeps.s, sweeps.terms, options.alpha
+    gradient = torch.zeros_like(s.z)
     if alpha:
-        loss = alpha * distillation
-    if with_labels:
-        loss = loss + (1.0 - alpha) * cross_entropy
-    loss = torch.where(keep, loss * weight, 0.0)
+        total = sums.g if options.divergence.normalized else None
+        gradient = _project(terms.g, terms.q.probabilities, total)
+        if sweeps.label is not None and s.is_label is not None:
+            gradient = torch.where(s.is_label, sweeps.label.g.unsqueeze(-1), gradient)
+        factor = _t_squared(sweeps, options) / s.temperature
+        gradient = alpha * (gradient * factor + losses.label_gradient)
+    if _has_cross_entropy(rows, options):
+        gradient = gradient + (1.0 - alpha) * losses.cross_entropy.gradient
+    return gradient * s.slope
+
+
+def _teacher_gradient(sweeps: _Sweeps, options: Options) -> Tensor:
+    """The gradient of each row's unweighted loss by the teacher's logits."""
+    t, terms, sums, label = sweeps.t, sweeps.terms, sweeps.sums, sweeps.label
+    divergence, alpha = options.divergence, options.alpha
+    assert divergence.degree is not None  # validated
+    gradient = torch.zeros_like(t.z)
+    if alpha:
+        total = divergence.degree * sums.phi - sums.g if divergence.normalized else None
+        if label is not None and total is not None:
+            total = total + label.h
+        gradient = _project(terms.h, terms.p.probabilities, total)
+        if label is not None and t.is_label is not None:
+            gradient = torch.where(t.is_label, label.h.unsqueeze(-1), gradient)
+        gradient = gradient * (alpha * _t_squared(sweeps, options) / t.temperature)
+    return gradient * t.slope
+
+
+def _results(
+    student: Tensor, teacher: Tensor, sweeps: _Sweeps, rows: Rows, options: Options, want: Want
+) -> Result:
+    """Compute every wanted output in fresh tensors."""
+    alpha = options.alpha
+    sums = _sums_with_label(sweeps)
+    losses = _losses(sweeps, sums, rows, options)
+    weight, counted = _row_weights(sweeps, rows, options)
+    scale: float | Tensor = options.scale
+    if rows.scale is not None:
+        scale = options.scale * rows.scale.to(sweeps.s.z.dtype)
+    row_scale = (weight * scale).unsqueeze(-1)
+
+    loss = torch.zeros_like(losses.distillation)
+    if alpha:
+        loss = alpha * losses.distillation
+    if _has_cross_entropy(rows, options):
+        loss = loss + (1.0 - alpha) * losses.cross_entropy.value
+    # A dropped row contributes 0 whatever its logits hold. Multiplying by 0 would keep its NaN, so it is replaced.
+    loss = torch.where(counted, loss * weight, 0.0)
 
     def finish(gradient: Tensor, like: Tensor) -> Tensor:
-        gradient = torch.where(keep.unsqueeze(-1), gradient * row_scale, 0.0).to(like.dtype)
+        gradient = torch.where(counted.unsqueeze(-1), gradient * row_scale, 0.0).to(like.dtype)
         padding = like.shape[-1] - options.vocab_size
         return torch.nn.functional.pad(gradient, (0, padding)) if padding else gradient.contiguous()
 
     student_gradient = teacher_gradient = None
     if want.student_gradient:
-        gradient = torch.zeros_like(s.z)
-        if alpha:
-            total = sums.g if divergence.normalized else None
-            gradient = _project(terms.g, terms.q.probabilities, total)
-            if apart is not None and s.apart is not None:
-                gradient = torch.where(s.apart, apart.g.unsqueeze(-1), gradient)
-            gradient = alpha * (gradient * (t_squared / temperature) + label_gradient)
-        if with_labels:
-            gradient = gradient + (1.0 - alpha) * cross_entropy_gradient
-        student_gradient = finish(gradient * s.slope, student)
+        gradient = _student_gradient(sweeps, sums, losses, rows, options)
+        student_gradient = finish(gradient, student)
     if want.teacher_gradient:
-        assert divergence.degree is not None  # validated
-        gradient = torch.zeros_like(t.z)
-        if alpha:
-            total = divergence.degree * others.phi - others.g if divergence.normalized else None
-            if apart is not None and total is not None:
-                total = total + apart.h
-            gradient = _project(terms.h, terms.p.probabilities, total)
-            if apart is not None and s.apart is not None:
-                gradient = torch.where(s.apart, apart.h.unsqueeze(-1), gradient)
-            gradient = gradient * (alpha * t_squared / teacher_temperature)
-        teacher_gradient = finish(gradient * t.slope, teacher)
+        teacher_gradient = finish(_teacher_gradient(sweeps, options), teacher)
     if want.inplace and student_gradient is not None:
         student_gradient = student.copy_(student_gradient)
 
-    of_rows = row_dtype(student.dtype, teacher.dtype)
+    dtype = row_dtype(student.dtype, teacher.dtype)
     parts: tuple[Tensor | None, ...] = (None, None, None)
     if want.parts:
         parts = tuple(
-            torch.where(keep, part, 0.0).to(of_rows)
-            for part in (distillation, cross_entropy, sums.entropy)
+            torch.where(counted, part, 0.0).to(dtype)
+            for part in (losses.distillation, losses.cross_entropy.value, losses.entropy)
         )
-    total = (loss.sum() * scale).to(of_rows)
-    return Result(loss.to(of_rows), total, student_gradient, teacher_gradient, *parts)
+    total = (loss.sum() * scale).to(dtype)
+    return Result(loss.to(dtype), total, student_gradient, teacher_gradient, *parts)
 
 
 def kd_rows(student: Tensor, teacher: Tensor, rows: Rows, options: Options, want: Want) -> Result:
-    """The loss of each row and its gradients; shapes and meaning as :class:`fastkd.call.contract.Result` has them."""
+    """Compute the loss of each row and its gradients; :class:`fastkd.call.contract.Result` has shapes and meaning."""
     s, t = _sides(student, teacher, rows, options)
-    found = _merged(torch.stack(_statistics(s, t, rows, options), -1).unsqueeze(0))
-    terms = _terms(s, t, found, options.divergence)
-    return _results(student, teacher, s, t, terms, found, _sums(terms), rows, options, want)
+    statistics = _merged(torch.stack(_statistics(s, t, rows, options), -1).unsqueeze(0))
+    terms = _terms(s, t, statistics, options.divergence)
+    sweeps = _sweeps(s, t, statistics, terms, _sums(terms), options.divergence.target)
+    return _results(student, teacher, sweeps, rows, options, want)
 
 
-# The same where several processes share the vocabulary: fastkd/call/contract.py says what passes between the steps.
+# The steps where several processes share the vocabulary: fastkd/call/contract.py says what passes between them.
 
 
 def shard_statistics(call: ShardCall) -> Statistics:
-    """Of this process's columns: 12 numbers a row in float64."""
+    """Compute the statistics of this process's columns: 12 numbers per row in float64."""
     student, teacher, rows, options, *_ = call
-    found = _statistics(*_sides(student, teacher, rows, options), rows, options)
-    return Statistics(torch.stack(found, -1).flatten(0, -2).to(torch.float64))
+    statistics = _statistics(*_sides(student, teacher, rows, options), rows, options)
+    return Statistics(torch.stack(statistics, -1).flatten(0, -2).to(torch.float64))
 
 
 def shard_sums(call: ShardCall) -> Tensor | None:
-    """Of this process's columns, given the statistics of all: 3 numbers a row in float64."""
+    """Compute the sums over this process's columns, given the statistics of all: 3 numbers per row in float64."""
     s, t = _sides(call.student, call.teacher, call.rows, call.options)
-    terms = _terms(s, t, _of_all(call.known(), call.student), call.options.divergence)
+    statistics = _merged_statistics(call.known(), call.student)
+    terms = _terms(s, t, statistics, call.options.divergence)
     return torch.stack(_sums(terms), -1).flatten(0, -2).to(torch.float64)
 
 
 def shard_results(call: ShardCall) -> None:
     """Fill the result, given the statistics and the sums of all processes."""
-    student, teacher, rows, options, result, _, sums = call
-    assert sums is not None
+    student, teacher, rows, options, result, _, gathered_sums = call
+    assert gathered_sums is not None
     s, t = _sides(student, teacher, rows, options)
-    found = _of_all(call.known(), student)
-    terms = _terms(s, t, found, options.divergence)
-    total = _Sums(*sums.sum(0).reshape(*student.shape[:-1], -1).unbind(-1))
+    statistics = _merged_statistics(call.known(), student)
+    terms = _terms(s, t, statistics, options.divergence)
+    sums = _Sums(*gathered_sums.sum(0).reshape(*student.shape[:-1], -1).unbind(-1))
     want = Want(
         result.student_gradient is not None,
         result.teacher_gradient is not None,
         result.distillation is not None,
     )
-    made = _results(student, teacher, s, t, terms, found, total, rows, options, want)
-    for to, value in zip(result, made, strict=True):
-        if to is not None and to is not result.total:
+    sweeps = _sweeps(s, t, statistics, terms, sums, options.divergence.target)
+    computed = _results(student, teacher, sweeps, rows, options, want)
+    for output, value in zip(result, computed, strict=True):
+        if output is not None and output is not result.total:
             assert value is not None
-            to.copy_(value)
+            output.copy_(value)
 
 
-def _of_all(statistics: Statistics, student: Tensor) -> _Found:
+def _merged_statistics(statistics: Statistics, student: Tensor) -> RowStatistics:
     gathered = statistics.gathered
     return _merged(gathered.reshape(gathered.shape[0], *student.shape[:-1], -1))
 
 
 def gather_events(student: Tensor, rows: Rows, options: Options, parts: bool) -> Events:
-    """The student's rows as a sparse teacher sees them: fastkd/backends/sparse.py."""
+    """Reduce the student's rows to the K + 1 events of a sparse teacher: fastkd/backends/sparse.py."""
     ids, columns = rows.ids, options.vocab_size
     assert ids is not None
     z, _ = _adjust(widened(student[..., :columns]), options.logit_scale, options.softcap)
-    temperature = _temperature_of(rows, options, z.dtype)
-    in_range, seats, counts = _seat(ids, z, options)
-    known = (ids == -1) | ((ids >= 0) & (ids < options.vocabulary))
-    valid = known.all(-1) & (counts <= 1).all(-1)
+    temperature = _student_temperature(rows, options, z.dtype)
+    is_local, id_columns, counts = _id_columns(ids, z, options)
+    in_vocabulary = (ids == -1) | ((ids >= 0) & (ids < options.vocabulary))
+    valid = in_vocabulary.all(-1) & (counts <= 1).all(-1)
 
-    tokens = z.gather(-1, seats).masked_fill(~in_range, -torch.inf)
+    tokens = z.gather(-1, id_columns).masked_fill(~is_local, -torch.inf)
     others = z.masked_fill(counts > 0, -torch.inf)
     origin, tail_origin = tokens.amax(-1), others.amax(-1)
-    others = (others - _finite(tail_origin)) / temperature
+    others = (others - _finite_column(tail_origin)) / temperature
     log_sum = others.logsumexp(-1)
     entropy = None
     if parts:
         log_q = others - torch.where(log_sum == -torch.inf, 0.0, log_sum).unsqueeze(-1)
         q = log_q.exp()
         entropy = -torch.where(q == 0, 0.0, q * log_q).sum(-1)
-    log_sum_at_1 = label = mean = None
-    if rows.labels is not None and _with_labels(rows, options):
-        z = z - _finite(torch.maximum(origin, tail_origin))
-        log_sum_at_1 = z.logsumexp(-1)
-        label = _of_labels(z, rows.labels, options)
+    log_sum_t1 = label = mean = None
+    if rows.labels is not None and _has_cross_entropy(rows, options):
+        z = z - _finite_column(torch.maximum(origin, tail_origin))
+        log_sum_t1 = z.logsumexp(-1)
+        label = _label_logits(z, rows.labels, options)
         mean = z.sum(-1) / options.vocabulary if options.label_smoothing else None
-    spread = temperature.squeeze(-1) if isinstance(temperature, Tensor) else temperature
+    row_temperature = temperature.squeeze(-1) if isinstance(temperature, Tensor) else temperature
     return Events(
         origin,
         tail_origin,
-        tokens - _finite(origin),
-        tail_origin - _finite(origin).squeeze(-1) + spread * log_sum,
+        tokens - _finite_column(origin),
+        tail_origin - finite_max(origin) + row_temperature * log_sum,
         log_sum,
         entropy,
-        log_sum_at_1,
+        log_sum_t1,
         label,
         mean,
         valid,
@@ -523,23 +634,24 @@ def spread_gradient(
     options: Options,
     out: Tensor,
 ) -> Tensor:
-    """The gradient of the events [..., K + 1], and the cross-entropy's, as that of the student's logits."""
+    """Convert the gradient of the events [..., K + 1], plus that of the cross-entropy, to one by student logits."""
     ids, columns = rows.ids, options.vocab_size
     assert ids is not None
     z, slope = _adjust(widened(student[..., :columns]), options.logit_scale, options.softcap)
-    temperature = _temperature_of(rows, options, z.dtype)
-    in_range, seats, counts = _seat(ids, z, options)
+    temperature = _student_temperature(rows, options, z.dtype)
+    is_local, id_columns, counts = _id_columns(ids, z, options)
 
-    share = (z - events.tail_origin.unsqueeze(-1)) / temperature - events.tail_log_sum.unsqueeze(-1)
-    result = share.exp() * gradient[..., -1:]
+    log_share = (z - events.tail_origin.unsqueeze(-1)) / temperature
+    log_share = log_share - events.tail_log_sum.unsqueeze(-1)
+    result = log_share.exp() * gradient[..., -1:]
     result = result.masked_fill((counts > 0) | (z == -torch.inf), 0.0)
-    result.scatter_add_(-1, seats, gradient[..., :-1].masked_fill(~in_range, 0.0))
+    result.scatter_add_(-1, id_columns, gradient[..., :-1].masked_fill(~is_local, 0.0))
     if cross_entropy_scale is not None:
         assert rows.labels is not None and events.log_sum is not None
         smoothing = options.label_smoothing
         log_q = z - torch.maximum(events.origin, events.tail_origin).unsqueeze(-1)
         cross_entropy = (log_q - events.log_sum.unsqueeze(-1)).exp()
-        cross_entropy = _towards_labels(cross_entropy, rows.labels, options, smoothing) - (
+        cross_entropy = _minus_labels(cross_entropy, rows.labels, options, smoothing) - (
             smoothing / options.vocabulary
         )
         result = result + cross_entropy_scale.unsqueeze(-1) * cross_entropy
@@ -550,16 +662,16 @@ def spread_gradient(
     return out.copy_(torch.nn.functional.pad(result, (0, padding)) if padding else result)
 
 
-def _seat(ids: Tensor, z: Tensor, options: Options) -> tuple[Tensor, Tensor, Tensor]:
-    """(which ids are columns of z, those columns with 0 for the others, how often each column is named)."""
+def _id_columns(ids: Tensor, z: Tensor, options: Options) -> tuple[Tensor, Tensor, Tensor]:
+    """Return (whether z has the id's column, that column or 0, how often ids name each column of z)."""
     ids = ids - options.first_column
-    in_range = (ids >= 0) & (ids < z.shape[-1])
-    seats = ids.where(in_range, 0)
+    is_local = (ids >= 0) & (ids < z.shape[-1])
+    columns = ids.where(is_local, 0)
     counts = torch.zeros(z.shape, dtype=torch.int32, device=z.device)
-    return in_range, seats, counts.scatter_add_(-1, seats, in_range.to(torch.int32))
+    return is_local, columns, counts.scatter_add_(-1, columns, is_local.to(torch.int32))
 
 
-def _temperature_of(rows: Rows, options: Options, dtype: torch.dtype) -> Tensor | float:
+def _student_temperature(rows: Rows, options: Options, dtype: torch.dtype) -> Tensor | float:
     if rows.temperature is None:
         return options.temperature
     return rows.temperature.to(dtype).unsqueeze(-1)
@@ -571,5 +683,5 @@ def scale_rows_(gradient: Tensor, upstream: Tensor) -> None:
 
 
 def empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Uninitialised memory for logits of a chunk."""
+    """Allocate uninitialised memory for the logits of a chunk."""
     return torch.empty(shape, dtype=dtype, device=device)

@@ -1,4 +1,4 @@
-"""Which backend serves a call: one pure function, and what this machine has."""
+"""The choice of a backend: one pure function of a call and of the backends that this machine has."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from fastkd.call.options import OPTION_NAMES
 from fastkd.divergences import DEFINITIONS, Divergence
 
 logger = logging.getLogger("fastkd")
@@ -29,29 +30,28 @@ MODULES = {
     "triton": "fastkd.kernels.backend",
     "cuda": "fastkd.backends.cuda",
 }
-# Builds for other GPUs are packages of other names that hold the same module.
+# Builds for other GPUs are packages with other names and the same module.
 TRITON_PACKAGES = ("triton", "pytorch-triton", "pytorch-triton-rocm", "pytorch-triton-xpu")
-OLDEST_TRITON = (
-    3,
-    5,
-)  # that compiles fastkd.kernels: a heavy test of tests/backends/triton/test_triton_aot.py does
-# It serves every call, as the reference does, which is the oracle and may be slow.
+# The oldest version that compiles fastkd.kernels; a heavy test of tests/backends/triton/test_triton_aot.py checks it.
+OLDEST_TRITON = (3, 5)
+# Serves every call. So does the reference, but it may be slow, because it is the oracle.
 FALLBACK = "portable"
-# Functions that only some backends have: what an error calls them, and what it says to use.
+# Functions that only some backends have: (the name and the remedy in error messages).
 OPTIONAL = {
     "mutual_rows": ("mutual learning", "Use backend='auto' or 'triton'"),
     "angles": ("angles", "Use backend='auto'"),
 }
-ANGLES = ("cpu", "portable", "reference")  # the backends that have `angles`
+# The backends that have `angles`.
+ANGLES = ("cpu", "portable", "reference")
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 class BackendUnavailable(RuntimeError):  # noqa: N818 (a public name, read as the sentence it starts)
-    """A backend asked for by name cannot serve this call.
+    """A backend that was requested by name cannot serve this call.
 
     Attributes:
-        backend: the backend asked for.
-        reason: why it cannot.
+        backend: the requested backend.
+        reason: why it cannot serve the call.
         remedy: what to do about it.
     """
 
@@ -61,14 +61,14 @@ class BackendUnavailable(RuntimeError):  # noqa: N818 (a public name, read as th
 
 
 class Obstacle(NamedTuple):
-    """Why a backend cannot serve a call, and what would let it."""
+    """Why a backend cannot serve a call, and the remedy."""
 
     reason: str
     remedy: str
 
 
-class Call(NamedTuple):
-    """What the choice of a backend may depend on."""
+class Request(NamedTuple):
+    """The properties of a call that the choice of a backend may depend on."""
 
     device: str
     student_dtype: torch.dtype
@@ -78,9 +78,9 @@ class Call(NamedTuple):
 
 @functools.cache
 def available_backends() -> Mapping[str, Obstacle | None]:
-    """Every backend of this installation: None where it can run, else the obstacle.
+    """Every backend of this installation: None if it can run, else the obstacle.
 
-    Found once a process: a compiler or a driver installed later is seen by the next one.
+    This is determined once per process. A compiler or driver that is installed later takes effect in a new process.
     """
     return {
         "cpu": _cpu_obstacle(),
@@ -92,7 +92,7 @@ def available_backends() -> Mapping[str, Obstacle | None]:
 
 
 def _built() -> dict[str, Any]:
-    """What setup.py says of the build."""
+    """What setup.py recorded about the build."""
     record = Path(__file__).parents[1] / "_build.json"
     return json.loads(record.read_text()) if record.is_file() else {}
 
@@ -102,8 +102,8 @@ def _cpu_obstacle() -> Obstacle | None:
     known = None if built.get("native", True) else Obstacle(built["reason"], built["remedy"])
     if not built and (Path(__file__).parents[2] / "csrc" / "module.cpp").is_file():
         known = Obstacle(
-            "this is a checkout, whose extension is not built",
-            "Run `make build` in it, or start Python in another folder to use the fastkd that is installed",
+            "this is a source checkout, and its extension has not been built",
+            "Run `make build` in it, or start Python in another directory to use the installed fastkd",
         )
     return _native_obstacle(
         "fastkd._C",
@@ -113,11 +113,11 @@ def _cpu_obstacle() -> Obstacle | None:
 
 
 def _cuda_obstacle() -> Obstacle | None:
-    # Nothing here asks CUDA: a process that only computes on the CPU may want to fork.
+    # This does not initialise CUDA, because a process that only computes on the CPU may fork later.
     return _native_obstacle(
         "fastkd._cuda",
         Obstacle(**built) if (built := _built().get("cuda_obstacle")) else None,
-        "Reinstall fastkd where nvcc is, with FASTKD_CUDA=1 to see its output",
+        "Reinstall fastkd on a machine with nvcc, with FASTKD_CUDA=1 to see its output",
     )
 
 
@@ -133,6 +133,11 @@ def _native_obstacle(module: str, known: Obstacle | None, remedy: str) -> Obstac
             "the native extension was built from another table of divergences",
             "Run `make divergences`, or reinstall fastkd",
         )
+    if getattr(extension, "OPTION_NAMES", "").split() != list(OPTION_NAMES):
+        return Obstacle(
+            "the native extension was built from another table of options",
+            "Run `make divergences`, or reinstall fastkd",
+        )
     return None
 
 
@@ -142,20 +147,20 @@ def _triton_obstacle() -> Obstacle | None:
     for name in TRITON_PACKAGES:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             version = importlib.metadata.version(name)
-            found = tuple(int(number) for number in re.findall(r"\d+", version)[:2])
-            if found < OLDEST_TRITON:
-                wanted = ".".join(map(str, OLDEST_TRITON))
+            installed = tuple(int(number) for number in re.findall(r"\d+", version)[:2])
+            if installed < OLDEST_TRITON:
+                oldest = ".".join(map(str, OLDEST_TRITON))
                 return Obstacle(
-                    f"triton {version} does not compile its kernels, which need {wanted}",
-                    f"Install torch 2.9 or newer, which comes with triton {wanted} or newer",
+                    f"triton {version} does not compile its kernels, which need {oldest}",
+                    f"Install torch 2.9 or newer, which comes with triton {oldest} or newer",
                 )
     return None
 
 
 def _capabilities() -> set[int]:
-    """Of the devices that torch sees: 90 for an H100."""
-    found = map(torch.cuda.get_device_capability, range(torch.cuda.device_count()))
-    return {10 * major + minor for major, minor in found}
+    """Compute capabilities of the devices that torch sees, such as 90 for an H100."""
+    capabilities = map(torch.cuda.get_device_capability, range(torch.cuda.device_count()))
+    return {10 * major + minor for major, minor in capabilities}
 
 
 def _architectures() -> set[int]:
@@ -163,12 +168,14 @@ def _architectures() -> set[int]:
 
 
 def interpreting() -> bool:
-    """Whether Triton kernels run in Triton's interpreter, on CPU tensors."""
+    """Whether Triton kernels run in Triton's interpreter, which takes CPU tensors."""
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
-def obstacle(backend: str, call: Call, available: Mapping[str, Obstacle | None]) -> Obstacle | None:
-    """Why this backend cannot serve this call; None when it can."""
+def obstacle(
+    backend: str, call: Request, available: Mapping[str, Obstacle | None]
+) -> Obstacle | None:
+    """Why this backend cannot serve this call; None if it can."""
     if available[backend] is not None or backend in (FALLBACK, "reference"):
         return available[backend]
     for argument, dtype in (
@@ -194,7 +201,7 @@ def obstacle(backend: str, call: Call, available: Mapping[str, Obstacle | None])
             )
     if backend == "cuda" and not _capabilities() & _architectures():
         return Obstacle(
-            f"the devices have compute capability {sorted(_capabilities())}, and its kernels are for "
+            f"the devices have compute capability {sorted(_capabilities())}; the kernels are built for "
             f"{sorted(_architectures())}",
             "Use backend='triton'",
         )
@@ -210,11 +217,11 @@ def obstacle(backend: str, call: Call, available: Mapping[str, Obstacle | None])
     return None
 
 
-def choose(call: Call, available: Mapping[str, Obstacle | None]) -> tuple[str, str | None]:
-    """(backend, why it is a fallback or None) for backend="auto". Pure: everything it depends on is passed in.
+def choose(call: Request, available: Mapping[str, Obstacle | None]) -> tuple[str, str | None]:
+    """Return (backend, why it is a fallback or None) for backend="auto". A pure function of its arguments.
 
-    A CPU tensor prefers cpu, any other triton; what cannot be served falls back to portable. cuda has to be asked for
-    by name, until its speed and its results have been seen on a device.
+    CPU tensors prefer cpu, all others triton. If the preferred backend cannot serve the call, it falls back to
+    portable. cuda is only chosen by name, until its speed and its results have been measured on a device.
     """
     preferred = "cpu" if call.device == "cpu" else "triton"
     why = obstacle(preferred, call, available)
@@ -229,7 +236,7 @@ def _log_once(line: str) -> None:
 
 
 def fall_back(chosen: str, why: str, strict: bool) -> None:
-    """Log it, once for each reason; raise where FASTKD_STRICT=1 forbids it."""
+    """Log a fallback, once for each reason; raise if FASTKD_STRICT=1 forbids it."""
     if strict:
         raise BackendUnavailable("auto", f"FASTKD_STRICT=1 forbids the fallback to {chosen}", why)
     _log_once(f"fastkd falls back to the {chosen} backend ({why})")
@@ -242,11 +249,11 @@ def select(
     teacher_dtype: torch.dtype,
     divergence: Divergence,
 ) -> str:
-    """The backend for a call that asks for `backend`, with FASTKD_BACKEND and FASTKD_STRICT applied.
+    """The backend that serves a call with this `backend`, after FASTKD_BACKEND and FASTKD_STRICT are applied.
 
     A fallback is logged once for each reason; under FASTKD_STRICT=1 it raises BackendUnavailable.
     """
-    call = Call(device, student_dtype, teacher_dtype, divergence)
+    call = Request(device, student_dtype, teacher_dtype, divergence)
     environment = os.environ
     return _select(
         backend, call, environment.get("FASTKD_BACKEND"), environment.get("FASTKD_STRICT") == "1"
@@ -254,7 +261,7 @@ def select(
 
 
 @functools.lru_cache(maxsize=1024)
-def _select(backend: str, call: Call, override: str | None, strict: bool) -> str:
+def _select(backend: str, call: Request, override: str | None, strict: bool) -> str:
     available = available_backends()
     wanted = override or backend
     if wanted not in (*available, "auto"):
@@ -275,7 +282,7 @@ def _select(backend: str, call: Call, override: str | None, strict: bool) -> str
 
 @functools.cache
 def load(backend: str) -> ModuleType:
-    """The module of a backend; imported at its first use, so that `import fastkd` loads no kernels."""
+    """Import the module of a backend at its first use, so that `import fastkd` loads no kernels."""
     return importlib.import_module(MODULES[backend])
 
 
@@ -283,24 +290,22 @@ def function(backend: str, name: str) -> Callable[..., Any]:
     """A function that only some backends have (OPTIONAL).
 
     Raises:
-        BackendUnavailable: this one has none.
+        BackendUnavailable: this backend does not have it.
     """
-    found: Callable[..., Any] | None = getattr(load(backend), name, None)
-    if found is None:
+    implementation: Callable[..., Any] | None = getattr(load(backend), name, None)
+    if implementation is None:
         what, remedy = OPTIONAL[name]
-        raise BackendUnavailable(backend, f"it has no kernel of {what}", remedy)
-    return found
+        raise BackendUnavailable(backend, f"it has no kernel for {what}", remedy)
+    return implementation
 
 
 def select_angles(backend: str, device: torch.device) -> str:
-    """The backend that computes angles on that device; FASTKD_BACKEND counts where it names one that can."""
+    """The backend that computes angles on this device. FASTKD_BACKEND applies if it names one that can."""
     override = os.environ.get("FASTKD_BACKEND")
     wanted = override if override in ("auto", *ANGLES) else backend
     if device.type != "cpu":
         if wanted == "cpu":
-            raise BackendUnavailable(
-                "cpu", f"the points are on {device}", "Use backend='auto' for them"
-            )
+            raise BackendUnavailable("cpu", f"the points are on {device}", "Use backend='auto'")
         return FALLBACK if wanted == "auto" else wanted
     if wanted in ("portable", "reference"):
         return wanted

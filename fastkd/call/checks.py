@@ -9,70 +9,45 @@ import math
 import os
 import sys
 from collections.abc import Sequence
-from typing import Any, NamedTuple, TypedDict
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from fastkd.call.contract import Options, Rows, counted_rows
 from fastkd.call.log_zero import infinite_at_zero
+from fastkd.call.options import (
+    TEMPERATURES,
+    Numbers,
+    as_tensor,
+    checked,
+    completed,
+    with_stand_ins,
+)
 from fastkd.call.tail import MOST, masses
-from fastkd.core.scalars import as_float, plain
+from fastkd.core.scalars import LARGEST as LARGEST
+from fastkd.core.scalars import SMALLEST as SMALLEST
+from fastkd.core.scalars import check_flag, check_magnitude, plain
+from fastkd.core.scalars import check_int as check_int
+from fastkd.core.scalars import check_number as check_number
 from fastkd.core.tensors import check_readable, check_strided
 from fastkd.divergences import Divergence, resolve
 from fastkd.teachers import Ensemble, LinearTeacher, Teacher, TopK, check_linear
 
 REDUCTIONS = ("none", "sum", "mean", "batchmean")
-# Numbers beyond these lose their meaning in float32, once they are multiplied or inverted.
-SMALLEST, LARGEST = 1e-30, 1e30
 LOGIT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
-class LossOptions(TypedDict, total=False):
-    """The keyword options that every loss has, but return_parts, which decides the type that comes back."""
-
-    divergence: str | Divergence
-    temperature: float | Tensor
-    teacher_temperature: float | Tensor | None
-    alpha: float
-    scale_by_temperature: bool
-    label_smoothing: float
-    ignore_index: int
-    mask: Tensor | None
-    weight: Tensor | None
-    reduction: str
-    num_items: int | float | Tensor | None
-    logit_scale: float
-    softcap: float | None
-    teacher_logit_scale: float
-    teacher_softcap: float | None
-    backend: str
-
-
-class Numbers(NamedTuple):
-    """The numbers of a call as they were given: what may change from step to step in a compiled graph."""
-
-    alpha: float = 1.0
-    temperature: float = 1.0  # 1 where there is one a row
-    teacher_temperature: float = 1.0  # likewise
-    label_smoothing: float = 0.0
-    logit_scale: float = 1.0
-    softcap: float | None = None
-    teacher_logit_scale: float = 1.0
-    teacher_softcap: float | None = None
-    items: float = 1.0  # what the sum is divided by; 1 where only the device knows it
-    taken_at: float = 1.0  # TopK.temperature
-
-
-class Prepared(NamedTuple):
-    """A validated call."""
+class LossCall(NamedTuple):
+    """A validated call of a loss."""
 
     options: Options
     rows: Rows
-    counted: int | Tensor  # the number of rows that count
+    counted: int | Tensor  # the number of counted rows
     backend: str
     summed: bool  # whether the loss is one number
-    # Of a graph that is being compiled, where the options hold stand-ins for them: settled() checks these in the op.
+    # Only while a graph is compiled: the numbers in whose place the options hold stand-ins. settled() checks them when
+    # the graph runs.
     numbers: Numbers | None = None
 
 
@@ -85,66 +60,53 @@ def prepare(
     teacher: Teacher | None = None,
     *,
     divergence: str | Divergence = "forward_kl",
-    temperature: float | Tensor = 1.0,
-    teacher_temperature: float | Tensor | None = None,
-    alpha: float = 1.0,
-    scale_by_temperature: bool = True,
-    label_smoothing: float = 0.0,
-    ignore_index: int = -100,
     mask: Tensor | None = None,
     weight: Tensor | None = None,
     reduction: str = "mean",
     num_items: int | float | Tensor | None = None,
-    logit_scale: float = 1.0,
-    softcap: float | None = None,
-    teacher_logit_scale: float = 1.0,
-    teacher_softcap: float | None = None,
     backend: str = "auto",
-) -> Prepared:
-    """What kd_loss documents of its options, for rows of the leading shape on the device.
+    **scalars: Any,
+) -> LossCall:
+    """The validated call for rows of shape lead on the device.
 
-    vocabulary None: other processes have columns too, and :func:`check_values` is called once they are known.
-    teacher: for the rows that a TopK drops.
+    Args:
+        lead: the leading shape of the logits.
+        device: where the logits are.
+        row_dtype: dtype of the losses.
+        vocabulary: the number of columns that count. None if other processes have columns too; :func:`check_values`
+            is then called once all are known.
+        labels: as in kd_loss.
+        teacher: a TopK drops rows.
+        divergence: as in kd_loss.
+        mask: as in kd_loss.
+        weight: as in kd_loss.
+        reduction: as in kd_loss.
+        num_items: as in kd_loss.
+        backend: as in kd_loss.
+        **scalars: the options of fastkd.call.options.TABLE.
+
+    Raises:
+        ValueError, TypeError: as in kd_loss.
     """
-    scale_by_temperature = plain(scale_by_temperature)
-    numbers = None
+    values, numbers = completed(scalars), None
     if torch.compiler.is_compiling():
-        numbers = Numbers(
-            alpha, _number(temperature), _number(teacher_temperature, temperature), label_smoothing,
-            logit_scale, softcap, teacher_logit_scale, teacher_softcap, _number(num_items),
-        )  # fmt: skip
-        alpha = _stand_in(alpha, 1.0 if labels is None else 0.5)
-        temperature, teacher_temperature, logit_scale, softcap, teacher_logit_scale, teacher_softcap, num_items = (
-            _stand_in(value, 1.0)
-            for value in (
-                temperature, teacher_temperature, logit_scale, softcap, teacher_logit_scale, teacher_softcap, num_items
-            )
-        )  # fmt: skip
-        label_smoothing = _stand_in(label_smoothing, 0.0)
-    divergence = resolve(divergence)
-    alpha = check_number("alpha", alpha, 0.0, 1.0)
-    label_smoothing = check_number("label_smoothing", label_smoothing, 0.0, 1.0, open_right=True)
+        numbers, values, num_items = with_stand_ins(values, num_items, labels)
+    if values["teacher_temperature"] is None:
+        values["teacher_temperature"] = values["temperature"]
+    per_row = {}
+    for name in TEMPERATURES:
+        if isinstance(values[name], Tensor):
+            per_row[name] = _row_temperatures(name, values[name], lead, device)
+            values[name] = 1.0
+    options = Options(resolve(divergence), **checked(values), vocab_size=vocabulary or 0)
     check_choice("reduction", reduction, REDUCTIONS)
     if num_items is not None and reduction not in ("mean", "batchmean"):
         raise ValueError(
             f"num_items is the denominator of 'mean' and 'batchmean'; reduction is {reduction!r}"
         )
-    if labels is None and alpha < 1.0:
-        raise ValueError(
-            f"labels are needed for the cross-entropy term where alpha < 1; alpha is {alpha}"
-        )
-    if divergence.target is not None:
-        _check_apart(divergence, labels, vocabulary)
-    ignore_index = check_int("ignore_index", ignore_index)
-    check_flags(scale_by_temperature=scale_by_temperature)
     if not isinstance(backend, str):
         raise TypeError(f"backend must be a string, got {type(backend).__name__}")
-    if label_smoothing and labels is None:
-        raise ValueError("label_smoothing needs labels; labels is None")
-    if teacher_temperature is None:
-        teacher_temperature = temperature
-    t_value, t_rows = _temperature("temperature", temperature, lead, device)
-    tt_value, tt_rows = _temperature("teacher_temperature", teacher_temperature, lead, device)
+    _check_needs_labels(options, labels, vocabulary)
     if labels is not None:
         check_rows("labels", labels, lead, device, (torch.int64,))
         labels = labels.contiguous()
@@ -152,82 +114,63 @@ def prepare(
         check_rows("mask", mask, lead, device, (torch.bool,))
     if weight is not None:
         check_rows("weight", weight, lead, device, LOGIT_DTYPES)
-    compiled = numbers is not None and labels is not None  # alpha is a stand-in
-    renormalizes = isinstance(teacher, TopK) and teacher.renormalizes
-    if renormalizes and (labels is None or alpha == 1.0 or compiled):
-        # A row that names no token has nothing but its cross-entropy, so it is dropped where there is none.
-        assert isinstance(teacher, TopK)
-        named = (teacher.ids != -1).any(-1)
-        if numbers is not None and labels is not None:
-            # A product with a tensor, since a graph may not compare the number itself (fastkd.engine.graphs).
-            given = torch.ones((), dtype=torch.float64, device="cpu") * numbers.alpha
-            named = named | (given < 1.0)
-        mask = named if mask is None else mask & named
-    counted, row_weight = _weights(labels, ignore_index, mask, weight, row_dtype)
+    if isinstance(teacher, TopK) and teacher.renormalizes:
+        mask = _with_teacher(mask, teacher, None if labels is None else options.alpha, numbers)
+    counted, row_weight = _weights(labels, options.ignore_index, mask, weight, row_dtype)
     count = math.prod(lead) if counted is None else counted.sum()
     items = _denominator(reduction, num_items, count, lead, device, row_dtype)
     if numbers is not None and num_items is None and not isinstance(items, Tensor):
-        numbers = numbers._replace(items=items)
-    scale = items.reciprocal() if isinstance(items, Tensor) else 1.0 / items
-    options = Options(
-        divergence,
-        alpha,
-        t_value,
-        tt_value,
-        scale_by_temperature,
-        label_smoothing,
-        ignore_index,
-        _nonzero("logit_scale", logit_scale),
-        _softcap("softcap", softcap),
-        _nonzero("teacher_logit_scale", teacher_logit_scale),
-        _softcap("teacher_softcap", teacher_softcap),
-        vocabulary or 0,
-        1.0 if isinstance(scale, Tensor) else scale,
-    )
-    rows = Rows(labels, row_weight, t_rows, tt_rows, scale if isinstance(scale, Tensor) else None)
+        numbers = numbers._replace(num_items=items)
+    rows = Rows(labels, row_weight, **per_row)
+    if isinstance(items, Tensor):
+        rows = rows._replace(scale=items.reciprocal())
+    else:
+        options = options._replace(scale=1.0 / items)
     if vocabulary is not None and numbers is None:
         check_values(rows, options)
-    return Prepared(options, rows, count, backend, reduction != "none", numbers)
+    return LossCall(options, rows, count, backend, reduction != "none", numbers)
 
 
-def _number(value: object, otherwise: object = None) -> Any:
-    """The number that a compiled call gives an op: 1 where it is a tensor, or is not given."""
-    value = otherwise if value is None else value
-    return value if isinstance(value, (int, float)) else 1.0
+def _with_teacher(
+    mask: Tensor | None, teacher: TopK, alpha: float | None, numbers: Numbers | None
+) -> Tensor | None:
+    """The mask without the rows that have neither a teacher token nor a cross-entropy; alpha: None without labels."""
+    named = (teacher.ids != -1).any(-1)
+    if alpha is not None and numbers is not None:  # alpha is a stand-in
+        named = named | (as_tensor(numbers.scalars["alpha"]) < 1.0)
+    elif alpha is not None and alpha < 1.0:
+        return mask
+    return named if mask is None else mask & named
 
 
-def _stand_in(value: Any, number: float) -> Any:
-    """What prepare checks in the place of a number that a graph may not look at; the value where it is none."""
-    return number if isinstance(value, (int, float)) and not isinstance(value, bool) else value
-
-
-def settled(options: Options, numbers: Numbers, rows: Rows) -> Options:
-    """The options of a compiled call with its numbers in them, checked with the rows as prepare does in eager mode."""
+def settled(
+    divergence: Divergence, vocab_size: int, tail: str, numbers: Numbers, rows: Rows
+) -> Options:
+    """The options of a compiled call once its numbers are known; numbers and rows are checked as in eager mode."""
     labels = None if rows.labels is None else torch.zeros((), dtype=torch.int64)
-    (
-        alpha,
-        temperature,
-        teacher_temperature,
-        smoothing,
-        scale,
-        cap,
-        teacher_scale,
-        teacher_cap,
-        items,
-        at,
-    ) = numbers
+    scalars: dict[str, Any] = numbers.scalars
     call = prepare(
-        torch.Size(()), torch.device("cpu"), torch.float32, options.vocab_size, labels,
-        divergence=options.divergence, temperature=temperature, teacher_temperature=teacher_temperature, alpha=alpha,
-        scale_by_temperature=options.scale_by_temperature, label_smoothing=smoothing,
-        ignore_index=options.ignore_index, num_items=items, logit_scale=scale, softcap=cap,
-        teacher_logit_scale=teacher_scale, teacher_softcap=teacher_cap,
+        torch.Size(()), torch.device("cpu"), torch.float32, vocab_size, labels,
+        divergence=divergence, num_items=numbers.num_items, **scalars,
     )  # fmt: skip
-    result = call.options
-    if options.tail:
-        result = _at_temperature(result, options.tail, at, rows.teacher_temperature is not None)
-    check_values(rows, result)
-    return result
+    options = call.options
+    if tail:
+        per_row = rows.teacher_temperature is not None
+        options = _at_temperature(options, tail, numbers.taken_at, per_row)
+    check_values(rows, options)
+    return options
+
+
+def _check_needs_labels(options: Options, labels: Tensor | None, vocabulary: int | None) -> None:
+    """Raise if an option needs labels and there are none."""
+    if labels is None and options.alpha < 1.0:
+        raise ValueError(
+            f"labels are needed for the cross-entropy term where alpha < 1; alpha is {options.alpha}"
+        )
+    if options.divergence.target is not None:
+        _check_apart(options.divergence, labels, vocabulary)
+    if options.label_smoothing and labels is None:
+        raise ValueError("label_smoothing needs labels; labels is None")
 
 
 def _check_apart(divergence: Divergence, labels: Tensor | None, vocabulary: int | None) -> None:
@@ -292,8 +235,7 @@ def is_dtensor(value: object) -> bool:
 def check_flags(**flags: bool) -> None:
     """Raise unless each is True or False."""
     for argument, flag in flags.items():
-        if not isinstance(plain(flag), bool):
-            raise TypeError(f"{argument} must be True or False, got {type(flag).__name__}")
+        check_flag(argument, flag)
 
 
 def _received(value: object) -> str:
@@ -437,9 +379,9 @@ def check_vocabulary(vocab_size: int | None, widths: dict[str, int]) -> int:
     return vocab_size
 
 
-def with_topk(prepared: Prepared, teacher: TopK) -> Prepared:
+def with_topk(call: LossCall, teacher: TopK) -> LossCall:
     """The call with a sparse teacher in it; its log-probabilities take the place of teacher logits."""
-    options, rows = prepared.options, prepared.rows
+    options, rows = call.options, call.rows
     divergence = options.divergence
     if not divergence.normalized:
         raise ValueError(
@@ -451,7 +393,7 @@ def with_topk(prepared: Prepared, teacher: TopK) -> Prepared:
             "name it; use a dense teacher, a LinearTeacher or an Ensemble of them"
         )
     temperatures = rows.teacher_temperature
-    numbers = prepared.numbers
+    numbers = call.numbers
     if numbers is None:
         per_row = temperatures is not None
         options = _at_temperature(options, teacher.tail, teacher.temperature, per_row)
@@ -469,7 +411,7 @@ def with_topk(prepared: Prepared, teacher: TopK) -> Prepared:
         if mass is None or teacher.tail != "bucket"
         else mass.detach().contiguous(),
     )
-    return prepared._replace(options=options, rows=rows, numbers=numbers)
+    return call._replace(options=options, rows=rows, numbers=numbers)
 
 
 def _at_temperature(options: Options, tail: str, taken_at: float, per_row: bool) -> Options:
@@ -496,13 +438,13 @@ def _at_temperature(options: Options, tail: str, taken_at: float, per_row: bool)
     return options._replace(teacher_temperature=options.teacher_temperature / taken_at, tail=tail)
 
 
-def with_tail(prepared: Prepared, teacher: TopK, dtype: torch.dtype) -> tuple[Prepared, Tensor]:
+def with_tail(call: LossCall, teacher: TopK, dtype: torch.dtype) -> tuple[LossCall, Tensor]:
     """(the call with the mass of the other tokens in it, the log-probabilities); dtype is that of losses.
 
     Where processes share the vocabulary, its size is known by now. A row without a distribution becomes NaN by ids that
     are none: one with NaN, with probabilities of a sum above MOST, or with nothing but -inf where the sum divides.
     """
-    options, rows = prepared.options, prepared.rows
+    options, rows = call.options, call.rows
     ids, logprobs, mass = rows.ids, teacher.logprobs.detach(), rows.tail_logprob
     assert ids is not None
     if checking():
@@ -524,7 +466,7 @@ def with_tail(prepared: Prepared, teacher: TopK, dtype: torch.dtype) -> tuple[Pr
             mass = mass.to(dtype).contiguous()
         right = total <= MOST
     ids = ids.masked_fill(~right.unsqueeze(-1), -2)
-    return prepared._replace(rows=rows._replace(ids=ids, tail_logprob=mass)), logprobs
+    return call._replace(rows=rows._replace(ids=ids, tail_logprob=mass)), logprobs
 
 
 def _check_logprobs(logprobs: Tensor, rows: Rows, options: Options) -> None:
@@ -662,75 +604,15 @@ def check_choice(argument: str, value: object, allowed: Sequence[object]) -> Non
         raise ValueError(f"{argument} must be one of {listed}; got {value!r}")
 
 
-def check_int(argument: str, value: object) -> int:
-    """The value as Python's int; raise unless it is one, and no bool."""
-    value = plain(value)
-    if type(value) is not int:
-        raise TypeError(f"{argument} must be an int, got {type(value).__name__}")
-    if not -(2**63) <= value < 2**63:
-        raise ValueError(f"{argument} must fit in 64 bits, got {value}")
-    return value
-
-
-def check_number(
-    argument: str, value: float, low: float, high: float, *, open_right: bool = False
-) -> float:
-    """The value as a float; raise unless it is a number in [low, high], or in [low, high) with open_right."""
-    value = plain(value)
-    if isinstance(value, (bool, Tensor)) or not isinstance(value, (int, float)):
-        raise TypeError(f"{argument} must be a number, got {type(value).__name__}")
-    value = as_float(value)
-    if not (low <= value < high or (value == high and not open_right)):
-        raise ValueError(
-            f"{argument} must be in [{low:g}, {high:g}{')' if open_right else ']'}, got {value}"
-        )
-    return value
-
-
-def _in_range(argument: str, value: float) -> float:
-    if not SMALLEST <= abs(value) <= LARGEST:
-        raise ValueError(
-            f"{argument} must be of a size between {SMALLEST:g} and {LARGEST:g}, got {value}"
-        )
-    return float(value)
-
-
-def _nonzero(argument: str, value: float) -> float:
-    value = plain(value)
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{argument} must be a number, got {type(value).__name__}")
-    if value == 0 or not -math.inf < value < math.inf:
-        raise ValueError(f"{argument} must be finite and not 0, got {value}")
-    return _in_range(argument, value)
-
-
-def _softcap(argument: str, value: float | None) -> float:
-    if value is None:
-        return 0.0
-    value = plain(value)
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{argument} must be a number or None, got {type(value).__name__}")
-    if not 0 < value < math.inf:
-        raise ValueError(f"{argument} must be positive and finite, or None for none; got {value}")
-    return _in_range(argument, value)
-
-
-def _temperature(
-    argument: str, value: float | Tensor, lead: torch.Size, device: torch.device
-) -> tuple[float, Tensor | None]:
-    """(the number, None) or (1, the tensor [...]); a tensor of one element and no dimension is for all rows."""
-    if isinstance(value, Tensor):
-        if value.dim() == 0 and value.device.type == "cpu":
-            value = value.to(device, non_blocking=True)
-        value = value.expand(lead) if value.dim() == 0 else value
-        check_rows(argument, value, lead, device, LOGIT_DTYPES)
-        return 1.0, value.to(torch.float32).contiguous()
-    value = plain(value)
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{argument} must be a number or a tensor, got {type(value).__name__}")
-    if not 0 < value < math.inf:
-        raise ValueError(f"{argument} must be positive and finite, got {value}")
-    return _in_range(argument, value), None
+def _row_temperatures(
+    argument: str, value: Tensor, lead: torch.Size, device: torch.device
+) -> Tensor:
+    """Temperatures [...] in float32; a 0-dim tensor applies to all rows."""
+    if value.dim() == 0 and value.device.type == "cpu":
+        value = value.to(device, non_blocking=True)
+    value = value.expand(lead) if value.dim() == 0 else value
+    check_rows(argument, value, lead, device, LOGIT_DTYPES)
+    return value.to(torch.float32).contiguous()
 
 
 def check_rows(
@@ -807,7 +689,7 @@ def _denominator(
             raise TypeError(f"num_items must be a number or a tensor, got {type(items).__name__}")
         if not 0 < items < math.inf:
             raise ValueError(f"num_items must be positive, got {items}")
-        return _in_range("num_items", items)
+        return check_magnitude("num_items", items)
     if reduction == "batchmean":
         if not lead:
             raise ValueError(

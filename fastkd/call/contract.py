@@ -30,52 +30,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastkd.divergences import Divergence
-
-
-class Shard(NamedTuple):
-    """The columns that this process has of a vocabulary that several share."""
-
-    first: int  # of all columns that count, the first that is here; Options.vocab_size says how many are
-    total: int  # columns that count, of all processes together
-    widest: int  # columns of the widest shard, padding included
-    rank: int  # of this process in the group
-    group: Any  # torch.distributed.ProcessGroup
-
-
-class Options(NamedTuple):
-    """What does not change from row to row; validated, hashable, free of tensors."""
-
-    divergence: Divergence
-    alpha: float = 1.0
-    temperature: float = 1.0  # where Rows.temperature is None
-    teacher_temperature: float = 1.0  # where Rows.teacher_temperature is None
-    scale_by_temperature: bool = True
-    label_smoothing: float = 0.0
-    ignore_index: int = -100
-    logit_scale: float = 1.0
-    softcap: float = 0.0  # 0: none
-    teacher_logit_scale: float = 1.0
-    teacher_softcap: float = 0.0
-    vocab_size: int = 0
-    scale: float = 1.0  # multiplies the total and every gradient
-    tail: str = ""  # of fastkd.TopK; then the teacher tensor holds log-probabilities and Rows.ids their tokens
-    shard: Shard | None = None  # labels and Rows.ids name tokens of the whole vocabulary
-
-    @property
-    def vocabulary(self) -> int:
-        """Columns that count, wherever they are."""
-        return self.vocab_size if self.shard is None else self.shard.total
-
-    @property
-    def reads_labels(self) -> bool:
-        """Whether labels do more than drop rows."""
-        return self.alpha < 1.0 or self.divergence.target is not None
-
-    @property
-    def first_column(self) -> int:
-        """The token of column 0."""
-        return 0 if self.shard is None else self.shard.first
+from fastkd.call.options import Options as Options
+from fastkd.call.options import Shard as Shard
 
 
 class Rows(NamedTuple):
@@ -112,6 +68,16 @@ def widened(values: Tensor) -> Tensor:
     return values.to(row_dtype(values.dtype))
 
 
+def factor_of(rows: Rows, options: Options) -> float | Tensor:
+    """What multiplies the total and every gradient: a number, or a 0-dim tensor if only the device knows it."""
+    return options.scale if rows.scale is None else options.scale * rows.scale
+
+
+def total_of(loss: Tensor, rows: Rows, options: Options) -> Tensor:
+    """The sum of the losses of rows, times their factor: 0-dim."""
+    return (loss.sum(dtype=torch.float64) * factor_of(rows, options)).to(loss.dtype)
+
+
 class Want(NamedTuple):
     """Which outputs a call needs."""
 
@@ -136,6 +102,16 @@ class Result(NamedTuple):
     distillation: Tensor | None = None
     cross_entropy: Tensor | None = None
     student_entropy: Tensor | None = None
+
+    @property
+    def gradients(self) -> tuple[Tensor | None, Tensor | None]:
+        """The gradients of total: the student's, the teacher's."""
+        return self.student_gradient, self.teacher_gradient
+
+    @property
+    def parts(self) -> tuple[Tensor | None, ...]:
+        """The terms of the loss that fastkd.functional.Parts has."""
+        return self.distillation, self.cross_entropy, self.student_entropy
 
 
 class Statistics(NamedTuple):

@@ -27,7 +27,7 @@ from fastkd.call.contract import widened
 from fastkd.functional import kd_loss
 from fastkd.teachers import TopK
 
-# Log odds of a label whose target probability in MFTLoss is 1. exp(-100) of the other tokens is below float32's range.
+# Log odds of a label whose target probability in MFTLoss is 1. The other tokens keep exp(-100), below normal float32.
 CERTAIN = 100.0
 
 

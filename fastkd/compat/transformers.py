@@ -208,10 +208,9 @@ def compute_loss_func(
         if not habits:
             probing.append(True)
             try:
-                found = _probe(student, teacher_model, features, labels, own_loss, device)
+                habits.append(_probe(student, teacher_model, features, labels, own_loss, device))
             finally:
                 probing.clear()
-            habits.append(found)
         return habits[0]
 
     def distillation_loss(
@@ -231,12 +230,12 @@ def compute_loss_func(
         logits = models.without_soft_prompt(
             student, models.logits_of(outputs, "the student"), labels.shape
         )
-        found = student_habits(features, labels, logits.device)
+        learned = student_habits(features, labels, logits.device)
         with _mixed_precision(logits.device):
             teacher_outputs = _teacher_outputs(teacher_model, student, teacher_features, labels)
         teacher = _logits_or_teacher(teacher_outputs, teacher_model)
         rows = logits.shape[:-1]
-        shifts = _shifts(shift_labels, found.shifts, labels, rows)
+        shifts = _shifts(shift_labels, learned.shifts, labels, rows)
         begins = models.starts(features, labels.shape)
         targets = models.targets(labels, shifts, begins)
         models.check_rows(targets, rows)
@@ -247,7 +246,7 @@ def compute_loss_func(
         vocab_size = loss.options.get("vocab_size")
         _check_widths(logits.shape[-1], teacher, vocab_size, "vocab_size=... to compute_loss_func")
         total: Tensor = loss(logits, teacher, targets, num_items=num_items_in_batch)
-        keep = own_loss == "keep" and found.own == "outputs"
+        keep = own_loss == "keep" and learned.own == "outputs"
         own = models.own_loss(student, outputs) if keep else None
         if own is not None:
             counted = (targets != models.IGNORED).sum()

@@ -1,4 +1,4 @@
-"""The module inside what wraps it."""
+"""Access to the module inside a wrapper."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from torch import nn
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """The model in what torch.compile and DistributedDataParallel make of it: its names are those that are known."""
+    """The model without torch.compile and DistributedDataParallel, which change the names of its layers."""
     while True:
         if "_orig_mod" in model._modules:
             model = model._modules["_orig_mod"]  # type: ignore[assignment]  # a module

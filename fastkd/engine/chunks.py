@@ -14,8 +14,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastkd.call.contract import Options, Rows, Shard, Want, counted_rows
-from fastkd.call.rows import At, put, rows_at, take
+from fastkd.call.contract import Options, Rows, Shard, Want, factor_of, total_of
+from fastkd.call.rows import At, Chunks, put, rows_at, take
 from fastkd.core.tensors import readable
 from fastkd.engine.matmul import add_weight_gradient, as_operand, hidden_gradient, make_logits
 from fastkd.teachers import Ensemble, LinearTeacher
@@ -50,27 +50,26 @@ def saved_dtype(tensor: Tensor, dense: bool) -> torch.dtype:
 
 
 class Chunked(NamedTuple):
-    """fastkd.call.contract.Result of all chunks."""
+    """The result of all chunks: fastkd.call.contract.Result, with the gradients of Student's fields in saved_dtype."""
 
     loss: Tensor
     total: Tensor
     distillation: Tensor | None
     cross_entropy: Tensor | None
     student_entropy: Tensor | None
-    gradients: Gradients
+    hidden_gradient: Tensor | None
+    weight_gradient: Tensor | None
+    bias_gradient: Tensor | None
 
+    @property
+    def gradients(self) -> tuple[Tensor | None, ...]:
+        """The gradients of total by Student's fields."""
+        return self.hidden_gradient, self.weight_gradient, self.bias_gradient
 
-def _counted(rows: Rows, ignore_index: int) -> Tensor | None:
-    """The numbers of the rows that count; None where all may.
-
-    Their number has to be known before there are matrices, which waits for the device: not while a CUDA graph records.
-    There, dropped rows stay, and the kernel skips them.
-    """
-    keep = counted_rows(rows, ignore_index)
-    if keep is None or (keep.is_cuda and torch.cuda.is_current_stream_capturing()):
-        return None
-    numbers = keep.flatten().nonzero().squeeze(1)
-    return None if numbers.numel() == keep.numel() else numbers
+    @property
+    def parts(self) -> tuple[Tensor | None, ...]:
+        """The terms of the loss that fastkd.functional.Parts has."""
+        return self.distillation, self.cross_entropy, self.student_entropy
 
 
 # ---- the two sides of a chunk
@@ -151,7 +150,7 @@ class _StudentChunks:
         self.first = False
 
     def finished(self, counted: Tensor | None) -> Gradients:
-        """All gradients, in the dtype they are saved in; counted as :func:`_counted` has it."""
+        """All gradients, in the dtype they are saved in; counted: the numbers of the processed rows, None if all."""
         hidden, weight, bias = self.gradients
         # In place, dropped rows still hold logits.
         if hidden is self.student.hidden and counted is not None:
@@ -291,56 +290,67 @@ def chunks_of_rows(
     logits_dtype: torch.dtype,
     row_dtype: torch.dtype,
 ) -> Chunked:
-    """Losses and gradients of all rows; wanted says of which fields of the student.
+    """Losses and gradients of all rows.
 
-    row_dtype is that of losses, and of a teacher's logits unless its operands have logits_dtype.
+    Args:
+        student: hidden states and head, or logits.
+        teacher: whose logits are computed, or taken, for each chunk.
+        rows: of all rows.
+        options: of the call.
+        want: the outputs that are wanted; its gradients are ignored.
+        wanted: the gradients that are wanted, of Student's fields.
+        kernels: the backend.
+        chunk_size: rows of a chunk, at most.
+        logits_dtype: dtype of the student's logits.
+        row_dtype: dtype of losses, and of a teacher's logits unless its operands have logits_dtype.
     """
     lead, device = student.hidden.shape[:-1], student.hidden.device
     vocabulary = options.vocab_size
-    numbers = _counted(rows, options.ignore_index)
-    count = lead.numel() if numbers is None else numbers.numel()
-    chunks = -(-count // chunk_size)
-    step = -(-count // max(chunks, 1))  # the last chunk is as large as the others
-    learner = _StudentChunks(student, lead, vocabulary, wanted, want.inplace)
-    target = _TeacherChunks(teacher, lead, options)
-    options = target.kernel_options()
+    # The number of counted rows has to be known, which waits for the device. While a CUDA graph records, nothing may
+    # wait; dropped rows then stay, and the kernel skips them.
+    recording = student.hidden.is_cuda and torch.cuda.is_current_stream_capturing()
+    chunks = Chunks.of(rows, lead, options.ignore_index, chunk_size, even=True, drops=not recording)
+    student_chunks = _StudentChunks(student, lead, vocabulary, wanted, want.inplace)
+    teacher_chunks = _TeacherChunks(teacher, lead, options)
+    original, options = options, teacher_chunks.kernel_options()
     want = want._replace(student_gradient=any(wanted), inplace=True, deferred=False)
-    factor = options.scale if rows.scale is None else options.scale * rows.scale
-    # The products of float16 would lose what is below 6e-8.
+    # Products in float16 would lose gradients below 6e-8, so the scale multiplies the float32 sums.
     scaled_later = student.weight is not None and student.hidden.dtype == torch.float16
+    unscaled = rows
     if scaled_later:
         options, rows = options._replace(scale=1.0), rows._replace(scale=None)
     per_row = [
         torch.zeros(lead, dtype=row_dtype, device=device) for _ in range(4 if want.parts else 1)
     ]
-    buffers = [kernels.empty((step, vocabulary), logits_dtype, device)]
-    rounds = student.weight is not None and isinstance(teacher, LinearTeacher)
-    rounds = rounds and teacher.hidden.dtype == logits_dtype  # type: ignore[union-attr]  # a LinearTeacher
-    t_dtype = logits_dtype if rounds else row_dtype
-    buffers += [kernels.empty((step, vocabulary), t_dtype, device) for _ in range(target.buffers())]
+    buffers = [kernels.empty((chunks.size, vocabulary), logits_dtype, device)]
+    same_dtype = isinstance(teacher, LinearTeacher) and teacher.hidden.dtype == logits_dtype
+    t_dtype = logits_dtype if same_dtype and student.weight is not None else row_dtype
+    for _ in range(teacher_chunks.buffers()):
+        buffers.append(kernels.empty((chunks.size, vocabulary), t_dtype, device))
 
-    def run(start: int, stop: int) -> None:
-        size = stop - start
-        at: At = slice(start, stop) if numbers is None else numbers[start:stop]
+    def run(at: At) -> None:
         chunk = rows_at(rows, lead, at)
-        mine, *its = (buffer[:size] for buffer in buffers)
-        s = learner.logits(at, mine)
-        t, chunk = target.logits(at, chunk, its)
+        count = at.stop - at.start if isinstance(at, slice) else at.numel()
+        student_buffer, *teacher_buffers = (buffer[:count] for buffer in buffers)
+        s = student_chunks.logits(at, student_buffer)
+        t, chunk = teacher_chunks.logits(at, chunk, teacher_buffers)
         result = kernels.kd_rows(s, t, chunk, options, want)
-        for whole, part in zip(per_row, (result.loss, *result[4:]), strict=False):
+        for whole, part in zip(per_row, (result.loss, *result.parts), strict=False):
             put(whole, lead, at, part)
         if result.student_gradient is not None:
-            learner.add(at, result.student_gradient, buffers[1] if len(buffers) > 1 else None)
+            scratch = buffers[1] if len(buffers) > 1 else None
+            student_chunks.add(at, result.student_gradient, scratch)
 
-    for start in range(0, count, max(step, 1)):
-        run(start, min(start + step, count))
-    buffers.clear()  # the next to be made are gradients in their own precision
+    for at in chunks:
+        run(at)
+    buffers.clear()  # before gradients in their own precision are allocated
     loss, *parts = per_row
-    total = (loss.sum(dtype=torch.float64) * factor).to(loss.dtype)
-    gradients = learner.finished(numbers)
+    gradients = student_chunks.finished(chunks.numbers)
     if scaled_later:
+        factor = factor_of(unscaled, original)
         for gradient in gradients:
             if gradient is not None:
                 gradient.mul_(factor)
     distillation, cross_entropy, entropy = parts or (None, None, None)
-    return Chunked(loss, total, distillation, cross_entropy, entropy, gradients)
+    total = total_of(loss, unscaled, original)
+    return Chunked(loss, total, distillation, cross_entropy, entropy, *gradients)

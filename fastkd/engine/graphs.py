@@ -17,22 +17,28 @@ from typing import Any, NamedTuple, ParamSpec, TypeVar
 import torch
 from torch import Tensor
 
+from fastkd.call.options import Number, as_tensor
 from fastkd.core.tensors import copied
 from fastkd.divergences import ClosedForm, Divergence, Target, function_name, function_named, made
 
 Parameters = ParamSpec("Parameters")
 Returned = TypeVar("Returned")
 
-Number = int | float | None
-
 
 class Packed(NamedTuple):
     """Numbers as arguments of an op."""
 
-    kinds: str  # a letter a number, which says where it is: "n" for None, or one of the three lists
+    # One letter per number, which says where the number is: "n", "t" and "f" are None, True and False themselves; the
+    # other letters name one of the lists.
+    kinds: str
     constants: list[float]  # "c"
-    integers: list[int]  # "i", constants or symbols, which the schema of an op has a type for
-    symbols: list[Tensor]  # "s", of one element on the CPU, so that nobody waits for a device
+    integers: list[int]  # "i": constants, or symbols, for which the schema of an op has a type
+    symbols: list[
+        Tensor
+    ]  # "s": tensors of one element on the CPU, so that reading them waits for no device
+
+
+_LITERALS = {"n": None, "t": True, "f": False}
 
 
 def _is_constant(value: float) -> bool:
@@ -50,6 +56,8 @@ def pack(numbers: Sequence[Number]) -> Packed:
     for number in numbers:
         if number is None:
             kinds += "n"
+        elif isinstance(number, bool):
+            kinds += "t" if number else "f"
         elif isinstance(number, int):
             kinds += "i"
             integers.append(number)
@@ -58,10 +66,7 @@ def pack(numbers: Sequence[Number]) -> Packed:
             constants.append(number)
         else:
             kinds += "s"
-            # A product with a tensor is what torch's compiler makes an input of; other ways of making a tensor of a
-            # number (torch.tensor, torch.full) would make a constant of it.
-            one = torch.ones((), dtype=torch.float64, device="cpu")
-            symbols.append(one * number)
+            symbols.append(as_tensor(number))
     return Packed(kinds, constants, integers, symbols)
 
 
@@ -74,7 +79,7 @@ def unpack(
         "i": iter(integers),
         "s": iter(symbols),
     }
-    numbers = [None if kind == "n" else next(sources[kind]) for kind in kinds]
+    numbers = [_LITERALS[kind] if kind in _LITERALS else next(sources[kind]) for kind in kinds]
     return [number.item() if isinstance(number, Tensor) else number for number in numbers]
 
 

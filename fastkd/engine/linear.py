@@ -1,10 +1,9 @@
-"""Losses in chunks of rows: from hidden states and an lm_head, and against teachers that have to be made into logits.
+"""Losses in chunks of rows: from hidden states and an lm_head, or against a teacher whose logits are computed.
 
-Read bottom to top: :func:`kd_chunks` is what fastkd.functional calls, KDChunks differentiates in eager mode and
-kd_chunks_op under torch.compile; both plan the chunks, run fastkd/engine/chunks.py, and follow
-fastkd/engine/autograd.py: gradients in the forward, times the upstream gradient on the device. Two cases are computed
-in the backward, with the upstream gradient inside: a loss per row whose weight requires grad (the weight's gradient is
-a sum over rows), and float16 logits.
+:func:`kd_chunks` is what fastkd.functional calls. It plans the chunks, and runs fastkd/engine/chunks.py: in eager mode
+under the rule of fastkd/engine/gradients.py, under torch.compile as the op kd_chunks_op. Two gradients are deferred to
+the backward: of a loss per row whose weight requires grad (the weight's gradient is a sum over rows, each times its
+upstream gradient), and of float16 logits.
 """
 
 from __future__ import annotations
@@ -16,12 +15,14 @@ import torch
 from torch import Tensor
 
 from fastkd.backends import registry
-from fastkd.call.checks import Numbers, Prepared, settled
+from fastkd.call.checks import LossCall, settled
 from fastkd.call.contract import Options, Rows, Want, row_dtype
-from fastkd.core.tensors import copied, savable
-from fastkd.engine import autograd
+from fastkd.call.options import Numbers
+from fastkd.divergences import Divergence
 from fastkd.engine.backend import kernels_for
 from fastkd.engine.chunks import Chunked, Student, chunks_of_rows, saved_dtype
+from fastkd.engine.gradients import Differentiable, Loss
+from fastkd.engine.ops import GraphOptions, by_name, filled, made, register_gradient
 from fastkd.engine.plan import TOPK_BYTES, MemoryPlan, Shape, checked_sizes, plan, wide
 from fastkd.teachers import Ensemble, LinearTeacher, Teacher, flatten, unflatten, weights_of
 
@@ -53,12 +54,10 @@ def autocast_teacher(teacher: Teacher) -> Teacher:
     return teacher
 
 
-class _Call(NamedTuple):
-    """What a forward leaves to its backward, beside tensors."""
+class ChunkedLoss(NamedTuple):
+    """A loss in chunks, without the tensors that a graph saves for the backward."""
 
-    options: Options
-    want: Want
-    wanted: tuple[bool, ...]  # of Student's fields
+    wanted: tuple[bool, ...]  # the gradients of Student's fields
     backend: str
     teacher: str  # how its tensors go together (fastkd.teachers.flatten)
     weights: Sequence[float]  # of an ensemble
@@ -67,33 +66,35 @@ class _Call(NamedTuple):
     logits_dtype: torch.dtype  # of the student
 
     def row_dtype(self, teacher: Sequence[Tensor]) -> torch.dtype:
-        """Of losses, and of a teacher's logits."""
+        """The dtype of losses, and of a teacher's logits."""
         return row_dtype(self.logits_dtype, *(tensor.dtype for tensor in teacher))
 
-    def chosen(self, student: Student, teacher: Sequence[Tensor]) -> str:
-        """The backend that serves it."""
+    def chosen(self, student: Student, teacher: Sequence[Tensor], divergence: Divergence) -> str:
+        """The backend that serves the loss."""
         device, dtype = student.hidden.device.type, self.row_dtype(teacher)
-        divergence = self.options.divergence
         return registry.select(self.backend, device, self.logits_dtype, dtype, divergence)
 
-    def run(
-        self, student: Student, tensors: Sequence[Tensor], rows: Rows, backward: bool = False
+    def compute(
+        self,
+        hidden: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        *rest: Any,
     ) -> Chunked:
-        """Plan the chunks, and loop over them; a forward leaves deferred gradients to the backward."""
-        backend, teacher = (
-            self.chosen(student, tensors),
-            unflatten(tensors, self.teacher, self.weights),
-        )
-        later = self.want.deferred and not backward
+        """Plan the chunks and loop over them. The rest: a teacher's tensors, rows, options, want."""
+        *tensors, rows, options, want = rest
+        student = Student(hidden, weight, bias)
+        teacher = unflatten(tensors, self.teacher, self.weights)
+        backend = self.chosen(student, tensors, options.divergence)
         return chunks_of_rows(
             student,
             teacher,
             rows,
-            self.options,
-            self.want,
-            (False,) * 3 if later else self.wanted,
-            kernels_for(backend, self.options),
-            self._plan(student, teacher, rows, backend).chunk_size,
+            options,
+            want,
+            (False,) * 3 if want.deferred else self.wanted,
+            kernels_for(backend, options),
+            self._plan(student, teacher, rows, options, backend).chunk_size,
             self.logits_dtype,
             self.row_dtype(tensors),
         )
@@ -103,12 +104,13 @@ class _Call(NamedTuple):
         given: Student,
         teacher: Tensor | LinearTeacher | Ensemble,
         rows: Rows,
+        options: Options,
         backend: str,
     ) -> MemoryPlan:
         student, weight, _ = given
-        shard = self.options.shard
+        shard = options.shard
         # Chunks have collectives in them: all processes plan as the one with the most columns does.
-        vocabulary = self.options.vocab_size if shard is None else shard.widest
+        vocabulary = options.vocab_size if shard is None else shard.widest
         columns, row_bytes, hidden = 0, 0, 0
         if isinstance(teacher, Ensemble):
             linear = [member for member in teacher.teachers if isinstance(member, LinearTeacher)]
@@ -139,83 +141,18 @@ class _Call(NamedTuple):
         return plan(shape, self.chunk_size, self.memory_budget)
 
 
-class KDChunks(torch.autograd.Function):
-    """Eager mode. Returns (loss, distillation, cross_entropy, student_entropy); loss is [...] or its 0-dim sum."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        hidden: Tensor,
-        weight: Tensor | None,
-        bias: Tensor | None,
-        teacher: list[Tensor],
-        rows: Rows,
-        call: _Call,
-        summed: bool,
-    ) -> tuple[Tensor | None, ...]:
-        """The loss and, unless they are deferred, its gradients."""
-        student = Student(hidden, weight, bias)
-        result = call.run(student, teacher, rows)
-        kept = autograd.rows_to_keep(rows, call.want, result.loss, summed)
-        if call.want.deferred:
-            ctx.save_for_backward(*savable(*kept, *student, *teacher))
-        else:
-            ctx.save_for_backward(*savable(*kept), *result.gradients)
-            if call.want.inplace:
-                torch.autograd.graph.increment_version(hidden)
-        ctx.call = call._replace(backend=call.chosen(student, teacher))
-        ctx.dtypes = [None if tensor is None else tensor.dtype for tensor in student]
-        ctx.set_materialize_grads(False)
-        parts = result[2:5]
-        ctx.mark_non_differentiable(*(part for part in parts if part is not None))
-        return (result.total if summed else result.loss, *parts)
-
-    @staticmethod
-    def backward(ctx: Any, upstream: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
-        """The saved gradients times upstream, or the deferred ones with upstream inside."""
-        if upstream is None:
-            return (None,) * 7
-        with torch.no_grad():
-            gradients = KDChunks._gradients(ctx, upstream)
-        return (*autograd.differentiable_once(gradients), *(None,) * 4)
-
-    @staticmethod
-    def _gradients(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
-        call, saved = ctx.call, ctx.saved_tensors
-        rows, saved = Rows(*saved[: len(Rows._fields)]), saved[len(Rows._fields) :]
-        upstream = autograd.of_counted_rows(upstream, rows, call.options.ignore_index)
-        if call.want.deferred:
-            hidden, weight, bias, *teacher = saved
-            if autograd.graph_is_kept():
-                call = call._replace(
-                    want=call.want._replace(inplace=False)
-                )  # logits are needed again
-            rows = autograd.with_upstream(rows, upstream)
-            gradients = call.run(
-                Student(hidden, weight, bias), teacher, rows, backward=True
-            ).gradients
-            if call.want.inplace:
-                torch.autograd.graph.increment_version(hidden)
-        else:
-            gradients = autograd.scaled(registry.load(call.backend), saved, upstream)
-        return tuple(
-            None if gradient is None else gradient.to(dtype)
-            for gradient, dtype in zip(gradients, ctx.dtypes, strict=True)
-        )
-
-
-# The custom op; autograd.kd_rows_op says how options travel. What is planned, and how many rows are packed, depends on
-# sizes and values that a graph leaves open, and so is decided when the op runs.
+# The custom op. The plan, and the number of rows that are packed, depend on sizes and values that a graph leaves open,
+# so they are decided when the op runs.
 
 
 @torch.library.custom_op("fastkd::kd_chunks", mutates_args=())
 def kd_chunks_op(
-    hidden: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
+    student_hidden: Tensor,
+    student_weight: Tensor | None,
+    student_bias: Tensor | None,
     teacher: list[Tensor],
     labels: Tensor | None,
-    row_weight: Tensor | None,
+    weight: Tensor | None,
     temperature: Tensor | None,
     teacher_temperature: Tensor | None,
     scale: Tensor | None,
@@ -228,119 +165,67 @@ def kd_chunks_op(
     members: int,
     wanted: list[bool],
     logits_dtype: torch.dtype,
-    backward: bool,
-    names: str,
+    want: list[bool],
+    vocab_size: int,
+    ignore_index: int,
+    tail: str,
+    divergence: str,
+    kinds: str,
     constants: list[float],
     integers: list[int],
     symbols: list[Tensor],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Chunked and Gradients as one tuple; what is not wanted is an empty tensor."""
-    rows = Rows(labels, row_weight, temperature, teacher_temperature, scale, ids, tail_logprob)
-    schema = autograd.Schema(names, constants, integers, symbols)
-    options, want, weights = autograd.from_schema(schema, rows, members)
-    call = _Call(
-        options,
-        want,
-        tuple(wanted),
-        backend,
-        form,
-        weights,
-        chunk_size,
-        memory_budget,
-        logits_dtype,
+    """The fields of Chunked; what is not wanted is an empty tensor."""
+    rows = Rows(labels, weight, temperature, teacher_temperature, scale, ids, tail_logprob)
+    graph_options = GraphOptions(
+        want, vocab_size, ignore_index, tail, divergence, kinds, constants, integers, symbols
     )
-    result = call.run(Student(hidden, weight, bias), teacher, rows, backward)
-    return tuple(  # type: ignore[return-value]
-        hidden.new_empty(0) if tensor is None else tensor
-        for tensor in (*result[:-1], *result.gradients)
+    options, weights = graph_options.settled(rows, members)
+    loss = ChunkedLoss(
+        tuple(wanted), backend, form, weights, chunk_size, memory_budget, logits_dtype
     )
+    student = (student_hidden, student_weight, student_bias)
+    result = loss.compute(*student, *teacher, rows, options, Want(*want))
+    return filled(result, student_hidden)  # type: ignore[return-value]  # as many as Chunked has fields
 
 
 @kd_chunks_op.register_fake
-def _kd_chunks_fake(hidden, weight, bias, teacher, *others):  # type: ignore[no-untyped-def]
-    *_, wanted, logits_dtype, backward, _, _, integers, _ = others
-    want = autograd.wanted_of(integers)
-    dtype = row_dtype(logits_dtype, *(tensor.dtype for tensor in teacher))
-    lead = hidden.shape[:-1]
-
-    def made(shape: Sequence[int], dtype: torch.dtype, present: bool) -> Tensor:
-        return hidden.new_empty(shape, dtype=dtype) if present else hidden.new_empty(0)
-
-    gradients = [
-        hidden.new_empty(0)
-        if tensor is None
-        else made(
-            tensor.shape,
-            saved_dtype(tensor, weight is None),
-            present and (backward or not want.deferred),
-        )
-        for tensor, present in zip((hidden, weight, bias), wanted, strict=True)
-    ]
+def _kd_chunks_fake(*arguments: Any) -> tuple[Tensor, ...]:
+    given = by_name(kd_chunks_op, arguments)
+    student = Student(given["student_hidden"], given["student_weight"], given["student_bias"])
+    like, wants = student.hidden, Want(*given["want"])
+    dtype = row_dtype(given["logits_dtype"], *(tensor.dtype for tensor in given["teacher"]))
+    gradients = (
+        made(like, tensor.shape, saved_dtype(tensor, student.weight is None))
+        if wanted and tensor is not None and not wants.deferred
+        else like.new_empty(0)
+        for tensor, wanted in zip(student, given["wanted"], strict=True)
+    )
+    lead = like.shape[:-1]
     return (
-        made(lead, dtype, True),
-        made((), dtype, True),
-        *(made(lead, dtype, want.parts) for _ in range(3)),
+        made(like, lead, dtype),
+        made(like, (), dtype),
+        *(made(like, lead, dtype, wants.parts) for _ in range(3)),
         *gradients,
     )
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    hidden, weight, bias, teacher, *rest = inputs
-    rows, settings = Rows(*rest[: len(Rows._fields)]), rest[len(Rows._fields) :]
-    *settings, names, constants, integers, symbols = settings
-    *_, ctx.wanted, _, _ = settings
-    ctx.want, ctx.ignore_index = autograd.wanted_of(integers), autograd.ignored_by(integers)
-    ctx.dtypes = [None if tensor is None else tensor.dtype for tensor in (hidden, weight, bias)]
-    kept = list(output[5:])
-    if ctx.want.deferred:
-        pairs = zip((hidden, weight, bias), ctx.wanted, strict=True)
-        kept = [x if x is None or trained else copied(x) for x, trained in pairs]
-        kept += [*map(copied, teacher), *symbols]
-    ctx.save_for_backward(*(row if row is None else copied(row) for row in rows), *kept)
-    ctx.settings = (*settings[:-1], True, names, constants, integers)  # of the second call
-    ctx.teachers, ctx.symbols = len(teacher), len(symbols)
-    ctx.set_materialize_grads(False)
-
-
-def _backward(
-    ctx: Any, loss: Tensor | None, total: Tensor | None, *_: Any
-) -> tuple[Tensor | list[None] | None, ...]:
-    upstream = (
-        loss if total is None else total
-    )  # used per row or summed, never both (see kd_chunks)
-    of_schema = autograd.gradients_of_schema(ctx.settings[-2], ctx.symbols)
-    if upstream is None:
-        return (*(None,) * 3, [None] * ctx.teachers, *(None,) * 15, *of_schema)
-    saved = ctx.saved_tensors
-    rows, saved = Rows(*saved[: len(Rows._fields)]), saved[len(Rows._fields) :]
-    upstream = autograd.of_counted_rows(upstream, rows, ctx.ignore_index)
-    if ctx.want.deferred:
-        hidden, weight, bias, *others = saved
-        teacher, symbols = others[: ctx.teachers], others[ctx.teachers :]
-        rows = autograd.with_upstream(rows, upstream)
-        results = kd_chunks_op(hidden, weight, bias, teacher, *rows, *ctx.settings, symbols)
-        gradients = results[5:]
-    else:
-        factor = upstream.unsqueeze(-1) if upstream.dim() else upstream
-        gradients = tuple(gradient * factor for gradient in saved)
-    return (
-        *(
-            gradient.to(dtype) if present else None
-            for gradient, dtype, present in zip(gradients, ctx.dtypes, ctx.wanted, strict=True)
-        ),
-        [None] * ctx.teachers,
-        *(None,) * 15,
-        *of_schema,
-    )
-
-
-kd_chunks_op.register_autograd(_backward, setup_context=_setup_context)
+register_gradient(
+    kd_chunks_op,
+    Chunked._fields,
+    {
+        "student_hidden": "hidden_gradient",
+        "student_weight": "weight_gradient",
+        "student_bias": "bias_gradient",
+    },
+    lambda given: given["wanted"],
+)
 
 
 def kd_chunks(
     student: Student,
     teacher: Teacher,
-    prepared: Prepared,
+    call: LossCall,
     want: Want,
     logits_dtype: torch.dtype | None = None,
     chunk_size: int | None = None,
@@ -350,7 +235,7 @@ def kd_chunks(
 
     The last three arguments are those of fused_linear_kd_loss.
     """
-    options, rows, _, backend, summed, numbers = prepared
+    options, rows, numbers = call.options, call.rows, call.numbers
     if (
         isinstance(teacher, Ensemble)
         and teacher.mean == "arithmetic"
@@ -366,48 +251,56 @@ def kd_chunks(
         want.student_gradient and tensor is not None and tensor.requires_grad for tensor in student
     )
     dense_half = student.weight is None and student.hidden.dtype == torch.float16
-    want = want._replace(deferred=any(wanted) and (dense_half or (not summed and any(wanted[1:]))))
+    want = want._replace(
+        deferred=any(wanted) and (dense_half or (not call.summed and any(wanted[1:])))
+    )
     if logits_dtype is None:
         dtype = student.hidden.dtype
         logits_dtype = dtype if student.weight is None else wide(dtype)
     chunk_size, memory_budget = checked_sizes(chunk_size, memory_budget)
     compiling = torch.compiler.is_compiling()
     if compiling and numbers is not None and not want.inplace:
-        results = kd_chunks_op(
-            *student,
-            tensors,
-            *rows,
-            backend,
-            form,
-            chunk_size,
-            memory_budget,
-            len(weights),
-            list(wanted),
-            logits_dtype,
-            False,
-            *autograd.as_schema(options, want, numbers, weights),
-        )
-        loss = results[1] if summed else results[0]
-        return (loss, *(part.detach() if want.parts else None for part in results[2:5]))
-    call = _Call(
-        options, want, wanted, backend, form, weights, chunk_size, memory_budget, logits_dtype
+        graph_options = GraphOptions.of(options, want, numbers, weights)
+        result = Chunked(
+            *kd_chunks_op(
+                *student, tensors, *rows, call.backend, form, chunk_size, memory_budget, len(weights),
+                list(wanted), logits_dtype, *graph_options,
+            )
+        )  # fmt: skip
+        loss = result.total if call.summed else result.loss
+        return (loss, *(part.detach() if want.parts else None for part in result.parts))  # type: ignore[union-attr]
+    chunked = ChunkedLoss(
+        wanted, call.backend, form, weights, chunk_size, memory_budget, logits_dtype
     )
+    arguments = (student, tensors, rows, options, chunked, want, call.summed)
     if numbers is None and not compiling:
-        return KDChunks.apply(*student, tensors, rows, call, summed)
-    # As in fastkd.engine.autograd: the graph was broken inside the validation.
-    return torch.compiler.disable(_run_eagerly)(numbers, *student, tensors, rows, call, summed)
+        return _differentiable(*arguments)
+    # As in fastkd.engine.autograd: the graph broke inside the validation.
+    return torch.compiler.disable(_run_eagerly)(numbers, *arguments)
+
+
+def _differentiable(
+    student: Student,
+    teacher: Sequence[Tensor],
+    rows: Rows,
+    options: Options,
+    chunked: ChunkedLoss,
+    want: Want,
+    summed: bool,
+) -> tuple[Tensor | None, ...]:
+    kernels = registry.load(chunked.chosen(student, teacher, options.divergence))
+    loss = Loss(chunked.compute, options, want, summed, kernels.scale_rows_)
+    return Differentiable.apply(loss, rows, len(student), *student, *teacher)
 
 
 def _run_eagerly(
     numbers: Numbers | None,
-    hidden: Tensor,
-    weight: Any,
-    bias: Any,
-    teacher: list[Tensor],
+    student: Student,
+    teacher: Sequence[Tensor],
     rows: Rows,
-    call: _Call,
-    *rest: Any,
+    options: Options,
+    *others: Any,
 ) -> tuple[Tensor | None, ...]:
     if numbers is not None:
-        call = call._replace(options=settled(call.options, numbers, rows))
-    return KDChunks.apply(hidden, weight, bias, teacher, rows, call, *rest)
+        options = settled(options.divergence, options.vocab_size, options.tail, numbers, rows)
+    return _differentiable(student, teacher, rows, options, *others)

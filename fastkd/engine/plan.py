@@ -11,9 +11,23 @@ from fastkd.call.contract import row_dtype
 from fastkd.core.scalars import plain
 from fastkd.engine.matmul import slab_rows
 
-# Of a call that names none, beside the accumulator. A chunk reads and writes the whole of that, 8 V H bytes: a head of
-# 128,256 x 4,096 takes 1.4 ms of an H100, and the chunk's products 11 ms if it has 2,048 rows. That many fit.
-CPU_BUDGET, DEVICE_BUDGET = 384 << 20, 2112 << 20
+
+class Budget(NamedTuple):
+    """Bytes of the chunks of a call that passes no memory_budget."""
+
+    cpu: int
+    other: int  # on any other device
+
+    def of(self, device: str) -> int:
+        """The bytes on a type of device."""
+        return self.cpu if device == "cpu" else self.other
+
+
+# Beside the accumulator of the weight's gradient. A chunk reads and writes all of that, 8 V H bytes: for a head of
+# 128,256 x 4,096 this takes 1.4 ms on an H100, and the products of a chunk of 2,048 rows 11 ms. That many rows fit.
+LINEAR_BUDGET = Budget(384 << 20, 2112 << 20)
+# Without matrix products a chunk only has to be large enough for the device, and on a CPU small enough for the cache.
+RESPONSE_BUDGET = Budget(32 << 20, 1 << 30)
 # Threads' scratch memory, the packing of matrix products, tensors of one value a row.
 WORKSPACE = 16 << 20
 # [C, V] tensors that the reference holds at once, beside the logits.
@@ -57,11 +71,6 @@ class Shape(NamedTuple):
     weight_gradient: bool = True
     device: str = "cpu"
     backend: str = ""  # "reference" and "portable" hold more than the kernels do
-
-
-def budget_of(device: str) -> int:
-    """The bytes of a call that states none."""
-    return CPU_BUDGET if device == "cpu" else DEVICE_BUDGET
 
 
 def checked_sizes(
@@ -111,7 +120,7 @@ def plan(
     fixed = accumulator + workspace
     if chunk_size is None:
         # The accumulator is there whatever the chunks are: a default leaves the same room beside it.
-        budget = memory_budget or budget_of(shape.device) + accumulator
+        budget = memory_budget or LINEAR_BUDGET.of(shape.device) + accumulator
         chunk_size = (budget - fixed) // a_row
         if chunk_size < 1:
             raise ValueError(

@@ -1,14 +1,15 @@
-"""Losses over several processes: those that share a vocabulary, and those that have rows of their own.
+"""Losses over several processes, which share the vocabulary or have different rows.
 
 Read in this order:
 
     collectives.py   the collectives, and errors that name them
-    agreement.py     whether all processes make the same call, before any of them could wait for another
-    shards.py        a backend's rows whose columns are spread over processes: fastkd/call/contract.py has its steps
-    layout.py        what of DTensors and of full tensors is this process's
-    batch.py         num_items of a batch whose rows are spread over processes, as DDP and FSDP do
+    agreement.py     checks that all processes make the same call, before any of them could wait for another
+    shards.py        runs a backend on rows whose columns are spread over processes (steps: fastkd/call/contract.py)
+    layout.py        this process's part of DTensors and of full tensors
+    share.py         turns the validated call of each process into one call of all
+    batch.py         num_items of a batch whose rows are spread over processes, as by DDP and FSDP
 
-Processes are those of a torch.distributed process group, on any of its backends.
+The processes belong to a torch.distributed process group, with any of its backends.
 """
 
 from fastkd.parallel.batch import num_items

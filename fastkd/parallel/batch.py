@@ -18,20 +18,20 @@ def num_items(
     group: dist.ProcessGroup | None = None,
     averaged: bool = True,
 ) -> Tensor:
-    """How many rows of a batch count on all processes, as the num_items of a loss whose gradients are averaged.
+    """Count the rows of a batch on all processes, as num_items of a loss whose gradients are averaged.
 
         num_items = sum over processes of #(labels != ignore_index and mask) / processes
 
-    DDP and FSDP divide the sum of the processes' gradients by the number of processes. With this denominator that is
-    the gradient of the mean over all counted rows, for any number of processes; and for any number of micro-batches,
-    where labels are those of all of a step's, or the results of several calls are added.
+    DDP and FSDP divide the sum of the processes' gradients by the number of processes. With this denominator, the
+    result is the gradient of the mean over all counted rows, for any number of processes. It is also that for any
+    number of micro-batches, if labels are those of the whole step, or if you add the results of several calls.
 
     Args:
-        labels: [...] int64, of this process.
-        mask: [...] bool, of this process.
+        labels: [...] int64, the labels of this process.
+        mask: [...] bool, the mask of this process.
         ignore_index: as in :func:`fastkd.kd_loss`.
-        group: the processes that have rows of their own (data and context parallel); None: all.
-        averaged: whether gradients are averaged over the group; False where they are summed.
+        group: the processes that have different rows (data and context parallel); None: all.
+        averaged: whether gradients are averaged over the group; False: they are summed.
 
     Returns:
         A 0-dim float64 tensor on the device of the labels.

@@ -1,4 +1,4 @@
-"""The collectives that losses use, and errors that name them. Every exchange between processes is in this file."""
+"""The collectives that losses use, and errors that name them. All communication between processes is in this file."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from torch import Tensor
 from fastkd.core.tensors import readable, writable
 
 
-def _of(*names: str) -> Any:
-    """The first of these that torch has, by the name that it has now."""
+def _first_available(*names: str) -> Any:
+    """A call of the first of these functions that torch.distributed has, looked up by name at each call."""
 
     def call(*arguments: Any, **options: Any) -> Any:
         return next(getattr(dist, name) for name in names if hasattr(dist, name))(
@@ -23,17 +23,18 @@ def _of(*names: str) -> Any:
     return call
 
 
-_all_gather = _of("all_gather_single", "all_gather_into_tensor")
-_reduce_scatter = _of("reduce_scatter_single", "reduce_scatter_tensor")
+_all_gather = _first_available("all_gather_single", "all_gather_into_tensor")
+_reduce_scatter = _first_available("reduce_scatter_single", "reduce_scatter_tensor")
 
 
 class CollectiveError(RuntimeError):
-    """A collective did not finish: another process has stopped, is late by more than the group's timeout, or has made
-    another call.
+    """A collective did not finish.
+
+    Another process has stopped, is late by more than the group's timeout, or has made a different call.
 
     Attributes:
-        collective: which.
-        rank: this process's, in the group.
+        collective: the collective, in words.
+        rank: the rank of this process in the group.
     """
 
     def __init__(self, collective: str, group: dist.ProcessGroup, error: BaseException) -> None:
@@ -41,13 +42,13 @@ class CollectiveError(RuntimeError):
         super().__init__(
             f"{collective} did not finish on process {rank} of {size}: {error}. Another process of the group has "
             "stopped, has not made this call within the group's timeout (init_process_group(timeout=...)), or has "
-            "made another one"
+            "made a different call"
         )
         self.collective, self.rank = collective, rank
 
 
 class Pending:
-    """A collective under way."""
+    """A collective that has been started."""
 
     def __init__(
         self, collective: str, group: dist.ProcessGroup, start: Callable[[], Any], result: Tensor
@@ -56,7 +57,7 @@ class Pending:
         self.work = self._guarded(start)
 
     def wait(self) -> Tensor:
-        """Its result. On a device the host does not wait: what follows on the current stream does."""
+        """Return the result. On a device only the current stream waits for it, not the host."""
         if self.work is not None:
             self._guarded(self.work.wait)
         return self.result
@@ -69,23 +70,23 @@ class Pending:
 
 
 def all_gather(value: Tensor, group: dist.ProcessGroup, what: str) -> Pending:
-    """[processes, *value.shape], the same on every process."""
+    """Gather the values of all processes, [processes, *value.shape], the same on every process."""
     value = readable(value).contiguous()
     size = dist.get_world_size(group)
-    everything = value.new_empty((size, *value.shape))
-    flat = everything.view(size * value.numel())
+    gathered = value.new_empty((size, *value.shape))
+    flat = gathered.view(size * value.numel())
 
     def start() -> Any:
-        if not value.numel():  # where nothing has to be normalised, rows have no statistics
+        if not value.numel():  # a divergence that does not normalise has no statistics
             return None
         return _all_gather(flat, value.view(-1), group=group, async_op=True)
 
-    return Pending(f"the all-gather of {what} ({_shape(value)})", group, start, everything)
+    return Pending(f"the all-gather of {what} ({_shape(value)})", group, start, gathered)
 
 
 def all_reduce(value: Tensor, group: dist.ProcessGroup, what: str) -> Pending:
-    """The sum over processes, in place."""
-    assert writable(value), "the memory of a view that is negated would be summed"
+    """Sum the value over processes, in place."""
+    assert writable(value), "the sum would read the memory of a negated view"
 
     def start() -> Any:
         return dist.all_reduce(value, group=group, async_op=True)
@@ -94,7 +95,7 @@ def all_reduce(value: Tensor, group: dist.ProcessGroup, what: str) -> Pending:
 
 
 def reduce_scatter(value: Tensor, group: dist.ProcessGroup, what: str) -> Pending:
-    """Of a value [processes, ...] the sum over processes of this one's part."""
+    """Sum a value [processes, ...] over processes, and return this process's part of the sum."""
     part = value.new_empty(value.shape[1:])
 
     def start() -> Any:
@@ -105,16 +106,16 @@ def reduce_scatter(value: Tensor, group: dist.ProcessGroup, what: str) -> Pendin
 
 
 def all_gather_objects(value: object, group: dist.ProcessGroup, what: str) -> list[Any]:
-    """The object of every process."""
-    everything: list[Any] = [None] * dist.get_world_size(group)
+    """Gather one object of each process."""
+    gathered: list[Any] = [None] * dist.get_world_size(group)
     pending = Pending(
         f"the all-gather of {what}",
         group,
-        lambda: dist.all_gather_object(everything, value, group=group),
+        lambda: dist.all_gather_object(gathered, value, group=group),
         torch.empty(0),
     )
     pending.wait()
-    return everything
+    return gathered
 
 
 def _shape(value: Tensor) -> str:

@@ -1,4 +1,4 @@
-"""What of a call's tensors is this process's: of DTensors their local part, of whole tensors the columns it has."""
+"""This process's part of a call's tensors: the local part of a DTensor, and its columns of a full tensor."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from fastkd.teachers import Ensemble, LinearTeacher, TopK
 
 
 def _shards(value: Any, axis: int, index: int) -> bool:
-    """Whether a DTensor is cut along that dimension over dimension `index` of its mesh."""
+    """Whether a DTensor is sharded along dimension `axis` over dimension `index` of its mesh."""
     placement = value.placements[index]
     return placement.is_shard() and placement.dim % value.dim() == axis % value.dim()
 
 
 def group_of(process_group: object, *logits: object) -> Any:
-    """The process group over which the vocabulary of logits is spread; None where it is not.
+    """The process group over which the vocabulary of the logits is spread; None: it is not.
 
     Raises:
         TypeError, ValueError: process_group is neither a process group nor a mesh of one dimension.
@@ -31,17 +31,17 @@ def group_of(process_group: object, *logits: object) -> Any:
     if process_group is not None:
         return _group(process_group)
     for value in filter(is_dtensor, logits):
-        found = _group_of(value, -1)
-        if found is not None:
-            return found
+        group = _group_of(value, -1)
+        if group is not None:
+            return group
     return None
 
 
 def group_of_head(process_group: object, hidden: object, weight: object) -> Any:
-    """Likewise of an lm_head, [V, H].
+    """The process group over which the vocabulary of an lm_head [V, H] is spread; None: it is not.
 
-    A weight whose hidden states are no DTensor is spread by FSDP, over processes with rows of their own, unless
-    process_group says otherwise.
+    A DTensor weight with hidden states that are plain tensors is taken as spread by FSDP, over processes with different
+    rows, unless process_group is given.
     """
     if process_group is not None:
         return _group(process_group)
@@ -58,45 +58,46 @@ def _group_of(value: Any, axis: int) -> Any:
     return value.device_mesh.get_group(shards[0]) if shards else None
 
 
-def _group(given: object) -> Any:
+def _group(process_group: object) -> Any:
     mesh_module = sys.modules.get("torch.distributed.device_mesh")
-    if mesh_module is not None and isinstance(given, mesh_module.DeviceMesh):
-        if given.ndim != 1:
+    if mesh_module is not None and isinstance(process_group, mesh_module.DeviceMesh):
+        if process_group.ndim != 1:
             raise ValueError(
-                f"process_group must be a process group or a mesh of one dimension, got a mesh of {given.ndim}; "
-                "take one of its dimensions, mesh['tp']"
+                f"process_group must be a process group or a mesh of one dimension, "
+                f"got a mesh of {process_group.ndim}; pass one of its dimensions, such as mesh['tp']"
             )
-        return given.get_group()
-    if not isinstance(given, dist.ProcessGroup):
+        return process_group.get_group()
+    if not isinstance(process_group, dist.ProcessGroup):
         raise TypeError(
-            f"process_group must be a torch.distributed.ProcessGroup or a DeviceMesh, got {type(given).__name__}"
+            f"process_group must be a torch.distributed.ProcessGroup or a DeviceMesh, "
+            f"got {type(process_group).__name__}"
         )
-    return given
+    return process_group
 
 
 def local(argument: str, value: Any, axis: int | None, group: Any) -> Any:
-    """A DTensor's part on this process; others come back as they are. axis is the vocabulary's, None for none.
+    """The local part of a DTensor; other values are returned unchanged. axis is the vocabulary's; None: it has none.
 
     Raises:
-        ValueError: its placements are none that a loss can use.
+        ValueError: the loss cannot use the placements of the DTensor.
     """
     if not is_dtensor(value):
         return value
     dimensions = _dimensions_of(group, value.device_mesh)
-    for index, (placement, here) in enumerate(zip(value.placements, dimensions, strict=True)):
+    for index, (placement, in_group) in enumerate(zip(value.placements, dimensions, strict=True)):
         of_vocabulary = axis is not None and _shards(value, axis, index)
-        wrong = placement.is_partial() or (placement.is_shard() and here != of_vocabulary)
+        wrong = placement.is_partial() or (placement.is_shard() and in_group != of_vocabulary)
         if wrong:
             allowed = "Replicate()" if axis is None else f"Shard({axis}) or Replicate()"
             raise ValueError(
                 f"{argument} has placements {value.placements}; over the processes that share the vocabulary they "
-                f"may be {allowed}, and elsewhere rows may be spread: redistribute it"
+                f"may be {allowed}, and over others rows may be sharded: redistribute it"
             )
     return value.to_local()
 
 
 def _dimensions_of(group: Any, mesh: Any) -> list[bool]:
-    """Which dimensions of a mesh are the group's."""
+    """Whether each dimension of the mesh is the group."""
     if group is None:
         return [False] * mesh.ndim
     ranks = dist.get_process_group_ranks(group)
@@ -105,7 +106,7 @@ def _dimensions_of(group: Any, mesh: Any) -> list[bool]:
 
 
 def is_whole(value: Any, group: Any) -> bool:
-    """Whether logits are a DTensor of which every process of the group has all columns."""
+    """Whether the logits are a DTensor with all columns on every process of the group."""
     if group is None or not is_dtensor(value):
         return False
     cut = [index for index in range(value.device_mesh.ndim) if _shards(value, -1, index)]
@@ -113,43 +114,47 @@ def is_whole(value: Any, group: Any) -> bool:
 
 
 def local_weight(argument: str, value: Any, group: Any) -> Any:
-    """A weight [V, ...] or bias [V]: its part over the processes that share the vocabulary.
+    """This process's part of a weight [V, ...] or bias [V], sharded over the processes that share the vocabulary.
 
-    One that is spread over other processes, as FSDP does, is gathered, once, and its gradient averaged over them.
+    A weight that is sharded over other processes, as by FSDP, is gathered once, and its gradient is averaged over them.
     """
     if not is_dtensor(value):
         return value
     from torch.distributed.tensor import Partial, Replicate
 
     mesh = value.device_mesh
-    here = _dimensions_of(group, mesh)
+    in_group = _dimensions_of(group, mesh)
     if any(placement.is_partial() for placement in value.placements):
         raise ValueError(f"{argument} has placements {value.placements}; reduce it first")
-    kept = [p if mine else Replicate() for p, mine in zip(value.placements, here, strict=True)]
+    placements = [
+        p if shared else Replicate() for p, shared in zip(value.placements, in_group, strict=True)
+    ]
     if any(
-        p.is_shard() and not (mine and _shards(value, 0, i))
-        for i, (p, mine) in enumerate(zip(kept, here, strict=True))
+        p.is_shard() and not (shared and _shards(value, 0, i))
+        for i, (p, shared) in enumerate(zip(placements, in_group, strict=True))
     ):
         raise ValueError(
             f"{argument} has placements {value.placements}; over the processes that share the vocabulary it may be "
             "Shard(0) or Replicate()"
         )
     if argument.startswith("student") and any(
-        mine and p.is_replicate() and mesh.size(i) > 1
-        for i, (p, mine) in enumerate(zip(kept, here, strict=True))
+        shared and p.is_replicate() and mesh.size(i) > 1
+        for i, (p, shared) in enumerate(zip(placements, in_group, strict=True))
     ):
         raise ValueError(
-            f"{argument} has placements {value.placements}, so that every process has all of the vocabulary that they "
-            "share; it has to be Shard(0) there"
+            f"{argument} has placements {value.placements}, so every process has the whole vocabulary that they "
+            "share; it must be Shard(0) over them"
         )
-    whole = value.redistribute(placements=kept)
+    whole = value.redistribute(placements=placements)
     return whole.to_local(
-        grad_placements=[p if mine else Partial("avg") for p, mine in zip(kept, here, strict=True)]
+        grad_placements=[
+            p if shared else Partial("avg") for p, shared in zip(placements, in_group, strict=True)
+        ]
     )
 
 
 def local_teacher(teacher: Any, group: Any) -> Any:
-    """A teacher without DTensors."""
+    """The teacher with the local parts of its DTensors."""
     if isinstance(teacher, Ensemble):
         members = [local_teacher(member, group) for member in teacher.teachers]
         return Ensemble(members, teacher.weights, teacher.mean)
@@ -170,43 +175,47 @@ def local_teacher(teacher: Any, group: Any) -> Any:
     return local("teacher", teacher, -1, group)
 
 
-# ---- hidden states
+# Hidden states
 
 
 def local_hidden(argument: str, hidden: Any, group: Any) -> Any:
-    """Hidden states of all rows: those of a DTensor, gathered where they are sequence-parallel; others as they are."""
+    """The hidden states of all rows. Those of a DTensor are gathered if sequence-parallel; others are unchanged."""
     if not is_dtensor(hidden):
         return hidden
     from torch.distributed.tensor import Partial, Replicate
 
     mesh, placements = hidden.device_mesh, hidden.placements
-    here = _dimensions_of(group, mesh)
+    in_group = _dimensions_of(group, mesh)
     if any(p.is_partial() or (p.is_shard() and p.dim == hidden.dim() - 1) for p in placements):
         raise ValueError(
-            f"{argument} has placements {placements}; its rows may be spread, or it is Replicate()"
+            f"{argument} has placements {placements}; its rows may be sharded, or it may be Replicate()"
         )
-    wanted = [Replicate() if mine else p for p, mine in zip(placements, here, strict=True)]
+    wanted = [Replicate() if shared else p for p, shared in zip(placements, in_group, strict=True)]
     # Each process of the group has the gradient of its own columns.
-    gradients = [Partial() if mine else p for p, mine in zip(wanted, here, strict=True)]
+    gradients = [Partial() if shared else p for p, shared in zip(wanted, in_group, strict=True)]
     return hidden.redistribute(placements=wanted).to_local(grad_placements=gradients)
 
 
-def summed_gradient(hidden: Tensor, given: object, group: Any) -> Tensor:
-    """Hidden states that every process of the group has, whose gradient is the sum over the group."""
-    if group is None or is_dtensor(given) or not hidden.requires_grad:
+def summed_gradient(hidden: Tensor, argument: object, group: Any) -> Tensor:
+    """The hidden states, with a gradient that is summed over the group.
+
+    `argument` is what the user passed; a DTensor sums its gradient itself.
+    """
+    if group is None or is_dtensor(argument) or not hidden.requires_grad:
         return hidden
     return _SumGradient.apply(hidden, group)
 
 
 class Sequence(NamedTuple):
-    """Sequence-parallel hidden states: every process of the group has an equal part of the rows."""
+    """The layout of sequence-parallel hidden states: each process of the group has an equal part of the rows."""
 
     group: Any
     dimension: int
-    lead: torch.Size  # of one part
+    # The leading shape of one part.
+    lead: torch.Size
 
     def stand_in(self, part: Tensor) -> Tensor:
-        """In the shape of all rows, for a validation that comes before any collective."""
+        """A tensor in the shape of all rows, for the validation, which comes before any collective."""
         size = list(part.shape)
         size[self.dimension] *= dist.get_world_size(self.group)
         return (
@@ -214,13 +223,13 @@ class Sequence(NamedTuple):
         )
 
     def gathered(self, part: Tensor) -> Tensor:
-        """All rows."""
+        """The hidden states of all rows."""
         return _GatherRows.apply(part, self.group, self.dimension)
 
-    def of_teacher(self, teacher: Any, change: Callable[[Tensor], Tensor]) -> Any:
-        """A teacher whose hidden states are split like the student's, changed."""
+    def with_hidden(self, teacher: Any, change: Callable[[Tensor], Tensor]) -> Any:
+        """The teacher with `change` applied to hidden states that are split like the student's."""
         if isinstance(teacher, Ensemble):
-            members = [self.of_teacher(member, change) for member in teacher.teachers]
+            members = [self.with_hidden(member, change) for member in teacher.teachers]
             return Ensemble(members, teacher.weights, teacher.mean)
         if isinstance(teacher, LinearTeacher) and teacher.hidden.shape[:-1] == self.lead:
             return LinearTeacher(change(teacher.hidden), teacher.weight, teacher.bias)
@@ -228,20 +237,20 @@ class Sequence(NamedTuple):
 
 
 def sequence_of(hidden: Any, group: Any, sequence_dim: int | None) -> Sequence | None:
-    """Whether and how hidden states are sequence-parallel.
+    """The layout of sequence-parallel hidden states; None: they are not sequence-parallel.
 
     Raises:
-        TypeError, ValueError: sequence_dim is no dimension of the rows of plain hidden states.
+        TypeError, ValueError: sequence_dim is not a row dimension of hidden states that are a plain tensor.
     """
     if sequence_dim is None:
         return None
     if group is None:
         raise ValueError(
-            "sequence_dim is for processes that share the vocabulary: pass process_group"
+            "sequence_dim is for processes that share the vocabulary: pass process_group too"
         )
     if is_dtensor(hidden) or not isinstance(hidden, Tensor):
         raise ValueError(
-            "sequence_dim is for plain tensors of hidden states; the placements of a DTensor say it"
+            "sequence_dim is for hidden states that are a plain tensor; a DTensor's placements already say it"
         )
     sequence_dim = check_int("sequence_dim", sequence_dim)
     rows = hidden.dim() - 1
@@ -254,46 +263,46 @@ def sequence_of(hidden: Any, group: Any, sequence_dim: int | None) -> Sequence |
 
 
 class _SumGradient(torch.autograd.Function):
-    """Hidden states that every process has: each has the gradient of its own columns, and the sum is what they get."""
+    """Hidden states that every process has. Each computes the gradient of its columns, and backward sums them."""
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, group: Any) -> Tensor:
-        """The hidden states as they are."""
+        """Return the hidden states unchanged."""
         ctx.group = group
         return hidden.view_as(hidden)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> Any:
-        """Of all processes."""
+        """Sum the gradient over processes."""
         (gradient,) = gradients
         what = "the gradient of hidden states"
         return all_reduce(gradient.contiguous().clone(), ctx.group, what).wait(), None
 
 
 class _GatherRows(torch.autograd.Function):
-    """Sequence-parallel hidden states: every process has its part of the rows."""
+    """The rows of all processes, gathered from sequence-parallel hidden states."""
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, group: Any, dimension: int) -> Tensor:
-        """The rows of all."""
+        """Gather the rows of all processes."""
         ctx.group, ctx.dimension = group, dimension
         parts = all_gather(hidden, group, "sequence-parallel hidden states").wait()
         return torch.cat(parts.unbind(0), dimension)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> Any:
-        """The sum over processes, of this one's rows."""
+        """Sum the gradient over processes, and return this process's rows."""
         (gradient,) = gradients
         parts = torch.stack(gradient.chunk(dist.get_world_size(ctx.group), ctx.dimension))
         what = "the gradient of sequence-parallel hidden states"
         return reduce_scatter(parts, ctx.group, what).wait(), None, None
 
 
-# ---- which columns
+# Columns
 
 
 def cut_teacher(teacher: Any, shard: Shard, columns: int, width: int) -> Any:
-    """The teacher with this process's columns alone."""
+    """The teacher restricted to this process's columns."""
     if isinstance(teacher, Ensemble):
         members = [cut_teacher(member, shard, columns, width) for member in teacher.teachers]
         return Ensemble(members, teacher.weights, teacher.mean)
@@ -312,7 +321,7 @@ def cut_teacher(teacher: Any, shard: Shard, columns: int, width: int) -> Any:
 
 
 def cut(logits: Tensor, shard: Shard, columns: int) -> Tensor:
-    """This process's columns of logits that every process has; each gets the whole gradient."""
+    """This process's columns of logits that every process has; backward returns the whole gradient to each."""
     if not (logits.requires_grad and torch.is_grad_enabled()):
         return logits.narrow(-1, shard.first, columns)
     return _Cut.apply(logits, shard, columns)
@@ -321,13 +330,13 @@ def cut(logits: Tensor, shard: Shard, columns: int) -> Tensor:
 class _Cut(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits: Tensor, shard: Shard, columns: int) -> Tensor:
-        """This process's columns."""
+        """Copy this process's columns."""
         ctx.shard, ctx.width = shard, logits.shape[-1]
         return logits.narrow(-1, shard.first, columns).clone()
 
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> Any:
-        """The columns of all."""
+        """Gather the gradient of all columns."""
         (gradient,) = gradients
         shard, columns = ctx.shard, gradient.shape[-1]
         whole = gradient.new_zeros((*gradient.shape[:-1], ctx.width))

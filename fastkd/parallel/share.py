@@ -1,4 +1,4 @@
-"""From a validated call of each process to one call of all: what they agree on, and which columns each has."""
+"""Turns the validated call of each process into one call of all: their agreement, and the columns of each."""
 
 from __future__ import annotations
 
@@ -10,22 +10,22 @@ import torch
 from torch import Tensor
 
 from fastkd.backends import registry
-from fastkd.call.checks import Prepared, check_int, check_values, checking
+from fastkd.call.checks import LossCall, check_int, check_values, checking
 from fastkd.call.contract import Rows, Shard, Want
 from fastkd.divergences import function_name
-from fastkd.parallel.agreement import Agreement, Said, digest_of
+from fastkd.parallel.agreement import Agreed, Agreement, digest_of
 from fastkd.parallel.layout import cut, cut_teacher
 from fastkd.teachers import Teacher, flatten, weights_of
 
 
 def agreed_by(group: Any) -> contextlib.AbstractContextManager[Agreement | None]:
-    """The context of a validation: of one process, or of a group that has to agree."""
+    """The context for the validation of a call, by one process or by a group that has to agree."""
     return contextlib.nullcontext() if group is None else Agreement(group)
 
 
 def share(
     agreement: Agreement,
-    call: Prepared,
+    call: LossCall,
     want: Want,
     lead: torch.Size,
     student: Iterable[Tensor | None],
@@ -33,21 +33,21 @@ def share(
     vocab_size: int | None,
     widths: dict[str, int],
     **others: object,
-) -> tuple[Prepared, int]:
-    """(the call as one of this process's columns, the width of its shard), once all processes have made the same call.
+) -> tuple[LossCall, int]:
+    """Return (the call restricted to this process's columns, the width of its shard), once all processes agree.
 
-    widths: of the student first, then of the teacher's parts; others: what else has to be the same.
+    widths has the student first, then the tensors of the teacher; others are further facts that have to agree.
 
     Raises:
-        ValueError, RuntimeError: on every process, where any calls with other arguments, or raises.
+        ValueError, RuntimeError: a process has other arguments, or raises; then every process raises.
     """
     group = agreement.group
-    (_, width), *rest = widths.items()
-    different = {other for _, other in rest} - {width}
+    (_, width), *teacher_widths = widths.items()
+    different = {other for _, other in teacher_widths} - {width}
     other = min(different, default=0) if len(different) < 2 else -1
     facts = _facts(call, want, lead, student, teacher) | others | {"vocab_size": vocab_size}
-    said = agreement.reached([width, other], facts)
-    shard, columns = _shard(said, vocab_size, group, next(iter(widths)))
+    agreed = agreement.reached([width, other], facts)
+    shard, columns = _shard(agreed, vocab_size, group, next(iter(widths)))
     options = call.options._replace(vocab_size=columns, shard=shard)
     check_values(call.rows, options)
     return call._replace(options=options), width
@@ -57,19 +57,19 @@ _FACTOR = "the factor of the loss (of num_items or the number of rows)"
 
 
 def _facts(
-    call: Prepared,
+    call: LossCall,
     want: Want,
     lead: torch.Size,
     student: Iterable[Tensor | None],
     teacher: Teacher,
 ) -> dict[str, object]:
-    """What has to be the same on every process, by the name that a user knows it by."""
-    given = [tensor for tensor in student if tensor is not None]
+    """What has to agree between processes, by the names that users know."""
+    tensors_of_student = [tensor for tensor in student if tensor is not None]
     tensors, form = flatten(teacher)
     divergence = call.options.divergence
     facts: dict[str, object] = {
         "the shape of rows": tuple(lead),
-        "the student": [(tensor.dtype, tensor.device.type) for tensor in given],
+        "the student": [(tensor.dtype, tensor.device.type) for tensor in tensors_of_student],
         "teacher": (
             form,
             weights_of(teacher),
@@ -84,8 +84,8 @@ def _facts(
         ),
         "the backend": registry.select(
             call.backend,
-            given[0].device.type,
-            given[0].dtype,
+            tensors_of_student[0].device.type,
+            tensors_of_student[0].dtype,
             tensors[0].dtype,
             divergence,
         ),
@@ -100,32 +100,32 @@ def _facts(
     facts[_FACTOR] = call.options.scale
     for name in Rows._fields:
         value = getattr(call.rows, name)
-        if value is not None:  # else a number of the same name is there already, or nothing is
-            known = _FACTOR if name == "scale" else name
-            facts[known] = digest_of(value) if checking() else f"a tensor {tuple(value.shape)}"
+        if value is not None:  # a tensor per row replaces the number of the same name
+            fact = _FACTOR if name == "scale" else name
+            facts[fact] = digest_of(value) if checking() else f"a tensor {tuple(value.shape)}"
     return facts
 
 
-def _shard(said: Said, vocab_size: int | None, group: Any, student: str) -> tuple[Shard, int]:
-    """(the shard, how many of its columns count); what raises is the same on every process."""
-    widths = [width for width, _ in said.numbers]
+def _shard(agreed: Agreed, vocab_size: int | None, group: Any, student: str) -> tuple[Shard, int]:
+    """Return (the shard, how many of its columns count); every process raises the same error."""
+    widths = [width for width, _ in agreed.numbers]
     total = sum(widths)
     vocabulary = total if vocab_size is None else check_int("vocab_size", vocab_size)
     if not 1 <= vocabulary <= total:
         raise ValueError(
             f"vocab_size must be in [1, {total}], the columns of all processes; got {vocabulary}"
         )
-    for rank, (width, other) in enumerate(said.numbers):
+    for rank, (width, other) in enumerate(agreed.numbers):
         whole = other == total or (vocab_size is not None and other >= vocabulary)
         if other and not whole:
-            found = "parts of several widths" if other < 0 else f"{other} columns"
+            has = "tensors of several widths" if other < 0 else f"{other} columns"
             raise ValueError(
-                f"on process {rank} the teacher has {found}, and {student} {width} of {total} on all processes: "
-                "give it the same columns of a teacher, or all of them"
+                f"on process {rank} the teacher has {has}, and {student} has {width} of {total} on all processes: "
+                "pass the same columns of the teacher, or all of them"
             )
-    first = min(sum(widths[: said.rank]), vocabulary)
-    columns = min(vocabulary - first, widths[said.rank])
-    return Shard(first, vocabulary, max(widths), said.rank, group), columns
+    first = min(sum(widths[: agreed.rank]), vocabulary)
+    columns = min(vocabulary - first, widths[agreed.rank])
+    return Shard(first, vocabulary, max(widths), agreed.rank, group), columns
 
 
 def share_logits(
@@ -133,13 +133,16 @@ def share_logits(
     student: Tensor,
     whole: bool,
     teacher: Teacher,
-    call: Prepared,
+    call: LossCall,
     want: Want,
     vocab_size: int | None,
     widths: dict[str, int],
-) -> tuple[Tensor, Any, Prepared]:
-    """(student logits, teacher, call) of this process's columns; whole: every process has all of the student's."""
-    if whole:  # then the shards are the teacher's
+) -> tuple[Tensor, Any, LossCall]:
+    """Return (student logits, teacher, call), restricted to this process's columns.
+
+    whole: every process has all columns of the student.
+    """
+    if whole:  # the teacher then defines the shards
         widths = dict(sorted(widths.items(), key=lambda item: item[0] == "student_logits"))
     call, width = share(
         agreement, call, want, student.shape[:-1], [student], teacher, vocab_size, widths

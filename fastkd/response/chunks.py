@@ -12,7 +12,7 @@ from fastkd.backends import reference, registry
 from fastkd.backends.pieces import PIECE_TEMPORARIES
 from fastkd.call.checks import (
     LARGEST,
-    Prepared,
+    LossCall,
     check_logits,
     check_number,
     check_teacher,
@@ -20,22 +20,18 @@ from fastkd.call.checks import (
     is_dtensor,
     prepare,
 )
-from fastkd.call.contract import Options, Rows, counted_rows, row_dtype
-from fastkd.call.rows import put, rows_at, take
-from fastkd.core.scalars import plain
-from fastkd.core.tensors import savable
-from fastkd.engine import autograd
+from fastkd.call.contract import Options, Result, Rows, Want, row_dtype, total_of
+from fastkd.call.rows import At, Chunks, put, rows_at, take
+from fastkd.engine.gradients import Differentiable, Loss
 from fastkd.engine.graphs import Arguments
-from fastkd.engine.plan import REFERENCE_TEMPORARIES
+from fastkd.engine.plan import REFERENCE_TEMPORARIES, RESPONSE_BUDGET, checked_sizes
 
-# Bytes of a chunk of a call that names none: on a CPU it stays close to the cache.
-CPU_BUDGET, DEVICE_BUDGET = 32 << 20, 1 << 30
 # [C, V] tensors of the dtype of losses that a chunk holds at once, at most; tests/losses/test_response.py measures it.
 TEMPORARIES = 28
 
 
 class Outcome(NamedTuple):
-    """Of some rows, or of all; gradients are of the loss times weight and scale."""
+    """What a chunk of rows returns; the gradients are those of the loss times weight and scale."""
 
     loss: Tensor
     student_gradient: Tensor | None = None
@@ -43,53 +39,20 @@ class Outcome(NamedTuple):
 
 
 Wanted = tuple[bool, bool]  # gradients: of the student, of the teacher
-# (student, teacher, rows, options, wanted) -> outcome: of whole tensors, or of a chunk [C, V]
-Compute = Callable[[Tensor, Tensor, Rows, Options, Wanted], Outcome]
+# From (student, teacher, rows, options, what is wanted): the result of whole tensors, and of a chunk [C, V].
+Compute = Callable[[Tensor, Tensor, Rows, Options, Want], Result]
+ComputeChunk = Callable[[Tensor, Tensor, Rows, Options, Wanted], Outcome]
 
 
-class _Computed(torch.autograd.Function):
-    """A loss whose gradient is computed in the forward, or in the backward where the logits are float16."""
+def differentiable(student: Tensor, teacher: Tensor, call: LossCall, compute: Compute) -> Tensor:
+    """The loss of a validated call, from a function that computes it with its gradients."""
+    both = (student, teacher)
+    wanted = [torch.is_grad_enabled() and x.requires_grad for x in both]
+    half = [wants and x.dtype == torch.float16 for x, wants in zip(both, wanted, strict=True)]
+    want = Want(wanted[0], wanted[1], deferred=any(half))
 
-    @staticmethod
-    def forward(
-        ctx: Any,
-        student: Tensor,
-        teacher: Tensor,
-        rows: Rows,
-        options: Options,
-        compute: Compute,
-        wanted: Wanted,
-    ) -> Tensor:
-        """The loss and, unless it is deferred, its gradient."""
-        low = [x.dtype == torch.float16 for x in (student, teacher)]
-        deferred = any(x and y for x, y in zip(low, wanted, strict=True))
-        outcome = compute(student, teacher, rows, options, (False, False) if deferred else wanted)
-        kept = (student, teacher) if deferred else outcome[1:]
-        keeps_rows = deferred or outcome.loss.dim() > 0
-        ctx.save_for_backward(*savable(*kept, *(rows if keeps_rows else Rows())))
-        ctx.call = (options, compute, wanted, deferred)
-        return outcome.loss
-
-    @staticmethod
-    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
-        """The saved gradient times upstream, or the deferred one with upstream inside."""
-        options, compute, wanted, deferred = ctx.call
-        first, second, *others = ctx.saved_tensors
-        rows = Rows(*others)
-        with torch.no_grad():
-            upstream = autograd.of_counted_rows(upstream, rows, options.ignore_index)
-            if deferred:
-                rows = autograd.with_upstream(rows, upstream)
-                gradients = compute(first, second, rows, options, wanted)[1:]
-            else:
-                gradients = autograd.scaled(reference, (first, second), upstream)
-        return (*autograd.differentiable_once(gradients), None, None, None, None)
-
-
-def differentiable(student: Tensor, teacher: Tensor, call: Prepared, compute: Compute) -> Tensor:
-    """The loss of a prepared call, whose gradients compute makes beside it."""
-    wanted = tuple(torch.is_grad_enabled() and x.requires_grad for x in (student, teacher))
-    return _Computed.apply(student, teacher, call.rows, call.options, compute, wanted)
+    loss = Loss(compute, call.options, want, call.summed, reference.scale_rows_)
+    return Differentiable.apply(loss, call.rows, 2, student, teacher)[0]
 
 
 def prepared(
@@ -99,7 +62,7 @@ def prepared(
     vocab_size: int | None,
     unequal: bool = False,
     **options: Any,
-) -> tuple[Tensor, Tensor, Prepared]:
+) -> tuple[Tensor, Tensor, LossCall]:
     """The arguments that these losses share, checked. unequal: widths may differ, and vocab_size is not asked for."""
     for name, value in (("student_logits", student), ("teacher", teacher)):
         if is_dtensor(value):
@@ -116,22 +79,14 @@ def prepared(
     return student, teacher, prepare(lead, device, dtype, vocabulary, labels, **options)
 
 
-def counted_numbers(rows: Rows, options: Options) -> Tensor | None:
-    """The numbers of the rows that are read; None where all are."""
-    keep = counted_rows(rows, options.ignore_index)
-    return None if keep is None else keep.flatten().nonzero().squeeze(1)
-
-
 def chunk_rows(
     memory_budget: int | None, width: int, dtype: torch.dtype, device: torch.device, extra: int = 0
 ) -> int:
-    """How many rows of that width a chunk has; extra: other temporaries, of float32."""
-    memory_budget = plain(memory_budget)
-    if memory_budget is not None and type(memory_budget) is not int:
-        raise TypeError(f"memory_budget must be an int or None, got {type(memory_budget).__name__}")
+    """The number of rows of that width per chunk; extra: other temporaries, of float32."""
+    _, memory_budget = checked_sizes(None, memory_budget)
     a_row = width * (TEMPORARIES + extra) * dtype.itemsize
     if memory_budget is None:
-        return max((CPU_BUDGET if device.type == "cpu" else DEVICE_BUDGET) // a_row, 1)
+        return max(RESPONSE_BUDGET.of(device.type) // a_row, 1)
     if memory_budget < a_row:
         raise ValueError(
             f"memory_budget must be at least {a_row} bytes, which one row takes; got {memory_budget}"
@@ -139,28 +94,20 @@ def chunk_rows(
     return memory_budget // a_row
 
 
-def chunks_of(count: int, size: int, numbers: Tensor | None) -> list[slice | Tensor]:
-    """Which rows each chunk of that size has; numbers: of those that are read, where not all are."""
-    parts = [slice(start, min(start + size, count)) for start in range(0, count, size)]
-    return list(parts) if numbers is None else [numbers[part] for part in parts]
-
-
-def by_rows(size: int, summed: bool, of_chunk: Compute, columns: tuple[int, int]) -> Compute:
-    """The loss of whole tensors from that of a chunk; columns of the student and of the teacher count."""
+def by_rows(size: int, of_chunk: ComputeChunk, columns: tuple[int, int]) -> Compute:
+    """The function for whole tensors from the one for a chunk; columns: how many count, of student and teacher."""
 
     def compute(
-        student: Tensor, teacher: Tensor, rows: Rows, options: Options, wanted: Wanted
-    ) -> Outcome:
-        lead = student.shape[:-1]
-        numbers = counted_numbers(rows, options)
-        count = lead.numel() if numbers is None else numbers.numel()
+        student: Tensor, teacher: Tensor, rows: Rows, options: Options, want: Want
+    ) -> Result:
+        lead, wanted = student.shape[:-1], (want.student_gradient, want.teacher_gradient)
         logits = [student[..., : columns[0]], teacher[..., : columns[1]]]
         loss = torch.zeros(
             lead, dtype=row_dtype(student.dtype, teacher.dtype), device=student.device
         )
         gradients = [blank(x, wants) for x, wants in zip((student, teacher), wanted, strict=True)]
 
-        def run(at: slice | Tensor) -> None:  # a function, so that nothing of a chunk outlives it
+        def run(at: At) -> None:  # a function, so that nothing of a chunk outlives it
             s, t = (take(x, lead, at) for x in logits)
             outcome = of_chunk(s, t, rows_at(rows, lead, at), options, wanted)
             put(loss, lead, at, outcome.loss)
@@ -168,12 +115,9 @@ def by_rows(size: int, summed: bool, of_chunk: Compute, columns: tuple[int, int]
                 if whole is not None and part is not None:
                     put(whole[..., :width], lead, at, part.to(whole.dtype))
 
-        for at in chunks_of(count, size, numbers):
+        for at in Chunks.of(rows, lead, options.ignore_index, size):
             run(at)
-        if summed:
-            factor = options.scale if rows.scale is None else options.scale * rows.scale
-            loss = (loss.sum(dtype=torch.float64) * factor).to(loss.dtype)
-        return Outcome(loss, *gradients)
+        return Result(loss, total_of(loss, rows, options), *gradients)
 
     return compute
 
@@ -231,7 +175,7 @@ def returned(given: Arguments) -> list[tuple[Sequence[int], torch.dtype]]:
     return [(student.shape[:-1] if per_row else (), row_dtype(student.dtype, teacher.dtype))]
 
 
-def kernels_of(call: Prepared, student: Tensor, teacher: Tensor) -> tuple[Any, int]:
+def kernels_of(call: LossCall, student: Tensor, teacher: Tensor) -> tuple[Any, int]:
     """(the backend for chunks of :func:`both_widened` logits, the temporaries that it takes)."""
     dtype = row_dtype(student.dtype, teacher.dtype)
     chosen = registry.select(

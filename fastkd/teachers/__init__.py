@@ -1,7 +1,7 @@
-"""Teachers that are not dense logits: what a loss accepts in their place.
+"""Teachers that a loss accepts instead of dense logits.
 
-All of them are constants: a loss has no gradient for them, and one whose tensors require grad raises.
-docs/teachers.md says which form to use when; :func:`fastkd.memory_plan` says what each costs.
+All of them are constants: the loss has no gradient for them, and raises if one of their tensors requires grad.
+docs/teachers.md says when to use which; :func:`fastkd.memory_plan` says what each costs.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """The package of the teacher cache at its first use, so that `import fastkd` does not load it."""
+    """Import the teacher cache at its first use, so that `import fastkd` does not load it."""
     if name == "cache":
         return importlib.import_module("fastkd.teachers.cache")
     raise AttributeError(f"module 'fastkd.teachers' has no attribute {name!r}")

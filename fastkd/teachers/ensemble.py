@@ -1,4 +1,4 @@
-"""Several teachers as one."""
+"""Several teachers combined into one."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ MEANS = ("arithmetic", "geometric")
 
 @dataclass(frozen=True, eq=False)
 class Ensemble:
-    """Several teachers as one target.
+    """Several teachers combined into one target.
 
     - "arithmetic": p = sum_k w_k p_k. The weighted mean of the forward KLs to the teachers differs from the forward
-      KL to p by a constant, so it has the same gradient.
-    - "geometric": p proportional to prod_k p_k^(w_k), the softmax of the weighted mean of the logits; likewise for
-      the mean of the reverse KLs.
+      KL to p by a constant, so both have the same gradient.
+    - "geometric": p proportional to prod_k p_k^(w_k), the softmax of the weighted mean of the logits. The weighted mean
+      of the reverse KLs differs from the reverse KL to p by a constant.
 
-    Each teacher is tempered by itself, then they are combined, a chunk of rows at a time.
+    The temperature is applied to each teacher before they are combined, a chunk of rows at a time.
 
     Args:
-        teachers: dense logits [..., V] and :class:`LinearTeacher`, at least one.
-        weights: one a teacher, not negative, of a positive sum; they are divided by it. None: equal.
+        teachers: one or more, each dense logits [..., V] or a :class:`LinearTeacher`.
+        weights: one per teacher, not negative, with a positive sum, by which they are divided. None: equal weights.
         mean: "arithmetic" or "geometric".
 
     Raises:
@@ -46,7 +46,7 @@ class Ensemble:
             )
         object.__setattr__(self, "teachers", tuple(self.teachers))
         if not self.teachers:
-            raise ValueError("teachers must hold at least one teacher, got none")
+            raise ValueError("teachers must contain at least one teacher, got none")
         for index, teacher in enumerate(self.teachers):
             if isinstance(teacher, Tensor):
                 check_tensor(f"teachers[{index}]", teacher, FLOATS)
@@ -67,7 +67,7 @@ class Ensemble:
         )
         if len(weights) != len(self.teachers):
             raise ValueError(
-                f"weights must be one a teacher, {len(self.teachers)}; got {len(weights)}"
+                f"weights must have one number per teacher, {len(self.teachers)}; got {len(weights)}"
             )
         for index, weight in enumerate(weights):
             if isinstance(weight, (bool, Tensor)) or not isinstance(weight, (int, float)):

@@ -1,4 +1,4 @@
-"""A teacher of any form as a list of tensors, and back: what an op and a saved graph can hold."""
+"""Conversion of a teacher to a list of tensors, which an op and a saved graph can hold, and back."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ Teacher = Tensor | TopK | LinearTeacher | Ensemble
 
 
 def weights_of(teacher: Teacher) -> tuple[float, ...]:
-    """The weights of an ensemble's members; none where it is no ensemble."""
+    """The weights of an ensemble's members; empty for other teachers."""
     if not isinstance(teacher, Ensemble):
         return ()
-    assert teacher.weights is not None  # its constructor makes them
+    assert teacher.weights is not None  # set by its constructor
     return tuple(teacher.weights)
 
 
 def flatten(teacher: Teacher) -> tuple[list[Tensor], str]:
-    """(its tensors, how to put them together again); :func:`unflatten` does, given :func:`weights_of` it.
+    """Return (the teacher's tensors, its form), from which :func:`unflatten` rebuilds it, with :func:`weights_of`.
 
-    Of a TopK its log-probabilities alone.
+    A TopK contributes only its log-probabilities.
     """
     if isinstance(teacher, Tensor):
         return [teacher], "dense"
@@ -45,7 +45,7 @@ def flatten(teacher: Teacher) -> tuple[list[Tensor], str]:
 def unflatten(
     tensors: Sequence[Tensor], form: str, weights: Sequence[float] = ()
 ) -> Tensor | LinearTeacher | Ensemble:
-    """The teacher; a TopK's log-probabilities come back dense."""
+    """Rebuild the teacher; a TopK's log-probabilities become a dense teacher."""
     if form == "dense":
         return tensors[0]
     if form.startswith("linear"):
@@ -54,6 +54,6 @@ def unflatten(
     teachers: list[Tensor | LinearTeacher] = []
     for kind in members:
         count = 1 if kind == "dense" else int(kind.removeprefix("linear"))
-        teachers.append(unflatten(tensors[:count], kind))  # type: ignore[arg-type]  # a member is no Ensemble
+        teachers.append(unflatten(tensors[:count], kind))  # type: ignore[arg-type]  # a member is not an Ensemble
         tensors = tensors[count:]
     return Ensemble(teachers, weights, mean)

@@ -1,4 +1,4 @@
-"""Teachers as hidden states and an lm_head."""
+"""A teacher that is given as hidden states and an lm_head."""
 
 from __future__ import annotations
 
@@ -12,15 +12,17 @@ from fastkd.teachers.tensors import FLOATS, check_tensor
 
 @dataclass(frozen=True, eq=False)
 class LinearTeacher:
-    """A teacher as hidden states and an lm_head: logits = hidden @ weight.T + bias, a chunk of rows at a time.
+    """A teacher given as hidden states and an lm_head. Its logits are computed a chunk of rows at a time.
+
+        logits = hidden @ weight.T + bias
 
     Args:
-        hidden: [..., H], of any width; it need not be the student's.
+        hidden: [..., H]; H may differ from the student's.
         weight: [V, H].
         bias: [V], or None.
 
-    All of one dtype (under autocast of any), and on one device. logit_scale and softcap of a model's head are the
-    loss's teacher_logit_scale and teacher_softcap.
+    All tensors have one device and, outside autocast, one dtype. If the model's head scales or soft-caps its logits,
+    pass that to the loss as teacher_logit_scale and teacher_softcap.
 
     Raises:
         TypeError, ValueError: a wrong type, dtype or shape; the message names the argument.
@@ -39,25 +41,28 @@ class LinearTeacher:
 
 
 def check_linear(whose: str, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
-    """Raise unless hidden [..., H], weight [V, H] and bias [V] go together. whose: "the teacher's ", "student_"."""
+    """Raise unless hidden [..., H], weight [V, H] and bias [V] fit together.
+
+    whose is the prefix of the names in messages: "the teacher's " or "student_".
+    """
     if hidden.dim() == 0 or hidden.shape[-1] == 0:
         raise ValueError(f"{whose}hidden must be [..., H], got shape {tuple(hidden.shape)}")
     if weight.dim() != 2 or weight.shape[1] != hidden.shape[-1]:
         raise ValueError(
-            f"{whose}weight must be [V, {hidden.shape[-1]}], as hidden has that width; got {tuple(weight.shape)}"
+            f"{whose}weight must be [V, {hidden.shape[-1]}], the width of hidden; got {tuple(weight.shape)}"
         )
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ValueError(
-            f"{whose}bias must be [{weight.shape[0]}], one a row of weight; got {tuple(bias.shape)}"
+            f"{whose}bias must be [{weight.shape[0]}], one number per row of weight; got {tuple(bias.shape)}"
         )
     for name, value in (("weight", weight), ("bias", bias)):
         if value is None:
             continue
         if value.device != hidden.device:
             raise ValueError(
-                f"{whose}{name} must be on {hidden.device}, where {whose}hidden is; got {value.device}"
+                f"{whose}{name} must be on {hidden.device}, the device of {whose}hidden; got {value.device}"
             )
         if value.dtype != hidden.dtype and not torch.is_autocast_enabled(hidden.device.type):
             raise TypeError(
-                f"{whose}{name} must be {hidden.dtype}, as {whose}hidden is; got {value.dtype}"
+                f"{whose}{name} must be {hidden.dtype}, the dtype of {whose}hidden; got {value.dtype}"
             )

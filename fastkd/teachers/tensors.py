@@ -1,4 +1,4 @@
-"""What the tensors of a teacher may be."""
+"""The check of a teacher's tensors."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def check_tensor(argument: str, value: object, dtypes: Sequence[torch.dtype]) -> Tensor:
-    """The value; raise unless it is a tensor of one of these dtypes that is laid out by strides."""
+    """Return the value; raise unless it is a tensor with strides and one of these dtypes."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{argument} must be a tensor, got {type(value).__name__}")
     if value.dtype not in dtypes:

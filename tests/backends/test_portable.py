@@ -89,7 +89,7 @@ def test_a_device_is_not_waited_for(
     """What another device runs, on the CPU: no number of a tensor is asked for, and the results are the same."""
     call = CALLS[name] | {"infinite": infinite and "topk" not in CALLS[name]}
     wanted = _results(call)
-    monkeypatch.setattr(portable, "_waits", lambda device: True)
+    monkeypatch.setattr(portable, "_synchronizes", lambda device: True)
     with monkeypatch.context() as patched:
         for asking in ("item", "__bool__", "nonzero"):
 

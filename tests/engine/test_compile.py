@@ -14,10 +14,10 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 import fastkd
 from fastkd import KDLoss, kd_loss
-from fastkd.call.checks import Numbers
 from fastkd.call.contract import Options, Want
+from fastkd.call.options import Numbers
 from fastkd.divergences import resolve
-from fastkd.engine.autograd import as_schema
+from fastkd.engine.ops import GraphOptions
 
 # What is compiled is one operator with its backend as an argument, so every run has no need of two in plain PyTorch.
 ONE_OPERATOR = pytest.mark.heavy_with(any_backend="portable")
@@ -312,10 +312,10 @@ def _op_arguments(
     student, teacher, labels = _batch(3, dtype, 9)
     options = Options(resolve(divergence), vocab_size=9)
     # Numbers are constants of a graph, or symbols, which then are inputs of the op.
-    numbers = Numbers(temperature=2.0, teacher_temperature=2.0, items=2)
+    numbers = Numbers.of(temperature=2.0, teacher_temperature=2.0, num_items=2)
     rows: tuple[Tensor | None, ...] = (None,) * 5
     if per_row:
-        numbers = Numbers(alpha=0.5)
+        numbers = Numbers.of(alpha=0.5)
         rows = (labels, torch.rand(3), torch.rand(3) + 0.5, torch.rand(3) + 0.5, torch.tensor(0.25))
     return (
         student.requires_grad_(want.student_gradient),
@@ -324,7 +324,7 @@ def _op_arguments(
         None,
         None,
         backend,
-        *as_schema(options, want, numbers),
+        *GraphOptions.of(options, want, numbers),
     )
 
 

@@ -20,11 +20,11 @@ from torch.utils.checkpoint import checkpoint
 
 import fastkd
 from fastkd.backends import cpu
-from fastkd.call.checks import Numbers
 from fastkd.call.contract import Options, Want
+from fastkd.call.options import Numbers
 from fastkd.divergences import resolve
 from fastkd.engine import chunks, matmul
-from fastkd.engine.autograd import as_schema
+from fastkd.engine.ops import GraphOptions
 from fastkd.teachers import flatten, weights_of
 from fastkd.teachers.cache import CacheWriter, TeacherCache
 
@@ -601,13 +601,13 @@ def test_opcheck(
         monkeypatch.setattr("fastkd.engine.graphs._is_constant", lambda _: False)
     given = problem(form, dtype=dtype, bias=True, rows=9, teacher_rows=9)
     options = Options(resolve("jsd"), vocab_size=9)
-    numbers = Numbers(alpha=0.5, temperature=2.0, teacher_temperature=2.0, items=2)
+    numbers = Numbers.of(alpha=0.5, temperature=2.0, teacher_temperature=2.0, num_items=2)
     want = Want(student_gradient=True, parts=True, deferred=deferred)
     labels = labels_for(N, vocabulary=9, seed=1, ignored=0.3)
     (tensors, spec), weights = flatten(given.teacher), weights_of(given.teacher)
     arguments = (
         *given.leaves(), tensors, labels, torch.rand(N), *(None,) * 5, backend, spec, 4, None,
-        len(weights), [True] * 3, torch.float32, False, *as_schema(options, want, numbers, weights),
+        len(weights), [True] * 3, torch.float32, *GraphOptions.of(options, want, numbers, weights),
     )  # fmt: skip
     torch.library.opcheck(torch.ops.fastkd.kd_chunks.default, arguments)
 
@@ -968,13 +968,13 @@ BAD: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"student_weight": torch.ones(V, H, dtype=torch.int64)}, TypeError,
      "student_weight must be float32, bfloat16, float16 or float64, got torch.int64"),
     ({"student_weight": torch.ones(V, H + 1)}, ValueError,
-     f"student_weight must be [V, {H}], as hidden has that width; got ({V}, {H + 1})"),
+     f"student_weight must be [V, {H}], the width of hidden; got ({V}, {H + 1})"),
     ({"student_weight": torch.ones(V, H).bfloat16()}, TypeError,
-     "student_weight must be torch.float32, as student_hidden is; got torch.bfloat16"),
+     "student_weight must be torch.float32, the dtype of student_hidden; got torch.bfloat16"),
     ({"student_weight": torch.ones(V, H, device="meta")}, ValueError,
-     "student_weight must be on cpu, where student_hidden is; got meta"),
+     "student_weight must be on cpu, the device of student_hidden; got meta"),
     ({"student_bias": torch.ones(V + 1)}, ValueError,
-     f"student_bias must be [{V}], one a row of weight; got ({V + 1},)"),
+     f"student_bias must be [{V}], one number per row of weight; got ({V + 1},)"),
     ({"student_weight": torch.ones(V + 4, H)}, ValueError,
      f"student_weight has {V + 4} columns, teacher has {V} columns; if the rest is padding of one tokenizer, pass "
      f"vocab_size (at most {V}), the number of real tokens"),
@@ -1029,15 +1029,15 @@ def test_bad_teachers() -> None:
     states, head = torch.ones(N, 3), torch.ones(V, 3)
     cases: list[tuple[Any, type[Exception], str]] = [
         (lambda: fastkd.LinearTeacher(states, torch.ones(V, 4)), ValueError,
-         f"the teacher's weight must be [V, 3], as hidden has that width; got ({V}, 4)"),
+         f"the teacher's weight must be [V, 3], the width of hidden; got ({V}, 4)"),
         (lambda: fastkd.LinearTeacher(states, head, torch.ones(3)), ValueError,
-         f"the teacher's bias must be [{V}], one a row of weight; got (3,)"),
+         f"the teacher's bias must be [{V}], one number per row of weight; got (3,)"),
         (lambda: fastkd.LinearTeacher([1], head), TypeError, "the teacher's hidden must be a tensor, got list"),
-        (lambda: fastkd.Ensemble([]), ValueError, "teachers must hold at least one teacher, got none"),
+        (lambda: fastkd.Ensemble([]), ValueError, "teachers must contain at least one teacher, got none"),
         (lambda: fastkd.Ensemble(states), TypeError, "teachers must be a list of teachers, got Tensor"),
         (lambda: fastkd.Ensemble([None]), TypeError,
          "teachers[0] must be dense logits or a LinearTeacher, got NoneType"),
-        (lambda: fastkd.Ensemble([states], [1, 2]), ValueError, "weights must be one a teacher, 1; got 2"),
+        (lambda: fastkd.Ensemble([states], [1, 2]), ValueError, "weights must have one number per teacher, 1; got 2"),
         (lambda: fastkd.Ensemble([states], [-1]), ValueError,
          "weights[0] must be finite and not negative, got -1"),
         (lambda: fastkd.Ensemble([states], [0]), ValueError,

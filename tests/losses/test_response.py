@@ -26,6 +26,7 @@ from torch import Tensor
 
 import fastkd
 from fastkd import response
+from fastkd.engine.plan import Budget
 from fastkd.response import (
     adaptive_kl,
     adaptive_kl_loss,
@@ -156,7 +157,8 @@ def hold_to(
 def test_rows(
     name: str, dtype: torch.dtype, shape: tuple[int, ...], temperature: float, monkeypatch: Any
 ) -> None:
-    monkeypatch.setattr(chunks, "CPU_BUDGET", 3 * 4 * shape[-1] * chunks.TEMPORARIES)
+    budget = Budget(cpu=3 * 4 * shape[-1] * chunks.TEMPORARIES, other=1)
+    monkeypatch.setattr(chunks, "RESPONSE_BUDGET", budget)
     loss, formula = ROWS[name]
     s, t = logits(*shape, seed=1, dtype=dtype), logits(*shape, seed=2, dtype=dtype)
     # Powers of 2, so that the upstream factor does not round.
@@ -734,10 +736,10 @@ BAD: list[tuple[Callable[..., Tensor], dict[str, Any], type[Exception], str]] = 
     (dist_loss, {"beta": -1.0}, ValueError, "beta must be in"),
     (dist_loss, {"gamma": "1"}, TypeError, "gamma must be a number, got str"),
     (dist_loss, {"eps": 0.0}, ValueError, "eps must be positive, got 0.0"),
-    (dist_loss, {"temperature": torch.ones(2)}, TypeError, "temperature must be a number: a class is compared"),
-    (standardized_kd_loss, {"divergence": "squared_error"}, ValueError, "'squared_error' is one of logits"),
+    (dist_loss, {"temperature": torch.ones(2)}, TypeError, "temperature must be a number, because a class is"),
+    (standardized_kd_loss, {"divergence": "squared_error"}, ValueError, "'squared_error', which compares logits"),
     (standardized_kd_loss, {"divergence": "nkd", "labels": torch.zeros(2).long()}, ValueError, "at temperature 1"),
-    (standardized_kd_loss, {"vocab_size": 1}, ValueError, "a standard deviation needs at least 2 columns, got 1"),
+    (standardized_kd_loss, {"vocab_size": 1}, ValueError, "at least 2 columns for a standard deviation, got 1"),
     (standardized_kd_loss, {"alpha": 0.5}, ValueError, "labels are needed"),
     (standardized_kd_loss, {"eps": -1}, ValueError, "eps must be in"),
     (policy_distillation_loss, {"labels": torch.zeros(3).long(), "form": "nll"}, ValueError, "labels must have one"),

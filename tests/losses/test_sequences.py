@@ -301,7 +301,7 @@ def test_errors() -> None:
 # ---- batches that a step cannot take
 
 
-PROMPT_LESS = "must have at least one token each, for the model to continue; row 1 has none"
+PROMPT_LESS = "must have at least one token each for the model to continue; row 1 has none"
 
 
 def test_a_row_without_a_prompt_is_named(models: tuple[Any, Any]) -> None:
@@ -318,7 +318,7 @@ def test_a_row_without_a_prompt_is_named(models: tuple[Any, Any]) -> None:
                 "attention_mask": torch.ones_like(ids),
                 "labels": torch.where(mask == 1, torch.where(torch.arange(4) < 2, -100, ids), ids),
             },
-            f"tokens before a row's first label, {PROMPT_LESS}",
+            f"tokens before each row's first label, {PROMPT_LESS}",
         ),
     ):
         with pytest.raises(ValueError, match=message):

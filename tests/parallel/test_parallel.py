@@ -316,7 +316,7 @@ def test_processes_that_disagree(processes: Processes, odd: dict[str, Any], said
 
 def test_a_teacher_cut_elsewhere(processes: Processes) -> None:
     for text in processes.run(2, training.call, {"teacher": torch.zeros(6, 7)}):
-        assert "on process 1 the teacher has 7 columns, and student_logits 8 of 16" in text
+        assert "on process 1 the teacher has 7 columns, and student_logits has 8 of 16" in text
 
 
 def test_a_process_that_raises(processes: Processes) -> None:

@@ -67,7 +67,7 @@ PIPED = ("info", "info --json", "--help", "cache info {cache}", "cache info --js
 # Each command as `python -m fastkd` has it, in a process of its own that need not import torch again.
 EACH_PIPED = """
 import json, os, runpy, sys
-import fastkd.__main__, fastkd.teachers.cache.cli, fastkd.tools.info
+import fastkd.__main__, fastkd.tools.cache, fastkd.tools.info
 codes = []
 for arguments in json.loads(sys.argv[2]):
     child = os.fork()
@@ -157,7 +157,7 @@ PLANT = """
 import sys
 from fastkd.backends import registry
 from fastkd.__main__ import main
-module = backends.load("cpu")
+module = registry.load("cpu")
 healthy = module.kd_rows
 def kd_rows(student, teacher, rows, options, want):
     result = healthy(student, teacher, rows, options, want)

@@ -130,7 +130,7 @@ def for_trl() -> dict[str, Any]:
 
 
 def for_the_trainer() -> dict[str, Any]:
-    """Likewise, and a dataset of token ids."""
+    """The names for the trainer's pages, and a dataset of token ids."""
     from support import tiny_models
 
     ids = torch.randint(3, 61, (8, 6))
@@ -242,7 +242,7 @@ def prose(path: Path) -> str:
 
 
 def anchors(path: Path) -> set[str]:
-    """Of headings, as GitHub makes them."""
+    """The anchors of headings, as GitHub generates them."""
     found: set[str] = set()
     for heading in re.findall(r"^#+ +(.+?) *$", prose(path), re.M):
         plain = re.sub(r"\[([^]]*)\]\([^)]*\)", r"\1", heading).lower()
@@ -364,7 +364,7 @@ def _text(node: ast.expr) -> str | None:
 
 @functools.cache
 def messages() -> list[Message]:
-    """Of every raise, warning and obstacle of the package; adapters have their own pages."""
+    """The messages of every raise, warning and obstacle of the package. Adapters have their own pages."""
     found = []
     said = {"warn", "_log_once", "Obstacle", "CollectiveError"}
     for path in sorted((ROOT / "fastkd").rglob("*.py")):
@@ -418,7 +418,7 @@ def test_what_a_page_quotes_is_in_the_source() -> None:
     blocks_of_files = re.findall(r"^```\w+ title=(\S+)\n(.*?)^```$", text, re.S | re.M)
     assert blocks_of_files
     for file, body in blocks_of_files:
-        assert body in (ROOT / file).read_text(encoding="utf-8"), file
+        assert body in (ROOT / file).read_text(encoding="utf-8"), f"{file}: run python docs/walk.py"
     named = re.findall(r"`((?:fastkd|csrc|kernels)/[\w/.]+)`\s+`(\w+)`", text)
     assert len(named) > 20
     missing = [
@@ -468,6 +468,9 @@ def test_code_of_the_first_pages_does_not_scroll_sideways(name: str) -> None:
     assert not wide, wide
 
 
+ARITY = {"mfrac": 2, "msub": 2, "msup": 2, "msubsup": 3}  # the children that MathML wants
+
+
 def test_formulas_are_typeset() -> None:
     """Indented blocks of the pages become mathematics; code does not; what is made is well-formed."""
     sys.path.insert(0, str(ROOT / "docs" / "site"))
@@ -481,11 +484,13 @@ def test_formulas_are_typeset() -> None:
     assert blocks_of_pages
     for block in blocks_of_pages:
         assert formulas.is_formula(block), f"an indented block that is no formula: {block}"
-        ElementTree.fromstring(formulas.block(block))
+        made = ElementTree.fromstring(formulas.block(block))
+        for element in made.iter():
+            assert len(element) == ARITY.get(element.tag, len(element)), (element.tag, block)
     assert not formulas.is_formula("    loss = fastkd.kd_loss(student_logits, teacher_logits)\n")
-    assert formulas.inline("½ Σ (√p - q)²") == (
+    assert formulas.inline("½ Σ (√p + q)²") == (
         '<math><mfrac><mn>1</mn><mn>2</mn></mfrac><mspace width="0.17em"/><mo>Σ</mo><mspace width="0.17em"/>'
-        "<msup><mrow><mo>(</mo><msqrt><mi>p</mi></msqrt><mo>−</mo><mi>q</mi><mo>)</mo></mrow><mrow><mn>2</mn></mrow>"
+        "<msup><mrow><mo>(</mo><msqrt><mi>p</mi></msqrt><mo>+</mo><mi>q</mi><mo>)</mo></mrow><mrow><mn>2</mn></mrow>"
         "</msup></math>"
     )
 

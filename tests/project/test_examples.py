@@ -129,5 +129,5 @@ def test_verdicts(vision: ModuleType) -> None:
     rows = {"base": [1.0, 2.0, 3.0], "up": [2.0, 3.1, 4.0], "same": [2.0, 1.0, 3.0]}
     said = vision.verdicts(rows | {"down": [0.0, 1.1, 2.0]}, "base")
     assert said == (
-        "better: up (+1.03 ± 0.03); worse: down (-0.97 ± 0.03); not told apart: same (+0.00 ± 0.58)"
+        "better: up (+1.03 ± 0.03); worse: down (-0.97 ± 0.03); not significant: same (+0.00 ± 0.58)"
     )

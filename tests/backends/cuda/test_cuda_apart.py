@@ -311,7 +311,7 @@ def test_shards(sharded: Emulation, name: str, offset: float) -> None:
 
 @every
 def test_log_0_in_shards(sharded: Emulation, name: str) -> None:
-    """Of a shard, of the label's, of the label alone."""
+    """Numbers of columns: of a shard, of the label's shard, of a shard with only the label."""
     student, teacher = logits(4, 61, seed=1), logits(4, 61, seed=2)
     student[0, :30], teacher[0, :30] = -INF, -INF
     teacher[1, 45:] = -INF

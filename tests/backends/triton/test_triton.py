@@ -37,7 +37,7 @@ from fastkd import kd_loss
 from fastkd.backends import reference, registry
 from fastkd.call.contract import Options, Result, Rows, Want
 from fastkd.call.log_zero import evaluate
-from fastkd.kernels import kernel as kernels
+from fastkd.kernels import launch as kernels
 from fastkd.kernels import skeleton, split
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -62,9 +62,9 @@ def shares(request: pytest.FixtureRequest) -> Iterator[split.Plan | None]:
         if wanted is None:
             yield None
             return
-        ran, launch_shares = [], kernels._launch_shares
+        ran, launch_splits = [], kernels._launch_splits
         patch.setattr(
-            kernels, "_launch_shares", lambda *call: (ran.append(call), launch_shares(*call))
+            kernels, "_launch_splits", lambda *call: (ran.append(call), launch_splits(*call))
         )
         yield wanted
         assert ran, "no program shared a row"
@@ -87,7 +87,7 @@ def corrected_interpreter() -> Iterator[None]:
 
 
 def test_the_kernels_run_where_these_tests_mean_them_to() -> None:
-    assert registry.load("triton") is kernels
+    assert registry.load("triton").kd_rows is kernels.kd_rows
     assert triton.knobs.runtime.interpret == (DEVICE == "cpu"), (
         "triton was imported before conftest.py"
     )
@@ -565,7 +565,7 @@ def test_row_addresses() -> None:
     }
     dimensions = {"contiguous": 1, "shifted matrix": 1, "vector": 0, "shifted": 2}
     for name, tensor in candidates.items():
-        sizes, (view,) = kernels._layout(tensor)
+        sizes, (view,) = kernels.lay_out(tensor)
         assert view.pointer is tensor
         used = sum(stride != 0 for stride in view.strides)
         assert used == dimensions.get(name, used), name
@@ -583,7 +583,7 @@ def test_row_addresses() -> None:
 FAR_APART = """
     import mmap, torch
     from fastkd.divergences import forward_kl
-    from fastkd.kernels import kernel as kernels
+    from fastkd.kernels import launch as kernels
     from fastkd.call.contract import Options, Rows, Want
 
     kernels.tile = lambda *row: (16, 1)
@@ -956,9 +956,9 @@ def test_rows_that_fill_a_device_from_one_program_each(device: split.Device | No
 def test_few_rows_are_shared(device: split.Device, rows: int) -> None:
     found = split.plan(rows, PAIR, 2, device)
     assert found is not None
-    assert 1 < found.programs <= split.LANES
-    if found.programs < split.LANES:
-        filled = found.programs * found.group / (split.OCCUPANCY * device.multiprocessors)
+    assert 1 < found.num_splits <= split.LANES
+    if found.num_splits < split.LANES:
+        filled = found.num_splits * found.group / (split.OCCUPANCY * device.multiprocessors)
         assert 0.8 < filled <= 1
 
 
@@ -968,7 +968,7 @@ def test_groups_of_rows_that_l2_keeps(device: split.Device, rows: int) -> None:
     found = split.plan(rows, PAIR, 2, device)
     assert found is not None
     assert found.group * PAIR <= min(split.GROUP_BYTES, device.l2 // 2)
-    assert found.programs > 1
+    assert found.num_splits > 1
     most = min(split.GROUP_BYTES, device.l2 // 2) // PAIR
     assert math.ceil(rows / found.group) == math.ceil(rows / most), "no more groups than needed"
 

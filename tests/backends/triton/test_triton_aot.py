@@ -226,7 +226,7 @@ def topk_variants(widths: Sequence[str]) -> list[Variant]:
 
 def _launch(variant: Variant, target: str) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
     """(kernel, arguments, options) of the launch that serves a variant."""
-    from fastkd.kernels import kernel as kernels
+    from fastkd.kernels import launch as kernels
     from fastkd.kernels import sparse as sparse_kernels
     from fastkd.kernels import split
 
@@ -382,7 +382,7 @@ def test_older_tritons_compile_the_kernels(release: str, tmp_path: Path) -> None
 
 
 def test_every_tile_of_the_rule_is_compiled() -> None:
-    from fastkd.kernels.kernel import tile
+    from fastkd.kernels.launch import tile
 
     def chosen(width: int, itemsize: int, crowded: bool) -> tuple[Any, ...]:
         aligned = width % 16 == 0
@@ -409,7 +409,7 @@ GROUPS = """
     import torch
     from support.triton_aot import launch_nothing
     from fastkd.divergences import jsd
-    from fastkd.kernels import kernel as kernels
+    from fastkd.kernels import launch as kernels
     from fastkd.kernels import split
     from fastkd.call.contract import Options, Rows, Want
 
@@ -422,7 +422,7 @@ GROUPS = """
     for number, (grid, given) in enumerate(launched):
         assert grid == (16 if number < 6 else 1, 3, 1), grid
         shares = [value for value in given if isinstance(value, kernels.Split)]
-        assert [s.first for s in shares] == [number // 3 * 16], shares
+        assert [s.first_row for s in shares] == [number // 3 * 16], shares
         first = launched[number % 3][1]
         assert len(given) == len(first)
         assert all(a is b or a == b for a, b in zip(given, first) if not isinstance(a, kernels.Split))

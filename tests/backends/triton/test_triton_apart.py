@@ -36,7 +36,7 @@ from fastkd import kd_loss
 from fastkd.backends import reference, registry
 from fastkd.call.contract import Options, Result, Rows, ShardCall, Want
 from fastkd.divergences import Divergence, Target, dkd, jsd, nkd
-from fastkd.kernels import kernel as kernels
+from fastkd.kernels import launch as kernels
 from fastkd.kernels import sparse as sparse_kernels
 from fastkd.kernels import split
 
@@ -82,7 +82,7 @@ def _of_labels(x: Tensor, labels: Tensor) -> Tensor:
 def _distillation(
     s: Tensor, t: Tensor, labels: Tensor, spread: tuple[Tensor, Tensor], options: Options
 ) -> Tensor:
-    """Of z at temperatures [rows, 1], T^2 included."""
+    """The divergence of z at temperatures [rows, 1], T^2 included."""
     d = options.divergence
     assert d.target is not None
     squared = spread[0].squeeze(-1) ** 2 if options.scale_by_temperature else 1.0
@@ -457,7 +457,7 @@ def test_what_shards_exchange(monkeypatch: pytest.MonkeyPatch) -> None:
     """Two numbers more, and only where a token is apart."""
     student, teacher = pair(2, 7)
     for divergence, fields in (
-        ("dkd", split.FIELDS + split.APART_FIELDS),
+        ("dkd", split.FIELDS + split.LABEL_TERM_FIELDS),
         ("mixture", split.FIELDS),
     ):
         shard = fastkd.call.contract.Shard(7, 21, 7, 1, None)

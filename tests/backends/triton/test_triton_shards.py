@@ -31,7 +31,7 @@ from triton.runtime import interpreter
 from fastkd.backends import reference, registry
 from fastkd.call.contract import Options, Result, Rows, Shard, ShardCall, Want
 from fastkd.divergences import resolve
-from fastkd.kernels import kernel as kernels
+from fastkd.kernels import launch as kernels
 from fastkd.kernels import sparse as sparse_kernels
 from fastkd.kernels import split
 
@@ -58,8 +58,8 @@ def narrow_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def in_shards(monkeypatch: pytest.MonkeyPatch) -> Iterator[InShards]:
     """What backend="triton" is meanwhile."""
-    found = InShards(kernels, SHARES)
     load = registry.load
+    found = InShards(load("triton"), SHARES)
     monkeypatch.setattr(registry, "load", lambda name: found if name == "triton" else load(name))
     yield found
     assert found.calls
@@ -103,7 +103,7 @@ def test_one_program_of_each_process(
 ) -> None:
     """As where rows alone fill a device: what the processes left is then strided until it is copied."""
     monkeypatch.setattr(kernels, "shard_plan", split.shard_plan)
-    assert split.shard_plan(3, Shard(0, 61, 30, 0, None)).programs == 1
+    assert split.shard_plan(3, Shard(0, 61, 30, 0, None)).num_splits == 1
     labels = torch.tensor([30, 39, 60], device=DEVICE)
     check("triton", *pair(3, 61), labels, divergence=divergence, alpha=0.5, label_smoothing=0.1)
 
@@ -228,7 +228,7 @@ def test_the_plan_is_one_for_all_processes() -> None:
     def programs(rows: int, total: int, widest: int) -> int:
         found = {split.shard_plan(rows, Shard(first, total, widest, 0, None)) for first in (0, 99)}
         assert len(found) == 1
-        return found.pop().programs
+        return found.pop().num_splits
 
     assert programs(4096, 128_256, 16_032) == 1, "rows that fill a device"
     assert programs(1, 1000, 500) == 1, "narrow rows"

@@ -1,0 +1,265 @@
+"""The table of the scalar options of kd_loss, and the types that state them: LossOptions, Options and Numbers.
+
+A row of TABLE says everything that other code needs to know of an option. From the table come the checks of
+:func:`fastkd.call.checks.prepare`, the numbers that enter a compiled graph, the arguments of the native kernels
+(:mod:`fastkd.backends.native`), and the C++ struct that receives them: csrc/generate.py writes
+csrc/generated/options.h.
+LossOptions, Options and the signature of kd_loss stay written out, because people and type checkers read them;
+tests/project/test_options.py compares them with the table.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple, TypedDict
+
+import torch
+from torch import Tensor
+
+from fastkd.core.scalars import check_flag, check_int, check_magnitude, check_number, plain
+from fastkd.divergences import Divergence
+
+# ---- checks: (argument, value) -> the value that Options holds
+
+
+def _number_like(argument: str, value: Any, allowed: str) -> Any:
+    value = plain(value)
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{argument} must be {allowed}, got {type(value).__name__}")
+    return value
+
+
+def _fraction(argument: str, value: Any) -> float:
+    return check_number(argument, value, 0.0, 1.0)
+
+
+def _fraction_below_1(argument: str, value: Any) -> float:
+    return check_number(argument, value, 0.0, 1.0, open_right=True)
+
+
+def _temperature(argument: str, value: Any) -> float:
+    value = _number_like(argument, value, "a number or a tensor")
+    if not 0 < value < math.inf:
+        raise ValueError(f"{argument} must be positive and finite, got {value}")
+    return check_magnitude(argument, value)
+
+
+def _nonzero(argument: str, value: Any) -> float:
+    value = _number_like(argument, value, "a number")
+    if value == 0 or not -math.inf < value < math.inf:
+        raise ValueError(f"{argument} must be finite and not 0, got {value}")
+    return check_magnitude(argument, value)
+
+
+def _softcap(argument: str, value: Any) -> float:
+    if value is None:
+        return 0.0
+    value = _number_like(argument, value, "a number or None")
+    if not 0 < value < math.inf:
+        raise ValueError(f"{argument} must be positive and finite, or None for none; got {value}")
+    return check_magnitude(argument, value)
+
+
+# ---- the table
+
+
+class Scalar(NamedTuple):
+    """One scalar option of kd_loss."""
+
+    name: str
+    default: Any
+    # (argument, value) -> the value that Options holds; raises an error that names the argument.
+    check: Callable[[str, Any], Any]
+    # Type and field of the C++ struct, such as "double alpha"; "student.softcap" belongs to the struct of one side.
+    cpp: str
+    # What is checked in place of the number while a graph is compiled, because the number may change from step to step
+    # without a new graph. None: the option is a constant of the graph.
+    stand_in: float | None = None
+
+
+TABLE = (
+    # The stand-in 0.5 needs labels; without labels, prepare takes 1.
+    Scalar("alpha", 1.0, _fraction, "double alpha", stand_in=0.5),
+    # Either temperature may also be a tensor with one value per row; Options then holds 1.
+    Scalar("temperature", 1.0, _temperature, "double student.temperature", stand_in=1.0),
+    # None: the student's temperature.
+    Scalar("teacher_temperature", None, _temperature, "double teacher.temperature", stand_in=1.0),
+    Scalar("scale_by_temperature", True, check_flag, "bool scale_by_temperature"),
+    Scalar("label_smoothing", 0.0, _fraction_below_1, "double label_smoothing", stand_in=0.0),
+    Scalar("ignore_index", -100, check_int, "int64_t ignore_index"),
+    Scalar("logit_scale", 1.0, _nonzero, "double student.logit_scale", stand_in=1.0),
+    Scalar("softcap", None, _softcap, "double student.softcap", stand_in=1.0),
+    Scalar("teacher_logit_scale", 1.0, _nonzero, "double teacher.logit_scale", stand_in=1.0),
+    Scalar("teacher_softcap", None, _softcap, "double teacher.softcap", stand_in=1.0),
+)
+OPTION_NAMES = tuple(row.name for row in TABLE)
+TEMPERATURES = ("temperature", "teacher_temperature")
+
+
+class LossOptions(TypedDict, total=False):
+    """The keyword options of every loss, except return_parts, which decides the type of the result."""
+
+    divergence: str | Divergence
+    temperature: float | Tensor
+    teacher_temperature: float | Tensor | None
+    alpha: float
+    scale_by_temperature: bool
+    label_smoothing: float
+    ignore_index: int
+    mask: Tensor | None
+    weight: Tensor | None
+    reduction: str
+    num_items: int | float | Tensor | None
+    logit_scale: float
+    softcap: float | None
+    teacher_logit_scale: float
+    teacher_softcap: float | None
+    backend: str
+
+
+class Shard(NamedTuple):
+    """The columns that this process has of a vocabulary that several share."""
+
+    first: int  # of all columns that count, the first that is here; Options.vocab_size says how many are
+    total: int  # columns that count, of all processes together
+    widest: int  # columns of the widest shard, padding included
+    rank: int  # of this process in the group
+    group: Any  # torch.distributed.ProcessGroup
+
+
+class Options(NamedTuple):
+    """The options of a call that are the same for all rows: validated, hashable, without tensors."""
+
+    divergence: Divergence
+    # The rows of TABLE.
+    alpha: float = 1.0
+    temperature: float = 1.0  # where Rows.temperature is None
+    teacher_temperature: float = 1.0  # where Rows.teacher_temperature is None
+    scale_by_temperature: bool = True
+    label_smoothing: float = 0.0
+    ignore_index: int = -100
+    logit_scale: float = 1.0
+    softcap: float = 0.0  # 0: none
+    teacher_logit_scale: float = 1.0
+    teacher_softcap: float = 0.0
+    # What a call decides.
+    vocab_size: int = 0
+    scale: float = 1.0  # multiplies the total and every gradient
+    # The tail of fastkd.TopK; the teacher tensor then holds log-probabilities, and Rows.ids their tokens.
+    tail: str = ""
+    shard: Shard | None = None  # labels and Rows.ids name tokens of the whole vocabulary
+
+    @property
+    def vocabulary(self) -> int:
+        """The number of columns that count, on all processes."""
+        return self.vocab_size if self.shard is None else self.shard.total
+
+    @property
+    def reads_labels(self) -> bool:
+        """Whether labels do more than drop rows."""
+        return self.alpha < 1.0 or self.divergence.target is not None
+
+    @property
+    def first_column(self) -> int:
+        """The token of column 0."""
+        return 0 if self.shard is None else self.shard.first
+
+
+def completed(options: Mapping[str, Any]) -> dict[str, Any]:
+    """The value of every option of the table, in its order: the one passed, or the default.
+
+    Raises:
+        TypeError: the table has no option of that name.
+    """
+    for name in options:
+        if name not in OPTION_NAMES:
+            raise TypeError(
+                f"there is no option {name!r}; the scalar options are {', '.join(OPTION_NAMES)}"
+            )
+    return {row.name: options.get(row.name, row.default) for row in TABLE}
+
+
+def checked(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The values as Options holds them; raises an error that names the option."""
+    return {row.name: row.check(row.name, values[row.name]) for row in TABLE}
+
+
+# ---- numbers in a compiled graph
+
+Number = int | float | None
+
+
+class Numbers(NamedTuple):
+    """The numbers of a call as they were passed. A compiled graph takes them as inputs, and checks them as it runs."""
+
+    scalars: dict[str, Any]  # a Number for each name of the table; 1 in place of a tensor
+    num_items: int | float = 1.0  # the denominator of the loss; 1 if only the device knows it
+    taken_at: float = 1.0  # TopK.temperature
+
+    @classmethod
+    def of(cls, num_items: int | float = 1.0, taken_at: float = 1.0, **scalars: Number) -> Numbers:
+        """The numbers of a call with these options, and the defaults of the others."""
+        values = completed(scalars)
+        if values["teacher_temperature"] is None:
+            values["teacher_temperature"] = values["temperature"]
+        return cls(values, num_items, taken_at)
+
+    def flat(self) -> tuple[Number, ...]:
+        """All numbers, in one order; :meth:`from_flat` is the inverse."""
+        return (*self.scalars.values(), self.num_items, self.taken_at)
+
+    @classmethod
+    def from_flat(cls, numbers: list[Any]) -> Numbers:
+        """The Numbers whose :meth:`flat` these are."""
+        return cls(dict(zip(OPTION_NAMES, numbers, strict=False)), *numbers[len(OPTION_NAMES) :])
+
+
+COUNT = len(OPTION_NAMES) + len(Numbers._fields) - 1  # of the numbers in Numbers.flat
+
+
+def is_number(value: object) -> bool:
+    """Whether the value is a Python number, or a symbol that stands for one in a graph; no bool."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def with_stand_ins(
+    values: dict[str, Any], num_items: Any, labels: Tensor | None
+) -> tuple[Numbers, dict[str, Any], Any]:
+    """(the numbers of a call that is being compiled, the options and num_items that are checked in their place).
+
+    A graph that may run with other numbers must not depend on their values, so nothing here reads one.
+    """
+    numbers = Numbers(
+        {
+            name: _as_input(
+                values["temperature"] if name == TEMPERATURES[1] and value is None else value
+            )
+            if name in TEMPERATURES
+            else value
+            for name, value in values.items()
+        },
+        _as_input(num_items),
+    )
+    replaced = {
+        row.name: values[row.name]
+        if row.stand_in is None or not is_number(values[row.name])
+        else row.stand_in
+        for row in TABLE
+    }
+    if labels is None and is_number(values["alpha"]):
+        replaced["alpha"] = 1.0
+    return numbers, replaced, 1.0 if is_number(num_items) else num_items
+
+
+def _as_input(value: Any) -> Any:
+    return value if is_number(value) else 1.0
+
+
+def as_tensor(number: float) -> Tensor:
+    """The number as a 0-dim float64 tensor on the CPU, which a graph may compare.
+
+    torch's compiler makes the factor of a product with a tensor an input of the graph. Other ways of making a tensor of
+    a number (torch.tensor, torch.full) would make it a constant.
+    """
+    return torch.ones((), dtype=torch.float64, device="cpu") * number

@@ -1,0 +1,190 @@
+"""The one rule by which every loss saves, defers and scales its gradient in eager mode.
+
+The forward computes the gradient in the same launch as the loss, while the row is in cache, and saves it. The backward
+multiplies it by the upstream gradient, on the device, so the host reads nothing. Two cases differ:
+
+- Deferred: the forward saves its inputs, and the backward computes the gradient with the upstream factor inside. Loss
+  scaling needs this for float16: a gradient of the order 1 / (N V) is below the smallest float16, and after rounding
+  the factor comes too late.
+- retain_graph: the saved gradient stays, and the backward returns a scaled copy. Otherwise the saved tensor is scaled
+  in place and returned, which takes no memory and, if the factor is 1, no pass over it.
+
+fastkd/engine/ops.py has the same rule for custom ops. The two cannot be one: an op may not return a tensor that it was
+given, and torch does not tell a compiled backward whether the graph is retained, so an op neither overwrites the logits
+nor scales a saved gradient in place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from fastkd.call.contract import Rows, Want
+from fastkd.core.tensors import savable
+
+
+class Computed(Protocol):
+    """What a computation returns: a Result of fastkd.call.contract, or a tuple with the same fields."""
+
+    @property
+    def loss(self) -> Tensor:
+        """The loss [...] of each row."""
+
+    @property
+    def total(self) -> Tensor:
+        """The sum of the loss, times scale."""
+
+    @property
+    def parts(self) -> tuple[Tensor | None, ...]:
+        """Detached tensors that are returned with the loss."""
+
+    @property
+    def gradients(self) -> tuple[Tensor | None, ...]:
+        """The gradients of total by the first inputs."""
+
+
+class Loss(NamedTuple):
+    """A loss as :class:`Differentiable` computes it."""
+
+    # (*inputs, rows, options, want) -> Computed, such as a backend's kd_rows. A deferred want asks for no gradient.
+    compute: Callable[..., Computed]
+    options: Any  # those of the call, which have an ignore_index
+    want: Want
+    summed: bool  # whether the loss is total
+    scale_rows_: Callable[[Tensor, Tensor], None]  # the backend's: multiplies a gradient in place
+
+
+def _is_computed(*_: Any) -> Any:
+    """Stands for a computation that only the forward runs."""
+    raise AssertionError("the gradient was saved by the forward")
+
+
+def graph_is_kept() -> bool:
+    """Whether the running backward was asked to retain its graph; True where torch cannot tell."""
+    ask = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
+    return True if ask is None else bool(ask())
+
+
+def without_deferred(want: Want) -> Want:
+    """What the forward computes: no gradients if they are deferred."""
+    if not want.deferred:
+        return want
+    return want._replace(student_gradient=False, teacher_gradient=False, inplace=False)
+
+
+def of_counted_rows(upstream: Tensor, rows: Rows, ignore_index: int) -> Tensor:
+    """An upstream gradient [...] with 0 for dropped rows, where it may be infinite or NaN."""
+    if rows.weight is not None and rows.weight.dim() == upstream.dim():
+        upstream = torch.where(rows.weight == 0, 0.0, upstream)
+    if rows.labels is not None and rows.labels.dim() == upstream.dim():
+        upstream = torch.where(rows.labels == ignore_index, 0.0, upstream)
+    return upstream
+
+
+def with_upstream(rows: Rows, upstream: Tensor) -> Rows:
+    """The rows, with the upstream gradient (one number, or one per row) folded into the factors of their gradients."""
+    if upstream.dim() == 0:
+        scale = upstream if rows.scale is None else upstream * rows.scale
+        return rows._replace(scale=scale)
+    weight = upstream if rows.weight is None else upstream * rows.weight
+    return rows._replace(weight=weight.contiguous())
+
+
+def scaled(
+    scale_rows_: Callable[[Tensor, Tensor], None],
+    gradients: Sequence[Tensor | None],
+    upstream: Tensor,
+) -> tuple[Tensor | None, ...]:
+    """Saved gradients times upstream: in place, or as copies if the graph is kept."""
+    if graph_is_kept():
+        gradients = [None if gradient is None else gradient.clone() for gradient in gradients]
+    for gradient in gradients:
+        if gradient is not None:
+            scale_rows_(gradient, upstream)
+    return tuple(gradients)
+
+
+class _Once(torch.autograd.Function):
+    """Identity on a gradient; differentiating it raises, because treating it as a constant would be silently wrong."""
+
+    @staticmethod
+    def forward(ctx: Any, gradient: Tensor) -> Tensor:
+        """Return the gradient."""
+        return gradient.view_as(gradient)
+
+    @staticmethod
+    def backward(ctx: Any, *_: Any) -> Tensor:
+        """Raise."""
+        raise RuntimeError("the loss has first derivatives only, and is being differentiated twice")
+
+
+def differentiable_once(gradients: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
+    """The gradients that a backward returns; under create_graph=True, differentiating them raises."""
+    if not torch.is_grad_enabled():
+        return tuple(gradients)
+    return tuple(
+        None if gradient is None else _Once.apply(gradient.requires_grad_())
+        for gradient in gradients
+    )
+
+
+class Differentiable(torch.autograd.Function):
+    """apply(loss, rows, trained, *inputs) returns (loss, *parts); the first `trained` inputs receive gradients."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, loss: Loss, rows: Rows, trained: int, *inputs: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
+        """Compute the loss and, unless it is deferred, its gradient."""
+        want = loss.want
+        computed = loss.compute(*inputs, rows, loss.options, without_deferred(want))
+        value = computed.total if loss.summed else computed.loss
+        # torch raises if a saved tensor changes before the backward, so only what the backward reads is saved.
+        drops = (row for row in (rows.labels, rows.weight) if row is not None)
+        reads_rows = want.deferred or any(row.dim() == value.dim() for row in drops)
+        saved = inputs if want.deferred else computed.gradients
+        ctx.save_for_backward(*savable(*(rows if reads_rows else Rows()), *saved))
+        if want.inplace and not want.deferred:
+            assert inputs[0] is not None
+            torch.autograd.graph.increment_version(inputs[0])
+        # Only a deferred loss keeps its computation, which may hold tensors.
+        ctx.loss = loss if want.deferred else loss._replace(compute=_is_computed)
+        ctx.count = len(inputs)
+        ctx.dtypes = [None if x is None else x.dtype for x in inputs[:trained]]
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(*(part for part in computed.parts if part is not None))
+        return (value, *computed.parts)
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+        """Return the saved gradients times upstream, or the deferred gradients with upstream inside."""
+        if upstream is None:
+            return (None,) * (3 + ctx.count)
+        with torch.no_grad():
+            gradients = Differentiable._gradients(ctx, upstream)
+        constants = ctx.count - len(gradients)
+        return (None, None, None, *differentiable_once(gradients), *(None,) * constants)
+
+    @staticmethod
+    def _gradients(ctx: Any, upstream: Tensor) -> list[Tensor | None]:
+        loss, want = ctx.loss, ctx.loss.want
+        fields = len(Rows._fields)
+        tensors = ctx.saved_tensors  # read once: activation checkpointing raises at a second time
+        rows, saved = Rows(*tensors[:fields]), tensors[fields:]
+        upstream = of_counted_rows(upstream, rows, loss.options.ignore_index)
+        if want.deferred:
+            # The logits are needed again if the graph is kept.
+            want = want._replace(deferred=False, inplace=want.inplace and not graph_is_kept())
+            rows = with_upstream(rows, upstream)
+            gradients = loss.compute(*saved, rows, loss.options, want).gradients
+            if want.inplace:
+                torch.autograd.graph.increment_version(saved[0])
+        else:
+            gradients = scaled(loss.scale_rows_, saved, upstream)
+        return [
+            None if gradient is None else gradient.to(dtype)
+            for gradient, dtype in zip(gradients, ctx.dtypes, strict=True)
+        ]
