@@ -255,7 +255,9 @@ FAULTS = {
     "tokens of the whole vocabulary": ("topk.h", "ids[j] - call.shard.first - start", "ids[j] - start"),
     "smoothing over a shard": (
         "gradient.h", "call.label_smoothing / double(call.shard.total)", "call.label_smoothing / 7"),
-    "a shift of nothing": ("statistics.h", "a.s_max == -INF ? 0 : (", "a.s_max == -INF ? finite_max(s_max) : ("),
+    "a shift of nothing": (
+        "statistics.h", "a.s_max == -INF ? 0 : finite_max", "a.s_max == -INF ? finite_max(s_max) : finite_max"
+    ),
     "events in the order of a process": ("topk.h", "constexpr int LANES = 32;", "const int LANES = call.threads;"),
     "copies that are not waited for": ("kinds.h", "Step::results) block.each_stage", "Step::all) block.each_stage"),
 }  # fmt: skip
