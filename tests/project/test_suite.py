@@ -76,7 +76,9 @@ def test_only_where_drops_combinations(one: int, two: int) -> None:
 
 @pytest.mark.only_where(lambda absent: False)
 @pytest.mark.parametrize("one", [1])
-def test_only_where_ignores_marks_without_the_parameter(one: int, request: pytest.FixtureRequest) -> None:
+def test_only_where_ignores_marks_without_the_parameter(
+    one: int, request: pytest.FixtureRequest
+) -> None:
     cases = [item.name for item in request.session.items if "only_where_drops" in item.name]
     assert len(cases) in (0, 3)  # none if -k or a node id deselects them
 

@@ -43,7 +43,7 @@ OF_KERNELS = (
     "sums",
     "gradient",
 )
-OF_KERNELS = (*OF_KERNELS, "row", "cluster", "shard", "topk", "common/row_math")
+OF_KERNELS = (*OF_KERNELS, "row", "block", "kinds", "cluster", "shard", "topk", "common/row_math")
 
 
 def compile_host(
