@@ -195,6 +195,22 @@ def instructions(request: pytest.FixtureRequest) -> Iterator[str]:
     _C.use_instruction_set(before)
 
 
+@pytest.fixture
+def threads() -> Iterator[None]:
+    """Restore the number of threads after the test."""
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def fresh_compiler() -> Iterator[None]:
+    """Clear what torch.compile has cached, before and after the test."""
+    torch.compiler.reset()
+    yield
+    torch.compiler.reset()
+
+
 @pytest.fixture(scope="session", autouse=True)
 def poisoned_memory() -> Iterator[None]:
     """Fill torch.empty with NaN (integers with their maximum), so that an element nobody wrote shows."""

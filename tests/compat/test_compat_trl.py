@@ -196,34 +196,32 @@ def two_heads(dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
 TRAINED = ("student_hidden_states", "student_lm_head_weight", "student_lm_head_bias")
 
 
-def run_chunked(loss: Callable[..., Any], given: dict[str, Any]) -> tuple[Tensor, ...]:
+def run_chunked(loss: Callable[..., Any], arguments: dict[str, Any]) -> tuple[Tensor, ...]:
     """(loss, entropy sum, count, gradients...), with an upstream gradient that is not 1."""
-    leaves = {n: given[n].detach().requires_grad_() for n in TRAINED if n in given}
-    value, entropy, count = loss(**(given | leaves))
+    leaves = {n: arguments[n].detach().requires_grad_() for n in TRAINED if n in arguments}
+    value, entropy, count = loss(**(arguments | leaves))
     gradients = torch.autograd.grad(1.7 * value, list(leaves.values()))
     assert not entropy.requires_grad and not count.requires_grad
     return value.detach(), entropy, count, *gradients
 
 
-def loss_by_definition(given: dict[str, Any]) -> Callable[..., Any]:
-    """The loss in float64 from whole logits."""
+def logits_of(side: str, arguments: dict[str, Any]) -> Tensor:
+    """The logits of the "student" or the "teacher", scaled and capped."""
+    z = arguments[f"{side}_hidden_states"] @ arguments[f"{side}_lm_head_weight"].T
+    z = (z + arguments.get(f"{side}_lm_head_bias", 0.0)) * arguments.get(f"{side}_logit_scale", 1.0)
+    cap = arguments.get(f"{side}_final_logit_softcapping")
+    return z if cap is None else cap * torch.tanh(z / cap)
 
-    def logits(side: str, a: dict[str, Any]) -> Tensor:
-        z = a[f"{side}_hidden_states"] @ a[f"{side}_lm_head_weight"].T
-        z = (z + a.get(f"{side}_lm_head_bias", 0.0)) * a.get(f"{side}_logit_scale", 1.0)
-        cap = a.get(f"{side}_final_logit_softcapping")
-        return z if cap is None else cap * torch.tanh(z / cap)
 
-    def loss(**a: Any) -> tuple[Tensor, Tensor, Tensor]:
-        s, t = logits("student", a), logits("teacher", a)
-        rows = a["completion_mask"] != 0
-        labels = torch.where(rows, 0, -100)
-        temperature, count = a.get("temperature", 1.0), a.get("num_items_in_batch")
-        value = stock_jsd(s, t, labels, a["beta"], temperature, num_items_in_batch=count)
-        entropy = torch.special.entr(torch.softmax(s[rows].detach() / temperature, -1)).sum()
-        return value, entropy, rows.sum()
-
-    return loss
+def loss_by_definition(**arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """(loss, entropy sum, count) from whole logits."""
+    s, t = logits_of("student", arguments), logits_of("teacher", arguments)
+    rows = arguments["completion_mask"] != 0
+    labels = torch.where(rows, 0, -100)
+    temperature, count = arguments.get("temperature", 1.0), arguments.get("num_items_in_batch")
+    value = stock_jsd(s, t, labels, arguments["beta"], temperature, num_items_in_batch=count)
+    entropy = torch.special.entr(torch.softmax(s[rows].detach() / temperature, -1)).sum()
+    return value, entropy, rows.sum()
 
 
 CAPS = {
@@ -235,14 +233,14 @@ CAPS = {
 }
 
 
-def assert_chunked(given: dict[str, Any]) -> None:
+def assert_chunked(arguments: dict[str, Any]) -> None:
     """Assert that the chunked loss is as near to float64 as TRL's."""
     doubles = {
         n: v.double() if isinstance(v, Tensor) and v.is_floating_point() else v
-        for n, v in given.items()
+        for n, v in arguments.items()
     }
-    exact = run_chunked(loss_by_definition(doubles), doubles)
-    stock, actual = (run_chunked(f, given) for f in (stock_chunked, chunked_divergence_loss))
+    exact = run_chunked(loss_by_definition, doubles)
+    stock, actual = (run_chunked(f, arguments) for f in (stock_chunked, chunked_divergence_loss))
     for i, (a, b, c) in enumerate(zip(actual, stock, exact, strict=True)):
         assert a.shape == b.shape and a.dtype == b.dtype
         bar = 2 * (b - c).abs().max() + (1e-12 if i == 2 else 2**-20 * c.abs().max())
@@ -382,7 +380,7 @@ def models() -> dict[str, nn.Module]:
     }
 
 
-def gkd(trainer: type, path: Path, given: Any = None, **options: Any) -> Any:
+def gkd(trainer: type, path: Path, chosen_models: Any = None, **options: Any) -> Any:
     """A GKD trainer with half of the batches on-policy."""
     chats = [
         [{"role": "user", "content": p}, {"role": "assistant", "content": a}]
@@ -395,17 +393,17 @@ def gkd(trainer: type, path: Path, given: Any = None, **options: Any) -> Any:
     )
     data = Dataset.from_dict({"messages": chats})
     return trainer(
-        **(given or models()), args=args, train_dataset=data, eval_dataset=data,
+        **(chosen_models or models()), args=args, train_dataset=data, eval_dataset=data,
         processing_class=tiny_models.tokenizer(),
     )  # fmt: skip
 
 
-def on_policy(trainer: type, path: Path, given: Any = None, **options: Any) -> Any:
+def on_policy(trainer: type, path: Path, chosen_models: Any = None, **options: Any) -> Any:
     own = {"max_completion_length": 6, "beta": 0.3, "temperature": 1.3}
     args = DistillationConfig(**common(path) | own | options)
     data = Dataset.from_dict({"prompt": PROMPTS})
     return trainer(
-        **(given or models()), args=args, train_dataset=data, eval_dataset=data,
+        **(chosen_models or models()), args=args, train_dataset=data, eval_dataset=data,
         processing_class=tiny_models.tokenizer(),
     )  # fmt: skip
 
@@ -498,7 +496,9 @@ def test_a_mixture_of_experts(tmp_path: Path) -> None:
     for trainer_class, options in (
         (GKDTrainer, {}), (adapter.GKDTrainer, {}), (adapter.GKDTrainer, {"router_aux_loss_coef": 0.0}),
     ):  # fmt: skip
-        trainer = gkd(trainer_class, tmp_path, lmbda=0.0, max_steps=1, given=mixtures(), **options)
+        trainer = gkd(
+            trainer_class, tmp_path, lmbda=0.0, max_steps=1, chosen_models=mixtures(), **options
+        )
         trainer.train()
         losses.append(trainer.state.log_history[0])
     assert (
@@ -508,7 +508,7 @@ def test_a_mixture_of_experts(tmp_path: Path) -> None:
     assert losses[1]["loss"] == pytest.approx(losses[0]["loss"] + aux, rel=1e-5)
     assert losses[2]["loss"] == pytest.approx(losses[0]["loss"], rel=1e-5)
     with pytest.raises(ValueError, match="DistillationTrainer ignores the router's auxiliary loss"):
-        on_policy(adapter.DistillationTrainer, tmp_path, given=mixtures())
+        on_policy(adapter.DistillationTrainer, tmp_path, chosen_models=mixtures())
 
 
 def test_trl_is_not_patched() -> None:

@@ -426,13 +426,6 @@ def test_activation_checkpointing(backend: str) -> None:
 # ---- torch.compile
 
 
-@pytest.fixture
-def fresh_compiler() -> Iterator[None]:
-    torch.compiler.reset()
-    yield
-    torch.compiler.reset()
-
-
 def _outcome(run: Callable[..., Tensor], problem: Problem, at: slice) -> list[Tensor]:
     """The loss of some rows and its gradients, with an upstream gradient other than 1."""
     leaves = problem._replace(hidden=problem.hidden[at]).leaves()

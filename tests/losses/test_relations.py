@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -418,13 +418,6 @@ def test_tiles_of_any_size() -> None:
         assert_near(value, exact)
         assert_near(actual + actual.t(), derivative + derivative.t())
         assert_near(angles(*inputs, 1.0, False, budget)[0], exact)
-
-
-@pytest.fixture
-def threads() -> Iterator[None]:
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
 
 
 # One block, two, an odd and an even number of blocks.

@@ -535,13 +535,6 @@ def test_instruction_sets(instructions: str, tail: str, dtype: torch.dtype) -> N
             check_topk("cpu", student, teacher, labels, softcap=9.0, **options)
 
 
-@pytest.fixture
-def threads() -> Iterator[None]:
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
-
-
 @tails
 @pytest.mark.parametrize(("rows", "columns"), [(1, 9000), (7, 4097), (200, 100)])
 @pytest.mark.parametrize("dtype", FLOATS[1:], ids=str)
