@@ -32,7 +32,7 @@ def first_tensor(output: Any) -> Tensor:
         for member in members:
             if isinstance(member, Tensor):
                 return member
-    raise TypeError(f"no tensor in what a layer returned, a {type(output).__name__}; pass select=")
+    raise TypeError(f"no tensor in a layer's output, a {type(output).__name__}; pass select=")
 
 
 def find_logits(output: Any) -> Tensor:
@@ -446,7 +446,7 @@ class _Capture:
         layer = f"layer {name!r} of the {self.whose}"
         if not caught:
             raise RuntimeError(
-                f"{layer} was not caught: it did not run, its forward was called past its hooks, the Distiller is "
+                f"{layer} was not captured: it did not run, its forward was called without its hooks, the Distiller is "
                 "closed, or the model was compiled and had run before the Distiller was made (make it first, or call "
                 "torch.compiler.reset())"
             )

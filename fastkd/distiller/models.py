@@ -204,7 +204,7 @@ def with_decoder_inputs(
         made = shift(labels, pad, start)
     else:
         raise ValueError(
-            f"decoder_input_ids are needed by {type(inner).__name__}, which does not say how it makes them from "
+            f"decoder_input_ids are needed by {type(inner).__name__}, which has no known way to create them from "
             "labels; put them into the batch"
         )
     return {**found, "decoder_input_ids": made}
@@ -457,8 +457,8 @@ def own_loss(model: nn.Module, outputs: Any) -> Tensor | None:
     loss = loss_in(outputs)
     if loss is not None and isinstance(outputs, (tuple, list)) and not isinstance(outputs, Mapping):
         raise ValueError(
-            "the student returns a tuple that begins with a number, without labels, and what that is cannot be known; "
-            "return a dict with 'loss' and 'logits', or leave it out in so many words, by own_loss='drop'"
+            "without labels, the student returns a tuple that begins with a number, whose meaning is unknown; return a "
+            "dict with 'loss' and 'logits', or pass own_loss='drop' to ignore it"
         )
     names = [] if not isinstance(outputs, Mapping) else [
         name for name, value in outputs.items()
@@ -469,9 +469,8 @@ def own_loss(model: nn.Module, outputs: Any) -> Tensor | None:
     coefficient = _coefficient(model)
     if names != ["aux_loss"] or coefficient is None:
         raise ValueError(
-            f"the student returns {', '.join(names)} beside its logits, and which share of its loss that is cannot be "
-            "known without labels; turn it off in the student's configuration (output_router_logits=False), or leave "
-            "it out in so many words, by own_loss='drop'"
+            f"the student returns {', '.join(names)} besides its logits, with an unknown weight in its loss; turn it "
+            "off in the student's configuration (output_router_logits=False), or pass own_loss='drop' to ignore it"
         )
     aux = outputs["aux_loss"]
     return coefficient * aux if coefficient else None
@@ -592,8 +591,8 @@ def _compared(
     if own_loss == "drop":
         return shifts, None
     raise ValueError(
-        "the student's loss of labels is not the cross-entropy of its logits, and whatever it adds to that would be "
-        "lost; leave it out in so many words, by own_loss='drop', and say shift_labels"
+        "the student's loss is not the cross-entropy of its logits, so the terms that it adds would be lost; pass "
+        "own_loss='drop' to ignore them, and pass shift_labels"
     )
 
 
@@ -684,7 +683,7 @@ def check_boundaries(
     ].abs().max()
     if bool((two[0] - two[1]).abs().max() > allowed):
         raise ValueError(
-            f"{whose} reads across the examples of a packed batch: the logits of one change with the tokens of the one "
-            "before. Leave attention_mask out of the batch, pass position_ids that begin anew in each example, and "
+            f"{whose} reads across the examples of a packed batch: the logits of one depend on the tokens of the "
+            "previous one. Leave attention_mask out of the batch, pass position_ids that restart in each example, and "
             "load both models with an attn_implementation that follows them, or do not pack"
         )

@@ -86,17 +86,17 @@ def standardized_kd_loss(
     chosen, width = call.options.divergence, call.options.vocab_size
     if not chosen.normalized:
         raise ValueError(
-            f"the divergence {chosen.name!r} is one of logits, and standardisation is for one of probabilities"
+            f"the divergence {chosen.name!r} compares logits, and standardisation needs one that compares probabilities"
         )
     if chosen.target is not None and chosen.target.form == "label":
         raise ValueError(
-            f"the divergence {chosen.name!r} takes the label's part at temperature 1, of logits as they are"
+            f"the divergence {chosen.name!r} needs unstandardized logits for the label's term"
         )
     if width < 2:
         raise ValueError(f"a standard deviation needs at least 2 columns, got {width}")
     if teacher.requires_grad and torch.is_grad_enabled() and chosen.degree is None:
         raise ValueError(
-            f"teacher requires grad, and the divergence {chosen.name!r} does not say its degree; detach the teacher"
+            f"teacher requires grad, and the divergence {chosen.name!r} has no degree; detach the teacher"
         )
     kernels, extra = kernels_of(call, student, teacher)
 

@@ -126,7 +126,7 @@ def test_a_model_compiled_and_run_before_is_an_error() -> None:
     images, labels = batch()
     student(images)
     with pytest.raises(
-        RuntimeError, match="'layer1' of the student was not caught.*compiled and had run"
+        RuntimeError, match="'layer1' of the student was not captured.*compiled and had run"
     ):
         Distiller(student, teacher, terms())(images, labels=labels)
 
@@ -255,7 +255,7 @@ class Odd(Net):
 @pytest.mark.parametrize(
     ("way", "message"),
     [
-        ("skipped", "layer 'layer2' of the student was not caught: it did not run"),
+        ("skipped", "layer 'layer2' of the student was not captured: it did not run"),
         ("twice", "'layer2' of the student ran 2 times"),
         ("in place", "'layer2' of the student was changed in place"),
         ("reentrant", "ran without gradients.*use_reentrant=False"),
