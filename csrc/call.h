@@ -2,18 +2,17 @@
 #pragma once
 #include <cstdint>
 
+#include "generated/options.h"
+
 namespace fastkd {
 
 enum class Dtype : int { f32 = 0, bf16 = 1, f16 = 2 };
 
 constexpr int PARAMETERS = 8;  // of a divergence, at most
 
-// One side, student or teacher: what is done to its logits before the softmax.
-struct Tempering {
-  double temperature = 1;
-  const float* per_row = nullptr;  // [rows] or null
-  double logit_scale = 1;
-  double softcap = 0;  // 0: none
+// What is done to the logits of one side before the softmax. A softcap of 0 is none.
+struct Tempering : SideOptions {
+  const float* per_row = nullptr;  // temperatures [rows], or null
 };
 
 // What becomes of the tokens a sparse teacher does not name; fastkd/teachers/__init__.py explains them.
@@ -36,7 +35,7 @@ struct Shard {
   const double* all_sums = nullptr;         // [processes, rows, SUMS]
 };
 
-struct Loss {
+struct Loss : ScalarOptions {
   int64_t rows = 0, vocabulary = 0;
   Tempering student_tempering, teacher_tempering;
 
@@ -66,9 +65,7 @@ struct Loss {
   Target target = Target::none;
   double target_weight = 0;
 
-  double alpha = 1, label_smoothing = 0, scale = 1;
-  bool scale_by_temperature = true;
-  int64_t ignore_index = -100;
+  double scale = 1;  // multiplies the total and every gradient
   Shard shard;
 };
 

@@ -21,15 +21,15 @@ struct Buffer {
 };
 
 constexpr size_t HUGE = size_t(2) << 20;
-constexpr size_t KEPT = 2;
+constexpr size_t MAX_IDLE = 2;
 
 std::mutex mutex;
-std::vector<Buffer> idle;  // by size, smallest first
+std::vector<Buffer> idle;  // sorted by size, smallest first
 
 #if defined(__linux__)
 Buffer map(size_t bytes) {
   bytes = (bytes + HUGE - 1) / HUGE * HUGE;
-  // One huge page more than needed, so that the buffer can start on one; the rest is given back.
+  // Maps one huge page more than needed, so that the buffer can start on a huge page, and unmaps the rest.
   void* mapped = mmap(nullptr, bytes + HUGE, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
   if (mapped == MAP_FAILED) throw std::bad_alloc();
   char* begin = static_cast<char*>(mapped);
@@ -40,7 +40,7 @@ Buffer map(size_t bytes) {
   return {data, bytes};
 }
 void unmap(const Buffer& buffer) { munmap(buffer.data, buffer.bytes); }
-void offer_to_system(const Buffer& buffer) { madvise(buffer.data, buffer.bytes, MADV_FREE); }
+void mark_as_free(const Buffer& buffer) { madvise(buffer.data, buffer.bytes, MADV_FREE); }
 #else
 Buffer map(size_t bytes) {
   bytes = (bytes + 63) / 64 * 64;
@@ -49,7 +49,7 @@ Buffer map(size_t bytes) {
   return {static_cast<char*>(data), bytes};
 }
 void unmap(const Buffer& buffer) { std::free(buffer.data); }
-void offer_to_system(const Buffer&) {}
+void mark_as_free(const Buffer&) {}
 #endif
 
 Buffer acquire(size_t bytes) {
@@ -60,26 +60,26 @@ Buffer acquire(size_t bytes) {
     idle.erase(fits);
     return buffer;
   }
-  if (!idle.empty()) {  // too small for this request, and likely for the ones that follow
+  if (!idle.empty()) {  // too small for this request, and probably for the next ones
     unmap(idle.back());
     idle.pop_back();
   }
   return map(bytes);
 }
 
-void give_back(const Buffer& buffer) {
+void keep_or_unmap(const Buffer& buffer) {
   const std::lock_guard<std::mutex> lock(mutex);
-  offer_to_system(buffer);
+  mark_as_free(buffer);
   idle.insert(std::upper_bound(idle.begin(), idle.end(), buffer,
                                [](const Buffer& a, const Buffer& b) { return a.bytes < b.bytes; }),
               buffer);
-  if (idle.size() > KEPT) {
+  if (idle.size() > MAX_IDLE) {
     unmap(idle.front());
     idle.erase(idle.begin());
   }
 }
 
-// The part of the DLPack ABI (version 0, frozen) that this needs.
+// The part of the DLPack ABI (version 0, frozen) that is needed here.
 struct DLTensor {
   void* data;
   int32_t device_type, device_id, ndim;
@@ -94,15 +94,15 @@ struct DLManagedTensor {
   void (*deleter)(DLManagedTensor*);
 };
 
-struct Lent {
+struct LentTensor {
   DLManagedTensor managed;
   Buffer buffer;
   std::vector<int64_t> shape, strides;
 };
 
-void end_loan(DLManagedTensor* managed) {
-  auto* lent = static_cast<Lent*>(managed->context);
-  give_back(lent->buffer);
+void release_tensor(DLManagedTensor* managed) {
+  auto* lent = static_cast<LentTensor*>(managed->context);
+  keep_or_unmap(lent->buffer);
   delete lent;
 }
 
@@ -110,7 +110,7 @@ void end_loan(DLManagedTensor* managed) {
 
 pybind11::capsule new_output(const std::vector<int64_t>& sizes, int dtype) {
   constexpr uint8_t FLOAT = 2, BFLOAT = 4;
-  auto* lent = new Lent{{}, {}, sizes, std::vector<int64_t>(sizes.size())};
+  auto* lent = new LentTensor{{}, {}, sizes, std::vector<int64_t>(sizes.size())};
   int64_t elements = 1;
   for (size_t d = sizes.size(); d-- > 0;) {
     lent->strides[d] = elements;
@@ -126,11 +126,11 @@ pybind11::capsule new_output(const std::vector<int64_t>& sizes, int dtype) {
   lent->managed = {{lent->buffer.data, 1, 0, int32_t(sizes.size()), dtype == 1 ? BFLOAT : FLOAT, uint8_t(8 * width), 1,
                     lent->shape.data(), lent->strides.data(), 0},
                    lent,
-                   end_loan};
+                   release_tensor};
   return pybind11::capsule(&lent->managed, "dltensor", [](PyObject* capsule) {
-    // Renamed once a consumer has taken it over; then it calls the deleter itself.
+    // A consumer that takes the tensor renames the capsule, and calls the deleter itself.
     if (PyCapsule_IsValid(capsule, "dltensor"))
-      end_loan(static_cast<DLManagedTensor*>(PyCapsule_GetPointer(capsule, "dltensor")));
+      release_tensor(static_cast<DLManagedTensor*>(PyCapsule_GetPointer(capsule, "dltensor")));
   });
 }
 

@@ -1,5 +1,6 @@
-// fastkd._C: the native kernels behind pybind11. Tensors arrive as addresses, shapes and strides, so that this module
-// neither includes nor links torch; fastkd/backends/cpu.py is its only caller, and fastkd.functional has validated everything.
+// fastkd._C: the CPU kernels behind pybind11. Tensors are passed as addresses, shapes and strides, so this module
+// neither includes nor links torch. fastkd/backends/cpu.py is its only caller, with arguments that fastkd.functional
+// has validated.
 
 #include <cstdlib>
 #include <stdexcept>
@@ -26,7 +27,7 @@ struct InstructionSet {
   InstructionSet{#isa, fastkd::isa::kd_rows, fastkd::isa::topk_rows, fastkd::isa::scale_rows,             \
                  fastkd::isa::mutual_rows, fastkd::isa::angles}
 
-// What this processor runs, best first.
+// The instruction sets that this processor supports, best first.
 std::vector<InstructionSet> supported() {
   std::vector<InstructionSet> sets;
 #if defined(__x86_64__)
@@ -100,8 +101,8 @@ void angles(int64_t points, uintptr_t student, uintptr_t teacher, double delta, 
   chosen->angles(call);
 }
 
-// temperature, weight of the peers' term, scale, whether T^2 multiplies, peers; labels, ignore_index, weight, scale on the
-// device; loss, total and the two parts
+// temperature, weight of the peers' term, scale, whether T^2 multiplies, peers; labels, ignore_index, weight, scale on
+// the device; loss, total and the two parts
 using Mutual = std::tuple<double, double, double, bool, int, uintptr_t, int64_t, uintptr_t, uintptr_t, uintptr_t, uintptr_t,
                           uintptr_t, uintptr_t>;
 
@@ -142,14 +143,15 @@ PYBIND11_MODULE(_C, module) {
   module.def("angles", &angles);
   module.def("mutual_rows", &mutual_rows);
   module.def("new_output", &fastkd::new_output);
-  module.def("idle_output_bytes", &fastkd::idle_output_bytes, "Bytes kept for later outputs, free to the system.");
-  module.def("release_idle_outputs", &fastkd::release_idle_outputs, "Unmap them.");
+  module.def("idle_output_bytes", &fastkd::idle_output_bytes, "Bytes of the buffers kept for later outputs, which the system may reclaim.");
+  module.def("release_idle_outputs", &fastkd::release_idle_outputs, "Unmap the buffers kept for later outputs.");
+  module.attr("OPTION_NAMES") = fastkd::OPTION_NAMES;
   module.attr("STATISTICS") = fastkd::STATISTICS;
   module.attr("APART_STATISTICS") = fastkd::APART_STATISTICS;
   module.attr("TAIL_STATISTICS") = fastkd::TAIL_STATISTICS;
   module.attr("SUMS") = fastkd::SUMS;
-  module.def("divergences", &fastkd::baseline::divergences, "The names of the definitions that are compiled in, by number.");
-  module.def("instruction_sets", &instruction_sets, "The instruction sets this processor has kernels for, best first.");
-  module.def("instruction_set", [] { return chosen->name; }, "The one in use.");
-  module.def("use_instruction_set", &use_instruction_set, py::arg("name"), "Use another one; for tests and benchmarks.");
+  module.def("divergences", &fastkd::baseline::divergences, "Names of the compiled definitions, by number.");
+  module.def("instruction_sets", &instruction_sets, "Instruction sets that this processor supports, best first.");
+  module.def("instruction_set", [] { return chosen->name; }, "The instruction set in use.");
+  module.def("use_instruction_set", &use_instruction_set, py::arg("name"), "Use another instruction set; for tests and benchmarks.");
 }

@@ -62,7 +62,7 @@ def _in_python(text: str, function: str) -> tuple[int, str] | None:
 
 
 def _in_cpp(text: str, function: str) -> tuple[int, str] | None:
-    for match in re.finditer(rf"^[^\n/#;=]*\b{function}\([^;{{]*?\)[^;{{]*\{{", text, re.M):
+    for match in re.finditer(rf"^[^\n/#;=?]*\b{function}\([^;{{]*?\)[^;{{]*\{{", text, re.M):
         depth, end = 1, match.end()
         while depth and end < len(text):
             depth += {"{": 1, "}": -1}.get(text[end], 0)

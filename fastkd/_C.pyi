@@ -1,5 +1,6 @@
 from typing import Any
 
+OPTION_NAMES: str
 STATISTICS: int
 APART_STATISTICS: int
 TAIL_STATISTICS: int

@@ -1,5 +1,6 @@
 from typing import Any
 
+OPTION_NAMES: str
 STATISTICS: int  # numbers a row that processes exchange which share a vocabulary
 SUMS: int
 

@@ -1,4 +1,4 @@
-"""The backends under test, and the conditions every test runs in."""
+"""The backends under test, and the settings of every test."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_report_header(config: pytest.Config) -> str | None:
-    """Left out and not skipped, so it is said once."""
+    """Report stacks tests once, because they are left out, not skipped."""
     return None if _with_stacks(config) else "tests of other stacks: left out (make test-stacks)"
 
 
@@ -142,7 +142,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def _present(name: str) -> str:
-    """A backend that cannot run here fails its tests: a broken build is never green."""
+    """Fail the tests of a backend that cannot run here, so that a broken build is never green."""
     obstacle = fastkd.available_backends()[name]
     if obstacle is not None:
         pytest.fail(
@@ -172,7 +172,7 @@ def any_backend(request: pytest.FixtureRequest) -> Iterator[str]:
 
 
 def _instruction_sets() -> list[str]:
-    """Of the native extension; none, and tests that want them are skipped, where it is missing."""
+    """The instruction sets of the native extension; if it is missing, tests that need them are skipped."""
     try:
         from fastkd import _C
     except ImportError:

@@ -1,15 +1,15 @@
-// The angles of relational distillation (fastkd/relations.py) on the CPU, with their derivatives. Compiled once for each
-// instruction set, into its own namespace.
+// The angles of relational distillation (fastkd/relations.py) on the CPU, with their derivatives. Compiled once per
+// instruction set, each time into its own namespace.
 //
-// Of three points the law of cosines has the angle at j between i and k, from half the squared distances h and the
+// For three points, the law of cosines gives the angle at j between i and k from half the squared distances h and the
 // reciprocals r of the distances:
 //
 //   c_jik = (h_ij + h_kj - h_ik) r_ij r_kj
 //
-// Points are cut into blocks. A tile is the pairs (i, k) of two blocks, with all j: what it needs of pairs stays in
-// the cache, and j brings two segments of a row of distances. In each of the rounds below no block is in two tiles, and
-// a tile adds only to columns of its own blocks; so threads share a round without locks, every sum has one order, and
-// the result is bitwise the same for any number of threads.
+// Points are divided into blocks. A tile consists of the pairs (i, k) of two blocks, with all j. Its distances between
+// pairs stay in the cache, and each j adds two segments of a row of distances. In each round below, no block is in two
+// tiles, and a tile adds only to columns of its own blocks. Threads therefore share a round without locks, every sum
+// has a fixed order, and the result has the same bits for any number of threads.
 
 #include "kernel.h"
 
@@ -49,14 +49,14 @@ FASTKD_INLINE double sum_lanes(D v) {
   return lanes[0];
 }
 
-// With 0 in so many of the first lanes.
+// v with its first lanes set to 0.
 FASTKD_INLINE D later(int64_t lanes, D v) {
   L lane;
   for (int i = 0; i < WIDE; ++i) lane[i] = i;
   return lane >= lanes ? v : D{};
 }
 
-// Of the distances between j and a block of points. Past the last point r is 0, and with it every cosine.
+// The distances between j and a block of points. Past the last point r is 0, so every cosine is 0, too.
 struct Segment {
   alignas(64) double half[2][BLOCK], reciprocal[2][BLOCK], derivative[BLOCK];
 
@@ -65,7 +65,7 @@ struct Segment {
       const double* row = call.distances[side] + j * call.points + first;
       for (int i = 0; i < points; ++i) {
         half[side][i] = 0.5 * row[i] * row[i];
-        reciprocal[side][i] = row[i] == 0 ? 0 : 1 / row[i];  // a point has no angle with its own
+        reciprocal[side][i] = row[i] == 0 ? 0 : 1 / row[i];  // a point at distance 0 makes no angle
       }
       std::fill(half[side] + points, half[side] + BLOCK, 0.0);
       std::fill(reciprocal[side] + points, reciprocal[side] + BLOCK, 0.0);
@@ -76,10 +76,10 @@ struct Segment {
 
 struct Tile {
   alignas(64) double half[2][BLOCK][BLOCK];
-  alignas(64) double derivative[BLOCK][BLOCK];  // of the sum of losses to -h_ik
-  Segment left, right;                          // of i and of k; on the diagonal left is both
+  alignas(64) double derivative[BLOCK][BLOCK];  // of the sum of losses by -h_ik
+  Segment left, right;                          // of i and of k; on the diagonal, left serves as both
 
-  // The sum of losses over all j and pairs i < k, and where call.derivatives is given what of it belongs to the tile.
+  // Returns the sum of losses over all j and pairs i < k. If call.derivatives is given, adds the tile's part to it.
   template <bool DERIVATIVES>
   double run(const Angles& call, int64_t left_block, int64_t right_block) {
     const bool diagonal = left_block == right_block;
@@ -112,7 +112,7 @@ struct Tile {
   }
 
  private:
-  // Pairs of i with every k from `from` on, of one j.
+  // The pairs of i with every k from `from` on, for one j.
   template <bool DERIVATIVES>
   FASTKD_INLINE void row(int i, int from, Segment& second, double delta, D& loss) {
     const D half_s = wide(left.half[STUDENT][i]), half_t = wide(left.half[TEACHER][i]);
@@ -143,12 +143,12 @@ struct Tile {
   }
 };
 
-// All pairs of blocks, in rounds in each of which a block is in one pair at most: every block with itself, then a
-// tournament in which everyone meets everyone.
+// All pairs of blocks, in rounds in which a block is in at most one pair: first every block with itself, then a
+// round-robin tournament.
 std::vector<std::vector<std::pair<int64_t, int64_t>>> rounds(int64_t blocks) {
   std::vector<std::vector<std::pair<int64_t, int64_t>>> all(1);
   for (int64_t b = 0; b < blocks; ++b) all[0].emplace_back(b, b);
-  const int64_t circle = (blocks + 1) / 2 * 2 - 1;  // all but one sit in it; an odd number of blocks has a seat empty
+  const int64_t circle = (blocks + 1) / 2 * 2 - 1;  // all blocks but one; an odd number of blocks leaves a seat empty
   for (int64_t round = 0; round < circle && blocks > 1; ++round) {
     all.emplace_back();
     for (int64_t t = 0; t <= circle / 2; ++t) {
@@ -180,7 +180,7 @@ void angles(const Angles& call) {
   }
   *call.loss = 0;
   for (const auto& round : losses)
-    for (const double loss : round) *call.loss += 2 * loss;  // of (i, k) and of (k, i)
+    for (const double loss : round) *call.loss += 2 * loss;  // (i, k) and (k, i)
 }
 
 }  // namespace fastkd::FASTKD_ISA

@@ -1,4 +1,4 @@
-// What crosses from Python to a kernel: plain numbers and pointers, no torch.
+// The arguments of the CPU kernels: numbers and pointers, without torch.
 #pragma once
 #include <cstdint>
 #include <string>
@@ -8,44 +8,45 @@
 
 namespace fastkd {
 
-// The logits or gradients of all rows: any strides (in elements) over the leading dimensions, a unit stride over V.
+// The logits or gradients of all rows: any strides, in elements, over the leading dimensions; stride 1 over the
+// columns.
 struct Rows {
   char* data = nullptr;
   Dtype dtype = Dtype::f32;
-  int64_t width = 0;  // its columns; those past Call::vocabulary are padding
+  int64_t width = 0;  // columns; columns past Call::vocabulary are padding
   std::vector<int64_t> strides;
 };
 
 struct Call : Loss {
   std::vector<int64_t> sizes;  // leading shape
-  Rows student, teacher, student_gradient, teacher_gradient;  // gradients: data is null where not wanted
+  Rows student, teacher, student_gradient, teacher_gradient;  // gradients: data is null if not wanted
   int threads = 1;
 };
 
-// Of the angles among points (angles.cpp).
+// The loss over the angles among points (angles.cpp).
 struct Angles {
   int64_t points = 0;
-  const double* distances[2] = {};  // of the student and of the teacher, [points, points]
-  double delta = 1;                 // of Huber's loss
-  double* loss = nullptr;           // the sum over triples of three points
-  // Null where not wanted, else zeros [points, points], which become a matrix that, with its transpose added, is the
-  // derivative of the loss to the student's squared distances.
+  const double* distances[2] = {};  // [points, points] of the student and of the teacher
+  double delta = 1;                 // of the Huber loss
+  double* loss = nullptr;           // sum over all triples of points
+  // Null if not wanted, else zeros [points, points]. Filled with a matrix D so that D + D^T is the derivative of the
+  // loss by the student's squared distances.
   double* derivatives = nullptr;
   int threads = 1;
 };
 
-// What each student of a group learns from the others, where fastkd/online/mutual.py explains them.
+// What each student of a group learns from the others; fastkd/online/mutual.py explains the choices.
 enum class Peers : int { mean = 0, sum = 1, average = 2 };
 
 struct MutualCall {
   int64_t rows = 0, vocabulary = 0;
   std::vector<int64_t> sizes;           // leading shape
-  std::vector<Rows> logits, gradients;  // one a student; gradients: data is null where not wanted
+  std::vector<Rows> logits, gradients;  // one per student; gradients: data is null if not wanted
   double temperature = 1, peer_weight = 1, scale = 1;
   bool scale_by_temperature = true;
   Peers peers = Peers::mean;
 
-  // [rows], null where not given
+  // [rows], null if not given
   const int64_t* labels = nullptr;
   const float* weight = nullptr;
   const float* scale_on_device = nullptr;  // one element
@@ -53,16 +54,16 @@ struct MutualCall {
 
   float* loss = nullptr;           // [students, rows]
   float* total = nullptr;          // [students]
-  float* divergence = nullptr;     // [students, rows], or null where not wanted
-  float* cross_entropy = nullptr;  // likewise
+  float* divergence = nullptr;     // [students, rows], null if not wanted
+  float* cross_entropy = nullptr;  // [students, rows], null if not wanted
   int threads = 1;
 };
 
-// Numbers a row that processes exchange where they share a vocabulary: of a dense teacher, of one whose probability of
-// the label is compared apart, of a sparse one, and of sums.
+// Numbers per row that ranks exchange if the vocabulary is divided among them: statistics with a dense teacher, with a
+// label term, with a sparse teacher; and sums.
 constexpr int64_t STATISTICS = 15, APART_STATISTICS = 17, TAIL_STATISTICS = 8, SUMS = 3;
 
-// One for each instruction set, from the same source.
+// The kernels of each instruction set, from the same source.
 #define FASTKD_DECLARE(isa)                  \
   namespace isa {                            \
   void kd_rows(const Call&);                 \

@@ -1,18 +1,19 @@
-// Deep mutual learning on the CPU: the losses of a row's M students and their gradients, in two sweeps over its blocks.
+// Deep mutual learning on the CPU: the losses of M students and their gradients, in two sweeps over the blocks of a
+// row.
 //
-//   statistics   maximum and sum of exponentials of each student's block;  merged in double, in block order
-//   peers        with p of all students at hand, sums over students in place of sums over pairs
+//   statistics   maximum and sum of exponentials of each student's block, merged in double, in block order
+//   peers        probabilities of all students, and sums over students instead of sums over pairs
 //
-// In a column let r be the student of the largest p, u_l = (z_l - max_l) - (z_r - max_r), and c_l the log-sum-exp of the
-// row less its maximum. Then, as the peer l = k adds nothing,
+// In a column, let r be the student with the largest p, u_l = (z_l - max_l) - (z_r - max_r), and c_l the log-sum-exp of
+// the row minus its maximum. The peer l = k contributes 0, so
 //
 //   sum_(l != k) p_l log(p_l / p_k) = (sum_l p_l u_l - S u_k) / T - sum_l p_l (c_l - c_k),    S = sum_l p_l
 //
-// whose last term is a number a row, and is left to double. p_l |u_l| is small whoever l is, so nothing large cancels;
-// equal students have u = 0 and c_l = c_k, and a divergence of exactly 0. The gradient by z_k / T is M p_k - S.
+// The last term is one number per row, computed in double. p_l |u_l| is small for every l, so nothing large cancels.
+// Equal students have u = 0 and c_l = c_k, and a divergence of exactly 0. The gradient by z_k / T is M p_k - S.
 //
-// Exponentials are kept in scratch while those of a row fit in the cache, else computed again, last block first.
-// A row whose sums are not finite is done again with the policy for log 0 (fastkd/backends/reference.py, evaluate).
+// Exponentials are kept in scratch memory if those of a row fit in the cache, else recomputed, last block first. A row
+// whose sums are not finite is computed again with the policy for log 0 (fastkd/backends/reference.py, evaluate).
 
 #include "kernel.h"
 
@@ -27,45 +28,44 @@
 #include <limits>
 #include <vector>
 
-#pragma GCC diagnostic ignored "-Wunused-function"  // of blocks.h, this needs a part
+#pragma GCC diagnostic ignored "-Wunused-function"  // only part of the headers is used here
 
 namespace fastkd::FASTKD_ISA {
 
 #include "vec.h"
 
-#include "../generated/divergences.h"
-
-#include "blocks.h"
+#include "load_store.h"
+#include "softmax.h"
 
 namespace {
 
-// log x of a normal number x > 0: as log1p has it, without the 1.
+// log x for a normal number x > 0, as in log1p.
 FASTKD_INLINE V log_of_normal(V x) {
   const I k = ((I)x - 0x3f3504f3) >> 23;
   return log1p_near_0((V)((I)x - (k << 23)) - 1.0f) + __builtin_convertvector(k, V) * 0.69314718f;
 }
 
-// One student's numbers for a block.
+// One student in one block.
 struct PeerView {
   const float *z, *e;
-  float max;          // of the row
+  float max;          // maximum of the row
   float weight;       // p = e * weight
   float inverse, log_sum;  // log p = (z - max) * inverse - log_sum
-  float plain_weight;      // the gradient of the cross-entropy is exp(z - max) * plain_weight, but for the label
+  float weight_t1;      // the cross-entropy's gradient is exp(z - max) * weight_t1, except for the label
 };
 
 struct PeersView {
   int students;
   const PeerView* peers;
-  float gradient;      // multiplies M p - S
-  float plain;         // multiplies p: of the cross-entropy where it is of the same softmax
+  float gradient;      // scale of M p - S
+  float ce_scale;         // scale of p: the cross-entropy's gradient if it has the same softmax
   float share;         // 1 / (M - 1)
   float* out;          // [students, STRIP], gradients
-  V *sums, *scratch;   // [students]; [4 * students] where their number is not known to the compiler
+  V *sums, *scratch;   // [students]; [4 * students] if the compiler does not know their number
 };
 
-// Adds the columns from..to of a block to the sums, and leaves their gradients. M: students, 0 for any number.
-template <int M, bool AVERAGE, bool AT_1, bool LOG_0>
+// Adds the columns from..to of a block to the sums, and stores their gradients. M: number of students, 0 for any.
+template <int M, bool AVERAGE, bool T1, bool LOG_0>
 void peers_strip(const PeersView& view, int from, int to) {
   const int students = M ? M : view.students;
   V local[M ? 3 * M : 1];
@@ -82,7 +82,7 @@ void peers_strip(const PeersView& view, int from, int to) {
       p[k] = load(peer.e + i) * peer.weight;
       u[k] = load(peer.z + i) - peer.max;
       I higher = k == 0 ? I{} - 1 : p[k] > p_top;
-      if (LOG_0) higher |= z_top == -INF;  // while all before are gone, though p may be 0 as well
+      if (LOG_0) higher |= z_top == -INF;  // all students so far are at -inf; p may be 0, too
       p_top = where(higher, p[k], p_top);
       z_top = where(higher, u[k], z_top);
     }
@@ -90,14 +90,14 @@ void peers_strip(const PeersView& view, int from, int to) {
 #pragma GCC unroll 4
     for (int k = 0; k < students; ++k) {
       sum += p[k];
-      below += p[k] - p_top;  // and not M p - S from S, which would round where students agree
+      below += p[k] - p_top;  // not computed as M p - S, which would be rounded if students agree
       if (AVERAGE) continue;
       const I gone = u[k] == -INF;
       u[k] = LOG_0 ? where(gone, u[k], u[k] - z_top) : u[k] - z_top;
       moment += LOG_0 ? where(gone, V{}, p[k] * u[k]) : p[k] * u[k];
     }
-    // strip += m log(m / p) - (m - p), m the mean of the others, added up without taking p away again. The last term has
-    // no sum; with it no column is negative, nor of the size of m - p where students are close.
+    // strip += m log(m / p) - (m - p), where m is the mean of the others, summed without subtracting p from a total.
+    // The last term sums to 0 over a row. With it, no column is negative, nor as large as m - p if students are close.
     if (AVERAGE) {
       V* const after = strip + students;
       after[students - 1] = V{};
@@ -122,9 +122,9 @@ void peers_strip(const PeersView& view, int from, int to) {
         const V at_log_0 = where(p_top >= NEGLIGIBLE, splat(INF), V{});
         strip[k] += LOG_0 ? where(u[k] == -INF, at_log_0, term) : term;
       }
-      const V towards = ((p[k] - p_top) * count - below) * view.gradient;
-      const V plain = AT_1 ? UNTEMPERED.exponential(load(peer.z + i) - peer.max) * peer.plain_weight : p[k] * view.plain;
-      store(view.out + k * STRIP + (i - from), towards + plain);
+      const V toward_peers = ((p[k] - p_top) * count - below) * view.gradient;
+      const V of_q = T1 ? UNTEMPERED.exponential(load(peer.z + i) - peer.max) * peer.weight_t1 : p[k] * view.ce_scale;
+      store(view.out + k * STRIP + (i - from), toward_peers + of_q);
     }
   }
   for (int k = 0; k < students; ++k) view.sums[k] += strip[k];
@@ -132,43 +132,43 @@ void peers_strip(const PeersView& view, int from, int to) {
 
 using PeersKernel = decltype(&peers_strip<0, false, false, false>);
 
-template <bool AT_1>
+template <bool T1>
 PeersKernel peers_kernel(int students, bool average, bool log_0) {
-  if (average) return peers_strip<0, true, AT_1, false>;
-  if (log_0) return peers_strip<0, false, AT_1, true>;
+  if (average) return peers_strip<0, true, T1, false>;
+  if (log_0) return peers_strip<0, false, T1, true>;
   switch (students) {
-    case 2: return peers_strip<2, false, AT_1, false>;
-    case 3: return peers_strip<3, false, AT_1, false>;
-    case 4: return peers_strip<4, false, AT_1, false>;
-    default: return peers_strip<0, false, AT_1, false>;
+    case 2: return peers_strip<2, false, T1, false>;
+    case 3: return peers_strip<3, false, T1, false>;
+    case 4: return peers_strip<4, false, T1, false>;
+    default: return peers_strip<0, false, T1, false>;
   }
 }
 
-// What the first sweep leaves of a student's block.
+// Statistics of one student's block.
 struct PeerBlock {
   float max;
-  double sum, plain_sum;  // of exp((z - max) / T), and at temperature 1
+  double exp_sum, exp_sum_t1;  // sums of exp((z - max) / T), and of exp(z - max)
 };
 
-template <bool AT_1>
+template <bool T1>
 void exponentials(const float* z, int n, const Softmax& softmax, const char* next, int width, float* e, PeerBlock& out) {
-  V sum{}, plain_sum{};
+  V sum{}, exp_sum_t1{};
   const V max = splat(out.max);
   for (int start = 0; start < n; start += STRIP) {
-    V strip{}, plain_strip{};
+    V strip{}, strip_t1{};
     for (int i = start; i < std::min(start + STRIP, n); i += LANES) {
       __builtin_prefetch(next + i * width, 0, 2);
       const V gap = load(z + i) - max;
       const V power = softmax.exponential(gap);
       store(e + i, power);
       strip += power;
-      if (AT_1) plain_strip += UNTEMPERED.exponential(gap);
+      if (T1) strip_t1 += UNTEMPERED.exponential(gap);
     }
     sum += strip;
-    plain_sum += plain_strip;
+    exp_sum_t1 += strip_t1;
   }
-  out.sum = sum_lanes(sum);
-  out.plain_sum = sum_lanes(plain_sum);
+  out.exp_sum = sum_lanes(sum);
+  out.exp_sum_t1 = sum_lanes(exp_sum_t1);
 }
 
 class MutualRow {
@@ -178,7 +178,7 @@ class MutualRow {
         students_(int(call.logits.size())),
         blocks_((call.vocabulary + BLOCK - 1) / BLOCK),
         softmax_(call.temperature),
-        kept_(students_ * blocks_ * BLOCK * int64_t(sizeof(float)) <= SCRATCH_BYTES),
+        keeps_exponentials_(students_ * blocks_ * BLOCK * int64_t(sizeof(float)) <= SCRATCH_BYTES),
         peers_(students_),
         sides_(students_),
         statistics_(students_ * blocks_),
@@ -186,7 +186,7 @@ class MutualRow {
         registers_(4 * students_),
         out_(students_ * STRIP),
         z_(students_ * BLOCK),
-        e_(students_ * (kept_ ? blocks_ : 1) * BLOCK) {
+        e_(students_ * (keeps_exponentials_ ? blocks_ : 1) * BLOCK) {
     int64_t bytes = 0;
     for (const Rows& gradient : call.gradients)
       if (gradient.data) bytes += call.rows * gradient.width * element_size(gradient.dtype);
@@ -202,7 +202,7 @@ class MutualRow {
       weight_ = std::nan("");
       label_ = 0;
     }
-    separate_at_1_ = call_.labels && call_.temperature != 1;
+    separate_t1_ = call_.labels && call_.temperature != 1;
     statistics();
     if (!sweep(false)) sweep(true);
     results();
@@ -211,9 +211,9 @@ class MutualRow {
  private:
   struct Side {
     const char* logits;
-    char* gradient;  // or null
+    char* gradient;  // null if not wanted
     Adjustment adjust;
-    double max, log_sum, plain_log_sum;
+    double max, log_sum, log_sum_t1;
   };
 
   int columns(int64_t b) const { return int(std::min<int64_t>(BLOCK, call_.vocabulary - b * BLOCK)); }
@@ -226,13 +226,13 @@ class MutualRow {
     return load_block(sides_[k].logits, call_.logits[k].dtype, b * BLOCK, columns(b), sides_[k].adjust, &z_[k * BLOCK]);
   }
 
-  float* place_of_exponentials(int k, int64_t b) { return &e_[(kept_ ? k * blocks_ + b : k) * BLOCK]; }
+  float* exponentials_at(int k, int64_t b) { return &e_[(keeps_exponentials_ ? k * blocks_ + b : k) * BLOCK]; }
 
-  void exponentials_of(int k, int64_t b, const float* z, bool at_1) {
+  void compute_exponentials(int k, int64_t b, const float* z, bool t1) {
     const int width = element_size(call_.logits[k].dtype);
     const char* next = sides_[k].logits + std::min((b + 1) * BLOCK, call_.vocabulary - columns(b)) * width;
-    (at_1 ? exponentials<true> : exponentials<false>)(z, padded(columns(b)), softmax_, next, width,
-                                                      place_of_exponentials(k, b), statistics_[k * blocks_ + b]);
+    (t1 ? exponentials<true> : exponentials<false>)(z, padded(columns(b)), softmax_, next, width,
+                                                      exponentials_at(k, b), statistics_[k * blocks_ + b]);
   }
 
   void statistics() {
@@ -241,13 +241,13 @@ class MutualRow {
       side.logits = place(call_.logits[k], call_.sizes, row_);
       side.gradient = place(call_.gradients[k], call_.sizes, row_);
       side.adjust = {};
-      side.adjust.shift = low_top(side.logits, call_.logits[k].dtype, call_.vocabulary, side.adjust);
+      side.adjust.shift = low_max(side.logits, call_.logits[k].dtype, call_.vocabulary, side.adjust);
     }
     for (int64_t b = 0; b < blocks_; ++b)
       for (int k = 0; k < students_; ++k) {
         const float* z = load(k, b);
         statistics_[k * blocks_ + b].max = maximum_of(z, padded(columns(b)));
-        exponentials_of(k, b, z, separate_at_1_);
+        compute_exponentials(k, b, z, separate_t1_);
       }
     for (int k = 0; k < students_; ++k) merge(sides_[k], &statistics_[k * blocks_]);
   }
@@ -255,27 +255,27 @@ class MutualRow {
   void merge(Side& side, const PeerBlock* blocks) {
     side.max = -INF;
     for (int64_t b = 0; b < blocks_; ++b) side.max = std::max(side.max, double(blocks[b].max));
-    double sum = 0, plain_sum = 0;
+    double sum = 0, exp_sum_t1 = 0;
     for (int64_t b = 0; b < blocks_; ++b) {
-      sum += rise(side, blocks[b], softmax_) * blocks[b].sum;
-      if (separate_at_1_) plain_sum += rise(side, blocks[b], UNTEMPERED) * blocks[b].plain_sum;
+      sum += rescale_factor(side, blocks[b], softmax_) * blocks[b].exp_sum;
+      if (separate_t1_) exp_sum_t1 += rescale_factor(side, blocks[b], UNTEMPERED) * blocks[b].exp_sum_t1;
     }
     side.log_sum = std::log(sum);
-    side.plain_log_sum = separate_at_1_ ? std::log(plain_sum) : side.log_sum;
+    side.log_sum_t1 = separate_t1_ ? std::log(exp_sum_t1) : side.log_sum;
   }
 
-  static double rise(const Side& side, const PeerBlock& block, const Softmax& softmax) {
+  static double rescale_factor(const Side& side, const PeerBlock& block, const Softmax& softmax) {
     return std::exp((block.max - side.max) / softmax.temperature);
   }
 
-  // Everything of the second sweep; whether the sums are finite.
+  // The second sweep. False if a sum is not finite.
   bool sweep(bool log_0) {
     const bool average = call_.peers == Peers::average;
-    const auto kernel = (separate_at_1_ ? peers_kernel<true> : peers_kernel<false>)(students_, average, log_0);
+    const auto kernel = (separate_t1_ ? peers_kernel<true> : peers_kernel<false>)(students_, average, log_0);
     const double scale = weight_ * call_.scale * (call_.scale_on_device ? *call_.scale_on_device : 1);
-    const double share = 1.0 / (students_ - 1), plain = call_.labels ? scale : 0;
+    const double share = 1.0 / (students_ - 1), ce_scale = call_.labels ? scale : 0;
     const double gradient = scale * factor() / softmax_.temperature;
-    PeersView view{students_, peers_.data(), float(gradient), float(plain), float(share),
+    PeersView view{students_, peers_.data(), float(gradient), float(ce_scale), float(share),
                    out_.data(), sums_.data(), registers_.data()};
     divergence_.assign(students_, 0);
     bool finite = true;
@@ -284,15 +284,15 @@ class MutualRow {
       for (int k = 0; k < students_; ++k) {
         const Side& side = sides_[k];
         const float* z = load(k, b);
-        if (!kept_) exponentials_of(k, b, z, false);
-        const double weight = rise(side, statistics_[k * blocks_ + b], softmax_) * std::exp(-side.log_sum);
-        peers_[k] = {z, place_of_exponentials(k, b), float(side.max), float(weight), softmax_.inverse,
-                     float(side.log_sum), float(plain * std::exp(-side.plain_log_sum))};
+        if (!keeps_exponentials_) compute_exponentials(k, b, z, false);
+        const double weight = rescale_factor(side, statistics_[k * blocks_ + b], softmax_) * std::exp(-side.log_sum);
+        peers_[k] = {z, exponentials_at(k, b), float(side.max), float(weight), softmax_.inverse,
+                     float(side.log_sum), float(ce_scale * std::exp(-side.log_sum_t1))};
         sums_[k] = V{};
       }
       for (int from = 0; from < n; from += STRIP) {
         kernel(view, from, std::min(from + STRIP, padded(n)));
-        store(b * BLOCK + from, std::min(STRIP, n - from), plain);
+        store(b * BLOCK + from, std::min(STRIP, n - from), ce_scale);
       }
       for (int k = 0; k < students_; ++k) divergence_[k] += sum_lanes(sums_[k]);
     }
@@ -300,16 +300,16 @@ class MutualRow {
     return finite;
   }
 
-  void store(int64_t start, int n, double plain) {
+  void store(int64_t start, int n, double ce_scale) {
     const bool with_label = label_ >= start && label_ < start + n;
     for (int k = 0; k < students_; ++k) {
       float* out = &out_[k * STRIP];
-      if (with_label) out[label_ - start] -= float(plain);
+      if (with_label) out[label_ - start] -= float(ce_scale);
       if (sides_[k].gradient) store_block(sides_[k].gradient, call_.gradients[k].dtype, start, n, out, past_cache_);
     }
   }
 
-  // What multiplies the divergence, the gradient's 1 / T apart.
+  // Scale of the divergence; the gradient has a factor 1 / T as well.
   double factor() const {
     const double t_squared = call_.scale_by_temperature ? call_.temperature * call_.temperature : 1;
     return call_.peer_weight * t_squared / (call_.peers == Peers::sum ? 1 : students_ - 1);
@@ -319,13 +319,13 @@ class MutualRow {
     for (int k = 0; k < students_; ++k) {
       double divergence = divergence_[k];
       if (call_.peers == Peers::average) {
-        divergence *= students_ - 1;  // factor() is that of a sum over peers
+        divergence *= students_ - 1;  // factor() is meant for a sum over peers
       } else {
         divergence /= softmax_.temperature;
         for (const Side& peer : sides_) divergence -= peer.log_sum - sides_[k].log_sum;
       }
       divergence = call_.peer_weight ? divergence * factor() : 0;
-      const double cross_entropy = call_.labels ? sides_[k].plain_log_sum + sides_[k].max - z_of_label(k) : 0;
+      const double cross_entropy = call_.labels ? sides_[k].log_sum_t1 + sides_[k].max - z_of_label(k) : 0;
       const int64_t place = k * call_.rows + row_;
       call_.loss[place] = float(weight_ * (divergence + cross_entropy));
       if (call_.divergence) call_.divergence[place] = float(divergence);
@@ -352,8 +352,8 @@ class MutualRow {
   const int students_;
   const int64_t blocks_;
   const Softmax softmax_;
-  const bool kept_;  // whether the exponentials of the whole row are
-  bool past_cache_ = false, separate_at_1_ = false;
+  const bool keeps_exponentials_;  // whether the exponentials of the whole row are kept
+  bool past_cache_ = false, separate_t1_ = false;
   int64_t row_ = 0, label_ = 0;
   float weight_ = 1;
   std::vector<PeerView> peers_;

@@ -1,21 +1,24 @@
-// The row loss and its gradient on the CPU. Compiled once for each instruction set, into its own namespace.
+// The row loss and its gradient on the CPU. Compiled once per instruction set, each time into its own namespace.
 //
-// A row is cut into blocks of 2048 columns, and a row is three phases over its blocks:
+// A row is divided into blocks of 2048 columns and computed in three phases over its blocks:
 //
-//   statistics   maximum, sum of exponentials and moments of each block;  merged in double, in block order
-//   sums         of phi and g, where no closed form gives them;           merged likewise
+//   statistics   maximum, sum of exponentials and moments of each block, merged in double, in block order
+//   sums         sums of phi and g if there is no closed form, merged likewise
 //   gradient     written block by block
 //
-// A block's numbers do not depend on who computes it, so the result is bitwise the same for any number of threads:
-// threads share the rows, or the blocks of a row where there are fewer rows than threads. The exponentials of the
-// first phase are kept in scratch memory while a row of them fits in the cache. Then the gradient of a row, which
-// waits for memory, runs alongside the statistics of the next, which wait for arithmetic: see PendingGradient.
-// Otherwise they are computed again, last block first, since its logits are still in the cache.
+// The numbers of a block do not depend on the thread that computes it, so the result has the same bits for any number
+// of threads. Threads share the rows or, if there are fewer rows than threads, the blocks of a row.
 //
-// Phases are optimistic about log 0: arithmetic on -inf gives NaN exactly where the policy of
-// fastkd/backends/reference.py (evaluate) matters, and a row whose merged sums are not finite is done again with the policy.
-
-// Read on in blocks.h (a block), row.h (the phases of a row), topk.h (a sparse teacher); the entry points are here.
+// The exponentials of the first phase are kept in scratch memory if those of a row fit in the cache. The gradient of a
+// row, which is bound by memory, then runs during the statistics of the next row, which are bound by arithmetic: see
+// PendingGradient. Otherwise the exponentials are recomputed, last block first, because its logits are still in the
+// cache.
+//
+// The first attempt at a row ignores log 0: arithmetic on -inf gives NaN exactly where the policy of
+// fastkd/backends/reference.py (evaluate) matters. A row whose merged sums are not finite is computed again with the
+// policy.
+//
+// The entry points are in this file. blocks.h has a block, row.h the phases of a row, topk.h a sparse teacher.
 
 #include "kernel.h"
 
@@ -37,6 +40,7 @@ namespace fastkd::FASTKD_ISA {
 #include "../generated/divergences.h"
 
 #include "blocks.h"
+#include "../common/row_math.h"
 #include "row.h"
 #include "topk.h"
 
@@ -48,9 +52,9 @@ void write_total(const Call& call) {
   *call.total = float(total * call.scale * (call.scale_on_device ? *call.scale_on_device : 1));
 }
 
-// A step of rows that processes share. Threads share the rows.
+// One step of rows whose vocabulary is divided among ranks. Threads share the rows.
 template <class Row>
-void steps(const Call& call) {
+void run_step(const Call& call) {
   static thread_local Workspace workspace;
   const int threads = call.rows * call.vocabulary < 4 * BLOCK ? 1 : call.threads;
 #pragma omp parallel num_threads(threads) if (threads > 1)
@@ -67,20 +71,20 @@ void steps(const Call& call) {
 }  // namespace
 
 void kd_rows(const Call& call) {
-  if (call.shard.step != Step::all) return steps<Row>(call);
+  if (call.shard.step != Step::all) return run_step<Row>(call);
   static thread_local Workspace workspace;
   const int64_t blocks = (call.vocabulary + BLOCK - 1) / BLOCK;
-  // A parallel region costs some microseconds: not for less work than that.
+  // A parallel region costs some microseconds, more than so little work does.
   const int threads = call.rows * call.vocabulary < 4 * BLOCK ? 1 : call.threads;
   if (call.rows >= threads || blocks == 1) {
-    // Chunks of neighbouring rows, so that the next row is a thread's own; small enough to balance dropped rows.
+    // Chunks of neighbouring rows, so that a thread also gets the next row; small enough to balance dropped rows.
     const int64_t chunk = std::max({int64_t(1), 4 * BLOCK / call.vocabulary, call.rows / (16 * threads)});
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {
       FlushSubnormals guard;
       BlockScratch scratch, waiting_scratch;
-      Row rows[2] = {{call, workspace}, {call, workspace}};  // they take turns, and share the exponentials' memory
-      Row* waiting = nullptr;                                // whose gradient is still to be written
+      Row rows[2] = {{call, workspace}, {call, workspace}};  // used in turn, with common memory for exponentials
+      Row* waiting = nullptr;                                // the row whose gradient is not written yet
       auto each = [&](auto phase) {
         for (int64_t b = 0; b < blocks; ++b) phase(b, scratch);
       };
@@ -130,24 +134,24 @@ void kd_rows(const Call& call) {
 }
 
 void topk_rows(const Call& call) {
-  if (call.shard.step != Step::all) return steps<TopKRow>(call);
+  if (call.shard.step != Step::all) return run_step<TopKRow>(call);
   static thread_local Workspace workspace;
   const int threads = call.rows * call.vocabulary < 4 * BLOCK ? 1 : call.threads;
   const int64_t chunk = std::max({int64_t(1), 4 * BLOCK / call.vocabulary, call.rows / (16 * threads)});
 #pragma omp parallel num_threads(threads) if (threads > 1)
   {
     FlushSubnormals guard;
-    TopKRow rows[2] = {{call, workspace}, {call, workspace}};  // they take turns, as in kd_rows
+    TopKRow rows[2] = {{call, workspace}, {call, workspace}};  // used in turn, as in kd_rows
     TopKRow* waiting = nullptr;
 #pragma omp for schedule(dynamic, chunk)
     for (int64_t i = 0; i < call.rows; ++i) {
       TopKRow& row = waiting == &rows[0] ? rows[1] : rows[0];
       if (!row.start(i)) continue;
-      if (row.sweeps()) {
+      if (row.needs_sweep()) {
         for (int64_t b = 0; b < row.blocks(); ++b) row.sweep(b, waiting);
         waiting = nullptr;
       }
-      row.settle();
+      row.finish();
       if (!row.needs_gradient()) continue;
       if (row.can_wait())
         waiting = &row;
@@ -166,7 +170,7 @@ std::vector<std::string> divergences() {
 #undef FASTKD_NAME
 }
 
-// gradient[row] *= factor[row * stride], in place; a row whose factor is 1 is not touched.
+// gradient[row] *= factor[row * stride], in place. A row whose factor is 1 is not touched.
 void scale_rows(const Call& call, const float* factor, int64_t stride) {
   const Rows& rows = call.student_gradient;
   const int64_t blocks = (rows.width + BLOCK - 1) / BLOCK;

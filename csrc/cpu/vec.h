@@ -1,9 +1,11 @@
-// A vector of floats, the vocabulary of the definitions on it, and conversions from and to bf16 and fp16.
+// A vector of floats, the functions that definitions of divergences may call, and conversions from and to bf16 and
+// fp16.
 //
-// GCC's vector types carry the arithmetic, so that one source serves SSE2, AVX2, AVX-512 and NEON. Included inside
-// the namespace of one instruction set.
+// GCC's vector types do the arithmetic, so one source serves SSE2, AVX2, AVX-512 and NEON. Include it inside the
+// namespace of an instruction set.
 
 #define FASTKD_INLINE inline __attribute__((always_inline))
+#define FASTKD_PER_ROW inline  // a function that runs once per row
 
 #if defined(__AVX512F__)
 constexpr int LANES = 16;
@@ -28,11 +30,11 @@ FASTKD_INLINE void store_half(uint16_t* x, H v) { *reinterpret_cast<UnalignedH*>
 FASTKD_INLINE V where(I mask, V a, V b) { return mask ? a : b; }
 FASTKD_INLINE V abs(V x) { return (V)((I)x & 0x7fffffff); }
 
-// With a NaN in x, both return x: a NaN in the logits reaches the loss.
+// Both return a NaN in x, so that a NaN among the logits reaches the loss.
 FASTKD_INLINE V at_least(V x, V low) { return low > x ? low : x; }
 FASTKD_INLINE V at_most(V x, V high) { return high < x ? high : x; }
 
-// Lanes are folded half onto half: one after the other, each would wait for the last.
+// Adds one half of the lanes to the other: adding them one by one would be a chain of dependent additions.
 FASTKD_INLINE double sum_lanes(V v) {
   double lanes[LANES];
   for (int i = 0; i < LANES; ++i) lanes[i] = v[i];
@@ -41,7 +43,7 @@ FASTKD_INLINE double sum_lanes(V v) {
   return lanes[0];
 }
 
-// Of numbers: a NaN may or may not come through.
+// The maximum of the lanes. A NaN may be lost.
 FASTKD_INLINE float maximum_lane(V v) {
   float lanes[LANES];
   store(lanes, v);
@@ -50,11 +52,11 @@ FASTKD_INLINE float maximum_lane(V v) {
   return lanes[0];
 }
 
-// 2^(d * (high + low)), for d * high in (-127, 128]; a subnormal, which is 0 to us, at the lower end. high + low is
-// the factor to twice float's precision: with float alone the relative error grows to 1e-6 at d * high = -30.
+// 2^(d * (high + low)) for d * high in (-127, 128]; subnormal at the lower end, which FlushSubnormals makes 0. high +
+// low is the factor as two floats: with one float the relative error grows to 1e-6 at d * high = -30.
 //
-// The fraction is in [-1/2, 1/2], the polynomial is within 2e-9 of 2^fraction (Chebyshev fit of degree 6), and the
-// integer, read off the low bits of x + 1.5 * 2^23, goes straight into the exponent.
+// The fraction is in [-1/2, 1/2], where the polynomial (a Chebyshev fit of degree 6) is within 2e-9 of 2^fraction. The
+// integer is in the low bits of x + 1.5 * 2^23 and is added to the exponent.
 FASTKD_INLINE V exp2_core(V d, V high, V low) {
   const float magic = 12582912.0f;
   const V shifted = d * high + magic;
@@ -69,10 +71,10 @@ FASTKD_INLINE V exp2_core(V d, V high, V low) {
   return (V)((U)y + ((U)shifted << 23));
 }
 
-// 2^(d * (high + low)) for d * high in (-127, 0]: the exponentials of a softmax, where most of the time goes.
+// 2^(d * (high + low)) for d * high in (-127, 0]: the exponentials of a softmax, which take most of the time.
 #if defined(__AVX512F__)
-// As above with steps of 1/16, which leave a cubic to fit, within 2e-9. Entry k is the bits of 2^(k/16) less those that
-// shifting k into the exponent's place puts into the mantissa.
+// As above with steps of 1/16, for which a cubic is within 2e-9. Entry k has the bits of 2^(k/16), minus those that
+// shifting k towards the exponent adds to the mantissa.
 alignas(64) constexpr uint32_t POWERS[16] = {
     0x3f800000, 0x3f7daac3, 0x3f7b95c2, 0x3f79c3d3, 0x3f7837f0, 0x3f76f532, 0x3f75fed7, 0x3f75583f,
     0x3f7504f3, 0x3f7508a4, 0x3f75672a, 0x3f76248c, 0x3f7744fd, 0x3f78ccdf, 0x3f7ac0c7, 0x3f7d257d};
@@ -90,13 +92,14 @@ FASTKD_INLINE V exp2_of_negative(V d, V high, V low) {
 FASTKD_INLINE V exp2_of_negative(V d, V high, V low) { return exp2_core(d, high, low); }
 #endif
 
-// Where exp becomes a subnormal, which is 0 to us. Times log2(e) it is above -127 by a margin: below -127 the mantissa
-// of exp2_core would borrow from its exponent.
+// Below EXP_LOWEST, exp is subnormal. Times log2(e) it is above -127 by a margin: below -127 the mantissa of exp2_core
+// would borrow from its exponent.
 constexpr float EXP_LOWEST = -88.02f, EXP_HIGHEST = 88.3f;
 constexpr float LOG2E_HIGH = 1.44269502162933349609375f, LOG2E_LOW = 1.925963033500011e-8f;
 
-// exp(x) - 1, and exp(x): 2^k (2^fraction - 1), plus 2^k - 1 or 2^k. Nothing cancels near 0, and both are infinite from
-// 88.3 on. What they have in common is computed once where a definition asks for both of one x.
+// 2^k (2^fraction - 1) and 2^k: their sum is exp(x), and subtracting 1 from the power gives exp(x) - 1 without
+// cancellation near 0. exp and expm1 are infinite above 88.3. The compiler computes this once if a definition calls
+// both for one x.
 template <bool NEGATIVE = false>
 FASTKD_INLINE V exp_less_power(V x, V& power) {
   const float magic = 12582912.0f;
@@ -147,7 +150,7 @@ FASTKD_INLINE V log1p_of_unit(V x) {
 }
 
 FASTKD_INLINE V log1p(V x) {
-  // 1 + x = 2^k m with m in [sqrt(1/2), sqrt(2)); what rounding 1 + x lost comes back as a first-order correction.
+  // 1 + x = 2^k m with m in [sqrt(1/2), sqrt(2)); a first-order correction adds what rounding 1 + x lost.
   const V u = 1.0f + x;
   const V lost = where(u > 3.0e38f, splat(0.0f), (x - (u - 1.0f)) / u);
   const I k = ((I)u - 0x3f3504f3) >> 23;
@@ -164,7 +167,8 @@ FASTKD_INLINE V logaddexp(V a, V b) {
   return at_least(a, b) + log1p_of_unit(ratio);
 }
 
-// fastkd/divergences.py, log_mixture: log(m / max(p, q)), of 1 + change as long as that has not cancelled, else of the sum.
+// fastkd/divergences.py, log_mixture: log(m / max(p, q)), of 1 + change as long as that has not cancelled, else of the
+// sum.
 FASTKD_INLINE V log_mixture(V log_ratio, V share, V rest) {
   const I above = log_ratio > 0.0f;
   const V lower = where(above, rest, share);
@@ -246,7 +250,7 @@ class FlushSubnormals {
 #endif
 };
 
-// One vector past the cache; the address is a multiple of the vector's size.
+// Stores a vector past the cache. The address must be a multiple of the vector's size.
 FASTKD_INLINE void stream(float* to, V v) {
 #if defined(__AVX512F__)
   _mm512_stream_ps(to, (__m512)v);
@@ -259,7 +263,8 @@ FASTKD_INLINE void stream(float* to, V v) {
 #endif
 }
 
-// Copy past the cache: a gradient that does not fit there would evict the logits, and be read before it is written.
+// Copies past the cache. A gradient that does not fit in the cache would evict the logits, and be read before it is
+// written.
 FASTKD_INLINE void stream(char* to, const char* from, int64_t bytes) {
 #if defined(__SSE2__)
   constexpr int64_t LINE = 64;

@@ -1,5 +1,5 @@
-// What the threads of a cluster do together: barriers, exchanges of lanes and blocks, the copy engine, in a GPU's own
-// instructions (math.h has those of arithmetic); tests/support/cuda_host.h has the same names for threads that a CPU plays.
+// Cooperation of a cluster's threads in a GPU's instructions: barriers, exchanges between lanes and blocks, the copy
+// engine. tests/support/cuda_host.h has the same functions for threads that a CPU emulates.
 #pragma once
 #include <cooperative_groups.h>
 #include <cstdint>
@@ -14,7 +14,7 @@ FASTKD_DEVICE int thread_number() { return int(threadIdx.x); }
 
 FASTKD_DEVICE void sync_block() { __syncthreads(); }
 
-// What a thread of the cluster wrote before it arrived is seen by all that waited, if its warp releases it.
+// After cluster_wait, every thread sees what others wrote before cluster_arrive, if their warps release it.
 FASTKD_DEVICE void cluster_arrive(bool releases = true) {
   if (releases)
     cooperative_groups::this_cluster().barrier_arrive();
@@ -23,7 +23,7 @@ FASTKD_DEVICE void cluster_arrive(bool releases = true) {
 }
 FASTKD_DEVICE void cluster_wait() { cooperative_groups::this_cluster().barrier_wait(); }
 
-// A value of the lane that is so many above this one; of the first lane.
+// The value of the lane that is `step` above this one; below, the value of the first lane.
 template <class Part>
 FASTKD_DEVICE Part from_lane_above(const Part& mine, int step) {
   Part other;
@@ -44,13 +44,13 @@ FASTKD_DEVICE Part from_first_lane(const Part& mine) {
   return other;
 }
 
-// To the same place in the shared memory of another block of the cluster.
+// Stores a value at the same place in the shared memory of another block of the cluster.
 template <class Part>
 FASTKD_DEVICE void send(Part* place, int rank, const Part& value) {
   *cooperative_groups::this_cluster().map_shared_rank(place, rank) = value;
 }
 
-// Sets bits of a word in shared memory; what it was before.
+// Sets bits of a word in shared memory, and returns the previous word.
 FASTKD_DEVICE uint32_t set_bits(uint32_t* word, uint32_t bits) { return atomicOr(word, bits); }
 
 // ---- the copy engine: device memory to shared memory, counted by a barrier there
@@ -59,7 +59,7 @@ using Barrier = uint64_t;
 
 FASTKD_DEVICE unsigned shared_address(const void* memory) { return unsigned(__cvta_generic_to_shared(memory)); }
 
-// One arrival, and the bytes that it announces, complete a phase of the barrier.
+// Initializes a barrier. One arrival, and the bytes that it announces, complete a phase.
 FASTKD_DEVICE void init(Barrier* barrier) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(shared_address(barrier)));
   asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
@@ -71,7 +71,7 @@ FASTKD_DEVICE void expect(Barrier* barrier, int64_t bytes) {
                : "memory");
 }
 
-// Whole pieces, from and to multiples of one.
+// Starts copying whole pieces, from and to multiples of PIECE.
 FASTKD_DEVICE void copy_pieces(char* to, const char* from, int64_t bytes, Barrier* barrier) {
   asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
                    shared_address(to)),
@@ -79,7 +79,7 @@ FASTKD_DEVICE void copy_pieces(char* to, const char* from, int64_t bytes, Barrie
                : "memory");
 }
 
-// Until the barrier's phase of that parity is complete.
+// Waits until the barrier's phase of this parity is complete.
 FASTKD_DEVICE void wait(Barrier* barrier, int parity) {
   asm volatile(
       "{\n"
@@ -92,7 +92,7 @@ FASTKD_DEVICE void wait(Barrier* barrier, int parity) {
       : "memory");
 }
 
-// What this thread has done in shared memory comes before what the copy engine does there, after a barrier.
+// Orders this thread's accesses to shared memory before the copies that start after the next barrier.
 FASTKD_DEVICE void order_before_copies() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
 }  // namespace fastkd::cuda

@@ -1,4 +1,4 @@
-// The kernels, and how they are launched. What a cluster does with its rows is in cluster.h.
+// The kernels and their launchers. cluster.h has the loop of a cluster over its rows.
 
 #include <cuda_runtime.h>
 
@@ -21,7 +21,7 @@ __global__ void __launch_bounds__(MOST_THREADS, 1) kd_kernel(const __grid_consta
   run<Kind>(call, memory);
 }
 
-// The sum of the losses in a fixed order, by one block.
+// Sums the losses in a fixed order, in one block.
 __global__ void __launch_bounds__(1024) total_kernel(const __grid_constant__ Call call) {
   __shared__ double parts[1024];
   double mine = 0;
@@ -43,7 +43,7 @@ __global__ void __launch_bounds__(SCALE_THREADS)
   const float factor = factors[row * stride];
   if (factor == 1) return;
   const Rows& rows = call.student;
-  char* memory = row_of(call, rows, row);
+  char* memory = row_address(call, rows, row);
   const int64_t first = blockIdx.x % tiles * SCALE_COLUMNS;
   const int64_t last = first + SCALE_COLUMNS < rows.width ? first + SCALE_COLUMNS : rows.width;
   for (int64_t i = first + threadIdx.x; i < last; i += SCALE_THREADS)
@@ -54,7 +54,7 @@ __global__ void __launch_bounds__(SCALE_THREADS)
 
 void check(cudaError_t error, const char* what) {
   if (error == cudaSuccess) return;
-  cudaGetLastError();  // or the next call would find this one's error
+  cudaGetLastError();  // clears the error, which the next call would otherwise report
   throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(error));
 }
 
@@ -63,7 +63,7 @@ unsigned grid(int64_t blocks) {
   return unsigned(blocks);
 }
 
-// Not by <<<>>>, after which only cudaGetLastError says what went wrong, and perhaps of somebody else's call.
+// Launches a kernel and checks the launch. After <<<>>> only cudaGetLastError reports errors, perhaps another call's.
 template <class... Parameters, class... Arguments>
 void start(void (*kernel)(Parameters...), unsigned blocks, unsigned threads, void* stream, const char* what,
            const Arguments&... arguments) {
@@ -74,7 +74,7 @@ void start(void (*kernel)(Parameters...), unsigned blocks, unsigned threads, voi
   check(cudaLaunchKernelEx(&launch, kernel, arguments...), what);
 }
 
-// The device is current while this lives.
+// Makes a device current during the lifetime of this object.
 class OnDevice {
  public:
   explicit OnDevice(int device) {
@@ -93,8 +93,8 @@ class OnDevice {
 
 using Kernel = void (*)(Call);
 
-// How many clusters of a launch a device runs at a time. What every kernel does not get, more shared memory and clusters
-// of 16, is asked for here, once for a kernel, its layout and a device.
+// The number of clusters that a device runs at a time. On the first call for a kernel, layout and device, this also
+// requests what a kernel does not get by default: more shared memory, and clusters of 16 blocks.
 int clusters_at_a_time(Kernel kernel, const cudaLaunchConfig_t& launch, int ranks, int device) {
   static std::mutex mutex;
   static std::map<std::tuple<Kernel, int, int, unsigned, size_t>, int> known;
@@ -125,7 +125,7 @@ void kd_rows(Call call, int device, void* stream) {
     int multiprocessors = 0;
     check(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device), "cudaDeviceGetAttribute");
     widen(call, multiprocessors);
-    const Kernel dense = call.shard.step == Step::statistics ? kd_kernel<DenseShare> : kernels[call.divergence];
+    const Kernel dense = call.shard.step == Step::statistics ? kd_kernel<DenseShard> : kernels[call.divergence];
     const Kernel kernel = call.ids ? kd_kernel<Sparse> : dense;
     cudaLaunchAttribute cluster{};
     cluster.id = cudaLaunchAttributeClusterDimension;

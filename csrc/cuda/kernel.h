@@ -1,4 +1,4 @@
-// The launchers of kernel.cu; tests/support/cuda_host.cpp has others of the same names.
+// The launchers of kernel.cu. tests/support/cuda_host.cpp has launchers of the same names for a CPU.
 #pragma once
 #include <string>
 #include <vector>
@@ -7,12 +7,13 @@
 
 namespace fastkd::cuda {
 
-// On a device and a stream of it, asynchronously. They throw std::runtime_error with CUDA's own words.
+// Launch on a stream of a device, asynchronously. Both throw std::runtime_error with CUDA's message.
 void kd_rows(Call call, int device, void* stream);
-// gradient[row] *= factor[row * stride], in place; a row whose factor is 1 is not touched. The gradient is call.student.
+// gradient[row] *= factor[row * stride], in place, where the gradient is call.student. A row whose factor is 1 is not
+// touched.
 void scale_rows(const Call& call, const float* factor, int64_t stride, int device, void* stream);
 
 std::vector<std::string> divergences();  // by number
-std::vector<int> architectures();        // compute capabilities with kernels in this build, such as 90
+std::vector<int> architectures();        // compute capabilities that this build has kernels for, such as 90
 
 }  // namespace fastkd::cuda

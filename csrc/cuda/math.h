@@ -1,4 +1,5 @@
-// A float, the vocabulary of the definitions on it, and conversions from and to bf16 and fp16; for device and host.
+// The functions of a float that definitions of divergences may call, and conversions from and to bf16 and fp16. For
+// device and host.
 #pragma once
 #include <cmath>
 #include <cstdint>
@@ -8,10 +9,10 @@
 #if defined(__CUDACC__)
 #include <cuda_fp16.h>
 #define FASTKD_INLINE __host__ __device__ __forceinline__
-#define FASTKD_CALL static __host__ __device__ __noinline__  // what runs once a row
+#define FASTKD_PER_ROW static __host__ __device__ __noinline__  // a function that runs once per row
 #else
 #define FASTKD_INLINE inline
-#define FASTKD_CALL inline
+#define FASTKD_PER_ROW inline
 #endif
 
 namespace fastkd::cuda {
@@ -27,7 +28,7 @@ FASTKD_INLINE V abs(V x) { return fabsf(x); }
 FASTKD_INLINE V where(bool mask, V a, V b) { return mask ? a : b; }
 FASTKD_INLINE bool finite(float x) { return x - x == 0; }
 
-// A product that is rounded by itself: contracted with a subtraction that follows, equal logits would differ.
+// A product that is rounded on its own. If it were fused with a following subtraction, equal logits could differ.
 FASTKD_INLINE V product(V a, V b) {
 #if defined(__CUDA_ARCH__)
   return __fmul_rn(a, b);
@@ -36,7 +37,7 @@ FASTKD_INLINE V product(V a, V b) {
 #endif
 }
 
-// 2^x, to two units in the last place; subnormal results are 0.
+// 2^x, to two units in the last place. Subnormal results become 0.
 FASTKD_INLINE V exp2_of(V x) {
 #if defined(__CUDA_ARCH__)
   float y;
@@ -47,7 +48,7 @@ FASTKD_INLINE V exp2_of(V x) {
 #endif
 }
 
-// The product of x and log2(e) is rounded; what that loses comes back as a first-order correction.
+// The product of x and log2(e) is rounded; a first-order correction adds what that lost.
 FASTKD_INLINE V exp(V x) {
   const float product = x * LOG2_E;
   const float lost = fmaf(x, LOG2_E, -product) + x * LOG2_E_LOW;
@@ -55,7 +56,7 @@ FASTKD_INLINE V exp(V x) {
   return finite(lost) && y < INF ? fmaf(y, lost * LN_2, y) : y;
 }
 
-// Below 0.6 the quotient of exponentials cancels; there an odd fit (Cephes) holds.
+// Below 0.625 the quotient of exponentials cancels; an odd polynomial (Cephes) replaces it there.
 FASTKD_INLINE V tanh(V x) {
   const float size = fminf(fabsf(x), 10.0f), square = size * size;
   float y = square * -5.70498872745e-3f + 2.06390887954e-2f;
@@ -69,7 +70,7 @@ FASTKD_INLINE V tanh(V x) {
 
 FASTKD_INLINE V log1p(V x) { return ::log1pf(x); }
 
-// A series near 0, where exp(x) - 1 cancels.
+// Near 0, where exp(x) - 1 cancels, a Taylor series.
 FASTKD_INLINE V expm1(V x) {
   const float near = fminf(fmaxf(x, -0.5f), 0.5f);
   float y = near * (1.0f / 40320) + 1.0f / 5040;
@@ -81,7 +82,8 @@ FASTKD_INLINE V expm1(V x) {
   return fabsf(x) < 0.5f ? y * (near * near) + near : exp(x) - 1;
 }
 
-// fastkd/divergences.py, log_mixture: log(m / max(p, q)), of 1 + change as long as that has not cancelled, else of the sum.
+// log(m / max(p, q)) as in fastkd/divergences.py: the series of log(1 + change) if change is small, else the log of the
+// sum.
 FASTKD_INLINE V log_mixture(V log_ratio, V share, V rest) {
   const bool above = log_ratio > 0;
   const float lower = above ? rest : share, size = -fabsf(log_ratio), change = lower * expm1(size);
@@ -93,7 +95,8 @@ FASTKD_INLINE V log_mixture(V log_ratio, V share, V rest) {
   return change > -0.03f ? y * (change * change) + change : ::logf((above ? share : rest) + lower * exp2_of(size * LOG2_E));
 }
 
-// log1p of u in [0, 1] is u times a polynomial interpolated at Chebyshev nodes, of relative error 5e-9 before rounding.
+// log1p(u) for u in [0, 1] is u times a polynomial, interpolated at Chebyshev nodes, with relative error 5e-9 before
+// rounding.
 FASTKD_INLINE V logaddexp(V a, V b) {
   const float u = exp2_of(fabsf(a - b) * -LOG2_E);
   float y = u * -0.0031760570127516985f + 0.019542528316378593f;

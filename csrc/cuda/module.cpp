@@ -15,8 +15,9 @@ using namespace fastkd::cuda;
 
 namespace {
 
-// The leading shape in as few dimensions as it has: neighbours merge where every tensor steps through both with one
-// stride. The shifted view logits[:, :-1] keeps two, a contiguous tensor one.
+// Sets the leading shape with as few dimensions as possible. Neighbouring dimensions are merged if every tensor can
+// step through both with one stride: a contiguous tensor needs one dimension, the shifted view logits[:, :-1] needs
+// two.
 void set_layout(Call& call, const Strides& sizes, const std::vector<std::pair<Rows*, Strides>>& given) {
   int& dimensions = call.dimensions;
   for (size_t axis = 0; axis < sizes.size(); ++axis) {
@@ -39,7 +40,7 @@ void set(Rows& rows, const Logits& logits) {
   rows.width = std::get<2>(logits);
 }
 
-// kd_rows, with its arguments as Python has them.
+// kd_rows with the arguments that Python passes.
 void launch(const Strides& sizes, const Logits& student, const Logits& teacher, const Logits& student_gradient,
             const Logits& teacher_gradient, const Description& description, int device, uintptr_t stream) {
   Call call;
@@ -67,7 +68,7 @@ void scale(const Strides& sizes, const Logits& gradient, uintptr_t factor, int64
   scale_rows(call, pointer<const float>(factor), stride, device, pointer<void>(stream));
 }
 
-// (blocks a row, threads a block, columns a block), or nothing where a row does not fit on chip.
+// (blocks per row, threads per block, columns per block), or None if a row does not fit on chip.
 py::object layout_of_a_row(int64_t vocabulary, int student_dtype, int teacher_dtype, bool sparse, int64_t rows,
                            int64_t multiprocessors) {
   Call call;
@@ -93,9 +94,10 @@ PYBIND11_MODULE(FASTKD_MODULE, module) {
   module.def("kd_rows", &launch);
   module.def("scale_rows", &scale);
   module.def("plan", &layout_of_a_row, py::arg("vocabulary"), py::arg("student_dtype"), py::arg("teacher_dtype"), py::arg("sparse"), py::arg("rows") = 1, py::arg("multiprocessors") = 0,
-             "(blocks a row, threads a block, columns a block); None where a row does not fit on chip.");
+             "(blocks per row, threads per block, columns per block); None if a row does not fit on chip.");
+  module.attr("OPTION_NAMES") = OPTION_NAMES;
   module.attr("STATISTICS") = STATISTICS;
   module.attr("SUMS") = SUMS;
-  module.def("divergences", &divergences, "The names of the definitions that are compiled in, by number.");
-  module.def("architectures", &architectures, "The compute capabilities there are kernels for, such as 90.");
+  module.def("divergences", &divergences, "Names of the compiled definitions, by number.");
+  module.def("architectures", &architectures, "Compute capabilities that have kernels, such as 90.");
 }

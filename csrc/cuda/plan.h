@@ -1,27 +1,28 @@
-// How a row is spread over the blocks of a cluster, so that its logits stay in their shared memory; host only.
+// How a row is divided among the blocks of a cluster, so that its logits stay in their shared memory. For the host
+// only.
 #pragma once
 #include "call.h"
 
 namespace fastkd::cuda {
 
-constexpr int VECTOR = 8;        // columns that a thread takes at a time: 16 bytes of bf16
-constexpr int PIECE = 16;        // bytes; what the copy engine moves is whole pieces at addresses that are multiples
-constexpr int STAGES = 4;        // parts of a slice: a part that is done with makes room for the same part of the next row
-constexpr int PORTABLE_RANKS = 8, MOST_RANKS = 16;  // what every device with clusters offers; what H100 and B200 do
+constexpr int VECTOR = 8;        // columns that a thread processes at a time: 16 bytes of bf16
+constexpr int PIECE = 16;        // bytes; the copy engine moves whole pieces at multiples of this
+constexpr int STAGES = 4;        // parts of a slice; a finished part is replaced by the next row's
+constexpr int PORTABLE_RANKS = 8, MOST_RANKS = 16;  // of every device with clusters; of H100 and B200
 constexpr int MOST_THREADS = 512;
-// A multiprocessor has 228 KB and keeps one for each block. Where two blocks live on it, one computes while the other
-// waits; where a row is too wide for that, one block has the threads of two.
+// A multiprocessor has 228 KB, and reserves 1 KB per block. If two blocks fit, one computes while the other waits. If a
+// row is too wide for that, one block has the threads of two.
 constexpr int64_t SHARED_OF_TWO = 113 << 10, SHARED_OF_ONE = 227 << 10;
-constexpr int64_t STATE = 6 << 10;  // of that, for what is not logits (cluster.h, Shared)
+constexpr int64_t STATE = 6 << 10;  // the part that does not hold logits (cluster.h, Shared)
 
 inline int size_of(Dtype dtype) { return dtype == Dtype::f32 ? 4 : 2; }
 
-// Bytes of one side's slice. A row's address is not always a multiple of a piece, nor is the slice's then.
+// Bytes of one side's slice, with room for the alignment of the row, which is not always a multiple of PIECE.
 inline int64_t slice_bytes(const Call& call, Dtype dtype) {
   return int64_t(call.slice) * size_of(dtype) + STAGES * PIECE;
 }
 
-// Bytes of shared memory that a block takes: of a sparse teacher, a bit a column says which it names.
+// Bytes of shared memory per block. A sparse teacher has one bit per column, which marks the listed tokens.
 inline int64_t shared_bytes(const Call& call) {
   const int64_t teacher = call.ids ? call.slice / 8 + PIECE : slice_bytes(call, call.teacher.dtype);
   return STATE + slice_bytes(call, call.student.dtype) + teacher;
@@ -30,28 +31,28 @@ inline int64_t shared_bytes(const Call& call) {
 inline void spread_over(Call& call, int ranks) {
   const int64_t vectors = (call.vocabulary + VECTOR * ranks - 1) / (VECTOR * ranks);
   call.ranks = ranks;
-  call.slice = int(vectors < SHARED_OF_ONE ? vectors * VECTOR : SHARED_OF_ONE);  // that many do not fit
+  call.slice = int(vectors < SHARED_OF_ONE ? vectors * VECTOR : SHARED_OF_ONE);  // so many do not fit
   while (call.threads > 32 && call.threads / 2 >= vectors) call.threads /= 2;
   const int round = call.threads * VECTOR, rounds = (call.slice + round - 1) / round;
   call.stage = (rounds + STAGES - 1) / STAGES * round;
 }
 
-constexpr int LEAST_SLICE = 2048;  // columns: a vector for each thread of a block
+constexpr int LEAST_SLICE = 2048;  // columns: one vector per thread of a block
 
-// With fewer blocks than there are multiprocessors, rows are spread over more of them.
+// Divides rows among more blocks if there are fewer blocks than multiprocessors.
 inline void widen(Call& call, int64_t multiprocessors) {
   while (call.ranks < PORTABLE_RANKS && call.rows * call.ranks * 2 <= multiprocessors && call.slice >= 2 * LEAST_SLICE)
     spread_over(call, call.ranks * 2);
 }
 
-// Fills in ranks, threads, slice and stage; false where a row is too wide to stay on chip.
+// Sets ranks, threads, slice and stage. False if a row is too wide to stay on chip.
 inline bool plan(Call& call) {
   constexpr struct {
     int least, most, threads;
     int64_t room;
   } choices[] = {{1, PORTABLE_RANKS, MOST_THREADS / 2, SHARED_OF_TWO},
                  {1, PORTABLE_RANKS, MOST_THREADS, SHARED_OF_ONE},
-                 {MOST_RANKS, MOST_RANKS, MOST_THREADS, SHARED_OF_ONE}};  // a device that is partitioned may not have them
+                 {MOST_RANKS, MOST_RANKS, MOST_THREADS, SHARED_OF_ONE}};  // a partitioned device may not have so many
   for (const auto& choice : choices)
     for (int ranks = choice.least; ranks <= choice.most; ranks *= 2) {
       call.threads = choice.threads;

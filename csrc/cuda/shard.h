@@ -1,9 +1,9 @@
-// A row whose vocabulary several processes share, each of which has some columns: what they exchange, as doubles, and what
-// becomes of it. fastkd/call/contract.py names the steps; each is a launch.
+// A row whose vocabulary is divided among ranks: what the ranks exchange, as doubles, and how it is merged.
+// fastkd/call/contract.py names the steps. Each step is a launch:
 //
-//   statistics   of the columns here: a Share, or a Whole where the teacher is sparse, and the label's z on either side
-//   sums         the row is opened with the statistics of all; sums of phi and g over the columns here
-//   results      the row is opened with the sums of all as well; its value, and the gradient of the columns here
+//   statistics   stores the statistics of this shard (ShardStatistics, or SparseStatistics), and the label's z
+//   sums         opens the row with the statistics of all shards; stores this shard's sums of phi and g
+//   results      opens the row with the sums of all shards as well; writes the value, and the gradient of this shard
 #pragma once
 #include <cstddef>
 
@@ -12,99 +12,111 @@
 
 namespace fastkd::cuda {
 
-// Statistics before p and q are known: moments leave out what is gone on either side, and the largest z that this leaves
-// out tells in the end whether it was anything.
-struct Share {
+// Statistics before p and q are known. Moments skip columns in which either logit is gone (infinitely far below its
+// max), since no rank yet knows whether the other side is negligible there. The largest skipped logit settles that
+// later.
+struct ShardStatistics {
   Statistics sweep;
-  float t_lost, s_lost;  // of the teacher where the student is gone, of the student where the teacher is
+  float t_skipped_max, s_skipped_max;  // largest z of a side among the columns where the other side is gone
 };
 
-FASTKD_INLINE Share merge(const Share& a, const Share& b, const RowState& row) {
-  return {merge(a.sweep, b.sweep, row), fmaxf(a.t_lost, b.t_lost), fmaxf(a.s_lost, b.s_lost)};
+FASTKD_INLINE ShardStatistics merge(const ShardStatistics& a, const ShardStatistics& b, const RowState& row) {
+  return {merge(a.sweep, b.sweep, row), fmaxf(a.t_skipped_max, b.t_skipped_max),
+          fmaxf(a.s_skipped_max, b.s_skipped_max)};
 }
 
-FASTKD_INLINE void add_share(Share& mine, const Call& call, const RowState& row, Place place, Range range,
-                             const char* student, const char* teacher) {
-  each_vector_of_sums<true>(call, row, place, range, student, teacher, [&](auto vector, const auto& s, const auto& t) {
-    add_vector<false, true>(mine.sweep, s, t, vector.n, row);
-    const auto gone = [](V z, float top, const Side& side) { return product(z - origin(top), side.rate) == -INF; };
+FASTKD_INLINE void add_shard_statistics(ShardStatistics& local, const Call& call, const RowState& row, Place place,
+                                        Range range, const char* student, const char* teacher) {
+  const auto gone = [](V z, float max, const Side& side) { return product(z - finite_max(max), side.rate) == -INF; };
+  const auto add = [&](auto vector, const auto& s, const auto& t) {
+    add_vector<false, true>(local.sweep, s, t, vector.n, row);
     for (int k = 0; k < VECTOR; ++k) {
-      if (gone(s[k], mine.sweep.s_top, row.student)) mine.t_lost = fmaxf(mine.t_lost, t[k]);
-      if (gone(t[k], mine.sweep.t_top, row.teacher)) mine.s_lost = fmaxf(mine.s_lost, s[k]);
+      if (gone(s[k], local.sweep.s_max, row.student)) local.t_skipped_max = fmaxf(local.t_skipped_max, t[k]);
+      if (gone(t[k], local.sweep.t_max, row.teacher)) local.s_skipped_max = fmaxf(local.s_skipped_max, s[k]);
     }
-  });
+  };
+  each_vector_without_label<true>(call, row, place, range, student, teacher, add);
 }
 
 // ---- what is exchanged
 
-constexpr int SWEPT = sizeof(Statistics) / sizeof(float), SPREAD_AT = offsetof(Statistics, spread) / sizeof(float);
-static_assert(STATISTICS == SWEPT + 5, "what put writes");
+constexpr int SWEPT_FIELDS = sizeof(Statistics) / sizeof(float);
+constexpr int CENTERED_SUM_AT = offsetof(Statistics, centered_sum) / sizeof(float);
+static_assert(STATISTICS == SWEPT_FIELDS + 5, "what store_partial writes");
 
-FASTKD_INLINE void put(double* to, const Share& all) { to[0] = all.t_lost, to[1] = all.s_lost; }
-FASTKD_INLINE void put(double* to, const Whole& all) {
-  to[0] = all.tokens_top, to[1] = all.seated, to[2] = all.invalid;
+FASTKD_INLINE void store_rest(double* to, const ShardStatistics& all) {
+  to[0] = all.t_skipped_max, to[1] = all.s_skipped_max;
+}
+FASTKD_INLINE void store_rest(double* to, const SparseStatistics& all) {
+  to[0] = all.token_max, to[1] = all.token_count, to[2] = all.invalid;
 }
 
-FASTKD_INLINE void take(const double* from, Share& all) { all.t_lost = float(from[0]), all.s_lost = float(from[1]); }
-FASTKD_INLINE void take(const double* from, Whole& all) {
-  all.tokens_top = float(from[0]), all.seated = int(from[1]), all.invalid = int(from[2]);
+FASTKD_INLINE void load_rest(const double* from, ShardStatistics& all) {
+  all.t_skipped_max = float(from[0]), all.s_skipped_max = float(from[1]);
+}
+FASTKD_INLINE void load_rest(const double* from, SparseStatistics& all) {
+  all.token_max = float(from[0]), all.token_count = int(from[1]), all.invalid = int(from[2]);
 }
 
-// Of the columns here. The sum of z is exact enough as a double to need no pivot, which processes would have to share.
+// Stores the statistics of this shard. Its sum of z has no pivot, which ranks would have to share: a double is exact
+// enough.
 template <class Part>
-FASTKD_INLINE void write_statistics(const Call& call, const RowState& row, const Part& all) {
+FASTKD_INLINE void store_partial(const Call& call, const RowState& row, const Part& all) {
   double* to = call.shard.statistics + row.row * STATISTICS;
   const float* swept = reinterpret_cast<const float*>(&all.sweep);
 #pragma unroll
-  for (int i = 0; i < SWEPT; ++i) to[i] = swept[i];
-  to[SPREAD_AT] = all.sweep.spread + double(row.pivot) * double(call.vocabulary);
-  if (label_is_apart(call) && label_is_here(call, row)) to[SPREAD_AT] += double(row.z_label) - double(row.pivot);
-  to[SWEPT] = row.z_label, to[SWEPT + 1] = row.t_label;
-  put(to + SWEPT + 2, all);
+  for (int i = 0; i < SWEPT_FIELDS; ++i) to[i] = swept[i];
+  to[CENTERED_SUM_AT] = all.sweep.centered_sum + double(row.pivot) * double(call.vocabulary);
+  if (has_label_term(call) && label_is_here(call, row)) to[CENTERED_SUM_AT] += double(row.z_label) - double(row.pivot);
+  to[SWEPT_FIELDS] = row.z_label, to[SWEPT_FIELDS + 1] = row.t_label;
+  store_rest(to + SWEPT_FIELDS + 2, all);
 }
 
-// Of all columns: one process after the other, so that each finds the same.
+// Merges the statistics of all shards, in the order of ranks, so that every rank gets the same result.
 template <class Part>
-FASTKD_INLINE Part statistics_of_all(const Call& call, RowState& row, Part all) {
-  double spread = 0;
+FASTKD_INLINE Part load_partial(const Call& call, RowState& row, Part all) {
+  double centered_sum = 0;
 #pragma unroll 1
   for (int64_t process = 0; process < call.shard.processes; ++process) {
     const double* from = call.shard.all_statistics + (process * call.rows + row.row) * STATISTICS;
     Part other;
     float* swept = reinterpret_cast<float*>(&other.sweep);
 #pragma unroll
-    for (int i = 0; i < SWEPT; ++i) swept[i] = float(from[i]);
-    take(from + SWEPT + 2, other);
+    for (int i = 0; i < SWEPT_FIELDS; ++i) swept[i] = float(from[i]);
+    load_rest(from + SWEPT_FIELDS + 2, other);
     all = merge(all, other, row);
-    spread += from[SPREAD_AT];
-    row.z_label = fmaxf(row.z_label, float(from[SWEPT]));
-    row.t_label = fmaxf(row.t_label, float(from[SWEPT + 1]));
+    centered_sum += from[CENTERED_SUM_AT];
+    row.z_label = fmaxf(row.z_label, float(from[SWEPT_FIELDS]));
+    row.t_label = fmaxf(row.t_label, float(from[SWEPT_FIELDS + 1]));
   }
-  row.pivot = origin(row.z_label);
-  all.sweep.spread = float(spread - double(row.pivot) * double(call.shard.total));
+  row.pivot = finite_max(row.z_label);
+  all.sweep.centered_sum = float(centered_sum - double(row.pivot) * double(call.shard.total));
   return all;
 }
 
-// The label need not be here: any logit that is will do.
-FASTKD_CALL void choose_pivot(const Call& call, RowState& row) {
-  if ((row.flags & SPREAD) && call.vocabulary) row.pivot = origin(z_at(call, call.student, row.student, row.row, 0));
+// Chooses a pivot where the label may be in another shard: any logit of this shard will do.
+FASTKD_PER_ROW void choose_pivot(const Call& call, RowState& row) {
+  if ((row.flags & CENTERED_SUM) && call.vocabulary)
+    row.pivot = finite_max(z_at(call, call.student, row.student, row.row, 0));
 }
 
 // ---- a dense teacher
 
-// What phases before this step would have found, had this process all columns.
-FASTKD_CALL void open_shares(const Call& call, int64_t index, RowState& row) {
+// Opens a row with the statistics, and if they are known the sums, of the whole vocabulary.
+FASTKD_PER_ROW void open_dense_shard(const Call& call, int64_t index, RowState& row) {
   open_row(call, index, row);
-  Share all = statistics_of_all(call, row, Share{no_statistics<false>(row), -INF, -INF});
-  const auto counts = [](float lost, float top, float sum, const Side& side) {
-    return exp2_of((lost - origin(top)) * side.rate) > NEGLIGIBLE * sum;
+  ShardStatistics all = load_partial(call, row, ShardStatistics{empty_statistics<false>(row), -INF, -INF});
+  const auto matters = [](float z, float max, float sum, const Side& side) {
+    return exp2_of((z - finite_max(max)) * side.rate) > NEGLIGIBLE * sum;
   };
-  if (counts(all.t_lost, all.sweep.t_top, all.sweep.t_sum + all.sweep.t_tops, row.teacher)) all.sweep.forward = INF, all.sweep.cross = -INF;
-  if (counts(all.s_lost, all.sweep.s_top, all.sweep.s_sum + all.sweep.s_tops, row.student)) all.sweep.reverse = INF;
-  // What a side has at the other's top was left out of the moments too, where it is gone.
-  if (all.t_lost == all.sweep.t_top) all.sweep.s_at = -INF;
-  if (all.s_lost == all.sweep.s_top) all.sweep.t_at = -INF;
-  row.statistics_of_all = all.sweep;
+  if (matters(all.t_skipped_max, all.sweep.t_max, all.sweep.t_exp_sum + all.sweep.t_max_count, row.teacher))
+    all.sweep.forward = INF, all.sweep.cross = -INF;
+  if (matters(all.s_skipped_max, all.sweep.s_max, all.sweep.s_exp_sum + all.sweep.s_max_count, row.student))
+    all.sweep.reverse = INF;
+  // Moments also skipped what a side has at the other side's maximum, if it is gone there.
+  if (all.t_skipped_max == all.sweep.t_max) all.sweep.s_at_t_max = -INF;
+  if (all.s_skipped_max == all.sweep.s_max) all.sweep.t_at_s_max = -INF;
+  row.statistics = all.sweep;
   if (!call.shard.all_sums) return;
   double phi = 0, g = 0;
 #pragma unroll 1
@@ -112,21 +124,21 @@ FASTKD_CALL void open_shares(const Call& call, int64_t index, RowState& row) {
     const double* from = call.shard.all_sums + (process * call.rows + row.row) * SUMS;
     phi += from[0];
     g += from[1];
-    row.log_0 |= from[2] != 0;
+    row.log_0_policy |= from[2] != 0;
   }
-  row.sums_of_all = {float(phi), float(g)};
+  row.sums = {float(phi), float(g)};
 }
 
-FASTKD_CALL void write_sums(const Call& call, const RowState& row) {
+FASTKD_PER_ROW void store_partial_sums(const Call& call, const RowState& row) {
   double* to = call.shard.sums + row.row * SUMS;
-  to[0] = row.phi, to[1] = row.g, to[2] = row.log_0;
+  to[0] = row.phi, to[1] = row.g, to[2] = row.log_0_policy;
 }
 
 // ---- a sparse teacher
 
-FASTKD_CALL void open_wholes(const Call& call, int64_t index, RowState& row) {
+FASTKD_PER_ROW void open_sparse_shard(const Call& call, int64_t index, RowState& row) {
   open_topk_row(call, index, row);
-  close_whole(call, row, statistics_of_all(call, row, no_whole(row)));
+  finish_sweep(call, row, load_partial(call, row, empty_sparse_statistics(row)));
 }
 
 }  // namespace fastkd::cuda

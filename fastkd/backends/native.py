@@ -6,18 +6,21 @@ fastkd.backends.cpu and fastkd.backends.cuda use it.
 from __future__ import annotations
 
 from collections.abc import Callable
+from operator import attrgetter
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastkd.call.contract import Options, Result, Rows, ShardCall, Statistics, Want
+from fastkd.call.options import OPTION_NAMES
 from fastkd.core.tensors import address, readable
 from fastkd.divergences import DEFINITIONS, Target
 from fastkd.teachers import TAILS
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _NUMBER = {function: number for number, function in enumerate(DEFINITIONS)}
+_scalars = attrgetter(*OPTION_NAMES)  # the tuple that csrc/generated/options.h unpacks
 _NOWHERE: tuple[int, int, int, list[int]] = (0, 0, 0, [])
 
 
@@ -96,14 +99,11 @@ def arguments(
     divergence = options.divergence
     form, target = divergence.closed_form, divergence.target
     description = (
+        _scalars(options),
         options.vocab_size,
-        (options.temperature, address(rows.temperature), options.logit_scale, options.softcap),
-        (
-            options.teacher_temperature,
-            address(rows.teacher_temperature),
-            options.teacher_logit_scale,
-            options.teacher_softcap,
-        ),
+        options.scale,
+        address(rows.temperature),
+        address(rows.teacher_temperature),
         (
             address(rows.ids),
             0 if rows.ids is None else rows.ids.shape[-1],
@@ -115,7 +115,7 @@ def arguments(
         address(rows.scale),
         address(result.loss),
         address(result.total),
-        *map(address, result[4:]),
+        *map(address, result.parts),
         (
             _NUMBER[divergence.function],
             divergence.params,
@@ -125,11 +125,6 @@ def arguments(
             0 if target is None else 1 + Target.FORMS.index(target.form),
             0.0 if target is None else target.weight,
         ),
-        options.alpha,
-        options.label_smoothing,
-        options.scale,
-        options.scale_by_temperature,
-        options.ignore_index,
         shard or shared(options),
     )
     return (

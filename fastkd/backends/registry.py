@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from fastkd.call.options import OPTION_NAMES
 from fastkd.divergences import DEFINITIONS, Divergence
 
 logger = logging.getLogger("fastkd")
@@ -66,7 +67,7 @@ class Obstacle(NamedTuple):
     remedy: str
 
 
-class Call(NamedTuple):
+class Request(NamedTuple):
     """The properties of a call that the choice of a backend may depend on."""
 
     device: str
@@ -132,6 +133,11 @@ def _native_obstacle(module: str, known: Obstacle | None, remedy: str) -> Obstac
             "the native extension was built from another table of divergences",
             "Run `make divergences`, or reinstall fastkd",
         )
+    if getattr(extension, "OPTION_NAMES", "").split() != list(OPTION_NAMES):
+        return Obstacle(
+            "the native extension was built from another table of options",
+            "Run `make divergences`, or reinstall fastkd",
+        )
     return None
 
 
@@ -166,7 +172,9 @@ def interpreting() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
-def obstacle(backend: str, call: Call, available: Mapping[str, Obstacle | None]) -> Obstacle | None:
+def obstacle(
+    backend: str, call: Request, available: Mapping[str, Obstacle | None]
+) -> Obstacle | None:
     """Why this backend cannot serve this call; None if it can."""
     if available[backend] is not None or backend in (FALLBACK, "reference"):
         return available[backend]
@@ -209,7 +217,7 @@ def obstacle(backend: str, call: Call, available: Mapping[str, Obstacle | None])
     return None
 
 
-def choose(call: Call, available: Mapping[str, Obstacle | None]) -> tuple[str, str | None]:
+def choose(call: Request, available: Mapping[str, Obstacle | None]) -> tuple[str, str | None]:
     """Return (backend, why it is a fallback or None) for backend="auto". A pure function of its arguments.
 
     CPU tensors prefer cpu, all others triton. If the preferred backend cannot serve the call, it falls back to
@@ -245,7 +253,7 @@ def select(
 
     A fallback is logged once for each reason; under FASTKD_STRICT=1 it raises BackendUnavailable.
     """
-    call = Call(device, student_dtype, teacher_dtype, divergence)
+    call = Request(device, student_dtype, teacher_dtype, divergence)
     environment = os.environ
     return _select(
         backend, call, environment.get("FASTKD_BACKEND"), environment.get("FASTKD_STRICT") == "1"
@@ -253,7 +261,7 @@ def select(
 
 
 @functools.lru_cache(maxsize=1024)
-def _select(backend: str, call: Call, override: str | None, strict: bool) -> str:
+def _select(backend: str, call: Request, override: str | None, strict: bool) -> str:
     available = available_backends()
     wanted = override or backend
     if wanted not in (*available, "auto"):

@@ -2,7 +2,8 @@
 
 A row of TABLE says everything that other code needs to know of an option. From the table come the checks of
 :func:`fastkd.call.checks.prepare`, the numbers that enter a compiled graph, the arguments of the native kernels
-(:mod:`fastkd.backends.native`), and the C++ struct that receives them (csrc/generated/options.h, by csrc/generate.py).
+(:mod:`fastkd.backends.native`), and the C++ struct that receives them: csrc/generate.py writes
+csrc/generated/options.h.
 LossOptions, Options and the signature of kd_loss stay written out, because people and type checkers read them;
 tests/project/test_options.py compares them with the table.
 """
@@ -92,7 +93,7 @@ TABLE = (
     Scalar("teacher_logit_scale", 1.0, _nonzero, "double teacher.logit_scale", stand_in=1.0),
     Scalar("teacher_softcap", None, _softcap, "double teacher.softcap", stand_in=1.0),
 )
-NAMES = tuple(row.name for row in TABLE)
+OPTION_NAMES = tuple(row.name for row in TABLE)
 TEMPERATURES = ("temperature", "teacher_temperature")
 
 
@@ -172,9 +173,9 @@ def completed(options: Mapping[str, Any]) -> dict[str, Any]:
         TypeError: the table has no option of that name.
     """
     for name in options:
-        if name not in NAMES:
+        if name not in OPTION_NAMES:
             raise TypeError(
-                f"there is no option {name!r}; the scalar options are {', '.join(NAMES)}"
+                f"there is no option {name!r}; the scalar options are {', '.join(OPTION_NAMES)}"
             )
     return {row.name: options.get(row.name, row.default) for row in TABLE}
 
@@ -211,10 +212,10 @@ class Numbers(NamedTuple):
     @classmethod
     def from_flat(cls, numbers: list[Any]) -> Numbers:
         """The Numbers whose :meth:`flat` these are."""
-        return cls(dict(zip(NAMES, numbers, strict=False)), *numbers[len(NAMES) :])
+        return cls(dict(zip(OPTION_NAMES, numbers, strict=False)), *numbers[len(OPTION_NAMES) :])
 
 
-COUNT = len(NAMES) + len(Numbers._fields) - 1  # of the numbers in Numbers.flat
+COUNT = len(OPTION_NAMES) + len(Numbers._fields) - 1  # of the numbers in Numbers.flat
 
 
 def is_number(value: object) -> bool:

@@ -1,4 +1,4 @@
-"""Distiller: runs student and teacher, takes what terms want of their layers, and adds the losses up."""
+"""The Distiller: it runs student and teacher, captures layer outputs for its terms, and adds the losses up."""
 
 from __future__ import annotations
 
@@ -20,11 +20,12 @@ from fastkd.core.scalars import as_float, plain
 from fastkd.distiller import models
 from fastkd.teachers import Ensemble, LinearTeacher, TopK
 
-GIVEN = ("labels", "mask", "num_items")
+# What a call passes to the losses by keyword.
+BATCH_OPTIONS = ("labels", "mask", "num_items")
 
 
 def first_tensor(output: Any) -> Tensor:
-    """The first tensor of what a layer returns: itself, or of a tuple, list or dict (a ModelOutput is one)."""
+    """The first tensor in a layer's output: the output itself, or a member of a tuple, list or dict (ModelOutput)."""
     if isinstance(output, Tensor):
         return output
     members = output.values() if isinstance(output, Mapping) else output
@@ -32,11 +33,11 @@ def first_tensor(output: Any) -> Tensor:
         for member in members:
             if isinstance(member, Tensor):
                 return member
-    raise TypeError(f"no tensor in a layer's output, a {type(output).__name__}; pass select=")
+    raise TypeError(f"no tensor in the output of a layer, a {type(output).__name__}; pass select=")
 
 
 def find_logits(output: Any) -> Tensor:
-    """The logits of a model's output: itself, its .logits or ["logits"], or the first of a tuple that is no number."""
+    """The logits in a model's output: itself, its .logits or ["logits"], or a tuple's first tensor with dimensions."""
     if isinstance(output, Tensor):
         return output
     if isinstance(output, Mapping):
@@ -48,7 +49,9 @@ def find_logits(output: Any) -> Tensor:
         logits = next((x for x in members if isinstance(x, Tensor) and x.dim() > 0), None)
     if isinstance(logits, Tensor):
         return logits
-    raise TypeError(f"no logits in a model's output, a {type(output).__name__}; pass find_logits=")
+    raise TypeError(
+        f"no logits in the output of a model, a {type(output).__name__}; pass find_logits="
+    )
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,20 +59,21 @@ class Term:
     """One loss between student and teacher.
 
     Args:
-        loss: called with what student and teacher have, and by keyword with what `takes` says; returns a 0-dim tensor.
-            A module's parameters are trained and saved with the :class:`Distiller`.
-        student_layer: a name as in named_modules(), "" being the whole model: the loss gets what that layer returned. A
-            sequence of names: a tuple of these. None: where the loss names its layers (attributes student_layers and
-            teacher_layers, as :class:`fastkd.features.FeatureLoss` has), dicts of these by name; else the logits.
-        teacher_layer: likewise; None: those of student_layer.
-        weight: a number, or a function of the step that returns one. A term of weight 0 does no work.
-        select: from what a layer returned to what the loss gets, a tensor, or a tuple or dict of tensors.
-            `lambda output: output.hidden_states` with layer "" gives a FeatureLoss over indices what it wants.
-        takes: which of "labels", "mask" and "num_items" the loss gets by keyword where a call has them. None: those
-            that its signature names (of forward, for a module), or all where that has **options.
+        loss: called as loss(student, teacher, **keywords), with the keywords in `takes`; returns a 0-dim tensor. The
+            parameters of a module are trained and saved with the :class:`Distiller`.
+        student_layer: a name from named_modules(), or "" for the whole model; the loss gets the output of that layer.
+            With a sequence of names it gets a tuple of outputs. None: if the loss names its layers (attributes
+            student_layers and teacher_layers, as in :class:`fastkd.features.FeatureLoss`), it gets dicts of outputs by
+            name; otherwise it gets the logits.
+        teacher_layer: the same for the teacher; None: the names in student_layer.
+        weight: a number, or a function from the step to a number. A term of weight 0 is not computed.
+        select: maps a layer's output to what the loss gets: a tensor, or a tuple or dict of tensors. For a FeatureLoss
+            over indices, use layer "" with `lambda output: output.hidden_states`.
+        takes: which of "labels", "mask" and "num_items" the loss gets by keyword, if a call has them. None: those in
+            its signature (of forward, for a module), or all if it takes **options.
 
     Raises:
-        TypeError, ValueError: an argument of the wrong type or value; the message names it.
+        TypeError, ValueError: an argument has the wrong type or value; the message names it.
     """
 
     loss: Callable[..., Tensor]
@@ -86,11 +90,11 @@ class Term:
         if not callable(self.weight):
             object.__setattr__(self, "weight", _checked_weight("weight", self.weight))
         if self.student_layer is None and self.teacher_layer is not None:
-            raise ValueError("student_layer must be given where teacher_layer is")
+            raise ValueError("student_layer must be given if teacher_layer is")
         names = getattr(self.loss, "student_layers", None)
         if self.student_layer is None and names is not None and not _all_names(names):
             raise ValueError(
-                f"student_layer must be given for a loss whose layers are indices, {names}: '' with "
+                f"student_layer must be given for a loss whose layers are indices, {names}: pass '' with "
                 "select=lambda output: output.hidden_states, or names of layers"
             )
         for argument in ("student_layer", "teacher_layer"):
@@ -100,15 +104,17 @@ class Term:
         if self.takes is not None and (
             isinstance(self.takes, (str, Tensor))
             or not isinstance(self.takes, Iterable)
-            or any(name not in GIVEN for name in self.takes)
+            or any(name not in BATCH_OPTIONS for name in self.takes)
         ):
-            raise ValueError(f"takes must be some of {', '.join(GIVEN)}; got {self.takes!r}")
+            raise ValueError(
+                f"takes must be some of {', '.join(BATCH_OPTIONS)}; got {self.takes!r}"
+            )
         if self.takes is None:
-            object.__setattr__(self, "takes", _named_by(self.loss))
+            object.__setattr__(self, "takes", _options_of(self.loss))
 
     @property
     def on_logits(self) -> bool:
-        """Whether the loss is one of logits."""
+        """Whether the loss gets logits."""
         return self.student_layer is None and not hasattr(self.loss, "student_layers")
 
     def _layers(self, side: str) -> str | Sequence[str]:
@@ -122,55 +128,60 @@ class Term:
         layers = self._layers(side)
         return (layers,) if isinstance(layers, str) else layers
 
-    def _arranged(self, side: str, found: Callable[[str], Any]) -> Any:
-        """What the loss gets, from what is found by name."""
+    def _arranged(self, side: str, output_of: Callable[[str], Any]) -> Any:
+        """The layer outputs of one model in the form that the loss expects."""
         layers = self._layers(side)
         if isinstance(layers, str):
-            return found(layers)
+            return output_of(layers)
         if self.student_layer is None:
-            return {name: found(name) for name in layers}
-        return tuple(found(name) for name in layers)
+            return {name: output_of(name) for name in layers}
+        return tuple(output_of(name) for name in layers)
 
     def _weight_at(self, name: str, step: int | None) -> float:
         if not callable(self.weight):
             return self.weight
         if step is None:
-            raise ValueError(f"step must be given, as the weight of term {name!r} depends on it")
+            raise ValueError(
+                f"step must be given, because the weight of term {name!r} depends on it"
+            )
         return _checked_weight(f"the weight of term {name!r} at step {step}", self.weight(step))
 
 
 class Distiller(nn.Module):
-    """A student, a teacher and weighted losses between them, over logits and over layers caught by name.
+    """A student, a teacher and weighted losses between them, over logits and over layers captured by name.
 
-    The student and the losses are submodules, so parameters(), train() and to() have both, and DistributedDataParallel
-    takes the Distiller as it is (find_unused_parameters=True where some term or layer is left out at times). The
-    teacher is no submodule: it has no place in parameters() and train(), but to() and its kin move and cast it along.
-    It runs under no_grad and in eval mode, and is put back into the mode it had. Each model gets the named inputs that
-    its forward names, and use_cache=False where it knows that, as with a cache models of transformers read across the
-    examples of a packed batch; the first packed batch is checked for it. state_dict() and load_state_dict()
-    have the losses' own state (learned and fixed projections) alone; the student is saved as itself.
+    **Modules.** The student and the losses are submodules, so parameters(), train() and to() include both, and
+    DistributedDataParallel can wrap the Distiller (with find_unused_parameters=True if a step may leave out a term or a
+    layer). The teacher is not a submodule: parameters() and train() do not include it, but to() and similar methods
+    move and cast it. It runs under no_grad and in eval mode, and gets its mode back afterwards. state_dict() and
+    load_state_dict() cover only the state of the losses (learned and fixed projections); save the student itself.
 
-    Layers are caught by forward hooks that close() removes, as does the end of a `with` block or of the Distiller.
-    Nothing that they caught is kept after a call; one thread calls it at a time. A copy (copy.deepcopy) catches
-    nothing, and a model with hooks is not pickled: make the Distiller anew, or close it first. It raises if a layer did
-    not run, ran more than once (its outputs would be ambiguous), was changed in place afterwards, or ran without
-    gradients within a student that has them (as reentrant checkpointing does; the other kind works).
+    **Inputs.** Each model gets the named inputs in the signature of its forward, and use_cache=False if it has that
+    input, because with a cache models of transformers read across the examples of a packed batch. The first packed
+    batch is checked for this.
 
-    torch.compile of the student, the teacher or the Distiller works where the model's first run comes after the
-    Distiller is made: torch does not look for hooks again. If it came before, the layers are missing, which raises. A
-    compiled graph hides whether a layer's output was changed in place: try a step in eager mode first.
+    **Layers** are captured by forward hooks. close(), the end of a `with` block and the end of the Distiller remove
+    them. Captured outputs are released after each call. Only one thread may call a Distiller at a time. A copy
+    (copy.deepcopy) captures nothing, and a model with hooks cannot be pickled: close the Distiller first, or make a new
+    one. A call raises if a layer did not run, ran more than once (its output would be ambiguous), was changed in place
+    afterwards, or ran without gradients in a student that trains (as in reentrant checkpointing; the other kind works).
+
+    **torch.compile** of the student, the teacher or the Distiller works if the model's first run comes after the
+    Distiller is made, because torch does not look for new hooks later. If a model ran before, the layers are missing,
+    and the call raises. A compiled graph hides in-place changes of a layer's output: try a step in eager mode first.
 
     Args:
         student: any module.
-        teacher: any module; None: calls bring what the teacher said.
-        terms: by name, an identifier other than "loss".
-        find_logits: from a model's output to its logits, for student and teacher.
-        own_loss: "keep": what the student returns as "loss", or a router's auxiliary loss times the student's own
-            coefficient, is added to the sum and is part "own_loss". "drop": it is left out. As the student gets no
-            labels, a term that it adds only to a loss of labels is not seen.
+        teacher: any module; None: pass the teacher's outputs to each call.
+        terms: the terms by name; a name is an identifier other than "loss" and "own_loss".
+        find_logits: maps a model's output to its logits, for student and teacher.
+        own_loss: "keep": the student's "loss" output, or a router's auxiliary loss times the student's coefficient, is
+            added to the sum and returned as part "own_loss". "drop": it is left out. The student gets no labels, so a
+            term that it adds only to its loss of labels does not appear.
 
     Raises:
-        TypeError, ValueError: an argument of the wrong type; a layer that is not there, with the names closest to it.
+        TypeError, ValueError: an argument has the wrong type, or a layer does not exist; the message has the closest
+            names.
     """
 
     def __init__(
@@ -199,22 +210,22 @@ class Distiller(nn.Module):
         self._takes = models.beside(student, teacher)
         self._teacher_takes = None if teacher is None else models.beside(teacher, student)
         self._checked_boundaries = False
-        self._teacher = (teacher,)  # in a tuple, where nn.Module does not find it
-        self._of_student = _Capture("student", student, _taps(terms.values(), "student"))
-        self._of_teacher = (
+        self._teacher = (teacher,)  # a tuple hides it from nn.Module
+        self._student_capture = _Capture("student", student, _taps(terms.values(), "student"))
+        self._teacher_capture = (
             None
             if teacher is None
             else _Capture("teacher", teacher, _taps(terms.values(), "teacher"))
         )
-        handles = [*self._of_student.handles]
-        if self._of_teacher is not None:
-            handles += self._of_teacher.handles
+        handles = [*self._student_capture.handles]
+        if self._teacher_capture is not None:
+            handles += self._teacher_capture.handles
         self._remove_hooks = weakref.finalize(self, _remove, handles)
         self.register_load_state_dict_pre_hook(_keep_student)
 
     @property
     def teacher(self) -> nn.Module | None:
-        """The teacher."""
+        """The teacher, which is not a submodule."""
         return self._teacher[0]
 
     def forward(
@@ -228,52 +239,55 @@ class Distiller(nn.Module):
         teacher_layers: Mapping[str, Any] | None = None,
         **named_inputs: Any,
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """The loss of one batch.
+        """Compute the loss of one batch.
 
         Args:
-            *inputs: of both models, with **named_inputs, of which each gets those that it names.
-            labels: for the losses that take them; neither model gets them, but an encoder-decoder's decoder_input_ids
-                are made from them where they are not given. They are those of the logits' rows: a causal language
-                model's are shifted by the caller.
-            mask: bool, for the losses that take it: rows of logits and positions of features that count.
-            num_items: likewise, the denominator of :func:`fastkd.kd_loss`.
-            step: for weights that change with it.
-            teacher_output: the teacher's, from an earlier run: logits, a model's output, a :class:`fastkd.TopK`, or
-                another teacher of kd_loss.
-            teacher_layers: likewise, by name, what `select` would have given. The teacher runs if something that the
-                terms of this step need is not given.
+            *inputs: inputs of both models.
+            labels: for the losses that take them. Neither model gets them, but decoder_input_ids of an encoder-decoder
+                are made from them if they are not passed. There is one label per row of logits: shift the labels of a
+                causal language model yourself.
+            mask: bool, for the losses that take it: which rows of logits and positions of features count.
+            num_items: for the losses that take it: the denominator of :func:`fastkd.kd_loss`.
+            step: for weights that depend on it.
+            teacher_output: the teacher's output from an earlier run: logits, a model's output, a :class:`fastkd.TopK`,
+                or another teacher of kd_loss.
+            teacher_layers: the teacher's layer outputs by name, as `select` would return them. The teacher runs if the
+                terms of this step need an output that is not passed.
+            **named_inputs: each model gets those in its signature.
 
         Returns:
-            (the weighted sum, its parts). Parts are detached and 0-dim: each loss by its name before its weight,
+            (the weighted sum, its parts). Parts are detached and 0-dim: each loss by name, before its weight and
             without those of weight 0, and the sum as "loss".
 
         Raises:
-            ValueError: there is nothing to do, or something is missing; a model reads across the examples of a packed
-                batch; the student returns a loss whose coefficient is not known.
-            TypeError: a named input that no model takes.
-            RuntimeError: a layer was not caught; the message says why.
+            ValueError: all weights are 0, or an argument is missing; a model reads across the examples of a packed
+                batch; the student returns a loss with an unknown coefficient.
+            TypeError: neither model takes a named input.
+            RuntimeError: a layer was not captured; the message says why.
         """
         weights = {name: term._weight_at(name, step) for name, term in self.terms.items()}
         weights = {name: weight for name, weight in weights.items() if weight != 0}
         if not weights:
-            raise ValueError(f"some term must have a weight other than 0; at step {step} none has")
+            raise ValueError(
+                f"terms must have one with a weight other than 0; at step {step} all weights are 0"
+            )
         terms = [self.terms[name] for name in weights]
         for name in named_inputs:
             sides = (self._takes, self._teacher_takes)
             if not any(side and (side.open or name in side.names) for side in sides):
                 raise TypeError(
-                    f"{name} is an input of neither model: their forward has no such argument"
+                    f"{name} is an input of neither model: no forward has this argument"
                 )
         self._check_boundaries(inputs, named_inputs, labels)
-        target, of_teacher = self._ask_teacher(
+        target, teacher_outputs = self._run_teacher(
             terms, inputs, named_inputs, labels, teacher_output, teacher_layers
         )
         chosen = self._takes.chosen(named_inputs)
         chosen = models.with_decoder_inputs(self.student, chosen, labels)
-        output, of_student = self._of_student.run(
+        output, student_outputs = self._student_capture.run(
             self.student, inputs, chosen, _taps(terms, "student")
         )
-        given = {"labels": labels, "mask": mask, "num_items": num_items}
+        batch_options = {"labels": labels, "mask": mask, "num_items": num_items}
         total: Tensor | None = None
         parts = {}
         for name, weight in weights.items():
@@ -282,15 +296,11 @@ class Distiller(nn.Module):
             if term.on_logits:
                 student, teacher = self.find_logits(output), target
             else:
-                student = term._arranged("student", _finder(of_student, term))
-                teacher = term._arranged("teacher", _finder(of_teacher, term))
-            takes = {key: given[key] for key in term.takes or () if given[key] is not None}
-            value = term.loss(student, teacher, **takes)
-            if not isinstance(value, Tensor) or value.dim() != 0:
-                shown = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
-                raise ValueError(
-                    f"the loss of term {name!r} must return a 0-dim tensor, got {shown}"
-                )
+                student = term._arranged("student", _finder(student_outputs, term))
+                teacher = term._arranged("teacher", _finder(teacher_outputs, term))
+            keywords = {key: batch_options[key] for key in term.takes or ()}
+            keywords = {key: value for key, value in keywords.items() if value is not None}
+            value = _checked_loss(name, term.loss(student, teacher, **keywords))
             total = weight * value if total is None else total + weight * value
             parts[name] = value.detach()
         assert total is not None
@@ -301,7 +311,7 @@ class Distiller(nn.Module):
         parts["loss"] = total.detach()
         return total, parts
 
-    def _ask_teacher(
+    def _run_teacher(
         self,
         terms: Sequence[Term],
         inputs: Sequence[Any],
@@ -310,32 +320,32 @@ class Distiller(nn.Module):
         output: Any,
         layers: Mapping[str, Any] | None,
     ) -> tuple[Any, dict[Tap, Any]]:
-        """(the target of losses on logits, layers): as they are given, and from a run for what is not."""
+        """Return (the target of losses on logits, layer outputs), as passed, or from a run of the teacher."""
         taps = _taps(terms, "teacher")
-        given = layers or {}
-        missing = [tap for tap in taps if tap.name not in given]
-        wants_logits = any(term.on_logits for term in terms)
-        found = {tap: given[tap.name] for tap in taps if tap.name in given}
-        if missing or (wants_logits and output is None):
-            teacher, capture, takes = self.teacher, self._of_teacher, self._teacher_takes
+        passed = layers or {}
+        missing = [tap for tap in taps if tap.name not in passed]
+        needs_logits = any(term.on_logits for term in terms)
+        outputs = {tap: passed[tap.name] for tap in taps if tap.name in passed}
+        if missing or (needs_logits and output is None):
+            teacher, capture, takes = self.teacher, self._teacher_capture, self._teacher_takes
             if teacher is None or capture is None or takes is None:
                 wanted = f"teacher_layers[{missing[0].name!r}]" if missing else "teacher_output"
-                raise ValueError(f"{wanted} must be given, as there is no teacher to ask")
+                raise ValueError(f"{wanted} must be given, because the Distiller has no teacher")
             chosen = models.with_decoder_inputs(teacher, takes.chosen(named_inputs), labels)
             training = [module for module in teacher.modules() if module.training]
             try:
                 if training:
                     teacher.eval()
                 with torch.no_grad():
-                    said, caught = capture.run(teacher, inputs, chosen, missing)
+                    new_output, captured = capture.run(teacher, inputs, chosen, missing)
             finally:
                 for module in training:
                     module.training = True
-            found |= caught
-            output = said if output is None else output
-        if not wants_logits or isinstance(output, (TopK, LinearTeacher, Ensemble)):
-            return output, found
-        return self.find_logits(output), found
+            outputs |= captured
+            output = new_output if output is None else output
+        if not needs_logits or isinstance(output, (TopK, LinearTeacher, Ensemble)):
+            return output, outputs
+        return self.find_logits(output), outputs
 
     def _check_boundaries(
         self, inputs: Sequence[Any], named_inputs: Mapping[str, Any], labels: Tensor | None
@@ -354,11 +364,11 @@ class Distiller(nn.Module):
                 models.check_boundaries(model, model, chosen, named_inputs, whose)
 
     def projections(self) -> Iterator[nn.Parameter]:
-        """Parameters of the losses: those of parameters() that are not the student's."""
+        """The parameters of the losses, without those of the student."""
         return self.losses.parameters()
 
     def close(self) -> None:
-        """Take the hooks off both models. Losses on layers raise from then on."""
+        """Remove the hooks from both models. Losses on layers raise afterwards."""
         self._remove_hooks()
 
     def __enter__(self) -> Distiller:
@@ -373,7 +383,7 @@ class Distiller(nn.Module):
         self.close()
 
     def state_dict(self, *, prefix: str = "", **options: Any) -> Any:
-        """The losses' state, under "losses."; nothing of either model."""
+        """The state of the losses, under "losses."; it has no state of either model."""
         return self.losses.state_dict(prefix=f"{prefix}losses.", **options)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Distiller:
@@ -384,15 +394,16 @@ class Distiller(nn.Module):
 
 
 class Tap(NamedTuple):
-    """What is taken from a layer, by name."""
+    """A layer to capture, and the selection from its output."""
 
     name: str
     select: Callable[[Any], Any]
 
 
-class _Caught(NamedTuple):
+class _Captured(NamedTuple):
     value: Any
-    versions: list[int] | None  # of its tensors, when it was caught; None: not known
+    # The version counters of its tensors when it was captured; None: unknown.
+    versions: list[int] | None
     with_gradients: bool
 
 
@@ -405,8 +416,8 @@ class _Capture:
         for tap in taps:
             _check_layer(whose, tap.name, layers)
         self.taps = list(taps)
-        # By tap what its layer returned in the run that goes on; None: nobody asks.
-        self.caught: list[list[_Caught] | None] = [None] * len(taps)
+        # For each tap, the outputs of its layer in the current run; None: it is not captured.
+        self.captured: list[list[_Captured] | None] = [None] * len(taps)
         self.handles = [
             layers[tap.name].register_forward_hook(self._hook(index, tap.select))
             for index, tap in enumerate(taps)
@@ -414,10 +425,10 @@ class _Capture:
 
     def _hook(self, index: int, select: Callable[[Any], Any]) -> Callable[..., None]:
         def hook(module: nn.Module, inputs: Any, output: Any) -> None:
-            caught = self.caught[index]
-            if caught is not None:
+            captured = self.captured[index]
+            if captured is not None:
                 value = select(output)
-                caught.append(_Caught(value, _versions(value), torch.is_grad_enabled()))
+                captured.append(_Captured(value, _versions(value), torch.is_grad_enabled()))
 
         return hook
 
@@ -428,56 +439,56 @@ class _Capture:
         named_inputs: Mapping[str, Any],
         taps: Sequence[Tap],
     ) -> tuple[Any, dict[Tap, Any]]:
-        """(the model's output, what was taken)"""
+        """Run the model; return (its output, the captured layer outputs)."""
         try:
             for index, tap in enumerate(self.taps):
-                self.caught[index] = [] if tap in taps else None
+                self.captured[index] = [] if tap in taps else None
             output = model(*inputs, **named_inputs)
-            found = {
-                tap: self._only(tap.name, caught)
-                for tap, caught in zip(self.taps, self.caught, strict=True)
-                if caught is not None
+            outputs = {
+                tap: self._only(tap.name, captured)
+                for tap, captured in zip(self.taps, self.captured, strict=True)
+                if captured is not None
             }
-            return output, found
+            return output, outputs
         finally:
-            self.caught = [None] * len(self.taps)
+            self.captured = [None] * len(self.taps)
 
-    def _only(self, name: str, caught: list[_Caught]) -> Any:
+    def _only(self, name: str, captured: list[_Captured]) -> Any:
         layer = f"layer {name!r} of the {self.whose}"
-        if not caught:
+        if not captured:
             raise RuntimeError(
-                f"{layer} was not captured: it did not run, its forward was called without its hooks, the Distiller is "
-                "closed, or the model was compiled and had run before the Distiller was made (make it first, or call "
-                "torch.compiler.reset())"
+                f"{layer} was not captured: it did not run, its forward was called directly, without hooks, the "
+                "Distiller is closed, or the model was compiled and ran before the Distiller was made (make the "
+                "Distiller first, or call torch.compiler.reset())"
             )
-        if len(caught) > 1:
+        if len(captured) > 1:
             raise RuntimeError(
-                f"{layer} ran {len(caught)} times, so that its output is ambiguous; name the layers around its uses"
+                f"{layer} ran {len(captured)} times, so its output is ambiguous; name the layers around its uses"
             )
-        value, versions, with_gradients = caught[0]
+        value, versions, with_gradients = captured[0]
         if torch.is_grad_enabled() and not with_gradients:
             raise RuntimeError(
-                f"{layer} ran without gradients, so that nothing would train through it; checkpoint with "
+                f"{layer} ran without gradients, so nothing would train through it; checkpoint with "
                 "use_reentrant=False"
             )
         if versions is not None and _versions(value) not in (None, versions):
             raise RuntimeError(
                 f"the output of {layer} was changed in place afterwards (nn.ReLU(inplace=True)?); name the layer that "
-                "changed it, or have it make a new tensor"
+                "changed it, or make that layer return a new tensor"
             )
         return value
 
 
 def _taps(terms: Iterable[Term], side: str) -> list[Tap]:
-    """What the terms want of a model, each once."""
-    wanted = (
+    """The taps that the terms need on one model, each once."""
+    taps = (
         Tap(name, term.select) for term in terms if not term.on_logits for name in term._names(side)
     )
-    return list(dict.fromkeys(wanted))
+    return list(dict.fromkeys(taps))
 
 
-def _finder(found: Mapping[Tap, Any], term: Term) -> Callable[[str], Any]:
-    return lambda name: found[Tap(name, term.select)]
+def _finder(outputs: Mapping[Tap, Any], term: Term) -> Callable[[str], Any]:
+    return lambda name: outputs[Tap(name, term.select)]
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:
@@ -489,7 +500,7 @@ def _tensors(value: Any) -> Iterator[Tensor]:
 
 
 def _versions(value: Any) -> list[int] | None:
-    """How often each tensor was written to; None where that is not kept."""
+    """The version counter of each tensor; None: they are not available."""
     if torch.compiler.is_compiling():
         return None
     tensors = list(_tensors(value))
@@ -513,22 +524,22 @@ def _keep_student(
     unexpected: list[str],
     errors: list[str],
 ) -> None:
-    """Before a load: the student is no part of what is loaded, and so loads what it has."""
+    """Before a load, add the student's current state, because the loaded state has none."""
     prefix += "student."
     unexpected += [key for key in state if key.startswith(prefix)]
     state.update(distiller.student.state_dict(prefix=prefix, keep_vars=True))
 
 
-def _named_by(loss: Callable[..., Tensor]) -> tuple[str, ...]:
-    """What of GIVEN a loss names among its parameters."""
+def _options_of(loss: Callable[..., Tensor]) -> tuple[str, ...]:
+    """The BATCH_OPTIONS in the signature of a loss."""
     try:
         parameters = inspect.signature(getattr(loss, "forward", loss)).parameters.values()
-    except ValueError:  # of a function in C
+    except ValueError:  # a function in C has no signature
         return ()
     if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
-        return GIVEN
+        return BATCH_OPTIONS
     names = {parameter.name for parameter in parameters}
-    return tuple(name for name in GIVEN if name in names)
+    return tuple(name for name in BATCH_OPTIONS if name in names)
 
 
 def _all_names(layers: object) -> bool:
@@ -545,13 +556,20 @@ def _checked_weight(argument: str, weight: Any) -> float:
     return weight
 
 
+def _checked_loss(name: str, value: object) -> Tensor:
+    if isinstance(value, Tensor) and value.dim() == 0:
+        return value
+    actual = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+    raise ValueError(f"the loss of term {name!r} must return a 0-dim tensor, got {actual}")
+
+
 def _check_terms(terms: object) -> None:
     if not isinstance(terms, Mapping) or not terms:
         raise TypeError(f"terms must be a dict of fastkd.distiller.Term, got {terms!r}")
     for name, term in terms.items():
         if not (isinstance(name, str) and name.isidentifier()) or name in ("loss", "own_loss"):
             raise ValueError(
-                f"terms must have identifiers other than 'loss' and 'own_loss' for names, got {name!r}"
+                f"terms must be named by identifiers other than 'loss' and 'own_loss', got {name!r}"
             )
         if not isinstance(term, Term):
             raise TypeError(
@@ -569,5 +587,5 @@ def _check_layer(whose: str, name: str, layers: Mapping[str, nn.Module]) -> None
         repr(other) for other in near[:5] or [other for other in layers if other][:5]
     )
     raise ValueError(
-        f"the {whose} has no layer {name!r}; {'near it are' if near else 'its first are'} {listed}"
+        f"the {whose} has no layer {name!r}; {'similar names' if near else 'its first layers'}: {listed}"
     )

@@ -1,9 +1,9 @@
-"""How student and teacher are run side by side, where all that is known is that both are modules.
+"""What adapters need to know to run a student and a teacher that may be any modules.
 
-Adapters ask here which inputs a model takes, how its labels lie beside its logits, where the examples of a packed batch
-begin, and which loss a model adds to its cross-entropy by itself. Whatever can be found out by running a model once is
-found out that way, and not from a list of classes: a subclass or a wrapper may do anything. transformers is never
-imported; a model that comes from it has imported it.
+It determines which inputs a model takes, how its labels are aligned with its logits, where the examples of a packed
+batch begin, and which loss a model adds to its cross-entropy. Where possible, it runs the model once instead of looking
+up its class, because a subclass or a wrapper may change anything. It never imports transformers: a model from
+transformers has already imported it.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-IGNORED = -100  # the label that drops a position, in transformers and in torch
+# The label that drops a position, in transformers and in torch.
+IGNORED = -100
 # Inputs that say where the examples of a packed batch begin.
 BOUNDARIES = ("position_ids", "seq_idx", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")  # fmt: skip
 _WRAPPERS = (
@@ -28,7 +29,7 @@ _WRAPPERS = (
     "FullyShardedDataParallel",
     "DeepSpeedEngine",
 )
-# Losses that take labels and are no cross-entropy over classes.
+# Losses of labels that are not a cross-entropy over classes.
 _OTHER_LOSSES = (
     "mse_loss",
     "l1_loss",
@@ -39,7 +40,7 @@ _OTHER_LOSSES = (
 
 
 def base(model: nn.Module) -> nn.Module:
-    """The model inside torch.compile, data parallelism, FSDP, DeepSpeed and PEFT."""
+    """The model without the wrappers of torch.compile, data parallelism, FSDP, DeepSpeed and PEFT."""
     inner: Any
     while True:
         if "_orig_mod" in model._modules:
@@ -58,12 +59,12 @@ def base(model: nn.Module) -> nn.Module:
 
 
 def from_transformers(model: nn.Module) -> bool:
-    """Whether it is a transformers.PreTrainedModel."""
+    """Whether the model is a transformers.PreTrainedModel."""
     library = sys.modules.get("transformers.modeling_utils")
     return library is not None and isinstance(model, library.PreTrainedModel)
 
 
-# ---- inputs
+# Inputs
 
 
 _VARIADIC = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
@@ -73,31 +74,33 @@ class Signature(NamedTuple):
     """The inputs of a model's forward."""
 
     names: frozenset[str]
-    open: bool  # it takes **kwargs
-    others: frozenset[str] = frozenset()  # names of the other model that are kept from this one
+    # Whether it takes **kwargs.
+    open: bool
+    # Inputs of only the other model, which this one does not get.
+    others: frozenset[str] = frozenset()
 
     def chosen(self, features: Mapping[str, Any]) -> dict[str, Any]:
-        """The features that the model takes, and use_cache=False where it knows that and they do not say.
+        """Select the features that the model takes, and add use_cache=False if it has that input and they do not.
 
-        A key-value cache is of no use to a loss, and with one transformers ignores the boundaries of packed examples.
+        A loss does not need a key-value cache, and with one, transformers ignores the boundaries of packed examples.
         """
-        given = {
+        inputs = {
             name: value
             for name, value in features.items()
             if name in self.names or (self.open and name not in self.others)
         }
-        if "use_cache" in self.names and "use_cache" not in given:
-            given["use_cache"] = False
-        return given
+        if "use_cache" in self.names and "use_cache" not in inputs:
+            inputs["use_cache"] = False
+        return inputs
 
 
 def signature(model: nn.Module) -> Signature:
-    """What the forward of a model names, wrappers aside.
+    """The inputs in the signature of a model's forward, without its wrappers.
 
-    A forward that takes *args and **kwargs hands them on to that of a base class, whose names count too.
+    If a forward takes *args and **kwargs, it passes them to the forward of a base class, so that signature is included.
     """
     inner = base(model)
-    # accelerate puts a forward of (*args, **kwargs) on the instance, before that of the class.
+    # accelerate sets a forward(*args, **kwargs) on the instance, which hides the one of the class.
     holders = [vars(inner), *map(vars, type(inner).__mro__)]
     forwards = [holder["forward"] for holder in holders if "forward" in holder]
     names: set[str] = set()
@@ -117,7 +120,7 @@ def signature(model: nn.Module) -> Signature:
 
 
 def by_name(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments of a call, all of them by name."""
+    """All arguments of a call by name."""
     inner = base(model)
     forward = type(inner).forward
     names = [name for name in inspect.signature(forward).parameters if name != "self"]
@@ -125,10 +128,10 @@ def by_name(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) ->
 
 
 def beside(model: nn.Module, other: object) -> Signature:
-    """The signature of a model that runs beside another one.
+    """The signature of a model for batches that it shares with another one.
 
-    With **kwargs a model takes what its forward does not name; but one of transformers names what it uses, and is
-    spared what the other model alone names.
+    A model with **kwargs gets every input. A model of transformers names all inputs that it uses, so it does not get
+    inputs that only the other model names.
     """
     own = signature(model)
     if not isinstance(other, nn.Module) or not from_transformers(base(model)):
@@ -137,84 +140,84 @@ def beside(model: nn.Module, other: object) -> Signature:
 
 
 def part(outputs: Any, name: str) -> Tensor | None:
-    """The tensor of that name in a model's outputs, or None."""
+    """The tensor `name` in a model's outputs, or None."""
     value = outputs.get(name) if isinstance(outputs, Mapping) else getattr(outputs, name, None)
     return value if isinstance(value, Tensor) else None
 
 
 def logits_of(outputs: Any, whose: str = "a model") -> Tensor:
-    """Logits [..., C]: the outputs themselves, their "logits", or the first tensor of a tuple that has a dimension.
+    """The logits [..., C] in a model's outputs: themselves, "logits", or a tuple's first tensor with dimensions.
 
     Raises:
-        TypeError: there are none.
+        TypeError: the outputs have no logits.
     """
     logits = outputs if isinstance(outputs, Tensor) else part(outputs, "logits")
     if logits is None and isinstance(outputs, (tuple, list)):
-        # A tuple may begin with losses, which have no dimension.
+        # A tuple may begin with losses, which are 0-dim.
         logits = next((x for x in outputs if isinstance(x, Tensor) and x.dim() > 0), None)
     if logits is None:
-        held = ", ".join(outputs) if isinstance(outputs, Mapping) else type(outputs).__name__
+        names = ", ".join(outputs) if isinstance(outputs, Mapping) else type(outputs).__name__
         raise TypeError(
-            f"no logits in the outputs of {whose}, which have {held or 'nothing'}; distillation needs a model with a "
-            "head over classes or tokens (AutoModelForCausalLM, not AutoModel), whose outputs call them logits"
+            f"no logits in the outputs of {whose}, which have {names or 'nothing'}; distillation needs a model with a "
+            "head over classes or tokens (AutoModelForCausalLM, not AutoModel) and an output named logits"
         )
     return logits
 
 
-# ---- encoder-decoders
+# Encoder-decoders
 
 
 def is_encoder_decoder(model: nn.Module) -> bool:
-    """Whether the configuration says so."""
+    """Whether the configuration says that the model is an encoder-decoder."""
     return bool(getattr(getattr(base(model), "config", None), "is_encoder_decoder", False))
 
 
 def with_decoder_inputs(
     model: nn.Module, inputs: Mapping[str, Any], labels: Tensor | None
 ) -> dict[str, Any]:
-    """The inputs, with the decoder's made from labels where an encoder-decoder has none, by its own rule.
+    """The inputs; for an encoder-decoder, decoder inputs are made from labels by the model's own rule if missing.
 
     Raises:
-        ValueError: the model has no such rule that is known.
+        ValueError: the model's rule is not known, or there are no labels.
     """
-    found = dict(inputs)
-    given = ("decoder_input_ids", "decoder_inputs_embeds", "decoder_attention_mask")
-    if not is_encoder_decoder(model) or any(found.get(name) is not None for name in given[:2]):
-        return found
+    complete = dict(inputs)
+    decoder_inputs = ("decoder_input_ids", "decoder_inputs_embeds")
+    if not is_encoder_decoder(model) or any(complete.get(n) is not None for n in decoder_inputs):
+        return complete
     if "decoder_input_ids" not in signature(model).names:
-        return found
+        return complete
     inner: Any = base(model)
     shift = getattr(sys.modules.get(type(inner).__module__), "shift_tokens_right", None)
     if labels is None or labels.dim() != 2:
-        # BART and its kin read their inputs then, as classifiers do.
+        # Without labels, BART and similar models shift their inputs instead, and so do their classifiers.
         if shift is None and hasattr(inner, "prepare_decoder_input_ids_from_labels"):
             raise ValueError(
-                f"labels, or decoder_input_ids, must be in a batch for {type(inner).__name__}: its decoder has nothing "
-                "to read without them"
+                f"labels or decoder_input_ids must be in the batch for {type(inner).__name__}: without them, its "
+                "decoder has no input"
             )
-        return found
+        return complete
     config = inner.config
     start, pad = (getattr(config, n, None) for n in ("decoder_start_token_id", "pad_token_id"))
     if hasattr(inner, "prepare_decoder_input_ids_from_labels"):
-        made = inner.prepare_decoder_input_ids_from_labels(labels=labels)
+        ids = inner.prepare_decoder_input_ids_from_labels(labels=labels)
     elif shift is not None and list(inspect.signature(shift).parameters)[1:] == [
         "pad_token_id",
         "decoder_start_token_id",
     ]:
-        made = shift(labels, pad, start)
+        ids = shift(labels, pad, start)
     else:
         raise ValueError(
-            f"decoder_input_ids are needed by {type(inner).__name__}, which has no known way to create them from "
-            "labels; put them into the batch"
+            f"decoder_input_ids must be in the batch for {type(inner).__name__}: how it makes them from labels is not "
+            "known"
         )
-    return {**found, "decoder_input_ids": made}
+    return {**complete, "decoder_input_ids": ids}
 
 
-# ---- labels beside logits
+# Labels and logits
 
 
 def shifts_labels(model: nn.Module) -> bool | None:
-    """Whether position i of a model predicts label i + 1, from its class; None where that does not say."""
+    """Whether position i of a model predicts label i + 1, judged by its class; None: the class does not tell."""
     inner = base(model)
     if not from_transformers(inner):
         return None
@@ -237,27 +240,27 @@ def shifts_labels(model: nn.Module) -> bool | None:
 
 
 def starts(features: Mapping[str, Any], shape: Sequence[int]) -> Tensor | None:
-    """Where the second and further examples of packed rows begin, bool [B, S]; None where nothing is packed."""
+    """Where the second and later examples of packed rows begin, bool [B, S]; None: nothing is packed."""
     if len(shape) != 2:
         return None
-    found: list[Tensor] = []
+    masks: list[Tensor] = []
     positions, index = features.get("position_ids"), features.get("seq_idx")
     lengths = features.get("cu_seq_lens_q")
     if isinstance(positions, Tensor) and positions.shape == shape:
-        found.append(F.pad(positions[:, 1:] <= positions[:, :-1], (1, 0)))
+        masks.append(F.pad(positions[:, 1:] <= positions[:, :-1], (1, 0)))
     if isinstance(index, Tensor) and index.shape == shape:
-        found.append(F.pad(index[:, 1:] != index[:, :-1], (1, 0)))
+        masks.append(F.pad(index[:, 1:] != index[:, :-1], (1, 0)))
     if isinstance(lengths, Tensor) and lengths.dim() == 1 and shape[0] == 1:
         at = torch.zeros(shape, dtype=torch.bool, device=lengths.device)
         at[0, lengths[1:-1].long()] = True
-        found.append(at)
-    if not found:
+        masks.append(at)
+    if not masks:
         return None
-    begins = found[0]
-    for other in found[1:]:
+    begins = masks[0]
+    for other in masks[1:]:
         begins = begins | other.to(begins.device)
     mask = features.get("attention_mask")
-    if isinstance(mask, Tensor) and mask.shape == shape:  # positions of padding may be anything
+    if isinstance(mask, Tensor) and mask.shape == shape:  # padding may have any position_ids
         real = mask.to(begins.device) != 0
         begins = begins & real & F.pad(real[:, :-1], (1, 0))
     return begins
@@ -268,8 +271,8 @@ def targets(
 ) -> Tensor:
     """The label of each row of logits.
 
-    Labels move and not the logits, whose shifted view would get a gradient that autograd copies into one of the whole.
-    The last position of an example predicts nothing, as the next token is of another example.
+    The labels are shifted, not the logits: autograd would copy the gradient of a view of the logits into a whole one.
+    The last position of an example predicts nothing, because the next token belongs to another example.
     """
     if not shifts:
         return labels
@@ -283,8 +286,8 @@ def counted_without_labels(
 ) -> Tensor | None:
     """Which rows of logits [*shape, C] count in a batch without labels; None: all.
 
-    Those of real tokens, and of a causal model those whose next token is real and of the same example. The last
-    position of a row predicts nothing, with an attention mask or without one.
+    Rows of tokens that are not padding count. In a causal model the next token must also be real and belong to the same
+    example. The last position of a row never counts, because it predicts nothing.
     """
     if len(shape) != 2:
         return None
@@ -297,41 +300,41 @@ def counted_without_labels(
         device = next((x.device for x in features.values() if isinstance(x, Tensor)), None)
         real = torch.ones(shape, dtype=torch.bool, device=device)
     begins = starts(features, shape)
-    next_one = real if begins is None else real & ~begins.to(real.device)
-    return real & F.pad(next_one[:, 1:], (0, 1))
+    predicted = real if begins is None else real & ~begins.to(real.device)
+    return real & F.pad(predicted[:, 1:], (0, 1))
 
 
-# ---- what a model adds to its loss
+# Losses that a model adds
 
 
 class LabelLoss(TorchFunctionMode):
-    """While it is entered, every cross-entropy with these labels is 0, so that a model's loss is what it adds to that.
+    """A mode in which each cross-entropy with these labels is 0, so that a model's loss is only what it adds.
 
     Args:
-        labels: [B] or [B, S], those that the model is called with.
+        labels: [B] or [B, S], the labels of the call.
     """
 
     def __init__(self, labels: Tensor) -> None:
         super().__init__()
         self.labels = labels
-        self.shifts: set[bool] = (
-            set()
-        )  # how labels lay beside logits in the cross-entropies that were left out
-        self.other: str | None = None  # the name of a loss of labels that is no cross-entropy
+        # Whether labels were shifted in the cross-entropies that were replaced by 0.
+        self.shifts: set[bool] = set()
+        # The name of a loss of labels that is not a cross-entropy.
+        self.other: str | None = None
 
     def __torch_function__(
         self, function: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
-        """Leaves the loss of labels out, and calls whatever else is asked for."""
+        """Replace the loss of labels by 0, and call every other function."""
         kwargs = kwargs or {}
         name = getattr(function, "__name__", "")
         if function in (F.cross_entropy, F.nll_loss):
-            given = inspect.signature(function).bind(*args, **kwargs).arguments
-            shifts = self._alignment(given["target"], given.get("ignore_index", IGNORED))
+            arguments = inspect.signature(function).bind(*args, **kwargs).arguments
+            shifts = self._alignment(arguments["target"], arguments.get("ignore_index", IGNORED))
             if shifts is not None:
                 self.shifts.add(shifts)
-                shape = given["target"].shape if given.get("reduction") == "none" else ()
-                return given["input"].new_zeros(shape)
+                per_row = arguments.get("reduction") == "none"
+                return arguments["input"].new_zeros(arguments["target"].shape if per_row else ())
         elif (
             name in _OTHER_LOSSES
             and len(args) > 1
@@ -342,14 +345,16 @@ class LabelLoss(TorchFunctionMode):
         return function(*args, **kwargs)
 
     def _alignment(self, target: Tensor, ignored: int) -> bool | None:
-        """Whether a cross-entropy's targets are the labels moved by one; None: they are no labels."""
+        """Whether the targets of a cross-entropy are the labels shifted by one; None: they are not the labels."""
         labels = self.labels.to(target.device)
         if target.is_floating_point():
             return None
 
-        def same(some: Tensor, whole: Tensor) -> bool:
-            counts = some != ignored
-            return bool(counts.any()) and torch.equal(some[counts], whole.to(some.dtype)[counts])
+        def same(targets: Tensor, labels: Tensor) -> bool:
+            counted = targets != ignored
+            if not bool(counted.any()):
+                return False
+            return torch.equal(targets[counted], labels.to(targets.dtype)[counted])
 
         if labels.dim() != 2:
             flat = labels.reshape(-1)
@@ -362,7 +367,7 @@ class LabelLoss(TorchFunctionMode):
         if not batch or target.numel() % batch:
             return None
         rows = target.reshape(batch, -1)
-        if rows.shape[1] >= length:  # a soft prompt has put its own positions before them
+        if rows.shape[1] >= length:  # a soft prompt puts its positions before the tokens
             rows = rows[:, -length:]
             if same(rows, labels):
                 return False
@@ -371,10 +376,12 @@ class LabelLoss(TorchFunctionMode):
 
 
 class Habits(NamedTuple):
-    """What a model does with labels."""
+    """How a model uses labels."""
 
-    shifts: bool | None  # position i predicts label i + 1; None: not known
-    own: str  # where the loss that it adds is: "nothing", "outputs" (of a call without labels) or "labels" (with them)
+    # Whether position i predicts label i + 1; None: unknown.
+    shifts: bool | None
+    # Where its added loss appears: "nothing", "outputs" (of a call without labels) or "labels" (of a call with labels).
+    own: str
 
 
 def habits_of(
@@ -384,20 +391,20 @@ def habits_of(
     labels: Tensor | None,
     own_loss: str = "keep",
 ) -> Habits:
-    """What a model does with labels: known from a run on the first example, in its own mode and without gradients.
+    """Determine how a model uses labels, by a run on the first example, in its current mode and without gradients.
 
-    The labels of that run are made up, so that shifted ones differ from others. Random numbers and buffers are put
-    back. Where the forward names no labels, the class says what can be said.
+    The run has artificial labels, for which shifted and unshifted ones differ. Random state and buffers are restored
+    afterwards. If the forward has no argument labels, the class of the model decides.
 
     Args:
-        call: the model as it is run, wrappers included.
+        call: the model as it is called, wrappers included.
         model: the model, for its signature.
-        inputs: what it is called with, without labels.
-        labels: of the batch, for their shape; None: none.
-        own_loss: "keep", or "drop" where nobody asks what the model adds.
+        inputs: the inputs of the call, without labels.
+        labels: the labels of the batch, for their shape; None: there are none.
+        own_loss: "keep", or "drop" if the added loss is not needed.
 
     Raises:
-        ValueError: the model's loss of labels is no cross-entropy, or one that cannot be told from what is added.
+        ValueError: the model's loss of labels is not a cross-entropy, or cannot be separated from the added loss.
     """
     by_class = shifts_labels(model)
     if labels is None or not labels.numel() or "labels" not in signature(model).names:
@@ -411,17 +418,17 @@ def habits_of(
     )
     if labels.dim() == 2:  # 0 1 0 1 .., in each row
         pattern = (torch.arange(labels.shape[1], device=labels.device) % 2).repeat(size)
-    made_up = pattern.reshape(labels[:size].shape).to(labels.dtype)
-    own = LabelLoss(made_up)
+    artificial = pattern.reshape(labels[:size].shape).to(labels.dtype)
+    own = LabelLoss(artificial)
     with _undone(model, labels.device), torch.no_grad(), own:
-        outputs = call(**one, labels=made_up)
+        outputs = call(**one, labels=artificial)
     if own.other is not None:
         raise ValueError(_NO_CLASSES.format(f"the student's own loss of them is {own.other}"))
     loss = loss_in(outputs)
     if len(own.shifts) == 1:
         by_class = own.shifts.pop()
     elif loss is not None:
-        by_class, loss = _compared(outputs, made_up, loss, by_class, own_loss)
+        by_class, loss = _compared(outputs, artificial, loss, by_class, own_loss)
     if own_loss == "drop" or loss is None or not bool((loss != 0).any()):
         return Habits(by_class, "nothing")
     aux = part(outputs, "aux_loss")
@@ -435,7 +442,7 @@ def habits_of(
 
 
 def loss_in(outputs: Any) -> Tensor | None:
-    """The loss that a model returned: its "loss", or the first of a tuple where that has no dimension."""
+    """The loss in a model's outputs: "loss", or the first member of a tuple if it is 0-dim."""
     loss = part(outputs, "loss")
     if (
         loss is None
@@ -449,16 +456,16 @@ def loss_in(outputs: Any) -> Tensor | None:
 
 
 def own_loss(model: nn.Module, outputs: Any) -> Tensor | None:
-    """The loss that a model adds by itself, with its own coefficient, in outputs of a call without labels; or None.
+    """The loss that a model adds, with the model's coefficient, from outputs of a call without labels; or None.
 
     Raises:
-        ValueError: there is one whose coefficient is not known.
+        ValueError: there is an added loss, and its coefficient is not known.
     """
     loss = loss_in(outputs)
     if loss is not None and isinstance(outputs, (tuple, list)) and not isinstance(outputs, Mapping):
         raise ValueError(
-            "without labels, the student returns a tuple that begins with a number, whose meaning is unknown; return a "
-            "dict with 'loss' and 'logits', or pass own_loss='drop' to ignore it"
+            "the student, called without labels, returns a tuple that begins with a number of unknown meaning; return "
+            "a dict with 'loss' and 'logits', or pass own_loss='drop' to leave it out"
         )
     names = [] if not isinstance(outputs, Mapping) else [
         name for name, value in outputs.items()
@@ -469,27 +476,28 @@ def own_loss(model: nn.Module, outputs: Any) -> Tensor | None:
     coefficient = _coefficient(model)
     if names != ["aux_loss"] or coefficient is None:
         raise ValueError(
-            f"the student returns {', '.join(names)} besides its logits, with an unknown weight in its loss; turn it "
-            "off in the student's configuration (output_router_logits=False), or pass own_loss='drop' to ignore it"
+            f"the student returns {', '.join(names)} with its logits, and the coefficient in its own loss is not "
+            "known; turn it off in the student's configuration (output_router_logits=False), or pass own_loss='drop' "
+            "to leave it out"
         )
     aux = outputs["aux_loss"]
     return coefficient * aux if coefficient else None
 
 
 _NO_CLASSES = (
-    "labels must be class indices, one for each row of logits, and {}: a regression or multi-label head has no "
+    "labels must be class indices, one per row of logits, and {}: a regression or multi-label head has no "
     "distribution over classes to distil. Write its loss in a compute_loss of your own"
 )
 
 
 def check_labels(labels: Tensor) -> None:
-    """Raise for labels of a regression or of several classes at once."""
+    """Raise for labels of a regression or multi-label head."""
     if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
         raise ValueError(_NO_CLASSES.format(f"these are {labels.dtype} {tuple(labels.shape)}"))
 
 
 def check_heads(student: nn.Module, teacher: object) -> None:
-    """Raise for heads that are no distribution over classes, and for classifiers that order their classes otherwise."""
+    """Raise if a head has no distribution over classes, or if two classifiers order their classes differently."""
     sides = [("the student", student)]
     if isinstance(teacher, nn.Module):
         sides.append(("the teacher", teacher))
@@ -508,20 +516,20 @@ def check_heads(student: nn.Module, teacher: object) -> None:
             names.append([str(table[key]) for key in sorted(table)])
     if len(names) == 2 and names[0] != names[1] and sorted(names[0]) == sorted(names[1]):
         raise ValueError(
-            f"the student's classes are {', '.join(names[0])} and the teacher's {', '.join(names[1])}, the same in "
-            "another order; give both models one id2label, or permute the teacher's head"
+            f"the student's classes are {', '.join(names[0])} and the teacher's {', '.join(names[1])}, the same in a "
+            "different order; give both models the same id2label, or permute the teacher's head"
         )
 
 
 def check_rows(labels: Tensor | None, rows: torch.Size, whose: str = "the student") -> None:
-    """Raise unless there is one label for each row of logits [*rows, C]."""
+    """Raise unless there is one label per row of logits [*rows, C]."""
     if labels is None or labels.shape == rows:
         return
     hint = "labels must have the shape of the logits without their last dimension"
     if len(rows) == labels.dim() == 2 and rows[0] == labels.shape[0] and rows[1] > labels.shape[1]:
         hint = (
-            f"{rows[1] - labels.shape[1]} positions, such as those of a soft prompt, have no label; have the student's "
-            "forward cut them off its logits, or put as many labels of -100 before the others"
+            f"{rows[1] - labels.shape[1]} positions, such as those of a soft prompt, have no label; remove them from "
+            "the logits in the student's forward, or put as many labels of -100 before the others"
         )
     raise ValueError(
         f"labels are {tuple(labels.shape)} and the logits of {whose} have rows {tuple(rows)}; {hint}"
@@ -529,7 +537,7 @@ def check_rows(labels: Tensor | None, rows: torch.Size, whose: str = "the studen
 
 
 def virtual_tokens(model: nn.Module) -> int:
-    """How many positions PEFT's soft prompt puts before the tokens; 0 for other models."""
+    """How many positions a PEFT soft prompt puts before the tokens; 0 for other models."""
     while not hasattr(model, "peft_config"):
         inner = model._modules.get("_orig_mod") or getattr(model, "module", None)
         if not isinstance(inner, nn.Module) or inner is model:
@@ -542,7 +550,7 @@ def virtual_tokens(model: nn.Module) -> int:
 
 
 def without_soft_prompt(model: nn.Module, rows: Tensor, shape: torch.Size | None) -> Tensor:
-    """Rows [B, S, ...] of the tokens [B, S] of a batch, without those of a soft prompt of PEFT's before them."""
+    """The rows [B, S, ...] of a batch's tokens [B, S], without the rows of a PEFT soft prompt before them."""
     count = virtual_tokens(model)
     longer = count and shape is not None and len(shape) == 2 and rows.dim() == 3
     return rows[:, count:] if longer and rows.shape[1] == shape[1] + count else rows  # type: ignore[index]
@@ -550,7 +558,7 @@ def without_soft_prompt(model: nn.Module, rows: Tensor, shape: torch.Size | None
 
 @contextlib.contextmanager
 def _undone(model: nn.Module, device: torch.device) -> Iterator[None]:
-    """Random numbers and buffers are afterwards what they were."""
+    """A context that restores random state and buffers."""
     buffers = [(buffer, buffer._version, buffer.detach().clone()) for buffer in model.buffers()]
     devices = [device] if device.type == "cuda" else []
     try:
@@ -559,12 +567,14 @@ def _undone(model: nn.Module, device: torch.device) -> Iterator[None]:
     finally:
         with torch.no_grad():
             for buffer, version, before in buffers:
-                if buffer._version != version:  # others may be saved for a backward that is to come
+                if (
+                    buffer._version != version
+                ):  # an unchanged buffer may be saved for a later backward
                     buffer.copy_(before)
 
 
 def _first_example(inputs: Mapping[str, Any], labels: Tensor) -> tuple[dict[str, Any], int]:
-    """(the inputs of the first example, 1), or all of them and their number where they cannot be told apart."""
+    """Return (the inputs of the first example, 1), or (all inputs, the batch size) if they cannot be separated."""
     batch = len(labels)
     tensors = [value for value in inputs.values() if isinstance(value, Tensor) and value.dim()]
     if batch == 1 or any(len(value) != batch for value in tensors):
@@ -578,26 +588,29 @@ def _first_example(inputs: Mapping[str, Any], labels: Tensor) -> tuple[dict[str,
 def _compared(
     outputs: Any, labels: Tensor, loss: Tensor, shifts: bool | None, own_loss: str
 ) -> tuple[bool | None, Tensor | None]:
-    """(whether labels are shifted, None) of a loss that is the mean cross-entropy however it is computed."""
+    """Return (whether labels are shifted, None) if the loss is the mean cross-entropy of the logits.
+
+    Otherwise the loss is returned too, or the function raises.
+    """
     logits = part(outputs, "logits")
     if logits is None or loss.numel() != 1:
         return shifts, None if logits is None and shifts is not None else loss
-    for moved in (False, True):
-        rows = targets(labels, moved) if labels.dim() == 2 else labels
+    for shifted in (False, True):
+        rows = targets(labels, shifted) if labels.dim() == 2 else labels
         if logits.shape[:-1] == rows.shape:
             exact = F.cross_entropy(logits.flatten(0, -2).double(), rows.flatten())
             if torch.allclose(loss.double().reshape(()), exact, rtol=1e-2):
-                return moved, None
+                return shifted, None
     if own_loss == "drop":
         return shifts, None
     raise ValueError(
-        "the student's loss is not the cross-entropy of its logits, so the terms that it adds would be lost; pass "
-        "own_loss='drop' to ignore them, and pass shift_labels"
+        "the student's loss of labels is not the cross-entropy of its logits, so any loss that it adds would be "
+        "lost; pass own_loss='drop' to leave that out, and pass shift_labels"
     )
 
 
 def _coefficient(model: nn.Module) -> float | None:
-    """The weight of the router's auxiliary loss in a mixture of experts."""
+    """The coefficient of the router's auxiliary loss in a mixture of experts; None: unknown."""
     inner = base(model)
     config: Any = getattr(inner, "config", None)
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
@@ -609,7 +622,7 @@ def _coefficient(model: nn.Module) -> float | None:
     return None
 
 
-# ---- packed batches
+# Packed batches
 
 
 def check_boundaries(
@@ -619,21 +632,21 @@ def check_boundaries(
     features: Mapping[str, Any],
     whose: str,
 ) -> None:
-    """Raise where a model reads from one example of a packed batch into the next.
+    """Raise if a model reads from one example of a packed batch into the next.
 
-    The end of one example and the beginning of the next are run twice, without gradients and in eval mode, the second
-    time with other tokens in the first: the second example's logits must stay. Inputs of other kinds are not cut, and
-    then nothing is checked.
+    The end of one example and the beginning of the next are run twice, without gradients and in eval mode. The second
+    run has other tokens in the first example, which must not change the logits of the second. If the model has inputs
+    of other kinds, nothing is checked, because it is not known how to cut them.
 
     Args:
         model: the model.
-        call: the model as it is run, wrappers included.
-        inputs: what it is called with.
-        features: of the batch, which say where its examples begin whether the model takes that or not.
-        whose: names it in the error.
+        call: the model as it is called, wrappers included.
+        inputs: the inputs of the call.
+        features: the features of the batch, which say where its examples begin, even if the model does not take them.
+        whose: the name of the model in the error.
 
     Raises:
-        ValueError: it does.
+        ValueError: the model reads across examples.
     """
     ids = inputs.get("input_ids")
     known = {"input_ids", "attention_mask", "use_cache", "return_dict", *BOUNDARIES}
@@ -655,7 +668,7 @@ def check_boundaries(
         if name not in BOUNDARIES[2:]
     }
     if isinstance(inputs.get("cu_seq_lens_q"), Tensor):
-        # of the window's two examples
+        # The lengths of the two examples in the window.
         lengths = inputs["cu_seq_lens_q"].new_tensor([0, at - first, end - first])
         longest = max(at - first, end - at)
         cut = dict(zip(BOUNDARIES[2:], (lengths, lengths, longest, longest), strict=True))
@@ -667,23 +680,23 @@ def check_boundaries(
     try:
         model.eval()
         with _undone(model, ids.device), torch.no_grad():
-            two = [
+            results = [
                 logits_of(call(**window | {"input_ids": x}), whose)[:, at - first - end :].float()
                 for x in (tokens, changed)
             ]
     finally:
         for module in training:
             module.training = True
-    # accelerate keeps the forward that it replaces, by one under autocast
+    # accelerate replaces the forward by one under autocast, and keeps the original.
     low = hasattr(base(model), "_original_forward") or any(
         p.dtype in (torch.float16, torch.bfloat16) for p in model.parameters()
     )
-    allowed = (2e-2 if low or torch.is_autocast_enabled(ids.device.type) else 1e-5) * two[
+    allowed = (2e-2 if low or torch.is_autocast_enabled(ids.device.type) else 1e-5) * results[
         0
     ].abs().max()
-    if bool((two[0] - two[1]).abs().max() > allowed):
+    if bool((results[0] - results[1]).abs().max() > allowed):
         raise ValueError(
-            f"{whose} reads across the examples of a packed batch: the logits of one depend on the tokens of the "
-            "previous one. Leave attention_mask out of the batch, pass position_ids that restart in each example, and "
-            "load both models with an attn_implementation that follows them, or do not pack"
+            f"{whose} reads across the examples of a packed batch: the logits of an example change with the tokens of "
+            "the one before. Leave attention_mask out of the batch, pass position_ids that restart in each example, "
+            "and load both models with an attn_implementation that respects them, or do not pack"
         )

@@ -57,6 +57,11 @@ class Loss(NamedTuple):
     scale_rows_: Callable[[Tensor, Tensor], None]  # the backend's: multiplies a gradient in place
 
 
+def _is_computed(*_: Any) -> Any:
+    """Stands for a computation that only the forward runs."""
+    raise AssertionError("the backward pass must use the gradient that the forward pass saved")
+
+
 def graph_is_kept() -> bool:
     """Whether the running backward was asked to retain its graph; True where torch cannot tell."""
     ask = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
@@ -147,7 +152,9 @@ class Differentiable(torch.autograd.Function):
         if want.inplace and not want.deferred:
             assert inputs[0] is not None
             torch.autograd.graph.increment_version(inputs[0])
-        ctx.loss, ctx.count = loss, len(inputs)
+        # Only a deferred loss keeps its computation, which may hold tensors.
+        ctx.loss = loss if want.deferred else loss._replace(compute=_is_computed)
+        ctx.count = len(inputs)
         ctx.dtypes = [None if x is None else x.dtype for x in inputs[:trained]]
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(*(part for part in computed.parts if part is not None))
@@ -167,14 +174,14 @@ class Differentiable(torch.autograd.Function):
     def _gradients(ctx: Any, upstream: Tensor) -> list[Tensor | None]:
         loss, want = ctx.loss, ctx.loss.want
         fields = len(Rows._fields)
-        rows, saved = Rows(*ctx.saved_tensors[:fields]), ctx.saved_tensors[fields:]
+        tensors = ctx.saved_tensors  # read once: activation checkpointing raises at a second time
+        rows, saved = Rows(*tensors[:fields]), tensors[fields:]
         upstream = of_counted_rows(upstream, rows, loss.options.ignore_index)
         if want.deferred:
             # The logits are needed again if the graph is kept.
             want = want._replace(deferred=False, inplace=want.inplace and not graph_is_kept())
-            gradients = loss.compute(
-                *saved, rows=with_upstream(rows, upstream), want=want
-            ).gradients
+            rows = with_upstream(rows, upstream)
+            gradients = loss.compute(*saved, rows, loss.options, want).gradients
             if want.inplace:
                 torch.autograd.graph.increment_version(saved[0])
         else:

@@ -1,9 +1,9 @@
-"""Students that teach each other, themselves and their later generations; no teacher has to be trained before.
+"""Online distillation: students that teach each other, themselves or the next generation, without a trained teacher.
 
-mutual_loss         M students, each with the others as teachers; co-distillation is one of its forms
-ensemble_loss       branches of one model, taught by their gated ensemble as it is trained
+mutual_loss         M students that teach each other; co-distillation is one of its forms
+ensemble_loss       branches of one model that learn from their gated ensemble, which is trained with them
 MeanTeacher         a teacher that is the moving average of the student, with consistency_loss and ramp_up
-born_again          the student of a generation teaches the next; generations_teacher makes an ensemble of them
+born_again          the student of a generation teaches the next; generations_teacher makes an ensemble of all
 """
 
 from fastkd.online.born_again import born_again, generations_teacher

@@ -27,19 +27,19 @@ def born_again(
             evaluate(model)
 
     Args:
-        make_student: a fresh student, of the same architecture in the paper.
-        train: train(student, teacher) trains the student in place; teacher is None for a first generation without one,
-            which learns from the labels. How it distils is its own: :func:`fastkd.kd_loss`, for instance.
+        make_student: returns a fresh student; in the paper, of the same architecture.
+        train: train(student, teacher) trains the student in place, for instance with :func:`fastkd.kd_loss`. teacher is
+            None for a first generation without a teacher, which learns from the labels.
         generations: how many students.
-        teacher: of the first generation, or None.
+        teacher: the teacher of the first generation, or None.
 
     Yields:
-        Each generation once it is trained, in evaluation mode and frozen, as it is the next one's teacher.
+        Each trained generation, in evaluation mode and frozen, because it teaches the next one.
 
-    Memory: two models at a time, and those that the caller keeps.
+    Memory: two models at a time, plus those that the caller keeps.
 
     Raises:
-        ValueError, TypeError: an argument is wrong; before anything is trained.
+        ValueError, TypeError: an argument is wrong. This raises before any training.
     """
     for argument, value in (("make_student", make_student), ("train", train)):
         if not callable(value):
@@ -61,7 +61,7 @@ def _generations(
     for _ in range(generations):
         student = make_student()
         if student is teacher:
-            raise ValueError("make_student must return a fresh module, and returned its teacher")
+            raise ValueError("make_student must return a fresh module; it returned the teacher")
         train(student, teacher)
         teacher = student.eval().requires_grad_(False)
         yield teacher
@@ -74,14 +74,14 @@ def generations_teacher(
     mean: str = "arithmetic",
     **options: Any,
 ) -> Ensemble:
-    """The generations together as one teacher of a batch: a :class:`fastkd.Ensemble` of their logits on it.
+    """Combine all generations into one teacher for a batch: a :class:`fastkd.Ensemble` of their logits.
 
     Args:
-        models: modules that return logits [..., V], or something with those as `.logits`.
-        *inputs: what they are called with.
+        models: modules that return logits [..., V], or an output with them as `.logits`.
+        *inputs: positional arguments of the models.
         weights: as in Ensemble.
         mean: as in Ensemble: "arithmetic" as in the paper's ensembles, or "geometric".
-        **options: more of what they are called with.
+        **options: keyword arguments of the models.
 
     Memory: the logits of every model.
 

@@ -1,4 +1,4 @@
-"""Mean teachers: the moving average of a student as its teacher."""
+"""Mean teachers: the teacher is a moving average of the student."""
 
 from __future__ import annotations
 
@@ -31,31 +31,31 @@ FORMS = ("mse", "kl")
 
 
 class MeanTeacher(nn.Module):
-    r"""The exponential moving average of a student, as its teacher (Tarvainen and Valpola 2017).
+    r"""A teacher that is the exponential moving average of a student (Tarvainen and Valpola 2017).
 
         theta' <- a theta' + (1 - a) theta,    a = min(1 - 1/(t + 1), decay)
 
-    t is 1 at the first update, as in the authors' code: the mean of all students so far, while that is faster than
-    decay. :meth:`update` belongs after the optimiser's step.
+    t is 1 at the first update, as in the authors' code. So the teacher is the plain mean of all students so far, until
+    decay limits a. Call :meth:`update` after each step of the optimiser.
 
     Args:
-        student: the module to start from, which is copied and not kept; of what torch.compile or
-            DistributedDataParallel made, the module inside.
-        decay: in [0, 1]; 0.99 while the student improves quickly and 0.999 later, in the paper.
-        buffers: what becomes of statistics such as those of batch normalisation: "copy" takes the student's; "average"
-            averages those of floating point and copies the others; "own" leaves the teacher its own, which it collects
-            where it is in training mode, as in the authors' code.
-        training: whether the teacher runs in training mode, with dropout and batch statistics, as the authors' does.
+        student: the module to start from. It is copied, without the wrappers of torch.compile and
+            DistributedDataParallel.
+        decay: in [0, 1]; in the paper 0.99 while the student improves quickly, and 0.999 later.
+        buffers: how buffers such as the statistics of batch normalisation are updated. "copy" copies the student's.
+            "average" averages floating-point buffers and copies the others. "own" does not update them; the teacher
+            collects its own statistics in training mode, as in the authors' code.
+        training: whether the teacher runs in training mode, with dropout and batch statistics, as in the authors' code.
             :meth:`train` and :meth:`eval` do not change it.
-        dtype: of the teacher's floating-point parameters; None: the student's. Averages need more digits than a
-            bfloat16 has: with decay = 0.999 a step is lost in its rounding.
+        dtype: dtype of the teacher's floating-point parameters; None: the student's. bfloat16 has too few digits for an
+            average: with decay = 0.999, a step is lost in rounding.
 
-    state_dict() has the number of updates too. Shapes: called as the student is, without a gradient.
+    Call the module like the student; it computes no gradient. state_dict() includes the number of updates.
 
     Memory: one more copy of the student.
 
     Raises:
-        ValueError, TypeError: an argument is wrong, or a student that is averaged is another model.
+        ValueError, TypeError: an argument is wrong, or a student passed to update() has another architecture.
     """
 
     def __init__(
@@ -86,19 +86,19 @@ class MeanTeacher(nn.Module):
         self.train()
 
     def train(self, mode: bool = True) -> MeanTeacher:
-        """Set this module's mode; the teacher's stays what was asked for."""
+        """Set the mode of this module; the teacher keeps the mode that `training` requested."""
         super().train(mode)
         self.model.train(self.teacher_trains)
         return self
 
     def forward(self, *inputs: Any, **options: Any) -> Any:
-        """What the teacher makes of its inputs, without a graph."""
+        """Run the teacher without a graph."""
         with torch.no_grad():
             return self.model(*inputs, **options)
 
     @torch.no_grad()
     def update(self, student: nn.Module) -> None:
-        """Take one more student into the average."""
+        """Include one more state of the student in the average."""
         if not isinstance(student, nn.Module):
             raise TypeError(f"student must be a torch.nn.Module, got {type(student).__name__}")
         student = unwrapped(student)
@@ -127,25 +127,25 @@ class MeanTeacher(nn.Module):
         return {"steps": self.steps}
 
     def set_extra_state(self, state: dict[str, int]) -> None:
-        """From load_state_dict()."""
+        """Restore the number of updates, for load_state_dict()."""
         self.steps = int(state["steps"])
 
     def extra_repr(self) -> str:
-        """The options."""
+        """The options, for repr()."""
         return f"decay={self.decay}, buffers={self.buffers_by!r}, training={self.teacher_trains}"
 
 
 def _check_alike(teacher: nn.Module, student: nn.Module) -> None:
     for kind in ("parameters", "buffers"):
-        ours, theirs = (
+        teacher_shapes, student_shapes = (
             {name: tuple(value.shape) for name, value in getattr(model, f"named_{kind}")()}
             for model in (teacher, student)
         )
-        if ours != theirs:
-            name = sorted(dict(ours.items() ^ theirs.items()))[0]
+        if teacher_shapes != student_shapes:
+            name = sorted(dict(teacher_shapes.items() ^ student_shapes.items()))[0]
             raise ValueError(
-                f"student must have the {kind} that the teacher was copied from; {name} is {ours.get(name)} there "
-                f"and {theirs.get(name)} here"
+                f"student must have the {kind} of the model that the teacher was copied from; {name} has shape "
+                f"{teacher_shapes.get(name)} in the teacher and {student_shapes.get(name)} in the student"
             )
 
 
@@ -160,25 +160,25 @@ def consistency_loss(
     num_items: int | float | Tensor | None = None,
     backend: str = "auto",
 ) -> Tensor:
-    r"""How far a student is from its mean teacher (Tarvainen and Valpola 2017).
+    r"""The distance of a student from its mean teacher (Tarvainen and Valpola 2017).
 
-        "mse"    |softmax(s) - softmax(t)|^2 / V    the paper's
-        "kl"     KL(softmax(t) || softmax(s))       its other form, by :func:`fastkd.kd_loss`
+        "mse"    |softmax(s) - softmax(t)|^2 / V    the paper's main form
+        "kl"     KL(softmax(t) || softmax(s))       the paper's other form, by :func:`fastkd.kd_loss`
 
     Args:
         student_logits: [..., V], float32, bfloat16, float16 or float64.
-        teacher_logits: likewise, of that shape; they get their gradient where they require one.
+        teacher_logits: of the same shape and dtypes; if they require grad, they get a gradient.
         form: one of the above.
-        mask: [...] bool; a row where it is False is dropped: 0, and no gradient, whatever it holds.
+        mask: [...] bool; a row where it is False is dropped: its loss and gradient are 0, whatever its logits are.
         weight: [...] float, multiplies the loss of a row.
         reduction: "none", "sum", "mean" (sum / number of counted rows) or "batchmean", as in kd_loss.
-        num_items: replaces the denominator of the last two.
-        backend: of kd_loss, for "kl"; "mse" is plain PyTorch.
+        num_items: replaces the denominator of "mean" and "batchmean".
+        backend: the backend of kd_loss for "kl"; "mse" is plain PyTorch.
 
     Returns:
         0-dim, or [...] for reduction="none"; float32 (float64 for float64 logits).
 
-    Memory: for "mse" both softmaxes and their difference.
+    Memory: for "mse", both softmaxes and their difference.
 
     Raises:
         ValueError, TypeError: the message names the argument.
@@ -205,20 +205,21 @@ def consistency_loss(
     )
     dtype = row_dtype(student_logits.dtype, teacher_logits.dtype)
     call = prepare(lead, device, dtype, columns, None, **options)
-    # The logits of a row that is dropped are replaced, as a NaN times 0 would reach the gradient.
+    # The logits of dropped rows are replaced, because their NaN times 0 would reach the gradient.
     q, p = (
-        _kept(logits.to(dtype), call).softmax(-1) for logits in (student_logits, teacher_logits)
+        _clear_dropped(logits.to(dtype), call).softmax(-1)
+        for logits in (student_logits, teacher_logits)
     )
     return _reduced((q - p).square().mean(-1), call)
 
 
-def _kept(logits: Tensor, call: LossCall) -> Tensor:
+def _clear_dropped(logits: Tensor, call: LossCall) -> Tensor:
     weight = call.rows.weight
     return logits if weight is None else torch.where((weight != 0).unsqueeze(-1), logits, 0.0)
 
 
 def _reduced(loss: Tensor, call: LossCall) -> Tensor:
-    """The rows' loss with the weights and the reduction of a call."""
+    """Apply the weights and the reduction of a call to the loss of each row."""
     if call.rows.weight is not None:
         loss = loss * call.rows.weight
     if not call.summed:
@@ -233,16 +234,16 @@ def _reduced(loss: Tensor, call: LossCall) -> Tensor:
 
 
 def ramp_up(step: float, length: float) -> float:
-    r"""The weight of a consistency loss that grows from exp(-5) to 1: exp(-5 (1 - step/length)^2), then 1.
+    r"""Weight of a consistency loss that grows from exp(-5) to 1: exp(-5 (1 - step/length)^2), then 1.
 
     From Laine and Aila, "Temporal ensembling" (2017), and used by Tarvainen and Valpola (2017).
 
     Args:
-        step: how far training is, in whatever length is in; below 0 counts as 0.
-        length: where the weight becomes 1; 0: from the start.
+        step: the position in training, in the unit of length; a negative step counts as 0.
+        length: the step at which the weight reaches 1; 0: the weight is always 1.
 
     Raises:
-        ValueError, TypeError: length is negative, or an argument is no finite number.
+        ValueError, TypeError: length is negative or infinite, or an argument is not a number.
     """
     length = check_number("length", length, 0.0, math.inf, open_right=True)
     step = plain(step)
@@ -250,5 +251,5 @@ def ramp_up(step: float, length: float) -> float:
         raise TypeError(f"step must be a number, got {type(step).__name__}")
     if step != step:
         raise ValueError("step must be a number, got nan")
-    rest = 1.0 - min(max(step, 0.0), length) / length if length else 0.0
-    return math.exp(-5.0 * rest * rest)
+    remaining = 1.0 - min(max(step, 0.0), length) / length if length else 0.0
+    return math.exp(-5.0 * remaining * remaining)

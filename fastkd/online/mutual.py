@@ -1,4 +1,4 @@
-"""Deep mutual learning: the losses of several students of one batch, each with the others as its teachers."""
+"""Deep mutual learning: several students of one batch teach each other."""
 
 from __future__ import annotations
 
@@ -37,18 +37,21 @@ if TYPE_CHECKING:
 
 
 class MutualParts(NamedTuple):
-    """Detached by-products, from the same sweep. Rows that are dropped hold 0.
+    """Detached terms of the losses, from the same sweep; 0 in dropped rows.
 
     loss of a row and student = weight (peers + cross_entropy)
     """
 
-    peers: Tensor  # [M, ...], with T^2 and peer_weight
-    cross_entropy: Tensor  # [M, ...], 0 without labels
-    counted: Tensor  # 0-dim, the number of counted rows
+    # [M, ...], with the factors T^2 and peer_weight.
+    peers: Tensor
+    # [M, ...], 0 without labels.
+    cross_entropy: Tensor
+    # The number of counted rows, 0-dim.
+    counted: Tensor
 
 
 class MutualOptions(TypedDict, total=False):
-    """The keyword options of mutual_loss, but return_parts, which decides the type that comes back."""
+    """The keyword options of mutual_loss, except return_parts, which decides the type of the result."""
 
     temperature: float
     peers: str
@@ -62,7 +65,7 @@ class MutualOptions(TypedDict, total=False):
     backend: str
 
 
-# ---- the loss
+# The loss
 
 
 class _Known(NamedTuple):
@@ -75,27 +78,27 @@ class _Known(NamedTuple):
 
 
 def check_students(logits: object) -> list[Tensor]:
-    """Raise unless they are two tensors of logits or more that go together; the message has the index."""
+    """Raise unless logits are two or more tensors that fit together; the message has the index."""
     if isinstance(logits, Tensor) or not isinstance(logits, Sequence):
         raise TypeError(
-            f"logits must be a list of tensors, one a student; got {type(logits).__name__}"
+            f"logits must be a list of tensors, one per student; got {type(logits).__name__}"
         )
     if len(logits) < 2:
-        raise ValueError(f"logits must be those of two students or more, got {len(logits)}")
+        raise ValueError(f"logits must be of two or more students, got {len(logits)}")
     students = [check_columns(f"logits[{k}]", student) for k, student in enumerate(logits)]
     first = students[0]
     for k, student in enumerate(students):
         check_alike(f"logits[{k}]", student, "logits[0]", first)
         if student.dtype != first.dtype:
             raise TypeError(
-                f"logits[{k}] must be {first.dtype}, as logits[0] is; got {student.dtype}"
+                f"logits[{k}] must be {first.dtype}, the dtype of logits[0]; got {student.dtype}"
             )
         check_readable(f"logits[{k}]", student)
     return students
 
 
 def _check_options(temperature: object, peers: object, peer_weight: float) -> float:
-    """The weight of the peers, as a float."""
+    """Check the options of the peers' term; return peer_weight as a float."""
     if isinstance(temperature, Tensor):
         raise TypeError(f"temperature must be a number, got {type(temperature).__name__}")
     check_choice("peers", peers, PEERS)
@@ -113,7 +116,7 @@ def _returned(given: Arguments) -> list[tuple[Sequence[int], torch.dtype]]:
 
 
 def _as_list(returned: Any) -> list[Tensor]:
-    """What mutual_loss returns, with or without its parts, as one list."""
+    """The result of mutual_loss, with or without parts, as one list."""
     if isinstance(returned[-1], MutualParts):
         losses, parts = returned
         return [*losses, *parts]
@@ -174,43 +177,43 @@ def mutual_loss(
     "mean" and "average" differ in value and have the same gradient. Peers are constants, as in the papers: the gradient
     by s_k is that of loss k alone, p_k - label + peer_weight T (p_k - mean of the others).
 
-    All students of a row are swept together, in time proportional to M and not to the M (M - 1) pairs.
+    One sweep covers all students of a row, so time is proportional to M, not to the M (M - 1) pairs.
 
     Args:
-        logits: of every student [..., V], two or more, all of one shape, dtype (float32, bfloat16, float16; float64 in
-            plain PyTorch) and device. Any strides; the last dimension is copied only where its stride is not 1.
-        labels: [...] int64, of the cross-entropy; None: the loss is the peers' term alone. A row whose label is
+        logits: the logits [..., V] of two or more students, of one shape, dtype (float32, bfloat16, float16; float64 in
+            plain PyTorch) and device. Any strides; a tensor is copied only if its last stride is not 1.
+        labels: [...] int64, for the cross-entropy; None: the loss is the peers' term alone. A row whose label is
             ignore_index is dropped.
-        temperature: T > 0, of the peers' term; cross-entropy is at 1.
+        temperature: T > 0 of the peers' term; the cross-entropy is at temperature 1.
         peers: one of the forms above.
-        peer_weight: multiplies the peers' term; 1 in the papers. The cross-entropy keeps its weight of 1, unlike
-            that under alpha in :func:`fastkd.kd_loss`.
+        peer_weight: multiplies the peers' term; 1 in the papers. The cross-entropy always has weight 1, unlike with
+            alpha in :func:`fastkd.kd_loss`.
         scale_by_temperature: multiply value and gradient of the peers' term by T^2.
         ignore_index: the label that drops a row.
         mask: [...] bool; a row where it is False is dropped. A dropped row is not read.
         weight: [...] float, multiplies the losses of a row.
-        reduction: "none" ([...] a student, 0 in dropped rows), "sum", "mean" (sum / number of counted rows),
+        reduction: "none" ([...] per student, 0 in dropped rows), "sum", "mean" (sum / number of counted rows),
             "batchmean" (sum / logits[0].shape[0]).
         num_items: replaces the denominator of "mean" and "batchmean", as in kd_loss.
         return_parts: return (losses, :class:`MutualParts`).
         backend: "auto", "cpu", "triton", "portable" or "reference".
 
     Returns:
-        A tuple of M losses, each part of the graph of its own student and of no other: `losses[k].backward()` serves an
-        optimiser a student, `sum(losses).backward()` one for all. float32 (float64 for float64 logits); 0-dim, or [...]
+        A tuple of M losses, each in the graph of its own student only: call `losses[k].backward()` with one optimiser
+        per student, or `sum(losses).backward()` with one for all. float32 (float64 for float64 logits); 0-dim, or [...]
         for reduction="none". With no counted row they are 0 with a graph. An invalid label makes its row NaN;
-        FASTKD_CHECK=1 raises.
+        FASTKD_CHECK=1 raises instead.
 
     Memory: the gradient of each student, in the dtype of its logits (float32 for float16, so that a loss scaler's
     factor comes before rounding); no probabilities.
 
-    torch.compile: one op of the graph. As of whatever a compiled function returns, the losses then share one backward:
-    add them up in place of going backward from each. float16's gradients are computed in the backward.
+    torch.compile: one op of the graph. All results of a compiled function share one backward, so add the losses up
+    before backward. float16 gradients are computed in the backward.
 
     Raises:
         ValueError, TypeError: an argument has the wrong shape, dtype, device or value; the message names it.
-        fastkd.BackendUnavailable: the backend asked for cannot serve this call.
-        RuntimeError: in a second derivative.
+        fastkd.BackendUnavailable: the requested backend cannot serve this call.
+        RuntimeError: a second derivative is requested.
     """
     students = check_students(logits)
     peer_weight = _check_options(temperature, peers, peer_weight)
@@ -223,7 +226,7 @@ def mutual_loss(
         first.shape[-1],
         labels,
         temperature=temperature,
-        alpha=1.0 if labels is None else 0.5,  # whether labels are targets, which are checked then
+        alpha=1.0 if labels is None else 0.5,  # below 1, prepare() checks labels as targets
         scale_by_temperature=scale_by_temperature,
         ignore_index=ignore_index,
         mask=mask,

@@ -1,8 +1,8 @@
-"""Losses on the teacher's response that are no sum over the vocabulary of one function of p and q.
+"""Losses on the teacher's response that are not one function of p and q, summed over the vocabulary.
 
-Rows that do not count are packed away, the others go through in chunks, and the gradient of a chunk is computed with
-it in the forward: beside the gradient, a call holds what one chunk takes (memory_budget). Packing waits for the
-device, so none of these can be recorded in a CUDA graph. In a compiled graph each is one op, which runs as it is here.
+Counted rows are computed in chunks, and the gradient of a chunk is computed with it in the forward. So a call holds
+the gradient and the temporaries of one chunk (memory_budget). Selecting the counted rows synchronizes with the device,
+so these losses cannot be captured in a CUDA graph. In a compiled graph each is one op, which runs as in eager mode.
 """
 
 from fastkd.response.adaptive_kl import adaptive_kl_loss

@@ -1,4 +1,4 @@
-"""Adaptive KL: forward and reverse KL, weighed by where student and teacher differ."""
+"""Adaptive KL: forward and reverse KL, weighted by where student and teacher differ."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from fastkd.response.chunks import (
     softmax_of,
 )
 
-# Most teachers have half of their mass in fewer tokens.
+# How many tokens are searched first. Most teachers have half of their mass in fewer.
 FIRST_TOKENS = 64
 
 
@@ -51,33 +51,34 @@ def adaptive_kl_loss(
     memory_budget: int | None = None,
     backend: str = "auto",
 ) -> Tensor:
-    r"""Adaptive KL (AKL, Wu et al. 2024): forward and reverse KL, weighed by where student and teacher differ.
+    r"""Adaptive KL (AKL, Wu et al. 2024): forward and reverse KL, weighted by where student and teacher differ.
 
         T^2 (w_h KL(p || q) + w_t KL(q || p)),    w_h = G_h / (G_h + G_t),    w_t = G_t / (G_h + G_t)
 
-    G = sum |p - q| over the head and over the tail of the row: the teacher's most probable tokens, as few as hold
-    head_mass, and the others. The weights are constants of the gradient. A row with p = q has loss and gradient 0.
-    Of tokens with one logit those of lower number come first, as in a stable sort.
+    G_h and G_t are sum |p - q| over the head and the tail of the row. The head is the smallest set of the teacher's
+    most probable tokens that holds head_mass; the tail is all other tokens. The gradient treats the weights as
+    constants. A row with p = q has loss and gradient 0. Tokens with equal logits are ordered by token id, as in a
+    stable sort.
 
-    No row is sorted: the head is found among the teacher's most probable tokens, 64 at first, then eight times as
-    many for the rows where they do not hold enough.
+    Rows are not sorted. The head is searched among the teacher's 64 most probable tokens, then among eight times as
+    many for the rows where these do not hold enough.
 
     Args:
         student_logits: [..., V].
-        teacher: dense logits [..., V]; if they require grad they get their gradient.
+        teacher: dense logits [..., V]; if they require grad, they get a gradient.
         labels: [...] int64; a row whose label is ignore_index is dropped.
         head_mass: in (0, 1).
-        crossing: the side of the token with which the sum of probabilities passes head_mass. "head": the head holds
-            at least head_mass, as in the paper. "tail": it holds at most that, or one token, as in its code.
-        temperature: as in :func:`fastkd.kd_loss`, and so are all options that are not listed here.
-        memory_budget: bytes that a chunk may take; None: 32 MB on a CPU, 1 GB elsewhere, or one row.
+        crossing: where the token goes whose probability brings the sum past head_mass. "head": the head holds at least
+            head_mass, as in the paper. "tail": the head holds at most head_mass, or one token, as in the paper's code.
+        temperature: as in :func:`fastkd.kd_loss`, like all options that are not listed here.
+        memory_budget: the most bytes that a chunk may take; None: 32 MB on a CPU, 1 GB elsewhere, at least one row.
 
     Returns:
         The loss: 0-dim, or [...] for reduction="none"; float32 (float64 for float64 logits).
 
     Raises:
         ValueError, TypeError: an argument has the wrong shape, dtype, device or value; the message names it.
-        fastkd.BackendUnavailable: the backend asked for cannot serve this call.
+        fastkd.BackendUnavailable: the requested backend cannot serve this call.
 
     Memory: the gradient, and one chunk.
     """
@@ -103,9 +104,9 @@ def adaptive_kl_loss(
             options = options._replace(divergence=divergence)
             outcomes.append(kernels.kd_rows(s, t, weighted, options, Want(*wanted)))
         first, second = outcomes
-        for mine, its in zip(first[2:4], second[2:4], strict=True):
-            if mine is not None:
-                mine.add_(its)
+        for gradient, reverse in zip(first[2:4], second[2:4], strict=True):
+            if gradient is not None:
+                gradient.add_(reverse)
         return Outcome(first.loss + second.loss, *first[2:4])
 
     width = call.options.vocab_size
@@ -119,7 +120,7 @@ def adaptive_kl_loss(
 def _head_share(
     student: Tensor, teacher: Tensor, rows: Rows, options: Options, mass: float, crossing: str
 ) -> Tensor:
-    """[C] float64: G_h / (G_h + G_t); 1/2 where both are 0."""
+    """G_h / (G_h + G_t) of each row, [C] float64; 1/2 where both are 0."""
     dtype = student.dtype
     q = softmax_of(student, as_column(options.temperature, rows.temperature), dtype)
     tempering = as_column(options.teacher_temperature, rows.teacher_temperature)
@@ -128,7 +129,7 @@ def _head_share(
     gap = q.sub_(p).abs_()
     total = row_sum(gap).squeeze(-1)
     equal = teacher == lowest.unsqueeze(-1)
-    # Those of the lowest logit in the head, in the order of their numbers.
+    # Of the tokens with the lowest logit in the head, the first `tied` by token id belong to the head.
     head = equal & (equal.cumsum(-1, dtype=torch.int32) <= tied.unsqueeze(-1))
     head |= teacher > lowest.unsqueeze(-1)
     share = row_sum(gap.masked_fill_(~head, 0.0)).squeeze(-1) / total
@@ -136,21 +137,21 @@ def _head_share(
 
 
 def _head(teacher: Tensor, p: Tensor, mass: float, crossing: str) -> tuple[Tensor, Tensor]:
-    """(the lowest logit in the head of each row, how many tokens of that logit are in it), [C]."""
+    """Return (the lowest logit in the head of each row, how many tokens with that logit are in the head), [C]."""
     count, width = teacher.shape
     lowest = torch.empty(count, dtype=teacher.dtype, device=teacher.device)
     tied = torch.empty(count, dtype=torch.int64, device=teacher.device)
-    left, k = torch.arange(count, device=teacher.device), min(FIRST_TOKENS, width)
+    rows, k = torch.arange(count, device=teacher.device), min(FIRST_TOKENS, width)
     while True:
-        these, likely = (teacher, p) if left.numel() == count else (teacher[left], p[left])
-        logits, ids = these.topk(k, dim=-1)
-        held = likely.gather(-1, ids).to(torch.float64).cumsum(-1)
+        row_logits, row_p = (teacher, p) if rows.numel() == count else (teacher[rows], p[rows])
+        logits, ids = row_logits.topk(k, dim=-1)
+        held = row_p.gather(-1, ids).to(torch.float64).cumsum(-1)
         within = held < mass if crossing == "head" else held <= mass
         size = (within.sum(-1) + (crossing == "head")).clamp(min=1, max=k)
         last = logits.gather(-1, (size - 1).unsqueeze(-1))
-        lowest[left] = last.squeeze(-1)
-        tied[left] = size - (logits > last).sum(-1)
-        left = left[~(held[:, -1] > mass)]
-        if k == width or not left.numel():
+        lowest[rows] = last.squeeze(-1)
+        tied[rows] = size - (logits > last).sum(-1)
+        rows = rows[~(held[:, -1] > mass)]
+        if k == width or not rows.numel():
             return lowest, tied
         k = min(8 * k, width)

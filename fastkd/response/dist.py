@@ -1,4 +1,4 @@
-"""DIST: correlation between classes and within a class, in place of equality."""
+"""DIST: correlation between and within classes, instead of equal probabilities."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from fastkd.response.chunks import (
     to_logits,
 )
 
-# [C, V] tensors that a chunk holds beyond TEMPORARIES of fastkd/response/chunks.py.
+# [C, V] tensors that a chunk holds in addition to TEMPORARIES of fastkd/response/chunks.py.
 DIST_TEMPORARIES = 4
 
 
@@ -46,27 +46,27 @@ def dist_loss(
     vocab_size: int | None = None,
     memory_budget: int | None = None,
 ) -> Tensor:
-    r"""DIST (Huang et al. 2022): correlation in place of equality, between classes and within a class.
+    r"""DIST (Huang et al. 2022): correlation between and within classes, instead of equal probabilities.
 
         T^2 [beta (1 - mean_n r(q_n., p_n.)) + gamma (1 - mean_v r(q_.v, p_.v))],
 
         r(x, y) = <x - mean x, y - mean y> / (||x - mean x|| ||y - mean y|| + eps)
 
-    over the rows n that count, q and p at temperature T. A constant row or column, of one model or of both, has r = 0;
-    so a single row has gamma as its second term. Where one model's alone is constant the gradient is of the size of 1 /
-    eps, as in their code. With the columns of a language model, most of which
-    hold next to no probability, eps decides: their correlation counts for little where norms are below its root.
+    over the counted rows n, with q and p at temperature T. A row or column that is constant in one model or in both has
+    r = 0, so the second term of a single row is gamma. If it is constant in only one model, the gradient has the size
+    of 1 / eps, as in the authors' code. Most columns of a language model have almost no probability. Their correlation
+    has little effect if their norms are below the square root of eps.
 
-    The second term ties the rows of a batch: micro-batches and processes each take their own rows alone.
+    The second term depends on all rows of a call: micro-batches and processes compute it over their own rows.
 
     Args:
         student_logits: [..., V].
-        teacher: dense logits [..., V]; if they require grad they get their gradient.
+        teacher: dense logits [..., V]; if they require grad, they get a gradient.
         labels: [...] int64; a row whose label is ignore_index is dropped.
         beta: weight of the relation between classes, finite and not negative.
-        gamma: weight of the relation within a class, likewise.
+        gamma: weight of the relation within a class, finite and not negative.
         temperature: T > 0.
-        teacher_temperature: the teacher's own; None: as the student's. T^2 is always the student's.
+        teacher_temperature: the teacher's temperature; None: the student's. T^2 is always the student's.
         scale_by_temperature: multiply by T^2.
         eps: positive, in the denominator.
         ignore_index: the label that drops a row.
@@ -75,7 +75,7 @@ def dist_loss(
         memory_budget: as in :func:`fastkd.response.adaptive_kl_loss`.
 
     Returns:
-        The loss, 0-dim; float32 (float64 for float64 logits). With no counted row it is 0 and part of the graph.
+        The loss, 0-dim; float32 (float64 for float64 logits). With no counted row it is 0 with a graph.
 
     Raises:
         ValueError, TypeError: an argument has the wrong shape, dtype, device or value; the message names it.
@@ -90,7 +90,7 @@ def dist_loss(
     for name, value in (("temperature", temperature), ("teacher_temperature", teacher_temperature)):
         if isinstance(value, Tensor):
             raise TypeError(
-                f"{name} must be a number: a class is compared over all rows; got a tensor"
+                f"{name} must be a number, because a class is compared over all rows; got a tensor"
             )
     student, teacher, call = prepared(
         student_logits, teacher, labels, vocab_size,
@@ -124,7 +124,7 @@ def dist_loss(
             q, p = probabilities(at)
             return _Moments.of(q, p, 0), _Moments.of(q, p, 1).correlation(eps).sum()
 
-        classes = _Moments.of_nothing(width, student.device)
+        classes = _Moments.empty(width, student.device)
         between = torch.zeros((), dtype=torch.float64, device=student.device)
         for at in chunks:
             more, correlations = collect(at)
@@ -153,16 +153,19 @@ def dist_loss(
 
 
 class _Moments(NamedTuple):
-    """Of pairs (q, p), along the rows or the columns of a chunk: float64, all of one shape that broadcasts with it."""
+    """Moments of pairs (q, p) along the rows or the columns of a chunk, float64, in a shape that broadcasts with it."""
 
-    number: int  # of pairs
+    # How many pairs.
+    number: int
     means: tuple[Tensor, Tensor]
-    squares: tuple[Tensor, Tensor]  # sums of (q - mean q)^2 and of (p - mean p)^2
-    product: Tensor  # sum of (q - mean q) (p - mean p)
+    # Sums of (q - mean q)^2 and of (p - mean p)^2.
+    squares: tuple[Tensor, Tensor]
+    # Sum of (q - mean q) (p - mean p).
+    product: Tensor
 
     @classmethod
     def of(cls, q: Tensor, p: Tensor, dim: int) -> _Moments:
-        """Of [C, V]; dim 0: each column's, dim 1: each row's."""
+        """The moments of q and p [C, V]: of each column for dim 0, of each row for dim 1."""
 
         def total(x: Tensor) -> Tensor:
             return x.sum(dim, keepdim=True, dtype=torch.float64)
@@ -170,43 +173,45 @@ class _Moments(NamedTuple):
         count = q.shape[dim]
         q_mean, p_mean = total(q) / count, total(p) / count
         q, p = q - q_mean.to(q.dtype), p - p_mean.to(p.dtype)
-        # Means of what is left: centring in float32 leaves a rounding of the mean.
-        q_rest, p_rest = total(q) / count, total(p) / count
-        product = total(q * p) - count * q_rest * p_rest
+        # The remaining means, which are not 0 because the means were rounded to float32 before centring.
+        q_error, p_error = total(q) / count, total(p) / count
+        product = total(q * p) - count * q_error * p_error
         squares = (
-            (total(q.square_()) - count * q_rest * q_rest).clamp_(min=0.0),
-            (total(p.square_()) - count * p_rest * p_rest).clamp_(min=0.0),
+            (total(q.square_()) - count * q_error * q_error).clamp_(min=0.0),
+            (total(p.square_()) - count * p_error * p_error).clamp_(min=0.0),
         )
         return cls(count, (q_mean, p_mean), squares, product)
 
     @classmethod
-    def of_nothing(cls, width: int, device: torch.device) -> _Moments:
-        """Of no row, each column's."""
+    def empty(cls, width: int, device: torch.device) -> _Moments:
+        """Empty accumulator for the moments of each column."""
         zeros = torch.zeros(1, width, dtype=torch.float64, device=device)
         return cls(0, (zeros, zeros), (zeros, zeros), zeros)
 
     def merged(self, other: _Moments) -> _Moments:
-        """Of both together (Chan, Golub and LeVeque 1983)."""
+        """The moments of both sets of pairs together (Chan, Golub and LeVeque 1983)."""
         count = self.number + other.number
         share = other.number / count
-        gaps = [its - mine for mine, its in zip(self.means, other.means, strict=True)]
-        means = [mine + gap * share for mine, gap in zip(self.means, gaps, strict=True)]
+        shifts = [b - a for a, b in zip(self.means, other.means, strict=True)]
+        means = [a + shift * share for a, shift in zip(self.means, shifts, strict=True)]
         squares = [
-            mine + its + gap * gap * (self.number * share)
-            for mine, its, gap in zip(self.squares, other.squares, gaps, strict=True)
+            a + b + shift * shift * (self.number * share)
+            for a, b, shift in zip(self.squares, other.squares, shifts, strict=True)
         ]
-        product = self.product + other.product + gaps[0] * gaps[1] * (self.number * share)
+        product = self.product + other.product + shifts[0] * shifts[1] * (self.number * share)
         return _Moments(count, (means[0], means[1]), (squares[0], squares[1]), product)
 
     def correlation(self, eps: float) -> Tensor:
-        """R of each, with eps in its denominator."""
+        """The correlation r of each row or column, with eps in the denominator."""
         return self.product / (self.squares[0].sqrt() * self.squares[1].sqrt() + eps)
 
     def slope(self, own: Tensor, other: Tensor, side: int, eps: float) -> Tensor:
-        """[C, V]: dr / d own, where own is the side of the pair with that number."""
+        """The derivative dr / d own, [C, V]; own is q for side 0 and p for side 1."""
         own_norm, other_norm = self.squares[side].sqrt(), self.squares[1 - side].sqrt()
-        below = own_norm * other_norm + eps
-        along = self.product * other_norm / (own_norm * below * below)
-        along = torch.where(own_norm == 0, 0.0, along).to(own.dtype)
-        result = (other - self.means[1 - side].to(own.dtype)).mul_((1.0 / below).to(own.dtype))
-        return result.sub_((own - self.means[side].to(own.dtype)).mul_(along))
+        denominator = own_norm * other_norm + eps
+        factor = self.product * other_norm / (own_norm * denominator * denominator)
+        factor = torch.where(own_norm == 0, 0.0, factor).to(own.dtype)
+        result = (other - self.means[1 - side].to(own.dtype)).mul_(
+            (1.0 / denominator).to(own.dtype)
+        )
+        return result.sub_((own - self.means[side].to(own.dtype)).mul_(factor))

@@ -1,4 +1,4 @@
-"""Policy distillation: a teacher's Q-values, or logits, by one call of kd_loss."""
+"""Policy distillation of a teacher's Q-values or logits, by one call of kd_loss."""
 
 from __future__ import annotations
 
@@ -32,29 +32,29 @@ def policy_distillation_loss(
     vocab_size: int | None = None,
     backend: str = "auto",
 ) -> Tensor:
-    r"""The losses of policy distillation (Rusu et al. 2016) of a teacher's Q-values, or logits, t.
+    r"""Policy distillation (Rusu et al. 2016) of a teacher's Q-values or logits t, in three forms.
 
         "nll"   -log softmax(s)[argmax t]
         "mse"   ||s - t||^2
         "kl"    KL(softmax(t / tau) || softmax(s))
 
-    tau, the temperature, sharpens the teacher alone, and there is no tau^2. Each is one call of
+    The temperature tau sharpens only the teacher, and there is no factor tau^2. Each form is one call of
     :func:`fastkd.kd_loss`.
 
     Args:
-        student_logits: [..., V], one column an action.
-        teacher: dense logits [..., V]; if they require grad they get their gradient ("nll" has none, and raises).
+        student_logits: [..., V], one column per action.
+        teacher: dense logits [..., V]; if they require grad, they get a gradient ("nll" has none and raises).
         labels: [...] int64; a row whose label is ignore_index is dropped.
         form: one of the above.
-        temperature: tau > 0 of "kl", a number or a float tensor [...]; the others do not use it.
-        ignore_index: as in :func:`fastkd.kd_loss`, and so are all options that follow it.
+        temperature: tau > 0 of "kl", a number or a float tensor [...]; the other forms ignore it.
+        ignore_index: as in :func:`fastkd.kd_loss`, like all options that follow.
 
     Returns:
         The loss: 0-dim, or [...] for reduction="none"; float32 (float64 for float64 logits).
 
     Raises:
         ValueError, TypeError: an argument has the wrong shape, dtype, device or value; the message names it.
-        fastkd.BackendUnavailable: the backend asked for cannot serve this call.
+        fastkd.BackendUnavailable: the requested backend cannot serve this call.
 
     Memory: the gradient.
     """
@@ -79,12 +79,12 @@ def policy_distillation_loss(
         raise ValueError("teacher requires grad, and its argmax has no gradient; detach it")
     vocab_size = None if vocab_size is None else check_int("vocab_size", vocab_size)
     ignore_index = check_int("ignore_index", ignore_index)
-    best = teacher[..., :vocab_size].argmax(-1)
+    actions = teacher[..., :vocab_size].argmax(-1)
     if mask is not None:
-        check_rows("mask", mask, best.shape, best.device, (torch.bool,))
+        check_rows("mask", mask, actions.shape, actions.device, (torch.bool,))
     if labels is not None:
-        check_rows("labels", labels, best.shape, best.device, (torch.int64,))
+        check_rows("labels", labels, actions.shape, actions.device, (torch.int64,))
         counted = labels != ignore_index
         shared["mask"] = counted if mask is None else counted & mask
-    shared["ignore_index"] = -100  # no argmax is
-    return kd_loss(student_logits, teacher, best, alpha=0.0, **shared)
+    shared["ignore_index"] = -100  # an argmax is never negative
+    return kd_loss(student_logits, teacher, actions, alpha=0.0, **shared)

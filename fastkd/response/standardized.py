@@ -1,4 +1,4 @@
-"""Distillation of standardised logits."""
+"""Distillation of standardised logits, which may differ in scale."""
 
 from __future__ import annotations
 
@@ -47,23 +47,24 @@ def standardized_kd_loss(
     memory_budget: int | None = None,
     backend: str = "auto",
 ) -> Tensor:
-    r"""Distillation of standardised logits (Sun et al. 2024), which need agree in shape and not in scale.
+    r"""Distillation of standardised logits (Sun et al. 2024), for models whose logits differ in scale.
 
         alpha T^2 D(softmax(Z(t) / T), softmax(Z(s) / T)) + (1 - alpha) CE(softmax(s), label),
 
         Z(z) = (z - mean z) / (std z + eps)
 
-    with the deviation of a sample, as torch.std has it. A softmax does not see the mean, so this is kd_loss with a
-    temperature T (std + eps) for each row and side, but for T^2, which stays T's, and for the gradient, which goes
-    through the standard deviation. No standardised logits are held. The cross-entropy sees the logits as they are.
+    std is the sample standard deviation, like torch.std. A softmax does not depend on the mean, so this equals kd_loss
+    with the temperature T (std + eps) for each row and model, with two differences: the factor stays T^2, and the
+    gradient goes through the standard deviation. Standardised logits are never stored. The cross-entropy uses the
+    logits without standardisation.
 
     Args:
-        student_logits: [..., V], V > 1. All finite: the deviation of a row with -inf is NaN, and so is its loss.
-        teacher: dense logits [..., V]; if they require grad they get their gradient.
-        labels: as in :func:`fastkd.kd_loss`, and so are all options that are not listed here.
-        divergence: a divergence of probabilities at one temperature (not "squared_error", which sees the mean, nor
-            "nkd", whose label's part is at temperature 1).
-        temperature: the base temperature T > 0, which the paper has at 2 and more.
+        student_logits: [..., V], V > 1, all finite: the deviation of a row with -inf is NaN, and so is its loss.
+        teacher: dense logits [..., V]; if they require grad, they get a gradient.
+        labels: as in :func:`fastkd.kd_loss`, like all options that are not listed here.
+        divergence: a divergence of probabilities at one temperature (not "squared_error", which depends on the mean,
+            nor "nkd", whose label term is at temperature 1).
+        temperature: the base temperature T > 0; 2 or more in the paper.
         eps: positive, added to the standard deviation.
         memory_budget: as in :func:`fastkd.response.adaptive_kl_loss`.
 
@@ -72,7 +73,7 @@ def standardized_kd_loss(
 
     Raises:
         ValueError, TypeError: an argument has the wrong shape, dtype, device or value; the message names it.
-        fastkd.BackendUnavailable: the backend asked for cannot serve this call.
+        fastkd.BackendUnavailable: the requested backend cannot serve this call.
 
     Memory: the gradient, and one chunk.
     """
@@ -86,14 +87,16 @@ def standardized_kd_loss(
     chosen, width = call.options.divergence, call.options.vocab_size
     if not chosen.normalized:
         raise ValueError(
-            f"the divergence {chosen.name!r} compares logits, and standardisation needs one that compares probabilities"
+            f"divergence must compare probabilities, got {chosen.name!r}, which compares logits"
         )
     if chosen.target is not None and chosen.target.form == "label":
         raise ValueError(
-            f"the divergence {chosen.name!r} needs unstandardized logits for the label's term"
+            f"divergence must not have a cross-entropy of the label at temperature 1, got {chosen.name!r}"
         )
     if width < 2:
-        raise ValueError(f"a standard deviation needs at least 2 columns, got {width}")
+        raise ValueError(
+            f"student_logits must have at least 2 columns for a standard deviation, got {width}"
+        )
     if teacher.requires_grad and torch.is_grad_enabled() and chosen.degree is None:
         raise ValueError(
             f"teacher requires grad, and the divergence {chosen.name!r} has no degree; detach the teacher"
@@ -143,22 +146,23 @@ def standardized_kd_loss(
 
 
 def _centred(logits: Tensor) -> Tensor:
-    """Less their mean. First less one of them: a mean of the size of a common shift would have no digits left."""
+    """The logits minus their mean. The first column is subtracted before, so that a common offset costs no digits."""
     logits = logits - logits[:, :1]
     return logits.sub_((row_sum(logits) / logits.shape[1]).to(logits.dtype))
 
 
 def _deviation(logits: Tensor) -> Tensor:
-    """[C, 1] float64, of a sample."""
+    """The sample standard deviation of each row, [C, 1] float64."""
     return (row_sum(_centred(logits).square_()) / (logits.shape[1] - 1)).sqrt()
 
 
 def _through_deviation(gradient: Tensor, logits: Tensor, deviation: Tensor, eps: float) -> None:
-    """Make of G, the gradient at fixed temperatures T (std + eps), the whole one, in place.
+    """Add to the gradient G at fixed temperatures T (std + eps) its part through the standard deviation, in place.
 
         G - (sum_i G_i (s_i - mean)) (s_i - mean) / ((V - 1) std (std + eps))
 
-    as the loss is one of s / temperature, and G sums to 0. Where std is 0, so is its derivative, as torch has it.
+    This holds because the loss depends on s / temperature alone and G sums to 0. Where std is 0, its derivative is 0,
+    as in torch.
     """
     centred = _centred(logits)
     along = row_sum(gradient * centred)

@@ -1,4 +1,4 @@
-"""Universal logit distillation, for models of different tokenizers."""
+"""Universal logit distillation, for models with different tokenizers."""
 
 from __future__ import annotations
 
@@ -42,28 +42,30 @@ def uld_loss(
     num_items: int | float | Tensor | None = None,
     memory_budget: int | None = None,
 ) -> Tensor:
-    r"""Universal logit distillation (ULD, Boizard et al. 2024), for models of different tokenizers.
+    r"""Universal logit distillation (ULD, Boizard et al. 2024), for models with different tokenizers.
 
         sum_i |p_(i) - q_(i)|,    p_(1) >= p_(2) >= ..., q_(1) >= q_(2) >= ...
 
-    the shorter of the two padded with 0: the Wasserstein distance where every two tokens are equally far apart. Its
-    gradient sends that of the i-th largest probability to the token that has it; of tokens with one logit the first.
+    The shorter of the two is padded with 0. This is the Wasserstein distance if all tokens are equally far from each
+    other. The gradient of the i-th largest probability goes to the token that has it; tokens with equal logits are
+    ordered by token id.
 
-    Both models have one row a position. Answers differ in length where tokenizers do: :func:`common_positions` takes
-    as many positions of each as the shorter answer has, as their code does.
+    Both models have one row per position. Different tokenizers give answers of different lengths.
+    :func:`common_positions` selects as many positions of each answer as the shorter one has, like the authors' code.
 
     Args:
         student_logits: [..., V].
-        teacher: dense logits [..., W] of the same leading shape; if they require grad they get their gradient.
+        teacher: dense logits [..., W] of the same leading shape; if they require grad, they get a gradient.
         labels: [...] int64; a row whose label is ignore_index is dropped.
         temperature: T > 0, or a float tensor [...] with one per row.
-        teacher_temperature: the teacher's own temperature, likewise; None: as the student's.
-        scale_by_temperature: multiply by the student's T^2. Off, as in their code.
+        teacher_temperature: the teacher's temperature, in the same forms; None: the student's.
+        scale_by_temperature: multiply by the student's T^2. Off by default, as in the authors' code.
         ignore_index: the label that drops a row.
         mask: [...] bool; a row where it is False is dropped.
         weight: [...] float, multiplies the loss of a row.
-        reduction: "none", "sum", "mean", "batchmean", as in :func:`fastkd.kd_loss`. Their code takes the mean of
-            each answer and then the mean of those: weight each row by 1 / (its answer's rows), and num_items=answers.
+        reduction: "none", "sum", "mean", "batchmean", as in :func:`fastkd.kd_loss`. The authors' code takes the
+            mean over each answer and then over answers: for that, pass weight = 1 / (rows of the row's answer) and
+            num_items = number of answers.
         num_items: as in :func:`fastkd.kd_loss`.
         memory_budget: as in :func:`fastkd.response.adaptive_kl_loss`.
 
@@ -108,7 +110,7 @@ def _sorted_distance(
     gradients: list[Tensor | None] = [None, None]
     for side, sign in ((0, 1.0), (1, -1.0)):
         if wanted[side]:
-            # Beyond the other's vocabulary there is this one's probability alone.
+            # Beyond the vocabulary of the other model, the distance is the probability itself.
             g = torch.ones_like(sides[side])
             g[:, :common] = gap.sign().mul_(sign)
             g = to_logits(g, sides[side], temperatures[side], factor)
@@ -119,21 +121,23 @@ def _sorted_distance(
 def common_positions(
     student_labels: Tensor, teacher_labels: Tensor, *, ignore_index: int = -100
 ) -> tuple[Tensor, Tensor]:
-    """Masks of the positions at which answers of two tokenizers are compared: the first ones of each, as many of both.
+    """Masks of the positions at which answers in two tokenizations are compared.
+
+    They select the first positions of each answer, as many as the shorter one has.
 
         s, t = common_positions(student_labels[:, 1:], teacher_labels[:, 1:])
         uld_loss(student_logits[:, :-1][s], teacher_logits[:, :-1][t])
 
     Args:
-        student_labels: [B, S] int64, ignore_index wherever a position has no token of the answer.
-        teacher_labels: [B, R] int64 of the same answers in the other tokenizer's tokens.
-        ignore_index: that label.
+        student_labels: [B, S] int64, ignore_index at positions without a token of the answer.
+        teacher_labels: [B, R] int64, the same answers in the tokens of the other tokenizer.
+        ignore_index: the label of such positions.
 
     Returns:
-        Bool masks [B, S] and [B, R], with equally many positions in each row.
+        Bool masks [B, S] and [B, R]; each row has equally many True positions in both.
 
     Raises:
-        ValueError, TypeError: not two int64 tensors with one row an answer, on one device.
+        ValueError, TypeError: the labels are not two int64 tensors with one row per answer, on one device.
     """
     for name, value in (("student_labels", student_labels), ("teacher_labels", teacher_labels)):
         if not isinstance(value, Tensor) or value.dtype != torch.int64:
@@ -144,11 +148,11 @@ def common_positions(
             raise ValueError(f"{name} must be [answers, positions], got shape {tuple(value.shape)}")
     if len(student_labels) != len(teacher_labels) or student_labels.device != teacher_labels.device:
         raise ValueError(
-            f"teacher_labels must have {len(student_labels)} rows on {student_labels.device}, as student_labels "
-            f"have; got {len(teacher_labels)} on {teacher_labels.device}"
+            f"teacher_labels must have {len(student_labels)} rows on {student_labels.device}, like student_labels; "
+            f"got {len(teacher_labels)} on {teacher_labels.device}"
         )
     ignore_index = check_int("ignore_index", ignore_index)
     counted = [labels != ignore_index for labels in (student_labels, teacher_labels)]
-    shorter = torch.minimum(*(kept.sum(-1, keepdim=True) for kept in counted))
-    first, second = (kept & (kept.cumsum(-1) <= shorter) for kept in counted)
-    return first, second
+    length = torch.minimum(*(mask.sum(-1, keepdim=True) for mask in counted))
+    student_mask, teacher_mask = (mask & (mask.cumsum(-1) <= length) for mask in counted)
+    return student_mask, teacher_mask

@@ -349,7 +349,7 @@ def timings(backend: str, device: str) -> list[dict[str, Any]]:
 
 
 def _chosen(device: str) -> dict[str, Any]:
-    call = registry.Call(device, torch.float32, torch.float32, fastkd.forward_kl())
+    call = registry.Request(device, torch.float32, torch.float32, fastkd.forward_kl())
     chosen, fallback = registry.choose(call, registry.available_backends())
     return {"backend": chosen, "fallback": fallback}
 

@@ -46,7 +46,7 @@ def obstacle(
     """Return why a backend cannot serve float32 logits on a device, or None if it can."""
     if divergence is None:
         divergence = fastkd.forward_kl()
-    call = registry.Call(device, torch.float32, torch.float32, divergence)
+    call = registry.Request(device, torch.float32, torch.float32, divergence)
     return registry.obstacle(backend, call, registry.available_backends())
 
 
@@ -109,7 +109,7 @@ def _serving() -> list[dict[str, Any]]:
     choices = []
     for device in devices():
         for dtype in (torch.float32, torch.bfloat16, torch.float64):
-            call = registry.Call(device, dtype, dtype, fastkd.forward_kl())
+            call = registry.Request(device, dtype, dtype, fastkd.forward_kl())
             chosen: str | None
             if override is not None and override in available:
                 obstacle = registry.obstacle(override, call, available)

@@ -18,7 +18,7 @@ from torch import Tensor
 import fastkd
 from fastkd import BackendUnavailable, kd_loss
 from fastkd.backends import registry
-from fastkd.backends.registry import Call, Obstacle, choose
+from fastkd.backends.registry import Obstacle, Request, choose
 
 ALL: Mapping[str, Obstacle | None] = dict.fromkeys(
     ("cpu", "triton", "cuda", "portable", "reference")
@@ -55,56 +55,56 @@ def undecided() -> Iterator[None]:
 @pytest.mark.parametrize(
     ("call", "available", "chosen", "why"),
     [
-        (Call("cpu", F32, F32, KL), ALL, "cpu", None),
-        (Call("cpu", BF16, F16, KL), ALL, "cpu", None),
-        (Call("cuda", F32, F32, KL), ALL, "triton", None),
-        (Call("xpu", BF16, F32, KL), ALL, "triton", None),
+        (Request("cpu", F32, F32, KL), ALL, "cpu", None),
+        (Request("cpu", BF16, F16, KL), ALL, "cpu", None),
+        (Request("cuda", F32, F32, KL), ALL, "triton", None),
+        (Request("xpu", BF16, F32, KL), ALL, "triton", None),
         # Triton compiles a definition of the user's; the extension holds those of the table.
-        (Call("cuda", F32, F32, THEIRS), ALL, "triton", None),
+        (Request("cuda", F32, F32, THEIRS), ALL, "triton", None),
         (
-            Call("cpu", F32, F32, THEIRS),
+            Request("cpu", F32, F32, THEIRS),
             ALL,
             "portable",
             "cpu: divergence 'theirs' is not compiled",
         ),
         (
-            Call("cpu", F64, F32, KL),
+            Request("cpu", F64, F32, KL),
             ALL,
             "portable",
             "cpu: student_logits is torch.float64, and its kernels take",
         ),
         (
-            Call("cpu", F32, F64, KL),
+            Request("cpu", F32, F64, KL),
             ALL,
             "portable",
             "cpu: teacher is torch.float64, and its kernels take",
         ),
-        (Call("cuda", F64, F64, KL), ALL, "portable", "triton: student_logits is torch.float64"),
+        (Request("cuda", F64, F64, KL), ALL, "portable", "triton: student_logits is torch.float64"),
         (
-            Call("mps", F32, F32, KL),
+            Request("mps", F32, F32, KL),
             ALL,
             "portable",
             "triton: the logits are on 'mps'. Move them to a GPU",
         ),
         (
-            Call("cpu", F32, F32, KL),
+            Request("cpu", F32, F32, KL),
             ALL | {"cpu": NO_COMPILER},
             "portable",
             "cpu: no compiler. Install one",
         ),
         (
-            Call("cuda", F32, F32, KL),
+            Request("cuda", F32, F32, KL),
             ALL | {"triton": NO_TRITON},
             "portable",
             "triton: no triton. pip install it",
         ),
         # What another device lacks is not this one's business.
-        (Call("cpu", F32, F32, KL), ALL | {"triton": NO_TRITON}, "cpu", None),
-        (Call("cuda", F32, F32, KL), ALL | {"cpu": NO_COMPILER}, "triton", None),
+        (Request("cpu", F32, F32, KL), ALL | {"triton": NO_TRITON}, "cpu", None),
+        (Request("cuda", F32, F32, KL), ALL | {"cpu": NO_COMPILER}, "triton", None),
     ],
 )
 def test_choose(
-    call: Call, available: Mapping[str, Obstacle | None], chosen: str, why: str | None
+    call: Request, available: Mapping[str, Obstacle | None], chosen: str, why: str | None
 ) -> None:
     name, reason = choose(call, available)
     assert name == chosen
@@ -117,7 +117,7 @@ def test_every_divergence_of_the_table_is_compiled() -> None:
         fastkd.alpha_beta(*limit) for limit in ((1.0, 0.0), (0.0, 1.0), (0.5, -0.5), (0.0, 0.0))
     ]
     for divergence in made:
-        assert choose(Call("cpu", F32, F32, divergence), ALL) == ("cpu", None), divergence.name
+        assert choose(Request("cpu", F32, F32, divergence), ALL) == ("cpu", None), divergence.name
 
 
 def test_available_backends() -> None:
@@ -236,21 +236,25 @@ def test_a_backend_asked_for_by_name_is_that_one_or_an_error(
 @pytest.mark.parametrize(
     ("call", "capabilities", "reason"),
     [
-        (Call("cuda", F32, BF16, KL), {90}, None),
-        (Call("cuda", F32, BF16, KL), {90, 100}, None),
+        (Request("cuda", F32, BF16, KL), {90}, None),
+        (Request("cuda", F32, BF16, KL), {90, 100}, None),
         (
-            Call("cuda", F32, BF16, KL),
+            Request("cuda", F32, BF16, KL),
             {80, 90},
             None,
         ),  # fastkd.backends.cuda looks at the tensors' own device
-        (Call("cuda", F32, BF16, KL), {75, 80}, r"compute capability \[75, 80\].* for \[90, 100\]"),
-        (Call("cpu", F32, F32, KL), set(), "the logits are on 'cpu'"),
-        (Call("cuda", F64, F32, KL), {90}, "student_logits is torch.float64"),
-        (Call("cuda", F32, F32, THEIRS), {90}, "'theirs' is not compiled"),
+        (
+            Request("cuda", F32, BF16, KL),
+            {75, 80},
+            r"compute capability \[75, 80\].* for \[90, 100\]",
+        ),
+        (Request("cpu", F32, F32, KL), set(), "the logits are on 'cpu'"),
+        (Request("cuda", F64, F32, KL), {90}, "student_logits is torch.float64"),
+        (Request("cuda", F32, F32, THEIRS), {90}, "'theirs' is not compiled"),
     ],
 )
 def test_where_the_cuda_kernels_run(
-    call: Call, capabilities: set[int], reason: str | None, monkeypatch: pytest.MonkeyPatch
+    call: Request, capabilities: set[int], reason: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(registry, "_capabilities", lambda: capabilities)
     monkeypatch.setattr(registry, "_architectures", lambda: {90, 100})

@@ -14,7 +14,7 @@ from torch import Tensor
 import fastkd
 from fastkd import kd_loss
 from fastkd.backends import registry
-from fastkd.backends.registry import Call
+from fastkd.backends.registry import Request
 
 pytestmark = [
     pytest.mark.gpu,
@@ -28,7 +28,7 @@ def on_gpu(request: pytest.FixtureRequest) -> str:
     """A backend of the device; one that this device is not made for is skipped, one that is broken is not."""
     name = request.param
     obstacle = registry.obstacle(
-        name, Call("cuda", torch.float32, torch.float32, fastkd.forward_kl()), registry.available_backends()
+        name, Request("cuda", torch.float32, torch.float32, fastkd.forward_kl()), registry.available_backends()
     )  # fmt: skip
     if obstacle is not None:
         if "compute capability" not in obstacle.reason:

@@ -363,7 +363,9 @@ def test_tensors_that_a_kernel_cannot_read_are_refused_by_name(loss: str, kind: 
         with pytest.raises((TypeError, ValueError)) as caught:
             case.loss(given | {name: make(value)}, **of_backend)
         found = str(caught.value)
-        assert re.match(f"({shown})[ ,]", found) and ("must be" in found or message in found), found
+        assert re.match(f"({shown})[ ,;]", found) and ("must be" in found or message in found), (
+            found
+        )
 
 
 def test_transforms_of_torch_func_are_refused(any_backend: str) -> None:

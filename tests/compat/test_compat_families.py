@@ -680,7 +680,9 @@ def test_a_loss_that_is_computed_in_another_way(arguments: Callable[..., Any]) -
     assert float(trainer.compute_loss(student, batch)) == pytest.approx(expected, rel=2e-6)
     student.extra = 0.3
     trainer = kd_trainer(student, arguments(), teacher_model=teacher)
-    with pytest.raises(ValueError, match="own_loss='drop', and say shift_labels"):
+    with pytest.raises(
+        ValueError, match="own_loss='drop' to leave that out, and pass shift_labels"
+    ):
         trainer.compute_loss(student, batch)
     trainer = kd_trainer(
         student, arguments(), teacher_model=teacher, own_loss="drop", shift_labels=True
@@ -740,7 +742,7 @@ def test_mixed_precision_is_the_teachers_too(arguments: Callable[..., Any]) -> N
 
 
 def test_decoder_inputs_are_the_models_own(arguments: Callable[..., Any]) -> None:
-    """Those of a batch are taken; the function cannot make them, and says who can."""
+    """decoder_input_ids of a batch are used; the function cannot make them, and its message says who can."""
     student, teacher = family("T5ForConditionalGeneration")
     batch = of_tokens()
     given = batch | {"decoder_input_ids": torch.full_like(batch["labels"], 7)}

@@ -50,7 +50,7 @@ def models() -> tuple[Model, Model]:
 
 
 def batches(count: int) -> list[dict[str, Tensor]]:
-    """Of very different numbers of rows that count."""
+    """Micro-batches with very different numbers of counted rows."""
     generator = torch.Generator().manual_seed(0)
     found = []
     for index in range(count):

@@ -215,7 +215,7 @@ def test_tensors_without_a_dimension(loss: torch.nn.Module) -> None:
 
 
 def test_batchmean_of_more_dimensions() -> None:
-    """Of [rows, V], which is all that Liger takes, rows are torch's size(0); of [B, S, V] each position is a row."""
+    """With [rows, V], the only shape of Liger, rows are torch's size(0); with [B, S, V] each position is a row."""
     log_q, target = log_p(3, 4, 7), p(3, 4, 7)
     loss = liger.LigerKLDIVLoss(reduction="batchmean")
     total = torch.nn.functional.kl_div(log_q.double(), target.double(), reduction="sum")

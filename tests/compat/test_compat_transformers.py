@@ -360,7 +360,7 @@ def test_labels_that_are_shifted_already(
 def test_a_teacher_that_is_a_function(
     student: nn.Module, teacher: nn.Module, arguments: Callable[..., Any], fused: bool
 ) -> None:
-    """Of top-k columns that a dataset carries, and the student must not see."""
+    """Top-k columns of a dataset do not reach the student."""
     (batch,) = stacked(sentences(), 8)
     with torch.no_grad():
         log_p = teacher.eval()(batch["input_ids"], batch["attention_mask"]).logits.log_softmax(-1)

@@ -309,7 +309,7 @@ def test_chunked_takes_a_spread_head(tmp_path: Path) -> None:
 
 
 def gradient_of_a_spread_head(group: Any) -> tuple[Tensor, Tensor]:
-    """Of a head over two processes, each with a sequence of its own; and the mean of what each has by itself."""
+    """The loss of a head over two processes, each with its own sequence, and the mean of the losses of each alone."""
     import torch.distributed as dist
     from torch.distributed.device_mesh import DeviceMesh
     from torch.distributed.tensor import Shard, distribute_tensor

@@ -56,7 +56,7 @@ def step(distiller: Any, *inputs: Any, **options: Any) -> tuple[Tensor, dict[str
 
 @pytest.fixture
 def expected() -> tuple[Tensor, dict[str, Tensor]]:
-    """Of the batch: the loss and its gradients, by hand."""
+    """The loss of the batch and its gradients, computed without a Distiller."""
     distiller = Distiller(*pair(), terms())
     loss = by_hand(distiller.student, distiller.teacher, distiller.losses.hint.regressor, *batch())
     loss.backward()
@@ -116,7 +116,7 @@ def test_compiled(expected: Any, how: str) -> None:
     close(loss.detach(), expected[0])
     found = {name.replace("_orig_mod.", ""): g for name, g in gradients(distiller).items()}
     close(found, expected[1])
-    assert distiller._of_student.caught == [None, None]
+    assert distiller._student_capture.captured == [None, None]
 
 
 def test_a_model_compiled_and_run_before_is_an_error() -> None:
@@ -126,7 +126,7 @@ def test_a_model_compiled_and_run_before_is_an_error() -> None:
     images, labels = batch()
     student(images)
     with pytest.raises(
-        RuntimeError, match="'layer1' of the student was not captured.*compiled and had run"
+        RuntimeError, match="'layer1' of the student was not captured.*compiled and ran"
     ):
         Distiller(student, teacher, terms())(images, labels=labels)
 
@@ -216,7 +216,7 @@ def test_hooks_and_what_they_caught_are_gone() -> None:
         assert held[0]() is None
         handle.remove()
         student(images)
-        assert distiller._of_student.caught == [None, None]
+        assert distiller._student_capture.captured == [None, None]
     assert hooks(student, teacher) == 0
     with pytest.raises(RuntimeError, match="closed"):
         distiller(images, labels=labels)
@@ -265,7 +265,7 @@ def test_layers_that_cannot_be_caught(way: str, message: str) -> None:
     distiller = Distiller(Odd(way), pair()[1], {"at": Term(attention_transfer_loss, "layer2")})
     with pytest.raises(RuntimeError, match=message):
         distiller(batch()[0])
-    assert distiller._of_student.caught == [None]
+    assert distiller._student_capture.captured == [None]
 
 
 def test_checkpointing_changes_nothing() -> None:
@@ -276,7 +276,7 @@ def test_checkpointing_changes_nothing() -> None:
         distiller = Distiller(student, pair()[1], terms())
         images, labels = batch()
         results.append(step(distiller, images, labels=labels))
-        assert distiller._of_student.caught == [None, None]
+        assert distiller._student_capture.captured == [None, None]
     close(results[0], results[1])
 
 
@@ -297,10 +297,10 @@ def test_weights_follow_the_step() -> None:
     loss, parts = distiller(images, step=1)
     close(loss.detach(), parts["hint"] + 0.25 * parts["kd"])
     assert list(distiller(images, step=2)[1]) == ["kd", "loss"] and len(calls) == 2
-    with pytest.raises(ValueError, match="step must be given, as the weight of term 'hint'"):
+    with pytest.raises(ValueError, match="step must be given, because the weight of term 'hint'"):
         distiller(images)
     nothing = Distiller(*pair(), {"kd": Term(fastkd.KDLoss(), weight=0.0)})
-    with pytest.raises(ValueError, match="some term must have a weight other than 0"):
+    with pytest.raises(ValueError, match="terms must have one with a weight other than 0"):
         nothing(images)
 
 
@@ -427,7 +427,7 @@ BAD: dict[str, tuple[Any, type[Exception], str]] = {
     "no term": (_distiller(a=cosine_loss), TypeError, r"terms\['a'\] must be a fastkd.distiller.Term, got function"),
     "a name taken": (_distiller(loss=Term(cosine_loss)), ValueError, "other than 'loss'"),
     "no such layer": (
-        _distiller(a=Term(cosine_loss, "layer3")), ValueError, "student has no layer 'layer3'; near it are .*'layer1'",
+        _distiller(a=Term(cosine_loss, "layer3")), ValueError, "student has no layer 'layer3'; similar names.*'layer1'",
     ),
     "last name": (_distiller(a=Term(cosine_loss, "", "net.head")), ValueError, "teacher has no layer.*'head'"),
     "weight": (lambda: Term(cosine_loss, weight="1"), TypeError, "weight must be a number, got str"),

@@ -284,7 +284,7 @@ def _run(
     temperature: float,
     **options: Any,
 ) -> tuple[torch.Tensor, torch.Tensor, Bars]:
-    """Likewise, and the error they may have."""
+    """The same derivatives, and the error that they may have."""
     found = _rows(backend, name, student, teacher, temperature, **options)
     options |= {"temperature": temperature, "reduction": "none", "divergence": name}
     return *found, bars(student, teacher, **options)

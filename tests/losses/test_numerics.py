@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from typing import Any
 from unittest.mock import patch
@@ -18,11 +19,13 @@ from support.accuracy import (
     powers_for,
     upstream_for,
 )
+from support.cuda_emulation import Emulation
 from support.oracles import UNNORMALIZED, compose
 from torch import Tensor
 
 import fastkd
 from fastkd import kd_loss
+from fastkd.divergences import WITH_LABELS
 
 FLOATS = [torch.float32, torch.bfloat16, torch.float16]
 defaults = pytest.mark.parametrize("divergence", fastkd.DIVERGENCES)
@@ -318,6 +321,21 @@ def test_alpha_0_silences_an_infinite_divergence(any_backend: str) -> None:
     assert loss.isfinite() and not torch.autograd.grad(loss, teacher)[0].any()
 
 
+@pytest.mark.parametrize("vocabulary", [9, 2500])
+def test_alpha_0_ignores_a_teacher_of_minus_infinity(any_backend: str, vocabulary: int) -> None:
+    """Without weight, even a teacher that has no softmax leaves the cross-entropy as it is."""
+    student, labels = logits(2, vocabulary, seed=36), torch.tensor([0, 2])
+    student.requires_grad_()
+    expected = torch.nn.functional.cross_entropy(student, labels)
+    for teacher in (torch.full_like(student, -math.inf), torch.full_like(student, math.nan)):
+        loss = kd_loss(student, teacher, labels, alpha=0.0, backend=any_backend)
+        torch.testing.assert_close(loss, expected)
+        torch.testing.assert_close(
+            torch.autograd.grad(loss, student)[0],
+            torch.autograd.grad(expected, student, retain_graph=True)[0],
+        )
+
+
 def test_negated_views(backend: str) -> None:
     student, teacher = logits(3, 9, seed=38), logits(3, 9, seed=39)
     weight = torch.tensor([1.0, 2.0, 0.5])
@@ -502,23 +520,37 @@ def test_nan_and_inf_are_not_hidden(any_backend: str, value: float) -> None:
         assert gradient[1].isnan().any() and gradient[::2].isfinite().all()
 
 
-@pytest.mark.parametrize("value", [torch.nan, torch.inf])
-@pytest.mark.parametrize("divergence", [*sorted({*fastkd.DIVERGENCES} - {*UNNORMALIZED}), "dkd"])
-def test_no_divergence_hides_nan_and_inf(every_row: str, divergence: str, value: float) -> None:
+NORMALIZED_AND_LABELED = [*sorted({*fastkd.DIVERGENCES} - {*UNNORMALIZED}), *WITH_LABELS]
+
+
+@pytest.mark.parametrize("divergence", NORMALIZED_AND_LABELED)
+def test_no_divergence_hides_nan_and_inf(any_backend: str, divergence: str) -> None:
     """Comparisons of a definition may lose a NaN, so the row's statistics decide: all of it is NaN, on both sides."""
-    labels = torch.tensor([0, 1, 2])
-    for side, column in ((0, 1), (1, 1), (0, 20), (1, 20)):
-        pair = [logits(3, 21, seed=41), logits(3, 21, seed=42)]
-        pair[side][1, column] = value
-        trained = [x.requires_grad_() for x in pair]
-        loss = kd_loss(*trained, labels, divergence=divergence, reduction="none", backend=every_row)
-        gradients = torch.autograd.grad(loss, trained, powers_for(3))
-        assert loss.isnan().tolist() == [False, True, False]
-        for gradient in gradients:
-            assert gradient[1].isnan().all() and gradient[::2].isfinite().all()
+    check_poisoned_rows(any_backend, divergence)
 
 
-@pytest.fixture(params=["reference", "portable", "cpu"])
-def every_row(request: pytest.FixtureRequest) -> str:
-    """The backends that serve CPU tensors as they are."""
-    return str(request.param)
+@pytest.mark.parametrize("divergence", NORMALIZED_AND_LABELED)
+def test_no_divergence_hides_nan_and_inf_in_a_cluster(
+    emulation: Emulation, divergence: str
+) -> None:
+    """The CUDA kernels, with the columns of a row in one block and in two."""
+    for ranks in (1, 2):
+        emulation.ranks = ranks
+        check_poisoned_rows("cuda", divergence)
+
+
+def check_poisoned_rows(backend: str, divergence: str) -> None:
+    """One call with NaN and +inf on each side, in the label's column and in another, and clean rows between them."""
+    bad = list(itertools.product((torch.nan, torch.inf), (0, 1), (1, 20)))  # value, side, column
+    rows = 2 * len(bad) + 1
+    pair = [logits(rows, 21, seed=41), logits(rows, 21, seed=42)]
+    for row, (value, side, column) in enumerate(bad):
+        pair[side][2 * row + 1, column] = value
+    # The teacher has no gradient from a divergence without a degree.
+    trained = [x.requires_grad_() for x in (pair[:1] if divergence == "nkd" else pair)]
+    labels = torch.ones(rows, dtype=torch.int64)
+    loss = kd_loss(*pair, labels, divergence=divergence, reduction="none", backend=backend)
+    gradients = torch.autograd.grad(loss, trained, powers_for(rows))
+    assert loss[1::2].isnan().all() and loss[::2].isfinite().all()
+    for gradient in gradients:
+        assert gradient[1::2].isnan().all() and gradient[::2].isfinite().all()

@@ -75,7 +75,7 @@ def everywhere(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) 
 
 
 class Exact(NamedTuple):
-    """Of every student: the loss, its gradient, and what one unit of error in a log-probability makes of them."""
+    """The loss of each student, its gradient, and how much one unit of error in a log-probability changes them."""
 
     losses: list[Tensor]
     gradients: list[Tensor]
@@ -608,7 +608,7 @@ def test_every_student_goes_backward_by_itself(everywhere: str) -> None:
 
 @forms
 def test_gradcheck(peers: str) -> None:
-    """Of each student alone, as its peers are constants; float64, on the reference."""
+    """The gradient of each student alone, because its peers are constants; float64, on the reference."""
     students = [student.double() for student in group(3, 2, 5)]
     labels = torch.tensor([1, 4])
     for k in range(3):
@@ -703,12 +703,12 @@ BAD: list[tuple[dict[str, Any], type[Exception], str]] = [
     (
         _bad(logits=torch.ones(3, 2, 7)),
         TypeError,
-        "logits must be a list of tensors, one a student; got Tensor",
+        "logits must be a list of tensors, one per student; got Tensor",
     ),
     (
         _bad(logits=group(1, 2, 7)),
         ValueError,
-        "logits must be those of two students or more, got 1",
+        "logits must be of two or more students, got 1",
     ),
     (
         _bad(logits=[torch.ones(2, 7), None]),
@@ -723,7 +723,7 @@ BAD: list[tuple[dict[str, Any], type[Exception], str]] = [
     (
         _bad(logits=[*group(2, 2, 7), torch.ones(2, 7).half()]),
         TypeError,
-        "logits[2] must be torch.float32, as logits[0] is; got torch.float16",
+        "logits[2] must be torch.float32, the dtype of logits[0]; got torch.float16",
     ),
     (
         _bad(logits=[torch.ones(2, 7), torch.ones(2, 7, device="meta")]),
@@ -899,7 +899,7 @@ def test_ensemble_loss_drops_rows_and_reduces() -> None:
         (
             {"gate": torch.ones(4)},
             ValueError,
-            r"gate must have one weight a branch, shape \(3,\) or \(2, 3\); got \(4,\)",
+            r"gate must have one weight per branch, shape \(3,\) or \(2, 3\); got \(4,\)",
         ),
         ({"gate": [1.0]}, TypeError, "gate must be a tensor or None, got list"),
         (
@@ -910,7 +910,7 @@ def test_ensemble_loss_drops_rows_and_reduces() -> None:
         (
             {"gate": torch.ones(3, device="meta")},
             ValueError,
-            "gate must be on cpu, where the logits are; got meta",
+            "gate must be on cpu, the device of the logits; got meta",
         ),
         (
             {"ensemble_weight": -1.0},
@@ -1048,7 +1048,9 @@ def test_bad_mean_teachers() -> None:
         with pytest.raises(error, match=message):
             MeanTeacher(**{"student": student, **arguments})
     teacher = MeanTeacher(student)
-    with pytest.raises(ValueError, match=r"bias is \(2,\) there and \(3,\) here"):
+    with pytest.raises(
+        ValueError, match=r"bias has shape \(2,\) in the teacher and \(3,\) in the student"
+    ):
         teacher.update(nn.Linear(2, 3))
     with pytest.raises(
         ValueError, match=r"the buffers .*; num_batches_tracked is None there and \(\) here"

@@ -228,12 +228,12 @@ def test_cuda_source(emulation: Emulation, variant: tuple[str, dict[str, float]]
 
 FAULTS = {
     "the student's sure column has the gradient of any other": (
-        "row.h", "(z == row.s_sure.z ? row.s_sure.gradient : x)", "(x)"),
+        "gradient.h", "(z == row.s_sure.z ? row.s_sure.gradient : x)", "(x)"),
     "the teacher's sure column has the gradient of any other": (
-        "row.h", "(z == row.t_sure.z ? row.t_sure.gradient : x)", "(x)"),
-    "a block's sum of the rest is lost": ("row.h", "  a.s_sum += b.s_sum;\n", ""),
-    "the sign of the log ratio": ("row.h", "s.gap + log_ratio);", "s.gap - log_ratio);"),
-    "what was the top is not one of the rest": ("row.h", "    a.s_sum += a.s_tops;\n", ""),
+        "gradient.h", "(z == row.t_sure.z ? row.t_sure.gradient : x)", "(x)"),
+    "a block's sum of the rest is lost": ("statistics.h", "  a.s_exp_sum += b.s_exp_sum;\n", ""),
+    "the sign of the log ratio": ("sums.h", "s.other_gap + log_ratio);", "s.other_gap - log_ratio);"),
+    "what was the top is not one of the rest": ("statistics.h", "    a.s_exp_sum += a.s_max_count;\n", ""),
 }  # fmt: skip
 
 

@@ -130,7 +130,7 @@ def for_trl() -> dict[str, Any]:
 
 
 def for_the_trainer() -> dict[str, Any]:
-    """Likewise, and a dataset of token ids."""
+    """The names for the trainer's pages, and a dataset of token ids."""
     from support import tiny_models
 
     ids = torch.randint(3, 61, (8, 6))
@@ -242,7 +242,7 @@ def prose(path: Path) -> str:
 
 
 def anchors(path: Path) -> set[str]:
-    """Of headings, as GitHub makes them."""
+    """The anchors of headings, as GitHub generates them."""
     found: set[str] = set()
     for heading in re.findall(r"^#+ +(.+?) *$", prose(path), re.M):
         plain = re.sub(r"\[([^]]*)\]\([^)]*\)", r"\1", heading).lower()
@@ -364,7 +364,7 @@ def _text(node: ast.expr) -> str | None:
 
 @functools.cache
 def messages() -> list[Message]:
-    """Of every raise, warning and obstacle of the package; adapters have their own pages."""
+    """The messages of every raise, warning and obstacle of the package. Adapters have their own pages."""
     found = []
     said = {"warn", "_log_once", "Obstacle", "CollectiveError"}
     for path in sorted((ROOT / "fastkd").rglob("*.py")):

@@ -34,7 +34,7 @@ TIED = 8 * ULP
 
 
 class Measured(NamedTuple):
-    """What a backend gave, and the truth."""
+    """The results of a backend, and the exact ones."""
 
     loss: Tensor
     student_gradient: Tensor
@@ -46,7 +46,7 @@ class Measured(NamedTuple):
 def logits(
     *shape: int, seed: int, spread: float = 3.0, dtype: torch.dtype = torch.float32
 ) -> Tensor:
-    """Normal logits of that standard deviation."""
+    """Random normal logits with the given standard deviation."""
     return (spread * torch.randn(shape, generator=torch.Generator().manual_seed(seed))).to(dtype)
 
 
@@ -63,18 +63,18 @@ def upstream_for(*lead: int, seed: int = 99) -> Tensor:
 
 
 def powers_for(*lead: int, seed: int = 99) -> Tensor:
-    """As upstream_for, of powers of 2: multiplying a bfloat16 gradient by them does not round."""
+    """Like upstream_for, but with powers of 2, which multiply a bfloat16 gradient without rounding."""
     upstream = upstream_for(*lead, seed=seed)
     return upstream.sign() * upstream.abs().log2().round().exp2()
 
 
 def made(divergence: str, parameters: dict[str, float] | None) -> fastkd.Divergence:
-    """The divergence of fastkd of that name and those parameters."""
+    """The divergence of fastkd with this name and these parameters."""
     return fastkd.DIVERGENCES[divergence](**(parameters or {}))
 
 
 def ran_on(monkeypatch: pytest.MonkeyPatch, *names: str) -> list[str]:
-    """Records which of these backends launches, from here on."""
+    """Record which of these backends launch from now on."""
     ran: list[str] = []
 
     def recording(name: str, launch: Any) -> Any:
@@ -91,12 +91,12 @@ def ran_on(monkeypatch: pytest.MonkeyPatch, *names: str) -> list[str]:
 
 
 def _error(value: Tensor, exact: Tensor) -> Tensor:
-    """|value - exact|, 0 where both are the same infinity."""
+    """|value - exact|; 0 where both are the same infinity."""
     return torch.where(value == exact, 0.0, (value.double() - exact).abs())
 
 
 def assert_within(what: str, value: Tensor, exact: Tensor, allowed: Tensor) -> None:
-    """Every element of value is within allowed (broadcast) of exact; infinities are equal; nothing is NaN."""
+    """Check that each element of value is within allowed (broadcast) of exact, or the same infinity, and not NaN."""
     assert value.shape == exact.shape, what
     error = _error(value, exact)
     wrong = ~(error <= allowed.expand_as(error))  # a NaN is wrong
@@ -110,14 +110,14 @@ def assert_within(what: str, value: Tensor, exact: Tensor, allowed: Tensor) -> N
 
 
 def _largest(value: Tensor) -> Tensor:
-    """The largest of a row [..., 1], 0 where there is no number."""
+    """The maximum of each row, [..., 1]; 0 where the row has no column."""
     return value.nan_to_num(0.0, 0.0, 0.0).amax(-1, keepdim=True)
 
 
 def gradient_bar(
     plain: Tensor, exact: Tensor, terms: Tensor, dtype: torch.dtype, reach: Tensor | float = 0.0
 ) -> Tensor:
-    """The error allowed to each element of a gradient of that dtype; all within reach of exact is right."""
+    """The error that each element of a gradient may have; everything within `reach` of exact is right."""
     error = (_error(plain, exact) - reach).clamp(min=0.0)
     bar = _largest(error) + ULP * _largest(terms) + UNDERFLOW + torch.zeros_like(exact) + reach
     if dtype in (torch.bfloat16, torch.float16):  # one rounding of the exact gradient
@@ -131,7 +131,7 @@ def gradient_bar(
 
 
 def value_bar(plain: Tensor, exact: Tensor, terms: Tensor) -> Tensor:
-    """The error allowed to a value."""
+    """The error that a value may have."""
     error = _error(plain, exact).nan_to_num(0.0, 0.0, 0.0)
     return error + ULP * terms.nan_to_num(0.0, 0.0, 0.0) + UNDERFLOW
 
@@ -149,7 +149,7 @@ def _tvd(sign: float) -> Any:
 
 
 def _subgradients(*given: Any, **arguments: Any) -> list[tuple[Tensor, Tensor]]:
-    """(the middle of the subgradients at ties, how far they reach from it), of the student and of the teacher."""
+    """For student and teacher: (the middle of the subgradients at ties, their distance from it)."""
     ends = []
     for sign in (1.0, -1.0):
         with patch.dict(oracles.DIVERGENCES, tvd=_tvd(sign)):
@@ -159,7 +159,7 @@ def _subgradients(*given: Any, **arguments: Any) -> list[tuple[Tensor, Tensor]]:
 
 
 class Bars(NamedTuple):
-    """The truth, and the error allowed to each result."""
+    """The exact results, and the error that each may have."""
 
     exact: Outcome
     loss: Tensor
@@ -170,7 +170,7 @@ class Bars(NamedTuple):
 
 @remembered
 def bars(student: Tensor, teacher: Tensor, labels: Tensor | None = None, **arguments: Any) -> Bars:
-    """What kd_loss should give for these arguments, upstream gradient included."""
+    """The expected results of kd_loss for these arguments, upstream gradient included."""
     exact = compose(student, teacher, labels, **arguments)
     plain = compose(student, teacher, labels, dtype=torch.float32, terms=False, **arguments)
     student_reach = teacher_reach = 0.0

@@ -1,4 +1,4 @@
-"""Comparing an adapter with the loss it stands in for: both against float64, and both the same quantity."""
+"""Comparison of an adapter with the loss that it replaces: both against float64."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class Found(NamedTuple):
 
 
 def run(loss: Callable[..., Tensor], inputs: Sequence[Tensor], *others: object) -> Found:
-    """loss(*inputs, *others), differentiated by the inputs."""
+    """Compute loss(*inputs, *others) and its gradients by the inputs."""
     inputs = [x.detach().clone().requires_grad_() for x in inputs]
     value = loss(*inputs, *others)
     # -2 for a loss of one element: a power of 2, which does not round a bfloat16 gradient once more.
@@ -29,14 +29,14 @@ def run(loss: Callable[..., Tensor], inputs: Sequence[Tensor], *others: object) 
 
 
 def error(found: Tensor, exact: Tensor) -> float:
-    """The largest absolute difference, as a share of the largest exact element."""
+    """The largest absolute difference, relative to the largest exact element."""
     return float((found.double() - exact).abs().max() / exact.abs().max().clamp(min=1e-30))
 
 
 def compare(
     ours: Found, theirs: Found, exact: Found, *, same: float = 1e-4, floor: float = 16 * ULP
 ) -> None:
-    """Theirs is the exact quantity to `same`; ours is as near to it as theirs, or nearer than `floor`."""
+    """Check that the peer's result is exact up to `same`, and ours has at most its error or `floor`."""
     names = ["loss", *(f"gradient {index}" for index in range(len(exact.gradients)))]
     for name, mine, its, truth in zip(
         names,

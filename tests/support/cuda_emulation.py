@@ -1,5 +1,4 @@
-"""fastkd.backends.cuda on a machine without a GPU: its kernels' source with tests/support/cuda_host.h in the place of
-a device."""
+"""fastkd.backends.cuda on a machine without a GPU: the kernels' source with tests/support/cuda_host.h as device."""
 
 from __future__ import annotations
 
@@ -32,7 +31,19 @@ FLAGS = (
 
 
 MODULE = "module.o"  # of csrc/cuda/module.cpp: half the time of a build, and the same whatever the kernels are
-OF_KERNELS = ("row.h", "cluster.h", "shard.h", "topk.h")  # headers that module.cpp does not include
+# Headers that module.cpp does not include.
+OF_KERNELS = (
+    "slice",
+    "vectors",
+    "state",
+    "open",
+    "columns",
+    "statistics",
+    "finish",
+    "sums",
+    "gradient",
+)
+OF_KERNELS = (*OF_KERNELS, "row", "cluster", "shard", "topk", "common/row_math")
 
 
 def compile_host(
@@ -40,21 +51,22 @@ def compile_host(
     edit: tuple[str, Callable[[str], str]] | None = None,
     module: Path | None = None,
 ) -> Path:
-    """The emulation as an extension module; edit changes the text of a header first, and five divergences will do.
+    """Build the emulation as an extension module; with edit, change a header first, and build only five divergences.
 
-    module is what module.cpp was compiled to before; without it both sources are compiled side by side.
+    module is the object file of module.cpp from an earlier build; None: it is compiled too, in parallel.
     """
     csrc = ROOT / "csrc"
     if edit is not None:
-        assert edit[0] in OF_KERNELS
-        source = csrc / "cuda" / edit[0]
+        assert edit[0].removesuffix(".h") in OF_KERNELS
+        source = csrc / (edit[0] if "/" in edit[0] else f"cuda/{edit[0]}")
         changed = edit[1](source.read_text())
         assert changed != source.read_text()
         csrc = directory / "csrc"
         for header in (
             *(ROOT / "csrc" / "cuda").glob("*.[hc]*"),
             *(ROOT / "csrc").glob("*.h"),
-            ROOT / "csrc" / "generated" / "divergences.h",
+            *(ROOT / "csrc" / "common").glob("*.h"),
+            *(ROOT / "csrc" / "generated").glob("*.h"),
         ):
             copy = csrc / header.relative_to(ROOT / "csrc")
             copy.parent.mkdir(parents=True, exist_ok=True)
@@ -96,11 +108,12 @@ def load_host(path: Path) -> ModuleType:
 
 @pytest.fixture(scope="session")
 def host() -> ModuleType:
-    """Compiled once for this state of the sources, also where several processes share the tests."""
+    """The emulation, compiled once for this state of the sources, even if several processes share the tests."""
     files = [
         *sorted((ROOT / "csrc" / "cuda").iterdir()),
         *sorted((ROOT / "csrc").glob("*.h")),
-        ROOT / "csrc" / "generated" / "divergences.h",
+        *sorted((ROOT / "csrc" / "common").glob("*.h")),
+        *sorted((ROOT / "csrc" / "generated").glob("*.h")),
         HARNESS,
         HARNESS.with_suffix(".h"),
     ]
@@ -121,7 +134,8 @@ def host() -> ModuleType:
 class Emulation:
     """The cuda backend on CPU tensors."""
 
-    ranks = 1  # blocks a row, where plan() takes fewer
+    # Blocks per row, if plan() would take fewer.
+    ranks = 1
 
     def __init__(self, module: ModuleType) -> None:
         self._library = ctypes.CDLL(str(module.__file__))
@@ -134,7 +148,7 @@ class Emulation:
         return list(seen)
 
     def with_fault(self, fault: tuple[str, str, str], directory: Path) -> ModuleType:
-        """The emulation of kernels in which a header's text was replaced: (header, old, new)."""
+        """Build the emulation with a changed header: (header, old text, new text)."""
         header, old, new = fault
         edit = (header, lambda text: text.replace(old, new))
         return load_host(compile_host(directory, edit, self._folder / MODULE))

@@ -22,7 +22,7 @@ void kd_rows(Call call, int ranks, void*) {  // a device's number serves to ask 
 #define FASTKD_ROWS(name) rows_of<Dense<name>>,
   static constexpr void (*kernels[])(const Call&, char*) = {FASTKD_DIVERGENCES(FASTKD_ROWS)};
 #undef FASTKD_ROWS
-  const auto dense = call.shard.step == Step::statistics ? rows_of<DenseShare> : kernels[call.divergence];
+  const auto dense = call.shard.step == Step::statistics ? rows_of<DenseShard> : kernels[call.divergence];
   const auto kernel = call.ids ? rows_of<Sparse> : dense;
   auto& machine = host::machine;
   machine.ranks = call.ranks;
@@ -39,7 +39,7 @@ void kd_rows(Call call, int ranks, void*) {  // a device's number serves to ask 
 void scale_rows(const Call& call, const float* factor, int64_t stride, int, void*) {
   for (int64_t row = 0; row < call.rows; ++row)
     for (int64_t column = 0; column < call.student.width; ++column) {
-      char* memory = row_of(call, call.student, row);
+      char* memory = row_address(call, call.student, row);
       store_one(memory, call.student.dtype, column,
                 factor[row * stride] * load_one(memory, call.student.dtype, column));
     }

@@ -32,7 +32,7 @@ struct Traffic {
 };
 
 inline Traffic traffic;
-#define FASTKD_SEEN(memory, bytes, writes) traffic.see(memory, bytes, writes)
+#define FASTKD_TRACE_ACCESS(memory, bytes, writes) traffic.see(memory, bytes, writes)
 #define FASTKD_DEVICE inline
 
 namespace fastkd::cuda {

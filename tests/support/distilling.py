@@ -1,4 +1,4 @@
-"""A small convolutional pair and its losses, for tests/losses/test_distiller.py and the processes that it starts."""
+"""A small convolutional student and teacher with losses, for tests/losses/test_distiller.py and its processes."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from fastkd.features import HintLoss, Regressor, attention_transfer_loss
 
 
 class Net(nn.Module):
-    """Two layers of convolution and a head."""
+    """A model with two convolutions and a head."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -34,7 +34,7 @@ def pair() -> tuple[Net, Net]:
 
 
 def terms() -> dict[str, Term]:
-    """On logits, on one layer and on two."""
+    """Terms on logits, on one layer and on two layers."""
     torch.manual_seed(1)
     return {
         "kd": Term(fastkd.KDLoss(temperature=4.0, alpha=0.5)),
@@ -55,7 +55,7 @@ def batch(size: int = 6) -> tuple[Tensor, Tensor]:
 
 
 def gradients(module: nn.Module) -> dict[str, Tensor]:
-    """Of its parameters, by name."""
+    """The gradients of the parameters, by name."""
     return {
         name.removeprefix("module."): parameter.grad.clone()
         for name, parameter in module.named_parameters()
@@ -64,7 +64,7 @@ def gradients(module: nn.Module) -> dict[str, Tensor]:
 
 
 def in_parallel(group: Any, stage: bool) -> dict[str, Any]:
-    """Gradients and the state of a process that has its part of the batch. stage: the logits do not count."""
+    """The gradients and the state of a process with its part of the batch. stage: the loss on logits has weight 0."""
     rank, size = dist.get_rank(group), dist.get_world_size(group)
     losses = terms()
     if stage:

@@ -1,7 +1,7 @@
-"""Every loss of the package with every tensor that it takes, so that a test can change one argument at a time.
+"""Every loss of the package with all tensors that it takes, so that a test can change one argument at a time.
 
-A :class:`Case` holds named tensors and a call that makes the loss of them. Tests make each tensor in turn into a view
-that torch marks as negated, or into one that was made in inference mode, and compare with the tensor as it was.
+A :class:`Case` has named tensors and a call that computes the loss. Tests replace one tensor after the other, by a
+view that torch marks as negated or by an inference tensor, and compare the results with those before.
 """
 
 from __future__ import annotations
@@ -20,12 +20,14 @@ Tensors = dict[str, Tensor]
 
 
 class Case(NamedTuple):
-    """tensors(dtype) makes the arguments; the loss is differentiated by those that are named in trained."""
+    """A loss and its arguments."""
 
     tensors: Callable[[torch.dtype], Tensors]
-    loss: Callable[..., Tensor]  # (tensors, **backend)
+    # Called with (tensors, **backend).
+    loss: Callable[..., Tensor]
     trained: tuple[str, ...] = ("student",)
-    with_backend: bool = True  # whether the loss takes a backend
+    # Whether the loss takes a backend.
+    with_backend: bool = True
 
 
 def _generator() -> torch.Generator:
@@ -39,7 +41,7 @@ def _logits(dtype: torch.dtype) -> Tensors:
 
 
 def _of_rows(dtype: torch.dtype) -> Tensors:
-    """What has one value a row."""
+    """The tensors with one value per row."""
     generator = _generator()
     labels = torch.randint(V, ROWS, generator=generator)
     labels[0, 0] = -100
@@ -290,5 +292,5 @@ LOSSES: dict[str, Case] = {
 
 
 def leaf(tensor: Tensor) -> Tensor:
-    """A tensor of the same values that is trained."""
+    """A copy of the tensor that requires grad."""
     return tensor.clone().requires_grad_()

@@ -1,5 +1,7 @@
-"""The kernel of deep mutual learning compiled for GPUs that are not here; a process of its own, as Triton's interpreter
-may be on in the tests. Prints what each variant needs: `python tests/support/mutual_aot.py cuda:90 1`."""
+"""Compiles the kernel of deep mutual learning for GPUs that this machine does not have. It is a separate process,
+because the tests may run Triton's interpreter. Prints what each variant needs:
+`python tests/support/mutual_aot.py cuda:90 1`.
+"""
 
 from __future__ import annotations
 
@@ -33,7 +35,7 @@ def variants(full: bool) -> list[tuple[int, str, str, str]]:
 
 
 def launch(students: int, dtype: str, peers: str, kind: str) -> tuple[Any, ...]:
-    """(kernel, arguments, options) of the launch that serves it, of logits shifted as language models shift them."""
+    """(kernel, arguments, options) of the launch for a case, with logits shifted as in language models."""
     from fastkd.kernels import mutual
 
     catch(mutual.mutual_kernel)

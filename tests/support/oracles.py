@@ -1,7 +1,7 @@
-"""What kd_loss should give: the published formulas in plain PyTorch, differentiated by autograd.
+"""The expected results of kd_loss: the published formulas in plain PyTorch, differentiated by autograd.
 
-Nothing here uses fastkd. In float64 this is the truth; in float32 it is the plain composition that a user would
-write, whose error is the bar for every backend (tests/support/accuracy.py).
+This module does not use fastkd. In float64 it is the exact result; in float32 it is the plain composition that a user
+would write, whose error is the bar for every backend (tests/support/accuracy.py).
 """
 
 from __future__ import annotations
@@ -123,7 +123,7 @@ UNNORMALIZED = ("squared_error", "smooth_l1")
 
 
 class Outcome(NamedTuple):
-    """The loss, its gradients and parts, and the terms of each: how far one unit of error moves it.
+    """The loss, its gradients and parts, and the terms of each: how much one unit of error changes it.
 
     A log-probability x computed in floating point carries an error of the order of one unit in the last place times
     max(1, |x|): the normaliser is the logarithm of a sum that is at least 1. The terms are what a result is a sum of,
@@ -152,7 +152,7 @@ def _rows_read(
     mask: Tensor | None,
     weight: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """(which rows are counted, the numbers of those that are read): a row of weight 0 counts, and is not read."""
+    """Return (which rows count, the indices of those that are read). A row of weight 0 counts, but is not read."""
     n = math.prod(student.shape[:-1])
     counted = torch.ones(n, dtype=torch.bool, device=student.device)
     if labels is not None:
@@ -164,7 +164,7 @@ def _rows_read(
 
 
 def _of_rows(value: float | Tensor, rows: Tensor, n: int, dtype: torch.dtype) -> Tensor:
-    """[rows, 1]: a number, or what a tensor has for these rows."""
+    """A number, or a tensor's values for these rows, as [rows, 1]."""
     if not isinstance(value, Tensor):
         return torch.full((len(rows), 1), value, dtype=dtype, device=rows.device)
     return value.reshape(n)[rows].to(dtype).unsqueeze(-1)
@@ -334,7 +334,8 @@ class Sparse(NamedTuple):
     logprobs: Tensor
     tail: str
     tail_logprob: Tensor | None = None
-    at: float = 1.0  # the temperature the log-probabilities were taken at
+    # The temperature at which the log-probabilities were taken.
+    at: float = 1.0
 
 
 @remembered
@@ -362,7 +363,7 @@ def compose_topk(
     softcap: float | None = None,
     vocab_size: int | None = None,
 ) -> Outcome:
-    """`compose` against a sparse teacher, each tail policy as fastkd.TopK words it, over the whole row of the student.
+    """Like `compose`, for a sparse teacher, with each tail policy as fastkd.TopK defines it.
 
     "bucket" sums over the tokens and one event for the others; "renormalize" over two softmaxes of the tokens;
     "renormalize_teacher" over the whole vocabulary, with p = 0 outside; "truncate" over the tokens, p as it is given.
@@ -516,7 +517,7 @@ def _size(value: Tensor) -> Tensor:
 
 
 def _derivatives(phi: Tensor, log_x: Tensor, log_y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """d phi / d log x, and the derivatives of that by log x and by log y; entry by entry."""
+    """d phi / d log x, and its derivatives by log x and by log y, for each entry."""
     (first,) = torch.autograd.grad(
         phi.sum(), log_x, create_graph=True, allow_unused=True, materialize_grads=True
     )

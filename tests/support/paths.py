@@ -1,4 +1,4 @@
-"""Where the checkout, the recorded logits and the package under test are."""
+"""Paths of the checkout, the recorded logits and the package under test."""
 
 from pathlib import Path
 

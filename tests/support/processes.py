@@ -1,7 +1,7 @@
-"""Processes of a torch.distributed group that wait for functions to run: starting them takes longer than most tests.
+"""Processes of a torch.distributed group that wait for functions to run, because a start takes longer than most tests.
 
-They are forked from a server that has imported torch and fastkd, and done nothing else: four that import these by
-themselves take fifteen seconds of a core.
+They are forked from a server that has only imported torch and fastkd: four processes that each import these take
+fifteen seconds of a core.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-# Of a collective; and of a function, in which there are some. They end a hang and judge no speed.
+# Timeouts of a collective, and of a function with several. They only end a hang; they do not judge speed.
 TIMEOUT, PATIENCE = 300, 900
 
 
@@ -45,11 +45,11 @@ def _context() -> Any:
 
 
 class FailureError(AssertionError):
-    """What a process raised, with its traceback."""
+    """An exception of a process, with its traceback."""
 
 
 def _serve(rank: int, size: int, folder: str, path: list[str], pipe: Connection) -> None:
-    """The life of a process."""
+    """The main function of a process."""
     sys.path[:] = path
     torch.set_num_threads(1)
     # A machine's name need not resolve, and its network need not be up.
@@ -86,7 +86,7 @@ def _serve(rank: int, size: int, folder: str, path: list[str], pipe: Connection)
 
 
 class Processes:
-    """A few processes; one that hangs or dies is an error, and the next call starts new ones."""
+    """A few processes. If one hangs or dies, the call raises, and the next call starts new ones."""
 
     def __init__(self, size: int = 4) -> None:
         self.size = size
@@ -111,7 +111,7 @@ class Processes:
             self.pipes.append(mine)
 
     def run(self, size: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
-        """function(group, *arguments) on the first `size` processes; what each of them returns."""
+        """Run function(group, *arguments) on the first `size` processes; return the result of each."""
         results = self.outcomes(size, function, *arguments)
         bad = {rank: text for rank, (good, text) in enumerate(results) if not good}
         if bad:  # what the others raise, as they wait for one that has failed, comes last
@@ -122,7 +122,7 @@ class Processes:
     def outcomes(
         self, size: int, function: Callable[..., Any], *arguments: Any
     ) -> list[tuple[bool, Any]]:
-        """Likewise, (True, what it returns) or (False, its traceback); a process that died or hangs says so."""
+        """Like run, but return (True, result) or (False, traceback) of each process, also of one that died or hangs."""
         if not self.workers:
             self._start()
         for pipe in self.pipes:

@@ -1,8 +1,7 @@
-"""Results of the oracles, kept for the next backend.
+"""A cache of the oracles' results, for the next backend.
 
-Most tests ask for the truth of the same input once for each backend and each way of cutting a row, and computing the
-truth takes several times as long as the loss under test. So a function of tensors remembers its results by what the
-tensors hold.
+Most tests need the exact results of the same input once per backend and once per way to split a row. Computing them
+takes several times as long as the loss under test, so the results are cached by the values of the tensors.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-# Bytes of results that a process keeps: enough for all tests of one file.
+# Bytes of results that a process caches: enough for all tests of one file.
 LIMIT = 2**27
 T = TypeVar("T", bound=Callable[..., Any])
 
@@ -33,7 +32,7 @@ def _tensors(value: Any) -> Iterator[Tensor]:
 
 
 def _add(digest: Any, value: Any) -> None:
-    """Adds to a digest what a value holds, and of which kind it is."""
+    """Add the type and the contents of a value to a digest."""
     if isinstance(value, Tensor):
         digest.update(f"{value.dtype} {tuple(value.shape)} {value.device};".encode())
         plain = value.detach().resolve_conj().resolve_neg().cpu().contiguous()
@@ -50,7 +49,7 @@ def _add(digest: Any, value: Any) -> None:
 
 
 def remembered(function: T) -> T:
-    """A function of tensors and plain values whose results are kept. Whoever gets a result must not change it."""
+    """Cache the results of a function of tensors and plain values. Callers must not change a result."""
 
     @functools.wraps(function)
     def call(*arguments: Any, **options: Any) -> Any:

@@ -1,5 +1,6 @@
-"""A backend whose every call is cut into shards of the vocabulary, in one process: what passes between processes is
-stacked here. So whatever tests a backend tests its steps for shards.
+"""A backend that splits every call into shards of the vocabulary within one process.
+
+It stacks what processes would exchange. So every test of a backend can also test its steps for shards.
 """
 
 from __future__ import annotations
@@ -19,12 +20,14 @@ class Cut(NamedTuple):
     """The columns of one shard."""
 
     first: int
-    width: int  # in memory, padding included
-    columns: int  # that count
+    # Columns in memory, padding included.
+    width: int
+    # Columns that count.
+    columns: int
 
 
 def cuts(width: int, vocabulary: int, shares: tuple[float, ...]) -> list[Cut]:
-    """Shards of so many columns for each share; the last has the rest."""
+    """Split the columns into shards, one per share; the last gets the remaining columns."""
     found, first = [], 0
     for index, share in enumerate(shares):
         last = index == len(shares) - 1
@@ -35,7 +38,7 @@ def cuts(width: int, vocabulary: int, shares: tuple[float, ...]) -> list[Cut]:
 
 
 class InShards:
-    """The kernels of a backend, cut by shares; as a backend's module is."""
+    """A backend's kernels over shards; it replaces the backend's module."""
 
     SPARSE = True
 
@@ -47,7 +50,7 @@ class InShards:
     def kd_rows(
         self, student: Tensor, teacher: Tensor, rows: Rows, options: Options, want: Want
     ) -> Result:
-        """As the backend's, a step after the other."""
+        """Run the steps of the backend one after the other."""
         self.calls += 1
         result = native.outputs(student, teacher, want)
         dtype = torch.float64 if torch.float64 in (student.dtype, teacher.dtype) else torch.float32

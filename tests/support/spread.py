@@ -27,18 +27,18 @@ REAL = fastkd.kd_loss
 
 
 class Columns(torch.autograd.Function):
-    """Some columns of logits, or rows of a head, whose gradient comes from the processes that have them."""
+    """Some columns of logits, or rows of a head; backward gathers the gradient from all processes."""
 
     @staticmethod
     def forward(ctx: Any, whole: Tensor, columns: slice, group: Any, axis: int = -1) -> Tensor:
-        """Those."""
+        """Select this process's part."""
         ctx.group, ctx.shape = group, whole.shape
         ctx.at = (*[slice(None)] * (axis % whole.dim()), columns)
         return whole[ctx.at].clone()
 
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> Any:
-        """Of all."""
+        """Gather the gradients of all processes."""
         (gradient,) = gradients
         whole = gradient.new_zeros(ctx.shape)
         whole[ctx.at] = gradient
@@ -47,13 +47,13 @@ class Columns(torch.autograd.Function):
 
 
 def columns_of(width: int, shares: tuple[float, ...], rank: int) -> slice:
-    """Of a process, where each has so large a share."""
+    """The slice of a process, for the given share of each."""
     bounds = [round(width * sum(shares[:k]) / sum(shares)) for k in range(len(shares) + 1)]
     return slice(bounds[rank], bounds[rank + 1])
 
 
 def _same_everywhere(value: Tensor, group: Any) -> None:
-    """Bit by bit."""
+    """Whether two tensors have the same bits."""
     everywhere: list[Any] = [None] * dist.get_world_size(group)
     dist.all_gather_object(everywhere, value.detach(), group=group)
     for other in everywhere:
@@ -62,7 +62,7 @@ def _same_everywhere(value: Tensor, group: Any) -> None:
 
 @contextmanager
 def spread(group: Any, shares: tuple[float, ...], form: str) -> Iterator[None]:
-    """kd_loss over shards: "plain" tensors, "dtensor", a "whole teacher", or DTensors of which one is "replicated"."""
+    """kd_loss over shards: with "plain" tensors, "dtensor", a "whole teacher", or one "replicated" DTensor."""
     rank = dist.get_rank(group)
 
     def kd_loss(student: Tensor, teacher: Any, *arguments: Any, **options: Any) -> Any:
@@ -112,7 +112,7 @@ def _part_of_teacher(teacher: Any, columns: slice) -> Any:
 
 
 class Part(torch.autograd.Function):
-    """This process's part of rows, whose gradients are put together again."""
+    """This process's rows; backward gathers the gradients of all rows."""
 
     @staticmethod
     def forward(ctx: Any, whole: Tensor, axis: int, group: Any) -> Tensor:
@@ -122,7 +122,7 @@ class Part(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> Any:
-        """Of all rows."""
+        """Gather the gradients of all rows."""
         (gradient,) = gradients
         parts = [torch.empty_like(gradient) for _ in range(dist.get_world_size(ctx.group))]
         dist.all_gather(parts, gradient.contiguous(), group=ctx.group)
@@ -177,7 +177,7 @@ class _Equal:
 
 
 class _Unchecked:
-    """Bars for a case that another process checks: the oracle takes longer than the loss."""
+    """Return placeholder bars for a case that another process checks, because the oracle takes longer than the loss."""
 
     parts = (1.0, 1.0, 1.0)
 
@@ -188,7 +188,7 @@ class _Unchecked:
 
 
 def _by_one(check: Any, backend: str, cases: list[dict[str, Any]], group: Any) -> int:
-    """Every process makes every call, and each holds its share of them to the bar."""
+    """Make every call in every process, and check a share of them in each."""
     rank, size = dist.get_rank(group), dist.get_world_size(group)
     checked = 0
     device = (
@@ -220,7 +220,7 @@ def _by_one(check: Any, backend: str, cases: list[dict[str, Any]], group: Any) -
 def dense(
     group: Any, shares: tuple[float, ...], form: str, backend: str, cases: list[dict[str, Any]]
 ) -> int:
-    """accuracy.check on each of the cases; how many this process has checked."""
+    """Run accuracy.check on each case; return how many this process has checked."""
     with spread(group, shares, form):
         return _by_one(accuracy.check, backend, cases, group)
 
@@ -228,7 +228,7 @@ def dense(
 def sparse(
     group: Any, shares: tuple[float, ...], form: str, backend: str, cases: list[dict[str, Any]]
 ) -> int:
-    """Likewise test_topk.check_topk."""
+    """Run test_topk.check_topk on each case; return how many this process has checked."""
     with spread(group, shares, form):
         return _by_one(test_topk.check_topk, backend, cases, group)
 
@@ -236,7 +236,7 @@ def sparse(
 def linear(
     group: Any, shares: tuple[float, ...], form: str, backend: str, cases: list[dict[str, Any]]
 ) -> int:
-    """test_linear.check on each of the cases, by every process."""
+    """Run test_linear.check on each case, in every process."""
     with spread_head(group, shares, form):
         for case in cases:
             test_linear.check(backend, **case)
@@ -244,7 +244,7 @@ def linear(
 
 
 def bytes_exchanged(group: Any, vocabulary: int, arguments: dict[str, Any], k: int) -> int:
-    """What this process sends and gets of a loss of 8 rows and its gradient, by a wrapper around the collectives."""
+    """What this process sends and receives for a loss of 8 rows and its gradient, recorded around the collectives."""
     counted = 0
 
     def counting(real: Any) -> Any:
@@ -271,7 +271,7 @@ def bytes_exchanged(group: Any, vocabulary: int, arguments: dict[str, Any], k: i
 
 
 def repeated(group: Any, divergence: str, backend: str) -> bool:
-    """Whether two calls, of rows enough for two halves, give the same bits; and one of one half."""
+    """Whether two calls that are split into halves give the same bits as each other and as a call without halves."""
     rank, size = dist.get_rank(group), dist.get_world_size(group)
     torch.manual_seed(0)
     student, teacher = (3 * torch.randn(6, 4, 2000) for _ in range(2))
@@ -294,7 +294,7 @@ def repeated(group: Any, divergence: str, backend: str) -> bool:
 
 
 def compiled(group: Any) -> tuple[float, str]:
-    """The difference of a compiled call to the eager one, and what a graph without breaks says."""
+    """The difference between a compiled and an eager call, and the error of a graph without breaks."""
     columns = columns_of(64, (1.0,) * dist.get_world_size(group), dist.get_rank(group))
     torch.manual_seed(0)
     student, teacher = (torch.randn(4, 64)[:, columns] for _ in range(2))

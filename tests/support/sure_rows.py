@@ -41,7 +41,7 @@ class Case(NamedTuple):
 
 
 class Errors(NamedTuple):
-    """Of a case; None where there is no such gradient."""
+    """The errors of a case; None where it has no such gradient."""
 
     value: float
     student: float
@@ -49,14 +49,14 @@ class Errors(NamedTuple):
 
 
 def _peak(logits: Tensor, token: Tensor, rest: float) -> Tensor:
-    """The same logits but for a token, which leaves that probability to all others, or a bit more or less."""
+    """The same logits, except that one token leaves the given probability, or slightly more or less, to all others."""
     logits = logits.double()
     others = logits.scatter(-1, token, -math.inf).logsumexp(-1, keepdim=True)
     return logits.scatter(-1, token, others - math.log(rest)).float()
 
 
 def peaked(rest: float, vocabulary: int, tops: str) -> Case:
-    """Both sides are sure: of the same token, of two different ones, or nearly equal throughout."""
+    """Rows where both models are sure: of the same token, of two different ones, or with nearly equal logits."""
     generator = torch.Generator().manual_seed(vocabulary)
 
     def normal() -> Tensor:
@@ -75,7 +75,7 @@ def peaked(rest: float, vocabulary: int, tops: str) -> Case:
 
 
 def normal(spread: float, apart: float, vocabulary: int) -> Case:
-    """Normal logits of that spread; the student's are the teacher's and noise of a spread of its own."""
+    """Normal logits of the given spread; the student's are the teacher's plus noise."""
     generator = torch.Generator().manual_seed(vocabulary)
     teacher, noise = torch.randn(2, ROWS, vocabulary, generator=generator)
     student = spread * teacher + apart * noise
@@ -83,7 +83,7 @@ def normal(spread: float, apart: float, vocabulary: int) -> Case:
 
 
 def real(of: str) -> Case:
-    """SmolLM2's rows: two models, one model and noise, one model and its logits off by a digit."""
+    """Rows of SmolLM2: two models, one model with noise, and one model with logits off by a digit."""
     with np.load(SMOLLM2) as file:
         student, teacher = (torch.from_numpy(file[side]).float() for side in ("student", "teacher"))
     generator = torch.Generator().manual_seed(0)
@@ -117,12 +117,12 @@ def made_up(widths: tuple[int, ...] = WIDTHS, rests: tuple[float, ...] = RESTS) 
 
 
 def all_real() -> list[Case]:
-    """SmolLM2's."""
+    """Rows of SmolLM2."""
     return [real(of) for of in ("two models", "noise", "last digit")]
 
 
 class Outcome(NamedTuple):
-    """Of a contender, in float64: [ROWS], and gradients [ROWS, V] of the sum."""
+    """The losses [ROWS] of a contender, and the gradients [ROWS, V] of their sum, in float64."""
 
     value: Tensor
     student: Tensor
@@ -133,7 +133,7 @@ Loss = Callable[[Tensor, Tensor], Tensor]
 
 
 def run(loss: Loss, case: Case, teacher_gradient: bool = True) -> Outcome:
-    """A loss of each row, and what autograd makes of it."""
+    """The loss of each row, and its gradients by autograd."""
     student, teacher = case.student.detach().requires_grad_(), case.teacher.detach()
     teacher = teacher.requires_grad_(teacher_gradient)
     value = loss(student, teacher)
@@ -143,7 +143,7 @@ def run(loss: Loss, case: Case, teacher_gradient: bool = True) -> Outcome:
 
 
 def plain(case: Case, dtype: torch.dtype, teacher_gradient: bool = True, **options: Any) -> Outcome:
-    """The published formula in that dtype."""
+    """The published formula in the given dtype."""
     found = compose(
         case.student, case.teacher, dtype=dtype, terms=False, reduction="none",
         upstream=torch.ones(case.student.shape[:-1]), **options,
@@ -158,7 +158,7 @@ def _of_rows(error: Tensor, size: Tensor, units: float) -> float:
 
 
 def errors(found: Outcome, exact: Outcome, norm: float, units: float) -> Errors:
-    """Of gradients in that norm over a row; at least that many units in the last place."""
+    """The error of gradients in the given norm over a row; at least `floor` units in the last place."""
 
     def of(value: Tensor | None, truth: Tensor | None) -> float | None:
         if value is None or truth is None:
@@ -176,7 +176,7 @@ def errors(found: Outcome, exact: Outcome, norm: float, units: float) -> Errors:
 
 
 def ratios(found: Outcome, eager: Outcome, exact: Outcome, units: float = 1.0) -> Errors:
-    """Errors over those of plain PyTorch; of gradients, the worse of the two norms."""
+    """Errors relative to those of plain PyTorch; for gradients, the larger of both norms."""
     each = []
     for norm in (2.0, math.inf):
         pair = (errors(found, exact, norm, units), errors(eager, exact, norm, units))

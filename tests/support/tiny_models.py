@@ -1,4 +1,4 @@
-"""Real models of transformers of many kinds, with random weights, and a tokenizer: small enough for a test."""
+"""Small models of many classes of transformers, with random weights, and a tokenizer."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ CHAT = "{% for m in messages %}{{ m['content'] }} {% endfor %}"
 def llama(
     vocabulary: int = 61, width: int = 16, seed: int = 0, **config: object
 ) -> LlamaForCausalLM:
-    """Two layers, with weights that make its distributions differ from uniform ones."""
+    """A model with two layers, whose weights give distributions that differ from uniform ones."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(seed)
@@ -39,7 +39,7 @@ def llama(
 
 
 def built(name: str, seed: int = 0, **config: object) -> PreTrainedModel:
-    """A model of this class of transformers, one layer wide enough to tell inputs apart."""
+    """A model of this class of transformers, with one layer that is wide enough to distinguish inputs."""
     import transformers
 
     kind = getattr(transformers, name)
@@ -101,7 +101,7 @@ SIZES: dict[str, dict[str, object]] = {
 
 
 def tokenizer(vocabulary: int = 61) -> PreTrainedTokenizerFast:
-    """A word a token."""
+    """A tokenizer with one token per word."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 

@@ -20,7 +20,7 @@ BATCH, LENGTH, WIDTH, VOCABULARY = 8, 6, 32, 199
 
 
 class Model(nn.Module):
-    """A language model of one block; its forward is the loss, as FSDP wants what uses the parameters."""
+    """A language model of one block. Its forward returns the loss, because FSDP gathers parameters only in forward."""
 
     def __init__(self, process_group: Any = None) -> None:
         super().__init__()
@@ -30,18 +30,18 @@ class Model(nn.Module):
         self.group = process_group
 
     def hidden(self, tokens: Tensor) -> Tensor:
-        """Hidden states."""
+        """The hidden states."""
         return self.block(self.embedding(tokens))
 
     def forward(self, tokens: Tensor, teacher: Any, labels: Tensor, items: Any) -> Tensor:
-        """The loss of some sequences."""
+        """The loss of some sequences, for FSDP."""
         return loss_of(self, self.hidden(tokens), teacher, labels, items, self.group)
 
 
 def loss_of(
     model: Model, hidden: Tensor | None, teacher: Any, labels: Tensor, items: Any, group: Any
 ) -> Tensor:
-    """From the model's head as it is: whole, a part of the vocabulary, or spread by FSDP."""
+    """The loss from the model's head: whole, a shard of the vocabulary, or spread by FSDP."""
     assert hidden is not None
     return fastkd.fused_linear_kd_loss(
         hidden, model.head.weight, teacher, labels, alpha=0.5, temperature=2.0,
@@ -50,7 +50,7 @@ def loss_of(
 
 
 def _data(step: int) -> tuple[Tensor, Tensor, Tensor]:
-    """(tokens, teacher logits, labels) of a step; the last sequences have no label that counts."""
+    """(tokens, teacher logits, labels) of a step; the last sequences have no counted label."""
     generator = torch.Generator().manual_seed(1000 + step)
     tokens = torch.randint(VOCABULARY, (BATCH, LENGTH), generator=generator)
     teacher = 3 * torch.randn(BATCH, LENGTH, VOCABULARY, generator=generator)
@@ -117,7 +117,7 @@ def train(group: Any, how: str, micro_batches: int, steps: int = 20) -> dict[str
 
 
 def call(group: Any, odd: dict[str, Any], environment: dict[str, str] | None = None) -> str:
-    """kd_loss with the same arguments on all processes but the last, which has others; what is raised."""
+    """Call kd_loss with different arguments on the last process; return the message of the error."""
     rank, size = dist.get_rank(group), dist.get_world_size(group)
     torch.manual_seed(0)
     arguments: dict[str, Any] = {
@@ -141,7 +141,7 @@ def call(group: Any, odd: dict[str, Any], environment: dict[str, str] | None = N
 
 
 def die(group: Any, where: str) -> str:
-    """The last process ends before a call, or in the middle of one."""
+    """End the last process before a call, or during it."""
     rank, size = dist.get_rank(group), dist.get_world_size(group)
     if rank == size - 1:
         if where == "between its steps":
@@ -159,7 +159,7 @@ def die(group: Any, where: str) -> str:
 
 
 def late(group: Any, seconds: float) -> str:
-    """The last process does not call before the others have given up."""
+    """Delay the call of the last process until the others have timed out."""
     import datetime
 
     ranks = dist.get_process_group_ranks(group)
@@ -180,7 +180,7 @@ def late(group: Any, seconds: float) -> str:
 
 
 def placements(group: Any) -> list[str]:
-    """What is said of DTensors that a loss cannot use."""
+    """The messages for DTensors that a loss cannot use."""
     mesh = DeviceMesh.from_group(group, "cpu")
     found = []
     rows = DTensor.from_local(torch.randn(2, 4, 8), mesh, [Shard(1)], run_check=False)
@@ -196,7 +196,7 @@ def placements(group: Any) -> list[str]:
 
 
 def mesh_of_two(group: Any) -> bool:
-    """Rows over one dimension of a mesh, columns over the other: the gradient is that of the rows here."""
+    """Spread rows over one dimension of a mesh and columns over the other: the gradient is that of the local rows."""
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
     torch.manual_seed(0)
     whole = [torch.randn(4, 3, 31) for _ in range(2)]
@@ -220,7 +220,7 @@ def mesh_of_two(group: Any) -> bool:
 
 
 def whole_head(group: Any) -> str:
-    """What is said of a head that every process has in full."""
+    """The message for a head that every process has in full."""
     mesh = DeviceMesh.from_group(group, "cpu")
     head = DTensor.from_local(torch.randn(8, 4), mesh, [Replicate()], run_check=False)
     try:

@@ -1,4 +1,4 @@
-"""Kernels compiled ahead of time, for GPUs that are not here, and what they need of a thread."""
+"""Kernels compiled ahead of time for GPUs that this machine does not have, and the resources that they need."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 
 class Resources(NamedTuple):
-    """What a compiled kernel needs of a thread."""
+    """The resources per thread of a compiled kernel."""
 
     registers: int
     local_bytes: int  # of local memory
@@ -28,11 +28,11 @@ class Resources(NamedTuple):
 
 
 class Caught(Exception):  # noqa: N818 (no error: it carries a launch out of the launcher)
-    """(kernel, arguments, options) of a launch."""
+    """Carries (kernel, arguments, options) of a launch."""
 
 
 def catch(kernel: Any, stage: str | None = None) -> None:
-    """Let a launch of a kernel, or the one of that stage, raise Caught; another does nothing."""
+    """Make a launch of a kernel, or of the given stage, raise Caught; other launches do nothing."""
 
     def run(*arguments: Any, grid: Any, warmup: bool, **options: Any) -> None:
         if stage in (None, arguments[-1]):
@@ -44,7 +44,7 @@ def catch(kernel: Any, stage: str | None = None) -> None:
 def _compiled(
     kernel: Any, arguments: tuple[Any, ...], options: dict[str, Any], target: Any
 ) -> dict[str, Any]:
-    """The texts and binaries that Triton makes of a launch, specialised for the target as on its machine."""
+    """The code that Triton compiles for a launch, specialised for the target as on its machine."""
     import triton
     from triton.compiler import ASTSource, make_backend
     from triton.runtime.jit import create_function_from_signature
@@ -62,7 +62,7 @@ def _compiled(
 
 
 def local_in_loop(sass: str) -> bool:
-    """Whether local memory is touched between a branch backwards and where it leads."""
+    """Whether a loop accesses local memory."""
     code = re.findall(r"/\*([0-9a-f]{4,})\*/\s+([^;]*);", sass)
     touched = [int(place, 16) for place, text in code if re.search(r"\b(STL|LDL)\b", text)]
     jumps = [(place, re.search(r"\bBRA\b.*\b0x([0-9a-f]+)", text)) for place, text in code]
@@ -103,7 +103,7 @@ def _hip_resources(text: str) -> Resources:
 def resources(
     kernel: Any, arguments: tuple[Any, ...], options: dict[str, Any], target: str
 ) -> Resources:
-    """What a launch needs on a target such as cuda:90 or hip:gfx942."""
+    """The resources that a launch needs on a target such as cuda:90 or hip:gfx942."""
     from triton.backends.compiler import GPUTarget
 
     vendor, _, architecture = target.partition(":")

@@ -1,4 +1,4 @@
-"""Corrections of Triton's interpreter, in which the Triton kernels are tested, and a look at its memory."""
+"""Corrections of Triton's interpreter, which runs the Triton kernels in tests, and a record of its memory accesses."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def corrected() -> Iterator[None]:
 
 
 class Access(NamedTuple):
-    """What a tile loads or stores: the addresses of its elements, and the bytes of each."""
+    """An access of a tile: the addresses of its elements, and the bytes of each."""
 
     addresses: np.ndarray
     itemsize: int
@@ -87,7 +87,7 @@ class Access(NamedTuple):
 
 @contextmanager
 def memory_accesses() -> Iterator[list[Access]]:
-    """Within, every access to more than one element, in order; masked elements are none."""
+    """A context that records every access to more than one element, in order, without masked elements."""
     seen: list[Access] = []
     with pytest.MonkeyPatch.context() as patch:
         builder = interpreter.InterpreterBuilder

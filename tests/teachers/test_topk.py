@@ -397,7 +397,7 @@ def test_widths(backend: str, tail: str, columns: int, k: int) -> None:
 @pytest.mark.parametrize("tail", ["bucket", "truncate"])
 @pytest.mark.parametrize("columns", [200_001, 400_001])
 def test_exponentials_that_are_not_kept(tail: str, columns: int) -> None:
-    """Of a row that is longer than the cpu backend's scratch memory, with one array of them and with two."""
+    """Rows that are longer than the cpu backend's scratch memory, with one array and with two."""
     student = logits(1, columns, seed=4, dtype=torch.bfloat16)
     teacher = sparse(1, vocabulary=columns, k=50, seed=5, tail=tail, at=2.0)
     labels = torch.tensor([columns - 1])
@@ -581,7 +581,7 @@ def test_reruns_and_threads(tail: str, rows: int, columns: int, dtype: torch.dty
 def test_all_tokens_are_the_dense_teacher(
     everywhere: str, tail: str, variant: tuple[str, dict[str, float]]
 ) -> None:
-    """Of any order, to the dense bar; the mass of the tail, a rounding or -inf, does not matter."""
+    """K = V tokens in any order meet the dense bar, whether the tail's mass is a rounding error or -inf."""
     name, parameters = variant
     student, teacher = logits(2, 23, seed=22), logits(2, 23, seed=23)
     labels, call = torch.tensor([3, 22]), {"temperature": 2.0, "alpha": 0.6}

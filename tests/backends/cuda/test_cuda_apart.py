@@ -311,7 +311,7 @@ def test_shards(sharded: Emulation, name: str, offset: float) -> None:
 
 @every
 def test_log_0_in_shards(sharded: Emulation, name: str) -> None:
-    """Of a shard, of the label's, of the label alone."""
+    """Numbers of columns: of a shard, of the label's shard, of a shard with only the label."""
     student, teacher = logits(4, 61, seed=1), logits(4, 61, seed=2)
     student[0, :30], teacher[0, :30] = -INF, -INF
     teacher[1, 45:] = -INF
@@ -328,27 +328,32 @@ def test_what_cannot_be_right_is_nan_in_shards(sharded: Emulation, name: str) ->
 # Planted faults turn the checks above red
 
 FAULTS = {
-    "the label among the student's others": ("row.h", "    leave_out(vector, s);\n", ""),
-    "padding that is the label": ("row.h", "k < vector.n - 1 ? z[k] : z[0]", "k < vector.n ? z[k] : z[0]"),
-    "nobody closes ranks": ("row.h", "k < vector.seat ? z[k] : z[k + 1]", "z[k]"),
-    "the label in a plain vector": ("row.h", " && unsigned(left_out - first) >= VECTOR", ""),
-    "a vector of the label alone": ("row.h", "    if (vector.rest().n == 0) return;\n", ""),
-    "another block's column": ("row.h", "row.label - first_column(call, rank);", "row.label;"),
-    "a gradient among others": ("row.h", "put_back(vector, out, row.label_gradient);", ""),
-    "a teacher's gradient among others": ("row.h", "put_back(vector, teacher_out, row.teacher_label_gradient);", ""),
-    "the label's slope": ("row.h", "float(out) * row.student.slope(row.z_label)", "float(out)"),
-    "the teacher's slope": ("row.h", "float(teacher_out) * row.teacher.slope(row.t_label)", "float(teacher_out)"),
-    "the others' share of g": ("row.h", "  row.g += apart.g;\n", ""),
-    "the others' share of h": ("row.h", "- row.g + apart.h;", "- row.g;"),
-    "T squared of both parts": ("row.h", "apart.share * apart.cost;", "apart.share * apart.cost * square;"),
-    "smoothing of both parts": ("row.h", "uniform * of_labels / of_both : uniform", "uniform : uniform"),
-    "the teacher at its temperature": ("row.h", "row.flags |= TEACHER_AT_1;", ";"),
-    "the others' softmax": ("row.h", "row.apart.others / sum", "1 / sum"),
-    "the others' cross-entropy": ("row.h", "  row.cross_entropy += softplus(b_at_1);", ""),
-    "the others' entropy": ("row.h", "+ q_rest * row.entropy;", "+ row.entropy;"),
-    "labels that are not checked": ("row.h", "row.with_labels || label_is_apart(call)) {", "row.with_labels) {"),
+    "the label among the student's others": ("columns.h", "    exclude_label(vector, s);\n", ""),
+    "padding that is the label": ("columns.h", "k < vector.n - 1 ? z[k] : z[0]", "k < vector.n ? z[k] : z[0]"),
+    "nobody closes ranks": ("columns.h", "k < vector.lane ? z[k] : z[k + 1]", "z[k]"),
+    "the label in a plain vector": ("columns.h", " && unsigned(label_column - first) >= VECTOR", ""),
+    "a vector of the label alone": ("columns.h", "    if (vector.rest().n == 0) return;\n", ""),
+    "another block's column": ("open.h", "row.label - first_column(call, rank);", "row.label;"),
+    "a gradient among others": ("gradient.h", "set_label_gradient(vector, out, row.label_gradient);", ""),
+    "a teacher's gradient among others": (
+        "gradient.h", "set_label_gradient(vector, teacher_out, row.teacher_label_gradient);", ""),
+    "the label's slope": ("gradient.h", "float(s) * row.student.slope(row.z_label)", "float(s)"),
+    "the teacher's slope": ("gradient.h", "float(t) * row.teacher.slope(row.t_label)", "float(t)"),
+    "the others' share of g": ("gradient.h", "  row.g += label_term.g;\n", ""),
+    "the others' share of h": ("gradient.h", "- row.g + label_term.h;", "- row.g;"),
+    "T squared of both parts": (
+        "gradient.h", "label_term.nll_weight * label_term.nll;",
+        "label_term.nll_weight * label_term.nll * temperature_factor(call, row.student.temperature);"
+    ),
+    "smoothing of both parts": ("gradient.h", "uniform * cross_entropy_share : uniform", "uniform : uniform"),
+    "the teacher at its temperature": ("open.h", "row.flags |= TEACHER_EXP_SUM_T1;", ";"),
+    "the others' softmax": ("finish.h", "row.label_term.rest_t1 / sum", "1 / sum"),
+    "the others' cross-entropy": ("finish.h", "  row.cross_entropy += softplus(q_odds_t1);", ""),
+    "the others' entropy": ("common/row_math.h", "+ q_rest * rest_entropy;", "+ rest_entropy;"),
+    "labels that are not checked": ("open.h", "row.with_labels || has_label_term(call)) {", "row.with_labels) {"),
     "a sum of z without the label": ("shard.h", "double(row.z_label) - double(row.pivot)", "0"),
-    "the label of the last shard": ("shard.h", "fmaxf(row.t_label, float(from[SWEPT + 1]))", "float(from[SWEPT + 1])"),
+    "the label of the last shard": (
+        "shard.h", "fmaxf(row.t_label, float(from[SWEPT_FIELDS + 1]))", "float(from[SWEPT_FIELDS + 1])"),
 }  # fmt: skip
 
 

@@ -48,7 +48,7 @@ def test_every_kernel_is_there_and_stays_in_registers() -> None:
         rows = {name: used for name, used in kernels.items() if "kd_kernel" in name}
         assert len(rows) == len(DEFINITIONS) + 2  # of sparse teachers, of a shard's statistics
         assert sum("Sparse" in kernel for kernel in rows) == 1
-        assert sum("DenseShare" in kernel for kernel in rows) == 1
+        assert sum("DenseShard" in kernel for kernel in rows) == 1
         for function in DEFINITIONS:
             name = function.__name__.lstrip("_")
             assert sum(f"{len(name)}{name}E" in kernel for kernel in rows) == 1, name

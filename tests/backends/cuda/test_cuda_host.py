@@ -50,6 +50,17 @@ def test_every_divergence_over_every_cluster(
         )  # fmt: skip
 
 
+def test_alpha_0_ignores_a_teacher_of_minus_infinity(emulation: Emulation) -> None:
+    emulation.ranks = 2
+    student, labels = logits(2, 40, seed=36).requires_grad_(), torch.tensor([0, 2])
+    expected = torch.nn.functional.cross_entropy(student, labels)
+    teacher = torch.full_like(student, -INF)
+    loss = fastkd.kd_loss(student, teacher, labels, alpha=0.0, backend="cuda")
+    torch.testing.assert_close(loss, expected)
+    gradients = [torch.autograd.grad(x, student)[0] for x in (loss, expected)]
+    torch.testing.assert_close(*gradients)
+
+
 @pytest.mark.parametrize("dtypes", [
     (torch.float32, torch.float32), (torch.bfloat16, torch.bfloat16), (torch.float16, torch.float16),
     (torch.bfloat16, torch.float32), (torch.float32, torch.float16), (torch.float16, torch.bfloat16),
@@ -359,27 +370,27 @@ def test_a_row_that_is_too_wide(emulation: Emulation, host: ModuleType) -> None:
 
 
 FAULTS = {
-    "an off-by-one in the tail": ("row.h", "k < vector.n ? z[k] : z[0]", "k <= vector.n ? z[k] : z[0]"),
-    "columns of a slice": ("row.h", "rest < call.slice ? rest :", "rest < call.slice ? rest - 1 :"),
-    "the edge of a copy": ("row.h", "if (at < bytes) copy_element", "if (at + element < bytes) copy_element"),
-    "a swapped merge": ("row.h", "a.forward += b.forward;", "a.forward += b.reverse;"),
-    "a merge that forgets to rescale": ("row.h", "  raise(b, s_top, t_top, row);\n", "  b.s_top = s_top;\n"),
-    "a maximum that does not rescale": ("row.h", "a.s_sum *= s_fade;", ""),
-    "a moment that does not move": ("row.h", "a.forward + (s_step - t_step) * a.t_sum", "a.forward"),
-    "a sign": ("row.h", "h - p * row.sum_h", "h + p * row.sum_h"),
-    "the temperature of the gradient": ("row.h", "square * scale * row.student.unit", "square * scale"),
-    "the policy for log 0": ("row.h", "LOG_0 ? (e > threshold ? e * x : 0) : e * x", "e * x"),
-    "logits that are too low": ("row.h", "overflows = (row.flags & LOWS)", "overflows = false && (row.flags & LOWS)"),
-    "the label's column": ("row.h", "column == row.label", "column + 1 == row.label"),
-    "a whole vector where there is a part": ("row.h", "first + VECTOR <= range.last", "first < range.last"),
+    "an off-by-one in the tail": ("columns.h", "k < vector.n ? z[k] : z[0]", "k <= vector.n ? z[k] : z[0]"),
+    "columns of a slice": ("slice.h", "rest < call.slice ? rest :", "rest < call.slice ? rest - 1 :"),
+    "the edge of a copy": ("slice.h", "if (at < bytes) copy_element", "if (at + element < bytes) copy_element"),
+    "a swapped merge": ("statistics.h", "a.forward += b.forward;", "a.forward += b.reverse;"),
+    "a merge that forgets to rescale": ("statistics.h", "  rescale(b, s_max, t_max, row);\n", "  b.s_max = s_max;\n"),
+    "a maximum that does not rescale": ("statistics.h", "a.s_exp_sum *= s_factor;", ""),
+    "a moment that does not move": ("statistics.h", "a.forward + (s_step - t_step) * a.t_exp_sum", "a.forward"),
+    "a sign": ("gradient.h", "h - p * row.sum_h", "h + p * row.sum_h"),
+    "the temperature of the gradient": ("gradient.h", "scales.distillation * row.student.unit", "scales.distillation"),
+    "the policy for log 0": ("statistics.h", "LOG_0 ? (e > threshold ? e * x : 0) : e * x", "e * x"),
+    "logits that are too low": ("finish.h", "return (row.flags & MINIMA)", "return false && (row.flags & MINIMA)"),
+    "the label's column": ("gradient.h", "column == row.label", "column + 1 == row.label"),
+    "a whole vector where there is a part": ("columns.h", "first + VECTOR <= range.last", "first < range.last"),
     "what came by the copy engine is not waited for": ("cluster.h", "      await(stage);\n", ""),
     "a stage is fetched before all are done with it": (
         "cluster.h", "order_before_copies();\n      sync_block();", "order_before_copies();"),
-    "one place for all exchanges": ("cluster.h", "shared_.of_ranks[exchange_++ & 1]", "shared_.of_ranks[0]"),
-    "no gap between stages": ("row.h", "memory + number * gap", "memory"),
+    "one place for all exchanges": ("cluster.h", "shared_.rank_parts[exchange_++ & 1]", "shared_.rank_parts[0]"),
+    "no gap between stages": ("slice.h", "memory + number * gap", "memory"),
     "a cluster that does not wait": (
         "cluster.h", "        cluster_arrive(warp == 0);\n        cluster_wait();\n", ""),
-    "a row that is forgotten": ("cluster.h", "counting(row + ", "counting(row + 2 * "),
+    "a row that is forgotten": ("cluster.h", "next_counted(row + ", "next_counted(row + 2 * "),
 }  # fmt: skip
 
 

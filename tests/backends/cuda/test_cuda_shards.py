@@ -241,19 +241,21 @@ def test_a_shard_that_is_too_wide(emulation: Emulation) -> None:
 
 FAULTS = {
     "a maximum that has faded": ("shard.h", "all = merge(all, other, row);", "all = other;"),
-    "another's sum of z": ("shard.h", "spread += from[SPREAD_AT];", "spread = from[SPREAD_AT];"),
-    "a pivot of nothing": ("shard.h", "row.pivot = origin(z_at(", "row.pivot = 0 * origin(z_at("),
-    "the label of the last process": ("shard.h", "fmaxf(row.z_label, float(from[SWEPT]))", "float(from[SWEPT])"),
+    "another's sum of z": ("shard.h", "centered_sum += from[CENTERED_SUM_AT];", "spread = from[CENTERED_SUM_AT];"),
+    "a pivot of nothing": ("shard.h", "row.pivot = finite_max(z_at(", "row.pivot = 0 * finite_max(z_at("),
+    "the label of the last process": (
+        "shard.h", "fmaxf(row.z_label, float(from[SWEPT_FIELDS]))", "float(from[SWEPT_FIELDS])"),
     "sums of one process": ("shard.h", "    phi += from[0];", "    phi = from[0];"),
     "what is gone is nothing": ("shard.h", "> NEGLIGIBLE * sum", "> 2 * sum"),
     "what is gone is always something": ("shard.h", "> NEGLIGIBLE * sum", ">= 0 * sum"),
     "a moment of what is gone": ("shard.h", "add_vector<false, true>", "add_vector<false, false>"),
-    "policy of one process": ("shard.h", "row.log_0 |= from[2] != 0;", ""),
+    "policy of one process": ("shard.h", "row.log_0_policy |= from[2] != 0;", ""),
     "another process's rows": ("shard.h", "(process * call.rows + row.row) * STATISTICS", "row.row * STATISTICS"),
-    "the first column's token": ("row.h", "row.label -= call.shard.first;", ""),
+    "the first column's token": ("open.h", "row.label -= call.shard.first;", ""),
     "tokens of the whole vocabulary": ("topk.h", "ids[j] - call.shard.first - start", "ids[j] - start"),
-    "smoothing over a shard": ("row.h", "call.label_smoothing / double(call.shard.total)", "call.label_smoothing / 7"),
-    "a shift of nothing": ("row.h", "a.s_top == -INF ? 0 : (", "a.s_top == -INF ? origin(s_top) : ("),
+    "smoothing over a shard": (
+        "gradient.h", "call.label_smoothing / double(call.shard.total)", "call.label_smoothing / 7"),
+    "a shift of nothing": ("statistics.h", "a.s_max == -INF ? 0 : (", "a.s_max == -INF ? finite_max(s_max) : ("),
     "events in the order of a process": ("topk.h", "constexpr int LANES = 32;", "const int LANES = call.threads;"),
     "copies that are not waited for": ("cluster.h", "Step::results) block.each_stage", "Step::all) block.each_stage"),
 }  # fmt: skip

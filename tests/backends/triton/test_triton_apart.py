@@ -82,7 +82,7 @@ def _of_labels(x: Tensor, labels: Tensor) -> Tensor:
 def _distillation(
     s: Tensor, t: Tensor, labels: Tensor, spread: tuple[Tensor, Tensor], options: Options
 ) -> Tensor:
-    """Of z at temperatures [rows, 1], T^2 included."""
+    """The divergence of z at temperatures [rows, 1], T^2 included."""
     d = options.divergence
     assert d.target is not None
     squared = spread[0].squeeze(-1) ** 2 if options.scale_by_temperature else 1.0

@@ -58,8 +58,8 @@ def narrow_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def in_shards(monkeypatch: pytest.MonkeyPatch) -> Iterator[InShards]:
     """What backend="triton" is meanwhile."""
-    found = InShards(kernels, SHARES)
     load = registry.load
+    found = InShards(load("triton"), SHARES)
     monkeypatch.setattr(registry, "load", lambda name: found if name == "triton" else load(name))
     yield found
     assert found.calls

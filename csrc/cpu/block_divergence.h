@@ -1,0 +1,162 @@
+// The kernels of a divergence on a block: the sums of phi and g, and the gradients.
+
+namespace {
+
+// phi, g and h of one vector; with LOG_0, under the policy of fastkd/backends/reference.py for log 0.
+template <class Divergence, bool LOG_0>
+FASTKD_INLINE void evaluate_terms(V p, V q, V log_p, V log_q, V log_ratio, const float* params, float degree, V& phi,
+                                  V& g, V& h) {
+  if (!LOG_0) return Divergence::eval(p, q, log_p, log_q, log_ratio, params, degree, phi, g, h);
+  const I p_gone = log_p == -INF, q_gone = log_q == -INF;
+  const V x = where(p_gone, splat(LOWEST), log_p), y = where(q_gone, splat(LOWEST), log_q);
+  Divergence::eval(p, q, x, y, where(p_gone | q_gone, x - y, log_ratio), params, degree, phi, g, h);
+  const I one_side = p_gone ^ q_gone;
+  const I nothing = (p_gone & (q < NEGLIGIBLE)) | (q_gone & (p < NEGLIGIBLE)) | (p_gone & q_gone);
+  auto settled = [&](V term) {
+    return where(nothing, V{}, where(one_side & (abs(term) > INFINITE), term * INF, term));
+  };
+  phi = settled(phi);
+  g = settled(g);
+  h = settled(h);
+}
+
+template <class Divergence, bool LOG_0, bool NORMALIZED>
+FASTKD_INLINE void evaluate(const BlockView& view, int i, const float* params, float degree, V& p, V& q, V& phi, V& g,
+                            V& h) {
+  p = NORMALIZED ? load(view.t_exp + i) * view.t_weight : splat(1);
+  q = NORMALIZED ? load(view.s_exp + i) * view.s_weight : splat(1);
+  const V s = load(view.s + i), t = load(view.t + i);
+  const V log_p = ((t - view.t_max) * view.t_inverse + view.t_offset_low) + view.t_offset;
+  const V log_q = ((s - view.s_max) * view.s_inverse + view.s_offset_low) + view.s_offset;
+  const V gap = (t - view.t_origin) * view.ratio - (s - view.s_origin);
+  // Adds the larger part of the offset first: if it cancels most of the gap, that sum is exact.
+  const V log_ratio = (gap * view.s_inverse + view.ratio_high) + view.ratio_low;
+  evaluate_terms<Divergence, LOG_0>(p, q, log_p, log_q, log_ratio, params, degree, phi, g, h);
+}
+
+// Columns whose p, q, logarithms and log p - log q are known more exactly than from a block.
+struct Columns {
+  alignas(64) float p[LANES], q[LANES], log_p[LANES], log_q[LANES], log_ratio[LANES];
+  alignas(64) float phi[LANES], g[LANES], h[LANES];
+};
+
+template <class Divergence>
+void evaluate_columns(Columns& at, const float* params, float degree) {
+  V phi, g, h;
+  evaluate_terms<Divergence, true>(load(at.p), load(at.q), load(at.log_p), load(at.log_q), load(at.log_ratio), params,
+                                   degree, phi, g, h);
+  store(at.phi, phi);
+  store(at.g, g);
+  store(at.h, h);
+}
+
+struct BlockSums {
+  double phi, g;
+};
+
+// Sets the lanes of two columns to 0.
+void leave_out(const int64_t* out, int i, V& phi, V& g) {
+  for (int k = 0; k < 2; ++k) {
+    const int64_t lane = out[k] - i;
+    if (lane >= 0 && lane < LANES) phi[lane] = g[lane] = 0;
+  }
+}
+
+// Sums phi and g over a block. Also stores g, perhaps over t_exp, which is not needed once g is known.
+template <class Divergence, bool LOG_0, bool NORMALIZED>
+BlockSums block_sums(const BlockView& view, int n, const float* params, float* g_out) {
+  V phi_sum{}, g_sum{}, p, q, phi, g, h;
+  const int whole = n / LANES * LANES;
+  // Positions of the excluded columns in this block; -1 if they are in another one.
+  int64_t out[2];
+  for (int k = 0; k < 2; ++k) {
+    out[k] = view.sure[k] < 0 ? -1 : view.sure[k] - view.first;
+    if (out[k] >= n) out[k] = -1;
+  }
+  for (int start = 0; start < whole; start += STRIP) {
+    V phi_strip{}, g_strip{};
+    const int end = std::min(start + STRIP, whole);
+    const bool leaves_out = (out[0] >= start && out[0] < end) || (out[1] >= start && out[1] < end);
+    for (int i = start; i < end; i += LANES) {
+      evaluate<Divergence, LOG_0, NORMALIZED>(view, i, params, 0, p, q, phi, g, h);
+      store(g_out + i, g);
+      if (leaves_out) leave_out(out, i, phi, g);
+      phi_strip += phi;
+      g_strip += g;
+    }
+    phi_sum += phi_strip;
+    g_sum += g_strip;
+  }
+  BlockSums sums{sum_lanes(phi_sum), sum_lanes(g_sum)};
+  if (whole == n) return sums;
+  evaluate<Divergence, LOG_0, NORMALIZED>(view, whole, params, 0, p, q, phi, g, h);
+  store(g_out + whole, g);
+  for (int lane = 0; whole + lane < n; ++lane) {
+    if (whole + lane == out[0] || whole + lane == out[1]) continue;
+    sums.phi += phi[lane];
+    sums.g += g[lane];
+  }
+  return sums;
+}
+
+// Where a gradient goes: to scratch for further changes, or past the cache directly to memory.
+enum Form { SCRATCH, STREAM, FORMS };
+
+template <int FORM>
+FASTKD_INLINE void put(float* out, int i, V value) {
+  FORM == STREAM ? stream(out + i, value) : store(out + i, value);
+}
+
+// (x_v - r_v sum_u x_u) * coefficient: the student's gradient (x = g = d phi / d log q, r = q) or the teacher's
+// (x = h = d phi / d log p, r = p). fastkd/divergences.py derives it.
+template <class Divergence, bool LOG_0, bool NORMALIZED, bool TEACHER, int FORM>
+void block_gradient(const BlockView& view, int from, int to, const float* params, float degree, float sum,
+                    float coefficient, float* out) {
+  V p, q, phi, g, h;
+  for (int i = from; i < to; i += LANES) {
+    evaluate<Divergence, LOG_0, NORMALIZED>(view, i, params, degree, p, q, phi, g, h);
+    const V x = TEACHER ? h : g;
+    put<FORM>(out, i, (NORMALIZED ? x - (TEACHER ? p : q) * sum : x) * coefficient);
+  }
+}
+
+// The student's gradient if g was kept.
+template <int FORM>
+void block_projection(const BlockView& view, int from, int to, const float*, float, float sum, float coefficient,
+                      float* out) {
+  for (int i = from; i < to; i += LANES)
+    put<FORM>(out, i, (load(view.g + i) - load(view.s_exp + i) * view.s_weight * sum) * coefficient);
+}
+
+constexpr GradientKernel PROJECTION[FORMS] = {block_projection<SCRATCH>, block_projection<STREAM>};
+
+// The kernels of a divergence. [1] and *_log_0 apply the policy for log 0.
+struct Kernels {
+  bool uses_logs, gradient_uses_logs;
+  decltype(&block_sums<forward_kl, false, true>) sums[2];
+  GradientKernel student[FORMS], student_log_0, teacher[2];
+  decltype(&evaluate_columns<forward_kl>) columns;
+};
+
+template <class D, bool NORMALIZED>
+constexpr Kernels kernels_of() {
+  return {D::uses_logs,
+          D::gradient_uses_logs,
+          {block_sums<D, false, NORMALIZED>, block_sums<D, true, NORMALIZED>},
+          {block_gradient<D, false, NORMALIZED, false, SCRATCH>, block_gradient<D, false, NORMALIZED, false, STREAM>},
+          block_gradient<D, true, NORMALIZED, false, SCRATCH>,
+          {block_gradient<D, false, NORMALIZED, true, SCRATCH>, block_gradient<D, true, NORMALIZED, true, SCRATCH>},
+          evaluate_columns<D>};
+}
+
+const Kernels& kernels_of(const Call& call) {
+#define FASTKD_NORMALIZED(name) kernels_of<name, true>(),
+#define FASTKD_RAW(name) kernels_of<name, false>(),
+  static constexpr Kernels normalized[] = {FASTKD_DIVERGENCES(FASTKD_NORMALIZED)};
+  static constexpr Kernels raw[] = {FASTKD_DIVERGENCES(FASTKD_RAW)};
+#undef FASTKD_NORMALIZED
+#undef FASTKD_RAW
+  return (call.normalized ? normalized : raw)[call.divergence];
+}
+
+}  // namespace

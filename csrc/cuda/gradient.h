@@ -1,0 +1,109 @@
+// The value of a row, and its gradients.
+#pragma once
+#include "sums.h"
+
+namespace fastkd::cuda {
+
+FASTKD_INLINE void store_value(const Call& call, const RowState& row, double distillation) {
+  call.loss[row.row] = float(row_loss(call, distillation, row.cross_entropy, row.with_labels) * row.weight);
+  if (call.distillation) call.distillation[row.row] = float(distillation);
+  if (call.cross_entropy) call.cross_entropy[row.row] = float(row.cross_entropy);
+  if (call.student_entropy) call.student_entropy[row.row] = float(row.entropy);
+}
+
+// Writes the value of the row, and sets what its gradients are multiplied by.
+FASTKD_PER_ROW void write_value(const Call& call, RowState& row, int rank) {
+  const LabelTerm& label_term = row.label_term;
+  const double h = call.degree * row.phi - row.g + label_term.h;
+  row.phi += label_term.phi;
+  row.g += label_term.g;
+  double distillation = row.phi * temperature_factor(call, row.student.temperature);
+  if (label_term.nll_weight != 0) distillation += label_term.nll_weight * label_term.nll;
+  if (call.alpha == 1) row.cross_entropy = 0;
+  if (rank == 0) store_value(call, row, distillation);
+  const RowScales scales = row_scales(call, row.student.temperature, row.weight, label_term.nll_weight);
+  row.sum_g = float(row.g);
+  row.sum_h = float(h);
+  row.distillation_factor = float(scales.distillation * row.student.unit);
+  row.teacher_factor = float(scales.distillation * row.teacher.unit);
+  row.cross_entropy_factor = float(scales.nll * row.unit_t1);
+  // The factor above multiplies this too, but smoothing concerns the cross-entropy alone.
+  const double uniform = call.label_smoothing / double(call.shard.total);
+  const double cross_entropy_share = (1 - call.alpha) / total_nll_weight(call, label_term.nll_weight);
+  row.uniform = float(label_term.nll_weight != 0 ? uniform * cross_entropy_share : uniform);
+  if (!has_label_term(call)) return;
+  const double s = student_label_gradient(call, label_term, scales, row.student.unit, row.unit_t1, row.with_labels);
+  const double t = teacher_label_gradient(call, label_term, scales, row.teacher.unit);
+  row.label_gradient = float(s) * row.student.slope(row.z_label);
+  row.teacher_label_gradient = float(t) * row.teacher.slope(row.t_label);
+}
+
+FASTKD_INLINE V cross_entropy_gradient(const Call& call, const RowState& row, V z, int64_t column) {
+  const V x = (z - row.max_t1) * row.rate_t1;
+  const V target = row.uniform + (column == row.label ? 1 - float(call.label_smoothing) : 0);
+  return (exp2_of(x) * row.weight_t1 - target) * row.cross_entropy_factor;
+}
+
+// Replaces the label's gradient, which does not follow from the sums over the other tokens.
+FASTKD_INLINE void set_label_gradient(PartialVector vector, V (&x)[VECTOR], float value) {
+  for (int k = 0; k < VECTOR; ++k) x[k] = k == vector.lane ? value : x[k];
+}
+FASTKD_INLINE void set_label_gradient(AlignedVector, V (&)[VECTOR], float) {}
+
+template <class Vector>
+FASTKD_INLINE void store(char* memory, Dtype dtype, int first, Vector vector, const V (&x)[VECTOR]) {
+  if constexpr (Vector::aligned_bf16) return store_bf16(memory + int64_t(first) * 2, x);
+  store(memory, dtype, first, ALL_COLUMNS >> (VECTOR - vector.n), x);
+}
+
+// Gradients for this thread's vectors in a range of the slice at `student` and `teacher` in shared memory. They are
+// stored to the given addresses: in device memory, or over the logits in shared memory, from where copy_out takes them.
+template <class Divergence, bool LOG_0>
+FASTKD_INLINE void gradients(const Call& call, const RowState& row, Place place, Range range, const char* student,
+                             const char* teacher, char* student_gradient, char* teacher_gradient) {
+  const int64_t start = first_column(call, place.rank);
+  each_vector<!LOG_0>(call, row, place, range, [&](int first, auto vector) {
+    V s[VECTOR], t[VECTOR], out[VECTOR] = {}, teacher_out[VECTOR] = {}, p, q, phi, g, h;
+    load_z(student, row.student, first, vector, s);
+    load_z(teacher, row.teacher, first, vector, t);
+    const auto student_gradient_at = [&](V z) {
+      const V x = is_normalized<Divergence>(call) ? g - q * row.sum_g : g;
+      return (z == row.s_sure.z ? row.s_sure.gradient : x) * row.distillation_factor;
+    };
+    const auto teacher_gradient_at = [&](V z) {
+      const V x = is_normalized<Divergence>(call) ? h - p * row.sum_h : h;
+      return (z == row.t_sure.z ? row.t_sure.gradient : x) * row.teacher_factor;
+    };
+    constexpr bool rare = LOG_0 || !decltype(vector)::aligned_bf16;
+    // Two loops, because a branch per column would cost more than it saves.
+    if (call.alpha != 0 && (LOG_0 || teacher_gradient))
+      each_column<rare>(s, t, [&](int k, V s_k, V t_k) {
+        evaluate<Divergence, LOG_0>(call, row, s_k, t_k, p, q, phi, g, h);
+        if constexpr (rare)
+          shift_in(out, student_gradient_at(s_k)), shift_in(teacher_out, teacher_gradient_at(t_k));
+        else
+          out[k] = student_gradient_at(s_k), teacher_out[k] = teacher_gradient_at(t_k);
+      });
+    else if (call.alpha != 0)
+      each_column<false>(s, t, [&](int k, V s_k, V t_k) {
+        evaluate<Divergence, LOG_0>(call, row, s_k, t_k, p, q, phi, g, h);
+        out[k] = student_gradient_at(s_k);
+      });
+    if (row.with_labels)
+      for (int k = 0; k < VECTOR; ++k) out[k] += cross_entropy_gradient(call, row, s[k], start + first + k);
+    if (student_gradient) {
+      if (!vector.aligned_bf16 && !row.student.identity())
+        transform_each(out, s, [&](V g, V z) { return g * row.student.slope(z); });
+      set_label_gradient(vector, out, row.label_gradient);
+      store(student_gradient, row.student.dtype, first, vector, out);
+    }
+    if (teacher_gradient) {
+      if (!vector.aligned_bf16 && !row.teacher.identity())
+        transform_each(teacher_out, t, [&](V h, V z) { return h * row.teacher.slope(z); });
+      set_label_gradient(vector, teacher_out, row.teacher_label_gradient);
+      store(teacher_gradient, row.teacher.dtype, first, vector, teacher_out);
+    }
+  });
+}
+
+}  // namespace fastkd::cuda

@@ -1,0 +1,98 @@
+// Where a row lies: its address, the slice of a block, the stages of a slice, and the pieces that the copy engine
+// moves.
+#pragma once
+#include "call.h"
+#include "math.h"
+#include "plan.h"
+
+// Called for every access to logits and gradients except the copy engine's; tests/support/cuda_host.h counts bytes with
+// it.
+#ifndef FASTKD_TRACE_ACCESS
+#define FASTKD_TRACE_ACCESS(memory, bytes, writes)
+#endif
+
+namespace fastkd::cuda {
+
+// A thread's position among the threads that share a row.
+struct Place {
+  int rank, thread;
+};
+
+FASTKD_INLINE int size_of_element(Dtype dtype) { return dtype == Dtype::f32 ? 4 : 2; }
+
+// Address of a row's first column; null if the tensor is not given.
+FASTKD_PER_ROW char* row_address(const Call& call, const Rows& rows, int64_t row) {
+  if (!rows.data) return nullptr;
+  int64_t offset = 0;
+#pragma unroll 1
+  for (int d = call.dimensions; d-- > 0;) {
+    offset += row % call.sizes[d] * rows.strides[d];
+    row /= call.sizes[d];
+  }
+  return rows.data + offset * size_of_element(rows.dtype);
+}
+
+// Columns of a block's slice, relative to its first.
+struct Range {
+  int first, last;
+};
+
+// A block's slice of a row, and one stage of that slice.
+FASTKD_INLINE int64_t first_column(const Call& call, int rank) { return int64_t(rank) * call.slice; }
+FASTKD_INLINE int columns_in_slice(const Call& call, int rank) {
+  const int64_t rest = call.vocabulary - first_column(call, rank);
+  return int(rest < 0 ? 0 : rest < call.slice ? rest : call.slice);
+}
+FASTKD_INLINE Range stage_range(const Call& call, int rank, int stage) {
+  const int columns = columns_in_slice(call, rank), first = stage * call.stage, last = first + call.stage;
+  return {first < columns ? first : columns, last < columns ? last : columns};
+}
+
+// A block's part of a row, in shared or in device memory. In shared memory, the rows before and after this one may be
+// up to a piece off from it in alignment; a gap between stages keeps one row's stage away from the other row's
+// neighbours.
+struct Slice {
+  char* memory;
+  int gap;
+
+  FASTKD_INLINE char* stage(int number) const { return memory + number * gap; }
+};
+
+// Distance of an address from the multiple of PIECE below it.
+FASTKD_INLINE int skew_of(const char* memory) { return int(reinterpret_cast<uintptr_t>(memory) % PIECE); }
+
+// The whole pieces in a range of bytes, which the copy engine moves. The edges before and after are shorter than a
+// piece.
+struct Pieces {
+  int64_t first, last;
+};
+FASTKD_INLINE Pieces whole_pieces(const char* memory, int64_t bytes) {
+  const int64_t first = (PIECE - skew_of(memory)) % PIECE;
+  if (first >= bytes) return {bytes, bytes};
+  return {first, first + (bytes - first) / PIECE * PIECE};
+}
+
+FASTKD_INLINE void copy_element(char* to, const char* from, int element) {
+  FASTKD_TRACE_ACCESS(from, element, false);
+  FASTKD_TRACE_ACCESS(to, element, true);
+  if (element == 4)
+    *reinterpret_cast<uint32_t*>(to) = *reinterpret_cast<const uint32_t*>(from);
+  else
+    *reinterpret_cast<uint16_t*>(to) = *reinterpret_cast<const uint16_t*>(from);
+}
+
+// This thread's share of the edges: at most one element per thread.
+FASTKD_INLINE void copy_edges(Place place, char* to, const char* from, Pieces pieces, int64_t bytes, int element) {
+  int64_t at = int64_t(place.thread) * element;
+  if (at >= pieces.first) at += pieces.last - pieces.first;
+  if (at < bytes) copy_element(to + at, from + at, element);
+}
+
+// This thread's share of a copy of all bytes, element by element: for gradients, since nothing waits for their stores.
+FASTKD_PER_ROW void copy_out(const Call& call, Place place, char* to, const char* from, int64_t bytes, int element) {
+#pragma unroll 1
+  for (int64_t i = int64_t(place.thread) * element; i < bytes; i += int64_t(call.threads) * element)
+    copy_element(to + i, from + i, element);
+}
+
+}  // namespace fastkd::cuda

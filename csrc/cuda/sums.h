@@ -1,0 +1,135 @@
+// A divergence in one column, and the sums of phi and g over a row.
+#pragma once
+#include "finish.h"
+
+namespace fastkd::cuda {
+
+// The divergence that the call names, chosen at run time: for few columns, which are not worth a kernel per divergence.
+struct AnyDivergence {
+  static constexpr bool always_normalized = true;
+};
+
+struct Terms {
+  V phi, g, h;
+};
+
+// Not inlined, because it contains all the definitions.
+FASTKD_PER_ROW Terms any_divergence(const Call& call, V p, V q, V log_p, V log_q, V log_ratio) {
+  Terms terms{};
+  int number = 0;
+#define FASTKD_CASE(name) \
+  if (call.divergence == number++) \
+    name::eval(p, q, log_p, log_q, log_ratio, call.params, float(call.degree), terms.phi, terms.g, terms.h);
+  FASTKD_DIVERGENCES(FASTKD_CASE)
+#undef FASTKD_CASE
+  return terms;
+}
+
+template <class Divergence>
+FASTKD_INLINE bool is_normalized(const Call& call) {
+  return Divergence::always_normalized || call.normalized;
+}
+
+template <class Divergence>
+FASTKD_INLINE void call_divergence(const Call& call, V p, V q, V log_p, V log_q, V log_ratio, V& phi, V& g, V& h) {
+  const float degree = float(call.degree);
+  if constexpr (std::is_same<Divergence, AnyDivergence>::value) {
+    const Terms terms = any_divergence(call, p, q, log_p, log_q, log_ratio);
+    phi = terms.phi, g = terms.g, h = terms.h;
+  } else {
+    Divergence::eval(p, q, log_p, log_q, log_ratio, call.params, degree, phi, g, h);
+  }
+}
+
+// phi, g and h of one column; with LOG_0, under the policy of fastkd/backends/reference.py for log 0.
+template <class Divergence, bool LOG_0>
+FASTKD_INLINE void evaluate_terms(const Call& call, V p, V q, V log_p, V log_q, V log_ratio, V& phi, V& g, V& h) {
+  if (!LOG_0) return call_divergence<Divergence>(call, p, q, log_p, log_q, log_ratio, phi, g, h);
+  const bool p_gone = log_p == -INF, q_gone = log_q == -INF;
+  const V x = p_gone ? LOWEST : log_p, y = q_gone ? LOWEST : log_q;
+  call_divergence<Divergence>(call, p, q, x, y, p_gone || q_gone ? x - y : log_ratio, phi, g, h);
+  const bool one_side = p_gone != q_gone;
+  const bool nothing = (p_gone && q < NEGLIGIBLE) || (q_gone && p < NEGLIGIBLE) || (p_gone && q_gone);
+  auto settled = [&](V term) { return nothing ? 0 : one_side && abs(term) > INFINITE ? term * INF : term; };
+  phi = settled(phi);
+  g = settled(g);
+  h = settled(h);
+}
+
+template <class Divergence, bool LOG_0>
+FASTKD_INLINE void evaluate(const Call& call, const RowState& row, V s, V t, V& p, V& q, V& phi, V& g, V& h) {
+  V log_p = product(t, row.teacher.unit), log_q = product(s, row.student.unit);
+  V log_ratio = product(product(t, row.ratio) - s, row.student.unit);
+  p = q = 1;
+  if (is_normalized<Divergence>(call)) {
+    const V x_s = product(s - row.student.max, row.student.rate), x_t = product(t - row.teacher.max, row.teacher.rate);
+    p = exp2_of(x_t) * row.teacher.weight;
+    q = exp2_of(x_s) * row.student.weight;
+    log_p = fmaf(x_t, LN_2, row.teacher.offset_low) + row.teacher.offset;
+    log_q = fmaf(x_s, LN_2, row.student.offset_low) + row.student.offset;
+    const V gap = product(t - row.t_origin, row.ratio) - (s - row.s_origin);
+    log_ratio = fmaf(gap, row.student.unit, row.ratio_low) + row.ratio_high;
+  }
+  evaluate_terms<Divergence, LOG_0>(call, p, q, log_p, log_q, log_ratio, phi, g, h);
+}
+
+template <class Divergence, bool LOG_0>
+FASTKD_INLINE void add_sums(Sums& local, const Call& call, const RowState& row, Place place, Range range,
+                            const char* student, const char* teacher) {
+  each_vector_without_label<!LOG_0>(call, row, place, range, student, teacher, [&](auto vector, auto& s, auto& t) {
+    V p, q, phi, g, h;
+    Sums part{0, 0};
+    each_column<LOG_0>(s, t, [&](int k, V s_k, V t_k) {
+      evaluate<Divergence, LOG_0>(call, row, s_k, t_k, p, q, phi, g, h);
+      const bool in_sums = k < vector.n && s_k != row.s_sure.z && t_k != row.t_sure.z;
+      part.phi += in_sums ? phi : 0;
+      part.g += in_sums ? g : 0;
+    });
+    local = merge(local, part, row);
+  });
+}
+
+// phi, g and h of a sure column.
+template <class Divergence>
+FASTKD_PER_ROW Terms sure_column_terms(const Call& call, double log_p, double log_q, double log_ratio) {
+  Terms terms;
+  evaluate_terms<Divergence, true>(call, float(exponential(log_p)), float(exponential(log_q)), float(log_p),
+                                   float(log_q), float(log_ratio), terms.phi, terms.g, terms.h);
+  return terms;
+}
+
+// Adds the sure columns to the sums over the other columns, and computes their gradients.
+template <class Divergence>
+FASTKD_PER_ROW void add_sure_columns(const Call& call, RowState& row) {
+  SureColumn &s = row.s_sure, &t = row.t_sure;
+  const double s_log_sum = log_of_sum(s.rest, 1), t_log_sum = log_of_sum(t.rest, 1);
+  // The offset of a side that is not sure contains the logarithm of its sum.
+  const double log_q_max = s.exists ? -s_log_sum : double(row.student.offset) + row.student.offset_low;
+  const double log_p_max = t.exists ? -t_log_sum : double(row.teacher.offset) + row.teacher.offset_low;
+  const bool same = s.exists && t.exists && s.other_gap == 0 && t.other_gap == 0;
+  double g = row.g, h = call.degree * row.phi - row.g;  // sums over all columns but the side's own sure column
+  const double log_ratio = log_p_max - log_q_max;
+  Terms s_terms{}, t_terms{};  // at the student's sure column; at the teacher's, if that is another one
+  if (s.exists)
+    s_terms = sure_column_terms<Divergence>(call, s.other_gap + log_p_max, log_q_max, s.other_gap + log_ratio);
+  if (t.exists && !same)
+    t_terms = sure_column_terms<Divergence>(call, log_p_max, t.other_gap + log_q_max, log_ratio - t.other_gap);
+  row.phi += double(s_terms.phi) + t_terms.phi;
+  row.g += double(s_terms.g) + t_terms.g;
+  if (s.exists) s.gradient = float((s_terms.g * s.rest - (g + t_terms.g)) / (1 + s.rest));
+  if (t.exists)
+    t.gradient = float((same ? s_terms.h * t.rest - h : t_terms.h * t.rest - (h + s_terms.h)) / (1 + t.rest));
+  if (!finite(float(row.phi) + s.gradient)) s.z = NAN;
+  if (!finite(float(row.phi) + t.gradient)) t.z = NAN;
+}
+
+template <class Divergence>
+FASTKD_INLINE void finish_sums(const Call& call, RowState& row, Sums all) {
+  row.phi = all.phi;
+  row.g = all.g;
+  if (call.shard.step != Step::sums && (row.s_sure.exists || row.t_sure.exists))
+    add_sure_columns<Divergence>(call, row);
+  row.finite = row.log_0_policy || finite(float(row.phi) + float(row.g));
+}
+
+}  // namespace fastkd::cuda

@@ -1,0 +1,132 @@
+// Vectors and elements of logits: how a thread loads, converts and stores them.
+#pragma once
+#include "slice.h"
+
+namespace fastkd::cuda {
+
+struct alignas(PIECE) Piece {
+  uint32_t words[4];
+};
+
+// Returns 32 bits of high:low, starting at bit `from`.
+FASTKD_INLINE uint32_t funnel_shift(uint32_t low, uint32_t high, unsigned from) {
+#if defined(__CUDA_ARCH__)
+  return __funnelshift_r(low, high, from);
+#else
+  return uint32_t((uint64_t(high) << 32 | low) >> from);
+#endif
+}
+
+FASTKD_INLINE void from_two_bf16(const Piece& piece, V (&x)[VECTOR]) {
+  for (int k = 0; k < 4; ++k) {
+    x[2 * k] = as<float>(piece.words[k] << 16);
+    x[2 * k + 1] = as<float>(piece.words[k] & 0xffff0000);
+  }
+}
+
+// Loads a vector of bf16 from a multiple of PIECE.
+FASTKD_INLINE void load_bf16(const char* shared, V (&x)[VECTOR]) {
+  FASTKD_TRACE_ACCESS(shared, PIECE, false);
+  from_two_bf16(*reinterpret_cast<const Piece*>(shared), x);
+}
+
+// Loads a vector of logits. Shared memory has room for a whole vector at the end of a slice, with undefined contents.
+FASTKD_INLINE void load(const char* shared, Dtype dtype, int first, V (&x)[VECTOR]) {
+  const char* from = shared + int64_t(first) * size_of_element(dtype);
+  FASTKD_TRACE_ACCESS(from, VECTOR * size_of_element(dtype), false);
+  const bool skewed = skew_of(from) != 0;  // a slice keeps its row's alignment, because the copy engine needs that
+  if (dtype == Dtype::f32) {
+    Piece pieces[2];
+    if (skewed)
+      for (int k = 0; k < VECTOR; ++k) pieces[k / 4].words[k % 4] = reinterpret_cast<const uint32_t*>(from)[k];
+    else
+      for (int k = 0; k < 2; ++k) pieces[k] = reinterpret_cast<const Piece*>(from)[k];
+    for (int k = 0; k < VECTOR; ++k) x[k] = as<float>(pieces[k / 4].words[k % 4]);
+    return;
+  }
+  Piece piece;
+  if (skewed) {
+    const uintptr_t odd = reinterpret_cast<uintptr_t>(from) % 4;
+    const auto* words = reinterpret_cast<const uint32_t*>(from - odd);
+    for (int k = 0; k < 4; ++k) piece.words[k] = funnel_shift(words[k], words[k + 1], unsigned(odd * 8));
+  } else {
+    piece = *reinterpret_cast<const Piece*>(from);
+  }
+  if (dtype == Dtype::bf16)
+    from_two_bf16(piece, x);
+  else
+    for (int k = 0; k < 4; ++k) {
+      x[2 * k] = from_fp16(uint16_t(piece.words[k]));
+      x[2 * k + 1] = from_fp16(uint16_t(piece.words[k] >> 16));
+    }
+}
+
+// Stores a vector of bf16 to a multiple of PIECE.
+FASTKD_INLINE void store_bf16(char* memory, const V (&x)[VECTOR]) {
+  Piece piece;
+  for (int k = 0; k < 4; ++k) piece.words[k] = two_bf16(x[2 * k], x[2 * k + 1]);
+  FASTKD_TRACE_ACCESS(memory, PIECE, true);
+  *reinterpret_cast<Piece*>(memory) = piece;
+}
+
+constexpr unsigned ALL_COLUMNS = (1u << VECTOR) - 1;  // one bit per column of a vector
+
+// Stores the columns of a vector whose bits are set, converted to dtype; the whole vector at once if it is aligned.
+FASTKD_INLINE void store(char* memory, Dtype dtype, int first, unsigned columns, const V (&x)[VECTOR]) {
+  Piece pieces[2];
+  if (dtype == Dtype::f32)
+    for (int k = 0; k < 4; ++k) {
+      pieces[0].words[k] = as<uint32_t>(x[k]);
+      pieces[1].words[k] = as<uint32_t>(x[k + 4]);
+    }
+  else
+    for (int k = 0; k < 4; ++k) {
+      const float low = x[2 * k], high = x[2 * k + 1];
+      pieces[0].words[k] = dtype == Dtype::bf16 ? two_bf16(low, high) : two_fp16(low, high);
+    }
+  const int element = size_of_element(dtype);
+  char* to = memory + int64_t(first) * element;
+  if (columns == ALL_COLUMNS && skew_of(to) == 0) {
+    FASTKD_TRACE_ACCESS(to, VECTOR * element, true);
+    reinterpret_cast<Piece*>(to)[0] = pieces[0];
+    if (element == 4) reinterpret_cast<Piece*>(to)[1] = pieces[1];
+    return;
+  }
+#pragma unroll
+  for (int k = 0; k < VECTOR; ++k)
+    if (columns >> k & 1) {
+      FASTKD_TRACE_ACCESS(to + k * element, element, true);
+      if (element == 4)
+        reinterpret_cast<uint32_t*>(to)[k] = pieces[k / 4].words[k % 4];
+      else
+        reinterpret_cast<uint16_t*>(to)[k] = uint16_t(pieces[0].words[k / 2] >> (k % 2 * 16));
+    }
+}
+
+FASTKD_INLINE float load_one(const char* memory, Dtype dtype, int64_t column) {
+  FASTKD_TRACE_ACCESS(memory + column * size_of_element(dtype), size_of_element(dtype), false);
+  if (dtype == Dtype::f32) return reinterpret_cast<const float*>(memory)[column];
+  const uint16_t x = reinterpret_cast<const uint16_t*>(memory)[column];
+  return dtype == Dtype::bf16 ? from_bf16(x) : from_fp16(x);
+}
+
+FASTKD_INLINE void store_one(char* memory, Dtype dtype, int64_t column, float value) {
+  FASTKD_TRACE_ACCESS(memory + column * size_of_element(dtype), size_of_element(dtype), true);
+  if (dtype == Dtype::f32)
+    reinterpret_cast<float*>(memory)[column] = value;
+  else
+    reinterpret_cast<uint16_t*>(memory)[column] = dtype == Dtype::bf16 ? to_bf16(value) : to_fp16(value);
+}
+
+// Zeroes this thread's share of a dropped row, or of a counted row's padding past the vocabulary.
+FASTKD_PER_ROW void store_zeros(const Call& call, Place place, const Rows& rows, int64_t row, bool padding_alone) {
+  if (!rows.data || (padding_alone && rows.width == call.vocabulary)) return;
+  char* memory = row_address(call, rows, row);
+  const int64_t step = int64_t(call.ranks) * call.threads;
+#pragma unroll 1
+  for (int64_t i = int64_t(place.rank) * call.threads + place.thread + (padding_alone ? call.vocabulary : 0);
+       i < rows.width; i += step)
+    store_one(memory, rows.dtype, i, 0);
+}
+
+}  // namespace fastkd::cuda
