@@ -441,7 +441,7 @@ def _row_weights(sweeps: _Sweeps, rows: Rows, options: Options) -> tuple[Tensor,
         if temperatures is not None:
             weight = torch.where(temperatures > 0, weight, torch.nan)
     if options.divergence.normalized and options.alpha:
-        # A comparison in a definition may hide a NaN or +inf among the logits. It always shows in the sums.
+        # A comparison in a definition may hide a NaN or +inf among the logits; the sums of exponentials do not.
         invalid = (statistics.exp_sum + statistics.teacher_exp_sum).isnan()
         if options.divergence.target is not None:  # the label's logit is in neither sum
             invalid = invalid | (statistics.label == torch.inf)
