@@ -13,7 +13,7 @@ from pathlib import Path
 # parallel operation a hundred times slower.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
-# cuBLAS asks for it where algorithms have to be deterministic, as they have in these tests.
+# cuBLAS needs this setting for deterministic algorithms, which these tests switch on.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 import pytest
@@ -30,13 +30,13 @@ if not torch.cuda.is_available():
 for _setting in ("FASTKD_BACKEND", "FASTKD_STRICT", "FASTKD_CHECK"):
     os.environ.pop(_setting, None)
 
-# The backends that serve CPU tensors of any size; test_suite.py holds these lists to what fastkd has. The reference,
-# their oracle, has the tests of any_backend, and is what many others compare with.
+# The backends that serve CPU tensors of any size; test_suite.py checks these lists against fastkd's own. The reference
+# is tested through any_backend, and many other tests compare with it.
 BACKENDS = ["portable"]
 if os.environ.get("FASTKD_TEST_WITHOUT_NATIVE") != "1":
     BACKENDS.append("cpu")
-# Triton's interpreter takes CPU tensors, and about a second for a call. With a GPU it is off: there test_triton.py,
-# test_gpu.py and others run the compiled kernels.
+# Triton's interpreter takes CPU tensors and needs about a second per call. With a GPU it is off, because
+# test_triton.py, test_gpu.py and others then run the compiled kernels.
 INTERPRETED = [] if torch.cuda.is_available() else ["triton"]
 EVERY_BACKEND = ["reference", *BACKENDS, *INTERPRETED]
 
@@ -46,7 +46,8 @@ STACKS = (
     *("trl", "liger_kernel", "torchtune", "modelopt", "megatron", "lightning", "torchdistill"),
     *("transformers", "accelerate", "datasets", "sklearn", "matplotlib", "typer", "rich", "pytest_benchmark"),
 )  # fmt: skip
-# Where every test does, the module may not even be imported without them. So do all files test_compat_*.
+# Files in which every test needs those packages, so that even importing the file may fail without them. All files
+# test_compat_* are such files, too.
 FILES_OF_STACKS = (
     "test_sequences",
     "test_examples",
@@ -60,7 +61,7 @@ def _of_stacks(path: Path) -> bool:
 
 
 def _with_stacks(config: pytest.Config) -> bool:
-    """Whether this run has the tests marked `stacks`: as -m says, and by default where the packages are here."""
+    """Whether this run has the tests marked `stacks`: as -m says, or by default if the packages are installed."""
     if "stacks" in config.option.markexpr:
         return "not stacks" not in config.option.markexpr
     return not _missing()
@@ -84,11 +85,11 @@ def pytest_report_header(config: pytest.Config) -> str | None:
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
-    """A file named on the command line is collected all the same."""
+    """Ignore files of other stacks; pytest collects a file that is named on the command line all the same."""
     return True if _of_stacks(collection_path) and not _with_stacks(config) else None
 
 
-# The files that take longest, in that order. Last, one of them would keep one process busy when the others are done.
+# The slowest files, slowest first. Started last, one of them would keep one process busy after the others are done.
 LONG = (
     "test_triton_aot",
     "test_topk",
@@ -110,24 +111,27 @@ LONG = (
 
 
 def _exists(item: pytest.Item) -> bool:
-    """Whether the marks only_where want this item's parameters.
+    """Whether the item's `only_where` marks accept its parameters.
 
-    They are given those that they name, the name of the test as `test`, and all of them as `given`. A mark that names
-    one that the test does not have says nothing of it, so a file's mark can be of one of its fixtures.
+    A mark's function receives the parameters that it names, the test's name as `test`, and a dict of all parameters as
+    `parameters`. A mark is ignored if the test lacks a parameter that it names, so that a file's mark can name a
+    fixture that only some of its tests use.
     """
     for mark in item.iter_markers("only_where"):
         (wanted,) = mark.args
-        given = {"test": item.originalname, **item.callspec.params}  # type: ignore[attr-defined]
-        given["given"] = given
+        parameters = {"test": item.originalname, **item.callspec.params}  # type: ignore[attr-defined]
+        parameters["parameters"] = parameters
         names = inspect.signature(wanted).parameters
-        if given.keys() >= set(names) and not wanted(**{name: given[name] for name in names}):
+        if parameters.keys() >= set(names) and not wanted(
+            **{name: parameters[name] for name in names}
+        ):
             return False
     return True
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """The long files first; leaves out what is not to be, and marks as heavy what is so with some parameters only."""
+    """Run the long files first, drop the items that `only_where` rejects, and apply the `heavy_with` marks."""
     items[:] = [item for item in items if not hasattr(item, "callspec") or _exists(item)]
     if not _with_stacks(config):
         items[:] = [item for item in items if item.get_closest_marker("stacks") is None]
@@ -136,8 +140,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         if _of_stacks(item.path):
             item.add_marker("stacks")
         for mark in item.iter_markers("heavy_with"):
-            given = item.callspec.params  # type: ignore[attr-defined]
-            if all(given[name] == value for name, value in mark.kwargs.items()):
+            parameters = item.callspec.params  # type: ignore[attr-defined]
+            if all(parameters[name] == value for name, value in mark.kwargs.items()):
                 item.add_marker(pytest.mark.heavy)
 
 
@@ -159,12 +163,12 @@ def backend(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture(scope="session", params=EVERY_BACKEND)
 def any_backend(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Every backend that serves CPU tensors, Triton's interpreter too: for tests of a few small rows."""
+    """Every backend that serves CPU tensors, including Triton's interpreter; for tests of a few small rows."""
     name = _present(request.param)
     if name not in INTERPRETED:
         yield name
         return
-    # Here, since it imports triton, which most runs of a single file have no use for.
+    # Imported here because it imports triton, which most runs of a single file do not need.
     from support.triton_interpreter import corrected
 
     with corrected():
@@ -193,7 +197,7 @@ def instructions(request: pytest.FixtureRequest) -> Iterator[str]:
 
 @pytest.fixture(scope="session", autouse=True)
 def poisoned_memory() -> Iterator[None]:
-    """torch.empty is full of NaN (of the largest integer), so that an element nobody wrote shows."""
+    """Fill torch.empty with NaN (integers with their maximum), so that an element nobody wrote shows."""
     torch.use_deterministic_algorithms(True)
     assert torch.utils.deterministic.fill_uninitialized_memory
     assert torch.empty(3).isnan().all()

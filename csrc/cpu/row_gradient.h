@@ -9,7 +9,8 @@ inline PendingGradient Row::begin_gradient(int64_t b, BlockScratch& scratch) {
   pending.view = view(b, scratch, logs || s_adjust_.softcap != 0);
   pending.params = call_.params;
   if (teacher_gradient_) write_teacher_gradient(b, scratch, pending);
-  return student_gradient_ ? begin_student_gradient(b, scratch, pending) : PendingGradient{};
+  if (!student_gradient_) return {};
+  return begin_student_gradient(b, scratch, pending);
 }
 
 inline void Row::write_teacher_gradient(int64_t b, BlockScratch& scratch, PendingGradient pending) {

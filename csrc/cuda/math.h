@@ -48,6 +48,12 @@ FASTKD_INLINE V exp2_of(V x) {
 #endif
 }
 
+// 2^(a * b). A first-order correction adds what rounding the product lost, unless the product is infinite.
+FASTKD_INLINE V exp2_of_product(V a, V b) {
+  const float x = product(a, b), value = exp2_of(x), lost = fmaf(a, b, -x);
+  return fabsf(lost) < 1 ? fmaf(value, lost * LN_2, value) : value;
+}
+
 // The product of x and log2(e) is rounded; a first-order correction adds what that lost.
 FASTKD_INLINE V exp(V x) {
   const float product = x * LOG2_E;

@@ -13,7 +13,7 @@ constexpr int MOST_THREADS = 512;
 // A multiprocessor has 228 KB, and reserves 1 KB per block. If two blocks fit, one computes while the other waits. If a
 // row is too wide for that, one block has the threads of two.
 constexpr int64_t SHARED_OF_TWO = 113 << 10, SHARED_OF_ONE = 227 << 10;
-constexpr int64_t STATE = 6 << 10;  // the part that does not hold logits (cluster.h, Shared)
+constexpr int64_t STATE = 6 << 10;  // the part that does not hold logits (block.h, Shared)
 
 inline int size_of(Dtype dtype) { return dtype == Dtype::f32 ? 4 : 2; }
 

@@ -14,7 +14,7 @@
 // sums. Its contribution to these sums and its own gradient are computed once per row.
 //
 // These headers hold what one thread computes between two exchanges of data, and how two partial results are merged. No
-// thread communicates here; cluster.h has the exchanges.
+// thread communicates here; block.h has the exchanges.
 //
 // The first attempt at a row ignores log 0, as in csrc/cpu/rows.cpp: arithmetic on -inf gives NaN exactly where the
 // policy of fastkd/backends/reference.py (evaluate) matters. A row whose merged sums are not finite is computed again

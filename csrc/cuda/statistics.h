@@ -22,10 +22,11 @@ FASTKD_INLINE void rescale(Statistics& a, float s_max, float t_max, const RowSta
     a.cross += a.s_at_t_max;
     a.t_max_count = a.s_at_t_max = 0;
   }
-  const float s_step = a.s_max == -INF ? 0 : (finite_max(s_max) - a.s_max) * row.student.rate;
-  const float t_step = a.t_max == -INF ? 0 : (finite_max(t_max) - a.t_max) * row.teacher.rate;
-  const float s_factor = a.s_max == -INF ? 0 : exp2_of(-s_step);
-  const float t_factor = a.t_max == -INF ? 0 : exp2_of(-t_step);
+  const float s_rise = a.s_max == -INF ? 0 : finite_max(s_max) - a.s_max, s_step = product(s_rise, row.student.rate);
+  const float t_rise = a.t_max == -INF ? 0 : finite_max(t_max) - a.t_max, t_step = product(t_rise, row.teacher.rate);
+  // A step is up to 30 if the row is sure of a column. Without a correction, all sums of a thread would be off by 1e-6.
+  const float s_factor = a.s_max == -INF ? 0 : exp2_of_product(-s_rise, row.student.rate);
+  const float t_factor = a.t_max == -INF ? 0 : exp2_of_product(-t_rise, row.teacher.rate);
   a.forward = scaled_or_0(t_factor, a.forward + (s_step - t_step) * a.t_exp_sum);
   a.reverse = scaled_or_0(s_factor, a.reverse + (t_step - s_step) * a.s_exp_sum);
   a.cross = scaled_or_0(t_factor, a.cross - s_step * a.t_exp_sum);

@@ -174,9 +174,7 @@ def completed(options: Mapping[str, Any]) -> dict[str, Any]:
     """
     for name in options:
         if name not in OPTION_NAMES:
-            raise TypeError(
-                f"there is no option {name!r}; the scalar options are {', '.join(OPTION_NAMES)}"
-            )
+            raise TypeError(f"an option must be one of {', '.join(OPTION_NAMES)}; got {name!r}")
     return {row.name: options.get(row.name, row.default) for row in TABLE}
 
 

@@ -1,4 +1,4 @@
-"""Which backend serves a call, what is said when it is not the fast one, and what importing loads."""
+"""Which backend serves a call, which message a fallback has, and what an import loads."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ KL = fastkd.forward_kl()
 
 @pytest.fixture
 def undecided() -> Iterator[None]:
-    """Nothing found, chosen or logged yet."""
+    """Clear the caches of available backends, choices and log lines."""
 
     def forget() -> None:
         for cached in (registry.available_backends, registry._select, registry._log_once):
@@ -332,7 +332,7 @@ def test_an_error_is_no_reason_to_fall_back(
 def test_a_backend_that_is_broken_is_no_reason_to_fall_back(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Its module was found, and raises as it is imported."""
+    """The backend's module exists, but raises when it is imported."""
 
     def broken(name: str) -> None:
         raise ImportError(f"no {name}")

@@ -1,4 +1,4 @@
-"""The kernels on a GPU: `make gpu` runs these. Everywhere else they are skipped, and say so."""
+"""The kernels on a GPU, run by `make gpu`. Without a GPU the tests are skipped with that reason."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ DEVICE = torch.device("cuda")
 
 @pytest.fixture(params=["triton", "cuda"])
 def on_gpu(request: pytest.FixtureRequest) -> str:
-    """A backend of the device; one that this device is not made for is skipped, one that is broken is not."""
+    """A backend of the device. One that does not support this device is skipped; a broken one fails."""
     name = request.param
     obstacle = registry.obstacle(
         name, Request("cuda", torch.float32, torch.float32, fastkd.forward_kl()), registry.available_backends()
@@ -150,7 +150,7 @@ def test_a_graph_of_a_step(on_gpu: str) -> None:
 
 
 def test_the_current_stream(on_gpu: str) -> None:
-    """On a stream that is busy: a launch on another one would read the logits before they are there."""
+    """On a busy stream, a launch on another stream would read the logits before they are written."""
     student, teacher = _pair(64, 50_000)
     expected = _gradient(student, teacher, backend=on_gpu)
     side = torch.cuda.Stream()
@@ -158,18 +158,18 @@ def test_the_current_stream(on_gpu: str) -> None:
         later = torch.full_like(student, torch.nan)
         torch.cuda._sleep(100_000_000)
         later.copy_(student)
-        found = _gradient(later, teacher, backend=on_gpu)
+        actual = _gradient(later, teacher, backend=on_gpu)
     side.synchronize()
-    assert all(torch.equal(a, b) for a, b in zip(expected, found, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(expected, actual, strict=True))
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="there is one GPU")
 def test_a_device_that_is_not_the_current_one(on_gpu: str) -> None:
     student, teacher = _pair(4, 5000)
     expected = _gradient(student, teacher, backend=on_gpu)
-    found = _gradient(student.to("cuda:1"), teacher.to("cuda:1"), backend=on_gpu)
+    actual = _gradient(student.to("cuda:1"), teacher.to("cuda:1"), backend=on_gpu)
     assert torch.cuda.current_device() == 0
-    assert all(torch.equal(a, b.to(DEVICE)) for a, b in zip(expected, found, strict=True))
+    assert all(torch.equal(a, b.to(DEVICE)) for a, b in zip(expected, actual, strict=True))
 
 
 def test_a_compiled_step_under_autocast(on_gpu: str) -> None:
@@ -193,7 +193,7 @@ def test_a_compiled_step_under_autocast(on_gpu: str) -> None:
 
 @pytest.mark.parametrize("inplace", [False, True])
 def test_memory(on_gpu: str, inplace: bool) -> None:
-    """Beyond the logits a gradient, or nothing, and some numbers a row."""
+    """A call allocates its gradient, if any, and a few numbers per row."""
     rows, width = 512, 32_768
     student, teacher = _pair(rows, width, dtype=torch.bfloat16)
     leaf = torch.zeros((), device=DEVICE, requires_grad=True)
@@ -232,16 +232,16 @@ def test_fused_linear(on_gpu: str, dtype: torch.dtype) -> None:
         loss = fastkd.fused_linear_kd_loss(*leaves, target, backend=backend, **options)
         outcomes.append([loss.detach(), *torch.autograd.grad(loss, leaves)])
     bar = 1e-5 if dtype == torch.float32 else 6e-3
-    for exact, found in zip(*outcomes, strict=True):
-        assert float((found.double() - exact).norm() / exact.norm()) < bar
+    for exact, actual in zip(*outcomes, strict=True):
+        assert float((actual.double() - exact).norm() / exact.norm()) < bar
 
 
 @pytest.mark.parametrize("tail", ["bucket", "renormalize", "renormalize_teacher", "truncate"])
 def test_sparse_teachers(on_gpu: str, tail: str) -> None:
     student, teacher = _pair(16, 5000)
     for k in (1, 64, 5000):
-        given = fastkd.TopK.from_logits(teacher, k, tail=tail)
-        found = _gradient(student, given, backend=on_gpu)
-        expected = _gradient(student.double(), given, backend="reference")
-        for value, exact in zip(found, expected, strict=True):
+        sparse_teacher = fastkd.TopK.from_logits(teacher, k, tail=tail)
+        actual = _gradient(student, sparse_teacher, backend=on_gpu)
+        expected = _gradient(student.double(), sparse_teacher, backend="reference")
+        for value, exact in zip(actual, expected, strict=True):
             torch.testing.assert_close(value.double(), exact.double(), rtol=1e-4, atol=1e-6)

@@ -34,27 +34,27 @@ CALLS: dict[str, dict[str, Any]] = {
 
 def _results(call: dict[str, Any], backend: str = "portable", **changes: Any) -> list[Tensor]:
     """Loss per row, parts and gradients of a call on 7 rows of 99 columns, one of them with -inf on one side."""
-    given = call | changes
-    dtype = given.pop("dtype", torch.float32)
+    arguments = call | changes
+    dtype = arguments.pop("dtype", torch.float32)
     student, teacher = (logits(7, 99, seed=seed).to(dtype).requires_grad_() for seed in (1, 2))
-    if given.pop("infinite", False):
+    if arguments.pop("infinite", False):
         student.data[3, 5] = -INF
         teacher.data[3, 5:8] = -INF
     generator = torch.Generator().manual_seed(3)
     for name in ("weight", "temperature"):
-        if given.get(name) is True:
-            given[name] = torch.rand(7, generator=generator) + 0.5
-    if given.pop("labels", False):
-        given["labels"] = labels_for(7, vocabulary=90, seed=4, ignored=0.4)
-    if "mask" in given:
-        given["mask"] = torch.tensor([True, False, True, True, False, False, True])
+        if arguments.get(name) is True:
+            arguments[name] = torch.rand(7, generator=generator) + 0.5
+    if arguments.pop("labels", False):
+        arguments["labels"] = labels_for(7, vocabulary=90, seed=4, ignored=0.4)
+    if "mask" in arguments:
+        arguments["mask"] = torch.tensor([True, False, True, True, False, False, True])
     target: Any = teacher
-    if given.pop("topk", False):
+    if arguments.pop("topk", False):
         target = fastkd.TopK.from_logits(teacher.detach(), 5)
-    elif fastkd.divergences.resolve(given.get("divergence", "forward_kl")).degree is None:
+    elif fastkd.divergences.resolve(arguments.get("divergence", "forward_kl")).degree is None:
         target = teacher.detach()
     loss, parts = kd_loss(
-        student, target, backend=backend, reduction="none", return_parts=True, **given
+        student, target, backend=backend, reduction="none", return_parts=True, **arguments
     )
     leaves = [student, *([teacher] if target is teacher else [])]
     upstream = torch.linspace(-1.0, 2.0, 7, dtype=loss.dtype)
@@ -70,7 +70,7 @@ def _assert_close(found: list[Tensor], wanted: list[Tensor], close: float) -> No
 @pytest.mark.parametrize("infinite", [False, True])
 @pytest.mark.parametrize("name", CALLS)
 def test_pieces_of_any_size(name: str, infinite: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As the oracle has it in float64, to the last digits, whatever the rows are divided into."""
+    """Results equal the float64 oracle's to the last digits, however the rows are divided into pieces."""
     call = CALLS[name] | {
         "dtype": torch.float64,
         "infinite": infinite and "topk" not in CALLS[name],
@@ -86,7 +86,7 @@ def test_pieces_of_any_size(name: str, infinite: bool, monkeypatch: pytest.Monke
 def test_a_device_is_not_waited_for(
     name: str, infinite: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What another device runs, on the CPU: no number of a tensor is asked for, and the results are the same."""
+    """The path of other devices, run on the CPU, reads no number of a tensor and gives the same results."""
     call = CALLS[name] | {"infinite": infinite and "topk" not in CALLS[name]}
     wanted = _results(call)
     monkeypatch.setattr(portable, "_synchronizes", lambda device: True)
@@ -97,8 +97,8 @@ def test_a_device_is_not_waited_for(
                 raise AssertionError(f"{asking} waits for the device")
 
             patched.setattr(Tensor, asking, forbidden)
-        found = _results(call)
-    _assert_close(found, wanted, 2e-5)
+        actual = _results(call)
+    _assert_close(actual, wanted, 2e-5)
 
 
 def _made(function: Any) -> fastkd.Divergence:
@@ -111,7 +111,7 @@ def _made(function: Any) -> fastkd.Divergence:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("function", DEFINITIONS, ids=lambda function: function.__name__)
 def test_definitions_in_buffers(function: Any, dtype: torch.dtype) -> None:
-    """A definition gives in the buffers of a piece what it gives as it stands."""
+    """A definition gives the same results in the buffers of a piece as when it is called directly."""
     divergence = _made(function)
     log_p, log_q = (logits(4, 50, seed=seed).to(dtype).log_softmax(-1) for seed in (5, 6))
     log_p[:, :9] = log_q[:, :9]  # where conditions are at their edge
@@ -123,14 +123,14 @@ def test_definitions_in_buffers(function: Any, dtype: torch.dtype) -> None:
     wanted = [term.to(dtype) for term in function(*entry, *params)]
     before = [tensor.clone() for tensor in entry[:2]]
     scratch = portable._Scratch(4, 50, dtype, ratio.device)
-    found = portable._applied(fastkd.Divergence(divergence.name, function, params), entry, scratch)
+    actual = portable._applied(fastkd.Divergence(divergence.name, function, params), entry, scratch)
     close = 64 * torch.finfo(dtype).eps
-    for term, right in zip(found, wanted, strict=True):
+    for term, right in zip(actual, wanted, strict=True):
         torch.testing.assert_close(term, right, rtol=close, atol=close)
     # The probabilities are still there, and nothing shares memory.
     assert all(torch.equal(*pair) for pair in zip(entry[:2], before, strict=True))
     inputs = {tensor.data_ptr() for tensor in entry[:2]}
-    assert len(inputs | {term.data_ptr() for term in found}) == len(inputs) + len(found)
+    assert len(inputs | {term.data_ptr() for term in actual}) == len(inputs) + len(actual)
 
 
 @pytest.mark.parametrize("columns", [1, 511, 512 * 4, 512 * 4 + 1, 512 * 5 + 37])
@@ -152,16 +152,16 @@ def _theirs(p: Tensor, q: Tensor, log_p: Tensor, log_q: Tensor) -> tuple[Tensor,
 def test_a_definition_that_returns_its_arguments() -> None:
     minus = fastkd.Divergence("theirs", _theirs)
     student, teacher = logits(5, 40, seed=8), logits(5, 40, seed=9)
-    found = []
+    results = []
     for backend in ("portable", "reference"):
         leaf = student.clone().requires_grad_()
         loss = kd_loss(leaf * 1.0, teacher, divergence=minus, backend=backend)
-        found.append([loss.detach(), *torch.autograd.grad(loss, leaf)])
-    _assert_close(*found, 1e-6)
+        results.append([loss.detach(), *torch.autograd.grad(loss, leaf)])
+    _assert_close(*results, 1e-6)
 
 
 class _Live(TorchDispatchMode):
-    """The most bytes that tensors held which were made inside."""
+    """The peak of the bytes of tensors that were made inside the context."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -173,11 +173,11 @@ class _Live(TorchDispatchMode):
     ) -> Any:
         made = function(*args, **(kwargs or {}))
         self.held = {key: pair for key, pair in self.held.items() if not pair[0].expired()}
-        given = {
+        inputs = {
             x.untyped_storage()._cdata for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)
         }
         for tensor in tree_leaves(made):
-            if isinstance(tensor, Tensor) and tensor.untyped_storage()._cdata not in given:
+            if isinstance(tensor, Tensor) and tensor.untyped_storage()._cdata not in inputs:
                 storage = tensor.untyped_storage()
                 self.held[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())
         self.peak = max(self.peak, sum(size for _, size in self.held.values()))
@@ -186,7 +186,7 @@ class _Live(TorchDispatchMode):
 
 @pytest.mark.parametrize("name", [*fastkd.DIVERGENCES, "everything"])
 def test_memory_of_a_piece(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Beside the gradients, no more than the plan says, which is that of a few rows."""
+    """In addition to the gradients, a call holds at most what the plan says: a few rows."""
     student, teacher, labels = logits(96, 500, seed=1), logits(96, 500, seed=2), torch.arange(96)
     monkeypatch.setattr(pieces, "PIECE_CPU", 4 * 500 * 4 // torch.get_num_threads() + 4)
     options = Options(fastkd.divergences.resolve("forward_kl"), vocab_size=500)
@@ -217,7 +217,7 @@ def test_memory_of_a_piece(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("divergence", [*fastkd.DIVERGENCES])
 def test_a_row_does_not_depend_on_its_neighbours(divergence: str) -> None:
-    """Rows with NaN, with logits far from the other model's, and with -inf are in one piece with plain ones."""
+    """One piece has ordinary rows and rows with NaN, with -inf, and with logits far from the other model's."""
     made = fastkd.DIVERGENCES[divergence]()
     student, teacher = logits(6, 99, seed=10), logits(6, 99, seed=11)
     student[1] += 40.0
@@ -228,8 +228,8 @@ def test_a_row_does_not_depend_on_its_neighbours(divergence: str) -> None:
     def results(rows: slice) -> list[Tensor]:
         s = student[rows].clone().requires_grad_()
         t = teacher[rows].clone().requires_grad_(made.degree is not None)
-        given = {} if made.target is None else {"labels": torch.arange(6)[rows]}
-        loss = kd_loss(s, t, divergence=made, reduction="none", backend="portable", **given)
+        labels = {} if made.target is None else {"labels": torch.arange(6)[rows]}
+        loss = kd_loss(s, t, divergence=made, reduction="none", backend="portable", **labels)
         leaves = [s, t] if t.requires_grad else [s]
         return [loss.detach(), *torch.autograd.grad(loss.sum(), leaves)]
 

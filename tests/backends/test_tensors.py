@@ -39,7 +39,7 @@ IN_TRITON = {
 def run(
     case: Case, given: Tensors, backend: str, upstream: Tensor | None = None
 ) -> tuple[Tensor, ...]:
-    """The loss and its gradients, taken twice, as the first leaves the graph and the second gives it away."""
+    """The loss and its gradients, computed twice: the first backward keeps the graph, the second frees it."""
     of_backend = {"backend": backend} if case.with_backend else {}
     trained = [given[name] for name in case.trained]
     loss = case.loss(given, **of_backend)
@@ -81,9 +81,9 @@ def without_weight(loss: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 
 def assert_same(found: tuple[Tensor, ...], wanted: tuple[Tensor, ...], of: object) -> None:
-    for mine, its in zip(found, wanted, strict=True):
-        assert torch.equal(mine, its), of
-        assert its.isfinite().all()
+    for value, expected_value in zip(found, wanted, strict=True):
+        assert torch.equal(value, expected_value), of
+        assert expected_value.isfinite().all()
 
 
 # ---- flags that an address does not carry
@@ -108,15 +108,15 @@ def test_the_views_are_what_these_tests_mean() -> None:
 
 
 def each_flagged(case: Case, backend: str, dtype: torch.dtype = torch.float32) -> None:
-    given = case.tensors(dtype)
-    wanted = run(case, changed(case, given, "none", torch.clone), backend)
+    inputs = case.tensors(dtype)
+    wanted = run(case, changed(case, inputs, "none", torch.clone), backend)
     for change in (negated, imaginary):
-        for name in [*given, "all"]:
-            found = run(case, changed(case, given, name, change), backend)
-            assert_same(found, wanted, (name, change.__name__))
+        for name in [*inputs, "all"]:
+            actual = run(case, changed(case, inputs, name, change), backend)
+            assert_same(actual, wanted, (name, change.__name__))
         upstream = change(upstream_of(wanted[0]))
-        found = run(case, changed(case, given, "none", torch.clone), backend, upstream)
-        assert_same(found, wanted, ("upstream", change.__name__))
+        actual = run(case, changed(case, inputs, "none", torch.clone), backend, upstream)
+        assert_same(actual, wanted, ("upstream", change.__name__))
 
 
 @pytest.mark.parametrize("loss", LOSSES)
@@ -180,12 +180,12 @@ def leaves(value: Any) -> Iterator[Any]:
 @pytest.mark.parametrize("loss", IN_TRITON)
 def test_negated_views_in_triton(launches: list[str], loss: str) -> None:
     case = LOSSES[loss]
-    given = case.tensors(torch.float32)
-    wanted = run(case, changed(case, given, "none", torch.clone), "triton")
+    inputs = case.tensors(torch.float32)
+    wanted = run(case, changed(case, inputs, "none", torch.clone), "triton")
     for name in IN_TRITON[loss]:
         upstream = negated(upstream_of(wanted[0])) if name == "all" else None
-        found = run(case, changed(case, given, name, negated), "triton", upstream)
-        assert_same(found, wanted, name)
+        actual = run(case, changed(case, inputs, name, negated), "triton", upstream)
+        assert_same(actual, wanted, name)
     assert "scale_kernel" in launches and len(set(launches)) > 1
 
 
@@ -195,22 +195,22 @@ def test_negated_views_on_the_cuda_emulation(emulation: Emulation, loss: str) ->
 
 
 def test_one_place_asks_for_an_address() -> None:
-    found = []
+    results = []
     for path in [*(ROOT / "fastkd").rglob("*.py"), *(ROOT / "kernels").glob("*.py")]:
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Attribute) and node.attr in ("data_ptr", "_unsafe_data_ptr"):
-                found.append(path.name)
-    assert set(found) == {"tensors.py"}
+                results.append(path.name)
+    assert set(results) == {"tensors.py"}
 
 
 def test_every_launch_is_of_readable_tensors() -> None:
     """Each function that launches a kernel makes its tensors readable, or is given what such a function has made."""
     makers = {"readable", "readable_rows", "unit_stride"}
     # These take views and calls that others have made: of tensors of unit stride, and of the rows of `_call`.
-    given = {"_launch_shares", "_launch_stage", "_tokens", "kd_rows"}
+    inputs = {"_launch_shares", "_launch_stage", "_tokens", "kd_rows"}
     for path in (ROOT / "kernels").glob("*.py"):
         for function in ast.walk(ast.parse(path.read_text())):
-            if not isinstance(function, ast.FunctionDef) or function.name in given:
+            if not isinstance(function, ast.FunctionDef) or function.name in inputs:
                 continue
             calls = [node.func for node in ast.walk(function) if isinstance(node, ast.Call)]
             if any(isinstance(called, ast.Subscript) for called in calls):
@@ -249,10 +249,10 @@ def test_negated_views_in_a_cache(tmp_path: Path) -> None:
     hidden, weight, bias = torch.randn(4, 5), torch.randn(9, 5), torch.randn(9)
     top = TopK.from_logits(logits, 3)
     flagged = TopK(negated(top.ids), negated(top.logprobs), "bucket", negated(top.tail_logprob))
-    found, wanted = (
+    actual, wanted = (
         [
-            _cached(tmp_path / f"{which}-{kind}", CacheWriter, TeacherCache, kind, change(ids), **given)
-            for kind, given in (
+            _cached(tmp_path / f"{which}-{kind}", CacheWriter, TeacherCache, kind, change(ids), **inputs)
+            for kind, inputs in (
                 ("dense", {"logits": change(logits)}),
                 ("topk", {"topk": flagged if which else top}),
                 ("hidden", {
@@ -262,7 +262,7 @@ def test_negated_views_in_a_cache(tmp_path: Path) -> None:
         ]
         for which, change in ((1, negated), (0, torch.clone))
     )  # fmt: skip
-    assert found == wanted
+    assert actual == wanted
 
 
 def _cached(
@@ -307,7 +307,7 @@ def test_expanded_tensors_and_those_without_memory_for_zeros(any_backend: str) -
     many, options = one.expand(2, 3), {"weight": one.expand(2, 3), "temperature": one.expand(2, 3)}
     plain = {name: many.contiguous() for name in options}
     first, second = (
-        kd_loss(student, teacher, backend=any_backend, **given) for given in (options, plain)
+        kd_loss(student, teacher, backend=any_backend, **inputs) for inputs in (options, plain)
     )
     assert torch.equal(first, second)
 
@@ -354,17 +354,17 @@ OF_KERNELS += [name for name in LOSSES if name.split(",")[0].endswith("_kd_loss"
 @pytest.mark.parametrize("loss", dict.fromkeys(OF_KERNELS))
 def test_tensors_that_a_kernel_cannot_read_are_refused_by_name(loss: str, kind: str) -> None:
     case, (make, message) = LOSSES[loss], KINDS[kind]
-    given = case.tensors(torch.float32)
-    for name, value in given.items():
+    inputs = case.tensors(torch.float32)
+    for name, value in inputs.items():
         if name == "gate" or (value.dim() < 2 and "nested" in kind):
             continue
         shown = SHOWN.get(name, name)
         of_backend = {"backend": "cpu"} if case.with_backend else {}
         with pytest.raises((TypeError, ValueError)) as caught:
-            case.loss(given | {name: make(value)}, **of_backend)
-        found = str(caught.value)
-        assert re.match(f"({shown})[ ,;]", found) and ("must be" in found or message in found), (
-            found
+            case.loss(inputs | {name: make(value)}, **of_backend)
+        actual = str(caught.value)
+        assert re.match(f"({shown})[ ,]", actual) and ("must be" in actual or message in actual), (
+            actual
         )
 
 
@@ -402,16 +402,16 @@ DROPPED = (1, 1)
 @pytest.mark.parametrize("hole", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("loss", [name for name, case in LOSSES.items() if masked(case)])
 def test_what_a_mask_drops_may_hold_anything(loss: str, hole: float) -> None:
-    """Value 0 and gradient 0 there, whatever the arguments and the upstream gradient hold."""
+    """Dropped rows have value 0 and gradient 0, whatever the arguments and the upstream gradient contain."""
     case = LOSSES[loss]
-    given = case.tensors(torch.float32)
+    inputs = case.tensors(torch.float32)
     if hole == float("inf"):
-        given.pop(
+        inputs.pop(
             "weight", None
         )  # an infinite weight of a row is one that is not dropped by its own
         case = case._replace(loss=without_weight(case.loss))
-    wanted = run(case, changed(case, given, "none", torch.clone), "auto")
-    spoiled = {name: value.clone() for name, value in given.items()}
+    wanted = run(case, changed(case, inputs, "none", torch.clone), "auto")
+    spoiled = {name: value.clone() for name, value in inputs.items()}
     for value in spoiled.values():
         if value.is_floating_point() and value.shape[:2] == (2, 3):
             value[DROPPED] = hole
@@ -420,16 +420,16 @@ def test_what_a_mask_drops_may_hold_anything(loss: str, hole: float) -> None:
     if upstream.dim() == 2:
         upstream[DROPPED] = hole
         assert wanted[0][DROPPED] == 0
-    found = run(case, spoiled, "auto", upstream)
-    for mine, its in zip(found, wanted, strict=True):
-        assert torch.equal(mine, its)
-    for name, gradient in zip(case.trained, found[1:], strict=True):
+    actual = run(case, spoiled, "auto", upstream)
+    for value, expected_value in zip(actual, wanted, strict=True):
+        assert torch.equal(value, expected_value)
+    for name, gradient in zip(case.trained, actual[1:], strict=True):
         if spoiled[name].shape[:2] == (2, 3):
             assert not gradient[DROPPED].any()
 
 
 def test_estimates_over_padding() -> None:
-    """A product with the mask would be NaN: 0 times infinity."""
+    """Multiplying by the mask would give NaN, because 0 times infinity is NaN."""
     student = torch.tensor([[-1.0, -2.0, -float("inf")], [-0.5, float("nan"), 3.0]])
     teacher = torch.tensor([[-1.5, -2.5, -float("inf")], [-1.0, -1.0, -float("inf")]])
     mask = torch.tensor([[True, True, False], [True, False, False]])
@@ -437,10 +437,10 @@ def test_estimates_over_padding() -> None:
         assert (estimator(student, teacher) * mask).isnan().any()
         for dtype in (torch.float32, torch.bfloat16, torch.float64):
             trained = student.to(dtype).requires_grad_()
-            found = estimator(trained, teacher.to(dtype), mask=mask)
+            actual = estimator(trained, teacher.to(dtype), mask=mask)
             kept = estimator(student.to(dtype)[mask], teacher.to(dtype)[mask])
-            assert torch.equal(found[mask], kept) and not found[~mask].any()
-            (gradient,) = torch.autograd.grad(found.sum(), trained)
+            assert torch.equal(actual[mask], kept) and not actual[~mask].any()
+            (gradient,) = torch.autograd.grad(actual.sum(), trained)
             assert gradient.isfinite().all() and not gradient[~mask].any()
         for wrong, message in (
             (mask.float(), "mask must be torch.bool, got torch.float32"),
@@ -473,14 +473,14 @@ def test_tensors_made_in_inference_mode(loss: str, dtype: torch.dtype) -> None:
     backend = "reference" if dtype == torch.float64 else "auto"
     for trained in {case.trained, case.trained[:1]}:
         case = case._replace(trained=trained)
-        given = case.tensors(dtype)
-        wanted = run(case, changed(case, given, "none", torch.clone), backend)
-        for name in [*constants(case, given), "upstream", "all"]:
+        inputs = case.tensors(dtype)
+        wanted = run(case, changed(case, inputs, "none", torch.clone), backend)
+        for name in [*constants(case, inputs), "upstream", "all"]:
             made = {
                 key: made_in_inference(x) if key in (name, *[key] * (name == "all")) else x.clone()
-                for key, x in given.items()
+                for key, x in inputs.items()
             }
-            made |= {key: leaf(given[key]) for key in trained}
+            made |= {key: leaf(inputs[key]) for key in trained}
             upstream = upstream_of(wanted[0])
             if name in ("upstream", "all"):
                 upstream = made_in_inference(upstream)
@@ -493,16 +493,16 @@ def test_tensors_made_in_inference_mode(loss: str, dtype: torch.dtype) -> None:
 )
 def test_tensors_made_in_inference_mode_in_a_compiled_graph(loss: str, dtype: torch.dtype) -> None:
     case = LOSSES[loss]
-    given = case.tensors(dtype)
-    wanted = run(case, changed(case, given, "none", torch.clone), "auto")
-    made = {key: made_in_inference(x) for key, x in given.items()}
-    made |= {key: leaf(given[key]) for key in case.trained}
+    inputs = case.tensors(dtype)
+    wanted = run(case, changed(case, inputs, "none", torch.clone), "auto")
+    made = {key: made_in_inference(x) for key, x in inputs.items()}
+    made |= {key: leaf(inputs[key]) for key in case.trained}
     torch._dynamo.reset()
     compiled = case._replace(
         loss=torch.compile(case.loss, backend="aot_eager", fullgraph=loss != "kd_loss, TopK")
     )
-    for mine, its in zip(run(compiled, made, "auto"), wanted, strict=True):
-        torch.testing.assert_close(mine, its)
+    for value, expected_value in zip(run(compiled, made, "auto"), wanted, strict=True):
+        torch.testing.assert_close(value, expected_value)
 
 
 def test_a_change_between_forward_and_backward_is_noticed_or_harmless() -> None:
@@ -524,22 +524,22 @@ def test_a_change_between_forward_and_backward_is_noticed_or_harmless() -> None:
 @pytest.mark.parametrize("loss", LOSSES)
 def test_a_student_made_in_inference_mode_gives_the_value(loss: str) -> None:
     case = LOSSES[loss]
-    given = case.tensors(torch.float32)
-    wanted = case.loss(given)
-    made = {name: made_in_inference(value) for name, value in given.items()}
-    found = case.loss(made)
-    assert torch.equal(found, wanted) and not found.requires_grad
+    inputs = case.tensors(torch.float32)
+    wanted = case.loss(inputs)
+    made = {name: made_in_inference(value) for name, value in inputs.items()}
+    actual = case.loss(made)
+    assert torch.equal(actual, wanted) and not actual.requires_grad
     with torch.inference_mode():
-        assert torch.equal(case.loss(given), wanted)
+        assert torch.equal(case.loss(inputs), wanted)
 
 
 def test_inference_mode_in_place_and_in_parts(any_backend: str) -> None:
     student, teacher = torch.randn(2, 3, 9), torch.randn(2, 3, 9)
     wanted, parts = kd_loss(student, teacher, return_parts=True, backend=any_backend)
     made = [made_in_inference(x) for x in (student, teacher)]
-    found = kd_loss(*made, inplace=True, return_parts=True, backend=any_backend)
-    assert torch.equal(found[0], wanted)
-    assert all(torch.equal(a, b) for a, b in zip(found[1], parts, strict=True))
+    actual = kd_loss(*made, inplace=True, return_parts=True, backend=any_backend)
+    assert torch.equal(actual[0], wanted)
+    assert all(torch.equal(a, b) for a, b in zip(actual[1], parts, strict=True))
     trained = leaf(student)
     kd_loss(trained * 1.0, made[1], inplace=True, backend=any_backend).backward()
     other = leaf(student)
@@ -582,11 +582,13 @@ def test_a_step_of_gkd_with_a_batch_and_a_teacher_of_inference_mode(fraction: fl
     torch.manual_seed(0)
     student, teachers = Decoder(False), [Decoder(False), Decoder(True)]
     teachers[1].load_state_dict(teachers[0].state_dict())
-    found = []
+    results = []
     for teacher, change in zip(teachers, (torch.clone, made_in_inference), strict=True):
-        given = {name: change(value) for name, value in batch.items()}
+        inputs = {name: change(value) for name, value in batch.items()}
         step = sequences.gkd_step(
-            student, teacher, given, pad_token_id=0, on_policy_fraction=fraction
+            student, teacher, inputs, pad_token_id=0, on_policy_fraction=fraction
         )
-        found += [step.loss, *torch.autograd.grad(step.loss, list(student.parameters()))]
-    torch.testing.assert_close(found[2:], found[:2])  # a table's gradient is summed in any order
+        results += [step.loss, *torch.autograd.grad(step.loss, list(student.parameters()))]
+    torch.testing.assert_close(
+        results[2:], results[:2]
+    )  # a table's gradient is summed in any order

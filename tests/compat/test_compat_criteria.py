@@ -70,11 +70,11 @@ def test_kd_loss(theirs: Any, name: str, case: str) -> None:
     student, teacher = logits(*shape)
     targets = torch.full(student.argmax(1).shape, 3).bernoulli_(0.5).long() + 4
     options = {**PATHS, "temperature": 2.0, **KD_CASES[case]}
-    mine, its = (getattr(x, name)(**options) for x in (ours, theirs))
-    for given in (targets, None):
-        exact = run(on_logits(its, teacher, given), float64(student))
-        found = run(on_logits(mine, teacher, given), [student])
-        compare(found, run(on_logits(its, teacher, given), [student]), exact)
+    replacement, original = (getattr(x, name)(**options) for x in (ours, theirs))
+    for inputs in (targets, None):
+        exact = run(on_logits(original, teacher, inputs), float64(student))
+        actual = run(on_logits(replacement, teacher, inputs), [student])
+        compare(actual, run(on_logits(original, teacher, inputs), [student]), exact)
 
 
 @pytest.mark.parametrize(
@@ -83,11 +83,11 @@ def test_kd_loss(theirs: Any, name: str, case: str) -> None:
 def test_dist_loss(theirs: Any, beta: float, gamma: float, tau: float) -> None:
     student, teacher = logits(7, 11)
     options = {**PATHS, "beta": beta, "gamma": gamma, "tau": tau}
-    mine, its = (x.DISTLoss(**options) for x in (ours, theirs))
-    exact = run(on_logits(its, teacher, None), float64(student))
+    replacement, original = (x.DISTLoss(**options) for x in (ours, theirs))
+    exact = run(on_logits(original, teacher, None), float64(student))
     compare(
-        run(on_logits(mine, teacher, None), [student]),
-        run(on_logits(its, teacher, None), [student]),
+        run(on_logits(replacement, teacher, None), [student]),
+        run(on_logits(original, teacher, None), [student]),
         exact,
     )
 
@@ -114,9 +114,9 @@ def test_at_loss(theirs: Any, mode: str) -> None:
 
         return called
 
-    mine, its = (x.ATLoss(pairs, mode) for x in (ours, theirs))
-    exact = run(call(its), float64(*students))
-    compare(run(call(mine), students), run(call(its), students), exact)
+    replacement, original = (x.ATLoss(pairs, mode) for x in (ours, theirs))
+    exact = run(call(original), float64(*students))
+    compare(run(call(replacement), students), run(call(original), students), exact)
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
@@ -127,9 +127,11 @@ def test_rkd_loss(theirs: Any, dist_factor: float, angle_factor: float, reductio
     def call(loss: Any) -> Any:
         return lambda s: loss(io("a", "output", s), io("b", "output", teacher.to(s.dtype)))
 
-    mine, its = (x.RKDLoss("a", "b", dist_factor, angle_factor, reduction) for x in (ours, theirs))
-    exact = run(call(its), float64(student))
-    compare(run(call(mine), [student]), run(call(its), [student]), exact)
+    replacement, original = (
+        x.RKDLoss("a", "b", dist_factor, angle_factor, reduction) for x in (ours, theirs)
+    )
+    exact = run(call(original), float64(student))
+    compare(run(call(replacement), [student]), run(call(original), [student]), exact)
 
 
 def test_register(theirs: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -180,11 +182,11 @@ def test_errors() -> None:
 @pytest.mark.parametrize("loss", ours.LOSSES, ids=lambda loss: loss.__name__)
 def test_signatures(theirs: Any, loss: Any) -> None:
     for method in ("__init__", "forward"):
-        found, expected = (
+        actual, expected = (
             [(p.name, p.default, p.kind) for p in inspect.signature(f).parameters.values()]
             for f in (getattr(loss, method), getattr(getattr(theirs, loss.__name__), method))
         )
-        assert found == expected
+        assert actual == expected
 
 
 # ---- mdistiller: the formulas of its files, written again
@@ -230,13 +232,13 @@ def test_mdistiller(temperature: float, stand: bool) -> None:
     student, teacher = logits(6, 23)
     target = teacher.argmax(1)
     target[::2] = 5
-    for mine, formula, options in (
+    for replacement, formula, options in (
         (mdistiller.kd_loss, kd, (temperature, stand)),
         (mdistiller.dkd_loss, dkd, (target, 1.0, 8.0, temperature, stand)),
     ):
         exact = run(formula, float64(student), teacher.double(), *options)
         plain = run(formula, [student], teacher, *options)
-        compare(run(mine, [student], teacher, *options), plain, exact)
+        compare(run(replacement, [student], teacher, *options), plain, exact)
 
 
 def test_dkd_of_a_sure_student() -> None:
@@ -245,7 +247,7 @@ def test_dkd_of_a_sure_student() -> None:
     student = student + 200.0 * F.one_hot(target, 23)
     exact = run(dkd, float64(student), teacher.double(), target, 1.0, 8.0, 1.0, False)
     plain = run(dkd, [student], teacher, target, 1.0, 8.0, 1.0, False)
-    found = run(mdistiller.dkd_loss, [student], teacher, target, 1.0, 8.0, 1.0)
+    actual = run(mdistiller.dkd_loss, [student], teacher, target, 1.0, 8.0, 1.0)
     assert not math.isfinite(plain.loss) or plain.gradients[0].isnan().any()
-    assert error(found.loss, exact.loss) < 1e-6
-    assert error(found.gradients[0], exact.gradients[0]) < 1e-5
+    assert error(actual.loss, exact.loss) < 1e-6
+    assert error(actual.gradients[0], exact.gradients[0]) < 1e-5

@@ -28,7 +28,7 @@ Batch = dict[str, Any]
 @pytest.fixture
 def arguments(tmp_path: Path) -> Callable[..., Any]:
     def made(**options: Any) -> Any:
-        given = {
+        inputs = {
             "output_dir": str(tmp_path),
             "use_cpu": True,
             "report_to": [],
@@ -42,7 +42,7 @@ def arguments(tmp_path: Path) -> Callable[..., Any]:
             "max_grad_norm": 0.0,
             "seed": 5,
         }
-        return transformers.TrainingArguments(**(given | options))
+        return transformers.TrainingArguments(**(inputs | options))
 
     return made
 
@@ -75,10 +75,10 @@ def texts(batch: int = 3, length: int = 6) -> Batch:
 
 def of_tokens(batch: int = 3) -> Batch:
     """Labels that are the tokens, but for padding and the second of them."""
-    given = texts(batch)
-    labels = given["input_ids"].where(given["attention_mask"] == 1, -100)
+    inputs = texts(batch)
+    labels = inputs["input_ids"].where(inputs["attention_mask"] == 1, -100)
     labels[:, 1] = -100
-    return given | {"labels": labels}
+    return inputs | {"labels": labels}
 
 
 def of_classes(batch: int = 3) -> Batch:
@@ -92,8 +92,10 @@ def of_images(batch: int = 3) -> Batch:
 
 
 def of_token_classes(batch: int = 3) -> Batch:
-    given = of_tokens(batch)
-    return given | {"labels": given["labels"].where(given["labels"] == -100, given["labels"] % 5)}
+    inputs = of_tokens(batch)
+    return inputs | {
+        "labels": inputs["labels"].where(inputs["labels"] == -100, inputs["labels"] % 5)
+    }
 
 
 # By class: (its batch, whether labels are shifted, whether it has an lm_head, its configuration).
@@ -142,9 +144,9 @@ def test_labels_of_every_family(name: str, size: int, arguments: Callable[..., A
     expected = by_hand(name, student, teacher, batch)
     for fused in (False, True) if has_head else (False,):
         trainer = kd_trainer(student, arguments(), teacher_model=teacher, fused=fused)
-        found = trainer.compute_loss(student, dict(batch))
-        assert float(found) == pytest.approx(expected, rel=2e-6), f"fused={fused}"
-        found.backward()
+        actual = trainer.compute_loss(student, dict(batch))
+        assert float(actual) == pytest.approx(expected, rel=2e-6), f"fused={fused}"
+        actual.backward()
         assert any(p.grad is not None and p.grad.any() for p in student.parameters())
         student.zero_grad()
         items = trainer._get_num_items_in_batch([batch], torch.device("cpu"))
@@ -171,7 +173,7 @@ def test_a_step_of_the_trainer(name: str, arguments: Callable[..., Any]) -> None
     state = {key: value.clone() for key, value in student.state_dict().items()}
     func = compute_loss_func(student, teacher.eval(), **LOSS)
     stock = transformers.Trainer(student, args, train_dataset=data, compute_loss_func=func)
-    found = []
+    results = []
     for build in (
         lambda: stock,
         lambda: kd_trainer(student, args, train_dataset=data, teacher_model=teacher),
@@ -179,9 +181,9 @@ def test_a_step_of_the_trainer(name: str, arguments: Callable[..., Any]) -> None
         student.load_state_dict(state)
         trainer = build()
         trainer.train()
-        found.append(trainer.state.log_history[0]["loss"])
-    assert found[0] == pytest.approx(expected, rel=2e-6)
-    assert found[1] == pytest.approx(expected, rel=2e-6)
+        results.append(trainer.state.log_history[0]["loss"])
+    assert results[0] == pytest.approx(expected, rel=2e-6)
+    assert results[1] == pytest.approx(expected, rel=2e-6)
 
 
 def test_without_labels_the_last_position_predicts_nothing(arguments: Callable[..., Any]) -> None:
@@ -199,11 +201,11 @@ def test_without_labels_the_last_position_predicts_nothing(arguments: Callable[.
                 loss_kwargs={"temperature": 2.0},
                 fused=fused,
             )
-            for given in (
+            for inputs in (
                 {"input_ids": ids},
                 {"input_ids": ids, "attention_mask": torch.ones_like(ids)},
             ):
-                assert float(trainer.compute_loss(student, given)) == pytest.approx(
+                assert float(trainer.compute_loss(student, inputs)) == pytest.approx(
                     expected, rel=2e-6
                 )
 
@@ -471,12 +473,12 @@ def test_packed_examples_are_kept_apart(name: str, how: str, arguments: Callable
     student, teacher = family(name)
     collator = transformers.DataCollatorWithFlattening()
     args = arguments(per_device_train_batch_size=3)
-    given = {"train_dataset": examples(), "data_collator": collator}
+    inputs = {"train_dataset": examples(), "data_collator": collator}
     if how == "function":
         func = compute_loss_func(student, teacher.eval(), **LOSS)
-        trainer = transformers.Trainer(student, args, compute_loss_func=func, **given)
+        trainer = transformers.Trainer(student, args, compute_loss_func=func, **inputs)
     else:
-        trainer = kd_trainer(student, args, teacher_model=teacher, fused=how == "fused", **given)
+        trainer = kd_trainer(student, args, teacher_model=teacher, fused=how == "fused", **inputs)
     expected = apart(student, teacher)
     trainer.train()
     assert trainer.state.log_history[0]["loss"] == pytest.approx(expected, rel=2e-6)
@@ -594,8 +596,8 @@ def test_what_a_model_adds_is_kept(name: str, fused: bool, arguments: Callable[.
     student, teacher = build(), family("LlamaForCausalLM")[1]
     batch = of_tokens()
     trainer = kd_trainer(student, arguments(), teacher_model=teacher, fused=fused)
-    found = trainer.compute_loss(student, dict(batch))
-    found.backward()
+    actual = trainer.compute_loss(student, dict(batch))
+    actual.backward()
     gradient = student.lm_head.weight.grad.clone()
     inputs = {n: batch[n] for n in ("input_ids", "attention_mask")}
     student.zero_grad()
@@ -603,14 +605,14 @@ def test_what_a_model_adds_is_kept(name: str, fused: bool, arguments: Callable[.
     own = term(student, batch)
     expected = exact(s, logits_by_hand(teacher, inputs)[:, :-1], batch["labels"][:, 1:]) + own
     assert float(own) > 1e-4
-    assert float(found) == pytest.approx(float(expected), rel=2e-6)
+    assert float(actual) == pytest.approx(float(expected), rel=2e-6)
     expected.backward()
     torch.testing.assert_close(gradient, student.lm_head.weight.grad, rtol=1e-4, atol=1e-7)
     logs: dict[str, float] = {}
     trainer.log(logs)
     assert logs["own_loss"] == pytest.approx(float(own), rel=1e-5)
     assert 0.7 * logs["kd_loss"] + 0.3 * logs["ce_loss"] + logs["own_loss"] == pytest.approx(
-        float(found), rel=1e-5
+        float(actual), rel=1e-5
     )
     dropped = kd_trainer(student, arguments(), teacher_model=teacher, fused=fused, own_loss="drop")
     value = dropped.compute_loss(student, dict(batch))
@@ -645,8 +647,8 @@ def test_what_a_function_cannot_keep(arguments: Callable[..., Any]) -> None:
     expected = exact(
         outputs.logits[:, :-1], logits_by_hand(teacher, inputs)[:, :-1], batch["labels"][:, 1:]
     )
-    found = func(outputs, batch["labels"])
-    assert float(found) == pytest.approx(float(expected + 0.05 * outputs.aux_loss), rel=2e-6)
+    actual = func(outputs, batch["labels"])
+    assert float(actual) == pytest.approx(float(expected + 0.05 * outputs.aux_loss), rel=2e-6)
     student = of_llama(Penalised)
     func = compute_loss_func(student, teacher, **LOSS)
     with pytest.raises(ValueError, match="adds a loss of its own .* own_loss='drop'"):
@@ -745,11 +747,11 @@ def test_decoder_inputs_are_the_models_own(arguments: Callable[..., Any]) -> Non
     """decoder_input_ids of a batch are used; the function cannot make them, and its message says who can."""
     student, teacher = family("T5ForConditionalGeneration")
     batch = of_tokens()
-    given = batch | {"decoder_input_ids": torch.full_like(batch["labels"], 7)}
+    inputs = batch | {"decoder_input_ids": torch.full_like(batch["labels"], 7)}
     trainer = kd_trainer(student, arguments(), teacher_model=teacher)
-    s, t = (logits_by_hand(m, given) for m in (student, teacher))
+    s, t = (logits_by_hand(m, inputs) for m in (student, teacher))
     expected = float(exact(s, t, batch["labels"]))
-    assert float(trainer.compute_loss(student, given)) == pytest.approx(expected, rel=2e-6)
+    assert float(trainer.compute_loss(student, inputs)) == pytest.approx(expected, rel=2e-6)
     compute_loss_func(student, teacher.eval(), **LOSS)
     with pytest.raises(ValueError, match="DataCollatorForSeq2Seq"):
         student(input_ids=batch["input_ids"])
@@ -834,8 +836,8 @@ def lightning_module(student: nn.Module, teacher: nn.Module, **options: Any) -> 
     pytest.importorskip("lightning", reason="pip install 'fastkd[peers]' brings Lightning")
     from fastkd.compat.lightning import DistillationModule
 
-    given = {"optimizer": lambda parameters: torch.optim.SGD(parameters, lr=0.1)} | options
-    return DistillationModule(student, teacher, fastkd.KDLoss(**LOSS), **given)
+    inputs = {"optimizer": lambda parameters: torch.optim.SGD(parameters, lr=0.1)} | options
+    return DistillationModule(student, teacher, fastkd.KDLoss(**LOSS), **inputs)
 
 
 def mean_of(module: Any, batch: Batch) -> tuple[Tensor, dict[str, float]]:
@@ -855,8 +857,8 @@ def test_families_in_lightning(name: str) -> None:
     batch = FAMILIES[name][0](3)
     expected = by_hand(name, student, teacher, batch)
     module = lightning_module(student, teacher)
-    found, logged = mean_of(module, batch)
-    assert float(found) == pytest.approx(expected, rel=2e-6)
+    actual, logged = mean_of(module, batch)
+    assert float(actual) == pytest.approx(expected, rel=2e-6)
     assert logged["loss"] == pytest.approx(expected, rel=2e-6)
     assert "own_loss" not in logged
 
@@ -864,8 +866,8 @@ def test_families_in_lightning(name: str) -> None:
 def test_packed_examples_in_lightning() -> None:
     student, teacher = family("LlamaForCausalLM")
     expected = apart(student, teacher)
-    found, _ = mean_of(lightning_module(student, teacher), packed(position_ids=POSITIONS))
-    assert float(found) == pytest.approx(expected, rel=2e-6)
+    actual, _ = mean_of(lightning_module(student, teacher), packed(position_ids=POSITIONS))
+    assert float(actual) == pytest.approx(expected, rel=2e-6)
     ones = torch.ones(1, 12, dtype=torch.int64)
     with pytest.raises(ValueError, match="the student reads across the examples"):
         mean_of(
@@ -881,11 +883,11 @@ def test_what_a_model_adds_in_lightning(name: str) -> None:
     s, t = student(**inputs).logits[:, :-1], logits_by_hand(teacher, inputs)[:, :-1]
     own = float(term(student, batch))
     expected = float(exact(s, t, batch["labels"][:, 1:]))
-    found, logged = mean_of(lightning_module(student, teacher), batch)
-    assert float(found) == pytest.approx(expected + own, rel=2e-6)
+    actual, logged = mean_of(lightning_module(student, teacher), batch)
+    assert float(actual) == pytest.approx(expected + own, rel=2e-6)
     assert logged["own_loss"] == pytest.approx(own, rel=1e-5)
-    found, logged = mean_of(lightning_module(student, teacher, own_loss="drop"), batch)
-    assert float(found) == pytest.approx(expected, rel=2e-6) and "own_loss" not in logged
+    actual, logged = mean_of(lightning_module(student, teacher, own_loss="drop"), batch)
+    assert float(actual) == pytest.approx(expected, rel=2e-6) and "own_loss" not in logged
 
 
 def test_modules_of_which_lightning_knows_nothing() -> None:
@@ -903,8 +905,8 @@ def test_modules_of_which_lightning_knows_nothing() -> None:
         match="shift_labels must be True or False for this student, got .auto.: the labels equal",
     ):
         mean_of(lightning_module(student, teacher), of_tokens())
-    found, _ = mean_of(lightning_module(student, teacher, shift_labels=True), of_tokens())
-    assert float(found) == pytest.approx(expected, rel=2e-6)
+    actual, _ = mean_of(lightning_module(student, teacher, shift_labels=True), of_tokens())
+    assert float(actual) == pytest.approx(expected, rel=2e-6)
     with pytest.raises(
         ValueError, match="must have labels under the name .labels., got input_ids, attention_mask"
     ):

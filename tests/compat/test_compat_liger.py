@@ -97,10 +97,10 @@ def jsd(log_q: Tensor, log_p: Tensor, labels: Tensor | None, beta: float) -> Ten
 def test_jsd(name: str, beta: float) -> None:
     student, teacher, labels = rows(name)
     log_q, log_p = student.log_softmax(-1), teacher.log_softmax(-1)
-    for given in (labels, None):
-        exact = run(jsd, float64(log_q), log_p.double(), given, beta)
-        theirs = run(liger.LigerJSD(beta), [log_q], log_p, given)
-        compare(run(ours.LigerJSD(beta), [log_q], log_p, given), theirs, exact)
+    for inputs in (labels, None):
+        exact = run(jsd, float64(log_q), log_p.double(), inputs, beta)
+        reference = run(liger.LigerJSD(beta), [log_q], log_p, inputs)
+        compare(run(ours.LigerJSD(beta), [log_q], log_p, inputs), reference, exact)
 
 
 def test_gradient_by_log_probabilities_reaches_the_logits() -> None:
@@ -144,8 +144,8 @@ def test_kl_div(log_target: bool, reduction: str) -> None:
             target = target.exp()
         options = {"reduction": reduction, "log_target": log_target, "eps": 1e-3}
         exact = run(kl, float64(log_q), target.double(), log_target, reduction, 1e-3)
-        theirs = run(liger.LigerKLDIVLoss(**options), [log_q], target)
-        compare(run(ours.LigerKLDIVLoss(**options), [log_q], target), theirs, exact)
+        reference = run(liger.LigerKLDIVLoss(**options), [log_q], target)
+        compare(run(ours.LigerKLDIVLoss(**options), [log_q], target), reference, exact)
     assert ours.LigerKLDIVLoss().reduction == liger.LigerKLDIVLoss().reduction == "mean"
 
 
@@ -164,10 +164,10 @@ def test_tvd(reduction: str) -> None:
         student, teacher, labels = rows(name)
         p, q = student.softmax(-1), teacher.softmax(-1)
         p[0] = q[0]  # the subgradient is 0
-        for given in (labels, None):
-            exact = run(tvd, float64(p), q.double(), given, reduction)
-            theirs = run(liger.LigerTVDLoss(reduction), [p], q, given)
-            compare(run(ours.LigerTVDLoss(reduction), [p], q, given), theirs, exact)
+        for inputs in (labels, None):
+            exact = run(tvd, float64(p), q.double(), inputs, reduction)
+            reference = run(liger.LigerTVDLoss(reduction), [p], q, inputs)
+            compare(run(ours.LigerTVDLoss(reduction), [p], q, inputs), reference, exact)
 
 
 @pytest.mark.parametrize("beta", [0.0, 0.3, 1.0])
@@ -177,11 +177,11 @@ def test_in_triton(beta: float, monkeypatch: pytest.MonkeyPatch) -> None:
     student, teacher, labels = rows("random")
     log_q, log_p = student.log_softmax(-1), teacher.log_softmax(-1)
     exact = run(jsd, float64(log_q), log_p.double(), labels, beta)
-    found = run(ours.LigerJSD(beta), [log_q], log_p, labels)
-    compare(found, found, exact, same=16 * 1.2e-7)
+    actual = run(ours.LigerJSD(beta), [log_q], log_p, labels)
+    compare(actual, actual, exact, same=16 * 1.2e-7)
     exact = run(tvd, float64(log_q.exp()), log_p.double().exp(), labels, "batchmean")
-    found = run(ours.LigerTVDLoss(), [log_q.exp()], log_p.exp(), labels)
-    compare(found, found, exact, same=16 * 1.2e-7)
+    actual = run(ours.LigerTVDLoss(), [log_q.exp()], log_p.exp(), labels)
+    compare(actual, actual, exact, same=16 * 1.2e-7)
 
 
 def test_columns_that_are_impossible_on_both_sides() -> None:
@@ -191,16 +191,16 @@ def test_columns_that_are_impossible_on_both_sides() -> None:
     log_q, log_p = student.log_softmax(-1), teacher.log_softmax(-1)
     kept = torch.arange(37) != 5
     exact = run(jsd, float64(log_q[:, kept]), log_p[:, kept].double(), labels, 0.3)
-    theirs = run(liger.LigerJSD(0.3), [log_q], log_p, labels)
-    found = run(ours.LigerJSD(0.3), [log_q], log_p, labels)
-    assert theirs.loss.isnan()
-    assert error(found.loss, exact.loss) < 1e-6
-    assert error(found.gradients[0][:, kept], exact.gradients[0]) < 1e-6
-    assert found.gradients[0][:, 5].eq(0).all()
+    reference = run(liger.LigerJSD(0.3), [log_q], log_p, labels)
+    actual = run(ours.LigerJSD(0.3), [log_q], log_p, labels)
+    assert reference.loss.isnan()
+    assert error(actual.loss, exact.loss) < 1e-6
+    assert error(actual.gradients[0][:, kept], exact.gradients[0]) < 1e-6
+    assert actual.gradients[0][:, 5].eq(0).all()
     for reduction in ("none", "batchmean"):
-        for given in (log_p, log_p.exp()):
-            loss = ours.LigerKLDIVLoss(reduction=reduction, log_target=given is log_p)
-            assert loss(log_q, given).isfinite().all()
+        for inputs in (log_p, log_p.exp()):
+            loss = ours.LigerKLDIVLoss(reduction=reduction, log_target=inputs is log_p)
+            assert loss(log_q, inputs).isfinite().all()
 
 
 @pytest.mark.parametrize(
@@ -214,9 +214,9 @@ def test_no_row_counts(loss: Any, theirs: Any) -> None:
         x.softmax(-1) if "tvd" in str(type(loss)).lower() else x.log_softmax(-1)
         for x in (student, teacher)
     ]
-    found = run(loss, inputs[:1], inputs[1], torch.full_like(labels, IGNORED))
-    assert found.loss == 0
-    assert found.gradients[0].eq(0).all()
+    actual = run(loss, inputs[:1], inputs[1], torch.full_like(labels, IGNORED))
+    assert actual.loss == 0
+    assert actual.gradients[0].eq(0).all()
 
 
 # ---- from hidden states
@@ -303,19 +303,19 @@ def test_fused_linear_jsd_loss(case: str, bias: bool) -> None:
 
     student = models.student(bias)
     truth = run(call(exact), float64(*student))
-    theirs = run(call(chunked_loss.LigerFusedLinearJSDLoss(compiled=False, **options)), student)
-    compare(run(call(ours.LigerFusedLinearJSDLoss(**options)), student), theirs, truth)
+    reference = run(call(chunked_loss.LigerFusedLinearJSDLoss(compiled=False, **options)), student)
+    compare(run(call(ours.LigerFusedLinearJSDLoss(**options)), student), reference, truth)
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_soft_and_hard_loss(case: str) -> None:
     models = Models()
-    given = [models[x] for x in ("hidden", "head", "teacher_hidden", "teacher_head", "labels")]
+    inputs = [models[x] for x in ("hidden", "head", "teacher_hidden", "teacher_head", "labels")]
     options = {**CASES[case], "return_soft_hard_loss": True, "compiled": False}
-    theirs = chunked_loss.LigerFusedLinearJSDLoss(**options)(*given)
-    found = ours.LigerFusedLinearJSDLoss(**options)(*given)
-    assert len(found) == 3
-    torch.testing.assert_close(found, theirs, rtol=1e-5, atol=1e-6)
+    reference = chunked_loss.LigerFusedLinearJSDLoss(**options)(*inputs)
+    actual = ours.LigerFusedLinearJSDLoss(**options)(*inputs)
+    assert len(actual) == 3
+    torch.testing.assert_close(actual, reference, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("labelled", [True, False])
@@ -328,17 +328,17 @@ def test_fused_linear_jsd(beta: float, temperature: float, labelled: bool) -> No
 
     def exact(*args: Any) -> Tensor:
         # without labels every row counts; label 0 then has a cross-entropy of weight 0
-        given = torch.zeros(9, dtype=torch.int64) if args[-1] is None else args[-1]
-        return linear(*args[:-1], given, **options)
+        inputs = torch.zeros(9, dtype=torch.int64) if args[-1] is None else args[-1]
+        return linear(*args[:-1], inputs, **options)
 
     truth = run(exact, float64(*models.student()), *teacher, labels)
-    theirs = run(
+    reference = run(
         liger.LigerFusedLinearJSD(beta, IGNORED, temperature), models.student(), *teacher, labels
     )
-    found = run(
+    actual = run(
         ours.LigerFusedLinearJSD(beta, IGNORED, temperature), models.student(), *teacher, labels
     )
-    compare(found, theirs, truth)
+    compare(actual, reference, truth)
 
 
 @pytest.mark.parametrize("reduction", ["batchmean", "mean", "sum"])
@@ -354,9 +354,9 @@ def test_fused_linear_kl_div(reduction: str) -> None:
 
     truth = run(exact, float64(*models.student()))
     options = {"reduction": reduction, "temperature": temperature}
-    theirs = run(liger.LigerFusedLinearKLDivLoss(**options), models.student(), target, labels)
-    found = run(ours.LigerFusedLinearKLDivLoss(**options), models.student(), target, labels)
-    compare(found, theirs, truth)
+    reference = run(liger.LigerFusedLinearKLDivLoss(**options), models.student(), target, labels)
+    actual = run(ours.LigerFusedLinearKLDivLoss(**options), models.student(), target, labels)
+    compare(actual, reference, truth)
 
 
 # ---- where Liger is wrong
@@ -368,18 +368,20 @@ def test_low_precision() -> None:
     for name in ("hidden", "head"):  # a student near its teacher, as after some training
         models["teacher_" + name] = models[name] + 0.01 * torch.randn_like(models[name])
     options = {"weight_hard_loss": 0.0, "weight_soft_loss": 1.0}
-    given = [models[x] for x in ("teacher_hidden", "teacher_head", "labels")]
-    truth = run(lambda *x: linear(*x, hard=0.0, soft=1.0), float64(*models.student()), *given)
-    theirs = run(
-        chunked_loss.LigerFusedLinearJSDLoss(compiled=False, **options), models.student(), *given
+    inputs = [models[x] for x in ("teacher_hidden", "teacher_head", "labels")]
+    truth = run(lambda *x: linear(*x, hard=0.0, soft=1.0), float64(*models.student()), *inputs)
+    reference = run(
+        chunked_loss.LigerFusedLinearJSDLoss(compiled=False, **options), models.student(), *inputs
     )
-    found = run(ours.LigerFusedLinearJSDLoss(**options), models.student(), *given)
-    assert error(theirs.loss, truth.loss) > 0.1
-    assert error(found.loss, truth.loss) < 1e-4
-    for mine, its, exact in zip(found.gradients, theirs.gradients, truth.gradients, strict=True):
-        assert error(its, exact) > 0.05
+    actual = run(ours.LigerFusedLinearJSDLoss(**options), models.student(), *inputs)
+    assert error(reference.loss, truth.loss) > 0.1
+    assert error(actual.loss, truth.loss) < 1e-4
+    for value, original, exact in zip(
+        actual.gradients, reference.gradients, truth.gradients, strict=True
+    ):
+        assert error(original, exact) > 0.05
         assert (
-            error(mine, exact) < 0.01
+            error(value, exact) < 0.01
         )  # one rounding of the gradient to bfloat16, and of its operands
 
 
@@ -388,11 +390,11 @@ def test_low_precision_log_probabilities() -> None:
     student, teacher, labels = rows("random")
     log_q, log_p = (x.log_softmax(-1).bfloat16() for x in (student, teacher))
     truth = run(jsd, float64(log_q), log_p.double(), labels, 0.3)
-    theirs = run(liger.LigerJSD(0.3), [log_q], log_p, labels)
-    found = run(ours.LigerJSD(0.3), [log_q], log_p, labels)
-    assert theirs.loss.dtype == found.gradients[0].dtype == torch.bfloat16
-    assert error(theirs.loss, truth.loss) > 1e-4 > 1e-6 > error(found.loss, truth.loss)
-    assert error(found.gradients[0], truth.gradients[0]) < 2**-8
+    reference = run(liger.LigerJSD(0.3), [log_q], log_p, labels)
+    actual = run(ours.LigerJSD(0.3), [log_q], log_p, labels)
+    assert reference.loss.dtype == actual.gradients[0].dtype == torch.bfloat16
+    assert error(reference.loss, truth.loss) > 1e-4 > 1e-6 > error(actual.loss, truth.loss)
+    assert error(actual.gradients[0], truth.gradients[0]) < 2**-8
 
 
 def test_the_teacher_is_a_constant() -> None:
@@ -400,9 +402,9 @@ def test_the_teacher_is_a_constant() -> None:
     models = Models()
     for name in ("teacher_hidden", "teacher_head"):
         models[name].requires_grad_()
-    given = [models[x] for x in ("teacher_hidden", "teacher_head", "labels")]
+    inputs = [models[x] for x in ("teacher_hidden", "teacher_head", "labels")]
     for loss in (ours.LigerFusedLinearJSDLoss(), ours.LigerFusedLinearJSD()):
-        run(loss, models.student(), *given)[0]
+        run(loss, models.student(), *inputs)[0]
         assert models["teacher_head"].grad is None
     student, teacher, _ = (
         x.double().softmax(-1) if x.is_floating_point() else x for x in rows("random")
@@ -421,21 +423,21 @@ def test_padding_columns_of_the_teacher() -> None:
     """Liger fills the student up with logits of 0, which take mass."""
     models = Models(more=11)
     models["hidden"] = models["hidden"] - 3.0  # so that most logits are below 0
-    given = [models[x] for x in ("teacher_hidden", "teacher_head", "labels")]
-    truth = run(linear, float64(*models.student()), *given)
-    theirs = run(chunked_loss.LigerFusedLinearJSDLoss(compiled=False), models.student(), *given)
-    found = run(ours.LigerFusedLinearJSDLoss(), models.student(), *given)
-    assert error(theirs.loss, truth.loss) > 1e-3
-    compare(found, found, truth, same=1e-5)
+    inputs = [models[x] for x in ("teacher_hidden", "teacher_head", "labels")]
+    truth = run(linear, float64(*models.student()), *inputs)
+    reference = run(chunked_loss.LigerFusedLinearJSDLoss(compiled=False), models.student(), *inputs)
+    actual = run(ours.LigerFusedLinearJSDLoss(), models.student(), *inputs)
+    assert error(reference.loss, truth.loss) > 1e-3
+    compare(actual, actual, truth, same=1e-5)
 
 
 def test_second_backward() -> None:
     """Liger's Triton losses scale the saved gradient in place."""
     models = Models()
     hidden = models["hidden"].clone().requires_grad_()
-    given = [models[x] for x in ("head", "teacher_hidden", "teacher_head", "labels")]
+    inputs = [models[x] for x in ("head", "teacher_hidden", "teacher_head", "labels")]
     for loss, same in ((liger.LigerFusedLinearJSD(), False), (ours.LigerFusedLinearJSD(), True)):
-        doubled = 2.0 * loss(hidden, *given)
+        doubled = 2.0 * loss(hidden, *inputs)
         first, second = (
             torch.autograd.grad(doubled, hidden, retain_graph=True)[0].clone() for _ in range(2)
         )
@@ -458,10 +460,10 @@ def test_second_backward() -> None:
     ids=lambda loss: loss.__name__,
 )
 def test_signatures(theirs: Any) -> None:
-    mine = getattr(ours, theirs.__name__)
+    replacement = getattr(ours, theirs.__name__)
     for method in ("__init__", "forward"):
-        expected, found = (inspect.signature(getattr(x, method)) for x in (theirs, mine))
-        assert [(p.name, p.default, p.kind) for p in found.parameters.values()] == [
+        expected, actual = (inspect.signature(getattr(x, method)) for x in (theirs, replacement))
+        assert [(p.name, p.default, p.kind) for p in actual.parameters.values()] == [
             (p.name, p.default, p.kind) for p in expected.parameters.values()
         ]
 

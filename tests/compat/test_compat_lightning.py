@@ -52,12 +52,12 @@ def models() -> tuple[Model, Model]:
 def batches(count: int) -> list[dict[str, Tensor]]:
     """Micro-batches with very different numbers of counted rows."""
     generator = torch.Generator().manual_seed(0)
-    found = []
+    results = []
     for index in range(count):
         ids, labels = torch.randint(17, (2, 2, 6), generator=generator)
         labels[:, : (0, 5, 3)[index % 3]] = -100
-        found.append({"input_ids": ids, "labels": labels})
-    return found
+        results.append({"input_ids": ids, "labels": labels})
+    return results
 
 
 class Curve(lightning.Callback):
@@ -109,11 +109,13 @@ def module(**options: Any) -> Any:
 
 
 def test_the_curve_of_a_stock_module() -> None:
-    stock, mine = Stock(), module()
+    stock, fastkd_module = Stock(), module()
     data = batches(4)
-    assert fit(mine, data) == pytest.approx(fit(stock, data), rel=1e-5)
-    for found, expected in zip(mine.student.parameters(), stock.student.parameters(), strict=True):
-        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+    assert fit(fastkd_module, data) == pytest.approx(fit(stock, data), rel=1e-5)
+    for actual, expected in zip(
+        fastkd_module.student.parameters(), stock.student.parameters(), strict=True
+    ):
+        torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-6)
 
 
 def whole_steps(data: list[dict[str, Tensor]], every: int, clip: float | None) -> Model:
@@ -145,66 +147,73 @@ def test_accumulated_gradients_are_those_of_one_batch(clip: float | None) -> Non
     """Five batches, two a step: the last step has one. Lightning clips what has been divided by the rows."""
     data = batches(5)
     exact = whole_steps(data, 2, clip)
-    stock, mine = Stock(), module()
-    for module_ in (stock, mine):
+    stock, fastkd_module = Stock(), module()
+    for module_ in (stock, fastkd_module):
         fit(module_, data, accumulate_grad_batches=2, gradient_clip_val=clip)
-    assert distance(mine.student, exact) < 1e-6
+    assert distance(fastkd_module.student, exact) < 1e-6
     assert distance(stock.student, exact) > 1e-2
 
 
 def test_a_fit_that_was_cut_off_leaves_nothing() -> None:
     """Rows of the step that it began are not of the next fit's first step."""
-    data, mine = batches(4), module()
+    data, fastkd_module = batches(4), module()
     with pytest.raises(ValueError, match="labels"):
         fit(
-            mine, [data[1], {**data[0], "labels": data[0]["labels"][:1]}], accumulate_grad_batches=2
+            fastkd_module,
+            [data[1], {**data[0], "labels": data[0]["labels"][:1]}],
+            accumulate_grad_batches=2,
         )
-    fit(mine, data, accumulate_grad_batches=2)
-    assert distance(mine.student, whole_steps(data, 2, None)) < 1e-6
+    fit(fastkd_module, data, accumulate_grad_batches=2)
+    assert distance(fastkd_module.student, whole_steps(data, 2, None)) < 1e-6
 
 
 def test_no_row_counts() -> None:
     data = batches(2)
     for batch in data:
         batch["labels"].fill_(-100)
-    mine, (untouched, _) = module(), models()
-    assert fit(mine, data, accumulate_grad_batches=2) == [0.0, 0.0]
-    assert distance(mine.student, untouched) == 0.0
+    fastkd_module, (untouched, _) = module(), models()
+    assert fit(fastkd_module, data, accumulate_grad_batches=2) == [0.0, 0.0]
+    assert distance(fastkd_module.student, untouched) == 0.0
 
 
 def test_what_is_logged() -> None:
-    mine, data = module(), batches(3)
+    fastkd_module, data = module(), batches(3)
     trainer = lightning.Trainer(
         accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False
     )
-    trainer.validate(mine, DataLoader(data, batch_size=None), verbose=False)
+    trainer.validate(fastkd_module, DataLoader(data, batch_size=None), verbose=False)
     names = {"loss", "distillation", "cross_entropy", "student_entropy"}
     assert {f"val_{name}" for name in names} == set(trainer.callback_metrics)
     ids, labels = (torch.cat([batch[name] for batch in data]) for name in ("input_ids", "labels"))
-    student, teacher = mine.student(ids), mine.teacher(ids)  # over all rows, not a mean of means
+    student, teacher = (
+        fastkd_module.student(ids),
+        fastkd_module.teacher(ids),
+    )  # over all rows, not a mean of means
     exact = float(formula(student, teacher, labels))
     assert float(trainer.callback_metrics["val_loss"]) == pytest.approx(exact, rel=1e-5)
     hard = float(nn.functional.cross_entropy(student.flatten(0, 1), labels.flatten()))
     assert float(trainer.callback_metrics["val_cross_entropy"]) == pytest.approx(hard, rel=1e-5)
     entropy = torch.distributions.Categorical(logits=student / 2).entropy()[labels != -100].mean()
-    found = float(trainer.callback_metrics["val_student_entropy"])
-    assert found == pytest.approx(float(entropy), rel=1e-5)
+    actual = float(trainer.callback_metrics["val_student_entropy"])
+    assert actual == pytest.approx(float(entropy), rel=1e-5)
 
 
 def test_the_teacher_stays_as_it_is(tmp_path: Path) -> None:
-    mine = module()
-    assert not mine.teacher.training
-    mine.train()
-    assert not mine.teacher.training
-    assert not any(parameter.requires_grad for parameter in mine.teacher.parameters())
-    assert {name.split(".")[0] for name, _ in mine.named_parameters()} == {"student"}
-    assert mine.double().teacher.head.weight.dtype == torch.float64  # moves and is cast along
+    fastkd_module = module()
+    assert not fastkd_module.teacher.training
+    fastkd_module.train()
+    assert not fastkd_module.teacher.training
+    assert not any(parameter.requires_grad for parameter in fastkd_module.teacher.parameters())
+    assert {name.split(".")[0] for name, _ in fastkd_module.named_parameters()} == {"student"}
+    assert (
+        fastkd_module.double().teacher.head.weight.dtype == torch.float64
+    )  # moves and is cast along
     trainer = lightning.Trainer(
         accelerator="cpu", max_steps=1, logger=False, enable_checkpointing=False,
         enable_progress_bar=False, enable_model_summary=False,
     )  # fmt: skip
-    mine.float()
-    trainer.fit(mine, DataLoader(batches(1), batch_size=None))
+    fastkd_module.float()
+    trainer.fit(fastkd_module, DataLoader(batches(1), batch_size=None))
     trainer.save_checkpoint(tmp_path / "some.ckpt")
     saved = torch.load(tmp_path / "some.ckpt", weights_only=False)["state_dict"]
     assert {name.split(".")[0] for name in saved} == {"student"}
@@ -212,7 +221,7 @@ def test_the_teacher_stays_as_it_is(tmp_path: Path) -> None:
     again = DistillationModule.load_from_checkpoint(
         tmp_path / "some.ckpt", student=student, teacher=teacher, optimizer=SGD
     )
-    assert distance(again.student, mine.student) == 0.0
+    assert distance(again.student, fastkd_module.student) == 0.0
 
 
 def test_forms_of_a_batch() -> None:

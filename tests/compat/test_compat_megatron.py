@@ -76,12 +76,12 @@ def part_of(group: Any, *tensors: Tensor) -> tuple[list[Tensor], int, int]:
 
 def cached(group: Any, ghost: bool, peaked: bool = False) -> tuple[Tensor, Tensor]:
     student, _, logprobs, ids = problem(peaked)
-    (mine,), size, rank = part_of(group, student)
-    mine = mine.clone().requires_grad_()
-    before = mine.detach().clone()
-    loss = megatron.topk_kl_div(mine, logprobs, ids, size, rank, group, ghost)
-    (gradient,) = torch.autograd.grad(loss, mine, upstream().float())
-    assert torch.equal(before, mine)  # Megatron's takes the maximum off in place
+    (own_columns,), size, rank = part_of(group, student)
+    own_columns = own_columns.clone().requires_grad_()
+    before = own_columns.detach().clone()
+    loss = megatron.topk_kl_div(own_columns, logprobs, ids, size, rank, group, ghost)
+    (gradient,) = torch.autograd.grad(loss, own_columns, upstream().float())
+    assert torch.equal(before, own_columns)  # Megatron's takes the maximum off in place
     return loss.detach(), gradient
 
 
@@ -89,8 +89,8 @@ def cached(group: Any, ghost: bool, peaked: bool = False) -> tuple[Tensor, Tenso
 @pytest.mark.parametrize("ghost", [False, True])
 def test_cached_top_k(processes: Processes, ghost: bool, peaked: bool) -> None:
     loss, gradient = exact(ghost, peaked)
-    for found in ([cached(None, ghost, peaked)], processes.run(2, cached, ghost, peaked)):
-        losses, gradients = zip(*found, strict=True)
+    for actual in ([cached(None, ghost, peaked)], processes.run(2, cached, ghost, peaked)):
+        losses, gradients = zip(*actual, strict=True)
         # Megatron sums the loss over processes.
         assert error(torch.stack(losses).sum(0), loss) < 1e-6
         assert error(torch.cat(gradients, -1), gradient) < 1e-6
@@ -100,17 +100,17 @@ def test_megatrons_ghost_of_a_sure_student() -> None:
     """1 - sum q_k in float32, not below 1e-8: the others' probability of 1e-10 is lost, and its gradient."""
     student, _, logprobs, ids = problem(peaked=True)
     kept = (logprobs != megatron.SENTINEL).float()
-    given = student.clone().requires_grad_()
-    log_q = given.log_softmax(-1).gather(-1, ids)
+    inputs = student.clone().requires_grad_()
+    log_q = inputs.log_softmax(-1).gather(-1, ids)
     p = logprobs.exp()
     rest = (1 - (log_q.exp() * kept).sum(-1)).clamp(min=1e-8).log()
     p_rest = (1 - p.sum(-1)).clamp(min=1e-8)
-    theirs = ((p * (logprobs - log_q) * kept).sum(-1) + p_rest * (p_rest.log() - rest)).T
-    (gradient,) = torch.autograd.grad(theirs, given, upstream().float())
+    reference = ((p * (logprobs - log_q) * kept).sum(-1) + p_rest * (p_rest.log() - rest)).T
+    (gradient,) = torch.autograd.grad(reference, inputs, upstream().float())
     loss, truth = exact(True, peaked=True)
-    found, mine = cached(None, True, peaked=True)
-    assert error(theirs.detach(), loss) > 0.01 > 1e-6 > error(found, loss)
-    assert error(gradient, truth) > 0.01 > 1e-6 > error(mine, truth)
+    actual, gradient_found = cached(None, True, peaked=True)
+    assert error(reference.detach(), loss) > 0.01 > 1e-6 > error(actual, loss)
+    assert error(gradient, truth) > 0.01 > 1e-6 > error(gradient_found, truth)
 
 
 def test_without_a_group() -> None:
@@ -134,10 +134,10 @@ def kl(student: Tensor, teacher: Tensor, top_k: int | None, reverse: bool) -> Te
     return (log_p.exp() * (log_p - log_q)).sum(-1).T
 
 
-def spread(group: Any, top_k: int | None, reverse: bool, theirs: bool = False) -> Any:
+def plug_in_loss(group: Any, top_k: int | None, reverse: bool, theirs: bool = False) -> Any:
     """(loss, gradient of this process's columns) of the plug-in's loss, or of ours."""
     student, teacher, *_ = problem()
-    (mine, its), size, _ = part_of(group, student, teacher)
+    (own_columns, teacher_columns), size, _ = part_of(group, student, teacher)
     config = SimpleNamespace(tensor_model_parallel_size=size, sequence_parallel=False)
     module: Any = modelopt
     if theirs:
@@ -151,9 +151,9 @@ def spread(group: Any, top_k: int | None, reverse: bool, theirs: bool = False) -
         loss = module.TopKLogitsKLLoss(config, 2.0, reverse, top_k)
     if not theirs:
         loss._group = lambda: group  # what megatron.core knows of a training run
-    mine = mine.clone().requires_grad_()
-    value, *flags = loss(mine, its)
-    (gradient,) = torch.autograd.grad(value, mine, upstream().float())
+    own_columns = own_columns.clone().requires_grad_()
+    value, *flags = loss(own_columns, teacher_columns)
+    (gradient,) = torch.autograd.grad(value, own_columns, upstream().float())
     return value.detach(), gradient, flags
 
 
@@ -161,23 +161,23 @@ def spread(group: Any, top_k: int | None, reverse: bool, theirs: bool = False) -
 @pytest.mark.parametrize("top_k", [None, 5, 30])  # 30: more than a process has columns
 def test_plug_in(processes: Processes, top_k: int | None, reverse: bool) -> None:
     student, teacher, *_ = problem()
-    given = student.double().requires_grad_()
-    loss = kl(given, teacher.double(), top_k, reverse)
-    (truth,) = torch.autograd.grad(loss, given, upstream())
-    found = processes.run(2, spread, top_k, reverse)
-    for value, _, flags in found:  # whole on each, so that nobody has to reduce it
+    inputs = student.double().requires_grad_()
+    loss = kl(inputs, teacher.double(), top_k, reverse)
+    (truth,) = torch.autograd.grad(loss, inputs, upstream())
+    actual = processes.run(2, plug_in_loss, top_k, reverse)
+    for value, _, flags in actual:  # whole on each, so that nobody has to reduce it
         assert error(value, loss.detach()) < 1e-6
         assert flags == [False, False]
-    assert torch.equal(found[0][0], found[1][0])
-    assert error(torch.cat([gradient for _, gradient, _ in found], -1), truth) < 1e-6
+    assert torch.equal(actual[0][0], actual[1][0])
+    assert error(torch.cat([gradient for _, gradient, _ in actual], -1), truth) < 1e-6
 
 
 @pytest.mark.heavy  # each process imports Model-Optimizer
 def test_plug_in_against_theirs(processes: Processes) -> None:
     for top_k in (None, 5):
-        ours, theirs = (processes.run(2, spread, top_k, False, x) for x in (False, True))
-        whole = sum(x[0] for x in theirs) if top_k is None else theirs[0][0]
-        assert error(whole, ours[0][0].double()) < 1e-5
+        actual, reference = (processes.run(2, plug_in_loss, top_k, False, x) for x in (False, True))
+        whole = sum(x[0] for x in reference) if top_k is None else reference[0][0]
+        assert error(whole, actual[0][0].double()) < 1e-5
         times = 1 if top_k is None else 2  # every process differentiates the whole loss
-        for (_, mine, _), (_, its, _) in zip(ours, theirs, strict=True):
-            assert error(its, times * mine.double()) < 1e-5
+        for (_, gradient, _), (_, original_gradient, _) in zip(actual, reference, strict=True):
+            assert error(original_gradient, times * gradient.double()) < 1e-5

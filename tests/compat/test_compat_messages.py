@@ -171,26 +171,28 @@ def advised(message: str, argument: str) -> bool:
 @pytest.mark.parametrize("name", CALLS)
 def test_messages(name: str) -> None:
     """An error of fastkd's, that names the argument and advises nothing that the adapter has not."""
-    call, given, adapter = CALLS[name]
-    call(**given)
-    known = set(inspect.signature(adapter).parameters) | set(given)
+    call, inputs, adapter = CALLS[name]
+    call(**inputs)
+    known = set(inspect.signature(adapter).parameters) | set(inputs)
     if inspect.isclass(adapter):
         known |= set(inspect.signature(adapter.forward).parameters)
-    for argument, value in given.items():
+    for argument, value in inputs.items():
         for change, function in CHANGES.items():
             if (name, argument, change) in TAKEN:
-                call(**given | {argument: function(value)})
+                call(**inputs | {argument: function(value)})
                 continue
             with pytest.raises((ValueError, TypeError, RuntimeError)) as caught:
-                call(**given | {argument: function(value)})
+                call(**inputs | {argument: function(value)})
             message = str(caught.value)
-            if "targets" in given and change == "another kind of number" and argument == "targets":
+            if "targets" in inputs and change == "another kind of number" and argument == "targets":
                 assert (
                     "target" in message
                 )  # torch's: CrossEntropyLoss takes class probabilities, and these are none
                 continue
             assert not isinstance(caught.value, RuntimeError), message
-            named = [n for n in given if advised(message, n)] or re.search("'head' of the", message)
+            named = [n for n in inputs if advised(message, n)] or re.search(
+                "'head' of the", message
+            )
             assert named or "labels" in message, message
             assert " must " in message, message
             assert "broadcast" not in message
@@ -240,11 +242,11 @@ def test_chunks_however_they_are_cut(name: str, cut: str, tokens: int) -> None:
         "by hand": lambda x: x.split([1, tokens - 4, 3], 1),
     }[cut]
     loss = getattr(torchtune, f"{name}KLWithChunkedOutputLoss")(8)
-    found = loss(parts(student), parts(teacher), labels)
+    actual = loss(parts(student), parts(teacher), labels)
     s, t, rows = student.double().log_softmax(-1), teacher.double().log_softmax(-1), labels != -100
     forward, reverse = -(t.exp() * s).sum(-1)[rows].mean(), (s.exp() * (s - t)).sum(-1)[rows].mean()
     exact = {"Forward": forward, "Reverse": reverse, "Symmetric": (forward + reverse) / 2}[name]
-    torch.testing.assert_close(found.double(), exact, rtol=1e-6, atol=0)
+    torch.testing.assert_close(actual.double(), exact, rtol=1e-6, atol=0)
 
 
 def test_chunks_of_other_tokens() -> None:

@@ -60,8 +60,8 @@ def test_logits_distillation_loss(reduction: str, kind: str) -> None:
         return reduced(4.0 * kl(s, t, 2.0), reduction, s.shape[-1])
 
     exact = run(formula, float64(student), teacher.double())
-    theirs = run(mtd.LogitsDistillationLoss(2.0, reduction), [student], teacher)
-    compare(run(ours.LogitsDistillationLoss(2.0, reduction), [student], teacher), theirs, exact)
+    reference = run(mtd.LogitsDistillationLoss(2.0, reduction), [student], teacher)
+    compare(run(ours.LogitsDistillationLoss(2.0, reduction), [student], teacher), reference, exact)
 
 
 def test_default_divides_by_the_vocabulary() -> None:
@@ -75,12 +75,12 @@ def test_low_precision() -> None:
     student = logits()[0].bfloat16()
     teacher = student + (0.05 * torch.randn(student.shape)).bfloat16()
     exact = run(lambda s, t: kl(s, t).sum(), float64(student), teacher.double())
-    theirs = run(mtd.LogitsDistillationLoss(reduction="sum"), [student], teacher)
-    found = run(ours.LogitsDistillationLoss(reduction="sum"), [student], teacher)
-    assert error(theirs.loss, exact.loss) > 0.02
-    assert error(theirs.gradients[0], exact.gradients[0]) > 0.02
-    assert error(found.loss, exact.loss) < 1e-4
-    assert error(found.gradients[0], exact.gradients[0]) < 2**-8
+    reference = run(mtd.LogitsDistillationLoss(reduction="sum"), [student], teacher)
+    actual = run(ours.LogitsDistillationLoss(reduction="sum"), [student], teacher)
+    assert error(reference.loss, exact.loss) > 0.02
+    assert error(reference.gradients[0], exact.gradients[0]) > 0.02
+    assert error(actual.loss, exact.loss) < 1e-4
+    assert error(actual.gradients[0], exact.gradients[0]) < 2**-8
 
 
 def test_the_teacher_is_a_constant() -> None:
@@ -102,9 +102,9 @@ def test_impossible_tokens() -> None:
     assert mtd.LogitsDistillationLoss()(student, teacher).isnan()
     kept = torch.arange(37) != 5
     exact = kl(student[..., kept].double(), teacher[..., kept].double()).mean() / 37
-    found = run(ours.LogitsDistillationLoss(), [student], teacher)
-    assert error(found.loss, exact) < 1e-6
-    assert found.gradients[0].isfinite().all()
+    actual = run(ours.LogitsDistillationLoss(), [student], teacher)
+    assert error(actual.loss, exact) < 1e-6
+    assert actual.gradients[0].isfinite().all()
 
 
 class Tiny(nn.Module):
@@ -137,9 +137,9 @@ def test_convert(reduction: str) -> None:
             optimizer.step()
             curve.append(float(loss))
         curves.append(curve)
-    theirs, found = curves
-    assert theirs[2] < theirs[0]
-    assert found == pytest.approx(theirs, rel=1e-5)
+    reference, actual = curves
+    assert reference[2] < reference[0]
+    assert actual == pytest.approx(reference, rel=1e-5)
 
 
 def test_the_page() -> None:
@@ -181,9 +181,9 @@ def test_mft_loss(reduction: str, threshold: float) -> None:
         return reduced(4 * (torch.xlogy(target, target) - target * log_q).sum(-1), reduction, 37)
 
     exact = run(formula, float64(student))
-    theirs = run(lambda s: mtd.MFTLoss(2.0, threshold, reduction)(s, teacher, labels), [student])
-    found = run(lambda s: ours.MFTLoss(2.0, threshold, reduction)(s, teacher, labels), [student])
-    compare(found, theirs, exact)
+    reference = run(lambda s: mtd.MFTLoss(2.0, threshold, reduction)(s, teacher, labels), [student])
+    actual = run(lambda s: ours.MFTLoss(2.0, threshold, reduction)(s, teacher, labels), [student])
+    compare(actual, reference, exact)
 
 
 def test_mft_of_a_sure_teacher() -> None:
@@ -213,9 +213,9 @@ def test_mft_where_the_others_underflow(threshold: float) -> None:
 
     exact = run(formula, float64(student))
     loss = ours.MFTLoss(1.0, threshold, "sum")
-    found = run(lambda s: loss(s, teacher, label.argmax(-1)), [student])
-    assert error(found.loss, exact.loss) < 1e-6
-    assert error(found.gradients[0], exact.gradients[0]) < 1e-6
+    actual = run(lambda s: loss(s, teacher, label.argmax(-1)), [student])
+    assert error(actual.loss, exact.loss) < 1e-6
+    assert error(actual.gradients[0], exact.gradients[0]) < 1e-6
 
 
 def test_mft_of_far_logits() -> None:
@@ -224,8 +224,8 @@ def test_mft_of_far_logits() -> None:
     labels = (teacher.argmax(-1) + 1) % 37
     teacher = (256.0 * teacher).round() / 256.0  # so that 8192 more loses no bit
     exact = run(lambda s: ours.MFTLoss()(s, teacher, labels), [student])
-    found = run(lambda s: ours.MFTLoss()(s, teacher + 8192.0, labels), [student])
-    assert error(found.gradients[0], exact.gradients[0]) < 1e-6
+    actual = run(lambda s: ours.MFTLoss()(s, teacher + 8192.0, labels), [student])
+    assert error(actual.gradients[0], exact.gradients[0]) < 1e-6
 
 
 @pytest.mark.parametrize("shape", [(0, 37), (2, 0, 37)])
@@ -268,9 +268,9 @@ def test_megatron_losses(top_k: int | None, reverse: bool) -> None:
         return lambda s: loss((s, None), (teacher, None))[0]  # as ColumnParallelLinear returns them
 
     exact = run(formula, float64(student))
-    theirs = run(call(plugin), [student])
-    assert theirs.loss.shape == (2, 3)
-    compare(run(call(ours), [student]), theirs, exact, floor=2e-6)
+    reference = run(call(plugin), [student])
+    assert reference.loss.shape == (2, 3)
+    compare(run(call(ours), [student]), reference, exact, floor=2e-6)
     flags = getattr(ours, name)(CONFIG, **options)(student, teacher)[1:]
     assert flags == (False, False)
 
@@ -299,11 +299,13 @@ def test_errors() -> None:
     ],
 )
 def test_signatures(module: Any, name: str) -> None:
-    mine, theirs = getattr(ours, name), getattr(module, name)
-    assert issubclass(mine, torch.nn.modules.loss._Loss)  # which mtd.convert asks of a criterion
+    replacement, reference = getattr(ours, name), getattr(module, name)
+    assert issubclass(
+        replacement, torch.nn.modules.loss._Loss
+    )  # which mtd.convert asks of a criterion
     for method in ("__init__", "forward"):
-        found, expected = (
+        actual, expected = (
             [(p.name, p.default) for p in inspect.signature(getattr(x, method)).parameters.values()]
-            for x in (mine, theirs)
+            for x in (replacement, reference)
         )
-        assert found == expected
+        assert actual == expected

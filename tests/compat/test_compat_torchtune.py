@@ -54,13 +54,15 @@ def formula(
 def test_losses(name: str, kind: str) -> None:
     student, teacher, labels = batch(kind)
     flat = [x.flatten(0, 1) for x in (student, teacher)]  # as torchtune's recipes pass them
-    mine, theirs = (getattr(x, f"{name}KLLoss")(**options(name)) for x in (ours, torchtune))
+    replacement, reference = (
+        getattr(x, f"{name}KLLoss")(**options(name)) for x in (ours, torchtune)
+    )
     for normalize in (True, False):
         exact = run(
             formula, float64(flat[0]), flat[1].double(), labels.flatten(), RATIOS[name], normalize
         )
-        found = run(mine, flat[:1], flat[1], labels, normalize)
-        compare(found, run(theirs, flat[:1], flat[1], labels, normalize), exact)
+        actual = run(replacement, flat[:1], flat[1], labels, normalize)
+        compare(actual, run(reference, flat[:1], flat[1], labels, normalize), exact)
 
 
 @pytest.mark.parametrize("chunks", [1, 3, 8])
@@ -73,23 +75,25 @@ def test_chunks(name: str, chunks: int) -> None:
     def of(loss: Any) -> Any:
         return lambda s: loss(s.chunk(chunks, 1), teacher.chunk(chunks, 1), labels)
 
-    mine, theirs = (
+    replacement, reference = (
         getattr(x, f"{name}KLWithChunkedOutputLoss")(chunks, **options(name))
         for x in (ours, torchtune)
     )
     exact = run(formula, float64(student), teacher.double(), labels, RATIOS[name])
-    compare(run(of(mine), [student]), run(of(theirs), [student]), exact)
+    compare(run(of(replacement), [student]), run(of(reference), [student]), exact)
 
 
 @pytest.mark.parametrize("name", RATIOS)
 def test_bfloat16(name: str) -> None:
     student, teacher, labels = batch("random", torch.bfloat16)
     exact = run(formula, float64(student), teacher.double(), labels, RATIOS[name])
-    mine, theirs = (getattr(x, f"{name}KLLoss")(**options(name)) for x in (ours, torchtune))
-    found = run(mine, [student], teacher, labels)
-    assert found.loss.dtype == torch.float32
-    assert found.gradients[0].dtype == torch.bfloat16
-    compare(found, run(theirs, [student], teacher, labels), exact, same=2**-7)
+    replacement, reference = (
+        getattr(x, f"{name}KLLoss")(**options(name)) for x in (ours, torchtune)
+    )
+    actual = run(replacement, [student], teacher, labels)
+    assert actual.loss.dtype == torch.float32
+    assert actual.gradients[0].dtype == torch.bfloat16
+    compare(actual, run(reference, [student], teacher, labels), exact, same=2**-7)
 
 
 @pytest.mark.parametrize("name", RATIOS)
@@ -97,14 +101,14 @@ def test_no_row_counts(name: str) -> None:
     """torchtune's is a constant, which DDP waits for in vain, or NaN."""
     student, teacher, labels = batch("random")
     labels = torch.full_like(labels, IGNORED)
-    for mine, theirs, chunked in (
+    for replacement, reference, chunked in (
         (f"{name}KLLoss", f"{name}KLLoss", False),
         (f"{name}KLWithChunkedOutputLoss", f"{name}KLWithChunkedOutputLoss", True),
     ):
-        given = [x.chunk(8, 1) if chunked else x for x in (student.requires_grad_(), teacher)]
-        wrong = getattr(torchtune, theirs)(**options(name))(*given, labels)
+        inputs = [x.chunk(8, 1) if chunked else x for x in (student.requires_grad_(), teacher)]
+        wrong = getattr(torchtune, reference)(**options(name))(*inputs, labels)
         assert wrong.isnan() or not wrong.requires_grad or name == "Symmetric"
-        loss = getattr(ours, mine)(**options(name))(*given, labels)
+        loss = getattr(ours, replacement)(**options(name))(*inputs, labels)
         assert loss == 0
         assert torch.autograd.grad(loss, student)[0].eq(0).all()
 
@@ -118,12 +122,14 @@ def test_impossible_tokens() -> None:
         exact = run(
             formula, float64(student[..., kept]), teacher[..., kept].double(), labels, ratio
         )
-        mine, theirs = (getattr(x, f"{name}KLLoss")(**options(name)) for x in (ours, torchtune))
-        found = run(mine, [student], teacher, labels)
-        assert error(found.loss, exact.loss) < 1e-6
-        assert error(found.gradients[0][..., kept], exact.gradients[0]) < 1e-6
-        assert found.gradients[0][..., 5].eq(0).all()
-        wrong = run(theirs, [student], teacher, labels).gradients[0]
+        replacement, reference = (
+            getattr(x, f"{name}KLLoss")(**options(name)) for x in (ours, torchtune)
+        )
+        actual = run(replacement, [student], teacher, labels)
+        assert error(actual.loss, exact.loss) < 1e-6
+        assert error(actual.gradients[0][..., kept], exact.gradients[0]) < 1e-6
+        assert actual.gradients[0][..., 5].eq(0).all()
+        wrong = run(reference, [student], teacher, labels).gradients[0]
         assert wrong.isnan().any() == (name != "Forward")
     # On one side only the formula is infinite, and torchtune leaves the column out.
     teacher[..., 5] = 0.0
@@ -145,13 +151,13 @@ def test_chunks_that_do_not_match() -> None:
 @pytest.mark.parametrize("suffix", ["KLLoss", "KLWithChunkedOutputLoss"])
 @pytest.mark.parametrize("name", RATIOS)
 def test_signatures(name: str, suffix: str) -> None:
-    mine, theirs = (getattr(x, name + suffix) for x in (ours, torchtune))
+    replacement, reference = (getattr(x, name + suffix) for x in (ours, torchtune))
     for method in ("__init__", "forward"):
-        found, expected = (
+        actual, expected = (
             [(p.name, p.default) for p in inspect.signature(getattr(x, method)).parameters.values()]
-            for x in (mine, theirs)
+            for x in (replacement, reference)
         )
-        assert found == expected
+        assert actual == expected
     kept = {"ignore_index", *options(name), *(["num_output_chunks"] if "Chunked" in suffix else [])}
     for attribute in kept:  # the recipes read them
-        assert getattr(mine(), attribute) == getattr(theirs(), attribute)
+        assert getattr(replacement(), attribute) == getattr(reference(), attribute)

@@ -39,7 +39,7 @@ def teacher() -> nn.Module:
 def sentences(count: int = 8, length: int = 7, labelled: bool = True) -> list[Batch]:
     """Padded on the right, each by another length; of one nothing counts."""
     generator = torch.Generator().manual_seed(3)
-    found = []
+    results = []
     for i in range(count):
         ids = torch.randint(3, 61, (length,), generator=generator)
         real = torch.arange(length) < length - i % 4
@@ -47,14 +47,14 @@ def sentences(count: int = 8, length: int = 7, labelled: bool = True) -> list[Ba
         if labelled:
             prompt = torch.arange(length) < i % 3
             example["labels"] = ids.where(real & ~prompt & torch.tensor(i != 5), -100)
-        found.append(example)
-    return found
+        results.append(example)
+    return results
 
 
 @pytest.fixture
 def arguments(tmp_path: Path) -> Callable[..., Any]:
     def made(**options: Any) -> Any:
-        given = {
+        inputs = {
             "output_dir": str(tmp_path),
             "use_cpu": True,
             "report_to": [],
@@ -70,7 +70,7 @@ def arguments(tmp_path: Path) -> Callable[..., Any]:
             "num_train_epochs": 1,
             "seed": 5,
         }
-        return transformers.TrainingArguments(**(given | options))
+        return transformers.TrainingArguments(**(inputs | options))
 
     return made
 
@@ -147,9 +147,9 @@ def test_as_the_loss_by_hand(
         )
         trainer.train()
         runs.append((losses(trainer), weights(model)))
-    (stock, stock_weights), (ours, our_weights) = runs
-    assert len(ours) == 4 and stock[0] - stock[-1] > 0.05
-    assert ours == pytest.approx(stock, rel=2e-6)
+    (stock, stock_weights), (actual, our_weights) = runs
+    assert len(actual) == 4 and stock[0] - stock[-1] > 0.05
+    assert actual == pytest.approx(stock, rel=2e-6)
     assert (our_weights - stock_weights).abs().max() < 1e-6
     assert (our_weights - weights(student)).abs().max() > 1e-2
 
@@ -161,9 +161,9 @@ def gradient_of(trainer: Any, batches: list[Batch]) -> Tensor:
     num_items = trainer._get_num_items_in_batch(batches, torch.device("cpu"))
     for batch in batches:
         trainer.training_step(model, dict(batch), num_items)
-    found = torch.cat([parameter.grad.flatten() for parameter in model.parameters()])
+    actual = torch.cat([parameter.grad.flatten() for parameter in model.parameters()])
     model.zero_grad()
-    return found
+    return actual
 
 
 def stacked(examples: list[Batch], size: int) -> list[Batch]:
@@ -208,8 +208,8 @@ def test_accumulated_batches_have_the_gradient_of_one(
     exact, plain = references
     bar = (plain - exact).abs().max()
     for size in (1, 4, 8):
-        found = gradient_of(trainer, stacked(examples, size))
-        assert (found - exact).abs().max() <= 2 * bar + 1e-7, size
+        actual = gradient_of(trainer, stacked(examples, size))
+        assert (actual - exact).abs().max() <= 2 * bar + 1e-7, size
     assert exact.abs().max() > 0.1
 
 
@@ -219,7 +219,7 @@ def test_without_labels(
     """Rows that predict no padding count; the Trainer divides by the number of batches."""
     examples = sentences(labelled=False)
     trainer = kd_trainer(student, arguments(), teacher_model=teacher, loss_kwargs={})
-    found = gradient_of(trainer, stacked(examples, 4))
+    actual = gradient_of(trainer, stacked(examples, 4))
     total = torch.zeros(())
     for batch in stacked(examples, 4):
         labels = batch["input_ids"].where(batch["attention_mask"] == 1, -100)
@@ -228,7 +228,7 @@ def test_without_labels(
         total = total + plain_loss(s, t.detach(), labels, rows, alpha=1.0, temperature=1.0) / 2
     total.backward()
     expected = torch.cat([parameter.grad.flatten() for parameter in student.parameters()])
-    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-7)
     trainer = kd_trainer(
         student,
         arguments(label_names=[], per_device_eval_batch_size=8),
@@ -348,9 +348,9 @@ def test_labels_that_are_shifted_already(
     shifted = F.pad(batch["labels"][:, 1:], (0, 1), value=-100)
     trainer = kd_trainer(student, arguments(), teacher_model=teacher)
     expected = trainer.compute_loss(student, batch)
-    for given in ({"labels": batch["labels"], "shift_labels": shifted}, {"shift_labels": shifted}):
+    for inputs in ({"labels": batch["labels"], "shift_labels": shifted}, {"shift_labels": shifted}):
         features = {name: batch[name] for name in ("input_ids", "attention_mask")}
-        assert torch.equal(trainer.compute_loss(student, features | given), expected)
+        assert torch.equal(trainer.compute_loss(student, features | inputs), expected)
     aligned = kd_trainer(student, arguments(), teacher_model=teacher, shift_labels=False)
     assert torch.equal(aligned.compute_loss(student, batch | {"labels": shifted}), expected)
     assert aligned._get_num_items_in_batch([batch], "cpu") == (batch["labels"] != -100).sum()
@@ -379,14 +379,14 @@ def test_a_teacher_that_is_a_function(
         fused=fused,
     )
     columns = {"teacher_ids": top.indices, "teacher_logprobs": top.values}
-    found = trainer.compute_loss(trainer.model, batch | columns)
+    actual = trainer.compute_loss(trainer.model, batch | columns)
     logits = student(batch["input_ids"], batch["attention_mask"]).logits[:, :-1]
     expected = fastkd.kd_loss(
         logits,
         fastkd.TopK(*(c[:, :-1] for c in columns.values())),
         batch["labels"][:, 1:].contiguous(),
     )
-    torch.testing.assert_close(found, expected, rtol=1e-6, atol=0)
+    torch.testing.assert_close(actual, expected, rtol=1e-6, atol=0)
 
 
 def test_nothing_counts(
@@ -495,10 +495,10 @@ def test_fused_in_mixed_precision(
     monkeypatch.setattr(fastkd.engine.linear, "kd_chunks", spy)
     trainer = kd_trainer(student, arguments(bf16=True), teacher_model=teacher, fused=True)
     trainer.model = trainer.accelerator.prepare_model(student)
-    found = trainer.compute_loss(trainer.model, batch)
+    actual = trainer.compute_loss(trainer.model, batch)
     dense = kd_trainer(student, arguments(bf16=True), teacher_model=teacher)
-    torch.testing.assert_close(found, dense.compute_loss(trainer.model, batch), rtol=2e-2, atol=0)
-    found.backward()
+    torch.testing.assert_close(actual, dense.compute_loss(trainer.model, batch), rtol=2e-2, atol=0)
+    actual.backward()
     assert seen == [{torch.bfloat16}]
     assert student.lm_head.weight.grad.dtype == torch.float32
 
@@ -579,8 +579,8 @@ def test_what_a_trainer_must_not_be(
     student: nn.Module, teacher: nn.Module, arguments: Callable[..., Any]
 ) -> None:
     def build(**options: Any) -> Any:
-        given = {"args": arguments(), "teacher_model": teacher} | options
-        return kd_trainer(student, **given)
+        inputs = {"args": arguments(), "teacher_model": teacher} | options
+        return kd_trainer(student, **inputs)
 
     with pytest.raises(ValueError, match="teacher_model must not be the student"):
         build(teacher_model=student)

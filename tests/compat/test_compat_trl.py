@@ -75,12 +75,12 @@ def assert_no_further_off(
     """Value and gradients are as near to float64 as TRL's, or within an ulp of their terms."""
     exact = with_gradients(stock_jsd, student.double(), teacher.double(), upstream, **options)
     stock = with_gradients(stock_jsd, student, teacher, upstream, **options)
-    found = with_gradients(generalized_jsd_loss, student, teacher, upstream, **options)
-    assert found[0].shape == stock[0].shape
+    actual = with_gradients(generalized_jsd_loss, student, teacher, upstream, **options)
+    assert actual[0].shape == stock[0].shape
     assert (
-        (found[0] - exact[0]).abs() <= (stock[0] - exact[0]).abs() + ULP * exact[0].abs().max()
+        (actual[0] - exact[0]).abs() <= (stock[0] - exact[0]).abs() + ULP * exact[0].abs().max()
     ).all()
-    for a, b, c in zip(found[1:], stock[1:], exact[1:], strict=True):
+    for a, b, c in zip(actual[1:], stock[1:], exact[1:], strict=True):
         bar = (b - c).abs().max() + 4 * ULP * c.abs().max()
         if student.dtype != torch.float32:  # one rounding
             bar = bar + c.abs() * torch.finfo(student.dtype).eps + 1e-7
@@ -144,10 +144,10 @@ def test_a_token_that_both_exclude() -> None:
     keep = torch.arange(203) != 7
     for reduction in ("batchmean", "none"):
         s = student.clone().requires_grad_()
-        found = generalized_jsd_loss(s, teacher, reduction=reduction)
+        actual = generalized_jsd_loss(s, teacher, reduction=reduction)
         expected = stock_jsd(student[..., keep], teacher[..., keep], reduction=reduction)
-        torch.testing.assert_close(found.sum(), expected.sum(), rtol=1e-5, atol=0)
-        found.sum().backward()
+        torch.testing.assert_close(actual.sum(), expected.sum(), rtol=1e-5, atol=0)
+        actual.sum().backward()
         assert s.grad.isfinite().all()
     assert stock_jsd(student, teacher).isnan()
 
@@ -164,12 +164,12 @@ def test_errors_of_the_loss() -> None:
 
 
 def test_signatures() -> None:
-    for ours, theirs in (
+    for actual, reference in (
         (generalized_jsd_loss, stock_jsd),
         (chunked_divergence_loss, stock_chunked),
     ):
-        expected = {n: p.default for n, p in inspect.signature(theirs).parameters.items()}
-        assert {n: p.default for n, p in inspect.signature(ours).parameters.items()} == expected
+        expected = {n: p.default for n, p in inspect.signature(reference).parameters.items()}
+        assert {n: p.default for n, p in inspect.signature(actual).parameters.items()} == expected
 
 
 # ---- the chunked loss
@@ -242,14 +242,14 @@ def assert_chunked(given: dict[str, Any]) -> None:
         for n, v in given.items()
     }
     exact = run_chunked(by_definition(doubles), doubles)
-    stock, found = (run_chunked(f, given) for f in (stock_chunked, chunked_divergence_loss))
-    for i, (a, b, c) in enumerate(zip(found, stock, exact, strict=True)):
+    stock, actual = (run_chunked(f, given) for f in (stock_chunked, chunked_divergence_loss))
+    for i, (a, b, c) in enumerate(zip(actual, stock, exact, strict=True)):
         assert a.shape == b.shape and a.dtype == b.dtype
         bar = 2 * (b - c).abs().max() + (1e-12 if i == 2 else 2**-20 * c.abs().max())
         if a.dtype == torch.bfloat16:
             bar = bar + 2**-8 * c.abs()
         assert ((a - c).abs() <= bar).all(), i
-    assert int(found[2]) == int(exact[2])
+    assert int(actual[2]) == int(exact[2])
 
 
 @pytest.mark.parametrize("beta", BETAS)
@@ -280,11 +280,11 @@ def test_chunked_casts_a_master_copy() -> None:
     """FSDP2's mixed precision: hidden states in bfloat16, a head in float32 that gets its gradient in float32."""
     heads = two_heads() | {"beta": 0.5}
     low = {n: v.bfloat16() if "hidden" in n else v for n, v in heads.items() if n != "beta"}
-    found = run_chunked(chunked_divergence_loss, low | {"beta": 0.5})
+    actual = run_chunked(chunked_divergence_loss, low | {"beta": 0.5})
     expected = run_chunked(stock_chunked, low | {"beta": 0.5})
-    assert found[4].dtype == torch.float32
-    torch.testing.assert_close(found[:3], expected[:3], rtol=2e-2, atol=0)
-    torch.testing.assert_close(found[4], expected[4], rtol=5e-2, atol=1e-3)
+    assert actual[4].dtype == torch.float32
+    torch.testing.assert_close(actual[:3], expected[:3], rtol=2e-2, atol=0)
+    torch.testing.assert_close(actual[4], expected[4], rtol=5e-2, atol=1e-3)
 
 
 def test_chunked_takes_a_spread_head(tmp_path: Path) -> None:
@@ -301,11 +301,11 @@ def test_chunked_takes_a_spread_head(tmp_path: Path) -> None:
             n: distribute_tensor(v, mesh, [Shard(0)]) if "lm_head" in n else v
             for n, v in heads.items()
         }
-        found = run_chunked(chunked_divergence_loss, spread)
-        assert torch.equal(found[4].full_tensor(), expected[4])
+        actual = run_chunked(chunked_divergence_loss, spread)
+        assert torch.equal(actual[4].full_tensor(), expected[4])
     finally:
         dist.destroy_process_group()
-    assert all(torch.equal(a, b) for a, b in zip(found[:4], expected[:4], strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(actual[:4], expected[:4], strict=True))
 
 
 def gradient_of_a_spread_head(group: Any) -> tuple[Tensor, Tensor]:
@@ -316,15 +316,15 @@ def gradient_of_a_spread_head(group: Any) -> tuple[Tensor, Tensor]:
 
     mesh = DeviceMesh.from_group(group, "cpu")
     rank = dist.get_rank(group)
-    given = {
+    inputs = {
         name: value if "lm_head" in name else value[rank : rank + 1]
         for name, value in two_heads().items()
     } | {"beta": 0.5}
-    mean = run_chunked(chunked_divergence_loss, given)[4]
+    mean = run_chunked(chunked_divergence_loss, inputs)[4]
     dist.all_reduce(mean, group=group)
     spread = {
         name: distribute_tensor(value, mesh, [Shard(0)]) if "lm_head" in name else value
-        for name, value in given.items()
+        for name, value in inputs.items()
     }
     return run_chunked(chunked_divergence_loss, spread)[4].full_tensor(), mean / 2
 
@@ -336,8 +336,8 @@ def test_chunked_averages_over_processes() -> None:
 
     pool = Processes(2)
     try:
-        for found, expected in pool.run(2, gradient_of_a_spread_head):
-            assert torch.equal(found, expected) and expected.abs().max() > 1e-3
+        for actual, expected in pool.run(2, gradient_of_a_spread_head):
+            assert torch.equal(actual, expected) and expected.abs().max() > 1e-3
     finally:
         pool.stop()
 
@@ -444,26 +444,26 @@ def test_trainers(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert not calls
     trainer = build(getattr(adapter, name), tmp_path)
     assert isinstance(trainer, stock_class)
-    ours = trained(trainer)
+    actual = trained(trainer)
     assert len(calls) == 10
-    assert len(ours[0]) == 5 and len(set(ours[0])) == 5
-    assert ours[0] == pytest.approx(stock[0], rel=2e-6)
-    assert ours[1] == pytest.approx(stock[1], rel=2e-6)
-    assert len(ours[1]) == (5 if name == "DistillationTrainer" else 0)
-    assert (ours[2] - stock[2]).abs().max() < 2e-6
+    assert len(actual[0]) == 5 and len(set(actual[0])) == 5
+    assert actual[0] == pytest.approx(stock[0], rel=2e-6)
+    assert actual[1] == pytest.approx(stock[1], rel=2e-6)
+    assert len(actual[1]) == (5 if name == "DistillationTrainer" else 0)
+    assert (actual[2] - stock[2]).abs().max() < 2e-6
     start = torch.cat([p.detach().flatten() for p in models()["model"].parameters()])
-    assert (ours[2] - start).abs().max() > 1e-2
+    assert (actual[2] - start).abs().max() > 1e-2
 
 
 @pytest.mark.parametrize("name", TRAINERS)
 def test_evaluation(name: str, tmp_path: Path) -> None:
     build, stock_class, _ = TRAINERS[name]
-    found = []
+    results = []
     for trainer_class in (stock_class, getattr(adapter, name)):
         trainer = build(trainer_class, tmp_path)
         torch.manual_seed(0)
-        found.append(trainer.evaluate()["eval_loss"])
-    assert found[1] == pytest.approx(found[0], rel=1e-6)
+        results.append(trainer.evaluate()["eval_loss"])
+    assert results[1] == pytest.approx(results[0], rel=1e-6)
 
 
 def test_gkd_at_temperature_one(tmp_path: Path) -> None:
@@ -475,7 +475,7 @@ def test_gkd_at_temperature_one(tmp_path: Path) -> None:
             functools.partial(generalized_jsd_loss, temperature=3.0)
         )
 
-    found = [
+    results = [
         gkd(trainer, tmp_path, temperature=temperature).evaluate()["eval_loss"]
         for trainer, temperature in (
             (adapter.GKDTrainer, 0.9),
@@ -483,7 +483,7 @@ def test_gkd_at_temperature_one(tmp_path: Path) -> None:
             (Warmer, 0.9),
         )
     ]
-    assert found[0] == found[1] > 2 * found[2]
+    assert results[0] == results[1] > 2 * results[2]
 
 
 def test_a_mixture_of_experts(tmp_path: Path) -> None:
@@ -510,13 +510,13 @@ def test_a_mixture_of_experts(tmp_path: Path) -> None:
 
 
 def test_trl_is_left_as_it_is() -> None:
-    ours = adapter.DistillationTrainer
+    actual = adapter.DistillationTrainer
     name = "_chunked_divergence_loss"
     assert getattr(distillation_trainer, name) is stock_chunked
     assert DistillationTrainer._compute_loss.__globals__[name] is stock_chunked
-    assert ours._compute_loss.__globals__[name] is chunked_divergence_loss
-    assert adapter.DistillationTrainer is ours
-    assert ours.__module__ == "fastkd.compat.trl" and "fastkd" in ours.__doc__
+    assert actual._compute_loss.__globals__[name] is chunked_divergence_loss
+    assert adapter.DistillationTrainer is actual
+    assert actual.__module__ == "fastkd.compat.trl" and "fastkd" in actual.__doc__
 
 
 def test_another_version(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""What autograd may ask of a loss: upstream gradients, kept graphs, checkpoints, hooks, and modes that must raise."""
+"""A loss under autograd: upstream gradients, retained graphs, checkpoints, hooks, and modes that must raise."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ def test_an_upstream_gradient_of_zero(any_backend: str, dtype: torch.dtype) -> N
 
 
 def test_float16_gradient_of_a_scaled_loss_does_not_underflow(backend: str) -> None:
-    """1 / (N V) is below float16: rounding before the scaler's factor leaves zeros for it to scale."""
+    """1 / (N V) underflows in float16: if it is rounded before the scaler's factor, only zeros are left."""
     student = logits(32, 4000, seed=3, spread=0.5, dtype=torch.float16).requires_grad_()
     teacher = logits(32, 4000, seed=4, spread=0.5, dtype=torch.float16)
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**20)

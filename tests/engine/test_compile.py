@@ -85,7 +85,7 @@ def _compare(
     rows: int,
     dtype: torch.dtype,
 ) -> None:
-    """The compiled function against the eager one: value and both gradients."""
+    """Compare the compiled function with the eager one: value and both gradients."""
     student, teacher, labels = _batch(rows, dtype)
     generator = torch.Generator().manual_seed(rows)
     batch: dict[str, Tensor] = {}
@@ -205,10 +205,10 @@ def test_a_divergence_of_the_user_is_compiled() -> None:
     ) -> tuple[Tensor, Tensor]:
         return factor * p * (log_p - log_q), -factor * p
 
-    mine = fastkd.Divergence("mine", function, (2.0,))
+    custom = fastkd.Divergence("mine", function, (2.0,))
     student, teacher, _ = _batch(5)
     compiled = torch.compile(kd_loss, fullgraph=True, backend="aot_eager")
-    loss = compiled(student, teacher, divergence=mine, backend="reference")
+    loss = compiled(student, teacher, divergence=custom, backend="reference")
     torch.testing.assert_close(loss, 2 * kd_loss(student, teacher, backend="reference"))
 
 

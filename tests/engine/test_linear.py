@@ -33,7 +33,7 @@ N, H, WIDER, V = 19, 24, 40, 2_100
 
 
 class Problem(NamedTuple):
-    """Operands as a user has them."""
+    """Operands in the form that a user passes."""
 
     hidden: Tensor
     weight: Tensor
@@ -114,7 +114,7 @@ def composed(
     upstream: Tensor | None,
     **options: Any,
 ) -> dict[str, Tensor]:
-    """Loss and gradients as plain PyTorch has them in that dtype."""
+    """Loss and gradients of plain PyTorch in the given dtype."""
     vocabulary = options.get("vocab_size") or given.weight.shape[0]
     hidden, weight = given.hidden.to(dtype), given.weight.to(dtype)
     s = hidden @ weight.T
@@ -168,15 +168,15 @@ def check(
         return_parts=True,
         **options,
     )
-    found = dict(
+    results = dict(
         zip(("hidden", "weight", "bias"), torch.autograd.grad(loss, leaves, upstream), strict=False)
     )
     for name, leaf in zip(("hidden", "weight", "bias"), leaves, strict=False):
-        assert found[name].dtype == leaf.dtype and found[name].shape == leaf.shape
+        assert results[name].dtype == leaf.dtype and results[name].shape == leaf.shape
     exact = composed(given, torch.float64, labels, upstream, **options)
     plain = composed(given, torch.float32, labels, upstream, **options)
-    found |= {"loss": loss.detach()} | parts._asdict()
-    for name, value in found.items():
+    results |= {"loss": loss.detach()} | parts._asdict()
+    for name, value in results.items():
         if name == "counted":
             continue
         # The reference is plain float32 PyTorch in another order: neither is the more exact of the two.
@@ -212,9 +212,9 @@ def test_every_divergence(any_backend: str, form: str, divergence: str) -> None:
 
 @pytest.mark.parametrize("form", ["linear", "arithmetic"])
 def test_triton(form: str) -> None:
-    given = problem(form, 3, rows=130, teacher_rows=130, bias=True)
+    inputs = problem(form, 3, rows=130, teacher_rows=130, bias=True)
     labels = labels_for(3, vocabulary=130, seed=3, ignored=0.3)
-    check("triton", given, labels, alpha=0.5, divergence="jsd", temperature=2.0, chunk_size=2)
+    check("triton", inputs, labels, alpha=0.5, divergence="jsd", temperature=2.0, chunk_size=2)
     half = problem(form, 3, rows=130, teacher_rows=130, dtype=torch.bfloat16)
     check("triton", half, chunk_size=2, rounding=2**-8)
 
@@ -267,15 +267,15 @@ def test_one_loss_a_row(backend: str, form: str) -> None:
 
 @pytest.mark.parametrize("form", ["linear", "dense", "geometric"])
 def test_padded_vocabularies(backend: str, form: str) -> None:
-    given = problem(form, bias=True, rows=V + 30, teacher_rows=V + 7)
-    check(backend, given, vocab_size=V - 3)
+    inputs = problem(form, bias=True, rows=V + 30, teacher_rows=V + 7)
+    check(backend, inputs, vocab_size=V - 3)
 
 
 def test_leading_shapes_and_strides(backend: str) -> None:
-    given = problem("linear", 3, 5)
-    shifted = given._replace(
-        hidden=given.hidden[:, :-1],
-        teacher=fastkd.LinearTeacher(given.teacher.hidden[:, :-1], given.teacher.weight),
+    inputs = problem("linear", 3, 5)
+    shifted = inputs._replace(
+        hidden=inputs.hidden[:, :-1],
+        teacher=fastkd.LinearTeacher(inputs.teacher.hidden[:, :-1], inputs.teacher.weight),
     )
     assert not shifted.hidden.is_contiguous()
     loss = fastkd.fused_linear_kd_loss(*shifted[:2], shifted.teacher, backend=backend, chunk_size=5)
@@ -299,38 +299,38 @@ def test_leading_shapes_and_strides(backend: str) -> None:
 @pytest.mark.parametrize(("dtype", "rounding"), [(torch.bfloat16, 2**-8), (torch.float16, 2**-11)])
 @pytest.mark.parametrize("form", ["linear", "dense", "arithmetic"])
 def test_low_precision(backend: str, dtype: torch.dtype, rounding: float, form: str) -> None:
-    given = problem(form, dtype=dtype, bias=True)
-    check(backend, given, divergence="jsd", rounding=rounding)
-    check(backend, given, reduction="none", upstream=upstream_for(N), rounding=2 * rounding)
+    inputs = problem(form, dtype=dtype, bias=True)
+    check(backend, inputs, divergence="jsd", rounding=rounding)
+    check(backend, inputs, reduction="none", upstream=upstream_for(N), rounding=2 * rounding)
 
 
 def test_logits_in_low_precision_are_worse_and_an_option(backend: str) -> None:
-    given = problem(dtype=torch.bfloat16)
-    check(backend, given, logits_dtype=torch.float32, rounding=2**-8)
-    check(backend, given, logits_dtype=torch.bfloat16, rounding=0.25)
+    inputs = problem(dtype=torch.bfloat16)
+    check(backend, inputs, logits_dtype=torch.float32, rounding=2**-8)
+    check(backend, inputs, logits_dtype=torch.bfloat16, rounding=0.25)
     with pytest.raises(AssertionError):
-        check(backend, given, logits_dtype=torch.bfloat16, rounding=2**-8)
+        check(backend, inputs, logits_dtype=torch.bfloat16, rounding=2**-8)
 
 
 def test_a_loss_scaler_finds_float16_gradients() -> None:
     # With a weight of 1 / (N V) the gradient is below float16's smallest number until the scaler's factor is inside.
-    given = problem(dtype=torch.float16)
-    leaves = given.leaves()
+    inputs = problem(dtype=torch.float16)
+    leaves = inputs.leaves()
     scale = 2.0**-22
-    loss = fastkd.fused_linear_kd_loss(*leaves, given.teacher, weight=torch.full((N,), scale))
+    loss = fastkd.fused_linear_kd_loss(*leaves, inputs.teacher, weight=torch.full((N,), scale))
     gradients = torch.autograd.grad(loss, leaves, torch.tensor(1 / scale))
-    exact = composed(given, torch.float64, None, None)
+    exact = composed(inputs, torch.float64, None, None)
     for gradient, name in zip(gradients, ("hidden", "weight"), strict=True):
         assert error(gradient, exact[name]) < 2**-10
 
 
 def test_float64_is_served_by_the_reference() -> None:
-    given = problem(dtype=torch.float64, bias=True)
-    leaves = given.leaves()
+    inputs = problem(dtype=torch.float64, bias=True)
+    leaves = inputs.leaves()
     loss = fastkd.fused_linear_kd_loss(
-        *leaves[:2], given.teacher, student_bias=leaves[2], chunk_size=7, backend="reference"
+        *leaves[:2], inputs.teacher, student_bias=leaves[2], chunk_size=7, backend="reference"
     )
-    exact = composed(given, torch.float64, None, None)
+    exact = composed(inputs, torch.float64, None, None)
     for gradient, name in zip(
         torch.autograd.grad(loss, leaves), ("hidden", "weight", "bias"), strict=True
     ):
@@ -339,8 +339,8 @@ def test_float64_is_served_by_the_reference() -> None:
 
 @pytest.mark.parametrize("kept", ["hidden", "weight", "bias"])
 def test_frozen_operands(backend: str, kept: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    given = problem(bias=True)
-    operands = dict(zip(("hidden", "weight", "bias"), given.leaves(), strict=True))
+    inputs = problem(bias=True)
+    operands = dict(zip(("hidden", "weight", "bias"), inputs.leaves(), strict=True))
     products_of_weight = []
     monkeypatch.setattr(
         chunks,
@@ -350,35 +350,35 @@ def test_frozen_operands(backend: str, kept: str, monkeypatch: pytest.MonkeyPatc
     for name, operand in operands.items():
         operand.requires_grad_(name == kept)
     loss = fastkd.fused_linear_kd_loss(
-        operands["hidden"], operands["weight"], given.teacher, student_bias=operands["bias"],
+        operands["hidden"], operands["weight"], inputs.teacher, student_bias=operands["bias"],
         chunk_size=7, backend=backend,
     )  # fmt: skip
     loss.backward()
-    exact = composed(given, torch.float64, None, None)
+    exact = composed(inputs, torch.float64, None, None)
     assert error(operands[kept].grad, exact[kept]) < 1e-5
     assert all((operand.grad is None) == (name != kept) for name, operand in operands.items())
     assert bool(products_of_weight) == (kept == "weight")
 
 
 def test_no_gradient_is_made_without_need(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    given = problem(bias=True)
+    inputs = problem(bias=True)
     monkeypatch.setattr(chunks, "hidden_gradient", None)
     monkeypatch.setattr(chunks, "add_weight_gradient", None)
     with torch.no_grad():
-        loss = fastkd.fused_linear_kd_loss(*given.leaves()[:2], given.teacher, backend=backend)
+        loss = fastkd.fused_linear_kd_loss(*inputs.leaves()[:2], inputs.teacher, backend=backend)
     assert not loss.requires_grad
     assert loss == fastkd.fused_linear_kd_loss(
-        given.hidden, given.weight, given.teacher, backend=backend
+        inputs.hidden, inputs.weight, inputs.teacher, backend=backend
     )
 
 
 def test_retain_graph_and_double_backward(backend: str) -> None:
-    given = problem(bias=True)
+    inputs = problem(bias=True)
     for options in ({}, {"reduction": "none"}):
-        leaves = given.leaves()
+        leaves = inputs.leaves()
         loss = fastkd.fused_linear_kd_loss(
             *leaves[:2],
-            given.teacher,
+            inputs.teacher,
             student_bias=leaves[2],
             chunk_size=7,
             backend=backend,
@@ -389,30 +389,30 @@ def test_retain_graph_and_double_backward(backend: str) -> None:
         third = torch.autograd.grad(2 * loss, leaves)
         for a, b, c in zip(first, second, third, strict=True):
             assert torch.equal(a, b) and torch.equal(b, c)
-        loss = fastkd.fused_linear_kd_loss(*leaves[:2], given.teacher, backend=backend)
+        loss = fastkd.fused_linear_kd_loss(*leaves[:2], inputs.teacher, backend=backend)
         (gradient,) = torch.autograd.grad(loss, leaves[:1], create_graph=True)
         with pytest.raises(RuntimeError, match="first derivatives only"):
             gradient.sum().backward()
 
 
 def test_a_squared_loss(backend: str) -> None:
-    given = problem()
-    leaves = given.leaves()
-    loss = fastkd.fused_linear_kd_loss(*leaves, given.teacher, backend=backend)
+    inputs = problem()
+    leaves = inputs.leaves()
+    loss = fastkd.fused_linear_kd_loss(*leaves, inputs.teacher, backend=backend)
     (loss**2).backward()
-    exact = composed(given, torch.float64, None, None)
+    exact = composed(inputs, torch.float64, None, None)
     assert error(leaves[1].grad, 2 * exact["loss"] * exact["weight"]) < 1e-5
 
 
 def test_activation_checkpointing(backend: str) -> None:
-    given = problem()
+    inputs = problem()
 
     def run(hidden: Tensor, weight: Tensor) -> Tensor:
         return fastkd.fused_linear_kd_loss(
-            2 * hidden, weight, given.teacher, backend=backend, chunk_size=7
+            2 * hidden, weight, inputs.teacher, backend=backend, chunk_size=7
         )
 
-    leaves, again = given.leaves(), given.leaves()
+    leaves, again = inputs.leaves(), inputs.leaves()
     run(*leaves).backward()
     checkpoint(run, *again, use_reentrant=False).backward()
     for a, b in zip(leaves, again, strict=True):
@@ -450,7 +450,7 @@ def _sliced(teacher: Any, at: slice) -> Any:
 
 
 def _close_to_eager(eager: list[Tensor], ours: list[Tensor], dtype: torch.dtype) -> None:
-    """The same kernels in the same chunks: but for the rounding of the upstream gradient's product."""
+    """The same kernels and chunks give equal results, up to the rounding of the product with the upstream gradient."""
     for a, b in zip(eager, ours, strict=True):
         assert a.dtype == b.dtype and a.shape == b.shape
         assert error(b, a) <= 2 * torch.finfo(dtype).eps
@@ -474,14 +474,14 @@ COMPILED: list[tuple[str, torch.dtype, dict[str, Any]]] = [
 def test_one_graph_for_any_number_of_rows(
     backend: str, form: str, dtype: torch.dtype, options: dict[str, Any]
 ) -> None:
-    given = problem(form, dtype=dtype, bias=True, rows=400, teacher_rows=400)
+    inputs = problem(form, dtype=dtype, bias=True, rows=400, teacher_rows=400)
     labels = labels_for(N, vocabulary=400, seed=1, ignored=0.3)
     counter = CompileCounterWithBackend("aot_eager")
 
     def step(hidden: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         at = slice(0, hidden.shape[0])
         return fastkd.fused_linear_kd_loss(
-            hidden.tanh(), weight, _sliced(given.teacher, at), labels[at], student_bias=bias,
+            hidden.tanh(), weight, _sliced(inputs.teacher, at), labels[at], student_bias=bias,
             chunk_size=4, backend=backend, **options,
         )  # fmt: skip
 
@@ -489,7 +489,7 @@ def test_one_graph_for_any_number_of_rows(
     once = 0
     for rows in (12, 7, 18, 2):
         at = slice(0, rows)
-        _close_to_eager(_outcome(step, given, at), _outcome(compiled, given, at), dtype)
+        _close_to_eager(_outcome(step, inputs, at), _outcome(compiled, inputs, at), dtype)
         once = once or counter.frame_count
     assert counter.frame_count == once
 
@@ -500,12 +500,12 @@ def test_one_graph_for_any_number_of_rows(
 def test_kd_loss_against_a_teacher_in_chunks_is_one_graph(
     backend: str, form: str, dtype: torch.dtype
 ) -> None:
-    given = problem(form, dtype=dtype)
-    dense = Problem(logits(N, V + 3, seed=8, dtype=dtype), given.weight, None, given.teacher)
+    inputs = problem(form, dtype=dtype)
+    dense = Problem(logits(N, V + 3, seed=8, dtype=dtype), inputs.weight, None, inputs.teacher)
 
     def step(student: Tensor, weight: Tensor) -> Tensor:
         loss = fastkd.kd_loss(
-            student * 1.0, given.teacher, backend=backend, vocab_size=V - 1, temperature=2.0
+            student * 1.0, inputs.teacher, backend=backend, vocab_size=V - 1, temperature=2.0
         )
         return loss + 0.0 * weight.sum()
 
@@ -517,8 +517,8 @@ def test_kd_loss_against_a_teacher_in_chunks_is_one_graph(
 @pytest.mark.parametrize("tail", ["bucket", "renormalize"])
 @pytest.mark.usefixtures("fresh_compiler")
 def test_a_sparse_teacher_in_one_graph(backend: str, tail: str) -> None:
-    given = problem("dense")
-    sparse = fastkd.TopK.from_logits(given.teacher, 7, tail=tail)
+    inputs = problem("dense")
+    sparse = fastkd.TopK.from_logits(inputs.teacher, 7, tail=tail)
 
     def step(hidden: Tensor, weight: Tensor) -> Tensor:
         teacher = fastkd.TopK(sparse.ids, sparse.logprobs, tail, sparse.tail_logprob)
@@ -526,24 +526,24 @@ def test_a_sparse_teacher_in_one_graph(backend: str, tail: str) -> None:
 
     compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
     at = slice(0, N)
-    _close_to_eager(_outcome(step, given, at), _outcome(compiled, given, at), torch.float32)
+    _close_to_eager(_outcome(step, inputs, at), _outcome(compiled, inputs, at), torch.float32)
 
 
 @pytest.mark.usefixtures("fresh_compiler")
 @pytest.mark.heavy_with(backend="portable")  # the graph is the same
 def test_a_step_of_training_under_inductor(backend: str) -> None:
     """Body, head, module and backward in one graph, under autocast; the head is trained, its bias is frozen."""
-    given = problem(dtype=torch.float32, bias=True)
+    inputs = problem(dtype=torch.float32, bias=True)
     loss_function = fastkd.FusedLinearKDLoss(divergence="jsd", temperature=2.0, backend=backend)
     body = torch.nn.Linear(H, H)
 
     def step(hidden: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            return loss_function(body(hidden), weight, given.teacher, student_bias=bias.detach())
+            return loss_function(body(hidden), weight, inputs.teacher, student_bias=bias.detach())
 
     outcomes = []
     for run in (step, torch.compile(step, fullgraph=True)):
-        hidden, weight, bias = given.leaves()
+        hidden, weight, bias = inputs.leaves()
         loss = run(hidden, weight, bias)
         wanted = (hidden, weight, *body.parameters())
         outcomes.append([loss.detach(), *torch.autograd.grad(loss, wanted)])
@@ -552,19 +552,19 @@ def test_a_step_of_training_under_inductor(backend: str) -> None:
 
 @pytest.mark.usefixtures("fresh_compiler")
 def test_compiled_parts_and_dropped_rows(backend: str) -> None:
-    given = problem()
+    inputs = problem()
     labels = labels_for(N, vocabulary=V, seed=1, ignored=0.5)
 
     def step(hidden: Tensor, weight: Tensor, labels: Tensor) -> Any:
         return fastkd.fused_linear_kd_loss(
-            hidden, weight, given.teacher, labels, alpha=0.5, return_parts=True, backend=backend
+            hidden, weight, inputs.teacher, labels, alpha=0.5, return_parts=True, backend=backend
         )
 
     compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
     for these in (labels, torch.full_like(labels, -100)):
         outcomes = []
         for run in (step, compiled):
-            leaves = given.leaves()
+            leaves = inputs.leaves()
             loss, parts = run(*leaves, these)
             assert not any(part.requires_grad for part in parts)
             outcomes.append((loss.detach(), *parts, *torch.autograd.grad(loss, leaves)))
@@ -573,12 +573,12 @@ def test_compiled_parts_and_dropped_rows(backend: str) -> None:
 
 @pytest.mark.usefixtures("fresh_compiler")
 def test_a_compiled_call_raises_what_an_eager_one_does(backend: str) -> None:
-    given = problem("arithmetic")
+    inputs = problem("arithmetic")
 
     def compiled(**options: Any) -> Tensor:
         torch.compiler.reset()
         run = torch.compile(fastkd.fused_linear_kd_loss, backend="aot_eager")
-        return run(given.hidden, given.weight, given.teacher, backend=backend, **options)
+        return run(inputs.hidden, inputs.weight, inputs.teacher, backend=backend, **options)
 
     # What the compiler says of an error in a custom op is around the error's own message.
     with pytest.raises(Exception, match="memory_budget must be at least"):
@@ -599,41 +599,41 @@ def test_opcheck(
 ) -> None:
     if form == "arithmetic":  # numbers that change from step to step
         monkeypatch.setattr("fastkd.engine.graphs._is_constant", lambda _: False)
-    given = problem(form, dtype=dtype, bias=True, rows=9, teacher_rows=9)
+    inputs = problem(form, dtype=dtype, bias=True, rows=9, teacher_rows=9)
     options = Options(resolve("jsd"), vocab_size=9)
     numbers = Numbers.of(alpha=0.5, temperature=2.0, teacher_temperature=2.0, num_items=2)
     want = Want(student_gradient=True, parts=True, deferred=deferred)
     labels = labels_for(N, vocabulary=9, seed=1, ignored=0.3)
-    (tensors, spec), weights = flatten(given.teacher), weights_of(given.teacher)
+    (tensors, spec), weights = flatten(inputs.teacher), weights_of(inputs.teacher)
     arguments = (
-        *given.leaves(), tensors, labels, torch.rand(N), *(None,) * 5, backend, spec, 4, None,
+        *inputs.leaves(), tensors, labels, torch.rand(N), *(None,) * 5, backend, spec, 4, None,
         len(weights), [True] * 3, torch.float32, *GraphOptions.of(options, want, numbers, weights),
     )  # fmt: skip
     torch.library.opcheck(torch.ops.fastkd.kd_chunks.default, arguments)
 
 
 def test_a_tied_head(backend: str) -> None:
-    given = problem()
-    hidden, weight = given.leaves()
+    inputs = problem()
+    hidden, weight = inputs.leaves()
     ids = torch.arange(N)
 
     def run(loss: Any) -> Tensor:
         weight.grad = None
-        loss(weight[ids] + given.hidden, weight).backward()
+        loss(weight[ids] + inputs.hidden, weight).backward()
         return weight.grad
 
-    tied = run(lambda h, w: fastkd.fused_linear_kd_loss(h, w, given.teacher, backend=backend))
-    dense = run(lambda h, w: fastkd.kd_loss(h @ w.T, given.teacher, backend=backend))
+    tied = run(lambda h, w: fastkd.fused_linear_kd_loss(h, w, inputs.teacher, backend=backend))
+    dense = run(lambda h, w: fastkd.kd_loss(h @ w.T, inputs.teacher, backend=backend))
     torch.testing.assert_close(tied, dense)
     assert hidden.grad is None
 
 
 @pytest.mark.parametrize("form", FORMS)
 def test_dropped_rows_are_not_read(backend: str, form: str) -> None:
-    given = problem(form)
+    inputs = problem(form)
     labels = labels_for(N, vocabulary=V, seed=5, ignored=0.4)
     dropped = labels == -100
-    poisoned = given._replace(hidden=given.hidden.masked_fill(dropped.unsqueeze(-1), torch.nan))
+    poisoned = inputs._replace(hidden=inputs.hidden.masked_fill(dropped.unsqueeze(-1), torch.nan))
 
     def gradients(p: Problem) -> tuple[Tensor, ...]:
         leaves = p.leaves()
@@ -642,31 +642,31 @@ def test_dropped_rows_are_not_read(backend: str, form: str) -> None:
         )
         return (loss, *torch.autograd.grad(loss, leaves))
 
-    for clean, dirty in zip(gradients(given), gradients(poisoned), strict=True):
+    for clean, dirty in zip(gradients(inputs), gradients(poisoned), strict=True):
         assert torch.equal(clean, dirty)
     assert not gradients(poisoned)[1][dropped].any()
 
 
 @pytest.mark.parametrize("lead", [(N,), (0,), (2, 0)])
 def test_no_counted_row_is_zero_with_a_graph(backend: str, lead: tuple[int, ...]) -> None:
-    given = problem("linear", *lead)
-    leaves = given.leaves()
+    inputs = problem("linear", *lead)
+    leaves = inputs.leaves()
     labels = torch.full(lead, -100)
-    loss = fastkd.fused_linear_kd_loss(*leaves, given.teacher, labels, alpha=0.5, backend=backend)
+    loss = fastkd.fused_linear_kd_loss(*leaves, inputs.teacher, labels, alpha=0.5, backend=backend)
     assert loss == 0
     loss.backward()
     assert all(leaf.grad is not None and not leaf.grad.any() for leaf in leaves)
 
 
 def test_micro_batches_add_up(backend: str) -> None:
-    given = problem()
+    inputs = problem()
     labels = labels_for(N, vocabulary=V, seed=6, ignored=0.3)
     items = int((labels != -100).sum())
 
     def run(parts: Iterator[slice]) -> list[Tensor]:
-        leaves = given.leaves()
+        leaves = inputs.leaves()
         for part in parts:
-            teacher = fastkd.LinearTeacher(given.teacher.hidden[part], given.teacher.weight)
+            teacher = fastkd.LinearTeacher(inputs.teacher.hidden[part], inputs.teacher.weight)
             fastkd.fused_linear_kd_loss(
                 leaves[0][part], leaves[1], teacher, labels[part], num_items=items, backend=backend
             ).backward()
@@ -678,18 +678,18 @@ def test_micro_batches_add_up(backend: str) -> None:
 
 
 def test_autocast(backend: str) -> None:
-    given = problem()
-    leaves = given.leaves()
+    inputs = problem()
+    leaves = inputs.leaves()
     with torch.autocast("cpu", torch.bfloat16):
         loss = fastkd.fused_linear_kd_loss(
-            *leaves, given.teacher, backend=backend, chunk_size=7, reduction="none"
+            *leaves, inputs.teacher, backend=backend, chunk_size=7, reduction="none"
         )
     assert loss.dtype == torch.float32
     loss.mean().backward()  # outside: the logits are made again there
     half = Problem(
-        *(x.bfloat16() for x in given[:2]),
+        *(x.bfloat16() for x in inputs[:2]),
         None,
-        fastkd.LinearTeacher(given.teacher.hidden.bfloat16(), given.teacher.weight.bfloat16()),
+        fastkd.LinearTeacher(inputs.teacher.hidden.bfloat16(), inputs.teacher.weight.bfloat16()),
     )
     exact = composed(half, torch.float64, None, None)
     for leaf, name in zip(leaves, ("hidden", "weight"), strict=True):
@@ -698,29 +698,29 @@ def test_autocast(backend: str) -> None:
 
 
 def test_autocast_leaves_float64_alone() -> None:
-    given = problem("dense", dtype=torch.float64)
+    inputs = problem("dense", dtype=torch.float64)
     mask = torch.arange(N) % 3 > 0
-    exact = composed(given, torch.float64, None, None, mask=mask)
-    leaves = given.leaves()
+    exact = composed(inputs, torch.float64, None, None, mask=mask)
+    leaves = inputs.leaves()
     with torch.autocast("cpu", torch.bfloat16):
-        loss = fastkd.fused_linear_kd_loss(*leaves, given.teacher, mask=mask)
+        loss = fastkd.fused_linear_kd_loss(*leaves, inputs.teacher, mask=mask)
     assert error(loss.detach(), exact["loss"]) < 1e-14
     assert error(torch.autograd.grad(loss, leaves)[1], exact["weight"]) < 1e-14
     with pytest.raises(ValueError, match="logits_dtype must be torch.float64"):
-        fastkd.fused_linear_kd_loss(*leaves, given.teacher, logits_dtype=torch.float32)
+        fastkd.fused_linear_kd_loss(*leaves, inputs.teacher, logits_dtype=torch.float32)
 
 
 @pytest.mark.parametrize("reduction", ["none", "mean"])
 @pytest.mark.parametrize("changed", ["labels", "weight", "temperature"])
 def test_rows_that_change_before_the_backward_are_noticed(changed: str, reduction: str) -> None:
-    given = problem()
+    inputs = problem()
     rows: dict[str, Tensor] = {
         "labels": torch.zeros(N, dtype=torch.int64),
         "weight": torch.ones(N),
         "temperature": torch.ones(N),
     }
-    hidden, weight = given.leaves()
-    fused = fastkd.fused_linear_kd_loss(hidden, weight, given.teacher, **rows, reduction=reduction)
+    hidden, weight = inputs.leaves()
+    fused = fastkd.fused_linear_kd_loss(hidden, weight, inputs.teacher, **rows, reduction=reduction)
     half = logits(N, V, seed=8, dtype=torch.float16).requires_grad_()
     dense = fastkd.kd_loss(half, logits(N, V, seed=9), **rows, reduction=reduction)
     rows[changed].fill_(3)
@@ -732,9 +732,9 @@ def test_rows_that_change_before_the_backward_are_noticed(changed: str, reductio
 
 
 def test_a_dropped_row_of_no_dimension(backend: str) -> None:
-    given = problem()
-    hidden, weight = given.leaves()
-    teacher = fastkd.LinearTeacher(given.teacher.hidden[0], given.teacher.weight)
+    inputs = problem()
+    hidden, weight = inputs.leaves()
+    teacher = fastkd.LinearTeacher(inputs.teacher.hidden[0], inputs.teacher.weight)
     loss = fastkd.fused_linear_kd_loss(
         hidden[0], weight, teacher, mask=torch.tensor(False), reduction="none", backend=backend
     )
@@ -750,22 +750,22 @@ def test_a_dropped_row_of_no_dimension(backend: str) -> None:
 
 def test_the_backend_that_was_asked_for_runs(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     ran = ran_on(monkeypatch, "portable", "cpu")
-    given = problem()
+    inputs = problem()
     fastkd.fused_linear_kd_loss(
-        given.hidden, given.weight, given.teacher, backend=backend, chunk_size=10
+        inputs.hidden, inputs.weight, inputs.teacher, backend=backend, chunk_size=10
     )
     assert ran == [backend] * 2
     ran.clear()
-    fastkd.fused_linear_kd_loss(given.hidden, given.weight, given.teacher)
+    fastkd.fused_linear_kd_loss(inputs.hidden, inputs.weight, inputs.teacher)
     assert ran == ["cpu"]
 
 
 def test_reruns_are_bitwise_equal(backend: str) -> None:
     def run() -> list[Tensor]:
-        given = problem("arithmetic", bias=True)
-        leaves = given.leaves()
+        inputs = problem("arithmetic", bias=True)
+        leaves = inputs.leaves()
         loss = fastkd.fused_linear_kd_loss(
-            *leaves[:2], given.teacher, student_bias=leaves[2], chunk_size=7, backend=backend
+            *leaves[:2], inputs.teacher, student_bias=leaves[2], chunk_size=7, backend=backend
         )
         return [loss, *torch.autograd.grad(loss, leaves)]
 
@@ -784,9 +784,9 @@ class _Largest(TorchDispatchMode):
         self, function: Any, types: Any, arguments: Any = (), keywords: Any = None
     ) -> Any:
         result = function(*arguments, **(keywords or {}))
-        given = {x.untyped_storage().data_ptr() for x in arguments if isinstance(x, Tensor)}
+        inputs = {x.untyped_storage().data_ptr() for x in arguments if isinstance(x, Tensor)}
         for value in result if isinstance(result, (tuple, list)) else (result,):
-            if isinstance(value, Tensor) and value.untyped_storage().data_ptr() not in given:
+            if isinstance(value, Tensor) and value.untyped_storage().data_ptr() not in inputs:
                 self.elements = max(self.elements, value.numel())
         return result
 
@@ -797,8 +797,8 @@ def test_no_tensor_of_all_logits(
     form: str, reduction: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rows, chunk = 256, 16
-    given = problem(form, rows, rows=1_000, teacher_rows=1_000)
-    leaves = given.leaves()
+    inputs = problem(form, rows, rows=1_000, teacher_rows=1_000)
+    leaves = inputs.leaves()
     asked = []
     monkeypatch.setattr(
         cpu,
@@ -807,7 +807,7 @@ def test_no_tensor_of_all_logits(
     )
     with _Largest() as largest:
         loss = fastkd.fused_linear_kd_loss(
-            *leaves, given.teacher, chunk_size=chunk, reduction=reduction
+            *leaves, inputs.teacher, chunk_size=chunk, reduction=reduction
         )
         loss.sum().backward()
     assert asked and max(asked) == chunk * 1_000
@@ -901,7 +901,7 @@ def test_products_of_a_gpu(
     dtype: torch.dtype,
     accumulates: bool,
 ) -> None:
-    """In chunks against one whole in float64; a product each for logits, hidden states and weight."""
+    """Compare chunks with whole tensors in float64; logits, hidden states and weight take one product each."""
     if not accumulates:
         monkeypatch.setattr(matmul, "_accumulates", lambda device: False)
     torch.manual_seed(0)
@@ -909,12 +909,12 @@ def test_products_of_a_gpu(
     teacher = fastkd.LinearTeacher(hidden.flip(0), weight.flip(0))
     leaves = [x.clone().requires_grad_() for x in (hidden, weight)]
     loss = fastkd.fused_linear_kd_loss(*leaves, teacher, divergence="jsd", chunk_size=30)
-    found = torch.autograd.grad(loss, leaves)
+    actual = torch.autograd.grad(loss, leaves)
     wide = [x.double().requires_grad_() for x in (hidden, weight)]
     s, t = wide[0] @ wide[1].T, (hidden.flip(0).double() @ weight.flip(0).double().T)
     exact = torch.autograd.grad(fastkd.kd_loss(s, t, divergence="jsd", backend="reference"), wide)
-    for mine, true in zip(found, exact, strict=True):
-        error = (mine.double() - true).norm() / true.norm()
+    for value, true in zip(actual, exact, strict=True):
+        error = (value.double() - true).norm() / true.norm()
         assert error < torch.finfo(dtype).eps
     # Three chunks: the first is not a sum yet, and one is to see whether torch can.
     assert products_like_a_gpu.count("addmm") == (3 if accumulates else 0)
@@ -1005,11 +1005,11 @@ BAD: list[tuple[dict[str, Any], type[Exception], str]] = [
 
 @pytest.mark.parametrize(("bad", "kind", "message"), BAD, ids=lambda value: str(value)[:40])
 def test_bad_arguments(bad: dict[str, Any], kind: type[Exception], message: str) -> None:
-    given = problem()
+    inputs = problem()
     arguments = {
-        "student_hidden": given.hidden,
-        "student_weight": given.weight,
-        "teacher": given.teacher,
+        "student_hidden": inputs.hidden,
+        "student_weight": inputs.weight,
+        "teacher": inputs.teacher,
         **bad,
     }
     with pytest.raises(kind) as raised:
@@ -1018,11 +1018,13 @@ def test_bad_arguments(bad: dict[str, Any], kind: type[Exception], message: str)
 
 
 def test_a_budget_for_less_than_a_row() -> None:
-    given = problem()
+    inputs = problem()
     with pytest.raises(
         ValueError, match=r"memory_budget must be at least \d+ bytes, which one row takes; got 1000"
     ):
-        fastkd.fused_linear_kd_loss(given.hidden, given.weight, given.teacher, memory_budget=1000)
+        fastkd.fused_linear_kd_loss(
+            inputs.hidden, inputs.weight, inputs.teacher, memory_budget=1000
+        )
 
 
 def test_bad_teachers() -> None:
@@ -1083,9 +1085,9 @@ def test_every_form_of_a_teacher_trains_alike(backend: str, tmp_path: Path) -> N
                 sparse = fastkd.TopK.from_logits(dense, vocabulary)
                 loss = fastkd.kd_loss(hidden @ weight.T, sparse, backend=backend)
             else:
-                given = linear if form == "linear" else cache[step].teacher
+                target = linear if form == "linear" else cache[step].teacher
                 loss = fastkd.fused_linear_kd_loss(
-                    hidden, weight, given, chunk_size=7, backend=backend
+                    hidden, weight, target, chunk_size=7, backend=backend
                 )
             optimizer.zero_grad()
             loss.backward()
@@ -1105,16 +1107,16 @@ def test_every_form_of_a_teacher_trains_alike(backend: str, tmp_path: Path) -> N
 @pytest.mark.parametrize("form", ["linear", "linear with bias", "arithmetic", "geometric"])
 @pytest.mark.parametrize("inplace", [False, True])
 def test_kd_loss(backend: str, form: str, inplace: bool) -> None:
-    given = problem(form, 3, 5)
+    inputs = problem(form, 3, 5)
     student = logits(3, 6, V, seed=8).requires_grad_()
     labels = labels_for(3, 5, vocabulary=V, seed=9, ignored=0.3)
     options: dict[str, Any] = {"alpha": 0.4, "temperature": 2.0, "divergence": "jsd"}
     produced = student * 1
     loss = fastkd.kd_loss(
-        produced[:, :-1], given.teacher, labels, backend=backend, inplace=inplace, **options
+        produced[:, :-1], inputs.teacher, labels, backend=backend, inplace=inplace, **options
     )
     loss.backward()
-    dense = teacher_logits(given.teacher, torch.float64, V, options)
+    dense = teacher_logits(inputs.teacher, torch.float64, V, options)
     exact = compose(student.detach()[:, :-1], dense, labels, terms=False, **options)
     assert error(loss.detach(), exact.loss) < 1e-6
     assert error(student.grad[:, :-1], exact.student_gradient) < 1e-5
@@ -1123,22 +1125,22 @@ def test_kd_loss(backend: str, form: str, inplace: bool) -> None:
 
 
 def test_kd_loss_float16_is_computed_in_the_backward(backend: str) -> None:
-    given = problem()
+    inputs = problem()
     student = logits(N, V, seed=8, dtype=torch.float16).requires_grad_()
-    loss = fastkd.kd_loss(student, given.teacher, backend=backend)
+    loss = fastkd.kd_loss(student, inputs.teacher, backend=backend)
     loss.backward(torch.tensor(2.0**16))
     exact = compose(
-        student.detach(), teacher_logits(given.teacher, torch.float64, V, {}), terms=False
+        student.detach(), teacher_logits(inputs.teacher, torch.float64, V, {}), terms=False
     )
     assert error(student.grad, 2**16 * exact.student_gradient) < 2**-10
 
 
 def test_an_ensemble_of_one_is_its_teacher(backend: str) -> None:
-    given = problem("dense")
+    inputs = problem("dense")
     student = logits(N, V, seed=8)
-    alone = fastkd.kd_loss(student, given.teacher, backend=backend, reduction="none")
+    alone = fastkd.kd_loss(student, inputs.teacher, backend=backend, reduction="none")
     for mean in ("arithmetic", "geometric"):
-        ensemble = fastkd.Ensemble([given.teacher, given.teacher + 5], [1, 3], mean)
+        ensemble = fastkd.Ensemble([inputs.teacher, inputs.teacher + 5], [1, 3], mean)
         together = fastkd.kd_loss(student, ensemble, backend=backend, reduction="none")
         torch.testing.assert_close(together, alone, rtol=1e-5, atol=1e-5)
 
@@ -1163,16 +1165,16 @@ def test_the_mean_of_losses_has_the_gradient_of_the_loss_to_the_mean(backend: st
 
 
 def test_modules() -> None:
-    given = problem(bias=True)
+    inputs = problem(bias=True)
     module = fastkd.FusedLinearKDLoss(divergence="jsd", chunk_size=7)
     assert not list(module.parameters())
     assert "divergence='jsd', chunk_size=7" in repr(module)
-    value = module(given.hidden, given.weight, given.teacher, student_bias=given.bias)
+    value = module(inputs.hidden, inputs.weight, inputs.teacher, student_bias=inputs.bias)
     assert value == fastkd.fused_linear_kd_loss(
-        given.hidden,
-        given.weight,
-        given.teacher,
-        student_bias=given.bias,
+        inputs.hidden,
+        inputs.weight,
+        inputs.teacher,
+        student_bias=inputs.bias,
         divergence="jsd",
         chunk_size=7,
     )
@@ -1180,7 +1182,7 @@ def test_modules() -> None:
     for options, message in (
         ({"chunk_size": 0}, "chunk_size must be positive"),
         ({"temperature": -1.0}, "temperature must be positive"),
-        ({"student_bias": given.bias}, "student_bias belongs to a batch"),
+        ({"student_bias": inputs.bias}, "student_bias belongs to a batch"),
         ({"inplace": True}, "no option inplace"),
         (
             {"logits_dtype": "nonsense"},

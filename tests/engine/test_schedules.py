@@ -217,8 +217,10 @@ def test_numbers_of_a_closure_and_of_a_teacher() -> None:
     compiled = torch.compile(loss, fullgraph=True, backend=counter)
     for step in range(4):
         temperature, weights = 1.0 + step, [0.5 + 0.1 * step, 0.5 - 0.1 * step]
-        found, wanted = (_outcome(run, hidden, weight.requires_grad_()) for run in (compiled, loss))
-        torch.testing.assert_close(found, wanted, rtol=2e-3, atol=1e-6)
+        actual, wanted = (
+            _outcome(run, hidden, weight.requires_grad_()) for run in (compiled, loss)
+        )
+        torch.testing.assert_close(actual, wanted, rtol=2e-3, atol=1e-6)
     assert counter.frame_count <= 2
 
 
@@ -236,8 +238,8 @@ def test_numbers_of_a_sparse_teacher(tail: str) -> None:
     compiled = torch.compile(loss, fullgraph=True, backend=counter)
     for temperature in (3.0, 2.0, 1.5, 1.0):
         at = fastkd.TopK.from_logits(dense, 4, temperature=temperature)
-        given = (student, at.ids, at.logprobs, at.tail_logprob, temperature)
-        _agree(_outcome(compiled, *given), _outcome(loss, *given))
+        inputs = (student, at.ids, at.logprobs, at.tail_logprob, temperature)
+        _agree(_outcome(compiled, *inputs), _outcome(loss, *inputs))
     assert counter.frame_count <= 2
 
 
@@ -334,7 +336,7 @@ def _table() -> dict[str, str]:
     page = (ROOT / "docs" / "guide.md").read_text()
     section = page.split("## Under torch.compile")[1].split("\n## ")[0]
     rows = [line.strip("|").split("|") for line in section.splitlines() if line.startswith("| `")]
-    return {name.strip(" `"): said.strip() for names, said in rows for name in names.split(",")}
+    return {name.strip(" `"): output.strip() for names, output in rows for name in names.split(",")}
 
 
 def test_the_table_has_every_loss() -> None:
@@ -359,8 +361,8 @@ def test_the_table_is_true(name: str) -> None:
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(loss, fullgraph=whole, backend=counter)
     for x in (3.0, 2.0, 1.5):
-        found, wanted = (_outcome(run, STUDENT, x) for run in (compiled, loss))
-        torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-6)
+        actual, wanted = (_outcome(run, STUDENT, x) for run in (compiled, loss))
+        torch.testing.assert_close(actual, wanted, rtol=1e-5, atol=1e-6)
     if whole:
         assert counter.frame_count <= 2
         return
@@ -390,9 +392,9 @@ def test_numbers_of_numpy_in_chunks(options: dict[str, Any]) -> None:
             hidden, head, teacher, labels_for(ROWS, vocabulary=COLUMNS, seed=4), **options
         )
 
-    found = [
+    results = [
         torch.autograd.grad(call(hidden), hidden)[0]
         for call in (loss, torch.compile(loss, backend="aot_eager"))
         for hidden in [student.clone().requires_grad_()]
     ]
-    torch.testing.assert_close(found[1], found[0])
+    torch.testing.assert_close(results[1], results[0])

@@ -1,4 +1,4 @@
-"""DKD and NKD: the label's token is compared apart from the others, which are renormalised without it."""
+"""DKD and NKD: the label's token is compared by itself, and the other tokens are renormalised without it."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from fastkd.backends import registry
 INF = math.inf
 
 
-def published(
+def published_loss(
     student: Tensor,
     teacher: Tensor,
     labels: Tensor,
@@ -28,7 +28,7 @@ def published(
     temperature: float | Tensor = 1.0,
     teacher_temperature: float | Tensor | None = None,
 ) -> Tensor:
-    """The formulas of Zhao et al. (2022) and Yang et al. (2023) a row, T^2 included. The logits' dtype decides."""
+    """Loss per row by the formulas of Zhao et al. (2022) and Yang et al. (2023), T^2 included, in the logits' dtype."""
     if teacher_temperature is None:
         teacher_temperature = temperature
     t_student, t_teacher = (
@@ -36,8 +36,9 @@ def published(
     )
     of_label = F.one_hot(labels, student.shape[-1]).bool()
 
-    def split(z: Tensor) -> tuple[Tensor, Tensor]:
-        """(log of the label's probability and of the others' together [..., 2], the others renormalised)"""
+    def label_and_others(z: Tensor) -> tuple[Tensor, Tensor]:
+        """(log-probabilities of the label and of all other tokens together [..., 2], log-probabilities of the others
+        renormalised)."""
         log = z.log_softmax(-1)
         others = z.masked_fill(of_label, -INF)
         both = [log[of_label].reshape(labels.shape), log.masked_fill(of_label, -INF).logsumexp(-1)]
@@ -47,7 +48,10 @@ def published(
         p = log_p.exp()
         return (p * (log_p - log_q).masked_fill(p == 0, 0.0)).sum(-1)
 
-    (log_p2, log_p), (log_q2, log_q) = split(teacher / t_teacher), split(student / t_student)
+    (log_p2, log_p), (log_q2, log_q) = (
+        label_and_others(teacher / t_teacher),
+        label_and_others(student / t_student),
+    )
     square = temperature**2
     if name == "dkd":
         alpha, beta = weights
@@ -61,7 +65,7 @@ def published(
     return -log_p1.exp() * log_q1 + gamma * square * others
 
 
-def made(name: str, weights: tuple[float, ...]) -> fastkd.Divergence:
+def divergence_of(name: str, weights: tuple[float, ...]) -> fastkd.Divergence:
     return {"dkd": fastkd.dkd, "nkd": fastkd.nkd}[name](*weights)
 
 
@@ -83,7 +87,7 @@ def expected(
     teacher_softcap: float | None = None,
     vocab_size: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(loss of each row, gradients of student and teacher) of the composition in that dtype."""
+    """(loss of each row, gradients of student and teacher), composed of PyTorch operations in that dtype."""
     leaves = [x.detach().to(dtype).clone().requires_grad_() for x in (student, teacher)]
     s, t = (leaf[..., :vocab_size] for leaf in leaves)
     s = s * logit_scale
@@ -91,7 +95,7 @@ def expected(
     t = t if teacher_softcap is None else teacher_softcap * torch.tanh(t / teacher_softcap)
     read = labels != -100
     y = labels.where(read, 0)
-    loss = alpha * published(s, t, y, name, weights, temperature, teacher_temperature)
+    loss = alpha * published_loss(s, t, y, name, weights, temperature, teacher_temperature)
     if alpha < 1:
         of_labels = F.cross_entropy(
             s.flatten(0, -2), y.flatten(), reduction="none", label_smoothing=label_smoothing
@@ -111,24 +115,32 @@ def check(
     weights: tuple[float, ...],
     **options: Any,
 ) -> None:
-    """Error against float64 at most that of plain float32 PyTorch, and a few units in the last place."""
+    """Assert that the error is at most that of plain float32 PyTorch, or a few units in the last place."""
     upstream = powers_for(*labels.shape)
     arguments = (student, teacher, labels, name, weights, upstream)
     exact, plain = (expected(dtype, *arguments, **options) for dtype in (torch.double, torch.float))
     of_teacher = name == "dkd"
     s, t = student.clone().requires_grad_(), teacher.clone().requires_grad_(of_teacher)
     loss = kd_loss(
-        s, t, labels, divergence=made(name, weights), reduction="none", backend=backend, **options
+        s,
+        t,
+        labels,
+        divergence=divergence_of(name, weights),
+        reduction="none",
+        backend=backend,
+        **options,
     )
     wanted = (s, t) if of_teacher else (s,)
-    found = (
+    actual = (
         loss.detach(),
         *torch.autograd.grad(loss, wanted, upstream.to(loss.dtype), retain_graph=True),
     )
     temperature = float(torch.as_tensor(options.get("temperature", 1.0)).max())
     depth = float(exact[0].abs().max()) / temperature**2 + 10.0
     size = temperature**2 * (1.0 + sum(weights)) * depth
-    for index, (what, value) in enumerate(zip(("loss", "student", "teacher"), found, strict=False)):
+    for index, (what, value) in enumerate(
+        zip(("loss", "student", "teacher"), actual, strict=False)
+    ):
         error = (plain[index].double() - exact[index]).abs().nan_to_num(0.0, 0.0, 0.0)
         floor = ULP * size / (temperature if index else 1.0)
         if index:
@@ -158,7 +170,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 
 @kinds
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-# Two columns, fewer than a vector, a block of the CPU kernel less one, exactly one, one more, and several.
+# Two columns; fewer than a vector; one block of the CPU kernel less one column, exactly one, one more; several blocks.
 @pytest.mark.parametrize("vocabulary", [2, 31, 2047, 2048, 2049, 5003])
 def test_sizes(
     backend: str, name: str, weights: tuple[float, ...], dtype: torch.dtype, vocabulary: int
@@ -185,7 +197,7 @@ def test_options(
 
 
 @kinds
-def test_a_temperature_a_row(backend: str, name: str, weights: tuple[float, ...]) -> None:
+def test_one_temperature_per_row(backend: str, name: str, weights: tuple[float, ...]) -> None:
     student, teacher, labels = logits(5, 40, seed=7), logits(5, 40, seed=8), torch.arange(5)
     temperature = torch.tensor([0.5, 1.0, 2.0, 4.0, 7.0])
     check(
@@ -210,7 +222,7 @@ def test_shards(
     student, teacher = logits(9, 101, seed=9), logits(9, 101, seed=10)
     labels = torch.tensor([0, 96, 50, 49, 33, 34, 66, 67, -100])
     check(backend, student, teacher, labels, name, weights, **options)
-    # With forbidden columns the moments are collected in another way.
+    # Forbidden columns take another code path for the moments.
     student[:, 20:30], teacher[:, 20:30] = -INF, -INF
     check(backend, student, teacher, labels, name, weights, **options)
     assert kernels.calls
@@ -226,7 +238,7 @@ def test_instruction_sets(instructions: str, name: str, weights: tuple[float, ..
 @pytest.mark.parametrize("gap", [0.0, 5.0, 12.0, 17.0, 25.0, 40.0, 80.0])
 @pytest.mark.parametrize("behind", [0.0, 1.0, 8.0])
 def test_a_confident_teacher(backend: str, gap: float, behind: float) -> None:
-    """Nothing cancels as its probability of the label tends to 1: both parts keep their digits."""
+    """Nothing cancels as the teacher's probability of the label tends to 1: both parts keep their digits."""
     student, teacher = logits(4, 60, seed=13), logits(4, 60, seed=14)
     labels = torch.arange(4)
     for side, height in ((teacher, gap), (student, gap - behind)):
@@ -237,8 +249,8 @@ def test_a_confident_teacher(backend: str, gap: float, behind: float) -> None:
             s, teacher, labels, divergence=fastkd.dkd(*weights), reduction="none", backend=backend
         )
         loss.sum().backward()
-        exact_loss, exact = _stable(student.double(), teacher.double(), labels, weights)
-        # Relative to themselves, however small they are; a logit's own rounding moves them by so much.
+        exact_loss, exact = _dkd_from_log_odds(student.double(), teacher.double(), labels, weights)
+        # Relative errors, however small the values are; the rounding of a logit alone causes this much.
         slack = 64 * ULP * (1 + gap)
         if exact_loss.min() > 1e-30:
             torch.testing.assert_close(loss.double(), exact_loss, rtol=slack, atol=0.0)
@@ -247,10 +259,10 @@ def test_a_confident_teacher(backend: str, gap: float, behind: float) -> None:
             assert (error <= slack * exact.abs().amax(-1)).all()
 
 
-def _stable(
+def _dkd_from_log_odds(
     student: Tensor, teacher: Tensor, labels: Tensor, weights: tuple[float, ...]
 ) -> tuple[Tensor, Tensor]:
-    """DKD without 1 - p, from log-odds."""
+    """DKD from log-odds, without computing 1 - p."""
     student = student.clone().requires_grad_()
     of_label = F.one_hot(labels, student.shape[-1]).bool()
     odds, others = [], []
@@ -267,7 +279,7 @@ def _stable(
     return loss.detach(), gradient
 
 
-def test_kl_is_the_sum_of_its_parts(backend: str) -> None:
+def test_kl_is_tckd_plus_weighted_nckd(backend: str) -> None:
     """KL = TCKD + (1 - p_y) NCKD."""
     student, teacher = logits(5, 200, seed=15), logits(5, 200, seed=16)
     labels = labels_for(5, vocabulary=200, seed=17)
@@ -288,7 +300,9 @@ def test_kl_is_the_sum_of_its_parts(backend: str) -> None:
 def test_equal_models(backend: str, name: str, weights: tuple[float, ...]) -> None:
     teacher, labels = logits(4, 300, seed=18), labels_for(4, vocabulary=300, seed=19)
     student = teacher.clone().requires_grad_()
-    loss = kd_loss(student, teacher, labels, divergence=made(name, weights), backend=backend)
+    loss = kd_loss(
+        student, teacher, labels, divergence=divergence_of(name, weights), backend=backend
+    )
     (gradient,) = torch.autograd.grad(loss, student)
     if name == "dkd":
         assert abs(float(loss)) < 1e-5
@@ -303,14 +317,14 @@ def test_forbidden_columns(backend: str, name: str, weights: tuple[float, ...]) 
     student[:, 10:40] = teacher[:, 10:40] = -INF
     teacher[:, 60] = -INF
     check(backend, student, teacher, labels, name, weights, temperature=2.0)
-    # The label's own, on both sides and on the student's alone.
+    # The label's own column, on both sides and on the student's alone.
     for sides in ((student, teacher), (student,)):
         s, t = student.clone(), teacher.clone()
         for side in sides:
             (s if side is student else t)[0, 3] = -INF
         s.requires_grad_()
         loss = kd_loss(
-            s, t, labels, divergence=made(name, weights), reduction="none", backend=backend
+            s, t, labels, divergence=divergence_of(name, weights), reduction="none", backend=backend
         )
         (gradient,) = torch.autograd.grad(loss.sum(), s)
         infinite = len(sides) == 1 and (name == "nkd" or weights[0] > 0)
@@ -320,7 +334,7 @@ def test_forbidden_columns(backend: str, name: str, weights: tuple[float, ...]) 
 
 
 @kinds
-def test_rows_that_do_not_count(backend: str, name: str, weights: tuple[float, ...]) -> None:
+def test_dropped_rows(backend: str, name: str, weights: tuple[float, ...]) -> None:
     student, teacher = logits(4, 50, seed=22), logits(4, 50, seed=23)
     labels = torch.tensor([1, -100, 50, 2])
     student[3] = torch.nan
@@ -328,15 +342,15 @@ def test_rows_that_do_not_count(backend: str, name: str, weights: tuple[float, .
     s = student.clone().requires_grad_()
     loss = kd_loss(
         s, teacher, labels,
-        divergence=made(name, weights), mask=mask, reduction="none", backend=backend,
+        divergence=divergence_of(name, weights), mask=mask, reduction="none", backend=backend,
     )  # fmt: skip
     (gradient,) = torch.autograd.grad(loss.sum(), s)
-    assert loss.isnan().tolist() == [False, False, True, False]  # 50 is no token
+    assert loss.isnan().tolist() == [False, False, True, False]  # column 50 is padding
     assert loss[0] > 0 and loss[1] == loss[3] == 0
     assert not gradient[[1, 3]].any() and gradient[2].isnan().all()
 
 
-def test_parts_are_of_all_tokens(backend: str) -> None:
+def test_parts_include_all_tokens(backend: str) -> None:
     student, teacher = logits(4, 70, seed=24), logits(4, 70, seed=25)
     labels = labels_for(4, vocabulary=70, seed=26)
     options: dict[str, Any] = {"temperature": 2.0, "alpha": 0.5, "label_smoothing": 0.1}
@@ -354,7 +368,7 @@ def test_parts_are_of_all_tokens(backend: str) -> None:
 
 
 @kinds
-def test_fused_linear_and_compiled(name: str, weights: tuple[float, ...]) -> None:
+def test_fused_linear_and_compiled_losses(name: str, weights: tuple[float, ...]) -> None:
     generator = torch.Generator().manual_seed(27)
     hidden = torch.randn(10, 8, generator=generator, requires_grad=True)
     weight = torch.randn(60, 8, generator=generator, requires_grad=True)
@@ -362,7 +376,7 @@ def test_fused_linear_and_compiled(name: str, weights: tuple[float, ...]) -> Non
         torch.randn(10, 4, generator=generator), torch.randn(60, 4, generator=generator)
     )
     labels = labels_for(10, vocabulary=60, seed=28, ignored=0.2)
-    divergence = made(name, weights)
+    divergence = divergence_of(name, weights)
 
     def fused(hidden: Tensor, weight: Tensor) -> Tensor:
         return fastkd.fused_linear_kd_loss(
@@ -381,14 +395,14 @@ def test_fused_linear_and_compiled(name: str, weights: tuple[float, ...]) -> Non
     for loss in (fused, torch.compile(dense, fullgraph=True, backend="aot_eager")):
         value = loss(hidden, weight)
         torch.testing.assert_close(value, truth)
-        found = torch.autograd.grad(value, (hidden, weight))
-        torch.testing.assert_close(found, gradients, rtol=1e-4, atol=1e-5)
+        actual = torch.autograd.grad(value, (hidden, weight))
+        torch.testing.assert_close(actual, gradients, rtol=1e-4, atol=1e-5)
 
 
 def test_in_place_and_threads(backend: str) -> None:
     student, teacher = logits(3, 9000, seed=29), logits(3, 9000, seed=30)
     labels = torch.tensor([0, 8999, 4096])
-    found = []
+    results = []
     threads = torch.get_num_threads()
     try:
         for count, inplace in ((1, False), (2, False), (1, True)):
@@ -398,10 +412,10 @@ def test_in_place_and_threads(backend: str) -> None:
             loss = kd_loss(
                 copy, teacher, labels, divergence="dkd", inplace=inplace, backend=backend
             )
-            found.append((loss.detach(), *torch.autograd.grad(loss, s)))
+            results.append((loss.detach(), *torch.autograd.grad(loss, s)))
     finally:
         torch.set_num_threads(threads)
-    assert all(torch.equal(a, b) for other in found[1:] for a, b in zip(found[0], other, strict=True)
+    assert all(torch.equal(a, b) for other in results[1:] for a, b in zip(results[0], other, strict=True)
                ) or backend == "portable"  # fmt: skip
 
 
@@ -429,7 +443,7 @@ def test_bad_arguments(call: Any, error: type[Exception], message: str) -> None:
         call()
 
 
-def test_an_invalid_label_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_message_names_an_invalid_label(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FASTKD_CHECK", "1")
     with pytest.raises(ValueError, match=r"labels must be in \[0, 5\) .* row 1 has 7"):
         kd_loss(torch.ones(2, 5), torch.ones(2, 5), torch.tensor([0, 7]), divergence="dkd")

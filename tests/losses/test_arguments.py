@@ -1,4 +1,4 @@
-"""Arguments of every public function: numbers of other libraries are numbers, and a wrong type is named in words."""
+"""Arguments of every public function: numbers from other libraries are accepted, and errors name a wrong argument."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class Decoder(nn.Module):
         return torch.cat([input_ids, input_ids], -1)
 
 
-# Every public function and constructor with arguments that it takes.
+# Every public function and constructor, with valid arguments.
 PAIR: dict[str, Any] = {"student": S, "teacher": T}
 LOGITS: dict[str, Any] = {"student_logits": S, "teacher": T, "labels": LABELS}
 FUSED: dict[str, Any] = {
@@ -155,7 +155,7 @@ CALLS: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
     "TeacherCache": (cache.TeacherCache, {"path": "/nowhere"}),
     "read_manifest": (cache.read_manifest, {"folder": "/nowhere"}),
 }
-# What is passed on to others as it is, or is a name of a file that is not there.
+# Arguments that are passed on unchecked, or that name a file that does not exist.
 PASSED_ON = {"process_group", "group", "path", "folder", "world_size", "rank", "allow_incomplete"}
 
 
@@ -183,24 +183,24 @@ def arguments_of(function: Callable[..., Any]) -> list[str]:
 
 @pytest.mark.parametrize("call", CALLS)
 def test_a_wrong_argument_is_named(call: str) -> None:
-    """Whatever comes is taken for what it is, or refused by an error of ours that names the argument."""
-    function, given = CALLS[call]
+    """Any value is either accepted or refused by an error of fastkd that names the argument."""
+    function, inputs = CALLS[call]
     for argument in arguments_of(function):
         if argument in PASSED_ON:
             continue
         for kind, value in WRONG.items():
             try:
-                function(**given | {argument: value})
+                function(**inputs | {argument: value})
             except (TypeError, ValueError, KeyError, fastkd.BackendUnavailable) as error:
                 assert argument in str(error), (argument, kind, str(error))
-            except Exception as error:  # it is for the test to say which argument it was
+            except Exception as error:  # pytest.fail reports which argument it was
                 pytest.fail(f"{argument}, {kind}: {error!r}")
 
 
 @pytest.mark.parametrize("call", ["TeacherCache", "read_manifest"])
 def test_a_path_of_a_wrong_type_is_named(call: str) -> None:
-    function, given = CALLS[call]
-    (argument,) = given
+    function, inputs = CALLS[call]
+    (argument,) = inputs
     for kind, value in WRONG.items():
         if kind != "str":
             with pytest.raises(TypeError, match=f"{argument} must be a str or an os.PathLike"):
@@ -247,8 +247,8 @@ NUMBERS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-def as_numpy(value: Any) -> list[Any]:
-    """The number as NumPy's scalars of several kinds, which hold it exactly."""
+def numpy_scalars(value: Any) -> list[Any]:
+    """The number as each kind of NumPy scalar that holds it exactly."""
     if isinstance(value, tuple):
         return [tuple(map(np.float32, value))]
     if isinstance(value, bool):
@@ -259,28 +259,28 @@ def as_numpy(value: Any) -> list[Any]:
 
 @pytest.mark.filterwarnings("ignore:the likelihood has its maximum")
 @pytest.mark.parametrize("call", NUMBERS)
-def test_scalars_of_numpy_are_numbers(call: str) -> None:
-    function, given = CALLS[call]
+def test_numpy_scalars_are_accepted_as_numbers(call: str) -> None:
+    function, inputs = CALLS[call]
     options = {"return_parts": True} if call == "mutual_loss" else {}
     for argument, value in NUMBERS[call].items():
-        wanted = function(**given | options | {argument: value})
-        for scalar in as_numpy(value):
-            found = function(**given | options | {argument: scalar})
-            assert shown(found) == shown(wanted), (argument, scalar)
+        wanted = function(**inputs | options | {argument: value})
+        for scalar in numpy_scalars(value):
+            actual = function(**inputs | options | {argument: scalar})
+            assert exact_repr(actual) == exact_repr(wanted), (argument, scalar)
             refused = np.bool_(True) if not isinstance(value, bool) else np.float32(1.0)
             with pytest.raises((TypeError, ValueError), match=argument):
-                function(**given | options | {argument: refused})
+                function(**inputs | options | {argument: refused})
 
 
-def shown(value: Any) -> str:
-    """All digits, and the types of numbers: "np.float32(2.0)" is not 2.0."""
+def exact_repr(value: Any) -> str:
+    """The value with all its digits and the types of its numbers: "np.float32(2.0)" differs from 2.0."""
     torch.set_printoptions(precision=9)
     text = repr(value)
     torch.set_printoptions(profile="default")
     return text
 
 
-def test_the_weights_of_an_ensemble_in_an_array() -> None:
+def test_ensemble_weights_may_be_an_array() -> None:
     teacher, same = (
         fastkd.Ensemble([T, S + 1], weights) for weights in (np.array([0.25, 0.75]), [0.25, 0.75])
     )
@@ -288,7 +288,7 @@ def test_the_weights_of_an_ensemble_in_an_array() -> None:
     assert torch.equal(kd_loss(S, teacher), kd_loss(S, same))
 
 
-def test_numbers_of_numpy_in_terms_layers_and_schedules() -> None:
+def test_terms_layers_and_schedules_accept_numpy_numbers() -> None:
     term = fastkd.Term(features.hint_loss, "a", weight=np.float32(0.5))
     assert type(term.weight) is float
     loss = features.FeatureLoss({np.int64(0): np.int32(0)}, np.int64(7), np.int64(7))
@@ -300,7 +300,7 @@ def test_numbers_of_numpy_in_terms_layers_and_schedules() -> None:
     assert step.on_policy
 
 
-def test_a_cache_of_numpys_numbers(tmp_path: Any) -> None:
+def test_a_cache_accepts_numpy_numbers(tmp_path: Any) -> None:
     with cache.CacheWriter(
         tmp_path, kind="topk", vocab_size=np.int64(7), k=np.int32(2), temperature=np.float32(2),
         shard_examples=np.int64(1), rank=np.int64(0), world_size=np.int64(1),
@@ -310,7 +310,7 @@ def test_a_cache_of_numpys_numbers(tmp_path: Any) -> None:
     assert read.manifest.k == 2 and len(read) == 1
 
 
-def test_what_is_a_number() -> None:
+def test_numbers_are_accepted() -> None:
     for value, wanted in (
         (np.float32(0.5), 0.5), (np.int64(3), 3), (np.bool_(True), True), (Fraction(1, 2), 0.5), (2, 2), (0.5, 0.5),
     ):  # fmt: skip
@@ -320,7 +320,7 @@ def test_what_is_a_number() -> None:
     assert as_float(10**400) == math.inf and as_float(-(10**400)) == -math.inf and as_float(2) == 2
 
 
-def test_what_is_no_number_is_refused() -> None:
+def test_values_that_are_not_numbers_are_refused() -> None:
     for value in (True, "2", None, [2.0], 1j, np.array([1.0, 2.0])):
         message = f"must be a number.*got {re.escape(type(value).__name__)}"
         for option in ("temperature", "logit_scale"):
@@ -334,17 +334,17 @@ def test_what_is_no_number_is_refused() -> None:
 
 
 @pytest.mark.parametrize("value", [2.0, np.float32(2.0)])
-def test_numbers_in_a_compiled_graph(value: Any) -> None:
+def test_a_compiled_graph_accepts_numbers(value: Any) -> None:
     compiled = torch.compile(lambda s: kd_loss(s, T, temperature=value), backend="aot_eager")
     torch.testing.assert_close(compiled(S), kd_loss(S, T, temperature=2.0))
 
 
 @pytest.mark.parametrize("broken", ["around prepare", "in prepare"])
 @pytest.mark.parametrize("loss", ["kd_loss", "fused_linear_kd_loss"])
-def test_a_graph_that_breaks_in_the_validation(
+def test_a_graph_break_in_the_validation_changes_nothing(
     loss: str, broken: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The validation then runs as it is and the rest is compiled, or the other way round."""
+    """A graph break leaves either the validation or the rest uncompiled; the results stay the same."""
     student, heads = (S, ()) if loss == "kd_loss" else (HIDDEN, (HEAD,))
 
     def call(student: Tensor) -> Tensor:
@@ -364,6 +364,6 @@ def test_a_graph_that_breaks_in_the_validation(
 
         monkeypatch.setattr(checks, "check_choice", breaking)
     torch._dynamo.reset()
-    found = torch.compile(call, backend="aot_eager")(leaf)
-    torch.testing.assert_close(found, expected)
-    torch.testing.assert_close(torch.autograd.grad(found, leaf)[0], gradient)
+    actual = torch.compile(call, backend="aot_eager")(leaf)
+    torch.testing.assert_close(actual, expected)
+    torch.testing.assert_close(torch.autograd.grad(actual, leaf)[0], gradient)

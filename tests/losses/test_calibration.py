@@ -1,4 +1,5 @@
-"""Calibration: against a transcription of the definition, and against a minimiser that shares no code with ours."""
+"""Calibration: compared with a transcription of the definition, and with a minimiser that shares no code with
+fastkd."""
 
 from __future__ import annotations
 
@@ -29,7 +30,7 @@ def problem(
     return too_sure * z, labels
 
 
-def by_definition(z: Tensor, labels: Tensor, bins: int) -> float:
+def error_by_definition(z: Tensor, labels: Tensor, bins: int) -> float:
     total = 0.0
     confidence, predicted = z.softmax(-1).max(-1)
     for b in range(bins):
@@ -41,8 +42,8 @@ def by_definition(z: Tensor, labels: Tensor, bins: int) -> float:
     return total
 
 
-def golden(z: Tensor, labels: Tensor) -> float:
-    """The T of least negative log-likelihood, by golden section on log T in float64."""
+def golden_section_temperature(z: Tensor, labels: Tensor) -> float:
+    """The temperature of the least negative log-likelihood, by golden-section search on log T in float64."""
 
     def loss(log_t: float) -> float:
         return float(F.cross_entropy(z.double() / math.exp(log_t), labels))
@@ -56,13 +57,13 @@ def golden(z: Tensor, labels: Tensor) -> float:
 
 @pytest.mark.parametrize("bins", [1, 7, 15])
 @pytest.mark.parametrize("temperature", [1.0, 2.5])
-def test_error_is_that_of_the_definition(
+def test_error_matches_the_definition(
     bins: int, temperature: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     z, labels = problem()
-    expected = by_definition(z / temperature, labels, bins)
-    found = expected_calibration_error(z, labels, bins=bins, temperature=temperature)
-    assert found == pytest.approx(expected, abs=1e-12) and isinstance(found, float)
+    expected = error_by_definition(z / temperature, labels, bins)
+    actual = expected_calibration_error(z, labels, bins=bins, temperature=temperature)
+    assert actual == pytest.approx(expected, abs=1e-12) and isinstance(actual, float)
     monkeypatch.setattr(calibration, "CHUNK_BYTES", 8 * 4 * 12 * 7)  # chunks of 7 rows
     assert expected_calibration_error(
         z, labels, bins=bins, temperature=temperature
@@ -79,26 +80,26 @@ def test_bins_of_equal_mass() -> None:
     assert 0 <= expected_calibration_error(z[:7], labels[:7], bins=15, binning="mass") <= 1
 
 
-def test_confidence_at_the_edges_of_bins() -> None:
+def test_bins_are_closed_on_the_right() -> None:
     """A bin is closed on its right: confidence 1 is in the last, 1/2 in the first of two."""
     z = torch.tensor([[0.0, 0.0], [0.0, -INF]], dtype=torch.float64)
     assert expected_calibration_error(z, torch.tensor([0, 0]), bins=2) == pytest.approx(0.25)
     assert expected_calibration_error(z, torch.tensor([0, 1]), bins=2) == pytest.approx(0.75)
     assert expected_calibration_error(z, torch.tensor([1, 0]), bins=1) == pytest.approx(
         0.25
-    )  # the first is largest
+    )  # the first logit is the largest
 
 
 @pytest.mark.parametrize("too_sure", [0.2, 1.0, 3.0, 30.0])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
-def test_temperature(too_sure: float, dtype: torch.dtype) -> None:
+def test_fitted_temperature(too_sure: float, dtype: torch.dtype) -> None:
     z, labels = problem(too_sure=too_sure)
     z = z.to(dtype)
-    found = fit_temperature(z, labels)
-    # Golden section finds the root of the rounding in the loss.
-    assert found == pytest.approx(golden(z, labels), rel=1e-6)
-    assert found == pytest.approx(too_sure, rel=0.3)
-    inverse = torch.tensor(1 / found, dtype=torch.float64, requires_grad=True)
+    actual = fit_temperature(z, labels)
+    # Rounding in the loss limits golden section to the square root of the machine epsilon.
+    assert actual == pytest.approx(golden_section_temperature(z, labels), rel=1e-6)
+    assert actual == pytest.approx(too_sure, rel=0.3)
+    inverse = torch.tensor(1 / actual, dtype=torch.float64, requires_grad=True)
     (slope,) = torch.autograd.grad(F.cross_entropy(z.double() * inverse, labels), inverse)
     assert abs(float(slope)) < 1e-7
 
@@ -133,18 +134,18 @@ def test_rows_and_shapes(monkeypatch: pytest.MonkeyPatch) -> None:
     options = {"ignore_index": -7, "mask": masked.view(4, 15)}
     for size in (calibration.CHUNK_BYTES, 8 * 4 * 12 * 4):
         monkeypatch.setattr(calibration, "CHUNK_BYTES", size)
-        found = (
+        actual = (
             fit_temperature(dirty, marked, **options),
             expected_calibration_error(dirty, marked, **options),
         )
-        assert found == pytest.approx(expected, rel=1e-9)
+        assert actual == pytest.approx(expected, rel=1e-9)
     strided = dirty.detach().transpose(0, 1)
     again = fit_temperature(strided, marked.T, ignore_index=-7, mask=options["mask"].T)
     assert again == pytest.approx(expected[0])
 
 
 def test_properties() -> None:
-    """Scaled logits have a scaled temperature; shifts and permutations of the vocabulary do nothing."""
+    """Scaling the logits scales the temperature; shifting or permuting the vocabulary changes nothing."""
     z, labels = problem()
     fitted, error = fit_temperature(z, labels), expected_calibration_error(z, labels)
     assert fit_temperature(4 * z, labels) == pytest.approx(4 * fitted)
@@ -156,7 +157,7 @@ def test_properties() -> None:
     assert expected_calibration_error(z, labels, temperature=fitted) < 0.5 * error
 
 
-def test_no_minimum_within_the_bounds() -> None:
+def test_a_minimum_outside_the_bounds() -> None:
     z = torch.eye(4, dtype=torch.float64)
     with pytest.warns(UserWarning, match=r"outside bounds=\(0.01, 100\); returning 0.01"):
         assert fit_temperature(z, torch.arange(4)) == 0.01
@@ -234,14 +235,14 @@ def test_errors_of_options() -> None:
 
 @pytest.mark.parametrize("margin", [5.0, 20.0, 400.0])
 def test_a_model_that_is_right_on_every_row(margin: float) -> None:
-    """The slope underflows long before the bound, and is none of a minimum."""
+    """The slope underflows long before the bound, but that is not a minimum."""
     labels = torch.arange(10).repeat(4)
     logits = margin * torch.nn.functional.one_hot(labels, 10).float()
     with pytest.warns(UserWarning, match="outside bounds"):
         assert fit_temperature(logits, labels) == 0.01
 
 
-def test_a_row_without_a_softmax() -> None:
+def test_a_row_without_a_softmax_is_refused() -> None:
     logits = torch.tensor([[0.0, 1.0], [torch.nan, 0.0]])
     with pytest.raises(ValueError, match="row 1 holds NaN"):
         expected_calibration_error(logits, torch.tensor([0, 1]))

@@ -1,4 +1,4 @@
-"""What kd_loss promises at the edges: bad inputs and their messages, empty batches, values it cannot see."""
+"""What kd_loss promises at the edges: messages for bad inputs, empty batches, and bad values on the device."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def _labels(*values: int) -> Tensor:
     return torch.tensor(values)
 
 
-# What differs from a good call of 3 rows by 7 columns, the error it must give, and its whole message.
+# For each case: what differs from a valid call of 3 rows by 7 columns, the expected error, and its whole message.
 BAD: list[tuple[dict[str, Any], type[Exception], str]] = [
     # The logits
     ({"student_logits": [[1.0]]}, TypeError, "student_logits must be a tensor of logits, got list"),
@@ -241,7 +241,7 @@ def _case(bad: tuple[dict[str, Any], type[Exception], str]) -> str:
     return "; ".join(
         f"{name}={tuple(value.shape)} {value.dtype}"
         if isinstance(value, Tensor)
-        else f"{name}={getattr(value, '__name__', repr(value))}"  # no address of a function
+        else f"{name}={getattr(value, '__name__', repr(value))}"  # a function's repr would contain its address
         for name, value in bad[0].items()
     )
 
@@ -259,7 +259,7 @@ def test_bad_inputs(any_backend: str, bad: tuple[dict[str, Any], type[Exception]
     assert type(error.value) is kind
 
 
-def test_options_are_keywords(any_backend: str) -> None:
+def test_options_are_keyword_only(any_backend: str) -> None:
     student, teacher = logits(3, 7, seed=1), logits(3, 7, seed=2)
     with pytest.raises(TypeError, match="takes from 2 to 3 positional arguments but 4"):
         kd_loss(student, teacher, None, 2.0, backend=any_backend)  # type: ignore[misc]
@@ -270,7 +270,7 @@ def test_options_are_keywords(any_backend: str) -> None:
 
 @pytest.mark.parametrize("label", [-1, 7, 8, -(2**40), 2**40])
 def test_a_label_out_of_range_makes_its_row_nan(any_backend: str, label: int) -> None:
-    """It is not used as an index, and no other row is touched; columns of padding are out of range too."""
+    """The label is not used as an index, and no other row changes; columns of padding are out of range too."""
     student = logits(3, 9, seed=3).requires_grad_()
     labels = torch.tensor([2, label, 6])
     call: dict[str, Any] = {
@@ -285,7 +285,7 @@ def test_a_label_out_of_range_makes_its_row_nan(any_backend: str, label: int) ->
     assert gradient[1, :7].isnan().all() and gradient[::2].isfinite().all()
     good = kd_loss(student[::2], logits(3, 9, seed=4)[::2], labels[::2], **call)
     assert torch.equal(loss[::2], good)
-    # Where the label is no target it only says whether the row is dropped.
+    # Where the label is not a target, it only decides whether the row is dropped.
     assert kd_loss(
         student, logits(3, 9, seed=4), labels, vocab_size=7, backend=any_backend
     ).isfinite()
@@ -345,7 +345,7 @@ def test_fastkd_check_names_the_value(
     assert str(error.value) == message
 
 
-def test_fastkd_check_passes_what_is_dropped(
+def test_fastkd_check_ignores_dropped_rows(
     any_backend: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("FASTKD_CHECK", "1")
@@ -362,7 +362,7 @@ def test_fastkd_check_passes_what_is_dropped(
 # No row that counts
 
 
-def _nothing_counts() -> dict[str, Callable[[], dict[str, Any]]]:
+def _batches_without_counted_rows() -> dict[str, Callable[[], dict[str, Any]]]:
     def rows(n: int, **options: Any) -> dict[str, Any]:
         return {
             "student_logits": logits(n, 7, seed=11),
@@ -395,11 +395,14 @@ def _nothing_counts() -> dict[str, Callable[[], dict[str, Any]]]:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("case", _nothing_counts().values(), ids=_nothing_counts())
-def test_no_row_counts(
+@pytest.mark.parametrize(
+    "case", _batches_without_counted_rows().values(), ids=_batches_without_counted_rows()
+)
+def test_a_batch_without_a_counted_row_has_loss_0(
     any_backend: str, case: Callable[[], dict[str, Any]], dtype: torch.dtype
 ) -> None:
-    """0 in the graph, with a gradient of zeros: a detached 0 hangs data parallelism, and 0 / 0 poisons the weights."""
+    """The loss is 0 and differentiable, with a gradient of zeros: a detached 0 would hang data parallelism, and 0 / 0
+    would poison the weights."""
     for divergence in ("forward_kl", "jsd"):
         for options in (
             {"reduction": "mean"},
@@ -434,10 +437,8 @@ def test_no_row_counts(
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 @pytest.mark.parametrize("items", [0, 0.0])
-def test_no_row_counts_in_the_whole_batch(
-    any_backend: str, items: float, dtype: torch.dtype
-) -> None:
-    """num_items as a trainer counts it, on the device: 0 of 0, and not 0 / 0."""
+def test_num_items_of_0_gives_loss_0(any_backend: str, items: float, dtype: torch.dtype) -> None:
+    """With num_items = 0 on the device, as a trainer counts it, the loss is 0 and not 0 / 0."""
     student = logits(3, 7, seed=15, dtype=dtype).requires_grad_()
     loss = kd_loss(
         student,
@@ -450,7 +451,7 @@ def test_no_row_counts_in_the_whole_batch(
     assert loss == 0 and student.grad is not None and not student.grad.any()
 
 
-def test_one_row_that_counts_among_many(any_backend: str) -> None:
+def test_one_counted_row_among_many(any_backend: str) -> None:
     student, teacher = logits(5, 7, seed=13), logits(5, 7, seed=14)
     mask = torch.tensor([False, False, False, True, False])
     alone = kd_loss(student[3:4], teacher[3:4], backend=any_backend)

@@ -1,4 +1,4 @@
-"""Bitwise the same result on every run and for any number of threads."""
+"""Results are bitwise equal on every run and for any number of threads."""
 
 from __future__ import annotations
 
@@ -20,24 +20,25 @@ def threads() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-def _everything(
+def _all_results(
     backend: str, student: Tensor, teacher: Tensor, labels: Tensor, **options: Any
 ) -> list[Tensor]:
-    """Every number a call gives: loss, parts and both gradients."""
+    """Every result of a call: loss, parts and both gradients."""
     s, t = student.clone().requires_grad_(), teacher.clone().requires_grad_()
     loss, parts = kd_loss(s, t, labels, return_parts=True, backend=backend, **options)
     upstream = torch.tensor(1.7) if loss.dim() == 0 else upstream_for(*loss.shape)
     return [loss.detach(), *parts, *torch.autograd.grad(loss, (s, t), upstream)]
 
 
-# PyTorch splits a sum by threads, and the reference is made of PyTorch's sums: it repeats itself for one number of
-# threads. The kernels do for any.
-def _counts(backend: str) -> list[list[int]]:
+# PyTorch splits a sum among threads, and the reference uses PyTorch's sums, so its results repeat only for one number
+# of threads. The kernels' results do not depend on the number.
+def _thread_counts(backend: str) -> list[list[int]]:
     return [[1, 1], [2, 2]] if backend in ("portable", "reference") else [[1, 2, 2, 3, 1]]
 
 
-# Two sweeps, three sweeps, no normaliser. Rows: a thread has a part of a row; one row each; more than threads, and not
-# a multiple of them. Widths: within one block of 2048 columns; several, with a tail.
+# Divergences: two sweeps, three sweeps, no normaliser. Rows: fewer than threads, so that threads share a row; one per
+# thread; more than threads and not a multiple of them. Widths: within one block of 2048 columns; several blocks with a
+# tail.
 @pytest.mark.parametrize("divergence", ["forward_kl", "jsd", "squared_error"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("columns", [100, 50_001])
@@ -58,20 +59,20 @@ def test_reruns_and_threads(
             "alpha": 0.5,
             "temperature": 2.0,
         }
-        for counts in _counts(backend):
+        for counts in _thread_counts(backend):
             runs = []
             for count in counts:
                 torch.set_num_threads(count)
-                runs.append(_everything(backend, student, teacher, labels, **options))
+                runs.append(_all_results(backend, student, teacher, labels, **options))
             for again in runs[1:]:
                 assert all(torch.equal(a, b) for a, b in zip(runs[0], again, strict=True))
 
 
 @pytest.mark.usefixtures("threads")
 def test_sum_of_many_rows(backend: str) -> None:
-    """More rows than PyTorch itself sums with one thread."""
+    """The sum over more rows than PyTorch sums with one thread is bitwise repeatable."""
     student, teacher = logits(100_000, 3, seed=4), logits(100_000, 3, seed=5)
-    for counts in _counts(backend):
+    for counts in _thread_counts(backend):
         results = set()
         for count in counts:
             torch.set_num_threads(count)
@@ -82,7 +83,7 @@ def test_sum_of_many_rows(backend: str) -> None:
 @pytest.mark.usefixtures("threads")
 def test_in_place(backend: str) -> None:
     student, teacher = logits(3, 5000, seed=6), logits(3, 5000, seed=7)
-    for counts in _counts(backend):
+    for counts in _thread_counts(backend):
         gradients = []
         for count in counts:
             torch.set_num_threads(count)

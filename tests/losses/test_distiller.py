@@ -1,4 +1,4 @@
-"""The Distiller: the numbers of a loop written by hand, and what it leaves of its models."""
+"""The Distiller: same results as a hand-written loop, and no traces left in its models."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def hooks(*models: nn.Module) -> int:
     return sum(len(module._forward_hooks) for model in models for module in model.modules())
 
 
-def by_hand(
+def hand_written_loss(
     student: Net, teacher: Net, regressor: nn.Module, images: Tensor, labels: Tensor
 ) -> Tensor:
     def layers(net: Net) -> list[Tensor]:
@@ -58,12 +58,14 @@ def step(distiller: Any, *inputs: Any, **options: Any) -> tuple[Tensor, dict[str
 def expected() -> tuple[Tensor, dict[str, Tensor]]:
     """The loss of the batch and its gradients, computed without a Distiller."""
     distiller = Distiller(*pair(), terms())
-    loss = by_hand(distiller.student, distiller.teacher, distiller.losses.hint.regressor, *batch())
+    loss = hand_written_loss(
+        distiller.student, distiller.teacher, distiller.losses.hint.regressor, *batch()
+    )
     loss.backward()
     return loss.detach(), gradients(distiller)
 
 
-def test_a_loop_by_hand(expected: Any) -> None:
+def test_a_hand_written_loop_gives_the_same_numbers(expected: Any) -> None:
     images, labels = batch()
     with Distiller(*pair(), terms()) as distiller:
         close(step(distiller, images, labels=labels), expected)
@@ -114,12 +116,12 @@ def test_compiled(expected: Any, how: str) -> None:
     loss, _ = run(images, labels=labels)
     loss.backward()
     close(loss.detach(), expected[0])
-    found = {name.replace("_orig_mod.", ""): g for name, g in gradients(distiller).items()}
-    close(found, expected[1])
-    assert distiller._student_capture.captured == [None, None]
+    results = {name.replace("_orig_mod.", ""): g for name, g in gradients(distiller).items()}
+    close(results, expected[1])
+    assert distiller._of_student.caught == [None, None]
 
 
-def test_a_model_compiled_and_run_before_is_an_error() -> None:
+def test_a_model_that_was_compiled_and_run_before_is_refused() -> None:
     torch.compiler.reset()
     student, teacher = pair()
     student = torch.compile(student, backend="aot_eager")
@@ -139,7 +141,7 @@ def test_autocast() -> None:
     assert {part.dtype for part in parts.values()} == {torch.float32} == {loss.dtype}
 
 
-def test_the_teacher_is_left_as_it_was() -> None:
+def test_the_teacher_is_unchanged() -> None:
     student, teacher = pair()
     teacher.layer1.eval()
     modes = [module.training for module in teacher.modules()]
@@ -201,7 +203,7 @@ def test_parameters_and_state(tmp_path: Any) -> None:
         other.load_state_dict(state | {"student.head.weight": before["head.weight"]})
 
 
-def test_hooks_and_what_they_caught_are_gone() -> None:
+def test_hooks_and_captured_outputs_are_released() -> None:
     student, teacher = pair()
     images, labels = batch()
     with Distiller(student, teacher, terms()) as distiller:
@@ -226,8 +228,8 @@ def test_hooks_and_what_they_caught_are_gone() -> None:
     assert hooks(student, teacher) == 0
 
 
-class Odd(Net):
-    """Layers that are used in ways that a hook must notice."""
+class OddLayers(Net):
+    """A model that uses its layers in ways that a hook must notice."""
 
     def __init__(self, way: str) -> None:
         super().__init__(4)
@@ -261,8 +263,10 @@ class Odd(Net):
         ("reentrant", "ran without gradients.*use_reentrant=False"),
     ],
 )
-def test_layers_that_cannot_be_caught(way: str, message: str) -> None:
-    distiller = Distiller(Odd(way), pair()[1], {"at": Term(attention_transfer_loss, "layer2")})
+def test_layers_that_cannot_be_captured_raise(way: str, message: str) -> None:
+    distiller = Distiller(
+        OddLayers(way), pair()[1], {"at": Term(attention_transfer_loss, "layer2")}
+    )
     with pytest.raises(RuntimeError, match=message):
         distiller(batch()[0])
     assert distiller._student_capture.captured == [None]
@@ -272,7 +276,7 @@ def test_checkpointing_changes_nothing() -> None:
     results = []
     for way in ("plainly", "checkpointed"):
         torch.manual_seed(3)
-        student = Odd(way)
+        student = OddLayers(way)
         distiller = Distiller(student, pair()[1], terms())
         images, labels = batch()
         results.append(step(distiller, images, labels=labels))
@@ -280,16 +284,16 @@ def test_checkpointing_changes_nothing() -> None:
     close(results[0], results[1])
 
 
-def test_weights_follow_the_step() -> None:
+def test_weights_may_depend_on_the_step() -> None:
     images, _ = batch()
     calls = []
 
-    def counted(student: Tensor, teacher: Tensor) -> Tensor:
+    def counting_loss(student: Tensor, teacher: Tensor) -> Tensor:
         calls.append(student.shape)
         return (student.mean() - teacher.mean()) ** 2
 
     losses = {
-        "hint": Term(counted, "layer1", weight=lambda step: 1.0 if step < 2 else 0.0),
+        "hint": Term(counting_loss, "layer1", weight=lambda step: 1.0 if step < 2 else 0.0),
         "kd": Term(fastkd.KDLoss(), weight=lambda step: 0.25 * step),
     }
     distiller = Distiller(*pair(), losses)
@@ -304,38 +308,38 @@ def test_weights_follow_the_step() -> None:
         nothing(images)
 
 
-def test_a_teacher_that_spoke_before() -> None:
+def test_teacher_outputs_can_be_passed_in() -> None:
     student, teacher = pair()
     images, _ = batch()
     losses = {"kd": Term(fastkd.KDLoss()), "at": Term(attention_transfer_loss, "layer1")}
     loss, parts = Distiller(student, teacher, losses)(images)
     alone = Distiller(student, None, losses)
     with torch.no_grad():
-        said, layer = teacher(images), teacher.layer1(images)
-    close(alone(images, teacher_output=said, teacher_layers={"layer1": layer}), (loss, parts))
-    sparse = fastkd.TopK.from_logits(said, 7)
+        output, layer = teacher(images), teacher.layer1(images)
+    close(alone(images, teacher_output=output, teacher_layers={"layer1": layer}), (loss, parts))
+    sparse = fastkd.TopK.from_logits(output, 7)
     close(alone(images, teacher_output=sparse, teacher_layers={"layer1": layer})[0], loss)
     with pytest.raises(ValueError, match=r"teacher_layers\['layer1'\] must be given"):
-        alone(images, teacher_output=said)
+        alone(images, teacher_output=output)
     with pytest.raises(ValueError, match="teacher_output must be given"):
         alone(images, teacher_layers={"layer1": layer})
-    teacher.forward = None  # it is not asked
+    teacher.forward = None  # the teacher is not run
     close(Distiller(student, teacher, {"kd": losses["kd"]})(
-        images, teacher_output=said)[1]["kd"], parts["kd"])  # fmt: skip
+        images, teacher_output=output)[1]["kd"], parts["kd"])  # fmt: skip
 
 
 @pytest.fixture(scope="module")
 def llamas() -> tuple[Any, Any]:
     import transformers
 
-    def made(width: int, layers: int) -> Any:
+    def build_llama(width: int, layers: int) -> Any:
         torch.manual_seed(width)
         return transformers.LlamaForCausalLM(transformers.LlamaConfig(
             vocab_size=31, hidden_size=width, intermediate_size=2 * width, num_hidden_layers=layers,
             num_attention_heads=2, num_key_value_heads=1, max_position_embeddings=16,
         ))  # fmt: skip
 
-    return made(8, 2), made(12, 3)
+    return build_llama(8, 2), build_llama(12, 3)
 
 
 @pytest.mark.stacks
@@ -356,16 +360,18 @@ def test_language_models(llamas: Any) -> None:
         "by_index": Term(by_index, "", select=lambda output: output.hidden_states),
     })  # fmt: skip
     inputs = {"input_ids": tokens, "attention_mask": attended, "output_hidden_states": True}
-    _, found = step(distiller, labels=labels, mask=mask, **inputs)
+    _, actual = step(distiller, labels=labels, mask=mask, **inputs)
     _, parts = distiller(labels=labels, mask=mask, **inputs)
     distiller.zero_grad()
-    ours = student(**inputs)
+    student_output = student(**inputs)
     with torch.no_grad():
-        theirs = teacher.eval()(**inputs)
-    kd = fastkd.kd_loss(ours.logits, theirs.logits, labels, temperature=2.0, alpha=0.5, mask=mask)
+        teacher_output = teacher.eval()(**inputs)
+    kd = fastkd.kd_loss(
+        student_output.logits, teacher_output.logits, labels, temperature=2.0, alpha=0.5, mask=mask
+    )
     hidden = 0.0
     for l_s, l_t, projection in zip((1, 2), (2, 3), by_index.projections, strict=True):
-        gap = projection(ours.hidden_states[l_s]) - theirs.hidden_states[l_t]
+        gap = projection(student_output.hidden_states[l_s]) - teacher_output.hidden_states[l_t]
         hidden = hidden + gap[mask].square().mean()
     close(parts["kd"], kd.detach())
     close(parts["by_name"], hidden.detach())
@@ -374,10 +380,10 @@ def test_language_models(llamas: Any) -> None:
     wanted = gradients(distiller)
     for name, gradient in wanted.items():
         if not name.startswith("losses"):
-            close(found[name], gradient)
+            close(actual[name], gradient)
     student.gradient_checkpointing_enable()
     distiller.zero_grad()
-    close(step(distiller, labels=labels, mask=mask, **(inputs | {"use_cache": False}))[1], found)
+    close(step(distiller, labels=labels, mask=mask, **(inputs | {"use_cache": False}))[1], actual)
     student.gradient_checkpointing_disable()
     distiller.close()
 
@@ -391,29 +397,29 @@ def processes() -> Iterator[Processes]:
 
 @pytest.mark.parametrize("stage", [False, True])
 def test_data_parallel(processes: Processes, expected: Any, stage: bool) -> None:
-    found = processes.run(2, in_parallel, stage)
+    actual = processes.run(2, in_parallel, stage)
     wanted = expected[1]
     if stage:
         losses = terms()
         del losses["kd"]
         wanted = step(Distiller(*pair(), losses), batch()[0])[1]
-    for process in found:
+    for process in actual:
         assert process["names"] == [
             f"module.losses.hint.regressor.map.{n}" for n in ("weight", "bias")
         ]
         close({name: process["gradients"][name] for name in wanted}, wanted)
 
 
-def test_what_outputs_hold() -> None:
+def test_contents_of_outputs() -> None:
     tensor, other = torch.zeros(1), torch.ones(1)
     for output in (tensor, (None, tensor, other), [tensor], {"a": 1, "b": tensor}):
         assert first_tensor(output) is tensor
     for output in (tensor, (tensor, other), {"hidden": other, "logits": tensor}):
         assert find_logits(output) is tensor
-    for found in (first_tensor, find_logits):
+    for select in (first_tensor, find_logits):
         for output in (None, (), {"a": 1}, 3):
             with pytest.raises(TypeError, match="pass "):
-                found(output)
+                select(output)
 
 
 def _distiller(**terms: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Every divergence of the table: value, gradients of both sides, limits and the properties that name it."""
+"""Every divergence of the table: value, gradients of both sides, limits and defining properties."""
 
 from __future__ import annotations
 
@@ -165,7 +165,7 @@ def test_alpha_beta_limits_are_continuous(
     for parameters in (near, limit):
         loss = kd_loss(student, teacher, divergence=fastkd.alpha_beta(*parameters))
         results.append((loss.detach(), *torch.autograd.grad(loss, leaf)))
-    # The first correction is of the order of the step, 1e-6; near a + b = 0 rounding divided by the step is 1e-9.
+    # The first-order correction is about the step, 1e-6; near a + b = 0 the rounding error divided by the step is 1e-9.
     torch.testing.assert_close(results[0], results[1], rtol=1e-4, atol=1e-6)
 
 
@@ -204,7 +204,7 @@ def test_high_temperature_tends_to_the_squared_error_of_centred_logits(backend: 
     assert cold.item() == pytest.approx(warm.item(), rel=1e-6)
 
 
-def test_alpha_beta_contains_forward_and_reverse_kl(backend: str) -> None:
+def test_alpha_beta_includes_forward_and_reverse_kl(backend: str) -> None:
     student, teacher = logits(4, 33, seed=14), logits(4, 33, seed=15)
     for parameters, name in (((1.0, 0.0), "forward_kl"), ((0.0, 1.0), "reverse_kl")):
         family = kd_loss(
@@ -217,7 +217,7 @@ def test_alpha_beta_contains_forward_and_reverse_kl(backend: str) -> None:
 @pytest.mark.parametrize(
     "name", [name for name in fastkd.DIVERGENCES if made(name, None).closed_form]
 )
-def test_closed_form_is_the_sum(name: str) -> None:
+def test_a_closed_form_equals_the_sum(name: str) -> None:
     closed = made(name, None).closed_form
     assert closed is not None
     s, t = logits(4, 20, seed=16, dtype=torch.float64), logits(4, 20, seed=17, dtype=torch.float64)
@@ -268,7 +268,7 @@ def _rows(
     temperature: float,
     **options: Any,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rows' loss and gradient."""
+    """Loss per row and gradient."""
     leaf = student.detach().clone().requires_grad_()
     options |= {"temperature": temperature, "reduction": "none", "divergence": name}
     loss = kd_loss(leaf, teacher, backend=backend, **options)
@@ -276,7 +276,7 @@ def _rows(
     return loss.detach(), gradient
 
 
-def _run(
+def _rows_and_error(
     backend: str,
     name: str,
     student: torch.Tensor,
@@ -285,9 +285,9 @@ def _run(
     **options: Any,
 ) -> tuple[torch.Tensor, torch.Tensor, Bars]:
     """The same derivatives, and the error that they may have."""
-    found = _rows(backend, name, student, teacher, temperature, **options)
+    actual = _rows(backend, name, student, teacher, temperature, **options)
     options |= {"temperature": temperature, "reduction": "none", "divergence": name}
-    return *found, bars(student, teacher, **options)
+    return *actual, bars(student, teacher, **options)
 
 
 @pytest.mark.parametrize("name", ["forward_kl", "reverse_kl", "mixture", "jsd", "tvd", "hellinger",
@@ -295,7 +295,7 @@ def _run(
 @properties
 @given(pair=pairs())
 def test_never_negative_and_bounded(backend: str, name: str, pair: Any) -> None:
-    loss, _, allowed = _run(backend, name, *pair, scale_by_temperature=False)
+    loss, _, allowed = _rows_and_error(backend, name, *pair, scale_by_temperature=False)
     bound = {"jsd": math.log(2.0), "tvd": 1.0, "hellinger": 1.0}.get(name, math.inf)
     assert (loss >= -allowed.loss).all() and (loss <= bound + allowed.loss).all()
 
@@ -303,10 +303,10 @@ def test_never_negative_and_bounded(backend: str, name: str, pair: Any) -> None:
 @defaults
 @properties
 @given(pair=pairs())
-def test_nothing_to_learn_from_oneself(backend: str, name: str, pair: Any) -> None:
+def test_equal_models_have_no_loss_and_no_gradient(backend: str, name: str, pair: Any) -> None:
     student, _, temperature = pair
-    loss, gradient, allowed = _run(backend, name, student, student.clone(), temperature)
-    if name != "soft_cross_entropy":  # that one is the entropy
+    loss, gradient, allowed = _rows_and_error(backend, name, student, student.clone(), temperature)
+    if name != "soft_cross_entropy":  # cross-entropy with oneself is the entropy
         assert (loss.abs() <= allowed.loss).all()
     assert (gradient.abs() <= allowed.student_gradient).all()
 
@@ -316,7 +316,7 @@ def test_nothing_to_learn_from_oneself(backend: str, name: str, pair: Any) -> No
 @given(pair=pairs(), shifts=st.tuples(st.integers(-10_000, 10_000), st.integers(-10_000, 10_000)))
 def test_a_common_shift_changes_nothing(backend: str, name: str, pair: Any, shifts: Any) -> None:
     student, teacher, temperature = pair
-    _, _, allowed = _run(backend, name, student, teacher, temperature)
+    _, _, allowed = _rows_and_error(backend, name, student, teacher, temperature)
     loss, gradient = _rows(backend, name, student + shifts[0], teacher + shifts[1], temperature)
     assert ((loss - allowed.exact.loss).abs() <= allowed.loss).all()
     assert ((gradient - allowed.exact.student_gradient).abs() <= allowed.student_gradient).all()
@@ -325,13 +325,13 @@ def test_a_common_shift_changes_nothing(backend: str, name: str, pair: Any, shif
 @defaults
 @properties
 @given(pair=pairs(), data=st.data())
-def test_order_of_rows_and_columns_is_carried_along(
+def test_permuting_rows_and_columns_permutes_the_results(
     backend: str, name: str, pair: Any, data: Any
 ) -> None:
     student, teacher, temperature = pair
     rows = torch.tensor(data.draw(st.permutations(range(student.shape[0]))))
     columns = torch.tensor(data.draw(st.permutations(range(student.shape[1]))))
-    loss, gradient, allowed = _run(backend, name, student, teacher, temperature)
+    loss, gradient, allowed = _rows_and_error(backend, name, student, teacher, temperature)
     by_row = _rows(backend, name, student[rows], teacher[rows], temperature)
     assert ((by_row[0] - loss[rows]).abs() <= 2 * allowed.loss[rows]).all()
     assert ((by_row[1] - gradient[rows]).abs() <= 2 * allowed.student_gradient[rows]).all()
@@ -345,10 +345,10 @@ def test_order_of_rows_and_columns_is_carried_along(
 @pytest.mark.parametrize("name", NORMALIZED)
 @properties
 @given(pair=pairs())
-def test_gradient_of_a_row_sums_to_zero(backend: str, name: str, pair: Any) -> None:
+def test_the_gradient_of_a_row_sums_to_zero(backend: str, name: str, pair: Any) -> None:
     student, teacher, temperature = pair
     labels = torch.zeros(student.shape[0], dtype=torch.int64)
-    _, gradient, allowed = _run(
+    _, gradient, allowed = _rows_and_error(
         backend, name, student, teacher, temperature, labels=labels, alpha=0.5
     )
     assert (gradient.double().sum(-1).abs() <= allowed.student_gradient.sum(-1)).all()
@@ -394,12 +394,12 @@ def _chi_squared(p, q, log_p, log_q):  # type: ignore[no-untyped-def]
     return square - 2.0 * p + q, q - square
 
 
-def test_a_divergence_of_the_user() -> None:
-    mine = fastkd.Divergence("chi_squared", _chi_squared, degree=1.0)
+def test_a_user_defined_divergence() -> None:
+    custom = fastkd.Divergence("chi_squared", _chi_squared, degree=1.0)
     student = logits(3, 11, seed=20, spread=1.0, dtype=torch.float64).requires_grad_()
     teacher = logits(3, 11, seed=21, spread=1.0, dtype=torch.float64).requires_grad_()
     loss = kd_loss(
-        student, teacher, divergence=mine, temperature=2.0, reduction="none", backend="reference"
+        student, teacher, divergence=custom, temperature=2.0, reduction="none", backend="reference"
     )
     p, q = (teacher / 2).softmax(-1), (student / 2).softmax(-1)
     expected = 4 * ((p - q) ** 2 / q).sum(-1)
@@ -411,19 +411,19 @@ def test_a_divergence_of_the_user() -> None:
     )
 
 
-def test_a_divergence_of_unknown_degree_has_no_teacher_gradient() -> None:
-    mine = fastkd.Divergence("chi_squared", _chi_squared)
+def test_a_divergence_of_unknown_degree_refuses_a_teacher_gradient() -> None:
+    custom = fastkd.Divergence("chi_squared", _chi_squared)
     student, teacher = (
         logits(3, 11, seed=20).requires_grad_(),
         logits(3, 11, seed=21).requires_grad_(),
     )
     with pytest.raises(ValueError) as error:
-        kd_loss(student, teacher, divergence=mine, backend="reference")
+        kd_loss(student, teacher, divergence=custom, backend="reference")
     assert str(error.value) == (
         "teacher requires grad, and the divergence 'chi_squared' has no degree of homogeneity, "
         "which the teacher's gradient needs; set Divergence(degree=...) or detach the teacher"
     )
-    kd_loss(student, teacher.detach(), divergence=mine, backend="reference").backward()
+    kd_loss(student, teacher.detach(), divergence=custom, backend="reference").backward()
     assert student.grad is not None and student.grad.abs().sum() > 0
 
 

@@ -1,4 +1,4 @@
-"""Losses on features: the published formulas in float64, edge cases, and what common code has instead."""
+"""Losses on features: the published formulas in float64, edge cases, and the variants of common code."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def attention_map(maps: Tensor, power: float) -> Tensor:
 
 
 def attention(student: Tensor, teacher: Tensor, power: float = 2.0) -> Tensor:
-    """beta = 1: 1/2 ||Q_S/||Q_S|| - Q_T/||Q_T||||_2, the mean over examples."""
+    """Mean over examples of 1/2 ||Q_S/||Q_S|| - Q_T/||Q_T||||_2 (beta = 1)."""
     distances = []
     for s, t in zip(student, teacher, strict=True):
         q_s, q_t = attention_map(s, power), attention_map(t, power)
@@ -62,7 +62,7 @@ def cosine(student: Tensor, teacher: Tensor) -> Tensor:
 
 
 def two_layers(student: Tensor, teacher: Tensor) -> Tensor:
-    """The sum over a pair of layers of sum_d (P h_S - h_T)^2 / D, the mean over positions, with weights 1 and 0.5."""
+    """Mean over positions of sum_d (P h_S - h_T)^2 / D, summed over two layers with weights 1 and 0.5."""
     total = 0.0
     for weight, P in zip((1.0, 0.5), MATRICES, strict=True):
         squares = [
@@ -82,7 +82,7 @@ def fixed_feature_loss(student: Tensor, teacher: Tensor, **options: Any) -> Tens
     return loss((student, student), [teacher, teacher], **options)
 
 
-# (what fastkd has, its formula, shape)
+# (fastkd's loss, its formula, shape)
 LOSSES: dict[str, Any] = {
     "hint": (hint_loss, hint, (3, 4, 5)),
     "attention": (attention_transfer_loss, attention, (3, 4, 5, 2)),
@@ -123,18 +123,18 @@ def test_formula_and_gradients(loss: Any, formula: Any, shape: tuple[int, ...]) 
 
 @every_loss
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_error_is_that_of_plain_float32(
+def test_error_is_at_most_that_of_plain_float32(
     loss: Any, formula: Any, shape: tuple[int, ...], dtype: torch.dtype
 ) -> None:
     shape = (shape[0] * 8, *shape[1:])
     if formula is two_layers:
-        dtype = torch.float32  # a fixed matrix of half precision has other numbers
+        dtype = torch.float32  # a fixed matrix in half precision is rounded
     student, teacher = normal(*shape, seed=3, dtype=dtype), normal(*shape, seed=4, dtype=dtype)
     exact = value_and_gradients(formula, student.double(), teacher.double())
     plain = value_and_gradients(formula, student.float(), teacher.float())
-    found = value_and_gradients(loss, student, teacher)
-    assert found[0].dtype == torch.float32 and found[1].dtype == dtype
-    for which, value in enumerate(found):
+    actual = value_and_gradients(loss, student, teacher)
+    assert actual[0].dtype == torch.float32 and actual[1].dtype == dtype
+    for which, value in enumerate(actual):
         largest = exact[which].abs().max()
         rounding = torch.finfo(dtype).eps / 2 if which else 0.0
         allowed = (plain[which].double() - exact[which]).abs().max() + largest * (
@@ -162,7 +162,9 @@ def test_hint_reductions() -> None:
     close = torch.testing.assert_close
     close(hint_loss(student, teacher, mask=mask, reduction="none"), per_example)
     close(hint_loss(student, teacher, mask=mask, reduction="sum"), per_example.sum())
-    close(hint_loss(student, teacher, mask=mask), per_example.sum() / 2)  # one has nothing left
+    close(
+        hint_loss(student, teacher, mask=mask), per_example.sum() / 2
+    )  # one example has no position left
     close(hint_loss(student, teacher, mask=mask, reduction="mean_square"), squares[mask].mean())
     close(hint_loss(student, teacher, reduction="mean_square"), F.mse_loss(student, teacher))
     of_examples = torch.tensor([True, False, True])
@@ -173,7 +175,7 @@ def test_hint_reductions() -> None:
 
 
 @masked_losses
-def test_masked_positions_are_not_there(loss: Any) -> None:
+def test_masked_positions_are_ignored(loss: Any) -> None:
     student, teacher = normal(2, 4, 5, seed=7), normal(2, 4, 5, seed=8)
     mask = torch.tensor([[True, True, False, True], [False, True, True, False]])
     if loss is hint_loss:  # of examples
@@ -190,7 +192,7 @@ def test_masked_positions_are_not_there(loss: Any) -> None:
 
 
 @masked_losses
-def test_nothing_left_is_zero_with_a_graph(loss: Any) -> None:
+def test_an_empty_mask_gives_zero_with_a_graph(loss: Any) -> None:
     for student in (torch.full((2, 4, 5), NAN), torch.zeros(0, 4, 5), torch.zeros(2, 0, 5)):
         student.requires_grad_()
         mask = torch.zeros(student.shape[:2], dtype=torch.bool)
@@ -236,8 +238,8 @@ def test_attention_where_a_map_is_zero_or_both_are_equal(form: str, power: float
             assert (gradients[0] == 0).all()
 
 
-def test_attention_of_any_scale() -> None:
-    """Only directions matter: neither 1e-30 nor 1e30 loses its square in float32."""
+def test_attention_does_not_depend_on_scale() -> None:
+    """Only directions matter: the squares of 1e-30 and of 1e30 neither underflow nor overflow in float32."""
     student, teacher = normal(2, 3, 4, seed=13).float(), normal(2, 3, 4, seed=14).float()
     expected = attention_transfer_loss(student, teacher)
     for scale in (1e-30, 1e30):
@@ -253,12 +255,12 @@ def test_attention_of_several_layers() -> None:
     teachers = [normal(2, 5, 4, 4, seed=17), normal(2, 9, 2, 2, seed=18)]
     for form, formula, half in (("paper", attention, 1.0), ("code", attention_code, 1.0)):
         expected = sum(formula(s, t) for s, t in zip(students, teachers, strict=True)) * half
-        found = attention_transfer_loss(students, tuple(teachers), form=form, beta=7.0)
-        torch.testing.assert_close(found, 7.0 * expected)
+        actual = attention_transfer_loss(students, tuple(teachers), form=form, beta=7.0)
+        torch.testing.assert_close(actual, 7.0 * expected)
 
 
 @pytest.mark.parametrize("resize", ["interpolate", "pool"])
-def test_sizes_that_differ(resize: str) -> None:
+def test_maps_of_different_sizes(resize: str) -> None:
     def resized(maps: Tensor) -> Tensor:
         if resize == "pool":
             return F.adaptive_avg_pool2d(maps, (2, 3))
@@ -279,7 +281,7 @@ def test_sizes_that_differ(resize: str) -> None:
         attention_transfer_loss(student, teacher)
 
 
-def test_cosine_keeps_its_digits_and_zero_vectors_count_one() -> None:
+def test_cosine_keeps_its_digits_and_zero_vectors_give_1() -> None:
     vector = normal(1, 64, seed=21).float()
     near = vector * 3 + 1e-4 * normal(1, 64, seed=22).float()
     exact = cosine(near.double(), vector.double()).item()
@@ -360,7 +362,7 @@ def test_autocast(loss: Any, formula: Any, shape: tuple[int, ...]) -> None:
 
 
 def test_compiled() -> None:
-    """All in one graph, to compile once."""
+    """All feature losses in one graph, so that the test compiles once."""
 
     def together(student: Tensor, teacher: Tensor) -> Tensor:
         mask = student[..., 0] > 0
@@ -387,7 +389,7 @@ def test_half_precision_features_meet_float32_projections() -> None:
         assert loss((student,), (teacher,)).dtype == torch.float32
 
 
-def test_any_module_may_be_a_regressor() -> None:
+def test_any_module_can_be_a_regressor() -> None:
     student, teacher = normal(2, 4, seed=35), normal(2, 6, seed=36)
     regressor = nn.Sequential(nn.Linear(4, 6), nn.Tanh()).double()
     torch.testing.assert_close(

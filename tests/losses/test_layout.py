@@ -1,4 +1,4 @@
-"""Strides, views, offsets and copies: where in memory the logits lie changes nothing."""
+"""Strides, views, offsets and copies: results do not depend on where the logits lie in memory."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from torch.profiler import ProfilerActivity, profile
 
 from fastkd import kd_loss
 
-# From contiguous logits [2, 5, 37] to the same numbers laid out differently. 37 columns are no multiple of a vector, so
-# rows begin at every alignment.
+# Functions from contiguous logits [2, 5, 37] to the same numbers in another layout. 37 columns are not a multiple of a
+# vector, so rows begin at every alignment.
 LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
     "contiguous": lambda x: x.contiguous(),
     "shifted as a language model shifts": lambda x: torch.cat([x, x[:, :1]], 1)[:, :-1],
@@ -51,19 +51,19 @@ def test_layouts(backend: str, layout: Callable[[Tensor], Tensor], dtype: torch.
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 @layouts
-def test_gradient_reaches_the_tensor_behind_a_view(
+def test_the_gradient_reaches_the_base_of_a_view(
     backend: str, layout: Callable[[Tensor], Tensor], dtype: torch.dtype
 ) -> None:
     student, teacher = logits(2, 5, 37, seed=4, dtype=dtype), logits(2, 5, 37, seed=5, dtype=dtype)
     leaf, by_layout = student.clone().requires_grad_(), student.clone().requires_grad_()
     kd_loss(leaf, teacher, backend=backend).backward()
     kd_loss(layout(by_layout), teacher, backend=backend).backward()
-    # Rows that begin elsewhere may be summed in another order.
+    # Rows with another alignment may be summed in another order.
     torch.testing.assert_close(by_layout.grad, leaf.grad)
 
 
 def test_expanded_rows(backend: str) -> None:
-    """A stride of 0: one row of logits against many, and many against one."""
+    """A row stride of 0: one row of logits against many, and many against one."""
     one, many = logits(37, seed=6), logits(2, 5, 37, seed=7)
     for student, teacher in ((one.expand(2, 5, 37), many), (many, one.expand(2, 5, 37))):
         check(backend, student, teacher)
@@ -75,18 +75,18 @@ def test_expanded_rows(backend: str) -> None:
 
 
 def test_expanded_columns(backend: str) -> None:
-    """One logit for the whole vocabulary: a uniform distribution."""
+    """A column stride of 0: one logit for the whole vocabulary, which is a uniform distribution."""
     student, teacher = logits(5, 1, seed=8).expand(5, 37), logits(5, 37, seed=9)
     check(backend, student, teacher)
     check(backend, teacher, student)
 
 
-def test_one_column_of_any_stride(backend: str) -> None:
+def test_one_column_with_any_stride(backend: str) -> None:
     student = logits(5, 6, seed=10)[:, 2:3]
     check(backend, student, logits(5, 9, seed=11)[:, 8:])
 
 
-def test_labels_mask_and_weight_of_any_stride(backend: str) -> None:
+def test_labels_mask_and_weight_with_any_stride(backend: str) -> None:
     student, teacher = logits(4, 3, 11, seed=12), logits(4, 3, 11, seed=13)
     labels = labels_for(3, 4, vocabulary=11, seed=14, ignored=0.2).t()
     mask = (torch.rand(3, 4, generator=torch.Generator().manual_seed(15)) < 0.8).t()
@@ -148,7 +148,8 @@ FAR_APART = """
 
 
 def test_rows_2_to_the_30_elements_apart(backend: str) -> None:
-    """An offset in 32 bits, of elements or of bytes, reads elsewhere; in a process of its own, which may then die."""
+    """A 32-bit offset, in elements or in bytes, would read wrong memory; the test runs in its own process, which may
+    crash."""
     script = [sys.executable, "-c", textwrap.dedent(FAR_APART), backend]
     done = subprocess.run(script, capture_output=True, text=True, timeout=1500, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -159,7 +160,7 @@ def test_rows_2_to_the_30_elements_apart(backend: str) -> None:
 
 
 @layouts
-def test_inputs_are_left_as_they_were(any_backend: str, layout: Callable[[Tensor], Tensor]) -> None:
+def test_inputs_are_unchanged(any_backend: str, layout: Callable[[Tensor], Tensor]) -> None:
     for dtype in (torch.float32, torch.float16):
         inputs: dict[str, Any] = {
             "student_logits": layout(logits(2, 5, 37, seed=16, dtype=dtype)),
@@ -180,8 +181,8 @@ def test_inputs_are_left_as_they_were(any_backend: str, layout: Callable[[Tensor
 
 
 def _allocated(run: Callable[[], Any]) -> int:
-    """Bytes that PyTorch allocates while this runs, whether or not they are freed again."""
-    run()  # what is built once is not counted
+    """Bytes that PyTorch allocates while `run` runs, whether or not they are freed again."""
+    run()  # what the first call builds is not counted
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         run()
     events = profiler.profiler.kineto_results.events()
@@ -190,7 +191,7 @@ def _allocated(run: Callable[[], Any]) -> int:
     )
 
 
-def test_the_counter_counts() -> None:
+def test_allocations_are_counted() -> None:
     assert _allocated(lambda: torch.zeros(1000)) == 4000
 
 
@@ -199,7 +200,7 @@ def test_the_counter_counts() -> None:
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_a_view_is_not_copied(dtype: torch.dtype, layout: str) -> None:
-    """The gradient is the one allocation of the size of the logits."""
+    """Only the gradient is an allocation of the size of the logits."""
     student = LAYOUTS[layout](logits(2, 5, 37, seed=19, dtype=dtype))
     teacher = LAYOUTS[layout](logits(2, 5, 37, seed=20, dtype=dtype))
     assert not student.is_contiguous() or student.storage_offset() % 4
@@ -220,13 +221,13 @@ def test_a_view_is_not_copied(dtype: torch.dtype, layout: str) -> None:
         loss = kd_loss(in_place_of, teacher, labels, alpha=0.5, inplace=True, backend="cpu")
         torch.autograd.grad(loss, in_place_of)
 
-    # Values of a row: the loss, which labels count, the weights, and what reduces them.
+    # Per-row values: the loss, which labels count, the weights, and the temporaries of the reduction.
     assert _allocated(forward) <= 8 * one_row_value
     assert _allocated(forward_and_backward) <= one_tensor + 8 * one_row_value
     assert _allocated(in_place) <= 8 * one_row_value
 
 
-def test_a_copy_is_made_only_where_the_columns_are_strided() -> None:
+def test_only_strided_columns_are_copied() -> None:
     student = LAYOUTS["every other column"](logits(64, 500, seed=22))
     contiguous = logits(64, 500, seed=23)
     size = contiguous.numel() * 4

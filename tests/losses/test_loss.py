@@ -1,4 +1,4 @@
-"""The objective around a divergence: temperatures, labels, rows that count, reductions, parts, padding."""
+"""The objective around a divergence: temperatures, labels, dropped rows, reductions, parts, padding."""
 
 from __future__ import annotations
 
@@ -48,7 +48,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-# forward_kl closes over moments and takes two sweeps over a row, jsd takes three, squared_error no normaliser.
+# forward_kl has a closed form of moments and takes two sweeps over a row, jsd takes three, squared_error needs no
+# normaliser.
 @pytest.mark.parametrize("divergence", ["forward_kl", "jsd", "squared_error"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
@@ -66,7 +67,7 @@ def test_every_option(
     check(backend, student, teacher, labels, divergence=divergence, **options)
 
 
-def test_the_backend_asked_for_runs(any_backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_requested_backend_runs(any_backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     ran = ran_on(monkeypatch, *{"reference", any_backend})
     check(any_backend, logits(2, 5, seed=4), logits(2, 5, seed=5))
     assert ran == [any_backend]
@@ -85,28 +86,28 @@ def test_t_squared_multiplies_value_and_gradient(any_backend: str) -> None:
         )
         loss.backward()
         results.append((loss.detach(), student.grad))
-    # A power of 2, so that nothing rounds.
+    # A power of 2, which does not round.
     torch.testing.assert_close(results[0], tuple(16 * x for x in results[1]), rtol=0, atol=0)
 
 
-def test_t_squared_leaves_hard_labels_alone(any_backend: str) -> None:
+def test_t_squared_does_not_scale_hard_labels(any_backend: str) -> None:
     student, labels = logits(3, 20, seed=8), labels_for(3, vocabulary=20, seed=9)
     loss = kd_loss(student, student, labels, alpha=0.25, temperature=4.0, backend=any_backend)
     assert loss.item() == pytest.approx(0.75 * F.cross_entropy(student, labels).item(), rel=1e-6)
 
 
 @pytest.mark.parametrize("divergence", ["forward_kl", "jsd"])
-def test_one_temperature_a_row(backend: str, divergence: str) -> None:
+def test_one_temperature_per_row(backend: str, divergence: str) -> None:
     student, teacher = logits(2, 3, 19, seed=10), logits(2, 3, 19, seed=11)
     temperature = torch.tensor([[0.5, 1.0, 2.0], [4.0, 0.3, 7.0]])
     labels = labels_for(2, 3, vocabulary=19, seed=12)
-    for dtype in (torch.float32, torch.bfloat16):  # of the temperatures
+    for dtype in (torch.float32, torch.bfloat16):  # NaN and wrong values among the temperatures
         t = temperature.to(dtype)
         arguments = {"divergence": divergence, "temperature": t, "alpha": 0.6}
         check(backend, student, teacher, labels, **arguments)
         check(backend, student, teacher, labels, **arguments, teacher_temperature=t.flip(1) * 2)
         check(backend, student, teacher, labels, **arguments, teacher_temperature=1.5)
-    # A strided tensor of temperatures is as good as any.
+    # A strided tensor of temperatures gives the same results.
     check(backend, student, teacher, temperature=temperature.t().contiguous().t())
 
 
@@ -117,9 +118,9 @@ def test_one_temperature_a_row(backend: str, divergence: str) -> None:
 def test_alpha_0_is_cross_entropy(backend: str, smoothing: float) -> None:
     teacher, labels = logits(6, 33, seed=13), labels_for(6, vocabulary=33, seed=14, ignored=0.3)
     results = []
-    for ours in (True, False):
+    for actual in (True, False):
         student = logits(6, 33, seed=15).requires_grad_()
-        if ours:
+        if actual:
             loss = kd_loss(
                 student, teacher, labels, alpha=0.0, label_smoothing=smoothing, backend=backend
             )
@@ -154,7 +155,7 @@ def test_a_label_of_ignore_index_drops_its_row_whatever_alpha_is(any_backend: st
 
 
 def test_a_dropped_row_is_not_read(any_backend: str) -> None:
-    """Not even NaN reaches the loss, the gradients or the parts, by whichever of the three ways it is dropped."""
+    """NaN in a dropped row reaches neither loss, gradients nor parts, for each of the three ways to drop a row."""
     student, teacher = logits(6, 21, seed=20), logits(6, 21, seed=21)
     student[1:4], teacher[1:4] = torch.nan, torch.inf
     labels = torch.tensor([3, -100, 3, 3, 3, 3])
@@ -180,7 +181,7 @@ def test_a_dropped_row_is_not_read(any_backend: str) -> None:
             )  # fmt: skip
 
 
-def test_label_weight_and_temperature_of_a_dropped_row_do_not_matter(any_backend: str) -> None:
+def test_label_weight_and_temperature_of_a_dropped_row_are_ignored(any_backend: str) -> None:
     student, teacher = logits(4, 21, seed=22), logits(4, 21, seed=23)
     mask = torch.tensor([True, False, True, False])
     clean = {
@@ -218,7 +219,7 @@ def test_weight_of_any_float_type(backend: str, dtype: torch.dtype) -> None:
 def _batch(
     dtype: torch.dtype, with_labels: bool
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """Eight rows, of which five count where there are labels."""
+    """Eight rows, of which five count if there are labels."""
     student, teacher = (logits(2, 4, 17, seed=seed, dtype=dtype) for seed in (26, 27))
     if not with_labels:
         return student, teacher, None
@@ -236,7 +237,10 @@ def test_reductions(any_backend: str, with_labels: bool, dtype: torch.dtype) -> 
     assert rows.shape == (2, 4)
     for reduction, denominator in (
         ("sum", 1),
-        ("mean", 5 if with_labels else 8),  # rows that count: neither V nor the weights are in it
+        (
+            "mean",
+            5 if with_labels else 8,
+        ),  # the number of counted rows, not V or the sum of weights
         ("batchmean", 2),
     ):
         call = {"reduction": reduction, "weight": weight}
@@ -270,8 +274,8 @@ def test_num_items_is_the_denominator(backend: str, with_labels: bool) -> None:
 
 @pytest.mark.parametrize("reduction", ["mean", "batchmean"])
 @pytest.mark.parametrize("as_tensor", [False, True])
-def test_micro_batches_add_up_to_the_batch(backend: str, reduction: str, as_tensor: bool) -> None:
-    """1 x 8 against 8 x 1 with num_items, though the micro-batches hold different numbers of rows."""
+def test_micro_batches_sum_to_the_batch(backend: str, reduction: str, as_tensor: bool) -> None:
+    """One batch of 8 rows against micro-batches with num_items, whose numbers of counted rows differ."""
     student, teacher = logits(8, 6, 35, seed=30), logits(8, 6, 35, seed=31)
     labels = labels_for(8, 6, vocabulary=35, seed=32, ignored=0.4)
     labels[3] = -100  # a micro-batch without a single row
@@ -301,7 +305,7 @@ def test_micro_batches_add_up_to_the_batch(backend: str, reduction: str, as_tens
     ).abs() <= exact.loss + 8 * ULP * exact.exact.loss
 
 
-def test_default_reduction_is_the_mean_over_rows_that_count(any_backend: str) -> None:
+def test_the_default_reduction_is_the_mean_over_counted_rows(any_backend: str) -> None:
     student, teacher = logits(4, 50, seed=33), logits(4, 50, seed=34)
     by_default = kd_loss(student, teacher, backend=any_backend)
     rows = kd_loss(student, teacher, reduction="none", backend=any_backend)
@@ -312,8 +316,8 @@ def test_default_reduction_is_the_mean_over_rows_that_count(any_backend: str) ->
 
 
 @pytest.mark.parametrize("divergence", ["forward_kl", "reverse_kl", "jsd", "squared_error"])
-def test_padding_counts_as_probability_0(backend: str, divergence: str) -> None:
-    """Widths of 45 and 40 for 37 tokens: neither the zeros nor the NaN of the padding leak into anything."""
+def test_padding_has_probability_0(backend: str, divergence: str) -> None:
+    """Logits 45 and 40 wide for 37 tokens: neither zeros nor NaN in the padding change any result."""
     student, teacher = logits(3, 45, seed=35), logits(3, 40, seed=36)
     labels = labels_for(3, vocabulary=37, seed=37)
     options = {"divergence": divergence, "alpha": 0.5, "label_smoothing": 0.1}
@@ -350,7 +354,7 @@ def test_parts(any_backend: str) -> None:
     assert parts.counted.shape == () and parts.counted == 4
     recombined = weight * (0.25 * parts.distillation + 0.75 * parts.cross_entropy)
     torch.testing.assert_close(loss.detach(), recombined, rtol=8 * ULP, atol=0)
-    # The loss does not depend on who asked for parts.
+    # The loss does not depend on whether parts are returned.
     assert torch.equal(
         loss.detach(), kd_loss(student, teacher, alpha=0.25, reduction="none", **call).detach()
     )
@@ -389,7 +393,7 @@ def test_any_leading_shape(backend: str, lead: tuple[int, ...]) -> None:
 # The module
 
 
-def test_module_is_the_function(any_backend: str) -> None:
+def test_the_module_equals_the_function(any_backend: str) -> None:
     student, teacher, labels = (
         logits(3, 13, seed=48),
         logits(3, 13, seed=49),
@@ -420,7 +424,7 @@ def test_module_is_the_function(any_backend: str) -> None:
     ) and "temperature=2.0" in repr(module)
 
 
-def test_module_is_copied_and_pickled(any_backend: str) -> None:
+def test_the_module_can_be_copied_and_pickled(any_backend: str) -> None:
     student, teacher = logits(3, 13, seed=51), logits(3, 13, seed=52)
     module = KDLoss(divergence=fastkd.jsd(0.3), temperature=2.0, backend=any_backend)
     for twin in (copy.deepcopy(module), pickle.loads(pickle.dumps(module))):
@@ -469,7 +473,7 @@ def test_module_is_copied_and_pickled(any_backend: str) -> None:
         ),
     ],
 )
-def test_module_refuses_an_option_when_it_is_made(
+def test_the_module_refuses_bad_options_in_its_constructor(
     options: dict[str, Any], kind: type, message: str
 ) -> None:
     with pytest.raises(kind) as error:
@@ -477,7 +481,7 @@ def test_module_refuses_an_option_when_it_is_made(
     assert str(error.value) == message
 
 
-def test_module_refuses_an_unknown_option() -> None:
+def test_the_module_refuses_an_unknown_option() -> None:
     with pytest.raises(TypeError, match="unexpected keyword argument 'tau'"):
         KDLoss(tau=2.0)
 
@@ -490,7 +494,7 @@ def test_module_refuses_an_unknown_option() -> None:
         {"inplace": True, "return_parts": True},
     ],
 )
-def test_module_accepts_what_the_function_accepts(options: dict[str, Any]) -> None:
+def test_the_module_accepts_what_the_function_accepts(options: dict[str, Any]) -> None:
     student, teacher, labels = (
         logits(3, 13, seed=53),
         logits(3, 13, seed=54),
@@ -502,13 +506,17 @@ def test_module_accepts_what_the_function_accepts(options: dict[str, Any]) -> No
         zip(result, expected, strict=True) if isinstance(result, tuple) else [(result, expected)]
     )
     flat: list[tuple[Tensor, Tensor]] = []
-    for ours, theirs in pairs:
-        flat += zip(ours, theirs, strict=True) if isinstance(ours, tuple) else [(ours, theirs)]
-    assert all(torch.equal(ours, theirs) for ours, theirs in flat)
+    for actual, reference in pairs:
+        flat += (
+            zip(actual, reference, strict=True)
+            if isinstance(actual, tuple)
+            else [(actual, reference)]
+        )
+    assert all(torch.equal(actual, reference) for actual, reference in flat)
 
 
-def test_module_is_made_whatever_backend_is_set(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its trial run is no call: neither FASTKD_BACKEND nor FASTKD_STRICT applies to it."""
+def test_the_module_can_be_built_whatever_backend_is_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The module's trial run is not a call: FASTKD_BACKEND and FASTKD_STRICT do not apply to it."""
     monkeypatch.setenv("FASTKD_BACKEND", "triton")
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     monkeypatch.setenv("FASTKD_STRICT", "1")

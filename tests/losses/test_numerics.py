@@ -32,15 +32,15 @@ defaults = pytest.mark.parametrize("divergence", fastkd.DIVERGENCES)
 # Two sweeps over a row, three sweeps, no normaliser.
 kinds = pytest.mark.parametrize("divergence", ["forward_kl", "jsd", "squared_error"])
 
-# One column; fewer than any SIMD vector; vectors of 4, 8 and 16 exactly, and with one column more and less; the block
-# of 2048 columns of the C++ kernel, likewise; two blocks; the vocabularies of language models (SmolLM2, Qwen, Gemma),
-# and one column past 2^16, where a 16-bit index wraps.
+# One column; fewer than any SIMD vector; vectors of 4, 8 and 16 exactly, and with one column more and less; the C++
+# kernel's block of 2048 columns exactly, and with one column more and less; two blocks; the vocabularies of language
+# models (SmolLM2, Qwen, Gemma), and one column past 2^16, where a 16-bit index wraps.
 SMALL = [1, 2, 3, 4, 5, 7, 8, 9, 15, 16, 17, 31, 33, 64, 100]
 BLOCKS = [2047, 2048, 2049, 4096, 4097]
 WIDE = [49152, 65537, 151936, 262144]
 
 
-def _checked(
+def _check_random_logits(
     backend: str,
     rows: int,
     columns: int,
@@ -69,16 +69,16 @@ def _checked(
 @pytest.mark.parametrize("columns", SMALL + BLOCKS)
 def test_widths_around_a_vector_and_a_block(backend: str, columns: int, divergence: str) -> None:
     for dtype in FLOATS:
-        # 1 row: fewer than there are threads, so a thread has a part of a row. 5: not a multiple of them.
+        # 1 row: fewer than the threads, so that threads share it. 5 rows: not a multiple of the threads.
         for rows in (1, 5):
-            _checked(backend, rows, columns, divergence, dtype)
+            _check_random_logits(backend, rows, columns, divergence, dtype)
 
 
 @kinds
 @pytest.mark.parametrize("columns", WIDE)
 def test_wide_vocabularies(backend: str, columns: int, divergence: str) -> None:
     for rows in (1, 3):
-        _checked(backend, rows, columns, divergence)
+        _check_random_logits(backend, rows, columns, divergence)
 
 
 @pytest.mark.heavy
@@ -89,14 +89,15 @@ def test_every_width_type_and_divergence(
     backend: str, columns: int, dtype: torch.dtype, divergence: str
 ) -> None:
     for rows in (1, 5):
-        _checked(backend, rows, columns, divergence, dtype)
+        _check_random_logits(backend, rows, columns, divergence, dtype)
 
 
-def test_either_subgradient_is_right_where_p_and_q_are_tied() -> None:
-    """What float32 cannot know of TVD is not asked of it; a wrong sign in another column is wrong."""
+def test_either_subgradient_is_accepted_where_p_equals_q() -> None:
+    """The check of TVD accepts either sign only in columns where float32 cannot order p and q; a wrong sign elsewhere
+    fails."""
     student, teacher = logits(1, 1000, seed=43), logits(1, 1000, seed=44)
     tied, other = teacher[0].topk(2).indices.tolist()
-    for _ in range(5):  # each time the gap that is left shrinks by p
+    for _ in range(5):  # each step shrinks the remaining gap by p
         log_q, log_p = (x.double().log_softmax(-1)[0, tied] for x in (student, teacher))
         teacher[0, tied] += float(log_q - log_p)
     allowed = bars(student, teacher, divergence="tvd", reduction="none")
@@ -117,8 +118,8 @@ def test_either_subgradient_is_right_where_p_and_q_are_tied() -> None:
 
 
 @kinds
-def test_memory_that_is_used_again_holds_nothing_old(divergence: str) -> None:
-    """Outputs of 4 MB, from which on memory is handed out with what the call before left there."""
+def test_reused_memory_does_not_leak_into_results(divergence: str) -> None:
+    """Outputs of 4 MB, a size from which the allocator reuses memory that holds the previous call's results."""
     for seed in range(2):
         student, teacher = logits(4, 262144, seed=seed), logits(4, 262144, seed=seed + 1)
         mask = torch.tensor([True, True, seed == 0, True])
@@ -127,7 +128,7 @@ def test_memory_that_is_used_again_holds_nothing_old(divergence: str) -> None:
 
 @kinds
 def test_flat_rows(backend: str, divergence: str) -> None:
-    """262144 terms of one size: a running float32 sum loses three digits here."""
+    """262144 terms of equal size: a running float32 sum would lose three digits."""
     student, teacher = (
         logits(2, 262144, seed=4, spread=0.05),
         logits(2, 262144, seed=5, spread=0.05),
@@ -136,7 +137,7 @@ def test_flat_rows(backend: str, divergence: str) -> None:
 
 
 @kinds
-def test_a_peak_in_every_place(backend: str, divergence: str) -> None:
+def test_a_peak_in_every_position(backend: str, divergence: str) -> None:
     """One column holds nearly everything: in the first block, at its edge, in the second, in the tail."""
     for peak in (0, 2047, 2048, 4095, 4096, 4100):
         student, teacher = logits(2, 4101, seed=6), logits(2, 4101, seed=7)
@@ -147,7 +148,7 @@ def test_a_peak_in_every_place(backend: str, divergence: str) -> None:
 
 @kinds
 def test_many_rows(backend: str, divergence: str) -> None:
-    """The sum over 20,000 rows is as exact as the rows are."""
+    """The sum over 20,000 rows is as exact as the single rows."""
     student, teacher = logits(20_000, 5, seed=8), logits(20_000, 5, seed=9)
     check(backend, student, teacher, divergence=divergence, reduction="mean")
     check(backend, student, teacher, divergence=divergence)
@@ -159,7 +160,7 @@ def test_many_rows(backend: str, divergence: str) -> None:
 @defaults
 @pytest.mark.parametrize("teacher_dtype", FLOATS, ids=str)
 @pytest.mark.parametrize("student_dtype", FLOATS, ids=str)
-def test_types_and_their_mixtures(
+def test_dtypes_and_mixtures_of_dtypes(
     backend: str, student_dtype: torch.dtype, teacher_dtype: torch.dtype, divergence: str
 ) -> None:
     # 71 columns: four vectors of 16 and a tail.
@@ -173,18 +174,18 @@ def test_types_and_their_mixtures(
 
 @kinds
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_narrow_types_are_widened_before_the_softmax(
+def test_narrow_dtypes_are_widened_before_the_softmax(
     backend: str, dtype: torch.dtype, divergence: str
 ) -> None:
-    """Close distributions: a log-softmax in the type of the logits gives a divergence of either sign."""
+    """For close distributions, a log-softmax in the logits' dtype would give divergences of either sign."""
     student = logits(4, 4099, seed=13, dtype=dtype)
     teacher = (student.float() + logits(4, 4099, seed=14, spread=0.05)).to(dtype)
     measured = check(backend, student, teacher, divergence=divergence)
     assert (measured.loss > 0).all()
 
 
-def test_bfloat16_gradient_is_rounded_twice_at_most(backend: str) -> None:
-    """Once in the forward, and once more by an upstream factor that is no power of 2."""
+def test_a_bfloat16_gradient_is_rounded_at_most_twice(backend: str) -> None:
+    """The gradient is rounded in the forward, and once more by an upstream factor that is not a power of 2."""
     student, teacher = (
         logits(5, 300, seed=15, dtype=torch.bfloat16),
         logits(5, 300, seed=16, dtype=torch.bfloat16),
@@ -229,7 +230,7 @@ def test_float64_is_computed_in_float64(divergence: str, plain: str) -> None:
 
 
 def _forbidden(*sides: Tensor) -> Tensor:
-    """Some columns of each row, never all, at -inf in these sides."""
+    """Logits with some columns of each row, but never all, at -inf on the given sides."""
     drop = torch.rand(sides[0].shape, generator=torch.Generator().manual_seed(20)) < 0.3
     drop[:, 0] = False
     drop[1] = False  # a row without any
@@ -241,8 +242,8 @@ def _forbidden(*sides: Tensor) -> Tensor:
 
 @defaults
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
-def test_a_column_that_both_forbid(backend: str, dtype: torch.dtype, divergence: str) -> None:
-    """0 log(0 / 0) = 0: the same as if the column were not there, and a gradient of 0."""
+def test_a_column_that_both_sides_forbid(backend: str, dtype: torch.dtype, divergence: str) -> None:
+    """0 log(0 / 0) = 0: the result is as without the column, whose gradient is 0."""
     student, teacher = logits(4, 50, seed=21, dtype=dtype), logits(4, 50, seed=22, dtype=dtype)
     drop = _forbidden(student, teacher)
     measured = check(backend, student, teacher, divergence=divergence, temperature=2.0)
@@ -259,35 +260,37 @@ def test_a_column_that_both_forbid(backend: str, dtype: torch.dtype, divergence:
     "divergence", ["forward_kl", "reverse_kl", "mixture", "soft_cross_entropy", "jsd"]
 )
 @pytest.mark.parametrize("temperatures", [(0.5, 0.5), (1.0, 0.9), (0.9, 1.0), (2.0, 1.0)], ids=str)
-def test_a_mask_of_the_lowest_number(
+def test_a_mask_of_the_lowest_finite_number(
     backend: str, temperatures: tuple[float, float], divergence: str
 ) -> None:
-    """As -inf, it counts as nothing; below a temperature of 1 it overflows to -inf on the way."""
+    """The lowest finite number acts like -inf; below a temperature of 1 it overflows to -inf."""
     student, teacher = logits(3, 20, seed=31), logits(3, 20, seed=32)
     student[:, 15:] = teacher[:, 15:] = torch.finfo(torch.float32).min
     names = ("temperature", "teacher_temperature")
     options = {"divergence": divergence, **dict(zip(names, temperatures, strict=True))}
-    found = []
+    results = []
     for kept in (slice(None), slice(15)):
         sides = [x[:, kept].clone().requires_grad_() for x in (student, teacher)]
         loss = kd_loss(*sides, backend=backend, **options)
-        found.append((loss.detach(), *(x[:, :15] for x in torch.autograd.grad(loss, sides))))
-    for masked, without in zip(*found, strict=True):
+        results.append((loss.detach(), *(x[:, :15] for x in torch.autograd.grad(loss, sides))))
+    for masked, without in zip(*results, strict=True):
         torch.testing.assert_close(masked, without, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("side", ["student", "teacher"])
 def test_rows_far_below_0(backend: str, side: str) -> None:
-    """A row is what its differences are, also where every logit is one that masks are made of."""
+    """Only differences of logits matter, even if every logit of a row is as low as a mask's value."""
     lowest = torch.finfo(torch.float32).min
     low = torch.tensor([[lowest] * 4, [-2e30, -2e30, -1e31, -2e30], [-math.inf, -math.inf, -5, -6]])
     near = torch.tensor([[0.0] * 4, [0.0, 0.0, -math.inf, 0.0], [-math.inf, -math.inf, -5, -6]])
     other = logits(3, 4, seed=33)
-    found = []
+    results = []
     for row in (low, near):
         student, teacher = (row, other) if side == "student" else (other, row)
-        found.append(kd_loss(student, teacher, divergence="jsd", reduction="none", backend=backend))
-    torch.testing.assert_close(*found)
+        results.append(
+            kd_loss(student, teacher, divergence="jsd", reduction="none", backend=backend)
+        )
+    torch.testing.assert_close(*results)
     assert kd_loss(torch.full((1, 4), -math.inf), other[:1], backend=backend).isnan()
 
 
@@ -304,7 +307,7 @@ def test_an_infinite_upstream_gradient_of_dropped_rows(
     functions = [kd_loss]
     if (
         dtype != torch.bfloat16
-    ):  # compiled as float32 is; float16 takes another way, its gradient deferred
+    ):  # bfloat16 takes the same path as float32; float16 defers its gradient
         functions.append(torch.compile(kd_loss, backend="aot_eager"))
     for function in functions:
         losses = function(
@@ -314,7 +317,7 @@ def test_an_infinite_upstream_gradient_of_dropped_rows(
         assert not gradient[1:3].any() and gradient[0::3].isfinite().all() and gradient[0].any()
 
 
-def test_alpha_0_silences_an_infinite_divergence(any_backend: str) -> None:
+def test_alpha_0_ignores_an_infinite_divergence(any_backend: str) -> None:
     student, teacher = logits(2, 9, seed=36), logits(2, 9, seed=37).requires_grad_()
     student[:, 1] = -math.inf
     loss = kd_loss(student, teacher, torch.tensor([0, 2]), alpha=0.0, backend=any_backend)
@@ -341,8 +344,8 @@ def test_negated_views(backend: str) -> None:
     weight = torch.tensor([1.0, 2.0, 0.5])
     views = [torch._neg_view(-x) for x in (student, teacher, weight)]
     assert all(view.is_neg() for view in views)
-    found = kd_loss(*views[:2], weight=views[2], backend=backend)
-    assert torch.equal(found, kd_loss(student, teacher, weight=weight, backend=backend))
+    actual = kd_loss(*views[:2], weight=views[2], backend=backend)
+    assert torch.equal(actual, kd_loss(student, teacher, weight=weight, backend=backend))
 
 
 # Which side's zeros make the divergence infinite: p / q where q = 0, q / p where p = 0.
@@ -371,7 +374,7 @@ def test_a_column_that_the_teacher_forbids(
 def test_a_column_that_the_student_forbids(
     backend: str, dtype: torch.dtype, divergence: str
 ) -> None:
-    """Forward KL is infinite there, and its gradient, q - p, is not."""
+    """Forward KL is infinite there, but its gradient, q - p, is finite."""
     student, teacher = logits(4, 50, seed=25, dtype=dtype), logits(4, 50, seed=26, dtype=dtype)
     _forbidden(student)
     infinite = divergence in INFINITE_WITHOUT_Q
@@ -391,9 +394,9 @@ def test_a_column_that_the_student_forbids(
 def test_negligible_mass_beside_a_forbidden_column(
     backend: str, divergence: str, side: str
 ) -> None:
-    """A probability of 1e-40 is 0 to float32: the same as if both sides forbade the column."""
+    """A probability of 1e-40 is 0 in float32: the result is as if both sides forbade the column."""
     if divergence in UNNORMALIZED:
-        return  # a squared error of logits knows no probability
+        return  # a squared error of logits does not depend on probabilities
     student, teacher = logits(2, 40, seed=27), logits(2, 40, seed=28)
     student[:, 7] = teacher[:, 7] = -torch.inf
     results = []
@@ -402,7 +405,7 @@ def test_negligible_mass_beside_a_forbidden_column(
         s, t = student.clone().requires_grad_(), teacher.clone().requires_grad_()
         loss = kd_loss(s, t, divergence=divergence, reduction="none", backend=backend)
         results.append((loss.detach(), *torch.autograd.grad(loss.sum(), (s, t))))
-    # To rounding: entries of -inf may be computed by other instructions than the rest.
+    # Equal up to rounding: rows with entries of -inf may use other instructions.
     torch.testing.assert_close(results[1], results[0], rtol=1e-6, atol=1e-7)
 
 
@@ -456,7 +459,7 @@ def test_temperatures(backend: str, divergence: str, temperature: float) -> None
 
 @defaults
 def test_columns_whose_probability_underflows(backend: str, divergence: str) -> None:
-    """float32 ends at exp(-104): below it on both sides, on either, and far below.
+    """Columns whose probability is below exp(-104), where float32 underflows, on both sides, on either, and far below.
 
     log(beta p + (1 - beta) q) is log 0 there.
     """
@@ -471,7 +474,7 @@ def test_columns_whose_probability_underflows(backend: str, divergence: str) -> 
         *UNNORMALIZED,
     ):
         check(backend, student, teacher, divergence=divergence)
-    # Beside a peak that both share, every divergence is moderate.
+    # With a peak that both sides share, every divergence is moderate.
     student, teacher = -gaps.expand(6, 12).clone(), -gaps.expand(6, 12).clone()
     teacher[:, 1:] -= logits(6, 11, seed=39, spread=10.0).abs()
 
@@ -493,13 +496,13 @@ def test_jsd_where_everything_but_one_column_underflows(backend: str, beta: floa
     assert measured.loss[0].abs() < 1e-7 and (measured.student_gradient[0].abs() < 1e-7).all()
     entropy = -(
         beta * math.log(beta) + (1 - beta) * math.log1p(-beta)
-    )  # the two rows share nothing
+    )  # the two rows have disjoint support
     assert measured.loss[1].item() == pytest.approx(entropy, rel=1e-5)
 
 
 @defaults
 def test_identical_rows(backend: str, divergence: str) -> None:
-    """Nothing but rounding, at widths of several blocks too."""
+    """The loss of identical rows is rounding error at most, also for several blocks."""
     for dtype in FLOATS:
         student = logits(3, 4100, seed=40, dtype=dtype)
         check(backend, student, student.clone(), divergence=divergence)
@@ -507,7 +510,7 @@ def test_identical_rows(backend: str, divergence: str) -> None:
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
 def test_nan_and_inf_are_not_hidden(any_backend: str, value: float) -> None:
-    """A row with NaN or +inf among its logits is NaN, and no other row is touched."""
+    """A row with NaN or +inf among its logits is NaN, and no other row changes."""
     for side in range(2):
         pair = [logits(3, 21, seed=41), logits(3, 21, seed=42)]
         clean = kd_loss(*pair, reduction="none", backend=any_backend)

@@ -1,7 +1,8 @@
-"""Students that teach each other, themselves and their later generations: against the papers' formulas in float64.
+"""Online losses (mutual learning, ensembles, mean teachers, born-again networks) against the papers' formulas in
+float64.
 
 The bar of mutual_loss is that of tests/support/accuracy.py: the error of plain float32 PyTorch (log_softmax, F.kl_div
-a pair, F.cross_entropy), and a unit in the last place of the terms that the result is a sum of.
+per pair, F.cross_entropy), plus a unit in the last place of the terms that the result sums.
 """
 
 from __future__ import annotations
@@ -53,19 +54,19 @@ FLOATS = [torch.float32, torch.bfloat16, torch.float16]
 dtypes = pytest.mark.parametrize("dtype", FLOATS, ids=str)
 forms = pytest.mark.parametrize("peers", PEERS)
 
-# NumPy warns of infinities and NaN where Triton's interpreter computes with them.
+# NumPy warns about infinities and NaN with which Triton's interpreter computes.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 
 
 @pytest.fixture(autouse=True, scope="module")
-def interpreter() -> Iterator[None]:
+def corrected_interpreter() -> Iterator[None]:
     with corrected():
         yield
 
 
 @pytest.fixture(params=["reference", "cpu", "triton"])
 def everywhere(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Each backend, Triton with several tiles a row, for tests of a few small rows."""
+    """Each backend, Triton with several tiles per row; for tests of a few small rows."""
     if request.param == "triton":
         monkeypatch.setattr("fastkd.kernels.mutual.ELEMENTS", 64)
     return str(request.param)
@@ -107,7 +108,7 @@ def compose(
     if mask is not None:
         counted &= mask
     leaves = [student.detach().to(dtype).requires_grad_() for student in students]
-    # Of rows that are dropped nothing may be read.
+    # Dropped rows must not be read.
     z = [torch.where(counted.unsqueeze(-1), leaf, 0.0) for leaf in leaves]
     log_p = [(student / temperature).log_softmax(-1) for student in z]
     factor = peer_weight * (temperature**2 if scale_by_temperature else 1.0)
@@ -141,7 +142,7 @@ def compose(
         for log_x in targets:
             phi, p = kl(log_x, own), log_x.exp()
             divergence = divergence + share * phi.sum(-1)
-            # What the errors of both log-probabilities make of it, and its own rounding; as in
+            # The effect of both log-probabilities' errors, plus the rounding of the result; as in
             # tests/support/oracles.py.
             off = phi.abs() + p + (phi + p).abs() * size(log_x) + p * size(own)
             terms = terms + factor * share * off.detach().nan_to_num(0.0, 0.0, 0.0).sum(-1)
@@ -160,11 +161,11 @@ def compose(
         terms = torch.where(counted, terms, 0.0) * multiplier.abs()
         if reduction != "none":
             loss, terms = loss.sum() / denominator, terms.sum() / denominator
-        given = torch.ones_like(loss) if upstream is None else upstream.to(dtype)
+        inputs = torch.ones_like(loss) if upstream is None else upstream.to(dtype)
         (gradient,) = torch.autograd.grad(
-            loss, leaves[k], given, retain_graph=True, allow_unused=True, materialize_grads=True
+            loss, leaves[k], inputs, retain_graph=True, allow_unused=True, materialize_grads=True
         )
-        reach = (given.expand(lead) * multiplier).abs().unsqueeze(-1) / denominator
+        reach = (inputs.expand(lead) * multiplier).abs().unsqueeze(-1) / denominator
         losses.append(loss.detach())
         gradients.append(gradient)
         loss_terms.append(terms.detach())
@@ -175,7 +176,7 @@ def compose(
 def check(
     backend: str, students: list[Tensor], labels: Tensor | None = None, **options: Any
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """mutual_loss, a row at a time unless a reduction is given, with values and gradients apart held to the bar."""
+    """Check values and gradients of mutual_loss against the bar, per row unless a reduction is given."""
     options.setdefault("reduction", "none")
     upstream = options.pop("upstream", None)
     if upstream is None and options["reduction"] == "none":
@@ -216,11 +217,11 @@ def group(
 # ---- mutual learning: values and gradients
 
 
-# Widths: none beside the label, less than a vector, an unaligned one, a block of the CPU kernel, one more, two and one.
-# Numbers of students: those that have a kernel of their own there, and the first beyond.
+# Widths: the label alone, less than a vector, an unaligned width, one block of the CPU kernel, one column more, two
+# blocks and a column. Numbers of students: those that have a kernel of their own there, and the first beyond.
 @pytest.mark.only_where(
     lambda backend, columns: backend == "cpu" or columns != 2048
-)  # it has blocks
+)  # the CPU kernel works in blocks
 @pytest.mark.parametrize("columns", [1, 2, 31, 2048, 2049, 4097])
 @pytest.mark.parametrize("count", [2, 3, 4, 5, 8])
 def test_values_and_gradients(backend: str, count: int, columns: int) -> None:
@@ -301,8 +302,8 @@ def test_options(everywhere: str, dtype: torch.dtype, peers: str) -> None:
         check(everywhere, students, peers=peers, temperature=2.0)
 
 
-def test_the_sum_over_pairs(everywhere: str) -> None:
-    """The other published form, term by term."""
+def test_the_published_sum_over_pairs(everywhere: str) -> None:
+    """The other published form, a sum over pairs, term by term."""
     students = group(3, 2, 9)
     losses = mutual_loss(students, peers="sum", reduction="sum", backend=everywhere)
     log_p = [student.double().log_softmax(-1) for student in students]
@@ -329,7 +330,7 @@ def test_the_average_has_the_gradient_of_the_mean(backend: str) -> None:
 
 
 def test_co_distillation_is_an_ensemble_of_the_others() -> None:
-    """The same loss from fastkd.Ensemble, a student at a time."""
+    """fastkd.Ensemble of the other students gives the same loss for each student."""
     students = group(3, 4, 40)
     losses = mutual_loss(students, peers="average", temperature=2.0, reduction="none")
     for k, loss in enumerate(losses):
@@ -348,8 +349,8 @@ def test_co_distillation_is_an_ensemble_of_the_others() -> None:
 @pytest.mark.only_where(lambda everywhere, count: everywhere != "triton" or count == 3)
 @forms
 @pytest.mark.parametrize("count", [2, 3, 4, 8])
-def test_equal_students_have_nothing_to_teach(everywhere: str, count: int, peers: str) -> None:
-    """Exactly: what is left where they are close is no difference of large sums."""
+def test_equal_students_have_loss_0(everywhere: str, count: int, peers: str) -> None:
+    """The loss is exactly 0, since it is not computed as a difference of large sums."""
     one = logits(2, 40, seed=1) if everywhere == "triton" else logits(2, 5000, seed=1, spread=6.0)
     leaves = [one.clone().requires_grad_() for _ in range(count)]
     losses = mutual_loss(leaves, peers=peers, temperature=0.7, reduction="sum", backend=everywhere)
@@ -360,7 +361,7 @@ def test_equal_students_have_nothing_to_teach(everywhere: str, count: int, peers
         assert gradient.abs().max() <= (0.0 if exactly else 1e-8)
 
 
-# Between students that differ by so much: KL is of the order of the square.
+# Students that differ by this distance: KL is about its square.
 @pytest.mark.parametrize("distance", [1e-2, 1e-3])
 @forms
 def test_close_students(backend: str, peers: str, distance: float) -> None:
@@ -372,8 +373,8 @@ def test_close_students(backend: str, peers: str, distance: float) -> None:
         check(backend, students, peers=peers)
         return
     error, of_plain = (
-        max(float((a - b).abs().max()) for a, b in zip(found, exact.losses, strict=True))
-        for found in (losses, plain.losses)
+        max(float((a - b).abs().max()) for a, b in zip(actual, exact.losses, strict=True))
+        for actual in (losses, plain.losses)
     )
     assert error <= of_plain
 
@@ -390,13 +391,13 @@ def test_common_shifts(everywhere: str, peers: str, shift: float) -> None:
             "temperature": temperature,
             "backend": everywhere,
         }
-        here, there = (mutual_loss(given, labels, **options) for given in (students, moved))
+        here, there = (mutual_loss(inputs, labels, **options) for inputs in (students, moved))
         torch.testing.assert_close(here, there, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("temperature", [0.05, 1.0, 1000.0])
-def test_far_students(backend: str, temperature: float) -> None:
-    """Students that are certain of different tokens, and one that knows nothing."""
+def test_students_far_apart(backend: str, temperature: float) -> None:
+    """Students that are certain of different tokens, and one with uniform probabilities."""
     students = group(3, 3, 100)
     students[0][:, 7] += 90.0
     students[1][:, 60] += 400.0
@@ -412,7 +413,7 @@ def test_far_students(backend: str, temperature: float) -> None:
 
 
 @forms
-def test_tokens_that_all_have_lost(everywhere: str, peers: str) -> None:
+def test_tokens_that_every_student_excludes(everywhere: str, peers: str) -> None:
     students = group(3, 2, 40)
     for student in students:
         student[:, 5:9] = -INF
@@ -421,8 +422,8 @@ def test_tokens_that_all_have_lost(everywhere: str, peers: str) -> None:
 
 
 @forms
-def test_tokens_that_one_has_lost(everywhere: str, peers: str) -> None:
-    """It is infinitely wrong, and the others are not; its gradient is what it is in the limit."""
+def test_tokens_that_one_student_excludes(everywhere: str, peers: str) -> None:
+    """The student without the token has an infinite loss, the others do not; its gradient is the limit's."""
     count = 4 if everywhere == "triton" else 5
     students = group(count, 3, 40)
     students[0][1, 5] = students[2][2, 30] = -INF
@@ -433,13 +434,13 @@ def test_tokens_that_one_has_lost(everywhere: str, peers: str) -> None:
 
 
 @forms
-def test_a_lost_token_that_nobody_believes_in(everywhere: str, peers: str) -> None:
+def test_an_excluded_token_that_is_negligible_elsewhere(everywhere: str, peers: str) -> None:
     students = group(2, 1, 20)
     students[0][0, 5], students[1][0, 5] = -INF, -200.0
-    found = mutual_loss(students, peers=peers, backend=everywhere)
+    actual = mutual_loss(students, peers=peers, backend=everywhere)
     students[1][0, 5] = -INF
-    torch.testing.assert_close(found, mutual_loss(students, peers=peers, backend=everywhere))
-    assert found[0].isfinite()
+    torch.testing.assert_close(actual, mutual_loss(students, peers=peers, backend=everywhere))
+    assert actual[0].isfinite()
 
 
 @pytest.mark.parametrize("bad", [NAN, INF])
@@ -451,7 +452,7 @@ def test_a_bad_logit_reaches_the_loss(everywhere: str, bad: float) -> None:
 
 
 def test_low_rows(backend: str) -> None:
-    """Logits below those that pad a block."""
+    """Logits below the value that pads a block."""
     students = [student.double().mul(1e28).sub(3e30).float() for student in group(3, 2, 20)]
     losses = mutual_loss(
         students, temperature=1e28, reduction="none", scale_by_temperature=False, backend=backend
@@ -461,7 +462,7 @@ def test_low_rows(backend: str) -> None:
         torch.testing.assert_close(loss.double(), truth, rtol=1e-4, atol=1e-5)
 
 
-# Beyond what fits in the scratch memory of a thread, and past the cache.
+# Rows larger than a thread's scratch memory, and larger than the cache.
 @pytest.mark.parametrize(("count", "columns"), [(3, 131_100), (5, 70_000)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_wide_rows(instructions: str, count: int, columns: int, dtype: torch.dtype) -> None:
@@ -490,7 +491,7 @@ def test_wide_rows(instructions: str, count: int, columns: int, dtype: torch.dty
 
 
 @pytest.mark.parametrize("reduction", ["none", "mean", "sum", "batchmean"])
-def test_rows_that_are_dropped_are_not_read(everywhere: str, reduction: str) -> None:
+def test_dropped_rows_are_not_read(everywhere: str, reduction: str) -> None:
     students = group(3, 4, 20)
     labels = torch.tensor([3, -100, 5, 7])
     mask = torch.tensor([True, True, False, True])
@@ -500,7 +501,7 @@ def test_rows_that_are_dropped_are_not_read(everywhere: str, reduction: str) -> 
     assert all((gradient[1:3] == 0).all() for gradient in gradients)
 
 
-def test_an_infinite_upstream_gradient_of_rows_that_are_dropped(backend: str) -> None:
+def test_an_infinite_upstream_gradient_of_dropped_rows(backend: str) -> None:
     leaves = [student.requires_grad_() for student in group(2, 4, 9)]
     mask, labels = torch.tensor([True, False, True, True]), torch.tensor([1, 2, -100, 3])
     loss = mutual_loss(leaves, labels, mask=mask, reduction="none", backend=backend)[0]
@@ -509,7 +510,7 @@ def test_an_infinite_upstream_gradient_of_rows_that_are_dropped(backend: str) ->
 
 
 @pytest.mark.parametrize("rows", [0, 3])
-def test_no_row_that_counts(everywhere: str, rows: int) -> None:
+def test_a_batch_without_a_counted_row_has_loss_0(everywhere: str, rows: int) -> None:
     leaves = [student.requires_grad_() for student in group(2, rows, 9)]
     labels = torch.full((rows,), -100)
     losses = mutual_loss(leaves, labels, backend=everywhere)
@@ -524,9 +525,9 @@ def test_one_row_without_a_leading_shape(everywhere: str) -> None:
 
 
 def test_layouts(everywhere: str) -> None:
-    """Shifted, sliced, transposed, expanded, at any offset: as their contiguous copies, bit by bit."""
+    """Shifted, sliced, transposed, expanded and offset views give bitwise the results of contiguous copies."""
     labels = labels_for(3, 4, vocabulary=19, seed=1)
-    given = [
+    inputs = [
         logits(3, 5, 19, seed=1)[:, :-1],
         logits(3, 4, 23, seed=2)[..., 3:22],
         logits(4, 3, 19, seed=3).transpose(0, 1),
@@ -534,23 +535,23 @@ def test_layouts(everywhere: str) -> None:
         logits(4, 19, seed=5).expand(3, 4, 19),
     ]
     results = []
-    for students in (given, [student.contiguous() for student in given]):
+    for students in (inputs, [student.contiguous() for student in inputs]):
         leaves = [student.detach().requires_grad_() for student in students]
         losses = mutual_loss(leaves, labels, reduction="none", temperature=2.0, backend=everywhere)
         results.append([*losses, *torch.autograd.grad(sum(losses).sum(), leaves)])
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
-def test_only_who_learns_gets_a_gradient(everywhere: str) -> None:
+def test_only_students_that_require_grad_get_a_gradient(everywhere: str) -> None:
     students = group(3, 2, 20)
     leaves = [student.clone() for student in students]
     leaves[1].requires_grad_()
     losses = mutual_loss(leaves, backend=everywhere)
     assert [loss.requires_grad for loss in losses] == [False, True, False]
-    (found,) = torch.autograd.grad(losses[1], leaves[1])
+    (actual,) = torch.autograd.grad(losses[1], leaves[1])
     everyone = [student.requires_grad_() for student in students]
     (expected,) = torch.autograd.grad(mutual_loss(everyone, backend=everywhere)[1], everyone[1])
-    assert torch.equal(found, expected)
+    assert torch.equal(actual, expected)
     with torch.no_grad():
         assert not any(loss.requires_grad for loss in mutual_loss(everyone, backend=everywhere))
 
@@ -558,7 +559,7 @@ def test_only_who_learns_gets_a_gradient(everywhere: str) -> None:
 @forms
 @dtypes
 def test_threads(dtype: torch.dtype, peers: str) -> None:
-    """Bitwise the same for any number of them."""
+    """Results are bitwise equal for any number of threads."""
     students, labels = group(3, 7, 5001, dtype=dtype), labels_for(7, vocabulary=5001, seed=1)
     before, runs = torch.get_num_threads(), []
     try:
@@ -594,8 +595,8 @@ def test_parts(everywhere: str) -> None:
 # ---- mutual learning: autograd
 
 
-def test_every_student_goes_backward_by_itself(everywhere: str) -> None:
-    """An optimiser a student: no graph is shared, and the others get nothing."""
+def test_each_student_has_its_own_backward(everywhere: str) -> None:
+    """Each student has its own optimiser: no graph is shared, and the other students get no gradient."""
     leaves = [student.requires_grad_() for student in group(3, 2, 20)]
     losses = mutual_loss(leaves, backend=everywhere)
     for k, loss in enumerate(losses):
@@ -613,17 +614,17 @@ def test_gradcheck(peers: str) -> None:
     labels = torch.tensor([1, 4])
     for k in range(3):
 
-        def of_one(leaf: Tensor, k: int = k) -> Tensor:
-            given = [leaf if index == k else student for index, student in enumerate(students)]
-            return mutual_loss(given, labels, temperature=1.7, peers=peers, reduction="none")[k]
+        def loss_of_student(leaf: Tensor, k: int = k) -> Tensor:
+            inputs = [leaf if index == k else student for index, student in enumerate(students)]
+            return mutual_loss(inputs, labels, temperature=1.7, peers=peers, reduction="none")[k]
 
         leaf = students[k].clone().requires_grad_()
-        assert of_one(leaf).dtype == torch.float64
-        assert torch.autograd.gradcheck(of_one, (leaf,))
+        assert loss_of_student(leaf).dtype == torch.float64
+        assert torch.autograd.gradcheck(loss_of_student, (leaf,))
 
 
 @dtypes
-def test_the_loss_squared_and_a_graph_that_is_kept(backend: str, dtype: torch.dtype) -> None:
+def test_the_loss_squared_and_a_retained_graph(backend: str, dtype: torch.dtype) -> None:
     leaves = [student.requires_grad_() for student in group(2, 3, 50, dtype=dtype)]
     loss = mutual_loss(leaves, reduction="sum", backend=backend)[0]
     (once,) = torch.autograd.grad(loss, leaves[0], retain_graph=True)
@@ -679,11 +680,11 @@ def test_compiled_functions_give_the_same_numbers(backend: str) -> None:
         return sum(mutual_loss([a * 2, b + 1], labels, backend=backend))
 
     expected = torch.autograd.grad(step(*leaves), leaves)
-    found = torch.autograd.grad(torch.compile(step, backend="eager")(*leaves), leaves)
-    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    actual = torch.autograd.grad(torch.compile(step, backend="eager")(*leaves), leaves)
+    assert all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True))
 
 
-def test_nothing_stays_in_memory() -> None:
+def test_memory_is_released() -> None:
     leaves = [student.requires_grad_() for student in group(2, 3, 30)]
     losses = mutual_loss(leaves, backend="cpu")
     node = weakref.ref(losses[0].grad_fn)
@@ -758,14 +759,14 @@ BAD: list[tuple[dict[str, Any], type[Exception], str]] = [
 @pytest.mark.parametrize("case", range(len(BAD)))
 def test_bad_arguments(backend: str, case: int) -> None:
     arguments, error, message = BAD[case]
-    given, labels = (copy.copy(arguments[name]) for name in ("logits", "labels"))
+    inputs, labels = (copy.copy(arguments[name]) for name in ("logits", "labels"))
     options = {name: value for name, value in arguments.items() if name not in ("logits", "labels")}
     with pytest.raises(error) as caught:
-        mutual_loss(given, labels, backend=backend, **options)
+        mutual_loss(inputs, labels, backend=backend, **options)
     assert str(caught.value) == message
 
 
-def test_backends_that_cannot(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_backends_that_cannot_run_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     students = group(2, 2, 7)
     with pytest.raises(BackendUnavailable):
         mutual_loss(students, backend="cuda")
@@ -787,7 +788,7 @@ def test_invalid_labels(everywhere: str, monkeypatch: pytest.MonkeyPatch) -> Non
         mutual_loss(students, labels, backend=everywhere)
 
 
-def test_the_kernel_that_was_asked_for_ran(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_requested_kernel_ran(monkeypatch: pytest.MonkeyPatch) -> None:
     from fastkd.backends import cpu, reference
 
     ran = []
@@ -801,7 +802,7 @@ def test_the_kernel_that_was_asked_for_ran(monkeypatch: pytest.MonkeyPatch) -> N
     assert ran == ["cpu", "cpu", "reference"]
 
 
-# The other target, and the other variants, differ in the instructions chosen and in the size of a tile.
+# The other targets and variants differ in the chosen instructions and in the tile size.
 @pytest.mark.parametrize(
     ("target", "full"),
     [
@@ -818,9 +819,9 @@ def test_the_triton_kernel_compiles_and_keeps_its_tiles_in_registers(
     command = [sys.executable, str(ROOT / "tests" / "support" / "mutual_aot.py"), target, full]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     assert done.returncode == 0, done.stderr[-4000:]
-    found = [json.loads(line) for line in done.stdout.splitlines()]
-    assert found
-    assert not [line for line in found if line[1][1] >= 32 or line[1][2]]
+    results = [json.loads(line) for line in done.stdout.splitlines()]
+    assert results
+    assert not [line for line in results if line[1][1] >= 32 or line[1][2]]
 
 
 # ---- on-the-fly ensembles
@@ -829,7 +830,7 @@ def test_the_triton_kernel_compiles_and_keeps_its_tiles_in_registers(
 def _one(
     students: list[Tensor], labels: Tensor, gate: Tensor, temperature: float, weight: float
 ) -> Tensor:
-    """Lan, Zhu and Gong (2018), equations 5 to 8, a row at a time."""
+    """The loss by equations 5 to 8 of Lan, Zhu and Gong (2018), per row."""
     mixed = sum(gate[..., i, None] * student for i, student in enumerate(students))
     target = (mixed.detach() / temperature).log_softmax(-1)
     loss = F.cross_entropy(mixed, labels, reduction="none")
@@ -862,8 +863,8 @@ def test_ensemble_loss(backend: str, per_row: bool) -> None:
         results.append(
             [loss, *torch.autograd.grad(loss, (*leaves, gate), upstream_for(4).to(dtype))]
         )
-    for found, exact in zip(*results, strict=True):
-        torch.testing.assert_close(found.double(), exact, rtol=1e-5, atol=2e-6)
+    for actual, exact in zip(*results, strict=True):
+        torch.testing.assert_close(actual.double(), exact, rtol=1e-5, atol=2e-6)
 
 
 def test_ensemble_logits() -> None:
@@ -942,7 +943,7 @@ class Network(nn.Module):
 
 
 def _stepped(student: nn.Module, seed: int) -> None:
-    """As after a step of an optimiser and a batch."""
+    """Change the student as a step of an optimiser and a batch would."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for value in itertools.chain(student.parameters(), student.buffers()):
@@ -984,7 +985,7 @@ def test_mean_teacher_starts_as_the_mean_of_all_students() -> None:
 
 
 @pytest.mark.parametrize("training", [False, True])
-def test_mean_teacher_keeps_its_mode_and_gives_constants(training: bool) -> None:
+def test_mean_teacher_keeps_its_mode_and_returns_constants(training: bool) -> None:
     student = Network()
     teacher = MeanTeacher(student, training=training)
     assert student.training
@@ -998,7 +999,7 @@ def test_mean_teacher_keeps_its_mode_and_gives_constants(training: bool) -> None
     assert all(parameter.requires_grad for parameter in student.parameters())
 
 
-def test_mean_teacher_goes_on_from_its_state() -> None:
+def test_mean_teacher_resumes_from_its_state() -> None:
     student = Network()
     first = MeanTeacher(student, 0.9)
     for step in range(3):
@@ -1032,7 +1033,9 @@ def test_mean_teacher_of_a_bfloat16_student_may_keep_float32() -> None:
     torch.testing.assert_close(
         teachers[0].model.weight, 0.999 * before + 0.001 * student.weight.float()
     )
-    assert torch.equal(teachers[1].model.weight, before.bfloat16())  # lost in the rounding
+    assert torch.equal(
+        teachers[1].model.weight, before.bfloat16()
+    )  # the update is lost in bfloat16's rounding
 
 
 def test_bad_mean_teachers() -> None:
@@ -1065,16 +1068,16 @@ def test_consistency(dtype: torch.dtype) -> None:
     leaves = [x.clone().requires_grad_() for x in (student, teacher)]
     exact = [x.detach().double().requires_grad_() for x in (student, teacher)]
     p, q = (x.softmax(-1) for x in exact)
-    # The authors' code: the sum of squares over all, by the number of classes and by the batch.
+    # The authors' code: the sum of squares over all elements, divided by the number of classes and by the batch size.
     truth = F.mse_loss(p, q, reduction="sum") / 20 / 3
     loss = consistency_loss(*leaves)
     assert loss.dtype == torch.float32
     torch.testing.assert_close(loss.double(), truth, rtol=1e-6, atol=0)
     tolerance = 4 * torch.finfo(dtype).eps
-    for found, expected in zip(
+    for actual, expected in zip(
         torch.autograd.grad(loss, leaves), torch.autograd.grad(truth, exact), strict=True
     ):
-        torch.testing.assert_close(found.double(), expected, rtol=tolerance, atol=1e-7)
+        torch.testing.assert_close(actual.double(), expected, rtol=tolerance, atol=1e-7)
     torch.testing.assert_close(
         consistency_loss(student, teacher, "kl"), kd_loss(student, teacher), rtol=0, atol=0
     )
@@ -1110,7 +1113,7 @@ def test_gradcheck_of_consistency() -> None:
     assert torch.autograd.gradgradcheck(consistency_loss, leaves)
 
 
-def test_consistency_compiles_whole() -> None:
+def test_consistency_compiles_without_graph_breaks() -> None:
     leaf, teacher = group(2, 3, 9)
     leaf.requires_grad_()
     compiled = torch.compile(consistency_loss, fullgraph=True, backend="eager")
@@ -1184,9 +1187,9 @@ def test_born_again() -> None:
     torch.testing.assert_close(
         kd_loss(student, teacher), F.kl_div(student.log_softmax(-1), p, reduction="batchmean")
     )
-    given = nn.Linear(3, 5)
-    list(born_again(make_student, train, 1, teacher=given))
-    assert trained[-1][1] is given
+    first_student = nn.Linear(3, 5)
+    list(born_again(make_student, train, 1, teacher=first_student))
+    assert trained[-1][1] is first_student
 
 
 def test_generations_are_made_one_at_a_time() -> None:
@@ -1235,7 +1238,7 @@ def test_a_student_that_is_its_own_teacher() -> None:
         list(born_again(lambda: only, lambda student, teacher: None, 2))
 
 
-def test_the_functions_are_found_at_their_first_use() -> None:
+def test_functions_are_imported_on_first_use() -> None:
     code = (
         "import sys, fastkd; assert 'fastkd.online' not in sys.modules; fastkd.online.mutual_loss"
     )
@@ -1246,7 +1249,7 @@ def test_the_functions_are_found_at_their_first_use() -> None:
     )
 
 
-def test_what_a_dropped_row_holds_does_not_reach_the_gate() -> None:
+def test_dropped_rows_do_not_affect_the_gate() -> None:
     logits = [torch.randn(2, 3) for _ in range(2)]
     logits[0][1] = NAN
     gate = torch.zeros(2, requires_grad=True)

@@ -20,13 +20,13 @@ def real() -> tuple[Tensor, Tensor, Tensor]:
     """(student, teacher, labels): [8, 49152] in float32, and [8]."""
     with np.load(SMOLLM2) as file:
         student, teacher = (torch.from_numpy(file[side]).float() for side in ("student", "teacher"))
-    # What the teacher holds for most likely, a token it holds for unlikely, and two rows that are ignored.
+    # The teacher's most likely token, a token that it considers unlikely, and two ignored rows.
     labels = teacher.argmax(-1)
     labels[1], labels[2:4] = 11, -100
     return student, teacher, labels
 
 
-def test_the_data_is_what_it_says(real: tuple[Tensor, Tensor, Tensor]) -> None:
+def test_the_data_matches_its_description(real: tuple[Tensor, Tensor, Tensor]) -> None:
     p = real[1].double().softmax(-1)
     entropy = torch.special.entr(p).sum(-1).mean()
     assert p.shape == (8, 49_152) and 1 < entropy < 4 and p.topk(64).values.sum(-1).mean() > 0.9
@@ -35,7 +35,7 @@ def test_the_data_is_what_it_says(real: tuple[Tensor, Tensor, Tensor]) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("name", fastkd.DIVERGENCES)
 def test_divergences(real: tuple[Tensor, Tensor, Tensor], name: str, dtype: torch.dtype) -> None:
-    """Each backend in turn, for which the oracle remembers what these rows should give."""
+    """Each backend in turn; the oracle's results for these rows are cached."""
     student, teacher, labels = real
     student, teacher = student.to(dtype), teacher.to(dtype)
     options = {"divergence": name, "temperature": 2.0, "alpha": 0.5}

@@ -1,8 +1,7 @@
-"""Losses on the teacher's response: each against its published formula in float64, differentiated by autograd.
+"""Losses on the teacher's response, each against its published formula in float64, differentiated by autograd.
 
-The bar is that of tests/support/accuracy.py in words: at most twice the error of plain float32 PyTorch in that row,
-plus a few units in the last place of its largest element. (Twice: neither order of the same operations is the more
-exact.)
+The bar: an error of at most twice that of plain float32 PyTorch in the same row, plus a few units in the last place of
+the row's largest element. (Twice, because either order of the same operations may be the more exact one.)
 """
 
 from __future__ import annotations
@@ -41,11 +40,11 @@ from fastkd.response import (
 INF, NAN = math.inf, math.nan
 
 
-# ---- the formulas, one value a row [N], of logits [N, V]
+# ---- the formulas: logits [N, V] to one value per row [N]
 
 
 def head_of(p: Tensor, mass: float, crossing: str) -> Tensor:
-    """Bool [N, V], by a full sort."""
+    """Bool mask [N, V] of the head, by a full sort."""
     ordered, order = p.sort(dim=-1, descending=True, stable=True)
     held = ordered.cumsum(-1)
     before = held - ordered
@@ -121,34 +120,34 @@ def differentiated(
     return [value.detach(), *torch.autograd.grad(value, leaves, upstream)]
 
 
-def hold_to(
+def assert_within_bar(
     ours: list[Tensor], formula: Callable[..., Tensor], s: Tensor, t: Tensor, upstream: Any = None
 ) -> None:
-    """Value and gradients within the bar; s and t have two dimensions."""
+    """Assert that value and gradients are within the bar; s and t have two dimensions."""
     widened = [
         None if upstream is None else upstream.to(x)
         for x in (torch.zeros(()).double(), torch.zeros(()))
     ]
     exact = differentiated(formula, s.double(), t.double(), upstream=widened[0])
     plain = differentiated(formula, s.float(), t.float(), upstream=widened[1])
-    for mine, true, theirs in zip(ours, exact, plain, strict=True):
+    for computed, true, reference in zip(ours, exact, plain, strict=True):
         whole = true.dim() == 2
-        size, error = true.abs(), (theirs.double() - true).abs()
+        size, error = true.abs(), (reference.double() - true).abs()
         if whole:
             size, error = size.amax(-1, keepdim=True), error.amax(-1, keepdim=True)
         allowed = 2 * error + 16 * ULP * size + 1e-9 + torch.zeros_like(true)
-        if mine.dtype in (torch.bfloat16, torch.float16) and whole:
-            information = torch.finfo(mine.dtype)
+        if computed.dtype in (torch.bfloat16, torch.float16) and whole:
+            information = torch.finfo(computed.dtype)
             allowed += (
                 true.abs() * information.eps / 2 + information.smallest_normal * information.eps
             )
-        assert_within("response", mine, true, allowed)
+        assert_within("response", computed, true, allowed)
 
 
 # ---- against the formulas
 
 
-# One chunk and several; both sides of a vector's width; low precision, which has many equal logits.
+# One chunk and several; below and above a vector's width; low precision, which has many equal logits.
 @by_rows
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize(
@@ -164,19 +163,19 @@ def test_rows(
     # Powers of 2, so that the upstream factor does not round.
     upstream = upstream_for(*shape[:-1]).sign() * 4.0
     before = s.clone(), t.clone()
-    ours = differentiated(
+    actual = differentiated(
         lambda s, t: loss(s, t, temperature=temperature, scale_by_temperature=True, reduction="none"),
         s, t, upstream=upstream,
     )  # fmt: skip
-    assert ours[0].dtype == torch.float32 and ours[1].dtype == dtype
-    assert ours[0].shape == shape[:-1] and torch.equal(s, before[0]) and torch.equal(t, before[1])
+    assert actual[0].dtype == torch.float32 and actual[1].dtype == dtype
+    assert actual[0].shape == shape[:-1] and torch.equal(s, before[0]) and torch.equal(t, before[1])
 
     def of(s: Tensor, t: Tensor) -> Tensor:
         value = formula(s, t, temperature)
         return value * temperature**2 if name == "uld" else value
 
-    flat = [ours[0].flatten(), *(x.flatten(0, -2) for x in ours[1:])]
-    hold_to(flat, of, s.flatten(0, -2), t.flatten(0, -2), upstream.flatten())
+    flat = [actual[0].flatten(), *(x.flatten(0, -2) for x in actual[1:])]
+    assert_within_bar(flat, of, s.flatten(0, -2), t.flatten(0, -2), upstream.flatten())
 
 
 @by_rows
@@ -184,7 +183,7 @@ def test_gradcheck(name: str) -> None:
     loss, _ = ROWS[name]
     s, t = (logits(4, 6, seed=seed, dtype=torch.float64).requires_grad_() for seed in (3, 4))
     weight = torch.tensor([1.0, 0.5, 0.0, -2.0])
-    # The weights of adaptive KL are constants, which a finite difference does not know: tested against the formula.
+    # The weights of adaptive KL are constants, which finite differences ignore; test_adaptive_kl checks its gradient.
     if name != "adaptive":
         for reduction in ("none", "sum", "mean", "batchmean"):
             assert torch.autograd.gradcheck(
@@ -198,7 +197,7 @@ def test_gradcheck(name: str) -> None:
 
 @by_rows
 def test_options_of_rows(name: str) -> None:
-    """mask, labels, weight, one temperature a row, num_items: against the formula of the rows that count."""
+    """mask, labels, weight, one temperature per row and num_items against the formula for the counted rows."""
     loss, formula = ROWS[name]
     shape = (3, 5, 40)
     s, t = (logits(*shape, seed=seed, dtype=torch.float64) for seed in (5, 6))
@@ -215,16 +214,16 @@ def test_options_of_rows(name: str) -> None:
     }  # fmt: skip
 
     def of(s: Tensor, t: Tensor) -> Tensor:
-        at = temperature.float().double()[keep].unsqueeze(-1)  # they are held in float32
+        at = temperature.float().double()[keep].unsqueeze(-1)  # temperatures are stored in float32
         value = formula(s[keep], t[keep], at) * (at.squeeze(-1) ** 2 if name == "uld" else 1.0)
         return (value * weight[keep]).sum() / 11
 
-    ours = differentiated(lambda s, t: loss(s, t, labels, num_items=11, **options), s, t)
+    actual = differentiated(lambda s, t: loss(s, t, labels, num_items=11, **options), s, t)
     exact = differentiated(of, s, t)
-    for mine, true in zip(ours, exact, strict=True):
-        torch.testing.assert_close(mine, true.nan_to_num(), rtol=1e-9, atol=1e-12)
+    for computed, true in zip(actual, exact, strict=True):
+        torch.testing.assert_close(computed, true.nan_to_num(), rtol=1e-9, atol=1e-12)
     mean = loss(s, t, labels, **options)
-    torch.testing.assert_close(mean * int(keep.sum()), ours[0] * 11)
+    torch.testing.assert_close(mean * int(keep.sum()), actual[0] * 11)
     per_row = loss(s, t, labels, reduction="none", **options)
     assert (per_row[~keep] == 0).all() and (per_row[keep] != 0).all()
     torch.testing.assert_close(loss(s, t, labels, reduction="sum", **options), per_row.sum())
@@ -238,10 +237,10 @@ def test_vocab_size_and_strides(name: str) -> None:
     wide = [F.pad(x, (0, 5), value=7.0).transpose(0, 1)[1:] for x in (s, t)]
     expected = differentiated(loss, *(x.transpose(0, 1)[1:].contiguous() for x in (s, t)))
     if narrow:
-        ours = differentiated(lambda s, t: loss(s, t, **narrow), *wide)
-        assert all((g[..., 24:] == 0).all() for g in ours[1:])
-        for mine, true in zip(ours, expected, strict=True):
-            assert torch.equal(mine, true if true.dim() == 0 else F.pad(true, (0, 5)))
+        actual = differentiated(lambda s, t: loss(s, t, **narrow), *wide)
+        assert all((g[..., 24:] == 0).all() for g in actual[1:])
+        for computed, true in zip(actual, expected, strict=True):
+            assert torch.equal(computed, true if true.dim() == 0 else F.pad(true, (0, 5)))
     strided = differentiated(loss, *(x.transpose(0, 1)[1:] for x in (s, t)))
     columns = differentiated(loss, *(x.mT.contiguous().mT.transpose(0, 1)[1:] for x in (s, t)))
     for a, b, c in zip(expected, strided, columns, strict=True):
@@ -284,14 +283,14 @@ def test_autograd(loss: Callable[..., Tensor], dtype: torch.dtype) -> None:
         assert not loss(s, t).requires_grad
     with torch.autocast("cpu", torch.bfloat16):
         assert loss(s, t).dtype == torch.float32
-    if dtype == torch.float16:  # a gradient too small for float16, saved by a loss scaler
+    if dtype == torch.float16:  # a gradient too small for float16 without a loss scaler
         scaled = torch.autograd.grad(loss(s, t) * 1e-7 * 2.0**24, s)[0]
         assert scaled.abs().max() > 0.1 * 1e-7 * 2**24 * first.abs().max()
     compiled = torch.compile(lambda s, t: loss(s, t) * 2, backend="eager")
     torch.testing.assert_close(compiled(s, t), 2 * value)
 
 
-def test_upstream_of_dropped_rows() -> None:
+def test_upstream_gradients_of_dropped_rows_are_ignored() -> None:
     s, t = logits(3, 6, seed=1).requires_grad_(), logits(3, 6, seed=2)
     mask = torch.tensor([True, False, True])
     for loss, _ in ROWS.values():
@@ -302,7 +301,7 @@ def test_upstream_of_dropped_rows() -> None:
 
 @by_rows
 def test_properties(name: str) -> None:
-    """Shift invariance, and a permutation of the vocabulary and of the rows."""
+    """Losses are invariant to shifts and to permutations of the vocabulary and of the rows."""
     loss, _ = ROWS[name]
     s, t = (logits(6, 50, seed=seed, dtype=torch.float64) for seed in (1, 2))
     base = differentiated(lambda s, t: loss(s, t, reduction="none").sum(), s, t)
@@ -313,9 +312,9 @@ def test_properties(name: str) -> None:
         lambda s, t: loss(s, t, reduction="sum"), s[rows][:, order], t[rows][:, order]
     )
     torch.testing.assert_close(permuted[0], base[0])
-    for mine, true in zip(permuted[1:], base[1:], strict=True):
-        torch.testing.assert_close(mine, true[rows][:, order])
-        assert mine.sum(-1).abs().max() < 1e-12
+    for computed, true in zip(permuted[1:], base[1:], strict=True):
+        torch.testing.assert_close(computed, true[rows][:, order])
+        assert computed.sum(-1).abs().max() < 1e-12
     same = differentiated(lambda s: loss(s, s.detach(), reduction="sum"), s)
     assert same[0].abs() < 1e-12 and same[1].abs().max() < 1e-7
 
@@ -389,10 +388,10 @@ def test_which_backend_runs(loss: Callable[..., Tensor], monkeypatch: pytest.Mon
     levels=st.sampled_from([0, 2, 8]), mass=st.sampled_from([0.05, 0.31, 0.5, 0.9, 0.999]),
     crossing=st.sampled_from(["head", "tail"]),
 )  # fmt: skip
-def test_head_of_a_threshold_search_is_that_of_a_sort(
+def test_the_threshold_search_finds_the_head_of_a_sort(
     seed: int, width: int, spread: float, levels: int, mass: float, crossing: str
 ) -> None:
-    """Ties, flat rows in which all tokens are asked for, rows of one token."""
+    """Both searches agree for ties, for flat rows whose head is all tokens, and for rows of one token."""
     t = logits(3, width, seed=seed, spread=spread, dtype=torch.float64)
     if levels:
         t = (t * levels / 4).round()
@@ -407,7 +406,7 @@ def test_head_of_a_threshold_search_is_that_of_a_sort(
 
 
 @pytest.mark.parametrize("crossing", ["head", "tail"])
-def test_no_token_crosses_a_mass_that_is_met_exactly(crossing: str) -> None:
+def test_no_token_crosses_a_mass_that_is_reached_exactly(crossing: str) -> None:
     t = torch.zeros(1, 4, dtype=torch.float64)
     lowest, tied = adaptive_kl._head(t, t.softmax(-1), 0.5, crossing)
     assert lowest.tolist() == [0.0] and tied.tolist() == [2]
@@ -418,7 +417,7 @@ def test_no_token_crosses_a_mass_that_is_met_exactly(crossing: str) -> None:
 @pytest.mark.parametrize("width", [3, 64, 65, 600])
 def test_adaptive_kl(mass: float, crossing: str, width: int) -> None:
     s, t = (logits(9, width, seed=seed, spread=1.0, dtype=torch.float64) for seed in (1, 2))
-    ours = differentiated(
+    actual = differentiated(
         lambda s, t: adaptive_kl_loss(
             s, t, head_mass=mass, crossing=crossing, reduction="none"
         ).sum(),
@@ -426,12 +425,12 @@ def test_adaptive_kl(mass: float, crossing: str, width: int) -> None:
         t,
     )
     exact = differentiated(lambda s, t: adaptive(s, t, 1.0, mass, crossing).sum(), s, t)
-    for mine, true in zip(ours, exact, strict=True):
-        torch.testing.assert_close(mine, true, rtol=1e-10, atol=1e-13)
+    for computed, true in zip(actual, exact, strict=True):
+        torch.testing.assert_close(computed, true, rtol=1e-10, atol=1e-13)
 
 
 def test_adaptive_kl_of_the_published_code() -> None:
-    """Its gaps, in which the token that crosses is in the tail unless it is the first, and its sum of both KLs."""
+    """The authors' code puts the crossing token into the tail unless it is the first, and sums both KLs."""
     s, t = logits(40, 30, seed=1, dtype=torch.float64), logits(40, 30, seed=2, dtype=torch.float64)
     p, q = t.softmax(-1), s.softmax(-1)
     expected = []
@@ -443,9 +442,9 @@ def test_adaptive_kl_of_the_published_code() -> None:
         ratio = [gap / sum(gaps) for gap in gaps]
         kl = (row_p * (row_p / row_q).log()).sum(), (row_q * (row_q / row_p).log()).sum()
         expected.append(ratio[0] * kl[0] + ratio[1] * kl[1])
-    ours = adaptive_kl_loss(s, t, crossing="tail", reduction="none")
-    torch.testing.assert_close(ours, torch.stack(expected))
-    assert not torch.allclose(ours, adaptive_kl_loss(s, t, crossing="head", reduction="none"))
+    actual = adaptive_kl_loss(s, t, crossing="tail", reduction="none")
+    torch.testing.assert_close(actual, torch.stack(expected))
+    assert not torch.allclose(actual, adaptive_kl_loss(s, t, crossing="head", reduction="none"))
 
 
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
@@ -454,7 +453,7 @@ def test_adaptive_kl_at_the_edges(backend: str) -> None:
     value = adaptive_kl_loss(s, s.detach(), backend=backend)
     value.backward()
     assert value.abs() < 1e-6 and s.grad.abs().max() < 1e-6
-    # Columns that both leave out are as if they were not there.
+    # Columns that both sides exclude have no effect.
     t, gone = logits(2, 70, seed=2), torch.tensor([INF] * 5)
     t = torch.cat([t, -gone.expand(2, 5)], -1)
     wide = torch.cat([s.detach(), -gone.expand(2, 5)], -1).requires_grad_()
@@ -463,7 +462,7 @@ def test_adaptive_kl_at_the_edges(backend: str) -> None:
     b = adaptive_kl_loss(s, t[:, :70], backend=backend)
     torch.testing.assert_close(a, b)
     assert (wide.grad[:, 70:] == 0).all() and wide.grad.isfinite().all()
-    # One token has all the mass; NaN stays in its row.
+    # One token has all the mass; a NaN affects only its row.
     t = torch.zeros(2, 70).index_fill_(1, torch.tensor([3]), 500.0)
     t[1, 4] = NAN
     loss = adaptive_kl_loss(s, t, reduction="none", backend=backend)
@@ -488,7 +487,7 @@ def test_dist(beta: float, gamma: float, dtype: torch.dtype, monkeypatch: Any) -
     temporaries = chunks.TEMPORARIES + response.dist.DIST_TEMPORARIES
     a_row = 37 * temporaries * max(dtype.itemsize, 4)
     for rows in (1, 4, 100):  # of a chunk
-        ours = differentiated(
+        actual = differentiated(
             lambda s, t, rows=rows: dist_loss(
                 s, t, beta=beta, gamma=gamma, temperature=2.0,
                 memory_budget=rows * a_row,
@@ -496,14 +495,17 @@ def test_dist(beta: float, gamma: float, dtype: torch.dtype, monkeypatch: Any) -
             s, t, upstream=torch.tensor(4.0),
         )  # fmt: skip
         if dtype == torch.float64:
-            for mine, true in zip(ours, exact, strict=True):
-                torch.testing.assert_close(mine, true, rtol=1e-9, atol=1e-13)
+            for computed, true in zip(actual, exact, strict=True):
+                torch.testing.assert_close(computed, true, rtol=1e-9, atol=1e-13)
         else:
-            hold_to(ours, lambda s, t: dist(s, t, beta, gamma, 2.0), s, t, torch.tensor(4.0))
+            assert_within_bar(
+                actual, lambda s, t: dist(s, t, beta, gamma, 2.0), s, t, torch.tensor(4.0)
+            )
 
 
-def test_dist_of_classes_that_hardly_vary() -> None:
-    """Columns near 1e-4 with a relative spread of 1e-3 want centred moments; a batch in many chunks merges them."""
+def test_dist_of_nearly_constant_classes() -> None:
+    """Columns near 1e-4 with a relative spread of 1e-3 need centred moments, which are merged over the chunks of a
+    batch."""
     s = logits(300, 10, seed=1, spread=1e-3) + 10 * torch.arange(10.0) / 10
     t = logits(300, 10, seed=2, spread=1e-3) + 10 * torch.arange(10.0) / 10
     small = 7 * 10 * chunks.TEMPORARIES * 4
@@ -511,10 +513,10 @@ def test_dist_of_classes_that_hardly_vary() -> None:
     def formula(s: Tensor, t: Tensor) -> Tensor:
         return dist(s, t, 1.0, 1.0, eps=1e-12)
 
-    ours = differentiated(lambda s, t: dist_loss(s, t, eps=1e-12, memory_budget=small), s, t)
+    actual = differentiated(lambda s, t: dist_loss(s, t, eps=1e-12, memory_budget=small), s, t)
     exact, plain = differentiated(formula, s.double(), t.double()), differentiated(formula, s, t)
-    for mine, true, theirs in zip(ours, exact, plain, strict=True):
-        assert (mine - true).abs().max() <= 1.5 * (theirs - true).abs().max() + 1e-9
+    for computed, true, reference in zip(actual, exact, plain, strict=True):
+        assert (computed - true).abs().max() <= 1.5 * (reference - true).abs().max() + 1e-9
 
 
 def test_dist_drops_rows_and_is_finite_where_nothing_varies() -> None:
@@ -522,10 +524,10 @@ def test_dist_drops_rows_and_is_finite_where_nothing_varies() -> None:
     labels = labels_for(3, 4, vocabulary=9, seed=3, ignored=0.4)
     keep = labels != -100
     s[~keep] = NAN
-    ours = differentiated(lambda s, t: dist_loss(s, t, labels), s, t)
+    actual = differentiated(lambda s, t: dist_loss(s, t, labels), s, t)
     exact = differentiated(lambda s, t: dist(s[keep], t[keep], 1.0, 1.0), s, t)
-    for mine, true in zip(ours, exact, strict=True):
-        torch.testing.assert_close(mine, true.nan_to_num())
+    for computed, true in zip(actual, exact, strict=True):
+        torch.testing.assert_close(computed, true.nan_to_num())
     constant = torch.zeros(4, 9, requires_grad=True)
     value = dist_loss(constant, t[0].float())
     value.backward()
@@ -539,7 +541,8 @@ def test_dist_drops_rows_and_is_finite_where_nothing_varies() -> None:
 
 
 def test_dist_is_invariant_to_affine_maps_of_probabilities() -> None:
-    """Pearson's: the teacher's probabilities moved towards uniform, half of the way."""
+    """Moving the teacher's probabilities halfway to uniform does not change DIST, as Pearson's correlation is
+    invariant."""
     p = logits(6, 5, seed=1, dtype=torch.float64).softmax(-1)
     flatter = (0.5 * p + 0.1).log()
     assert dist_loss(p.log(), flatter, eps=1e-30).abs() < 1e-12
@@ -555,10 +558,12 @@ def test_standardized_with_labels(divergence: str, alpha: float) -> None:
     labels = labels_for(6, vocabulary=21, seed=3)
 
     def formula(s: Tensor, t: Tensor) -> Tensor:
-        hard = F.cross_entropy(s, labels, label_smoothing=0.1)  # of the logits as they are
+        hard = F.cross_entropy(
+            s, labels, label_smoothing=0.1
+        )  # the cross-entropy of the unchanged logits
         return alpha * standardized(s, t, 3.0, 1e-2, divergence).mean() + (1 - alpha) * hard
 
-    ours = differentiated(
+    actual = differentiated(
         lambda s, t: standardized_kd_loss(
             s, t, labels, divergence=divergence, temperature=3.0, eps=1e-2, alpha=alpha, label_smoothing=0.1
         ),
@@ -566,25 +571,27 @@ def test_standardized_with_labels(divergence: str, alpha: float) -> None:
     )  # fmt: skip
     exact = differentiated(
         lambda s, t: formula(s, t) + 0 * t.sum(), s, t
-    )  # a teacher of alpha 0 has gradient 0
-    for mine, true in zip(ours, exact, strict=True):
-        torch.testing.assert_close(mine, true, rtol=1e-9, atol=1e-13)
+    )  # with alpha = 0 the teacher's gradient is 0
+    for computed, true in zip(actual, exact, strict=True):
+        torch.testing.assert_close(computed, true, rtol=1e-9, atol=1e-13)
 
 
 @pytest.mark.parametrize("divergence", ["forward_kl", "dkd"])
 def test_standardized_is_kd_loss_of_standardized_logits(divergence: str) -> None:
     s, t = logits(5, 100, seed=1), logits(5, 100, seed=2)
-    given = {"divergence": divergence, "labels": t.argmax(-1), "temperature": 4.0}
+    options = {"divergence": divergence, "labels": t.argmax(-1), "temperature": 4.0}
 
     def standardised(z: Tensor) -> Tensor:
         return (z - z.mean(-1, keepdim=True)) / (z.std(-1, keepdim=True) + 1e-7)
 
-    ours = differentiated(lambda s: standardized_kd_loss(s, t, **given), s)
-    theirs = differentiated(lambda s: fastkd.kd_loss(standardised(s), standardised(t), **given), s)
-    for mine, true in zip(ours, theirs, strict=True):
-        torch.testing.assert_close(mine, true, rtol=1e-5, atol=1e-7)
+    actual = differentiated(lambda s: standardized_kd_loss(s, t, **options), s)
+    reference = differentiated(
+        lambda s: fastkd.kd_loss(standardised(s), standardised(t), **options), s
+    )
+    for computed, true in zip(actual, reference, strict=True):
+        torch.testing.assert_close(computed, true, rtol=1e-5, atol=1e-7)
     # The scale of either side does not matter.
-    torch.testing.assert_close(standardized_kd_loss(3 * s, 0.1 * t, **given), ours[0])
+    torch.testing.assert_close(standardized_kd_loss(3 * s, 0.1 * t, **options), actual[0])
 
 
 def test_standardized_at_the_edges() -> None:
@@ -592,7 +599,7 @@ def test_standardized_at_the_edges() -> None:
     value = standardized_kd_loss(constant, logits(2, 6, seed=1))
     value.backward()
     assert value.isfinite() and constant.grad.isfinite().all()
-    s = logits(2, 4000, seed=1) + 1e4  # a common shift, in digits that float32 has
+    s = logits(2, 4000, seed=1) + 1e4  # a common shift that float32 represents
     t = logits(2, 4000, seed=2)
     exact = standardized(s.double(), t.double()).mean()
     torch.testing.assert_close(standardized_kd_loss(s, t).double(), exact, rtol=2e-6, atol=0)
@@ -610,12 +617,12 @@ def test_standardized_at_the_edges() -> None:
 def test_uld_of_unequal_vocabularies(widths: tuple[int, int], dtype: torch.dtype) -> None:
     s, t = logits(6, widths[0], seed=1, dtype=dtype), logits(6, widths[1], seed=2, dtype=dtype)
     temperatures = {"temperature": 2.0, "teacher_temperature": 0.5}
-    ours = differentiated(lambda s, t: uld_loss(s, t, **temperatures), s, t)
-    hold_to(ours, lambda s, t: uld(s / 2, t * 2).mean(), s, t)
+    actual = differentiated(lambda s, t: uld_loss(s, t, **temperatures), s, t)
+    assert_within_bar(actual, lambda s, t: uld(s / 2, t * 2).mean(), s, t)
     if dtype == torch.float64:
         exact = differentiated(lambda s, t: uld(s / 2, t * 2).mean(), s, t)
-        for mine, true in zip(ours, exact, strict=True):
-            torch.testing.assert_close(mine, true, rtol=1e-10, atol=1e-14)
+        for computed, true in zip(actual, exact, strict=True):
+            torch.testing.assert_close(computed, true, rtol=1e-10, atol=1e-14)
 
 
 def test_uld_is_the_same_for_any_order_of_each_vocabulary() -> None:
@@ -632,8 +639,9 @@ def test_uld_is_the_same_for_any_order_of_each_vocabulary() -> None:
     assert (far.grad[:, 20:] == 0).all() and far.grad.isfinite().all()
 
 
-def test_common_positions_give_what_their_code_computes() -> None:
-    """Answers of other lengths in other tokens: the mean of each answer's common part, and the mean of those."""
+def test_common_positions_match_the_published_code() -> None:
+    """Answers of different lengths in different tokens: the mean over answers of the mean over each answer's common
+    part."""
     s, t = logits(3, 9, 12, seed=1), logits(3, 7, 15, seed=2)
     spans = [((2, 8), (1, 5)), ((1, 3), (3, 7)), ((4, 9), (2, 7))]
     labels = [torch.full((3, 9), -100), torch.full((3, 7), -100)]
@@ -645,8 +653,8 @@ def test_common_positions_give_what_their_code_computes() -> None:
     masks = common_positions(*labels)
     assert masks[0].sum(-1).tolist() == masks[1].sum(-1).tolist() == [4, 2, 5]
     weight = (1.0 / masks[0].sum(-1, keepdim=True)).expand(3, 9)[masks[0]]
-    ours = uld_loss(s[masks[0]], t[masks[1]], weight=weight, num_items=3)
-    torch.testing.assert_close(ours, torch.stack(expected).mean())
+    actual = uld_loss(s[masks[0]], t[masks[1]], weight=weight, num_items=3)
+    torch.testing.assert_close(actual, torch.stack(expected).mean())
     with pytest.raises(ValueError, match="teacher_labels must have 3 rows on cpu"):
         common_positions(labels[0], labels[1][:2])
     with pytest.raises(TypeError, match="student_labels must be an int64 tensor"):
@@ -670,12 +678,12 @@ def test_policy_distillation() -> None:
         ).sum(-1),
     }
     for form, formula in formulas.items():
-        ours = differentiated(
+        actual = differentiated(
             lambda s, f=form: policy_distillation_loss(s, t, labels, form=f, temperature=0.3), s
         )
         exact = differentiated(lambda s, f=formula: f(s, t)[keep].mean(), s)
-        for mine, true in zip(ours, exact, strict=True):
-            torch.testing.assert_close(mine, true)
+        for computed, true in zip(actual, exact, strict=True):
+            torch.testing.assert_close(computed, true)
         per_row = policy_distillation_loss(s, t, form=form, temperature=0.3, reduction="none")
         torch.testing.assert_close(per_row, formula(s, t))
     with pytest.raises(ValueError, match="teacher requires grad, and its argmax has no gradient"):
@@ -688,17 +696,18 @@ def test_policy_distillation() -> None:
 
 
 def test_high_temperature_is_logit_matching() -> None:
-    """T^2 KL -> 1/(2V) ||(s - mean s) - (t - mean t)||^2, value and gradient, the error falling like 1 / T."""
+    """T^2 KL tends to 1/(2V) ||(s - mean s) - (t - mean t)||^2 in value and gradient, with an error that falls like 1 /
+    T."""
     s, t = (logits(4, 30, seed=seed, dtype=torch.float64) for seed in (1, 2))
     gap = (s - s.mean(-1, keepdim=True)) - (t - t.mean(-1, keepdim=True))
     value, gradient = gap.square().sum(-1).mean() / 60, gap / 30 / 4
     errors = []
     for temperature in (10.0, 100.0, 1000.0):
-        ours = differentiated(lambda s, T=temperature: fastkd.kd_loss(s, t, temperature=T), s)
+        actual = differentiated(lambda s, T=temperature: fastkd.kd_loss(s, t, temperature=T), s)
         errors.append(
             (
-                (ours[0] - value).abs() / value,
-                (ours[1] - gradient).abs().max() / gradient.abs().max(),
+                (actual[0] - value).abs() / value,
+                (actual[1] - gradient).abs().max() / gradient.abs().max(),
             )
         )
     assert max(errors[-1]) < 0.01
@@ -709,7 +718,7 @@ def test_high_temperature_is_logit_matching() -> None:
     torch.testing.assert_close(matched, 0.5 * (s - t).square().sum(-1).mean())
 
 
-def test_soft_cross_entropy_is_kl_and_the_entropy_of_the_teacher() -> None:
+def test_soft_cross_entropy_is_kl_plus_the_teachers_entropy() -> None:
     s, t = (logits(4, 30, seed=seed, dtype=torch.float64) for seed in (1, 2))
     kl = differentiated(lambda s: fastkd.kd_loss(s, t), s)
     soft = differentiated(lambda s: fastkd.kd_loss(s, t, divergence="soft_cross_entropy"), s)
@@ -760,18 +769,20 @@ def test_invalid_temperatures_poison_their_row() -> None:
         assert value.isnan().tolist() == [False, True, True]
 
 
-def test_importing_fastkd_loads_none_of_it() -> None:
+def test_importing_fastkd_does_not_import_response_losses() -> None:
     names = "('response', 'sequences', 'calibration')"
     code = f"import sys, fastkd; sys.exit(any('fastkd.' + name in sys.modules for name in {names}))"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 
-def test_an_argmax_that_is_the_ignored_label() -> None:
-    """ignore_index is one of labels; that the teacher's best token has its number drops nothing."""
+def test_an_argmax_equal_to_ignore_index_is_not_dropped() -> None:
+    """ignore_index refers to labels only; a row is not dropped because the teacher's best token has that number."""
     student, teacher = torch.randn(2, 5), 3.0 * torch.eye(5)[:2]
-    found = policy_distillation_loss(student, teacher, form="nll", ignore_index=0, reduction="none")
+    actual = policy_distillation_loss(
+        student, teacher, form="nll", ignore_index=0, reduction="none"
+    )
     exact = torch.nn.functional.cross_entropy(student, teacher.argmax(-1), reduction="none")
-    torch.testing.assert_close(found, exact)
+    torch.testing.assert_close(actual, exact)
     labels = torch.tensor([3, 0])
     dropped = policy_distillation_loss(
         student, teacher, labels, form="nll", ignore_index=0, reduction="none"

@@ -1,4 +1,4 @@
-"""Sequences that a model writes: what is prompt, completion and padding, and which branch a step takes."""
+"""Generated sequences: which tokens are prompt, completion and padding, and which branch a step takes."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def llama(seed: int) -> Any:
     )  # fmt: skip
     model = transformers.LlamaForCausalLM(config)
     for parameter in model.parameters():
-        parameter.data.mul_(4.0)  # so that it does not say one token for ever
+        parameter.data.mul_(4.0)  # so that the model does not repeat one token for ever
     return model.train()
 
 
@@ -42,7 +42,7 @@ def quiet() -> Iterator[None]:
     yield
 
 
-PROMPTS = [[5, 6, 7], [8], [9, 0, 4, 3, 11]]  # with a token that is the padding's
+PROMPTS = [[5, 6, 7], [8], [9, 0, 4, 3, 11]]  # including the padding token
 
 
 def padded(rows: list[list[int]], left: bool) -> tuple[Tensor, Tensor]:
@@ -57,8 +57,8 @@ def padded(rows: list[list[int]], left: bool) -> tuple[Tensor, Tensor]:
     return ids, mask
 
 
-class Script(nn.Module):
-    """Completes every prompt with these tokens, and says what it was given."""
+class ScriptedModel(nn.Module):
+    """A model that completes every prompt with fixed tokens and records its arguments."""
 
     def __init__(self, completions: list[list[int]], eos: Any = EOS) -> None:
         super().__init__()
@@ -67,25 +67,25 @@ class Script(nn.Module):
         self.inner = nn.Dropout().eval()
         self.seen: dict[str, Any] = {}
 
-    def generate(self, **given: Any) -> Any:
-        self.seen = given | {"training": self.training, "grad": torch.is_grad_enabled()}
-        several = len(self.completions) // len(given["input_ids"])
-        ids = torch.cat([given["input_ids"].repeat_interleave(several, 0), self.completions], 1)
-        return SimpleNamespace(sequences=ids) if given.get("return_dict_in_generate") else ids
+    def generate(self, **arguments: Any) -> Any:
+        self.seen = arguments | {"training": self.training, "grad": torch.is_grad_enabled()}
+        several = len(self.completions) // len(arguments["input_ids"])
+        ids = torch.cat([arguments["input_ids"].repeat_interleave(several, 0), self.completions], 1)
+        return SimpleNamespace(sequences=ids) if arguments.get("return_dict_in_generate") else ids
 
 
 @pytest.mark.parametrize("left", [True, False])
 @pytest.mark.parametrize("wrapped", [True, False])
 def test_labels_are_the_completion(left: bool, wrapped: bool) -> None:
-    teacher = Script([[4, EOS, PAD, PAD], [3, 3, 3, 3], [PAD, 5, 6, EOS]])
-    found = teacher_targets(
+    teacher = ScriptedModel([[4, EOS, PAD, PAD], [3, 3, 3, 3], [PAD, 5, 6, EOS]])
+    actual = teacher_targets(
         teacher,
         *padded(PROMPTS, left),
         pad_token_id=PAD,
         num_beams=2,
         return_dict_in_generate=wrapped,
     )
-    # The teacher continues what is padded on the left.
+    # The teacher continues prompts that are padded on the left.
     assert torch.equal(teacher.seen["input_ids"], padded(PROMPTS, True)[0])
     assert torch.equal(teacher.seen["attention_mask"], padded(PROMPTS, True)[1])
     assert teacher.seen["num_beams"] == 2 and teacher.seen["eos_token_id"] == [EOS]
@@ -94,34 +94,36 @@ def test_labels_are_the_completion(left: bool, wrapped: bool) -> None:
     answers = [[4, EOS], [3, 3, 3, 3], [PAD, 5, 6, EOS]]
     rows = [prompt + answer for prompt, answer in zip(PROMPTS, answers, strict=True)]
     ids, mask = padded(rows, left=False)
-    assert torch.equal(found.input_ids, ids) and torch.equal(found.attention_mask, mask)
+    assert torch.equal(actual.input_ids, ids) and torch.equal(actual.attention_mask, mask)
     for i, (prompt, answer) in enumerate(zip(PROMPTS, answers, strict=True)):
         end = len(prompt) + len(answer)
-        assert found.labels[i].tolist() == [-100] * len(prompt) + answer + [-100] * (9 - end)
+        assert actual.labels[i].tolist() == [-100] * len(prompt) + answer + [-100] * (9 - end)
 
 
-def test_where_completions_end() -> None:
+def test_completions_end_at_the_end_token() -> None:
     prompts = torch.tensor([[5, 6], [7, 8]])
     both = teacher_targets(
-        Script([[4, 3, 9], [9, 3, 4]]), prompts, pad_token_id=PAD, eos_token_id=[3, 9]
+        ScriptedModel([[4, 3, 9], [9, 3, 4]]), prompts, pad_token_id=PAD, eos_token_id=[3, 9]
     )
     assert both.labels.tolist() == [[-100, -100, 4, 3], [-100, -100, 9, -100]]
-    # Without an end of its own: whatever is not padding.
+    # Without an end-of-sequence token: everything that is not padding.
     free = teacher_targets(
-        Script([[4, PAD, PAD], [PAD, 3, 4]], eos=None), prompts, pad_token_id=PAD
+        ScriptedModel([[4, PAD, PAD], [PAD, 3, 4]], eos=None), prompts, pad_token_id=PAD
     )
     assert free.labels.tolist() == [[-100, -100, 4, -100, -100], [-100, -100, PAD, 3, 4]]
-    # The padding is the end: the first of them belongs to the completion.
-    same = teacher_targets(Script([[4, PAD, PAD], [5, 3, 4]], eos=PAD), prompts, pad_token_id=PAD)
+    # The end token is also the padding: the first one belongs to the completion.
+    same = teacher_targets(
+        ScriptedModel([[4, PAD, PAD], [5, 3, 4]], eos=PAD), prompts, pad_token_id=PAD
+    )
     assert same.labels.tolist() == [[-100, -100, 4, PAD, -100], [-100, -100, 5, 3, 4]]
     assert same.attention_mask.tolist() == [[1, 1, 1, 1, 0], [1, 1, 1, 1, 1]]
     several = teacher_targets(
-        Script([[4], [5], [6], [9]]), prompts, pad_token_id=PAD, num_return_sequences=2
+        ScriptedModel([[4], [5], [6], [9]]), prompts, pad_token_id=PAD, num_return_sequences=2
     )
     assert several.input_ids.tolist() == [[5, 6, 4], [5, 6, 5], [7, 8, 6], [7, 8, 9]]
 
 
-def test_a_batch_is_as_prompts_one_by_one(models: tuple[Any, Any]) -> None:
+def test_a_batch_equals_prompts_one_by_one(models: tuple[Any, Any]) -> None:
     _, teacher = models
     options: dict[str, Any] = {
         "pad_token_id": PAD,
@@ -136,13 +138,13 @@ def test_a_batch_is_as_prompts_one_by_one(models: tuple[Any, Any]) -> None:
         assert torch.equal(together.input_ids[i][there], alone.input_ids[0])
         assert torch.equal(together.labels[i][there], alone.labels[0])
     assert teacher.training
-    # The loss of the completions, which is that of the model's own labels.
+    # The loss of the completions equals the model's own loss for these labels.
     teacher.eval()
     output = teacher(together.input_ids, together.attention_mask, labels=together.labels)
     logits, labels = shift(output.logits, together.labels)
     torch.testing.assert_close(F.cross_entropy(logits.flatten(0, 1), labels.flatten()), output.loss)
-    ours = fastkd.kd_loss(logits, logits.detach(), labels, alpha=0.0)
-    torch.testing.assert_close(ours, output.loss)
+    actual = fastkd.kd_loss(logits, logits.detach(), labels, alpha=0.0)
+    torch.testing.assert_close(actual, output.loss)
     teacher.train()
 
 
@@ -156,22 +158,22 @@ def batch() -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("beta", [0.0, 0.5, 0.9, 1.0])
 def test_loss_on_the_dataset(models: tuple[Any, Any], beta: float) -> None:
-    """D of the next token's distributions over completions, by a loop over positions."""
+    """The divergence of next-token distributions over completions, by a loop over positions."""
     student, teacher = models
-    given = batch()
+    inputs = batch()
     student.eval()
     step = gkd_step(
-        student, teacher, given, pad_token_id=PAD, on_policy_fraction=0.0, beta=beta, temperature=2.0,
+        student, teacher, inputs, pad_token_id=PAD, on_policy_fraction=0.0, beta=beta, temperature=2.0,
         scale_by_temperature=False,
     )  # fmt: skip
     assert not step.on_policy and teacher.training
     assert all(p.grad is None for p in teacher.parameters())
-    s = student(given["input_ids"], given["attention_mask"]).logits
+    s = student(inputs["input_ids"], inputs["attention_mask"]).logits
     with torch.no_grad():
-        t = teacher.eval()(given["input_ids"], given["attention_mask"]).logits
+        t = teacher.eval()(inputs["input_ids"], inputs["attention_mask"]).logits
     teacher.train()
     values = []
-    for row, position in (given["labels"] != -100).nonzero().tolist():
+    for row, position in (inputs["labels"] != -100).nonzero().tolist():
         p, q = (z[row, position - 1].div(2.0).softmax(-1) for z in (t, s))
         m = beta * p + (1 - beta) * q
         kl = {0.0: (p, q), 1.0: (q, p)}.get(beta)
@@ -180,9 +182,9 @@ def test_loss_on_the_dataset(models: tuple[Any, Any], beta: float) -> None:
         else:
             values.append(beta * (p * (p / m).log()).sum() + (1 - beta) * (q * (q / m).log()).sum())
     torch.testing.assert_close(step.loss, torch.stack(values).mean(), rtol=1e-4, atol=1e-6)
-    ours = torch.autograd.grad(step.loss, list(student.parameters()))
-    theirs = torch.autograd.grad(torch.stack(values).mean(), list(student.parameters()))
-    for a, b in zip(ours, theirs, strict=True):
+    actual = torch.autograd.grad(step.loss, list(student.parameters()))
+    reference = torch.autograd.grad(torch.stack(values).mean(), list(student.parameters()))
+    for a, b in zip(actual, reference, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-6)
     student.train()
 
@@ -211,17 +213,17 @@ def test_on_policy(models: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch) -> 
     assert all(step.on_policy for step in steps) and all(states)
     assert torch.equal(steps[0].loss, steps[1].loss) and steps[0].loss.requires_grad
     assert all(torch.equal(a, b) for a, b in zip(*written, strict=True))
-    # The prompts are what comes before the first label, and nothing else is counted.
+    # The prompts are the tokens before the first label.
     for row, prompt in enumerate(([5, 6], [9], [11, 12])):
         assert written[0].input_ids[row, : len(prompt)].tolist() == prompt
         counted = (written[0].labels[row] != -100).nonzero().squeeze(1).tolist()
         assert counted == list(range(len(prompt), len(prompt) + len(counted))) and counted
-    # The loss is that of what was written.
+    # The loss is computed on the generated tokens.
     inputs = dict(zip(written[0]._fields, written[0], strict=True))
     again = gkd_step(student, teacher, inputs, pad_token_id=PAD, on_policy_fraction=0.0)
     torch.testing.assert_close(again.loss, steps[0].loss)
-    # Prompts of its own, and a wrapped student.
-    given = batch() | dict(
+    # Separate prompts, and a wrapped student.
+    arguments = batch() | dict(
         zip(("prompts", "prompt_attention_mask"), padded([[3, 4], [6], [7, 9]], True), strict=True)
     )
 
@@ -230,24 +232,25 @@ def test_on_policy(models: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch) -> 
             super().__init__()
             self.module = student
 
-        def forward(self, **given: Any) -> Any:
-            return self.module(**given)
+        def forward(self, **arguments: Any) -> Any:
+            return self.module(**arguments)
 
     student.train()
-    assert gkd_step(Wrapped(), teacher, given, **options).on_policy
+    assert gkd_step(Wrapped(), teacher, arguments, **options).on_policy
     assert written[-1].input_ids[:, 0].tolist() == [3, 6, 7]
     assert student.training and student.model.training
 
 
-def test_processes_of_one_seed_take_one_branch(models: tuple[Any, Any]) -> None:
-    """A share of on_policy_fraction, one number a step; both with the same generator do the same."""
+def test_processes_with_one_seed_take_the_same_branch(models: tuple[Any, Any]) -> None:
+    """Each step draws one number; processes with the same seed take the same branch, at a rate of
+    on_policy_fraction."""
     student, teacher = models
     answers = []
     for _ in range(2):
         generator = torch.Generator().manual_seed(7)
         taken = []
         for _ in range(8):
-            torch.rand(3)  # what else a process draws does not matter
+            torch.rand(3)  # other random draws of a process do not matter
             step = gkd_step(
                 student, teacher, batch(), pad_token_id=PAD, on_policy_fraction=0.5, generator=generator,
                 generate={"max_new_tokens": 1, "do_sample": False},
@@ -259,9 +262,9 @@ def test_processes_of_one_seed_take_one_branch(models: tuple[Any, Any]) -> None:
 
 def test_no_label_and_unequal_vocabularies(models: tuple[Any, Any]) -> None:
     student, teacher = models
-    given = batch()
-    given["labels"] = torch.full_like(given["labels"], -100)
-    step = gkd_step(student, teacher, given, pad_token_id=PAD, on_policy_fraction=0.0)
+    arguments = batch()
+    arguments["labels"] = torch.full_like(arguments["labels"], -100)
+    step = gkd_step(student, teacher, arguments, pad_token_id=PAD, on_policy_fraction=0.0)
     step.loss.backward()
     assert step.loss == 0 and all((p.grad == 0).all() for p in student.parameters())
     student.zero_grad()
@@ -276,7 +279,7 @@ def test_no_label_and_unequal_vocabularies(models: tuple[Any, Any]) -> None:
 
 
 def test_errors() -> None:
-    ids, teacher = torch.tensor([[5, 6]]), Script([[4]])
+    ids, teacher = torch.tensor([[5, 6]]), ScriptedModel([[4]])
     cases: list[tuple[dict[str, Any], type[Exception], str]] = [
         ({"input_ids": ids[0]}, ValueError, r"input_ids must be \[prompts, tokens\], got shape \(2,\)"),
         ({"input_ids": ids.float()}, TypeError, "input_ids must be a tensor of ids, got a torch.float32 tensor"),
@@ -304,7 +307,7 @@ def test_errors() -> None:
 PROMPT_LESS = "must have at least one token each for the model to continue; row 1 has none"
 
 
-def test_a_row_without_a_prompt_is_named(models: tuple[Any, Any]) -> None:
+def test_the_message_names_a_row_without_a_prompt(models: tuple[Any, Any]) -> None:
     student, teacher = models
     ids = torch.randint(2, V, (2, 4))
     mask = torch.tensor([[1, 1, 1, 1], [0, 0, 0, 0]])
@@ -325,7 +328,7 @@ def test_a_row_without_a_prompt_is_named(models: tuple[Any, Any]) -> None:
             gkd_step(student, teacher, batch, pad_token_id=PAD, on_policy_fraction=1.0)
 
 
-def test_a_batch_of_prompts_alone_is_for_a_student_that_writes(models: tuple[Any, Any]) -> None:
+def test_a_batch_of_prompts_alone_needs_a_student_that_generates(models: tuple[Any, Any]) -> None:
     options = {"pad_token_id": PAD, "generate": {"max_new_tokens": 3}}
     prompts = {"prompts": torch.randint(2, V, (2, 4))}
     step = gkd_step(*models, prompts, on_policy_fraction=1.0, **options)

@@ -1,5 +1,5 @@
-"""No divergence is further from float64 than plain float32 PyTorch, where rounding matters:
-tests/support/sure_rows.py."""
+"""Where rounding matters (tests/support/sure_rows.py), no divergence is further from float64 than plain float32
+PyTorch."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def _shown(variant: tuple[str, dict[str, float]]) -> str:
 
 
 variants = pytest.mark.parametrize("variant", VARIANTS, ids=_shown)
-# In Triton's interpreter, at five seconds each: the closed forms, a mixture inside a logarithm, and a sign.
+# Divergences for Triton's interpreter, at five seconds each: closed forms, a mixture inside a logarithm, and a sign.
 SHORT = ("forward_kl", "reverse_kl", "mixture", "jsd", "skew_reverse_kl", "tvd", "alpha_beta")
 of_triton = pytest.mark.parametrize(
     "variant",
@@ -53,21 +53,21 @@ of_triton = pytest.mark.parametrize(
 
 
 class Bar(NamedTuple):
-    """Times the error of plain PyTorch, where an error counts as that many units in the last place at least."""
+    """Allowed multiples of plain PyTorch's error; an error counts as at least `units` units in the last place."""
 
     ratio: float
     units: float = 1.0
 
 
-# The reference rounds once. On the cpu backend most ratios are at most 1; PER_DIVERGENCE has those that are not, and
-# why. An error of one unit, which is two roundings of the result, counts as none: below it either contender is right
-# by luck. Kernels in Triton and CUDA, which have one float of each exponential and sum, count from four units on.
+# The reference rounds once. On the cpu backend most ratios are at most 1; PER_DIVERGENCE lists the others with reasons.
+# An error of one unit, which is two roundings of the result, is ignored: below it either side is right by luck. The
+# Triton and CUDA kernels, which keep one float per exponential and sum, are allowed four units.
 BARS = {"reference": Bar(1.0), "cpu": Bar(1.1)}
 OTHERS = Bar(3.0, 4.0)
 # At a top probability of 1 - 1e-6 on both sides the sum of the rest carries the rounding of an exponent, 5e-13 of
 # the gradient's largest entry; in PyTorch the two sides' errors cancel to 0.
 ON_CUDA = {
-    "mixture": Bar(8.0, 4.0),
+    "mixture": Bar(6.5, 4.0),
     # A power of p is made from p itself, whose exponent is rounded: 14 units at a probability of 1e-6.
     "alpha_beta": Bar(3.3, 4.0),
 }
@@ -80,39 +80,41 @@ PER_DIVERGENCE = {
     "mixture": Bar(2.1),
     # With exponents of which one is 0 or negative, one unit of log p becomes several of a power of p. 1.0 by default.
     "alpha_beta": Bar(2.0),
-    # The rest is without fused multiply-adds; 1.0 and 1.05 with them.
+    # These hold without fused multiply-adds; with them the ratios are 1.0 and 1.05.
     "hellinger": Bar(1.25),
     "soft_cross_entropy": Bar(1.5),
 }
 
 
 @functools.cache
-def made_up() -> tuple[Case, ...]:
+def synthetic_rows() -> tuple[Case, ...]:
     return tuple(sure_rows.made_up((40, 2500), (1e-3, 1e-6, 1e-9)))
 
 
 @functools.cache
-def narrow() -> tuple[Case, ...]:
-    return tuple(case for case in made_up() if case.student.shape[-1] == 40)
+def low_precision_rows() -> tuple[Case, ...]:
+    return tuple(case for case in synthetic_rows() if case.student.shape[-1] == 40)
 
 
 @functools.cache
-def real() -> tuple[Case, ...]:
+def real_rows() -> tuple[Case, ...]:
     return tuple(sure_rows.all_real())
 
 
 @functools.cache
-def _known(name: str, parameters: tuple[tuple[str, float], ...], case: str) -> tuple[Outcome, ...]:
-    """(exact, plain)."""
-    found = {case.name: case for case in (*made_up(), *real())}[case]
+def _exact_and_plain(
+    name: str, parameters: tuple[tuple[str, float], ...], case: str
+) -> tuple[Outcome, ...]:
+    """(exact outcome, outcome of plain float32 PyTorch)."""
+    results = {case.name: case for case in (*synthetic_rows(), *real_rows())}[case]
     options: dict[str, Any] = {"divergence": name, "parameters": dict(parameters)}
     return tuple(
-        sure_rows.plain(found, dtype, **options) for dtype in (torch.float64, torch.float32)
+        sure_rows.plain(results, dtype, **options) for dtype in (torch.float64, torch.float32)
     )
 
 
 def bar_of(backend: str, divergence: str) -> Bar:
-    """What is asked of a backend."""
+    """The bar for a backend."""
     if backend == "cpu":
         return PER_DIVERGENCE.get(divergence, BARS["cpu"])
     if backend == "cuda":
@@ -120,38 +122,41 @@ def bar_of(backend: str, divergence: str) -> Bar:
     return BARS.get(backend, OTHERS)
 
 
-def hold(backend: str, variant: tuple[str, dict[str, float]], cases: tuple[Case, ...]) -> None:
-    """Every case is within the bar."""
+def assert_within_bar(
+    backend: str, variant: tuple[str, dict[str, float]], cases: tuple[Case, ...]
+) -> None:
+    """Assert that every case is within the bar."""
     name, parameters = variant
     divergence = fastkd.DIVERGENCES[name](**parameters)
     bar = bar_of(backend, name)
     worse = []
     for case in cases:
-        exact, plain = _known(name, tuple(parameters.items()), case.name)
-        found = sure_rows.run(
+        exact, plain = _exact_and_plain(name, tuple(parameters.items()), case.name)
+        actual = sure_rows.run(
             lambda s, t: kd_loss(s, t, divergence=divergence, reduction="none", backend=backend),
             case,
         )
-        for what, ratio in sure_rows.ratios(found, plain, exact, bar.units)._asdict().items():
+        for what, ratio in sure_rows.ratios(actual, plain, exact, bar.units)._asdict().items():
             if not ratio <= bar.ratio * (1 + 1e-6):
                 worse.append(f"{what} of {case.name}: {ratio:.3g} times the error of PyTorch")
     assert not worse, "\n".join(worse)
 
 
 @variants
-def test_made_up_rows(backend: str, variant: tuple[str, dict[str, float]]) -> None:
-    hold(backend, variant, made_up())
+def test_synthetic_rows(backend: str, variant: tuple[str, dict[str, float]]) -> None:
+    assert_within_bar(backend, variant, synthetic_rows())
 
 
 @variants
 def test_real_rows(backend: str, variant: tuple[str, dict[str, float]]) -> None:
-    hold(backend, variant, real())
+    assert_within_bar(backend, variant, real_rows())
 
 
-def hold_with(
+def assert_within_bar_with(
     backend: str, divergence: str, cases: tuple[Case, ...], bar: Bar, **options: Any
 ) -> None:
-    """The same with other options of kd_loss; labels are the teacher's tops where alpha asks for some."""
+    """Assert that the cases are within the bar with other options; labels are the teacher's top tokens if alpha needs
+    them."""
     worse = []
     for case in cases:
         labels = case.teacher.argmax(-1) if options.get("alpha", 1.0) < 1.0 else None
@@ -159,13 +164,13 @@ def hold_with(
         exact, plain = (
             sure_rows.plain(case, dtype, **formula) for dtype in (torch.float64, torch.float32)
         )
-        found = sure_rows.run(
+        actual = sure_rows.run(
             lambda s, t, formula=formula: kd_loss(
                 s, t, reduction="none", backend=backend, **formula
             ),
             case,
         )
-        for what, ratio in sure_rows.ratios(found, plain, exact, bar.units)._asdict().items():
+        for what, ratio in sure_rows.ratios(actual, plain, exact, bar.units)._asdict().items():
             if not ratio <= bar.ratio * (1 + 1e-6):
                 worse.append(f"{what} of {case.name}: {ratio:.3g} times the error of PyTorch")
     assert not worse, "\n".join(worse)
@@ -174,56 +179,61 @@ def hold_with(
 @pytest.mark.parametrize("temperature", [0.5, 4.0])
 @pytest.mark.parametrize("divergence", ["forward_kl", "reverse_kl", "jsd", "skew_forward_kl"])
 def test_temperatures(divergence: str, temperature: float) -> None:
-    hold_with("cpu", divergence, narrow(), Bar(1.2), temperature=temperature)
+    assert_within_bar_with(
+        "cpu", divergence, low_precision_rows(), Bar(1.2), temperature=temperature
+    )
 
 
-# Labels are of the token that both sides are sure of: q - 1 would have no digits.
+# Each label is the token of which both sides are sure: q - 1 would have no digits.
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 @pytest.mark.parametrize("divergence", ["forward_kl", "jsd"])
 def test_labels(divergence: str, smoothing: float) -> None:
-    hold_with("cpu", divergence, narrow(), Bar(1.2), alpha=0.5, label_smoothing=smoothing)
+    assert_within_bar_with(
+        "cpu", divergence, low_precision_rows(), Bar(1.2), alpha=0.5, label_smoothing=smoothing
+    )
 
 
 @pytest.mark.parametrize("name", ["forward_kl", "reverse_kl", "jsd"])
 def test_a_sure_row_keeps_its_digits(backend: str, name: str) -> None:
-    hold_digits(backend, name)
+    assert_digits(backend, name)
 
 
 @pytest.mark.parametrize("name", ["forward_kl", "reverse_kl"])
 def test_a_sure_row_keeps_its_digits_in_triton(name: str) -> None:
     pytest.importorskip("triton")
-    hold_digits("triton", name)
+    assert_digits("triton", name)
 
 
-def hold_digits(backend: str, name: str) -> None:
-    """Value and gradients are right to 1e-4. PyTorch has no digit of a sure token's gradient: no ratio would tell."""
-    case = {case.name: case for case in narrow()}["peaked 1e-09, same tops, V = 40"]
-    exact, _ = _known(name, (), case.name)
-    found = sure_rows.run(
+def assert_digits(backend: str, name: str) -> None:
+    """Assert that value and gradients are right to 1e-4. A ratio would say nothing, as PyTorch has no digit of a sure
+    token's gradient."""
+    case = {case.name: case for case in low_precision_rows()}["peaked 1e-09, same tops, V = 40"]
+    exact, _ = _exact_and_plain(name, (), case.name)
+    actual = sure_rows.run(
         lambda s, t: kd_loss(s, t, divergence=name, reduction="none", backend=backend), case
     )
-    assert all(error < 1e-4 for error in sure_rows.errors(found, exact, math.inf, 0.0))
+    assert all(error < 1e-4 for error in sure_rows.errors(actual, exact, math.inf, 0.0))
 
 
 @variants
 def test_reference(variant: tuple[str, dict[str, float]]) -> None:
-    hold("reference", variant, narrow())
+    assert_within_bar("reference", variant, low_precision_rows())
 
 
 @variants
 def test_every_instruction_set(instructions: str, variant: tuple[str, dict[str, float]]) -> None:
-    hold("cpu", variant, narrow())
+    assert_within_bar("cpu", variant, low_precision_rows())
 
 
 @of_triton
 def test_triton(variant: tuple[str, dict[str, float]]) -> None:
     pytest.importorskip("triton")
-    hold("triton", variant, narrow())
+    assert_within_bar("triton", variant, low_precision_rows())
 
 
 @variants
 def test_cuda_source(emulation: Emulation, variant: tuple[str, dict[str, float]]) -> None:
-    hold("cuda", variant, made_up())
+    assert_within_bar("cuda", variant, synthetic_rows())
 
 
 FAULTS = {
@@ -237,10 +247,10 @@ FAULTS = {
 }  # fmt: skip
 
 
-# Each is compiled, at ten seconds; they judge the check above and not the kernels.
+# Each planted fault is compiled, which takes ten seconds; these tests check the test above, not the kernels.
 @pytest.mark.heavy
 @pytest.mark.parametrize("fault", FAULTS)
-def test_a_planted_fault_is_seen(
+def test_a_planted_fault_is_detected(
     fault: str, emulation: Emulation, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     broken = emulation.with_fault(FAULTS[fault], tmp_path)
@@ -248,11 +258,11 @@ def test_a_planted_fault_is_seen(
     emulation.ranks = 4
     with pytest.raises(AssertionError):
         for divergence in ("forward_kl", "mixture", "jsd"):
-            hold("cuda", (divergence, {}), narrow())
+            assert_within_bar("cuda", (divergence, {}), low_precision_rows())
 
 
-def hold_symmetric(backend: str, vocabulary: int, dtype: torch.dtype = torch.float32) -> None:
-    """jsd(0.5) of exchanged sides has the same bits."""
+def assert_symmetric(backend: str, vocabulary: int, dtype: torch.dtype = torch.float32) -> None:
+    """Assert that jsd(0.5) with exchanged sides has the same bits."""
     generator = torch.Generator().manual_seed(vocabulary)
     student, teacher = 3.0 * torch.randn(2, 64, vocabulary, generator=generator).to(dtype)
     options: dict[str, Any] = {"divergence": "jsd", "reduction": "none", "backend": backend}
@@ -263,11 +273,11 @@ def hold_symmetric(backend: str, vocabulary: int, dtype: torch.dtype = torch.flo
 
 @pytest.mark.parametrize("vocabulary", [7, 40, 2500])
 def test_jsd_at_one_half_is_symmetric_to_the_bit(backend: str, vocabulary: int) -> None:
-    hold_symmetric(backend, vocabulary)
-    # It computes in float64, and rounding to float32 would hide what is not symmetric.
-    hold_symmetric("reference", vocabulary, torch.float64)
+    assert_symmetric(backend, vocabulary)
+    # The reference computes in float64; rounding to float32 would hide an asymmetry.
+    assert_symmetric("reference", vocabulary, torch.float64)
 
 
 @pytest.mark.parametrize("vocabulary", [7, 40, 2500])
 def test_jsd_is_symmetric_on_every_instruction_set(instructions: str, vocabulary: int) -> None:
-    hold_symmetric("cpu", vocabulary)
+    assert_symmetric("cpu", vocabulary)

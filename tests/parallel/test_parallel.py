@@ -61,8 +61,8 @@ def test_every_divergence(
                 "label_smoothing": 0.1,
             }
         )
-    found = processes.run(size, spread.dense, _shares(size, cut), "plain", backend, cases)
-    assert sum(found) == len(cases)
+    actual = processes.run(size, spread.dense, _shares(size, cut), "plain", backend, cases)
+    assert sum(actual) == len(cases)
 
 
 @pytest.mark.parametrize(("size", "cut"), [(2, "even"), (4, "uneven")])
@@ -90,8 +90,8 @@ def test_every_option(
         {**rows, "divergence": divergence, "reduction": "mean", "num_items": 7},
         {**rows, "divergence": divergence, "reduction": "batchmean"},
     ]
-    found = processes.run(size, spread.dense, _shares(size, cut), "plain", backend, cases)
-    assert sum(found) == len(cases)
+    actual = processes.run(size, spread.dense, _shares(size, cut), "plain", backend, cases)
+    assert sum(actual) == len(cases)
 
 
 @sizes
@@ -110,8 +110,8 @@ def test_forms(processes: Processes, backend: str, size: int, form: str) -> None
         for divergence in ("forward_kl", "jsd")
     ]
     cut = "even" if form.startswith("dtensor") else "uneven"
-    found = processes.run(size, spread.dense, _shares(size, cut), form, backend, cases)
-    assert sum(found) == len(cases)
+    actual = processes.run(size, spread.dense, _shares(size, cut), form, backend, cases)
+    assert sum(actual) == len(cases)
 
 
 @pytest.mark.parametrize(("size", "cut"), [(2, "uneven"), (4, "even")])
@@ -140,8 +140,8 @@ def test_topk(processes: Processes, backend: str, size: int, cut: str, tail: str
         none = sparse_teacher(3, vocabulary=61, k=7, seed=9, tail=tail, tail_given=False)
         none.ids[1] = -1
         cases.append({"student": logits(3, 61, seed=8), "teacher": none})
-    found = processes.run(size, spread.sparse, _shares(size, cut), "plain", backend, cases)
-    assert sum(found) == len(cases)
+    actual = processes.run(size, spread.sparse, _shares(size, cut), "plain", backend, cases)
+    assert sum(actual) == len(cases)
 
 
 @pytest.mark.parametrize(
@@ -198,14 +198,14 @@ def test_bytes_do_not_depend_on_the_vocabulary(
     options = {"divergence": divergence, "backend": "cpu"}
     expected = 2 * 8 * 8 + 8 * (2 * 8 * numbers + 4 * tokens)
     for vocabulary in (64, 5000):
-        found = processes.run(2, spread.bytes_exchanged, vocabulary, options, k)
-        assert found == [expected] * 2
+        actual = processes.run(2, spread.bytes_exchanged, vocabulary, options, k)
+        assert actual == [expected] * 2
 
 
 def test_compiled(processes: Processes) -> None:
-    for difference, said in processes.run(2, spread.compiled):
+    for difference, output in processes.run(2, spread.compiled):
         assert difference == 0.0
-        assert said != "nothing"
+        assert output != "nothing"
 
 
 @pytest.mark.gpu
@@ -228,8 +228,8 @@ def test_every_divergence_over_nccl(
         }
         for number, (divergence, parameters) in enumerate(VARIANTS)
     ]
-    found = processes.run(size, spread.dense, _shares(size, cut), "plain", kernels, cases)
-    assert sum(found) == len(cases)
+    actual = processes.run(size, spread.dense, _shares(size, cut), "plain", kernels, cases)
+    assert sum(actual) == len(cases)
 
 
 def test_rows_and_columns_of_a_mesh(processes: Processes) -> None:
@@ -268,10 +268,10 @@ def test_training_is_that_of_one_process(
     how: str,
     micro_batches: int,
 ) -> None:
-    found = processes.run(size, training.train, how, micro_batches)
+    actual = processes.run(size, training.train, how, micro_batches)
     torch.manual_seed(0)
     start = dict(training.Model().named_parameters())
-    for parameters in found:
+    for parameters in actual:
         assert parameters.keys() == trained_alone.keys()
         for name, value in parameters.items():
             moved = (trained_alone[name] - start[name]).abs().max()

@@ -104,15 +104,15 @@ def test_log_0(
         (gradient,) = torch.autograd.grad(loss.sum(), leaf)
         return loss.detach(), gradient
 
-    found = run()
+    actual = run()
     monkeypatch.undo()
     expected = run()
     if masked != -torch.inf:  # what is 1e38 or infinite depends on the order of roundings
         large = expected[0].abs() > 1e30
-        assert bool((found[0].abs()[large] > 1e30).all())
-        found, expected = (tuple(x[~large] for x in pair) for pair in (found, expected))
+        assert bool((actual[0].abs()[large] > 1e30).all())
+        actual, expected = (tuple(x[~large] for x in pair) for pair in (actual, expected))
     torch.testing.assert_close(
-        found, expected, rtol=1e-5, atol=4e-6, equal_nan=True
+        actual, expected, rtol=1e-5, atol=4e-6, equal_nan=True
     )  # entries of 10
 
 
@@ -144,8 +144,8 @@ def test_topk(sharded: str, tail: str, divergence: str, parameters: dict[str, fl
 def test_sparse_rows_of_every_kind(
     sharded: str, tail: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Without a token, without a tail that is given, and with NaN: as a whole row has them."""
-    found = outcomes_of_every_kind(tail, sharded)
+    """Rows without a token, without tail_logprob, and with NaN have the results of whole rows."""
+    actual = outcomes_of_every_kind(tail, sharded)
     monkeypatch.undo()
     whole = outcomes_of_every_kind(tail, sharded)
-    torch.testing.assert_close(found, whole, rtol=1e-5, atol=1e-6, equal_nan=True)
+    torch.testing.assert_close(actual, whole, rtol=1e-5, atol=1e-6, equal_nan=True)

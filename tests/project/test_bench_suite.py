@@ -91,18 +91,18 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, subprocess.Comp
 
 def changed(path: Path, change: Callable[[dict[str, Any]], None]) -> Path:
     """A copy of a run, after a change of its content."""
-    found = json.loads(path.read_text())
-    change(found)
+    actual = json.loads(path.read_text())
+    change(actual)
     copy = path.with_name("changed.json")
-    copy.write_text(json.dumps(found))
+    copy.write_text(json.dumps(actual))
     return copy
 
 
 def test_what_is_wrong_is_a_row_that_says_so_and_has_no_time(run: Any) -> None:
     path, done = run
-    found = tables.load(path)
-    assert {row["contender"] for row in found.timed} == {"fastkd (cpu)", "eager"}
-    why = {row["contender"]: row["why"] for row in found.untimed}
+    actual = tables.load(path)
+    assert {row["contender"] for row in actual.timed} == {"fastkd (cpu)", "eager"}
+    why = {row["contender"]: row["why"] for row in actual.untimed}
     assert why.pop("Liger KLDiv") == "needs a GPU"
     assert why.pop("raises") == "fails: RuntimeError: no kernel image"
     assert why.pop("wrong gradient").startswith("wrong: gradient is")
@@ -173,9 +173,9 @@ def test_triton_kernels_are_verified_in_the_interpreter() -> None:
     forms = [f"logits:{d}" for d in ("forward_kl", "jsd", "tvd")] + ["linear:jsd"]
     verdicts = verify.in_the_interpreter(forms)
     assert {key.split(":")[2] for key in verdicts} >= {"fastkd (triton)"}
-    for name, found in verdicts.items():
-        assert found["why"] is None, (name, found)
-        assert max(found["errors"]) < 1e-5
+    for name, actual in verdicts.items():
+        assert actual["why"] is None, (name, actual)
+        assert max(actual["errors"]) < 1e-5
 
 
 @pytest.mark.parametrize("form", ["logits", "linear"])
@@ -237,21 +237,21 @@ def test_the_peak_in_this_process_is_that_of_a_process_of_its_own() -> None:
     case |= {"dtype": "float32", "contender": "fastkd (cpu)"}
     alone = measure.in_a_process(memory.measure, case, threads=1)["peak"]
     problem = cases.Problem(cases.Case("logits", "forward_kl", 64, 32_768))
-    ours = peers.anchor("logits", "cpu")
-    call = problem.make(ours)
+    actual = peers.anchor("logits", "cpu")
+    call = problem.make(actual)
     problem.errors(
-        ours, call
+        actual, call
     )  # its float64 copies are freed, and must neither count nor hide anything
-    peak = problem.peak(ours, call)
+    peak = problem.peak(actual, call)
     assert peak / (64 * 32_768 * 4) == pytest.approx(alone, rel=0.05)
 
 
 def test_fits_recover_a_slope() -> None:
     sizes = [2**i for i in range(10, 16)]
     for slope in (0.0, 0.5, 1.0, 2.0):
-        found = tables.fit(sizes, [3e-5 * n**slope for n in sizes])
-        assert found is not None
-        assert found.slope == pytest.approx(slope, abs=1e-9) and found.off < 1e-9
+        actual = tables.fit(sizes, [3e-5 * n**slope for n in sizes])
+        assert actual is not None
+        assert actual.slope == pytest.approx(slope, abs=1e-9) and actual.off < 1e-9
     bent = tables.fit(sizes, [1e-3 + 1e-6 * n for n in sizes])  # a constant, and then in proportion
     assert bent is not None and 0.3 < bent.slope < 1 and bent.off > 0.1
     assert tables.fit(sizes, [0.0, *sizes[1:]]) is None
@@ -314,9 +314,9 @@ def test_studies_have_the_suites_contenders() -> None:
         cases.Case("logits", "forward_kl", 4, 65), peers.published("forward_kl")
     )
     names = ("eager", "fastkd (cpu)", "fastkd (cpu, in place)", "Liger", "nobody")
-    found = study.contenders(problem, names)
-    assert list(found) == ["eager", "fastkd", "fastkd in place"]  # Liger's needs a GPU
-    for peer, call in found.values():
+    actual = study.contenders(problem, names)
+    assert list(actual) == ["eager", "fastkd", "fastkd in place"]  # Liger's needs a GPU
+    for peer, call in actual.values():
         assert problem.verdict(peer, problem.errors(peer, call)) is None  # at temperature 2
 
 
@@ -371,8 +371,8 @@ def test_a_regression_fails_and_is_named(
 ) -> None:  # fmt: skip
     before = run[0]
     assert compared(monkeypatch, before, changed(before, change), "--fail", "10") == 1
-    said = capsys.readouterr().out
-    assert word in said and "1 regressions in 1 rows of fastkd" in said
+    output = capsys.readouterr().out
+    assert word in output and "1 regressions in 1 rows of fastkd" in output
 
 
 def test_equal_runs_pass_and_so_does_what_is_no_regression(
@@ -434,6 +434,6 @@ def test_other_machines_are_refused(
 
     after = changed(run[0], moved)
     assert compared(monkeypatch, run[0], after) == 2
-    said = capsys.readouterr().err
-    assert "CPU" in said and "another after" in said and "--anyway" in said
+    output = capsys.readouterr().err
+    assert "CPU" in output and "another after" in output and "--anyway" in output
     assert compared(monkeypatch, run[0], after, "--anyway") == 0

@@ -30,15 +30,15 @@ def run(
     *arguments: str, cwd: Path = ROOT, code: int = 0, **environment: str
 ) -> subprocess.CompletedProcess[str]:
     """Run this interpreter, and expect that exit code."""
-    ours = {k: v for k, v in os.environ.items() if not k.startswith("FASTKD_")}
-    del ours[
+    results = {k: v for k, v in os.environ.items() if not k.startswith("FASTKD_")}
+    del results[
         "TRITON_INTERPRET"
     ]  # its kernels have tests of their own; here they would take most of the time
-    path = os.pathsep.join([str(PACKAGE), ours.get("PYTHONPATH", "")])
+    path = os.pathsep.join([str(PACKAGE), results.get("PYTHONPATH", "")])
     done = subprocess.run(
         [sys.executable, *arguments],
         cwd=cwd,
-        env={**ours, "PYTHONPATH": path, **environment},
+        env={**results, "PYTHONPATH": path, **environment},
         capture_output=True,
         text=True,
         timeout=1500,
@@ -52,15 +52,15 @@ def command(*arguments: str, **options: Any) -> subprocess.CompletedProcess[str]
 
 
 def test_info_as_json() -> None:
-    found = json.loads(command("info", "--json", FASTKD_STRICT="1").stdout)
-    assert list(found) == ["versions", "machine", "native", "backends", "serves", "environment"]
-    assert found["versions"]["fastkd"] == fastkd.__version__
-    assert set(found["backends"]) == set(fastkd.available_backends())
-    assert found["backends"]["reference"]["devices"] == info.devices()
-    for backend in found["backends"].values():
+    actual = json.loads(command("info", "--json", FASTKD_STRICT="1").stdout)
+    assert list(actual) == ["versions", "machine", "native", "backends", "serves", "environment"]
+    assert actual["versions"]["fastkd"] == fastkd.__version__
+    assert set(actual["backends"]) == set(fastkd.available_backends())
+    assert actual["backends"]["reference"]["devices"] == info.devices()
+    for backend in actual["backends"].values():
         assert backend["devices"] or (backend["reason"] and backend["remedy"])
-    assert found["environment"]["FASTKD_STRICT"]["value"] == "1"
-    assert found["environment"]["FASTKD_BACKEND"]["value"] is None
+    assert actual["environment"]["FASTKD_STRICT"]["value"] == "1"
+    assert actual["environment"]["FASTKD_BACKEND"]["value"] is None
 
 
 PIPED = ("info", "info --json", "--help", "cache info {cache}", "cache info --json {cache}")
@@ -103,10 +103,10 @@ def test_a_pipe_that_is_closed_ends_a_command_quietly(tmp_path: Path) -> None:
 
 
 def test_info_as_text() -> None:
-    said = command("info", FASTKD_BACKEND="reference").stdout
+    output = command("info", FASTKD_BACKEND="reference").stdout
     for what in (fastkd.__version__, *fastkd.available_backends(), *info.SWITCHES):
-        assert what in said
-    assert re.search(r"FASTKD_BACKEND +reference ", said)
+        assert what in output
+    assert re.search(r"FASTKD_BACKEND +reference ", output)
 
 
 @pytest.mark.parametrize(
@@ -118,18 +118,20 @@ def test_info_as_text() -> None:
     ],
 )  # fmt: skip
 def test_info_says_how_the_extension_was_built(build: dict[str, Any] | None, line: str) -> None:
-    found = info.collect()
-    found["native"]["build"] = build
-    assert line in info.text(found)
+    actual = info.collect()
+    actual["native"]["build"] = build
+    assert line in info.text(actual)
 
 
 def test_info_without_triton_and_without_the_extension() -> None:
     absent = "import sys; sys.modules.update({'triton': None, 'fastkd._C': None})"
     absent += "; import importlib.util as u; find = u.find_spec"
     absent += "; u.find_spec = lambda name, *a: None if name == 'triton' else find(name, *a)"
-    said = run("-c", f"{absent}\nfrom fastkd.__main__ import main\nsys.exit(main(['info']))").stdout
-    assert re.search(r"triton +not installed", said)
-    assert "the native extension is missing" in said
+    output = run(
+        "-c", f"{absent}\nfrom fastkd.__main__ import main\nsys.exit(main(['info']))"
+    ).stdout
+    assert re.search(r"triton +not installed", output)
+    assert "the native extension is missing" in output
 
 
 def test_doctor_finds_every_backend_right() -> None:
@@ -148,9 +150,9 @@ def test_doctor_finds_every_backend_right() -> None:
 
 @pytest.mark.heavy
 def test_doctor_as_text() -> None:
-    said = command("doctor", "--backend", "reference").stdout
-    assert re.search(r"forward_kl +ok +0\.\d\d", said)
-    assert said.endswith("all backends passed\n")
+    output = command("doctor", "--backend", "reference").stdout
+    assert re.search(r"forward_kl +ok +0\.\d\d", output)
+    assert output.endswith("all backends passed\n")
 
 
 PLANT = """
@@ -172,11 +174,11 @@ sys.exit(main(["doctor", "--backend", "cpu"]))
 def test_doctor_exits_with_1_at_a_planted_fault() -> None:
     if fastkd.available_backends()["cpu"] is not None:
         pytest.skip("the bar is the error of the reference itself, and no other backend runs here")
-    said = run("-c", PLANT, code=1).stdout
-    assert re.search(r"jsd +FAIL ", said) and re.search(r"forward_kl +ok ", said)
-    (line,) = [line for line in said.splitlines() if line.startswith("FAIL")]
+    output = run("-c", PLANT, code=1).stdout
+    assert re.search(r"jsd +FAIL ", output) and re.search(r"forward_kl +ok ", output)
+    (line,) = [line for line in output.splitlines() if line.startswith("FAIL")]
     assert re.match(r"FAIL cpu \(cpu\), jsd: float\S+, .*: error of the loss \S+, bar \d", line)
-    assert "all backends passed" not in said
+    assert "all backends passed" not in output
 
 
 def _scaled_value(result: Result) -> None:
@@ -230,9 +232,9 @@ def test_what_a_planted_fault_is_called(
 
 def test_doctor_asked_for_a_backend_that_cannot_run() -> None:
     absent = "import sys; sys.modules['fastkd._C'] = None\nfrom fastkd.__main__ import main\n"
-    said = run("-c", absent + "sys.exit(main(['doctor', '--backend', 'cpu']))", code=1).stdout
-    assert "cpu was not run: the native extension is missing" in said
-    assert "all backends passed" not in said
+    output = run("-c", absent + "sys.exit(main(['doctor', '--backend', 'cpu']))", code=1).stdout
+    assert "cpu was not run: the native extension is missing" in output
+    assert "all backends passed" not in output
 
 
 HEADER = "import fastkd\nfrom torch import exp, log1p, where\n\n"
@@ -323,20 +325,20 @@ def test_check_of_the_table(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
 def blocks() -> dict[str, str]:
     """The Python of the page by the file it belongs to; "" is the script."""
     assert PAGE.is_file()
-    found: dict[str, str] = {}
+    results: dict[str, str] = {}
     for title, body in re.findall(r"```python(?: title=(\S+))?\n(.*?)```", PAGE.read_text(), re.S):
-        found[title] = found.get(title, "") + body + "\n\n"
-    return found
+        results[title] = results.get(title, "") + body + "\n\n"
+    return results
 
 
 def test_the_page_for_ones_own_function(tmp_path: Path) -> None:
     (tmp_path / "my_losses.py").write_text(blocks()["my_losses.py"])
     (tmp_path / "use.py").write_text(blocks()[""])
-    said = command("check", "my_losses:triangular", cwd=tmp_path).stdout
+    output = command("check", "my_losses:triangular", cwd=tmp_path).stdout
     shown = re.findall(r"^  ok    .*$", PAGE.read_text(), re.M)
     assert len(shown) > 2
     for line in shown:  # what the page shows is what is printed
-        assert line in said
+        assert line in output
     command("check", "my_losses:tsallis", cwd=tmp_path)
     assert re.search(r"\d\.\d{3} \(4, 7, 1000\)", run("use.py", cwd=tmp_path).stdout)
 

@@ -184,13 +184,13 @@ class Block(NamedTuple):
 def blocks(path: Path) -> list[Block]:
     """The Python of a page."""
     text = path.read_text(encoding="utf-8")
-    found = []
+    results = []
     for match in re.finditer(r"^```python([^\n]*)\n(.*?)^```$", text, re.S | re.M):
         info = match[1].strip()
         assert info == "" or info.startswith("title="), f"{name_of(path)}: ```python {info}"
         line = text.count("\n", 0, match.start(2)) + 1
-        found.append(Block(line, info.removeprefix("title="), match[2]))
-    return found
+        results.append(Block(line, info.removeprefix("title="), match[2]))
+    return results
 
 
 @pytest.mark.parametrize(
@@ -243,15 +243,15 @@ def prose(path: Path) -> str:
 
 def anchors(path: Path) -> set[str]:
     """The anchors of headings, as GitHub generates them."""
-    found: set[str] = set()
+    results: set[str] = set()
     for heading in re.findall(r"^#+ +(.+?) *$", prose(path), re.M):
         plain = re.sub(r"\[([^]]*)\]\([^)]*\)", r"\1", heading).lower()
         slug = re.sub(r"[^\w\- ]", "", plain).replace(" ", "-")
         number = 0
-        while (name := f"{slug}-{number}" if number else slug) in found:
+        while (name := f"{slug}-{number}" if number else slug) in results:
             number += 1
-        found.add(name)
-    return found
+        results.add(name)
+    return results
 
 
 @page
@@ -365,8 +365,8 @@ def _text(node: ast.expr) -> str | None:
 @functools.cache
 def messages() -> list[Message]:
     """The messages of every raise, warning and obstacle of the package. Adapters have their own pages."""
-    found = []
-    said = {"warn", "_log_once", "Obstacle", "CollectiveError"}
+    results = []
+    functions_with_messages = {"warn", "_log_once", "Obstacle", "CollectiveError"}
     for path in sorted((ROOT / "fastkd").rglob("*.py")):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             raised = node.exc if isinstance(node, ast.Raise) else node
@@ -375,13 +375,13 @@ def messages() -> list[Message]:
             name = ast.unparse(raised.func).rpartition(".")[2]
             if (
                 isinstance(node, ast.Raise)
-                or name in said
+                or name in functions_with_messages
                 or ast.unparse(raised.func) == "super().__init__"
             ):
                 texts = tuple(filter(None, map(_text, raised.args)))
                 if texts and "compat" not in path.parts:
-                    found.append(Message(f"{path.relative_to(ROOT)}:{node.lineno}", texts))
-    return found
+                    results.append(Message(f"{path.relative_to(ROOT)}:{node.lineno}", texts))
+    return results
 
 
 def quoted_messages() -> list[str]:
@@ -392,10 +392,10 @@ def quoted_messages() -> list[str]:
 
 
 def test_quoted_messages_are_in_the_source() -> None:
-    said = [text for message in messages() for text in message.texts]
+    texts = [text for message in messages() for text in message.texts]
     quoted = quoted_messages()
     assert len(quoted) > 100
-    missing = [message for message in quoted if not any(message in text for text in said)]
+    missing = [message for message in quoted if not any(message in text for text in texts)]
     assert not missing, f"docs/troubleshooting.md quotes what nothing says: {missing}"
 
 

@@ -77,8 +77,8 @@ def test_on_images(
 ) -> None:
     example(name, monkeypatch).main(data=folder, output=tmp_path, quick=True)
     figures = check(tmp_path, name)
-    found = figures["students" if name == "sweeps" else "accuracy"]
-    assert len(found) == rows
+    actual = figures["students" if name == "sweeps" else "accuracy"]
+    assert len(actual) == rows
     if name == "sweeps":
         assert len(figures["grid"]) == 20
 
@@ -117,17 +117,17 @@ def test_a_pass_has_each_example_once(vision: ModuleType) -> None:
 
 
 def test_differences_are_of_the_same_seeds(vision: ModuleType) -> None:
-    found = vision.difference([80.0, 90.0, 85.0], [79.0, 88.0, 84.0])
-    assert found.mean == pytest.approx(4 / 3)
-    assert found.error == pytest.approx(math.sqrt(1 / 3) / math.sqrt(3))
-    assert not found.clear  # t = 4 of three seeds, and 4.3 is what chance does once in 20 times
+    actual = vision.difference([80.0, 90.0, 85.0], [79.0, 88.0, 84.0])
+    assert actual.mean == pytest.approx(4 / 3)
+    assert actual.error == pytest.approx(math.sqrt(1 / 3) / math.sqrt(3))
+    assert not actual.clear  # t = 4 of three seeds, and 4.3 is what chance does once in 20 times
     assert vision.difference([80.0, 90.0, 85.0, 70.0], [79.0, 88.0, 84.0, 69.0]).clear  # 5 > 3.18
     assert not vision.difference([80.0], [70.0]).clear
 
 
 def test_verdicts(vision: ModuleType) -> None:
     rows = {"base": [1.0, 2.0, 3.0], "up": [2.0, 3.1, 4.0], "same": [2.0, 1.0, 3.0]}
-    said = vision.verdicts(rows | {"down": [0.0, 1.1, 2.0]}, "base")
-    assert said == (
+    verdicts = vision.verdicts(rows | {"down": [0.0, 1.1, 2.0]}, "base")
+    assert verdicts == (
         "better: up (+1.03 ± 0.03); worse: down (-0.97 ± 0.03); not significant: same (+0.00 ± 0.58)"
     )

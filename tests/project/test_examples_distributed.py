@@ -50,5 +50,5 @@ def curve(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("mode", ["tp", "fsdp"])
 def test_two_processes(mode: str, curve: Path) -> None:
-    said = run(f"--mode={mode}", f"--compare={curve}", processes=2)
-    assert f"the curve equals that of {curve}" in said
+    output = run(f"--mode={mode}", f"--compare={curve}", processes=2)
+    assert f"the curve equals that of {curve}" in output

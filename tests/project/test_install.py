@@ -84,8 +84,8 @@ def python(
 
 
 def clean_environment(changes: dict[str, str | None]) -> dict[str, str]:
-    ours = ("CXX", "CXXFLAGS", "LDFLAGS", "PYTHONPATH", "TRITON_INTERPRET")
-    kept = {k: v for k, v in os.environ.items() if k not in ours and not k.startswith("FASTKD_")}
+    actual = ("CXX", "CXXFLAGS", "LDFLAGS", "PYTHONPATH", "TRITON_INTERPRET")
+    kept = {k: v for k, v in os.environ.items() if k not in actual and not k.startswith("FASTKD_")}
     # nvcc takes minutes; tests/backends/cuda/test_cuda_build.py looks at what it makes.
     defaults = {"PIP_NO_INDEX": "1", "PIP_DISABLE_PIP_VERSION_CHECK": "1", "FASTKD_CUDA": "0"}
     wanted = {**defaults, **changes}
@@ -192,11 +192,11 @@ def test_objects_follow_the_headers_that_they_include(built: tuple[Path, list[Pa
 @needs_compiler
 def test_no_gpu_and_a_home_that_cannot_be_written(installed: Path) -> None:
     # No process can write below a file, whoever runs it; permission bits would not stop root.
-    said = probe(installed, HOME="/dev/null/home", XDG_CACHE_HOME="/dev/null/cache")
-    assert Path(said["file"]).parent == installed / "fastkd"
-    assert said["kernels"] == [str(installed / "fastkd" / "kernels")]
-    assert said["version"] == fastkd.__version__
-    losses = said["losses"]
+    output = probe(installed, HOME="/dev/null/home", XDG_CACHE_HOME="/dev/null/cache")
+    assert Path(output["file"]).parent == installed / "fastkd"
+    assert output["kernels"] == [str(installed / "fastkd" / "kernels")]
+    assert output["version"] == fastkd.__version__
+    losses = output["losses"]
     assert losses["auto"] == losses["cpu"] == pytest.approx(losses["reference"], rel=1e-5)
 
 
@@ -323,7 +323,7 @@ def test_install_in_place_finds_the_kernels_of_the_checkout(tree: Path, tmp_path
 
     (tree / "kernels" / "made_later.py").write_text("HERE = True")
     show = "import fastkd.kernels.made_later as m; print(m.HERE, m.__file__)"
-    said = subprocess.run(
+    output = subprocess.run(
         [interpreter, "-c", show],
         cwd=tmp_path,
         env=clean_environment({}),
@@ -331,4 +331,4 @@ def test_install_in_place_finds_the_kernels_of_the_checkout(tree: Path, tmp_path
         text=True,
         timeout=3000,
     )
-    assert succeed(said).split(maxsplit=1) == ["True", f"{tree / 'kernels' / 'made_later.py'}\n"]
+    assert succeed(output).split(maxsplit=1) == ["True", f"{tree / 'kernels' / 'made_later.py'}\n"]

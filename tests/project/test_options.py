@@ -57,7 +57,9 @@ def test_numbers_of_a_graph_come_back() -> None:
     numbers = Numbers.of(alpha=0.5, softcap=None, ignore_index=7, num_items=3, taken_at=2.0)
     assert numbers.scalars["teacher_temperature"] == numbers.scalars["temperature"]
     assert Numbers.from_flat(list(numbers.flat())) == numbers
-    with pytest.raises(TypeError, match="no option 'alhpa'"):
+    with pytest.raises(
+        TypeError, match="there is no option 'alhpa'; the scalar options are alpha, temperature"
+    ):
         Numbers.of(alhpa=0.5)
 
 

@@ -103,11 +103,11 @@ def test_a_wheel_has_the_package_and_nothing_else(wheel: Path) -> None:
 
 
 def test_its_metadata(wheel: Path) -> None:
-    said = email.message_from_string(members(wheel, r"[^/]*\.dist-info/METADATA"))
-    assert (said["Name"], said["Version"]) == ("fastkd", fastkd.__version__)
-    assert said["License-Expression"] == "Apache-2.0"
-    assert said["Requires-Python"] == ">=3.10"
-    needed = said.get_all("Requires-Dist")
+    metadata = email.message_from_string(members(wheel, r"[^/]*\.dist-info/METADATA"))
+    assert (metadata["Name"], metadata["Version"]) == ("fastkd", fastkd.__version__)
+    assert metadata["License-Expression"] == "Apache-2.0"
+    assert metadata["Requires-Python"] == ">=3.10"
+    needed = metadata.get_all("Requires-Dist")
     assert [name for name in needed if "extra ==" not in name] == ["torch>=2.6"]
 
 

@@ -1,4 +1,4 @@
-"""The suite itself: which backends its fixtures hold, what it installs, and which cases it makes."""
+"""Tests of the test suite: the backends of its fixtures, what it installs, and which cases it generates."""
 
 from __future__ import annotations
 
@@ -35,16 +35,16 @@ def test_the_fixtures_hold_every_backend_that_can_serve_a_cpu_tensor() -> None:
 
 def _packages(extra: str, extras: dict[str, list[str]]) -> set[str]:
     """What an extra of pyproject.toml installs, by way of others too."""
-    found: set[str] = set()
+    results: set[str] = set()
     for requirement in extras[extra]:
         name, others = re.match(r"([\w-]+)(?:\[([\w,-]+)\])?", requirement).groups()  # type: ignore[union-attr]
         if name == "fastkd":
-            found |= {
+            results |= {
                 package for other in others.split(",") for package in _packages(other, extras)
             }
         else:
-            found.add(name)
-    return found
+            results.add(name)
+    return results
 
 
 @pytest.mark.skipif(sys.version_info < (3, 11), reason="Python 3.10 reads no TOML")
@@ -82,7 +82,7 @@ def test_a_mark_of_other_parameters_says_nothing(one: int, request: pytest.Fixtu
 
 
 class Doubled(NamedTuple):
-    """A result as the oracles have them."""
+    """A result in the form of the oracles' results."""
 
     value: Tensor
     number: float
@@ -105,9 +105,9 @@ def test_an_oracle_remembers_by_what_its_tensors_hold() -> None:
         (x.t(), {}), (x.view(4), {}), (x.half(), {}), (x.abs(), {}), (torch._neg_view(x), {}), (x[:0], {}),
         (x, {"number": 2.0}), (x, {"number": 1}), (x, {"other": x}), (x, {"other": x.long()}),
     ]  # fmt: skip
-    for given, options in different:
-        assert doubled(given, **options) is doubled(given, **options)
-        assert torch.equal(doubled(given, **options).value.nan_to_num(), (2 * given).nan_to_num())
+    for inputs, options in different:
+        assert doubled(inputs, **options) is doubled(inputs, **options)
+        assert torch.equal(doubled(inputs, **options).value.nan_to_num(), (2 * inputs).nan_to_num())
     assert len(calls) == 1 + len(different)
     first.value.add_(1.0)
     with pytest.raises(AssertionError, match="was changed in place"):

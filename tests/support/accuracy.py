@@ -175,8 +175,8 @@ def bars(student: Tensor, teacher: Tensor, labels: Tensor | None = None, **argum
     plain = compose(student, teacher, labels, dtype=torch.float32, terms=False, **arguments)
     student_reach = teacher_reach = 0.0
     if arguments.get("divergence") == "tvd":
-        found = _subgradients(student, teacher, labels, **arguments)
-        (student_middle, student_reach), (teacher_middle, teacher_reach) = found
+        actual = _subgradients(student, teacher, labels, **arguments)
+        (student_middle, student_reach), (teacher_middle, teacher_reach) = actual
         exact = exact._replace(student_gradient=student_middle, teacher_gradient=teacher_middle)
     return Bars(
         exact,
@@ -249,15 +249,15 @@ def check(
     ):
         assert_within(part, getattr(parts, part), getattr(exact, part), bar)
     assert int(parts.counted) == exact.counted
-    found = torch.autograd.grad(loss, (s, t) if teacher_gradient else (s,), upstream)
-    for gradient, given, side in zip(
-        found, (student, teacher), ("student", "teacher"), strict=False
+    actual = torch.autograd.grad(loss, (s, t) if teacher_gradient else (s,), upstream)
+    for gradient, inputs, side in zip(
+        actual, (student, teacher), ("student", "teacher"), strict=False
     ):
-        assert gradient.dtype == given.dtype
+        assert gradient.dtype == inputs.dtype
         bar = getattr(allowed, f"{side}_gradient")
         if backend in ("portable", "reference"):
             # It is plain float32 PyTorch in another order: neither is the more exact of the two, and on rows of
             # 150k columns whose sums lose three digits either may come out ahead.
             bar = 2 * bar
         assert_within(f"gradient of the {side}", gradient, getattr(exact, f"{side}_gradient"), bar)
-    return Measured(loss.detach(), found[0], found[1] if teacher_gradient else None, parts, exact)
+    return Measured(loss.detach(), actual[0], actual[1] if teacher_gradient else None, parts, exact)

@@ -43,7 +43,7 @@ OF_KERNELS = (
     "sums",
     "gradient",
 )
-OF_KERNELS = (*OF_KERNELS, "row", "cluster", "shard", "topk", "common/row_math")
+OF_KERNELS = (*OF_KERNELS, "row", "block", "kinds", "cluster", "shard", "topk", "common/row_math")
 
 
 def compile_host(
@@ -122,13 +122,13 @@ def host() -> ModuleType:
     directory.mkdir(parents=True, exist_ok=True)
     with (directory / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        found = list(directory.glob("_cuda_host*.so"))
-        if not found:
+        results = list(directory.glob("_cuda_host*.so"))
+        if not results:
             with tempfile.TemporaryDirectory(dir=directory) as unfinished:
                 made = compile_host(Path(unfinished))
                 (made.parent / MODULE).rename(directory / MODULE)
-                found = [made.rename(directory / made.name)]
-    return load_host(found[0])
+                results = [made.rename(directory / made.name)]
+    return load_host(results[0])
 
 
 class Emulation:
@@ -158,14 +158,14 @@ class Emulation:
 def emulation(host: ModuleType, monkeypatch: pytest.MonkeyPatch) -> Iterator[Emulation]:
     """fastkd.backends.cuda with the emulation in place of the device's kernels, and chosen where it is asked for by
     name."""
-    found = Emulation(host)
+    actual = Emulation(host)
     monkeypatch.setitem(sys.modules, "fastkd._cuda", host)
     monkeypatch.setattr(fastkd, "_cuda", host, raising=False)
     registry.load.cache_clear()
     cuda = registry.load("cuda")
     monkeypatch.setattr(cuda, "_cuda", host)
     monkeypatch.setattr(cuda, "_capability", lambda device: 0)
-    monkeypatch.setattr(cuda, "_stream", lambda device: (found.ranks, 0))
+    monkeypatch.setattr(cuda, "_stream", lambda device: (actual.ranks, 0))
     monkeypatch.setattr(registry, "_select", lambda backend, *others: backend)
-    yield found
+    yield actual
     registry.load.cache_clear()

@@ -64,12 +64,12 @@ def _dense_with_items(dtype: torch.dtype) -> Tensors:
 
 
 def _topk(dtype: torch.dtype) -> Tensors:
-    given = _dense(dtype)
-    teacher = TopK.from_logits(given.pop("teacher"), 3)
+    inputs = _dense(dtype)
+    teacher = TopK.from_logits(inputs.pop("teacher"), 3)
     assert teacher.tail_logprob is not None
-    del given["teacher_temperature"]
-    del given["temperature"]
-    return given | {
+    del inputs["teacher_temperature"]
+    del inputs["temperature"]
+    return inputs | {
         "ids": teacher.ids,
         "logprobs": teacher.logprobs,
         "tail_logprob": teacher.tail_logprob,
@@ -127,8 +127,8 @@ def _ensemble(given: Tensors, **backend: str) -> Tensor:
 
 
 def _ensemble_tensors(dtype: torch.dtype) -> Tensors:
-    given = _linear(dtype) | _logits(dtype)
-    return {name: given[name] for name in given if name not in ("student_weight", "student_bias")}
+    inputs = _linear(dtype) | _logits(dtype)
+    return {name: inputs[name] for name in inputs if name not in ("student_weight", "student_bias")}
 
 
 def _fused(reduction: str) -> Callable[..., Tensor]:
@@ -176,9 +176,9 @@ def _online_ensemble(given: Tensors, **backend: str) -> Tensor:
 
 
 def _with_gate(dtype: torch.dtype) -> Tensors:
-    given = _dense(dtype)
-    del given["temperature"], given["teacher_temperature"]
-    return given | {"gate": torch.tensor([0.3, 0.7])}
+    inputs = _dense(dtype)
+    del inputs["temperature"], inputs["teacher_temperature"]
+    return inputs | {"gate": torch.tensor([0.3, 0.7])}
 
 
 def _consistency(form: str) -> Callable[..., Tensor]:
@@ -205,8 +205,8 @@ def _layers(given: Tensors) -> Tensor:
 
 
 def _logprobs(dtype: torch.dtype) -> Tensors:
-    given = {name: x[..., 0] for name, x in _logits(dtype).items()}
-    return given | {"mask": _of_rows(dtype)["mask"]}
+    inputs = {name: x[..., 0] for name, x in _logits(dtype).items()}
+    return inputs | {"mask": _of_rows(dtype)["mask"]}
 
 
 def _sampled(estimator: Callable[..., Tensor]) -> Callable[..., Tensor]:

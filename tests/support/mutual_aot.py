@@ -21,17 +21,17 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 def variants(full: bool) -> list[tuple[int, str, str, str]]:
     """(students, dtype, peers, kind): the numbers of students that pad a tile otherwise, and what changes a kernel."""
-    found = [(4, "bf16", "mean", "bare"), (3, "fp16", "sum", "everything")]
-    found.append((8, "fp32", "average", "everything"))
+    results = [(4, "bf16", "mean", "bare"), (3, "fp16", "sum", "everything")]
+    results.append((8, "fp32", "average", "everything"))
     if not full:
-        return found
-    found += [
+        return results
+    results += [
         (students, dtype, peers, kind)
         for students, dtype, peers, kind in itertools.product(
             (2, 3, 4, 5, 8, 16), DTYPES, PEERS, ("bare", "everything")
         )
     ]
-    return found
+    return results
 
 
 def launch(students: int, dtype: str, peers: str, kind: str) -> tuple[Any, ...]:

@@ -390,15 +390,15 @@ def compose_topk(
     named = ids >= 0
     seats = ids.clamp(min=0)
     member = torch.zeros(z.shape, dtype=torch.int32).scatter_add_(-1, seats, named.int()) > 0
-    given = teacher.logprobs.detach().reshape(n, k)[rows].double()
-    given = given.masked_fill(~named, -torch.inf)
+    named_logprobs = teacher.logprobs.detach().reshape(n, k)[rows].double()
+    named_logprobs = named_logprobs.masked_fill(~named, -torch.inf)
     # What is left to the others is part of the input: the composition in float32 gets it at its best.
     if teacher.tail_logprob is None:
-        rest = torch.log1p(-given.exp().sum(-1, keepdim=True).clamp(max=1.0))
+        rest = torch.log1p(-named_logprobs.exp().sum(-1, keepdim=True).clamp(max=1.0))
     else:
         rest = teacher.tail_logprob.detach().reshape(n, 1)[rows].double()
     rest = torch.where(member.all(-1, keepdim=True), -torch.inf, rest)
-    retempered = given.to(dtype) * (teacher.at / t_teacher)
+    retempered = named_logprobs.to(dtype) * (teacher.at / t_teacher)
     log_q_named = log_q_row.gather(-1, seats).masked_fill(~named, -torch.inf)
     share = torch.zeros_like(z)  # of the tail's mass
     if teacher.tail == "bucket":
@@ -407,7 +407,7 @@ def compose_topk(
         others = log_q_row.masked_fill(member, -torch.inf).masked_fill(~some, 0.0)
         log_q_tail = others.logsumexp(-1, keepdim=True).masked_fill(~some, -torch.inf)
         log_q = torch.cat([log_q_named, log_q_tail], -1)
-        log_p = torch.cat([given, rest], -1).to(dtype).log_softmax(-1)
+        log_p = torch.cat([named_logprobs, rest], -1).to(dtype).log_softmax(-1)
         share = (others - others.logsumexp(-1, keepdim=True)).exp().detach() * some
     elif teacher.tail == "renormalize":
         log_q = (z.gather(-1, seats) / t_student).masked_fill(~named, -torch.inf).log_softmax(-1)
@@ -418,7 +418,7 @@ def compose_topk(
         wide = torch.full((*z.shape[:-1], vocabulary + 1), -torch.inf, dtype=dtype)
         log_p = wide.scatter(-1, ids.where(named, vocabulary), normal)[..., :vocabulary]
     else:
-        log_q, log_p = log_q_named, given.to(dtype)
+        log_q, log_p = log_q_named, named_logprobs.to(dtype)
     log_p = log_p.detach().requires_grad_()
 
     both_gone = (log_p == -torch.inf) & (log_q == -torch.inf)

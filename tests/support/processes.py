@@ -101,14 +101,14 @@ class Processes:
         with patch.dict(os.environ, PYTHONPATH=path):
             forkserver.ensure_running()
         for rank in range(self.size):
-            mine, its = context.Pipe()
+            parent_end, child_end = context.Pipe()
             worker = context.Process(
-                target=_serve, args=(rank, self.size, folder, sys.path, its), daemon=True
+                target=_serve, args=(rank, self.size, folder, sys.path, child_end), daemon=True
             )
             worker.start()
-            its.close()
+            child_end.close()
             self.workers.append(worker)
-            self.pipes.append(mine)
+            self.pipes.append(parent_end)
 
     def run(self, size: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
         """Run function(group, *arguments) on the first `size` processes; return the result of each."""

@@ -28,13 +28,13 @@ class Cut(NamedTuple):
 
 def cuts(width: int, vocabulary: int, shares: tuple[float, ...]) -> list[Cut]:
     """Split the columns into shards, one per share; the last gets the remaining columns."""
-    found, first = [], 0
+    results, first = [], 0
     for index, share in enumerate(shares):
         last = index == len(shares) - 1
         size = width - first if last else min(int(share / sum(shares) * width), width - first)
-        found.append(Cut(first, size, min(max(vocabulary - first, 0), size)))
+        results.append(Cut(first, size, min(max(vocabulary - first, 0), size)))
         first += size
-    return found
+    return results
 
 
 class InShards:
@@ -64,10 +64,10 @@ class InShards:
             if value is not None and not want.inplace:
                 value.fill_(torch.nan)
         vocabulary = options.vocab_size
-        found = cuts(max(student.shape[-1], vocabulary), vocabulary, self.shares)
-        widest = max(cut.width for cut in found)
-        given: list[ShardCall] = []
-        for rank, cut in enumerate(found):
+        shard_cuts = cuts(max(student.shape[-1], vocabulary), vocabulary, self.shares)
+        widest = max(cut.width for cut in shard_cuts)
+        calls: list[ShardCall] = []
+        for rank, cut in enumerate(shard_cuts):
             shard = Shard(cut.first, vocabulary, widest, rank, None)
             here = options._replace(vocab_size=cut.columns, shard=shard)
             columns = slice(cut.first, cut.first + cut.width)
@@ -79,33 +79,35 @@ class InShards:
             def own(value: Tensor | None) -> Tensor | None:
                 return None if value is None else value.clone()
 
-            mine = Result(
+            own_result = Result(
                 result.loss.clone(),
                 result.total,
                 part(result.student_gradient),
                 part(result.teacher_gradient),
                 *map(own, result[4:]),
             )
-            given.append(ShardCall(student[..., columns], t, rows, here, mine))
+            calls.append(ShardCall(student[..., columns], t, rows, here, own_result))
         kernels = for_teacher(self.kernels, options)
-        each = [kernels.shard_statistics(shard) for shard in given]
+        each = [kernels.shard_statistics(shard) for shard in calls]
         gathered = torch.stack([one.gathered for one in each])
         summed = None if each[0].summed is None else torch.stack([x.summed for x in each]).sum(0)
-        given = [
+        calls = [
             shard._replace(statistics=Statistics(gathered, summed, one.kept))
-            for shard, one in zip(given, each, strict=True)
+            for shard, one in zip(calls, each, strict=True)
         ]
-        sums = [kernels.shard_sums(shard) for shard in given]
+        sums = [kernels.shard_sums(shard) for shard in calls]
         assert len({x is None for x in sums}) == 1
         total = None if sums[0] is None else torch.stack(sums)
-        for shard in given:
+        for shard in calls:
             kernels.shard_results(shard._replace(sums=total))
-        first = given[0].result
-        for shard in given:
+        first = calls[0].result
+        for shard in calls:
             other = shard.result
-            for mine, its in zip((first.loss, *first[4:]), (other.loss, *other[4:]), strict=True):
-                if mine is not None:
-                    assert torch.equal(mine.nan_to_num(nan=7e7), its.nan_to_num(nan=7e7))
+            for value, other_value in zip(
+                (first.loss, *first[4:]), (other.loss, *other[4:]), strict=True
+            ):
+                if value is not None:
+                    assert torch.equal(value.nan_to_num(nan=7e7), other_value.nan_to_num(nan=7e7))
         scale = options.scale if rows.scale is None else options.scale * rows.scale
         total = first.loss.sum() * scale
         return result._replace(

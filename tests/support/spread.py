@@ -276,7 +276,7 @@ def repeated(group: Any, divergence: str, backend: str) -> bool:
     torch.manual_seed(0)
     student, teacher = (3 * torch.randn(6, 4, 2000) for _ in range(2))
     columns = columns_of(2000, tuple(range(1, size + 1)), rank)
-    found = []
+    results = []
     for half_bytes in (32 << 20, 1, 1):
         with patch.object(shards, "HALF_BYTES", half_bytes):
             leaf = student[..., columns].clone().requires_grad_()
@@ -285,11 +285,11 @@ def repeated(group: Any, divergence: str, backend: str) -> bool:
                 process_group=group, reduction="none",
             )  # fmt: skip
             (gradient,) = torch.autograd.grad(loss, leaf, torch.linspace(-1, 1, 24).view(6, 4))
-        found.append((loss.detach(), gradient))
+        results.append((loss.detach(), gradient))
     if backend in ("portable", "reference"):  # torch's sums depend on how many rows there are
-        found = found[1:]
+        results = results[1:]
     return all(
-        torch.equal(x, y) for other in found[1:] for x, y in zip(found[0], other, strict=True)
+        torch.equal(x, y) for other in results[1:] for x, y in zip(results[0], other, strict=True)
     )
 
 

@@ -101,19 +101,19 @@ WIDTHS = (32, 1000, 50_000)
 
 def made_up(widths: tuple[int, ...] = WIDTHS, rests: tuple[float, ...] = RESTS) -> list[Case]:
     """Peaked rows and normal ones."""
-    found = [
+    results = [
         peaked(rest, vocabulary, tops)
         for vocabulary in widths
         for rest in rests
         for tops in ("same", "different", "close")
         if tops != "close" or rest >= 1e-7  # below, the difference is less than float64 knows
     ]
-    found += [
+    results += [
         normal(spread, apart, vocabulary)
         for vocabulary in widths
         for spread, apart in ((3.0, 3.0), (3.0, 1e-2), (0.1, 0.1))
     ]
-    return found
+    return results
 
 
 def all_real() -> list[Case]:
@@ -138,18 +138,18 @@ def run(loss: Loss, case: Case, teacher_gradient: bool = True) -> Outcome:
     teacher = teacher.requires_grad_(teacher_gradient)
     value = loss(student, teacher)
     leaves = (student, teacher) if teacher_gradient else (student,)
-    found = [x.double() for x in torch.autograd.grad(value.sum(), leaves)]
-    return Outcome(value.detach().double(), found[0], found[1] if teacher_gradient else None)
+    results = [x.double() for x in torch.autograd.grad(value.sum(), leaves)]
+    return Outcome(value.detach().double(), results[0], results[1] if teacher_gradient else None)
 
 
 def plain(case: Case, dtype: torch.dtype, teacher_gradient: bool = True, **options: Any) -> Outcome:
     """The published formula in the given dtype."""
-    found = compose(
+    actual = compose(
         case.student, case.teacher, dtype=dtype, terms=False, reduction="none",
         upstream=torch.ones(case.student.shape[:-1]), **options,
     )  # fmt: skip
-    gradients = (found.student_gradient, found.teacher_gradient if teacher_gradient else None)
-    return Outcome(found.loss.double(), *(None if x is None else x.double() for x in gradients))
+    gradients = (actual.student_gradient, actual.teacher_gradient if teacher_gradient else None)
+    return Outcome(actual.loss.double(), *(None if x is None else x.double() for x in gradients))
 
 
 def _of_rows(error: Tensor, size: Tensor, units: float) -> float:

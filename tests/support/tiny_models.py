@@ -111,6 +111,6 @@ def tokenizer(vocabulary: int = 61) -> PreTrainedTokenizerFast:
     made = Tokenizer(models.WordLevel(words_to_ids, unk_token="<unk>"))
     made.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     special = {"pad_token": "<pad>", "eos_token": "<eos>", "unk_token": "<unk>"}
-    found = PreTrainedTokenizerFast(tokenizer_object=made, padding_side="left", **special)
-    found.chat_template = CHAT
-    return found
+    actual = PreTrainedTokenizerFast(tokenizer_object=made, padding_side="left", **special)
+    actual.chat_template = CHAT
+    return actual

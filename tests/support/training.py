@@ -89,10 +89,10 @@ def train(group: Any, how: str, micro_batches: int, steps: int = 20) -> dict[str
             fully_shard(model.embedding, mesh=mesh)
             fully_shard(model.head, mesh=mesh)
     first = 0 if rows_each == BATCH else rank * rows_each
-    mine = slice(first, first + rows_each)
+    own_rows = slice(first, first + rows_each)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.5, momentum=0.9)
     for step in range(steps):
-        tokens, teacher, labels = (tensor[mine] for tensor in _data(step))
+        tokens, teacher, labels = (tensor[own_rows] for tensor in _data(step))
         all_here = how in ("alone", "tp")
         items = (labels != -100).sum().double() if all_here else num_items(labels, group=group)
         for part in torch.arange(rows_each).chunk(micro_batches):
@@ -103,7 +103,7 @@ def train(group: Any, how: str, micro_batches: int, steps: int = 20) -> dict[str
             loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-    found = {}
+    results = {}
     for name, parameter in model.named_parameters():
         value = parameter.detach()
         if isinstance(value, DTensor):
@@ -112,8 +112,8 @@ def train(group: Any, how: str, micro_batches: int, steps: int = 20) -> dict[str
             parts: list[Any] = [None] * size
             dist.all_gather_object(parts, value, group=group)
             value = torch.cat(parts)
-        found[name] = value
-    return found
+        results[name] = value
+    return results
 
 
 def call(group: Any, odd: dict[str, Any], environment: dict[str, str] | None = None) -> str:
@@ -182,17 +182,17 @@ def late(group: Any, seconds: float) -> str:
 def placements(group: Any) -> list[str]:
     """The messages for DTensors that a loss cannot use."""
     mesh = DeviceMesh.from_group(group, "cpu")
-    found = []
+    results = []
     rows = DTensor.from_local(torch.randn(2, 4, 8), mesh, [Shard(1)], run_check=False)
     for student, teacher in (
         (DTensor.from_local(torch.randn(2, 4, 8), mesh, [Shard(2)], run_check=False), rows),
     ):
         try:
             fastkd.kd_loss(student, teacher)
-            found.append("nothing")
+            results.append("nothing")
         except Exception as error:
-            found.append(f"{type(error).__name__}: {error}")
-    return found
+            results.append(f"{type(error).__name__}: {error}")
+    return results
 
 
 def mesh_of_two(group: Any) -> bool:
@@ -212,10 +212,10 @@ def mesh_of_two(group: Any) -> bool:
     alone = [tensor[rows].clone().requires_grad_() for tensor in whole]
     expected = fastkd.kd_loss(*alone, labels[rows], alpha=0.5)
     torch.testing.assert_close(loss, expected, rtol=1e-6, atol=0)
-    for found, value in zip(gradients, torch.autograd.grad(expected, alone), strict=True):
-        assert found.placements == (Shard(0), Shard(2))
+    for actual, value in zip(gradients, torch.autograd.grad(expected, alone), strict=True):
+        assert actual.placements == (Shard(0), Shard(2))
         # Every row of processes has the gradient of its own loss.
-        torch.testing.assert_close(found.full_tensor()[rows], value, rtol=1e-5, atol=1e-7)
+        torch.testing.assert_close(actual.full_tensor()[rows], value, rtol=1e-5, atol=1e-7)
     return True
 
 

@@ -91,9 +91,9 @@ def _cuda_resources(cubin: bytes) -> Resources:
 
 def _hip_resources(text: str) -> Resources:
     def field(name: str) -> int:
-        found = re.search(rf"\.{name}:\s+(\d+)", text)
-        assert found is not None, name
-        return int(found[1])
+        actual = re.search(rf"\.{name}:\s+(\d+)", text)
+        assert actual is not None, name
+        return int(actual[1])
 
     # Scalar registers spill to lanes of vector registers, which vgpr_count has; no memory is touched.
     local = field("private_segment_fixed_size")
@@ -108,10 +108,10 @@ def resources(
 
     vendor, _, architecture = target.partition(":")
     if vendor == "hip":
-        found = _compiled(kernel, arguments, options, GPUTarget("hip", architecture, 64))
-        return _hip_resources(found["amdgcn"])
-    found = _compiled(kernel, arguments, options, GPUTarget("cuda", int(architecture), 32))
-    return _cuda_resources(found["cubin"])
+        actual = _compiled(kernel, arguments, options, GPUTarget("hip", architecture, 64))
+        return _hip_resources(actual["amdgcn"])
+    actual = _compiled(kernel, arguments, options, GPUTarget("cuda", int(architecture), 32))
+    return _cuda_resources(actual["cubin"])
 
 
 def launch_nothing() -> list[tuple[Any, ...]]:

@@ -81,7 +81,7 @@ def sequences(lengths: tuple[int, ...] = LENGTHS) -> list[Tensor]:
 
 
 def python(script: str, *arguments: str) -> str:
-    """What a script says in an interpreter of its own."""
+    """The output of a script in a separate interpreter."""
     done = subprocess.run(
         [sys.executable, "-c", script, *arguments],
         env=os.environ | {"PYTHONPATH": str(PACKAGE)},
@@ -118,20 +118,20 @@ def files(path: Path) -> dict[str, bytes]:
 
 def tensors_of(example: Example | Batch) -> dict[str, Tensor]:
     teacher = example.teacher
-    found = {"input_ids": example.input_ids}
+    results = {"input_ids": example.input_ids}
     if isinstance(teacher, Tensor):
-        return found | {"logits": teacher}
-    return found | {
+        return results | {"logits": teacher}
+    return results | {
         name: value for name, value in vars(teacher).items() if isinstance(value, Tensor)
     }
 
 
 def assert_same(first: Example | Batch, second: Example | Batch) -> None:
-    ours, theirs = tensors_of(first), tensors_of(second)
-    assert ours.keys() == theirs.keys()
-    for name, value in ours.items():
-        assert value.dtype == theirs[name].dtype
-        assert torch.equal(value, theirs[name]), name
+    actual, reference = tensors_of(first), tensors_of(second)
+    assert actual.keys() == reference.keys()
+    for name, value in actual.items():
+        assert value.dtype == reference[name].dtype
+        assert torch.equal(value, reference[name]), name
 
 
 def read_all(path: Path, **options: Any) -> list[Example]:
@@ -153,10 +153,10 @@ def test_a_slice_is_a_list_of_examples(tmp_path: Path) -> None:
             slice(None, None, -1),
             slice(9, 20),
         ):
-            found = cache[part]
-            assert isinstance(found, list) and len(found) == len(every[part])
-            for mine, its in zip(found, every[part], strict=True):
-                assert_same(mine, its)
+            actual = cache[part]
+            assert isinstance(actual, list) and len(actual) == len(every[part])
+            for value, expected_value in zip(actual, every[part], strict=True):
+                assert_same(value, expected_value)
         batch = cache.collate(cache[:2])
         assert batch.input_ids.shape[0] == 2
         for last in (-1, np.int64(len(cache) - 1), torch.tensor(len(cache) - 1)):
@@ -473,8 +473,8 @@ print(kills)
 
 
 def test_parts_of_processes_that_are_killed_or_finish_at_once(tmp_path: Path) -> None:
-    said = python(PARTS, str(tmp_path / "whole"), str(tmp_path / "parts"))
-    assert int(said) >= 30, "builds were over before they were killed"
+    output = python(PARTS, str(tmp_path / "whole"), str(tmp_path / "parts"))
+    assert int(output) >= 30, "builds were over before they were killed"
 
 
 def test_resume_goes_on_after_the_last_whole_shard(tmp_path: Path) -> None:
@@ -598,7 +598,7 @@ def test_a_second_writer_is_refused(tmp_path: Path) -> None:
 
 @contextlib.contextmanager
 def read_only(folder: Path) -> Iterator[None]:
-    """A folder that this process may not write; root gives its rights up for a while."""
+    """A directory that this process may not write to; root temporarily drops its privileges."""
     for path in (folder, *folder.rglob("*")):
         path.chmod(0o555 if path.is_dir() else 0o444)
     root = os.geteuid() == 0
@@ -665,10 +665,10 @@ def test_parts_read_as_the_unsplit_build(kind: str, world_size: int, tmp_path: P
         assert_same(first, second)
     assert_same(pickle.loads(pickle.dumps(cache))[-1], TeacherCache(whole)[7])
     for rank in range(3):
-        ours, theirs = (
+        actual, reference = (
             read_all(path, rank=rank, world_size=3, verify="header") for path in (folder, whole)
         )
-        for first, second in zip(ours, theirs, strict=True):
+        for first, second in zip(actual, reference, strict=True):
             assert_same(first, second)
     if world_size == 1:
         assert files(folder) == files(whole)
@@ -791,7 +791,7 @@ def test_parts_of_other_settings(
 
 
 def test_parts_of_another_teacher(tmp_path: Path) -> None:
-    """Where the cache has the head, its digest says whose it is."""
+    """A cache that includes the head identifies it by its digest."""
     for rank in range(2):
         own = settings("hidden", rank=rank, world_size=2, weight=torch.full((V, H), 1.0 + rank))
         CacheWriter(tmp_path / str(rank), **own).finish()
@@ -878,7 +878,7 @@ def change_manifest(change: Callable[[dict[str, Any]], object]) -> Callable[[Pat
 
 
 def forge(change: Callable[[bytearray], object], file: str = SHARD) -> Callable[[Path], None]:
-    """Change a file, and give it a digest that fits: what a digest cannot find."""
+    """Change a file and its digest together, which a digest cannot detect."""
 
     def damage(folder: Path) -> None:
         content = bytearray((folder / file).read_bytes())
@@ -1422,27 +1422,32 @@ def test_the_commands(
     assert main(["cache", "verify", cache]) == 0
     assert "5 examples match their digests" in capsys.readouterr().out
     assert main(["cache", "info", cache, "--json"]) == 0
-    found = json.loads(capsys.readouterr().out)
-    assert (found["kind"], found["examples"], found["rows"], found["shards"]) == (kind, 5, 45, 3)
-    assert found["teacher"] == "model" and found["complete"]
-    assert found["bytes"] == sum(
+    actual = json.loads(capsys.readouterr().out)
+    assert (actual["kind"], actual["examples"], actual["rows"], actual["shards"]) == (
+        kind,
+        5,
+        45,
+        3,
+    )
+    assert actual["teacher"] == "model" and actual["complete"]
+    assert actual["bytes"] == sum(
         len(data) for name, data in files(Path(cache)).items() if name.endswith("tensors")
     )
-    assert found["dense_float32_bytes_per_row"] == 4 * V
+    assert actual["dense_float32_bytes_per_row"] == 4 * V
     import transformers
 
-    assert found["tokenizer_sha256"] == tokenizer_sha256(
+    assert actual["tokenizer_sha256"] == tokenizer_sha256(
         transformers.AutoTokenizer.from_pretrained(model_folder)
     )
     assert main(["cache", "info", cache]) == 0
-    said = capsys.readouterr().out
+    output = capsys.readouterr().out
     for line in (
         f"kind +{kind}",
         "rows +45",
         "bytes per row +[0-9.]+",
         "times smaller per row +[0-9.]+",
     ):
-        assert re.search(line, said), said
+        assert re.search(line, output), output
     assert [len(example.input_ids) for example in read_all(Path(cache))] == [10, 10, 10, 10, 5]
     # Other settings on the same folder
     assert main(["cache", "build", cache, *options, "--dtype", "float32"]) == 1
@@ -1474,15 +1479,15 @@ def test_the_command_builds_parts(
     monkeypatch.setenv("LOCAL_RANK", "1")
     capsys.readouterr()
     assert main(command(model_folder, parts)) == 0
-    said = capsys.readouterr()
-    assert said.out == f"{parts / part(1, 2)}: 2 examples, 20 rows\n"
-    assert said.err == "RANK and WORLD_SIZE: this is process 1 of 2\n"  # and no bar
+    output = capsys.readouterr()
+    assert output.out == f"{parts / part(1, 2)}: 2 examples, 20 rows\n"
+    assert output.err == "RANK and WORLD_SIZE: this is process 1 of 2\n"  # and no bar
     assert main(["cache", "info", str(parts)]) == 1
     assert "parts is not complete: it lacks part-00000-of-00002" in capsys.readouterr().err
     assert main(command(model_folder, parts, "--rank", "0", "--world-size", "2")) == 0
-    said = capsys.readouterr()
-    assert said.out == f"{parts / part(0, 2)}: 3 examples, 25 rows\n"
-    assert "RANK and WORLD_SIZE" not in said.err
+    output = capsys.readouterr()
+    assert output.out == f"{parts / part(0, 2)}: 3 examples, 25 rows\n"
+    assert "RANK and WORLD_SIZE" not in output.err
     assert read_manifest(parts) == read_manifest(whole)
     assert main(["cache", "verify", str(parts)]) == 0
     for options, message in (

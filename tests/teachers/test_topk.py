@@ -69,11 +69,11 @@ def backend(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
 
-def _once_in_triton(everywhere: str, test: str, given: dict[str, Any]) -> bool:
+def _once_in_triton(everywhere: str, test: str, parameters: dict[str, Any]) -> bool:
     """One case of a test is enough for Triton's interpreter, at a second a call."""
     chosen = {**IN_TRITON, "tail": TAILS[zlib.crc32(test.encode()) % 4]}
     return everywhere != "triton" or all(
-        given.get(name, value) == value for name, value in chosen.items()
+        parameters.get(name, value) == value for name, value in chosen.items()
     )
 
 
@@ -185,7 +185,7 @@ def given_as(teacher: Sparse) -> TopK:
 
 
 class Found(NamedTuple):
-    """What a backend gave, and the truth."""
+    """The results of a backend, and the exact ones."""
 
     loss: Tensor
     gradient: Tensor
@@ -241,7 +241,7 @@ def check_topk(
 def rows_of(
     student: Tensor, teacher: TopK, *arguments: Any, backend: str, **options: Any
 ) -> tuple[Tensor, Tensor]:
-    """(loss of each row, its gradient)."""
+    """Return (the loss of each row, its gradient)."""
     leaf = student.detach().requires_grad_()
     loss = kd_loss(leaf, teacher, *arguments, reduction="none", backend=backend, **options)
     (gradient,) = torch.autograd.grad(loss.sum(), leaf)
@@ -410,7 +410,7 @@ def test_exponentials_that_are_not_kept(tail: str, columns: int) -> None:
 def test_types_of_the_teacher(
     backend: str, tail: str, tail_given: bool, dtype: torch.dtype
 ) -> None:
-    """A flat teacher, whose tokens leave more to the tail than their rounding takes."""
+    """A flat teacher, whose tail has more mass than the rounding error of the tokens."""
     for student in FLOATS:
         teacher = sparse(
             4,
@@ -431,7 +431,7 @@ def test_types_of_the_teacher(
 @tails
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 def test_types_of_the_tail(everywhere: str, tail: str, dtype: torch.dtype) -> None:
-    """tail_logprob rounds as its dtype does; what it then is counts."""
+    """tail_logprob is exact as it is after rounding to its dtype."""
     teacher = sparse(2, vocabulary=33, k=5, seed=9, tail=tail)
     assert teacher.tail_logprob is not None
     rounded = teacher._replace(tail_logprob=teacher.tail_logprob.to(dtype))
@@ -561,10 +561,10 @@ def test_reruns_and_threads(tail: str, rows: int, columns: int, dtype: torch.dty
     alone = TopK(
         *(x[row:] for x in (named.ids, named.logprobs)), tail, named.tail_logprob[row:], 2.0
     )  # type: ignore[index]
-    for found, expected in zip(
+    for actual, expected in zip(
         rows_of(student[row:], alone, labels[row:], **call), whole, strict=True
     ):
-        assert torch.equal(found[0], expected[row])
+        assert torch.equal(actual[0], expected[row])
 
 
 # k = V, and properties
@@ -594,12 +594,12 @@ def test_all_tokens_are_the_dense_teacher(
     assert (of_logits.tail_logprob == -INF).all()  # type: ignore[union-attr]
     for tail_logprob in (of_logits.tail_logprob, None, torch.full((2,), -16.0)):
         named = dataclasses.replace(of_logits, tail_logprob=tail_logprob)
-        found = rows_of(
+        actual = rows_of(
             student, named, labels, divergence=made(name, parameters), backend=everywhere, **call
         )
-        torch.testing.assert_close(found[0], dense.loss, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(actual[0], dense.loss, rtol=1e-5, atol=1e-5)
         torch.testing.assert_close(
-            found[1], dense.student_gradient, rtol=1e-5, atol=1e-5 * float(scale)
+            actual[1], dense.student_gradient, rtol=1e-5, atol=1e-5 * float(scale)
         )
 
 
@@ -682,10 +682,10 @@ def test_common_shift(everywhere: str, tail: str, divergence: str) -> None:
     }
     still = rows_of(student, named, labels, **call)
     for shift in (1e4, -1e4):
-        for found, expected in zip(
+        for actual, expected in zip(
             rows_of(student + shift, named, labels, **call), still, strict=True
         ):
-            assert torch.equal(found, expected)
+            assert torch.equal(actual, expected)
 
 
 @tails
@@ -695,12 +695,12 @@ def test_order_of_the_tokens(everywhere: str, tail: str, divergence: str) -> Non
     teacher = sparse(2, vocabulary=50, k=12, seed=28, tail=tail)
     order = torch.randperm(12, generator=torch.Generator().manual_seed(29))
     turned = teacher._replace(ids=teacher.ids[:, order], logprobs=teacher.logprobs[:, order])
-    found, expected = (
+    actual, expected = (
         rows_of(student, given_as(x), divergence=divergence, backend=everywhere)
         for x in (turned, teacher)
     )
-    torch.testing.assert_close(found[0], expected[0], rtol=4 * ULP, atol=4 * ULP)
-    torch.testing.assert_close(found[1], expected[1], rtol=8 * ULP, atol=2 * ULP)
+    torch.testing.assert_close(actual[0], expected[0], rtol=4 * ULP, atol=4 * ULP)
+    torch.testing.assert_close(actual[1], expected[1], rtol=8 * ULP, atol=2 * ULP)
 
 
 @defined_divergences
@@ -810,7 +810,7 @@ def test_a_tail_far_below_the_tokens(
 def test_tokens_far_below_the_tail(
     everywhere: str, tail: str, divergence: str, depth: float
 ) -> None:
-    """The student has given up on the teacher's tokens."""
+    """The student has almost no probability on the teacher's tokens."""
     student = logits(2, 37, seed=35, spread=1.0)
     teacher = sparse(2, vocabulary=37, k=6, seed=36, tail=tail, padding=0.0, spread=1.0)
     student.scatter_(-1, teacher.ids, student.gather(-1, teacher.ids) - depth)
@@ -852,12 +852,12 @@ def test_the_mass_of_the_tail_by_default(everywhere: str) -> None:
     named = dataclasses.replace(given_as(teacher), tail_logprob=None)
     mass = (1 - named.logprobs.double().masked_fill(named.ids < 0, -INF).exp().sum(-1)).log()
     explicit = dataclasses.replace(named, tail_logprob=mass.float())
-    for found, expected in zip(
+    for actual, expected in zip(
         rows_of(student, named, backend=everywhere),
         rows_of(student, explicit, backend=everywhere),
         strict=True,
     ):
-        torch.testing.assert_close(found, expected, rtol=4 * ULP, atol=ULP)
+        torch.testing.assert_close(actual, expected, rtol=4 * ULP, atol=ULP)
 
 
 def _to_decimals(logprobs: Tensor) -> Tensor:
@@ -902,8 +902,8 @@ def _sure(rounding: str, rows: int = 12, k: int = 6) -> Sure:
     exact = TopK(ids, logprobs, tail_logprob=true.log())
     to, by = ROUNDED[rounding]
     logprobs = to(exact.logprobs)
-    given = logprobs.double()
-    rest, allowed = 1 - given.exp().sum(-1), (given.exp() * by(logprobs)).sum(-1) * 1.01
+    widened = logprobs.double()
+    rest, allowed = 1 - widened.exp().sum(-1), (widened.exp() * by(logprobs)).sum(-1) * 1.01
     rounded = TopK(exact.ids, logprobs)
     return Sure(
         logits(rows, 40, seed=92), exact, rounded, (rest - allowed).clamp(min=0), rest + allowed
@@ -944,12 +944,12 @@ def test_a_tail_that_rounding_hides(backend: str, rounding: str) -> None:
 def test_every_backend_gets_the_same_mass(everywhere: str) -> None:
     sure = _sure("bfloat16", rows=4)
     _, mass = masses(sure.rounded.ids, sure.rounded.logprobs)
-    given = dataclasses.replace(sure.rounded, tail_logprob=mass.log().float())
+    with_mass = dataclasses.replace(sure.rounded, tail_logprob=mass.log().float())
     for divergence in ("reverse_kl", "jsd"):
         call: dict[str, Any] = {"divergence": divergence, "backend": everywhere}
-        found = rows_of(sure.student, sure.rounded, **call)
-        expected = rows_of(sure.student, given, **call)
-        assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+        actual = rows_of(sure.student, sure.rounded, **call)
+        expected = rows_of(sure.student, with_mass, **call)
+        assert all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True))
 
 
 @pytest.mark.parametrize("rounding", ROUNDED)
@@ -1017,16 +1017,16 @@ def test_float64_teachers_of_narrower_students(tail: str, plain: str, dtype: tor
     assert narrow.tail_logprob is not None
     mass = narrow.tail_logprob.double()
     wide = dataclasses.replace(narrow, logprobs=narrow.logprobs.double(), tail_logprob=mass)
-    found, wanted = (rows_of(student, teacher, backend=plain) for teacher in (wide, narrow))
-    assert found[0].dtype == torch.float64 and found[1].dtype == dtype
-    torch.testing.assert_close(found[0].float(), wanted[0], rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(found[1], wanted[1], rtol=1e-2, atol=1e-5)
+    actual, wanted = (rows_of(student, teacher, backend=plain) for teacher in (wide, narrow))
+    assert actual[0].dtype == torch.float64 and actual[1].dtype == dtype
+    torch.testing.assert_close(actual[0].float(), wanted[0], rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(actual[1], wanted[1], rtol=1e-2, atol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", [*FLOATS, torch.float64], ids=str)
 @pytest.mark.parametrize("case", WHOLE)
 def test_no_tail_is_0_by_itself(backend: str, case: str, dtype: torch.dtype) -> None:
-    """Only tail_logprob = -inf says so, or tokens that are the whole vocabulary."""
+    """The tail is empty only if tail_logprob = -inf, or if the tokens are the whole vocabulary."""
     ids, logprobs = WHOLE[case]
     teacher = TopK(torch.tensor([ids]), torch.tensor([logprobs], dtype=dtype))
     backend = "reference" if dtype == torch.float64 else backend
@@ -1036,8 +1036,8 @@ def test_no_tail_is_0_by_itself(backend: str, case: str, dtype: torch.dtype) -> 
         call: dict[str, Any] = {"divergence": made(name, parameters), "backend": backend}
         loss, gradient = rows_of(student, teacher, **call)
         assert loss.isfinite().all() and gradient.isfinite().all(), name
-    said = dataclasses.replace(teacher, tail_logprob=torch.tensor([-INF]))
-    loss, _ = rows_of(student, said, divergence="reverse_kl", backend=backend)
+    output = dataclasses.replace(teacher, tail_logprob=torch.tensor([-INF]))
+    loss, _ = rows_of(student, output, divergence="reverse_kl", backend=backend)
     assert loss == INF
     every = TopK(torch.arange(2).unsqueeze(0), torch.tensor([[math.log(0.6), math.log(0.4)]]))
     loss, gradient = rows_of(student[:, :2], every, backend=backend)
@@ -1050,14 +1050,14 @@ def test_float64_keeps_the_digits_of_the_tail() -> None:
     sure = _sure("float64")
     student = sure.student.double()
     dense = {"divergence": "hellinger", "backend": "reference"}
-    given = rows_of(student, sure.exact, **dense)
+    inputs = rows_of(student, sure.exact, **dense)
     estimated = rows_of(student, sure.rounded, **dense)
     clear = sure.exact.tail_logprob > math.log(1e-4)  # type: ignore[operator]
     exact = compose_topk(
         student, Sparse(sure.exact.ids, sure.exact.logprobs, "bucket", sure.exact.tail_logprob),
         divergence="hellinger", reduction="none",
     )  # fmt: skip
-    torch.testing.assert_close(given[0], exact.loss, rtol=1e-13, atol=1e-15)
+    torch.testing.assert_close(inputs[0], exact.loss, rtol=1e-13, atol=1e-15)
     torch.testing.assert_close(estimated[0][clear], exact.loss[clear], rtol=1e-10, atol=0)
 
 
@@ -1069,7 +1069,7 @@ def test_float64_keeps_the_digits_of_the_tail() -> None:
 def test_log_probabilities_at_another_temperature(
     everywhere: str, tail: str, divergence: str
 ) -> None:
-    """Taken at 1 and used at 2 they are those taken at 2; per row too."""
+    """Log-probabilities taken at 1 and used at 2 equal those taken at 2, also with temperatures per row."""
     student, dense = logits(3, 37, seed=43), logits(3, 37, seed=44)
     call: dict[str, Any] = {"divergence": divergence, "backend": everywhere}
     for temperature in (2.0, torch.tensor([2.0, 2.0, 2.0])):
@@ -1081,9 +1081,9 @@ def test_log_probabilities_at_another_temperature(
         )
         for at in (1.0, 0.5):
             named = TopK.from_logits(dense, 8, tail=tail, temperature=at)
-            found = rows_of(student, named, temperature=temperature, **call)
-            torch.testing.assert_close(found[0], expected[0], rtol=1e-5, atol=1e-6)
-            torch.testing.assert_close(found[1], expected[1], rtol=1e-5, atol=1e-6)
+            actual = rows_of(student, named, temperature=temperature, **call)
+            torch.testing.assert_close(actual[0], expected[0], rtol=1e-5, atol=1e-6)
+            torch.testing.assert_close(actual[1], expected[1], rtol=1e-5, atol=1e-6)
 
 
 # Rows that are dropped, and rows that are wrong
@@ -1110,7 +1110,7 @@ def test_a_dropped_row_is_not_read(
         "teacher_temperature": 1.0,
     }
     for divergence in ("forward_kl", "jsd"):
-        found = check_topk(
+        actual = check_topk(
             everywhere,
             student,
             teacher,
@@ -1120,9 +1120,9 @@ def test_a_dropped_row_is_not_read(
             label_smoothing=0.1,
             **call,
         )
-        for rows in (found.loss, found.gradient, *found.parts[:3]):
+        for rows in (actual.loss, actual.gradient, *actual.parts[:3]):
             assert not rows[1:4].any()
-        assert found.parts.counted == 3  # a weight of 0 is still a row
+        assert actual.parts.counted == 3  # a weight of 0 is still a row
     check_topk(everywhere, student, teacher, labels, alpha=alpha, reduction="mean", **call)
 
 
@@ -1182,9 +1182,9 @@ def test_wrong_ids_poison_their_row(
     call: dict[str, Any] = {"alpha": alpha, "vocab_size": 21, "backend": everywhere}
     loss, gradient = rows_of(student, given_as(teacher), labels, **call)
     wrong(teacher.ids)
-    found, found_gradient = rows_of(student, given_as(teacher), labels, **call)
-    assert torch.equal(found[::2], loss[::2]) and torch.equal(found_gradient[::2], gradient[::2])
-    assert found[1].isnan()
+    actual, found_gradient = rows_of(student, given_as(teacher), labels, **call)
+    assert torch.equal(actual[::2], loss[::2]) and torch.equal(found_gradient[::2], gradient[::2])
+    assert actual[1].isnan()
     assert found_gradient[1, :21].isnan().all()
 
 
@@ -1198,9 +1198,9 @@ def test_wrong_labels_poison_their_row(
     named = given_as(sparse(3, vocabulary=21, k=5, seed=51, tail=tail))
     call: dict[str, Any] = {"alpha": alpha, "backend": everywhere}
     right = rows_of(student, named, torch.tensor([1, 2, 20]), **call)
-    found = rows_of(student, named, torch.tensor([1, label, 20]), **call)
-    assert all(torch.equal(a[::2], b[::2]) for a, b in zip(found, right, strict=True))
-    assert found[0][1].isnan() and found[1][1].isnan().all()
+    actual = rows_of(student, named, torch.tensor([1, label, 20]), **call)
+    assert all(torch.equal(a[::2], b[::2]) for a, b in zip(actual, right, strict=True))
+    assert actual[0][1].isnan() and actual[1][1].isnan().all()
 
 
 @tails
@@ -1212,11 +1212,11 @@ def test_wrong_temperatures_poison_their_row(
     student, labels = logits(3, 21, seed=50), torch.tensor([1, 2, 20])
     named = given_as(sparse(3, vocabulary=21, k=5, seed=51, tail=tail))
     call: dict[str, Any] = {"alpha": alpha, "teacher_temperature": 1.0, "backend": everywhere}
-    found = rows_of(
+    actual = rows_of(
         student, named, labels, temperature=torch.tensor([1.0, temperature, 1.0]), **call
     )
-    assert found[0][1].isnan() and found[1][1].isnan().all()
-    assert found[0][::2].isfinite().all() and found[1][::2].isfinite().all()
+    assert actual[0][1].isnan() and actual[1][1].isnan().all()
+    assert actual[0][::2].isfinite().all() and actual[1][::2].isfinite().all()
 
 
 def test_wrong_values_are_named_where_that_may_wait(
@@ -1287,12 +1287,12 @@ def test_wrong_log_probabilities_poison_their_row(
         clean = rows_of(student, given_as(teacher), labels, alpha=alpha, **call)
         spoilt = teacher._replace(logprobs=teacher.logprobs.clone())
         spoil(spoilt.logprobs)
-        found, gradient = rows_of(student, given_as(spoilt), labels, alpha=alpha, **call)
-        assert torch.equal(found[::2], clean[0][::2]) and torch.equal(gradient[::2], clean[1][::2])
+        actual, gradient = rows_of(student, given_as(spoilt), labels, alpha=alpha, **call)
+        assert torch.equal(actual[::2], clean[0][::2]) and torch.equal(gradient[::2], clean[1][::2])
         if tail in policies:
-            assert found[1].isnan() and gradient[1, :21].isnan().all()
+            assert actual[1].isnan() and gradient[1, :21].isnan().all()
         else:
-            assert found[1].isfinite() and gradient[1].isfinite().all()
+            assert actual[1].isfinite() and gradient[1].isfinite().all()
     monkeypatch.setenv("FASTKD_CHECK", "1")
     kd_loss(student, given_as(spoilt), mask=torch.tensor([True, False, True]), **call)
     if tail in policies:
@@ -1371,7 +1371,7 @@ def of_every_kind(tail: str) -> tuple[Tensor, TopK]:
 def outcomes_of_every_kind(tail: str, backend: str) -> list[Tensor]:
     """Losses, gradients and parts of these rows, with and without a cross-entropy."""
     student, teacher = of_every_kind(tail)
-    found: list[Tensor] = []
+    results: list[Tensor] = []
     for alpha in (1.0, 0.5):
         leaf = student.clone().requires_grad_()
         loss, parts = kd_loss(
@@ -1385,20 +1385,20 @@ def outcomes_of_every_kind(tail: str, backend: str) -> list[Tensor]:
             == [False] * 3 + [True, False]
         )
         assert (loss[1] == 0) == (alpha == 1) and parts.distillation[1] == 0
-        found += [loss.detach(), gradient, *parts[:2]]
-    return found
+        results += [loss.detach(), gradient, *parts[:2]]
+    return results
 
 
 @tails
 def test_rows_of_every_kind(everywhere: str, tail: str) -> None:
-    """All backends find the same."""
-    found, expected = (outcomes_of_every_kind(tail, b) for b in (everywhere, "reference"))
-    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6, equal_nan=True)
+    """All backends give the same results."""
+    actual, expected = (outcomes_of_every_kind(tail, b) for b in (everywhere, "reference"))
+    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-6, equal_nan=True)
 
 
 @tails
 def test_a_row_that_names_no_token_in_chunks(backend: str, tail: str) -> None:
-    """As in kd_loss, and under a mask that drops another."""
+    """The same as in kd_loss, also with a mask that drops another row."""
     hidden, head = logits(5, 6, seed=56), logits(21, 6, seed=57)
     teacher = sparse(5, vocabulary=21, k=3, seed=55, tail=tail)
     teacher.ids[1] = teacher.ids[4] = -1
@@ -1509,16 +1509,16 @@ def test_a_teacher_without_a_tail(everywhere: str, tail: str, divergence: str) -
 @tails
 @pytest.mark.parametrize("level", [-1e31, -3e38])
 def test_rows_of_very_low_logits(everywhere: str, tail: str, level: float) -> None:
-    """The softmax of a row does not care where it lies; in float32 such a row is uniform, or of few columns."""
+    """A common offset does not change the softmax; in float32 such a row is uniform, or has few columns."""
     student = torch.full((2, 37), level)
     student[1, 5:] = -INF
     teacher = sparse(2, vocabulary=37, k=3, seed=64, tail=tail, padding=0.0)
     teacher.ids.copy_(torch.tensor([[0, 3, 1], [4, 0, 2]]))
     shifted = student - level
     for labels, alpha in ((None, 1.0), (torch.tensor([0, 2]), 0.5)):
-        found = rows_of(student, given_as(teacher), labels, alpha=alpha, backend=everywhere)
+        actual = rows_of(student, given_as(teacher), labels, alpha=alpha, backend=everywhere)
         expected = rows_of(shifted, given_as(teacher), labels, alpha=alpha, backend=everywhere)
-        for a, b in zip(found, expected, strict=True):
+        for a, b in zip(actual, expected, strict=True):
             torch.testing.assert_close(a, b, rtol=4 * ULP, atol=ULP)
 
 
@@ -1531,9 +1531,9 @@ def test_nan_and_infinity_stay_in_their_row(everywhere: str, tail: str) -> None:
     student[0, int(teacher.ids[0, 2])] = NAN
     student[1, int(teacher.ids[1, 2])] = INF
     student[2, [c for c in range(37) if c not in teacher.ids[2].tolist()][-1]] = NAN
-    found = rows_of(student, given_as(teacher), labels, alpha=0.5, backend=everywhere)
-    assert found[0][:3].isnan().all() and torch.equal(found[0][3], clean[0][3])
-    assert found[1][:3].isnan().any(-1).all() and torch.equal(found[1][3], clean[1][3])
+    actual = rows_of(student, given_as(teacher), labels, alpha=0.5, backend=everywhere)
+    assert actual[0][:3].isnan().all() and torch.equal(actual[0][3], clean[0][3])
+    assert actual[1][:3].isnan().any(-1).all() and torch.equal(actual[1][3], clean[1][3])
 
 
 # Parts
@@ -1602,7 +1602,7 @@ def test_the_backend_that_is_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("other", [40.0, 1e5, -INF])
 def test_renormalize_does_not_see_the_others(everywhere: str, other: float) -> None:
-    """However far above the tokens they are: an origin that is theirs would cost the tokens their digits."""
+    """Other tokens may be far above the listed ones; with a common origin, the tokens would lose their digits."""
     student = torch.tensor([[0.1234567, 0.7654321, other], [0.7654321, other, 0.1234567]])
     named = TopK(
         torch.tensor([[0, 1], [2, 0]]), torch.tensor([[-1.0, -1.3], [-1.0, -1.3]]), "renormalize"
@@ -1628,8 +1628,8 @@ def test_a_mixture_of_forward_kl_alone(everywhere: str) -> None:
     )
     call = {"divergence": "forward_kl", "backend": everywhere}
     expected = rows_of(student, given_as(teacher), **call)
-    found = rows_of(student, given_as(teacher), **{**call, "divergence": fastkd.mixture(0.5, 0.0)})
-    for a, b in zip(found, expected, strict=True):
+    actual = rows_of(student, given_as(teacher), **{**call, "divergence": fastkd.mixture(0.5, 0.0)})
+    for a, b in zip(actual, expected, strict=True):
         torch.testing.assert_close(2 * a, b, rtol=8 * ULP, atol=ULP)
 
 
@@ -1759,8 +1759,8 @@ def test_autocast(everywhere: str, tail: str) -> None:
     named = given_as(sparse(3, vocabulary=21, k=5, seed=76, tail=tail))
     expected = rows_of(student, named, backend=everywhere)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        found = rows_of(student, named, backend=everywhere)
-    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+        actual = rows_of(student, named, backend=everywhere)
+    assert all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True))
 
 
 # From logits
@@ -2045,7 +2045,7 @@ def test_what_kd_loss_refuses(
 
 
 def test_one_event_alone_has_no_gradient(everywhere: str) -> None:
-    """V = 1: nothing to learn, whatever the policy."""
+    """With V = 1, loss and gradient are 0 under every policy."""
     for tail in TAILS:
         named = TopK(torch.zeros(2, 1, dtype=torch.int64), torch.full((2, 1), -0.0), tail)
         for divergence in ("forward_kl", "jsd"):

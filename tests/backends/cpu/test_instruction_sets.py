@@ -44,7 +44,7 @@ def test_infinities(instructions: str, name: str) -> None:
 def test_large_calls_give_what_each_row_gives_alone(
     instructions: str, name: str, dtype: torch.dtype
 ) -> None:
-    """Rows that are dropped, rows done again for their -inf, rows at any offset in a cache line: bit by bit."""
+    """Dropped rows, rows repeated for their -inf, and rows at any offset in a cache line have the same bits."""
     wide = logits(ROWS, COLUMNS + 3, seed=1, dtype=dtype)
     teacher = logits(ROWS, COLUMNS, seed=2, dtype=dtype)
     mask = torch.tensor([False, True, True, False, False, True, True, True, False])
@@ -75,7 +75,7 @@ def test_large_calls_give_what_each_row_gives_alone(
 @pytest.mark.parametrize("inplace", [False, True], ids=["new", "in place"])
 @pytest.mark.parametrize("columns", [32_768, 65_541, 200_000])
 def test_large_calls_against_the_truth(instructions: str, columns: int, inplace: bool) -> None:
-    """Exponentials kept, kept at odd offsets, and computed again."""
+    """Rows whose exponentials are kept, kept at odd offsets, and recomputed."""
     student, teacher = logits(40, columns, seed=4), logits(40, columns, seed=5)
     student, teacher = student.bfloat16(), teacher.bfloat16()
     leaf = student.detach().requires_grad_()

@@ -61,13 +61,13 @@ def _check(
 
     Roundings are of a row's largest number, and of its divergence: what a teacher's gradient is a difference of.
     """
-    found = _outcome("cuda", student, teacher, labels, name, **options)
+    actual = _outcome("cuda", student, teacher, labels, name, **options)
     plain, truth = (
         _outcome("reference", student.to(dtype), teacher.to(dtype), labels, name, **options)
         for dtype in (torch.float32, torch.float64)
     )
     divergence = truth[1].where(truth[1].isfinite(), 0.0).abs()
-    for value, near, exact in zip(found, plain, truth, strict=True):
+    for value, near, exact in zip(actual, plain, truth, strict=True):
         assert torch.equal(value.isnan(), exact.isnan())
         assert torch.equal(value[value.isinf()].double(), exact[value.isinf()])
         known = exact.isfinite()
@@ -83,7 +83,7 @@ def _check(
         assert bool((error <= allowed).all()), (
             f"{float((error / allowed).max())} of what is allowed"
         )
-    return found
+    return actual
 
 
 def _everywhere(width: int) -> Tensor:
@@ -143,7 +143,7 @@ def test_options(emulation: Emulation, option: str, name: str) -> None:
 def test_rows_at_any_address(
     emulation: Emulation, name: str, offset: int, dtypes: tuple[torch.dtype, torch.dtype]
 ) -> None:
-    """Whole pieces at once, and what goes by way of shared memory."""
+    """Rows of whole 16-byte pieces, and rows whose ends go through shared memory."""
     emulation.ranks = 2
     labels = torch.tensor([0, 150, 151, 299, 300])
     student = _placed(301, 5, offset, 320 + offset, dtypes[0], seed=1)
@@ -153,7 +153,7 @@ def test_rows_at_any_address(
 
 @every
 def test_many_vectors_a_thread(emulation: Emulation, name: str) -> None:
-    """Stages of more than one round of the block's threads, in bf16 as it lies."""
+    """Stages that take the block's threads more than one round, in aligned bf16."""
     student, teacher = (logits(3, 10_000, seed=i, dtype=torch.bfloat16) for i in (1, 2))
     _check(student, teacher, torch.tensor([4095, 5000, 9999]), name, alpha=0.7, temperature=4.0)
 
@@ -183,7 +183,7 @@ def test_log_0(emulation: Emulation, low: str, name: str) -> None:
 
 
 def test_nkd_of_a_label_that_neither_side_has(emulation: Emulation) -> None:
-    """0 log 0 is 0: what is left is the others' part."""
+    """0 log 0 is 0, so only the part of the other tokens is left."""
     student, teacher, labels = logits(1, 50, seed=1), logits(1, 50, seed=2), torch.tensor([9])
     others = torch.arange(50) != 9
     expected = -1.5 * (teacher[:, others].softmax(-1) * student[:, others].log_softmax(-1)).sum(-1)
@@ -195,7 +195,7 @@ def test_nkd_of_a_label_that_neither_side_has(emulation: Emulation) -> None:
 @pytest.mark.parametrize("gap", [60.0, -60.0, 1e4, -1e4])
 @every
 def test_sure_of_the_label(emulation: Emulation, name: str, gap: float) -> None:
-    """Nothing cancels where the label has all of the probability, or none."""
+    """Nothing cancels if the label has all of the probability, or none."""
     emulation.ranks = 2
     labels = torch.tensor([0, 150, 296, 299])  # 296 begins a vector of 4
     at_labels = torch.nn.functional.one_hot(labels, 300)
@@ -206,7 +206,7 @@ def test_sure_of_the_label(emulation: Emulation, name: str, gap: float) -> None:
 
 
 def test_the_others_do_not_see_the_label(emulation: Emulation) -> None:
-    """Bit by bit, whatever its logit is."""
+    """The results have the same bits, whatever the label's logit is."""
     emulation.ranks = 2
     labels = torch.tensor([0, 8, 256, 300])
     student, teacher = logits(4, 301, seed=1), logits(4, 301, seed=2)
@@ -219,7 +219,7 @@ def test_the_others_do_not_see_the_label(emulation: Emulation) -> None:
         outcomes.append((loss.detach(), *torch.autograd.grad(loss.sum(), leaf)))
         assert not outcomes[-1][1].gather(1, labels[:, None]).any()
     assert all(
-        torch.equal(a, b) for found in outcomes for a, b in zip(found, outcomes[0], strict=True)
+        torch.equal(a, b) for actual in outcomes for a, b in zip(actual, outcomes[0], strict=True)
     )
 
 
@@ -241,7 +241,7 @@ def test_its_parts_are_those_of_kl(emulation: Emulation, temperature: float) -> 
 
 @every
 def test_what_cannot_be_right_is_nan(emulation: Emulation, name: str) -> None:
-    """A label outside the vocabulary poisons its row and no other, also where the labels' term has no weight."""
+    """A label outside the vocabulary makes only its row NaN, also if the label's term has weight 0."""
     student, teacher = logits(4, 50, seed=1), logits(4, 50, seed=2)
     loss, *_, gradient = _outcome("cuda", student, teacher, torch.tensor([1, 50, -1, 2]), name)
     bad = [False, True, True, False]
@@ -251,7 +251,7 @@ def test_what_cannot_be_right_is_nan(emulation: Emulation, name: str) -> None:
 
 @every
 def test_a_dropped_row_is_not_read(emulation: Emulation, name: str) -> None:
-    """And of the others each logit is read once, but for the label's: its two by every block."""
+    """Each logit is read once, except the label's two logits, which every block reads."""
     student, teacher = logits(3, 344, seed=1), logits(3, 344, seed=2)
     student[1], teacher[1] = math.nan, math.nan
     labels = torch.tensor([1, -100, 2])
@@ -272,9 +272,9 @@ def test_in_place(emulation: Emulation, name: str) -> None:
     outcomes = []
     for inplace in (False, True):
         leaf = student.clone().requires_grad_()
-        given = torch.empty_strided(student.shape, (320, 1)).copy_(leaf)
+        inputs = torch.empty_strided(student.shape, (320, 1)).copy_(leaf)
         loss = fastkd.kd_loss(
-            given, teacher, torch.tensor([0, 7, 150, 300]), inplace=inplace, **options
+            inputs, teacher, torch.tensor([0, 7, 150, 300]), inplace=inplace, **options
         )
         outcomes.append((loss.detach(), *torch.autograd.grad(loss, leaf)))
     assert all(torch.equal(a, b) for a, b in zip(*outcomes, strict=True))

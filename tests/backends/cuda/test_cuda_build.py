@@ -28,7 +28,7 @@ def _usage() -> dict[tuple[str, str], dict[str, int]]:
 
     command = [knobs.nvidia.cuobjdump.path, "--dump-resource-usage", str(BUILT)]
     text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    found: dict[tuple[str, str], dict[str, int]] = {}
+    results: dict[tuple[str, str], dict[str, int]] = {}
     target = kernel = ""
     for line in text.splitlines():
         if arch := re.search(r"arch = (sm_\w+)", line):
@@ -37,8 +37,8 @@ def _usage() -> dict[tuple[str, str], dict[str, int]]:
             kernel = name[1]
         elif "REG:" in line:
             numbers = re.findall(r"(\w+):(\d+)", line)
-            found[target, kernel] = {key: int(value) for key, value in numbers}
-    return found
+            results[target, kernel] = {key: int(value) for key, value in numbers}
+    return results
 
 
 def test_every_kernel_is_there_and_stays_in_registers() -> None:

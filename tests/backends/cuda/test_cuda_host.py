@@ -105,7 +105,7 @@ def test_options(emulation: Emulation, divergence: str, name: str) -> None:
 
 @pytest.mark.parametrize("divergence", ["forward_kl", "reverse_kl", "jsd", "tvd", "hellinger"])
 def test_log_0(emulation: Emulation, divergence: str) -> None:
-    """-inf shared, of the teacher alone, and where an exponential is 0: the second attempt, with the policy."""
+    """A -inf in both models or only the teacher, or an exponential of 0, repeats the row with the log-0 policy."""
     emulation.ranks = 2
     student, teacher = logits(4, 300, seed=1), logits(4, 300, seed=2)
     student[0, 7], teacher[0, 7] = -INF, -INF
@@ -132,7 +132,7 @@ LOW: dict[str, tuple[slice, float, float, float]] = {
 @pytest.mark.parametrize("low", LOW)
 @pytest.mark.parametrize("divergence", fastkd.DIVERGENCES)
 def test_low_logits_in_whole_vectors(emulation: Emulation, divergence: str, low: str) -> None:
-    """No moment of such a thread is left when maxima have risen: what the gradient needs is found out by itself."""
+    """Rescaling erases such a thread's moments, so what the gradient needs is determined separately."""
     where, s_low, t_low, temperature = LOW[low]
     emulation.ranks = 2
     student, teacher = logits(2, 1000, seed=1), logits(2, 1000, seed=2)
@@ -142,7 +142,7 @@ def test_low_logits_in_whole_vectors(emulation: Emulation, divergence: str, low:
 
 
 def _as_the_reference(student: Tensor, teacher: Tensor, divergence: Any, **options: Any) -> None:
-    """Infinities and NaN where the reference has them, and close to it elsewhere."""
+    """Results have infinities and NaN where the reference has them, and are close to it elsewhere."""
     outcomes = []
     for backend, dtype in (("cuda", torch.float32), ("reference", torch.float64)):
         leaves = [x.to(dtype).requires_grad_() for x in (student, teacher)]
@@ -150,25 +150,25 @@ def _as_the_reference(student: Tensor, teacher: Tensor, divergence: Any, **optio
             *leaves, divergence=divergence, reduction="none", backend=backend, **options
         )
         outcomes.append([loss.detach(), *torch.autograd.grad(loss.sum(), leaves)])
-    for found, exact in zip(*outcomes, strict=True):
-        torch.testing.assert_close(found, exact.float(), equal_nan=True, rtol=1e-4, atol=1e-6)
+    for actual, exact in zip(*outcomes, strict=True):
+        torch.testing.assert_close(actual, exact.float(), equal_nan=True, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("gap", [60.0, 97.0])
 def test_an_exponential_that_overflows_is_infinite(emulation: Emulation, gap: float) -> None:
     student, teacher = logits(1, 50, seed=1), logits(1, 50, seed=2)
     student[0, 3] -= gap
-    found = [
+    results = [
         fastkd.kd_loss(student, teacher, divergence=fastkd.alpha_beta(1.0, -1.0), backend=backend)
         for backend in ("cuda", "reference")
     ]
-    torch.testing.assert_close(*found, rtol=1e-4, atol=0.0)
-    assert found[0].isinf() == (gap > 90)
+    torch.testing.assert_close(*results, rtol=1e-4, atol=0.0)
+    assert results[0].isinf() == (gap > 90)
 
 
 @pytest.mark.parametrize("divergence", ["forward_kl", "reverse_kl", "jsd", "squared_error"])
 def test_offsets_and_maxima_in_every_place(emulation: Emulation, divergence: str) -> None:
-    """A maximum that rises late rescales what a thread, a warp or a block has summed before."""
+    """A maximum late in the row rescales the earlier sums of a thread, a warp or a block."""
     emulation.ranks = 4
     width = 1111
     peaks = torch.tensor([0, 7, 8, 300, 555, 1000, 1110])
@@ -185,7 +185,7 @@ def test_offsets_and_maxima_in_every_place(emulation: Emulation, divergence: str
 def _placed(
     width: int, rows: int, offset: int, stride: int, dtype: torch.dtype, seed: int
 ) -> Tensor:
-    """Rows at that offset from a multiple of 16 bytes, that far apart."""
+    """Rows at the given offset from a multiple of 16 bytes, with the given stride."""
     memory = torch.full((rows * stride + offset + 64,), 7.0, dtype=dtype)
     at = -memory.data_ptr() // dtype.itemsize % (16 // dtype.itemsize)
     view = memory.as_strided((rows, width), (stride, 1), at + offset)
@@ -205,7 +205,7 @@ def test_rows_at_any_address(
 
 
 def test_views(emulation: Emulation) -> None:
-    """Shifted, transposed, expanded and more leading dimensions than one; nothing outside is written."""
+    """Shifted, transposed and expanded rows and several leading dimensions; nothing outside of them is written."""
     emulation.ranks = 2
     whole, teacher = logits(3, 5, 77, seed=1), logits(3, 5, 77, seed=2)
     check("cuda", whole[:, :-1], teacher[:, 1:])
@@ -225,8 +225,8 @@ def test_in_place(emulation: Emulation, offset: int) -> None:
     outcomes = []
     for inplace in (False, True):
         leaf = student.clone().requires_grad_()
-        given = torch.empty_strided(student.shape, (320, 1)).copy_(leaf)
-        loss = fastkd.kd_loss(given, teacher, labels, alpha=0.5, inplace=inplace, backend="cuda")
+        inputs = torch.empty_strided(student.shape, (320, 1)).copy_(leaf)
+        loss = fastkd.kd_loss(inputs, teacher, labels, alpha=0.5, inplace=inplace, backend="cuda")
         outcomes.append((loss.detach(), *torch.autograd.grad(loss, leaf)))
     assert all(torch.equal(a, b) for a, b in zip(*outcomes, strict=True))
 
@@ -242,7 +242,7 @@ def test_a_dropped_row_is_not_read(emulation: Emulation) -> None:
 
 
 def test_what_cannot_be_right_is_nan(emulation: Emulation) -> None:
-    """A label outside the vocabulary and a temperature that is not positive poison their row and no other."""
+    """A label outside the vocabulary and a temperature that is not positive make only their row NaN."""
     student, teacher = logits(3, 50, seed=1), logits(3, 50, seed=2)
     labels = torch.tensor([1, 50, 2])
     temperature = torch.tensor([1.0, 1.0, 0.0])
@@ -316,7 +316,7 @@ def test_rows_stay_on_chip(host: ModuleType, width: int, dtype: torch.dtype, ran
 
 
 def test_few_rows_are_spread_over_more_blocks(host: ModuleType) -> None:
-    """As many as there are multiprocessors, with a vector for every thread; many rows are not."""
+    """A few rows use up to one block per multiprocessor, each with a vector for every thread; many rows use fewer."""
 
     def blocks(rows: int, width: int) -> int:
         ranks, _, columns = host.plan(width, 1, 1, sparse=False, rows=rows, multiprocessors=132)
@@ -329,7 +329,7 @@ def test_few_rows_are_spread_over_more_blocks(host: ModuleType) -> None:
 
 @pytest.mark.parametrize("tail", ["bucket", "renormalize"])
 def test_a_sparse_teacher_moves_two_tensors(emulation: Emulation, tail: str) -> None:
-    """The student is read once and its gradient written once; what a token takes is beside that."""
+    """The student is read once and its gradient is written once, plus what each token needs."""
     student, teacher = logits(5, 2000, seed=1), logits(5, 2000, seed=2)
     named = fastkd.TopK.from_logits(teacher, 8, tail=tail)
     for emulation.ranks in (1, 4):
@@ -383,14 +383,14 @@ FAULTS = {
     "logits that are too low": ("finish.h", "return (row.flags & MINIMA)", "return false && (row.flags & MINIMA)"),
     "the label's column": ("gradient.h", "column == row.label", "column + 1 == row.label"),
     "a whole vector where there is a part": ("columns.h", "first + VECTOR <= range.last", "first < range.last"),
-    "what came by the copy engine is not waited for": ("cluster.h", "      await(stage);\n", ""),
+    "what came by the copy engine is not waited for": ("block.h", "      await(stage);\n", ""),
     "a stage is fetched before all are done with it": (
         "cluster.h", "order_before_copies();\n      sync_block();", "order_before_copies();"),
-    "one place for all exchanges": ("cluster.h", "shared_.rank_parts[exchange_++ & 1]", "shared_.rank_parts[0]"),
+    "one place for all exchanges": ("block.h", "shared_.rank_parts[exchange_++ & 1]", "shared_.rank_parts[0]"),
     "no gap between stages": ("slice.h", "memory + number * gap", "memory"),
     "a cluster that does not wait": (
-        "cluster.h", "        cluster_arrive(warp == 0);\n        cluster_wait();\n", ""),
-    "a row that is forgotten": ("cluster.h", "next_counted(row + ", "next_counted(row + 2 * "),
+        "block.h", "        cluster_arrive(warp == 0);\n        cluster_wait();\n", ""),
+    "a row that is forgotten": ("block.h", "next_counted(row + ", "next_counted(row + 2 * "),
 }  # fmt: skip
 
 

@@ -88,7 +88,7 @@ def test_offsets(sharded: Sharded, offset: float) -> None:
 
 @pytest.mark.parametrize("offset", [0.0, 1e4])
 def test_smoothing_where_the_label_is_not(sharded: Sharded, offset: float) -> None:
-    """The sum of z is over every shard; far from 0 it has to be taken relative to something."""
+    """The sum of z runs over all shards; far from 0 it must be relative to an origin."""
     student, labels = logits(3, WIDE, seed=1) + offset, torch.tensor([0, WIDE // 2, WIDE - 1])
     options = {"alpha": 0.5, "label_smoothing": 0.3}
     check("cuda", student, logits(3, WIDE, seed=2), labels, **options)
@@ -134,30 +134,30 @@ def test_more_tokens_than_a_warp_has_lanes(sharded: Sharded, tail: str) -> None:
 
 @pytest.mark.parametrize("tail", TAILS)
 def test_sparse_rows_of_every_kind(sharded: Sharded, tail: str) -> None:
-    """Without a token, without a tail that is given, and with NaN: as a whole row has them."""
-    found = outcomes_of_every_kind(tail, "cuda")
+    """Rows without a token, without tail_logprob, and with NaN have the results of whole rows."""
+    actual = outcomes_of_every_kind(tail, "cuda")
     sharded.patch.undo()
     whole = outcomes_of_every_kind(tail, "cuda")
-    torch.testing.assert_close(found, whole, rtol=1e-5, atol=1e-6, equal_nan=True)
+    torch.testing.assert_close(actual, whole, rtol=1e-5, atol=1e-6, equal_nan=True)
 
 
 def _outcome(student: Tensor, teacher: Any, labels: Tensor | None, **options: Any) -> list[Tensor]:
     leaf = student.clone().requires_grad_()
-    given = leaf * 1 if options.get("inplace") else leaf
+    inputs = leaf * 1 if options.get("inplace") else leaf
     loss, parts = fastkd.kd_loss(
-        given, teacher, labels, backend="cuda", reduction="none", return_parts=True, **options
+        inputs, teacher, labels, backend="cuda", reduction="none", return_parts=True, **options
     )
     (gradient,) = torch.autograd.grad(loss.sum(), leaf)
     return [loss.detach(), gradient, *parts]
 
 
 def _as_whole_rows(sharded: Sharded, *arguments: Any, **options: Any) -> list[Tensor]:
-    """The same in shards and not; the former."""
-    found = _outcome(*arguments, **options)
+    """Check that results in shards and of whole rows agree; return those in shards."""
+    actual = _outcome(*arguments, **options)
     sharded.patch.undo()
     whole = _outcome(*arguments, **options)
-    torch.testing.assert_close(found, whole, rtol=1e-5, atol=1e-6, equal_nan=True)
-    return found
+    torch.testing.assert_close(actual, whole, rtol=1e-5, atol=1e-6, equal_nan=True)
+    return actual
 
 
 @pytest.mark.parametrize("sparsely", [False, True])
@@ -212,7 +212,7 @@ def test_in_place(sharded: Sharded, divergence: str) -> None:
 
 @pytest.mark.parametrize(("divergence", "reads"), [("forward_kl", 1), ("jsd", 2)])
 def test_what_moves(sharded: Sharded, divergence: str, reads: int) -> None:
-    """A launch reads a row once; the last, where no gradient is wanted, not at all."""
+    """Each launch reads a row once; the last one reads nothing if no gradient is wanted."""
     student, teacher = logits(3, WIDE, seed=1), logits(3, WIDE, seed=2)
     both = student.nbytes + teacher.nbytes
     sharded.emulation.traffic()
@@ -255,9 +255,11 @@ FAULTS = {
     "tokens of the whole vocabulary": ("topk.h", "ids[j] - call.shard.first - start", "ids[j] - start"),
     "smoothing over a shard": (
         "gradient.h", "call.label_smoothing / double(call.shard.total)", "call.label_smoothing / 7"),
-    "a shift of nothing": ("statistics.h", "a.s_max == -INF ? 0 : (", "a.s_max == -INF ? finite_max(s_max) : ("),
+    "a shift of nothing": (
+        "statistics.h", "a.s_max == -INF ? 0 : finite_max", "a.s_max == -INF ? finite_max(s_max) : finite_max"
+    ),
     "events in the order of a process": ("topk.h", "constexpr int LANES = 32;", "const int LANES = call.threads;"),
-    "copies that are not waited for": ("cluster.h", "Step::results) block.each_stage", "Step::all) block.each_stage"),
+    "copies that are not waited for": ("kinds.h", "Step::results) block.each_stage", "Step::all) block.each_stage"),
 }  # fmt: skip
 
 

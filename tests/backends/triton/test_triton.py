@@ -104,7 +104,7 @@ def launch(
     want: Want = EVERYTHING,
     **options: Any,
 ) -> Result:
-    """What the kernels give; every output."""
+    """Every output of the kernels."""
     options.setdefault("vocab_size", min(student.shape[-1], teacher.shape[-1]))
     resolved = Options(fastkd.divergences.resolve(divergence), **options)
     return kernels.kd_rows(student, teacher, rows, resolved, want)
@@ -150,14 +150,14 @@ def compare(
     want = Want(True, divergence.degree is not None, True)
     exact = reference.kd_rows(student.double(), teacher.double(), rows, options, want)
     plain = reference.kd_rows(student.float(), teacher.float(), rows, options, want)
-    found = kernels.kd_rows(student, teacher, rows, options, want)
+    actual = kernels.kd_rows(student, teacher, rows, options, want)
     log_p, log_q = (x.double() / temperature for x in (teacher, student))
     if divergence.normalized:
         log_p, log_q = log_p.log_softmax(-1), log_q.log_softmax(-1)
     value_terms, *gradient_terms = (x.nan_to_num(0.0) for x in _terms(log_p, log_q, divergence))
     terms = {"student_gradient": gradient_terms[0] * temperature + 2 * (1 - alpha)}
     terms["teacher_gradient"] = gradient_terms[1] * temperature
-    for name, value, truth, other in zip(Result._fields, found, exact, plain, strict=True):
+    for name, value, truth, other in zip(Result._fields, actual, exact, plain, strict=True):
         assert (value is None) == (truth is None), name
         if value is None:
             continue
@@ -172,7 +172,7 @@ def compare(
             size = value_terms * temperature**2 + truth.abs() + 1.0
             bar = value_bar(other, truth, 4 * (size if truth.dim() else size.sum()))
         assert_within(name, value, truth, bar)
-    return found
+    return actual
 
 
 DIVERGENCES: list[tuple[str, dict[str, float]]] = [
@@ -250,7 +250,7 @@ def test_shipped_tiles(monkeypatch: pytest.MonkeyPatch, columns: int, divergence
 
 
 def test_a_timed_tile_goes_before_the_rule(monkeypatch: pytest.MonkeyPatch) -> None:
-    """For its architecture, type, kind and widths, and where rows are aligned and registers are not crowded."""
+    """Tiles depend on architecture, dtype, kind and widths, and on alignment and register pressure."""
     monkeypatch.undo()
     monkeypatch.setitem(kernels.TILES, ("sm_90", 2, True, 65536), (8192, 32))
     rule = (2048, 8)
@@ -288,7 +288,7 @@ def test_common_offset(divergence: str) -> None:
 
 @however_shared
 def test_a_maximum_that_rises_late_and_steeply() -> None:
-    """Earlier sums fade away entirely; the tempered logits span 4000 and the row is steeper for one side."""
+    """Rescaling erases the earlier sums; the tempered logits span 4000, and one model's row is steeper."""
     rise = torch.linspace(-100, 100, 37, device=DEVICE)
     for student, teacher in ((rise, rise / 7), (rise / 7, rise), (rise, -rise), (-rise, rise / 50)):
         for divergence in ("mixture", "soft_cross_entropy", "jsd"):
@@ -325,7 +325,7 @@ GONE: dict[str, tuple[slice, slice]] = {
     ],
 )
 def test_infinities(divergence: str) -> None:
-    """A row for each place that they may have, and one without."""
+    """One row for each column that the value may have, and one row without it."""
     student, teacher = pair(len(GONE) + 1, 37)
     for row, (of_student, of_teacher) in enumerate(GONE.values()):
         student[row, of_student], teacher[row, of_teacher] = -INF, -INF
@@ -359,12 +359,12 @@ def test_nan_spreads_over_its_row_only(divergence: str, poison: float) -> None:
     clean = launch(*inputs, divergence=divergence)
     for number, (side, column) in enumerate(places):
         inputs[side][2 * number + 1, column] = poison
-    found = launch(*inputs, divergence=divergence)
-    assert found.loss[1::2].isnan().all()
+    actual = launch(*inputs, divergence=divergence)
+    assert actual.loss[1::2].isnan().all()
     if divergence != "squared_error":
-        assert found.student_gradient[1::2].isnan().all()
+        assert actual.student_gradient[1::2].isnan().all()
     for name in ("loss", "student_gradient", "teacher_gradient"):
-        assert torch.equal(getattr(found, name)[::2], getattr(clean, name)[::2]), name
+        assert torch.equal(getattr(actual, name)[::2], getattr(clean, name)[::2]), name
 
 
 # Options
@@ -373,7 +373,7 @@ def test_nan_spreads_over_its_row_only(divergence: str, poison: float) -> None:
 @however_shared
 @kinds
 def test_options(divergence: str) -> None:
-    """Each alone, with three rows of which one is dropped."""
+    """Each option alone, with three rows, one of which is dropped."""
     student, teacher = pair(3, 37)
     labels = torch.tensor([5, -100, 30], device=DEVICE)
     weight = torch.tensor([0.5, 2.0, -1.5], device=DEVICE)
@@ -426,9 +426,9 @@ def test_a_dropped_row_is_not_read(divergence: str, dtype: torch.dtype) -> None:
     rows = Rows(labels, weight, temperature=torch.tensor([1.0, math.nan, 2.0, -1.0], device=DEVICE))
     clean = launch(student, teacher, rows, alpha=0.5, divergence=divergence)
     student[1::2], teacher[1::2] = math.nan, math.nan
-    found = launch(student, teacher, rows, alpha=0.5, divergence=divergence)
-    same(found, clean)
-    for value in (found.loss, *found[2:]):
+    actual = launch(student, teacher, rows, alpha=0.5, divergence=divergence)
+    same(actual, clean)
+    for value in (actual.loss, *actual[2:]):
         assert value[::2].isfinite().all() and not value[1::2].any()
 
 
@@ -437,24 +437,24 @@ def test_what_is_invalid_poisons_its_row() -> None:
     student, teacher = pair(6, 37)
     labels = torch.tensor([5, -1, 37, 2**40, -(2**40), 6], device=DEVICE)
     clean = launch(student, teacher, Rows(labels.clamp(0, 36)), alpha=0.5)
-    found = launch(student, teacher, Rows(labels), alpha=0.5)
+    actual = launch(student, teacher, Rows(labels), alpha=0.5)
     for name in ("loss", "student_gradient", "teacher_gradient"):
-        assert getattr(found, name)[1:5].isnan().all(), name
-        assert torch.equal(getattr(found, name)[::5], getattr(clean, name)[::5]), name
+        assert getattr(actual, name)[1:5].isnan().all(), name
+        assert torch.equal(getattr(actual, name)[::5], getattr(clean, name)[::5]), name
     assert not launch(student, teacher, Rows(labels)).loss.isnan().any(), (
         "alpha = 1: no label is a target"
     )
     for invalid in (0.0, -2.0, math.nan):
         temperature = torch.tensor([1.0, 1.0, invalid, 1.0, 1.0, 1.0], device=DEVICE)
         for rows in (Rows(temperature=temperature), Rows(teacher_temperature=temperature)):
-            found = launch(student, teacher, rows)
+            actual = launch(student, teacher, rows)
             for name in ("loss", "student_gradient", "teacher_gradient"):
                 assert (
-                    getattr(found, name).isnan().flatten(1 if found.loss.dim() > 1 else 0).any()
+                    getattr(actual, name).isnan().flatten(1 if actual.loss.dim() > 1 else 0).any()
                 ), name
                 assert (
-                    getattr(found, name)[2].isnan().all()
-                    and not getattr(found, name)[:2].isnan().any()
+                    getattr(actual, name)[2].isnan().all()
+                    and not getattr(actual, name)[:2].isnan().any()
                 )
 
 
@@ -474,14 +474,14 @@ def test_only_what_is_wanted(divergence: str) -> None:
             Want(True, parts=True),
         ):
             unread = torch.full_like(teacher, math.nan)
-            given = unread if options["alpha"] == 0 and not want.parts else teacher
-            found = launch(student, given, Rows(labels), divergence, want, **options)
-            for name, value in zip(Result._fields, found, strict=True):
+            inputs = unread if options["alpha"] == 0 and not want.parts else teacher
+            actual = launch(student, inputs, Rows(labels), divergence, want, **options)
+            for name, value in zip(Result._fields, actual, strict=True):
                 if value is not None:
                     assert torch.equal(value, getattr(everything, name)), (name, want)
             for name in ("student_gradient", "teacher_gradient"):
-                assert (getattr(found, name) is not None) == getattr(want, name)
-            assert (found.student_entropy is not None) == want.parts
+                assert (getattr(actual, name) is not None) == getattr(want, name)
+            assert (actual.student_entropy is not None) == want.parts
 
 
 @however_shared
@@ -495,7 +495,7 @@ def test_scale_known_to_the_device_only() -> None:
 
 
 def strided(student: Tensor) -> dict[str, Tensor]:
-    """Logits [2, 3, 2, 2, columns] in other places; some have more than three strides of their own."""
+    """Logits [2, 3, 2, 2, columns] in several layouts, some of which three strides cannot express."""
     rows, columns = student.shape[:-1], student.shape[-1]
     wide = student.new_full((4, 5, 4, 4, columns + 4), math.nan)
     every_other = wide[::2, 1:4, ::2, :2, 3 : columns + 3]
@@ -526,14 +526,14 @@ def test_layouts(layout: str, inplace: bool) -> None:
     other = names[(names.index(layout) + 1) % len(names)]
     s, t = strided(student)[layout], strided(teacher)[other]
     want = Want(True, not inplace, inplace=inplace)
-    found = launch(s, t, Rows(labels), alpha=0.5, want=want)
-    assert torch.equal(found.loss, wanted.loss)
-    assert torch.equal(found.student_gradient, wanted.student_gradient)
+    actual = launch(s, t, Rows(labels), alpha=0.5, want=want)
+    assert torch.equal(actual.loss, wanted.loss)
+    assert torch.equal(actual.student_gradient, wanted.student_gradient)
     if inplace:
-        assert found.student_gradient is s
+        assert actual.student_gradient is s
     else:
-        assert torch.equal(found.teacher_gradient, wanted.teacher_gradient)
-        assert found.student_gradient.is_contiguous() and found.teacher_gradient.is_contiguous()
+        assert torch.equal(actual.teacher_gradient, wanted.teacher_gradient)
+        assert actual.student_gradient.is_contiguous() and actual.teacher_gradient.is_contiguous()
 
 
 @however_shared
@@ -613,7 +613,7 @@ FAR_APART = """
     DEVICE != "cpu", reason="12 GB of addresses without memory behind them are the CPU's"
 )
 def test_rows_2_to_the_30_elements_apart() -> None:
-    """An offset in 32 bits reads elsewhere; in a process of its own, which may then die."""
+    """A 32-bit offset would read outside, which may end the process, so this runs in a separate one."""
     script = [sys.executable, "-c", textwrap.dedent(FAR_APART)]
     done = subprocess.run(script, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr
@@ -622,10 +622,10 @@ def test_rows_2_to_the_30_elements_apart() -> None:
 
 @pytest.mark.parametrize("shape", [(0, 37), (2, 0, 37)], ids=str)
 def test_no_rows(shape: tuple[int, ...]) -> None:
-    found = launch(*pair(*shape))
-    assert found.loss.shape == shape[:-1] and found.student_gradient.shape == shape
-    assert found.total == 0 and found.total.dim() == 0
-    kernels.scale_rows_(found.student_gradient, torch.ones((), device=DEVICE))
+    actual = launch(*pair(*shape))
+    assert actual.loss.shape == shape[:-1] and actual.student_gradient.shape == shape
+    assert actual.total == 0 and actual.total.dim() == 0
+    kernels.scale_rows_(actual.student_gradient, torch.ones((), device=DEVICE))
 
 
 # The upstream gradient
@@ -681,12 +681,12 @@ def test_flat_rows(monkeypatch: pytest.MonkeyPatch, divergence: str) -> None:
 @kinds
 def test_equal_distributions(divergence: str) -> None:
     student, _ = pair(3, 37)
-    found = launch(
+    actual = launch(
         student, student.clone(), divergence=divergence, temperature=0.7, teacher_temperature=0.7
     )
     tolerance = 0.0 if divergence != "jsd" else 1e-7
     for name in ("loss", "student_gradient", "teacher_gradient"):
-        assert getattr(found, name).abs().max() <= tolerance, name
+        assert getattr(actual, name).abs().max() <= tolerance, name
 
 
 @however_shared
@@ -700,15 +700,15 @@ def test_a_mask_of_the_lowest_number(divergence: str, masked: slice) -> None:
     keep = torch.ones(40, dtype=torch.bool)
     keep[masked] = False
     student[:, masked] = teacher[:, masked] = torch.finfo(torch.float32).min
-    found = []
+    results = []
     for columns in (torch.ones_like(keep), keep):
         sides = [x[:, columns].to(DEVICE).requires_grad_() for x in (student, teacher)]
         loss, parts = kd_loss(
             *sides, divergence=divergence, temperature=0.7, return_parts=True, backend="triton"
         )
         gradients = torch.autograd.grad(loss, sides)
-        found.append((loss.detach(), parts.student_entropy, *gradients))
-    for whole, without in zip(*found, strict=True):
+        results.append((loss.detach(), parts.student_entropy, *gradients))
+    for whole, without in zip(*results, strict=True):
         kept = whole[:, keep] if whole.dim() == 2 else whole
         torch.testing.assert_close(kept, without, rtol=1e-5, atol=1e-6)
 
@@ -802,7 +802,7 @@ def _module(path: Path, source: str) -> Any:
 
 @however_shared
 def test_a_users_own_divergence(tmp_path: Path) -> None:
-    """From a file of theirs, with two sets of parameters, no closed form and no degree."""
+    """A user's divergence from a file, with two sets of parameters, no closed form and no degree."""
     own = _module(tmp_path / "own.py", OWN)
     student, teacher = pair(3, 37)
     labels = torch.tensor([1, -100, 36], device=DEVICE)
@@ -923,12 +923,12 @@ def test_a_group_of_rows_that_a_cache_holds_is_read_once(
 def test_bits_do_not_depend_on_the_groups(monkeypatch: pytest.MonkeyPatch, divergence: str) -> None:
     student, teacher = pair(5, 70)  # five tiles: programs of two, two and one
     labels = torch.tensor([5, -100, 30, 0, 69], device=DEVICE)
-    found = []
+    results = []
     for group in (1, 2, 5):
         monkeypatch.setattr(kernels, "plan", lambda *call, group=group: split.Plan(3, group))
-        found.append(launch(student, teacher, Rows(labels), divergence, alpha=0.5))
-    same(found[0], found[1])
-    same(found[0], found[2])
+        results.append(launch(student, teacher, Rows(labels), divergence, alpha=0.5))
+    same(results[0], results[1])
+    same(results[0], results[2])
 
 
 # No device's figures but those that the plan looks at: multiprocessors and bytes of L2.
@@ -954,23 +954,23 @@ def test_rows_that_fill_a_device_from_one_program_each(device: split.Device | No
 @pytest.mark.parametrize("device", [A100, L4, A10, H100, MI300X])
 @pytest.mark.parametrize("rows", [1, 7, 40])
 def test_few_rows_are_shared(device: split.Device, rows: int) -> None:
-    found = split.plan(rows, PAIR, 2, device)
-    assert found is not None
-    assert 1 < found.num_splits <= split.LANES
-    if found.num_splits < split.LANES:
-        filled = found.num_splits * found.group / (split.OCCUPANCY * device.multiprocessors)
+    actual = split.plan(rows, PAIR, 2, device)
+    assert actual is not None
+    assert 1 < actual.num_splits <= split.LANES
+    if actual.num_splits < split.LANES:
+        filled = actual.num_splits * actual.group / (split.OCCUPANCY * device.multiprocessors)
         assert 0.8 < filled <= 1
 
 
 @pytest.mark.parametrize("device", [A100, L4])
 @pytest.mark.parametrize("rows", [100, 4096, 4097])
 def test_groups_of_rows_that_l2_keeps(device: split.Device, rows: int) -> None:
-    found = split.plan(rows, PAIR, 2, device)
-    assert found is not None
-    assert found.group * PAIR <= min(split.GROUP_BYTES, device.l2 // 2)
-    assert found.num_splits > 1
+    actual = split.plan(rows, PAIR, 2, device)
+    assert actual is not None
+    assert actual.group * PAIR <= min(split.GROUP_BYTES, device.l2 // 2)
+    assert actual.num_splits > 1
     most = min(split.GROUP_BYTES, device.l2 // 2) // PAIR
-    assert math.ceil(rows / found.group) == math.ceil(rows / most), "no more groups than needed"
+    assert math.ceil(rows / actual.group) == math.ceil(rows / most), "no more groups than needed"
 
 
 @pytest.mark.skipif(DEVICE != "cpu", reason="the interpreter's programs run one after the other")

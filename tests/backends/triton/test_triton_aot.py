@@ -72,7 +72,7 @@ def variants(grid: str) -> list[Variant]:
 def _few() -> list[Variant]:
     both = ["fp32", "bf16"]
     # A closed form with all its moments, three sweeps, and no normaliser: bare, usual and with all that a row may have.
-    found = [
+    results = [
         Variant("forward_kl", "hinton"),
         Variant("forward_kl", "distillation", "fp32", "fp32"),
         Variant("mixture", "everything", "fp32", "fp32"),
@@ -83,45 +83,45 @@ def _few() -> list[Variant]:
         Variant("forward_kl", "hinton", "bf16", "fp32"),
         Variant("jsd", "hinton", "fp16", "fp16"),
     ]
-    found += [Variant("scale", "", dtype) for dtype in DTYPES]
+    results += [Variant("scale", "", dtype) for dtype in DTYPES]
     for width in ("narrow", "medium", "odd"):
-        found.append(Variant("forward_kl", "hinton", "fp32", "fp32", width))
-        found.append(Variant("mixture", "everything", "bf16", "bf16", width))
+        results.append(Variant("forward_kl", "hinton", "fp32", "fp32", width))
+        results.append(Variant("mixture", "everything", "bf16", "bf16", width))
     # Each other divergence has a tile of its own, of rows that are one tile.
     tiles = [
         Variant("jsd", kind, "fp32", "fp32", width)
         for width in WIDTHS if width.startswith("one tile") for kind in ("hinton", "everything")
     ]  # fmt: skip
-    seen = {variant.divergence for variant in found}
+    seen = {variant.divergence for variant in results}
     others = [divergence for divergence in DIVERGENCES if divergence not in seen]
-    found += [
+    results += [
         tile._replace(divergence=divergence)
         for divergence, tile in zip(others, tiles, strict=False)
     ]
-    found += tiles[len(others) :]
-    found += [Variant(divergence, "hinton") for divergence in others[len(tiles) :]]
-    found += _timed_variants(every_divergence=False)
+    results += tiles[len(others) :]
+    results += [Variant(divergence, "hinton") for divergence in others[len(tiles) :]]
+    results += _timed_variants(every_divergence=False)
     # Rows whose label's token is apart; rows of several programs; sparse teachers; and what a shard adds.
     first, *more = divergences.WITH_LABELS
-    found += [
+    results += [
         Variant(first, "everything", stage=stage) for stage in ("row", "statistics", "gradient")
     ]
-    found += [Variant(divergence, "hinton", "fp32", "fp32") for divergence in more]
-    found += shared_variants(["mixture"], ["wide"])
-    found += [Variant("jsd", "everything", width="odd", stage="sums")]
+    results += [Variant(divergence, "hinton", "fp32", "fp32") for divergence in more]
+    results += shared_variants(["mixture"], ["wide"])
+    results += [Variant("jsd", "everything", width="odd", stage="sums")]
     for kernel, (dtype, width) in itertools.product(
         ("gather", "spread"), zip(both, ("wide", "odd"), strict=True)
     ):
-        found.append(Variant(kernel, "everything", dtype, dtype, width))
-    found.append(Variant("mark", ""))
+        results.append(Variant(kernel, "everything", dtype, dtype, width))
+    results.append(Variant("mark", ""))
     everything = Variant("jsd", "everything", sharded=True)
-    found += [everything._replace(stage=stage) for stage in ("statistics", "gradient")]
-    return found + [everything._replace(divergence=kernel) for kernel in ("gather", "spread")]
+    results += [everything._replace(stage=stage) for stage in ("statistics", "gradient")]
+    return results + [everything._replace(divergence=kernel) for kernel in ("gather", "spread")]
 
 
 def _timed_variants(every_divergence: bool) -> list[Variant]:
     """Timed tiles, whatever the target: what an architecture does not have is compiled with the rule's."""
-    found = []
+    results = []
     for _, itemsize, closed_form, columns in TILES:
         dtype = "fp32" if itemsize == 4 else "bf16"
         names = [
@@ -130,8 +130,8 @@ def _timed_variants(every_divergence: bool) -> list[Variant]:
             if (make().closed_form is not None) == closed_form
         ]
         for name in names if every_divergence else names[:1]:
-            found.append(Variant(name, "hinton", dtype, dtype, f"timed {columns}"))
-    return found
+            results.append(Variant(name, "hinton", dtype, dtype, f"timed {columns}"))
+    return results
 
 
 def _full() -> list[Variant]:
@@ -157,71 +157,71 @@ def _full() -> list[Variant]:
 
 def _pairs() -> list[Variant]:
     both = ["fp32", "bf16"]
-    found = [Variant(divergence, "hinton") for divergence in DIVERGENCES]
+    results = [Variant(divergence, "hinton") for divergence in DIVERGENCES]
     for divergence in ("forward_kl", "jsd", "squared_error"):
-        found.append(Variant(divergence, "distillation", "fp32", "fp32"))
+        results.append(Variant(divergence, "distillation", "fp32", "fp32"))
     # A closed form with all its moments, three sweeps, and no normaliser.
     for divergence, dtype in itertools.product(("mixture", "jsd", "squared_error"), both):
-        found.append(Variant(divergence, "everything", dtype, dtype))
+        results.append(Variant(divergence, "everything", dtype, dtype))
     for width in ("narrow", "medium", "odd"):
-        found.append(Variant("forward_kl", "hinton", *both[:1] * 2, width))
-        found.append(Variant("jsd", "everything", *both[1:] * 2, width))
-    found += [
+        results.append(Variant("forward_kl", "hinton", *both[:1] * 2, width))
+        results.append(Variant("jsd", "everything", *both[1:] * 2, width))
+    results += [
         Variant("forward_kl", "value"),
         Variant("jsd", "value"),
         Variant("jsd", "cross-entropy"),
     ]
-    found += [
+    results += [
         Variant("forward_kl", "hinton", "bf16", "fp32"),
         Variant("jsd", "hinton", "fp16", "fp16"),
     ]
-    found += [Variant("scale", "", dtype) for dtype in DTYPES]
+    results += [Variant("scale", "", dtype) for dtype in DTYPES]
     for width, kind in itertools.product(WIDTHS, ("hinton", "everything")):
         if width.startswith("one tile"):
-            found.append(Variant("jsd", kind, "fp32", "fp32", width))
-    found += _timed_variants(every_divergence=True)
-    found += apart_variants(["wide"])
-    found += shared_variants(["mixture"], ["wide"]) + shared_variants(["jsd"], ["odd"])
+            results.append(Variant("jsd", kind, "fp32", "fp32", width))
+    results += _timed_variants(every_divergence=True)
+    results += apart_variants(["wide"])
+    results += shared_variants(["mixture"], ["wide"]) + shared_variants(["jsd"], ["odd"])
     mark, *others = topk_variants(
         ["wide", "odd"]
     )  # of which float32 is wide here, and bfloat16 odd
-    found += [mark, *others[::4], *others[3::4]]
+    results += [mark, *others[::4], *others[3::4]]
     everything = Variant("jsd", "everything", sharded=True)
-    found += [everything._replace(stage=stage) for stage in ("statistics", "gradient")]
-    return found + [everything._replace(divergence=kernel) for kernel in ("gather", "spread")]
+    results += [everything._replace(stage=stage) for stage in ("statistics", "gradient")]
+    return results + [everything._replace(divergence=kernel) for kernel in ("gather", "spread")]
 
 
 def shared_variants(divergences: Sequence[str], widths: Sequence[str]) -> list[Variant]:
     """The stages of rows that several programs share: bare in float32, and with all that a row may have."""
-    found = []
+    results = []
     for divergence, width in itertools.product(divergences, widths):
         stages = ["statistics", "gradient"]
         if fastkd.DIVERGENCES[divergence]().closed_form is None:
             stages[1:1] = ["sums"]
         for stage in stages:
-            found.append(Variant(divergence, "distillation", "fp32", "fp32", width, stage))
-            found.append(Variant(divergence, "everything", "bf16", "bf16", width, stage))
-    return found
+            results.append(Variant(divergence, "distillation", "fp32", "fp32", width, stage))
+            results.append(Variant(divergence, "everything", "bf16", "bf16", width, stage))
+    return results
 
 
 def apart_variants(widths: Sequence[str]) -> list[Variant]:
     """Divergences that compare the label's token apart from the others: rows of one program, and of several."""
-    found = []
+    results = []
     for divergence, width in itertools.product(divergences.WITH_LABELS, widths):
-        found.append(Variant(divergence, "hinton", "fp32", "fp32", width))
-        found.append(Variant(divergence, "everything", width=width))
+        results.append(Variant(divergence, "hinton", "fp32", "fp32", width))
+        results.append(Variant(divergence, "everything", width=width))
         for stage in ("statistics", "gradient"):
-            found.append(Variant(divergence, "everything", width=width, stage=stage))
-    return found
+            results.append(Variant(divergence, "everything", width=width, stage=stage))
+    return results
 
 
 def topk_variants(widths: Sequence[str]) -> list[Variant]:
     """The kernels of a sparse teacher: bare, and with all that a row may have."""
-    found = [Variant("mark", "")]
+    results = [Variant("mark", "")]
     for kernel, kind in itertools.product(("gather", "spread"), ("distillation", "everything")):
         for dtype, width in itertools.product(("fp32", "bf16"), widths):
-            found.append(Variant(kernel, kind, dtype, dtype, width))
-    return found
+            results.append(Variant(kernel, kind, dtype, dtype, width))
+    return results
 
 
 def _launch(variant: Variant, target: str) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
@@ -283,8 +283,8 @@ def _launch(variant: Variant, target: str) -> tuple[Any, tuple[Any, ...], dict[s
 def _launch_shard(kernels: Any, *given: Any) -> None:
     """The steps of one of four processes."""
     call = ShardCall(*given)
-    found = kernels.shard_statistics(call)
-    call = call._replace(statistics=found._replace(gathered=torch.stack([found.gathered] * 4)))
+    actual = kernels.shard_statistics(call)
+    call = call._replace(statistics=actual._replace(gathered=torch.stack([actual.gathered] * 4)))
     sums = kernels.shard_sums(call)
     kernels.shard_results(call._replace(sums=None if sums is None else torch.stack([sums] * 4)))
 
@@ -345,9 +345,9 @@ def _run(target: str, grid: str, cache: Path, **settings: str) -> dict[Variant, 
 
 
 def _check(target: str, grid: str, cache: Path) -> None:
-    found = _run(target, grid, cache)
-    assert list(found) == variants(grid)
-    spilled = [f"{variant}: {used}" for variant, used in found.items() if used.spills]
+    actual = _run(target, grid, cache)
+    assert list(actual) == variants(grid)
+    spilled = [f"{variant}: {used}" for variant, used in actual.items() if used.spills]
     assert not spilled, "\n".join(spilled)
 
 
@@ -377,8 +377,8 @@ def test_older_tritons_compile_the_kernels(release: str, tmp_path: Path) -> None
     requirement = ["--no-deps", "--target", str(folder), f"triton=={release}"]
     subprocess.run([sys.executable, "-m", "pip", "install", "-q", *requirement], check=True)
     path = os.pathsep.join([str(folder), str(PACKAGE)])
-    found = _run("cuda:90", "pairs", tmp_path / "cache", PYTHONPATH=path)
-    assert list(found) == variants("pairs")
+    actual = _run("cuda:90", "pairs", tmp_path / "cache", PYTHONPATH=path)
+    assert list(actual) == variants("pairs")
 
 
 def test_every_tile_of_the_rule_is_compiled() -> None:

@@ -114,7 +114,7 @@ def truth(
     dtype: torch.dtype = torch.float64,
 ) -> Result:
     """By autograd; every row counts and every label is valid."""
-    given = [x.to(dtype).requires_grad_() for x in (student, teacher)]
+    inputs = [x.to(dtype).requires_grad_() for x in (student, teacher)]
     count, columns = len(student), options.vocab_size
     labels = rows.labels
     assert labels is not None
@@ -123,8 +123,8 @@ def truth(
         z = x[:, :columns] * scale
         return softcap * (z / softcap).tanh() if softcap else z
 
-    s = adjusted(given[0], options.logit_scale, options.softcap)
-    t = adjusted(given[1], options.teacher_logit_scale, options.teacher_softcap)
+    s = adjusted(inputs[0], options.logit_scale, options.softcap)
+    t = adjusted(inputs[1], options.teacher_logit_scale, options.teacher_softcap)
     spread = tuple(
         torch.full((count, 1), at, dtype=dtype, device=s.device)
         if each is None
@@ -141,7 +141,7 @@ def truth(
     weight = torch.ones_like(distillation) if rows.weight is None else rows.weight.to(dtype)
     alpha = options.alpha
     loss = weight * (alpha * distillation + (1 - alpha) * cross_entropy)
-    gradients = torch.autograd.grad(loss.sum(), given)
+    gradients = torch.autograd.grad(loss.sum(), inputs)
     log_q = (s / spread[0]).log_softmax(-1)
     entropy = -(log_q.exp() * log_q).sum(-1)
     parts = distillation, cross_entropy if alpha < 1 else torch.zeros_like(cross_entropy), entropy
@@ -167,14 +167,14 @@ def compare(
     else:
         exact = oracle(student.double(), teacher.double(), rows, options, want)
         plain = oracle(student.float(), teacher.float(), rows, options, want)
-    found = kernels.kd_rows(student, teacher, rows, options, want)
+    actual = kernels.kd_rows(student, teacher, rows, options, want)
     spread = [options.temperature, options.teacher_temperature]
     for side, each in enumerate((rows.temperature, rows.teacher_temperature)):
         spread[side] = spread[side] if each is None else float(each.nan_to_num(1.0).max())
     squared = spread[0] ** 2 if options.scale_by_temperature else 1.0
     parts = (divergence.params[0] if divergence.name != "apart" else 1.0) + divergence.target.weight
     weight = 1.0 if rows.weight is None else float(rows.weight.abs().max())
-    for name, value, right, other in zip(Result._fields, found, exact, plain, strict=True):
+    for name, value, right, other in zip(Result._fields, actual, exact, plain, strict=True):
         if value is None:
             continue
         assert torch.equal(value.isnan(), right.isnan()), (name, value, right)
@@ -193,7 +193,7 @@ def compare(
             )
             bar = value_bar(other, right, size * max(weight, 1.0))
         assert_within(name, value, right, bar)
-    return found
+    return actual
 
 
 def labels_of(*labels: int) -> Rows:
@@ -282,8 +282,8 @@ def test_parts_of_no_weight(made: Divergence) -> None:
     compare(*pair(1, 37), labels_of(36), made, **WARM)
     student, teacher = pair(1, 37)
     student[0, 3] = -INF
-    found = launch(student, teacher, labels_of(36), made, Want())
-    assert found.loss.isinf().item() == (made.name == "dkd" and made.params[0] > 0)
+    actual = launch(student, teacher, labels_of(36), made, Want())
+    assert actual.loss.isinf().item() == (made.name == "dkd" and made.params[0] > 0)
 
 
 # Of the others: shared, of one side, a whole tile; the label's own (column 4), of one side or both.
@@ -312,10 +312,10 @@ def test_infinities(divergence: Divergence) -> None:
     both = 0
     if divergence.name == "nkd":  # the last two rows have 0 log 0 in p_y log q_y
         both = 2
-        found = launch(
+        actual = launch(
             student[-both:], teacher[-both:], labels_of(4, 4), divergence, Want(True), **WARM
         )
-        assert found.loss.isfinite().all() and found.student_gradient.isfinite().all()
+        assert actual.loss.isfinite().all() and actual.student_gradient.isfinite().all()
     student, teacher = student[: len(GONE) - both], teacher[: len(GONE) - both]
     rows = labels_of(*[4] * len(student))
     compare(student, teacher, rows, divergence, reference.kd_rows, alpha=0.6, **WARM)
@@ -331,9 +331,9 @@ def test_what_is_invalid_poisons_its_row(divergence: Divergence, alpha: float) -
     want = Want(True, divergence.degree is not None)
     clean = launch(student[:1], teacher[:1], Rows(labels[:1]), divergence, want, alpha=alpha)
     student[4, 6] = teacher[5, 6] = student[6] = math.nan
-    found = launch(student, teacher, Rows(labels), divergence, want, alpha=alpha)
+    actual = launch(student, teacher, Rows(labels), divergence, want, alpha=alpha)
     for name in ("loss", "student_gradient", "teacher_gradient"):
-        value = getattr(found, name)
+        value = getattr(actual, name)
         if value is not None:
             assert value[1:6].isnan().all(), name
             assert torch.equal(value[:1], getattr(clean, name)), name
@@ -346,8 +346,8 @@ def test_what_is_invalid_poisons_its_row(divergence: Divergence, alpha: float) -
 def test_equal_distributions(divergence: Divergence) -> None:
     student, _ = pair(2, 37)
     spread = {"temperature": 0.7, "teacher_temperature": 0.7}
-    found = launch(student, student.clone(), labels_of(16, 36), divergence, **spread)
-    for value in (found.loss, found.student_gradient, found.teacher_gradient):
+    actual = launch(student, student.clone(), labels_of(16, 36), divergence, **spread)
+    for value in (actual.loss, actual.student_gradient, actual.teacher_gradient):
         assert value.abs().max() <= (0.0 if divergence.name == "dkd" else 1e-6)
 
 
@@ -386,10 +386,10 @@ def test_only_what_is_wanted(divergence: Divergence, alpha: float) -> None:
     everything = launch(student, teacher, labels_of(17), divergence, **options)
     for value in everything:
         assert value.isfinite().all()
-    given = torch.full_like(teacher, math.nan) if alpha == 0 else teacher
+    inputs = torch.full_like(teacher, math.nan) if alpha == 0 else teacher
     for want in (Want(), Want(False, True), Want(True, inplace=True)):
-        found = launch(student.clone(), given, labels_of(17), divergence, want, **options)
-        for name, value in zip(Result._fields, found, strict=True):
+        actual = launch(student.clone(), inputs, labels_of(17), divergence, want, **options)
+        for name, value in zip(Result._fields, actual, strict=True):
             if value is not None:
                 assert torch.equal(value, getattr(everything, name)), (name, want)
 
@@ -449,12 +449,12 @@ def test_shards_with_infinities_and_nan(
     student[0, 30], teacher[1, :30] = -INF, -INF
     compare(student, teacher, labels_of(30, 39, 29), divergence, reference.kd_rows, **HALF, **WARM)
     teacher[0, 30] = math.nan
-    found = launch(student, teacher, labels_of(30, -1, 60), divergence, Want(True), alpha=0.5)
-    assert found.loss.isnan().tolist() == [True, True, False]
+    actual = launch(student, teacher, labels_of(30, -1, 60), divergence, Want(True), alpha=0.5)
+    assert actual.loss.isnan().tolist() == [True, True, False]
 
 
 def test_what_shards_exchange(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two numbers more, and only where a token is apart."""
+    """Rows have two more statistics only if the label has a separate term."""
     student, teacher = pair(2, 7)
     for divergence, fields in (
         ("dkd", split.FIELDS + split.LABEL_TERM_FIELDS),
@@ -463,10 +463,10 @@ def test_what_shards_exchange(monkeypatch: pytest.MonkeyPatch) -> None:
         shard = fastkd.call.contract.Shard(7, 21, 7, 1, None)
         options = Options(fastkd.divergences.resolve(divergence), vocab_size=7, shard=shard)
         result = Result(torch.empty(2, device=DEVICE), torch.empty(()))
-        found = kernels.shard_statistics(
+        actual = kernels.shard_statistics(
             ShardCall(student, teacher, labels_of(1, 8), options, result)
         )
-        assert found.gathered.shape == (2, fields)
+        assert actual.gathered.shape == (2, fields)
 
 
 # What a row costs, and that it is served
@@ -489,7 +489,7 @@ def test_the_public_function_runs_it(monkeypatch: pytest.MonkeyPatch) -> None:
     student, teacher = pair(2, 37)
     labels = torch.tensor([-100, 36], device=DEVICE)
     for name in ("dkd", "nkd"):
-        found = []
+        results = []
         for backend in ("triton", "reference"):
             s = student.clone().requires_grad_()
             t = teacher.clone().requires_grad_(name == "dkd")
@@ -497,7 +497,7 @@ def test_the_public_function_runs_it(monkeypatch: pytest.MonkeyPatch) -> None:
                 s, t, labels, divergence=name, temperature=2.0, alpha=0.5, backend=backend
             )
             loss.sum().backward()
-            found.append((loss.detach(), s.grad, *([t.grad] if name == "dkd" else [])))
-        torch.testing.assert_close(*found, rtol=1e-5, atol=1e-5)
+            results.append((loss.detach(), s.grad, *([t.grad] if name == "dkd" else [])))
+        torch.testing.assert_close(*results, rtol=1e-5, atol=1e-5)
     assert ran == ["triton", "reference"] * 2
     assert registry.load("triton").shard_results is kernels.shard_results

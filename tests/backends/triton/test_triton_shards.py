@@ -57,12 +57,12 @@ def narrow_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def in_shards(monkeypatch: pytest.MonkeyPatch) -> Iterator[InShards]:
-    """What backend="triton" is meanwhile."""
+    """The backend that backend="triton" selects in these tests."""
+    actual = InShards(kernels, SHARES)
     load = registry.load
-    found = InShards(load("triton"), SHARES)
-    monkeypatch.setattr(registry, "load", lambda name: found if name == "triton" else load(name))
-    yield found
-    assert found.calls
+    monkeypatch.setattr(registry, "load", lambda name: actual if name == "triton" else load(name))
+    yield actual
+    assert actual.calls
 
 
 @pytest.fixture(params=[pytest.param("triton", marks=pytest.mark.heavy)])
@@ -101,7 +101,7 @@ def test_labels(in_shards: InShards, divergence: str) -> None:
 def test_one_program_of_each_process(
     in_shards: InShards, monkeypatch: pytest.MonkeyPatch, divergence: str
 ) -> None:
-    """As where rows alone fill a device: what the processes left is then strided until it is copied."""
+    """Enough rows fill a device; the partial results of processes are then strided until they are copied."""
     monkeypatch.setattr(kernels, "shard_plan", split.shard_plan)
     assert split.shard_plan(3, Shard(0, 61, 30, 0, None)).num_splits == 1
     labels = torch.tensor([30, 39, 60], device=DEVICE)
@@ -110,7 +110,7 @@ def test_one_program_of_each_process(
 
 @pytest.mark.parametrize("divergence", ["mixture", "jsd"])
 def test_everything_at_once(in_shards: InShards, divergence: str) -> None:
-    """Softcaps, scales, two temperatures, and 41 columns that count of 43, in bfloat16; two dropped rows."""
+    """Softcaps, scales, two temperatures, 41 counted columns of 43, and two dropped rows, in bfloat16."""
     options = OPTIONS["everything"] | {"temperature": torch.tensor([0.7, 3.0, 1.0, 2.0])}
     del options["labels"]
     labels = torch.tensor([5, -100, 40, 7], device=DEVICE)
@@ -141,10 +141,10 @@ def test_log_0_of_shards(in_shards: InShards, divergence: str, gone: list[tuple[
         student[:2, first:last] = -INF
         teacher[::2, first:last] = -INF
     rows, options = Rows(torch.tensor([35, 33, 32])), {"alpha": 0.5, "temperature": 2.0}
-    found = launch(in_shards, student, teacher, rows, divergence, **options)
-    given = Options(resolve(divergence), vocab_size=61, **options)
-    wanted = reference.kd_rows(student, teacher, rows, given, Want(True, True, True))
-    torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-6, equal_nan=True)
+    actual = launch(in_shards, student, teacher, rows, divergence, **options)
+    inputs = Options(resolve(divergence), vocab_size=61, **options)
+    wanted = reference.kd_rows(student, teacher, rows, inputs, Want(True, True, True))
+    torch.testing.assert_close(actual, wanted, rtol=1e-5, atol=1e-6, equal_nan=True)
 
 
 @pytest.mark.parametrize("divergence", ["mixture", "jsd"])
@@ -160,8 +160,8 @@ def test_common_offset(in_shards: InShards, divergence: str) -> None:
 def test_what_is_invalid_poisons_its_row(in_shards: InShards) -> None:
     student, teacher = pair(5, 61)
     labels = torch.tensor([5, -1, 61, 2**40, 60], device=DEVICE)
-    found = launch(in_shards, student, teacher, Rows(labels), alpha=0.5)
-    for value in (found.loss, found.student_gradient, found.teacher_gradient):
+    actual = launch(in_shards, student, teacher, Rows(labels), alpha=0.5)
+    for value in (actual.loss, actual.student_gradient, actual.teacher_gradient):
         assert value is not None
         assert value[1:4].isnan().all() and value[::4].isfinite().all()
 
@@ -181,11 +181,11 @@ def test_in_place_in_any_order(
     monkeypatch.setattr(
         builder, "set_grid_idx", lambda x, y, z: place(x, builder.grid_dim[1] - 1 - y, z)
     )
-    for given in (student.clone(), student.repeat_interleave(2, -1)[..., ::2]):
+    for inputs in (student.clone(), student.repeat_interleave(2, -1)[..., ::2]):
         want = Want(True, inplace=True)
-        same(launch(in_shards, given, teacher, rows, divergence, want, **options), wanted)
+        same(launch(in_shards, inputs, teacher, rows, divergence, want, **options), wanted)
         assert wanted.student_gradient is not None
-        assert torch.equal(given, wanted.student_gradient)
+        assert torch.equal(inputs, wanted.student_gradient)
 
 
 @pytest.mark.parametrize("lanes", [4, 8])
@@ -211,24 +211,26 @@ def test_what_is_exchanged(monkeypatch: pytest.MonkeyPatch) -> None:
     for divergence, alpha, statistics, sums in cases:
         options = Options(resolve(divergence), alpha, vocab_size=7, shard=Shard(7, 21, 7, 1, None))
         call = ShardCall(student, teacher, Rows(labels), options, result)
-        found = kernels.shard_statistics(call)
-        assert found.gathered.shape == (2, 2 * split.FIELDS * statistics)
-        found = found._replace(gathered=torch.stack([found.gathered] * 3))
-        left = kernels.shard_sums(call._replace(statistics=found))
+        actual = kernels.shard_statistics(call)
+        assert actual.gathered.shape == (2, 2 * split.FIELDS * statistics)
+        actual = actual._replace(gathered=torch.stack([actual.gathered] * 3))
+        left = kernels.shard_sums(call._replace(statistics=actual))
         assert (left is not None) == sums
         assert left is None or left.shape == (2, 2 * 2)
 
 
 def test_no_rows(in_shards: InShards) -> None:
-    found = launch(in_shards, *pair(0, 61), Rows())
-    assert found.loss.shape == (0,)
+    actual = launch(in_shards, *pair(0, 61), Rows())
+    assert actual.loss.shape == (0,)
 
 
 def test_the_plan_is_one_for_all_processes() -> None:
     def programs(rows: int, total: int, widest: int) -> int:
-        found = {split.shard_plan(rows, Shard(first, total, widest, 0, None)) for first in (0, 99)}
-        assert len(found) == 1
-        return found.pop().num_splits
+        results = {
+            split.shard_plan(rows, Shard(first, total, widest, 0, None)) for first in (0, 99)
+        }
+        assert len(results) == 1
+        return results.pop().num_splits
 
     assert programs(4096, 128_256, 16_032) == 1, "rows that fill a device"
     assert programs(1, 1000, 500) == 1, "narrow rows"
@@ -257,7 +259,7 @@ def test_sparse_teachers(in_shards: InShards, tail: str) -> None:
 
 
 def test_sparse_teachers_with_all_that_a_row_may_have(in_shards: InShards) -> None:
-    """41 columns that count of 43, offsets, a dropped row, a weight and a temperature of its own for each."""
+    """41 counted columns of 43, offsets, a dropped row, and a weight and a temperature per row."""
     check_topk(
         "triton",
         logits(4, 43, seed=9) + torch.tensor([0.0, 100.0, -1e4, 0.0]).unsqueeze(-1),
@@ -277,11 +279,11 @@ def test_a_sparse_row_that_is_not_valid(in_shards: InShards) -> None:
     logprobs = torch.full((3, 2), math.log(0.4), device=DEVICE)
     rows = Rows(ids=ids, tail_logprob=torch.full((3,), math.log(0.2), device=DEVICE))
     student = logits(3, 61, seed=1).to(DEVICE)
-    found = launch(in_shards, student, logprobs, rows, want=Want(True), tail="bucket")
-    assert found.student_gradient is not None
-    for value in (found.loss, found.student_gradient):
+    actual = launch(in_shards, student, logprobs, rows, want=Want(True), tail="bucket")
+    assert actual.student_gradient is not None
+    for value in (actual.loss, actual.student_gradient):
         assert value[:2].isnan().all() and value[2].isfinite().all()
-    given = student.repeat_interleave(2, -1)[..., ::2]
+    inputs = student.repeat_interleave(2, -1)[..., ::2]
     want = Want(True, inplace=True)
-    same(launch(in_shards, given, logprobs, rows, want=want, tail="bucket"), found)
-    assert torch.equal(given.nan_to_num(7e7), found.student_gradient.nan_to_num(7e7))
+    same(launch(in_shards, inputs, logprobs, rows, want=want, tail="bucket"), actual)
+    assert torch.equal(inputs.nan_to_num(7e7), actual.student_gradient.nan_to_num(7e7))

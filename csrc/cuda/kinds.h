@@ -1,0 +1,170 @@
+// The kinds of rows that a cluster computes: with a dense teacher, with a vocabulary shard of one, and with a sparse teacher.
+// Each says what a block does in a phase.
+#pragma once
+#include "block.h"
+
+namespace fastkd::cuda {
+
+// A row with a dense teacher.
+template <class Divergence>
+struct Dense {
+  static FASTKD_DEVICE void open(const Call& call, int64_t index, RowState& row) {
+    statistics_are_exchanged(call) ? open_dense_shard(call, index, row) : open_row(call, index, row);
+  }
+
+  Block& block;
+
+  FASTKD_DEVICE void prepare() {
+    if (block.call.shard.step == Step::results) block.each_stage([](Range, int) {});
+  }
+
+  FASTKD_DEVICE bool has_statistics() const { return needs_statistics(block.call, block.row()); }
+
+  FASTKD_DEVICE bool statistics_are_known() const { return statistics_are_exchanged(block.call); }
+  FASTKD_DEVICE bool sums_are_known() const { return block.call.shard.step == Step::results; }
+
+  template <bool LOG_0>
+  FASTKD_DEVICE Statistics statistics() {
+    Statistics local = empty_statistics<LOG_0>(block.row());
+    block.each_stage([&](Range range, int stage) {
+      add_statistics<LOG_0>(local, block.call, block.row(), block.place, range, block.slice(0).stage(stage),
+                            block.slice(1).stage(stage));
+    });
+    return local;
+  }
+
+  FASTKD_DEVICE void finish_phase() {
+    finish_statistics(block.call, block.row());
+    const Statistics& all = block.row().statistics;
+    if (has_label_term(block.call))
+      finish_label_term(block.call, block.row(), all.s_exp_sum + all.s_max_count, all.t_exp_sum + all.t_max_count,
+                        all.s_exp_sum_t1 + all.s_max_count, all.t_exp_sum_t1 + all.t_max_count);
+  }
+  FASTKD_DEVICE void finish_phase(const Sums& all) { finish_sums<Divergence>(block.call, block.row(), all); }
+
+  template <bool LOG_0>
+  FASTKD_DEVICE Sums sums() {
+    Sums local{0, 0};
+    block.each_stage([&](Range range, int stage) {
+      add_sums<Divergence, LOG_0>(local, block.call, block.row(), block.place, range, block.slice(0).stage(stage),
+                                  block.slice(1).stage(stage));
+    });
+    return local;
+  }
+
+  FASTKD_DEVICE void finish_row() {
+    if (block.call.shard.step != Step::sums)
+      write_value(block.call, block.row(), block.place.rank);
+    else if (block.place.rank == 0)
+      store_partial_sums(block.call, block.row());
+  }
+  FASTKD_DEVICE void start_gradients(const Slice&) {}
+
+  FASTKD_DEVICE void gradient(Range range, int stage, char* student_to, char* teacher_to) {
+    const char *student = block.slice(0).stage(stage), *teacher = block.slice(1).stage(stage);
+    if (block.row().log_0_policy)
+      gradients<Divergence, true>(block.call, block.row(), block.place, range, student, teacher, student_to,
+                                  teacher_to);
+    else
+      gradients<Divergence, false>(block.call, block.row(), block.place, range, student, teacher, student_to,
+                                   teacher_to);
+  }
+};
+
+// The first step of a row with a dense teacher whose vocabulary is divided among ranks.
+struct DenseShard {
+  static FASTKD_DEVICE void open(const Call& call, int64_t index, RowState& row) {
+    open_row(call, index, row);
+    choose_pivot(call, row);
+  }
+
+  Block& block;
+
+  FASTKD_DEVICE ShardStatistics shard_statistics() {
+    ShardStatistics local{empty_statistics<false>(block.row()), -INF, -INF};
+    block.each_stage([&](Range range, int stage) {
+      add_shard_statistics(local, block.call, block.row(), block.place, range, block.slice(0).stage(stage),
+                           block.slice(1).stage(stage));
+    });
+    return local;
+  }
+
+  FASTKD_DEVICE void finish_row() {}
+  FASTKD_DEVICE void start_gradients(const Slice&) {}
+  FASTKD_DEVICE void gradient(Range, int, char*, char*) {}
+};
+
+// A row with a sparse teacher.
+struct Sparse {
+  static FASTKD_DEVICE void open(const Call& call, int64_t index, RowState& row) {
+    statistics_are_exchanged(call) ? open_sparse_shard(call, index, row) : open_topk_row(call, index, row);
+    if (call.shard.step == Step::statistics) choose_pivot(call, row);
+  }
+
+  Block& block;
+
+  FASTKD_DEVICE void prepare() {
+    const Call& call = block.call;
+    RowState& row = block.row();
+    uint32_t* bits = block.bits();
+    for (int i = block.place.thread; i <= call.slice / 32; i += call.threads) bits[i] = 0;
+    sync_block();
+    SparseStatistics local = empty_sparse_statistics(row);
+    mark_tokens(call, row, block.place, bits, local, [](uint32_t* word, uint32_t bit) { return set_bits(word, bit); });
+    sync_block();
+    if (statistics_are_exchanged(call)) return block.each_stage([](Range, int) {});
+    block.each_stage([&](Range range, int stage) {
+      add_sweep(local.sweep, call, row, block.place, range, block.slice(0).stage(stage), bits);
+    });
+    gather_tokens(call, row, block.place, block.slice(0), local);
+    const SparseStatistics all = block.merged(local);
+    if (block.leads()) {
+      if (call.shard.step == Step::all)
+        finish_sweep(call, row, all);
+      else if (block.place.rank == 0)
+        store_partial(call, row, all);
+    }
+    sync_block();
+  }
+
+  FASTKD_DEVICE bool has_statistics() const { return true; }
+
+  FASTKD_DEVICE bool statistics_are_known() const { return false; }  // those of events are not exchanged
+  FASTKD_DEVICE bool sums_are_known() const { return false; }
+
+  template <bool LOG_0>
+  FASTKD_DEVICE Statistics statistics() {
+    return event_statistics<LOG_0>(block.call, block.row(), block.place, block.slice(0));
+  }
+
+  FASTKD_DEVICE void finish_phase() { finish_events(block.call, block.row()); }
+  FASTKD_DEVICE void finish_phase(const Sums& all) { finish_event_sums(block.call, block.row(), all); }
+
+  template <bool LOG_0>
+  FASTKD_DEVICE Sums sums() {
+    return event_sums<LOG_0>(block.call, block.row(), block.place, block.slice(0));
+  }
+
+  FASTKD_DEVICE void finish_row() {
+    if (block.call.shard.step == Step::statistics) return;
+    if (block.row().tail.teacher_is_silent) block.row().phi = 0;
+    if (block.row().tail.teacher_is_invalid) block.row().phi = NAN;
+    write_value(block.call, block.row(), block.place.rank);
+    finish_tail(block.call, block.row());
+  }
+
+  FASTKD_DEVICE void start_gradients(const Slice& to) {
+    if (!to.memory) return;
+    if (block.row().log_0_policy)
+      token_gradients<true>(block.call, block.row(), block.place, block.slice(0), to);
+    else
+      token_gradients<false>(block.call, block.row(), block.place, block.slice(0), to);
+    sync_block();
+  }
+
+  FASTKD_DEVICE void gradient(Range range, int stage, char* to, char*) {
+    if (to) scatter_tail(block.call, block.row(), block.place, range, block.slice(0).stage(stage), block.bits(), to);
+  }
+};
+
+}  // namespace fastkd::cuda
