@@ -219,7 +219,7 @@ def test_every_launch_is_of_readable_tensors() -> None:
 
 
 def test_an_address_of_what_its_memory_does_not_hold_raises() -> None:
-    with pytest.raises(TypeError, match="does not say that it is one"):
+    with pytest.raises(TypeError, match="must be resolved before its address"):
         tensors.address(negated(torch.ones(2)))
     with pytest.raises(TypeError, match="a Tensor on meta has no memory"):
         tensors.address(torch.ones(2, device="meta"))
