@@ -80,7 +80,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_report_header(config: pytest.Config) -> str | None:
-    """Report stacks tests once, because they are left out, not skipped."""
+    """Report once that the tests of other stacks are left out; they are not listed as skipped."""
     return None if _with_stacks(config) else "tests of other stacks: left out (make test-stacks)"
 
 
@@ -146,7 +146,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def _present(name: str) -> str:
-    """Fail the tests of a backend that cannot run here, so that a broken build is never green."""
+    """The backend's name; fails the test if the backend cannot run, so that a broken build is never green."""
     obstacle = fastkd.available_backends()[name]
     if obstacle is not None:
         pytest.fail(
@@ -176,7 +176,7 @@ def any_backend(request: pytest.FixtureRequest) -> Iterator[str]:
 
 
 def _instruction_sets() -> list[str]:
-    """The instruction sets of the native extension; if it is missing, tests that need them are skipped."""
+    """Instruction sets of the native extension; empty if it is missing, and their tests are then skipped."""
     try:
         from fastkd import _C
     except ImportError:

@@ -59,7 +59,7 @@ def undecided() -> Iterator[None]:
         (Request("cpu", BF16, F16, KL), ALL, "cpu", None),
         (Request("cuda", F32, F32, KL), ALL, "triton", None),
         (Request("xpu", BF16, F32, KL), ALL, "triton", None),
-        # Triton compiles a definition of the user's; the extension holds those of the table.
+        # Triton compiles user-defined divergences; the extension has only those of the table.
         (Request("cuda", F32, F32, THEIRS), ALL, "triton", None),
         (
             Request("cpu", F32, F32, THEIRS),
@@ -98,7 +98,7 @@ def undecided() -> Iterator[None]:
             "portable",
             "triton: no triton. pip install it",
         ),
-        # What another device lacks is not this one's business.
+        # Obstacles on another device do not matter.
         (Request("cpu", F32, F32, KL), ALL | {"triton": NO_TRITON}, "cpu", None),
         (Request("cuda", F32, F32, KL), ALL | {"cpu": NO_COMPILER}, "triton", None),
     ],
@@ -130,7 +130,7 @@ def test_available_backends() -> None:
 
 
 @pytest.mark.usefixtures("undecided")
-def test_auto_takes_the_kernels(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_auto_chooses_the_kernels(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where the extension is built, it runs; `backend` fails here where it is not."""
     ran = ran_on(monkeypatch, "portable", *({"cpu"} & {backend}))
     monkeypatch.setenv("FASTKD_STRICT", "0")
@@ -184,15 +184,13 @@ def test_strict_makes_a_fallback_an_error(monkeypatch: pytest.MonkeyPatch) -> No
         kd_loss(student, teacher)
     assert "FASTKD_STRICT=1 forbids the fallback to portable" in str(error.value)
     assert "no compiler. Install one" in str(error.value)
-    kd_loss(student, teacher, backend="reference")  # asked for, and so no fallback
+    kd_loss(student, teacher, backend="reference")  # requested, so it is not a fallback
     monkeypatch.setenv("FASTKD_STRICT", "0")
     kd_loss(student, teacher)
 
 
 @pytest.mark.parametrize("version", ["3.4.0", "3.5.0", "3.10.1+git", "4.0.0"])
-def test_a_triton_that_is_too_old_is_an_obstacle(
-    monkeypatch: pytest.MonkeyPatch, version: str
-) -> None:
+def test_an_old_triton_is_an_obstacle(monkeypatch: pytest.MonkeyPatch, version: str) -> None:
     monkeypatch.setattr(registry.importlib.metadata, "version", lambda name: version)
     obstacle = registry._triton_obstacle()
     if version != "3.4.0":
@@ -204,7 +202,7 @@ def test_a_triton_that_is_too_old_is_an_obstacle(
 
 
 @pytest.mark.usefixtures("undecided")
-def test_a_backend_asked_for_by_name_is_that_one_or_an_error(
+def test_a_backend_requested_by_name_runs_or_raises(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     student, teacher = logits(3, 9, seed=9), logits(3, 9, seed=10)
@@ -242,7 +240,7 @@ def test_a_backend_asked_for_by_name_is_that_one_or_an_error(
             Request("cuda", F32, BF16, KL),
             {80, 90},
             None,
-        ),  # fastkd.backends.cuda looks at the tensors' own device
+        ),  # fastkd.backends.cuda checks the tensors' own device
         (
             Request("cuda", F32, BF16, KL),
             {75, 80},
@@ -264,7 +262,7 @@ def test_where_the_cuda_kernels_run(
 
 
 @pytest.mark.usefixtures("undecided")
-def test_cuda_kernels_that_were_not_built(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_cuda_kernels_are_an_obstacle(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "fastkd._cuda", None)
     built = {"cuda_obstacle": {"reason": "nvcc was not found", "remedy": "Install CUDA"}}
     for record, reason in ((built, "nvcc was not found"), ({}, "the native extension is missing")):
@@ -275,7 +273,7 @@ def test_cuda_kernels_that_were_not_built(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 @pytest.mark.usefixtures("undecided")
-def test_a_checkout_that_was_not_built(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_extension_is_an_obstacle(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "fastkd._C", None)
     monkeypatch.setattr(registry, "_built", dict)
     registry.available_backends.cache_clear()
@@ -314,7 +312,7 @@ def test_fastkd_backend_overrides(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     "error", [RuntimeError("launch failed"), MemoryError(), FloatingPointError("NaN")]
 )
-def test_an_error_is_no_reason_to_fall_back(
+def test_an_error_does_not_cause_a_fallback(
     backend: str, error: Exception, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fails(*_: Any) -> None:
@@ -329,7 +327,7 @@ def test_an_error_is_no_reason_to_fall_back(
     registry._select.cache_clear()
 
 
-def test_a_backend_that_is_broken_is_no_reason_to_fall_back(
+def test_a_broken_backend_does_not_cause_a_fallback(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The backend's module exists, but raises when it is imported."""
@@ -342,7 +340,7 @@ def test_a_backend_that_is_broken_is_no_reason_to_fall_back(
         kd_loss(logits(3, 9, seed=13), logits(3, 9, seed=14), backend="reference")
 
 
-def test_nan_in_the_result_is_no_reason_to_fall_back(
+def test_nan_in_the_result_does_not_cause_a_fallback(
     backend: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ran = ran_on(monkeypatch, *{"reference", backend})
@@ -365,7 +363,7 @@ def _python(code: str, **environment: str) -> str:
     return done.stdout.strip()
 
 
-def test_import_loads_torch_alone() -> None:
+def test_importing_fastkd_loads_only_torch() -> None:
     """bench/studies/imports.py measures how long an import takes; what it may load is the same on any machine."""
     say = "print(*__import__('sys').modules, sep='\\n')"
     with_torch = set(_python(f"import torch; {say}").splitlines())
@@ -385,7 +383,7 @@ def test_import_loads_torch_alone() -> None:
     )
 
 
-def test_submodules_are_there_at_their_first_use() -> None:
+def test_submodules_are_imported_on_first_use() -> None:
     code = "import fastkd; print(fastkd.parallel.num_items.__name__, fastkd.teachers.cache.TeacherCache.__name__)"
     assert _python(code).split() == ["num_items", "TeacherCache"]
     with pytest.raises(AttributeError, match="'nothing'"):

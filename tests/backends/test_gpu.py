@@ -48,7 +48,7 @@ def _gradient(student: Tensor, teacher: Tensor, **options: Any) -> tuple[Tensor,
     return loss.detach(), torch.autograd.grad(loss.sum(), leaf)[0]
 
 
-# Tails of a vector, a tile and a slice; real vocabularies, an odd one (GPT-2's) among them.
+# Partial vectors, tiles and slices; real vocabularies, including an odd one (GPT-2's).
 WIDTHS = (1, 31, 2051, 4097, 32_768, 50_257, 128_256, 151_936, 262_144)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -97,7 +97,7 @@ def test_offsets_beyond_32_bits(on_gpu: str) -> None:
 
 
 @pytest.mark.parametrize("divergence", ["forward_kl", "jsd"])
-def test_bitwise_the_same_again(on_gpu: str, divergence: str) -> None:
+def test_results_are_bitwise_repeatable(on_gpu: str, divergence: str) -> None:
     student, teacher = _pair(64, 50_257, dtype=torch.bfloat16)
     first = _gradient(student, teacher, divergence=divergence, backend=on_gpu)
     for _ in range(5):
@@ -113,7 +113,7 @@ def no_synchronisation() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("no_synchronisation")
-def test_nothing_waits_for_the_device(on_gpu: str) -> None:
+def test_nothing_synchronizes_with_the_device(on_gpu: str) -> None:
     student, teacher = _pair(8, 5000)
     labels = torch.zeros(8, dtype=torch.int64, device=DEVICE)
     leaf = student.requires_grad_()
@@ -121,7 +121,7 @@ def test_nothing_waits_for_the_device(on_gpu: str) -> None:
     (2 * loss).backward()
 
 
-def test_a_graph_of_a_step(on_gpu: str) -> None:
+def test_a_step_in_a_cuda_graph(on_gpu: str) -> None:
     student, teacher = _pair(16, 32_000)
     labels = labels_for(16, vocabulary=32_000, seed=3, ignored=0.3).to(DEVICE)
     leaf = student.clone().requires_grad_()

@@ -83,7 +83,7 @@ def test_pieces_of_any_size(name: str, infinite: bool, monkeypatch: pytest.Monke
 
 @pytest.mark.parametrize("infinite", [False, True])
 @pytest.mark.parametrize("name", CALLS)
-def test_a_device_is_not_waited_for(
+def test_other_devices_are_not_synchronized(
     name: str, infinite: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The path of other devices, run on the CPU, reads no number of a tensor and gives the same results."""
@@ -114,7 +114,7 @@ def test_definitions_in_buffers(function: Any, dtype: torch.dtype) -> None:
     """A definition gives the same results in the buffers of a piece as when it is called directly."""
     divergence = _made(function)
     log_p, log_q = (logits(4, 50, seed=seed).to(dtype).log_softmax(-1) for seed in (5, 6))
-    log_p[:, :9] = log_q[:, :9]  # where conditions are at their edge
+    log_p[:, :9] = log_q[:, :9]  # values at the limits of the conditions
     ratio = log_p - log_q
     params = divergence.params
     if function is divergences._skew_forward_kl:
@@ -127,7 +127,7 @@ def test_definitions_in_buffers(function: Any, dtype: torch.dtype) -> None:
     close = 64 * torch.finfo(dtype).eps
     for term, right in zip(actual, wanted, strict=True):
         torch.testing.assert_close(term, right, rtol=close, atol=close)
-    # The probabilities are still there, and nothing shares memory.
+    # The probabilities are unchanged, and the results share no memory.
     assert all(torch.equal(*pair) for pair in zip(entry[:2], before, strict=True))
     inputs = {tensor.data_ptr() for tensor in entry[:2]}
     assert len(inputs | {term.data_ptr() for term in actual}) == len(inputs) + len(actual)
@@ -207,7 +207,7 @@ def test_memory_of_a_piece(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
         portable.kd_rows(student, teacher, rows, options, want)
     gradients = (1 + want.teacher_gradient) * student.nbytes
     assert gradients <= live.peak
-    small = 96 * 500 * 4 // 8  # numbers of a row
+    small = 96 * 500 * 4 // 8  # per-row numbers
     bound = pieces.piece_bytes(500, torch.float32, "cpu")
     assert live.peak - gradients <= bound + small, (
         (live.peak - gradients) / bound * pieces.PIECE_TEMPORARIES

@@ -24,10 +24,10 @@ from fastkd import TopK, calibration, kd_loss, online, sequences
 from fastkd.core import tensors
 from fastkd.parallel import collectives
 
-# The interpreter computes with NumPy, which warns of infinities and NaN where a GPU has no word for it.
+# The interpreter computes with NumPy, which warns about infinities and NaN.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 
-# The interpreter takes a second for a loss; the other losses have these kernels or none.
+# The interpreter takes a second per loss; the other losses use the same kernels or none.
 IN_TRITON = {
     "kd_loss, both trained": ("student", "teacher", "labels", "weight", "temperature", "all"),
     "kd_loss, summed": ("all",),
@@ -86,7 +86,7 @@ def assert_same(found: tuple[Tensor, ...], wanted: tuple[Tensor, ...], of: objec
         assert expected_value.isfinite().all()
 
 
-# ---- flags that an address does not carry
+# ---- flags that are lost in a tensor's address
 
 
 def negated(tensor: Tensor) -> Tensor:
@@ -101,7 +101,7 @@ def imaginary(tensor: Tensor) -> Tensor:
     return torch.complex(torch.full_like(tensor, 7.0), -tensor).conj().imag
 
 
-def test_the_views_are_what_these_tests_mean() -> None:
+def test_the_views_have_the_intended_flags() -> None:
     values = torch.tensor([1.0, -2.0])
     for view in (negated(values), imaginary(values)):
         assert view.is_neg() and torch.equal(view, values)
@@ -122,7 +122,7 @@ def each_flagged(case: Case, backend: str, dtype: torch.dtype = torch.float32) -
 @pytest.mark.parametrize("loss", LOSSES)
 def test_negated_views_of_every_argument(backend: str, loss: str) -> None:
     if not LOSSES[loss].with_backend and backend != "reference":
-        return  # it is the same call
+        return  # the same call for this backend
     each_flagged(LOSSES[loss], backend)
 
 
@@ -194,7 +194,7 @@ def test_negated_views_on_the_cuda_emulation(emulation: Emulation, loss: str) ->
     each_flagged(LOSSES[loss], "cuda")
 
 
-def test_one_place_asks_for_an_address() -> None:
+def test_only_one_function_reads_an_address() -> None:
     results = []
     for path in [*(ROOT / "fastkd").rglob("*.py"), *(ROOT / "kernels").glob("*.py")]:
         for node in ast.walk(ast.parse(path.read_text())):
@@ -203,10 +203,10 @@ def test_one_place_asks_for_an_address() -> None:
     assert set(results) == {"tensors.py"}
 
 
-def test_every_launch_is_of_readable_tensors() -> None:
+def test_every_launch_gets_readable_tensors() -> None:
     """Each function that launches a kernel makes its tensors readable, or is given what such a function has made."""
     makers = {"readable", "readable_rows", "unit_stride"}
-    # These take views and calls that others have made: of tensors of unit stride, and of the rows of `_call`.
+    # These functions receive views and calls that other functions made, with unit strides, or the rows of `_call`.
     inputs = {"_launch_shares", "_launch_stage", "_tokens", "kd_rows"}
     for path in (ROOT / "kernels").glob("*.py"):
         for function in ast.walk(ast.parse(path.read_text())):
@@ -218,7 +218,7 @@ def test_every_launch_is_of_readable_tensors() -> None:
                 assert named & makers, (path.name, function.name)
 
 
-def test_an_address_of_what_its_memory_does_not_hold_raises() -> None:
+def test_the_address_of_a_flagged_view_raises() -> None:
     with pytest.raises(TypeError, match="must be resolved before its address"):
         tensors.address(negated(torch.ones(2)))
     with pytest.raises(TypeError, match="a Tensor on meta has no memory"):
@@ -227,7 +227,7 @@ def test_an_address_of_what_its_memory_does_not_hold_raises() -> None:
 
 
 @pytest.mark.parametrize("change", [negated, imaginary])
-def test_a_gradient_in_place_is_never_written_through_a_negated_view(
+def test_an_in_place_gradient_is_never_written_through_a_negated_view(
     any_backend: str, change: Callable[[Tensor], Tensor]
 ) -> None:
     trained, teacher = torch.randn(2, 3, 9), torch.randn(2, 3, 9)
@@ -277,7 +277,7 @@ def _cached(
     return [x.tolist() for x in [example.input_ids, *parts] if isinstance(x, Tensor)]
 
 
-def test_what_processes_exchange_is_readable(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tensors_that_processes_exchange_are_readable(monkeypatch: pytest.MonkeyPatch) -> None:
     """Gloo sends memory: a negated view would arrive with the other sign."""
     sent: list[Tensor] = []
     monkeypatch.setattr(collectives.dist, "get_world_size", lambda group: 1)
@@ -292,7 +292,7 @@ def test_what_processes_exchange_is_readable(monkeypatch: pytest.MonkeyPatch) ->
 # ---- kinds of tensors
 
 
-def test_expanded_tensors_and_those_without_memory_for_zeros(any_backend: str) -> None:
+def test_expanded_and_zero_tensors(any_backend: str) -> None:
     student, teacher = torch.randn(2, 3, 9), torch.randn(2, 3, 9)
     zeros, one = torch._efficientzerotensor((2, 3, 9)), torch.tensor(1.5)
     for wide, plain in (
@@ -337,7 +337,7 @@ KINDS: dict[str, tuple[Callable[[Tensor], Tensor], str]] = {
     "fake": (lambda x: FakeTensorMode().from_tensor(x), "must have values, got a FakeTensor"),
     "meta": (lambda x: x.to("meta"), "meta"),
 }
-# Those of which a message speaks by another name than every_loss has.
+# Arguments that messages name differently from every_loss.
 SHOWN = {
     "student": r"student(_logits|_hidden)?|logits\[0\]|teacher must be on meta",
     "teacher": r"(teacher\.)?teachers\[0\]|logits\[1\]|(the )?teacher",
@@ -362,10 +362,10 @@ def test_tensors_that_a_kernel_cannot_read_are_refused_by_name(loss: str, kind: 
         of_backend = {"backend": "cpu"} if case.with_backend else {}
         with pytest.raises((TypeError, ValueError)) as caught:
             case.loss(inputs | {name: make(value)}, **of_backend)
-        actual = str(caught.value)
-        assert re.match(f"({shown})[ ,]", actual) and ("must be" in actual or message in actual), (
-            actual
-        )
+        message_raised = str(caught.value)
+        assert re.match(f"({shown})[ ,;]", message_raised) and (
+            "must be" in message_raised or message in message_raised
+        ), message_raised
 
 
 def test_transforms_of_torch_func_are_refused(any_backend: str) -> None:
@@ -395,20 +395,18 @@ def test_transforms_of_torch_func_are_refused(any_backend: str) -> None:
 
 # ---- padding
 
-# [1, 1] is dropped by the mask of every_loss, and [0, 0] by its label where a loss has labels.
+# The mask of every_loss drops [1, 1], and the label drops [0, 0] if the loss has labels.
 DROPPED = (1, 1)
 
 
 @pytest.mark.parametrize("hole", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("loss", [name for name, case in LOSSES.items() if masked(case)])
-def test_what_a_mask_drops_may_hold_anything(loss: str, hole: float) -> None:
+def test_dropped_rows_may_contain_anything(loss: str, hole: float) -> None:
     """Dropped rows have value 0 and gradient 0, whatever the arguments and the upstream gradient contain."""
     case = LOSSES[loss]
     inputs = case.tensors(torch.float32)
     if hole == float("inf"):
-        inputs.pop(
-            "weight", None
-        )  # an infinite weight of a row is one that is not dropped by its own
+        inputs.pop("weight", None)  # an infinite weight does not drop its own row
         case = case._replace(loss=without_weight(case.loss))
     wanted = run(case, changed(case, inputs, "none", torch.clone), "auto")
     spoiled = {name: value.clone() for name, value in inputs.items()}
@@ -505,7 +503,7 @@ def test_tensors_made_in_inference_mode_in_a_compiled_graph(loss: str, dtype: to
         torch.testing.assert_close(value, expected_value)
 
 
-def test_a_change_between_forward_and_backward_is_noticed_or_harmless() -> None:
+def test_a_change_between_forward_and_backward_raises_or_has_no_effect() -> None:
     """A tensor with a version raises; one of inference mode has none, so the backward has a copy of its own."""
     student, teacher = torch.randn(2, 9).half(), torch.randn(2, 9).half()
     trained = leaf(student)
@@ -574,7 +572,7 @@ class Decoder(torch.nn.Module):
 
 
 @pytest.mark.parametrize("fraction", [0.0, 1.0])
-def test_a_step_of_gkd_with_a_batch_and_a_teacher_of_inference_mode(fraction: float) -> None:
+def test_a_gkd_step_with_a_batch_and_a_teacher_in_inference_mode(fraction: float) -> None:
     ids = torch.randint(1, 9, (2, 5))
     labels = ids.clone()
     labels[:, :2] = -100
@@ -591,4 +589,4 @@ def test_a_step_of_gkd_with_a_batch_and_a_teacher_of_inference_mode(fraction: fl
         results += [step.loss, *torch.autograd.grad(step.loss, list(student.parameters()))]
     torch.testing.assert_close(
         results[2:], results[:2]
-    )  # a table's gradient is summed in any order
+    )  # an embedding's gradient is summed in no fixed order

@@ -16,7 +16,7 @@ from torch import Tensor
 from fastkd.compat import mdistiller
 from fastkd.compat import torchdistill as ours
 
-# What torchdistill's "mean" says of itself.
+# The warning of torchdistill's "mean".
 pytestmark = pytest.mark.filterwarnings("ignore:reduction. 'mean' divides:UserWarning")
 PATHS = {
     "student_module_path": "fc",
@@ -32,13 +32,15 @@ def logits(*shape: int) -> tuple[Tensor, Tensor]:
     return student, teacher
 
 
-def io(path: str, kind: str, value: Tensor) -> dict[str, dict[str, Tensor]]:
+def io_dict(path: str, kind: str, value: Tensor) -> dict[str, dict[str, Tensor]]:
     return {path: {kind: value}}
 
 
 def on_logits(loss: Any, teacher: Tensor, targets: Tensor | None) -> Any:
-    """The call that torchdistill's box makes."""
-    return lambda s: loss(io("fc", "output", s), io("head", "input", teacher.to(s.dtype)), targets)
+    """Call the loss as torchdistill's distillation box does."""
+    return lambda s: loss(
+        io_dict("fc", "output", s), io_dict("head", "input", teacher.to(s.dtype)), targets
+    )
 
 
 @pytest.fixture
@@ -52,7 +54,7 @@ def theirs() -> Any:
 
 
 KD_CASES = {
-    "no alpha": {"beta": 0.5},  # beta and T^2 do not count then
+    "no alpha": {"beta": 0.5},  # beta and T^2 have no effect then
     "alpha 0": {"alpha": 0.0},
     "hinton": {"alpha": 0.3},
     "weights beyond 1": {"alpha": 0.5, "beta": 9.0},
@@ -125,7 +127,9 @@ def test_rkd_loss(theirs: Any, dist_factor: float, angle_factor: float, reductio
     student, teacher = torch.randn(6, 3, 2), torch.randn(6, 8)
 
     def call(loss: Any) -> Any:
-        return lambda s: loss(io("a", "output", s), io("b", "output", teacher.to(s.dtype)))
+        return lambda s: loss(
+            io_dict("a", "output", s), io_dict("b", "output", teacher.to(s.dtype))
+        )
 
     replacement, original = (
         x.RKDLoss("a", "b", dist_factor, angle_factor, reduction) for x in (ours, theirs)
@@ -156,7 +160,7 @@ def test_register_without_torchdistill(monkeypatch: pytest.MonkeyPatch) -> None:
         ours.register()
 
 
-def test_alpha_may_be_left_out(theirs: Any) -> None:
+def test_alpha_is_optional(theirs: Any) -> None:
     with pytest.raises(TypeError):
         theirs.KDLoss(**PATHS, temperature=2.0)
     student, teacher = logits(5, 11)
@@ -241,7 +245,7 @@ def test_mdistiller(temperature: float, stand: bool) -> None:
         compare(run(replacement, [student], teacher, *options), plain, exact)
 
 
-def test_dkd_of_a_sure_student() -> None:
+def test_dkd_of_a_nearly_certain_student() -> None:
     student, teacher = logits(6, 23)
     target = student.argmax(1)
     student = student + 200.0 * F.one_hot(target, 23)

@@ -1,4 +1,5 @@
-"""Adapters on every kind of model of transformers: what labels mean, what each model is given, what a model adds."""
+"""Adapters on every kind of model of transformers: meaning of labels, arguments of each model, terms that a model
+adds."""
 
 from __future__ import annotations
 
@@ -56,7 +57,7 @@ def kd_trainer(*args: Any, **kwargs: Any) -> Any:
 def exact(
     student: Tensor, teacher: Tensor, labels: Tensor, alpha: float = 0.7, t: float = 2.0
 ) -> Tensor:
-    """alpha T^2 KL + (1 - alpha) CE in float64, the mean over the rows [rows, C] whose label is not -100."""
+    """alpha T^2 KL + (1 - alpha) CE in float64, averaged over the rows [rows, C] whose label is not -100."""
     rows = labels != -100
     s, p = student.double()[rows], teacher.double()[rows]
     log_q, log_p = (s / t).log_softmax(-1), (p / t).log_softmax(-1)
@@ -66,50 +67,50 @@ def exact(
 
 
 def texts(batch: int = 3, length: int = 6) -> Batch:
-    """Padded on the right."""
+    """A batch of texts, padded on the right."""
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(3, 61, (batch, length), generator=generator)
     real = torch.arange(length) < length - torch.arange(batch).unsqueeze(1)
     return {"input_ids": ids.where(real, 0), "attention_mask": real.long()}
 
 
-def of_tokens(batch: int = 3) -> Batch:
-    """Labels that are the tokens, but for padding and the second of them."""
+def token_labels(batch: int = 3) -> Batch:
+    """A batch of texts whose labels are the tokens, except padding and the second token."""
     inputs = texts(batch)
     labels = inputs["input_ids"].where(inputs["attention_mask"] == 1, -100)
     labels[:, 1] = -100
     return inputs | {"labels": labels}
 
 
-def of_classes(batch: int = 3) -> Batch:
+def class_labels(batch: int = 3) -> Batch:
     return texts(batch) | {"labels": torch.arange(batch) % 5}
 
 
-def of_images(batch: int = 3) -> Batch:
+def image_classes(batch: int = 3) -> Batch:
     generator = torch.Generator().manual_seed(0)
     pixels = torch.randn(batch, 3, 8, 8, generator=generator)
     return {"pixel_values": pixels, "labels": torch.arange(batch) % 5}
 
 
-def of_token_classes(batch: int = 3) -> Batch:
-    inputs = of_tokens(batch)
+def token_classes(batch: int = 3) -> Batch:
+    inputs = token_labels(batch)
     return inputs | {
         "labels": inputs["labels"].where(inputs["labels"] == -100, inputs["labels"] % 5)
     }
 
 
-# By class: (its batch, whether labels are shifted, whether it has an lm_head, its configuration).
+# For each class: (its batch, whether labels are shifted, whether it has an lm_head, its configuration).
 FAMILIES: dict[str, tuple[Callable[[int], Batch], bool, bool, dict[str, Any]]] = {
-    "LlamaForCausalLM": (of_tokens, True, True, {}),
-    "GPT2LMHeadModel": (of_tokens, True, True, {}),
-    "BertLMHeadModel": (of_tokens, True, True, {"is_decoder": True}),
-    "BartForCausalLM": (of_tokens, False, True, {}),  # whose own loss does not shift, whatever its name says
-    "BertForMaskedLM": (of_tokens, False, True, {}),
-    "BertForTokenClassification": (of_token_classes, False, False, {"num_labels": 5}),
-    "BertForSequenceClassification": (of_classes, False, False, {"num_labels": 5}),
-    "ViTForImageClassification": (of_images, False, False, {"num_labels": 5}),
-    "T5ForConditionalGeneration": (of_tokens, False, True, {}),
-    "BartForConditionalGeneration": (of_tokens, False, True, {}),
+    "LlamaForCausalLM": (token_labels, True, True, {}),
+    "GPT2LMHeadModel": (token_labels, True, True, {}),
+    "BertLMHeadModel": (token_labels, True, True, {"is_decoder": True}),
+    "BartForCausalLM": (token_labels, False, True, {}),  # its own loss does not shift, despite its name
+    "BertForMaskedLM": (token_labels, False, True, {}),
+    "BertForTokenClassification": (token_classes, False, False, {"num_labels": 5}),
+    "BertForSequenceClassification": (class_labels, False, False, {"num_labels": 5}),
+    "ViTForImageClassification": (image_classes, False, False, {"num_labels": 5}),
+    "T5ForConditionalGeneration": (token_labels, False, True, {}),
+    "BartForConditionalGeneration": (token_labels, False, True, {}),
 }  # fmt: skip
 
 
@@ -121,7 +122,7 @@ def family(name: str) -> tuple[nn.Module, nn.Module]:
 
 
 def logits_by_hand(model: nn.Module, batch: Batch) -> Tensor:
-    """As the model's documentation says to call it; it makes what its decoder reads from labels."""
+    """Logits as the model's documentation computes them; an encoder-decoder makes its decoder's inputs from labels."""
     with torch.no_grad():
         return model.eval()(**batch).logits
 
@@ -137,7 +138,7 @@ def by_hand(name: str, student: nn.Module, teacher: nn.Module, batch: Batch) -> 
 @pytest.mark.parametrize("size", [3, 1])
 @pytest.mark.parametrize("name", FAMILIES)
 def test_labels_of_every_family(name: str, size: int, arguments: Callable[..., Any]) -> None:
-    """A batch of three, and one of a single example, from logits and from hidden states."""
+    """A batch of three and a batch of one, from logits and from hidden states."""
     student, teacher = family(name)
     make, _, has_head, _ = FAMILIES[name]
     batch = make(size)
@@ -156,12 +157,12 @@ def test_labels_of_every_family(name: str, size: int, arguments: Callable[..., A
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_a_step_of_the_trainer(name: str, arguments: Callable[..., Any]) -> None:
-    """From a data set to a logged loss, in KDTrainer and in the stock Trainer with compute_loss_func."""
+    """From a dataset to a logged loss, in KDTrainer and in the stock Trainer with compute_loss_func."""
     student, teacher = family(name)
     batch = FAMILIES[name][0](3)
     if (
         name == "BartForCausalLM"
-    ):  # the Trainer takes it for a model that shifts, and counts as if it did
+    ):  # the Trainer assumes that the model shifts its labels, and counts accordingly
         batch["labels"][:, 0] = -100
     expected = by_hand(name, student, teacher, batch)
     if "T5" in name or name == "BartForConditionalGeneration":
@@ -187,7 +188,7 @@ def test_a_step_of_the_trainer(name: str, arguments: Callable[..., Any]) -> None
 
 
 def test_without_labels_the_last_position_predicts_nothing(arguments: Callable[..., Any]) -> None:
-    """With an attention mask of ones as without a mask; an encoder's positions all count."""
+    """The same with an attention mask of ones as without a mask; all positions of an encoder count."""
     for name, positions in (("LlamaForCausalLM", slice(0, -1)), ("BertForMaskedLM", slice(None))):
         student, teacher = family(name)
         ids = torch.randint(3, 61, (2, 6), generator=torch.Generator().manual_seed(4))
@@ -211,7 +212,7 @@ def test_without_labels_the_last_position_predicts_nothing(arguments: Callable[.
 
 
 def test_a_classifier_without_labels(arguments: Callable[..., Any]) -> None:
-    """Its attention mask is not one of rows, even where the batch is as long as its texts."""
+    """The attention mask does not mask rows, even if the batch is as long as its texts."""
     student, teacher = family("BertForSequenceClassification")
     batch = texts(6)
     trainer = kd_trainer(
@@ -226,7 +227,7 @@ def test_a_classifier_without_labels(arguments: Callable[..., Any]) -> None:
 
 
 class Wrapper(nn.Module):
-    """A model of which nothing is known but its forward."""
+    """A model of which only the forward is known."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -237,9 +238,9 @@ class Wrapper(nn.Module):
         return (self.model(input_ids, attention_mask).logits,)
 
 
-def test_an_unknown_wrapper_is_asked_about(arguments: Callable[..., Any]) -> None:
+def test_an_unknown_wrapper_needs_shift_labels(arguments: Callable[..., Any]) -> None:
     student, teacher = family("LlamaForCausalLM")
-    batch = of_tokens()
+    batch = token_labels()
     expected = by_hand("LlamaForCausalLM", student, teacher, batch)
     wrapped = Wrapper(student)
     trainer = kd_trainer(wrapped, arguments(), teacher_model=teacher)
@@ -251,13 +252,13 @@ def test_an_unknown_wrapper_is_asked_about(arguments: Callable[..., Any]) -> Non
     features = {name: value for name, value in batch.items() if name != "labels"}
     with pytest.raises(ValueError, match="shift_labels must be given for this student"):
         func(wrapped(**features), batch["labels"])
-    # Logits [B, C] have no sequence, so that nothing has to be asked.
+    # Logits [B, C] have no sequence, so shift_labels is not needed.
     classifier, other = (Wrapper(m) for m in family("BertForSequenceClassification"))
     trainer = kd_trainer(classifier, arguments(), teacher_model=other)
-    assert float(trainer.compute_loss(classifier, of_classes())) > 0
+    assert float(trainer.compute_loss(classifier, class_labels())) > 0
     with pytest.raises(ValueError, match="shift_labels=True moves labels along a sequence"):
         kd_trainer(classifier, arguments(), teacher_model=other, shift_labels=True).compute_loss(
-            classifier, of_classes()
+            classifier, class_labels()
         )
 
 
@@ -268,9 +269,9 @@ def test_shift_labels_is_one_of_three(wrong: Any, arguments: Callable[..., Any])
         kd_trainer(student, arguments(), teacher_model=teacher, shift_labels=wrong)
 
 
-def test_heads_that_are_no_classes(arguments: Callable[..., Any]) -> None:
+def test_outputs_that_are_not_classes_are_refused(arguments: Callable[..., Any]) -> None:
     student, teacher = family("ViTForImageClassification")
-    several = of_images() | {"labels": torch.rand(3, 5)}
+    several = image_classes() | {"labels": torch.rand(3, 5)}
     with pytest.raises(ValueError, match=r"these are torch.float32 \(3, 5\).*multi-label head"):
         kd_trainer(student, arguments(), teacher_model=teacher).compute_loss(student, several)
     func = compute_loss_func(student, teacher.eval())
@@ -291,7 +292,7 @@ def test_heads_that_are_no_classes(arguments: Callable[..., Any]) -> None:
 
 
 class Regressor(nn.Module):
-    """Whose own loss of integer labels is a squared error."""
+    """A model whose own loss of integer labels is a squared error."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -304,7 +305,7 @@ class Regressor(nn.Module):
         return {"loss": F.mse_loss(logits.mean(-1), labels.float()), "logits": logits}
 
 
-def test_a_loss_that_is_no_cross_entropy(arguments: Callable[..., Any]) -> None:
+def test_a_loss_other_than_cross_entropy_is_refused(arguments: Callable[..., Any]) -> None:
     student = Regressor()
     trainer = kd_trainer(student, arguments(), teacher_model=Regressor())
     with pytest.raises(ValueError, match="the student's own loss of them is mse_loss"):
@@ -312,7 +313,7 @@ def test_a_loss_that_is_no_cross_entropy(arguments: Callable[..., Any]) -> None:
 
 
 def test_classes_in_another_order(arguments: Callable[..., Any]) -> None:
-    """Two models of one task that number its classes differently."""
+    """Two models of one task that number the classes differently are refused."""
     tables = [{0: "no", 1: "yes"}, {0: "yes", 1: "no"}]
     pair = [
         tiny_models.built("BertForSequenceClassification", id2label=table, label2id={n: i for i, n in table.items()})
@@ -370,7 +371,7 @@ class Tuples(nn.Module):
 
 def test_tuples(arguments: Callable[..., Any]) -> None:
     student, teacher = family("LlamaForCausalLM")
-    expected = by_hand("LlamaForCausalLM", student, teacher, of_tokens())
+    expected = by_hand("LlamaForCausalLM", student, teacher, token_labels())
     for labelled in (True, False):
         model = Tuples(student, labelled)
         trainer = kd_trainer(
@@ -379,21 +380,23 @@ def test_tuples(arguments: Callable[..., Any]) -> None:
             teacher_model=Tuples(teacher, False),
             shift_labels="auto" if labelled else True,
         )
-        assert float(trainer.compute_loss(model, of_tokens())) == pytest.approx(expected, rel=2e-6)
+        assert float(trainer.compute_loss(model, token_labels())) == pytest.approx(
+            expected, rel=2e-6
+        )
     model = Tuples(student, False, number=True)
     trainer = kd_trainer(model, arguments(), teacher_model=teacher, shift_labels=True)
     with pytest.raises(ValueError, match="returns a tuple that begins with a number"):
-        trainer.compute_loss(model, of_tokens())
+        trainer.compute_loss(model, token_labels())
 
 
 # ---- columns
 
 
-def test_columns_that_only_the_teacher_names(arguments: Callable[..., Any]) -> None:
-    """A BERT teacher tells two sentences apart by token_type_ids, which DistilBERT knows nothing of."""
+def test_columns_that_only_the_teacher_takes(arguments: Callable[..., Any]) -> None:
+    """A BERT teacher distinguishes two sentences by token_type_ids, which DistilBERT does not take."""
     student = tiny_models.built("DistilBertForSequenceClassification", seed=1, num_labels=5)
     teacher = tiny_models.built("BertForSequenceClassification", seed=2, num_labels=5)
-    batch = of_classes(4)
+    batch = class_labels(4)
     kinds = (torch.arange(6) > 2).long().expand(4, 6) * batch["attention_mask"]
     with torch.no_grad():
         s = student.eval()(batch["input_ids"], batch["attention_mask"]).logits
@@ -420,10 +423,10 @@ def test_columns_that_only_the_teacher_names(arguments: Callable[..., Any]) -> N
         compute_loss_func(student, teacher)
 
 
-def test_columns_for_a_function(arguments: Callable[..., Any]) -> None:
-    """A teacher that is a function finds the columns of a cache; the student does not see them."""
+def test_columns_for_a_teacher_function(arguments: Callable[..., Any]) -> None:
+    """A teacher function gets the columns of a cache; the student does not."""
     student, teacher = family("LlamaForCausalLM")
-    batch = of_tokens()
+    batch = token_labels()
     top = (
         logits_by_hand(teacher, {n: batch[n] for n in ("input_ids", "attention_mask")})
         .log_softmax(-1)
@@ -453,8 +456,8 @@ def examples() -> list[dict[str, list[int]]]:
     return [{"input_ids": ids} for ids in ([5, 6, 7, 8], [9, 10, 11], [12, 13, 14, 15, 16])]
 
 
-def apart(student: nn.Module, teacher: nn.Module) -> float:
-    """The loss of the examples, each by itself."""
+def loss_of_separate_examples(student: nn.Module, teacher: nn.Module) -> float:
+    """The loss of the examples, each computed alone."""
     sides = []
     for model in (student, teacher):
         rows = [
@@ -468,8 +471,10 @@ def apart(student: nn.Module, teacher: nn.Module) -> float:
 
 @pytest.mark.parametrize("name", ["LlamaForCausalLM", "GPT2LMHeadModel"])
 @pytest.mark.parametrize("how", ["dense", "fused", "function"])
-def test_packed_examples_are_kept_apart(name: str, how: str, arguments: Callable[..., Any]) -> None:
-    """DataCollatorWithFlattening: the teacher has the boundaries that the student has."""
+def test_packed_examples_do_not_see_each_other(
+    name: str, how: str, arguments: Callable[..., Any]
+) -> None:
+    """With DataCollatorWithFlattening the teacher gets the same boundaries as the student."""
     student, teacher = family(name)
     collator = transformers.DataCollatorWithFlattening()
     args = arguments(per_device_train_batch_size=3)
@@ -479,13 +484,13 @@ def test_packed_examples_are_kept_apart(name: str, how: str, arguments: Callable
         trainer = transformers.Trainer(student, args, compute_loss_func=func, **inputs)
     else:
         trainer = kd_trainer(student, args, teacher_model=teacher, fused=how == "fused", **inputs)
-    expected = apart(student, teacher)
+    expected = loss_of_separate_examples(student, teacher)
     trainer.train()
     assert trainer.state.log_history[0]["loss"] == pytest.approx(expected, rel=2e-6)
 
 
 def packed(**columns: Tensor) -> Batch:
-    """The examples in one row, with a label for each of their tokens."""
+    """The examples in one row, with a label for each token."""
     ids = torch.tensor([[token for e in examples() for token in e["input_ids"]]])
     return {"input_ids": ids, "labels": ids.clone()} | columns
 
@@ -493,8 +498,8 @@ def packed(**columns: Tensor) -> Batch:
 POSITIONS = torch.tensor([[0, 1, 2, 3, 0, 1, 2, 0, 1, 2, 3, 4]])
 
 
-def test_a_count_that_the_trainer_gets_wrong() -> None:
-    """A function is given the Trainer's count, of labels that are none of the loss."""
+def test_the_trainers_wrong_count_is_corrected() -> None:
+    """compute_loss_func gets the Trainer's count, which includes labels that the loss does not use."""
     student, teacher = family("LlamaForCausalLM")
     func = compute_loss_func(student, teacher.eval(), **LOSS)
     batch = packed(position_ids=POSITIONS)
@@ -503,10 +508,10 @@ def test_a_count_that_the_trainer_gets_wrong() -> None:
         func(outputs, batch["labels"], num_items_in_batch=11)
 
 
-def test_first_tokens_of_packed_examples_are_no_labels(arguments: Callable[..., Any]) -> None:
-    """Also where the collator did not say so, and in the Trainer's count."""
+def test_first_tokens_of_packed_examples_are_not_labels(arguments: Callable[..., Any]) -> None:
+    """Even if the collator did not mask them, and also in the Trainer's count."""
     student, teacher = family("LlamaForCausalLM")
-    expected = apart(student, teacher)
+    expected = loss_of_separate_examples(student, teacher)
     index = torch.tensor([[0] * 4 + [1] * 3 + [2] * 5])
     lengths = torch.tensor([0, 4, 7, 12], dtype=torch.int32)
     for extra in ({}, {"seq_idx": index}, {"cu_seq_lens_q": lengths, "cu_seq_lens_k": lengths}):
@@ -523,8 +528,8 @@ def test_first_tokens_of_packed_examples_are_no_labels(arguments: Callable[..., 
         assert rows.sum() == 9 and float(without) > 0
 
 
-def test_a_model_that_reads_across_examples(arguments: Callable[..., Any]) -> None:
-    """With a mask of ones transformers overlooks the boundaries; seq_idx alone says nothing to attention."""
+def test_a_model_that_reads_across_examples_is_refused(arguments: Callable[..., Any]) -> None:
+    """With a mask of ones transformers ignores the boundaries; attention ignores seq_idx alone."""
     student, teacher = family("LlamaForCausalLM")
     ones = torch.ones(1, 12, dtype=torch.int64)
     for extra in (
@@ -546,7 +551,7 @@ def test_a_model_that_reads_across_examples(arguments: Callable[..., Any]) -> No
 
 
 class Penalised(transformers.LlamaForCausalLM):
-    """A subclass whose loss has a term of its own, which only a call with labels returns."""
+    """A subclass whose loss has an extra term, which only a call with labels returns."""
 
     def forward(self, *args: Any, labels: Tensor | None = None, **kwargs: Any) -> Any:
         outputs = super().forward(*args, labels=labels, **kwargs)
@@ -558,8 +563,8 @@ class Penalised(transformers.LlamaForCausalLM):
         return self.lm_head.weight.square().mean()
 
 
-class Restless(transformers.LlamaForCausalLM):
-    """One that returns what it adds without labels too."""
+class AlwaysPenalised(transformers.LlamaForCausalLM):
+    """A subclass that also returns its extra term without labels."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         outputs = super().forward(*args, **kwargs)
@@ -583,18 +588,18 @@ OWN: dict[str, tuple[Callable[[], nn.Module], Callable[[nn.Module, Batch], Tenso
         lambda: of_llama(Penalised), lambda model, batch: 0.01 * model.lm_head.weight.square().mean(),
     ),
     "always": (
-        lambda: of_llama(Restless), lambda model, batch: 0.01 * model.lm_head.weight.square().mean(),
+        lambda: of_llama(AlwaysPenalised), lambda model, batch: 0.01 * model.lm_head.weight.square().mean(),
     ),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("fused", [False, True])
 @pytest.mark.parametrize("name", OWN)
-def test_what_a_model_adds_is_kept(name: str, fused: bool, arguments: Callable[..., Any]) -> None:
-    """With its own coefficient, in value and gradient, and in the log."""
+def test_extra_loss_terms_are_kept(name: str, fused: bool, arguments: Callable[..., Any]) -> None:
+    """An added term keeps its coefficient, in value, gradient and log."""
     build, term = OWN[name]
     student, teacher = build(), family("LlamaForCausalLM")[1]
-    batch = of_tokens()
+    batch = token_labels()
     trainer = kd_trainer(student, arguments(), teacher_model=teacher, fused=fused)
     actual = trainer.compute_loss(student, dict(batch))
     actual.backward()
@@ -619,10 +624,10 @@ def test_what_a_model_adds_is_kept(name: str, fused: bool, arguments: Callable[.
     assert float(value) == pytest.approx(float(expected - own), rel=2e-6)
 
 
-def test_what_a_model_adds_is_averaged_over_a_step(arguments: Callable[..., Any]) -> None:
-    """Four batches of one add what one batch of four does, in the mean of their rows."""
+def test_extra_loss_terms_are_averaged_over_a_step(arguments: Callable[..., Any]) -> None:
+    """Four batches of one add the same mean over rows as one batch of four."""
     student, teacher = of_llama(Penalised), family("LlamaForCausalLM")[1]
-    batch = of_tokens(4)
+    batch = token_labels(4)
     trainer = kd_trainer(student, arguments(), teacher_model=teacher)
     items = trainer._get_num_items_in_batch([batch], torch.device("cpu"))
     whole = float(trainer.compute_loss(student, batch, num_items_in_batch=items))
@@ -637,9 +642,9 @@ def test_what_a_model_adds_is_averaged_over_a_step(arguments: Callable[..., Any]
     assert sum(parts) == pytest.approx(whole, rel=1e-5)
 
 
-def test_what_a_function_cannot_keep(arguments: Callable[..., Any]) -> None:
-    """The Trainer takes labels away from the student, so that only what it returns without them can be kept."""
-    teacher, batch = family("LlamaForCausalLM")[1].eval(), of_tokens()
+def test_terms_that_a_function_cannot_keep(arguments: Callable[..., Any]) -> None:
+    """The Trainer withholds labels from the student, so only terms that it returns without labels can be kept."""
+    teacher, batch = family("LlamaForCausalLM")[1].eval(), token_labels()
     inputs = {n: batch[n] for n in ("input_ids", "attention_mask")}
     mixture = OWN["a router's"][0]()
     func = compute_loss_func(mixture, teacher, **LOSS)
@@ -656,8 +661,8 @@ def test_what_a_function_cannot_keep(arguments: Callable[..., Any]) -> None:
     func = compute_loss_func(of_llama(Penalised), teacher, own_loss="drop", **LOSS)
 
 
-class Elsewhere(nn.Module):
-    """Its loss is computed without a cross-entropy of torch, and has a term more where asked."""
+class CustomLoss(nn.Module):
+    """A model that computes its loss without torch's cross-entropy, optionally with an extra term."""
 
     def __init__(self, extra: float) -> None:
         super().__init__()
@@ -671,10 +676,10 @@ class Elsewhere(nn.Module):
         return {"loss": self.extra - picked.mean(), "logits": logits}
 
 
-def test_a_loss_that_is_computed_in_another_way(arguments: Callable[..., Any]) -> None:
-    """Where labels lie is seen from its value; a term that cannot be told from it is asked about."""
+def test_a_loss_without_torchs_cross_entropy(arguments: Callable[..., Any]) -> None:
+    """The loss's value shows how labels are aligned; a term that it cannot show must be declared."""
     ids = torch.randint(3, 61, (2, 6), generator=torch.Generator().manual_seed(1))
-    student, teacher = Elsewhere(0.0), Elsewhere(0.0)
+    student, teacher = CustomLoss(0.0), CustomLoss(0.0)
     batch = {"input_ids": ids, "labels": ids}
     trainer = kd_trainer(student, arguments(), teacher_model=teacher)
     s, t = (m(ids)["logits"].detach()[:, :-1] for m in (student, teacher))
@@ -692,25 +697,25 @@ def test_a_loss_that_is_computed_in_another_way(arguments: Callable[..., Any]) -
     assert float(trainer.compute_loss(student, batch)) == pytest.approx(expected, rel=2e-6)
 
 
-def test_the_first_look_leaves_no_trace(arguments: Callable[..., Any]) -> None:
-    """Random numbers, buffers, gradients and modes are those of a run without it."""
+def test_inspecting_a_model_has_no_side_effects(arguments: Callable[..., Any]) -> None:
+    """Random numbers, buffers, gradients and modes are the same as without the first inspection of the model."""
     student = tiny_models.built("LlamaForCausalLM", seed=1, attention_dropout=0.5)
     student.register_buffer("count", torch.zeros(()))
     student.register_forward_hook(lambda m, *_: m.count.add_(1) and None)
     teacher = family("LlamaForCausalLM")[1]
     trainer = kd_trainer(student.train(), arguments(), teacher_model=teacher)
     torch.manual_seed(3)
-    first = trainer.compute_loss(student, of_tokens())
+    first = trainer.compute_loss(student, token_labels())
     assert student.count == 1 and student.training
     torch.manual_seed(3)
-    assert torch.equal(trainer.compute_loss(student, of_tokens()), first)
+    assert torch.equal(trainer.compute_loss(student, token_labels()), first)
     assert all(p.grad is None for p in student.parameters())
 
 
 # ---- conditions
 
 
-def test_both_run_without_a_cache(arguments: Callable[..., Any]) -> None:
+def test_both_models_run_without_a_kv_cache(arguments: Callable[..., Any]) -> None:
     student, teacher = family("LlamaForCausalLM")
     seen: list[Any] = []
     for model in (student, teacher):
@@ -718,20 +723,20 @@ def test_both_run_without_a_cache(arguments: Callable[..., Any]) -> None:
             lambda m, a, k: seen.append(k.get("use_cache")), with_kwargs=True
         )
     kd_trainer(student, arguments(use_cache=True), teacher_model=teacher).compute_loss(
-        student, of_tokens()
+        student, token_labels()
     )
     assert len(seen) >= 2 and set(seen) == {False}
 
 
-def test_mixed_precision_is_the_teachers_too(arguments: Callable[..., Any]) -> None:
-    """The function's teacher is not one that accelerate has prepared."""
+def test_mixed_precision_applies_to_the_teacher(arguments: Callable[..., Any]) -> None:
+    """Autocast applies to the function's teacher, too, which accelerate has not prepared."""
     from accelerate.state import AcceleratorState
 
     student, teacher = family("LlamaForCausalLM")
     dtypes: list[torch.dtype] = []
     teacher.lm_head.register_forward_hook(lambda m, a, out: dtypes.append(out.dtype))
     func = compute_loss_func(student, teacher.eval(), **LOSS)
-    data = [{n: v[i] for n, v in of_tokens().items()} for i in range(3)]
+    data = [{n: v[i] for n, v in token_labels().items()} for i in range(3)]
     try:
         args = arguments(bf16=True, per_device_train_batch_size=3)
         transformers.Trainer(student, args, train_dataset=data, compute_loss_func=func).train()
@@ -743,10 +748,10 @@ def test_mixed_precision_is_the_teachers_too(arguments: Callable[..., Any]) -> N
 # ---- encoder-decoders
 
 
-def test_decoder_inputs_are_the_models_own(arguments: Callable[..., Any]) -> None:
+def test_decoder_inputs_come_from_the_batch_or_the_model(arguments: Callable[..., Any]) -> None:
     """decoder_input_ids of a batch are used; the function cannot make them, and its message says who can."""
     student, teacher = family("T5ForConditionalGeneration")
-    batch = of_tokens()
+    batch = token_labels()
     inputs = batch | {"decoder_input_ids": torch.full_like(batch["labels"], 7)}
     trainer = kd_trainer(student, arguments(), teacher_model=teacher)
     s, t = (logits_by_hand(m, inputs) for m in (student, teacher))
@@ -761,7 +766,7 @@ def test_decoder_inputs_are_the_models_own(arguments: Callable[..., Any]) -> Non
 
 
 class SoftPrompt(nn.Module):
-    """Two learned positions before the tokens."""
+    """A model with two learned positions before the tokens."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -786,10 +791,10 @@ def test_more_positions_than_labels(arguments: Callable[..., Any]) -> None:
 
 
 def test_vocabularies_of_two_widths(arguments: Callable[..., Any]) -> None:
-    """The message names an argument that is there, and following it helps."""
+    """The message names an existing argument, and following its advice helps."""
     student = tiny_models.built("LlamaForCausalLM", seed=1)
     teacher = tiny_models.built("LlamaForCausalLM", seed=2, vocab_size=64)
-    batch = of_tokens()
+    batch = token_labels()
     for fused in (False, True):
         trainer = kd_trainer(student, arguments(), teacher_model=teacher, fused=fused)
         with pytest.raises(
@@ -808,25 +813,25 @@ def test_vocabularies_of_two_widths(arguments: Callable[..., Any]) -> None:
         func(student(**inputs), batch["labels"])
 
 
-class Adapted(nn.Linear):
-    """As LoRA's: a linear layer by name, and more than its weight."""
+class AdaptedHead(nn.Linear):
+    """A head like LoRA's: named like a linear layer, but with more than a weight."""
 
 
-Adapted.__qualname__ = Adapted.__name__ = "Linear"
+AdaptedHead.__qualname__ = AdaptedHead.__name__ = "Linear"
 
 
 def test_heads_that_cannot_be_fused(arguments: Callable[..., Any]) -> None:
     student, teacher = family("LlamaForCausalLM")
-    student.lm_head.__class__ = Adapted
+    student.lm_head.__class__ = AdaptedHead
     trainer = kd_trainer(student, arguments(), teacher_model=teacher, fused=True)
     with pytest.raises(ValueError, match="got a test_compat_families.Linear, .*merge_and_unload"):
-        trainer.compute_loss(student, of_tokens())
+        trainer.compute_loss(student, token_labels())
     pair = family("BertForSequenceClassification")
     trainer = kd_trainer(pair[0], arguments(), teacher_model=pair[1], fused=True)
     with pytest.raises(
         ValueError, match="BertForSequenceClassification has none, so leave fused out"
     ):
-        trainer.compute_loss(pair[0], of_classes())
+        trainer.compute_loss(pair[0], class_labels())
 
 
 # ---- Lightning and the Distiller
@@ -841,7 +846,7 @@ def lightning_module(student: nn.Module, teacher: nn.Module, **options: Any) -> 
 
 
 def mean_of(module: Any, batch: Batch) -> tuple[Tensor, dict[str, float]]:
-    """(the mean loss of one batch, what is logged of it)"""
+    """(the mean loss of one batch, its logged values)"""
     from fastkd.compat.lightning import UNIT
 
     logged: dict[str, Any] = {}
@@ -865,7 +870,7 @@ def test_families_in_lightning(name: str) -> None:
 
 def test_packed_examples_in_lightning() -> None:
     student, teacher = family("LlamaForCausalLM")
-    expected = apart(student, teacher)
+    expected = loss_of_separate_examples(student, teacher)
     actual, _ = mean_of(lightning_module(student, teacher), packed(position_ids=POSITIONS))
     assert float(actual) == pytest.approx(expected, rel=2e-6)
     ones = torch.ones(1, 12, dtype=torch.int64)
@@ -876,9 +881,9 @@ def test_packed_examples_in_lightning() -> None:
 
 
 @pytest.mark.parametrize("name", OWN)
-def test_what_a_model_adds_in_lightning(name: str) -> None:
+def test_extra_loss_terms_in_lightning(name: str) -> None:
     build, term = OWN[name]
-    student, teacher, batch = build(), family("LlamaForCausalLM")[1], of_tokens()
+    student, teacher, batch = build(), family("LlamaForCausalLM")[1], token_labels()
     inputs = {n: batch[n] for n in ("input_ids", "attention_mask")}
     s, t = student(**inputs).logits[:, :-1], logits_by_hand(teacher, inputs)[:, :-1]
     own = float(term(student, batch))
@@ -890,10 +895,10 @@ def test_what_a_model_adds_in_lightning(name: str) -> None:
     assert float(actual) == pytest.approx(expected, rel=2e-6) and "own_loss" not in logged
 
 
-def test_modules_of_which_lightning_knows_nothing() -> None:
-    """Labels are those of the rows; where they are the inputs, they cannot be, and it is asked."""
+def test_unknown_modules_in_lightning() -> None:
+    """Labels belong to the rows; labels equal to the inputs cannot, so shift_labels is required."""
     student, teacher = (Wrapper(m) for m in family("LlamaForCausalLM"))
-    batch = of_tokens()
+    batch = token_labels()
     batch["labels"] = models.targets(batch["labels"], True)
     s, t = (m(batch["input_ids"], batch["attention_mask"])[0] for m in (student, teacher))
     expected = float(exact(s, t, batch["labels"]))
@@ -904,8 +909,8 @@ def test_modules_of_which_lightning_knows_nothing() -> None:
         ValueError,
         match="shift_labels must be True or False for this student, got .auto.: the labels equal",
     ):
-        mean_of(lightning_module(student, teacher), of_tokens())
-    actual, _ = mean_of(lightning_module(student, teacher, shift_labels=True), of_tokens())
+        mean_of(lightning_module(student, teacher), token_labels())
+    actual, _ = mean_of(lightning_module(student, teacher, shift_labels=True), token_labels())
     assert float(actual) == pytest.approx(expected, rel=2e-6)
     with pytest.raises(
         ValueError, match="must have labels under the name .labels., got input_ids, attention_mask"
@@ -913,11 +918,11 @@ def test_modules_of_which_lightning_knows_nothing() -> None:
         mean_of(lightning_module(student, teacher), texts())
 
 
-def test_the_distiller_runs_both_alike() -> None:
-    """Columns that one model names, a cache that neither keeps, and what a student adds."""
+def test_the_distiller_runs_both_models_alike() -> None:
+    """Columns that only one model takes, a KV cache that neither keeps, and a term that a student adds."""
     student = tiny_models.built("DistilBertForSequenceClassification", seed=1, num_labels=5)
     teacher = tiny_models.built("BertForSequenceClassification", seed=2, num_labels=5)
-    batch = of_classes(4)
+    batch = class_labels(4)
     labels = batch.pop("labels")
     kinds = (torch.arange(6) > 2).long().expand(4, 6) * batch["attention_mask"]
     terms = {"kd": fastkd.distiller.Term(fastkd.KDLoss(**LOSS))}
@@ -934,7 +939,8 @@ def test_the_distiller_runs_both_alike() -> None:
     targets = models.targets(rows["input_ids"], True, models.starts(rows, POSITIONS.shape))
     loss, parts = fastkd.distiller.Distiller(student, teacher, terms)(**rows, labels=targets)
     assert (
-        float(loss) == pytest.approx(apart(student, teacher), rel=2e-6) and "own_loss" not in parts
+        float(loss) == pytest.approx(loss_of_separate_examples(student, teacher), rel=2e-6)
+        and "own_loss" not in parts
     )
     distiller = fastkd.distiller.Distiller(student, teacher, terms)
     ones = torch.ones(1, 12, dtype=torch.int64)
@@ -945,9 +951,9 @@ def test_the_distiller_runs_both_alike() -> None:
 
 
 @pytest.mark.parametrize("name", ["a router's", "always"])
-def test_what_a_student_adds_in_the_distiller(name: str) -> None:
+def test_extra_loss_terms_in_the_distiller(name: str) -> None:
     build, term = OWN[name]
-    student, teacher, batch = build(), family("LlamaForCausalLM")[1], of_tokens()
+    student, teacher, batch = build(), family("LlamaForCausalLM")[1], token_labels()
     terms = {"kd": fastkd.distiller.Term(fastkd.KDLoss(**LOSS), weight=0.5)}
     inputs = {n: batch[n] for n in ("input_ids", "attention_mask")}
     own = float(term(student, batch))
@@ -964,7 +970,7 @@ def test_what_a_student_adds_in_the_distiller(name: str) -> None:
 
 def test_an_encoder_decoder_in_the_distiller() -> None:
     student, teacher = family("T5ForConditionalGeneration")
-    batch = of_tokens()
+    batch = token_labels()
     expected = by_hand("T5ForConditionalGeneration", student, teacher, batch)
     terms = {"kd": fastkd.distiller.Term(fastkd.KDLoss(**LOSS))}
     loss, _ = fastkd.distiller.Distiller(student, teacher, terms)(**batch)

@@ -59,7 +59,7 @@ def castable(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def rows(name: str) -> tuple[Tensor, Tensor, Tensor]:
     """(student, teacher, labels) of logits: small random ones, and real ones of a language model."""
-    if name == "random":  # 37: no power of two, so that a kernel's block has a ragged end
+    if name == "random":  # 37: not a power of two, so that a kernel's block is partly filled
         generator = torch.Generator().manual_seed(0)
         student, teacher = 3 * torch.randn(2, 6, 37, generator=generator)
     else:
@@ -79,7 +79,7 @@ both = pytest.mark.parametrize("name", ["random", "real"])
 
 
 def jsd(log_q: Tensor, log_p: Tensor, labels: Tensor | None, beta: float) -> Tensor:
-    """The published formula, of what is given."""
+    """The published formula for the given arguments."""
     p, q = log_p.exp(), log_q.exp()
     if beta == 0:
         terms = p * (log_p - log_q)
@@ -104,7 +104,7 @@ def test_jsd(name: str, beta: float) -> None:
 
 
 def test_gradient_by_log_probabilities_reaches_the_logits() -> None:
-    """What autograd makes of it upstream is the gradient of the fused loss of logits."""
+    """The gradient by log-probabilities, propagated by autograd to the logits, equals that of the fused loss."""
     import fastkd
 
     student, teacher, labels = rows("random")
@@ -120,7 +120,7 @@ def test_gradient_by_log_probabilities_reaches_the_logits() -> None:
 
     exact = run(formula, float64(student))
     compare(run(composed, [student]), run(fused, [student]), exact)
-    # and by log-probabilities themselves it is another one: no softmax is in it
+    # the gradient by the log-probabilities themselves differs: it has no softmax in it
     plain = run(ours.LigerJSD(0.3), [student.log_softmax(-1)], teacher.log_softmax(-1), labels)
     assert error(plain.gradients[0], exact.gradients[0]) > 0.1
 
@@ -172,7 +172,7 @@ def test_tvd(reduction: str) -> None:
 
 @pytest.mark.parametrize("beta", [0.0, 0.3, 1.0])
 def test_in_triton(beta: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The definitions compile for GPUs, where the reference is not what runs."""
+    """The definitions compile in Triton, which GPUs use instead of the reference."""
     monkeypatch.setenv("FASTKD_BACKEND", "triton")
     student, teacher, labels = rows("random")
     log_q, log_p = student.log_softmax(-1), teacher.log_softmax(-1)
@@ -185,7 +185,7 @@ def test_in_triton(beta: float, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_columns_that_are_impossible_on_both_sides() -> None:
-    """Theirs is NaN; the exact value has nothing of them."""
+    """Liger gives NaN; the exact value ignores these columns."""
     student, teacher, labels = rows("random")
     student[:, 5] = teacher[:, 5] = -math.inf
     log_q, log_p = student.log_softmax(-1), teacher.log_softmax(-1)
@@ -208,7 +208,7 @@ def test_columns_that_are_impossible_on_both_sides() -> None:
     [(ours.LigerJSD(0.3), liger.LigerJSD(0.3)), (ours.LigerTVDLoss(), liger.LigerTVDLoss())],
     ids=["jsd", "tvd"],
 )
-def test_no_row_counts(loss: Any, theirs: Any) -> None:
+def test_a_batch_without_a_counted_row_has_loss_0(loss: Any, theirs: Any) -> None:
     student, teacher, labels = rows("random")
     inputs = [
         x.softmax(-1) if "tvd" in str(type(loss)).lower() else x.log_softmax(-1)
@@ -259,7 +259,7 @@ def linear(
     beta: float = 0.5,
     temperature: float = 1.0,
 ) -> Tensor:
-    """The objective, of logits made in float64."""
+    """The objective from logits computed in float64."""
     s = torch.nn.functional.linear(hidden, head, bias)
     t = torch.nn.functional.linear(
         teacher_hidden.double(),
@@ -398,7 +398,7 @@ def test_low_precision_log_probabilities() -> None:
 
 
 def test_the_teacher_is_a_constant() -> None:
-    """As there: its head may be one that requires grad."""
+    """The teacher gets no gradient even if its head requires grad, as in Liger."""
     models = Models()
     for name in ("teacher_hidden", "teacher_head"):
         models[name].requires_grad_()
@@ -420,7 +420,7 @@ def test_the_teacher_is_a_constant() -> None:
 
 
 def test_padding_columns_of_the_teacher() -> None:
-    """Liger fills the student up with logits of 0, which take mass."""
+    """Liger pads the student with logits of 0, which take probability."""
     models = Models(more=11)
     models["hidden"] = models["hidden"] - 3.0  # so that most logits are below 0
     inputs = [models[x] for x in ("teacher_hidden", "teacher_head", "labels")]
@@ -432,7 +432,7 @@ def test_padding_columns_of_the_teacher() -> None:
 
 
 def test_second_backward() -> None:
-    """Liger's Triton losses scale the saved gradient in place."""
+    """A second backward is right, although Liger's Triton losses scale the saved gradient in place."""
     models = Models()
     hidden = models["hidden"].clone().requires_grad_()
     inputs = [models[x] for x in ("head", "teacher_hidden", "teacher_head", "labels")]

@@ -33,7 +33,7 @@ OPTIONS: dict[str, Any] = {"temperature": 2.0, "alpha": 0.6}
 
 
 class Model(nn.Module):
-    """[B, S] ids to logits [B, S, 17]; dropout, so that the teacher's mode shows."""
+    """A model from ids [B, S] to logits [B, S, 17], with dropout, so that the teacher's mode matters."""
 
     def __init__(self, width: int, seed: int, dropout: float = 0.0) -> None:
         super().__init__()
@@ -79,7 +79,7 @@ def fit(module: lightning.LightningModule, data: list[Any], **options: Any) -> l
 
 
 def formula(student: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
-    """0.6 T^2 KL + 0.4 CE, the mean over the rows that count."""
+    """0.6 T^2 KL + 0.4 CE, averaged over the counted rows."""
     log_q, log_p = ((x / 2).log_softmax(-1) for x in (student, teacher))
     kl = (log_p.exp() * (log_p - log_q)).sum(-1)[labels != -100].mean()
     hard = nn.functional.cross_entropy(student.flatten(0, 1), labels.flatten())
@@ -87,7 +87,7 @@ def formula(student: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
 
 
 class Stock(lightning.LightningModule):
-    """What one writes without fastkd."""
+    """The module that a user writes without fastkd."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -143,8 +143,8 @@ def distance(a: nn.Module, b: nn.Module) -> float:
 
 
 @pytest.mark.parametrize("clip", [None, 0.2])
-def test_accumulated_gradients_are_those_of_one_batch(clip: float | None) -> None:
-    """Five batches, two a step: the last step has one. Lightning clips what has been divided by the rows."""
+def test_accumulated_gradients_equal_those_of_one_batch(clip: float | None) -> None:
+    """Five batches, two per step: the last step has one. Lightning clips gradients after the division by rows."""
     data = batches(5)
     exact = whole_steps(data, 2, clip)
     stock, fastkd_module = Stock(), module()
@@ -154,8 +154,8 @@ def test_accumulated_gradients_are_those_of_one_batch(clip: float | None) -> Non
     assert distance(stock.student, exact) > 1e-2
 
 
-def test_a_fit_that_was_cut_off_leaves_nothing() -> None:
-    """Rows of the step that it began are not of the next fit's first step."""
+def test_an_interrupted_fit_leaves_no_state() -> None:
+    """The rows of an interrupted step are not counted in the next fit's first step."""
     data, fastkd_module = batches(4), module()
     with pytest.raises(ValueError, match="labels"):
         fit(
@@ -167,7 +167,7 @@ def test_a_fit_that_was_cut_off_leaves_nothing() -> None:
     assert distance(fastkd_module.student, whole_steps(data, 2, None)) < 1e-6
 
 
-def test_no_row_counts() -> None:
+def test_batches_without_a_counted_row() -> None:
     data = batches(2)
     for batch in data:
         batch["labels"].fill_(-100)
@@ -176,7 +176,7 @@ def test_no_row_counts() -> None:
     assert distance(fastkd_module.student, untouched) == 0.0
 
 
-def test_what_is_logged() -> None:
+def test_logged_values() -> None:
     fastkd_module, data = module(), batches(3)
     trainer = lightning.Trainer(
         accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False
@@ -198,7 +198,7 @@ def test_what_is_logged() -> None:
     assert actual == pytest.approx(float(entropy), rel=1e-5)
 
 
-def test_the_teacher_stays_as_it_is(tmp_path: Path) -> None:
+def test_the_teacher_is_unchanged(tmp_path: Path) -> None:
     fastkd_module = module()
     assert not fastkd_module.teacher.training
     fastkd_module.train()
@@ -207,7 +207,7 @@ def test_the_teacher_stays_as_it_is(tmp_path: Path) -> None:
     assert {name.split(".")[0] for name, _ in fastkd_module.named_parameters()} == {"student"}
     assert (
         fastkd_module.double().teacher.head.weight.dtype == torch.float64
-    )  # moves and is cast along
+    )  # moves and is cast with the module
     trainer = lightning.Trainer(
         accelerator="cpu", max_steps=1, logger=False, enable_checkpointing=False,
         enable_progress_bar=False, enable_model_summary=False,
@@ -225,7 +225,7 @@ def test_the_teacher_stays_as_it_is(tmp_path: Path) -> None:
 
 
 def test_forms_of_a_batch() -> None:
-    """A tuple; labels of another name; labels that are the inputs, and belong to the position before."""
+    """A tuple; labels under another name; labels that are the inputs, shifted by one position."""
     (batch,) = batches(1)
     ids = batch["input_ids"]
     shifted = torch.cat([ids[:, 1:], torch.full((2, 1), -100)], 1)
@@ -235,13 +235,13 @@ def test_forms_of_a_batch() -> None:
     assert fit(module(shift_labels=True), [{"input_ids": ids, "labels": ids}]) == [exact]
 
 
-def test_losses_that_cannot_be_counted() -> None:
+def test_losses_without_a_row_count_are_refused() -> None:
     for loss in (nn.KLDivLoss(), fastkd.KDLoss(reduction="sum")):
         with pytest.raises(TypeError, match="must be a fastkd.KDLoss with reduction='mean'"):
             DistillationModule(*models(), loss, optimizer=SGD)
 
 
-def test_lightning_is_imported_when_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_lightning_is_imported_on_first_use(monkeypatch: pytest.MonkeyPatch) -> None:
     code = "import sys, fastkd.compat.lightning; sys.exit('lightning' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
     assert pickle.loads(pickle.dumps(DistillationModule)) is DistillationModule

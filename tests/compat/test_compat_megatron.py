@@ -1,4 +1,4 @@
-"""fastkd.compat.megatron against the formula, and what compat.modelopt has for Megatron over two processes.
+"""fastkd.compat.megatron against the formula, and compat.modelopt's losses for Megatron over two processes.
 
 No release of megatron-core has topk_kl_div; Megatron-LM's training code does.
 """
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from fastkd.compat import megatron, modelopt
 
-COLUMNS = 40  # of the vocabulary, two processes have twenty each
+COLUMNS = 40  # of the vocabulary; each of two processes has twenty
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +28,7 @@ def processes() -> Iterator[Processes]:
 
 
 def problem(peaked: bool = False) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Student and teacher logits [s, b, V], the teacher's top five with one of them padding."""
+    """Student and teacher logits [s, b, V], and the teacher's top five tokens, one of them padding."""
     generator = torch.Generator().manual_seed(0)
     student, teacher = 2 * torch.randn(2, 3, 2, COLUMNS, generator=generator)
     logprobs, ids = teacher.log_softmax(-1).topk(5)
@@ -41,7 +41,7 @@ def problem(peaked: bool = False) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 def formula(student: Tensor, logprobs: Tensor, ids: Tensor, ghost: bool) -> Tensor:
-    """sum p_k (log p_k - log q_k), and the rest as one more token; [b, s]."""
+    """sum p_k (log p_k - log q_k) [b, s], optionally with the rest as one more token."""
     kept = logprobs != megatron.SENTINEL
     log_q = student.log_softmax(-1)
     p = logprobs.exp() * kept
@@ -68,7 +68,7 @@ def upstream() -> Tensor:
 
 
 def part_of(group: Any, *tensors: Tensor) -> tuple[list[Tensor], int, int]:
-    """This process's columns of each."""
+    """This process's columns of each tensor."""
     rank, size = (0, 1) if group is None else (group.rank(), group.size())
     width = COLUMNS // size
     return [x[..., rank * width : (rank + 1) * width] for x in tensors], size, rank
@@ -81,7 +81,7 @@ def cached(group: Any, ghost: bool, peaked: bool = False) -> tuple[Tensor, Tenso
     before = own_columns.detach().clone()
     loss = megatron.topk_kl_div(own_columns, logprobs, ids, size, rank, group, ghost)
     (gradient,) = torch.autograd.grad(loss, own_columns, upstream().float())
-    assert torch.equal(before, own_columns)  # Megatron's takes the maximum off in place
+    assert torch.equal(before, own_columns)  # Megatron's function subtracts the maximum in place
     return loss.detach(), gradient
 
 
@@ -96,8 +96,8 @@ def test_cached_top_k(processes: Processes, ghost: bool, peaked: bool) -> None:
         assert error(torch.cat(gradients, -1), gradient) < 1e-6
 
 
-def test_megatrons_ghost_of_a_sure_student() -> None:
-    """1 - sum q_k in float32, not below 1e-8: the others' probability of 1e-10 is lost, and its gradient."""
+def test_megatrons_ghost_token_of_a_nearly_certain_student() -> None:
+    """Megatron computes 1 - sum q_k in float32, at least 1e-8, which loses a probability of 1e-10 and its gradient."""
     student, _, logprobs, ids = problem(peaked=True)
     kept = (logprobs != megatron.SENTINEL).float()
     inputs = student.clone().requires_grad_()
@@ -135,7 +135,7 @@ def kl(student: Tensor, teacher: Tensor, top_k: int | None, reverse: bool) -> Te
 
 
 def plug_in_loss(group: Any, top_k: int | None, reverse: bool, theirs: bool = False) -> Any:
-    """(loss, gradient of this process's columns) of the plug-in's loss, or of ours."""
+    """(loss, gradient of this process's columns) of the plug-in's loss, or of fastkd's."""
     student, teacher, *_ = problem()
     (own_columns, teacher_columns), size, _ = part_of(group, student, teacher)
     config = SimpleNamespace(tensor_model_parallel_size=size, sequence_parallel=False)
@@ -165,7 +165,7 @@ def test_plug_in(processes: Processes, top_k: int | None, reverse: bool) -> None
     loss = kl(inputs, teacher.double(), top_k, reverse)
     (truth,) = torch.autograd.grad(loss, inputs, upstream())
     actual = processes.run(2, plug_in_loss, top_k, reverse)
-    for value, _, flags in actual:  # whole on each, so that nobody has to reduce it
+    for value, _, flags in actual:  # each process has the whole loss, so no reduction is needed
         assert error(value, loss.detach()) < 1e-6
         assert flags == [False, False]
     assert torch.equal(actual[0][0], actual[1][0])
@@ -173,7 +173,7 @@ def test_plug_in(processes: Processes, top_k: int | None, reverse: bool) -> None
 
 
 @pytest.mark.heavy  # each process imports Model-Optimizer
-def test_plug_in_against_theirs(processes: Processes) -> None:
+def test_plug_in_against_model_optimizer(processes: Processes) -> None:
     for top_k in (None, 5):
         actual, reference = (processes.run(2, plug_in_loss, top_k, False, x) for x in (False, True))
         whole = sum(x[0] for x in reference) if top_k is None else reference[0][0]

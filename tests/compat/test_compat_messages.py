@@ -1,4 +1,4 @@
-"""What adapters say of shapes and dtypes that do not go together: in names of their stack, and with its remedies."""
+"""Messages of adapters for shapes and dtypes that do not match: they use their stack's names and remedies."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fastkd.compat import liger, mdistiller, megatron, modelopt, torchdistill, torchtune, trl
 
-# Options of fastkd's own losses, which a message may not advise where the stack has no such argument.
+# Options of fastkd's losses, which a message must not advise if the stack has no such argument.
 OPTIONS = (
     "vocab_size", "ignore_index", "mask", "num_items", "teacher_temperature", "reduction", "alpha", "select",
     "find_logits",
@@ -50,8 +50,8 @@ CHUNKED = {
 }  # fmt: skip
 
 
-def hooked(name: str, **options: Any) -> Callable[..., Tensor]:
-    """A loss of torchdistill, called with the tensors that hooks would have caught."""
+def loss_with_hooks(name: str, **options: Any) -> Callable[..., Tensor]:
+    """A loss of torchdistill, called with the tensors that hooks would have captured."""
     loss = getattr(torchdistill, name)("head", "output", "head", "output", **options)
 
     def call(student: Tensor, teacher: Tensor, targets: Tensor) -> Tensor:
@@ -60,7 +60,7 @@ def hooked(name: str, **options: Any) -> Callable[..., Tensor]:
     return call
 
 
-# By name: (what is called, what it is given, signatures whose arguments a message may advise).
+# For each name: (the function, its arguments, signatures whose arguments a message may advise).
 CALLS: dict[str, tuple[Callable[..., Any], dict[str, Tensor], Callable[..., Any]]] = {
     "LigerJSD": (
         liger.LigerJSD(), {"log_q": log_p(4, 7), "log_p": log_p(4, 7), "shift_labels": LABELS}, liger.LigerJSD,
@@ -111,11 +111,11 @@ CALLS: dict[str, tuple[Callable[..., Any], dict[str, Tensor], Callable[..., Any]
         {"logits_student": logits(4, 7), "logits_teacher": logits(4, 7), "target": LABELS}, mdistiller.dkd_loss,
     ),
     "torchdistill.KDLoss": (
-        hooked("KDLoss", temperature=2.0, alpha=0.5),
+        loss_with_hooks("KDLoss", temperature=2.0, alpha=0.5),
         {"student": logits(4, 7), "teacher": logits(4, 7), "targets": LABELS}, torchdistill.KDLoss,
     ),
     "DISTLoss": (
-        hooked("DISTLoss"), {"student": logits(4, 7), "teacher": logits(4, 7), "targets": LABELS},
+        loss_with_hooks("DISTLoss"), {"student": logits(4, 7), "teacher": logits(4, 7), "targets": LABELS},
         torchdistill.DISTLoss,
     ),
     "generalized_jsd_loss": (trl.generalized_jsd_loss, PAIR, trl.generalized_jsd_loss),
@@ -132,7 +132,7 @@ CALLS: dict[str, tuple[Callable[..., Any], dict[str, Tensor], Callable[..., Any]
             "teacher_topk_indices": torch.arange(3).expand(4, 2, 3),
         }, megatron.topk_kl_div,
     ),
-    # Columns that one head has more are cut off, as Liger's twins say.
+    # Extra columns of one head are cut off, as the adapters of Liger's losses document.
     "LigerFusedLinearJSD": (liger.LigerFusedLinearJSD(), HEADS | {"shift_labels": LABELS}, liger.LigerFusedLinearJSD),
     "LigerFusedLinearJSDLoss": (
         liger.LigerFusedLinearJSDLoss(), HEADS | {"true_labels": LABELS}, liger.LigerFusedLinearJSDLoss,
@@ -148,8 +148,8 @@ CHANGES: dict[str, Callable[[Tensor], Tensor]] = {
     "another kind of number": lambda value: value.long() if value.is_floating_point() else value.double(),
 }  # fmt: skip
 
-# What is taken, and is right: labels of any shape or kind, of which a mask is made; an argument that is not used; a
-# vocabulary of which the teacher names a few tokens; columns of padding that are cut off.
+# Accepted arguments: labels of any shape or kind that become a mask; an unused argument; a vocabulary of which the
+# teacher names a few tokens; padding columns that are cut off.
 TAKEN = {
     *((f"{name}KLLoss", "labels", "a dimension more") for name in ("Forward", "Reverse", "Symmetric")),
     ("dkd_loss", "target", "a dimension more"), ("topk_kl_div", "student_logits", "a column more"),
@@ -163,14 +163,14 @@ TAKEN = {
 }  # fmt: skip
 
 
-def advised(message: str, argument: str) -> bool:
+def advises(message: str, argument: str) -> bool:
     """Whether a message names an option as something to pass."""
     return re.search(rf"(?<![\w.]){argument}(?![\w])", message) is not None
 
 
 @pytest.mark.parametrize("name", CALLS)
 def test_messages(name: str) -> None:
-    """An error of fastkd's, that names the argument and advises nothing that the adapter has not."""
+    """The message names the argument and advises no option that the adapter lacks."""
     call, inputs, adapter = CALLS[name]
     call(**inputs)
     known = set(inspect.signature(adapter).parameters) | set(inputs)
@@ -187,17 +187,17 @@ def test_messages(name: str) -> None:
             if "targets" in inputs and change == "another kind of number" and argument == "targets":
                 assert (
                     "target" in message
-                )  # torch's: CrossEntropyLoss takes class probabilities, and these are none
+                )  # torch's own message: CrossEntropyLoss takes class probabilities, and these are none
                 continue
             assert not isinstance(caught.value, RuntimeError), message
-            named = [n for n in inputs if advised(message, n)] or re.search(
+            named = [n for n in inputs if advises(message, n)] or re.search(
                 "'head' of the", message
             )
             assert named or "labels" in message, message
             assert " must " in message, message
             assert "broadcast" not in message
             for option in OPTIONS:
-                assert option in known or not advised(message, option), (
+                assert option in known or not advises(message, option), (
                     f"{argument}, {change}: {message}"
                 )
 
@@ -230,8 +230,8 @@ def test_batchmean_of_more_dimensions() -> None:
 @pytest.mark.parametrize("cut", ["chunk", "tensor_split", "by hand"])
 @pytest.mark.parametrize("name", ["Forward", "Reverse", "Symmetric"])
 @pytest.mark.parametrize("tokens", [9, 10, 17])
-def test_chunks_however_they_are_cut(name: str, cut: str, tokens: int) -> None:
-    """torch.chunk gives 10 tokens in 8 as five of two, and tensor_split as two of two and six of one."""
+def test_chunks_of_any_split(name: str, cut: str, tokens: int) -> None:
+    """For 10 tokens in 8 chunks, torch.chunk gives five of two, and tensor_split two of two and six of one."""
     generator = torch.Generator().manual_seed(tokens)
     student, teacher = torch.randn(2, 2, tokens, 13, generator=generator)
     labels = torch.randint(13, (2, tokens), generator=generator)
@@ -249,7 +249,7 @@ def test_chunks_however_they_are_cut(name: str, cut: str, tokens: int) -> None:
     torch.testing.assert_close(actual.double(), exact, rtol=1e-6, atol=0)
 
 
-def test_chunks_of_other_tokens() -> None:
+def test_chunks_of_different_tokens_raise() -> None:
     loss = torchtune.ForwardKLWithChunkedOutputLoss(3)
     student, labels = torch.randn(2, 9, 5), torch.zeros(2, 9, dtype=torch.int64)
     with pytest.raises(ValueError, match="got 3 and 3 chunks, 9 tokens of the student and labels"):

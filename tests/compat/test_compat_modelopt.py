@@ -28,7 +28,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:reduction. 'mean' divides:UserWa
 
 
 def logits(kind: str = "random") -> tuple[Tensor, Tensor]:
-    """[3, 2, 37], so that neither dimension is the number of rows; or real ones, [4, 49152]."""
+    """Random logits [3, 2, 37], where neither leading dimension is the number of rows, or real ones [4, 49152]."""
     if kind == "random":
         generator = torch.Generator().manual_seed(0)
         student, teacher = 3 * torch.randn(2, 3, 2, 37, generator=generator)
@@ -39,7 +39,7 @@ def logits(kind: str = "random") -> tuple[Tensor, Tensor]:
 
 
 def kl(student: Tensor, teacher: Tensor, temperature: float = 1.0, reverse: bool = False) -> Tensor:
-    """[...], without T^2."""
+    """KL per row [...], without T^2."""
     log_q, log_p = ((x / temperature).log_softmax(-1) for x in (student, teacher))
     if reverse:
         log_q, log_p = log_p, log_q
@@ -71,7 +71,7 @@ def test_default_divides_by_the_vocabulary() -> None:
 
 
 def test_low_precision() -> None:
-    """Theirs rounds log-probabilities to bfloat16; a student near its teacher shows it."""
+    """Model-Optimizer rounds log-probabilities to bfloat16, which shows for a student near its teacher."""
     student = logits()[0].bfloat16()
     teacher = student + (0.05 * torch.randn(student.shape)).bfloat16()
     exact = run(lambda s, t: kl(s, t).sum(), float64(student), teacher.double())
@@ -107,7 +107,7 @@ def test_impossible_tokens() -> None:
     assert actual.gradients[0].isfinite().all()
 
 
-class Tiny(nn.Module):
+class TinyModel(nn.Module):
     def __init__(self, width: int) -> None:
         super().__init__()
         self.body, self.head = nn.Linear(6, width), nn.Linear(width, 37)
@@ -118,11 +118,12 @@ class Tiny(nn.Module):
 
 @pytest.mark.parametrize("reduction", ["mean", "batchmean"])
 def test_convert(reduction: str) -> None:
-    """End to end: two steps of training, of the converted model, with their criterion and with ours."""
+    """Two training steps of the converted model give the same curve with Model-Optimizer's criterion and with
+    fastkd's."""
     curves = []
     for module in (mtd, ours):
         torch.manual_seed(0)
-        student, teacher, data = Tiny(8), Tiny(16), torch.randn(5, 6)
+        student, teacher, data = TinyModel(8), TinyModel(16), torch.randn(5, 6)
         criterion = module.LogitsDistillationLoss(temperature=2.0, reduction=reduction)
         config = {"teacher_model": teacher, "criterion": criterion, "loss_balancer": None}
         model = mtd.convert(student, mode=[("kd_loss", config)])
@@ -186,8 +187,8 @@ def test_mft_loss(reduction: str, threshold: float) -> None:
     compare(actual, reference, exact)
 
 
-def test_mft_of_a_sure_teacher() -> None:
-    """1 - p_y is rounding alone in float32, and a float64 target is not."""
+def test_mft_of_a_nearly_certain_teacher() -> None:
+    """In float32, 1 - p_y is only rounding error; a float64 target keeps it."""
     student, teacher = (x.flatten(0, 1) for x in logits())
     labels = teacher.argmax(-1)
     teacher = teacher + 30.0 * torch.nn.functional.one_hot(labels, 37)
@@ -196,8 +197,8 @@ def test_mft_of_a_sure_teacher() -> None:
 
 
 @pytest.mark.parametrize("threshold", [0.0, 0.2, 1.0])
-def test_mft_where_the_others_underflow(threshold: float) -> None:
-    """A teacher certain of the label, of another token, and of the only one that is possible."""
+def test_mft_where_the_other_tokens_underflow(threshold: float) -> None:
+    """Teachers that are certain of the label, of another token, and of the only possible token."""
     student = logits()[0].flatten(0, 1)[:3].contiguous()
     teacher = torch.zeros(3, 37)
     teacher[0, 3] = teacher[1, 8] = 1e4
@@ -218,11 +219,11 @@ def test_mft_where_the_others_underflow(threshold: float) -> None:
     assert error(actual.gradients[0], exact.gradients[0]) < 1e-6
 
 
-def test_mft_of_far_logits() -> None:
-    """The label's new logit is no coarser than its odds, however far from 0 the teacher's are."""
+def test_mft_of_logits_far_from_0() -> None:
+    """The label's new logit keeps its digits, however far from 0 the teacher's logits are."""
     student, teacher = (x.flatten(0, 1) for x in logits())
     labels = (teacher.argmax(-1) + 1) % 37
-    teacher = (256.0 * teacher).round() / 256.0  # so that 8192 more loses no bit
+    teacher = (256.0 * teacher).round() / 256.0  # so that adding 8192 loses no bit
     exact = run(lambda s: ours.MFTLoss()(s, teacher, labels), [student])
     actual = run(lambda s: ours.MFTLoss()(s, teacher + 8192.0, labels), [student])
     assert error(actual.gradients[0], exact.gradients[0]) < 1e-6
@@ -230,7 +231,7 @@ def test_mft_of_far_logits() -> None:
 
 @pytest.mark.parametrize("shape", [(0, 37), (2, 0, 37)])
 def test_without_rows(shape: tuple[int, ...]) -> None:
-    """Theirs is NaN."""
+    """Model-Optimizer gives NaN."""
     student = torch.zeros(shape, requires_grad=True)
     for loss in (
         ours.LogitsDistillationLoss()(student, student),
@@ -302,7 +303,7 @@ def test_signatures(module: Any, name: str) -> None:
     replacement, reference = getattr(ours, name), getattr(module, name)
     assert issubclass(
         replacement, torch.nn.modules.loss._Loss
-    )  # which mtd.convert asks of a criterion
+    )  # which mtd.convert requires of a criterion
     for method in ("__init__", "forward"):
         actual, expected = (
             [(p.name, p.default) for p in inspect.signature(getattr(x, method)).parameters.values()]

@@ -26,7 +26,7 @@ def options(name: str) -> dict[str, float]:
 
 def batch(kind: str, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor]:
     """Logits [2, tokens, V] and labels [2, tokens], a third of them dropped."""
-    if kind == "random":  # nine tokens: three do not divide them evenly into eight chunks
+    if kind == "random":  # nine tokens, which do not divide evenly into eight chunks
         generator = torch.Generator().manual_seed(0)
         student, teacher = 3 * torch.randn(2, 2, 9, 37, generator=generator)
     else:
@@ -68,11 +68,11 @@ def test_losses(name: str, kind: str) -> None:
 @pytest.mark.parametrize("chunks", [1, 3, 8])
 @pytest.mark.parametrize("name", RATIOS)
 def test_chunks(name: str, chunks: int) -> None:
-    """The mean over all rows, and not the mean of the chunks' means: they differ in how many rows they have."""
+    """Chunks with different numbers of rows give the mean over all rows, not the mean of the chunks' means."""
     student, teacher, labels = batch("random")
     labels[:, :3] = IGNORED
 
-    def of(loss: Any) -> Any:
+    def loss_and_gradients(loss: Any) -> Any:
         return lambda s: loss(s.chunk(chunks, 1), teacher.chunk(chunks, 1), labels)
 
     replacement, reference = (
@@ -80,7 +80,11 @@ def test_chunks(name: str, chunks: int) -> None:
         for x in (ours, torchtune)
     )
     exact = run(formula, float64(student), teacher.double(), labels, RATIOS[name])
-    compare(run(of(replacement), [student]), run(of(reference), [student]), exact)
+    compare(
+        run(loss_and_gradients(replacement), [student]),
+        run(loss_and_gradients(reference), [student]),
+        exact,
+    )
 
 
 @pytest.mark.parametrize("name", RATIOS)
@@ -97,8 +101,8 @@ def test_bfloat16(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", RATIOS)
-def test_no_row_counts(name: str) -> None:
-    """torchtune's is a constant, which DDP waits for in vain, or NaN."""
+def test_a_batch_without_a_counted_row_has_loss_0(name: str) -> None:
+    """torchtune gives NaN, or a constant without a graph, which would hang DDP."""
     student, teacher, labels = batch("random")
     labels = torch.full_like(labels, IGNORED)
     for replacement, reference, chunked in (
@@ -114,7 +118,7 @@ def test_no_row_counts(name: str) -> None:
 
 
 def test_impossible_tokens() -> None:
-    """Columns at -inf on both sides are not there; torchtune's reverse KL differentiates them to NaN."""
+    """Columns at -inf on both sides have no effect; torchtune's reverse KL has NaN gradients."""
     student, teacher, labels = batch("random")
     student[..., 5] = teacher[..., 5] = -math.inf
     kept = torch.arange(37) != 5
@@ -131,7 +135,7 @@ def test_impossible_tokens() -> None:
         assert actual.gradients[0][..., 5].eq(0).all()
         wrong = run(reference, [student], teacher, labels).gradients[0]
         assert wrong.isnan().any() == (name != "Forward")
-    # On one side only the formula is infinite, and torchtune leaves the column out.
+    # With -inf on one side only the formula is infinite, and torchtune omits the column.
     teacher[..., 5] = 0.0
     assert ours.ForwardKLLoss()(student, teacher, labels) == math.inf
     assert torchtune.ForwardKLLoss()(student, teacher, labels).isfinite()

@@ -32,12 +32,12 @@ def student() -> nn.Module:
 
 @pytest.fixture
 def teacher() -> nn.Module:
-    """Wider, and with dropout, which eval mode turns off."""
+    """A wider model with dropout, which eval mode turns off."""
     return tiny_models.llama(width=24, seed=2, attention_dropout=0.5).train()
 
 
 def sentences(count: int = 8, length: int = 7, labelled: bool = True) -> list[Batch]:
-    """Padded on the right, each by another length; of one nothing counts."""
+    """Sentences padded on the right to one length; one of them has no counted label."""
     generator = torch.Generator().manual_seed(3)
     results = []
     for i in range(count):
@@ -84,7 +84,7 @@ def plain_loss(
     temperature: float = 2.0,
     smoothing: float = 0.0,
 ) -> Tensor:
-    """Forward KL with T^2 and cross-entropy, in PyTorch."""
+    """Forward KL with T^2, and cross-entropy, in plain PyTorch."""
     rows = labels[:, 1:] != -100
     s, t = student_logits[:, :-1][rows], teacher_logits[:, :-1][rows]
     log_q, log_p = (torch.log_softmax(x / temperature, -1) for x in (s, t))
@@ -98,7 +98,7 @@ LOSS = {"alpha": 0.7, "temperature": 2.0}
 
 
 class PlainTrainer(transformers.Trainer):
-    """What a user of the Trainer writes by hand."""
+    """The Trainer subclass that a user writes by hand."""
 
     def __init__(self, *args: Any, teacher_model: nn.Module, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -134,10 +134,10 @@ def weights(model: nn.Module) -> Tensor:
 
 
 @pytest.mark.parametrize("fused", [False, True])
-def test_as_the_loss_by_hand(
+def test_losses_equal_a_hand_written_trainer(
     student: nn.Module, teacher: nn.Module, arguments: Callable[..., Any], fused: bool
 ) -> None:
-    """Losses and weights of steps with accumulation: measured apart, 1e-7 and 1.2e-7."""
+    """Losses and weights after steps with accumulation; measured differences are 1e-7 and 1.2e-7."""
     args = arguments(gradient_accumulation_steps=2, num_train_epochs=2, learning_rate=0.1)
     runs = []
     for build, options in ((PlainTrainer, {}), (kd_trainer, {"fused": fused})):
@@ -155,7 +155,7 @@ def test_as_the_loss_by_hand(
 
 
 def gradient_of(trainer: Any, batches: list[Batch]) -> Tensor:
-    """What one optimizer step of the batches would see."""
+    """The gradient that one optimizer step on the batches would see."""
     model = trainer.model
     trainer.current_gradient_accumulation_steps = len(batches)
     num_items = trainer._get_num_items_in_batch(batches, torch.device("cpu"))
@@ -166,7 +166,7 @@ def gradient_of(trainer: Any, batches: list[Batch]) -> Tensor:
     return actual
 
 
-def stacked(examples: list[Batch], size: int) -> list[Batch]:
+def batches_of(examples: list[Batch], size: int) -> list[Batch]:
     return [
         {name: torch.stack([e[name] for e in examples[i : i + size]]) for name in examples[0]}
         for i in range(0, len(examples), size)
@@ -174,7 +174,7 @@ def stacked(examples: list[Batch], size: int) -> list[Batch]:
 
 
 class WithoutLossArguments(nn.Module):
-    """A model whose forward takes no **kwargs, for which the Trainer by itself would not count."""
+    """A model whose forward takes no **kwargs, for which the Trainer would not count labels."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -188,17 +188,19 @@ class WithoutLossArguments(nn.Module):
 def test_accumulated_batches_have_the_gradient_of_one(
     student: nn.Module, teacher: nn.Module, arguments: Callable[..., Any], form: str
 ) -> None:
-    """8 x 1, of which one has no counted row, 2 x 4 and 1 x 8; against float64, no further off than PyTorch is."""
+    """8 x 1 (one without a counted row), 2 x 4 and 1 x 8 give gradients as near to float64 as PyTorch's."""
     examples = sentences()
     model = WithoutLossArguments(student) if form == "without loss arguments" else student
-    shifts: Any = True if form == "without loss arguments" else "auto"  # of a wrapper it is asked
+    shifts: Any = (
+        True if form == "without loss arguments" else "auto"
+    )  # a wrapper needs shift_labels
     trainer = kd_trainer(
         model, arguments(), teacher_model=teacher, fused=form == "fused", shift_labels=shifts
     )
     exact_student, exact_teacher = (copy.deepcopy(m).double().eval() for m in (student, teacher))
     references = []
     for s, t in ((exact_student, exact_teacher), (student, teacher)):
-        (batch,) = stacked(examples, 8)
+        (batch,) = batches_of(examples, 8)
         features = {name: batch[name] for name in ("input_ids", "attention_mask")}
         labels = batch["labels"]
         count = (labels[:, 1:] != -100).sum()
@@ -208,7 +210,7 @@ def test_accumulated_batches_have_the_gradient_of_one(
     exact, plain = references
     bar = (plain - exact).abs().max()
     for size in (1, 4, 8):
-        actual = gradient_of(trainer, stacked(examples, size))
+        actual = gradient_of(trainer, batches_of(examples, size))
         assert (actual - exact).abs().max() <= 2 * bar + 1e-7, size
     assert exact.abs().max() > 0.1
 
@@ -216,12 +218,12 @@ def test_accumulated_batches_have_the_gradient_of_one(
 def test_without_labels(
     student: nn.Module, teacher: nn.Module, arguments: Callable[..., Any]
 ) -> None:
-    """Rows that predict no padding count; the Trainer divides by the number of batches."""
+    """Rows that do not predict padding count; the Trainer divides by the number of batches."""
     examples = sentences(labelled=False)
     trainer = kd_trainer(student, arguments(), teacher_model=teacher, loss_kwargs={})
-    actual = gradient_of(trainer, stacked(examples, 4))
+    actual = gradient_of(trainer, batches_of(examples, 4))
     total = torch.zeros(())
-    for batch in stacked(examples, 4):
+    for batch in batches_of(examples, 4):
         labels = batch["input_ids"].where(batch["attention_mask"] == 1, -100)
         rows = (labels[:, 1:] != -100).sum()
         s, t = (m(**batch).logits for m in (student, teacher))
@@ -236,13 +238,13 @@ def test_without_labels(
         loss_kwargs={},
         eval_dataset=examples,
     )
-    (batch,) = stacked(examples, 8)
+    (batch,) = batches_of(examples, 8)
     with torch.no_grad():
         loss = trainer.compute_loss(student, batch)
     assert trainer.evaluate()["eval_loss"] == pytest.approx(float(loss), rel=1e-6)
 
 
-def test_padding_on_the_left_predicts_nothing(
+def test_left_padding_is_not_counted(
     student: nn.Module, teacher: nn.Module, arguments: Callable[..., Any]
 ) -> None:
     ids = torch.tensor([[0, 0, 7, 8, 9]])
@@ -258,9 +260,9 @@ def test_padding_on_the_left_predicts_nothing(
 def test_evaluation(
     student: nn.Module, teacher: nn.Module, arguments: Callable[..., Any], fused: bool
 ) -> None:
-    """The loss of the batch, and predictions of every position where they are wanted."""
+    """The loss of the batch, and predictions for every position if requested."""
     examples = sentences()
-    (batch,) = stacked(examples, 8)
+    (batch,) = batches_of(examples, 8)
     shapes = []
 
     def metrics(prediction: Any) -> dict[str, float]:
@@ -290,7 +292,7 @@ def test_evaluation(
 def test_label_smoothing(
     student: nn.Module, teacher: nn.Module, arguments: Callable[..., Any]
 ) -> None:
-    (batch,) = stacked(sentences(), 8)
+    (batch,) = batches_of(sentences(), 8)
     args = arguments(label_smoothing_factor=0.2)
     trainer = kd_trainer(student, args, teacher_model=teacher)
     loss, outputs = trainer.compute_loss(student, batch, return_outputs=True, num_items_in_batch=9)
@@ -330,8 +332,8 @@ def test_tokens_averaged_over_processes(
     arguments: Callable[..., Any],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """As Trainer.compute_loss: the count is of all processes, and DDP takes a mean."""
-    (batch,) = stacked(sentences(), 8)
+    """Like Trainer.compute_loss, the loss is scaled because the count covers all processes and DDP averages."""
+    (batch,) = batches_of(sentences(), 8)
     trainer = kd_trainer(student, arguments(), teacher_model=teacher)
     alone = [trainer.compute_loss(student, batch, num_items_in_batch=n).item() for n in (9, None)]
     monkeypatch.setattr(type(trainer.accelerator), "num_processes", property(lambda _: 3))
@@ -341,10 +343,10 @@ def test_tokens_averaged_over_processes(
     assert trainer.compute_loss(student, batch, num_items_in_batch=9).item() == alone[0]
 
 
-def test_labels_that_are_shifted_already(
+def test_labels_that_are_already_shifted(
     student: nn.Module, teacher: nn.Module, arguments: Callable[..., Any]
 ) -> None:
-    (batch,) = stacked(sentences(), 8)
+    (batch,) = batches_of(sentences(), 8)
     shifted = F.pad(batch["labels"][:, 1:], (0, 1), value=-100)
     trainer = kd_trainer(student, arguments(), teacher_model=teacher)
     expected = trainer.compute_loss(student, batch)
@@ -361,7 +363,7 @@ def test_a_teacher_that_is_a_function(
     student: nn.Module, teacher: nn.Module, arguments: Callable[..., Any], fused: bool
 ) -> None:
     """Top-k columns of a dataset do not reach the student."""
-    (batch,) = stacked(sentences(), 8)
+    (batch,) = batches_of(sentences(), 8)
     with torch.no_grad():
         log_p = teacher.eval()(batch["input_ids"], batch["attention_mask"]).logits.log_softmax(-1)
     top = log_p.topk(5)
@@ -389,10 +391,10 @@ def test_a_teacher_that_is_a_function(
     torch.testing.assert_close(actual, expected, rtol=1e-6, atol=0)
 
 
-def test_nothing_counts(
+def test_a_batch_without_a_counted_label(
     student: nn.Module, teacher: nn.Module, arguments: Callable[..., Any]
 ) -> None:
-    (batch,) = stacked(sentences(2), 2)
+    (batch,) = batches_of(sentences(2), 2)
     batch["labels"].fill_(-100)
     trainer = kd_trainer(student, arguments(), teacher_model=teacher)
     loss = trainer.compute_loss(student, batch, num_items_in_batch=torch.tensor(0))
@@ -414,11 +416,11 @@ def granite(**config: Any) -> nn.Module:
 
 
 @pytest.mark.parametrize("side", ["", "teacher_"])
-def test_fused_wants_to_know_what_becomes_of_logits(
+def test_fused_needs_to_know_how_logits_are_scaled(
     student: nn.Module, arguments: Callable[..., Any], side: str
 ) -> None:
-    """Granite divides them; a scale that nobody named would train another model."""
-    (batch,) = stacked(sentences(), 8)
+    """Granite divides its logits; an unnamed scale would train another model."""
+    (batch,) = batches_of(sentences(), 8)
     scaled = granite()
     model, teacher = (student, scaled) if side else (scaled, student)
 
@@ -439,7 +441,7 @@ def test_fused_wants_to_know_what_becomes_of_logits(
     torch.testing.assert_close(evaluated, expected[0], rtol=1e-6, atol=0)
 
 
-def test_fused_knows_softcaps(teacher: nn.Module, arguments: Callable[..., Any]) -> None:
+def test_fused_applies_softcaps(teacher: nn.Module, arguments: Callable[..., Any]) -> None:
     torch.manual_seed(4)
     student = transformers.Gemma2ForCausalLM(
         transformers.Gemma2Config(
@@ -448,7 +450,7 @@ def test_fused_knows_softcaps(teacher: nn.Module, arguments: Callable[..., Any])
             final_logit_softcapping=2.0,
         )
     )  # fmt: skip
-    (batch,) = stacked(sentences(), 8)
+    (batch,) = batches_of(sentences(), 8)
     for softcap in (None, 2.5):
         options = LOSS | {"softcap": softcap}
         trainer = kd_trainer(
@@ -463,10 +465,10 @@ def test_fused_knows_softcaps(teacher: nn.Module, arguments: Callable[..., Any])
     torch.testing.assert_close(fused.compute_loss(student, batch), expected, rtol=1e-6, atol=0)
 
 
-def test_fused_makes_no_logits(
+def test_fused_computes_no_logits(
     student: nn.Module, teacher: nn.Module, arguments: Callable[..., Any]
 ) -> None:
-    (batch,) = stacked(sentences(), 8)
+    (batch,) = batches_of(sentences(), 8)
     trainer = kd_trainer(
         student,
         arguments(),
@@ -476,14 +478,14 @@ def test_fused_makes_no_logits(
     )
     _, outputs = trainer.compute_loss(student, batch, return_outputs=True)
     assert outputs.logits.shape == (8, 1, 61)
-    assert student(batch["input_ids"]).logits.shape == (8, 7, 61)  # no hook stays
+    assert student(batch["input_ids"]).logits.shape == (8, 7, 61)  # no hook remains
 
 
 def test_fused_in_mixed_precision(
     student: nn.Module, teacher: nn.Module, arguments: Callable[..., Any], monkeypatch: Any
 ) -> None:
-    """bf16 on float32 weights: the loss's products have the dtype of the models'."""
-    (batch,) = stacked(sentences(), 8)
+    """With bf16 autocast on float32 weights, the loss's products have the dtype of the models' products."""
+    (batch,) = batches_of(sentences(), 8)
     seen = []
     stock = fastkd.engine.linear.kd_chunks
 
@@ -505,7 +507,7 @@ def test_fused_in_mixed_precision(
 
 @pytest.mark.heavy
 def test_two_processes_train_as_one(tmp_path: Path) -> None:
-    """Under DDP, with logits and without: measured apart, nothing and 1.2e-7."""
+    """Under DDP, with logits and fused; the measured differences are 0 and 1.2e-7."""
     from support import trainer_of_processes
 
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
@@ -531,7 +533,7 @@ def test_two_processes_train_as_one(tmp_path: Path) -> None:
 def test_compute_loss_func(
     student: nn.Module, teacher: nn.Module, arguments: Callable[..., Any]
 ) -> None:
-    """In the stock Trainer, bit for bit what KDTrainer does."""
+    """The stock Trainer with the function gives bitwise the results of KDTrainer."""
     args = arguments(gradient_accumulation_steps=2, learning_rate=0.1)
     runs = []
     for by_function in (True, False):
@@ -568,14 +570,14 @@ def test_compute_loss_func_needs_a_batch_with_labels(
 @pytest.mark.parametrize(
     "option", [{"reduction": "sum"}, {"ignore_index": 0}, {"return_parts": True}]
 )
-def test_options_that_are_the_trainers(student: nn.Module, option: dict[str, Any]) -> None:
+def test_options_of_the_trainer_are_refused(student: nn.Module, option: dict[str, Any]) -> None:
     with pytest.raises(TypeError, match="the Trainer decides it"):
         compute_loss_func(student, student, **option)
     with pytest.raises(TypeError, match="the Trainer decides it"):
         kd_trainer(student, teacher_model=student, loss_kwargs=option)
 
 
-def test_what_a_trainer_must_not_be(
+def test_bad_trainer_arguments(
     student: nn.Module, teacher: nn.Module, arguments: Callable[..., Any]
 ) -> None:
     def build(**options: Any) -> Any:
@@ -588,12 +590,12 @@ def test_what_a_trainer_must_not_be(
         build(compute_loss_func=print)
     with pytest.raises(ValueError, match="temperature must be"):
         build(loss_kwargs={"temperature": 0.0})
-    with pytest.raises(TypeError, match="chunk_size"):  # of the fused loss only
+    with pytest.raises(TypeError, match="chunk_size"):  # an option of the fused loss only
         build(loss_kwargs={"chunk_size": 4})
     with pytest.raises(ValueError, match="fused=True reads lm_heads outside"):
         build(args=arguments(torch_compile=True), fused=True)
     several = arguments()
-    assert several.n_gpu < 2  # which looks for them, once
+    assert several.n_gpu < 2  # the check runs once
     several._n_gpu = 2
     with pytest.raises(ValueError, match="2 GPUs \\(DataParallel\\)"):
         build(args=several)
@@ -602,7 +604,7 @@ def test_what_a_trainer_must_not_be(
     with pytest.raises(
         ValueError, match="model whose get_output_embeddings\\(\\) is exactly an nn.Linear"
     ):
-        trainer.compute_loss(student, stacked(sentences(2), 2)[0])
+        trainer.compute_loss(student, batches_of(sentences(2), 2)[0])
 
 
 def test_without_transformers(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -27,11 +27,11 @@ from fastkd.compat.trl import chunked_divergence_loss, generalized_jsd_loss
 stock_jsd = GKDTrainer.generalized_jsd_loss
 stock_chunked = distillation_trainer._chunked_divergence_loss
 BETAS = [0.0, 0.2, 0.5, 1.0]
-ULP = 2.0**-22  # of the terms of a sum, in float32
+ULP = 2.0**-22  # rounding of the terms of a sum in float32
 
 
 def real_rows(dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """[2, 4, 49152]: what SmolLM2 and a student of it say on eight positions."""
+    """Logits [2, 4, 49152] of SmolLM2 and a student on eight positions."""
     with np.load(DATA / "smollm2.npz") as file:
         return tuple(
             torch.from_numpy(file[side]).to(dtype).view(2, 4, -1) for side in ("student", "teacher")
@@ -39,7 +39,7 @@ def real_rows(dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 
 
 def random_rows(dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """[3, 5, 203], the shifted view of a model's logits: no row follows its neighbour in memory."""
+    """Logits [3, 5, 203] as the shifted view of a model's logits, so that rows are not adjacent in memory."""
     generator = torch.Generator().manual_seed(0)
     both = 4 * torch.randn(2, 3, 6, 203, generator=generator)
     both += 1e3 * torch.rand(2, 3, 6, 1, generator=generator)
@@ -72,7 +72,7 @@ def with_gradients(
 def assert_no_further_off(
     student: Tensor, teacher: Tensor, upstream: Tensor | float = 1.7, **options: Any
 ) -> None:
-    """Value and gradients are as near to float64 as TRL's, or within an ulp of their terms."""
+    """Assert that value and gradients are as near to float64 as TRL's, or within an ulp of their terms."""
     exact = with_gradients(stock_jsd, student.double(), teacher.double(), upstream, **options)
     stock = with_gradients(stock_jsd, student, teacher, upstream, **options)
     actual = with_gradients(generalized_jsd_loss, student, teacher, upstream, **options)
@@ -110,21 +110,21 @@ def test_reductions(reduction: str, with_labels: bool) -> None:
         shape = (12, 203) if with_labels else student.shape
         upstream = torch.rand(shape, generator=torch.Generator().manual_seed(1))
     assert_no_further_off(student, teacher, upstream, **options)
-    for count in (7, torch.tensor(7), torch.tensor(7.0)):  # replaces the denominator of them all
+    for count in (7, torch.tensor(7), torch.tensor(7.0)):  # replaces every reduction's denominator
         assert_no_further_off(student, teacher, num_items_in_batch=count, **options)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("beta", [0.0, 0.5, 1.0])
 def test_low_precision(beta: float, dtype: torch.dtype) -> None:
-    """TRL computes in the dtype of the logits, and is off by as much."""
+    """TRL computes in the dtype of the logits, with errors of its size."""
     student, teacher = (x - x.amax(-1, keepdim=True) for x in random_rows(dtype))
     assert_no_further_off(student, teacher, labels=some_labels(student), beta=beta)
     assert generalized_jsd_loss(student, teacher).dtype == torch.float32
 
 
-def test_nothing_counts() -> None:
-    """Also where TRL's mean of no entries is NaN."""
+def test_a_batch_without_a_counted_row_has_loss_0() -> None:
+    """Without a counted row the loss is 0, where TRL's mean is NaN."""
     student, teacher = random_rows(torch.float32)
     labels = torch.full(student.shape[:-1], -100)
     for reduction in ("batchmean", "sum", "mean"):
@@ -136,8 +136,8 @@ def test_nothing_counts() -> None:
     assert stock_jsd(student, teacher, labels, reduction="mean").isnan()
 
 
-def test_a_token_that_both_exclude() -> None:
-    """-inf in both; TRL gives NaN."""
+def test_a_token_that_both_models_exclude() -> None:
+    """A token at -inf in both models has no effect, where TRL gives NaN."""
     student, teacher = random_rows(torch.float32)
     student, teacher = student.clone(), teacher.clone()
     student[..., 7], teacher[..., 7] = -torch.inf, -torch.inf
@@ -176,7 +176,7 @@ def test_signatures() -> None:
 
 
 def two_heads(dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
-    """Hidden widths 24 and 40, over 301 tokens."""
+    """Hidden states and heads of widths 24 and 40, over 301 tokens."""
     generator = torch.Generator().manual_seed(2)
 
     def draw(*shape: int) -> Tensor:
@@ -205,8 +205,8 @@ def run_chunked(loss: Callable[..., Any], given: dict[str, Any]) -> tuple[Tensor
     return value.detach(), entropy, count, *gradients
 
 
-def by_definition(given: dict[str, Any]) -> Callable[..., Any]:
-    """In float64, from whole logits."""
+def loss_by_definition(given: dict[str, Any]) -> Callable[..., Any]:
+    """The loss in float64 from whole logits."""
 
     def logits(side: str, a: dict[str, Any]) -> Tensor:
         z = a[f"{side}_hidden_states"] @ a[f"{side}_lm_head_weight"].T
@@ -236,12 +236,12 @@ CAPS = {
 
 
 def assert_chunked(given: dict[str, Any]) -> None:
-    """As near to float64 as TRL is."""
+    """Assert that the chunked loss is as near to float64 as TRL's."""
     doubles = {
         n: v.double() if isinstance(v, Tensor) and v.is_floating_point() else v
         for n, v in given.items()
     }
-    exact = run_chunked(by_definition(doubles), doubles)
+    exact = run_chunked(loss_by_definition(doubles), doubles)
     stock, actual = (run_chunked(f, given) for f in (stock_chunked, chunked_divergence_loss))
     for i, (a, b, c) in enumerate(zip(actual, stock, exact, strict=True)):
         assert a.shape == b.shape and a.dtype == b.dtype
@@ -277,7 +277,7 @@ def test_chunked_of_an_empty_completion() -> None:
 
 
 def test_chunked_casts_a_master_copy() -> None:
-    """FSDP2's mixed precision: hidden states in bfloat16, a head in float32 that gets its gradient in float32."""
+    """As in FSDP2's mixed precision: bfloat16 hidden states and a float32 head, whose gradient is float32."""
     heads = two_heads() | {"beta": 0.5}
     low = {n: v.bfloat16() if "hidden" in n else v for n, v in heads.items() if n != "beta"}
     actual = run_chunked(chunked_divergence_loss, low | {"beta": 0.5})
@@ -287,7 +287,7 @@ def test_chunked_casts_a_master_copy() -> None:
     torch.testing.assert_close(actual[4], expected[4], rtol=5e-2, atol=1e-3)
 
 
-def test_chunked_takes_a_spread_head(tmp_path: Path) -> None:
+def test_chunked_accepts_a_sharded_head(tmp_path: Path) -> None:
     import torch.distributed as dist
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import Shard, distribute_tensor
@@ -331,7 +331,7 @@ def gradient_of_a_spread_head(group: Any) -> tuple[Tensor, Tensor]:
 
 @pytest.mark.heavy
 def test_chunked_averages_over_processes() -> None:
-    """As FSDP2 does with the gradients of other parameters."""
+    """The head's gradient is averaged over processes, as FSDP2 does for other parameters."""
     from support.processes import Processes
 
     pool = Processes(2)
@@ -342,7 +342,7 @@ def test_chunked_averages_over_processes() -> None:
         pool.stop()
 
 
-def test_a_head_that_zero3_has_partitioned() -> None:
+def test_a_zero3_partitioned_head_raises() -> None:
     heads = two_heads()
     heads["teacher_lm_head_weight"].ds_id = 1
     with pytest.raises(ValueError, match="teacher_lm_head_weight is partitioned by DeepSpeed"):
@@ -383,7 +383,7 @@ def models() -> dict[str, nn.Module]:
 
 
 def gkd(trainer: type, path: Path, given: Any = None, **options: Any) -> Any:
-    """Half of the batches on-policy."""
+    """A GKD trainer with half of the batches on-policy."""
     chats = [
         [{"role": "user", "content": p}, {"role": "assistant", "content": a}]
         for p, a in zip(
@@ -411,7 +411,7 @@ def on_policy(trainer: type, path: Path, given: Any = None, **options: Any) -> A
 
 
 def trained(trainer: Any) -> tuple[list[float], list[float], Tensor]:
-    """Losses of the steps, the entropies where they are logged, and the weights."""
+    """Losses of the steps, entropies if logged, and weights after training."""
     trainer.train()
     entries = [entry for entry in trainer.state.log_history if "loss" in entry]
     weights = torch.cat([p.detach().flatten() for p in trainer.model.parameters()])
@@ -437,7 +437,7 @@ TRAINERS = {
 
 @pytest.mark.parametrize("name", TRAINERS)
 def test_trainers(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Five steps of two batches: apart by at most 2e-7, losses of themselves and weights in all, as measured."""
+    """Five steps of two batches; measured relative differences of losses and weights are at most 2e-7."""
     build, stock_class, loss = TRAINERS[name]
     calls = count_calls(monkeypatch, loss)
     stock = trained(build(stock_class, tmp_path))
@@ -467,10 +467,10 @@ def test_evaluation(name: str, tmp_path: Path) -> None:
 
 
 def test_gkd_at_temperature_one(tmp_path: Path) -> None:
-    """args.temperature is of sampling, in TRL as here; a subclass has another."""
+    """args.temperature is for sampling only, as in TRL; a subclass changes the loss's temperature."""
     import functools
 
-    class Warmer(adapter.GKDTrainer):
+    class WarmGKDTrainer(adapter.GKDTrainer):
         generalized_jsd_loss = staticmethod(
             functools.partial(generalized_jsd_loss, temperature=3.0)
         )
@@ -480,14 +480,14 @@ def test_gkd_at_temperature_one(tmp_path: Path) -> None:
         for trainer, temperature in (
             (adapter.GKDTrainer, 0.9),
             (adapter.GKDTrainer, 3.0),
-            (Warmer, 0.9),
+            (WarmGKDTrainer, 0.9),
         )
     ]
     assert results[0] == results[1] > 2 * results[2]
 
 
 def test_a_mixture_of_experts(tmp_path: Path) -> None:
-    """GKDTrainer keeps the router's auxiliary loss, which TRL's leaves out; DistillationTrainer says that it cannot."""
+    """GKDTrainer keeps the router's auxiliary loss, which TRL's omits; DistillationTrainer raises."""
     config = {"router_aux_loss_coef": 0.5, "num_local_experts": 4, "num_experts_per_tok": 2}
 
     def mixtures() -> dict[str, nn.Module]:
@@ -501,7 +501,9 @@ def test_a_mixture_of_experts(tmp_path: Path) -> None:
         trainer = gkd(trainer_class, tmp_path, lmbda=0.0, max_steps=1, given=mixtures(), **options)
         trainer.train()
         losses.append(trainer.state.log_history[0])
-    assert losses[1]["aux_loss"] > 0.5  # of 4 experts it is at least 1 where all are used alike
+    assert (
+        losses[1]["aux_loss"] > 0.5
+    )  # the auxiliary loss is at least 1, its value if all 4 experts are used equally
     aux = 0.5 * losses[1]["aux_loss"]
     assert losses[1]["loss"] == pytest.approx(losses[0]["loss"] + aux, rel=1e-5)
     assert losses[2]["loss"] == pytest.approx(losses[0]["loss"], rel=1e-5)
@@ -509,7 +511,7 @@ def test_a_mixture_of_experts(tmp_path: Path) -> None:
         on_policy(adapter.DistillationTrainer, tmp_path, given=mixtures())
 
 
-def test_trl_is_left_as_it_is() -> None:
+def test_trl_is_not_patched() -> None:
     actual = adapter.DistillationTrainer
     name = "_chunked_divergence_loss"
     assert getattr(distillation_trainer, name) is stock_chunked
@@ -519,8 +521,8 @@ def test_trl_is_left_as_it_is() -> None:
     assert actual.__module__ == "fastkd.compat.trl" and "fastkd" in actual.__doc__
 
 
-def test_another_version(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where TRL has changed, an error says which it is."""
+def test_an_unsupported_version_of_trl(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An error names the change if TRL differs from the supported version."""
     for name in TRAINERS:
         monkeypatch.delitem(vars(adapter), name, raising=False)
     with monkeypatch.context() as patch:

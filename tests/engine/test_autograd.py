@@ -1,4 +1,4 @@
-"""A loss under autograd: upstream gradients, retained graphs, checkpoints, hooks, and modes that must raise."""
+"""Autograd features with a loss: upstream gradients, retained graphs, checkpoints, hooks, and modes that must raise."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 import fastkd
 from fastkd import kd_loss
 
-# float16 computes its gradient in the backward, the others in the forward.
+# float16 computes its gradient in the backward, the other dtypes in the forward.
 FLOATS = [torch.float32, torch.bfloat16, torch.float16]
 dtypes = pytest.mark.parametrize("dtype", FLOATS, ids=str)
 
@@ -55,7 +55,7 @@ def test_a_different_upstream_gradient_for_every_row(any_backend: str, dtype: to
 
 @dtypes
 def test_the_loss_squared(any_backend: str, dtype: torch.dtype) -> None:
-    """The upstream factor, 2 loss, is known only after the forward has been."""
+    """The upstream factor, 2 loss, is known only after the forward."""
     for reduction in ("sum", "mean"):
         student, teacher = _pair(dtype)
         loss = kd_loss(student, teacher, reduction=reduction, backend=any_backend)
@@ -64,7 +64,7 @@ def test_the_loss_squared(any_backend: str, dtype: torch.dtype) -> None:
         arguments: dict[str, Any] = {"reduction": reduction, "upstream": upstream}
         allowed = bars(student.detach(), teacher, **arguments)
         error = (student.grad.double() - allowed.exact.student_gradient).abs()
-        # bfloat16 is rounded in the forward, and again by the factor.
+        # A bfloat16 gradient is rounded in the forward, and again by the factor.
         rounded_before = allowed.exact.student_gradient.abs() * torch.finfo(dtype).eps / 2
         assert (
             error <= allowed.student_gradient + rounded_before * (dtype == torch.bfloat16)
@@ -93,11 +93,14 @@ def test_an_upstream_gradient_of_zero(any_backend: str, dtype: torch.dtype) -> N
 
 
 def test_float16_gradient_of_a_scaled_loss_does_not_underflow(backend: str) -> None:
-    """1 / (N V) underflows in float16: if it is rounded before the scaler's factor, only zeros are left."""
+    """1 / (N V) underflows in float16: rounding before the scaler's factor is applied would leave zeros."""
     student = logits(32, 4000, seed=3, spread=0.5, dtype=torch.float16).requires_grad_()
     teacher = logits(32, 4000, seed=4, spread=0.5, dtype=torch.float16)
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**20)
-    for items in (2**17, torch.tensor(2.0**17)):  # the rows of a batch over many devices and steps
+    for items in (
+        2**17,
+        torch.tensor(2.0**17),
+    ):  # the number of rows of a batch over many devices and steps
         student.grad = None
         scaler.scale(kd_loss(student, teacher, num_items=items, backend=backend)).backward()
         arguments = {"reduction": "mean", "num_items": items, "upstream": torch.tensor(2.0**20)}
@@ -112,14 +115,14 @@ def test_float16_gradient_of_a_scaled_loss_does_not_underflow(backend: str) -> N
 # Teacher gradients and which gradients are computed
 
 
-# How a type is stored does not depend on the divergence; two of them, with a closed form and without, show it.
+# How a dtype is stored does not depend on the divergence, so two are enough: with a closed form and without.
 @pytest.mark.parametrize(
     ("divergence", "dtype"),
     [(name, torch.float32) for name in fastkd.DIVERGENCES]
     + [(name, dtype) for name in ("mixture", "jsd") for dtype in FLOATS[1:]],
     ids=str,
 )
-def test_whichever_side_requires_grad_gets_it(
+def test_each_side_that_requires_grad_gets_a_gradient(
     any_backend: str, dtype: torch.dtype, divergence: str
 ) -> None:
     both = None
@@ -139,7 +142,7 @@ def test_whichever_side_requires_grad_gets_it(
         torch.testing.assert_close(loss.detach(), both[0], rtol=4 * ULP, atol=0)
         for side, leaf in enumerate((student, teacher)):
             assert (leaf.grad is not None) == sides[side]
-            if leaf.grad is not None:  # which is not rounded by chance in another place
+            if leaf.grad is not None:  # so that rounding does not differ by chance
                 torch.testing.assert_close(
                     leaf.grad, both[1 + side], rtol=torch.finfo(dtype).eps, atol=1e-6
                 )
@@ -155,7 +158,7 @@ def test_the_same_tensor_on_both_sides(any_backend: str) -> None:
 
 
 @dtypes
-def test_no_gradient_is_computed_where_none_is_wanted(any_backend: str, dtype: torch.dtype) -> None:
+def test_no_gradient_is_computed_without_need(any_backend: str, dtype: torch.dtype) -> None:
     student, teacher = _pair(dtype)
     expected = kd_loss(student, teacher, backend=any_backend).detach()
     for mode in (torch.no_grad, torch.inference_mode):
@@ -221,7 +224,7 @@ def test_gradients_accumulate(any_backend: str, dtype: torch.dtype) -> None:
 
 
 def test_gradients_of_two_calls_share_no_memory(backend: str) -> None:
-    # 4 MB, from which on the outputs may come from memory that is used again.
+    # 4 MB, a size from which the allocator reuses memory for outputs.
     student, teacher = logits(4, 262144, seed=6), logits(4, 262144, seed=7)
     first = _gradient(student, teacher, backend=backend)
     kept = first.clone()
@@ -313,7 +316,7 @@ def test_parts_are_not_differentiable(any_backend: str) -> None:
 def test_in_place_gives_the_same_gradient(
     backend: str, divergence: str, dtype: torch.dtype
 ) -> None:
-    # 4101 columns: the gradient of one block is written while others are still to be read.
+    # 4101 columns: one block's gradient is written while other blocks are still unread.
     student, teacher = _pair(dtype, 2, 3, columns=4101)
     labels = labels_for(2, 3, vocabulary=4099, seed=10, ignored=0.3)
     options: dict[str, Any] = {
@@ -396,7 +399,7 @@ def test_in_place_where_no_row_counts(any_backend: str, rows: int) -> None:
     assert loss == 0 and leaf.grad is not None and not leaf.grad.any()
 
 
-def test_in_place_refuses_what_it_would_break(any_backend: str) -> None:
+def test_in_place_refuses_calls_that_it_would_break(any_backend: str) -> None:
     leaf, teacher = _pair()
     student = leaf * 1.0
     for arguments, message in (
@@ -431,7 +434,7 @@ def test_in_place_refuses_what_it_would_break(any_backend: str) -> None:
         assert torch.equal(student.detach(), before)
 
 
-# What must raise, and not be quietly wrong
+# Modes that must raise instead of giving silently wrong results
 
 
 @dtypes
@@ -441,10 +444,10 @@ def test_double_backward_raises(any_backend: str, dtype: torch.dtype) -> None:
     for upstream in (torch.ones(4), torch.ones(4, requires_grad=True)):
         (gradient,) = torch.autograd.grad(loss, student, upstream, create_graph=True)
         penalty = gradient.square().sum()
-        # Were the gradient a constant to autograd, this would run, and leave the penalty out of the result.
+        # If autograd took the gradient for a constant, this would run without the penalty.
         with pytest.raises(RuntimeError, match="twice"):
             (loss.sum() + penalty).backward(retain_graph=True)
-    # Without strict, torch takes an output that it cannot trace to the input for a constant.
+    # Without strict, torch treats an output that it cannot trace to the input as a constant.
     with pytest.raises(RuntimeError, match="independent"):
         torch.autograd.functional.hessian(
             lambda x: kd_loss(x, teacher, backend=any_backend), student.detach(), strict=True

@@ -19,7 +19,7 @@ from fastkd.call.options import Numbers
 from fastkd.divergences import resolve
 from fastkd.engine.ops import GraphOptions
 
-# What is compiled is one operator with its backend as an argument, so every run has no need of two in plain PyTorch.
+# All backends compile to one operator that takes the backend's name, so one backend in plain PyTorch is enough here.
 ONE_OPERATOR = pytest.mark.heavy_with(any_backend="portable")
 
 
@@ -37,7 +37,7 @@ def _batch(
     return student, teacher, labels_for(rows, vocabulary=columns, seed=rows, ignored=0.2)
 
 
-# The call under test, and what else of the batch it takes.
+# The call under test, and the other arguments that it takes from the batch.
 CALLS: dict[str, dict[str, Any]] = {
     "defaults": {},
     "labels": {"labels": True, "alpha": 0.5, "temperature": 2.0, "label_smoothing": 0.1},
@@ -61,7 +61,7 @@ CALLS: dict[str, dict[str, Any]] = {
 
 
 def _loss_function(call: dict[str, Any], backend: str) -> Callable[..., Tensor]:
-    """kd_loss with the options that are the same for every batch, and those that are not as arguments."""
+    """A function of a batch that calls kd_loss with constant options, taking the changing ones as arguments."""
     fixed = {
         name: value
         for name, value in call.items()
@@ -85,7 +85,7 @@ def _compare(
     rows: int,
     dtype: torch.dtype,
 ) -> None:
-    """Compare the compiled function with the eager one: value and both gradients."""
+    """Assert that the compiled function gives the eager one's value and both gradients."""
     student, teacher, labels = _batch(rows, dtype)
     generator = torch.Generator().manual_seed(rows)
     batch: dict[str, Tensor] = {}
@@ -99,13 +99,14 @@ def _compare(
     for function in (compiled, eager):
         s, t = student.clone().requires_grad_(), teacher.clone().requires_grad_()
         loss = function(s, t, labels if "labels" in call else None, **batch)
-        upstream = upstream_for(*loss.shape).sign() * 2  # a power of 2: no rounding of its own
+        upstream = upstream_for(*loss.shape).sign() * 2  # a power of 2, which does not round
         results.append((loss.detach(), *torch.autograd.grad(loss, (s, t), upstream)))
     tolerance = torch.finfo(dtype).eps
     torch.testing.assert_close(results[0], results[1], rtol=4 * tolerance, atol=4 * ULP)
 
 
-# Every call in float32; in the other types one whose denominator the device knows, and one where it is a number.
+# Every call in float32; in the other dtypes one whose denominator is on the device, and one whose denominator is a
+# number.
 SWEEP = [(name, torch.float32) for name in CALLS]
 SWEEP += [
     (name, dtype) for name in ("labels", "batchmean") for dtype in (torch.bfloat16, torch.float16)
@@ -123,7 +124,7 @@ def test_one_graph_and_no_recompilation_across_rows(
     _compare(compiled, eager, call, 5, dtype)
     compiled_once = (
         counter.frame_count
-    )  # the compiler may call its backend again while it settles one graph
+    )  # the compiler may call its backend several times for one graph
     for rows in (3, 17, 64, 2):
         _compare(compiled, eager, call, rows, dtype)
     assert counter.frame_count == compiled_once
@@ -142,7 +143,7 @@ def test_by_default_the_second_size_makes_rows_dynamic(backend: str, name: str) 
 @ONE_OPERATOR
 @pytest.mark.parametrize("dynamic", [True, None])
 def test_a_temperature_that_changes_breaks_no_graph(any_backend: str, dynamic: bool | None) -> None:
-    """An annealed temperature comes as an argument, and the compiler may make it a symbol."""
+    """An annealed temperature is an argument, which the compiler may turn into a symbol."""
     compiled = torch.compile(kd_loss, fullgraph=True, dynamic=dynamic, backend="aot_eager")
     student, teacher, labels = _batch(3)
     for temperature in (4.0, 2.0, 1.5, 1.0):
@@ -161,7 +162,7 @@ def test_a_temperature_that_changes_breaks_no_graph(any_backend: str, dynamic: b
 
 @pytest.mark.heavy_with(backend="portable")  # the graph is the same
 def test_inductor(backend: str) -> None:
-    """A step as it is trained: head, shifted view, loss and backward in one graph."""
+    """A training step in one graph: head, shifted view, loss and backward."""
     torch.manual_seed(0)
     head, hidden = nn.Linear(16, 101), torch.randn(2, 9, 16)
     teacher, labels = (
@@ -176,7 +177,7 @@ def test_inductor(backend: str) -> None:
     results = []
     for function in (step, torch.compile(step, fullgraph=True)):
         head.zero_grad()
-        # Without vectors, which this is not about and which g++ takes longer for.
+        # Without SIMD code, which is irrelevant here and slow to compile.
         with torch._inductor.config.patch({"cpp.vec_isa_ok": False}):
             loss = function(hidden)
             loss.backward()
@@ -199,7 +200,7 @@ def test_parts_are_compiled(any_backend: str) -> None:
         torch.testing.assert_close(part, value)
 
 
-def test_a_divergence_of_the_user_is_compiled() -> None:
+def test_a_user_defined_divergence_is_compiled() -> None:
     def function(
         p: Tensor, q: Tensor, log_p: Tensor, log_q: Tensor, factor: float
     ) -> tuple[Tensor, Tensor]:
@@ -213,7 +214,7 @@ def test_a_divergence_of_the_user_is_compiled() -> None:
 
 
 @ONE_OPERATOR
-def test_no_row_counts_in_a_compiled_function(any_backend: str) -> None:
+def test_a_batch_without_a_counted_row_in_a_compiled_function(any_backend: str) -> None:
     compiled = torch.compile(kd_loss, fullgraph=True, dynamic=True, backend="aot_eager")
     for rows in (3, 0):
         student, teacher, labels = _batch(rows)
@@ -311,7 +312,7 @@ def _op_arguments(
 ) -> tuple[Any, ...]:
     student, teacher, labels = _batch(3, dtype, 9)
     options = Options(resolve(divergence), vocab_size=9)
-    # Numbers are constants of a graph, or symbols, which then are inputs of the op.
+    # Numbers are constants of a graph, or symbols, which are inputs of the op.
     numbers = Numbers.of(temperature=2.0, teacher_temperature=2.0, num_items=2)
     rows: tuple[Tensor | None, ...] = (None,) * 5
     if per_row:
@@ -347,7 +348,7 @@ def test_opcheck(
         monkeypatch.setattr("fastkd.engine.graphs._is_constant", lambda _: False)
     dtype = torch.float16 if want.deferred else torch.float32
     arguments = _op_arguments(backend, dtype, want, divergence, per_row)
-    # Fresh memory is poisoned with NaN (conftest.py), and what opcheck compares includes it where it is empty.
+    # conftest.py fills new memory with NaN, and opcheck also compares outputs that are left empty.
     torch.library.opcheck(torch.ops.fastkd.kd_rows.default, arguments)
 
 

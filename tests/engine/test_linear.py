@@ -1,4 +1,4 @@
-"""Losses in chunks of rows: from hidden states and a head, and against teachers that are made into logits."""
+"""Losses in chunks of rows: from hidden states and a head, and against teachers whose logits are computed."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ from fastkd.engine.ops import GraphOptions
 from fastkd.teachers import flatten, weights_of
 from fastkd.teachers.cache import CacheWriter, TeacherCache
 
-# A vocabulary of one block and a bit of the CPU kernel; rows that no chunk size divides.
+# A vocabulary of slightly more than one block of the CPU kernel; a number of rows that no chunk size divides.
 N, H, WIDER, V = 19, 24, 40, 2_100
 
 
 class Problem(NamedTuple):
-    """Operands in the form that a user passes."""
+    """Operands of a fused linear loss."""
 
     hidden: Tensor
     weight: Tensor
@@ -41,7 +41,7 @@ class Problem(NamedTuple):
     teacher: fastkd.teachers.Teacher
 
     def leaves(self) -> list[Tensor]:
-        """Fresh ones, for hidden, weight and bias."""
+        """New leaves for hidden, weight and bias."""
         return [x.detach().clone().requires_grad_() for x in self[:3] if x is not None]
 
 
@@ -54,7 +54,7 @@ def problem(
     teacher_rows: int = V,
     seed: int = 0,
 ) -> Problem:
-    """Logits of standard deviation 3 or so."""
+    """A problem whose logits have a standard deviation of about 3."""
     lead = lead or (N,)
 
     def normal(*shape: int, number: int, spread: float = 1.0) -> Tensor:
@@ -114,7 +114,7 @@ def composed(
     upstream: Tensor | None,
     **options: Any,
 ) -> dict[str, Tensor]:
-    """Loss and gradients of plain PyTorch in the given dtype."""
+    """Loss and gradients composed of plain PyTorch operations in that dtype."""
     vocabulary = options.get("vocab_size") or given.weight.shape[0]
     hidden, weight = given.hidden.to(dtype), given.weight.to(dtype)
     s = hidden @ weight.T
@@ -139,7 +139,7 @@ def composed(
 
 
 def error(value: Tensor, exact: Tensor) -> float:
-    """Relative, by norm."""
+    """Relative error by norm."""
     norm = float(exact.norm())
     return float((value.double() - exact).norm()) / (norm or 1.0)
 
@@ -155,7 +155,8 @@ def check(
     logits_dtype: torch.dtype | None = None,
     **options: Any,
 ) -> None:
-    """Loss, parts and gradients: at most the error of plain float32 PyTorch, and `rounding` of the operands' dtype."""
+    """Assert that errors of loss, parts and gradients are at most plain float32 PyTorch's plus `rounding` of the
+    operands' dtype."""
     leaves = given.leaves()
     loss, parts = fastkd.fused_linear_kd_loss(
         *leaves[:2],
@@ -179,7 +180,7 @@ def check(
     for name, value in results.items():
         if name == "counted":
             continue
-        # The reference is plain float32 PyTorch in another order: neither is the more exact of the two.
+        # The reference is plain float32 PyTorch in another order: either may be the more exact one.
         allowed = (
             error(plain[name], exact[name]) * (2 if backend in ("portable", "reference") else 1)
             + 8 * ULP
@@ -251,15 +252,15 @@ def test_options(backend: str, form: str, options: dict[str, Any]) -> None:
     check(backend, problem(form, bias=True), labels, **options)
 
 
-# One row a chunk, an uneven division, exactly all, more than there are, and by the budget.
+# One row per chunk, an uneven division, exactly all rows, more than all rows, and by the memory budget.
 @pytest.mark.parametrize("chunk_size", [1, 7, N, 1000, None])
 def test_chunk_size(backend: str, chunk_size: int | None) -> None:
     check(backend, problem(bias=True), chunk_size=chunk_size, divergence="jsd")
 
 
 @pytest.mark.parametrize("form", ["linear", "dense", "arithmetic"])
-def test_one_loss_a_row(backend: str, form: str) -> None:
-    # The weight's gradient holds the upstream gradient inside its sum: it is made in the backward.
+def test_one_loss_per_row(backend: str, form: str) -> None:
+    # The weight's gradient has the upstream gradient inside its sum, so it is computed in the backward.
     labels = labels_for(N, vocabulary=V, seed=4, ignored=0.3)
     upstream = upstream_for(N)
     check(backend, problem(form, bias=True), labels, alpha=0.5, reduction="none", upstream=upstream)
@@ -295,7 +296,7 @@ def test_leading_shapes_and_strides(backend: str) -> None:
     assert single.dim() == 0 and single > 0
 
 
-# The gradients are rounded to their dtype once, and the products' operands have been before.
+# The gradients are rounded to their dtype once, and the products' operands were rounded before.
 @pytest.mark.parametrize(("dtype", "rounding"), [(torch.bfloat16, 2**-8), (torch.float16, 2**-11)])
 @pytest.mark.parametrize("form", ["linear", "dense", "arithmetic"])
 def test_low_precision(backend: str, dtype: torch.dtype, rounding: float, form: str) -> None:
@@ -304,7 +305,7 @@ def test_low_precision(backend: str, dtype: torch.dtype, rounding: float, form: 
     check(backend, inputs, reduction="none", upstream=upstream_for(N), rounding=2 * rounding)
 
 
-def test_logits_in_low_precision_are_worse_and_an_option(backend: str) -> None:
+def test_low_precision_logits_are_optional_and_less_exact(backend: str) -> None:
     inputs = problem(dtype=torch.bfloat16)
     check(backend, inputs, logits_dtype=torch.float32, rounding=2**-8)
     check(backend, inputs, logits_dtype=torch.bfloat16, rounding=0.25)
@@ -312,8 +313,9 @@ def test_logits_in_low_precision_are_worse_and_an_option(backend: str) -> None:
         check(backend, inputs, logits_dtype=torch.bfloat16, rounding=2**-8)
 
 
-def test_a_loss_scaler_finds_float16_gradients() -> None:
-    # With a weight of 1 / (N V) the gradient is below float16's smallest number until the scaler's factor is inside.
+def test_a_loss_scaler_preserves_float16_gradients() -> None:
+    # With a weight of 1 / (N V) the gradient is below float16's smallest number until the scaler's factor multiplies
+    # it.
     inputs = problem(dtype=torch.float16)
     leaves = inputs.leaves()
     scale = 2.0**-22
@@ -338,7 +340,9 @@ def test_float64_is_served_by_the_reference() -> None:
 
 
 @pytest.mark.parametrize("kept", ["hidden", "weight", "bias"])
-def test_frozen_operands(backend: str, kept: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_frozen_operands_get_no_gradient(
+    backend: str, kept: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     inputs = problem(bias=True)
     operands = dict(zip(("hidden", "weight", "bias"), inputs.leaves(), strict=True))
     products_of_weight = []
@@ -429,9 +433,9 @@ def fresh_compiler() -> Iterator[None]:
     torch.compiler.reset()
 
 
-def _outcome(run: Callable[..., Tensor], given: Problem, at: slice) -> list[Tensor]:
-    """The loss of some rows and its gradients, from an upstream gradient that is not 1."""
-    leaves = given._replace(hidden=given.hidden[at]).leaves()
+def _outcome(run: Callable[..., Tensor], problem: Problem, at: slice) -> list[Tensor]:
+    """The loss of some rows and its gradients, with an upstream gradient other than 1."""
+    leaves = problem._replace(hidden=problem.hidden[at]).leaves()
     loss = run(*leaves)
     torch.manual_seed(0)
     upstream = torch.rand(loss.shape).add(0.5).to(loss.dtype)
@@ -450,7 +454,7 @@ def _sliced(teacher: Any, at: slice) -> Any:
 
 
 def _close_to_eager(eager: list[Tensor], ours: list[Tensor], dtype: torch.dtype) -> None:
-    """The same kernels and chunks give equal results, up to the rounding of the product with the upstream gradient."""
+    """Assert that compiled and eager results are equal up to the rounding of the product with the upstream gradient."""
     for a, b in zip(eager, ours, strict=True):
         assert a.dtype == b.dtype and a.shape == b.shape
         assert error(b, a) <= 2 * torch.finfo(dtype).eps
@@ -467,7 +471,7 @@ COMPILED: list[tuple[str, torch.dtype, dict[str, Any]]] = [
 ]
 
 
-# The graph of a backend is that of another: the compiled tests below have the reference in every run.
+# All backends have the same graph, so most runs of the compiled tests below use only the reference.
 @pytest.mark.heavy_with(backend="portable")
 @pytest.mark.parametrize(("form", "dtype", "options"), COMPILED, ids=str)
 @pytest.mark.usefixtures("fresh_compiler")
@@ -532,7 +536,7 @@ def test_a_sparse_teacher_in_one_graph(backend: str, tail: str) -> None:
 @pytest.mark.usefixtures("fresh_compiler")
 @pytest.mark.heavy_with(backend="portable")  # the graph is the same
 def test_a_step_of_training_under_inductor(backend: str) -> None:
-    """Body, head, module and backward in one graph, under autocast; the head is trained, its bias is frozen."""
+    """Body, head, module and backward in one graph, under autocast, with a trainable head and a frozen bias."""
     inputs = problem(dtype=torch.float32, bias=True)
     loss_function = fastkd.FusedLinearKDLoss(divergence="jsd", temperature=2.0, backend=backend)
     body = torch.nn.Linear(H, H)
@@ -580,7 +584,7 @@ def test_a_compiled_call_raises_what_an_eager_one_does(backend: str) -> None:
         run = torch.compile(fastkd.fused_linear_kd_loss, backend="aot_eager")
         return run(inputs.hidden, inputs.weight, inputs.teacher, backend=backend, **options)
 
-    # What the compiler says of an error in a custom op is around the error's own message.
+    # The compiler wraps the message of an error in a custom op.
     with pytest.raises(Exception, match="memory_budget must be at least"):
         compiled(memory_budget=1000)
     with pytest.raises(Exception, match="chunk_size must be positive, got 0"):
@@ -648,7 +652,7 @@ def test_dropped_rows_are_not_read(backend: str, form: str) -> None:
 
 
 @pytest.mark.parametrize("lead", [(N,), (0,), (2, 0)])
-def test_no_counted_row_is_zero_with_a_graph(backend: str, lead: tuple[int, ...]) -> None:
+def test_a_batch_without_a_counted_row_has_loss_0(backend: str, lead: tuple[int, ...]) -> None:
     inputs = problem("linear", *lead)
     leaves = inputs.leaves()
     labels = torch.full(lead, -100)
@@ -685,7 +689,7 @@ def test_autocast(backend: str) -> None:
             *leaves, inputs.teacher, backend=backend, chunk_size=7, reduction="none"
         )
     assert loss.dtype == torch.float32
-    loss.mean().backward()  # outside: the logits are made again there
+    loss.mean().backward()  # outside of autocast: backward recomputes the logits there
     half = Problem(
         *(x.bfloat16() for x in inputs[:2]),
         None,
@@ -712,7 +716,7 @@ def test_autocast_leaves_float64_alone() -> None:
 
 @pytest.mark.parametrize("reduction", ["none", "mean"])
 @pytest.mark.parametrize("changed", ["labels", "weight", "temperature"])
-def test_rows_that_change_before_the_backward_are_noticed(changed: str, reduction: str) -> None:
+def test_rows_changed_before_the_backward_raise(changed: str, reduction: str) -> None:
     inputs = problem()
     rows: dict[str, Tensor] = {
         "labels": torch.zeros(N, dtype=torch.int64),
@@ -724,14 +728,14 @@ def test_rows_that_change_before_the_backward_are_noticed(changed: str, reductio
     half = logits(N, V, seed=8, dtype=torch.float16).requires_grad_()
     dense = fastkd.kd_loss(half, logits(N, V, seed=9), **rows, reduction=reduction)
     rows[changed].fill_(3)
-    if reduction == "mean":  # its gradients are there already
+    if reduction == "mean":  # the gradients are already saved
         fused.backward()
     for loss in (fused, dense) if reduction == "none" else (dense,):
         with pytest.raises(RuntimeError, match="modified by an inplace operation"):
             loss.sum().backward()
 
 
-def test_a_dropped_row_of_no_dimension(backend: str) -> None:
+def test_a_dropped_row_without_dimensions(backend: str) -> None:
     inputs = problem()
     hidden, weight = inputs.leaves()
     teacher = fastkd.LinearTeacher(inputs.teacher.hidden[0], inputs.teacher.weight)
@@ -748,7 +752,7 @@ def test_a_dropped_row_of_no_dimension(backend: str) -> None:
     assert not student.grad.any()
 
 
-def test_the_backend_that_was_asked_for_runs(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_requested_backend_runs(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     ran = ran_on(monkeypatch, "portable", "cpu")
     inputs = problem()
     fastkd.fused_linear_kd_loss(
@@ -773,8 +777,8 @@ def test_reruns_are_bitwise_equal(backend: str) -> None:
         assert torch.equal(a, b)
 
 
-class _Largest(TorchDispatchMode):
-    """The most elements of any new tensor that an operator returns."""
+class _LargestTensor(TorchDispatchMode):
+    """Records the largest number of elements of any new tensor that an operator returns."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -793,7 +797,7 @@ class _Largest(TorchDispatchMode):
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("reduction", ["mean", "none"])
-def test_no_tensor_of_all_logits(
+def test_no_tensor_holds_all_logits(
     form: str, reduction: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rows, chunk = 256, 16
@@ -805,7 +809,7 @@ def test_no_tensor_of_all_logits(
         "empty",
         lambda shape, *a, take=cpu.empty: asked.append(shape[0] * shape[1]) or take(shape, *a),
     )
-    with _Largest() as largest:
+    with _LargestTensor() as largest:
         loss = fastkd.fused_linear_kd_loss(
             *leaves, inputs.teacher, chunk_size=chunk, reduction=reduction
         )
@@ -845,7 +849,7 @@ print(step(rows))
 """
 
 
-# A quarter of the rows and all of them; a real vocabulary and the widest.
+# A quarter of the rows and all rows; a real vocabulary and the widest one.
 @pytest.mark.parametrize(
     ("vocabulary", "rows"),
     [
@@ -867,7 +871,8 @@ def test_peak_memory_is_the_budget(vocabulary: int, rows: tuple[int, ...], form:
 
 @pytest.fixture
 def products_like_a_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
-    """Products of low precision into float32, which torch has on a GPU only; the names of those that were asked for."""
+    """Emulate low-precision products into float32, which torch has only on a GPU; yield the names of the called
+    ones."""
     calls: list[str] = []
 
     def mm(a: Tensor, b: Tensor, dtype: torch.dtype, *, out: Tensor | None = None) -> Tensor:
@@ -901,7 +906,7 @@ def test_products_of_a_gpu(
     dtype: torch.dtype,
     accumulates: bool,
 ) -> None:
-    """Compare chunks with whole tensors in float64; logits, hidden states and weight take one product each."""
+    """Chunks match one float64 computation, with one product each for logits, hidden states and weight."""
     if not accumulates:
         monkeypatch.setattr(matmul, "_accumulates", lambda device: False)
     torch.manual_seed(0)
@@ -916,7 +921,7 @@ def test_products_of_a_gpu(
     for value, true in zip(actual, exact, strict=True):
         error = (value.double() - true).norm() / true.norm()
         assert error < torch.finfo(dtype).eps
-    # Three chunks: the first is not a sum yet, and one is to see whether torch can.
+    # Three chunks: the first is not yet a sum, and one call tests whether torch supports the product.
     assert products_like_a_gpu.count("addmm") == (3 if accumulates else 0)
 
 
@@ -1017,7 +1022,7 @@ def test_bad_arguments(bad: dict[str, Any], kind: type[Exception], message: str)
     assert str(raised.value) == message
 
 
-def test_a_budget_for_less_than_a_row() -> None:
+def test_a_budget_below_one_row() -> None:
     inputs = problem()
     with pytest.raises(
         ValueError, match=r"memory_budget must be at least \d+ bytes, which one row takes; got 1000"
@@ -1053,7 +1058,7 @@ def test_bad_teachers() -> None:
         assert str(raised.value) == message
 
 
-def test_every_form_of_a_teacher_trains_alike(backend: str, tmp_path: Path) -> None:
+def test_every_form_of_teacher_gives_the_same_training(backend: str, tmp_path: Path) -> None:
     torch.manual_seed(0)
     vocabulary, steps = 500, 20
     ids = torch.randint(vocabulary, (steps, 32))
@@ -1124,7 +1129,7 @@ def test_kd_loss(backend: str, form: str, inplace: bool) -> None:
     assert (produced._version > 0) == inplace
 
 
-def test_kd_loss_float16_is_computed_in_the_backward(backend: str) -> None:
+def test_kd_loss_computes_float16_gradients_in_the_backward(backend: str) -> None:
     inputs = problem()
     student = logits(N, V, seed=8, dtype=torch.float16).requires_grad_()
     loss = fastkd.kd_loss(student, inputs.teacher, backend=backend)

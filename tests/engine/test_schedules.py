@@ -1,8 +1,8 @@
-"""Options that change from step to step in a compiled function: eager's values, from two graphs at most.
+"""Options that change from step to step in a compiled function: eager values from at most two graphs.
 
-torch.compile takes a number for a constant until it changes, and then for a symbol, which an op may not be given as it
-is: torch's graph caches would give a step the graph of another value. Inductor's caches are on in these tests, and in a
-second process they are warm. The other compiler here, aot_eager, has no cache; it counts graphs in little time.
+torch.compile treats a number as a constant until it changes, and then as a symbol. An op must not receive that symbol
+directly, because torch's graph caches would reuse the graph of another value. Inductor's caches are on in these tests,
+and warm in a second process. The other compiler here, aot_eager, has no cache and counts graphs quickly.
 """
 
 from __future__ import annotations
@@ -39,11 +39,11 @@ def fresh_compiler() -> Iterator[None]:
     torch._dynamo.reset()
 
 
-def _of_user(p: Any, q: Any, log_p: Any, log_q: Any, factor: float, other: float) -> Any:
+def _user_divergence(p: Any, q: Any, log_p: Any, log_q: Any, factor: float, other: float) -> Any:
     return factor * other * p * (log_p - log_q), -factor * other * p
 
 
-# What changes, from the share of the way that is done, in [0, 1].
+# The changing options, as functions of the progress in [0, 1].
 SCHEDULES: dict[str, Callable[[float], dict[str, Any]]] = {
     "temperature": lambda x: {"temperature": 4.0 - 3.0 * x},
     "integer temperature": lambda x: {"temperature": 1 + round(19 * x)},
@@ -66,7 +66,7 @@ SCHEDULES: dict[str, Callable[[float], dict[str, Any]]] = {
     "dkd": lambda x: {"divergence": fastkd.dkd(1.0 + x, 8.0 - x)},
     "nkd": lambda x: {"divergence": fastkd.nkd(1.5 - x), "temperature": 1.0 + x},
     "of the user": lambda x: {
-        "divergence": fastkd.Divergence("mine", _of_user, (1.0 + x, 2.0 + x), 1.0),
+        "divergence": fastkd.Divergence("mine", _user_divergence, (1.0 + x, 2.0 + x), 1.0),
         "backend": "reference",
     },
 }
@@ -85,7 +85,7 @@ SCHEDULES["all together"] = _all_together
 
 
 def _outcome(loss: Loss, *tensors: Tensor, **options: Any) -> list[Tensor]:
-    """Value and gradient of the first tensor."""
+    """Loss and gradient of the first tensor."""
     leaf = tensors[0].clone().requires_grad_()
     value = loss(leaf, *tensors[1:], **options)
     return [value.detach(), *torch.autograd.grad(value.sum(), leaf)]
@@ -96,7 +96,7 @@ def _batch() -> tuple[Tensor, Tensor, Tensor]:
     return student, teacher, labels_for(ROWS, vocabulary=COLUMNS, seed=3, ignored=0.2)
 
 
-def _agree(found: list[Tensor], wanted: list[Tensor]) -> None:
+def _assert_agree(found: list[Tensor], wanted: list[Tensor]) -> None:
     torch.testing.assert_close(found, wanted, rtol=1e-6, atol=1e-7)
 
 
@@ -110,14 +110,14 @@ def _follow(
     student, teacher, _ = _batch()
     seen = []
     for step in range(steps):
-        options = schedule(step / (steps - 1))  # both ends are among the values
+        options = schedule(step / (steps - 1))  # the values include both ends
         wanted = _outcome(loss, student, teacher, *labels, **options)
-        _agree(_outcome(compiled, student, teacher, *labels, **options), wanted)
+        _assert_agree(_outcome(compiled, student, teacher, *labels, **options), wanted)
         seen.append(wanted[1])
-    assert not torch.equal(seen[0], seen[-1])  # or the schedule would say nothing
+    assert not torch.equal(seen[0], seen[-1])  # otherwise the schedule would test nothing
 
 
-# One of each kind in every run: all numbers of a call take the same way, and all divergences of the table theirs.
+# One schedule of each kind in every run: all numbers of a call take one code path, and all divergences another.
 USUAL = ("all together", "alpha", "integer temperature", "num_items", "jsd", "nkd", "of the user")
 
 
@@ -136,7 +136,7 @@ def test_a_schedule_is_two_graphs(name: str) -> None:
     assert counter.frame_count <= 2
 
 
-def test_with_dynamic_true_too() -> None:
+def test_a_schedule_with_dynamic_true() -> None:
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(kd_loss, fullgraph=True, dynamic=True, backend=counter)
     _follow(kd_loss, compiled, _all_together, 4, *_batch()[2:])
@@ -144,13 +144,13 @@ def test_with_dynamic_true_too() -> None:
 
 
 def test_with_dynamic_false_every_value_is_a_constant() -> None:
-    """As torch has it; the values are right, and each is a graph."""
+    """With dynamic=False every value compiles its own graph, and the values are right."""
     compiled = torch.compile(kd_loss, fullgraph=True, dynamic=False, backend="aot_eager")
     _follow(kd_loss, compiled, SCHEDULES["temperature"], 3)
 
 
 def _annealed(student: Tensor, teacher: Tensor, *labels: Tensor, **options: Any) -> Tensor:
-    """The temperature is computed in the graph, and multiplies tensors too."""
+    """A loss whose temperature is computed in the graph and also multiplies tensors."""
     temperature = 1 + options.pop("temperature", 0.0)
     loss = kd_loss(student, teacher, *labels, temperature=temperature, **options)
     return loss * temperature * temperature
@@ -167,7 +167,7 @@ def _under_inductor(names: Sequence[str], steps: int) -> None:
 
 
 def test_inductor_with_cold_and_warm_caches() -> None:
-    # Without vectors, which this is not about: an empty cache would have g++ try each instruction set first.
+    # Without SIMD code, which is irrelevant here: with an empty cache g++ would first try each instruction set.
     with fresh_cache(), torch._inductor.config.patch({"cpp.vec_isa_ok": False}):
         _under_inductor(["all together"], 4)
         assert not counters["aot_autograd"]["autograd_cache_hit"]
@@ -187,8 +187,8 @@ def test_twenty_values_in_two_processes_with_one_cache(tmp_path: Path) -> None:
 # ---- where a number comes from
 
 
-def test_numbers_of_a_module() -> None:
-    """Attributes of a loss, integers among them, and what its options hold."""
+def test_numbers_stored_in_a_module() -> None:
+    """Numbers that are attributes of a loss, including integers, and numbers inside its options."""
     module = fastkd.KDLoss(temperature=4, alpha=1.0)
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(module, fullgraph=True, backend=counter)
@@ -202,7 +202,7 @@ def test_numbers_of_a_module() -> None:
 
 
 def test_numbers_of_a_closure_and_of_a_teacher() -> None:
-    """Temperature of a closure, weights of an ensemble and of a member's, from hidden states; float16 is deferred."""
+    """A closure's temperature, an ensemble's weights and a member's, from hidden states; float16 is deferred."""
     temperature, weights = 1.0, [0.5, 0.5]
     hidden, weight = logits(ROWS, 8, seed=4).half(), logits(COLUMNS, 8, seed=5).half()
     members = [logits(ROWS, COLUMNS, seed=seed) for seed in (6, 7)]
@@ -239,20 +239,20 @@ def test_numbers_of_a_sparse_teacher(tail: str) -> None:
     for temperature in (3.0, 2.0, 1.5, 1.0):
         at = fastkd.TopK.from_logits(dense, 4, temperature=temperature)
         inputs = (student, at.ids, at.logprobs, at.tail_logprob, temperature)
-        _agree(_outcome(compiled, *inputs), _outcome(loss, *inputs))
+        _assert_agree(_outcome(compiled, *inputs), _outcome(loss, *inputs))
     assert counter.frame_count <= 2
 
 
 def test_a_temperature_of_one_element() -> None:
-    """One for all rows, in eager mode and compiled, in one graph; and one for the only row there is."""
+    """A one-element temperature for all rows, eager and compiled in one graph, and for a single row."""
     student, teacher, _ = _batch()
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(kd_loss, fullgraph=True, backend=counter)
     for value in (3.0, 1.5, 1.0):
         wanted = _outcome(kd_loss, student, teacher, temperature=value)
         for run in (kd_loss, compiled):
-            _agree(_outcome(run, student, teacher, temperature=torch.tensor(value)), wanted)
-        _agree(_outcome(kd_loss, student[0], teacher[0], temperature=torch.tensor(value)),
+            _assert_agree(_outcome(run, student, teacher, temperature=torch.tensor(value)), wanted)
+        _assert_agree(_outcome(kd_loss, student[0], teacher[0], temperature=torch.tensor(value)),
                _outcome(kd_loss, student[0], teacher[0], temperature=value))  # fmt: skip
     assert counter.frame_count == 1
 
@@ -271,10 +271,10 @@ def test_a_temperature_of_one_element() -> None:
     ],
     ids=["temperature", "labels", "softcap", "num_items", "divergence"],
 )  # fmt: skip
-def test_a_wrong_number_raises_what_it_raises_in_eager_mode(
+def test_a_wrong_number_raises_the_same_error_as_in_eager_mode(
     good: dict[str, Any], bad: dict[str, Any], message: str
 ) -> None:
-    """As a constant of the first graph, and as a symbol."""
+    """The same error is raised for a constant of the first graph and for a symbol."""
     student, teacher, _ = _batch()
 
     def loss(student: Tensor, teacher: Tensor, **options: Any) -> Tensor:
@@ -299,7 +299,7 @@ MAPS = torch.randn(2, ROWS, 4, 3, 3, generator=torch.Generator().manual_seed(0))
 LOSS, FUSED = fastkd.KDLoss(temperature=2.0), fastkd.FusedLinearKDLoss()
 HINT = features.HintLoss(torch.nn.Identity())
 FEATURES = features.FeatureLoss([(0, 0)], COLUMNS, COLUMNS)
-# Of each loss a call with numbers that change, where it has any.
+# For each loss a call with numbers that change, if it has any.
 EVERY: dict[str, Callable[[Tensor, float], Tensor]] = {
     "kd_loss": lambda s, x: kd_loss(s, TEACHER, temperature=x),
     "KDLoss": lambda s, x: LOSS(s, TEACHER, num_items=x),
@@ -339,7 +339,7 @@ def _table() -> dict[str, str]:
     return {name.strip(" `"): output.strip() for names, output in rows for name in names.split(",")}
 
 
-def test_the_table_has_every_loss() -> None:
+def test_the_table_lists_every_loss() -> None:
     public = {"k1", "k2", "k3"}
     for module in (fastkd, response, online, relations, features):
         public |= {
@@ -350,12 +350,13 @@ def test_the_table_has_every_loss() -> None:
     assert public <= table.keys()
     assert table.keys() - EVERY.keys() == {
         "process_group"
-    }  # tests/parallel/test_parallel.py has that row
+    }  # tests/parallel/test_parallel.py tests that row
 
 
 @pytest.mark.parametrize("name", EVERY)
-def test_the_table_is_true(name: str) -> None:
-    """In one graph, and with right numbers and gradients while they change."""
+def test_the_table_matches_the_graphs(name: str) -> None:
+    """Each loss compiles to as many graphs as the table says, with right values and gradients while its numbers
+    change."""
     loss = EVERY[name]
     whole = _table()[name] == "one graph"
     counter = CompileCounterWithBackend("aot_eager")
@@ -382,8 +383,8 @@ def test_the_table_is_true(name: str) -> None:
     ],
     ids=str,
 )
-def test_numbers_of_numpy_in_chunks(options: dict[str, Any]) -> None:
-    """The compiler leaves the graph at a number of NumPy's, within the validation, and is back behind it."""
+def test_numpy_numbers_in_chunks(options: dict[str, Any]) -> None:
+    """A NumPy number breaks the graph only inside the validation."""
     student, teacher = logits(ROWS, 4, seed=1), logits(ROWS, COLUMNS, seed=2)
     head = logits(COLUMNS, 4, seed=3)
 

@@ -56,7 +56,7 @@ def step(distiller: Any, *inputs: Any, **options: Any) -> tuple[Tensor, dict[str
 
 @pytest.fixture
 def expected() -> tuple[Tensor, dict[str, Tensor]]:
-    """The loss of the batch and its gradients, computed without a Distiller."""
+    """The loss of the batch and its gradients, from the hand-written loop."""
     distiller = Distiller(*pair(), terms())
     loss = hand_written_loss(
         distiller.student, distiller.teacher, distiller.losses.hint.regressor, *batch()
@@ -118,7 +118,7 @@ def test_compiled(expected: Any, how: str) -> None:
     close(loss.detach(), expected[0])
     results = {name.replace("_orig_mod.", ""): g for name, g in gradients(distiller).items()}
     close(results, expected[1])
-    assert distiller._of_student.caught == [None, None]
+    assert distiller._student_capture.captured == [None, None]
 
 
 def test_a_model_that_was_compiled_and_run_before_is_refused() -> None:

@@ -284,7 +284,7 @@ def _rows_and_error(
     temperature: float,
     **options: Any,
 ) -> tuple[torch.Tensor, torch.Tensor, Bars]:
-    """The same derivatives, and the error that they may have."""
+    """Loss per row, gradient, and the allowed error."""
     actual = _rows(backend, name, student, teacher, temperature, **options)
     options |= {"temperature": temperature, "reduction": "none", "divergence": name}
     return *actual, bars(student, teacher, **options)

@@ -76,7 +76,7 @@ def everywhere(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) 
 
 
 class Exact(NamedTuple):
-    """The loss of each student, its gradient, and how much one unit of error in a log-probability changes them."""
+    """For every student: the loss, its gradient, and the effect on both of a unit of error in a log-probability."""
 
     losses: list[Tensor]
     gradients: list[Tensor]
@@ -218,7 +218,7 @@ def group(
 
 
 # Widths: the label alone, less than a vector, an unaligned width, one block of the CPU kernel, one column more, two
-# blocks and a column. Numbers of students: those that have a kernel of their own there, and the first beyond.
+# blocks and a column. Numbers of students: those with their own CPU kernel, and the first number without one.
 @pytest.mark.only_where(
     lambda backend, columns: backend == "cpu" or columns != 2048
 )  # the CPU kernel works in blocks
@@ -609,7 +609,7 @@ def test_each_student_has_its_own_backward(everywhere: str) -> None:
 
 @forms
 def test_gradcheck(peers: str) -> None:
-    """The gradient of each student alone, because its peers are constants; float64, on the reference."""
+    """gradcheck of each student alone, as its peers are constants; float64, on the reference."""
     students = [student.double() for student in group(3, 2, 5)]
     labels = torch.tensor([1, 4])
     for k in range(3):

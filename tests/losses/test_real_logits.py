@@ -35,7 +35,7 @@ def test_the_data_matches_its_description(real: tuple[Tensor, Tensor, Tensor]) -
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("name", fastkd.DIVERGENCES)
 def test_divergences(real: tuple[Tensor, Tensor, Tensor], name: str, dtype: torch.dtype) -> None:
-    """Each backend in turn; the oracle's results for these rows are cached."""
+    """Each backend in turn, so that the oracle computes the expected values once."""
     student, teacher, labels = real
     student, teacher = student.to(dtype), teacher.to(dtype)
     options = {"divergence": name, "temperature": 2.0, "alpha": 0.5}

@@ -343,7 +343,7 @@ def test_a_collapsed_student(name: str) -> None:
 
 @pytest.mark.parametrize("name", RKD)
 def test_invariances(name: str) -> None:
-    """The loss is invariant to rotation, shift and scale of either model, and to the order of samples."""
+    """The losses do not change with rotation, shift or scale of either model, or with the order of samples."""
     loss, _ = EVERY[name]
     student, teacher = pair(40)
     value = loss(student, teacher)

@@ -242,8 +242,7 @@ def test_on_policy(models: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_processes_with_one_seed_take_the_same_branch(models: tuple[Any, Any]) -> None:
-    """Each step draws one number; processes with the same seed take the same branch, at a rate of
-    on_policy_fraction."""
+    """A share of on_policy_fraction of the steps is on-policy; processes with the same generator decide alike."""
     student, teacher = models
     answers = []
     for _ in range(2):

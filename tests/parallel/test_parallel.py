@@ -17,12 +17,12 @@ from test_topk import DIVERGENCES, TAILS, defined
 from test_topk import sparse as sparse_teacher
 
 EVEN = {2: (1.0, 1.0), 4: (1.0, 1.0, 1.0, 1.0)}
-UNEVEN = {2: (1.0, 3.0), 4: (2.0, 0.0, 1.0, 1.5)}  # one process has no column
+UNEVEN = {2: (1.0, 3.0), 4: (2.0, 0.0, 1.0, 1.5)}  # the second process has no column
 
 
 @pytest.fixture(scope="module")
 def processes() -> Iterator[Processes]:
-    """Four processes, of which a test takes two or four."""
+    """Four processes, of which a test uses two or four."""
     pool = Processes(4)
     yield pool
     pool.stop()
@@ -133,7 +133,7 @@ def test_topk(processes: Processes, backend: str, size: int, cut: str, tail: str
                     "label_smoothing": 0.1,
                 }
             )
-    # K = V: only all processes together know that there is no other token.
+    # K = V: only all processes together can tell that there is no other token.
     every = sparse_teacher(3, vocabulary=61, k=61, seed=9, tail=tail, padding=0.0, tail_given=False)
     cases.append({"student": logits(3, 61, seed=8), "teacher": every})
     if not tail.startswith("renormalize"):  # the oracle's softmax of nothing is NaN
@@ -172,7 +172,7 @@ def test_linear(processes: Processes, backend: str, size: int, form: str) -> Non
         )
     ]
     half = problem("linear", 12, rows=130, teacher_rows=130, dtype=torch.bfloat16)
-    # Every process rounds its part of the gradient of hidden states, and the sum is rounded again.
+    # Every process rounds its part of the hidden states' gradient, and the sum is rounded again.
     cases.append({"given": half, "rounding": 2**-7})
     plain = form in ("plain", "whole teacher")
     processes.run(
@@ -182,12 +182,14 @@ def test_linear(processes: Processes, backend: str, size: int, form: str) -> Non
 
 @sizes
 @pytest.mark.parametrize("divergence", ["forward_kl", "jsd"])
-def test_bits_repeat(processes: Processes, backend: str, size: int, divergence: str) -> None:
+def test_results_are_bitwise_repeatable(
+    processes: Processes, backend: str, size: int, divergence: str
+) -> None:
     assert all(processes.run(size, spread.repeated, divergence, backend))
 
 
-# A row has 15 numbers of a dense teacher (reverse KL and its like), 3 more for sums, 8 and K logits of a sparse one, in
-# the cpu backend; processes say what they call in 8.
+# In the cpu backend a row sends 15 numbers for a dense teacher (reverse KL and similar), 3 more for sums, and 8 plus K
+# logits for a sparse teacher; processes compare their calls with 8 numbers.
 @pytest.mark.parametrize(
     ("divergence", "k", "numbers", "tokens"),
     [("forward_kl", 0, 15, 0), ("jsd", 0, 18, 0), ("forward_kl", 5, 8, 5)],
@@ -240,8 +242,8 @@ def test_rows_and_columns_of_a_mesh(processes: Processes) -> None:
 
 
 @pytest.fixture(scope="module")
-def trained_alone(processes: Processes) -> dict[str, torch.Tensor]:
-    """The parameters of one process."""
+def parameters_of_one_process(processes: Processes) -> dict[str, torch.Tensor]:
+    """Parameters after training in one process."""
     return processes.run(1, training.train, "alone", 1)[0]
 
 
@@ -261,9 +263,9 @@ def trained_alone(processes: Processes) -> dict[str, torch.Tensor]:
         (2, "ddp", 4),
     ],
 )
-def test_training_is_that_of_one_process(
+def test_training_equals_that_of_one_process(
     processes: Processes,
-    trained_alone: dict[str, torch.Tensor],
+    parameters_of_one_process: dict[str, torch.Tensor],
     size: int,
     how: str,
     micro_batches: int,
@@ -272,18 +274,18 @@ def test_training_is_that_of_one_process(
     torch.manual_seed(0)
     start = dict(training.Model().named_parameters())
     for parameters in actual:
-        assert parameters.keys() == trained_alone.keys()
+        assert parameters.keys() == parameters_of_one_process.keys()
         for name, value in parameters.items():
-            moved = (trained_alone[name] - start[name]).abs().max()
+            moved = (parameters_of_one_process[name] - start[name]).abs().max()
             assert moved > 0.01
-            assert (value - trained_alone[name]).abs().max() < 1e-4 * moved, name
+            assert (value - parameters_of_one_process[name]).abs().max() < 1e-4 * moved, name
 
 
 # What goes wrong
 
 
 @pytest.mark.parametrize(
-    ("odd", "said"),
+    ("difference", "message"),
     [
         ({"temperature": 3.0}, "temperature is 1.0 on process 0, 3.0 on process 1"),
         ({"divergence": "jsd"}, "divergence is ('forward_kl'"),
@@ -308,32 +310,34 @@ def test_training_is_that_of_one_process(
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
 )
-def test_processes_that_disagree(processes: Processes, odd: dict[str, Any], said: str) -> None:
-    for text in processes.run(2, training.call, odd):
+def test_processes_with_different_calls_raise(
+    processes: Processes, difference: dict[str, Any], message: str
+) -> None:
+    for text in processes.run(2, training.call, difference):
         assert text.startswith("ValueError: the processes that share the vocabulary"), text
-        assert said in text
+        assert message in text
 
 
-def test_a_teacher_cut_elsewhere(processes: Processes) -> None:
+def test_a_teacher_with_another_split_raises(processes: Processes) -> None:
     for text in processes.run(2, training.call, {"teacher": torch.zeros(6, 7)}):
         assert "on process 1 the teacher has 7 columns, and student_logits has 8 of 16" in text
 
 
-def test_a_process_that_raises(processes: Processes) -> None:
+def test_an_error_in_one_process_raises_in_all(processes: Processes) -> None:
     first, second = processes.run(2, training.call, {"alpha": 2.0})
     assert second.startswith("ValueError: alpha must be in [0, 1]")
     assert "process 1 raised ValueError: alpha must be in [0, 1]" in first
 
 
-def test_labels_that_differ(processes: Processes) -> None:
-    odd = {"labels": torch.ones(6, dtype=torch.int64)}
-    for text in processes.run(2, training.call, odd, {"FASTKD_CHECK": "1"}):
+def test_different_labels_raise(processes: Processes) -> None:
+    differing = {"labels": torch.ones(6, dtype=torch.int64)}
+    for text in processes.run(2, training.call, differing, {"FASTKD_CHECK": "1"}):
         assert "labels is" in text
 
 
 @pytest.mark.parametrize("where", ["before", "between its steps"])
-def test_a_process_that_dies(where: str) -> None:
-    pool = Processes(2)  # which is of no use afterwards
+def test_a_process_that_dies_raises_in_the_others(where: str) -> None:
+    pool = Processes(2)  # unusable afterwards
     *others, last = pool.outcomes(2, training.die, where)
     pool.stop()
     assert last == (False, "died")
@@ -342,17 +346,17 @@ def test_a_process_that_dies(where: str) -> None:
         assert "did not finish on process 0 of 2" in text
 
 
-def test_a_process_that_is_late(processes: Processes) -> None:
+def test_a_late_process_raises_in_the_others(processes: Processes) -> None:
     first, second = processes.run(2, training.late, 6.0)
     assert second == "late"
     assert first.startswith("CollectiveError: the all-gather of what each process is called with")
 
 
-def test_placements_that_a_loss_cannot_use(processes: Processes) -> None:
+def test_unsupported_placements_raise(processes: Processes) -> None:
     for (text,) in processes.run(2, training.placements):
         assert "teacher has placements (Shard(dim=1),)" in text
 
 
-def test_a_head_that_is_not_spread(processes: Processes) -> None:
+def test_an_unsharded_head_raises(processes: Processes) -> None:
     for text in processes.run(2, training.whole_head):
         assert "student_weight has placements (Replicate(),)" in text

@@ -1,6 +1,6 @@
-"""The three steps that processes take where they share a vocabulary, run one after the other in this process.
+"""The three steps of a loss over vocabulary shards, run for all shards in this process.
 
-tests/parallel/test_parallel.py has processes; here every backend's arithmetic is held to the bar of a whole row.
+tests/parallel/test_parallel.py uses real processes; here every backend's arithmetic must meet the bar of a whole row.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from test_topk import (
 from fastkd import kd_loss
 from fastkd.backends import registry
 
-# Of one, of two that are even, of four that are not; the third of those has no column at all.
+# Relative sizes of the shards: one, two equal ones, and four unequal ones, of which the third has no column.
 SHARES = ((1.0,), (1.0, 1.0), (3.0, 1.0, 0.0, 2.0))
 
 
@@ -34,7 +34,7 @@ SHARES = ((1.0,), (1.0, 1.0), (3.0, 1.0, 0.0, 2.0))
 def sharded(
     backend: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[str]:
-    """A backend that works in shards; tests/backends/triton/test_triton_shards.py has Triton's."""
+    """A backend that runs in shards; tests/backends/triton/test_triton_shards.py tests Triton's."""
     kernels = InShards(registry.load(backend), request.param)
     load = registry.load
     monkeypatch.setattr(registry, "load", lambda name: kernels if name == backend else load(name))
@@ -88,7 +88,7 @@ def test_log_0(
     temperature: float,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    # Whole shards at -inf among them.
+    # Including whole shards at -inf.
     student, teacher = logits(3, 61, seed=4), logits(3, 61, seed=5)
     if side != "teacher":
         student[:, columns] = masked
@@ -107,7 +107,9 @@ def test_log_0(
     actual = run()
     monkeypatch.undo()
     expected = run()
-    if masked != -torch.inf:  # what is 1e38 or infinite depends on the order of roundings
+    if (
+        masked != -torch.inf
+    ):  # whether a value is 1e38 or infinite depends on the order of roundings
         large = expected[0].abs() > 1e30
         assert bool((actual[0].abs()[large] > 1e30).all())
         actual, expected = (tuple(x[~large] for x in pair) for pair in (actual, expected))
@@ -144,7 +146,7 @@ def test_topk(sharded: str, tail: str, divergence: str, parameters: dict[str, fl
 def test_sparse_rows_of_every_kind(
     sharded: str, tail: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Rows without a token, without tail_logprob, and with NaN have the results of whole rows."""
+    """Rows without a token, without a given tail, and with NaN give the results of a whole row."""
     actual = outcomes_of_every_kind(tail, sharded)
     monkeypatch.undo()
     whole = outcomes_of_every_kind(tail, sharded)

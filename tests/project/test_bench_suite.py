@@ -1,4 +1,4 @@
-"""The benchmark suite: wrong contenders are caught and not timed, figures are right, and a regression fails."""
+"""The benchmark suite: wrong contenders are detected and not timed, figures are right, and a regression fails."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ BENCH = ROOT / "bench"
 sys.path += [
     str(BENCH),
     str(BENCH / "studies"),
-]  # after tests/, which has modules of the same names
+]  # appended after tests/, which has modules of the same names
 
 import cases  # noqa: E402 (from bench/)
 import compare  # noqa: E402 (from bench/)
@@ -32,9 +32,9 @@ import verify  # noqa: E402 (from bench/)
 
 TINY = {"rows": 6, "vocabulary": 1_037}  # an unaligned row; hidden states are 16 wide
 COMPILING = ("torch.compile", "Liger chunked JSD")
-SLOW = (*COMPILING, "Model-Optimizer")  # seconds each, to compile or to import
+SLOW = (*COMPILING, "Model-Optimizer")  # these take seconds each to compile or to import
 
-# Right contenders, and one for each way in which published losses are wrong.
+# Correct contenders, and one for each way in which published losses are wrong.
 PLANTED = """
 import cases
 import peers
@@ -67,16 +67,16 @@ peers.PEERS[:] = [p for p in peers.PEERS if p.name in ("fastkd (cpu)", "eager", 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, subprocess.CompletedProcess[str]]:
-    """A run of the suite on one small case, with contenders that are wrong: its file, and its process."""
+    """A run of the suite on one small case that includes wrong contenders: its file, and its process."""
     folder = tmp_path_factory.mktemp("bench")
-    # The interpreter's part of a run has a test of its own.
+    # Another test covers the interpreter's part of a run.
     (folder / "planted.py").write_text(
         PLANTED + "import verify\nverify.in_the_interpreter = lambda forms: {}\n"
     )
     command = [sys.executable, "-m", "pytest", "bench", "-q", "--quick", "--threads", "1"]
     command += ["-p", "planted", "-p", "no:cacheprovider", "--device", "cpu"]
     path = os.pathsep.join([str(folder), str(BENCH), str(ROOT), os.environ.get("PYTHONPATH", "")])
-    # In a process of pytest-xdist's, which these name, pytest-benchmark measures nothing.
+    # With these variables of pytest-xdist set, pytest-benchmark measures nothing.
     alone = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_XDIST")}
     done = subprocess.run(
         [*command, f"--benchmark-json={folder / 'run.json'}"],
@@ -90,7 +90,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, subprocess.Comp
 
 
 def changed(path: Path, change: Callable[[dict[str, Any]], None]) -> Path:
-    """A copy of a run, after a change of its content."""
+    """A copy of a run's file with changed content."""
     actual = json.loads(path.read_text())
     change(actual)
     copy = path.with_name("changed.json")
@@ -98,7 +98,7 @@ def changed(path: Path, change: Callable[[dict[str, Any]], None]) -> Path:
     return copy
 
 
-def test_what_is_wrong_is_a_row_that_says_so_and_has_no_time(run: Any) -> None:
+def test_a_wrong_contender_gets_a_marked_row_without_a_time(run: Any) -> None:
     path, done = run
     actual = tables.load(path)
     assert {row["contender"] for row in actual.timed} == {"fastkd (cpu)", "eager"}
@@ -109,7 +109,7 @@ def test_what_is_wrong_is_a_row_that_says_so_and_has_no_time(run: Any) -> None:
     for name in ("wrong sign", "mean over V", "one percent off", "fastkd (planted)"):
         assert why.pop(name).startswith("wrong: loss is"), name
     assert not why
-    # Of a peer that is a result; fastkd has to be right.
+    # For a peer a wrong loss is a result; fastkd's must be right.
     assert done.returncode == 1 and "1 failed, 2 passed, 6 skipped" in done.stdout
 
 
@@ -124,12 +124,12 @@ def test_a_row_has_time_memory_bandwidth_and_error(run: Any) -> None:
         lower, middle, upper = row["times_floor"]
         assert 0 < lower <= middle <= upper
         assert all(0 <= e <= b for e, b in zip(row["errors"], row["bound"], strict=True))
-    # Gradient alone, and eager's temporaries besides.
+    # The gradient alone for fastkd; eager PyTorch also has temporaries.
     assert by_name["fastkd (cpu)"]["peak"] == pytest.approx(tensor, rel=0.3)
     assert by_name["eager"]["peak"] > 3 * tensor
     assert all(
         row["times_fastkd"] > 0 for row in by_name.values()
-    )  # and who is faster, no test asks
+    )  # no test checks which one is faster
 
 
 def test_a_run_records_machine_versions_and_commit(run: Any) -> None:
@@ -155,7 +155,7 @@ def test_every_peer_is_right_or_says_why_it_cannot_run(peer: peers.Peer, diverge
         assert why in ("needs a GPU", "not installed") or "TRITON" in why or "logits are on" in why
         return
     linear = peer.form == "linear"
-    # Where dtypes differ peers do too: TRL's losses on logits stay in bfloat16.
+    # In low precision peers differ: TRL's losses on logits stay in bfloat16.
     for dtype in ("float32", "bfloat16"):
         case = cases.Case(peer.form, divergence, **TINY, dtype=dtype, hidden=16 * linear)
         problem = cases.Problem(case)
@@ -179,7 +179,7 @@ def test_triton_kernels_are_verified_in_the_interpreter() -> None:
 
 
 @pytest.mark.parametrize("form", ["logits", "linear"])
-def test_the_truth_is_the_formula(form: str) -> None:
+def test_the_exact_result_matches_the_formula(form: str) -> None:
     case = cases.Case(form, "jsd", 70, 301, hidden=16 * (form == "linear"))  # a block of 64, and 6
     problem = cases.Problem(case)
     leaves = [x.detach().double().requires_grad_() for x in problem.tensors.leaves]
@@ -194,7 +194,7 @@ def test_the_truth_is_the_formula(form: str) -> None:
     exact, bound = problem.truth()
     assert float(exact.rows.mean()) == pytest.approx(loss.item(), rel=1e-12)
     assert cases.gap([x.grad for x in leaves], exact.gradients) < 1e-12
-    assert max(bound) < 1e-4  # of float32: what is 1 % off is far outside
+    assert max(bound) < 1e-4  # float32's bar: an error of 1 % is far outside
 
 
 def test_a_nan_is_wrong() -> None:
@@ -205,8 +205,9 @@ def test_a_nan_is_wrong() -> None:
     assert problem.verdict(eager, cases.Errors(0.0, 0.0)) is None
 
 
-def test_the_peak_sees_what_is_allocated() -> None:
-    # Below the 32 MiB from which the C library always maps anew: freed, it stays, and must not hide what comes.
+def test_the_peak_includes_freed_allocations() -> None:
+    # Below the 32 MiB from which the C library always maps new memory: freed memory stays resident, and must not hide
+    # later allocations.
     size = 24 * 2**20  # bytes
     for _ in range(3):
         torch.ones(size // 4)
@@ -214,7 +215,7 @@ def test_the_peak_sees_what_is_allocated() -> None:
 
     def run() -> None:
         kept.append(torch.ones(size // 4))
-        torch.ones(size // 4)  # freed at once: it is in the peak all the same
+        torch.ones(size // 4)  # freed at once, but part of the peak
 
     peak = measure.peak_extra(run)
     assert peak == pytest.approx(2 * size, rel=0.03)
@@ -223,14 +224,14 @@ def test_the_peak_sees_what_is_allocated() -> None:
 
 @pytest.fixture
 def unpoisoned_memory() -> Iterator[None]:
-    """Poisoned buffers are resident where others never are."""
+    """Turn off poisoning, which would make untouched buffers resident."""
     torch.use_deterministic_algorithms(False)
     yield
     torch.use_deterministic_algorithms(True)
 
 
 @pytest.mark.usefixtures("unpoisoned_memory")
-def test_the_peak_in_this_process_is_that_of_a_process_of_its_own() -> None:
+def test_the_peak_equals_that_of_a_separate_process() -> None:
     import memory
 
     case = {"divergence": "forward_kl", "layout": "contiguous", "shape": (64, 32_768)}
@@ -241,7 +242,7 @@ def test_the_peak_in_this_process_is_that_of_a_process_of_its_own() -> None:
     call = problem.make(actual)
     problem.errors(
         actual, call
-    )  # its float64 copies are freed, and must neither count nor hide anything
+    )  # the float64 copies are freed, and must neither count nor hide anything
     peak = problem.peak(actual, call)
     assert peak / (64 * 32_768 * 4) == pytest.approx(alone, rel=0.05)
 
@@ -252,13 +253,15 @@ def test_fits_recover_a_slope() -> None:
         actual = tables.fit(sizes, [3e-5 * n**slope for n in sizes])
         assert actual is not None
         assert actual.slope == pytest.approx(slope, abs=1e-9) and actual.off < 1e-9
-    bent = tables.fit(sizes, [1e-3 + 1e-6 * n for n in sizes])  # a constant, and then in proportion
+    bent = tables.fit(
+        sizes, [1e-3 + 1e-6 * n for n in sizes]
+    )  # a constant at first, then proportional
     assert bent is not None and 0.3 < bent.slope < 1 and bent.off > 0.1
     assert tables.fit(sizes, [0.0, *sizes[1:]]) is None
 
 
-def grown(found: dict[str, Any]) -> None:
-    """Rows of the run at other sizes, as a series has them; time in proportion to V, memory to its square root."""
+def add_sizes(found: dict[str, Any]) -> None:
+    """Add rows at other sizes to a run, with time proportional to V and memory to its square root."""
     for row in list(found["benchmarks"]):
         for times in (2, 4, 8):
             info = {**row["extra_info"], "few": True}
@@ -272,7 +275,7 @@ def grown(found: dict[str, Any]) -> None:
 def test_tables_and_plots_of_a_run(
     run: Any, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    path = changed(run[0], grown)
+    path = changed(run[0], add_sizes)
     monkeypatch.setattr(sys, "argv", ["tables.py", str(path)])
     tables.main()
     page = path.with_suffix(".md").read_text()
@@ -280,7 +283,7 @@ def test_tables_and_plots_of_a_run(
     header = "**forward KL on logits: 64 x 8,192, float32, random, cpu**"
     table = lines[lines.index(header) + 2 :]
     names = [line.split(" | ")[0].removeprefix("| ") for line in table[:11]]
-    assert names[2:4] == ["fastkd (cpu)", "eager"]  # the fastest first
+    assert names[2:4] == ["fastkd (cpu)", "eager"]  # the fastest contender comes first
     assert "| wrong sign | wrong: loss is" in page and "| Liger KLDiv | needs a GPU |" in page
     growth = {line.split(" | ")[3]: line for line in lines if "time against V" in line}
     assert growth["eager"].split(" | ")[4] == "1.00"
@@ -302,14 +305,14 @@ def test_tables_and_plots_of_a_run(
     assert "wrong sign | wrong: loss is" in short and "| Liger KLDiv | needs a GPU |" in short
 
 
-def test_what_is_no_run_is_refused(tmp_path: Path) -> None:
+def test_a_file_that_is_not_a_run_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "other.json"
     path.write_text("{}")
     with pytest.raises(ValueError, match=r"other.json is not a run of the suite"):
         tables.load(path)
 
 
-def test_studies_have_the_suites_contenders() -> None:
+def test_studies_use_the_suites_contenders() -> None:
     problem = cases.Problem(
         cases.Case("logits", "forward_kl", 4, 65), peers.published("forward_kl")
     )
@@ -342,20 +345,20 @@ def compared(monkeypatch: pytest.MonkeyPatch, before: Path, after: Path, *option
     return compare.main()
 
 
-def slower(found: dict[str, Any], times: float = 1.3) -> None:
+def slow_down(found: dict[str, Any], times: float = 1.3) -> None:
     row = row_of_fastkd(found)
     row["times_floor"] = [times * row["times_floor"][2] + x for x in (0.0, 0.1, 0.2)]
 
 
-def larger(found: dict[str, Any]) -> None:
+def use_more_memory(found: dict[str, Any]) -> None:
     row_of_fastkd(found)["peak"] += 5 * 2**20
 
 
-def less_exact(found: dict[str, Any]) -> None:
+def raise_errors(found: dict[str, Any]) -> None:
     row_of_fastkd(found)["errors"][1] += 1e-5
 
 
-def gone(found: dict[str, Any]) -> None:
+def remove_rows(found: dict[str, Any]) -> None:
     found["benchmarks"] = [
         row for row in found["benchmarks"] if row["extra_info"]["contender"] != "fastkd (cpu)"
     ]
@@ -363,9 +366,14 @@ def gone(found: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize(
     ("change", "word"),
-    [(slower, "times the floor"), (larger, "peak"), (less_exact, "gradient"), (gone, "timed")],
+    [
+        (slow_down, "times the floor"),
+        (use_more_memory, "peak"),
+        (raise_errors, "gradient"),
+        (remove_rows, "timed"),
+    ],
 )
-def test_a_regression_fails_and_is_named(
+def test_a_regression_fails_and_the_message_names_it(
     run: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
     change: Callable[[dict[str, Any]], None], word: str,
 ) -> None:  # fmt: skip
@@ -375,42 +383,42 @@ def test_a_regression_fails_and_is_named(
     assert word in output and "1 regressions in 1 rows of fastkd" in output
 
 
-def test_equal_runs_pass_and_so_does_what_is_no_regression(
+def test_equal_runs_and_improvements_pass(
     run: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     before = run[0]
     assert compared(monkeypatch, before, before) == 0
-    # A limit above the change, and the change the other way round.
-    after = changed(before, slower)
+    # A limit above the change, and the opposite change.
+    after = changed(before, slow_down)
     assert compared(monkeypatch, before, after, "--fail", "1000") == 0
     assert compared(monkeypatch, after, before) == 0
 
-    def scattered(found: dict[str, Any]) -> None:
+    def scatter_times(found: dict[str, Any]) -> None:
         row = row_of_fastkd(found)
         row["times_floor"][1] *= 1.3
         row["times_floor"][2] *= 2
 
     capsys.readouterr()
-    assert compared(monkeypatch, before, changed(before, scattered)) == 0
+    assert compared(monkeypatch, before, changed(before, scatter_times)) == 0
     assert "within the scatter" in capsys.readouterr().out
 
 
-def inexact(found: dict[str, Any]) -> None:
+def set_error_to_nan(found: dict[str, Any]) -> None:
     row_of_fastkd(found)["errors"][0] = math.nan
 
 
 def test_an_error_that_is_nan_fails(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert compared(monkeypatch, run[0], changed(run[0], inexact)) == 1
+    assert compared(monkeypatch, run[0], changed(run[0], set_error_to_nan)) == 1
 
 
 @pytest.mark.parametrize("text", [None, "", "{", "[]", '{"untimed": []}'])
-def test_what_cannot_be_read_cannot_be_compared(
+def test_unreadable_runs_are_refused(
     text: str | None,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """And is no regression, whose exit code is 1."""
+    """The exit code differs from 1, a regression's."""
     path = tmp_path / "before.json"
     if text is not None:
         path.write_text(text)
@@ -418,21 +426,21 @@ def test_what_cannot_be_read_cannot_be_compared(
     assert str(path) in capsys.readouterr().err
 
 
-def test_runs_without_fastkd_cannot_be_compared(
+def test_runs_without_fastkd_are_refused(
     run: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    before = changed(run[0], gone)
+    before = changed(run[0], remove_rows)
     assert compared(monkeypatch, before, run[0]) == 2
     assert "no timed row of fastkd" in capsys.readouterr().err
 
 
-def test_other_machines_are_refused(
+def test_runs_of_different_machines_are_refused(
     run: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def moved(found: dict[str, Any]) -> None:
+    def move_machine(found: dict[str, Any]) -> None:
         found["machine_info"]["fastkd"]["CPU"] = "another"
 
-    after = changed(run[0], moved)
+    after = changed(run[0], move_machine)
     assert compared(monkeypatch, run[0], after) == 2
     output = capsys.readouterr().err
     assert "CPU" in output and "another after" in output and "--anyway" in output

@@ -1,4 +1,4 @@
-"""python -m fastkd: info, doctor and check, each as a user runs it; and the page about new divergences."""
+"""python -m fastkd: info, doctor and check, as a user runs them; and the page about new divergences."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ PAGE = ROOT / "docs" / "adding-a-divergence.md"
 def run(
     *arguments: str, cwd: Path = ROOT, code: int = 0, **environment: str
 ) -> subprocess.CompletedProcess[str]:
-    """Run this interpreter, and expect that exit code."""
+    """Run this interpreter and assert its exit code."""
     results = {k: v for k, v in os.environ.items() if not k.startswith("FASTKD_")}
     del results[
         "TRITON_INTERPRET"
-    ]  # its kernels have tests of their own; here they would take most of the time
+    ]  # Triton's kernels have their own tests and would take most of the time here
     path = os.pathsep.join([str(PACKAGE), results.get("PYTHONPATH", "")])
     done = subprocess.run(
         [sys.executable, *arguments],
@@ -64,7 +64,7 @@ def test_info_as_json() -> None:
 
 
 PIPED = ("info", "info --json", "--help", "cache info {cache}", "cache info --json {cache}")
-# Each command as `python -m fastkd` has it, in a process of its own that need not import torch again.
+# Each command as `python -m fastkd` runs it, in a forked process that need not import torch again.
 EACH_PIPED = """
 import json, os, runpy, sys
 import fastkd.__main__, fastkd.tools.cache, fastkd.tools.info
@@ -83,7 +83,7 @@ with open(sys.argv[1], "w") as file:
 
 
 def test_a_pipe_that_is_closed_ends_a_command_quietly(tmp_path: Path) -> None:
-    """As in `python -m fastkd info --json | head -1`; here nothing at all is read."""
+    """A closed pipe as in `python -m fastkd info --json | head -1`; here nothing at all is read."""
     cache = tmp_path / "cache"
     with CacheWriter(cache, kind="dense", vocab_size=2) as writer:
         writer.append(torch.tensor([0]), logits=torch.zeros(1, 2))
@@ -97,7 +97,7 @@ def test_a_pipe_that_is_closed_ends_a_command_quietly(tmp_path: Path) -> None:
     )  # fmt: skip
     os.close(writing)
     assert (done.returncode, done.stderr) == (0, "")
-    # argparse overlooks that nobody reads its help.
+    # argparse ignores that nobody reads its help.
     wanted = {arguments: 0 if arguments == "--help" else 141 for arguments in PIPED}
     assert dict(zip(PIPED, json.loads(codes.read_text()), strict=True)) == wanted
 
@@ -171,7 +171,7 @@ sys.exit(main(["doctor", "--backend", "cpu"]))
 """
 
 
-def test_doctor_exits_with_1_at_a_planted_fault() -> None:
+def test_doctor_exits_with_1_on_a_planted_fault() -> None:
     if fastkd.available_backends()["cpu"] is not None:
         pytest.skip("the bar is the error of the reference itself, and no other backend runs here")
     output = run("-c", PLANT, code=1).stdout
@@ -182,7 +182,7 @@ def test_doctor_exits_with_1_at_a_planted_fault() -> None:
 
 
 def _scaled_value(result: Result) -> None:
-    result.loss.mul_(1 + 1e-4)  # far below what a user would notice, and far above the bar
+    result.loss.mul_(1 + 1e-4)  # too small for a user to notice, but far above the bar
 
 
 def _scaled_gradient(result: Result) -> None:
@@ -209,13 +209,13 @@ def _raised(result: Result) -> None:
         ("reference", _raised, r"float32.*: RuntimeError: launch failed"),
     ],
 )
-def test_what_a_planted_fault_is_called(
+def test_doctor_describes_a_planted_fault(
     backend: str, fault: Callable[[Result], None], said: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if fastkd.available_backends()[backend] is not None:
         pytest.skip(f"backend {backend!r} does not run here")
     truth = doctor.Truth()
-    # Which also makes the truth known, before the reference is at fault.
+    # This also computes the exact results before the reference is made faulty.
     assert doctor.judge(fastkd.jsd(), backend, truth=truth).failure is None
     module = registry.load(backend)
     healthy = module.kd_rows
@@ -230,7 +230,7 @@ def test_what_a_planted_fault_is_called(
     assert re.match(said, str(verdict.failure)), verdict.failure
 
 
-def test_doctor_asked_for_a_backend_that_cannot_run() -> None:
+def test_doctor_of_a_backend_that_cannot_run() -> None:
     absent = "import sys; sys.modules['fastkd._C'] = None\nfrom fastkd.__main__ import main\n"
     output = run("-c", absent + "sys.exit(main(['doctor', '--backend', 'cpu']))", code=1).stdout
     assert "cpu was not run: the native extension is missing" in output
@@ -249,9 +249,9 @@ RIGHT = "def f(p, q, log_p, log_q):\n    return q * (log_q - log_p), q * (log_q 
         (RIGHT, "", "Set degree=1, which fits"),
         (RIGHT, "degree=2.0", "FAIL  degree: .* degree=1 fits"),
         (RIGHT, "degree=1.0, closed_form=fastkd.ClosedForm(forward=1.0)", "FAIL  closed form: its sum of phi"),
-        # q left out of the derivative
+        # the derivative lacks q
         (RIGHT.replace(" + q", ""), "degree=1.0", "FAIL  g: is not d phi / d log q at .* it is .* the derivative is"),
-        # best where the student is as far from the teacher as can be
+        # minimal where the student is as far from the teacher as possible
         ("def f(p, q, log_p, log_q):\n    return -p * (log_p - log_q), p\n\n", "degree=1.0", "FAIL  minimum"),
         # 0 / 0 where both underflow
         (
@@ -297,7 +297,7 @@ def test_check(
         ("mine:failing", r"failing\(\) failed: ValueError: no \(line 7 of mine.py\)"),
     ],
 )
-def test_check_of_something_else(
+def test_check_of_a_bad_target(
     tmp_path: Path, target: str, said: str, capsys: pytest.CaptureFixture[str], monkeypatch: Any
 ) -> None:
     (tmp_path / "broken.py").write_text("import absent\n")
@@ -323,7 +323,7 @@ def test_check_of_the_table(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def blocks() -> dict[str, str]:
-    """The Python of the page by the file it belongs to; "" is the script."""
+    """The page's Python blocks by file name; "" is the script."""
     assert PAGE.is_file()
     results: dict[str, str] = {}
     for title, body in re.findall(r"```python(?: title=(\S+))?\n(.*?)```", PAGE.read_text(), re.S):
@@ -331,20 +331,20 @@ def blocks() -> dict[str, str]:
     return results
 
 
-def test_the_page_for_ones_own_function(tmp_path: Path) -> None:
+def test_the_page_on_a_user_defined_divergence(tmp_path: Path) -> None:
     (tmp_path / "my_losses.py").write_text(blocks()["my_losses.py"])
     (tmp_path / "use.py").write_text(blocks()[""])
     output = command("check", "my_losses:triangular", cwd=tmp_path).stdout
     shown = re.findall(r"^  ok    .*$", PAGE.read_text(), re.M)
     assert len(shown) > 2
-    for line in shown:  # what the page shows is what is printed
+    for line in shown:  # the page shows the real output
         assert line in output
     command("check", "my_losses:tsallis", cwd=tmp_path)
     assert re.search(r"\d\.\d{3} \(4, 7, 1000\)", run("use.py", cwd=tmp_path).stdout)
 
 
-def test_the_page_for_a_row_of_the_table(tmp_path: Path) -> None:
-    """The function is one that csrc/generate.py takes, and the published formula agrees with it."""
+def test_the_page_on_a_new_divergence_of_the_table(tmp_path: Path) -> None:
+    """csrc/generate.py accepts the page's function, and the published formula agrees with it."""
     if not (ROOT / "csrc" / "generate.py").is_file():
         pytest.skip("there is no checkout around these tests")
     text = blocks()

@@ -1,4 +1,4 @@
-"""The pages: their Python runs, their links lead somewhere, and they forget no loss, no name and no error."""
+"""The pages: their Python runs, their links work, and they cover every loss, public name and error."""
 
 from __future__ import annotations
 
@@ -29,22 +29,23 @@ pytestmark = pytest.mark.skipif(len(PAGES) < 2, reason="there is no checkout aro
 
 
 def name_of(path: Path) -> str:
-    """As pages are called here: index.md is one of docs/ and stacks/index.md another."""
+    """A page's path below docs/, since several pages are called index.md."""
     return path.relative_to(ROOT).as_posix().removeprefix("docs/")
 
 
 page = pytest.mark.parametrize("path", PAGES, ids=name_of)
 
-# Blocks that are not run here, by page and title, and why. In the page they say ```python title=FILE.
+# Blocks that are not run here, by page and title, with the test that runs them. In the page they have ```python
+# title=FILE.
 ELSEWHERE = {
     ("adding-a-divergence.md", "fastkd/divergences.py"): "tests/project/test_cli.py puts it into a copy of that file",
     ("adding-a-divergence.md", "tests/support/oracles.py"): "tests/project/test_cli.py compares it with the above",
-    ("kernels.md", "fastkd/divergences.py"): "test_what_a_page_quotes_is_in_the_source",
+    ("kernels.md", "fastkd/divergences.py"): "test_quoted_code_is_in_the_source",
     ("stacks/lightning.md", "train.py"): "tests/compat/test_compat_lightning.py has imported lightning",
     ("stacks/modelopt.md", "distil.py"): "tests/compat/test_compat_modelopt.py has imported Model-Optimizer",
 }  # fmt: skip
 
-# Public names of the modules below that are no loss and no part of one.
+# Public names of the modules below that are neither losses nor parts of one.
 NOT_LOSSES = {
     "fastkd.distiller": {"Tap", "find_logits", "first_tensor", "unwrapped"},
     "fastkd.features": {"over_peak", "unit"},
@@ -67,7 +68,7 @@ MODULES = (
 
 
 class Decoder(nn.Module):
-    """A language model of one layer, as the pages use those of transformers."""
+    """A language model of one layer with the interface that the pages use of transformers."""
 
     def __init__(self, vocabulary: int, width: int = 8) -> None:
         super().__init__()
@@ -100,7 +101,7 @@ def for_teachers() -> dict[str, Any]:
 
 
 def for_the_cache() -> dict[str, Any]:
-    """A cache in OUT, as its page reads it, and sequences to write another."""
+    """A cache in OUT for the page's snippets to read, and sequences to write another."""
     from fastkd.teachers.cache import CacheWriter
 
     sequences = [torch.randint(49152, (length,)) for length in (5, 3, 4)]
@@ -113,7 +114,7 @@ def for_the_cache() -> dict[str, Any]:
 
 
 def for_trl() -> dict[str, Any]:
-    """Models of transformers, and chats as TRL's collator wants them."""
+    """Models of transformers, and chats in the form that TRL's collator takes."""
     import datasets
     from support import tiny_models
 
@@ -138,8 +139,8 @@ def for_the_trainer() -> dict[str, Any]:
     return {**models, "data": [{"input_ids": row, "labels": row} for row in ids]}
 
 
-class Given(NamedTuple):
-    """What a page's snippets find: names, and whether torch.distributed has a group, of this process alone."""
+class Provided(NamedTuple):
+    """What a page's snippets need: names, and whether torch.distributed has a group of this process alone."""
 
     names: Callable[[], dict[str, Any]] = dict
     group: bool = False
@@ -147,20 +148,20 @@ class Given(NamedTuple):
 
 
 GIVEN = {
-    "losses.md": Given(for_losses),
-    "parallel.md": Given(group=True),
-    "stacks/megatron.md": Given(group=True),
-    "teacher-cache.md": Given(for_the_cache),
-    "teachers.md": Given(for_teachers),
-    "stacks/transformers.md": Given(for_the_trainer, stacks=True),
-    "stacks/trl.md": Given(for_trl, stacks=True),
+    "losses.md": Provided(for_losses),
+    "parallel.md": Provided(group=True),
+    "stacks/megatron.md": Provided(group=True),
+    "teacher-cache.md": Provided(for_the_cache),
+    "teachers.md": Provided(for_teachers),
+    "stacks/transformers.md": Provided(for_the_trainer, stacks=True),
+    "stacks/trl.md": Provided(for_trl, stacks=True),
 }
 
 
 @pytest.fixture
 def group(path: Path, tmp_path: Path) -> Iterator[None]:
-    """A group of one process, for pages that want one."""
-    if not GIVEN.get(name_of(path), Given()).group:
+    """A group of one process, for pages that need one."""
+    if not GIVEN.get(name_of(path), Provided()).group:
         yield
         return
     import torch.distributed as dist
@@ -176,13 +177,13 @@ def group(path: Path, tmp_path: Path) -> Iterator[None]:
 
 
 class Block(NamedTuple):
-    line: int  # of its first line in the page
+    line: int  # line number of the block's first line in the page
     title: str
     body: str
 
 
 def blocks(path: Path) -> list[Block]:
-    """The Python of a page."""
+    """The Python blocks of a page."""
     text = path.read_text(encoding="utf-8")
     results = []
     for match in re.finditer(r"^```python([^\n]*)\n(.*?)^```$", text, re.S | re.M):
@@ -196,7 +197,7 @@ def blocks(path: Path) -> list[Block]:
 @pytest.mark.parametrize(
     "path",
     [
-        pytest.param(path, marks=[pytest.mark.stacks] * GIVEN.get(name_of(path), Given()).stacks)
+        pytest.param(path, marks=[pytest.mark.stacks] * GIVEN.get(name_of(path), Provided()).stacks)
         for path in PAGES
     ],
     ids=name_of,
@@ -204,11 +205,11 @@ def blocks(path: Path) -> list[Block]:
 def test_snippets_run(
     path: Path, tmp_path: Path, group: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In order, in one namespace and an empty folder; a block with a title is a module there."""
+    """Snippets run in order, in one namespace and an empty folder; a block with a title is a module there."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
     torch.manual_seed(0)
-    names: dict[str, Any] = {"__name__": path.stem, **GIVEN.get(name_of(path), Given()).names()}
+    names: dict[str, Any] = {"__name__": path.stem, **GIVEN.get(name_of(path), Provided()).names()}
     written = set()
     try:
         for block in blocks(path):
@@ -221,14 +222,14 @@ def test_snippets_run(
                 continue
             source = (
                 "\n" * (block.line - 1) + block.body
-            )  # so that tracebacks have the page's lines
+            )  # so that tracebacks show the page's line numbers
             exec(compile(source, str(path), "exec"), names)
     finally:
         for module_name in written:
             sys.modules.pop(module_name, None)
 
 
-def test_what_runs_elsewhere_is_there() -> None:
+def test_blocks_that_run_elsewhere_exist() -> None:
     titles = {(name_of(path), block.title) for path in PAGES for block in blocks(path)}
     assert titles >= ELSEWHERE.keys()
 
@@ -255,7 +256,7 @@ def anchors(path: Path) -> set[str]:
 
 
 @page
-def test_links_lead_somewhere(path: Path) -> None:
+def test_links_have_a_target(path: Path) -> None:
     text = re.sub(r"`[^`\n]*`", "`", prose(path))
     dead = []
     for target in re.findall(r"\]\(([^)\s]+)\)", text):
@@ -284,7 +285,7 @@ def test_tests_that_a_page_names_exist(path: Path) -> None:
 
 
 def public(name: str) -> set[str]:
-    """Functions and classes that are defined in fastkd.<name>, or are named in its __all__."""
+    """Functions and classes that fastkd.<name> defines or names in __all__."""
     module = importlib.import_module(f"fastkd.{name}")
     members = set(getattr(module, "__all__", ())) or {
         member
@@ -319,14 +320,14 @@ def test_every_loss_is_called_somewhere(module: str) -> None:
     assert not missing, f"no page calls {sorted(missing)} of {module}"
 
 
-def test_losses_that_are_none_are_there() -> None:
+def test_names_listed_as_no_loss_exist() -> None:
     for name, others in NOT_LOSSES.items():
         module = importlib.import_module(name)
         assert all(hasattr(module, other) for other in others)
 
 
-def test_those_end_in_no_loss() -> None:
-    """A loss cannot hide among them."""
+def test_names_listed_as_no_loss_do_not_end_like_a_loss() -> None:
+    """Names that are listed as no loss must not end like a loss."""
     assert not [n for names in NOT_LOSSES.values() for n in names if re.search(r"[lL]oss$", n)]
 
 
@@ -343,7 +344,7 @@ def test_every_public_name_has_its_docstring_on_the_site() -> None:
 
 
 class Message(NamedTuple):
-    """What is raised or logged somewhere, with … for what is filled in."""
+    """The texts of a raised or logged message, with … for filled-in values."""
 
     where: str
     texts: tuple[str, ...]
@@ -400,7 +401,8 @@ def test_quoted_messages_are_in_the_source() -> None:
 
 
 def test_every_message_is_explained() -> None:
-    """But for those that say what an argument must be, which are explained as one, and what only passes on another."""
+    """Every message is explained, except those that say what an argument must be, explained together, and those that
+    only pass on another message."""
     quoted = quoted_messages()
     unexplained = [
         message
@@ -412,8 +414,8 @@ def test_every_message_is_explained() -> None:
     assert not unexplained, unexplained
 
 
-def test_what_a_page_quotes_is_in_the_source() -> None:
-    """docs/kernels.md: lines of code that say where they are from, and `file` `name`."""
+def test_quoted_code_is_in_the_source() -> None:
+    """Lines of code in docs/kernels.md that name their file, and every `file` `name` pair, are in the source."""
     text = (ROOT / "docs" / "kernels.md").read_text(encoding="utf-8")
     blocks_of_files = re.findall(r"^```\w+ title=(\S+)\n(.*?)^```$", text, re.S | re.M)
     assert blocks_of_files
@@ -434,7 +436,7 @@ def script(name: str) -> ModuleType:
     spec = importlib.util.spec_from_file_location(name, ROOT / "docs" / f"{name}.py")
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # where NamedTuple looks its annotations up
+    sys.modules[name] = module  # NamedTuple looks up its annotations there
     spec.loader.exec_module(module)
     return module
 
@@ -459,7 +461,7 @@ def test_the_walk_to_the_gradient() -> None:
     assert walk.numbered(page) == page, "run python docs/walk.py"
 
 
-# 1,300 pixels show 88 characters between the site's two columns.
+# At a width of 1,300 pixels the site's middle column shows 88 characters.
 @pytest.mark.parametrize("name", ["index.md", "guide.md", "install.md"])
 def test_code_of_the_first_pages_does_not_scroll_sideways(name: str) -> None:
     text = (ROOT / "docs" / name).read_text(encoding="utf-8")
@@ -468,11 +470,16 @@ def test_code_of_the_first_pages_does_not_scroll_sideways(name: str) -> None:
     assert not wide, wide
 
 
-ARITY = {"mfrac": 2, "msub": 2, "msup": 2, "msubsup": 3}  # the children that MathML wants
+ARITY = {
+    "mfrac": 2,
+    "msub": 2,
+    "msup": 2,
+    "msubsup": 3,
+}  # the number of children that MathML requires
 
 
 def test_formulas_are_typeset() -> None:
-    """Indented blocks of the pages become mathematics; code does not; what is made is well-formed."""
+    """Indented blocks of the pages become mathematics, code does not, and the output is well-formed."""
     sys.path.insert(0, str(ROOT / "docs" / "site"))
     try:
         formulas = importlib.import_module("formulas")
@@ -495,7 +502,7 @@ def test_formulas_are_typeset() -> None:
     )
 
 
-def test_drawings_are_those_of_their_script() -> None:
+def test_drawings_match_their_script() -> None:
     for draw in script("drawings").DRAWINGS:
         file = ROOT / "docs" / "img" / f"{draw.__name__}.svg"
         assert file.read_text(encoding="utf-8") == draw().svg(), "run python docs/drawings.py"

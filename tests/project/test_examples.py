@@ -1,4 +1,4 @@
-"""examples/: each of those on images runs, in few steps and on few images; what they compute their claims with."""
+"""examples/: each image example runs with few steps and images; the functions behind their claims are tested, too."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ from torch import Tensor
 EXAMPLES = ROOT / "examples"
 
 
-def example(name: str, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+def load_example(name: str, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     monkeypatch.syspath_prepend(str(EXAMPLES))
     return importlib.import_module(name)
 
 
 @pytest.fixture
 def vision(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    return example("vision", monkeypatch)
+    return load_example("vision", monkeypatch)
 
 
 def write_idx(path: Path, values: Tensor) -> None:
@@ -38,7 +38,7 @@ def write_idx(path: Path, values: Tensor) -> None:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """As many files as Fashion-MNIST has, of noise: 240 images to train on and 60 to test."""
+    """The files of Fashion-MNIST filled with noise: 240 images to train on and 60 to test."""
     path = tmp_path_factory.mktemp("images")
     generator = torch.Generator().manual_seed(0)
     for part, count in (("train", 240), ("t10k", 60)):
@@ -49,7 +49,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def check(output: Path, name: str) -> dict[str, object]:
-    """A table, a plot and figures were written; returns the figures."""
+    """Assert that a table, a plot and figures were written; return the figures."""
     assert (output / f"{name}.png").read_bytes().startswith(b"\x89PNG")
     assert "accuracy" in (output / f"{name}.txt").read_text(encoding="utf-8")
     figures: dict[str, object] = json.loads((output / f"{name}.json").read_text(encoding="utf-8"))
@@ -57,16 +57,16 @@ def check(output: Path, name: str) -> dict[str, object]:
 
 
 def test_digits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    example("digits", monkeypatch).main(output=tmp_path, quick=True)
+    load_example("digits", monkeypatch).main(output=tmp_path, quick=True)
     rows = check(tmp_path, "digits")["accuracy"]
     assert list(rows) == ["teacher", "100 labels", "teacher, no label", "all labels"]
 
 
-# Labels of noise, which no temperature fits.
+# Labels of noise images, which no temperature fits.
 @pytest.mark.filterwarnings("ignore:the best temperature is outside bounds:UserWarning")
 @pytest.mark.parametrize(
     ("name", "rows"),
-    [  # rows of the table with the students in it
+    [  # rows of the table with the students
         ("fashion", 11),
         pytest.param("online", 8, marks=pytest.mark.heavy),
         pytest.param("sweeps", 6, marks=pytest.mark.heavy),
@@ -75,7 +75,7 @@ def test_digits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_on_images(
     name: str, rows: int, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    example(name, monkeypatch).main(data=folder, output=tmp_path, quick=True)
+    load_example(name, monkeypatch).main(data=folder, output=tmp_path, quick=True)
     figures = check(tmp_path, name)
     actual = figures["students" if name == "sweeps" else "accuracy"]
     assert len(actual) == rows
@@ -85,7 +85,7 @@ def test_on_images(
 
 @pytest.mark.heavy
 def test_as_a_script(folder: Path, tmp_path: Path) -> None:
-    """The command that the page has, from another folder than the example's."""
+    """The page's command works from another folder than the example's."""
     arguments = ["--quick", f"--data={folder}", f"--output={tmp_path}"]
     done = subprocess.run(
         [sys.executable, str(EXAMPLES / "online.py"), *arguments],
@@ -100,7 +100,7 @@ def test_as_a_script(folder: Path, tmp_path: Path) -> None:
     assert "A quick run" in done.stdout
 
 
-def test_images_that_are_not_there(vision: ModuleType, tmp_path: Path) -> None:
+def test_missing_images(vision: ModuleType, tmp_path: Path) -> None:
     with pytest.raises(vision.typer.BadParameter, match="apt-get install dataset-fashion-mnist"):
         vision.fashion_mnist(tmp_path)
 
@@ -111,16 +111,16 @@ def test_read_idx(vision: ModuleType, tmp_path: Path) -> None:
     assert vision.read_idx(tmp_path / "values.gz").tolist() == values.tolist()
 
 
-def test_a_pass_has_each_example_once(vision: ModuleType) -> None:
+def test_an_epoch_has_each_example_once(vision: ModuleType) -> None:
     rows = torch.cat(list(vision.batches(10, 4, 5, seed=3)))
     assert rows[:10].sort().values.tolist() == rows[10:].sort().values.tolist() == list(range(10))
 
 
-def test_differences_are_of_the_same_seeds(vision: ModuleType) -> None:
+def test_differences_pair_equal_seeds(vision: ModuleType) -> None:
     actual = vision.difference([80.0, 90.0, 85.0], [79.0, 88.0, 84.0])
     assert actual.mean == pytest.approx(4 / 3)
     assert actual.error == pytest.approx(math.sqrt(1 / 3) / math.sqrt(3))
-    assert not actual.clear  # t = 4 of three seeds, and 4.3 is what chance does once in 20 times
+    assert not actual.clear  # t = 4 for three seeds; chance exceeds 4.3 once in 20 times
     assert vision.difference([80.0, 90.0, 85.0, 70.0], [79.0, 88.0, 84.0, 69.0]).clear  # 5 > 3.18
     assert not vision.difference([80.0], [70.0]).clear
 

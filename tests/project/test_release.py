@@ -1,4 +1,4 @@
-"""What a release consists of: its files, their metadata and their bytes. make install-matrix installs them."""
+"""The files of a release, their metadata and their bytes. make install-matrix installs them."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ if "setuptools" not in {known.name for known in importlib.metadata.distributions
 
 
 def tracked() -> list[str]:
-    """The files of the checkout."""
+    """The tracked files of the checkout."""
     listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True)
     if listed.returncode:
         pytest.skip("not a git checkout")
@@ -41,7 +41,7 @@ def tracked() -> list[str]:
 def copy_checkout(destination: Path) -> Path:
     for name in tracked():
         (destination / name).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(ROOT / name, destination / name)  # with the time of now
+        shutil.copy(ROOT / name, destination / name)  # with the current time
     return destination
 
 
@@ -68,7 +68,7 @@ def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def wheel(tree: Path) -> Path:
-    """For any platform."""
+    """A wheel without extensions, for any platform."""
     return build(tree, "bdist_wheel")
 
 
@@ -85,7 +85,7 @@ def test_without_extensions_a_wheel_is_for_any_platform(wheel: Path) -> None:
     record = json.loads(members(wheel, r"fastkd/_build\.json"))
     assert record["native"] is record["cuda"] is False
     for obstacle in (record, record["cuda_obstacle"]):
-        # Who has this wheel from an index has set no variable.
+        # Users who install this wheel from an index have set no variable.
         assert (
             "the wheel for any platform is" in obstacle["reason"] or "release" in obstacle["reason"]
         )
@@ -102,7 +102,7 @@ def test_a_wheel_has_the_package_and_nothing_else(wheel: Path) -> None:
     assert files >= {"METADATA", "WHEEL", "RECORD", "licenses/LICENSE"}
 
 
-def test_its_metadata(wheel: Path) -> None:
+def test_the_metadata_of_a_wheel(wheel: Path) -> None:
     metadata = email.message_from_string(members(wheel, r"[^/]*\.dist-info/METADATA"))
     assert (metadata["Name"], metadata["Version"]) == ("fastkd", fastkd.__version__)
     assert metadata["License-Expression"] == "Apache-2.0"
@@ -118,16 +118,16 @@ def test_the_source_distribution_has_every_file_of_the_checkout(tree: Path) -> N
     assert names - made == set(tracked()) - {".gitignore"}
 
 
-def test_two_builds_of_a_wheel_are_the_same_bytes(wheel: Path, tmp_path: Path) -> None:
+def test_two_builds_of_a_wheel_are_identical(wheel: Path, tmp_path: Path) -> None:
     time.sleep(
         max(0.0, 2.1 - (time.time() - wheel.stat().st_mtime))
-    )  # a zip counts every other second
+    )  # a zip stores times in steps of two seconds
     again = build(copy_checkout(tmp_path / "elsewhere"), "bdist_wheel")
     digests = {hashlib.sha256(path.read_bytes()).hexdigest() for path in (wheel, again)}
     assert len(digests) == 1
 
 
-def test_the_version_is_written_in_one_place() -> None:
+def test_the_version_is_defined_in_one_place() -> None:
     written = re.compile(rf"(?<![\w.=]){re.escape(fastkd.__version__)}(?![\w.])")
     places = set()
     for name in tracked():
@@ -140,7 +140,7 @@ def test_the_version_is_written_in_one_place() -> None:
     assert newest[1] in (fastkd.__version__, "Unreleased")
 
 
-def test_nothing_is_unpickled_and_no_text_is_run() -> None:
+def test_the_package_unpickles_nothing_and_runs_no_text() -> None:
     # SECURITY.md says so.
     for path in (ROOT / "fastkd").rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
@@ -172,7 +172,7 @@ def test_neither_import_nor_a_loss_opens_a_socket_or_starts_a_program() -> None:
 
 
 @pytest.mark.heavy
-def test_two_releases_of_a_commit_are_the_same_bytes(tmp_path: Path) -> None:
+def test_two_releases_of_a_commit_are_identical(tmp_path: Path) -> None:
     python = ROOT / "build" / "release" / "bin" / "python"
     if not python.exists():
         pytest.skip("the tools of a release are not here: make dist")

@@ -1,4 +1,5 @@
-"""Which room of fastkd imports which: one below it, and nothing in a circle. Imports inside functions count."""
+"""Imports between the packages ("rooms") of fastkd: only downwards and without circles. Imports inside functions
+count."""
 
 from __future__ import annotations
 
@@ -10,11 +11,11 @@ from pathlib import Path
 
 from support.paths import ROOT
 
-# From top to bottom. Rooms of one line may import each other, but not in a circle.
+# From top to bottom. Rooms on the same line may import each other, but not in a circle.
 ORDER = (
     ("__main__",),
     ("compat", "tools"),
-    ("fastkd",),  # the package itself, whose __init__ names what is public
+    ("fastkd",),  # the package itself, whose __init__ lists the public names
     (
         *("distiller", "online", "response", "features", "relations", "sequences"),
         *("calibration", "sampled"),
@@ -31,7 +32,7 @@ FLOOR = {room: floor for floor, rooms in enumerate(ORDER) for room in rooms}
 
 
 def _modules() -> dict[str, Path]:
-    """The file of every module, by its name; a compiled one has a stub."""
+    """The file of every module by name; a compiled module has a stub."""
     modules = {}
     for folder, package in ((ROOT / "fastkd", "fastkd"), (ROOT / "kernels", "fastkd.kernels")):
         for path in [*folder.rglob("*.py"), *folder.rglob("*.pyi")]:
@@ -44,7 +45,7 @@ MODULES = _modules()
 
 
 def _imported_by(module: str) -> Iterator[str]:
-    """The modules of fastkd that a module names in its imports; of a package's names, the package."""
+    """The modules of fastkd that a module imports; for a name of a package, the package."""
     path = MODULES[module]
     package = module if path.stem == "__init__" else module.rpartition(".")[0]
     for node in ast.walk(ast.parse(path.read_text())):
@@ -66,11 +67,11 @@ def _room(module: str) -> str:
     return module.split(".")[1] if "." in module else module
 
 
-def test_every_room_has_its_place() -> None:
+def test_every_room_is_listed() -> None:
     assert {_room(module) for module in MODULES} == set(FLOOR)
 
 
-def test_imports_go_down() -> None:
+def test_imports_go_downwards() -> None:
     wrong = [
         f"{module} imports {other}"
         for module, others in IMPORTS.items()
@@ -80,7 +81,7 @@ def test_imports_go_down() -> None:
     assert not wrong
 
 
-def test_no_circles() -> None:
+def test_imports_have_no_circles() -> None:
     rooms: dict[str, set[str]] = defaultdict(set)
     for module, others in IMPORTS.items():
         rooms[_room(module)] |= {_room(other) for other in others} - {_room(module)}

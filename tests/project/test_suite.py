@@ -20,21 +20,21 @@ import fastkd
 from fastkd.tools import info
 
 
-def test_the_fixtures_hold_every_backend_that_can_serve_a_cpu_tensor() -> None:
-    """A backend that `any_backend` leaves out would be tested by nothing that reads as if it tested all."""
+def test_the_fixtures_include_every_backend_that_serves_cpu_tensors() -> None:
+    """If `any_backend` lacked a backend, tests that seem to cover all backends would miss it."""
     held = set(conftest.EVERY_BACKEND)
     if os.environ.get("FASTKD_TEST_WITHOUT_NATIVE") == "1":
         held.add("cpu")  # left out on purpose
     served = {name for name in fastkd.available_backends() if info.obstacle(name, "cpu") is None}
     assert served == held
-    # The same without asking fastkd, which might not see what is there.
+    # The same without asking fastkd, which might miss a backend.
     assert {"reference", "portable", "cpu"} <= held
     if not torch.cuda.is_available() and importlib.util.find_spec("triton"):
         assert "triton" in held
 
 
 def _packages(extra: str, extras: dict[str, list[str]]) -> set[str]:
-    """What an extra of pyproject.toml installs, by way of others too."""
+    """The packages that an extra of pyproject.toml installs, directly or through other extras."""
     results: set[str] = set()
     for requirement in extras[extra]:
         name, others = re.match(r"([\w-]+)(?:\[([\w,-]+)\])?", requirement).groups()  # type: ignore[union-attr]
@@ -70,15 +70,17 @@ def test_make_test_installs_no_other_stack() -> None:
 @pytest.mark.only_where(lambda one, two: one < two)
 @pytest.mark.parametrize("one", [1, 2, 3])
 @pytest.mark.parametrize("two", [1, 2, 3])
-def test_a_combination_that_says_nothing_is_not_made(one: int, two: int) -> None:
+def test_only_where_drops_combinations(one: int, two: int) -> None:
     assert one < two
 
 
 @pytest.mark.only_where(lambda absent: False)
 @pytest.mark.parametrize("one", [1])
-def test_a_mark_of_other_parameters_says_nothing(one: int, request: pytest.FixtureRequest) -> None:
-    cases = [item.name for item in request.session.items if "says_nothing_is_not" in item.name]
-    assert len(cases) in (0, 3)  # none where -k or a node id leaves them out
+def test_only_where_ignores_marks_without_the_parameter(
+    one: int, request: pytest.FixtureRequest
+) -> None:
+    cases = [item.name for item in request.session.items if "only_where_drops" in item.name]
+    assert len(cases) in (0, 3)  # none if -k or a node id deselects them
 
 
 class Doubled(NamedTuple):
@@ -88,8 +90,8 @@ class Doubled(NamedTuple):
     number: float
 
 
-def test_an_oracle_remembers_by_what_its_tensors_hold() -> None:
-    """Whatever tells two calls apart is a call of its own; and nobody changes what the next one gets."""
+def test_oracles_cache_results_by_the_contents_of_tensors() -> None:
+    """Calls that differ in any argument are separate entries; a changed result is detected."""
     calls = []
 
     @remembered

@@ -19,7 +19,7 @@ class Outcome(NamedTuple):
 
 
 def run(loss: Callable[..., Tensor], inputs: Sequence[Tensor], *others: object) -> Outcome:
-    """loss(*inputs, *others), differentiated by the inputs."""
+    """Compute loss(*inputs, *others) and its gradients by the inputs."""
     inputs = [x.detach().clone().requires_grad_() for x in inputs]
     value = loss(*inputs, *others)
     # -2 for a loss of one element: a power of 2, which does not round a bfloat16 gradient once more.

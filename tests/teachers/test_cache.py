@@ -1,4 +1,4 @@
-"""The teacher cache: round trips, kills and resumes, parts, corruption of every kind, and what arguments may be."""
+"""The teacher cache: round trips, kills and resumes, parts, corruption of every kind, and bad arguments."""
 
 from __future__ import annotations
 
@@ -49,12 +49,12 @@ from fastkd.teachers.cache.build import tokenizer_sha256
 V, H, K = 50, 8, 5
 KINDS = ("hidden", "topk", "dense")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-LENGTHS = (3, 1, 4, 1, 5, 9, 2, 6)  # eight sequences: two shards of three, and one of two
+LENGTHS = (3, 1, 4, 1, 5, 9, 2, 6)  # eight sequences make two shards of three and one of two
 SHARD, SECOND, HEAD = "shard-000000.safetensors", "shard-000001.safetensors", "head.safetensors"
 
 
 class Teacher(nn.Module):
-    """As much of a Hugging Face model as a cache asks for: an embedding and a head."""
+    """The parts of a Hugging Face model that a cache needs: an embedding and a head."""
 
     def __init__(self, bias: bool = True) -> None:
         super().__init__()
@@ -81,7 +81,7 @@ def sequences(lengths: tuple[int, ...] = LENGTHS) -> list[Tensor]:
 
 
 def python(script: str, *arguments: str) -> str:
-    """The output of a script in a separate interpreter."""
+    """The output of a script in its own interpreter."""
     done = subprocess.run(
         [sys.executable, "-c", script, *arguments],
         env=os.environ | {"PYTHONPATH": str(PACKAGE)},
@@ -138,7 +138,7 @@ def read_all(path: Path, **options: Any) -> list[Example]:
     return list(TeacherCache(path, **options))  # type: ignore[call-overload]  # by index, until IndexError
 
 
-# What a cache is indexed by
+# Indexing a cache
 
 
 def test_a_slice_is_a_list_of_examples(tmp_path: Path) -> None:
@@ -163,7 +163,7 @@ def test_a_slice_is_a_list_of_examples(tmp_path: Path) -> None:
             assert_same(cache[last], every[-1])  # type: ignore[call-overload]
 
 
-def test_a_wrong_index_is_named(tmp_path: Path) -> None:
+def test_the_message_names_a_wrong_index(tmp_path: Path) -> None:
     build(tmp_path / "cache", "topk")
     cache = TeacherCache(tmp_path / "cache")
     for wrong in ("0", None, 1.0, [0, 1], (0, 1), torch.tensor([0, 1])):
@@ -225,8 +225,9 @@ def test_other_tools_read_the_shards(tmp_path: Path) -> None:
     assert path.stat().st_size == (tmp_path / "again").stat().st_size
 
 
-def test_edges_of_what_may_be_written(tmp_path: Path) -> None:
-    """-inf, padded entries with anything in them, int32, strided input, that the writer copies."""
+def test_unusual_inputs_can_be_written(tmp_path: Path) -> None:
+    """The writer accepts -inf, padded entries with any content, int32 and strided inputs, and copies what it is
+    given."""
     ids = torch.arange(8, dtype=torch.int32)[::2]
     sparse = topk(4)
     sparse.ids[1, 2:] = -1
@@ -312,7 +313,7 @@ def test_a_head_is_not_pickled(tmp_path: Path) -> None:
     assert len(pickle.dumps(TeacherCache(tmp_path / "cache"))) < 4000
 
 
-def test_what_an_evaluation_read_can_be_trained_with(tmp_path: Path) -> None:
+def test_examples_read_in_inference_mode_can_be_trained_with(tmp_path: Path) -> None:
     cache = TeacherCache(build(tmp_path / "cache", "hidden"))
     with torch.inference_mode():
         cache[0]
@@ -421,7 +422,7 @@ def test_killed_builds_resume_to_the_same_bytes(tmp_path: Path) -> None:
         assert int(states) >= 5, "the kills left too few different states behind"
 
 
-# Fourteen sequences are shards of 4, 4, 4 and 2: of three processes the first has two of them.
+# Fourteen sequences make shards of 4, 4, 4 and 2; of three processes, the first has two shards.
 PARTS = (
     FORKS
     + """
@@ -472,12 +473,12 @@ print(kills)
 )
 
 
-def test_parts_of_processes_that_are_killed_or_finish_at_once(tmp_path: Path) -> None:
+def test_parts_survive_kills_and_simultaneous_ends(tmp_path: Path) -> None:
     output = python(PARTS, str(tmp_path / "whole"), str(tmp_path / "parts"))
     assert int(output) >= 30, "builds were over before they were killed"
 
 
-def test_resume_goes_on_after_the_last_whole_shard(tmp_path: Path) -> None:
+def test_resume_continues_after_the_last_complete_shard(tmp_path: Path) -> None:
     build(tmp_path / "whole", "dense")
     model, all_ids = Teacher(), sequences()
 
@@ -598,7 +599,7 @@ def test_a_second_writer_is_refused(tmp_path: Path) -> None:
 
 @contextlib.contextmanager
 def read_only(folder: Path) -> Iterator[None]:
-    """A directory that this process may not write to; root temporarily drops its privileges."""
+    """Make a folder read-only for this process; root gives its rights up meanwhile."""
     for path in (folder, *folder.rglob("*")):
         path.chmod(0o555 if path.is_dir() else 0o444)
     root = os.geteuid() == 0
@@ -613,7 +614,7 @@ def read_only(folder: Path) -> Iterator[None]:
 
 
 def test_a_read_only_folder() -> None:
-    # Not below tmp_path, which another user may not enter.
+    # Not in tmp_path, which other users may not enter.
     with tempfile.TemporaryDirectory() as place:
         folder = build(Path(place) / "cache", "hidden")
         with read_only(Path(place)):
@@ -625,7 +626,7 @@ def test_a_read_only_folder() -> None:
         folder.chmod(0o755)
 
 
-def test_a_folder_with_other_files_is_left_alone(tmp_path: Path) -> None:
+def test_a_folder_with_other_files_is_refused_and_unchanged(tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").write_text("mine")
     with pytest.raises(
         CacheError, match="holds other files, .*thesis.tex.*; a new cache needs an empty folder"
@@ -652,9 +653,9 @@ def build_parts(path: Path, world_size: int = 3, kind: str = "topk", **options: 
     return path
 
 
-@pytest.mark.parametrize("world_size", [1, 2, 3, 9])  # 9: more than there are sequences
+@pytest.mark.parametrize("world_size", [1, 2, 3, 9])  # 9 processes: more than there are sequences
 @pytest.mark.parametrize("kind", KINDS)
-def test_parts_read_as_the_unsplit_build(kind: str, world_size: int, tmp_path: Path) -> None:
+def test_parts_read_like_an_unsplit_build(kind: str, world_size: int, tmp_path: Path) -> None:
     options = {"dtype": torch.bfloat16, "teacher": "one", "tokenizer_sha256": "a" * 64}
     whole = build(tmp_path / "whole", kind, **options)
     folder = build_parts(tmp_path / "parts", world_size, kind, **options)
@@ -681,7 +682,8 @@ def test_parts_read_as_the_unsplit_build(kind: str, world_size: int, tmp_path: P
 @pytest.mark.parametrize("examples", [1, 2, 3, 4, 7])  # a shard has two
 @pytest.mark.parametrize("world_size", [1, 2, 3])
 def test_parts_of_uneven_builds(examples: int, world_size: int, tmp_path: Path) -> None:
-    """Written without build_cache, one process at a time, then opened again: none takes more."""
+    """Parts written without build_cache, one process at a time, then opened again: a finished part refuses more
+    sequences."""
     for _ in range(2):
         for rank in range(world_size):
             own = settings("dense", shard_examples=2, rank=rank, world_size=world_size)
@@ -693,13 +695,13 @@ def test_parts_of_uneven_builds(examples: int, world_size: int, tmp_path: Path) 
     assert seen == list(range(examples))
 
 
-def test_progress_of_a_part_counts_all_sequences(tmp_path: Path) -> None:
+def test_the_progress_of_a_part_counts_all_sequences(tmp_path: Path) -> None:
     seen: list[int] = []
     build(tmp_path, rank=1, world_size=2, progress=seen.append)
     assert seen == list(range(1, 9))
 
 
-def test_writers_of_parts_do_not_meet(tmp_path: Path) -> None:
+def test_writers_of_parts_do_not_interfere(tmp_path: Path) -> None:
     own = [settings("dense", rank=rank, world_size=2) for rank in range(2)]
     with CacheWriter(tmp_path, **own[1]) as second, CacheWriter(tmp_path, **own[0]) as first:
         assert (first.position, second.position) == (0, 3)
@@ -718,7 +720,7 @@ def test_a_part_that_is_missing_or_unfinished(tmp_path: Path) -> None:
             match="not complete: it lacks part-00001-of-00003, part-00002-of-00003$",
         ):
             TeacherCache(tmp_path, allow_incomplete=True)
-        (tmp_path / part(1, 3)).mkdir(exist_ok=True)  # as far as a process may come that is killed
+        (tmp_path / part(1, 3)).mkdir(exist_ok=True)  # the state that a killed process may leave
     (tmp_path / part(1, 3)).rmdir()
     build(tmp_path, rank=2, world_size=3)
     CacheWriter(tmp_path, **settings(rank=1, world_size=3)).close()
@@ -732,8 +734,8 @@ def test_a_part_that_is_missing_or_unfinished(tmp_path: Path) -> None:
     assert len(read_all(tmp_path)) == 8
 
 
-def test_what_is_there_of_unfinished_parts_is_read_in_order(tmp_path: Path) -> None:
-    """A last shard that is short does not come before the shards that are missing."""
+def test_unfinished_parts_are_read_in_order(tmp_path: Path) -> None:
+    """A short last shard is not read in place of missing shards."""
     with CacheWriter(tmp_path, **settings("dense", rank=0, world_size=2)) as writer:
         writer.append(IDS, logits=torch.zeros(4, V))
     CacheWriter(tmp_path, **settings("dense", rank=1, world_size=2)).close()
@@ -741,7 +743,7 @@ def test_what_is_there_of_unfinished_parts_is_read_in_order(tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("name", ["part-00000-of-00000", "part-00002-of-00002", "part-0-of-2"])
-def test_other_names_are_no_parts(name: str, tmp_path: Path) -> None:
+def test_folders_with_other_names_are_not_parts(name: str, tmp_path: Path) -> None:
     (tmp_path / name).mkdir()
     with pytest.raises(ManifestError, match="is not a teacher cache: manifest.json: No such file"):
         TeacherCache(tmp_path)
@@ -754,7 +756,7 @@ def test_many_missing_parts_are_not_all_listed(tmp_path: Path) -> None:
     assert len(str(caught.value)) < 400 + len(str(tmp_path))
 
 
-# What is different about a part, and what is said of it: setting = its value, that of the others.
+# What differs in a part, and what the message says: the setting, the part's value, the other parts' value.
 OTHER_PARTS: list[tuple[str, dict[str, Any], str, str, str]] = [
     ("topk", {"k": 4}, "k", "4", "5"),
     ("topk", {"temperature": 2.0}, "temperature", "2.0", "1.0"),
@@ -780,7 +782,7 @@ def test_parts_of_other_settings(
     ):
         build(folder, **other)
     assert not (folder / part(1, 2)).exists()
-    # As when two processes begin at once, or parts come from elsewhere
+    # Happens if two processes start at once, or if parts come from another folder
     build(tmp_path / "other", **other)
     (tmp_path / "other" / part(1, 2)).rename(folder / part(1, 2))
     with pytest.raises(ManifestError) as caught:
@@ -791,7 +793,7 @@ def test_parts_of_other_settings(
 
 
 def test_parts_of_another_teacher(tmp_path: Path) -> None:
-    """A cache that includes the head identifies it by its digest."""
+    """A head that is stored in the cache is compared by its digest."""
     for rank in range(2):
         own = settings("hidden", rank=rank, world_size=2, weight=torch.full((V, H), 1.0 + rank))
         CacheWriter(tmp_path / str(rank), **own).finish()
@@ -839,18 +841,18 @@ def test_parts_of_other_sequences(tmp_path: Path) -> None:
         build_cache(tmp_path, model, [], rank=1, **own)
 
 
-def test_corruption_of_a_part_is_found(tmp_path: Path) -> None:
+def test_corruption_of_a_part_is_detected(tmp_path: Path) -> None:
     folder = build_parts(tmp_path / "shard", 2)
     edit(flip(-1))(folder / part(1, 2))
     with pytest.raises(ShardError, match=f"{part(1, 2)}/{SHARD} has sha256"):
         read_all(folder)
     folder = build_parts(tmp_path / "head", 2, "hidden")
     edit(flip(-1), HEAD)(folder / part(1, 2))
-    assert len(read_all(folder)) == 8  # the head that is read is that of the first part
+    assert len(read_all(folder)) == 8  # the head is read from the first part
     with pytest.raises(ShardError, match=f"{part(1, 2)}/{HEAD} has sha256"):
         TeacherCache(folder).verify()
     folder = build_parts(tmp_path / "manifest", 2)
-    field("k", to=51)(folder / part(1, 2))
+    set_field("k", to=51)(folder / part(1, 2))
     with pytest.raises(ManifestError, match=rf"{part(1, 2)}/manifest.json: k must be an int"):
         TeacherCache(folder)
 
@@ -858,8 +860,8 @@ def test_corruption_of_a_part_is_found(tmp_path: Path) -> None:
 # Corruption
 
 
-class Evil:
-    """Unpickling it leaves a file behind."""
+class CreatesAFileWhenUnpickled:
+    """An object that creates a file when it is unpickled."""
 
     def __init__(self, witness: Path) -> None:
         self.witness = witness
@@ -878,24 +880,26 @@ def change_manifest(change: Callable[[dict[str, Any]], object]) -> Callable[[Pat
 
 
 def forge(change: Callable[[bytearray], object], file: str = SHARD) -> Callable[[Path], None]:
-    """Change a file and its digest together, which a digest cannot detect."""
+    """Change a file and write the digest that fits, so that the digest cannot detect it."""
 
     def damage(folder: Path) -> None:
         content = bytearray((folder / file).read_bytes())
         change(content)
         (folder / file).write_bytes(content)
 
-        def sign(manifest: dict[str, Any]) -> None:
+        def with_digests(manifest: dict[str, Any]) -> None:
             for record in (*manifest["shards"], manifest["head"]):
                 if record and record["file"] == file:
                     record["sha256"] = hashlib.sha256(content).hexdigest()
 
-        change_manifest(sign)(folder)
+        change_manifest(with_digests)(folder)
 
     return damage
 
 
-def put(name: str, value: float, position: int = 0, file: str = SHARD) -> Callable[[Path], None]:
+def put_value(
+    name: str, value: float, position: int = 0, file: str = SHARD
+) -> Callable[[Path], None]:
     """Forge one number of a tensor."""
     dtypes = {"I64": torch.int64, "I32": torch.int32, "F32": torch.float32}
 
@@ -934,7 +938,7 @@ def swap(first: str, second: str) -> Callable[[Path], None]:
 
 
 def edit(change: Callable[[bytearray], object], file: str = SHARD) -> Callable[[Path], None]:
-    """Change a file behind the manifest's back."""
+    """Change a file without changing the manifest."""
 
     def damage(folder: Path) -> None:
         content = bytearray((folder / file).read_bytes())
@@ -952,7 +956,7 @@ def flip(position: int) -> Callable[[bytearray], None]:
 
 
 def replaced_by(make: Callable[[Path], object], padded: bool) -> Callable[[Path], None]:
-    """Put another file in a shard's place, of the shard's size if padded."""
+    """Replace a shard with another file, of the shard's size if padded."""
 
     def damage(folder: Path) -> None:
         size = (folder / SHARD).stat().st_size
@@ -966,11 +970,11 @@ def replaced_by(make: Callable[[Path], object], padded: bool) -> Callable[[Path]
 
 
 def pickled(folder: Path) -> None:
-    (folder / SHARD).write_bytes(pickle.dumps(Evil(folder / "unpickled")))
+    (folder / SHARD).write_bytes(pickle.dumps(CreatesAFileWhenUnpickled(folder / "unpickled")))
 
 
 def torch_saved(folder: Path) -> None:
-    torch.save(Evil(folder / "unpickled"), folder / SHARD)
+    torch.save(CreatesAFileWhenUnpickled(folder / "unpickled"), folder / SHARD)
 
 
 def write_manifest(content: bytes) -> Callable[[Path], None]:
@@ -982,7 +986,7 @@ def make_pipe(folder: Path) -> None:
     os.mkfifo(folder / SHARD)
 
 
-def field(*path: str | int, to: Any) -> Callable[[Path], None]:
+def set_field(*path: str | int, to: Any) -> Callable[[Path], None]:
     """Set a field of the manifest."""
 
     def change(content: Any) -> None:
@@ -1000,7 +1004,7 @@ def unfinish(manifest: dict[str, Any]) -> None:
 
 M, S = ManifestError, ShardError
 
-# name: the kind, what is done to the folder, the error it must give, and a part of its message.
+# name: the kind, the damage to the folder, the expected error, and a part of its message.
 CORRUPTIONS: dict[str, tuple[str, Callable[[Path], None], type[CacheError], str]] = {
     # Files
     "truncated": ("topk", edit(lambda c: c.__delitem__(slice(-9, None))), S, "bytes; the manifest says"),
@@ -1045,22 +1049,23 @@ CORRUPTIONS: dict[str, tuple[str, Callable[[Path], None], type[CacheError], str]
     "wrong offsets": ("topk", rewrite_header(lambda h: h.replace(b"[0,24]", b"[8,24]")), S, "for tensor 'lengths'"),
     "another order": ("topk", rewrite_header(reverse), S, "not the bytes that CacheWriter writes"),
     # Values, with a digest that fits
-    "id of V": ("topk", put("input_ids", V), S, r"input_ids must be in \[0, 50\), got 50"),
-    "id of -1": ("dense", put("input_ids", -1, 3), S, r"input_ids must be in \[0, 50\), got -1"),
-    "teacher's id of V": ("topk", put("ids", V, 39), S, r"ids must be in \[-1, 50\), got 50"),
-    "teacher's id of -2": ("topk", put("ids", -2), S, r"ids must be in \[-1, 50\), got -2"),
-    "NaN in logprobs": ("topk", put("logprobs", math.nan, 7), S, "logprobs must be at most 0, and not NaN, got nan"),
-    "a probability of e": ("topk", put("logprobs", 1.0), S, "logprobs must be at most 0, and not NaN, got 1.0"),
-    "NaN in the tail": ("topk", put("tail_logprob", math.nan), S, "tail_logprob must be at most 0, and not NaN"),
-    "NaN in hidden": ("hidden", put("hidden", math.nan, 63), S, "hidden must be finite"),
-    "inf in hidden": ("hidden", put("hidden", -math.inf), S, "hidden must be finite"),
-    "NaN in the weight": ("hidden", put("weight", math.nan, 5, HEAD), S, "weight must be finite"),
-    "NaN in the bias": ("hidden", put("bias", math.nan, 5, HEAD), S, "bias must be finite"),
-    "NaN in logits": ("dense", put("logits", math.nan, 60), S, "logits must be finite or -inf"),
-    "inf in logits": ("dense", put("logits", math.inf, 399), S, "logits must be finite or -inf"),
-    "length of 0": ("topk", put("lengths", 0), S, "lengths must be positive and have the sum 8"),
-    "wrong lengths": ("topk", put("lengths", 4), S, "lengths must be positive and have the sum 8"),
-    "huge length": ("topk", put("lengths", 2**62), S, "lengths must be positive and have the sum 8"),
+    "id of V": ("topk", put_value("input_ids", V), S, r"input_ids must be in \[0, 50\), got 50"),
+    "id of -1": ("dense", put_value("input_ids", -1, 3), S, r"input_ids must be in \[0, 50\), got -1"),
+    "teacher's id of V": ("topk", put_value("ids", V, 39), S, r"ids must be in \[-1, 50\), got 50"),
+    "teacher's id of -2": ("topk", put_value("ids", -2), S, r"ids must be in \[-1, 50\), got -2"),
+    "NaN in logprobs": ("topk", put_value("logprobs", math.nan, 7), S,
+        "logprobs must be at most 0, and not NaN, got nan"),
+    "a probability of e": ("topk", put_value("logprobs", 1.0), S, "logprobs must be at most 0, and not NaN, got 1.0"),
+    "NaN in the tail": ("topk", put_value("tail_logprob", math.nan), S, "tail_logprob must be at most 0, and not NaN"),
+    "NaN in hidden": ("hidden", put_value("hidden", math.nan, 63), S, "hidden must be finite"),
+    "inf in hidden": ("hidden", put_value("hidden", -math.inf), S, "hidden must be finite"),
+    "NaN in the weight": ("hidden", put_value("weight", math.nan, 5, HEAD), S, "weight must be finite"),
+    "NaN in the bias": ("hidden", put_value("bias", math.nan, 5, HEAD), S, "bias must be finite"),
+    "NaN in logits": ("dense", put_value("logits", math.nan, 60), S, "logits must be finite or -inf"),
+    "inf in logits": ("dense", put_value("logits", math.inf, 399), S, "logits must be finite or -inf"),
+    "length of 0": ("topk", put_value("lengths", 0), S, "lengths must be positive and have the sum 8"),
+    "wrong lengths": ("topk", put_value("lengths", 4), S, "lengths must be positive and have the sum 8"),
+    "huge length": ("topk", put_value("lengths", 2**62), S, "lengths must be positive and have the sum 8"),
     # The manifest
     "no manifest": ("topk", lambda folder: (folder / "manifest.json").unlink(), M,
         "is not a teacher cache: manifest.json: No such"),
@@ -1069,46 +1074,47 @@ CORRUPTIONS: dict[str, tuple[str, Callable[[Path], None], type[CacheError], str]
     "no UTF-8": ("topk", write_manifest(b'{"\xff'), M, "codec can't decode"),
     "a manifest that nests": ("topk", write_manifest(b"[" * 10**6), M, "recursion"),
     "a list": ("topk", write_manifest(b"[]"), M, "format must be 'fastkd teacher cache', got None"),
-    "another format": ("topk", field("format", to="gguf"), M, "format must be 'fastkd teacher cache', got 'gguf'"),
-    "newer version": ("topk", field("version", to=2), M,
+    "another format": ("topk", set_field("format", to="gguf"), M, "format must be 'fastkd teacher cache', got 'gguf'"),
+    "newer version": ("topk", set_field("version", to=2), M,
         "has version 2, but this fastkd reads version 1; upgrade fastkd"),
-    "no version": ("topk", field("version", to=True), M, "version must be a positive int, got True"),
-    "extra field": ("topk", field("colour", to=1), M, r"missing: none; unknown: \['colour'\]"),
-    "extra field of a shard": ("topk", field("shards", 0, "x", to=1), M, r"shards\[0\] must have the fields"),
+    "no version": ("topk", set_field("version", to=True), M, "version must be a positive int, got True"),
+    "extra field": ("topk", set_field("colour", to=1), M, r"missing: none; unknown: \['colour'\]"),
+    "extra field of a shard": ("topk", set_field("shards", 0, "x", to=1), M, r"shards\[0\] must have the fields"),
     "missing field": ("topk", change_manifest(lambda c: c.pop("k")), M, "missing: k; unknown: none"),
-    "shards of another type": ("topk", field("shards", to={}), M, "shards must be a list, got {}"),
-    "a shard of another type": ("topk", field("shards", 1, to=5), M, r"shards\[1\] must have the fields"),
-    "path traversal": ("topk", field("shards", 0, "file", to="../" + SHARD), M,
+    "shards of another type": ("topk", set_field("shards", to={}), M, "shards must be a list, got {}"),
+    "a shard of another type": ("topk", set_field("shards", 1, to=5), M, r"shards\[1\] must have the fields"),
+    "path traversal": ("topk", set_field("shards", 0, "file", to="../" + SHARD), M,
         r"shards\[0\].file must be 'shard-000000"),
-    "absolute path": ("topk", field("shards", 0, "file", to="/etc/passwd"), M, r"shards\[0\].file must be"),
-    "head elsewhere": ("hidden", field("head", "file", to="../" + HEAD), M, "head.file must be 'head.safetensors'"),
-    "swapped names": ("topk", field("shards", 0, "file", to=SECOND), M, r"shards\[0\].file must be 'shard-000000"),
-    "wrong count of examples": ("topk", field("examples", to=9), M, "examples must be 8, which .* imply, got 9"),
-    "wrong count of rows": ("topk", field("rows", to=30), M, "rows must be 31, which the other fields imply, got 30"),
-    "wrong examples of a shard": ("topk", field("shards", 0, "examples", to=2), M,
+    "absolute path": ("topk", set_field("shards", 0, "file", to="/etc/passwd"), M, r"shards\[0\].file must be"),
+    "head elsewhere": ("hidden", set_field("head", "file", to="../" + HEAD), M, "head.file must be 'head.safetensors'"),
+    "swapped names": ("topk", set_field("shards", 0, "file", to=SECOND), M, r"shards\[0\].file must be 'shard-000000"),
+    "wrong count of examples": ("topk", set_field("examples", to=9), M, "examples must be 8, which .* imply, got 9"),
+    "wrong count of rows": ("topk", set_field("rows", to=30), M,
+        "rows must be 31, which the other fields imply, got 30"),
+    "wrong examples of a shard": ("topk", set_field("shards", 0, "examples", to=2), M,
         r"shards\[0\].examples must be 3, got 2"),
-    "wrong rows of a shard": ("topk", field("shards", 0, "rows", to=9), M,
+    "wrong rows of a shard": ("topk", set_field("shards", 0, "rows", to=9), M,
         r"shards\[0\].bytes must be .*, the size of its tensors"),
-    "rows beyond memory": ("dense", field("shards", 0, "rows", to=2**60), M, r"shards\[0\].bytes must be"),
-    "wrong bytes": ("topk", field("shards", 0, "bytes", to=8), M, r"shards\[0\].bytes must be"),
-    "no digest": ("topk", field("shards", 0, "sha256", to="x"), M, r"shards\[0\].sha256 must be 64 lowercase"),
+    "rows beyond memory": ("dense", set_field("shards", 0, "rows", to=2**60), M, r"shards\[0\].bytes must be"),
+    "wrong bytes": ("topk", set_field("shards", 0, "bytes", to=8), M, r"shards\[0\].bytes must be"),
+    "no digest": ("topk", set_field("shards", 0, "sha256", to="x"), M, r"shards\[0\].sha256 must be 64 lowercase"),
     "a shard too few": ("topk", change_manifest(lambda c: c["shards"].pop()), M,
         "examples must be 6, which the other fields imply"),
-    "another kind": ("topk", field("kind", to="dense"), M, "k must be None for kind 'dense', got 5"),
-    "no kind": ("topk", field("kind", to=[]), M, "kind must be one of hidden, topk, dense, got"),
-    "another dtype": ("topk", field("dtypes", "logprobs", to="float16"), M, r"shards\[0\].bytes must be"),
-    "unknown dtype": ("topk", field("dtypes", "logprobs", to="object"), M,
+    "another kind": ("topk", set_field("kind", to="dense"), M, "k must be None for kind 'dense', got 5"),
+    "no kind": ("topk", set_field("kind", to=[]), M, "kind must be one of hidden, topk, dense, got"),
+    "another dtype": ("topk", set_field("dtypes", "logprobs", to="float16"), M, r"shards\[0\].bytes must be"),
+    "unknown dtype": ("topk", set_field("dtypes", "logprobs", to="object"), M,
         "dtype must be one of float32, bfloat16, float16"),
-    "dtypes that differ": ("topk", field("dtypes", "ids", to="int64"), M, "dtypes must be .*, which the other"),
-    "no dtypes": ("topk", field("dtypes", to=None), M, "dtypes must be a dict of dtypes by tensor name"),
-    "NaN temperature": ("topk", field("temperature", to=math.nan), M,
+    "dtypes that differ": ("topk", set_field("dtypes", "ids", to="int64"), M, "dtypes must be .*, which the other"),
+    "no dtypes": ("topk", set_field("dtypes", to=None), M, "dtypes must be a dict of dtypes by tensor name"),
+    "NaN temperature": ("topk", set_field("temperature", to=math.nan), M,
         "temperature must be positive and finite, got nan"),
-    "huge temperature": ("topk", field("temperature", to=10**400), M, "temperature must be positive and finite"),
-    "k beyond V": ("topk", field("k", to=51), M, r"k must be an int in \[1, 50\], got 51"),
-    "k that is a bool": ("topk", field("k", to=True), M, r"k must be an int in \[1, 50\], got True"),
-    "softcap of a sparse teacher": ("topk", field("softcap", to=30.0), M, "softcap must be None for kind 'topk'"),
-    "vocabulary of 2^31": ("topk", field("vocab_size", to=2**31), M, "vocab_size must be an int in"),
-    "complete that is no bool": ("topk", field("complete", to=1), M, "complete must be a bool, got 1"),
+    "huge temperature": ("topk", set_field("temperature", to=10**400), M, "temperature must be positive and finite"),
+    "k beyond V": ("topk", set_field("k", to=51), M, r"k must be an int in \[1, 50\], got 51"),
+    "k that is a bool": ("topk", set_field("k", to=True), M, r"k must be an int in \[1, 50\], got True"),
+    "softcap of a sparse teacher": ("topk", set_field("softcap", to=30.0), M, "softcap must be None for kind 'topk'"),
+    "vocabulary of 2^31": ("topk", set_field("vocab_size", to=2**31), M, "vocab_size must be an int in"),
+    "complete that is no bool": ("topk", set_field("complete", to=1), M, "complete must be a bool, got 1"),
     "incomplete": ("dense", change_manifest(unfinish), IncompleteError, "is not complete: it has 6 examples so far"),
 }  # fmt: skip
 
@@ -1127,14 +1133,14 @@ def test_corruption_is_a_typed_error(name: str, tmp_path: Path) -> None:
     finally:
         tracemalloc.stop()
     assert type(caught.value) is error
-    # 1 MiB is read at once, and a nesting of 10^6 is a text of as many bytes.
+    # 1 MiB is read at once, and a nesting 10^6 deep is a text of that many bytes.
     assert peak < 4 << 20
     assert not (folder / "unpickled").exists()
     assert main(["cache", "verify", str(folder)]) == 1
 
 
 def test_corruption_allocates_nothing(tmp_path: Path) -> None:
-    """As above, in a process that can have 64 MiB more, whoever allocates them, and by its resident memory."""
+    """Reading corrupt caches takes less than 64 MiB more, by an address-space limit and by resident memory."""
     names = ("huge header", "header beyond the end", "rows beyond memory", "huge length")
     for name in names:
         kind, damage, _, _ = CORRUPTIONS[name]
@@ -1169,13 +1175,13 @@ def test_a_huge_sparse_manifest(tmp_path: Path) -> None:
 
 def test_header_verification_skips_digests_and_wide_values(tmp_path: Path) -> None:
     folder = build(tmp_path / "cache", "hidden")
-    put("hidden", 0.0)(folder)
-    field("shards", 0, "sha256", to="0" * 64)(folder)
+    put_value("hidden", 0.0)(folder)
+    set_field("shards", 0, "sha256", to="0" * 64)(folder)
     cache = TeacherCache(folder, verify="header")
     assert len(list(cache)) == 8  # type: ignore[call-overload]
     with pytest.raises(ShardError, match="sha256"):
         cache.verify()
-    put("input_ids", V)(folder)
+    put_value("input_ids", V)(folder)
     with pytest.raises(ShardError, match="input_ids must be in"):
         read_all(folder, verify="header")
 
@@ -1192,7 +1198,7 @@ def test_every_rank_opens_its_own_shards_only(tmp_path: Path) -> None:
 
 IDS = torch.arange(4)
 
-# What differs from a good call, the error it must give, and its message.
+# What differs from a valid call, the expected error, and its message.
 BAD_APPEND: list[tuple[str, dict[str, Any], type[Exception], str]] = [
     ("dense", {"input_ids": [1]}, TypeError, "input_ids must be a tensor, got list"),
     ("dense", {"input_ids": IDS.float()}, TypeError, "input_ids must be torch.int64 or torch.int32, got torch.float32"),
@@ -1317,7 +1323,7 @@ def test_bad_readers(changed: dict[str, Any], message: str, tmp_path: Path) -> N
     assert str(caught.value) == message
 
 
-def test_what_is_missing_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_messages_name_what_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = build(tmp_path / "cache")
     monkeypatch.setitem(sys.modules, "safetensors", None)
     cache = TeacherCache(folder)
@@ -1328,7 +1334,7 @@ def test_what_is_missing_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         cache[0]
 
 
-def test_importing_fastkd_needs_torch_only() -> None:
+def test_importing_fastkd_needs_only_torch() -> None:
     script = "import sys, fastkd, fastkd.teachers.cache, fastkd.__main__\n"
     script += (
         "print([name for name in ('safetensors', 'transformers', 'rich') if name in sys.modules])"
@@ -1339,7 +1345,7 @@ def test_importing_fastkd_needs_torch_only() -> None:
 # Models and the command line
 
 
-def small(name: str, **changed: Any) -> nn.Module:
+def small_model(name: str, **changed: Any) -> nn.Module:
     import transformers
 
     config = getattr(transformers, f"{name}Config")(
@@ -1359,14 +1365,14 @@ def small(name: str, **changed: Any) -> nn.Module:
         (
             "Gemma2",
             {"final_logit_softcapping": 0.01},
-        ),  # low enough to bend the logits of small random weights
+        ),  # low enough to change the logits of small random weights
     ],
 )
 @pytest.mark.stacks
 def test_hidden_states_give_the_logits_of_real_models(
     name: str, changed: dict[str, Any], tmp_path: Path
 ) -> None:
-    model = small(name, **changed).train()
+    model = small_model(name, **changed).train()
     manifest = build_cache(tmp_path, model, sequences(), kind="hidden")
     assert model.training
     model.eval()
@@ -1380,19 +1386,19 @@ def test_hidden_states_give_the_logits_of_real_models(
 
 
 def test_a_head_that_is_not_linear_is_refused(tmp_path: Path) -> None:
-    class Odd(Teacher):
+    class NonlinearHead(Teacher):
         def forward(self, ids: Tensor) -> SimpleNamespace:
             return SimpleNamespace(logits=super().forward(ids).logits.square())
 
     with pytest.raises(
         ValueError, match="needs logits that are linear in the hidden states, .* differ by"
     ):
-        build_cache(tmp_path / "cache", Odd(), sequences(), kind="hidden")
+        build_cache(tmp_path / "cache", NonlinearHead(), sequences(), kind="hidden")
 
 
 @pytest.fixture
 def model_folder(tmp_path: Path) -> Path:
-    """A small Llama with a tokenizer of 50 words, and a text beside it."""
+    """A folder with a small Llama, its tokenizer of 50 words, and a text."""
     import tokenizers
     import transformers
 
@@ -1402,7 +1408,7 @@ def model_folder(tmp_path: Path) -> Path:
     transformers.PreTrainedTokenizerFast(tokenizer_object=words, unk_token="w0").save_pretrained(
         folder
     )
-    small("Llama").save_pretrained(folder)
+    small_model("Llama").save_pretrained(folder)
     lines = (" ".join(f"w{(7 * i + j) % V}" for j in range(9)) for i in range(5))
     (tmp_path / "text").write_text("\n".join(lines))
     return folder
@@ -1416,7 +1422,7 @@ def test_the_commands(
     cache, text = str(tmp_path / "cache"), str(tmp_path / "text")
     options = ["--model", str(model_folder), "--text", text, "--kind", kind, "--k", "7"]
     options += ["--length", "10", "--shard-examples", "2", "--dtype", "bfloat16"]
-    for _ in range(2):  # the second time nothing is left to do
+    for _ in range(2):  # the second run has nothing left to do
         assert main(["cache", "build", cache, *options]) == 0
         assert capsys.readouterr().out == f"{cache}: 5 examples, 45 rows\n"
     assert main(["cache", "verify", cache]) == 0
@@ -1471,9 +1477,9 @@ def test_the_command_builds_parts(
         monkeypatch.delenv(name, raising=False)
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     assert main(command(model_folder, whole)) == 0
-    # One as torchrun starts it, the other as it is told, which the environment does not change
+    # One started as torchrun does, the other with options, which take precedence over the environment
     monkeypatch.setenv("RANK", "1")
-    assert main(command(model_folder, tmp_path / "lone")) == 0  # of how many is not said
+    assert main(command(model_folder, tmp_path / "lone")) == 0  # the number of processes is missing
     assert (tmp_path / "lone" / "manifest.json").exists()
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("LOCAL_RANK", "1")
@@ -1481,7 +1487,7 @@ def test_the_command_builds_parts(
     assert main(command(model_folder, parts)) == 0
     output = capsys.readouterr()
     assert output.out == f"{parts / part(1, 2)}: 2 examples, 20 rows\n"
-    assert output.err == "RANK and WORLD_SIZE: this is process 1 of 2\n"  # and no bar
+    assert output.err == "RANK and WORLD_SIZE: this is process 1 of 2\n"  # and no progress bar
     assert main(["cache", "info", str(parts)]) == 1
     assert "parts is not complete: it lacks part-00000-of-00002" in capsys.readouterr().err
     assert main(command(model_folder, parts, "--rank", "0", "--world-size", "2")) == 0
@@ -1505,11 +1511,11 @@ def test_the_command_builds_parts(
 @pytest.mark.stacks
 def test_processes_of_the_command_build_one_cache(model_folder: Path, tmp_path: Path) -> None:
     def run(rank: int) -> None:
-        torch.set_num_threads(1)  # this process's threads are not the child's
+        torch.set_num_threads(1)  # the child does not inherit this process's number of threads
         os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2")
         sys.exit(main(command(model_folder, tmp_path / "parts")))
 
-    context = multiprocessing.get_context("fork")  # a new interpreter takes seconds to begin
+    context = multiprocessing.get_context("fork")  # a new interpreter takes seconds to start
     started = [context.Process(target=run, args=(rank,), daemon=True) for rank in range(2)]
     for process in started:
         process.start()

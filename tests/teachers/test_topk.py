@@ -1,4 +1,4 @@
-"""Sparse teachers: every tail policy against the truth, and what a caller may rely on.
+"""Sparse teachers: every tail policy against float64, and the promises to a caller.
 
 The bar is that of tests/support/accuracy.py, with the plain float32 composition of tests/support/oracles.py
 (compose_topk) beside it.
@@ -48,13 +48,13 @@ dtypes = pytest.mark.parametrize("dtype", FLOATS, ids=str)
 
 
 @pytest.fixture(autouse=True, scope="module")
-def interpreter() -> Iterator[None]:
+def corrected_interpreter() -> Iterator[None]:
     with corrected():
         yield
 
 
-# What its tests are parametrised with, in the one case that Triton's interpreter runs; and one policy each, whichever
-# their name falls on: test_triton has them all.
+# The parameters of the one case of each test that Triton's interpreter runs. The hash of the test's name chooses the
+# tail policy; test_triton runs them all.
 IN_TRITON = {
     "dtype": torch.float32, "divergence": "forward_kl", "alpha": 0.5, "mass": 1e-9, "label": 21, "depth": 800.0,
     "level": -1e31,
@@ -63,21 +63,21 @@ IN_TRITON = {
 
 @pytest.fixture(params=["reference", "cpu", pytest.param("cuda", marks=pytest.mark.heavy)])
 def backend(request: pytest.FixtureRequest) -> str:
-    """Each backend that takes CPU tensors of any size, and the source of the CUDA kernel with a row over two blocks."""
+    """Each backend for CPU tensors of any size, and the CUDA kernel's source emulated with a row over two blocks."""
     if request.param == "cuda":
         request.getfixturevalue("emulation").ranks = 2
     return str(request.param)
 
 
-def _once_in_triton(everywhere: str, test: str, parameters: dict[str, Any]) -> bool:
-    """One case of a test is enough for Triton's interpreter, at a second a call."""
+def _one_case_in_triton(everywhere: str, test: str, parameters: dict[str, Any]) -> bool:
+    """Whether to run a case: Triton's interpreter needs a second per call, so it runs one case of each test."""
     chosen = {**IN_TRITON, "tail": TAILS[zlib.crc32(test.encode()) % 4]}
     return everywhere != "triton" or all(
         parameters.get(name, value) == value for name, value in chosen.items()
     )
 
 
-pytestmark = pytest.mark.only_where.with_args(_once_in_triton)
+pytestmark = pytest.mark.only_where.with_args(_one_case_in_triton)
 
 
 @pytest.fixture(params=["reference", "cpu", "cuda", "triton"])
@@ -89,7 +89,7 @@ def everywhere(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) 
         kernels, sparse = _triton()
         for module in (kernels, sparse):
             monkeypatch.setattr(module, "tile", lambda *row: (16, 1))
-        monkeypatch.setattr(sparse, "BLOCK_K", 4)  # several tiles of tokens
+        monkeypatch.setattr(sparse, "BLOCK_K", 4)  # so that the tokens need several tiles
     return str(request.param)
 
 
@@ -122,7 +122,7 @@ def _label(variant: object) -> str | None:
 
 
 variants = pytest.mark.parametrize("variant", DIVERGENCES, ids=_label)
-# Those that are finite where p = 0 and where one sum is that of the tail.
+# Divergences that are finite where p = 0, including the tail's event.
 ADDITIVE = [
     ("forward_kl", {}), ("soft_cross_entropy", {}), ("jsd", {}),
     ("jsd", {"beta": 0.1}), ("skew_forward_kl", {}), ("skew_reverse_kl", {}), ("tvd", {}), ("hellinger", {}),
@@ -137,7 +137,7 @@ def _defined(tail: str, divergence: str) -> bool:
     return defined(tail, (divergence, {}))
 
 
-# The others are infinite at p = 0, and refused: test_what_raises.
+# The other divergences are infinite at p = 0 and refused (test_what_kd_loss_refuses).
 defined_variants = pytest.mark.only_where.with_args(defined)
 defined_divergences = pytest.mark.only_where.with_args(_defined)
 
@@ -154,7 +154,8 @@ def sparse(
     dtype: torch.dtype = torch.float32,
     spread: float = 3.0,
 ) -> Sparse:
-    """Likely and unlikely tokens in any order, of logits of that spread; some are padding, whose logprobs are NaN.
+    """A TopK of likely and unlikely tokens in random order, from logits of that spread; some tokens are padding with
+    NaN.
 
     The mass of the tail is that of all other tokens and of those that padding hides.
     """
@@ -174,18 +175,18 @@ def sparse(
         seen = torch.zeros(*lead, vocabulary + 1, dtype=torch.bool)
         seen.scatter_(-1, ids.where(ids >= 0, vocabulary), True)
         mass = dense.masked_fill(seen[..., :-1], -INF).logsumexp(-1).float()
-        if dtype != torch.float32:  # what the rounded log-probabilities leave
+        if dtype != torch.float32:  # what the rounded log-probabilities leave to the tail
             left = 1 - logprobs.double().masked_fill(hidden, -INF).exp().sum(-1)
             mass = left.clamp(min=0).log().float()
     return Sparse(ids, logprobs, tail, mass, at)
 
 
-def given_as(teacher: Sparse) -> TopK:
+def with_given_tail(teacher: Sparse) -> TopK:
     return TopK(teacher.ids, teacher.logprobs, teacher.tail, teacher.tail_logprob, teacher.at)
 
 
-class Found(NamedTuple):
-    """The results of a backend, and the exact ones."""
+class CheckedOutcome(NamedTuple):
+    """A backend's results, and the exact results."""
 
     loss: Tensor
     gradient: Tensor
@@ -203,7 +204,7 @@ def check_topk(
     parameters: dict[str, float] | None = None,
     upstream: Tensor | None = None,
     **options: Any,
-) -> Found:
+) -> CheckedOutcome:
     """Run kd_loss, per row unless a reduction is given, and hold value, parts and gradient to the bar."""
     options.setdefault("reduction", "none")
     if upstream is None and options["reduction"] == "none":
@@ -212,7 +213,7 @@ def check_topk(
     leaf = student.detach().requires_grad_()
     view = leaf * 1 if options.get("inplace") else leaf
     loss, parts = kd_loss(
-        view, given_as(teacher), labels, divergence=made(divergence, parameters), backend=backend,
+        view, with_given_tail(teacher), labels, divergence=made(divergence, parameters), backend=backend,
         return_parts=True, **options,
     )  # fmt: skip
     options.pop("inplace", None)
@@ -233,9 +234,9 @@ def check_topk(
         plain.student_gradient, exact.student_gradient, exact.student_terms, student.dtype
     )
     if backend in ("portable", "reference"):
-        bar = 2 * bar  # as tests/support/accuracy.py has it: plain float32 PyTorch in another order
+        bar = 2 * bar  # as in tests/support/accuracy.py: plain float32 PyTorch in another order
     assert_within("gradient", gradient, exact.student_gradient, bar)
-    return Found(loss.detach(), gradient, parts, exact)
+    return CheckedOutcome(loss.detach(), gradient, parts, exact)
 
 
 def rows_of(
@@ -362,7 +363,8 @@ def test_options_in_triton(everywhere: str, tail: str, options: str) -> None:
 @tails
 @pytest.mark.parametrize("divergence", ["forward_kl", "jsd"])
 def test_one_temperature_a_row(everywhere: str, tail: str, divergence: str) -> None:
-    """The student's under every policy, the teacher's under those that need no mass of the tail."""
+    """The student's temperature under every policy, the teacher's under the policies that do not use the tail's
+    mass."""
     student = logits(2, 3, 19, seed=10)
     temperature = torch.tensor([[0.5, 1.0, 2.0], [4.0, 0.3, 7.0]])
     labels = labels_for(2, 3, vocabulary=19, seed=12)
@@ -375,8 +377,8 @@ def test_one_temperature_a_row(everywhere: str, tail: str, divergence: str) -> N
         check_topk(everywhere, student, teacher, labels, **call, teacher_temperature=flipped)
 
 
-# One column, an odd few, two blocks of the cpu backend and a column, 32 of them: the exponentials of the last are
-# not kept. All tokens, one, some; with and without a separate temperature for the cross-entropy.
+# One column; a few; two blocks of the cpu backend and a column; 32 blocks, whose exponentials are not kept. All tokens,
+# one, some; with and without a separate temperature for the cross-entropy.
 @tails
 @pytest.mark.parametrize(
     ("columns", "k"),
@@ -397,7 +399,7 @@ def test_widths(backend: str, tail: str, columns: int, k: int) -> None:
 @pytest.mark.parametrize("tail", ["bucket", "truncate"])
 @pytest.mark.parametrize("columns", [200_001, 400_001])
 def test_exponentials_that_are_not_kept(tail: str, columns: int) -> None:
-    """Rows that are longer than the cpu backend's scratch memory, with one array and with two."""
+    """Rows longer than the cpu backend's scratch memory, with one and with two arrays of exponentials."""
     student = logits(1, columns, seed=4, dtype=torch.bfloat16)
     teacher = sparse(1, vocabulary=columns, k=50, seed=5, tail=tail, at=2.0)
     labels = torch.tensor([columns - 1])
@@ -410,7 +412,7 @@ def test_exponentials_that_are_not_kept(tail: str, columns: int) -> None:
 def test_types_of_the_teacher(
     backend: str, tail: str, tail_given: bool, dtype: torch.dtype
 ) -> None:
-    """A flat teacher, whose tail has more mass than the rounding error of the tokens."""
+    """A flat teacher in each dtype, whose tail is larger than the rounding error of its tokens."""
     for student in FLOATS:
         teacher = sparse(
             4,
@@ -431,7 +433,7 @@ def test_types_of_the_teacher(
 @tails
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 def test_types_of_the_tail(everywhere: str, tail: str, dtype: torch.dtype) -> None:
-    """tail_logprob is exact as it is after rounding to its dtype."""
+    """The rounded value of tail_logprob is the one that counts, in every dtype."""
     teacher = sparse(2, vocabulary=33, k=5, seed=9, tail=tail)
     assert teacher.tail_logprob is not None
     rounded = teacher._replace(tail_logprob=teacher.tail_logprob.to(dtype))
@@ -454,7 +456,7 @@ def test_types_of_the_ids(everywhere: str, tail: str) -> None:
 
 @tails
 def test_float64_runs_on_the_reference(tail: str) -> None:
-    """Autograd's gradient of the oracle, to float64's own rounding."""
+    """float64 results match autograd through the oracle to float64's rounding."""
     student = logits(3, 31, seed=11).double()
     teacher = sparse(3, vocabulary=31, k=6, seed=12, tail=tail, at=2.0)
     labels = torch.tensor([5, 30, -100])
@@ -464,7 +466,7 @@ def test_float64_runs_on_the_reference(tail: str) -> None:
     )  # fmt: skip
     for kind in (torch.float32, torch.float64):
         leaf = student.clone().requires_grad_()
-        named = given_as(teacher._replace(logprobs=teacher.logprobs.to(kind)))
+        named = with_given_tail(teacher._replace(logprobs=teacher.logprobs.to(kind)))
         loss, parts = kd_loss(
             leaf, named, labels, divergence="jsd", temperature=2.0, alpha=0.5, label_smoothing=0.1,
             reduction="none", return_parts=True,
@@ -481,7 +483,7 @@ def test_float64_runs_on_the_reference(tail: str) -> None:
 @dtypes
 @pytest.mark.parametrize("inplace", [False, True], ids=["new", "in place"])
 def test_strided_students(everywhere: str, tail: str, dtype: torch.dtype, inplace: bool) -> None:
-    """The shifted view of a language model, padded columns, and the gradient in the logits' place."""
+    """A language model's shifted view, padded columns, and in-place gradients."""
     wide = logits(2, 4, 21, seed=13, dtype=dtype)
     teacher = sparse(2, 3, vocabulary=19, k=5, seed=14, tail=tail)
     labels = labels_for(2, 3, vocabulary=19, seed=15, ignored=0.3)
@@ -490,7 +492,7 @@ def test_strided_students(everywhere: str, tail: str, dtype: torch.dtype, inplac
     leaf = wide.clone().requires_grad_()
     whole = leaf * 1
     loss = kd_loss(
-        whole[:, :-1], given_as(teacher), labels,
+        whole[:, :-1], with_given_tail(teacher), labels,
         reduction="none", inplace=inplace, backend=everywhere, **call,
     )  # fmt: skip
     version = whole._version
@@ -499,7 +501,9 @@ def test_strided_students(everywhere: str, tail: str, dtype: torch.dtype, inplac
     (gradient,) = torch.autograd.grad(loss, leaf, upstream)
     assert torch.equal(gradient[:, :-1], expected.gradient)
     assert not gradient[:, -1].any() and not gradient[..., 19:].any()
-    bumped = version if dtype != torch.float16 else whole._version  # float16: in the backward
+    bumped = (
+        version if dtype != torch.float16 else whole._version
+    )  # float16 computes it in the backward
     assert (bumped > 0) == inplace
     if everywhere != "triton":  # a last stride other than 1
         turned = wide[:, :-1].transpose(-1, -2).contiguous().transpose(-1, -2)
@@ -543,10 +547,13 @@ def threads() -> Iterator[None]:
 @pytest.mark.parametrize("dtype", FLOATS[1:], ids=str)
 @pytest.mark.usefixtures("threads")
 def test_reruns_and_threads(tail: str, rows: int, columns: int, dtype: torch.dtype) -> None:
-    """Bit by bit; also across rows, whose numbers must not depend on what their thread did before."""
+    """Results are bitwise equal; a row's results also do not depend on the rows that its thread computed before."""
     student = logits(rows, columns, seed=19, dtype=dtype)
     teacher = sparse(rows, vocabulary=columns, k=40, seed=20, tail=tail, at=2.0)
-    named, labels = given_as(teacher), labels_for(rows, vocabulary=columns, seed=21, ignored=0.2)
+    named, labels = (
+        with_given_tail(teacher),
+        labels_for(rows, vocabulary=columns, seed=21, ignored=0.2),
+    )
     call: dict[str, Any] = {"temperature": 2.0, "alpha": 0.5, "backend": "cpu", "divergence": "jsd"}
     runs = []
     for count in (1, 2, 2, 1):
@@ -571,7 +578,7 @@ def test_reruns_and_threads(tail: str, rows: int, columns: int, dtype: torch.dty
 
 
 @defined_variants
-@pytest.mark.only_where(  # the others are the same kernels with another formula
+@pytest.mark.only_where(  # the other divergences use the same kernels with another formula
     lambda everywhere, variant: (
         everywhere != "triton" or variant in (("forward_kl", {}), ("reverse_kl", {}), ("jsd", {}))
     )
@@ -581,7 +588,7 @@ def test_reruns_and_threads(tail: str, rows: int, columns: int, dtype: torch.dty
 def test_all_tokens_are_the_dense_teacher(
     everywhere: str, tail: str, variant: tuple[str, dict[str, float]]
 ) -> None:
-    """K = V tokens in any order meet the dense bar, whether the tail's mass is a rounding error or -inf."""
+    """All tokens in any order give the dense teacher's results, whether the tail's mass is a rounding error or -inf."""
     name, parameters = variant
     student, teacher = logits(2, 23, seed=22), logits(2, 23, seed=23)
     labels, call = torch.tensor([3, 22]), {"temperature": 2.0, "alpha": 0.6}
@@ -621,7 +628,7 @@ PROPER = [
 
 @st.composite
 def _cases(draw: st.DrawFn) -> tuple[Tensor, Tensor, int]:
-    """(student logits, teacher logits, k) of a few rows, from nearly equal to far apart."""
+    """Draw (student logits, teacher logits, k) of a few rows, from nearly equal to far apart."""
     columns = draw(st.integers(1, 60))
     seed = draw(st.integers(0, 2**31))
     spreads = [draw(st.sampled_from([1e-3, 0.3, 3.0, 15.0])) for _ in range(2)]
@@ -652,7 +659,7 @@ def test_the_bucket_is_between_0_and_the_dense_divergence(
 
 @pytest.mark.only_where(
     lambda tail: tail != "renormalize_teacher"
-)  # the others have p = 0 and q > 0
+)  # the other tokens have p = 0 and q > 0
 @tails
 @pytest.mark.parametrize("divergence", PROPER)
 def test_the_students_own_logits(backend: str, tail: str, divergence: str) -> None:
@@ -670,9 +677,9 @@ def test_the_students_own_logits(backend: str, tail: str, divergence: str) -> No
 @tails
 @pytest.mark.parametrize("divergence", ["forward_kl", "jsd"])
 def test_common_shift(everywhere: str, tail: str, divergence: str) -> None:
-    """Multiples of 1/64 move by 1e4 without rounding, and no result changes by a bit."""
+    """Multiples of 1/64 can be shifted by 1e4 without rounding, and results are bitwise equal."""
     student = (logits(3, 37, seed=25) * 64).round() / 64
-    named = given_as(sparse(3, vocabulary=37, k=6, seed=26, tail=tail, at=2.0))
+    named = with_given_tail(sparse(3, vocabulary=37, k=6, seed=26, tail=tail, at=2.0))
     labels = torch.tensor([1, 36, 5])
     call: dict[str, Any] = {
         "divergence": divergence,
@@ -696,7 +703,7 @@ def test_order_of_the_tokens(everywhere: str, tail: str, divergence: str) -> Non
     order = torch.randperm(12, generator=torch.Generator().manual_seed(29))
     turned = teacher._replace(ids=teacher.ids[:, order], logprobs=teacher.logprobs[:, order])
     actual, expected = (
-        rows_of(student, given_as(x), divergence=divergence, backend=everywhere)
+        rows_of(student, with_given_tail(x), divergence=divergence, backend=everywhere)
         for x in (turned, teacher)
     )
     torch.testing.assert_close(actual[0], expected[0], rtol=4 * ULP, atol=4 * ULP)
@@ -707,7 +714,7 @@ def test_order_of_the_tokens(everywhere: str, tail: str, divergence: str) -> Non
 @tails
 @pytest.mark.parametrize("divergence", ["forward_kl", "jsd", "alpha_beta"])
 def test_rows_of_the_gradient_sum_to_0(everywhere: str, tail: str, divergence: str) -> None:
-    named = given_as(sparse(4, vocabulary=90, k=12, seed=30, tail=tail))
+    named = with_given_tail(sparse(4, vocabulary=90, k=12, seed=30, tail=tail))
     labels = torch.tensor([0, 89, 5, 6])
     for alpha in (1.0, 0.4):
         _, gradient = rows_of(
@@ -725,11 +732,12 @@ def test_rows_of_the_gradient_sum_to_0(everywhere: str, tail: str, divergence: s
 
 @pytest.mark.parametrize("divergence", ["forward_kl", "reverse_kl", "mixture"])
 def test_a_truncated_sum_may_be_negative(everywhere: str, divergence: str) -> None:
-    """A student that holds more of a token than the teacher; other stacks clamp that away with its gradient."""
+    """A student with more probability than the teacher makes the sum negative; other stacks clamp it and lose its
+    gradient."""
     student = torch.tensor([[2.0, 0.0, 0.0, -1.0]])
     p, q = torch.tensor(0.1, dtype=torch.float64), student.double().softmax(-1)[0, 0]
     named = TopK(torch.tensor([[0]]), p.log().float().reshape(1, 1), "truncate")
-    if divergence == "reverse_kl":  # and here one that holds less
+    if divergence == "reverse_kl":  # and here a student with less probability
         student, q = -student, (-student).double().softmax(-1)[0, 0]
     forward, reverse = p * (p / q).log(), q * (q / p).log()
     value = {"forward_kl": forward, "reverse_kl": reverse, "mixture": (forward + reverse) / 2}[
@@ -749,7 +757,7 @@ def test_a_truncated_sum_may_be_negative(everywhere: str, divergence: str) -> No
 @pytest.mark.parametrize("divergence", ["forward_kl", "reverse_kl", "jsd", "hellinger"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_a_small_tail(everywhere: str, divergence: str, mass: float, dtype: torch.dtype) -> None:
-    """Both tails hold about that mass. It keeps its digits; 1 - sum, or the whole sum less the tokens', has none.
+    """Tails of about this mass keep their digits; 1 - sum, or the whole sum minus the tokens' sum, would have none.
 
     The tokens of teacher and student agree, so that the tail is all that the divergence consists of.
     """
@@ -768,7 +776,7 @@ def test_a_small_tail(everywhere: str, divergence: str, mass: float, dtype: torc
     teacher = Sparse(ids, logprobs, "bucket", tail.float())
     leaf = student.to(dtype).requires_grad_()
     loss = kd_loss(
-        leaf, given_as(teacher), divergence=divergence, reduction="none", backend=everywhere
+        leaf, with_given_tail(teacher), divergence=divergence, reduction="none", backend=everywhere
     )
     (gradient,) = torch.autograd.grad(loss.sum(), leaf)
     exact = compose_topk(student, teacher, divergence=divergence, reduction="none").student_gradient
@@ -776,7 +784,7 @@ def test_a_small_tail(everywhere: str, divergence: str, mass: float, dtype: torc
     error = (gradient.double() - exact).masked_fill(member, 0.0).abs()
     rounding = torch.finfo(dtype).eps / 2 if dtype != torch.float32 else 0.0
     assert (error <= (rounding + 32 * ULP) * others.abs()).all()
-    # A closed form is a difference of moments: the value keeps what is relative to them.
+    # A closed form is a difference of moments: the value's error is relative to them.
     exact_loss = compose_topk(student, teacher, divergence=divergence, reduction="none").loss
     assert ((loss.double() - exact_loss).abs() <= 4 * ULP * (1 + exact_loss.abs())).all()
 
@@ -788,7 +796,7 @@ def test_a_small_tail(everywhere: str, divergence: str, mass: float, dtype: torc
 def test_a_tail_far_below_the_tokens(
     everywhere: str, tail: str, divergence: str, depth: float
 ) -> None:
-    """The student's tail underflows, as of peaked logits at a low temperature; its logarithm does not.
+    """The student's tail underflows, as with peaked logits at a low temperature, but its logarithm does not.
 
     800 is below the logarithm of the smallest float64. The teacher has not given up on the tail.
     """
@@ -810,7 +818,7 @@ def test_a_tail_far_below_the_tokens(
 def test_tokens_far_below_the_tail(
     everywhere: str, tail: str, divergence: str, depth: float
 ) -> None:
-    """The student has almost no probability on the teacher's tokens."""
+    """The student's probability of the teacher's tokens underflows."""
     student = logits(2, 37, seed=35, spread=1.0)
     teacher = sparse(2, vocabulary=37, k=6, seed=36, tail=tail, padding=0.0, spread=1.0)
     student.scatter_(-1, teacher.ids, student.gather(-1, teacher.ids) - depth)
@@ -832,12 +840,12 @@ def test_temperatures(everywhere: str, tail: str, divergence: str, temperature: 
     "divergence", ["forward_kl", "reverse_kl", "mixture", "jsd", "tvd", "hellinger"]
 )
 def test_a_truncated_sum_does_not_see_the_tail(everywhere: str, divergence: str) -> None:
-    """It is a sum over the tokens, of p as it is given: whatever tail_logprob says, and whatever p sums to."""
+    """The sum runs over the teacher's tokens and uses p unchanged, whatever tail_logprob is and whatever p sums to."""
     student = logits(2, 37, seed=39)
     teacher = sparse(2, vocabulary=37, k=6, seed=40, tail="truncate", padding=0.0)
     for mass in (None, torch.full((2,), -INF), torch.full((2,), -40.0), torch.zeros(2)):
         check_topk(everywhere, student, teacher._replace(tail_logprob=mass), divergence=divergence)
-    # All mass on the tokens, but for a rounding to either side.
+    # All mass on the tokens, up to rounding in either direction.
     whole = teacher._replace(logprobs=teacher.logprobs.log_softmax(-1))
     for nudge in (-1e-6, 0.0, 1e-6, 1e-3):
         nudged = whole._replace(logprobs=whole.logprobs + nudge, tail_logprob=None)
@@ -845,11 +853,11 @@ def test_a_truncated_sum_does_not_see_the_tail(everywhere: str, divergence: str)
 
 
 def test_the_mass_of_the_tail_by_default(everywhere: str) -> None:
-    """log(1 - sum p), where that is more than rounding."""
+    """The default mass is log(1 - sum p), where that exceeds rounding."""
     student = logits(2, 37, seed=41)
     teacher = sparse(2, vocabulary=37, k=6, seed=42, padding=0.3)
     check_topk(everywhere, student, teacher._replace(tail_logprob=None))
-    named = dataclasses.replace(given_as(teacher), tail_logprob=None)
+    named = dataclasses.replace(with_given_tail(teacher), tail_logprob=None)
     mass = (1 - named.logprobs.double().masked_fill(named.ids < 0, -INF).exp().sum(-1)).log()
     explicit = dataclasses.replace(named, tail_logprob=mass.float())
     for actual, expected in zip(
@@ -865,13 +873,14 @@ def _to_decimals(logprobs: Tensor) -> Tensor:
 
 
 def _half_a_unit(z: Tensor) -> Tensor:
-    """By how much rounding to the dtype of z moves what became z; of 0, the logarithm of 1, by that of 1 in float32."""
+    """The error by which a value may have been rounded to z in z's dtype; for 0, the logarithm of 1, float32's unit at
+    1."""
     info = torch.finfo(z.dtype)
     of_1 = 2.0**-53 if z.dtype == torch.float64 else 2.0**-24
     return torch.where(z.abs() < info.tiny, of_1, z.double().abs() * (info.eps / 2)) + 2.0**-52
 
 
-# How log-probabilities come to a loss: rounded, and by how much at most.
+# How log-probabilities are rounded before they reach a loss, and the largest error.
 ROUNDED: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]] = {
     "float32": (Tensor.float, _half_a_unit),
     "bfloat16": (Tensor.bfloat16, _half_a_unit),
@@ -882,17 +891,18 @@ ROUNDED: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]
 
 
 class Sure(NamedTuple):
-    """Rows of teachers that leave little to the others, and what their rounding allows."""
+    """Rows of teachers with a small tail, and the tails that their rounding allows."""
 
     student: Tensor
     exact: TopK  # float64
     rounded: TopK  # without tail_logprob
-    least: Tensor  # the least mass of the others that the rounded ones allow
+    least: Tensor  # the smallest tail mass that the rounded ones allow
     most: Tensor
 
 
 def _sure(rounding: str, rows: int = 12, k: int = 6) -> Sure:
-    """Tails of 1e-1 to 1e-12 beside tokens that share the rest, in every other row with one that is nearly certain."""
+    """Teachers with tails of 1e-1 to 1e-12 whose tokens share the rest; in every other row one token is nearly
+    certain."""
     generator = torch.Generator().manual_seed(91)
     shares = torch.randn(rows, k, generator=generator, dtype=torch.float64) * 2
     shares[::2, 0] += 14
@@ -912,9 +922,10 @@ def _sure(rounding: str, rows: int = 12, k: int = 6) -> Sure:
 
 @pytest.mark.parametrize("rounding", ROUNDED)
 def test_a_tail_that_rounding_hides(backend: str, rounding: str) -> None:
-    """1 - sum p is rounding alone: each loss is finite, and no further from the truth than rounding allows.
+    """If 1 - sum p is only rounding error, each loss is finite, and no further from the truth than the rounding allows.
 
-    What rounding allows is evaluated from its one end to the other. At a mass of 0 some divergences are infinite there,
+    The range that rounding allows is evaluated from one end to the other. At a mass of 0 some divergences are infinite
+    there,
     and the loss is not.
     """
     sure = _sure(rounding)
@@ -954,20 +965,20 @@ def test_every_backend_gets_the_same_mass(everywhere: str) -> None:
 
 @pytest.mark.parametrize("rounding", ROUNDED)
 def test_the_mass_that_is_estimated(rounding: str) -> None:
-    """It is within what rounding allows, and 1 - sum p where rounding is less than that."""
+    """The estimated mass is within what rounding allows, and equals 1 - sum p where the rounding error is smaller."""
     sure = _sure(rounding, rows=200)
     ids, logprobs = sure.rounded.ids, sure.rounded.logprobs
     total, mass = masses(ids, logprobs)
     rest = 1 - logprobs.double().exp().sum(-1)
     torch.testing.assert_close(total, 1 - rest, rtol=0, atol=1e-15)
     assert (mass > 0).all()
-    # An excess that is nearly all that rounding can make is worth an eighth of itself all the same.
+    # An excess of nearly the largest rounding error still gives an eighth of that error.
     most = torch.maximum(sure.most, (-rest / 8).clamp(min=0))
     assert ((sure.least <= mass * (1 + 1e-9)) & (mass <= most * (1 + 1e-9))).all()
     clear = sure.least > 0
     assert clear.any()
     torch.testing.assert_close(mass[clear], rest[clear], rtol=1e-12, atol=1e-16)
-    # Padding is no token, whatever it holds.
+    # Padding is ignored, whatever it holds.
     padded = torch.cat([ids, torch.full_like(ids[:, :2], -1)], -1)
     filled = torch.cat(
         [logprobs, torch.tensor([NAN, 5.0], dtype=logprobs.dtype).expand(200, 2)], -1
@@ -976,7 +987,8 @@ def test_the_mass_that_is_estimated(rounding: str) -> None:
 
 
 def test_the_estimate_errs_little_where_rounding_hides_the_tail() -> None:
-    """Less than the ends of what rounding allows do, by the mean error of log m, on tails of every size below it."""
+    """The estimate's mean error of log m is smaller than that of either end of the allowed range, for tails of every
+    size below it."""
     generator = torch.Generator().manual_seed(5)
     shares = (torch.randn(4000, 6, generator=generator, dtype=torch.float64) * 2).softmax(-1)
     true = torch.rand(4000, generator=generator, dtype=torch.float64) * 4e-3
@@ -994,7 +1006,7 @@ def test_the_estimate_errs_little_where_rounding_hides_the_tail() -> None:
         assert error(mass) < error(other)
 
 
-# Rows whose probabilities sum to 1 and more, as they come.
+# Rows whose rounded probabilities happen to sum to 1 or more.
 WHOLE: dict[str, tuple[list[int], list[float]]] = {
     "one token, certain": ([3], [0.0]),
     "the same with a sign": ([3], [-0.0]),
@@ -1011,7 +1023,7 @@ WHOLE: dict[str, tuple[list[int], list[float]]] = {
 @pytest.mark.parametrize("plain", ["reference", "portable"])
 @pytest.mark.parametrize("tail", TAILS)
 def test_float64_teachers_of_narrower_students(tail: str, plain: str, dtype: torch.dtype) -> None:
-    """Log-probabilities that come from NumPy are float64; the loss is the same but for the teacher's rounding."""
+    """Log-probabilities from NumPy are float64; the loss is the same up to the teacher's rounding."""
     student, dense = logits(4, 9, seed=95, dtype=dtype), logits(4, 9, seed=96)
     narrow = TopK.from_logits(dense, 3, tail=tail)
     assert narrow.tail_logprob is not None
@@ -1026,12 +1038,12 @@ def test_float64_teachers_of_narrower_students(tail: str, plain: str, dtype: tor
 @pytest.mark.parametrize("dtype", [*FLOATS, torch.float64], ids=str)
 @pytest.mark.parametrize("case", WHOLE)
 def test_no_tail_is_0_by_itself(backend: str, case: str, dtype: torch.dtype) -> None:
-    """The tail is empty only if tail_logprob = -inf, or if the tokens are the whole vocabulary."""
+    """A tail is exactly 0 only if tail_logprob is -inf, or if the tokens are the whole vocabulary."""
     ids, logprobs = WHOLE[case]
     teacher = TopK(torch.tensor([ids]), torch.tensor([logprobs], dtype=dtype))
     backend = "reference" if dtype == torch.float64 else backend
     student = logits(1, 9, seed=93)
-    # A token of p = 0 is said to be none, as a logit of -inf of a dense teacher is.
+    # A token of p = 0 is like a dense teacher's logit of -inf.
     for name, parameters in ADDITIVE if -INF in logprobs else DIVERGENCES:
         call: dict[str, Any] = {"divergence": made(name, parameters), "backend": backend}
         loss, gradient = rows_of(student, teacher, **call)
@@ -1046,7 +1058,7 @@ def test_no_tail_is_0_by_itself(backend: str, case: str, dtype: torch.dtype) -> 
 
 
 def test_float64_keeps_the_digits_of_the_tail() -> None:
-    """A tail of float64 is not rounded to float32, whether it is given or not."""
+    """A float64 tail is not rounded to float32, whether it is given or estimated."""
     sure = _sure("float64")
     student = sure.student.double()
     dense = {"divergence": "hellinger", "backend": "reference"}
@@ -1069,7 +1081,7 @@ def test_float64_keeps_the_digits_of_the_tail() -> None:
 def test_log_probabilities_at_another_temperature(
     everywhere: str, tail: str, divergence: str
 ) -> None:
-    """Log-probabilities taken at 1 and used at 2 equal those taken at 2, also with temperatures per row."""
+    """Log-probabilities taken at temperature 1 and used at 2 equal those taken at 2; per row too."""
     student, dense = logits(3, 37, seed=43), logits(3, 37, seed=44)
     call: dict[str, Any] = {"divergence": divergence, "backend": everywhere}
     for temperature in (2.0, torch.tensor([2.0, 2.0, 2.0])):
@@ -1095,7 +1107,7 @@ def test_log_probabilities_at_another_temperature(
 def test_a_dropped_row_is_not_read(
     everywhere: str, tail: str, dtype: torch.dtype, alpha: float
 ) -> None:
-    """Neither its NaN nor its wrong ids, label and temperature reach anything, by whichever way it is dropped."""
+    """NaN, wrong ids, label and temperature of a dropped row change no result, for each way to drop a row."""
     student = logits(5, 21, seed=45, dtype=dtype)
     teacher = sparse(5, vocabulary=21, k=5, seed=46, tail=tail)
     student[1:4] = NAN
@@ -1130,7 +1142,7 @@ def test_a_dropped_row_is_not_read(
 @dtypes
 def test_no_row_counts(everywhere: str, tail: str, dtype: torch.dtype) -> None:
     student = torch.full((3, 11), NAN, dtype=dtype, requires_grad=True)
-    named = given_as(sparse(3, vocabulary=11, k=3, seed=47, tail=tail))
+    named = with_given_tail(sparse(3, vocabulary=11, k=3, seed=47, tail=tail))
     for call in (
         {"mask": torch.zeros(3, dtype=torch.bool)},
         {"labels": torch.full((3,), -100)},
@@ -1176,13 +1188,13 @@ WRONG: dict[str, Callable[[Tensor], Any]] = {
 def test_wrong_ids_poison_their_row(
     everywhere: str, tail: str, wrong: Callable[[Tensor], Any], alpha: float
 ) -> None:
-    """Its value and all of its gradient, and nothing else; columns of padding stay 0."""
+    """The row's value and whole gradient are NaN, no other row changes, and padding columns stay 0."""
     student, labels = logits(3, 24, seed=48), torch.tensor([1, 2, 20])
     teacher = sparse(3, vocabulary=21, k=5, seed=49, tail=tail, padding=0.0)
     call: dict[str, Any] = {"alpha": alpha, "vocab_size": 21, "backend": everywhere}
-    loss, gradient = rows_of(student, given_as(teacher), labels, **call)
+    loss, gradient = rows_of(student, with_given_tail(teacher), labels, **call)
     wrong(teacher.ids)
-    actual, found_gradient = rows_of(student, given_as(teacher), labels, **call)
+    actual, found_gradient = rows_of(student, with_given_tail(teacher), labels, **call)
     assert torch.equal(actual[::2], loss[::2]) and torch.equal(found_gradient[::2], gradient[::2])
     assert actual[1].isnan()
     assert found_gradient[1, :21].isnan().all()
@@ -1195,7 +1207,7 @@ def test_wrong_labels_poison_their_row(
     everywhere: str, tail: str, label: int, alpha: float
 ) -> None:
     student = logits(3, 21, seed=50)
-    named = given_as(sparse(3, vocabulary=21, k=5, seed=51, tail=tail))
+    named = with_given_tail(sparse(3, vocabulary=21, k=5, seed=51, tail=tail))
     call: dict[str, Any] = {"alpha": alpha, "backend": everywhere}
     right = rows_of(student, named, torch.tensor([1, 2, 20]), **call)
     actual = rows_of(student, named, torch.tensor([1, label, 20]), **call)
@@ -1210,7 +1222,7 @@ def test_wrong_temperatures_poison_their_row(
     everywhere: str, tail: str, temperature: float, alpha: float
 ) -> None:
     student, labels = logits(3, 21, seed=50), torch.tensor([1, 2, 20])
-    named = given_as(sparse(3, vocabulary=21, k=5, seed=51, tail=tail))
+    named = with_given_tail(sparse(3, vocabulary=21, k=5, seed=51, tail=tail))
     call: dict[str, Any] = {"alpha": alpha, "teacher_temperature": 1.0, "backend": everywhere}
     actual = rows_of(
         student, named, labels, temperature=torch.tensor([1.0, temperature, 1.0]), **call
@@ -1225,7 +1237,7 @@ def test_wrong_values_are_named_where_that_may_wait(
     monkeypatch.setenv("FASTKD_CHECK", "1")
     student = logits(3, 21, seed=52)
     good = sparse(3, vocabulary=21, k=5, seed=53, padding=0.3)
-    kd_loss(student, given_as(good), backend=everywhere)
+    kd_loss(student, with_given_tail(good), backend=everywhere)
     good = sparse(3, vocabulary=21, k=5, seed=53, padding=0.0)
     for name, message in {
         "twice": "teacher.ids must be distinct within a row; row 1 repeats some",
@@ -1235,14 +1247,16 @@ def test_wrong_values_are_named_where_that_may_wait(
         ids = good.ids.clone()
         WRONG[name](ids)
         with pytest.raises(ValueError) as error:
-            kd_loss(student, given_as(good._replace(ids=ids)), backend=everywhere)
+            kd_loss(student, with_given_tail(good._replace(ids=ids)), backend=everywhere)
         assert str(error.value) == message
-        # As labels and temperatures, a row that is dropped may hold anything.
+        # As with labels and temperatures, a dropped row may hold anything.
         mask, labels = torch.tensor([True, False, True]), torch.tensor([0, -100, 0])
         for dropped in ({"mask": mask}, {"labels": labels}):
-            kd_loss(student, given_as(good._replace(ids=ids)), backend=everywhere, **dropped)
+            kd_loss(student, with_given_tail(good._replace(ids=ids)), backend=everywhere, **dropped)
     with pytest.raises(ValueError) as error:
-        kd_loss(student, given_as(good), torch.tensor([0, 21, 0]), alpha=0.5, backend=everywhere)
+        kd_loss(
+            student, with_given_tail(good), torch.tensor([0, 21, 0]), alpha=0.5, backend=everywhere
+        )
     assert str(error.value) == "labels must be in [0, 21) or ignore_index (-100); row 1 has 21"
 
 
@@ -1278,33 +1292,33 @@ WRONG_LOGPROBS: dict[str, tuple[tuple[str, ...], Callable[[Tensor], Any], str]] 
 def test_wrong_log_probabilities_poison_their_row(
     backend: str, tail: str, wrong: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The value and all of the gradient, whatever alpha is; FASTKD_CHECK=1 raises, but for a row that is dropped."""
+    """The row's value and whole gradient are NaN, whatever alpha is; FASTKD_CHECK=1 raises, except for dropped rows."""
     policies, spoil, message = WRONG_LOGPROBS[wrong]
     student, labels = logits(3, 24, seed=48), torch.tensor([1, 2, 20])
     teacher = sparse(3, vocabulary=21, k=5, seed=49, tail=tail, padding=0.0, tail_given=False)
     call: dict[str, Any] = {"vocab_size": 21, "backend": backend}
     for alpha in (1.0, 0.5, 0.0):
-        clean = rows_of(student, given_as(teacher), labels, alpha=alpha, **call)
+        clean = rows_of(student, with_given_tail(teacher), labels, alpha=alpha, **call)
         spoilt = teacher._replace(logprobs=teacher.logprobs.clone())
         spoil(spoilt.logprobs)
-        actual, gradient = rows_of(student, given_as(spoilt), labels, alpha=alpha, **call)
+        actual, gradient = rows_of(student, with_given_tail(spoilt), labels, alpha=alpha, **call)
         assert torch.equal(actual[::2], clean[0][::2]) and torch.equal(gradient[::2], clean[1][::2])
         if tail in policies:
             assert actual[1].isnan() and gradient[1, :21].isnan().all()
         else:
             assert actual[1].isfinite() and gradient[1].isfinite().all()
     monkeypatch.setenv("FASTKD_CHECK", "1")
-    kd_loss(student, given_as(spoilt), mask=torch.tensor([True, False, True]), **call)
+    kd_loss(student, with_given_tail(spoilt), mask=torch.tensor([True, False, True]), **call)
     if tail in policies:
         with pytest.raises(ValueError) as error:
-            kd_loss(student, given_as(spoilt), **call)
+            kd_loss(student, with_given_tail(spoilt), **call)
         assert str(error.value).endswith(message)
 
 
 def test_a_tail_beyond_the_probabilities_poisons_its_row(
     everywhere: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The mass that tail_logprob says is a part of the sum; less than 1 is divided by what it is."""
+    """tail_logprob's mass is part of the sum, which must not exceed 1; a smaller sum is normalised."""
     student = logits(4, 21, seed=48)
     ids = torch.tensor([[0, 5], [1, 2], [7, 3], [4, -1]])
     named = TopK(
@@ -1322,7 +1336,7 @@ def test_a_tail_beyond_the_probabilities_poisons_its_row(
 @tails
 @pytest.mark.parametrize("divergence", ["forward_kl", "jsd", "alpha_beta"])
 def test_a_row_that_names_no_token(everywhere: str, tail: str, divergence: str) -> None:
-    """It has no distillation term, to the bit; a renormalised one that has no cross-entropy either is dropped."""
+    """Such a row has no distillation term at all; under "renormalize" without a cross-entropy it is dropped."""
     if not defined(tail, (divergence, {})):
         pytest.skip("refused")
     student, labels = logits(3, 21, seed=54), torch.tensor([1, 2, 3])
@@ -1332,7 +1346,7 @@ def test_a_row_that_names_no_token(everywhere: str, tail: str, divergence: str) 
     for mass in (teacher.tail_logprob, None):
         if mass is not None:
             mass[1] = NAN  # as of padding
-        named = given_as(teacher._replace(tail_logprob=mass))
+        named = with_given_tail(teacher._replace(tail_logprob=mass))
         for alpha in (1.0, 0.4):
             leaf = student.clone().requires_grad_()
             call: dict[str, Any] = {"alpha": alpha, "divergence": divergence, "backend": everywhere}
@@ -1360,16 +1374,17 @@ def test_a_row_that_names_no_token(everywhere: str, tail: str, divergence: str) 
 
 
 def of_every_kind(tail: str) -> tuple[Tensor, TopK]:
-    """(logits of the student, a teacher with an estimated tail): rows of tokens, of none, that are sure, and wrong."""
+    """(student logits, a teacher with an estimated tail), with ordinary rows, rows without a token, nearly certain rows
+    and invalid rows."""
     teacher = sparse(5, vocabulary=61, k=7, seed=55, tail=tail, tail_given=False, padding=0.0)
     teacher.ids[1] = -1
     teacher.logprobs[2] = teacher.logprobs[2].log_softmax(-1)
     teacher.logprobs[3, 4] = NAN
-    return logits(5, 61, seed=54), given_as(teacher)
+    return logits(5, 61, seed=54), with_given_tail(teacher)
 
 
 def outcomes_of_every_kind(tail: str, backend: str) -> list[Tensor]:
-    """Losses, gradients and parts of these rows, with and without a cross-entropy."""
+    """Losses, gradients and parts of the rows of `of_every_kind`, with and without a cross-entropy."""
     student, teacher = of_every_kind(tail)
     results: list[Tensor] = []
     for alpha in (1.0, 0.5):
@@ -1398,7 +1413,7 @@ def test_rows_of_every_kind(everywhere: str, tail: str) -> None:
 
 @tails
 def test_a_row_that_names_no_token_in_chunks(backend: str, tail: str) -> None:
-    """The same as in kd_loss, also with a mask that drops another row."""
+    """Chunks give the same result as kd_loss, also under a mask that drops another row."""
     hidden, head = logits(5, 6, seed=56), logits(21, 6, seed=57)
     teacher = sparse(5, vocabulary=21, k=3, seed=55, tail=tail)
     teacher.ids[1] = teacher.ids[4] = -1
@@ -1409,10 +1424,12 @@ def test_a_row_that_names_no_token_in_chunks(backend: str, tail: str) -> None:
     for alpha in (1.0, 0.4):
         leaf = hidden.clone().requires_grad_()
         loss, parts = fastkd.fused_linear_kd_loss(
-            leaf, head, given_as(teacher), labels, chunk_size=2, alpha=alpha, **call
+            leaf, head, with_given_tail(teacher), labels, chunk_size=2, alpha=alpha, **call
         )
         z = hidden.clone().requires_grad_()
-        expected, wanted = kd_loss(z @ head.T, given_as(teacher), labels, alpha=alpha, **call)
+        expected, wanted = kd_loss(
+            z @ head.T, with_given_tail(teacher), labels, alpha=alpha, **call
+        )
         assert parts.counted == wanted.counted
         assert parts.counted == (2 if alpha == 1 and tail.startswith("renormalize") else 4)
         torch.testing.assert_close(loss, expected, rtol=16 * ULP, atol=ULP)
@@ -1431,12 +1448,12 @@ def test_a_row_that_names_no_token_in_chunks(backend: str, tail: str) -> None:
 def test_columns_at_minus_infinity(
     everywhere: str, tail: str, alpha: float, smoothing: float
 ) -> None:
-    """Outside of the support they are no column at all; inside where p = 0 neither."""
+    """Columns at -inf outside the teacher's tokens have no effect; neither do those of tokens with p = 0."""
     student = logits(3, 37, seed=56)
     teacher = sparse(3, vocabulary=37, k=6, seed=57, tail=tail, padding=0.0, tail_given=False)
     outside = torch.ones(3, 37, dtype=torch.bool).scatter_(-1, teacher.ids, False)
     student[0, outside[0].nonzero()[:5, 0]] = -INF
-    student[1, outside[1].nonzero()[-20:, 0]] = -INF  # a tile and more of the kernels
+    student[1, outside[1].nonzero()[-20:, 0]] = -INF  # more than a tile of the kernels
     student[2, teacher.ids[2, 3]] = -INF
     teacher.logprobs[2, 3] = -INF
     labels = teacher.ids[:, 0].contiguous()
@@ -1445,7 +1462,7 @@ def test_columns_at_minus_infinity(
             check_topk(everywhere, student, teacher, labels, alpha=alpha, divergence=divergence)
             continue
         loss, gradient = rows_of(
-            student, given_as(teacher), labels, alpha=alpha, label_smoothing=smoothing,
+            student, with_given_tail(teacher), labels, alpha=alpha, label_smoothing=smoothing,
             divergence=divergence, backend=everywhere,
         )  # fmt: skip
         assert ((loss == INF) if alpha < 1 else loss.isfinite()).all()  # as torch's cross_entropy
@@ -1453,12 +1470,12 @@ def test_columns_at_minus_infinity(
 
 
 def test_a_token_that_the_student_excludes(everywhere: str) -> None:
-    """p > 0 = q: infinite under forward KL with a finite gradient, and finite under jsd."""
+    """With p > 0 = q, forward KL is infinite with a finite gradient, and jsd is finite."""
     student = logits(1, 37, seed=58)
     teacher = sparse(1, vocabulary=37, k=6, seed=59, padding=0.0)
     student[0, teacher.ids[0, 2]] = -INF
     for tail in TAILS:
-        named = given_as(teacher._replace(tail=tail))
+        named = with_given_tail(teacher._replace(tail=tail))
         loss, gradient = rows_of(student, named, backend=everywhere)
         assert (
             loss == INF and gradient.isfinite().all() and gradient[0, teacher.ids[0, 2]] == 0
@@ -1469,14 +1486,14 @@ def test_a_token_that_the_student_excludes(everywhere: str) -> None:
 
 @tails
 def test_a_student_of_tokens_alone(everywhere: str, tail: str) -> None:
-    """All other columns at -inf. With p > 0 in the tail the bucket is infinite, the others are finite."""
+    """With all other columns at -inf and p > 0 in the tail, "bucket" is infinite and the other policies are finite."""
     student = logits(2, 37, seed=60)
     teacher = sparse(2, vocabulary=37, k=6, seed=61, tail=tail, padding=0.0)
     student = torch.full_like(student, -INF).scatter(
         -1, teacher.ids, student.gather(-1, teacher.ids)
     )
-    loss, gradient = rows_of(student, given_as(teacher), backend=everywhere)
-    jsd = rows_of(student, given_as(teacher), divergence="jsd", backend=everywhere)
+    loss, gradient = rows_of(student, with_given_tail(teacher), backend=everywhere)
+    jsd = rows_of(student, with_given_tail(teacher), divergence="jsd", backend=everywhere)
     assert jsd[0].isfinite().all() and jsd[1].isfinite().all() and gradient.isfinite().all()
     if tail == "bucket":
         assert (loss == INF).all()
@@ -1493,14 +1510,16 @@ def test_a_student_of_tokens_alone(everywhere: str, tail: str) -> None:
 @tails
 @pytest.mark.parametrize("divergence", ["forward_kl", "jsd", "reverse_kl"])
 def test_a_teacher_without_a_tail(everywhere: str, tail: str, divergence: str) -> None:
-    """p = 0 in the tail, where the student has some: the bucket's reverse KL is infinite, the truncated sum is not."""
+    """With p = 0 < q in the tail, the bucket's reverse KL is infinite, the truncated sum is not."""
     student = logits(2, 37, seed=62)
     teacher = sparse(2, vocabulary=37, k=6, seed=63, tail=tail, padding=0.0)
     whole = teacher._replace(
         logprobs=teacher.logprobs.log_softmax(-1), tail_logprob=torch.full((2,), -INF)
     )
     if tail == "bucket" and divergence == "reverse_kl":
-        loss, _ = rows_of(student, given_as(whole), divergence=divergence, backend=everywhere)
+        loss, _ = rows_of(
+            student, with_given_tail(whole), divergence=divergence, backend=everywhere
+        )
         assert (loss == INF).all()
     else:
         check_topk(everywhere, student, whole, divergence=divergence)
@@ -1509,15 +1528,18 @@ def test_a_teacher_without_a_tail(everywhere: str, tail: str, divergence: str) -
 @tails
 @pytest.mark.parametrize("level", [-1e31, -3e38])
 def test_rows_of_very_low_logits(everywhere: str, tail: str, level: float) -> None:
-    """A common offset does not change the softmax; in float32 such a row is uniform, or has few columns."""
+    """A common shift does not change a row's softmax; in float32 a very low row is uniform, or has few distinct
+    values."""
     student = torch.full((2, 37), level)
     student[1, 5:] = -INF
     teacher = sparse(2, vocabulary=37, k=3, seed=64, tail=tail, padding=0.0)
     teacher.ids.copy_(torch.tensor([[0, 3, 1], [4, 0, 2]]))
     shifted = student - level
     for labels, alpha in ((None, 1.0), (torch.tensor([0, 2]), 0.5)):
-        actual = rows_of(student, given_as(teacher), labels, alpha=alpha, backend=everywhere)
-        expected = rows_of(shifted, given_as(teacher), labels, alpha=alpha, backend=everywhere)
+        actual = rows_of(student, with_given_tail(teacher), labels, alpha=alpha, backend=everywhere)
+        expected = rows_of(
+            shifted, with_given_tail(teacher), labels, alpha=alpha, backend=everywhere
+        )
         for a, b in zip(actual, expected, strict=True):
             torch.testing.assert_close(a, b, rtol=4 * ULP, atol=ULP)
 
@@ -1527,11 +1549,11 @@ def test_nan_and_infinity_stay_in_their_row(everywhere: str, tail: str) -> None:
     student = logits(4, 37, seed=65)
     teacher = sparse(4, vocabulary=37, k=6, seed=66, tail=tail, padding=0.0)
     labels = torch.tensor([0, 1, 2, 3])
-    clean = rows_of(student, given_as(teacher), labels, alpha=0.5, backend=everywhere)
+    clean = rows_of(student, with_given_tail(teacher), labels, alpha=0.5, backend=everywhere)
     student[0, int(teacher.ids[0, 2])] = NAN
     student[1, int(teacher.ids[1, 2])] = INF
     student[2, [c for c in range(37) if c not in teacher.ids[2].tolist()][-1]] = NAN
-    actual = rows_of(student, given_as(teacher), labels, alpha=0.5, backend=everywhere)
+    actual = rows_of(student, with_given_tail(teacher), labels, alpha=0.5, backend=everywhere)
     assert actual[0][:3].isnan().all() and torch.equal(actual[0][3], clean[0][3])
     assert actual[1][:3].isnan().any(-1).all() and torch.equal(actual[1][3], clean[1][3])
 
@@ -1545,8 +1567,8 @@ def test_the_loss_does_not_depend_on_who_asks_for_parts(
     everywhere: str, tail: str, dtype: torch.dtype
 ) -> None:
     student = logits(3, 37, seed=67, dtype=dtype)
-    student[:, 5] += 40.0  # a column that may be no token leads
-    named = given_as(sparse(3, vocabulary=37, k=6, seed=68, tail=tail))
+    student[:, 5] += 40.0  # the largest logit may belong to none of the tokens
+    named = with_given_tail(sparse(3, vocabulary=37, k=6, seed=68, tail=tail))
     for labels, alpha in ((None, 1.0), (torch.tensor([1, 2, -100]), 0.5)):
         plain = rows_of(student, named, labels, alpha=alpha, backend=everywhere)
         leaf = student.clone().requires_grad_()
@@ -1570,7 +1592,7 @@ def test_the_loss_does_not_depend_on_who_asks_for_parts(
 
 
 def test_the_backend_asked_for_runs(everywhere: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    named = given_as(sparse(2, vocabulary=21, k=3, seed=69))
+    named = with_given_tail(sparse(2, vocabulary=21, k=3, seed=69))
     ran = ran_on(monkeypatch, "reference", "cpu", "triton", "cuda")
     steps: list[str] = []
     whole = everywhere in ("cpu", "cuda")
@@ -1582,13 +1604,13 @@ def test_the_backend_asked_for_runs(everywhere: str, monkeypatch: pytest.MonkeyP
                 module, step, lambda *a, step=step, launch=launch: steps.append(step) or launch(*a)
             )
     rows_of(logits(2, 21, seed=70), named, backend=everywhere)
-    # The reference's own loss of the events goes through its kd_rows again.
+    # The reference's loss over the events calls its kd_rows again.
     assert set(ran) == {everywhere} and ran[0] == everywhere
     assert steps == ([] if whole else ["gather_events", "spread_gradient"])
 
 
 def test_the_backend_that_is_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
-    named, student = given_as(sparse(2, vocabulary=21, k=3, seed=69)), logits(2, 21, seed=70)
+    named, student = with_given_tail(sparse(2, vocabulary=21, k=3, seed=69)), logits(2, 21, seed=70)
     ran = ran_on(monkeypatch, "portable", "cpu")
     kd_loss(student, named)
     assert ran == ["cpu"]
@@ -1602,7 +1624,8 @@ def test_the_backend_that_is_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("other", [40.0, 1e5, -INF])
 def test_renormalize_does_not_see_the_others(everywhere: str, other: float) -> None:
-    """Other tokens may be far above the listed ones; with a common origin, the tokens would lose their digits."""
+    """Other logits have no effect however large they are: using their maximum as the origin would cost the tokens'
+    digits."""
     student = torch.tensor([[0.1234567, 0.7654321, other], [0.7654321, other, 0.1234567]])
     named = TopK(
         torch.tensor([[0, 1], [2, 0]]), torch.tensor([[-1.0, -1.3], [-1.0, -1.3]]), "renormalize"
@@ -1621,14 +1644,16 @@ def test_renormalize_does_not_see_the_others(everywhere: str, other: float) -> N
 
 
 def test_a_mixture_of_forward_kl_alone(everywhere: str) -> None:
-    """The one mixture that "renormalize_teacher" admits: the reverse half of it has no sum."""
+    """The only mixture that "renormalize_teacher" allows, because its reverse half has weight 0."""
     student, teacher = (
         logits(2, 21, seed=79),
         sparse(2, vocabulary=21, k=4, seed=80, tail="renormalize_teacher"),
     )
     call = {"divergence": "forward_kl", "backend": everywhere}
-    expected = rows_of(student, given_as(teacher), **call)
-    actual = rows_of(student, given_as(teacher), **{**call, "divergence": fastkd.mixture(0.5, 0.0)})
+    expected = rows_of(student, with_given_tail(teacher), **call)
+    actual = rows_of(
+        student, with_given_tail(teacher), **{**call, "divergence": fastkd.mixture(0.5, 0.0)}
+    )
     for a, b in zip(actual, expected, strict=True):
         torch.testing.assert_close(2 * a, b, rtol=8 * ULP, atol=ULP)
 
@@ -1639,7 +1664,7 @@ def test_a_mixture_of_forward_kl_alone(everywhere: str) -> None:
 @tails
 @dtypes
 def test_upstream_gradients(everywhere: str, tail: str, dtype: torch.dtype) -> None:
-    """Non-uniform ones of reduction="none", one of a scalar, and those of a loss squared."""
+    """Upstream gradients: non-uniform ones for reduction="none", one for a scalar, and those of a squared loss."""
     student, labels = logits(3, 21, seed=71, dtype=dtype), torch.tensor([3, -100, 20])
     teacher = sparse(3, vocabulary=21, k=5, seed=72, tail=tail)
     check_topk(
@@ -1655,10 +1680,10 @@ def test_upstream_gradients(everywhere: str, tail: str, dtype: torch.dtype) -> N
         upstream=torch.tensor(-2.0),
     )
     leaf = student.clone().requires_grad_()
-    loss = kd_loss(leaf, given_as(teacher), backend=everywhere)
+    loss = kd_loss(leaf, with_given_tail(teacher), backend=everywhere)
     (squared,) = torch.autograd.grad(loss**2, leaf)
     leaf = student.clone().requires_grad_()
-    once = kd_loss(leaf, given_as(teacher), backend=everywhere)
+    once = kd_loss(leaf, with_given_tail(teacher), backend=everywhere)
     (plain,) = torch.autograd.grad(once, leaf)
     rounding = 2 * torch.finfo(dtype).eps
     expected = 2 * float(loss) * plain.float()
@@ -1669,7 +1694,7 @@ def test_upstream_gradients(everywhere: str, tail: str, dtype: torch.dtype) -> N
 @dtypes
 def test_the_graph(everywhere: str, tail: str, dtype: torch.dtype) -> None:
     student = logits(3, 21, seed=73, dtype=dtype).requires_grad_()
-    named = given_as(sparse(3, vocabulary=21, k=5, seed=74, tail=tail))
+    named = with_given_tail(sparse(3, vocabulary=21, k=5, seed=74, tail=tail))
     kept = [x.clone() for x in (student.detach(), named.ids, named.logprobs)]
     loss = kd_loss(student, named, backend=everywhere)
     first, second = (torch.autograd.grad(loss, student, retain_graph=True)[0] for _ in range(2))
@@ -1687,7 +1712,7 @@ def test_the_graph(everywhere: str, tail: str, dtype: torch.dtype) -> None:
         with mode():
             quiet = kd_loss(student, named, backend=everywhere)
             assert not quiet.requires_grad and torch.equal(quiet, expected)
-            logprobs = named.logprobs.clone().requires_grad_()  # nobody asks for its gradient
+            logprobs = named.logprobs.clone().requires_grad_()  # its gradient is not needed
             kd_loss(student, dataclasses.replace(named, logprobs=logprobs), backend=everywhere)
     recomputed = checkpoint(
         lambda x: kd_loss(x * 1, named, backend=everywhere), student, use_reentrant=False
@@ -1702,7 +1727,7 @@ def test_the_graph(everywhere: str, tail: str, dtype: torch.dtype) -> None:
     [("cpu", "bucket", torch.float32), ("cpu", "renormalize", torch.float16), ("reference", "truncate", torch.float32)],
 )  # fmt: skip
 def test_compiled(name: str, tail: str, dtype: torch.dtype) -> None:
-    """One graph, for another number of rows too; the teacher is made outside, and within.
+    """One graph, also for another number of rows; the teacher is built outside or inside the compiled function.
 
     One row names no token, and one is sure.
     """
@@ -1728,7 +1753,7 @@ def test_compiled(name: str, tail: str, dtype: torch.dtype) -> None:
             )
             teacher.ids[1] = -1
             teacher.logprobs[2] -= teacher.logprobs[2].nan_to_num(-INF).logsumexp(-1)
-            named = given_as(teacher)
+            named = with_given_tail(teacher)
             labels = labels_for(rows, vocabulary=37, seed=rows, ignored=0.2)
             results = []
             for run in (function, compiled):
@@ -1745,7 +1770,7 @@ def test_compiled(name: str, tail: str, dtype: torch.dtype) -> None:
 @tails
 def test_the_module_takes_it(everywhere: str, tail: str) -> None:
     student, labels = logits(3, 21, seed=75), torch.tensor([1, 2, 3])
-    named = given_as(sparse(3, vocabulary=21, k=5, seed=76, tail=tail))
+    named = with_given_tail(sparse(3, vocabulary=21, k=5, seed=76, tail=tail))
     module = KDLoss(alpha=0.5, backend=everywhere)
     assert torch.equal(
         module(student, named, labels),
@@ -1756,7 +1781,7 @@ def test_the_module_takes_it(everywhere: str, tail: str) -> None:
 @tails
 def test_autocast(everywhere: str, tail: str) -> None:
     student = logits(3, 21, seed=75)
-    named = given_as(sparse(3, vocabulary=21, k=5, seed=76, tail=tail))
+    named = with_given_tail(sparse(3, vocabulary=21, k=5, seed=76, tail=tail))
     expected = rows_of(student, named, backend=everywhere)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         actual = rows_of(student, named, backend=everywhere)
@@ -1785,7 +1810,7 @@ def test_from_logits(dtype: torch.dtype, temperature: float) -> None:
 
 
 def test_from_peaked_logits() -> None:
-    """The tail of 1e-12 keeps its digits, which 1 - sum p has lost."""
+    """A tail of 1e-12 keeps its digits, which 1 - sum p would lose."""
     dense = torch.full((1, 50), -30.0)
     dense[0, :3] = torch.tensor([0.0, 1.0, 2.0])
     named = TopK.from_logits(dense, 3)
@@ -2045,7 +2070,7 @@ def test_what_kd_loss_refuses(
 
 
 def test_one_event_alone_has_no_gradient(everywhere: str) -> None:
-    """With V = 1, loss and gradient are 0 under every policy."""
+    """With V = 1 loss and gradient are 0 under every policy."""
     for tail in TAILS:
         named = TopK(torch.zeros(2, 1, dtype=torch.int64), torch.full((2, 1), -0.0), tail)
         for divergence in ("forward_kl", "jsd"):

@@ -15,7 +15,7 @@ from fastkd.backends import cpu
 _C = pytest.importorskip("fastkd._C")
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-# From 4 MiB of gradient on, it is written past the cache, alongside the statistics of the next row.
+# A gradient of 4 MiB or more is written past the cache, together with the next row's statistics.
 ROWS, COLUMNS = 9, 122_880  # 60 blocks of 2048 columns
 
 
@@ -41,9 +41,7 @@ def test_infinities(instructions: str, name: str) -> None:
 
 @DTYPES
 @pytest.mark.parametrize("name", ["forward_kl", "reverse_kl", "jsd", "tvd"])
-def test_large_calls_give_what_each_row_gives_alone(
-    instructions: str, name: str, dtype: torch.dtype
-) -> None:
+def test_large_calls_equal_single_rows(instructions: str, name: str, dtype: torch.dtype) -> None:
     """Dropped rows, rows repeated for their -inf, and rows at any offset in a cache line have the same bits."""
     wide = logits(ROWS, COLUMNS + 3, seed=1, dtype=dtype)
     teacher = logits(ROWS, COLUMNS, seed=2, dtype=dtype)
@@ -74,7 +72,7 @@ def test_large_calls_give_what_each_row_gives_alone(
 
 @pytest.mark.parametrize("inplace", [False, True], ids=["new", "in place"])
 @pytest.mark.parametrize("columns", [32_768, 65_541, 200_000])
-def test_large_calls_against_the_truth(instructions: str, columns: int, inplace: bool) -> None:
+def test_large_calls_against_float64(instructions: str, columns: int, inplace: bool) -> None:
     """Rows whose exponentials are kept, kept at odd offsets, and recomputed."""
     student, teacher = logits(40, columns, seed=4), logits(40, columns, seed=5)
     student, teacher = student.bfloat16(), teacher.bfloat16()
@@ -90,6 +88,6 @@ def test_large_calls_against_the_truth(instructions: str, columns: int, inplace:
     torch.testing.assert_close(loss.double(), value, rtol=3e-7, atol=0)
 
 
-def test_an_unknown_set_is_refused() -> None:
+def test_an_unknown_instruction_set_is_refused() -> None:
     with pytest.raises(ValueError, match="instruction set must be one of .*baseline.*; got sse9"):
         _C.use_instruction_set("sse9")

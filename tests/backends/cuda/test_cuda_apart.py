@@ -26,7 +26,7 @@ from fastkd.divergences import Divergence, Target
 INF = math.inf
 
 _jsd = fastkd.jsd()
-# Of both forms; the last needs a second sweep for its sums.
+# Divergences of both forms; the last one needs a second sweep for its sums.
 DIVERGENCES = {
     "dkd": fastkd.dkd(1.5, 8.0),
     "nkd": fastkd.nkd(1.5),
@@ -34,7 +34,8 @@ DIVERGENCES = {
 }
 every = pytest.mark.parametrize("name", DIVERGENCES)
 
-# Of a vector, a warp's 256 columns, a block's slice: one fewer, that many, one more; the least there is.
+# The smallest width; a vector, a warp's 256 columns and a block's slice, each with one column less, exactly, and one
+# more.
 WIDTHS = (2, 7, 8, 9, 17, 255, 257, 2051)
 
 
@@ -95,7 +96,7 @@ def _everywhere(width: int) -> Tensor:
 @pytest.mark.parametrize("ranks", [1, 2, 4, 16])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @every
-def test_the_label_in_every_place(
+def test_the_label_in_every_position(
     emulation: Emulation, name: str, dtype: torch.dtype, ranks: int
 ) -> None:
     emulation.ranks = ranks
@@ -152,7 +153,7 @@ def test_rows_at_any_address(
 
 
 @every
-def test_many_vectors_a_thread(emulation: Emulation, name: str) -> None:
+def test_many_vectors_per_thread(emulation: Emulation, name: str) -> None:
     """Stages that take the block's threads more than one round, in aligned bf16."""
     student, teacher = (logits(3, 10_000, seed=i, dtype=torch.bfloat16) for i in (1, 2))
     _check(student, teacher, torch.tensor([4095, 5000, 9999]), name, alpha=0.7, temperature=4.0)
@@ -177,12 +178,12 @@ def test_log_0(emulation: Emulation, low: str, name: str) -> None:
     student, teacher, labels = logits(2, 300, seed=1), logits(2, 300, seed=2), torch.tensor([9, 20])
     student[0, LOW[low][0]], teacher[0, LOW[low][1]] = -INF, -INF
     if name == "nkd" and student[0, 9] == teacher[0, 9] == -INF:
-        student[0, 9], teacher[0, 9] = -3.0, -2.0  # 0 log 0 is another test's
+        student[0, 9], teacher[0, 9] = -3.0, -2.0  # another test covers 0 log 0
     for options in ({"temperature": 2.0}, {"alpha": 0.6, "label_smoothing": 0.1}):
         _check(student, teacher, labels, name, **options)
 
 
-def test_nkd_of_a_label_that_neither_side_has(emulation: Emulation) -> None:
+def test_nkd_of_a_label_at_minus_infinity_on_both_sides(emulation: Emulation) -> None:
     """0 log 0 is 0, so only the part of the other tokens is left."""
     student, teacher, labels = logits(1, 50, seed=1), logits(1, 50, seed=2), torch.tensor([9])
     others = torch.arange(50) != 9
@@ -194,10 +195,10 @@ def test_nkd_of_a_label_that_neither_side_has(emulation: Emulation) -> None:
 
 @pytest.mark.parametrize("gap", [60.0, -60.0, 1e4, -1e4])
 @every
-def test_sure_of_the_label(emulation: Emulation, name: str, gap: float) -> None:
+def test_models_certain_of_the_label(emulation: Emulation, name: str, gap: float) -> None:
     """Nothing cancels if the label has all of the probability, or none."""
     emulation.ranks = 2
-    labels = torch.tensor([0, 150, 296, 299])  # 296 begins a vector of 4
+    labels = torch.tensor([0, 150, 296, 299])  # 296 is the start of a vector of 4
     at_labels = torch.nn.functional.one_hot(labels, 300)
     for of_student, of_teacher in ((gap, 0.0), (0.0, gap), (gap, gap)):
         student = logits(4, 300, seed=1) + of_student * at_labels
@@ -205,7 +206,7 @@ def test_sure_of_the_label(emulation: Emulation, name: str, gap: float) -> None:
         _check(student, teacher, labels, name, temperature=0.5)
 
 
-def test_the_others_do_not_see_the_label(emulation: Emulation) -> None:
+def test_the_other_tokens_do_not_depend_on_the_label(emulation: Emulation) -> None:
     """The results have the same bits, whatever the label's logit is."""
     emulation.ranks = 2
     labels = torch.tensor([0, 8, 256, 300])
@@ -224,7 +225,7 @@ def test_the_others_do_not_see_the_label(emulation: Emulation) -> None:
 
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 4.0])
-def test_its_parts_are_those_of_kl(emulation: Emulation, temperature: float) -> None:
+def test_kl_is_the_sum_of_the_parts_of_dkd(emulation: Emulation, temperature: float) -> None:
     """KL = TCKD + (1 - p_y) NCKD."""
     student, teacher, labels = logits(5, 301, seed=1), logits(5, 301, seed=2), torch.arange(5) * 75
 
@@ -240,7 +241,7 @@ def test_its_parts_are_those_of_kl(emulation: Emulation, temperature: float) -> 
 
 
 @every
-def test_what_cannot_be_right_is_nan(emulation: Emulation, name: str) -> None:
+def test_invalid_values_poison_their_row(emulation: Emulation, name: str) -> None:
     """A label outside the vocabulary makes only its row NaN, also if the label's term has weight 0."""
     student, teacher = logits(4, 50, seed=1), logits(4, 50, seed=2)
     loss, *_, gradient = _outcome("cuda", student, teacher, torch.tensor([1, 50, -1, 2]), name)
@@ -280,7 +281,7 @@ def test_in_place(emulation: Emulation, name: str) -> None:
     assert all(torch.equal(a, b) for a, b in zip(*outcomes, strict=True))
 
 
-# Where several processes share the vocabulary
+# Vocabulary shards
 
 
 @pytest.fixture
@@ -321,8 +322,8 @@ def test_log_0_in_shards(sharded: Emulation, name: str) -> None:
 
 
 @every
-def test_what_cannot_be_right_is_nan_in_shards(sharded: Emulation, name: str) -> None:
-    test_what_cannot_be_right_is_nan(sharded, name)
+def test_invalid_values_poison_their_row_in_shards(sharded: Emulation, name: str) -> None:
+    test_invalid_values_poison_their_row(sharded, name)
 
 
 # Planted faults turn the checks above red
@@ -359,7 +360,7 @@ FAULTS = {
 
 @pytest.mark.heavy
 @pytest.mark.parametrize("fault", FAULTS)
-def test_a_planted_fault_is_seen(
+def test_a_planted_fault_is_detected(
     fault: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, emulation: Emulation
 ) -> None:
     broken = emulation.with_fault(FAULTS[fault], tmp_path)
@@ -369,9 +370,9 @@ def test_a_planted_fault_is_seen(
             for option in OPTIONS:
                 test_options(emulation, option, name)
             for dtype in (torch.float32, torch.bfloat16):
-                test_the_label_in_every_place(emulation, name, dtype, 2)
-            test_sure_of_the_label(emulation, name, 1e4)
-            test_what_cannot_be_right_is_nan(emulation, name)
+                test_the_label_in_every_position(emulation, name, dtype, 2)
+            test_models_certain_of_the_label(emulation, name, 1e4)
+            test_invalid_values_poison_their_row(emulation, name)
         kernels, load = InShards(registry.load("cuda"), (3.0, 1.0, 0.0, 2.0)), registry.load
         monkeypatch.setattr(
             registry, "load", lambda name: kernels if name == "cuda" else load(name)

@@ -1,4 +1,5 @@
-"""What nvcc made of csrc/cuda, for every target: nothing spilled, the threads that plan.h counts on, a small file."""
+"""The output of nvcc for csrc/cuda and every target: nothing spilled, as many threads as plan.h assumes, a small
+file."""
 
 from __future__ import annotations
 
@@ -23,8 +24,8 @@ THREADS = 512  # of a block that has it to itself, or of two
 
 
 def _usage() -> dict[tuple[str, str], dict[str, int]]:
-    """Registers, stack, local and shared bytes by (target, kernel)."""
-    from triton import knobs  # its wheel has NVIDIA's tool
+    """Registers and bytes of stack, local and shared memory by (target, kernel)."""
+    from triton import knobs  # triton's wheel includes NVIDIA's tool
 
     command = [knobs.nvidia.cuobjdump.path, "--dump-resource-usage", str(BUILT)]
     text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
@@ -41,7 +42,7 @@ def _usage() -> dict[tuple[str, str], dict[str, int]]:
     return results
 
 
-def test_every_kernel_is_there_and_stays_in_registers() -> None:
+def test_every_kernel_exists_and_stays_in_registers() -> None:
     usage = _usage()
     for target in ("sm_90a", "sm_100a"):
         kernels = {name: used for (arch, name), used in usage.items() if arch == target}
@@ -56,10 +57,10 @@ def test_every_kernel_is_there_and_stays_in_registers() -> None:
             assert used["STACK"] == used["LOCAL"] == 0, name
         for name, used in rows.items():
             assert used["REG"] * THREADS <= REGISTERS, name
-            assert used["SHARED"] <= 1 << 10, name  # all else is what plan.h reckons with
+            assert used["SHARED"] <= 1 << 10, name  # the rest matches plan.h
 
 
-def test_the_extension_is_small_and_stands_alone() -> None:
+def test_the_extension_is_small_and_self_contained() -> None:
     # Sixteen definitions are a kernel each on two architectures, of a third of a megabyte. Those that keep their digits
     # where p is close to q evaluate a series there, in which they are longer than their formulas.
     assert BUILT.stat().st_size < 11 << 20
@@ -74,7 +75,7 @@ def test_its_table_and_its_targets() -> None:
     assert _cuda.architectures() == [90, 100]
 
 
-def test_a_launch_without_a_device_says_what_cuda_says() -> None:
+def test_a_launch_without_a_device_raises_cudas_message() -> None:
     import torch
 
     if torch.cuda.is_available():

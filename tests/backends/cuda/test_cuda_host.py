@@ -31,7 +31,7 @@ WIDTHS = (1, 2, 7, 8, 9, 31, 63, 257, 1000, 2051)
 CLUSTERS = (1, 2, 4, 8, 16)
 
 
-def test_the_table_is_the_table(host: ModuleType) -> None:
+def test_the_compiled_table_equals_fastkds(host: ModuleType) -> None:
     assert host.divergences() == [function.__name__.lstrip("_") for function in DEFINITIONS]
 
 
@@ -167,7 +167,7 @@ def test_an_exponential_that_overflows_is_infinite(emulation: Emulation, gap: fl
 
 
 @pytest.mark.parametrize("divergence", ["forward_kl", "reverse_kl", "jsd", "squared_error"])
-def test_offsets_and_maxima_in_every_place(emulation: Emulation, divergence: str) -> None:
+def test_offsets_and_maxima_in_every_position(emulation: Emulation, divergence: str) -> None:
     """A maximum late in the row rescales the earlier sums of a thread, a warp or a block."""
     emulation.ranks = 4
     width = 1111
@@ -241,7 +241,7 @@ def test_a_dropped_row_is_not_read(emulation: Emulation) -> None:
     assert loss.isfinite() and gradient.isfinite().all() and not gradient[1].any()
 
 
-def test_what_cannot_be_right_is_nan(emulation: Emulation) -> None:
+def test_invalid_values_poison_their_row(emulation: Emulation) -> None:
     """A label outside the vocabulary and a temperature that is not positive make only their row NaN."""
     student, teacher = logits(3, 50, seed=1), logits(3, 50, seed=2)
     labels = torch.tensor([1, 50, 2])
@@ -293,7 +293,7 @@ def test_device_memory_moves_three_tensors(
         assert read == 3 * both  # the dropped row is not read
         assert written == (rows * width * s.itemsize if leaf.requires_grad else 0)
         fastkd.kd_loss(leaf, t, labels, divergence=divergence, alpha=0.5, backend="cuda")
-        # And the label's logit, by every block.
+        # The label's logit is also read by every block.
         assert emulation.traffic()[0] == 3 * (both + emulation.ranks * s.itemsize)
 
 
@@ -342,7 +342,7 @@ def test_a_sparse_teacher_moves_two_tensors(emulation: Emulation, tail: str) -> 
 
 @pytest.mark.parametrize("divergence", ["forward_kl", "jsd", "tvd"])
 def test_a_row_of_padding_alone(emulation: Emulation, divergence: str) -> None:
-    """Renormalised over no tokens there is nothing but the cross-entropy; the other row has a divergence."""
+    """With no tokens to renormalise over, only the cross-entropy is left; the other row has a divergence."""
     emulation.ranks = 2
     ids = torch.tensor([[-1, -1], [3, 40]])
     named = fastkd.TopK(ids, torch.full((2, 2), -1.0), tail="renormalize")
@@ -394,14 +394,15 @@ FAULTS = {
 }  # fmt: skip
 
 
-# Each is compiled, at ten seconds. They judge the checks above and not the kernels: one shows that they can fail.
+# Each planted fault is compiled, which takes ten seconds. These tests check the tests above, not the kernels, so one
+# fault runs by default.
 EVERY_TIME = ("a maximum that does not rescale",)
 
 
 @pytest.mark.parametrize(
     "fault", [x if x in EVERY_TIME else pytest.param(x, marks=pytest.mark.heavy) for x in FAULTS]
 )
-def test_a_planted_fault_is_seen(
+def test_a_planted_fault_is_detected(
     fault: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, emulation: Emulation
 ) -> None:
     broken = emulation.with_fault(FAULTS[fault], tmp_path)
@@ -411,5 +412,5 @@ def test_a_planted_fault_is_seen(
             test_every_divergence_over_every_cluster(emulation, divergence, 4)
             test_log_0(emulation, divergence)
             test_low_logits_in_whole_vectors(emulation, divergence, "many vectors of both")
-            test_offsets_and_maxima_in_every_place(emulation, divergence)
+            test_offsets_and_maxima_in_every_position(emulation, divergence)
         test_rows_at_any_address(emulation, torch.bfloat16, 0, 320)

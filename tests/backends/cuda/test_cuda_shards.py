@@ -27,15 +27,15 @@ from fastkd.backends.registry import BackendUnavailable
 
 INF = math.inf
 heavy = pytest.mark.heavy
-# The last is uneven, and one of its shards has no column.
+# The last split is uneven, and one of its shards has no column.
 SHARES = [*(pytest.param(x, marks=heavy) for x in test_shards.SHARES[:-1]), test_shards.SHARES[-1]]
 
-# By the shares 3, 1, 0, 2 that is 2560 columns, 853, none and 1707: blocks of 256 threads, and of 128.
+# Shares of 3, 1, 0 and 2 give 2560, 853, 0 and 1707 columns: blocks of 256 threads and of 128.
 WIDE = 5120
 
 
 class Sharded:
-    """What a test may change."""
+    """The emulation in shards, and the patches that a test may undo."""
 
     def __init__(self, emulation: Emulation, patch: pytest.MonkeyPatch) -> None:
         self.emulation, self.patch = emulation, patch
@@ -87,7 +87,7 @@ def test_offsets(sharded: Sharded, offset: float) -> None:
 
 
 @pytest.mark.parametrize("offset", [0.0, 1e4])
-def test_smoothing_where_the_label_is_not(sharded: Sharded, offset: float) -> None:
+def test_smoothing_in_shards_without_the_label(sharded: Sharded, offset: float) -> None:
     """The sum of z runs over all shards; far from 0 it must be relative to an origin."""
     student, labels = logits(3, WIDE, seed=1) + offset, torch.tensor([0, WIDE // 2, WIDE - 1])
     options = {"alpha": 0.5, "label_smoothing": 0.3}
@@ -111,7 +111,7 @@ def test_topk(sharded: Sharded, tail: str, divergence: str, parameters: dict[str
 @pytest.mark.parametrize("ranks", [1, pytest.param(4, marks=heavy)])
 @pytest.mark.parametrize("divergence", ["forward_kl", "mixture", "jsd"])
 def test_wide_rows(sharded: Sharded, divergence: str, ranks: int) -> None:
-    """Several rows a cluster, with temperatures of their own, some dropped; every process finds the same loss."""
+    """Several rows per cluster, with their own temperatures, some dropped; every process computes the same loss."""
     sharded.emulation.ranks = ranks
     student, teacher = logits(6, WIDE, seed=1), logits(6, WIDE, seed=2)
     labels = labels_for(6, vocabulary=WIDE - 9, seed=4, ignored=0.3)
@@ -161,8 +161,8 @@ def _as_whole_rows(sharded: Sharded, *arguments: Any, **options: Any) -> list[Te
 
 
 @pytest.mark.parametrize("sparsely", [False, True])
-def test_what_is_wrong_poisons_its_row(sharded: Sharded, sparsely: bool) -> None:
-    """A label or a token outside the vocabulary, a token twice, a temperature, a row that is -inf in every shard."""
+def test_invalid_values_poison_their_row(sharded: Sharded, sparsely: bool) -> None:
+    """Invalid rows: a label or token outside the vocabulary, a token twice, a bad temperature, -inf in every shard."""
     student, labels = logits(7, 61, seed=1), labels_for(7, vocabulary=61, seed=2)
     teacher: Any = logits(7, 61, seed=3)
     student[5] = -INF
@@ -185,10 +185,10 @@ def test_what_is_wrong_poisons_its_row(sharded: Sharded, sparsely: bool) -> None
 
 
 @pytest.mark.parametrize("divergence", ["forward_kl", "reverse_kl", "mixture", "jsd"])
-def test_a_shard_that_is_gone_where_the_other_side_is_negligible(
+def test_a_shard_at_minus_infinity_where_the_other_side_is_negligible(
     sharded: Sharded, divergence: str
 ) -> None:
-    """Its moments would be infinite, and it has none; in its own terms it may be anything."""
+    """The shard's moments would be infinite, so it has none."""
     student, teacher = logits(4, 61, seed=1), logits(4, 61, seed=2)
     student[0, :35], teacher[0, :35] = -INF, teacher[0, :35] - 90
     teacher[1, :35], student[1, :35] = -INF, student[1, :35] - 90
@@ -211,7 +211,7 @@ def test_in_place(sharded: Sharded, divergence: str) -> None:
 
 
 @pytest.mark.parametrize(("divergence", "reads"), [("forward_kl", 1), ("jsd", 2)])
-def test_what_moves(sharded: Sharded, divergence: str, reads: int) -> None:
+def test_device_memory_traffic(sharded: Sharded, divergence: str, reads: int) -> None:
     """Each launch reads a row once; the last one reads nothing if no gradient is wanted."""
     student, teacher = logits(3, WIDE, seed=1), logits(3, WIDE, seed=2)
     both = student.nbytes + teacher.nbytes
@@ -265,7 +265,7 @@ FAULTS = {
 
 @heavy
 @pytest.mark.parametrize("fault", FAULTS)
-def test_a_planted_fault_is_seen(
+def test_a_planted_fault_is_detected(
     fault: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, emulation: Emulation
 ) -> None:
     broken = emulation.with_fault(FAULTS[fault], tmp_path)
@@ -280,14 +280,14 @@ def test_a_planted_fault_is_seen(
 
     with pytest.raises((AssertionError, RuntimeError)):
         run(test_offsets, 1e4)
-        run(test_smoothing_where_the_label_is_not, 1e4)
+        run(test_smoothing_in_shards_without_the_label, 1e4)
         for divergence in ("forward_kl", "reverse_kl", "jsd"):
             run(test_every_divergence, (divergence, {}), torch.float32)
             for side in ("student", "teacher", "both"):
                 run(test_log_0, divergence, side, slice(5, 60), -torch.inf, 1.0)
-        run(test_a_shard_that_is_gone_where_the_other_side_is_negligible, "forward_kl")
+        run(test_a_shard_at_minus_infinity_where_the_other_side_is_negligible, "forward_kl")
         run(test_wide_rows, "forward_kl", 1)
         for tail in TAILS[:2]:
             run(test_topk, tail, "forward_kl", {})
             run(test_more_tokens_than_a_warp_has_lanes, tail)
-        run(test_what_is_wrong_poisons_its_row, False)
+        run(test_invalid_values_poison_their_row, False)

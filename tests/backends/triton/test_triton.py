@@ -44,7 +44,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TILE = 16
 INF = math.inf
 
-# The interpreter computes with NumPy, which warns of infinities and NaN where a GPU has no word for it.
+# The interpreter computes with NumPy, which warns about infinities and NaN.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 
 
@@ -70,8 +70,9 @@ def shares(request: pytest.FixtureRequest) -> Iterator[split.Plan | None]:
         assert ran, "no program shared a row"
 
 
-# Four programs a row of 37 columns, three tiles: the last one has none. Groups of two rows: the last of three is alone.
-# Of what is shared, every run has the tests at the end of this file: the interpreter takes a second a call.
+# Four programs for a row of 37 columns in three tiles: the last program has none. Groups of two rows: the last of three
+# rows is alone. Of what is shared, every run has the tests at the end of this file: the interpreter takes a second a
+# call.
 however_shared = pytest.mark.parametrize(
     "shares",
     [None, pytest.param(split.Plan(4, 2), marks=pytest.mark.heavy)],
@@ -86,7 +87,7 @@ def corrected_interpreter() -> Iterator[None]:
         yield
 
 
-def test_the_kernels_run_where_these_tests_mean_them_to() -> None:
+def test_the_kernels_run_in_the_interpreter_or_on_the_gpu() -> None:
     assert registry.load("triton").kd_rows is kernels.kd_rows
     assert triton.knobs.runtime.interpret == (DEVICE == "cpu"), (
         "triton was imported before conftest.py"
@@ -227,7 +228,7 @@ def test_types(student: torch.dtype, teacher: torch.dtype) -> None:
         check("triton", *pair(2, 37, dtypes=(student, teacher)), divergence=divergence)
 
 
-# One column; fewer than a tile; a tile exactly, and one column less and more; likewise two tiles; four.
+# One column; fewer than a tile; exactly one tile, one column less and more; the same for two tiles; four tiles.
 @however_shared
 @kinds
 @pytest.mark.parametrize("columns", [1, 2, 15, 16, 17, 31, 32, 33, 64])
@@ -249,7 +250,7 @@ def test_shipped_tiles(monkeypatch: pytest.MonkeyPatch, columns: int, divergence
     check("triton", *pair(1, columns), divergence=divergence, temperature=2.0)
 
 
-def test_a_timed_tile_goes_before_the_rule(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_timed_tile_takes_precedence_over_the_rule(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tiles depend on architecture, dtype, kind and widths, and on alignment and register pressure."""
     monkeypatch.undo()
     monkeypatch.setitem(kernels.TILES, ("sm_90", 2, True, 65536), (8192, 32))
@@ -287,7 +288,7 @@ def test_common_offset(divergence: str) -> None:
 
 
 @however_shared
-def test_a_maximum_that_rises_late_and_steeply() -> None:
+def test_a_late_and_steep_maximum() -> None:
     """Rescaling erases the earlier sums; the tempered logits span 4000, and one model's row is steeper."""
     rise = torch.linspace(-100, 100, 37, device=DEVICE)
     for student, teacher in ((rise, rise / 7), (rise / 7, rise), (rise, -rise), (-rise, rise / 50)):
@@ -339,7 +340,7 @@ def test_infinities(divergence: str) -> None:
 def test_a_probability_that_underflows_beside_an_infinity(divergence: str) -> None:
     """Below NEGLIGIBLE it counts as 0, at whatever place of the row, before and after the maximum is known."""
     for column in (0, 36):
-        for depth in (50.0, 80.0, 200.0):  # exp(-50) is above NEGLIGIBLE
+        for depth in (50.0, 80.0, 200.0):  # exp(-50) exceeds NEGLIGIBLE
             student, teacher = pair(2, 37)
             student[0, column], teacher[0, column] = -INF, -depth
             student[1, column], teacher[1, column] = -depth, -INF
@@ -347,7 +348,7 @@ def test_a_probability_that_underflows_beside_an_infinity(divergence: str) -> No
 
 
 @however_shared
-# Without a normaliser an infinite logit stays where it is.
+# Without a normaliser an infinite logit affects only its own column.
 @pytest.mark.parametrize(
     ("divergence", "poison"),
     [*itertools.product(["mixture", "jsd"], [math.nan, INF]), ("squared_error", math.nan)],
@@ -433,7 +434,7 @@ def test_a_dropped_row_is_not_read(divergence: str, dtype: torch.dtype) -> None:
 
 
 @however_shared
-def test_what_is_invalid_poisons_its_row() -> None:
+def test_invalid_values_poison_their_row() -> None:
     student, teacher = pair(6, 37)
     labels = torch.tensor([5, -1, 37, 2**40, -(2**40), 6], device=DEVICE)
     clean = launch(student, teacher, Rows(labels.clamp(0, 36)), alpha=0.5)
@@ -460,7 +461,7 @@ def test_what_is_invalid_poisons_its_row() -> None:
 
 @however_shared
 @kinds
-def test_only_what_is_wanted(divergence: str) -> None:
+def test_only_wanted_outputs_are_computed(divergence: str) -> None:
     """Each output alone is bit for bit that of all together; where alpha is 0 the teacher is not read."""
     student, teacher = pair(2, 37)
     labels = torch.tensor([3, 20], device=DEVICE)
@@ -485,7 +486,7 @@ def test_only_what_is_wanted(divergence: str) -> None:
 
 
 @however_shared
-def test_scale_known_to_the_device_only() -> None:
+def test_a_scale_on_the_device() -> None:
     student, teacher = pair(2, 37)
     scale = torch.tensor(0.125, device=DEVICE)
     same(launch(student, teacher, Rows(scale=scale)), launch(student, teacher, scale=0.125))
@@ -521,7 +522,7 @@ def test_layouts(layout: str, inplace: bool) -> None:
     student, teacher = pair(2, 3, 2, 2, 17)
     labels = labels_for(2, 3, 2, 2, vocabulary=17, seed=3, ignored=0.2).to(DEVICE)
     wanted = launch(student, teacher, Rows(labels), alpha=0.5, want=Want(True, True))
-    # Of two tensors in other places each has its own strides.
+    # Two tensors with different layouts each have their own strides.
     names = list(strided(teacher))
     other = names[(names.index(layout) + 1) % len(names)]
     s, t = strided(student)[layout], strided(teacher)[other]
@@ -537,7 +538,7 @@ def test_layouts(layout: str, inplace: bool) -> None:
 
 
 @however_shared
-def test_inplace_writes_nothing_beside_the_rows() -> None:
+def test_inplace_writes_only_the_rows() -> None:
     student, teacher = pair(2, 5, 37)
     buffer = torch.full((2, 7, 41), 7.0, device=DEVICE)
     view = buffer[:, 1:6, 2:39]
@@ -647,11 +648,11 @@ def test_scale_rows(dtype: torch.dtype) -> None:
     assert torch.equal(gradient, (before[:, :3, :37].float() * -0.3).to(dtype))
 
 
-def test_a_row_whose_factor_is_1_is_not_touched(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_row_with_factor_1_is_not_written(monkeypatch: pytest.MonkeyPatch) -> None:
     gradient = pair(3, 37)[0]
     expanded = torch.ones((), device=DEVICE).expand(3)
     before = gradient.clone()
-    if DEVICE == "cpu":  # where a tile that is written would show
+    if DEVICE == "cpu":  # so that a written tile would show
         monkeypatch.setattr(interpreter.InterpreterBuilder, "create_masked_store", None)
     kernels.scale_rows_(gradient, expanded)
     kernels.scale_rows_(gradient, torch.ones((), device=DEVICE))
@@ -694,7 +695,7 @@ def test_equal_distributions(divergence: str) -> None:
 @pytest.mark.parametrize(
     "divergence", ["forward_kl", "reverse_kl", "mixture", "soft_cross_entropy", "jsd"]
 )
-def test_a_mask_of_the_lowest_number(divergence: str, masked: slice) -> None:
+def test_a_mask_of_the_lowest_finite_number(divergence: str, masked: slice) -> None:
     """As -inf, it counts as nothing; below a temperature of 1 it overflows to -inf on the way."""
     student, teacher = logits(2, 40, seed=41), logits(2, 40, seed=42)
     keep = torch.ones(40, dtype=torch.bool)
@@ -801,7 +802,7 @@ def _module(path: Path, source: str) -> Any:
 
 
 @however_shared
-def test_a_users_own_divergence(tmp_path: Path) -> None:
+def test_a_user_defined_divergence(tmp_path: Path) -> None:
     """A user's divergence from a file, with two sets of parameters, no closed form and no degree."""
     own = _module(tmp_path / "own.py", OWN)
     student, teacher = pair(3, 37)
@@ -838,7 +839,7 @@ FORBIDDEN: dict[str, tuple[str, str]] = {
 
 
 @pytest.mark.parametrize(("source", "message"), FORBIDDEN.values(), ids=FORBIDDEN)
-def test_what_a_definition_may_not_use(tmp_path: Path, source: str, message: str) -> None:
+def test_unsupported_definitions_raise(tmp_path: Path, source: str, message: str) -> None:
     own = _module(tmp_path / "forbidden.py", source)
     with pytest.raises(TypeError, match=message):
         launch(*pair(1, 5), divergence=fastkd.Divergence("forbidden", own.f), want=Want())
@@ -876,7 +877,7 @@ def _traffic(accesses: list[Access], cache: int) -> int:
 @pytest.mark.parametrize(
     ("divergence", "sweeps"), [("forward_kl", 2), ("reverse_kl", 2), ("jsd", 3), ("tvd", 3)]
 )
-def test_device_memory_moves_what_the_sweeps_say(
+def test_device_memory_traffic_matches_the_sweeps(
     divergence: str, sweeps: int, dtype: torch.dtype
 ) -> None:
     """In units of b, one [N, V] tensor: 5 b for a closed form, 7 b without, and less where a cache holds part of a row.
@@ -911,7 +912,7 @@ def test_a_group_of_rows_that_a_cache_holds_is_read_once(
             launch(student, teacher, divergence=divergence, want=Want(student_gradient=True))
         return _traffic(accesses, cache) / student.nbytes
 
-    cache = group * 2 * width * 4 + 2048  # the group's logits, and what its programs leave
+    cache = group * 2 * width * 4 + 2048  # the group's logits and its programs' partial results
     assert 3.0 <= moved(group, cache) < 3.06
     assert moved(rows, cache) > 2 * sweeps + 0.99, "a group that the cache does not hold"
 
@@ -920,7 +921,9 @@ def test_a_group_of_rows_that_a_cache_holds_is_read_once(
 
 
 @pytest.mark.parametrize("divergence", ["mixture", "jsd"])
-def test_bits_do_not_depend_on_the_groups(monkeypatch: pytest.MonkeyPatch, divergence: str) -> None:
+def test_results_do_not_depend_on_the_groups(
+    monkeypatch: pytest.MonkeyPatch, divergence: str
+) -> None:
     student, teacher = pair(5, 70)  # five tiles: programs of two, two and one
     labels = torch.tensor([5, -100, 30, 0, 69], device=DEVICE)
     results = []
@@ -931,7 +934,7 @@ def test_bits_do_not_depend_on_the_groups(monkeypatch: pytest.MonkeyPatch, diver
     same(results[0], results[2])
 
 
-# No device's figures but those that the plan looks at: multiprocessors and bytes of L2.
+# The figures of a device that the plan uses: multiprocessors and bytes of L2.
 A100 = split.Device("sm_80", 108, 40 << 20, False)
 L4 = split.Device("sm_89", 58, 48 << 20, False)
 A10 = split.Device("sm_86", 72, 6 << 20, False)
@@ -941,7 +944,7 @@ PAIR = 2 * 2 * 128_256  # bytes of two rows in bfloat16
 
 
 @pytest.mark.parametrize("device", [None, A100, L4, A10, H100, MI300X])
-def test_rows_that_fill_a_device_from_one_program_each(device: split.Device | None) -> None:
+def test_enough_rows_use_one_program_each(device: split.Device | None) -> None:
     if device not in (A100, L4):
         assert split.plan(4096, PAIR, 2, device) is None, "a small L2, or clusters"
     assert split.plan(4096, 2 * 2 * 16_384, 2, device) is None, "L2 keeps the row pairs in flight"
@@ -953,7 +956,7 @@ def test_rows_that_fill_a_device_from_one_program_each(device: split.Device | No
 
 @pytest.mark.parametrize("device", [A100, L4, A10, H100, MI300X])
 @pytest.mark.parametrize("rows", [1, 7, 40])
-def test_few_rows_are_shared(device: split.Device, rows: int) -> None:
+def test_few_rows_use_several_programs_each(device: split.Device, rows: int) -> None:
     actual = split.plan(rows, PAIR, 2, device)
     assert actual is not None
     assert 1 < actual.num_splits <= split.LANES
@@ -964,7 +967,7 @@ def test_few_rows_are_shared(device: split.Device, rows: int) -> None:
 
 @pytest.mark.parametrize("device", [A100, L4])
 @pytest.mark.parametrize("rows", [100, 4096, 4097])
-def test_groups_of_rows_that_l2_keeps(device: split.Device, rows: int) -> None:
+def test_groups_of_rows_fit_into_l2(device: split.Device, rows: int) -> None:
     actual = split.plan(rows, PAIR, 2, device)
     assert actual is not None
     assert actual.group * PAIR <= min(split.GROUP_BYTES, device.l2 // 2)

@@ -40,9 +40,9 @@ LIMITS: dict[str, dict[str, float]] = {
 DIVERGENCES = [*fastkd.DIVERGENCES, *LIMITS]
 MADE = divergences.TABLE | divergences.WITH_LABELS
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-# The rows of each entry of the table of tiles; and odd ones. Those of 1000 and of 50257 columns are not ALIGNED.
+# Row widths of each entry of the table of tiles, and odd widths. Rows of 1000 and of 50257 columns are not ALIGNED.
 WIDTHS = {"narrow": 1000, "medium": 16384, "wide": 128256, "odd": 50257}
-# Rows of one tile, of each size that the rule has.
+# Rows of one tile, for each tile size of the rule.
 WIDTHS |= {f"one tile of {width}": width for width in (100, 112, 200, 256, 512, 1024)}
 WIDTHS |= {f"timed {key[3]}": key[3] for key in TILES}
 
@@ -87,7 +87,7 @@ def _few() -> list[Variant]:
     for width in ("narrow", "medium", "odd"):
         results.append(Variant("forward_kl", "hinton", "fp32", "fp32", width))
         results.append(Variant("mixture", "everything", "bf16", "bf16", width))
-    # Each other divergence has a tile of its own, of rows that are one tile.
+    # Each other divergence once, with another tile size, for rows of one tile.
     tiles = [
         Variant("jsd", kind, "fp32", "fp32", width)
         for width in WIDTHS if width.startswith("one tile") for kind in ("hinton", "everything")
@@ -101,7 +101,7 @@ def _few() -> list[Variant]:
     results += tiles[len(others) :]
     results += [Variant(divergence, "hinton") for divergence in others[len(tiles) :]]
     results += _timed_variants(every_divergence=False)
-    # Rows whose label's token is apart; rows of several programs; sparse teachers; and what a shard adds.
+    # Divergences with a separate label term; rows of several programs; sparse teachers; vocabulary shards.
     first, *more = divergences.WITH_LABELS
     results += [
         Variant(first, "everything", stage=stage) for stage in ("row", "statistics", "gradient")
@@ -241,7 +241,7 @@ def _launch(variant: Variant, target: str) -> tuple[Any, tuple[Any, ...], dict[s
     architecture = target.partition(":")[2]
     device = split.Device(architecture if "gfx" in target else f"sm_{architecture}", 1, 1, True)
     kernels.device_of = lambda device_of_tensors: device
-    # Four programs leave the widest rows the widest tiles of the rule, and more of them narrower ones.
+    # With four programs the widest rows have the rule's widest tiles; with more programs, narrower ones.
     shared = None if variant.stage == "row" else split.Plan(4, 2)
     kernels.plan = kernels.shard_plan = lambda *call: shared
     width = WIDTHS[variant.width]
@@ -351,15 +351,15 @@ def _check(target: str, grid: str, cache: Path) -> None:
     assert not spilled, "\n".join(spilled)
 
 
-# One target in every run. The others differ in what a thread may have and in the instructions chosen, and not in the
-# Triton that the kernels are written in.
+# One target in every run. The others differ in registers per thread and in the chosen instructions, but not in the
+# Triton code of the kernels.
 def test_kernels_compile_and_keep_their_tiles_in_registers(tmp_path: Path) -> None:
     _check("cuda:90", "few", tmp_path)
 
 
 @pytest.mark.heavy
 @pytest.mark.parametrize("target", TARGETS)
-def test_each_choice_with_each_other(target: str, tmp_path: Path) -> None:
+def test_pairs_of_choices(target: str, tmp_path: Path) -> None:
     _check(target, "pairs", tmp_path)
 
 
@@ -430,7 +430,7 @@ GROUPS = """
 """
 
 
-def test_later_groups_are_launched_as_the_first(tmp_path: Path) -> None:
+def test_later_groups_are_launched_like_the_first(tmp_path: Path) -> None:
     """Past Triton's own launcher, which looks up the kernel by its arguments: they are the same but for the rows."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     environment |= {"TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": os.pathsep.join(sys.path)}
@@ -440,7 +440,7 @@ def test_later_groups_are_launched_as_the_first(tmp_path: Path) -> None:
     assert done.stdout == "3 kernels\n"
 
 
-def test_a_spill_in_a_loop_is_seen() -> None:
+def test_a_spill_in_a_loop_is_detected() -> None:
     sass = """
         /*0000*/                   MOV R1, c[0x0][0x28] ;
         /*0010*/                   STL [R1], R8 ;

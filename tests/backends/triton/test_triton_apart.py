@@ -58,7 +58,7 @@ def heavy(*values: Any, id: str) -> Any:  # noqa: A002 (pytest's name)
 
 
 apart = pytest.mark.parametrize("divergence", APART.values(), ids=APART)
-# The interpreter takes a tenth of a second a row. Every run has two of the kinds, and few of the grids.
+# The interpreter takes a tenth of a second per row, so every run has two of the kinds and small grids.
 some_apart = pytest.mark.parametrize(
     "divergence",
     [APART["dkd"], APART["nkd"], heavy(APART["jsd"], id="jsd")],
@@ -200,7 +200,8 @@ def labels_of(*labels: int) -> Rows:
     return Rows(torch.tensor(labels, device=DEVICE))
 
 
-# Two columns; fewer than a tile; one exactly, one less and more; likewise two tiles and five columns of a third.
+# Two columns; fewer than a tile; exactly one tile, one column less and more; the same for two tiles; two tiles and five
+# columns.
 @apart
 @pytest.mark.parametrize(
     ("columns", "temperature"),
@@ -259,13 +260,13 @@ def test_options(divergence: Divergence, of_rows: dict[str, Any], options: dict[
 
 @pytest.mark.parametrize("temperature", [2.0, heavy(1.0, id="1.0")])
 @some_apart
-def test_confident_sides(divergence: Divergence, temperature: float) -> None:
+def test_confident_models(divergence: Divergence, temperature: float) -> None:
     """Logits of the label far above or below the others: no digit of them is lost to it."""
     student, teacher = pair(4, 20)
     student[:, 5] += torch.tensor([25.0, 25.0, -25.0, -20.0], device=DEVICE)
     teacher[:, 5] += torch.tensor([20.0, -25.0, 25.0, -25.0], device=DEVICE)
     spread = {"temperature": temperature, "teacher_temperature": temperature}
-    for row in range(4):  # each has a bar of its own size
+    for row in range(4):  # each part has its own bar
         compare(
             student[row, None], teacher[row, None], labels_of(5), divergence, alpha=0.5, **spread
         )
@@ -277,7 +278,7 @@ def test_confident_sides(divergence: Divergence, temperature: float) -> None:
     ids=["target", "label", None, None],
 )
 @pytest.mark.parametrize("shares", [PLAN, heavy(None, id="alone")], indirect=True)
-def test_parts_of_no_weight(made: Divergence) -> None:
+def test_parts_with_weight_0(made: Divergence) -> None:
     """Also with columns that are gone, which a weight of 0 makes count as nothing."""
     compare(*pair(1, 37), labels_of(36), made, **WARM)
     student, teacher = pair(1, 37)
@@ -286,7 +287,7 @@ def test_parts_of_no_weight(made: Divergence) -> None:
     assert actual.loss.isinf().item() == (made.name == "dkd" and made.params[0] > 0)
 
 
-# Of the others: shared, of one side, a whole tile; the label's own (column 4), of one side or both.
+# Other tokens' columns: on both sides, on one side, a whole tile; the label's column (4): on one side or both.
 GONE: list[tuple[slice, slice]] = [
     (slice(6, 9), slice(6, 9)),
     (slice(6, 8), slice(0, 0)),
@@ -307,7 +308,7 @@ def test_infinities(divergence: Divergence) -> None:
     student, teacher = pair(len(GONE), 37)
     for row, (of_student, of_teacher) in enumerate(GONE):
         student[row, of_student], teacher[row, of_teacher] = -INF, -INF
-    teacher[7, 4] = 1.0  # all is gone but the label
+    teacher[7, 4] = 1.0  # everything but the label is at -inf
     rows = labels_of(*[4] * len(GONE))
     both = 0
     if divergence.name == "nkd":  # the last two rows have 0 log 0 in p_y log q_y
@@ -324,7 +325,7 @@ def test_infinities(divergence: Divergence) -> None:
 @pytest.mark.parametrize("alpha", [1.0, heavy(0.5, id="0.5")])
 @however_shared
 @some_apart
-def test_what_is_invalid_poisons_its_row(divergence: Divergence, alpha: float) -> None:
+def test_invalid_values_poison_their_row(divergence: Divergence, alpha: float) -> None:
     """A label of no token also where alpha is 1; a NaN also in the label's own column, which no sum has."""
     student, teacher = pair(7, 20)
     labels = torch.tensor([5, -1, 20, 2**40, 6, 6, -100], device=DEVICE)
@@ -379,7 +380,7 @@ def poisoned(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 @pytest.mark.parametrize("alpha", [0.5, 0.0, heavy(1.0, id="1.0")])
 @pytest.mark.parametrize("shares", [PLAN, heavy(None, id="alone")], indirect=True)
 @some_apart
-def test_only_what_is_wanted(divergence: Divergence, alpha: float) -> None:
+def test_only_wanted_outputs_are_computed(divergence: Divergence, alpha: float) -> None:
     """Each output alone is bit for bit that of all together; where alpha is 0 the teacher is not read."""
     student, teacher = pair(1, 20)
     options = {"alpha": alpha, **WARM}
@@ -418,7 +419,7 @@ def test_programs_of_a_row_run_in_any_order(
     same(found(), in_order)
 
 
-# Where processes share the vocabulary: 61 columns in shares of 30, 10, 0 and 21, the label on an edge of each.
+# Vocabulary shards: 61 columns split into 30, 10, 0 and 21, with the label at an edge of each shard.
 
 
 @pytest.fixture
@@ -453,7 +454,7 @@ def test_shards_with_infinities_and_nan(
     assert actual.loss.isnan().tolist() == [True, True, False]
 
 
-def test_what_shards_exchange(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_statistics_that_shards_exchange(monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows have two more statistics only if the label has a separate term."""
     student, teacher = pair(2, 7)
     for divergence, fields in (
@@ -469,14 +470,14 @@ def test_what_shards_exchange(monkeypatch: pytest.MonkeyPatch) -> None:
         assert actual.gathered.shape == (2, fields)
 
 
-# What a row costs, and that it is served
+# Memory traffic, and dispatch to the kernels
 
 
 @pytest.mark.skipif(DEVICE != "cpu", reason="counted in the interpreter")
 @pytest.mark.parametrize(
     ("divergence", "sweeps"), [("dkd", 2), heavy("nkd", 2, id="nkd-2"), heavy("jsd", 3, id="jsd-3")]
 )
-def test_device_memory_moves_as_without_labels(divergence: str, sweeps: int) -> None:
+def test_device_memory_traffic_equals_that_without_labels(divergence: str, sweeps: int) -> None:
     width = 16 * TILE
     student, teacher = pair(1, width)
     with memory_accesses() as accesses:
@@ -484,7 +485,7 @@ def test_device_memory_moves_as_without_labels(divergence: str, sweeps: int) -> 
     assert _traffic(accesses, cache=0) == (2 * sweeps + 1) * width * 4
 
 
-def test_the_public_function_runs_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_public_function_runs_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     ran = ran_on(monkeypatch, "triton", "reference")
     student, teacher = pair(2, 37)
     labels = torch.tensor([-100, 36], device=DEVICE)

@@ -58,11 +58,11 @@ def narrow_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def in_shards(monkeypatch: pytest.MonkeyPatch) -> Iterator[InShards]:
     """The backend that backend="triton" selects in these tests."""
-    actual = InShards(kernels, SHARES)
     load = registry.load
-    monkeypatch.setattr(registry, "load", lambda name: actual if name == "triton" else load(name))
-    yield actual
-    assert actual.calls
+    shards = InShards(load("triton"), SHARES)
+    monkeypatch.setattr(registry, "load", lambda name: shards if name == "triton" else load(name))
+    yield shards
+    assert shards.calls
 
 
 @pytest.fixture(params=[pytest.param("triton", marks=pytest.mark.heavy)])
@@ -84,7 +84,7 @@ def launch(
     return in_shards.kd_rows(student, teacher, rows, Options(resolve(divergence), **options), want)
 
 
-# 61 columns in shares of 30, 10, 0 and 21: two tiles for two programs, one, none, and two.
+# 61 columns split into 30, 10, 0 and 21: two tiles for two programs, one tile, none, and two.
 
 
 @kinds
@@ -98,7 +98,7 @@ def test_labels(in_shards: InShards, divergence: str) -> None:
 
 
 @pytest.mark.parametrize("divergence", ["mixture", "jsd"])
-def test_one_program_of_each_process(
+def test_one_program_per_row_in_each_process(
     in_shards: InShards, monkeypatch: pytest.MonkeyPatch, divergence: str
 ) -> None:
     """Enough rows fill a device; the partial results of processes are then strided until they are copied."""
@@ -128,7 +128,7 @@ def test_a_negative_scale_and_hard_labels_alone(in_shards: InShards) -> None:
         check("triton", *pair(2, 61), labels, label_smoothing=0.1, **options)
 
 
-# The first shard; all of the last one but a column; all but the second one.
+# Columns at -inf: the first shard; all but one column of the last shard; all but the second shard.
 GONE = [[(0, 30)], [(41, 61)], [(0, 30), (40, 61)]]
 
 
@@ -157,7 +157,7 @@ def test_common_offset(in_shards: InShards, divergence: str) -> None:
     same(launch(in_shards, student + 1e5, teacher - 1e5, rows, divergence, **options), still)
 
 
-def test_what_is_invalid_poisons_its_row(in_shards: InShards) -> None:
+def test_invalid_values_poison_their_row(in_shards: InShards) -> None:
     student, teacher = pair(5, 61)
     labels = torch.tensor([5, -1, 61, 2**40, 60], device=DEVICE)
     actual = launch(in_shards, student, teacher, Rows(labels), alpha=0.5)
@@ -196,7 +196,7 @@ def test_shares_and_lanes(in_shards: InShards, monkeypatch: pytest.MonkeyPatch, 
     check("triton", *pair(1, 61), labels, divergence="jsd", alpha=0.5, label_smoothing=0.1)
 
 
-def test_what_is_exchanged(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tensors_that_processes_exchange(monkeypatch: pytest.MonkeyPatch) -> None:
     """Statistics where anything is to be normalised, sums where there is no closed form, of a loss that has them."""
     student, teacher = pair(2, 7)
     labels = torch.tensor([1, 2], device=DEVICE)
@@ -224,7 +224,7 @@ def test_no_rows(in_shards: InShards) -> None:
     assert actual.loss.shape == (0,)
 
 
-def test_the_plan_is_one_for_all_processes() -> None:
+def test_all_processes_have_the_same_plan() -> None:
     def programs(rows: int, total: int, widest: int) -> int:
         results = {
             split.shard_plan(rows, Shard(first, total, widest, 0, None)) for first in (0, 99)
@@ -258,7 +258,7 @@ def test_sparse_teachers(in_shards: InShards, tail: str) -> None:
     )
 
 
-def test_sparse_teachers_with_all_that_a_row_may_have(in_shards: InShards) -> None:
+def test_sparse_teachers_with_every_per_row_option(in_shards: InShards) -> None:
     """41 counted columns of 43, offsets, a dropped row, and a weight and a temperature per row."""
     check_topk(
         "triton",
@@ -273,7 +273,7 @@ def test_sparse_teachers_with_all_that_a_row_may_have(in_shards: InShards) -> No
     )
 
 
-def test_a_sparse_row_that_is_not_valid(in_shards: InShards) -> None:
+def test_invalid_sparse_rows(in_shards: InShards) -> None:
     """A token twice in one shard, and one of no shard; tokens of two shards are no twins for being first in each."""
     ids = torch.tensor([[31, 31], [0, 61], [0, 30]], device=DEVICE)
     logprobs = torch.full((3, 2), math.log(0.4), device=DEVICE)
