@@ -63,7 +63,7 @@ def _not_compiled_over_processes(
 
 
 class Parts(NamedTuple):
-    """The terms of a loss per row, detached, from the same sweep as the loss. Dropped rows hold 0.
+    """The terms of each row's loss, detached, computed together with the loss. Dropped rows contain 0.
 
     loss of a row = weight (alpha * distillation + (1 - alpha) * cross_entropy)
     """
@@ -148,21 +148,24 @@ def kd_loss(
     return_parts: bool = False,
     backend: str = "auto",
 ) -> Tensor | tuple[Tensor, Parts]:
-    r"""Distillation loss of student logits against a teacher, computed with its gradient in one pass.
+    r"""Distillation loss of student logits against a teacher.
+
+    The forward pass also computes the gradient, except for float16 logits, whose gradient is computed in the backward
+    pass. No tensor of probabilities is allocated.
 
     The loss of a row (a position), with D the divergence and T the temperature, is
 
         alpha T^2 D(softmax(t / T), softmax(s / T)) + (1 - alpha) CE(softmax(s), label)
 
-    (Hinton, Vinyals and Dean 2015). The cross-entropy CE is at temperature 1. No tensor of probabilities is allocated.
+    (Hinton, Vinyals and Dean 2015). The cross-entropy CE is at temperature 1.
 
     Args:
         student_logits: [..., V], float32, bfloat16, float16 (float64 in plain PyTorch). Any strides are allowed; the
             logits are copied only if the stride of the last dimension is not 1.
         teacher: dense teacher logits with the same leading shape, in any of those dtypes; they receive a gradient if
-            they require one. Or a :class:`fastkd.TopK`, :class:`fastkd.LinearTeacher` or :class:`fastkd.Ensemble`
-            with the same leading shape. Logits of the last two are computed a chunk of rows at a time;
-            :func:`fastkd.memory_plan` returns the chunk size.
+            they require one. Alternatively a :class:`fastkd.TopK`, :class:`fastkd.LinearTeacher` or
+            :class:`fastkd.Ensemble` with the same leading shape. The logits of the last two are computed a chunk of
+            rows at a time; :func:`fastkd.memory_plan` returns the chunk size.
         labels: [...] int64, the targets of the cross-entropy. Required if alpha < 1. A row whose label is
             ignore_index is dropped, whatever alpha is.
         divergence: a name from ``fastkd.DIVERGENCES`` or a divergence such as ``fastkd.jsd(0.3)``.
@@ -173,7 +176,7 @@ def kd_loss(
         scale_by_temperature: multiply value and gradient of the distillation term by T^2.
         label_smoothing: smoothing of the cross-entropy, in [0, 1), as in torch.nn.functional.cross_entropy.
         ignore_index: the label that drops a row.
-        mask: [...] bool; rows where it is False are dropped. Dropped rows are never read.
+        mask: [...] bool; rows where it is False are dropped. Dropped rows may contain NaN.
         weight: [...] float, multiplies the loss of each row; it does not change the number of counted rows.
         reduction: "none" ([...], 0 in dropped rows), "sum", "mean" (sum / number of counted rows), "batchmean"
             (sum / student_logits.shape[0], as in torch.nn.functional.kl_div).
@@ -209,10 +212,8 @@ def kd_loss(
         fastkd.parallel.CollectiveError: another process has stopped, or did not make this call in time.
         RuntimeError: another process of the group has raised.
     """
-    from fastkd.parallel import (  # at its first use: an import of fastkd has to be quick
-        layout,
-        share,
-    )
+    # Imported here to keep `import fastkd` fast.
+    from fastkd.parallel import layout, share
 
     group = layout.group_of(process_group, student_logits, teacher)
     check_flags(inplace=inplace, return_parts=return_parts)
@@ -260,9 +261,8 @@ def kd_loss(
         )
         if want.teacher_gradient and call.options.divergence.degree is None:
             raise ValueError(
-                f"teacher requires grad, and the divergence {call.options.divergence.name!r} does not say its degree "
-                "of homogeneity, from which the teacher's gradient follows; set Divergence(degree=...) or detach the "
-                "teacher"
+                f"teacher requires grad, and the divergence {call.options.divergence.name!r} has no degree of "
+                "homogeneity, which the teacher's gradient needs; set Divergence(degree=...) or detach the teacher"
             )
         if want.inplace:
             _check_inplace(student_logits, flatten(teacher)[0], want, whole)
@@ -333,9 +333,9 @@ def fused_linear_kd_loss(
 ) -> Tensor | tuple[Tensor, Parts]:
     r"""kd_loss of the logits student_hidden @ student_weight.T + student_bias, without ever holding all of them.
 
-    Dropped rows are removed first. The other rows are processed in chunks: compute the logits of student and teacher,
-    overwrite the student's with their gradient, and multiply it into the gradients of hidden states and weight. The
-    gradient of the weight is summed in float32. A chunk costs four matrix products with a
+    Dropped rows are removed first. The other rows are processed in chunks. Each chunk computes the logits of student
+    and teacher, overwrites the student's logits with their gradient, and computes the gradients of hidden states and
+    weight from it. The gradient of the weight is summed in float32. A chunk costs four matrix products with a
     :class:`fastkd.LinearTeacher`: two for the logits and two for the gradients. It costs one fewer if student_weight is
     frozen, and one fewer with dense logits or a :class:`fastkd.TopK`. Nothing is computed twice, with one exception:
     with reduction="none" and a student_weight that requires grad, each row's upstream gradient weights that row's part
@@ -350,13 +350,13 @@ def fused_linear_kd_loss(
         labels: as in :func:`fastkd.kd_loss`, like every option that is not listed here.
         student_bias: [V], or None.
         chunk_size: rows per chunk; takes precedence over memory_budget. None: as many as memory_budget allows.
-        memory_budget: bytes that the call may hold beyond its inputs and gradients; None: 384 MiB on a CPU, 2 GiB
-            elsewhere. :func:`fastkd.memory_plan` itemizes them. A budget too small for one row raises.
+        memory_budget: bytes that the call may hold beyond its inputs and gradients; None: 384 MiB on a CPU, 2112
+            MiB elsewhere. :func:`fastkd.memory_plan` itemizes them. A budget too small for one row raises.
         logits_dtype: dtype of the student's logits, and of a teacher's if its operands have the student's dtype. If
             None, logits are float32 even for lower-precision operands (rounding them to bfloat16 costs 4 to 23 % of
-            the gradient). The operands' dtype is faster and takes half the memory, at that cost.
+            the gradient). With the operands' dtype, the call is faster and the logits take half the memory.
         vocab_size: as in kd_loss; rows of a weight beyond it are padding, and their logits are not computed.
-        process_group: as in kd_loss: student_weight is then [V_r, H], this process's part of a column-parallel
+        process_group: as in kd_loss; student_weight is then [V_r, H], this process's part of a column-parallel
             lm_head. The gradient of student_hidden is summed over the processes.
         sequence_dim: for sequence-parallel hidden states, the dimension of student_hidden along which the processes
             of process_group hold equal parts of the rows. The parts are gathered and their gradient is scattered.

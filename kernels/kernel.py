@@ -91,7 +91,7 @@ class Inputs(NamedTuple):
 
 
 class Outputs(NamedTuple):
-    """float32 [rows] each; all but the loss may be None."""
+    """The kernel's outputs per row, float32 [rows] each; all but the loss may be None."""
 
     loss: Any
     distillation: Any
@@ -108,7 +108,7 @@ class Objective(NamedTuple):
     scale: Any
     degree: Any  # fastkd.divergences.Divergence.degree
     ignore_index: Any
-    # Weight of a label term of either form of fastkd.divergences.Target; None if the divergence has no such term.
+    # Weights of the label term, one for each form of fastkd.divergences.Target; None if the divergence lacks that form.
     binary_weight: Any
     label_weight: Any
 
@@ -120,7 +120,7 @@ def row_pointer(view, row, sizes, ALIGNED: tl.constexpr = True):
         offset = tl.load(view.offsets + row)
     else:
         outer = row // sizes[1]
-        # int64 before they meet a stride: 8192 rows of 262144 columns are 2^31 elements.
+        # Converted to int64 before a stride multiplies them: 8192 rows of 262144 columns are 2^31 elements.
         i0 = (outer // sizes[0]).to(tl.int64)
         i1 = (outer % sizes[0]).to(tl.int64)
         i2 = (row % sizes[1]).to(tl.int64)
@@ -190,7 +190,7 @@ def _open_label(row, column, student, teacher, WITH_TEACHER: tl.constexpr, colum
 
 @triton.jit
 def _center(student, label, columns, spec):
-    """Return the number that is subtracted from every z before z is summed: the label's z, made finite."""
+    """Return the number that is subtracted from every z before z is summed: the label's z, or 0 if it is -inf."""
     center = label.s
     if columns.shard is not None and spec.STAGE == "statistics":
         # The label's column may be in another process. Any finite logit of this process's columns serves.
@@ -201,7 +201,7 @@ def _center(student, label, columns, spec):
 
 @triton.jit
 def _poison(weight, statistics, label, excluded):
-    """Return the weight, or NaN if NaN or +inf is among the row's logits: a comparison in a definition may lose it."""
+    """Return the weight; NaN if the row's logits contain NaN or +inf, which a comparison in a definition may hide."""
     log_exp_sums = statistics.s_norm.log_exp_sum + statistics.t_norm.log_exp_sum
     weight = tl.where(log_exp_sums == log_exp_sums, weight, float("nan"))
     if excluded is not None:  # the label's logits are in neither sum
@@ -362,10 +362,11 @@ def _gradient(
         t_factor = t_factor * weight * scale * teacher.side.logit_scale
     if objective.ce_weight is not None:
         ce_factor = objective.ce_weight * s_scale
-    # Triton knows at compile time what is None, but not what `and` makes of it.
+    # Nested, because Triton evaluates `x is not None` at compile time, but not an `and` of two such tests.
     if objective.label_weight is not None:  # noqa: SIM102
         if objective.alpha is not None:
-            # The label term is a cross-entropy without smoothing. Both are written as one, with less smoothing.
+            # The label term is a cross-entropy without smoothing. It and the smoothed cross-entropy are written as one
+            # cross-entropy with a smaller smoothing.
             total_weight = objective.alpha * value.label_weight
             if objective.ce_weight is not None:
                 total_weight += objective.ce_weight

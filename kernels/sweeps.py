@@ -1,7 +1,7 @@
 """The sweeps over a row: statistics, the sums of phi and g, and the gradients.
 
 All arithmetic is in float32. A sum over the vocabulary has one accumulator per lane of a tile, and the accumulators are
-added once, at the end. A row of 262144 columns therefore adds only some hundred numbers in sequence.
+added once, at the end. A row of 262144 columns therefore adds only a few hundred numbers in sequence.
 
 ``z`` is a logit after logit_scale and softcap, up to the positive factor ``Row.unit``. Differences of z are taken
 before that factor multiplies them, so an offset common to a row costs no digits. Columns past the vocabulary read as
@@ -97,9 +97,9 @@ class Normalizer(NamedTuple):
 class Argmax(NamedTuple):
     """The column of a row's maximum. Sums exclude it, because adding it would round away the other columns.
 
-    With r the sum of the other columns' exponentials relative to it, 1 - p_v is r / (1 + r) without cancellation. Its
-    gradient x_v - p_v sum x is computed as x_v (1 - p_v) - p_v (sum of the other columns' x), because the direct
-    difference would cancel.
+    With r the sum of the other columns' exponentials relative to the maximum, 1 - p_v is r / (1 + r) without
+    cancellation. The column's gradient is x_v - p_v sum x, where x is g or h. It is computed as
+    x_v (1 - p_v) - p_v (sum of the other columns' x), because the direct difference would cancel.
     """
 
     column: Any  # vocabulary index, as a float; -1 if there is none
@@ -129,9 +129,9 @@ class Sums(NamedTuple):
 
 
 class Partial(NamedTuple):
-    """Sums of the first sweep over some tiles of a row, relative to the maxima of those tiles; 0 if not asked for.
+    """Sums of the first sweep over some tiles of a row, relative to the maxima of those tiles; 0 if not requested.
 
-    A side's sums of exponentials, and the moments that they weight, exclude the column of that side's maximum.
+    A side's sums of exponentials and its moments exclude the column of that side's maximum.
     """
 
     s_max: Any
@@ -154,7 +154,7 @@ class Partial(NamedTuple):
 
 
 class Statistics(NamedTuple):
-    """What is known of a row before its value and gradient; 0 if not asked for."""
+    """What is known about a row before its value and gradient; 0 if not requested."""
 
     s_norm: Any  # Normalizer
     t_norm: Any  # Normalizer
@@ -165,7 +165,7 @@ class Statistics(NamedTuple):
     s_argmax: Any  # Argmax
     t_argmax: Any  # Argmax
     log_ratio: Any  # LogRatio
-    # log of the student's sum of exponentials over the teacher's, each with its maximum
+    # log of the student's sum of exponentials divided by the teacher's; both sums include the argmax
     log_exp_sum_ratio: Any
     phi: Any  # sum, from the closed form or from the second sweep
     g: Any  # sum, likewise
@@ -247,8 +247,8 @@ def log_probability(z, normalizer):
 
 # A tile's lanes are added in fours or twos before they are added to an accumulator. These lanes belong to one thread,
 # so the addition moves no data, and accumulators need fewer registers. If rows are ALIGNED, a thread loads 16 bytes at
-# a time and has four adjacent columns. Otherwise its columns are as far apart as there are threads, and two of them are
-# half a tile apart.
+# a time and has four adjacent columns. Otherwise, a thread's columns are a fixed stride apart, and lanes half a tile
+# apart belong to one thread.
 @triton.jit
 def fold(tile, ALIGNED: tl.constexpr = True):
     """Add the lanes of a tile that belong to one thread."""
@@ -282,7 +282,7 @@ def rescale(old_max, new_max, unit):
 
 @triton.jit
 def rescale_moment(moment, shift, exp_sum, factor):
-    """Return a moment relative to the new maximum; 0 if the factor is 0, however far the maximum rose."""
+    """Return a moment relative to the new maximum; 0 if the factor is 0, even if the shift is infinite."""
     return tl.where(factor == 0.0, 0.0, factor * (moment + shift * exp_sum))
 
 
@@ -391,7 +391,7 @@ def _z_at(row, column, V):
 
 @triton.jit
 def _first_lane(accumulator):
-    """Return 1 in the first lane of an accumulator and 0 elsewhere: adds the term of a single column."""
+    """Return 1 in the first lane of an accumulator and 0 elsewhere, to add the term of a single column."""
     return tl.where(tl.arange(0, accumulator.shape[0]) == 0, 1.0, 0.0)
 
 
@@ -497,13 +497,14 @@ def sweep_statistics(
             t = _exclude(t, column, excluded)
             t_max = tl.maximum(t_max, tl.max(t, 0))
             t_finite, t_step, t_factor = rescale(old_t_max, t_max, teacher.unit)
-        # Both sides change their argmax before the tile has exponentials: what lives across a branch needs registers.
+        # Both sides change their argmax before the exponentials of the tile are computed, because a value that is live
+        # across a branch occupies registers.
         if s_max > old_s_max:
             s_argmax, s_exp_sum, s_exp_sum_t1, q_moment = _change_argmax(
                 s_argmax, s_exp_sum, s_exp_sum_t1, q_moment,
                 s, s_max, column, student, teacher, old_t_max, q_weight, V,
             )  # fmt: skip
-        if teacher.unit is not None:  # noqa: SIM102 (Triton knows at compile time what is None, but not `and`)
+        if teacher.unit is not None:  # noqa: SIM102 (Triton does not evaluate `and` at compile time)
             if t_max > old_t_max:
                 t_argmax, t_exp_sum, t_exp_sum_t1, p_moment = _change_argmax(
                     t_argmax, t_exp_sum, t_exp_sum_t1, p_moment,
@@ -562,7 +563,8 @@ def _select(values, eligible, argmaxes, argmax):
 def _merge_argmax(maxima, new_max, argmaxes):
     """Return (which partials have the row's maximum, the first column that has it, terms to add to each sum).
 
-    A partial's sums exclude its own argmax. All of these columns but one belong to the row's sums: a term of 1 each.
+    A partial's sums exclude its own argmax. The row's sums exclude only one of these columns. Each of the others
+    therefore adds a term of 1 to its partial's sum.
     """
     eligible = (maxima == new_max) & (argmaxes >= 0)
     argmax = tl.min(tl.where(eligible, argmaxes, float("inf")), 0)
@@ -611,7 +613,7 @@ def merge_partials(partials, student, teacher, moments):
     return _reduce_lanes(s_max, t_max, sums, t_lost_max, s_lost_max, argmaxes, t_exp_sum_t1)
 
 
-# If the log-sum-exps of two rows are closer than this, log q - log p is most exact when computed from s - t.
+# If the log-sum-exps of the two sides differ by less than this, log p - log q is computed from t - s.
 CLOSE = 8.0
 
 
@@ -626,7 +628,7 @@ def _log_ratio_constants(s_norm, t_norm, log_exp_sum_ratio, CLOSE: tl.constexpr 
     high = product + log_exp_sum_ratio
     added = high - product
     low = (product - (high - added)) + (log_exp_sum_ratio - added) + product_error
-    # Only close maxima may be subtracted once per row: the rounding error of their difference is then as small.
+    # Only the difference of close maxima is small enough to be rounded once per row without a large error.
     close = (scale == 1.0) & (tl.abs(high) < CLOSE)
     return LogRatio(
         tl.where(close, 0.0, s_norm.max),
@@ -842,7 +844,7 @@ def where_finite(argmax, phi):
 
 @triton.jit
 def _project(derivative, log_x, total, FORM: tl.constexpr):
-    """Turn a derivative by log-probabilities into one by tempered logits: g_v - q_v sum_u g_u."""
+    """Return a derivative with respect to tempered logits, from one with respect to log-probabilities."""
     if FORM % 2 == 1:
         derivative -= tl.exp(log_x) * total
     return derivative
@@ -867,7 +869,7 @@ def sweep_gradients(
     columns,
     spec,
 ):
-    """Write the gradients, in reverse order, because caches still hold what the sweep before read last."""
+    """Write the gradients, in reverse order, because caches still contain what the previous sweep read last."""
     V = columns.V
     lanes = tl.arange(0, spec.BLOCK_V)
     s_argmax = value.s_argmax.column.to(tl.int32) - columns.first

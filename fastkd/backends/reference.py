@@ -1,7 +1,7 @@
 """The reference backend: the mathematics in plain PyTorch. It is the oracle of every other backend.
 
-Everything is computed in float64, whatever the dtype of the logits, and rounded once; [N, V] temporaries are not
-avoided. On a device without float64 it is computed in float32.
+Everything is computed in float64, whatever the dtype of the logits, and rounded once. On a device without float64,
+everything is computed in float32. The backend allocates several temporaries of the size of the logits.
 """
 
 from __future__ import annotations
@@ -43,15 +43,17 @@ def _adjust(logits: Tensor, scale: float, softcap: float) -> tuple[Tensor, Tenso
 
 
 def _project(derivative: Tensor, probabilities: Tensor, total: Tensor | None) -> Tensor:
-    """Convert a derivative by log-probabilities to one by tempered logits: x_v - p_v sum_u x_u.
+    """Convert a derivative with respect to log-probabilities to one with respect to tempered logits.
 
-    total is the sum over u; None: the divergence does not normalise, and the derivative is already by logits.
+    This is x_v - p_v sum_u x_u.
+    total is the sum over u. None means that the divergence does not normalise; the derivative is then already with
+    respect to tempered logits.
     """
     return derivative if total is None else derivative - probabilities * total.unsqueeze(-1)
 
 
 class Side(NamedTuple):
-    """One model's columns that count (without padding)."""
+    """One model's logits without padding columns, and how they are tempered."""
 
     # Scaled and soft-capped logits.
     z: Tensor
@@ -59,7 +61,7 @@ class Side(NamedTuple):
     slope: Tensor | float
     # A number, or [..., 1].
     temperature: Tensor | float
-    # Bool, True in the label's column where the label is a separate term (LabelTerm); None: there is no such term.
+    # Bool, True in the label's column if the label has a separate term (LabelTerm); None if it has none.
     is_label: Tensor | None
 
     @property
@@ -132,9 +134,10 @@ class LabelTerm(NamedTuple):
     """
 
     phi: Tensor
-    # d phi / d (s_y - log-sum-exp of the other tokens): the label's own derivative, and the sum of the others'.
+    # d phi / d (s_y - log-sum-exp of the other tokens): the derivative with respect to the label's tempered logit. The
+    # other tokens share -g in proportion to their probabilities.
     g: Tensor
-    # The same by the teacher's logits.
+    # The same with respect to the teacher's logits.
     h: Tensor
     # Entropy of the two events "label" and "any other token".
     entropy: Tensor
@@ -145,7 +148,7 @@ class LabelTerm(NamedTuple):
 
 
 class RowStatistics(NamedTuple):
-    """What the first sweep computes of each row: over one process's columns, or merged over all. Each field is [...].
+    """What the first sweep computes for each row, over the columns of one process or of all. Each field is [...].
 
     The fields without `teacher` are the student's.
     """
@@ -159,9 +162,9 @@ class RowStatistics(NamedTuple):
     # Sum of exp(z - max_t1), at temperature 1.
     exp_sum_t1: Tensor
     max_t1: Tensor
-    # z of the label; -inf where another process has its column.
+    # z of the label; -inf if another process has its column.
     label: Tensor
-    # The same of the teacher, where the label is a separate term.
+    # The same for the teacher, if the label has a separate term.
     teacher_label: Tensor
     teacher_exp_sum_t1: Tensor
     teacher_max_t1: Tensor
@@ -194,7 +197,7 @@ def label_term(s: Side, t: Side, statistics: RowStatistics, target: Target) -> L
     if target.form == "binary":
         divergence = product(p, logs[0] - logs[2]) + product(p_others, logs[1] - logs[3])
         phi = product(weight + target.weight, divergence)
-        # The difference of the smaller probabilities: near 1, both have lost their digits.
+        # The difference of whichever probabilities are smaller, because two probabilities near 1 would cancel.
         g = target.weight * torch.where(b > 0, p_others - q_others, q - p)
         h = product(weight + target.weight, product(p * p_others, a - b))
     else:
@@ -216,7 +219,7 @@ def _label_columns(z: Tensor, labels: Tensor, options: Options) -> tuple[Tensor,
 
 
 def _label_logits(z: Tensor, labels: Tensor, options: Options) -> Tensor:
-    """Z of the labels, [...]; -inf where z does not have the label's column."""
+    """Return z of the labels, [...]; -inf if z does not have the label's column."""
     if not z.shape[-1]:
         return _row_max(z)
     is_local, column = _label_columns(z, labels, options)
@@ -224,7 +227,7 @@ def _label_logits(z: Tensor, labels: Tensor, options: Options) -> Tensor:
 
 
 def _minus_labels(q: Tensor, labels: Tensor, options: Options, smoothing: float) -> Tensor:
-    """Q minus (1 - smoothing) in the columns of the labels."""
+    """Return q with (1 - smoothing) subtracted in the columns of the labels."""
     if not q.shape[-1]:
         return q
     is_local, column = _label_columns(q, labels, options)
@@ -288,7 +291,7 @@ def _merged(gathered: Tensor) -> RowStatistics:
 
 
 class _Softmax(NamedTuple):
-    """Log-probabilities and probabilities. torch.softmax errs by 1e-5 on a CPU in rows of 50,000 columns."""
+    """Log-probabilities and probabilities of rows, [..., columns] each."""
 
     logs: Tensor
     probabilities: Tensor
@@ -303,7 +306,7 @@ def _softmax(logits: Tensor, row_max: Tensor, exp_sum: Tensor) -> _Softmax:
 
 
 class _Terms(NamedTuple):
-    """What every column contributes: probabilities, phi and its derivatives; [..., columns] each."""
+    """Each column's probabilities, phi, and the derivatives of phi; [..., columns] each."""
 
     p: _Softmax
     q: _Softmax
@@ -342,9 +345,9 @@ class _Sweeps(NamedTuple):
     t: Side
     statistics: RowStatistics
     terms: _Terms
-    # Of all tokens but a label with a separate term.
+    # Over all tokens, except a label that has a separate term.
     sums: _Sums
-    # That term; None: the divergence has none.
+    # The label's separate term; None if the divergence has none.
     label: LabelTerm | None
 
 
@@ -370,7 +373,7 @@ class _CrossEntropy(NamedTuple):
 
     # [...].
     value: Tensor
-    # By z, [..., columns]; 0.0 where there is no cross-entropy.
+    # With respect to z, [..., columns]; 0.0 without a cross-entropy.
     gradient: Tensor | float
 
 
@@ -390,7 +393,7 @@ def _cross_entropy(
 
 
 class _Losses(NamedTuple):
-    """The terms of each row's loss before weights, [...] each, and the parts of the gradient that labels add."""
+    """The unweighted terms of each row's loss, [...] each, and what labels add to the gradient."""
 
     distillation: Tensor
     cross_entropy: _CrossEntropy
@@ -438,7 +441,7 @@ def _row_weights(sweeps: _Sweeps, rows: Rows, options: Options) -> tuple[Tensor,
         if temperatures is not None:
             weight = torch.where(temperatures > 0, weight, torch.nan)
     if options.divergence.normalized and options.alpha:
-        # A definition that compares numbers may drop a NaN or +inf among the logits, so the sums are asked.
+        # A comparison in a definition may hide a NaN or +inf among the logits; the sums of exponentials do not.
         invalid = (statistics.exp_sum + statistics.teacher_exp_sum).isnan()
         if options.divergence.target is not None:  # the label's logit is in neither sum
             invalid = invalid | (statistics.label == torch.inf)
@@ -453,7 +456,7 @@ def _row_weights(sweeps: _Sweeps, rows: Rows, options: Options) -> tuple[Tensor,
 def _student_gradient(
     sweeps: _Sweeps, sums: _Sums, losses: _Losses, rows: Rows, options: Options
 ) -> Tensor:
-    """The gradient of each row's unweighted loss by the student's logits."""
+    """The gradient of each row's unweighted loss with respect to the student's logits."""
     s, terms, alpha = sweeps.s, sweeps.terms, options.alpha
     gradient = torch.zeros_like(s.z)
     if alpha:
@@ -469,7 +472,7 @@ def _student_gradient(
 
 
 def _teacher_gradient(sweeps: _Sweeps, options: Options) -> Tensor:
-    """The gradient of each row's unweighted loss by the teacher's logits."""
+    """The gradient of each row's unweighted loss with respect to the teacher's logits."""
     t, terms, sums, label = sweeps.t, sweeps.terms, sweeps.sums, sweeps.label
     divergence, alpha = options.divergence, options.alpha
     assert divergence.degree is not None  # validated
@@ -503,7 +506,7 @@ def _results(
         loss = alpha * losses.distillation
     if _has_cross_entropy(rows, options):
         loss = loss + (1.0 - alpha) * losses.cross_entropy.value
-    # A dropped row contributes 0 whatever its logits hold. Multiplying by 0 would keep its NaN, so it is replaced.
+    # A dropped row contributes 0, whatever its logits are. Its value is replaced, because NaN times 0 is NaN.
     loss = torch.where(counted, loss * weight, 0.0)
 
     def finish(gradient: Tensor, like: Tensor) -> Tensor:
@@ -540,7 +543,7 @@ def kd_rows(student: Tensor, teacher: Tensor, rows: Rows, options: Options, want
     return _results(student, teacher, sweeps, rows, options, want)
 
 
-# The steps where several processes share the vocabulary: fastkd/call/contract.py says what passes between them.
+# The steps of a call if several processes share the vocabulary; fastkd/call/contract.py describes what they exchange.
 
 
 def shard_statistics(call: ShardCall) -> Statistics:
@@ -585,7 +588,7 @@ def _merged_statistics(statistics: Statistics, student: Tensor) -> RowStatistics
 
 
 def gather_events(student: Tensor, rows: Rows, options: Options, parts: bool) -> Events:
-    """Reduce the student's rows to the K + 1 events of a sparse teacher: fastkd/backends/sparse.py."""
+    """Reduce the student's rows to the K + 1 events of a sparse teacher (fastkd/backends/sparse.py)."""
     ids, columns = rows.ids, options.vocab_size
     assert ids is not None
     z, _ = _adjust(widened(student[..., :columns]), options.logit_scale, options.softcap)
@@ -634,7 +637,10 @@ def spread_gradient(
     options: Options,
     out: Tensor,
 ) -> Tensor:
-    """Convert the gradient of the events [..., K + 1], plus that of the cross-entropy, to one by student logits."""
+    """Write the gradient with respect to the student's logits, from that of the events [..., K + 1].
+
+    cross_entropy_scale, if given, adds the gradient of the cross-entropy.
+    """
     ids, columns = rows.ids, options.vocab_size
     assert ids is not None
     z, slope = _adjust(widened(student[..., :columns]), options.logit_scale, options.softcap)

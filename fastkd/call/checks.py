@@ -174,15 +174,15 @@ def _check_needs_labels(options: Options, labels: Tensor | None, vocabulary: int
 
 
 def _check_apart(divergence: Divergence, labels: Tensor | None, vocabulary: int | None) -> None:
-    """What a divergence needs that compares the label's token apart from the others."""
+    """Raise if a divergence that treats the label's token separately lacks labels, or other tokens."""
     if labels is None:
         raise ValueError(
-            f"labels are needed by the divergence {divergence.name!r}, which compares the label's token apart from "
-            "the others; labels is None"
+            f"labels are needed by the divergence {divergence.name!r}, which treats the label's token separately; "
+            "labels is None"
         )
     if vocabulary == 1:
         raise ValueError(
-            f"the divergence {divergence.name!r} compares the tokens beside the label; the vocabulary has 1 column"
+            f"the divergence {divergence.name!r} compares the tokens other than the label; the vocabulary has 1 column"
         )
 
 
@@ -385,12 +385,12 @@ def with_topk(call: LossCall, teacher: TopK) -> LossCall:
     divergence = options.divergence
     if not divergence.normalized:
         raise ValueError(
-            f"the divergence {divergence.name!r} is one of logits, and a TopK has log-probabilities"
+            f"the divergence {divergence.name!r} compares logits, and a TopK has log-probabilities"
         )
     if divergence.target is not None:
         raise ValueError(
-            f"the divergence {divergence.name!r} compares the label's token apart from the others, and a TopK may not "
-            "name it; use a dense teacher, a LinearTeacher or an Ensemble of them"
+            f"the divergence {divergence.name!r} treats the label's token separately, and a TopK may not list it; "
+            "use a dense teacher, a LinearTeacher or an Ensemble of them"
         )
     temperatures = rows.teacher_temperature
     numbers = call.numbers
@@ -420,11 +420,11 @@ def _at_temperature(options: Options, tail: str, taken_at: float, per_row: bool)
     if options.teacher_logit_scale != 1 or options.teacher_softcap:
         raise ValueError(
             "teacher_logit_scale and teacher_softcap are for logits, and a TopK has log-probabilities: "
-            "apply them before taking those"
+            "apply them before taking log-probabilities"
         )
     if tail == "renormalize_teacher" and (divergence.degree != 1 or infinite_at_zero(divergence)):
         raise ValueError(
-            f"tail='renormalize_teacher' leaves probability 0 to all other tokens, where the divergence "
+            f"tail='renormalize_teacher' gives all other tokens probability 0, where the divergence "
             f"{divergence.name!r} is infinite or has no sum; use 'bucket', 'renormalize' or 'truncate'"
         )
     if tail in ("bucket", "truncate") and (per_row or options.teacher_temperature != taken_at):

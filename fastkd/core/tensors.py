@@ -82,7 +82,7 @@ def address(tensor: Tensor | None) -> int:
     if tensor is None:
         return 0
     if tensor.is_neg() or tensor.is_conj():
-        raise TypeError("the address of a negated or conjugated view does not say that it is one")
+        raise TypeError("a negated or conjugated view must be resolved before its address is taken")
     pointer = tensor.data_ptr()
     if pointer == 0 and tensor.numel():
         raise TypeError(f"a {type(tensor).__name__} on {tensor.device} has no memory to read")

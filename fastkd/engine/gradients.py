@@ -118,7 +118,9 @@ class _Once(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *_: Any) -> Tensor:
         """Raise."""
-        raise RuntimeError("the loss has first derivatives only, and is being differentiated twice")
+        raise RuntimeError(
+            "the loss supports first derivatives only, but is being differentiated twice"
+        )
 
 
 def differentiable_once(gradients: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:

@@ -242,8 +242,8 @@ def kd_chunks(
         and not options.divergence.normalized
     ):
         raise ValueError(
-            f"the divergence {options.divergence.name!r} is one of logits, and the arithmetic mean of an Ensemble is "
-            "one of probabilities; use mean='geometric'"
+            f"the divergence {options.divergence.name!r} compares logits, and the arithmetic mean of an Ensemble is "
+            "a mean of probabilities; use mean='geometric'"
         )
     tensors, form = flatten(teacher)
     weights = weights_of(teacher)

@@ -52,7 +52,7 @@ def _group_of(value: Any, axis: int) -> Any:
     shards = [index for index in range(value.device_mesh.ndim) if _shards(value, axis, index)]
     if len(shards) > 1:
         raise ValueError(
-            "a vocabulary can be spread over one dimension of a mesh; got a DTensor with placements "
+            "a vocabulary can be sharded over only one dimension of a mesh; got a DTensor with placements "
             f"{value.placements}"
         )
     return value.device_mesh.get_group(shards[0]) if shards else None
@@ -250,7 +250,7 @@ def sequence_of(hidden: Any, group: Any, sequence_dim: int | None) -> Sequence |
         )
     if is_dtensor(hidden) or not isinstance(hidden, Tensor):
         raise ValueError(
-            "sequence_dim is for hidden states that are a plain tensor; a DTensor's placements already say it"
+            "sequence_dim is for hidden states in a plain tensor; the placements of a DTensor contain this already"
         )
     sequence_dim = check_int("sequence_dim", sequence_dim)
     rows = hidden.dim() - 1

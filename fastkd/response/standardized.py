@@ -99,7 +99,7 @@ def standardized_kd_loss(
         )
     if teacher.requires_grad and torch.is_grad_enabled() and chosen.degree is None:
         raise ValueError(
-            f"teacher requires grad, and the divergence {chosen.name!r} does not say its degree; detach the teacher"
+            f"teacher requires grad, and the divergence {chosen.name!r} has no degree; detach the teacher"
         )
     kernels, extra = kernels_of(call, student, teacher)
 

@@ -582,7 +582,7 @@ def test_a_compiled_call_raises_what_an_eager_one_does(backend: str) -> None:
         compiled(memory_budget=1000)
     with pytest.raises(Exception, match="chunk_size must be positive, got 0"):
         compiled(chunk_size=0)
-    with pytest.raises(ValueError, match="is one of logits"):
+    with pytest.raises(ValueError, match="compares logits"):
         compiled(divergence="squared_error")
     with pytest.raises(ValueError, match="logits_dtype must be torch.float32 or the dtype of"):
         compiled(logits_dtype=torch.bfloat16)
@@ -986,7 +986,7 @@ BAD: list[tuple[dict[str, Any], type[Exception], str]] = [
      f"student_weight has {V} columns, teacher.teachers[0] has {V} columns, teacher.teachers[1] has {V + 1} columns; "
      f"if the rest is padding of one tokenizer, pass vocab_size (at most {V}), the number of real tokens"),
     ({"teacher": fastkd.Ensemble([torch.ones(N, V)]), "divergence": "squared_error"}, ValueError,
-     "the divergence 'squared_error' is one of logits, and the arithmetic mean of an Ensemble is one of "
+     "the divergence 'squared_error' compares logits, and the arithmetic mean of an Ensemble is a mean of "
      "probabilities; use mean='geometric'"),
     ({"chunk_size": 0}, ValueError, "chunk_size must be positive, got 0"),
     ({"chunk_size": 2.0}, TypeError, "chunk_size must be an int or None, got float"),

@@ -420,8 +420,8 @@ def test_a_divergence_of_unknown_degree_refuses_a_teacher_gradient() -> None:
     with pytest.raises(ValueError) as error:
         kd_loss(student, teacher, divergence=custom, backend="reference")
     assert str(error.value) == (
-        "teacher requires grad, and the divergence 'chi_squared' does not say its degree of homogeneity, "
-        "from which the teacher's gradient follows; set Divergence(degree=...) or detach the teacher"
+        "teacher requires grad, and the divergence 'chi_squared' has no degree of homogeneity, "
+        "which the teacher's gradient needs; set Divergence(degree=...) or detach the teacher"
     )
     kd_loss(student, teacher.detach(), divergence=custom, backend="reference").backward()
     assert student.grad is not None and student.grad.abs().sum() > 0

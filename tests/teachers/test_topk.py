@@ -1947,7 +1947,7 @@ BUCKET_AT = (
 
 def _no_sum(name: str) -> str:
     return (
-        f"tail='renormalize_teacher' leaves probability 0 to all other tokens, where the divergence "
+        f"tail='renormalize_teacher' gives all other tokens probability 0, where the divergence "
         f"{name!r} is infinite or has no sum; use 'bucket', 'renormalize' or 'truncate'"
     )
 
@@ -1981,19 +1981,19 @@ REFUSED: list[tuple[dict[str, Any], type[Exception], str]] = [
     (
         {"divergence": "squared_error"},
         ValueError,
-        "the divergence 'squared_error' is one of logits, and a TopK has log-probabilities",
+        "the divergence 'squared_error' compares logits, and a TopK has log-probabilities",
     ),
     (
         {"teacher_logit_scale": 0.5},
         ValueError,
         "teacher_logit_scale and teacher_softcap are for logits, and a TopK has log-probabilities: "
-        "apply them before taking those",
+        "apply them before taking log-probabilities",
     ),
     (
         {"teacher_softcap": 5.0},
         ValueError,
         "teacher_logit_scale and teacher_softcap are for logits, and a TopK has log-probabilities: "
-        "apply them before taking those",
+        "apply them before taking log-probabilities",
     ),
     *(
         (

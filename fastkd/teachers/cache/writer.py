@@ -219,7 +219,7 @@ class CacheWriter:
         for name, value in values.items():
             if (value is not None) != (name == argument):
                 raise TypeError(
-                    f"a cache of kind {self.manifest.kind!r} takes {argument} alone; {name} was "
+                    f"a cache of kind {self.manifest.kind!r} takes only {argument}; {name} was "
                     f"{'missing' if value is None else 'given'}"
                 )
         _check_ids("input_ids", input_ids, 1)
