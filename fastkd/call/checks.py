@@ -1,6 +1,6 @@
-"""Validation: every argument of a loss is checked here, once for all of them, and named in the error.
+"""Validation of arguments, shared by all losses. Every error names the argument that is invalid.
 
-:func:`prepare` turns the options of a call into what backends take: Options, Rows and the number of counted rows.
+:func:`prepare` turns the options of a call into what a backend takes: Options and Rows.
 """
 
 from __future__ import annotations
@@ -43,11 +43,11 @@ class LossCall(NamedTuple):
 
     options: Options
     rows: Rows
-    counted: int | Tensor  # the number of counted rows
+    counted: int | Tensor  # how many rows are counted
     backend: str
-    summed: bool  # whether the loss is one number
-    # Only while a graph is compiled: the numbers in whose place the options hold stand-ins. settled() checks them when
-    # the graph runs.
+    summed: bool  # whether the loss is one number, not one per row
+    # While a graph is compiled: the numbers for which the options hold stand-ins; settled() checks them when the graph
+    # runs. Otherwise None.
     numbers: Numbers | None = None
 
 
@@ -67,16 +67,16 @@ def prepare(
     backend: str = "auto",
     **scalars: Any,
 ) -> LossCall:
-    """The validated call for rows of shape lead on the device.
+    """Check the options of a call, and return them with the tensors of its rows.
 
     Args:
         lead: the leading shape of the logits.
-        device: where the logits are.
-        row_dtype: dtype of the losses.
-        vocabulary: the number of columns that count. None if other processes have columns too; :func:`check_values`
-            is then called once all are known.
+        device: the device of the logits.
+        row_dtype: the dtype of the losses.
+        vocabulary: the number of columns, without padding. None if other processes have columns too; the caller then
+            calls :func:`check_values` once the number of all columns is known.
         labels: as in kd_loss.
-        teacher: a TopK drops rows.
+        teacher: the teacher, which matters here only if it is a TopK with rows that list no token.
         divergence: as in kd_loss.
         mask: as in kd_loss.
         weight: as in kd_loss.
@@ -134,19 +134,19 @@ def prepare(
 def _with_teacher(
     mask: Tensor | None, teacher: TopK, alpha: float | None, numbers: Numbers | None
 ) -> Tensor | None:
-    """The mask without the rows that have neither a teacher token nor a cross-entropy; alpha: None without labels."""
-    named = (teacher.ids != -1).any(-1)
-    if alpha is not None and numbers is not None:  # alpha is a stand-in
-        named = named | (as_tensor(numbers.scalars["alpha"]) < 1.0)
+    """The mask without rows that have no teacher token and no cross-entropy; alpha is None if there are no labels."""
+    has_loss = (teacher.ids != -1).any(-1)
+    if alpha is not None and numbers is not None:  # the options hold a stand-in for alpha
+        has_loss = has_loss | (as_tensor(numbers.scalars["alpha"]) < 1.0)
     elif alpha is not None and alpha < 1.0:
         return mask
-    return named if mask is None else mask & named
+    return has_loss if mask is None else mask & has_loss
 
 
 def settled(
     divergence: Divergence, vocab_size: int, tail: str, numbers: Numbers, rows: Rows
 ) -> Options:
-    """The options of a compiled call once its numbers are known; numbers and rows are checked as in eager mode."""
+    """The options of a compiled call, once its numbers are known; checks numbers and rows as in eager mode."""
     labels = None if rows.labels is None else torch.zeros((), dtype=torch.int64)
     scalars: dict[str, Any] = numbers.scalars
     call = prepare(
@@ -187,19 +187,18 @@ def _check_apart(divergence: Divergence, labels: Tensor | None, vocabulary: int 
 
 
 def check_values(rows: Rows, options: Options) -> None:
-    """The checks that wait for the device, under FASTKD_CHECK=1; rows that are dropped may hold anything."""
+    """Under FASTKD_CHECK=1, check the values of all rows but dropped ones; this waits for the device."""
     if not checking():
         return
     read = counted_rows(rows, options.ignore_index)
     if rows.ids is not None:
         _check_ids(rows.ids, options.vocabulary, read)
-    given = (rows.labels, rows.temperature, rows.teacher_temperature)
     if read is None:
-        lead = next((value.shape for value in given if value is not None), None)
-        if lead is None:
+        candidates = (rows.labels, rows.temperature, rows.teacher_temperature)
+        per_row = next((values for values in candidates if values is not None), None)
+        if per_row is None:
             return
-        device = next(value.device for value in given if value is not None)
-        read = torch.ones(lead, dtype=torch.bool, device=device)
+        read = torch.ones(per_row.shape, dtype=torch.bool, device=per_row.device)
     if rows.labels is not None and options.reads_labels:
         labels, vocabulary = rows.labels, options.vocabulary
         bad = ((labels < 0) | (labels >= vocabulary)) & read
@@ -222,35 +221,36 @@ def check_values(rows: Rows, options: Options) -> None:
 
 
 def checking() -> bool:
-    """Whether values are checked that only the device knows."""
+    """Whether values that only the device knows are checked (FASTKD_CHECK=1)."""
     return os.environ.get("FASTKD_CHECK") == "1"
 
 
 def is_dtensor(value: object) -> bool:
-    """Without importing what defines them."""
+    """Whether the value is a DTensor; does not import the module that defines DTensor."""
     module = sys.modules.get("torch.distributed.tensor")
     return module is not None and isinstance(value, module.DTensor)
 
 
 def check_flags(**flags: bool) -> None:
-    """Raise unless each is True or False."""
+    """Raise unless each flag is True or False."""
     for argument, flag in flags.items():
         check_flag(argument, flag)
 
 
 def _received(value: object) -> str:
+    """The value as an error describes it."""
     return f"{tuple(value.shape)} {value.dtype}" if isinstance(value, Tensor) else repr(value)
 
 
 def check_logits(argument: str, logits: object, shard: bool = False) -> Tensor:
-    """Raise unless it is a dense tensor [..., V] of a dtype that losses take; a shard may have no column."""
+    """Raise unless logits is a dense tensor [..., V] of a supported dtype; a shard may have no column."""
     checked = check_columns(argument, logits, shard)
     check_readable(argument, checked)
     return checked
 
 
 def check_columns(argument: str, logits: object, shard: bool = False) -> Tensor:
-    """Like :func:`check_logits`, where other checks come before that of what the memory holds."""
+    """Like :func:`check_logits`, but without the check of the memory, which the caller makes after other checks."""
     if not isinstance(logits, Tensor):
         raise TypeError(f"{argument} must be a tensor of logits, got {type(logits).__name__}")
     check_dense(argument, logits)
@@ -262,14 +262,16 @@ def check_columns(argument: str, logits: object, shard: bool = False) -> Tensor:
 
 
 def check_student_head(hidden: object, weight: object, bias: object) -> None:
-    """Raise unless student_hidden [..., H], student_weight [V, H] and student_bias [V] go together."""
+    """Raise unless student_hidden [..., H], student_weight [V, H] and student_bias [V] are tensors that match."""
     for argument, value in (("hidden", hidden), ("weight", weight), ("bias", bias)):
         if argument == "bias" and value is None:
             continue
         if not isinstance(value, Tensor):
             raise TypeError(f"student_{argument} must be a tensor, got {type(value).__name__}")
         check_dense(f"student_{argument}", value)
-        if argument == "hidden":  # the others are compared with its device first
+        if (
+            argument == "hidden"
+        ):  # the others are checked below, after their device is compared with that of hidden
             check_readable("student_hidden", value)
     check_linear("student_", hidden, weight, bias)  # type: ignore[arg-type]  # checked above
     for argument, value in (("weight", weight), ("bias", bias)):
@@ -278,7 +280,7 @@ def check_student_head(hidden: object, weight: object, bias: object) -> None:
 
 
 def check_dense(argument: str, value: Tensor) -> None:
-    """Raise unless it is dense and of a dtype that losses take."""
+    """Raise unless the tensor is dense and of a supported dtype."""
     if value.dtype not in LOGIT_DTYPES:
         raise TypeError(
             f"{argument} must be float32, bfloat16, float16 or float64, got {value.dtype}"
@@ -289,7 +291,7 @@ def check_dense(argument: str, value: Tensor) -> None:
 def check_teacher(
     teacher: object, student: str, lead: torch.Size, device: torch.device, shard: bool = False
 ) -> Teacher:
-    """Raise unless it is a teacher for rows of that leading shape; student names the argument that has it."""
+    """Raise unless teacher is a teacher for rows of shape lead, which is that of the argument that student names."""
     if not isinstance(teacher, (Tensor, TopK, LinearTeacher, Ensemble)):
         raise TypeError(
             "teacher must be a tensor of logits, a fastkd.TopK, a fastkd.LinearTeacher or a fastkd.Ensemble; "
@@ -298,7 +300,7 @@ def check_teacher(
     if isinstance(teacher, Tensor):
         check_columns("teacher", teacher, shard)
     constants: list[tuple[str, Tensor | None]] = []
-    leading: list[tuple[str, Tensor]] = []  # what has the rows
+    leading: list[tuple[str, Tensor]] = []  # the tensors whose leading shape must be lead
 
     def visit(name: str, part: Tensor | TopK | LinearTeacher) -> None:
         if isinstance(part, Tensor):
@@ -342,7 +344,7 @@ def check_teacher(
 
 
 def teacher_widths(teacher: Teacher) -> dict[str, int]:
-    """The vocabulary of every dense part of a teacher; a TopK has none of its own."""
+    """The number of columns of each dense part of a teacher, by argument name; a TopK has none."""
     if isinstance(teacher, Tensor):
         return {"teacher": teacher.shape[-1]}
     if isinstance(teacher, LinearTeacher):
@@ -356,9 +358,9 @@ def teacher_widths(teacher: Teacher) -> dict[str, int]:
 
 
 def check_vocabulary(vocab_size: int | None, widths: dict[str, int]) -> int:
-    """The number of columns that count, from the width of each argument."""
+    """The number of columns without padding, given the width of each argument."""
     vocab_size = plain(vocab_size)
-    narrower = min(widths.values())
+    narrowest = min(widths.values())
     for name, width in widths.items():
         if not width:
             raise ValueError(f"{name} must have a vocabulary, and has no column")
@@ -366,21 +368,21 @@ def check_vocabulary(vocab_size: int | None, widths: dict[str, int]) -> int:
         if len(set(widths.values())) > 1:
             listed = ", ".join(f"{name} has {width} columns" for name, width in widths.items())
             raise ValueError(
-                f"{listed}; if the rest is padding of one tokenizer, pass vocab_size (at most {narrower}), "
+                f"{listed}; if the rest is padding of one tokenizer, pass vocab_size (at most {narrowest}), "
                 "the number of real tokens"
             )
-        vocab_size = narrower
+        vocab_size = narrowest
     elif type(vocab_size) is not int:
         raise TypeError(f"vocab_size must be an int, got {type(vocab_size).__name__}")
-    if not 1 <= vocab_size <= narrower:
+    if not 1 <= vocab_size <= narrowest:
         raise ValueError(
-            f"vocab_size must be in [1, {narrower}], the narrowest of the widths; got {vocab_size}"
+            f"vocab_size must be in [1, {narrowest}], the narrowest of the widths; got {vocab_size}"
         )
     return vocab_size
 
 
 def with_topk(call: LossCall, teacher: TopK) -> LossCall:
-    """The call with a sparse teacher in it; its log-probabilities take the place of teacher logits."""
+    """The call with a sparse teacher, whose tokens are Rows.ids and whose log-probabilities replace teacher logits."""
     options, rows = call.options, call.rows
     divergence = options.divergence
     if not divergence.normalized:
@@ -403,19 +405,19 @@ def with_topk(call: LossCall, teacher: TopK) -> LossCall:
     ids = teacher.ids.to(torch.int64).contiguous()
     if checking() and options.vocabulary and numbers is None:
         _check_ids(ids, options.vocabulary, counted_rows(rows, options.ignore_index))
-    mass = teacher.tail_logprob
+    tail_logprob = teacher.tail_logprob
     rows = rows._replace(
         teacher_temperature=None if temperatures is None else temperatures / teacher.temperature,
         ids=ids,
         tail_logprob=None
-        if mass is None or teacher.tail != "bucket"
-        else mass.detach().contiguous(),
+        if tail_logprob is None or teacher.tail != "bucket"
+        else tail_logprob.detach().contiguous(),
     )
     return call._replace(options=options, rows=rows, numbers=numbers)
 
 
 def _at_temperature(options: Options, tail: str, taken_at: float, per_row: bool) -> Options:
-    """The options for log-probabilities that were taken at that temperature; per_row: temperatures are rows' own."""
+    """The options for log-probabilities taken at temperature taken_at. per_row: each row has its own temperature."""
     divergence = options.divergence
     if options.teacher_logit_scale != 1 or options.teacher_softcap:
         raise ValueError(
@@ -428,9 +430,9 @@ def _at_temperature(options: Options, tail: str, taken_at: float, per_row: bool)
             f"{divergence.name!r} is infinite or has no sum; use 'bucket', 'renormalize' or 'truncate'"
         )
     if tail in ("bucket", "truncate") and (per_row or options.teacher_temperature != taken_at):
-        asked = "one a row" if per_row else options.teacher_temperature
+        requested = "one a row" if per_row else options.teacher_temperature
         raise ValueError(
-            f"teacher_temperature is {asked}, and teacher.logprobs were taken at {taken_at}: "
+            f"teacher_temperature is {requested}, and teacher.logprobs were taken at {taken_at}: "
             f"tail={tail!r} needs the mass of the tail at the temperature of the loss. Take the "
             "log-probabilities at it (TopK.from_logits(..., temperature=)), pass teacher_temperature, or use "
             "tail='renormalize' or 'renormalize_teacher'"
@@ -439,92 +441,95 @@ def _at_temperature(options: Options, tail: str, taken_at: float, per_row: bool)
 
 
 def with_tail(call: LossCall, teacher: TopK, dtype: torch.dtype) -> tuple[LossCall, Tensor]:
-    """(the call with the mass of the other tokens in it, the log-probabilities); dtype is that of losses.
+    """(the call with the mass of the other tokens in Rows.tail_logprob, the log-probabilities).
 
-    Where processes share the vocabulary, its size is known by now. A row without a distribution becomes NaN by ids that
-    are none: one with NaN, with probabilities of a sum above MOST, or with nothing but -inf where the sum divides.
+    The size of the whole vocabulary must be known. In some rows the log-probabilities define no distribution: they
+    contain NaN, their probabilities sum to more than MOST, or all of them are -inf and have to be renormalized. Such
+    rows get invalid ids, which make their loss NaN. dtype is the dtype of losses.
     """
     options, rows = call.options, call.rows
-    ids, logprobs, mass = rows.ids, teacher.logprobs.detach(), rows.tail_logprob
+    ids, logprobs, tail_logprob = rows.ids, teacher.logprobs.detach(), rows.tail_logprob
     assert ids is not None
     if checking():
         _check_logprobs(logprobs, rows, options)
     if teacher.renormalizes:
         highest = logprobs.masked_fill(ids < 0, -math.inf).amax(-1)
-        right = (highest.abs() < math.inf) | (ids == -1).all(-1)
+        valid = (highest.abs() < math.inf) | (ids == -1).all(-1)
     else:
-        total, rest = masses(ids, logprobs)
+        total, tail_mass = masses(ids, logprobs)
         if teacher.tail == "bucket":
-            if mass is None:
-                mass = rest.log()
+            if tail_logprob is None:
+                tail_logprob = tail_mass.log()
             else:
-                mass = mass.to(torch.float64).masked_fill((ids == -1).all(-1), 0.0)
-                total = total + mass.exp()
-            if ids.shape[-1] >= options.vocabulary:  # then there may be no other token
-                every = (ids >= 0).sum(-1) == options.vocabulary
-                mass = mass.masked_fill(every, -math.inf)
-            mass = mass.to(dtype).contiguous()
-        right = total <= MOST
-    ids = ids.masked_fill(~right.unsqueeze(-1), -2)
-    return call._replace(rows=rows._replace(ids=ids, tail_logprob=mass)), logprobs
+                tail_logprob = tail_logprob.to(torch.float64)
+                tail_logprob = tail_logprob.masked_fill((ids == -1).all(-1), 0.0)
+                total = total + tail_logprob.exp()
+            if ids.shape[-1] >= options.vocabulary:  # a row may list every token
+                lists_all = (ids >= 0).sum(-1) == options.vocabulary
+                tail_logprob = tail_logprob.masked_fill(lists_all, -math.inf)
+            tail_logprob = tail_logprob.to(dtype).contiguous()
+        valid = total <= MOST
+    ids = ids.masked_fill(~valid.unsqueeze(-1), -2)
+    return call._replace(rows=rows._replace(ids=ids, tail_logprob=tail_logprob)), logprobs
 
 
 def _check_logprobs(logprobs: Tensor, rows: Rows, options: Options) -> None:
-    """Raise unless the counted rows have log-probabilities, or, where these are renormalised, logarithms of weights."""
+    """Raise unless counted rows have log-probabilities or, if they are renormalized, logarithms of finite weights."""
     assert rows.ids is not None
-    names, given = rows.ids != -1, "teacher.logprobs"
-    logprobs = logprobs.to(torch.float64).masked_fill(~names, -math.inf)
+    is_token, names = rows.ids != -1, "teacher.logprobs"
+    logprobs = logprobs.to(torch.float64).masked_fill(~is_token, -math.inf)
     if rows.tail_logprob is not None:
-        given = "teacher.logprobs and teacher.tail_logprob"
+        names = "teacher.logprobs and teacher.tail_logprob"
         logprobs = torch.cat([logprobs, rows.tail_logprob.to(logprobs.dtype).unsqueeze(-1)], -1)
-    read, counted = names.any(-1), counted_rows(rows, options.ignore_index)
+    read, counted = is_token.any(-1), counted_rows(rows, options.ignore_index)
     if counted is not None:
         read = read & counted
     highest, total = logprobs.amax(-1), logprobs.exp().sum(-1)
 
-    def first(bad: Tensor) -> int | None:
+    def first_row(bad: Tensor) -> int | None:
         bad = (bad & read).flatten()
         return int(bad.nonzero()[0]) if bad.any() else None
 
-    row = first(~(highest < math.inf))
+    row = first_row(~(highest < math.inf))
     if row is not None:
         raise ValueError(
-            f"{given} must not be NaN or infinity where ids are not -1; row {row} has some"
+            f"{names} must not be NaN or infinity where ids are not -1; row {row} has some"
         )
     absolute = options.tail in ("bucket", "truncate")
-    row = first(total > MOST) if absolute else None
+    row = first_row(total > MOST) if absolute else None
     if row is not None:
         raise ValueError(
-            f"{given} must be natural logarithms of probabilities, with a sum of 1 at most; those of row {row} sum to "
+            f"{names} must be natural logarithms of probabilities, with a sum of 1 at most; those of row {row} sum to "
             f"{float(total.flatten()[row]):.4g}. Take log_softmax over the whole vocabulary before the K tokens, "
             "or use tail='renormalize'"
         )
-    row = first(highest == -math.inf) if rows.tail_logprob is not None or not absolute else None
+    row = first_row(highest == -math.inf) if rows.tail_logprob is not None or not absolute else None
     if row is not None:
         raise ValueError(
-            f"{given} must not all be -inf in a row; those of row {row} are. "
+            f"{names} must not all be -inf in a row; those of row {row} are. "
             "Set its ids to -1 where there is no teacher"
         )
 
 
 def _check_ids(ids: Tensor, vocabulary: int, counted: Tensor | None) -> None:
+    """Raise unless the ids of each counted row are distinct tokens, or -1."""
     if counted is not None:
-        ids = ids.masked_fill(~counted.unsqueeze(-1), -1)  # rows that are dropped may hold anything
+        ids = ids.masked_fill(~counted.unsqueeze(-1), -1)  # dropped rows may hold any ids
     bad = ((ids < -1) | (ids >= vocabulary)).any(-1)
     if bad.any():
         row = int(bad.flatten().nonzero()[0])
         raise ValueError(
             f"teacher.ids must be in [0, {vocabulary}), or -1 for padding; row {row} has others"
         )
-    ordered = ids.sort(-1).values
-    twice = ((ordered[..., 1:] == ordered[..., :-1]) & (ordered[..., 1:] >= 0)).any(-1)
-    if twice.any():
-        row = int(twice.flatten().nonzero()[0])
+    sorted_ids = ids.sort(-1).values
+    repeats = ((sorted_ids[..., 1:] == sorted_ids[..., :-1]) & (sorted_ids[..., 1:] >= 0)).any(-1)
+    if repeats.any():
+        row = int(repeats.flatten().nonzero()[0])
         raise ValueError(f"teacher.ids must be distinct within a row; row {row} repeats some")
 
 
 def check_alike(argument: str, value: Tensor, other: str, like: Tensor, remedy: str = "") -> None:
-    """Raise unless the value has the shape, and is on the device, of the tensor that `other` names."""
+    """Raise unless value has the shape and the device of the tensor `like`, whose argument name is `other`."""
     if value.shape != like.shape:
         raise ValueError(
             f"{argument} must have the shape of {other}, {tuple(like.shape)}; got {tuple(value.shape)}{remedy}"
@@ -536,7 +541,7 @@ def check_alike(argument: str, value: Tensor, other: str, like: Tensor, remedy: 
 
 
 def check_mask(mask: object, other: str, like: Tensor) -> None:
-    """Raise unless it is a bool tensor with the shape, and on the device, of the tensor that `other` names."""
+    """Raise unless mask is a bool tensor with the shape and the device of `like`, whose argument name is `other`."""
     if not isinstance(mask, Tensor):
         raise TypeError(f"mask must be a tensor, got {type(mask).__name__}")
     if mask.dtype != torch.bool:
@@ -547,10 +552,10 @@ def check_mask(mask: object, other: str, like: Tensor) -> None:
 def check_pair(
     argument: str, value: Tensor, other: str, like: Tensor, remedy: str, *, lowest: int = 1
 ) -> None:
-    """Raise unless both are floating-point tensors of one shape, on one device, with at least so many dimensions.
+    """Raise unless both tensors are floating-point, of one shape, on one device, with at least `lowest` dimensions.
 
-    For adapters, whose stacks have no option such as vocab_size: remedy says what a caller of the stack can do about
-    vocabularies of two widths.
+    Adapters use this function, because the libraries that they adapt have no vocab_size option. remedy tells the
+    caller what to do if the two vocabularies differ in width.
     """
     for name, tensor in ((other, like), (argument, value)):
         if not isinstance(tensor, Tensor):
@@ -562,14 +567,14 @@ def check_pair(
                 f"{name} must have at least {lowest} dimension{'s' if lowest > 1 else ''}, the last of them the "
                 f"vocabulary; got {tuple(tensor.shape)}"
             )
-    widths = value.shape[-1:] != like.shape[-1:] and value.shape[:-1] == like.shape[:-1]
-    check_alike(argument, value, other, like, f". {remedy}" if widths else "")
+    only_width_differs = value.shape[-1:] != like.shape[-1:] and value.shape[:-1] == like.shape[:-1]
+    check_alike(argument, value, other, like, f". {remedy}" if only_width_differs else "")
 
 
 def check_per_row(
     argument: str, value: Tensor | None, rows: torch.Size, dtype: torch.dtype | None = torch.int64
 ) -> None:
-    """Raise unless it is None or has one value for each row, of this dtype where one is given; for adapters' labels."""
+    """Raise unless value is None, or has one element per row and this dtype (None: any). For labels in adapters."""
     if value is None:
         return
     if not isinstance(value, Tensor):
@@ -583,7 +588,7 @@ def check_per_row(
 
 
 def check_side(hidden_name: str, hidden: Tensor, weight_name: str, weight: Tensor) -> None:
-    """Raise unless hidden states [..., H] and a head [V, H] go together; for adapters, which name them otherwise."""
+    """Raise unless hidden states [..., H] and a head [V, H] match. Adapters pass the names of their own arguments."""
     for name, tensor in ((hidden_name, hidden), (weight_name, weight)):
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
@@ -598,7 +603,7 @@ def check_side(hidden_name: str, hidden: Tensor, weight_name: str, weight: Tenso
 
 
 def check_choice(argument: str, value: object, allowed: Sequence[object]) -> None:
-    """Raise unless the value is one of those allowed."""
+    """Raise unless the value is one of the allowed ones."""
     if isinstance(value, (Tensor, bool)) or value not in allowed:
         listed = ", ".join(map(str, allowed))
         raise ValueError(f"{argument} must be one of {listed}; got {value!r}")
@@ -607,7 +612,7 @@ def check_choice(argument: str, value: object, allowed: Sequence[object]) -> Non
 def _row_temperatures(
     argument: str, value: Tensor, lead: torch.Size, device: torch.device
 ) -> Tensor:
-    """Temperatures [...] in float32; a 0-dim tensor applies to all rows."""
+    """One temperature per row, [...], in float32; a 0-dim tensor applies to all rows."""
     if value.dim() == 0 and value.device.type == "cpu":
         value = value.to(device, non_blocking=True)
     value = value.expand(lead) if value.dim() == 0 else value
@@ -622,7 +627,7 @@ def check_rows(
     device: torch.device,
     dtypes: tuple[torch.dtype, ...],
 ) -> None:
-    """Raise unless it is a tensor of one of these dtypes with one value a row, on the device, without a gradient."""
+    """Raise unless value has one element per row, one of these dtypes and this device, and requires no gradient."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{argument} must be a tensor, got {type(value).__name__}")
     if value.dtype not in dtypes:
@@ -649,11 +654,11 @@ def _weights(
     weight: Tensor | None,
     dtype: torch.dtype,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """(which rows are counted, weight of each row with 0 where mask drops it); None: all rows, weight 1."""
+    """(which rows are counted, their weights, with 0 where mask drops a row); None: all rows, and weight 1."""
     counted = None if labels is None else labels != ignore_index
     if mask is not None:
         counted = mask if counted is None else counted & mask
-        # where and not a product: the weight of a dropped row may be anything.
+        # torch.where, not a product: the weight of a dropped row may be NaN or infinite.
         weight = torch.where(mask, 1.0 if weight is None else weight, 0.0)
     return counted, None if weight is None else weight.to(dtype).contiguous()
 
@@ -666,7 +671,7 @@ def _denominator(
     device: torch.device,
     dtype: torch.dtype,
 ) -> int | float | Tensor:
-    """What the summed loss is divided by: a number, or a 0-dim tensor where only the device knows it."""
+    """The denominator of the summed loss: a number, or a 0-dim tensor if only the device knows it."""
     if num_items is not None:
         items = plain(num_items)
         if isinstance(items, Tensor):
@@ -684,7 +689,9 @@ def _denominator(
                     "num_items requires grad, and kd_loss has no gradient for it; detach it"
                 )
             items = items.reshape(()).to(device, dtype, non_blocking=True)
-            return torch.where(items == 0, 1.0, items)  # 0: no row counts anywhere, so 0 / 1
+            return torch.where(
+                items == 0, 1.0, items
+            )  # 0 items: no row is counted, and the loss is 0 / 1
         if isinstance(items, bool) or not isinstance(items, (int, float)):
             raise TypeError(f"num_items must be a number or a tensor, got {type(items).__name__}")
         if not 0 < items < math.inf:
