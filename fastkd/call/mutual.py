@@ -1,9 +1,9 @@
-"""What a backend computes for mutual learning, where it has
+"""The contract of a backend for mutual learning, which it supports by having the function
 
     mutual_rows(logits, rows, options, wanted, parts) -> Result
 
-:mod:`fastkd.backends.mutual` is the plain reference, pair by pair. Kernels use that a sum over a student's peers is one
-over all students, so that a row costs a pass over each student's logits and not over each pair's.
+:mod:`fastkd.backends.mutual` is the reference, which computes each pair of students. The kernels turn the sum over a
+student's peers into a sum over all students, so that they read each student's logits once, not once per pair.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ PEERS = ("mean", "sum", "average")
 
 
 class Options(NamedTuple):
-    """What does not change from row to row."""
+    """The options that are the same for all rows."""
 
     temperature: float = 1.0
     peers: str = "mean"
@@ -29,19 +29,18 @@ class Options(NamedTuple):
 
 
 class Result(NamedTuple):
-    """Of M students: [M, ...] in the logits' leading shape, 0 in rows that are dropped."""
+    """Results of M students: [M, ...] with the logits' leading shape, 0 in dropped rows."""
 
     loss: Tensor
-    total: Tensor  # [M], scale times the sum of loss
-    gradients: tuple[
-        Tensor | None, ...
-    ]  # of loss times scale, in the shape of the logits; None: not wanted
+    total: Tensor  # [M]: scale times the sum of loss
+    # For each student, the gradient of scale * loss, in the shape of the logits; None if it is not wanted.
+    gradients: tuple[Tensor | None, ...]
     divergence: Tensor | None = None
     cross_entropy: Tensor | None = None
 
 
 def gradient_dtype(logits: torch.dtype) -> torch.dtype:
-    """Of a gradient that waits for its upstream factor: in float16 a loss scaler's would come too late."""
+    """The dtype of a saved gradient: float32 for float16 logits, where it would underflow before loss scaling."""
     return torch.float32 if logits == torch.float16 else logits
 
 
@@ -52,17 +51,20 @@ def outputs(
     empty: Callable[..., Tensor] = torch.empty,
     dtype: torch.dtype = torch.float32,
 ) -> Result:
-    """Fresh memory for what is wanted; dtype is that of losses."""
+    """New memory for the wanted outputs; dtype is the dtype of losses."""
     first = logits[0]
     shape = (len(logits), *first.shape[:-1])
 
-    def rows(of: Sequence[int] = shape) -> Tensor:
-        return torch.empty(of, dtype=dtype, device=first.device)
+    def per_row(size: Sequence[int] = shape) -> Tensor:
+        return torch.empty(size, dtype=dtype, device=first.device)
 
     gradients = tuple(
         empty(first.shape, dtype=gradient_dtype(first.dtype), device=first.device) if want else None
         for want in wanted
     )
     return Result(
-        rows(), rows(shape[:1]), gradients, *((rows(), rows()) if parts else (None, None))
+        per_row(),
+        per_row(shape[:1]),
+        gradients,
+        *((per_row(), per_row()) if parts else (None, None)),
     )
