@@ -1,11 +1,10 @@
-"""The table of the scalar options of kd_loss, and the types that state them: LossOptions, Options and Numbers.
+"""The table of the scalar options of kd_loss, and the types that hold options: LossOptions, Options and Numbers.
 
-A row of TABLE says everything that other code needs to know of an option. From the table come the checks of
-:func:`fastkd.call.checks.prepare`, the numbers that enter a compiled graph, the arguments of the native kernels
-(:mod:`fastkd.backends.native`), and the C++ struct that receives them: csrc/generate.py writes
-csrc/generated/options.h.
-LossOptions, Options and the signature of kd_loss stay written out, because people and type checkers read them;
-tests/project/test_options.py compares them with the table.
+A row of TABLE states everything that other code needs to know of an option. Four things are derived from the table: the
+checks of :func:`fastkd.call.checks.prepare`, the numbers that enter a compiled graph, the arguments of the native
+kernels (:mod:`fastkd.backends.native`), and the C++ struct that receives those arguments, which csrc/generate.py writes
+to csrc/generated/options.h. LossOptions, Options and the signature of kd_loss are written by hand, because people and
+type checkers read them; tests/project/test_options.py compares them with the table.
 """
 
 from __future__ import annotations
@@ -73,17 +72,17 @@ class Scalar(NamedTuple):
     check: Callable[[str, Any], Any]
     # Type and field of the C++ struct, such as "double alpha"; "student.softcap" belongs to the struct of one side.
     cpp: str
-    # What is checked in place of the number while a graph is compiled, because the number may change from step to step
-    # without a new graph. None: the option is a constant of the graph.
+    # The value that is checked in place of the number while a graph is compiled, because the graph also runs with other
+    # numbers. None: the option is a constant of the graph.
     stand_in: float | None = None
 
 
 TABLE = (
-    # The stand-in 0.5 needs labels; without labels, prepare takes 1.
+    # The stand-in 0.5 requires labels; without labels, with_stand_ins uses 1.
     Scalar("alpha", 1.0, _fraction, "double alpha", stand_in=0.5),
     # Either temperature may also be a tensor with one value per row; Options then holds 1.
     Scalar("temperature", 1.0, _temperature, "double student.temperature", stand_in=1.0),
-    # None: the student's temperature.
+    # None: the temperature of the student.
     Scalar("teacher_temperature", None, _temperature, "double teacher.temperature", stand_in=1.0),
     Scalar("scale_by_temperature", True, check_flag, "bool scale_by_temperature"),
     Scalar("label_smoothing", 0.0, _fraction_below_1, "double label_smoothing", stand_in=0.0),
@@ -119,12 +118,13 @@ class LossOptions(TypedDict, total=False):
 
 
 class Shard(NamedTuple):
-    """The columns that this process has of a vocabulary that several share."""
+    """The columns of this process, where several processes share the vocabulary."""
 
-    first: int  # of all columns that count, the first that is here; Options.vocab_size says how many are
-    total: int  # columns that count, of all processes together
-    widest: int  # columns of the widest shard, padding included
-    rank: int  # of this process in the group
+    # The first column of this process. Options.vocab_size says how many columns the process has, without padding.
+    first: int
+    total: int  # the number of columns of all processes together, without padding
+    widest: int  # the number of columns of the widest shard, with padding
+    rank: int  # the rank of this process in the group
     group: Any  # torch.distributed.ProcessGroup
 
 
@@ -132,7 +132,7 @@ class Options(NamedTuple):
     """The options of a call that are the same for all rows: validated, hashable, without tensors."""
 
     divergence: Divergence
-    # The rows of TABLE.
+    # The options of TABLE.
     alpha: float = 1.0
     temperature: float = 1.0  # where Rows.temperature is None
     teacher_temperature: float = 1.0  # where Rows.teacher_temperature is None
@@ -143,34 +143,35 @@ class Options(NamedTuple):
     softcap: float = 0.0  # 0: none
     teacher_logit_scale: float = 1.0
     teacher_softcap: float = 0.0
-    # What a call decides.
+    # The number of columns of this process, without padding; 0 until it is known.
     vocab_size: int = 0
     scale: float = 1.0  # multiplies the total and every gradient
-    # The tail of fastkd.TopK; the teacher tensor then holds log-probabilities, and Rows.ids their tokens.
+    # TopK.tail, or "" for a dense teacher. The tensor of a TopK holds log-probabilities, and Rows.ids their tokens.
     tail: str = ""
-    shard: Shard | None = None  # labels and Rows.ids name tokens of the whole vocabulary
+    # None: this process has all columns. With a shard, labels and Rows.ids still count tokens of the whole vocabulary.
+    shard: Shard | None = None
 
     @property
     def vocabulary(self) -> int:
-        """The number of columns that count, on all processes."""
+        """The number of columns of all processes together, without padding."""
         return self.vocab_size if self.shard is None else self.shard.total
 
     @property
     def reads_labels(self) -> bool:
-        """Whether labels do more than drop rows."""
+        """Whether the loss reads the labels, other than to drop rows."""
         return self.alpha < 1.0 or self.divergence.target is not None
 
     @property
     def first_column(self) -> int:
-        """The token of column 0."""
+        """The token that column 0 of this process stands for."""
         return 0 if self.shard is None else self.shard.first
 
 
 def completed(options: Mapping[str, Any]) -> dict[str, Any]:
-    """The value of every option of the table, in its order: the one passed, or the default.
+    """The value of every option, in the order of the table: the value passed, or the default.
 
     Raises:
-        TypeError: the table has no option of that name.
+        TypeError: an option is not in the table.
     """
     for name in options:
         if name not in OPTION_NAMES:
@@ -179,7 +180,7 @@ def completed(options: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def checked(values: Mapping[str, Any]) -> dict[str, Any]:
-    """The values as Options holds them; raises an error that names the option."""
+    """The values as Options holds them; if one is invalid, raises an error that names its option."""
     return {row.name: row.check(row.name, values[row.name]) for row in TABLE}
 
 
@@ -189,44 +190,45 @@ Number = int | float | None
 
 
 class Numbers(NamedTuple):
-    """The numbers of a call as they were passed. A compiled graph takes them as inputs, and checks them as it runs."""
+    """The numbers of a call as passed. A compiled graph takes them as inputs, and checks them when it runs."""
 
-    scalars: dict[str, Any]  # a Number for each name of the table; 1 in place of a tensor
+    scalars: dict[str, Any]  # by the name of the option, its Number; 1 if the option is a tensor
     num_items: int | float = 1.0  # the denominator of the loss; 1 if only the device knows it
     taken_at: float = 1.0  # TopK.temperature
 
     @classmethod
     def of(cls, num_items: int | float = 1.0, taken_at: float = 1.0, **scalars: Number) -> Numbers:
-        """The numbers of a call with these options, and the defaults of the others."""
+        """The numbers of a call that passes these options, with defaults for all others."""
         values = completed(scalars)
         if values["teacher_temperature"] is None:
             values["teacher_temperature"] = values["temperature"]
         return cls(values, num_items, taken_at)
 
     def flat(self) -> tuple[Number, ...]:
-        """All numbers, in one order; :meth:`from_flat` is the inverse."""
+        """All numbers, in a fixed order; :meth:`from_flat` is the inverse."""
         return (*self.scalars.values(), self.num_items, self.taken_at)
 
     @classmethod
     def from_flat(cls, numbers: list[Any]) -> Numbers:
-        """The Numbers whose :meth:`flat` these are."""
+        """The Numbers for which :meth:`flat` returned these values."""
         return cls(dict(zip(OPTION_NAMES, numbers, strict=False)), *numbers[len(OPTION_NAMES) :])
 
 
-COUNT = len(OPTION_NAMES) + len(Numbers._fields) - 1  # of the numbers in Numbers.flat
+# How many numbers Numbers.flat returns.
+COUNT = len(OPTION_NAMES) + len(Numbers._fields) - 1
 
 
 def is_number(value: object) -> bool:
-    """Whether the value is a Python number, or a symbol that stands for one in a graph; no bool."""
+    """Whether the value is a Python number other than a bool, or a symbol for one in a graph."""
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def with_stand_ins(
     values: dict[str, Any], num_items: Any, labels: Tensor | None
 ) -> tuple[Numbers, dict[str, Any], Any]:
-    """(the numbers of a call that is being compiled, the options and num_items that are checked in their place).
+    """(the numbers of a call that is being compiled, the options with stand-ins, num_items or its stand-in).
 
-    A graph that may run with other numbers must not depend on their values, so nothing here reads one.
+    The graph may run again with other numbers, so this function never reads the value of a number.
     """
     numbers = Numbers(
         {
@@ -251,13 +253,14 @@ def with_stand_ins(
 
 
 def _as_input(value: Any) -> Any:
+    """The value if it is a number, else 1."""
     return value if is_number(value) else 1.0
 
 
 def as_tensor(number: float) -> Tensor:
-    """The number as a 0-dim float64 tensor on the CPU, which a graph may compare.
+    """The number as a 0-dim float64 tensor on the CPU, which a graph can compare.
 
-    torch's compiler makes the factor of a product with a tensor an input of the graph. Other ways of making a tensor of
-    a number (torch.tensor, torch.full) would make it a constant.
+    If a number is multiplied by a tensor, torch's compiler makes the number an input of the graph. torch.tensor and
+    torch.full would make it a constant.
     """
     return torch.ones((), dtype=torch.float64, device="cpu") * number
