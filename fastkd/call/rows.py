@@ -1,4 +1,4 @@
-"""Some rows of a tensor [..., columns], by number; and the chunks in which a loss processes the rows that count."""
+"""Functions that read and write some rows of a tensor [..., columns], and the chunks in which a loss processes rows."""
 
 from __future__ import annotations
 
@@ -10,54 +10,56 @@ from torch import Tensor
 
 from fastkd.call.contract import Rows, counted_rows
 
-At = slice | Tensor  # rows: a range, or their numbers
+# Selects rows, counted over all leading dimensions: a range of them, or a tensor of their indices.
+At = slice | Tensor
 
 
 def _flat(tensor: Tensor, lead: torch.Size) -> Tensor | None:
-    """The tensor as [rows, ...], where that needs no copy."""
+    """A view of the tensor as [rows, ...]; None if that would need a copy."""
     try:
         return tensor.view(lead.numel(), *tensor.shape[len(lead) :])
     except RuntimeError:
         return None
 
 
-def _numbers(at: At, lead: torch.Size, device: torch.device) -> tuple[Tensor, ...]:
-    if isinstance(at, slice):
-        at = torch.arange(at.start, at.stop, device=device)
-    return torch.unravel_index(at, lead)
+def _numbers(indices: At, lead: torch.Size, device: torch.device) -> tuple[Tensor, ...]:
+    """The indices of these rows in each leading dimension."""
+    if isinstance(indices, slice):
+        indices = torch.arange(indices.start, indices.stop, device=device)
+    return torch.unravel_index(indices, lead)
 
 
-def take(tensor: Tensor, lead: torch.Size, at: At) -> Tensor:
-    """[C, ...]: these rows of a tensor [*lead, ...]; a view where that is possible."""
+def take(tensor: Tensor, lead: torch.Size, indices: At) -> Tensor:
+    """These rows, [C, ...], of a tensor [*lead, ...]; a view if possible."""
     flat = _flat(tensor, lead)
-    return tensor[_numbers(at, lead, tensor.device)] if flat is None else flat[at]
+    return tensor[_numbers(indices, lead, tensor.device)] if flat is None else flat[indices]
 
 
-def put(tensor: Tensor, lead: torch.Size, at: At, values: Tensor) -> None:
-    """Write these rows."""
+def put(tensor: Tensor, lead: torch.Size, indices: At, values: Tensor) -> None:
+    """Write values [C, ...] to these rows of a tensor [*lead, ...]."""
     flat = _flat(tensor, lead)
     if flat is None:
-        tensor[_numbers(at, lead, tensor.device)] = values
+        tensor[_numbers(indices, lead, tensor.device)] = values
     else:
-        flat[at] = values
+        flat[indices] = values
 
 
-def rows_at(rows: Rows, lead: torch.Size, at: At) -> Rows:
-    """What these rows have of it."""
+def rows_at(rows: Rows, lead: torch.Size, indices: At) -> Rows:
+    """The Rows of a chunk: the values of these rows; scale, which is not per row, stays."""
 
     def pick(value: Tensor | None) -> Tensor | None:
-        return None if value is None else take(value, lead, at)
+        return None if value is None else take(value, lead, indices)
 
     return Rows(*map(pick, rows._replace(scale=None)))._replace(scale=rows.scale)
 
 
 @dataclass(frozen=True)
 class Chunks:
-    """The chunks of the rows that are processed; iterating gives the rows of each."""
+    """The chunks in which rows are processed; iterating over them yields the rows of each chunk."""
 
-    count: int  # of rows
-    size: int  # of a chunk, in rows; the last one may have fewer
-    numbers: Tensor | None  # of the rows; None: all rows are processed
+    count: int  # how many rows are processed
+    size: int  # rows per chunk; the last chunk may have fewer
+    numbers: Tensor | None  # the indices of the processed rows; None: all rows are processed
 
     @classmethod
     def of(
@@ -70,15 +72,15 @@ class Chunks:
         even: bool = False,
         drops: bool = True,
     ) -> Chunks:
-        """The chunks of at most `size` counted rows.
+        """Divide the counted rows into chunks of at most `size` rows.
 
         Args:
-            rows: say which rows count.
-            lead: the leading shape.
+            rows: the labels and weights, which tell which rows are counted.
+            lead: the leading shape of the logits.
             ignore_index: the label that drops a row.
-            size: of a chunk, at most.
-            even: make the last chunk as large as the others, as far as possible.
-            drops: remove dropped rows first, which waits for the device to count them. False: process all rows.
+            size: the largest number of rows per chunk.
+            even: make all chunks about equally large, instead of leaving a remainder to the last.
+            drops: remove dropped rows, for which the host waits until the device has counted them. False: process all.
         """
         counted = counted_rows(rows, ignore_index) if drops else None
         numbers = None if counted is None else counted.flatten().nonzero().squeeze(1)
