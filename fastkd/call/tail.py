@@ -1,39 +1,45 @@
-"""What a sparse teacher's log-probabilities say of the mass that is left to the other tokens."""
+"""An estimate of the probability mass that a sparse teacher leaves to the tokens that it does not list."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-# Probabilities whose sum is above this are none: rounding logarithms to one decimal makes 1.05 of 1.
+# Values with a sum above this are not probabilities. Rounding their logarithms to one decimal can make
+# 1.05 of a sum of 1.
 MOST = 1.1
 
 
 def masses(ids: Tensor, logprobs: Tensor) -> tuple[Tensor, Tensor]:
-    """(the sum of a row's p, an estimate of the mass m that is left to the other tokens), [...] each in float64.
+    """(the sum of each row's p, an estimate of the mass m of the other tokens), both [...] in float64.
 
-    A log-probability z is known to u |z|, with u half of its dtype's epsilon, and p to u |z| p; a z of 0 is the
-    logarithm of a 1, and known to the epsilon of that. Roundings are independent of each other, so that
+    A log-probability z has a rounding error of up to u |z|, where u is half the epsilon of its dtype, so p = exp z has
+    one of up to u |z| p. If z is 0, the error is that of rounding a probability near 1. The roundings are independent,
+    so the error of
 
-        d = 1 - sum p    is known to    s = sqrt(sum (u z p)^2)
+        d = 1 - sum p    is about    s = sqrt(sum (u z p)^2)
 
-    and m lies in [max(d - s, 0), max(d + s, 0)], or nearly. The estimate is the middle of that, d itself where d >= s:
+    and m lies, with few exceptions, in [max(d - s, 0), max(d + s, 0)]. The estimate is the middle of this interval,
+    which is d if d >= s:
 
         m = (max(d - s, 0) + max(d + s, -d / 4)) / 2
 
-    As m may be anything down to 0, no estimate bounds the error of log m. The middle is near the median of what m may
-    be, which makes the expected error of log m least. A sum above 1 by more than s was rounded by more than its dtype
-    does (to decimals, say), and its excess tells by how much: -d / 4 takes an eighth of it. No row has m = 0.
+    Since m may be arbitrarily near 0, no estimate bounds the error of log m. The middle is near the median of the
+    possible m, which minimizes the expected error of log m. A sum that exceeds 1 by more than s comes from a rounding
+    coarser than the dtype's (to decimals, say). Its excess -d measures that rounding, and m is an eighth of it. No row
+    has m = 0.
     """
     dtype = torch.finfo(logprobs.dtype)
     u = dtype.eps / 2
-    of_1 = min(u, torch.finfo(torch.float32).eps / 2)
-    # exp(-1e4) is 0 as well, and -inf would make 0 * inf.
+    error_of_1 = min(u, torch.finfo(torch.float32).eps / 2)
+    # -1e4 replaces -inf, which would give 0 * inf below; its exp is 0, too.
     z = torch.where(ids < 0, -1e4, logprobs).to(torch.float64).clamp_(min=-1e4)
     p = z.exp()
     total = p.sum(-1)
-    sure = z.amax(-1) > -dtype.tiny  # 0, or so near to it that the dtype has no digits left
+    near_1 = (
+        z.amax(-1) > -dtype.tiny
+    )  # some z is 0, or too near 0 to be a normal number of the dtype
     s = u * torch.linalg.vector_norm(z.mul_(p), dim=-1)
-    s = torch.where(sure, of_1, 2.0**-53) + s  # which the sum itself is rounded by
+    s = torch.where(near_1, error_of_1, 2.0**-53) + s  # 2^-53: the rounding error of the sum
     d = 1.0 - total
     return total, ((d - s).clamp(min=0.0) + torch.maximum(d + s, d / -4.0)) / 2.0
