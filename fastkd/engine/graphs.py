@@ -92,12 +92,12 @@ def described(divergence: Divergence) -> tuple[str, Sequence[Number]]:
     form, target = divergence.closed_form, divergence.target
     moments = (None,) * 3 if form is None else (form.forward, form.reverse, form.cross)
     target_weight = None if target is None else target.weight
-    function, form_of_target = (
+    function, target_form = (
         function_name(divergence.function),
         "" if target is None else target.form,
     )
     numbers = (divergence.degree, *moments, target_weight, *divergence.params)
-    return f"{function}|{form_of_target}|{int(divergence.normalized)}|{divergence.name}", numbers
+    return f"{function}|{target_form}|{int(divergence.normalized)}|{divergence.name}", numbers
 
 
 def from_description(description: str, numbers: Sequence[Any]) -> Divergence:
