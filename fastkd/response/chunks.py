@@ -1,4 +1,4 @@
-"""What the losses of the response share: their arguments, the loop over chunks of rows, and its differentiation."""
+"""What the losses of fastkd.response share: argument checks, the loop over chunks of rows, and its differentiation."""
 
 from __future__ import annotations
 
@@ -26,26 +26,28 @@ from fastkd.engine.gradients import Differentiable, Loss
 from fastkd.engine.graphs import Arguments
 from fastkd.engine.plan import REFERENCE_TEMPORARIES, RESPONSE_BUDGET, checked_sizes
 
-# [C, V] tensors of the dtype of losses that a chunk holds at once, at most; tests/losses/test_response.py measures it.
+# A chunk holds at most this many [C, V] tensors at once, in the dtype of losses; tests/losses/test_response.py measures
+# it.
 TEMPORARIES = 28
 
 
 class Outcome(NamedTuple):
-    """What a chunk of rows returns; the gradients are those of the loss times weight and scale."""
+    """The results of a chunk of rows. The gradients are those of scale * loss, where the loss includes the weight."""
 
     loss: Tensor
     student_gradient: Tensor | None = None
     teacher_gradient: Tensor | None = None
 
 
-Wanted = tuple[bool, bool]  # gradients: of the student, of the teacher
-# From (student, teacher, rows, options, what is wanted): the result of whole tensors, and of a chunk [C, V].
+# Whether the gradients are wanted: of the student, of the teacher.
+Wanted = tuple[bool, bool]
+# Functions that compute a loss for whole tensors [..., V], and for a chunk [C, V].
 Compute = Callable[[Tensor, Tensor, Rows, Options, Want], Result]
 ComputeChunk = Callable[[Tensor, Tensor, Rows, Options, Wanted], Outcome]
 
 
 def differentiable(student: Tensor, teacher: Tensor, call: LossCall, compute: Compute) -> Tensor:
-    """The loss of a validated call, from a function that computes it with its gradients."""
+    """The differentiable loss of a validated call, given a function that computes the loss and its gradients."""
     both = (student, teacher)
     wanted = [torch.is_grad_enabled() and x.requires_grad for x in both]
     half = [wants and x.dtype == torch.float16 for x, wants in zip(both, wanted, strict=True)]
@@ -63,7 +65,7 @@ def prepared(
     unequal: bool = False,
     **options: Any,
 ) -> tuple[Tensor, Tensor, LossCall]:
-    """The arguments that these losses share, checked. unequal: widths may differ, and vocab_size is not asked for."""
+    """Check the arguments that these losses share. unequal: the widths may differ without a vocab_size."""
     for name, value in (("student_logits", student), ("teacher", teacher)):
         if is_dtensor(value):
             raise TypeError(
@@ -82,20 +84,20 @@ def prepared(
 def chunk_rows(
     memory_budget: int | None, width: int, dtype: torch.dtype, device: torch.device, extra: int = 0
 ) -> int:
-    """The number of rows of that width per chunk; extra: other temporaries, of float32."""
+    """The number of rows of this width per chunk. extra: how many tensors a chunk holds besides TEMPORARIES."""
     _, memory_budget = checked_sizes(None, memory_budget)
-    a_row = width * (TEMPORARIES + extra) * dtype.itemsize
+    row_bytes = width * (TEMPORARIES + extra) * dtype.itemsize
     if memory_budget is None:
-        return max(RESPONSE_BUDGET.of(device.type) // a_row, 1)
-    if memory_budget < a_row:
+        return max(RESPONSE_BUDGET.of(device.type) // row_bytes, 1)
+    if memory_budget < row_bytes:
         raise ValueError(
-            f"memory_budget must be at least {a_row} bytes, which one row takes; got {memory_budget}"
+            f"memory_budget must be at least {row_bytes} bytes, which one row takes; got {memory_budget}"
         )
-    return memory_budget // a_row
+    return memory_budget // row_bytes
 
 
 def by_rows(size: int, of_chunk: ComputeChunk, columns: tuple[int, int]) -> Compute:
-    """The function for whole tensors from the one for a chunk; columns: how many count, of student and teacher."""
+    """Make a function for whole tensors from one for a chunk. columns: the columns to read of student and teacher."""
 
     def compute(
         student: Tensor, teacher: Tensor, rows: Rows, options: Options, want: Want
@@ -107,34 +109,36 @@ def by_rows(size: int, of_chunk: ComputeChunk, columns: tuple[int, int]) -> Comp
         )
         gradients = [blank(x, wants) for x, wants in zip((student, teacher), wanted, strict=True)]
 
-        def run(at: At) -> None:  # a function, so that nothing of a chunk outlives it
-            s, t = (take(x, lead, at) for x in logits)
-            outcome = of_chunk(s, t, rows_at(rows, lead, at), options, wanted)
-            put(loss, lead, at, outcome.loss)
-            for whole, part, width in zip(gradients, outcome[1:], columns, strict=True):
-                if whole is not None and part is not None:
-                    put(whole[..., :width], lead, at, part.to(whole.dtype))
+        def run(
+            indices: At,
+        ) -> None:  # a function, so that its local tensors are freed after each chunk
+            s, t = (take(x, lead, indices) for x in logits)
+            outcome = of_chunk(s, t, rows_at(rows, lead, indices), options, wanted)
+            put(loss, lead, indices, outcome.loss)
+            for gradient, of_rows, width in zip(gradients, outcome[1:], columns, strict=True):
+                if gradient is not None and of_rows is not None:
+                    put(gradient[..., :width], lead, indices, of_rows.to(gradient.dtype))
 
-        for at in Chunks.of(rows, lead, options.ignore_index, size):
-            run(at)
+        for indices in Chunks.of(rows, lead, options.ignore_index, size):
+            run(indices)
         return Result(loss, total_of(loss, rows, options), *gradients)
 
     return compute
 
 
 def blank(logits: Tensor, wanted: bool) -> Tensor | None:
-    """Contiguous zeros for a gradient: what is not written belongs to rows that are dropped, or to padding."""
+    """Contiguous zeros for a gradient, which stay where rows are dropped and in padding; None if it is not wanted."""
     return torch.zeros(logits.shape, dtype=logits.dtype, device=logits.device) if wanted else None
 
 
 def factors_of(
     rows: Rows, options: Options, dtype: torch.dtype
 ) -> tuple[Tensor | float, Tensor | float]:
-    """(what multiplies the loss of a row, what multiplies its gradient), [C, 1] or numbers: weight, T^2, scale."""
+    """(the factor weight T^2 of each row's loss, the factor weight T^2 scale of its gradient), [C, 1] or numbers."""
     weight: Tensor | float = 1.0 if rows.weight is None else rows.weight.to(dtype).unsqueeze(-1)
-    for tempering in (rows.temperature, rows.teacher_temperature):
-        if tempering is not None:  # an invalid one poisons its row
-            weight = weight * torch.where(tempering > 0, 1.0, torch.nan).unsqueeze(-1).to(dtype)
+    for temperatures in (rows.temperature, rows.teacher_temperature):
+        if temperatures is not None:  # an invalid temperature makes its row NaN
+            weight = weight * torch.where(temperatures > 0, 1.0, torch.nan).unsqueeze(-1).to(dtype)
     if options.scale_by_temperature:
         temperature = as_column(options.temperature, rows.temperature)
         weight = weight * temperature * temperature
@@ -143,17 +147,17 @@ def factors_of(
 
 
 def as_column(value: float, rows: Tensor | None) -> float | Tensor:
-    """The temperatures of rows [C, 1], or the one of all."""
+    """The values of the rows as [C, 1], or the one value if all rows share it."""
     return value if rows is None else rows.unsqueeze(-1)
 
 
 def row_sum(values: Tensor) -> Tensor:
-    """[C, 1] in float64, in which rows of 100,000 columns lose no digit."""
+    """The sum of each row, [C, 1], in float64, which is accurate for rows of 100,000 columns."""
     return values.sum(-1, keepdim=True, dtype=torch.float64)
 
 
 def softmax_of(logits: Tensor, temperature: float | Tensor, dtype: torch.dtype) -> Tensor:
-    """[C, V]; torch's is off by 1e-5 on a CPU, in rows of 50,000 columns."""
+    """The softmax of logits [C, V]; on a CPU, torch's own has errors of 1e-5 for rows of 50,000 columns."""
     p = logits.to(dtype) - logits.amax(-1, keepdim=True).to(dtype)
     p = p.div_(temperature).exp_()
     return p.div_(row_sum(p).to(dtype))
@@ -162,21 +166,21 @@ def softmax_of(logits: Tensor, temperature: float | Tensor, dtype: torch.dtype) 
 def to_logits(
     derivative: Tensor, probabilities: Tensor, temperature: float | Tensor, factor: Tensor | float
 ) -> Tensor:
-    """From a derivative by probabilities to one by logits, p (g - sum p g) / T, times factor; overwrites the first."""
+    """Turn a derivative g by probabilities p into one by logits, factor p (g - sum p g) / T; overwrites derivative."""
     derivative.mul_(probabilities)
-    total = row_sum(derivative).to(derivative.dtype)
-    return derivative.addcmul_(probabilities, total, value=-1.0).mul_(factor / temperature)
+    mean = row_sum(derivative).to(derivative.dtype)
+    return derivative.addcmul_(probabilities, mean, value=-1.0).mul_(factor / temperature)
 
 
-def returned(given: Arguments) -> list[tuple[Sequence[int], torch.dtype]]:
-    """The shape and dtype of a loss, for a compiled graph."""
-    student, teacher = given["student_logits"], given["teacher"]
-    per_row = given.get("reduction", "mean") == "none"
+def returned(arguments: Arguments) -> list[tuple[Sequence[int], torch.dtype]]:
+    """The shape and dtype of a loss, given its arguments by name; for a compiled graph."""
+    student, teacher = arguments["student_logits"], arguments["teacher"]
+    per_row = arguments.get("reduction", "mean") == "none"
     return [(student.shape[:-1] if per_row else (), row_dtype(student.dtype, teacher.dtype))]
 
 
 def kernels_of(call: LossCall, student: Tensor, teacher: Tensor) -> tuple[Any, int]:
-    """(the backend for chunks of :func:`both_widened` logits, the temporaries that it takes)."""
+    """(the backend for chunks of :func:`both_widened` logits, how many [C, V] temporaries it holds)."""
     dtype = row_dtype(student.dtype, teacher.dtype)
     chosen = registry.select(
         call.backend, student.device.type, dtype, dtype, call.options.divergence
@@ -186,7 +190,7 @@ def kernels_of(call: LossCall, student: Tensor, teacher: Tensor) -> tuple[Any, i
 
 
 def both_widened(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
-    """In the dtype of losses, so that several gradients are added before one is rounded."""
+    """Both logits in the dtype of losses, so that several gradients can be added before their sum is rounded."""
     dtype = row_dtype(student.dtype, teacher.dtype)
     return student.to(dtype), teacher.to(dtype)
 
