@@ -52,7 +52,7 @@ if TYPE_CHECKING:
 else:  # a type checker that sees __getattr__ accepts every name
 
     def __getattr__(name: str) -> Any:
-        """Import what not every user needs when it is first accessed."""
+        """Import an optional module, or a name from one, when it is first accessed."""
         if name in _AT_FIRST_USE:
             return importlib.import_module(f"fastkd.{name}")
         if name in ("Distiller", "Term"):
