@@ -76,7 +76,7 @@ def prepare(
         vocabulary: the number of columns, without padding. None if other processes have columns too; the caller then
             calls :func:`check_values` once the number of all columns is known.
         labels: as in kd_loss.
-        teacher: the teacher, which matters here only if it is a TopK with rows that list no token.
+        teacher: the teacher; rows are dropped if a TopK that renormalizes lists no token for them.
         divergence: as in kd_loss.
         mask: as in kd_loss.
         weight: as in kd_loss.
@@ -269,9 +269,8 @@ def check_student_head(hidden: object, weight: object, bias: object) -> None:
         if not isinstance(value, Tensor):
             raise TypeError(f"student_{argument} must be a tensor, got {type(value).__name__}")
         check_dense(f"student_{argument}", value)
-        if (
-            argument == "hidden"
-        ):  # the others are checked below, after their device is compared with that of hidden
+        # The others are checked below, after check_linear compares their device with that of hidden.
+        if argument == "hidden":
             check_readable("student_hidden", value)
     check_linear("student_", hidden, weight, bias)  # type: ignore[arg-type]  # checked above
     for argument, value in (("weight", weight), ("bias", bias)):
@@ -291,7 +290,7 @@ def check_dense(argument: str, value: Tensor) -> None:
 def check_teacher(
     teacher: object, student: str, lead: torch.Size, device: torch.device, shard: bool = False
 ) -> Teacher:
-    """Raise unless teacher is a teacher for rows of shape lead, which is that of the argument that student names."""
+    """Raise unless teacher fits rows of leading shape lead. student: the name of the argument with that shape."""
     if not isinstance(teacher, (Tensor, TopK, LinearTeacher, Ensemble)):
         raise TypeError(
             "teacher must be a tensor of logits, a fastkd.TopK, a fastkd.LinearTeacher or a fastkd.Ensemble; "
@@ -689,9 +688,8 @@ def _denominator(
                     "num_items requires grad, and kd_loss has no gradient for it; detach it"
                 )
             items = items.reshape(()).to(device, dtype, non_blocking=True)
-            return torch.where(
-                items == 0, 1.0, items
-            )  # 0 items: no row is counted, and the loss is 0 / 1
+            # If there are 0 items, no row is counted, and the loss is 0 / 1.
+            return torch.where(items == 0, 1.0, items)
         if isinstance(items, bool) or not isinstance(items, (int, float)):
             raise TypeError(f"num_items must be a number or a tensor, got {type(items).__name__}")
         if not 0 < items < math.inf:
