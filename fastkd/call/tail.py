@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-# Values with a sum above this are not probabilities. Rounding their logarithms to one decimal can make
-# 1.05 of a sum of 1.
+# Values with a sum above this are not probabilities. Rounding their logarithms to one decimal can turn
+# a sum of 1 into 1.05.
 MOST = 1.1
 
 
@@ -36,9 +36,8 @@ def masses(ids: Tensor, logprobs: Tensor) -> tuple[Tensor, Tensor]:
     z = torch.where(ids < 0, -1e4, logprobs).to(torch.float64).clamp_(min=-1e4)
     p = z.exp()
     total = p.sum(-1)
-    near_1 = (
-        z.amax(-1) > -dtype.tiny
-    )  # some z is 0, or too near 0 to be a normal number of the dtype
+    # Whether some z is 0, or too near 0 to be a normal number of the dtype.
+    near_1 = z.amax(-1) > -dtype.tiny
     s = u * torch.linalg.vector_norm(z.mul_(p), dim=-1)
     s = torch.where(near_1, error_of_1, 2.0**-53) + s  # 2^-53: the rounding error of the sum
     d = 1.0 - total
