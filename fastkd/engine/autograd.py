@@ -101,7 +101,7 @@ def kd_rows(
 ) -> tuple[Tensor | None, ...]:
     """(loss, distillation, cross_entropy, student_entropy); the loss, [...] or its 0-dim sum, is differentiable.
 
-    numbers: LossCall.numbers, which are not None only while a graph is compiled.
+    numbers: LossCall.numbers, which is None unless a graph is being compiled.
     """
     want = want._replace(deferred=_defers(student, teacher, want))
     compiling = torch.compiler.is_compiling()
