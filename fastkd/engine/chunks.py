@@ -199,8 +199,8 @@ def _add_member(
     if shard is not None and mean == "arithmetic":
         from fastkd.parallel.shards import log_sum_exp
 
-        own_columns = torch.cat([_log_sum_exp(tempered(row_slice)) for row_slice in row_slices])
-        log_sums = log_sum_exp(own_columns, shard)
+        own_log_sums = torch.cat([_log_sum_exp(tempered(row_slice)) for row_slice in row_slices])
+        log_sums = log_sum_exp(own_log_sums, shard)
     for row_slice in row_slices:
         z, combined = tempered(row_slice), total[row_slice]
         if mean == "geometric":
