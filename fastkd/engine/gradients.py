@@ -54,9 +54,8 @@ class Loss(NamedTuple):
     options: Any  # the options of the call, which have an ignore_index
     want: Want
     summed: bool  # whether the loss is total
-    scale_rows_: Callable[
-        [Tensor, Tensor], None
-    ]  # the backend's function that scales a gradient in place
+    # The function of the backend that scales a gradient in place.
+    scale_rows_: Callable[[Tensor, Tensor], None]
 
 
 def _is_computed(*_: Any) -> Any:
@@ -178,9 +177,8 @@ class Differentiable(torch.autograd.Function):
     def _gradients(ctx: Any, upstream: Tensor) -> list[Tensor | None]:
         loss, want = ctx.loss, ctx.loss.want
         fields = len(Rows._fields)
-        tensors = (
-            ctx.saved_tensors
-        )  # read only once: under activation checkpointing a second read raises
+        # Read only once, because a second read raises under activation checkpointing.
+        tensors = ctx.saved_tensors
         rows, saved = Rows(*tensors[:fields]), tensors[fields:]
         upstream = of_counted_rows(upstream, rows, loss.options.ignore_index)
         if want.deferred:
