@@ -44,7 +44,7 @@ _LITERALS = {"n": None, "t": True, "f": False}
 
 def _is_constant(value: float) -> bool:
     """Whether a float is a constant, not a symbol of the graph that is being compiled."""
-    try:  # imported here because only a compiled call needs this module, which loads much
+    try:  # imported here because it loads torch's compiler, which an eager call does not need
         from torch.fx.experimental.symbolic_shapes import has_static_value
     except ImportError:
         return False
