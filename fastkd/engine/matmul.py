@@ -98,7 +98,7 @@ def add_weight_gradient(gradient: Tensor, hidden: Tensor, total: Tensor, first: 
 
 
 def as_operand(gradient: Tensor, weight: Tensor, scratch: Tensor | None) -> Tensor:
-    """The gradient [C, V], converted to the weight's dtype if torch can multiply in it; scratch holds the result."""
+    """The gradient [C, V], converted to the weight's dtype if torch can multiply in it; into scratch, if given."""
     if gradient.dtype == weight.dtype or not _widens(weight):
         return gradient
     if scratch is None:
