@@ -95,7 +95,7 @@ def register_gradient(
     Args:
         op: the op.
         outputs: the names of its outputs; the first two are "loss" [...] and "total", of which a caller uses one.
-        gradients: for each differentiable argument, the name of the output that is the gradient of total by it.
+        gradients: for each differentiable argument, the name of the output that is its gradient of total.
         wanted: a function of the arguments by name that tells which of these gradients are wanted.
     """
 
@@ -169,7 +169,7 @@ def _is_tensors(value: object) -> bool:
 
 
 def _constant(value: Any) -> Any:
-    """A copy of a constant, which a graph saves: it cannot tell whether the constant was made in inference mode."""
+    """A copy of a constant for a graph to save, which cannot tell if the constant was made in inference mode."""
     if isinstance(value, (list, tuple)):
         return [copied(tensor) for tensor in value]
     return None if value is None else copied(value)
