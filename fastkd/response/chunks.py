@@ -109,9 +109,8 @@ def by_rows(size: int, of_chunk: ComputeChunk, columns: tuple[int, int]) -> Comp
         )
         gradients = [blank(x, wants) for x, wants in zip((student, teacher), wanted, strict=True)]
 
-        def run(
-            indices: At,
-        ) -> None:  # a function, so that its local tensors are freed after each chunk
+        # A function, so that its local tensors are freed after each chunk.
+        def run(indices: At) -> None:
             s, t = (take(x, lead, indices) for x in logits)
             outcome = of_chunk(s, t, rows_at(rows, lead, indices), options, wanted)
             put(loss, lead, indices, outcome.loss)
