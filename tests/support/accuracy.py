@@ -27,6 +27,8 @@ from support.remembered import remembered
 
 ULP = torch.finfo(torch.float32).eps
 UNDERFLOW = 1e-36  # a hundred times where float32 begins to lose digits: nothing below is promised
+# The oracle loses a probability below this beside one of 1: its float64 sums have no more digits.
+ORACLE = 2.0**-52
 # Of max(1, |log p|): float32 cannot tell which of p and q is larger where their logarithms are closer than this. Each
 # is off by up to four units: half a one in the difference to the maximum, the reciprocal temperature, their product,
 # the logarithm of the normaliser and its subtraction; one and a half in the normaliser's sum and the exponential.
@@ -133,7 +135,7 @@ def gradient_bar(
 def value_bar(plain: Tensor, exact: Tensor, terms: Tensor) -> Tensor:
     """The error that a value may have."""
     error = _error(plain, exact).nan_to_num(0.0, 0.0, 0.0)
-    return error + ULP * terms.nan_to_num(0.0, 0.0, 0.0) + UNDERFLOW
+    return error + ULP * terms.nan_to_num(0.0, 0.0, 0.0) + UNDERFLOW + ORACLE
 
 
 def _tvd(sign: float) -> Any:
