@@ -1,4 +1,4 @@
-"""fastkd: the loss that distils large language models, in one pass over the logits."""
+"""fastkd: knowledge-distillation losses for large language models, computed in one pass over the logits."""
 
 import importlib
 from typing import TYPE_CHECKING, Any
@@ -33,6 +33,7 @@ from fastkd.teachers import Ensemble, LinearTeacher, TopK
 __version__ = "0.1.0"
 
 
+# Modules that are imported at their first use, so that `import fastkd` stays fast.
 _AT_FIRST_USE = (
     "calibration",
     "compat",
@@ -48,10 +49,10 @@ _AT_FIRST_USE = (
 
 if TYPE_CHECKING:
     from fastkd.distiller import Distiller, Term
-else:  # a checker would take any name for known
+else:  # a type checker that sees __getattr__ accepts every name
 
     def __getattr__(name: str) -> Any:
-        """Modules that not every user needs, at their first use, so that they are not in the way of an import."""
+        """Import what not every user needs when it is first accessed."""
         if name in _AT_FIRST_USE:
             return importlib.import_module(f"fastkd.{name}")
         if name in ("Distiller", "Term"):

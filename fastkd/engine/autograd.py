@@ -1,7 +1,7 @@
 """Differentiation of dense rows: in eager mode, and as a custom op for torch.compile and export.
 
-:func:`kd_rows` is what fastkd.functional calls. All losses share the rule by which gradients are saved,
-deferred and scaled: fastkd/engine/gradients.py has it for eager mode, fastkd/engine/ops.py for a graph.
+fastkd.functional calls :func:`kd_rows`. All losses share one rule for saving, deferring and scaling gradients:
+fastkd/engine/gradients.py implements it for eager mode, fastkd/engine/ops.py for a graph.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def kd_rows_op(
     integers: list[int],
     symbols: list[Tensor],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The fields of Result; what is not wanted is an empty tensor. The backend is chosen when the op runs."""
+    """The fields of Result; an output that is not wanted is an empty tensor. The backend is chosen when the op runs."""
     rows = Rows(labels, weight, temperature, teacher_temperature, scale, ids, tail_logprob)
     graph_options = GraphOptions(
         want, vocab_size, ignore_index, tail, divergence, kinds, constants, integers, symbols
@@ -68,9 +68,9 @@ def kd_rows_op(
 
 @kd_rows_op.register_fake
 def _kd_rows_fake(*arguments: Any) -> tuple[Tensor, ...]:
-    given = by_name(kd_rows_op, arguments)
-    student, teacher = given["student"], given["teacher"]
-    wants = without_deferred(Want(*given["want"]))
+    inputs = by_name(kd_rows_op, arguments)
+    student, teacher = inputs["student"], inputs["teacher"]
+    wants = without_deferred(Want(*inputs["want"]))
     dtype, lead = row_dtype(student.dtype, teacher.dtype), student.shape[:-1]
     return (
         made(student, lead, dtype),
@@ -85,7 +85,7 @@ register_gradient(
     kd_rows_op,
     Result._fields,
     {"student": "student_gradient", "teacher": "teacher_gradient"},
-    lambda given: Want(*given["want"])[:2],
+    lambda inputs: Want(*inputs["want"])[:2],
 )
 
 
@@ -99,9 +99,9 @@ def kd_rows(
     summed: bool,
     numbers: Numbers | None = None,
 ) -> tuple[Tensor | None, ...]:
-    """(loss, distillation, cross_entropy, student_entropy), differentiable; the loss is [...] or its 0-dim sum.
+    """(loss, distillation, cross_entropy, student_entropy); the loss, [...] or its 0-dim sum, is differentiable.
 
-    numbers: of a graph that is being compiled (fastkd.call.checks.LossCall).
+    numbers: LossCall.numbers, which are not None only while a graph is compiled.
     """
     want = want._replace(deferred=_defers(student, teacher, want))
     compiling = torch.compiler.is_compiling()
@@ -113,7 +113,7 @@ def kd_rows(
     arguments = (student, teacher, rows, options, want, backend, summed)
     if numbers is None and not compiling:
         return _differentiable(*arguments)
-    # The graph broke inside kd_loss: only its validation was compiled, or only what follows it.
+    # The graph broke inside kd_loss, so that only its validation, or only the code after it, was compiled.
     return torch.compiler.disable(_run_eagerly)(numbers, *arguments)
 
 
@@ -137,8 +137,10 @@ def _run_eagerly(
     teacher: Tensor,
     rows: Rows,
     options: Options,
-    *others: Any,
+    want: Want,
+    backend: str,
+    summed: bool,
 ) -> tuple[Tensor | None, ...]:
     if numbers is not None:
         options = settled(options.divergence, options.vocab_size, options.tail, numbers, rows)
-    return _differentiable(student, teacher, rows, options, *others)
+    return _differentiable(student, teacher, rows, options, want, backend, summed)

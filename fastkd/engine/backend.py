@@ -1,6 +1,6 @@
-"""The backend of a call as the rest of the engine uses it: for dense or sparse teachers, in one process or in several.
+"""The backend of a call, ready for sparse teachers and for a vocabulary that several processes share.
 
-A backend itself knows neither: :func:`kernels_for` puts what is missing around it.
+A backend by itself may support neither; :func:`kernels_for` wraps it in what it lacks.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from fastkd.call.contract import Options
 
 
 def kernels_for(backend: str, options: Options) -> Any:
-    """What computes the rows of a call with these options; as a backend's module is (fastkd/call/contract.py)."""
+    """The object that computes the rows of a call; it has the functions of a backend (fastkd/call/contract.py)."""
     kernels = for_teacher(registry.load(backend), options)
     if options.shard is None:
         return kernels
@@ -23,6 +23,6 @@ def kernels_for(backend: str, options: Options) -> Any:
 
 
 def for_teacher(kernels: Any, options: Options) -> Any:
-    """The backend, or the same for a sparse teacher where its own kd_rows takes none."""
-    takes_it = not options.tail or getattr(kernels, "SPARSE", False)
-    return kernels if takes_it else SparseRows(kernels)
+    """The backend, wrapped in SparseRows if the teacher is sparse and the backend's own kd_rows supports none."""
+    supported = not options.tail or getattr(kernels, "SPARSE", False)
+    return kernels if supported else SparseRows(kernels)

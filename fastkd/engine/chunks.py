@@ -1,7 +1,7 @@
-"""The loop over chunks of rows: logits of both sides made, the kernel run in place, gradients carried back.
+"""The loop over chunks of rows: compute the logits of both sides, run the kernel in place, collect the gradients.
 
-Read top to bottom: what a chunk's student and teacher are, and the loop (:func:`chunks_of_rows`).
-fastkd/engine/linear.py plans and differentiates it.
+The file has two parts: the classes that handle the student and the teacher of a chunk, and the loop
+(:func:`chunks_of_rows`). fastkd/engine/linear.py plans the chunks and differentiates the loss.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from fastkd.core.tensors import readable
 from fastkd.engine.matmul import add_weight_gradient, as_operand, hidden_gradient, make_logits
 from fastkd.teachers import Ensemble, LinearTeacher
 
-# Elements of a part of a chunk in which several teachers are combined: on a CPU it stays in the cache.
+# How many elements of a chunk are combined at a time where there are several teachers; on a CPU they stay in cache.
 COMBINED_CPU, COMBINED_DEVICE = 1 << 18, 1 << 24
 
 
 class Student(NamedTuple):
-    """hidden [..., H], weight [V, H] and bias [V]; or logits [..., V] alone."""
+    """Hidden states [..., H], weight [V, H] and bias [V]; or logits [..., V] as hidden, without weight and bias."""
 
     hidden: Tensor
     weight: Tensor | None = None
@@ -33,7 +33,7 @@ class Student(NamedTuple):
 
 
 class Gradients(NamedTuple):
-    """Of the fields of Student, in :func:`saved_dtype`."""
+    """The gradients of the fields of Student, in :func:`saved_dtype`."""
 
     hidden: Tensor | None
     weight: Tensor | None
@@ -41,16 +41,16 @@ class Gradients(NamedTuple):
 
 
 def saved_dtype(tensor: Tensor, dense: bool) -> torch.dtype:
-    """Of the gradient of a field of Student until the backward multiplies it by what comes from upstream.
+    """The dtype in which the gradient of a field of Student is saved until the backward pass scales it.
 
-    float32 for a product's in float16, which would underflow before a loss scaler multiplies it; of dense logits in
-    float16 there is none yet, as they defer theirs.
+    Float16 gradients from matrix products are saved in float32, because they would underflow before loss scaling. The
+    gradients of dense float16 logits are not saved at all, but deferred to the backward pass.
     """
     return torch.float32 if tensor.dtype == torch.float16 and not dense else tensor.dtype
 
 
 class Chunked(NamedTuple):
-    """The result of all chunks: fastkd.call.contract.Result, with the gradients of Student's fields in saved_dtype."""
+    """The result of all chunks: as fastkd.call.contract.Result, but with the gradients of Student, in saved_dtype."""
 
     loss: Tensor
     total: Tensor
@@ -63,12 +63,12 @@ class Chunked(NamedTuple):
 
     @property
     def gradients(self) -> tuple[Tensor | None, ...]:
-        """The gradients of total by Student's fields."""
+        """The gradients of total with respect to the fields of Student."""
         return self.hidden_gradient, self.weight_gradient, self.bias_gradient
 
     @property
     def parts(self) -> tuple[Tensor | None, ...]:
-        """The terms of the loss that fastkd.functional.Parts has."""
+        """The terms of the loss that fastkd.functional.Parts returns."""
         return self.distillation, self.cross_entropy, self.student_entropy
 
 
@@ -76,7 +76,7 @@ class Chunked(NamedTuple):
 
 
 class _StudentChunks:
-    """Logits of a chunk, in one buffer for all of them; and what becomes of their gradient."""
+    """Computes the student's logits of each chunk, and collects the gradients of the student's fields."""
 
     def __init__(
         self,
@@ -100,29 +100,31 @@ class _StudentChunks:
             self.gradients = Gradients(gradient, None, None)
             return
 
-        def like(tensor: Tensor | None, wanted: bool, accumulates: bool) -> Tensor | None:
-            if tensor is None or not wanted:
+        def zeros(tensor: Tensor | None, wants: bool, accumulates: bool) -> Tensor | None:
+            if tensor is None or not wants:
                 return None
-            low = tensor.dtype == torch.float16 or (accumulates and tensor.dtype == torch.bfloat16)
-            return tensor.new_zeros(tensor.shape, dtype=torch.float32 if low else None)
+            widens = tensor.dtype == torch.float16 or (
+                accumulates and tensor.dtype == torch.bfloat16
+            )
+            return tensor.new_zeros(tensor.shape, dtype=torch.float32 if widens else None)
 
         self.gradients = Gradients(
-            like(hidden, wanted[0], False),
-            like(weight, wanted[1], True),
-            like(bias, wanted[2], True),
+            zeros(hidden, wanted[0], False),
+            zeros(weight, wanted[1], True),
+            zeros(bias, wanted[2], True),
         )
 
-    def logits(self, at: At, buffer: Tensor) -> Tensor:
-        """[C, V], in the buffer: the kernel overwrites it with the gradient."""
+    def logits(self, indices: At, buffer: Tensor) -> Tensor:
+        """The logits [C, V] of these rows, in the buffer, where the kernel overwrites them with their gradient."""
         hidden, weight, bias = self.student
-        rows = take(hidden, self.lead, at)
+        rows = take(hidden, self.lead, indices)
         if weight is None:
             return buffer.copy_(readable(rows[:, : self.vocabulary]))
         bias = None if bias is None else bias[: self.vocabulary]
         return make_logits(rows, weight[: self.vocabulary], bias, buffer)
 
-    def add(self, at: At, gradient: Tensor, scratch: Tensor | None) -> None:
-        """Add the gradient [C, V] of a chunk's logits."""
+    def add(self, indices: At, gradient: Tensor, scratch: Tensor | None) -> None:
+        """Add to the gradients of the student's fields what the gradient [C, V] of these rows' logits contributes."""
         hidden, weight, _ = self.student
         columns = slice(self.vocabulary)
         if weight is None:
@@ -130,13 +132,13 @@ class _StudentChunks:
             if self.vocabulary < hidden.shape[-1]:
                 padding = (0, hidden.shape[-1] - self.vocabulary)
                 gradient = torch.nn.functional.pad(gradient, padding)
-            put(self.gradients.hidden, self.lead, at, gradient)
+            put(self.gradients.hidden, self.lead, indices, gradient)
             return
         if self.gradients.bias is not None:
             self.gradients.bias[columns] += gradient.sum(0, dtype=self.gradients.bias.dtype)
         gradient = as_operand(gradient, weight, scratch)
         if self.gradients.weight is not None:
-            rows = take(hidden, self.lead, at)
+            rows = take(hidden, self.lead, indices)
             add_weight_gradient(gradient, rows, self.gradients.weight[columns], self.first)
         if self.gradients.hidden is not None:
             out = torch.empty(
@@ -146,32 +148,34 @@ class _StudentChunks:
                 device=hidden.device,
             )
             hidden_gradient(gradient, weight[columns], out)
-            put(self.gradients.hidden, self.lead, at, out)
+            put(self.gradients.hidden, self.lead, indices, out)
         self.first = False
 
-    def finished(self, counted: Tensor | None) -> Gradients:
-        """All gradients, in the dtype they are saved in; counted: the numbers of the processed rows, None if all."""
+    def finished(self, processed: Tensor | None) -> Gradients:
+        """All gradients, in saved_dtype. processed: the indices of the processed rows, or None for all rows."""
         hidden, weight, bias = self.gradients
-        # In place, dropped rows still hold logits.
-        if hidden is self.student.hidden and counted is not None:
-            dropped = torch.ones(self.lead.numel(), dtype=torch.bool, device=counted.device)
-            hidden[dropped.index_fill(0, counted, False).view(self.lead)] = 0.0
-        tensors = self.student
+        student = self.student
+        # If the gradient overwrites the logits, dropped rows still hold logits.
+        if hidden is student.hidden and processed is not None:
+            dropped = torch.ones(self.lead.numel(), dtype=torch.bool, device=processed.device)
+            hidden[dropped.index_fill(0, processed, False).view(self.lead)] = 0.0
 
-        def close(gradient: Tensor | None, tensor: Tensor | None) -> Tensor | None:
+        def converted(gradient: Tensor | None, tensor: Tensor | None) -> Tensor | None:
             if gradient is None or tensor is None:
                 return None
-            return gradient.to(saved_dtype(tensor, tensors.weight is None))
+            return gradient.to(saved_dtype(tensor, student.weight is None))
 
         return Gradients(
-            close(hidden, tensors.hidden), close(weight, tensors.weight), close(bias, tensors.bias)
+            converted(hidden, student.hidden),
+            converted(weight, student.weight),
+            converted(bias, student.bias),
         )
 
 
-def _linear_logits(teacher: LinearTeacher, lead: torch.Size, at: At, out: Tensor) -> Tensor:
+def _linear_logits(teacher: LinearTeacher, lead: torch.Size, indices: At, out: Tensor) -> Tensor:
     hidden, weight, bias = teacher.hidden, teacher.weight, teacher.bias
     bias = None if bias is None else bias[: out.shape[1]]
-    return make_logits(take(hidden, lead, at), weight[: out.shape[1]], bias, out)
+    return make_logits(take(hidden, lead, indices), weight[: out.shape[1]], bias, out)
 
 
 def _add_member(
@@ -182,36 +186,37 @@ def _add_member(
     temper: Callable[[Tensor, slice], Tensor],
     shard: Shard | None,
 ) -> None:
-    """One more teacher of an ensemble in the combined tempered logits [C, V], a few rows at a time."""
+    """Add one member of an ensemble to the combined tempered logits [C, V], a few rows at a time."""
     elements = COMBINED_CPU if total.device.type == "cpu" else COMBINED_DEVICE
     count, columns = total.shape
     step = max(elements // max(columns, 1), 1)
-    parts = [slice(start, min(start + step, count)) for start in range(0, count, step)]
+    row_slices = [slice(start, min(start + step, count)) for start in range(0, count, step)]
 
-    def tempered(part: slice) -> Tensor:
-        return temper(logits[part, :columns].to(total.dtype), part)
+    def tempered(row_slice: slice) -> Tensor:
+        return temper(logits[row_slice, :columns].to(total.dtype), row_slice)
 
     log_sums = None
     if shard is not None and mean == "arithmetic":
         from fastkd.parallel.shards import log_sum_exp
 
-        log_sums = log_sum_exp(torch.cat([_log_sum_exp(tempered(part)) for part in parts]), shard)
-    for part in parts:
-        z = tempered(part)
+        own_columns = torch.cat([_log_sum_exp(tempered(row_slice)) for row_slice in row_slices])
+        log_sums = log_sum_exp(own_columns, shard)
+    for row_slice in row_slices:
+        z, combined = tempered(row_slice), total[row_slice]
         if mean == "geometric":
-            total[part].add_(z, alpha=weight)
+            combined.add_(z, alpha=weight)
         else:
-            log_sum = _log_sum_exp(z) if log_sums is None else log_sums[part]
-            torch.logaddexp(total[part], z + (math.log(weight) - log_sum), out=total[part])
+            log_sum = _log_sum_exp(z) if log_sums is None else log_sums[row_slice]
+            torch.logaddexp(combined, z + (math.log(weight) - log_sum), out=combined)
 
 
 def _log_sum_exp(z: Tensor) -> Tensor:
-    """[..., 1]; -inf where there is no column."""
+    """The log-sum-exp [..., 1] over the columns; -inf if there are none."""
     return z.logsumexp(-1, keepdim=True) if z.shape[-1] else z.sum(-1, keepdim=True).log()
 
 
 class _TeacherChunks:
-    """Logits of a chunk for the kernel, and the options that belong to them."""
+    """Provides the teacher's logits of each chunk, and the options with which the kernel reads them."""
 
     def __init__(
         self, teacher: Tensor | LinearTeacher | Ensemble, lead: torch.Size, options: Options
@@ -219,7 +224,7 @@ class _TeacherChunks:
         self.teacher, self.lead, self.options = teacher, lead, options
 
     def buffers(self) -> int:
-        """How many [C, V] tensors it makes."""
+        """The number of [C, V] buffers that :meth:`logits` needs."""
         if isinstance(self.teacher, Tensor):
             return 0
         if isinstance(self.teacher, LinearTeacher):
@@ -228,47 +233,47 @@ class _TeacherChunks:
         return 2 if linear else 1
 
     def kernel_options(self) -> Options:
-        """An ensemble is tempered before it is combined."""
+        """The options for the kernel; they no longer temper an ensemble, whose members are tempered one by one."""
         if not isinstance(self.teacher, Ensemble):
             return self.options
         return self.options._replace(
             teacher_temperature=1.0, teacher_logit_scale=1.0, teacher_softcap=0.0
         )
 
-    def logits(self, at: At, rows: Rows, buffers: list[Tensor]) -> tuple[Tensor, Rows]:
-        """(logits [C, V] or log-probabilities [C, K], the rows as the kernel takes them)."""
+    def logits(self, indices: At, rows: Rows, buffers: list[Tensor]) -> tuple[Tensor, Rows]:
+        """(logits [C, V] or log-probabilities [C, K], the chunk's Rows as the kernel takes them)."""
         if isinstance(self.teacher, Tensor):
-            return take(self.teacher, self.lead, at), rows
+            return take(self.teacher, self.lead, indices), rows
         if isinstance(self.teacher, LinearTeacher):
-            return _linear_logits(self.teacher, self.lead, at, buffers[0]), rows
-        return self._combined(self.teacher, at, rows, buffers)
+            return _linear_logits(self.teacher, self.lead, indices, buffers[0]), rows
+        return self._combined(self.teacher, indices, rows, buffers)
 
     def _combined(
-        self, teacher: Ensemble, at: At, rows: Rows, buffers: list[Tensor]
+        self, teacher: Ensemble, indices: At, rows: Rows, buffers: list[Tensor]
     ) -> tuple[Tensor, Rows]:
         options, temperatures = self.options, rows.teacher_temperature
 
-        def temper(z: Tensor, part: slice) -> Tensor:
+        def temper(z: Tensor, row_slice: slice) -> Tensor:
             if options.teacher_softcap:
                 gain = options.teacher_logit_scale / options.teacher_softcap
                 z = options.teacher_softcap * torch.tanh(z * gain)
             elif options.teacher_logit_scale != 1:
                 z = z * options.teacher_logit_scale
             if temperatures is not None:
-                return z / temperatures[part].unsqueeze(-1)
+                return z / temperatures[row_slice].unsqueeze(-1)
             return z / options.teacher_temperature
 
         total = buffers[0].fill_(0.0 if teacher.mean == "geometric" else -math.inf)
-        assert teacher.weights is not None  # its constructor makes them
+        assert teacher.weights is not None  # the constructor fills them in
         for member, weight in zip(teacher.teachers, teacher.weights, strict=True):
             if weight == 0:
                 continue
             if isinstance(member, LinearTeacher):
-                logits = _linear_logits(member, self.lead, at, buffers[1])
+                logits = _linear_logits(member, self.lead, indices, buffers[1])
             else:
-                logits = take(member, self.lead, at)
+                logits = take(member, self.lead, indices)
             _add_member(total, logits, weight, teacher.mean, temper, options.shard)
-        if temperatures is not None:  # an invalid one poisons its row
+        if temperatures is not None:  # an invalid temperature makes its row NaN
             weights = torch.ones_like(temperatures) if rows.weight is None else rows.weight
             weights = torch.where((temperatures > 0) | (weights == 0), weights, torch.nan)
             rows = rows._replace(weight=weights, teacher_temperature=None)
@@ -294,29 +299,29 @@ def chunks_of_rows(
 
     Args:
         student: hidden states and head, or logits.
-        teacher: whose logits are computed, or taken, for each chunk.
-        rows: of all rows.
-        options: of the call.
-        want: the outputs that are wanted; its gradients are ignored.
-        wanted: the gradients that are wanted, of Student's fields.
+        teacher: the teacher, whose logits are computed or sliced for each chunk.
+        rows: the labels, weights and other values of all rows.
+        options: the options of the call.
+        want: which outputs are wanted; the fields that ask for gradients are ignored.
+        wanted: for each field of Student, whether its gradient is wanted.
         kernels: the backend.
-        chunk_size: rows of a chunk, at most.
-        logits_dtype: dtype of the student's logits.
-        row_dtype: dtype of losses, and of a teacher's logits unless its operands have logits_dtype.
+        chunk_size: the largest number of rows in a chunk.
+        logits_dtype: the dtype of the student's logits.
+        row_dtype: the dtype of losses, and of the teacher's logits unless its operands have logits_dtype.
     """
     lead, device = student.hidden.shape[:-1], student.hidden.device
     vocabulary = options.vocab_size
-    # The number of counted rows has to be known, which waits for the device. While a CUDA graph records, nothing may
-    # wait; dropped rows then stay, and the kernel skips them.
-    recording = student.hidden.is_cuda and torch.cuda.is_current_stream_capturing()
-    chunks = Chunks.of(rows, lead, options.ignore_index, chunk_size, even=True, drops=not recording)
+    # To remove dropped rows, the host must wait for the device to count the others, which CUDA graph capture forbids.
+    # While a graph is captured, dropped rows therefore stay in the chunks, and the kernel skips them.
+    capturing = student.hidden.is_cuda and torch.cuda.is_current_stream_capturing()
+    chunks = Chunks.of(rows, lead, options.ignore_index, chunk_size, even=True, drops=not capturing)
     student_chunks = _StudentChunks(student, lead, vocabulary, wanted, want.inplace)
     teacher_chunks = _TeacherChunks(teacher, lead, options)
-    original, options = options, teacher_chunks.kernel_options()
+    call_options, options = options, teacher_chunks.kernel_options()
     want = want._replace(student_gradient=any(wanted), inplace=True, deferred=False)
-    # Products in float16 would lose gradients below 6e-8, so the scale multiplies the float32 sums.
+    # Float16 products would round scaled gradients below 6e-8 to 0, so the scale multiplies their float32 sums instead.
     scaled_later = student.weight is not None and student.hidden.dtype == torch.float16
-    unscaled = rows
+    call_rows = rows
     if scaled_later:
         options, rows = options._replace(scale=1.0), rows._replace(scale=None)
     per_row = [
@@ -324,33 +329,33 @@ def chunks_of_rows(
     ]
     buffers = [kernels.empty((chunks.size, vocabulary), logits_dtype, device)]
     same_dtype = isinstance(teacher, LinearTeacher) and teacher.hidden.dtype == logits_dtype
-    t_dtype = logits_dtype if same_dtype and student.weight is not None else row_dtype
+    teacher_dtype = logits_dtype if same_dtype and student.weight is not None else row_dtype
     for _ in range(teacher_chunks.buffers()):
-        buffers.append(kernels.empty((chunks.size, vocabulary), t_dtype, device))
+        buffers.append(kernels.empty((chunks.size, vocabulary), teacher_dtype, device))
 
-    def run(at: At) -> None:
-        chunk = rows_at(rows, lead, at)
-        count = at.stop - at.start if isinstance(at, slice) else at.numel()
+    def run(indices: At) -> None:
+        chunk_rows = rows_at(rows, lead, indices)
+        count = indices.stop - indices.start if isinstance(indices, slice) else indices.numel()
         student_buffer, *teacher_buffers = (buffer[:count] for buffer in buffers)
-        s = student_chunks.logits(at, student_buffer)
-        t, chunk = teacher_chunks.logits(at, chunk, teacher_buffers)
-        result = kernels.kd_rows(s, t, chunk, options, want)
-        for whole, part in zip(per_row, (result.loss, *result.parts), strict=False):
-            put(whole, lead, at, part)
+        student_logits = student_chunks.logits(indices, student_buffer)
+        teacher_logits, chunk_rows = teacher_chunks.logits(indices, chunk_rows, teacher_buffers)
+        result = kernels.kd_rows(student_logits, teacher_logits, chunk_rows, options, want)
+        for all_rows, values in zip(per_row, (result.loss, *result.parts), strict=False):
+            put(all_rows, lead, indices, values)
         if result.student_gradient is not None:
             scratch = buffers[1] if len(buffers) > 1 else None
-            student_chunks.add(at, result.student_gradient, scratch)
+            student_chunks.add(indices, result.student_gradient, scratch)
 
-    for at in chunks:
-        run(at)
-    buffers.clear()  # before gradients in their own precision are allocated
+    for indices in chunks:
+        run(indices)
+    buffers.clear()  # frees them before finished() allocates the gradients in saved_dtype
     loss, *parts = per_row
     gradients = student_chunks.finished(chunks.numbers)
     if scaled_later:
-        factor = factor_of(unscaled, original)
+        factor = factor_of(call_rows, call_options)
         for gradient in gradients:
             if gradient is not None:
                 gradient.mul_(factor)
     distillation, cross_entropy, entropy = parts or (None, None, None)
-    total = total_of(loss, unscaled, original)
+    total = total_of(loss, call_rows, call_options)
     return Chunked(loss, total, distillation, cross_entropy, entropy, *gradients)

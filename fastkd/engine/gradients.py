@@ -1,17 +1,17 @@
-"""The one rule by which every loss saves, defers and scales its gradient in eager mode.
+"""The rule by which every loss saves, defers and scales its gradient in eager mode.
 
-The forward computes the gradient in the same launch as the loss, while the row is in cache, and saves it. The backward
-multiplies it by the upstream gradient, on the device, so the host reads nothing. Two cases differ:
+The forward pass computes the gradient in the same launch as the loss, while the row is in cache, and saves it. The
+backward pass multiplies it by the upstream gradient on the device, so the host never waits. There are two variants:
 
-- Deferred: the forward saves its inputs, and the backward computes the gradient with the upstream factor inside. Loss
-  scaling needs this for float16: a gradient of the order 1 / (N V) is below the smallest float16, and after rounding
-  the factor comes too late.
-- retain_graph: the saved gradient stays, and the backward returns a scaled copy. Otherwise the saved tensor is scaled
-  in place and returned, which takes no memory and, if the factor is 1, no pass over it.
+- Deferred: the forward pass saves its inputs, and the backward pass computes the gradient with the upstream factor
+  inside. Loss scaling needs this for float16: a gradient of the order 1 / (N V) is smaller than any float16, so it
+  would be rounded to 0 before the factor could enlarge it.
+- retain_graph: the backward pass returns a scaled copy, so that the saved gradient stays as it is. Otherwise it scales
+  the saved tensor in place and returns it, which takes no memory and, if the factor is 1, no pass over the tensor.
 
-fastkd/engine/ops.py has the same rule for custom ops. The two cannot be one: an op may not return a tensor that it was
-given, and torch does not tell a compiled backward whether the graph is retained, so an op neither overwrites the logits
-nor scales a saved gradient in place.
+fastkd/engine/ops.py implements the same rule for custom ops. It is separate because an op may not return one of its
+inputs, so it cannot overwrite the logits, and because torch does not tell a compiled backward pass whether the graph is
+retained, so an op cannot scale a saved gradient in place.
 """
 
 from __future__ import annotations
@@ -43,40 +43,42 @@ class Computed(Protocol):
 
     @property
     def gradients(self) -> tuple[Tensor | None, ...]:
-        """The gradients of total by the first inputs."""
+        """The gradients of total with respect to the first inputs."""
 
 
 class Loss(NamedTuple):
-    """A loss as :class:`Differentiable` computes it."""
+    """What :class:`Differentiable` needs to know of a loss."""
 
-    # (*inputs, rows, options, want) -> Computed, such as a backend's kd_rows. A deferred want asks for no gradient.
+    # (*inputs, rows, options, want) -> Computed, such as a backend's kd_rows; no gradients if want.deferred.
     compute: Callable[..., Computed]
-    options: Any  # those of the call, which have an ignore_index
+    options: Any  # the options of the call, which have an ignore_index
     want: Want
     summed: bool  # whether the loss is total
-    scale_rows_: Callable[[Tensor, Tensor], None]  # the backend's: multiplies a gradient in place
+    scale_rows_: Callable[
+        [Tensor, Tensor], None
+    ]  # the backend's function that scales a gradient in place
 
 
 def _is_computed(*_: Any) -> Any:
-    """Stands for a computation that only the forward runs."""
+    """A placeholder for a computation that only the forward pass runs."""
     raise AssertionError
 
 
 def graph_is_kept() -> bool:
-    """Whether the running backward was asked to retain its graph; True where torch cannot tell."""
+    """Whether the running backward pass was asked to retain its graph; True if torch cannot tell."""
     ask = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
     return True if ask is None else bool(ask())
 
 
 def without_deferred(want: Want) -> Want:
-    """What the forward computes: no gradients if they are deferred."""
+    """The outputs that the forward pass computes, which include no gradients if they are deferred."""
     if not want.deferred:
         return want
     return want._replace(student_gradient=False, teacher_gradient=False, inplace=False)
 
 
 def of_counted_rows(upstream: Tensor, rows: Rows, ignore_index: int) -> Tensor:
-    """An upstream gradient [...] with 0 for dropped rows, where it may be infinite or NaN."""
+    """The upstream gradient [...], set to 0 in dropped rows, where it may be infinite or NaN."""
     if rows.weight is not None and rows.weight.dim() == upstream.dim():
         upstream = torch.where(rows.weight == 0, 0.0, upstream)
     if rows.labels is not None and rows.labels.dim() == upstream.dim():
@@ -85,7 +87,7 @@ def of_counted_rows(upstream: Tensor, rows: Rows, ignore_index: int) -> Tensor:
 
 
 def with_upstream(rows: Rows, upstream: Tensor) -> Rows:
-    """The rows, with the upstream gradient (one number, or one per row) folded into the factors of their gradients."""
+    """The rows, with the upstream gradient (0-dim, or one value per row) multiplied into their scale or weight."""
     if upstream.dim() == 0:
         scale = upstream if rows.scale is None else upstream * rows.scale
         return rows._replace(scale=scale)
@@ -98,7 +100,7 @@ def scaled(
     gradients: Sequence[Tensor | None],
     upstream: Tensor,
 ) -> tuple[Tensor | None, ...]:
-    """Saved gradients times upstream: in place, or as copies if the graph is kept."""
+    """The saved gradients times upstream: scaled in place, or as copies if the graph is retained."""
     if graph_is_kept():
         gradients = [None if gradient is None else gradient.clone() for gradient in gradients]
     for gradient in gradients:
@@ -108,7 +110,7 @@ def scaled(
 
 
 class _Once(torch.autograd.Function):
-    """Identity on a gradient; differentiating it raises, because treating it as a constant would be silently wrong."""
+    """The identity, whose derivative raises: to treat a gradient as a constant would be silently wrong."""
 
     @staticmethod
     def forward(ctx: Any, gradient: Tensor) -> Tensor:
@@ -124,7 +126,7 @@ class _Once(torch.autograd.Function):
 
 
 def differentiable_once(gradients: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
-    """The gradients that a backward returns; under create_graph=True, differentiating them raises."""
+    """The gradients as a backward pass returns them; under create_graph=True, differentiating them raises."""
     if not torch.is_grad_enabled():
         return tuple(gradients)
     return tuple(
@@ -144,15 +146,17 @@ class Differentiable(torch.autograd.Function):
         want = loss.want
         computed = loss.compute(*inputs, rows, loss.options, without_deferred(want))
         value = computed.total if loss.summed else computed.loss
-        # torch raises if a saved tensor changes before the backward, so only what the backward reads is saved.
-        drops = (row for row in (rows.labels, rows.weight) if row is not None)
-        reads_rows = want.deferred or any(row.dim() == value.dim() for row in drops)
+        # torch raises if a saved tensor changes before the backward pass, so only what that pass reads is saved.
+        reads_rows = want.deferred or any(
+            tensor is not None and tensor.dim() == value.dim()
+            for tensor in (rows.labels, rows.weight)
+        )
         saved = inputs if want.deferred else computed.gradients
         ctx.save_for_backward(*savable(*(rows if reads_rows else Rows()), *saved))
         if want.inplace and not want.deferred:
             assert inputs[0] is not None
             torch.autograd.graph.increment_version(inputs[0])
-        # Only a deferred loss keeps its computation, which may hold tensors.
+        # The computation may hold tensors, so only a deferred loss keeps it.
         ctx.loss = loss if want.deferred else loss._replace(compute=_is_computed)
         ctx.count = len(inputs)
         ctx.dtypes = [None if x is None else x.dtype for x in inputs[:trained]]
@@ -162,7 +166,7 @@ class Differentiable(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
-        """Return the saved gradients times upstream, or the deferred gradients with upstream inside."""
+        """Return the saved gradients times upstream, or compute the deferred gradients with upstream inside."""
         if upstream is None:
             return (None,) * (3 + ctx.count)
         with torch.no_grad():
@@ -174,11 +178,13 @@ class Differentiable(torch.autograd.Function):
     def _gradients(ctx: Any, upstream: Tensor) -> list[Tensor | None]:
         loss, want = ctx.loss, ctx.loss.want
         fields = len(Rows._fields)
-        tensors = ctx.saved_tensors  # read once: activation checkpointing raises at a second time
+        tensors = (
+            ctx.saved_tensors
+        )  # read only once: under activation checkpointing a second read raises
         rows, saved = Rows(*tensors[:fields]), tensors[fields:]
         upstream = of_counted_rows(upstream, rows, loss.options.ignore_index)
         if want.deferred:
-            # The logits are needed again if the graph is kept.
+            # A retained graph needs the logits again, so nothing may overwrite them.
             want = want._replace(deferred=False, inplace=want.inplace and not graph_is_kept())
             rows = with_upstream(rows, upstream)
             gradients = loss.compute(*saved, rows, loss.options, want).gradients

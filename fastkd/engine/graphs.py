@@ -1,10 +1,10 @@
-"""What travels into a compiled graph beside tensors: the numbers of a call, which may change from step to step.
+"""Passing the numbers of a call, which may change from step to step, into a compiled graph; and the op of whole losses.
 
-torch.compile takes a Python float for a constant until it changes, and then for a symbol. A symbol cannot be an
-argument of a custom op: it would be replaced by the value of the moment, and torch's graph caches, which do not see
-that, would give the next step the graph of another value. So a number that is a symbol goes into the op as a tensor of
-one element, an input of the graph like any other, and is read when the op runs; a constant stays one. Nothing here asks
-a symbol for its value, nor compares it: what is checked of a number is checked when the op runs.
+torch.compile treats a Python float as a constant until it changes, and then as a symbol. A symbol cannot be an argument
+of a custom op: torch would replace it by its current value, and torch's graph caches, which do not notice the
+replacement, would reuse that graph for another value. A symbol therefore enters the op as a tensor of one element,
+which is an ordinary input of the graph, and is read when the op runs; a constant stays a constant. The code here never
+reads or compares the value of a symbol, so numbers are checked when the op runs.
 """
 
 from __future__ import annotations
@@ -26,24 +26,25 @@ Returned = TypeVar("Returned")
 
 
 class Packed(NamedTuple):
-    """Numbers as arguments of an op."""
+    """Numbers in the form in which an op takes them."""
 
-    # One letter per number, which says where the number is: "n", "t" and "f" are None, True and False themselves; the
-    # other letters name one of the lists.
+    # One letter per number: "n", "t" and "f" stand for None, True and False; any other letter names the list that the
+    # number is in.
     kinds: str
-    constants: list[float]  # "c"
-    integers: list[int]  # "i": constants, or symbols, for which the schema of an op has a type
-    symbols: list[
-        Tensor
-    ]  # "s": tensors of one element on the CPU, so that reading them waits for no device
+    # "c": floats that are constants of the graph.
+    constants: list[float]
+    # "i": ints, whether constants or symbols, since the schema of an op has a type for both.
+    integers: list[int]
+    # "s": symbols, as tensors of one element on the CPU, so that reading one does not wait for a device.
+    symbols: list[Tensor]
 
 
 _LITERALS = {"n": None, "t": True, "f": False}
 
 
 def _is_constant(value: float) -> bool:
-    """Whether a float is no symbol of the graph that is being made."""
-    try:  # here, as this loads what only a compiler needs
+    """Whether a float is a constant, not a symbol of the graph that is being compiled."""
+    try:  # imported here because only a compiled call needs this module, which loads much
         from torch.fx.experimental.symbolic_shapes import has_static_value
     except ImportError:
         return False
@@ -51,7 +52,7 @@ def _is_constant(value: float) -> bool:
 
 
 def pack(numbers: Sequence[Number]) -> Packed:
-    """The numbers as arguments of an op; :func:`unpack` gives them back."""
+    """The numbers in the form in which an op takes them; :func:`unpack` is the inverse."""
     kinds, constants, integers, symbols = "", [], [], []
     for number in numbers:
         if number is None:
@@ -73,7 +74,7 @@ def pack(numbers: Sequence[Number]) -> Packed:
 def unpack(
     kinds: str, constants: Sequence[float], integers: Sequence[int], symbols: Sequence[Tensor]
 ) -> list[Number]:
-    """What pack was given."""
+    """The numbers from which :func:`pack` made these arguments."""
     sources: dict[str, Iterator[Any]] = {
         "c": iter(constants),
         "i": iter(integers),
@@ -84,24 +85,27 @@ def unpack(
 
 
 def described(divergence: Divergence) -> tuple[str, Sequence[Number]]:
-    """(who makes it, from which numbers): a divergence in a graph, which has strings and numbers."""
+    """(a string, numbers) that describe a divergence to an op; :func:`from_description` is the inverse."""
     if divergence.made_by is not None:
         name, arguments = divergence.made_by
         return f"|||{name}", arguments
     form, target = divergence.closed_form, divergence.target
     moments = (None,) * 3 if form is None else (form.forward, form.reverse, form.cross)
-    share = None if target is None else target.weight
-    function, apart = function_name(divergence.function), "" if target is None else target.form
-    numbers = (divergence.degree, *moments, share, *divergence.params)
-    return f"{function}|{apart}|{int(divergence.normalized)}|{divergence.name}", numbers
+    target_weight = None if target is None else target.weight
+    function, form_of_target = (
+        function_name(divergence.function),
+        "" if target is None else target.form,
+    )
+    numbers = (divergence.degree, *moments, target_weight, *divergence.params)
+    return f"{function}|{form_of_target}|{int(divergence.normalized)}|{divergence.name}", numbers
 
 
 def from_description(description: str, numbers: Sequence[Any]) -> Divergence:
-    """The divergence that described() was given, once its numbers are known."""
-    function, form, normalized, name = description.split("|", 3)
+    """The divergence that :func:`described` described, once its numbers are known."""
+    function, target_form, normalized, name = description.split("|", 3)
     if not function:
         return made(name, numbers)
-    degree, *moments, share = numbers[:5]
+    degree, *moments, target_weight = numbers[:5]
     return Divergence(
         name,
         function_named(function),
@@ -109,49 +113,52 @@ def from_description(description: str, numbers: Sequence[Any]) -> Divergence:
         degree=degree,
         closed_form=None if moments[0] is None else ClosedForm(*moments),
         normalized=normalized == "1",
-        target=Target(form, share) if form else None,
+        target=Target(target_form, target_weight) if target_form else None,
     )
 
 
-# ---- losses that run as in eager mode, inside an op of a graph
+# ---- losses that run as in eager mode, inside one op of a graph
 
-# The arguments of a call by name, and (shape, dtype) of each tensor that it returns, from those.
+# The arguments of a call by name.
 Arguments = Mapping[str, Any]
+# From the arguments to the (shape, dtype) of each tensor that the loss returns.
 Outputs = Callable[[Arguments], list[tuple[Sequence[int], torch.dtype]]]
-
-
+# From what the loss returns to a list of tensors; and from such a list back to what the loss returns.
 Flat = Callable[[Any], list[Tensor]]
 Back = Callable[[list[Tensor], Arguments], Any]
 
 
 class _Loss(NamedTuple):
+    """A loss that runs as one op; the fields are the arguments of :func:`as_one_op`."""
+
     function: Callable[..., Any]
     outputs: Outputs
     apart: bool
-    flat: Callable[[Any], list[Tensor]]  # what the function returns, as a list
+    flat: Flat
 
 
 _losses: dict[str, _Loss] = {}
 
-
+# Separates the words of _Encoded; no name or option contains it.
 _BETWEEN = "\x1f"
 
 
 class _Encoded(NamedTuple):
-    """The arguments of a call as those of an op."""
+    """The arguments of a call in the form in which loss_op takes them."""
 
     tensors: list[Tensor]
-    words: str  # kinds of numbers, then each argument's name, its kind and what more that says, joined by _BETWEEN
+    # Packed.kinds, then for each argument its name, its kind and what that kind needs, all joined by _BETWEEN.
+    words: str
     constants: list[float]
     integers: list[int]
     symbols: list[Tensor]
 
 
-def _encoded(given: Arguments) -> _Encoded:
+def _encoded(arguments: Arguments) -> _Encoded:
     tensors: list[Tensor] = []
     words: list[str] = []
     numbers: list[Number] = []
-    for name, value in given.items():
+    for name, value in arguments.items():
         words.append(name)
         if isinstance(value, Tensor):
             words.append("tensor")
@@ -164,8 +171,8 @@ def _encoded(given: Arguments) -> _Encoded:
         elif isinstance(value, str):
             words.extend(("word", value))
         elif isinstance(value, Divergence):
-            made_from, parameters = described(value)
-            words.extend(("divergence", made_from, str(len(parameters))))
+            description, parameters = described(value)
+            words.extend(("divergence", description, str(len(parameters))))
             numbers.extend(parameters)
         elif isinstance(value, (list, tuple)) and all(isinstance(x, Tensor) for x in value):
             words.extend(("tensors", str(len(value))))
@@ -182,36 +189,37 @@ def _decoded(
     integers: Sequence[int],
     numbers: Sequence[Any] | None = None,
 ) -> dict[str, Any]:
-    """The arguments by name. While a graph is made its integers alone are known: None is in the place of the others."""
-    kinds, *said = words.split(_BETWEEN)
+    """The arguments by name. While a graph is compiled, only integers are known; every other number is then None."""
+    kinds, *argument_words = words.split(_BETWEEN)
     if numbers is None:
-        whole = iter(integers)
-        numbers = [next(whole) if kind == "i" else None for kind in kinds]
-        described_as: Callable[..., Any] = _unknown
+        next_integer = iter(integers)
+        numbers = [next(next_integer) if kind == "i" else None for kind in kinds]
+        divergence_from: Callable[..., Any] = _unknown
     else:
-        described_as = from_description
-    given: dict[str, Any] = {}
-    rest, left, of_call = iter(said), iter(tensors), iter(numbers)
-    for name in rest:
-        kind = next(rest)
+        divergence_from = from_description
+    arguments: dict[str, Any] = {}
+    next_word, next_tensor, next_number = iter(argument_words), iter(tensors), iter(numbers)
+    for name in next_word:
+        kind = next(next_word)
         if kind == "tensor":
-            given[name] = next(left)
+            arguments[name] = next(next_tensor)
         elif kind == "tensors":
-            given[name] = [next(left) for _ in range(int(next(rest)))]
+            arguments[name] = [next(next_tensor) for _ in range(int(next(next_word)))]
         elif kind == "number":
-            given[name] = next(of_call)
+            arguments[name] = next(next_number)
         elif kind == "word":
-            given[name] = next(rest)
+            arguments[name] = next(next_word)
         elif kind == "divergence":
-            made_from, count = next(rest), int(next(rest))
-            given[name] = described_as(made_from, [next(of_call) for _ in range(count)])
+            description, count = next(next_word), int(next(next_word))
+            parameters = [next(next_number) for _ in range(count)]
+            arguments[name] = divergence_from(description, parameters)
         else:
-            given[name] = kind == "true"
-    return given
+            arguments[name] = kind == "true"
+    return arguments
 
 
 def _unknown(*_: object) -> None:
-    """A divergence whose numbers are not known."""
+    """None, in place of a divergence whose numbers are not known yet."""
 
 
 @torch.library.custom_op("fastkd::loss", mutates_args=())
@@ -226,29 +234,30 @@ def loss_op(
     integers: list[int],
     symbols: list[Tensor],
 ) -> list[Tensor]:
-    """The tensors that a loss returns and, unless they are deferred, the gradients of the sum of each; or, with
-    upstream gradients, these gradients alone, which is the second call of those that are deferred. What is not wanted
-    is an empty tensor.
-    """  # fmt: skip
-    given = [
+    """The tensors that a loss returns and, unless they are deferred, the gradients of each tensor's sum.
+
+    The backward pass of a deferred loss calls the op again with upstream gradients, and gets only the gradients. A
+    gradient that is not wanted is an empty tensor.
+    """
+    inputs = [
         tensor.detach().requires_grad_(wants) for tensor, wants in zip(tensors, wanted, strict=True)
     ]
     numbers = unpack(words.split(_BETWEEN, 1)[0], constants, integers, symbols)
     function, _, _, flat = _losses[loss]
-    later = deferred and not upstream
-    with torch.set_grad_enabled(any(wanted) and not later):
-        outputs = flat(function(**_decoded(given, words, integers, numbers)))
+    gradients_later = deferred and not upstream
+    with torch.set_grad_enabled(any(wanted) and not gradients_later):
+        outputs = flat(function(**_decoded(inputs, words, integers, numbers)))
     results = [] if upstream else [output.detach() for output in outputs]
-    if later:
+    if gradients_later:
         return results
-    leaves = [tensor for tensor in given if tensor.requires_grad]
+    leaves = [tensor for tensor in inputs if tensor.requires_grad]
     roots = [index for index, output in enumerate(outputs) if output.requires_grad]
-    found: Iterator[Tensor] = iter(())
+    gradients: Iterator[Tensor] = iter(())
     if roots:
         factors = [upstream[i] if upstream else torch.ones_like(outputs[i]) for i in roots]
-        found = iter(torch.autograd.grad([outputs[i] for i in roots], leaves, factors))
-    none = tensors[0].new_empty
-    return [*results, *(next(found) if wants else none(0) for wants in wanted)]
+        gradients = iter(torch.autograd.grad([outputs[i] for i in roots], leaves, factors))
+    new_empty = tensors[0].new_empty
+    return [*results, *(next(gradients) if wants else new_empty(0) for wants in wanted)]
 
 
 @loss_op.register_fake
@@ -267,30 +276,33 @@ def _loss_fake(tensors, loss, wanted, deferred, upstream, words, constants, inte
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
     tensors, loss, wanted, deferred, _, words, constants, integers, symbols = inputs
-    given = _decoded(range(len(tensors)), words, integers)
-    ctx.dropping = [given.get(name) for name in ("labels", "mask", "weight")]
-    # What the backward reads. A graph is not told which constants were made in inference mode, so each is copied.
+    # The arguments, with the index of each tensor in its place.
+    arguments = _decoded(range(len(tensors)), words, integers)
+    ctx.dropping = [arguments.get(name) for name in ("labels", "mask", "weight")]
+    # The tensors that the backward pass reads. Those without a gradient are copied, because a graph cannot tell which
+    # of them were made in inference mode, and such a tensor cannot be saved.
     read = (
         range(len(tensors)) if deferred else {index for index in ctx.dropping if index is not None}
     )
     ctx.read = tuple(read)
-    kept = [tensors[i] if wanted[i] else copied(tensors[i]) for i in ctx.read]
-    ctx.ignore_index = given.get("ignore_index", -100)
+    read_tensors = [tensors[i] if wanted[i] else copied(tensors[i]) for i in ctx.read]
+    ctx.ignore_index = arguments.get("ignore_index", -100)
     ctx.call = (loss, wanted, deferred, words, constants, integers)
     ctx.outputs = len(output) if deferred else len(output) - len(tensors)
     ctx.symbols = len(symbols)
-    ctx.save_for_backward(*kept, *symbols, *(() if deferred else output[ctx.outputs :]))
+    ctx.save_for_backward(*read_tensors, *symbols, *(() if deferred else output[ctx.outputs :]))
     ctx.set_materialize_grads(False)
 
 
-def _backward(ctx: Any, given: Sequence[Tensor | None]) -> tuple[Any, ...]:
+def _backward(ctx: Any, of_results: Sequence[Tensor | None]) -> tuple[Any, ...]:
     loss, wanted, deferred, words, constants, integers = ctx.call
     saved, count = list(ctx.saved_tensors), len(wanted)
-    kept, symbols = saved[: len(ctx.read)], saved[len(ctx.read) :][: ctx.symbols]
-    by_index = dict(zip(ctx.read, kept, strict=True))
-    # Of the results those that can be differentiated come first: one for all tensors, or one for each of the first.
-    upstream = [x for x in given[: ctx.outputs] if x is not None]
-    rest: tuple[Any, ...] = (
+    read_tensors, symbols = saved[: len(ctx.read)], saved[len(ctx.read) :][: ctx.symbols]
+    by_index = dict(zip(ctx.read, read_tensors, strict=True))
+    # The first results are the loss's outputs: one for all tensors or, if apart, one for each of the first tensors. The
+    # gradients that follow them are not differentiated.
+    of_outputs = of_results[: ctx.outputs]
+    of_other_arguments: tuple[Any, ...] = (
         None,
         None,
         None,
@@ -300,31 +312,34 @@ def _backward(ctx: Any, given: Sequence[Tensor | None]) -> tuple[Any, ...]:
         None if integers else [],
         [None] * ctx.symbols,
     )
-    if not upstream:
-        return ([None] * count, *rest)
-    of_each = [
-        None if x is None else _of_counted_rows(x, ctx, by_index) for x in given[: ctx.outputs]
+    if all(upstream is None for upstream in of_outputs):
+        return ([None] * count, *of_other_arguments)
+    upstreams = [
+        None if upstream is None else _of_counted_rows(upstream, ctx, by_index)
+        for upstream in of_outputs
     ]
     if deferred:
-        alike = next(x for x in of_each if x is not None)
-        factors = [torch.zeros_like(alike) if x is None else x for x in of_each]
-        found = loss_op(kept, loss, wanted, True, factors, words, constants, integers, symbols)
-        gradients = [x if wants else None for x, wants in zip(found, wanted, strict=True)]
-        return (gradients, *rest)
+        some_upstream = next(x for x in upstreams if x is not None)
+        factors = [torch.zeros_like(some_upstream) if x is None else x for x in upstreams]
+        computed = loss_op(
+            read_tensors, loss, wanted, True, factors, words, constants, integers, symbols
+        )
+        gradients = [x if wants else None for x, wants in zip(computed, wanted, strict=True)]
+        return (gradients, *of_other_arguments)
     gradients = []
     for index, (gradient, wants) in enumerate(zip(saved[-count:], wanted, strict=True)):
-        factor = of_each[index] if wants and _losses[loss].apart else of_each[0]
+        factor = upstreams[index] if wants and _losses[loss].apart else upstreams[0]
         if not wants or factor is None:
             gradients.append(None)
             continue
         factor = factor.reshape(*factor.shape, *(1,) * (gradient.dim() - factor.dim()))
         gradients.append((gradient * factor).to(gradient.dtype))
-    return (gradients, *rest)
+    return (gradients, *of_other_arguments)
 
 
 def _of_counted_rows(upstream: Tensor, ctx: Any, tensors: Mapping[int, Tensor]) -> Tensor:
-    """An upstream gradient with 0 for the rows that are dropped, where it may be infinite or NaN."""
-    labels, mask, weight = (None if place is None else tensors[place] for place in ctx.dropping)
+    """The upstream gradient, set to 0 in dropped rows, where it may be infinite or NaN."""
+    labels, mask, weight = (None if index is None else tensors[index] for index in ctx.dropping)
     if upstream.dim() == 0:
         return upstream
     if labels is not None:
@@ -340,11 +355,16 @@ loss_op.register_autograd(_backward, setup_context=_setup_context)
 def as_one_op(
     outputs: Outputs, *, apart: bool = False, flat: Flat | None = None, back: Back | None = None
 ) -> Callable[[Callable[Parameters, Returned]], Callable[Parameters, Returned]]:
-    """A decorator: the loss is one op of a compiled graph, in which it runs as in eager mode, with its gradient.
+    """A decorator that makes a loss, with its gradient, one op of a compiled graph; inside the op it runs eagerly.
 
-    outputs says what it returns, from its arguments by name. It differentiates with an autograd Function whose inputs
-    are its arguments themselves: below an op nothing else of autograd works. apart: it returns a loss for each of its
-    first tensors, which depends on no other. flat and back make a list of what it returns, and that of the list.
+    The loss must compute its gradient in an autograd Function whose inputs are the arguments themselves, because no
+    other part of autograd works inside an op.
+
+    Args:
+        outputs: a function from the arguments by name to the shape and dtype of each tensor that the loss returns.
+        apart: whether the loss returns one tensor for each of its first tensors, each depending on that tensor alone.
+        flat: makes a list of tensors of what the loss returns. None: the loss returns one tensor.
+        back: the inverse of flat, which also receives the arguments. None: the loss returns one tensor.
     """
 
     def decorate(function: Callable[Parameters, Returned]) -> Callable[Parameters, Returned]:
@@ -355,16 +375,16 @@ def as_one_op(
         def call(*arguments: Parameters.args, **options: Parameters.kwargs) -> Returned:
             if not torch.compiler.is_compiling() or len(arguments) > len(parameters):
                 return function(*arguments, **options)
-            given = dict(zip(parameters, arguments)) | options  # noqa: B905 - defaults follow
-            encoded = _encoded(given)
+            by_name = dict(zip(parameters, arguments)) | options  # noqa: B905 - defaults follow
+            encoded = _encoded(by_name)
             enabled = torch.is_grad_enabled()
             wanted = [enabled and tensor.requires_grad for tensor in encoded.tensors]
             deferred = False
             for tensor, wants in zip(encoded.tensors, wanted, strict=True):
                 deferred = deferred or (wants and tensor.dtype == torch.float16)
-            found = loss_op(encoded.tensors, name, wanted, deferred, [], *encoded[1:])
-            kept = found if deferred else found[: len(found) - len(wanted)]
-            return kept[0] if back is None else back(kept, given)
+            results = loss_op(encoded.tensors, name, wanted, deferred, [], *encoded[1:])
+            losses = results if deferred else results[: len(results) - len(wanted)]
+            return losses[0] if back is None else back(losses, by_name)
 
         return call
 

@@ -1,9 +1,9 @@
-"""Losses in chunks of rows: from hidden states and an lm_head, or against a teacher whose logits are computed.
+"""Losses in chunks of rows: for a student of hidden states and lm_head, or a teacher whose logits are computed.
 
-:func:`kd_chunks` is what fastkd.functional calls. It plans the chunks, and runs fastkd/engine/chunks.py: in eager mode
-under the rule of fastkd/engine/gradients.py, under torch.compile as the op kd_chunks_op. Two gradients are deferred to
-the backward: of a loss per row whose weight requires grad (the weight's gradient is a sum over rows, each times its
-upstream gradient), and of float16 logits.
+fastkd.functional calls :func:`kd_chunks`, which plans the chunks and runs fastkd/engine/chunks.py: in eager mode under
+the rule of fastkd/engine/gradients.py, under torch.compile as the op kd_chunks_op. Gradients are deferred to the
+backward pass in two cases: for a loss per row if the head requires grad, since the head's gradient sums over rows that
+each have their own upstream gradient; and for dense float16 logits.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from fastkd.teachers import Ensemble, LinearTeacher, Teacher, flatten, unflatten
 
 
 def autocast(*tensors: Tensor | None) -> list[Tensor | None]:
-    """The tensors as autocast casts the operands of a matrix product; float64 it leaves alone."""
+    """The tensors, cast as autocast casts the operands of a matrix product; it does not cast float64."""
     device = next(tensor.device.type for tensor in tensors if tensor is not None)
     if not torch.is_autocast_enabled(device):
         return list(tensors)
@@ -40,7 +40,7 @@ def autocast(*tensors: Tensor | None) -> list[Tensor | None]:
 
 
 def autocast_teacher(teacher: Teacher) -> Teacher:
-    """Likewise: a backward may run where autocast is no longer on."""
+    """The teacher with its operands cast now, because a deferred backward pass may run after autocast has ended."""
     if isinstance(teacher, LinearTeacher):
         hidden, weight, bias = autocast(teacher.hidden, teacher.weight, teacher.bias)
         assert hidden is not None and weight is not None
@@ -55,22 +55,22 @@ def autocast_teacher(teacher: Teacher) -> Teacher:
 
 
 class ChunkedLoss(NamedTuple):
-    """A loss in chunks, without the tensors that a graph saves for the backward."""
+    """What a loss in chunks needs besides the tensors that a graph saves for the backward pass."""
 
-    wanted: tuple[bool, ...]  # the gradients of Student's fields
+    wanted: tuple[bool, ...]  # for each field of Student, whether its gradient is wanted
     backend: str
-    teacher: str  # how its tensors go together (fastkd.teachers.flatten)
-    weights: Sequence[float]  # of an ensemble
+    teacher: str  # the form of the teacher, as fastkd.teachers.flatten returns it
+    weights: Sequence[float]  # the weights of an ensemble
     chunk_size: int | None
     memory_budget: int | None
-    logits_dtype: torch.dtype  # of the student
+    logits_dtype: torch.dtype  # the dtype of the student's logits
 
     def row_dtype(self, teacher: Sequence[Tensor]) -> torch.dtype:
-        """The dtype of losses, and of a teacher's logits."""
+        """The dtype of losses and of the teacher's logits."""
         return row_dtype(self.logits_dtype, *(tensor.dtype for tensor in teacher))
 
     def chosen(self, student: Student, teacher: Sequence[Tensor], divergence: Divergence) -> str:
-        """The backend that serves the loss."""
+        """The name of the backend that computes the loss."""
         device, dtype = student.hidden.device.type, self.row_dtype(teacher)
         return registry.select(self.backend, device, self.logits_dtype, dtype, divergence)
 
@@ -79,13 +79,13 @@ class ChunkedLoss(NamedTuple):
         hidden: Tensor,
         weight: Tensor | None,
         bias: Tensor | None,
-        *rest: Any,
+        *others: Any,
     ) -> Chunked:
-        """Plan the chunks and loop over them. The rest: a teacher's tensors, rows, options, want."""
-        *tensors, rows, options, want = rest
+        """Plan the chunks and loop over them. others: the tensors of the teacher, then rows, options and want."""
+        *teacher_tensors, rows, options, want = others
         student = Student(hidden, weight, bias)
-        teacher = unflatten(tensors, self.teacher, self.weights)
-        backend = self.chosen(student, tensors, options.divergence)
+        teacher = unflatten(teacher_tensors, self.teacher, self.weights)
+        backend = self.chosen(student, teacher_tensors, options.divergence)
         return chunks_of_rows(
             student,
             teacher,
@@ -96,53 +96,54 @@ class ChunkedLoss(NamedTuple):
             kernels_for(backend, options),
             self._plan(student, teacher, rows, options, backend).chunk_size,
             self.logits_dtype,
-            self.row_dtype(tensors),
+            self.row_dtype(teacher_tensors),
         )
 
     def _plan(
         self,
-        given: Student,
+        student: Student,
         teacher: Tensor | LinearTeacher | Ensemble,
         rows: Rows,
         options: Options,
         backend: str,
     ) -> MemoryPlan:
-        student, weight, _ = given
+        hidden, weight, _ = student
         shard = options.shard
-        # Chunks have collectives in them: all processes plan as the one with the most columns does.
+        # Processes that share the vocabulary communicate in each chunk, so all of them need the same chunks: each plans
+        # for the widest shard.
         vocabulary = options.vocab_size if shard is None else shard.widest
-        columns, row_bytes, hidden = 0, 0, 0
+        columns, row_bytes, teacher_hidden = 0, 0, 0
         if isinstance(teacher, Ensemble):
             linear = [member for member in teacher.teachers if isinstance(member, LinearTeacher)]
             columns = vocabulary * (2 if linear else 1)
-            hidden = max((member.hidden.shape[-1] for member in linear), default=0)
+            teacher_hidden = max((member.hidden.shape[-1] for member in linear), default=0)
         elif isinstance(teacher, LinearTeacher):
-            columns, hidden = vocabulary, teacher.hidden.shape[-1]
+            columns, teacher_hidden = vocabulary, teacher.hidden.shape[-1]
         elif rows.ids is not None:
             row_bytes = TOPK_BYTES * rows.ids.shape[-1]
         else:
             row_bytes = vocabulary * teacher.dtype.itemsize
-        if weight is None:  # rows that are packed are copied, and padding is put beside a gradient
-            row_bytes += 2 * student.shape[-1] * student.dtype.itemsize
+        if weight is None:  # a chunk copies the rows that it packs, and a gradient that it pads
+            row_bytes += 2 * hidden.shape[-1] * hidden.dtype.itemsize
         shape = Shape(
-            student.shape[:-1].numel(),
+            hidden.shape[:-1].numel(),
             vocabulary,
-            student.dtype,
+            hidden.dtype,
             self.logits_dtype,
-            0 if weight is None else student.shape[-1],
+            0 if weight is None else hidden.shape[-1],
             columns,
             row_bytes,
-            hidden,
+            teacher_hidden,
             sum(tensor.numel() * tensor.itemsize for tensor in flatten(teacher)[0]),
             self.wanted[1],
-            student.device.type,
+            hidden.device.type,
             backend,
         )
         return plan(shape, self.chunk_size, self.memory_budget)
 
 
-# The custom op. The plan, and the number of rows that are packed, depend on sizes and values that a graph leaves open,
-# so they are decided when the op runs.
+# The custom op. It plans and packs the chunks when it runs, because they depend on sizes and values that are not
+# known while the graph is compiled.
 
 
 @torch.library.custom_op("fastkd::kd_chunks", mutates_args=())
@@ -175,7 +176,7 @@ def kd_chunks_op(
     integers: list[int],
     symbols: list[Tensor],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The fields of Chunked; what is not wanted is an empty tensor."""
+    """The fields of Chunked; an output that is not wanted is an empty tensor."""
     rows = Rows(labels, weight, temperature, teacher_temperature, scale, ids, tail_logprob)
     graph_options = GraphOptions(
         want, vocab_size, ignore_index, tail, divergence, kinds, constants, integers, symbols
@@ -191,15 +192,15 @@ def kd_chunks_op(
 
 @kd_chunks_op.register_fake
 def _kd_chunks_fake(*arguments: Any) -> tuple[Tensor, ...]:
-    given = by_name(kd_chunks_op, arguments)
-    student = Student(given["student_hidden"], given["student_weight"], given["student_bias"])
-    like, wants = student.hidden, Want(*given["want"])
-    dtype = row_dtype(given["logits_dtype"], *(tensor.dtype for tensor in given["teacher"]))
+    inputs = by_name(kd_chunks_op, arguments)
+    student = Student(inputs["student_hidden"], inputs["student_weight"], inputs["student_bias"])
+    like, wants = student.hidden, Want(*inputs["want"])
+    dtype = row_dtype(inputs["logits_dtype"], *(tensor.dtype for tensor in inputs["teacher"]))
     gradients = (
         made(like, tensor.shape, saved_dtype(tensor, student.weight is None))
         if wanted and tensor is not None and not wants.deferred
         else like.new_empty(0)
-        for tensor, wanted in zip(student, given["wanted"], strict=True)
+        for tensor, wanted in zip(student, inputs["wanted"], strict=True)
     )
     lead = like.shape[:-1]
     return (
@@ -218,7 +219,7 @@ register_gradient(
         "student_weight": "weight_gradient",
         "student_bias": "bias_gradient",
     },
-    lambda given: given["wanted"],
+    lambda inputs: inputs["wanted"],
 )
 
 
@@ -231,9 +232,9 @@ def kd_chunks(
     chunk_size: int | None = None,
     memory_budget: int | None = None,
 ) -> tuple[Tensor | None, ...]:
-    """(loss, distillation, cross_entropy, student_entropy), differentiable; the loss is [...] or its 0-dim sum.
+    """(loss, distillation, cross_entropy, student_entropy); the loss, [...] or its 0-dim sum, is differentiable.
 
-    The last three arguments are those of fused_linear_kd_loss.
+    logits_dtype, chunk_size and memory_budget are those of fused_linear_kd_loss.
     """
     options, rows, numbers = call.options, call.rows, call.numbers
     if (
@@ -275,7 +276,7 @@ def kd_chunks(
     arguments = (student, tensors, rows, options, chunked, want, call.summed)
     if numbers is None and not compiling:
         return _differentiable(*arguments)
-    # As in fastkd.engine.autograd: the graph broke inside the validation.
+    # The graph broke inside the validation or after it; see fastkd.engine.autograd.kd_rows.
     return torch.compiler.disable(_run_eagerly)(numbers, *arguments)
 
 
@@ -299,8 +300,10 @@ def _run_eagerly(
     teacher: Sequence[Tensor],
     rows: Rows,
     options: Options,
-    *others: Any,
+    chunked: ChunkedLoss,
+    want: Want,
+    summed: bool,
 ) -> tuple[Tensor | None, ...]:
     if numbers is not None:
         options = settled(options.divergence, options.vocab_size, options.tail, numbers, rows)
-    return _differentiable(student, teacher, rows, options, *others)
+    return _differentiable(student, teacher, rows, options, chunked, want, summed)

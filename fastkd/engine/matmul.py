@@ -1,7 +1,8 @@
-"""The matrix products of a fused linear loss, summed in float32 (float64 for float64) whatever the operands are.
+"""The matrix products of a fused linear loss, accumulated in float32, or in float64 for float64 operands.
 
-Where torch multiplies operands of lower precision into a wider result only by converting them, the weight is converted
-a slab of rows at a time: a whole copy of an lm_head would be as large as the logits that a chunk avoids.
+Where torch can multiply operands of lower precision into a wider result only after converting them, the weight is
+converted a slab of rows at a time: a converted copy of a whole lm_head would be as large as the logits that chunks
+avoid.
 """
 
 from __future__ import annotations
@@ -12,11 +13,12 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-SLAB_BYTES = 16 << 20  # of a converted part of the weight
+# The size of a converted slab of a weight.
+SLAB_BYTES = 16 << 20
 
 
 def slab_rows(width: int) -> int:
-    """Rows of a weight [V, width] that are converted at a time; at least 256, for the sake of the product."""
+    """The number of rows of a weight [V, width] in a slab: at least 256, so that the products stay efficient."""
     return max(SLAB_BYTES // (4 * width), 256)
 
 
@@ -27,14 +29,16 @@ def _slabs(weight: Tensor) -> Iterator[slice]:
 
 
 def _widens(operand: Tensor) -> bool:
-    """Whether torch multiplies operands like this into float32 by itself."""
-    low = operand.dtype in (torch.bfloat16, torch.float16)
-    return low and operand.device.type == "cuda" and hasattr(torch.ops.aten.mm, "dtype_out")
+    """Whether torch can multiply such operands into a float32 result without converting them."""
+    low_precision = operand.dtype in (torch.bfloat16, torch.float16)
+    return (
+        low_precision and operand.device.type == "cuda" and hasattr(torch.ops.aten.mm, "dtype_out")
+    )
 
 
 @functools.cache
 def _accumulates(device: torch.device) -> bool:
-    """Whether torch adds such a product to a float32 tensor by itself; the first release with `out_dtype` refuses."""
+    """Whether torch can add such a product to a float32 tensor; the first release with `out_dtype` raises."""
     operand = torch.zeros(16, 16, dtype=torch.bfloat16, device=device)
     total = torch.zeros(16, 16, dtype=torch.float32, device=device)
     try:
@@ -45,7 +49,7 @@ def _accumulates(device: torch.device) -> bool:
 
 
 def make_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> Tensor:
-    """Out [C, V] = hidden [C, H] @ weight [V, H].T + bias [V]."""
+    """Write hidden [C, H] @ weight [V, H].T + bias [V] to out [C, V], and return it."""
     if out.dtype == hidden.dtype == weight.dtype:
         if bias is None:
             return torch.mm(hidden, weight.T, out=out)
@@ -53,14 +57,14 @@ def make_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor
     if _widens(hidden) and out.dtype == torch.float32:
         torch.mm(hidden, weight.T, out_dtype=out.dtype, out=out)
     else:
-        wide = hidden.to(out.dtype)
+        wide_hidden = hidden.to(out.dtype)
         for slab in _slabs(weight):
-            torch.mm(wide, weight[slab].to(out.dtype).T, out=out[:, slab])
+            torch.mm(wide_hidden, weight[slab].to(out.dtype).T, out=out[:, slab])
     return out if bias is None else out.add_(bias)
 
 
 def hidden_gradient(gradient: Tensor, weight: Tensor, out: Tensor) -> None:
-    """Out [C, H] = gradient [C, V] @ weight [V, H]."""
+    """Write gradient [C, V] @ weight [V, H] to out [C, H]."""
     if gradient.dtype == weight.dtype == out.dtype:
         torch.mm(gradient, weight, out=out)
     elif gradient.dtype == weight.dtype and _widens(weight):
@@ -73,7 +77,7 @@ def hidden_gradient(gradient: Tensor, weight: Tensor, out: Tensor) -> None:
 
 
 def add_weight_gradient(gradient: Tensor, hidden: Tensor, total: Tensor, first: bool) -> None:
-    """Total [V, H] += gradient [C, V].T @ hidden [C, H]; total = for the first chunk."""
+    """Add gradient [C, V].T @ hidden [C, H] to total [V, H]; the first chunk overwrites total."""
     beta = 0 if first else 1
     if gradient.dtype == hidden.dtype == total.dtype:
         total.addmm_(gradient.T, hidden, beta=beta)
@@ -88,16 +92,16 @@ def add_weight_gradient(gradient: Tensor, hidden: Tensor, total: Tensor, first: 
         for slab in _slabs(total):
             total[slab] += torch.mm(gradient[:, slab].T, hidden, out_dtype=total.dtype)
         return
-    wide = hidden.to(total.dtype)
+    wide_hidden = hidden.to(total.dtype)
     for slab in _slabs(total):
-        total[slab].addmm_(gradient[:, slab].T.to(total.dtype), wide, beta=beta)
+        total[slab].addmm_(gradient[:, slab].T.to(total.dtype), wide_hidden, beta=beta)
 
 
 def as_operand(gradient: Tensor, weight: Tensor, scratch: Tensor | None) -> Tensor:
-    """A gradient [C, V] in the weight's precision, where torch multiplies in that; in scratch if there is some."""
+    """The gradient [C, V], converted to the weight's dtype if torch can multiply in it; scratch holds the result."""
     if gradient.dtype == weight.dtype or not _widens(weight):
         return gradient
     if scratch is None:
         return gradient.to(weight.dtype)
-    room = scratch.flatten().view(weight.dtype)[: gradient.numel()].view(gradient.shape)
-    return room.copy_(gradient)
+    converted = scratch.flatten().view(weight.dtype)[: gradient.numel()].view(gradient.shape)
+    return converted.copy_(gradient)

@@ -1,9 +1,9 @@
-"""What the custom ops of the losses share: their options in a graph, and their gradient.
+"""What the custom ops of the losses share: how they receive options, and how they are differentiated.
 
-A schema of an op holds tensors, numbers, lists of them, and strings, so a call's options travel as
-:class:`GraphOptions`, whose fields are the last arguments of an op. fastkd/engine/graphs.py says how numbers
-travel that may change from step to step. :func:`register_gradient` gives an op the rule of
-fastkd/engine/gradients.py, as far as a graph allows it.
+The schema of an op allows tensors, numbers, lists of either, and strings. An op therefore receives the options of a
+call as the fields of :class:`GraphOptions`, which are its last arguments. fastkd/engine/graphs.py describes how it
+receives numbers that may change from step to step. :func:`register_gradient` gives an op the gradient rule of
+fastkd/engine/gradients.py, as far as a graph allows.
 """
 
 from __future__ import annotations
@@ -27,10 +27,11 @@ class GraphOptions(NamedTuple):
 
     want: list[bool]  # the fields of Want
     vocab_size: int
-    ignore_index: int  # also among the numbers; the backward needs it by itself
+    ignore_index: int  # also among the numbers; the backward pass needs it before they are unpacked
     tail: str
-    divergence: str  # fastkd.engine.graphs.described
-    # fastkd.engine.graphs.Packed: the numbers of the call, the weights of an ensemble, the divergence's parameters.
+    divergence: str  # as fastkd.engine.graphs.described returns it
+    # The fields of fastkd.engine.graphs.Packed, which hold the numbers of the call, the weights of an ensemble and the
+    # parameters of the divergence.
     kinds: str
     constants: list[float]
     integers: list[int]
@@ -40,7 +41,7 @@ class GraphOptions(NamedTuple):
     def of(
         cls, options: Options, want: Want, numbers: Numbers, weights: Sequence[float] = ()
     ) -> GraphOptions:
-        """The arguments for these options, the numbers that they wait for, and the weights of an ensemble."""
+        """The arguments for these options, for the numbers that stand-ins replace, and for an ensemble's weights."""
         divergence, parameters = described(options.divergence)
         packed = pack((*numbers.flat(), *weights, *parameters))
         return cls(
@@ -56,10 +57,10 @@ class GraphOptions(NamedTuple):
         )
 
     def settled(self, rows: Rows, members: int = 0) -> tuple[Options, list[float]]:
-        """(the options, the weights of an ensemble with so many members), when the op runs and its numbers are known.
+        """(the options, the weights of an ensemble with this many members), once the op runs and knows its numbers.
 
         Raises:
-            ValueError, TypeError: a number is wrong.
+            ValueError, TypeError: a number is invalid.
         """
         values: list[Any] = unpack(self.kinds, self.constants, self.integers, self.symbols)
         numbers, weights = Numbers.from_flat(values[:COUNT]), values[COUNT:][:members]
@@ -68,18 +69,18 @@ class GraphOptions(NamedTuple):
 
 
 def by_name(op: Any, arguments: Sequence[Any]) -> dict[str, Any]:
-    """The arguments of an op by name, in order."""
+    """A dictionary of an op's arguments by name, in the order of its schema."""
     names = [argument.name for argument in op._opoverload._schema.arguments]
     return dict(zip(names, arguments, strict=True))
 
 
 def made(like: Tensor, shape: Sequence[int], dtype: torch.dtype, wanted: bool = True) -> Tensor:
-    """A fake output of an op; what is not wanted is an empty tensor."""
+    """A fake output of an op, which is an empty tensor if it is not wanted."""
     return like.new_empty(shape, dtype=dtype) if wanted else like.new_empty(0)
 
 
 def filled(outputs: Sequence[Tensor | None], like: Tensor) -> tuple[Tensor, ...]:
-    """The outputs of an op, with an empty tensor in place of None."""
+    """The outputs of an op, with each None replaced by an empty tensor."""
     return tuple(like.new_empty(0) if tensor is None else tensor for tensor in outputs)
 
 
@@ -93,64 +94,70 @@ def register_gradient(
 
     Args:
         op: the op.
-        outputs: the names of its outputs; the first two are "loss" [...] and "total". A caller uses one of them.
-        gradients: the output that is the gradient of total, by the argument that it belongs to.
-        wanted: from the arguments by name, which of these gradients are wanted.
+        outputs: the names of its outputs; the first two are "loss" [...] and "total", of which a caller uses one.
+        gradients: for each differentiable argument, the name of the output that is the gradient of total by it.
+        wanted: a function of the arguments by name that tells which of these gradients are wanted.
     """
 
     def save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        given = by_name(op, inputs)
+        arguments = by_name(op, inputs)
         results = dict(zip(outputs, output, strict=True))
-        ctx.wanted = dict(zip(gradients, wanted(given), strict=True))
-        ctx.deferred = Want(*given["want"]).deferred
-        ctx.dtypes = {name: given[name].dtype for name in gradients if given[name] is not None}
-        # torch takes an empty list, of whatever, for one of tensors, and a list of tensors for as many gradients.
+        ctx.wanted = dict(zip(gradients, wanted(arguments), strict=True))
+        ctx.deferred = Want(*arguments["want"]).deferred
+        ctx.dtypes = {
+            name: arguments[name].dtype for name in gradients if arguments[name] is not None
+        }
+        # torch takes any empty list for a list of tensors, and expects one gradient per tensor of a list.
         ctx.no_gradients = {
             name: [None] * len(value) if _is_tensors(value) else None
-            for name, value in given.items()
+            for name, value in arguments.items()
         }
-        if ctx.deferred:  # the second call reads what this one reads
+        if ctx.deferred:  # the backward pass calls the op again with the same inputs
             saved = {
                 name: value if ctx.wanted.get(name) or name == "symbols" else _constant(value)
-                for name, value in given.items()
+                for name, value in arguments.items()
                 if isinstance(value, Tensor) or _is_tensors(value)
             }
         else:
             saved = {name: results[gradients[name]] for name, wants in ctx.wanted.items() if wants}
-            saved |= {name: _constant(given[name]) for name in Rows._fields}
+            saved |= {name: _constant(arguments[name]) for name in Rows._fields}
         flat: list[Tensor | None] = []
-        ctx.saved = {}  # the place in flat, by name; of a list, the places
+        ctx.saved = {}  # by name, the index in flat; for a list of tensors, the list of indices
         for name, value in saved.items():
-            members = list(value) if isinstance(value, (list, tuple)) else [value]
-            places = list(range(len(flat), len(flat) + len(members)))
-            ctx.saved[name] = places if isinstance(value, (list, tuple)) else places[0]
-            flat += members
+            tensors = list(value) if isinstance(value, (list, tuple)) else [value]
+            indices = list(range(len(flat), len(flat) + len(tensors)))
+            ctx.saved[name] = indices if isinstance(value, (list, tuple)) else indices[0]
+            flat += tensors
         ctx.save_for_backward(*flat)
-        ctx.given = {name: None if name in ctx.saved else value for name, value in given.items()}
+        ctx.arguments = {
+            name: None if name in ctx.saved else value for name, value in arguments.items()
+        }
         ctx.set_materialize_grads(False)
 
-    def differentiate(ctx: Any, *by_output: Tensor | None) -> tuple[Any, ...]:
-        loss, total = by_output[:2]
-        upstream = loss if total is None else total
+    def differentiate(ctx: Any, *upstreams: Tensor | None) -> tuple[Any, ...]:
+        loss_upstream, total_upstream = upstreams[:2]
+        upstream = loss_upstream if total_upstream is None else total_upstream
         if upstream is None:
             return tuple(ctx.no_gradients.values())
         flat = ctx.saved_tensors
         saved: dict[str, Any] = {
-            name: [flat[i] for i in place] if isinstance(place, list) else flat[place]
-            for name, place in ctx.saved.items()
+            name: [flat[i] for i in index] if isinstance(index, list) else flat[index]
+            for name, index in ctx.saved.items()
         }
         rows = Rows(**{name: saved.get(name) for name in Rows._fields})
-        upstream = of_counted_rows(upstream, rows, ctx.given["ignore_index"])
+        upstream = of_counted_rows(upstream, rows, ctx.arguments["ignore_index"])
         if ctx.deferred:
-            want = list(Want(*ctx.given["want"])._replace(deferred=False))
-            again = ctx.given | saved | with_upstream(rows, upstream)._asdict() | {"want": want}
-            results = dict(zip(outputs, op(**again), strict=True))
-            found = {name: results[output] for name, output in gradients.items()}
+            want = list(Want(*ctx.arguments["want"])._replace(deferred=False))
+            arguments = (
+                ctx.arguments | saved | with_upstream(rows, upstream)._asdict() | {"want": want}
+            )
+            results = dict(zip(outputs, op(**arguments), strict=True))
+            computed = {name: results[output] for name, output in gradients.items()}
         else:
             factor = upstream.unsqueeze(-1) if upstream.dim() else upstream
-            found = {name: saved[name] * factor for name, wants in ctx.wanted.items() if wants}
+            computed = {name: saved[name] * factor for name, wants in ctx.wanted.items() if wants}
         result = ctx.no_gradients | {
-            name: found[name].to(ctx.dtypes[name]) for name, wants in ctx.wanted.items() if wants
+            name: computed[name].to(ctx.dtypes[name]) for name, wants in ctx.wanted.items() if wants
         }
         return tuple(result.values())
 
@@ -162,7 +169,7 @@ def _is_tensors(value: object) -> bool:
 
 
 def _constant(value: Any) -> Any:
-    """A constant as a graph saves it: a graph is not told which were made in inference mode, so each is copied."""
+    """A copy of a constant, which a graph saves: it cannot tell whether the constant was made in inference mode."""
     if isinstance(value, (list, tuple)):
         return [copied(tensor) for tensor in value]
     return None if value is None else copied(value)

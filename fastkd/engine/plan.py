@@ -1,4 +1,4 @@
-"""How many rows a chunk has, and what a call of a chunked loss holds at its peak."""
+"""The memory plan of a chunked loss: how many rows a chunk has, and how many bytes a call holds at its peak."""
 
 from __future__ import annotations
 
@@ -13,61 +13,64 @@ from fastkd.engine.matmul import slab_rows
 
 
 class Budget(NamedTuple):
-    """Bytes of the chunks of a call that passes no memory_budget."""
+    """The bytes that chunks may take in a call without memory_budget."""
 
     cpu: int
     other: int  # on any other device
 
     def of(self, device: str) -> int:
-        """The bytes on a type of device."""
+        """The bytes for this type of device."""
         return self.cpu if device == "cpu" else self.other
 
 
-# Beside the accumulator of the weight's gradient. A chunk reads and writes all of that, 8 V H bytes: for a head of
-# 128,256 x 4,096 this takes 1.4 ms on an H100, and the products of a chunk of 2,048 rows 11 ms. That many rows fit.
+# The accumulator of the weight's gradient comes on top. Each chunk reads and writes the whole accumulator, 8 V H bytes:
+# for a head of 128,256 x 4,096 this takes 1.4 ms on an H100, against 11 ms for the products of a chunk of 2,048 rows,
+# for which this budget has room.
 LINEAR_BUDGET = Budget(384 << 20, 2112 << 20)
-# Without matrix products a chunk only has to be large enough for the device, and on a CPU small enough for the cache.
+# Without matrix products, a chunk only has to be large enough to occupy the device, and on a CPU small enough to stay
+# in cache.
 RESPONSE_BUDGET = Budget(32 << 20, 1 << 30)
-# Threads' scratch memory, the packing of matrix products, tensors of one value a row.
+# Threads' scratch memory, packed operands of matrix products, and tensors with one value per row.
 WORKSPACE = 16 << 20
-# [C, V] tensors that the reference holds at once, beside the logits.
+# How many [C, V] tensors the reference backend holds at once besides the logits.
 REFERENCE_TEMPORARIES = 14
-# A token of a sparse teacher in a chunk: its id, and float32 logits, log-probabilities and gradients of both sides.
+# The bytes of one token of a sparse teacher in a chunk: its id, and the float32 logits, log-probabilities and gradients
+# of both sides.
 TOPK_BYTES = 32
 LOW_PRECISION = (torch.bfloat16, torch.float16)
 
 
 class MemoryPlan(NamedTuple):
-    """What a chunked call holds, in bytes."""
+    """The memory that a chunked call holds, in bytes."""
 
     chunk_size: int  # rows
     chunks: int
-    logits: int  # of a chunk: the student's, in which the gradient is computed in place, and the teacher's
-    accumulator: (
-        int  # the float32 sum of the weight's gradient, where the weight is of lower precision
-    )
+    # The logits of a chunk: the student's, which the gradient overwrites, and the teacher's.
+    logits: int
+    # The float32 sum of the weight's gradient, if the weight has lower precision.
+    accumulator: int
     workspace: int
-    peak: int  # the sum of logits, accumulator and workspace: all that is held beyond inputs and gradients
+    # The sum of logits, accumulator and workspace: everything held besides inputs and gradients.
+    peak: int
     student: int  # the student's hidden states and head
-    teacher: int  # the teacher in its form, as the caller holds it
-    gradients: int  # of hidden states and weight
-    dense: (
-        int  # what float32 logits of both and the student's gradient would take in place of `peak`
-    )
+    teacher: int  # the teacher as the caller holds it
+    gradients: int  # the gradients of hidden states and weight
+    # What replaces `peak` without chunks: the float32 logits of both sides, and the student's gradient.
+    dense: int
 
 
 class Shape(NamedTuple):
-    """What decides the memory of a call; widths in columns, dtypes of the operands."""
+    """The sizes and dtypes that determine the memory of a call."""
 
     rows: int
     vocabulary: int
-    dtype: torch.dtype  # of the student's hidden states, or of its logits
-    logits_dtype: torch.dtype  # of a chunk
-    hidden: int = 0  # 0: the student is dense logits
-    teacher_columns: int = 0  # of float32 or logits_dtype that a chunk of the teacher takes
-    teacher_row_bytes: int = 0  # whatever else a row of the teacher takes in a chunk
-    teacher_hidden: int = 0
-    teacher_bytes: int = 0
+    dtype: torch.dtype  # of the student's hidden states, or of its dense logits
+    logits_dtype: torch.dtype  # of the logits in a chunk
+    hidden: int = 0  # the width of the student's hidden states; 0 if the student is dense logits
+    teacher_columns: int = 0  # how many columns of logits a row of the teacher takes in a chunk
+    teacher_row_bytes: int = 0  # what a row of the teacher takes in a chunk besides those columns
+    teacher_hidden: int = 0  # the width of the teacher's hidden states
+    teacher_bytes: int = 0  # the teacher as the caller holds it
     weight_gradient: bool = True
     device: str = "cpu"
     backend: str = ""  # "reference" and "portable" hold more than the kernels do
@@ -76,7 +79,7 @@ class Shape(NamedTuple):
 def checked_sizes(
     chunk_size: int | None, memory_budget: int | None
 ) -> tuple[int | None, int | None]:
-    """Both as Python's numbers; raise unless each is a positive int or None."""
+    """Both arguments as Python numbers; raise unless each is a positive int or None."""
     sizes = {"chunk_size": plain(chunk_size), "memory_budget": plain(memory_budget)}
     for name, value in sizes.items():
         if value is None:
@@ -91,24 +94,24 @@ def checked_sizes(
 def plan(
     shape: Shape, chunk_size: int | None = None, memory_budget: int | None = None
 ) -> MemoryPlan:
-    """The plan of a call; the arguments are those of fused_linear_kd_loss, which a call names in errors."""
+    """The plan of a call. Errors name the last two arguments, which are those of fused_linear_kd_loss."""
     chunk_size, memory_budget = checked_sizes(chunk_size, memory_budget)
-    low = shape.dtype in LOW_PRECISION
-    converts = low and shape.logits_dtype != shape.dtype
-    a_row = shape.vocabulary * shape.logits_dtype.itemsize
-    a_row += shape.teacher_columns * max(shape.logits_dtype.itemsize, 4)
-    logits = a_row
-    a_row += shape.teacher_row_bytes
-    converted = 8 * (
-        converts and shape.device == "cpu"
-    )  # hidden states and their gradient in float32
-    a_row += (shape.hidden + shape.teacher_hidden) * (shape.dtype.itemsize + converted)
+    low_precision = shape.dtype in LOW_PRECISION
+    converts = low_precision and shape.logits_dtype != shape.dtype
+    row_bytes = shape.vocabulary * shape.logits_dtype.itemsize
+    row_bytes += shape.teacher_columns * max(shape.logits_dtype.itemsize, 4)
+    logits_row = row_bytes
+    row_bytes += shape.teacher_row_bytes
+    # On a CPU, hidden states and their gradient are converted to float32.
+    converted = 8 * (converts and shape.device == "cpu")
+    row_bytes += (shape.hidden + shape.teacher_hidden) * (shape.dtype.itemsize + converted)
     if shape.backend == "reference":
-        a_row += REFERENCE_TEMPORARIES * shape.vocabulary * 4
+        row_bytes += REFERENCE_TEMPORARIES * shape.vocabulary * 4
     if converts and shape.device != "cpu" and not shape.teacher_columns:
-        a_row += shape.vocabulary * shape.dtype.itemsize  # the gradient in the weight's precision
+        # The gradient, converted to the weight's dtype.
+        row_bytes += shape.vocabulary * shape.dtype.itemsize
     accumulator = 0
-    if shape.hidden and shape.weight_gradient and low:
+    if shape.hidden and shape.weight_gradient and low_precision:
         accumulator = 4 * shape.vocabulary * shape.hidden
     workspace = WORKSPACE
     if converts and shape.device == "cpu" and shape.hidden:
@@ -119,26 +122,25 @@ def plan(
         workspace += piece_bytes(shape.vocabulary, wide(shape.logits_dtype), shape.device)
     fixed = accumulator + workspace
     if chunk_size is None:
-        # The accumulator is there whatever the chunks are: a default leaves the same room beside it.
+        # The accumulator has the same size for every chunk size, so the default budget does not count it.
         budget = memory_budget or LINEAR_BUDGET.of(shape.device) + accumulator
-        chunk_size = (budget - fixed) // a_row
+        chunk_size = (budget - fixed) // row_bytes
         if chunk_size < 1:
             raise ValueError(
-                f"memory_budget must be at least {fixed + a_row} bytes, which one row takes; got {budget}"
+                f"memory_budget must be at least {fixed + row_bytes} bytes, which one row takes; got {budget}"
             )
-        chunk_size = -(
-            -rows // -(-rows // chunk_size)
-        )  # chunks of one size, in place of a last one that is small
+        # Chunks of equal size, so that the last one is not a small remainder.
+        chunk_size = -(-rows // -(-rows // chunk_size))
     chunk_size = min(chunk_size, rows)
     hidden = shape.rows * shape.hidden * shape.dtype.itemsize
     head = shape.vocabulary * shape.hidden * shape.dtype.itemsize
     return MemoryPlan(
         chunk_size,
         chunks=-(-rows // chunk_size),
-        logits=chunk_size * logits,
+        logits=chunk_size * logits_row,
         accumulator=accumulator,
-        workspace=workspace + chunk_size * (a_row - logits),
-        peak=fixed + chunk_size * a_row,
+        workspace=workspace + chunk_size * (row_bytes - logits_row),
+        peak=fixed + chunk_size * row_bytes,
         student=hidden + head,
         teacher=shape.teacher_bytes,
         gradients=hidden + head * shape.weight_gradient,
@@ -147,7 +149,7 @@ def plan(
 
 
 def check_size(argument: str, value: object) -> int:
-    """The value as an int; raise unless it is a positive one that a tensor can have for a size."""
+    """The value as an int; raise unless it is positive and small enough to be the size of a tensor."""
     size = plain(value)
     if type(size) is not int:
         raise TypeError(f"{argument} must be an int, got {type(size).__name__}")
@@ -173,17 +175,16 @@ def memory_plan(
     memory_budget: int | None = None,
     device: str | torch.device = "cpu",
 ) -> MemoryPlan:
-    """What :func:`fastkd.fused_linear_kd_loss` will hold, before there is a tensor.
+    """The memory that :func:`fastkd.fused_linear_kd_loss` will hold, without making a tensor.
 
     Args:
-        rows: positions, all of them counted.
-        vocab_size: V.
-        hidden_size: the student's width.
-        teacher: its form: "dense", "linear", "topk", "ensemble" (of linear teachers).
-        teacher_hidden_size: the teacher's width, of each where there are several (two are assumed); None: as the
-            student's.
-        k: tokens of a "topk" teacher.
-        dtype: of hidden states, heads and dense teacher logits.
+        rows: the number of positions; none is dropped.
+        vocab_size: the number of columns, V.
+        hidden_size: the width of the student's hidden states.
+        teacher: the form of the teacher: "dense", "linear", "topk" or "ensemble" (of two linear teachers).
+        teacher_hidden_size: the width of the hidden states of each teacher. None: hidden_size.
+        k: the number of tokens per row of a "topk" teacher.
+        dtype: the dtype of hidden states, heads and dense teacher logits.
         logits_dtype: as in the loss.
         weight_gradient: whether the student's head is trained.
         chunk_size: as in the loss.
@@ -191,7 +192,7 @@ def memory_plan(
         device: "cpu", "cuda", ...
 
     Raises:
-        ValueError, TypeError: as the loss raises for chunk_size and memory_budget; an unknown form of teacher.
+        ValueError, TypeError: an argument is invalid, or memory_budget is too small for one row.
     """
     width = hidden_size if teacher_hidden_size is None else teacher_hidden_size
     rows = check_size("rows", rows)
@@ -215,7 +216,7 @@ def memory_plan(
     if not isinstance(teacher, str):
         raise TypeError(f"teacher must be the name of a form, got {type(teacher).__name__}")
     linear = (rows + vocab_size) * width * dtype.itemsize
-    # columns of logits a chunk, other bytes a row of a chunk, width of the hidden states, bytes the caller holds
+    # For each form: teacher_columns, teacher_row_bytes, teacher_hidden and teacher_bytes of Shape.
     forms = {
         "dense": (0, vocab_size * dtype.itemsize, 0, rows * vocab_size * dtype.itemsize),
         "linear": (vocab_size, 0, width, linear),
@@ -224,7 +225,7 @@ def memory_plan(
     }
     if teacher not in forms:
         raise ValueError(f"teacher must be one of {', '.join(forms)}; got {teacher!r}")
-    columns, row_bytes, teacher_hidden, held = forms[teacher]
+    columns, row_bytes, teacher_hidden, teacher_bytes = forms[teacher]
     shape = Shape(
         rows,
         vocab_size,
@@ -234,7 +235,7 @@ def memory_plan(
         columns,
         row_bytes,
         teacher_hidden,
-        held,
+        teacher_bytes,
         weight_gradient,
         device_type,
     )
@@ -242,5 +243,5 @@ def memory_plan(
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:
-    """What logits are computed in by default, from operands of that dtype."""
+    """The dtype in which logits are computed by default from operands of this dtype."""
     return row_dtype(dtype)
