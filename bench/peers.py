@@ -486,7 +486,7 @@ def obstacle(peer: Peer, device: str) -> str | None:
         return "needs a GPU"
     if peer.backend is None:
         return None
-    call = registry.Call(device, torch.float32, torch.float32, fastkd.forward_kl())
+    call = registry.Request(device, torch.float32, torch.float32, fastkd.forward_kl())
     why = registry.obstacle(peer.backend, call, registry.available_backends())
     return why.reason if why else None
 

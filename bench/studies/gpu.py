@@ -40,7 +40,7 @@ Measured = tuple[Table, list[dict[str, Any]]]
 
 def own_backends() -> list[str]:
     """fastkd's backends that run on this device."""
-    call = registry.Call("cuda", torch.float32, torch.float32, fastkd.forward_kl())
+    call = registry.Request("cuda", torch.float32, torch.float32, fastkd.forward_kl())
     available = registry.available_backends()
     return [name for name in ("cuda", "triton") if registry.obstacle(name, call, available) is None]
 

@@ -207,7 +207,7 @@ def test_every_launch_gets_readable_tensors() -> None:
     """Each function that launches a kernel makes its tensors readable, or is given what such a function has made."""
     makers = {"readable", "readable_rows", "unit_stride"}
     # These functions receive views and calls that other functions made, with unit strides, or the rows of `_call`.
-    inputs = {"_launch_shares", "_launch_stage", "_tokens", "kd_rows"}
+    inputs = {"_launch_splits", "_launch_stage", "_mark_tokens", "kd_rows"}
     for path in (ROOT / "kernels").glob("*.py"):
         for function in ast.walk(ast.parse(path.read_text())):
             if not isinstance(function, ast.FunctionDef) or function.name in inputs:

@@ -1056,7 +1056,8 @@ def test_bad_mean_teachers() -> None:
     ):
         teacher.update(nn.Linear(2, 3))
     with pytest.raises(
-        ValueError, match=r"the buffers .*; num_batches_tracked is None there and \(\) here"
+        ValueError,
+        match=r"the buffers .*; num_batches_tracked has shape None in the teacher and \(\) in the student",
     ):
         MeanTeacher(nn.BatchNorm1d(2, track_running_stats=False)).update(nn.BatchNorm1d(2))
     assert teacher.steps == 0

@@ -349,7 +349,7 @@ def test_a_process_that_dies_raises_in_the_others(where: str) -> None:
 def test_a_late_process_raises_in_the_others(processes: Processes) -> None:
     first, second = processes.run(2, training.late, 6.0)
     assert second == "late"
-    assert first.startswith("CollectiveError: the all-gather of what each process is called with")
+    assert first.startswith("CollectiveError: the all-gather of the arguments of each process")
 
 
 def test_unsupported_placements_raise(processes: Processes) -> None:

@@ -58,7 +58,7 @@ def test_numbers_of_a_graph_come_back() -> None:
     assert numbers.scalars["teacher_temperature"] == numbers.scalars["temperature"]
     assert Numbers.from_flat(list(numbers.flat())) == numbers
     with pytest.raises(
-        TypeError, match="there is no option 'alhpa'; the scalar options are alpha, temperature"
+        TypeError, match="an option must be one of alpha, temperature, .*; got 'alhpa'"
     ):
         Numbers.of(alhpa=0.5)
 

@@ -26,7 +26,8 @@ from support.oracles import Outcome, compose
 from support.remembered import remembered
 
 ULP = torch.finfo(torch.float32).eps
-UNDERFLOW = 1e-36  # a hundred times where float32 begins to lose digits: nothing below is promised
+# The float64 oracle itself is no more accurate: beside a probability of 1, its sums lose what is below.
+FLOOR = 2.0**-52
 # Of max(1, |log p|): float32 cannot tell which of p and q is larger where their logarithms are closer than this. Each
 # is off by up to four units: half a one in the difference to the maximum, the reciprocal temperature, their product,
 # the logarithm of the normaliser and its subtraction; one and a half in the normaliser's sum and the exponential.
@@ -119,7 +120,7 @@ def gradient_bar(
 ) -> Tensor:
     """The error that each element of a gradient may have; everything within `reach` of exact is right."""
     error = (_error(plain, exact) - reach).clamp(min=0.0)
-    bar = _largest(error) + ULP * _largest(terms) + UNDERFLOW + torch.zeros_like(exact) + reach
+    bar = _largest(error) + ULP * _largest(terms) + FLOOR + torch.zeros_like(exact) + reach
     if dtype in (torch.bfloat16, torch.float16):  # one rounding of the exact gradient
         information = torch.finfo(dtype)
         bar = (
@@ -133,7 +134,7 @@ def gradient_bar(
 def value_bar(plain: Tensor, exact: Tensor, terms: Tensor) -> Tensor:
     """The error that a value may have."""
     error = _error(plain, exact).nan_to_num(0.0, 0.0, 0.0)
-    return error + ULP * terms.nan_to_num(0.0, 0.0, 0.0) + UNDERFLOW
+    return error + ULP * terms.nan_to_num(0.0, 0.0, 0.0) + FLOOR
 
 
 def _tvd(sign: float) -> Any:

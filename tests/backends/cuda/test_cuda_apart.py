@@ -58,7 +58,8 @@ def _outcome(
 def _check(
     student: Tensor, teacher: Tensor, labels: Tensor, name: str, **options: Any
 ) -> list[Tensor]:
-    """As exact as the reference in float32, but for a few roundings; infinities and NaN where it has them.
+    """Assert that results are as exact as the float32 reference up to a few roundings, with the same infinities and
+    NaN.
 
     Roundings are of a row's largest number, and of its divergence: what a teacher's gradient is a difference of.
     """

@@ -696,7 +696,7 @@ def test_equal_distributions(divergence: str) -> None:
     "divergence", ["forward_kl", "reverse_kl", "mixture", "soft_cross_entropy", "jsd"]
 )
 def test_a_mask_of_the_lowest_finite_number(divergence: str, masked: slice) -> None:
-    """As -inf, it counts as nothing; below a temperature of 1 it overflows to -inf on the way."""
+    """The lowest finite number acts like -inf; below a temperature of 1 it overflows to -inf."""
     student, teacher = logits(2, 40, seed=41), logits(2, 40, seed=42)
     keep = torch.ones(40, dtype=torch.bool)
     keep[masked] = False

@@ -279,7 +279,7 @@ def test_confident_models(divergence: Divergence, temperature: float) -> None:
 )
 @pytest.mark.parametrize("shares", [PLAN, heavy(None, id="alone")], indirect=True)
 def test_parts_with_weight_0(made: Divergence) -> None:
-    """Also with columns that are gone, which a weight of 0 makes count as nothing."""
+    """A part with weight 0 is ignored, also if it has columns at -inf."""
     compare(*pair(1, 37), labels_of(36), made, **WARM)
     student, teacher = pair(1, 37)
     student[0, 3] = -INF
