@@ -48,7 +48,7 @@ Returned = TypeVar("Returned")
 def _not_compiled_over_processes(
     function: Callable[Parameters, Returned],
 ) -> Callable[Parameters, Returned]:
-    """Decorator that breaks a compiled graph at calls over several processes, which communicate between steps."""
+    """Decorator that runs a call over several processes outside compiled graphs, because the processes communicate."""
 
     @functools.wraps(function)
     def call(*arguments: Parameters.args, **options: Parameters.kwargs) -> Returned:
@@ -63,7 +63,7 @@ def _not_compiled_over_processes(
 
 
 class Parts(NamedTuple):
-    """The terms of each row's loss, detached, computed together with the loss. Dropped rows contain 0.
+    """The detached terms of each row's loss, computed in the same pass as the loss. Dropped rows contain 0.
 
     loss of a row = weight (alpha * distillation + (1 - alpha) * cross_entropy)
     """
@@ -160,8 +160,8 @@ def kd_loss(
     (Hinton, Vinyals and Dean 2015). The cross-entropy CE is at temperature 1.
 
     Args:
-        student_logits: [..., V], float32, bfloat16, float16 (float64 in plain PyTorch). Any strides are allowed; the
-            logits are copied only if the stride of the last dimension is not 1.
+        student_logits: [..., V], float32, bfloat16 or float16; float64 is computed in plain PyTorch. Any strides are
+            allowed; the logits are copied only if the stride of the last dimension is not 1.
         teacher: dense teacher logits with the same leading shape, in any of those dtypes; they receive a gradient if
             they require one. Alternatively a :class:`fastkd.TopK`, :class:`fastkd.LinearTeacher` or
             :class:`fastkd.Ensemble` with the same leading shape. The logits of the last two are computed a chunk of
@@ -170,8 +170,8 @@ def kd_loss(
             ignore_index is dropped, whatever alpha is.
         divergence: a name from ``fastkd.DIVERGENCES`` or a divergence such as ``fastkd.jsd(0.3)``.
         temperature: T > 0, a number or a float tensor [...] with one value per row.
-        teacher_temperature: the teacher's temperature, in the same forms; None: the student's. The factor T^2 always
-            uses the student's.
+        teacher_temperature: the teacher's temperature, a number or a tensor as above; None: the same as the student's.
+            The factor T^2 always uses the student's.
         alpha: weight of the distillation term, in [0, 1]. Labels are required if it is below 1.
         scale_by_temperature: multiply value and gradient of the distillation term by T^2.
         label_smoothing: smoothing of the cross-entropy, in [0, 1), as in torch.nn.functional.cross_entropy.
@@ -190,10 +190,10 @@ def kd_loss(
             probability 0 and gradient 0 on both sides. Required if the widths of student and teacher differ. With
             process_group it is the size of the whole vocabulary.
         process_group: the torch.distributed group, or one-dimensional mesh, whose processes share the vocabulary.
-            student_logits are then [..., V_r], this process's columns in rank order; shards may be uneven. The teacher
-            has the same columns, or all of them; every other argument is the same on every process. Each process gets
-            the same loss and the gradient of its own columns. Not needed for DTensors sharded along the vocabulary.
-            docs/parallel.md lists what is exchanged and how to combine this with FSDP, DDP and pipelines.
+            student_logits are then [..., V_r], this process's shard; shards are in rank order and may be uneven. The
+            teacher has the same columns, or all of them; all other arguments are equal on every process. Each process
+            gets the same loss and the gradient of its own columns. Not needed for DTensors sharded along the
+            vocabulary. docs/parallel.md lists what is exchanged and how to combine this with FSDP, DDP and pipelines.
         inplace: let the gradient overwrite student_logits, which saves one [..., V] tensor. The version counter of
             student_logits is incremented, so autograd raises if another operation still needs them. Under
             torch.compile this breaks the graph, or raises with fullgraph=True.
@@ -203,8 +203,8 @@ def kd_loss(
     Returns:
         The loss: 0-dim, or [...] for reduction="none"; float32 (float64 for float64 logits). With no counted row
         it is 0 and still part of the graph. An invalid label, or a non-positive element of a temperature tensor, makes
-        its row NaN, because reporting it would have to wait for the device; with FASTKD_CHECK=1 the call waits and
-        raises.
+        its row NaN, because raising an error would require waiting for the device; with FASTKD_CHECK=1 the call waits
+        and raises.
 
     Raises:
         ValueError, TypeError: an argument has the wrong shape, dtype, device or value; the message names it.
@@ -342,7 +342,8 @@ def fused_linear_kd_loss(
     of the sum, so the backward recomputes the logits.
 
     Args:
-        student_hidden: [..., H], float32, bfloat16, float16 (float64 in plain PyTorch). Any strides are allowed.
+        student_hidden: [..., H], float32, bfloat16 or float16; float64 is computed in plain PyTorch. Any strides are
+            allowed.
         student_weight: [V, H], the lm_head, of the same dtype and device; under autocast both are cast to the autocast
             dtype. A DTensor sharded by FSDP is gathered once per call, and its gradient is averaged over the processes.
         teacher: a :class:`fastkd.LinearTeacher` (of any width), dense logits [..., V], a :class:`fastkd.TopK` or a
@@ -352,9 +353,9 @@ def fused_linear_kd_loss(
         chunk_size: rows per chunk; takes precedence over memory_budget. None: as many as memory_budget allows.
         memory_budget: bytes that the call may hold beyond its inputs and gradients; None: 384 MiB on a CPU, 2112
             MiB elsewhere. :func:`fastkd.memory_plan` itemizes them. A budget too small for one row raises.
-        logits_dtype: dtype of the student's logits, and of a teacher's if its operands have the student's dtype. If
-            None, logits are float32 even for lower-precision operands (rounding them to bfloat16 costs 4 to 23 % of
-            the gradient). With the operands' dtype, the call is faster and the logits take half the memory.
+        logits_dtype: dtype of the student's logits, and of a LinearTeacher's if its hidden states have the student's
+            dtype. If None, logits are float32 even for lower-precision operands (rounding them to bfloat16 costs 4 to
+            23 % of the gradient). With the operands' dtype, the call is faster and the logits take half the memory.
         vocab_size: as in kd_loss; rows of a weight beyond it are padding, and their logits are not computed.
         process_group: as in kd_loss; student_weight is then [V_r, H], this process's part of a column-parallel
             lm_head. The gradient of student_hidden is summed over the processes.

@@ -100,7 +100,7 @@ class Outputs(NamedTuple):
 
 
 class Objective(NamedTuple):
-    """The loss of a row: scale * weight * (alpha T^2 D + ce_weight CE)."""
+    """The loss of a row: weight * (alpha T^2 D + ce_weight CE); its gradients are also multiplied by scale."""
 
     alpha: Any  # None for 0
     ce_weight: Any  # 1 - alpha; None without cross-entropy
@@ -152,7 +152,7 @@ def open_side(side, row, sizes, ALIGNED: tl.constexpr = True):
 
 @triton.jit
 def is_counted(inputs, row, ignore_index):
-    """Return whether a row is counted: it is not excluded by its label or its weight."""
+    """Return whether a row is counted, that is, excluded neither by its label nor by its weight."""
     counted = row >= 0
     if inputs.labels is not None:
         counted = counted & (tl.load(inputs.labels + row) != ignore_index)
@@ -365,8 +365,8 @@ def _gradient(
     # Nested, because Triton evaluates `x is not None` at compile time, but not an `and` of two such tests.
     if objective.label_weight is not None:  # noqa: SIM102
         if objective.alpha is not None:
-            # The label term is a cross-entropy without smoothing. It and the smoothed cross-entropy are written as one
-            # cross-entropy with a smaller smoothing.
+            # The label term is a cross-entropy without smoothing. Its sum with the smoothed cross-entropy is a single
+            # cross-entropy with less smoothing.
             total_weight = objective.alpha * value.label_weight
             if objective.ce_weight is not None:
                 total_weight += objective.ce_weight

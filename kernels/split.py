@@ -1,4 +1,4 @@
-"""Rows that several programs share: the choice of their number, and the partial results that pass between kernels.
+"""Rows that several programs share: how many programs, and the partial results that pass between kernels.
 
 With one program per row, one launch does everything. With several, each sweep is a kernel of its own, because a program
 knows only the statistics of its own columns. It stores them in device memory as a partial result. Every program of the
@@ -51,7 +51,8 @@ class Plan(NamedTuple):
     group: int  # rows that go through all kernels before the next group starts
 
 
-# Largest size of a group's rows, both sides together. L2 also holds what is written, and half of an A100's L2 is far.
+# Largest size of a group's rows, both sides together. L2 also holds what is written, and each multiprocessor of an A100
+# is attached to only one half of it.
 GROUP_BYTES = 20 << 20
 # Smallest size of a group's rows. The kernels of a smaller group finish before the host has launched the next ones.
 LEAST_GROUP_BYTES = 16 << 20
@@ -68,19 +69,19 @@ def plan(rows: int, row_bytes: int, sweeps: int, device: Device | None) -> Plan 
 
     Few rows. A program has one tile of each side in flight, about 16 KB, and waits 0.7 us for it. That is 20 GB/s, or
     26 us per sweep over 128,256 columns in bfloat16. With fewer rows than multiprocessors, the other multiprocessors
-    are idle meanwhile. Each row therefore gets as many programs as fill the device, which take a few us. Each sweep
-    then has its own launch, which costs a few us if the host is ahead of the device, and 50 us if the device waits for
+    are idle meanwhile. Each row therefore gets enough programs to fill the device; a sweep then takes a few us. Each
+    sweep has its own launch, which costs a few us if the host is ahead of the device, and 50 us if the device waits for
     the host (bench/studies/host.py, two cores of a shared machine). WIDE lies between: two sweeps over such a row take
     one program 26 us.
 
     Groups. Let b be the bytes of one side. One program per row moves 5 b (7 b without a closed form) if the row pairs
     in flight, two per multiprocessor, exceed L2. Narrower rows are in L2 for the second sweep anyway. A group whose row
     pairs fit into L2 moves 3 b. It costs two more launches (three without a closed form) of about 10 us each: Triton
-    spends 5 us on one (`launch._launch_splits`), and the rest is a guess at the driver's time. A group of 20 MB pays on
-    an A100, whose 1.5 to 2 TB/s need 15 to 20 us for 3 b and 25 to 33 us for 5 b. It pays more if the memory is slower:
-    100 us instead of 167 us at the 300 GB/s of an L4. A group of the 2 to 4 MB that fit an L2 of 4 to 8 MB (sm_86, AMD)
-    would finish in 3 to 8 us, before the next launch. From sm_90 on, `backend="cuda"` reads every logit once and needs
-    no group.
+    spends 5 us on one (`launch._launch_splits`), and the rest is a guess at the driver's time. A group of 20 MB pays
+    off on an A100, which at 1.5 to 2 TB/s needs 15 to 20 us for 3 b and 25 to 33 us for 5 b. It saves more if the
+    memory is slower: 67 us of 167 us at the 300 GB/s of an L4. A group of the 2 to 4 MB that fit an L2 of 4 to 8 MB
+    (sm_86, AMD) would finish in 3 to 8 us, before the next launch. From sm_90 on, `backend="cuda"` reads every logit
+    once and needs no group.
     """
     if device is None or not rows:
         return None
@@ -119,7 +120,7 @@ def shard_plan(rows: int, shard: Shard) -> Plan:
 
 @functools.cache
 def device_of(device: torch.device) -> Device | None:
-    """Return the properties of a device; None for the interpreter, and if torch does not know them."""
+    """Return the properties of a device; None unless it is a CUDA or ROCm GPU, so under the interpreter too."""
     if device.type != "cuda":
         return None
     properties = torch.cuda.get_device_properties(device)
@@ -182,7 +183,7 @@ def store_partial_sums(split, row, phi, g):
 
 @triton.jit
 def _load_lanes(pointer, field, split, default, LANES: tl.constexpr):
-    """Load one field (an int64 number) of all partial results of a row, which are adjacent."""
+    """Load one field of all partial results of a row, which are adjacent; `field` is an int64 index over all rows."""
     lanes = tl.arange(0, LANES)
     pointers = pointer + field * split.num_partials + lanes
     return tl.load(pointers, mask=lanes < split.num_partials, other=default)

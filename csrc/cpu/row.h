@@ -64,7 +64,7 @@ class Row {
   // False if the row must be computed again with the policy for log 0.
   bool merge_sums();
 
-  // Whether entries of probability 0 are handled one by one. Off in the first attempt; rows.cpp explains why.
+  // Turns the policy for log 0 on or off. It is off in the first attempt; rows.cpp explains why.
   void set_policy_for_log_0(bool on) { log_0_policy_ = on; }
 
   // Computes the value of the row. After it, gradient() may run on any block.
@@ -77,7 +77,7 @@ class Row {
 
   void gradient(int64_t b, BlockScratch& scratch) { begin_gradient(b, scratch).write(0, columns(b)); }
 
-  // Writes a block's gradients, except for a student's gradient that can wait: that is returned.
+  // Writes a block's gradients. If the student's can wait, it is not written but returned.
   PendingGradient begin_gradient(int64_t b, BlockScratch& scratch);
 
  private:
@@ -159,7 +159,7 @@ class Row {
     return {student + b * BLOCK * s_width, teacher + b * BLOCK * t_width, s_width, t_width};
   }
 
-  // What to prefetch as block b: a block of this row, or past its end one of the next row.
+  // What to prefetch as block b: a block of this row or, past its end, a block of the next row.
   Ahead ahead(int64_t b) const {
     if (b < blocks_) return ahead_in(student_, teacher_, b);
     return next_student_ && b < 2 * blocks_ ? ahead_in(next_student_, next_teacher_, b - blocks_) : Ahead{};
@@ -187,15 +187,15 @@ class Row {
     return keeps_exponentials_ && s_exp_t1_ ? s_exp_t1_ + b * BLOCK : scratch.s_exp_t1;
   }
 
-  // Whether the sweep for sums stores g for the gradient, over the teacher's exponentials. If g takes no logarithm,
-  // recomputing it is cheaper.
+  // Whether the sweep for sums keeps g for the gradient, in place of the teacher's exponentials. If g takes no
+  // logarithm, recomputing it is cheaper.
   bool keeps_g() const {
     return needs_sums() && kernels_.gradient_uses_logs && keeps_exponentials_ && call_.normalized && !teacher_gradient_;
   }
 
   float* g(int64_t b, BlockScratch& scratch) const { return keeps_g() ? t_exp(b, scratch) : scratch.gradient; }
 
-  // Whether the gradient is the first to take logarithms. The sums of phi and g would have been NaN if log 0 mattered.
+  // Whether the gradient is the first to take logarithms. Sums of phi and g, if computed, are NaN where log 0 matters.
   bool gradients_need_logs() const {
     return !needs_sums() && (teacher_gradient_ || (student_gradient_ && kernels_.gradient_uses_logs));
   }
@@ -211,7 +211,7 @@ class Row {
                     row_statistics_.t_log_sum);
   }
 
-  // Clamps to the range of a float: a block of masked logits may be lower than that, in a shard that has no others.
+  // Clamps to the range of a float. An offset may be below it if all logits of this shard are masked.
   static double as_float(double offset) { return std::max(offset, -1e38); }
 
   float s_weight(int64_t b) const { return float(std::exp(s_offset(b))); }

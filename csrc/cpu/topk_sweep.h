@@ -1,4 +1,4 @@
-// The sweep over the tokens that a sparse teacher does not list, and what ranks exchange of it.
+// The sweep over the tokens that a sparse teacher does not list, and the statistics of it that ranks exchange.
 
 namespace {
 

@@ -19,7 +19,7 @@ struct Shared {
   RowState rows[2];  // this row and the next
   Source sources[2];
   Barrier arrived[STAGES];
-  // Partial results on their way to be merged, of a block's warps and of the cluster's blocks. A block that is one
+  // Partial results to be merged: those of this block's warps, and those of the cluster's blocks. A block that is one
   // exchange ahead of the others writes into the second buffer for blocks; it cannot be two ahead.
   alignas(PIECE) char warp_parts[WARPS * sizeof(SparseStatistics)];
   alignas(PIECE) char rank_parts[2][MOST_RANKS * sizeof(SparseStatistics)];
@@ -36,7 +36,7 @@ class Block {
     if (leads())
       for (int stage = 0; stage < STAGES; ++stage) init(&shared_.arrived[stage]);
     cluster_arrive();
-    cluster_wait();  // the other blocks run, and their shared memory may be written
+    cluster_wait();  // now the other blocks are running, so their shared memory may be written
   }
 
   const Call& call;
@@ -50,7 +50,7 @@ class Block {
   FASTKD_DEVICE int64_t first_row() const { return next_counted(block_number() / call.ranks); }
   FASTKD_DEVICE int64_t row_after(int64_t row) const { return next_counted(row + block_count() / call.ranks); }
 
-  // Opens this row, or the row `later` rows after it. One thread calls this.
+  // Opens row `index` as this row (later = 0) or as the next one (later = 1). One thread calls this.
   template <class Kind>
   FASTKD_DEVICE void open(int64_t index, int later) {
     Kind::open(call, index, shared_.rows[(turn_ + later) & 1]);
@@ -157,7 +157,7 @@ class Block {
     return reinterpret_cast<char*>(&shared_) + STATE + before;
   }
 
-  // The cluster's first counted row from `row` on. Dropped rows before it are written.
+  // The cluster's first counted row from `row` on. Writes the outputs of the dropped rows before it.
   FASTKD_DEVICE int64_t next_counted(int64_t row) const {
 #pragma unroll 1
     for (; row < call.rows && is_dropped(call, row); row += block_count() / call.ranks)
@@ -165,7 +165,7 @@ class Block {
     return row;
   }
 
-  // Merges the parts of the first lanes, a power of two. The first lane gets the result.
+  // Merges the parts of the first `lanes` lanes, a power of two. The first lane gets the result.
   template <class Part>
   FASTKD_DEVICE Part merge_lanes(Part local, int lanes) {
 #pragma unroll 1

@@ -50,8 +50,8 @@ FASTKD_DEVICE void compute_value(Block& block, DenseShard& kind) {
   if (block.leads() && block.place.rank == 0) store_partial(block.call, block.row(), all);
 }
 
-// Writes the gradients, and fetches the stages of the next row. Gradients go directly to device memory if the row's
-// address is a multiple of PIECE; otherwise they replace the logits in shared memory and are copied from there.
+// Writes the gradients, and fetches the stages of the next row. A block's gradients go directly to device memory if
+// their address is a multiple of PIECE; otherwise they replace the logits in shared memory and are copied from there.
 template <class Kind>
 FASTKD_DEVICE void write_gradients(Block& block, Kind& kind, bool more) {
   const Call& call = block.call;
@@ -81,7 +81,7 @@ FASTKD_DEVICE void write_gradients(Block& block, Kind& kind, bool more) {
   }
 }
 
-// All rows of a cluster.
+// Processes all rows of a cluster.
 template <class Kind>
 FASTKD_DEVICE void run(const Call& call, char* memory) {
   Block block(call, memory);

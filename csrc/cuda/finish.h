@@ -16,10 +16,11 @@ FASTKD_PER_ROW void set_softmax(Side& side, float max, double rest, double max_c
   side.offset_low = finite(side.offset) ? float(offset - side.offset) : 0;
 }
 
-// If the maxima or log-sum-exps of the two sides differ by less, s - t is the most exact way to log q - log p.
+// If the log-sum-exps of the two sides differ by less than this, log p - log q is most accurate as t - s plus a
+// constant.
 constexpr double CLOSE_LOGITS = 8;
 
-// How log p - log q is computed from the difference of two logits. The origins are 0 where that is more exact.
+// How log p - log q is computed from the difference of two logits. The origins are 0 where that is more accurate.
 FASTKD_INLINE void set_log_ratio(RowState& row, double log_quotient) {
   const double unit = row.student.unit;
   const double direct = (double(row.student.max) - row.teacher.max) * unit + log_quotient;
@@ -32,8 +33,8 @@ FASTKD_INLINE void set_log_ratio(RowState& row, double log_quotient) {
   row.ratio_low = finite(row.ratio_high) ? float(offset - row.ratio_high) : 0;
 }
 
-// Finds the columns that a side is sure of (common/row_math.h), and with a closed form their gradients. Without one,
-// add_sure_columns computes the gradients.
+// Finds the columns that a side is sure of (common/row_math.h). With a closed form it also computes their gradients;
+// without one, add_sure_columns does.
 FASTKD_PER_ROW void set_sure_columns(const Call& call, RowState& row) {
   const Statistics& all = row.statistics;
   const auto is_sure = [&](float max_count, float rest) {
@@ -79,16 +80,16 @@ FASTKD_INLINE void set_entropies(const Call& call, RowState& row, double s_log_s
   row.cross_entropy = smoothed_cross_entropy(smoothing, log_sum_t1, double(row.z_label) - max, mean, row.unit_t1);
 }
 
-// Whether a logit is so far below the maximum that its logarithm of a probability is -inf. Rescaling a moment to 0 also
-// erases its NaN, so this looks at the logits themselves.
+// Whether a logit is so far below the maximum that the logarithm of its probability is -inf. Rescaling a moment to 0
+// also erases its NaN, so this looks at the logits themselves.
 FASTKD_INLINE bool logs_overflow(const RowState& row) {
   const Statistics& all = row.statistics;
   return (row.flags & MINIMA) && ((all.s_min - row.student.max) * row.student.rate == -INF ||
                                   (all.t_min - row.teacher.max) * row.teacher.rate == -INF);
 }
 
-// Turns the statistics of the whole row into what later phases need. The row lies in shared memory: a reference to
-// registers would go by way of a stack in device memory.
+// Turns the statistics of the whole row into what later phases need. The row is in shared memory: to pass it by
+// reference from registers, the compiler would first spill it to a stack in device memory.
 FASTKD_PER_ROW void finish_statistics(const Call& call, RowState& row) {
   const Statistics& all = row.statistics;
   set_softmax(row.student, all.s_max, all.s_exp_sum, all.s_max_count);

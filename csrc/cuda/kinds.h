@@ -1,5 +1,5 @@
-// The kinds of rows that a cluster computes: with a dense teacher, with a vocabulary shard of one, and with a sparse teacher.
-// Each says what a block does in a phase.
+// The kinds of rows that a cluster computes: with a dense teacher, with a shard of a dense teacher's vocabulary, and
+// with a sparse teacher. Each says what a block does in a phase.
 #pragma once
 #include "block.h"
 

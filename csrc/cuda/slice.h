@@ -32,7 +32,7 @@ FASTKD_PER_ROW char* row_address(const Call& call, const Rows& rows, int64_t row
   return rows.data + offset * size_of_element(rows.dtype);
 }
 
-// Columns of a block's slice, relative to its first.
+// A range of columns, counted from the first column of the block's slice.
 struct Range {
   int first, last;
 };
@@ -48,9 +48,9 @@ FASTKD_INLINE Range stage_range(const Call& call, int rank, int stage) {
   return {first < columns ? first : columns, last < columns ? last : columns};
 }
 
-// A block's part of a row, in shared or in device memory. In shared memory, the rows before and after this one may be
-// up to a piece off from it in alignment; a gap between stages keeps one row's stage away from the other row's
-// neighbours.
+// A block's part of a row, in shared or in device memory. In shared memory, the alignments of successive rows may
+// differ by almost a piece; the gap between stages keeps a stage of one row from overlapping the adjacent stages of
+// another.
 struct Slice {
   char* memory;
   int gap;
@@ -88,7 +88,8 @@ FASTKD_INLINE void copy_edges(Place place, char* to, const char* from, Pieces pi
   if (at < bytes) copy_element(to + at, from + at, element);
 }
 
-// This thread's share of a copy of all bytes, element by element: for gradients, since nothing waits for their stores.
+// Copies this thread's share of all bytes, one element at a time. Only gradients are copied like this: nothing waits
+// for their stores.
 FASTKD_PER_ROW void copy_out(const Call& call, Place place, char* to, const char* from, int64_t bytes, int element) {
 #pragma unroll 1
   for (int64_t i = int64_t(place.thread) * element; i < bytes; i += int64_t(call.threads) * element)

@@ -24,7 +24,8 @@ FASTKD_INLINE void rescale(Statistics& a, float s_max, float t_max, const RowSta
   }
   const float s_rise = a.s_max == -INF ? 0 : finite_max(s_max) - a.s_max, s_step = product(s_rise, row.student.rate);
   const float t_rise = a.t_max == -INF ? 0 : finite_max(t_max) - a.t_max, t_step = product(t_rise, row.teacher.rate);
-  // A step is up to 30 if the row is sure of a column. Without a correction, all sums of a thread would be off by 1e-6.
+  // A step is up to 30 if the row is sure of a column, and its rounding, which exp2_of_product corrects, would put all
+  // sums of a thread off by 1e-6.
   const float s_factor = a.s_max == -INF ? 0 : exp2_of_product(-s_rise, row.student.rate);
   const float t_factor = a.t_max == -INF ? 0 : exp2_of_product(-t_rise, row.teacher.rate);
   a.forward = scaled_or_0(t_factor, a.forward + (s_step - t_step) * a.t_exp_sum);

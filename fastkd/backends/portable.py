@@ -1,6 +1,6 @@
 """The portable backend: plain PyTorch, a few rows at a time. "auto" falls back to it where there are no kernels.
 
-It serves every call, on every device and in every dtype that PyTorch has. The formulas are those of
+It serves every call, on every device and in every dtype that the losses accept. The formulas are those of
 :mod:`fastkd.backends.reference`, the oracle, which computes them on whole tensors. Here a piece of rows stays in the
 processor's cache, operators write to buffers that the next piece reuses, and the gradient goes straight to the tensor
 that is returned, because plain PyTorch spends most of its time on fresh memory.
@@ -57,7 +57,7 @@ __all__ = [
 ]  # fmt: skip
 
 
-# The search for a row's maximum goes over blocks of this many columns.
+# The search for a row's maximum proceeds in blocks of this many columns.
 BLOCK = 512
 # If the maxima of both models' logits differ by less, the logits are subtracted directly, without loss of digits.
 NEAR = 8.0
@@ -79,7 +79,7 @@ def _exact(dtype: torch.dtype, device: torch.device) -> torch.dtype:
 def _counted(rows: Rows, ignore_index: int, device: torch.device) -> Tensor | None:
     """Indices of the counted rows; None where all rows are computed.
 
-    On a device all are, because reading their number would synchronize: dropped rows are computed and set to 0.
+    On a device all rows are computed, because counting them would synchronize; dropped rows are then set to 0.
     """
     if _synchronizes(device):
         return None
@@ -112,13 +112,13 @@ class _Scratch:
 
 # Dense rows
 #
-# A model that is sure of a token has a column whose probability is 1 but for rounding, where g - q sum g loses all
-# its digits. So the sum of exponentials is kept separate from its largest term, and the contribution of both models'
-# top columns is computed separately, in float64: a few numbers per row.
+# If a model is sure of a token, the probability of its column rounds to 1, and g - q sum g loses all its digits there.
+# So the sum of exponentials is kept separate from its largest term, and the contribution of both models' top columns is
+# computed separately, in float64: a few numbers per row.
 
 
 class _Model(NamedTuple):
-    """The options of one model, and what a piece computes of it."""
+    """The options of one model, and which of its softmaxes a piece needs."""
 
     name: str
     scale: float
@@ -132,9 +132,9 @@ class _Model(NamedTuple):
 
 
 class _Softmax(NamedTuple):
-    """A softmax before and after its division: [rows, columns], and [rows, 1] in float64."""
+    """A softmax and the numbers that it is computed from: exps is [rows, columns], the other fields are [rows, 1]."""
 
-    # exp((z - max) / temperature), 1 in the top column; probabilities after their division by exp_sum.
+    # exp((z - max) / temperature), which is 1 in the top column; once _sweep has divided it by exp_sum, the softmax.
     exps: Tensor
     row_max: Tensor
     # The top column.
@@ -145,7 +145,7 @@ class _Softmax(NamedTuple):
     others_sum: Tensor
     # Sum of exps over all columns.
     exp_sum: Tensor
-    # Logarithm of exp_sum. It keeps an others_sum that is too small to change exp_sum.
+    # Logarithm of exp_sum, from log1p, so that an others_sum too small to change exp_sum still counts.
     log_exp_sum: Tensor
 
 
@@ -189,7 +189,8 @@ def _adjusted(
 def _largest(z: Tensor) -> tuple[Tensor, Tensor]:
     """Return (the maximum of each row, its column), [rows, 1].
 
-    It searches blocks for their maxima first, because torch's search for the column takes 8 times as long.
+    Computes the maximum of each block first, and searches only the best block for the column: torch's search for the
+    column takes 8 times as long.
     """
     blocks = z.shape[-1] // BLOCK
     if blocks < 4:
@@ -213,7 +214,7 @@ def _finite_largest(z: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _sum(values: Tensor) -> Tensor:
-    """The sum of each row, [rows, 1], in the dtype of the few numbers of each row."""
+    """The sum of each row, [rows, 1], in the dtype that :func:`_exact` returns."""
     return values.sum(-1, keepdim=True).to(_exact(values.dtype, values.device))
 
 
@@ -274,7 +275,7 @@ def _divide(z: Tensor, temperature: float | Tensor) -> Tensor:
 
 
 def _log_softmax(side: _Side, out: Tensor) -> Tensor:
-    """The log-probabilities, or the tempered logits of a divergence that does not normalise."""
+    """The log-probabilities; for a divergence that does not normalize, the tempered logits."""
     if side.softmax is None:
         return torch.div(side.z, side.temperature, out=out)
     centered = _divide(torch.sub(side.z, side.softmax.row_max, out=out), side.temperature)
@@ -288,7 +289,7 @@ def _same_temperature(s: _Side, t: _Side) -> bool:
 
 
 def _near(s: _Side, t: _Side) -> Tensor | None:
-    """Whether the maxima of a row's two sides are near each other, [rows, 1]; None: this cannot be used."""
+    """Whether the maxima of a row's two sides are near each other, [rows, 1]; None if they cannot be compared here."""
     if s.softmax is None or t.softmax is None:
         return None
     if _synchronizes(s.z.device) or not _same_temperature(s, t):
@@ -297,7 +298,7 @@ def _near(s: _Side, t: _Side) -> Tensor | None:
 
 
 def _log_ratio(s: _Side, t: _Side, out: Tensor) -> Tensor:
-    """Compute log p - log q as one difference of logits minus a constant of the row."""
+    """Compute log p - log q as one difference of logits plus a constant per row."""
     q, p = s.softmax, t.softmax
     same_temperature = _same_temperature(s, t)
     if q is None or p is None:
@@ -307,7 +308,7 @@ def _log_ratio(s: _Side, t: _Side, out: Tensor) -> Tensor:
         return out.sub_(s.z / s.temperature)
     constant = q.log_exp_sum - p.log_exp_sum
     near = _near(s, t)
-    # If all of one model's logits are higher than the other's, their difference has lost digits.
+    # If one model's logits are all much higher than the other's, their direct difference would lose digits.
     if near is not None and bool(near.all()):
         constant = constant + (q.row_max - p.row_max).to(constant.dtype) / s.temperature
         _divide(torch.sub(t.z, s.z, out=out), s.temperature)
@@ -325,7 +326,7 @@ class _Terms(NamedTuple):
     phi: Tensor
     g: Tensor
     h: Tensor | None
-    # The student's top column and the teacher's; None for a divergence that does not normalise.
+    # The student's top column and the teacher's; None for a divergence that does not normalize.
     top_columns: Tensor | None = None
     # 1 if the two differ, else 0.
     different: Tensor | None = None
@@ -373,8 +374,8 @@ def _evaluated(
     ratio = _log_ratio(s, t, scratch("ratio", count))
     if separate_label is not None:
         ratio.scatter_(-1, separate_label, 0.0)
-    # A finite row has no log 0 and skips the policy for it, which costs more than all the rest. On a device, to ask
-    # whether it is needed would synchronize.
+    # The policy for log 0 costs more than all the rest, so finite rows, which have no log 0, skip it. On a device no
+    # row skips it, because checking for that would synchronize.
     finite = _finite_rows(ratio)
     log_p = log_q = ratio
     if not _all(finite) or not reads.isdisjoint(ENTRY[2:]):
@@ -506,11 +507,11 @@ def _project(
     return out.scatter_(-1, terms.top_columns, (exact * factor).to(out.dtype))
 
 
-# The definitions of the table, without fresh memory
+# The definitions of the table, run in buffers that are reused
 #
 # A definition's code runs once on symbols instead of tensors, which records its operations as a list of steps. Steps
-# that no wanted term needs are left out. Each step writes to a buffer of the piece: over an operand that no later step
-# reads, if there is one. `where` selects bits, because torch.where takes 4 nanoseconds per element on a CPU.
+# that no wanted term needs are left out. Each step writes to a buffer of the piece, and overwrites an operand if no
+# later step reads it. `where` selects bits, because torch.where takes 4 nanoseconds per element on a CPU.
 
 
 class _Symbol:
@@ -652,7 +653,7 @@ def _select(mask: Tensor, yes: Tensor | float, no: Tensor | float, out: Tensor) 
 def _tvd(p: _Symbol, q: _Symbol, *_: Any) -> tuple[_Symbol, _Symbol, _Symbol]:
     """Compute tvd of fastkd.divergences without a logarithm; only the rounding differs.
 
-    Plain PyTorch also takes the sign of p - q, and an exponential of the ratio would cost too much in comparison.
+    PyTorch has a sign operator; the exponential in the table's definition would cost much more than that.
     """
     difference = p - q
     sign = difference.apply("sign") * 0.5
@@ -693,7 +694,7 @@ _OWN: dict[str, Callable[..., Any]] = {
 
 @functools.lru_cache(maxsize=256)
 def _program(function: Callable[..., Any], params: tuple[float, ...], wanted: int) -> _Program:
-    """Record the first `wanted` terms that a definition of the table returns as steps."""
+    """Record, as steps, the first `wanted` terms that a definition of the table returns."""
     symbols: _Symbols = {}
     names = (*ENTRY, RATIO)[: 5 if takes_ratio(function) else 4]
     entry = [_Symbol(name, (), symbols) for name in names]
@@ -870,7 +871,7 @@ class _Piece(NamedTuple):
 
     @property
     def has_label_cross_entropy(self) -> bool:
-        """Whether this term is a cross-entropy at temperature 1."""
+        """Whether the label's separate term is a cross-entropy at temperature 1."""
         target = self.options.divergence.target
         return self.compares and target is not None and target.form == "label"
 
@@ -887,7 +888,7 @@ def _piece(
         return default if value is None else value.to(scratch.dtype).unsqueeze(-1)
 
     temperature = column(rows.temperature, options.temperature)
-    teacher_temperature = temperature  # one object if both are one, which _same_temperature sees
+    teacher_temperature = temperature  # the same object if they are the same, as _same_temperature expects
     if rows.teacher_temperature is not rows.temperature or rows.temperature is None:
         teacher_temperature = column(rows.teacher_temperature, options.teacher_temperature)
     label = invalid = None
@@ -937,7 +938,7 @@ def _weights(piece: _Piece, s: _Side, t: _Side | None) -> float | Tensor:
             invalid.append(~(temperatures > 0).unsqueeze(-1))
     for side in (s, t):
         if side is not None and side.softmax is not None:
-            # A definition that compares numbers may drop a NaN or +inf among the logits, so the sum is asked.
+            # A comparison in a definition may hide a NaN or +inf among the logits; the sum of exponentials shows it.
             invalid.append(side.softmax.exp_sum.isnan())
             if piece.has_separate_label and side.label is not None:  # its logit is not in the sum
                 invalid.append(side.label == torch.inf)
@@ -963,7 +964,7 @@ def _cross_entropy(s: _Side, options: Options, smoothing: float) -> Tensor:
 
 
 class _Compared(NamedTuple):
-    """What a divergence gives for a piece."""
+    """The results of a divergence for a piece."""
 
     # [rows, 1], T^2 included.
     distillation: Tensor
@@ -1054,7 +1055,7 @@ def _write_gradients(
     row_scale = weight * scale
 
     def of_divergence(index: int, side: _Side, out: Tensor) -> Tensor:
-        """The gradient of the divergence by one side's z; index is that of g or h in the terms."""
+        """The gradient of the divergence with respect to one side's z; index 1 selects g, 2 selects h."""
         to = out if out.dtype == dtype else piece.scratch("gradient", out.shape[0])
         if not alpha:
             return to.zero_()
@@ -1120,7 +1121,7 @@ def _add_cross_entropy(
 
 @torch.no_grad()
 def kd_rows(student: Tensor, teacher: Tensor, rows: Rows, options: Options, want: Want) -> Result:
-    """Compute the loss of each row and its gradients; :class:`fastkd.call.contract.Result` has shapes and meaning."""
+    """Compute the loss of each row and its gradients; :class:`fastkd.call.contract.Result` describes the outputs."""
     student, teacher = readable(student), readable(teacher)
     lead, device, columns = student.shape[:-1], student.device, options.vocab_size
     dtype = row_dtype(student.dtype, teacher.dtype)
@@ -1152,7 +1153,7 @@ def kd_rows(student: Tensor, teacher: Tensor, rows: Rows, options: Options, want
 
 
 def _clear_dropped(values: Sequence[Tensor | None], counted: Tensor, lead: torch.Size) -> None:
-    """Set all rows to 0 whose indices are not among `counted`."""
+    """Set every row whose index is not among `counted` to 0."""
     dropped = torch.ones(lead.numel(), dtype=torch.bool, device=counted.device)
     dropped[counted] = False
     at = dropped.nonzero().squeeze(1)
@@ -1313,7 +1314,7 @@ def spread_gradient(
     options: Options,
     out: Tensor,
 ) -> Tensor:
-    """Convert the gradient of the events [..., K + 1], plus that of the cross-entropy, to one by student logits."""
+    """Convert the gradient [..., K + 1] of the events to that of the student's logits, and add the cross-entropy's."""
     lead, columns, dtype = student.shape[:-1], options.vocab_size, row_dtype(student.dtype)
     assert rows.weight is not None
     weighted = rows._replace(labels=None)  # the weight is 0 in every dropped row
@@ -1378,7 +1379,7 @@ def _spread_piece(
         temperature = column(rows.temperature)
     _divide(z.sub_(finite_max(column(events.tail_origin))), temperature)
     z.sub_(finite_max(column(events.tail_log_sum))).exp_()
-    # A row without a tail may have an infinite derivative by it, which applies to no column.
+    # If a row has no tail, the gradient of the tail may be infinite, but it belongs to no column.
     no_tail = column(events.tail_log_sum) == -torch.inf
     z.mul_(gradient[:, -1:].masked_fill(no_tail, 0.0))
     z.scatter_add_(-1, id_columns, gradient[:, :-1].masked_fill(~is_local, 0.0).to(dtype))

@@ -20,7 +20,7 @@ from fastkd.core.tensors import readable
 from fastkd.engine.matmul import add_weight_gradient, as_operand, hidden_gradient, make_logits
 from fastkd.teachers import Ensemble, LinearTeacher
 
-# How many elements of a chunk are combined at a time where there are several teachers; on a CPU they stay in cache.
+# How many elements of a chunk are combined at a time if there are several teachers; on a CPU, few enough for the cache.
 COMBINED_CPU, COMBINED_DEVICE = 1 << 18, 1 << 24
 
 
@@ -50,7 +50,7 @@ def saved_dtype(tensor: Tensor, dense: bool) -> torch.dtype:
 
 
 class Chunked(NamedTuple):
-    """The result of all chunks: as fastkd.call.contract.Result, but with the gradients of Student, in saved_dtype."""
+    """The result of all chunks: like fastkd.call.contract.Result, but with the gradients of Student, in saved_dtype."""
 
     loss: Tensor
     total: Tensor
@@ -124,7 +124,7 @@ class _StudentChunks:
         return make_logits(rows, weight[: self.vocabulary], bias, buffer)
 
     def add(self, indices: At, gradient: Tensor, scratch: Tensor | None) -> None:
-        """Add to the gradients of the student's fields what the gradient [C, V] of these rows' logits contributes."""
+        """Add these rows' share of the gradients of the student's fields, given the gradient [C, V] of their logits."""
         hidden, weight, _ = self.student
         columns = slice(self.vocabulary)
         if weight is None:
@@ -233,7 +233,7 @@ class _TeacherChunks:
         return 2 if linear else 1
 
     def kernel_options(self) -> Options:
-        """The options for the kernel; they no longer temper an ensemble, whose members are tempered one by one."""
+        """The options for the kernel; it does not temper an ensemble, whose members have been tempered already."""
         if not isinstance(self.teacher, Ensemble):
             return self.options
         return self.options._replace(

@@ -1,4 +1,4 @@
-"""Passing the numbers of a call, which may change from step to step, into a compiled graph; and the op of whole losses.
+"""How a call's numbers, which may change from step to step, enter a compiled graph; and the op that runs a whole loss.
 
 torch.compile treats a Python float as a constant until it changes, and then as a symbol. A symbol cannot be an argument
 of a custom op: torch would replace it by its current value, and torch's graph caches, which do not notice the
@@ -121,9 +121,9 @@ def from_description(description: str, numbers: Sequence[Any]) -> Divergence:
 
 # The arguments of a call by name.
 Arguments = Mapping[str, Any]
-# From the arguments to the (shape, dtype) of each tensor that the loss returns.
+# Maps the arguments to the (shape, dtype) of each tensor that the loss returns.
 Outputs = Callable[[Arguments], list[tuple[Sequence[int], torch.dtype]]]
-# From what the loss returns to a list of tensors; and from such a list back to what the loss returns.
+# Flat turns what the loss returns into a list of tensors; Back turns such a list into what the loss returns.
 Flat = Callable[[Any], list[Tensor]]
 Back = Callable[[list[Tensor], Arguments], Any]
 
@@ -234,7 +234,7 @@ def loss_op(
     integers: list[int],
     symbols: list[Tensor],
 ) -> list[Tensor]:
-    """The tensors that a loss returns and, unless they are deferred, the gradients of each tensor's sum.
+    """The tensors that a loss returns and, unless deferred, the gradient of their sum with respect to each input.
 
     The backward pass of a deferred loss calls the op again with upstream gradients, and gets only the gradients. A
     gradient that is not wanted is an empty tensor.
@@ -299,8 +299,8 @@ def _backward(ctx: Any, of_results: Sequence[Tensor | None]) -> tuple[Any, ...]:
     saved, count = list(ctx.saved_tensors), len(wanted)
     read_tensors, symbols = saved[: len(ctx.read)], saved[len(ctx.read) :][: ctx.symbols]
     by_index = dict(zip(ctx.read, read_tensors, strict=True))
-    # The first results are the loss's outputs: one for all tensors or, if apart, one for each of the first tensors. The
-    # gradients that follow them are not differentiated.
+    # The loss's outputs come first; if apart, output i has a gradient for tensor i alone, else only the first output
+    # has gradients. The gradients that follow the outputs are not differentiated.
     of_outputs = of_results[: ctx.outputs]
     of_other_arguments: tuple[Any, ...] = (
         None,
@@ -362,8 +362,8 @@ def as_one_op(
 
     Args:
         outputs: a function from the arguments by name to the shape and dtype of each tensor that the loss returns.
-        apart: whether the loss returns one tensor for each of its first tensors, each depending on that tensor alone.
-        flat: makes a list of tensors of what the loss returns. None: the loss returns one tensor.
+        apart: whether the loss returns one tensor for each of its first tensors, with a gradient for that one alone.
+        flat: turns what the loss returns into a list of tensors. None: the loss returns one tensor.
         back: the inverse of flat, which also receives the arguments. None: the loss returns one tensor.
     """
 
