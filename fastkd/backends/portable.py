@@ -888,7 +888,9 @@ def _piece(
         return default if value is None else value.to(scratch.dtype).unsqueeze(-1)
 
     temperature = column(rows.temperature, options.temperature)
-    teacher_temperature = temperature  # the same object if they are the same, as _same_temperature expects
+    teacher_temperature = (
+        temperature  # the same object if they are the same, as _same_temperature expects
+    )
     if rows.teacher_temperature is not rows.temperature or rows.temperature is None:
         teacher_temperature = column(rows.teacher_temperature, options.teacher_temperature)
     label = invalid = None
