@@ -79,6 +79,7 @@ lint: $(VENV)/.dev ## run ruff and mypy as CI does
 format: $(VENV)/.dev ## apply ruff's fixes and formatting
 	$(PY) -m ruff check --fix .
 	$(PY) -m ruff format .
+	$(PY) docs/walk.py
 
 # Tables are also made of a run in which a loss was wrong; the target then fails.
 define SUITE
