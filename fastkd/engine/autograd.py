@@ -110,11 +110,10 @@ def kd_rows(
         result = Result(*kd_rows_op(student, teacher, *rows, backend, *graph_options))
         loss = result.total if summed else result.loss
         return (loss, *(part.detach() if want.parts else None for part in result.parts))  # type: ignore[union-attr]
-    arguments = (student, teacher, rows, options, want, backend, summed)
-    if numbers is None and not compiling:
-        return _differentiable(*arguments)
-    # The graph broke inside kd_loss, so that only its validation, or only the code after it, was compiled.
-    return torch.compiler.disable(_run_eagerly)(numbers, *arguments)
+    # If the graph broke inside kd_loss, only its validation, or only the code after it, was compiled.
+    broken = compiling or numbers is not None
+    run = torch.compiler.disable(_differentiable) if broken else _differentiable
+    return run(student, teacher, rows, options, want, backend, summed, numbers)
 
 
 def _differentiable(
@@ -125,22 +124,10 @@ def _differentiable(
     want: Want,
     backend: str,
     summed: bool,
-) -> tuple[Tensor | None, ...]:
-    kernels = _kernels(student, teacher, options, backend)
-    computation = Loss(kernels.kd_rows, options, want, summed, kernels.scale_rows_)
-    return Differentiable.apply(computation, rows, 2, student, teacher)
-
-
-def _run_eagerly(
     numbers: Numbers | None,
-    student: Tensor,
-    teacher: Tensor,
-    rows: Rows,
-    options: Options,
-    want: Want,
-    backend: str,
-    summed: bool,
 ) -> tuple[Tensor | None, ...]:
     if numbers is not None:
         options = settled(options.divergence, options.vocab_size, options.tail, numbers, rows)
-    return _differentiable(student, teacher, rows, options, want, backend, summed)
+    kernels = _kernels(student, teacher, options, backend)
+    computation = Loss(kernels.kd_rows, options, want, summed, kernels.scale_rows_)
+    return Differentiable.apply(computation, rows, 2, student, teacher)

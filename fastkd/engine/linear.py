@@ -273,11 +273,10 @@ def kd_chunks(
     chunked = ChunkedLoss(
         wanted, call.backend, form, weights, chunk_size, memory_budget, logits_dtype
     )
-    arguments = (student, tensors, rows, options, chunked, want, call.summed)
-    if numbers is None and not compiling:
-        return _differentiable(*arguments)
     # The graph broke inside the validation or after it; see fastkd.engine.autograd.kd_rows.
-    return torch.compiler.disable(_run_eagerly)(numbers, *arguments)
+    broken = compiling or numbers is not None
+    run = torch.compiler.disable(_differentiable) if broken else _differentiable
+    return run(student, tensors, rows, options, chunked, want, call.summed, numbers)
 
 
 def _differentiable(
@@ -288,22 +287,10 @@ def _differentiable(
     chunked: ChunkedLoss,
     want: Want,
     summed: bool,
-) -> tuple[Tensor | None, ...]:
-    kernels = registry.load(chunked.chosen(student, teacher, options.divergence))
-    loss = Loss(chunked.compute, options, want, summed, kernels.scale_rows_)
-    return Differentiable.apply(loss, rows, len(student), *student, *teacher)
-
-
-def _run_eagerly(
     numbers: Numbers | None,
-    student: Student,
-    teacher: Sequence[Tensor],
-    rows: Rows,
-    options: Options,
-    chunked: ChunkedLoss,
-    want: Want,
-    summed: bool,
 ) -> tuple[Tensor | None, ...]:
     if numbers is not None:
         options = settled(options.divergence, options.vocab_size, options.tail, numbers, rows)
-    return _differentiable(student, teacher, rows, options, chunked, want, summed)
+    kernels = registry.load(chunked.chosen(student, teacher, options.divergence))
+    loss = Loss(chunked.compute, options, want, summed, kernels.scale_rows_)
+    return Differentiable.apply(loss, rows, len(student), *student, *teacher)
