@@ -105,12 +105,12 @@ def _check_options(temperature: object, peers: object, peer_weight: float) -> fl
     return check_number("peer_weight", peer_weight, 0.0, math.inf, open_right=True)
 
 
-def _returned(given: Arguments) -> list[tuple[Sequence[int], torch.dtype]]:
+def _returned(arguments: Arguments) -> list[tuple[Sequence[int], torch.dtype]]:
     """The shapes and dtypes of :func:`_as_list`, for a compiled graph."""
-    students = given["logits"]
+    students = arguments["logits"]
     lead, dtype = students[0].shape[:-1], row_dtype(students[0].dtype)
-    losses = [(lead if given.get("reduction", "mean") == "none" else (), dtype)] * len(students)
-    if not given.get("return_parts", False):
+    losses = [(lead if arguments.get("reduction", "mean") == "none" else (), dtype)] * len(students)
+    if not arguments.get("return_parts", False):
         return losses
     return [*losses, *[((len(students), *lead), dtype)] * 2, ((), torch.int64)]
 
@@ -123,10 +123,10 @@ def _as_list(returned: Any) -> list[Tensor]:
     return list(returned)
 
 
-def _from_list(tensors: list[Tensor], given: Arguments) -> Any:
-    count = len(given["logits"])
+def _from_list(tensors: list[Tensor], arguments: Arguments) -> Any:
+    count = len(arguments["logits"])
     losses = tuple(tensors[:count])
-    if not given.get("return_parts", False):
+    if not arguments.get("return_parts", False):
         return losses
     return losses, MutualParts(*(part.detach() for part in tensors[count:]))
 

@@ -41,7 +41,6 @@ MAX_MANIFEST = 16 << 20  # bytes; each shard takes about 200
 _MAX_HEADER = 64 << 10  # bytes; a shard has at most five tensors of about 100 each
 _PIECE = 1 << 20  # elements, or bytes, checked at a time
 _MAX_LOGPROB = 1e-4  # above 0, because rounding can raise the logarithm of a probability close to 1
-_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _SAFETENSORS = {
     torch.int64: "I64",
     torch.int32: "I32",
