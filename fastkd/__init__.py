@@ -1,4 +1,4 @@
-"""fastkd: knowledge-distillation losses for large language models, computed in one pass over the logits."""
+"""fastkd: knowledge-distillation losses for large language models, computed without storing a tensor of probabilities."""
 
 import importlib
 from typing import TYPE_CHECKING, Any
