@@ -106,19 +106,22 @@ FASTKD_INLINE double negligible_to_0(double factor, double value) { return facto
 
 // The divergence between the binary distributions (label, all other tokens) of the teacher and the student, from their
 // log-odds; fastkd/backends/reference.py, _apart.
-FASTKD_INLINE void set_binary_label_term(LabelTerm& term, double weight, double p_odds, double q_odds) {
-  const double p = sigmoid(p_odds), p_rest = sigmoid(-p_odds), q = sigmoid(q_odds), q_rest = sigmoid(-q_odds);
-  const double gap = softplus(-q_odds) - softplus(-p_odds), rest_gap = softplus(q_odds) - softplus(p_odds);
+FASTKD_INLINE void set_binary_label_term(LabelTerm& term, double weight, double p_log_odds, double q_log_odds) {
+  const double p = sigmoid(p_log_odds), p_rest = sigmoid(-p_log_odds);
+  const double q = sigmoid(q_log_odds), q_rest = sigmoid(-q_log_odds);
+  const double gap = softplus(-q_log_odds) - softplus(-p_log_odds);
+  const double rest_gap = softplus(q_log_odds) - softplus(p_log_odds);
   term.phi = negligible_to_0(weight, negligible_to_0(p, gap) + negligible_to_0(p_rest, rest_gap));
   // q - p, from the smaller probabilities: near 1, p and q have lost their digits.
-  term.g = weight * (q_odds > 0 ? p_rest - q_rest : q - p);
-  term.h = negligible_to_0(weight, negligible_to_0(p * p_rest, p_odds - q_odds));
+  term.g = weight * (q_log_odds > 0 ? p_rest - q_rest : q - p);
+  term.h = negligible_to_0(weight, negligible_to_0(p * p_rest, p_log_odds - q_log_odds));
 }
 
 // The student's entropy, from the label's log-odds and the entropy of the distribution over the other tokens.
-FASTKD_INLINE double entropy_with_label(double q_odds, double rest_entropy) {
-  const double q = sigmoid(q_odds), q_rest = sigmoid(-q_odds);
-  return negligible_to_0(q, softplus(-q_odds)) + negligible_to_0(q_rest, softplus(q_odds)) + q_rest * rest_entropy;
+FASTKD_INLINE double entropy_with_label(double q_log_odds, double rest_entropy) {
+  const double q = sigmoid(q_log_odds), q_rest = sigmoid(-q_log_odds);
+  return negligible_to_0(q, softplus(-q_log_odds)) +
+         negligible_to_0(q_rest, softplus(q_log_odds)) + q_rest * rest_entropy;
 }
 
 // ---- the value of a row, and the scales of its gradients

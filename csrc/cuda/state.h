@@ -32,7 +32,7 @@ struct Side {
   Dtype dtype;
   float sign, softcap, gain, inverse_cap, temperature, unit, rate;
   float max;                 // maximum of z, or 0 if all are -inf
-  float weight;              // 1 / exp_sum: 2^(rate (z - max)) * weight is a probability
+  float inverse_sum;         // 1 / exp_sum: 2^(rate (z - max)) * inverse_sum is a probability
   float offset, offset_low;  // log probability = unit (z - max) + offset + offset_low
   float threshold;           // an exponential below it has a negligible probability
 
@@ -48,12 +48,12 @@ struct Side {
 struct TailEvent {
   unsigned event_flags;  // flags for the sweep over events
   float origin;          // z of the largest listed token: the z of events are relative to it
-  float max, weight;     // exp(unit (z - max)) * weight is a column's share of the tail's probability
+  float max, inverse_sum;  // exp(unit (z - max)) * inverse_sum is a column's share of the tail's probability
   bool is_event;         // whether all other tokens form one last event, which z and log_p describe
   float z, log_p;
   float gradient;  // times a column's exponential, the gradient by the column's z
   bool no_events;
-  bool teacher_is_silent, teacher_is_invalid;  // it lists no token; it lists one twice, or one that does not exist
+  bool teacher_lists_no_token, teacher_is_invalid;  // it lists no token; it lists one twice, or one that does not exist
   const char* log_probabilities;               // the teacher's, for this row
 };
 
@@ -94,9 +94,9 @@ struct RowState {
   float z_label, t_label;  // z of the label, the student's and the teacher's
   float pivot;             // what centered_sum subtracts from each z
   Side student, teacher;
-  // log p - log q = ((t - t_origin) ratio - (s - s_origin)) student.unit + ratio_low + ratio_high
-  float s_origin, t_origin, ratio, ratio_low, ratio_high;
-  float unit_t1, rate_t1, weight_t1, max_t1;  // the student's softmax at temperature 1, for the cross-entropy
+  // log p - log q = ((t - t_origin) unit_ratio - (s - s_origin)) student.unit + log_ratio_low + log_ratio_high
+  float s_origin, t_origin, unit_ratio, log_ratio_low, log_ratio_high;
+  float unit_t1, rate_t1, inverse_sum_t1, max_t1;  // the student's softmax at temperature 1, for the cross-entropy
   float teacher_unit_t1, teacher_rate_t1;
   double phi, g;  // sums over the row
   double cross_entropy, entropy;

@@ -105,13 +105,13 @@ FASTKD_INLINE void finish_sweep(const Call& call, RowState& row, const SparseSta
   const bool has_tail = all.sweep.t_max > -INF || all.sweep.t_exp_sum != all.sweep.t_exp_sum;
   TailEvent& out = row.tail;
   out.max = row.teacher.max;
-  out.weight = has_tail ? row.teacher.weight : 0;
+  out.inverse_sum = has_tail ? row.teacher.inverse_sum : 0;
   out.origin = all.token_max > -INF ? all.token_max : out.max;
   const double log_sum = log_of_sum(all.sweep.t_exp_sum, all.sweep.t_max_count) / row.student.unit;
   out.z = has_tail ? float(double(out.max) - double(out.origin) + log_sum) : -INF;
   out.log_p = call.tail_logprob ? call.tail_logprob[row.row] : -INF;
   out.is_event = call.tail != Tail::renormalize;
-  out.teacher_is_silent = all.token_count == 0;
+  out.teacher_lists_no_token = all.token_count == 0;
   out.teacher_is_invalid = all.invalid;
   if (all.invalid) row.weight = NAN;
   row.flags = out.event_flags;
@@ -121,7 +121,7 @@ FASTKD_INLINE void finish_sweep(const Call& call, RowState& row, const SparseSta
 // Calls f(number) for this thread's share of all listed tokens, in the first warp of the first block. Ranks with
 // different columns, and perhaps different blocks, thus add in the same order.
 template <class Function>
-FASTKD_INLINE void each_token_of_all(const Call& call, const RowState& row, Place place, Function f) {
+FASTKD_INLINE void each_token_of_row(const Call& call, const RowState& row, Place place, Function f) {
   constexpr int LANES = 32;
   if (place.rank != 0 || place.thread >= LANES) return;
   const int64_t* ids = call.ids + row.row * call.tokens;
@@ -138,7 +138,7 @@ FASTKD_INLINE void each_event(const Call& call, const RowState& row, Place place
   if (call.shard.step == Step::all)
     each_token(call, row, place, [&](int64_t token, int column) { event(token, token_z(call, row, slice, column)); });
   else
-    each_token_of_all(call, row, place,
+    each_token_of_row(call, row, place,
                       [&](int64_t token) { event(token, call.shard.tokens[row.row * call.tokens + token]); });
   if (with_tail && place.rank == 0 && place.thread == 0) f(row.tail.z, row.tail.log_p);
 }
@@ -156,21 +156,21 @@ FASTKD_INLINE Statistics event_statistics(const Call& call, const RowState& row,
 // Finishes the statistics of events. Cross-entropy and entropy stay those of the whole row.
 FASTKD_INLINE void finish_events(const Call& call, RowState& row) {
   const double cross_entropy = row.cross_entropy, entropy = row.entropy;
-  const float weight_t1 = row.weight_t1, max_t1 = row.max_t1;
+  const float inverse_sum_t1 = row.inverse_sum_t1, max_t1 = row.max_t1;
   row.tail.no_events = row.statistics.s_exp_sum + row.statistics.s_max_count == 0;
   finish_statistics(call, row);
   row.cross_entropy = cross_entropy, row.entropy = entropy;
-  row.weight_t1 = weight_t1, row.max_t1 = max_t1;
+  row.inverse_sum_t1 = inverse_sum_t1, row.max_t1 = max_t1;
   if (call.tail == Tail::truncate) {  // the teacher's probabilities are not normalized again
-    row.teacher.unit = row.teacher.weight = 1;
+    row.teacher.unit = row.teacher.inverse_sum = 1;
     row.teacher.rate = LOG2_E;
     row.teacher.max = row.teacher.offset = row.teacher.offset_low = 0;
     row.teacher.threshold = NEGLIGIBLE;
     row.s_sure.exists = row.t_sure.exists = false;
     row.s_sure.z = row.t_sure.z = NAN;
     row.s_origin = row.student.max, row.t_origin = 0;
-    row.ratio = 1 / row.student.unit;
-    row.ratio_high = -row.student.offset, row.ratio_low = -row.student.offset_low;
+    row.unit_ratio = 1 / row.student.unit;
+    row.log_ratio_high = -row.student.offset, row.log_ratio_low = -row.student.offset_low;
   }
 }
 
@@ -217,8 +217,8 @@ FASTKD_INLINE void finish_tail(const Call& call, RowState& row) {
   TailEvent& tail = row.tail;
   const bool in_sums = call.tail != Tail::truncate;
   tail.gradient = 0 * row.weight;
-  if (tail.is_event && tail.z != -INF && !tail.teacher_is_silent)
-    tail.gradient = tail.weight * (row.log_0_policy ? event_gradient<true>(call, row, tail.z, tail.log_p, in_sums)
+  if (tail.is_event && tail.z != -INF && !tail.teacher_lists_no_token)
+    tail.gradient = tail.inverse_sum * (row.log_0_policy ? event_gradient<true>(call, row, tail.z, tail.log_p, in_sums)
                                                     : event_gradient<false>(call, row, tail.z, tail.log_p, in_sums));
 }
 
