@@ -14,18 +14,18 @@ struct DeviceSlices {
   char* gradients[2];  // null if not wanted
 };
 
-// State in shared memory; in registers, it would not fit beside the loops over a row.
+// State in shared memory, because the loops over a row need the registers.
 struct Shared {
   RowState rows[2];  // this row and the next
   DeviceSlices device_slices[2];
   Barrier arrived[STAGES];
-  // Partial results to be merged: those of this block's warps, and those of the cluster's blocks. A block that is one
-  // exchange ahead of the others writes into the second buffer for blocks; it cannot be two ahead.
+  // Partial results to be merged: those of this block's warps, and those of the cluster's blocks. Exchanges alternate
+  // between the two buffers for blocks, since a block may be one exchange ahead of the others, but never two.
   alignas(PIECE) char warp_parts[WARPS * sizeof(SparseStatistics)];
   alignas(PIECE) char rank_parts[2][MOST_RANKS * sizeof(SparseStatistics)];
 };
-static_assert(sizeof(Shared) <= STATE, "plan.h reckons with less");
-static_assert(sizeof(ShardStatistics) <= sizeof(SparseStatistics), "what passes through exchanges");
+static_assert(sizeof(Shared) <= STATE, "plan.h reserves STATE bytes");
+static_assert(sizeof(ShardStatistics) <= sizeof(SparseStatistics), "warp_parts and rank_parts fit the larger one");
 
 class Block {
  public:
@@ -70,10 +70,10 @@ class Block {
   // This row's slice in shared memory, with the alignment that it has in device memory.
   FASTKD_DEVICE Slice slice(int side) const { return slice(device_slices(), side); }
 
-  // For a sparse teacher, which has no logits here: one bit per column.
+  // One bit per column of the slice, set if a sparse teacher lists it, in the place of a dense teacher's logits.
   FASTKD_DEVICE uint32_t* bits() const { return reinterpret_cast<uint32_t*>(memory(1)); }
 
-  // This thread's part in fetching a stage of a row. The edges are there after sync_block, the rest after await.
+  // Fetches this thread's share of a stage. The edges have arrived after sync_block, the whole pieces after await.
   FASTKD_DEVICE void fetch(int later, int stage) {
     const DeviceSlices& device = shared_.device_slices[(turn_ + later) & 1];
     const Range range = stage_range(call, place.rank, stage);
@@ -110,7 +110,7 @@ class Block {
     Part* warp_parts = reinterpret_cast<Part*>(shared_.warp_parts);
     Part* rank_parts = reinterpret_cast<Part*>(shared_.rank_parts[exchange_++ & 1]);
     const int warp = place.thread / WARP, lane = place.thread % WARP;
-    int lanes = WARP;  // parts to be merged: of lanes, then of warps, then of ranks
+    int lanes = WARP;  // the lanes that hold a part: all, then one per warp, then one per block
 #pragma unroll 1
     for (int level = 0; level < 3; ++level) {  // a loop, to have one copy of merge in the code
       if (level == 0 || warp == 0) local = merge_lanes(local, lanes);

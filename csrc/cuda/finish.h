@@ -1,10 +1,11 @@
-// The statistics of a whole row become its softmaxes, its closed form and its label term.
+// Computes what follows from the statistics of a whole row: its softmaxes, closed form and label term.
 #pragma once
 #include "statistics.h"
 
 namespace fastkd::cuda {
 
-// log(rest + max_count), where rest may be tiny
+// The logarithm of a whole sum of exponentials: max_count columns are at the maximum, and `rest` is the sum over the
+// others. If max_count is 1, a tiny rest is not rounded away.
 FASTKD_INLINE double log_of_sum(double rest, double max_count) { return logarithm_1p(rest + (max_count - 1)); }
 
 FASTKD_PER_ROW void set_softmax(Side& side, float max, double rest, double max_count) {
@@ -20,7 +21,8 @@ FASTKD_PER_ROW void set_softmax(Side& side, float max, double rest, double max_c
 // constant.
 constexpr double CLOSE_LOGITS = 8;
 
-// How log p - log q is computed from the difference of two logits. The origins are 0 where that is more accurate.
+// Sets the constants of RowState's formula for log p - log q. The origins are 0 if the sides are close (CLOSE_LOGITS),
+// and the maxima otherwise.
 FASTKD_INLINE void set_log_ratio(RowState& row, double log_quotient) {
   const double unit = row.student.unit;
   const double direct = (double(row.student.max) - row.teacher.max) * unit + log_quotient;
@@ -62,7 +64,7 @@ FASTKD_PER_ROW void set_sure_columns(const Call& call, RowState& row) {
   if (!finite(float(row.phi) + t.gradient)) t.z = NAN;
 }
 
-// Entropy and cross-entropy of the row, except for the label term.
+// Sets the row's entropy and cross-entropy, without the label term, and the student's softmax at temperature 1.
 FASTKD_INLINE void set_entropies(const Call& call, RowState& row, double s_log_sum, double s_inverse) {
   const Statistics& all = row.statistics;
   row.entropy = row.flags & ENTROPY ? s_log_sum - LN_2_EXACT * all.entropy * s_inverse : 0;
@@ -88,8 +90,8 @@ FASTKD_INLINE bool logs_overflow(const RowState& row) {
                                   (all.t_min - row.teacher.max) * row.teacher.rate == -INF);
 }
 
-// Turns the statistics of the whole row into what later phases need. The row is in shared memory: to pass it by
-// reference from registers, the compiler would first spill it to a stack in device memory.
+// Turns the statistics of the whole row into what later phases need. The row must be in shared memory: this function is
+// not inlined, so a row in registers would first be spilled to the stack in device memory.
 FASTKD_PER_ROW void finish_statistics(const Call& call, RowState& row) {
   const Statistics& all = row.statistics;
   set_softmax(row.student, all.s_max, all.s_exp_sum, all.s_max_count);
@@ -109,8 +111,8 @@ FASTKD_PER_ROW void finish_statistics(const Call& call, RowState& row) {
   set_closed_form(weights, means, s_log_sum, t_log_sum, row.phi, row.g);
   set_sure_columns(call, row);
   row.finite = row.log_0_policy || (!logs_overflow(row) && finite(float(row.phi) + float(row.entropy)));
-  // NaN or +inf among the logits makes the whole row NaN: a comparison in a definition could hide it. If the label is
-  // compared separately, neither sum contains its logits.
+  // A logit that is NaN or +inf makes the whole row NaN. It is tested here, since a comparison in a divergence's
+  // definition could hide it. With a label term, the sums exclude the label's column, so its logits are tested too.
   const double log_sums = s_log_sum + t_log_sum;
   const bool infinite = all.s_max == INF || all.t_max == INF ||
                         (has_label_term(call) && (row.z_label == INF || row.t_label == INF));

@@ -13,7 +13,7 @@
 
 namespace fastkd::cuda {
 
-// A thread's position among the threads that share a row.
+// A thread's position among the threads that share a row: the rank of its block in the cluster, and its number there.
 struct Place {
   int rank, thread;
 };
@@ -61,8 +61,8 @@ struct Slice {
 // Distance of an address from the multiple of PIECE below it.
 FASTKD_INLINE int skew_of(const char* memory) { return int(reinterpret_cast<uintptr_t>(memory) % PIECE); }
 
-// The whole pieces in a range of bytes, which the copy engine moves. The edges before and after are shorter than a
-// piece.
+// Where the whole pieces in a range of bytes begin and end, as offsets in bytes. The copy engine moves them; the edges
+// before and after are shorter than a piece.
 struct Pieces {
   int64_t first, last;
 };
@@ -88,8 +88,8 @@ FASTKD_INLINE void copy_edges(Place place, char* to, const char* from, Pieces pi
   if (at < bytes) copy_element(to + at, from + at, element_size);
 }
 
-// Copies this thread's share of all bytes, one element at a time. Only gradients are copied like this: nothing waits
-// for their stores.
+// Copies this thread's share of all bytes, one element at a time. Only gradients are copied in this way, because no
+// thread waits for their stores.
 FASTKD_PER_ROW void copy_out(const Call& call, Place place, char* to, const char* from, int64_t bytes,
                              int element_size) {
 #pragma unroll 1

@@ -24,8 +24,8 @@ FASTKD_INLINE void rescale(Statistics& a, float s_max, float t_max, const RowSta
   }
   const float s_rise = a.s_max == -INF ? 0 : finite_max(s_max) - a.s_max, s_step = product(s_rise, row.student.rate);
   const float t_rise = a.t_max == -INF ? 0 : finite_max(t_max) - a.t_max, t_step = product(t_rise, row.teacher.rate);
-  // A step is up to 30 if the row is sure of a column, and its rounding, which exp2_of_product corrects, would put all
-  // sums of a thread off by 1e-6.
+  // If a side is sure of a column, a step may well be 30. Its rounding would put all sums of a thread off by 1e-6, so
+  // exp2_of_product corrects it.
   const float s_factor = a.s_max == -INF ? 0 : exp2_of_product(-s_rise, row.student.rate);
   const float t_factor = a.t_max == -INF ? 0 : exp2_of_product(-t_rise, row.teacher.rate);
   a.forward = scaled_or_0(t_factor, a.forward + (s_step - t_step) * a.t_exp_sum);
@@ -76,7 +76,7 @@ FASTKD_INLINE float maximum_of(const V (&z)[N]) {
 }
 
 // e * x. With LOG_0, a negligible probability gives 0 whatever x is. With SHARD, probabilities are not known yet, and
-// an infinite logarithm gives 0.
+// a logarithm that is not finite gives 0.
 template <bool LOG_0, bool SHARD>
 FASTKD_INLINE V masked_product(V e, V x, float threshold) {
   if (SHARD) return finite(x) ? e * x : 0;

@@ -13,7 +13,7 @@ struct Terms {
   V phi, g, h;
 };
 
-// Not inlined, because it contains all the definitions.
+// Not inlined, because it contains the definitions of all divergences.
 FASTKD_PER_ROW Terms any_divergence(const Call& call, V p, V q, V log_p, V log_q, V log_ratio) {
   Terms terms{};
   int number = 0;
@@ -41,7 +41,7 @@ FASTKD_INLINE void call_divergence(const Call& call, V p, V q, V log_p, V log_q,
   }
 }
 
-// phi, g and h of one column; with LOG_0, under the policy of fastkd/backends/reference.py for log 0.
+// phi, g and h of one column; with LOG_0, under the policy of fastkd/call/log_zero.py.
 template <class Divergence, bool LOG_0>
 FASTKD_INLINE void evaluate_terms(const Call& call, V p, V q, V log_p, V log_q, V log_ratio, V& phi, V& g, V& h) {
   if (!LOG_0) return call_divergence<Divergence>(call, p, q, log_p, log_q, log_ratio, phi, g, h);
@@ -103,11 +103,11 @@ template <class Divergence>
 FASTKD_PER_ROW void add_sure_columns(const Call& call, RowState& row) {
   SureColumn &s = row.s_sure, &t = row.t_sure;
   const double s_log_sum = log_of_sum(s.rest, 1), t_log_sum = log_of_sum(t.rest, 1);
-  // The offset of a side that is not sure contains the logarithm of its sum.
+  // log q and log p at the side's own maximum; if the side is not sure, its offset has that value.
   const double log_q_max = s.exists ? -s_log_sum : double(row.student.offset) + row.student.offset_low;
   const double log_p_max = t.exists ? -t_log_sum : double(row.teacher.offset) + row.teacher.offset_low;
   const bool same_column = s.exists && t.exists && s.other_gap == 0 && t.other_gap == 0;
-  double g = row.g, h = call.degree * row.phi - row.g;  // sums over all columns but the side's own sure column
+  double g = row.g, h = call.degree * row.phi - row.g;  // sums over all columns but the sure ones
   const double log_ratio = log_p_max - log_q_max;
   Terms s_terms{}, t_terms{};  // at the student's sure column; at the teacher's, if that is another one
   if (s.exists)
