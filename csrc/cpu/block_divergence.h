@@ -2,7 +2,7 @@
 
 namespace {
 
-// phi, g and h of one vector; with LOG_0, under the policy of fastkd/backends/reference.py for log 0.
+// phi, g and h of one vector; with LOG_0, under the policy of fastkd/call/log_zero.py.
 template <class Divergence, bool LOG_0>
 FASTKD_INLINE void evaluate_terms(V p, V q, V log_p, V log_q, V log_ratio, const float* params, float degree, V& phi,
                                   V& g, V& h) {
