@@ -1,4 +1,4 @@
-"""fastkd: knowledge-distillation losses for large language models, computed without storing a tensor of probabilities."""
+"""fastkd: knowledge-distillation losses for large language models, without a tensor of probabilities in memory."""
 
 import importlib
 from typing import TYPE_CHECKING, Any
