@@ -231,7 +231,7 @@ def _chunks(logits: Tensor, labels: Tensor, rows: Tensor) -> Iterator[tuple[Tens
 def _derivatives(
     logits: Tensor, labels: Tensor, rows: Tensor, inverse: float
 ) -> tuple[float, float]:
-    """Return the first two derivatives of the summed negative log-likelihood by b = 1 / T, at b=inverse."""
+    """Return the first two derivatives of the summed negative log-likelihood with respect to b = 1 / T at inverse."""
     slope = torch.zeros((), dtype=torch.float64, device=logits.device)
     curvature = torch.zeros_like(slope)
     for z, label in _chunks(logits, labels, rows):

@@ -147,7 +147,7 @@ def mutual_loss(
     return_parts: Literal[True],
     **options: Unpack[MutualOptions],
 ) -> tuple[tuple[Tensor, ...], MutualParts]: ...
-@as_one_op(_returned, apart=True, flat=_as_list, back=_from_list)
+@as_one_op(_returned, one_loss_per_tensor=True, flatten=_as_list, unflatten=_from_list)
 def mutual_loss(
     logits: Sequence[Tensor],
     labels: Tensor | None = None,
