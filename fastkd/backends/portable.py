@@ -36,7 +36,7 @@ from fastkd.call.contract import (
     ShardCall,
     Statistics,
     Want,
-    counted_rows,
+    kept_rows,
     row_dtype,
 )
 from fastkd.call.log_zero import evaluate
@@ -78,19 +78,19 @@ def _sum_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
 # Pieces of rows
 
 
-def _counted_indices(rows: Rows, ignore_index: int, device: torch.device) -> Tensor | None:
-    """Indices of the counted rows; None where all rows are computed.
+def _kept_indices(rows: Rows, ignore_index: int, device: torch.device) -> Tensor | None:
+    """Indices of the kept rows; None where all rows are computed.
 
     On other devices than the CPU all rows are computed, because counting them would synchronize; dropped rows are then
     set to 0.
     """
     if _synchronizes(device):
         return None
-    counted = counted_rows(rows, ignore_index)
-    if counted is None:
+    kept = kept_rows(rows, ignore_index)
+    if kept is None:
         return None
-    indices = counted.flatten().nonzero().squeeze(1)
-    return None if indices.numel() == counted.numel() else indices
+    indices = kept.flatten().nonzero().squeeze(1)
+    return None if indices.numel() == kept.numel() else indices
 
 
 def _pieces(count: int, step: int, indices: Tensor | None) -> Iterator[RowIndices]:
@@ -1044,14 +1044,14 @@ def _dense_piece(
     weight = _weights(piece, s, t)
     loss = loss * weight
 
-    counted = None  # on a CPU all rows of a piece are counted
+    kept = None  # on a CPU all rows of a piece are kept
     if _synchronizes(student.device):
-        counted = counted_rows(rows, options.ignore_index)
-        counted = None if counted is None else counted.unsqueeze(-1)
-    _write_gradients(piece, s, t, divergence_result, weight, counted, outs)
+        kept = kept_rows(rows, options.ignore_index)
+        kept = None if kept is None else kept.unsqueeze(-1)
+    _write_gradients(piece, s, t, divergence_result, weight, kept, outs)
 
     def zero_dropped(value: Tensor) -> Tensor:
-        return value if counted is None else value.masked_fill(~counted, 0.0)
+        return value if kept is None else value.masked_fill(~kept, 0.0)
 
     entropy = None if divergence_result.entropy is None else zero_dropped(divergence_result.entropy)
     return _Values(
@@ -1068,7 +1068,7 @@ def _write_gradients(
     t: _Side | None,
     divergence_result: _DivergenceResult,
     weight: float | Tensor,
-    counted: Tensor | None,
+    kept: Tensor | None,
     outs: Sequence[Tensor | None],
 ) -> None:
     options, alpha, dtype = piece.options, piece.options.alpha, piece.scratch.dtype
@@ -1093,8 +1093,8 @@ def _write_gradients(
 
     def finish(gradient: Tensor, slope: Tensor | None, scale: float, out: Tensor) -> None:
         _multiply(gradient, scale if slope is None else slope)
-        if counted is not None:
-            gradient.masked_fill_(~counted, 0.0)
+        if kept is not None:
+            gradient.masked_fill_(~kept, 0.0)
         if gradient is not out:
             out.copy_(gradient)
 
@@ -1149,15 +1149,15 @@ def kd_rows(student: Tensor, teacher: Tensor, rows: Rows, options: Options, want
     lead, device, columns = student.shape[:-1], student.device, options.vocab_size
     dtype = row_dtype(student.dtype, teacher.dtype)
     result = native.outputs(student, teacher, want, row_dtype=dtype)
-    counted = _counted_indices(rows, options.ignore_index, device)
-    count = lead.numel() if counted is None else counted.numel()
+    kept = _kept_indices(rows, options.ignore_index, device)
+    count = lead.numel() if kept is None else kept.numel()
     step = min(piece_rows(columns, dtype, device.type), max(count, 1))
     scratch = _Scratch(step, columns, dtype, device)
     gradients = (result.student_gradient, result.teacher_gradient)
     per_row = (result.loss, *result[4:])
-    if counted is not None:
-        _clear_dropped([*per_row, *gradients], counted, lead)
-    for indices in _pieces(count, step, counted):
+    if kept is not None:
+        _clear_dropped([*per_row, *gradients], kept, lead)
+    for indices in _pieces(count, step, kept):
         s, t = (take(logits, lead, indices)[:, :columns] for logits in (student, teacher))
         outs = [_Out(gradient, lead, indices, columns) for gradient in gradients]
         buffers = [out.buffer(scratch, name) for out, name in zip(outs, ("s", "t"), strict=True)]
@@ -1175,10 +1175,10 @@ def kd_rows(student: Tensor, teacher: Tensor, rows: Rows, options: Options, want
     return result._replace(total=total.to(dtype))
 
 
-def _clear_dropped(values: Sequence[Tensor | None], counted: Tensor, lead: torch.Size) -> None:
-    """Set every row whose index is not among `counted` to 0."""
-    dropped = torch.ones(lead.numel(), dtype=torch.bool, device=counted.device)
-    dropped[counted] = False
+def _clear_dropped(values: Sequence[Tensor | None], kept: Tensor, lead: torch.Size) -> None:
+    """Set every row whose index is not among `kept` to 0."""
+    dropped = torch.ones(lead.numel(), dtype=torch.bool, device=kept.device)
+    dropped[kept] = False
     indices = dropped.nonzero().squeeze(1)
     for value in values:
         if value is not None:
@@ -1252,14 +1252,14 @@ def gather_events(student: Tensor, rows: Rows, options: Options, parts: bool) ->
 def _student_pieces(
     student: Tensor, rows: Rows, options: Options, dtype: torch.dtype
 ) -> Iterator[tuple[RowIndices, Tensor, Rows, _Scratch]]:
-    """Yield (row indices, logits, Rows, scratch buffers) for each piece of the counted rows."""
+    """Yield (row indices, logits, Rows, scratch buffers) for each piece of the kept rows."""
     lead, device, columns = student.shape[:-1], student.device, options.vocab_size
     student = readable(student)
-    counted = _counted_indices(rows, options.ignore_index, device)
-    count = lead.numel() if counted is None else counted.numel()
+    kept = _kept_indices(rows, options.ignore_index, device)
+    count = lead.numel() if kept is None else kept.numel()
     step = min(piece_rows(columns, dtype, device.type), max(count, 1))
     scratch = _Scratch(step, columns, dtype, device)
-    for indices in _pieces(count, step, counted):
+    for indices in _pieces(count, step, kept):
         yield (
             indices,
             take(student, lead, indices)[:, :columns],
@@ -1355,9 +1355,9 @@ def spread_gradient(
     lead, columns, dtype = student.shape[:-1], options.vocab_size, row_dtype(student.dtype)
     assert rows.weight is not None
     weighted = rows._replace(labels=None)  # the weight is 0 in every dropped row
-    counted = _counted_indices(weighted, options.ignore_index, student.device)
-    if counted is not None:
-        _clear_dropped([out], counted, lead)
+    kept = _kept_indices(weighted, options.ignore_index, student.device)
+    if kept is not None:
+        _clear_dropped([out], kept, lead)
     for indices, s, _, scratch in _student_pieces(student, weighted, options, dtype):
 
         def select(value: Any, indices: RowIndices = indices) -> Any:

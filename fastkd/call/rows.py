@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fastkd.call.contract import Rows, counted_rows
+from fastkd.call.contract import Rows, kept_rows
 
 # Selects rows, counted over all leading dimensions: a range of them, or a tensor of their indices.
 RowIndices = slice | Tensor
@@ -78,18 +78,18 @@ class Chunks:
         even: bool = False,
         drops: bool = True,
     ) -> Chunks:
-        """Divide the counted rows into chunks of at most `size` rows.
+        """Divide the kept rows into chunks of at most `size` rows.
 
         Args:
-            rows: the labels and weights, which tell which rows are counted.
+            rows: the labels and weights, which tell which rows are kept.
             lead: the leading shape of the logits.
             ignore_index: the label that drops a row.
             size: the largest number of rows per chunk.
             even: make all chunks about equally large, instead of leaving a remainder to the last.
             drops: remove dropped rows, for which the host waits until the device has counted them. False: process all.
         """
-        counted = counted_rows(rows, ignore_index) if drops else None
-        indices = None if counted is None else counted.flatten().nonzero().squeeze(1)
+        kept = kept_rows(rows, ignore_index) if drops else None
+        indices = None if kept is None else kept.flatten().nonzero().squeeze(1)
         if indices is not None and indices.numel() == lead.numel():
             indices = None
         count = lead.numel() if indices is None else indices.numel()
