@@ -39,7 +39,7 @@ def _shown(variant: tuple[str, dict[str, float]]) -> str:
 
 
 variants = pytest.mark.parametrize("variant", VARIANTS, ids=_shown)
-# Divergences for Triton's interpreter, at five seconds each: closed forms, a mixture inside a logarithm, and a sign.
+# Divergences for Triton's interpreter, at three seconds each: closed forms, a mixture inside a logarithm, and a sign.
 SHORT = ("forward_kl", "reverse_kl", "mixture", "jsd", "skew_reverse_kl", "tvd", "alpha_beta")
 of_triton = pytest.mark.parametrize(
     "variant",
@@ -228,7 +228,10 @@ def test_every_instruction_set(instructions: str, variant: tuple[str, dict[str, 
 @of_triton
 def test_triton(variant: tuple[str, dict[str, float]]) -> None:
     pytest.importorskip("triton")
-    assert_within_bar("triton", variant, low_precision_rows())
+    # Without rows that leave 1e-3 to the other tokens: those that leave less take the same branches.
+    cases = tuple(case for case in low_precision_rows() if "peaked 0.001" not in case.name)
+    assert len(cases) == len(low_precision_rows()) - 3
+    assert_within_bar("triton", variant, cases)
 
 
 @variants
