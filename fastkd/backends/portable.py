@@ -1417,7 +1417,7 @@ def shard_statistics(call: ShardCall) -> Statistics:
 
 
 def shard_sums(call: ShardCall) -> Tensor | None:
-    """Compute the sums over this process's columns, given the statistics of all: 3 numbers per row in float64."""
+    """Compute the sums over this process's columns, given the statistics of all: 4 numbers per row in float64."""
     pieces = [reference.shard_sums(piece) for _, piece in _shard_pieces(call)]
     return torch.cat([sums for sums in pieces if sums is not None])
 
