@@ -354,8 +354,9 @@ def fused_linear_kd_loss(
         memory_budget: bytes that the call may hold beyond its inputs and gradients; None: 384 MiB on a CPU, 2112
             MiB elsewhere. :func:`fastkd.memory_plan` itemizes them. A budget too small for one row raises.
         logits_dtype: dtype of the student's logits, and of a LinearTeacher's if its hidden states have the student's
-            dtype. If None, logits are float32 even for lower-precision operands (rounding them to bfloat16 costs 4 to
-            23 % of the gradient). With the operands' dtype, the call is faster and the logits take half the memory.
+            dtype. If None, logits are float32 even for lower-precision operands, because rounding them to bfloat16
+            changes the gradient by several percent. With the operands' dtype, the call is faster and the logits take
+            half the memory.
         vocab_size: as in kd_loss; rows of a weight beyond it are padding, and their logits are not computed.
         process_group: as in kd_loss; student_weight is then [V_r, H], this process's part of a column-parallel
             lm_head. The gradient of student_hidden is summed over the processes.

@@ -265,7 +265,7 @@ class Row {
   // With a label term.
   int64_t label_column_ = -1;  // column of the label; -1 without a label term, or if it is in another shard
   LabelTerm label_term_{};
-  double q_odds_ = 0;  // log-odds of the label
+  double q_log_odds_ = 0;  // log-odds of the label
 
   // Sure columns, by side: the student's, the teacher's.
   int64_t sure_column_[2] = {-1, -1};  // -1: none
