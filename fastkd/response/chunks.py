@@ -165,7 +165,12 @@ def softmax_of(logits: Tensor, temperature: float | Tensor, dtype: torch.dtype) 
 def to_logits(
     derivative: Tensor, probabilities: Tensor, temperature: float | Tensor, factor: Tensor | float
 ) -> Tensor:
-    """Turn a derivative g by probabilities p into one by logits, factor p (g - sum p g) / T; overwrites derivative."""
+    """Turn a derivative g by probabilities p into one by logits, factor p (g - sum p g) / T; overwrites derivative.
+
+    A constant in g does not matter. Subtracting the g of the most probable token first keeps its digits where p is near
+    1 and both terms are nearly equal.
+    """
+    derivative.sub_(derivative.gather(-1, probabilities.argmax(-1, keepdim=True)))
     derivative.mul_(probabilities)
     mean = row_sum(derivative).to(derivative.dtype)
     return derivative.addcmul_(probabilities, mean, value=-1.0).mul_(factor / temperature)
