@@ -13,8 +13,8 @@
 // Equal students have u = 0 and c_l = c_k, and a divergence of exactly 0. The gradient with respect to z_k / T
 // is M p_k - S.
 //
-// A student is sure of a column that has more than half of its probability. Its sum of exponentials would absorb the
-// other columns, so the logarithm is log1p of their sum; and its gradient there, a small difference of probabilities, is
+// If a student gives one column more than 4/5 of its probability, its sum of exponentials would absorb the other
+// columns. So the logarithm is log1p of their sum. The gradient in that column, a small difference of probabilities, is
 // minus the sum of the others' gradients.
 //
 // Exponentials are kept in scratch memory if those of a row fit in the cache, else recomputed, last block first. A row
@@ -216,6 +216,8 @@ class MutualRow {
   }
 
  private:
+  static constexpr double SURE = 1.25;  // a sum of exponentials relative to the maximum: below it, one column has 4/5
+
   struct Side {
     const char* logits;
     char* gradient;  // null if not wanted
@@ -269,12 +271,13 @@ class MutualRow {
       sum += rescale_factor(side, blocks[b], softmax_) * blocks[b].exp_sum;
       if (separate_t1_) exp_sum_t1 += rescale_factor(side, blocks[b], UNTEMPERED) * blocks[b].exp_sum_t1;
     }
-    const int64_t top = sum < 2 || exp_sum_t1 < 2 ? column_of_maximum(side) : -1;
-    side.sure_column = sum < 2 ? top : -1;
-    side.log_sum = sum < 2 && top >= 0 ? log_with_top(side, blocks, top, softmax_) : std::log(sum);
+    const bool sure = sum < SURE, sure_t1 = separate_t1_ && exp_sum_t1 < SURE;
+    const int64_t top = sure || sure_t1 ? column_of_maximum(side) : -1;
+    side.sure_column = sure ? top : -1;
+    side.log_sum = sure && top >= 0 ? log_with_top(side, blocks, top, softmax_) : std::log(sum);
     side.log_sum_t1 = side.log_sum;
     if (!separate_t1_) return;
-    side.log_sum_t1 = exp_sum_t1 < 2 && top >= 0 ? log_with_top(side, blocks, top, UNTEMPERED) : std::log(exp_sum_t1);
+    side.log_sum_t1 = sure_t1 && top >= 0 ? log_with_top(side, blocks, top, UNTEMPERED) : std::log(exp_sum_t1);
   }
 
   // The column of the row's maximum; -1 if there is none.
