@@ -279,9 +279,9 @@ class Row {
 // computes the statistics of a block.
 template <class Each, class Once, class Statistics>
 bool value_of(Row& row, int64_t index, Each each, Once once, Statistics statistics) {
-  bool counted = false, finite = false;
-  once([&](bool* flags) { flags[0] = row.start(index); }, &counted);
-  if (!counted) return false;
+  bool kept = false, finite = false;
+  once([&](bool* flags) { flags[0] = row.start(index); }, &kept);
+  if (!kept) return false;
   for (const bool policy : {false, true}) {
     once([&](bool*) { row.set_policy_for_log_0(policy); }, &finite);
     each(statistics);

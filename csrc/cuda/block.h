@@ -47,8 +47,8 @@ class Block {
   FASTKD_DEVICE const DeviceSlices& device_slices() const { return shared_.device_slices[turn_ & 1]; }
   FASTKD_DEVICE void advance() { ++turn_; }
 
-  FASTKD_DEVICE int64_t first_row() const { return next_counted(block_number() / call.ranks); }
-  FASTKD_DEVICE int64_t row_after(int64_t row) const { return next_counted(row + block_count() / call.ranks); }
+  FASTKD_DEVICE int64_t first_row() const { return next_kept(block_number() / call.ranks); }
+  FASTKD_DEVICE int64_t row_after(int64_t row) const { return next_kept(row + block_count() / call.ranks); }
 
   // Opens row `index` as this row (later = 0) or as the next one (later = 1). One thread calls this.
   template <class Kind>
@@ -157,8 +157,8 @@ class Block {
     return reinterpret_cast<char*>(&shared_) + STATE + before;
   }
 
-  // The cluster's first counted row from `row` on. Writes the outputs of the dropped rows before it.
-  FASTKD_DEVICE int64_t next_counted(int64_t row) const {
+  // The cluster's first kept row from `row` on. Writes the outputs of the dropped rows before it.
+  FASTKD_DEVICE int64_t next_kept(int64_t row) const {
 #pragma unroll 1
     for (; row < call.rows && is_dropped(call, row); row += block_count() / call.ranks)
       write_dropped_row(call, row, place);

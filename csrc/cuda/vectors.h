@@ -118,7 +118,7 @@ FASTKD_INLINE void store_one(char* memory, Dtype dtype, int64_t column, float va
     reinterpret_cast<uint16_t*>(memory)[column] = dtype == Dtype::bf16 ? to_bf16(value) : to_fp16(value);
 }
 
-// Zeroes this thread's share of a dropped row, or of a counted row's padding past the vocabulary.
+// Zeroes this thread's share of a dropped row, or of a kept row's padding past the vocabulary.
 FASTKD_PER_ROW void store_zeros(const Call& call, Place place, const Rows& rows, int64_t row, bool padding_alone) {
   if (!rows.data || (padding_alone && rows.width == call.vocabulary)) return;
   char* memory = row_address(call, rows, row);

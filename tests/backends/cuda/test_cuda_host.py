@@ -390,7 +390,7 @@ FAULTS = {
     "no gap between stages": ("slice.h", "memory + number * gap", "memory"),
     "a cluster that does not wait": (
         "block.h", "        cluster_arrive(warp == 0);\n        cluster_wait();\n", ""),
-    "a row that is forgotten": ("block.h", "next_counted(row + ", "next_counted(row + 2 * "),
+    "a row that is forgotten": ("block.h", "next_kept(row + ", "next_kept(row + 2 * "),
 }  # fmt: skip
 
 
