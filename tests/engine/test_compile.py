@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from support.accuracy import ULP, labels_for, logits, upstream_for
+from support.options import TOGETHER, for_kd_loss
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
@@ -46,12 +47,8 @@ CALLS: dict[str, dict[str, Any]] = {
     },
     "num_items": {"labels": True, "num_items": torch.tensor(7), "divergence": "jsd"},
     "batchmean": {"reduction": "batchmean", "divergence": fastkd.jsd(0.3)},
-    "padding": {
-        "vocab_size": 31,
-        "softcap": 9.0,
-        "teacher_logit_scale": 0.5,
-        "divergence": "alpha_beta",
-    },
+    "everything": for_kd_loss(TOGETHER["everything"], columns=31)
+    | {"labels": True, "divergence": "alpha_beta"},
     "masked": {"mask": True, "divergence": "squared_error", "reduction": "sum"},
 }
 
