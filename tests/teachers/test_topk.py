@@ -129,6 +129,13 @@ ADDITIVE = [
     ("forward_kl", {}), ("soft_cross_entropy", {}), ("jsd", {}),
     ("jsd", {"beta": 0.1}), ("skew_forward_kl", {}), ("skew_reverse_kl", {}), ("tvd", {}), ("hellinger", {}),
 ]  # fmt: skip
+# The names of all others: infinite where p = 0, or without a degree of 1.
+INFINITE = {"reverse_kl", "mixture", "alpha_beta"}
+
+
+def test_every_divergence_is_additive_or_infinite() -> None:
+    names = {name for name, _ in ADDITIVE}
+    assert names | INFINITE == {name for name, _ in DIVERGENCES} and not names & INFINITE
 
 
 def defined(tail: str, variant: tuple[str, dict[str, float]]) -> bool:
