@@ -110,7 +110,7 @@ def test_one_program_per_row_in_each_process(
 
 @pytest.mark.parametrize(
     ("divergence", "options"),
-    zip(["mixture", "jsd"], TOGETHER.values(), strict=True),
+    [*zip(["mixture", "jsd"], TOGETHER.values(), strict=True)],
     ids=["mixture", "jsd"],
 )
 def test_everything_at_once(in_shards: InShards, divergence: str, options: dict[str, Any]) -> None:
