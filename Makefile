@@ -107,7 +107,7 @@ WHEELS ?=
 gpu: ## on a machine with a GPU: build, test, run compute-sanitizer and measure; writes bench/results/<device>/
 	GPU_PYTHON='$(GPU_PYTHON)' WHEELS='$(WHEELS)' bash bench/studies/gpu.sh
 
-divergences: $(VENV)/.dev ## after a change of fastkd/divergences.py: regenerate its C++ header, rebuild, run its tests
+divergences: $(VENV)/.dev ## after a change of fastkd/divergences.py or call/options.py: regenerate the C++ headers, rebuild, run their tests
 	$(PY) csrc/generate.py
 	@FASTKD_NATIVE=1 $(MAKE) --no-print-directory build
 	$(PY) -m pytest -k "divergence or table" $(ARGS)

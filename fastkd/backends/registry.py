@@ -128,15 +128,18 @@ def _native_obstacle(module: str, known: Obstacle | None, remedy: str) -> Obstac
         if "libgomp" in str(error):
             remedy = "Install the system's OpenMP runtime: libgomp1 on Debian and Ubuntu, libgomp on Fedora"
         return known or Obstacle(f"the native extension is missing ({error})", remedy)
+    rebuild = "Run `make divergences`, or reinstall fastkd"
+    if module == "fastkd._cuda":
+        rebuild += ". This rebuilds the extension with nvcc, and removes it if there is no nvcc or FASTKD_CUDA=0"
     if extension.divergences() != [function.__name__.lstrip("_") for function in DEFINITIONS]:
         return Obstacle(
             "the native extension was built from another table of divergences",
-            "Run `make divergences`, or reinstall fastkd",
+            rebuild,
         )
     if getattr(extension, "OPTION_NAMES", "").split() != list(OPTION_NAMES):
         return Obstacle(
             "the native extension was built from another table of options",
-            "Run `make divergences`, or reinstall fastkd",
+            rebuild,
         )
     return None
 

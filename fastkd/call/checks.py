@@ -17,6 +17,7 @@ from torch import Tensor
 from fastkd.call.contract import Options, Rows, kept_rows
 from fastkd.call.log_zero import infinite_at_zero
 from fastkd.call.options import (
+    NEED_LABELS,
     TEMPERATURES,
     Numbers,
     as_tensor,
@@ -163,14 +164,13 @@ def settled(
 
 def _check_needs_labels(options: Options, labels: Tensor | None, vocabulary: int | None) -> None:
     """Raise if an option needs labels and there are none."""
-    if labels is None and options.alpha < 1.0:
-        raise ValueError(
-            f"labels are needed for the cross-entropy term where alpha < 1; alpha is {options.alpha}"
-        )
+    if labels is None:
+        for row in NEED_LABELS:
+            value = getattr(options, row.name)
+            if value != row.default:
+                raise ValueError(row.needs_labels.format(value=value))
     if options.divergence.target is not None:
         _check_apart(options.divergence, labels, vocabulary)
-    if options.label_smoothing and labels is None:
-        raise ValueError("label_smoothing needs labels; labels is None")
 
 
 def _check_apart(divergence: Divergence, labels: Tensor | None, vocabulary: int | None) -> None:

@@ -75,24 +75,33 @@ class Scalar(NamedTuple):
     # The value that is checked in place of the number while a graph is compiled, because the graph also runs with other
     # numbers. None: the option is a constant of the graph.
     stand_in: float | None = None
+    # The message of the error if labels are None and the value, {value}, is not the default. "": needs no labels.
+    needs_labels: str = ""
 
 
 TABLE = (
-    # The stand-in 0.5 requires labels; without labels, with_stand_ins uses 1.
-    Scalar("alpha", 1.0, _fraction, "double alpha", stand_in=0.5),
+    # The stand-in 0.5 requires labels; without labels, with_stand_ins uses the default.
+    Scalar(
+        "alpha", 1.0, _fraction, "double alpha", stand_in=0.5,
+        needs_labels="labels are needed for the cross-entropy term where alpha < 1; alpha is {value}",
+    ),
     # Either temperature may also be a tensor with one value per row; Options then holds 1.
     Scalar("temperature", 1.0, _temperature, "double student.temperature", stand_in=1.0),
     # None: the temperature of the student.
     Scalar("teacher_temperature", None, _temperature, "double teacher.temperature", stand_in=1.0),
     Scalar("scale_by_temperature", True, check_flag, "bool scale_by_temperature"),
-    Scalar("label_smoothing", 0.0, _fraction_below_1, "double label_smoothing", stand_in=0.0),
+    Scalar(
+        "label_smoothing", 0.0, _fraction_below_1, "double label_smoothing", stand_in=0.0,
+        needs_labels="label_smoothing needs labels; labels is None",
+    ),
     Scalar("ignore_index", -100, check_int, "int64_t ignore_index"),
     Scalar("logit_scale", 1.0, _nonzero, "double student.logit_scale", stand_in=1.0),
     Scalar("softcap", None, _softcap, "double student.softcap", stand_in=1.0),
     Scalar("teacher_logit_scale", 1.0, _nonzero, "double teacher.logit_scale", stand_in=1.0),
     Scalar("teacher_softcap", None, _softcap, "double teacher.softcap", stand_in=1.0),
-)
+)  # fmt: skip
 OPTION_NAMES = tuple(row.name for row in TABLE)
+NEED_LABELS = tuple(row for row in TABLE if row.needs_labels)
 TEMPERATURES = ("temperature", "teacher_temperature")
 
 
@@ -244,11 +253,11 @@ def with_stand_ins(
     replaced = {
         row.name: values[row.name]
         if row.stand_in is None or not is_number(values[row.name])
+        else row.default
+        if row.needs_labels and labels is None
         else row.stand_in
         for row in TABLE
     }
-    if labels is None and is_number(values["alpha"]):
-        replaced["alpha"] = 1.0
     return numbers, replaced, 1.0 if is_number(num_items) else num_items
 
 

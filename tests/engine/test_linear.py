@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from support.accuracy import ULP, labels_for, logits, ran_on, upstream_for
+from support.options import TOGETHER, dropped_by, for_kd_loss
 from support.oracles import UNNORMALIZED, compose
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -227,13 +228,7 @@ CHUNKED = {
     "batchmean": {"reduction": "batchmean"},
     "num_items": {"num_items": 100},
     "num_items on the device": {"num_items": torch.tensor(100.0)},
-    "softcap": {
-        "softcap": 5.0,
-        "teacher_softcap": 7.0,
-        "logit_scale": 0.5,
-        "teacher_logit_scale": 2.0,
-    },
-    "no T^2": {"temperature": 3.0, "teacher_temperature": 1.5, "scale_by_temperature": False},
+    **{name: for_kd_loss(options, columns=V - 3) for name, options in TOGETHER.items()},
     "temperatures a row": {
         "temperature": torch.linspace(0.5, 3, N),
         "teacher_temperature": torch.linspace(2, 1, N),
@@ -248,7 +243,7 @@ CHUNKED = {
 @pytest.mark.parametrize("form", ["linear", "dense", "arithmetic", "geometric"])
 @pytest.mark.parametrize("options", CHUNKED.values(), ids=CHUNKED.keys())
 def test_options(backend: str, form: str, options: dict[str, Any]) -> None:
-    labels = labels_for(N, vocabulary=V, seed=3, ignored=0.3)
+    labels = dropped_by(options, labels_for(N, vocabulary=V - 3, seed=3, ignored=0.3))
     check(backend, problem(form, bias=True), labels, **options)
 
 

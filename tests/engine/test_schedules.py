@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 import torch
 from support.accuracy import labels_for, logits
+from support.options import TRIED
 from support.paths import ROOT
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -26,6 +27,7 @@ from torch._inductor.utils import fresh_cache
 
 import fastkd
 from fastkd import features, kd_loss, online, relations, response
+from fastkd.call.options import TABLE
 
 ROWS, COLUMNS = 5, 13
 
@@ -39,17 +41,11 @@ def _user_divergence(p: Any, q: Any, log_p: Any, log_q: Any, factor: float, othe
     return factor * other * p * (log_p - log_q), -factor * other * p
 
 
+OF_OPTIONS = {name: tried.schedule for name, tried in TRIED.items() if tried.schedule}
 # The changing options, as functions of the progress in [0, 1].
 SCHEDULES: dict[str, Callable[[float], dict[str, Any]]] = {
-    "temperature": lambda x: {"temperature": 4.0 - 3.0 * x},
+    **OF_OPTIONS,
     "integer temperature": lambda x: {"temperature": 1 + round(19 * x)},
-    "teacher_temperature": lambda x: {"temperature": 2.0, "teacher_temperature": 4.0 - 3.0 * x},
-    "alpha": lambda x: {"alpha": 1.0 - x},
-    "label_smoothing": lambda x: {"alpha": 0.5, "label_smoothing": 0.5 * x},
-    "logit_scale": lambda x: {"logit_scale": 0.5 + x},
-    "softcap": lambda x: {"softcap": 5.0 + 5.0 * x},
-    "teacher_logit_scale": lambda x: {"teacher_logit_scale": 1.5 - x},
-    "teacher_softcap": lambda x: {"teacher_softcap": 9.0 - 5.0 * x},
     "num_items": lambda x: {"num_items": 1 + round(19 * x)},
     "num_items, a float": lambda x: {"num_items": 0.5 + 7.0 * x},
     "num_items, a tensor": lambda x: {"num_items": torch.tensor(1 + round(19 * x))},
@@ -66,13 +62,12 @@ SCHEDULES: dict[str, Callable[[float], dict[str, Any]]] = {
         "backend": "reference",
     },
 }
-WITH_LABELS = ("alpha", "label_smoothing", "dkd", "nkd", "all together")
+WITH_LABELS = (*(row.name for row in TABLE if row.needs_labels), "dkd", "nkd", "all together")
 
 
 def _all_together(x: float) -> dict[str, Any]:
     together: dict[str, Any] = {}
-    for name in ("temperature", "teacher_temperature", "alpha", "label_smoothing", "logit_scale", "softcap",
-                 "teacher_logit_scale", "teacher_softcap", "num_items, a float", "jsd"):  # fmt: skip
+    for name in (*OF_OPTIONS, "num_items, a float", "jsd"):
         together |= SCHEDULES[name](x)
     return together | {"temperature": 3.0 - x, "alpha": 1.0 - x}
 

@@ -11,6 +11,7 @@ from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from support import oracles
 from support.accuracy import Bars, bars, check, labels_for, logits, made, upstream_for
+from support.paths import ROOT
 
 import fastkd
 from fastkd import kd_loss
@@ -127,7 +128,20 @@ BY_HAND = [
     ("alpha_beta", {"alpha": 0.0, "beta": 0.0}, _LOG2**2),
     ("alpha_beta", {"alpha": 1.0, "beta": -1.0}, 0.5),
     ("squared_error", {}, _LOG2**2),
+    ("smooth_l1", {"beta": 1.0}, _LOG2**2),
 ]
+
+
+def test_every_divergence_is_worked_out_by_hand() -> None:
+    assert {name for name, *_ in BY_HAND} == set(fastkd.DIVERGENCES)
+
+
+@pytest.mark.skipif(not (ROOT / "docs").is_dir(), reason="there is no checkout around these tests")
+@pytest.mark.parametrize("page", ["docs/losses.md", "docs/api/divergences.md"])
+def test_every_divergence_is_documented(page: str) -> None:
+    text = (ROOT / page).read_text()
+    for name in [*fastkd.DIVERGENCES, "dkd", "nkd"]:
+        assert f"`{name}`" in text or f"::: fastkd.{name}\n" in text, name
 
 
 @pytest.mark.parametrize(("name", "parameters", "value"), BY_HAND)
@@ -290,8 +304,7 @@ def _rows_and_error(
     return *actual, bars(student, teacher, **options)
 
 
-@pytest.mark.parametrize("name", ["forward_kl", "reverse_kl", "mixture", "jsd", "tvd", "hellinger",
-                                  "skew_forward_kl", "skew_reverse_kl", "alpha_beta"])  # fmt: skip
+@pytest.mark.parametrize("name", NORMALIZED)
 @properties
 @given(pair=pairs())
 def test_never_negative_and_bounded(backend: str, name: str, pair: Any) -> None:

@@ -9,6 +9,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from support.accuracy import ULP, assert_within, labels_for, logits, powers_for
+from support.options import ALL, TOGETHER, dropped_by, for_kd_loss, prepared
+from support.oracles import Settings, adjusted, cross_entropy, mixed
 from support.shards import InShards
 from torch import Tensor
 
@@ -27,6 +29,7 @@ def published_loss(
     weights: tuple[float, ...],
     temperature: float | Tensor = 1.0,
     teacher_temperature: float | Tensor | None = None,
+    scale_by_temperature: bool = True,
 ) -> Tensor:
     """Loss per row by the formulas of Zhao et al. (2022) and Yang et al. (2023), T^2 included, in the logits' dtype."""
     if teacher_temperature is None:
@@ -52,7 +55,7 @@ def published_loss(
         label_and_others(teacher / t_teacher),
         label_and_others(student / t_student),
     )
-    square = temperature**2
+    square = temperature**2 if scale_by_temperature else 1.0
     if name == "dkd":
         alpha, beta = weights
         gone = (log_p == -INF) & (log_q == -INF)
@@ -77,32 +80,23 @@ def expected(
     name: str,
     weights: tuple[float, ...],
     upstream: Tensor,
-    *,
-    alpha: float = 1.0,
-    label_smoothing: float = 0.0,
-    temperature: float | Tensor = 1.0,
-    teacher_temperature: float | Tensor | None = None,
-    softcap: float | None = None,
-    logit_scale: float = 1.0,
-    teacher_softcap: float | None = None,
-    vocab_size: int | None = None,
+    **options: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(loss of each row, gradients of student and teacher), composed of PyTorch operations in that dtype."""
     leaves = [x.detach().to(dtype).clone().requires_grad_() for x in (student, teacher)]
-    s, t = (leaf[..., :vocab_size] for leaf in leaves)
-    s = s * logit_scale
-    s = s if softcap is None else softcap * torch.tanh(s / softcap)
-    t = t if teacher_softcap is None else teacher_softcap * torch.tanh(t / teacher_softcap)
-    read = labels != -100
+    o = Settings(**options)
+    s, t = (leaf[..., : o.vocab_size] for leaf in leaves)
+    s = adjusted(s, o.logit_scale, o.softcap)
+    t = adjusted(t, o.teacher_logit_scale, o.teacher_softcap)
+    read = labels != o.ignore_index
     y = labels.where(read, 0)
-    loss = alpha * published_loss(s, t, y, name, weights, temperature, teacher_temperature)
-    if alpha < 1:
-        of_labels = F.cross_entropy(
-            s.flatten(0, -2), y.flatten(), reduction="none", label_smoothing=label_smoothing
-        )
-        loss = loss + (1 - alpha) * of_labels.reshape(y.shape)
-    loss = torch.where(read, loss, 0.0)
-    gradients = torch.autograd.grad((loss * upstream.to(dtype)).sum(), leaves)
+    distillation = published_loss(
+        s, t, y, name, weights, o.temperature, o.teacher_temperature, o.scale_by_temperature
+    )
+    of_labels = cross_entropy(s.flatten(0, -2), y.flatten(), o.alpha, o.label_smoothing)
+    loss = torch.where(read, mixed(distillation, of_labels.reshape(y.shape), o.alpha), 0.0)
+    total = (loss * upstream.to(dtype)).sum()
+    gradients = torch.autograd.grad(total, leaves, allow_unused=True, materialize_grads=True)
     return loss.detach(), *gradients
 
 
@@ -154,17 +148,10 @@ def check(
 
 KINDS = [("dkd", (1.0, 8.0)), ("dkd", (2.0, 0.0)), ("dkd", (0.0, 1.0)), ("nkd", (1.5,))]
 kinds = pytest.mark.parametrize(("name", "weights"), KINDS, ids=str)
-OPTIONS: dict[str, dict[str, Any]] = {
-    "plain": {},
-    "hot": {"temperature": 4.0},
-    "cold": {"temperature": 0.5},
-    "labels": {"alpha": 0.6, "temperature": 2.0},
-    "smoothing": {"alpha": 0.6, "temperature": 2.0, "label_smoothing": 0.1},
-    "smoothing at 1": {"alpha": 0.3, "label_smoothing": 0.1},
-    "labels alone": {"alpha": 0.0, "temperature": 2.0},
-    "teacher colder": {"temperature": 3.0, "teacher_temperature": 1.5},
-    "softcap": {"softcap": 5.0, "logit_scale": 1.5, "teacher_softcap": 7.0, "alpha": 0.5},
-    "padding": {"vocab_size": 97, "alpha": 0.5},
+# The sets for the slower tests, with those of ALL that have a path of their own.
+IN_SHARDS = TOGETHER | {
+    name: ALL[name]
+    for name in ("defaults", "low temperature", "hard labels", "hard labels, T", "only hard labels")
 }
 
 
@@ -187,12 +174,13 @@ def test_sizes(
 
 
 @kinds
-@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+@pytest.mark.parametrize("options", ALL.values(), ids=ALL)
 def test_options(
     backend: str, name: str, weights: tuple[float, ...], options: dict[str, Any]
 ) -> None:
     student, teacher = logits(3, 4, 101, seed=4), logits(3, 4, 101, seed=5)
-    labels = labels_for(3, 4, vocabulary=97, seed=6, ignored=0.3)
+    labels, options = prepared(options | {"labels": True}, 3, 4, columns=97, seed=6)
+    assert labels is not None
     check(backend, student, teacher, labels, name, weights, **options)
 
 
@@ -208,7 +196,7 @@ def test_one_temperature_per_row(backend: str, name: str, weights: tuple[float, 
 
 @pytest.mark.parametrize("shares", [(1.0,), (1.0, 1.0), (3.0, 1.0, 0.0, 2.0)], ids=str)
 @kinds
-@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+@pytest.mark.parametrize("options", IN_SHARDS.values(), ids=IN_SHARDS)
 def test_shards(
     backend: str,
     name: str,
@@ -220,7 +208,8 @@ def test_shards(
     kernels, load = InShards(registry.load(backend), shares), registry.load
     monkeypatch.setattr(registry, "load", lambda name: kernels if name == backend else load(name))
     student, teacher = logits(9, 101, seed=9), logits(9, 101, seed=10)
-    labels = torch.tensor([0, 96, 50, 49, 33, 34, 66, 67, -100])
+    labels = dropped_by(options, torch.tensor([0, 96, 50, 49, 33, 34, 66, 67, -100]))
+    options = for_kd_loss(options, columns=97)
     check(backend, student, teacher, labels, name, weights, **options)
     # Forbidden columns take another code path for the moments.
     student[:, 20:30], teacher[:, 20:30] = -INF, -INF

@@ -10,59 +10,23 @@ import pytest
 import torch
 import torch.nn.functional as F
 from support.accuracy import ULP, bars, check, labels_for, logits, ran_on, upstream_for
+from support.options import ALL, prepared
 from torch import Tensor
 
 import fastkd
 from fastkd import KDLoss, kd_loss
-
-# One row of the table exercises one option, or a pair that shares a factor in the formulas. `labels` marks the rows
-# of the table that need targets.
-OPTIONS: dict[str, dict[str, Any]] = {
-    "defaults": {},
-    "temperature": {"temperature": 3.0},
-    "low temperature": {"temperature": 0.25},
-    "no T^2": {"temperature": 3.0, "scale_by_temperature": False},
-    "two temperatures": {"temperature": 2.0, "teacher_temperature": 0.5},
-    "teacher temperature alone": {"teacher_temperature": 4.0},
-    "hard labels": {"alpha": 0.4, "labels": True},
-    "hard labels, T": {"alpha": 0.4, "labels": True, "temperature": 4.0},
-    "hard labels, T, no T^2": {
-        "alpha": 0.7, "labels": True, "temperature": 4.0, "scale_by_temperature": False,
-    },
-    "only hard labels": {"alpha": 0.0, "labels": True, "temperature": 2.0},
-    "smoothed labels": {"alpha": 0.4, "labels": True, "label_smoothing": 0.2},
-    "only smoothed labels": {"alpha": 0.0, "labels": True, "label_smoothing": 0.9},
-    "logit scale": {"logit_scale": 0.125, "temperature": 2.0},
-    "negative logit scale": {"logit_scale": -0.5, "teacher_logit_scale": -1.5},
-    "teacher logit scale": {"teacher_logit_scale": 1.75, "temperature": 2.0},
-    "softcap": {"softcap": 5.0, "temperature": 2.0},
-    "teacher softcap": {"teacher_softcap": 4.0},
-    "softcap and scale of both": {
-        "softcap": 30.0, "logit_scale": 2.0, "teacher_softcap": 15.0, "teacher_logit_scale": 0.5,
-        "alpha": 0.5, "labels": True, "temperature": 1.5,
-    },
-    "everything": {
-        "temperature": 2.5, "teacher_temperature": 1.5, "alpha": 0.3, "labels": True, "label_smoothing": 0.1,
-        "logit_scale": 0.7, "softcap": 12.0, "teacher_logit_scale": 1.2, "teacher_softcap": 20.0, "vocab_size": 41,
-    },
-}  # fmt: skip
 
 
 # forward_kl has a closed form of moments and takes two sweeps over a row, jsd takes three, squared_error needs no
 # normaliser.
 @pytest.mark.parametrize("divergence", ["forward_kl", "jsd", "squared_error"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+@pytest.mark.parametrize("options", ALL.values(), ids=ALL)
 def test_every_option(
     backend: str, options: dict[str, Any], dtype: torch.dtype, divergence: str
 ) -> None:
     # 43 columns: SIMD vectors of 4, 8 and 16 all leave a tail.
-    options = dict(options)
-    labels = (
-        labels_for(4, 3, vocabulary=41, seed=1, ignored=0.2)
-        if options.pop("labels", False)
-        else None
-    )
+    labels, options = prepared(options, 4, 3, columns=41, seed=1)
     student, teacher = logits(4, 3, 43, seed=2, dtype=dtype), logits(4, 3, 43, seed=3, dtype=dtype)
     check(backend, student, teacher, labels, divergence=divergence, **options)
 

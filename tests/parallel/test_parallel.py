@@ -9,10 +9,10 @@ import pytest
 import torch
 from support import spread, training
 from support.accuracy import labels_for, logits
+from support.options import ALL, prepared
 from support.processes import Processes
 from test_divergences import VARIANTS
 from test_linear import problem
-from test_loss import OPTIONS
 from test_topk import DIVERGENCES, TAILS, defined
 from test_topk import sparse as sparse_teacher
 
@@ -71,15 +71,15 @@ def test_every_option(
     processes: Processes, backend: str, size: int, cut: str, divergence: str
 ) -> None:
     cases = []
-    for options in OPTIONS.values():
+    for options in ALL.values():
+        labels, options = prepared(options, 4, 3, columns=41, seed=1)
         case: dict[str, Any] = {
             "student": logits(4, 3, 43, seed=20),
             "teacher": logits(4, 3, 43, seed=21),
+            "labels": labels,
             "divergence": divergence,
             **options,
         }
-        if "labels" in options:
-            case["labels"] = labels_for(4, 3, vocabulary=41, seed=1, ignored=0.2)
         cases.append(case)
     per_row = torch.tensor([[0.5, 1.0, 2.0]]).expand(4, 3)
     weight = torch.rand(4, 3, generator=torch.Generator().manual_seed(5)).round(decimals=1)

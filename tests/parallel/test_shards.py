@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 import torch
 from support.accuracy import check, labels_for, logits
+from support.options import ALL, prepared
 from support.shards import InShards
 from test_divergences import variants
-from test_loss import OPTIONS
 from test_topk import (
     DIVERGENCES,
     TAILS,
@@ -57,12 +57,9 @@ def test_every_divergence(
 
 
 @pytest.mark.parametrize("divergence", ["forward_kl", "jsd", "squared_error"])
-@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+@pytest.mark.parametrize("options", ALL.values(), ids=ALL)
 def test_every_option(sharded: str, options: dict[str, Any], divergence: str) -> None:
-    options = dict(options)
-    labels = None
-    if options.pop("labels", False):
-        labels = labels_for(4, 3, vocabulary=41, seed=1, ignored=0.2)
+    labels, options = prepared(options, 4, 3, columns=41, seed=1)
     check(
         sharded,
         logits(4, 3, 43, seed=2),

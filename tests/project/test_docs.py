@@ -374,6 +374,15 @@ def messages() -> list[Message]:
             if not isinstance(raised, ast.Call):
                 continue
             name = ast.unparse(raised.func).rpartition(".")[2]
+            if name == "Scalar":  # a row of the table of options
+                results += [
+                    Message(
+                        f"{path.relative_to(ROOT)}:{node.lineno}",
+                        (keyword.value.value.replace("{value}", "…"),),
+                    )
+                    for keyword in raised.keywords
+                    if keyword.arg == "needs_labels" and isinstance(keyword.value, ast.Constant)
+                ]
             if (
                 isinstance(node, ast.Raise)
                 or name in functions_with_messages

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -145,41 +145,192 @@ class Outcome(NamedTuple):
     student_entropy_terms: Tensor
 
 
-def _rows_read(
-    student: Tensor,
-    labels: Tensor | None,
-    ignore_index: int,
-    mask: Tensor | None,
-    weight: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    """Return (which rows count, the indices of those that are read). A row of weight 0 counts, but is not read."""
-    n = math.prod(student.shape[:-1])
-    counted = torch.ones(n, dtype=torch.bool, device=student.device)
-    if labels is not None:
-        counted &= labels.reshape(n) != ignore_index
-    if mask is not None:
-        counted &= mask.reshape(n)
-    read = counted if weight is None else counted & (weight.reshape(n) != 0)
-    return counted, read.nonzero().squeeze(-1)
+class Settings(NamedTuple):
+    """The options of kd_loss, with its defaults."""
+
+    temperature: float | Tensor = 1.0
+    teacher_temperature: float | Tensor | None = None
+    alpha: float = 1.0
+    scale_by_temperature: bool = True
+    label_smoothing: float = 0.0
+    ignore_index: int = -100
+    mask: Tensor | None = None
+    weight: Tensor | None = None
+    reduction: str = "mean"
+    num_items: float | Tensor | None = None
+    logit_scale: float = 1.0
+    softcap: float | None = None
+    teacher_logit_scale: float = 1.0
+    teacher_softcap: float | None = None
+    vocab_size: int | None = None
 
 
-def _of_rows(value: float | Tensor, rows: Tensor, n: int, dtype: torch.dtype) -> Tensor:
-    """A number, or a tensor's values for these rows, as [rows, 1]."""
-    if not isinstance(value, Tensor):
-        return torch.full((len(rows), 1), value, dtype=dtype, device=rows.device)
-    return value.reshape(n)[rows].to(dtype).unsqueeze(-1)
+def adjusted(logits: Tensor, scale: float, cap: float | None) -> Tensor:
+    """Logits after logit_scale and softcap."""
+    z = logits * scale
+    return z if cap is None else cap * torch.tanh(z / cap)
 
 
-def _denominator(
-    reduction: str, num_items: float | Tensor | None, counted: Tensor, student: Tensor
-) -> float:
-    if reduction not in ("mean", "batchmean"):
-        return 1.0
-    if num_items is not None:
-        return float(num_items)
-    return max(int(counted.sum()), 1) if reduction == "mean" else max(student.shape[0], 1)
+def cross_entropy(z: Tensor, labels: Tensor | None, alpha: float, label_smoothing: float) -> Tensor:
+    """The cross-entropy of each row, [rows], for z [rows, V]; 0 if alpha leaves it out."""
+    if alpha == 1:
+        return z.new_zeros(len(z))
+    assert labels is not None
+    return F.cross_entropy(z, labels, reduction="none", label_smoothing=label_smoothing)
 
 
+def mixed(distillation: Tensor, cross_entropy: Tensor, alpha: float) -> Tensor:
+    """The loss of each row. A divergence of NaN is left out if alpha is 0."""
+    loss = (1 - alpha) * cross_entropy
+    return loss + alpha * distillation if alpha else loss
+
+
+class _Call:
+    """The rows of a call that are read, and what dense and sparse teachers have in common.
+
+    A row of weight 0 counts, but is not read.
+    """
+
+    def __init__(
+        self, student: Tensor, labels: Tensor | None, dtype: torch.dtype, options: dict[str, Any]
+    ) -> None:
+        o = self.options = Settings(**options)
+        self.student, self.dtype, self.device = student, dtype, student.device
+        self.lead, self.n = student.shape[:-1], math.prod(student.shape[:-1])
+        self.vocabulary = student.shape[-1] if o.vocab_size is None else o.vocab_size
+        self.counted = torch.ones(self.n, dtype=torch.bool, device=self.device)
+        if labels is not None:
+            self.counted &= labels.reshape(self.n) != o.ignore_index
+        if o.mask is not None:
+            self.counted &= o.mask.reshape(self.n)
+        read = self.counted if o.weight is None else self.counted & (o.weight.reshape(self.n) != 0)
+        self.rows = read.nonzero().squeeze(-1)
+        self.labels = None if labels is None else labels.reshape(self.n)[self.rows]
+        self.t_student = t_teacher = self.of_rows(o.temperature)
+        if o.teacher_temperature is not None:
+            t_teacher = self.of_rows(o.teacher_temperature)
+        self.t_teacher = t_teacher
+        self.t_squared = torch.ones(len(self.rows), dtype=dtype, device=self.device)
+        if o.scale_by_temperature:
+            self.t_squared = self.t_student.squeeze(-1) ** 2
+        self.factor = self.of_rows(1.0 if o.weight is None else o.weight).squeeze(-1)
+        self.leaf = student.detach().to(dtype).requires_grad_()
+        self.z = adjusted(self.read(self.leaf), o.logit_scale, o.softcap)
+        self.log_q = (self.z.detach() / self.t_student).log_softmax(-1)
+
+    def of_rows(self, value: float | Tensor) -> Tensor:
+        """A number, or a tensor's values for the rows that are read, as [rows, 1]."""
+        if not isinstance(value, Tensor):
+            size = (len(self.rows), 1)
+            return torch.full(size, value, dtype=self.dtype, device=self.device)
+        return value.reshape(self.n)[self.rows].to(self.dtype).unsqueeze(-1)
+
+    def read(self, logits: Tensor) -> Tensor:
+        """The rows of logits that are read, without padding."""
+        return logits.reshape(self.n, logits.shape[-1])[self.rows, : self.vocabulary]
+
+    def spread(self, of_kept: Tensor) -> Tensor:
+        """[*lead] of [rows], with 0 for rows that are not read."""
+        whole = torch.zeros(self.n, dtype=self.dtype, device=self.device)
+        return whole.index_copy(0, self.rows, of_kept.to(self.dtype)).reshape(self.lead)
+
+    def reduced(self, loss: Tensor) -> Tensor:
+        """The losses of all rows, or their sum over the denominator."""
+        return loss if self.options.reduction == "none" else loss.sum() / self.denominator
+
+    @property
+    def denominator(self) -> float:
+        """What the sum of the losses is divided by."""
+        o = self.options
+        if o.reduction not in ("mean", "batchmean"):
+            return 1.0
+        if o.num_items is not None:
+            return float(o.num_items)
+        return max(int(self.counted.sum()) if o.reduction == "mean" else self.student.shape[0], 1)
+
+    def outcome(self, phi: Tensor, upstream: Tensor | None, *teacher: Tensor) -> Outcome:
+        """The results for the terms phi [rows, columns] of a divergence, without the terms of each; with the gradient
+        of a teacher that is given."""
+        o = self.options
+        distillation = phi.sum(-1) * self.t_squared
+        of_labels = cross_entropy(self.z, self.labels, o.alpha, o.label_smoothing)
+        entropy = -_times(self.log_q, self.log_q).sum(-1)
+        loss = self.reduced(self.spread(mixed(distillation, of_labels, o.alpha) * self.factor))
+        nothing = loss.new_zeros(())
+        gradients = torch.autograd.grad(
+            loss,
+            (self.leaf, *teacher),
+            torch.ones_like(loss) if upstream is None else upstream.to(self.dtype),
+            retain_graph=True,
+            allow_unused=True,
+            materialize_grads=True,
+        )
+        values = (self.spread(value.detach()) for value in (distillation, of_labels, entropy))
+        both = (*gradients, nothing)[:2]
+        return Outcome(loss.detach(), *both, *values, int(self.counted.sum()), *(nothing,) * 6)
+
+    def with_terms(
+        self,
+        outcome: Outcome,
+        upstream: Tensor | None,
+        of_distillation: Tensor,
+        of_student: Tensor,
+        of_teacher: tuple[Tensor, int] | None = None,
+    ) -> Outcome:
+        """The results with the terms of each.
+
+        Args:
+            outcome: the results.
+            upstream: the gradient of the loss.
+            of_distillation: the terms of the divergence, [rows].
+            of_student: the terms of its gradient by z, [rows, V].
+            of_teacher: the same for the teacher, and the width of the teacher's logits.
+        """
+        o, rows = self.options, self.rows
+        of_distillation = of_distillation.detach() * self.t_squared
+        of_labels = outcome.cross_entropy.reshape(self.n)[rows]
+        of_labels = of_labels.abs() + of_labels.abs().clamp(min=1.0)
+        if o.alpha < 1:
+            assert self.labels is not None
+            log_q = self.z.detach().log_softmax(-1)
+            one_hot = F.one_hot(self.labels, self.vocabulary)
+            size = log_q.exp() * log_q.abs().clamp(1.0, 1e30) + one_hot
+            of_student = of_student + (1 - o.alpha) * size
+        upstream = torch.ones_like(outcome.loss) if upstream is None else upstream.to(self.dtype)
+        share = (upstream.expand(self.lead).reshape(self.n)[rows] * self.factor).abs()
+        share = share.unsqueeze(-1) / self.denominator
+
+        def spread_wide(of_kept: Tensor, scale: float, width: int) -> Tensor:
+            wide = torch.zeros(self.n, width, dtype=self.dtype, device=self.device)
+            wide[rows, : self.vocabulary] = of_kept.detach() * share * abs(scale)
+            return wide.reshape(*self.lead, width)
+
+        of_loss = (o.alpha * of_distillation + (1 - o.alpha) * of_labels) * self.factor.abs()
+        of_entropy = _times(self.log_q, (1 - self.log_q) * self.log_q.abs().clamp(min=1.0)).sum(-1)
+        return outcome._replace(
+            loss_terms=self.reduced(self.spread(of_loss)),
+            student_terms=spread_wide(of_student, o.logit_scale, self.student.shape[-1]),
+            teacher_terms=outcome.teacher_terms
+            if of_teacher is None
+            else spread_wide(of_teacher[0], o.teacher_logit_scale, of_teacher[1]),
+            distillation_terms=self.spread(of_distillation),
+            cross_entropy_terms=self.spread(of_labels),
+            student_entropy_terms=self.spread(of_entropy),
+        )
+
+
+def _phi(
+    divergence: str, parameters: dict[str, float] | None, log_p: Tensor, log_q: Tensor
+) -> Tensor:
+    """The terms of a divergence, which are 0 where both models are at -inf."""
+    gone = (log_p == -torch.inf) & (log_q == -torch.inf)
+    phi = DIVERGENCES[divergence](
+        log_p.masked_fill(gone, 0.0), log_q.masked_fill(gone, 0.0), **(parameters or {})
+    )
+    return phi.masked_fill(gone, 0.0)
+
+
+@remembered
 def compose(
     student: Tensor,
     teacher: Tensor,
@@ -190,89 +341,21 @@ def compose(
     upstream: Tensor | None = None,
     divergence: str = "forward_kl",
     parameters: dict[str, float] | None = None,
-    temperature: float | Tensor = 1.0,
-    teacher_temperature: float | Tensor | None = None,
-    alpha: float = 1.0,
-    scale_by_temperature: bool = True,
-    label_smoothing: float = 0.0,
-    ignore_index: int = -100,
-    mask: Tensor | None = None,
-    weight: Tensor | None = None,
-    reduction: str = "mean",
-    num_items: float | Tensor | None = None,
-    logit_scale: float = 1.0,
-    softcap: float | None = None,
-    teacher_logit_scale: float = 1.0,
-    teacher_softcap: float | None = None,
-    vocab_size: int | None = None,
+    **options: Any,
 ) -> Outcome:
-    """The loss of Hinton, Vinyals and Dean (2015) over any divergence, with the options of kd_loss."""
-    lead, device = student.shape[:-1], student.device
-    n = math.prod(lead)
-    vocabulary = student.shape[-1] if vocab_size is None else vocab_size
-    student_leaf = student.detach().to(dtype).requires_grad_()
+    """The loss of Hinton, Vinyals and Dean (2015) over any divergence, with the options of kd_loss (Settings)."""
+    call = _Call(student, labels, dtype, options)
+    o, t_student, t_teacher = call.options, call.t_student, call.t_teacher
     teacher_leaf = teacher.detach().to(dtype).requires_grad_()
-
-    counted, rows = _rows_read(student, labels, ignore_index, mask, weight)
-
-    def of_rows(value: float | Tensor) -> Tensor:
-        return _of_rows(value, rows, n, dtype)
-
-    def adjusted(leaf: Tensor, scale: float, cap: float | None) -> Tensor:
-        z = leaf.reshape(n, leaf.shape[-1])[rows, :vocabulary] * scale
-        return z if cap is None else cap * torch.tanh(z / cap)
-
-    t_student = of_rows(temperature)
-    t_teacher = t_student if teacher_temperature is None else of_rows(teacher_temperature)
-    s = adjusted(student_leaf, logit_scale, softcap)
-    t = adjusted(teacher_leaf, teacher_logit_scale, teacher_softcap)
-    log_q, log_p = s / t_student, t / t_teacher
+    t = adjusted(call.read(teacher_leaf), o.teacher_logit_scale, o.teacher_softcap)
+    log_q, log_p = call.z / t_student, t / t_teacher
     if divergence not in UNNORMALIZED:
         log_q, log_p = log_q.log_softmax(-1), log_p.log_softmax(-1)
-    both_gone = (log_p == -torch.inf) & (log_q == -torch.inf)
-    phi = DIVERGENCES[divergence](
-        log_p.masked_fill(both_gone, 0.0), log_q.masked_fill(both_gone, 0.0), **(parameters or {})
-    ).masked_fill(both_gone, 0.0)
-    t_squared = t_student.squeeze(-1) ** 2 if scale_by_temperature else 1.0
-    distillation = phi.sum(-1) * t_squared
-    cross_entropy = torch.zeros_like(distillation)
-    if alpha < 1:
-        cross_entropy = F.cross_entropy(
-            s, labels.reshape(n)[rows], reduction="none", label_smoothing=label_smoothing
-        )
-    log_q_plain = (s.detach() / t_student).log_softmax(-1)
-    entropy = -_times(log_q_plain, log_q_plain).sum(-1)
-
-    factor = of_rows(1.0 if weight is None else weight).squeeze(-1)
-    loss_of_row = (1 - alpha) * cross_entropy
-    if alpha:
-        loss_of_row = loss_of_row + alpha * distillation
-
-    def spread(of_kept: Tensor) -> Tensor:
-        return torch.zeros(n, dtype=dtype, device=device).index_copy(0, rows, of_kept).reshape(lead)
-
-    loss = spread(loss_of_row * factor)
-    denominator = _denominator(reduction, num_items, counted, student)
-    if reduction != "none":
-        loss = loss.sum() / denominator
-    upstream = torch.ones_like(loss) if upstream is None else upstream.to(dtype)
-    gradients = torch.autograd.grad(
-        loss,
-        (student_leaf, teacher_leaf),
-        upstream,
-        retain_graph=True,
-        allow_unused=True,
-        materialize_grads=True,
-    )
-    values = (spread(value.detach()) for value in (distillation, cross_entropy, entropy))
-    outcome = Outcome(
-        loss.detach(), *gradients, *values, int(counted.sum()), *(loss.new_zeros(()),) * 6
-    )
+    phi = _phi(divergence, parameters, log_p, log_q)
+    outcome = call.outcome(phi, upstream, teacher_leaf)
     if not terms:
         return outcome
 
-    # What follows measures the terms.
-    t_squared = torch.as_tensor(t_squared, dtype=dtype).expand(len(rows))
     (by_q, q_by_q, q_by_p), (by_p, p_by_p, p_by_q) = (
         _derivatives(phi, log_q, log_p),
         _derivatives(phi, log_p, log_q),
@@ -283,14 +366,6 @@ def compose(
     own_p = _size(by_p) + _size(p_by_p * size_p) + _size(p_by_q * size_q) + _size(phi) + _size(by_q)
     # The second derivatives are the size of what cancels inside phi where p is close to q.
     cancelled = own_q + own_p + _size(by_q * size_q) + _size(by_p * size_p)
-    distillation_terms = (phi.abs() + cancelled).sum(-1) * t_squared
-    cross_entropy_terms = cross_entropy.abs() + cross_entropy.abs().clamp(min=1.0)
-    loss_terms = spread(
-        (alpha * distillation_terms + (1 - alpha) * cross_entropy_terms) * factor.abs()
-    )
-    if reduction != "none":
-        loss_terms = loss_terms.sum() / denominator
-    multiplier = (upstream.expand(lead).reshape(n)[rows] * factor).abs().unsqueeze(-1) / denominator
 
     def gradient_terms(
         own: Tensor, log_x: Tensor, size: Tensor, by: Tensor, tempering: Tensor
@@ -300,30 +375,14 @@ def compose(
             own = own + log_x.exp() * (
                 own.sum(-1, keepdim=True) + size * by.sum(-1, keepdim=True).abs()
             )
-        return own * alpha * t_squared.unsqueeze(-1) / tempering
+        return own * o.alpha * call.t_squared.unsqueeze(-1) / tempering
 
-    student_terms = gradient_terms(own_q, log_q, size_q, by_q, t_student)
-    teacher_terms = gradient_terms(own_p, log_p, size_p, by_p, t_teacher)
-    if alpha < 1:
-        log_q = s.log_softmax(-1)
-        one_hot = F.one_hot(labels.reshape(n)[rows], vocabulary)
-        student_terms = student_terms + (1 - alpha) * (
-            log_q.exp() * log_q.abs().clamp(1.0, 1e30) + one_hot
-        )
-
-    def spread_wide(of_kept: Tensor, scale: float, width: int) -> Tensor:
-        wide = torch.zeros(n, width, dtype=dtype, device=device)
-        wide[rows, :vocabulary] = of_kept.detach() * multiplier * abs(scale)
-        return wide.reshape(*lead, width)
-
-    return Outcome(
-        *outcome[:7],
-        loss_terms.detach(),
-        spread_wide(student_terms, logit_scale, student.shape[-1]),
-        spread_wide(teacher_terms, teacher_logit_scale, teacher.shape[-1]),
-        spread(distillation_terms.detach()),
-        spread(cross_entropy_terms.detach()),
-        spread(_times(log_q_plain, (1 - log_q_plain) * log_q_plain.abs().clamp(min=1.0)).sum(-1)),
+    return call.with_terms(
+        outcome,
+        upstream,
+        (phi.abs() + cancelled).sum(-1),
+        gradient_terms(own_q, log_q, size_q, by_q, t_student),
+        (gradient_terms(own_p, log_p, size_p, by_p, t_teacher), teacher.shape[-1]),
     )
 
 
@@ -349,56 +408,31 @@ def compose_topk(
     upstream: Tensor | None = None,
     divergence: str = "forward_kl",
     parameters: dict[str, float] | None = None,
-    temperature: float | Tensor = 1.0,
-    teacher_temperature: float | Tensor | None = None,
-    alpha: float = 1.0,
-    scale_by_temperature: bool = True,
-    label_smoothing: float = 0.0,
-    ignore_index: int = -100,
-    mask: Tensor | None = None,
-    weight: Tensor | None = None,
-    reduction: str = "mean",
-    num_items: float | Tensor | None = None,
-    logit_scale: float = 1.0,
-    softcap: float | None = None,
-    vocab_size: int | None = None,
+    **options: Any,
 ) -> Outcome:
     """Like `compose`, for a sparse teacher, with each tail policy as fastkd.TopK defines it.
 
     "bucket" sums over the tokens and one event for the others; "renormalize" over two softmaxes of the tokens;
     "renormalize_teacher" over the whole vocabulary, with p = 0 outside; "truncate" over the tokens, p as it is given.
     """
-    lead = student.shape[:-1]
-    n = math.prod(lead)
-    vocabulary = student.shape[-1] if vocab_size is None else vocab_size
-    leaf = student.detach().to(dtype).requires_grad_()
-
-    counted, rows = _rows_read(student, labels, ignore_index, mask, weight)
-
-    def of_rows(value: float | Tensor) -> Tensor:
-        return _of_rows(value, rows, n, dtype)
-
-    t_student = of_rows(temperature)
-    t_teacher = t_student if teacher_temperature is None else of_rows(teacher_temperature)
-    z = leaf.reshape(n, leaf.shape[-1])[rows, :vocabulary] * logit_scale
-    if softcap is not None:
-        z = softcap * torch.tanh(z / softcap)
+    call = _Call(student, labels, dtype, options)
+    z, t_student, rows = call.z, call.t_student, call.rows
     log_q_row = (z / t_student).log_softmax(-1)
 
     k = teacher.ids.shape[-1]
-    ids = teacher.ids.reshape(n, k)[rows].long()
+    ids = teacher.ids.reshape(call.n, k)[rows].long()
     named = ids >= 0
     seats = ids.clamp(min=0)
     member = torch.zeros(z.shape, dtype=torch.int32).scatter_add_(-1, seats, named.int()) > 0
-    named_logprobs = teacher.logprobs.detach().reshape(n, k)[rows].double()
+    named_logprobs = teacher.logprobs.detach().reshape(call.n, k)[rows].double()
     named_logprobs = named_logprobs.masked_fill(~named, -torch.inf)
     # What is left to the others is part of the input: the composition in float32 gets it at its best.
     if teacher.tail_logprob is None:
         rest = torch.log1p(-named_logprobs.exp().sum(-1, keepdim=True).clamp(max=1.0))
     else:
-        rest = teacher.tail_logprob.detach().reshape(n, 1)[rows].double()
+        rest = teacher.tail_logprob.detach().reshape(call.n, 1)[rows].double()
     rest = torch.where(member.all(-1, keepdim=True), -torch.inf, rest)
-    retempered = named_logprobs.to(dtype) * (teacher.at / t_teacher)
+    retempered = named_logprobs.to(dtype) * (teacher.at / call.t_teacher)
     log_q_named = log_q_row.gather(-1, seats).masked_fill(~named, -torch.inf)
     share = torch.zeros_like(z)  # of the tail's mass
     if teacher.tail == "bucket":
@@ -415,47 +449,14 @@ def compose_topk(
     elif teacher.tail == "renormalize_teacher":
         log_q = log_q_row
         normal = retempered.log_softmax(-1)
-        wide = torch.full((*z.shape[:-1], vocabulary + 1), -torch.inf, dtype=dtype)
-        log_p = wide.scatter(-1, ids.where(named, vocabulary), normal)[..., :vocabulary]
+        wide = torch.full((*z.shape[:-1], call.vocabulary + 1), -torch.inf, dtype=dtype)
+        log_p = wide.scatter(-1, ids.where(named, call.vocabulary), normal)[..., : call.vocabulary]
     else:
         log_q, log_p = log_q_named, named_logprobs.to(dtype)
     log_p = log_p.detach().requires_grad_()
 
-    both_gone = (log_p == -torch.inf) & (log_q == -torch.inf)
-    phi = DIVERGENCES[divergence](
-        log_p.masked_fill(both_gone, 0.0), log_q.masked_fill(both_gone, 0.0), **(parameters or {})
-    ).masked_fill(both_gone, 0.0)
-    t_squared = t_student.squeeze(-1) ** 2 if scale_by_temperature else torch.ones(len(rows))
-    distillation = phi.sum(-1) * t_squared
-    cross_entropy = torch.zeros_like(distillation)
-    if alpha < 1:
-        cross_entropy = F.cross_entropy(
-            z, labels.reshape(n)[rows], reduction="none", label_smoothing=label_smoothing
-        )
-    log_q_plain = log_q_row.detach()
-    entropy = -_times(log_q_plain, log_q_plain).sum(-1)
-
-    factor = of_rows(1.0 if weight is None else weight).squeeze(-1)
-    loss_of_row = (1 - alpha) * cross_entropy
-    if alpha:
-        loss_of_row = loss_of_row + alpha * distillation
-
-    def spread(of_kept: Tensor) -> Tensor:
-        return torch.zeros(n, dtype=dtype).index_copy(0, rows, of_kept.to(dtype)).reshape(lead)
-
-    loss = spread(loss_of_row * factor)
-    denominator = _denominator(reduction, num_items, counted, student)
-    if reduction != "none":
-        loss = loss.sum() / denominator
-    upstream = torch.ones_like(loss) if upstream is None else upstream.to(dtype)
-    (gradient,) = torch.autograd.grad(
-        loss, leaf, upstream, retain_graph=True, allow_unused=True, materialize_grads=True
-    )
-    values = (spread(value.detach()) for value in (distillation, cross_entropy, entropy))
-    nothing = loss.new_zeros(())
-    outcome = Outcome(
-        loss.detach(), gradient, nothing, *values, int(counted.sum()), *(nothing,) * 6
-    )
+    phi = _phi(divergence, parameters, log_p, log_q)
+    outcome = call.outcome(phi, upstream)
     if not terms:
         return outcome
 
@@ -463,7 +464,7 @@ def compose_topk(
     by_p, p_by_p, p_by_q = _derivatives(phi, log_p, log_q)
     size_p = log_p.detach().abs().clamp(1.0, 1e30)
     # The logarithm of a sum of probabilities has the errors of their logarithms, each by its share.
-    size_of_row = log_q_plain.abs().clamp(1.0, 1e30)
+    size_of_row = call.log_q.abs().clamp(1.0, 1e30)
     size_q = log_q.detach().abs().clamp(1.0, 1e30)
     if teacher.tail == "bucket":
         summed = (share * size_of_row).sum(-1)
@@ -471,45 +472,21 @@ def compose_topk(
     own_q = _size(by_q) + _size(q_by_q * size_q) + _size(q_by_p * size_p)
     own_p = _size(by_p) + _size(p_by_p * size_p) + _size(p_by_q * size_q)
     cancelled = own_q + own_p + _size(by_q * size_q) + _size(by_p * size_p)
-    distillation_terms = (phi.detach().abs() + cancelled).sum(-1) * t_squared
-    cross_entropy_terms = cross_entropy.detach().abs() + cross_entropy.detach().abs().clamp(min=1.0)
-    loss_terms = spread(
-        (alpha * distillation_terms + (1 - alpha) * cross_entropy_terms) * factor.abs()
-    )
-    if reduction != "none":
-        loss_terms = loss_terms.sum() / denominator
-    multiplier = (upstream.expand(lead).reshape(n)[rows] * factor).abs().unsqueeze(-1) / denominator
-
     total = own_q.sum(-1, keepdim=True) + (size_q * by_q).detach().sum(-1, keepdim=True).abs()
     if teacher.tail == "renormalize_teacher":
-        own = own_q + log_q_plain.exp() * total
+        own = own_q + call.log_q.exp() * total
     else:
         own = torch.zeros_like(z)
         of_tokens = own_q[..., :k].masked_fill(~named, 0.0)
         if teacher.tail == "renormalize":
             of_tokens = of_tokens + log_q.detach().exp() * total
         else:
-            own = own + log_q_plain.exp() * total
+            own = own + call.log_q.exp() * total
         if teacher.tail == "bucket":
             own = own + share * own_q[..., -1:] + share * size_of_row * _size(by_q)[..., -1:]
         own = own.detach().scatter_add(-1, seats, of_tokens.masked_fill(~named, 0.0))
-    terms_of_row = own * (alpha * t_squared.unsqueeze(-1) / t_student)
-    if alpha < 1:
-        log_q = z.detach().log_softmax(-1)
-        one_hot = F.one_hot(labels.reshape(n)[rows], vocabulary)
-        terms_of_row = terms_of_row + (1 - alpha) * (
-            log_q.exp() * log_q.abs().clamp(1.0, 1e30) + one_hot
-        )
-    wide = torch.zeros(n, student.shape[-1], dtype=dtype)
-    wide[rows, :vocabulary] = terms_of_row.detach() * multiplier * abs(logit_scale)
-    entropy_terms = _times(log_q_plain, (1 - log_q_plain) * log_q_plain.abs().clamp(min=1.0))
-    return outcome._replace(
-        loss_terms=loss_terms.detach(),
-        student_terms=wide.reshape(student.shape),
-        distillation_terms=spread(distillation_terms.detach()),
-        cross_entropy_terms=spread(cross_entropy_terms),
-        student_entropy_terms=spread(entropy_terms.sum(-1)),
-    )
+    scale = call.options.alpha * call.t_squared.unsqueeze(-1) / t_student
+    return call.with_terms(outcome, upstream, (phi.detach().abs() + cancelled).sum(-1), own * scale)
 
 
 def _size(value: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ The bar is that of tests/support/accuracy.py, with the plain float32 composition
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 import zlib
 from collections.abc import Callable, Iterator
@@ -30,6 +31,7 @@ from support.accuracy import (
     upstream_for,
     value_bar,
 )
+from support.options import ALL, BRIEF, TOGETHER, for_topk, prepared
 from support.oracles import UNNORMALIZED, Outcome, Sparse, compose_topk
 from support.triton_interpreter import corrected
 from torch import Tensor
@@ -127,6 +129,13 @@ ADDITIVE = [
     ("forward_kl", {}), ("soft_cross_entropy", {}), ("jsd", {}),
     ("jsd", {"beta": 0.1}), ("skew_forward_kl", {}), ("skew_reverse_kl", {}), ("tvd", {}), ("hellinger", {}),
 ]  # fmt: skip
+# The names of all others: infinite where p = 0, or without a degree of 1.
+INFINITE = {"reverse_kl", "mixture", "alpha_beta"}
+
+
+def test_every_divergence_is_additive_or_infinite() -> None:
+    names = {name for name, _ in ADDITIVE}
+    assert names | INFINITE == {name for name, _ in DIVERGENCES} and not names & INFINITE
 
 
 def defined(tail: str, variant: tuple[str, dict[str, float]]) -> bool:
@@ -293,44 +302,19 @@ def test_triton(
     )  # fmt: skip
 
 
-# One row of the table exercises one option, or a pair that shares a factor.
-OPTIONS: dict[str, dict[str, Any]] = {
-    "defaults": {},
-    "temperature": {"temperature": 3.0},
-    "low temperature": {"temperature": 0.25},
-    "no T^2": {"temperature": 3.0, "scale_by_temperature": False},
-    "two temperatures": {"temperature": 2.0, "teacher_temperature": 0.5},
-    "hard labels": {"alpha": 0.4, "labels": True},
-    "hard labels, T": {"alpha": 0.4, "labels": True, "temperature": 4.0},
-    "only hard labels": {"alpha": 0.0, "labels": True, "temperature": 2.0},
-    "smoothed labels": {"alpha": 0.4, "labels": True, "label_smoothing": 0.2},
-    "only smoothed labels": {"alpha": 0.0, "labels": True, "label_smoothing": 0.9, "temperature": 0.5},
-    "ignored": {"labels": True, "ignore_index": 3},
-    "logit scale": {"logit_scale": 0.125, "temperature": 2.0},
-    "negative logit scale": {"logit_scale": -0.5, "alpha": 0.4, "labels": True},
-    "softcap": {"softcap": 5.0, "temperature": 2.0},
-    "softcap and negative scale": {
-        "softcap": 30.0, "logit_scale": -2.0, "alpha": 0.5, "labels": True, "temperature": 1.5,
-        "label_smoothing": 0.1,
-    },
+OPTIONS = for_topk(ALL) | {
     "mean": {"reduction": "mean", "labels": True},
     "sum": {"reduction": "sum", "temperature": 2.0},
     "num_items": {"reduction": "mean", "num_items": torch.tensor(7)},
-    "everything": {
-        "temperature": 2.5, "teacher_temperature": 1.5, "alpha": 0.3, "labels": True, "label_smoothing": 0.1,
-        "logit_scale": 0.7, "softcap": 12.0, "vocab_size": 41, "weight": True, "mask": True,
-    },
-}  # fmt: skip
+}
+OPTIONS |= {name: OPTIONS[name] | {"weight": True, "mask": True} for name in TOGETHER}
 
 
 def _with_options(
     backend: str, options: dict[str, Any], dtype: torch.dtype, divergence: str, tail: str
 ) -> None:
-    options, lead = dict(options), (2, 3)
-    labels = None
-    if options.pop("labels", False):
-        labels = labels_for(*lead, vocabulary=41, seed=1, ignored=0.2)
-        labels = labels.masked_fill(labels == -100, options.get("ignore_index", -100))
+    lead = (2, 3)
+    labels, options = prepared(options, *lead, columns=41, seed=1)
     if options.get("weight"):
         options["weight"] = upstream_for(*lead, seed=8)
     if options.get("mask"):
@@ -345,19 +329,20 @@ def _with_options(
     ("dtype", "divergence"),
     [(torch.float32, "jsd"), (torch.bfloat16, "forward_kl"), (torch.float16, "jsd")],
 )
-@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+@pytest.mark.only_where(lambda name, dtype: dtype != torch.float16 or name in BRIEF)
+@pytest.mark.parametrize("name", OPTIONS)
 @tails
 def test_every_option(
-    backend: str, tail: str, options: dict[str, Any], dtype: torch.dtype, divergence: str
+    backend: str, tail: str, name: str, dtype: torch.dtype, divergence: str
 ) -> None:
-    _with_options(backend, options, dtype, divergence, tail)
+    _with_options(backend, OPTIONS[name], dtype, divergence, tail)
 
 
-@pytest.mark.only_where(lambda everywhere: everywhere == "triton")
-@pytest.mark.parametrize("options", ["softcap and negative scale", "everything"])
-@tails
-def test_options_in_triton(everywhere: str, tail: str, options: str) -> None:
-    _with_options("triton", OPTIONS[options], torch.float32, "forward_kl", tail)
+# Each policy with one of the two sets. The parameter is not called tail, so Triton's interpreter runs all of them.
+@pytest.mark.only_where(lambda everywhere: everywhere in ("cuda", "triton"))
+@pytest.mark.parametrize(("policy", "name"), [*zip(TAILS, itertools.cycle(TOGETHER))])
+def test_every_option_together(everywhere: str, policy: str, name: str) -> None:
+    _with_options(everywhere, OPTIONS[name], torch.float32, "forward_kl", policy)
 
 
 @tails

@@ -15,6 +15,7 @@ import pytest
 import torch
 from support.accuracy import labels_for, logits
 from support.cuda_emulation import Emulation
+from support.options import ALL, BRIEF, TOGETHER, Sets, dropped_by, for_kd_loss
 from support.shards import InShards
 from test_cuda_host import _placed
 from torch import Tensor
@@ -111,30 +112,28 @@ def test_the_label_in_every_position(
             _check(student, teacher, labels, name, temperature=temperature)
 
 
-OPTIONS: dict[str, dict[str, Any]] = {
-    "softcaps": {"softcap": 9.0, "teacher_softcap": 4.0, "teacher_logit_scale": 2.0},
-    "scales": {"logit_scale": -0.3, "teacher_logit_scale": 1.7, "temperature": 2.0},
-    "padding": {"vocab_size": 301},
-    "temperatures": {"temperature": 0.5, "teacher_temperature": 3.0, "scale_by_temperature": False},
+ROWS: Sets = {
     "a temperature a row": {"temperature": torch.tensor([0.5, 1.0, 2.0, 4.0, 1.0, 7.0])},
-    "labels alone": {"alpha": 0.0, "temperature": 4.0},
-    "the divergence alone": {"alpha": 1.0, "temperature": 4.0, "softcap": 7.0},
-    "smoothing": {"alpha": 0.25, "label_smoothing": 0.3, "softcap": 5.0, "temperature": 2.0},
+    "labels alone": ALL["only hard labels"],
     "mean": {"reduction": "mean", "num_items": 3},
-}  # fmt: skip
+}
+OPTIONS = BRIEF | ROWS
 
 
+# All divergences have the first one's code around their two parts.
+@pytest.mark.only_where(lambda option, name: name == "dkd" or option in {**TOGETHER, **ROWS})
 @every
 @pytest.mark.parametrize("option", OPTIONS)
 def test_options(emulation: Emulation, option: str, name: str) -> None:
     """Rows that are ignored, masked and weighted among them; the teacher's gradient too."""
     emulation.ranks = 4
-    width = OPTIONS[option].get("vocab_size", 309)
     student, teacher = logits(6, 309, seed=1), logits(6, 309, seed=2)
-    labels = labels_for(6, vocabulary=width, seed=3)
+    labels = labels_for(6, vocabulary=301, seed=3)
     labels[1] = -100
+    labels = dropped_by(OPTIONS[option], labels)
     rows = {"mask": torch.arange(6) != 3, "weight": torch.rand(6) + 0.1}
-    _check(student, teacher, labels, name, **{"alpha": 0.5} | OPTIONS[option] | rows)
+    options = for_kd_loss(OPTIONS[option], columns=301)
+    _check(student, teacher, labels, name, **{"alpha": 0.5} | options | rows)
 
 
 @pytest.mark.parametrize("dtypes", [

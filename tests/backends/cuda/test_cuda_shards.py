@@ -16,6 +16,7 @@ import test_shards
 import torch
 from support.accuracy import check, labels_for, logits
 from support.cuda_emulation import Emulation
+from support.options import ALL
 from support.shards import InShards
 from test_divergences import variants
 from test_topk import DIVERGENCES, TAILS, check_topk, defined, outcomes_of_every_kind, sparse
@@ -64,7 +65,7 @@ def test_every_divergence(
 
 
 @pytest.mark.parametrize("divergence", ["forward_kl", "jsd", "squared_error"])
-@pytest.mark.parametrize("options", test_shards.OPTIONS.values(), ids=test_shards.OPTIONS)
+@pytest.mark.parametrize("options", ALL.values(), ids=ALL)
 def test_every_option(sharded: Sharded, options: dict[str, Any], divergence: str) -> None:
     test_shards.test_every_option("cuda", options, divergence)
 

@@ -28,6 +28,7 @@ from support.accuracy import (
     upstream_for,
     value_bar,
 )
+from support.options import ALL, BRIEF, dropped_by, for_kd_loss
 from support.triton_interpreter import Access, corrected, memory_accesses
 from torch import Tensor
 from triton.runtime import interpreter
@@ -374,34 +375,27 @@ def test_nan_spreads_over_its_row_only(divergence: str, poison: float) -> None:
 @however_shared
 @kinds
 def test_options(divergence: str) -> None:
-    """Each option alone, with three rows, one of which is dropped."""
+    """Each option alone and all together, with three rows, one of which is dropped."""
     student, teacher = pair(3, 37)
     labels = torch.tensor([5, -100, 30], device=DEVICE)
     weight = torch.tensor([0.5, 2.0, -1.5], device=DEVICE)
     per_row = torch.tensor([0.7, 3.0, 1.0], device=DEVICE)
     cases: list[dict[str, Any]] = [
-        {"alpha": 0.0},
-        {"alpha": 1.0},
-        {"alpha": 0.3, "label_smoothing": 0.2},
+        *BRIEF.values(),
+        ALL["only hard labels"],
         {"alpha": 0.3, "label_smoothing": 0.2, "temperature": per_row},
         {"temperature": per_row, "teacher_temperature": 0.5},
         {"temperature": 4.0, "teacher_temperature": per_row, "scale_by_temperature": False},
-        {"weight": weight, "alpha": 0.5},
-        {"mask": weight < 1, "weight": weight},
-        {"logit_scale": 0.5, "teacher_logit_scale": 3.0, "alpha": 0.5},
-        {"logit_scale": -0.5, "teacher_logit_scale": -1.0, "alpha": 0.5, "label_smoothing": 0.1},
-        {"softcap": 5.0, "teacher_softcap": 2.0, "alpha": 0.5, "label_smoothing": 0.1},
-        {"softcap": 30.0, "logit_scale": -2.0, "teacher_softcap": 0.1, "teacher_logit_scale": 7.0},
-        {"vocab_size": 33, "alpha": 0.5, "label_smoothing": 0.1},
-        {"vocab_size": 16, "softcap": 3.0, "logit_scale": -1.0, "alpha": 0.5},
-        {"ignore_index": 5},
-        {"reduction": "mean"},
+        {"mask": weight < 1, "weight": weight, "alpha": 0.5},
         {"reduction": "mean", "num_items": torch.tensor(7, device=DEVICE)},
         {"reduction": "sum"},
     ]
-    for options in cases:
-        in_range = labels.clamp(max=options.get("vocab_size", 37) - 1)
-        check("triton", student, teacher, in_range, divergence=divergence, **options)
+    for case in cases:
+        options = for_kd_loss(case, columns=33)
+        check(
+            "triton", student, teacher, dropped_by(options, labels), divergence=divergence,
+            **options,
+        )  # fmt: skip
 
 
 @however_shared

@@ -13,6 +13,8 @@ from typing import Any
 import pytest
 import torch
 from support.accuracy import assert_within, gradient_bar, ran_on, value_bar
+from support.options import ALL, TOGETHER, for_kd_loss
+from support.oracles import adjusted, cross_entropy, mixed
 from support.shards import InShards
 from support.triton_interpreter import memory_accesses
 from test_triton import (
@@ -35,6 +37,7 @@ import fastkd
 from fastkd import kd_loss
 from fastkd.backends import reference, registry
 from fastkd.call.contract import Options, Result, Rows, ShardCall, Want
+from fastkd.call.options import Numbers, checked
 from fastkd.divergences import Divergence, Target, dkd, jsd, nkd
 from fastkd.kernels import launch as kernels
 from fastkd.kernels import sparse as sparse_kernels
@@ -119,12 +122,10 @@ def truth(
     labels = rows.labels
     assert labels is not None
 
-    def adjusted(x: Tensor, scale: float, softcap: float) -> Tensor:
-        z = x[:, :columns] * scale
-        return softcap * (z / softcap).tanh() if softcap else z
-
-    s = adjusted(inputs[0], options.logit_scale, options.softcap)
-    t = adjusted(inputs[1], options.teacher_logit_scale, options.teacher_softcap)
+    s = adjusted(inputs[0][:, :columns], options.logit_scale, options.softcap or None)
+    t = adjusted(
+        inputs[1][:, :columns], options.teacher_logit_scale, options.teacher_softcap or None
+    )
     spread = tuple(
         torch.full((count, 1), at, dtype=dtype, device=s.device)
         if each is None
@@ -135,16 +136,13 @@ def truth(
         )
     )
     distillation = _distillation(s, t, labels, spread, options)
-    cross_entropy = torch.nn.functional.cross_entropy(
-        s, labels, reduction="none", label_smoothing=options.label_smoothing
-    )
+    of_labels = cross_entropy(s, labels, options.alpha, options.label_smoothing)
     weight = torch.ones_like(distillation) if rows.weight is None else rows.weight.to(dtype)
-    alpha = options.alpha
-    loss = weight * (alpha * distillation + (1 - alpha) * cross_entropy)
+    loss = weight * mixed(distillation, of_labels, options.alpha)
     gradients = torch.autograd.grad(loss.sum(), inputs)
     log_q = (s / spread[0]).log_softmax(-1)
     entropy = -(log_q.exp() * log_q).sum(-1)
-    parts = distillation, cross_entropy if alpha < 1 else torch.zeros_like(cross_entropy), entropy
+    parts = distillation, of_labels, entropy
     values = [x.detach() for x in (loss, loss.sum(), *gradients, *parts)]
     return Result(*values)
 
@@ -229,21 +227,26 @@ HALF: dict[str, Any] = {"alpha": 0.5, "label_smoothing": 0.1}
 WARM: dict[str, Any] = {"temperature": 2.0, "teacher_temperature": 2.0}
 CAPPED: dict[str, Any] = {"softcap": 5.0, "teacher_softcap": 2.0, "logit_scale": -2.0}
 PER_ROW = torch.tensor([0.7, 3.0], device=DEVICE)
+
+
+def _checked(options: dict[str, Any]) -> dict[str, Any]:
+    """The options of kd_loss as Options holds them."""
+    values = for_kd_loss(options, columns=33)
+    vocab_size = {"vocab_size": values.pop("vocab_size")} if "vocab_size" in values else {}
+    return checked(Numbers.of(**values).scalars) | vocab_size
+
+
 CASES: list[tuple[dict[str, Any], dict[str, Any]]] = [
     ({}, {"alpha": 1.0, "label_smoothing": 0.2, "temperature": 2.0, "teacher_temperature": 1.0}),
     (
         {"temperature": PER_ROW, "teacher_temperature": PER_ROW.flip(0), "weight": PER_ROW - 1.5},
         {"vocab_size": 33, **HALF},
     ),
-    ({}, {**CAPPED, **HALF, **WARM}),
+    *(({}, _checked(options)) for options in TOGETHER.values()),
 ]
 HEAVY_CASES: list[tuple[dict[str, Any], dict[str, Any]]] = [
-    ({}, {"alpha": 0.0, "label_smoothing": 0.2, **WARM}),
-    ({}, {"temperature": 1.0, "teacher_temperature": 3.0}),
     ({"temperature": PER_ROW}, HALF),
-    ({}, {"logit_scale": -0.5, "teacher_logit_scale": 3.0, **HALF, **WARM}),
-    ({}, {"softcap": 0.5, "teacher_softcap": 30.0}),
-    ({}, {"scale_by_temperature": False, **WARM}),
+    *(({}, _checked(options)) for name, options in ALL.items() if name not in TOGETHER),
 ]
 
 

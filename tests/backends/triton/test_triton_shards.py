@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 import torch
 from support.accuracy import check, logits
+from support.options import TOGETHER, dropped_by, for_kd_loss, for_topk
 from support.shards import InShards
 from support.triton_interpreter import corrected
-from test_loss import OPTIONS
 from test_shards import (  # noqa: F401 (collected here too, with this module's fixture)
     test_every_divergence,
     test_every_option,
@@ -108,12 +108,16 @@ def test_one_program_per_row_in_each_process(
     check("triton", *pair(3, 61), labels, divergence=divergence, alpha=0.5, label_smoothing=0.1)
 
 
-@pytest.mark.parametrize("divergence", ["mixture", "jsd"])
-def test_everything_at_once(in_shards: InShards, divergence: str) -> None:
-    """Softcaps, scales, two temperatures, 41 counted columns of 43, and two dropped rows, in bfloat16."""
-    options = OPTIONS["everything"] | {"temperature": torch.tensor([0.7, 3.0, 1.0, 2.0])}
-    del options["labels"]
-    labels = torch.tensor([5, -100, 40, 7], device=DEVICE)
+@pytest.mark.parametrize(
+    ("divergence", "options"),
+    [*zip(["mixture", "jsd"], TOGETHER.values(), strict=True)],
+    ids=["mixture", "jsd"],
+)
+def test_everything_at_once(in_shards: InShards, divergence: str, options: dict[str, Any]) -> None:
+    """Every option, a temperature per row, 41 counted columns of 43, and two dropped rows, in bfloat16."""
+    labels = dropped_by(options, torch.tensor([5, -100, 40, 7], device=DEVICE))
+    options = for_kd_loss(options, columns=41)
+    options |= {"temperature": torch.tensor([0.7, 3.0, 1.0, 2.0])}
     weight = torch.tensor([0.5, 1.0, -1.5, 0.0], device=DEVICE)
     dtypes = torch.bfloat16, torch.float32
     check(
@@ -258,18 +262,21 @@ def test_sparse_teachers(in_shards: InShards, tail: str) -> None:
     )
 
 
-def test_sparse_teachers_with_every_per_row_option(in_shards: InShards) -> None:
+@pytest.mark.parametrize("options", for_topk(TOGETHER).values(), ids=TOGETHER)
+def test_sparse_teachers_with_every_option(in_shards: InShards, options: dict[str, Any]) -> None:
     """41 counted columns of 43, offsets, a dropped row, and a weight and a temperature per row."""
+    labels = dropped_by(options, torch.tensor([0, 33, 40, -100]))
     check_topk(
         "triton",
         logits(4, 43, seed=9) + torch.tensor([0.0, 100.0, -1e4, 0.0]).unsqueeze(-1),
         sparse(4, vocabulary=41, k=7, seed=10),
-        torch.tensor([0, 33, 40, -100]),
-        alpha=0.5,
-        vocab_size=41,
-        weight=torch.tensor([1.0, 2.0, -0.5, 1.0]),
-        temperature=torch.tensor([0.7, 3.0, 1.0, 2.0]),
-        teacher_temperature=1.0,
+        labels,
+        **for_kd_loss(options, columns=41)
+        | {
+            "weight": torch.tensor([1.0, 2.0, -0.5, 1.0]),
+            "temperature": torch.tensor([0.7, 3.0, 1.0, 2.0]),
+            "teacher_temperature": 1.0,
+        },
     )
 
 
