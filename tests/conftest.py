@@ -22,9 +22,13 @@ from support.cuda_emulation import emulation, host  # noqa: F401 (fixtures)
 
 import fastkd
 
+# The architecture, such as sm_90, for which Triton's kernels are compiled to PTX. tests/support/ptx then runs that PTX
+# in the interpreter's place; docs/ptx.md explains it.
+PTX = os.environ.get("FASTKD_PTX")
+
 # Triton reads this when it is imported, and `import fastkd` does not import it.
 if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")
+    os.environ.setdefault("TRITON_INTERPRET", "1" if PTX is None else "0")
 
 # A developer's settings must not decide what is tested.
 for _setting in ("FASTKD_BACKEND", "FASTKD_STRICT", "FASTKD_CHECK"):
@@ -79,9 +83,18 @@ def pytest_configure(config: pytest.Config) -> None:
         )
 
 
-def pytest_report_header(config: pytest.Config) -> str | None:
+    if PTX is not None:
+        from support.ptx.triton import install
+
+        install(int(PTX.removeprefix("sm_")))
+
+
+def pytest_report_header(config: pytest.Config) -> list[str]:
     """Report once that the tests of other stacks are left out; they are not listed as skipped."""
-    return None if _with_stacks(config) else "tests of other stacks: left out (make test-stacks)"
+    lines = [] if PTX is None else [f"Triton's kernels: PTX for {PTX} in the machine of tests/support/ptx"]
+    if not _with_stacks(config):
+        lines.append("tests of other stacks: left out (make test-stacks)")
+    return lines
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
