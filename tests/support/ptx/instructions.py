@@ -161,7 +161,7 @@ def _call(machine: Machine, instruction: Instruction) -> Operation:
     operands = [operand.strip("() ") for operand in instruction.operands]
     place = next((k for k, name in enumerate(operands) if name in machine.program.functions), None)
     if place is None:
-        return _unknown_call(instruction)
+        return _unknown_call(machine, instruction)
     function = machine.program.functions[operands[place]]
     given = split_operands(operands[place + 1]) if len(operands) > place + 1 else []
     wanted = split_operands(operands[0]) if place else []
@@ -186,9 +186,11 @@ def _call(machine: Machine, instruction: Instruction) -> Operation:
     return operation
 
 
-def _unknown_call(instruction: Instruction) -> Operation:
+def _unknown_call(machine: Machine, instruction: Instruction) -> Operation:
     def run(at: int, lanes: Lanes, active: Lanes | None) -> None:
-        raise Fault("a call of a function that the module does not define")
+        if active is not None:
+            raise Fault("a call of a function that the module does not define")
+        machine.place[lanes] = at + 1
 
     return Operation(instruction.text, run, kind="ends")
 

@@ -169,13 +169,16 @@ def fma16(a: Any, b: Any, c: Any) -> Any:
 def fma64(a: Any, b: Any, c: Any) -> Any:
     """a * b + c in float64; the product's error is added back, so the result is within an ulp of the exact one."""
     product = np.asarray(a, np.float64) * b
-    parts = []
-    for x in (a, b):  # Dekker's split into halves of 26 digits
-        scaled = np.asarray(x, np.float64) * 134217729.0
-        high = scaled - (scaled - x)
-        parts.append((high, x - high))
-    (a1, a0), (b1, b0) = parts
-    error = ((a1 * b1 - product) + a1 * b0 + a0 * b1) + a0 * b0
+    halves, exponent = [], 0
+    for x in (a, b):  # Dekker's split into halves of 26 digits, of numbers below 1
+        fraction, power = np.frexp(x)
+        scaled = fraction * 134217729.0
+        high = scaled - (scaled - fraction)
+        halves.append((high, fraction - high))
+        exponent = exponent + power
+    (a1, a0), (b1, b0) = halves
+    error = ((a1 * b1 - (a1 + a0) * (b1 + b0)) + a1 * b0 + a0 * b1) + a0 * b0
+    error = np.ldexp(error, exponent)
     total, lost = _sum_and_error(product, np.asarray(c, np.float64))
     exact = total + (error + lost)
     return np.where(np.isfinite(exact), exact, total)

@@ -114,7 +114,7 @@ def _statements(body: str) -> list[str]:
             found += [pending, "{"]
             pending = ""
         elif token == "}" and not in_vector:
-            found.append("}")
+            found += [pending, "}"]
             pending = ""
         elif token == ";":
             found.append(pending)
