@@ -6,6 +6,7 @@ import ctypes
 import fcntl
 import hashlib
 import importlib.util
+import os
 import re
 import shlex
 import subprocess
@@ -22,6 +23,7 @@ import fastkd
 from fastkd.backends import registry
 from support.paths import ROOT
 
+PTX = os.environ.get("FASTKD_PTX")
 HARNESS = ROOT / "tests" / "support" / "cuda_host.cpp"
 # A fiber's stack is not the one that _FORTIFY_SOURCE expects of longjmp.
 FLAGS = (
@@ -157,7 +159,7 @@ class Emulation:
 @pytest.fixture
 def emulation(host: ModuleType, monkeypatch: pytest.MonkeyPatch) -> Iterator[Emulation]:
     """fastkd.backends.cuda with the emulation in place of the device's kernels, and chosen where it is asked for by
-    name."""
+    name. With $FASTKD_PTX, nvcc's PTX for that architecture runs in place of the emulation."""
     actual = Emulation(host)
     monkeypatch.setitem(sys.modules, "fastkd._cuda", host)
     monkeypatch.setattr(fastkd, "_cuda", host, raising=False)
@@ -167,5 +169,11 @@ def emulation(host: ModuleType, monkeypatch: pytest.MonkeyPatch) -> Iterator[Emu
     monkeypatch.setattr(cuda, "_capability", lambda device: 0)
     monkeypatch.setattr(cuda, "_stream", lambda device: (actual.ranks, 0))
     monkeypatch.setattr(registry, "_select", lambda backend, *others: backend)
-    yield actual
+    if PTX is None:
+        yield actual
+    else:
+        from support.ptx.cuda import in_machine, module_text
+
+        with in_machine(host, module_text(PTX)):
+            yield actual
     registry.load.cache_clear()
