@@ -82,7 +82,6 @@ def pytest_configure(config: pytest.Config) -> None:
             f"-m {config.option.markexpr!r} needs {', '.join(_missing())}: make test-stacks installs them"
         )
 
-
     if PTX is not None:
         from support.ptx.triton import install
 
@@ -91,7 +90,11 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def pytest_report_header(config: pytest.Config) -> list[str]:
     """Report once that the tests of other stacks are left out; they are not listed as skipped."""
-    lines = [] if PTX is None else [f"Triton's kernels: PTX for {PTX} in the machine of tests/support/ptx"]
+    lines = (
+        []
+        if PTX is None
+        else [f"Triton's kernels: PTX for {PTX} in the machine of tests/support/ptx"]
+    )
     if not _with_stacks(config):
         lines.append("tests of other stacks: left out (make test-stacks)")
     return lines

@@ -172,8 +172,8 @@ def emulation(host: ModuleType, monkeypatch: pytest.MonkeyPatch) -> Iterator[Emu
     if PTX is None:
         yield actual
     else:
-        from support.ptx.cuda import in_machine, module_text
+        from support.ptx.cuda import in_machine, module
 
-        with in_machine(host, module_text(PTX)):
+        with in_machine(host, module(PTX)):
             yield actual
     registry.load.cache_clear()

@@ -13,6 +13,7 @@ from support.ptx.faults import Fault
 from support.ptx.launch import Kernel
 from support.ptx.machine import Settings
 from support.ptx.numbers import ERRORS
+from support.ptx.program import Program
 
 THREADS = 1024
 
@@ -30,10 +31,35 @@ def special(kind: str) -> list[int]:
         _, exponent, digits = FLOATS[kind]
         infinity = ((1 << exponent) - 1) << digits
         one = ((1 << exponent - 1) - 1) << digits
-        positive = [0, 1, (1 << digits) - 1, 1 << digits, one - 1, one, one + 1, infinity - 1, infinity, infinity + 1]
+        positive = [
+            0,
+            1,
+            (1 << digits) - 1,
+            1 << digits,
+            one - 1,
+            one,
+            one + 1,
+            infinity - 1,
+            infinity,
+            infinity + 1,
+        ]
         return [*positive, *(bits | 1 << exponent + digits for bits in positive)]
     bits = int(kind[1:])
-    return [0, 1, 2, 31, 32, 33, 63, 64, 255, (1 << bits - 1) - 1, 1 << bits - 1, (1 << bits) - 1, (1 << bits) - 2]
+    return [
+        0,
+        1,
+        2,
+        31,
+        32,
+        33,
+        63,
+        64,
+        255,
+        (1 << bits - 1) - 1,
+        1 << bits - 1,
+        (1 << bits) - 1,
+        (1 << bits) - 2,
+    ]
 
 
 def operands(kinds: tuple[str, ...], seed: int = 1) -> list[Any]:
@@ -43,7 +69,13 @@ def operands(kinds: tuple[str, ...], seed: int = 1) -> list[Any]:
     corners = corners[generator.permutation(len(corners))[: THREADS // 2]]
     columns = []
     for number, kind in enumerate(kinds):
-        size = 4 if kind.endswith("x2") else FLOATS[kind][0](0).itemsize if kind in FLOATS else int(kind[1:]) // 8
+        size = (
+            4
+            if kind.endswith("x2")
+            else FLOATS[kind][0](0).itemsize
+            if kind in FLOATS
+            else int(kind[1:]) // 8
+        )
         of = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}[size]
         bits = generator.integers(0, 1 << 8 * size, THREADS, dtype=np.uint64, endpoint=False) if size < 8 else (
             generator.integers(0, 1 << 63, THREADS, dtype=np.uint64) * 2 + generator.integers(0, 2, THREADS, dtype=np.uint64)
@@ -58,7 +90,9 @@ def operands(kinds: tuple[str, ...], seed: int = 1) -> list[Any]:
     return columns
 
 
-def compute(opcode: str, result: str, kinds: tuple[str, ...], inputs: list[Any], settings: Any = None) -> Any:
+def compute(
+    opcode: str, result: str, kinds: tuple[str, ...], inputs: list[Any], settings: Any = None
+) -> Any:
     """The bits that an instruction makes of operands, one per thread."""
     names = "abc"[: len(kinds)]
     size = 4 if result.endswith("x2") or result == "pred" else _size(result)
@@ -69,10 +103,15 @@ def compute(opcode: str, result: str, kinds: tuple[str, ...], inputs: list[Any],
         for name, kind in zip(names, kinds, strict=True)
     )
     declared = "".join(
-        f".reg .{REGISTERS[_size(kind)]} %{name}; .reg .b64 %p{name};" for name, kind in zip(names, kinds, strict=True)
+        f".reg .{REGISTERS[_size(kind)]} %{name}; .reg .b64 %p{name};"
+        for name, kind in zip(names, kinds, strict=True)
     )
     target = ".reg .pred %q; .reg .b32 %d;" if result == "pred" else f".reg .{REGISTERS[size]} %d;"
-    line = opcode if "%" in opcode else f"{opcode} {'%q' if result == 'pred' else '%d'}, {', '.join('%' + n for n in names)};"
+    line = (
+        opcode
+        if "%" in opcode
+        else f"{opcode} {'%q' if result == 'pred' else '%d'}, {', '.join('%' + n for n in names)};"
+    )
     if result == "pred":
         line += " selp.b32 %d, 1, 0, %q;"
     parameters = ", ".join(f".param .b64 at_{name}" for name in ("d", *names))
@@ -82,7 +121,7 @@ def compute(opcode: str, result: str, kinds: tuple[str, ...], inputs: list[Any],
         f"st.global.{_memory(result) if result != 'pred' else 'b32'} [%pd], %d; ret; }}"
     )
     arrays = [output, *inputs]
-    Kernel(text, "one").launch(
+    Kernel(Program(text, "one")).launch(
         (1, 1, 1),
         THREADS,
         [int(array.ctypes.data).to_bytes(8, "little") for array in arrays],
@@ -194,7 +233,9 @@ def test_integers(opcode: str) -> None:
     result, kinds, function = INTEGERS[opcode]
     inputs = operands(kinds)
     actual = compute(opcode, result, kinds, inputs)
-    expected = _integers(result, function)(*(values(x, k) for x, k in zip(inputs, kinds, strict=True)))
+    expected = _integers(result, function)(
+        *(values(x, k) for x, k in zip(inputs, kinds, strict=True))
+    )
     assert actual.tolist() == expected
 
 
@@ -205,7 +246,9 @@ def test_division_of_integers(name: str, kind: str) -> None:
     inputs = operands((kind, kind))
     inputs[1][inputs[1] == 0] = 3
     actual = compute(f"{name}.{kind}", kind, (kind, kind), inputs)
-    quotient = _integers(kind, _truncated if name == "div" else lambda a, b: a - b * _truncated(a, b))
+    quotient = _integers(
+        kind, _truncated if name == "div" else lambda a, b: a - b * _truncated(a, b)
+    )
     assert actual.tolist() == quotient(*(values(x, kind) for x in inputs))
 
 
@@ -223,10 +266,19 @@ def to_bf16(x: Any) -> Any:
     fraction, exponent = np.frexp(x)
     digits = np.minimum(8, exponent + 133)  # fewer below 2^-126
     rounded = np.ldexp(np.rint(np.ldexp(fraction, digits)), exponent - digits)
-    return np.where(np.abs(rounded) >= 2.0**128, np.copysign(np.inf, x), np.where(np.isfinite(x) & (x != 0), rounded, x))
+    return np.where(
+        np.abs(rounded) >= 2.0**128,
+        np.copysign(np.inf, x),
+        np.where(np.isfinite(x) & (x != 0), rounded, x),
+    )
 
 
-ROUNDING = {"f16": lambda x: x.astype(np.float16), "bf16": to_bf16, "f32": lambda x: x.astype(np.float32), "f64": lambda x: x}
+ROUNDING = {
+    "f16": lambda x: x.astype(np.float16),
+    "bf16": to_bf16,
+    "f32": lambda x: x.astype(np.float32),
+    "f64": lambda x: x,
+}
 
 
 def flushed(x: Any) -> Any:
@@ -241,7 +293,12 @@ def test_sums_and_products(name: str, kind: str) -> None:
     function = {"add": np.add, "sub": np.subtract, "mul": np.multiply}[name]
     with np.errstate(all="ignore"):
         exact = function(*(values(x, kind).astype(np.float64) for x in inputs))
-        agree(actual, ROUNDING[kind.removesuffix("x2")](exact).astype(np.float64 if kind == "f64" else np.float32))
+        agree(
+            actual,
+            ROUNDING[kind.removesuffix("x2")](exact).astype(
+                np.float64 if kind == "f64" else np.float32
+            ),
+        )
 
 
 @pytest.mark.parametrize("name", ["add", "mul", "fma"])
@@ -249,7 +306,10 @@ def test_pairs_of_float32(name: str) -> None:
     """f32x2 in a register of 64 bits computes what two instructions of f32 do."""
     count = 3 if name == "fma" else 2
     lower, upper = (operands(("f32",) * count, seed) for seed in (1, 2))
-    packed = [low | high.astype(np.uint64) << np.uint64(32) for low, high in zip(lower, upper, strict=True)]
+    packed = [
+        low | high.astype(np.uint64) << np.uint64(32)
+        for low, high in zip(lower, upper, strict=True)
+    ]
     rounding = ".rn" if name == "fma" else ""
     actual = compute(f"{name}{rounding}.f32x2", "u64", ("u64",) * count, packed).view(np.float32)
     for half, inputs in enumerate((lower, upper)):
@@ -263,12 +323,17 @@ def test_subnormal_numbers_are_flushed(name: str) -> None:
     actual = compute(f"{name}.ftz.f32", "f32", ("f32", "f32"), inputs).view(np.float32)
     with np.errstate(all="ignore"):
         function = {"add": np.add, "mul": np.multiply}[name]
-        agree(actual, flushed(function(*(flushed(x.view(np.float32)) for x in inputs))).astype(np.float32))
+        agree(
+            actual,
+            flushed(function(*(flushed(x.view(np.float32)) for x in inputs))).astype(np.float32),
+        )
 
 
 def _is_nearest(actual: Any, exact: Fraction, neighbours: tuple[Any, Any]) -> bool:
     distance = abs(Fraction(float(actual)) - exact)
-    return all(not np.isfinite(x) or distance <= abs(Fraction(float(x)) - exact) for x in neighbours)
+    return all(
+        not np.isfinite(x) or distance <= abs(Fraction(float(x)) - exact) for x in neighbours
+    )
 
 
 @pytest.mark.parametrize("kind", ["f32", "f64", "f16", "bf16"])
@@ -291,16 +356,30 @@ def test_fused_multiply_add(kind: str) -> None:
             continue
         exact = Fraction(a[k]) * Fraction(b[k]) + Fraction(c[k])
         if not np.isfinite(results[k]):
-            assert abs(exact) > Fraction(float(np.finfo(np.float16).max if kind == "f16" else 3e38 if kind != "f64" else 1e308))
+            assert abs(exact) > Fraction(
+                float(
+                    np.finfo(np.float16).max if kind == "f16" else 3e38 if kind != "f64" else 1e308
+                )
+            )
         elif kind == "f64":
             ulp = np.nextafter(abs(results[k]), 0) - abs(results[k])
-            assert abs(Fraction(results[k]) - exact) <= max(abs(Fraction(float(ulp))), Fraction(2**-1074)) * 2
+            assert (
+                abs(Fraction(results[k]) - exact)
+                <= max(abs(Fraction(float(ulp))), Fraction(2**-1074)) * 2
+            )
         elif kind == "f32":
-            assert _is_nearest(results[k], exact, tuple(step[kind](results[k], to) for to in (-np.inf, np.inf)))
+            assert _is_nearest(
+                results[k], exact, tuple(step[kind](results[k], to) for to in (-np.inf, np.inf))
+            )
         else:
             # Rounding the exact result, by way of a float64 that keeps what is below it.
             nearest = float(exact)
-            if Fraction(nearest) != exact and kind == "bf16" and to_bf16(nearest) != to_bf16(np.nextafter(nearest, np.inf if exact > Fraction(nearest) else -np.inf)):
+            if (
+                Fraction(nearest) != exact
+                and kind == "bf16"
+                and to_bf16(nearest)
+                != to_bf16(np.nextafter(nearest, np.inf if exact > Fraction(nearest) else -np.inf))
+            ):
                 continue
             assert results[k] == float(ROUNDING[kind](np.float64(nearest)))
 
@@ -335,7 +414,9 @@ def test_extremes_of_three() -> None:
 COMPARISONS = {"eq": "==", "ne": "!=", "lt": "<", "le": "<=", "gt": ">", "ge": ">="}
 
 
-@pytest.mark.parametrize("kind", ["s16", "u16", "s32", "u32", "s64", "u64", "f32", "f64", "f16", "bf16"])
+@pytest.mark.parametrize(
+    "kind", ["s16", "u16", "s32", "u32", "s64", "u64", "f32", "f64", "f16", "bf16"]
+)
 @pytest.mark.parametrize("name", COMPARISONS)
 def test_comparisons(name: str, kind: str) -> None:
     """Of NaN, the ordered comparisons are false, and those that end in u are true."""
@@ -399,7 +480,9 @@ def test_conversions_to_integers(source: str, to: str, rounding: str) -> None:
     actual = values(compute(f"cvt.{rounding}.{to}.{source}", to, (source,), [bits]), to)
     whole = {"rzi": np.trunc, "rni": np.rint, "rmi": np.floor, "rpi": np.ceil}[rounding]
     limits = np.iinfo(actual.dtype)
-    for result, number in zip(actual.tolist(), whole(values(bits, source).astype(np.float64)).tolist(), strict=True):
+    for result, number in zip(
+        actual.tolist(), whole(values(bits, source).astype(np.float64)).tolist(), strict=True
+    ):
         if number != number:
             assert result == 0
         elif abs(number) == np.inf:
@@ -418,7 +501,10 @@ def test_conversions_of_integers(source: str, to: str) -> None:
     actual = values(compute(f"cvt{rounding}.{to}.{source}", to, (source,), [bits]), to)
     for result, number in zip(actual, values(bits, source).tolist(), strict=True):
         if to in FLOATS:
-            neighbours = np.nextafter(result, result.dtype.type(-np.inf)), np.nextafter(result, result.dtype.type(np.inf))
+            neighbours = (
+                np.nextafter(result, result.dtype.type(-np.inf)),
+                np.nextafter(result, result.dtype.type(np.inf)),
+            )
             assert _is_nearest(result, Fraction(number), neighbours)
         else:
             assert int(result) & (1 << 8 * _size(to)) - 1 == number & (1 << 8 * _size(to)) - 1
@@ -438,7 +524,8 @@ def test_approximate_functions(name: str, ftz: str) -> None:
     (bits,) = operands(("f32",))
     opcode = f"{name}.approx{ftz}.f32"
     clean, noisy = (
-        compute(opcode, "f32", ("f32",), [bits], Settings(noise=noise)).view(np.float32) for noise in (False, True)
+        compute(opcode, "f32", ("f32",), [bits], Settings(noise=noise)).view(np.float32)
+        for noise in (False, True)
     )
     with np.errstate(all="ignore"):
         argument = bits.view(np.float32).astype(np.float64)
@@ -452,7 +539,18 @@ def test_approximate_functions(name: str, ftz: str) -> None:
     assert ERRORS[name] / 2 < error.max() <= ERRORS[name] + 2**-24
 
 
-@pytest.mark.parametrize("opcode", ["div.rn.f32", "div.full.f32", "div.approx.f32", "div.rn.f64", "sqrt.rn.f32", "sqrt.rn.f64", "rcp.rn.f64"])
+@pytest.mark.parametrize(
+    "opcode",
+    [
+        "div.rn.f32",
+        "div.full.f32",
+        "div.approx.f32",
+        "div.rn.f64",
+        "sqrt.rn.f32",
+        "sqrt.rn.f64",
+        "rcp.rn.f64",
+    ],
+)
 def test_divisions_and_roots(opcode: str) -> None:
     name, *_, kind = opcode.split(".")
     kinds = (kind,) * (2 if name == "div" else 1)
@@ -469,13 +567,19 @@ def test_a_coarse_reciprocal_has_20_digits() -> None:
     assert 2**-22 < np.abs(actual * bits.view(np.float64) - 1).max() <= 2**-19
 
 
-@pytest.mark.parametrize("opcode", ["neg.f32", "abs.f32", "abs.f64", "copysign.f32", "neg.bf16", "neg.f16x2"])
+@pytest.mark.parametrize(
+    "opcode", ["neg.f32", "abs.f32", "abs.f64", "copysign.f32", "neg.bf16", "neg.f16x2"]
+)
 def test_signs(opcode: str) -> None:
     name, kind = opcode.split(".")
     kinds = (kind,) * (2 if name == "copysign" else 1)
     inputs = operands(kinds)
     actual = values(compute(opcode, kind, kinds, inputs), kind)
-    function = {"neg": np.negative, "abs": np.abs, "copysign": lambda sign, x: np.copysign(x, sign)}[name]
+    function = {
+        "neg": np.negative,
+        "abs": np.abs,
+        "copysign": lambda sign, x: np.copysign(x, sign),
+    }[name]
     agree(actual, function(*(values(x, kind) for x in inputs)))
 
 
@@ -488,7 +592,10 @@ def test_mixed_precision() -> None:
         agree(actual.view(np.float32), a + c)
         actual = compute("fma.rn.f32.bf16", "f32", ("bf16", "bf16", "f32"), inputs)
         wide = [x.view(np.uint32) for x in (a.copy(), b.copy(), c.copy())]
-        agree(actual.view(np.float32), compute("fma.rn.f32", "f32", ("f32",) * 3, wide).view(np.float32))
+        agree(
+            actual.view(np.float32),
+            compute("fma.rn.f32", "f32", ("f32",) * 3, wide).view(np.float32),
+        )
 
 
 def test_parts_of_registers() -> None:
@@ -498,12 +605,22 @@ def test_parts_of_registers() -> None:
         "mov.b32 %l, {%z, %y}; mov.b32 %h, {%x, %w}; mov.b64 %d, {%l, %h};"
     )
     actual = compute(line, "u64", ("u64",), inputs)
-    assert np.array_equal(actual.view(np.uint16).reshape(-1, 4), inputs[0].view(np.uint16).reshape(-1, 4)[:, ::-1])
+    assert np.array_equal(
+        actual.view(np.uint16).reshape(-1, 4), inputs[0].view(np.uint16).reshape(-1, 4)[:, ::-1]
+    )
 
 
-@pytest.mark.parametrize("opcode", ["add.cc.u32", "mul24.lo.u32", "add.rz.f32", "cvt.rz.f32.f64", "add.ftz.f16", "ex2.approx.f64"])
+@pytest.mark.parametrize(
+    "opcode",
+    ["add.cc.u32", "mul24.lo.u32", "add.rz.f32", "cvt.rz.f32.f64", "add.ftz.f16", "ex2.approx.f64"],
+)
 def test_what_is_not_implemented_is_refused(opcode: str) -> None:
     kind = opcode.rsplit(".", 1)[-1]
     kinds = (kind,) if opcode[:3] in ("cvt", "ex2") else (kind, kind)
     with pytest.raises(Fault, match="is not implemented"):
-        compute(opcode, opcode.split(".")[2] if opcode.startswith("cvt") else kind, kinds, operands(kinds))
+        compute(
+            opcode,
+            opcode.split(".")[2] if opcode.startswith("cvt") else kind,
+            kinds,
+            operands(kinds),
+        )

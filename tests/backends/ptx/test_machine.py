@@ -12,6 +12,7 @@ import pytest
 from support.ptx.faults import Fault
 from support.ptx.launch import Kernel, settings_from
 from support.ptx.machine import Settings
+from support.ptx.program import Program
 
 DECLARED = (
     ".reg .pred %p<8>; .reg .b16 %h<8>; .reg .b32 %r<32>; .reg .b64 %d<32>; .reg .f32 %f<8>;"
@@ -41,7 +42,7 @@ def execute(
     source[:] = given
     text = f"{functions} .visible .entry test(.param .b64 out, .param .b64 in) {{ {DECLARED} {START} {body} ret; }}"
     arrays = [output, source]
-    Kernel(text, "test").launch(
+    Kernel(Program(text, "test")).launch(
         (blocks or ranks, 1, 1),
         threads,
         [int(array.ctypes.data).to_bytes(8, "little") for array in arrays],
@@ -140,7 +141,10 @@ def test_shuffles(mode: str, expected: list[int]) -> None:
         ("redux.sync.add.u32 %r3, %t, -1;", sum(range(32))),
         ("redux.sync.max.s32 %r3, %t, -1;", 31),
         ("redux.sync.or.b32 %r3, %t, -1;", 31),
-        ("cvt.rn.f32.u32 %f1, %t; redux.sync.max.NaN.f32 %f2, %f1, -1; cvt.rzi.u32.f32 %r3, %f2;", 31),
+        (
+            "cvt.rn.f32.u32 %f1, %t; redux.sync.max.NaN.f32 %f2, %f1, -1; cvt.rzi.u32.f32 %r3, %f2;",
+            31,
+        ),
         ("setp.lt.u32 %p1, %laneid, 3; vote.sync.ballot.b32 %r3, %p1, -1;", 7),
         ("setp.lt.u32 %p1, %t, 31; vote.sync.all.pred %p2, !%p1, -1; selp.b32 %r3, 1, 0, %p2;", 0),
         ("setp.eq.u32 %p1, %t, 5; vote.sync.any.pred %p2, %p1, -1; selp.b32 %r3, 1, 0, %p2;", 1),

@@ -140,7 +140,9 @@ def _multiply_add(instruction: Instruction, noise: Noise) -> Arithmetic:
         double = kind[0] + str(2 * int(kind[1:]))
         return Arithmetic(_widened(double, lambda a, b, c: a * b + c), double, (kind, kind, double))
     product = _high(kind) if instruction.has("hi") else np.multiply
-    return _same(instruction, lambda a, b, c: np.asarray(product(a, b)).astype(kind_of(kind)) + c, 3)
+    return _same(
+        instruction, lambda a, b, c: np.asarray(product(a, b)).astype(kind_of(kind)) + c, 3
+    )
 
 
 @_opcode("min", "max")
@@ -193,7 +195,9 @@ def _remainder(instruction: Instruction, noise: Noise) -> Arithmetic:
 @_opcode("abs", "neg", "not")
 def _one_operand(instruction: Instruction, noise: Noise) -> Arithmetic:
     instruction.only("ftz")
-    return _same(instruction, {"abs": np.abs, "neg": np.negative, "not": np.invert}[instruction.name], 1)
+    return _same(
+        instruction, {"abs": np.abs, "neg": np.negative, "not": np.invert}[instruction.name], 1
+    )
 
 
 @_opcode("and", "or", "xor")
@@ -208,7 +212,11 @@ def _of_one_number(instruction: Instruction, noise: Noise) -> Arithmetic:
     name, kind = instruction.name, instruction.type
     instruction.only("approx rn ftz")
     if instruction.has("rn"):
-        return _same(instruction, {"rcp": lambda x: np.float64(1).astype(x.dtype) / x, "sqrt": np.sqrt}[name], 1)
+        return _same(
+            instruction,
+            {"rcp": lambda x: np.float64(1).astype(x.dtype) / x, "sqrt": np.sqrt}[name],
+            1,
+        )
     if kind == "f64" and name == "rcp":
 
         def coarse(x: Any) -> Any:  # the upper half of the number is right
@@ -289,7 +297,9 @@ def _funnel_shift(instruction: Instruction, noise: Noise) -> Arithmetic:
 
     def shift(low: Any, high: Any, count: Any) -> Any:
         both = (np.asarray(high).astype(np.uint64) << np.uint64(32)) | low
-        by = np.asarray(count & np.uint32(31) if wrap else np.minimum(count, np.uint32(32))).astype(np.uint64)
+        by = np.asarray(count & np.uint32(31) if wrap else np.minimum(count, np.uint32(32))).astype(
+            np.uint64
+        )
         shifted = both >> by if right else (both << by) >> np.uint64(32)
         return shifted.astype(np.uint32)
 
@@ -358,14 +368,18 @@ def _leading(instruction: Instruction, noise: Noise) -> Arithmetic:
         return np.where(ones.any(1), bits - ones[:, ::-1].argmax(1), 0)
 
     if instruction.name == "clz":
-        return Arithmetic(lambda a: (bits - length(a)).astype(np.uint32), "u32", (instruction.type,))
+        return Arithmetic(
+            lambda a: (bits - length(a)).astype(np.uint32), "u32", (instruction.type,)
+        )
     return Arithmetic(lambda a: (length(a) - 1).astype(np.uint32), "u32", (instruction.type,))
 
 
 @_opcode("brev")
 def _reverse(instruction: Instruction, noise: Noise) -> Arithmetic:
     def reverse(a: Any) -> Any:
-        return np.packbits(_bits(a)[:, ::-1], axis=1, bitorder="little").view(kind_of(instruction.type))[:, 0]
+        return np.packbits(_bits(a)[:, ::-1], axis=1, bitorder="little").view(
+            kind_of(instruction.type)
+        )[:, 0]
 
     return _same(instruction, reverse, 1)
 
@@ -378,7 +392,9 @@ def _permute_bytes(instruction: Instruction, noise: Noise) -> Arithmetic:
         both = (np.asarray(high).astype(np.uint64) << np.uint64(32)) | low
         result = np.uint32(0)
         for place in range(4):
-            selector = np.asarray(selectors >> np.uint32(4 * place) & np.uint32(15)).astype(np.uint64)
+            selector = np.asarray(selectors >> np.uint32(4 * place) & np.uint32(15)).astype(
+                np.uint64
+            )
             octet = both >> (selector & np.uint64(7)) * np.uint64(8) & np.uint64(255)
             sign = np.where(octet & np.uint64(128), np.uint64(255), np.uint64(0))
             chosen = np.where(selector & np.uint64(8), sign, octet).astype(np.uint32)
@@ -412,9 +428,13 @@ _WHOLE = {"rzi": np.trunc, "rni": np.rint, "rmi": np.floor, "rpi": np.ceil}
 def _convert(instruction: Instruction, noise: Noise) -> Arithmetic:
     to, source = instruction.types
     instruction.only("rn ftz rzi rni rmi rpi" + (" rz rm rp" if to == "f64" else ""))
-    whole = next((_WHOLE[modifier] for modifier in instruction.modifiers if modifier in _WHOLE), None)
+    whole = next(
+        (_WHOLE[modifier] for modifier in instruction.modifiers if modifier in _WHOLE), None
+    )
     if to in PACKED:  # of two numbers, the first of which becomes the upper half
-        return Arithmetic(lambda high, low: np.stack(np.broadcast_arrays(low, high), -1), to, (source, source))
+        return Arithmetic(
+            lambda high, low: np.stack(np.broadcast_arrays(low, high), -1), to, (source, source)
+        )
     if source in FLOATS and to not in FLOATS:
         if whole is None:
             raise Fault("a conversion to an integer says how it rounds")
@@ -436,7 +456,11 @@ def _to_integer(whole: Function, to: str) -> Function:
         number = whole(np.asarray(a).astype(np.float64))
         inside = (number >= least) & (number < float(most) + 1)
         limit = np.where(number > 0, kind(most), kind(least))
-        return np.where(np.isnan(number), kind(0), np.where(inside, np.where(inside, number, 0).astype(kind), limit))
+        return np.where(
+            np.isnan(number),
+            kind(0),
+            np.where(inside, np.where(inside, number, 0).astype(kind), limit),
+        )
 
     return convert
 

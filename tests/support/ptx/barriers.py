@@ -54,7 +54,9 @@ class Barriers:
         self._rank_of = np.arange(threads) // (threads // ranks)
         self._ranks = ranks
         self.state = np.zeros(threads, np.int8)
-        self._waits_for = np.zeros(threads, np.int64)  # number of a block's barrier, or place of an mbarrier
+        self._waits_for = np.zeros(
+            threads, np.int64
+        )  # number of a block's barrier, or place of an mbarrier
         self._arrived = np.zeros(threads, np.int64)  # how often at the cluster's barrier
         self._passed = np.zeros(threads, np.int64)
 
@@ -216,7 +218,9 @@ class Barriers:
         access = Access(np.array([to], np.uint64), size, 1, np.array([thread]), True)
         place = int(self._memory.shared_place(access)[0])
         self._races.start_copy(place, size, thread // 32)
-        self._memory.read_for_copy(source, size)  # outside the tensors it faults here, at the instruction
+        self._memory.read_for_copy(
+            source, size
+        )  # outside the tensors it faults here, at the instruction
         self.copies.append(Copy(place, source, size, self._place(barrier, np.array([thread]))))
 
     def land_copy(self) -> None:

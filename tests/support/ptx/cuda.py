@@ -26,6 +26,7 @@ import torch
 from fastkd.backends import native, registry
 from support.paths import ROOT
 from support.ptx.launch import Kernel
+from support.ptx.program import Program
 
 FLAGS = ("-O3", "-std=c++17")  # of setup.py, as far as they concern code of a device
 ERROR_BYTES = 4096
@@ -71,12 +72,6 @@ def _compiled(architecture: str) -> Path:
     return target
 
 
-@functools.cache
-def module_text(architecture: str) -> str:
-    """The PTX of csrc/cuda/kernel.cu for an architecture such as sm_90."""
-    return (_from_the_build(architecture) or _compiled(architecture)).read_text()
-
-
 def entry_of(text: str, kernel: str) -> str:
     """The mangled name of a kernel: of a divergence, Sparse, DenseShard, total_kernel or scale_kernel."""
     entries = re.findall(r"\.entry (\w+)\(", text)
@@ -90,9 +85,26 @@ def entry_of(text: str, kernel: str) -> str:
     return entry
 
 
+class Module:
+    """The kernels of a module, by the names that entry_of takes."""
+
+    def __init__(self, text: str) -> None:
+        self.text = text
+        self.kernels: dict[str, Kernel] = {}
+
+    def program(self, name: str) -> Program:
+        return Program(self.text, entry_of(self.text, name))
+
+    def kernel(self, name: str) -> Kernel:
+        if name not in self.kernels:
+            self.kernels[name] = Kernel(self.program(name))
+        return self.kernels[name]
+
+
 @functools.cache
-def _kernel(text: str, kernel: str) -> Kernel:
-    return Kernel(text, entry_of(text, kernel))
+def module(architecture: str) -> Module:
+    """The PTX of csrc/cuda/kernel.cu for an architecture such as sm_90."""
+    return Module((_from_the_build(architecture) or _compiled(architecture)).read_text())
 
 
 class _Launch(ctypes.Structure):
@@ -137,7 +149,9 @@ class _Memory:
 
 
 @contextmanager
-def in_machine(host: ModuleType, text: str, record: list[dict[str, Any]] | None = None) -> Iterator[None]:
+def in_machine(
+    host: ModuleType, module: Module, record: list[dict[str, Any]] | None = None
+) -> Iterator[None]:
     """Within, the machine runs the launches of the emulated extension from PTX; record lists their layouts."""
 
     def run(launch: Any, error: int) -> bool:
@@ -151,7 +165,9 @@ def in_machine(host: ModuleType, text: str, record: list[dict[str, Any]] | None 
             layout = {"ranks": launch.ranks, "dynamic": launch.shared_bytes}
             if record is not None:
                 record.append({"kernel": name, "threads": launch.threads, **layout})
-            _kernel(text, name).launch((launch.blocks, 1, 1), launch.threads, parameters, memory.tensors, **layout)
+            module.kernel(name).launch(
+                (launch.blocks, 1, 1), launch.threads, parameters, memory.tensors, **layout
+            )
         except BaseException as problem:
             message = f"{type(problem).__name__}: {problem}".encode()[: ERROR_BYTES - 1]
             ctypes.memmove(error, message, len(message))

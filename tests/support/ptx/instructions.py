@@ -74,7 +74,9 @@ def _move(machine: Machine, instruction: Instruction) -> Operation:
     return Operation(instruction.text, lambda lanes: write(lanes, read(lanes)))
 
 
-def _take_apart(machine: Machine, instruction: Instruction, parts: list[str], read: Read) -> Operation:
+def _take_apart(
+    machine: Machine, instruction: Instruction, parts: list[str], read: Read
+) -> Operation:
     size = size_of(instruction.type) // len(parts)
     writes = [machine.write(part, f"b{8 * size}") for part in parts]
 
@@ -346,7 +348,10 @@ def _through_slot(
 @_opcode("cvta")
 def _convert_address(machine: Machine, instruction: Instruction) -> Operation:
     kind = instruction.type
-    read, write = machine.read(instruction.operands[1], kind), machine.write(instruction.operands[0], kind)
+    read, write = (
+        machine.read(instruction.operands[1], kind),
+        machine.write(instruction.operands[0], kind),
+    )
     window = {"shared": SHARED, "local": LOCAL}.get(_space(instruction)[0] or "", 0)
     of = kind_of(kind)
     above = of(window << WINDOW)
@@ -360,11 +365,16 @@ def _map_to_rank(machine: Machine, instruction: Instruction) -> Operation:
     kind = instruction.type
     of = kind_of(kind)
     write = machine.write(instruction.operands[0], kind)
-    address, rank = machine.read(instruction.operands[1], kind), machine.read(instruction.operands[2], "u32")
+    address, rank = (
+        machine.read(instruction.operands[1], kind),
+        machine.read(instruction.operands[2], "u32"),
+    )
     mask = ~of(0xFF << RANK)
     return Operation(
         instruction.text,
-        lambda lanes: write(lanes, address(lanes) & mask | np.asarray(rank(lanes)).astype(of) << of(RANK)),
+        lambda lanes: write(
+            lanes, address(lanes) & mask | np.asarray(rank(lanes)).astype(of) << of(RANK)
+        ),
     )
 
 
@@ -373,7 +383,10 @@ def _atomic(machine: Machine, instruction: Instruction) -> Operation:
     """Atomic operations of one thread after the other, in an order drawn by lot."""
     functions = {"add": np.add, "or": np.bitwise_or, "and": np.bitwise_and, "xor": np.bitwise_xor,
                  "max": np.maximum, "min": np.minimum, "exch": lambda old, new: new}  # fmt: skip
-    _check_modifiers(instruction, "relaxed gpu cta sys cluster acquire release acq_rel noftz " + " ".join(functions))
+    _check_modifiers(
+        instruction,
+        "relaxed gpu cta sys cluster acquire release acq_rel noftz " + " ".join(functions),
+    )
     function = functions[instruction.one_of(*functions)]
     returns = instruction.name == "atom"
     *result, place, operand = instruction.operands
@@ -387,7 +400,9 @@ def _atomic(machine: Machine, instruction: Instruction) -> Operation:
         threads = machine.numbers[lanes]
         before = np.empty(len(threads), of)
         for one in machine.shuffled(len(threads)):
-            access = Access(found[one : one + 1], size, 1, threads[one : one + 1], True, atomic=True)
+            access = Access(
+                found[one : one + 1], size, 1, threads[one : one + 1], True, atomic=True
+            )
             _check_space(machine, access, space, anywhere)
             before[one] = machine.memory.load(access).view(of)[0, 0]
             after = np.array([[function(before[one], values[one])]], of)
@@ -398,7 +413,17 @@ def _atomic(machine: Machine, instruction: Instruction) -> Operation:
     return Operation(instruction.text, run)
 
 
-@_opcode("prefetch", "prefetchu", "discard", "applypriority", "griddepcontrol", "nanosleep", "membar", "setmaxnreg")
+@_opcode(
+    "prefetch",
+    "prefetchu",
+    "discard",
+    "applypriority",
+    "griddepcontrol",
+    "nanosleep",
+    "membar",
+    "setmaxnreg",
+    "removed",
+)
 def _nothing(machine: Machine, instruction: Instruction) -> Operation:
     """What changes no value and no order that the machine checks."""
     return Operation(instruction.text, lambda lanes: None)
@@ -435,7 +460,12 @@ def _shuffle(machine: Machine, instruction: Instruction) -> Operation:
         by, limit = (np.asarray(read(lanes)).astype(np.int64) for read in (step, bounds))
         segment, clamp = limit >> 8 & 31, limit & 31
         last, first = lane & segment | clamp & ~segment, lane & segment
-        source = {"bfly": lane ^ by, "down": lane + by, "up": lane - by, "idx": first | by & ~segment & 31}[mode]
+        source = {
+            "bfly": lane ^ by,
+            "down": lane + by,
+            "up": lane - by,
+            "idx": first | by & ~segment & 31,
+        }[mode]
         valid = source >= last if mode == "up" else source <= last
         source = threads - lane + np.where(valid, source, lane)
         given = np.full(machine.count, 0x7FC0DEAD, np.uint32)  # of lanes that give nothing, NaN
@@ -456,7 +486,10 @@ def _reduce(machine: Machine, instruction: Instruction) -> Operation:
     if instruction.type == "f32" and not instruction.has("NaN"):
         function = {"max": np.fmax, "min": np.fmin}[name]
     kind = instruction.type
-    read, write = machine.read(instruction.operands[1], kind), machine.write(instruction.operands[0], kind)
+    read, write = (
+        machine.read(instruction.operands[1], kind),
+        machine.write(instruction.operands[0], kind),
+    )
     whole = _whole_warp(machine, instruction.operands[2])
 
     def run(lanes: Lanes) -> None:
@@ -495,7 +528,12 @@ def _vote(machine: Machine, instruction: Instruction) -> Operation:
         for warp, who in _by_warp(machine, lanes):
             votes = values[who]
             bits = np.bitwise_or.reduce(votes.astype(np.uint32) << (warp % WARP).astype(np.uint32))
-            outcomes = {"all": votes.all(), "any": votes.any(), "uni": (votes == votes[0]).all(), "ballot": bits}
+            outcomes = {
+                "all": votes.all(),
+                "any": votes.any(),
+                "uni": (votes == votes[0]).all(),
+                "ballot": bits,
+            }
             write(warp, outcomes[name])
 
     return Operation(instruction.text, run, kind="gathers")
@@ -627,7 +665,9 @@ def _mbarrier(machine: Machine, instruction: Instruction) -> Operation:
 
     def run(lanes: Lanes) -> None:
         numbers = _spread(number(lanes), lanes, machine)
-        for address, thread, count in zip(addresses(lanes), machine.numbers[lanes], numbers, strict=True):
+        for address, thread, count in zip(
+            addresses(lanes), machine.numbers[lanes], numbers, strict=True
+        ):
             if instruction.has("init"):
                 machine.barriers.init_mbarrier(int(address), thread, int(count))
             elif instruction.has("expect_tx"):

@@ -40,8 +40,8 @@ def settings_of_environment() -> Settings:
 class Kernel:
     """An entry of a PTX module, ready to launch."""
 
-    def __init__(self, text: str, entry: str) -> None:
-        self.program = Program(text, entry)
+    def __init__(self, program: Program) -> None:
+        self.program = program
         self._machines: dict[tuple[object, ...], Machine] = {}
 
     def _machine(self, *layout: object) -> Machine:
@@ -50,6 +50,14 @@ class Kernel:
                 self._machines.clear()
             self._machines[layout] = Machine(self.program, *layout)  # type: ignore[arg-type]
         return self._machines[layout]
+
+    def reached(self) -> set[int]:
+        """The instructions that launches have executed, as places in the program."""
+        return {
+            place
+            for machine in self._machines.values()
+            for place in machine.reached.nonzero()[0].tolist()
+        }
 
     def launch(
         self,
@@ -68,7 +76,10 @@ class Kernel:
         machine = self._machine(threads, ranks, dynamic, grid, settings)
         memory = Tensors(tensors)
         first_blocks = [
-            (x, y, z) for z in range(grid[2]) for y in range(grid[1]) for x in range(0, grid[0], ranks)
+            (x, y, z)
+            for z in range(grid[2])
+            for y in range(grid[1])
+            for x in range(0, grid[0], ranks)
         ]
         numbered = list(enumerate(first_blocks))
         if settings.random_order:

@@ -18,7 +18,18 @@ import numpy as np
 from support.ptx.barriers import DONE, PARKED, RUNS, STATES, Barriers
 from support.ptx.faults import Fault
 from support.ptx.memory import FIRST, LOCAL, PARAM, RANK, WINDOW, Memory, Tensors
-from support.ptx.numbers import UNSIGNED, Lanes, Noise, Read, Write, constant, kind_of, reader, size_of, writer
+from support.ptx.numbers import (
+    UNSIGNED,
+    Lanes,
+    Noise,
+    Read,
+    Write,
+    constant,
+    kind_of,
+    reader,
+    size_of,
+    writer,
+)
 from support.ptx.program import Parameter, Program
 from support.ptx.races import SharedRaces
 
@@ -46,7 +57,9 @@ class Operation:
     guard: Any = None  # a predicate register
     negated: bool = False
     leads: bool = False  # whether lanes can join here
-    results: list[tuple[Any, Any]] = field(default_factory=list)  # of a call: (where they go, where they are)
+    results: list[tuple[Any, Any]] = field(
+        default_factory=list
+    )  # of a call: (where they go, where they are)
 
 
 class Machine:
@@ -89,6 +102,7 @@ class Machine:
         self._depth = np.zeros(self.count, np.int64)
         self._block = [np.zeros(self.count, np.uint32) for _ in range(3)]
         self.executed = 0  # instructions, summed over lanes
+        self.reached = np.zeros(len(program.instructions), np.bool_)
         self._operations = self._prepared()
 
     def _place_variables(self, dynamic: int) -> None:
@@ -150,7 +164,9 @@ class Machine:
         """Special registers, and addresses of variables."""
         of = kind_of(kind)
         if operand in self.shared_variables:
-            address = self.rank.astype(np.uint64) << np.uint64(RANK) | np.uint64(self.shared_variables[operand])
+            address = self.rank.astype(np.uint64) << np.uint64(RANK) | np.uint64(
+                self.shared_variables[operand]
+            )
             return address.astype(of).__getitem__
         for places, window in ((self.local_variables, LOCAL), (self.entry_parameters, PARAM)):
             if operand in places:
@@ -161,7 +177,9 @@ class Machine:
             raise Fault(f"operand {operand} is unknown")
         if isinstance(values, int):
             return lambda lanes: of(values)
-        return (values if of is np.uint32 else values.view(of) if of is np.int32 else values.astype(of)).__getitem__
+        return (
+            values if of is np.uint32 else values.view(of) if of is np.int32 else values.astype(of)
+        ).__getitem__
 
     def _special_registers(self) -> dict[str, Any]:
         lane = (self.numbers % WARP).astype(np.uint32)
@@ -185,7 +203,11 @@ class Machine:
     # Running
 
     def run(
-        self, parameters: list[bytes], tensors: Tensors, block: tuple[int, int, int] = (0, 0, 0), cluster: int = 0
+        self,
+        parameters: list[bytes],
+        tensors: Tensors,
+        block: tuple[int, int, int] = (0, 0, 0),
+        cluster: int = 0,
     ) -> None:
         """Run the cluster whose first block is `block`, the cluster-th of its grid, to the end."""
         self._reset(parameters, tensors, block, cluster)
@@ -204,10 +226,14 @@ class Machine:
                     raise Fault(f"deadlock: {self._where()}")
         raise Fault(f"no end after {MOST_BLOCKS} basic blocks: {self._where()}")
 
-    def _reset(self, parameters: list[bytes], tensors: Tensors, block: tuple[int, int, int], cluster: int) -> None:
+    def _reset(
+        self, parameters: list[bytes], tensors: Tensors, block: tuple[int, int, int], cluster: int
+    ) -> None:
         expected = [parameter.size for parameter in self.program.entry.parameters]
         if [len(parameter) for parameter in parameters] != expected:
-            raise Fault(f"parameters of {[len(p) for p in parameters]} bytes; the kernel takes {expected}")
+            raise Fault(
+                f"parameters of {[len(p) for p in parameters]} bytes; the kernel takes {expected}"
+            )
         memory = bytearray(self._parameters_end)
         for place, value in zip(self.entry_parameters.values(), parameters, strict=True):
             memory[place : place + len(value)] = value
@@ -227,13 +253,17 @@ class Machine:
             for state, at in zip(self.state.tolist(), self.place.tolist(), strict=True)
             if state != DONE
         )
-        return "; ".join(f"{count} threads: {state} at {text}" for (state, text), count in found.most_common(4))
+        return "; ".join(
+            f"{count} threads: {state} at {text}" for (state, text), count in found.most_common(4)
+        )
 
     def _next(self, runnable: Any) -> tuple[int, Lanes]:
         """The place of the instruction to run next, and its lanes."""
         if self.settings.random_order:
             runnable &= self.warp == self._lot.choice(np.unique(self.warp[runnable]).tolist())
-            with_parked = runnable | (self.state == PARKED) & (self.warp == self.warp[runnable.argmax()])
+            with_parked = runnable | (self.state == PARKED) & (
+                self.warp == self.warp[runnable.argmax()]
+            )
         else:
             with_parked = runnable | (self.state == PARKED)
         lowest = self.place[runnable].min()
@@ -245,6 +275,7 @@ class Machine:
         while True:
             operation = self._operations[at]
             self.executed += len(self.numbers[lanes])
+            self.reached[at] = True
             try:
                 if operation.kind == "gathers":
                     lanes = self._gathered(at, lanes)

@@ -17,10 +17,14 @@ from support.ptx.races import SharedRaces
 
 GLOBAL, SHARED, PARAM, LOCAL = range(4)  # the window of an address: its bits from WINDOW on
 WINDOW = 48
-RANK = 24  # in an address of shared memory, the bits from here on are the block's rank in its cluster
+RANK = (
+    24  # in an address of shared memory, the bits from here on are the block's rank in its cluster
+)
 FIRST = 1024  # the first address in shared memory that a program may use, so that no valid address is small
 SPACES = {"global": GLOBAL, "shared": SHARED, "param": PARAM, "local": LOCAL, "const": PARAM}
-WATCHED = 1 << 26  # bytes of the largest tensor whose elements are watched for access by several clusters
+WATCHED = (
+    1 << 26
+)  # bytes of the largest tensor whose elements are watched for access by several clusters
 
 
 class Access(NamedTuple):
@@ -131,13 +135,17 @@ class _Touched:
             self._reader[cells] = np.where(alone, cluster, self.SEVERAL)
         for other in others:
             if ((other != -1) & (other != cluster)).any():
-                raise Fault("two programs of a launch touch one element of a tensor, and one of them writes it")
+                raise Fault(
+                    "two programs of a launch touch one element of a tensor, and one of them writes it"
+                )
 
 
 class Memory:
     """All memories that a cluster's threads reach."""
 
-    def __init__(self, threads: int, ranks: int, shared: int, local: int, races: SharedRaces) -> None:
+    def __init__(
+        self, threads: int, ranks: int, shared: int, local: int, races: SharedRaces
+    ) -> None:
         self._races = races
         self._room = shared + 127 & ~127
         self._end = shared
@@ -187,7 +195,9 @@ class Memory:
         if window == SHARED:
             places = self.shared_place(access)
             self._races.check(places, access)
-            return self._shared[access.size][places[:, None] // access.size + np.arange(access.count)]
+            return self._shared[access.size][
+                places[:, None] // access.size + np.arange(access.count)
+            ]
         elements, rows, places = self._private(window, access)
         return elements[rows, places]
 
@@ -223,7 +233,9 @@ class Memory:
         size = access.size * access.count
         outside = (offsets < FIRST) | (offsets + np.uint64(size) > self._end)
         if (outside | (ranks >= self._ranks)).any():
-            raise Fault(f"access of {size} bytes outside shared memory, which ends at {self._end:#x}")
+            raise Fault(
+                f"access of {size} bytes outside shared memory, which ends at {self._end:#x}"
+            )
         ranks = ranks.astype(np.int64)
         remote = ranks != self._rank_of[access.threads]
         if remote.any():
@@ -234,7 +246,9 @@ class Memory:
         if not writes:
             raise Fault("a load from another block's shared memory, which is not implemented")
         if not self.started:
-            raise Fault("access to another block's shared memory before it is known to have started")
+            raise Fault(
+                "access to another block's shared memory before it is known to have started"
+            )
         if self.ended[ranks].any():
             raise Fault("access to the shared memory of a block that has ended")
 

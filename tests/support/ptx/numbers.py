@@ -68,7 +68,11 @@ def constant(text: str, name: str) -> Any:
         return value.view(kind)[()]
     else:
         return None
-    return value.view(np.float32 if value.itemsize == 4 else np.float64).astype(kind)[()] if name in FLOATS else value[()]
+    return (
+        value.view(np.float32 if value.itemsize == 4 else np.float64).astype(kind)[()]
+        if name in FLOATS
+        else value[()]
+    )
 
 
 def _cells(register: Any, name: str) -> Any:
@@ -110,7 +114,9 @@ def writer(register: Any, name: str) -> Write:
     if size_of(name) < register.itemsize:
         if name in FLOATS:
             raise Fault(f"{name} in a register of {register.itemsize} bytes")
-        return register.view((SIGNED if name[0] == "s" else UNSIGNED)[register.itemsize]).__setitem__
+        return register.view(
+            (SIGNED if name[0] == "s" else UNSIGNED)[register.itemsize]
+        ).__setitem__
     cells = _cells(register, name)
     if PACKED.get(name, name) == "bf16":
         return lambda lanes, values: cells.__setitem__(lanes, bits_of_bf16(values))

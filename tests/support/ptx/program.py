@@ -98,7 +98,9 @@ def _parameter(text: str) -> Parameter:
         raise Fault(f"parameter {text!r} is not understood")
     attributes, name, count = declared.groups()
     element = next(size_of(part) for part in re.findall(r"\.(\w+)", attributes) if part in SIZES)
-    align = re.search(r"\.align\s+(\d+)", attributes) if count else None  # else it is that of what a pointer leads to
+    align = (
+        re.search(r"\.align\s+(\d+)", attributes) if count else None
+    )  # else it is that of what a pointer leads to
     return Parameter(name, element * int(count or 1), int(align[1]) if align else element)
 
 

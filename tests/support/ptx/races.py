@@ -85,7 +85,9 @@ class SharedRaces:
         self._room = room // CELL
         self.clocks.reset()
         self._writer = np.zeros(cells, np.int32)
-        self._written = np.zeros(cells, np.int32)  # the time of that; 0: never, which precedes everything
+        self._written = np.zeros(
+            cells, np.int32
+        )  # the time of that; 0: never, which precedes everything
         self._atomic = np.zeros(cells, np.bool_)
         self._read = np.zeros((cells, self._per_block), np.int32)
         self._read_in_words = np.zeros((cells, self._per_block), np.int32)
@@ -155,7 +157,9 @@ class SharedRaces:
         self._read[cells] = 0
         self._read_in_words[cells] = 0
         if not access.atomic and (self._writer[cells] != owners).any():
-            raise Fault("race in shared memory: two warps write one place, without a barrier in between")
+            raise Fault(
+                "race in shared memory: two warps write one place, without a barrier in between"
+            )
 
     def start_copy(self, place: int, size: int, warp: int) -> None:
         """A bulk copy to these bytes: every access to them must be fenced and known to the warp that asks for it."""

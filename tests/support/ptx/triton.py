@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import struct
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -16,10 +17,13 @@ from triton.runtime.jit import JITFunction, create_function_from_signature
 
 from fastkd.backends import registry
 from support.ptx.launch import Kernel
+from support.ptx.program import Program
 
 _FORMATS = {"i1": "?", "i8": "b", "i16": "h", "i32": "i", "i64": "q", "u8": "B", "u32": "I", "u64": "Q", "fp32": "f",
             "fp64": "d"}  # fmt: skip
-SCRATCH = 2  # parameters that Triton appends, pointers to scratch memory that these kernels do not use
+SCRATCH = (
+    2  # parameters that Triton appends, pointers to scratch memory that these kernels do not use
+)
 
 
 def _flattened(kinds: Any, values: Any) -> list[tuple[str, Any]]:
@@ -48,7 +52,8 @@ class Launcher:
         self._backend = make_backend(self._target)
         self._binders: dict[JITFunction[Any], Any] = {}
         self._compiled: dict[tuple[int, str, str], tuple[Any, Any]] = {}
-        self._kernels: dict[str, Kernel] = {}
+        self.kernels: dict[str, Kernel] = {}
+        self.edit: Callable[[Program], Program] = lambda program: program
 
     def run(
         self, function: JITFunction[Any], *arguments: Any, grid: Any, warmup: bool, **options: Any
@@ -87,16 +92,20 @@ class Launcher:
         return self._compiled[key]
 
     def _kernel(self, compiled: Any) -> Kernel:
-        if compiled.hash not in self._kernels:
-            self._kernels[compiled.hash] = Kernel(compiled.asm["ptx"], compiled.metadata.name)
-        return self._kernels[compiled.hash]
+        if compiled.hash not in self.kernels:
+            self.kernels[compiled.hash] = Kernel(
+                self.edit(Program(compiled.asm["ptx"], compiled.metadata.name))
+            )
+        return self.kernels[compiled.hash]
 
 
 def install(architecture: int) -> Launcher:
     """Let every launch of a Triton kernel in this process run in the machine, and let CPU tensors reach the kernels."""
     launcher = Launcher(architecture)
 
-    def run(self: JITFunction[Any], *arguments: Any, grid: Any, warmup: bool, **options: Any) -> None:
+    def run(
+        self: JITFunction[Any], *arguments: Any, grid: Any, warmup: bool, **options: Any
+    ) -> None:
         launcher.run(self, *arguments, grid=grid, warmup=warmup, **options)
 
     JITFunction.run = run  # type: ignore[method-assign]
