@@ -53,8 +53,7 @@ def _compiled(architecture: str) -> Path:
     nvcc = shutil.which("nvcc") or shutil.which("/usr/local/cuda/bin/nvcc")
     if nvcc is None:
         pytest.skip("nvcc, which makes PTX of csrc/cuda, is not installed")
-    # Code of one architecture alone, as setup.py builds it: sm_90a.
-    command = [nvcc, *FLAGS, f"-arch={architecture}a", "-ptx", f"-I{ROOT / 'csrc'}"]
+    command = [nvcc, *FLAGS, f"-arch={architecture}", "-ptx", f"-I{ROOT / 'csrc'}"]
     text = b"".join(path.read_bytes() for path in _sources()) + " ".join(command).encode()
     folder = ROOT / "build" / "ptx"
     folder.mkdir(parents=True, exist_ok=True)
