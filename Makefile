@@ -73,7 +73,7 @@ heavy: $(STACKS)/.stacks build build/demo/.stamp ## run the heavy tests, which `
 	$(STACKS_PY) -m pytest -m heavy $(ARGS)
 
 ptx: $(VENV)/.dev build ## run the GPU kernels' PTX on this CPU in the machine of tests/support/ptx; writes build/ptx/report.md
-	$(PY) tests/support/ptx/report.py $(ARGS)
+	PYTHONPATH=tests $(PY) -m support.ptx.report $(ARGS)
 
 lint: $(VENV)/.dev ## run ruff and mypy as CI does
 	@status=0; for check in "ruff check ." "ruff format --check ." mypy; do \

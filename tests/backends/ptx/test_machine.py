@@ -240,9 +240,9 @@ FAULTS: dict[str, tuple[str, str, str, int, int]] = {
         f"{FILL} {OTHER} bar.sync 0; ld.shared.b32 %r4, [%r2]; st.shared.b32 [%r1], %r4;",
         f"{FILL} {OTHER} bar.sync 0; ld.shared.b32 %r4, [%r2]; bar.sync 0; st.shared.b32 [%r1], %r4;", 64, 1),
     "two warps write one word": (
-        "race in shared memory: (two warps write one place|thread .* writes what warp)",
-        "mov.u32 %r3, 1; st.shared.b32 [memory], %r3;",
-        "mov.u32 %r3, 1; setp.lt.u32 %p1, %t, 32; @%p1 st.shared.b32 [memory], %r3; bar.sync 0; @!%p1 st.shared.b32 [memory], %r3;",
+        "different values to one place|race in shared memory: thread .* writes what warp",
+        "mov.u32 %r3, %warpid; st.shared.b32 [memory], %r3;",
+        "mov.u32 %r3, %warpid; setp.lt.u32 %p1, %t, 32; @%p1 st.shared.b32 [memory], %r3; bar.sync 0; @!%p1 st.shared.b32 [memory], %r3;",
         64, 1),
     "a plain read beside an atomic": (
         "race in shared memory", "atom.shared.or.b32 %r3, [memory], 1; ld.shared.b32 %r4, [memory];",

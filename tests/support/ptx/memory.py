@@ -206,8 +206,8 @@ class Memory:
             self._tensors.store(access, values, self._cluster)
         elif window == SHARED:
             places = self.shared_place(access)
-            self._races.check(places, access)
             where = places[:, None] // access.size + np.arange(access.count)
+            self._races.check(places, access, self._shared[access.size][where] == values)
             self._shared[access.size][where] = values
             _check_agreement(self._shared[access.size][where], values)
         elif window == LOCAL:

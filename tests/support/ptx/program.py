@@ -6,8 +6,10 @@ scope, `function@name@number of the scope`, so that the machine needs no scopes.
 
 from __future__ import annotations
 
+import functools
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 from support.ptx.faults import Fault
 from support.ptx.numbers import PACKED, SIZES, size_of
@@ -127,56 +129,61 @@ def _statements(body: str) -> list[str]:
     return [" ".join(statement.split()) for statement in found if statement.strip()]
 
 
+class _Text(NamedTuple):
+    """A module's text in parts."""
+
+    bodies: dict[str, tuple[Function, str]]
+    outside: str  # of all functions
+
+
+@functools.lru_cache(maxsize=4)
+def _parts(text: str) -> _Text:
+    text = _DIRECTIVES.sub("", re.sub(r"//[^\n]*", "", text))
+    bodies, outside, end = {}, [], 0
+    for header in _HEADER.finditer(text):
+        if header["end"] == ";":
+            continue
+        outside.append(text[end : header.start()])
+        end, depth = header.end(), 1
+        for brace in re.compile(r"[{}]").finditer(text, header.end()):
+            depth += 1 if brace[0] == "{" else -1
+            if depth == 0:
+                end = brace.end()
+                break
+        function = Function(
+            header["name"],
+            header["kind"] == "entry",
+            _parameters(header["parameters"]),
+            _parameters(header["results"]),
+        )
+        bodies[function.name] = function, text[header.end() : end - 1]
+    return _Text(bodies, "".join([*outside, text[end:]]))
+
+
 class Program:
     """An entry of a PTX module and the functions that it calls."""
 
     def __init__(self, text: str, entry: str) -> None:
-        text = _DIRECTIVES.sub("", re.sub(r"//[^\n]*", "", text))
         self.instructions: list[Instruction] = []
+        self.functions: dict[str, Function] = {}
         self.registers: dict[str, str] = {}  # name: type
         self.parameters: dict[str, int] = {}  # in functions and calls, name: bytes
         self.labels: dict[str, int] = {}
         self.shared: list[Parameter] = []
         self.local: list[Parameter] = []
-        self.dynamic = re.findall(r"\.extern\s+\.shared[^;]*?\b([\w$]+)\[\]\s*;", text)
-        bodies = self._bodies(text)
+        bodies, outside = _parts(text)
+        self.dynamic = re.findall(r"\.extern\s+\.shared[^;]*?\b([\w$]+)\[\]\s*;", outside)
         if entry not in bodies:
             raise Fault(f"the module has no entry {entry!r}")
-        self._outside(text)
-        for name in self._reachable(bodies, entry):
-            function, body = bodies[name]
-            function.first = len(self.instructions)
-            self.functions[name] = function
-            _Body(self, function).read(_statements(body))
-        self.entry = self.functions[entry]
-
-    def _bodies(self, text: str) -> dict[str, tuple[Function, str]]:
-        self.functions: dict[str, Function] = {}
-        bodies = {}
-        for header in _HEADER.finditer(text):
-            if header["end"] == ";":
-                continue
-            depth, place = 1, header.end()
-            while depth:
-                depth += (text[place] == "{") - (text[place] == "}")
-                place += 1
-            function = Function(
-                header["name"],
-                header["kind"] == "entry",
-                _parameters(header["parameters"]),
-                _parameters(header["results"]),
-            )
-            bodies[function.name] = function, text[header.end() : place - 1]
-        return bodies
-
-    def _outside(self, text: str) -> None:
-        """Variables in shared memory that are declared outside functions."""
-        outside = re.sub(r"\{[^{}]*\}", "", text)
-        while outside != text:
-            text, outside = outside, re.sub(r"\{[^{}]*\}", "", outside)
         for variable in _VARIABLE.finditer(outside):
             if variable["count"] != "":
                 self.declare_variable(variable, variable["name"])
+        for name in self._reachable(bodies, entry):
+            function, body = bodies[name]
+            function = replace(function, first=len(self.instructions))
+            self.functions[name] = function
+            _Body(self, function).read(_statements(body))
+        self.entry = self.functions[entry]
 
     def declare_variable(self, variable: re.Match[str], name: str) -> None:
         """Reserve memory for a variable in shared or local memory."""

@@ -93,13 +93,17 @@ class SharedRaces:
         self._read_in_words = np.zeros((cells, self._per_block), np.int32)
         self._arriving = np.zeros(cells, np.bool_)  # a bulk copy is under way
 
-    def check(self, places: Any, access: Any) -> None:
-        """Raise Fault if an access at these bytes races with an earlier one; note it."""
+    def check(self, places: Any, access: Any, unchanged: Any = None) -> None:
+        """Raise Fault if an access at these bytes races with an earlier one; note it.
+
+        `unchanged` says which elements a store leaves as they are: warps may write one value to one place without a
+        barrier, as Triton's do where several hold the same element.
+        """
         cells = (places // CELL)[:, None] + np.arange((access.size * access.count + 1) // CELL)
         warps = access.threads // 32
         if self._arriving[cells].any():
             raise Fault("access to shared memory that a bulk copy is writing")
-        self._after_writes(cells, warps, access)
+        self._after_writes(cells, warps, access, unchanged)
         if access.writes:
             self._after_reads(cells, warps, access)
             self._note_write(cells, warps, access)
@@ -111,10 +115,12 @@ class SharedRaces:
     def observe(self, places: Any, access: Any) -> None:
         """Raise Fault if these bytes may not have their last value yet; used for mbarriers, which order themselves."""
         cells = (places // CELL)[:, None] + np.arange(access.size // CELL)
-        self._after_writes(cells, access.threads // 32, access)
+        self._after_writes(cells, access.threads // 32, access, None)
 
-    def _after_writes(self, cells: Any, warps: Any, access: Any) -> None:
+    def _after_writes(self, cells: Any, warps: Any, access: Any, unchanged: Any) -> None:
         ordered = self._written[cells] <= self.clocks.seen[warps[:, None], self._writer[cells]]
+        if unchanged is not None:
+            ordered |= np.repeat(unchanged, cells.shape[1] // access.count, 1)
         if access.atomic:
             ordered |= self._atomic[cells]
         if ordered.all():
@@ -156,10 +162,6 @@ class SharedRaces:
         self._atomic[cells] = access.atomic
         self._read[cells] = 0
         self._read_in_words[cells] = 0
-        if not access.atomic and (self._writer[cells] != owners).any():
-            raise Fault(
-                "race in shared memory: two warps write one place, without a barrier in between"
-            )
 
     def start_copy(self, place: int, size: int, warp: int) -> None:
         """A bulk copy to these bytes: every access to them must be fenced and known to the warp that asks for it."""

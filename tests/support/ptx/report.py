@@ -1,7 +1,7 @@
 """Runs the project's tests of GPU kernels on the kernels' PTX, and prints a table of what passed.
 
 `make ptx` calls it. Each line of the table is a run of pytest; as many run at once as there are processors. Arguments
-select lines: `python tests/support/ptx/report.py triton sm_90` runs those whose name or target has all these words.
+select lines: `make ptx ARGS="triton sm_90"` runs those whose name or target has all these words.
 """
 
 from __future__ import annotations
