@@ -63,7 +63,7 @@ def test_every_divergence(
     labels = labels_for(3, vocabulary=1000, seed=3)
     options = {"alpha": 0.7, "temperature": 2.0, "label_smoothing": 0.1}
     check("cuda", student, teacher, labels, divergence=divergence, **options)
-    assert {launch["ranks"] for launch in launches if launch["kernel"] == divergence} == {ranks}
+    assert {launch["ranks"] for launch in launches if launch["kernel"] != "total_kernel"} == {ranks}
 
 
 DTYPES = [
@@ -74,7 +74,10 @@ DTYPES = [
 @pytest.mark.parametrize("dtypes", DTYPES, ids=str)
 @pytest.mark.parametrize("divergence", ["forward_kl", "jsd"])
 def test_every_dtype(
-    emulation: Emulation, launches: list[dict[str, Any]], divergence: str, dtypes: tuple[torch.dtype, torch.dtype]
+    emulation: Emulation,
+    launches: list[dict[str, Any]],
+    divergence: str,
+    dtypes: tuple[torch.dtype, torch.dtype],
 ) -> None:
     """Rows at any address: 1001 columns of two bytes begin at every alignment in turn."""
     emulation.ranks = 2
@@ -118,7 +121,14 @@ def test_a_vocabulary_in_shards(
 ) -> None:
     emulation.ranks = 2
     labels = labels_for(3, vocabulary=1200, seed=3)
-    check("cuda", logits(3, 1200, seed=1), logits(3, 1200, seed=2), labels, divergence=divergence, alpha=0.5)
+    check(
+        "cuda",
+        logits(3, 1200, seed=1),
+        logits(3, 1200, seed=2),
+        labels,
+        divergence=divergence,
+        alpha=0.5,
+    )
     assert "DenseShard" in {launch["kernel"] for launch in launches}
 
 
@@ -161,7 +171,9 @@ def _outcome(student: Tensor, teacher: Any, **options: Any) -> list[Tensor]:
     return [loss.detach(), *torch.autograd.grad(loss, leaves)]
 
 
-def _dense(divergence: str, dtype: torch.dtype, width: int, ranks: int) -> Callable[[Emulation], list[Tensor]]:
+def _dense(
+    divergence: str, dtype: torch.dtype, width: int, ranks: int
+) -> Callable[[Emulation], list[Tensor]]:
     def run(emulation: Emulation) -> list[Tensor]:
         emulation.ranks = ranks
         student, teacher = (logits(4, width, seed=seed, dtype=dtype) for seed in (1, 2))
@@ -174,7 +186,9 @@ def _dense(divergence: str, dtype: torch.dtype, width: int, ranks: int) -> Calla
 
 def _sparse(emulation: Emulation) -> list[Tensor]:
     emulation.ranks = 2
-    return _outcome(logits(4, 1000, seed=1), sparse(4, vocabulary=1000, k=40, seed=2), divergence="jsd")
+    return _outcome(
+        logits(4, 1000, seed=1), sparse(4, vocabulary=1000, k=40, seed=2), divergence="jsd"
+    )
 
 
 def _in_shards(divergence: str) -> Callable[[Emulation], list[Tensor]]:
@@ -209,13 +223,19 @@ CALLS: dict[str, list[Callable[[Emulation], list[Tensor]]]] = {
 }
 
 
-def _sound(module: cuda.Module, emulation: Emulation, host: ModuleType, calls: list[Any]) -> list[list[Tensor]]:
+def _sound(
+    module: cuda.Module, emulation: Emulation, host: ModuleType, calls: list[Any]
+) -> list[list[Tensor]]:
     with cuda.in_machine(host, module):
         return [call(emulation) for call in calls]
 
 
 def _is_seen(
-    broken: cuda.Module, emulation: Emulation, host: ModuleType, calls: list[Any], sound: list[list[Tensor]]
+    broken: cuda.Module,
+    emulation: Emulation,
+    host: ModuleType,
+    calls: list[Any],
+    sound: list[list[Tensor]],
 ) -> str | None:
     """What shows a planted fault: the machine's message, or other numbers; None if nothing does."""
     for call, expected in zip(calls, sound, strict=True):
@@ -224,7 +244,10 @@ def _is_seen(
                 actual = call(emulation)
         except (RuntimeError, Fault) as seen:
             return str(seen).splitlines()[0]
-        if not all(torch.equal(a.nan_to_num(7), b.nan_to_num(7)) for a, b in zip(actual, expected, strict=True)):
+        if not all(
+            torch.equal(a.nan_to_num(7), b.nan_to_num(7))
+            for a, b in zip(actual, expected, strict=True)
+        ):
             return "other numbers"
     return None
 
@@ -238,7 +261,10 @@ def _with_planted(module: cuda.Module, name: str, place: int) -> cuda.Module:
 
 @pytest.mark.parametrize(
     "fault",
-    [x if x == "no fence between threads and bulk copies" else pytest.param(x, marks=heavy) for x in planted.EVERYWHERE],
+    [
+        x if x == "no fence between threads and bulk copies" else pytest.param(x, marks=heavy)
+        for x in planted.EVERYWHERE
+    ],
 )
 def test_a_planted_fault_is_seen(
     fault: str, host: ModuleType, emulation: Emulation, module: cuda.Module

@@ -15,7 +15,8 @@ import pytest
 from support.paths import ROOT
 
 pytestmark = pytest.mark.skipif(
-    importlib.util.find_spec("triton") is None, reason="Triton, which makes the PTX, is not installed"
+    importlib.util.find_spec("triton") is None,
+    reason="Triton, which makes the PTX, is not installed",
 )
 
 
@@ -26,7 +27,12 @@ def _python(*arguments: str, architecture: str, settings: str = "") -> str:
         "PYTHONPATH": os.pathsep.join(["tests", str(ROOT)]),
     }  # fmt: skip
     done = subprocess.run(
-        [sys.executable, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=3000
+        [sys.executable, *arguments],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=3000,
     )
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
     return done.stdout

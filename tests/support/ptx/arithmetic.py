@@ -1,4 +1,4 @@
-"""The opcodes that compute registers from registers: each one's function of NumPy values, and the types of its operands."""
+"""The opcodes that compute registers from registers: each one's function of NumPy values, and its operands' types."""
 
 from __future__ import annotations
 
@@ -152,10 +152,8 @@ def _extreme(instruction: Instruction, noise: Noise) -> Arithmetic:
         instruction.only("")
         return _same(instruction, np.minimum if least else np.maximum, 2)
     instruction.only("ftz NaN")
-    if instruction.has("NaN"):
-        pick = np.minimum if least else np.maximum
-    else:
-        pick = np.fmin if least else np.fmax
+    numbers = (np.fmin, np.fmax), (np.minimum, np.maximum)
+    pick = numbers[instruction.has("NaN")][not least]
 
     def two(a: Any, b: Any) -> Any:  # -0 counts as less than +0
         zeros = (a == 0) & (b == 0)

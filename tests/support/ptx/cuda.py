@@ -34,7 +34,8 @@ ERROR_BYTES = 4096
 
 def _sources() -> list[Path]:
     csrc = ROOT / "csrc"
-    return [*sorted((csrc / "cuda").iterdir()), *(p for d in (csrc, csrc / "common", csrc / "generated") for p in sorted(d.glob("*.h")))]  # fmt: skip
+    headers = [sorted((csrc / folder).glob("*.h")) for folder in ("", "common", "generated")]
+    return [*sorted((csrc / "cuda").iterdir()), *(path for paths in headers for path in paths)]
 
 
 def _from_the_build(architecture: str) -> Path | None:
@@ -112,7 +113,8 @@ class _Launch(ctypes.Structure):
     _fields_ = [
         ("kernel", ctypes.c_char_p), ("call", ctypes.c_void_p), ("call_bytes", ctypes.c_int64),
         ("factors", ctypes.c_int64), ("stride", ctypes.c_int64), ("tiles", ctypes.c_int64),
-        ("blocks", ctypes.c_int64), ("ranks", ctypes.c_int64), ("threads", ctypes.c_int64), ("shared_bytes", ctypes.c_int64),
+        ("blocks", ctypes.c_int64), ("ranks", ctypes.c_int64), ("threads", ctypes.c_int64),
+        ("shared_bytes", ctypes.c_int64),
     ]  # fmt: skip
 
 

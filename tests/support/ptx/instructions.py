@@ -568,7 +568,7 @@ def _elect(machine: Machine, instruction: Instruction) -> Operation:
 
 @_opcode("ldmatrix", "stmatrix")
 def _matrix(machine: Machine, instruction: Instruction) -> Operation:
-    """Matrices of 8 x 8 half-words between registers and shared memory; lane 8 m + r has the address of row r of matrix m."""
+    """Matrices of 8 x 8 half-words, to or from shared memory; lane 8 m + r has the address of row r of matrix m."""
     instruction.only("sync aligned m8n8 x1 x2 x4 trans shared shared__cta")
     loads = instruction.name == "ldmatrix"
     registers, place = instruction.operands if loads else instruction.operands[::-1]

@@ -322,7 +322,7 @@ class Machine:
 
     def gives_up(self) -> bool:
         """Whether a wait with a time limit ends without success, by lot."""
-        return self._lot.random() < 0.1
+        return self._lot.random() < 0.5
 
     # Control flow
 

@@ -68,6 +68,14 @@ class Clocks:
         self.acquire(warps, self.released(warps))
 
 
+def _by_cell(of_elements: Any, cells: int) -> Any:
+    """Properties of elements [threads, elements] as those of cells: of what a cell has, all."""
+    threads, elements = of_elements.shape
+    if elements > cells:
+        return of_elements.reshape(threads, cells, -1).all(2)
+    return np.repeat(of_elements, cells // elements, 1)
+
+
 class SharedRaces:
     """The last accesses to each cell of a cluster's shared memory, and whether later ones are ordered after them.
 
@@ -120,7 +128,7 @@ class SharedRaces:
     def _after_writes(self, cells: Any, warps: Any, access: Any, unchanged: Any) -> None:
         ordered = self._written[cells] <= self.clocks.seen[warps[:, None], self._writer[cells]]
         if unchanged is not None:
-            ordered |= np.repeat(unchanged, cells.shape[1] // access.count, 1)
+            ordered |= _by_cell(unchanged, cells.shape[1])
         if access.atomic:
             ordered |= self._atomic[cells]
         if ordered.all():

@@ -72,7 +72,9 @@ def _is_needless(program: Program, site: int) -> bool:
 
     def first(places: range) -> str:
         touched = (program.instructions[k] for k in places)
-        names = (f"{x.name} {x.has('shared')}" for x in touched if x.name in ("ld", "st", "bra", "bar"))
+        names = (
+            f"{x.name} {x.has('shared')}" for x in touched if x.name in ("ld", "st", "bra", "bar")
+        )
         return next(names, "")
 
     before, after = range(site - 1, -1, -1), range(site + 1, len(program.instructions))
