@@ -119,6 +119,8 @@ LONG = (
     "test_triton_label_term",
     "test_triton_shards",
     "test_cuda_host",
+    "test_cuda_kernels",
+    "test_triton_kernels",
     "test_loss",
     "test_contract",
     "test_examples",

@@ -17,7 +17,6 @@ from support.accuracy import check, labels_for, logits
 from support.cuda_emulation import Emulation
 from support.ptx import cuda, planted
 from support.ptx.faults import Fault
-from support.ptx.launch import Kernel
 from support.shards import InShards
 from test_topk import check_topk, sparse
 from torch import Tensor
@@ -252,13 +251,6 @@ def _is_seen(
     return None
 
 
-def _with_planted(module: cuda.Module, name: str, place: int) -> cuda.Module:
-    broken = cuda.Module(module.text)
-    program = module.kernel(name).program
-    broken.kernels = {**module.kernels, name: Kernel(planted.without(program, place))}
-    return broken
-
-
 @pytest.mark.parametrize(
     "fault",
     [
@@ -293,7 +285,8 @@ def test_every_barrier_is_needed(
         if place not in reached:
             seen: str | None = "(not reached)"
         else:
-            seen = _is_seen(_with_planted(module, name, place), emulation, host, calls, sound)
+            with planted.without(module.kernel(name), place):
+                seen = _is_seen(module, emulation, host, calls, sound)
         print(f"{name} {place} {text} -> {seen}", flush=True)
         if seen is None:
             unseen.append(f"{place} {text}")

@@ -51,6 +51,10 @@ class Kernel:
             self._machines[layout] = Machine(self.program, *layout)  # type: ignore[arg-type]
         return self._machines[layout]
 
+    def machines(self) -> list[Machine]:
+        """Those that launches have made, one for each layout."""
+        return list(self._machines.values())
+
     def reached(self) -> set[int]:
         """The instructions that launches have executed, as places in the program."""
         return {

@@ -30,7 +30,7 @@ from support.ptx.numbers import (
     size_of,
     writer,
 )
-from support.ptx.program import Parameter, Program
+from support.ptx.program import Instruction, Parameter, Program
 from support.ptx.races import SharedRaces
 
 WARP = 32
@@ -121,19 +121,27 @@ class Machine:
         self.local_variables, self._local_end = lay_out(self.program.local, 0)
         self.entry_parameters, self._parameters_end = lay_out(self.program.entry.parameters, 0)
 
-    def _prepared(self) -> list[Operation]:
+    def _ready(self, instruction: Instruction) -> Operation:
         from support.ptx.instructions import prepare
 
-        operations = []
-        for instruction in self.program.instructions:
-            try:
-                operation = prepare(self, instruction)
-            except Fault as fault:
-                raise Fault(f"{fault}, in: {instruction.text}") from None
-            if instruction.guard is not None:
-                operation.guard = self.registers[instruction.guard]
-                operation.negated = instruction.negated
-            operations.append(operation)
+        try:
+            operation = prepare(self, instruction)
+        except Fault as fault:
+            raise Fault(f"{fault}, in: {instruction.text}") from None
+        if instruction.guard is not None:
+            operation.guard = self.registers[instruction.guard]
+            operation.negated = instruction.negated
+        return operation
+
+    def replace(self, at: int, instruction: Instruction) -> Callable[[], None]:
+        """Run another instruction in the place of one; return what undoes it."""
+        before, after = self._operations[at], self._ready(instruction)
+        after.leads = before.leads
+        self._operations[at] = after
+        return lambda: self._operations.__setitem__(at, before)
+
+    def _prepared(self) -> list[Operation]:
+        operations = [self._ready(instruction) for instruction in self.program.instructions]
         leaders = set(self.program.labels.values())
         leaders |= {function.first for function in self.program.functions.values()}
         for at, operation in enumerate(operations):

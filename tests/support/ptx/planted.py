@@ -5,11 +5,12 @@ Tests run a kernel with each and expect the machine to stop, or other numbers.
 
 from __future__ import annotations
 
-import copy
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 
+from support.ptx.launch import Kernel
 from support.ptx.program import Instruction, Program
 
 # Edits of a module's text, which change every instruction of a kind.
@@ -47,21 +48,23 @@ def sites(program: Program) -> list[int]:
     ]
 
 
-def without(program: Program, place: int) -> Program:
-    """The program without one instruction; a wait for an mbarrier succeeds at once."""
-    removed = program.instructions[place]
-    if removed.has("try_wait"):
-        done = removed.operands[0]
-        instead = replace(
-            removed, name="setp", modifiers=("eq",), types=("u32",), operands=[done, "0", "0"]
+def removed(instruction: Instruction) -> Instruction:
+    """What is left of an instruction: nothing; a wait for an mbarrier succeeds at once."""
+    if instruction.has("try_wait"):
+        done = instruction.operands[0]
+        return replace(
+            instruction, name="setp", modifiers=("eq",), types=("u32",), operands=[done, "0", "0"]
         )
-    else:
-        instead = replace(removed, name="removed")
-    return with_instruction(program, place, instead)
+    return replace(instruction, name="removed")
 
 
-def with_instruction(program: Program, place: int, instruction: Instruction) -> Program:
-    changed = copy.copy(program)
-    changed.instructions = [*program.instructions]
-    changed.instructions[place] = instruction
-    return changed
+@contextmanager
+def without(kernel: Kernel, place: int) -> Iterator[None]:
+    """Within, launches of a kernel that has run before lack one instruction."""
+    instruction = kernel.program.instructions[place]
+    undo = [machine.replace(place, removed(instruction)) for machine in kernel.machines()]
+    try:
+        yield
+    finally:
+        for back in undo:
+            back()

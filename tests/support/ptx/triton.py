@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -53,7 +52,6 @@ class Launcher:
         self._binders: dict[JITFunction[Any], Any] = {}
         self._compiled: dict[tuple[int, str, str], tuple[Any, Any]] = {}
         self.kernels: dict[str, Kernel] = {}
-        self.edit: Callable[[Program], Program] = lambda program: program
 
     def run(
         self, function: JITFunction[Any], *arguments: Any, grid: Any, warmup: bool, **options: Any
@@ -94,7 +92,7 @@ class Launcher:
     def _kernel(self, compiled: Any) -> Kernel:
         if compiled.hash not in self.kernels:
             self.kernels[compiled.hash] = Kernel(
-                self.edit(Program(compiled.asm["ptx"], compiled.metadata.name))
+                Program(compiled.asm["ptx"], compiled.metadata.name)
             )
         return self.kernels[compiled.hash]
 
