@@ -18,7 +18,7 @@ PROJECT := pyproject.toml setup.py
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help build test test-stacks heavy gpu lint format bench bench-quick bench-compare divergences demo demo-distributed swap examples \
+.PHONY: help build test test-stacks heavy ptx gpu lint format bench bench-quick bench-compare divergences demo demo-distributed swap examples \
     docs docs-serve dist wheels install-matrix clean
 
 help: ## show this list
@@ -71,6 +71,9 @@ test-stacks: $(STACKS)/.stacks build ## test the adapters against the original p
 
 heavy: $(STACKS)/.stacks build build/demo/.stamp ## run the heavy tests, which `make test` and `make test-stacks` omit
 	$(STACKS_PY) -m pytest -m heavy $(ARGS)
+
+ptx: $(VENV)/.dev build ## run the GPU kernels' PTX on this CPU in the machine of tests/support/ptx; writes build/ptx/report.md
+	PYTHONPATH=tests $(PY) -m support.ptx.report $(ARGS)
 
 lint: $(VENV)/.dev ## run ruff and mypy as CI does
 	@status=0; for check in "ruff check ." "ruff format --check ." mypy; do \

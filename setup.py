@@ -207,7 +207,9 @@ def ninja_text(
         host = ["-ccbin", compiler[0]] if len(compiler) == 1 else []
         lines += [
             "rule nvcc",
-            f"  command = {command(nvcc + host + NVCC + headers)} $flags -MMD -MF $out.d -c $in -o $out",
+            # --keep leaves the PTX in the folder, where tests/support/ptx finds it.
+            f"  command = {command(nvcc + host + NVCC + headers)} $flags --keep --keep-dir . "
+            "-MMD -MF $out.d -c $in -o $out",
             "  depfile = $out.d",
             "  deps = gcc",
             "  description = nvcc $out",

@@ -23,9 +23,13 @@ from support.cuda_emulation import emulation, host  # noqa: F401 (fixtures)
 
 import fastkd
 
+# The architecture, such as sm_90, for which Triton's kernels are compiled to PTX. tests/support/ptx then runs that PTX
+# in the interpreter's place; docs/ptx.md explains it.
+PTX = os.environ.get("FASTKD_PTX")
+
 # Triton reads this when it is imported, and `import fastkd` does not import it.
 if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")
+    os.environ.setdefault("TRITON_INTERPRET", "1" if PTX is None else "0")
 
 # Without bytecode, each of a hundred processes that tests start would compile fastkd, and each run rewrite all tests.
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
@@ -83,10 +87,22 @@ def pytest_configure(config: pytest.Config) -> None:
             f"-m {config.option.markexpr!r} needs {', '.join(_missing())}: make test-stacks installs them"
         )
 
+    if PTX is not None:
+        from support.ptx.triton import install
 
-def pytest_report_header(config: pytest.Config) -> str | None:
+        install(int(PTX.removeprefix("sm_")))
+
+
+def pytest_report_header(config: pytest.Config) -> list[str]:
     """Report once that the tests of other stacks are left out; they are not listed as skipped."""
-    return None if _with_stacks(config) else "tests of other stacks: left out (make test-stacks)"
+    lines = (
+        []
+        if PTX is None
+        else [f"Triton's kernels: PTX for {PTX} in the machine of tests/support/ptx"]
+    )
+    if not _with_stacks(config):
+        lines.append("tests of other stacks: left out (make test-stacks)")
+    return lines
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
@@ -111,6 +127,8 @@ LONG = (
     "test_triton_shards",
     "test_cache",
     "test_cuda_host",
+    "test_cuda_kernels",
+    "test_triton_kernels",
     "test_parallel",
     "test_autograd",
     "test_tensors",

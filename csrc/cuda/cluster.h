@@ -32,6 +32,8 @@ FASTKD_DEVICE void compute_value(Block& block, Kind& kind) {
     }
     sync_block();
     if (row.finite && !block.call.closed_form) {
+      // merged() synchronizes, too: finish_phase writes row.finite, which other warps may not have read yet.
+      if (kind.sums_are_known()) sync_block();
       const Sums all = kind.sums_are_known()
                            ? row.sums
                            : block.merged(policy ? kind.template sums<true>() : kind.template sums<false>());

@@ -6,6 +6,7 @@ import ctypes
 import fcntl
 import hashlib
 import importlib.util
+import os
 import re
 import shlex
 import subprocess
@@ -22,6 +23,7 @@ import fastkd
 from fastkd.backends import registry
 from support.paths import ROOT
 
+PTX = os.environ.get("FASTKD_PTX")
 HARNESS = ROOT / "tests" / "support" / "cuda_host.cpp"
 # A fiber's stack is not the one that _FORTIFY_SOURCE expects of longjmp.
 FLAGS = (
@@ -143,12 +145,16 @@ class Emulation:
 
     def traffic(self) -> list[int]:
         """Bytes of device memory read and written since the last call."""
+        if PTX is not None:
+            pytest.skip("the emulation counts traffic; the machine that runs PTX does not")
         seen = (ctypes.c_int64 * 2)()
         self._library.fastkd_traffic(seen)
         return list(seen)
 
     def with_fault(self, fault: tuple[str, str, str], directory: Path) -> ModuleType:
         """Build the emulation with a changed header: (header, old text, new text)."""
+        if PTX is not None:
+            pytest.skip("this fault is planted into the emulation, and not into PTX")
         header, old, new = fault
         edit = (header, lambda text: text.replace(old, new))
         return load_host(compile_host(directory, edit, self._folder / MODULE))
@@ -157,7 +163,7 @@ class Emulation:
 @pytest.fixture
 def emulation(host: ModuleType, monkeypatch: pytest.MonkeyPatch) -> Iterator[Emulation]:
     """fastkd.backends.cuda with the emulation in place of the device's kernels, and chosen where it is asked for by
-    name."""
+    name. With $FASTKD_PTX, nvcc's PTX for that architecture runs in place of the emulation."""
     actual = Emulation(host)
     monkeypatch.setitem(sys.modules, "fastkd._cuda", host)
     monkeypatch.setattr(fastkd, "_cuda", host, raising=False)
@@ -167,5 +173,11 @@ def emulation(host: ModuleType, monkeypatch: pytest.MonkeyPatch) -> Iterator[Emu
     monkeypatch.setattr(cuda, "_capability", lambda device: 0)
     monkeypatch.setattr(cuda, "_stream", lambda device: (actual.ranks, 0))
     monkeypatch.setattr(registry, "_select", lambda backend, *others: backend)
-    yield actual
+    if PTX is None:
+        yield actual
+    else:
+        from support.ptx.cuda import in_machine, module
+
+        with in_machine(host, module(PTX)):
+            yield actual
     registry.load.cache_clear()

@@ -1,5 +1,5 @@
 // The launchers of csrc/cuda/kernel.cu for a machine without a GPU: the same rows by the same clusters, which
-// tests/support/cuda_host.h plays on a CPU.
+// tests/support/cuda_host.h plays on a CPU, or which tests/support/ptx/cuda.py runs in the PTX that nvcc makes.
 
 #include "cuda_host.h"
 
@@ -12,6 +12,44 @@ namespace {
 template <class Kind>
 void rows_of(const Call& call, char* memory) {
   run<Kind>(call, memory);
+}
+
+// A launch of one of kernel.cu's kernels: its argument, and the further ones of scale_kernel.
+struct Launch {
+  const char* kernel;
+  const Call* call;
+  int64_t call_bytes;
+  struct {
+    const float* factors;
+    int64_t stride, tiles;
+  } scale;
+  int64_t blocks, ranks, threads, shared_bytes;
+};
+
+// Where it is set, this runs all launches. It returns false after writing why a launch failed into `error`.
+constexpr int ERROR_BYTES = 4096;
+bool (*launcher)(const Launch* launch, char* error) = nullptr;
+
+void hand_over(const Launch& launch) {
+  char error[ERROR_BYTES] = {};
+  if (!launcher(&launch, error)) throw std::runtime_error(error);
+}
+
+void hand_over_rows(const Call& call, int64_t clusters) {
+#define FASTKD_NAME(name) #name,
+  static constexpr const char* names[] = {FASTKD_DIVERGENCES(FASTKD_NAME)};
+#undef FASTKD_NAME
+  const char* kernel =
+      call.ids ? "Sparse" : call.shard.step == Step::statistics ? "DenseShard" : names[call.divergence];
+  if (clusters) hand_over({kernel, &call, sizeof(Call), {}, clusters * call.ranks, call.ranks, call.threads, shared_bytes(call)});
+  if (call.shard.step == Step::all) hand_over({"total_kernel", &call, sizeof(Call), {}, 1, 1, 1024, 0});
+}
+
+void hand_over_scale(const Call& call, const float* factors, int64_t stride) {
+  constexpr int THREADS = 256, COLUMNS = 16 * THREADS;  // as in kernel.cu
+  const int64_t tiles = (call.student.width + COLUMNS - 1) / COLUMNS;
+  if (call.rows && tiles)
+    hand_over({"scale_kernel", &call, sizeof(Call), {factors, stride, tiles}, call.rows * tiles, 1, THREADS, 0});
 }
 
 }  // namespace
@@ -28,6 +66,7 @@ void kd_rows(Call call, int ranks, void*) {  // a device's number serves to ask 
   machine.ranks = call.ranks;
   machine.threads = call.threads;
   machine.clusters = call.rows < 2 ? call.rows : 2;  // each has several rows, one after the other
+  if (launcher) return hand_over_rows(call, machine.clusters);
   for (machine.cluster = 0; machine.cluster < machine.clusters; ++machine.cluster)
     machine.run(shared_bytes(call), [&](char* memory) { kernel(call, memory); });
   if (call.shard.step != Step::all) return;
@@ -37,6 +76,7 @@ void kd_rows(Call call, int ranks, void*) {  // a device's number serves to ask 
 }
 
 void scale_rows(const Call& call, const float* factor, int64_t stride, int, void*) {
+  if (launcher) return hand_over_scale(call, factor, stride);
   for (int64_t row = 0; row < call.rows; ++row)
     for (int64_t column = 0; column < call.student.width; ++column) {
       char* memory = row_address(call, call.student, row);
@@ -59,4 +99,10 @@ std::vector<int> architectures() { return {0}; }  // what the tests say of a CPU
 extern "C" __attribute__((visibility("default"))) void fastkd_traffic(int64_t bytes[2]) {
   std::memcpy(bytes, traffic.bytes, sizeof traffic.bytes);
   traffic = {};
+}
+
+// Lets a function run all later launches; null: cuda_host.h does again.
+extern "C" __attribute__((visibility("default"))) void fastkd_launch_with(
+    bool (*launcher)(const fastkd::cuda::Launch*, char*)) {
+  fastkd::cuda::launcher = launcher;
 }

@@ -16,7 +16,7 @@ from support.accuracy import assert_within, gradient_bar, ran_on, value_bar
 from support.options import ALL, TOGETHER, for_kd_loss
 from support.oracles import adjusted, cross_entropy, mixed
 from support.shards import InShards
-from support.triton_interpreter import memory_accesses
+from support.triton_interpreter import in_interpreter, memory_accesses
 from test_triton import (
     DEVICE,
     FLOATS,
@@ -398,7 +398,7 @@ def test_only_wanted_outputs_are_computed(divergence: Divergence, alpha: float) 
                 assert torch.equal(value, getattr(everything, name)), (name, want)
 
 
-@pytest.mark.skipif(DEVICE != "cpu", reason="the interpreter's programs run one after the other")
+@in_interpreter
 @pytest.mark.parametrize("shares", [PLAN], indirect=True, ids=["shared"])
 @some_with_target
 def test_programs_of_a_row_run_in_any_order(
@@ -476,7 +476,7 @@ def test_statistics_that_shards_exchange(monkeypatch: pytest.MonkeyPatch) -> Non
 # Memory traffic, and dispatch to the kernels
 
 
-@pytest.mark.skipif(DEVICE != "cpu", reason="counted in the interpreter")
+@in_interpreter
 @pytest.mark.parametrize(
     ("divergence", "sweeps"), [("dkd", 2), heavy("nkd", 2, id="nkd-2"), heavy("jsd", 3, id="jsd-3")]
 )

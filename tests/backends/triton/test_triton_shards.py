@@ -15,7 +15,7 @@ import torch
 from support.accuracy import check, logits
 from support.options import TOGETHER, dropped_by, for_kd_loss, for_topk
 from support.shards import InShards
-from support.triton_interpreter import corrected
+from support.triton_interpreter import corrected, in_interpreter
 from test_shards import (  # noqa: F401 (collected here too, with this module's fixture)
     test_every_divergence,
     test_every_option,
@@ -170,7 +170,7 @@ def test_invalid_values_poison_their_row(in_shards: InShards) -> None:
         assert value[1:4].isnan().all() and value[::4].isfinite().all()
 
 
-@pytest.mark.skipif(DEVICE != "cpu", reason="the interpreter's programs run one after the other")
+@in_interpreter
 @pytest.mark.parametrize("divergence", ["mixture", "jsd"])
 def test_in_place_in_any_order(
     in_shards: InShards, monkeypatch: pytest.MonkeyPatch, divergence: str
