@@ -21,8 +21,9 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from fastkd.kernels.tuning import TILES
+from support import sass
 from support.paths import PACKAGE
-from support.triton_aot import Caught, Resources, catch, local_in_loop, resources
+from support.triton_aot import Caught, Resources, catch, local_in_loop, resources, restored
 from torch import Tensor
 
 import fastkd
@@ -341,7 +342,8 @@ def _run(target: str, grid: str, cache: Path, **settings: str) -> dict[Variant, 
     command = [sys.executable, __file__, target, grid]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     assert done.returncode == 0, done.stderr[-4000:]
-    return {Variant(*v): Resources(*r) for v, r in map(json.loads, done.stdout.splitlines())}
+    lines = map(json.loads, done.stdout.splitlines())
+    return {Variant(*variant): restored(used) for variant, used in lines}
 
 
 def _check(target: str, grid: str, cache: Path) -> None:
@@ -441,7 +443,7 @@ def test_later_groups_are_launched_like_the_first(tmp_path: Path) -> None:
 
 
 def test_a_spill_in_a_loop_is_detected() -> None:
-    sass = """
+    text = """
         /*0000*/                   MOV R1, c[0x0][0x28] ;
         /*0010*/                   STL [R1], R8 ;
         /*0020*/              @!P1 BRA 0x60 ;
@@ -451,8 +453,9 @@ def test_a_spill_in_a_loop_is_detected() -> None:
         /*0060*/                   EXIT ;
         /*0070*/                   BRA 0x70;
     """
-    assert not local_in_loop(sass.replace("{inside}", "LDG.E"))
-    assert local_in_loop(sass.replace("{inside}", "LDL.LU"))
+    for instruction, expected in (("LDG.E", False), ("LDL.LU", True)):
+        (function,) = sass.functions(text.replace("{inside}", instruction))
+        assert local_in_loop(function.code) == expected
 
 
 if __name__ == "__main__":
