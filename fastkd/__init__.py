@@ -1,4 +1,4 @@
-"""fastkd: knowledge-distillation losses for large language models, computed in one pass over the logits."""
+"""fastkd: knowledge-distillation losses for large language models, without a tensor of probabilities in memory."""
 
 import importlib
 from typing import TYPE_CHECKING, Any

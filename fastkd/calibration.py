@@ -18,10 +18,10 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from fastkd.call.checks import check_choice, check_int, check_logits, check_number, prepare
-from fastkd.call.contract import counted_rows
+from fastkd.call.checks import check_choice, check_logits, prepare
+from fastkd.call.contract import kept_rows
 from fastkd.call.rows import take
-from fastkd.core.scalars import plain
+from fastkd.core.scalars import check_int, check_number, plain
 
 # Bytes held per chunk, and how many float64 tensors of the chunk's size are alive at once.
 CHUNK_BYTES, TEMPORARIES = 64 << 20, 4
@@ -77,7 +77,7 @@ def expected_calibration_error(
     check_choice("binning", binning, BINNINGS)
     if isinstance(temperature, Tensor):
         raise TypeError("temperature must be a number, got a tensor")
-    rows = _counted_rows(logits, labels, ignore_index, mask, temperature)
+    rows = _kept_rows(logits, labels, ignore_index, mask, temperature)
     confidences, gaps = [], []
     with torch.no_grad():
         for z, label in _chunks(logits, labels, rows):
@@ -141,7 +141,7 @@ def fit_temperature(
     low, high = _bounds(bounds)
     ignore_index = plain(ignore_index)
     tolerance = check_number("tolerance", tolerance, 0.0, 1.0, open_right=True)
-    rows = _counted_rows(logits, labels, ignore_index, mask, 1.0)
+    rows = _kept_rows(logits, labels, ignore_index, mask, 1.0)
 
     def derivatives(inverse: float) -> tuple[float, float]:
         return _derivatives(logits, labels, rows, inverse)
@@ -190,7 +190,7 @@ def _bounds(bounds: tuple[float, float]) -> tuple[float, float]:
     return low, high
 
 
-def _counted_rows(
+def _kept_rows(
     logits: object, labels: object, ignore_index: int, mask: Tensor | None, temperature: float
 ) -> Tensor:
     """Check the arguments and return the indices of the rows that are not dropped."""
@@ -202,14 +202,14 @@ def _counted_rows(
         lead, logits.device, torch.float64, width, labels,
         ignore_index=ignore_index, mask=mask, temperature=temperature,
     )  # fmt: skip
-    counted = counted_rows(call.rows, ignore_index)
-    assert counted is not None  # because there are labels
-    rows = counted.flatten().nonzero().squeeze(1)
+    kept = kept_rows(call.rows, ignore_index)
+    assert kept is not None  # because there are labels
+    rows = kept.flatten().nonzero().squeeze(1)
     if not len(rows):
         raise ValueError(
             f"labels must leave at least one row that is not dropped, got {labels.numel()} rows that all are"
         )
-    wrong = counted & ((labels < 0) | (labels >= width))
+    wrong = kept & ((labels < 0) | (labels >= width))
     if wrong.any():
         row = int(wrong.flatten().nonzero()[0])
         raise ValueError(
@@ -231,7 +231,7 @@ def _chunks(logits: Tensor, labels: Tensor, rows: Tensor) -> Iterator[tuple[Tens
 def _derivatives(
     logits: Tensor, labels: Tensor, rows: Tensor, inverse: float
 ) -> tuple[float, float]:
-    """Return the first two derivatives of the summed negative log-likelihood by b = 1 / T, at b=inverse."""
+    """Return the first two derivatives of the summed negative log-likelihood with respect to b = 1 / T at inverse."""
     slope = torch.zeros((), dtype=torch.float64, device=logits.device)
     curvature = torch.zeros_like(slope)
     for z, label in _chunks(logits, labels, rows):

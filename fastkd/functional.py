@@ -48,7 +48,7 @@ Returned = TypeVar("Returned")
 def _not_compiled_over_processes(
     function: Callable[Parameters, Returned],
 ) -> Callable[Parameters, Returned]:
-    """Decorator that runs a call over several processes outside compiled graphs, because the processes communicate."""
+    """Decorator that runs a call outside compiled graphs if several processes take part, because they communicate."""
 
     @functools.wraps(function)
     def call(*arguments: Parameters.args, **options: Parameters.kwargs) -> Returned:
@@ -166,13 +166,14 @@ def kd_loss(
             they require one. Alternatively a :class:`fastkd.TopK`, :class:`fastkd.LinearTeacher` or
             :class:`fastkd.Ensemble` with the same leading shape. The logits of the last two are computed a chunk of
             rows at a time; :func:`fastkd.memory_plan` returns the chunk size.
-        labels: [...] int64, the targets of the cross-entropy. Required if alpha < 1. A row whose label is
-            ignore_index is dropped, whatever alpha is.
+        labels: [...] int64, the targets of the cross-entropy. Required if alpha < 1, if label_smoothing is not 0, and
+            for a divergence that treats the label separately (dkd, nkd). A row whose label is ignore_index is dropped,
+            whatever alpha is.
         divergence: a name from ``fastkd.DIVERGENCES`` or a divergence such as ``fastkd.jsd(0.3)``.
         temperature: T > 0, a number or a float tensor [...] with one value per row.
         teacher_temperature: the teacher's temperature, a number or a tensor as above; None: the same as the student's.
             The factor T^2 always uses the student's.
-        alpha: weight of the distillation term, in [0, 1]. Labels are required if it is below 1.
+        alpha: weight of the distillation term, in [0, 1].
         scale_by_temperature: multiply value and gradient of the distillation term by T^2.
         label_smoothing: smoothing of the cross-entropy, in [0, 1), as in torch.nn.functional.cross_entropy.
         ignore_index: the label that drops a row.
@@ -201,10 +202,10 @@ def kd_loss(
         backend: "auto", or one of ``fastkd.available_backends()``.
 
     Returns:
-        The loss: 0-dim, or [...] for reduction="none"; float32 (float64 for float64 logits). With no counted row
-        it is 0 and still part of the graph. An invalid label, or a non-positive element of a temperature tensor, makes
-        its row NaN, because raising an error would require waiting for the device; with FASTKD_CHECK=1 the call waits
-        and raises.
+        The loss: 0-dim, or [...] for reduction="none"; float32 (float64 for float64 logits). If no row is
+        counted, the loss is 0 and still part of the autograd graph. An invalid label, or a non-positive element of a
+        temperature tensor, makes its row NaN, because raising an error would require waiting for the device; with
+        FASTKD_CHECK=1 the call waits and raises.
 
     Raises:
         ValueError, TypeError: an argument has the wrong shape, dtype, device or value; the message names it.
@@ -218,7 +219,7 @@ def kd_loss(
     group = layout.group_of(process_group, student_logits, teacher)
     check_flags(inplace=inplace, return_parts=return_parts)
     with share.agreed_by(group) as agreement:
-        whole = layout.is_whole(student_logits, group)
+        has_all_columns = layout.is_whole(student_logits, group)
         student_logits = layout.local("student_logits", student_logits, -1, group)
         student_logits = check_logits("student_logits", student_logits, group is not None)
         lead, device = student_logits.shape[:-1], student_logits.device
@@ -265,12 +266,12 @@ def kd_loss(
                 "homogeneity, which the teacher's gradient needs; set Divergence(degree=...) or detach the teacher"
             )
         if want.inplace:
-            _check_inplace(student_logits, flatten(teacher)[0], want, whole)
+            _check_inplace(student_logits, flatten(teacher)[0], want, has_all_columns)
         if isinstance(teacher, TopK):
             call = with_topk(call, teacher)
     if agreement is not None:
         student_logits, teacher, call = share.share_logits(
-            agreement, student_logits, whole, teacher, call, want, vocab_size, widths
+            agreement, student_logits, has_all_columns, teacher, call, want, vocab_size, widths
         )
     if isinstance(teacher, TopK):
         call, teacher = with_tail(call, teacher, _row_dtype(student_logits, teacher))
@@ -338,14 +339,15 @@ def fused_linear_kd_loss(
     weight from it. The gradient of the weight is summed in float32. A chunk costs four matrix products with a
     :class:`fastkd.LinearTeacher`: two for the logits and two for the gradients. It costs one fewer if student_weight is
     frozen, and one fewer with dense logits or a :class:`fastkd.TopK`. Nothing is computed twice, with one exception:
-    with reduction="none" and a student_weight that requires grad, each row's upstream gradient weights that row's part
-    of the sum, so the backward recomputes the logits.
+    with reduction="none" and a student_weight or student_bias that requires grad, the backward pass recomputes the
+    logits, because the gradients of weight and bias sum over rows that each have their own upstream gradient.
 
     Args:
         student_hidden: [..., H], float32, bfloat16 or float16; float64 is computed in plain PyTorch. Any strides are
             allowed.
-        student_weight: [V, H], the lm_head, of the same dtype and device; under autocast both are cast to the autocast
-            dtype. A DTensor sharded by FSDP is gathered once per call, and its gradient is averaged over the processes.
+        student_weight: [V, H], the lm_head, with the dtype and device of student_hidden; under autocast both are cast
+            to the autocast dtype. A DTensor sharded by FSDP is gathered once per call, and its gradient is averaged
+            over the processes.
         teacher: a :class:`fastkd.LinearTeacher` (of any width), dense logits [..., V], a :class:`fastkd.TopK` or a
             :class:`fastkd.Ensemble`. It receives no gradient; a teacher that requires grad raises.
         labels: as in :func:`fastkd.kd_loss`, like every option that is not listed here.
@@ -354,8 +356,9 @@ def fused_linear_kd_loss(
         memory_budget: bytes that the call may hold beyond its inputs and gradients; None: 384 MiB on a CPU, 2112
             MiB elsewhere. :func:`fastkd.memory_plan` itemizes them. A budget too small for one row raises.
         logits_dtype: dtype of the student's logits, and of a LinearTeacher's if its hidden states have the student's
-            dtype. If None, logits are float32 even for lower-precision operands (rounding them to bfloat16 costs 4 to
-            23 % of the gradient). With the operands' dtype, the call is faster and the logits take half the memory.
+            dtype. If None, logits are float32 even for lower-precision operands, because rounding them to bfloat16
+            changes the gradient by several percent. With the operands' dtype, the call is faster and the logits take
+            half the memory.
         vocab_size: as in kd_loss; rows of a weight beyond it are padding, and their logits are not computed.
         process_group: as in kd_loss; student_weight is then [V_r, H], this process's part of a column-parallel
             lm_head. The gradient of student_hidden is summed over the processes.
@@ -370,6 +373,8 @@ def fused_linear_kd_loss(
     Raises:
         ValueError, TypeError: an argument has the wrong shape, dtype, device or value; the message names it.
         fastkd.BackendUnavailable: the requested backend cannot serve this call.
+        fastkd.parallel.CollectiveError: another process has stopped, or did not make this call in time.
+        RuntimeError: another process of the group has raised.
     """
     from fastkd.parallel import layout, share
 
@@ -448,14 +453,14 @@ def fused_linear_kd_loss(
     return _returned(results, call, return_parts, device)
 
 
-def _check_logits_dtype(logits_dtype: object, operands: torch.dtype) -> None:
+def _check_logits_dtype(logits_dtype: object, operand_dtype: torch.dtype) -> None:
     if logits_dtype is None:
         return
     if not (isinstance(logits_dtype, torch.dtype) and logits_dtype.is_floating_point):
         raise TypeError(f"logits_dtype must be a floating-point torch.dtype, got {logits_dtype!r}")
-    if logits_dtype not in (wide(operands), operands):
+    if logits_dtype not in (wide(operand_dtype), operand_dtype):
         raise ValueError(
-            f"logits_dtype must be {wide(operands)} or the dtype of student_hidden, {operands}; "
+            f"logits_dtype must be {wide(operand_dtype)} or the dtype of student_hidden, {operand_dtype}; "
             f"got {logits_dtype}"
         )
 
@@ -478,15 +483,17 @@ def _returned(
     return loss, Parts(distillation, cross_entropy, entropy, counted)
 
 
-def _check_inplace(student: Tensor, teachers: Sequence[Tensor], want: Want, whole: bool) -> None:
-    if whole:
+def _check_inplace(
+    student: Tensor, teachers: Sequence[Tensor], want: Want, has_all_columns: bool
+) -> None:
+    if has_all_columns:
         raise ValueError(
             "inplace=True needs student_logits that hold this process's columns only, got a DTensor with all columns; "
             "shard it along the vocabulary, or pass inplace=False"
         )
     if torch.compiler.is_compiling():
         raise ValueError(
-            "inplace=True is for eager mode, got it under torch.compile(fullgraph=True); pass inplace=False there, as "
+            "inplace=True is for eager mode, not for torch.compile(fullgraph=True); pass inplace=False there, because "
             "a compiled graph plans its own memory"
         )
     if want.student_gradient and student.is_leaf:

@@ -1,8 +1,9 @@
 // The scalar maths of a row, in double: what the kernels for CPUs and for GPUs compute once per row.
 //
-// Include this inside a namespace that defines FASTKD_INLINE, FASTKD_PER_ROW (the qualifiers of a function that runs
-// once per row) and NEGLIGIBLE. Each CPU instruction set includes it in its own namespace: the linker would merge
-// functions of a common namespace, and could keep a copy with instructions that the processor does not have.
+// Include this inside a namespace, after the definitions of FASTKD_INLINE, FASTKD_PER_ROW (the qualifiers of a function
+// that runs once per row), NEGLIGIBLE and Loss. Each CPU instruction set includes it in its own namespace: the linker
+// would merge functions of a common namespace, and could keep a copy with instructions that the processor does not
+// have.
 
 FASTKD_PER_ROW double exponential(double x) { return ::exp(x); }
 FASTKD_PER_ROW double logarithm(double x) { return ::log(x); }
@@ -20,7 +21,7 @@ FASTKD_INLINE bool needs_cross_entropy(const Loss& loss) {
   return loss.labels && (loss.alpha < 1 || loss.target == Target::label);
 }
 
-// Whether a row is excluded. Its logits are never read.
+// Whether a row is dropped. The logits of a dropped row are never read.
 FASTKD_INLINE bool is_dropped(const Loss& loss, int64_t row) {
   return (loss.labels && loss.labels[row] == loss.ignore_index) || (loss.weight && loss.weight[row] == 0);
 }
@@ -49,10 +50,11 @@ FASTKD_INLINE void set_closed_form(const MeanMoments& weights, const MeanMoments
 
 // ---- sure columns
 //
-// A side is sure of a column if its probability there is more than 1/2. Any sum that contains this column is rounded to
-// the column's size, and its gradient, x_a - q_a sum x, is a small difference of two such sums. Sums therefore exclude
-// the column, and the gradient is computed as x_a (1 - q_a) - q_a times the sum over the others, where 1 - q_a is the
-// sum of the others' probabilities.
+// A side (the student or the teacher) is sure of a column if its probability there is more than 1/2. Call this column
+// a. A sum that contains it has a rounding error in proportion to its term. The student's gradient there,
+// g_a - q_a sum g, would be a small difference of two numbers with such errors. Sums therefore exclude the column, and
+// the gradient is computed as g_a (1 - q_a) - q_a times the sum over the others, where 1 - q_a is the sum of the
+// others' probabilities. For the teacher, h and p replace g and q.
 
 // What the gradients of the sure columns depend on if there is a closed form.
 struct SureSums {
@@ -68,7 +70,7 @@ FASTKD_INLINE double probability_gap(bool same_column, double rest, double sum, 
   return same_column ? other_rest / other_sum - rest / sum : 1 / sum - exponential(other_gap) / other_sum;
 }
 
-// The gradient of a closed form by the student's tempered logit at its sure column.
+// The gradient of a closed form with respect to the student's tempered logit in its sure column.
 FASTKD_INLINE double sure_student_gradient(const Loss& loss, const SureSums& row, bool same_column) {
   const double toward_p = loss.forward + loss.cross;
   double gradient = 0;
@@ -80,7 +82,7 @@ FASTKD_INLINE double sure_student_gradient(const Loss& loss, const SureSums& row
   return gradient;
 }
 
-// The gradient of a closed form by the teacher's tempered logit at its sure column.
+// The gradient of a closed form with respect to the teacher's tempered logit in its sure column.
 FASTKD_INLINE double sure_teacher_gradient(const Loss& loss, const SureSums& row, bool same_column) {
   double gradient = 0;
   if (loss.reverse != 0)
@@ -105,25 +107,29 @@ struct LabelTerm {
 FASTKD_INLINE double negligible_to_0(double factor, double value) { return factor < NEGLIGIBLE ? 0 : factor * value; }
 
 // The divergence between the binary distributions (label, all other tokens) of the teacher and the student, from their
-// log-odds; fastkd/backends/reference.py, _apart.
-FASTKD_INLINE void set_binary_label_term(LabelTerm& term, double weight, double p_odds, double q_odds) {
-  const double p = sigmoid(p_odds), p_rest = sigmoid(-p_odds), q = sigmoid(q_odds), q_rest = sigmoid(-q_odds);
-  const double gap = softplus(-q_odds) - softplus(-p_odds), rest_gap = softplus(q_odds) - softplus(p_odds);
+// log-odds. It is the same as in label_term of fastkd/backends/reference.py.
+FASTKD_INLINE void set_binary_label_term(LabelTerm& term, double weight, double p_log_odds, double q_log_odds) {
+  const double p = sigmoid(p_log_odds), p_rest = sigmoid(-p_log_odds);
+  const double q = sigmoid(q_log_odds), q_rest = sigmoid(-q_log_odds);
+  const double gap = softplus(-q_log_odds) - softplus(-p_log_odds);
+  const double rest_gap = softplus(q_log_odds) - softplus(p_log_odds);
   term.phi = negligible_to_0(weight, negligible_to_0(p, gap) + negligible_to_0(p_rest, rest_gap));
-  // q - p, from the smaller probabilities: near 1, p and q have lost their digits.
-  term.g = weight * (q_odds > 0 ? p_rest - q_rest : q - p);
-  term.h = negligible_to_0(weight, negligible_to_0(p * p_rest, p_odds - q_odds));
+  // q - p, computed from the other tokens' probabilities if q is above 1/2, because two numbers near 1 would cancel.
+  term.g = weight * (q_log_odds > 0 ? p_rest - q_rest : q - p);
+  term.h = negligible_to_0(weight, negligible_to_0(p * p_rest, p_log_odds - q_log_odds));
 }
 
 // The student's entropy, from the label's log-odds and the entropy of the distribution over the other tokens.
-FASTKD_INLINE double entropy_with_label(double q_odds, double rest_entropy) {
-  const double q = sigmoid(q_odds), q_rest = sigmoid(-q_odds);
-  return negligible_to_0(q, softplus(-q_odds)) + negligible_to_0(q_rest, softplus(q_odds)) + q_rest * rest_entropy;
+FASTKD_INLINE double entropy_with_label(double q_log_odds, double rest_entropy) {
+  const double q = sigmoid(q_log_odds), q_rest = sigmoid(-q_log_odds);
+  return negligible_to_0(q, softplus(-q_log_odds)) +
+         negligible_to_0(q_rest, softplus(q_log_odds)) + q_rest * rest_entropy;
 }
 
 // ---- the value of a row, and the scales of its gradients
 
-// The cross-entropy with a smoothed label, from the logits' distance to max: of the label, and on average.
+// The cross-entropy with label smoothing. label_gap is z - max of the label, and mean_gap the mean of z - max
+// over the vocabulary.
 FASTKD_INLINE double smoothed_cross_entropy(double smoothing, double log_sum_t1, double label_gap, double mean_gap,
                                             double unit_t1) {
   double target = (1 - smoothing) * label_gap;
@@ -146,10 +152,10 @@ FASTKD_INLINE double total_nll_weight(const Loss& loss, double nll_weight) {
   return 1 - loss.alpha + (loss.alpha == 0 ? 0 : loss.alpha * nll_weight);
 }
 
-// What multiplies the gradients of a row.
+// Factors of the gradients of a row. The comments say what each factor multiplies.
 struct RowScales {
-  double distillation;   // derivatives of the divergence by tempered logits
-  double cross_entropy;  // the cross-entropy's gradient: smoothing concerns it alone
+  double distillation;   // derivatives of the divergence with respect to the tempered logits
+  double cross_entropy;  // the smoothed label in the cross-entropy's gradient
   double nll;            // q at temperature 1, in the gradient of -log q
 };
 
@@ -159,8 +165,8 @@ FASTKD_INLINE RowScales row_scales(const Loss& loss, double temperature, double 
           total_nll_weight(loss, nll_weight) * scale};
 }
 
-// The label term's gradient by the student's logit of the label; unit is d tempered logit / d logit, unit_t1 the same
-// at temperature 1.
+// The loss's gradient with respect to the student's z of the label, if there is a label term. unit is the derivative of
+// the tempered logit with respect to z, and unit_t1 the same at temperature 1.
 FASTKD_INLINE double student_label_gradient(const Loss& loss, const LabelTerm& term, const RowScales& scales,
                                             double unit, double unit_t1, bool with_labels) {
   double gradient = loss.alpha == 0 ? 0 : term.g * scales.distillation * unit;
@@ -169,7 +175,7 @@ FASTKD_INLINE double student_label_gradient(const Loss& loss, const LabelTerm& t
   return gradient + (scales.cross_entropy * smoothed - scales.nll * term.rest_t1) * unit_t1;
 }
 
-// The label term's gradient by the teacher's logit of the label.
+// The loss's gradient with respect to the teacher's z of the label, if there is a label term.
 FASTKD_INLINE double teacher_label_gradient(const Loss& loss, const LabelTerm& term, const RowScales& scales,
                                             double unit) {
   return loss.alpha == 0 ? 0 : term.h * scales.distillation * unit;

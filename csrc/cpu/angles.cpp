@@ -76,7 +76,7 @@ struct Segment {
 
 struct Tile {
   alignas(64) double half[2][BLOCK][BLOCK];
-  alignas(64) double derivative[BLOCK][BLOCK];  // of the sum of losses by -h_ik
+  alignas(64) double derivative[BLOCK][BLOCK];  // of the sum of losses with respect to -h_ik
   Segment left, right;                          // of i and of k; on the diagonal, left serves as both
 
   // Returns the sum of losses over all j and pairs i < k. If call.derivatives is given, adds the tile's part to it.

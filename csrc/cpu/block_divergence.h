@@ -2,7 +2,7 @@
 
 namespace {
 
-// phi, g and h of one vector; with LOG_0, under the policy of fastkd/backends/reference.py for log 0.
+// phi, g and h of one vector; with LOG_0, under the policy of fastkd/call/log_zero.py.
 template <class Divergence, bool LOG_0>
 FASTKD_INLINE void evaluate_terms(V p, V q, V log_p, V log_q, V log_ratio, const float* params, float degree, V& phi,
                                   V& g, V& h) {
@@ -28,9 +28,9 @@ FASTKD_INLINE void evaluate(const BlockView& view, int i, const float* params, f
   const V s = load(view.s + i), t = load(view.t + i);
   const V log_p = ((t - view.t_max) * view.t_inverse + view.t_offset_low) + view.t_offset;
   const V log_q = ((s - view.s_max) * view.s_inverse + view.s_offset_low) + view.s_offset;
-  const V gap = (t - view.t_origin) * view.ratio - (s - view.s_origin);
+  const V gap = (t - view.t_origin) * view.temperature_ratio - (s - view.s_origin);
   // Adds the larger part of the offset first: if it cancels most of the gap, that sum is exact.
-  const V log_ratio = (gap * view.s_inverse + view.ratio_high) + view.ratio_low;
+  const V log_ratio = (gap * view.s_inverse + view.log_ratio_high) + view.log_ratio_low;
   evaluate_terms<Divergence, LOG_0>(p, q, log_p, log_q, log_ratio, params, degree, phi, g, h);
 }
 

@@ -12,7 +12,7 @@ constexpr int64_t AHEAD = 4;               // distance in blocks between prefetc
 constexpr int64_t STREAM_BYTES = 4 << 20;  // gradients of at least this size are written past the cache
 constexpr float LOWEST = std::numeric_limits<float>::lowest();
 constexpr float FLOOR = -1e30f;       // least maximum of a block, so that a block of -inf has a finite one
-constexpr float NEGLIGIBLE = 1e-30f;  // as in fastkd/backends/reference.py
+constexpr float NEGLIGIBLE = 1e-30f;  // as in fastkd/call/log_zero.py, like INFINITE
 constexpr float INFINITE = 1e6f;
 constexpr float INF = std::numeric_limits<float>::infinity();
 // If the maxima or log-sum-exps of the two sides differ by less, s - t is the most exact way to log q - log p.
@@ -151,7 +151,7 @@ void store_block(char* row, Dtype dtype, int64_t start, int n, float* values, bo
   past_cache ? stream(to, from, int64_t(n) * width) : (void)std::memcpy(to, from, int64_t(n) * width);
 }
 
-// Turns the gradient by z into that by logits.
+// Turns the gradient with respect to z into the gradient with respect to the logits.
 void chain(const Adjustment& adjust, const float* z, int n, float* gradient) {
   for (int i = 0; i < n; i += LANES) store(gradient + i, load(gradient + i) * adjust.slope(load(z + i)));
 }

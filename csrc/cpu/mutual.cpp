@@ -10,10 +10,11 @@
 //   sum_(l != k) p_l log(p_l / p_k) = (sum_l p_l u_l - S u_k) / T - sum_l p_l (c_l - c_k),    S = sum_l p_l
 //
 // The last term is one number per row, computed in double. p_l |u_l| is small for every l, so nothing large cancels.
-// Equal students have u = 0 and c_l = c_k, and a divergence of exactly 0. The gradient by z_k / T is M p_k - S.
+// Equal students have u = 0 and c_l = c_k, and a divergence of exactly 0. The gradient with respect to z_k / T
+// is M p_k - S.
 //
 // Exponentials are kept in scratch memory if those of a row fit in the cache, else recomputed, last block first. A row
-// whose sums are not finite is computed again with the policy for log 0 (fastkd/backends/reference.py, evaluate).
+// whose sums are not finite is computed again with the policy for log 0 (fastkd/call/log_zero.py).
 
 #include "kernel.h"
 

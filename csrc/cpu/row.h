@@ -265,7 +265,7 @@ class Row {
   // With a label term.
   int64_t label_column_ = -1;  // column of the label; -1 without a label term, or if it is in another shard
   LabelTerm label_term_{};
-  double q_odds_ = 0;  // log-odds of the label
+  double q_log_odds_ = 0;  // log-odds of the label
 
   // Sure columns, by side: the student's, the teacher's.
   int64_t sure_column_[2] = {-1, -1};  // -1: none
@@ -279,9 +279,9 @@ class Row {
 // computes the statistics of a block.
 template <class Each, class Once, class Statistics>
 bool value_of(Row& row, int64_t index, Each each, Once once, Statistics statistics) {
-  bool counted = false, finite = false;
-  once([&](bool* flags) { flags[0] = row.start(index); }, &counted);
-  if (!counted) return false;
+  bool kept = false, finite = false;
+  once([&](bool* flags) { flags[0] = row.start(index); }, &kept);
+  if (!kept) return false;
   for (const bool policy : {false, true}) {
     once([&](bool*) { row.set_policy_for_log_0(policy); }, &finite);
     each(statistics);

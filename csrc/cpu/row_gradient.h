@@ -95,7 +95,7 @@ inline BlockView Row::view(int64_t b, BlockScratch& scratch, bool logits) {
   v.g = g(b, scratch);
   v.s_inverse = student_softmax_.inverse;
   v.t_inverse = teacher_softmax_.inverse;
-  v.ratio = float(student_softmax_.temperature / teacher_softmax_.temperature);
+  v.temperature_ratio = float(student_softmax_.temperature / teacher_softmax_.temperature);
   v.first = b * BLOCK;
   v.sure = sure_column_;
   if (!needs_statistics()) return v;
@@ -124,8 +124,8 @@ inline BlockView Row::view(int64_t b, BlockScratch& scratch, bool logits) {
     v.t_origin = v.t_max;
   }
   offset *= v.s_inverse * temperature;  // on the scale of the gap to which it is added
-  v.ratio_high = float(offset);
-  v.ratio_low = float(offset - v.ratio_high);
+  v.log_ratio_high = float(offset);
+  v.log_ratio_low = float(offset - v.log_ratio_high);
   return v;
 }
 

@@ -20,20 +20,20 @@ inline void Row::set_label_term() {
   if (call_.alpha != 0 && (z_label_ == INF || t_label_ == INF)) weight_ = std::nan("");
   const double s_gap = z_label_ - row.s_max, t_gap = t_label_ - row.t_max;
   row.centered_mean += s_gap / call_.shard.total;
-  const double p_odds = t_gap / teacher_softmax_.temperature - row.t_log_sum;
-  q_odds_ = s_gap / student_softmax_.temperature - row.s_log_sum;
+  const double p_log_odds = t_gap / teacher_softmax_.temperature - row.t_log_sum;
+  q_log_odds_ = s_gap / student_softmax_.temperature - row.s_log_sum;
   label_term_ = {};
   if (call_.target == Target::binary)
-    set_binary_label_term(label_term_, call_.target_weight, p_odds, q_odds_);
+    set_binary_label_term(label_term_, call_.target_weight, p_log_odds, q_log_odds_);
   else
     label_term_.nll_weight = call_.target_weight * sigmoid(t_gap / UNTEMPERED.temperature - row.t_log_sum_t1);
   phi_ += label_term_.phi;
   g_ += label_term_.g;
   h_ += label_term_.h;
-  const double q_odds_t1 = s_gap / UNTEMPERED.temperature - row.s_log_sum_t1;
-  label_term_.nll = softplus(-q_odds_t1);
-  label_term_.rest_t1 = sigmoid(-q_odds_t1);
-  row.s_log_sum_t1 += softplus(q_odds_t1);  // now over all tokens
+  const double q_log_odds_t1 = s_gap / UNTEMPERED.temperature - row.s_log_sum_t1;
+  label_term_.nll = softplus(-q_log_odds_t1);
+  label_term_.rest_t1 = sigmoid(-q_log_odds_t1);
+  row.s_log_sum_t1 += softplus(q_log_odds_t1);  // now over all tokens
 }
 
 // Writes the value of the row, and sets the scales of its gradients.
@@ -44,7 +44,7 @@ inline void Row::write_value() {
   if (has_label_term(call_)) {
     if (label_term_.nll_weight != 0) distillation += label_term_.nll_weight * label_term_.nll;
     if (call_.alpha < 1) cross_entropy = label_term_.nll + smoothed_gap();
-    entropy = entropy_with_label(q_odds_, entropy);
+    entropy = entropy_with_label(q_log_odds_, entropy);
   } else if (with_labels_) {
     if (whole()) z_label_ = label_logit();
     cross_entropy = smoothed_cross_entropy(call_.label_smoothing, row.s_log_sum_t1, z_label_ - row.s_max,

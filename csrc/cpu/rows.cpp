@@ -15,8 +15,7 @@
 // cache.
 //
 // The first attempt at a row ignores log 0: arithmetic on -inf gives NaN exactly where the policy of
-// fastkd/backends/reference.py (evaluate) matters. A row whose merged sums are not finite is computed again with the
-// policy.
+// fastkd/call/log_zero.py matters. A row whose merged sums are not finite is computed again with the policy.
 //
 // The entry points are in this file. blocks.h has a block, row.h the phases of a row, topk.h a sparse teacher.
 

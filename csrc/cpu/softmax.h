@@ -49,9 +49,9 @@ struct BlockView {
   float s_weight, t_weight;                              // p = t_exp * t_weight
   float s_inverse, t_inverse;                            // log p = (t - t_max) * t_inverse + t_offset_low + t_offset
   float s_offset, t_offset, s_offset_low, t_offset_low;  // two floats per offset
-  // log p - log q = ((t - t_origin) * ratio - (s - s_origin)) * s_inverse + ratio_high + ratio_low. The origins are 0
-  // if that is more exact, which it is for a student close to its teacher.
-  float s_origin, t_origin, ratio = 1, ratio_low, ratio_high;
+  // log p - log q = ((t - t_origin) * temperature_ratio - (s - s_origin)) * s_inverse + log_ratio_high + log_ratio_low.
+  // The origins are 0 if that is more exact, which it is for a student close to its teacher.
+  float s_origin, t_origin, temperature_ratio = 1, log_ratio_low, log_ratio_high;
   int64_t first;               // column of the row
   const int64_t* sure = NONE;  // two columns of the row that sums exclude; -1 for none
   static constexpr int64_t NONE[2] = {-1, -1};

@@ -139,7 +139,7 @@ class TopKRow {
   }
 
   // Whether the teacher lists no token. Such a row has no divergence, whatever the tail is.
-  bool is_silent() const {
+  bool teacher_lists_no_token() const {
     return std::all_of(ids_, ids_ + tokens(), [](int64_t id) { return id == -1; });
   }
 

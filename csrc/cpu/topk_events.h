@@ -73,7 +73,7 @@ inline const float* TopKRow::load_logprobs() {
 // Computes the value of the row and the gradient of its events.
 inline void TopKRow::compute_value() {
   const double weight = call_.weight ? call_.weight[row_] : 1;
-  if (is_silent())
+  if (teacher_lists_no_token())
     write_no_divergence(0 * weight);
   else if (truncates())
     compute_truncated();

@@ -55,22 +55,25 @@ FASTKD_DEVICE void compute_value(Block& block, DenseShard& kind) {
 template <class Kind>
 FASTKD_DEVICE void write_gradients(Block& block, Kind& kind, bool more) {
   const Call& call = block.call;
-  const auto staged = [&](int side) { return skew_of(block.source().gradients[side]) != 0; };
-  const auto to = [&](int side) { return staged(side) ? block.slice(side) : Slice{block.source().gradients[side], 0}; };
+  const auto staged = [&](int side) { return skew_of(block.device_slices().gradients[side]) != 0; };
+  const auto to = [&](int side) {
+    return staged(side) ? block.slice(side) : Slice{block.device_slices().gradients[side], 0};
+  };
   kind.start_gradients(to(0));
 #pragma unroll 1
   for (int stage = 0; stage < STAGES; ++stage) {
     const Range range = stage_range(call, block.place.rank, stage);
-    if (block.source().gradients[0] || block.source().gradients[1])
+    if (block.device_slices().gradients[0] || block.device_slices().gradients[1])
       kind.gradient(range, stage, to(0).stage(stage), to(1).stage(stage));
     if (staged(0) || staged(1)) {
       sync_block();
       for (int side = 0; side < 2; ++side)
         if (staged(side)) {
-          const int element = size_of_element(side ? call.teacher.dtype : call.student.dtype);
-          const int64_t offset = int64_t(range.first) * element, bytes = int64_t(range.last - range.first) * element;
-          copy_out(call, block.place, block.source().gradients[side] + offset, to(side).stage(stage) + offset, bytes,
-                   element);
+          const int element_size = size_of_element(side ? call.teacher.dtype : call.student.dtype);
+          const int64_t offset = int64_t(range.first) * element_size;
+          const int64_t bytes = int64_t(range.last - range.first) * element_size;
+          copy_out(call, block.place, block.device_slices().gradients[side] + offset, to(side).stage(stage) + offset,
+                   bytes, element_size);
         }
     }
     if (more) {

@@ -1,16 +1,17 @@
-// The statistics of a whole row become its softmaxes, its closed form and its label term.
+// Computes what follows from the statistics of a whole row: its softmaxes, closed form and label term.
 #pragma once
 #include "statistics.h"
 
 namespace fastkd::cuda {
 
-// log(rest + max_count), where rest may be tiny
+// The logarithm of a whole sum of exponentials: max_count columns are at the maximum, and `rest` is the sum over the
+// others. If max_count is 1, a tiny rest is not rounded away.
 FASTKD_INLINE double log_of_sum(double rest, double max_count) { return logarithm_1p(rest + (max_count - 1)); }
 
 FASTKD_PER_ROW void set_softmax(Side& side, float max, double rest, double max_count) {
   const double sum = rest + max_count, offset = -log_of_sum(rest, max_count);
   side.max = finite_max(max);
-  side.weight = float(1 / sum);
+  side.inverse_sum = float(1 / sum);
   side.threshold = float(NEGLIGIBLE * sum);
   side.offset = float(offset);
   side.offset_low = finite(side.offset) ? float(offset - side.offset) : 0;
@@ -20,17 +21,18 @@ FASTKD_PER_ROW void set_softmax(Side& side, float max, double rest, double max_c
 // constant.
 constexpr double CLOSE_LOGITS = 8;
 
-// How log p - log q is computed from the difference of two logits. The origins are 0 where that is more accurate.
+// Sets the constants of RowState's formula for log p - log q. The origins are 0 if the sides are close (CLOSE_LOGITS),
+// and the maxima otherwise.
 FASTKD_INLINE void set_log_ratio(RowState& row, double log_quotient) {
   const double unit = row.student.unit;
   const double direct = (double(row.student.max) - row.teacher.max) * unit + log_quotient;
   const bool close = row.student.unit == row.teacher.unit && fabs(direct) < CLOSE_LOGITS;
   row.s_origin = close ? 0 : row.student.max;
   row.t_origin = close ? 0 : row.teacher.max;
-  row.ratio = float(row.teacher.unit / unit);
+  row.unit_ratio = float(row.teacher.unit / unit);
   const double offset = close ? direct : log_quotient;
-  row.ratio_high = float(offset);
-  row.ratio_low = finite(row.ratio_high) ? float(offset - row.ratio_high) : 0;
+  row.log_ratio_high = float(offset);
+  row.log_ratio_low = finite(row.log_ratio_high) ? float(offset - row.log_ratio_high) : 0;
 }
 
 // Finds the columns that a side is sure of (common/row_math.h). With a closed form it also computes their gradients;
@@ -62,16 +64,16 @@ FASTKD_PER_ROW void set_sure_columns(const Call& call, RowState& row) {
   if (!finite(float(row.phi) + t.gradient)) t.z = NAN;
 }
 
-// Entropy and cross-entropy of the row, except for the label term.
+// Sets the row's entropy and cross-entropy, without the label term, and the student's softmax at temperature 1.
 FASTKD_INLINE void set_entropies(const Call& call, RowState& row, double s_log_sum, double s_inverse) {
   const Statistics& all = row.statistics;
   row.entropy = row.flags & ENTROPY ? s_log_sum - LN_2_EXACT * all.entropy * s_inverse : 0;
   double log_sum_t1 = s_log_sum;
-  row.weight_t1 = row.student.weight;
+  row.inverse_sum_t1 = row.student.inverse_sum;
   row.max_t1 = row.student.max;
   if (row.flags & EXP_SUM_T1) {
     log_sum_t1 = log_of_sum(all.s_exp_sum_t1, all.s_max_count);
-    row.weight_t1 = float(1 / (double(all.s_exp_sum_t1) + all.s_max_count));
+    row.inverse_sum_t1 = float(1 / (double(all.s_exp_sum_t1) + all.s_max_count));
   }
   row.cross_entropy = 0;
   if (!row.with_labels) return;
@@ -88,8 +90,8 @@ FASTKD_INLINE bool logs_overflow(const RowState& row) {
                                   (all.t_min - row.teacher.max) * row.teacher.rate == -INF);
 }
 
-// Turns the statistics of the whole row into what later phases need. The row is in shared memory: to pass it by
-// reference from registers, the compiler would first spill it to a stack in device memory.
+// Turns the statistics of the whole row into what later phases need. The row must be in shared memory: this function is
+// not inlined, so a row in registers would first be spilled to the stack in device memory.
 FASTKD_PER_ROW void finish_statistics(const Call& call, RowState& row) {
   const Statistics& all = row.statistics;
   set_softmax(row.student, all.s_max, all.s_exp_sum, all.s_max_count);
@@ -103,14 +105,14 @@ FASTKD_PER_ROW void finish_statistics(const Call& call, RowState& row) {
   const MeanMoments means = {LN_2_EXACT * (double(all.forward) - all.s_at_t_max) * t_inverse,
                              LN_2_EXACT * (double(all.reverse) - all.t_at_s_max) * s_inverse,
                              LN_2_EXACT * (double(all.cross) + all.s_at_t_max) * t_inverse};
-  // A moment without its flag is rescaled like the others and has no meaning.
+  // A moment whose flag is not set is not computed, but it is rescaled like the others, so its value has no meaning.
   const MeanMoments weights = {row.flags & FORWARD ? call.forward : 0, row.flags & REVERSE ? call.reverse : 0,
                                row.flags & CROSS ? call.cross : 0};
   set_closed_form(weights, means, s_log_sum, t_log_sum, row.phi, row.g);
   set_sure_columns(call, row);
   row.finite = row.log_0_policy || (!logs_overflow(row) && finite(float(row.phi) + float(row.entropy)));
-  // NaN or +inf among the logits makes the whole row NaN: a comparison in a definition could hide it. If the label is
-  // compared separately, neither sum contains its logits.
+  // A logit that is NaN or +inf makes the whole row NaN. It is tested here, since a comparison in a divergence's
+  // definition could hide it. With a label term, the sums exclude the label's column, so its logits are tested too.
   const double log_sums = s_log_sum + t_log_sum;
   const bool infinite = all.s_max == INF || all.t_max == INF ||
                         (has_label_term(call) && (row.z_label == INF || row.t_label == INF));
@@ -121,22 +123,22 @@ FASTKD_PER_ROW void finish_statistics(const Call& call, RowState& row) {
 FASTKD_PER_ROW void finish_label_term(const Call& call, RowState& row, float s_exp_sum, float t_exp_sum,
                                       float s_exp_sum_t1, float t_exp_sum_t1) {
   const double s_gap = double(row.z_label) - row.student.max, t_gap = double(row.t_label) - row.teacher.max;
-  const double q_odds = s_gap * row.student.unit - logarithm(double(s_exp_sum));
-  const double p_odds = t_gap * row.teacher.unit - logarithm(double(t_exp_sum));
-  row.entropy = entropy_with_label(q_odds, row.entropy);
+  const double q_log_odds = s_gap * row.student.unit - logarithm(double(s_exp_sum));
+  const double p_log_odds = t_gap * row.teacher.unit - logarithm(double(t_exp_sum));
+  row.entropy = entropy_with_label(q_log_odds, row.entropy);
   if (call.target == Target::binary) {
-    set_binary_label_term(row.label_term, call.target_weight, p_odds, q_odds);
+    set_binary_label_term(row.label_term, call.target_weight, p_log_odds, q_log_odds);
   } else {
     const double sum = row.flags & TEACHER_EXP_SUM_T1 ? t_exp_sum_t1 : t_exp_sum;
     row.label_term.nll_weight = call.target_weight * sigmoid(t_gap * row.teacher_unit_t1 - logarithm(sum));
   }
   if (!row.with_labels) return;
   const double sum = row.flags & EXP_SUM_T1 ? s_exp_sum_t1 : s_exp_sum;
-  const double q_odds_t1 = s_gap * row.unit_t1 - logarithm(sum);
-  row.label_term.nll = softplus(-q_odds_t1);
-  row.label_term.rest_t1 = sigmoid(-q_odds_t1);
-  row.cross_entropy += softplus(q_odds_t1);  // so far it was normalized over the other tokens
-  row.weight_t1 = float(row.label_term.rest_t1 / sum);
+  const double q_log_odds_t1 = s_gap * row.unit_t1 - logarithm(sum);
+  row.label_term.nll = softplus(-q_log_odds_t1);
+  row.label_term.rest_t1 = sigmoid(-q_log_odds_t1);
+  row.cross_entropy += softplus(q_log_odds_t1);  // so far it was normalized over the other tokens
+  row.inverse_sum_t1 = float(row.label_term.rest_t1 / sum);
 }
 
 }  // namespace fastkd::cuda

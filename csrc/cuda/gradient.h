@@ -41,7 +41,7 @@ FASTKD_PER_ROW void write_value(const Call& call, RowState& row, int rank) {
 FASTKD_INLINE V cross_entropy_gradient(const Call& call, const RowState& row, V z, int64_t column) {
   const V x = (z - row.max_t1) * row.rate_t1;
   const V target = row.uniform + (column == row.label ? 1 - float(call.label_smoothing) : 0);
-  return (exp2_of(x) * row.weight_t1 - target) * row.cross_entropy_factor;
+  return (exp2_of(x) * row.inverse_sum_t1 - target) * row.cross_entropy_factor;
 }
 
 // Replaces the label's gradient, which does not follow from the sums over the other tokens.

@@ -147,7 +147,7 @@ struct Sparse {
 
   FASTKD_DEVICE void finish_row() {
     if (block.call.shard.step == Step::statistics) return;
-    if (block.row().tail.teacher_is_silent) block.row().phi = 0;
+    if (block.row().tail.teacher_lists_no_token) block.row().phi = 0;
     if (block.row().tail.teacher_is_invalid) block.row().phi = NAN;
     write_value(block.call, block.row(), block.place.rank);
     finish_tail(block.call, block.row());

@@ -64,8 +64,8 @@ FASTKD_PER_ROW void open_row(const Call& call, int64_t index, RowState& row) {
   row.s_sure = row.t_sure = {false, NAN, 0, 0, 0};
   open_side(call.student, call.student_tempering, index, row.student, row.weight);
   open_side(call.teacher, call.teacher_tempering, index, row.teacher, row.weight);
-  row.s_origin = row.t_origin = row.ratio_low = row.ratio_high = 0;
-  row.ratio = row.teacher.unit / row.student.unit;
+  row.s_origin = row.t_origin = row.log_ratio_low = row.log_ratio_high = 0;
+  row.unit_ratio = row.teacher.unit / row.student.unit;
   row.unit_t1 = unit_at_t1(call.student_tempering);
   row.rate_t1 = float(row.unit_t1 * LOG2_E_EXACT);
   row.teacher_unit_t1 = unit_at_t1(call.teacher_tempering);

@@ -17,8 +17,7 @@
 // thread communicates here; block.h has the exchanges.
 //
 // The first attempt at a row ignores log 0, as in csrc/cpu/rows.cpp: arithmetic on -inf gives NaN exactly where the
-// policy of fastkd/backends/reference.py (evaluate) matters. A row whose merged sums are not finite is computed again
-// with the policy.
+// policy of fastkd/call/log_zero.py matters. A row whose merged sums are not finite is computed again with the policy.
 #pragma once
 #include "gradient.h"
 

@@ -13,7 +13,7 @@
 
 namespace fastkd::cuda {
 
-// A thread's position among the threads that share a row.
+// A thread's position among the threads that share a row: the rank of its block in the cluster, and its number there.
 struct Place {
   int rank, thread;
 };
@@ -61,8 +61,8 @@ struct Slice {
 // Distance of an address from the multiple of PIECE below it.
 FASTKD_INLINE int skew_of(const char* memory) { return int(reinterpret_cast<uintptr_t>(memory) % PIECE); }
 
-// The whole pieces in a range of bytes, which the copy engine moves. The edges before and after are shorter than a
-// piece.
+// Where the whole pieces in a range of bytes begin and end, as offsets in bytes. The copy engine moves them; the edges
+// before and after are shorter than a piece.
 struct Pieces {
   int64_t first, last;
 };
@@ -72,28 +72,29 @@ FASTKD_INLINE Pieces whole_pieces(const char* memory, int64_t bytes) {
   return {first, first + (bytes - first) / PIECE * PIECE};
 }
 
-FASTKD_INLINE void copy_element(char* to, const char* from, int element) {
-  FASTKD_TRACE_ACCESS(from, element, false);
-  FASTKD_TRACE_ACCESS(to, element, true);
-  if (element == 4)
+FASTKD_INLINE void copy_element(char* to, const char* from, int element_size) {
+  FASTKD_TRACE_ACCESS(from, element_size, false);
+  FASTKD_TRACE_ACCESS(to, element_size, true);
+  if (element_size == 4)
     *reinterpret_cast<uint32_t*>(to) = *reinterpret_cast<const uint32_t*>(from);
   else
     *reinterpret_cast<uint16_t*>(to) = *reinterpret_cast<const uint16_t*>(from);
 }
 
 // This thread's share of the edges: at most one element per thread.
-FASTKD_INLINE void copy_edges(Place place, char* to, const char* from, Pieces pieces, int64_t bytes, int element) {
-  int64_t at = int64_t(place.thread) * element;
+FASTKD_INLINE void copy_edges(Place place, char* to, const char* from, Pieces pieces, int64_t bytes, int element_size) {
+  int64_t at = int64_t(place.thread) * element_size;
   if (at >= pieces.first) at += pieces.last - pieces.first;
-  if (at < bytes) copy_element(to + at, from + at, element);
+  if (at < bytes) copy_element(to + at, from + at, element_size);
 }
 
-// Copies this thread's share of all bytes, one element at a time. Only gradients are copied like this: nothing waits
-// for their stores.
-FASTKD_PER_ROW void copy_out(const Call& call, Place place, char* to, const char* from, int64_t bytes, int element) {
+// Copies this thread's share of all bytes, one element at a time. Only gradients are copied in this way, because no
+// thread waits for their stores.
+FASTKD_PER_ROW void copy_out(const Call& call, Place place, char* to, const char* from, int64_t bytes,
+                             int element_size) {
 #pragma unroll 1
-  for (int64_t i = int64_t(place.thread) * element; i < bytes; i += int64_t(call.threads) * element)
-    copy_element(to + i, from + i, element);
+  for (int64_t i = int64_t(place.thread) * element_size; i < bytes; i += int64_t(call.threads) * element_size)
+    copy_element(to + i, from + i, element_size);
 }
 
 }  // namespace fastkd::cuda

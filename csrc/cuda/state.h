@@ -9,12 +9,13 @@ namespace fastkd::cuda {
 #include "../generated/divergences.h"
 
 constexpr float LOWEST = std::numeric_limits<float>::lowest();
-constexpr float NEGLIGIBLE = 1e-30f;  // as in fastkd/backends/reference.py
+// As in fastkd/call/log_zero.py
+constexpr float NEGLIGIBLE = 1e-30f;
 constexpr float INFINITE = 1e6f;
 
 #include "../common/row_math.h"
 
-// What the first sweep computes for a row.
+// Which optional fields of Statistics the first sweep computes.
 enum Flags : unsigned {
   FORWARD = 1,
   REVERSE = 2,
@@ -27,18 +28,18 @@ enum Flags : unsigned {
 };
 
 // One side, student or teacher. z = softcap * tanh(gain * logit), or sign * logit without a cap. unit * z is the
-// tempered logit, and rate * z the same to base 2.
+// tempered logit, and rate = unit * log2(e), so that 2^(rate * z) is its exponential.
 struct Side {
   Dtype dtype;
   float sign, softcap, gain, inverse_cap, temperature, unit, rate;
   float max;                 // maximum of z, or 0 if all are -inf
-  float weight;              // 1 / exp_sum: 2^(rate (z - max)) * weight is a probability
+  float inverse_sum;         // 1 / exp_sum: 2^(rate (z - max)) * inverse_sum is a probability
   float offset, offset_low;  // log probability = unit (z - max) + offset + offset_low
   float threshold;           // an exponential below it has a negligible probability
 
   FASTKD_INLINE bool identity() const { return softcap == 0 && sign == 1; }  // whether z is the logit
   FASTKD_INLINE V z(V logit) const { return softcap == 0 ? sign * logit : softcap * tanh(gain * logit); }
-  // dz / dlogit; unit contains the magnitude of logit_scale
+  // dz / dlogit. Without a cap, it is the sign of logit_scale, whose magnitude is a factor of unit.
   FASTKD_INLINE V slope(V z) const {
     return softcap == 0 ? sign : softcap * gain * (1 - (z * inverse_cap) * (z * inverse_cap));
   }
@@ -46,23 +47,24 @@ struct Side {
 
 // All tokens that a sparse teacher does not list, as one event (topk.h).
 struct TailEvent {
-  unsigned event_flags;  // flags for the sweep over events
-  float origin;          // z of the largest listed token: the z of events are relative to it
-  float max, weight;     // exp(unit (z - max)) * weight is a column's share of the tail's probability
-  bool is_event;         // whether all other tokens form one last event, which z and log_p describe
+  unsigned event_flags;    // flags for the sweep over events
+  float origin;            // largest z of the listed tokens, which the z of events are relative to
+  float max, inverse_sum;  // exp(unit (z - max)) * inverse_sum is a column's share of the tail's probability
+  bool is_event;           // whether the tail is an event; z and log_p are the tail's
   float z, log_p;
-  float gradient;  // times a column's exponential, the gradient by the column's z
-  bool no_events;
-  bool teacher_is_silent, teacher_is_invalid;  // it lists no token; it lists one twice, or one that does not exist
-  const char* log_probabilities;               // the teacher's, for this row
+  float gradient;  // times a column's exponential: the gradient with respect to the column's z
+  bool no_events;  // whether the student has no probability on any event
+  bool teacher_lists_no_token;
+  bool teacher_is_invalid;        // it lists a token twice, or one that does not exist
+  const char* log_probabilities;  // the teacher's, for this row
 };
 
-// What the first sweep computes. Exponentials and moments are relative to the maxima; x = rate * (z - max), to base 2.
+// What the first sweep computes. Exponentials and moments are relative to the maxima: x = rate * (z - max) and e = 2^x.
 // Columns at a side's maximum are counted and excluded from its sums of exponentials, where they would absorb the
 // others.
 struct Statistics {
   float s_max, t_max;
-  float s_min, t_min;  // least z: needed if the gradient takes logarithms that no sum has seen
+  float s_min, t_min;  // smallest z, for logs_overflow (finish.h)
   float s_exp_sum, t_exp_sum, s_exp_sum_t1, t_exp_sum_t1;
   float forward, reverse;          // sums of e_t (x_t - x_s) and of e_s (x_s - x_t)
   float cross, entropy;            // sums of e_t x_s and of e_s x_s
@@ -78,10 +80,10 @@ struct Sums {
 // The column in which a side has more than half of its probability, if there is one (common/row_math.h).
 struct SureColumn {
   bool exists;
-  float z;           // NaN if there is none
+  float z;           // NaN if there is none, or if phi or the gradient is not finite
   double rest;       // sum of the other columns' exponentials
   double other_gap;  // the other side's tempered logit in this column, minus its maximum
-  float gradient;    // by the tempered logit
+  float gradient;    // with respect to the tempered logit
 };
 
 struct RowState {
@@ -94,9 +96,9 @@ struct RowState {
   float z_label, t_label;  // z of the label, the student's and the teacher's
   float pivot;             // what centered_sum subtracts from each z
   Side student, teacher;
-  // log p - log q = ((t - t_origin) ratio - (s - s_origin)) student.unit + ratio_low + ratio_high
-  float s_origin, t_origin, ratio, ratio_low, ratio_high;
-  float unit_t1, rate_t1, weight_t1, max_t1;  // the student's softmax at temperature 1, for the cross-entropy
+  // log p - log q = ((t - t_origin) unit_ratio - (s - s_origin)) student.unit + log_ratio_low + log_ratio_high
+  float s_origin, t_origin, unit_ratio, log_ratio_low, log_ratio_high;
+  float unit_t1, rate_t1, inverse_sum_t1, max_t1;  // the student's softmax at temperature 1, for the cross-entropy
   float teacher_unit_t1, teacher_rate_t1;
   double phi, g;  // sums over the row
   double cross_entropy, entropy;

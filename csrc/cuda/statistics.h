@@ -24,8 +24,8 @@ FASTKD_INLINE void rescale(Statistics& a, float s_max, float t_max, const RowSta
   }
   const float s_rise = a.s_max == -INF ? 0 : finite_max(s_max) - a.s_max, s_step = product(s_rise, row.student.rate);
   const float t_rise = a.t_max == -INF ? 0 : finite_max(t_max) - a.t_max, t_step = product(t_rise, row.teacher.rate);
-  // A step is up to 30 if the row is sure of a column, and its rounding, which exp2_of_product corrects, would put all
-  // sums of a thread off by 1e-6.
+  // If a side is sure of a column, a step may well be 30. Its rounding would put all sums of a thread off by 1e-6, so
+  // exp2_of_product corrects it.
   const float s_factor = a.s_max == -INF ? 0 : exp2_of_product(-s_rise, row.student.rate);
   const float t_factor = a.t_max == -INF ? 0 : exp2_of_product(-t_rise, row.teacher.rate);
   a.forward = scaled_or_0(t_factor, a.forward + (s_step - t_step) * a.t_exp_sum);
@@ -76,7 +76,7 @@ FASTKD_INLINE float maximum_of(const V (&z)[N]) {
 }
 
 // e * x. With LOG_0, a negligible probability gives 0 whatever x is. With SHARD, probabilities are not known yet, and
-// an infinite logarithm gives 0.
+// a logarithm that is not finite gives 0.
 template <bool LOG_0, bool SHARD>
 FASTKD_INLINE V masked_product(V e, V x, float threshold) {
   if (SHARD) return finite(x) ? e * x : 0;
@@ -98,12 +98,12 @@ FASTKD_INLINE void add_vector(Statistics& a, const V (&s)[N], const V (&t)[N], i
     e_s[k] = k < n ? exp2_of(x_s[k]) : 0;
     e_t[k] = k < n ? exp2_of(x_t[k]) : 0;
   }
-  const auto counted = [](float x) { return SHARD && !finite(x) ? 0 : x; };
+  const auto masked = [](float x) { return SHARD && !finite(x) ? 0 : x; };
   const bool with_s_max = s_vector_max == s_max && finite(s_max), with_t_max = t_vector_max == t_max && finite(t_max);
   if (with_s_max || with_t_max)
     for (int k = 0; k < N; ++k) {
-      if (with_s_max && k < n && s[k] == s_max) a.s_max_count += 1, a.t_at_s_max += counted(x_t[k]), e_s[k] = 0;
-      if (with_t_max && k < n && t[k] == t_max) a.t_max_count += 1, a.s_at_t_max += counted(x_s[k]), e_t[k] = 0;
+      if (with_s_max && k < n && s[k] == s_max) a.s_max_count += 1, a.t_at_s_max += masked(x_t[k]), e_s[k] = 0;
+      if (with_t_max && k < n && t[k] == t_max) a.t_max_count += 1, a.s_at_t_max += masked(x_s[k]), e_t[k] = 0;
     }
   for (int k = 0; k < N; ++k) {
     s_exp_sum += e_s[k];
@@ -116,13 +116,14 @@ FASTKD_INLINE void add_vector(Statistics& a, const V (&s)[N], const V (&t)[N], i
     for (int k = 0; k < N; ++k) sum += term(k);
     moment += sum;
   };
-  const float s_least = row.student.threshold, t_least = row.teacher.threshold;
+  const float s_threshold = row.student.threshold, t_threshold = row.teacher.threshold;
   if (row.flags & FORWARD)
-    add(a.forward, [&](int k) { return masked_product<LOG_0, SHARD>(e_t[k], x_t[k] - x_s[k], t_least); });
+    add(a.forward, [&](int k) { return masked_product<LOG_0, SHARD>(e_t[k], x_t[k] - x_s[k], t_threshold); });
   if (row.flags & REVERSE)
-    add(a.reverse, [&](int k) { return masked_product<LOG_0, SHARD>(e_s[k], x_s[k] - x_t[k], s_least); });
-  if (row.flags & CROSS) add(a.cross, [&](int k) { return masked_product<LOG_0, SHARD>(e_t[k], x_s[k], t_least); });
-  if (row.flags & ENTROPY) add(a.entropy, [&](int k) { return masked_product<LOG_0, SHARD>(e_s[k], x_s[k], s_least); });
+    add(a.reverse, [&](int k) { return masked_product<LOG_0, SHARD>(e_s[k], x_s[k] - x_t[k], s_threshold); });
+  if (row.flags & CROSS) add(a.cross, [&](int k) { return masked_product<LOG_0, SHARD>(e_t[k], x_s[k], t_threshold); });
+  if (row.flags & ENTROPY)
+    add(a.entropy, [&](int k) { return masked_product<LOG_0, SHARD>(e_s[k], x_s[k], s_threshold); });
   if (row.flags & EXP_SUM_T1)
     add(a.s_exp_sum_t1,
         [&](int k) { return k < n && !(with_s_max && s[k] == s_max) ? exp2_of((s[k] - s_origin) * row.rate_t1) : 0; });

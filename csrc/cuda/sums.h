@@ -13,7 +13,7 @@ struct Terms {
   V phi, g, h;
 };
 
-// Not inlined, because it contains all the definitions.
+// Not inlined, because it contains the definitions of all divergences.
 FASTKD_PER_ROW Terms any_divergence(const Call& call, V p, V q, V log_p, V log_q, V log_ratio) {
   Terms terms{};
   int number = 0;
@@ -41,7 +41,7 @@ FASTKD_INLINE void call_divergence(const Call& call, V p, V q, V log_p, V log_q,
   }
 }
 
-// phi, g and h of one column; with LOG_0, under the policy of fastkd/backends/reference.py for log 0.
+// phi, g and h of one column; with LOG_0, under the policy of fastkd/call/log_zero.py.
 template <class Divergence, bool LOG_0>
 FASTKD_INLINE void evaluate_terms(const Call& call, V p, V q, V log_p, V log_q, V log_ratio, V& phi, V& g, V& h) {
   if (!LOG_0) return call_divergence<Divergence>(call, p, q, log_p, log_q, log_ratio, phi, g, h);
@@ -59,16 +59,16 @@ FASTKD_INLINE void evaluate_terms(const Call& call, V p, V q, V log_p, V log_q, 
 template <class Divergence, bool LOG_0>
 FASTKD_INLINE void evaluate(const Call& call, const RowState& row, V s, V t, V& p, V& q, V& phi, V& g, V& h) {
   V log_p = product(t, row.teacher.unit), log_q = product(s, row.student.unit);
-  V log_ratio = product(product(t, row.ratio) - s, row.student.unit);
+  V log_ratio = product(product(t, row.unit_ratio) - s, row.student.unit);
   p = q = 1;
   if (is_normalized<Divergence>(call)) {
     const V x_s = product(s - row.student.max, row.student.rate), x_t = product(t - row.teacher.max, row.teacher.rate);
-    p = exp2_of(x_t) * row.teacher.weight;
-    q = exp2_of(x_s) * row.student.weight;
+    p = exp2_of(x_t) * row.teacher.inverse_sum;
+    q = exp2_of(x_s) * row.student.inverse_sum;
     log_p = fmaf(x_t, LN_2, row.teacher.offset_low) + row.teacher.offset;
     log_q = fmaf(x_s, LN_2, row.student.offset_low) + row.student.offset;
-    const V gap = product(t - row.t_origin, row.ratio) - (s - row.s_origin);
-    log_ratio = fmaf(gap, row.student.unit, row.ratio_low) + row.ratio_high;
+    const V gap = product(t - row.t_origin, row.unit_ratio) - (s - row.s_origin);
+    log_ratio = fmaf(gap, row.student.unit, row.log_ratio_low) + row.log_ratio_high;
   }
   evaluate_terms<Divergence, LOG_0>(call, p, q, log_p, log_q, log_ratio, phi, g, h);
 }
@@ -103,22 +103,22 @@ template <class Divergence>
 FASTKD_PER_ROW void add_sure_columns(const Call& call, RowState& row) {
   SureColumn &s = row.s_sure, &t = row.t_sure;
   const double s_log_sum = log_of_sum(s.rest, 1), t_log_sum = log_of_sum(t.rest, 1);
-  // The offset of a side that is not sure contains the logarithm of its sum.
+  // log q and log p at the side's own maximum; if the side is not sure, its offset has that value.
   const double log_q_max = s.exists ? -s_log_sum : double(row.student.offset) + row.student.offset_low;
   const double log_p_max = t.exists ? -t_log_sum : double(row.teacher.offset) + row.teacher.offset_low;
-  const bool same = s.exists && t.exists && s.other_gap == 0 && t.other_gap == 0;
-  double g = row.g, h = call.degree * row.phi - row.g;  // sums over all columns but the side's own sure column
+  const bool same_column = s.exists && t.exists && s.other_gap == 0 && t.other_gap == 0;
+  double g = row.g, h = call.degree * row.phi - row.g;  // sums over all columns but the sure ones
   const double log_ratio = log_p_max - log_q_max;
   Terms s_terms{}, t_terms{};  // at the student's sure column; at the teacher's, if that is another one
   if (s.exists)
     s_terms = sure_column_terms<Divergence>(call, s.other_gap + log_p_max, log_q_max, s.other_gap + log_ratio);
-  if (t.exists && !same)
+  if (t.exists && !same_column)
     t_terms = sure_column_terms<Divergence>(call, log_p_max, t.other_gap + log_q_max, log_ratio - t.other_gap);
   row.phi += double(s_terms.phi) + t_terms.phi;
   row.g += double(s_terms.g) + t_terms.g;
   if (s.exists) s.gradient = float((s_terms.g * s.rest - (g + t_terms.g)) / (1 + s.rest));
   if (t.exists)
-    t.gradient = float((same ? s_terms.h * t.rest - h : t_terms.h * t.rest - (h + s_terms.h)) / (1 + t.rest));
+    t.gradient = float((same_column ? s_terms.h * t.rest - h : t_terms.h * t.rest - (h + s_terms.h)) / (1 + t.rest));
   if (!finite(float(row.phi) + s.gradient)) s.z = NAN;
   if (!finite(float(row.phi) + t.gradient)) t.z = NAN;
 }

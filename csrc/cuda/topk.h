@@ -1,12 +1,13 @@
 // A row against a sparse teacher, as a dense loss over K + 1 events (fastkd/backends/sparse.py).
 //
 //   mark       marks the listed tokens in a block's slice, one bit per column
-//   sweep      computes statistics of the whole row and, in the teacher's place, of the columns that are not listed
-//   gather     finds the largest listed token
-//   events     computes statistics, sums and gradients of the listed tokens, each in its block, and of the tail
+//   sweep      computes statistics of the student's logits: those of the whole row and, stored as the teacher's, those
+//              of the columns that are not listed
+//   gather     finds the largest z of the listed tokens; if ranks share the vocabulary, also stores each z
+//   events     computes statistics, sums and gradients of the listed tokens and of the tail
 //   scatter    distributes the tail's gradient over its columns, and adds the cross-entropy's
 //
-// It reads the logits once and writes the gradient once, however many tokens are listed.
+// The kernel reads the logits once and writes the gradient once, however many tokens are listed.
 #pragma once
 #include "row.h"
 
@@ -40,7 +41,7 @@ FASTKD_INLINE float log_probability(const Call& call, const RowState& row, int64
   return load_one(row.tail.log_probabilities, call.teacher.dtype, token);
 }
 
-// Calls f(number, column of the slice) for this thread's share of the tokens in its block.
+// Calls f(position in the list, column of the slice) for this thread's share of the listed tokens in its block's slice.
 template <class Function>
 FASTKD_INLINE void each_token(const Call& call, const RowState& row, Place place, Function f) {
   const int64_t* ids = call.ids + row.row * call.tokens;
@@ -77,7 +78,8 @@ FASTKD_INLINE unsigned tokens_among(const uint32_t* bits, int first) {
   return bits[first / 32] >> (first % 32) & ALL_COLUMNS;
 }
 
-// With LOG_0, whose threshold is still 0, an exponential of 0 gives 0 whatever the logarithm is.
+// Uses the policy for log 0, so that a logit of -inf adds 0 to the entropy. Side::threshold is still 0 (set_softmax
+// sets it later), so only exponentials that are 0 count as negligible.
 FASTKD_INLINE void add_sweep(Statistics& local, const Call& call, const RowState& row, Place place, Range range,
                              const char* student, const uint32_t* bits) {
   each_vector<false>(call, row, place, range, [&](int first, auto vector) {
@@ -105,23 +107,23 @@ FASTKD_INLINE void finish_sweep(const Call& call, RowState& row, const SparseSta
   const bool has_tail = all.sweep.t_max > -INF || all.sweep.t_exp_sum != all.sweep.t_exp_sum;
   TailEvent& out = row.tail;
   out.max = row.teacher.max;
-  out.weight = has_tail ? row.teacher.weight : 0;
+  out.inverse_sum = has_tail ? row.teacher.inverse_sum : 0;
   out.origin = all.token_max > -INF ? all.token_max : out.max;
   const double log_sum = log_of_sum(all.sweep.t_exp_sum, all.sweep.t_max_count) / row.student.unit;
   out.z = has_tail ? float(double(out.max) - double(out.origin) + log_sum) : -INF;
   out.log_p = call.tail_logprob ? call.tail_logprob[row.row] : -INF;
   out.is_event = call.tail != Tail::renormalize;
-  out.teacher_is_silent = all.token_count == 0;
+  out.teacher_lists_no_token = all.token_count == 0;
   out.teacher_is_invalid = all.invalid;
   if (all.invalid) row.weight = NAN;
   row.flags = out.event_flags;
   open_side(call.teacher, call.teacher_tempering, row.row, row.teacher, row.weight);
 }
 
-// Calls f(number) for this thread's share of all listed tokens, in the first warp of the first block. Ranks with
-// different columns, and perhaps different blocks, thus add in the same order.
+// Calls f(position in the list) for this thread's share of all listed tokens, in the first warp of the first block.
+// Processes whose shards differ in width, and perhaps in the number of blocks, thus add in the same order.
 template <class Function>
-FASTKD_INLINE void each_token_of_all(const Call& call, const RowState& row, Place place, Function f) {
+FASTKD_INLINE void each_token_of_row(const Call& call, const RowState& row, Place place, Function f) {
   constexpr int LANES = 32;
   if (place.rank != 0 || place.thread >= LANES) return;
   const int64_t* ids = call.ids + row.row * call.tokens;
@@ -130,7 +132,7 @@ FASTKD_INLINE void each_token_of_all(const Call& call, const RowState& row, Plac
     if (ids[j] >= 0 && ids[j] < call.shard.total) f(j);
 }
 
-// Calls f(z, log probability) for this thread's events; the tail belongs to the first thread.
+// Calls f(z - row.tail.origin, log probability) for this thread's events; the tail belongs to the first thread.
 template <class Function>
 FASTKD_INLINE void each_event(const Call& call, const RowState& row, Place place, const Slice& slice, bool with_tail,
                               Function f) {
@@ -138,7 +140,7 @@ FASTKD_INLINE void each_event(const Call& call, const RowState& row, Place place
   if (call.shard.step == Step::all)
     each_token(call, row, place, [&](int64_t token, int column) { event(token, token_z(call, row, slice, column)); });
   else
-    each_token_of_all(call, row, place,
+    each_token_of_row(call, row, place,
                       [&](int64_t token) { event(token, call.shard.tokens[row.row * call.tokens + token]); });
   if (with_tail && place.rank == 0 && place.thread == 0) f(row.tail.z, row.tail.log_p);
 }
@@ -156,21 +158,21 @@ FASTKD_INLINE Statistics event_statistics(const Call& call, const RowState& row,
 // Finishes the statistics of events. Cross-entropy and entropy stay those of the whole row.
 FASTKD_INLINE void finish_events(const Call& call, RowState& row) {
   const double cross_entropy = row.cross_entropy, entropy = row.entropy;
-  const float weight_t1 = row.weight_t1, max_t1 = row.max_t1;
+  const float inverse_sum_t1 = row.inverse_sum_t1, max_t1 = row.max_t1;
   row.tail.no_events = row.statistics.s_exp_sum + row.statistics.s_max_count == 0;
   finish_statistics(call, row);
   row.cross_entropy = cross_entropy, row.entropy = entropy;
-  row.weight_t1 = weight_t1, row.max_t1 = max_t1;
+  row.inverse_sum_t1 = inverse_sum_t1, row.max_t1 = max_t1;
   if (call.tail == Tail::truncate) {  // the teacher's probabilities are not normalized again
-    row.teacher.unit = row.teacher.weight = 1;
+    row.teacher.unit = row.teacher.inverse_sum = 1;
     row.teacher.rate = LOG2_E;
     row.teacher.max = row.teacher.offset = row.teacher.offset_low = 0;
     row.teacher.threshold = NEGLIGIBLE;
     row.s_sure.exists = row.t_sure.exists = false;
     row.s_sure.z = row.t_sure.z = NAN;
     row.s_origin = row.student.max, row.t_origin = 0;
-    row.ratio = 1 / row.student.unit;
-    row.ratio_high = -row.student.offset, row.ratio_low = -row.student.offset_low;
+    row.unit_ratio = 1 / row.student.unit;
+    row.log_ratio_high = -row.student.offset, row.log_ratio_low = -row.student.offset_low;
   }
 }
 
@@ -178,7 +180,7 @@ struct EventTerms {
   V p, q, phi, g, h;
 };
 
-// Not inlined, because it contains all the definitions.
+// Not inlined, because it contains the definitions of all divergences.
 template <bool LOG_0>
 FASTKD_PER_ROW EventTerms evaluate_event(const Call& call, const RowState& row, float z, float log_p) {
   EventTerms out;
@@ -198,13 +200,15 @@ FASTKD_INLINE Sums event_sums(const Call& call, const RowState& row, Place place
   return local;
 }
 
-// A row without any event has no divergence, unless the teacher lists no token.
+// If the student has no probability on any event, the divergence is NaN; Sparse::finish_row makes it 0 if the teacher
+// lists no token.
 FASTKD_INLINE void finish_event_sums(const Call& call, RowState& row, Sums all) {
   finish_sums<AnyDivergence>(call, row, all);
   if (row.tail.no_events) row.phi = NAN;
 }
 
-// Gradient by the z of an event. If the divergence has no weight, 0 times the row's weight: NaN in an invalid row.
+// Gradient with respect to the z of an event. If alpha is 0, it is 0, or NaN if the row is
+// invalid (its weight is NaN).
 template <bool LOG_0>
 FASTKD_INLINE float event_gradient(const Call& call, const RowState& row, float z, float log_p, bool in_sums) {
   if (call.alpha == 0) return 0 * row.weight;
@@ -217,8 +221,8 @@ FASTKD_INLINE void finish_tail(const Call& call, RowState& row) {
   TailEvent& tail = row.tail;
   const bool in_sums = call.tail != Tail::truncate;
   tail.gradient = 0 * row.weight;
-  if (tail.is_event && tail.z != -INF && !tail.teacher_is_silent)
-    tail.gradient = tail.weight * (row.log_0_policy ? event_gradient<true>(call, row, tail.z, tail.log_p, in_sums)
+  if (tail.is_event && tail.z != -INF && !tail.teacher_lists_no_token)
+    tail.gradient = tail.inverse_sum * (row.log_0_policy ? event_gradient<true>(call, row, tail.z, tail.log_p, in_sums)
                                                     : event_gradient<false>(call, row, tail.z, tail.log_p, in_sums));
 }
 

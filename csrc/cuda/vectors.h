@@ -84,19 +84,19 @@ FASTKD_INLINE void store(char* memory, Dtype dtype, int first, unsigned columns,
       const float low = x[2 * k], high = x[2 * k + 1];
       pieces[0].words[k] = dtype == Dtype::bf16 ? two_bf16(low, high) : two_fp16(low, high);
     }
-  const int element = size_of_element(dtype);
-  char* to = memory + int64_t(first) * element;
+  const int element_size = size_of_element(dtype);
+  char* to = memory + int64_t(first) * element_size;
   if (columns == ALL_COLUMNS && skew_of(to) == 0) {
-    FASTKD_TRACE_ACCESS(to, VECTOR * element, true);
+    FASTKD_TRACE_ACCESS(to, VECTOR * element_size, true);
     reinterpret_cast<Piece*>(to)[0] = pieces[0];
-    if (element == 4) reinterpret_cast<Piece*>(to)[1] = pieces[1];
+    if (element_size == 4) reinterpret_cast<Piece*>(to)[1] = pieces[1];
     return;
   }
 #pragma unroll
   for (int k = 0; k < VECTOR; ++k)
     if (columns >> k & 1) {
-      FASTKD_TRACE_ACCESS(to + k * element, element, true);
-      if (element == 4)
+      FASTKD_TRACE_ACCESS(to + k * element_size, element_size, true);
+      if (element_size == 4)
         reinterpret_cast<uint32_t*>(to)[k] = pieces[k / 4].words[k % 4];
       else
         reinterpret_cast<uint16_t*>(to)[k] = uint16_t(pieces[0].words[k / 2] >> (k % 2 * 16));
@@ -118,7 +118,7 @@ FASTKD_INLINE void store_one(char* memory, Dtype dtype, int64_t column, float va
     reinterpret_cast<uint16_t*>(memory)[column] = dtype == Dtype::bf16 ? to_bf16(value) : to_fp16(value);
 }
 
-// Zeroes this thread's share of a dropped row, or of a counted row's padding past the vocabulary.
+// Zeroes this thread's share of a dropped row, or of a kept row's padding past the vocabulary.
 FASTKD_PER_ROW void store_zeros(const Call& call, Place place, const Rows& rows, int64_t row, bool padding_alone) {
   if (!rows.data || (padding_alone && rows.width == call.vocabulary)) return;
   char* memory = row_address(call, rows, row);

@@ -3,10 +3,11 @@
 It serves every call, on every device and in every dtype that the losses accept. The formulas are those of
 :mod:`fastkd.backends.reference`, the oracle, which computes them on whole tensors. Here a piece of rows stays in the
 processor's cache, operators write to buffers that the next piece reuses, and the gradient goes straight to the tensor
-that is returned, because plain PyTorch spends most of its time on fresh memory.
+that is returned, because plain PyTorch would spend most of its time on newly allocated memory.
 
-A piece of dense rows has code of its own (:func:`_dense_piece`). Sparse teachers, mutual learning, and rows whose
-vocabulary is spread over processes run the steps of the reference piece by piece.
+:func:`_dense_piece` computes a piece of dense rows. With a sparse teacher, :func:`gather_events` reduces each of
+the student's rows to a dense row of K + 1 events. Mutual learning, and dense rows whose vocabulary is spread over
+processes, are passed to the reference piece by piece.
 """
 
 from __future__ import annotations
@@ -35,11 +36,11 @@ from fastkd.call.contract import (
     ShardCall,
     Statistics,
     Want,
-    counted_rows,
+    kept_rows,
     row_dtype,
 )
 from fastkd.call.log_zero import evaluate
-from fastkd.call.rows import At, put, rows_at, take
+from fastkd.call.rows import RowIndices, put, rows_at, take
 from fastkd.core.tensors import finite_max, readable
 from fastkd.divergences import (
     DEFINITIONS,
@@ -59,7 +60,8 @@ __all__ = [
 
 # The search for a row's maximum proceeds in blocks of this many columns.
 BLOCK = 512
-# If the maxima of both models' logits differ by less, the logits are subtracted directly, without loss of digits.
+# If the maxima of a row's student and teacher logits differ by less than this, subtracting the logits directly loses no
+# digits.
 NEAR = 8.0
 
 
@@ -68,29 +70,30 @@ def _synchronizes(device: torch.device) -> bool:
     return device.type != "cpu"
 
 
-def _exact(dtype: torch.dtype, device: torch.device) -> torch.dtype:
-    """The dtype for the few numbers of each row: float64 where the device has it."""
+def _sum_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
+    """The dtype of values per row, such as sums: float64 on CPUs and CUDA devices, elsewhere the given dtype."""
     return torch.float64 if device.type in ("cpu", "cuda") else dtype
 
 
 # Pieces of rows
 
 
-def _counted(rows: Rows, ignore_index: int, device: torch.device) -> Tensor | None:
-    """Indices of the counted rows; None where all rows are computed.
+def _kept_indices(rows: Rows, ignore_index: int, device: torch.device) -> Tensor | None:
+    """Indices of the kept rows; None where all rows are computed.
 
-    On a device all rows are computed, because counting them would synchronize; dropped rows are then set to 0.
+    On other devices than the CPU all rows are computed, because counting them would synchronize; dropped rows are then
+    set to 0.
     """
     if _synchronizes(device):
         return None
-    counted = counted_rows(rows, ignore_index)
-    if counted is None:
+    kept = kept_rows(rows, ignore_index)
+    if kept is None:
         return None
-    indices = counted.flatten().nonzero().squeeze(1)
-    return None if indices.numel() == counted.numel() else indices
+    indices = kept.flatten().nonzero().squeeze(1)
+    return None if indices.numel() == kept.numel() else indices
 
 
-def _pieces(count: int, step: int, indices: Tensor | None) -> Iterator[At]:
+def _pieces(count: int, step: int, indices: Tensor | None) -> Iterator[RowIndices]:
     for start in range(0, count, step):
         piece = slice(start, min(start + step, count))
         yield piece if indices is None else indices[piece]
@@ -112,12 +115,12 @@ class _Scratch:
 
 # Dense rows
 #
-# If a model is sure of a token, the probability of its column rounds to 1, and g - q sum g loses all its digits there.
-# So the sum of exponentials is kept separate from its largest term, and the contribution of both models' top columns is
-# computed separately, in float64: a few numbers per row.
+# If a model is nearly certain of a token, the token's probability rounds to 1, and g - q sum g has no correct digits in
+# its column. The sum of exponentials is therefore kept separate from its largest term, and the terms of each model's
+# top column are computed separately. These values per row are float64 where possible (_sum_dtype).
 
 
-class _Model(NamedTuple):
+class _SideOptions(NamedTuple):
     """The options of one model, and which of its softmaxes a piece needs."""
 
     name: str
@@ -134,7 +137,8 @@ class _Model(NamedTuple):
 class _Softmax(NamedTuple):
     """A softmax and the numbers that it is computed from: exps is [rows, columns], the other fields are [rows, 1]."""
 
-    # exp((z - max) / temperature), which is 1 in the top column; once _sweep has divided it by exp_sum, the softmax.
+    # exp((z - max) / temperature), which is 1 in the top column. For the softmax at the model's temperature, _sweep
+    # divides it by exp_sum, so that it then holds probabilities.
     exps: Tensor
     row_max: Tensor
     # The top column.
@@ -189,8 +193,8 @@ def _adjusted(
 def _largest(z: Tensor) -> tuple[Tensor, Tensor]:
     """Return (the maximum of each row, its column), [rows, 1].
 
-    Computes the maximum of each block first, and searches only the best block for the column: torch's search for the
-    column takes 8 times as long.
+    Computes the maximum of each block first, and searches only the block with the row's maximum for the column, because
+    torch takes about 10 times as long to find a maximum's column as to find the maximum.
     """
     blocks = z.shape[-1] // BLOCK
     if blocks < 4:
@@ -214,8 +218,8 @@ def _finite_largest(z: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _sum(values: Tensor) -> Tensor:
-    """The sum of each row, [rows, 1], in the dtype that :func:`_exact` returns."""
-    return values.sum(-1, keepdim=True).to(_exact(values.dtype, values.device))
+    """The sum of each row, [rows, 1], in the dtype that :func:`_sum_dtype` returns."""
+    return values.sum(-1, keepdim=True).to(_sum_dtype(values.dtype, values.device))
 
 
 def _exponentials(centered: Tensor, row_max: Tensor, argmax: Tensor, out: Tensor) -> _Softmax:
@@ -230,27 +234,32 @@ def _exponentials(centered: Tensor, row_max: Tensor, argmax: Tensor, out: Tensor
 
 def _sweep(
     logits: Tensor,
-    model: _Model,
+    side_options: _SideOptions,
     label: Tensor | None,
     separate_label: bool,
-    parts: bool,
+    wants_entropy: bool,
     scratch: _Scratch,
 ) -> _Side:
     """Sweep over one model's logits in a piece; label [rows, 1] is the label's column, if it is needed."""
-    count, temperature, name = logits.shape[0], model.temperature, model.name
+    count, temperature, name = logits.shape[0], side_options.temperature, side_options.name
     z, slope = _adjusted(
-        logits, model.scale, model.softcap, scratch(f"{name} z", count), scratch, f"{name} slope"
+        logits,
+        side_options.scale,
+        side_options.softcap,
+        scratch(f"{name} z", count),
+        scratch,
+        f"{name} slope",
     )
     side = _Side(z, slope, None if label is None else z.gather(-1, label), temperature)
-    if not (model.needs_softmax or model.needs_softmax_t1):
+    if not (side_options.needs_softmax or side_options.needs_softmax_t1):
         return side
     row_max, argmax = _finite_largest(z)
     centered = torch.sub(z, row_max, out=scratch(f"{name} centered", count))
-    if model.needs_softmax_t1:
+    if side_options.needs_softmax_t1:
         out = scratch(f"{name} softmax at 1", count)
         softmax_t1 = _exponentials(centered, row_max, argmax, out)
         side = side._replace(softmax_t1=softmax_t1, centered_sum=_sum(centered))
-    if not model.needs_softmax:
+    if not side_options.needs_softmax:
         return side
     if separate_label:
         assert label is not None
@@ -260,7 +269,7 @@ def _sweep(
         torch.sub(z, row_max, out=centered)
         side = side._replace(z=z)
     _divide(centered, temperature)
-    needs_entropy = parts and name == "student"
+    needs_entropy = wants_entropy and name == "student"
     out = scratch(f"{name} exps", count) if needs_entropy else centered
     softmax = _exponentials(centered, row_max, argmax, out)
     if needs_entropy:
@@ -289,7 +298,10 @@ def _same_temperature(s: _Side, t: _Side) -> bool:
 
 
 def _near(s: _Side, t: _Side) -> Tensor | None:
-    """Whether the maxima of a row's two sides are near each other, [rows, 1]; None if they cannot be compared here."""
+    """Whether the maxima of a row's two sides differ by less than NEAR, [rows, 1].
+
+    None if a side has no softmax, if the temperatures differ, or if reading the answer would synchronize.
+    """
     if s.softmax is None or t.softmax is None:
         return None
     if _synchronizes(s.z.device) or not _same_temperature(s, t):
@@ -329,7 +341,7 @@ class _Terms(NamedTuple):
     # The student's top column and the teacher's; None for a divergence that does not normalize.
     top_columns: Tensor | None = None
     # 1 if the two differ, else 0.
-    different: Tensor | None = None
+    tops_differ: Tensor | None = None
     # (phi, g, h) in the top columns, where the fields phi, g and h are 0.
     top_terms: tuple[Tensor, ...] = ()
     # (log q, log p) in the top columns.
@@ -341,12 +353,12 @@ class _Terms(NamedTuple):
         assert values is not None
         return values
 
-    def value(self) -> Tensor:
+    def phi_sum(self) -> Tensor:
         """The sum of phi over all columns, [rows, 1]."""
-        if self.different is None:
+        if self.tops_differ is None:
             return _sum(self.phi)
         student_top, teacher_top = self.top_terms[0].split(1, -1)
-        return _sum(self.phi) + student_top + self.different * teacher_top
+        return _sum(self.phi) + student_top + self.tops_differ * teacher_top
 
 
 def _evaluated(
@@ -358,24 +370,24 @@ def _evaluated(
     scratch: _Scratch,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Return (phi, g, h) of every column in buffers of their own; 0 in the column of a label with a separate term."""
-    count, wanted = s.z.shape[0], 3 if wants_h else 2
+    count, num_terms = s.z.shape[0], 3 if wants_h else 2
     separate_label = None if divergence.target is None else label
     pair = None
     if s.softmax is not None and t.softmax is not None:
         pair = (t.softmax.exps, s.softmax.exps)
-    reads = _reads(divergence.function, divergence.params, wanted)
+    reads = _reads(divergence.function, divergence.params, num_terms)
     if pair is not None and separate_label is None and reads <= {*ENTRY[:2]}:
         # The definition reads only p and q, so it has no logarithm of 0.
-        phi, g, *more = _applied(divergence, (*pair, *pair[:1] * 3), scratch, wanted)
+        phi, g, *more = _applied(divergence, (*pair, *pair[:1] * 3), scratch, num_terms)
         return phi, g, more[0] if more else None
     near = _near(s, t)
     if near is not None and bool(near.any()) and not bool(near.all()):
-        return _evaluated_by_kind(near, divergence, s, t, label, wants_h, scratch)
+        return _evaluated_separately(near, divergence, s, t, label, wants_h, scratch)
     ratio = _log_ratio(s, t, scratch("ratio", count))
     if separate_label is not None:
         ratio.scatter_(-1, separate_label, 0.0)
-    # The policy for log 0 costs more than all the rest, so finite rows, which have no log 0, skip it. On a device no
-    # row skips it, because checking for that would synchronize.
+    # The treatment of log 0 (fastkd.call.log_zero) costs more than all the rest, so rows without a log 0 skip it. On
+    # other devices than the CPU no row skips it, because checking for a log 0 would synchronize.
     finite = _finite_rows(ratio)
     log_p = log_q = ratio
     if not _all(finite) or not reads.isdisjoint(ENTRY[2:]):
@@ -385,7 +397,7 @@ def _evaluated(
             finite = finite & _finite_rows(log_p) & _finite_rows(log_q)
     if not _all(finite):
         if not _synchronizes(ratio.device) and bool(finite.any()):
-            return _evaluated_by_kind(finite, divergence, s, t, label, wants_h, scratch)
+            return _evaluated_separately(finite, divergence, s, t, label, wants_h, scratch)
         return evaluate(divergence, log_p, log_q, pair)
     if pair is None:
         pair = (torch.ones((), dtype=ratio.dtype, device=ratio.device).expand_as(ratio),) * 2
@@ -393,7 +405,7 @@ def _evaluated(
         for logs in (log_p, log_q):
             logs.scatter_(-1, separate_label, torch.finfo(ratio.dtype).min)
     entry = arguments_of(divergence.function, *pair, log_p, log_q, ratio)
-    phi, g, *more = _applied(divergence, entry, scratch, wanted)
+    phi, g, *more = _applied(divergence, entry, scratch, num_terms)
     h = more[0] if more else None
     if wants_h and h is None:
         assert divergence.degree is not None  # validated
@@ -406,7 +418,7 @@ def _evaluated(
 
 
 def _all(rows: Tensor) -> bool:
-    """Whether the mask is True in all rows; False on a device, because reading it would synchronize."""
+    """Whether the mask is True in all rows; False on other devices than the CPU, where reading it would synchronize."""
     return not _synchronizes(rows.device) and bool(rows.all())
 
 
@@ -415,8 +427,8 @@ def _finite_rows(values: Tensor) -> Tensor:
     return values.sum(-1).isfinite()
 
 
-def _evaluated_by_kind(
-    kind: Tensor,
+def _evaluated_separately(
+    mask: Tensor,
     divergence: Divergence,
     s: _Side,
     t: _Side,
@@ -424,7 +436,7 @@ def _evaluated_by_kind(
     wants_h: bool,
     scratch: _Scratch,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Evaluate the rows where the mask `kind` is True and the other rows separately, so that no row changes another."""
+    """Evaluate the rows inside and outside the mask separately, so that no row's result depends on the other rows."""
 
     def select(value: Any, indices: Tensor) -> Any:
         if isinstance(value, Tensor):
@@ -434,16 +446,18 @@ def _evaluated_by_kind(
         return value
 
     terms: list[Tensor] = []
-    for mask in (kind.flatten(), ~kind.flatten()):
-        indices = mask.nonzero().squeeze(1)
+    for selected in (mask.flatten(), ~mask.flatten()):
+        indices = selected.nonzero().squeeze(1)
         sides = select(s, indices), select(t, indices)
         if s.temperature is t.temperature:
             sides = sides[0], sides[1]._replace(temperature=sides[0].temperature)
         evaluated = _evaluated(divergence, *sides, select(label, indices), wants_h, scratch)
-        parts = [term for term in (evaluated if wants_h else evaluated[:2]) if term is not None]
-        terms = terms or [part.new_empty(kind.shape[0], part.shape[1]) for part in parts]
-        for term, part in zip(terms, parts, strict=True):
-            term[indices] = part
+        kept_terms = [
+            term for term in (evaluated if wants_h else evaluated[:2]) if term is not None
+        ]
+        terms = terms or [kept.new_empty(mask.shape[0], kept.shape[1]) for kept in kept_terms]
+        for term, kept in zip(terms, kept_terms, strict=True):
+            term[indices] = kept
     phi, g, *more = terms
     return phi, g, more[0] if more else None
 
@@ -464,19 +478,19 @@ def _terms(
     logs = []
     for side in (s, t):
         assert side.softmax is not None
-        exact = side.softmax.others_sum.dtype
-        centered = side.z.gather(-1, top_columns).to(exact) - side.softmax.row_max
+        sum_dtype = side.softmax.others_sum.dtype
+        centered = side.z.gather(-1, top_columns).to(sum_dtype) - side.softmax.row_max
         temperature = side.temperature
         if isinstance(temperature, Tensor):
-            temperature = temperature.to(exact)
+            temperature = temperature.to(sum_dtype)
         logs.append(_divide(centered, temperature) - side.softmax.log_exp_sum)
     log_q, log_p = logs
     top_terms = evaluate(divergence, log_p, log_q)
     for term in columns:
         if term is not None:
             term.scatter_(-1, top_columns, 0.0)
-    different = (top_columns[:, :1] != top_columns[:, 1:]).to(log_q.dtype)
-    return _Terms(*columns, top_columns, different, top_terms, (log_q, log_p))
+    tops_differ = (top_columns[:, :1] != top_columns[:, 1:]).to(log_q.dtype)
+    return _Terms(*columns, top_columns, tops_differ, top_terms, (log_q, log_p))
 
 
 def _project(
@@ -487,31 +501,32 @@ def _project(
     factor: float | Tensor,
     out: Tensor,
 ) -> Tensor:
-    """Write factor (x_v - q_v sum_u x_u) to out, for the field x of the terms with that index; x is overwritten.
+    """Write the projection of x, times the factor, to out: factor * (x_v - q_v sum_u x_u), with q the side's softmax.
 
-    label_term [rows, 1] is added to the sum.
+    x is terms.field(index), which is overwritten. label_term [rows, 1] is added to the sum.
     """
     x = terms.field(index)
     if terms.top_columns is None or side.softmax is None:
         return torch.mul(x, factor, out=out)
-    assert terms.top_logs is not None and terms.different is not None
-    own, log_q = terms.top_terms[index], terms.top_logs[index - 1]
+    assert terms.top_logs is not None and terms.tops_differ is not None
+    top_values, log_q = terms.top_terms[index], terms.top_logs[index - 1]
     # For each of the two top columns, the sum over all columns but itself.
-    others = _sum(x) + terms.different * own.flip(-1)
+    others = _sum(x) + terms.tops_differ * top_values.flip(-1)
     if label_term is not None:
         others = others + label_term
-    total = others[:, :1] + own[:, :1]
-    exact = -own * log_q.expm1() - log_q.exp() * others
+    total = others[:, :1] + top_values[:, :1]
+    top_gradients = -top_values * log_q.expm1() - log_q.exp() * others
     _multiply(x, factor)
     torch.addcmul(x, side.softmax.exps, (total * factor).to(x.dtype), value=-1.0, out=out)
-    return out.scatter_(-1, terms.top_columns, (exact * factor).to(out.dtype))
+    return out.scatter_(-1, terms.top_columns, (top_gradients * factor).to(out.dtype))
 
 
-# The definitions of the table, run in buffers that are reused
+# Running the definitions of fastkd.divergences in reused buffers
 #
 # A definition's code runs once on symbols instead of tensors, which records its operations as a list of steps. Steps
 # that no wanted term needs are left out. Each step writes to a buffer of the piece, and overwrites an operand if no
-# later step reads it. `where` selects bits, because torch.where takes 4 nanoseconds per element on a CPU.
+# later step reads it. `where` is done by bitwise operations, because torch.where is slow on a CPU (4 nanoseconds per
+# element).
 
 
 class _Symbol:
@@ -574,15 +589,15 @@ def _where(condition: _Symbol, yes: Operand, no: Operand) -> _Symbol:
     number, bound = condition.operands
     assert isinstance(number, _Symbol)
     if not isinstance(yes, _Symbol) and not isinstance(no, _Symbol):
-        step = condition if yes - no == 1.0 else condition * (yes - no)
-        return step + no if no else step
+        indicator = condition if yes - no == 1.0 else condition * (yes - no)
+        return indicator + no if no else indicator
     if bound == 0.0 and no == 0.0:
-        size = number if condition.operator == "gt" else -number
-        if yes is size:
-            return size.apply("clamp_min", 0.0)
+        branch = number if condition.operator == "gt" else -number
+        if yes is branch:
+            return branch.apply("clamp_min", 0.0)
     if (condition.operator, number.operator, bound) == ("gt", RATIO, 0.0):
         names = tuple(x.operator if isinstance(x, _Symbol) else "" for x in (yes, no))
-        # p and q, or their logarithms: where the ratio is positive, the larger one is p's.
+        # yes and no are p and q, or their logarithms; p is the larger one exactly where the log-ratio is positive.
         if names in (ENTRY[:2], ENTRY[2:]):
             assert isinstance(yes, _Symbol)
             return yes.apply("maximum", no)
@@ -592,17 +607,17 @@ def _where(condition: _Symbol, yes: Operand, no: Operand) -> _Symbol:
     return condition.apply("mask").apply("select", yes, no)
 
 
-def _log_mixture(log_ratio: _Symbol, share: float, rest: float) -> _Symbol:
+def _log_mixture(log_ratio: _Symbol, p_share: float, q_share: float) -> _Symbol:
     """Compute the same as log_mixture of fastkd.divergences, in fewer steps."""
-    size = -log_ratio.apply("abs")
-    change = size.apply("expm1")
-    if share == rest:  # both 1/2, so the argument of log1p is never below -1/2
-        return (change * share).apply("log1p")
+    minus_abs = -log_ratio.apply("abs")
+    change = minus_abs.apply("expm1")
+    if p_share == q_share:  # both 1/2, so the argument of log1p is never below -1/2
+        return (change * p_share).apply("log1p")
     below = log_ratio < 0.0
-    lower, upper = _where(below, share, rest), _where(below, rest, share)
+    lower, upper = _where(below, p_share, q_share), _where(below, q_share, p_share)
     change = change * lower
-    far = (size.apply("exp") * lower + upper).apply("log")
-    return _where(change > -0.3, change.apply("log1p"), far)
+    direct = (minus_abs.apply("exp") * lower + upper).apply("log")
+    return _where(change > -0.3, change.apply("log1p"), direct)
 
 
 def _function(operator: str) -> Callable[..., _Symbol]:
@@ -653,23 +668,23 @@ def _select(mask: Tensor, yes: Tensor | float, no: Tensor | float, out: Tensor) 
 def _tvd(p: _Symbol, q: _Symbol, *_: Any) -> tuple[_Symbol, _Symbol, _Symbol]:
     """Compute tvd of fastkd.divergences without a logarithm; only the rounding differs.
 
-    PyTorch has a sign operator; the exponential in the table's definition would cost much more than that.
+    It uses PyTorch's sign operator, which costs much less than the exponential in the table's definition.
     """
     difference = p - q
     sign = difference.apply("sign") * 0.5
     return difference.apply("abs") * 0.5, -(q * sign), p * sign
 
 
-_SHORTER = {divergences._tvd: _tvd}
+_FASTER_DEFINITIONS = {divergences._tvd: _tvd}
 
 
 class _Step(NamedTuple):
     """A call that writes to a buffer."""
 
     function: Callable[..., Any]
-    # An int is the number of a buffer, a float is a number.
+    # An int is the index of a buffer, a float is a literal.
     operands: tuple[int | float, ...]
-    # The number of a buffer.
+    # The index of a buffer.
     out: int
 
 
@@ -679,13 +694,13 @@ class _Program(NamedTuple):
     steps: list[_Step]
     # How many buffers the steps use, arguments included.
     buffers: int
-    # The numbers of the buffers of phi, g and h.
+    # The indices of the buffers that hold phi, g and h.
     terms: list[int]
-    # The arguments that any step reads.
+    # The names of the arguments that the steps read.
     reads: frozenset[str]
 
 
-_OWN: dict[str, Callable[..., Any]] = {
+_OPERATORS: dict[str, Callable[..., Any]] = {
     "mask": _mask,
     "select": _select,
     "copy": lambda x, out: out.copy_(x),
@@ -693,16 +708,16 @@ _OWN: dict[str, Callable[..., Any]] = {
 
 
 @functools.lru_cache(maxsize=256)
-def _program(function: Callable[..., Any], params: tuple[float, ...], wanted: int) -> _Program:
-    """Record, as steps, the first `wanted` terms that a definition of the table returns."""
+def _program(function: Callable[..., Any], params: tuple[float, ...], num_terms: int) -> _Program:
+    """Record, as steps, the first `num_terms` terms that a definition of the table returns."""
     symbols: _Symbols = {}
     names = (*ENTRY, RATIO)[: 5 if takes_ratio(function) else 4]
     entry = [_Symbol(name, (), symbols) for name in names]
-    on_symbols = _SHORTER.get(function) or FunctionType(
+    on_symbols = _FASTER_DEFINITIONS.get(function) or FunctionType(
         function.__code__, vars(divergences) | _WORDS
     )
     terms: list[_Symbol] = []
-    for term in on_symbols(*entry, *params)[:wanted]:
+    for term in on_symbols(*entry, *params)[:num_terms]:
         # Each term needs a buffer of its own.
         terms.append(term.apply("copy") if term in entry or term in terms else term)
     ordered, uses = _in_order(terms)
@@ -737,7 +752,7 @@ def _program(function: Callable[..., Any], params: tuple[float, ...], wanted: in
             out, buffers = buffers, buffers + 1
         free += released
         buffer_of[symbol] = out
-        call = _OWN.get(symbol.operator) or getattr(torch, symbol.operator)
+        call = _OPERATORS.get(symbol.operator) or getattr(torch, symbol.operator)
         steps.append(_Step(call, operands, out))
     return _Program(steps, buffers, [buffer_of[term] for term in terms], reads)
 
@@ -762,16 +777,16 @@ def _in_order(terms: Sequence[_Symbol]) -> tuple[list[_Symbol], dict[_Symbol, in
 
 
 def _applied(
-    divergence: Divergence, entry: Sequence[Tensor], scratch: _Scratch, wanted: int = 3
+    divergence: Divergence, entry: Sequence[Tensor], scratch: _Scratch, num_terms: int = 3
 ) -> list[Tensor]:
-    """Return the first `wanted` terms of the definition in buffers of their own. Logarithms may be overwritten."""
+    """Return the first `num_terms` terms of the definition in buffers of their own. Logarithms may be overwritten."""
     function, params = divergence.function, divergence.params
     shape, dtype = entry[-1].shape, entry[-1].dtype
     if function not in DEFINITIONS:
         # A user's definition may return its arguments, or one number per row.
-        terms = function(*entry, *params)[:wanted]
+        terms = function(*entry, *params)[:num_terms]
         return [term.to(dtype).expand(shape).clone() for term in terms]
-    program = _program(function, params, wanted)
+    program = _program(function, params, num_terms)
     buffers = list(entry)
     buffers += [
         scratch(f"pool {number}", shape[0]) for number in range(len(entry), program.buffers)
@@ -781,21 +796,23 @@ def _applied(
     return [buffers[number] for number in program.terms]
 
 
-def _reads(function: Callable[..., Any], params: tuple[float, ...], wanted: int) -> frozenset[str]:
+def _reads(
+    function: Callable[..., Any], params: tuple[float, ...], num_terms: int
+) -> frozenset[str]:
     """The names of the arguments that a definition reads."""
     if function in DEFINITIONS:
-        return _program(function, params, wanted).reads
+        return _program(function, params, num_terms).reads
     return frozenset((*ENTRY, RATIO))
 
 
 def _label_term(s: _Side, t: _Side, divergence: Divergence) -> reference.LabelTerm:
-    """Compute the label's separate term as the reference does, [rows, 1] each."""
+    """Compute the label's separate term with the reference's code; its fields are [rows, 1]."""
     assert s.softmax is not None and t.softmax is not None and divergence.target is not None
-    exact = s.softmax.others_sum.dtype
-    zero = torch.zeros((), dtype=exact, device=s.z.device)
+    sum_dtype = s.softmax.others_sum.dtype
+    zero = torch.zeros((), dtype=sum_dtype, device=s.z.device)
 
     def flat(value: Tensor | None) -> Tensor:
-        return zero if value is None else value.to(exact).squeeze(-1)
+        return zero if value is None else value.to(sum_dtype).squeeze(-1)
 
     def tempered_max(side: _Side) -> Tensor:
         assert side.softmax is not None
@@ -803,12 +820,12 @@ def _label_term(s: _Side, t: _Side, divergence: Divergence) -> reference.LabelTe
         divisor = flat(temperature) if isinstance(temperature, Tensor) else temperature
         return flat(side.softmax.row_max) / divisor
 
-    def at_1(side: _Side) -> tuple[Tensor, Tensor]:
+    def sum_and_max_t1(side: _Side) -> tuple[Tensor, Tensor]:
         softmax = side.softmax_t1
         return (zero, zero) if softmax is None else (flat(softmax.exp_sum), flat(softmax.row_max))
 
-    exp_sum_t1, max_t1 = at_1(s)
-    teacher_exp_sum_t1, teacher_max_t1 = at_1(t)
+    exp_sum_t1, max_t1 = sum_and_max_t1(s)
+    teacher_exp_sum_t1, teacher_max_t1 = sum_and_max_t1(t)
     statistics = reference.RowStatistics(
         max=tempered_max(s),
         teacher_max=tempered_max(t),
@@ -838,7 +855,7 @@ class _Values(NamedTuple):
 
 
 class _Piece(NamedTuple):
-    """A piece of dense rows [rows, columns], and what the call asks of it."""
+    """A piece of dense rows [rows, columns], and the options and wanted outputs of the call."""
 
     student: Tensor
     teacher: Tensor
@@ -855,25 +872,25 @@ class _Piece(NamedTuple):
     invalid_label: Tensor | None
 
     @property
-    def compares(self) -> bool:
+    def has_divergence(self) -> bool:
         """Whether the divergence is computed."""
         return self.options.alpha > 0.0 or self.want.parts
 
     @property
     def has_cross_entropy(self) -> bool:
-        """Whether the loss has a cross-entropy of the labels."""
+        """Whether the loss has a cross-entropy term."""
         return self.rows.labels is not None and self.options.alpha < 1.0
 
     @property
     def has_separate_label(self) -> bool:
         """Whether the divergence has a separate term for the label."""
-        return self.compares and self.options.divergence.target is not None
+        return self.has_divergence and self.options.divergence.target is not None
 
     @property
     def has_label_cross_entropy(self) -> bool:
         """Whether the label's separate term is a cross-entropy at temperature 1."""
         target = self.options.divergence.target
-        return self.compares and target is not None and target.form == "label"
+        return self.has_divergence and target is not None and target.form == "label"
 
     @property
     def t_squared(self) -> float | Tensor:
@@ -888,9 +905,8 @@ def _piece(
         return default if value is None else value.to(scratch.dtype).unsqueeze(-1)
 
     temperature = column(rows.temperature, options.temperature)
-    teacher_temperature = (
-        temperature  # the same object if they are the same, as _same_temperature expects
-    )
+    # _same_temperature compares tensors by identity, so both sides share one tensor if their temperatures are the same.
+    teacher_temperature = temperature
     if rows.teacher_temperature is not rows.temperature or rows.temperature is None:
         teacher_temperature = column(rows.teacher_temperature, options.teacher_temperature)
     label = invalid = None
@@ -905,30 +921,30 @@ def _piece(
 
 
 def _sides(piece: _Piece) -> tuple[_Side, _Side | None]:
-    """Sweep over both models' logits; None: the teacher's are not needed."""
+    """Sweep over both models' logits; the teacher's side is None if it is not needed."""
     options, parts = piece.options, piece.want.parts
-    normalizes = piece.compares and options.divergence.normalized
-    by_label, separate = piece.has_label_cross_entropy, piece.has_separate_label
-    student = _Model(
+    normalizes = piece.has_divergence and options.divergence.normalized
+    label_cross_entropy, separate_label = piece.has_label_cross_entropy, piece.has_separate_label
+    student = _SideOptions(
         "student",
         options.logit_scale,
         options.softcap,
         piece.temperature,
         needs_softmax=normalizes or parts,
-        needs_softmax_t1=piece.has_cross_entropy or by_label,
+        needs_softmax_t1=piece.has_cross_entropy or label_cross_entropy,
     )
-    s = _sweep(piece.student, student, piece.label, separate, parts, piece.scratch)
-    if not piece.compares:
+    s = _sweep(piece.student, student, piece.label, separate_label, parts, piece.scratch)
+    if not piece.has_divergence:
         return s, None
-    teacher = _Model(
+    teacher = _SideOptions(
         "teacher",
         options.teacher_logit_scale,
         options.teacher_softcap,
         piece.teacher_temperature,
         needs_softmax=normalizes,
-        needs_softmax_t1=by_label,
+        needs_softmax_t1=label_cross_entropy,
     )
-    return s, _sweep(piece.teacher, teacher, piece.label, separate, False, piece.scratch)
+    return s, _sweep(piece.teacher, teacher, piece.label, separate_label, False, piece.scratch)
 
 
 def _weights(piece: _Piece, s: _Side, t: _Side | None) -> float | Tensor:
@@ -959,13 +975,13 @@ def _cross_entropy(s: _Side, options: Options, smoothing: float) -> Tensor:
     """The label-smoothed cross-entropy of each row, [rows, 1]."""
     assert s.softmax_t1 is not None and s.label is not None and s.centered_sum is not None
     softmax = s.softmax_t1
-    exact = softmax.others_sum.dtype
-    value = softmax.log_exp_sum - (s.label.to(exact) - softmax.row_max.to(exact))
+    sum_dtype = softmax.others_sum.dtype
+    value = softmax.log_exp_sum - (s.label.to(sum_dtype) - softmax.row_max.to(sum_dtype))
     smooth = softmax.log_exp_sum - s.centered_sum / options.vocab_size
     return (1.0 - smoothing) * value + smoothing * smooth if smoothing else value
 
 
-class _Compared(NamedTuple):
+class _DivergenceResult(NamedTuple):
     """The results of a divergence for a piece."""
 
     # [rows, 1], T^2 included.
@@ -977,16 +993,16 @@ class _Compared(NamedTuple):
     label: reference.LabelTerm | None = None
 
 
-def _compared(piece: _Piece, s: _Side, t: _Side | None) -> _Compared:
-    exact = _exact(piece.scratch.dtype, piece.student.device)
+def _divergence_result(piece: _Piece, s: _Side, t: _Side | None) -> _DivergenceResult:
+    sum_dtype = _sum_dtype(piece.scratch.dtype, piece.student.device)
     if t is None:
         shape, device = (piece.student.shape[0], 1), piece.student.device
-        return _Compared(torch.zeros(shape, dtype=exact, device=device))
+        return _DivergenceResult(torch.zeros(shape, dtype=sum_dtype, device=device))
     divergence, options = piece.options.divergence, piece.options
     side = s if divergence.normalized else s._replace(softmax=None)
     wants_h = piece.want.teacher_gradient
     terms = _terms(divergence, side, t, piece.label, wants_h, piece.scratch)
-    distillation = terms.value()
+    distillation = terms.phi_sum()
     entropy = label = None
     if piece.want.parts:
         assert s.softmax is not None and s.weighted_sum is not None
@@ -1001,7 +1017,7 @@ def _compared(piece: _Piece, s: _Side, t: _Side | None) -> _Compared:
         factor = label.cross_entropy_weight
         value = _cross_entropy(s, options, 0.0)
         distillation = distillation + torch.where(factor == 0, 0.0, factor * value)
-    return _Compared(distillation, entropy, terms, label)
+    return _DivergenceResult(distillation, entropy, terms, label)
 
 
 def _dense_piece(
@@ -1016,38 +1032,43 @@ def _dense_piece(
     """Compute the loss of some rows [rows, columns], and write the wanted gradients into outs."""
     piece = _piece(student, teacher, rows, options, want, scratch)
     s, t = _sides(piece)
-    compared = _compared(piece, s, t)
-    cross_entropy = torch.zeros_like(compared.distillation)
+    divergence_result = _divergence_result(piece, s, t)
+    cross_entropy = torch.zeros_like(divergence_result.distillation)
     if piece.has_cross_entropy:
         cross_entropy = _cross_entropy(s, options, options.label_smoothing)
-    loss = torch.zeros_like(compared.distillation)
+    loss = torch.zeros_like(divergence_result.distillation)
     if options.alpha:
-        loss = options.alpha * compared.distillation
+        loss = options.alpha * divergence_result.distillation
     if piece.has_cross_entropy:
         loss = loss + (1.0 - options.alpha) * cross_entropy
     weight = _weights(piece, s, t)
     loss = loss * weight
 
-    counted = None  # on a CPU all rows of a piece are counted
+    kept = None  # on a CPU all rows of a piece are kept
     if _synchronizes(student.device):
-        counted = counted_rows(rows, options.ignore_index)
-        counted = None if counted is None else counted.unsqueeze(-1)
-    _write_gradients(piece, s, t, compared, weight, counted, outs)
+        kept = kept_rows(rows, options.ignore_index)
+        kept = None if kept is None else kept.unsqueeze(-1)
+    _write_gradients(piece, s, t, divergence_result, weight, kept, outs)
 
-    def select(value: Tensor) -> Tensor:
-        return value if counted is None else value.masked_fill(~counted, 0.0)
+    def zero_dropped(value: Tensor) -> Tensor:
+        return value if kept is None else value.masked_fill(~kept, 0.0)
 
-    entropy = None if compared.entropy is None else select(compared.entropy)
-    return _Values(select(loss), select(compared.distillation), select(cross_entropy), entropy)
+    entropy = None if divergence_result.entropy is None else zero_dropped(divergence_result.entropy)
+    return _Values(
+        zero_dropped(loss),
+        zero_dropped(divergence_result.distillation),
+        zero_dropped(cross_entropy),
+        entropy,
+    )
 
 
 def _write_gradients(
     piece: _Piece,
     s: _Side,
     t: _Side | None,
-    compared: _Compared,
+    divergence_result: _DivergenceResult,
     weight: float | Tensor,
-    counted: Tensor | None,
+    kept: Tensor | None,
     outs: Sequence[Tensor | None],
 ) -> None:
     options, alpha, dtype = piece.options, piece.options.alpha, piece.scratch.dtype
@@ -1056,15 +1077,15 @@ def _write_gradients(
     )
     row_scale = weight * scale
 
-    def of_divergence(index: int, side: _Side, out: Tensor) -> Tensor:
+    def divergence_gradient(index: int, side: _Side, out: Tensor) -> Tensor:
         """The gradient of the divergence with respect to one side's z; index 1 selects g, 2 selects h."""
-        to = out if out.dtype == dtype else piece.scratch("gradient", out.shape[0])
+        buffer = out if out.dtype == dtype else piece.scratch("gradient", out.shape[0])
         if not alpha:
-            return to.zero_()
-        assert compared.terms is not None
-        label = None if compared.label is None else compared.label[index]
+            return buffer.zero_()
+        assert divergence_result.terms is not None
+        label = None if divergence_result.label is None else divergence_result.label[index]
         factor = row_scale * (alpha * piece.t_squared / side.temperature)
-        gradient = _project(compared.terms, index, side, label, factor, to)
+        gradient = _project(divergence_result.terms, index, side, label, factor, buffer)
         if label is not None:
             assert piece.label is not None
             gradient.scatter_(-1, piece.label, (label * factor).to(dtype))
@@ -1072,8 +1093,8 @@ def _write_gradients(
 
     def finish(gradient: Tensor, slope: Tensor | None, scale: float, out: Tensor) -> None:
         _multiply(gradient, scale if slope is None else slope)
-        if counted is not None:
-            gradient.masked_fill_(~counted, 0.0)
+        if kept is not None:
+            gradient.masked_fill_(~kept, 0.0)
         if gradient is not out:
             out.copy_(gradient)
 
@@ -1081,18 +1102,18 @@ def _write_gradients(
     # The teacher's gradient comes first, because the student's may overwrite logits that are still read.
     if teacher_out is not None:
         if t is None:
-            zeros = torch.zeros_like(compared.distillation)
+            zeros = torch.zeros_like(divergence_result.distillation)
             teacher_out.copy_((zeros * row_scale).expand_as(teacher_out))
         else:
-            gradient = of_divergence(2, t, teacher_out)
+            gradient = divergence_gradient(2, t, teacher_out)
             finish(gradient, t.slope, options.teacher_logit_scale, teacher_out)
     if student_out is not None:
-        gradient = of_divergence(1, s, student_out)
+        gradient = divergence_gradient(1, s, student_out)
         if piece.has_cross_entropy:
             factor = (1.0 - alpha) * row_scale
             _add_cross_entropy(gradient, s, piece.label, factor, options, options.label_smoothing)
-        if piece.has_label_cross_entropy and compared.label is not None and alpha:
-            factor = alpha * row_scale * compared.label.cross_entropy_weight
+        if piece.has_label_cross_entropy and divergence_result.label is not None and alpha:
+            factor = alpha * row_scale * divergence_result.label.cross_entropy_weight
             _add_cross_entropy(gradient, s, piece.label, factor, options, 0.0)
         finish(gradient, s.slope, options.logit_scale, student_out)
 
@@ -1112,7 +1133,7 @@ def _add_cross_entropy(
     """Add factor times (softmax - smoothed label) to the gradient."""
     assert s.softmax_t1 is not None and s.label is not None and label is not None
     softmax = s.softmax_t1
-    # The label's column is computed separately: q_y - 1 has no digits left if the student is sure of the label.
+    # The label's column is computed separately: if q_y is nearly 1, q_y - 1 loses its digits; expm1(log q_y) does not.
     softmax.exps.scatter_(-1, label, 0.0)
     gradient.addcmul_(softmax.exps, (factor / softmax.exp_sum).to(gradient.dtype))
     log_q = (s.label.to(softmax.others_sum.dtype) - softmax.row_max) - softmax.log_exp_sum
@@ -1128,69 +1149,75 @@ def kd_rows(student: Tensor, teacher: Tensor, rows: Rows, options: Options, want
     lead, device, columns = student.shape[:-1], student.device, options.vocab_size
     dtype = row_dtype(student.dtype, teacher.dtype)
     result = native.outputs(student, teacher, want, row_dtype=dtype)
-    indices = _counted(rows, options.ignore_index, device)
-    count = lead.numel() if indices is None else indices.numel()
+    kept = _kept_indices(rows, options.ignore_index, device)
+    count = lead.numel() if kept is None else kept.numel()
     step = min(piece_rows(columns, dtype, device.type), max(count, 1))
     scratch = _Scratch(step, columns, dtype, device)
     gradients = (result.student_gradient, result.teacher_gradient)
     per_row = (result.loss, *result[4:])
-    if indices is not None:
-        _clear_dropped([*per_row, *gradients], indices, lead)
-    for at in _pieces(count, step, indices):
-        s, t = (take(logits, lead, at)[:, :columns] for logits in (student, teacher))
-        outs = [_Out(gradient, lead, at, columns) for gradient in gradients]
+    if kept is not None:
+        _clear_dropped([*per_row, *gradients], kept, lead)
+    for indices in _pieces(count, step, kept):
+        s, t = (take(logits, lead, indices)[:, :columns] for logits in (student, teacher))
+        outs = [_Out(gradient, lead, indices, columns) for gradient in gradients]
         buffers = [out.buffer(scratch, name) for out, name in zip(outs, ("s", "t"), strict=True)]
-        values = _dense_piece(s, t, rows_at(rows, lead, at), options, want, buffers, scratch)
-        for whole, value in zip(per_row, values, strict=True):
-            if whole is not None and value is not None:
-                put(whole, lead, at, value.squeeze(-1).to(dtype))
+        values = _dense_piece(s, t, rows_at(rows, lead, indices), options, want, buffers, scratch)
+        for all_rows, value in zip(per_row, values, strict=True):
+            if all_rows is not None and value is not None:
+                put(all_rows, lead, indices, value.squeeze(-1).to(dtype))
         for out in outs:
             out.close()
     for gradient in gradients:
         if gradient is not None and gradient.shape[-1] > columns:
             gradient[..., columns:] = 0.0
     factor = options.scale if rows.scale is None else options.scale * rows.scale
-    total = result.loss.sum(dtype=_exact(dtype, device)) * factor
+    total = result.loss.sum(dtype=_sum_dtype(dtype, device)) * factor
     return result._replace(total=total.to(dtype))
 
 
-def _clear_dropped(values: Sequence[Tensor | None], counted: Tensor, lead: torch.Size) -> None:
-    """Set every row whose index is not among `counted` to 0."""
-    dropped = torch.ones(lead.numel(), dtype=torch.bool, device=counted.device)
-    dropped[counted] = False
-    at = dropped.nonzero().squeeze(1)
+def _clear_dropped(values: Sequence[Tensor | None], kept: Tensor, lead: torch.Size) -> None:
+    """Set every row whose index is not among `kept` to 0."""
+    dropped = torch.ones(lead.numel(), dtype=torch.bool, device=kept.device)
+    dropped[kept] = False
+    indices = dropped.nonzero().squeeze(1)
     for value in values:
         if value is not None:
-            put(value, lead, at, torch.zeros((), dtype=value.dtype, device=value.device))
+            put(value, lead, indices, torch.zeros((), dtype=value.dtype, device=value.device))
 
 
 class _Out:
     """Where a piece writes its gradient: the result's memory, or a buffer if the piece's rows are not adjacent."""
 
-    def __init__(self, whole: Tensor | None, lead: torch.Size, at: At, columns: int) -> None:
-        self.whole, self.lead, self.at, self.columns = whole, lead, at, columns
+    def __init__(
+        self, all_rows: Tensor | None, lead: torch.Size, indices: RowIndices, columns: int
+    ) -> None:
+        self.all_rows, self.lead, self.indices, self.columns = all_rows, lead, indices, columns
         self.packed: Tensor | None = None
 
     def buffer(self, scratch: _Scratch, name: str) -> Tensor | None:
         """The memory to write to, [rows, columns]; None: no gradient is wanted."""
-        if self.whole is None:
+        if self.all_rows is None:
             return None
-        if isinstance(self.at, slice):
+        if isinstance(self.indices, slice):
             try:
-                rows = self.whole.view(self.lead.numel(), self.whole.shape[-1])
-            except RuntimeError:  # in place: the strides are those of the caller's logits
+                rows = self.all_rows.view(self.lead.numel(), self.all_rows.shape[-1])
+            except RuntimeError:  # an in-place gradient has the strides of the caller's logits
                 pass
             else:
-                return rows[self.at, : self.columns]
-        count = len(self.at) if isinstance(self.at, Tensor) else self.at.stop - self.at.start
+                return rows[self.indices, : self.columns]
+        count = (
+            len(self.indices)
+            if isinstance(self.indices, Tensor)
+            else self.indices.stop - self.indices.start
+        )
         self.packed = scratch(f"{name} packed", count)
         return self.packed
 
     def close(self) -> None:
         """Copy the rows of a buffer to the result."""
-        if self.packed is not None and self.whole is not None:
-            packed = self.packed.to(self.whole.dtype)
-            put(self.whole[..., : self.columns], self.lead, self.at, packed)
+        if self.packed is not None and self.all_rows is not None:
+            packed = self.packed.to(self.all_rows.dtype)
+            put(self.all_rows[..., : self.columns], self.lead, self.indices, packed)
 
 
 # Sparse teachers
@@ -1199,7 +1226,8 @@ class _Out:
 def gather_events(student: Tensor, rows: Rows, options: Options, parts: bool) -> Events:
     """Reduce the student's rows to the K + 1 events of a sparse teacher (fastkd/backends/sparse.py).
 
-    Dropped rows get zeros.
+    On a CPU, every field of a dropped row is 0, except valid, which is True. Other devices compute dropped rows like
+    the rest.
     """
     lead, device, dtype = student.shape[:-1], student.device, row_dtype(student.dtype)
     assert rows.ids is not None
@@ -1215,32 +1243,37 @@ def gather_events(student: Tensor, rows: Rows, options: Options, parts: bool) ->
         torch.ones(lead, dtype=torch.bool, device=device),
     )  # fmt: skip
     outputs = [value for value in events if isinstance(value, Tensor)]
-    for at, s, rows_of_piece, scratch in _student_pieces(student, rows, options, dtype):
+    for indices, s, rows_of_piece, scratch in _student_pieces(student, rows, options, dtype):
         values = _events_of_piece(s, rows_of_piece, options, parts, scratch)
         for output, value in zip(outputs, values, strict=True):
-            put(output, lead, at, value)
+            put(output, lead, indices, value)
     return events
 
 
 def _student_pieces(
     student: Tensor, rows: Rows, options: Options, dtype: torch.dtype
-) -> Iterator[tuple[At, Tensor, Rows, _Scratch]]:
-    """Yield (which rows, their logits, their Rows, buffers) of the counted rows, piece by piece."""
+) -> Iterator[tuple[RowIndices, Tensor, Rows, _Scratch]]:
+    """Yield (row indices, logits, Rows, scratch buffers) for each piece of the kept rows."""
     lead, device, columns = student.shape[:-1], student.device, options.vocab_size
     student = readable(student)
-    indices = _counted(rows, options.ignore_index, device)
-    count = lead.numel() if indices is None else indices.numel()
+    kept = _kept_indices(rows, options.ignore_index, device)
+    count = lead.numel() if kept is None else kept.numel()
     step = min(piece_rows(columns, dtype, device.type), max(count, 1))
     scratch = _Scratch(step, columns, dtype, device)
-    for at in _pieces(count, step, indices):
-        yield at, take(student, lead, at)[:, :columns], rows_at(rows, lead, at), scratch
+    for indices in _pieces(count, step, kept):
+        yield (
+            indices,
+            take(student, lead, indices)[:, :columns],
+            rows_at(rows, lead, indices),
+            scratch,
+        )
 
 
 def _id_columns(ids: Tensor, options: Options) -> tuple[Tensor, Tensor, Tensor]:
-    """Return three tensors of the shape of ids.
+    """Return (is_local, columns, marks), each of the shape of ids.
 
-    They are: whether this process has the id's column; that column, or 0; and -inf if it has the column, else inf,
-    so that amin with these marks sets the listed columns to -inf.
+    is_local: whether this process has the column of the id. columns: that column, or 0 if it is not local. marks: -inf
+    for local columns and inf for others, so that scattering the marks with amin sets the listed columns to -inf.
     """
     columns = ids - options.first_column
     is_local = (columns >= 0) & (columns < options.vocab_size)
@@ -1261,21 +1294,24 @@ def _events_of_piece(
     """The fields of Events that are not None, [rows, ...]."""
     ids, dtype, count = rows.ids, scratch.dtype, student.shape[0]
     assert ids is not None
-    exact = _exact(dtype, student.device)
+    sum_dtype = _sum_dtype(dtype, student.device)
     z = scratch("z", count)
     adjusted, _ = _adjusted(student, options.logit_scale, options.softcap, z, scratch, "slope")
     is_local, id_columns, marks = _id_columns(ids, options)
     tokens = adjusted.gather(-1, id_columns).masked_fill_(~is_local, -torch.inf)
     origin = tokens.amax(-1, keepdim=True)
-    at_1: list[Tensor] = []  # log_sum, label and mean
+    statistics_t1: list[Tensor] = []  # the fields log_sum, label and mean of Events
     if rows.labels is not None and options.alpha < 1.0:
         row_max = finite_max(adjusted.amax(-1, keepdim=True))
         label_is_local, label_column = _label_columns(rows.labels, options)
         label = adjusted.gather(-1, label_column) - row_max
         centered = torch.sub(adjusted, row_max, out=scratch("exps", count))
         mean = _sum(centered) / options.vocabulary
-        at_1 = [_sum(centered.exp_()).log(), label.masked_fill(~label_is_local, -torch.inf)]
-        at_1 += [mean] if options.label_smoothing else []
+        statistics_t1 = [
+            _sum(centered.exp_()).log(),
+            label.masked_fill(~label_is_local, -torch.inf),
+        ]
+        statistics_t1 += [mean] if options.label_smoothing else []
     if adjusted is not z:
         z.copy_(adjusted)
     z.scatter_reduce_(-1, id_columns, marks.to(dtype), "amin")
@@ -1292,15 +1328,15 @@ def _events_of_piece(
         exps.div_(exp_sum.clamp(min=torch.finfo(dtype).tiny).to(dtype))
         log_q = z.sub_(finite_max(log_sum).to(dtype)).clamp_(min=torch.finfo(dtype).min)
         entropy = [-_sum(exps.mul_(log_q))]
-    tail = (tail_origin - finite_max(origin)).to(exact) + temperature * log_sum
-    values = [origin, tail_origin, tail, log_sum, *entropy, *at_1]
+    tail = (tail_origin - finite_max(origin)).to(sum_dtype) + temperature * log_sum
+    values = [origin, tail_origin, tail, log_sum, *entropy, *statistics_t1]
     fields = [value.squeeze(-1).to(dtype) for value in values]
     fields.insert(2, tokens - finite_max(origin))
     return [*fields, _valid_ids(ids, options)]
 
 
 def _valid_ids(ids: Tensor, options: Options) -> Tensor:
-    """Which rows have distinct ids that are in the vocabulary or padding."""
+    """Which rows list only ids of the vocabulary, and none of them twice, besides padding (-1)."""
     in_vocabulary = ((ids == -1) | ((ids >= 0) & (ids < options.vocabulary))).all(-1)
     ordered = ids.sort(-1).values
     repeated = ((ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] >= 0)).any(-1)
@@ -1320,24 +1356,24 @@ def spread_gradient(
     lead, columns, dtype = student.shape[:-1], options.vocab_size, row_dtype(student.dtype)
     assert rows.weight is not None
     weighted = rows._replace(labels=None)  # the weight is 0 in every dropped row
-    indices = _counted(weighted, options.ignore_index, student.device)
-    if indices is not None:
-        _clear_dropped([out], indices, lead)
-    for at, s, _, scratch in _student_pieces(student, weighted, options, dtype):
+    kept = _kept_indices(weighted, options.ignore_index, student.device)
+    if kept is not None:
+        _clear_dropped([out], kept, lead)
+    for indices, s, _, scratch in _student_pieces(student, weighted, options, dtype):
 
-        def select(value: Any, at: At = at) -> Any:
-            return take(value, lead, at) if isinstance(value, Tensor) else value
+        def select(value: Any, indices: RowIndices = indices) -> Any:
+            return take(value, lead, indices) if isinstance(value, Tensor) else value
 
         piece = _spread_piece(
             s,
             Events(*map(select, events)),
             select(gradient),
             select(cross_entropy_scale),
-            rows_at(rows, lead, at),
+            rows_at(rows, lead, indices),
             options,
             scratch,
         )
-        put(out[..., :columns], lead, at, piece.to(out.dtype))
+        put(out[..., :columns], lead, indices, piece.to(out.dtype))
     if out.shape[-1] > columns:
         out[..., columns:] = 0.0
     return out
@@ -1369,8 +1405,10 @@ def _spread_piece(
         cross_entropy = torch.sub(adjusted, log_norm, out=scratch("cross-entropy", count))
         cross_entropy.exp_().mul_(factor)
         label_is_local, label_column = _label_columns(rows.labels, options)
-        at_label = (factor * (options.label_smoothing - 1.0)).masked_fill(~label_is_local, 0.0)
-        cross_entropy.scatter_add_(-1, label_column, at_label)
+        label_gradient = (factor * (options.label_smoothing - 1.0)).masked_fill(
+            ~label_is_local, 0.0
+        )
+        cross_entropy.scatter_add_(-1, label_column, label_gradient)
         if options.label_smoothing:
             cross_entropy.sub_(factor * (options.label_smoothing / options.vocabulary))
     if adjusted is not z:
@@ -1404,7 +1442,7 @@ def _spread_piece(
 def _slices(
     lead: torch.Size, columns: int, dtype: torch.dtype, device: torch.device
 ) -> list[slice]:
-    """Slices of all rows, dropped ones included: their results are 0 or are not used."""
+    """Divide all rows into pieces. Dropped rows are included; their results are 0 or are not used."""
     count, step = lead.numel(), piece_rows(columns, dtype, device.type)
     # Without rows there is one empty slice, so that results get their shapes.
     return [slice(start, min(start + step, count)) for start in range(0, max(count, 1), step)]
@@ -1417,7 +1455,7 @@ def shard_statistics(call: ShardCall) -> Statistics:
 
 
 def shard_sums(call: ShardCall) -> Tensor | None:
-    """Compute the sums over this process's columns, given the statistics of all: 3 numbers per row in float64."""
+    """Compute 3 sums per row over this process's columns, in float64, given the statistics of all processes."""
     pieces = [reference.shard_sums(piece) for _, piece in _shard_pieces(call)]
     return torch.cat([sums for sums in pieces if sums is not None])
 
@@ -1425,34 +1463,34 @@ def shard_sums(call: ShardCall) -> Tensor | None:
 def shard_results(call: ShardCall) -> None:
     """Fill the result, given the statistics and the sums of all processes."""
     lead = call.student.shape[:-1]
-    for at, piece in _shard_pieces(call):
+    for indices, piece in _shard_pieces(call):
 
-        def memory(whole: Tensor | None, at: slice = at) -> Any:
-            return None if whole is None else torch.empty_like(take(whole, lead, at))
+        def empty_piece(all_rows: Tensor | None, indices: slice = indices) -> Any:
+            return None if all_rows is None else torch.empty_like(take(all_rows, lead, indices))
 
-        fields = [memory(whole) for whole in call.result._replace(total=None)]  # type: ignore[arg-type]
+        fields = [empty_piece(all_rows) for all_rows in call.result._replace(total=None)]  # type: ignore[arg-type]
         piece_result = Result(*fields)
         reference.shard_results(piece._replace(result=piece_result))
-        for whole, values in zip(call.result, piece_result, strict=True):
-            if whole is not None and values is not None:
-                put(whole, lead, at, values)
+        for all_rows, values in zip(call.result, piece_result, strict=True):
+            if all_rows is not None and values is not None:
+                put(all_rows, lead, indices, values)
 
 
 def _shard_pieces(call: ShardCall) -> Iterator[tuple[slice, ShardCall]]:
-    """Yield (which rows, the call restricted to these rows, except for its result)."""
+    """Yield (a slice of the rows, the call restricted to these rows) for each piece; call.result stays whole."""
     lead = call.student.shape[:-1]
     dtype = row_dtype(call.student.dtype, call.teacher.dtype)
-    for at in _slices(lead, call.options.vocab_size, dtype, call.student.device):
+    for indices in _slices(lead, call.options.vocab_size, dtype, call.student.device):
         yield (
-            at,
+            indices,
             call._replace(
-                student=take(call.student, lead, at),
-                teacher=take(call.teacher, lead, at),
-                rows=rows_at(call.rows, lead, at),
+                student=take(call.student, lead, indices),
+                teacher=take(call.teacher, lead, indices),
+                rows=rows_at(call.rows, lead, indices),
                 statistics=None
                 if call.statistics is None
-                else Statistics(call.statistics.gathered[:, at]),
-                sums=None if call.sums is None else call.sums[:, at],
+                else Statistics(call.statistics.gathered[:, indices]),
+                sums=None if call.sums is None else call.sums[:, indices],
             ),
         )
 
@@ -1464,22 +1502,22 @@ def mutual_rows(
     wanted: Sequence[bool],
     parts: bool,
 ) -> mutual.Result:
-    """Compute the losses of each row's students and their gradients; :mod:`fastkd.call.mutual` has the contract."""
+    """Compute each student's loss for every row, and the gradients; :mod:`fastkd.call.mutual` has the contract."""
     first, students = logits[0], len(logits)
     lead, dtype = first.shape[:-1], row_dtype(first.dtype)
     result = mutual.outputs(logits, wanted, parts, dtype=dtype)
-    for at in _slices(lead, students * first.shape[-1], dtype, first.device):
-        piece_logits = [take(student, lead, at) for student in logits]
+    for indices in _slices(lead, students * first.shape[-1], dtype, first.device):
+        piece_logits = [take(student, lead, indices) for student in logits]
         piece = reference_mutual.mutual_rows(
-            piece_logits, rows_at(rows, lead, at), options, wanted, parts
+            piece_logits, rows_at(rows, lead, indices), options, wanted, parts
         )
         for name in ("loss", "divergence", "cross_entropy"):
-            whole, values = getattr(result, name), getattr(piece, name)
-            for student in range(students if whole is not None else 0):
-                put(whole[student], lead, at, values[student])
+            all_rows, values = getattr(result, name), getattr(piece, name)
+            for student in range(students if all_rows is not None else 0):
+                put(all_rows[student], lead, indices, values[student])
         for gradient, values in zip(result.gradients, piece.gradients, strict=True):
             if gradient is not None and values is not None:
-                put(gradient, lead, at, values)
+                put(gradient, lead, indices, values)
     scale = options.scale if rows.scale is None else options.scale * rows.scale
-    total = result.loss.reshape(students, -1).sum(-1, dtype=_exact(dtype, first.device)) * scale
+    total = result.loss.reshape(students, -1).sum(-1, dtype=_sum_dtype(dtype, first.device)) * scale
     return result._replace(total=total.to(dtype))

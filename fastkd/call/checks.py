@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastkd.call.contract import Options, Rows, counted_rows
+from fastkd.call.contract import Options, Rows, kept_rows
 from fastkd.call.log_zero import infinite_at_zero
 from fastkd.call.options import (
     TEMPERATURES,
@@ -25,11 +25,11 @@ from fastkd.call.options import (
     with_stand_ins,
 )
 from fastkd.call.tail import MOST, masses
-from fastkd.core.scalars import LARGEST as LARGEST
-from fastkd.core.scalars import SMALLEST as SMALLEST
-from fastkd.core.scalars import check_flag, check_magnitude, plain
-from fastkd.core.scalars import check_int as check_int
-from fastkd.core.scalars import check_number as check_number
+from fastkd.core.scalars import (
+    check_flag,
+    check_magnitude,
+    plain,
+)
 from fastkd.core.tensors import check_readable, check_strided
 from fastkd.divergences import Divergence, resolve
 from fastkd.teachers import Ensemble, LinearTeacher, Teacher, TopK, check_linear
@@ -190,7 +190,7 @@ def check_values(rows: Rows, options: Options) -> None:
     """Under FASTKD_CHECK=1, check the values of all rows but dropped ones; this waits for the device."""
     if not checking():
         return
-    read = counted_rows(rows, options.ignore_index)
+    read = kept_rows(rows, options.ignore_index)
     if rows.ids is not None:
         _check_ids(rows.ids, options.vocabulary, read)
     if read is None:
@@ -403,7 +403,7 @@ def with_topk(call: LossCall, teacher: TopK) -> LossCall:
         numbers = numbers._replace(taken_at=teacher.temperature)
     ids = teacher.ids.to(torch.int64).contiguous()
     if checking() and options.vocabulary and numbers is None:
-        _check_ids(ids, options.vocabulary, counted_rows(rows, options.ignore_index))
+        _check_ids(ids, options.vocabulary, kept_rows(rows, options.ignore_index))
     tail_logprob = teacher.tail_logprob
     rows = rows._replace(
         teacher_temperature=None if temperatures is None else temperatures / teacher.temperature,
@@ -473,16 +473,16 @@ def with_tail(call: LossCall, teacher: TopK, dtype: torch.dtype) -> tuple[LossCa
 
 
 def _check_logprobs(logprobs: Tensor, rows: Rows, options: Options) -> None:
-    """Raise unless counted rows have log-probabilities or, if they are renormalized, logarithms of finite weights."""
+    """Raise unless kept rows have log-probabilities or, if they are renormalized, logarithms of finite weights."""
     assert rows.ids is not None
     is_token, names = rows.ids != -1, "teacher.logprobs"
     logprobs = logprobs.to(torch.float64).masked_fill(~is_token, -math.inf)
     if rows.tail_logprob is not None:
         names = "teacher.logprobs and teacher.tail_logprob"
         logprobs = torch.cat([logprobs, rows.tail_logprob.to(logprobs.dtype).unsqueeze(-1)], -1)
-    read, counted = is_token.any(-1), counted_rows(rows, options.ignore_index)
-    if counted is not None:
-        read = read & counted
+    read, kept = is_token.any(-1), kept_rows(rows, options.ignore_index)
+    if kept is not None:
+        read = read & kept
     highest, total = logprobs.amax(-1), logprobs.exp().sum(-1)
 
     def first_row(bad: Tensor) -> int | None:
@@ -510,10 +510,10 @@ def _check_logprobs(logprobs: Tensor, rows: Rows, options: Options) -> None:
         )
 
 
-def _check_ids(ids: Tensor, vocabulary: int, counted: Tensor | None) -> None:
-    """Raise unless the ids of each counted row are distinct tokens, or -1."""
-    if counted is not None:
-        ids = ids.masked_fill(~counted.unsqueeze(-1), -1)  # dropped rows may hold any ids
+def _check_ids(ids: Tensor, vocabulary: int, kept: Tensor | None) -> None:
+    """Raise unless the ids of each kept row are distinct tokens, or -1."""
+    if kept is not None:
+        ids = ids.masked_fill(~kept.unsqueeze(-1), -1)  # dropped rows may hold any ids
     bad = ((ids < -1) | (ids >= vocabulary)).any(-1)
     if bad.any():
         row = int(bad.flatten().nonzero()[0])

@@ -56,12 +56,12 @@ class Rows(NamedTuple):
     tail_logprob: Tensor | None = None
 
 
-def counted_rows(rows: Rows, ignore_index: int) -> Tensor | None:
+def kept_rows(rows: Rows, ignore_index: int) -> Tensor | None:
     """A bool tensor [...], False for dropped rows; None if no row can be dropped."""
-    counted = None if rows.labels is None else rows.labels != ignore_index
+    kept = None if rows.labels is None else rows.labels != ignore_index
     if rows.weight is not None:
-        counted = rows.weight != 0 if counted is None else counted & (rows.weight != 0)
-    return counted
+        kept = rows.weight != 0 if kept is None else kept & (rows.weight != 0)
+    return kept
 
 
 def row_dtype(*logits: torch.dtype) -> torch.dtype:

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fastkd.call.contract import Rows, counted_rows
+from fastkd.call.contract import Rows, kept_rows
 
 # Selects rows, counted over all leading dimensions: a range of them, or a tensor of their indices.
-At = slice | Tensor
+RowIndices = slice | Tensor
 
 
 def _flat(tensor: Tensor, lead: torch.Size) -> Tensor | None:
@@ -22,29 +22,35 @@ def _flat(tensor: Tensor, lead: torch.Size) -> Tensor | None:
         return None
 
 
-def _numbers(indices: At, lead: torch.Size, device: torch.device) -> tuple[Tensor, ...]:
+def _indices_by_dimension(
+    indices: RowIndices, lead: torch.Size, device: torch.device
+) -> tuple[Tensor, ...]:
     """The indices of these rows in each leading dimension."""
     if isinstance(indices, slice):
         indices = torch.arange(indices.start, indices.stop, device=device)
     return torch.unravel_index(indices, lead)
 
 
-def take(tensor: Tensor, lead: torch.Size, indices: At) -> Tensor:
+def take(tensor: Tensor, lead: torch.Size, indices: RowIndices) -> Tensor:
     """These rows, [C, ...], of a tensor [*lead, ...]; a view if possible."""
     flat = _flat(tensor, lead)
-    return tensor[_numbers(indices, lead, tensor.device)] if flat is None else flat[indices]
+    return (
+        tensor[_indices_by_dimension(indices, lead, tensor.device)]
+        if flat is None
+        else flat[indices]
+    )
 
 
-def put(tensor: Tensor, lead: torch.Size, indices: At, values: Tensor) -> None:
+def put(tensor: Tensor, lead: torch.Size, indices: RowIndices, values: Tensor) -> None:
     """Write values [C, ...] to these rows of a tensor [*lead, ...]."""
     flat = _flat(tensor, lead)
     if flat is None:
-        tensor[_numbers(indices, lead, tensor.device)] = values
+        tensor[_indices_by_dimension(indices, lead, tensor.device)] = values
     else:
         flat[indices] = values
 
 
-def rows_at(rows: Rows, lead: torch.Size, indices: At) -> Rows:
+def rows_at(rows: Rows, lead: torch.Size, indices: RowIndices) -> Rows:
     """The Rows of a chunk: the values of these rows; scale, which is not per row, stays."""
 
     def pick(value: Tensor | None) -> Tensor | None:
@@ -59,7 +65,7 @@ class Chunks:
 
     count: int  # how many rows are processed
     size: int  # rows per chunk; the last chunk may have fewer
-    numbers: Tensor | None  # the indices of the processed rows; None: all rows are processed
+    indices: Tensor | None  # the indices of the processed rows; None: all rows are processed
 
     @classmethod
     def of(
@@ -72,26 +78,26 @@ class Chunks:
         even: bool = False,
         drops: bool = True,
     ) -> Chunks:
-        """Divide the counted rows into chunks of at most `size` rows.
+        """Divide the kept rows into chunks of at most `size` rows.
 
         Args:
-            rows: the labels and weights, which tell which rows are counted.
+            rows: the labels and weights, which tell which rows are kept.
             lead: the leading shape of the logits.
             ignore_index: the label that drops a row.
             size: the largest number of rows per chunk.
             even: make all chunks about equally large, instead of leaving a remainder to the last.
             drops: remove dropped rows, for which the host waits until the device has counted them. False: process all.
         """
-        counted = counted_rows(rows, ignore_index) if drops else None
-        numbers = None if counted is None else counted.flatten().nonzero().squeeze(1)
-        if numbers is not None and numbers.numel() == lead.numel():
-            numbers = None
-        count = lead.numel() if numbers is None else numbers.numel()
+        kept = kept_rows(rows, ignore_index) if drops else None
+        indices = None if kept is None else kept.flatten().nonzero().squeeze(1)
+        if indices is not None and indices.numel() == lead.numel():
+            indices = None
+        count = lead.numel() if indices is None else indices.numel()
         if even and count:
             size = -(-count // -(-count // size))
-        return cls(count, min(size, count), numbers)
+        return cls(count, min(size, count), indices)
 
-    def __iter__(self) -> Iterator[At]:
+    def __iter__(self) -> Iterator[RowIndices]:
         for start in range(0, self.count, max(self.size, 1)):
             stop = min(start + self.size, self.count)
-            yield slice(start, stop) if self.numbers is None else self.numbers[start:stop]
+            yield slice(start, stop) if self.indices is None else self.indices[start:stop]

@@ -1,4 +1,4 @@
-"""The loop over chunks of rows: compute the logits of both sides, run the kernel in place, collect the gradients.
+"""The loop over chunks of rows: compute both models' logits, run the kernel in place, collect the gradients.
 
 The file has two parts: the classes that handle the student and the teacher of a chunk, and the loop
 (:func:`chunks_of_rows`). fastkd/engine/linear.py plans the chunks and differentiates the loss.
@@ -15,12 +15,12 @@ import torch
 from torch import Tensor
 
 from fastkd.call.contract import Options, Rows, Shard, Want, factor_of, total_of
-from fastkd.call.rows import At, Chunks, put, rows_at, take
+from fastkd.call.rows import Chunks, RowIndices, put, rows_at, take
 from fastkd.core.tensors import readable
 from fastkd.engine.matmul import add_weight_gradient, as_operand, hidden_gradient, make_logits
 from fastkd.teachers import Ensemble, LinearTeacher
 
-# How many elements of a chunk are combined at a time if there are several teachers; on a CPU, few enough for the cache.
+# How many logits of an ensemble's chunk are combined at a time; on a CPU, few enough for the cache.
 COMBINED_CPU, COMBINED_DEVICE = 1 << 18, 1 << 24
 
 
@@ -33,7 +33,7 @@ class Student(NamedTuple):
 
 
 class Gradients(NamedTuple):
-    """The gradients of the fields of Student, in :func:`saved_dtype`."""
+    """The gradients of the fields of Student. Sums over chunks may be wider; the result is in :func:`saved_dtype`."""
 
     hidden: Tensor | None
     weight: Tensor | None
@@ -72,7 +72,7 @@ class Chunked(NamedTuple):
         return self.distillation, self.cross_entropy, self.student_entropy
 
 
-# ---- the two sides of a chunk
+# ---- the student and the teacher of a chunk
 
 
 class _StudentChunks:
@@ -83,15 +83,15 @@ class _StudentChunks:
         student: Student,
         lead: torch.Size,
         vocabulary: int,
-        wanted: Sequence[bool],
+        wanted_gradients: Sequence[bool],
         inplace: bool,
     ) -> None:
         self.student, self.lead, self.vocabulary = student, lead, vocabulary
-        self.first = True
+        self.is_first_chunk = True
         hidden, weight, bias = student
         if weight is None:
             gradient = None
-            if wanted[0]:
+            if wanted_gradients[0]:
                 gradient = (
                     hidden
                     if inplace
@@ -109,12 +109,12 @@ class _StudentChunks:
             return tensor.new_zeros(tensor.shape, dtype=torch.float32 if widens else None)
 
         self.gradients = Gradients(
-            zeros(hidden, wanted[0], False),
-            zeros(weight, wanted[1], True),
-            zeros(bias, wanted[2], True),
+            zeros(hidden, wanted_gradients[0], False),
+            zeros(weight, wanted_gradients[1], True),
+            zeros(bias, wanted_gradients[2], True),
         )
 
-    def logits(self, indices: At, buffer: Tensor) -> Tensor:
+    def logits(self, indices: RowIndices, buffer: Tensor) -> Tensor:
         """The logits [C, V] of these rows, in the buffer, where the kernel overwrites them with their gradient."""
         hidden, weight, bias = self.student
         rows = take(hidden, self.lead, indices)
@@ -123,7 +123,7 @@ class _StudentChunks:
         bias = None if bias is None else bias[: self.vocabulary]
         return make_logits(rows, weight[: self.vocabulary], bias, buffer)
 
-    def add(self, indices: At, gradient: Tensor, scratch: Tensor | None) -> None:
+    def add(self, indices: RowIndices, gradient: Tensor, scratch: Tensor | None) -> None:
         """Add these rows' share of the gradients of the student's fields, given the gradient [C, V] of their logits."""
         hidden, weight, _ = self.student
         columns = slice(self.vocabulary)
@@ -139,7 +139,7 @@ class _StudentChunks:
         gradient = as_operand(gradient, weight, scratch)
         if self.gradients.weight is not None:
             rows = take(hidden, self.lead, indices)
-            add_weight_gradient(gradient, rows, self.gradients.weight[columns], self.first)
+            add_weight_gradient(gradient, rows, self.gradients.weight[columns], self.is_first_chunk)
         if self.gradients.hidden is not None:
             out = torch.empty(
                 gradient.shape[0],
@@ -149,7 +149,7 @@ class _StudentChunks:
             )
             hidden_gradient(gradient, weight[columns], out)
             put(self.gradients.hidden, self.lead, indices, out)
-        self.first = False
+        self.is_first_chunk = False
 
     def finished(self, processed: Tensor | None) -> Gradients:
         """All gradients, in saved_dtype. processed: the indices of the processed rows, or None for all rows."""
@@ -172,14 +172,16 @@ class _StudentChunks:
         )
 
 
-def _linear_logits(teacher: LinearTeacher, lead: torch.Size, indices: At, out: Tensor) -> Tensor:
+def _linear_logits(
+    teacher: LinearTeacher, lead: torch.Size, indices: RowIndices, out: Tensor
+) -> Tensor:
     hidden, weight, bias = teacher.hidden, teacher.weight, teacher.bias
     bias = None if bias is None else bias[: out.shape[1]]
     return make_logits(take(hidden, lead, indices), weight[: out.shape[1]], bias, out)
 
 
 def _add_member(
-    total: Tensor,
+    combined: Tensor,
     logits: Tensor,
     weight: float,
     mean: str,
@@ -187,27 +189,27 @@ def _add_member(
     shard: Shard | None,
 ) -> None:
     """Add one member of an ensemble to the combined tempered logits [C, V], a few rows at a time."""
-    elements = COMBINED_CPU if total.device.type == "cpu" else COMBINED_DEVICE
-    count, columns = total.shape
+    elements = COMBINED_CPU if combined.device.type == "cpu" else COMBINED_DEVICE
+    count, columns = combined.shape
     step = max(elements // max(columns, 1), 1)
     row_slices = [slice(start, min(start + step, count)) for start in range(0, count, step)]
 
     def tempered(row_slice: slice) -> Tensor:
-        return temper(logits[row_slice, :columns].to(total.dtype), row_slice)
+        return temper(logits[row_slice, :columns].to(combined.dtype), row_slice)
 
     log_sums = None
     if shard is not None and mean == "arithmetic":
         from fastkd.parallel.shards import log_sum_exp
 
-        own_log_sums = torch.cat([_log_sum_exp(tempered(row_slice)) for row_slice in row_slices])
-        log_sums = log_sum_exp(own_log_sums, shard)
+        local_log_sums = torch.cat([_log_sum_exp(tempered(row_slice)) for row_slice in row_slices])
+        log_sums = log_sum_exp(local_log_sums, shard)
     for row_slice in row_slices:
-        z, combined = tempered(row_slice), total[row_slice]
+        z, combined_rows = tempered(row_slice), combined[row_slice]
         if mean == "geometric":
-            combined.add_(z, alpha=weight)
+            combined_rows.add_(z, alpha=weight)
         else:
             log_sum = _log_sum_exp(z) if log_sums is None else log_sums[row_slice]
-            torch.logaddexp(combined, z + (math.log(weight) - log_sum), out=combined)
+            torch.logaddexp(combined_rows, z + (math.log(weight) - log_sum), out=combined_rows)
 
 
 def _log_sum_exp(z: Tensor) -> Tensor:
@@ -240,8 +242,8 @@ class _TeacherChunks:
             teacher_temperature=1.0, teacher_logit_scale=1.0, teacher_softcap=0.0
         )
 
-    def logits(self, indices: At, rows: Rows, buffers: list[Tensor]) -> tuple[Tensor, Rows]:
-        """(logits [C, V] or log-probabilities [C, K], the chunk's Rows as the kernel takes them)."""
+    def logits(self, indices: RowIndices, rows: Rows, buffers: list[Tensor]) -> tuple[Tensor, Rows]:
+        """Return (logits [C, V], or a sparse teacher's log-probabilities [C, K]; the Rows to pass to the kernel)."""
         if isinstance(self.teacher, Tensor):
             return take(self.teacher, self.lead, indices), rows
         if isinstance(self.teacher, LinearTeacher):
@@ -249,7 +251,7 @@ class _TeacherChunks:
         return self._combined(self.teacher, indices, rows, buffers)
 
     def _combined(
-        self, teacher: Ensemble, indices: At, rows: Rows, buffers: list[Tensor]
+        self, teacher: Ensemble, indices: RowIndices, rows: Rows, buffers: list[Tensor]
     ) -> tuple[Tensor, Rows]:
         options, temperatures = self.options, rows.teacher_temperature
 
@@ -263,7 +265,7 @@ class _TeacherChunks:
                 return z / temperatures[row_slice].unsqueeze(-1)
             return z / options.teacher_temperature
 
-        total = buffers[0].fill_(0.0 if teacher.mean == "geometric" else -math.inf)
+        combined = buffers[0].fill_(0.0 if teacher.mean == "geometric" else -math.inf)
         assert teacher.weights is not None  # the constructor fills them in
         for member, weight in zip(teacher.teachers, teacher.weights, strict=True):
             if weight == 0:
@@ -272,12 +274,12 @@ class _TeacherChunks:
                 logits = _linear_logits(member, self.lead, indices, buffers[1])
             else:
                 logits = take(member, self.lead, indices)
-            _add_member(total, logits, weight, teacher.mean, temper, options.shard)
+            _add_member(combined, logits, weight, teacher.mean, temper, options.shard)
         if temperatures is not None:  # an invalid temperature makes its row NaN
             weights = torch.ones_like(temperatures) if rows.weight is None else rows.weight
             weights = torch.where((temperatures > 0) | (weights == 0), weights, torch.nan)
             rows = rows._replace(weight=weights, teacher_temperature=None)
-        return total, rows
+        return combined, rows
 
 
 # ---- the loop
@@ -289,7 +291,7 @@ def chunks_of_rows(
     rows: Rows,
     options: Options,
     want: Want,
-    wanted: Sequence[bool],
+    wanted_gradients: Sequence[bool],
     kernels: ModuleType,
     chunk_size: int,
     logits_dtype: torch.dtype,
@@ -303,11 +305,12 @@ def chunks_of_rows(
         rows: the labels, weights and other values of all rows.
         options: the options of the call.
         want: which outputs are wanted; the fields that ask for gradients are ignored.
-        wanted: for each field of Student, whether its gradient is wanted.
+        wanted_gradients: for each field of Student, whether its gradient is wanted.
         kernels: the backend.
         chunk_size: the largest number of rows in a chunk.
         logits_dtype: the dtype of the student's logits.
-        row_dtype: the dtype of losses, and of the teacher's logits unless its operands have logits_dtype.
+        row_dtype: the dtype of losses, and of teacher logits that are computed or combined here; but a LinearTeacher
+            whose hidden states have logits_dtype computes its logits in that dtype if the student has a head.
     """
     lead, device = student.hidden.shape[:-1], student.hidden.device
     vocabulary = options.vocab_size
@@ -315,14 +318,15 @@ def chunks_of_rows(
     # While a graph is captured, dropped rows therefore stay in the chunks, and the kernel skips them.
     capturing = student.hidden.is_cuda and torch.cuda.is_current_stream_capturing()
     chunks = Chunks.of(rows, lead, options.ignore_index, chunk_size, even=True, drops=not capturing)
-    student_chunks = _StudentChunks(student, lead, vocabulary, wanted, want.inplace)
+    student_chunks = _StudentChunks(student, lead, vocabulary, wanted_gradients, want.inplace)
     teacher_chunks = _TeacherChunks(teacher, lead, options)
     call_options, options = options, teacher_chunks.kernel_options()
-    want = want._replace(student_gradient=any(wanted), inplace=True, deferred=False)
-    # Float16 products would round scaled gradients below 6e-8 to 0, so the scale multiplies their float32 sums instead.
-    scaled_later = student.weight is not None and student.hidden.dtype == torch.float16
+    want = want._replace(student_gradient=any(wanted_gradients), inplace=True, deferred=False)
+    # As float16 operands of a matrix product, scaled gradients below 3e-8 would round to 0. The scale is therefore
+    # applied afterwards, to the float32 gradients of the student's fields.
+    defers_scale = student.weight is not None and student.hidden.dtype == torch.float16
     call_rows = rows
-    if scaled_later:
+    if defers_scale:
         options, rows = options._replace(scale=1.0), rows._replace(scale=None)
     per_row = [
         torch.zeros(lead, dtype=row_dtype, device=device) for _ in range(4 if want.parts else 1)
@@ -333,7 +337,7 @@ def chunks_of_rows(
     for _ in range(teacher_chunks.buffers()):
         buffers.append(kernels.empty((chunks.size, vocabulary), teacher_dtype, device))
 
-    def run(indices: At) -> None:
+    def process_chunk(indices: RowIndices) -> None:
         chunk_rows = rows_at(rows, lead, indices)
         count = indices.stop - indices.start if isinstance(indices, slice) else indices.numel()
         student_buffer, *teacher_buffers = (buffer[:count] for buffer in buffers)
@@ -347,11 +351,11 @@ def chunks_of_rows(
             student_chunks.add(indices, result.student_gradient, scratch)
 
     for indices in chunks:
-        run(indices)
+        process_chunk(indices)
     buffers.clear()  # frees them before finished() allocates the gradients in saved_dtype
     loss, *parts = per_row
-    gradients = student_chunks.finished(chunks.numbers)
-    if scaled_later:
+    gradients = student_chunks.finished(chunks.indices)
+    if defers_scale:
         factor = factor_of(call_rows, call_options)
         for gradient in gradients:
             if gradient is not None:

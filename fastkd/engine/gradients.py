@@ -76,7 +76,7 @@ def without_deferred(want: Want) -> Want:
     return want._replace(student_gradient=False, teacher_gradient=False, inplace=False)
 
 
-def of_counted_rows(upstream: Tensor, rows: Rows, ignore_index: int) -> Tensor:
+def of_kept_rows(upstream: Tensor, rows: Rows, ignore_index: int) -> Tensor:
     """The upstream gradient [...], set to 0 in dropped rows, where it may be infinite or NaN."""
     if rows.weight is not None and rows.weight.dim() == upstream.dim():
         upstream = torch.where(rows.weight == 0, 0.0, upstream)
@@ -180,7 +180,7 @@ class Differentiable(torch.autograd.Function):
         # Read only once, because a second read raises under activation checkpointing.
         tensors = ctx.saved_tensors
         rows, saved = Rows(*tensors[:fields]), tensors[fields:]
-        upstream = of_counted_rows(upstream, rows, loss.options.ignore_index)
+        upstream = of_kept_rows(upstream, rows, loss.options.ignore_index)
         if want.deferred:
             # A retained graph needs the logits again, so nothing may overwrite them.
             want = want._replace(deferred=False, inplace=want.inplace and not graph_is_kept())

@@ -1,10 +1,10 @@
-"""How a call's numbers, which may change from step to step, enter a compiled graph; and the op that runs a whole loss.
+"""Passes a call's numbers, which may change from step to step, into compiled graphs, and runs a whole loss as one op.
 
-torch.compile treats a Python float as a constant until it changes, and then as a symbol. A symbol cannot be an argument
-of a custom op: torch would replace it by its current value, and torch's graph caches, which do not notice the
-replacement, would reuse that graph for another value. A symbol therefore enters the op as a tensor of one element,
-which is an ordinary input of the graph, and is read when the op runs; a constant stays a constant. The code here never
-reads or compares the value of a symbol, so numbers are checked when the op runs.
+torch.compile treats a Python float as a constant until it changes, and then as a symbol. A float symbol cannot be an
+argument of a custom op: torch would replace it by its current value without telling its graph caches, which would then
+reuse the graph for other values. A symbol is therefore passed as a tensor of one element, an ordinary input of the
+graph that is read when the op runs; a constant stays a constant. Code that runs during compilation never reads or
+compares the value of a symbol, so numbers are checked when the op runs.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class Packed(NamedTuple):
     kinds: str
     # "c": floats that are constants of the graph.
     constants: list[float]
-    # "i": ints, whether constants or symbols, since the schema of an op has a type for both.
+    # "i": ints; an op accepts both constant and symbolic ints.
     integers: list[int]
     # "s": symbols, as tensors of one element on the CPU, so that reading one does not wait for a device.
     symbols: list[Tensor]
@@ -85,7 +85,7 @@ def unpack(
 
 
 def described(divergence: Divergence) -> tuple[str, Sequence[Number]]:
-    """(a string, numbers) that describe a divergence to an op; :func:`from_description` is the inverse."""
+    """Return (a string, numbers) that describe a divergence to an op; :func:`from_description` is the inverse."""
     if divergence.made_by is not None:
         name, arguments = divergence.made_by
         return f"|||{name}", arguments
@@ -101,7 +101,7 @@ def described(divergence: Divergence) -> tuple[str, Sequence[Number]]:
 
 
 def from_description(description: str, numbers: Sequence[Any]) -> Divergence:
-    """The divergence that :func:`described` described, once its numbers are known."""
+    """Rebuild a divergence from what :func:`described` returned; the numbers must be known."""
     function, target_form, normalized, name = description.split("|", 3)
     if not function:
         return made(name, numbers)
@@ -117,37 +117,37 @@ def from_description(description: str, numbers: Sequence[Any]) -> Divergence:
     )
 
 
-# ---- losses that run as in eager mode, inside one op of a graph
+# ---- losses that run eagerly inside one op of a compiled graph
 
 # The arguments of a call by name.
 Arguments = Mapping[str, Any]
 # Maps the arguments to the (shape, dtype) of each tensor that the loss returns.
 Outputs = Callable[[Arguments], list[tuple[Sequence[int], torch.dtype]]]
-# Flat turns what the loss returns into a list of tensors; Back turns such a list into what the loss returns.
-Flat = Callable[[Any], list[Tensor]]
-Back = Callable[[list[Tensor], Arguments], Any]
+# Flatten converts the return value of a loss into a list of tensors; Unflatten converts the list back.
+Flatten = Callable[[Any], list[Tensor]]
+Unflatten = Callable[[list[Tensor], Arguments], Any]
 
 
 class _Loss(NamedTuple):
-    """A loss that runs as one op; the fields are the arguments of :func:`as_one_op`."""
+    """A loss that runs as one op: its function, and the arguments of :func:`as_one_op` that the op needs."""
 
     function: Callable[..., Any]
     outputs: Outputs
-    apart: bool
-    flat: Flat
+    one_loss_per_tensor: bool
+    flatten: Flatten
 
 
 _losses: dict[str, _Loss] = {}
 
-# Separates the words of _Encoded; no name or option contains it.
-_BETWEEN = "\x1f"
+# Separates the words of _Encoded; no name or option contains this character.
+_SEPARATOR = "\x1f"
 
 
 class _Encoded(NamedTuple):
     """The arguments of a call in the form in which loss_op takes them."""
 
     tensors: list[Tensor]
-    # Packed.kinds, then for each argument its name, its kind and what that kind needs, all joined by _BETWEEN.
+    # Packed.kinds, then the name, the kind and any details of each argument, all joined by _SEPARATOR.
     words: str
     constants: list[float]
     integers: list[int]
@@ -180,7 +180,7 @@ def _encoded(arguments: Arguments) -> _Encoded:
         else:
             raise TypeError(f"{name} must not be a {type(value).__name__} in a compiled function")
     packed = pack(numbers)
-    return _Encoded(tensors, _BETWEEN.join([packed.kinds, *words]), *packed[1:])
+    return _Encoded(tensors, _SEPARATOR.join([packed.kinds, *words]), *packed[1:])
 
 
 def _decoded(
@@ -190,7 +190,7 @@ def _decoded(
     numbers: Sequence[Any] | None = None,
 ) -> dict[str, Any]:
     """The arguments by name. While a graph is compiled, only integers are known; every other number is then None."""
-    kinds, *argument_words = words.split(_BETWEEN)
+    kinds, *argument_words = words.split(_SEPARATOR)
     if numbers is None:
         next_integer = iter(integers)
         numbers = [next(next_integer) if kind == "i" else None for kind in kinds]
@@ -236,17 +236,17 @@ def loss_op(
 ) -> list[Tensor]:
     """The tensors that a loss returns and, unless deferred, the gradient of their sum with respect to each input.
 
-    The backward pass of a deferred loss calls the op again with upstream gradients, and gets only the gradients. A
-    gradient that is not wanted is an empty tensor.
+    The backward pass of a deferred loss calls the op again with the upstream gradients; the op then returns only the
+    gradients of the inputs. A gradient that is not wanted is an empty tensor.
     """
     inputs = [
         tensor.detach().requires_grad_(wants) for tensor, wants in zip(tensors, wanted, strict=True)
     ]
-    numbers = unpack(words.split(_BETWEEN, 1)[0], constants, integers, symbols)
-    function, _, _, flat = _losses[loss]
+    numbers = unpack(words.split(_SEPARATOR, 1)[0], constants, integers, symbols)
+    function, _, _, flatten = _losses[loss]
     gradients_later = deferred and not upstream
     with torch.set_grad_enabled(any(wanted) and not gradients_later):
-        outputs = flat(function(**_decoded(inputs, words, integers, numbers)))
+        outputs = flatten(function(**_decoded(inputs, words, integers, numbers)))
     results = [] if upstream else [output.detach() for output in outputs]
     if gradients_later:
         return results
@@ -276,33 +276,38 @@ def _loss_fake(tensors, loss, wanted, deferred, upstream, words, constants, inte
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
     tensors, loss, wanted, deferred, _, words, constants, integers, symbols = inputs
-    # The arguments, with the index of each tensor in its place.
+    # The arguments, each tensor replaced by its index.
     arguments = _decoded(range(len(tensors)), words, integers)
-    ctx.dropping = [arguments.get(name) for name in ("labels", "mask", "weight")]
-    # The tensors that the backward pass reads. Those without a gradient are copied, because a graph cannot tell which
-    # of them were made in inference mode, and such a tensor cannot be saved.
-    read = (
-        range(len(tensors)) if deferred else {index for index in ctx.dropping if index is not None}
+    ctx.dropping_indices = [arguments.get(name) for name in ("labels", "mask", "weight")]
+    # The tensors that the backward pass reads. Tensors without a gradient are copied first, because autograd cannot
+    # save one that was created in inference mode, and a compiled graph cannot tell which ones were.
+    saved_indices = (
+        range(len(tensors))
+        if deferred
+        else {index for index in ctx.dropping_indices if index is not None}
     )
-    ctx.read = tuple(read)
-    read_tensors = [tensors[i] if wanted[i] else copied(tensors[i]) for i in ctx.read]
+    ctx.saved_indices = tuple(saved_indices)
+    read_tensors = [tensors[i] if wanted[i] else copied(tensors[i]) for i in ctx.saved_indices]
     ctx.ignore_index = arguments.get("ignore_index", -100)
     ctx.call = (loss, wanted, deferred, words, constants, integers)
-    ctx.outputs = len(output) if deferred else len(output) - len(tensors)
-    ctx.symbols = len(symbols)
-    ctx.save_for_backward(*read_tensors, *symbols, *(() if deferred else output[ctx.outputs :]))
+    ctx.num_outputs = len(output) if deferred else len(output) - len(tensors)
+    ctx.num_symbols = len(symbols)
+    ctx.save_for_backward(*read_tensors, *symbols, *(() if deferred else output[ctx.num_outputs :]))
     ctx.set_materialize_grads(False)
 
 
-def _backward(ctx: Any, of_results: Sequence[Tensor | None]) -> tuple[Any, ...]:
+def _backward(ctx: Any, result_gradients: Sequence[Tensor | None]) -> tuple[Any, ...]:
     loss, wanted, deferred, words, constants, integers = ctx.call
     saved, count = list(ctx.saved_tensors), len(wanted)
-    read_tensors, symbols = saved[: len(ctx.read)], saved[len(ctx.read) :][: ctx.symbols]
-    by_index = dict(zip(ctx.read, read_tensors, strict=True))
-    # The loss's outputs come first; if apart, output i has a gradient for tensor i alone, else only the first output
-    # has gradients. The gradients that follow the outputs are not differentiated.
-    of_outputs = of_results[: ctx.outputs]
-    of_other_arguments: tuple[Any, ...] = (
+    read_tensors, symbols = (
+        saved[: len(ctx.saved_indices)],
+        saved[len(ctx.saved_indices) :][: ctx.num_symbols],
+    )
+    by_index = dict(zip(ctx.saved_indices, read_tensors, strict=True))
+    # The outputs of the loss come first. With one_loss_per_tensor, output i is differentiable with respect to tensor i
+    # alone; otherwise only the first output is differentiable. The gradients that follow the outputs are not.
+    output_gradients = result_gradients[: ctx.num_outputs]
+    other_gradients: tuple[Any, ...] = (
         None,
         None,
         None,
@@ -310,13 +315,13 @@ def _backward(ctx: Any, of_results: Sequence[Tensor | None]) -> tuple[Any, ...]:
         None,
         None if constants else [],
         None if integers else [],
-        [None] * ctx.symbols,
+        [None] * ctx.num_symbols,
     )
-    if all(upstream is None for upstream in of_outputs):
-        return ([None] * count, *of_other_arguments)
+    if all(upstream is None for upstream in output_gradients):
+        return ([None] * count, *other_gradients)
     upstreams = [
-        None if upstream is None else _of_counted_rows(upstream, ctx, by_index)
-        for upstream in of_outputs
+        None if upstream is None else _zeroed_in_dropped_rows(upstream, ctx, by_index)
+        for upstream in output_gradients
     ]
     if deferred:
         some_upstream = next(x for x in upstreams if x is not None)
@@ -325,21 +330,23 @@ def _backward(ctx: Any, of_results: Sequence[Tensor | None]) -> tuple[Any, ...]:
             read_tensors, loss, wanted, True, factors, words, constants, integers, symbols
         )
         gradients = [x if wants else None for x, wants in zip(computed, wanted, strict=True)]
-        return (gradients, *of_other_arguments)
+        return (gradients, *other_gradients)
     gradients = []
     for index, (gradient, wants) in enumerate(zip(saved[-count:], wanted, strict=True)):
-        factor = upstreams[index] if wants and _losses[loss].apart else upstreams[0]
+        factor = upstreams[index] if wants and _losses[loss].one_loss_per_tensor else upstreams[0]
         if not wants or factor is None:
             gradients.append(None)
             continue
         factor = factor.reshape(*factor.shape, *(1,) * (gradient.dim() - factor.dim()))
         gradients.append((gradient * factor).to(gradient.dtype))
-    return (gradients, *of_other_arguments)
+    return (gradients, *other_gradients)
 
 
-def _of_counted_rows(upstream: Tensor, ctx: Any, tensors: Mapping[int, Tensor]) -> Tensor:
+def _zeroed_in_dropped_rows(upstream: Tensor, ctx: Any, tensors: Mapping[int, Tensor]) -> Tensor:
     """The upstream gradient, set to 0 in dropped rows, where it may be infinite or NaN."""
-    labels, mask, weight = (None if index is None else tensors[index] for index in ctx.dropping)
+    labels, mask, weight = (
+        None if index is None else tensors[index] for index in ctx.dropping_indices
+    )
     if upstream.dim() == 0:
         return upstream
     if labels is not None:
@@ -353,29 +360,37 @@ loss_op.register_autograd(_backward, setup_context=_setup_context)
 
 
 def as_one_op(
-    outputs: Outputs, *, apart: bool = False, flat: Flat | None = None, back: Back | None = None
+    outputs: Outputs,
+    *,
+    one_loss_per_tensor: bool = False,
+    flatten: Flatten | None = None,
+    unflatten: Unflatten | None = None,
 ) -> Callable[[Callable[Parameters, Returned]], Callable[Parameters, Returned]]:
-    """A decorator that makes a loss, with its gradient, one op of a compiled graph; inside the op it runs eagerly.
+    """A decorator that makes a loss and its gradient one op of a compiled graph; the loss runs eagerly inside the op.
 
     The loss must compute its gradient in an autograd Function whose inputs are the arguments themselves, because no
     other part of autograd works inside an op.
 
     Args:
-        outputs: a function from the arguments by name to the shape and dtype of each tensor that the loss returns.
-        apart: whether the loss returns one tensor for each of its first tensors, with a gradient for that one alone.
-        flat: turns what the loss returns into a list of tensors. None: the loss returns one tensor.
-        back: the inverse of flat, which also receives the arguments. None: the loss returns one tensor.
+        outputs: a function that takes the arguments by name, as one mapping, and returns the shape and dtype of each
+            tensor that the loss returns.
+        one_loss_per_tensor: whether the function returns a separate loss for each of its leading tensors; loss i is
+            then differentiable with respect to tensor i alone.
+        flatten: converts the return value of the loss into a list of tensors. None: the loss returns one tensor.
+        unflatten: the inverse of flatten, which also receives the arguments. None: the loss returns one tensor.
     """
 
     def decorate(function: Callable[Parameters, Returned]) -> Callable[Parameters, Returned]:
         name, parameters = function.__name__, tuple(inspect.signature(function).parameters)
-        _losses[name] = _Loss(function, outputs, apart, flat or (lambda returned: [returned]))
+        _losses[name] = _Loss(
+            function, outputs, one_loss_per_tensor, flatten or (lambda returned: [returned])
+        )
 
         @functools.wraps(function)
         def call(*arguments: Parameters.args, **options: Parameters.kwargs) -> Returned:
             if not torch.compiler.is_compiling() or len(arguments) > len(parameters):
                 return function(*arguments, **options)
-            by_name = dict(zip(parameters, arguments)) | options  # noqa: B905 - defaults follow
+            by_name = dict(zip(parameters, arguments)) | options  # noqa: B905 - the other parameters have defaults
             encoded = _encoded(by_name)
             enabled = torch.is_grad_enabled()
             wanted = [enabled and tensor.requires_grad for tensor in encoded.tensors]
@@ -384,7 +399,7 @@ def as_one_op(
                 deferred = deferred or (wants and tensor.dtype == torch.float16)
             results = loss_op(encoded.tensors, name, wanted, deferred, [], *encoded[1:])
             losses = results if deferred else results[: len(results) - len(wanted)]
-            return losses[0] if back is None else back(losses, by_name)
+            return losses[0] if unflatten is None else unflatten(losses, by_name)
 
         return call
 

@@ -18,7 +18,7 @@ from fastkd.call.checks import settled
 from fastkd.call.contract import Options, Rows, Want
 from fastkd.call.options import COUNT, Numbers
 from fastkd.core.tensors import copied
-from fastkd.engine.gradients import of_counted_rows, with_upstream
+from fastkd.engine.gradients import of_kept_rows, with_upstream
 from fastkd.engine.graphs import described, from_description, pack, unpack
 
 
@@ -145,7 +145,7 @@ def register_gradient(
             for name, index in ctx.saved.items()
         }
         rows = Rows(**{name: saved.get(name) for name in Rows._fields})
-        upstream = of_counted_rows(upstream, rows, ctx.arguments["ignore_index"])
+        upstream = of_kept_rows(upstream, rows, ctx.arguments["ignore_index"])
         if ctx.deferred:
             want = list(Want(*ctx.arguments["want"])._replace(deferred=False))
             arguments = (

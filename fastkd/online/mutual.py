@@ -17,16 +17,10 @@ import torch
 from torch import Tensor
 
 from fastkd.backends import registry
-from fastkd.call.checks import (
-    check_alike,
-    check_choice,
-    check_columns,
-    check_flags,
-    check_number,
-    prepare,
-)
+from fastkd.call.checks import check_alike, check_choice, check_columns, check_flags, prepare
 from fastkd.call.contract import Want, row_dtype
 from fastkd.call.mutual import PEERS, Options, Result
+from fastkd.core.scalars import check_number
 from fastkd.core.tensors import check_readable
 from fastkd.divergences import forward_kl
 from fastkd.engine.gradients import Differentiable, Loss
@@ -147,7 +141,7 @@ def mutual_loss(
     return_parts: Literal[True],
     **options: Unpack[MutualOptions],
 ) -> tuple[tuple[Tensor, ...], MutualParts]: ...
-@as_one_op(_returned, apart=True, flat=_as_list, back=_from_list)
+@as_one_op(_returned, one_loss_per_tensor=True, flatten=_as_list, unflatten=_from_list)
 def mutual_loss(
     logits: Sequence[Tensor],
     labels: Tensor | None = None,

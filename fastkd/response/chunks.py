@@ -11,17 +11,16 @@ from torch import Tensor
 from fastkd.backends import reference, registry
 from fastkd.backends.pieces import PIECE_TEMPORARIES
 from fastkd.call.checks import (
-    LARGEST,
     LossCall,
     check_logits,
-    check_number,
     check_teacher,
     check_vocabulary,
     is_dtensor,
     prepare,
 )
 from fastkd.call.contract import Options, Result, Rows, Want, row_dtype, total_of
-from fastkd.call.rows import At, Chunks, put, rows_at, take
+from fastkd.call.rows import Chunks, RowIndices, put, rows_at, take
+from fastkd.core.scalars import LARGEST, check_number
 from fastkd.engine.gradients import Differentiable, Loss
 from fastkd.engine.graphs import Arguments
 from fastkd.engine.plan import REFERENCE_TEMPORARIES, RESPONSE_BUDGET, checked_sizes
@@ -110,7 +109,7 @@ def by_rows(size: int, of_chunk: ComputeChunk, columns: tuple[int, int]) -> Comp
         gradients = [blank(x, wants) for x, wants in zip((student, teacher), wanted, strict=True)]
 
         # A function, so that its local tensors are freed after each chunk.
-        def run(indices: At) -> None:
+        def run(indices: RowIndices) -> None:
             s, t = (take(x, lead, indices) for x in logits)
             outcome = of_chunk(s, t, rows_at(rows, lead, indices), options, wanted)
             put(loss, lead, indices, outcome.loss)
@@ -165,7 +164,10 @@ def softmax_of(logits: Tensor, temperature: float | Tensor, dtype: torch.dtype) 
 def to_logits(
     derivative: Tensor, probabilities: Tensor, temperature: float | Tensor, factor: Tensor | float
 ) -> Tensor:
-    """Turn a derivative g by probabilities p into one by logits, factor p (g - sum p g) / T; overwrites derivative."""
+    """Convert a derivative g with respect to probabilities p to one with respect to the logits, times factor.
+
+    The result, factor p (g - sum p g) / T, overwrites derivative.
+    """
     derivative.mul_(probabilities)
     mean = row_sum(derivative).to(derivative.dtype)
     return derivative.addcmul_(probabilities, mean, value=-1.0).mul_(factor / temperature)

@@ -7,12 +7,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastkd.call.checks import (
-    LARGEST,
-    check_number,
-)
 from fastkd.call.contract import Options, Result, Rows, Want, row_dtype
-from fastkd.call.rows import At, Chunks, put, take
+from fastkd.call.rows import Chunks, RowIndices, put, take
+from fastkd.core.scalars import LARGEST, check_number
 from fastkd.engine.graphs import as_one_op
 from fastkd.response.chunks import (
     blank,
@@ -112,7 +109,7 @@ def dist_loss(
             return Result(nothing, nothing, *gradients)
         temperatures = (options.temperature, options.teacher_temperature)
 
-        def probabilities(at: At) -> tuple[Tensor, Tensor]:
+        def probabilities(at: RowIndices) -> tuple[Tensor, Tensor]:
             first, second = [
                 softmax_of(take(x[..., :width], lead, at), temperature, dtype)
                 for x, temperature in zip((student, teacher), temperatures, strict=True)
@@ -120,7 +117,7 @@ def dist_loss(
             return first, second
 
         # Functions, so that nothing of a chunk outlives it.
-        def collect(at: At) -> tuple[_Moments, Tensor]:
+        def collect(at: RowIndices) -> tuple[_Moments, Tensor]:
             q, p = probabilities(at)
             return _Moments.of(q, p, 0), _Moments.of(q, p, 1).correlation(eps).sum()
 
@@ -134,7 +131,7 @@ def dist_loss(
         loss = square * (beta * (1.0 - between / count) + gamma * (1.0 - within))
         factor = -square * (1.0 if rows.scale is None else rows.scale.to(dtype))
 
-        def differentiate(at: At, side: int, whole: Tensor) -> None:
+        def differentiate(at: RowIndices, side: int, whole: Tensor) -> None:
             pair = probabilities(at)
             own, other = pair[side], pair[1 - side]
             g = _Moments.of(*pair, 1).slope(own, other, side, eps).mul_(beta / count)

@@ -372,7 +372,7 @@ def test_a_row_that_is_too_wide(emulation: Emulation, host: ModuleType) -> None:
 FAULTS = {
     "an off-by-one in the tail": ("columns.h", "k < vector.n ? z[k] : z[0]", "k <= vector.n ? z[k] : z[0]"),
     "columns of a slice": ("slice.h", "rest < call.slice ? rest :", "rest < call.slice ? rest - 1 :"),
-    "the edge of a copy": ("slice.h", "if (at < bytes) copy_element", "if (at + element < bytes) copy_element"),
+    "the edge of a copy": ("slice.h", "if (at < bytes) copy_element", "if (at + element_size < bytes) copy_element"),
     "a swapped merge": ("statistics.h", "a.forward += b.forward;", "a.forward += b.reverse;"),
     "a merge that forgets to rescale": ("statistics.h", "  rescale(b, s_max, t_max, row);\n", "  b.s_max = s_max;\n"),
     "a maximum that does not rescale": ("statistics.h", "a.s_exp_sum *= s_factor;", ""),
@@ -390,7 +390,7 @@ FAULTS = {
     "no gap between stages": ("slice.h", "memory + number * gap", "memory"),
     "a cluster that does not wait": (
         "block.h", "        cluster_arrive(warp == 0);\n        cluster_wait();\n", ""),
-    "a row that is forgotten": ("block.h", "next_counted(row + ", "next_counted(row + 2 * "),
+    "a row that is forgotten": ("block.h", "next_kept(row + ", "next_kept(row + 2 * "),
 }  # fmt: skip
 
 

@@ -350,7 +350,7 @@ FAULTS = {
     "smoothing of both parts": ("gradient.h", "uniform * cross_entropy_share : uniform", "uniform : uniform"),
     "the teacher at its temperature": ("open.h", "row.flags |= TEACHER_EXP_SUM_T1;", ";"),
     "the others' softmax": ("finish.h", "row.label_term.rest_t1 / sum", "1 / sum"),
-    "the others' cross-entropy": ("finish.h", "  row.cross_entropy += softplus(q_odds_t1);", ""),
+    "the others' cross-entropy": ("finish.h", "  row.cross_entropy += softplus(q_log_odds_t1);", ""),
     "the others' entropy": ("common/row_math.h", "+ q_rest * rest_entropy;", "+ rest_entropy;"),
     "labels that are not checked": ("open.h", "row.with_labels || has_label_term(call)) {", "row.with_labels) {"),
     "a sum of z without the label": ("shard.h", "double(row.z_label) - double(row.pivot)", "0"),
