@@ -29,16 +29,25 @@ class Resources(NamedTuple):
 
     registers: int
     local_bytes: int  # of local memory
-    local_in_loop: bool  # whether a loop reads or writes it
+    local_in_loop: bool  # whether an ordinary iteration of a loop reads or writes it
     columns_per_thread: int = 0  # of a tile; 0 if the kernel has no tile
     loops: tuple[LoopCounts, ...] = ()  # outermost, by address; none for HIP
+
+    def sweeps(self, with_sums: bool) -> list[LoopCounts]:
+        """The sweeps of a kernel for whole rows: statistics, sums if there is no closed form, gradients.
+
+        Between them lie loops that read only the lanes with the maxima, and one for rows with a log 0.
+        """
+        reading = [loop for loop in self.loops if loop.loads]
+        return [reading[0], *reading[-2 if with_sums else -1 :]]
 
     @property
     def spills(self) -> bool:
         """Whether tiles are not kept in registers.
 
-        ptxas parks a few numbers of a row in local memory before a loop and takes them back after it, where that lets
-        one more block fit. A tile has eight entries a thread: spilled, it would be 32 bytes.
+        ptxas parks a few numbers of a row in local memory before a loop and takes them back after it, or in a branch
+        that few iterations take, where that lets one more block fit. A tile has eight entries a thread: spilled, it
+        would be 32 bytes.
         """
         return self.local_in_loop or self.local_bytes >= 32
 
@@ -84,8 +93,8 @@ def _compiled(
 
 
 def local_in_loop(code: list[sass.Instruction]) -> bool:
-    """Whether a loop accesses local memory."""
-    return any(loop.present("LDL", "STL") for loop in sass.loops(code))
+    """Whether a loop accesses local memory on the shortest way through it."""
+    return any(loop.executed("LDL", "STL") for loop in sass.loops(code))
 
 
 def _loop_counts(code: list[sass.Instruction]) -> tuple[LoopCounts, ...]:
