@@ -245,7 +245,7 @@ def _statistics(
 
 
 @triton.jit
-def _sums(row, student, teacher, statistics, excluded, degree, parameters, columns, spec):
+def _sums(row, student, teacher, statistics, label, excluded, degree, parameters, columns, spec):
     """Return Statistics with the sums of phi, g and h of a divergence without a closed form.
 
     In the stage "sums", they are this program's partial sums, without the argmaxes.
@@ -255,7 +255,7 @@ def _sums(row, student, teacher, statistics, excluded, degree, parameters, colum
         phi, g, h = load_sums(columns.split, row, spec.LANES)
     else:
         phi, g, h = sweep_sums(
-            student, teacher, statistics, excluded, degree, parameters, columns, spec
+            student, teacher, statistics, label.column, excluded, degree, parameters, columns, spec
         )
     if spec.FORM % 2 == 1 and spec.STAGE != "sums":
         phi, g, h, s_gradient, t_gradient = add_argmaxes(
@@ -415,7 +415,7 @@ def _compute_row(
     if inputs.weight is not None:
         weight = tl.load(inputs.weight + row)
 
-    logits, gradient, unit, temperature = open_side(student_side, row, sizes, spec.ALIGNED)
+    logits, gradient, unit, temperature = open_side(student_side, row, sizes, spec.ADJACENT > 1)
     unit_t1 = None
     if CROSS_ENTROPY or LABEL_T1:  # noqa: SIM102
         if student_side.temperature is not None or student_side.row_temperatures is not None:
@@ -426,7 +426,7 @@ def _compute_row(
     teacher = Row(None, None, None, None, None, None)
     softmax_teacher, softmax_moments = teacher, Moments(None, None, None)
     if teacher_side.logit_scale is not None:
-        logits, gradient, unit, temperature = open_side(teacher_side, row, sizes, spec.ALIGNED)
+        logits, gradient, unit, temperature = open_side(teacher_side, row, sizes, spec.ADJACENT > 1)
         unit_t1 = None
         if LABEL_T1:  # noqa: SIM102
             if teacher_side.temperature is not None or teacher_side.row_temperatures is not None:
@@ -437,7 +437,7 @@ def _compute_row(
         if NORMALIZED:
             softmax_teacher, softmax_moments = teacher, moments
 
-    label, center, excluded = Label(0, 0.0, 0.0), None, None
+    label, center, excluded = Label(-1, 0.0, 0.0), None, None
     if CROSS_ENTROPY or LABEL_TERM:
         column = tl.load(inputs.labels + row)
         valid = (column >= 0) & (column < columns.vocabulary)
@@ -458,11 +458,12 @@ def _compute_row(
         )  # fmt: skip
     if not NORMALIZED:
         statistics = without_softmax(statistics, student.unit, teacher.unit)
-    if teacher.unit is not None and spec.STAGE != "statistics":  # noqa: SIM102
-        if moments.forward is None and moments.reverse is None:
+    if teacher.unit is not None and spec.STAGE != "statistics":
+        P_MOMENT: tl.constexpr = moments.forward is not None or moments.cross is not None
+        if not (P_MOMENT or moments.reverse is not None):
             statistics = _sums(
-                row, student, teacher, statistics, excluded, objective.degree, parameters, columns,
-                spec,
+                row, student, teacher, statistics, label, excluded, objective.degree, parameters,
+                columns, spec,
             )  # fmt: skip
 
     if spec.STAGE == "sums":
@@ -533,7 +534,8 @@ def kd_kernel(
     DIVERGENCE: tl.constexpr,
     FORM: tl.constexpr,
     SQUARED: tl.constexpr,
-    ALIGNED: tl.constexpr,
+    ADJACENT: tl.constexpr,
+    THREADS: tl.constexpr,
     BLOCK_V: tl.constexpr,
     LANES: tl.constexpr,
     STAGE: tl.constexpr,
@@ -559,10 +561,10 @@ def kd_kernel(
             sizes,
             columns,
             # Not a variable: an assignment would turn its constexprs into tensors.
-            Spec(DIVERGENCE, FORM, SQUARED, ALIGNED, BLOCK_V, LANES, STAGE),
+            Spec(DIVERGENCE, FORM, SQUARED, ADJACENT, THREADS, BLOCK_V, LANES, STAGE),
         )
     elif STAGE == "row" or STAGE == "gradient":
-        _drop_row(row, student_side, teacher_side, outputs, sizes, columns, ALIGNED, BLOCK_V)
+        _drop_row(row, student_side, teacher_side, outputs, sizes, columns, ADJACENT > 1, BLOCK_V)
 
 
 @triton.jit(do_not_specialize=["sizes"])

@@ -64,8 +64,7 @@ def entropy_of_all(b, entropy):
 def normalizer_of_all(z, others):
     """Return the normalizer of all columns; its max is the label's z if that outweighs all other columns together."""
     gap = log_probability(z, others)
+    log_exp_sum = tl.where(gap > 0, _softplus(-gap), others.log_exp_sum + _softplus(gap))
     return Normalizer(
-        tl.where(gap > 0, z, others.max),
-        others.unit,
-        tl.where(gap > 0, _softplus(-gap), others.log_exp_sum + _softplus(gap)),
+        tl.where(gap > 0, z, others.max), others.unit, log_exp_sum, tl.exp(-log_exp_sum)
     )

@@ -28,14 +28,13 @@ from .split import FIELDS, LABEL_TERM_FIELDS, LANES, SUMS, Device, Plan, device_
 from .sweeps import Moments, Split, VocabShard
 from .tuning import TILES
 
-# (largest number of bytes of a row, num_warps). Wider rows get more warps: fewer programs then run at a time, and more
-# of what a sweep has read is still in L2 for the next one.
-WARPS = ((4 << 10, 4), (128 << 10, 8), (1 << 62, 16))
+# (largest number of bytes of a row, num_warps). Three programs of 8 warps fit on a multiprocessor with REGISTERS.
+WARPS = ((4 << 10, 4), (1 << 62, 8))
 
-# Limits of registers per thread if rows are not aligned: the usual one, and that for kernels that need many. Without a
-# limit, ptxas chooses a number that lets one more block fit, and spills in a loop. Three blocks of 8 warps fit with 80
-# registers, two with up to 128.
-REGISTERS = (80, 112)
+# Limits of registers per thread: the usual one, and that for kernels that need many, because they are crowded (`tile`),
+# or the divergence has a label term or no closed form. With up to 80 registers, three programs of 8 warps fit on a
+# multiprocessor, with up to 128 two. Without a limit, ptxas may choose a number just above.
+REGISTERS = (80, 128)
 
 
 def _power_of_2(number: int) -> int:
@@ -55,24 +54,34 @@ def tile(
 
     Eight elements per thread are one load of 16 bytes in low precision. Sixteen would spill on some target of
     tests/backends/triton/test_triton_aot.py. So would eight if the kernel needs many registers (`crowded`), or if rows
-    are not aligned, because each element then has a load, an address and a mask of its own. Unaligned rows have at most
-    8 warps, because 16 would leave ptxas only the choice between 64 and 128 registers.
+    are not aligned, because each element then has a load of its own.
     """
     if aligned and not crowded:
         timed = TILES.get((architecture, itemsize, closed_form, _power_of_2(width)))
         if timed is not None:
             return timed
     warps = next(warps for row_bytes, warps in WARPS if width * itemsize <= row_bytes)
-    if not aligned:
-        warps = min(warps, 8)
     columns_per_warp = 32 * (4 if crowded or not aligned else 8)
     block = min(warps * columns_per_warp, max(_power_of_2(width), 128))
     return block, max(block // columns_per_warp, 1)
 
 
-def register_limits(aligned: bool, crowded: bool) -> dict[str, int]:
-    """Return the launch option that sets the limit of REGISTERS."""
-    return {} if aligned or torch.version.hip else {"maxnreg": REGISTERS[crowded]}
+# Threads of a warp; a wavefront of AMD's CDNA has 64.
+WARP = 64 if torch.version.hip else 32
+
+
+def threads_of(block: int, warps: int, aligned: bool, itemsize: int) -> tuple[int, int]:
+    """Return (ADJACENT, THREADS): how the columns of a tile are divided among threads (``sweeps.fold``).
+
+    itemsize: of the narrowest tensor, whose 16 bytes hold the most columns.
+    """
+    threads = min(warps * WARP, block)
+    return min(16 // itemsize, block // threads) if aligned else 1, threads
+
+
+def register_limit(many: bool) -> dict[str, int]:
+    """Return the launch option that sets the limit of REGISTERS. many: the kernel needs many."""
+    return {} if torch.version.hip else {"maxnreg": REGISTERS[many]}
 
 
 class Layout(NamedTuple):
@@ -193,12 +202,9 @@ def _moments(divergence: Divergence) -> Moments:
     form = divergence.closed_form
     if form is None or not divergence.normalized:
         return Moments(None, None, None)
-    on_teacher = form.forward != 0 or form.cross != 0
-    return Moments(
-        form.forward if on_teacher else None,
-        form.cross if on_teacher else None,
-        form.reverse if form.reverse != 0 else None,
-    )
+    if form.forward and form.cross:  # one moment would have to serve both
+        return Moments(None, None, None)
+    return Moments(form.forward or None, form.cross or None, form.reverse or None)
 
 
 def _objective(options: Options, with_label: bool) -> Objective:
@@ -263,8 +269,7 @@ def _stages(divergence: Divergence, with_label: bool, parts: bool, with_teacher:
     stages = []
     if with_label or parts or (divergence.normalized and with_teacher):
         stages.append("statistics")
-    moments = _moments(divergence)
-    if moments.forward is None and moments.reverse is None and with_teacher:
+    if with_teacher and not any(_moments(divergence)):
         stages.append("sums")
     return [*stages, "gradient"]
 
@@ -341,11 +346,13 @@ def _prepare(
         vocab_shard(options),
     )
     function, form = bind(divergence.function), form_of(divergence)
-    constants = (function, form, options.scale_by_temperature, aligned, block)
+    itemsize = min(tensor.itemsize for tensor in tensors if tensor is not None)
+    layout = threads_of(block, warps, aligned, itemsize)
+    constants = (function, form, options.scale_by_temperature, *layout, block)
     launch_options = {
         "num_warps": warps,
         "enable_fp_fusion": True,
-        **register_limits(aligned, crowded),
+        **register_limit(crowded or divergence.target is not None or not any(_moments(divergence))),
     }
     return Launch(
         student.shape[:-1].numel(),

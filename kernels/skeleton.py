@@ -9,6 +9,7 @@ from __future__ import annotations
 import builtins
 import functools
 import inspect
+import math
 import types
 from collections.abc import Callable
 from typing import Any
@@ -32,6 +33,8 @@ from fastkd.divergences import (
 LOWEST = torch.finfo(torch.float32).min
 NEGLIGIBLE = log_zero.NEGLIGIBLE
 INFINITE = log_zero.INFINITE
+LOG2E = math.log2(math.e)
+LN2 = math.log(2.0)
 
 
 @triton.jit
@@ -41,9 +44,25 @@ def abs(x):  # noqa: A001 (the vocabulary has torch's names)
 
 
 @triton.jit
+def scaled(difference, unit, LOG2E: tl.constexpr = LOG2E):
+    """Return a difference of z as a tempered logit in base 2: difference * unit * log2(e)."""
+    return difference * (unit * LOG2E)
+
+
+@triton.jit
+def exp_scaled(difference, unit):
+    """Return the exponential of a difference of z, tempered by unit.
+
+    The hardware has only powers of 2, and tl.exp multiplies by log2(e) for each column. Here that factor is part of the
+    unit. tl.exp2 also flushes results below 1e-38 to 0, for which tl.exp needs three more instructions.
+    """
+    return tl.exp2(scaled(difference, unit))
+
+
+@triton.jit
 def exp(x):
     """Return e to the power x."""
-    return tl.exp(x)
+    return exp_scaled(x, 1.0)
 
 
 @triton.jit
@@ -67,7 +86,7 @@ def logaddexp(x, y):
     log1p(u), for u in [0, 1], is u times a polynomial that interpolates at Chebyshev nodes. Its relative error is 5e-9
     before rounding. It needs nine fused multiply-adds and no branch; tl.log needs twenty instructions and a branch.
     """
-    u = tl.exp(-tl.abs(x - y))
+    u = exp(-tl.abs(x - y))
     series = -0.0031760570127516985 * u + 0.019542528316378593
     series = series * u - 0.05637361481785774
     series = series * u + 0.10543623566627502
@@ -90,7 +109,19 @@ def expm1(x):
     series = series * near + 1.0 / 6.0
     series = series * near + 0.5
     series = series * (near * near) + near
-    return tl.where(tl.abs(x) < 0.5, series, tl.exp(x) - 1.0)
+    return tl.where(tl.abs(x) < 0.5, series, exp(x) - 1.0)
+
+
+@triton.jit
+def _expm1_of_negative(x, exp_x):
+    """Return expm1 of x <= 0, given its exponential, with a shorter series, whose relative error is 6e-9."""
+    near = tl.maximum(x, -0.5)
+    series = 0.0011642870 * near + 0.0082382213
+    series = series * near + 0.0416499300
+    series = series * near + 0.1666656276
+    series = series * near + 0.4999999896
+    series = series * (near * near) + near
+    return tl.where(x > -0.5, series, exp_x - 1.0)
 
 
 @triton.jit
@@ -103,8 +134,9 @@ def log_mixture(log_ratio, share, rest):
     above = log_ratio > 0.0
     lower = tl.where(above, rest, share)
     size = -tl.abs(log_ratio)
-    change = lower * expm1(size)
-    total = tl.where(above, share, rest) + lower * tl.exp(size)
+    ratio = exp(size)
+    change = lower * _expm1_of_negative(size, ratio)
+    total = tl.where(above, share, rest) + lower * ratio
     far = change < -0.29289322  # k is not 0; False for NaN
     bits = total.to(tl.int32, bitcast=True)
     power = tl.where(far, (bits - 0x3F3504F3) >> 23, 0)
@@ -128,7 +160,7 @@ def squash(x):
     The polynomial is that of Cephes' tanhf. The derivative is not computed as 1 - tanh^2, which cancels where tanh
     saturates.
     """
-    e = tl.exp(-2.0 * tl.abs(x))
+    e = exp(-2.0 * tl.abs(x))
     saturating = 1.0 - 2.0 * e / (1.0 + e)
     y = x * x
     series = -5.70498872745e-3 * y + 2.06390887954e-2
@@ -218,39 +250,41 @@ def _settle(term, one_side, nothing, INFINITE: tl.constexpr = INFINITE):
 def evaluate(
     DIVERGENCE: tl.constexpr,
     parameters,
+    p,
+    q,
     log_p,
     log_q,
     log_ratio,
     degree,
+    POLICY: tl.constexpr,
     FORM: tl.constexpr,
     LOWEST: tl.constexpr = LOWEST,
     NEGLIGIBLE: tl.constexpr = NEGLIGIBLE,
 ):
-    """Return (phi, g, h) of every column, with the policy for log 0 of :func:`fastkd.call.log_zero.evaluate`."""
-    p_gone = log_p == -float("inf")
-    q_gone = log_q == -float("inf")
-    if FORM % 2 == 1:
-        p = tl.exp(log_p)
-        q = tl.exp(log_q)
-    else:
+    """Return (phi, g, h) of every column.
+
+    POLICY: with the policy for log 0 of :func:`fastkd.call.log_zero.evaluate`. Without it, no logarithm may be -inf.
+    p and q are not read if the divergence is a function of logits.
+    """
+    if FORM % 2 == 0:
         p = tl.full(log_p.shape, 1.0, tl.float32)
         q = p
-    x = tl.where(p_gone, LOWEST, log_p)
-    y = tl.where(q_gone, LOWEST, log_q)
+    if POLICY:
+        p_gone = log_p == -float("inf")
+        q_gone = log_q == -float("inf")
+        log_p = tl.where(p_gone, LOWEST, log_p)
+        log_q = tl.where(q_gone, LOWEST, log_q)
+        log_ratio = tl.where(p_gone | q_gone, log_p - log_q, log_ratio)
     if FORM // 2 % 2 == 1:
-        ratio = tl.where(p_gone | q_gone, x - y, log_ratio)
-        if FORM // 4 == 1:
-            phi, g, h = DIVERGENCE(p, q, x, y, ratio, *parameters)
-        else:
-            phi, g = DIVERGENCE(p, q, x, y, ratio, *parameters)
-            h = degree * phi - g
-    elif FORM // 4 == 1:
-        phi, g, h = DIVERGENCE(p, q, x, y, *parameters)
+        terms = DIVERGENCE(p, q, log_p, log_q, log_ratio, *parameters)
     else:
-        phi, g = DIVERGENCE(p, q, x, y, *parameters)
-        h = degree * phi - g
-    one_side = p_gone ^ q_gone
-    nothing = (p_gone & (q < NEGLIGIBLE)) | (q_gone & (p < NEGLIGIBLE)) | (p_gone & q_gone)
-    phi = _settle(phi, one_side, nothing)
-    g = _settle(g, one_side, nothing)
-    return phi, g, _settle(h, one_side, nothing)
+        terms = DIVERGENCE(p, q, log_p, log_q, *parameters)
+    phi, g = terms[0], terms[1]
+    h = terms[2] if FORM // 4 == 1 else degree * phi - g
+    if POLICY:
+        one_side = p_gone ^ q_gone
+        nothing = (p_gone & (q < NEGLIGIBLE)) | (q_gone & (p < NEGLIGIBLE)) | (p_gone & q_gone)
+        phi = _settle(phi, one_side, nothing)
+        g = _settle(g, one_side, nothing)
+        h = _settle(h, one_side, nothing)
+    return phi, g, h

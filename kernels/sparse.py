@@ -24,12 +24,14 @@ from .launch import (
     is_aligned,
     lay_out,
     on_device,
-    register_limits,
+    register_limit,
     student_side,
+    threads_of,
     tile,
     vocab_shard,
 )
-from .sweeps import Row, finite_max, fold, read, rescale, rescale_moment, sweep_zeros
+from .skeleton import LN2, LOWEST, exp_scaled, scaled
+from .sweeps import Row, finite_max, fold, fold_max, read, rescale_moment, spread, sweep_zeros
 
 BLOCK_K = 256
 BITS_PER_WORD = tl.constexpr(32)
@@ -138,39 +140,51 @@ def _sweep_tail(
     out,
     V,
     SWEEP: tl.constexpr,
-    ALIGNED: tl.constexpr,
+    ADJACENT: tl.constexpr,
+    THREADS: tl.constexpr,
     BLOCK_V: tl.constexpr,
+    LOWEST: tl.constexpr = LOWEST,
+    LN2: tl.constexpr = LN2,
 ):
     """Return the TailSums of a row: an online softmax of the columns that are not tokens. SWEEP False: no tail."""
     lanes = tl.arange(0, BLOCK_V)
-    tail_max = tl.full([], -float("inf"), tl.float32)
-    zero = fold(tl.zeros([BLOCK_V], tl.float32), ALIGNED)
+    zero = fold(tl.zeros([BLOCK_V], tl.float32), ADJACENT, THREADS)
+    tail_max = zero + LOWEST
     exp_sum, exp_sum_t1, entropy_moment, z_sum = zero, zero, zero, zero
+    unit_t1 = student.side.unit_t1
     if SWEEP:
         for number in range(tl.cdiv(V, BLOCK_V)):
             column = number * BLOCK_V + lanes
             z, _ = read(student, column, V)
             if out.mean is not None:
-                z_sum += fold(tl.where(column < V, z, 0.0), ALIGNED)
+                z_sum += fold(tl.where(column < V, z, 0.0), ADJACENT, THREADS)
             z = tl.where(_is_token(tokens, row, column, V), -float("inf"), z)
-            old_max = tail_max
-            tail_max = tl.maximum(tail_max, tl.max(z, 0))
-            finite, step, factor = rescale(old_max, tail_max, student.unit)
-            x = (z - finite) * student.unit
-            e = tl.exp(x)
+            old_max, tail_max = tail_max, tl.maximum(tail_max, fold_max(z, ADJACENT, THREADS))
+            z = z - spread(tail_max, ADJACENT, BLOCK_V)
+            x = scaled(z, student.unit)
+            e = tl.exp2(x)
+            step = scaled(tail_max - old_max, student.unit)
+            factor = tl.exp2(-step)
             if out.tail_entropy is not None:
                 entropy_moment = rescale_moment(entropy_moment, -step, exp_sum, factor)
-                entropy_moment += fold(tl.where(x == -float("inf"), 0.0, e * x), ALIGNED)
+                entropy_moment += fold(e * tl.maximum(x, LOWEST), ADJACENT, THREADS)
             if out.log_sum is not None:
-                unit_t1 = student.side.unit_t1
-                exp_sum_t1 = tl.exp((old_max - finite) * unit_t1) * exp_sum_t1
-                exp_sum_t1 += fold(tl.exp((z - finite) * unit_t1), ALIGNED)
-            exp_sum = factor * exp_sum + fold(e, ALIGNED)
+                exp_sum_t1 *= exp_scaled(old_max - tail_max, unit_t1)
+                exp_sum_t1 += fold(exp_scaled(z, unit_t1), ADJACENT, THREADS)
+            exp_sum = factor * exp_sum + fold(e, ADJACENT, THREADS)
+    row_max = tl.max(tail_max, 0)
+    rise = row_max - tail_max
+    step = scaled(rise, student.unit)
+    factor = tl.exp2(-step)
+    entropy_moment = rescale_moment(entropy_moment, -step, exp_sum, factor)
+    row_exp_sum = tl.sum(factor * exp_sum, 0)
+    # The lane of the maximum has a sum of at least 1, unless every column is a token or -inf.
+    row_max = tl.where(row_exp_sum == 0.0, -float("inf"), row_max)
     return TailSums(
-        tail_max,
-        tl.sum(exp_sum, 0),
-        tl.sum(exp_sum_t1, 0),
-        tl.sum(entropy_moment, 0),
+        row_max,
+        row_exp_sum,
+        tl.sum(exp_sum_t1 * exp_scaled(-rise, unit_t1), 0),
+        LN2 * tl.sum(entropy_moment, 0),
         tl.sum(z_sum, 0),
     )
 
@@ -196,12 +210,13 @@ def _gather_row(
     out,
     V,
     SWEEP: tl.constexpr,
-    ALIGNED: tl.constexpr,
+    ADJACENT: tl.constexpr,
+    THREADS: tl.constexpr,
     BLOCK_V: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
     """Store the events of a counted row."""
-    tail = _sweep_tail(row, student, tokens, out, V, SWEEP, ALIGNED, BLOCK_V)
+    tail = _sweep_tail(row, student, tokens, out, V, SWEEP, ADJACENT, THREADS, BLOCK_V)
     no_tail = tail.max == -float("inf")
     token_max = _max_of_tokens(row, student, tokens, V, BLOCK_K)
     origin = finite_max(token_max)
@@ -254,35 +269,48 @@ def gather_kernel(
     sizes,
     V,
     SWEEP: tl.constexpr,
-    ALIGNED: tl.constexpr,
+    ADJACENT: tl.constexpr,
+    THREADS: tl.constexpr,
     BLOCK_V: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
     """Store the events of one row; a dropped row is not read."""
     row = tl.program_id(0)
     if is_counted(inputs, row, ignore_index):
-        logits, gradient, unit, temperature = open_side(side, row, sizes, ALIGNED)
+        logits, gradient, unit, temperature = open_side(side, row, sizes, ADJACENT > 1)
         student = Row(logits, gradient, unit, None, temperature, side)
         _gather_row(
-            row, student, temperature, tokens, inputs, out, V, SWEEP, ALIGNED, BLOCK_V, BLOCK_K
-        )
+            row, student, temperature, tokens, inputs, out, V, SWEEP, ADJACENT, THREADS, BLOCK_V,
+            BLOCK_K,
+        )  # fmt: skip
+
+
+class CrossEntropy(NamedTuple):
+    """What the gradient of a row's cross-entropy is computed from."""
+
+    row_max: Any  # z
+    share: Any  # the probability of a column whose z is row_max, at temperature 1
+    scale: Any
+    label: Any
+    smoothing: Any  # or None
+    vocabulary: Any
 
 
 @triton.jit
-def _cross_entropy_gradient(x, column, label, events, gradients, row, vocabulary):
-    """Return the cross-entropy's gradient in these columns; x is at temperature 1, relative to the row's maximum."""
-    target = tl.where(column == label, 1.0, 0.0)
-    if gradients.smoothing is not None:
-        target = (1.0 - gradients.smoothing) * target + gradients.smoothing / vocabulary
-    q = tl.exp(x - tl.load(events.log_sum + row))
-    return tl.load(gradients.ce_scale + row) * (q - target)
+def _cross_entropy_gradient(z, column, cross_entropy, unit):
+    """Return the cross-entropy's gradient in these columns."""
+    target = tl.where(column == cross_entropy.label, 1.0, 0.0)
+    if cross_entropy.smoothing is not None:
+        target = (1.0 - cross_entropy.smoothing) * target
+        target += cross_entropy.smoothing / cross_entropy.vocabulary
+    q = exp_scaled(z - cross_entropy.row_max, unit) * cross_entropy.share
+    return cross_entropy.scale * (q - target)
 
 
 @triton.jit
 def _spread_row(
     row,
     student,
-    temperature,
     tokens,
     inputs,
     events,
@@ -300,13 +328,20 @@ def _spread_row(
     tail_gradient = tl.load(gradients.events + first_event + tokens.K)
     tail_gradient = tl.where(tail_max == -float("inf"), 0.0, tail_gradient)
     tail_max = finite_max(tail_max)
-    tail_log_sum = tl.load(events.tail_log_sum + row)
+    tail_share = tl.exp(-tl.load(events.tail_log_sum + row))
     # The weight of an invalid row is NaN, and its gradient is NaN in every column.
     weight = tl.load(inputs.weight + row)
     poison = tl.where(weight == weight, 0.0, float("nan"))
-    label, vocabulary = 0, _vocabulary(tokens, V)
+    cross_entropy = CrossEntropy(row_max, None, None, None, None, None)
     if gradients.ce_scale is not None:
-        label = _label_column(inputs, tokens, row).to(tl.int32)
+        cross_entropy = CrossEntropy(
+            row_max,
+            tl.exp(-tl.load(events.log_sum + row)),
+            tl.load(gradients.ce_scale + row),
+            _label_column(inputs, tokens, row).to(tl.int32),
+            gradients.smoothing,
+            _vocabulary(tokens, V),
+        )
     element = student.gradient.dtype.element_ty
     # Tokens first: the gradient may overwrite their logits.
     for start in range(0, tokens.K, BLOCK_K):
@@ -314,10 +349,7 @@ def _spread_row(
         z, slope = read(student, column, V)
         value = tl.load(gradients.events + first_event + index, mask=here, other=0.0)
         if gradients.ce_scale is not None:
-            x_t1 = (z - row_max) * unit
-            value += _cross_entropy_gradient(
-                x_t1, column, label, events, gradients, row, vocabulary
-            )
+            value += _cross_entropy_gradient(z, column, cross_entropy, unit)
         value = value * slope * side.logit_scale + poison
         tl.store(student.gradient + column, value.to(element), mask=here)
     lanes = tl.arange(0, BLOCK_V)
@@ -325,13 +357,10 @@ def _spread_row(
     for reverse in range(num_tiles):
         column = (num_tiles - 1 - reverse) * BLOCK_V + lanes
         z, slope = read(student, column, V)
-        q_in_tail = tl.exp(tl.div_rn((z - tail_max) * unit, temperature) - tail_log_sum)
+        q_in_tail = exp_scaled(z - tail_max, student.unit) * tail_share
         value = tl.where(tail_gradient == 0.0, 0.0, tail_gradient * q_in_tail)
         if gradients.ce_scale is not None:
-            x_t1 = (z - row_max) * unit
-            value += _cross_entropy_gradient(
-                x_t1, column, label, events, gradients, row, vocabulary
-            )
+            value += _cross_entropy_gradient(z, column, cross_entropy, unit)
         value = value * slope * side.logit_scale + poison
         value = tl.where(column < V, value, 0.0)
         mask = (column < side.width) & ~_is_token(tokens, row, column, V)
@@ -357,9 +386,7 @@ def spread_kernel(
     if is_counted(inputs, row, ignore_index):
         logits, gradient, unit, temperature = open_side(side, row, sizes, ALIGNED)
         student = Row(logits, gradient, unit, None, temperature, side)
-        _spread_row(
-            row, student, temperature, tokens, inputs, events, gradients, V, BLOCK_V, BLOCK_K
-        )
+        _spread_row(row, student, tokens, inputs, events, gradients, V, BLOCK_V, BLOCK_K)
     else:
         _, gradient, _, _ = open_side(side, row, sizes, ALIGNED)
         sweep_zeros(gradient, side.width, None, BLOCK_V)
@@ -416,12 +443,12 @@ def gather_events(student: Tensor, rows: Rows, options: Options, parts: bool) ->
                 sizes,
                 options.vocab_size,
                 options.tail != "renormalize" or with_label or parts,
-                aligned,
+                *threads_of(block, warps, aligned, student.itemsize),
                 block,
                 BLOCK_K,
                 num_warps=warps,
                 enable_fp_fusion=True,
-                **register_limits(aligned, crowded),
+                **register_limit(crowded),
             )
     return Events(*out, valid_rows, tokens.bitmap, side.unit_t1)
 
@@ -476,6 +503,6 @@ def spread_gradient(
                 BLOCK_K,
                 num_warps=warps,
                 enable_fp_fusion=True,
-                **register_limits(aligned, crowded),
+                **register_limit(crowded),
             )
     return out if target is out else out.copy_(target)

@@ -58,8 +58,8 @@ class Plan(NamedTuple):
 GROUP_BYTES = 20 << 20
 # Smallest size of a group's rows. The kernels of a smaller group finish before the host has launched the next ones.
 LEAST_GROUP_BYTES = 16 << 20
-# Programs of 8 warps that a multiprocessor holds at 64 registers per thread.
-OCCUPANCY = 4
+# Programs of 8 warps that a multiprocessor holds at 80 registers per thread (`launch.REGISTERS`).
+OCCUPANCY = 3
 # Smallest size of a row's two sides that is worth an additional launch.
 WIDE = 256 << 10
 
@@ -69,27 +69,27 @@ def plan(rows: int, row_bytes: int, sweeps: int, device: Device | None) -> Plan 
 
     The figures come from a model; none has been timed.
 
-    Few rows. A program has one tile of each side in flight, about 16 KB, and waits 0.7 us for it. That is 20 GB/s, or
-    26 us per sweep over 128,256 columns in bfloat16. With fewer rows than multiprocessors, the other multiprocessors
+    Few rows. A program has one tile of each side in flight, about 8 KB, and waits 0.7 us for it. That is 12 GB/s, or
+    44 us per sweep over 128,256 columns in bfloat16. With fewer rows than multiprocessors, the other multiprocessors
     are idle meanwhile. Each row therefore gets enough programs to fill the device; a sweep then takes a few us. Each
     sweep has its own launch, which costs a few us if the host is ahead of the device, and 50 us if the device waits for
     the host (bench/studies/host.py, two cores of a shared machine). WIDE lies between: two sweeps over such a row take
-    one program 26 us.
+    one program 45 us.
 
-    Groups. Let b be the bytes of one side. One program per row moves 5 b (7 b without a closed form) if the row pairs
-    in flight, two per multiprocessor, exceed L2. Narrower rows are in L2 for the second sweep anyway. A group whose row
-    pairs fit into L2 moves 3 b. It costs two more launches (three without a closed form) of about 10 us each: Triton
-    spends 5 us on one (`launch._launch_splits`), and the rest is a guess at the driver's time. A group of 20 MB pays
-    off on an A100, which at 1.5 to 2 TB/s needs 15 to 20 us for 3 b and 25 to 33 us for 5 b. It saves more if the
-    memory is slower: 67 us of 167 us at the 300 GB/s of an L4. A group of the 2 to 4 MB that fit an L2 of 4 to 8 MB
-    (sm_86, AMD) would finish in 3 to 8 us, before the next launch. From sm_90 on, `backend="cuda"` reads every logit
-    once and needs no group.
+    Groups. Let b be the bytes of one side. One program per row moves 5 b (7 b without a closed form) if the row
+    pairs in flight, OCCUPANCY per multiprocessor, exceed L2. Narrower rows are in L2 for the second sweep anyway. A
+    group whose row pairs fit into L2 moves 3 b. It costs two more launches (three without a closed form) of about
+    10 us each: Triton spends 5 us on one (`launch._launch_splits`), and the rest is a guess at the driver's time. A
+    group of 20 MB pays off on an A100, which at 1.5 to 2 TB/s needs 15 to 20 us for 3 b and 25 to 33 us for 5 b. It
+    saves more if the memory is slower: 67 us of 167 us at the 300 GB/s of an L4. A group of the 2 to 4 MB that fit
+    an L2 of 4 to 8 MB (sm_86, AMD) would finish in 3 to 8 us, before the next launch. From sm_90 on,
+    `backend="cuda"` reads every logit once and needs no group.
     """
     if device is None or not rows:
         return None
     group = rows
     budget = min(device.l2 // 2, GROUP_BYTES)
-    in_flight = 2 * device.multiprocessors * row_bytes
+    in_flight = OCCUPANCY * device.multiprocessors * row_bytes
     grouped = not device.clusters and sweeps > 1 and LEAST_GROUP_BYTES <= budget < in_flight
     if grouped and row_bytes <= budget:
         groups = -(-rows // (budget // row_bytes))

@@ -1,15 +1,15 @@
 """The sweeps over a row: statistics, the sums of phi, g and h, and the gradients.
 
-All arithmetic is in float32. A sum over the vocabulary has one accumulator per lane of a tile, and the accumulators are
-added once, at the end. A row of 262144 columns therefore adds only a few hundred numbers in sequence.
+All arithmetic is in float32. Each thread has accumulators of its own columns, which are merged once, at the end. A row
+of 262144 columns therefore adds only a few hundred numbers in sequence.
 
 ``z`` is a logit after logit_scale and softcap, up to the positive factor ``Row.unit``. Differences of z are taken
 before that factor multiplies them, so an offset common to a row costs no digits. Columns past the vocabulary read as
 z = -inf on both sides, and the policy for log 0 gives them no contribution. If a divergence treats the label separately
 (``label_term.py``), every sum except the sum of z excludes the label's column in the same way.
 
-Names: ``s`` and ``t`` are z of the student and of the teacher; ``x_s`` and ``x_t`` are tempered and relative to the
-maximum; ``e_s`` and ``e_t`` are their exponentials. ``_t1`` means at temperature 1.
+Names: ``s`` and ``t`` are z of the student and of the teacher; ``x_s`` and ``x_t`` are tempered, relative to the
+maximum and in base 2, that is, times log2(e); ``e_s`` and ``e_t`` are 2 to their power. ``_t1`` means at temperature 1.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from .skeleton import NEGLIGIBLE, evaluate, log1p, squash
+from .skeleton import LN2, LOWEST, NEGLIGIBLE, evaluate, exp_scaled, log1p, scaled, squash
 
 
 class Spec(NamedTuple):
@@ -28,7 +28,10 @@ class Spec(NamedTuple):
     DIVERGENCE: Any  # from skeleton.bind
     FORM: Any  # from skeleton.form_of; odd for a divergence of probabilities
     SQUARED: Any  # whether the distillation term is multiplied by T^2
-    ALIGNED: Any  # whether every row starts at a multiple of 16 bytes
+    ADJACENT: (
+        Any  # adjacent columns that a thread loads at once; 1 if rows are not aligned to 16 bytes
+    )
+    THREADS: Any  # lanes of an accumulator: one per thread
     BLOCK_V: Any  # columns of a tile
     LANES: Any  # lanes that merge partial results
     STAGE: Any  # "row", or one of "statistics", "sums", "gradient"
@@ -79,11 +82,11 @@ class Row(NamedTuple):
 
 
 class Moments(NamedTuple):
-    """Weights of the moments to collect, from fastkd.divergences.ClosedForm; all None if there is no closed form."""
+    """Weights of the moments to collect, from fastkd.divergences.ClosedForm; None for 0, or without a closed form."""
 
-    forward: Any  # None if forward and cross are both 0
-    cross: Any  # None if forward and cross are both 0
-    reverse: Any  # None if 0
+    forward: Any  # None if cross is not: the two share p_moment
+    cross: Any
+    reverse: Any
 
 
 class Normalizer(NamedTuple):
@@ -92,6 +95,7 @@ class Normalizer(NamedTuple):
     max: Any
     unit: Any
     log_exp_sum: Any
+    share: Any  # e^-log_exp_sum, the probability of a column whose z is max
 
 
 class Argmax(NamedTuple):
@@ -131,7 +135,8 @@ class Sums(NamedTuple):
 class Partial(NamedTuple):
     """Sums of the first sweep over some tiles of a row, relative to the maxima of those tiles; 0 if not requested.
 
-    A side's sums of exponentials and its moments exclude the column of that side's maximum.
+    A side's sums of exponentials and its moments exclude the column of that side's maximum. Moments are in base 2: x is
+    a tempered logit relative to the maximum, times log2(e).
     """
 
     s_max: Any
@@ -139,12 +144,13 @@ class Partial(NamedTuple):
     s_exp_sum: Any
     t_exp_sum: Any
     s_exp_sum_t1: Any
-    p_moment: Any
-    q_moment: Any
-    entropy_moment: Any
+    p_moment: Any  # sum of e_t (x_t - x_s), or of -e_t x_s for a cross-entropy
+    q_moment: Any  # sum of e_s (x_s - x_t)
+    entropy_moment: Any  # sum of e_s x_s
     centered_sum: Any  # sum of z - center
-    t_lost_max: Any  # largest t in a column with s = -inf
-    s_lost_max: Any  # largest s in a column with t = -inf
+    # Largest t in a column with s = -inf, and s with t = -inf, but at least LOWEST; -inf if there is no such column.
+    t_lost_max: Any
+    s_lost_max: Any
     s_argmax: Any  # as a float; -1 if there is none
     t_at_s_argmax: Any
     t_argmax: Any
@@ -167,6 +173,7 @@ class Statistics(NamedTuple):
     log_ratio: Any  # LogRatio
     # log of the student's sum of exponentials divided by the teacher's; both sums include the argmax
     log_exp_sum_ratio: Any
+    careful: Any  # whether some column is -inf on some side, so that the policy for log 0 applies
     phi: Any  # sum, from the closed form or from the second sweep
     g: Any  # sum, likewise
     h: Any  # sum, likewise; only if the teacher's gradient is wanted
@@ -220,23 +227,65 @@ def count_columns(V, split, BLOCK_V: tl.constexpr):
 
 
 @triton.jit
-def read(row, column, V):
-    """Return (z, derivative of z with respect to logit_scale * logits) of these columns of a row."""
-    z = tl.load(row.logits + column, mask=column < V, other=-float("inf")).to(tl.float32)
+def _temper(z, side, valid):
+    """Return (z, derivative of z with respect to logit_scale * logits) from the logits of these columns."""
     slope = 1.0
-    if row.side.softcap is not None:
-        squashed, slope = squash(row.side.softcap_gain * z)
-        z = tl.where(column < V, row.side.softcap * squashed, -float("inf"))
-    elif row.side.sign is not None:
-        z = tl.where(column < V, row.side.sign * z, -float("inf"))
+    if side.softcap is not None:
+        squashed, slope = squash(side.softcap_gain * z)
+        z = tl.where(valid, side.softcap * squashed, -float("inf"))
+    elif side.sign is not None:
+        z = tl.where(valid, side.sign * z, -float("inf"))
     return z, slope
 
 
 @triton.jit
-def _exclude(z, column, excluded):
-    """Replace z by -inf in the excluded column. A NaN there stays, and poisons the row as in any other column."""
+def read(row, column, V):
+    """Return (z, derivative of z with respect to logit_scale * logits) of these columns of a row."""
+    z = tl.load(row.logits + column, mask=column < V, other=-float("inf")).to(tl.float32)
+    return _temper(z, row.side, column < V)
+
+
+# In a sweep, an address is that of the tile's first column plus a constant per lane, which a load can add by itself.
+@triton.jit
+def _read_tile(row, start, lanes, V, WHOLE: tl.constexpr):
+    """Return what `read` returns for a tile. WHOLE: all its columns exist, and no mask is needed."""
+    if WHOLE:
+        z = tl.load(row.logits + start + lanes).to(tl.float32)
+        z, slope = _temper(z, row.side, lanes >= 0)
+    else:
+        z, slope = read(row, start + lanes, V)
+    return z, slope
+
+
+# Columns past the end of a row read as this number in the first sweep. It is finite, so that the sweep can tell them
+# from a logit of -inf, and so low that its exponential is 0 beside that of any other column.
+PAST_END = -1e30
+
+
+@triton.jit
+def _load_pair(
+    student, teacher, start, lanes, V, WHOLE: tl.constexpr, PAST_END: tl.constexpr = PAST_END
+):
+    """Return a tile of logits of both sides, or the student's twice if there is no teacher."""
+    if WHOLE:
+        s = tl.load(student.logits + start + lanes)
+        t = s
+        if teacher.unit is not None:
+            t = tl.load(teacher.logits + start + lanes)
+    else:
+        exists = start + lanes < V
+        s = tl.load(student.logits + start + lanes, mask=exists, other=PAST_END)
+        t = s
+        if teacher.unit is not None:
+            t = tl.load(teacher.logits + start + lanes, mask=exists, other=PAST_END)
+    return s, t
+
+
+@triton.jit
+def _exclude(z, column, excluded, VALUE: tl.constexpr = -float("inf")):
+    """Replace z by VALUE in the excluded column. A NaN there stays, and poisons the row as in any other column."""
     if excluded is not None:
-        z = tl.where((column == excluded) & (z == z), -float("inf"), z)
+        z = tl.where((column == excluded) & (z == z), VALUE, z)
     return z
 
 
@@ -246,26 +295,38 @@ def log_probability(z, normalizer):
     return (z - normalizer.max) * normalizer.unit - normalizer.log_exp_sum
 
 
-# A tile's lanes are added in fours or twos before they are added to an accumulator. These lanes belong to one thread,
-# so the addition moves no data, and accumulators need fewer registers. If rows are ALIGNED, a thread loads 16 bytes at
-# a time and has four adjacent columns. Otherwise, a thread's columns are a fixed stride apart, and lanes half a tile
-# apart belong to one thread.
+# An accumulator has one lane for each thread, which holds the maximum or the sum of the thread's own columns. Its
+# update therefore moves no data between threads: a sweep has no barrier and no shuffle. If rows are aligned, a thread
+# loads 16 bytes, the ADJACENT columns, at a time. A tile is [.., THREADS, ADJACENT], and the columns of a thread are
+# those of one lane in the second dimension.
 @triton.jit
-def fold(tile, ALIGNED: tl.constexpr = True):
-    """Add the lanes of a tile that belong to one thread."""
-    if ALIGNED:
-        return tl.sum(tl.reshape(tile, [tile.shape[0] // 4, 4]), 1)
-    else:
-        return tl.sum(tl.reshape(tile, [2, tile.shape[0] // 2]), 0)
+def _by_thread(tile, ADJACENT: tl.constexpr, THREADS: tl.constexpr):
+    return tl.reshape(tile, [tile.shape[0] // (THREADS * ADJACENT), THREADS, ADJACENT])
 
 
 @triton.jit
-def _fold_max(tile, ALIGNED: tl.constexpr):
-    """Return the maximum of the lanes of a tile that belong to one thread."""
-    if ALIGNED:
-        return tl.max(tl.reshape(tile, [tile.shape[0] // 4, 4]), 1)
-    else:
-        return tl.max(tl.reshape(tile, [2, tile.shape[0] // 2]), 0)
+def fold(tile, ADJACENT: tl.constexpr, THREADS: tl.constexpr):
+    """Add the columns of each thread."""
+    return tl.sum(tl.sum(_by_thread(tile, ADJACENT, THREADS), 2), 0)
+
+
+@triton.jit
+def fold_max(tile, ADJACENT: tl.constexpr, THREADS: tl.constexpr):
+    """Return the maximum of the columns of each thread."""
+    return tl.max(tl.max(_by_thread(tile, ADJACENT, THREADS), 2), 0)
+
+
+@triton.jit
+def spread(lanes, ADJACENT: tl.constexpr, BLOCK_V: tl.constexpr):
+    """Return a tile in which every column has the value of its thread's lane."""
+    groups: tl.constexpr = BLOCK_V // (lanes.shape[0] * ADJACENT)
+    tile = tl.broadcast_to(lanes[None, :, None], [groups, lanes.shape[0], ADJACENT])
+    return tl.reshape(tile, [BLOCK_V])
+
+
+@triton.jit
+def _sum_tile(tile, spec):
+    return fold(tile, spec.ADJACENT, spec.THREADS)
 
 
 @triton.jit
@@ -275,27 +336,18 @@ def finite_max(max):  # noqa: A002 (the glossary's name)
 
 
 @triton.jit
-def rescale(old_max, new_max, unit):
-    """Return (finite new maximum, tempered rise of the maximum, factor that rescales earlier sums)."""
-    new = finite_max(new_max)
-    return new, (new - finite_max(old_max)) * unit, tl.exp((old_max - new) * unit)
-
-
-@triton.jit
 def rescale_moment(moment, shift, exp_sum, factor):
     """Return a moment relative to the new maximum; 0 if the factor is 0, even if the shift is infinite."""
     return tl.where(factor == 0.0, 0.0, factor * (moment + shift * exp_sum))
 
 
 @triton.jit
-def _rescale_p_moment(p_moment, moments, s_step, t_step, t_exp_sum, t_factor):
-    shift = (moments.forward + moments.cross) * s_step - moments.forward * t_step
-    return rescale_moment(p_moment, shift, t_exp_sum, t_factor)
-
-
-@triton.jit
-def _rescale_q_moment(q_moment, s_step, t_step, s_exp_sum, s_factor):
-    return rescale_moment(q_moment, t_step - s_step, s_exp_sum, s_factor)
+def _p_step(moments, s_step, t_step):
+    """Return what a rise of the maxima adds to x_t - x_s, or to -x_s for a cross-entropy."""
+    if moments.cross is not None:
+        return s_step
+    else:
+        return s_step - t_step
 
 
 @triton.jit
@@ -319,15 +371,19 @@ def _closed_form(
     p_lost,
     q_lost,
     NEGLIGIBLE: tl.constexpr = NEGLIGIBLE,
+    LN2: tl.constexpr = LN2,
 ):
     """Return (sums of phi, g and h, student's gradient at its argmax, teacher's at its own), from the moments.
 
-    s_gap: the student's tempered z at the teacher's argmax, relative to the student's maximum; t_gap the reverse.
+    s_gap: the student's x at the teacher's argmax, in base 2 like the moments; t_gap the reverse.
     p_lost, q_lost: the largest probability of a side where the other side's z is -inf.
     """
     s_exp_sum = 1.0 + s_argmax.exp_sum
     t_exp_sum = 1.0 + t_argmax.exp_sum
-    same = s_argmax.column == t_argmax.column
+    # If both sides are nearly certain of one column, the difference of its probabilities is that of all others.
+    sure = (
+        (s_argmax.column == t_argmax.column) & (s_argmax.exp_sum < 1.0) & (t_argmax.exp_sum < 1.0)
+    )
     phi = 0.0
     g = 0.0
     h = 0.0
@@ -335,54 +391,171 @@ def _closed_form(
     t_gradient = 0.0
     q_others = tl.div_rn(s_argmax.exp_sum, s_exp_sum)  # probability of all columns but the argmax
     p_others = tl.div_rn(t_argmax.exp_sum, t_exp_sum)
-    if moments.forward is not None:
-        weight = moments.forward + moments.cross
-        phi += tl.div_rn(p_moment - weight * s_gap, t_exp_sum) + moments.forward * log_exp_sum_ratio
-        phi += moments.cross * log1p(s_argmax.exp_sum)
+    if moments.forward is not None or moments.cross is not None:
+        mean = tl.div_rn((p_moment - s_gap) * LN2, t_exp_sum)
+        if moments.cross is not None:
+            weight = moments.cross
+            mean += log1p(s_argmax.exp_sum)
+        else:
+            weight = moments.forward
+            mean += log_exp_sum_ratio
+        phi += weight * mean
         phi += tl.where(p_lost >= NEGLIGIBLE, float("inf"), 0.0)
         g -= weight
         h += phi + weight
-        p_at_s_argmax = tl.div_rn(tl.exp(t_gap), t_exp_sum)
-        difference = tl.where(same, p_others - q_others, tl.div_rn(1.0, s_exp_sum) - p_at_s_argmax)
+        p_at_s_argmax = tl.div_rn(tl.exp2(t_gap), t_exp_sum)
+        difference = tl.where(sure, p_others - q_others, tl.div_rn(1.0, s_exp_sum) - p_at_s_argmax)
         s_gradient += weight * difference
         # A gap of -inf makes phi infinite, and where_finite discards these gradients.
         gap = tl.where(s_gap == -float("inf"), 0.0, s_gap)
-        t_gradient -= tl.div_rn(weight * gap * p_others + tl.div_rn(p_moment, t_exp_sum), t_exp_sum)
+        others = gap * p_others + tl.div_rn(p_moment, t_exp_sum)
+        t_gradient -= tl.div_rn(weight * LN2 * others, t_exp_sum)
     if moments.reverse is not None:
-        reverse = tl.div_rn(q_moment - t_gap, s_exp_sum) - log_exp_sum_ratio
+        reverse = tl.div_rn((q_moment - t_gap) * LN2, s_exp_sum) - log_exp_sum_ratio
         reverse += tl.where(q_lost >= NEGLIGIBLE, float("inf"), 0.0)
         phi += moments.reverse * reverse
         g += moments.reverse * (reverse + 1.0)
         h -= moments.reverse
-        q_at_t_argmax = tl.div_rn(tl.exp(s_gap), s_exp_sum)
+        q_at_t_argmax = tl.div_rn(tl.exp2(s_gap), s_exp_sum)
         gap = tl.where(t_gap == -float("inf"), 0.0, t_gap)
         mean = tl.div_rn(gap * q_others + tl.div_rn(q_moment, s_exp_sum), s_exp_sum)
-        s_gradient -= moments.reverse * mean
-        difference = tl.where(same, q_others - p_others, tl.div_rn(1.0, t_exp_sum) - q_at_t_argmax)
+        s_gradient -= moments.reverse * LN2 * mean
+        difference = tl.where(sure, q_others - p_others, tl.div_rn(1.0, t_exp_sum) - q_at_t_argmax)
         t_gradient += moments.reverse * difference
     return phi, g, h, s_gradient, t_gradient
 
 
 @triton.jit
-def _reduce_lanes(s_max, t_max, sums, t_lost_max, s_lost_max, argmaxes, t_exp_sum_t1):
-    """Return a Partial from the accumulators' lanes."""
+def _add_lanes(partials, s_rise, t_rise, student, teacher, moments):
+    """Return the sums of partial results relative to the maximum of all of them: a Partial without maxima and argmaxes.
+
+    A rise is how far that maximum lies above a partial result's own, in z. Sums of exponentials shrink by its
+    exponential. A moment is a sum of e x in which x is relative to the maximum too, so it also changes by the step
+    times the sum of e.
+    """
+    s_step, t_step = scaled(s_rise, student.unit), 0.0
+    s_factor = tl.exp2(-s_step)
+    s_exp_sum, s_exp_sum_t1 = partials.s_exp_sum, partials.s_exp_sum_t1
+    t_exp_sum, t_exp_sum_t1 = partials.t_exp_sum, partials.t_exp_sum_t1
+    p_moment, q_moment = partials.p_moment, partials.q_moment
+    if teacher.unit is not None:
+        t_step = scaled(t_rise, teacher.unit)
+        t_factor = tl.exp2(-t_step)
+        if moments.reverse is not None:
+            q_moment = rescale_moment(q_moment, t_step - s_step, s_exp_sum, s_factor)
+        if moments.forward is not None or moments.cross is not None:
+            p_step = _p_step(moments, s_step, t_step)
+            p_moment = rescale_moment(p_moment, p_step, t_exp_sum, t_factor)
+        t_exp_sum *= t_factor
+        if teacher.unit_t1 is not None:
+            t_exp_sum_t1 *= exp_scaled(-t_rise, teacher.unit_t1)
+    entropy_moment = rescale_moment(partials.entropy_moment, -s_step, s_exp_sum, s_factor)
+    s_exp_sum *= s_factor
+    if student.unit_t1 is not None:
+        s_exp_sum_t1 *= exp_scaled(-s_rise, student.unit_t1)
+    lowest: tl.constexpr = -float("inf")
     return Partial(
-        s_max,
-        t_max,
-        tl.sum(sums[0], 0),
-        tl.sum(sums[1], 0),
-        tl.sum(sums[2], 0),
-        tl.sum(sums[3], 0),
-        tl.sum(sums[4], 0),
-        tl.sum(sums[5], 0),
-        tl.sum(sums[6], 0),
-        tl.max(t_lost_max, 0),
-        tl.max(s_lost_max, 0),
-        argmaxes[0],
-        argmaxes[1],
-        argmaxes[2],
-        argmaxes[3],
+        lowest,
+        lowest,
+        tl.sum(s_exp_sum, 0),
+        tl.sum(t_exp_sum, 0),
+        tl.sum(s_exp_sum_t1, 0),
+        tl.sum(p_moment, 0),
+        tl.sum(q_moment, 0),
+        tl.sum(entropy_moment, 0),
+        tl.sum(partials.centered_sum, 0),
+        lowest,
+        lowest,
+        -1.0,
+        lowest,
+        -1.0,
+        lowest,
         tl.sum(t_exp_sum_t1, 0),
+    )
+
+
+class Lane(NamedTuple):
+    """Sums over the columns of the lane that has a side's maximum, without the column of the maximum."""
+
+    max: Any
+    argmax: Any  # -1 if every z is -inf
+    other_z: Any  # the other side's z there
+    exp_sum: Any
+    exp_sum_t1: Any
+    entropy_moment: Any
+    moment: Any
+
+
+@triton.jit
+def _lane_columns(lane, chunk, first, spec):
+    """Return THREADS columns of a lane: those of its chunk with this number."""
+    index = chunk * spec.THREADS + tl.arange(0, spec.THREADS)
+    group = index // spec.ADJACENT * spec.THREADS + lane
+    return first * spec.BLOCK_V + group * spec.ADJACENT + index % spec.ADJACENT
+
+
+@triton.jit
+def _read_included(row, column, excluded, V):
+    z, _ = read(row, column, V)
+    return _exclude(z, column, excluded)
+
+
+@triton.jit
+def _sum_lane(
+    maxima, row, other, other_max, excluded, CROSS: tl.constexpr, MOMENT: tl.constexpr,
+    ENTROPY: tl.constexpr, columns, spec,
+):  # fmt: skip
+    """Return (the lane that has a side's maximum, its Lane). other_max: the other side's maximum.
+
+    A sweep adds every column to the sums of its lane. In the lane of the maximum, the exponential of 1 rounds the
+    others away, so this lane is read a second time.
+    """
+    threads = tl.arange(0, spec.THREADS)
+    lane = tl.min(tl.where(maxima == tl.max(maxima, 0), threads, spec.THREADS - 1), 0)
+    first, last = _tile_range(columns.V, columns.split, spec.BLOCK_V)
+    V = tl.minimum(columns.V, last * spec.BLOCK_V)
+    # One iteration, unless a program has more tiles than THREADS^2 / BLOCK_V.
+    end = first + tl.cdiv((last - first) * (spec.BLOCK_V // spec.THREADS), spec.THREADS)
+    lane_max = tl.full([], -float("inf"), tl.float32)
+    argmax = tl.full([], -1, tl.int32)
+    for chunk in range(first, end):
+        column = _lane_columns(lane, chunk - first, first, spec)
+        z = _read_included(row, column, excluded, V)
+        chunk_max = tl.max(z, 0)
+        if chunk_max > lane_max:
+            lane_max = chunk_max
+            argmax = tl.min(tl.where(z == chunk_max, column, 2147483647), 0)
+    finite = finite_max(lane_max)
+    zero = tl.zeros([spec.THREADS], tl.float32)
+    exp_sum, exp_sum_t1, entropy_moment, moment = zero, zero, zero, zero
+    for chunk in range(first, end):
+        column = _lane_columns(lane, chunk - first, first, spec)
+        z = _read_included(row, column, excluded, V)
+        x = scaled(z - finite, row.unit)
+        e = tl.where(column == argmax, 0.0, tl.exp2(x))
+        exp_sum += e
+        if row.unit_t1 is not None:
+            e_t1 = exp_scaled(z - finite, row.unit_t1)
+            exp_sum_t1 += tl.where(column == argmax, 0.0, e_t1)
+        if ENTROPY:
+            entropy_moment += tl.where(x == -float("inf"), 0.0, e * x)
+        if MOMENT:
+            other_z = _read_included(other, column, excluded, V)
+            other_x = scaled(other_z - other_max, other.unit)
+            gone = (x == -float("inf")) | (other_x == -float("inf"))
+            x = -other_x if CROSS else x - other_x
+            moment += tl.where(gone, 0.0, e * x)
+    other_z = lane_max
+    if other.unit is not None:
+        other_z = _z_at(other, argmax, V)
+    return lane, Lane(
+        lane_max,
+        argmax,
+        other_z,
+        tl.sum(exp_sum, 0),
+        tl.sum(exp_sum_t1, 0),
+        tl.sum(entropy_moment, 0),
+        tl.sum(moment, 0),
     )
 
 
@@ -394,167 +567,201 @@ def _z_at(row, column, V):
 
 
 @triton.jit
-def _first_lane(accumulator):
-    """Return 1 in the first lane of an accumulator and 0 elsewhere, to add the term of a single column."""
-    return tl.where(tl.arange(0, accumulator.shape[0]) == 0, 1.0, 0.0)
+def _sweep_lost(student, teacher, s, t, excluded, moments, columns, spec):
+    """Return (p_moment, q_moment, t_lost_max, s_lost_max) of a row in which one side alone is -inf somewhere.
 
-
-class Tile(NamedTuple):
-    """One side's tile of columns in the first sweep."""
-
-    z: Any
-    x: Any  # tempered, relative to the maximum so far
-    e: Any  # exp(x); 0 in the column of the maximum
-    step: Any  # tempered rise of the maximum in this tile
-    factor: Any  # rescales earlier sums
-
-
-@triton.jit
-def _change_argmax(
-    argmax, exp_sum, exp_sum_t1, moment, z, new_max, column, row, other, other_max, weight, V
-):
-    """Return (argmax, exp_sum, exp_sum_t1, moment) after the maximum has risen.
-
-    Sums exclude the argmax, so the column of the old maximum is added to them here. weight None: no moment.
+    The moments leave out such columns. The largest z of the other side in them decides later whether the divergence is
+    infinite. s and t are the Lanes of the maxima.
     """
-    if argmax >= 0:
-        exp_sum += _first_lane(exp_sum)
-        if row.unit_t1 is not None:
-            exp_sum_t1 += _first_lane(exp_sum_t1)
-        if weight is not None:
-            gap = (_z_at(other, argmax, V) - finite_max(other_max)) * other.unit
-            gap *= weight
-            moment += _first_lane(moment) * tl.where(gap == -float("inf"), 0.0, -gap)
-    argmax = tl.min(tl.where(z == new_max, column, 2147483647), 0)  # the first such column
-    return argmax, exp_sum, exp_sum_t1, moment
-
-
-@triton.jit
-def _add_moments(
-    p_moment, q_moment, t_lost_max, s_lost_max, s, t, s_exp_sum, t_exp_sum, moments, spec
-):
-    """Return (p_moment, q_moment, t_lost_max, s_lost_max) with a tile added; s and t are its Tiles.
-
-    Columns in which a side is -inf are not in the moments. The largest z that is skipped decides later whether the
-    divergence is infinite.
-    """
-    # x decides, not z: at a temperature below 1, a finite z can be so low that x is -inf.
-    s_gone = s.x == -float("inf")
-    t_gone = t.x == -float("inf")
-    if moments.forward is not None:
-        weight = moments.forward + moments.cross
-        term = t.e * (moments.forward * t.x - weight * s.x)
-        p_moment = _rescale_p_moment(p_moment, moments, s.step, t.step, t_exp_sum, t.factor)
-        p_moment += fold(tl.where(s_gone | t_gone, 0.0, term), spec.ALIGNED)
-        lost = tl.where(s_gone, t.z, -float("inf"))
-        t_lost_max = tl.maximum(t_lost_max, _fold_max(lost, spec.ALIGNED))
-    if moments.reverse is not None:
-        q_moment = _rescale_q_moment(q_moment, s.step, t.step, s_exp_sum, s.factor)
-        q_moment += fold(tl.where(s_gone | t_gone, 0.0, s.e * (s.x - t.x)), spec.ALIGNED)
-        lost = tl.where(t_gone, s.z, -float("inf"))
-        s_lost_max = tl.maximum(s_lost_max, _fold_max(lost, spec.ALIGNED))
-    return p_moment, q_moment, t_lost_max, s_lost_max
-
-
-@triton.jit
-def _add_exp_sum_t1(exp_sum_t1, z, old_max, new_max, argmax, column, unit_t1, spec):
-    """Return the sum of exponentials at temperature 1 with a tile added."""
-    factor = tl.exp((old_max - new_max) * unit_t1)
-    e = tl.where(column == argmax, 0.0, tl.exp((z - new_max) * unit_t1))
-    return factor * exp_sum_t1 + fold(e, spec.ALIGNED)
+    lanes = tl.arange(0, spec.BLOCK_V)
+    zero = _sum_tile(tl.zeros([spec.BLOCK_V], tl.float32), spec)
+    p_moment, q_moment = zero, zero
+    t_lost_max, s_lost_max = zero - float("inf"), zero - float("inf")
+    s_max, t_max = finite_max(s.max), finite_max(t.max)
+    first, last = _tile_range(columns.V, columns.split, spec.BLOCK_V)
+    for tile in range(first, last):
+        column = tile * spec.BLOCK_V + lanes
+        z_s = _read_included(student, column, excluded, columns.V)
+        z_t = _read_included(teacher, column, excluded, columns.V)
+        x_s, x_t = scaled(z_s - s_max, student.unit), scaled(z_t - t_max, teacher.unit)
+        # x decides, not z: at a temperature below 1, a finite z can be so low that x is -inf.
+        s_gone, t_gone = x_s == -float("inf"), x_t == -float("inf")
+        if moments.forward is not None or moments.cross is not None:
+            x = -x_s if moments.cross is not None else x_t - x_s
+            skipped = s_gone | t_gone | (column == t.argmax)
+            p_moment += _sum_tile(tl.where(skipped, 0.0, tl.exp2(x_t) * x), spec)
+            lost = tl.where(s_gone, z_t, -float("inf"))
+            t_lost_max = tl.maximum(t_lost_max, fold_max(lost, spec.ADJACENT, spec.THREADS))
+        if moments.reverse is not None:
+            skipped = s_gone | t_gone | (column == s.argmax)
+            q_moment += _sum_tile(tl.where(skipped, 0.0, tl.exp2(x_s) * (x_s - x_t)), spec)
+            lost = tl.where(t_gone, z_s, -float("inf"))
+            s_lost_max = tl.maximum(s_lost_max, fold_max(lost, spec.ADJACENT, spec.THREADS))
+    return tl.sum(p_moment, 0), tl.sum(q_moment, 0), tl.max(t_lost_max, 0), tl.max(s_lost_max, 0)
 
 
 @triton.jit
 def sweep_statistics(
-    student, teacher, excluded, center, moments, columns, ENTROPY: tl.constexpr, spec
+    student,
+    teacher,
+    excluded,
+    center,
+    moments,
+    columns,
+    ENTROPY: tl.constexpr,
+    spec,
+    LOWEST: tl.constexpr = LOWEST,
+    PAST_END: tl.constexpr = PAST_END,
 ):
     """Return a Partial: the online softmax of both sides, with the moments that are asked for.
 
-    Sums of exponentials are relative to the running maximum. When it rises by `step` (tempered), earlier sums are
-    multiplied by exp(-step). A moment is a sum of e x in which x is relative to the maximum too, so it also changes by
-    -step times the sum of e. excluded None: sums are over all columns. center None: no sum of z.
+    Each lane has running maxima, and sums relative to them. excluded None: sums are over all columns. center None: no
+    sum of z.
     """
     lanes = tl.arange(0, spec.BLOCK_V)
-    lowest = _fold_max(tl.full([spec.BLOCK_V], -float("inf"), tl.float32), spec.ALIGNED)
-    zero = fold(tl.zeros([spec.BLOCK_V], tl.float32), spec.ALIGNED)
-    s_max = tl.full([], -float("inf"), tl.float32)
-    s_argmax = tl.full([], -1, tl.int32)
-    t_max, t_argmax = s_max, s_argmax
+    zero = _sum_tile(tl.zeros([spec.BLOCK_V], tl.float32), spec)
+    # A finite start, so that no difference of maxima is infinite minus infinite.
+    s_max, t_max = zero + LOWEST, zero + LOWEST
     s_exp_sum, t_exp_sum, s_exp_sum_t1, t_exp_sum_t1 = zero, zero, zero, zero
-    p_moment, q_moment, entropy_moment, centered_sum = zero, zero, zero, zero
-    t_lost_max, s_lost_max = lowest, lowest
-    p_weight, q_weight, V = None, None, columns.V
-    if moments.forward is not None:
-        p_weight = moments.forward + moments.cross
-    if moments.reverse is not None:
-        q_weight = 1.0
+    p_moment, q_moment, entropy_moment, centered_sum, finite = zero, zero, zero, zero, zero
+    V = columns.V
     first, last = _tile_range(V, columns.split, spec.BLOCK_V)
     for tile in range(first, last):
-        column = tile * spec.BLOCK_V + lanes
-        z, _ = read(student, column, V)
-        s = _exclude(z, column, excluded)
-        old_s_max, old_t_max = s_max, t_max
-        s_max = tl.maximum(s_max, tl.max(s, 0))
-        s_finite, s_step, s_factor = rescale(old_s_max, s_max, student.unit)
+        start = tile * spec.BLOCK_V
+        column = start + lanes
+        # Both loads come before the first use of either. Only the last tile needs masks.
+        if start + spec.BLOCK_V <= V:
+            z, t = _load_pair(student, teacher, start, lanes, V, True)
+        else:
+            z, t = _load_pair(student, teacher, start, lanes, V, False)
+        z, _ = _temper(z.to(tl.float32), student.side, column < V)
+        s = _exclude(z, column, excluded, PAST_END)
         if teacher.unit is not None:
-            t, _ = read(teacher, column, V)
-            t = _exclude(t, column, excluded)
-            t_max = tl.maximum(t_max, tl.max(t, 0))
-            t_finite, t_step, t_factor = rescale(old_t_max, t_max, teacher.unit)
-        # Both sides change their argmax before the exponentials of the tile are computed, because a value that is live
-        # across a branch occupies registers.
-        if s_max > old_s_max:
-            s_argmax, s_exp_sum, s_exp_sum_t1, q_moment = _change_argmax(
-                s_argmax, s_exp_sum, s_exp_sum_t1, q_moment,
-                s, s_max, column, student, teacher, old_t_max, q_weight, V,
-            )  # fmt: skip
-        if teacher.unit is not None:  # noqa: SIM102 (Triton does not evaluate `and` at compile time)
-            if t_max > old_t_max:
-                t_argmax, t_exp_sum, t_exp_sum_t1, p_moment = _change_argmax(
-                    t_argmax, t_exp_sum, t_exp_sum_t1, p_moment,
-                    t, t_max, column, teacher, student, old_s_max, p_weight, V,
-                )  # fmt: skip
-        x_s = (s - s_finite) * student.unit
-        e_s = tl.where(column == s_argmax, 0.0, tl.exp(x_s))
+            t, _ = _temper(t.to(tl.float32), teacher.side, column < V)
+            t = _exclude(t, column, excluded, PAST_END)
+        old_s_max, s_max = s_max, tl.maximum(s_max, fold_max(s, spec.ADJACENT, spec.THREADS))
+        s = s - spread(s_max, spec.ADJACENT, spec.BLOCK_V)
+        s_step = scaled(s_max - old_s_max, student.unit)
+        s_factor = tl.exp2(-s_step)
+        x_s = scaled(s, student.unit)
+        e_s = tl.exp2(x_s)
         if ENTROPY:
-            term = fold(tl.where(x_s == -float("inf"), 0.0, e_s * x_s), spec.ALIGNED)
+            term = _sum_tile(e_s * tl.maximum(x_s, LOWEST), spec)
             entropy_moment = rescale_moment(entropy_moment, -s_step, s_exp_sum, s_factor) + term
         if student.unit_t1 is not None:
-            s_exp_sum_t1 = _add_exp_sum_t1(
-                s_exp_sum_t1, s, old_s_max, s_finite, s_argmax, column, student.unit_t1, spec
-            )
+            s_exp_sum_t1 *= exp_scaled(old_s_max - s_max, student.unit_t1)
+            s_exp_sum_t1 += _sum_tile(exp_scaled(s, student.unit_t1), spec)
         if center is not None:
-            centered_sum += fold(tl.where(column < V, z - center, 0.0), spec.ALIGNED)
+            centered_sum += _sum_tile(tl.where(column < V, z - center, 0.0), spec)
         if teacher.unit is not None:
-            x_t = (t - t_finite) * teacher.unit
-            e_t = tl.where(column == t_argmax, 0.0, tl.exp(x_t))
-            p_moment, q_moment, t_lost_max, s_lost_max = _add_moments(
-                p_moment, q_moment, t_lost_max, s_lost_max,
-                Tile(s, x_s, e_s, s_step, s_factor), Tile(t, x_t, e_t, t_step, t_factor),
-                s_exp_sum, t_exp_sum, moments, spec,
-            )  # fmt: skip
+            old_t_max, t_max = t_max, tl.maximum(t_max, fold_max(t, spec.ADJACENT, spec.THREADS))
+            t = t - spread(t_max, spec.ADJACENT, spec.BLOCK_V)
+            t_step = scaled(t_max - old_t_max, teacher.unit)
+            t_factor = tl.exp2(-t_step)
+            x_t = scaled(t, teacher.unit)
+            e_t = tl.exp2(x_t)
+            x = x_t - x_s
+            finite += _sum_tile(x, spec)  # until a side is -inf somewhere
+            # Where the side of the weight e is -inf, LOWEST replaces a difference of -inf or NaN, and e is 0. Where the
+            # other side alone is -inf, the moment becomes infinite or NaN, and _sweep_lost computes it instead.
+            if moments.forward is not None or moments.cross is not None:
+                p_step = _p_step(moments, s_step, t_step)
+                p_moment = rescale_moment(p_moment, p_step, t_exp_sum, t_factor)
+                if moments.cross is not None:
+                    x = tl.where(x_t == -float("inf"), LOWEST, -x_s)
+                p_moment += _sum_tile(e_t * tl.maximum(x, LOWEST), spec)
+            if moments.reverse is not None:
+                q_moment = rescale_moment(q_moment, t_step - s_step, s_exp_sum, s_factor)
+                q_moment += _sum_tile(e_s * tl.maximum(x_s - x_t, LOWEST), spec)
+            t_exp_sum = t_factor * t_exp_sum + _sum_tile(e_t, spec)
             if teacher.unit_t1 is not None:
-                t_exp_sum_t1 = _add_exp_sum_t1(
-                    t_exp_sum_t1, t, old_t_max, t_finite, t_argmax, column, teacher.unit_t1, spec
-                )
-            t_exp_sum = t_factor * t_exp_sum + fold(e_t, spec.ALIGNED)
-        s_exp_sum = s_factor * s_exp_sum + fold(e_s, spec.ALIGNED)
+                t_exp_sum_t1 *= exp_scaled(old_t_max - t_max, teacher.unit_t1)
+                t_exp_sum_t1 += _sum_tile(exp_scaled(t, teacher.unit_t1), spec)
+        s_exp_sum = s_factor * s_exp_sum + _sum_tile(e_s, spec)
     sums = (s_exp_sum, t_exp_sum, s_exp_sum_t1, p_moment, q_moment, entropy_moment, centered_sum)
-    argmaxes = _argmaxes(student, teacher, s_max, s_argmax, t_argmax, columns)
-    return _reduce_lanes(s_max, t_max, sums, t_lost_max, s_lost_max, argmaxes, t_exp_sum_t1)
+    return _conclude_lanes(
+        s_max, t_max, sums, t_exp_sum_t1, tl.sum(finite, 0), student, teacher, excluded, moments,
+        columns, ENTROPY, spec,
+    )  # fmt: skip
 
 
 @triton.jit
-def _argmaxes(student, teacher, s_max, s_argmax, t_argmax, columns):
-    """Return (s_argmax, t there, t_argmax, s there), with vocabulary indices as floats."""
-    t_at_s_argmax, s_at_t_argmax = s_max, s_max
+def _conclude_lanes(
+    s_max, t_max, sums, t_exp_sum_t1, finite, student, teacher, excluded, moments, columns,
+    ENTROPY: tl.constexpr, spec, LOWEST: tl.constexpr = LOWEST,
+):  # fmt: skip
+    """Return a Partial from the lanes of the accumulators. finite: a finite number if no logit is -inf."""
+    lowest: tl.constexpr = -float("inf")
+    s_exp_sum, t_exp_sum, s_exp_sum_t1, p_moment, q_moment, entropy_moment, centered_sum = sums
+    s_top, t_top = tl.max(s_max, 0), tl.max(t_max, 0)
+    P_MOMENT: tl.constexpr = moments.forward is not None or moments.cross is not None
+    CROSS: tl.constexpr = moments.cross is not None
+    Q_MOMENT: tl.constexpr = moments.reverse is not None
+    s_lane, s = _sum_lane(
+        s_max, student, teacher, t_top, excluded, False, Q_MOMENT, ENTROPY, columns, spec
+    )
+    t_lane, t = s_lane, s
     if teacher.unit is not None:
-        t_at_s_argmax = _z_at(teacher, s_argmax, columns.V)
-        s_at_t_argmax = _z_at(student, t_argmax, columns.V)
+        t_lane, t = _sum_lane(
+            t_max, teacher, student, s_top, excluded, CROSS, P_MOMENT, False, columns, spec
+        )
+    # NaN or infinite if one side alone is -inf somewhere.
+    lost = tl.sum(tl.abs(p_moment) + tl.abs(q_moment), 0)
+    threads = tl.arange(0, spec.THREADS)
+    of_s, of_t = threads == s_lane, threads == t_lane
+    partials = Partial(
+        s_max,
+        t_max,
+        tl.where(of_s, 0.0, s_exp_sum),
+        tl.where(of_t, 0.0, t_exp_sum),
+        tl.where(of_s, 0.0, s_exp_sum_t1),
+        tl.where(of_t, 0.0, p_moment),
+        tl.where(of_s, 0.0, q_moment),
+        tl.where(of_s, 0.0, entropy_moment),
+        centered_sum,
+        lowest,
+        lowest,
+        -1.0,
+        lowest,
+        -1.0,
+        lowest,
+        tl.where(of_t, 0.0, t_exp_sum_t1),
+    )
+    others = _add_lanes(
+        partials, finite_max(s.max) - s_max, finite_max(t.max) - t_max, student, teacher, moments
+    )
+    p_total, q_total = others.p_moment + t.moment, others.q_moment + s.moment
+    t_lost_max = tl.where(finite - finite == 0.0, -float("inf"), LOWEST)
+    s_lost_max = t_lost_max
+    if P_MOMENT or Q_MOMENT:  # noqa: SIM102
+        if lost - lost != 0.0:
+            p_total, q_total, t_lost, s_lost = _sweep_lost(
+                student, teacher, s, t, excluded, moments, columns, spec
+            )
+            t_lost_max = tl.maximum(t_lost_max, t_lost)
+            s_lost_max = tl.maximum(s_lost_max, s_lost)
+    s_argmax, t_argmax = s.argmax, t.argmax
     if columns.shard is not None:
         s_argmax = tl.where(s_argmax < 0, -1, s_argmax + columns.first)
         t_argmax = tl.where(t_argmax < 0, -1, t_argmax + columns.first)
-    return s_argmax.to(tl.float32), t_at_s_argmax, t_argmax.to(tl.float32), s_at_t_argmax
+    return Partial(
+        s.max,
+        t.max,
+        others.s_exp_sum + s.exp_sum,
+        others.t_exp_sum + t.exp_sum,
+        others.s_exp_sum_t1 + s.exp_sum_t1,
+        p_total,
+        q_total,
+        others.entropy_moment + s.entropy_moment,
+        others.centered_sum,
+        t_lost_max,
+        s_lost_max,
+        s_argmax.to(tl.float32),
+        s.other_z,
+        t_argmax.to(tl.float32),
+        t.other_z,
+        others.t_exp_sum_t1 + t.exp_sum_t1,
+    )
 
 
 @triton.jit
@@ -577,44 +784,73 @@ def _merge_argmax(maxima, new_max, argmaxes):
 
 
 @triton.jit
+def _add_argmax_to_moment(moment, extra, other_z, other_max, other):
+    """Return a moment with the terms of the argmaxes that become ordinary columns; their x is 0, and their e 1."""
+    gap = scaled(other_z - finite_max(other_max), other.unit)
+    return moment - tl.where((extra == 0.0) | (gap == -float("inf")), 0.0, gap)
+
+
+@triton.jit
 def merge_partials(partials, student, teacher, moments):
     """Return one Partial of a row from its partials, one per lane. A lane without tiles has the maximum -inf."""
     s_max = tl.max(partials.s_max, 0)
     t_max = tl.max(partials.t_max, 0)
-    s_finite, s_step, s_factor = rescale(partials.s_max, s_max, student.unit)
     s_eligible, s_argmax, s_extra = _merge_argmax(partials.s_max, s_max, partials.s_argmax)
-    s_exp_sum = partials.s_exp_sum + s_extra
-    entropy_moment = rescale_moment(partials.entropy_moment, -s_step, s_exp_sum, s_factor)
-    s_exp_sum_t1, t_exp_sum_t1 = partials.s_exp_sum_t1, partials.t_exp_sum_t1
-    p_moment, q_moment, t_exp_sum = partials.p_moment, partials.q_moment, partials.t_exp_sum
-    argmaxes = (s_argmax, s_max, s_argmax, s_max)
-    if student.unit_t1 is not None:
-        s_factor_t1 = tl.exp((partials.s_max - s_finite) * student.unit_t1)
-        s_exp_sum_t1 = (s_exp_sum_t1 + s_extra) * s_factor_t1
+    s_exp_sum, s_exp_sum_t1 = partials.s_exp_sum + s_extra, partials.s_exp_sum_t1 + s_extra
+    t_exp_sum, t_exp_sum_t1 = partials.t_exp_sum, partials.t_exp_sum_t1
+    p_moment, q_moment = partials.p_moment, partials.q_moment
+    t_at_s_argmax, t_argmax, s_at_t_argmax = s_max, s_argmax, s_max
     if teacher.unit is not None:
-        t_finite, t_step, t_factor = rescale(partials.t_max, t_max, teacher.unit)
         t_eligible, t_argmax, t_extra = _merge_argmax(partials.t_max, t_max, partials.t_argmax)
-        t_exp_sum = t_exp_sum + t_extra
+        t_exp_sum, t_exp_sum_t1 = t_exp_sum + t_extra, t_exp_sum_t1 + t_extra
         t_at_s_argmax = _select(partials.t_at_s_argmax, s_eligible, partials.s_argmax, s_argmax)
         s_at_t_argmax = _select(partials.s_at_t_argmax, t_eligible, partials.t_argmax, t_argmax)
-        argmaxes = (s_argmax, t_at_s_argmax, t_argmax, s_at_t_argmax)
-        if teacher.unit_t1 is not None:
-            t_factor_t1 = tl.exp((partials.t_max - t_finite) * teacher.unit_t1)
-            t_exp_sum_t1 = (t_exp_sum_t1 + t_extra) * t_factor_t1
-        if moments.forward is not None:
-            gap = (partials.s_at_t_argmax - finite_max(partials.s_max)) * student.unit
-            gap *= moments.forward + moments.cross
-            p_moment -= tl.where((t_extra == 0.0) | (gap == -float("inf")), 0.0, gap)
-            p_moment = _rescale_p_moment(p_moment, moments, s_step, t_step, t_exp_sum, t_factor)
+        if moments.forward is not None or moments.cross is not None:
+            p_moment = _add_argmax_to_moment(
+                p_moment, t_extra, partials.s_at_t_argmax, partials.s_max, student
+            )
         if moments.reverse is not None:
-            gap = (partials.t_at_s_argmax - finite_max(partials.t_max)) * teacher.unit
-            q_moment -= tl.where((s_extra == 0.0) | (gap == -float("inf")), 0.0, gap)
-            q_moment = _rescale_q_moment(q_moment, s_step, t_step, s_exp_sum, s_factor)
-        t_exp_sum = t_factor * t_exp_sum
-    s_exp_sum, centered_sum = s_factor * s_exp_sum, partials.centered_sum
-    sums = (s_exp_sum, t_exp_sum, s_exp_sum_t1, p_moment, q_moment, entropy_moment, centered_sum)
-    t_lost_max, s_lost_max = partials.t_lost_max, partials.s_lost_max
-    return _reduce_lanes(s_max, t_max, sums, t_lost_max, s_lost_max, argmaxes, t_exp_sum_t1)
+            q_moment = _add_argmax_to_moment(
+                q_moment, s_extra, partials.t_at_s_argmax, partials.t_max, teacher
+            )
+    amended = Partial(
+        partials.s_max,
+        partials.t_max,
+        s_exp_sum,
+        t_exp_sum,
+        s_exp_sum_t1,
+        p_moment,
+        q_moment,
+        partials.entropy_moment,
+        partials.centered_sum,
+        partials.t_lost_max,
+        partials.s_lost_max,
+        partials.s_argmax,
+        partials.t_at_s_argmax,
+        partials.t_argmax,
+        partials.s_at_t_argmax,
+        t_exp_sum_t1,
+    )
+    s_rise, t_rise = finite_max(s_max) - partials.s_max, finite_max(t_max) - partials.t_max
+    total = _add_lanes(amended, s_rise, t_rise, student, teacher, moments)
+    return Partial(
+        s_max,
+        t_max,
+        total.s_exp_sum,
+        total.t_exp_sum,
+        total.s_exp_sum_t1,
+        total.p_moment,
+        total.q_moment,
+        total.entropy_moment,
+        total.centered_sum,
+        tl.max(partials.t_lost_max, 0),
+        tl.max(partials.s_lost_max, 0),
+        s_argmax,
+        t_at_s_argmax,
+        t_argmax,
+        s_at_t_argmax,
+        total.t_exp_sum_t1,
+    )
 
 
 # If the log-sum-exps of the two sides differ by less than this, log p - log q is computed from t - s.
@@ -661,45 +897,59 @@ def _log_exp_sum(max, exp_sum):  # noqa: A002 (the glossary's name)
 
 
 @triton.jit
-def conclude(total, student, teacher, moments):
+def _normalizer(max, unit, exp_sum):  # noqa: A002 (the glossary's name)
+    log_exp_sum = _log_exp_sum(max, exp_sum)
+    # A row whose sum is not finite, or that is -inf throughout, gets the share that makes its probabilities NaN.
+    share = tl.where(
+        tl.abs(log_exp_sum) < float("inf"), tl.div_rn(1.0, 1.0 + exp_sum), -log_exp_sum
+    )
+    return Normalizer(finite_max(max), unit, log_exp_sum, share)
+
+
+@triton.jit
+def probability(z, normalizer):
+    """Return softmax of the tempered logits."""
+    return exp_scaled(z - normalizer.max, normalizer.unit) * normalizer.share
+
+
+@triton.jit
+def conclude(total, student, teacher, moments, LN2: tl.constexpr = LN2):
     """Return the Statistics of a row from the Partial of all its columns."""
-    s_finite = finite_max(total.s_max)
-    s_norm = Normalizer(s_finite, student.unit, _log_exp_sum(total.s_max, total.s_exp_sum))
+    P_MOMENT: tl.constexpr = moments.forward is not None or moments.cross is not None
+    CLOSED_FORM: tl.constexpr = P_MOMENT or moments.reverse is not None
+    s_norm = _normalizer(total.s_max, student.unit, total.s_exp_sum)
     t_norm, s_norm_t1, t_norm_t1, phi, g, h = s_norm, s_norm, s_norm, 0.0, 0.0, 0.0
     log_ratio = LogRatio(0.0, 0.0, 1.0, student.unit, 0.0, 0.0)
     s_gradient, t_gradient, log_exp_sum_ratio = 0.0, 0.0, 0.0
     t_exp_sum, t_argmax = total.s_exp_sum, total.s_argmax
     t_at_s_argmax, s_at_t_argmax = total.s_max, total.s_max
     if student.unit_t1 is not None:
-        s_log_t1 = _log_exp_sum(total.s_max, total.s_exp_sum_t1)
-        s_norm_t1 = Normalizer(s_finite, student.unit_t1, s_log_t1)
+        s_norm_t1 = _normalizer(total.s_max, student.unit_t1, total.s_exp_sum_t1)
     if teacher.unit is not None:
         t_exp_sum, t_argmax = total.t_exp_sum, total.t_argmax
         t_at_s_argmax, s_at_t_argmax = total.t_at_s_argmax, total.s_at_t_argmax
-        t_finite = finite_max(total.t_max)
-        t_norm = Normalizer(t_finite, teacher.unit, _log_exp_sum(total.t_max, t_exp_sum))
+        t_norm = _normalizer(total.t_max, teacher.unit, t_exp_sum)
         t_norm_t1 = t_norm
         if teacher.unit_t1 is not None:
-            t_log_t1 = _log_exp_sum(total.t_max, total.t_exp_sum_t1)
-            t_norm_t1 = Normalizer(t_finite, teacher.unit_t1, t_log_t1)
+            t_norm_t1 = _normalizer(total.t_max, teacher.unit_t1, total.t_exp_sum_t1)
         log_exp_sum_ratio = _log_exp_sum_ratio(total.s_exp_sum, t_exp_sum)
         log_ratio = _log_ratio_constants(s_norm, t_norm, log_exp_sum_ratio)
-        if moments.forward is not None or moments.reverse is not None:
+        if CLOSED_FORM:
             phi, g, h, s_gradient, t_gradient = _closed_form(
                 moments,
                 total.p_moment,
                 total.q_moment,
                 Argmax(total.s_argmax, total.s_exp_sum, 0.0, 0.0, 0.0),
                 Argmax(t_argmax, t_exp_sum, 0.0, 0.0, 0.0),
-                (s_at_t_argmax - s_norm.max) * student.unit,
-                (t_at_s_argmax - t_norm.max) * teacher.unit,
+                scaled(s_at_t_argmax - s_norm.max, student.unit),
+                scaled(t_at_s_argmax - t_norm.max, teacher.unit),
                 log_exp_sum_ratio,
                 tl.exp(log_probability(total.t_lost_max, t_norm)),
                 tl.exp(log_probability(total.s_lost_max, s_norm)),
             )
             both = s_norm.log_exp_sum + t_norm.log_exp_sum
             phi = tl.where(both - both == 0.0, phi, float("nan"))
-    entropy = s_norm.log_exp_sum - tl.div_rn(total.entropy_moment, 1.0 + total.s_exp_sum)
+    entropy = s_norm.log_exp_sum - tl.div_rn(LN2 * total.entropy_moment, 1.0 + total.s_exp_sum)
     entropy = tl.where(s_norm.log_exp_sum > -float("inf"), entropy, float("nan"))
     return Statistics(
         s_norm,
@@ -712,6 +962,7 @@ def conclude(total, student, teacher, moments):
         Argmax(t_argmax, t_exp_sum, total.t_max, s_at_t_argmax, t_gradient),
         log_ratio,
         log_exp_sum_ratio,
+        (total.t_lost_max > -float("inf")) | (total.s_lost_max > -float("inf")),
         phi,
         g,
         h,
@@ -721,11 +972,11 @@ def conclude(total, student, teacher, moments):
 @triton.jit
 def no_statistics(s_unit):
     """Return the Statistics of a row whose first sweep is not needed."""
-    s_norm = Normalizer(0.0, s_unit, 0.0)
+    s_norm = Normalizer(0.0, s_unit, 0.0, 1.0)
     none = Argmax(tl.full([], -1.0, tl.float32), 0.0, 0.0, 0.0, 0.0)
     log_ratio = LogRatio(0.0, 0.0, 1.0, s_unit, 0.0, 0.0)
     return Statistics(
-        s_norm, s_norm, s_norm, s_norm, 0.0, 0.0, none, none, log_ratio, 0.0, 0.0, 0.0, 0.0
+        s_norm, s_norm, s_norm, s_norm, 0.0, 0.0, none, none, log_ratio, 0.0, True, 0.0, 0.0, 0.0
     )
 
 
@@ -735,7 +986,7 @@ def without_softmax(statistics, s_unit, t_unit):
     bare = no_statistics(s_unit)
     t_norm, log_ratio = bare.t_norm, bare.log_ratio
     if t_unit is not None:
-        t_norm = Normalizer(0.0, t_unit, 0.0)
+        t_norm = Normalizer(0.0, t_unit, 0.0, 1.0)
         log_ratio = LogRatio(0.0, 0.0, tl.div_rn(t_unit, s_unit), s_unit, 0.0, 0.0)
     return Statistics(
         bare.s_norm,
@@ -748,6 +999,7 @@ def without_softmax(statistics, s_unit, t_unit):
         bare.t_argmax,
         log_ratio,
         0.0,
+        True,
         statistics.phi,
         statistics.g,
         statistics.h,
@@ -769,6 +1021,7 @@ def with_sums(statistics, phi, g, h, s_gradient, t_gradient):
         Argmax(t.column, t.exp_sum, t.z, t.z_other, t_gradient),
         statistics.log_ratio,
         statistics.log_exp_sum_ratio,
+        statistics.careful,
         phi,
         g,
         h,
@@ -776,36 +1029,105 @@ def with_sums(statistics, phi, g, h, s_gradient, t_gradient):
 
 
 @triton.jit
-def sweep_sums(student, teacher, statistics, excluded, degree, parameters, columns, spec):
+def _evaluate_tile(s, t, statistics, degree, parameters, POLICY: tl.constexpr, spec):
+    """Return (phi, g, h, q, p) of a tile."""
+    s_norm, t_norm = statistics.s_norm, statistics.t_norm
+    q, p = probability(s, s_norm), probability(t, t_norm)
+    log_q, log_p = log_probability(s, s_norm), log_probability(t, t_norm)
+    ratio = evaluate_log_ratio(s, t, statistics.log_ratio)
+    phi, g, h = evaluate(
+        spec.DIVERGENCE, parameters, p, q, log_p, log_q, ratio, degree, POLICY, spec.FORM
+    )
+    return phi, g, h, q, p
+
+
+class Special(NamedTuple):
+    """The columns whose tiles need attention."""
+
+    s_argmax: Any
+    t_argmax: Any
+    label: Any
+    end: Any  # of the row; 0 if the whole row needs the policy for log 0
+
+
+@triton.jit
+def _special(s_argmax, t_argmax, label_column, careful, columns):
+    return Special(
+        s_argmax.column.to(tl.int32) - columns.first,
+        t_argmax.column.to(tl.int32) - columns.first,
+        label_column,
+        tl.where(careful, 0, columns.V),
+    )
+
+
+@triton.jit
+def _place(column, start):
+    """Return a column's place in a tile; a number beyond every tile if it lies before the tile."""
+    return (column - start).to(tl.uint32, bitcast=True)
+
+
+@triton.jit
+def _is_special(start, special, spec):
+    """Return whether a tile has an argmax, the label, a log 0, or the end of the row."""
+    first = tl.minimum(_place(special.s_argmax, start), _place(special.t_argmax, start))
+    first = tl.minimum(first, _place(special.label, start))
+    return (first < spec.BLOCK_V) | (start + spec.BLOCK_V > special.end)
+
+
+@triton.jit
+def _sums_of_tile(
+    start, lanes, student, teacher, statistics, special, excluded, degree, parameters, V,
+    SPECIAL: tl.constexpr, spec,
+):  # fmt: skip
+    """Return the sums of phi, g and h over the columns of each thread."""
+    column = start + lanes
+    s, _ = _read_tile(student, start, lanes, V, not SPECIAL)
+    t, _ = _read_tile(teacher, start, lanes, V, not SPECIAL)
+    if SPECIAL:
+        s = _exclude(s, column, excluded)
+        t = _exclude(t, column, excluded)
+    phi, g, h, _, _ = _evaluate_tile(s, t, statistics, degree, parameters, SPECIAL, spec)
+    if SPECIAL:  # noqa: SIM102 (Triton does not evaluate `and` at compile time)
+        if spec.FORM % 2 == 1:
+            is_argmax = (column == special.s_argmax) | (column == special.t_argmax)
+            phi = tl.where(is_argmax, 0.0, phi)
+            g = tl.where(is_argmax, 0.0, g)
+            h = tl.where(is_argmax, 0.0, h)
+    return _sum_tile(phi, spec), _sum_tile(g, spec), _sum_tile(h, spec)
+
+
+@triton.jit
+def sweep_sums(
+    student, teacher, statistics, label_column, excluded, degree, parameters, columns, spec
+):
     """Return the sums of phi, g and h of a divergence without a closed form; the argmaxes' columns are excluded.
 
     h is summed if the teacher's gradient is wanted. As degree * phi - g, its sum would cancel where p is far from q.
     """
     lanes = tl.arange(0, spec.BLOCK_V)
-    phi_sum = fold(tl.zeros([spec.BLOCK_V], tl.float32), spec.ALIGNED)
+    phi_sum = _sum_tile(tl.zeros([spec.BLOCK_V], tl.float32), spec)
     g_sum, h_sum = phi_sum, phi_sum
-    s_argmax = statistics.s_argmax.column.to(tl.int32) - columns.first
-    t_argmax = statistics.t_argmax.column.to(tl.int32) - columns.first
-    first, last = _tile_range(columns.V, columns.split, spec.BLOCK_V)
+    V = columns.V
+    special = _special(
+        statistics.s_argmax, statistics.t_argmax, label_column, statistics.careful, columns
+    )
+    first, last = _tile_range(V, columns.split, spec.BLOCK_V)
     for tile in range(first, last):
-        column = tile * spec.BLOCK_V + lanes
-        s, _ = read(student, column, columns.V)
-        t, _ = read(teacher, column, columns.V)
-        s = _exclude(s, column, excluded)
-        t = _exclude(t, column, excluded)
-        log_q = log_probability(s, statistics.s_norm)
-        log_p = log_probability(t, statistics.t_norm)
-        ratio = evaluate_log_ratio(s, t, statistics.log_ratio)
-        phi, g, h = evaluate(spec.DIVERGENCE, parameters, log_p, log_q, ratio, degree, spec.FORM)
-        if spec.FORM % 2 == 1:
-            is_argmax = (column == s_argmax) | (column == t_argmax)
-            phi = tl.where(is_argmax, 0.0, phi)
-            g = tl.where(is_argmax, 0.0, g)
-            h = tl.where(is_argmax, 0.0, h)
-        phi_sum += fold(phi, spec.ALIGNED)
-        g_sum += fold(g, spec.ALIGNED)
+        start = tile * spec.BLOCK_V
+        if _is_special(start, special, spec):
+            phi, g, h = _sums_of_tile(
+                start, lanes, student, teacher, statistics, special, excluded, degree, parameters, V,
+                True, spec,
+            )  # fmt: skip
+        else:
+            phi, g, h = _sums_of_tile(
+                start, lanes, student, teacher, statistics, special, excluded, degree, parameters, V,
+                False, spec,
+            )  # fmt: skip
+        phi_sum += phi
+        g_sum += g
         if teacher.side.width is not None:
-            h_sum += fold(h, spec.ALIGNED)
+            h_sum += h
     return tl.sum(phi_sum, 0), tl.sum(g_sum, 0), tl.sum(h_sum, 0)
 
 
@@ -823,7 +1145,10 @@ def add_argmaxes(phi, g, h, statistics, degree, parameters, spec):
     ratio = (x_t - x_s) + statistics.log_exp_sum_ratio
     log_q = x_s - s_norm.log_exp_sum
     log_p = x_t - t_norm.log_exp_sum
-    phis, gs, hs = evaluate(spec.DIVERGENCE, parameters, log_p, log_q, ratio, degree, spec.FORM)
+    p, q = tl.exp(log_p), tl.exp(log_q)
+    phis, gs, hs = evaluate(
+        spec.DIVERGENCE, parameters, p, q, log_p, log_q, ratio, degree, True, spec.FORM
+    )
     g_s = tl.sum(tl.where(is_s, gs, 0.0), 0)
     h_s = tl.sum(tl.where(is_s, hs, 0.0), 0)
     g_t = tl.sum(tl.where(is_s, 0.0, gs), 0)
@@ -856,16 +1181,81 @@ def where_finite(argmax, phi):
 
 
 @triton.jit
-def _project(derivative, log_x, total, FORM: tl.constexpr):
-    """Return a derivative with respect to tempered logits, from one with respect to log-probabilities."""
+def _project(derivative, x, total, FORM: tl.constexpr):
+    """Return a derivative with respect to tempered logits, from one with respect to log-probabilities; x is q or p."""
     if FORM % 2 == 1:
-        derivative -= tl.exp(log_x) * total
+        derivative -= x * total
     return derivative
 
 
 @triton.jit
-def _store(pointer, column, value, width):
-    tl.store(pointer + column, value.to(pointer.dtype.element_ty), mask=column < width)
+def _store(pointer, start, lanes, value, width, WHOLE: tl.constexpr):
+    value = value.to(pointer.dtype.element_ty)
+    if WHOLE:
+        tl.store(pointer + start + lanes, value)
+    else:
+        tl.store(pointer + start + lanes, value, mask=start + lanes < width)
+
+
+@triton.jit
+def _own_gradient(derivative, column, argmax, argmax_gradient, excluded, label_gradient, spec):
+    """Return the derivative with that of the columns which have one of their own: the argmax and the label."""
+    if spec.FORM % 2 == 1:
+        derivative = tl.where(column == argmax, argmax_gradient, derivative)
+    if excluded is not None:
+        derivative = tl.where(column == excluded, label_gradient, derivative)
+    return derivative
+
+
+@triton.jit
+def _write_tile(
+    start, lanes, student, teacher, statistics, value, factors, special, excluded, degree,
+    parameters, columns, SPECIAL: tl.constexpr, spec,
+):  # fmt: skip
+    """Write the gradients of a tile."""
+    column = start + lanes
+    V = columns.V
+    s, s_slope = _read_tile(student, start, lanes, V, not SPECIAL)
+    gradient = tl.zeros([spec.BLOCK_V], tl.float32)
+    if factors.distillation is not None:
+        t, t_slope = _read_tile(teacher, start, lanes, V, not SPECIAL)
+        s_others, t_others = s, t
+        if SPECIAL:
+            s_others = _exclude(s, column, excluded)
+            t_others = _exclude(t, column, excluded)
+        _, g, h, q, p = _evaluate_tile(
+            s_others, t_others, statistics, degree, parameters, SPECIAL, spec
+        )
+        gradient = _project(g, q, value.sums.g, spec.FORM)
+        if SPECIAL:
+            own, label = value.s_argmax.gradient, value.label_sums.g
+            gradient = _own_gradient(gradient, column, special.s_argmax, own, excluded, label, spec)
+        gradient *= factors.distillation
+        if teacher.side.width is not None:
+            h = _project(h, p, value.sums.h, spec.FORM)
+            if SPECIAL:
+                own, label = value.t_argmax.gradient, value.label_sums.h
+                h = _own_gradient(h, column, special.t_argmax, own, excluded, label, spec)
+            h *= t_slope * factors.teacher
+            if SPECIAL:
+                h = tl.where(column < V, h, 0.0)
+            _store(teacher.gradient, start, lanes, h, teacher.side.width, not SPECIAL)
+    if student.side.width is not None:
+        if factors.cross_entropy is not None:
+            target = 0.0
+            if factors.smoothing is not None:
+                target = factors.smoothing / columns.vocabulary
+            if SPECIAL:
+                of_label = 1.0
+                if factors.smoothing is not None:
+                    of_label = 1.0 - factors.smoothing
+                target += tl.where(column == special.label, of_label, 0.0)
+            q_t1 = probability(s, value.s_norm_t1)
+            gradient += (q_t1 - target) * factors.cross_entropy
+        gradient *= s_slope
+        if SPECIAL:
+            gradient = tl.where(column < V, gradient, 0.0)
+        _store(student.gradient, start, lanes, gradient, student.side.width, not SPECIAL)
 
 
 @triton.jit
@@ -883,53 +1273,27 @@ def sweep_gradients(
     spec,
 ):
     """Write the gradients, in reverse order, because caches still contain what the previous sweep read last."""
-    V = columns.V
     lanes = tl.arange(0, spec.BLOCK_V)
-    s_argmax = value.s_argmax.column.to(tl.int32) - columns.first
-    t_argmax = value.t_argmax.column.to(tl.int32) - columns.first
+    special = _special(value.s_argmax, value.t_argmax, label_column, statistics.careful, columns)
     first, last = _tile_range(columns.width, columns.split, spec.BLOCK_V)
     for reverse in range(first, last):
-        column = (first + last - 1 - reverse) * spec.BLOCK_V + lanes
-        s, s_slope = read(student, column, V)
-        gradient = tl.zeros([spec.BLOCK_V], tl.float32)
-        if factors.distillation is not None:
-            t, t_slope = read(teacher, column, V)
-            s_others = _exclude(s, column, excluded)
-            t_others = _exclude(t, column, excluded)
-            log_q = log_probability(s_others, statistics.s_norm)
-            log_p = log_probability(t_others, statistics.t_norm)
-            ratio = evaluate_log_ratio(s_others, t_others, statistics.log_ratio)
-            _, g, h = evaluate(spec.DIVERGENCE, parameters, log_p, log_q, ratio, degree, spec.FORM)
-            gradient = _project(g, log_q, value.sums.g, spec.FORM)
-            if spec.FORM % 2 == 1:
-                gradient = tl.where(column == s_argmax, value.s_argmax.gradient, gradient)
-            if excluded is not None:
-                gradient = tl.where(column == excluded, value.label_sums.g, gradient)
-            gradient *= factors.distillation
-            if teacher.side.width is not None:
-                h = _project(h, log_p, value.sums.h, spec.FORM)
-                if spec.FORM % 2 == 1:
-                    h = tl.where(column == t_argmax, value.t_argmax.gradient, h)
-                if excluded is not None:
-                    h = tl.where(column == excluded, value.label_sums.h, h)
-                h = tl.where(column < V, h * t_slope * factors.teacher, 0.0)
-                _store(teacher.gradient, column, h, teacher.side.width)
-        if student.side.width is not None:
-            if factors.cross_entropy is not None:
-                target = tl.where(column == label_column, 1.0, 0.0)
-                if factors.smoothing is not None:
-                    target = (1.0 - factors.smoothing) * target
-                    target += factors.smoothing / columns.vocabulary
-                q_t1 = tl.exp(log_probability(s, value.s_norm_t1))
-                gradient += (q_t1 - target) * factors.cross_entropy
-            gradient = tl.where(column < V, gradient * s_slope, 0.0)
-            _store(student.gradient, column, gradient, student.side.width)
+        start = (first + last - 1 - reverse) * spec.BLOCK_V
+        if _is_special(start, special, spec):
+            _write_tile(
+                start, lanes, student, teacher, statistics, value, factors, special, excluded,
+                degree, parameters, columns, True, spec,
+            )  # fmt: skip
+        else:
+            _write_tile(
+                start, lanes, student, teacher, statistics, value, factors, special, excluded,
+                degree, parameters, columns, False, spec,
+            )  # fmt: skip
 
 
 @triton.jit
 def sweep_zeros(pointer, width, split, BLOCK_V: tl.constexpr):
     """Write zeros: the gradient of a dropped row."""
-    lanes = tl.arange(0, BLOCK_V)
     first, last = _tile_range(width, split, BLOCK_V)
     for tile in range(first, last):
-        _store(pointer, tile * BLOCK_V + lanes, tl.zeros([BLOCK_V], tl.float32), width)
+        zeros = tl.zeros([BLOCK_V], tl.float32)
+        _store(pointer, tile * BLOCK_V, tl.arange(0, BLOCK_V), zeros, width, False)

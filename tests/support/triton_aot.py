@@ -9,22 +9,53 @@ from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
+from support import sass
+
+
+class LoopCounts(NamedTuple):
+    """What a loop executes in an iteration, per thread (support/sass.py)."""
+
+    path: int  # instructions of the shortest iteration
+    all: int  # instructions of the whole loop
+    barriers: int  # anywhere in the loop
+    shuffles: int  # likewise
+    loads: int  # from device memory, in the shortest iteration
+    stores: int  # to device memory, likewise
+    mufu: int  # exponentials, logarithms and reciprocals, likewise
+
 
 class Resources(NamedTuple):
     """The resources per thread of a compiled kernel."""
 
     registers: int
     local_bytes: int  # of local memory
-    local_in_loop: bool  # whether a loop reads or writes it
+    local_in_loop: bool  # whether an ordinary iteration of a loop reads or writes it
+    columns_per_thread: int = 0  # of a tile; 0 if the kernel has no tile
+    loops: tuple[LoopCounts, ...] = ()  # outermost, by address; none for HIP
+
+    def sweeps(self, with_sums: bool) -> list[LoopCounts]:
+        """The sweeps of a kernel for whole rows: statistics, sums if there is no closed form, gradients.
+
+        Between them lie loops that read only the lanes with the maxima, and one for rows with a log 0.
+        """
+        reading = [loop for loop in self.loops if loop.loads]
+        return [reading[0], *reading[-2 if with_sums else -1 :]]
 
     @property
     def spills(self) -> bool:
         """Whether tiles are not kept in registers.
 
-        ptxas parks a few numbers of a row in local memory before a loop and takes them back after it, where that lets
-        one more block fit. A tile has eight entries a thread: spilled, it would be 32 bytes.
+        ptxas parks a few numbers of a row in local memory before a loop and takes them back after it, or in a branch
+        that few iterations take, where that lets one more block fit. A tile has eight entries a thread: spilled, it
+        would be 32 bytes.
         """
         return self.local_in_loop or self.local_bytes >= 32
+
+
+def restored(used: Any) -> Resources:
+    """The Resources that JSON turned into lists."""
+    *numbers, loops = used
+    return Resources(*numbers, tuple(LoopCounts(*loop) for loop in loops))
 
 
 class Caught(Exception):  # noqa: N818 (no error: it carries a launch out of the launcher)
@@ -61,32 +92,46 @@ def _compiled(
     return triton.compile(source, target=target, options=parsed.__dict__).asm
 
 
-def local_in_loop(sass: str) -> bool:
-    """Whether a loop accesses local memory."""
-    code = re.findall(r"/\*([0-9a-f]{4,})\*/\s+([^;]*);", sass)
-    touched = [int(place, 16) for place, text in code if re.search(r"\b(STL|LDL)\b", text)]
-    jumps = [(place, re.search(r"\bBRA\b.*\b0x([0-9a-f]+)", text)) for place, text in code]
-    loops = [(int(jump[1], 16), int(place, 16)) for place, jump in jumps if jump is not None]
-    return any(first <= place <= last for place in touched for first, last in loops)
+def local_in_loop(code: list[sass.Instruction]) -> bool:
+    """Whether a loop accesses local memory on the shortest way through it."""
+    return any(loop.executed("LDL", "STL") for loop in sass.loops(code))
 
 
-def _cuda_resources(cubin: bytes) -> Resources:
+def _loop_counts(code: list[sass.Instruction]) -> tuple[LoopCounts, ...]:
+    return tuple(
+        LoopCounts(
+            loop.executed(),
+            loop.present(),
+            loop.present("BAR"),
+            loop.present("SHFL"),
+            loop.executed("LDG"),
+            loop.executed("STG"),
+            loop.executed("MUFU"),
+        )
+        for loop in sass.loops(code)
+        if loop.depth == 0
+    )
+
+
+def _cuda_resources(cubin: bytes, columns_per_thread: int) -> Resources:
     from triton import knobs
-
-    def cuobjdump(what: str, path: str) -> str:
-        command = [knobs.nvidia.cuobjdump.path, what, path]
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        usage = re.search(
-            r"REG:(\d+) STACK:(\d+) .*LOCAL:(\d+)", cuobjdump("--dump-resource-usage", file.name)
-        )
-        assert usage is not None
-        registers, stack, local = map(int, usage.groups())
-        in_loop = stack + local > 0 and local_in_loop(cuobjdump("-sass", file.name))
-    return Resources(registers, stack + local, in_loop)
+        command = [knobs.nvidia.cuobjdump.path, "--dump-resource-usage", "-sass", file.name]
+        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    usage = re.search(r"REG:(\d+) STACK:(\d+) .*LOCAL:(\d+)", text)
+    assert usage is not None
+    registers, stack, local = map(int, usage.groups())
+    (function,) = sass.functions(text)
+    return Resources(
+        registers,
+        stack + local,
+        local_in_loop(function.code),
+        columns_per_thread,
+        _loop_counts(function.code),
+    )
 
 
 def _hip_resources(text: str) -> Resources:
@@ -111,7 +156,11 @@ def resources(
         actual = _compiled(kernel, arguments, options, GPUTarget("hip", architecture, 64))
         return _hip_resources(actual["amdgcn"])
     actual = _compiled(kernel, arguments, options, GPUTarget("cuda", int(architecture), 32))
-    return _cuda_resources(actual["cubin"])
+    columns_per_thread = 0
+    if "BLOCK_V" in kernel.arg_names:
+        block = arguments[kernel.arg_names.index("BLOCK_V")]
+        columns_per_thread = block // (32 * options.get("num_warps", 4))
+    return _cuda_resources(actual["cubin"], columns_per_thread)
 
 
 def launch_nothing() -> list[tuple[Any, ...]]:

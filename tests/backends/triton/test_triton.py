@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import triton
@@ -867,6 +868,14 @@ def _traffic(accesses: list[Access], cache: int) -> int:
     return moved
 
 
+def tiles_of(accesses: list[Access], width: int) -> list[Access]:
+    """The accesses to tiles. The others read the lanes that have the maxima again, a small share of the row."""
+    tiles = [access for access in accesses if (np.diff(access.addresses) == access.itemsize).all()]
+    again = sum(len(access.addresses) for access in accesses) - sum(len(x.addresses) for x in tiles)
+    assert 0 < again <= 5 * width // TILE, "a lane is one of TILE; at most five reads for two sides"
+    return tiles
+
+
 @in_interpreter
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(
@@ -885,8 +894,9 @@ def test_device_memory_traffic_matches_the_sweeps(
     student, teacher = (logits(1, width, seed=side, dtype=dtype) for side in range(2))
     with memory_accesses() as accesses:
         launch(student, teacher, divergence=divergence, want=Want(student_gradient=True))
-    assert _traffic(accesses, cache=0) == (2 * sweeps + 1) * b
-    assert _traffic(accesses, cache=2 * b // 4) == (2 * sweeps + 1) * b - 2 * b // 4
+    tiles = tiles_of(accesses, width)
+    assert _traffic(tiles, cache=0) == (2 * sweeps + 1) * b
+    assert _traffic(tiles, cache=2 * b // 4) == (2 * sweeps + 1) * b - 2 * b // 4
     assert _traffic(accesses, cache=4 * b) == 3 * b
 
 
@@ -942,7 +952,7 @@ PAIR = 2 * 2 * 128_256  # bytes of two rows in bfloat16
 def test_enough_rows_use_one_program_each(device: split.Device | None) -> None:
     if device not in (A100, L4):
         assert split.plan(4096, PAIR, 2, device) is None, "a small L2, or clusters"
-    assert split.plan(4096, 2 * 2 * 16_384, 2, device) is None, "L2 keeps the row pairs in flight"
+    assert split.plan(4096, 2 * 2 * 8_192, 2, device) is None, "L2 keeps the row pairs in flight"
     assert split.plan(4096, PAIR, 1, device) is None, "one sweep has nothing to find in L2"
     assert split.plan(4096, 32 << 20, 2, device) is None, "a row pair is more than a group"
     assert split.plan(8, 2 * 2 * 1000, 2, device) is None, "narrow rows"
