@@ -166,6 +166,6 @@ def emulation(host: ModuleType, monkeypatch: pytest.MonkeyPatch) -> Iterator[Emu
     monkeypatch.setattr(cuda, "_cuda", host)
     monkeypatch.setattr(cuda, "_capability", lambda device: 0)
     monkeypatch.setattr(cuda, "_stream", lambda device: (actual.ranks, 0))
-    monkeypatch.setattr(registry, "_select", lambda backend, *others: backend)
+    monkeypatch.setattr(registry, "_select", lambda backend, *others: (backend, None))
     yield actual
     registry.load.cache_clear()
