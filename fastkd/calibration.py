@@ -18,10 +18,10 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from fastkd.call.checks import check_choice, check_int, check_logits, check_number, prepare
+from fastkd.call.checks import check_choice, check_logits, prepare
 from fastkd.call.contract import kept_rows
 from fastkd.call.rows import take
-from fastkd.core.scalars import plain
+from fastkd.core.scalars import check_int, check_number, plain
 
 # Bytes held per chunk, and how many float64 tensors of the chunk's size are alive at once.
 CHUNK_BYTES, TEMPORARIES = 64 << 20, 4

@@ -18,9 +18,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastkd.call.checks import check_alike, check_choice, check_flags, check_number
+from fastkd.call.checks import check_alike, check_choice, check_flags
 from fastkd.call.contract import widened
-from fastkd.core.scalars import plain
+from fastkd.core.scalars import check_number, plain
 from fastkd.core.tensors import savable, savable_when_compiled
 
 KINDS = ("linear", "conv")

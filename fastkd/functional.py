@@ -50,7 +50,7 @@ Returned = TypeVar("Returned")
 def _not_compiled_over_processes(
     function: Callable[Parameters, Returned],
 ) -> Callable[Parameters, Returned]:
-    """Decorator that runs a call over several processes outside compiled graphs, because the processes communicate."""
+    """Decorator that runs a call outside compiled graphs if several processes take part, because they communicate."""
 
     @functools.wraps(function)
     def call(*arguments: Parameters.args, **options: Parameters.kwargs) -> Returned:

@@ -25,8 +25,9 @@ from torch import Tensor
 from torch.nn.functional import pdist
 
 from fastkd.backends import registry
-from fastkd.call.checks import LARGEST, SMALLEST, check_choice, check_dense, check_number
+from fastkd.call.checks import check_choice, check_dense
 from fastkd.call.contract import row_dtype
+from fastkd.core.scalars import LARGEST, SMALLEST, check_number
 from fastkd.core.tensors import check_readable, reciprocal, savable_when_compiled
 from fastkd.engine.gradients import differentiable_once
 from fastkd.engine.graphs import Arguments, as_one_op

@@ -13,7 +13,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fastkd.call.checks import check_alike, check_int, check_number
+from fastkd.call.checks import check_alike
+from fastkd.core.scalars import check_int, check_number
 from fastkd.core.tensors import check_readable, savable
 from fastkd.divergences import jsd
 from fastkd.functional import kd_loss

@@ -100,7 +100,7 @@ LONG = (
     "test_online",
     "test_compile",
     "test_cli",
-    "test_triton_apart",
+    "test_triton_label_term",
     "test_triton_shards",
     "test_cuda_host",
     "test_loss",

@@ -1,8 +1,9 @@
 // The scalar maths of a row, in double: what the kernels for CPUs and for GPUs compute once per row.
 //
-// Include this inside a namespace that defines FASTKD_INLINE, FASTKD_PER_ROW (the qualifiers of a function that runs
-// once per row) and NEGLIGIBLE. Each CPU instruction set includes it in its own namespace: the linker would merge
-// functions of a common namespace, and could keep a copy with instructions that the processor does not have.
+// Include this inside a namespace, after the definitions of FASTKD_INLINE, FASTKD_PER_ROW (the qualifiers of a function
+// that runs once per row), NEGLIGIBLE and Loss. Each CPU instruction set includes it in its own namespace: the linker
+// would merge functions of a common namespace, and could keep a copy with instructions that the processor does not
+// have.
 
 FASTKD_PER_ROW double exponential(double x) { return ::exp(x); }
 FASTKD_PER_ROW double logarithm(double x) { return ::log(x); }
@@ -49,11 +50,11 @@ FASTKD_INLINE void set_closed_form(const MeanMoments& weights, const MeanMoments
 
 // ---- sure columns
 //
-// A side is sure of a column if its probability there is more than 1/2. A sum that contains this column, a, has a
-// rounding error in proportion to the column's term. The student's gradient there, g_a - q_a sum g, would be a small
-// difference of two numbers with such errors. Sums therefore exclude the column, and the gradient is computed as
-// g_a (1 - q_a) - q_a times the sum over the others, where 1 - q_a is the sum of the others' probabilities. For the
-// teacher, h and p replace g and q.
+// A side (the student or the teacher) is sure of a column if its probability there is more than 1/2. Call this column
+// a. A sum that contains it has a rounding error in proportion to its term. The student's gradient there,
+// g_a - q_a sum g, would be a small difference of two numbers with such errors. Sums therefore exclude the column, and
+// the gradient is computed as g_a (1 - q_a) - q_a times the sum over the others, where 1 - q_a is the sum of the
+// others' probabilities. For the teacher, h and p replace g and q.
 
 // What the gradients of the sure columns depend on if there is a closed form.
 struct SureSums {
@@ -106,7 +107,7 @@ struct LabelTerm {
 FASTKD_INLINE double negligible_to_0(double factor, double value) { return factor < NEGLIGIBLE ? 0 : factor * value; }
 
 // The divergence between the binary distributions (label, all other tokens) of the teacher and the student, from their
-// log-odds; label_term in fastkd/backends/reference.py.
+// log-odds. It is the same as in label_term of fastkd/backends/reference.py.
 FASTKD_INLINE void set_binary_label_term(LabelTerm& term, double weight, double p_log_odds, double q_log_odds) {
   const double p = sigmoid(p_log_odds), p_rest = sigmoid(-p_log_odds);
   const double q = sigmoid(q_log_odds), q_rest = sigmoid(-q_log_odds);
@@ -127,7 +128,8 @@ FASTKD_INLINE double entropy_with_label(double q_log_odds, double rest_entropy) 
 
 // ---- the value of a row, and the scales of its gradients
 
-// The cross-entropy with label smoothing. The gaps are z - max: of the label, and the mean over the vocabulary.
+// The cross-entropy with label smoothing. label_gap is z - max of the label, and mean_gap the mean of z - max
+// over the vocabulary.
 FASTKD_INLINE double smoothed_cross_entropy(double smoothing, double log_sum_t1, double label_gap, double mean_gap,
                                             double unit_t1) {
   double target = (1 - smoothing) * label_gap;
@@ -150,7 +152,7 @@ FASTKD_INLINE double total_nll_weight(const Loss& loss, double nll_weight) {
   return 1 - loss.alpha + (loss.alpha == 0 ? 0 : loss.alpha * nll_weight);
 }
 
-// What multiplies the gradients of a row.
+// Factors of the gradients of a row. The comments say what each factor multiplies.
 struct RowScales {
   double distillation;   // derivatives of the divergence with respect to the tempered logits
   double cross_entropy;  // the smoothed label in the cross-entropy's gradient

@@ -105,7 +105,7 @@ FASTKD_PER_ROW void finish_statistics(const Call& call, RowState& row) {
   const MeanMoments means = {LN_2_EXACT * (double(all.forward) - all.s_at_t_max) * t_inverse,
                              LN_2_EXACT * (double(all.reverse) - all.t_at_s_max) * s_inverse,
                              LN_2_EXACT * (double(all.cross) + all.s_at_t_max) * t_inverse};
-  // A moment without its flag is rescaled like the others and has no meaning.
+  // A moment whose flag is not set is not computed, but it is rescaled like the others, so its value has no meaning.
   const MeanMoments weights = {row.flags & FORWARD ? call.forward : 0, row.flags & REVERSE ? call.reverse : 0,
                                row.flags & CROSS ? call.cross : 0};
   set_closed_form(weights, means, s_log_sum, t_log_sum, row.phi, row.g);

@@ -78,8 +78,8 @@ FASTKD_INLINE unsigned tokens_among(const uint32_t* bits, int first) {
   return bits[first / 32] >> (first % 32) & ALL_COLUMNS;
 }
 
-// Uses the policy for log 0, so that a logit of -inf adds 0 to the entropy. The threshold is still 0, so the policy
-// concerns only exponentials that are 0.
+// Uses the policy for log 0, so that a logit of -inf adds 0 to the entropy. Side::threshold is still 0 (set_softmax
+// sets it later), so only exponentials that are 0 count as negligible.
 FASTKD_INLINE void add_sweep(Statistics& local, const Call& call, const RowState& row, Place place, Range range,
                              const char* student, const uint32_t* bits) {
   each_vector<false>(call, row, place, range, [&](int first, auto vector) {
@@ -132,7 +132,7 @@ FASTKD_INLINE void each_token_of_row(const Call& call, const RowState& row, Plac
     if (ids[j] >= 0 && ids[j] < call.shard.total) f(j);
 }
 
-// Calls f(z, log probability) for this thread's events; the tail belongs to the first thread.
+// Calls f(z - row.tail.origin, log probability) for this thread's events; the tail belongs to the first thread.
 template <class Function>
 FASTKD_INLINE void each_event(const Call& call, const RowState& row, Place place, const Slice& slice, bool with_tail,
                               Function f) {

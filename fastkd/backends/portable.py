@@ -5,9 +5,9 @@ It serves every call, on every device and in every dtype that the losses accept.
 processor's cache, operators write to buffers that the next piece reuses, and the gradient goes straight to the tensor
 that is returned, because plain PyTorch would spend most of its time on newly allocated memory.
 
-:func:`_dense_piece` computes a piece of dense rows. With a sparse teacher, :func:`gather_events` reduces the student's
-rows to K + 1 events, which are dense rows. Mutual learning, and rows whose vocabulary is spread over processes, are
-passed to the reference piece by piece.
+:func:`_dense_piece` computes a piece of dense rows. With a sparse teacher, :func:`gather_events` reduces each of
+the student's rows to a dense row of K + 1 events. Mutual learning, and dense rows whose vocabulary is spread over
+processes, are passed to the reference piece by piece.
 """
 
 from __future__ import annotations
@@ -194,7 +194,7 @@ def _largest(z: Tensor) -> tuple[Tensor, Tensor]:
     """Return (the maximum of each row, its column), [rows, 1].
 
     Computes the maximum of each block first, and searches only the block with the row's maximum for the column, because
-    torch takes 8 times as long to find a maximum's column as to find the maximum.
+    torch takes about 10 times as long to find a maximum's column as to find the maximum.
     """
     blocks = z.shape[-1] // BLOCK
     if blocks < 4:
@@ -218,7 +218,7 @@ def _finite_largest(z: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _sum(values: Tensor) -> Tensor:
-    """The sum of each row, [rows, 1], in the dtype that :func:`_exact` returns."""
+    """The sum of each row, [rows, 1], in the dtype that :func:`_sum_dtype` returns."""
     return values.sum(-1, keepdim=True).to(_sum_dtype(values.dtype, values.device))
 
 
@@ -501,7 +501,7 @@ def _project(
     factor: float | Tensor,
     out: Tensor,
 ) -> Tensor:
-    """Write the projection factor (x_v - q_v sum_u x_u) to out, where q is the softmax of the side.
+    """Write the projection of x, times the factor, to out: factor * (x_v - q_v sum_u x_u), with q the side's softmax.
 
     x is terms.field(index), which is overwritten. label_term [rows, 1] is added to the sum.
     """
@@ -709,7 +709,7 @@ _OPERATORS: dict[str, Callable[..., Any]] = {
 
 @functools.lru_cache(maxsize=256)
 def _program(function: Callable[..., Any], params: tuple[float, ...], num_terms: int) -> _Program:
-    """Record, as steps, the first `wanted` terms that a definition of the table returns."""
+    """Record, as steps, the first `num_terms` terms that a definition of the table returns."""
     symbols: _Symbols = {}
     names = (*ENTRY, RATIO)[: 5 if takes_ratio(function) else 4]
     entry = [_Symbol(name, (), symbols) for name in names]
@@ -779,7 +779,7 @@ def _in_order(terms: Sequence[_Symbol]) -> tuple[list[_Symbol], dict[_Symbol, in
 def _applied(
     divergence: Divergence, entry: Sequence[Tensor], scratch: _Scratch, num_terms: int = 3
 ) -> list[Tensor]:
-    """Return the first `wanted` terms of the definition in buffers of their own. Logarithms may be overwritten."""
+    """Return the first `num_terms` terms of the definition in buffers of their own. Logarithms may be overwritten."""
     function, params = divergence.function, divergence.params
     shape, dtype = entry[-1].shape, entry[-1].dtype
     if function not in DEFINITIONS:
@@ -1226,7 +1226,8 @@ class _Out:
 def gather_events(student: Tensor, rows: Rows, options: Options, parts: bool) -> Events:
     """Reduce the student's rows to the K + 1 events of a sparse teacher (fastkd/backends/sparse.py).
 
-    In a dropped row every field is 0, except valid, which is True.
+    On a CPU, every field of a dropped row is 0, except valid, which is True. Other devices compute dropped rows like
+    the rest.
     """
     lead, device, dtype = student.shape[:-1], student.device, row_dtype(student.dtype)
     assert rows.ids is not None
@@ -1335,7 +1336,7 @@ def _events_of_piece(
 
 
 def _valid_ids(ids: Tensor, options: Options) -> Tensor:
-    """Which rows have distinct ids that are in the vocabulary or padding."""
+    """Which rows list only ids of the vocabulary, and none of them twice, besides padding (-1)."""
     in_vocabulary = ((ids == -1) | ((ids >= 0) & (ids < options.vocabulary))).all(-1)
     ordered = ids.sort(-1).values
     repeated = ((ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] >= 0)).any(-1)
@@ -1454,7 +1455,7 @@ def shard_statistics(call: ShardCall) -> Statistics:
 
 
 def shard_sums(call: ShardCall) -> Tensor | None:
-    """Compute the sums over this process's columns, given all processes' statistics: 3 numbers per row in float64."""
+    """Compute 3 sums per row over this process's columns, in float64, given the statistics of all processes."""
     pieces = [reference.shard_sums(piece) for _, piece in _shard_pieces(call)]
     return torch.cat([sums for sums in pieces if sums is not None])
 
@@ -1501,7 +1502,7 @@ def mutual_rows(
     wanted: Sequence[bool],
     parts: bool,
 ) -> mutual.Result:
-    """Compute the losses of each row's students and their gradients; :mod:`fastkd.call.mutual` has the contract."""
+    """Compute each student's loss for every row, and the gradients; :mod:`fastkd.call.mutual` has the contract."""
     first, students = logits[0], len(logits)
     lead, dtype = first.shape[:-1], row_dtype(first.dtype)
     result = mutual.outputs(logits, wanted, parts, dtype=dtype)

@@ -25,11 +25,11 @@ from fastkd.call.options import (
     with_stand_ins,
 )
 from fastkd.call.tail import MOST, masses
-from fastkd.core.scalars import LARGEST as LARGEST
-from fastkd.core.scalars import SMALLEST as SMALLEST
-from fastkd.core.scalars import check_flag, check_magnitude, plain
-from fastkd.core.scalars import check_int as check_int
-from fastkd.core.scalars import check_number as check_number
+from fastkd.core.scalars import (
+    check_flag,
+    check_magnitude,
+    plain,
+)
 from fastkd.core.tensors import check_readable, check_strided
 from fastkd.divergences import Divergence, resolve
 from fastkd.teachers import Ensemble, LinearTeacher, Teacher, TopK, check_linear

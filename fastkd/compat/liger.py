@@ -32,14 +32,9 @@ from torch import (
     where,
 )
 
-from fastkd.call.checks import (
-    check_choice,
-    check_number,
-    check_pair,
-    check_per_row,
-    check_side,
-)
+from fastkd.call.checks import check_choice, check_pair, check_per_row, check_side
 from fastkd.call.contract import widened
+from fastkd.core.scalars import check_number
 from fastkd.divergences import Divergence, jsd
 from fastkd.functional import fused_linear_kd_loss, kd_loss
 from fastkd.teachers import LinearTeacher

@@ -22,8 +22,9 @@ import torch
 from torch import Tensor
 from torch.nn.modules.loss import _Loss
 
-from fastkd.call.checks import check_choice, check_number, check_pair, check_per_row
+from fastkd.call.checks import check_choice, check_pair, check_per_row
 from fastkd.call.contract import widened
+from fastkd.core.scalars import check_number
 from fastkd.functional import kd_loss
 from fastkd.teachers import TopK
 

@@ -28,7 +28,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastkd.call.checks import check_number, check_pair
+from fastkd.call.checks import check_pair
+from fastkd.core.scalars import check_number
 from fastkd.divergences import mixture
 from fastkd.functional import kd_loss
 

@@ -33,7 +33,7 @@ class Student(NamedTuple):
 
 
 class Gradients(NamedTuple):
-    """The gradients of the fields of Student, in :func:`saved_dtype`."""
+    """The gradients of the fields of Student. Sums over chunks may be wider; the result is in :func:`saved_dtype`."""
 
     hidden: Tensor | None
     weight: Tensor | None
@@ -305,7 +305,7 @@ def chunks_of_rows(
         rows: the labels, weights and other values of all rows.
         options: the options of the call.
         want: which outputs are wanted; the fields that ask for gradients are ignored.
-        wanted: for each field of Student, whether its gradient is wanted.
+        wanted_gradients: for each field of Student, whether its gradient is wanted.
         kernels: the backend.
         chunk_size: the largest number of rows in a chunk.
         logits_dtype: the dtype of the student's logits.

@@ -129,7 +129,7 @@ Unflatten = Callable[[list[Tensor], Arguments], Any]
 
 
 class _Loss(NamedTuple):
-    """A loss that runs as one op; the fields are the arguments of :func:`as_one_op`."""
+    """A loss that runs as one op: its function, and the arguments of :func:`as_one_op` that the op needs."""
 
     function: Callable[..., Any]
     outputs: Outputs
@@ -372,7 +372,8 @@ def as_one_op(
     other part of autograd works inside an op.
 
     Args:
-        outputs: a function from the arguments by name to the shape and dtype of each tensor that the loss returns.
+        outputs: a function that takes the arguments by name, as one mapping, and returns the shape and dtype of each
+            tensor that the loss returns.
         one_loss_per_tensor: whether the function returns a separate loss for each of its leading tensors; loss i is
             then differentiable with respect to tensor i alone.
         flatten: converts the return value of the loss into a list of tensors. None: the loss returns one tensor.

@@ -8,9 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastkd.call.checks import (
-    check_int,
-)
+from fastkd.core.scalars import check_int
 from fastkd.teachers import Ensemble
 
 

@@ -9,10 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastkd.call.checks import (
-    check_number,
-)
 from fastkd.call.contract import row_dtype
+from fastkd.core.scalars import check_number
 from fastkd.core.tensors import savable
 from fastkd.functional import kd_loss
 from fastkd.online.mutual import check_students

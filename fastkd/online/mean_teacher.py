@@ -16,13 +16,12 @@ from fastkd.call.checks import (
     check_columns,
     check_flags,
     check_logits,
-    check_number,
     prepare,
 )
 from fastkd.call.contract import row_dtype
 from fastkd.call.options import as_tensor
 from fastkd.core.models import unwrapped
-from fastkd.core.scalars import plain
+from fastkd.core.scalars import check_number, plain
 from fastkd.core.tensors import check_readable, savable_when_compiled
 from fastkd.functional import kd_loss
 

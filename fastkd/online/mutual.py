@@ -17,16 +17,10 @@ import torch
 from torch import Tensor
 
 from fastkd.backends import registry
-from fastkd.call.checks import (
-    check_alike,
-    check_choice,
-    check_columns,
-    check_flags,
-    check_number,
-    prepare,
-)
+from fastkd.call.checks import check_alike, check_choice, check_columns, check_flags, prepare
 from fastkd.call.contract import Want, row_dtype
 from fastkd.call.mutual import PEERS, Options, Result
+from fastkd.core.scalars import check_number
 from fastkd.core.tensors import check_readable
 from fastkd.divergences import forward_kl
 from fastkd.engine.gradients import Differentiable, Loss

@@ -6,7 +6,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fastkd.call.checks import check_flags, check_int, check_mask
+from fastkd.call.checks import check_flags, check_mask
+from fastkd.core.scalars import check_int
 from fastkd.parallel.collectives import all_reduce
 
 

@@ -10,8 +10,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fastkd.call.checks import check_int, is_dtensor
+from fastkd.call.checks import is_dtensor
 from fastkd.call.contract import Shard
+from fastkd.core.scalars import check_int
 from fastkd.parallel.collectives import all_gather, all_reduce, reduce_scatter
 from fastkd.teachers import Ensemble, LinearTeacher, TopK
 

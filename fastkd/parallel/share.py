@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from fastkd.backends import registry
-from fastkd.call.checks import LossCall, check_int, check_values, checking
+from fastkd.call.checks import LossCall, check_values, checking
 from fastkd.call.contract import Rows, Shard, Want
+from fastkd.core.scalars import check_int
 from fastkd.divergences import function_name
 from fastkd.parallel.agreement import Agreed, Agreement, digest_of
 from fastkd.parallel.layout import cut, cut_teacher

@@ -5,11 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastkd.call.checks import (
-    check_choice,
-    check_number,
-)
+from fastkd.call.checks import check_choice
 from fastkd.call.contract import Options, Rows, Want, row_dtype
+from fastkd.core.scalars import check_number
 from fastkd.divergences import forward_kl, reverse_kl
 from fastkd.engine.graphs import as_one_op
 from fastkd.response.chunks import (

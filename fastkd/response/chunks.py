@@ -11,10 +11,8 @@ from torch import Tensor
 from fastkd.backends import reference, registry
 from fastkd.backends.pieces import PIECE_TEMPORARIES
 from fastkd.call.checks import (
-    LARGEST,
     LossCall,
     check_logits,
-    check_number,
     check_teacher,
     check_vocabulary,
     is_dtensor,
@@ -22,6 +20,7 @@ from fastkd.call.checks import (
 )
 from fastkd.call.contract import Options, Result, Rows, Want, row_dtype, total_of
 from fastkd.call.rows import Chunks, RowIndices, put, rows_at, take
+from fastkd.core.scalars import LARGEST, check_number
 from fastkd.engine.gradients import Differentiable, Loss
 from fastkd.engine.graphs import Arguments
 from fastkd.engine.plan import REFERENCE_TEMPORARIES, RESPONSE_BUDGET, checked_sizes

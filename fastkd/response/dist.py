@@ -7,12 +7,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastkd.call.checks import (
-    LARGEST,
-    check_number,
-)
 from fastkd.call.contract import Options, Result, Rows, Want, row_dtype
 from fastkd.call.rows import Chunks, RowIndices, put, take
+from fastkd.core.scalars import LARGEST, check_number
 from fastkd.engine.graphs import as_one_op
 from fastkd.response.chunks import (
     blank,

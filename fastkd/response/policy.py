@@ -7,12 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastkd.call.checks import (
-    check_choice,
-    check_int,
-    check_logits,
-    check_rows,
-)
+from fastkd.call.checks import check_choice, check_logits, check_rows
+from fastkd.core.scalars import check_int
 from fastkd.divergences import squared_error
 from fastkd.functional import kd_loss
 

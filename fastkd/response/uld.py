@@ -5,10 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastkd.call.checks import (
-    check_int,
-)
 from fastkd.call.contract import Options, Rows, row_dtype
+from fastkd.core.scalars import check_int
 from fastkd.engine.graphs import as_one_op
 from fastkd.response.chunks import (
     Outcome,

@@ -1,4 +1,4 @@
-"""Divergences that compare the label's token apart from the others, in the Triton kernels.
+"""Divergences with a target, whose label term is separate, in the Triton kernels.
 
 Tiles are 16 columns wide, as in test_triton. The truth is autograd of the formulas in float64, with the label's column
 cut out of the tensor; where there are infinities, the reference in float64.
@@ -43,7 +43,7 @@ from fastkd.kernels import split
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 
 # A closed form with a teacher's gradient, one without, and three sweeps.
-APART: dict[str, Divergence] = {
+WITH_TARGET: dict[str, Divergence] = {
     "dkd": dkd(1.5, 8.0),
     "nkd": nkd(1.5),
     "jsd": Divergence(
@@ -57,11 +57,11 @@ def heavy(*values: Any, id: str) -> Any:  # noqa: A002 (pytest's name)
     return pytest.param(*values, marks=pytest.mark.heavy, id=id)
 
 
-apart = pytest.mark.parametrize("divergence", APART.values(), ids=APART)
+with_target = pytest.mark.parametrize("divergence", WITH_TARGET.values(), ids=WITH_TARGET)
 # The interpreter takes a tenth of a second per row, so every run has two of the kinds and small grids.
-some_apart = pytest.mark.parametrize(
+some_with_target = pytest.mark.parametrize(
     "divergence",
-    [APART["dkd"], APART["nkd"], heavy(APART["jsd"], id="jsd")],
+    [WITH_TARGET["dkd"], WITH_TARGET["nkd"], heavy(WITH_TARGET["jsd"], id="jsd")],
     ids=["dkd", "nkd", None],
 )
 however_shared = pytest.mark.parametrize(
@@ -202,7 +202,7 @@ def labels_of(*labels: int) -> Rows:
 
 # Two columns; fewer than a tile; exactly one tile, one column less and more; the same for two tiles; two tiles and five
 # columns.
-@apart
+@with_target
 @pytest.mark.parametrize(
     ("columns", "temperature"),
     [(2, 0.5), (17, 4.0), (37, 1.0)]
@@ -218,7 +218,7 @@ def test_widths(columns: int, temperature: float, divergence: Divergence) -> Non
 
 
 @pytest.mark.parametrize("shares", [PLAN], indirect=True, ids=["shared"])
-@some_apart
+@some_with_target
 @pytest.mark.parametrize("dtype", FLOATS[1:], ids=str)
 def test_types(divergence: Divergence, dtype: torch.dtype) -> None:
     dtypes = dtype, torch.float32 if dtype == torch.bfloat16 else dtype
@@ -248,7 +248,7 @@ HEAVY_CASES: list[tuple[dict[str, Any], dict[str, Any]]] = [
 
 
 @however_shared
-@apart
+@with_target
 @pytest.mark.parametrize(
     ("of_rows", "options"),
     [*CASES, *(heavy(*case, id=f"heavy{number}") for number, case in enumerate(HEAVY_CASES))],
@@ -259,7 +259,7 @@ def test_options(divergence: Divergence, of_rows: dict[str, Any], options: dict[
 
 
 @pytest.mark.parametrize("temperature", [2.0, heavy(1.0, id="1.0")])
-@some_apart
+@some_with_target
 def test_confident_models(divergence: Divergence, temperature: float) -> None:
     """Logits of the label far above or below the others: no digit of them is lost to it."""
     student, teacher = pair(4, 20)
@@ -303,7 +303,7 @@ GONE: list[tuple[slice, slice]] = [
 
 
 @however_shared
-@apart
+@with_target
 def test_infinities(divergence: Divergence) -> None:
     student, teacher = pair(len(GONE), 37)
     for row, (of_student, of_teacher) in enumerate(GONE):
@@ -324,7 +324,7 @@ def test_infinities(divergence: Divergence) -> None:
 
 @pytest.mark.parametrize("alpha", [1.0, heavy(0.5, id="0.5")])
 @however_shared
-@some_apart
+@some_with_target
 def test_invalid_values_poison_their_row(divergence: Divergence, alpha: float) -> None:
     """A label of no token also where alpha is 1; a NaN also in the label's own column, which no sum has."""
     student, teacher = pair(7, 20)
@@ -342,7 +342,7 @@ def test_invalid_values_poison_their_row(divergence: Divergence, alpha: float) -
 
 
 @pytest.mark.parametrize(
-    "divergence", [APART["dkd"], heavy(APART["jsd"], id="jsd")], ids=["dkd", None]
+    "divergence", [WITH_TARGET["dkd"], heavy(WITH_TARGET["jsd"], id="jsd")], ids=["dkd", None]
 )
 def test_equal_distributions(divergence: Divergence) -> None:
     student, _ = pair(2, 37)
@@ -353,7 +353,7 @@ def test_equal_distributions(divergence: Divergence) -> None:
 
 
 @however_shared
-@some_apart
+@some_with_target
 def test_common_offset(divergence: Divergence) -> None:
     """Multiples of 1/64 move by 1e4 without rounding, and no result changes by a bit."""
     student, teacher = ((x * 64).round() / 64 for x in pair(2, 37))
@@ -379,7 +379,7 @@ def poisoned(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 @pytest.mark.usefixtures("poisoned")
 @pytest.mark.parametrize("alpha", [0.5, 0.0, heavy(1.0, id="1.0")])
 @pytest.mark.parametrize("shares", [PLAN, heavy(None, id="alone")], indirect=True)
-@some_apart
+@some_with_target
 def test_only_wanted_outputs_are_computed(divergence: Divergence, alpha: float) -> None:
     """Each output alone is bit for bit that of all together; where alpha is 0 the teacher is not read."""
     student, teacher = pair(1, 20)
@@ -397,7 +397,7 @@ def test_only_wanted_outputs_are_computed(divergence: Divergence, alpha: float) 
 
 @pytest.mark.skipif(DEVICE != "cpu", reason="the interpreter's programs run one after the other")
 @pytest.mark.parametrize("shares", [PLAN], indirect=True, ids=["shared"])
-@some_apart
+@some_with_target
 def test_programs_of_a_row_run_in_any_order(
     monkeypatch: pytest.MonkeyPatch, divergence: Divergence
 ) -> None:
@@ -429,7 +429,7 @@ def in_shards(monkeypatch: pytest.MonkeyPatch) -> InShards:
     return InShards(kernels, (3.0, 1.0, 0.0, 2.0))
 
 
-@some_apart
+@some_with_target
 def test_shards(
     in_shards: InShards, monkeypatch: pytest.MonkeyPatch, divergence: Divergence
 ) -> None:
@@ -441,7 +441,7 @@ def test_shards(
 
 
 @pytest.mark.heavy
-@apart
+@with_target
 def test_shards_with_infinities_and_nan(
     in_shards: InShards, monkeypatch: pytest.MonkeyPatch, divergence: Divergence
 ) -> None:
@@ -481,7 +481,9 @@ def test_device_memory_traffic_equals_that_without_labels(divergence: str, sweep
     width = 16 * TILE
     student, teacher = pair(1, width)
     with memory_accesses() as accesses:
-        launch(student, teacher, labels_of(100), APART[divergence], Want(True), temperature=2.0)
+        launch(
+            student, teacher, labels_of(100), WITH_TARGET[divergence], Want(True), temperature=2.0
+        )
     assert _traffic(accesses, cache=0) == (2 * sweeps + 1) * width * 4
 
 

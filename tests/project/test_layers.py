@@ -1,5 +1,5 @@
-"""Imports between the packages ("rooms") of fastkd: only downwards and without circles. Imports inside functions
-count."""
+"""Imports between the packages and top-level modules of fastkd (here: packages) go from upper layers to lower ones,
+without cycles. Imports inside functions count."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 
 from support.paths import ROOT
 
-# From top to bottom. Rooms on the same line may import each other, but not in a circle.
+# From top to bottom. Packages of the same layer may import each other, but not in a cycle.
 ORDER = (
     ("__main__",),
     ("compat", "tools"),
@@ -28,7 +28,7 @@ ORDER = (
     ("teachers", "divergences"),
     ("core", "_C", "_cuda"),
 )
-FLOOR = {room: floor for floor, rooms in enumerate(ORDER) for room in rooms}
+LAYER = {package: layer for layer, packages in enumerate(ORDER) for package in packages}
 
 
 def _modules() -> dict[str, Path]:
@@ -63,12 +63,12 @@ def _imported_by(module: str) -> Iterator[str]:
 IMPORTS = {module: set(_imported_by(module)) for module in MODULES}
 
 
-def _room(module: str) -> str:
+def _package(module: str) -> str:
     return module.split(".")[1] if "." in module else module
 
 
-def test_every_room_is_listed() -> None:
-    assert {_room(module) for module in MODULES} == set(FLOOR)
+def test_every_package_is_listed() -> None:
+    assert {_package(module) for module in MODULES} == set(LAYER)
 
 
 def test_imports_go_downwards() -> None:
@@ -76,14 +76,14 @@ def test_imports_go_downwards() -> None:
         f"{module} imports {other}"
         for module, others in IMPORTS.items()
         for other in others
-        if FLOOR[_room(module)] > FLOOR[_room(other)]
+        if LAYER[_package(module)] > LAYER[_package(other)]
     ]
     assert not wrong
 
 
-def test_imports_have_no_circles() -> None:
-    rooms: dict[str, set[str]] = defaultdict(set)
+def test_imports_have_no_cycles() -> None:
+    packages: dict[str, set[str]] = defaultdict(set)
     for module, others in IMPORTS.items():
-        rooms[_room(module)] |= {_room(other) for other in others} - {_room(module)}
-    for graph in (rooms, IMPORTS):
-        TopologicalSorter(graph).prepare()  # raises CycleError, which names the circle
+        packages[_package(module)] |= {_package(other) for other in others} - {_package(module)}
+    for graph in (packages, IMPORTS):
+        TopologicalSorter(graph).prepare()  # raises CycleError, which names the cycle
