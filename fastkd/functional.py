@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, ParamSpec, TypeVar, 
 import torch
 from torch import Tensor
 
+from fastkd.call import memo
 from fastkd.call.checks import (
     LossCall,
     check_flags,
@@ -23,6 +24,7 @@ from fastkd.call.checks import (
     is_dtensor,
     prepare,
     teacher_widths,
+    with_rows,
     with_tail,
     with_topk,
 )
@@ -213,76 +215,88 @@ def kd_loss(
         fastkd.parallel.CollectiveError: another process has stopped, or did not make this call in time.
         RuntimeError: another process of the group has raised.
     """
-    # Imported here to keep `import fastkd` fast.
-    from fastkd.parallel import layout, share
-
-    group = layout.group_of(process_group, student_logits, teacher)
-    check_flags(inplace=inplace, return_parts=return_parts)
-    with share.agreed_by(group) as agreement:
-        has_all_columns = layout.is_whole(student_logits, group)
-        student_logits = layout.local("student_logits", student_logits, -1, group)
-        student_logits = check_logits("student_logits", student_logits, group is not None)
-        lead, device = student_logits.shape[:-1], student_logits.device
-        teacher = layout.local_teacher(teacher, group)
-        teacher = check_teacher(teacher, "student_logits", lead, device, group is not None)
-        widths = {"student_logits": student_logits.shape[-1], **teacher_widths(teacher)}
-        teacher = linear.autocast_teacher(teacher)
-        call = prepare(
-            lead,
-            device,
-            _row_dtype(student_logits, teacher),
-            check_vocabulary(vocab_size, widths) if group is None else None,
-            layout.local("labels", labels, None, group),
-            teacher,
-            divergence=divergence,
-            temperature=layout.local("temperature", temperature, None, group),
-            teacher_temperature=layout.local(
-                "teacher_temperature", teacher_temperature, None, group
+    key = None
+    if inplace is not True:  # which is checked each time, because it depends on strides and storage
+        key = memo.key_of(
+            (student_logits, teacher, labels, mask, weight),
+            (
+                divergence, temperature, teacher_temperature, alpha, scale_by_temperature,
+                label_smoothing, ignore_index, reduction, num_items, logit_scale, softcap,
+                teacher_logit_scale, teacher_softcap, vocab_size, process_group, inplace,
+                return_parts, backend,
             ),
-            alpha=alpha,
-            scale_by_temperature=scale_by_temperature,
-            label_smoothing=label_smoothing,
-            ignore_index=ignore_index,
-            mask=layout.local("mask", mask, None, group),
-            weight=layout.local("weight", weight, None, group),
-            reduction=reduction,
-            num_items=num_items,
-            logit_scale=logit_scale,
-            softcap=softcap,
-            teacher_logit_scale=teacher_logit_scale,
-            teacher_softcap=teacher_softcap,
-            backend=backend,
-        )
-        grad_enabled = torch.is_grad_enabled()
-        want = Want(
-            grad_enabled and student_logits.requires_grad,
-            grad_enabled and isinstance(teacher, Tensor) and teacher.requires_grad,
-            return_parts,
-            inplace,
-        )
-        if want.teacher_gradient and call.options.divergence.degree is None:
-            raise ValueError(
-                f"teacher requires grad, and the divergence {call.options.divergence.name!r} has no degree of "
-                "homogeneity, which the teacher's gradient needs; set Divergence(degree=...) or detach the teacher"
-            )
-        if want.inplace:
-            _check_inplace(student_logits, flatten(teacher)[0], want, has_all_columns)
-        if isinstance(teacher, TopK):
-            call = with_topk(call, teacher)
-    if agreement is not None:
-        student_logits, teacher, call = share.share_logits(
-            agreement, student_logits, has_all_columns, teacher, call, want, vocab_size, widths
-        )
-    if isinstance(teacher, TopK):
-        call, teacher = with_tail(call, teacher, _row_dtype(student_logits, teacher))
-    if isinstance(teacher, Tensor):
-        results = autograd.kd_rows(
-            student_logits, teacher, call.rows, call.options, want, call.backend, call.summed,
-            call.numbers,
         )  # fmt: skip
+    checked = memo.recall(key)
+    if checked is not None:
+        call, want = checked
+        if not (labels is None and mask is None and weight is None):
+            call = with_rows(
+                call, student_logits.shape[:-1], student_logits.device,
+                _row_dtype(student_logits, teacher), labels, mask, weight, reduction, num_items,
+            )  # fmt: skip
+    else:
+        # Imported here to keep `import fastkd` fast.
+        from fastkd.parallel import layout, share
+
+        group = layout.group_of(process_group, student_logits, teacher)
+        check_flags(inplace=inplace, return_parts=return_parts)
+        with share.agreed_by(group) as agreement:
+            has_all_columns = layout.is_whole(student_logits, group)
+            student_logits = layout.local("student_logits", student_logits, -1, group)
+            student_logits = check_logits("student_logits", student_logits, group is not None)
+            lead, device = student_logits.shape[:-1], student_logits.device
+            teacher = layout.local_teacher(teacher, group)
+            teacher = check_teacher(teacher, "student_logits", lead, device, group is not None)
+            widths = {"student_logits": student_logits.shape[-1], **teacher_widths(teacher)}
+            teacher = linear.autocast_teacher(teacher)
+            call = prepare(
+                lead,
+                device,
+                _row_dtype(student_logits, teacher),
+                check_vocabulary(vocab_size, widths) if group is None else None,
+                layout.local("labels", labels, None, group),
+                teacher,
+                divergence=divergence,
+                temperature=layout.local("temperature", temperature, None, group),
+                teacher_temperature=layout.local(
+                    "teacher_temperature", teacher_temperature, None, group
+                ),
+                alpha=alpha,
+                scale_by_temperature=scale_by_temperature,
+                label_smoothing=label_smoothing,
+                ignore_index=ignore_index,
+                mask=layout.local("mask", mask, None, group),
+                weight=layout.local("weight", weight, None, group),
+                reduction=reduction,
+                num_items=num_items,
+                logit_scale=logit_scale,
+                softcap=softcap,
+                teacher_logit_scale=teacher_logit_scale,
+                teacher_softcap=teacher_softcap,
+                backend=backend,
+            )
+            want = _want(student_logits, teacher, return_parts, inplace)
+            if want.teacher_gradient and call.options.divergence.degree is None:
+                raise ValueError(
+                    f"teacher requires grad, and the divergence {call.options.divergence.name!r} has no degree of "
+                    "homogeneity, which the teacher's gradient needs; set Divergence(degree=...) or detach the teacher"
+                )
+            if want.inplace:
+                _check_inplace(student_logits, flatten(teacher)[0], want, has_all_columns)
+            memo.remember(key, call, want)
+            if isinstance(teacher, TopK):
+                call = with_topk(call, teacher)
+        if agreement is not None:
+            student_logits, teacher, call = share.share_logits(
+                agreement, student_logits, has_all_columns, teacher, call, want, vocab_size, widths
+            )
+        if isinstance(teacher, TopK):
+            call, teacher = with_tail(call, teacher, _row_dtype(student_logits, teacher))
+    if isinstance(teacher, Tensor):
+        results = autograd.kd_rows(student_logits, teacher, call, want)
     else:
         results = linear.kd_chunks(Student(student_logits), teacher, call, want)
-    return _returned(results, call, return_parts, device)
+    return _returned(results, call, return_parts, student_logits.device)
 
 
 @overload
@@ -467,6 +481,17 @@ def _check_logits_dtype(logits_dtype: object, operand_dtype: torch.dtype) -> Non
 
 def _row_dtype(student: Tensor, teacher: Teacher) -> torch.dtype:
     return row_dtype(student.dtype, *(tensor.dtype for tensor in flatten(teacher)[0]))
+
+
+def _want(student: Tensor, teacher: Teacher, return_parts: bool, inplace: bool) -> Want:
+    """The outputs that kd_loss needs. float16 gradients are deferred."""
+    grad_enabled = torch.is_grad_enabled()
+    of_student = grad_enabled and student.requires_grad
+    of_teacher = grad_enabled and isinstance(teacher, Tensor) and teacher.requires_grad
+    deferred = (of_student and student.dtype == torch.float16) or (
+        of_teacher and isinstance(teacher, Tensor) and teacher.dtype == torch.float16
+    )
+    return Want(of_student, of_teacher, return_parts, inplace, deferred)
 
 
 def _returned(

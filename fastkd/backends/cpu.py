@@ -24,7 +24,7 @@ _LARGE = 4 << 20
 def empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device | None = None) -> Tensor:
     """Allocate an uninitialised contiguous tensor; a large one is in memory that calls reuse."""
     if math.prod(shape) * dtype.itemsize < _LARGE:
-        return torch.empty(shape, dtype=dtype)
+        return torch.empty(shape, dtype=dtype, device="cpu")  # whatever the default device is
     return from_dlpack(_C.new_output(list(shape), native.DTYPES[dtype]))
 
 
@@ -53,13 +53,14 @@ def kd_rows(student: Tensor, teacher: Tensor, rows: Rows, options: Options, want
 
 def scale_rows_(gradient: Tensor, upstream: Tensor) -> None:
     """Multiply each row of gradient [..., V] by upstream, a scalar or [...]. A factor of 1 costs no pass."""
-    upstream = readable(upstream.to(torch.float32)).contiguous()
-    stride = 1 if upstream.dim() else 0
+    if upstream.dim() == 0 and upstream.item() == 1.0:
+        return  # the usual factor; its value is at hand, as it is not on a GPU
+    factor = readable(upstream.to(torch.float32)).contiguous()
     _C.scale_rows(
         list(gradient.shape[:-1]),
         native.logits(gradient),
-        address(upstream),
-        stride,
+        address(factor),
+        1 if factor.dim() else 0,
         torch.get_num_threads(),
     )
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from fastkd.call.contract import Options, Result, Rows, ShardCall, Statistics, Want
 from fastkd.call.options import OPTION_NAMES
 from fastkd.core.tensors import address, readable
-from fastkd.divergences import DEFINITIONS, Target
+from fastkd.divergences import DEFINITIONS, Divergence, Target
 from fastkd.teachers import TAILS
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -29,15 +29,18 @@ def logits(tensor: Tensor | None) -> tuple[int, int, int, list[int]]:
     if tensor is None:
         return _NOWHERE
     *strides, _ = tensor.stride()
-    return address(tensor), DTYPES[tensor.dtype], tensor.shape[-1], strides
+    return address(tensor), DTYPES[tensor.dtype], tensor.size(-1), strides
 
 
 def readable_rows(rows: Rows) -> Rows:
     """The rows with each tensor passed through :func:`fastkd.core.tensors.readable`."""
-    for name, value in rows._asdict().items():
-        kinds = (torch.int64,) if name in ("labels", "ids") else (torch.float32,)
-        assert value is None or value.dtype in kinds, (name, value.dtype)  # an address has no dtype
-    return Rows(*map(readable, rows))
+    if all(value is None for value in rows):
+        return rows
+    for name, value in zip(rows._fields, rows, strict=True):
+        if value is not None:  # an address has no dtype
+            kind = torch.int64 if name in ("labels", "ids") else torch.float32
+            assert value.dtype == kind, (name, value.dtype)
+    return Rows(*[None if value is None else readable(value) for value in rows])
 
 
 def outputs(
@@ -49,21 +52,19 @@ def outputs(
 ) -> Result:
     """Allocate the wanted outputs; an in-place gradient uses the memory of the student's logits."""
     lead, device = student.shape[:-1], student.device
-
-    def gradient(of: Tensor) -> Tensor:
-        return empty(of.shape, dtype=of.dtype, device=device)
-
-    def per_row() -> Tensor:
-        return torch.empty(lead, dtype=row_dtype, device=device)
-
     student_gradient = teacher_gradient = None
     if want.student_gradient:
-        student_gradient = student if want.inplace else gradient(student)
+        student_gradient = student
+        if not want.inplace:
+            student_gradient = empty(student.shape, dtype=student.dtype, device=device)
     if want.teacher_gradient:
-        teacher_gradient = gradient(teacher)
-    parts = (per_row(), per_row(), per_row()) if want.parts else (None, None, None)
+        teacher_gradient = empty(teacher.shape, dtype=teacher.dtype, device=device)
+    loss = torch.empty(lead, dtype=row_dtype, device=device)
     total = torch.empty((), dtype=row_dtype, device=device)
-    return Result(per_row(), total, student_gradient, teacher_gradient, *parts)
+    if not want.parts:
+        return Result(loss, total, student_gradient, teacher_gradient)
+    parts = (torch.empty(lead, dtype=row_dtype, device=device) for _ in range(3))
+    return Result(loss, total, student_gradient, teacher_gradient, *parts)
 
 
 def shared(
@@ -77,6 +78,8 @@ def shared(
     all_sums: Tensor | None = None,
 ) -> tuple[int, ...]:
     """The fields of Shard in csrc/call.h. Step 0: this process has the whole vocabulary."""
+    if step == 0 and options.shard is None:
+        return (step, 0, options.vocab_size, processes, 0, 0, 0, 0, 0, 0)
     return (
         step,
         options.first_column,
@@ -96,35 +99,22 @@ def arguments(
     shard: tuple[int, ...] | None = None,
 ) -> tuple[Any, ...]:
     """The leading arguments of every C++ kd_rows. The tensors must outlive the call."""
-    divergence = options.divergence
-    form, target = divergence.closed_form, divergence.target
     description = (
         _scalars(options),
         options.vocab_size,
         options.scale,
         address(rows.temperature),
         address(rows.teacher_temperature),
-        (
-            address(rows.ids),
-            0 if rows.ids is None else rows.ids.shape[-1],
-            address(rows.tail_logprob),
-            TAILS.index(options.tail) if options.tail else 0,
-        ),
+        _DENSE if rows.ids is None else _sparse(rows, options),
         address(rows.labels),
         address(rows.weight),
         address(rows.scale),
         address(result.loss),
         address(result.total),
-        *map(address, result.parts),
-        (
-            _NUMBER[divergence.function],
-            divergence.params,
-            divergence.normalized,
-            [] if form is None else [form.forward, form.reverse, form.cross],
-            divergence.degree or 0.0,
-            0 if target is None else 1 + Target.FORMS.index(target.form),
-            0.0 if target is None else target.weight,
-        ),
+        address(result.distillation),
+        address(result.cross_entropy),
+        address(result.student_entropy),
+        _definition(options.divergence),
         shard or shared(options),
     )
     return (
@@ -134,6 +124,29 @@ def arguments(
         logits(result.student_gradient),
         logits(result.teacher_gradient),
         description,
+    )
+
+
+# The description of a dense teacher: no ids, no tokens, no tail.
+_DENSE = (0, 0, 0, 0)
+
+
+def _sparse(rows: Rows, options: Options) -> tuple[int, int, int, int]:
+    assert rows.ids is not None
+    tail = TAILS.index(options.tail)
+    return address(rows.ids), rows.ids.shape[-1], address(rows.tail_logprob), tail
+
+
+def _definition(divergence: Divergence) -> tuple[Any, ...]:
+    form, target = divergence.closed_form, divergence.target
+    return (
+        _NUMBER[divergence.function],
+        divergence.params,
+        divergence.normalized,
+        () if form is None else (form.forward, form.reverse, form.cross),
+        divergence.degree or 0.0,
+        0 if target is None else 1 + Target.FORMS.index(target.form),
+        0.0 if target is None else target.weight,
     )
 
 

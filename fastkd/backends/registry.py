@@ -256,15 +256,24 @@ def select(
 
     A fallback is logged once for each reason; under FASTKD_STRICT=1 it raises BackendUnavailable.
     """
-    call = Request(device, student_dtype, teacher_dtype, divergence)
-    environment = os.environ
-    return _select(
-        backend, call, environment.get("FASTKD_BACKEND"), environment.get("FASTKD_STRICT") == "1"
-    )
+    override = os.environ.get("FASTKD_BACKEND")
+    chosen, fallback = _select(backend, device, student_dtype, teacher_dtype, divergence, override)
+    if fallback is not None:
+        fall_back(chosen, fallback, os.environ.get("FASTKD_STRICT") == "1")
+    return chosen
 
 
 @functools.lru_cache(maxsize=1024)
-def _select(backend: str, call: Request, override: str | None, strict: bool) -> str:
+def _select(
+    backend: str,
+    device: str,
+    student_dtype: torch.dtype,
+    teacher_dtype: torch.dtype,
+    divergence: Divergence,
+    override: str | None,
+) -> tuple[str, str | None]:
+    """Return (backend, why it is a fallback or None)."""
+    call = Request(device, student_dtype, teacher_dtype, divergence)
     available = available_backends()
     wanted = override or backend
     if wanted not in (*available, "auto"):
@@ -272,15 +281,12 @@ def _select(backend: str, call: Request, override: str | None, strict: bool) -> 
         raise ValueError(
             f"{source} must be 'auto' or one of {', '.join(available)}; got {wanted!r}"
         )
-    if wanted != "auto":
-        why = obstacle(wanted, call, available)
-        if why is not None:
-            raise BackendUnavailable(wanted, *why)
-        return wanted
-    chosen, fallback = choose(call, available)
-    if fallback is not None:
-        fall_back(chosen, fallback, strict)
-    return chosen
+    if wanted == "auto":
+        return choose(call, available)
+    why = obstacle(wanted, call, available)
+    if why is not None:
+        raise BackendUnavailable(wanted, *why)
+    return wanted, None
 
 
 @functools.cache

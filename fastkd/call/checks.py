@@ -110,26 +110,48 @@ def prepare(
     _check_needs_labels(options, labels, vocabulary)
     if labels is not None:
         check_rows("labels", labels, lead, device, (torch.int64,))
-        labels = labels.contiguous()
     if mask is not None:
         check_rows("mask", mask, lead, device, (torch.bool,))
     if weight is not None:
         check_rows("weight", weight, lead, device, LOGIT_DTYPES)
     if isinstance(teacher, TopK) and teacher.renormalizes:
         mask = _with_teacher(mask, teacher, None if labels is None else options.alpha, numbers)
+    checked_call = LossCall(options, Rows(**per_row), 0, backend, reduction != "none", numbers)
+    call = with_rows(
+        checked_call, lead, device, row_dtype, labels, mask, weight, reduction, num_items
+    )
+    if vocabulary is not None and numbers is None:
+        check_values(call.rows, call.options)
+    return call
+
+
+def with_rows(
+    call: LossCall,
+    lead: torch.Size,
+    device: torch.device,
+    row_dtype: torch.dtype,
+    labels: Tensor | None,
+    mask: Tensor | None,
+    weight: Tensor | None,
+    reduction: str,
+    num_items: int | float | Tensor | None,
+) -> LossCall:
+    """The call with these rows, which have been checked, and their number; arguments are those of :func:`prepare`."""
+    options, numbers = call.options, call.numbers
+    labels = None if labels is None else labels.contiguous()
     counted, row_weight = _weights(labels, options.ignore_index, mask, weight, row_dtype)
-    count = math.prod(lead) if counted is None else counted.sum()
+    count: int | Tensor = math.prod(lead) if counted is None else counted.sum()
+    if isinstance(count, Tensor) and device.type == "cpu" and numbers is None:
+        count = int(count)  # a CPU need not wait for it, and numbers cost less than tensors
     items = _denominator(reduction, num_items, count, lead, device, row_dtype)
     if numbers is not None and num_items is None and not isinstance(items, Tensor):
         numbers = numbers._replace(num_items=items)
-    rows = Rows(labels, row_weight, **per_row)
+    rows = call.rows._replace(labels=labels, weight=row_weight)
     if isinstance(items, Tensor):
         rows = rows._replace(scale=items.reciprocal())
     else:
         options = options._replace(scale=1.0 / items)
-    if vocabulary is not None and numbers is None:
-        check_values(rows, options)
-    return LossCall(options, rows, count, backend, reduction != "none", numbers)
+    return LossCall(options, rows, count, call.backend, call.summed, numbers)
 
 
 def _with_teacher(

@@ -70,7 +70,9 @@ def readable(tensor: MaybeTensor) -> MaybeTensor:
             tensor = tensor.wait()  # the result of a collective that has not finished
     if tensor._is_zerotensor():  # stands for zeros that are not in memory
         return tensor.clone()
-    return tensor.resolve_conj().resolve_neg()
+    if tensor.is_neg() or tensor.is_conj():
+        return tensor.resolve_conj().resolve_neg()
+    return tensor
 
 
 def address(tensor: Tensor | None) -> int:
@@ -113,7 +115,7 @@ def savable(*tensors: MaybeTensor) -> tuple[MaybeTensor, ...]:
     cannot change. A compiled graph does not know how its inputs were made, so it copies every constant.
     """
     compiling = torch.compiler.is_compiling()
-    return tuple(_savable(tensor, compiling) for tensor in tensors)
+    return tuple([_savable(tensor, compiling) for tensor in tensors])
 
 
 def savable_when_compiled(*tensors: MaybeTensor) -> tuple[MaybeTensor, ...]:

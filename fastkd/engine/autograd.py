@@ -12,18 +12,11 @@ import torch
 from torch import Tensor
 
 from fastkd.backends import registry
-from fastkd.call.checks import settled
+from fastkd.call.checks import LossCall, settled
 from fastkd.call.contract import Options, Result, Rows, Want, row_dtype
-from fastkd.call.options import Numbers
 from fastkd.engine.backend import kernels_for
 from fastkd.engine.gradients import Differentiable, Loss, without_deferred
 from fastkd.engine.ops import GraphOptions, by_name, filled, made, register_gradient
-
-
-def _defers(student: Tensor, teacher: Tensor, want: Want) -> bool:
-    return (want.student_gradient and student.dtype == torch.float16) or (
-        want.teacher_gradient and teacher.dtype == torch.float16
-    )
 
 
 def _kernels(student: Tensor, teacher: Tensor, options: Options, backend: str) -> Any:
@@ -90,44 +83,19 @@ register_gradient(
 
 
 def kd_rows(
-    student: Tensor,
-    teacher: Tensor,
-    rows: Rows,
-    options: Options,
-    want: Want,
-    backend: str,
-    summed: bool,
-    numbers: Numbers | None = None,
+    student: Tensor, teacher: Tensor, call: LossCall, want: Want
 ) -> tuple[Tensor | None, ...]:
-    """(loss, distillation, cross_entropy, student_entropy); the loss, [...] or its 0-dim sum, is differentiable.
-
-    numbers: LossCall.numbers, which is None unless a graph is being compiled.
-    """
-    want = want._replace(deferred=_defers(student, teacher, want))
-    compiling = torch.compiler.is_compiling()
-    if compiling and numbers is not None and not want.inplace:
+    """(loss, distillation, cross_entropy, student_entropy); the loss, [...] or its 0-dim sum, is differentiable."""
+    options, rows, numbers = call.options, call.rows, call.numbers
+    if torch.compiler.is_compiling():
+        if numbers is None or want.inplace:  # the graph broke inside kd_loss, after the validation
+            return torch.compiler.disable(kd_rows)(student, teacher, call, want)
         graph_options = GraphOptions.of(options, want, numbers)
-        result = Result(*kd_rows_op(student, teacher, *rows, backend, *graph_options))
-        loss = result.total if summed else result.loss
+        result = Result(*kd_rows_op(student, teacher, *rows, call.backend, *graph_options))
+        loss = result.total if call.summed else result.loss
         return (loss, *(part.detach() if want.parts else None for part in result.parts))  # type: ignore[union-attr]
-    # If the graph broke inside kd_loss, only its validation, or only the code after it, was compiled.
-    broken = compiling or numbers is not None
-    run = torch.compiler.disable(_differentiable) if broken else _differentiable
-    return run(student, teacher, rows, options, want, backend, summed, numbers)
-
-
-def _differentiable(
-    student: Tensor,
-    teacher: Tensor,
-    rows: Rows,
-    options: Options,
-    want: Want,
-    backend: str,
-    summed: bool,
-    numbers: Numbers | None,
-) -> tuple[Tensor | None, ...]:
-    if numbers is not None:
+    if numbers is not None:  # only the validation was compiled
         options = settled(options.divergence, options.vocab_size, options.tail, numbers, rows)
-    kernels = _kernels(student, teacher, options, backend)
-    computation = Loss(kernels.kd_rows, options, want, summed, kernels.scale_rows_)
+    kernels = _kernels(student, teacher, options, call.backend)
+    computation = Loss(kernels.kd_rows, options, want, call.summed, kernels.scale_rows_)
     return Differentiable.apply(computation, rows, 2, student, teacher)

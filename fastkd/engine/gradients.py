@@ -17,7 +17,7 @@ retained, so an op cannot scale a saved gradient in place.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, TypeGuard
 
 import torch
 from torch import Tensor
@@ -58,15 +58,10 @@ class Loss(NamedTuple):
     scale_rows_: Callable[[Tensor, Tensor], None]
 
 
-def _is_computed(*_: Any) -> Any:
-    """A placeholder for a computation that only the forward pass runs."""
-    raise AssertionError
-
-
-def graph_is_kept() -> bool:
-    """Whether the running backward pass was asked to retain its graph; True if torch cannot tell."""
-    ask = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
-    return True if ask is None else bool(ask())
+# Whether the running backward pass was asked to retain its graph. A torch that cannot tell counts as asked.
+graph_is_kept: Callable[[], bool] = getattr(
+    torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True
+)
 
 
 def without_deferred(want: Want) -> Want:
@@ -76,11 +71,16 @@ def without_deferred(want: Want) -> Want:
     return want._replace(student_gradient=False, teacher_gradient=False, inplace=False)
 
 
+def _per_value(tensor: Tensor | None, value: Tensor) -> TypeGuard[Tensor]:
+    """Whether the tensor has an element for each element of the loss."""
+    return tensor is not None and tensor.dim() == value.dim()
+
+
 def of_kept_rows(upstream: Tensor, rows: Rows, ignore_index: int) -> Tensor:
     """The upstream gradient [...], set to 0 in dropped rows, where it may be infinite or NaN."""
-    if rows.weight is not None and rows.weight.dim() == upstream.dim():
+    if _per_value(rows.weight, upstream):
         upstream = torch.where(rows.weight == 0, 0.0, upstream)
-    if rows.labels is not None and rows.labels.dim() == upstream.dim():
+    if _per_value(rows.labels, upstream):
         upstream = torch.where(rows.labels == ignore_index, 0.0, upstream)
     return upstream
 
@@ -98,14 +98,16 @@ def scaled(
     scale_rows_: Callable[[Tensor, Tensor], None],
     gradients: Sequence[Tensor | None],
     upstream: Tensor,
-) -> tuple[Tensor | None, ...]:
+) -> list[Tensor | None]:
     """The saved gradients times upstream: scaled in place, or as copies if the graph is retained."""
-    if graph_is_kept():
-        gradients = [None if gradient is None else gradient.clone() for gradient in gradients]
+    copies = graph_is_kept()
+    results: list[Tensor | None] = []
     for gradient in gradients:
         if gradient is not None:
+            gradient = gradient.clone() if copies else gradient
             scale_rows_(gradient, upstream)
-    return tuple(gradients)
+        results.append(gradient)
+    return results
 
 
 class _Once(torch.autograd.Function):
@@ -146,51 +148,58 @@ class Differentiable(torch.autograd.Function):
         computed = loss.compute(*inputs, rows, loss.options, without_deferred(want))
         value = computed.total if loss.summed else computed.loss
         # torch raises if a saved tensor changes before the backward pass, so only what that pass reads is saved.
-        reads_rows = want.deferred or any(
-            tensor is not None and tensor.dim() == value.dim()
-            for tensor in (rows.labels, rows.weight)
-        )
-        saved = inputs if want.deferred else computed.gradients
-        ctx.save_for_backward(*savable(*(rows if reads_rows else Rows()), *saved))
+        if want.deferred:
+            saved = (*inputs, *rows)
+        elif _per_value(rows.labels, value) or _per_value(rows.weight, value):
+            saved = (*computed.gradients, *rows)
+        else:
+            saved = computed.gradients
+        ctx.save_for_backward(*savable(*saved))
         if want.inplace and not want.deferred:
             assert inputs[0] is not None
             torch.autograd.graph.increment_version(inputs[0])
         # The computation may hold tensors, so only a deferred loss keeps it.
-        ctx.loss = loss if want.deferred else loss._replace(compute=_is_computed)
+        ctx.compute = loss.compute if want.deferred else None
+        ctx.options, ctx.want, ctx.scale_rows_ = loss.options, want, loss.scale_rows_
         ctx.count = len(inputs)
         ctx.dtypes = [None if x is None else x.dtype for x in inputs[:trained]]
         ctx.set_materialize_grads(False)
-        ctx.mark_non_differentiable(*(part for part in computed.parts if part is not None))
-        return (value, *computed.parts)
+        parts = computed.parts
+        ctx.mark_non_differentiable(*[part for part in parts if part is not None])
+        return (value, *parts)
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
         """Return the saved gradients times upstream, or compute the deferred gradients with upstream inside."""
         if upstream is None:
             return (None,) * (3 + ctx.count)
-        with torch.no_grad():
+        if torch.is_grad_enabled():  # create_graph=True
+            with torch.no_grad():
+                gradients = Differentiable._gradients(ctx, upstream)
+            gradients = differentiable_once(gradients)
+        else:
             gradients = Differentiable._gradients(ctx, upstream)
         constants = ctx.count - len(gradients)
-        return (None, None, None, *differentiable_once(gradients), *(None,) * constants)
+        return (None, None, None, *gradients, *(None,) * constants)
 
     @staticmethod
-    def _gradients(ctx: Any, upstream: Tensor) -> list[Tensor | None]:
-        loss, want = ctx.loss, ctx.loss.want
-        fields = len(Rows._fields)
+    def _gradients(ctx: Any, upstream: Tensor) -> Sequence[Tensor | None]:
+        want = ctx.want
         # Read only once, because a second read raises under activation checkpointing.
         tensors = ctx.saved_tensors
-        rows, saved = Rows(*tensors[:fields]), tensors[fields:]
-        upstream = of_kept_rows(upstream, rows, loss.options.ignore_index)
+        count = ctx.count if want.deferred else len(ctx.dtypes)
+        saved, rows = tensors[:count], Rows(*tensors[count:])
+        upstream = of_kept_rows(upstream, rows, ctx.options.ignore_index)
         if want.deferred:
             # A retained graph needs the logits again, so nothing may overwrite them.
             want = want._replace(deferred=False, inplace=want.inplace and not graph_is_kept())
             rows = with_upstream(rows, upstream)
-            gradients = loss.compute(*saved, rows, loss.options, want).gradients
+            gradients = ctx.compute(*saved, rows, ctx.options, want).gradients
             if want.inplace:
                 torch.autograd.graph.increment_version(saved[0])
         else:
-            gradients = scaled(loss.scale_rows_, saved, upstream)
+            gradients = scaled(ctx.scale_rows_, saved, upstream)
         return [
-            None if gradient is None else gradient.to(dtype)
+            gradient if gradient is None or gradient.dtype == dtype else gradient.to(dtype)
             for gradient, dtype in zip(gradients, ctx.dtypes, strict=True)
         ]

@@ -590,3 +590,14 @@ def test_a_gkd_step_with_a_batch_and_a_teacher_in_inference_mode(fraction: float
     torch.testing.assert_close(
         results[2:], results[:2]
     )  # an embedding's gradient is summed in no fixed order
+
+
+def test_the_default_device_is_not_that_of_the_outputs(any_backend: str) -> None:
+    student, teacher = torch.randn(2, 3, 9)
+    expected = kd_loss(student, teacher, backend=any_backend)
+    leaf = student.clone().requires_grad_()
+    with torch.device("meta"):
+        loss = kd_loss(leaf, teacher, backend=any_backend)
+        (gradient,) = torch.autograd.grad(loss, leaf)
+    assert gradient.device == student.device
+    assert torch.equal(loss.detach(), expected)

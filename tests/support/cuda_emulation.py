@@ -172,7 +172,7 @@ def emulation(host: ModuleType, monkeypatch: pytest.MonkeyPatch) -> Iterator[Emu
     monkeypatch.setattr(cuda, "_cuda", host)
     monkeypatch.setattr(cuda, "_capability", lambda device: 0)
     monkeypatch.setattr(cuda, "_stream", lambda device: (actual.ranks, 0))
-    monkeypatch.setattr(registry, "_select", lambda backend, *others: backend)
+    monkeypatch.setattr(registry, "_select", lambda backend, *others: (backend, None))
     if PTX is None:
         yield actual
     else:
