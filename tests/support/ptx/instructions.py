@@ -640,12 +640,17 @@ def _ending(machine: Machine, instruction: Instruction, wait: Callable[[Any], No
 
 @_opcode("fence")
 def _fence(machine: Machine, instruction: Instruction) -> Operation:
-    if not instruction.has("proxy"):
+    of_proxy = instruction.has("proxy") and instruction.has("async")
+    if not of_proxy and not instruction.has("mbarrier_init"):
         return _nothing(machine, instruction)
-    if not instruction.has("async", "async__generic"):
-        return _nothing(machine, instruction)
-    clocks = machine.races.clocks
-    return Operation(instruction.text, lambda lanes: clocks.fence(np.unique(machine.warp[lanes])))
+
+    def run(lanes: Lanes) -> None:
+        warps = np.unique(machine.warp[lanes])
+        machine.barriers.fence_initializations(warps)
+        if of_proxy:
+            machine.races.clocks.fence(warps)
+
+    return Operation(instruction.text, run)
 
 
 @_opcode("mbarrier")
