@@ -306,6 +306,11 @@ FAULTS: dict[str, tuple[str, str, str, int, int]] = {
     "an initialization that is not fenced": (
         "initialization was not fenced", INIT.replace("@%p1 fence.mbarrier_init.release.cluster;", "") + COPY + WAIT,
         INIT + COPY + WAIT, 64, 1),
+    "a write that only an arrival of another lane follows": (
+        "race in shared memory",
+        f"{INIT} setp.eq.u32 %p2, %t, 1; @%p2 st.shared.b32 [memory+512], %t; {COPY} {WAIT} ld.shared.b32 %r3, [memory+512];",
+        f"{INIT} setp.eq.u32 %p2, %t, 1; @%p2 st.shared.b32 [memory+512], %t; {COPY} {WAIT} bar.sync 0;"
+        "ld.shared.b32 %r3, [memory+512];", 64, 1),
     "too many arrivals": (
         "more arrivals", f"{INIT} mbarrier.arrive.expect_tx.shared::cta.b64 _, [memory+1024], 16;",
         f"{INIT} {COPY}", 64, 1),

@@ -170,11 +170,19 @@ class Barriers:
             raise Fault("an mbarrier is used that was not initialized")
         return self._mbarriers[place]
 
-    def arrive(self, address: int, thread: int, announced: int, arrivals: int = 1) -> None:
-        """Arrive at an mbarrier, after announcing bytes that copies will bring."""
+    def arrive(
+        self, address: int, thread: int, announced: int, arrivals: int, releases: bool
+    ) -> None:
+        """Arrive at an mbarrier, after announcing bytes that copies will bring.
+
+        Without `releases`, the arrival makes nothing known that the thread's warp has written: a lane that arrives
+        alone releases its own writes only.
+        """
         place = self._place(address, np.array([thread]))
         barrier = self._mbarrier(place)
-        barrier.known = _union(barrier.known, self._clocks.released(np.array([thread // 32])))
+        if releases:
+            known = self._clocks.released(np.array([thread // 32]))
+            barrier.known = _union(barrier.known, known)
         barrier.pending -= arrivals
         barrier.bytes += announced
         self._settle(place)

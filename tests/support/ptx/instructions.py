@@ -670,6 +670,8 @@ def _mbarrier(machine: Machine, instruction: Instruction) -> Operation:
 
     def run(lanes: Lanes) -> None:
         numbers = _spread(number(lanes), lanes, machine)
+        by_warp = _by_warp(machine, lanes)
+        whole = {thread for warp, _ in by_warp if len(warp) == WARP for thread in warp.tolist()}
         for address, thread, count in zip(
             addresses(lanes), machine.numbers[lanes], numbers, strict=True
         ):
@@ -677,9 +679,9 @@ def _mbarrier(machine: Machine, instruction: Instruction) -> Operation:
                 machine.barriers.init_mbarrier(int(address), thread, int(count))
             elif instruction.has("expect_tx"):
                 arrivals = 1 if instruction.has("arrive") else 0
-                machine.barriers.arrive(int(address), thread, int(count), arrivals)
+                machine.barriers.arrive(int(address), thread, int(count), arrivals, thread in whole)
             else:
-                machine.barriers.arrive(int(address), thread, 0, int(count))
+                machine.barriers.arrive(int(address), thread, 0, int(count), thread in whole)
 
     return Operation(instruction.text, run)
 
