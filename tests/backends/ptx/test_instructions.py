@@ -31,10 +31,10 @@ def special(kind: str) -> list[int]:
         _, exponent, digits = FLOATS[kind]
         infinity = ((1 << exponent) - 1) << digits
         one = ((1 << exponent - 1) - 1) << digits
+        subnormal = [1, (1 << digits) - 1]
         positive = [
             0,
-            1,
-            (1 << digits) - 1,
+            *subnormal,
             1 << digits,
             one - 1,
             one,
@@ -45,21 +45,8 @@ def special(kind: str) -> list[int]:
         ]
         return [*positive, *(bits | 1 << exponent + digits for bits in positive)]
     bits = int(kind[1:])
-    return [
-        0,
-        1,
-        2,
-        31,
-        32,
-        33,
-        63,
-        64,
-        255,
-        (1 << bits - 1) - 1,
-        1 << bits - 1,
-        (1 << bits) - 1,
-        (1 << bits) - 2,
-    ]
+    top = 1 << bits - 1
+    return [0, 1, 2, 31, 32, 33, 63, 64, 255, top - 1, top, 2 * top - 2, 2 * top - 1]
 
 
 def operands(kinds: tuple[str, ...], seed: int = 1) -> list[Any]:
@@ -69,24 +56,15 @@ def operands(kinds: tuple[str, ...], seed: int = 1) -> list[Any]:
     corners = corners[generator.permutation(len(corners))[: THREADS // 2]]
     columns = []
     for number, kind in enumerate(kinds):
-        size = (
-            4
-            if kind.endswith("x2")
-            else FLOATS[kind][0](0).itemsize
-            if kind in FLOATS
-            else int(kind[1:]) // 8
-        )
-        of = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}[size]
-        bits = generator.integers(0, 1 << 8 * size, THREADS, dtype=np.uint64, endpoint=False) if size < 8 else (
-            generator.integers(0, 1 << 63, THREADS, dtype=np.uint64) * 2 + generator.integers(0, 2, THREADS, dtype=np.uint64)
-        )  # fmt: skip
+        size = _size(kind)
+        bits = np.frombuffer(generator.bytes(THREADS * size), f"u{size}").copy()
         if kind == "f32":  # half of them of moderate size
             bits[::2] = generator.normal(0, 4, THREADS // 2).astype(np.float32).view(np.uint32)
         values = [int(x) & ((1 << 8 * size) - 1) for x in corners[:, number]]
         if kind.endswith("x2"):
             values = [x | values[-1 - k] << 16 for k, x in enumerate(values)]
         bits[: len(values)] = values
-        columns.append(bits.astype(of))
+        columns.append(bits)
     return columns
 
 

@@ -191,7 +191,10 @@ def test_vectors_of_every_width() -> None:
 
 # Faults: (what is seen, the program that must be refused, the one that must run, threads, ranks)
 
-INIT = "setp.eq.u32 %p1, %t, 0; @%p1 mbarrier.init.shared::cta.b64 [memory+1024], 1; bar.sync 0;"
+INIT = (
+    "setp.eq.u32 %p1, %t, 0; @%p1 mbarrier.init.shared::cta.b64 [memory+1024], 1;"
+    "@%p1 fence.mbarrier_init.release.cluster; bar.sync 0;"
+)
 COPY = (
     "@%p1 mbarrier.arrive.expect_tx.shared::cta.b64 _, [memory+1024], 256;"
     "@%p1 cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [memory], [%d1], 256, [memory+1024];"
@@ -300,6 +303,14 @@ FAULTS: dict[str, tuple[str, str, str, int, int]] = {
     "an mbarrier that is not initialized": ("not initialized", "setp.eq.u32 %p1, %t, 0;" + COPY + WAIT, INIT + COPY + WAIT, 64, 1),
     "an mbarrier whose initialization is not seen": (
         "race in shared memory|not initialized", INIT.replace("bar.sync 0;", "") + COPY + WAIT, INIT + COPY + WAIT, 64, 1),
+    "an initialization that is not fenced": (
+        "initialization was not fenced", INIT.replace("@%p1 fence.mbarrier_init.release.cluster;", "") + COPY + WAIT,
+        INIT + COPY + WAIT, 64, 1),
+    "a write that only an arrival of another lane follows": (
+        "race in shared memory",
+        f"{INIT} setp.eq.u32 %p2, %t, 1; @%p2 st.shared.b32 [memory+512], %t; {COPY} {WAIT} ld.shared.b32 %r3, [memory+512];",
+        f"{INIT} setp.eq.u32 %p2, %t, 1; @%p2 st.shared.b32 [memory+512], %t; {COPY} {WAIT} bar.sync 0;"
+        "ld.shared.b32 %r3, [memory+512];", 64, 1),
     "too many arrivals": (
         "more arrivals", f"{INIT} mbarrier.arrive.expect_tx.shared::cta.b64 _, [memory+1024], 16;",
         f"{INIT} {COPY}", 64, 1),

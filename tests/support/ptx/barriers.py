@@ -27,6 +27,8 @@ class MBarrier:
 
     count: int
     column: int  # in the clocks
+    owner: int  # the warp that initialized it
+    fenced: bool = False  # whether that warp has made the initialization known to the copy engine
     pending: int = 0
     bytes: int = 0
     phase: int = 0  # completed phases
@@ -148,7 +150,14 @@ class Barriers:
     def init_mbarrier(self, address: int, thread: int, count: int) -> None:
         places, access = self._places(address, np.array([thread]))
         self._races.check(places, access)
-        self._mbarriers[int(places[0])] = MBarrier(count, self._clocks.add_column(), pending=count)
+        self._mbarriers[int(places[0])] = MBarrier(
+            count, self._clocks.add_column(), thread // 32, pending=count
+        )
+
+    def fence_initializations(self, warps: Any) -> None:
+        """Make the mbarriers that these warps have initialized known to the copy engine."""
+        for barrier in self._mbarriers.values():
+            barrier.fenced |= barrier.owner in warps
 
     def _place(self, address: int, threads: Any) -> int:
         """The place of an mbarrier whose initialization these threads see."""
@@ -161,11 +170,19 @@ class Barriers:
             raise Fault("an mbarrier is used that was not initialized")
         return self._mbarriers[place]
 
-    def arrive(self, address: int, thread: int, announced: int, arrivals: int = 1) -> None:
-        """Arrive at an mbarrier, after announcing bytes that copies will bring."""
+    def arrive(
+        self, address: int, thread: int, announced: int, arrivals: int, releases: bool
+    ) -> None:
+        """Arrive at an mbarrier, after announcing bytes that copies will bring.
+
+        Without `releases`, the arrival makes nothing known that the thread's warp has written: a lane that arrives
+        alone releases its own writes only.
+        """
         place = self._place(address, np.array([thread]))
         barrier = self._mbarrier(place)
-        barrier.known = _union(barrier.known, self._clocks.released(np.array([thread // 32])))
+        if releases:
+            known = self._clocks.released(np.array([thread // 32]))
+            barrier.known = _union(barrier.known, known)
         barrier.pending -= arrivals
         barrier.bytes += announced
         self._settle(place)
@@ -221,7 +238,10 @@ class Barriers:
         self._memory.read_for_copy(
             source, size
         )  # outside the tensors it faults here, at the instruction
-        self.copies.append(Copy(place, source, size, self._place(barrier, np.array([thread]))))
+        signal = self._place(barrier, np.array([thread]))
+        if not self._mbarrier(signal).fenced:
+            raise Fault("a bulk copy signals an mbarrier whose initialization was not fenced")
+        self.copies.append(Copy(place, source, size, signal))
 
     def land_copy(self) -> None:
         """Complete one of the copies that are under way."""

@@ -640,12 +640,17 @@ def _ending(machine: Machine, instruction: Instruction, wait: Callable[[Any], No
 
 @_opcode("fence")
 def _fence(machine: Machine, instruction: Instruction) -> Operation:
-    if not instruction.has("proxy"):
+    of_proxy = instruction.has("proxy") and instruction.has("async")
+    if not of_proxy and not instruction.has("mbarrier_init"):
         return _nothing(machine, instruction)
-    if not instruction.has("async", "async__generic"):
-        return _nothing(machine, instruction)
-    clocks = machine.races.clocks
-    return Operation(instruction.text, lambda lanes: clocks.fence(np.unique(machine.warp[lanes])))
+
+    def run(lanes: Lanes) -> None:
+        warps = np.unique(machine.warp[lanes])
+        machine.barriers.fence_initializations(warps)
+        if of_proxy:
+            machine.races.clocks.fence(warps)
+
+    return Operation(instruction.text, run)
 
 
 @_opcode("mbarrier")
@@ -665,6 +670,8 @@ def _mbarrier(machine: Machine, instruction: Instruction) -> Operation:
 
     def run(lanes: Lanes) -> None:
         numbers = _spread(number(lanes), lanes, machine)
+        by_warp = _by_warp(machine, lanes)
+        whole = {thread for warp, _ in by_warp if len(warp) == WARP for thread in warp.tolist()}
         for address, thread, count in zip(
             addresses(lanes), machine.numbers[lanes], numbers, strict=True
         ):
@@ -672,9 +679,9 @@ def _mbarrier(machine: Machine, instruction: Instruction) -> Operation:
                 machine.barriers.init_mbarrier(int(address), thread, int(count))
             elif instruction.has("expect_tx"):
                 arrivals = 1 if instruction.has("arrive") else 0
-                machine.barriers.arrive(int(address), thread, int(count), arrivals)
+                machine.barriers.arrive(int(address), thread, int(count), arrivals, thread in whole)
             else:
-                machine.barriers.arrive(int(address), thread, 0, int(count))
+                machine.barriers.arrive(int(address), thread, 0, int(count), thread in whole)
 
     return Operation(instruction.text, run)
 

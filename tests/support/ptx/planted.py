@@ -16,6 +16,7 @@ from support.ptx.program import Instruction, Program
 # Edits of a module's text, which change every instruction of a kind.
 EVERYWHERE: dict[str, Callable[[str], str]] = {
     "no fence between threads and bulk copies": lambda text: text.replace("fence.proxy.async.shared::cta;", ""),
+    "no fence after initializing mbarriers": lambda text: text.replace("fence.mbarrier_init.release.cluster;", ""),
     "16 bytes too few announced": lambda text: re.sub(
         r"(mbarrier\.arrive\.expect_tx\.shared::cta\.b64 _, \[%r\d+\], )(%r\d+);", r"sub.u32 \2, \2, 16; \1\2;", text),
     "no bytes announced": lambda text: re.sub(
