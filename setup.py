@@ -55,10 +55,12 @@ if sysconfig.get_platform().endswith("x86_64"):
     INSTRUCTION_SETS["avx2"] = ["-mavx2", "-mfma", "-mf16c"]
     INSTRUCTION_SETS["avx512"] = [*avx512, "-mfma", "-mf16c"]
 
-# The compute capabilities for which csrc/cuda is compiled. Both have thread-block clusters.
-ARCHITECTURES = (90, 100)
-NVCC = ["-O3", "-std=c++17", "--threads", "0"]
-NVCC += [f"-gencode=arch=compute_{sm}a,code=sm_{sm}a" for sm in ARCHITECTURES]
+# The compute capabilities for which csrc/cuda is compiled. The code for 10.0 also runs on 10.3, and so on. The PTX of
+# the first one is for every other device with thread-block clusters: the driver compiles it at the first use.
+ARCHITECTURES = (90, 100, 120)
+NVCC = ["-O3", "-std=c++17", "--threads", "0", "-Xfatbin=-compress-all"]
+NVCC += [f"-gencode=arch=compute_{sm},code=sm_{sm}" for sm in ARCHITECTURES]
+NVCC += [f"-gencode=arch=compute_{ARCHITECTURES[0]},code=compute_{ARCHITECTURES[0]}"]
 NVCC += ["-Xcompiler", "-fPIC,-fvisibility=hidden"]
 CUDA_SOURCES = ["csrc/cuda/kernel.cu", "csrc/cuda/module.cpp"]
 

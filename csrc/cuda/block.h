@@ -130,6 +130,7 @@ class Block {
         if (warp == 0) local = rank_parts[lane < lanes ? lane : 0];
       }
     }
+    if (warp == 0) sync_warp();  // lane 0 goes on to change the row, which the other lanes read while they merge
     return local;
   }
 

@@ -22,7 +22,7 @@ struct Call : Loss {
   int64_t sizes[DIMENSIONS] = {};  // the leading shape
   Rows student, teacher, student_gradient, teacher_gradient;
 
-  // Set by prepare (row.h): how a row is divided among a cluster, and whether its least logits are needed.
+  // Set by plan (plan.h) and prepare (row.h): how a row is divided among a cluster, whether its least logits are needed.
   int ranks = 1;            // blocks per row
   int threads = 1;          // threads per block
   int slice = 0, stage = 0;  // columns per block, and per stage of a block

@@ -13,6 +13,7 @@ FASTKD_DEVICE int64_t block_count() { return gridDim.x; }
 FASTKD_DEVICE int thread_number() { return int(threadIdx.x); }
 
 FASTKD_DEVICE void sync_block() { __syncthreads(); }
+FASTKD_DEVICE void sync_warp() { __syncwarp(); }
 
 // After cluster_wait, every thread sees what others wrote before cluster_arrive, if their warps release it.
 FASTKD_DEVICE void cluster_arrive(bool releases = true) {

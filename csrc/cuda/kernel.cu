@@ -93,24 +93,33 @@ class OnDevice {
 
 using Kernel = void (*)(Call);
 
+int attribute(cudaDeviceAttr name, int device) {
+  int value = 0;
+  check(cudaDeviceGetAttribute(&value, name, device), "cudaDeviceGetAttribute");
+  return value;
+}
+
 // The number of clusters that a device runs at a time. On the first call for a kernel, layout and device, this also
 // requests what a kernel does not get by default: more shared memory, and clusters of 16 blocks.
-int clusters_at_a_time(Kernel kernel, const cudaLaunchConfig_t& launch, int ranks, int device) {
+int clusters_at_a_time(Kernel kernel, const cudaLaunchConfig_t& launch, int ranks, int64_t shared, int device) {
   static std::mutex mutex;
   static std::map<std::tuple<Kernel, int, int, unsigned, size_t>, int> known;
   const std::lock_guard<std::mutex> lock(mutex);
-  int& clusters = known[{kernel, device, ranks, launch.blockDim.x, launch.dynamicSmemBytes}];
-  if (clusters) return clusters;
-  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(SHARED_OF_ONE)),
+  const auto key = std::make_tuple(kernel, device, ranks, launch.blockDim.x, launch.dynamicSmemBytes);
+  if (const auto found = known.find(key); found != known.end()) return found->second;
+  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared)),
         "cudaFuncSetAttribute(MaxDynamicSharedMemorySize)");
   check(cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1),
         "cudaFuncSetAttribute(NonPortableClusterSizeAllowed)");
   check(cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared),
         "cudaFuncSetAttribute(PreferredSharedMemoryCarveout)");
-  int found = 0;
-  check(cudaOccupancyMaxActiveClusters(&found, kernel, &launch), "cudaOccupancyMaxActiveClusters");
-  if (!found) throw std::runtime_error("this device runs no cluster of " + std::to_string(ranks) + " such blocks");
-  return clusters = found;
+  int clusters = 0;
+  const cudaError_t error = cudaOccupancyMaxActiveClusters(&clusters, kernel, &launch);
+  if (error == cudaErrorInvalidClusterSize)
+    cudaGetLastError(), clusters = 0;  // the device has no clusters of this size at all
+  else
+    check(error, "cudaOccupancyMaxActiveClusters");
+  return known[key] = clusters;
 }
 
 }  // namespace
@@ -119,26 +128,28 @@ void kd_rows(Call call, int device, void* stream) {
 #define FASTKD_KERNEL(name) kd_kernel<Dense<name>>,
   static constexpr Kernel kernels[] = {FASTKD_DIVERGENCES(FASTKD_KERNEL)};
 #undef FASTKD_KERNEL
-  if (!prepare(call)) throw std::runtime_error("a row is too wide for the shared memory of a cluster");
+  prepare(call);
   const OnDevice guard(device);
   if (call.rows) {
-    int multiprocessors = 0;
-    check(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device), "cudaDeviceGetAttribute");
-    widen(call, multiprocessors);
     const Kernel dense = call.shard.step == Step::statistics ? kd_kernel<DenseShard> : kernels[call.divergence];
     const Kernel kernel = call.ids ? kd_kernel<Sparse> : dense;
     cudaLaunchAttribute cluster{};
     cluster.id = cudaLaunchAttributeClusterDimension;
-    cluster.val.clusterDim.x = unsigned(call.ranks);
-    cluster.val.clusterDim.y = cluster.val.clusterDim.z = 1;
     cudaLaunchConfig_t launch{};
-    launch.blockDim = dim3(unsigned(call.threads));
-    launch.gridDim = dim3(unsigned(call.ranks));
-    launch.dynamicSmemBytes = size_t(shared_bytes(call));
     launch.stream = static_cast<cudaStream_t>(stream);
     launch.attrs = &cluster;
     launch.numAttrs = 1;
-    const int64_t clusters = clusters_at_a_time(kernel, launch, call.ranks, device);
+    const int64_t shared = attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+    const auto clusters_of = [&](const Call& call) {
+      cluster.val.clusterDim.x = unsigned(call.ranks);
+      cluster.val.clusterDim.y = cluster.val.clusterDim.z = 1;
+      launch.blockDim = dim3(unsigned(call.threads));
+      launch.gridDim = dim3(unsigned(call.ranks));
+      launch.dynamicSmemBytes = size_t(shared_bytes(call));
+      return clusters_at_a_time(kernel, launch, call.ranks, shared, device);
+    };
+    const int64_t clusters =
+        plan_for_device(call, shared, attribute(cudaDevAttrMultiProcessorCount, device), clusters_of);
     launch.gridDim = dim3(unsigned((call.rows < clusters ? call.rows : clusters) * call.ranks));
     check(cudaLaunchKernelEx(&launch, kernel, call), "launching kd_kernel");
   }
@@ -161,6 +172,13 @@ std::vector<std::string> divergences() {
 std::vector<int> architectures() {
   std::vector<int> found;
   for (const int architecture : {__CUDA_ARCH_LIST__}) found.push_back(architecture / 10);  // 900 is sm_90
+  return found;
+}
+
+Versions versions() {
+  Versions found;
+  cudaRuntimeGetVersion(&found.runtime);
+  cudaDriverGetVersion(&found.driver);  // works, unlike anything else, if the driver is too old for the runtime
   return found;
 }
 

@@ -159,7 +159,8 @@ struct Sparse {
   }
 
   FASTKD_DEVICE void start_gradients(const Slice& to) {
-    if (!to.memory) return;
+    // Two threads would store the gradient of a token that is listed twice; scatter_tail makes the row NaN.
+    if (!to.memory || block.row().tail.teacher_is_invalid) return;
     if (block.row().log_0_policy)
       token_gradients<true>(block.call, block.row(), block.place, block.slice(0), to);
     else

@@ -68,9 +68,10 @@ void scale(const Strides& sizes, const Logits& gradient, uintptr_t factor, int64
   scale_rows(call, pointer<const float>(factor), stride, device, pointer<void>(stream));
 }
 
-// (blocks per row, threads per block, columns per block), or None if a row does not fit on chip.
+// (blocks per row, threads per block, columns per block) on a device with these limits, or None if a row does not fit on
+// chip.
 py::object layout_of_a_row(int64_t vocabulary, int student_dtype, int teacher_dtype, bool sparse, int64_t rows,
-                           int64_t multiprocessors) {
+                           int64_t multiprocessors, int64_t shared) {
   Call call;
   call.rows = rows;
   static const int64_t some_id = 0;
@@ -78,7 +79,7 @@ py::object layout_of_a_row(int64_t vocabulary, int student_dtype, int teacher_dt
   call.vocabulary = vocabulary;
   call.student.dtype = static_cast<Dtype>(student_dtype);
   call.teacher.dtype = static_cast<Dtype>(teacher_dtype);
-  if (!plan(call)) return py::none();
+  if (!plan(call, shared)) return py::none();
   widen(call, multiprocessors);
   return py::make_tuple(call.ranks, call.threads, call.slice);
 }
@@ -94,10 +95,13 @@ PYBIND11_MODULE(FASTKD_MODULE, module) {
   module.def("kd_rows", &launch);
   module.def("scale_rows", &scale);
   module.def("plan", &layout_of_a_row, py::arg("vocabulary"), py::arg("student_dtype"), py::arg("teacher_dtype"), py::arg("sparse"), py::arg("rows") = 1, py::arg("multiprocessors") = 0,
-             "(blocks per row, threads per block, columns per block); None if a row does not fit on chip.");
+             py::arg("shared") = MOST_SHARED, "(blocks per row, threads per block, columns per block); None if a row does not fit on chip.");
   module.attr("OPTION_NAMES") = OPTION_NAMES;
   module.attr("STATISTICS") = STATISTICS;
   module.attr("SUMS") = SUMS;
   module.def("divergences", &divergences, "Names of the compiled definitions, by number.");
   module.def("architectures", &architectures, "Compute capabilities that have kernels, such as 90.");
+  module.def("versions", [] { return py::make_tuple(versions().runtime, versions().driver); },
+             "CUDA versions of the runtime in this build and of the driver, such as 13000; 0 without a driver.");
+  py::register_exception<DoesNotFit>(module, "DoesNotFitError");
 }

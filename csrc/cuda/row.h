@@ -23,8 +23,8 @@
 
 namespace fastkd::cuda {
 
-// Sets what depends on the whole call. False if a row is too wide to stay on chip.
-inline bool prepare(Call& call) {
+// Sets what depends on the whole call, except how a row is divided (plan.h).
+inline void prepare(Call& call) {
 #define FASTKD_USES_LOGS(name) name::gradient_uses_logs,
   constexpr bool uses_logs[] = {FASTKD_DIVERGENCES(FASTKD_USES_LOGS)};
 #undef FASTKD_USES_LOGS
@@ -33,7 +33,6 @@ inline bool prepare(Call& call) {
   if (call.shard.step == Step::results && !call.student_gradient.data && !call.teacher_gradient.data)
     call.vocabulary = 0;  // everything else is already known
   call.needs_minima = call.closed_form && (logs || call.shard.step != Step::all);
-  return plan(call);
 }
 
 }  // namespace fastkd::cuda

@@ -256,7 +256,8 @@ FASTKD_INLINE void scatter_tail(const Call& call, const RowState& row, Place pla
 #pragma unroll
       for (int k = 0; k < VECTOR; ++k) out[k] += cross_entropy_gradient(call, row, s[k], start + first + k);
     if (!row.student.identity()) transform_each(out, s, [&](V g, V z) { return g * row.student.slope(z); });
-    store(to, row.student.dtype, first, (ALL_COLUMNS >> (VECTOR - vector.n)) & ~tokens_among(bits, first), out);
+    const unsigned tokens = row.tail.teacher_is_invalid ? 0 : tokens_among(bits, first);
+    store(to, row.student.dtype, first, (ALL_COLUMNS >> (VECTOR - vector.n)) & ~tokens, out);
   });
 }
 

@@ -8,13 +8,31 @@ struct alignas(PIECE) Piece {
   uint32_t words[4];
 };
 
-// Returns 32 bits of high:low, starting at bit `from`.
-FASTKD_INLINE uint32_t funnel_shift(uint32_t low, uint32_t high, unsigned from) {
-#if defined(__CUDA_ARCH__)
-  return __funnelshift_r(low, high, from);
-#else
-  return uint32_t((uint64_t(high) << 32 | low) >> from);
-#endif
+// A word of which `low` has the upper half below, and `high` the lower half above.
+FASTKD_INLINE uint32_t middle_word(uint32_t low, uint32_t high) { return low >> 16 | high << 16; }
+
+template <class T>
+FASTKD_INLINE T read(const char* memory) {
+  FASTKD_TRACE_ACCESS(memory, int(sizeof(T)), false);
+  return *reinterpret_cast<const T*>(memory);
+}
+
+// Loads a piece of 16-bit elements from an address that is a multiple of 2. It reads no other element, because
+// neighbours may be storing theirs.
+FASTKD_INLINE Piece load_skewed(const char* from) {
+  Piece piece;
+  if (reinterpret_cast<uintptr_t>(from) % 4 == 0) {
+    for (int k = 0; k < 4; ++k) piece.words[k] = read<uint32_t>(from + 4 * k);
+    return piece;
+  }
+  const uint32_t first = read<uint16_t>(from), last = read<uint16_t>(from + 14);
+  uint32_t words[3];
+  for (int k = 0; k < 3; ++k) words[k] = read<uint32_t>(from + 2 + 4 * k);
+  piece.words[0] = first | words[0] << 16;
+  piece.words[1] = middle_word(words[0], words[1]);
+  piece.words[2] = middle_word(words[1], words[2]);
+  piece.words[3] = words[2] >> 16 | last << 16;
+  return piece;
 }
 
 FASTKD_INLINE void from_two_bf16(const Piece& piece, V (&x)[VECTOR]) {
@@ -26,32 +44,23 @@ FASTKD_INLINE void from_two_bf16(const Piece& piece, V (&x)[VECTOR]) {
 
 // Loads a vector of bf16 from a multiple of PIECE.
 FASTKD_INLINE void load_bf16(const char* shared, V (&x)[VECTOR]) {
-  FASTKD_TRACE_ACCESS(shared, PIECE, false);
-  from_two_bf16(*reinterpret_cast<const Piece*>(shared), x);
+  from_two_bf16(read<Piece>(shared), x);
 }
 
 // Loads a vector of logits. Shared memory has room for a whole vector at the end of a slice, with undefined contents.
 FASTKD_INLINE void load(const char* shared, Dtype dtype, int first, V (&x)[VECTOR]) {
   const char* from = shared + int64_t(first) * size_of_element(dtype);
-  FASTKD_TRACE_ACCESS(from, VECTOR * size_of_element(dtype), false);
   const bool skewed = skew_of(from) != 0;  // a slice keeps its row's alignment, because the copy engine needs that
   if (dtype == Dtype::f32) {
     Piece pieces[2];
     if (skewed)
-      for (int k = 0; k < VECTOR; ++k) pieces[k / 4].words[k % 4] = reinterpret_cast<const uint32_t*>(from)[k];
+      for (int k = 0; k < VECTOR; ++k) pieces[k / 4].words[k % 4] = read<uint32_t>(from + 4 * k);
     else
-      for (int k = 0; k < 2; ++k) pieces[k] = reinterpret_cast<const Piece*>(from)[k];
+      for (int k = 0; k < 2; ++k) pieces[k] = read<Piece>(from + PIECE * k);
     for (int k = 0; k < VECTOR; ++k) x[k] = as<float>(pieces[k / 4].words[k % 4]);
     return;
   }
-  Piece piece;
-  if (skewed) {
-    const uintptr_t odd = reinterpret_cast<uintptr_t>(from) % 4;
-    const auto* words = reinterpret_cast<const uint32_t*>(from - odd);
-    for (int k = 0; k < 4; ++k) piece.words[k] = funnel_shift(words[k], words[k + 1], unsigned(odd * 8));
-  } else {
-    piece = *reinterpret_cast<const Piece*>(from);
-  }
+  const Piece piece = skewed ? load_skewed(from) : read<Piece>(from);
   if (dtype == Dtype::bf16)
     from_two_bf16(piece, x);
   else

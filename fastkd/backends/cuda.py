@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fastkd import _cuda
 from fastkd.backends import native
-from fastkd.backends.registry import BackendUnavailable
+from fastkd.backends.registry import BackendUnavailable, dotted
 from fastkd.call.contract import Options, Result, Rows, ShardCall, Statistics, Want
 from fastkd.core.tensors import address, readable, unit_stride
 
@@ -42,26 +42,26 @@ def _launch(
     shared: tuple[int, ...] = (),
 ) -> None:
     """Fill the result, or run the step of a shared vocabulary that `shared` describes (fastkd.backends.native)."""
-    capability = _capability(student.device)
-    if capability not in _cuda.architectures():
+    capability, least = _capability(student.device), min(_cuda.architectures())
+    if capability < least:
         raise BackendUnavailable(
             "cuda",
-            f"{student.device} has compute capability {capability}; the kernels are built for {_cuda.architectures()}",
-            "Use backend='triton'",
-        )
-    dtypes = native.DTYPES[student.dtype], native.DTYPES[teacher.dtype]
-    if _cuda.plan(options.vocab_size, *dtypes, sparse=rows.ids is not None) is None:
-        raise BackendUnavailable(
-            "cuda",
-            f"rows of {options.vocab_size} columns do not fit into the shared memory of a cluster",
+            f"{student.device} has compute capability {dotted(capability)}; the kernels need {dotted(least)} or newer",
             "Use backend='triton'",
         )
     rows = native.readable_rows(rows)
     student, teacher = unit_stride(student), unit_stride(teacher)
-    _cuda.kd_rows(
-        *native.arguments(student, teacher, rows, options, result, shared),
-        *_stream(student.device),
-    )
+    try:
+        _cuda.kd_rows(
+            *native.arguments(student, teacher, rows, options, result, shared),
+            *_stream(student.device),
+        )
+    except _cuda.DoesNotFitError as error:
+        raise BackendUnavailable(
+            "cuda",
+            str(error),
+            "Use backend='triton', as backend='auto' does, or share the vocabulary among processes",
+        ) from None
 
 
 def kd_rows(student: Tensor, teacher: Tensor, rows: Rows, options: Options, want: Want) -> Result:

@@ -161,13 +161,46 @@ def _triton_obstacle() -> Obstacle | None:
 
 
 def _capabilities() -> set[int]:
-    """Compute capabilities of the devices that torch sees, such as 90 for an H100."""
+    """Compute capabilities of the NVIDIA devices that torch sees, such as 90 for an H100."""
+    if torch.version.hip:  # AMD's devices have numbers of their own
+        return set()
     capabilities = map(torch.cuda.get_device_capability, range(torch.cuda.device_count()))
     return {10 * major + minor for major, minor in capabilities}
 
 
-def _architectures() -> set[int]:
-    return set(importlib.import_module("fastkd._cuda").architectures())
+def least_capability() -> int:
+    """The lowest compute capability that fastkd._cuda has code for. It has PTX for all later ones."""
+    return min(importlib.import_module("fastkd._cuda").architectures())
+
+
+def dotted(capability: int) -> str:
+    """A compute capability as NVIDIA writes it: "9.0" for 90."""
+    return f"{capability // 10}.{capability % 10}"
+
+
+def _cuda_versions() -> tuple[int, int]:
+    return importlib.import_module("fastkd._cuda").versions()
+
+
+# The oldest drivers that run a major version of CUDA. Within a major version, any driver runs any runtime.
+DRIVERS = {12: 525, 13: 580}
+
+
+def _driver_obstacle() -> Obstacle | None:
+    """Whether the NVIDIA driver is too old for the CUDA runtime in fastkd._cuda. No driver is no obstacle here."""
+    runtime, driver = _cuda_versions()
+    if not driver or driver // 1000 >= runtime // 1000:
+        return None
+    runs, wants = (
+        f"CUDA {version // 1000}.{version % 1000 // 10}" for version in (driver, runtime)
+    )
+    oldest = DRIVERS.get(runtime // 1000)
+    needs = f"driver {oldest} or newer" if oldest else "a newer driver"
+    return Obstacle(
+        f"the NVIDIA driver runs up to {runs}, and fastkd._cuda was built with {wants}, which needs {needs}",
+        "Update the driver, rebuild fastkd._cuda with NVCC=<nvcc of an older CUDA, from 12.8 on>, or use "
+        "backend='triton'",
+    )
 
 
 def interpreting() -> bool:
@@ -190,6 +223,8 @@ def obstacle(
                 f"{argument} is {dtype}, and its kernels take float32, bfloat16 and float16",
                 "Convert the logits, or use backend='portable'",
             )
+    if backend == "cuda" and (too_old := _driver_obstacle()) is not None:
+        return too_old
     if backend in ("cpu", "cuda"):
         if call.device != backend:
             return Obstacle(
@@ -202,12 +237,14 @@ def obstacle(
                 f"divergence {call.divergence.name!r} is not compiled into the extension",
                 f"Add it to fastkd/divergences.py and run `make divergences`, or use backend={other!r}",
             )
-    if backend == "cuda" and not _capabilities() & _architectures():
-        return Obstacle(
-            f"the devices have compute capability {sorted(_capabilities())}; the kernels are built for "
-            f"{sorted(_architectures())}",
-            "Use backend='triton'",
-        )
+    if backend == "cuda":
+        capabilities, least = _capabilities(), least_capability()
+        if not any(capability >= least for capability in capabilities):
+            found = ", ".join(map(dotted, sorted(capabilities))) or "none (no NVIDIA device)"
+            return Obstacle(
+                f"the devices have compute capability {found}; the kernels need {dotted(least)} or newer",
+                "Use backend='triton'",
+            )
     if (
         backend == "triton"
         and call.device not in ("cuda", "xpu")

@@ -363,7 +363,7 @@ def examine(only: str | None = None) -> dict[str, Any]:
         for name in names:
             obstacles = {device: obstacle(name, device) for device in devices()}
             served = [device for device, why in obstacles.items() if why is None]
-            why = next(iter(obstacles.values()))
+            why = list(obstacles.values())[-1]  # on a machine with a GPU, why it does not run there
             if not served and why is not None:
                 not_run.append({"backend": name, "reason": why.reason, "remedy": why.remedy})
             for device in served:

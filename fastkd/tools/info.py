@@ -93,7 +93,7 @@ def _backend(name: str) -> dict[str, Any]:
     """Describe on which devices a backend runs, or if it runs on none the reason and a remedy."""
     obstacles = {device: obstacle(name, device) for device in devices()}
     served = [device for device, why in obstacles.items() if why is None]
-    why = None if served else next(iter(obstacles.values()))
+    why = None if served else list(obstacles.values())[-1]  # on a machine with a GPU, why not there
     return {
         "installed": fastkd.available_backends()[name] is None,
         "devices": served,

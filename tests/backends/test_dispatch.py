@@ -19,6 +19,7 @@ import fastkd
 from fastkd import BackendUnavailable, kd_loss
 from fastkd.backends import registry
 from fastkd.backends.registry import Obstacle, Request, choose
+from fastkd.tools import doctor, info
 
 ALL: Mapping[str, Obstacle | None] = dict.fromkeys(
     ("cpu", "triton", "cuda", "portable", "reference")
@@ -236,6 +237,8 @@ def test_a_backend_requested_by_name_runs_or_raises(
     [
         (Request("cuda", F32, BF16, KL), {90}, None),
         (Request("cuda", F32, BF16, KL), {90, 100}, None),
+        (Request("cuda", F32, BF16, KL), {103}, None),  # runs the code for 10.0
+        (Request("cuda", F32, BF16, KL), {110}, None),  # compiles the PTX
         (
             Request("cuda", F32, BF16, KL),
             {80, 90},
@@ -244,8 +247,9 @@ def test_a_backend_requested_by_name_runs_or_raises(
         (
             Request("cuda", F32, BF16, KL),
             {75, 80},
-            r"compute capability \[75, 80\].* for \[90, 100\]",
+            r"compute capability 7\.5, 8\.0; the kernels need 9\.0 or newer",
         ),
+        (Request("cuda", F32, BF16, KL), set(), "no NVIDIA device"),
         (Request("cpu", F32, F32, KL), set(), "the logits are on 'cpu'"),
         (Request("cuda", F64, F32, KL), {90}, "student_logits is torch.float64"),
         (Request("cuda", F32, F32, THEIRS), {90}, "'theirs' is not compiled"),
@@ -255,10 +259,67 @@ def test_where_the_cuda_kernels_run(
     call: Request, capabilities: set[int], reason: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(registry, "_capabilities", lambda: capabilities)
-    monkeypatch.setattr(registry, "_architectures", lambda: {90, 100})
+    monkeypatch.setattr(registry, "least_capability", lambda: 90)
+    monkeypatch.setattr(registry, "_cuda_versions", lambda: (13000, 13000))
     why = registry.obstacle("cuda", call, ALL)
     assert (why is None) == (reason is None)
     assert why is None or (re.search(reason, why.reason) and why.remedy)
+
+
+def test_amd_devices_have_no_compute_capability(monkeypatch: pytest.MonkeyPatch) -> None:
+    """ROCm's torch says (9, 4) of an MI300."""
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 4))
+    assert registry._capabilities() == set()
+    monkeypatch.setattr(torch.version, "hip", None)
+    assert registry._capabilities() == {94}
+
+
+@pytest.mark.parametrize(
+    ("runtime", "driver", "reason"),
+    [
+        (13000, 13000, None),
+        (13010, 13000, None),  # a driver runs every runtime of its major version
+        (12080, 13000, None),
+        (13000, 0, None),  # no driver
+        (13000, 12080, r"runs up to CUDA 12\.8, .* with CUDA 13\.0, which needs driver 580"),
+        (12090, 11080, r"runs up to CUDA 11\.8, .* with CUDA 12\.9, which needs driver 525"),
+        (14000, 13020, r"runs up to CUDA 13\.2, .* with CUDA 14\.0, which needs a newer driver"),
+    ],
+)
+def test_an_old_driver_is_an_obstacle(
+    runtime: int, driver: int, reason: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A call and the doctor both report it, before the kernel fails to launch."""
+    monkeypatch.setattr(registry, "_cuda_versions", lambda: (runtime, driver))
+    monkeypatch.setattr(registry, "_capabilities", lambda: {90})
+    monkeypatch.setattr(registry, "least_capability", lambda: 90)
+    monkeypatch.setattr(registry, "available_backends", lambda: ALL)
+    why = registry.obstacle("cuda", Request("cuda", F32, F32, KL), ALL)
+    assert (why is None) == (reason is None)
+    if reason is None:
+        return
+    registry._select.cache_clear()
+    with pytest.raises(fastkd.BackendUnavailable, match=reason):
+        fastkd.kd_loss(torch.zeros(1, 3), torch.zeros(1, 3), backend="cuda")
+    registry._select.cache_clear()
+    monkeypatch.setattr(doctor, "devices", lambda: ["cpu", "cuda"])
+    (skipped,) = doctor.examine("cuda")["not_run"]
+    assert re.search(reason, skipped["reason"]) and "Update the driver" in skipped["remedy"]
+
+
+def test_doctor_and_info_give_the_reason_of_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not that the kernels do not take CPU tensors."""
+    monkeypatch.setattr(registry, "_cuda_versions", lambda: (13000, 13000))
+    monkeypatch.setattr(registry, "_capabilities", lambda: {80})
+    monkeypatch.setattr(registry, "least_capability", lambda: 90)
+    monkeypatch.setattr(registry, "available_backends", lambda: ALL)
+    monkeypatch.setattr(fastkd, "available_backends", lambda: ALL)
+    monkeypatch.setattr(doctor, "devices", lambda: ["cpu", "cuda"])
+    monkeypatch.setattr(info, "devices", lambda: ["cpu", "cuda"])
+    assert "8.0" in doctor.examine("cuda")["not_run"][0]["reason"]
+    assert "8.0" in info._backend("cuda")["reason"]
 
 
 @pytest.mark.usefixtures("undecided")

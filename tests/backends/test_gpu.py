@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.accuracy import check, labels_for, logits
+from support.accuracy import assert_within, bars, check, labels_for, logits
 from support.oracles import UNNORMALIZED
 from torch import Tensor
 
@@ -91,9 +91,15 @@ def test_offsets_beyond_32_bits(on_gpu: str) -> None:
     last = _pair(2, width, dtype=torch.bfloat16)
     student[-2:], teacher[-2:] = last
     loss, gradient = _gradient(student, teacher, reduction="none", backend=on_gpu)
-    expected, expected_gradient = _gradient(*last, reduction="none", backend=on_gpu)
-    assert torch.equal(loss[-2:], expected) and torch.equal(gradient[-2:], expected_gradient)
-    assert not loss[:-2].any() and not gradient[:-2].any()
+    # Two rows alone may be spread over more programs, which sum in another order: the bar is that of float64.
+    allowed = bars(
+        *last, divergence="forward_kl", reduction="none", upstream=torch.ones(2, device=DEVICE)
+    )
+    assert_within("loss", loss[-2:], allowed.exact.loss, allowed.loss)
+    exact = allowed.exact.student_gradient
+    assert_within("gradient", gradient[-2:], exact, allowed.student_gradient)
+    # Equal rows: at most the rounding error of a product that a fused multiply-add leaves.
+    assert loss[:-2].abs().max() < 1e-9 and gradient[:-2].abs().max() < 1e-9
 
 
 @pytest.mark.parametrize("divergence", ["forward_kl", "jsd"])

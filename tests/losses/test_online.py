@@ -350,15 +350,18 @@ def test_co_distillation_is_an_ensemble_of_the_others() -> None:
 @forms
 @pytest.mark.parametrize("count", [2, 3, 4, 8])
 def test_equal_students_have_loss_0(everywhere: str, count: int, peers: str) -> None:
-    """The loss is exactly 0, since it is not computed as a difference of large sums."""
+    """The loss is not computed as a difference of large sums, so at most the rounding error of a product is left.
+
+    A GPU leaves it if it fuses the product with the following subtraction.
+    """
     one = logits(2, 40, seed=1) if everywhere == "triton" else logits(2, 5000, seed=1, spread=6.0)
     leaves = [one.clone().requires_grad_() for _ in range(count)]
     losses = mutual_loss(leaves, peers=peers, temperature=0.7, reduction="sum", backend=everywhere)
     gradients = torch.autograd.grad(sum(losses), leaves)
-    exactly = not (everywhere in ("portable", "reference") and peers == "average")
+    by_sums = everywhere in ("portable", "reference") and peers == "average"
     for loss, gradient in zip(losses, gradients, strict=True):
-        assert abs(loss.item()) <= (0.0 if exactly else 1e-6)
-        assert gradient.abs().max() <= (0.0 if exactly else 1e-8)
+        assert abs(loss.item()) <= (1e-6 if by_sums else 1e-11)
+        assert gradient.abs().max() <= (1e-8 if by_sums else 1e-14)
 
 
 # Students that differ by this distance: KL is about its square.

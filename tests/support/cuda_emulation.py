@@ -143,6 +143,10 @@ class Emulation:
         self._library = ctypes.CDLL(str(module.__file__))
         self._folder = Path(str(module.__file__)).parent
 
+    def device(self, most_ranks: int = 16, shared_kb: int = 227) -> None:
+        """From now on, the device runs no larger clusters, and its blocks have so much shared memory."""
+        self._library.fastkd_device(most_ranks, ctypes.c_int64(shared_kb << 10))
+
     def traffic(self) -> list[int]:
         """Bytes of device memory read and written since the last call."""
         if PTX is not None:
@@ -180,4 +184,5 @@ def emulation(host: ModuleType, monkeypatch: pytest.MonkeyPatch) -> Iterator[Emu
 
         with in_machine(host, module(PTX)):
             yield actual
+    actual.device()
     registry.load.cache_clear()

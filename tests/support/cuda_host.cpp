@@ -9,6 +9,12 @@
 namespace fastkd::cuda {
 namespace {
 
+// The limits of the device that is emulated.
+struct Device {
+  int most_ranks = MOST_RANKS;
+  int64_t shared = MOST_SHARED;
+} device;
+
 template <class Kind>
 void rows_of(const Call& call, char* memory) {
   run<Kind>(call, memory);
@@ -55,7 +61,8 @@ void hand_over_scale(const Call& call, const float* factors, int64_t stride) {
 }  // namespace
 
 void kd_rows(Call call, int ranks, void*) {  // a device's number serves to ask for more blocks a row than plan() takes
-  if (!prepare(call)) throw std::runtime_error("a row is too wide for the shared memory of a cluster");
+  prepare(call);
+  plan_for_device(call, device.shared, 0, [](const Call& call) { return call.ranks <= device.most_ranks; });
   if (call.ranks < ranks) spread_over(call, ranks);
 #define FASTKD_ROWS(name) rows_of<Dense<name>>,
   static constexpr void (*kernels[])(const Call&, char*) = {FASTKD_DIVERGENCES(FASTKD_ROWS)};
@@ -92,8 +99,13 @@ std::vector<std::string> divergences() {
 }
 
 std::vector<int> architectures() { return {0}; }  // what the tests say of a CPU
+Versions versions() { return {}; }
 
 }  // namespace fastkd::cuda
+
+extern "C" __attribute__((visibility("default"))) void fastkd_device(int most_ranks, int64_t shared) {
+  fastkd::cuda::device = {most_ranks, shared};
+}
 
 // Bytes of device memory read and written since the last call.
 extern "C" __attribute__((visibility("default"))) void fastkd_traffic(int64_t bytes[2]) {

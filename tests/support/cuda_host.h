@@ -25,14 +25,18 @@ struct Traffic {
   int64_t bytes[2] = {};
   const char *first = nullptr, *last = nullptr;  // shared memory
 
-  void see(const void* memory, int64_t count, bool writes) {
+  // Whether the access is to shared memory.
+  bool see(const void* memory, int64_t count, bool writes) {
     const char* at = static_cast<const char*>(memory);
-    if (at < first || at >= last) bytes[writes] += count;
+    if (at >= first && at < last) return true;
+    bytes[writes] += count;
+    return false;
   }
 };
 
 inline Traffic traffic;
-#define FASTKD_TRACE_ACCESS(memory, bytes, writes) traffic.see(memory, bytes, writes)
+inline void trace_access(const void* memory, int64_t bytes, bool writes);
+#define FASTKD_TRACE_ACCESS(memory, bytes, writes) trace_access(memory, bytes, writes)
 #define FASTKD_DEVICE inline
 
 namespace fastkd::cuda {
@@ -87,6 +91,7 @@ class Machine {
   void run(int64_t room, const std::function<void(char*)>& body) {
     room_ = (room + 127) / 128 * 128;
     memory_.assign(room_ * ranks + 128, char(0xff));
+    touched_.assign(memory_.size(), {0, NOBODY, NOBODY});
     traffic.first = memory_.data(), traffic.last = traffic.first + memory_.size();
     const int count = ranks * threads;
     while (int(fibers_.size()) < count) fibers_.push_back(std::make_unique<Fiber>());
@@ -120,12 +125,28 @@ class Machine {
     while (meeting.generation == generation) park(meeting.waiting);
   }
   void sync_block() { meet(blocks_[rank()], threads); }
+  void sync_warp() { meet(warps_[current_ / LANES], LANES); }
   void cluster_arrive() {
     fibers_[current_]->cluster_generation = cluster_.generation;
     arrive(cluster_, ranks * threads);
   }
   void cluster_wait() {
     while (cluster_.generation == fibers_[current_]->cluster_generation) park(cluster_.waiting);
+  }
+
+  // An access to logits or gradients in shared memory. Two fibers race for a byte if one writes it, and no barrier of
+  // the block is between the two accesses.
+  void touch(const char* at, int64_t count, bool writes) {
+    const unsigned epoch = blocks_[rank()].generation + cluster_.generation + 1;
+    for (int64_t i = at - memory_.data(); count-- > 0; ++i) {
+      Touched& byte = touched_[i];
+      if (byte.epoch != epoch) byte = {epoch, NOBODY, NOBODY};
+      const auto another = [&](int fiber) { return fiber != NOBODY && fiber != current_; };
+      if (another(byte.writer) || (writes && another(byte.reader)))
+        throw std::runtime_error("two threads race for byte " + std::to_string(i) + " of shared memory");
+      int& mine = writes ? byte.writer : byte.reader;
+      mine = another(mine) ? SEVERAL : current_;
+    }
   }
 
   // What a lane of this warp has, when all lanes have come.
@@ -206,7 +227,14 @@ class Machine {
   }
   static void enter();
 
+  static constexpr int NOBODY = -1, SEVERAL = -2;
+  struct Touched {
+    unsigned epoch;
+    int writer, reader;  // since the epoch began
+  };
+
   std::vector<char> memory_;
+  std::vector<Touched> touched_;  // by byte of memory_
   int64_t room_ = 0;
   std::vector<std::unique_ptr<Fiber>> fibers_;
   std::vector<Meeting> blocks_;
@@ -235,12 +263,21 @@ inline void Machine::enter() {
 }
 
 }  // namespace host
+}  // namespace fastkd::cuda
+
+inline void trace_access(const void* memory, int64_t bytes, bool writes) {
+  if (traffic.see(memory, bytes, writes))
+    fastkd::cuda::host::machine.touch(static_cast<const char*>(memory), bytes, writes);
+}
+
+namespace fastkd::cuda {
 
 inline int64_t block_number() { return host::machine.cluster * host::machine.ranks + host::machine.rank(); }
 inline int64_t block_count() { return host::machine.clusters * host::machine.ranks; }
 inline int thread_number() { return host::machine.fiber() % host::machine.threads; }
 
 inline void sync_block() { host::machine.sync_block(); }
+inline void sync_warp() { host::machine.sync_warp(); }
 inline void cluster_arrive(bool = true) { host::machine.cluster_arrive(); }
 inline void cluster_wait() { host::machine.cluster_wait(); }
 

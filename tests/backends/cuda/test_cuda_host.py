@@ -364,6 +364,35 @@ def test_a_row_that_is_too_wide(emulation: Emulation, host: ModuleType) -> None:
         fastkd.kd_loss(student, student, backend="cuda")
 
 
+def test_a_device_with_less_shared_memory(emulation: Emulation, host: ModuleType) -> None:
+    """The blocks of compute capability 12.0 have 99 KB, and two of them 49 KB each."""
+    for width, expected in ((10_000, (1, 256)), (21_000, (2, 256)), (190_000, (8, 512))):
+        blocks, threads, columns = host.plan(width, 1, 1, sparse=False, shared=99 << 10)
+        assert (blocks, threads) == expected
+        assert 4 * columns <= (99 - 6 if threads == 512 else 49 - 6) << 10
+    assert host.plan(400_000, 1, 1, sparse=False, shared=99 << 10) is None
+    emulation.device(shared_kb=9)
+    student, teacher = logits(2, 4000, seed=1), logits(2, 4000, seed=2)
+    check("cuda", student, teacher)
+    student = torch.zeros(1, 8000)
+    with pytest.raises(
+        fastkd.BackendUnavailable, match=r"8000 columns .* 16 blocks with 9 KB each"
+    ):
+        fastkd.kd_loss(student, student, backend="cuda")
+
+
+def test_a_device_without_large_clusters(emulation: Emulation) -> None:
+    """Fewer blocks hold the row if each has a multiprocessor to itself; otherwise the message gives the remedy."""
+    emulation.device(most_ranks=2)
+    student, teacher = logits(2, 30_000, seed=1), logits(2, 30_000, seed=2)
+    check("cuda", student, teacher)
+    student = torch.zeros(1, 262_144)
+    with pytest.raises(fastkd.BackendUnavailable) as caught:
+        fastkd.kd_loss(student, student, backend="cuda")
+    assert "need a cluster of 16 blocks, and the device runs none" in caught.value.reason
+    assert "Use backend='triton'" in caught.value.remedy
+
+
 # Planted faults turn the checks above red
 
 
@@ -389,12 +418,13 @@ FAULTS = {
     "a cluster that does not wait": (
         "block.h", "        cluster_arrive(warp == 0);\n        cluster_wait();\n", ""),
     "a row that is forgotten": ("block.h", "next_kept(row + ", "next_kept(row + 2 * "),
+    "a load of a neighbour's half word": ("vectors.h", "read<uint16_t>(from)", "read<uint32_t>(from - 2) >> 16"),
 }  # fmt: skip
 
 
 # Each planted fault is compiled, which takes ten seconds. These tests check the tests above, not the kernels, so one
 # fault runs by default.
-EVERY_TIME = ("a maximum that does not rescale",)
+EVERY_TIME = ("a maximum that does not rescale", "a load of a neighbour's half word")
 
 
 @pytest.mark.parametrize(
@@ -412,3 +442,4 @@ def test_a_planted_fault_is_detected(
             test_low_logits_in_whole_vectors(emulation, divergence, "many vectors of both")
             test_offsets_and_maxima_in_every_position(emulation, divergence)
         test_rows_at_any_address(emulation, torch.bfloat16, 0, 320)
+        test_rows_at_any_address(emulation, torch.bfloat16, 0, 301)

@@ -681,7 +681,8 @@ def test_equal_distributions(divergence: str) -> None:
     actual = launch(
         student, student.clone(), divergence=divergence, temperature=0.7, teacher_temperature=0.7
     )
-    tolerance = 0.0 if divergence != "jsd" else 1e-7
+    # At most the rounding error of a product is left, if a GPU fuses it with the following subtraction.
+    tolerance = 1e-11 if divergence != "jsd" else 1e-7
     for name in ("loss", "student_gradient", "teacher_gradient"):
         assert getattr(actual, name).abs().max() <= tolerance, name
 

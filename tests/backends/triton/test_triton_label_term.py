@@ -352,8 +352,9 @@ def test_equal_distributions(divergence: Divergence) -> None:
     student, _ = pair(2, 37)
     spread = {"temperature": 0.7, "teacher_temperature": 0.7}
     actual = launch(student, student.clone(), labels_of(16, 36), divergence, **spread)
+    # With dkd, nothing but the rounding error of a product is left, if a GPU fuses it with the following subtraction.
     for value in (actual.loss, actual.student_gradient, actual.teacher_gradient):
-        assert value.abs().max() <= (0.0 if divergence.name == "dkd" else 1e-6)
+        assert value.abs().max() <= (1e-11 if divergence.name == "dkd" else 1e-6)
 
 
 @however_shared
