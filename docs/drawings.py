@@ -133,7 +133,11 @@ def gains() -> Drawing:
         "PyTorch, eager": rows["eager"],
         "TRL": rows["TRL generalized_jsd_loss"],
     }
-    panels = (("Time, ms", 0), ("Extra memory, MiB", 2), ("Gradient error against float64", 4))
+    panels = (
+        ("Time, ms", 0),
+        ("Extra memory, MiB", 2),
+        ("Gradient error against float64", 4),
+    )
     y = 0.0
     for title, column in panels:
         d.title(y + 12, title)
@@ -142,7 +146,13 @@ def gains() -> Drawing:
             y += 22
             length = 240 * float(cells[column]) / largest
             d.text(96, y + 12, name, "end")
-            d.box(102, y, max(length, 1.5), 16, "gradient" if name == "fastkd" else "box")
+            d.box(
+                102,
+                y,
+                max(length, 1.5),
+                16,
+                "gradient" if name == "fastkd" else "box",
+            )
             d.text(108 + max(length, 1.5), y + 12, cells[column], colour="soft")
         y += 40
     return d
@@ -152,10 +162,20 @@ def statistics() -> Drawing:
     """The first sweep: the statistics of a block, and how two blocks are merged."""
     d = Drawing()
     d.title(12, "One row, read once, block by block")
-    for side, fill, y in (("student s", "student", 24), ("teacher t", "teacher", 52)):
+    for side, fill, y in (
+        ("student s", "student", 24),
+        ("teacher t", "teacher", 52),
+    ):
         d.text(0, y + 15, side)
         for block in range(4):
-            d.box(72 + 84 * block, y, 76, 22, fill, ("0 …", "2048 …", "4096 …", "… V-1")[block])
+            d.box(
+                72 + 84 * block,
+                y,
+                76,
+                22,
+                fill,
+                ("0 …", "2048 …", "4096 …", "… V-1")[block],
+            )
     for block in range(4):
         x = 110 + 84 * block
         d.arrow(x, 76, x, 94)
@@ -188,15 +208,25 @@ def sweeps() -> Drawing:
     """The two or three sweeps, with what each reads and writes."""
     d = Drawing()
 
-    def sweep(y: float, name: str, why: str, reads: str, back: bool, dashed: bool = False) -> None:
+    def sweep(
+        y: float, name: str, why: str, reads: str, back: bool, dashed: bool = False
+    ) -> None:
         d.title(y + 12, name)
         d.note(y + 30, why)
         d.box(0, y + 40, 190, 24, "student", "student logits", dashed)
         d.box(0, y + 68, 190, 24, "teacher", "teacher logits", dashed)
-        d.arrow(*((190, y + 102, 0, y + 102) if back else (0, y + 102, 190, y + 102)))
+        d.arrow(
+            *((190, y + 102, 0, y + 102) if back else (0, y + 102, 190, y + 102))
+        )
         d.text(95, y + 118, reads, "middle", "soft")
 
-    sweep(0, "1  statistics", "log-sum-exps, moments, the label's logit", "from memory", False)
+    sweep(
+        0,
+        "1  statistics",
+        "log-sum-exps, moments, the label's logit",
+        "from memory",
+        False,
+    )
     d.box(236, 44, 164, 40, "numbers", "a dozen numbers")
     d.arrow(192, 64, 232, 64)
     sweep(
@@ -209,7 +239,13 @@ def sweeps() -> Drawing:
     )
     d.box(236, 188, 164, 40, "numbers", "the loss, Σ g")
     d.arrow(192, 208, 232, 208)
-    sweep(288, "3  gradient", "last block first: the cache still holds it", "from cache", True)
+    sweep(
+        288,
+        "3  gradient",
+        "last block first: the cache still holds it",
+        "from cache",
+        True,
+    )
     d.box(236, 332, 164, 40, "gradient", "(g - q Σ g) / T")
     d.arrow(192, 352, 232, 352)
     d.note(428, "If the row fits in a cache, memory moves three tensors:")
@@ -232,7 +268,14 @@ def chunks() -> Drawing:
     d.text(98, 161, "the same", colour="soft")
     d.box(212, 126, 188, 44, "teacher", "teacher logits [C, V]")
     d.arrow(306, 172, 306, 196)
-    d.box(212, 198, 188, 44, "gradient", "the kernel, in place:\nG = ∂loss/∂logits [C, V]")
+    d.box(
+        212,
+        198,
+        188,
+        44,
+        "gradient",
+        "the kernel, in place:\nG = ∂loss/∂logits [C, V]",
+    )
     d.arrow(270, 244, 196, 272)
     d.arrow(330, 244, 330, 272)
     d.box(60, 276, 160, 44, "gradient", "∂hidden = G · head\nfor these C rows")
@@ -248,17 +291,38 @@ def split() -> Drawing:
     d = Drawing()
     d.title(12, "Many rows: one program a row, one launch")
     for row in range(4):
-        d.box(0, 24 + 24 * row, 400, 20, "student", f"row {row}: program {row}, all sweeps")
+        d.box(
+            0,
+            24 + 24 * row,
+            400,
+            20,
+            "student",
+            f"row {row}: program {row}, all sweeps",
+        )
     d.title(148, "Few rows: several programs a row, a launch a sweep")
     for row in range(2):
         for program in range(4):
-            d.box(101 * program, 160 + 26 * row, 97, 22, "student", f"row {row}, part {program}")
+            d.box(
+                101 * program,
+                160 + 26 * row,
+                97,
+                22,
+                "student",
+                f"row {row}, part {program}",
+            )
     for program in range(4):
         d.arrow(48 + 101 * program, 210, 48 + 101 * program, 232)
     d.box(0, 234, 400, 26, "numbers", "each stores its statistics in device memory")
     for program in range(4):
         d.arrow(48 + 101 * program, 260, 48 + 101 * program, 282)
-    d.box(0, 284, 400, 26, "numbers", "next launch: each merges all statistics, in one order")
+    d.box(
+        0,
+        284,
+        400,
+        26,
+        "numbers",
+        "next launch: each merges all statistics, in one order",
+    )
     for program in range(4):
         d.arrow(48 + 101 * program, 310, 48 + 101 * program, 332)
     for program in range(4):
@@ -310,7 +374,9 @@ def topk() -> Drawing:
     d.title(12, "A student's row, and K = 3 tokens of the teacher")
     tokens = {2, 7, 8}
     for column in range(12):
-        d.box(33.4 * column, 26, 31, 26, "teacher" if column in tokens else "student")
+        d.box(
+            33.4 * column, 26, 31, 26, "teacher" if column in tokens else "student"
+        )
     for number, column in enumerate(sorted(tokens)):
         d.arrow(33.4 * column + 15, 54, 48 + 101 * number, 92)
     d.arrow(366, 54, 351, 92)
@@ -329,10 +395,19 @@ def topk() -> Drawing:
     )
     d.arrow(100, 218, 100, 250)
     d.arrow(351, 218, 351, 250)
-    d.box(0, 252, 299, 44, "gradient", "the tokens' gradients,\nscattered to their columns")
+    d.box(
+        0,
+        252,
+        299,
+        44,
+        "gradient",
+        "the tokens' gradients,\nscattered to their columns",
+    )
     d.box(303, 252, 97, 44, "gradient", "one number\nr for the tail")
     d.arrow(351, 298, 351, 318)
-    d.box(0, 320, 400, 28, "gradient", "every other column v: r e^(z_v/T) / Σ e^(z/T)")
+    d.box(
+        0, 320, 400, 28, "gradient", "every other column v: r e^(z_v/T) / Σ e^(z/T)"
+    )
     d.note(370, "One read of the row, K gathers, one write of the gradient.")
     return d
 
@@ -353,11 +428,21 @@ def vocabulary() -> Drawing:
         d.arrow(x + 64, 148, x + 64, 168)
         d.box(x, 170, 128, 40, "numbers", "all statistics,\nin rank order")
         d.arrow(x + 64, 212, x + 64, 232)
-    d.box(0, 234, 400, 42, "box", "only without a closed form:\nall-gather of Σ φ and Σ g", True)
+    d.box(
+        0,
+        234,
+        400,
+        42,
+        "box",
+        "only without a closed form:\nall-gather of Σ φ and Σ g",
+        True,
+    )
     for rank in range(3):
         x = 136 * rank
         d.arrow(x + 64, 278, x + 64, 298)
-        d.box(x, 300, 128, 40, "gradient", "loss: same bits;\ngradient: own columns")
+        d.box(
+            x, 300, 128, 40, "gradient", "loss: same bits;\ngradient: own columns"
+        )
     d.note(362, "No exchanged tensor has the size of the vocabulary.")
     return d
 

@@ -1,8 +1,7 @@
 """Prints the memory table of docs/teachers.md as Markdown: python docs/memory_table.py."""
 
-import torch
-
 import fastkd
+import torch
 
 # (model, vocabulary, width) from the models' configurations
 MODELS = (
@@ -28,10 +27,19 @@ def main() -> None:
     for model, vocabulary, width in MODELS:
         for form in ("dense", "linear", "topk"):
             plan = fastkd.memory_plan(
-                TOKENS, vocabulary, width, teacher=form, dtype=torch.bfloat16, device="cuda"
+                TOKENS,
+                vocabulary,
+                width,
+                teacher=form,
+                dtype=torch.bfloat16,
+                device="cuda",
             )
             cells = (f"{plan.chunk_size:,}", gib(plan.peak), gib(plan.teacher))
-            first = (model, f"{vocabulary:,}", gib(plan.dense)) if form == "dense" else ("", "", "")
+            first = (
+                (model, f"{vocabulary:,}", gib(plan.dense))
+                if form == "dense"
+                else ("", "", "")
+            )
             print("| " + " | ".join((*first, form, *cells)) + " |")
 
 

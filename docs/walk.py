@@ -14,7 +14,9 @@ from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "kernels.md"
-HOP = re.compile(r"^\| `([\w/.]+):(\d+)` \| (?:`([\w.]+)`|the line) \| (.*) \|$", re.M)
+HOP = re.compile(
+    r"^\| `([\w/.]+):(\d+)` \| (?:`([\w.]+)`|the line) \| (.*) \|$", re.M
+)
 
 
 class Hop(NamedTuple):
@@ -28,11 +30,16 @@ class Hop(NamedTuple):
 
 def walks(page: str) -> dict[str, list[Hop]]:
     """The tables under "From kd_loss to the gradient", by the heading or bold name before each."""
-    section = page.partition("\n## From kd_loss to the gradient")[2].partition("\n## ")[0]
+    section = page.partition("\n## From kd_loss to the gradient")[2].partition(
+        "\n## "
+    )[0]
     parts = re.split(r"^\*\*(\w+)\.\*\*", section, flags=re.M)
     tables = zip(("eager mode", *parts[1::2]), parts[::2], strict=True)
     return {
-        name: [Hop(path, int(line), function, remark) for path, line, function, remark in rows]
+        name: [
+            Hop(path, int(line), function, remark)
+            for path, line, function, remark in rows
+        ]
         for name, text in tables
         if (rows := HOP.findall(text))
     }
@@ -41,7 +48,11 @@ def walks(page: str) -> dict[str, list[Hop]]:
 def span(path: str, function: str) -> tuple[int, str]:
     """(line, source) of a function or a class; in Python also Class.method. Raises LookupError where there is none."""
     text = (ROOT / path).read_text(encoding="utf-8")
-    found = _in_python(text, function) if path.endswith(".py") else _in_cpp(text, function)
+    found = (
+        _in_python(text, function)
+        if path.endswith(".py")
+        else _in_cpp(text, function)
+    )
     if found is None:
         raise LookupError(f"{path} has no {function}")
     return found
@@ -52,7 +63,9 @@ def _in_python(text: str, function: str) -> tuple[int, str] | None:
     for name in function.split("."):
         inside = (child for node in nodes for child in ast.walk(node))
         nodes = [
-            n for n in inside if isinstance(n, (ast.FunctionDef, ast.ClassDef)) and n.name == name
+            n
+            for n in inside
+            if isinstance(n, (ast.FunctionDef, ast.ClassDef)) and n.name == name
         ]
     if not nodes:
         return None
@@ -62,7 +75,9 @@ def _in_python(text: str, function: str) -> tuple[int, str] | None:
 
 
 def _in_cpp(text: str, function: str) -> tuple[int, str] | None:
-    for match in re.finditer(rf"^[^\n/#;=?]*\b{function}\([^;{{]*?\)[^;{{]*\{{", text, re.M):
+    for match in re.finditer(
+        rf"^[^\n/#;=?]*\b{function}\([^;{{]*?\)[^;{{]*\{{", text, re.M
+    ):
         depth, end = 1, match.end()
         while depth and end < len(text):
             depth += {"{": 1, "}": -1}.get(text[end], 0)
@@ -83,15 +98,22 @@ def current_line(hops: list[Hop], number: int) -> int:
     for line in range(start, start + body.count("\n") + 3):
         if code in text[line - 1]:
             return line
-    raise LookupError(f"{hops[number - 1].function} in {hop.path} has no line {code!r}")
+    raise LookupError(
+        f"{hops[number - 1].function} in {hop.path} has no line {code!r}"
+    )
 
 
 def numbered(page: str) -> str:
     """The page with current line numbers."""
     numbers = iter(
-        current_line(hops, number) for hops in walks(page).values() for number in range(len(hops))
+        current_line(hops, number)
+        for hops in walks(page).values()
+        for number in range(len(hops))
     )
-    return HOP.sub(lambda match: match[0].replace(f":{match[2]}`", f":{next(numbers)}`", 1), page)
+    return HOP.sub(
+        lambda match: match[0].replace(f":{match[2]}`", f":{next(numbers)}`", 1),
+        page,
+    )
 
 
 def quoted(page: str) -> str:
@@ -101,9 +123,14 @@ def quoted(page: str) -> str:
         return f"{match[1]}{span(match[2], match[3])[1]}\n```\n"
 
     return re.sub(
-        r"^(```python title=(\S+)\n)def (\w+)\(.*?^```\n", current, page, flags=re.S | re.M
+        r"^(```python title=(\S+)\n)def (\w+)\(.*?^```\n",
+        current,
+        page,
+        flags=re.S | re.M,
     )
 
 
 if __name__ == "__main__":
-    PAGE.write_text(quoted(numbered(PAGE.read_text(encoding="utf-8"))), encoding="utf-8")
+    PAGE.write_text(
+        quoted(numbered(PAGE.read_text(encoding="utf-8"))), encoding="utf-8"
+    )

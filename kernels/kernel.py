@@ -246,18 +246,22 @@ def _statistics(
 
 @triton.jit
 def _sums(row, student, teacher, statistics, excluded, degree, parameters, columns, spec):
-    """Return Statistics with the sums of phi and g of a divergence without a closed form.
+    """Return Statistics with the sums of phi, g and h of a divergence without a closed form.
 
     In the stage "sums", they are this program's partial sums, without the argmaxes.
     """
     s_gradient, t_gradient = statistics.s_argmax.gradient, statistics.t_argmax.gradient
     if spec.STAGE == "gradient":
-        phi, g = load_sums(columns.split, row, spec.LANES)
+        phi, g, h = load_sums(columns.split, row, spec.LANES)
     else:
-        phi, g = sweep_sums(student, teacher, statistics, excluded, parameters, columns, spec)
+        phi, g, h = sweep_sums(
+            student, teacher, statistics, excluded, degree, parameters, columns, spec
+        )
     if spec.FORM % 2 == 1 and spec.STAGE != "sums":
-        phi, g, s_gradient, t_gradient = add_argmaxes(phi, g, statistics, degree, parameters, spec)
-    return with_sums(statistics, phi, g, s_gradient, t_gradient)
+        phi, g, h, s_gradient, t_gradient = add_argmaxes(
+            phi, g, h, statistics, degree, parameters, spec
+        )
+    return with_sums(statistics, phi, g, h, s_gradient, t_gradient)
 
 
 @triton.jit
@@ -286,8 +290,7 @@ def _value(
     spec,
 ):
     """Store the loss of a row and its parts; return the Value that the gradient needs."""
-    phi, g, entropy = statistics.phi, statistics.g, statistics.entropy
-    h = objective.degree * phi - g
+    phi, g, h, entropy = statistics.phi, statistics.g, statistics.h, statistics.entropy
     s_norm_t1 = statistics.s_norm_t1
     s_argmax, t_argmax = statistics.s_argmax, statistics.t_argmax
     label_sums, label_weight = Sums(0.0, 0.0, 0.0), 0.0
@@ -463,7 +466,7 @@ def _compute_row(
             )  # fmt: skip
 
     if spec.STAGE == "sums":
-        store_partial_sums(columns.split, row, statistics.phi, statistics.g)
+        store_partial_sums(columns.split, row, statistics.phi, statistics.g, statistics.h)
     elif spec.STAGE != "statistics":
         if NORMALIZED:  # noqa: SIM102
             if objective.alpha is not None:

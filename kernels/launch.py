@@ -24,7 +24,7 @@ from fastkd.divergences import Divergence
 
 from .kernel import Inputs, Objective, Outputs, Side, View, kd_kernel, scale_kernel
 from .skeleton import bind, form_of
-from .split import FIELDS, LABEL_TERM_FIELDS, LANES, Device, Plan, device_of, plan, shard_plan
+from .split import FIELDS, LABEL_TERM_FIELDS, LANES, SUMS, Device, Plan, device_of, plan, shard_plan
 from .sweeps import Moments, Split, VocabShard
 from .tuning import TILES
 
@@ -364,7 +364,7 @@ def _launch_splits(launch: Launch, device: torch.device) -> None:
     num_splits, group = launch.plan
     statistics = sums = launch.empty_partials(FIELDS, device)
     if "sums" in launch.stages:
-        sums = launch.empty_partials(2, device)
+        sums = launch.empty_partials(SUMS, device)
     label_term = launch.empty_partials(LABEL_TERM_FIELDS, device) if launch.label_term else None
     compiled: dict[str, Any] = {}
     for first_row in range(0, launch.num_rows, group):
@@ -479,12 +479,12 @@ def shard_statistics(call: ShardCall) -> Statistics:
 
 
 def shard_sums(call: ShardCall) -> Tensor | None:
-    """Return the partial sums of this process's columns, 2 numbers per row and program, from all statistics."""
+    """Return the partial sums of this process's columns, SUMS numbers per row and program, from all statistics."""
     launch = call.known().kept
     if "sums" not in launch.stages:
         return None
     statistics, label_term, num_partials = _gathered_statistics(launch, call.known().gathered)
-    sums = launch.empty_partials(2, call.student.device)
+    sums = launch.empty_partials(SUMS, call.student.device)
     _launch_stage(launch, "sums", statistics, label_term, sums, num_partials)
     return sums.flatten(1)
 

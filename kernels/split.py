@@ -29,6 +29,8 @@ CENTER, COLUMNS = LABEL + 1, LABEL + 2
 FIELDS = LABEL + 3
 # Fields for divergences with a label term: the last field of Partial, and the teacher's z in the label's column.
 LABEL_TERM_FIELDS = 2
+# Partial sums of a divergence without a closed form: of phi, g and h.
+SUMS = 3
 
 # Lanes that merge a row's partial results, and the largest number of programs per row. A kernel has more lanes only if
 # more processes than this share the vocabulary.
@@ -174,11 +176,12 @@ def store_partial_center(
 
 
 @triton.jit
-def store_partial_sums(split, row, phi, g):
-    """Store the partial sums of phi and g."""
-    pointer = split.sums + row.to(tl.int64) * 2 * split.num_splits + tl.program_id(1)
+def store_partial_sums(split, row, phi, g, h, SUMS: tl.constexpr = SUMS):
+    """Store the partial sums of phi, g and h."""
+    pointer = split.sums + row.to(tl.int64) * SUMS * split.num_splits + tl.program_id(1)
     tl.store(pointer, phi)
     tl.store(pointer + split.num_splits, g)
+    tl.store(pointer + 2 * split.num_splits, h)
 
 
 @triton.jit
@@ -238,12 +241,13 @@ def load_centered_sum(
 
 
 @triton.jit
-def load_sums(split, row, LANES: tl.constexpr):
-    """Return (sum phi, sum g) over a row."""
-    index = row.to(tl.int64) * 2
+def load_sums(split, row, LANES: tl.constexpr, SUMS: tl.constexpr = SUMS):
+    """Return the sums of phi, g and h over a row."""
+    index = row.to(tl.int64) * SUMS
     phi = _load_lanes(split.sums, index, split, 0.0, LANES)
     g = _load_lanes(split.sums, index + 1, split, 0.0, LANES)
-    return tl.sum(phi, 0), tl.sum(g, 0)
+    h = _load_lanes(split.sums, index + 2, split, 0.0, LANES)
+    return tl.sum(phi, 0), tl.sum(g, 0), tl.sum(h, 0)
 
 
 @triton.jit

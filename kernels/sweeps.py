@@ -1,4 +1,4 @@
-"""The sweeps over a row: statistics, the sums of phi and g, and the gradients.
+"""The sweeps over a row: statistics, the sums of phi, g and h, and the gradients.
 
 All arithmetic is in float32. A sum over the vocabulary has one accumulator per lane of a tile, and the accumulators are
 added once, at the end. A row of 262144 columns therefore adds only a few hundred numbers in sequence.
@@ -56,7 +56,7 @@ class Split(NamedTuple):
     """How programs share rows; program_id(1) is the number of a program within its row."""
 
     statistics: Any  # float32 [rows, FIELDS, ..]: partial results that one kernel stores for the next (split.py)
-    sums: Any  # float32 [rows, 2, ..]: partial sums of phi and g
+    sums: Any  # float32 [rows, 3, ..]: partial sums of phi, g and h
     label_term: Any  # float32 [rows, LABEL_TERM_FIELDS, ..]; None if no divergence treats the label separately
     first_row: Any  # row of the kernel's first program
     num_splits: Any  # programs per row in this process
@@ -169,6 +169,7 @@ class Statistics(NamedTuple):
     log_exp_sum_ratio: Any
     phi: Any  # sum, from the closed form or from the second sweep
     g: Any  # sum, likewise
+    h: Any  # sum, likewise; only if the teacher's gradient is wanted
 
 
 class Label(NamedTuple):
@@ -319,7 +320,7 @@ def _closed_form(
     q_lost,
     NEGLIGIBLE: tl.constexpr = NEGLIGIBLE,
 ):
-    """Return (sum phi, sum g, student's gradient at its argmax, teacher's at its own), from the moments.
+    """Return (sums of phi, g and h, student's gradient at its argmax, teacher's at its own), from the moments.
 
     s_gap: the student's tempered z at the teacher's argmax, relative to the student's maximum; t_gap the reverse.
     p_lost, q_lost: the largest probability of a side where the other side's z is -inf.
@@ -329,6 +330,7 @@ def _closed_form(
     same = s_argmax.column == t_argmax.column
     phi = 0.0
     g = 0.0
+    h = 0.0
     s_gradient = 0.0
     t_gradient = 0.0
     q_others = tl.div_rn(s_argmax.exp_sum, s_exp_sum)  # probability of all columns but the argmax
@@ -339,6 +341,7 @@ def _closed_form(
         phi += moments.cross * log1p(s_argmax.exp_sum)
         phi += tl.where(p_lost >= NEGLIGIBLE, float("inf"), 0.0)
         g -= weight
+        h += phi + weight
         p_at_s_argmax = tl.div_rn(tl.exp(t_gap), t_exp_sum)
         difference = tl.where(same, p_others - q_others, tl.div_rn(1.0, s_exp_sum) - p_at_s_argmax)
         s_gradient += weight * difference
@@ -350,13 +353,14 @@ def _closed_form(
         reverse += tl.where(q_lost >= NEGLIGIBLE, float("inf"), 0.0)
         phi += moments.reverse * reverse
         g += moments.reverse * (reverse + 1.0)
+        h -= moments.reverse
         q_at_t_argmax = tl.div_rn(tl.exp(s_gap), s_exp_sum)
         gap = tl.where(t_gap == -float("inf"), 0.0, t_gap)
         mean = tl.div_rn(gap * q_others + tl.div_rn(q_moment, s_exp_sum), s_exp_sum)
         s_gradient -= moments.reverse * mean
         difference = tl.where(same, q_others - p_others, tl.div_rn(1.0, t_exp_sum) - q_at_t_argmax)
         t_gradient += moments.reverse * difference
-    return phi, g, s_gradient, t_gradient
+    return phi, g, h, s_gradient, t_gradient
 
 
 @triton.jit
@@ -661,7 +665,7 @@ def conclude(total, student, teacher, moments):
     """Return the Statistics of a row from the Partial of all its columns."""
     s_finite = finite_max(total.s_max)
     s_norm = Normalizer(s_finite, student.unit, _log_exp_sum(total.s_max, total.s_exp_sum))
-    t_norm, s_norm_t1, t_norm_t1, phi, g = s_norm, s_norm, s_norm, 0.0, 0.0
+    t_norm, s_norm_t1, t_norm_t1, phi, g, h = s_norm, s_norm, s_norm, 0.0, 0.0, 0.0
     log_ratio = LogRatio(0.0, 0.0, 1.0, student.unit, 0.0, 0.0)
     s_gradient, t_gradient, log_exp_sum_ratio = 0.0, 0.0, 0.0
     t_exp_sum, t_argmax = total.s_exp_sum, total.s_argmax
@@ -681,7 +685,7 @@ def conclude(total, student, teacher, moments):
         log_exp_sum_ratio = _log_exp_sum_ratio(total.s_exp_sum, t_exp_sum)
         log_ratio = _log_ratio_constants(s_norm, t_norm, log_exp_sum_ratio)
         if moments.forward is not None or moments.reverse is not None:
-            phi, g, s_gradient, t_gradient = _closed_form(
+            phi, g, h, s_gradient, t_gradient = _closed_form(
                 moments,
                 total.p_moment,
                 total.q_moment,
@@ -710,6 +714,7 @@ def conclude(total, student, teacher, moments):
         log_exp_sum_ratio,
         phi,
         g,
+        h,
     )
 
 
@@ -720,7 +725,7 @@ def no_statistics(s_unit):
     none = Argmax(tl.full([], -1.0, tl.float32), 0.0, 0.0, 0.0, 0.0)
     log_ratio = LogRatio(0.0, 0.0, 1.0, s_unit, 0.0, 0.0)
     return Statistics(
-        s_norm, s_norm, s_norm, s_norm, 0.0, 0.0, none, none, log_ratio, 0.0, 0.0, 0.0
+        s_norm, s_norm, s_norm, s_norm, 0.0, 0.0, none, none, log_ratio, 0.0, 0.0, 0.0, 0.0
     )
 
 
@@ -745,11 +750,12 @@ def without_softmax(statistics, s_unit, t_unit):
         0.0,
         statistics.phi,
         statistics.g,
+        statistics.h,
     )
 
 
 @triton.jit
-def with_sums(statistics, phi, g, s_gradient, t_gradient):
+def with_sums(statistics, phi, g, h, s_gradient, t_gradient):
     """Return Statistics with these sums, and with these gradients of the argmaxes."""
     s, t = statistics.s_argmax, statistics.t_argmax
     return Statistics(
@@ -765,15 +771,19 @@ def with_sums(statistics, phi, g, s_gradient, t_gradient):
         statistics.log_exp_sum_ratio,
         phi,
         g,
+        h,
     )
 
 
 @triton.jit
-def sweep_sums(student, teacher, statistics, excluded, parameters, columns, spec):
-    """Return (sum phi, sum g) of a divergence without a closed form; the argmaxes' columns are excluded."""
+def sweep_sums(student, teacher, statistics, excluded, degree, parameters, columns, spec):
+    """Return the sums of phi, g and h of a divergence without a closed form; the argmaxes' columns are excluded.
+
+    h is summed if the teacher's gradient is wanted. As degree * phi - g, its sum would cancel where p is far from q.
+    """
     lanes = tl.arange(0, spec.BLOCK_V)
     phi_sum = fold(tl.zeros([spec.BLOCK_V], tl.float32), spec.ALIGNED)
-    g_sum = phi_sum
+    g_sum, h_sum = phi_sum, phi_sum
     s_argmax = statistics.s_argmax.column.to(tl.int32) - columns.first
     t_argmax = statistics.t_argmax.column.to(tl.int32) - columns.first
     first, last = _tile_range(columns.V, columns.split, spec.BLOCK_V)
@@ -786,19 +796,22 @@ def sweep_sums(student, teacher, statistics, excluded, parameters, columns, spec
         log_q = log_probability(s, statistics.s_norm)
         log_p = log_probability(t, statistics.t_norm)
         ratio = evaluate_log_ratio(s, t, statistics.log_ratio)
-        phi, g, _ = evaluate(spec.DIVERGENCE, parameters, log_p, log_q, ratio, 0.0, spec.FORM)
+        phi, g, h = evaluate(spec.DIVERGENCE, parameters, log_p, log_q, ratio, degree, spec.FORM)
         if spec.FORM % 2 == 1:
             is_argmax = (column == s_argmax) | (column == t_argmax)
             phi = tl.where(is_argmax, 0.0, phi)
             g = tl.where(is_argmax, 0.0, g)
+            h = tl.where(is_argmax, 0.0, h)
         phi_sum += fold(phi, spec.ALIGNED)
         g_sum += fold(g, spec.ALIGNED)
-    return tl.sum(phi_sum, 0), tl.sum(g_sum, 0)
+        if teacher.side.width is not None:
+            h_sum += fold(h, spec.ALIGNED)
+    return tl.sum(phi_sum, 0), tl.sum(g_sum, 0), tl.sum(h_sum, 0)
 
 
 @triton.jit
-def add_argmaxes(phi, g, statistics, degree, parameters, spec):
-    """Add the argmaxes to the sums; return (sum phi, sum g, student's gradient at its argmax, teacher's at its own)."""
+def add_argmaxes(phi, g, h, statistics, degree, parameters, spec):
+    """Add the argmaxes to the sums of phi, g and h; return them, and the gradients of both sides at their argmaxes."""
     s_norm, t_norm = statistics.s_norm, statistics.t_norm
     s_argmax, t_argmax = statistics.s_argmax, statistics.t_argmax
     # Two lanes: the student's argmax and the teacher's.
@@ -819,12 +832,12 @@ def add_argmaxes(phi, g, statistics, degree, parameters, spec):
     phi_t = tl.sum(tl.where(is_s, 0.0, phis), 0)
     differ = s_argmax.column != t_argmax.column
     g_others = tl.where(differ, g + g_t, g)
-    h = degree * phi - g
     h_others = tl.where(differ, h + h_s, h)
     s_gradient = tl.div_rn(g_s * s_argmax.exp_sum - g_others, 1.0 + s_argmax.exp_sum)
     t_gradient = tl.div_rn(h_t * t_argmax.exp_sum - h_others, 1.0 + t_argmax.exp_sum)
     phi += phi_s
-    return tl.where(differ, phi + phi_t, phi), g_others + g_s, s_gradient, t_gradient
+    phi = tl.where(differ, phi + phi_t, phi)
+    return phi, g_others + g_s, h_others + h_t, s_gradient, t_gradient
 
 
 @triton.jit

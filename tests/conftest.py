@@ -6,6 +6,7 @@ import functools
 import importlib.util
 import inspect
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -29,6 +30,10 @@ PTX = os.environ.get("FASTKD_PTX")
 # Triton reads this when it is imported, and `import fastkd` does not import it.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1" if PTX is None else "0")
+
+# Without bytecode, each of a hundred processes that tests start would compile fastkd, and each run rewrite all tests.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+sys.dont_write_bytecode = False
 
 # A developer's settings must not decide what is tested.
 for _setting in ("FASTKD_BACKEND", "FASTKD_STRICT", "FASTKD_CHECK"):
@@ -108,23 +113,28 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
 # The slowest files, slowest first. Started last, one of them would keep one process busy after the others are done.
 LONG = (
     "test_triton_aot",
-    "test_topk",
-    "test_triton",
-    "test_autograd",
     "test_linear",
-    "test_parallel",
-    "test_online",
+    "test_triton",
+    "test_topk",
     "test_compile",
+    "test_schedules",
+    "test_sure_rows",
     "test_cli",
+    "test_numerics",
+    "test_online",
+    "test_divergences",
     "test_triton_label_term",
     "test_triton_shards",
+    "test_cache",
     "test_cuda_host",
     "test_cuda_kernels",
     "test_triton_kernels",
-    "test_loss",
-    "test_contract",
-    "test_examples",
+    "test_parallel",
+    "test_autograd",
+    "test_tensors",
     "test_install",
+    "test_shards",
+    "test_examples",
 )
 
 

@@ -51,21 +51,22 @@ void evaluate_columns(Columns& at, const float* params, float degree) {
 }
 
 struct BlockSums {
-  double phi, g;
+  double phi, g, h;  // h is 0 if no teacher's gradient is wanted
 };
 
 // Sets the lanes of two columns to 0.
-void leave_out(const int64_t* out, int i, V& phi, V& g) {
+void leave_out(const int64_t* out, int i, V& phi, V& g, V& h) {
   for (int k = 0; k < 2; ++k) {
     const int64_t lane = out[k] - i;
-    if (lane >= 0 && lane < LANES) phi[lane] = g[lane] = 0;
+    if (lane >= 0 && lane < LANES) phi[lane] = g[lane] = h[lane] = 0;
   }
 }
 
-// Sums phi and g over a block. Also stores g, perhaps over t_exp, which is not needed once g is known.
-template <class Divergence, bool LOG_0, bool NORMALIZED>
-BlockSums block_sums(const BlockView& view, int n, const float* params, float* g_out) {
-  V phi_sum{}, g_sum{}, p, q, phi, g, h;
+// Sums phi and g over a block, and h for the teacher's gradient. The sum of h as degree * phi - g would cancel where p
+// is far from q. Also stores g, perhaps over t_exp, which is not needed once g is known.
+template <class Divergence, bool LOG_0, bool NORMALIZED, bool TEACHER>
+BlockSums block_sums(const BlockView& view, int n, const float* params, float degree, float* g_out) {
+  V phi_sum{}, g_sum{}, h_sum{}, p, q, phi, g, h;
   const int whole = n / LANES * LANES;
   // Positions of the excluded columns in this block; -1 if they are in another one.
   int64_t out[2];
@@ -74,27 +75,30 @@ BlockSums block_sums(const BlockView& view, int n, const float* params, float* g
     if (out[k] >= n) out[k] = -1;
   }
   for (int start = 0; start < whole; start += STRIP) {
-    V phi_strip{}, g_strip{};
+    V phi_strip{}, g_strip{}, h_strip{};
     const int end = std::min(start + STRIP, whole);
     const bool leaves_out = (out[0] >= start && out[0] < end) || (out[1] >= start && out[1] < end);
     for (int i = start; i < end; i += LANES) {
-      evaluate<Divergence, LOG_0, NORMALIZED>(view, i, params, 0, p, q, phi, g, h);
+      evaluate<Divergence, LOG_0, NORMALIZED>(view, i, params, degree, p, q, phi, g, h);
       store(g_out + i, g);
-      if (leaves_out) leave_out(out, i, phi, g);
+      if (leaves_out) leave_out(out, i, phi, g, h);
       phi_strip += phi;
       g_strip += g;
+      if (TEACHER) h_strip += h;
     }
     phi_sum += phi_strip;
     g_sum += g_strip;
+    if (TEACHER) h_sum += h_strip;
   }
-  BlockSums sums{sum_lanes(phi_sum), sum_lanes(g_sum)};
+  BlockSums sums{sum_lanes(phi_sum), sum_lanes(g_sum), TEACHER ? sum_lanes(h_sum) : 0};
   if (whole == n) return sums;
-  evaluate<Divergence, LOG_0, NORMALIZED>(view, whole, params, 0, p, q, phi, g, h);
+  evaluate<Divergence, LOG_0, NORMALIZED>(view, whole, params, degree, p, q, phi, g, h);
   store(g_out + whole, g);
   for (int lane = 0; whole + lane < n; ++lane) {
     if (whole + lane == out[0] || whole + lane == out[1]) continue;
     sums.phi += phi[lane];
     sums.g += g[lane];
+    if (TEACHER) sums.h += h[lane];
   }
   return sums;
 }
@@ -130,10 +134,10 @@ void block_projection(const BlockView& view, int from, int to, const float*, flo
 
 constexpr GradientKernel PROJECTION[FORMS] = {block_projection<SCRATCH>, block_projection<STREAM>};
 
-// The kernels of a divergence. [1] and *_log_0 apply the policy for log 0.
+// The kernels of a divergence. [1] and *_log_0 apply the policy for log 0; sums[TEACHER][LOG_0].
 struct Kernels {
   bool uses_logs, gradient_uses_logs;
-  decltype(&block_sums<forward_kl, false, true>) sums[2];
+  decltype(&block_sums<forward_kl, false, true, false>) sums[2][2];
   GradientKernel student[FORMS], student_log_0, teacher[2];
   decltype(&evaluate_columns<forward_kl>) columns;
 };
@@ -142,7 +146,8 @@ template <class D, bool NORMALIZED>
 constexpr Kernels kernels_of() {
   return {D::uses_logs,
           D::gradient_uses_logs,
-          {block_sums<D, false, NORMALIZED>, block_sums<D, true, NORMALIZED>},
+          {{block_sums<D, false, NORMALIZED, false>, block_sums<D, true, NORMALIZED, false>},
+           {block_sums<D, false, NORMALIZED, true>, block_sums<D, true, NORMALIZED, true>}},
           {block_gradient<D, false, NORMALIZED, false, SCRATCH>, block_gradient<D, false, NORMALIZED, false, STREAM>},
           block_gradient<D, true, NORMALIZED, false, SCRATCH>,
           {block_gradient<D, false, NORMALIZED, true, SCRATCH>, block_gradient<D, true, NORMALIZED, true, SCRATCH>},

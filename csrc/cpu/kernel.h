@@ -61,7 +61,7 @@ struct MutualCall {
 
 // Numbers per row that ranks exchange if the vocabulary is divided among them: statistics with a dense teacher, with a
 // label term, with a sparse teacher; and sums.
-constexpr int64_t STATISTICS = 15, APART_STATISTICS = 17, TAIL_STATISTICS = 8, SUMS = 3;
+constexpr int64_t STATISTICS = 15, APART_STATISTICS = 17, TAIL_STATISTICS = 8, SUMS = 4;
 
 // The kernels of each instruction set, from the same source.
 #define FASTKD_DECLARE(isa)                  \

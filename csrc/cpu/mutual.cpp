@@ -13,6 +13,10 @@
 // Equal students have u = 0 and c_l = c_k, and a divergence of exactly 0. The gradient with respect to z_k / T
 // is M p_k - S.
 //
+// If a student gives one column more than 4/5 of its probability, its sum of exponentials would absorb the other
+// columns. So the logarithm is log1p of their sum. The gradient in that column, a small difference of probabilities, is
+// minus the sum of the others' gradients.
+//
 // Exponentials are kept in scratch memory if those of a row fit in the cache, else recomputed, last block first. A row
 // whose sums are not finite is computed again with the policy for log 0 (fastkd/call/log_zero.py).
 
@@ -27,6 +31,7 @@
 #include <cmath>
 #include <cstring>
 #include <limits>
+#include <utility>
 #include <vector>
 
 #pragma GCC diagnostic ignored "-Wunused-function"  // only part of the headers is used here
@@ -206,15 +211,20 @@ class MutualRow {
     separate_t1_ = call_.labels && call_.temperature != 1;
     statistics();
     if (!sweep(false)) sweep(true);
+    store_sure_gradients();
     results();
   }
 
  private:
+  static constexpr double SURE = 1.25;  // a sum of exponentials relative to the maximum: below it, one column has 4/5
+
   struct Side {
     const char* logits;
     char* gradient;  // null if not wanted
     Adjustment adjust;
     double max, log_sum, log_sum_t1;
+    int64_t sure_column;  // -1: none
+    double others;        // sum of the gradient over all other columns
   };
 
   int columns(int64_t b) const { return int(std::min<int64_t>(BLOCK, call_.vocabulary - b * BLOCK)); }
@@ -261,8 +271,47 @@ class MutualRow {
       sum += rescale_factor(side, blocks[b], softmax_) * blocks[b].exp_sum;
       if (separate_t1_) exp_sum_t1 += rescale_factor(side, blocks[b], UNTEMPERED) * blocks[b].exp_sum_t1;
     }
-    side.log_sum = std::log(sum);
-    side.log_sum_t1 = separate_t1_ ? std::log(exp_sum_t1) : side.log_sum;
+    const bool sure = sum < SURE, sure_t1 = separate_t1_ && exp_sum_t1 < SURE;
+    const int64_t top = sure || sure_t1 ? column_of_maximum(side) : -1;
+    side.sure_column = sure ? top : -1;
+    side.log_sum = sure && top >= 0 ? log_with_top(side, blocks, top, softmax_) : std::log(sum);
+    side.log_sum_t1 = side.log_sum;
+    if (!separate_t1_) return;
+    side.log_sum_t1 = sure_t1 && top >= 0 ? log_with_top(side, blocks, top, UNTEMPERED) : std::log(exp_sum_t1);
+  }
+
+  // The column of the row's maximum; -1 if there is none.
+  int64_t column_of_maximum(const Side& side) {
+    const int k = int(&side - sides_.data());
+    for (int64_t b = 0; b < blocks_; ++b) {
+      if (statistics_[k * blocks_ + b].max != side.max) continue;
+      const float* z = load(k, b);
+      for (int i = 0; i < columns(b); ++i)
+        if (z[i] == side.max) return b * BLOCK + i;
+    }
+    return -1;
+  }
+
+  // The logarithm of the sum of exponentials, as log1p of the sum over all columns but the top one.
+  double log_with_top(const Side& side, const PeerBlock* blocks, int64_t top, const Softmax& softmax) {
+    const int k = int(&side - sides_.data());
+    double rest = 0;
+    for (int64_t b = 0; b < blocks_; ++b) {
+      const bool at_t1 = separate_t1_ && &softmax == &UNTEMPERED;
+      double sum = at_t1 ? blocks[b].exp_sum_t1 : blocks[b].exp_sum;
+      if (b == top / BLOCK) {
+        const float* z = load(k, b);
+        const int n = padded(columns(b));
+        if (z != &z_[k * BLOCK]) std::copy_n(z, n, &z_[k * BLOCK]);
+        z_[k * BLOCK + top % BLOCK] = FLOOR;
+        without_top_.resize(BLOCK);
+        PeerBlock part{blocks[b].max};
+        exponentials<false>(&z_[k * BLOCK], n, softmax, side.logits, 0, without_top_.data(), part);
+        sum = part.exp_sum;
+      }
+      rest += rescale_factor(side, blocks[b], softmax) * sum;
+    }
+    return std::log1p(rest);
   }
 
   static double rescale_factor(const Side& side, const PeerBlock& block, const Softmax& softmax) {
@@ -279,6 +328,7 @@ class MutualRow {
     PeersView view{students_, peers_.data(), float(gradient), float(ce_scale), float(share),
                    out_.data(), sums_.data(), registers_.data()};
     divergence_.assign(students_, 0);
+    for (Side& side : sides_) side.others = 0;
     bool finite = true;
     for (int64_t b = blocks_ - 1; b >= 0; --b) {
       const int n = columns(b);
@@ -306,7 +356,29 @@ class MutualRow {
     for (int k = 0; k < students_; ++k) {
       float* out = &out_[k * STRIP];
       if (with_label) out[label_ - start] -= float(ce_scale);
+      if (sides_[k].sure_column >= 0) sides_[k].others += sum_without(out, n, sides_[k].sure_column - start);
       if (sides_[k].gradient) store_block(sides_[k].gradient, call_.gradients[k].dtype, start, n, out, past_cache_);
+    }
+  }
+
+  // The sum of n numbers without one of them, which may be elsewhere. It sets the padding to 0.
+  static double sum_without(float* x, int n, int64_t column) {
+    const bool here = column >= 0 && column < n;
+    const float kept = here ? std::exchange(x[column], 0.0f) : 0;
+    std::fill(x + n, x + padded(n), 0.0f);
+    V sum{};
+    for (int i = 0; i < n; i += LANES) sum += fastkd::FASTKD_ISA::load(x + i);
+    if (here) x[column] = kept;
+    return sum_lanes(sum);
+  }
+
+  // Replaces the gradient in the column that a student is sure of: the gradient of a row sums to 0.
+  void store_sure_gradients() {
+    for (int k = 0; k < students_; ++k) {
+      const Side& side = sides_[k];
+      if (side.sure_column < 0 || !side.gradient) continue;
+      alignas(64) float value[LANES] = {float(-side.others)};
+      store_block(side.gradient, call_.gradients[k].dtype, side.sure_column, 1, value, false);
     }
   }
 
@@ -361,7 +433,7 @@ class MutualRow {
   std::vector<Side> sides_;
   std::vector<PeerBlock> statistics_;
   std::vector<V> sums_, registers_;
-  std::vector<float> out_, z_, e_;
+  std::vector<float> out_, z_, e_, without_top_;
   std::vector<double> divergence_;
 };
 

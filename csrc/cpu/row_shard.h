@@ -26,18 +26,19 @@ inline void Row::sums_step(BlockScratch& scratch) {
     for (int64_t b = 0; b < blocks_; ++b) sums(b, scratch);
     if (merge_sums()) break;
   }
-  reinterpret_cast<ShardSums*>(call_.shard.sums)[row_] = {phi_, g_, double(log_0_policy_)};
+  reinterpret_cast<ShardSums*>(call_.shard.sums)[row_] = {phi_, g_, h_, double(log_0_policy_)};
 }
 
 inline void Row::results_step(BlockScratch& scratch) {
   load_partials();
   if (needs_sums()) {
-    phi_ = g_ = 0;
+    phi_ = g_ = h_ = 0;
     const auto* all = reinterpret_cast<const ShardSums*>(call_.shard.all_sums);
     for (int64_t p = 0; p < call_.shard.processes; ++p) {
       const ShardSums& part = all[p * call_.rows + row_];
       phi_ += part.phi;
       g_ += part.g;
+      h_ += part.h;
       log_0_policy_ |= part.policy != 0;
     }
   }

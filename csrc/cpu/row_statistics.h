@@ -1,4 +1,4 @@
-// The statistics of a row and the sums of phi and g: per block, and merged.
+// The statistics of a row and the sums of phi, g and h: per block, and merged.
 
 namespace {
 
@@ -85,16 +85,18 @@ inline void Row::set_row_statistics(const Merged& row) {
 
 inline void Row::sums(int64_t b, BlockScratch& scratch) {
   const bool logs = kernels_.uses_logs || log_0_policy_ || !call_.normalized;
-  sums_[b] = kernels_.sums[log_0_policy_](view(b, scratch, logs), columns(b), call_.params, g(b, scratch));
+  sums_[b] = kernels_.sums[teacher_gradient_ != nullptr][log_0_policy_](view(b, scratch, logs), columns(b),
+                                                                        call_.params, float(call_.degree), g(b, scratch));
 }
 
 inline bool Row::merge_sums() {
-  phi_ = g_ = 0;
+  phi_ = g_ = h_ = 0;
   for (const BlockSums& block : sums_) {
     phi_ += block.phi;
     g_ += block.g;
+    h_ += block.h;
   }
-  const bool finite = log_0_policy_ || std::isfinite(phi_ + g_);
+  const bool finite = log_0_policy_ || std::isfinite(phi_ + g_ + h_);
   if (whole() && finite) add_sure_columns();
   return finite;
 }
@@ -104,6 +106,7 @@ inline void Row::set_sums_from_moments() {
   const RowStatistics& row = row_statistics_;
   set_closed_form({call_.forward, call_.reverse, call_.cross}, {row.forward, row.reverse, row.cross}, row.s_log_sum,
                   row.t_log_sum, phi_, g_);
+  h_ = call_.degree * phi_ - g_;
 }
 
 // Whether some (z - max) / T is -inf. Only a temperature below 1 takes finite gaps there.

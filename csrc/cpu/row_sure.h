@@ -98,7 +98,7 @@ inline void Row::add_sure_columns() {
     at.log_ratio[k] = float((t_gap - s_gap) - (row.t_log_sum - row.s_log_sum));
   }
   kernels_.columns(at, call_.params, float(call_.degree));
-  double g = g_, h = call_.degree * phi_ - g_;  // sums over all columns but the side's own sure column
+  double g = g_, h = h_;  // sums over all columns but the side's own sure column
   const bool two = sure_column_[0] >= 0 && sure_column_[1] >= 0 && sure_column_[0] != sure_column_[1];
   if (two) {
     g += at.g[1];
@@ -107,6 +107,7 @@ inline void Row::add_sure_columns() {
   for (int k = 0; k < (two ? 2 : 1); ++k) {
     phi_ += at.phi[k];
     g_ += at.g[k];
+    h_ += at.h[k];
   }
   const SureSums& of = sure_sums_;
   if (sure_column_[0] >= 0) sure_gradient_[0] = (at.g[0] * of.s_rest - g) / of.s_exp_sum;

@@ -7,7 +7,6 @@ inline void Row::finish() {
     set_sums_from_moments();
     set_sure_gradients();
   }
-  h_ = call_.degree * phi_ - g_;
   if (has_label_term(call_)) set_label_term();
   write_value();
 }

@@ -3,7 +3,7 @@
 // A row is divided into blocks of 2048 columns and computed in three phases over its blocks:
 //
 //   statistics   maximum, sum of exponentials and moments of each block, merged in double, in block order
-//   sums         sums of phi and g if there is no closed form, merged likewise
+//   sums         sums of phi, g and h if there is no closed form, merged likewise
 //   gradient     written block by block
 //
 // The numbers of a block do not depend on the thread that computes it, so the result has the same bits for any number

@@ -37,7 +37,7 @@ struct ShardStatistics {
 static_assert(sizeof(ShardStatistics) == APART_STATISTICS * sizeof(double));
 
 struct ShardSums {
-  double phi, g;
+  double phi, g, h;
   double policy;
 };
 static_assert(sizeof(ShardSums) == SUMS * sizeof(double));

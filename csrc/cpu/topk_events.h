@@ -135,7 +135,7 @@ inline void TopKRow::compute_truncated() {
     BlockView view{};
     view.s = scratch_.s, view.t = scratch_.t, view.s_exp = scratch_.s_exp, view.t_exp = scratch_.t_exp;
     view.s_weight = view.t_weight = view.s_inverse = view.t_inverse = 1;
-    const BlockSums sums = kernels.sums[1](view, n, call_.params, scratch_.gradient);
+    const BlockSums sums = kernels.sums[false][true](view, n, call_.params, 0, scratch_.gradient);
     std::copy_n(scratch_.gradient, n, gradient_events_.data() + start);
     total.phi += sums.phi;
     total.g += sums.g;

@@ -7,7 +7,7 @@
 namespace fastkd::cuda {
 
 constexpr int DIMENSIONS = 8;
-constexpr int STATISTICS = 22, SUMS = 3;  // numbers per row that ranks exchange: shard.h
+constexpr int STATISTICS = 22, SUMS = 4;  // numbers per row that ranks exchange: shard.h
 
 // The logits or gradients of all rows: strides in elements over the leading dimensions, stride 1 over the columns.
 struct Rows {

@@ -14,16 +14,17 @@ FASTKD_INLINE void store_value(const Call& call, const RowState& row, double dis
 // Writes the value of the row, and sets what its gradients are multiplied by.
 FASTKD_PER_ROW void write_value(const Call& call, RowState& row, int rank) {
   const LabelTerm& label_term = row.label_term;
-  const double h = call.degree * row.phi - row.g + label_term.h;
+  if (call.closed_form) row.h = call.degree * row.phi - row.g;
   row.phi += label_term.phi;
   row.g += label_term.g;
+  row.h += label_term.h;
   double distillation = row.phi * temperature_factor(call, row.student.temperature);
   if (label_term.nll_weight != 0) distillation += label_term.nll_weight * label_term.nll;
   if (call.alpha == 1) row.cross_entropy = 0;
   if (rank == 0) store_value(call, row, distillation);
   const RowScales scales = row_scales(call, row.student.temperature, row.weight, label_term.nll_weight);
   row.sum_g = float(row.g);
-  row.sum_h = float(h);
+  row.sum_h = float(row.h);
   row.distillation_factor = float(scales.distillation * row.student.unit);
   row.teacher_factor = float(scales.distillation * row.teacher.unit);
   row.cross_entropy_factor = float(scales.nll * row.unit_t1);

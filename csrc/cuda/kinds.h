@@ -44,10 +44,15 @@ struct Dense {
 
   template <bool LOG_0>
   FASTKD_DEVICE Sums sums() {
-    Sums local{0, 0};
+    return wants_sum_of_h(block.call) ? sums<LOG_0, true>() : sums<LOG_0, false>();
+  }
+
+  template <bool LOG_0, bool WITH_H>
+  FASTKD_DEVICE Sums sums() {
+    Sums local{0, 0, 0};
     block.each_stage([&](Range range, int stage) {
-      add_sums<Divergence, LOG_0>(local, block.call, block.row(), block.place, range, block.slice(0).stage(stage),
-                                  block.slice(1).stage(stage));
+      add_sums<Divergence, LOG_0, WITH_H>(local, block.call, block.row(), block.place, range,
+                                          block.slice(0).stage(stage), block.slice(1).stage(stage));
     });
     return local;
   }

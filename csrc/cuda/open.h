@@ -30,6 +30,11 @@ FASTKD_PER_ROW void open_side(const Rows& rows, const Tempering& tempering, int6
 // Whether the row is opened with statistics of all vocabulary shards (shard.h).
 FASTKD_INLINE bool statistics_are_exchanged(const Call& call) { return call.shard.step >= Step::sums; }
 
+// Whether h is summed. A step of shards that only sums is launched without gradients.
+FASTKD_INLINE bool wants_sum_of_h(const Call& call) {
+  return call.teacher_gradient.data || call.shard.step == Step::sums;
+}
+
 // z of a logit in device memory.
 FASTKD_PER_ROW float z_at(const Call& call, const Rows& rows, const Side& side, int64_t row, int64_t column) {
   return side.z(load_one(row_address(call, rows, row), rows.dtype, column));
@@ -58,7 +63,7 @@ FASTKD_PER_ROW void open_row(const Call& call, int64_t index, RowState& row) {
   row.label = call.labels ? call.labels[index] : -1;
   row.weight = call.weight ? call.weight[index] : 1;
   row.with_labels = call.labels && (call.alpha < 1 || call.target == Target::label);
-  row.phi = row.g = row.cross_entropy = row.entropy = 0;
+  row.phi = row.g = row.h = row.cross_entropy = row.entropy = 0;
   row.z_label = row.t_label = row.pivot = 0;
   row.label_term = {};
   row.s_sure = row.t_sure = {false, NAN, 0, 0, 0};

@@ -7,7 +7,7 @@
 //   slice.h        copies a slice: the copy engine moves whole pieces, threads copy the edges
 //   statistics.h   computes a thread's maxima, sums of exponentials and moments; they are merged over threads and blocks
 //   finish.h       computes what follows from the statistics of the whole row
-//   sums.h         sums phi and g if there is no closed form; merged likewise
+//   sums.h         sums phi, g and h if there is no closed form; merged likewise
 //   gradient.h     writes the value and the gradient: over the logits in shared memory, or directly to device memory
 //
 // If a divergence has a label term (fastkd/divergences.py, Target), the label's column is excluded from statistics and

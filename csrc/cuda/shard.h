@@ -2,7 +2,7 @@
 // fastkd/call/contract.py names the steps. Each step is a launch:
 //
 //   statistics   stores the statistics of this shard (ShardStatistics, or SparseStatistics), and the label's z
-//   sums         opens the row with the statistics of all shards; stores this shard's sums of phi and g
+//   sums         opens the row with the statistics of all shards; stores this shard's sums of phi, g and h
 //   results      opens the row with the sums of all shards as well; writes the value, and the gradient of this shard
 #pragma once
 #include <cstddef>
@@ -118,20 +118,21 @@ FASTKD_PER_ROW void open_dense_shard(const Call& call, int64_t index, RowState& 
   if (all.s_skipped_max == all.sweep.s_max) all.sweep.t_at_s_max = -INF;
   row.statistics = all.sweep;
   if (!call.shard.all_sums) return;
-  double phi = 0, g = 0;
+  double phi = 0, g = 0, h = 0;
 #pragma unroll 1
   for (int64_t process = 0; process < call.shard.processes; ++process) {
     const double* from = call.shard.all_sums + (process * call.rows + row.row) * SUMS;
     phi += from[0];
     g += from[1];
-    row.log_0_policy |= from[2] != 0;
+    h += from[2];
+    row.log_0_policy |= from[3] != 0;
   }
-  row.sums = {float(phi), float(g)};
+  row.sums = {float(phi), float(g), float(h)};
 }
 
 FASTKD_PER_ROW void store_partial_sums(const Call& call, const RowState& row) {
   double* to = call.shard.sums + row.row * SUMS;
-  to[0] = row.phi, to[1] = row.g, to[2] = row.log_0_policy;
+  to[0] = row.phi, to[1] = row.g, to[2] = row.h, to[3] = row.log_0_policy;
 }
 
 // ---- a sparse teacher

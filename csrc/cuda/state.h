@@ -74,7 +74,7 @@ struct Statistics {
 };
 
 struct Sums {
-  float phi, g;
+  float phi, g, h;  // h is 0 if no teacher's gradient is wanted
 };
 
 // The column in which a side has more than half of its probability, if there is one (common/row_math.h).
@@ -100,7 +100,7 @@ struct RowState {
   float s_origin, t_origin, unit_ratio, log_ratio_low, log_ratio_high;
   float unit_t1, rate_t1, inverse_sum_t1, max_t1;  // the student's softmax at temperature 1, for the cross-entropy
   float teacher_unit_t1, teacher_rate_t1;
-  double phi, g;  // sums over the row
+  double phi, g, h;  // sums over the row
   double cross_entropy, entropy;
   float sum_g, sum_h;
   float distillation_factor, cross_entropy_factor, teacher_factor, uniform;  // uniform: smoothing per column

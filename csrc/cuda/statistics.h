@@ -66,7 +66,7 @@ FASTKD_INLINE Statistics merge(Statistics a, Statistics b, const RowState& row) 
   return a;
 }
 
-FASTKD_INLINE Sums merge(Sums a, Sums b, const RowState&) { return {a.phi + b.phi, a.g + b.g}; }
+FASTKD_INLINE Sums merge(Sums a, Sums b, const RowState&) { return {a.phi + b.phi, a.g + b.g, a.h + b.h}; }
 
 template <int N>
 FASTKD_INLINE float maximum_of(const V (&z)[N]) {

@@ -1,4 +1,4 @@
-// A divergence in one column, and the sums of phi and g over a row.
+// A divergence in one column, and the sums of phi, g and h over a row.
 #pragma once
 #include "finish.h"
 
@@ -73,17 +73,19 @@ FASTKD_INLINE void evaluate(const Call& call, const RowState& row, V s, V t, V& 
   evaluate_terms<Divergence, LOG_0>(call, p, q, log_p, log_q, log_ratio, phi, g, h);
 }
 
-template <class Divergence, bool LOG_0>
+// h is summed for the teacher's gradient: as degree * phi - g, its sum would cancel where p is far from q.
+template <class Divergence, bool LOG_0, bool WITH_H>
 FASTKD_INLINE void add_sums(Sums& local, const Call& call, const RowState& row, Place place, Range range,
                             const char* student, const char* teacher) {
   each_vector_without_label<!LOG_0>(call, row, place, range, student, teacher, [&](auto vector, auto& s, auto& t) {
     V p, q, phi, g, h;
-    Sums part{0, 0};
+    Sums part{0, 0, 0};
     each_column<LOG_0>(s, t, [&](int k, V s_k, V t_k) {
       evaluate<Divergence, LOG_0>(call, row, s_k, t_k, p, q, phi, g, h);
       const bool in_sums = k < vector.n && s_k != row.s_sure.z && t_k != row.t_sure.z;
       part.phi += in_sums ? phi : 0;
       part.g += in_sums ? g : 0;
+      if (WITH_H) part.h += in_sums ? h : 0;
     });
     local = merge(local, part, row);
   });
@@ -107,7 +109,7 @@ FASTKD_PER_ROW void add_sure_columns(const Call& call, RowState& row) {
   const double log_q_max = s.exists ? -s_log_sum : double(row.student.offset) + row.student.offset_low;
   const double log_p_max = t.exists ? -t_log_sum : double(row.teacher.offset) + row.teacher.offset_low;
   const bool same_column = s.exists && t.exists && s.other_gap == 0 && t.other_gap == 0;
-  double g = row.g, h = call.degree * row.phi - row.g;  // sums over all columns but the sure ones
+  double g = row.g, h = row.h;  // sums over all columns but the sure ones
   const double log_ratio = log_p_max - log_q_max;
   Terms s_terms{}, t_terms{};  // at the student's sure column; at the teacher's, if that is another one
   if (s.exists)
@@ -116,6 +118,7 @@ FASTKD_PER_ROW void add_sure_columns(const Call& call, RowState& row) {
     t_terms = sure_column_terms<Divergence>(call, log_p_max, t.other_gap + log_q_max, log_ratio - t.other_gap);
   row.phi += double(s_terms.phi) + t_terms.phi;
   row.g += double(s_terms.g) + t_terms.g;
+  row.h += double(s_terms.h) + t_terms.h;
   if (s.exists) s.gradient = float((s_terms.g * s.rest - (g + t_terms.g)) / (1 + s.rest));
   if (t.exists)
     t.gradient = float((same_column ? s_terms.h * t.rest - h : t_terms.h * t.rest - (h + s_terms.h)) / (1 + t.rest));
@@ -127,9 +130,10 @@ template <class Divergence>
 FASTKD_INLINE void finish_sums(const Call& call, RowState& row, Sums all) {
   row.phi = all.phi;
   row.g = all.g;
+  row.h = all.h;
   if (call.shard.step != Step::sums && (row.s_sure.exists || row.t_sure.exists))
     add_sure_columns<Divergence>(call, row);
-  row.finite = row.log_0_policy || finite(float(row.phi) + float(row.g));
+  row.finite = row.log_0_policy || finite(float(row.phi) + float(row.g) + float(row.h));
 }
 
 }  // namespace fastkd::cuda

@@ -190,12 +190,12 @@ FASTKD_PER_ROW EventTerms evaluate_event(const Call& call, const RowState& row, 
 
 template <bool LOG_0>
 FASTKD_INLINE Sums event_sums(const Call& call, const RowState& row, Place place, const Slice& slice) {
-  Sums local{0, 0};
+  Sums local{0, 0, 0};
   const bool with_tail = row.tail.is_event && call.tail != Tail::truncate;
   each_event(call, row, place, slice, with_tail, [&](float z, float log_p) {
     if (z == row.s_sure.z || log_p == row.t_sure.z) return;
     const EventTerms event = evaluate_event<LOG_0>(call, row, z, log_p);
-    local = merge(local, {event.phi, event.g}, row);
+    local = merge(local, {event.phi, event.g, 0}, row);
   });
   return local;
 }

@@ -21,7 +21,9 @@ class Page(HTMLParser):
         self.anchors: set[str] = set()
         self.feed(path.read_text(encoding="utf-8"))
 
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+    def handle_starttag(
+        self, tag: str, attrs: list[tuple[str, str | None]]
+    ) -> None:
         """Called for every element."""
         given = {name: value for name, value in attrs if value is not None}
         self.anchors |= {given[name] for name in ("id", "name") if name in given}
@@ -30,7 +32,11 @@ class Page(HTMLParser):
         elif tag == "link" and given.get("rel") == "canonical":
             pass
         else:
-            self.loaded += [given[name] for name in ("src", "href") if name in given and tag != "a"]
+            self.loaded += [
+                given[name]
+                for name in ("src", "href")
+                if name in given and tag != "a"
+            ]
 
 
 def problems(site: Path) -> list[str]:
@@ -47,7 +53,11 @@ def problems(site: Path) -> list[str]:
                 continue
             # 404.html is served for any address, so its links start at the root.
             root = site.resolve() if parts.path.startswith("/") else path.parent
-            goal = (root / unquote(parts.path).lstrip("/")).resolve() if parts.path else path
+            goal = (
+                (root / unquote(parts.path).lstrip("/")).resolve()
+                if parts.path
+                else path
+            )
             goal = goal / "index.html" if goal.is_dir() else goal
             if not goal.is_file():
                 found.append(f"{where}: no file {target}")

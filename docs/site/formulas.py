@@ -46,7 +46,9 @@ MATHS = re.compile(
 )
 
 
-ROLE = re.compile(r":\w+:`~?([\w.]+)`|<autoref [^>]*><code>([\w.]+)</code></autoref>")
+ROLE = re.compile(
+    r":\w+:`~?([\w.]+)`|<autoref [^>]*><code>([\w.]+)</code></autoref>"
+)
 LABEL = re.compile(r"^(\w+=)?\"\w+\"$|^\w+_\w{2,}$")
 
 
@@ -62,12 +64,16 @@ class Item(NamedTuple):
 def _lines(text: str) -> list[list[str]]:
     """The cells of each line: two spaces and more begin a new one. A name in a role is its last part."""
     text = ROLE.sub(lambda match: (match[1] or match[2]).rpartition(".")[2], text)
-    return [re.split(r" {2,}", line.strip()) for line in text.strip("\n").splitlines()]
+    return [
+        re.split(r" {2,}", line.strip()) for line in text.strip("\n").splitlines()
+    ]
 
 
 def is_formula(text: str) -> bool:
     """Whether an indented block is a formula and not code."""
-    plain = "\n".join(cell for cells in _lines(text) for cell in cells if not LABEL.match(cell))
+    plain = "\n".join(
+        cell for cells in _lines(text) for cell in cells if not LABEL.match(cell)
+    )
     return bool(MATHS.search(plain)) and not CODE.search(plain)
 
 
@@ -99,10 +105,14 @@ def block(text: str) -> str:
     """A block of formulas, one a line."""
     lines = _lines(text)
     if all(len(cells) == 1 for cells in lines):
-        rows = "".join(f'<math display="block">{_row(_items(_tokens(c[0])))}</math>' for c in lines)
+        rows = "".join(
+            f'<math display="block">{_row(_items(_tokens(c[0])))}</math>'
+            for c in lines
+        )
         return f'<div class="formula">{rows}</div>'
     rows = "".join(
-        "<tr>" + "".join(f"<td>{inline(cell)}</td>" for cell in cells) + "</tr>" for cells in lines
+        "<tr>" + "".join(f"<td>{inline(cell)}</td>" for cell in cells) + "</tr>"
+        for cells in lines
     )
     return f'<div class="formula"><table class="formula">{rows}</table></div>'
 
@@ -141,7 +151,9 @@ def _item(kind: str, text: str, tokens: list[tuple[str, str]]) -> Item:
         if tokens:
             tokens.pop(0)
         brackets = f"<mo>{text}</mo>", f"<mo>{OPEN[text]}</mo>"
-        return Item("group", f"<mrow>{brackets[0]}{inner}{brackets[1]}</mrow>", inner)
+        return Item(
+            "group", f"<mrow>{brackets[0]}{inner}{brackets[1]}</mrow>", inner
+        )
     if text in ("√", "sqrt") and tokens:
         while tokens[0][0] == "space":
             tokens.pop(0)
@@ -171,7 +183,9 @@ def _word(text: str) -> Item:
         return Item("function", f'<mi mathvariant="normal">{stem}</mi>')
     if stem in GREEK or len(stem) == 1:
         letter = f"<mi>{GREEK.get(stem, stem)}</mi>"
-        return Item("operand", f"<msup>{letter}<mo>{prime}</mo></msup>" if prime else letter)
+        return Item(
+            "operand", f"<msup>{letter}<mo>{prime}</mo></msup>" if prime else letter
+        )
     if set(stem) <= set("ab") or re.fullmatch("d[a-zA-Z]", stem):
         letters = "".join(f"<mi>{letter}</mi>" for letter in stem)
         return Item("operand", f"<mrow>{letters}</mrow>", letters)
@@ -181,8 +195,15 @@ def _word(text: str) -> Item:
 def _script(tokens: list[tuple[str, str]]) -> str:
     """An exponent or an index: one token, or what a bracket holds."""
     item = _item(*tokens.pop(0), tokens)
-    if tokens and tokens[0][0] == "word" and item.kind == "operand" and "<mn>" in item.text:
-        item = Item("operand", item.text + _item(*tokens.pop(0), tokens).text)  # d_2k
+    if (
+        tokens
+        and tokens[0][0] == "word"
+        and item.kind == "operand"
+        and "<mn>" in item.text
+    ):
+        item = Item(
+            "operand", item.text + _item(*tokens.pop(0), tokens).text
+        )  # d_2k
     return f"<mrow>{item.inner or item.text}</mrow>"
 
 
@@ -202,20 +223,27 @@ def _divide(items: list[Item], tokens: list[tuple[str, str]], spaced: bool) -> N
     if tokens[0][0] == "space":
         tokens.pop(0)
     over = items[-1]
-    applied = over.kind == "group" and len(items) > 1 and items[-2].kind == "function"
+    applied = (
+        over.kind == "group" and len(items) > 1 and items[-2].kind == "function"
+    )
     under = _item(*tokens.pop(0), tokens)
     scripts: list[Item] = [under]
     while tokens and tokens[0][1] in "^_" and len(tokens) > 1:
         tag = "msup" if tokens.pop(0)[1] == "^" else "msub"
         _attach(scripts, tag, _script(tokens))
     under = scripts[0]
-    numbers = "<mn>" in over.text and over.kind == under.kind == "operand" and not spaced
+    numbers = (
+        "<mn>" in over.text and over.kind == under.kind == "operand" and not spaced
+    )
     if not applied and (numbers or (under.kind == "group" and under.inner)):
         items.pop()
         text = f"<mfrac><mrow>{over.inner or over.text}</mrow><mrow>{under.inner or under.text}</mrow></mfrac>"
         items.append(Item("operand", text, spaced=over.spaced))
     else:
-        items += [Item("operator", '<mo lspace="0.1em" rspace="0.1em">/</mo>'), under]
+        items += [
+            Item("operator", '<mo lspace="0.1em" rspace="0.1em">/</mo>'),
+            under,
+        ]
 
 
 def _row(items: list[Item]) -> str:

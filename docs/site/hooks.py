@@ -29,7 +29,8 @@ sys.path.insert(0, str(Path(__file__).parent))
 import formulas  # noqa: E402 - mkdocs loads a hook by its path, without its folder
 
 INDENTED = re.compile(
-    r'<div class="language-text highlight"><pre><span></span><code>(.*?)</code></pre></div>', re.S
+    r'<div class="language-text highlight"><pre><span></span><code>(.*?)</code></pre></div>',
+    re.S,
 )
 LINK = re.compile(r"(\]\()([^)\s]+)(\))")
 FENCE = re.compile(r"(^```.*?^```$)", re.S | re.M)
@@ -68,7 +69,11 @@ def _of_site(path: str) -> str:
 
 def _links(markdown: str) -> list[str]:
     """Targets of links to files, as written on the page."""
-    found = (match[2] for part in FENCE.split(markdown)[::2] for match in LINK.finditer(part))
+    found = (
+        match[2]
+        for part in FENCE.split(markdown)[::2]
+        for match in LINK.finditer(part)
+    )
     return [target for target in found if not re.match(r"[a-z]+:|#", target)]
 
 
@@ -81,7 +86,11 @@ def _target(path: str, link: str) -> tuple[str, str]:
 def on_files(files: Files, config: MkDocsConfig) -> Files:
     """Adds the files outside docs/ that the navigation names or a page links to."""
     known = {file.src_uri for file in files}
-    pages = [_of_checkout(uri) for uri in (*known, *_leaves(config.nav)) if uri.endswith(".md")]
+    pages = [
+        _of_checkout(uri)
+        for uri in (*known, *_leaves(config.nav))
+        if uri.endswith(".md")
+    ]
     while pages:
         path = pages.pop()
         uri = _of_site(path)
@@ -92,7 +101,9 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
             known.add(uri)
             files.append(
                 File.generated(
-                    config, uri, content=text if path.endswith(".md") else _shown(path, text)
+                    config,
+                    uri,
+                    content=text if path.endswith(".md") else _shown(path, text),
                 )
             )
         if path.endswith(".md"):
@@ -147,7 +158,9 @@ def _without_folders(markdown: str, path: str) -> str:
 def _section(path: str, anchor: str) -> str:
     """The body of a section of a Markdown file of the checkout, with links relative to docs/."""
     text = _relinked(
-        (ROOT / path).read_text(encoding="utf-8"), path, lambda to: posixpath.relpath(to, "docs")
+        (ROOT / path).read_text(encoding="utf-8"),
+        path,
+        lambda to: posixpath.relpath(to, "docs"),
     )
     parts = re.split(r"^##+ +(.+)$", text, flags=re.M)
     for title, body in zip(parts[1::2], parts[2::2], strict=True):
@@ -163,25 +176,35 @@ def _plots(folder: str) -> str:
         raise PluginError(
             f"docs/{folder} has no plots: make bench-quick, and copy build/bench/quick-*.svg there"
         )
-    return "\n\n".join(f"![{name.replace('-', ' ')}]({folder}/{name}.svg)" for name in names)
+    return "\n\n".join(
+        f"![{name.replace('-', ' ')}]({folder}/{name}.svg)" for name in names
+    )
 
 
-def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
+def on_page_markdown(
+    markdown: str, page: Page, config: MkDocsConfig, files: Files
+) -> str:
     """Includes sections and plots, and points links to pages of the site."""
     uri = page.file.src_uri
     if uri.startswith("source/"):
         return markdown
-    markdown = TITLE.sub(r'\1"\2"', markdown)  # pages have no quotes there, which tests rely on
+    markdown = TITLE.sub(
+        r'\1"\2"', markdown
+    )  # pages have no quotes there, which tests rely on
     markdown = SECTION.sub(lambda match: _section(match[1], match[2]), markdown)
     markdown = PLOTS.sub(lambda match: _plots(match[1]), markdown)
     folder = posixpath.dirname(uri) or "."
     markdown = _without_folders(markdown, _of_checkout(uri))
     return _relinked(
-        markdown, _of_checkout(uri), lambda to: posixpath.relpath(_of_site(to), folder)
+        markdown,
+        _of_checkout(uri),
+        lambda to: posixpath.relpath(_of_site(to), folder),
     )
 
 
-def on_page_content(html: str, page: Page, config: MkDocsConfig, files: Files) -> str:
+def on_page_content(
+    html: str, page: Page, config: MkDocsConfig, files: Files
+) -> str:
     """Typesets formulas, inlines drawings so that they take the page's colours, and labels the cells of tables."""
 
     def inline(match: re.Match[str]) -> str:
@@ -195,7 +218,9 @@ def on_page_content(html: str, page: Page, config: MkDocsConfig, files: Files) -
     if page.file.src_uri.startswith("source/"):
         return html
     html = INDENTED.sub(_typeset, html)
-    return TABLE.sub(lambda match: _labelled(_with_formulas(match[0])), DRAWING.sub(inline, html))
+    return TABLE.sub(
+        lambda match: _labelled(_with_formulas(match[0])), DRAWING.sub(inline, html)
+    )
 
 
 def _typeset(match: re.Match[str]) -> str:
@@ -212,7 +237,10 @@ def _with_formulas(table: str) -> str:
     number = itertools.count()
 
     def cell(match: re.Match[str]) -> str:
-        if next(number) % len(headings) != headings.index("formula") or "<" in match[2]:
+        if (
+            next(number) % len(headings) != headings.index("formula")
+            or "<" in match[2]
+        ):
             return match[0]
         return f"{match[1]}{formulas.inline(markup.unescape(match[2]))}</td>"
 
@@ -222,7 +250,8 @@ def _with_formulas(table: str) -> str:
 def _labelled(table: str) -> str:
     """A table whose cells carry their column's heading, which a telephone shows beside each (stylesheets/site.css)."""
     headings = [
-        re.sub(r"<[^>]*>", "", text) for text in re.findall(r"<th[^>]*>(.*?)</th>", table, re.S)
+        re.sub(r"<[^>]*>", "", text)
+        for text in re.findall(r"<th[^>]*>(.*?)</th>", table, re.S)
     ]
     number = itertools.count()
 

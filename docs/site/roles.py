@@ -17,5 +17,6 @@ class Roles(griffe.Extension):
         """Called for every object that griffe finds."""
         if obj.docstring is not None:
             obj.docstring.value = ROLE.sub(
-                r'<autoref identifier="\1" optional><code>\1</code></autoref>', obj.docstring.value
+                r'<autoref identifier="\1" optional><code>\1</code></autoref>',
+                obj.docstring.value,
             )

@@ -135,7 +135,7 @@ def shard_statistics(call: ShardCall) -> Statistics:
 
 
 def shard_sums(call: ShardCall) -> Tensor | None:
-    """Compute the sums over this process's columns, given the statistics of all: 3 numbers per row in float64."""
+    """Compute the sums over this process's columns, given the statistics of all: 4 numbers per row in float64."""
     return native.sums_step(_launch, _C.SUMS, call)
 
 

@@ -1455,7 +1455,7 @@ def shard_statistics(call: ShardCall) -> Statistics:
 
 
 def shard_sums(call: ShardCall) -> Tensor | None:
-    """Compute 3 sums per row over this process's columns, in float64, given the statistics of all processes."""
+    """Compute 4 sums per row over this process's columns, in float64, given the statistics of all processes."""
     pieces = [reference.shard_sums(piece) for _, piece in _shard_pieces(call)]
     return torch.cat([sums for sums in pieces if sums is not None])
 

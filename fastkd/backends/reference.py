@@ -329,13 +329,14 @@ class _Sums(NamedTuple):
 
     phi: Tensor
     g: Tensor
+    h: Tensor
     entropy: Tensor
 
 
 def _sums(terms: _Terms) -> _Sums:
     q = terms.q
     entropy = -torch.where(q.probabilities == 0, 0.0, q.probabilities * q.logs).sum(-1)
-    return _Sums(terms.phi.sum(-1), terms.g.sum(-1), entropy)
+    return _Sums(terms.phi.sum(-1), terms.g.sum(-1), terms.h.sum(-1), entropy)
 
 
 class _Sweeps(NamedTuple):
@@ -364,7 +365,7 @@ def _sums_with_label(sweeps: _Sweeps) -> _Sums:
     sums, label = sweeps.sums, sweeps.label
     if label is not None:
         entropy = label.entropy + label.others_probability * sums.entropy
-        sums = _Sums(sums.phi + label.phi, sums.g + label.g, entropy)
+        sums = _Sums(sums.phi + label.phi, sums.g + label.g, sums.h + label.h, entropy)
     return _Sums(*(value.to(sweeps.s.z.dtype) for value in sums))
 
 
@@ -471,16 +472,12 @@ def _student_gradient(
     return gradient * s.slope
 
 
-def _teacher_gradient(sweeps: _Sweeps, options: Options) -> Tensor:
+def _teacher_gradient(sweeps: _Sweeps, sums: _Sums, options: Options) -> Tensor:
     """The gradient of each row's unweighted loss with respect to the teacher's logits."""
-    t, terms, sums, label = sweeps.t, sweeps.terms, sweeps.sums, sweeps.label
-    divergence, alpha = options.divergence, options.alpha
-    assert divergence.degree is not None  # validated
+    t, terms, label, alpha = sweeps.t, sweeps.terms, sweeps.label, options.alpha
     gradient = torch.zeros_like(t.z)
     if alpha:
-        total = divergence.degree * sums.phi - sums.g if divergence.normalized else None
-        if label is not None and total is not None:
-            total = total + label.h
+        total = sums.h if options.divergence.normalized else None
         gradient = _project(terms.h, terms.p.probabilities, total)
         if label is not None and t.is_label is not None:
             gradient = torch.where(t.is_label, label.h.unsqueeze(-1), gradient)
@@ -519,7 +516,7 @@ def _results(
         gradient = _student_gradient(sweeps, sums, losses, rows, options)
         student_gradient = finish(gradient, student)
     if want.teacher_gradient:
-        teacher_gradient = finish(_teacher_gradient(sweeps, options), teacher)
+        teacher_gradient = finish(_teacher_gradient(sweeps, sums, options), teacher)
     if want.inplace and student_gradient is not None:
         student_gradient = student.copy_(student_gradient)
 
@@ -554,7 +551,7 @@ def shard_statistics(call: ShardCall) -> Statistics:
 
 
 def shard_sums(call: ShardCall) -> Tensor | None:
-    """Compute the sums over this process's columns, given the statistics of all: 3 numbers per row in float64."""
+    """Compute the sums over this process's columns, given the statistics of all: 4 numbers per row in float64."""
     s, t = _sides(call.student, call.teacher, call.rows, call.options)
     statistics = _merged_statistics(call.known(), call.student)
     terms = _terms(s, t, statistics, call.options.divergence)

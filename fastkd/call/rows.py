@@ -51,10 +51,18 @@ def put(tensor: Tensor, lead: torch.Size, indices: RowIndices, values: Tensor) -
 
 
 def rows_at(rows: Rows, lead: torch.Size, indices: RowIndices) -> Rows:
-    """The Rows of a chunk: the values of these rows; scale, which is not per row, stays."""
+    """The Rows of a chunk: the values of these rows; scale, which is not per row, stays.
+
+    Fields that share a tensor still do, because a backend compares the two temperatures by identity.
+    """
+    taken: dict[int, Tensor] = {}
 
     def pick(value: Tensor | None) -> Tensor | None:
-        return None if value is None else take(value, lead, indices)
+        if value is None:
+            return None
+        if id(value) not in taken:
+            taken[id(value)] = take(value, lead, indices)
+        return taken[id(value)]
 
     return Rows(*map(pick, rows._replace(scale=None)))._replace(scale=rows.scale)
 

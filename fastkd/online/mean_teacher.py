@@ -251,4 +251,7 @@ def ramp_up(step: float, length: float) -> float:
     if step != step:
         raise ValueError("step must be a number, got nan")
     remaining = 1.0 - min(max(step, 0.0), length) / length if length else 0.0
-    return math.exp(-5.0 * remaining * remaining)
+    exponent = -5.0 * remaining * remaining
+    # torch.compile would make math.exp of a step a constant of the graph; a power stays an expression of the step.
+    compiling = torch.compiler.is_compiling()
+    return float(math.e**exponent) if compiling else math.exp(exponent)

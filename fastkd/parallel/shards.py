@@ -3,7 +3,7 @@
     shard_statistics    sweeps over this process's columns
       all-gather        of the statistics, and an all-reduce of the K logits of a sparse teacher's tokens
     shard_sums          sweeps a second time, for divergences without a closed form
-      all-gather        of the sums of phi and g
+      all-gather        of the sums of phi, g and h
     shard_results       writes the loss, with the same bits on every process, and the gradient of this process's columns
 
 No message has the size of the vocabulary. A large call is split into two halves of its rows, so that the numbers of

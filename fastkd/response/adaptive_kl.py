@@ -124,7 +124,10 @@ def _head_share(
     tempering = as_column(options.teacher_temperature, rows.teacher_temperature)
     p = softmax_of(teacher, tempering, dtype)
     lowest, tied = _head(teacher, p, mass, crossing)
-    gap = q.sub_(p).abs_()
+    # Where both sides are sure of a token, its gap is the difference of the others' sums: q - p has lost its digits.
+    top = p.argmax(-1, keepdim=True)
+    top_gap = (_sum_of_others(q, top) - _sum_of_others(p, top)).abs_()
+    gap = q.sub_(p).abs_().scatter_(-1, top, top_gap.to(dtype))
     total = row_sum(gap).squeeze(-1)
     equal = teacher == lowest.unsqueeze(-1)
     # Of the tokens with the lowest logit in the head, the first `tied` by token id belong to the head.
@@ -132,6 +135,14 @@ def _head_share(
     head |= teacher > lowest.unsqueeze(-1)
     share = row_sum(gap.masked_fill_(~head, 0.0)).squeeze(-1) / total
     return torch.where(total == 0, 0.5, share.clamp(max=1.0))
+
+
+def _sum_of_others(values: Tensor, column: Tensor) -> Tensor:
+    """The sum of each row without one column, [C, 1] float64; column is [C, 1]."""
+    kept = values.gather(-1, column)
+    total = row_sum(values.scatter_(-1, column, 0.0))
+    values.scatter_(-1, column, kept)
+    return total
 
 
 def _head(teacher: Tensor, p: Tensor, mass: float, crossing: str) -> tuple[Tensor, Tensor]:

@@ -166,8 +166,10 @@ def to_logits(
 ) -> Tensor:
     """Convert a derivative g with respect to probabilities p to one with respect to the logits, times factor.
 
-    The result, factor p (g - sum p g) / T, overwrites derivative.
+    The result, factor p (g - sum p g) / T, overwrites derivative. A constant in g does not matter: the g of the most
+    probable token is subtracted first, so that digits remain where p is near 1 and both terms are nearly equal.
     """
+    derivative.sub_(derivative.gather(-1, probabilities.argmax(-1, keepdim=True)))
     derivative.mul_(probabilities)
     mean = row_sum(derivative).to(derivative.dtype)
     return derivative.addcmul_(probabilities, mean, value=-1.0).mul_(factor / temperature)

@@ -112,18 +112,24 @@ def standardized_kd_loss(
         )
         deviations = [_deviation(s), _deviation(t)]
         tempered = [
-            ((deviation + eps) * temperature).squeeze(-1).to(s.dtype)
+            (deviation + eps) * temperature
             for deviation, temperature in zip(deviations, temperatures, strict=True)
         ]
+        # Both sides get the student's temperature. If the teacher had its own, the rounding of the two would change
+        # log p - log q, which is all that there is if the models are close.
+        common, factor = tempered[0].squeeze(-1).to(s.dtype), tempered[0] / tempered[1]
+        scaled = (s - s.amax(-1, keepdim=True), _scaled(t, factor))
         weights = torch.ones_like(s[:, 0]) if rows.weight is None else rows.weight.to(s.dtype)
         plain = rows._replace(
             labels=None if chosen.target is None else rows.labels,
             weight=(options.alpha * weights.unsqueeze(-1) * base).squeeze(-1),
-            temperature=tempered[0],
-            teacher_temperature=tempered[1],
+            temperature=common,
+            teacher_temperature=common,
         )
         distil = options._replace(alpha=1.0, scale_by_temperature=False, label_smoothing=0.0)
-        result = kernels.kd_rows(s, t, plain, distil, Want(*wanted))
+        result = kernels.kd_rows(*scaled, plain, distil, Want(*wanted))
+        if result.teacher_gradient is not None:
+            result.teacher_gradient.mul_(factor.to(t.dtype))
         for logits, deviation, gradient in zip((s, t), deviations, result[2:4], strict=True):
             if gradient is not None:
                 _through_deviation(gradient, logits, deviation, eps)
@@ -149,6 +155,12 @@ def _centred(logits: Tensor) -> Tensor:
     """The logits minus their mean. The first column is subtracted before, so that a common offset costs no digits."""
     logits = logits - logits[:, :1]
     return logits.sub_((row_sum(logits) / logits.shape[1]).to(logits.dtype))
+
+
+def _scaled(logits: Tensor, factor: Tensor) -> Tensor:
+    """The logits, relative to their maximum, times a factor [C, 1] in float64, of which two floats are used."""
+    relative, high = logits - logits.amax(-1, keepdim=True), factor.to(logits.dtype)
+    return (relative * high).addcmul_(relative, (factor - high).to(logits.dtype))
 
 
 def _deviation(logits: Tensor) -> Tensor:

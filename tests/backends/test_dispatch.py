@@ -365,9 +365,10 @@ def _python(code: str, **environment: str) -> str:
 
 def test_importing_fastkd_loads_only_torch() -> None:
     """bench/studies/imports.py measures how long an import takes; what it may load is the same on any machine."""
-    say = "print(*__import__('sys').modules, sep='\\n')"
-    with_torch = set(_python(f"import torch; {say}").splitlines())
-    added = set(_python(f"import torch, fastkd; {say}").splitlines()) - with_torch
+    say = "print(*__import__('sys').modules)"
+    before, after = _python(f"import torch; {say}; import fastkd; {say}").splitlines()
+    with_torch = set(before.split())
+    added = set(after.split()) - with_torch
     packages = {module.partition(".")[0] for module in added}
     assert packages - sys.stdlib_module_names == {"fastkd"}
     at_first_use = {

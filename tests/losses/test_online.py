@@ -15,7 +15,7 @@ import os
 import subprocess
 import sys
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -1148,6 +1148,23 @@ def test_ramp_up() -> None:
         ramp_up(NAN, 1)
     with pytest.raises(TypeError, match="step must be a number, got Tensor"):
         ramp_up(torch.ones(()), 1)
+
+
+@pytest.mark.parametrize("number", [int, float])
+def test_ramp_up_in_a_compiled_function(number: Callable[[int], float]) -> None:
+    """The step is an input of the graph: the second graph serves every later step."""
+    graphs: list[torch.fx.GraphModule] = []
+
+    def count(graph: torch.fx.GraphModule, _: list[Tensor]) -> Callable[..., Any]:
+        graphs.append(graph)
+        return graph.forward
+
+    torch._dynamo.reset()
+    weighted = torch.compile(lambda x, step: x * ramp_up(step, 10), backend=count, fullgraph=True)
+    for step in (0, 1, 5, 7, 10, 12, -3):
+        actual = float(weighted(torch.ones((), dtype=torch.float64), number(step)))
+        assert actual == pytest.approx(ramp_up(step, 10), rel=1e-14)
+    assert len(graphs) <= 2
 
 
 # ---- born-again networks

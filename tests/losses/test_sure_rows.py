@@ -10,13 +10,16 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+import torch.nn.functional as F
 from support import sure_rows
 from support.cuda_emulation import Emulation
 from support.sure_rows import Case, Outcome
+from torch import Tensor
 
 import fastkd
 from fastkd import kd_loss
 from fastkd.backends import registry
+from fastkd.online import mutual_loss
 
 VARIANTS: list[tuple[str, dict[str, float]]] = [
     *((name, {}) for name in fastkd.DIVERGENCES),
@@ -39,7 +42,7 @@ def _shown(variant: tuple[str, dict[str, float]]) -> str:
 
 
 variants = pytest.mark.parametrize("variant", VARIANTS, ids=_shown)
-# Divergences for Triton's interpreter, at five seconds each: closed forms, a mixture inside a logarithm, and a sign.
+# Divergences for Triton's interpreter, at three seconds each: closed forms, a mixture inside a logarithm, and a sign.
 SHORT = ("forward_kl", "reverse_kl", "mixture", "jsd", "skew_reverse_kl", "tvd", "alpha_beta")
 of_triton = pytest.mark.parametrize(
     "variant",
@@ -73,9 +76,9 @@ ON_CUDA = {
 }
 PER_DIVERGENCE = {
     # Gradients of terms that are log(1 / alpha) where p is far above q, and cancel but for a few percent: both
-    # contenders are off by the roundings of that number. The sum of h is that of phi less that of g, which cancels too.
-    "skew_forward_kl": Bar(3.2),
-    "skew_reverse_kl": Bar(3.2),
+    # contenders are off by the roundings of that number.
+    "skew_forward_kl": Bar(2.8),  # 1.5 with AVX-512, 2.6 with AVX2
+    "skew_reverse_kl": Bar(1.2),
     # PyTorch's two rounded normalisers cancel in KL(p || q) + KL(q || p), so that it is right to a unit.
     "mixture": Bar(2.1),
     # With exponents of which one is 0 or negative, one unit of log p becomes several of a power of p. 1.0 by default.
@@ -176,12 +179,55 @@ def assert_within_bar_with(
     assert not worse, "\n".join(worse)
 
 
-@pytest.mark.parametrize("temperature", [0.5, 4.0])
+# At temperature 0.5 the probability of the others is squared. Where it was 1e-6 or less, float64 itself, which is the
+# measure, has lost the sign of p - q and the gradient of a power of p. The teacher's gradient depends on the sum of h.
+SQUARED = ("1e-06", "1e-09")
+of_sums = [
+    *("forward_kl", "reverse_kl", "jsd", "skew_forward_kl", "skew_reverse_kl"),
+    *("tvd", "hellinger", "alpha_beta"),
+]
+
+
+def rows_at_half() -> tuple[Case, ...]:
+    cases = tuple(case for case in synthetic_rows() if not any(x in case.name for x in SQUARED))
+    assert len(cases) == 12
+    return cases
+
+
+@pytest.mark.parametrize("divergence", of_sums)
+def test_low_temperature(backend: str, divergence: str) -> None:
+    bar = Bar(1.2) if backend == "cpu" else OTHERS
+    assert_within_bar_with(backend, divergence, rows_at_half(), bar, temperature=0.5)
+
+
+def test_low_temperature_in_triton() -> None:
+    pytest.importorskip("triton")
+    cases = tuple(case for case in rows_at_half() if case.name.startswith("peaked 0.001, diff"))[:1]
+    assert_within_bar_with("triton", "skew_reverse_kl", cases, OTHERS, temperature=0.5)
+
+
+@pytest.mark.parametrize("divergence", of_sums)
+def test_low_temperature_of_the_cuda_source(emulation: Emulation, divergence: str) -> None:
+    assert_within_bar_with("cuda", divergence, rows_at_half(), OTHERS, temperature=0.5)
+
+
 @pytest.mark.parametrize("divergence", ["forward_kl", "reverse_kl", "jsd", "skew_forward_kl"])
-def test_temperatures(divergence: str, temperature: float) -> None:
-    assert_within_bar_with(
-        "cpu", divergence, low_precision_rows(), Bar(1.2), temperature=temperature
-    )
+def test_high_temperature(divergence: str) -> None:
+    assert_within_bar_with("cpu", divergence, low_precision_rows(), Bar(1.2), temperature=4.0)
+
+
+def test_temperatures_of_rows_are_as_exact_as_a_number() -> None:
+    """The two temperatures of a row are one, even though a chunk of rows has a part of each tensor."""
+    case = sure_rows.normal(3.0, 1e-2, 2500)
+    temperature = torch.full((sure_rows.ROWS,), 2.0)
+    number, tensor = (
+        kd_loss(
+            case.student, case.teacher, divergence="forward_kl", temperature=x, reduction="none",
+            backend="portable",
+        )
+        for x in (2.0, temperature)
+    )  # fmt: skip
+    assert torch.equal(number, tensor)
 
 
 # Each label is the token of which both sides are sure: q - 1 would have no digits.
@@ -191,6 +237,38 @@ def test_labels(divergence: str, smoothing: float) -> None:
     assert_within_bar_with(
         "cpu", divergence, low_precision_rows(), Bar(1.2), alpha=0.5, label_smoothing=smoothing
     )
+
+
+def _mutual(case: Case, dtype: torch.dtype, labels: Tensor | None, temperature: float) -> Outcome:
+    """Plain PyTorch: what the first of two students learns from the other."""
+    student = case.student.to(dtype).requires_grad_()
+    log_q, log_p = ((x / temperature).log_softmax(-1) for x in (student, case.teacher.to(dtype)))
+    loss = temperature**2 * F.kl_div(log_q, log_p, log_target=True, reduction="none").sum(-1)
+    if labels is not None:
+        loss = loss + F.cross_entropy(student, labels, reduction="none")
+    (gradient,) = torch.autograd.grad(loss.sum(), student)
+    return Outcome(loss.detach().double(), gradient.double(), None)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+@pytest.mark.parametrize("labelled", [False, True])
+def test_mutual_loss(backend: str, labelled: bool, temperature: float) -> None:
+    worse = []
+    for case in synthetic_rows():
+        labels = case.teacher.argmax(-1) if labelled else None
+        exact, plain = (
+            _mutual(case, dtype, labels, temperature) for dtype in (torch.float64, torch.float32)
+        )
+
+        def ours(s: Tensor, t: Tensor, labels: Tensor | None = labels) -> Tensor:
+            options: dict[str, Any] = {"temperature": temperature, "reduction": "none"}
+            return mutual_loss([s, t], labels, backend=backend, **options)[0]
+
+        actual = sure_rows.run(ours, case, teacher_gradient=False)
+        for what, ratio in sure_rows.ratios(actual, plain, exact)._asdict().items():
+            if ratio is not None and not ratio <= 1.75:
+                worse.append(f"{what} of {case.name}: {ratio:.3g} times the error of PyTorch")
+    assert not worse, "\n".join(worse)
 
 
 @pytest.mark.parametrize("name", ["forward_kl", "reverse_kl", "jsd"])
@@ -228,7 +306,10 @@ def test_every_instruction_set(instructions: str, variant: tuple[str, dict[str, 
 @of_triton
 def test_triton(variant: tuple[str, dict[str, float]]) -> None:
     pytest.importorskip("triton")
-    assert_within_bar("triton", variant, low_precision_rows())
+    # Without rows that leave 1e-3 to the other tokens: those that leave less take the same branches.
+    cases = tuple(case for case in low_precision_rows() if "peaked 0.001" not in case.name)
+    assert len(cases) == len(low_precision_rows()) - 3
+    assert_within_bar("triton", variant, cases)
 
 
 @variants

@@ -462,7 +462,7 @@ def test_the_walk_to_the_gradient() -> None:
 
 
 # At a width of 1,300 pixels the site's middle column shows 88 characters.
-@pytest.mark.parametrize("name", ["index.md", "guide.md", "install.md"])
+@pytest.mark.parametrize("name", ["index.md", "guide.md", "install.md", "losses.md"])
 def test_code_of_the_first_pages_does_not_scroll_sideways(name: str) -> None:
     text = (ROOT / "docs" / name).read_text(encoding="utf-8")
     code = "".join(re.findall(r"^```\w+[^\n]*\n(.*?)^```$", text, re.S | re.M))

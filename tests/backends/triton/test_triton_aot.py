@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from fastkd.kernels.tuning import TILES
-from support.paths import PACKAGE
+from support.paths import PACKAGE, ROOT
 from support.triton_aot import Caught, Resources, catch, local_in_loop, resources
 from torch import Tensor
 
@@ -352,9 +352,10 @@ def _check(target: str, grid: str, cache: Path) -> None:
 
 
 # One target in every run. The others differ in registers per thread and in the chosen instructions, but not in the
-# Triton code of the kernels.
-def test_kernels_compile_and_keep_their_tiles_in_registers(tmp_path: Path) -> None:
-    _check("cuda:90", "few", tmp_path)
+# Triton code of the kernels. Triton's cache is kept between runs: its key has the source of a kernel and of all that it
+# calls, the types and constants of the launch, the options, and Triton's own files.
+def test_kernels_compile_and_keep_their_tiles_in_registers() -> None:
+    _check("cuda:90", "few", ROOT / "build" / "triton_aot")
 
 
 @pytest.mark.heavy

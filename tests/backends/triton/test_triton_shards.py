@@ -216,7 +216,7 @@ def test_tensors_that_processes_exchange(monkeypatch: pytest.MonkeyPatch) -> Non
         actual = actual._replace(gathered=torch.stack([actual.gathered] * 3))
         left = kernels.shard_sums(call._replace(statistics=actual))
         assert (left is not None) == sums
-        assert left is None or left.shape == (2, 2 * 2)
+        assert left is None or left.shape == (2, 2 * split.SUMS)
 
 
 def test_no_rows(in_shards: InShards) -> None:
