@@ -204,17 +204,23 @@ APPROXIMATE: dict[str, Callable[..., Any]] = {
 
 
 class Noise:
-    """The error of approximate functions: none, or drawn evenly up to the documented one."""
+    """The error of approximate functions: none, or up to the documented one.
+
+    An error is a function of the exact result and the seed, so that equal arguments have equal results, as on a device.
+    """
 
     def __init__(self, seed: int | None) -> None:
-        self._draw = None if seed is None else np.random.default_rng(seed)
+        self._seed = seed
 
     def disturbed(self, name: str, exact: Any) -> Any:
         """Values of float64, which the caller rounds, as the function may return them."""
-        if self._draw is None:
+        if self._seed is None:
             return exact
+        exact = np.asarray(exact)
         sizes = np.maximum(np.abs(exact), 1) if name in ("lg2", "sin", "cos") else np.abs(exact)
-        error = self._draw.uniform(-ERRORS[name], ERRORS[name], np.shape(exact)) * sizes
+        mixed = (exact.view(np.uint64) + np.uint64(self._seed + 1)) * np.uint64(0x9E3779B97F4A7C15)
+        mixed = (mixed ^ mixed >> np.uint64(32)) * np.uint64(0xD6E8FEB86659FD93)
+        even = (mixed >> np.uint64(11)).astype(np.float64) * 2.0**-52 - 1  # in [-1, 1)
         # What is exact on a device too: special values and powers of 2.
         special = ~np.isfinite(exact) | (exact == 0) | (np.frexp(exact)[0] == 0.5)
-        return np.where(special, exact, exact + error)
+        return np.where(special, exact, exact + even * ERRORS[name] * sizes)
