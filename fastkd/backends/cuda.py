@@ -59,7 +59,7 @@ def _launch(
     except _cuda.DoesNotFitError as error:
         raise BackendUnavailable(
             "cuda",
-            str(error),
+            f"a row does not stay on the device's chip: {error}",
             "Use backend='triton', as backend='auto' does, or share the vocabulary among processes",
         ) from None
 

@@ -23,6 +23,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from support.accuracy import (
+    ULP,
     assert_within,
     gradient_bar,
     labels_for,
@@ -198,6 +199,8 @@ def check(
         bar = gradient_bar(
             plain.gradients[k], exact.gradients[k], exact.gradient_terms[k], students[k].dtype
         )
+        # The gradient of a nearly certain column is minus the sum of the others, which rounds once more.
+        bar = bar + ULP * exact.gradients[k].abs()
         assert_within(
             f"gradient {k}",
             gradients[k],

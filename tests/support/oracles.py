@@ -330,7 +330,6 @@ def _phi(
     return phi.masked_fill(gone, 0.0)
 
 
-@remembered
 def compose(
     student: Tensor,
     teacher: Tensor,

@@ -38,10 +38,10 @@ def _python(*arguments: str, architecture: str, settings: str = "") -> str:
     return done.stdout
 
 
-# Closed form and three sweeps, in float32 and bfloat16, in tiles of one warp and in those that are shipped, which have
-# several; rows that programs share; a dropped row.
+# Closed form and three sweeps, in float32 and bfloat16, in tiles of one warp; rows that programs share; a dropped row.
+# docs/ptx.md says why the tiles that are shipped are not here.
 SELECTED = (
-    "(test_divergences and (forward_kl or jsd) and alone and not skew) or test_shipped_tiles"
+    "(test_divergences and (forward_kl or jsd) and alone and not skew)"
     " or test_results_do_not_depend_on_the_groups or (test_a_dropped_row_is_not_read and jsd)"
 )
 
@@ -49,7 +49,7 @@ SELECTED = (
 def test_selected_tests_pass_on_ptx() -> None:
     output = _python(
         "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/backends/triton/test_triton.py", "-k", SELECTED,
-        architecture="sm_90", settings="noise",
+        architecture="sm_90", settings="random",
     )  # fmt: skip
     assert "passed" in output and "failed" not in output
 
