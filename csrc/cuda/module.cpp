@@ -103,5 +103,5 @@ PYBIND11_MODULE(FASTKD_MODULE, module) {
   module.def("architectures", &architectures, "Compute capabilities that have kernels, such as 90.");
   module.def("versions", [] { return py::make_tuple(versions().runtime, versions().driver); },
              "CUDA versions of the runtime in this build and of the driver, such as 13000; 0 without a driver.");
-  py::register_exception<DoesNotFit>(module, "DoesNotFitError");
+  py::register_local_exception<DoesNotFit>(module, "DoesNotFitError");
 }
