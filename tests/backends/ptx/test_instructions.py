@@ -397,7 +397,7 @@ COMPARISONS = {"eq": "==", "ne": "!=", "lt": "<", "le": "<=", "gt": ">", "ge": "
 )
 @pytest.mark.parametrize("name", COMPARISONS)
 def test_comparisons(name: str, kind: str) -> None:
-    """Of NaN, the ordered comparisons are false, and those that end in u are true."""
+    """Ordered comparisons of NaN are false; those that end in u are true."""
     inputs = operands((kind, kind))
     a, b = (values(x, kind) for x in inputs)
     plain = np.array([eval(f"x {COMPARISONS[name]} y") for x, y in zip(a, b, strict=True)])

@@ -52,7 +52,7 @@ class Kernel:
         return self._machines[layout]
 
     def machines(self) -> list[Machine]:
-        """Those that launches have made, one for each layout."""
+        """The machines that launches have made, one for each layout."""
         return list(self._machines.values())
 
     def reached(self) -> set[int]:

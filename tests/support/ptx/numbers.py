@@ -86,14 +86,21 @@ def _cells(register: Any, name: str) -> Any:
     return cells[:, 0]
 
 
-def reader(register: Any, name: str) -> Read:
-    """How a register is read as values of a type; of a wider register, the lower part."""
+def _is_predicate(register: Any, name: str) -> bool:
+    """Whether a register and a type are predicates. Raise if only one of them is, or if the type is too wide."""
     if register.dtype == np.bool_ or name == "pred":
         if register.dtype != np.bool_ or name != "pred":
             raise Fault(f"a predicate and {name} are not the same")
-        return register.__getitem__
+        return True
     if size_of(name) > register.itemsize:
         raise Fault(f"{name} is wider than its register of {register.itemsize} bytes")
+    return False
+
+
+def reader(register: Any, name: str) -> Read:
+    """How a register is read as values of a type; of a wider register, the lower part."""
+    if _is_predicate(register, name):
+        return register.__getitem__
     cells = _cells(register, name)
     element = PACKED.get(name, name)
     if element == "bf16":
@@ -105,12 +112,8 @@ def reader(register: Any, name: str) -> Read:
 
 def writer(register: Any, name: str) -> Write:
     """How values of a type get into a register; a wider register is extended by the sign or by 0."""
-    if register.dtype == np.bool_ or name == "pred":
-        if register.dtype != np.bool_ or name != "pred":
-            raise Fault(f"a predicate and {name} are not the same")
+    if _is_predicate(register, name):
         return register.__setitem__
-    if size_of(name) > register.itemsize:
-        raise Fault(f"{name} is wider than its register of {register.itemsize} bytes")
     if size_of(name) < register.itemsize:
         if name in FLOATS:
             raise Fault(f"{name} in a register of {register.itemsize} bytes")
