@@ -56,6 +56,33 @@ def names(node: ast.AST) -> set[str]:
     return {child.id for child in ast.walk(node) if isinstance(child, ast.Name)}
 
 
+def power(node: ast.expr, powers: dict[str, int]) -> int | None:
+    """The power of c by which an expression is multiplied if p and q are, and their logarithms stay; None: no power.
+
+    A name that `powers` lacks does not depend on p and q.
+    """
+
+    def go(child: ast.expr) -> int | None:
+        return power(child, powers)
+
+    match node:
+        case ast.Name(id=name):
+            return powers.get(name, 0)
+        case ast.UnaryOp(operand=operand):
+            return go(operand)
+        case ast.BinOp(left=left, op=ast.Mult(), right=right):
+            parts = go(left), go(right)
+            return None if None in parts else parts[0] + parts[1]
+        case ast.BinOp(left=left, op=ast.Add() | ast.Sub(), right=right):
+            return go(left) if go(left) == go(right) else None
+        case ast.Call(func=ast.Name(id="where"), args=[condition, left, right]) if (
+            go(condition) == 0
+        ):
+            return go(left) if go(left) == go(right) else None
+    inner = {powers.get(name, 0) for name in names(node)}
+    return 0 if inner <= {0} else None
+
+
 def functor(function: ast.FunctionDef, vocabulary: tuple[str, ...], always_normalized: bool) -> str:
     """One definition as a struct."""
     arguments = [argument.arg for argument in function.args.args]
@@ -64,6 +91,7 @@ def functor(function: ast.FunctionDef, vocabulary: tuple[str, ...], always_norma
     params = arguments[5:] if arguments[4:5] == [RATIO] else arguments[4:]
     lines = [f"    const V {name} = splat(params_[{i}]);" for i, name in enumerate(params)]
     uses: dict[str, set[str]] = {}
+    powers: dict[str, int | None] = {"p": 1, "q": 1}
     for statement in function.body:
         match statement:
             case ast.Assign(targets=[ast.Name(id=name)]) if name in (*arguments, *uses):
@@ -71,12 +99,14 @@ def functor(function: ast.FunctionDef, vocabulary: tuple[str, ...], always_norma
             case ast.Assign(targets=[ast.Name(id=name)], value=value):
                 lines.append(f"    const V {name} = {expression(value, vocabulary)};")
                 uses[name] = names(value)
+                powers[name] = power(value, powers)
             case ast.Return(value=ast.Tuple(elts=[phi, g, *h])) if len(h) < 2:
                 lines.append(f"    phi_ = {expression(phi, vocabulary)};")
                 lines.append(f"    g_ = {expression(g, vocabulary)};")
                 teachers = expression(h[0], vocabulary) if h else "degree_ * phi_ - g_"
                 lines.append(f"    h_ = {teachers};")
                 needed, read = names(g), names(phi) | names(g)
+                linear = power(g, powers) == 1
             case ast.Expr(value=ast.Constant()):
                 continue
             case _:
@@ -92,6 +122,8 @@ def functor(function: ast.FunctionDef, vocabulary: tuple[str, ...], always_norma
             f"struct {function.name.lstrip('_')} {{",
             f"  static constexpr bool always_normalized = {str(always_normalized).lower()};",
             f"  static constexpr bool uses_logs = {uses_logs(read)}, gradient_uses_logs = {uses_logs(needed)};",
+            "  // Whether a factor of p and q, with the same logarithms, is one of g.",
+            f"  static constexpr bool gradient_is_linear = {str(linear).lower()};",
             "  static FASTKD_INLINE void eval(V p, V q, V log_p, V log_q, V log_ratio, const float* params_,",
             "                                 float degree_, V& phi_, V& g_, V& h_) {",
             *lines,

@@ -19,6 +19,7 @@ struct Shared {
   RowState rows[2];  // this row and the next
   DeviceSlices device_slices[2];
   Barrier arrived[STAGES];
+  Maxima warp_maxima[WARPS];  // of the columns of each warp; infinite if not known
   // Partial results to be merged: those of this block's warps, and those of the cluster's blocks. Exchanges alternate
   // between the two buffers for blocks, since a block may be one exchange ahead of the others, but never two.
   alignas(PIECE) char warp_parts[WARPS * sizeof(SparseStatistics)];
@@ -35,6 +36,7 @@ class Block {
         shared_(*reinterpret_cast<Shared*>(memory)) {
     if (leads())
       for (int stage = 0; stage < STAGES; ++stage) init(&shared_.arrived[stage]);
+    shared_.warp_maxima[place.thread / WARP] = {INF, INF};
     cluster_arrive();
     cluster_wait();  // now the other blocks are running, so their shared memory may be written
   }
@@ -43,9 +45,9 @@ class Block {
   const Place place;
 
   FASTKD_DEVICE bool leads() const { return place.thread == 0; }
-  FASTKD_DEVICE RowState& row() const { return shared_.rows[turn_ & 1]; }
-  FASTKD_DEVICE const DeviceSlices& device_slices() const { return shared_.device_slices[turn_ & 1]; }
-  FASTKD_DEVICE void advance() { ++turn_; }
+  FASTKD_DEVICE RowState& row() const { return shared_.rows[parity_of_row()]; }
+  FASTKD_DEVICE const DeviceSlices& device_slices() const { return shared_.device_slices[parity_of_row()]; }
+  FASTKD_DEVICE void advance() { parities_ ^= 1; }
 
   FASTKD_DEVICE int64_t first_row() const { return next_kept(block_number() / call.ranks); }
   FASTKD_DEVICE int64_t row_after(int64_t row) const { return next_kept(row + block_count() / call.ranks); }
@@ -53,18 +55,28 @@ class Block {
   // Opens row `index` as this row (later = 0) or as the next one (later = 1). One thread calls this.
   template <class Kind>
   FASTKD_DEVICE void open(int64_t index, int later) {
-    Kind::open(call, index, shared_.rows[(turn_ + later) & 1]);
-    DeviceSlices& device = shared_.device_slices[(turn_ + later) & 1];
+    Kind::open(call, index, shared_.rows[parity_of_row() ^ later]);
+    DeviceSlices& device = shared_.device_slices[parity_of_row() ^ later];
     for (int side = 0; side < 2; ++side) {
       device.logits[side] = side && call.ids ? nullptr : part_of(logits(side), index);
       device.gradients[side] = part_of(side ? call.teacher_gradient : call.student_gradient, index);
     }
-    RowState& row = shared_.rows[(turn_ + later) & 1];
-    const auto is_aligned_bf16 = [&](const Side& side, const char* logits) {
-      return side.dtype == Dtype::bf16 && side.identity() && skew_of(logits) == 0;
-    };
-    row.aligned_bf16 = is_aligned_bf16(row.student, device.logits[0]) && is_aligned_bf16(row.teacher, device.logits[1]);
+    RowState& row = shared_.rows[parity_of_row() ^ later];
+    const bool alike = !call.ids && row.student.dtype == row.teacher.dtype &&
+                       skew_of(device.logits[0]) == skew_of(device.logits[1]);
+    row.shift = alike ? skew_of(device.logits[0]) / element_size(0) : 0;
+    row.vectors = !alike || !row.student.identity() || !row.teacher.identity() ? Vectors::any
+                  : row.student.dtype == Dtype::bf16                           ? Vectors::bf16
+                                                                               : Vectors::fp16_or_fp32;
     row.label_column = label_column_in_slice(call, row, place.rank);
+  }
+
+  FASTKD_DEVICE Range range(int stage) const { return stage_range(call, place.rank, stage, row().shift); }
+
+  // Whether gradients replace the logits in shared memory: whole vectors are not at multiples of PIECE in device memory.
+  FASTKD_DEVICE bool is_staged(int side) const {
+    const char* gradient = device_slices().gradients[side];
+    return gradient && skew_of(gradient) != row().shift * element_size(side);
   }
 
   // This row's slice in shared memory, with the alignment that it has in device memory.
@@ -75,8 +87,8 @@ class Block {
 
   // Fetches this thread's share of a stage. The edges have arrived after sync_block, the whole pieces after await.
   FASTKD_DEVICE void fetch(int later, int stage) {
-    const DeviceSlices& device = shared_.device_slices[(turn_ + later) & 1];
-    const Range range = stage_range(call, place.rank, stage);
+    const DeviceSlices& device = shared_.device_slices[parity_of_row() ^ later];
+    const Range range = stage_range(call, place.rank, stage, shared_.rows[parity_of_row() ^ later].shift);
     int64_t announced = 0;
     each_side([&](int side) {
       const int64_t offset = int64_t(range.first) * element_size(side);
@@ -92,7 +104,7 @@ class Block {
     if (leads()) expect(&shared_.arrived[stage], announced);
   }
 
-  FASTKD_DEVICE void await(int stage) { wait(&shared_.arrived[stage], turn_ & 1); }
+  FASTKD_DEVICE void await(int stage) { wait(&shared_.arrived[stage], parity_of_row()); }
 
   // Calls f(range, stage) for each stage, once it has arrived.
   template <class Function>
@@ -100,20 +112,37 @@ class Block {
 #pragma unroll 1
     for (int stage = 0; stage < STAGES; ++stage) {
       await(stage);
-      f(stage_range(call, place.rank, stage), stage);
+      f(range(stage), stage);
     }
   }
 
-  // Merges the parts of all threads in a fixed order. Thread 0 of every block gets the result.
+  // The maxima over all threads of the block. Every thread gets them.
+  FASTKD_DEVICE Maxima common(Maxima max) {
+    const int warp = place.thread / WARP, lane = place.thread % WARP;
+#pragma unroll
+    for (int step = WARP / 2; step > 0; step /= 2) max = larger(max, from_lane_above(max, step));
+    if (lane == 0) shared_.warp_maxima[warp] = max;
+    sync_block();
+    max = shared_.warp_maxima[0];
+#pragma unroll 1
+    for (int other = 1; other < call.threads / WARP; ++other) max = larger(max, shared_.warp_maxima[other]);
+    return max;
+  }
+
+  FASTKD_DEVICE Maxima warp_maxima() const { return shared_.warp_maxima[place.thread / WARP]; }
+
+  // Merges the parts of all threads in a fixed order. Thread 0 of every block gets the result. Parts of a block are
+  // relative to the same maxima.
   template <class Part>
   FASTKD_DEVICE Part merged(Part local) {
     Part* warp_parts = reinterpret_cast<Part*>(shared_.warp_parts);
-    Part* rank_parts = reinterpret_cast<Part*>(shared_.rank_parts[exchange_++ & 1]);
+    Part* rank_parts = reinterpret_cast<Part*>(shared_.rank_parts[next_exchange()]);
     const int warp = place.thread / WARP, lane = place.thread % WARP;
     int lanes = WARP;  // the lanes that hold a part: all, then one per warp, then one per block
 #pragma unroll 1
-    for (int level = 0; level < 3; ++level) {  // a loop, to have one copy of merge in the code
-      if (level == 0 || warp == 0) local = merge_lanes(local, lanes);
+    for (int level = 0; level < 3; ++level) {  // a loop, to have one copy of the addition in the code
+      if (level == 2 && warp == 0) rescale_lanes(local, lanes);
+      if (level == 0 || warp == 0) local = sum_of_lanes(local, lanes);
       if (level == 0) {
         if (lane == 0) warp_parts[warp] = local;
         sync_block();
@@ -166,16 +195,33 @@ class Block {
     return row;
   }
 
-  // Merges the parts of the first `lanes` lanes, a power of two. The first lane gets the result.
+  // Adds the parts of the first `lanes` lanes, a power of two. The first lane gets the result.
   template <class Part>
-  FASTKD_DEVICE Part merge_lanes(Part local, int lanes) {
+  FASTKD_DEVICE Part sum_of_lanes(Part local, int lanes) {
 #pragma unroll 1
-    for (int step = lanes / 2; step > 0; step /= 2) local = merge(local, from_lane_above(local, step), row());
+    for (int step = lanes / 2; step > 0; step /= 2) local = add(local, from_lane_above(local, step));
     return local;
   }
 
+  // Rescales the parts of the first `lanes` lanes to their common maxima.
+  template <class Part>
+  FASTKD_DEVICE void rescale_lanes(Part& local, int lanes) {
+    Maxima max = maxima_of(local);
+#pragma unroll 1
+    for (int step = lanes / 2; step > 0; step /= 2) max = larger(max, from_lane_above(max, step));
+    rescale(local, from_first_lane(max), row());
+  }
+  FASTKD_DEVICE void rescale_lanes(Sums&, int) {}
+
+  // In one register: the lowest bit counts rows, the next one exchanges.
+  FASTKD_DEVICE int parity_of_row() const { return parities_ & 1; }
+  FASTKD_DEVICE int next_exchange() {
+    parities_ ^= 2;
+    return parities_ >> 1;
+  }
+
   Shared& shared_;
-  int turn_ = 0, exchange_ = 0;
+  int parities_ = 0;
 };
 
 }  // namespace fastkd::cuda

@@ -53,18 +53,19 @@ FASTKD_DEVICE void compute_value(Block& block, DenseShard& kind) {
 }
 
 // Writes the gradients, and fetches the stages of the next row. A block's gradients go directly to device memory if
-// their address is a multiple of PIECE; otherwise they replace the logits in shared memory and are copied from there.
+// their vectors are at multiples of PIECE there; otherwise they replace the logits in shared memory and are copied from
+// there.
 template <class Kind>
 FASTKD_DEVICE void write_gradients(Block& block, Kind& kind, bool more) {
   const Call& call = block.call;
-  const auto staged = [&](int side) { return skew_of(block.device_slices().gradients[side]) != 0; };
+  const auto staged = [&](int side) { return block.is_staged(side); };
   const auto to = [&](int side) {
     return staged(side) ? block.slice(side) : Slice{block.device_slices().gradients[side], 0};
   };
   kind.start_gradients(to(0));
 #pragma unroll 1
   for (int stage = 0; stage < STAGES; ++stage) {
-    const Range range = stage_range(call, block.place.rank, stage);
+    const Range range = block.range(stage);
     if (block.device_slices().gradients[0] || block.device_slices().gradients[1])
       kind.gradient(range, stage, to(0).stage(stage), to(1).stage(stage));
     if (staged(0) || staged(1)) {

@@ -9,9 +9,12 @@ namespace fastkd::cuda {
 FASTKD_INLINE double log_of_sum(double rest, double max_count) { return logarithm_1p(rest + (max_count - 1)); }
 
 FASTKD_PER_ROW void set_softmax(Side& side, float max, double rest, double max_count) {
-  const double sum = rest + max_count, offset = -log_of_sum(rest, max_count);
+  const Origin origin(max, side.rate);
+  const double sum = rest + max_count, low = origin.low * LN_2_EXACT, offset = -log_of_sum(rest, max_count) - low;
   side.max = finite_max(max);
-  side.inverse_sum = float(1 / sum);
+  side.origin = origin.high;
+  side.is_far = origin.is_far;
+  side.inverse_sum = float((1 + double(expm1(float(-low)))) / sum);
   side.threshold = float(NEGLIGIBLE * sum);
   side.offset = float(offset);
   side.offset_low = finite(side.offset) ? float(offset - side.offset) : 0;
@@ -69,7 +72,7 @@ FASTKD_INLINE void set_entropies(const Call& call, RowState& row, double s_log_s
   const Statistics& all = row.statistics;
   row.entropy = row.flags & ENTROPY ? s_log_sum - LN_2_EXACT * all.entropy * s_inverse : 0;
   double log_sum_t1 = s_log_sum;
-  row.inverse_sum_t1 = row.student.inverse_sum;
+  row.inverse_sum_t1 = float(s_inverse);
   row.max_t1 = row.student.max;
   if (row.flags & EXP_SUM_T1) {
     log_sum_t1 = log_of_sum(all.s_exp_sum_t1, all.s_max_count);

@@ -49,59 +49,85 @@ FASTKD_INLINE V cross_entropy_gradient(const Call& call, const RowState& row, V 
 FASTKD_INLINE void set_label_gradient(PartialVector vector, V (&x)[VECTOR], float value) {
   for (int k = 0; k < VECTOR; ++k) x[k] = k == vector.lane ? value : x[k];
 }
-FASTKD_INLINE void set_label_gradient(AlignedVector, V (&)[VECTOR], float) {}
+template <Vectors KIND>
+FASTKD_INLINE void set_label_gradient(WholeVector<KIND>, V (&)[VECTOR], float) {}
 
 template <class Vector>
 FASTKD_INLINE void store(char* memory, Dtype dtype, int first, Vector vector, const V (&x)[VECTOR]) {
-  if constexpr (Vector::aligned_bf16) return store_bf16(memory + int64_t(first) * 2, x);
+  const bool is_fp32 = dtype == Dtype::f32;
+  if constexpr (Vector::kind == Vectors::bf16) return store_bf16(memory + int64_t(first) * 2, x);
+  if constexpr (Vector::kind == Vectors::fp16_or_fp32)
+    return store_fp16_or_fp32(memory + (int64_t(first) << (is_fp32 ? 2 : 1)), is_fp32, x);
   store(memory, dtype, first, ALL_COLUMNS >> (VECTOR - vector.n), x);
+}
+
+// A row whose probabilities contain the gradient's factor, which saves a product per column, if the divergence allows it.
+template <class Divergence>
+FASTKD_INLINE RowState with_factor_in_probabilities(RowState row) {
+  if (Divergence::gradient_is_linear && Divergence::always_normalized) {
+    row.student.inverse_sum *= row.distillation_factor;
+    row.teacher.inverse_sum *= row.distillation_factor;
+    row.distillation_factor = 1;
+  }
+  return row;
 }
 
 // Gradients for this thread's vectors in a range of the slice at `student` and `teacher` in shared memory. They are
 // stored to the given addresses: in device memory, or over the logits in shared memory, from where copy_out takes them.
+// The usual case, whole vectors and the student's gradient alone, has a copy of the row in registers.
 template <class Divergence, bool LOG_0>
-FASTKD_INLINE void gradients(const Call& call, const RowState& row, Place place, Range range, const char* student,
-                             const char* teacher, char* student_gradient, char* teacher_gradient) {
+FASTKD_INLINE void gradients(const Call& call, const RowState& shared, Place place, Range range, Maxima warp_max,
+                             const char* student, const char* teacher, char* student_gradient,
+                             char* teacher_gradient) {
+  const RowState row = with_factor_in_probabilities<Divergence>(shared);
+  const bool is_usual = student_gradient && !teacher_gradient && call.alpha != 0 && !is_far(shared);
+  const bool with_sure = may_be_sure(shared, warp_max), with_labels = row.with_labels;
   const int64_t start = first_column(call, place.rank);
-  each_vector<!LOG_0>(call, row, place, range, [&](int first, auto vector) {
-    V s[VECTOR], t[VECTOR], out[VECTOR] = {}, teacher_out[VECTOR] = {}, p, q, phi, g, h;
+  each_vector<!LOG_0>(call, shared, place, range, [&](int first, auto vector) {
+    V s[VECTOR], t[VECTOR], out[VECTOR], p, q, phi, g, h;
     load_z(student, row.student, first, vector, s);
     load_z(teacher, row.teacher, first, vector, t);
-    const auto student_gradient_at = [&](V z) {
-      const V x = is_normalized<Divergence>(call) ? g - q * row.sum_g : g;
-      return (z == row.s_sure.z ? row.s_sure.gradient : x) * row.distillation_factor;
+    const auto student_gradient_at = [&](const RowState& row, auto may_be_far, V s_k, V t_k) {
+      evaluate<Divergence, LOG_0, decltype(may_be_far)::value>(call, row, s_k, t_k, p, q, phi, g, h);
+      return (is_normalized<Divergence>(call) ? g - q * row.sum_g : g) * row.distillation_factor;
     };
-    const auto teacher_gradient_at = [&](V z) {
-      const V x = is_normalized<Divergence>(call) ? h - p * row.sum_h : h;
-      return (z == row.t_sure.z ? row.t_sure.gradient : x) * row.teacher_factor;
+    const auto set_sure_gradient = [&](const V(&z)[VECTOR], const SureColumn& sure, float factor, V(&x)[VECTOR]) {
+      for (int k = 0; k < VECTOR; ++k) x[k] = z[k] == sure.z ? sure.gradient * factor : x[k];
     };
-    constexpr bool rare = LOG_0 || !decltype(vector)::aligned_bf16;
-    // Two loops, because a branch per column would cost more than it saves.
-    if (call.alpha != 0 && (LOG_0 || teacher_gradient))
-      each_column<rare>(s, t, [&](int k, V s_k, V t_k) {
-        evaluate<Divergence, LOG_0>(call, row, s_k, t_k, p, q, phi, g, h);
-        if constexpr (rare)
-          shift_in(out, student_gradient_at(s_k)), shift_in(teacher_out, teacher_gradient_at(t_k));
-        else
-          out[k] = student_gradient_at(s_k), teacher_out[k] = teacher_gradient_at(t_k);
+    const auto add_cross_entropy_gradient = [&] {
+      for (int k = 0; k < VECTOR; ++k) out[k] += cross_entropy_gradient(call, shared, s[k], start + first + k);
+    };
+    if constexpr (is_whole<decltype(vector)> && !LOG_0)
+      if (is_usual) {
+        each_column<false>(s, t, [&](int k, V s_k, V t_k) { out[k] = student_gradient_at(row, std::false_type(), s_k, t_k); });
+        if (with_sure || with_labels) {
+          set_sure_gradient(s, shared.s_sure, shared.distillation_factor, out);
+          if (with_labels) add_cross_entropy_gradient();
+        }
+        return store(student_gradient, row.student.dtype, first, vector, out);
+      }
+    V teacher_out[VECTOR] = {};
+    for (int k = 0; k < VECTOR; ++k) out[k] = 0;
+    if (call.alpha != 0) {
+      each_column<true>(s, t, [&](int, V s_k, V t_k) {
+        shift_in(out, student_gradient_at(shared, std::true_type(), s_k, t_k));
+        shift_in(teacher_out,
+                 (is_normalized<Divergence>(call) ? h - p * shared.sum_h : h) * shared.teacher_factor);
       });
-    else if (call.alpha != 0)
-      each_column<false>(s, t, [&](int k, V s_k, V t_k) {
-        evaluate<Divergence, LOG_0>(call, row, s_k, t_k, p, q, phi, g, h);
-        out[k] = student_gradient_at(s_k);
-      });
-    if (row.with_labels)
-      for (int k = 0; k < VECTOR; ++k) out[k] += cross_entropy_gradient(call, row, s[k], start + first + k);
+      set_sure_gradient(s, shared.s_sure, shared.distillation_factor, out);
+      set_sure_gradient(t, shared.t_sure, shared.teacher_factor, teacher_out);
+    }
+    if (with_labels) add_cross_entropy_gradient();
     if (student_gradient) {
-      if (!vector.aligned_bf16 && !row.student.identity())
-        transform_each(out, s, [&](V g, V z) { return g * row.student.slope(z); });
-      set_label_gradient(vector, out, row.label_gradient);
+      if (!is_whole<decltype(vector)> && !row.student.identity())
+        transform_each(out, s, [&](V g, V z) { return g * shared.student.slope(z); });
+      set_label_gradient(vector, out, shared.label_gradient);
       store(student_gradient, row.student.dtype, first, vector, out);
     }
     if (teacher_gradient) {
-      if (!vector.aligned_bf16 && !row.teacher.identity())
-        transform_each(teacher_out, t, [&](V h, V z) { return h * row.teacher.slope(z); });
-      set_label_gradient(vector, teacher_out, row.teacher_label_gradient);
+      if (!is_whole<decltype(vector)> && !row.teacher.identity())
+        transform_each(teacher_out, t, [&](V h, V z) { return h * shared.teacher.slope(z); });
+      set_label_gradient(vector, teacher_out, shared.teacher_label_gradient);
       store(teacher_gradient, row.teacher.dtype, first, vector, teacher_out);
     }
   });

@@ -5,6 +5,16 @@
 
 namespace fastkd::cuda {
 
+// The extremes of this thread's columns.
+FASTKD_DEVICE Extremes extremes(Block& block) {
+  Extremes local;
+  block.each_stage([&](Range range, int stage) {
+    add_extremes(local, block.call, block.row(), block.place, range, block.slice(0).stage(stage),
+                 block.slice(1).stage(stage));
+  });
+  return local;
+}
+
 // A row with a dense teacher.
 template <class Divergence>
 struct Dense {
@@ -25,12 +35,20 @@ struct Dense {
 
   template <bool LOG_0>
   FASTKD_DEVICE Statistics statistics() {
-    Statistics local = empty_statistics<LOG_0>(block.row());
+    const RowState& row = block.row();
+    Maxima max{row.student.max, row.teacher.max};  // with LOG_0, known from the first attempt
+    Extremes local;
+    if (!LOG_0) {
+      local = extremes(block);
+      max = block.common(local.maxima());
+    }
+    Sweep<LOG_0, false> sweep(row, max, LOG_0 ? block.warp_maxima() : local.maxima());
+    sweep.sum.s_min = local.s_min, sweep.sum.t_min = local.t_min;
     block.each_stage([&](Range range, int stage) {
-      add_statistics<LOG_0>(local, block.call, block.row(), block.place, range, block.slice(0).stage(stage),
-                            block.slice(1).stage(stage));
+      add_statistics(sweep, block.call, row, block.place, range, block.slice(0).stage(stage),
+                     block.slice(1).stage(stage));
     });
-    return local;
+    return sweep.result();
   }
 
   FASTKD_DEVICE void finish_phase() {
@@ -51,7 +69,7 @@ struct Dense {
   FASTKD_DEVICE Sums sums() {
     Sums local{0, 0, 0};
     block.each_stage([&](Range range, int stage) {
-      add_sums<Divergence, LOG_0, WITH_H>(local, block.call, block.row(), block.place, range,
+      add_sums<Divergence, LOG_0, WITH_H>(local, block.call, block.row(), block.place, range, block.warp_maxima(),
                                           block.slice(0).stage(stage), block.slice(1).stage(stage));
     });
     return local;
@@ -68,11 +86,11 @@ struct Dense {
   FASTKD_DEVICE void gradient(Range range, int stage, char* student_to, char* teacher_to) {
     const char *student = block.slice(0).stage(stage), *teacher = block.slice(1).stage(stage);
     if (block.row().log_0_policy)
-      gradients<Divergence, true>(block.call, block.row(), block.place, range, student, teacher, student_to,
-                                  teacher_to);
+      gradients<Divergence, true>(block.call, block.row(), block.place, range, block.warp_maxima(), student, teacher,
+                                  student_to, teacher_to);
     else
-      gradients<Divergence, false>(block.call, block.row(), block.place, range, student, teacher, student_to,
-                                   teacher_to);
+      gradients<Divergence, false>(block.call, block.row(), block.place, range, block.warp_maxima(), student, teacher,
+                                   student_to, teacher_to);
   }
 };
 
@@ -86,12 +104,16 @@ struct DenseShard {
   Block& block;
 
   FASTKD_DEVICE ShardStatistics shard_statistics() {
-    ShardStatistics local{empty_statistics<false>(block.row()), -INF, -INF};
+    const Extremes local = extremes(block);
+    Sweep<false, true> sweep(block.row(), block.common(local.maxima()), local.maxima());
+    sweep.sum.s_min = local.s_min, sweep.sum.t_min = local.t_min;
+    ShardStatistics all{{}, -INF, -INF};
     block.each_stage([&](Range range, int stage) {
-      add_shard_statistics(local, block.call, block.row(), block.place, range, block.slice(0).stage(stage),
+      add_shard_statistics(sweep, all, block.call, block.row(), block.place, range, block.slice(0).stage(stage),
                            block.slice(1).stage(stage));
     });
-    return local;
+    all.sweep = sweep.result();
+    return all;
   }
 
   FASTKD_DEVICE void finish_row() {}
@@ -118,9 +140,15 @@ struct Sparse {
     mark_tokens(call, row, block.place, bits, local, [](uint32_t* word, uint32_t bit) { return set_bits(word, bit); });
     sync_block();
     if (statistics_are_exchanged(call)) return block.each_stage([](Range, int) {});
+    Extremes extremes;
     block.each_stage([&](Range range, int stage) {
-      add_sweep(local.sweep, call, row, block.place, range, block.slice(0).stage(stage), bits);
+      add_sweep_extremes(extremes, call, row, block.place, range, block.slice(0).stage(stage), bits);
     });
+    Sweep<true, false> sweep(row, block.common(extremes.max), extremes.max);
+    block.each_stage([&](Range range, int stage) {
+      add_sweep(sweep, call, row, block.place, range, block.slice(0).stage(stage), bits);
+    });
+    local.sweep = sweep.result();
     gather_tokens(call, row, block.place, block.slice(0), local);
     const SparseStatistics all = block.merged(local);
     if (block.leads()) {
@@ -139,7 +167,18 @@ struct Sparse {
 
   template <bool LOG_0>
   FASTKD_DEVICE Statistics statistics() {
-    return event_statistics<LOG_0>(block.call, block.row(), block.place, block.slice(0));
+    const RowState& row = block.row();
+    Maxima local{INF, INF}, max{row.student.max, row.teacher.max};
+    Extremes extremes;
+    if (!LOG_0) {
+      extremes = event_extremes(block.call, row, block.place, block.slice(0));
+      local = extremes.max;
+      max = block.common(local);
+    }
+    Sweep<LOG_0, false> sweep(row, max, local);
+    sweep.sum.s_min = extremes.s_min, sweep.sum.t_min = extremes.t_min;
+    add_events(sweep, block.call, row, block.place, block.slice(0));
+    return sweep.result();
   }
 
   FASTKD_DEVICE void finish_phase() { finish_events(block.call, block.row()); }

@@ -11,7 +11,8 @@ FASTKD_INLINE bool needs_statistics(const Call& call, const RowState& row) {
 }
 
 FASTKD_PER_ROW void open_side(const Rows& rows, const Tempering& tempering, int64_t row, Side& side, float& weight) {
-  side.threshold = side.max = 0;
+  side.threshold = side.max = side.origin = 0;
+  side.is_far = false;
   side.dtype = rows.dtype;
   side.softcap = float(tempering.softcap);
   side.gain = tempering.softcap == 0 ? 0 : float(tempering.logit_scale / tempering.softcap);

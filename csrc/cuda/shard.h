@@ -20,19 +20,26 @@ struct ShardStatistics {
   float t_skipped_max, s_skipped_max;  // largest z of a side among the columns where the other side is gone
 };
 
+FASTKD_INLINE ShardStatistics add(const ShardStatistics& a, const ShardStatistics& b) {
+  return {add(a.sweep, b.sweep), fmaxf(a.t_skipped_max, b.t_skipped_max), fmaxf(a.s_skipped_max, b.s_skipped_max)};
+}
+FASTKD_INLINE Maxima maxima_of(const ShardStatistics& a) { return maxima_of(a.sweep); }
+FASTKD_INLINE void rescale(ShardStatistics& a, Maxima max, const RowState& row) { rescale(a.sweep, max, row); }
+
 FASTKD_INLINE ShardStatistics merge(const ShardStatistics& a, const ShardStatistics& b, const RowState& row) {
   return {merge(a.sweep, b.sweep, row), fmaxf(a.t_skipped_max, b.t_skipped_max),
           fmaxf(a.s_skipped_max, b.s_skipped_max)};
 }
 
-FASTKD_INLINE void add_shard_statistics(ShardStatistics& local, const Call& call, const RowState& row, Place place,
-                                        Range range, const char* student, const char* teacher) {
+FASTKD_INLINE void add_shard_statistics(Sweep<false, true>& local, ShardStatistics& all, const Call& call,
+                                        const RowState& row, Place place, Range range, const char* student,
+                                        const char* teacher) {
   const auto gone = [](V z, float max, const Side& side) { return product(z - finite_max(max), side.rate) == -INF; };
   const auto add = [&](auto vector, const auto& s, const auto& t) {
-    add_vector<false, true>(local.sweep, s, t, vector.n, row);
+    local.add(s, t, vector.n, row);
     for (int k = 0; k < VECTOR; ++k) {
-      if (gone(s[k], local.sweep.s_max, row.student)) local.t_skipped_max = fmaxf(local.t_skipped_max, t[k]);
-      if (gone(t[k], local.sweep.t_max, row.teacher)) local.s_skipped_max = fmaxf(local.s_skipped_max, s[k]);
+      if (gone(s[k], local.sum.s_max, row.student)) all.t_skipped_max = fmaxf(all.t_skipped_max, t[k]);
+      if (gone(t[k], local.sum.t_max, row.teacher)) all.s_skipped_max = fmaxf(all.s_skipped_max, s[k]);
     }
   };
   each_vector_without_label<true>(call, row, place, range, student, teacher, add);

@@ -43,9 +43,13 @@ FASTKD_INLINE int columns_in_slice(const Call& call, int rank) {
   const int64_t rest = call.vocabulary - first_column(call, rank);
   return int(rest < 0 ? 0 : rest < call.slice ? rest : call.slice);
 }
-FASTKD_INLINE Range stage_range(const Call& call, int rank, int stage) {
-  const int columns = columns_in_slice(call, rank), first = stage * call.stage, last = first + call.stage;
-  return {first < columns ? first : columns, last < columns ? last : columns};
+// With `shift`, stages after the first begin so many columns earlier: where a row lies so many columns past a multiple of
+// PIECE, they then begin at one.
+FASTKD_INLINE Range stage_range(const Call& call, int rank, int stage, int shift) {
+  const int columns = columns_in_slice(call, rank), end = (stage + 1) * call.stage - shift;
+  const int first = stage ? end - call.stage : 0, last = stage == STAGES - 1 ? columns : end;
+  const auto inside = [&](int column) { return column < 0 ? 0 : column < columns ? column : columns; };
+  return {inside(first), inside(last)};
 }
 
 // A block's part of a row, in shared or in device memory. In shared memory, the alignments of successive rows may

@@ -33,8 +33,10 @@ struct Side {
   Dtype dtype;
   float sign, softcap, gain, inverse_cap, temperature, unit, rate;
   float max;                 // maximum of z, or 0 if all are -inf
-  float inverse_sum;         // 1 / exp_sum: 2^(rate (z - max)) * inverse_sum is a probability
-  float offset, offset_low;  // log probability = unit (z - max) + offset + offset_low
+  float origin;              // rate * max, rounded
+  bool is_far;               // whether exponents are rate (z - max) rather than rate * z - origin (statistics.h, Origin)
+  float inverse_sum;         // 2^exponent * inverse_sum is a probability
+  float offset, offset_low;  // log probability = ln(2) exponent + offset + offset_low
   float threshold;           // an exponential below it has a negligible probability
 
   FASTKD_INLINE bool identity() const { return softcap == 0 && sign == 1; }  // whether z is the logit
@@ -86,9 +88,17 @@ struct SureColumn {
   float gradient;    // with respect to the tempered logit
 };
 
+// How a thread loads whole vectors of a row.
+enum class Vectors {
+  any,         // with conversions, from any address
+  bf16,        // both sides are bf16, z is the logit, and whole vectors are at multiples of PIECE
+  fp16_or_fp32  // the same in another dtype
+};
+
 struct RowState {
   bool with_labels, log_0_policy, finite;  // log_0_policy: the row is computed again, with the policy for log 0
-  bool aligned_bf16;  // both sides are bf16, need no conversion to z, and lie at multiples of PIECE
+  Vectors vectors;
+  int shift;  // columns from a multiple of PIECE to the first one, if both sides lie alike; else 0
   unsigned flags;
   int64_t row, label;
   int label_column;  // column of the label in this block's slice if there is a label term; else NOWHERE

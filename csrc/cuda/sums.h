@@ -56,13 +56,17 @@ FASTKD_INLINE void evaluate_terms(const Call& call, V p, V q, V log_p, V log_q, 
   h = settled(h);
 }
 
-template <class Divergence, bool LOG_0>
+// With MAY_BE_FAR, the maxima may be far from 0.
+template <class Divergence, bool LOG_0, bool MAY_BE_FAR = true>
 FASTKD_INLINE void evaluate(const Call& call, const RowState& row, V s, V t, V& p, V& q, V& phi, V& g, V& h) {
   V log_p = product(t, row.teacher.unit), log_q = product(s, row.student.unit);
   V log_ratio = product(product(t, row.unit_ratio) - s, row.student.unit);
   p = q = 1;
   if (is_normalized<Divergence>(call)) {
-    const V x_s = product(s - row.student.max, row.student.rate), x_t = product(t - row.teacher.max, row.teacher.rate);
+    const auto exponent = [](const Side& side, V z) {
+      return MAY_BE_FAR && side.is_far ? product(z - side.max, side.rate) : fmaf(z, side.rate, -side.origin);
+    };
+    const V x_s = exponent(row.student, s), x_t = exponent(row.teacher, t);
     p = exp2_of(x_t) * row.teacher.inverse_sum;
     q = exp2_of(x_s) * row.student.inverse_sum;
     log_p = fmaf(x_t, LN_2, row.teacher.offset_low) + row.teacher.offset;
@@ -73,21 +77,35 @@ FASTKD_INLINE void evaluate(const Call& call, const RowState& row, V s, V t, V& 
   evaluate_terms<Divergence, LOG_0>(call, p, q, log_p, log_q, log_ratio, phi, g, h);
 }
 
-// h is summed for the teacher's gradient: as degree * phi - g, its sum would cancel where p is far from q.
+FASTKD_INLINE bool is_far(const RowState& row) { return row.student.is_far || row.teacher.is_far; }
+
+// Whether a warp may have a sure column, if its columns have these maxima.
+FASTKD_INLINE bool may_be_sure(const RowState& row, Maxima warp_max) {
+  return warp_max.s >= row.s_sure.z || warp_max.t >= row.t_sure.z;
+}
+
+// Adds this thread's vectors in a range. The row is copied to registers for whole vectors, where each column has its own
+// copy of the definition. The others share one copy, and some of their columns do not count. h is summed for the
+// teacher's gradient: as degree * phi - g, its sum would cancel where p is far from q.
 template <class Divergence, bool LOG_0, bool WITH_H>
-FASTKD_INLINE void add_sums(Sums& local, const Call& call, const RowState& row, Place place, Range range,
-                            const char* student, const char* teacher) {
-  each_vector_without_label<!LOG_0>(call, row, place, range, student, teacher, [&](auto vector, auto& s, auto& t) {
+FASTKD_INLINE void add_sums(Sums& local, const Call& call, const RowState& shared, Place place, Range range,
+                            Maxima warp_max, const char* student, const char* teacher) {
+  const RowState row = shared;
+  const bool is_usual = !may_be_sure(shared, warp_max) && !is_far(shared);
+  each_vector_without_label<!LOG_0>(call, shared, place, range, student, teacher, [&](auto vector, auto& s, auto& t) {
     V p, q, phi, g, h;
     Sums part{0, 0, 0};
-    each_column<LOG_0>(s, t, [&](int k, V s_k, V t_k) {
-      evaluate<Divergence, LOG_0>(call, row, s_k, t_k, p, q, phi, g, h);
-      const bool in_sums = k < vector.n && s_k != row.s_sure.z && t_k != row.t_sure.z;
-      part.phi += in_sums ? phi : 0;
-      part.g += in_sums ? g : 0;
-      if (WITH_H) part.h += in_sums ? h : 0;
-    });
-    local = merge(local, part, row);
+    if (is_whole<decltype(vector)> && is_usual)
+      each_column<false>(s, t, [&](int, V s_k, V t_k) {
+        evaluate<Divergence, LOG_0, false>(call, row, s_k, t_k, p, q, phi, g, h);
+        part = add(part, {phi, g, WITH_H ? h : 0});
+      });
+    else
+      each_column<true>(s, t, [&](int k, V s_k, V t_k) {
+        evaluate<Divergence, LOG_0>(call, shared, s_k, t_k, p, q, phi, g, h);
+        if (k < vector.n && s_k != shared.s_sure.z && t_k != shared.t_sure.z) part = add(part, {phi, g, WITH_H ? h : 0});
+      });
+    local = add(local, part);
   });
 }
 
@@ -106,8 +124,9 @@ FASTKD_PER_ROW void add_sure_columns(const Call& call, RowState& row) {
   SureColumn &s = row.s_sure, &t = row.t_sure;
   const double s_log_sum = log_of_sum(s.rest, 1), t_log_sum = log_of_sum(t.rest, 1);
   // log q and log p at the side's own maximum; if the side is not sure, its offset has that value.
-  const double log_q_max = s.exists ? -s_log_sum : double(row.student.offset) + row.student.offset_low;
-  const double log_p_max = t.exists ? -t_log_sum : double(row.teacher.offset) + row.teacher.offset_low;
+  const Statistics& all = row.statistics;
+  const double log_q_max = s.exists ? -s_log_sum : -log_of_sum(all.s_exp_sum, all.s_max_count);
+  const double log_p_max = t.exists ? -t_log_sum : -log_of_sum(all.t_exp_sum, all.t_max_count);
   const bool same_column = s.exists && t.exists && s.other_gap == 0 && t.other_gap == 0;
   double g = row.g, h = row.h;  // sums over all columns but the sure ones
   const double log_ratio = log_p_max - log_q_max;

@@ -24,6 +24,12 @@ FASTKD_INLINE SparseStatistics empty_sparse_statistics(const RowState& row) {
   return {empty_statistics<false>(row), -INF, 0, 0};
 }
 
+FASTKD_INLINE SparseStatistics add(const SparseStatistics& a, const SparseStatistics& b) {
+  return {add(a.sweep, b.sweep), fmaxf(a.token_max, b.token_max), a.token_count + b.token_count, a.invalid | b.invalid};
+}
+FASTKD_INLINE Maxima maxima_of(const SparseStatistics& a) { return maxima_of(a.sweep); }
+FASTKD_INLINE void rescale(SparseStatistics& a, Maxima max, const RowState& row) { rescale(a.sweep, max, row); }
+
 FASTKD_INLINE SparseStatistics merge(const SparseStatistics& a, const SparseStatistics& b, const RowState& row) {
   return {merge(a.sweep, b.sweep, row), fmaxf(a.token_max, b.token_max), a.token_count + b.token_count,
           a.invalid | b.invalid};
@@ -78,18 +84,32 @@ FASTKD_INLINE unsigned tokens_among(const uint32_t* bits, int first) {
   return bits[first / 32] >> (first % 32) & ALL_COLUMNS;
 }
 
-// Uses the policy for log 0, so that a logit of -inf adds 0 to the entropy. Side::threshold is still 0 (set_softmax
-// sets it later), so only exponentials that are 0 count as negligible.
-FASTKD_INLINE void add_sweep(Statistics& local, const Call& call, const RowState& row, Place place, Range range,
-                             const char* student, const uint32_t* bits) {
+// Calls f(vector, s, t) for this thread's vectors in a range; t are the columns that are not listed.
+template <class Function>
+FASTKD_INLINE void each_sparse_vector(const Call& call, const RowState& row, Place place, Range range,
+                                      const char* student, const uint32_t* bits, Function f) {
   each_vector<false>(call, row, place, range, [&](int first, auto vector) {
     const unsigned tokens = tokens_among(bits, first);
     V s[VECTOR], t[VECTOR];
     load_z(student, row.student, first, vector, s);
 #pragma unroll
     for (int k = 0; k < VECTOR; ++k) t[k] = k < vector.n && !(tokens >> k & 1) ? s[k] : -INF;
-    add_vector<true>(local, s, t, vector.n, row);
+    f(vector, s, t);
   });
+}
+
+FASTKD_INLINE void add_sweep_extremes(Extremes& local, const Call& call, const RowState& row, Place place, Range range,
+                                      const char* student, const uint32_t* bits) {
+  each_sparse_vector(call, row, place, range, student, bits,
+                     [&](auto, const auto& s, const auto& t) { local.add(s, t, row.flags); });
+}
+
+// Uses the policy for log 0, so that a logit of -inf adds 0 to the entropy. Side::threshold is still 0 (set_softmax
+// sets it later), so only exponentials that are 0 count as negligible.
+FASTKD_INLINE void add_sweep(Sweep<true, false>& local, const Call& call, const RowState& row, Place place, Range range,
+                             const char* student, const uint32_t* bits) {
+  each_sparse_vector(call, row, place, range, student, bits,
+                     [&](auto vector, const auto& s, const auto& t) { local.add(s, t, vector.n, row); });
 }
 
 FASTKD_INLINE void gather_tokens(const Call& call, const RowState& row, Place place, const Slice& slice,
@@ -107,7 +127,7 @@ FASTKD_INLINE void finish_sweep(const Call& call, RowState& row, const SparseSta
   const bool has_tail = all.sweep.t_max > -INF || all.sweep.t_exp_sum != all.sweep.t_exp_sum;
   TailEvent& out = row.tail;
   out.max = row.teacher.max;
-  out.inverse_sum = has_tail ? row.teacher.inverse_sum : 0;
+  out.inverse_sum = has_tail ? 1 / (all.sweep.t_exp_sum + all.sweep.t_max_count) : 0;
   out.origin = all.token_max > -INF ? all.token_max : out.max;
   const double log_sum = log_of_sum(all.sweep.t_exp_sum, all.sweep.t_max_count) / row.student.unit;
   out.z = has_tail ? float(double(out.max) - double(out.origin) + log_sum) : -INF;
@@ -145,14 +165,26 @@ FASTKD_INLINE void each_event(const Call& call, const RowState& row, Place place
   if (with_tail && place.rank == 0 && place.thread == 0) f(row.tail.z, row.tail.log_p);
 }
 
-template <bool LOG_0>
-FASTKD_INLINE Statistics event_statistics(const Call& call, const RowState& row, Place place, const Slice& slice) {
-  Statistics local = empty_statistics<LOG_0>(row);
+// Calls f(s, t) with the logits of this thread's events, a vector of one column each.
+template <class Function>
+FASTKD_INLINE void each_event_vector(const Call& call, const RowState& row, Place place, const Slice& slice,
+                                     Function f) {
   each_event(call, row, place, slice, row.tail.is_event, [&](float z, float log_p) {
     const V s[1] = {z}, t[1] = {log_p};
-    add_vector<LOG_0>(local, s, t, 1, row);
+    f(s, t);
   });
+}
+
+FASTKD_INLINE Extremes event_extremes(const Call& call, const RowState& row, Place place, const Slice& slice) {
+  Extremes local;
+  each_event_vector(call, row, place, slice, [&](const auto& s, const auto& t) { local.add(s, t, row.flags); });
   return local;
+}
+
+template <bool LOG_0>
+FASTKD_INLINE void add_events(Sweep<LOG_0, false>& local, const Call& call, const RowState& row, Place place,
+                              const Slice& slice) {
+  each_event_vector(call, row, place, slice, [&](const auto& s, const auto& t) { local.add(s, t, 1, row); });
 }
 
 // Finishes the statistics of events. Cross-entropy and entropy stay those of the whole row.
@@ -166,13 +198,16 @@ FASTKD_INLINE void finish_events(const Call& call, RowState& row) {
   if (call.tail == Tail::truncate) {  // the teacher's probabilities are not normalized again
     row.teacher.unit = row.teacher.inverse_sum = 1;
     row.teacher.rate = LOG2_E;
-    row.teacher.max = row.teacher.offset = row.teacher.offset_low = 0;
+    row.teacher.max = row.teacher.origin = row.teacher.offset = row.teacher.offset_low = 0;
+    row.teacher.is_far = false;
     row.teacher.threshold = NEGLIGIBLE;
     row.s_sure.exists = row.t_sure.exists = false;
     row.s_sure.z = row.t_sure.z = NAN;
     row.s_origin = row.student.max, row.t_origin = 0;
     row.unit_ratio = 1 / row.student.unit;
-    row.log_ratio_high = -row.student.offset, row.log_ratio_low = -row.student.offset_low;
+    const double log_sum = log_of_sum(row.statistics.s_exp_sum, row.statistics.s_max_count);
+    row.log_ratio_high = float(log_sum);
+    row.log_ratio_low = finite(row.log_ratio_high) ? float(log_sum - row.log_ratio_high) : 0;
   }
 }
 
@@ -195,7 +230,7 @@ FASTKD_INLINE Sums event_sums(const Call& call, const RowState& row, Place place
   each_event(call, row, place, slice, with_tail, [&](float z, float log_p) {
     if (z == row.s_sure.z || log_p == row.t_sure.z) return;
     const EventTerms event = evaluate_event<LOG_0>(call, row, z, log_p);
-    local = merge(local, {event.phi, event.g, 0}, row);
+    local = add(local, {event.phi, event.g, 0});
   });
   return local;
 }

@@ -16,6 +16,21 @@ FASTKD_INLINE T read(const char* memory) {
   FASTKD_TRACE_ACCESS(memory, int(sizeof(T)), false);
   return *reinterpret_cast<const T*>(memory);
 }
+#if defined(__CUDA_ARCH__)
+template <>
+FASTKD_INLINE Piece read<Piece>(const char* memory) {
+  const uint4 words = *reinterpret_cast<const uint4*>(memory);  // one instruction; a struct is read word by word
+  return {words.x, words.y, words.z, words.w};
+}
+#endif
+FASTKD_INLINE void write(char* memory, const Piece& piece) {
+  FASTKD_TRACE_ACCESS(memory, PIECE, true);
+#if defined(__CUDA_ARCH__)
+  *reinterpret_cast<uint4*>(memory) = {piece.words[0], piece.words[1], piece.words[2], piece.words[3]};
+#else
+  *reinterpret_cast<Piece*>(memory) = piece;
+#endif
+}
 
 // Loads a piece of 16-bit elements from an address that is a multiple of 2. It reads no other element, because
 // neighbours may be storing theirs.
@@ -42,12 +57,46 @@ FASTKD_INLINE void from_two_bf16(const Piece& piece, V (&x)[VECTOR]) {
   }
 }
 
-// Loads a vector of bf16 from a multiple of PIECE.
-FASTKD_INLINE void load_bf16(const char* shared, V (&x)[VECTOR]) {
-  from_two_bf16(read<Piece>(shared), x);
+FASTKD_INLINE void from_two_fp16(const Piece& piece, V (&x)[VECTOR]) {
+  for (int k = 0; k < 4; ++k) {
+    x[2 * k] = from_fp16(uint16_t(piece.words[k]));
+    x[2 * k + 1] = from_fp16(uint16_t(piece.words[k] >> 16));
+  }
 }
 
-// Loads a vector of logits. Shared memory has room for a whole vector at the end of a slice, with undefined contents.
+FASTKD_INLINE void from_fp32(const Piece& low, const Piece& high, V (&x)[VECTOR]) {
+  for (int k = 0; k < 4; ++k) {
+    x[k] = as<float>(low.words[k]);
+    x[k + 4] = as<float>(high.words[k]);
+  }
+}
+
+// Loads a vector of bf16 from a multiple of PIECE.
+FASTKD_INLINE void load_bf16(const char* shared, V (&x)[VECTOR]) { from_two_bf16(read<Piece>(shared), x); }
+
+// Loads a vector of fp16 or fp32 from a multiple of PIECE.
+FASTKD_INLINE void load_fp16_or_fp32(const char* shared, bool is_fp32, V (&x)[VECTOR]) {
+  const Piece piece = read<Piece>(shared);
+  if (is_fp32)
+    from_fp32(piece, read<Piece>(shared + PIECE), x);
+  else
+    from_two_fp16(piece, x);
+}
+
+// The larger of two bf16 in each half of a word. NaN is ignored.
+FASTKD_INLINE uint32_t max_of_two_bf16(uint32_t a, uint32_t b) {
+#if defined(__CUDA_ARCH__)
+  uint32_t y;
+  asm("max.bf16x2 %0, %1, %2;" : "=r"(y) : "r"(a), "r"(b));
+  return y;
+#else
+  const float low = fmaxf(as<float>(a << 16), as<float>(b << 16));
+  const float high = fmaxf(as<float>(a & 0xffff0000), as<float>(b & 0xffff0000));
+  return as<uint32_t>(low) >> 16 | (as<uint32_t>(high) & 0xffff0000);
+#endif
+}
+
+// Loads a vector of logits from any address.
 FASTKD_INLINE void load(const char* shared, Dtype dtype, int first, V (&x)[VECTOR]) {
   const char* from = shared + int64_t(first) * size_of_element(dtype);
   const bool skewed = skew_of(from) != 0;  // a slice keeps its row's alignment, because the copy engine needs that
@@ -57,25 +106,28 @@ FASTKD_INLINE void load(const char* shared, Dtype dtype, int first, V (&x)[VECTO
       for (int k = 0; k < VECTOR; ++k) pieces[k / 4].words[k % 4] = read<uint32_t>(from + 4 * k);
     else
       for (int k = 0; k < 2; ++k) pieces[k] = read<Piece>(from + PIECE * k);
-    for (int k = 0; k < VECTOR; ++k) x[k] = as<float>(pieces[k / 4].words[k % 4]);
-    return;
+    return from_fp32(pieces[0], pieces[1], x);
   }
   const Piece piece = skewed ? load_skewed(from) : read<Piece>(from);
-  if (dtype == Dtype::bf16)
-    from_two_bf16(piece, x);
-  else
-    for (int k = 0; k < 4; ++k) {
-      x[2 * k] = from_fp16(uint16_t(piece.words[k]));
-      x[2 * k + 1] = from_fp16(uint16_t(piece.words[k] >> 16));
-    }
+  dtype == Dtype::bf16 ? from_two_bf16(piece, x) : from_two_fp16(piece, x);
 }
 
 // Stores a vector of bf16 to a multiple of PIECE.
 FASTKD_INLINE void store_bf16(char* memory, const V (&x)[VECTOR]) {
   Piece piece;
   for (int k = 0; k < 4; ++k) piece.words[k] = two_bf16(x[2 * k], x[2 * k + 1]);
-  FASTKD_TRACE_ACCESS(memory, PIECE, true);
-  *reinterpret_cast<Piece*>(memory) = piece;
+  write(memory, piece);
+}
+
+// Stores a vector of fp16 or fp32 to a multiple of PIECE.
+FASTKD_INLINE void store_fp16_or_fp32(char* memory, bool is_fp32, const V (&x)[VECTOR]) {
+  Piece low, high;
+  for (int k = 0; k < 4; ++k) {
+    low.words[k] = is_fp32 ? as<uint32_t>(x[k]) : two_fp16(x[2 * k], x[2 * k + 1]);
+    high.words[k] = as<uint32_t>(x[k + 4]);
+  }
+  write(memory, low);
+  if (is_fp32) write(memory + PIECE, high);
 }
 
 constexpr unsigned ALL_COLUMNS = (1u << VECTOR) - 1;  // one bit per column of a vector
@@ -96,9 +148,8 @@ FASTKD_INLINE void store(char* memory, Dtype dtype, int first, unsigned columns,
   const int element_size = size_of_element(dtype);
   char* to = memory + int64_t(first) * element_size;
   if (columns == ALL_COLUMNS && skew_of(to) == 0) {
-    FASTKD_TRACE_ACCESS(to, VECTOR * element_size, true);
-    reinterpret_cast<Piece*>(to)[0] = pieces[0];
-    if (element_size == 4) reinterpret_cast<Piece*>(to)[1] = pieces[1];
+    write(to, pieces[0]);
+    if (element_size == 4) write(to + PIECE, pieces[1]);
     return;
   }
 #pragma unroll

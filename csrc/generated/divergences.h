@@ -6,6 +6,8 @@
 struct forward_kl {
   static constexpr bool always_normalized = true;
   static constexpr bool uses_logs = true, gradient_uses_logs = false;
+  // Whether a factor of p and q, with the same logarithms, is one of g.
+  static constexpr bool gradient_is_linear = true;
   static FASTKD_INLINE void eval(V p, V q, V log_p, V log_q, V log_ratio, const float* params_,
                                  float degree_, V& phi_, V& g_, V& h_) {
     const V phi = (p * log_ratio);
@@ -18,6 +20,8 @@ struct forward_kl {
 struct reverse_kl {
   static constexpr bool always_normalized = true;
   static constexpr bool uses_logs = true, gradient_uses_logs = true;
+  // Whether a factor of p and q, with the same logarithms, is one of g.
+  static constexpr bool gradient_is_linear = true;
   static FASTKD_INLINE void eval(V p, V q, V log_p, V log_q, V log_ratio, const float* params_,
                                  float degree_, V& phi_, V& g_, V& h_) {
     const V phi = ((-q) * log_ratio);
@@ -30,6 +34,8 @@ struct reverse_kl {
 struct mixture {
   static constexpr bool always_normalized = true;
   static constexpr bool uses_logs = true, gradient_uses_logs = true;
+  // Whether a factor of p and q, with the same logarithms, is one of g.
+  static constexpr bool gradient_is_linear = true;
   static FASTKD_INLINE void eval(V p, V q, V log_p, V log_q, V log_ratio, const float* params_,
                                  float degree_, V& phi_, V& g_, V& h_) {
     const V forward = splat(params_[0]);
@@ -46,6 +52,8 @@ struct mixture {
 struct soft_cross_entropy {
   static constexpr bool always_normalized = true;
   static constexpr bool uses_logs = true, gradient_uses_logs = false;
+  // Whether a factor of p and q, with the same logarithms, is one of g.
+  static constexpr bool gradient_is_linear = true;
   static FASTKD_INLINE void eval(V p, V q, V log_p, V log_q, V log_ratio, const float* params_,
                                  float degree_, V& phi_, V& g_, V& h_) {
     const V weight = splat(params_[0]);
@@ -58,6 +66,8 @@ struct soft_cross_entropy {
 struct jsd {
   static constexpr bool always_normalized = true;
   static constexpr bool uses_logs = true, gradient_uses_logs = true;
+  // Whether a factor of p and q, with the same logarithms, is one of g.
+  static constexpr bool gradient_is_linear = true;
   static FASTKD_INLINE void eval(V p, V q, V log_p, V log_q, V log_ratio, const float* params_,
                                  float degree_, V& phi_, V& g_, V& h_) {
     const V beta = splat(params_[0]);
@@ -75,6 +85,8 @@ struct jsd {
 struct skew_forward_kl {
   static constexpr bool always_normalized = true;
   static constexpr bool uses_logs = true, gradient_uses_logs = true;
+  // Whether a factor of p and q, with the same logarithms, is one of g.
+  static constexpr bool gradient_is_linear = true;
   static FASTKD_INLINE void eval(V p, V q, V log_p, V log_q, V log_ratio, const float* params_,
                                  float degree_, V& phi_, V& g_, V& h_) {
     const V alpha = splat(params_[0]);
@@ -91,6 +103,8 @@ struct skew_forward_kl {
 struct skew_reverse_kl {
   static constexpr bool always_normalized = true;
   static constexpr bool uses_logs = true, gradient_uses_logs = true;
+  // Whether a factor of p and q, with the same logarithms, is one of g.
+  static constexpr bool gradient_is_linear = true;
   static FASTKD_INLINE void eval(V p, V q, V log_p, V log_q, V log_ratio, const float* params_,
                                  float degree_, V& phi_, V& g_, V& h_) {
     const V alpha = splat(params_[0]);
@@ -107,6 +121,8 @@ struct skew_reverse_kl {
 struct tvd {
   static constexpr bool always_normalized = true;
   static constexpr bool uses_logs = true, gradient_uses_logs = true;
+  // Whether a factor of p and q, with the same logarithms, is one of g.
+  static constexpr bool gradient_is_linear = true;
   static FASTKD_INLINE void eval(V p, V q, V log_p, V log_q, V log_ratio, const float* params_,
                                  float degree_, V& phi_, V& g_, V& h_) {
     const V size = (((-splat(0.5f)) * where((log_ratio > splat(0.0f)), p, q)) * expm1((-abs(log_ratio))));
@@ -120,6 +136,8 @@ struct tvd {
 struct hellinger {
   static constexpr bool always_normalized = true;
   static constexpr bool uses_logs = true, gradient_uses_logs = true;
+  // Whether a factor of p and q, with the same logarithms, is one of g.
+  static constexpr bool gradient_is_linear = true;
   static FASTKD_INLINE void eval(V p, V q, V log_p, V log_q, V log_ratio, const float* params_,
                                  float degree_, V& phi_, V& g_, V& h_) {
     const V size = ((-splat(0.5f)) * abs(log_ratio));
@@ -137,6 +155,8 @@ struct hellinger {
 struct alpha_beta {
   static constexpr bool always_normalized = true;
   static constexpr bool uses_logs = true, gradient_uses_logs = true;
+  // Whether a factor of p and q, with the same logarithms, is one of g.
+  static constexpr bool gradient_is_linear = false;
   static FASTKD_INLINE void eval(V p, V q, V log_p, V log_q, V log_ratio, const float* params_,
                                  float degree_, V& phi_, V& g_, V& h_) {
     const V alpha = splat(params_[0]);
@@ -166,6 +186,8 @@ struct alpha_beta {
 struct alpha_beta_of_any_sign {
   static constexpr bool always_normalized = true;
   static constexpr bool uses_logs = true, gradient_uses_logs = true;
+  // Whether a factor of p and q, with the same logarithms, is one of g.
+  static constexpr bool gradient_is_linear = false;
   static FASTKD_INLINE void eval(V p, V q, V log_p, V log_q, V log_ratio, const float* params_,
                                  float degree_, V& phi_, V& g_, V& h_) {
     const V alpha = splat(params_[0]);
@@ -193,6 +215,8 @@ struct alpha_beta_of_any_sign {
 struct alpha_beta_at_beta_0 {
   static constexpr bool always_normalized = true;
   static constexpr bool uses_logs = true, gradient_uses_logs = true;
+  // Whether a factor of p and q, with the same logarithms, is one of g.
+  static constexpr bool gradient_is_linear = false;
   static FASTKD_INLINE void eval(V p, V q, V log_p, V log_q, V log_ratio, const float* params_,
                                  float degree_, V& phi_, V& g_, V& h_) {
     const V alpha = splat(params_[0]);
@@ -210,6 +234,8 @@ struct alpha_beta_at_beta_0 {
 struct alpha_beta_at_alpha_0 {
   static constexpr bool always_normalized = true;
   static constexpr bool uses_logs = true, gradient_uses_logs = true;
+  // Whether a factor of p and q, with the same logarithms, is one of g.
+  static constexpr bool gradient_is_linear = false;
   static FASTKD_INLINE void eval(V p, V q, V log_p, V log_q, V log_ratio, const float* params_,
                                  float degree_, V& phi_, V& g_, V& h_) {
     const V beta = splat(params_[0]);
@@ -227,6 +253,8 @@ struct alpha_beta_at_alpha_0 {
 struct alpha_beta_at_sum_0 {
   static constexpr bool always_normalized = true;
   static constexpr bool uses_logs = true, gradient_uses_logs = true;
+  // Whether a factor of p and q, with the same logarithms, is one of g.
+  static constexpr bool gradient_is_linear = false;
   static FASTKD_INLINE void eval(V p, V q, V log_p, V log_q, V log_ratio, const float* params_,
                                  float degree_, V& phi_, V& g_, V& h_) {
     const V alpha = splat(params_[0]);
@@ -241,6 +269,8 @@ struct alpha_beta_at_sum_0 {
 struct half_squared_gap {
   static constexpr bool always_normalized = false;
   static constexpr bool uses_logs = true, gradient_uses_logs = true;
+  // Whether a factor of p and q, with the same logarithms, is one of g.
+  static constexpr bool gradient_is_linear = false;
   static FASTKD_INLINE void eval(V p, V q, V log_p, V log_q, V log_ratio, const float* params_,
                                  float degree_, V& phi_, V& g_, V& h_) {
     phi_ = ((splat(0.5f) * log_ratio) * log_ratio);
@@ -252,6 +282,8 @@ struct half_squared_gap {
 struct smooth_l1 {
   static constexpr bool always_normalized = false;
   static constexpr bool uses_logs = true, gradient_uses_logs = true;
+  // Whether a factor of p and q, with the same logarithms, is one of g.
+  static constexpr bool gradient_is_linear = false;
   static FASTKD_INLINE void eval(V p, V q, V log_p, V log_q, V log_ratio, const float* params_,
                                  float degree_, V& phi_, V& g_, V& h_) {
     const V beta = splat(params_[0]);

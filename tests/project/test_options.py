@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import inspect
+import re
 import subprocess
 import sys
 from typing import Any, get_type_hints
@@ -17,6 +18,7 @@ from torch import Tensor
 
 import fastkd
 from fastkd.call.options import OPTION_NAMES, TABLE, LossOptions, Numbers, Options
+from fastkd.divergences import DEFINITIONS
 from fastkd.functional import DenseOptions, LinearOptions
 
 
@@ -196,3 +198,23 @@ def test_an_extension_of_another_table_is_an_obstacle(
     found = registry._native_obstacle(f"fastkd.{extension}", None, "")
     assert found is not None
     assert "another table of options" in found.reason
+
+
+def test_a_factor_of_p_and_q_is_one_of_the_gradient() -> None:
+    """Where the generated C++ says so, because the CUDA kernels then multiply p and q by the gradient's factor."""
+    header = (ROOT / "csrc" / "generated" / "divergences.h").read_text()
+    pattern = r"struct (\w+) \{.*?gradient_is_linear = (\w+);"
+    linear = {name for name, answer in re.findall(pattern, header, re.DOTALL) if answer == "true"}
+    assert {"forward_kl", "reverse_kl", "mixture", "jsd"} < linear
+    log_p, log_q = torch.randn(2, 50, dtype=torch.float64).log_softmax(-1)
+    for function in DEFINITIONS:
+        if function.__name__.lstrip("_") not in linear:
+            continue
+        takes = list(inspect.signature(function).parameters)
+        ratio = [log_p - log_q] if "log_ratio" in takes else []
+        params = [0.3 + 0.1 * i for i in range(len(takes) - 4 - len(ratio))]
+        for p, q in ((log_p.exp(), log_q.exp()), (log_q.exp(), log_p.exp())):
+            once, scaled = (
+                function(c * p, c * q, log_p, log_q, *ratio, *params)[1] for c in (1.0, -3.0)
+            )
+            torch.testing.assert_close(scaled, -3.0 * once)

@@ -397,23 +397,23 @@ def test_a_device_without_large_clusters(emulation: Emulation) -> None:
 
 
 FAULTS = {
-    "an off-by-one in the tail": ("columns.h", "k < vector.n ? z[k] : z[0]", "k <= vector.n ? z[k] : z[0]"),
+    "an off-by-one in the tail": ("columns.h", "k < vector.n ? k : 0", "k <= vector.n ? k : 0"),
     "columns of a slice": ("slice.h", "rest < call.slice ? rest :", "rest < call.slice ? rest - 1 :"),
     "the edge of a copy": ("slice.h", "if (at < bytes) copy_element", "if (at + element_size < bytes) copy_element"),
     "a swapped merge": ("statistics.h", "a.forward += b.forward;", "a.forward += b.reverse;"),
     "a merge that forgets to rescale": ("statistics.h", "  rescale(b, s_max, t_max, row);\n", "  b.s_max = s_max;\n"),
     "a maximum that does not rescale": ("statistics.h", "a.s_exp_sum *= s_factor;", ""),
     "a moment that does not move": ("statistics.h", "a.forward + (s_step - t_step) * a.t_exp_sum", "a.forward"),
-    "a sign": ("gradient.h", "h - p * row.sum_h", "h + p * row.sum_h"),
+    "a sign": ("gradient.h", "h - p * shared.sum_h", "h + p * shared.sum_h"),
     "the temperature of the gradient": ("gradient.h", "scales.distillation * row.student.unit", "scales.distillation"),
     "the policy for log 0": ("statistics.h", "LOG_0 ? (e > threshold ? e * x : 0) : e * x", "e * x"),
     "logits that are too low": ("finish.h", "return (row.flags & MINIMA)", "return false && (row.flags & MINIMA)"),
     "the label's column": ("gradient.h", "column == row.label", "column + 1 == row.label"),
-    "a whole vector where there is a part": ("columns.h", "first + VECTOR <= range.last", "first < range.last"),
+    "a whole vector where there is a part": ("columns.h", "range.last - VECTOR + 1", "range.last"),
     "what came by the copy engine is not waited for": ("block.h", "      await(stage);\n", ""),
     "a stage is fetched before all are done with it": (
         "cluster.h", "order_before_copies();\n      sync_block();", "order_before_copies();"),
-    "one place for all exchanges": ("block.h", "shared_.rank_parts[exchange_++ & 1]", "shared_.rank_parts[0]"),
+    "one place for all exchanges": ("block.h", "shared_.rank_parts[next_exchange()]", "shared_.rank_parts[0]"),
     "no gap between stages": ("slice.h", "memory + number * gap", "memory"),
     "a cluster that does not wait": (
         "block.h", "        cluster_arrive(warp == 0);\n        cluster_wait();\n", ""),

@@ -249,7 +249,7 @@ FAULTS = {
     "sums of one process": ("shard.h", "    phi += from[0];", "    phi = from[0];"),
     "what is gone is nothing": ("shard.h", "> NEGLIGIBLE * sum", "> 2 * sum"),
     "what is gone is always something": ("shard.h", "> NEGLIGIBLE * sum", ">= 0 * sum"),
-    "a moment of what is gone": ("shard.h", "add_vector<false, true>", "add_vector<false, false>"),
+    "a moment of what is gone": ("statistics.h", "if (SHARD) return", "if (false) return"),
     "policy of one process": ("shard.h", "row.log_0_policy |= from[2] != 0;", ""),
     "another process's rows": ("shard.h", "(process * call.rows + row.row) * STATISTICS", "row.row * STATISTICS"),
     "the first column's token": ("open.h", "row.label -= call.shard.first;", ""),
