@@ -487,7 +487,7 @@ def _compute_row(
 def _store_row(outputs, row, split, loss, distillation, cross_entropy, entropy):
     """Store a row's loss and parts; if several programs share the row, the first one does."""
     is_first = None
-    if split is not None:
+    if split.num_splits is not None:
         is_first = tl.program_id(1) == 0
     tl.store(outputs.loss + row, loss, mask=is_first)
     if outputs.distillation is not None:
@@ -511,10 +511,10 @@ def _drop_row(
     _store_row(outputs, row, columns.split, 0.0, 0.0, 0.0, 0.0)
     if student_side.width is not None:
         gradient = row_pointer(student_side.gradient, row, sizes, ALIGNED)
-        sweep_zeros(gradient, student_side.width, columns.split, BLOCK_V)
+        sweep_zeros(gradient, student_side.width, columns.split.num_splits, BLOCK_V)
     if teacher_side.width is not None:
         gradient = row_pointer(teacher_side.gradient, row, sizes, ALIGNED)
-        sweep_zeros(gradient, teacher_side.width, columns.split, BLOCK_V)
+        sweep_zeros(gradient, teacher_side.width, columns.split.num_splits, BLOCK_V)
 
 
 @triton.jit(do_not_specialize=["sizes", "shard", "split"])
@@ -542,7 +542,7 @@ def kd_kernel(
 ):
     """Compute one row, or one program's part of it; :class:`fastkd.call.contract.Result` lists what is written."""
     row = tl.program_id(0)
-    if split is not None:
+    if split.num_splits is not None:
         row += split.first_row
     first, vocabulary = 0, V
     if shard is not None:

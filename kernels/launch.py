@@ -25,7 +25,7 @@ from fastkd.divergences import Divergence
 from .kernel import Inputs, Objective, Outputs, Side, View, kd_kernel, scale_kernel
 from .skeleton import bind, form_of
 from .split import FIELDS, LABEL_TERM_FIELDS, LANES, SUMS, Device, Plan, device_of, plan, shard_plan
-from .sweeps import Moments, Split, VocabShard
+from .sweeps import NOT_SPLIT, Moments, Split, VocabShard
 from .tuning import TILES
 
 # (largest number of bytes of a row, num_warps). Three programs of 8 warps fit on a multiprocessor with REGISTERS.
@@ -407,7 +407,7 @@ def kd_rows(student: Tensor, teacher: Tensor, rows: Rows, options: Options, want
     if launch.num_rows:
         with on_device(student.device):
             if launch.plan is None:
-                arguments = (*launch.arguments, None, *launch.constants, LANES, "row")
+                arguments = (*launch.arguments, NOT_SPLIT, *launch.constants, LANES, "row")
                 kd_kernel[(launch.num_rows,)](*arguments, **launch.options)
             else:
                 _launch_splits(launch, student.device)

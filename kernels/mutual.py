@@ -21,7 +21,7 @@ from fastkd.call.contract import Rows
 from fastkd.call.mutual import Options, Result, outputs
 from fastkd.core.tensors import unit_stride
 
-from .kernel import Inputs, row_pointer
+from .kernel import Inputs, View, row_pointer
 from .launch import lay_out, on_device
 from .skeleton import NEGLIGIBLE as _NEGLIGIBLE
 from .skeleton import log1p
@@ -81,7 +81,7 @@ def _row_addresses(views, row, sizes, spec):
     student = tl.arange(0, spec.M)
     addresses = tl.zeros([spec.M], dtype=tl.int64)
     for k in tl.static_range(spec.STUDENTS):
-        if views[k] is not None:
+        if views[k].pointer is not None:
             address = row_pointer(views[k], row, sizes).to(tl.int64)
             addresses = tl.where(student == k, address, addresses)
     return addresses
@@ -233,7 +233,7 @@ def _compute_row(row, logits, gradients, inputs, values, objective, sizes, V, ro
     gradient_addresses = _row_addresses(gradients, row, sizes, spec)
     element = values.loss.dtype
     for k in tl.static_range(spec.STUDENTS):
-        if gradients[k] is not None:
+        if gradients[k].pointer is not None:
             element = gradients[k].pointer.dtype
 
     counted, weight, label = _open_row(row, inputs, objective, V)
@@ -303,7 +303,7 @@ def mutual_rows(
         with on_device(first.device):
             mutual_kernel[(count,)](
                 views[:students],
-                tuple(next(gradient_views) if want else None for want in wanted),
+                tuple(next(gradient_views) if want else View(None, None, None) for want in wanted),
                 Inputs(rows.labels, rows.weight, rows.scale),
                 Values(result.loss, result.divergence, result.cross_entropy),
                 Objective(

@@ -66,6 +66,10 @@ class Split(NamedTuple):
     num_partials: Any  # partial results per row that a kernel loads: those of all processes
 
 
+# One program per row. Its fields are tested for None, not the tuple, as those of Row are.
+NOT_SPLIT = Split(None, None, None, None, None, None)
+
+
 class Row(NamedTuple):
     """One side's row; every field is None, at compile time, if the side is absent.
 
@@ -209,11 +213,11 @@ class Factors(NamedTuple):
 
 
 @triton.jit
-def _tile_range(num_columns, split, BLOCK_V: tl.constexpr):
+def _tile_range(num_columns, num_splits, BLOCK_V: tl.constexpr):
     """Return this program's (first tile, tile after its last); the range is empty past the end of the row."""
     first, last = 0, tl.cdiv(num_columns, BLOCK_V)
-    if split is not None:
-        tiles_per_program = tl.cdiv(last, split.num_splits)
+    if num_splits is not None:
+        tiles_per_program = tl.cdiv(last, num_splits)
         first = tl.program_id(1) * tiles_per_program
         last = tl.minimum(first + tiles_per_program, last)
     return first, last
@@ -222,7 +226,7 @@ def _tile_range(num_columns, split, BLOCK_V: tl.constexpr):
 @triton.jit
 def count_columns(V, split, BLOCK_V: tl.constexpr):
     """Return the number of columns that this program processes."""
-    first, last = _tile_range(V, split, BLOCK_V)
+    first, last = _tile_range(V, split.num_splits, BLOCK_V)
     return tl.maximum(tl.minimum(last * BLOCK_V, V) - first * BLOCK_V, 0)
 
 
@@ -512,7 +516,7 @@ def _sum_lane(
     """
     threads = tl.arange(0, spec.THREADS)
     lane = tl.min(tl.where(maxima == tl.max(maxima, 0), threads, spec.THREADS - 1), 0)
-    first, last = _tile_range(columns.V, columns.split, spec.BLOCK_V)
+    first, last = _tile_range(columns.V, columns.split.num_splits, spec.BLOCK_V)
     V = tl.minimum(columns.V, last * spec.BLOCK_V)
     # One iteration, unless a program has more tiles than THREADS^2 / BLOCK_V.
     end = first + tl.cdiv((last - first) * (spec.BLOCK_V // spec.THREADS), spec.THREADS)
@@ -578,7 +582,7 @@ def _sweep_lost(student, teacher, s, t, excluded, moments, columns, spec):
     p_moment, q_moment = zero, zero
     t_lost_max, s_lost_max = zero - float("inf"), zero - float("inf")
     s_max, t_max = finite_max(s.max), finite_max(t.max)
-    first, last = _tile_range(columns.V, columns.split, spec.BLOCK_V)
+    first, last = _tile_range(columns.V, columns.split.num_splits, spec.BLOCK_V)
     for tile in range(first, last):
         column = tile * spec.BLOCK_V + lanes
         z_s = _read_included(student, column, excluded, columns.V)
@@ -625,7 +629,7 @@ def sweep_statistics(
     s_exp_sum, t_exp_sum, s_exp_sum_t1, t_exp_sum_t1 = zero, zero, zero, zero
     p_moment, q_moment, entropy_moment, centered_sum, finite = zero, zero, zero, zero, zero
     V = columns.V
-    first, last = _tile_range(V, columns.split, spec.BLOCK_V)
+    first, last = _tile_range(V, columns.split.num_splits, spec.BLOCK_V)
     for tile in range(first, last):
         start = tile * spec.BLOCK_V
         column = start + lanes
@@ -1111,7 +1115,7 @@ def sweep_sums(
     special = _special(
         statistics.s_argmax, statistics.t_argmax, label_column, statistics.careful, columns
     )
-    first, last = _tile_range(V, columns.split, spec.BLOCK_V)
+    first, last = _tile_range(V, columns.split.num_splits, spec.BLOCK_V)
     for tile in range(first, last):
         start = tile * spec.BLOCK_V
         if _is_special(start, special, spec):
@@ -1275,7 +1279,7 @@ def sweep_gradients(
     """Write the gradients, in reverse order, because caches still contain what the previous sweep read last."""
     lanes = tl.arange(0, spec.BLOCK_V)
     special = _special(value.s_argmax, value.t_argmax, label_column, statistics.careful, columns)
-    first, last = _tile_range(columns.width, columns.split, spec.BLOCK_V)
+    first, last = _tile_range(columns.width, columns.split.num_splits, spec.BLOCK_V)
     for reverse in range(first, last):
         start = (first + last - 1 - reverse) * spec.BLOCK_V
         if _is_special(start, special, spec):
@@ -1291,9 +1295,9 @@ def sweep_gradients(
 
 
 @triton.jit
-def sweep_zeros(pointer, width, split, BLOCK_V: tl.constexpr):
+def sweep_zeros(pointer, width, num_splits, BLOCK_V: tl.constexpr):
     """Write zeros: the gradient of a dropped row."""
-    first, last = _tile_range(width, split, BLOCK_V)
+    first, last = _tile_range(width, num_splits, BLOCK_V)
     for tile in range(first, last):
         zeros = tl.zeros([BLOCK_V], tl.float32)
         _store(pointer, tile * BLOCK_V, tl.arange(0, BLOCK_V), zeros, width, False)
