@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # `make gpu`: build the extensions for this machine, test the kernels on its GPU, look for races and stray accesses, and
-# measure. No network; nothing is installed into GPU_PYTHON, the interpreter whose torch and Triton are used.
+# measure. BUILT=1 uses the extensions that are in fastkd/ already. No network; nothing is installed into GPU_PYTHON, the interpreter whose torch and Triton are used.
 set -uo pipefail
 cd "$(dirname "$0")/../.." || exit 1
 python=${GPU_PYTHON:-python3}
@@ -15,7 +15,9 @@ step() {
     echo "== $*"
     "$@" || { echo "== failed: $*"; status=1; }
 }
-step "$python" setup.py -q build_ext --inplace
+FASTKD_CUDA_ARCH=$("$python" -c 'import torch; print("{}{}".format(*torch.cuda.get_device_capability()))')
+export FASTKD_CUDA_ARCH
+[ -n "${BUILT:-}" ] || step "$python" setup.py -q build_ext --inplace
 step "$python" -m fastkd info
 step "$python" -m pytest -q tests/backends/test_gpu.py tests/backends/cuda/test_cuda_build.py
 if command -v compute-sanitizer >/dev/null; then
