@@ -156,7 +156,7 @@ def targets_of_nvcc() -> list[str]:
     numbers = wanted.split()
     if not all(number.isdigit() and int(number) >= ARCHITECTURES[0] for number in numbers):
         raise CompileError(
-            f"FASTKD_CUDA_ARCH must be compute capabilities from {ARCHITECTURES[0]} on, such as '90 100'; got {wanted!r}"
+            f"FASTKD_CUDA_ARCH must be compute capabilities from {ARCHITECTURES[0]} on, such as '90'; got {wanted!r}"
         )
     return [
         *(f"-gencode=arch=compute_{sm},code=sm_{sm}" for sm in numbers),
