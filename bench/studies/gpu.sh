@@ -5,9 +5,14 @@ set -uo pipefail
 cd "$(dirname "$0")/../.." || exit 1
 python=${GPU_PYTHON:-python3}
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" FASTKD_NATIVE=1 FASTKD_CUDA=1
-for wheel in "${WHEELS:-/nonexistent}"/*.whl; do # a wheel is a zip that Python can import from
-    [ -e "$wheel" ] && PYTHONPATH="$PYTHONPATH:$(realpath "$wheel")"
-done
+if [ -n "${WHEELS:-}" ]; then # unpacked where nothing else is, because Triton reads the source of its kernels
+    packages=$(mktemp -d)
+    trap 'rm -rf "$packages"' EXIT
+    for wheel in "$WHEELS"/*.whl; do
+        "$python" -m zipfile -e "$wheel" "$packages" || exit 1
+    done
+    PYTHONPATH="$PYTHONPATH:$packages"
+fi
 "$python" -c 'import torch; assert torch.cuda.is_available(), "torch finds no GPU here"' || exit 1
 
 status=0
