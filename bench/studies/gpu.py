@@ -194,6 +194,7 @@ def dense(arguments: argparse.Namespace, bandwidth: float) -> Measured:
         "eager",
         "torch.compile",
         "Liger",
+        "TRL",
     ]
     rows = WIDE[0]
     table = Table(
