@@ -261,7 +261,7 @@ def choose(call: Request, available: Mapping[str, Obstacle | None]) -> tuple[str
     """Return (backend, why it is a fallback or None) for backend="auto". A pure function of its arguments.
 
     CPU tensors prefer cpu, all others triton. If the preferred backend cannot serve the call, it falls back to
-    portable. cuda is only chosen by name, until its speed and its results have been measured on a device.
+    portable. cuda is only chosen by name, because it is slower than triton for many rows (bench/results/).
     """
     preferred = "cpu" if call.device == "cpu" else "triton"
     why = obstacle(preferred, call, available)
