@@ -9,6 +9,7 @@ Environment:
     FASTKD_NATIVE  1: fail if fastkd._C cannot be built; 0: build no extension, for a platform-independent wheel;
                    unset: build it if possible.
     FASTKD_CUDA    1: fail if fastkd._cuda cannot be built; 0: do not build it; unset: build it if nvcc is found.
+    FASTKD_CUDA_ARCH  compute capabilities to compile for, such as "90" or "90 100", to save minutes; unset: 90 100 120.
     NVCC           command of nvcc, with optional arguments; default: from PATH, $CUDA_HOME or /usr/local/cuda.
     CXX            command of the C++ compiler, with optional arguments; default: the first of c++, g++, clang++.
     CXXFLAGS, LDFLAGS  appended to the flags below.
@@ -59,8 +60,6 @@ if sysconfig.get_platform().endswith("x86_64"):
 # the first one is for every other device with thread-block clusters: the driver compiles it at the first use.
 ARCHITECTURES = (90, 100, 120)
 NVCC = ["-O3", "-std=c++17", "--threads", "0", "-Xfatbin=-compress-all"]
-NVCC += [f"-gencode=arch=compute_{sm},code=sm_{sm}" for sm in ARCHITECTURES]
-NVCC += [f"-gencode=arch=compute_{ARCHITECTURES[0]},code=compute_{ARCHITECTURES[0]}"]
 NVCC += ["-Xcompiler", "-fPIC,-fvisibility=hidden"]
 CUDA_SOURCES = ["csrc/cuda/kernel.cu", "csrc/cuda/module.cpp"]
 
@@ -151,6 +150,20 @@ def find_headers() -> list[Path]:
     return [python, Path(pybind11.get_include())]
 
 
+def targets_of_nvcc() -> list[str]:
+    """Return the options of nvcc that name what to compile for."""
+    wanted = os.environ.get("FASTKD_CUDA_ARCH") or " ".join(map(str, ARCHITECTURES))
+    numbers = wanted.split()
+    if not all(number.isdigit() and int(number) >= ARCHITECTURES[0] for number in numbers):
+        raise CompileError(
+            f"FASTKD_CUDA_ARCH must be compute capabilities from {ARCHITECTURES[0]} on, such as '90'; got {wanted!r}"
+        )
+    return [
+        *(f"-gencode=arch=compute_{sm},code=sm_{sm}" for sm in numbers),
+        f"-gencode=arch=compute_{numbers[0]},code=compute_{numbers[0]}",
+    ]
+
+
 def version_line(compiler: list[str]) -> str:
     """Return the first line of `compiler --version`, or the command itself if it prints nothing."""
     try:
@@ -210,7 +223,7 @@ def ninja_text(
         lines += [
             "rule nvcc",
             # --keep leaves the PTX in the folder, where tests/support/ptx finds it.
-            f"  command = {command(nvcc + host + NVCC + headers)} $flags --keep --keep-dir . "
+            f"  command = {command(nvcc + host + NVCC + targets_of_nvcc() + headers)} $flags --keep --keep-dir . "
             "-MMD -MF $out.d -c $in -o $out",
             "  depfile = $out.d",
             "  deps = gcc",
@@ -290,7 +303,7 @@ class BuildNative(build_ext):
         """Build fastkd._cuda and return its record."""
         nvcc = find_nvcc()
         self.ninja(targets, "_cuda", nvcc)
-        return {"cuda": True, "nvcc": shlex.join(nvcc), "cuda_flags": NVCC}
+        return {"cuda": True, "nvcc": shlex.join(nvcc), "cuda_flags": NVCC + targets_of_nvcc()}
 
     def ninja(self, targets: dict[str, Path], name: str, nvcc: list[str] | None) -> list[str]:
         """Build one extension in a directory that later builds reuse, install it, and return the C++ compiler."""

@@ -29,6 +29,7 @@ from fastkd import _C
 from fastkd.engine.matmul import add_weight_gradient, as_operand, hidden_gradient, make_logits
 
 WARM_UPS = 2
+HEAD_START = 2_000_000  # cycles of a GPU, about a millisecond
 CLEAR_PEAK = "5"  # proc(5), clear_refs
 MIB = 2**20
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
@@ -53,12 +54,35 @@ def wait_for(device: str) -> None:
 
 
 def seconds_of(run: Callable[[], object], device: str = "cpu") -> float:
-    """The duration of one call."""
-    wait_for(device)
+    """The duration of one call. On a GPU, of its work on the device alone, without the host's time for the launches."""
+    if device != "cpu":
+        return _seconds_on_device(run)
     start = time.perf_counter()
     run()
-    wait_for(device)
     return time.perf_counter() - start
+
+
+def _seconds_on_device(run: Callable[[], object]) -> float:
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda.synchronize()
+    torch.cuda._sleep(HEAD_START)  # meanwhile the host queues all launches of the call
+    start.record()
+    run()
+    end.record()
+    torch.cuda.synchronize()
+    return start.elapsed_time(end) / 1e3
+
+
+def seconds_in_a_row(run: Callable[[], object], calls: int = 20) -> float:
+    """The time of one of many calls on a GPU that do not wait for each other: that of the host or of the device."""
+    for _ in range(WARM_UPS):
+        run()
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    for _ in range(calls):
+        run()
+    torch.cuda.synchronize()
+    return (time.perf_counter() - start) / calls
 
 
 def interleave(

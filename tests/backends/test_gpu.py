@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -111,20 +110,18 @@ def test_results_are_bitwise_repeatable(on_gpu: str, divergence: str) -> None:
         assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
 
 
-@pytest.fixture
-def no_synchronisation() -> Iterator[None]:
-    torch.cuda.set_sync_debug_mode("error")
-    yield
-    torch.cuda.set_sync_debug_mode("default")
-
-
-@pytest.mark.usefixtures("no_synchronisation")
 def test_nothing_synchronizes_with_the_device(on_gpu: str) -> None:
-    student, teacher = _pair(8, 5000)
+    leaf, teacher = _pair(8, 5000)
     labels = torch.zeros(8, dtype=torch.int64, device=DEVICE)
-    leaf = student.requires_grad_()
-    loss = kd_loss(leaf, teacher, labels, alpha=0.5, backend=on_gpu)
-    (2 * loss).backward()
+    leaf.requires_grad_()
+    torch.cuda.set_sync_debug_mode("error")  # from here on, since a copy from the host synchronizes
+    try:
+        with pytest.raises(RuntimeError, match="synchronizing"):
+            leaf[0, 0].item()
+        loss = kd_loss(leaf, teacher, labels, alpha=0.5, backend=on_gpu)
+        (2 * loss).backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 def test_a_step_in_a_cuda_graph(on_gpu: str) -> None:
@@ -207,14 +204,14 @@ def test_memory(on_gpu: str, inplace: bool) -> None:
     class Produced(torch.autograd.Function):
         @staticmethod
         def forward(ctx: Any, parameter: Tensor, logits: Tensor) -> Tensor:
-            return logits.view_as(logits)
+            return logits.clone()  # a view of an input may not be overwritten
 
         @staticmethod
         def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
             return gradient.new_zeros(()), None
 
     for _ in range(2):  # the first call compiles
-        made = Produced.apply(leaf, student.clone())
+        made = Produced.apply(leaf, student)
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()

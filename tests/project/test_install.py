@@ -255,8 +255,12 @@ def test_a_missing_extension_is_recorded_and_an_earlier_one_removed(
         ({"FASTKD_NATIVE": "1", "CXX": "false"}, "did not compile"),
         ({"FASTKD_NATIVE": "1", "PATH": "/dev/null"}, "no C++ compiler"),
         ({"FASTKD_NATIVE": "yes"}, "FASTKD_NATIVE must be 0, 1 or unset"),
+        (
+            {"CXX": "false", "FASTKD_CUDA": "1", "NVCC": "true", "FASTKD_CUDA_ARCH": "80"},
+            "FASTKD_CUDA_ARCH must be compute capabilities from 90 on",
+        ),
     ],
-    ids=["failing", "missing", "misspelt"],
+    ids=["failing", "missing", "misspelt", "too old a GPU"],
 )
 def test_a_missing_required_extension_is_an_error(
     tree: Path, environment: dict[str, str], message: str

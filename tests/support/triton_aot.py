@@ -31,6 +31,7 @@ class Resources(NamedTuple):
     local_bytes: int  # of local memory
     local_in_loop: bool  # whether an ordinary iteration of a loop reads or writes it
     columns_per_thread: int = 0  # of a tile; 0 if the kernel has no tile
+    warps: int = 0  # of a program
     loops: tuple[LoopCounts, ...] = ()  # outermost, by address; none for HIP
 
     def sweeps(self, with_sums: bool) -> list[LoopCounts]:
@@ -113,7 +114,7 @@ def _loop_counts(code: list[sass.Instruction]) -> tuple[LoopCounts, ...]:
     )
 
 
-def _cuda_resources(cubin: bytes, columns_per_thread: int) -> Resources:
+def _cuda_resources(cubin: bytes, columns_per_thread: int, warps: int) -> Resources:
     from triton import knobs
 
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
@@ -130,6 +131,7 @@ def _cuda_resources(cubin: bytes, columns_per_thread: int) -> Resources:
         stack + local,
         local_in_loop(function.code),
         columns_per_thread,
+        warps,
         _loop_counts(function.code),
     )
 
@@ -156,11 +158,11 @@ def resources(
         actual = _compiled(kernel, arguments, options, GPUTarget("hip", architecture, 64))
         return _hip_resources(actual["amdgcn"])
     actual = _compiled(kernel, arguments, options, GPUTarget("cuda", int(architecture), 32))
-    columns_per_thread = 0
+    columns_per_thread, warps = 0, options.get("num_warps", 4)
     if "BLOCK_V" in kernel.arg_names:
         block = arguments[kernel.arg_names.index("BLOCK_V")]
-        columns_per_thread = block // (32 * options.get("num_warps", 4))
-    return _cuda_resources(actual["cubin"], columns_per_thread)
+        columns_per_thread = block // (32 * warps)
+    return _cuda_resources(actual["cubin"], columns_per_thread, warps)
 
 
 def launch_nothing(keep: bool = True) -> list[tuple[Any, ...]]:
