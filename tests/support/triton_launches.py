@@ -234,6 +234,7 @@ def check_replays() -> None:
             kernels.kd_rows(scattered, scattered.clone(), Rows(), options, Want(True))
             (launch,) = launches
             assert isinstance(launch[3][0].logits.offsets, Tensor)
+        launcher.forget()
         logits = torch.ones(COUNT, V)
         for teacher in (
             logits,
@@ -286,12 +287,15 @@ def check_other_kernels() -> None:
     ]
     with without_compiler() as launches:
         twin = JITFunction(kernels.scale_kernel.fn, do_not_specialize=["sizes"])
-        keys = []
-        for kernel in (kernels.scale_kernel, twin):
-            view = View(torch.ones(1, V), (0, 0, V), None)
-            launcher.launch(kernel, (1, 1, 1), (view, V, torch.ones(()), 0, (1, 1), 64))
+        view = View(torch.ones(1, V), (0, 0, V), None)
+        scale_kernel, keys = kernels.scale_kernel, []
+        for kernel, block, warps in (
+            (scale_kernel, 64, 4), (twin, 64, 4), (scale_kernel, 128, 4), (scale_kernel, 64, 8),
+        ):  # fmt: skip
+            arguments = (view, V, torch.ones(()), 0, (1, 1), block)
+            launcher.launch(kernel, (1, 1, 1), arguments, num_warps=warps)
             keys.append(launches.pop()[0])
-        assert keys[0] != keys[1]
+        assert len(set(keys)) == 4
         for call in (*calls, *calls):
             launches.clear()
             with by_triton():
