@@ -5,6 +5,8 @@
 address the rows in place (:func:`lay_out`), the number of programs per row (``split.plan``), and the tile
 (:func:`tile`).
 
+``launcher.py`` launches. A call that repeats an earlier one needs no preparation: its launches are repeated.
+
 Logits with any leading strides are addressed in place; a last stride other than 1 is copied.
 """
 
@@ -22,6 +24,7 @@ from fastkd.call.contract import Options, Result, Rows, ShardCall, Statistics, W
 from fastkd.core.tensors import address, readable, unit_stride
 from fastkd.divergences import Divergence
 
+from . import launcher
 from .kernel import Inputs, Objective, Outputs, Side, View, kd_kernel, scale_kernel
 from .skeleton import bind, form_of
 from .split import FIELDS, LABEL_TERM_FIELDS, LANES, SUMS, Device, Plan, device_of, plan, shard_plan
@@ -145,13 +148,15 @@ def is_aligned(columns: int, *views: View | None) -> bool:
     return all(number % 16 == 0 for number in numbers)
 
 
+_HERE = contextlib.nullcontext()
+
+
 def on_device(device: torch.device) -> contextlib.AbstractContextManager[Any]:
     """Return a context in which this device is current, because Triton launches on the current device."""
-    return (
-        contextlib.nullcontext()
-        if device.type == "cpu"
-        else getattr(torch, device.type).device(device)
-    )
+    if device.type == "cpu":
+        return _HERE
+    devices = getattr(torch, device.type)
+    return _HERE if devices.current_device() == device.index else devices.device(device)
 
 
 def make_side(
@@ -365,60 +370,87 @@ def _prepare(
     )
 
 
-def _launch_splits(launch: Launch, device: torch.device) -> None:
-    """Launch one kernel per stage over each group of rows."""
+def _launch_splits(
+    launch: Launch, device: torch.device
+) -> tuple[list[launcher.Launched], list[Tensor]]:
+    """Launch one kernel per stage over each group of rows; return (the launches, the memory of partial results)."""
     assert launch.plan is not None
     num_splits, group = launch.plan
     statistics = sums = launch.empty_partials(FIELDS, device)
+    scratch = [statistics]
     if "sums" in launch.stages:
         sums = launch.empty_partials(SUMS, device)
-    label_term = launch.empty_partials(LABEL_TERM_FIELDS, device) if launch.label_term else None
-    compiled: dict[str, Any] = {}
+        scratch.append(sums)
+    label_term = None
+    if launch.label_term:
+        label_term = launch.empty_partials(LABEL_TERM_FIELDS, device)
+        scratch.append(label_term)
+    launches = []
     for first_row in range(0, launch.num_rows, group):
         split = Split(statistics, sums, label_term, first_row, num_splits, num_splits)
         for stage in launch.stages:
             grid = launch.grid(stage, min(group, launch.num_rows - first_row))
             arguments = (*launch.arguments, split, *launch.constants, LANES, stage)
-            # The kernel that the first group's launch has compiled serves the other groups, because `split` is not
-            # specialised. Triton's search for it takes ten times as long as a launch (bench/studies/host.py). The
-            # interpreter returns None instead of a kernel.
-            if compiled.get(stage) is None:
-                compiled[stage] = kd_kernel[grid](*arguments, **launch.options)
-            else:
-                compiled[stage][grid](*arguments)
+            launches.append(launcher.launch(kd_kernel, grid, arguments, **launch.options))
+    return launches, scratch
+
+
+def _launch_rows(
+    launch: Launch, device: torch.device
+) -> tuple[list[launcher.Launched], list[Tensor]]:
+    """Compute all rows; return (the launches, the memory of partial results)."""
+    if launch.plan is not None:
+        return _launch_splits(launch, device)
+    arguments = (*launch.arguments, NOT_SPLIT, *launch.constants, LANES, "row")
+    grid = (launch.num_rows, 1, 1)
+    return [launcher.launch(kd_kernel, grid, arguments, **launch.options)], []
 
 
 def kd_rows(student: Tensor, teacher: Tensor, rows: Rows, options: Options, want: Want) -> Result:
     """Compute the loss of each row and its gradients, as :class:`fastkd.call.contract.Result` specifies."""
-    lead = student.shape[:-1]
-    student_gradient = teacher_gradient = None
-    source = unit_stride(student)
+    device, shape = student.device, student.shape
+    lead = shape[:-1]
+    student_gradient = teacher_gradient = read_teacher = None
+    source, rows = unit_stride(student), native.readable_rows(rows)
+    if options.alpha or want.parts:
+        read_teacher = unit_stride(teacher)
     if want.student_gradient:
-        student_gradient = source if want.inplace else student.new_empty(student.shape)
+        student_gradient = source
+        if not want.inplace:  # torch.empty and new_empty take twice as long
+            student_gradient = torch.empty_like(source, memory_format=torch.contiguous_format)
     if want.teacher_gradient:  # with alpha 0 the loss does not depend on the teacher
         make = teacher.new_empty if options.alpha else teacher.new_zeros
         teacher_gradient = make(teacher.shape)
-
-    def per_row(wanted: bool = True) -> Tensor | None:
-        return student.new_empty(lead, dtype=torch.float32) if wanted else None
-
-    outputs = Outputs(per_row(), *(per_row(want.parts) for _ in range(3)))
-    launch = _prepare(source, teacher, student_gradient, teacher_gradient, outputs, rows, options)
-    if launch.num_rows:
-        with on_device(student.device):
-            if launch.plan is None:
-                arguments = (*launch.arguments, NOT_SPLIT, *launch.constants, LANES, "row")
-                kd_kernel[(launch.num_rows,)](*arguments, **launch.options)
-            else:
-                _launch_splits(launch, student.device)
+    loss = torch.empty(lead, dtype=torch.float32, device=device)
+    parts: tuple[Tensor | None, ...] = (None, None, None)
+    if want.parts:
+        parts = tuple(torch.empty(lead, dtype=torch.float32, device=device) for _ in range(3))
+    count = loss.numel()
+    if count:
+        made = (None if want.inplace else student_gradient, teacher_gradient, *parts)
+        optional = (read_teacher, *made, *rows)
+        tensors = [source, loss, *[tensor for tensor in optional if tensor is not None]]
+        present = tuple([tensor is not None for tensor in optional])
+        with on_device(device):
+            key, done = launcher.replay(kd_kernel, (options, want, present), tensors)
+            if not done:
+                outputs = Outputs(loss, *parts)
+                launch = _prepare(
+                    source, teacher, student_gradient, teacher_gradient, outputs, rows, options
+                )
+                launches, scratch = _launch_rows(launch, device)
+                launcher.record(key, launches, tensors, scratch)
     if want.inplace and student_gradient is not None:
         student_gradient = student if source is student else student.copy_(source)
-    total = outputs.loss.sum()
-    if options.scale != 1.0:  # it is 1 if rows.scale is given
-        total = total * options.scale
+    if options.scale * count == 1.0:  # launches one kernel instead of two
+        total = loss.mean()
+    else:
+        total = loss.sum()
+        if options.scale != 1.0:  # it is 1 if rows.scale is given
+            total.mul_(options.scale)
     if rows.scale is not None:
         total = total * rows.scale
-    return Result(outputs.loss, total, student_gradient, teacher_gradient, *outputs[1:])
+    return Result(loss, total, student_gradient, teacher_gradient, *parts)
 
 
 # The shard steps. fastkd/call/contract.py specifies what passes between them.
@@ -439,7 +471,9 @@ def _launch_stage(
         lanes = max(LANES, _power_of_2(num_partials))
         arguments = (*launch.arguments, split, *launch.constants, lanes, stage)
         with on_device(statistics.device):
-            kd_kernel[launch.grid(stage, launch.num_rows)](*arguments, **launch.options)
+            launcher.launch(
+                kd_kernel, launch.grid(stage, launch.num_rows), arguments, **launch.options
+            )
 
 
 def _by_row(gathered: Tensor, num_splits: int) -> Tensor:
@@ -515,20 +549,22 @@ def scale_rows_(gradient: Tensor, upstream: Tensor) -> None:
     """Multiply each row of gradient [..., V] by upstream, a scalar or [...]; a row whose factor is 1 is not read."""
     if not gradient.numel():
         return
-    sizes, (view,) = lay_out(gradient)
-    width = gradient.shape[-1]
-    block, warps = tile(width, gradient.itemsize)
+    upstream = readable(upstream).contiguous()
+    tensors = (gradient, upstream)
     with on_device(gradient.device):
-        scale_kernel[(gradient.numel() // width,)](
-            view,
-            width,
-            readable(upstream).contiguous(),
-            1 if upstream.dim() else 0,
-            sizes,
-            block,
-            num_warps=warps,
-            enable_fp_fusion=True,
-        )
+        key, done = launcher.replay(scale_kernel, None, tensors)
+        if not done:
+            sizes, (view,) = lay_out(gradient)
+            width = gradient.shape[-1]
+            block, warps = tile(width, gradient.itemsize)
+            launched = launcher.launch(
+                scale_kernel,
+                (gradient.numel() // width, 1, 1),
+                (view, width, upstream, 1 if upstream.dim() else 0, sizes, block),
+                num_warps=warps,
+                enable_fp_fusion=True,
+            )
+            launcher.record(key, [launched], tensors)
 
 
 def empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -23,6 +23,7 @@ from fastkd.core.tensors import unit_stride
 
 from .kernel import Inputs, View, row_pointer
 from .launch import lay_out, on_device
+from .launcher import launch
 from .skeleton import NEGLIGIBLE as _NEGLIGIBLE
 from .skeleton import log1p
 
@@ -301,7 +302,7 @@ def mutual_rows(
         share = 1.0 / (students - 1)
         factor = options.peer_weight * t_squared / (share if options.peers == "sum" else 1.0)
         with on_device(first.device):
-            mutual_kernel[(count,)](
+            arguments = (
                 views[:students],
                 tuple(next(gradient_views) if want else View(None, None, None) for want in wanted),
                 Inputs(rows.labels, rows.weight, rows.scale),
@@ -317,9 +318,8 @@ def mutual_rows(
                 options.peers == "average",
                 rows.labels is not None and options.temperature != 1.0,
                 block,
-                num_warps=WARPS,
-                enable_fp_fusion=True,
             )
+            launch(mutual_kernel, (count, 1, 1), arguments, num_warps=WARPS, enable_fp_fusion=True)
     total = result.loss.reshape(students, -1).sum(-1) * options.scale
     if rows.scale is not None:
         total = total * rows.scale

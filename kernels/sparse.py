@@ -30,6 +30,7 @@ from .launch import (
     tile,
     vocab_shard,
 )
+from .launcher import launch
 from .skeleton import LN2, LOWEST, exp_scaled, scaled
 from .sweeps import Row, finite_max, fold, fold_max, read, rescale_moment, spread, sweep_zeros
 
@@ -403,7 +404,8 @@ def _mark_tokens(student: Tensor, rows: Rows, options: Options) -> tuple[Tokens,
     tokens = Tokens(ids, ids.shape[-1], bitmap, words, vocab_shard(options))
     if lead.numel():
         with on_device(student.device):
-            mark_kernel[(lead.numel(),)](tokens, valid_rows, options.vocab_size, BLOCK_K)
+            arguments = (tokens, valid_rows, options.vocab_size, BLOCK_K)
+            launch(mark_kernel, (lead.numel(), 1, 1), arguments)
     return tokens, valid_rows
 
 
@@ -434,7 +436,7 @@ def gather_events(student: Tensor, rows: Rows, options: Options, parts: bool) ->
     block, warps = tile(options.vocab_size, student.itemsize, crowded, aligned)
     if lead.numel():
         with on_device(student.device):
-            gather_kernel[(lead.numel(),)](
+            arguments = (
                 side,
                 tokens,
                 Inputs(rows.labels, rows.weight, None),
@@ -446,6 +448,11 @@ def gather_events(student: Tensor, rows: Rows, options: Options, parts: bool) ->
                 *threads_of(block, warps, aligned, student.itemsize),
                 block,
                 BLOCK_K,
+            )
+            launch(
+                gather_kernel,
+                (lead.numel(), 1, 1),
+                arguments,
                 num_warps=warps,
                 enable_fp_fusion=True,
                 **register_limit(crowded),
@@ -475,7 +482,7 @@ def spread_gradient(
     block, warps = tile(options.vocab_size, student.itemsize, crowded, aligned)
     if lead.numel():
         with on_device(student.device):
-            spread_kernel[(lead.numel(),)](
+            arguments = (
                 student_side(view, gradient_view, rows, options),
                 tokens,
                 Inputs(rows.labels, rows.weight, None),
@@ -501,6 +508,11 @@ def spread_gradient(
                 aligned,
                 block,
                 BLOCK_K,
+            )
+            launch(
+                spread_kernel,
+                (lead.numel(), 1, 1),
+                arguments,
                 num_warps=warps,
                 enable_fp_fusion=True,
                 **register_limit(crowded),

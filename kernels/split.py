@@ -79,7 +79,7 @@ def plan(rows: int, row_bytes: int, sweeps: int, device: Device | None) -> Plan 
     Groups. Let b be the bytes of one side. One program per row moves 5 b (7 b without a closed form) if the row
     pairs in flight, OCCUPANCY per multiprocessor, exceed L2. Narrower rows are in L2 for the second sweep anyway. A
     group whose row pairs fit into L2 moves 3 b. It costs two more launches (three without a closed form) of about
-    10 us each: Triton spends 5 us on one (`launch._launch_splits`), and the rest is a guess at the driver's time. A
+    10 us each: Python spends a few us on one (`launcher.replay`), and the rest is a guess at the driver's time. A
     group of 20 MB pays off on an A100, which at 1.5 to 2 TB/s needs 15 to 20 us for 3 b and 25 to 33 us for 5 b. It
     saves more if the memory is slower: 67 us of 167 us at the 300 GB/s of an L4. A group of the 2 to 4 MB that fit
     an L2 of 4 to 8 MB (sm_86, AMD) would finish in 3 to 8 us, before the next launch. From sm_90 on,

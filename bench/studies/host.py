@@ -28,6 +28,8 @@ import fastkd
 
 SHAPES = ((8, 1_000), (64, 32_768))
 SMALL = ((8, 1_000), (128, 1_000), (64, 10_000))  # image batches, as on a CPU
+# Without a GPU, shapes with one program per row, and with programs that share rows; (the kernels that a call launches).
+LAUNCHED = {(8, 1_000): 2, (64, 32_768): 3}
 CALLS = 100  # fewer than a device's queue holds, so the host never waits
 
 
@@ -71,14 +73,67 @@ def host_time(
     return table, measurements
 
 
+# The three ways to launch (kernels/launcher.py).
+PATHS = ("repeated launches", "known kernels", "Triton's search")
+
+
+def by(path: str, run: Callable[[], object]) -> Callable[[], object]:
+    """A call in which launches take this path."""
+    from fastkd.kernels import launcher
+
+    replaced = {
+        "known kernels": ("replay", lambda *call: (None, False)),
+        "Triton's search": ("state", lambda kernel: None),
+    }.get(path)
+
+    def call() -> object:
+        if replaced is None:
+            return run()
+        name, function = replaced
+        kept = getattr(launcher, name)
+        setattr(launcher, name, function)
+        try:
+            return run()
+        finally:
+            setattr(launcher, name, kept)
+
+    return call
+
+
+def paths(rounds: int) -> tuple[Table, list[dict[str, Any]]]:
+    """Forward and gradient of Hinton's loss by each path, without launches, and what of it is torch's own."""
+    table = Table(
+        "Forward and gradient through backend 'triton', without the launches: least microseconds",
+        ("rows x V", "kernels", *PATHS, "a Function that computes nothing"),
+    )
+    measurements = []
+    loss = fastkd_loss(published("forward_kl"), backend="triton")
+    for shape, kernels in LAUNCHED.items():
+        student, teacher = torch.randn(shape).requires_grad_(), torch.randn(shape)
+        gradient_of, one = torch.randn(shape), torch.ones(())
+        runs = {path: by(path, partial(gradient, loss, student, teacher)) for path in PATHS}
+        runs["a Function that computes nothing"] = lambda s=student, g=gradient_of, o=one: (
+            torch.autograd.grad(_Nothing.apply(s, g, o), s)
+        )
+        times = {name: min(values) for name, values in in_turns(runs, rounds, 50).items()}
+        row = ("{} x {:,}".format(*shape), str(kernels), *(f"{t:.0f}" for t in times.values()))
+        table.rows.append(row)
+        measurements += [
+            {"host": shape, "path": name, "microseconds": t} for name, t in times.items()
+        ]
+    return table, measurements
+
+
 def steps(rounds: int) -> tuple[Table, list[dict[str, Any]]]:
-    """The times of kd_rows in a call, of its launch, and of a launch whose kernel is compiled (kernels/launch.py)."""
+    """The times of kd_rows in a call, of its launch, and of a launch whose kernel is known (kernels/launcher.py)."""
     from fastkd.call.contract import Options, Want
     from fastkd.call.contract import Rows as RowValues
     from fastkd.kernels import launch as kernels
+    from fastkd.kernels import launcher
 
     options = Options(fastkd.forward_kl(), vocab_size=1_000)
-    inputs = (torch.randn(8, 1_000), torch.randn(8, 1_000), RowValues(), options, Want(True))
+    student, teacher, one = torch.randn(8, 1_000), torch.randn(8, 1_000), torch.ones(())
+    inputs = (student, teacher, RowValues(), options, Want(True))
     catch(kernels.kd_kernel)
     try:
         kernels.kd_rows(*inputs)
@@ -87,14 +142,25 @@ def steps(rounds: int) -> tuple[Table, list[dict[str, Any]]]:
     del kernels.kd_kernel.run
     grid = (8, 1, 1)
     compiled = kernel[grid](*arguments, **launch)
-    runs = {
-        "kd_rows": lambda: kernels.kd_rows(*inputs),
-        "its launch": lambda: kernel[grid](*arguments, **launch),
-        "another launch": lambda: compiled[grid](*arguments),
+    runs: dict[str, Callable[[], object]] = {
+        f"kd_rows, {path}": by(path, lambda: kernels.kd_rows(*inputs)) for path in PATHS
+    } | {
+        f"scale_rows_, {path}": by(path, lambda: kernels.scale_rows_(student, one))
+        for path in PATHS
     }
-    times = {name: microseconds(run, rounds) for name, run in runs.items()}
-    table = Table("Parts of a call of 8 x 1,000: microseconds", [*times])
-    table.rows.append([f"{t:.1f}" for t in times.values()])
+    runs |= {
+        "a launch by Triton": lambda: kernel[grid](*arguments, **launch),
+        "a launch of a known kernel": lambda: launcher.launch(kernel, grid, arguments, **launch),
+        "a launch of a compiled kernel": lambda: compiled[grid](*arguments),
+        "allocation of the outputs": lambda: (
+            student.new_empty(student.shape),
+            torch.empty((8,), dtype=torch.float32, device=student.device),
+        ),
+        "sum of the losses": lambda: one.sum(),
+    }
+    times = {name: min(values) for name, values in in_turns(runs, rounds, 50).items()}
+    table = Table("Parts of a call of 8 x 1,000", ("part", "least microseconds"))
+    table.rows += [(name, f"{t:.1f}") for name, t in times.items()]
     return table, [{"step": name, "microseconds": t} for name, t in times.items()]
 
 
@@ -251,12 +317,14 @@ def main() -> None:
 
 
 def triton(rounds: int) -> list[tuple[Table, list[dict[str, Any]]]]:
-    """The tables of the triton backend's host time."""
-    launch_nothing()
-    losses = {
-        "fastkd triton, without the launch": fastkd_loss(published("forward_kl"), backend="triton")
-    }
-    return [host_time(losses, "cpu", rounds), steps(rounds)]
+    """The tables of the triton backend's host time, with the plan of an H100."""
+    from fastkd.kernels.split import Device
+
+    from fastkd.kernels import launch as kernels
+
+    launch_nothing(keep=False)
+    kernels.device_of = lambda device: Device("sm_90", 132, 50 << 20, True)
+    return [paths(rounds), steps(rounds)]
 
 
 if __name__ == "__main__":

@@ -207,14 +207,15 @@ def test_every_launch_gets_readable_tensors() -> None:
     """Each function that launches a kernel makes its tensors readable, or is given what such a function has made."""
     makers = {"readable", "readable_rows", "unit_stride"}
     # These functions receive views and calls that other functions made, with unit strides, or the rows of `_call`.
-    inputs = {"_launch_splits", "_launch_stage", "_mark_tokens", "kd_rows"}
+    inputs = {"_launch_splits", "_launch_stage", "_launch_rows", "_mark_tokens", "launch"}
     for path in (ROOT / "kernels").glob("*.py"):
         for function in ast.walk(ast.parse(path.read_text())):
             if not isinstance(function, ast.FunctionDef) or function.name in inputs:
                 continue
             calls = [node.func for node in ast.walk(function) if isinstance(node, ast.Call)]
-            if any(isinstance(called, ast.Subscript) for called in calls):
-                named = {called.id for called in calls if isinstance(called, ast.Name)}
+            named = {getattr(called, "id", getattr(called, "attr", "")) for called in calls}
+            launching = {"launch", "replay"} & named
+            if launching or any(isinstance(called, ast.Subscript) for called in calls):
                 assert named & makers, (path.name, function.name)
 
 

@@ -165,8 +165,11 @@ def resources(
     return _cuda_resources(actual["cubin"], columns_per_thread, warps)
 
 
-def launch_nothing() -> list[tuple[Any, ...]]:
-    """Let Triton do for CPU tensors all that it does on sm_90, but for the launch; each one's (grid, arguments)."""
+def launch_nothing(keep: bool = True) -> list[tuple[Any, ...]]:
+    """Let Triton do for CPU tensors all that it does on sm_90, but for the launch; each one's (grid, arguments).
+
+    keep: whether they are kept. A measurement keeps none.
+    """
     from triton.backends.compiler import GPUTarget
     from triton.runtime import driver
 
@@ -175,6 +178,8 @@ def launch_nothing() -> list[tuple[Any, ...]]:
     launched: list[tuple[Any, ...]] = []
 
     def launcher(source: Any, metadata: Any) -> Callable[..., None]:
+        if not keep:
+            return lambda *launch: None
         # Between the grid and the arguments: stream, function, metadata of two kinds, two hooks.
         return lambda *launch: launched.append((launch[:3], launch[9:]))
 

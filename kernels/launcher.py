@@ -1,0 +1,280 @@
+"""Launches of Triton kernels without Triton's search for the compiled kernel.
+
+Triton specialises a kernel for its arguments, so every launch first describes all of them and looks the description
+up. With the nested tuples of these kernels, that takes the host longer than the rest of the launch
+(bench/studies/host.py). There are two shortcuts:
+
+- :func:`launch` remembers compiled kernels under a key of its own, :func:`traits`.
+- :func:`replay` repeats the launches of a whole call (:func:`record`) with the addresses of other tensors, if all facts
+  about them are the same. So it builds no arguments.
+
+Both serve only what Triton would launch as well: :func:`state` returns None if Triton's own path must be taken, for
+example because a profiler has set hooks. Both remember only kernels for NVIDIA GPUs. Triton's other backends
+specialise on more: AMD's on the size of a tensor's memory.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from triton import knobs
+from triton.compiler import CompiledKernel
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
+
+from fastkd.core.tensors import address
+
+# How many kernels are remembered, and how many calls. Beyond that, all are forgotten, so that calls of ever new shapes
+# hold little memory.
+LIMIT = 1024
+
+Grid = tuple[int, int, int]
+
+# Newer versions of Triton have this setting.
+_FPSAN = hasattr(knobs.compilation, "fpsan_homomorphic_casts")
+
+
+_kernels: dict[Hashable, CompiledKernel] = {}
+_replays: dict[Hashable, Replay] = {}
+# Kernels by their ids, which are in all keys. They are never freed, so that no other kernel gets an id of theirs.
+_held: dict[int, Any] = {}
+_lock = threading.Lock()
+
+
+def _is_set(hook: Any) -> bool:
+    """Return whether Triton would call a hook: a function, or a chain with at least one."""
+    return hook is not None and bool(getattr(hook, "calls", True))
+
+
+def state(kernel: Any) -> Hashable:
+    """Return everything but the arguments that Triton compiles and launches a kernel by; None for Triton's own path.
+
+    The path is Triton's in the interpreter, and if a hook, a patched kernel or AMD's driver has to see the launch.
+    """
+    if type(kernel) is not JITFunction or torch.version.hip:
+        return None
+    runtime = knobs.runtime
+    if (
+        "run" in vars(kernel)
+        or kernel.pre_run_hooks
+        or runtime.add_stages_inspection_hook is not None
+        or _is_set(runtime.launch_enter_hook)
+        or _is_set(runtime.launch_exit_hook)
+    ):
+        return None
+    compilation = knobs.compilation
+    return (
+        id(kernel),
+        driver.active.get_current_device(),
+        kernel.debug,
+        runtime.debug,
+        compilation.instrumentation_mode,
+        compilation.fpsan_homomorphic_casts if _FPSAN else None,
+    )
+
+
+def traits(value: Any) -> Hashable:
+    """Return what a kernel may be compiled for in an argument; arguments with equal traits share a compiled kernel.
+
+    This is at least what Triton specialises on for NVIDIA GPUs: dtype and alignment of a tensor, size and divisibility
+    of an integer, whether it is 1, types of all other values, and the values of constants.
+    """
+    kind = type(value)
+    if kind is int:
+        divisible = 1 if value == 1 else 0 if value % 16 == 0 else 2
+        if -0x80000000 <= value <= 0x7FFFFFFF:
+            return divisible
+        return divisible, value < 1 << 63
+    if isinstance(value, Tensor):
+        return value.dtype, address(value) % 16 == 0
+    if isinstance(value, tuple):
+        # Most parts are numbers and None, for which a call would take longer than the rest.
+        parts: list[Hashable] = [kind]
+        for part in value:
+            of_part = type(part)
+            if of_part is float or part is None:
+                parts.append(of_part)
+            elif of_part is int and -0x80000000 <= part <= 0x7FFFFFFF:
+                parts.append(1 if part == 1 else 0 if part % 16 == 0 else 2)
+            else:
+                parts.append(traits(part))
+        return tuple(parts)
+    return kind if value is None or kind is float else (kind, value)
+
+
+def _key_of(
+    kernel: Any, arguments: tuple[Any, ...], options: dict[str, Any]
+) -> tuple[Hashable, ...] | None:
+    """Return the key of a compiled kernel; None for Triton's own path."""
+    shared = state(kernel)
+    if shared is None:
+        return None
+    constants = set(kernel.constexprs)
+    parts = [
+        (type(value), value) if number in constants else traits(value)
+        for number, value in enumerate(arguments)
+    ]
+    return shared, *parts, *options.items()
+
+
+def _remember(known: dict[Hashable, Any], key: Hashable, value: Any) -> None:
+    with _lock:
+        if len(known) >= LIMIT:
+            known.clear()
+        known[key] = value
+
+
+def _current_stream() -> int:
+    active = driver.active
+    return active.get_current_stream(active.get_current_device())
+
+
+def _start(compiled: CompiledKernel, grid: Grid, stream: int, arguments: tuple[Any, ...]) -> None:
+    """Launch a compiled kernel, without hooks."""
+    function, metadata = compiled.function, compiled.packed_metadata
+    compiled.run(*grid, stream, function, metadata, None, None, None, *arguments)
+
+
+class Launched(NamedTuple):
+    """A launch: what a Replay needs to repeat it."""
+
+    compiled: CompiledKernel | None  # None if only Triton may launch the kernel
+    grid: Grid
+    arguments: tuple[Any, ...]
+
+
+def launch(kernel: Any, grid: Grid, arguments: tuple[Any, ...], **options: Any) -> Launched:
+    """Launch a kernel on the current device and stream; the tensors are readable (fastkd.core.tensors)."""
+    key = _key_of(kernel, arguments, options)
+    if key is None:
+        kernel[grid](*arguments, **options)
+        return Launched(None, grid, arguments)
+    compiled = _kernels.get(key)
+    if compiled is not None:
+        _start(compiled, grid, _current_stream(), arguments)
+        return Launched(compiled, grid, arguments)
+    compiled = kernel[grid](*arguments, **options)
+    if not isinstance(compiled, CompiledKernel) or compiled.metadata.target.backend != "cuda":
+        return Launched(None, grid, arguments)
+    _held[id(kernel)] = kernel
+    _remember(_kernels, key, compiled)
+    return Launched(compiled, grid, arguments)
+
+
+class Replay(NamedTuple):
+    """The launches of a call, for a call with the same facts. Its tensors are those of the call, then its scratch."""
+
+    # (the compiled kernel, the grid, the function from the addresses of the tensors to the arguments).
+    steps: list[tuple[CompiledKernel, Grid, Callable[[Sequence[int]], tuple[Any, ...]]]]
+    scratch: list[tuple[torch.Size, torch.dtype, Hashable]]  # shape, dtype and traits
+
+    def run(self, addresses: list[int], device: torch.device) -> bool:
+        """Launch on the current device and stream; return False if the new scratch has other traits."""
+        scratch = []
+        for size, dtype, expected in self.scratch:
+            tensor = torch.empty(size, dtype=dtype, device=device)
+            if traits(tensor) != expected:
+                return False
+            addresses.append(address(tensor))
+            scratch.append(tensor)  # keeps its memory until all kernels are launched
+        stream = _current_stream()
+        for compiled, grid, fill in self.steps:
+            _start(compiled, grid, stream, fill(addresses))
+        return True
+
+
+def replay(kernel: Any, facts: Hashable, tensors: Sequence[Tensor]) -> tuple[Hashable, bool]:
+    """Repeat the launches of an equal call, if one is remembered.
+
+    Args:
+        kernel: the kernel that the call launches.
+        facts: everything but the tensors that the launches depend on, such as which tensors there are.
+        tensors: all tensors that the kernel reads or writes, except scratch memory. They are readable
+            (fastkd.core.tensors).
+
+    Returns:
+        (key, whether the launches were repeated). The key is for :func:`record`; None if only Triton may launch.
+    """
+    shared = state(kernel)
+    if shared is None:
+        return None, False
+    addresses, parts = [], [shared, facts]
+    for tensor in tensors:
+        where = address(tensor)
+        addresses.append(where)
+        parts.append((tensor.shape, tensor.stride(), tensor.dtype, where % 16 == 0))
+    key = tuple(parts)
+    known = _replays.get(key)
+    return key, known is not None and known.run(addresses, tensors[0].device)
+
+
+def record(
+    key: Hashable,
+    launches: Sequence[Launched],
+    tensors: Sequence[Tensor],
+    scratch: Sequence[Tensor] = (),
+) -> None:
+    """Remember the launches of a call for :func:`replay`, unless another call could not repeat them.
+
+    Args:
+        key: what :func:`replay` returned for this call.
+        launches: the launches, in order.
+        tensors: as for :func:`replay`.
+        scratch: tensors that the call allocated itself, and that nothing outlives.
+    """
+    if key is None or any(launched.compiled is None for launched in launches):
+        return
+    slots = {id(tensor): slot for slot, tensor in enumerate((*tensors, *scratch))}
+    # A tensor that occurs twice has two slots, and in another call two tensors may have them.
+    if len(slots) < len(tensors) + len(scratch):
+        return
+    used = {id(leaf) for launched in launches for leaf in _tensors(launched.arguments)}
+    if not used <= slots.keys():  # another tensor, such as the offsets of rows without strides
+        return
+    steps = [
+        (launched.compiled, launched.grid, _filler(launched.arguments, slots))
+        for launched in launches
+    ]
+    kept = [(tensor.shape, tensor.dtype, traits(tensor)) for tensor in scratch]
+    _remember(_replays, key, Replay(steps, kept))
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    """Yield the tensors of nested tuples."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, tuple):
+        for part in value:
+            yield from _tensors(part)
+
+
+def _filler(
+    arguments: tuple[Any, ...], slots: dict[int, int]
+) -> Callable[[Sequence[int]], tuple[Any, ...]]:
+    """Return the function from addresses to arguments, in which an address replaces each tensor.
+
+    It is compiled from an expression, because a walk through the nested tuples takes ten times as long.
+    """
+    constants: list[Any] = []
+
+    def expression(value: Any) -> str:
+        if isinstance(value, Tensor):
+            return f"addresses[{slots[id(value)]}]"
+        if isinstance(value, tuple) and any(True for _ in _tensors(value)):
+            return f"({''.join(expression(part) + ', ' for part in value)})"
+        constants.append(value)
+        return f"constants[{len(constants) - 1}]"
+
+    source = f"lambda addresses, constants=constants: {expression(arguments)}"
+    return eval(source, {"constants": constants})
+
+
+def forget() -> None:
+    """Forget all kernels and calls, as before the first launch."""
+    with _lock:
+        _kernels.clear()
+        _replays.clear()
