@@ -231,14 +231,14 @@ def count_columns(V, split, BLOCK_V: tl.constexpr):
 
 
 @triton.jit
-def _temper(z, side, valid):
-    """Return (z, derivative of z with respect to logit_scale * logits) from the logits of these columns."""
+def _temper(z, side, valid, VALUE: tl.constexpr = -float("inf")):
+    """Return (z, derivative of z with respect to logit_scale * logits) from logits; z is VALUE where not valid."""
     slope = 1.0
     if side.softcap is not None:
         squashed, slope = squash(side.softcap_gain * z)
-        z = tl.where(valid, side.softcap * squashed, -float("inf"))
+        z = tl.where(valid, side.softcap * squashed, VALUE)
     elif side.sign is not None:
-        z = tl.where(valid, side.sign * z, -float("inf"))
+        z = tl.where(valid, side.sign * z, VALUE)
     return z, slope
 
 
@@ -270,18 +270,22 @@ PAST_END = -1e30
 def _load_pair(
     student, teacher, start, lanes, V, WHOLE: tl.constexpr, PAST_END: tl.constexpr = PAST_END
 ):
-    """Return a tile of logits of both sides, or the student's twice if there is no teacher."""
+    """Return a tile of logits of both sides in float32, or the student's twice if there is no teacher."""
     if WHOLE:
         s = tl.load(student.logits + start + lanes)
         t = s
         if teacher.unit is not None:
             t = tl.load(teacher.logits + start + lanes)
+        s, t = s.to(tl.float32), t.to(tl.float32)
     else:
         exists = start + lanes < V
-        s = tl.load(student.logits + start + lanes, mask=exists, other=PAST_END)
+        s = tl.load(student.logits + start + lanes, mask=exists, other=0.0)
         t = s
         if teacher.unit is not None:
-            t = tl.load(teacher.logits + start + lanes, mask=exists, other=PAST_END)
+            t = tl.load(teacher.logits + start + lanes, mask=exists, other=0.0)
+        # In float32, because PAST_END in float16 is -inf, for which the whole row would need the policy for log 0.
+        s = tl.where(exists, s.to(tl.float32), PAST_END)
+        t = tl.where(exists, t.to(tl.float32), PAST_END)
     return s, t
 
 
@@ -638,10 +642,10 @@ def sweep_statistics(
             z, t = _load_pair(student, teacher, start, lanes, V, True)
         else:
             z, t = _load_pair(student, teacher, start, lanes, V, False)
-        z, _ = _temper(z.to(tl.float32), student.side, column < V)
+        z, _ = _temper(z, student.side, column < V, PAST_END)
         s = _exclude(z, column, excluded, PAST_END)
         if teacher.unit is not None:
-            t, _ = _temper(t.to(tl.float32), teacher.side, column < V)
+            t, _ = _temper(t, teacher.side, column < V, PAST_END)
             t = _exclude(t, column, excluded, PAST_END)
         old_s_max, s_max = s_max, tl.maximum(s_max, fold_max(s, spec.ADJACENT, spec.THREADS))
         s = s - spread(s_max, spec.ADJACENT, spec.BLOCK_V)
