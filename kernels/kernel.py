@@ -21,6 +21,7 @@ import triton
 import triton.language as tl
 
 from .label_term import binary, entropy_of_all, label_probability, normalizer_of_all, weighted
+from .narrow import Terms, Tile, evaluate_row, load_tile, tile_statistics, write_gradients
 from .split import (
     load_centered_sum,
     load_partials,
@@ -113,9 +114,15 @@ class Objective(NamedTuple):
     label_weight: Any
 
 
+# A divisor of the addresses of all rows of a launch with aligned rows.
+ROW_BYTES = 16
+
+
 @triton.jit
-def row_pointer(view, row, sizes, ALIGNED: tl.constexpr = True):
-    """Return the address of column 0 of a row."""
+def row_pointer(
+    view, row, sizes, ALIGNED: tl.constexpr = True, ROW_BYTES: tl.constexpr = ROW_BYTES
+):
+    """Return the address of column 0 of a row. ALIGNED: ROW_BYTES promises that it is a multiple of that."""
     if view.offsets is not None:
         offset = tl.load(view.offsets + row)
     else:
@@ -130,6 +137,9 @@ def row_pointer(view, row, sizes, ALIGNED: tl.constexpr = True):
         # All tensors of a kernel share a layout. One aligned tensor would make Triton give each thread adjacent columns
         # in all of them.
         pointer = tl.multiple_of(pointer, 1)
+    if ALIGNED == ROW_BYTES:
+        # Triton sees for itself only that a number of columns is a multiple of 16, which 16 bytes do not need.
+        pointer = tl.multiple_of(pointer, ROW_BYTES)
     return pointer
 
 
@@ -213,6 +223,7 @@ def _poison(weight, statistics, label, excluded):
 @triton.jit
 def _statistics(
     row,
+    tile,
     student,
     teacher,
     label,
@@ -227,7 +238,11 @@ def _statistics(
 
     In the stage "statistics", this program's partial result is stored, and the returned Statistics are not used.
     """
-    if spec.STAGE == "row" or spec.STAGE == "statistics":
+    if spec.ONE_TILE:
+        total = tile_statistics(
+            tile, student, teacher, excluded, center, moments, columns, ENTROPY, spec
+        )
+    elif spec.STAGE == "row" or spec.STAGE == "statistics":
         total = sweep_statistics(
             student, teacher, excluded, center, moments, columns, ENTROPY, spec
         )
@@ -245,13 +260,17 @@ def _statistics(
 
 
 @triton.jit
-def _sums(row, student, teacher, statistics, label, excluded, degree, parameters, columns, spec):
+def _sums(
+    row, student, teacher, statistics, sums, label, excluded, degree, parameters, columns, spec
+):
     """Return Statistics with the sums of phi, g and h of a divergence without a closed form.
 
     In the stage "sums", they are this program's partial sums, without the argmaxes.
     """
     s_gradient, t_gradient = statistics.s_argmax.gradient, statistics.t_argmax.gradient
-    if spec.STAGE == "gradient":
+    if spec.ONE_TILE:
+        phi, g, h = sums.phi, sums.g, sums.h
+    elif spec.STAGE == "gradient":
         phi, g, h = load_sums(columns.split, row, spec.LANES)
     else:
         phi, g, h = sweep_sums(
@@ -339,6 +358,8 @@ def _squared_temperature(student, spec):
 
 @triton.jit
 def _gradient(
+    tile,
+    terms,
     student,
     teacher,
     statistics,
@@ -376,19 +397,25 @@ def _gradient(
                 if smoothing is not None:
                     smoothing *= objective.ce_weight / total_weight
             ce_factor = total_weight * s_scale
-    sweep_gradients(
-        student,
-        teacher,
-        statistics,
-        value,
-        Factors(s_factor, ce_factor, t_factor, smoothing),
-        label.column,
-        excluded,
-        objective.degree,
-        parameters,
-        columns,
-        spec,
-    )
+    if spec.ONE_TILE:
+        write_gradients(
+            tile, terms, student, teacher, value,
+            Factors(s_factor, ce_factor, t_factor, smoothing), label.column, excluded, columns, spec,
+        )  # fmt: skip
+    else:
+        sweep_gradients(
+            student,
+            teacher,
+            statistics,
+            value,
+            Factors(s_factor, ce_factor, t_factor, smoothing),
+            label.column,
+            excluded,
+            objective.degree,
+            parameters,
+            columns,
+            spec,
+        )
 
 
 @triton.jit
@@ -404,6 +431,7 @@ def _compute_row(
     sizes,
     columns,
     spec,
+    ROW_BYTES: tl.constexpr = ROW_BYTES,
 ):
     """Compute the loss, its parts and the gradients of a counted row, or one stage of that."""
     NORMALIZED: tl.constexpr = spec.FORM % 2 == 1
@@ -415,7 +443,9 @@ def _compute_row(
     if inputs.weight is not None:
         weight = tl.load(inputs.weight + row)
 
-    logits, gradient, unit, temperature = open_side(student_side, row, sizes, spec.ADJACENT > 1)
+    logits, gradient, unit, temperature = open_side(
+        student_side, row, sizes, ROW_BYTES if spec.ADJACENT > 1 else 0
+    )
     unit_t1 = None
     if CROSS_ENTROPY or LABEL_T1:  # noqa: SIM102
         if student_side.temperature is not None or student_side.row_temperatures is not None:
@@ -426,7 +456,9 @@ def _compute_row(
     teacher = Row(None, None, None, None, None, None)
     softmax_teacher, softmax_moments = teacher, Moments(None, None, None)
     if teacher_side.logit_scale is not None:
-        logits, gradient, unit, temperature = open_side(teacher_side, row, sizes, spec.ADJACENT > 1)
+        logits, gradient, unit, temperature = open_side(
+            teacher_side, row, sizes, ROW_BYTES if spec.ADJACENT > 1 else 0
+        )
         unit_t1 = None
         if LABEL_T1:  # noqa: SIM102
             if teacher_side.temperature is not None or teacher_side.row_temperatures is not None:
@@ -436,6 +468,10 @@ def _compute_row(
         teacher = Row(logits, gradient, unit, unit_t1, temperature, teacher_side)
         if NORMALIZED:
             softmax_teacher, softmax_moments = teacher, moments
+
+    tile, terms = Tile(0.0, 0.0, 0.0, 0.0), Terms(0.0, 0.0, 0.0, 0.0)
+    if spec.ONE_TILE:
+        tile = load_tile(student, teacher, columns, spec)
 
     label, center, excluded = Label(-1, 0.0, 0.0), None, None
     if CROSS_ENTROPY or LABEL_TERM:
@@ -453,17 +489,23 @@ def _compute_row(
     statistics = no_statistics(student.unit)
     if NORMALIZED or CROSS_ENTROPY or ENTROPY:
         statistics = _statistics(
-            row, student, softmax_teacher, label, excluded, center, softmax_moments, columns,
+            row, tile, student, softmax_teacher, label, excluded, center, softmax_moments, columns,
             ENTROPY, spec,
         )  # fmt: skip
     if not NORMALIZED:
         statistics = without_softmax(statistics, student.unit, teacher.unit)
     if teacher.unit is not None and spec.STAGE != "statistics":
         P_MOMENT: tl.constexpr = moments.forward is not None or moments.cross is not None
+        sums = Sums(0.0, 0.0, 0.0)
+        if spec.ONE_TILE:
+            terms, sums = evaluate_row(
+                tile, student, teacher, statistics, excluded, objective.degree, parameters, columns,
+                spec,
+            )  # fmt: skip
         if not (P_MOMENT or moments.reverse is not None):
             statistics = _sums(
-                row, student, teacher, statistics, label, excluded, objective.degree, parameters,
-                columns, spec,
+                row, student, teacher, statistics, sums, label, excluded, objective.degree,
+                parameters, columns, spec,
             )  # fmt: skip
 
     if spec.STAGE == "sums":
@@ -478,7 +520,7 @@ def _compute_row(
         )  # fmt: skip
         if columns.width is not None:
             _gradient(
-                student, teacher, statistics, value, label, excluded, weight, inputs, objective,
+                tile, terms, student, teacher, statistics, value, label, excluded, weight, inputs, objective,
                 parameters, columns, spec,
             )  # fmt: skip
 
@@ -537,13 +579,20 @@ def kd_kernel(
     ADJACENT: tl.constexpr,
     THREADS: tl.constexpr,
     BLOCK_V: tl.constexpr,
+    ONE_TILE: tl.constexpr,
     LANES: tl.constexpr,
     STAGE: tl.constexpr,
+    ROW_BYTES: tl.constexpr = ROW_BYTES,
 ):
     """Compute one row, or one program's part of it; :class:`fastkd.call.contract.Result` lists what is written."""
     row = tl.program_id(0)
     if split.num_splits is not None:
         row += split.first_row
+    if ADJACENT > 1 and ONE_TILE:
+        # They are multiples of ADJACENT already. Triton learns it here.
+        V = V // ADJACENT * ADJACENT
+        if width is not None:
+            width = width // ADJACENT * ADJACENT
     first, vocabulary = 0, V
     if shard is not None:
         first, vocabulary = shard.first, shard.total
@@ -561,10 +610,13 @@ def kd_kernel(
             sizes,
             columns,
             # Not a variable: an assignment would turn its constexprs into tensors.
-            Spec(DIVERGENCE, FORM, SQUARED, ADJACENT, THREADS, BLOCK_V, LANES, STAGE),
+            Spec(DIVERGENCE, FORM, SQUARED, ADJACENT, THREADS, BLOCK_V, ONE_TILE, LANES, STAGE),
         )
     elif STAGE == "row" or STAGE == "gradient":
-        _drop_row(row, student_side, teacher_side, outputs, sizes, columns, ADJACENT > 1, BLOCK_V)
+        _drop_row(
+            row, student_side, teacher_side, outputs, sizes, columns,
+            ROW_BYTES if ADJACENT > 1 else 0, BLOCK_V,
+        )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["sizes"])

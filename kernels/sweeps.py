@@ -33,6 +33,7 @@ class Spec(NamedTuple):
     )
     THREADS: Any  # lanes of an accumulator: one per thread
     BLOCK_V: Any  # columns of a tile
+    ONE_TILE: Any  # whether the tile holds the whole row (narrow.py)
     LANES: Any  # lanes that merge partial results
     STAGE: Any  # "row", or one of "statistics", "sums", "gradient"
 

@@ -53,13 +53,20 @@ pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 @pytest.fixture(autouse=True)
 def narrow_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernels, "tile", lambda *row: (TILE, 1))
+    monkeypatch.setattr(kernels, "NARROW", 0)
+
+
+ONE_TILE = "one tile"
 
 
 @pytest.fixture(autouse=True)
-def shares(request: pytest.FixtureRequest) -> Iterator[split.Plan | None]:
-    """How programs share rows: as the test's parameter says, and by default not at all."""
+def shares(request: pytest.FixtureRequest, narrow_tiles: None) -> Iterator[split.Plan | None]:
+    """How programs share rows: as the test's parameter says, and by default not at all. ONE_TILE: a row is one tile."""
     wanted = getattr(request, "param", None)
     with pytest.MonkeyPatch.context() as patch:
+        if wanted == ONE_TILE:
+            patch.setattr(kernels, "NARROW", 64)
+            wanted = None
         patch.setattr(kernels, "plan", lambda *call: wanted)
         if wanted is None:
             yield None
@@ -77,9 +84,9 @@ def shares(request: pytest.FixtureRequest) -> Iterator[split.Plan | None]:
 # call.
 however_shared = pytest.mark.parametrize(
     "shares",
-    [None, pytest.param(split.Plan(4, 2), marks=pytest.mark.heavy)],
+    [None, ONE_TILE, pytest.param(split.Plan(4, 2), marks=pytest.mark.heavy)],
     indirect=True,
-    ids=["alone", "shared"],
+    ids=["alone", "one tile", "shared"],
 )
 
 

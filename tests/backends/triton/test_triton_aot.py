@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from fastkd.kernels.launch import REGISTERS
+from fastkd.kernels.launch import NARROW, REGISTERS
 from fastkd.kernels.tuning import TILES
 from support import sass
 from support.paths import PACKAGE, ROOT
@@ -351,9 +351,20 @@ def _run(target: str, grid: str, cache: Path, **settings: str) -> dict[Variant, 
 def _check(target: str, grid: str, cache: Path) -> dict[Variant, Resources]:
     actual = _run(target, grid, cache)
     assert list(actual) == variants(grid)
-    spilled = [f"{variant}: {used}" for variant, used in actual.items() if used.spills]
+    spilled = [f"{variant}: {used}" for variant, used in actual.items() if _spills(variant, used)]
     assert not spilled, "\n".join(spilled)
     return actual
+
+
+# A thread keeps 16 or 32 columns of a narrow row from its one read to the gradient. ptxas parks some of them beside the
+# branches that few rows take; without a limit of registers it parks none, but then fewer rows are in flight.
+NARROW_LOCAL_BYTES = 1024
+
+
+def _spills(variant: Variant, used: Resources) -> bool:
+    if variant.stage == "row" and variant.kind and WIDTHS[variant.width] <= NARROW:
+        return used.local_bytes > NARROW_LOCAL_BYTES
+    return used.spills
 
 
 # Instructions a column, all sweeps together, that sm_90 may execute at most: those of Triton 3.9 and a twentieth more.
