@@ -172,6 +172,13 @@ def is_counted(inputs, row, ignore_index):
 
 
 @triton.jit
+def _head(pointer, ROW_BYTES: tl.constexpr = ROW_BYTES):
+    """Return how many columns column 0 of a row lies past a multiple of 16 bytes."""
+    bytes_past = (pointer.to(tl.int64) % ROW_BYTES).to(tl.int32)
+    return bytes_past // (pointer.dtype.element_ty.primitive_bitwidth // 8)
+
+
+@triton.jit
 def _label_z(row, column, columns):
     """Return z in the label's column; -inf if another process has the column."""
     if columns.shard is None:
@@ -444,7 +451,7 @@ def _compute_row(
         weight = tl.load(inputs.weight + row)
 
     logits, gradient, unit, temperature = open_side(
-        student_side, row, sizes, ROW_BYTES if spec.ADJACENT > 1 else 0
+        student_side, row, sizes, 0 if spec.HEAD or spec.ADJACENT == 1 else ROW_BYTES
     )
     unit_t1 = None
     if CROSS_ENTROPY or LABEL_T1:  # noqa: SIM102
@@ -457,7 +464,7 @@ def _compute_row(
     softmax_teacher, softmax_moments = teacher, Moments(None, None, None)
     if teacher_side.logit_scale is not None:
         logits, gradient, unit, temperature = open_side(
-            teacher_side, row, sizes, ROW_BYTES if spec.ADJACENT > 1 else 0
+            teacher_side, row, sizes, 0 if spec.HEAD or spec.ADJACENT == 1 else ROW_BYTES
         )
         unit_t1 = None
         if LABEL_T1:  # noqa: SIM102
@@ -469,6 +476,12 @@ def _compute_row(
         if NORMALIZED:
             softmax_teacher, softmax_moments = teacher, moments
 
+    if spec.HEAD:
+        head = _head(student.logits)
+        columns = Columns(
+            columns.V, columns.width, columns.first, columns.vocabulary, columns.shard,
+            columns.split, head,
+        )  # fmt: skip
     tile, terms = Tile(0.0, 0.0, 0.0, 0.0), Terms(0.0, 0.0, 0.0, 0.0)
     if spec.ONE_TILE:
         tile = load_tile(student, teacher, columns, spec)
@@ -580,6 +593,7 @@ def kd_kernel(
     THREADS: tl.constexpr,
     BLOCK_V: tl.constexpr,
     ONE_TILE: tl.constexpr,
+    HEAD: tl.constexpr,
     LANES: tl.constexpr,
     STAGE: tl.constexpr,
     ROW_BYTES: tl.constexpr = ROW_BYTES,
@@ -596,7 +610,7 @@ def kd_kernel(
     first, vocabulary = 0, V
     if shard is not None:
         first, vocabulary = shard.first, shard.total
-    columns = Columns(V, width, first, vocabulary, shard, split)
+    columns = Columns(V, width, first, vocabulary, shard, split, 0)
     if is_counted(inputs, row, objective.ignore_index):
         _compute_row(
             row,
@@ -610,12 +624,14 @@ def kd_kernel(
             sizes,
             columns,
             # Not a variable: an assignment would turn its constexprs into tensors.
-            Spec(DIVERGENCE, FORM, SQUARED, ADJACENT, THREADS, BLOCK_V, ONE_TILE, LANES, STAGE),
+            Spec(
+                DIVERGENCE, FORM, SQUARED, ADJACENT, THREADS, BLOCK_V, ONE_TILE, HEAD, LANES, STAGE
+            ),
         )
     elif STAGE == "row" or STAGE == "gradient":
         _drop_row(
             row, student_side, teacher_side, outputs, sizes, columns,
-            ROW_BYTES if ADJACENT > 1 else 0, BLOCK_V,
+            0 if HEAD or ADJACENT == 1 else ROW_BYTES, BLOCK_V,
         )  # fmt: skip
 
 

@@ -151,16 +151,29 @@ def _row_offsets(tensor: Tensor) -> Tensor:
 
 
 def rows_on_16_bytes(columns: int, *views: View | None) -> bool:
-    """Return whether every row of every tensor starts and ends at a multiple of 16 bytes."""
+    """Return whether every row of every tensor, and its vocabulary, starts and ends at a multiple of 16 bytes."""
     for view in views:
         if view is not None:
-            itemsize = view.pointer.element_size()
-            offsets = [size * itemsize for size in (columns, *view.strides)]
+            itemsize, width = view.pointer.element_size(), view.pointer.shape[-1]
+            offsets = [size * itemsize for size in (columns, width, *view.strides)]
             if view.offsets is not None or any(
                 number % 16 for number in (address(view.pointer), *offsets)
             ):
                 return False
     return True
+
+
+def rows_start_alike(*views: View | None) -> bool:
+    """Return whether the logits and gradients of each row start equally far past a multiple of 16 bytes."""
+    given = [view for view in views if view is not None]
+    if any(view.offsets is not None for view in given):
+        return False
+    sizes = [view.pointer.element_size() for view in given]
+    starts = [
+        (address(view.pointer) % 16, *(stride * size % 16 for stride in view.strides))
+        for view, size in zip(given, sizes, strict=True)
+    ]
+    return len(set(sizes)) == len(set(starts)) == 1
 
 
 def is_aligned(columns: int, *views: View | None) -> bool:
@@ -355,20 +368,19 @@ def _prepare(
     assert student_view is not None
     gradients = [gradient for gradient in tensors[2:] if gradient is not None]
     width = max((gradient.shape[-1] for gradient in gradients), default=None)
-    aligned = rows_on_16_bytes(
-        options.vocab_size,
-        student_view,
-        teacher_view,
-        student_gradient_view,
-        teacher_gradient_view,
-    )
+    given = student_view, teacher_view, student_gradient_view, teacher_gradient_view
+    aligned = rows_on_16_bytes(options.vocab_size, *given)
     stages = _stages(divergence, with_label, parts, teacher_view is not None)
     sweeps = len(stages) - (width is None)
     splits, block, warps = _plan_and_tile(tensors, options, sweeps, crowded, aligned)
     widest = max(options.vocab_size, width or 0)
     one_tile = splits is None and widest <= NARROW
+    head = False
     if one_tile:
         block, warps = narrow_tile(widest, crowded)
+    elif splits is None and not aligned and rows_start_alike(*given):
+        head = aligned = True
+        splits, block, warps = _plan_and_tile(tensors, options, sweeps, crowded, aligned)
     arguments = (
         student_side(student_view, student_gradient_view, rows, options),
         _teacher_side(teacher_view, teacher_gradient_view, rows, options),
@@ -385,7 +397,7 @@ def _prepare(
     function, form = bind(divergence.function), form_of(divergence)
     itemsize = min(tensor.itemsize for tensor in tensors if tensor is not None)
     layout = threads_of(block, warps, aligned, itemsize)
-    constants = (function, form, options.scale_by_temperature, *layout, block, one_tile)
+    constants = (function, form, options.scale_by_temperature, *layout, block, one_tile, head)
     many = crowded or divergence.target is not None or not any(_moments(divergence))
     launch_options = {
         "num_warps": warps,

@@ -54,7 +54,7 @@ class Terms(NamedTuple):
 def load_tile(student, teacher, columns, spec, PAST_END: tl.constexpr = PAST_END):
     """Return the Tile of a row; z is PAST_END past the end."""
     column = tl.arange(0, spec.BLOCK_V)
-    s, t = _load_pair(student, teacher, 0, column, columns.V, False, PAST_END)
+    s, t = _load_pair(student, teacher, 0, column, columns.V, False, False, PAST_END)
     s, s_slope = _temper(s, student.side, column < columns.V, PAST_END)
     t_slope = s_slope
     if teacher.unit is not None:
@@ -229,7 +229,7 @@ def write_gradients(
             h *= tile.t_slope * factors.teacher
             h = tl.where(column < columns.V, h, 0.0)
             width = _stored_width(teacher.side.width, spec)
-            _store(teacher.gradient, 0, column, h, width, False)
+            _store(teacher.gradient, 0, column, h, width, False, False)
     if student.side.width is not None:
         if factors.cross_entropy is not None:
             target, of_label = 0.0, 1.0
@@ -242,4 +242,4 @@ def write_gradients(
         gradient *= tile.s_slope
         gradient = tl.where(column < columns.V, gradient, 0.0)
         width = _stored_width(student.side.width, spec)
-        _store(student.gradient, 0, column, gradient, width, False)
+        _store(student.gradient, 0, column, gradient, width, False, False)

@@ -520,7 +520,9 @@ def strided(student: Tensor) -> dict[str, Tensor]:
 @however_shared
 @pytest.mark.parametrize("layout", strided(torch.zeros(2, 3, 2, 2, 17)))
 @pytest.mark.parametrize("inplace", [False, True], ids=["", "inplace"])
-def test_layouts(layout: str, inplace: bool) -> None:
+def test_layouts(monkeypatch: pytest.MonkeyPatch, layout: str, inplace: bool) -> None:
+    # Where tiles start at multiples of 16 bytes, the order of a sum depends on where its row starts.
+    monkeypatch.setattr(kernels, "rows_start_alike", lambda *views: False)
     student, teacher = pair(2, 3, 2, 2, 17)
     labels = labels_for(2, 3, 2, 2, vocabulary=17, seed=3, ignored=0.2).to(DEVICE)
     wanted = launch(student, teacher, Rows(labels), alpha=0.5, want=Want(True, True))
@@ -539,6 +541,41 @@ def test_layouts(layout: str, inplace: bool) -> None:
         assert actual.student_gradient.is_contiguous() and actual.teacher_gradient.is_contiguous()
 
 
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("inplace", [False, True], ids=["", "inplace"])
+@kinds
+def test_rows_that_start_anywhere(
+    monkeypatch: pytest.MonkeyPatch, divergence: str, inplace: bool, dtype: torch.dtype
+) -> None:
+    """Rows of 37 columns start at every distance from a multiple of 16 bytes, and NaN lies before the first one."""
+    alike, found = kernels.rows_start_alike, []
+    monkeypatch.setattr(
+        kernels, "rows_start_alike", lambda *views: found.append(alike(*views)) or found[-1]
+    )
+    inputs = []
+    for tensor in pair(9, 37, dtypes=(dtype, dtype)):
+        buffer = tensor.new_full((10 * 37,), math.nan)
+        buffer[37:] = tensor.flatten()
+        inputs.append(buffer[37:].view(9, 37))
+    labels = torch.arange(9, device=DEVICE)
+    want = Want(True, not inplace, inplace=inplace)
+    apart = [tensor.clone() for tensor in inputs]
+    actual = launch(*inputs, Rows(labels), divergence, want, alpha=0.5)
+    exact = reference.kd_rows(
+        *(tensor.double() for tensor in apart),
+        Rows(labels),
+        Options(fastkd.divergences.resolve(divergence), alpha=0.5, vocab_size=37),
+        Want(True, True),
+    )
+    # The gradient in place of the logits starts where they start; a gradient of its own starts 37 columns before.
+    assert found == [inplace]
+    torch.testing.assert_close(actual.loss.double(), exact.loss, rtol=1e-5, atol=1e-6)
+    rtol = 4 * torch.finfo(dtype).eps
+    torch.testing.assert_close(
+        actual.student_gradient.double(), exact.student_gradient, rtol=rtol, atol=1e-6
+    )
+
+
 @however_shared
 def test_inplace_writes_only_the_rows() -> None:
     student, teacher = pair(2, 5, 37)
@@ -551,7 +588,8 @@ def test_inplace_writes_only_the_rows() -> None:
 
 
 @however_shared
-def test_one_row_against_many() -> None:
+def test_one_row_against_many(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "rows_start_alike", lambda *views: False)
     one, many = pair(37)[0], pair(2, 3, 37)[1]
     for s, t in ((one.expand(2, 3, 37), many), (many, one.expand(2, 3, 37))):
         same(launch(s, t), launch(s.contiguous(), t.contiguous()))
