@@ -28,8 +28,9 @@ from .split import FIELDS, LABEL_TERM_FIELDS, LANES, SUMS, Device, Plan, device_
 from .sweeps import NOT_SPLIT, Moments, Split, VocabShard
 from .tuning import TILES
 
-# (largest number of bytes of a row, num_warps). Three programs of 8 warps fit on a multiprocessor with REGISTERS.
-WARPS = ((4 << 10, 4), (1 << 62, 8))
+# (largest number of bytes of a row, num_warps). Besides its columns a row takes some 1900 instructions of each warp, so
+# shorter rows have fewer warps. Three programs of 8 warps fit on a multiprocessor with REGISTERS.
+WARPS = ((16 << 10, 2), (64 << 10, 4), (1 << 62, 8))
 
 # Limits of registers per thread: the usual one, and that for kernels that need many, because they are crowded (`tile`),
 # or the divergence has a label term or no closed form. With up to 80 registers, three programs of 8 warps fit on a

@@ -248,14 +248,17 @@ def test_widths(columns: int, divergence: str) -> None:
     )
 
 
-# The tiles that are shipped, which for rows of these widths have 512 lanes where the teacher gets a gradient: a part of
-# one, one exactly, and one column more.
+# The tiles that are shipped: a part of one, one exactly, and one column more; the narrowest row of several tiles.
 @however_shared
 @kinds
-@pytest.mark.parametrize("columns", [300, 512, 513])
+@pytest.mark.parametrize("columns", [300, 512, 513, 4097])
 def test_shipped_tiles(monkeypatch: pytest.MonkeyPatch, columns: int, divergence: str) -> None:
     monkeypatch.undo()
-    assert kernels.tile(columns, 4, crowded=True)[0] == 512
+    assert (
+        kernels.narrow_tile(columns, True)[0]
+        == {300: 512, 512: 512, 513: 1024, 4097: 8192}[columns]
+    )
+    assert (columns <= kernels.NARROW) == (columns < 4097)
     check("triton", *pair(1, columns), divergence=divergence, temperature=2.0)
 
 
@@ -263,7 +266,7 @@ def test_a_timed_tile_takes_precedence_over_the_rule(monkeypatch: pytest.MonkeyP
     """Tiles depend on architecture, dtype, kind and widths, and on alignment and register pressure."""
     monkeypatch.undo()
     monkeypatch.setitem(kernels.TILES, ("sm_90", 2, True, 65536), (8192, 32))
-    rule = (2048, 8)
+    rule = (1024, 4)
     for width, wanted in ((32769, (8192, 32)), (65536, (8192, 32)), (32768, rule)):
         assert kernels.tile(width, 2, False, True, "sm_90", True) == wanted
     for other in ((4, False, True, "sm_90", True), (2, False, True, "sm_80", True)):
