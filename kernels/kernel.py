@@ -21,6 +21,7 @@ import triton
 import triton.language as tl
 
 from .label_term import binary, entropy_of_all, label_probability, normalizer_of_all, weighted
+from .narrow import Terms, Tile, evaluate_row, load_tile, tile_statistics, write_gradients
 from .split import (
     load_centered_sum,
     load_partials,
@@ -113,9 +114,15 @@ class Objective(NamedTuple):
     label_weight: Any
 
 
+# A divisor of the addresses of all rows of a launch with aligned rows.
+ROW_BYTES = 16
+
+
 @triton.jit
-def row_pointer(view, row, sizes, ALIGNED: tl.constexpr = True):
-    """Return the address of column 0 of a row."""
+def row_pointer(
+    view, row, sizes, ALIGNED: tl.constexpr = True, ROW_BYTES: tl.constexpr = ROW_BYTES
+):
+    """Return the address of column 0 of a row. ALIGNED: ROW_BYTES promises that it is a multiple of that."""
     if view.offsets is not None:
         offset = tl.load(view.offsets + row)
     else:
@@ -130,6 +137,9 @@ def row_pointer(view, row, sizes, ALIGNED: tl.constexpr = True):
         # All tensors of a kernel share a layout. One aligned tensor would make Triton give each thread adjacent columns
         # in all of them.
         pointer = tl.multiple_of(pointer, 1)
+    if ALIGNED == ROW_BYTES:
+        # Triton sees for itself only that a number of columns is a multiple of 16, which 16 bytes do not need.
+        pointer = tl.multiple_of(pointer, ROW_BYTES)
     return pointer
 
 
@@ -159,6 +169,13 @@ def is_counted(inputs, row, ignore_index):
     if inputs.weight is not None:
         counted = counted & (tl.load(inputs.weight + row) != 0)
     return counted
+
+
+@triton.jit
+def _head(pointer, ROW_BYTES: tl.constexpr = ROW_BYTES):
+    """Return how many columns column 0 of a row lies past a multiple of 16 bytes."""
+    bytes_past = (pointer.to(tl.int64) % ROW_BYTES).to(tl.int32)
+    return bytes_past // (pointer.dtype.element_ty.primitive_bitwidth // 8)
 
 
 @triton.jit
@@ -213,6 +230,7 @@ def _poison(weight, statistics, label, excluded):
 @triton.jit
 def _statistics(
     row,
+    tile,
     student,
     teacher,
     label,
@@ -227,7 +245,11 @@ def _statistics(
 
     In the stage "statistics", this program's partial result is stored, and the returned Statistics are not used.
     """
-    if spec.STAGE == "row" or spec.STAGE == "statistics":
+    if spec.ONE_TILE:
+        total = tile_statistics(
+            tile, student, teacher, excluded, center, moments, columns, ENTROPY, spec
+        )
+    elif spec.STAGE == "row" or spec.STAGE == "statistics":
         total = sweep_statistics(
             student, teacher, excluded, center, moments, columns, ENTROPY, spec
         )
@@ -245,13 +267,17 @@ def _statistics(
 
 
 @triton.jit
-def _sums(row, student, teacher, statistics, label, excluded, degree, parameters, columns, spec):
+def _sums(
+    row, student, teacher, statistics, sums, label, excluded, degree, parameters, columns, spec
+):
     """Return Statistics with the sums of phi, g and h of a divergence without a closed form.
 
     In the stage "sums", they are this program's partial sums, without the argmaxes.
     """
     s_gradient, t_gradient = statistics.s_argmax.gradient, statistics.t_argmax.gradient
-    if spec.STAGE == "gradient":
+    if spec.ONE_TILE:
+        phi, g, h = sums.phi, sums.g, sums.h
+    elif spec.STAGE == "gradient":
         phi, g, h = load_sums(columns.split, row, spec.LANES)
     else:
         phi, g, h = sweep_sums(
@@ -339,6 +365,8 @@ def _squared_temperature(student, spec):
 
 @triton.jit
 def _gradient(
+    tile,
+    terms,
     student,
     teacher,
     statistics,
@@ -376,19 +404,25 @@ def _gradient(
                 if smoothing is not None:
                     smoothing *= objective.ce_weight / total_weight
             ce_factor = total_weight * s_scale
-    sweep_gradients(
-        student,
-        teacher,
-        statistics,
-        value,
-        Factors(s_factor, ce_factor, t_factor, smoothing),
-        label.column,
-        excluded,
-        objective.degree,
-        parameters,
-        columns,
-        spec,
-    )
+    if spec.ONE_TILE:
+        write_gradients(
+            tile, terms, student, teacher, value,
+            Factors(s_factor, ce_factor, t_factor, smoothing), label.column, excluded, columns, spec,
+        )  # fmt: skip
+    else:
+        sweep_gradients(
+            student,
+            teacher,
+            statistics,
+            value,
+            Factors(s_factor, ce_factor, t_factor, smoothing),
+            label.column,
+            excluded,
+            objective.degree,
+            parameters,
+            columns,
+            spec,
+        )
 
 
 @triton.jit
@@ -404,6 +438,7 @@ def _compute_row(
     sizes,
     columns,
     spec,
+    ROW_BYTES: tl.constexpr = ROW_BYTES,
 ):
     """Compute the loss, its parts and the gradients of a counted row, or one stage of that."""
     NORMALIZED: tl.constexpr = spec.FORM % 2 == 1
@@ -415,7 +450,9 @@ def _compute_row(
     if inputs.weight is not None:
         weight = tl.load(inputs.weight + row)
 
-    logits, gradient, unit, temperature = open_side(student_side, row, sizes, spec.ADJACENT > 1)
+    logits, gradient, unit, temperature = open_side(
+        student_side, row, sizes, 0 if spec.HEAD or spec.ADJACENT == 1 else ROW_BYTES
+    )
     unit_t1 = None
     if CROSS_ENTROPY or LABEL_T1:  # noqa: SIM102
         if student_side.temperature is not None or student_side.row_temperatures is not None:
@@ -426,7 +463,9 @@ def _compute_row(
     teacher = Row(None, None, None, None, None, None)
     softmax_teacher, softmax_moments = teacher, Moments(None, None, None)
     if teacher_side.logit_scale is not None:
-        logits, gradient, unit, temperature = open_side(teacher_side, row, sizes, spec.ADJACENT > 1)
+        logits, gradient, unit, temperature = open_side(
+            teacher_side, row, sizes, 0 if spec.HEAD or spec.ADJACENT == 1 else ROW_BYTES
+        )
         unit_t1 = None
         if LABEL_T1:  # noqa: SIM102
             if teacher_side.temperature is not None or teacher_side.row_temperatures is not None:
@@ -436,6 +475,16 @@ def _compute_row(
         teacher = Row(logits, gradient, unit, unit_t1, temperature, teacher_side)
         if NORMALIZED:
             softmax_teacher, softmax_moments = teacher, moments
+
+    if spec.HEAD:
+        head = _head(student.logits)
+        columns = Columns(
+            columns.V, columns.width, columns.first, columns.vocabulary, columns.shard,
+            columns.split, head,
+        )  # fmt: skip
+    tile, terms = Tile(0.0, 0.0, 0.0, 0.0), Terms(0.0, 0.0, 0.0, 0.0)
+    if spec.ONE_TILE:
+        tile = load_tile(student, teacher, columns, spec)
 
     label, center, excluded = Label(-1, 0.0, 0.0), None, None
     if CROSS_ENTROPY or LABEL_TERM:
@@ -453,17 +502,23 @@ def _compute_row(
     statistics = no_statistics(student.unit)
     if NORMALIZED or CROSS_ENTROPY or ENTROPY:
         statistics = _statistics(
-            row, student, softmax_teacher, label, excluded, center, softmax_moments, columns,
+            row, tile, student, softmax_teacher, label, excluded, center, softmax_moments, columns,
             ENTROPY, spec,
         )  # fmt: skip
     if not NORMALIZED:
         statistics = without_softmax(statistics, student.unit, teacher.unit)
     if teacher.unit is not None and spec.STAGE != "statistics":
         P_MOMENT: tl.constexpr = moments.forward is not None or moments.cross is not None
+        sums = Sums(0.0, 0.0, 0.0)
+        if spec.ONE_TILE:
+            terms, sums = evaluate_row(
+                tile, student, teacher, statistics, excluded, objective.degree, parameters, columns,
+                spec,
+            )  # fmt: skip
         if not (P_MOMENT or moments.reverse is not None):
             statistics = _sums(
-                row, student, teacher, statistics, label, excluded, objective.degree, parameters,
-                columns, spec,
+                row, student, teacher, statistics, sums, label, excluded, objective.degree,
+                parameters, columns, spec,
             )  # fmt: skip
 
     if spec.STAGE == "sums":
@@ -478,7 +533,7 @@ def _compute_row(
         )  # fmt: skip
         if columns.width is not None:
             _gradient(
-                student, teacher, statistics, value, label, excluded, weight, inputs, objective,
+                tile, terms, student, teacher, statistics, value, label, excluded, weight, inputs, objective,
                 parameters, columns, spec,
             )  # fmt: skip
 
@@ -537,17 +592,25 @@ def kd_kernel(
     ADJACENT: tl.constexpr,
     THREADS: tl.constexpr,
     BLOCK_V: tl.constexpr,
+    ONE_TILE: tl.constexpr,
+    HEAD: tl.constexpr,
     LANES: tl.constexpr,
     STAGE: tl.constexpr,
+    ROW_BYTES: tl.constexpr = ROW_BYTES,
 ):
     """Compute one row, or one program's part of it; :class:`fastkd.call.contract.Result` lists what is written."""
     row = tl.program_id(0)
     if split.num_splits is not None:
         row += split.first_row
+    if ADJACENT > 1 and ONE_TILE:
+        # They are multiples of ADJACENT already. Triton learns it here.
+        V = V // ADJACENT * ADJACENT
+        if width is not None:
+            width = width // ADJACENT * ADJACENT
     first, vocabulary = 0, V
     if shard is not None:
         first, vocabulary = shard.first, shard.total
-    columns = Columns(V, width, first, vocabulary, shard, split)
+    columns = Columns(V, width, first, vocabulary, shard, split, 0)
     if is_counted(inputs, row, objective.ignore_index):
         _compute_row(
             row,
@@ -561,10 +624,15 @@ def kd_kernel(
             sizes,
             columns,
             # Not a variable: an assignment would turn its constexprs into tensors.
-            Spec(DIVERGENCE, FORM, SQUARED, ADJACENT, THREADS, BLOCK_V, LANES, STAGE),
+            Spec(
+                DIVERGENCE, FORM, SQUARED, ADJACENT, THREADS, BLOCK_V, ONE_TILE, HEAD, LANES, STAGE
+            ),
         )
     elif STAGE == "row" or STAGE == "gradient":
-        _drop_row(row, student_side, teacher_side, outputs, sizes, columns, ADJACENT > 1, BLOCK_V)
+        _drop_row(
+            row, student_side, teacher_side, outputs, sizes, columns,
+            0 if HEAD or ADJACENT == 1 else ROW_BYTES, BLOCK_V,
+        )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["sizes"])

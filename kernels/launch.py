@@ -31,8 +31,9 @@ from .split import FIELDS, LABEL_TERM_FIELDS, LANES, SUMS, Device, Plan, device_
 from .sweeps import NOT_SPLIT, Moments, Split, VocabShard
 from .tuning import TILES
 
-# (largest number of bytes of a row, num_warps). Three programs of 8 warps fit on a multiprocessor with REGISTERS.
-WARPS = ((4 << 10, 4), (1 << 62, 8))
+# (largest number of bytes of a row, num_warps). Besides its columns a row takes some 1900 instructions of each warp, so
+# shorter rows have fewer warps. Three programs of 8 warps fit on a multiprocessor with REGISTERS.
+WARPS = ((16 << 10, 2), (64 << 10, 4), (1 << 62, 8))
 
 # Limits of registers per thread: the usual one, and that for kernels that need many, because they are crowded (`tile`),
 # or the divergence has a label term or no closed form. With up to 80 registers, three programs of 8 warps fit on a
@@ -69,6 +70,20 @@ def tile(
     return block, max(block // columns_per_warp, 1)
 
 
+# Rows of at most this many columns are one tile (narrow.py).
+NARROW = 4096
+# Columns of such a row that a thread has: usually, and if the kernel needs many registers.
+NARROW_COLUMNS = (32, 16)
+# Their limits of registers per thread, as REGISTERS: with up to 168, a multiprocessor holds twelve warps.
+NARROW_REGISTERS = (168, 168)
+
+
+def narrow_tile(width: int, crowded: bool) -> tuple[int, int]:
+    """Return (BLOCK_V, num_warps) for rows that are one tile."""
+    block = max(_power_of_2(width), 128)
+    return block, max(block // (NARROW_COLUMNS[crowded] * WARP), 1)
+
+
 # Threads of a warp; a wavefront of AMD's CDNA has 64.
 WARP = 64 if torch.version.hip else 32
 
@@ -82,9 +97,9 @@ def threads_of(block: int, warps: int, aligned: bool, itemsize: int) -> tuple[in
     return min(16 // itemsize, block // threads) if aligned else 1, threads
 
 
-def register_limit(many: bool) -> dict[str, int]:
-    """Return the launch option that sets the limit of REGISTERS. many: the kernel needs many."""
-    return {} if torch.version.hip else {"maxnreg": REGISTERS[many]}
+def register_limit(many: bool, limits: tuple[int, int] = REGISTERS) -> dict[str, int]:
+    """Return the launch option that sets the limit of registers. many: the kernel needs many."""
+    return {} if torch.version.hip else {"maxnreg": limits[many]}
 
 
 class Layout(NamedTuple):
@@ -137,6 +152,32 @@ def _row_offsets(tensor: Tensor) -> Tensor:
     for size, stride in zip(tensor.shape[:-1], tensor.stride()[:-1], strict=True):
         offsets = offsets.unsqueeze(-1) + stride * torch.arange(size, device=tensor.device)
     return offsets.flatten()
+
+
+def rows_on_16_bytes(columns: int, *views: View | None) -> bool:
+    """Return whether every row of every tensor, and its vocabulary, starts and ends at a multiple of 16 bytes."""
+    for view in views:
+        if view is not None:
+            itemsize, width = view.pointer.element_size(), view.pointer.shape[-1]
+            offsets = [size * itemsize for size in (columns, width, *view.strides)]
+            if view.offsets is not None or any(
+                number % 16 for number in (address(view.pointer), *offsets)
+            ):
+                return False
+    return True
+
+
+def rows_start_alike(*views: View | None) -> bool:
+    """Return whether the logits and gradients of each row start equally far past a multiple of 16 bytes."""
+    given = [view for view in views if view is not None]
+    if any(view.offsets is not None for view in given):
+        return False
+    sizes = [view.pointer.element_size() for view in given]
+    starts = [
+        (address(view.pointer) % 16, *(stride * size % 16 for stride in view.strides))
+        for view, size in zip(given, sizes, strict=True)
+    ]
+    return len(set(sizes)) == len(set(starts)) == 1
 
 
 def is_aligned(columns: int, *views: View | None) -> bool:
@@ -333,10 +374,19 @@ def _prepare(
     assert student_view is not None
     gradients = [gradient for gradient in tensors[2:] if gradient is not None]
     width = max((gradient.shape[-1] for gradient in gradients), default=None)
-    aligned = is_aligned(options.vocab_size, student_view, teacher_view)
+    given = student_view, teacher_view, student_gradient_view, teacher_gradient_view
+    aligned = rows_on_16_bytes(options.vocab_size, *given)
     stages = _stages(divergence, with_label, parts, teacher_view is not None)
     sweeps = len(stages) - (width is None)
     splits, block, warps = _plan_and_tile(tensors, options, sweeps, crowded, aligned)
+    widest = max(options.vocab_size, width or 0)
+    one_tile = splits is None and widest <= NARROW
+    head = False
+    if one_tile:
+        block, warps = narrow_tile(widest, crowded)
+    elif splits is None and not aligned and rows_start_alike(*given):
+        head = aligned = True
+        splits, block, warps = _plan_and_tile(tensors, options, sweeps, crowded, aligned)
     arguments = (
         student_side(student_view, student_gradient_view, rows, options),
         _teacher_side(teacher_view, teacher_gradient_view, rows, options),
@@ -353,11 +403,12 @@ def _prepare(
     function, form = bind(divergence.function), form_of(divergence)
     itemsize = min(tensor.itemsize for tensor in tensors if tensor is not None)
     layout = threads_of(block, warps, aligned, itemsize)
-    constants = (function, form, options.scale_by_temperature, *layout, block)
+    constants = (function, form, options.scale_by_temperature, *layout, block, one_tile, head)
+    many = crowded or divergence.target is not None or not any(_moments(divergence))
     launch_options = {
         "num_warps": warps,
         "enable_fp_fusion": True,
-        **register_limit(crowded or divergence.target is not None or not any(_moments(divergence))),
+        **register_limit(many, NARROW_REGISTERS if one_tile else REGISTERS),
     }
     return Launch(
         student.shape[:-1].numel(),

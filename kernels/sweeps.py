@@ -33,6 +33,8 @@ class Spec(NamedTuple):
     )
     THREADS: Any  # lanes of an accumulator: one per thread
     BLOCK_V: Any  # columns of a tile
+    ONE_TILE: Any  # whether the tile holds the whole row (narrow.py)
+    HEAD: Any  # whether rows start anywhere, and tiles at multiples of 16 bytes (Columns.head)
     LANES: Any  # lanes that merge partial results
     STAGE: Any  # "row", or one of "statistics", "sums", "gradient"
 
@@ -46,6 +48,8 @@ class Columns(NamedTuple):
     vocabulary: Any  # columns of all processes
     shard: Any  # VocabShard, or None if this process has the whole vocabulary
     split: Any  # Split, or None if one program processes the whole row
+    # Columns by which the first tile starts before the row, so that every tile starts at a multiple of 16 bytes.
+    head: Any
 
 
 class VocabShard(NamedTuple):
@@ -213,9 +217,9 @@ class Factors(NamedTuple):
 
 
 @triton.jit
-def _tile_range(num_columns, num_splits, BLOCK_V: tl.constexpr):
+def _tile_range(num_columns, num_splits, BLOCK_V: tl.constexpr, head=0):
     """Return this program's (first tile, tile after its last); the range is empty past the end of the row."""
-    first, last = 0, tl.cdiv(num_columns, BLOCK_V)
+    first, last = 0, tl.cdiv(num_columns + head, BLOCK_V)
     if num_splits is not None:
         tiles_per_program = tl.cdiv(last, num_splits)
         first = tl.program_id(1) * tiles_per_program
@@ -231,33 +235,55 @@ def count_columns(V, split, BLOCK_V: tl.constexpr):
 
 
 @triton.jit
-def _temper(z, side, valid):
-    """Return (z, derivative of z with respect to logit_scale * logits) from the logits of these columns."""
+def _temper(z, side, valid, VALUE: tl.constexpr = -float("inf")):
+    """Return (z, derivative of z with respect to logit_scale * logits) from logits; z is VALUE where not valid."""
     slope = 1.0
     if side.softcap is not None:
         squashed, slope = squash(side.softcap_gain * z)
-        z = tl.where(valid, side.softcap * squashed, -float("inf"))
+        z = tl.where(valid, side.softcap * squashed, VALUE)
     elif side.sign is not None:
-        z = tl.where(valid, side.sign * z, -float("inf"))
+        z = tl.where(valid, side.sign * z, VALUE)
     return z, slope
 
 
 @triton.jit
-def read(row, column, V):
+def exist(column, V, HEAD: tl.constexpr):
+    """Return whether these columns exist. HEAD: they may be negative."""
+    exists = column < V
+    if HEAD:
+        exists = exists & (column >= 0)
+    return exists
+
+
+@triton.jit
+def read(row, column, V, HEAD: tl.constexpr = False):
     """Return (z, derivative of z with respect to logit_scale * logits) of these columns of a row."""
-    z = tl.load(row.logits + column, mask=column < V, other=-float("inf")).to(tl.float32)
-    return _temper(z, row.side, column < V)
+    exists = exist(column, V, HEAD)
+    z = tl.load(row.logits + column, mask=exists, other=-float("inf")).to(tl.float32)
+    return _temper(z, row.side, exists)
+
+
+@triton.jit
+def _tile_address(pointer, start, HEAD: tl.constexpr):
+    """Return the address of a tile's first column."""
+    pointer += start
+    if HEAD:
+        pointer = tl.multiple_of(pointer, 16)
+    return pointer
 
 
 # In a sweep, an address is that of the tile's first column plus a constant per lane, which a load can add by itself.
 @triton.jit
-def _read_tile(row, start, lanes, V, WHOLE: tl.constexpr):
+def _read_tile(row, start, lanes, V, WHOLE: tl.constexpr, HEAD: tl.constexpr):
     """Return what `read` returns for a tile. WHOLE: all its columns exist, and no mask is needed."""
     if WHOLE:
-        z = tl.load(row.logits + start + lanes).to(tl.float32)
+        z = tl.load(_tile_address(row.logits, start, HEAD) + lanes).to(tl.float32)
         z, slope = _temper(z, row.side, lanes >= 0)
     else:
-        z, slope = read(row, start + lanes, V)
+        exists = exist(start + lanes, V, HEAD)
+        address = _tile_address(row.logits, start, HEAD) + lanes
+        z = tl.load(address, mask=exists, other=-float("inf")).to(tl.float32)
+        z, slope = _temper(z, row.side, exists)
     return z, slope
 
 
@@ -268,20 +294,27 @@ PAST_END = -1e30
 
 @triton.jit
 def _load_pair(
-    student, teacher, start, lanes, V, WHOLE: tl.constexpr, PAST_END: tl.constexpr = PAST_END
-):
-    """Return a tile of logits of both sides, or the student's twice if there is no teacher."""
+    student, teacher, start, lanes, V, WHOLE: tl.constexpr, HEAD: tl.constexpr,
+    PAST_END: tl.constexpr = PAST_END,
+):  # fmt: skip
+    """Return a tile of logits of both sides in float32, or the student's twice if there is no teacher."""
+    s_address = _tile_address(student.logits, start, HEAD) + lanes
     if WHOLE:
-        s = tl.load(student.logits + start + lanes)
+        s = tl.load(s_address)
         t = s
         if teacher.unit is not None:
-            t = tl.load(teacher.logits + start + lanes)
+            t = tl.load(_tile_address(teacher.logits, start, HEAD) + lanes)
+        s, t = s.to(tl.float32), t.to(tl.float32)
     else:
-        exists = start + lanes < V
-        s = tl.load(student.logits + start + lanes, mask=exists, other=PAST_END)
+        exists = exist(start + lanes, V, HEAD)
+        s = tl.load(s_address, mask=exists, other=0.0)
         t = s
         if teacher.unit is not None:
-            t = tl.load(teacher.logits + start + lanes, mask=exists, other=PAST_END)
+            t_address = _tile_address(teacher.logits, start, HEAD) + lanes
+            t = tl.load(t_address, mask=exists, other=0.0)
+        # In float32, because PAST_END in float16 is -inf, for which the whole row would need the policy for log 0.
+        s = tl.where(exists, s.to(tl.float32), PAST_END)
+        t = tl.where(exists, t.to(tl.float32), PAST_END)
     return s, t
 
 
@@ -491,16 +524,16 @@ class Lane(NamedTuple):
 
 
 @triton.jit
-def _lane_columns(lane, chunk, first, spec):
-    """Return THREADS columns of a lane: those of its chunk with this number."""
+def _lane_columns(lane, chunk, first, head, spec):
+    """Return THREADS columns of a lane: those of its chunk with this number. `head` is Columns.head."""
     index = chunk * spec.THREADS + tl.arange(0, spec.THREADS)
     group = index // spec.ADJACENT * spec.THREADS + lane
-    return first * spec.BLOCK_V + group * spec.ADJACENT + index % spec.ADJACENT
+    return first * spec.BLOCK_V - head + group * spec.ADJACENT + index % spec.ADJACENT
 
 
 @triton.jit
-def _read_included(row, column, excluded, V):
-    z, _ = read(row, column, V)
+def _read_included(row, column, excluded, V, HEAD: tl.constexpr):
+    z, _ = read(row, column, V, HEAD)
     return _exclude(z, column, excluded)
 
 
@@ -516,15 +549,15 @@ def _sum_lane(
     """
     threads = tl.arange(0, spec.THREADS)
     lane = tl.min(tl.where(maxima == tl.max(maxima, 0), threads, spec.THREADS - 1), 0)
-    first, last = _tile_range(columns.V, columns.split.num_splits, spec.BLOCK_V)
-    V = tl.minimum(columns.V, last * spec.BLOCK_V)
+    first, last = _tile_range(columns.V, columns.split.num_splits, spec.BLOCK_V, columns.head)
+    V = tl.minimum(columns.V, last * spec.BLOCK_V - columns.head)
     # One iteration, unless a program has more tiles than THREADS^2 / BLOCK_V.
     end = first + tl.cdiv((last - first) * (spec.BLOCK_V // spec.THREADS), spec.THREADS)
     lane_max = tl.full([], -float("inf"), tl.float32)
     argmax = tl.full([], -1, tl.int32)
     for chunk in range(first, end):
-        column = _lane_columns(lane, chunk - first, first, spec)
-        z = _read_included(row, column, excluded, V)
+        column = _lane_columns(lane, chunk - first, first, columns.head, spec)
+        z = _read_included(row, column, excluded, V, spec.HEAD)
         chunk_max = tl.max(z, 0)
         if chunk_max > lane_max:
             lane_max = chunk_max
@@ -533,8 +566,8 @@ def _sum_lane(
     zero = tl.zeros([spec.THREADS], tl.float32)
     exp_sum, exp_sum_t1, entropy_moment, moment = zero, zero, zero, zero
     for chunk in range(first, end):
-        column = _lane_columns(lane, chunk - first, first, spec)
-        z = _read_included(row, column, excluded, V)
+        column = _lane_columns(lane, chunk - first, first, columns.head, spec)
+        z = _read_included(row, column, excluded, V, spec.HEAD)
         x = scaled(z - finite, row.unit)
         e = tl.where(column == argmax, 0.0, tl.exp2(x))
         exp_sum += e
@@ -544,7 +577,7 @@ def _sum_lane(
         if ENTROPY:
             entropy_moment += tl.where(x == -float("inf"), 0.0, e * x)
         if MOMENT:
-            other_z = _read_included(other, column, excluded, V)
+            other_z = _read_included(other, column, excluded, V, spec.HEAD)
             other_x = scaled(other_z - other_max, other.unit)
             gone = (x == -float("inf")) | (other_x == -float("inf"))
             x = -other_x if CROSS else x - other_x
@@ -582,11 +615,11 @@ def _sweep_lost(student, teacher, s, t, excluded, moments, columns, spec):
     p_moment, q_moment = zero, zero
     t_lost_max, s_lost_max = zero - float("inf"), zero - float("inf")
     s_max, t_max = finite_max(s.max), finite_max(t.max)
-    first, last = _tile_range(columns.V, columns.split.num_splits, spec.BLOCK_V)
+    first, last = _tile_range(columns.V, columns.split.num_splits, spec.BLOCK_V, columns.head)
     for tile in range(first, last):
-        column = tile * spec.BLOCK_V + lanes
-        z_s = _read_included(student, column, excluded, columns.V)
-        z_t = _read_included(teacher, column, excluded, columns.V)
+        column = tile * spec.BLOCK_V - columns.head + lanes
+        z_s = _read_included(student, column, excluded, columns.V, spec.HEAD)
+        z_t = _read_included(teacher, column, excluded, columns.V, spec.HEAD)
         x_s, x_t = scaled(z_s - s_max, student.unit), scaled(z_t - t_max, teacher.unit)
         # x decides, not z: at a temperature below 1, a finite z can be so low that x is -inf.
         s_gone, t_gone = x_s == -float("inf"), x_t == -float("inf")
@@ -629,19 +662,23 @@ def sweep_statistics(
     s_exp_sum, t_exp_sum, s_exp_sum_t1, t_exp_sum_t1 = zero, zero, zero, zero
     p_moment, q_moment, entropy_moment, centered_sum, finite = zero, zero, zero, zero, zero
     V = columns.V
-    first, last = _tile_range(V, columns.split.num_splits, spec.BLOCK_V)
+    first, last = _tile_range(V, columns.split.num_splits, spec.BLOCK_V, columns.head)
     for tile in range(first, last):
-        start = tile * spec.BLOCK_V
+        start = tile * spec.BLOCK_V - columns.head
         column = start + lanes
         # Both loads come before the first use of either. Only the last tile needs masks.
-        if start + spec.BLOCK_V <= V:
-            z, t = _load_pair(student, teacher, start, lanes, V, True)
+        exists = exist(column, V, spec.HEAD)
+        whole = start + spec.BLOCK_V <= V
+        if spec.HEAD:
+            whole = whole & (start >= 0)
+        if whole:
+            z, t = _load_pair(student, teacher, start, lanes, V, True, spec.HEAD)
         else:
-            z, t = _load_pair(student, teacher, start, lanes, V, False)
-        z, _ = _temper(z.to(tl.float32), student.side, column < V)
+            z, t = _load_pair(student, teacher, start, lanes, V, False, spec.HEAD)
+        z, _ = _temper(z, student.side, exists, PAST_END)
         s = _exclude(z, column, excluded, PAST_END)
         if teacher.unit is not None:
-            t, _ = _temper(t.to(tl.float32), teacher.side, column < V)
+            t, _ = _temper(t, teacher.side, exists, PAST_END)
             t = _exclude(t, column, excluded, PAST_END)
         old_s_max, s_max = s_max, tl.maximum(s_max, fold_max(s, spec.ADJACENT, spec.THREADS))
         s = s - spread(s_max, spec.ADJACENT, spec.BLOCK_V)
@@ -656,7 +693,7 @@ def sweep_statistics(
             s_exp_sum_t1 *= exp_scaled(old_s_max - s_max, student.unit_t1)
             s_exp_sum_t1 += _sum_tile(exp_scaled(s, student.unit_t1), spec)
         if center is not None:
-            centered_sum += _sum_tile(tl.where(column < V, z - center, 0.0), spec)
+            centered_sum += _sum_tile(tl.where(exists, z - center, 0.0), spec)
         if teacher.unit is not None:
             old_t_max, t_max = t_max, tl.maximum(t_max, fold_max(t, spec.ADJACENT, spec.THREADS))
             t = t - spread(t_max, spec.ADJACENT, spec.BLOCK_V)
@@ -1075,7 +1112,10 @@ def _is_special(start, special, spec):
     """Return whether a tile has an argmax, the label, a log 0, or the end of the row."""
     first = tl.minimum(_place(special.s_argmax, start), _place(special.t_argmax, start))
     first = tl.minimum(first, _place(special.label, start))
-    return (first < spec.BLOCK_V) | (start + spec.BLOCK_V > special.end)
+    is_special = (first < spec.BLOCK_V) | (start + spec.BLOCK_V > special.end)
+    if spec.HEAD:
+        is_special = is_special | (start < 0)
+    return is_special
 
 
 @triton.jit
@@ -1085,8 +1125,8 @@ def _sums_of_tile(
 ):  # fmt: skip
     """Return the sums of phi, g and h over the columns of each thread."""
     column = start + lanes
-    s, _ = _read_tile(student, start, lanes, V, not SPECIAL)
-    t, _ = _read_tile(teacher, start, lanes, V, not SPECIAL)
+    s, _ = _read_tile(student, start, lanes, V, not SPECIAL, spec.HEAD)
+    t, _ = _read_tile(teacher, start, lanes, V, not SPECIAL, spec.HEAD)
     if SPECIAL:
         s = _exclude(s, column, excluded)
         t = _exclude(t, column, excluded)
@@ -1115,9 +1155,9 @@ def sweep_sums(
     special = _special(
         statistics.s_argmax, statistics.t_argmax, label_column, statistics.careful, columns
     )
-    first, last = _tile_range(V, columns.split.num_splits, spec.BLOCK_V)
+    first, last = _tile_range(V, columns.split.num_splits, spec.BLOCK_V, columns.head)
     for tile in range(first, last):
-        start = tile * spec.BLOCK_V
+        start = tile * spec.BLOCK_V - columns.head
         if _is_special(start, special, spec):
             phi, g, h = _sums_of_tile(
                 start, lanes, student, teacher, statistics, special, excluded, degree, parameters, V,
@@ -1193,12 +1233,13 @@ def _project(derivative, x, total, FORM: tl.constexpr):
 
 
 @triton.jit
-def _store(pointer, start, lanes, value, width, WHOLE: tl.constexpr):
+def _store(pointer, start, lanes, value, width, WHOLE: tl.constexpr, HEAD: tl.constexpr):
     value = value.to(pointer.dtype.element_ty)
+    address = _tile_address(pointer, start, HEAD) + lanes
     if WHOLE:
-        tl.store(pointer + start + lanes, value)
+        tl.store(address, value)
     else:
-        tl.store(pointer + start + lanes, value, mask=start + lanes < width)
+        tl.store(address, value, mask=exist(start + lanes, width, HEAD))
 
 
 @triton.jit
@@ -1219,10 +1260,10 @@ def _write_tile(
     """Write the gradients of a tile."""
     column = start + lanes
     V = columns.V
-    s, s_slope = _read_tile(student, start, lanes, V, not SPECIAL)
+    s, s_slope = _read_tile(student, start, lanes, V, not SPECIAL, spec.HEAD)
     gradient = tl.zeros([spec.BLOCK_V], tl.float32)
     if factors.distillation is not None:
-        t, t_slope = _read_tile(teacher, start, lanes, V, not SPECIAL)
+        t, t_slope = _read_tile(teacher, start, lanes, V, not SPECIAL, spec.HEAD)
         s_others, t_others = s, t
         if SPECIAL:
             s_others = _exclude(s, column, excluded)
@@ -1243,7 +1284,8 @@ def _write_tile(
             h *= t_slope * factors.teacher
             if SPECIAL:
                 h = tl.where(column < V, h, 0.0)
-            _store(teacher.gradient, start, lanes, h, teacher.side.width, not SPECIAL)
+            width = teacher.side.width
+            _store(teacher.gradient, start, lanes, h, width, not SPECIAL, spec.HEAD)
     if student.side.width is not None:
         if factors.cross_entropy is not None:
             target = 0.0
@@ -1259,7 +1301,8 @@ def _write_tile(
         gradient *= s_slope
         if SPECIAL:
             gradient = tl.where(column < V, gradient, 0.0)
-        _store(student.gradient, start, lanes, gradient, student.side.width, not SPECIAL)
+        width = student.side.width
+        _store(student.gradient, start, lanes, gradient, width, not SPECIAL, spec.HEAD)
 
 
 @triton.jit
@@ -1279,9 +1322,9 @@ def sweep_gradients(
     """Write the gradients, in reverse order, because caches still contain what the previous sweep read last."""
     lanes = tl.arange(0, spec.BLOCK_V)
     special = _special(value.s_argmax, value.t_argmax, label_column, statistics.careful, columns)
-    first, last = _tile_range(columns.width, columns.split.num_splits, spec.BLOCK_V)
+    first, last = _tile_range(columns.width, columns.split.num_splits, spec.BLOCK_V, columns.head)
     for reverse in range(first, last):
-        start = (first + last - 1 - reverse) * spec.BLOCK_V
+        start = (first + last - 1 - reverse) * spec.BLOCK_V - columns.head
         if _is_special(start, special, spec):
             _write_tile(
                 start, lanes, student, teacher, statistics, value, factors, special, excluded,
@@ -1300,4 +1343,4 @@ def sweep_zeros(pointer, width, num_splits, BLOCK_V: tl.constexpr):
     first, last = _tile_range(width, num_splits, BLOCK_V)
     for tile in range(first, last):
         zeros = tl.zeros([BLOCK_V], tl.float32)
-        _store(pointer, tile * BLOCK_V, tl.arange(0, BLOCK_V), zeros, width, False)
+        _store(pointer, tile * BLOCK_V, tl.arange(0, BLOCK_V), zeros, width, False, False)

@@ -53,13 +53,20 @@ pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 @pytest.fixture(autouse=True)
 def narrow_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernels, "tile", lambda *row: (TILE, 1))
+    monkeypatch.setattr(kernels, "NARROW", 0)
+
+
+ONE_TILE = "one tile"
 
 
 @pytest.fixture(autouse=True)
-def shares(request: pytest.FixtureRequest) -> Iterator[split.Plan | None]:
-    """How programs share rows: as the test's parameter says, and by default not at all."""
+def shares(request: pytest.FixtureRequest, narrow_tiles: None) -> Iterator[split.Plan | None]:
+    """How programs share rows: as the test's parameter says, and by default not at all. ONE_TILE: a row is one tile."""
     wanted = getattr(request, "param", None)
     with pytest.MonkeyPatch.context() as patch:
+        if wanted == ONE_TILE:
+            patch.setattr(kernels, "NARROW", 64)
+            wanted = None
         patch.setattr(kernels, "plan", lambda *call: wanted)
         if wanted is None:
             yield None
@@ -77,9 +84,9 @@ def shares(request: pytest.FixtureRequest) -> Iterator[split.Plan | None]:
 # call.
 however_shared = pytest.mark.parametrize(
     "shares",
-    [None, pytest.param(split.Plan(4, 2), marks=pytest.mark.heavy)],
+    [None, ONE_TILE, pytest.param(split.Plan(4, 2), marks=pytest.mark.heavy)],
     indirect=True,
-    ids=["alone", "shared"],
+    ids=["alone", "one tile", "shared"],
 )
 
 
@@ -241,14 +248,17 @@ def test_widths(columns: int, divergence: str) -> None:
     )
 
 
-# The tiles that are shipped, which for rows of these widths have 512 lanes where the teacher gets a gradient: a part of
-# one, one exactly, and one column more.
+# The tiles that are shipped: a part of one, one exactly, and one column more; the narrowest row of several tiles.
 @however_shared
 @kinds
-@pytest.mark.parametrize("columns", [300, 512, 513])
+@pytest.mark.parametrize("columns", [300, 512, 513, 4097])
 def test_shipped_tiles(monkeypatch: pytest.MonkeyPatch, columns: int, divergence: str) -> None:
     monkeypatch.undo()
-    assert kernels.tile(columns, 4, crowded=True)[0] == 512
+    assert (
+        kernels.narrow_tile(columns, True)[0]
+        == {300: 512, 512: 512, 513: 1024, 4097: 8192}[columns]
+    )
+    assert (columns <= kernels.NARROW) == (columns < 4097)
     check("triton", *pair(1, columns), divergence=divergence, temperature=2.0)
 
 
@@ -256,7 +266,7 @@ def test_a_timed_tile_takes_precedence_over_the_rule(monkeypatch: pytest.MonkeyP
     """Tiles depend on architecture, dtype, kind and widths, and on alignment and register pressure."""
     monkeypatch.undo()
     monkeypatch.setitem(kernels.TILES, ("sm_90", 2, True, 65536), (8192, 32))
-    rule = (2048, 8)
+    rule = (1024, 4)
     for width, wanted in ((32769, (8192, 32)), (65536, (8192, 32)), (32768, rule)):
         assert kernels.tile(width, 2, False, True, "sm_90", True) == wanted
     for other in ((4, False, True, "sm_90", True), (2, False, True, "sm_80", True)):
@@ -513,7 +523,9 @@ def strided(student: Tensor) -> dict[str, Tensor]:
 @however_shared
 @pytest.mark.parametrize("layout", strided(torch.zeros(2, 3, 2, 2, 17)))
 @pytest.mark.parametrize("inplace", [False, True], ids=["", "inplace"])
-def test_layouts(layout: str, inplace: bool) -> None:
+def test_layouts(monkeypatch: pytest.MonkeyPatch, layout: str, inplace: bool) -> None:
+    # Where tiles start at multiples of 16 bytes, the order of a sum depends on where its row starts.
+    monkeypatch.setattr(kernels, "rows_start_alike", lambda *views: False)
     student, teacher = pair(2, 3, 2, 2, 17)
     labels = labels_for(2, 3, 2, 2, vocabulary=17, seed=3, ignored=0.2).to(DEVICE)
     wanted = launch(student, teacher, Rows(labels), alpha=0.5, want=Want(True, True))
@@ -532,6 +544,41 @@ def test_layouts(layout: str, inplace: bool) -> None:
         assert actual.student_gradient.is_contiguous() and actual.teacher_gradient.is_contiguous()
 
 
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("inplace", [False, True], ids=["", "inplace"])
+@kinds
+def test_rows_that_start_anywhere(
+    monkeypatch: pytest.MonkeyPatch, divergence: str, inplace: bool, dtype: torch.dtype
+) -> None:
+    """Rows of 37 columns start at every distance from a multiple of 16 bytes, and NaN lies before the first one."""
+    alike, found = kernels.rows_start_alike, []
+    monkeypatch.setattr(
+        kernels, "rows_start_alike", lambda *views: found.append(alike(*views)) or found[-1]
+    )
+    inputs = []
+    for tensor in pair(9, 37, dtypes=(dtype, dtype)):
+        buffer = tensor.new_full((10 * 37,), math.nan)
+        buffer[37:] = tensor.flatten()
+        inputs.append(buffer[37:].view(9, 37))
+    labels = torch.arange(9, device=DEVICE)
+    want = Want(True, not inplace, inplace=inplace)
+    apart = [tensor.clone() for tensor in inputs]
+    actual = launch(*inputs, Rows(labels), divergence, want, alpha=0.5)
+    exact = reference.kd_rows(
+        *(tensor.double() for tensor in apart),
+        Rows(labels),
+        Options(fastkd.divergences.resolve(divergence), alpha=0.5, vocab_size=37),
+        Want(True, True),
+    )
+    # The gradient in place of the logits starts where they start; a gradient of its own starts 37 columns before.
+    assert found == [inplace]
+    torch.testing.assert_close(actual.loss.double(), exact.loss, rtol=1e-5, atol=1e-6)
+    rtol = 4 * torch.finfo(dtype).eps
+    torch.testing.assert_close(
+        actual.student_gradient.double(), exact.student_gradient, rtol=rtol, atol=1e-6
+    )
+
+
 @however_shared
 def test_inplace_writes_only_the_rows() -> None:
     student, teacher = pair(2, 5, 37)
@@ -544,7 +591,8 @@ def test_inplace_writes_only_the_rows() -> None:
 
 
 @however_shared
-def test_one_row_against_many() -> None:
+def test_one_row_against_many(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "rows_start_alike", lambda *views: False)
     one, many = pair(37)[0], pair(2, 3, 37)[1]
     for s, t in ((one.expand(2, 3, 37), many), (many, one.expand(2, 3, 37))):
         same(launch(s, t), launch(s.contiguous(), t.contiguous()))

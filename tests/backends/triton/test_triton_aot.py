@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from fastkd.kernels.launch import REGISTERS
+from fastkd.kernels.launch import NARROW, REGISTERS
 from fastkd.kernels.tuning import TILES
 from support import sass
 from support.paths import PACKAGE, ROOT
@@ -42,9 +42,10 @@ LIMITS: dict[str, dict[str, float]] = {
 DIVERGENCES = [*fastkd.DIVERGENCES, *LIMITS]
 MADE = divergences.TABLE | divergences.WITH_LABELS
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-# Row widths of each entry of the table of tiles, and odd widths. Rows of 1000 and of 50257 columns are not ALIGNED.
-WIDTHS = {"narrow": 1000, "medium": 16384, "wide": 128256, "odd": 50257}
-# Rows of one tile, for each tile size of the rule.
+# Rows of two, four and eight warps, each of which may start at a multiple of 16 bytes or not.
+WIDTHS = {"narrow": 1000, "short": 8192, "short odd": 8191, "medium": 16384, "medium odd": 16383}
+WIDTHS |= {"wide": 128256, "odd": 50257}
+# Rows of one tile, for each tile size.
 WIDTHS |= {f"one tile of {width}": width for width in (100, 112, 200, 256, 512, 1024)}
 WIDTHS |= {f"timed {key[3]}": key[3] for key in TILES}
 
@@ -86,9 +87,14 @@ def _few() -> list[Variant]:
         Variant("jsd", "hinton", "fp16", "fp16"),
     ]
     results += [Variant("scale", "", dtype) for dtype in DTYPES]
-    for width in ("narrow", "medium", "odd"):
+    for width in ("narrow", "medium", "medium odd", "odd"):
         results.append(Variant("forward_kl", "hinton", "fp32", "fp32", width))
         results.append(Variant("mixture", "everything", "bf16", "bf16", width))
+    for width in ("short", "short odd"):
+        results.append(Variant("forward_kl", "hinton", width=width))
+        results.append(Variant("mixture", "everything", width=width))
+    # In place, because the logits are a shifted view, with which no gradient of its own starts alike.
+    results.append(Variant("forward_kl", "inplace", width="odd"))
     # Each other divergence once, with another tile size, for rows of one tile.
     tiles = [
         Variant("jsd", kind, "fp32", "fp32", width)
@@ -265,6 +271,11 @@ def _launch(variant: Variant, target: str) -> tuple[Any, tuple[Any, ...], dict[s
         rows, options, want = {
             "distillation": (Rows(), Options(divergence), Want(True)),
             "hinton": (Rows(labels), Options(divergence, 0.5, 2.0, 2.0), Want(True)),
+            "inplace": (
+                Rows(labels),
+                Options(divergence, 0.5, 2.0, 2.0),
+                Want(True, inplace=True),
+            ),
             "value": (Rows(labels), Options(divergence, 0.5, 2.0, 2.0), Want()),
             "cross-entropy": (Rows(labels), Options(divergence, 0.0), Want(True)),
             "everything": (
@@ -351,9 +362,20 @@ def _run(target: str, grid: str, cache: Path, **settings: str) -> dict[Variant, 
 def _check(target: str, grid: str, cache: Path) -> dict[Variant, Resources]:
     actual = _run(target, grid, cache)
     assert list(actual) == variants(grid)
-    spilled = [f"{variant}: {used}" for variant, used in actual.items() if used.spills]
+    spilled = [f"{variant}: {used}" for variant, used in actual.items() if _spills(variant, used)]
     assert not spilled, "\n".join(spilled)
     return actual
+
+
+# A thread keeps 16 or 32 columns of a narrow row from its one read to the gradient. ptxas parks some of them beside the
+# branches that few rows take; without a limit of registers it parks none, but then fewer rows are in flight.
+NARROW_LOCAL_BYTES = 1024
+
+
+def _spills(variant: Variant, used: Resources) -> bool:
+    if variant.stage == "row" and variant.kind and WIDTHS[variant.width] <= NARROW:
+        return used.local_bytes > NARROW_LOCAL_BYTES
+    return used.spills
 
 
 # Instructions a column, all sweeps together, that sm_90 may execute at most: those of Triton 3.9 and a twentieth more.
@@ -363,6 +385,7 @@ CEILINGS = {
     Variant("forward_kl", "distillation", "fp32", "fp32"): 36.5,
     Variant("forward_kl", "hinton", "bf16", "fp32"): 47.5,
     Variant("forward_kl", "hinton", "fp32", "fp32", "odd"): 58.0,
+    Variant("forward_kl", "inplace", width="odd"): 48.0,
     Variant("jsd", "hinton", "fp16", "fp16"): 155.0,
 }
 
@@ -412,13 +435,12 @@ def test_every_tile_of_the_rule_is_compiled() -> None:
         return (*tile(width, itemsize, crowded, aligned), aligned, crowded)
 
     rule = {
-        chosen(width, itemsize, crowded)
-        for width in (
-            *range(1, 4096),
-            *(2**power + odd for power in range(12, 20) for odd in (0, 1)),
-        )
+        chosen(2**power + odd, itemsize, crowded)
+        for power in range(12, 20)
+        for odd in (-1, 0, 1)
         for itemsize in (2, 4)
         for crowded in (False, True)
+        if 2**power + odd > NARROW
     }
     compiled = {
         chosen(WIDTHS[v.width], DTYPES[v.student].itemsize, v.kind == "everything")
