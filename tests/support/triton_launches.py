@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 from unittest import mock
@@ -246,6 +247,29 @@ def check_replays() -> None:
             pointers = [side[0][0] for side in arguments[:2]]
             addresses = [p.data_ptr() if isinstance(p, Tensor) else p for p in pointers]
             assert addresses == [logits.data_ptr(), teacher.data_ptr()]
+
+
+def check_rows_that_start_alike() -> None:
+    """Rows that start equally far past 16 bytes have another kernel than rows that do not, whichever came first."""
+    options = Options(fastkd.forward_kl(), vocab_size=V)
+
+    def launched_at(*starts: int) -> str:
+        student, teacher = (
+            torch.ones(COUNT * V + 8)[at:][: COUNT * V].view(COUNT, V) for at in starts
+        )
+        names = {student.data_ptr(): "student", teacher.data_ptr(): "teacher"}
+        want = Want(True, inplace=True)
+        call = partial(kernels.kd_rows, student, teacher, Rows(), options, want)
+        with by_triton():
+            wanted = launched(call, names, launches)
+        assert launched(call, names, launches) == wanted, starts
+        return wanted[0]
+
+    with without_compiler() as launches, mock.patch.object(kernels, "NARROW", 0):
+        for first, second in (((1, 1), (1, 2)), ((1, 2), (1, 1)), ((1, 1), (2, 2))):
+            launcher.forget()
+            alike = launched_at(*first) == launched_at(*second)
+            assert alike == (first == (1, 1) and second == (2, 2))
 
 
 def check_other_kernels() -> None:

@@ -24,7 +24,15 @@ from triton.runtime.jit import JITFunction
 
 from fastkd.core.tensors import address
 
-CHECKS = ("calls_in_any_order", "replays", "other_kernels", "settings", "devices", "amd")
+CHECKS = (
+    "calls_in_any_order",
+    "replays",
+    "rows_that_start_alike",
+    "other_kernels",
+    "settings",
+    "devices",
+    "amd",
+)
 
 
 @pytest.mark.parametrize("check", CHECKS)
