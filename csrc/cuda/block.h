@@ -18,8 +18,9 @@ struct DeviceSlices {
 struct Shared {
   RowState rows[2];  // this row and the next
   DeviceSlices device_slices[2];
+  int64_t next_row;  // of this cluster, after this row
   Barrier arrived[STAGES];
-  Maxima warp_maxima[WARPS];  // of the columns of each warp; infinite if not known
+  alignas(PIECE) Maxima warp_maxima[WARPS];  // of the columns of each warp; infinite if not known
   // Partial results to be merged: those of this block's warps, and those of the cluster's blocks. Exchanges alternate
   // between the two buffers for blocks, since a block may be one exchange ahead of the others, but never two.
   alignas(PIECE) char warp_parts[WARPS * sizeof(SparseStatistics)];
@@ -36,7 +37,11 @@ class Block {
         shared_(*reinterpret_cast<Shared*>(memory)) {
     if (leads())
       for (int stage = 0; stage < STAGES; ++stage) init(&shared_.arrived[stage]);
-    shared_.warp_maxima[place.thread / WARP] = {INF, INF};
+    if (place.thread < WARPS) {  // those of warps that do not exist are never the larger ones
+      const float max = place.thread < call.threads / WARP ? INF : -INF;
+      shared_.warp_maxima[place.thread] = {max, max};
+    }
+    if (place.thread < 2) shared_.rows[place.thread].has_options = false;
     cluster_arrive();
     cluster_wait();  // now the other blocks are running, so their shared memory may be written
   }
@@ -49,10 +54,26 @@ class Block {
   FASTKD_DEVICE const DeviceSlices& device_slices() const { return shared_.device_slices[parity_of_row()]; }
   FASTKD_DEVICE void advance() { parities_ ^= 1; }
 
-  FASTKD_DEVICE int64_t first_row() const { return next_kept(block_number() / call.ranks); }
-  FASTKD_DEVICE int64_t row_after(int64_t row) const { return next_kept(row + block_count() / call.ranks); }
+  FASTKD_DEVICE bool is_in_first_warp() const { return place.thread < WARP; }
 
-  // Opens row `index` as this row (later = 0) or as the next one (later = 1). One thread calls this.
+  // The cluster's rows. One thread finds the next one that is kept; all threads write the outputs of those before it.
+  FASTKD_DEVICE int64_t first_row() const { return block_number() / call.ranks; }
+  FASTKD_DEVICE int64_t row_after(int64_t row) const { return row + block_count() / call.ranks; }
+  FASTKD_DEVICE int64_t next_row() const { return shared_.next_row; }
+  FASTKD_DEVICE void write_dropped_rows(int64_t first, int64_t end) const {
+#pragma unroll 1
+    for (int64_t row = first; row < end && row < call.rows; row = row_after(row)) write_dropped_row(call, row, place);
+  }
+
+  // Finds the first kept row from `row` on, and opens it as this row (later = 0) or as the next one (later = 1). One
+  // thread calls this.
+  template <class Kind>
+  FASTKD_DEVICE void open_kept(int64_t row, int later) {
+    while (row < call.rows && is_dropped(call, row)) row = row_after(row);
+    shared_.next_row = row;
+    if (row < call.rows) open<Kind>(row, later);
+  }
+
   template <class Kind>
   FASTKD_DEVICE void open(int64_t index, int later) {
     Kind::open(call, index, shared_.rows[parity_of_row() ^ later]);
@@ -85,22 +106,23 @@ class Block {
   // One bit per column of the slice, set if a sparse teacher lists it, in the place of a dense teacher's logits.
   FASTKD_DEVICE uint32_t* bits() const { return reinterpret_cast<uint32_t*>(memory(1)); }
 
-  // Fetches this thread's share of a stage. The edges have arrived after sync_block, the whole pieces after await.
+  // Fetches a stage; the first warp calls this. The stage has arrived after await.
   FASTKD_DEVICE void fetch(int later, int stage) {
     const DeviceSlices& device = shared_.device_slices[parity_of_row() ^ later];
     const Range range = stage_range(call, place.rank, stage, shared_.rows[parity_of_row() ^ later].shift);
-    int64_t announced = 0;
+    int announced = 0;
     each_side([&](int side) {
-      const int64_t offset = int64_t(range.first) * element_size(side);
-      const int64_t bytes = int64_t(range.last - range.first) * element_size(side);
+      const int offset = range.first * element_size(side);
+      const int bytes = (range.last - range.first) * element_size(side);
       const char* from = device.logits[side] + offset;
       char* to = slice(device, side).stage(stage) + offset;
       const Pieces pieces = whole_pieces(from, bytes);
       copy_edges(place, to, from, pieces, bytes, element_size(side));
-      const int64_t whole = pieces.last - pieces.first;
+      const int whole = pieces.last - pieces.first;
       if (leads() && whole) copy_pieces(to + pieces.first, from + pieces.first, whole, &shared_.arrived[stage]);
       announced += whole;
     });
+    sync_warp();  // the lanes have copied the edges
     if (leads()) expect(&shared_.arrived[stage], announced);
   }
 
@@ -116,6 +138,14 @@ class Block {
     }
   }
 
+  // Calls f(range, stage) for ranges that cover the slice, each of which is in one piece of memory; all have arrived.
+  template <class Function>
+  FASTKD_DEVICE void each_range(Function f) {
+    if (call.alike) return f(Range{0, columns_in_slice(call, place.rank)}, 0);
+#pragma unroll 1
+    for (int stage = 0; stage < STAGES; ++stage) f(range(stage), stage);
+  }
+
   // The maxima over all threads of the block. Every thread gets them.
   FASTKD_DEVICE Maxima common(Maxima max) {
     const int warp = place.thread / WARP, lane = place.thread % WARP;
@@ -123,9 +153,11 @@ class Block {
     for (int step = WARP / 2; step > 0; step /= 2) max = larger(max, from_lane_above(max, step));
     if (lane == 0) shared_.warp_maxima[warp] = max;
     sync_block();
-    max = shared_.warp_maxima[0];
+    max = {-INF, -INF};
 #pragma unroll 1
-    for (int other = 1; other < call.threads / WARP; ++other) max = larger(max, shared_.warp_maxima[other]);
+    for (int other = 0; other < call.threads / WARP; other += 4)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) max = larger(max, shared_.warp_maxima[other + i]);
     return max;
   }
 
@@ -179,20 +211,12 @@ class Block {
   }
 
   FASTKD_DEVICE Slice slice(const DeviceSlices& device, int side) const {
-    return {memory(side) + skew_of(device.logits[side]), PIECE};
+    return {memory(side) + skew_of(device.logits[side]), call.alike ? 0 : PIECE};
   }
 
   FASTKD_DEVICE char* memory(int side) const {
     const int before = side ? call.slice * size_of_element(call.student.dtype) + STAGES * PIECE : 0;
     return reinterpret_cast<char*>(&shared_) + STATE + before;
-  }
-
-  // The cluster's first kept row from `row` on. Writes the outputs of the dropped rows before it.
-  FASTKD_DEVICE int64_t next_kept(int64_t row) const {
-#pragma unroll 1
-    for (; row < call.rows && is_dropped(call, row); row += block_count() / call.ranks)
-      write_dropped_row(call, row, place);
-    return row;
   }
 
   // Adds the parts of the first `lanes` lanes, a power of two. The first lane gets the result.

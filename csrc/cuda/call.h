@@ -27,6 +27,7 @@ struct Call : Loss {
   int threads = 1;          // threads per block
   int slice = 0, stage = 0;  // columns per block, and per stage of a block
   bool needs_minima = false;
+  bool alike = false;  // both sides have one dtype, and each row lies equally far from a multiple of PIECE in both
 };
 
 }  // namespace fastkd::cuda

@@ -44,15 +44,18 @@ struct Dense {
     }
     Sweep<LOG_0, false> sweep(row, max, LOG_0 ? block.warp_maxima() : local.maxima());
     sweep.sum.s_min = local.s_min, sweep.sum.t_min = local.t_min;
-    block.each_stage([&](Range range, int stage) {
+    block.each_range([&](Range range, int stage) {
       add_statistics(sweep, block.call, row, block.place, range, block.slice(0).stage(stage),
                      block.slice(1).stage(stage));
     });
     return sweep.result();
   }
 
+  FASTKD_DEVICE void finish_sides() {
+    if (block.place.thread < 2) finish_side(block.row(), block.place.thread);
+  }
   FASTKD_DEVICE void finish_phase() {
-    finish_statistics(block.call, block.row());
+    finish_moments(block.call, block.row());
     const Statistics& all = block.row().statistics;
     if (has_label_term(block.call))
       finish_label_term(block.call, block.row(), all.s_exp_sum + all.s_max_count, all.t_exp_sum + all.t_max_count,
@@ -68,7 +71,7 @@ struct Dense {
   template <bool LOG_0, bool WITH_H>
   FASTKD_DEVICE Sums sums() {
     Sums local{0, 0, 0};
-    block.each_stage([&](Range range, int stage) {
+    block.each_range([&](Range range, int stage) {
       add_sums<Divergence, LOG_0, WITH_H>(local, block.call, block.row(), block.place, range, block.warp_maxima(),
                                           block.slice(0).stage(stage), block.slice(1).stage(stage));
     });
@@ -108,7 +111,7 @@ struct DenseShard {
     Sweep<false, true> sweep(block.row(), block.common(local.maxima()), local.maxima());
     sweep.sum.s_min = local.s_min, sweep.sum.t_min = local.t_min;
     ShardStatistics all{{}, -INF, -INF};
-    block.each_stage([&](Range range, int stage) {
+    block.each_range([&](Range range, int stage) {
       add_shard_statistics(sweep, all, block.call, block.row(), block.place, range, block.slice(0).stage(stage),
                            block.slice(1).stage(stage));
     });
@@ -145,7 +148,7 @@ struct Sparse {
       add_sweep_extremes(extremes, call, row, block.place, range, block.slice(0).stage(stage), bits);
     });
     Sweep<true, false> sweep(row, block.common(extremes.max), extremes.max);
-    block.each_stage([&](Range range, int stage) {
+    block.each_range([&](Range range, int stage) {
       add_sweep(sweep, call, row, block.place, range, block.slice(0).stage(stage), bits);
     });
     local.sweep = sweep.result();
@@ -181,6 +184,7 @@ struct Sparse {
     return sweep.result();
   }
 
+  FASTKD_DEVICE void finish_sides() {}
   FASTKD_DEVICE void finish_phase() { finish_events(block.call, block.row()); }
   FASTKD_DEVICE void finish_phase(const Sums& all) { finish_event_sums(block.call, block.row(), all); }
 
