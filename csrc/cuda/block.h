@@ -141,9 +141,9 @@ class Block {
   // Calls f(range, stage) for ranges that cover the slice, each of which is in one piece of memory; all have arrived.
   template <class Function>
   FASTKD_DEVICE void each_range(Function f) {
-    if (call.alike) return f(Range{0, columns_in_slice(call, place.rank)}, 0);
+    const int ranges = call.alike ? 1 : STAGES;
 #pragma unroll 1
-    for (int stage = 0; stage < STAGES; ++stage) f(range(stage), stage);
+    for (int i = 0; i < ranges; ++i) f(call.alike ? Range{0, columns_in_slice(call, place.rank)} : range(i), i);
   }
 
   // The maxima over all threads of the block. Every thread gets them.
@@ -162,6 +162,52 @@ class Block {
   }
 
   FASTKD_DEVICE Maxima warp_maxima() const { return shared_.warp_maxima[place.thread / WARP]; }
+
+  // Merges the statistics of all threads into the row's, in a fixed order; the first warp sees the result. Statistics of a
+  // block are relative to the same maxima. A lane adds up one field of all parts, rather than all fields of a few parts.
+  FASTKD_DEVICE void merge(const Statistics& local) {
+    using Fields = float[STATISTICS_FIELDS];
+    Fields* warp_parts = reinterpret_cast<Fields*>(shared_.warp_parts);
+    Fields* rank_parts = reinterpret_cast<Fields*>(shared_.rank_parts[next_exchange()]);
+    float* result = reinterpret_cast<float*>(&row().statistics);
+    const int warp = place.thread / WARP, lane = place.thread % WARP, field = lane < STATISTICS_FIELDS ? lane : 0;
+    const auto merged = [&](const Fields* parts, int count) {
+      float x = parts[0][field];
+#pragma unroll 4
+      for (int i = 1; i < count; ++i) {
+        const float y = parts[i][field];
+        x = field < MAXIMA_FIELDS ? x : field < EXTREMES_FIELDS ? fminf(x, y) : x + y;
+      }
+      return x;
+    };
+    store_sums_over_lanes(local, warp_parts[warp]);
+    sync_block();
+    const bool only = call.ranks == 1;
+    if (warp == 0) {
+      const float x = merged(warp_parts, call.threads / WARP);
+      if (only) {
+        if (lane < STATISTICS_FIELDS) result[lane] = x;
+      } else if (lane < STATISTICS_FIELDS) {
+#pragma unroll 1
+        for (int rank = 0; rank < call.ranks; ++rank) send(&rank_parts[place.rank][lane], rank, x);
+      }
+    }
+    if (!only) {
+      cluster_arrive(warp == 0);
+      cluster_wait();
+      if (warp == 0) {
+        Statistics* parts = reinterpret_cast<Statistics*>(rank_parts);
+        Statistics part = parts[lane < call.ranks ? lane : 0];
+        rescale_lanes(part, call.ranks);
+        sync_warp();
+        if (lane < call.ranks) parts[lane] = part;
+        sync_warp();
+        const float x = merged(rank_parts, call.ranks);
+        if (lane < STATISTICS_FIELDS) result[lane] = x;
+      }
+    }
+    if (warp == 0) sync_warp();
+  }
 
   // Merges the parts of all threads in a fixed order. Thread 0 of every block gets the result. Parts of a block are
   // relative to the same maxima.
@@ -217,6 +263,42 @@ class Block {
   FASTKD_DEVICE char* memory(int side) const {
     const int before = side ? call.slice * size_of_element(call.student.dtype) + STAGES * PIECE : 0;
     return reinterpret_cast<char*>(&shared_) + STATE + before;
+  }
+
+  // Stores the merged statistics of a warp's lanes. In each step a lane passes on half of its sums and keeps the others, so
+  // that it ends with one sum: fewer exchanges than if every lane added all.
+  FASTKD_DEVICE void store_sums_over_lanes(const Statistics& local, float (&to)[STATISTICS_FIELDS]) const {
+    constexpr int COUNT = 16;
+    static_assert(SUMMED_FIELDS <= COUNT, "two lanes end with a sum");
+    const float* fields = reinterpret_cast<const float*>(&local);
+    const int lane = place.thread % WARP;
+    float sums[COUNT];
+#pragma unroll
+    for (int i = 0; i < COUNT; ++i) sums[i] = i < SUMMED_FIELDS ? fields[EXTREMES_FIELDS + i] : 0;
+    const auto halve = [&](auto half) {
+      constexpr int HALF = decltype(half)::value;
+      const bool upper = lane & (2 * HALF);
+#pragma unroll
+      for (int i = 0; i < HALF; ++i) {
+        const float kept = upper ? sums[i + HALF] : sums[i], passed = upper ? sums[i] : sums[i + HALF];
+        sums[i] = kept + from_lane_across(passed, 2 * HALF);
+      }
+    };
+    halve(std::integral_constant<int, 8>());
+    halve(std::integral_constant<int, 4>());
+    halve(std::integral_constant<int, 2>());
+    halve(std::integral_constant<int, 1>());
+    const float sum = sums[0] + from_lane_across(sums[0], 1);
+    const int number = lane / 2;
+    if (lane % 2 == 0 && number < SUMMED_FIELDS) to[EXTREMES_FIELDS + number] = sum;
+    float s_min = local.s_min, t_min = local.t_min;
+    if (row().flags & MINIMA)
+#pragma unroll 1
+      for (int step = WARP / 2; step > 0; step /= 2) {
+        s_min = fminf(s_min, from_lane_across(s_min, step));
+        t_min = fminf(t_min, from_lane_across(t_min, step));
+      }
+    if (lane == 0) to[0] = local.s_max, to[1] = local.t_max, to[2] = s_min, to[3] = t_min;
   }
 
   // Adds the parts of the first `lanes` lanes, a power of two. The first lane gets the result.

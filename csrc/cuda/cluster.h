@@ -25,13 +25,9 @@ FASTKD_DEVICE void compute_value(Block& block, Kind& kind, Function meanwhile) {
 #pragma unroll 1
   for (int policy = 0; policy < 2; ++policy) {
     if (kind.has_statistics()) {
-      if (!kind.statistics_are_known()) {
-        const Statistics all =
-            block.merged(policy ? kind.template statistics<true>() : kind.template statistics<false>());
-        if (block.leads()) row.statistics = all;
-      }
+      if (!kind.statistics_are_known())
+        block.merge(policy ? kind.template statistics<true>() : kind.template statistics<false>());
       if (block.is_in_first_warp()) {
-        sync_warp();
         kind.finish_sides();
         sync_warp();
         if (block.leads()) kind.finish_phase();

@@ -46,8 +46,8 @@ struct Range {
 // A block's slice of a row, and one stage of that slice.
 FASTKD_INLINE int64_t first_column(const Call& call, int rank) { return int64_t(rank) * call.slice; }
 FASTKD_INLINE int columns_in_slice(const Call& call, int rank) {
-  const int64_t rest = call.vocabulary - first_column(call, rank);
-  return int(rest < 0 ? 0 : rest < call.slice ? rest : call.slice);
+  const int rest = int(call.vocabulary) - rank * call.slice;  // a row that fits on chip has far fewer columns than 2^31
+  return rest < 0 ? 0 : rest < call.slice ? rest : call.slice;
 }
 // With `shift`, stages after the first begin so many columns earlier: where a row lies so many columns past a multiple of
 // PIECE, they then begin at one.

@@ -293,6 +293,10 @@ Part from_lane_above(Part part, int step) {
   host::machine.exchange(&part, sizeof(Part), host::machine.fiber() % host::LANES + step);
   return part;
 }
+inline float from_lane_across(float mine, int step) {
+  host::machine.exchange(&mine, sizeof(float), host::machine.fiber() % host::LANES ^ step);
+  return mine;
+}
 template <class Part>
 Part from_first_lane(Part part) {
   host::machine.exchange(&part, sizeof(Part), 0);
