@@ -19,7 +19,7 @@ struct Shared {
   RowState rows[2];  // this row and the next
   DeviceSlices device_slices[2];
   int64_t next_row;  // of this cluster, after this row
-  Barrier arrived[STAGES];
+  Barrier arrived[MOST_STAGES];
   alignas(PIECE) Maxima warp_maxima[WARPS];  // of the columns of each warp; infinite if not known
   // Partial results to be merged: those of this block's warps, and those of the cluster's blocks. Exchanges alternate
   // between the two buffers for blocks, since a block may be one exchange ahead of the others, but never two.
@@ -36,7 +36,7 @@ class Block {
         place{int(block_number() % call.ranks), thread_number()},
         shared_(*reinterpret_cast<Shared*>(memory)) {
     if (leads())
-      for (int stage = 0; stage < STAGES; ++stage) init(&shared_.arrived[stage]);
+      for (int stage = 0; stage < call.stages; ++stage) init(&shared_.arrived[stage]);
     if (place.thread < WARPS) {  // those of warps that do not exist are never the larger ones
       const float max = place.thread < call.threads / WARP ? INF : -INF;
       shared_.warp_maxima[place.thread] = {max, max};
@@ -132,7 +132,7 @@ class Block {
   template <class Function>
   FASTKD_DEVICE void each_stage(Function f) {
 #pragma unroll 1
-    for (int stage = 0; stage < STAGES; ++stage) {
+    for (int stage = 0; stage < call.stages; ++stage) {
       await(stage);
       f(range(stage), stage);
     }
@@ -141,7 +141,7 @@ class Block {
   // Calls f(range, stage) for ranges that cover the slice, each of which is in one piece of memory; all have arrived.
   template <class Function>
   FASTKD_DEVICE void each_range(Function f) {
-    const int ranges = call.alike ? 1 : STAGES;
+    const int ranges = call.alike ? 1 : call.stages;
 #pragma unroll 1
     for (int i = 0; i < ranges; ++i) f(call.alike ? Range{0, columns_in_slice(call, place.rank)} : range(i), i);
   }
@@ -172,11 +172,15 @@ class Block {
     float* result = reinterpret_cast<float*>(&row().statistics);
     const int warp = place.thread / WARP, lane = place.thread % WARP, field = lane < STATISTICS_FIELDS ? lane : 0;
     const auto merged = [&](const Fields* parts, int count) {
-      float x = parts[0][field];
-#pragma unroll 4
-      for (int i = 1; i < count; ++i) {
-        const float y = parts[i][field];
-        x = field < MAXIMA_FIELDS ? x : field < EXTREMES_FIELDS ? fminf(x, y) : x + y;
+      const bool is_sum = field >= EXTREMES_FIELDS;
+      float x = is_sum ? 0 : INF;
+#pragma unroll 1
+      for (int first = 0; first < count; first += 8) {
+        float y[8];
+#pragma unroll
+        for (int i = 0; i < 8; ++i) y[i] = first + i < count ? parts[first + i][field] : is_sum ? 0 : INF;
+#pragma unroll
+        for (int i = 0; i < 8; ++i) x = is_sum ? x + y[i] : fminf(x, y[i]);
       }
       return x;
     };
@@ -261,7 +265,7 @@ class Block {
   }
 
   FASTKD_DEVICE char* memory(int side) const {
-    const int before = side ? call.slice * size_of_element(call.student.dtype) + STAGES * PIECE : 0;
+    const int before = side ? call.slice * size_of_element(call.student.dtype) + MOST_STAGES * PIECE : 0;
     return reinterpret_cast<char*>(&shared_) + STATE + before;
   }
 

@@ -77,7 +77,7 @@ FASTKD_DEVICE void write_gradients(Block& block, Kind& kind, bool more) {
   };
   kind.start_gradients(to(0));
 #pragma unroll 1
-  for (int stage = 0; stage < STAGES; ++stage) {
+  for (int stage = 0; stage < call.stages; ++stage) {
     const Range range = block.range(stage);
     if (block.device_slices().gradients[0] || block.device_slices().gradients[1])
       kind.gradient(range, stage, to(0).stage(stage), to(1).stage(stage));
@@ -111,7 +111,7 @@ FASTKD_DEVICE void run(const Call& call, char* memory) {
   if (row >= call.rows) return;
   if (block.is_in_first_warp())
 #pragma unroll 1
-    for (int stage = 0; stage < STAGES; ++stage) block.fetch(0, stage);
+    for (int stage = 0; stage < call.stages; ++stage) block.fetch(0, stage);
   Kind kind{block};
 #pragma unroll 1
   for (; row < call.rows; block.advance()) {

@@ -53,7 +53,7 @@ FASTKD_INLINE int columns_in_slice(const Call& call, int rank) {
 // PIECE, they then begin at one.
 FASTKD_INLINE Range stage_range(const Call& call, int rank, int stage, int shift) {
   const int columns = columns_in_slice(call, rank), end = (stage + 1) * call.stage - shift;
-  const int first = stage ? end - call.stage : 0, last = stage == STAGES - 1 ? columns : end;
+  const int first = stage ? end - call.stage : 0, last = stage == call.stages - 1 ? columns : end;
   const auto inside = [&](int column) { return column < 0 ? 0 : column < columns ? column : columns; };
   return {inside(first), inside(last)};
 }

@@ -76,8 +76,9 @@ struct Statistics {
   float t_at_s_max, s_at_t_max;    // sum of x_t over the student's maxima, of x_s over the teacher's
 };
 
-// The fields in order, as numbers: those of which the merged value is the same, the smallest one, or the sum.
-constexpr int STATISTICS_FIELDS = sizeof(Statistics) / sizeof(float), MAXIMA_FIELDS = 2, EXTREMES_FIELDS = 4;
+// How many fields there are. Merged, the first ones are the smallest ones of all parts, which have the same maxima; the
+// others are sums.
+constexpr int STATISTICS_FIELDS = sizeof(Statistics) / sizeof(float), EXTREMES_FIELDS = 4;
 constexpr int SUMMED_FIELDS = STATISTICS_FIELDS - EXTREMES_FIELDS;
 
 struct Sums {
