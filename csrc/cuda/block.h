@@ -19,6 +19,7 @@ struct Shared {
   RowState rows[2];  // this row and the next
   DeviceSlices device_slices[2];
   int64_t next_row;  // of this cluster, after this row
+  Call call;  // a copy: functions that are not inlined would load the kernel's argument from device memory
   Barrier arrived[MOST_STAGES];
   alignas(PIECE) Maxima warp_maxima[WARPS];  // of the columns of each warp; infinite if not known
   // Partial results to be merged: those of this block's warps, and those of the cluster's blocks. Exchanges alternate
@@ -42,12 +43,18 @@ class Block {
       shared_.warp_maxima[place.thread] = {max, max};
     }
     if (place.thread < 2) shared_.rows[place.thread].has_options = false;
+    static_assert(sizeof(Call) % sizeof(uint32_t) == 0, "copied in words");
+    const uint32_t* from = reinterpret_cast<const uint32_t*>(&call);
+    uint32_t* to = reinterpret_cast<uint32_t*>(&shared_.call);
+    for (int i = place.thread; i < int(sizeof(Call) / sizeof(uint32_t)); i += call.threads) to[i] = from[i];
     cluster_arrive();
     cluster_wait();  // now the other blocks are running, so their shared memory may be written
   }
 
   const Call& call;
   const Place place;
+
+  FASTKD_DEVICE const Call& call_in_shared_memory() const { return shared_.call; }  // for what is done once per row
 
   FASTKD_DEVICE bool leads() const { return place.thread == 0; }
   FASTKD_DEVICE RowState& row() const { return shared_.rows[parity_of_row()]; }
@@ -69,14 +76,14 @@ class Block {
   // thread calls this.
   template <class Kind>
   FASTKD_DEVICE void open_kept(int64_t row, int later) {
-    while (row < call.rows && is_dropped(call, row)) row = row_after(row);
+    while (row < call.rows && is_dropped(shared_.call, row)) row = row_after(row);
     shared_.next_row = row;
     if (row < call.rows) open<Kind>(row, later);
   }
 
   template <class Kind>
   FASTKD_DEVICE void open(int64_t index, int later) {
-    Kind::open(call, index, shared_.rows[parity_of_row() ^ later]);
+    Kind::open(shared_.call, index, shared_.rows[parity_of_row() ^ later]);
     DeviceSlices& device = shared_.device_slices[parity_of_row() ^ later];
     for (int side = 0; side < 2; ++side) {
       device.logits[side] = side && call.ids ? nullptr : part_of(logits(side), index);

@@ -55,13 +55,16 @@ struct Dense {
     if (block.place.thread < 2) finish_side(block.row(), block.place.thread);
   }
   FASTKD_DEVICE void finish_phase() {
-    finish_moments(block.call, block.row());
+    const Call& call = block.call_in_shared_memory();
+    finish_moments(call, block.row());
     const Statistics& all = block.row().statistics;
-    if (has_label_term(block.call))
-      finish_label_term(block.call, block.row(), all.s_exp_sum + all.s_max_count, all.t_exp_sum + all.t_max_count,
+    if (has_label_term(call))
+      finish_label_term(call, block.row(), all.s_exp_sum + all.s_max_count, all.t_exp_sum + all.t_max_count,
                         all.s_exp_sum_t1 + all.s_max_count, all.t_exp_sum_t1 + all.t_max_count);
   }
-  FASTKD_DEVICE void finish_phase(const Sums& all) { finish_sums<Divergence>(block.call, block.row(), all); }
+  FASTKD_DEVICE void finish_phase(const Sums& all) {
+    finish_sums<Divergence>(block.call_in_shared_memory(), block.row(), all);
+  }
 
   template <bool LOG_0>
   FASTKD_DEVICE Sums sums() {
@@ -80,9 +83,9 @@ struct Dense {
 
   FASTKD_DEVICE void finish_row() {
     if (block.call.shard.step != Step::sums)
-      write_value(block.call, block.row(), block.place.rank);
+      write_value(block.call_in_shared_memory(), block.row(), block.place.rank);
     else if (block.place.rank == 0)
-      store_partial_sums(block.call, block.row());
+      store_partial_sums(block.call_in_shared_memory(), block.row());
   }
   FASTKD_DEVICE void start_gradients(const Slice&) {}
 
@@ -156,9 +159,9 @@ struct Sparse {
     const SparseStatistics all = block.merged(local);
     if (block.leads()) {
       if (call.shard.step == Step::all)
-        finish_sweep(call, row, all);
+        finish_sweep(block.call_in_shared_memory(), row, all);
       else if (block.place.rank == 0)
-        store_partial(call, row, all);
+        store_partial(block.call_in_shared_memory(), row, all);
     }
     sync_block();
   }
@@ -185,8 +188,10 @@ struct Sparse {
   }
 
   FASTKD_DEVICE void finish_sides() {}
-  FASTKD_DEVICE void finish_phase() { finish_events(block.call, block.row()); }
-  FASTKD_DEVICE void finish_phase(const Sums& all) { finish_event_sums(block.call, block.row(), all); }
+  FASTKD_DEVICE void finish_phase() { finish_events(block.call_in_shared_memory(), block.row()); }
+  FASTKD_DEVICE void finish_phase(const Sums& all) {
+    finish_event_sums(block.call_in_shared_memory(), block.row(), all);
+  }
 
   template <bool LOG_0>
   FASTKD_DEVICE Sums sums() {
@@ -194,11 +199,12 @@ struct Sparse {
   }
 
   FASTKD_DEVICE void finish_row() {
-    if (block.call.shard.step == Step::statistics) return;
+    const Call& call = block.call_in_shared_memory();
+    if (call.shard.step == Step::statistics) return;
     if (block.row().tail.teacher_lists_no_token) block.row().phi = 0;
     if (block.row().tail.teacher_is_invalid) block.row().phi = NAN;
-    write_value(block.call, block.row(), block.place.rank);
-    finish_tail(block.call, block.row());
+    write_value(call, block.row(), block.place.rank);
+    finish_tail(call, block.row());
   }
 
   FASTKD_DEVICE void start_gradients(const Slice& to) {
