@@ -400,8 +400,8 @@ FAULTS = {
     "an off-by-one in the tail": ("columns.h", "k < vector.n ? k : 0", "k <= vector.n ? k : 0"),
     "columns of a slice": ("slice.h", "rest < call.slice ? rest :", "rest < call.slice ? rest - 1 :"),
     "the edge of a copy": ("slice.h", "if (at < bytes) copy_element", "if (at + element_size < bytes) copy_element"),
-    "a swapped merge": ("statistics.h", "a.forward += b.forward;", "a.forward += b.reverse;"),
-    "a merge that forgets to rescale": ("statistics.h", "  rescale(b, s_max, t_max, row);\n", "  b.s_max = s_max;\n"),
+    "a swapped merge": ("block.h", "kept = upper ? sums[i + HALF] : sums[i]", "kept = upper ? sums[i] : sums[i + HALF]"),
+    "a merge that forgets to rescale": ("block.h", "        rescale_lanes(part, call.ranks);\n", ""),
     "a maximum that does not rescale": ("statistics.h", "a.s_exp_sum *= s_factor;", ""),
     "a moment that does not move": ("statistics.h", "a.forward + (s_step - t_step) * a.t_exp_sum", "a.forward"),
     "a sign": ("gradient.h", "h - p * shared.sum_h", "h + p * shared.sum_h"),
@@ -416,8 +416,8 @@ FAULTS = {
     "one place for all exchanges": ("block.h", "shared_.rank_parts[next_exchange()]", "shared_.rank_parts[0]"),
     "no gap between stages": ("slice.h", "memory + number * gap", "memory"),
     "a cluster that does not wait": (
-        "block.h", "        cluster_arrive(warp == 0);\n        cluster_wait();\n", ""),
-    "a row that is forgotten": ("block.h", "next_kept(row + ", "next_kept(row + 2 * "),
+        "block.h", "      cluster_arrive(warp == 0);\n      cluster_wait();\n", ""),
+    "a row that is forgotten": ("block.h", "row + block_count() / call.ranks", "row + 2 * block_count() / call.ranks"),
     "a load of a neighbour's half word": ("vectors.h", "read<uint16_t>(from)", "read<uint32_t>(from - 2) >> 16"),
 }  # fmt: skip
 
