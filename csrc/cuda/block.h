@@ -19,6 +19,7 @@ struct Shared {
   RowState rows[2];  // this row and the next
   DeviceSlices device_slices[2];
   int64_t next_row;  // of this cluster, after this row
+  int64_t clusters;  // the distance of a cluster's rows
   Call call;  // a copy: functions that are not inlined would load the kernel's argument from device memory
   Barrier arrived[MOST_STAGES];
   alignas(PIECE) Maxima warp_maxima[WARPS];  // of the columns of each warp; infinite if not known
@@ -43,6 +44,7 @@ class Block {
       shared_.warp_maxima[place.thread] = {max, max};
     }
     if (place.thread < 2) shared_.rows[place.thread].has_options = false;
+    if (leads()) shared_.clusters = block_count() / call.ranks;
     static_assert(sizeof(Call) % sizeof(uint32_t) == 0, "copied in words");
     const uint32_t* from = reinterpret_cast<const uint32_t*>(&call);
     uint32_t* to = reinterpret_cast<uint32_t*>(&shared_.call);
@@ -65,8 +67,9 @@ class Block {
 
   // The cluster's rows. One thread finds the next one that is kept; all threads write the outputs of those before it.
   FASTKD_DEVICE int64_t first_row() const { return block_number() / call.ranks; }
-  FASTKD_DEVICE int64_t row_after(int64_t row) const { return row + block_count() / call.ranks; }
+  FASTKD_DEVICE int64_t row_after(int64_t row) const { return row + shared_.clusters; }
   FASTKD_DEVICE int64_t next_row() const { return shared_.next_row; }
+  FASTKD_DEVICE bool has_next_row() const { return shared_.next_row < call.rows; }
   FASTKD_DEVICE void write_dropped_rows(int64_t first, int64_t end) const {
 #pragma unroll 1
     for (int64_t row = first; row < end && row < call.rows; row = row_after(row)) write_dropped_row(call, row, place);

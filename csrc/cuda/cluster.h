@@ -106,24 +106,22 @@ FASTKD_DEVICE void run(const Call& call, char* memory) {
   Block block(call, memory);
   if (block.leads()) block.open_kept<Kind>(block.first_row(), 0);
   sync_block();
-  int64_t row = block.next_row();
-  block.write_dropped_rows(block.first_row(), row);
-  if (row >= call.rows) return;
+  block.write_dropped_rows(block.first_row(), block.next_row());
+  if (!block.has_next_row()) return;
   if (block.is_in_first_warp())
 #pragma unroll 1
     for (int stage = 0; stage < call.stages; ++stage) block.fetch(0, stage);
   Kind kind{block};
 #pragma unroll 1
-  for (; row < call.rows; block.advance()) {
-    store_zeros(call, block.place, call.student_gradient, row, true);
-    store_zeros(call, block.place, call.teacher_gradient, row, true);
-    const int64_t after = block.row_after(row);
-    compute_value(block, kind, [&] {
-      if (block.place.thread == call.threads - 1) block.open_kept<Kind>(after, 1);
+  for (bool more = true; more; block.advance()) {
+    store_zeros(call, block.place, call.student_gradient, block.row().row, true);
+    store_zeros(call, block.place, call.teacher_gradient, block.row().row, true);
+    compute_value(block, kind, [&] {  // the row's number stays in shared memory, because the loops need the registers
+      if (block.place.thread == call.threads - 1) block.open_kept<Kind>(block.row_after(block.row().row), 1);
     });
-    row = block.next_row();
-    block.write_dropped_rows(after, row);
-    write_gradients(block, kind, row < call.rows);
+    block.write_dropped_rows(block.row_after(block.row().row), block.next_row());
+    more = block.has_next_row();
+    write_gradients(block, kind, more);
   }
 }
 
