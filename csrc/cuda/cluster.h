@@ -107,7 +107,9 @@ FASTKD_DEVICE void run(const Call& call, char* memory) {
   if (block.leads()) block.open_kept<Kind>(block.first_row(), 0);
   sync_block();
   block.write_dropped_rows(block.first_row(), block.next_row());
-  if (!block.has_next_row()) return;
+  const bool any = block.has_next_row();
+  sync_block();  // before a thread that is ahead opens the row after the first one
+  if (!any) return;
   if (block.is_in_first_warp())
 #pragma unroll 1
     for (int stage = 0; stage < call.stages; ++stage) block.fetch(0, stage);

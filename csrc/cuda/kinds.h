@@ -25,7 +25,8 @@ struct Dense {
   Block& block;
 
   FASTKD_DEVICE void prepare() {
-    if (block.call.shard.step == Step::results) block.each_stage([](Range, int) {});
+    // Without the sweep for maxima, no other sweep waits for the copies.
+    if (!has_statistics() || statistics_are_known()) block.each_stage([](Range, int) {});
   }
 
   FASTKD_DEVICE bool has_statistics() const { return needs_statistics(block.call, block.row()); }
