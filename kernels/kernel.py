@@ -115,13 +115,11 @@ class Objective(NamedTuple):
 
 
 # A divisor of the addresses of all rows of a launch with aligned rows.
-ROW_BYTES = 16
+ROW_BYTES = tl.constexpr(16)
 
 
 @triton.jit
-def row_pointer(
-    view, row, sizes, ALIGNED: tl.constexpr = True, ROW_BYTES: tl.constexpr = ROW_BYTES
-):
+def row_pointer(view, row, sizes, ALIGNED: tl.constexpr = True):
     """Return the address of column 0 of a row. ALIGNED: ROW_BYTES promises that it is a multiple of that."""
     if view.offsets is not None:
         offset = tl.load(view.offsets + row)
@@ -172,7 +170,7 @@ def is_counted(inputs, row, ignore_index):
 
 
 @triton.jit
-def _head(pointer, ROW_BYTES: tl.constexpr = ROW_BYTES):
+def _head(pointer):
     """Return how many columns column 0 of a row lies past a multiple of 16 bytes."""
     bytes_past = (pointer.to(tl.int64) % ROW_BYTES).to(tl.int32)
     return bytes_past // (pointer.dtype.element_ty.primitive_bitwidth // 8)
@@ -438,7 +436,6 @@ def _compute_row(
     sizes,
     columns,
     spec,
-    ROW_BYTES: tl.constexpr = ROW_BYTES,
 ):
     """Compute the loss, its parts and the gradients of a counted row, or one stage of that."""
     NORMALIZED: tl.constexpr = spec.FORM % 2 == 1
@@ -596,7 +593,6 @@ def kd_kernel(
     HEAD: tl.constexpr,
     LANES: tl.constexpr,
     STAGE: tl.constexpr,
-    ROW_BYTES: tl.constexpr = ROW_BYTES,
 ):
     """Compute one row, or one program's part of it; :class:`fastkd.call.contract.Result` lists what is written."""
     row = tl.program_id(0)

@@ -153,8 +153,6 @@ def launch(kernel: Any, grid: Grid, arguments: tuple[Any, ...], **options: Any) 
     if key is None:
         kernel[grid](*arguments, **options)
         return Launched(None, grid, arguments)
-    # A compiled kernel takes a value for every parameter, also for those with a default.
-    arguments += tuple(parameter.default for parameter in kernel.params[len(arguments) :])
     compiled = _kernels.get(key)
     if compiled is not None:
         _start(compiled, grid, _current_stream(), arguments)
