@@ -37,6 +37,9 @@ $(VENV)/.torch:
 # Later installs must not change torch.
 INSTALL := $(PIP) install --no-build-isolation -c $(VENV)/constraints.txt
 
+# Where there is nvcc, a checkout's CUDA extension is compiled for one architecture, a third of the time; newer devices
+# use its PTX. Other installs are for all (setup.py).
+export FASTKD_CUDA_ARCH ?= 90
 build: $(VENV)/.torch ## build the native extension in place, incrementally
 	@$(PY) setup.py -q build_ext --inplace
 
