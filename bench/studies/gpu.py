@@ -114,9 +114,9 @@ def competition(
     return interleave(steps, rounds, "cuda"), peaks, why
 
 
-def reads_of(backend: str, divergence: str) -> int:
+def reads_of(backend: str, divergence: str, vocabulary: int) -> int:
     """How often a backend's kernel reads a row."""
-    return 1 if backend == "cuda" else model.sweeps_of(divergence)
+    return 1 if backend == "cuda" else model.reads_of(divergence, vocabulary)
 
 
 def step_of(
@@ -155,7 +155,7 @@ def own_kernels(rounds: int, bandwidth: float) -> tuple[Table, list[dict[str, An
         cells, calls = [], {}
         for name in backends:
             time, calls[name] = median(seconds[name]), seconds_in_a_row(steps[name])
-            moved = (2 * reads_of(name, divergence) + 1) * student.nbytes
+            moved = (2 * reads_of(name, divergence, vocabulary) + 1) * student.nbytes
             share = moved / time / bandwidth
             cells += [f"{1e3 * time:.3f}", f"{share:.2f}", f"{1e3 * calls[name]:.3f}"]
             measurements.append(

@@ -6,7 +6,7 @@ A kernel takes as long as the slower of two things, and a row has a cost of its 
 
     time = max(bytes / memory rate, instructions / issue rate) + rows / programs at a time * cycles of a row
 
-- bytes: every sweep reads both logits, and the last one writes the gradient.
+- bytes: every sweep reads both logits, and the last one writes the gradient. A narrow row is read once.
 - instructions: those of the sweeps' loops, counted in the compiled code (instructions.py), for each warp.
 - programs at a time: as many as registers and warps leave room for on all multiprocessors.
 
@@ -27,6 +27,7 @@ from typing import NamedTuple
 import instructions
 import study
 import torch
+from fastkd.kernels.launch import NARROW
 from study import emit
 from support.triton_aot import Resources
 from tables import Table
@@ -100,9 +101,14 @@ def sweeps_of(divergence: str) -> int:
     return 2 if fastkd.DIVERGENCES[divergence]().closed_form is not None else 3
 
 
+def reads_of(divergence: str, vocabulary: int) -> int:
+    """How often the kernel reads a logit; a narrow row stays in registers."""
+    return 1 if vocabulary <= NARROW else sweeps_of(divergence)
+
+
 def bytes_of(divergence: str, rows: int, vocabulary: int, itemsize: int) -> int:
-    """The bytes that the kernel moves: every sweep reads both logits, and the last one writes the gradient."""
-    return (2 * sweeps_of(divergence) + 1) * rows * vocabulary * itemsize
+    """The bytes that the kernel moves: both logits as often as they are read, and the gradient."""
+    return (2 * reads_of(divergence, vocabulary) + 1) * rows * vocabulary * itemsize
 
 
 def predict(gpu: Gpu, divergence: str, rows: int, vocabulary: int, dtype: str) -> Prediction:
@@ -114,13 +120,18 @@ def predict(gpu: Gpu, divergence: str, rows: int, vocabulary: int, dtype: str) -
         return Prediction(memory, 0, 0)
     case = instructions.Case(gpu.target, divergence, "distillation", dtype, vocabulary)
     need = _compiled(case)
-    sweeps = need.sweeps(sweeps_of(divergence) == 3)
-    a_column = sum(sweep.path for sweep in sweeps) / need.columns_per_thread
+    row_cycles = ROW_CYCLES
+    if vocabulary <= NARROW:  # without loops: every instruction, of rare branches too
+        executed, row_cycles = need.warps * need.instructions, 0
+    else:
+        sweeps = need.sweeps(sweeps_of(divergence) == 3)
+        a_column = sum(sweep.path for sweep in sweeps) / need.columns_per_thread
+        executed = vocabulary / 32 * a_column
     slots = SCHEDULERS * gpu.multiprocessors * ISSUE_SHARE
-    issue = rows * vocabulary / 32 * a_column / slots * cycle
+    issue = rows * executed / slots * cycle
     registers = -(-need.registers // 8) * 8 * 32 * need.warps
     programs = min(REGISTERS // registers, WARPS // need.warps, 32) * gpu.multiprocessors
-    return Prediction(memory, issue, rows / programs * ROW_CYCLES * cycle)
+    return Prediction(memory, issue, rows / programs * row_cycles * cycle)
 
 
 def _predicted(arguments: tuple[Gpu, Kernel]) -> Prediction:

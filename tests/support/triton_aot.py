@@ -32,6 +32,7 @@ class Resources(NamedTuple):
     local_in_loop: bool  # whether an ordinary iteration of a loop reads or writes it
     columns_per_thread: int = 0  # of a tile; 0 if the kernel has no tile
     warps: int = 0  # of a program
+    instructions: int = 0  # of the whole kernel
     loops: tuple[LoopCounts, ...] = ()  # outermost, by address; none for HIP
 
     def sweeps(self, with_sums: bool) -> list[LoopCounts]:
@@ -132,6 +133,7 @@ def _cuda_resources(cubin: bytes, columns_per_thread: int, warps: int) -> Resour
         local_in_loop(function.code),
         columns_per_thread,
         warps,
+        len(function.code),
         _loop_counts(function.code),
     )
 
