@@ -60,6 +60,7 @@ def state(kernel: Any) -> Hashable:
     runtime = knobs.runtime
     if (
         "run" in vars(kernel)
+        or JITFunction.run.__module__ != JITFunction.__module__
         or kernel.pre_run_hooks
         or runtime.add_stages_inspection_hook is not None
         or _is_set(runtime.launch_enter_hook)

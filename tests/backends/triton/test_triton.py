@@ -60,12 +60,15 @@ ONE_TILE = "one tile"
 
 
 @pytest.fixture(autouse=True)
-def shares(request: pytest.FixtureRequest, narrow_tiles: None) -> Iterator[split.Plan | None]:
+def shares(
+    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, narrow_tiles: None
+) -> Iterator[split.Plan | None]:
     """How programs share rows: as the test's parameter says, and by default not at all. ONE_TILE: a row is one tile."""
     wanted = getattr(request, "param", None)
     with pytest.MonkeyPatch.context() as patch:
         if wanted == ONE_TILE:
-            patch.setattr(kernels, "NARROW", 64)
+            # Not by `patch`, which would bring back the 0 of narrow_tiles after a test has undone that.
+            monkeypatch.setattr(kernels, "NARROW", 64)
             wanted = None
         patch.setattr(kernels, "plan", lambda *call: wanted)
         if wanted is None:
