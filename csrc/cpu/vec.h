@@ -131,7 +131,7 @@ FASTKD_INLINE V expm1(V x) {
   return where(x > EXP_HIGHEST, splat(__builtin_inff()), more + (power - 1.0f));
 }
 
-// log(1 + f) for f in [sqrt(1/2) - 1, sqrt(2) - 1]: f - f^2/2 + f^3 P(f), P as in the Cephes library.
+// log(1 + f) for f in [sqrt(1/2) - 1, sqrt(2) - 1]: f + f^2 (f P(f) - 1/2), P as in the Cephes library.
 FASTKD_INLINE V log1p_near_0(V f) {
   V y = f * 7.0376836292e-2f - 1.1514610310e-1f;
   y = y * f + 1.1676998740e-1f;
@@ -141,8 +141,8 @@ FASTKD_INLINE V log1p_near_0(V f) {
   y = y * f + 2.0000714765e-1f;
   y = y * f - 2.4999993993e-1f;
   y = y * f + 3.3333331174e-1f;
-  const V square = f * f;
-  return f + (f * square * y - 0.5f * square);
+  y = y * f - 0.5f;
+  return f + f * f * y;
 }
 
 // log(1 + x) for x in [0, 1].
