@@ -402,9 +402,8 @@ def _jsd(p, q, log_p, log_q, log_ratio, beta, rest):
     log_m = log_mixture(log_ratio, beta, rest)
     above_q = where(log_ratio > 0.0, log_ratio, 0.0)
     above_p = where(log_ratio < 0.0, -log_ratio, 0.0)
-    g = -rest * q * (above_q + log_m)
-    h = -beta * p * (above_p + log_m)
-    return g + h, g, h
+    phi = -(beta * p + rest * q) * log_m - (beta * p * above_p + rest * q * above_q)
+    return phi, -rest * q * (above_q + log_m), -beta * p * (above_p + log_m)
 
 
 @_recorded

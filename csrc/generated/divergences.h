@@ -75,11 +75,10 @@ struct jsd {
     const V log_m = log_mixture(log_ratio, beta, rest);
     const V above_q = where((log_ratio > splat(0.0f)), log_ratio, splat(0.0f));
     const V above_p = where((log_ratio < splat(0.0f)), (-log_ratio), splat(0.0f));
-    const V g = (((-rest) * q) * (above_q + log_m));
-    const V h = (((-beta) * p) * (above_p + log_m));
-    phi_ = (g + h);
-    g_ = g;
-    h_ = h;
+    const V phi = (((-((beta * p) + (rest * q))) * log_m) - (((beta * p) * above_p) + ((rest * q) * above_q)));
+    phi_ = phi;
+    g_ = (((-rest) * q) * (above_q + log_m));
+    h_ = (((-beta) * p) * (above_p + log_m));
   }
 };
 
