@@ -45,7 +45,7 @@ from torch import Tensor, abs, exp, expm1, log1p, logaddexp, where  # noqa: A004
 
 from fastkd.core.scalars import as_float, plain
 
-VOCABULARY = ("abs", "exp", "expm1", "log1p", "logaddexp", "where", "log_mixture")
+VOCABULARY = ("abs", "exp", "expm1", "log1p", "logaddexp", "where", "log_mixture", "distance")
 ENTRY = ("p", "q", "log_p", "log_q")
 RATIO = "log_ratio"
 
@@ -67,6 +67,11 @@ def log_mixture(log_ratio: Tensor, share: float, rest: float) -> Tensor:
     far = (larger_share + smaller_share * exp(log_smaller_over_larger)).log()
     # log1p is precise for small changes. Near -1 the sum of the two shares is more precise.
     return where(change > -0.3, log1p(change), far)
+
+
+def distance(p: Tensor, q: Tensor, log_ratio: Tensor) -> Tensor:
+    """Return |p - q|, given log_ratio = log p - log q, without the cancellation where p and q are close."""
+    return -where(log_ratio > 0.0, p, q) * expm1(-abs(log_ratio))
 
 
 def derivatives(
@@ -459,9 +464,8 @@ def skew_reverse_kl(alpha: float = 0.1) -> Divergence:
 
 
 def _tvd(p, q, log_p, log_q, log_ratio):
-    size = -0.5 * where(log_ratio > 0.0, p, q) * expm1(-abs(log_ratio))
     sign = where(log_ratio < 0.0, 1.0, 0.0) - where(log_ratio > 0.0, 1.0, 0.0)
-    return size, 0.5 * q * sign, -0.5 * p * sign
+    return 0.5 * distance(p, q, log_ratio), 0.5 * q * sign, -0.5 * p * sign
 
 
 @_recorded

@@ -25,6 +25,9 @@ from fastkd.divergences import (
     takes_ratio,
 )
 from fastkd.divergences import (
+    distance as distance_of_tensors,
+)
+from fastkd.divergences import (
     log_mixture as log_mixture_of_tensors,
 )
 
@@ -154,6 +157,12 @@ def log_mixture(log_ratio, share, rest):
 
 
 @triton.jit
+def distance(p, q, log_ratio):
+    """Return fastkd.divergences.distance."""
+    return -(tl.where(log_ratio > 0.0, p, q) * expm1(-tl.abs(log_ratio)))
+
+
+@triton.jit
 def squash(x):
     """Return (tanh x, its derivative), each to a few units of roundoff for any x.
 
@@ -174,7 +183,7 @@ def squash(x):
 
 _WORDS: dict[Callable[..., Any], Any] = {
     getattr(torch, word): globals()[word] for word in VOCABULARY if hasattr(torch, word)
-} | {builtins.abs: abs, log_mixture_of_tensors: log_mixture}
+} | {builtins.abs: abs, distance_of_tensors: distance, log_mixture_of_tensors: log_mixture}
 
 # Bits of the number that describes a definition to a kernel: it is a function of probabilities, it takes log p - log q,
 # it returns h.

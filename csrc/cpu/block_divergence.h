@@ -20,6 +20,13 @@ FASTKD_INLINE void evaluate_terms(V p, V q, V log_p, V log_q, V log_ratio, const
   h = settled(h);
 }
 
+// A copy of a divergence's parameters. Kernels copy these and the view, because the compiler would load what a reference
+// or a pointer reaches again after every store.
+struct Parameters {
+  float values[PARAMETERS];
+  explicit Parameters(const float* from) { std::memcpy(values, from, sizeof(values)); }
+};
+
 template <class Divergence, bool LOG_0, bool NORMALIZED>
 FASTKD_INLINE void evaluate(const BlockView& view, int i, const float* params, float degree, V& p, V& q, V& phi, V& g,
                             V& h) {
@@ -55,7 +62,7 @@ struct BlockSums {
 };
 
 // Sets the lanes of two columns to 0.
-void leave_out(const int64_t* out, int i, V& phi, V& g, V& h) {
+FASTKD_INLINE void leave_out(const int64_t* out, int i, V& phi, V& g, V& h) {
   for (int k = 0; k < 2; ++k) {
     const int64_t lane = out[k] - i;
     if (lane >= 0 && lane < LANES) phi[lane] = g[lane] = h[lane] = 0;
@@ -65,8 +72,10 @@ void leave_out(const int64_t* out, int i, V& phi, V& g, V& h) {
 // Sums phi and g over a block, and h for the teacher's gradient. The sum of h as degree * phi - g would cancel where p
 // is far from q. Also stores g, perhaps over t_exp, which is not needed once g is known.
 template <class Divergence, bool LOG_0, bool NORMALIZED, bool TEACHER>
-BlockSums block_sums(const BlockView& view, int n, const float* params, float degree, float* g_out) {
-  V phi_sum{}, g_sum{}, h_sum{}, p, q, phi, g, h;
+BlockSums block_sums(const BlockView& of, int n, const float* given, float degree, float* g_out) {
+  const BlockView view = of;
+  const Parameters params(given);
+  V phi_sum{}, g_sum{}, h_sum{};
   const int whole = n / LANES * LANES;
   // Positions of the excluded columns in this block; -1 if they are in another one.
   int64_t out[2];
@@ -74,14 +83,14 @@ BlockSums block_sums(const BlockView& view, int n, const float* params, float de
     out[k] = view.sure[k] < 0 ? -1 : view.sure[k] - view.first;
     if (out[k] >= n) out[k] = -1;
   }
-  for (int start = 0; start < whole; start += STRIP) {
+  // Only a strip with an excluded column pays for the access to single lanes.
+  auto add_strip = [&](auto leaves_out, int start, int end) {
     V phi_strip{}, g_strip{}, h_strip{};
-    const int end = std::min(start + STRIP, whole);
-    const bool leaves_out = (out[0] >= start && out[0] < end) || (out[1] >= start && out[1] < end);
     for (int i = start; i < end; i += LANES) {
-      evaluate<Divergence, LOG_0, NORMALIZED>(view, i, params, degree, p, q, phi, g, h);
+      V p, q, phi, g, h;
+      evaluate<Divergence, LOG_0, NORMALIZED>(view, i, params.values, degree, p, q, phi, g, h);
       store(g_out + i, g);
-      if (leaves_out) leave_out(out, i, phi, g, h);
+      if constexpr (decltype(leaves_out)::value) leave_out(out, i, phi, g, h);
       phi_strip += phi;
       g_strip += g;
       if (TEACHER) h_strip += h;
@@ -89,10 +98,18 @@ BlockSums block_sums(const BlockView& view, int n, const float* params, float de
     phi_sum += phi_strip;
     g_sum += g_strip;
     if (TEACHER) h_sum += h_strip;
+  };
+  for (int start = 0; start < whole; start += STRIP) {
+    const int end = std::min(start + STRIP, whole);
+    if ((out[0] >= start && out[0] < end) || (out[1] >= start && out[1] < end))
+      add_strip(std::true_type{}, start, end);
+    else
+      add_strip(std::false_type{}, start, end);
   }
   BlockSums sums{sum_lanes(phi_sum), sum_lanes(g_sum), TEACHER ? sum_lanes(h_sum) : 0};
   if (whole == n) return sums;
-  evaluate<Divergence, LOG_0, NORMALIZED>(view, whole, params, degree, p, q, phi, g, h);
+  V p, q, phi, g, h;
+  evaluate<Divergence, LOG_0, NORMALIZED>(view, whole, params.values, degree, p, q, phi, g, h);
   store(g_out + whole, g);
   for (int lane = 0; whole + lane < n; ++lane) {
     if (whole + lane == out[0] || whole + lane == out[1]) continue;
@@ -114,11 +131,14 @@ FASTKD_INLINE void put(float* out, int i, V value) {
 // (x_v - r_v sum_u x_u) * coefficient: the student's gradient (x = g = d phi / d log q, r = q) or the teacher's
 // (x = h = d phi / d log p, r = p). fastkd/divergences.py derives it.
 template <class Divergence, bool LOG_0, bool NORMALIZED, bool TEACHER, int FORM>
-void block_gradient(const BlockView& view, int from, int to, const float* params, float degree, float sum,
+void block_gradient(const BlockView& of, int from, int to, const float* given, float degree, float sum,
                     float coefficient, float* out) {
+  const BlockView view = of;
+  const Parameters params(given);
   V p, q, phi, g, h;
+#pragma GCC unroll 2
   for (int i = from; i < to; i += LANES) {
-    evaluate<Divergence, LOG_0, NORMALIZED>(view, i, params, degree, p, q, phi, g, h);
+    evaluate<Divergence, LOG_0, NORMALIZED>(view, i, params.values, degree, p, q, phi, g, h);
     const V x = TEACHER ? h : g;
     put<FORM>(out, i, (NORMALIZED ? x - (TEACHER ? p : q) * sum : x) * coefficient);
   }
@@ -126,8 +146,10 @@ void block_gradient(const BlockView& view, int from, int to, const float* params
 
 // The student's gradient if g was kept.
 template <int FORM>
-void block_projection(const BlockView& view, int from, int to, const float*, float, float sum, float coefficient,
+void block_projection(const BlockView& of, int from, int to, const float*, float, float sum, float coefficient,
                       float* out) {
+  const BlockView view = of;
+#pragma GCC unroll 4
   for (int i = from; i < to; i += LANES)
     put<FORM>(out, i, (load(view.g + i) - load(view.s_exp + i) * view.s_weight * sum) * coefficient);
 }

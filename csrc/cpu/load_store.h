@@ -84,6 +84,7 @@ const float* load_block(const char* row, Dtype dtype, int64_t start, int n, cons
   std::memcpy(tail, from + whole * width, (n - whole) * width);
 
   auto convert = [&](auto read) {
+#pragma GCC unroll 4
     for (int i = 0; i < whole; i += LANES) store(scratch + i, read(from + i * width));
     if (whole < n) {
       store(scratch + whole, read(tail));
@@ -122,21 +123,34 @@ float low_max(const char* row, Dtype dtype, int64_t vocabulary, const Adjustment
   return top;
 }
 
-// Converts floats to bfloat16. Both may be the same memory, because half i never overtakes the float that it comes
-// from.
+// Converts whole vectors of floats to bfloat16. Both may be the same memory if the stores go through the
+// cache, because half i never overtakes the float that it comes from.
 #if defined(__AVX512F__) && __GNUC__ >= 10
+template <bool PAST_CACHE>
 __attribute__((target("avx512bf16"))) void narrow_by_avx512bf16(uint16_t* to, const float* from, int n) {
-  for (int i = 0; i < n; i += LANES) store_half(to + i, (H)_mm512_cvtneps_pbh(_mm512_loadu_ps(from + i)));
+#pragma GCC unroll 4
+  for (int i = 0; i < n; i += LANES) {
+    const __m256i halves = (__m256i)_mm512_cvtneps_pbh(_mm512_loadu_ps(from + i));
+    if (PAST_CACHE)
+      _mm256_stream_si256(reinterpret_cast<__m256i*>(to + i), halves);
+    else
+      store_half(to + i, (H)halves);
+  }
 }
 const bool HAS_AVX512BF16 = __builtin_cpu_supports("avx512bf16");
 #else
+template <bool PAST_CACHE>
 void narrow_by_avx512bf16(uint16_t*, const float*, int) {}
 constexpr bool HAS_AVX512BF16 = false;
 #endif
 
+template <bool PAST_CACHE>
 void narrow_to_bf16(uint16_t* to, const float* from, int n) {
-  if (HAS_AVX512BF16) return narrow_by_avx512bf16(to, from, n);
-  for (int i = 0; i < n; i += LANES) store_half(to + i, to_bf16(load(from + i)));
+  if (HAS_AVX512BF16) return narrow_by_avx512bf16<PAST_CACHE>(to, from, n);
+  int i = 0;
+#pragma GCC unroll 2
+  for (; i + LANES < n; i += 2 * LANES) store_bf16<PAST_CACHE>(to + i, load(from + i), load(from + i + LANES));
+  if (i < n) store_half(to + i, to_bf16(load(from + i)));
 }
 
 // Stores n floats in the dtype of memory. `values` is scratch, rounded up to whole vectors.
@@ -144,7 +158,12 @@ void store_block(char* row, Dtype dtype, int64_t start, int n, float* values, bo
   const int width = element_size(dtype);
   char* to = row + start * width;
   auto* halves = reinterpret_cast<uint16_t*>(values);
-  if (dtype == Dtype::bf16) narrow_to_bf16(halves, values, n);
+  if (dtype == Dtype::bf16 && n % LANES == 0) {  // straight to memory; past the cache if that fills whole lines
+    auto* out = reinterpret_cast<uint16_t*>(to);
+    if (!past_cache) return narrow_to_bf16<false>(out, values, n);
+    if (reinterpret_cast<uintptr_t>(to) % 64 == 0) return narrow_to_bf16<true>(out, values, n);
+  }
+  if (dtype == Dtype::bf16) narrow_to_bf16<false>(halves, values, n);
   if (dtype == Dtype::f16)
     for (int i = 0; i < n; i += LANES) store_half(halves + i, to_fp16(load(values + i)));
   const char* from = reinterpret_cast<const char*>(values);

@@ -97,16 +97,13 @@ FASTKD_INLINE V exp2_of_negative(V d, V high, V low) { return exp2_core(d, high,
 constexpr float EXP_LOWEST = -88.02f, EXP_HIGHEST = 88.3f;
 constexpr float LOG2E_HIGH = 1.44269502162933349609375f, LOG2E_LOW = 1.925963033500011e-8f;
 
-// 2^k (2^fraction - 1) and 2^k: their sum is exp(x), and subtracting 1 from the power gives exp(x) - 1 without
-// cancellation near 0. exp and expm1 are infinite above 88.3. The compiler computes this once if a definition calls
-// both for one x.
-template <bool NEGATIVE = false>
-FASTKD_INLINE V exp_less_power(V x, V& power) {
+// 2^k (2^fraction - 1) and 2^k for x in [EXP_LOWEST, EXP_HIGHEST]: their sum is exp(x), and subtracting 1 from the power
+// gives exp(x) - 1 without cancellation near 0.
+FASTKD_INLINE V exp_less_power_in_range(V x, V& power) {
   const float magic = 12582912.0f;
-  const V low = at_least(x, splat(EXP_LOWEST)), clamped = NEGATIVE ? low : at_most(low, splat(EXP_HIGHEST));
-  const V shifted = clamped * LOG2E_HIGH + magic;
+  const V shifted = x * LOG2E_HIGH + magic;
   const V integer = shifted - magic;
-  const V fraction = clamped * LOG2E_LOW + (clamped * LOG2E_HIGH - integer);
+  const V fraction = x * LOG2E_LOW + (x * LOG2E_HIGH - integer);
   V y = fraction * 1.546144469e-4f + 1.340042818e-3f;
   y = y * fraction + 9.618056679e-3f;
   y = y * fraction + 5.550327227e-2f;
@@ -114,6 +111,12 @@ FASTKD_INLINE V exp_less_power(V x, V& power) {
   y = y * fraction + 6.931472067e-1f;
   power = (V)(((U)shifted << 23) + 0x3f800000);
   return power * fraction * y;
+}
+
+// The same for any x. exp and expm1 are infinite above 88.3. The compiler computes this once if a definition calls both
+// for one x.
+FASTKD_INLINE V exp_less_power(V x, V& power) {
+  return exp_less_power_in_range(at_most(at_least(x, splat(EXP_LOWEST)), splat(EXP_HIGHEST)), power);
 }
 
 FASTKD_INLINE V exp(V x) {
@@ -128,7 +131,7 @@ FASTKD_INLINE V expm1(V x) {
   return where(x > EXP_HIGHEST, splat(__builtin_inff()), more + (power - 1.0f));
 }
 
-// log(1 + f) for f in [sqrt(1/2) - 1, sqrt(2) - 1]: f - f^2/2 + f^3 P(f), P as in the Cephes library.
+// log(1 + f) for f in [sqrt(1/2) - 1, sqrt(2) - 1]: f + f^2 (f P(f) - 1/2), P as in the Cephes library.
 FASTKD_INLINE V log1p_near_0(V f) {
   V y = f * 7.0376836292e-2f - 1.1514610310e-1f;
   y = y * f + 1.1676998740e-1f;
@@ -138,8 +141,8 @@ FASTKD_INLINE V log1p_near_0(V f) {
   y = y * f + 2.0000714765e-1f;
   y = y * f - 2.4999993993e-1f;
   y = y * f + 3.3333331174e-1f;
-  const V square = f * f;
-  return f + (f * square * y - 0.5f * square);
+  y = y * f - 0.5f;
+  return f + f * f * y;
 }
 
 // log(1 + x) for x in [0, 1].
@@ -173,13 +176,25 @@ FASTKD_INLINE V log_mixture(V log_ratio, V share, V rest) {
   const I above = log_ratio > 0.0f;
   const V lower = where(above, rest, share);
   V power;
-  const V more = exp_less_power<true>(-abs(log_ratio), power);
+  // The clamp comes before the sign: the compiler would turn that of -abs(x) into a comparison and a selection.
+  const V more = exp_less_power_in_range(-at_most(abs(log_ratio), splat(-EXP_LOWEST)), power);
   const V change = lower * (more + (power - 1.0f));
   const V sum = where(above, share, rest) + lower * (more + power);
   const I k = ((I)sum - 0x3f3504f3) >> 23;  // sum = 2^k m with m in [sqrt(1/2), sqrt(2))
   const V m = (V)((I)sum - (k << 23));
   const I near = k == 0;
   return log1p_near_0(where(near, change, m - 1.0f)) + __builtin_convertvector(k, V) * 0.69314718f;
+}
+
+// |p - q| (fastkd/divergences.py). If p and q are close, it is (p + q) tanh(|log_ratio| / 2), and the polynomial (a
+// Chebyshev fit) is within 3e-9 of tanh(x / 2) / x. Apart from that the subtraction is exact to a few units.
+FASTKD_INLINE V distance(V p, V q, V log_ratio) {
+  const V size = abs(log_ratio), square = size * size;
+  V y = square * 3.646007099e-05f - 4.182397679e-04f;
+  y = y * square + 4.165904131e-03f;
+  y = y * square - 4.166660458e-02f;
+  y = y * square + 5.000000000e-01f;
+  return where(size < 0.8f, (p + q) * (size * y), abs(p - q));
 }
 
 FASTKD_INLINE U widen(H x) {
@@ -194,12 +209,14 @@ FASTKD_INLINE U widen(H x) {
 
 FASTKD_INLINE V from_bf16(H x) { return (V)(widen(x) << 16); }
 
-FASTKD_INLINE H to_bf16(V x) {
+// The bits of x as bf16, below 16 zeros. A NaN stays a NaN.
+FASTKD_INLINE U bits_of_bf16(V x) {
   const U bits = (U)x;
   const U rounded = bits + (0x7fff + ((bits >> 16) & 1));  // to nearest, ties to even
-  const U quiet_nan = bits | 0x400000;
-  return __builtin_convertvector((x == x ? rounded : quiet_nan) >> 16, H);
+  return (rounded | (U)(x != x)) >> 16;
 }
+
+FASTKD_INLINE H to_bf16(V x) { return __builtin_convertvector(bits_of_bf16(x), H); }
 
 #if defined(__AVX512F__)
 FASTKD_INLINE V from_fp16(H x) { return (V)_mm512_cvtph_ps((__m256i)x); }
@@ -249,6 +266,32 @@ class FlushSubnormals {
   uint64_t saved_;
 #endif
 };
+
+// Converts two vectors to bf16 and stores them; past the cache if PAST_CACHE, for which the address must be a multiple of
+// the size of a V.
+template <bool PAST_CACHE>
+FASTKD_INLINE void store_bf16(uint16_t* to, V low, V high) {
+#if defined(__AVX2__) && !defined(__AVX512F__)
+  // Instructions that pack work within 128 bits.
+  const __m256i packed = _mm256_packus_epi32((__m256i)bits_of_bf16(low), (__m256i)bits_of_bf16(high));
+  const __m256i ordered = _mm256_permute4x64_epi64(packed, 0xd8);
+  if (PAST_CACHE)
+    _mm256_stream_si256(reinterpret_cast<__m256i*>(to), ordered);
+  else
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), ordered);
+#else
+  const H halves[2] = {to_bf16(low), to_bf16(high)};
+#if defined(__AVX512F__)
+  if (PAST_CACHE) {
+    _mm256_stream_si256(reinterpret_cast<__m256i*>(to), (__m256i)halves[0]);
+    _mm256_stream_si256(reinterpret_cast<__m256i*>(to + LANES), (__m256i)halves[1]);
+    return;
+  }
+#endif
+  store_half(to, halves[0]);
+  store_half(to + LANES, halves[1]);
+#endif
+}
 
 // Stores a vector past the cache. The address must be a multiple of the vector's size.
 FASTKD_INLINE void stream(float* to, V v) {

@@ -101,6 +101,11 @@ FASTKD_INLINE V log_mixture(V log_ratio, V share, V rest) {
   return change > -0.03f ? y * (change * change) + change : ::logf((above ? share : rest) + lower * exp2_of(size * LOG2_E));
 }
 
+// |p - q| as in fastkd/divergences.py.
+FASTKD_INLINE V distance(V p, V q, V log_ratio) {
+  return -((log_ratio > 0 ? p : q) * expm1(-fabsf(log_ratio)));
+}
+
 // log1p(u) for u in [0, 1] is u times a polynomial, interpolated at Chebyshev nodes, with relative error 5e-9 before
 // rounding.
 FASTKD_INLINE V logaddexp(V a, V b) {

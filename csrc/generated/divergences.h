@@ -125,9 +125,8 @@ struct tvd {
   static constexpr bool gradient_is_linear = true;
   static FASTKD_INLINE void eval(V p, V q, V log_p, V log_q, V log_ratio, const float* params_,
                                  float degree_, V& phi_, V& g_, V& h_) {
-    const V size = (((-splat(0.5f)) * where((log_ratio > splat(0.0f)), p, q)) * expm1((-abs(log_ratio))));
     const V sign = (where((log_ratio < splat(0.0f)), splat(1.0f), splat(0.0f)) - where((log_ratio > splat(0.0f)), splat(1.0f), splat(0.0f)));
-    phi_ = size;
+    phi_ = (splat(0.5f) * distance(p, q, log_ratio));
     g_ = ((splat(0.5f) * q) * sign);
     h_ = (((-splat(0.5f)) * p) * sign);
   }

@@ -620,6 +620,11 @@ def _log_mixture(log_ratio: _Symbol, p_share: float, q_share: float) -> _Symbol:
     return _where(change > -0.3, change.apply("log1p"), direct)
 
 
+def _distance(p: _Symbol, q: _Symbol, log_ratio: _Symbol) -> _Symbol:
+    """Compute the same as distance of fastkd.divergences."""
+    return _where(log_ratio > 0.0, p, q) * (-log_ratio.apply("abs")).apply("expm1") * -1.0
+
+
 def _function(operator: str) -> Callable[..., _Symbol]:
     return lambda symbol, *others: symbol.apply(operator, *others)
 
@@ -627,6 +632,7 @@ def _function(operator: str) -> Callable[..., _Symbol]:
 _WORDS = {word: _function(word) for word in VOCABULARY} | {
     "where": _where,
     "log_mixture": _log_mixture,
+    "distance": _distance,
 }
 
 
