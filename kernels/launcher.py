@@ -4,13 +4,14 @@ Triton specialises a kernel for its arguments, so every launch first describes a
 up. With the nested tuples of these kernels, that takes the host longer than the rest of the launch
 (bench/studies/host.py). There are two shortcuts:
 
-- :func:`launch` remembers compiled kernels under a key of its own, :func:`traits`.
-- :func:`replay` repeats the launches of a whole call (:func:`record`) with the addresses of other tensors, if all facts
-  about them are the same. So it builds no arguments.
+- :func:`launch` remembers compiled kernels by a shorter key, which it builds from the :func:`traits` of the arguments.
+- :func:`replay` repeats the launches that :func:`record` remembered for an equal call, with the addresses of the new
+  tensors. A call is equal if all else is the same, and the tensors are aligned alike. The caller prepares no
+  arguments.
 
-Both serve only what Triton would launch as well: :func:`state` returns None if Triton's own path must be taken, for
-example because a profiler has set hooks. Both remember only kernels for NVIDIA GPUs. Triton's other backends
-specialise on more: AMD's on the size of a tensor's memory.
+Both leave the launch to Triton if :func:`state` returns None, for example because a profiler has set hooks. Both
+remember only kernels for NVIDIA GPUs, because Triton's other backends specialise on more. AMD's, for example,
+specialises on the size of a tensor's memory.
 """
 
 from __future__ import annotations
@@ -46,14 +47,14 @@ _lock = threading.Lock()
 
 
 def _is_set(hook: Any) -> bool:
-    """Return whether Triton would call a hook: a function, or a chain with at least one."""
+    """Return whether Triton would call a hook: a function, or a chain of at least one function."""
     return hook is not None and bool(getattr(hook, "calls", True))
 
 
 def state(kernel: Any) -> Hashable:
-    """Return everything but the arguments that Triton compiles and launches a kernel by; None for Triton's own path.
+    """Return what decides, besides the arguments, which compiled kernel is launched; None if Triton must launch.
 
-    The path is Triton's in the interpreter, and if a hook, a patched kernel or AMD's driver has to see the launch.
+    Triton must launch in the interpreter, on AMD GPUs, if a hook is set, and if somebody has replaced the kernel's run.
     """
     if type(kernel) is not JITFunction or torch.version.hip:
         return None
@@ -79,10 +80,11 @@ def state(kernel: Any) -> Hashable:
 
 
 def traits(value: Any) -> Hashable:
-    """Return what a kernel may be compiled for in an argument; arguments with equal traits share a compiled kernel.
+    """Return the properties of an argument that a kernel may be compiled for; equal traits share a compiled kernel.
 
-    This is at least what Triton specialises on for NVIDIA GPUs: dtype and alignment of a tensor, size and divisibility
-    of an integer, whether it is 1, types of all other values, and the values of constants.
+    They include everything that Triton specialises on for NVIDIA GPUs: a tensor's dtype and alignment; whether an
+    integer is 1, is divisible by 16, and fits into 32 or 64 bits; the type of a float or None; and the value of
+    anything else. A tuple has the traits of its parts.
     """
     kind = type(value)
     if kind is int:
@@ -110,7 +112,7 @@ def traits(value: Any) -> Hashable:
 def _key_of(
     kernel: Any, arguments: tuple[Any, ...], options: dict[str, Any]
 ) -> tuple[Hashable, ...] | None:
-    """Return the key of a compiled kernel; None for Triton's own path."""
+    """Return the key of a compiled kernel; None if Triton must launch it."""
     shared = state(kernel)
     if shared is None:
         return None
@@ -149,7 +151,7 @@ class Launched(NamedTuple):
 
 
 def launch(kernel: Any, grid: Grid, arguments: tuple[Any, ...], **options: Any) -> Launched:
-    """Launch a kernel on the current device and stream; the tensors are readable (fastkd.core.tensors)."""
+    """Launch a kernel on the current device and stream; its tensors come from fastkd.core.tensors.readable."""
     key = _key_of(kernel, arguments, options)
     if key is None:
         kernel[grid](*arguments, **options)
@@ -167,7 +169,7 @@ def launch(kernel: Any, grid: Grid, arguments: tuple[Any, ...], **options: Any) 
 
 
 class Replay(NamedTuple):
-    """The launches of a call, for a call with the same facts. Its tensors are those of the call, then its scratch."""
+    """The launches of a call, which an equal call can repeat. Addresses: of the call's tensors, then of its scratch."""
 
     # (the compiled kernel, the grid, the function from the addresses of the tensors to the arguments).
     steps: list[tuple[CompiledKernel, Grid, Callable[[Sequence[int]], tuple[Any, ...]]]]
@@ -193,12 +195,12 @@ def replay(kernel: Any, facts: Hashable, tensors: Sequence[Tensor]) -> tuple[Has
 
     Args:
         kernel: the kernel that the call launches.
-        facts: everything but the tensors that the launches depend on, such as which tensors there are.
-        tensors: all tensors that the kernel reads or writes, except scratch memory. They are readable
-            (fastkd.core.tensors).
+        facts: everything that the launches depend on besides the tensors, such as which optional tensors are given.
+        tensors: all tensors that the kernel reads or writes, except scratch memory. They come from
+            fastkd.core.tensors.readable.
 
     Returns:
-        (key, whether the launches were repeated). The key is for :func:`record`; None if only Triton may launch.
+        (key, whether the launches were repeated). The key is for :func:`record`; None if Triton must launch.
     """
     shared = state(kernel)
     if shared is None:
@@ -226,7 +228,7 @@ def record(
         key: what :func:`replay` returned for this call.
         launches: the launches, in order.
         tensors: as for :func:`replay`.
-        scratch: tensors that the call allocated itself, and that nothing outlives.
+        scratch: tensors that the call allocated itself and needs only until its kernels have run.
     """
     if key is None or any(launched.compiled is None for launched in launches):
         return

@@ -1,8 +1,8 @@
 """Rows that fit in one tile: each logit is read once and stays in registers from the statistics to the gradient.
 
-The results are those of the sweeps (``sweeps.py``), with its functions and its names. As all columns are at hand, the
-maxima come first: no sum is rescaled, and each sum excludes the column of the maximum directly. Columns past the
-vocabulary have z = PAST_END, or -inf where the policy for log 0 applies.
+This module computes what ``sweeps.py`` computes, and uses its functions and names. All columns are in registers, so the
+maxima are computed before the sums. No sum is then rescaled, and each sum can leave out the column of the maximum
+directly. Columns past the vocabulary have z = PAST_END, or -inf where the policy for log 0 applies.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class Tile(NamedTuple):
 
 
 class Terms(NamedTuple):
-    """What the gradients of a tile need."""
+    """The derivatives g and h and the probabilities q and p of a tile's columns."""
 
     g: Any
     h: Any
@@ -76,7 +76,7 @@ def tile_statistics(
     tile, student, teacher, excluded, center, moments, columns, ENTROPY: tl.constexpr, spec,
     LOWEST: tl.constexpr = LOWEST, PAST_END: tl.constexpr = PAST_END,
 ):  # fmt: skip
-    """Return a Partial of all columns; what is None has the meaning that it has in `sweep_statistics`."""
+    """Return a Partial of all columns; an argument that is None means the same as in `sweep_statistics`."""
     lowest: tl.constexpr = -float("inf")
     column = tl.arange(0, spec.BLOCK_V)
     s = _exclude(tile.s, column, excluded, PAST_END)
@@ -176,7 +176,7 @@ def evaluate_row(
     tile, student, teacher, statistics, excluded, degree, parameters, columns, spec,
     PAST_END: tl.constexpr = PAST_END,
 ):  # fmt: skip
-    """Return (Terms, Sums without the argmaxes)."""
+    """Return (Terms, Sums); for a divergence of probabilities, the sums exclude the columns of the two maxima."""
     if statistics.careful:
         # Read again, so that no registers keep for this branch what the other one does not need.
         again = load_tile(student, teacher, columns, spec, -float("inf"))
@@ -204,7 +204,7 @@ def evaluate_row(
 
 @triton.jit
 def _stored_width(width, spec):
-    """Return the width of a gradient, which in aligned rows is a multiple of ADJACENT, so that Triton sees it."""
+    """Return the width of a gradient, a multiple of ADJACENT, in a form that shows Triton that it is a multiple."""
     return width // spec.ADJACENT * spec.ADJACENT
 
 

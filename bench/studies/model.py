@@ -2,17 +2,19 @@
 
     python bench/studies/model.py                  # a table for A100, H100, H200, B200 and MI300X; no GPU is needed
 
-A kernel takes as long as the slower of two things, and a row has a cost of its own on top:
+The time of a kernel is that of its memory traffic or of its instructions, whichever is longer, plus a cost per row:
 
-    time = max(bytes / memory rate, instructions / issue rate) + rows / programs at a time * cycles of a row
+    time = max(bytes / memory rate, instructions / issue rate) + rows / programs at a time * cycles per row / clock
 
 - bytes: every sweep reads both logits, and the last one writes the gradient. A narrow row is read once.
-- instructions: those of the sweeps' loops, counted in the compiled code (instructions.py), for each warp.
-- programs at a time: as many as registers and warps leave room for on all multiprocessors.
+- instructions: each warp executes those of the sweeps' loops, counted in the compiled code (instructions.py). The
+  kernel of a narrow row has no loops: all its instructions count, and there is no cost per row.
+- programs at a time: as many as fit on all multiprocessors, given the registers and warps of a program.
 
 Three numbers were fitted to measurements on an H200 (bench/results/nvidia-h200/): the share of the copy rate that a
-sweep reaches, the share of the issue slots that are used, and the cycles of a row. Clocks and bandwidths of the other
-GPUs are their vendors', and AMD's instructions are not counted. gpu.py has measured times beside predicted ones.
+sweep reaches, the share of the issue slots that are used, and the cycles of a row. Clocks and bandwidths are the
+vendors'. Every GPU is assumed to copy at the same share of its bandwidth as the H200 (COPY_SHARE). AMD's instructions
+are not counted. gpu.py prints measured times beside predicted ones.
 """
 
 from __future__ import annotations
@@ -66,7 +68,7 @@ GPUS = {
 
 
 class Prediction(NamedTuple):
-    """Seconds of a call's kernel, and what takes them."""
+    """The parts of a kernel's predicted time, in seconds."""
 
     memory: float
     issue: float  # 0 for AMD, whose instructions are not counted
@@ -74,7 +76,7 @@ class Prediction(NamedTuple):
 
     @property
     def seconds(self) -> float:
-        """The whole."""
+        """The time of the kernel."""
         return max(self.memory, self.issue) + self.rows
 
     @property
