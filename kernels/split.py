@@ -67,7 +67,7 @@ WIDE = 256 << 10
 def plan(rows: int, row_bytes: int, sweeps: int, device: Device | None) -> Plan | None:
     """Choose how programs share rows of row_bytes (both sides) that are read `sweeps` times; None: one program per row.
 
-    The figures come from a model; none has been timed.
+    The figures come from a model; none has been tuned on a GPU.
 
     Few rows. A program has one tile of each side in flight, about 8 KB, and waits 0.7 us for it. That is 12 GB/s, or
     44 us per sweep over 128,256 columns in bfloat16. With fewer rows than multiprocessors, the other multiprocessors
