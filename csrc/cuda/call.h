@@ -26,9 +26,7 @@ struct Call : Loss {
   int ranks = 1;            // blocks per row
   int threads = 1;          // threads per block
   int slice = 0, stage = 0;  // columns per block, and per stage of a block
-  int stages = 1;            // per block
   bool needs_minima = false;
-  bool alike = false;  // both sides have one dtype, and each row lies equally far from a multiple of PIECE in both
 };
 
 }  // namespace fastkd::cuda

@@ -12,31 +12,24 @@
 
 namespace fastkd::cuda {
 
-// Computes and writes the value of a row: first without the policy for log 0, then with it if the first attempt is not
-// finite. While one thread turns statistics into the value, meanwhile() is called by all others.
-template <class Kind, class Function>
-FASTKD_DEVICE void compute_value(Block& block, Kind& kind, Function meanwhile) {
+// Computes the value of a row: first without the policy for log 0, then with it if the first attempt is not finite.
+template <class Kind>
+FASTKD_DEVICE void compute_value(Block& block, Kind& kind) {
   RowState& row = block.row();
   kind.prepare();
-  if (block.call.shard.step == Step::statistics) {
-    meanwhile();
-    return sync_block();
-  }
+  if (block.call.shard.step == Step::statistics) return;
 #pragma unroll 1
   for (int policy = 0; policy < 2; ++policy) {
     if (kind.has_statistics()) {
-      if (!kind.statistics_are_known())
-        block.merge(policy ? kind.template statistics<true>() : kind.template statistics<false>());
-      if (block.is_in_first_warp()) {
-        kind.finish_sides();
-        sync_warp();
-        if (block.leads()) kind.finish_phase();
+      if (!kind.statistics_are_known()) {
+        const Statistics all =
+            block.merged(policy ? kind.template statistics<true>() : kind.template statistics<false>());
+        if (block.leads()) row.statistics = all;
       }
+      if (block.leads()) kind.finish_phase();
     } else if (block.leads()) {
       row.finite = true;
     }
-    if (block.leads() && row.finite && block.call.closed_form) kind.finish_row();
-    if (!policy) meanwhile();
     sync_block();
     if (row.finite && !block.call.closed_form) {
       // merged() synchronizes, too: finish_phase writes row.finite, which other warps may not have read yet.
@@ -44,10 +37,7 @@ FASTKD_DEVICE void compute_value(Block& block, Kind& kind, Function meanwhile) {
       const Sums all = kind.sums_are_known()
                            ? row.sums
                            : block.merged(policy ? kind.template sums<true>() : kind.template sums<false>());
-      if (block.leads()) {
-        kind.finish_phase(all);
-        if (row.finite) kind.finish_row();
-      }
+      if (block.leads()) kind.finish_phase(all);
       sync_block();
     }
     if (row.finite) break;
@@ -57,12 +47,9 @@ FASTKD_DEVICE void compute_value(Block& block, Kind& kind, Function meanwhile) {
   }
 }
 
-template <class Function>
-FASTKD_DEVICE void compute_value(Block& block, DenseShard& kind, Function meanwhile) {
+FASTKD_DEVICE void compute_value(Block& block, DenseShard& kind) {
   const ShardStatistics all = block.merged(kind.shard_statistics());
   if (block.leads() && block.place.rank == 0) store_partial(block.call, block.row(), all);
-  meanwhile();
-  sync_block();
 }
 
 // Writes the gradients, and fetches the stages of the next row. A block's gradients go directly to device memory if
@@ -77,7 +64,7 @@ FASTKD_DEVICE void write_gradients(Block& block, Kind& kind, bool more) {
   };
   kind.start_gradients(to(0));
 #pragma unroll 1
-  for (int stage = 0; stage < call.stages; ++stage) {
+  for (int stage = 0; stage < STAGES; ++stage) {
     const Range range = block.range(stage);
     if (block.device_slices().gradients[0] || block.device_slices().gradients[1])
       kind.gradient(range, stage, to(0).stage(stage), to(1).stage(stage));
@@ -95,7 +82,7 @@ FASTKD_DEVICE void write_gradients(Block& block, Kind& kind, bool more) {
     if (more) {
       order_before_copies();
       sync_block();
-      if (block.is_in_first_warp()) block.fetch(1, stage);
+      block.fetch(1, stage);
     }
   }
 }
@@ -104,25 +91,25 @@ FASTKD_DEVICE void write_gradients(Block& block, Kind& kind, bool more) {
 template <class Kind>
 FASTKD_DEVICE void run(const Call& call, char* memory) {
   Block block(call, memory);
-  if (block.leads()) block.open_kept<Kind>(block.first_row(), 0);
+  const int64_t first = block.first_row();
+  if (first >= call.rows) return;
+  if (block.leads()) block.open<Kind>(first, 0);
   sync_block();
-  block.write_dropped_rows(block.first_row(), block.next_row());
-  const bool any = block.has_next_row();
-  sync_block();  // before a thread that is ahead opens the row after the first one
-  if (!any) return;
-  if (block.is_in_first_warp())
 #pragma unroll 1
-    for (int stage = 0; stage < call.stages; ++stage) block.fetch(0, stage);
+  for (int stage = 0; stage < STAGES; ++stage) block.fetch(0, stage);
   Kind kind{block};
 #pragma unroll 1
   for (bool more = true; more; block.advance()) {
+    sync_block();
     store_zeros(call, block.place, call.student_gradient, block.row().row, true);
     store_zeros(call, block.place, call.teacher_gradient, block.row().row, true);
-    compute_value(block, kind, [&] {  // the row's number stays in shared memory, because the loops need the registers
-      if (block.place.thread == call.threads - 1) block.open_kept<Kind>(block.row_after(block.row().row), 1);
-    });
-    block.write_dropped_rows(block.row_after(block.row().row), block.next_row());
-    more = block.has_next_row();
+    const int64_t next = block.row_after(block.row().row);
+    more = next < call.rows;
+    if (more && block.place.thread == call.threads - 1)
+      block.open<Kind>(next, 1);  // while other threads wait for copies
+    compute_value(block, kind);
+    if (block.leads()) kind.finish_row();
+    sync_block();
     write_gradients(block, kind, more);
   }
 }

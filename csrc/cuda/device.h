@@ -35,9 +35,6 @@ FASTKD_DEVICE Part from_lane_above(const Part& mine, int step) {
   return other;
 }
 
-// The value of the lane whose number differs in the bit `step`.
-FASTKD_DEVICE float from_lane_across(float mine, int step) { return __shfl_xor_sync(~0u, mine, step); }
-
 template <class Part>
 FASTKD_DEVICE Part from_first_lane(const Part& mine) {
   Part other;

@@ -10,14 +10,11 @@ FASTKD_INLINE double log_of_sum(double rest, double max_count) { return logarith
 
 FASTKD_PER_ROW void set_softmax(Side& side, float max, double rest, double max_count) {
   const Origin origin(max, side.rate);
-  const double sum = rest + max_count, low = origin.low * LN_2_EXACT;
-  side.log_sum = log_of_sum(rest, max_count);
-  side.inverse = 1 / sum;
-  const double offset = -side.log_sum - low;
+  const double sum = rest + max_count, low = origin.low * LN_2_EXACT, offset = -log_of_sum(rest, max_count) - low;
   side.max = finite_max(max);
   side.origin = origin.high;
   side.is_far = origin.is_far;
-  side.inverse_sum = float((1 + double(expm1(float(-low)))) * side.inverse);
+  side.inverse_sum = float((1 + double(expm1(float(-low)))) / sum);
   side.threshold = float(NEGLIGIBLE * sum);
   side.offset = float(offset);
   side.offset_low = finite(side.offset) ? float(offset - side.offset) : 0;
@@ -35,7 +32,7 @@ FASTKD_INLINE void set_log_ratio(RowState& row, double log_quotient) {
   const bool close = row.student.unit == row.teacher.unit && fabs(direct) < CLOSE_LOGITS;
   row.s_origin = close ? 0 : row.student.max;
   row.t_origin = close ? 0 : row.teacher.max;
-  row.unit_ratio = row.student.unit == row.teacher.unit ? 1 : float(row.teacher.unit / unit);
+  row.unit_ratio = float(row.teacher.unit / unit);
   const double offset = close ? direct : log_quotient;
   row.log_ratio_high = float(offset);
   row.log_ratio_low = finite(row.log_ratio_high) ? float(offset - row.log_ratio_high) : 0;
@@ -53,7 +50,7 @@ FASTKD_PER_ROW void set_sure_columns(const Call& call, RowState& row) {
   t = {is_sure(all.t_max_count, all.t_exp_sum), 0, all.t_exp_sum, LN_2_EXACT * all.s_at_t_max, 0};
   s.z = s.exists ? all.s_max : NAN;
   t.z = t.exists ? all.t_max : NAN;
-  if (!call.closed_form || !(s.exists || t.exists)) return;
+  if (!call.closed_form) return;
   const SureSums sums = {s.rest,
                          t.rest,
                          s.rest + all.s_max_count,
@@ -96,19 +93,16 @@ FASTKD_INLINE bool logs_overflow(const RowState& row) {
                                   (all.t_min - row.teacher.max) * row.teacher.rate == -INF);
 }
 
-// Computes the softmax of a side from the statistics of the whole row. Two threads compute those of both sides at once.
-FASTKD_INLINE void finish_side(RowState& row, bool of_teacher) {
+// Turns the statistics of the whole row into what later phases need. The row must be in shared memory: this function is
+// not inlined, so a row in registers would first be spilled to the stack in device memory.
+FASTKD_PER_ROW void finish_statistics(const Call& call, RowState& row) {
   const Statistics& all = row.statistics;
-  set_softmax(of_teacher ? row.teacher : row.student, of_teacher ? all.t_max : all.s_max,
-              of_teacher ? all.t_exp_sum : all.s_exp_sum, of_teacher ? all.t_max_count : all.s_max_count);
-}
-
-// Turns the statistics of the whole row and both softmaxes into what later phases need. The row must be in shared memory:
-// this function is not inlined, so a row in registers would first be spilled to the stack in device memory.
-FASTKD_PER_ROW void finish_moments(const Call& call, RowState& row) {
-  const Statistics& all = row.statistics;
-  const double s_log_sum = row.student.log_sum, t_log_sum = row.teacher.log_sum;
-  const double s_inverse = row.student.inverse, t_inverse = row.teacher.inverse;
+  set_softmax(row.student, all.s_max, all.s_exp_sum, all.s_max_count);
+  set_softmax(row.teacher, all.t_max, all.t_exp_sum, all.t_max_count);
+  const double s_log_sum = log_of_sum(all.s_exp_sum, all.s_max_count);
+  const double t_log_sum = log_of_sum(all.t_exp_sum, all.t_max_count);
+  const double s_inverse = 1 / (double(all.s_exp_sum) + all.s_max_count);
+  const double t_inverse = 1 / (double(all.t_exp_sum) + all.t_max_count);
   set_entropies(call, row, s_log_sum, s_inverse);
   set_log_ratio(row, s_log_sum - t_log_sum);
   const MeanMoments means = {LN_2_EXACT * (double(all.forward) - all.s_at_t_max) * t_inverse,
@@ -126,12 +120,6 @@ FASTKD_PER_ROW void finish_moments(const Call& call, RowState& row) {
   const bool infinite = all.s_max == INF || all.t_max == INF ||
                         (has_label_term(call) && (row.z_label == INF || row.t_label == INF));
   if (call.normalized && call.alpha != 0 && (infinite || log_sums != log_sums)) row.weight = NAN;
-}
-
-FASTKD_INLINE void finish_statistics(const Call& call, RowState& row) {
-  finish_side(row, false);
-  finish_side(row, true);
-  finish_moments(call, row);
 }
 
 // Computes the label term from the sums of the other tokens' exponentials.

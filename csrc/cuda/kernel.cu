@@ -25,7 +25,6 @@ __global__ void __launch_bounds__(MOST_THREADS, 1) kd_kernel(const __grid_consta
 __global__ void __launch_bounds__(1024) total_kernel(const __grid_constant__ Call call) {
   __shared__ double parts[1024];
   double mine = 0;
-#pragma unroll 8  // so many loads are under way at a time
   for (int64_t i = threadIdx.x; i < call.rows; i += blockDim.x) mine += call.loss[i];
   parts[threadIdx.x] = mine;
   for (int step = blockDim.x / 2; step > 0; step /= 2) {

@@ -25,8 +25,7 @@ struct Dense {
   Block& block;
 
   FASTKD_DEVICE void prepare() {
-    // Without the sweep for maxima, no other sweep waits for the copies.
-    if (!has_statistics() || statistics_are_known()) block.each_stage([](Range, int) {});
+    if (block.call.shard.step == Step::results) block.each_stage([](Range, int) {});
   }
 
   FASTKD_DEVICE bool has_statistics() const { return needs_statistics(block.call, block.row()); }
@@ -45,27 +44,21 @@ struct Dense {
     }
     Sweep<LOG_0, false> sweep(row, max, LOG_0 ? block.warp_maxima() : local.maxima());
     sweep.sum.s_min = local.s_min, sweep.sum.t_min = local.t_min;
-    block.each_range([&](Range range, int stage) {
+    block.each_stage([&](Range range, int stage) {
       add_statistics(sweep, block.call, row, block.place, range, block.slice(0).stage(stage),
                      block.slice(1).stage(stage));
     });
     return sweep.result();
   }
 
-  FASTKD_DEVICE void finish_sides() {
-    if (block.place.thread < 2) finish_side(block.row(), block.place.thread);
-  }
   FASTKD_DEVICE void finish_phase() {
-    const Call& call = block.call_in_shared_memory();
-    finish_moments(call, block.row());
+    finish_statistics(block.call, block.row());
     const Statistics& all = block.row().statistics;
-    if (has_label_term(call))
-      finish_label_term(call, block.row(), all.s_exp_sum + all.s_max_count, all.t_exp_sum + all.t_max_count,
+    if (has_label_term(block.call))
+      finish_label_term(block.call, block.row(), all.s_exp_sum + all.s_max_count, all.t_exp_sum + all.t_max_count,
                         all.s_exp_sum_t1 + all.s_max_count, all.t_exp_sum_t1 + all.t_max_count);
   }
-  FASTKD_DEVICE void finish_phase(const Sums& all) {
-    finish_sums<Divergence>(block.call_in_shared_memory(), block.row(), all);
-  }
+  FASTKD_DEVICE void finish_phase(const Sums& all) { finish_sums<Divergence>(block.call, block.row(), all); }
 
   template <bool LOG_0>
   FASTKD_DEVICE Sums sums() {
@@ -75,7 +68,7 @@ struct Dense {
   template <bool LOG_0, bool WITH_H>
   FASTKD_DEVICE Sums sums() {
     Sums local{0, 0, 0};
-    block.each_range([&](Range range, int stage) {
+    block.each_stage([&](Range range, int stage) {
       add_sums<Divergence, LOG_0, WITH_H>(local, block.call, block.row(), block.place, range, block.warp_maxima(),
                                           block.slice(0).stage(stage), block.slice(1).stage(stage));
     });
@@ -84,9 +77,9 @@ struct Dense {
 
   FASTKD_DEVICE void finish_row() {
     if (block.call.shard.step != Step::sums)
-      write_value(block.call_in_shared_memory(), block.row(), block.place.rank);
+      write_value(block.call, block.row(), block.place.rank);
     else if (block.place.rank == 0)
-      store_partial_sums(block.call_in_shared_memory(), block.row());
+      store_partial_sums(block.call, block.row());
   }
   FASTKD_DEVICE void start_gradients(const Slice&) {}
 
@@ -115,7 +108,7 @@ struct DenseShard {
     Sweep<false, true> sweep(block.row(), block.common(local.maxima()), local.maxima());
     sweep.sum.s_min = local.s_min, sweep.sum.t_min = local.t_min;
     ShardStatistics all{{}, -INF, -INF};
-    block.each_range([&](Range range, int stage) {
+    block.each_stage([&](Range range, int stage) {
       add_shard_statistics(sweep, all, block.call, block.row(), block.place, range, block.slice(0).stage(stage),
                            block.slice(1).stage(stage));
     });
@@ -152,7 +145,7 @@ struct Sparse {
       add_sweep_extremes(extremes, call, row, block.place, range, block.slice(0).stage(stage), bits);
     });
     Sweep<true, false> sweep(row, block.common(extremes.max), extremes.max);
-    block.each_range([&](Range range, int stage) {
+    block.each_stage([&](Range range, int stage) {
       add_sweep(sweep, call, row, block.place, range, block.slice(0).stage(stage), bits);
     });
     local.sweep = sweep.result();
@@ -160,9 +153,9 @@ struct Sparse {
     const SparseStatistics all = block.merged(local);
     if (block.leads()) {
       if (call.shard.step == Step::all)
-        finish_sweep(block.call_in_shared_memory(), row, all);
+        finish_sweep(call, row, all);
       else if (block.place.rank == 0)
-        store_partial(block.call_in_shared_memory(), row, all);
+        store_partial(call, row, all);
     }
     sync_block();
   }
@@ -188,11 +181,8 @@ struct Sparse {
     return sweep.result();
   }
 
-  FASTKD_DEVICE void finish_sides() {}
-  FASTKD_DEVICE void finish_phase() { finish_events(block.call_in_shared_memory(), block.row()); }
-  FASTKD_DEVICE void finish_phase(const Sums& all) {
-    finish_event_sums(block.call_in_shared_memory(), block.row(), all);
-  }
+  FASTKD_DEVICE void finish_phase() { finish_events(block.call, block.row()); }
+  FASTKD_DEVICE void finish_phase(const Sums& all) { finish_event_sums(block.call, block.row(), all); }
 
   template <bool LOG_0>
   FASTKD_DEVICE Sums sums() {
@@ -200,12 +190,11 @@ struct Sparse {
   }
 
   FASTKD_DEVICE void finish_row() {
-    const Call& call = block.call_in_shared_memory();
-    if (call.shard.step == Step::statistics) return;
+    if (block.call.shard.step == Step::statistics) return;
     if (block.row().tail.teacher_lists_no_token) block.row().phi = 0;
     if (block.row().tail.teacher_is_invalid) block.row().phi = NAN;
-    write_value(call, block.row(), block.place.rank);
-    finish_tail(call, block.row());
+    write_value(block.call, block.row(), block.place.rank);
+    finish_tail(block.call, block.row());
   }
 
   FASTKD_DEVICE void start_gradients(const Slice& to) {

@@ -81,7 +81,6 @@ py::object layout_of_a_row(int64_t vocabulary, int student_dtype, int teacher_dt
   call.teacher.dtype = static_cast<Dtype>(teacher_dtype);
   if (!plan(call, shared)) return py::none();
   widen(call, multiprocessors);
-  narrow(call, shared, multiprocessors);
   return py::make_tuple(call.ranks, call.threads, call.slice);
 }
 

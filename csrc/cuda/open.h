@@ -11,7 +11,6 @@ FASTKD_INLINE bool needs_statistics(const Call& call, const RowState& row) {
 }
 
 FASTKD_PER_ROW void open_side(const Rows& rows, const Tempering& tempering, int64_t row, Side& side, float& weight) {
-  side.log_sum = side.inverse = 0;
   side.threshold = side.max = side.origin = 0;
   side.is_far = false;
   side.dtype = rows.dtype;
@@ -58,10 +57,15 @@ FASTKD_INLINE int label_column_in_slice(const Call& call, const RowState& row, i
   return has_label_term(call) && column >= 0 && column < columns_in_slice(call, rank) ? int(column) : NOWHERE;
 }
 
-// Sets what all rows share unless temperatures differ.
-FASTKD_PER_ROW void open_options(const Call& call, int64_t index, RowState& row) {
+FASTKD_PER_ROW void open_row(const Call& call, int64_t index, RowState& row) {
   row.flags = 0;
+  row.log_0_policy = false;
+  row.row = index;
+  row.label = call.labels ? call.labels[index] : -1;
+  row.weight = call.weight ? call.weight[index] : 1;
   row.with_labels = call.labels && (call.alpha < 1 || call.target == Target::label);
+  row.phi = row.g = row.h = row.cross_entropy = row.entropy = 0;
+  row.z_label = row.t_label = row.pivot = 0;
   row.label_term = {};
   row.s_sure = row.t_sure = {false, NAN, 0, 0, 0};
   open_side(call.student, call.student_tempering, index, row.student, row.weight);
@@ -72,6 +76,17 @@ FASTKD_PER_ROW void open_options(const Call& call, int64_t index, RowState& row)
   row.rate_t1 = float(row.unit_t1 * LOG2_E_EXACT);
   row.teacher_unit_t1 = unit_at_t1(call.teacher_tempering);
   row.teacher_rate_t1 = float(row.teacher_unit_t1 * LOG2_E_EXACT);
+  if (row.with_labels || has_label_term(call)) {
+    if (row.label < 0 || row.label >= call.shard.total) {
+      row.weight = NAN;
+      row.label = 0;
+    }
+    row.label -= call.shard.first;  // column within this vocabulary shard, if it is there
+    const bool look = label_is_here(call, row) && !statistics_are_exchanged(call);
+    row.z_label = look ? z_at(call, call.student, row.student, index, row.label) : -INF;
+    if (has_label_term(call)) row.t_label = look ? z_at(call, call.teacher, row.teacher, index, row.label) : -INF;
+    row.pivot = finite_max(row.z_label);
+  }
   if (row.with_labels) {
     if (row.student.temperature != 1) row.flags |= EXP_SUM_T1;
     if (call.label_smoothing > 0) row.flags |= CENTERED_SUM;
@@ -84,31 +99,6 @@ FASTKD_PER_ROW void open_options(const Call& call, int64_t index, RowState& row)
   }
   if (call.student_entropy) row.flags |= ENTROPY;
   if (call.needs_minima) row.flags |= MINIMA;
-}
-
-// Opens a row in a place that may hold an earlier row of the same call.
-FASTKD_PER_ROW void open_row(const Call& call, int64_t index, RowState& row) {
-  row.weight = call.weight ? call.weight[index] : 1;
-  const auto same = [](const Tempering& tempering) { return !tempering.per_row && float(tempering.temperature) > 0; };
-  const bool same_options = same(call.student_tempering) && same(call.teacher_tempering) && !has_label_term(call);
-  if (!row.has_options || !same_options) open_options(call, index, row);
-  row.has_options = true;
-  row.log_0_policy = false;
-  row.row = index;
-  row.label = call.labels ? call.labels[index] : -1;
-  row.phi = row.g = row.h = row.cross_entropy = row.entropy = 0;
-  row.z_label = row.t_label = row.pivot = 0;
-  if (row.with_labels || has_label_term(call)) {
-    if (row.label < 0 || row.label >= call.shard.total) {
-      row.weight = NAN;
-      row.label = 0;
-    }
-    row.label -= call.shard.first;  // column within this vocabulary shard, if it is there
-    const bool look = label_is_here(call, row) && !statistics_are_exchanged(call);
-    row.z_label = look ? z_at(call, call.student, row.student, index, row.label) : -INF;
-    if (has_label_term(call)) row.t_label = look ? z_at(call, call.teacher, row.teacher, index, row.label) : -INF;
-    row.pivot = finite_max(row.z_label);
-  }
 }
 
 FASTKD_PER_ROW void write_dropped_row(const Call& call, int64_t row, Place place) {

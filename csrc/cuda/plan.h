@@ -10,7 +10,7 @@ namespace fastkd::cuda {
 
 constexpr int VECTOR = 8;        // columns that a thread processes at a time: 16 bytes of bf16
 constexpr int PIECE = 16;        // bytes; the copy engine moves whole pieces at multiples of this
-constexpr int MOST_STAGES = 4;   // parts of a slice, at most; a finished part is replaced by the next row's
+constexpr int STAGES = 4;        // parts of a slice; a finished part is replaced by the next row's
 constexpr int PORTABLE_RANKS = 8, MOST_RANKS = 16;  // of every device with clusters; of H100 and B200
 constexpr int MOST_THREADS = 512;
 // Bytes of shared memory that one block may have on H100 and B200. Other devices have less.
@@ -21,7 +21,7 @@ inline int size_of(Dtype dtype) { return dtype == Dtype::f32 ? 4 : 2; }
 
 // Bytes of one side's slice, with room for the alignment of the row, which is not always a multiple of PIECE.
 inline int64_t slice_bytes(const Call& call, Dtype dtype) {
-  return int64_t(call.slice) * size_of(dtype) + MOST_STAGES * PIECE;
+  return int64_t(call.slice) * size_of(dtype) + STAGES * PIECE;
 }
 
 // Bytes of shared memory per block. A sparse teacher has one bit per column, which marks the listed tokens.
@@ -36,8 +36,7 @@ inline void spread_over(Call& call, int ranks) {
   call.slice = int(vectors < MOST_SHARED ? vectors * VECTOR : MOST_SHARED);  // so many do not fit
   while (call.threads > 32 && call.threads / 2 >= vectors) call.threads /= 2;
   const int round = call.threads * VECTOR, rounds = (call.slice + round - 1) / round;
-  call.stages = rounds > 4 ? 2 : 1;  // the code between two stages takes as long as some vectors
-  call.stage = (rounds + call.stages - 1) / call.stages * round;
+  call.stage = (rounds + STAGES - 1) / STAGES * round;
 }
 
 constexpr int LEAST_SLICE = 2048;  // columns: one vector per thread of a block
@@ -46,17 +45,6 @@ constexpr int LEAST_SLICE = 2048;  // columns: one vector per thread of a block
 inline void widen(Call& call, int64_t multiprocessors) {
   while (call.ranks < PORTABLE_RANKS && call.rows * call.ranks * 2 <= multiprocessors && call.slice >= 2 * LEAST_SLICE)
     spread_over(call, call.ranks * 2);
-}
-
-// Gives blocks fewer threads where shared memory has room for more blocks: a multiprocessor then has the same number of
-// threads, but more rows at a time, and one row's exchanges take place while others are swept.
-inline void narrow(Call& call, int64_t shared, int64_t multiprocessors) {
-  const int64_t blocks = (shared + 1024) / (shared_bytes(call) + 1024);
-  while (multiprocessors && call.threads > 32 && call.threads / 2 * blocks >= MOST_THREADS &&
-         call.rows * call.ranks * call.threads >= multiprocessors * MOST_THREADS) {
-    call.threads /= 2;
-    spread_over(call, call.ranks);
-  }
 }
 
 // Sets ranks, threads, slice and stage for a device whose blocks have up to `shared` bytes of shared memory, with at most
@@ -97,7 +85,6 @@ int64_t plan_for_device(Call& call, int64_t shared, int64_t multiprocessors, Clu
                      " blocks with " + std::to_string(shared >> 10) + " KB each");
   const int preferred = call.ranks;
   widen(call, multiprocessors);
-  narrow(call, shared, multiprocessors);
   for (;;) {
     if (const int64_t clusters = clusters_of(call)) return clusters;
     if (call.ranks == 1 || !plan(call, shared, call.ranks / 2))

@@ -4,7 +4,7 @@
 // phases of a row, and the headers that compute them:
 //
 //   open.h         reads the row's options
-//   slice.h        copies a slice: the copy engine moves whole pieces, a warp copies the edges
+//   slice.h        copies a slice: the copy engine moves whole pieces, threads copy the edges
 //   statistics.h   computes a thread's maxima, sums of exponentials and moments; they are merged over threads and blocks
 //   finish.h       computes what follows from the statistics of the whole row
 //   sums.h         sums phi, g and h if there is no closed form; merged likewise
@@ -32,12 +32,6 @@ inline void prepare(Call& call) {
   if (call.ids && call.tail == Tail::truncate) call.closed_form = false;  // its sums cover only part of the row
   if (call.shard.step == Step::results && !call.student_gradient.data && !call.teacher_gradient.data)
     call.vocabulary = 0;  // everything else is already known
-  const int size = size_of_element(call.student.dtype);
-  const auto same_skew = [&](int64_t gap) { return gap * size % PIECE == 0; };
-  call.alike = !call.ids && call.student.dtype == call.teacher.dtype &&
-               skew_of(call.student.data) == skew_of(call.teacher.data);
-  for (int d = 0; d < call.dimensions; ++d)
-    call.alike = call.alike && same_skew(call.student.strides[d] - call.teacher.strides[d]);
   call.needs_minima = call.closed_form && (logs || call.shard.step != Step::all);
 }
 

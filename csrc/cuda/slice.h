@@ -20,21 +20,15 @@ struct Place {
 
 FASTKD_INLINE int size_of_element(Dtype dtype) { return dtype == Dtype::f32 ? 4 : 2; }
 
-// Offset of a row, in elements, if the leading dimensions are not one.
-FASTKD_PER_ROW int64_t offset_over_dimensions(const Call& call, const Rows& rows, int64_t row) {
+// Address of a row's first column; null if the tensor is not given.
+FASTKD_PER_ROW char* row_address(const Call& call, const Rows& rows, int64_t row) {
+  if (!rows.data) return nullptr;
   int64_t offset = 0;
 #pragma unroll 1
   for (int d = call.dimensions; d-- > 0;) {
     offset += row % call.sizes[d] * rows.strides[d];
     row /= call.sizes[d];
   }
-  return offset;
-}
-
-// Address of a row's first column; null if the tensor is not given. Rows of one dimension need no division.
-FASTKD_INLINE char* row_address(const Call& call, const Rows& rows, int64_t row) {
-  if (!rows.data) return nullptr;
-  const int64_t offset = call.dimensions <= 1 ? row * rows.strides[0] : offset_over_dimensions(call, rows, row);
   return rows.data + offset * size_of_element(rows.dtype);
 }
 
@@ -46,22 +40,21 @@ struct Range {
 // A block's slice of a row, and one stage of that slice.
 FASTKD_INLINE int64_t first_column(const Call& call, int rank) { return int64_t(rank) * call.slice; }
 FASTKD_INLINE int columns_in_slice(const Call& call, int rank) {
-  const int rest = int(call.vocabulary) - rank * call.slice;  // a row that fits on chip has far fewer columns than 2^31
-  return rest < 0 ? 0 : rest < call.slice ? rest : call.slice;
+  const int64_t rest = call.vocabulary - first_column(call, rank);
+  return int(rest < 0 ? 0 : rest < call.slice ? rest : call.slice);
 }
 // With `shift`, stages after the first begin so many columns earlier: where a row lies so many columns past a multiple of
 // PIECE, they then begin at one.
 FASTKD_INLINE Range stage_range(const Call& call, int rank, int stage, int shift) {
   const int columns = columns_in_slice(call, rank), end = (stage + 1) * call.stage - shift;
-  const int first = stage ? end - call.stage : 0, last = stage == call.stages - 1 ? columns : end;
+  const int first = stage ? end - call.stage : 0, last = stage == STAGES - 1 ? columns : end;
   const auto inside = [&](int column) { return column < 0 ? 0 : column < columns ? column : columns; };
   return {inside(first), inside(last)};
 }
 
 // A block's part of a row, in shared or in device memory. In shared memory, the alignments of successive rows may
 // differ by almost a piece; the gap between stages keeps a stage of one row from overlapping the adjacent stages of
-// another. Where both sides lie alike, stages begin at the same multiples of PIECE in every row (stage_range) and need no
-// gap, so that a slice is one range of columns.
+// another.
 struct Slice {
   char* memory;
   int gap;
@@ -75,10 +68,10 @@ FASTKD_INLINE int skew_of(const char* memory) { return int(reinterpret_cast<uint
 // Where the whole pieces in a range of bytes begin and end, as offsets in bytes. The copy engine moves them; the edges
 // before and after are shorter than a piece.
 struct Pieces {
-  int first, last;
+  int64_t first, last;
 };
-FASTKD_INLINE Pieces whole_pieces(const char* memory, int bytes) {
-  const int first = (PIECE - skew_of(memory)) % PIECE;
+FASTKD_INLINE Pieces whole_pieces(const char* memory, int64_t bytes) {
+  const int64_t first = (PIECE - skew_of(memory)) % PIECE;
   if (first >= bytes) return {bytes, bytes};
   return {first, first + (bytes - first) / PIECE * PIECE};
 }
@@ -92,9 +85,9 @@ FASTKD_INLINE void copy_element(char* to, const char* from, int element_size) {
     *reinterpret_cast<uint16_t*>(to) = *reinterpret_cast<const uint16_t*>(from);
 }
 
-// This thread's share of the edges, which a warp copies: at most one element per thread.
-FASTKD_INLINE void copy_edges(Place place, char* to, const char* from, Pieces pieces, int bytes, int element_size) {
-  int at = place.thread * element_size;
+// This thread's share of the edges: at most one element per thread.
+FASTKD_INLINE void copy_edges(Place place, char* to, const char* from, Pieces pieces, int64_t bytes, int element_size) {
+  int64_t at = int64_t(place.thread) * element_size;
   if (at >= pieces.first) at += pieces.last - pieces.first;
   if (at < bytes) copy_element(to + at, from + at, element_size);
 }

@@ -38,7 +38,6 @@ struct Side {
   float inverse_sum;         // 2^exponent * inverse_sum is a probability
   float offset, offset_low;  // log probability = ln(2) exponent + offset + offset_low
   float threshold;           // an exponential below it has a negligible probability
-  double log_sum, inverse;   // the logarithm of the sum of exponentials, and one over the sum
 
   FASTKD_INLINE bool identity() const { return softcap == 0 && sign == 1; }  // whether z is the logit
   FASTKD_INLINE V z(V logit) const { return softcap == 0 ? sign * logit : softcap * tanh(gain * logit); }
@@ -76,11 +75,6 @@ struct Statistics {
   float t_at_s_max, s_at_t_max;    // sum of x_t over the student's maxima, of x_s over the teacher's
 };
 
-// How many fields there are. Merged, the first ones are the smallest ones of all parts, which have the same maxima; the
-// others are sums.
-constexpr int STATISTICS_FIELDS = sizeof(Statistics) / sizeof(float), EXTREMES_FIELDS = 4;
-constexpr int SUMMED_FIELDS = STATISTICS_FIELDS - EXTREMES_FIELDS;
-
 struct Sums {
   float phi, g, h;  // h is 0 if no teacher's gradient is wanted
 };
@@ -102,7 +96,6 @@ enum class Vectors {
 };
 
 struct RowState {
-  bool has_options;  // whether this place holds the options of a call, which all rows share (open.h)
   bool with_labels, log_0_policy, finite;  // log_0_policy: the row is computed again, with the policy for log 0
   Vectors vectors;
   int shift;  // columns from a multiple of PIECE to the first one, if both sides lie alike; else 0

@@ -36,7 +36,6 @@ FASTKD_INLINE SparseStatistics merge(const SparseStatistics& a, const SparseStat
 }
 
 FASTKD_PER_ROW void open_topk_row(const Call& call, int64_t index, RowState& row) {
-  row.has_options = false;  // what follows changes them
   open_row(call, index, row);
   row.tail.event_flags = row.flags & (FORWARD | REVERSE | CROSS | MINIMA);
   row.flags &= EXP_SUM_T1 | CENTERED_SUM | ENTROPY;

@@ -178,19 +178,15 @@ FASTKD_INLINE void store_one(char* memory, Dtype dtype, int64_t column, float va
     reinterpret_cast<uint16_t*>(memory)[column] = dtype == Dtype::bf16 ? to_bf16(value) : to_fp16(value);
 }
 
-FASTKD_PER_ROW void store_some_zeros(const Call& call, Place place, const Rows& rows, int64_t row, bool padding_alone) {
+// Zeroes this thread's share of a dropped row, or of a kept row's padding past the vocabulary.
+FASTKD_PER_ROW void store_zeros(const Call& call, Place place, const Rows& rows, int64_t row, bool padding_alone) {
+  if (!rows.data || (padding_alone && rows.width == call.vocabulary)) return;
   char* memory = row_address(call, rows, row);
   const int64_t step = int64_t(call.ranks) * call.threads;
 #pragma unroll 1
   for (int64_t i = int64_t(place.rank) * call.threads + place.thread + (padding_alone ? call.vocabulary : 0);
        i < rows.width; i += step)
     store_one(memory, rows.dtype, i, 0);
-}
-
-// Zeroes this thread's share of a dropped row, or of a kept row's padding past the vocabulary.
-FASTKD_INLINE void store_zeros(const Call& call, Place place, const Rows& rows, int64_t row, bool padding_alone) {
-  if (rows.data && !(padding_alone && rows.width == call.vocabulary))
-    store_some_zeros(call, place, rows, row, padding_alone);
 }
 
 }  // namespace fastkd::cuda

@@ -322,8 +322,7 @@ FAULTS = {
         "gradient.h", "(z == row.s_sure.z ? row.s_sure.gradient : x)", "(x)"),
     "the teacher's sure column has the gradient of any other": (
         "gradient.h", "(z == row.t_sure.z ? row.t_sure.gradient : x)", "(x)"),
-    "a block's sum of the rest is lost": (
-        "block.h", "      return x;\n    };", "      return field == EXTREMES_FIELDS ? 0 : x;\n    };"),
+    "a block's sum of the rest is lost": ("statistics.h", "  a.s_exp_sum += b.s_exp_sum;\n", ""),
     "the sign of the log ratio": ("sums.h", "s.other_gap + log_ratio);", "s.other_gap - log_ratio);"),
     "what was the top is not one of the rest": ("statistics.h", "    a.s_exp_sum += a.s_max_count;\n", ""),
 }  # fmt: skip

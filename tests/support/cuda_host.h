@@ -149,12 +149,6 @@ class Machine {
     }
   }
 
-  // An arrival at a barrier of the copy engine: who waits for it sees what this warp wrote before.
-  void publish() {
-    for (int64_t i = rank() * room_; i < (rank() + 1) * room_; ++i)
-      if (touched_[i].writer >= 0 && touched_[i].writer / LANES == current_ / LANES) touched_[i] = {0, NOBODY, NOBODY};
-  }
-
   // What a lane of this warp has, when all lanes have come.
   void exchange(void* value, size_t bytes, int lane) {
     Warp& warp = warps_[current_ / LANES];
@@ -293,10 +287,6 @@ Part from_lane_above(Part part, int step) {
   host::machine.exchange(&part, sizeof(Part), host::machine.fiber() % host::LANES + step);
   return part;
 }
-inline float from_lane_across(float mine, int step) {
-  host::machine.exchange(&mine, sizeof(float), host::machine.fiber() % host::LANES ^ step);
-  return mine;
-}
 template <class Part>
 Part from_first_lane(Part part) {
   host::machine.exchange(&part, sizeof(Part), 0);
@@ -315,7 +305,6 @@ inline uint32_t set_bits(uint32_t* word, uint32_t bits) {
 
 inline void init(Barrier* barrier) { *barrier = {0, 1, 0}; }
 inline void expect(Barrier* barrier, int64_t bytes) {
-  host::machine.publish();
   barrier->bytes += bytes;
   --barrier->pending;
   host::machine.settle(*barrier);

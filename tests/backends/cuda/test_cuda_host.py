@@ -325,17 +325,6 @@ def test_few_rows_are_spread_over_more_blocks(host: ModuleType) -> None:
     assert [blocks(1, width) for width in (1000, 4096, 16_384, 128_256)] == [1, 2, 8, 8]
 
 
-def test_narrow_rows_have_fewer_threads(host: ModuleType) -> None:
-    """Blocks are as small as shared memory has room for 512 threads of them, unless there are few rows."""
-
-    def threads(width: int, rows: int = 65_536) -> int:
-        return host.plan(width, 1, 1, sparse=False, rows=rows, multiprocessors=132)[1]
-
-    widths = (1000, 4096, 8192, 16_384, 128_256)
-    assert [threads(width) for width in widths] == [32, 64, 128, 256, 256]
-    assert [threads(1000, rows) for rows in (100, 1000, 10_000)] == [128, 64, 32]
-
-
 @pytest.mark.parametrize("tail", ["bucket", "renormalize"])
 def test_a_sparse_teacher_moves_two_tensors(emulation: Emulation, tail: str) -> None:
     """The student is read once and its gradient is written once, plus what each token needs."""
@@ -411,8 +400,8 @@ FAULTS = {
     "an off-by-one in the tail": ("columns.h", "k < vector.n ? k : 0", "k <= vector.n ? k : 0"),
     "columns of a slice": ("slice.h", "rest < call.slice ? rest :", "rest < call.slice ? rest - 1 :"),
     "the edge of a copy": ("slice.h", "if (at < bytes) copy_element", "if (at + element_size < bytes) copy_element"),
-    "a swapped merge": ("block.h", "kept = upper ? sums[i + HALF]", "kept = !upper ? sums[i + HALF]"),
-    "a merge that forgets to rescale": ("block.h", "        rescale_lanes(part, call.ranks);\n", ""),
+    "a swapped merge": ("statistics.h", "a.forward += b.forward;", "a.forward += b.reverse;"),
+    "a merge that forgets to rescale": ("statistics.h", "  rescale(b, s_max, t_max, row);\n", "  b.s_max = s_max;\n"),
     "a maximum that does not rescale": ("statistics.h", "a.s_exp_sum *= s_factor;", ""),
     "a moment that does not move": ("statistics.h", "a.forward + (s_step - t_step) * a.t_exp_sum", "a.forward"),
     "a sign": ("gradient.h", "h - p * shared.sum_h", "h + p * shared.sum_h"),
@@ -427,8 +416,8 @@ FAULTS = {
     "one place for all exchanges": ("block.h", "shared_.rank_parts[next_exchange()]", "shared_.rank_parts[0]"),
     "no gap between stages": ("slice.h", "memory + number * gap", "memory"),
     "a cluster that does not wait": (
-        "block.h", "      cluster_arrive(warp == 0);\n      cluster_wait();\n", ""),
-    "a row that is forgotten": ("block.h", "return row + shared_.clusters", "return row + 2 * shared_.clusters"),
+        "block.h", "        cluster_arrive(warp == 0);\n        cluster_wait();\n", ""),
+    "a row that is forgotten": ("block.h", "next_kept(row + ", "next_kept(row + 2 * "),
     "a load of a neighbour's half word": ("vectors.h", "read<uint16_t>(from)", "read<uint32_t>(from - 2) >> 16"),
 }  # fmt: skip
 

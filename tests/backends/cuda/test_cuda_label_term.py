@@ -346,7 +346,7 @@ FAULTS = {
         "gradient.h", "label_term.nll_weight * label_term.nll;",
         "label_term.nll_weight * label_term.nll * temperature_factor(call, row.student.temperature);"
     ),
-    "smoothing of both parts": ("gradient.h", "uniform * cross_entropy_share() : uniform", "uniform : uniform"),
+    "smoothing of both parts": ("gradient.h", "uniform * cross_entropy_share : uniform", "uniform : uniform"),
     "the teacher at its temperature": ("open.h", "row.flags |= TEACHER_EXP_SUM_T1;", ";"),
     "the others' softmax": ("finish.h", "row.label_term.rest_t1 / sum", "1 / sum"),
     "the others' cross-entropy": ("finish.h", "  row.cross_entropy += softplus(q_log_odds_t1);", ""),

@@ -260,7 +260,7 @@ FAULTS = {
         "statistics.h", "a.s_max == -INF ? 0 : finite_max", "a.s_max == -INF ? finite_max(s_max) : finite_max"
     ),
     "events in the order of a process": ("topk.h", "constexpr int LANES = 32;", "const int LANES = call.threads;"),
-    "copies that are not waited for": ("kinds.h", "!has_statistics() || statistics_are_known()", "!has_statistics()"),
+    "copies that are not waited for": ("kinds.h", "Step::results) block.each_stage", "Step::all) block.each_stage"),
 }  # fmt: skip
 
 
