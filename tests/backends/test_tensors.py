@@ -310,7 +310,8 @@ def test_expanded_and_zero_tensors(any_backend: str) -> None:
     first, second = (
         kd_loss(student, teacher, backend=any_backend, **inputs) for inputs in (options, plain)
     )
-    assert torch.equal(first, second)
+    # torch adds up an expanded tensor in another order.
+    torch.testing.assert_close(first, second, rtol=2**-22, atol=0)
 
 
 class Subclass(Tensor):
