@@ -38,15 +38,24 @@ def _sources() -> list[Path]:
     return [*sorted((csrc / "cuda").iterdir()), *(path for paths in headers for path in paths)]
 
 
+def _target(path: Path) -> str:
+    """The architecture of a file of PTX, such as sm_90."""
+    with path.open() as file:
+        (target,) = re.findall(r"^\.target (\w+)", file.read(2000), flags=re.M)
+    return target
+
+
 def _from_the_build(architecture: str) -> Path | None:
     """The PTX that `make build` has left, if it is that of the present sources."""
     folder = ROOT / "build" / f"native-{sysconfig.get_platform()}-{sys.implementation.cache_tag}"
-    found = sorted(folder.glob(f"kernel.compute_{architecture.removeprefix('sm_')}*.ptx"))
+    # nvcc names the file kernel.ptx if it compiles for one architecture, and files of other builds may lie beside it.
+    found = [path for path in folder.glob("kernel*.ptx") if _target(path) == architecture]
     if not found:
         return None
     ninja = [sys.executable, "-m", "ninja", "-C", str(folder), "-n", "cuda_kernel.o"]
     state = subprocess.run(ninja, capture_output=True, text=True).stdout
-    return found[0] if "no work to do" in state else None
+    newest = max(found, key=lambda path: path.stat().st_mtime)
+    return newest if "no work to do" in state else None
 
 
 def _compiled(architecture: str) -> Path:
