@@ -59,7 +59,7 @@ if sysconfig.get_platform().endswith("x86_64"):
 # The compute capabilities for which csrc/cuda is compiled. The code for 10.0 also runs on 10.3, and so on. The PTX of
 # the first one is for every other device with thread-block clusters: the driver compiles it at the first use.
 ARCHITECTURES = (90, 100, 120)
-NVCC = ["-O3", "-std=c++17", "--threads", "0", "-Xfatbin=-compress-all"]
+NVCC = ["-O3", "-std=c++17", "--threads", "0", "--split-compile", "0", "-Xfatbin=-compress-all"]
 NVCC += ["-Xcompiler", "-fPIC,-fvisibility=hidden"]
 CUDA_SOURCES = ["csrc/cuda/kernel.cu", "csrc/cuda/module.cpp"]
 
@@ -256,6 +256,8 @@ class BuildNative(build_ext):
         record_at = targets["_C"].with_name("_build.json")
         record_at.parent.mkdir(parents=True, exist_ok=True)
         record: dict[str, Any] = {"native": False, "cuda": False}
+        if native != "0" and cuda != "0":
+            self.build_together(targets)
         try:
             if native == "0":
                 raise UnavailableError(
@@ -289,6 +291,16 @@ class BuildNative(build_ext):
         if variable == "FASTKD_NATIVE" and not os.environ.get(variable):
             self.warn(f"fastkd is installed without its native extension: {failure}")
 
+    def build_together(self, targets: dict[str, Path]) -> None:
+        """Compile both extensions at the same time; nvcc alone leaves cores idle. Failures are for the builds below."""
+        try:
+            nvcc = find_nvcc()
+            directory, ninja, _ = self.prepare(targets, nvcc)
+        except UnavailableError:
+            return
+        names = [target.name for target in targets.values()]
+        subprocess.run([*ninja, "-C", str(directory), "-k", "0", *names])
+
     def build_cpu(self, targets: dict[str, Path]) -> dict[str, Any]:
         """Build fastkd._C and return its record."""
         compiler = self.ninja(targets, "_C", nvcc=None)
@@ -305,8 +317,10 @@ class BuildNative(build_ext):
         self.ninja(targets, "_cuda", nvcc)
         return {"cuda": True, "nvcc": shlex.join(nvcc), "cuda_flags": NVCC + targets_of_nvcc()}
 
-    def ninja(self, targets: dict[str, Path], name: str, nvcc: list[str] | None) -> list[str]:
-        """Build one extension in a directory that later builds reuse, install it, and return the C++ compiler."""
+    def prepare(
+        self, targets: dict[str, Path], nvcc: list[str] | None
+    ) -> tuple[Path, list[str], list[str]]:
+        """Write build.ninja. Returns its directory, which later builds reuse, and the commands of ninja and C++."""
         if not sys.platform.startswith("linux"):
             raise UnavailableError(
                 f"the native extensions are built on Linux only, and this is {sys.platform}",
@@ -318,14 +332,19 @@ class BuildNative(build_ext):
         directory.mkdir(parents=True, exist_ok=True)
         outputs = {key: target.name for key, target in targets.items()}
         write_atomically(directory / "build.ninja", ninja_text(compiler, nvcc, include, outputs))
-        if subprocess.run([*ninja, "-C", str(directory), outputs[name]]).returncode:
+        return directory, ninja, compiler
+
+    def ninja(self, targets: dict[str, Path], name: str, nvcc: list[str] | None) -> list[str]:
+        """Build one extension, install it, and return the command of the C++ compiler."""
+        directory, ninja, compiler = self.prepare(targets, nvcc)
+        target = targets[name]
+        if subprocess.run([*ninja, "-C", str(directory), target.name]).returncode:
             variable = "FASTKD_NATIVE" if name == "_C" else "FASTKD_CUDA"
             raise UnavailableError(
                 f"the extension fastkd.{name} did not compile with {version_line(nvcc or compiler)}",
                 f"Reinstall fastkd with `{variable}=1 pip install -v` to see the compiler's output",
             )
         # Replace the file rather than overwrite it, so that running processes keep the old file mapped.
-        target = targets[name]
         fresh = target.with_name(f"{target.name}.{os.getpid()}")
         shutil.copy2(directory / target.name, fresh)
         fresh.replace(target)

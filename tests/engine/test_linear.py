@@ -462,7 +462,16 @@ assert {form for form, _, _ in COMPILED} == set(FORMS)
 
 # All backends have the same graph, so most runs of the compiled tests below use only the reference.
 @pytest.mark.heavy_with(backend="portable")
-@pytest.mark.parametrize(("form", "dtype", "options"), COMPILED, ids=str)
+@pytest.mark.parametrize(
+    ("form", "dtype", "options"),
+    [
+        case
+        if case[0] in ("arithmetic", "dense", "linear with bias")
+        else pytest.param(*case, marks=pytest.mark.heavy)
+        for case in COMPILED
+    ],
+    ids=str,
+)
 @pytest.mark.usefixtures("fresh_compiler")
 def test_one_graph_for_any_number_of_rows(
     backend: str, form: str, dtype: torch.dtype, options: dict[str, Any]
@@ -859,7 +868,9 @@ print(step(rows), flush=True)
         pytest.param(262_144, (256,), id="262k", marks=pytest.mark.heavy),
     ],
 )
-@pytest.mark.parametrize("form", ["linear", "ensemble", "topk"])
+@pytest.mark.parametrize(
+    "form", [pytest.param("linear", marks=pytest.mark.heavy), "ensemble", "topk"]
+)
 def test_peak_memory_is_the_budget(vocabulary: int, rows: tuple[int, ...], form: str) -> None:
     budget = 128 << 20
     case = json.dumps([rows, vocabulary, form, budget])

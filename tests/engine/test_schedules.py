@@ -370,8 +370,10 @@ def test_the_table_matches_the_graphs(name: str) -> None:
 @pytest.mark.parametrize(
     "options",
     [
-        {"temperature": np.float32(2.0), "alpha": np.float64(0.5), "num_items": np.int64(3)},
-        {"chunk_size": np.int32(2), "memory_budget": np.int64(2**30)},
+        {"temperature": np.float32(2.0), "num_items": np.int64(3), "chunk_size": np.int32(2)},
+        pytest.param(
+            {"chunk_size": np.int32(2), "memory_budget": np.int64(2**30)}, marks=pytest.mark.heavy
+        ),
         pytest.param({"temperature": np.float32(2.0)}, marks=pytest.mark.heavy),
         pytest.param({"alpha": np.float64(0.5)}, marks=pytest.mark.heavy),
         pytest.param({"num_items": np.int64(3)}, marks=pytest.mark.heavy),

@@ -57,6 +57,87 @@ def _looked_up_once(dtype: Any) -> Any:
     return looked_up
 
 
+def _converted_if_needed(convert: Any) -> Any:
+    """Leaves tensors of one shape and one type of numbers as they are, which the original finds out in 20 calls."""
+
+    def convert_if_needed(
+        self: Any,
+        left: Any,
+        right: Any,
+        left_pointer: bool = False,
+        right_pointer: bool = False,
+        arithmetic_check: bool = True,
+        div_or_mod: bool = False,
+    ) -> Any:
+        if isinstance(left, tl.tensor) and isinstance(right, tl.tensor) and not div_or_mod:
+            same = left.shape is right.shape and left.dtype is right.dtype
+            if same and not left.dtype.is_ptr():
+                return left, right
+        return convert(self, left, right, left_pointer, right_pointer, arithmetic_check, div_or_mod)
+
+    return convert_if_needed
+
+
+def _broadcast_if_needed(broadcast: Any) -> Any:
+    """The original compares a tuple with a list, so it also broadcasts operands of the same shape."""
+
+    def broadcast_if_needed(self: Any, left: Any, right: Any) -> Any:
+        return (left, right) if left.shape is right.shape else broadcast(self, left, right)
+
+    return broadcast_if_needed
+
+
+def _assert_no_overflow(self: Any, left: Any, right: Any, operation: Any) -> None:
+    """Checks the operation on 64-bit integers with NumPy; the original interprets ten more operations."""
+    kind = left.type.scalar
+    if kind.int_bitwidth >= 64:
+        return
+    ufunc = {"add": np.add, "sub": np.subtract, "mul": np.multiply}[operation.__name__]
+    wide = ufunc(left.handle.data.astype(np.int64), right.handle.data.astype(np.int64))
+    fits = wide.max() <= kind.get_int_max_value() and wide.min() >= kind.get_int_min_value()
+    assert fits, f"{kind} overflows in {operation.__name__}"
+
+
+class _Shape(NamedTuple):
+    """What triton.language derives from a shape: the type's shape and size, the tensor's shape and size."""
+
+    of_type: tl.tuple
+    numel: int
+    of_tensor: tl.tuple
+    constant_numel: tl.constexpr
+
+
+_shapes: dict[tuple[int, ...], _Shape] = {}
+_NO_SHAPE = _Shape(tl.tuple(()), 1, tl.tuple(()), tl.constexpr(1))
+
+
+def _plain(size: Any) -> int:
+    return size.value if isinstance(size, tl.constexpr) else size
+
+
+def _derived_once(make_type: Any) -> Any:
+    """Makes the type of a block; derives each shape only once, so equal shapes are the same object."""
+
+    def make(self: Any, element: Any, shape: Any) -> None:
+        sizes = tuple(map(_plain, shape))
+        if sizes not in _shapes:
+            make_type(self, element, shape)
+            of_tensor = tl.tuple([tl.constexpr(size) for size in sizes])
+            _shapes[sizes] = _Shape(self.shape, self.numel, of_tensor, tl.constexpr(self.numel))
+        self.derived = _shapes[sizes]
+        self.element_ty, self.shape, self.numel = element, self.derived.of_type, self.derived.numel
+        self.name = f"<{sizes}, {element}>"
+
+    return make
+
+
+def _make_tensor(self: Any, handle: Any, kind: Any) -> None:
+    """As the original, with the shape that _derived_once has derived."""
+    derived = kind.derived if kind.is_block() else _NO_SHAPE
+    self.handle, self.type, self.dtype = handle, kind, kind.scalar
+    self.shape, self.numel = derived.of_tensor, derived.constant_numel
+
+
 _entered = 0
 _undo = ExitStack()
 
@@ -65,8 +146,8 @@ _undo = ExitStack()
 def corrected() -> Iterator[None]:
     """Within, float32 becomes bfloat16 by rounding to nearest even, as on a GPU, and not by truncation.
 
-    A kernel that calls a function does not patch triton.language once more, which took two thirds of the time, and
-    NumPy does not warn of infinities and NaN, for which a GPU has no word. Fixtures of any scope may enter this in any
+    The other corrections make the interpreter several times faster. For example, a kernel that calls a function does not
+    patch triton.language once more. NumPy does not warn of infinities and NaN, as a GPU does not either. Fixtures of any scope may enter this in any
     order: the first that enters installs the corrections, the last that leaves removes them.
     """
     global _entered
@@ -79,6 +160,15 @@ def corrected() -> Iterator[None]:
         patch.setattr(builder, "cast_impl", _rounding(builder.cast_impl))
         patch.setattr(interpreter.InterpretedFunction, "__call__", _call)
         patch.setattr(interpreter, "_get_np_dtype", _looked_up_once(interpreter._get_np_dtype))
+        semantic = triton.language.semantic.TritonSemantic
+        for name, corrected_by in {
+            "binary_op_type_checking_impl": _converted_if_needed,
+            "broadcast_impl_value": _broadcast_if_needed,
+        }.items():
+            patch.setattr(semantic, name, corrected_by(getattr(semantic, name)))
+        patch.setattr(semantic, "binary_op_sanitize_overflow_impl", _assert_no_overflow)
+        patch.setattr(tl.tensor, "__init__", _make_tensor)
+        patch.setattr(tl.block_type, "__init__", _derived_once(tl.block_type.__init__))
         _undo.enter_context(np.errstate(all="ignore"))
     _entered += 1
     try:
