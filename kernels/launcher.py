@@ -6,8 +6,8 @@ up. With the nested tuples of these kernels, that takes the host longer than the
 
 - :func:`launch` remembers compiled kernels by a shorter key, which it builds from the :func:`traits` of the arguments.
 - :func:`replay` repeats the launches that :func:`record` remembered for an equal call, with the addresses of the new
-  tensors. A call is equal if all else is the same, and the tensors are aligned alike. The caller prepares no
-  arguments.
+  tensors. Two calls are equal if they differ only in the addresses of their tensors, and these are aligned alike. The
+  caller then need not prepare the arguments.
 
 Both leave the launch to Triton if :func:`state` returns None, for example because a profiler has set hooks. Both
 remember only kernels for NVIDIA GPUs, because Triton's other backends specialise on more. AMD's, for example,
@@ -29,19 +29,19 @@ from triton.runtime.jit import JITFunction
 
 from fastkd.core.tensors import address
 
-# How many kernels are remembered, and how many calls. Beyond that, all are forgotten, so that calls of ever new shapes
-# hold little memory.
+# The largest number of remembered kernels, and of remembered calls. At this number, all are forgotten, so that calls
+# with ever new shapes take little memory.
 LIMIT = 1024
 
 Grid = tuple[int, int, int]
 
-# Newer versions of Triton have this setting.
+# Whether this version of Triton has the setting fpsan_homomorphic_casts; older ones do not.
 _FPSAN = hasattr(knobs.compilation, "fpsan_homomorphic_casts")
 
 
 _kernels: dict[Hashable, CompiledKernel] = {}
 _replays: dict[Hashable, Replay] = {}
-# Kernels by their ids, which are in all keys. They are never freed, so that no other kernel gets an id of theirs.
+# The kernels whose ids are part of keys. They are kept alive, so that no other object can get the same id.
 _held: dict[int, Any] = {}
 _lock = threading.Lock()
 
@@ -83,8 +83,8 @@ def traits(value: Any) -> Hashable:
     """Return the properties of an argument that a kernel may be compiled for; equal traits share a compiled kernel.
 
     They include everything that Triton specialises on for NVIDIA GPUs: a tensor's dtype and alignment; whether an
-    integer is 1, is divisible by 16, and fits into 32 or 64 bits; the type of a float or None; and the value of
-    anything else. A tuple has the traits of its parts.
+    integer is 1, is divisible by 16, and fits into int32, int64 or uint64; the type of a float or None; and the value
+    of anything else. A tuple has the traits of its parts.
     """
     kind = type(value)
     if kind is int:
@@ -95,7 +95,7 @@ def traits(value: Any) -> Hashable:
     if isinstance(value, Tensor):
         return value.dtype, address(value) % 16 == 0
     if isinstance(value, tuple):
-        # Most parts are numbers and None, for which a call would take longer than the rest.
+        # Most parts are numbers or None. Recursive calls for them would take longer than everything else here.
         parts: list[Hashable] = [kind]
         for part in value:
             of_part = type(part)
@@ -151,7 +151,7 @@ class Launched(NamedTuple):
 
 
 def launch(kernel: Any, grid: Grid, arguments: tuple[Any, ...], **options: Any) -> Launched:
-    """Launch a kernel on the current device and stream; its tensors come from fastkd.core.tensors.readable."""
+    """Launch a kernel on the current device and stream; tensors must come from fastkd.core.tensors.readable."""
     key = _key_of(kernel, arguments, options)
     if key is None:
         kernel[grid](*arguments, **options)
@@ -169,9 +169,10 @@ def launch(kernel: Any, grid: Grid, arguments: tuple[Any, ...], **options: Any) 
 
 
 class Replay(NamedTuple):
-    """The launches of a call, which an equal call can repeat. Addresses: of the call's tensors, then of its scratch."""
+    """The launches of a call, which an equal call can repeat."""
 
-    # (the compiled kernel, the grid, the function from the addresses of the tensors to the arguments).
+    # Each launch: the compiled kernel, the grid, and a function that returns the arguments. It takes the addresses of
+    # the call's tensors, followed by those of its scratch memory.
     steps: list[tuple[CompiledKernel, Grid, Callable[[Sequence[int]], tuple[Any, ...]]]]
     scratch: list[tuple[torch.Size, torch.dtype, Hashable]]  # shape, dtype and traits
 
@@ -209,7 +210,8 @@ def replay(kernel: Any, facts: Hashable, tensors: Sequence[Tensor]) -> tuple[Has
     for tensor in tensors:
         where = address(tensor)
         addresses.append(where)
-        # Rows that do not begin at multiples of 16 bytes have another kernel if all begin equally far from one.
+        # The exact remainder: the choice of the kernel depends on whether the rows of all tensors begin equally far
+        # past a multiple of 16 bytes.
         parts.append((tensor.shape, tensor.stride(), tensor.dtype, where % 16))
     key = tuple(parts)
     known = _replays.get(key)
@@ -233,11 +235,11 @@ def record(
     if key is None or any(launched.compiled is None for launched in launches):
         return
     slots = {id(tensor): slot for slot, tensor in enumerate((*tensors, *scratch))}
-    # A tensor that occurs twice has two slots, and in another call two tensors may have them.
+    # A tensor that occurs twice has two slots. In an equal call, these slots may hold two different tensors.
     if len(slots) < len(tensors) + len(scratch):
         return
     used = {id(leaf) for launched in launches for leaf in _tensors(launched.arguments)}
-    if not used <= slots.keys():  # another tensor, such as the offsets of rows without strides
+    if not used <= slots.keys():  # another tensor, such as that of launch._row_offsets
         return
     steps = [
         (launched.compiled, launched.grid, _filler(launched.arguments, slots))
@@ -261,7 +263,7 @@ def _filler(
 ) -> Callable[[Sequence[int]], tuple[Any, ...]]:
     """Return the function from addresses to arguments, in which an address replaces each tensor.
 
-    It is compiled from an expression, because a walk through the nested tuples takes ten times as long.
+    It is compiled from an expression, because it is faster than a walk through the nested tuples.
     """
     constants: list[Any] = []
 

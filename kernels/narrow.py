@@ -1,8 +1,9 @@
 """Rows that fit in one tile: each logit is read once and stays in registers from the statistics to the gradient.
 
-This module computes what ``sweeps.py`` computes, and uses its functions and names. All columns are in registers, so the
-maxima are computed before the sums. No sum is then rescaled, and each sum can leave out the column of the maximum
-directly. Columns past the vocabulary have z = PAST_END, or -inf where the policy for log 0 applies.
+Only rows with a logit of -inf are read again. This module computes what ``sweeps.py`` computes, and uses its functions
+and names. All columns are in registers, so the maxima are computed before the sums. No sum is then rescaled, and each
+sum can leave out the column of the maximum directly. Columns past the vocabulary have z = PAST_END, or -inf where the
+policy for log 0 applies.
 """
 
 from __future__ import annotations
@@ -64,7 +65,7 @@ def load_tile(student, teacher, columns, spec, PAST_END: tl.constexpr = PAST_END
 
 @triton.jit
 def _top(z, column, BLOCK_V: tl.constexpr, PAST_END: tl.constexpr = PAST_END):
-    """Return (maximum, its first column): -inf and -1 if every z is -inf, or past the end, or NaN."""
+    """Return (maximum, its first column); (-inf, -1) if every z of the row is -inf or NaN."""
     top = tl.max(z, 0)
     argmax = tl.min(tl.where(z == top, column, BLOCK_V), 0)
     none = (argmax == BLOCK_V) | (top == PAST_END) | (top == -float("inf"))
@@ -95,7 +96,7 @@ def tile_statistics(
         centered_sum = tl.sum(tl.where(column < columns.V, tile.s - center, 0.0), 0)
     t_max, t_argmax, t_exp_sum, t_exp_sum_t1 = s_max, s_argmax, s_exp_sum, 0.0
     p_moment, q_moment, t_at_s_argmax, s_at_t_argmax = 0.0, 0.0, s_max, s_max
-    # Finite if no logit is -inf.
+    # This sum is finite if every logit is finite.
     finite = tl.sum(x_s, 0)
     t_lost_max = tl.where(finite - finite == 0.0, lowest, LOWEST)
     s_lost_max = t_lost_max
@@ -178,7 +179,8 @@ def evaluate_row(
 ):  # fmt: skip
     """Return (Terms, Sums); for a divergence of probabilities, the sums exclude the columns of the two maxima."""
     if statistics.careful:
-        # Read again, so that no registers keep for this branch what the other one does not need.
+        # The row is read again: this branch needs z = -inf past the end, and keeping that would take registers in the
+        # other branch too.
         again = load_tile(student, teacher, columns, spec, -float("inf"))
         phi, g, h, q, p = _terms(
             again, statistics, excluded, degree, parameters, True, spec, -float("inf")
@@ -204,7 +206,7 @@ def evaluate_row(
 
 @triton.jit
 def _stored_width(width, spec):
-    """Return the width of a gradient, a multiple of ADJACENT, in a form that shows Triton that it is a multiple."""
+    """Return the width of a gradient unchanged; the expression lets Triton infer that it is a multiple of ADJACENT."""
     return width // spec.ADJACENT * spec.ADJACENT
 
 

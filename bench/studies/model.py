@@ -7,8 +7,8 @@ The time of a kernel is that of its memory traffic or of its instructions, which
     time = max(bytes / memory rate, instructions / issue rate) + rows / programs at a time * cycles per row / clock
 
 - bytes: every sweep reads both logits, and the last one writes the gradient. A narrow row is read once.
-- instructions: each warp executes those of the sweeps' loops, counted in the compiled code (instructions.py). The
-  kernel of a narrow row has no loops: all its instructions count, and there is no cost per row.
+- instructions: each warp executes the instructions of the sweeps' loops, which are counted in the compiled code
+  (instructions.py). The kernel of a narrow row has no loops: all its instructions count, and there is no cost per row.
 - programs at a time: as many as fit on all multiprocessors, given the registers and warps of a program.
 
 Three numbers were fitted to measurements on an H200 (bench/results/nvidia-h200/): the share of the copy rate that a
@@ -37,16 +37,16 @@ from tables import Table
 import fastkd
 
 # Fitted on an H200.
-SWEEP_SHARE = 0.92  # of the rate of a copy
-ISSUE_SHARE = 0.62  # of the issue slots
-ROW_CYCLES = 12_000  # between a program's start and end, besides the sweeps
+SWEEP_SHARE = 0.92  # the share of the copy rate that a sweep reaches
+ISSUE_SHARE = 0.62  # the share of the issue slots that are used
+ROW_CYCLES = 12_000  # the cycles of a program outside its sweeps
 
 SCHEDULERS = 4  # of a multiprocessor; each issues one instruction for a warp per cycle
 REGISTERS, WARPS = 65_536, 64  # of a multiprocessor
-COPY_SHARE = 0.89  # of the published bandwidth, which a copy reaches on an H200
+COPY_SHARE = 0.89  # the share of the published bandwidth that a copy reaches on an H200
 
 
-Kernel = tuple[str, int, int, str]  # divergence, rows, V, logits as in instructions.py
+Kernel = tuple[str, int, int, str]  # divergence, rows, V, key of instructions.DTYPES
 
 
 class Gpu(NamedTuple):
@@ -123,7 +123,7 @@ def predict(gpu: Gpu, divergence: str, rows: int, vocabulary: int, dtype: str) -
     case = instructions.Case(gpu.target, divergence, "distillation", dtype, vocabulary)
     need = _compiled(case)
     row_cycles = ROW_CYCLES
-    if vocabulary <= NARROW:  # without loops: every instruction, of rare branches too
+    if vocabulary <= NARROW:  # without loops, every instruction counts, also those of rare branches
         executed, row_cycles = need.warps * need.instructions, 0
     else:
         sweeps = need.sweeps(sweeps_of(divergence) == 3)
@@ -141,13 +141,13 @@ def _predicted(arguments: tuple[Gpu, Kernel]) -> Prediction:
 
 
 def predictions(gpu: Gpu, cases: Sequence[Kernel]) -> dict[Kernel, Prediction]:
-    """The prediction of every case; several processes compile them."""
+    """The prediction of every case; several processes compile the kernels."""
     with ProcessPoolExecutor(min(os.cpu_count() or 1, 8), get_context("spawn")) as pool:
         found = pool.map(_predicted, [(gpu, case) for case in cases])
         return dict(zip(cases, found, strict=True))
 
 
-# The stated sizes.
+# The cases of the table.
 DIVERGENCES = ("forward_kl", "reverse_kl", "jsd", "tvd")
 SIZES = ((4096, 128_256), (4096, 32_768))
 

@@ -59,7 +59,7 @@ FASTKD_INLINE void set_closed_form(const MeanMoments& weights, const MeanMoments
 // What the gradients of the sure columns depend on if there is a closed form.
 struct SureSums {
   double s_rest, t_rest;           // sums of exponentials without the side's sure column
-  double s_exp_sum, t_exp_sum;     // the same with it
+  double s_exp_sum, t_exp_sum;     // the same, including that column
   double forward, reverse, cross;  // moments without the sure columns
   double s_gap, t_gap;             // tempered logit minus max: the student's at the teacher's column, and vice versa
 };

@@ -2,8 +2,8 @@
 // topk.h have what a thread computes. tests/support/cuda_host.h runs this on a CPU.
 //
 // A row stays in the blocks' shared memory until its gradient is written, so each logit is read from device memory
-// once. A slice is loaded in stages. Once the gradient of a stage is written, the copy engine fetches the same stage of
-// the next row, so memory is busy while this row's other stages are computed.
+// once. A slice is loaded in stages. Once the gradient of a stage is written, bulk copies fetch the same stage of the
+// next row, so memory is busy while this row's other stages are computed.
 //
 // Each sweep recomputes its exponentials. With 128,256 columns of bf16, a thread has 64 of each side: keeping what the
 // gradient needs of them would take 128 registers, which is all there are if two blocks share a multiprocessor.

@@ -1,5 +1,5 @@
-// Cooperation of a cluster's threads in a GPU's instructions: barriers, exchanges between lanes and blocks, the copy
-// engine. tests/support/cuda_host.h has the same functions for threads that a CPU emulates.
+// Cooperation of a cluster's threads in a GPU's instructions: barriers, exchanges between lanes and blocks, and bulk
+// copies. tests/support/cuda_host.h has the same functions for threads that a CPU emulates.
 #pragma once
 #include <cooperative_groups.h>
 #include <cstdint>
@@ -54,7 +54,7 @@ FASTKD_DEVICE void send(Part* place, int rank, const Part& value) {
 // Sets bits of a word in shared memory, and returns the previous word.
 FASTKD_DEVICE uint32_t set_bits(uint32_t* word, uint32_t bits) { return atomicOr(word, bits); }
 
-// ---- the copy engine: device memory to shared memory, counted by a barrier there
+// ---- bulk copies: device memory to shared memory, counted by a barrier there
 
 using Barrier = uint64_t;
 
@@ -72,7 +72,7 @@ FASTKD_DEVICE void expect(Barrier* barrier, int64_t bytes) {
                : "memory");
 }
 
-// Starts copying whole pieces, from and to multiples of PIECE.
+// Starts a bulk copy of whole pieces, from and to multiples of PIECE.
 FASTKD_DEVICE void copy_pieces(char* to, const char* from, int64_t bytes, Barrier* barrier) {
   asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
                    shared_address(to)),
@@ -93,7 +93,7 @@ FASTKD_DEVICE void wait(Barrier* barrier, int parity) {
       : "memory");
 }
 
-// Orders this thread's accesses to shared memory before the copies that start after the next barrier.
+// Orders this thread's accesses to shared memory before the bulk copies that start after the next barrier.
 FASTKD_DEVICE void order_before_copies() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
 }  // namespace fastkd::cuda

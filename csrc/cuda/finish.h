@@ -4,8 +4,8 @@
 
 namespace fastkd::cuda {
 
-// The logarithm of a whole sum of exponentials: max_count columns are at the maximum, and `rest` is the sum over the
-// others. If max_count is 1, a tiny rest is not rounded away.
+// The logarithm of a row's sum of exponentials, relative to the maximum: max_count columns are at the maximum, and
+// `rest` is the sum over the others. If max_count is 1, a tiny rest is not rounded away.
 FASTKD_INLINE double log_of_sum(double rest, double max_count) { return logarithm_1p(rest + (max_count - 1)); }
 
 FASTKD_PER_ROW void set_softmax(Side& side, float max, double rest, double max_count) {
@@ -140,7 +140,7 @@ FASTKD_PER_ROW void finish_label_term(const Call& call, RowState& row, float s_e
   const double q_log_odds_t1 = s_gap * row.unit_t1 - logarithm(sum);
   row.label_term.nll = softplus(-q_log_odds_t1);
   row.label_term.rest_t1 = sigmoid(-q_log_odds_t1);
-  row.cross_entropy += softplus(q_log_odds_t1);  // so far it was normalized over the other tokens
+  row.cross_entropy += softplus(q_log_odds_t1);  // until now, it was normalized over the other tokens only
   row.inverse_sum_t1 = float(row.label_term.rest_t1 / sum);
 }
 

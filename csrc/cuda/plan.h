@@ -9,7 +9,7 @@
 namespace fastkd::cuda {
 
 constexpr int VECTOR = 8;        // columns that a thread processes at a time: 16 bytes of bf16
-constexpr int PIECE = 16;        // bytes; the copy engine moves whole pieces at multiples of this
+constexpr int PIECE = 16;        // bytes; bulk copies move whole pieces, at multiples of this
 constexpr int STAGES = 4;        // parts of a slice; a finished part is replaced by the next row's
 constexpr int PORTABLE_RANKS = 8, MOST_RANKS = 16;  // of every device with clusters; of H100 and B200
 constexpr int MOST_THREADS = 512;

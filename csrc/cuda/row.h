@@ -4,7 +4,7 @@
 // phases of a row, and the headers that compute them:
 //
 //   open.h         reads the row's options
-//   slice.h        copies a slice: the copy engine moves whole pieces, threads copy the edges
+//   slice.h        copies a slice: bulk copies move whole pieces, threads copy the edges
 //   statistics.h   computes a thread's maxima, sums of exponentials and moments; they are merged over threads and blocks
 //   finish.h       computes what follows from the statistics of the whole row
 //   sums.h         sums phi, g and h if there is no closed form; merged likewise

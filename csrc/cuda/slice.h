@@ -1,12 +1,11 @@
-// Where a row lies: its address, the slice of a block, the stages of a slice, and the pieces that the copy engine
-// moves.
+// Where a row lies: its address, the slice of a block, the stages of a slice, and the pieces that bulk copies move.
 #pragma once
 #include "call.h"
 #include "math.h"
 #include "plan.h"
 
-// Called for every access to logits and gradients except the copy engine's; tests/support/cuda_host.h counts bytes with
-// it.
+// Called for every access to logits and gradients except those of bulk copies; tests/support/cuda_host.h counts bytes
+// with it.
 #ifndef FASTKD_TRACE_ACCESS
 #define FASTKD_TRACE_ACCESS(memory, bytes, writes)
 #endif
@@ -65,7 +64,7 @@ struct Slice {
 // Distance of an address from the multiple of PIECE below it.
 FASTKD_INLINE int skew_of(const char* memory) { return int(reinterpret_cast<uintptr_t>(memory) % PIECE); }
 
-// Where the whole pieces in a range of bytes begin and end, as offsets in bytes. The copy engine moves them; the edges
+// Where the whole pieces in a range of bytes begin and end, as offsets in bytes. Bulk copies move them; the edges
 // before and after are shorter than a piece.
 struct Pieces {
   int64_t first, last;

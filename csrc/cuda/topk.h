@@ -7,7 +7,7 @@
 //   events     computes statistics, sums and gradients of the listed tokens and of the tail
 //   scatter    distributes the tail's gradient over its columns, and adds the cross-entropy's
 //
-// The kernel reads the logits once and writes the gradient once, however many tokens are listed.
+// The kernel reads the student's logits once and writes the gradient once, however many tokens are listed.
 #pragma once
 #include "row.h"
 
@@ -39,7 +39,7 @@ FASTKD_PER_ROW void open_topk_row(const Call& call, int64_t index, RowState& row
   open_row(call, index, row);
   row.tail.event_flags = row.flags & (FORWARD | REVERSE | CROSS | MINIMA);
   row.flags &= EXP_SUM_T1 | CENTERED_SUM | ENTROPY;
-  row.teacher = row.student;  // for the sweep
+  row.teacher = row.student;  // the sweep treats the columns that are not listed as the teacher's
   row.tail.log_probabilities = row_address(call, call.teacher, index);
 }
 
@@ -84,7 +84,8 @@ FASTKD_INLINE unsigned tokens_among(const uint32_t* bits, int first) {
   return bits[first / 32] >> (first % 32) & ALL_COLUMNS;
 }
 
-// Calls f(vector, s, t) for this thread's vectors in a range; t are the columns that are not listed.
+// Calls f(vector, s, t) for this thread's vectors in a range. s is the student's z; t is the same, but -inf in the
+// columns of listed tokens.
 template <class Function>
 FASTKD_INLINE void each_sparse_vector(const Call& call, const RowState& row, Place place, Range range,
                                       const char* student, const uint32_t* bits, Function f) {
@@ -242,8 +243,8 @@ FASTKD_INLINE void finish_event_sums(const Call& call, RowState& row, Sums all) 
   if (row.tail.no_events) row.phi = NAN;
 }
 
-// Gradient with respect to the z of an event. If alpha is 0, it is 0, or NaN if the row is
-// invalid (its weight is NaN).
+// Gradient with respect to the z of an event. in_sums: whether the event is part of the sums of phi and g. If alpha is
+// 0, the gradient is 0, or NaN if the row is invalid (its weight is NaN).
 template <bool LOG_0>
 FASTKD_INLINE float event_gradient(const Call& call, const RowState& row, float z, float log_p, bool in_sums) {
   if (call.alpha == 0) return 0 * row.weight;
@@ -261,7 +262,7 @@ FASTKD_INLINE void finish_tail(const Call& call, RowState& row) {
                                                     : event_gradient<false>(call, row, tail.z, tail.log_p, in_sums));
 }
 
-// Stores the gradients of listed tokens to the slice at `to`, which may hold the logits.
+// Stores the gradients of listed tokens in the slice `to`, which may be the slice that holds the logits.
 template <bool LOG_0>
 FASTKD_INLINE void token_gradients(const Call& call, const RowState& row, Place place, const Slice& slice,
                                    const Slice& to) {

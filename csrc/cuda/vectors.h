@@ -99,7 +99,7 @@ FASTKD_INLINE uint32_t max_of_two_bf16(uint32_t a, uint32_t b) {
 // Loads a vector of logits from any address.
 FASTKD_INLINE void load(const char* shared, Dtype dtype, int first, V (&x)[VECTOR]) {
   const char* from = shared + int64_t(first) * size_of_element(dtype);
-  const bool skewed = skew_of(from) != 0;  // a slice keeps its row's alignment, because the copy engine needs that
+  const bool skewed = skew_of(from) != 0;  // a slice keeps its row's alignment, because bulk copies need that
   if (dtype == Dtype::f32) {
     Piece pieces[2];
     if (skewed)

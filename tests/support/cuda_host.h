@@ -1,9 +1,9 @@
 // csrc/cuda/device.h for a machine without a GPU: the threads of a cluster are fibers that take turns on one CPU.
 //
-// A fiber runs until it has to wait for others. Who goes on is drawn by lot, and what the copy engine was asked for comes
-// at a random later time, or when nobody can go on: an order that only happens to work does not always happen. Where
-// nobody can go on and no copy is under way, the cluster would hang, and an exception says so. Shared memory is filled
-// with NaN, so that a read past what was copied shows.
+// A fiber runs until it has to wait for others. The next fiber is chosen at random, and a bulk copy arrives at a random
+// later time, or when no fiber can go on: an order that only happens to work does not always happen. Where no fiber can
+// go on and no bulk copy is under way, the cluster would hang, and an exception says so. Shared memory is filled with
+// NaN, so that a read past what was copied shows.
 #pragma once
 #include <csetjmp>
 #include <cstdint>
@@ -160,7 +160,7 @@ class Machine {
 
   void request(const Copy& copy) {
     for (const uintptr_t number : {uintptr_t(copy.to), uintptr_t(copy.from), uintptr_t(copy.bytes)})
-      if (number % 16) throw std::runtime_error("the copy engine moves whole pieces only");
+      if (number % 16) throw std::runtime_error("bulk copies move whole pieces only");
     copies_.push_back(copy);
   }
   void settle(Barrier& barrier) {

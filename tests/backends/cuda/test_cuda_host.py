@@ -410,7 +410,7 @@ FAULTS = {
     "logits that are too low": ("finish.h", "return (row.flags & MINIMA)", "return false && (row.flags & MINIMA)"),
     "the label's column": ("gradient.h", "column == row.label", "column + 1 == row.label"),
     "a whole vector where there is a part": ("columns.h", "range.last - VECTOR + 1", "range.last"),
-    "what came by the copy engine is not waited for": ("block.h", "      await(stage);\n", ""),
+    "bulk copies are not waited for": ("block.h", "      await(stage);\n", ""),
     "a stage is fetched before all are done with it": (
         "cluster.h", "order_before_copies();\n      sync_block();", "order_before_copies();"),
     "one place for all exchanges": ("block.h", "shared_.rank_parts[next_exchange()]", "shared_.rank_parts[0]"),

@@ -28,7 +28,7 @@ class MBarrier:
     count: int
     column: int  # in the clocks
     owner: int  # the warp that initialized it
-    fenced: bool = False  # whether that warp has made the initialization known to the copy engine
+    fenced: bool = False  # whether that warp has made the initialization known to bulk copies
     pending: int = 0
     bytes: int = 0
     phase: int = 0  # completed phases
@@ -155,7 +155,7 @@ class Barriers:
         )
 
     def fence_initializations(self, warps: Any) -> None:
-        """Make the mbarriers that these warps have initialized known to the copy engine."""
+        """Make the mbarriers that these warps have initialized known to bulk copies."""
         for barrier in self._mbarriers.values():
             barrier.fenced |= barrier.owner in warps
 

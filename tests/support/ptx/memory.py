@@ -98,7 +98,7 @@ class Tensors:
             _check_agreement(elements[places], values[who])
 
     def bytes_at(self, address: int, size: int, cluster: int) -> Any:
-        """What the copy engine reads."""
+        """The bytes of a tensor that a bulk copy reads."""
         one = Access(np.array([address], np.uint64), size, 1, np.array([0]), False)
         number = self._tensor_of(one.addresses, size)[0]
         touched = self._touched[number]

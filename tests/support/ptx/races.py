@@ -2,7 +2,7 @@
 
 Each warp has a time, which goes up with every release. `seen[w, v]` is the time up to which accesses of warp v come
 before what warp w does now. A barrier takes the maximum over the warps that meet. Each mbarrier has a column too, whose
-time is its number of completed phases; the copy engine's writes carry it. Lanes of one warp count as ordered.
+time is its number of completed phases; the writes of bulk copies carry it. Lanes of one warp count as ordered.
 """
 
 from __future__ import annotations
