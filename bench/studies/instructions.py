@@ -5,9 +5,9 @@
     python bench/studies/instructions.py --binary fastkd/_cuda*.so        # kernels that are compiled already
     cuobjdump -sass kernel.cubin | python bench/studies/instructions.py --sass -
 
-By a model of an H200 (132 multiprocessors, four instructions for 32 threads in each cycle of 1.76 GHz, 4.3 TB/s), it
-issues about 41 instructions while its memory moves the 6 bytes of a column (two logits and a gradient in bfloat16), and
-69 for the 10 bytes of two sweeps. A kernel with fewer instructions a column is bound by memory.
+By a model of an H200 (132 multiprocessors, four instructions for 32 threads in each cycle of 1.97 GHz, 4.3 TB/s), it
+issues about 46 instructions while its memory moves the 6 bytes of a column (two logits and a gradient in bfloat16), and
+77 for the 10 bytes of two sweeps. A kernel with fewer instructions a column is bound by memory.
 
 "path" is the number of instructions of a loop's shortest iteration, and "all" also counts the branches beside it
 (tests/support/sass.py). BAR and SHFL are counted in the whole loop, and LDG, STG and MUFU on the path; with --binary or

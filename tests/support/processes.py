@@ -22,8 +22,9 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-# Timeouts of a collective, and of a function with several. They only end a hang; they do not judge speed.
-TIMEOUT, PATIENCE = 300, 900
+# Timeouts of a collective, and of a function with several. They only end a hang; they do not judge speed. AFTERWARDS is
+# how long a test that has failed on one process waits for the others, which may wait for that process.
+TIMEOUT, PATIENCE, AFTERWARDS = 300, 900, 20
 
 
 # What the server imports before it forks. It computes nothing, so it has no threads that a fork would lose.
@@ -112,7 +113,7 @@ class Processes:
 
     def run(self, size: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
         """Run function(group, *arguments) on the first `size` processes; return the result of each."""
-        results = self.outcomes(size, function, *arguments)
+        results = self.outcomes(size, function, *arguments, afterwards=AFTERWARDS)
         bad = {rank: text for rank, (good, text) in enumerate(results) if not good}
         if bad:  # what the others raise, as they wait for one that has failed, comes last
             ordered = sorted(bad.items(), key=lambda item: "CollectiveError" in item[1])
@@ -120,20 +121,28 @@ class Processes:
         return [result for _, result in results]
 
     def outcomes(
-        self, size: int, function: Callable[..., Any], *arguments: Any
+        self,
+        size: int,
+        function: Callable[..., Any],
+        *arguments: Any,
+        afterwards: float = PATIENCE,
     ) -> list[tuple[bool, Any]]:
-        """Like run, but return (True, result) or (False, traceback) of each process, also of one that died or hangs."""
+        """Like run, but return (True, result) or (False, traceback) of each process, also of one that died or hangs.
+
+        Once a process has failed, the others have `afterwards` seconds.
+        """
         if not self.workers:
             self._start()
         for pipe in self.pipes:
             pipe.send((function.__module__, function.__name__, size, arguments))
         results: dict[int, tuple[bool, Any]] = {}
         waiting = dict(zip(self.pipes, range(self.size), strict=True))
+        patience: float = PATIENCE
         while waiting:
-            ready = wait(list(waiting), timeout=PATIENCE)
+            ready = wait(list(waiting), timeout=patience)
             if not ready:
                 for rank in waiting.values():
-                    results[rank] = (False, f"hangs: nothing for {PATIENCE} s")
+                    results[rank] = (False, f"hangs: nothing for {patience} s")
                 break
             for pipe in ready:
                 rank = waiting.pop(pipe)  # type: ignore[arg-type]
@@ -141,6 +150,8 @@ class Processes:
                     results[rank] = pipe.recv()  # type: ignore[union-attr]
                 except EOFError:
                     results[rank] = (False, "died")
+                if not results[rank][0]:
+                    patience = afterwards
         # After an error a group's processes may be at different collectives.
         if not all(good for good, _ in results.values()):
             self.stop()

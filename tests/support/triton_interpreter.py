@@ -146,9 +146,10 @@ _undo = ExitStack()
 def corrected() -> Iterator[None]:
     """Within, float32 becomes bfloat16 by rounding to nearest even, as on a GPU, and not by truncation.
 
-    The other corrections make the interpreter several times faster. For example, a kernel that calls a function does not
-    patch triton.language once more. NumPy does not warn of infinities and NaN, as a GPU does not either. Fixtures of any scope may enter this in any
-    order: the first that enters installs the corrections, the last that leaves removes them.
+    The other corrections make the interpreter several times faster: above all, a kernel that calls a function does not
+    patch triton.language once more. NumPy does not warn of infinities and NaN, as a GPU does not either. Fixtures of
+    any scope may enter this in any order: the first that enters installs the corrections, the last that leaves removes
+    them.
     """
     global _entered
     if not triton.knobs.runtime.interpret:  # PTX, in the machine of tests/support/ptx
