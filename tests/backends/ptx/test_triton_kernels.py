@@ -39,7 +39,7 @@ def _python(*arguments: str, architecture: str, settings: str = "") -> str:
 
 
 # Closed form and three sweeps, in float32 and bfloat16, in tiles of one warp; rows that programs share; a dropped row.
-# docs/ptx.md says why the tiles that are shipped are not here.
+# The tiles that are shipped are left out to save time.
 SELECTED = (
     "(test_divergences and (forward_kl or jsd) and alone and not skew)"
     " or test_results_do_not_depend_on_the_groups or (test_a_dropped_row_is_not_read and jsd)"
