@@ -47,14 +47,15 @@ _lock = threading.Lock()
 
 
 def _is_set(hook: Any) -> bool:
-    """Return whether Triton would call a hook: a function, or a chain of at least one function."""
+    """Return whether a hook is set: to a function, or to a chain of at least one function."""
     return hook is not None and bool(getattr(hook, "calls", True))
 
 
 def state(kernel: Any) -> Hashable:
-    """Return what decides, besides the arguments, which compiled kernel is launched; None if Triton must launch.
+    """Return what decides, besides the arguments, which compiled kernel is launched.
 
-    Triton must launch in the interpreter, on AMD GPUs, if a hook is set, and if somebody has replaced the kernel's run.
+    The result is None if only Triton may launch the kernel: in the interpreter, on AMD GPUs, if a hook is set, and if
+    somebody has replaced the kernel's run.
     """
     if type(kernel) is not JITFunction or torch.version.hip:
         return None
@@ -83,8 +84,8 @@ def traits(value: Any) -> Hashable:
     """Return the properties of an argument that a kernel may be compiled for; equal traits share a compiled kernel.
 
     They include everything that Triton specialises on for NVIDIA GPUs: a tensor's dtype and alignment; whether an
-    integer is 1, is divisible by 16, and fits into int32, int64 or uint64; the type of a float or None; and the value
-    of anything else. A tuple has the traits of its parts.
+    integer is 1 or divisible by 16, and which of int32, int64 and uint64 it needs; the type of a float or None; and the
+    value of anything else. A tuple has the traits of its parts.
     """
     kind = type(value)
     if kind is int:
@@ -112,7 +113,7 @@ def traits(value: Any) -> Hashable:
 def _key_of(
     kernel: Any, arguments: tuple[Any, ...], options: dict[str, Any]
 ) -> tuple[Hashable, ...] | None:
-    """Return the key of a compiled kernel; None if Triton must launch it."""
+    """Return the key of a compiled kernel; None if only Triton may launch it."""
     shared = state(kernel)
     if shared is None:
         return None
@@ -201,7 +202,8 @@ def replay(kernel: Any, facts: Hashable, tensors: Sequence[Tensor]) -> tuple[Has
             fastkd.core.tensors.readable.
 
     Returns:
-        (key, whether the launches were repeated). The key is for :func:`record`; None if Triton must launch.
+        (key, whether the launches were repeated). The key is for :func:`record`; None if only Triton may launch the
+        kernel.
     """
     shared = state(kernel)
     if shared is None:
@@ -224,7 +226,7 @@ def record(
     tensors: Sequence[Tensor],
     scratch: Sequence[Tensor] = (),
 ) -> None:
-    """Remember the launches of a call for :func:`replay`, unless another call could not repeat them.
+    """Remember the launches of a call for :func:`replay`, if an equal call can repeat them.
 
     Args:
         key: what :func:`replay` returned for this call.
@@ -235,7 +237,8 @@ def record(
     if key is None or any(launched.compiled is None for launched in launches):
         return
     slots = {id(tensor): slot for slot, tensor in enumerate((*tensors, *scratch))}
-    # A tensor that occurs twice has two slots. In an equal call, these slots may hold two different tensors.
+    # If a tensor occurs twice, an equal call may have two different tensors in these places. An argument does not show
+    # which of the two it is.
     if len(slots) < len(tensors) + len(scratch):
         return
     used = {id(leaf) for launched in launches for leaf in _tensors(launched.arguments)}
@@ -261,9 +264,9 @@ def _tensors(value: Any) -> Iterator[Tensor]:
 def _filler(
     arguments: tuple[Any, ...], slots: dict[int, int]
 ) -> Callable[[Sequence[int]], tuple[Any, ...]]:
-    """Return the function from addresses to arguments, in which an address replaces each tensor.
+    """Return a function that fills addresses into the arguments, one in the place of each tensor.
 
-    It is compiled from an expression, because it is faster than a walk through the nested tuples.
+    The function is compiled from an expression, because that is faster than a walk through the nested tuples.
     """
     constants: list[Any] = []
 

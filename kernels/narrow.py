@@ -1,9 +1,9 @@
 """Rows that fit in one tile: each logit is read once and stays in registers from the statistics to the gradient.
 
-Only rows with a logit of -inf are read again. This module computes what ``sweeps.py`` computes, and uses its functions
-and names. All columns are in registers, so the maxima are computed before the sums. No sum is then rescaled, and each
-sum can leave out the column of the maximum directly. Columns past the vocabulary have z = PAST_END, or -inf where the
-policy for log 0 applies.
+Two things are loaded again: single logits, such as the label's and those at the maxima, and rows in which a tempered
+logit is not finite. This module computes what ``sweeps.py`` computes, and uses its functions and names. All columns are
+in registers, so the maxima are computed before the sums. No sum is then rescaled, and each sum can leave out the column
+of the maximum directly. Columns past the vocabulary have z = PAST_END, or -inf where the policy for log 0 applies.
 """
 
 from __future__ import annotations
@@ -96,7 +96,7 @@ def tile_statistics(
         centered_sum = tl.sum(tl.where(column < columns.V, tile.s - center, 0.0), 0)
     t_max, t_argmax, t_exp_sum, t_exp_sum_t1 = s_max, s_argmax, s_exp_sum, 0.0
     p_moment, q_moment, t_at_s_argmax, s_at_t_argmax = 0.0, 0.0, s_max, s_max
-    # This sum is finite if every logit is finite.
+    # This sum is not finite if a tempered logit is -inf; the row then needs the policy for log 0.
     finite = tl.sum(x_s, 0)
     t_lost_max = tl.where(finite - finite == 0.0, lowest, LOWEST)
     s_lost_max = t_lost_max

@@ -41,8 +41,8 @@ SWEEP_SHARE = 0.92  # the share of the copy rate that a sweep reaches
 ISSUE_SHARE = 0.62  # the share of the issue slots that are used
 ROW_CYCLES = 12_000  # the cycles of a program outside its sweeps
 
-SCHEDULERS = 4  # of a multiprocessor; each issues one instruction for a warp per cycle
-REGISTERS, WARPS = 65_536, 64  # of a multiprocessor
+SCHEDULERS = 4  # per multiprocessor; each issues one instruction of one warp per cycle
+REGISTERS, WARPS = 65_536, 64  # per multiprocessor
 COPY_SHARE = 0.89  # the share of the published bandwidth that a copy reaches on an H200
 
 

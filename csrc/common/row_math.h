@@ -53,8 +53,8 @@ FASTKD_INLINE void set_closed_form(const MeanMoments& weights, const MeanMoments
 // A side (the student or the teacher) is sure of a column if its probability there is more than 1/2. Call this column
 // a. A sum that contains it has a rounding error in proportion to its term. The student's gradient there,
 // g_a - q_a sum g, would be a small difference of two numbers with such errors. Sums therefore exclude the column, and
-// the gradient is computed as g_a (1 - q_a) - q_a times the sum over the others, where 1 - q_a is the sum of the
-// others' probabilities. For the teacher, h and p replace g and q.
+// the gradient is computed as g_a (1 - q_a) - q_a sum' g, where sum' is over the other columns and 1 - q_a is the sum
+// of their probabilities. For the teacher, h and p replace g and q.
 
 // What the gradients of the sure columns depend on if there is a closed form.
 struct SureSums {
@@ -128,8 +128,8 @@ FASTKD_INLINE double entropy_with_label(double q_log_odds, double rest_entropy) 
 
 // ---- the value of a row, and the scales of its gradients
 
-// The cross-entropy with label smoothing. label_gap is z - max of the label, and mean_gap the mean of z - max
-// over the vocabulary.
+// The cross-entropy with label smoothing. label_gap is the label's z - max, and mean_gap the mean of z - max over
+// the vocabulary.
 FASTKD_INLINE double smoothed_cross_entropy(double smoothing, double log_sum_t1, double label_gap, double mean_gap,
                                             double unit_t1) {
   double target = (1 - smoothing) * label_gap;

@@ -13,7 +13,7 @@
 
 namespace fastkd::cuda {
 
-// Statistics of the whole row: of the sweep, and of the listed tokens.
+// Statistics of the sweep and of the listed tokens, of a part of the row or of all of it.
 struct SparseStatistics {
   Statistics sweep;  // s: the whole row; t: the columns that are not listed
   float token_max;
@@ -142,7 +142,7 @@ FASTKD_INLINE void finish_sweep(const Call& call, RowState& row, const SparseSta
 }
 
 // Calls f(position in the list) for this thread's share of all listed tokens, in the first warp of the first block.
-// Processes whose shards differ in width, and perhaps in the number of blocks, thus add in the same order.
+// The order of the additions is then the same in every process, even if their clusters differ in the number of blocks.
 template <class Function>
 FASTKD_INLINE void each_token_of_row(const Call& call, const RowState& row, Place place, Function f) {
   constexpr int LANES = 32;
