@@ -32,7 +32,17 @@ from .launch import (
 )
 from .launcher import launch
 from .skeleton import LN2, LOWEST, exp_scaled, scaled
-from .sweeps import Row, finite_max, fold, fold_max, read, rescale_moment, spread, sweep_zeros
+from .sweeps import (
+    Row,
+    finite_max,
+    fold,
+    fold_max,
+    read,
+    rescale_moment,
+    rescale_sum,
+    spread,
+    sweep_zeros,
+)
 
 BLOCK_K = 256
 BITS_PER_WORD = tl.constexpr(32)
@@ -178,13 +188,13 @@ def _sweep_tail(
     step = scaled(rise, student.unit)
     factor = tl.exp2(-step)
     entropy_moment = rescale_moment(entropy_moment, -step, exp_sum, factor)
-    row_exp_sum = tl.sum(factor * exp_sum, 0)
+    row_exp_sum = tl.sum(rescale_sum(exp_sum, rise, factor), 0)
     # The lane of the maximum has a sum of at least 1, unless every column is a token or -inf.
     row_max = tl.where(row_exp_sum == 0.0, -float("inf"), row_max)
     return TailSums(
         row_max,
         row_exp_sum,
-        tl.sum(exp_sum_t1 * exp_scaled(-rise, unit_t1), 0),
+        tl.sum(rescale_sum(exp_sum_t1, rise, exp_scaled(-rise, unit_t1)), 0),
         LN2 * tl.sum(entropy_moment, 0),
         tl.sum(z_sum, 0),
     )

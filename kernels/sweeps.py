@@ -379,6 +379,16 @@ def rescale_moment(moment, shift, exp_sum, factor):
 
 
 @triton.jit
+def rescale_sum(exp_sum, rise, factor):
+    """Return a sum of exponentials relative to a maximum that lies `rise` above its own; at a rise of 0, factor is 1.
+
+    The choice changes no value. Without it, the compiler fuses the product with the first addition of tl.sum, and the
+    lanes of a warp hold sums that differ in the last bit.
+    """
+    return tl.where(rise == 0.0, exp_sum, factor * exp_sum)
+
+
+@triton.jit
 def _p_step(moments, s_step, t_step):
     """Return what a rise of the maxima adds to x_t - x_s, or to -x_s for a cross-entropy."""
     if moments.cross is not None:
@@ -483,13 +493,15 @@ def _add_lanes(partials, s_rise, t_rise, student, teacher, moments):
         if moments.forward is not None or moments.cross is not None:
             p_step = _p_step(moments, s_step, t_step)
             p_moment = rescale_moment(p_moment, p_step, t_exp_sum, t_factor)
-        t_exp_sum *= t_factor
+        t_exp_sum = rescale_sum(t_exp_sum, t_rise, t_factor)
         if teacher.unit_t1 is not None:
-            t_exp_sum_t1 *= exp_scaled(-t_rise, teacher.unit_t1)
+            t_factor_t1 = exp_scaled(-t_rise, teacher.unit_t1)
+            t_exp_sum_t1 = rescale_sum(t_exp_sum_t1, t_rise, t_factor_t1)
     entropy_moment = rescale_moment(partials.entropy_moment, -s_step, s_exp_sum, s_factor)
-    s_exp_sum *= s_factor
+    s_exp_sum = rescale_sum(s_exp_sum, s_rise, s_factor)
     if student.unit_t1 is not None:
-        s_exp_sum_t1 *= exp_scaled(-s_rise, student.unit_t1)
+        s_factor_t1 = exp_scaled(-s_rise, student.unit_t1)
+        s_exp_sum_t1 = rescale_sum(s_exp_sum_t1, s_rise, s_factor_t1)
     lowest: tl.constexpr = -float("inf")
     return Partial(
         lowest,

@@ -34,6 +34,8 @@ class Resources(NamedTuple):
     warps: int = 0  # of a program
     instructions: int = 0  # of the whole kernel
     loops: tuple[LoopCounts, ...] = ()  # outermost, by address; none for HIP
+    # Sums over lanes whose first addition is fused with a product: lanes then differ in the last bit. Not for HIP.
+    fused_sums: int = 0
 
     def sweeps(self, with_sums: bool) -> list[LoopCounts]:
         """The sweeps of a kernel for whole rows: statistics, sums if there is no closed form, gradients.
@@ -56,8 +58,8 @@ class Resources(NamedTuple):
 
 def restored(used: Any) -> Resources:
     """The Resources that JSON turned into lists."""
-    *numbers, loops = used
-    return Resources(*numbers, tuple(LoopCounts(*loop) for loop in loops))
+    *numbers, loops, fused_sums = used
+    return Resources(*numbers, tuple(LoopCounts(*loop) for loop in loops), fused_sums)
 
 
 class Caught(Exception):  # noqa: N818 (no error: it carries a launch out of the launcher)
@@ -115,11 +117,18 @@ def _loop_counts(code: list[sass.Instruction]) -> tuple[LoopCounts, ...]:
     )
 
 
-def _cuda_resources(cubin: bytes, columns_per_thread: int, warps: int) -> Resources:
+def fused_sums(ptx: str) -> int:
+    """How many results of shuffles are added by a fused multiply-add."""
+    shuffled = set(re.findall(r"shfl\.sync\.\S+\s+(%\w+)", ptx))
+    added = re.findall(r"fma\.rn\.f32\s+%\w+, %\w+, %\w+, (%\w+);", ptx)
+    return sum(register in shuffled for register in added)
+
+
+def _cuda_resources(code: dict[str, Any], columns_per_thread: int, warps: int) -> Resources:
     from triton import knobs
 
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
+        file.write(code["cubin"])
         file.flush()
         command = [knobs.nvidia.cuobjdump.path, "--dump-resource-usage", "-sass", file.name]
         text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
@@ -135,6 +144,7 @@ def _cuda_resources(cubin: bytes, columns_per_thread: int, warps: int) -> Resour
         warps,
         len(function.code),
         _loop_counts(function.code),
+        fused_sums(code["ptx"]),
     )
 
 
@@ -164,7 +174,7 @@ def resources(
     if "BLOCK_V" in kernel.arg_names:
         block = arguments[kernel.arg_names.index("BLOCK_V")]
         columns_per_thread = block // (32 * warps)
-    return _cuda_resources(actual["cubin"], columns_per_thread, warps)
+    return _cuda_resources(actual, columns_per_thread, warps)
 
 
 def launch_nothing(keep: bool = True) -> list[tuple[Any, ...]]:

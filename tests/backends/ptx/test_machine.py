@@ -253,6 +253,9 @@ FAULTS: dict[str, tuple[str, str, str, int, int]] = {
     "two programs write one element": (
         "two programs of a launch", "mov.u32 %r3, 1; st.global.b32 [%d0], %r3;",
         "mov.u32 %r3, 1; mov.u32 %r2, %ctaid.x; " + store("%r3", "%r2"), 32, -2),
+    "two programs write one byte": (
+        "two programs of a launch", "mov.u32 %r3, 1; st.global.b8 [%d0+1], %r3;",
+        "mov.u32 %r3, 1; mov.u32 %r2, %ctaid.x; cvt.u64.u32 %d2, %r2; add.u64 %d2, %d0, %d2; st.global.b8 [%d2], %r3;", 32, -2),
     "one program reads what another writes": (
         "two programs of a launch", f"ld.global.b32 %r3, [%d0+4]; mov.u32 %r2, %ctaid.x; {store('%r2', '%r2')}",
         f"ld.global.b32 %r3, [%d0+8]; mov.u32 %r2, %ctaid.x; {store('%r2', '%r2')}", 32, -2),

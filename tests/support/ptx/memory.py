@@ -115,16 +115,23 @@ def _check_agreement(stored: Any, values: Any) -> None:
 
 
 class _Touched:
-    """Which cluster of a launch wrote and read each half-word of a tensor: clusters run in no particular order."""
+    """Which cluster of a launch wrote and read each place of a tensor: clusters run in no particular order.
+
+    A place is a half-word, or a byte once a thread has accessed a single byte.
+    """
 
     SEVERAL = -2
 
     def __init__(self, size: int) -> None:
+        self._bytes = 2
         self._writer = np.full(size // 2 + 1, -1, np.int32)
         self._reader = np.full(size // 2 + 1, -1, np.int32)
 
     def see(self, places: Any, size: int, cluster: int, writes: bool) -> None:
-        cells = (places // 2)[:, None] + np.arange((size + 1) // 2)
+        if size < self._bytes:
+            self._bytes = 1
+            self._writer, self._reader = np.repeat(self._writer, 2), np.repeat(self._reader, 2)
+        cells = (places // self._bytes)[:, None] + np.arange(-(-size // self._bytes))
         others = [self._writer[cells]]
         if writes:
             others.append(self._reader[cells])
