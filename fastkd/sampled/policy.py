@@ -343,7 +343,8 @@ def on_policy_loss(
     kept = mask
     if factor is not None:
         kept = factor != 0 if mask is None else mask & (factor != 0)
-    # Masking inputs rather than results: where an input is infinite, a masked result would have the gradient inf * 0.
+    # Masking inputs rather than the loss: where an input is infinite, a masked loss would have the gradient inf * 0.
+    # With these inputs the loss of a dropped token is 0, in every form.
     student, teacher, old, extra, factor = (_masked(x, kept) for x in inputs)
     before = student.detach() if old is None else old
     if form == "policy_gradient":
@@ -355,7 +356,6 @@ def on_policy_loss(
         advantage, clipped, bounded = None, None, None
     if factor is not None:
         loss = loss * factor
-    loss = _masked(loss, kept)  # the upstream gradient of a dropped token may be NaN
     value = _reduced(loss, mask, reduction, num_items)
     if not return_parts:
         return value

@@ -384,6 +384,7 @@ def test_masked_tokens_may_hold_anything(form: str, reduction: str) -> None:
                     tensors["teacher"], tensors["old"], position_gamma=0.5, discount=0.5,
                     advantages=tensors["rewards"], mask=x["mask"],
                 )  # fmt: skip
+                assert not advantages[~x["mask"]].any()
                 options |= {"old_logprobs": tensors["old"], "advantages": advantages, "clip": 0.2}
             weight = importance_weights(
                 tensors["old"], tensors["rollout"], sequence_mask=(0.1, 9.0), mask=x["mask"]
@@ -447,6 +448,19 @@ def test_low_precision_inputs_are_widened(form: str, dtype: torch.dtype) -> None
     torch.testing.assert_close(found[0].double(), wanted[0], rtol=1e-6, atol=1e-7)
     rounding = torch.finfo(dtype).eps
     torch.testing.assert_close(found[1].double(), wanted[1], rtol=rounding + 1e-6, atol=1e-7)
+
+
+def test_helpers_subtract_in_float32() -> None:
+    a, b = (
+        torch.tensor([[-8.0625, -3.0]]).bfloat16(),
+        torch.tensor([[-1.0078125, -3.015625]]).bfloat16(),
+    )
+    difference = b.float() - a.float()
+    assert not torch.equal((b - a).float(), difference)
+    assert torch.equal(policy_advantages(b, a), difference)
+    assert torch.equal(importance_weights(b, a), difference.exp())
+    for function in (policy_advantages, importance_weights):
+        assert function(a.double(), b).dtype == torch.float64
 
 
 @given(
