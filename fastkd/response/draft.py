@@ -39,7 +39,7 @@ LOW_ACCEPTANCE = 1 / 16
 # A logit this far below the maximum has probability 0, and a finite logarithm.
 FAR = 1e4
 # [C, V] tensors that a chunk holds at once.
-DRAFT_TEMPORARIES = 14
+DRAFT_TEMPORARIES = 10
 # Columns are padded to a multiple of this number, so that rows stay aligned.
 ALIGNMENT = 16
 

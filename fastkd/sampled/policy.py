@@ -290,7 +290,7 @@ def on_policy_loss(
             the first update; only for "policy_gradient". None: the student's current ones, so r = 1.
         advantages: [..., T], advantages of a reward or from :func:`policy_advantages`; only for "policy_gradient".
         form: one of the above.
-        coef: factor of the teacher's term, finite.
+        coef: factor of the teacher's term, finite. With teacher_logprobs only, like clamp.
         clamp: c > 0; limits t - old, or the value of another form before coef, to [-c, c]. Beyond it the gradient of
             that form is 0 (verl's loss_max_clamp). None: no limit.
         clip: PPO's epsilon, or (low, high): clip(r) limits r to [1 - low, 1 + high]. None: no clipping.
@@ -317,6 +317,14 @@ def on_policy_loss(
     """
     _check_form(form, teacher_logprobs, old_logprobs, advantages, clip, dual_clip)
     coef, clamp = _finite("coef", coef), _positive_or_none("clamp", clamp)
+    for name, changed in (
+        ("coef", not torch.compiler.is_compiling() and coef != 1.0),
+        ("clamp", clamp is not None),
+    ):
+        if changed and teacher_logprobs is None:
+            raise ValueError(
+                f"{name} is for the teacher's term, and teacher_logprobs is None; pass {name} to policy_advantages"
+            )
     clip_range = _clip_range(clip)
     if dual_clip is not None:
         dual_clip = _above_one("dual_clip", dual_clip)

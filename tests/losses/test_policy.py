@@ -631,6 +631,8 @@ S = torch.full((2, 3), -1.0)
         ({"teacher_logprobs": S, "old_logprobs": S, "clip": -0.1}, r"clip must be in \[0, 1e\+30\], got -0.1"),
         ({"teacher_logprobs": S, "old_logprobs": S, "clip": "0.2"}, "clip must be a number, got str"),
         ({"teacher_logprobs": S, "old_logprobs": S, "dual_clip": 1.0}, "dual_clip must be greater than 1, got 1.0"),
+        ({"advantages": S, "coef": 0.5}, "coef is for the teacher's term, and teacher_logprobs is None"),
+        ({"advantages": S, "clamp": 0.5}, "clamp is for the teacher's term"),
         ({"teacher_logprobs": S, "clamp": 0.0}, "clamp must be of a size between"),
         ({"teacher_logprobs": S, "coef": math.inf}, "coef must be in"),
         ({"teacher_logprobs": S, "reduction": "token-mean"}, "reduction must be one of none, .*, sequence_mean; got"),
