@@ -23,8 +23,6 @@ from fastkd.response.chunks import (
     chunk_rows,
     kernels_of,
     prepared,
-    row_sum,
-    softmax_of,
 )
 
 if TYPE_CHECKING:
@@ -34,7 +32,7 @@ LOSSES = ("forward_kl", "reverse_kl", "jsd", "cross_entropy", "tvd", "nla", "lk_
 OF_ACCEPTANCE = ("tvd", "nla", "lk_hybrid")
 # The lowest acceptance that nla distinguishes: below it the loss is constant and has no gradient, as in speculators.
 LOWEST_ACCEPTANCE = 1e-5
-# Below this acceptance, 1 - TV has lost digits that a float32 sum of minima still has.
+# Below this acceptance, 1 - TV has fewer digits than a sum of minima in the same dtype.
 LOW_ACCEPTANCE = 1 / 16
 # A logit this far below the maximum has probability 0, and a finite logarithm.
 FAR = 1e4
@@ -398,13 +396,27 @@ class _Chunk:
             factor = torch.ones_like(self.of_rows) if by_row else self._factor(distance)
             result = self._add(tvd(), self.whole, factor)
         self.values["tvd"] = result.distillation
-        self.acceptance = acceptance = _acceptance(result.distillation, *self.whole)
+        self.acceptance = acceptance = 1.0 - result.distillation
+        if terms.needed("nla"):
+            self._sum_low_acceptance(acceptance)
         self.values["nla"] = -acceptance.clamp(min=LOWEST_ACCEPTANCE).log()
         if self.gradient is not None and by_row:
             # The gradient of a function of the distance is that of the distance times the function's derivative.
             slope = torch.where(acceptance >= LOWEST_ACCEPTANCE, negative_log / acceptance, 0.0)
             slope = slope + distance + hybrid * (1.0 - self._share())
             self.gradient.mul_((self.of_rows * slope).unsqueeze(-1))
+
+    def _sum_low_acceptance(self, acceptance: Tensor) -> None:
+        """Replace the acceptance by sum_v min(p_v, q_v) where 1 - TV has lost digits, which the logarithm shows."""
+        low = (acceptance < LOW_ACCEPTANCE).nonzero().squeeze(-1)
+        if low.numel():
+            logs = []
+            for logits in self.whole:
+                rows = logits if low.numel() == len(logits) else logits[low]
+                top, best = rows.max(-1)
+                log_sum = top + self._cross_entropy(rows, best)
+                logs.append(rows - log_sum.unsqueeze(-1))
+            acceptance[low] = torch.minimum(*logs, out=logs[0]).exp_().sum(-1)
 
     def _share(self) -> Tensor:
         """The weight of the KL in "lk_hybrid", [C]."""
@@ -498,17 +510,6 @@ class _Chunk:
         )
         assert result.cross_entropy is not None
         return result.cross_entropy
-
-
-def _acceptance(distance: Tensor, student: Tensor, teacher: Tensor) -> Tensor:
-    """sum_v min(p_v, q_v), [C]: 1 - TV, and the sum itself where that would have lost its digits."""
-    acceptance = 1.0 - distance
-    low = (acceptance < LOW_ACCEPTANCE).nonzero().squeeze(-1)
-    if low.numel():
-        dtype = student.dtype
-        q, p = (softmax_of(logits[low], 1.0, dtype) for logits in (student, teacher))
-        acceptance[low] = row_sum(torch.minimum(q, p)).squeeze(-1).to(dtype)
-    return acceptance
 
 
 def _columns(
