@@ -100,7 +100,7 @@ bench-quick: $(STACKS)/.stacks build build/demo/.stamp ## compare fastkd with ot
 bench-compare: $(STACKS)/.stacks ## compare two runs: make bench-compare BEFORE=a.json AFTER=b.json ARGS="--fail 10"
 	$(STACKS_PY) bench/compare.py '$(BEFORE)' '$(AFTER)' $(ARGS)
 
-STUDIES := loss memory accuracy topk linear online relations imports
+STUDIES := loss memory accuracy topk linear online draft relations imports
 bench: $(STACKS)/.stacks build build/demo/.stamp ## run the full comparison (build/bench/full.*) and all other benchmarks
 	$(call SUITE,full,)
 	@for study in $(STUDIES); do echo "bench/studies/$$study.py"; $(STACKS_PY) bench/studies/$$study.py || exit 1; done

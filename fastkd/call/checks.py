@@ -143,7 +143,7 @@ def with_rows(
     count: int | Tensor = math.prod(lead) if counted is None else counted.sum()
     if isinstance(count, Tensor) and device.type == "cpu" and numbers is None:
         count = int(count)  # a CPU need not wait for it, and numbers cost less than tensors
-    items = _denominator(reduction, num_items, count, lead, device, row_dtype)
+    items = denominator(reduction, num_items, count, lead, device, row_dtype)
     if numbers is not None and num_items is None and not isinstance(items, Tensor):
         numbers = numbers._replace(num_items=items)
     rows = call.rows._replace(labels=labels, weight=row_weight)
@@ -684,7 +684,7 @@ def _weights(
     return counted, None if weight is None else weight.to(dtype).contiguous()
 
 
-def _denominator(
+def denominator(
     reduction: str,
     num_items: int | float | Tensor | None,
     count: int | Tensor,
@@ -692,7 +692,10 @@ def _denominator(
     device: torch.device,
     dtype: torch.dtype,
 ) -> int | float | Tensor:
-    """The denominator of the summed loss: a number, or a 0-dim tensor if only the device knows it."""
+    """The denominator of the summed loss: a number, or a 0-dim tensor if only the device knows it.
+
+    count is how many rows are counted, for "mean".
+    """
     if num_items is not None:
         items = plain(num_items)
         if isinstance(items, Tensor):

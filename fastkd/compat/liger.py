@@ -35,7 +35,9 @@ from torch import (
 from fastkd.call.checks import check_choice, check_pair, check_per_row, check_side
 from fastkd.call.contract import widened
 from fastkd.core.scalars import check_number
+from fastkd.core.tensors import savable
 from fastkd.divergences import Divergence, jsd
+from fastkd.engine.gradients import differentiable_once
 from fastkd.functional import fused_linear_kd_loss, kd_loss
 from fastkd.teachers import LinearTeacher
 
@@ -235,6 +237,100 @@ class LigerTVDLoss(nn.Module):
         if shift_labels is not None:
             terms = terms.masked_fill((shift_labels == self.ignore_index).unsqueeze(-1), 0.0)
         return terms
+
+
+# ---- losses of logits
+
+
+class _CrossEntropyAndDistance(torch.autograd.Function):
+    """apply(student, teacher, target, ignore_index) -> (cross-entropy, total variation distance), [...] each.
+
+    The two have upstream gradients of their own, which differ from row to row, so the gradient is computed in the
+    backward pass. Until then only the inputs are held.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, student: Tensor, teacher: Tensor, target: Tensor, ignore_index: int
+    ) -> tuple[Tensor, Tensor]:
+        """Compute both terms in one sweep."""
+        ctx.save_for_backward(*savable(student, teacher, target))
+        ctx.ignore_index = ignore_index
+        ctx.set_materialize_grads(False)
+        _, parts = kd_loss(
+            student.detach(),
+            teacher.detach(),
+            target,
+            divergence="tvd",
+            alpha=0.5,
+            ignore_index=ignore_index,
+            return_parts=True,
+        )
+        return parts.cross_entropy, parts.distillation
+
+    @staticmethod
+    def backward(
+        ctx: Any, of_cross_entropy: Tensor | None, of_distance: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
+        """Add the gradients of the two terms, each weighted by its upstream gradient."""
+        student, teacher, target = ctx.saved_tensors
+        total: Tensor | None = None
+        for upstream, alpha in ((of_cross_entropy, 0.0), (of_distance, 1.0)):
+            if upstream is None:
+                continue
+            with torch.enable_grad():
+                leaf = student.detach().requires_grad_()
+                loss = kd_loss(
+                    leaf,
+                    teacher.detach(),
+                    target,
+                    divergence="tvd",
+                    alpha=alpha,
+                    ignore_index=ctx.ignore_index,
+                    weight=upstream.detach(),
+                    reduction="sum",
+                )
+            (gradient,) = torch.autograd.grad(loss, leaf)
+            total = gradient if total is None else total.add_(gradient)
+        if torch.is_grad_enabled():  # create_graph=True
+            return (*differentiable_once([total]), None, None, None)
+        return total, None, None, None
+
+
+class LigerFusedCETVDLoss(nn.Module):
+    r"""liger_kernel.transformers.LigerFusedCETVDLoss: cross-entropy and total variation distance of each token.
+
+        CE(softmax(s), target)   and   1/2 sum |softmax(t) - softmax(s)|
+
+    Both are differentiable with respect to the student's logits, each with upstream gradients of its own. If their
+    weights are the same for all tokens, prefer one call, which computes the gradient in the forward pass:
+    ``(a + b) * fastkd.kd_loss(student, teacher, target, divergence="tvd", alpha=b / (a + b))`` is a CE + b TVD.
+
+    Args:
+        ignore_index: the label that drops a row; both terms are 0 there.
+    """
+
+    def __init__(self, ignore_index: int = -100) -> None:
+        super().__init__()
+        self.ignore_index = ignore_index
+
+    def forward(
+        self, student_logits: Tensor, teacher_logits: Tensor, target: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Return (cross-entropy, total variation distance), [...] each, float32.
+
+        Args:
+            student_logits: [..., V].
+            teacher_logits: [..., V]; they receive no gradient.
+            target: [...] int64.
+        """
+        check_pair("teacher_logits", teacher_logits, "student_logits", student_logits, _REMEDY)
+        if target is None:
+            raise TypeError("target must be a tensor, got NoneType")
+        check_per_row("target", target, student_logits.shape[:-1])
+        return _CrossEntropyAndDistance.apply(
+            student_logits, teacher_logits, target, self.ignore_index
+        )
 
 
 # ---- losses of hidden states and lm_heads

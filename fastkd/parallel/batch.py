@@ -12,7 +12,7 @@ from fastkd.parallel.collectives import all_reduce
 
 
 def num_items(
-    labels: Tensor,
+    labels: Tensor | None = None,
     mask: Tensor | None = None,
     *,
     ignore_index: int = -100,
@@ -28,24 +28,31 @@ def num_items(
     number of micro-batches, if labels are those of the whole step, or if you add the results of several calls.
 
     Args:
-        labels: [...] int64, the labels of this process.
-        mask: [...] bool, the mask of this process.
+        labels: [...] int64, the labels of this process; None: the mask alone says what is counted.
+        mask: [...] bool, the mask of this process. Required without labels.
         ignore_index: as in :func:`fastkd.kd_loss`.
         group: the processes that have different rows (data and context parallel); None: all.
         averaged: whether gradients are averaged over the group; False: they are summed.
 
     Returns:
-        A 0-dim float64 tensor on the device of the labels.
+        A 0-dim float64 tensor on the device of labels or mask.
     """
     check_flags(averaged=averaged)
-    if not isinstance(labels, Tensor) or labels.dtype != torch.int64:
-        raise TypeError(
-            f"labels must be an int64 tensor, got {getattr(labels, 'dtype', type(labels).__name__)}"
-        )
-    counted = labels != check_int("ignore_index", ignore_index)
-    if mask is not None:
-        check_mask(mask, "labels", labels)
-        counted = counted & mask
+    ignore_index = check_int("ignore_index", ignore_index)
+    if labels is None:
+        if mask is None:
+            raise ValueError("labels or mask must be given; both are None")
+        check_mask(mask, "mask", mask)
+        counted = mask
+    else:
+        if not isinstance(labels, Tensor) or labels.dtype != torch.int64:
+            raise TypeError(
+                f"labels must be an int64 tensor, got {getattr(labels, 'dtype', type(labels).__name__)}"
+            )
+        counted = labels != ignore_index
+        if mask is not None:
+            check_mask(mask, "labels", labels)
+            counted = counted & mask
     count = counted.sum(dtype=torch.float64)
     if not dist.is_initialized():
         return count

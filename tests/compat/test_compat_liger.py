@@ -170,6 +170,70 @@ def test_tvd(reduction: str) -> None:
             compare(run(ours.LigerTVDLoss(reduction), [p], q, inputs), reference, exact)
 
 
+def ce_and_tvd(student: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
+    cross_entropy = torch.nn.functional.cross_entropy(
+        student, labels, reduction="none", ignore_index=IGNORED
+    )
+    distance = 0.5 * (student.softmax(-1) - teacher.softmax(-1)).abs().sum(-1)
+    return torch.stack([cross_entropy, distance * (labels != IGNORED)])
+
+
+def stacked(loss: Any) -> Any:
+    """The loss with its two results as one, so that each gets an upstream gradient of its own."""
+    return lambda *inputs: torch.stack(loss(*inputs))
+
+
+@both
+def test_ce_and_tvd(name: str) -> None:
+    student, teacher, labels = rows(name)
+    exact = run(ce_and_tvd, float64(student), teacher.double(), labels)
+    reference = run(stacked(liger.LigerFusedCETVDLoss(IGNORED)), [student], teacher, labels)
+    actual = run(stacked(ours.LigerFusedCETVDLoss(IGNORED)), [student], teacher, labels)
+    compare(actual, reference, exact)
+    assert not actual.loss[:, 2].any() and not actual.gradients[0][2].any()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_ce_and_tvd_one_at_a_time(dtype: torch.dtype) -> None:
+    """A gradient of one term alone, in low precision; ignored rows may hold NaN in logits and upstream gradient."""
+    student, teacher, labels = rows("random")
+    student, teacher = student.to(dtype), teacher.to(dtype)
+    dropped = labels == IGNORED
+    for index in (0, 1):
+        exact_leaf = student.double().requires_grad_()
+        exact_value = ce_and_tvd(exact_leaf, teacher.double(), labels)[index]
+        leaf = student.masked_fill(dropped[:, None], math.nan).requires_grad_()
+        value = ours.LigerFusedCETVDLoss()(leaf, teacher, labels)[index]
+        assert value.dtype == torch.float32
+        upstream = torch.linspace(-2.0, 1.5, len(labels)).masked_fill(dropped, math.nan)
+        (gradient,) = torch.autograd.grad(value, leaf, upstream)
+        weights = upstream.masked_fill(dropped, 0.0).double()
+        (exact,) = torch.autograd.grad(exact_value, exact_leaf, weights)
+        assert gradient.dtype == dtype and not gradient[dropped].any()
+        assert error(gradient, exact) < 2 * torch.finfo(dtype).eps
+
+
+def test_ce_and_tvd_is_a_loss_of_logits_and_holds_no_gradient() -> None:
+    student, teacher, labels = rows("random")
+    leaf = student.clone().requires_grad_()
+    cross_entropy, distance = ours.LigerFusedCETVDLoss()(leaf, teacher, labels)
+    loss = (0.3 * cross_entropy + 0.7 * distance).sum() / 5
+    once = torch.autograd.grad(loss, leaf, retain_graph=True)
+    twice = torch.autograd.grad(loss, leaf, retain_graph=True)
+    assert torch.equal(once[0], twice[0])
+    import fastkd
+
+    other = student.clone().requires_grad_()
+    fused = fastkd.kd_loss(other, teacher, labels, divergence="tvd", alpha=0.7)
+    torch.testing.assert_close(fused, loss)
+    torch.testing.assert_close(torch.autograd.grad(fused, other), once)
+    (gradient,) = torch.autograd.grad(loss, leaf, create_graph=True)
+    with pytest.raises(RuntimeError, match="first derivatives only"):
+        gradient.sum().backward()
+    saved = cross_entropy.grad_fn.saved_tensors
+    assert {x.data_ptr() for x in saved} <= {x.data_ptr() for x in (leaf, teacher, labels)}
+
+
 @pytest.mark.parametrize("beta", [0.0, 0.3, 1.0])
 def test_in_triton(beta: float, monkeypatch: pytest.MonkeyPatch) -> None:
     """The definitions compile in Triton, which GPUs use instead of the reference."""
@@ -455,6 +519,7 @@ def test_second_backward() -> None:
         liger.LigerJSD,
         liger.LigerKLDIVLoss,
         liger.LigerTVDLoss,
+        liger.LigerFusedCETVDLoss,
         liger.LigerFusedLinearKLDivLoss,
     ],
     ids=lambda loss: loss.__name__,

@@ -75,6 +75,11 @@ CALLS: dict[str, tuple[Callable[..., Any], dict[str, Tensor], Callable[..., Any]
     "LigerTVDLoss none": (
         liger.LigerTVDLoss("none"), {"p": p(4, 7), "q": p(4, 7), "shift_labels": LABELS}, liger.LigerTVDLoss,
     ),
+    "LigerFusedCETVDLoss": (
+        lambda **given: liger.LigerFusedCETVDLoss()(**given)[0],
+        {"student_logits": logits(4, 7), "teacher_logits": logits(4, 7), "target": LABELS},
+        liger.LigerFusedCETVDLoss,
+    ),
     "LigerFusedLinearKLDivLoss": (
         liger.LigerFusedLinearKLDivLoss(),
         {"student_input": logits(4, 3), "student_weight": logits(7, 3), "target": p(4, 7), "shift_labels": LABELS},

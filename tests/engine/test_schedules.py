@@ -323,6 +323,12 @@ EVERY: dict[str, Callable[[Tensor, float], Tensor]] = {
     "k1": lambda s, x: x * fastkd.sampled.k1(s, TEACHER).mean(),
     "k2": lambda s, x: x * fastkd.sampled.k2(s, TEACHER).mean(),
     "k3": lambda s, x: x * fastkd.sampled.k3(s, TEACHER).mean(),
+    "on_policy_loss": lambda s, x: fastkd.sampled.on_policy_loss(
+        s, TEACHER, 0.9 * s.detach(), coef=x, clip=x / 10, dual_clip=1.0 + x, clamp=x, num_items=x
+    ),
+    "draft_loss": lambda s, x: response.draft_loss(
+        s, TEACHER, {"lk_hybrid": x, "cross_entropy": 0.5}, eta=x, num_items=x
+    ),
     "inplace=True": lambda s, x: kd_loss(s * 1.0, TEACHER, temperature=x, inplace=True),
 }  # fmt: skip
 
@@ -335,7 +341,7 @@ def _table() -> dict[str, str]:
 
 
 def test_the_table_lists_every_loss() -> None:
-    public = {"k1", "k2", "k3"}
+    public = {"k1", "k2", "k3", "on_policy_loss"}
     for module in (fastkd, response, online, relations, features):
         public |= {
             name for name in dir(module)

@@ -76,6 +76,40 @@ CALLS: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
         fastkd.sampled.k1,
         {"student_logprobs": S[..., 0], "teacher_logprobs": T[..., 0], "mask": MASK},
     ),
+    "on_policy_loss": (
+        fastkd.sampled.on_policy_loss,
+        {
+            "student_logprobs": S[..., 0],
+            "teacher_logprobs": T[..., 0],
+            "old_logprobs": S[..., 1],
+            "advantages": S[..., 2],
+            "clamp": 2.0,
+            "clip": 0.2,
+            "dual_clip": 3.0,
+            "mask": MASK,
+            "weight": T[..., 1],
+        },
+    ),
+    "policy_advantages": (
+        fastkd.sampled.policy_advantages,
+        {
+            "teacher_logprobs": S[..., 0],
+            "sampled_logprobs": T[..., 0],
+            "clamp": 2.0,
+            "advantages": S[..., 2],
+            "mask": MASK,
+        },
+    ),
+    "importance_weights": (
+        fastkd.sampled.importance_weights,
+        {
+            "current_logprobs": S[..., 0],
+            "sampled_logprobs": T[..., 0],
+            "truncate": 2.0,
+            "sequence_mask": (0.5, 2.0),
+            "mask": MASK,
+        },
+    ),
     **{
         make.__name__: (make, {})
         for make in (divergences.TABLE | divergences.WITH_LABELS).values()
@@ -106,6 +140,18 @@ CALLS: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
     "policy_distillation_loss, nll": (
         response.policy_distillation_loss,
         LOGITS | {"form": "nll"},
+    ),
+    "draft_loss": (
+        response.draft_loss,
+        {
+            "student_logits": S[..., :4],
+            "teacher": T,
+            "losses": "lk_hybrid",
+            "draft_to_target": torch.tensor([6, 0, 3, 2]),
+            "positions": LABELS,
+            "position_decay": 0.5,
+            "mask": MASK,
+        },
     ),
     "common_positions": (
         response.common_positions,

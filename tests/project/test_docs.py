@@ -51,6 +51,8 @@ NOT_LOSSES = {
     "fastkd.features": {"over_peak", "unit"},
     "fastkd.sequences": {"Sequences", "Step"},
     "fastkd.online": {"MutualParts"},
+    "fastkd.response": {"DraftParts"},
+    "fastkd.sampled": {"PolicyParts"},
 }
 MODULES = (
     "response",

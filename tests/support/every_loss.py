@@ -216,6 +216,54 @@ def _sampled(estimator: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return loss
 
 
+def _policy(form: str) -> Callable[..., Tensor]:
+    def loss(given: Tensors) -> Tensor:
+        options = {name: given[name] for name in ("old_logprobs", "advantages") if name in given}
+        if options:
+            options["clip"] = 0.2  # type: ignore[assignment]
+        return fastkd.sampled.on_policy_loss(
+            given["student"], given["teacher"], form=form, mask=given["mask"],
+            weight=given["weight"], reduction="none", **options,
+        )  # fmt: skip
+
+    return loss
+
+
+def _weighted_logprobs(dtype: torch.dtype) -> Tensors:
+    return _logprobs(dtype) | {"weight": _of_rows(dtype)["weight"]}
+
+
+def _policy_logprobs(dtype: torch.dtype) -> Tensors:
+    inputs = _dense(dtype)
+    old = inputs["student"][..., 1] / 8 + inputs["student"][..., 0]
+    return _weighted_logprobs(dtype) | {
+        "old_logprobs": old,
+        "advantages": inputs["teacher"][..., 1].clone(),
+    }
+
+
+def _draft_tensors(dtype: torch.dtype) -> Tensors:
+    inputs = _dense(dtype)
+    ids = torch.randperm(V, generator=_generator())[:7]
+    return {
+        "student": inputs["student"][..., :7],
+        **{name: inputs[name] for name in ("teacher", "mask", "weight")},
+        "draft_to_target": ids,
+        "positions": torch.arange(3).expand(ROWS).clone(),
+    }
+
+
+def _draft(losses: Any) -> Callable[..., Tensor]:
+    def loss(given: Tensors, **backend: str) -> Tensor:
+        return response.draft_loss(
+            given["student"], given["teacher"], losses, mask=given["mask"], weight=given["weight"],
+            draft_to_target=given["draft_to_target"], positions=given["positions"],
+            position_decay=0.9, reduction="none", **backend,
+        )  # fmt: skip
+
+    return loss
+
+
 HEAD = ("student", "student_weight", "student_bias")
 PAIR = ("student", "teacher")
 
@@ -288,6 +336,13 @@ LOSSES: dict[str, Case] = {
         name: Case(_logprobs, _sampled(getattr(fastkd.sampled, name)), with_backend=False)
         for name in ("k1", "k2", "k3")
     },
+    "on_policy_loss": Case(_policy_logprobs, _policy("policy_gradient"), with_backend=False),
+    **{
+        f"on_policy_loss, {form}": Case(_weighted_logprobs, _policy(form), with_backend=False)
+        for form in ("k2", "k3", "abs")
+    },
+    "draft_loss": Case(_draft_tensors, _draft({"tvd": 0.9, "cross_entropy": 0.1})),
+    "draft_loss, of the acceptance": Case(_draft_tensors, _draft({"nla": 0.9, "lk_hybrid": 0.1})),
 }  # fmt: skip
 
 

@@ -1,0 +1,430 @@
+"""draft_loss against the published formulas in float64: every term, weighted sums, draft vocabularies, masks."""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+import fastkd
+from fastkd.response import draft_loss
+from fastkd.response.draft import LOSSES
+
+# Two leading dimensions. 37 draft tokens of 90: an odd width, of which a block of a kernel is partly filled.
+ROWS, D, V = (2, 5), 37, 90
+
+
+def _terms(
+    student: Tensor, teacher: Tensor, ids: Tensor | None, eta: float = 3.0
+) -> dict[str, Tensor]:
+    """The published formulas, and the acceptance, of each row in float64."""
+    student, teacher = student.double(), teacher.double()
+    cut = teacher if ids is None else teacher[..., ids]
+    full = teacher.softmax(-1) if ids is None else teacher.softmax(-1)[..., ids]
+    logq, logp = student.log_softmax(-1), cut.log_softmax(-1)
+    q, p = logq.exp(), logp.exp()
+    accepted = torch.minimum(q, full).sum(-1)
+    share = (-eta * accepted).exp().detach()
+    forward = (p * (logp - logq)).sum(-1)
+    logm = torch.logaddexp(logq, logp) - math.log(2.0)
+    return {
+        "forward_kl": forward,
+        "reverse_kl": (q * (logq - logp)).sum(-1),
+        "jsd": 0.5 * ((p * (logp - logm)).sum(-1) + (q * (logq - logm)).sum(-1)),
+        "cross_entropy": -logq.gather(-1, cut.argmax(-1, keepdim=True)).squeeze(-1),
+        "tvd": 1.0 - accepted,
+        "nla": -accepted.clamp_min(1e-5).log(),
+        "lk_hybrid": share * forward + (1.0 - share) * (1.0 - accepted),
+        "acceptance": accepted,
+    }
+
+
+def _logits(
+    seed: int, spread: float = 2.0, dtype: torch.dtype = torch.float32, subset: bool = True
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    generator = torch.Generator().manual_seed(seed)
+    width = V if subset else D
+    student = spread * torch.randn(*ROWS, D, generator=generator)
+    teacher = spread * torch.randn(*ROWS, width, generator=generator)
+    ids = torch.randperm(V, generator=generator)[:D] if subset else None
+    return student.to(dtype), teacher.to(dtype), ids
+
+
+def _wanted(
+    student: Tensor, teacher: Tensor, ids: Tensor | None, losses: dict[str, float], **options: Any
+) -> tuple[Tensor, Tensor]:
+    """The weighted sum of the terms of each row, [...], and the gradient of its sum."""
+    leaf = student.double().requires_grad_()
+    terms = _terms(leaf, teacher, ids, **options)
+    rows = sum(weight * terms[name] for name, weight in losses.items() if weight)
+    assert isinstance(rows, Tensor)
+    (gradient,) = torch.autograd.grad(rows.sum(), leaf)
+    return rows.detach(), gradient
+
+
+def _found(student: Tensor, *arguments: Any, **options: Any) -> tuple[Tensor, Tensor]:
+    leaf = student.clone().requires_grad_()
+    loss = draft_loss(leaf, *arguments, **options)
+    (gradient,) = torch.autograd.grad(loss.sum(), leaf)
+    return loss.detach(), gradient
+
+
+def _close(found: tuple[Tensor, Tensor], wanted: tuple[Tensor, Tensor], dtype: torch.dtype) -> None:
+    exact = 1e-9 if dtype == torch.float64 else 5e-6
+    torch.testing.assert_close(found[0].double(), wanted[0], rtol=exact, atol=exact)
+    rounding = torch.finfo(dtype).eps if dtype != torch.float64 else 0.0
+    assert found[1].dtype == dtype
+    torch.testing.assert_close(found[1].double(), wanted[1], rtol=exact + rounding, atol=exact)
+
+
+SUMS: list[dict[str, float]] = [
+    *({name: 0.7} for name in LOSSES),
+    {"cross_entropy": 0.1, "tvd": 0.9},
+    {"forward_kl": 0.3, "cross_entropy": 0.6},
+    {"forward_kl": 0.4, "lk_hybrid": 1.5, "cross_entropy": 0.2},
+    {"nla": 0.5, "tvd": 0.25, "lk_hybrid": 2.0, "jsd": 1.0},
+    dict.fromkeys(LOSSES, 1.25),
+]
+
+
+@pytest.mark.parametrize("subset", [True, False])
+@pytest.mark.parametrize("losses", SUMS, ids=lambda losses: "+".join(losses))
+def test_every_sum(backend: str, losses: dict[str, float], subset: bool) -> None:
+    for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
+        if dtype == torch.float64 and backend == "cpu":
+            continue
+        student, teacher, ids = _logits(1, dtype=dtype, subset=subset)
+        options = {"draft_to_target": ids, "reduction": "none", "backend": backend}
+        found = _found(student, teacher, losses, **options)
+        _close(found, _wanted(student, teacher, ids, losses), dtype)
+
+
+@pytest.mark.parametrize("subset", [True, False])
+def test_every_term_on_every_backend(any_backend: str, subset: bool) -> None:
+    student, teacher, ids = _logits(2, subset=subset)
+    losses = {name: 0.5 + k for k, name in enumerate(LOSSES)}
+    options = {"draft_to_target": ids, "reduction": "none", "backend": any_backend}
+    found = _found(student, teacher, losses, **options)
+    _close(found, _wanted(student, teacher, ids, losses), torch.float32)
+
+
+@given(
+    seed=st.integers(0, 10**6), spread=st.sampled_from([0.0, 0.01, 1.0, 8.0, 40.0]),
+    name=st.sampled_from(LOSSES), other=st.sampled_from(LOSSES), subset=st.booleans(),
+    shift=st.sampled_from([0.0, 1000.0]), eta=st.sampled_from([0.0, 1.0, 5.0]),
+)  # fmt: skip
+@settings(max_examples=100, deadline=None)
+def test_random_rows(
+    seed: int, spread: float, name: str, other: str, subset: bool, shift: float, eta: float
+) -> None:
+    student, teacher, ids = _logits(seed, spread, torch.float64, subset)
+    student, teacher = student.float().double() + shift, teacher.float().double() - shift
+    losses = {name: 1.5, other: 0.5}
+    options = {"draft_to_target": ids, "reduction": "none", "eta": eta}
+    found = _found(student, teacher, losses, **options)
+    wanted = _wanted(student, teacher, ids, losses, eta=eta)
+    torch.testing.assert_close(found[0], wanted[0], rtol=1e-8, atol=1e-9)
+    if spread:  # where p = q, the subgradient of |p - q| is 0 here and is split in the formula
+        torch.testing.assert_close(found[1], wanted[1], rtol=1e-7, atol=1e-8)
+
+
+@pytest.mark.parametrize("subset", [True, False])
+def test_low_acceptance_keeps_its_digits(backend: str, subset: bool) -> None:
+    """1 - TV in float32 would have no digits of an acceptance of 1e-7, and few of one of 1e-4."""
+    student, teacher, ids = _logits(3, 0.5, subset=subset)
+    first = 0 if ids is None else int(ids[0])
+    # The student puts its mass on token 0, where the teacher has little, and vice versa.
+    for row, size in enumerate((4.0, 8.0, 10.0, 12.0, 20.0)):
+        student[:, row, 0] += size
+        teacher[:, row, first] -= size
+    options: dict[str, Any] = {"draft_to_target": ids, "reduction": "none", "backend": backend}
+    loss, parts = draft_loss(student, teacher, "nla", return_parts=True, **options)
+    wanted = _terms(student, teacher, ids)
+    assert wanted["acceptance"].min() < 1e-6 and wanted["acceptance"].max() > 0.03
+    torch.testing.assert_close(parts.acceptance.double(), wanted["acceptance"], rtol=2e-6, atol=0.0)
+    torch.testing.assert_close(loss.double(), wanted["nla"], rtol=2e-6, atol=0.0)
+    found, exact = (
+        _found(student, teacher, "nla", **options)[1],
+        _wanted(student, teacher, ids, {"nla": 1.0})[1],
+    )
+    torch.testing.assert_close(found.double(), exact, rtol=1e-4, atol=1e-6)
+    assert not found[wanted["acceptance"] < 1e-5].any()
+
+
+def test_acceptance_is_that_of_the_whole_vocabulary() -> None:
+    student, teacher, ids = _logits(4)
+    assert ids is not None
+    _, parts = draft_loss(student, teacher, "tvd", draft_to_target=ids, return_parts=True)
+    q = torch.zeros(*ROWS, V, dtype=torch.float64)
+    q[..., ids] = student.double().softmax(-1)
+    p = teacher.double().softmax(-1)
+    torch.testing.assert_close(parts.acceptance.double(), torch.minimum(p, q).sum(-1))
+    distance = fastkd.kd_loss(q.log(), teacher.double(), divergence="tvd", reduction="none")
+    torch.testing.assert_close(parts.terms["tvd"].double(), distance)
+    # The other terms, and speculators' own tvd, are those of the target's logits at these tokens.
+    same = draft_loss(student, teacher[..., ids], "forward_kl")
+    torch.testing.assert_close(draft_loss(student, teacher, draft_to_target=ids), same)
+    assert draft_loss(student, teacher[..., ids], "tvd") < 0.9 * parts.terms["tvd"].mean()
+
+
+def test_a_target_certain_of_a_token_outside_the_draft_vocabulary() -> None:
+    student, teacher, ids = _logits(5)
+    assert ids is not None
+    outside = next(v for v in range(V) if v not in ids.tolist())
+    teacher[..., outside] = 200.0
+    losses = {"tvd": 1.0, "forward_kl": 1.0}
+    options = {"draft_to_target": ids, "reduction": "none"}
+    _close(
+        _found(student, teacher, losses, **options),
+        _wanted(student, teacher, ids, losses),
+        torch.float32,
+    )
+
+
+def test_a_target_that_excludes_the_draft_vocabulary(backend: str) -> None:
+    """No token is accepted, in rows where a grammar (say) gives the target's other tokens all probability."""
+    student, teacher, ids = _logits(5)
+    assert ids is not None
+    teacher[0, 1, ids] = -math.inf
+    options = {"draft_to_target": ids, "reduction": "none", "backend": backend}
+    loss, gradient = _found(student, teacher, {"tvd": 1.0, "nla": 1.0}, **options)
+    assert loss[0, 1].item() == pytest.approx(1.0 - math.log(1e-5))
+    assert gradient[0, 1].abs().max() < 1e-7 < gradient[0, 0].abs().max()
+    kept = torch.ones(ROWS, dtype=torch.bool)
+    kept[0, 1] = False
+    wanted = _wanted(student, teacher, ids, {"tvd": 1.0, "nla": 1.0})
+    _close((loss[kept], gradient[kept]), (wanted[0][kept], wanted[1][kept]), torch.float32)
+
+
+@pytest.mark.parametrize("hole", [math.nan, math.inf])
+def test_rows_weights_and_positions(backend: str, hole: float) -> None:
+    student, teacher, ids = _logits(6)
+    mask = torch.rand(ROWS, generator=torch.Generator().manual_seed(0)) < 0.6
+    weight = 0.5 + torch.rand(ROWS, generator=torch.Generator().manual_seed(1))
+    positions = torch.arange(5).expand(ROWS)
+    student[~mask], teacher[~mask], weight[~mask] = hole, hole, hole
+    losses = {"tvd": 0.9, "cross_entropy": 0.1, "lk_hybrid": 0.5}
+    leaf = student.clone().double().requires_grad_()
+    terms = _terms(leaf[mask], teacher[mask], ids)
+    factor = (weight * 0.8**positions)[mask].double()
+    rows = factor * sum(w * terms[name] for name, w in losses.items())
+    for reduction, divisor in {
+        "sum": 1, "mean": int(mask.sum()), "batchmean": ROWS[0]
+    }.items():  # fmt: skip
+        (gradient,) = torch.autograd.grad(rows.sum() / divisor, leaf, retain_graph=True)
+        options: dict[str, Any] = {
+            "draft_to_target": ids, "mask": mask, "weight": weight, "positions": positions,
+            "position_decay": 0.8, "backend": backend,
+        }  # fmt: skip
+        found = _found(student, teacher, losses, reduction=reduction, **options)
+        _close(found, ((rows.sum() / divisor).detach(), gradient), torch.float32)
+        assert not found[1][~mask].any()
+    items = _found(student, teacher, losses, num_items=torch.tensor(3.0), **options)
+    torch.testing.assert_close(items[0].double(), rows.sum().detach() / 3, rtol=1e-5, atol=1e-6)
+    loss, parts = draft_loss(
+        student, teacher, losses, reduction="none", return_parts=True, **options
+    )
+    assert parts.counted == mask.sum() and not loss[~mask].any()
+    for name, value in (("acceptance", parts.acceptance), *parts.terms.items()):
+        assert not value[~mask].any() and not value.requires_grad
+        torch.testing.assert_close(value[mask].double(), terms[name].detach(), rtol=1e-5, atol=1e-6)
+
+
+def test_speculators_compound_loss() -> None:
+    """Its documented sum of terms with DFlash's decay; its divisor is the number of rows plus 1e-5."""
+    student, teacher, _ = _logits(7, subset=False)
+    student, teacher = student.reshape(1, -1, D), teacher.reshape(1, -1, D)
+    position = torch.arange(10).remainder(5).unsqueeze(0)
+    mask = torch.arange(10).unsqueeze(0) < 9
+    losses, gamma = {"cross_entropy": 0.1, "tvd": 0.9}, 4.0
+    decay = torch.exp(-(position - 1).clamp(min=0) / gamma) * (position != 0)
+
+    def theirs(s: Tensor) -> Tensor:
+        terms = _terms(s, teacher, None)
+        rows = sum(weight * terms[name] for name, weight in losses.items()) * mask * decay
+        return rows.sum() / (mask.sum() + 1e-5)
+
+    def ours(s: Tensor) -> Tensor:
+        return draft_loss(
+            s, teacher, losses, mask=mask & (position != 0), positions=position - 1,
+            position_decay=math.exp(-1.0 / gamma), num_items=mask.sum() + 1e-5,
+        )  # fmt: skip
+
+    results = []
+    for function in (theirs, ours):
+        leaf = student.double().requires_grad_()
+        loss = function(leaf)
+        results.append([loss.detach(), *torch.autograd.grad(loss, leaf)])
+    torch.testing.assert_close(results[1], results[0])
+
+
+def test_spec_forge_lk_loss() -> None:
+    """Its "alpha" form is the negative log of the acceptance; p of the acceptance is not renormalised."""
+    student, teacher, ids = _logits(8)
+    assert ids is not None
+    acceptance = torch.minimum(student.softmax(-1), teacher.softmax(-1)[..., ids]).sum(-1)
+    loss = draft_loss(student, teacher, "nla", draft_to_target=ids)
+    torch.testing.assert_close(loss, -acceptance.log().mean())
+
+
+def test_a_term_of_weight_0_is_measured() -> None:
+    student, teacher, ids = _logits(9)
+    losses = {"forward_kl": 1.0, **{name: 0.0 for name in LOSSES if name != "forward_kl"}}
+    options: dict[str, Any] = {"draft_to_target": ids}
+    leaf = student.clone().requires_grad_()
+    loss, parts = draft_loss(leaf, teacher, losses, return_parts=True, **options)
+    plain = _found(student, teacher, "forward_kl", **options)
+    assert torch.equal(loss.detach(), plain[0])
+    assert torch.equal(torch.autograd.grad(loss, leaf)[0], plain[1])
+    wanted = _terms(student, teacher, ids)
+    for name in LOSSES:
+        torch.testing.assert_close(parts.terms[name].double(), wanted[name], rtol=1e-5, atol=1e-6)
+    with pytest.raises(
+        ValueError, match="losses must have a weight that is not 0; all of them are"
+    ):
+        draft_loss(student, teacher, {"tvd": 0.0}, **options)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_chunks_change_nothing(dtype: torch.dtype) -> None:
+    student, teacher, ids = _logits(10, dtype=dtype)
+    losses = {"jsd": 0.5, "lk_hybrid": 0.5}
+    whole = _found(student, teacher, losses, draft_to_target=ids)
+    one_by_one = _found(student, teacher, losses, draft_to_target=ids, memory_budget=3000)
+    for found, wanted in zip(one_by_one, whole, strict=True):
+        torch.testing.assert_close(found, wanted, rtol=1e-6, atol=1e-8)
+    with pytest.raises(
+        ValueError, match="memory_budget must be at least .* bytes, which one row takes"
+    ):
+        draft_loss(student, teacher, losses, draft_to_target=ids, memory_budget=2500)
+
+
+PEAK = """
+import ctypes, json, sys
+from pathlib import Path
+import torch
+from fastkd import _C
+from fastkd.response import draft_loss
+from fastkd.response.draft import LOSSES
+
+def status(field):
+    return next(int(l.split()[1]) * 1024 for l in open("/proc/self/status") if l.startswith(field + ":"))
+
+dtype, subset, budget = json.loads(sys.argv[1])
+s, t = (torch.randn(256, n).to(getattr(torch, dtype)) for n in (16_384, 32_768 if subset else 16_384))
+ids = torch.randperm(32_768)[:16_384] if subset else None
+def step(n):
+    leaf, mask = s[:n].clone().requires_grad_(), torch.arange(n) != 1
+    before = status("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")
+    draft_loss(
+        leaf, t[:n], dict.fromkeys(LOSSES, 1.0), draft_to_target=ids, mask=mask, memory_budget=budget
+    ).backward()
+    return status("VmHWM") - before - leaf.grad.nbytes
+step(4)
+_C.release_idle_outputs()
+ctypes.CDLL(None).malloc_trim(0)
+print(step(256))
+"""
+
+
+@pytest.mark.heavy
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("subset", [True, False])
+def test_peak_memory_is_the_budget(dtype: str, subset: bool) -> None:
+    budget = 64 << 20
+    command = [sys.executable, "-c", PEAK, json.dumps([dtype, subset, budget])]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    peak = int(done.stdout.split()[-1])
+    assert peak <= 1.1 * budget, f"{peak / 2**20:.0f} MiB"
+
+
+def test_no_row() -> None:
+    student, teacher, ids = _logits(11)
+    mask = torch.zeros(ROWS, dtype=torch.bool)
+    for rows in (slice(0, 0), slice(None)):
+        leaf = student[rows].clone().requires_grad_()
+        loss, parts = draft_loss(
+            leaf, teacher[rows], dict.fromkeys(LOSSES, 1.0), draft_to_target=ids, mask=mask[rows],
+            return_parts=True,
+        )  # fmt: skip
+        assert loss == 0 and parts.counted == 0
+        assert not torch.autograd.grad(loss, leaf)[0].any()
+
+
+def test_a_retained_graph_and_no_second_derivative() -> None:
+    student, teacher, ids = _logits(12)
+    leaf = student.clone().requires_grad_()
+    loss = draft_loss(leaf, teacher, "lk_hybrid", draft_to_target=ids)
+    first, second = (torch.autograd.grad(loss, leaf, retain_graph=True)[0] for _ in range(2))
+    assert torch.equal(first, second)
+    (gradient,) = torch.autograd.grad(loss, leaf, create_graph=True)
+    with pytest.raises(RuntimeError, match="first derivatives only"):
+        gradient.sum().backward()
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_compiled(dtype: torch.dtype) -> None:
+    student, teacher, ids = _logits(13, dtype=dtype)
+    mask = torch.rand(ROWS) < 0.7
+
+    def call(s: Tensor, number: float) -> tuple[Tensor, ...]:
+        loss, parts = draft_loss(
+            s, teacher, {"tvd": number, "forward_kl": 2.0}, draft_to_target=ids, eta=number,
+            mask=mask, positions=torch.arange(5).expand(ROWS), position_decay=number / 4,
+            return_parts=True,
+        )  # fmt: skip
+        return loss, parts.acceptance, *parts.terms.values(), parts.counted
+
+    compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
+    for number in (2.0, 1.5, 0.5):
+        results = []
+        for function in (compiled, call):
+            leaf = student.clone().requires_grad_()
+            loss, *parts = function(leaf, number)
+            results.append([loss.detach(), *parts, *torch.autograd.grad(loss, leaf)])
+        torch.testing.assert_close(results[0], results[1])
+
+
+def test_errors_name_the_argument(monkeypatch: pytest.MonkeyPatch) -> None:
+    student, teacher, ids = _logits(14)
+    assert ids is not None
+    subset = {"draft_to_target": ids}
+    calls: list[tuple[Any, dict[str, Any], str]] = [
+        ("kl", subset, "losses must be one of forward_kl, .*, nla, lk_hybrid; got 'kl'"),
+        ({"tvd": -1.0}, subset, r"losses\['tvd'\] must be in \[0, 1e\+30\], got -1.0"),
+        ({}, subset, "losses must have at least one name, got an empty dict"),
+        (["tvd"], subset, "losses must be a name or a dict of weights, got list"),
+        ("tvd", {}, "student_logits has 37 columns, and teacher has 90; pass draft_to_target"),
+        ("tvd", {"draft_to_target": ids[1:]}, r"draft_to_target must be \[37\]"),
+        ("tvd", {"draft_to_target": ids.int()}, "draft_to_target must be torch.int64, got torch.int32"),
+        ("tvd", subset | {"position_decay": 0.5}, "positions must be given for position_decay; position_decay is 0.5"),
+        ("tvd", subset | {"position_decay": 0.0}, r"position_decay must be in \(0, 1\], got 0.0"),
+        ("tvd", subset | {"positions": torch.ones(5)}, "positions must be torch.int64"),
+        ("tvd", subset | {"eta": -1.0}, "eta must be in"),
+        ("tvd", subset | {"mask": torch.ones(ROWS)}, "mask must be torch.bool"),
+        ("tvd", subset | {"reduction": "sum", "num_items": 2}, "num_items is the denominator"),
+        ("tvd", subset | {"return_parts": None}, "return_parts must be True or False"),
+    ]  # fmt: skip
+    for losses, options, message in calls:
+        with pytest.raises((TypeError, ValueError), match=message):
+            draft_loss(student, teacher, losses, **options)
+    with pytest.raises(
+        ValueError, match="teacher requires grad, and draft_loss has no gradient for it"
+    ):
+        draft_loss(student, teacher.clone().requires_grad_(), **subset)
+    # Repeated or invalid tokens, such as the offsets of a checkpoint.
+    for wrong in (ids.clone().index_fill_(0, torch.tensor(1), int(ids[0])), ids - 1000, ids + 1000):
+        assert draft_loss(student, teacher, draft_to_target=wrong).isnan()
+    monkeypatch.setenv("FASTKD_CHECK", "1")
+    with pytest.raises(ValueError, match=r"draft_to_target must be distinct tokens in \[0, 90\)"):
+        draft_loss(student, teacher, draft_to_target=ids - 1000)
