@@ -62,7 +62,7 @@ class ServedTeacher:
     other processes.
 
     Args:
-        url: the address of the server, such as http://localhost:8000.
+        url: the address of the server, such as http://localhost:8000; a /v1 at its end is ignored.
         k: the number of tokens per row; 0 for the log-probabilities of the sequences' own tokens only. vLLM refuses
             more than its --max-logprobs, 20 by default.
         api: "vllm" or "sglang".
@@ -184,20 +184,13 @@ class ServedTeacher:
             return
         jobs = itertools.chain([first], jobs)
         with _Connection(self) as connection:
-            waiting: collections.deque[tuple[_Job, concurrent.futures.Future[Any]]]
-            waiting = collections.deque()
+            waiting: collections.deque[concurrent.futures.Future[Scored]] = collections.deque()
             while True:
                 for job in itertools.islice(jobs, 4 * self.concurrency - len(waiting)):
-                    waiting.append((job, connection.submit(job)))
+                    waiting.append(connection.submit(job))
                 if not waiting:
                     return
-                job, future = waiting.popleft()
-                reply = connection.wait(future)
-                try:
-                    scored = job.read(reply)
-                except (TypeError, ValueError) as error:
-                    raise ServingError(f"sequence {job.number}: {error}") from error
-                yield scored
+                yield connection.wait(waiting.popleft())
 
     def _jobs(
         self, sequences: Iterable[Any], starts: int | Iterable[int], token_ids: Iterable[Any] | None
@@ -293,7 +286,7 @@ class _Connection:
     def __init__(self, teacher: ServedTeacher) -> None:
         httpx = _httpx()
         self._teacher = teacher
-        self._url = teacher.url.rstrip("/")
+        self._url = teacher.url.rstrip("/").removesuffix("/v1")
         self._slots = asyncio.Semaphore(teacher.concurrency)
         key = teacher.api_key
         self._client = httpx.AsyncClient(
@@ -330,12 +323,12 @@ class _Connection:
         await asyncio.gather(*tasks, return_exceptions=True)
         await self._client.aclose()
 
-    def submit(self, job: _Job) -> concurrent.futures.Future[Any]:
-        """Send a request as soon as fewer than `concurrency` are under way; the result is the decoded reply."""
+    def submit(self, job: _Job) -> concurrent.futures.Future[Scored]:
+        """Send a request as soon as fewer than `concurrency` are under way, and read the reply."""
         return asyncio.run_coroutine_threadsafe(self._ask(job), self._loop)
 
-    def wait(self, future: concurrent.futures.Future[Any]) -> Any:
-        """Return a reply. Every attempt and every pause has a limit, so this ends."""
+    def wait(self, future: concurrent.futures.Future[Scored]) -> Scored:
+        """Return the scores of a sequence. Every attempt and every pause has a limit, so this ends."""
         while True:
             done, _ = concurrent.futures.wait([future], timeout=1.0)
             if done:
@@ -343,14 +336,17 @@ class _Connection:
             if not self._thread.is_alive():
                 raise ServingError("the thread that sends requests has ended; call again")
 
-    async def _ask(self, job: _Job) -> Any:
+    async def _ask(self, job: _Job) -> Scored:
         teacher, said = self._teacher, ""
         address = self._url + job.request.path
         async with self._slots:
             for attempt in range(teacher.retries + 1):
                 pause = teacher.backoff * 2.0 ** min(attempt, 30) * random.uniform(0.5, 1.0)
                 try:
-                    return await asyncio.wait_for(self._attempt(job, address), teacher.timeout)
+                    content = await asyncio.wait_for(self._attempt(job, address), teacher.timeout)
+                    # In another thread, because decoding a long reply takes seconds. Its objects are many times as
+                    # large as the scores, so it is not kept until the scores are wanted.
+                    return await asyncio.to_thread(_read, job, content)
                 except asyncio.TimeoutError:
                     said = f"no complete answer within {teacher.timeout:g} s"
                 except _TransientError as error:
@@ -360,7 +356,8 @@ class _Connection:
         attempts = "1 attempt" if not teacher.retries else f"{teacher.retries + 1} attempts"
         raise ServingError(f"sequence {job.number}: {address} failed after {attempts}: {said}")
 
-    async def _attempt(self, job: _Job, address: str) -> Any:
+    async def _attempt(self, job: _Job, address: str) -> bytes:
+        """Send a request once, and return the body of the answer."""
         httpx = _httpx()
         try:
             response = await self._client.post(address, json=job.request.body)
@@ -375,10 +372,19 @@ class _Connection:
             raise ServingError(
                 f"sequence {job.number}: {address} answered with status {status}, {_message(response)}"
             )
-        try:
-            return json.loads(response.content)
-        except ValueError as error:
-            raise _TransientError(f"the answer is not JSON: {error}") from error
+        return response.content
+
+
+def _read(job: _Job, content: bytes) -> Scored:
+    """Return the scores that the body of an answer holds."""
+    try:
+        reply = json.loads(content)
+    except ValueError as error:
+        raise _TransientError(f"the answer is not JSON: {error}") from error
+    try:
+        return job.read(reply)
+    except (TypeError, ValueError) as error:
+        raise ServingError(f"sequence {job.number}: {error}") from error
 
 
 def _message(response: Any) -> str:

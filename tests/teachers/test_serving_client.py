@@ -21,6 +21,7 @@ import pytest
 import torch
 from support.paths import PACKAGE
 from support.served import Bigram, Fault, Server
+from test_cache import model_folder  # noqa: F401 (a fixture)
 from torch import Tensor
 
 import fastkd
@@ -176,7 +177,7 @@ def test_the_model_and_the_key_are_sent() -> None:
         assert server.requests[0]["model"] == "big"
         assert server.headers[0]["Authorization"] == "Bearer secret"
         assert "secret" not in repr(teacher)
-        client(server).score([[1, 2]])
+        dataclasses.replace(client(server), url=f"{server.url}/v1/").score([[1, 2]])
         assert "Authorization" not in server.headers[1] and "model" not in server.requests[1]
 
 
@@ -889,3 +890,40 @@ def test_options_that_miss_others(tmp_path: Path, capsys: pytest.CaptureFixture[
     ):  # fmt: skip
         assert main([*build, *options]) == 1
         assert message in capsys.readouterr().err
+
+
+@pytest.mark.stacks
+def test_a_text_is_cut_as_for_a_model(
+    model_folder: Path,  # noqa: F811 (the fixture that is imported)
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """A cache from a server has the sequences and the tokenizer of one from a model, and fits the same student."""
+    cut = ["--text", str(tmp_path / "text"), "--length", "10", "--shard-examples", "2", "--k", "3"]
+    with Server(Bigram(50)) as server:
+        source = ["--server", server.url, "--tokenizer", str(model_folder), *cut]
+        assert main(["cache", "build", str(tmp_path / "served"), *source, "--kind", "topk"]) == 0
+    local = ["--model", str(model_folder), *cut, "--kind", "topk"]
+    assert main(["cache", "build", str(tmp_path / "local"), *local]) == 0
+    capsys.readouterr()
+    served, own = (read_manifest(tmp_path / name) for name in ("served", "local"))
+    assert served.tokenizer_sha256 == own.tokenizer_sha256 is not None
+    assert (served.vocab_size, served.rows, served.k) == (own.vocab_size, own.rows, own.k)
+    pairs = zip(
+        TeacherCache(tmp_path / "served")[:], TeacherCache(tmp_path / "local")[:], strict=True
+    )
+    assert all(torch.equal(one.input_ids, other.input_ids) for one, other in pairs)
+    with pytest.raises(SystemExit):
+        main(
+            [
+                "cache",
+                "build",
+                str(tmp_path / "x"),
+                "--server",
+                "http://127.0.0.1:1",
+                *cut,
+                "--tokenizer",
+                "nowhere",
+            ]
+        )
+    assert "--tokenizer: must be a local Hugging Face folder" in capsys.readouterr().err
