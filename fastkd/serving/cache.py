@@ -112,6 +112,5 @@ def _topk(scored: Scored, dtype: torch.dtype) -> TopK:
     """Return the scores as a cache stores them: with the mass of the tail."""
     assert scored.teacher is not None  # because k > 0
     ids, logprobs = scored.teacher.ids, scored.teacher.logprobs
-    _, tail = masses(ids, logprobs)
-    tail = torch.where(scored.kept, tail.log(), 0.0)
-    return TopK(ids, logprobs.to(dtype), tail_logprob=tail.to(dtype))
+    _, tail = masses(ids, logprobs)  # 1 for a dropped row, which lists nothing
+    return TopK(ids, logprobs.to(dtype), tail_logprob=tail.log().to(dtype))

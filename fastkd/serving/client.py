@@ -30,6 +30,7 @@ from fastkd.teachers.topk import TAILS
 APIS = ("vllm", "sglang")
 _LONGEST_PAUSE = 60.0  # seconds between two attempts
 _CONNECT = 30.0  # seconds for a connection; a server that is up accepts at once, however busy it is
+_END = 60.0  # seconds for cancelled requests to end
 _SHOWN = 500  # characters of a server's message
 
 
@@ -292,7 +293,7 @@ class _Connection:
         self._client = httpx.AsyncClient(
             verify=_certificates(),
             headers={} if key is None else {"Authorization": f"Bearer {key}"},
-            limits=httpx.Limits(max_connections=teacher.concurrency),
+            limits=httpx.Limits(max_keepalive_connections=teacher.concurrency),
             timeout=httpx.Timeout(teacher.timeout, connect=min(teacher.timeout, _CONNECT)),
         )
         self._loop = asyncio.new_event_loop()
@@ -307,12 +308,12 @@ class _Connection:
     def __exit__(self, *_: object) -> None:
         ended = asyncio.run_coroutine_threadsafe(self._end(), self._loop)
         try:
-            ended.result(timeout=10.0)
+            ended.result(timeout=_END)
         except concurrent.futures.TimeoutError:
             pass  # the thread is a daemon, so a task that does not end cannot keep the process alive
         finally:
             self._loop.call_soon_threadsafe(self._loop.stop)
-            self._thread.join(timeout=10.0)
+            self._thread.join(timeout=_END)
             if not self._thread.is_alive():
                 self._loop.close()
 
@@ -344,7 +345,7 @@ class _Connection:
                 pause = teacher.backoff * 2.0 ** min(attempt, 30) * random.uniform(0.5, 1.0)
                 try:
                     content = await asyncio.wait_for(self._attempt(job, address), teacher.timeout)
-                    # In another thread, because decoding a long reply takes seconds. Its objects are many times as
+                    # In another thread, because decoding a long reply takes seconds. Its JSON is many times as
                     # large as the scores, so it is not kept until the scores are wanted.
                     return await asyncio.to_thread(_read, job, content)
                 except asyncio.TimeoutError:

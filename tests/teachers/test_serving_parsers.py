@@ -244,11 +244,11 @@ def test_keys_of_either_type_and_ranks_that_are_unknown() -> None:
 def test_an_own_token_without_rank_among_ranked_ones() -> None:
     """One unknown rank makes the others useless: the order is then that of the log-probabilities."""
     listed = {
-        "7": {"logprob": -0.3},
+        "7": {"logprob": -2.2},
         "1": {"logprob": -2.0, "rank": 1},
         "2": {"logprob": -2.5, "rank": 2},
     }
-    assert teacher_of(from_vllm([None, listed], [0, 7], k=2)).ids.tolist() == [[7, 1]]
+    assert teacher_of(from_vllm([None, listed], [0, 7], k=2)).ids.tolist() == [[1, 7]]
 
 
 def test_the_last_token_of_the_vocabulary_is_reported_as_0() -> None:
@@ -379,20 +379,19 @@ def test_one_entry_that_is_missing(value: float | None) -> None:
     last = reply[4]
     assert last is not None
     last[list(last)[-1]]["logprob"] = value
-    assert from_vllm(reply, IDS, k=3, missing="drop").kept.tolist() == [
-        *[True] * 3,
-        False,
-        True,
-        True,
-    ]
-    meta = served.sglang_meta(Bigram(V).rows(IDS), IDS, 3)
-    meta["input_token_logprobs"][4][0] = value
-    assert not from_sglang(meta, IDS, k=3, missing="drop").kept[3]
-    meta = served.sglang_meta(Bigram(V).rows(IDS), IDS, 3)
-    meta["input_top_logprobs"][4][1][0] = value
-    assert not from_sglang(meta, IDS, k=3, missing="drop").kept[3]
-    meta["input_top_logprobs"][4] = None
-    assert not from_sglang(meta, IDS, k=3, missing="drop").kept[3]
+    replies: list[Scored] = [from_vllm(reply, IDS, k=3, missing="drop")]
+    for change in (
+        lambda meta: meta["input_token_logprobs"][4].__setitem__(0, value),
+        lambda meta: meta["input_top_logprobs"][4][1].__setitem__(0, value),
+        lambda meta: meta["input_top_logprobs"].__setitem__(4, None),
+    ):
+        meta = served.sglang_meta(Bigram(V).rows(IDS), IDS, 3)
+        change(meta)
+        replies.append(from_sglang(meta, IDS, k=3, missing="drop"))
+    for scored in replies:
+        assert scored.kept.tolist() == [True, True, True, False, True, True]
+        assert scored.sampled_logprobs.isnan().tolist() == (~scored.kept).tolist()
+        assert (teacher_of(scored).ids[3] == -1).all()
 
 
 # ---- what is refused
