@@ -152,7 +152,7 @@ class ServedTeacher:
             starts: for each sequence the index of the first token to score, such as the length of its prompt; or one
                 number for all. At least 1.
             token_ids: for each sequence the tokens whose log-probabilities are wanted in place of the k most probable
-                ones: [n, K] for vLLM, as in :func:`vllm_params`, and [K] for SGLang.
+                ones: [n, K] for vLLM, as in :func:`vllm_params`, and [K] for SGLang. k is then not used.
             progress: whether to show a progress bar on stderr; without rich, lines of text.
 
         Raises:

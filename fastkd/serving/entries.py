@@ -110,7 +110,7 @@ def as_floats(what: str, values: Iterable[Any]) -> Tensor:
 
 
 def as_integers(what: str, values: Iterable[Any]) -> Tensor:
-    """Return ids or ranks of JSON or Python as int64."""
+    """Return whole numbers of JSON or Python as int64."""
     return _as_tensor(what, list(values), torch.int64)
 
 
@@ -124,6 +124,13 @@ def _as_tensor(what: str, values: list[Any], dtype: torch.dtype) -> Tensor:
         return torch.tensor(values, dtype=dtype)
     except (RuntimeError, OverflowError, ValueError) as error:
         raise ValueError(f"{what} must be numbers that fit in {dtype}: {error}") from None
+
+
+def check_listed(ids: Tensor) -> Tensor:
+    """Return the token ids that a server lists; raise if one is negative, since -1 stands for no entry from here on."""
+    if ids.numel() and ids.min() < 0:
+        raise ValueError(f"token ids must not be negative, got {int(ids.min())}")
+    return ids
 
 
 def in_rows(values: Tensor, counts: Sequence[int], fill: float) -> Tensor:
@@ -175,12 +182,12 @@ def most_probable(entries: Entries, sampled: Tensor, want: Wanted) -> Scored:
             f"log-probabilities must be numbers; those of token {int(want.tokens[row])} at position "
             f"{want.start + row} are missing or NaN. Pass missing='drop' to leave such rows out"
         )
-    _check_masses(logprobs, listed & ~bad.unsqueeze(-1), want)
+    _check_masses(logprobs.masked_fill(~listed, -math.inf), sampled, ~bad, want)
     sampled = sampled.masked_fill(bad, math.nan)
     if not want.k:
         return Scored(None, sampled, ~bad, want.start)
-    # By rank, then by log-probability. Entries without a rank go by log-probability alone: the rank of the prompt's
-    # own token counts ties, but no other rank does.
+    # By rank, and by log-probability where ranks are equal; by log-probability alone if a rank of the row is unknown.
+    # vLLM gives the K ranks 1 to K, also if they tie, and lists the own token with a higher one if it is not of them.
     known = ((ranks >= 1) | ~listed).all(-1, keepdim=True)
     order = torch.where(listed, logprobs, -math.inf).argsort(stable=True, descending=True)
     by_rank = torch.where(known, ranks, 1).masked_fill(~listed, torch.iinfo(torch.int64).max)
@@ -195,8 +202,6 @@ def most_probable(entries: Entries, sampled: Tensor, want: Wanted) -> Scored:
 
 
 def _check_ids(ids: Tensor, want: Wanted) -> None:
-    if (ids < -1).any():
-        raise ValueError(f"token ids must not be negative, got {int(ids.min())}")
     ordered = ids.sort(-1).values
     repeats = ((ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] >= 0)).any(-1)
     if repeats.any():
@@ -206,11 +211,12 @@ def _check_ids(ids: Tensor, want: Wanted) -> None:
         )
 
 
-def _check_masses(logprobs: Tensor, listed: Tensor, want: Wanted) -> None:
-    """Raise if the probabilities of a position have a sum above 1."""
-    total = torch.where(listed, logprobs, -math.inf).double().exp().sum(-1)
-    if (total > MOST).any():
-        row = int((total > MOST).nonzero()[0])
+def _check_masses(logprobs: Tensor, sampled: Tensor, kept: Tensor, want: Wanted) -> None:
+    """Raise if the probabilities of a position have a sum above 1, or its own token has one."""
+    total = torch.maximum(logprobs.double().exp().sum(-1), sampled.double().exp())
+    bad = (total > MOST) & kept
+    if bad.any():
+        row = int(bad.nonzero()[0])
         raise ValueError(
             f"log-probabilities must be natural logarithms of probabilities; those at position {want.start + row} have "
             f"a sum of {float(total[row]):.4g}. A vLLM server must run with --logprobs-mode raw_logprobs, its default"

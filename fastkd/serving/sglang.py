@@ -18,6 +18,7 @@ from fastkd.serving.entries import (
     as_floats,
     as_ids,
     as_integers,
+    check_listed,
     in_rows,
     most_probable,
     wanted,
@@ -158,7 +159,8 @@ def _nested(name: str, positions: Sequence[Any]) -> Entries:
             )
     counts = [len(position or ()) for position in positions]
     listed = [entry for position in positions for entry in position or ()]
-    ids = in_rows(as_integers(f"ids of {name}", [_item(entry, 1) for entry in listed]), counts, -1)
+    ids = as_integers(f"ids of {name}", [_item(entry, 1) for entry in listed])
+    ids = in_rows(check_listed(ids), counts, -1)
     logprobs = as_floats(name, [_item(entry, 0) for entry in listed])
     return Entries(ids, in_rows(logprobs, counts, math.nan), torch.zeros_like(ids))
 
@@ -200,7 +202,7 @@ def _flat(meta_info: Mapping[str, Any], want: Wanted) -> Entries:
             f"meta_info[{name + '_null_prefix'!r}] must be in [1, {rows + nulls - want.rows}], got {nulls}"
         )
     values = _array(meta_info, f"{name}_val_flat", torch.float32, rows * width)
-    ids = _array(meta_info, f"{name}_idx_flat", torch.int64, rows * width)
+    ids = check_listed(_array(meta_info, f"{name}_idx_flat", torch.int64, rows * width))
     values, ids = (one.reshape(rows, width)[rows - want.rows :] for one in (values, ids))
     return Entries(ids, values, torch.zeros_like(ids))
 

@@ -19,6 +19,7 @@ from fastkd.serving.entries import (
     as_floats,
     as_ids,
     as_integers,
+    check_listed,
     in_rows,
     most_probable,
     own_logprobs,
@@ -121,7 +122,7 @@ def _listed(positions: Sequence[Any], start: int) -> Entries:
                     f"{position}"
                 )
     return Entries(
-        in_rows(torch.tensor(ids, dtype=torch.int64), counts, -1),
+        in_rows(check_listed(torch.tensor(ids, dtype=torch.int64)), counts, -1),
         in_rows(as_floats("logprob", logprobs), counts, math.nan),
         in_rows(as_integers("rank", ranks), counts, 0),
     )
@@ -147,7 +148,8 @@ def _flat(flat: Any, start: int) -> Entries:
     real = columns < sizes.unsqueeze(-1)
     index = (starts.unsqueeze(-1) + columns)[real]
     counts = sizes.tolist()
-    ids = in_rows(as_integers("token_ids", flat.token_ids)[index], counts, -1)
+    ids = check_listed(as_integers("token_ids", flat.token_ids))
+    ids = in_rows(ids[index], counts, -1)
     if width:
         ids[:, 0].masked_fill_(
             (ids[:, 1:] == ids[:, :1]).any(-1), -1
@@ -190,6 +192,8 @@ def from_vllm_token_ids(
     """
     ids = as_ids("token_ids", token_ids, 2)
     want = wanted(input_ids, ids.shape[1], start, tail, missing)
+    if (ids < -1).any():
+        raise ValueError(f"token_ids must be ids, or -1 for padding; got {int(ids.min())}")
     if len(ids) != want.rows:
         raise ValueError(
             f"token_ids must have one row per scored token, {want.rows}; got {len(ids)}"

@@ -304,6 +304,7 @@ def test_sglang_that_starts_too_late_is_refused(form_of_k: str) -> None:
         ({"input_top_logprobs_idx_flat_b64": "AAAA", "input_top_logprobs_idx_flat_b64_dtype": "int64"},
          "dtype'] must be one of float32, int32; got 'int64'"),
         ({"input_top_logprobs_idx_flat": [1.5] * 18}, "must be numbers, got 1.5"),
+        ({"input_top_logprobs_idx_flat": [-1] * 18}, "must not be negative, got -1"),
     ],
 )  # fmt: skip
 def test_damaged_flat_forms(changed: dict[str, Any], message: str) -> None:
@@ -478,6 +479,10 @@ def test_keys_that_are_no_ids() -> None:
             from_vllm([None, {key: {"logprob": -1.0}}], [0, 1], k=1)
     with pytest.raises(ValueError, match="token ids must not be negative, got -7"):
         from_vllm([None, {-7: {"logprob": -1.0}, 1: {"logprob": -1.0}}], [0, 1], k=1)
+    with pytest.raises(ValueError, match="token ids must not be negative, got -1"):
+        from_vllm(FlatLogprobs([0, 0], [0, 2], [1, -1], [-1.0] * 2, [2, 1]), [0, 1], k=1)
+    with pytest.raises(ValueError, match="token_ids must be ids, or -1 for padding; got -2"):
+        from_vllm_token_ids(torch.zeros(1, 3), [0, 1], [[3, -2]])
 
 
 @pytest.mark.parametrize(
@@ -489,7 +494,8 @@ def test_keys_that_are_no_ids() -> None:
         ({"input_top_logprobs": [None] + [3] * 6}, TypeError, "must hold lists or null, got int"),
         ({"input_top_logprobs": [None] + [[[-0.5, 2, None]] * 2] * 6}, ValueError, "position 1 repeats some"),
         ({"input_top_logprobs": [None] + [[[0.9, 2, None]]] * 6}, ValueError, "have a sum of 2.46"),
-        ({"input_top_logprobs": [None] + [[[-0.9, -2, None]]] * 6}, ValueError, "must not be negative, got -2"),
+        ({"input_top_logprobs": [None] + [[[-0.9, -1, None]]] * 6}, ValueError, "must not be negative, got -1"),
+        ({"input_token_logprobs": [[None, 3, None], *([9.0, i, None] for i in IDS[1:])]}, ValueError, "a sum of 8103"),
         ({"input_top_logprobs": [None] + [[[-0.9, 2**70, None]]] * 6}, ValueError, "must be numbers that fit in"),
     ],
 )  # fmt: skip
