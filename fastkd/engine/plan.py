@@ -177,11 +177,13 @@ def memory_plan(
 ) -> MemoryPlan:
     """The memory that :func:`fastkd.fused_linear_kd_loss` will hold, without making a tensor.
 
+    With teacher="none" it is the memory that :func:`fastkd.fused_linear_logprobs` will hold in each pass.
+
     Args:
         rows: the number of positions; none is dropped.
         vocab_size: the number of columns, V.
         hidden_size: the width of the student's hidden states.
-        teacher: the form of the teacher: "dense", "linear", "topk" or "ensemble" (of two linear teachers).
+        teacher: the form of the teacher: "dense", "linear", "topk" or "ensemble" (of two linear teachers); or "none".
         teacher_hidden_size: the width of the hidden states of each teacher. None: hidden_size.
         k: the number of tokens per row of a "topk" teacher.
         dtype: the dtype of hidden states, heads and dense teacher logits.
@@ -221,6 +223,7 @@ def memory_plan(
         "dense": (0, vocab_size * dtype.itemsize, 0, rows * vocab_size * dtype.itemsize),
         "linear": (vocab_size, 0, width, linear),
         "topk": (0, TOPK_BYTES * k, 0, rows * k * 12),
+        "none": (0, 0, 0, 0),
         "ensemble": (2 * vocab_size, 0, width, 2 * linear),
     }
     if teacher not in forms:

@@ -138,7 +138,7 @@ def local_weight(argument: str, value: Any, group: Any) -> Any:
             f"{argument} has placements {value.placements}; over the processes that share the vocabulary it may be "
             "Shard(0) or Replicate()"
         )
-    if argument.startswith("student") and any(
+    if not argument.startswith("teacher") and any(
         shared and p.is_replicate() and mesh.size(i) > 1
         for i, (p, shared) in enumerate(zip(placements, in_group, strict=True))
     ):
