@@ -12,7 +12,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.accuracy import ULP
+from support.accuracy import FLOOR, ULP
 from support.paths import DATA
 from torch import Tensor
 
@@ -321,7 +321,7 @@ def test_errors_are_at_most_those_of_log_softmax(kernels: str, rows: str, of: st
         error = (of_weight.T.double() - reference).abs().amax(-1)
         bar = (by_torch.double() - reference).abs().amax(-1)
         # The exponentials, their factor and the product are each rounded once.
-        scale = 2 * ULP * reference.abs().amax(-1)
+        scale = 2 * ULP * reference.abs().amax(-1) + FLOOR
         assert (error <= bar + scale).all(), (name, error, bar, scale)
 
 
@@ -333,7 +333,7 @@ def test_a_certain_target_keeps_its_digits(kernels: str) -> None:
     weight.requires_grad_()
     target = fused_linear_logprobs(hidden, weight, torch.tensor([2])).target
     exact = -math.log1p(4 * math.exp(-20.0))
-    assert abs(float(target) / exact - 1) < 1e-6
+    assert abs(float(target.detach()) / exact - 1) < 1e-6
     (gradient,) = torch.autograd.grad(target, weight)
     assert abs(float(gradient[2]) / -exact - 1) < 1e-6
 
@@ -509,7 +509,7 @@ def test_impossible_tokens(kernels: str) -> None:
     assert torch.isfinite(of_hidden).all()
     # A row without a possible token, or with a NaN, is NaN and leaves the others alone.
     for value in (-math.inf, math.nan):
-        hidden, weight = head_of(torch.tensor([[1.0, 2.0, 3.0], [value] * 3]))
+        hidden, weight = torch.tensor([[1.0], [value]]), torch.tensor([[1.0], [2.0], [3.0]])
         outputs = fused_linear_logprobs(hidden, weight, torch.tensor([0, 0]))
         assert torch.isfinite(outputs.target[0]) and outputs.target[1].isnan()
         assert outputs.entropy[1].isnan() or value == -math.inf
