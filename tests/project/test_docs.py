@@ -51,11 +51,13 @@ NOT_LOSSES = {
     "fastkd.features": {"over_peak", "unit"},
     "fastkd.sequences": {"Sequences", "Step"},
     "fastkd.online": {"MutualParts"},
+    "fastkd.logprobs": {"LogProbs", "StudentTopK"},
 }
 MODULES = (
     "response",
     "sequences",
     "sampled",
+    "logprobs",
     "calibration",
     "features",
     "distiller",
