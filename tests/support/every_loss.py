@@ -148,16 +148,23 @@ def _fused(reduction: str) -> Callable[..., Tensor]:
 def _head(dtype: torch.dtype) -> Tensors:
     """A student's head and what fused_linear_logprobs takes per row."""
     inputs = _linear(dtype)
-    names = ("student", "student_weight", "student_bias", "mask", "temperature")
     ids = torch.rand(*ROWS, V, generator=_generator()).argsort(-1)[..., :3]
-    return {name: inputs[name] for name in names} | {"targets": inputs["labels"], "ids": ids}
+    return {
+        "hidden": inputs["student"],
+        "lm_head": inputs["student_weight"],
+        "bias": inputs["student_bias"],
+        "targets": inputs["labels"],
+        "ids": ids,
+        "mask": inputs["mask"],
+        "temperature": inputs["temperature"],
+    }
 
 
 def _of_head(given: Tensors) -> Tensor:
     """All outputs of fused_linear_logprobs, side by side."""
     outputs = fastkd.fused_linear_logprobs(
-        given["student"], given["student_weight"], given["targets"], ids=given["ids"],
-        bias=given["student_bias"], temperature=given["temperature"], mask=given["mask"], topk=2,
+        given["hidden"], given["lm_head"], given["targets"], ids=given["ids"],
+        bias=given["bias"], temperature=given["temperature"], mask=given["mask"], topk=2,
         chunk_size=2,
     )  # fmt: skip
     assert outputs.target is not None and outputs.entropy is not None
@@ -252,7 +259,7 @@ LOSSES: dict[str, Case] = {
     "fused_linear_kd_loss": Case(_linear, _fused("none"), HEAD),
     "fused_linear_kd_loss, summed": Case(_linear, _fused("mean"), HEAD),
     "fused_linear_kd_loss, frozen head": Case(_linear, _fused("none")),
-    "fused_linear_logprobs": Case(_head, _of_head, HEAD, with_backend=False),
+    "fused_linear_logprobs": Case(_head, _of_head, ("hidden", "lm_head", "bias"), with_backend=False),
     "mutual_loss": Case(_with_gate, _mutual("none")),
     "mutual_loss, summed": Case(_with_gate, _mutual("mean")),
     "adaptive_kl_loss": Case(_dense, _response(response.adaptive_kl_loss, reduction="none"), PAIR),
