@@ -20,7 +20,7 @@ from fastkd.call.checks import (
 )
 from fastkd.call.contract import Rows
 from fastkd.call.options import check_options
-from fastkd.core.scalars import check_flag, check_int
+from fastkd.core.scalars import check_flag, check_int, plain
 from fastkd.core.tensors import check_readable
 from fastkd.engine import logprobs
 from fastkd.engine.chunks import Student
@@ -146,7 +146,7 @@ def fused_linear_logprobs(
             student, "hidden", layout.local("targets", targets, None, group),
             layout.local("ids", ids, None, group), temperature, logit_scale, softcap,
             layout.local("mask", mask, None, group), ignore_index, entropy,
-            0 if type(topk) is int and topk == 0 else _positive("topk", topk), chunk_size, memory_budget,
+            _count("topk", topk, 0), chunk_size, memory_budget,
         )  # fmt: skip
         if group is None:
             vocabulary = check_vocabulary(vocab_size, {"weight": weight.shape[0]})
@@ -230,7 +230,7 @@ def student_topk(
                 of_student = Student(*autocast(student.detach(), weight.detach(), bias))  # type: ignore[arg-type]
             rows, request = _prepared(
                 of_student, "student", None, None, temperature, logit_scale, softcap,
-                layout.local("mask", mask, None, group), -100, False, _positive("k", k), chunk_size,
+                layout.local("mask", mask, None, group), -100, False, _count("k", k, 1), chunk_size,
                 memory_budget,
             )  # fmt: skip
             if group is None:
@@ -243,10 +243,10 @@ def student_topk(
     return StudentTopK(top_ids, top_logprobs)
 
 
-def _positive(argument: str, value: object) -> int:
+def _count(argument: str, value: object, least: int) -> int:
     value = check_int(argument, value)
-    if value < 1:
-        raise ValueError(f"{argument} must be positive, got {value}")
+    if value < least:
+        raise ValueError(f"{argument} must be at least {least}, got {value}")
     return value
 
 
@@ -286,7 +286,9 @@ def _prepared(
     numbers: dict[str, Any] = {
         "temperature": temperature, "logit_scale": logit_scale, "softcap": softcap
     }  # fmt: skip
-    if not torch.compiler.is_compiling():  # a graph checks them when it runs
+    if torch.compiler.is_compiling():  # a graph checks them when it runs
+        numbers = {name: plain(value) for name, value in numbers.items()}
+    else:
         numbers = check_options(**numbers)
     if targets is not None:
         check_rows("targets", targets, lead, device, (torch.int64,))

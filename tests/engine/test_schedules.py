@@ -323,6 +323,10 @@ EVERY: dict[str, Callable[[Tensor, float], Tensor]] = {
     "k1": lambda s, x: x * fastkd.sampled.k1(s, TEACHER).mean(),
     "k2": lambda s, x: x * fastkd.sampled.k2(s, TEACHER).mean(),
     "k3": lambda s, x: x * fastkd.sampled.k3(s, TEACHER).mean(),
+    "fused_linear_logprobs": lambda s, x: sum(
+        value.sum() for value in fastkd.fused_linear_logprobs(s, TEACHER, topk=2, temperature=x, softcap=2 * x)[1::3]
+    ),
+    "student_topk": lambda s, x: s.sum() * fastkd.student_topk(s, TEACHER, k=2, temperature=x).logprobs.sum(),
     "inplace=True": lambda s, x: kd_loss(s * 1.0, TEACHER, temperature=x, inplace=True),
 }  # fmt: skip
 

@@ -608,7 +608,7 @@ def test_no_logits_of_all_rows_are_held(monkeypatch: pytest.MonkeyPatch) -> None
         ({"temperature": torch.ones(3, requires_grad=True)}, "temperature requires grad"),
         ({"softcap": -1.0}, "softcap must be positive"),
         ({"logit_scale": 0.0}, "logit_scale must be finite and not 0"),
-        ({"topk": -1}, "topk must be positive, got -1"),
+        ({"topk": -1}, "topk must be at least 0, got -1"),
         ({"topk": 62}, "topk must be at most 61, the size of the vocabulary; got 62"),
         ({"topk": 34, "vocab_size": 33}, "topk must be at most 33"),
         ({"topk": 2.0}, "topk must be an int"),
@@ -743,7 +743,7 @@ def test_student_topk_leaves_the_logits_and_padding_alone(kernels: str) -> None:
     ("arguments", "message"),
     [
         ({"k": 10}, "k must be at most 9, the size of the vocabulary; got 10"),
-        ({"k": 0}, "k must be positive"),
+        ({"k": 0}, "k must be at least 1, got 0"),
         ({"k": 2, "bias": torch.zeros(9)}, "bias belongs to weight, and weight is None"),
         ({"k": 2, "weight": torch.zeros(9, 4)}, r"weight must be \[V, 9\]"),
         ({"k": 2, "mask": torch.ones(3)}, "mask must be torch.bool"),

@@ -57,7 +57,6 @@ MODULES = (
     "response",
     "sequences",
     "sampled",
-    "logprobs",
     "calibration",
     "features",
     "distiller",
@@ -302,7 +301,7 @@ def public(name: str) -> set[str]:
 LOSSES = {
     "fastkd": {"kd_loss", "fused_linear_kd_loss", "KDLoss", "FusedLinearKDLoss"},
     "divergences": {*fastkd.DIVERGENCES, *WITH_LABELS},
-    **{name: public(name) for name in MODULES},
+    **{name: public(name) for name in (*MODULES, "logprobs")},
 }
 
 
