@@ -286,10 +286,9 @@ def _prepared(
     numbers: dict[str, Any] = {
         "temperature": temperature, "logit_scale": logit_scale, "softcap": softcap
     }  # fmt: skip
-    if torch.compiler.is_compiling():  # a graph checks them when it runs
-        numbers = {name: plain(value) for name, value in numbers.items()}
-    else:
-        numbers = check_options(**numbers)
+    numbers = {name: plain(value) for name, value in numbers.items()}
+    if not torch.compiler.is_compiling():  # a graph checks them when it runs
+        check_options(**numbers)
     if targets is not None:
         check_rows("targets", targets, lead, device, (torch.int64,))
     if mask is not None:

@@ -130,15 +130,13 @@ def _chunk_size(student: Student, request: Request, weight_gradient: bool, backe
     return plan(shape, request.chunk_size, request.memory_budget).chunk_size
 
 
-def _chunks(student: Student, rows: Rows, request: Request, backend: str) -> tuple[Chunks, bool]:
-    """(the chunks, whether they contain dropped rows).
-
-    Both passes have the same chunks, and so the same bits of logits. Processes that share the vocabulary communicate in
-    each chunk of the forward pass, so the chunks do not depend on which gradients one of them wants.
-    """
+def _chunks(
+    student: Student, rows: Rows, request: Request, weight_gradient: bool, backend: str
+) -> tuple[Chunks, bool]:
+    """(the chunks, whether they contain dropped rows); both passes have the same, and so the same bits of logits."""
     hidden = student.hidden
     capturing = hidden.is_cuda and torch.cuda.is_current_stream_capturing()
-    size = _chunk_size(student, request, student.weight is not None, backend)
+    size = _chunk_size(student, request, weight_gradient, backend)
     lead, drops = hidden.shape[:-1], not capturing
     return Chunks.of(rows, lead, request.ignore_index, size, even=True, drops=drops), capturing
 
@@ -196,15 +194,15 @@ def _unfilled(student: Student, rows: Rows, request: Request) -> Outputs:
     )
 
 
-def compute(student: Student, rows: Rows, request: Request) -> Outputs:
-    """All outputs of all rows."""
+def compute(student: Student, rows: Rows, request: Request, weight_gradient: bool) -> Outputs:
+    """All outputs of all rows. weight_gradient: whether the backward pass will need memory for that of the weight."""
     hidden = student.hidden
     lead, device, logits_dtype = hidden.shape[:-1], hidden.device, wide(hidden.dtype)
     if checking():
         _check_values(rows, request)
     backend = registry.select_logprobs(device, logits_dtype)
     kernels = registry.load(backend)
-    chunks, with_dropped = _chunks(student, rows, request, backend)
+    chunks, with_dropped = _chunks(student, rows, request, weight_gradient, backend)
     outputs = _unfilled(student, rows, request)
     student_chunks = StudentChunks(student, lead, request.vocab_size, (False,) * 3, False)
     buffer = kernels.empty((chunks.size, request.vocab_size), logits_dtype, device)
@@ -328,7 +326,7 @@ def gradients(
     lead, device, logits_dtype = hidden.shape[:-1], hidden.device, wide(hidden.dtype)
     backend = registry.select_logprobs(device, logits_dtype)
     kernels = registry.load(backend)
-    chunks, with_dropped = _chunks(student, rows, request, backend)
+    chunks, with_dropped = _chunks(student, rows, request, wanted[1], backend)
     factor = None
     if hidden.dtype == torch.float16:
         upstream, factor = _normalized(upstream, kept_rows(rows, request.ignore_index))
@@ -462,9 +460,9 @@ class _Differentiable(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, request: Request, rows: Rows, *student: Tensor | None) -> Any:
         """Compute the outputs, and save the inputs and the statistics of the rows."""
-        outputs = compute(Student(*student), rows, request)  # type: ignore[arg-type]  # hidden is a tensor
-        ctx.save_for_backward(*savable(*student, *rows), outputs.statistics, outputs.topk_ids)
         ctx.request, ctx.wanted = request, ctx.needs_input_grad[2:]
+        outputs = compute(Student(*student), rows, request, ctx.wanted[1])  # type: ignore[arg-type]  # hidden is given
+        ctx.save_for_backward(*savable(*student, *rows), outputs.statistics, outputs.topk_ids)
         ctx.set_materialize_grads(False)
         if outputs.topk_ids is not None:
             ctx.mark_non_differentiable(outputs.topk_ids)
@@ -513,7 +511,7 @@ def logprobs_op(
         unpack(kinds, constants, integers, symbols),
     )  # fmt: skip
     rows = Rows(labels, kept, temperature, ids=ids)
-    outputs = compute(Student(hidden, weight, bias), rows, request)
+    outputs = compute(Student(hidden, weight, bias), rows, request, wanted[1])
     return tuple(hidden.new_empty(0) if x is None else x for x in outputs)  # type: ignore[return-value]
 
 
@@ -664,4 +662,8 @@ def logprobs(student: Student, rows: Rows, request: Request) -> tuple[Tensor | N
             rows.labels is not None, request.entropy, rows.ids is not None, request.topk > 0, request.topk > 0,
         )  # fmt: skip
         return tuple(x if wants else None for x, wants in zip(results[:-1], requested, strict=True))
-    return _Differentiable.apply(request, rows, *student)
+    # If the graph broke during the validation, the numbers have not been checked.
+    numbers = check_options(
+        temperature=request.temperature, logit_scale=request.logit_scale, softcap=request.softcap
+    )
+    return _Differentiable.apply(request._replace(**numbers), rows, *student)

@@ -681,6 +681,31 @@ def test_one_graph_with_some_outputs(kernels: str) -> None:
     assert torch.equal(value, reference)
 
 
+@pytest.mark.usefixtures("fresh_compiler")
+def test_numbers_of_numpy_and_dynamic_rows() -> None:
+    made = problem(4)
+
+    def of_hidden(hidden: Tensor, targets: Tensor, temperature: Any, k: Any, size: Any) -> Tensor:
+        outputs = fused_linear_logprobs(
+            hidden, made.weight, targets, temperature=temperature, topk=k, chunk_size=size
+        )
+        return outputs.target.sum() + outputs.topk_logprobs.sum()
+
+    numbers = (np.float32(0.5), np.int64(3), np.int32(2))
+    in_parts = torch.compile(of_hidden, backend="aot_eager")
+    whole = torch.compile(of_hidden, backend="aot_eager", fullgraph=True, dynamic=True)
+    for rows in (3, 4, 9):
+        hidden = problem(rows).hidden.requires_grad_()
+        targets = problem(rows).targets
+        for of_value, arguments in ((in_parts, numbers), (whole, (0.5, 3, 2))):
+            value = of_value(hidden, targets, *arguments)
+            right = of_hidden(hidden, targets, 0.5, 3, 2)
+            torch.testing.assert_close(value, right)
+            torch.testing.assert_close(*(torch.autograd.grad(x, hidden)[0] for x in (value, right)))
+    with pytest.raises(ValueError, match="temperature must be positive"):
+        in_parts(made.hidden, made.targets, np.float32(-1.0), *numbers[1:])
+
+
 # ---- student_topk
 
 
