@@ -246,5 +246,5 @@ def support_union(first: Tensor, second: Tensor) -> Tensor:
         dim=-1, stable=True
     )  # stable: the first of equal ids is the one to keep
     repeats = torch.zeros_like(ids, dtype=torch.bool)
-    repeats[..., 1:] = (ordered[..., 1:] == ordered[..., :-1]) & (ordered[..., 1:] >= 0)
+    repeats[..., 1:] = ordered[..., 1:] == ordered[..., :-1]
     return ids.masked_fill(torch.empty_like(repeats).scatter_(-1, order, repeats), -1)

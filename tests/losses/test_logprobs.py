@@ -387,20 +387,29 @@ def test_dropped_rows(kernels: str) -> None:
     assert (of_hidden[~kept] == 0).all()
 
 
-def test_dropped_rows_of_half_precision_with_infinite_upstream_gradients(kernels: str) -> None:
-    made = problem(6, dtype=torch.float16)
-    mask = torch.tensor([True, False] * 3)
-    mine = made.leaves()
-    outputs = actual(mine, mask=mask)
-    scale = 1e-9  # of a float16 gradient that would be 0 without its factor
-    upstream = torch.where(mask, scale, math.nan)
-    (of_weight,) = torch.autograd.grad(outputs.target, mine.weight, upstream)
-    exact = made.exact()
-    (reference,) = torch.autograd.grad(expected(exact).target, exact.weight, mask.double())
-    assert torch.isfinite(of_weight).all()
-    assert_near(
-        (of_weight.double() / scale,), (reference,), torch.bfloat16
-    ) if of_weight.any() else None
+def test_upstream_gradients_of_padding_are_not_read(kernels: str) -> None:
+    made = problem(5)
+    mine, exact = made.leaves(), made.exact()
+    padding = made.ids < 0
+    of_gathered = (torch.arange(20.0).view(5, 4) % 3 - 1).masked_fill(padding, math.nan)
+    (of_hidden,) = torch.autograd.grad(actual(mine).gathered, mine.hidden, of_gathered)
+    right = (expected(exact).gathered * of_gathered.double())[~padding].sum()
+    assert_near((of_hidden,), torch.autograd.grad(right, exact.hidden), torch.float32)
+
+
+def test_half_precision_scales_by_the_largest_upstream_gradient_of_a_kept_row() -> None:
+    kept = torch.tensor([True, False, True])
+    of_target = torch.tensor([1e-9, math.nan, -4e-9])
+    of_gathered = torch.tensor([[0.0], [math.inf], [2e-9]])
+    upstream, factor = engine._normalized(engine.Upstream(of_target, None, of_gathered, None), kept)
+    assert float(factor) == pytest.approx(4e-9)
+    torch.testing.assert_close(upstream.target[kept], torch.tensor([0.25, -1.0]))
+    torch.testing.assert_close(upstream.gathered[kept], torch.tensor([[0.0], [0.5]]))
+    for value in (0.0, math.inf):  # nothing to scale, or nothing to save
+        _, factor = engine._normalized(
+            engine.Upstream(torch.tensor([value]), None, None, None), None
+        )
+        assert factor == 1
 
 
 @pytest.mark.parametrize("lead", [(0,), (2, 0), ()])

@@ -42,6 +42,10 @@ def test_padding_ties_and_large_k(processes: Processes, shares: tuple[float, ...
     assert all(processes.run(len(shares), spread_logprobs.padded, shares))
 
 
+def test_logits_far_apart(processes: Processes) -> None:
+    assert all(processes.run(4, spread_logprobs.far_apart))
+
+
 def test_messages(processes: Processes) -> None:
     for found in processes.run(2, spread_logprobs.messages):
         k, temperature, large, mask = found

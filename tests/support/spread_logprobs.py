@@ -96,6 +96,26 @@ def padded(group: Any, shares: tuple[float, ...]) -> bool:
     return True
 
 
+def far_apart(group: Any) -> bool:
+    """The logits of one process are 2,000 above those of another, in either order."""
+    for sign in (1.0, -1.0):
+        made = problem(4, columns=30)
+        bias = made.bias + sign * torch.linspace(-1000.0, 1000.0, 30).round()
+        made = made._replace(bias=bias)
+        mine, exact = made.leaves(), made.exact()
+        part, _ = _shared(mine, (1.0,) * dist.get_world_size(group), group, "plain")
+        outputs = actual(part, 3, process_group=group)
+        reference = expected(exact, 3)
+        for name in NAMES:
+            torch.testing.assert_close(
+                getattr(outputs, name).double(), getattr(reference, name), rtol=1e-6, atol=1e-4
+            )
+        (of_hidden,) = torch.autograd.grad(outputs.target.sum(), mine.hidden)
+        (right,) = torch.autograd.grad(reference.target.sum(), exact.hidden)
+        torch.testing.assert_close(of_hidden.double(), right, rtol=1e-4, atol=1e-4)
+    return True
+
+
 def messages(group: Any) -> list[str]:
     """The errors of calls that differ between processes, or that no process can serve."""
     rank = dist.get_rank(group)
