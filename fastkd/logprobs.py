@@ -70,6 +70,7 @@ def fused_linear_logprobs(
     topk: int = 0,
     vocab_size: int | None = None,
     process_group: ProcessGroup | DeviceMesh | None = None,
+    sequence_dim: int | None = None,
     chunk_size: int | None = None,
     memory_budget: int | None = None,
 ) -> LogProbs:
@@ -113,6 +114,9 @@ def fused_linear_logprobs(
             uneven. All other arguments are equal on every process; targets and ids count tokens of the whole
             vocabulary. Each process gets the same outputs, bit for bit, and the gradient of its own part of weight. The
             gradient of hidden is summed over the processes. One all-gather of a few numbers per row and chunk.
+        sequence_dim: for sequence-parallel hidden states, the dimension of hidden along which the processes of
+            process_group hold equal parts of the rows. The parts are gathered, and their gradient is scattered. The
+            outputs and all other per-row arguments cover all rows.
         chunk_size: rows per chunk; takes precedence over memory_budget. None: as many as memory_budget allows.
         memory_budget: bytes that each pass may hold beyond its inputs, outputs and gradients; None: 384 MiB on a CPU,
             2112 MiB elsewhere. A budget too small for one row raises. :func:`fastkd.memory_plan` with teacher="none"
@@ -136,6 +140,10 @@ def fused_linear_logprobs(
     weight = layout.local_weight("weight", weight, group)
     bias = layout.local_weight("bias", bias, group)
     with share.agreed_by(group) as agreement:
+        sequence = layout.sequence_of(hidden_argument, group, sequence_dim, "hidden")
+        local_hidden = hidden
+        if sequence is not None:
+            hidden = sequence.stand_in(local_hidden)
         check_head(hidden, weight, bias, "")
         hidden, head, bias = autocast(hidden, weight, bias)  # type: ignore[assignment]  # a tensor stays one
         student = Student(hidden, head, bias)
@@ -152,10 +160,15 @@ def fused_linear_logprobs(
             vocabulary = check_vocabulary(vocab_size, {"weight": weight.shape[0]})
             request = request._replace(vocab_size=vocabulary)
     if agreement is not None:
-        request = _shared(agreement, student, "weight", weight.shape[0], rows, request, vocab_size)
-        student = student._replace(
-            hidden=layout.summed_gradient(student.hidden, hidden_argument, group)
+        request = _shared(
+            agreement, student, "weight", weight.shape[0], rows, request, vocab_size, sequence_dim
         )
+        if sequence is not None:
+            (all_hidden,) = autocast(sequence.gathered(local_hidden))
+            assert all_hidden is not None
+        else:
+            all_hidden = layout.summed_gradient(student.hidden, hidden_argument, group)
+        student = student._replace(hidden=all_hidden)
     _check_k("topk", request)
     return LogProbs(*logprobs.logprobs(student, rows, request))
 
@@ -328,12 +341,14 @@ def _shared(
     rows: Rows,
     request: logprobs.Request,
     vocab_size: int | None,
+    sequence_dim: int | None = None,
 ) -> logprobs.Request:
     """The request restricted to this process's columns, once all processes agree."""
     from fastkd.parallel import share
 
     grad_enabled = torch.is_grad_enabled()
     facts: dict[str, object] = {
+        "sequence_dim": sequence_dim,
         "the shape of rows": tuple(student.hidden.shape[:-1]),
         "the student": [(x.dtype, x.device.type) for x in student if x is not None],
         "what requires grad": [grad_enabled and x is not None and x.requires_grad for x in student],

@@ -1,16 +1,17 @@
-"""Log-probabilities, entropies and top tokens of logits that are computed a chunk of rows at a time, differentiable.
+"""Log-probabilities, entropies and top tokens of logits that are computed a chunk of rows at a time; differentiable.
 
 fastkd/logprobs.py calls :func:`logprobs`. The forward pass saves three numbers per row. The backward pass computes the
-logits of each chunk again, and overwrites them with their gradient. This costs one matrix product more than saving the
-logits, and no memory between the passes. A gradient that the forward pass computes, as for the losses, would need the
-upstream gradients, which differ by row and by output.
+logits of each chunk again and overwrites them with their gradient. The losses instead compute their gradient in the
+forward pass, and multiply it by one upstream gradient later. Here a row has several outputs, each with an upstream
+gradient of its own, so that is impossible. Saving the logits would spare one of four matrix products, but take as much
+memory as chunks avoid.
 
 With z the tempered logits of a row, q their softmax, H its entropy and G the upstream gradients,
 
     dL/dz = sum_m G_m (1_m - q) - G_H q (log q + H)
 
-where m goes over the target, the gathered ids and the top tokens. So all columns need e = exp(z - max) times
-a + b (z - max) with two numbers a, b per row, and the listed tokens also their own G_m.
+where m is the target, each listed id and each top token. Every column gets e (a + b (z - max)), where e = exp(z - max)
+and the row has two numbers a and b. The column of a token m also gets G_m.
 """
 
 from __future__ import annotations
@@ -62,7 +63,7 @@ class Request(NamedTuple):
 
 
 class Outputs(NamedTuple):
-    """The results of all rows; a result that is not requested is None. logprobs documents what dropped rows hold."""
+    """The results of all rows; one that is not requested is None. :func:`logprobs` says what dropped rows contain."""
 
     target: Tensor | None
     entropy: Tensor | None
@@ -72,11 +73,6 @@ class Outputs(NamedTuple):
     # [..., 3], for the backward pass: the maximum of z, the sum of exp(z - max) and the entropy; float64 where the
     # device has it.
     statistics: Tensor
-
-    @property
-    def differentiable(self) -> tuple[Tensor | None, ...]:
-        """The outputs that have gradients, in the order of :class:`Upstream`."""
-        return self.target, self.entropy, self.gathered, self.topk_logprobs
 
 
 class Upstream(NamedTuple):
@@ -663,7 +659,7 @@ def logprobs(student: Student, rows: Rows, request: Request) -> tuple[Tensor | N
         )  # fmt: skip
         return tuple(x if wants else None for x, wants in zip(results[:-1], requested, strict=True))
     # If the graph broke during the validation, the numbers have not been checked.
-    numbers = check_options(
+    checked = check_options(
         temperature=request.temperature, logit_scale=request.logit_scale, softcap=request.softcap
     )
-    return _Differentiable.apply(request._replace(**numbers), rows, *student)
+    return _Differentiable.apply(request._replace(**checked), rows, *student)

@@ -630,6 +630,7 @@ def test_no_logits_of_all_rows_are_held(monkeypatch: pytest.MonkeyPatch) -> None
         ({"weight": torch.zeros(61, 7, dtype=torch.float64)}, "weight must be torch.float32"),
         ({"bias": torch.zeros(60)}, r"bias must be \[61\]"),
         ({"hidden": torch.zeros(3, 7, device="meta")}, "hidden must have values"),
+        ({"sequence_dim": 0}, "sequence_dim is for processes that share the vocabulary"),
         ({"targets": None, "entropy": False}, "nothing is requested"),
     ],
 )  # fmt: skip

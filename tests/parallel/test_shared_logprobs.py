@@ -25,6 +25,7 @@ def processes() -> Iterator[Processes]:
         (2, (1.0, 3.0), "plain", torch.bfloat16),
         (4, (2.0, 0.0, 1.0, 1.5), "plain", torch.float32),  # the second process has no column
         (4, (1.0, 1.0, 1.0, 1.0), "plain", torch.float64),
+        (2, (2.0, 1.0), "sequence", torch.bfloat16),
         (2, (1.0, 1.0), "dtensor", torch.float32),
         (2, (1.0, 1.0), "dtensor, sequence", torch.float16),
     ],

@@ -22,14 +22,16 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from fastkd import fused_linear_logprobs, student_topk
-from support.spread import Columns, _same_everywhere, columns_of
+from support.spread import Columns, Part, _same_everywhere, columns_of
 
 
 def _shared(made: Problem, shares: tuple[float, ...], group: Any, form: str) -> tuple[Problem, Any]:
     """(the problem with this process's part of the head, the process_group to pass)."""
-    if form == "plain":
+    if form in ("plain", "sequence"):
         columns = columns_of(len(made.weight), shares, dist.get_rank(group))
         weight = Columns.apply(made.weight, columns, group, 0)
+        if form == "sequence":
+            made = made._replace(hidden=Part.apply(made.hidden, 0, group))
         return made._replace(weight=weight, bias=Columns.apply(made.bias, columns, group, 0)), group
     mesh = DeviceMesh.from_group(group, "cpu")
     hidden, weight, bias = (
@@ -54,7 +56,10 @@ def values_and_gradients(
         made = made._replace(targets=targets)
         mine, exact = made.leaves(), made.exact()
         part, process_group = _shared(mine, shares, group, form)
-        outputs = actual(part, 6, process_group=process_group, chunk_size=5, **tempering)
+        outputs = actual(
+            part, 6, process_group=process_group, chunk_size=5,
+            sequence_dim=0 if form == "sequence" else None, **tempering,
+        )  # fmt: skip
         for value in outputs:
             _same_everywhere(value, group)
         kept = targets != -100
