@@ -40,9 +40,7 @@ class LogProbs(NamedTuple):
     target: Tensor | None  # [...], log q of targets; 0 in dropped rows
     entropy: Tensor | None  # [...], entropy of q in nats; 0 in dropped rows
     gathered: Tensor | None  # [..., K], log q of ids; -inf for padding and in dropped rows
-    topk_ids: (
-        Tensor | None
-    )  # [..., k] int64, the most probable tokens, best first; -1 in dropped rows
+    topk_ids: Tensor | None  # [..., k] int64, the top tokens, best first; -1 in dropped rows
     topk_logprobs: Tensor | None  # [..., k], log q of topk_ids; -inf in dropped rows
 
 
@@ -78,27 +76,27 @@ def fused_linear_logprobs(
 
         z = softcap tanh(logit_scale (hidden @ weight.T + bias) / softcap) / temperature
 
-    target, entropy, gathered and topk_logprobs are differentiable with respect to hidden, weight and bias; which
-    tokens are the top ones is a constant. With the upstream gradients G of all log-probabilities of a row, and G_H of
-    its entropy H, the gradient with respect to z is
+    target, entropy, gathered and topk_logprobs are differentiable with respect to hidden, weight and bias. The choice
+    of the top tokens is not. If G_m is the upstream gradient of log q of token m, and G_H that of the entropy H, the
+    gradient with respect to z is
 
         sum_m G_m (1_m - q) - G_H q (log q + H)
 
-    Dropped rows are removed first. The other rows are processed in chunks, whose logits are in float32 (float64 for
-    float64). The forward pass saves three numbers per row; the backward pass computes the logits of each chunk again
-    and overwrites them with their gradient. So a training step costs four matrix products, one more than with saved
-    logits, and three if weight is frozen; between the passes the call holds nothing of the size of the vocabulary. The
-    backward pass reads weight a second time, so it must be unchanged by then, and the gathered weight of an FSDP2 head
-    is kept until then.
+    Dropped rows are removed first. The other rows are processed in chunks, whose logits are float32 (float64 for
+    float64). The forward pass saves its inputs and three numbers per row. The backward pass computes the logits of each
+    chunk again, and overwrites them with their gradient. A training step therefore costs four matrix products, or three
+    if weight is frozen: one more than with saved logits. Between the passes, the call holds no logits. Since the
+    backward pass reads weight again, weight must not change before it, and the whole weight that was gathered from FSDP
+    shards is kept until then.
 
     Args:
         hidden: [..., H], float32, bfloat16 or float16; float64 is computed in float64. Any strides are allowed.
         weight: [V, H], the lm_head, with the dtype and device of hidden; under autocast both are cast to the autocast
             dtype. A DTensor sharded by FSDP is gathered once per call, and its gradient is averaged over the processes.
-        targets: [...] int64, the tokens of `target`, already shifted; None: it is not computed. A row whose target is
-            ignore_index is dropped.
-        ids: [..., K] int64 or int32, the tokens of `gathered`, distinct within a row; -1 is padding. None: it is not
-            computed.
+        targets: [...] int64, the token of each row for `target`: the one that the row predicts. A row whose target is
+            ignore_index is dropped. None: `target` is not computed.
+        ids: [..., K] int64 or int32, the tokens of each row for `gathered`, distinct within a row; -1 is padding.
+            None: `gathered` is not computed.
         bias: [V], or None.
         temperature: T > 0, a number or a float tensor [...] with one value per row.
         logit_scale: factor of the logits, applied before softcap.
@@ -113,7 +111,7 @@ def fused_linear_logprobs(
             weight is then [V_r, H], this process's part of a column-parallel lm_head, in rank order, and may be
             uneven. All other arguments are equal on every process; targets and ids count tokens of the whole
             vocabulary. Each process gets the same outputs, bit for bit, and the gradient of its own part of weight. The
-            gradient of hidden is summed over the processes. One all-gather of a few numbers per row and chunk.
+            gradient of hidden is summed over the processes. Each chunk needs one all-gather of a few numbers per row.
         sequence_dim: for sequence-parallel hidden states, the dimension of hidden along which the processes of
             process_group hold equal parts of the rows. The parts are gathered, and their gradient is scattered. The
             outputs and all other per-row arguments cover all rows.
@@ -123,8 +121,8 @@ def fused_linear_logprobs(
             itemizes them.
 
     Returns:
-        :class:`LogProbs`, in float32 (float64 for float64). An invalid target, or a non-positive element of a
-        temperature tensor, makes its row's values NaN, and an invalid id its own, because raising an error would
+        :class:`LogProbs`, in float32 (float64 for float64). The log-probability of an invalid target or id is NaN, and
+        so is everything in a row whose element of a temperature tensor is not positive, because raising an error would
         require waiting for the device; with FASTKD_CHECK=1 the call waits and raises.
 
     Raises:
@@ -191,8 +189,8 @@ def student_topk(
 ) -> StudentTopK:
     """The k most probable tokens of each row and their log-probabilities, without gradients.
 
-    They are the tokens for which a teacher server is asked, and the support of a divergence on the student's own top
-    tokens: :func:`fastkd.support_union` joins them with a teacher's.
+    Ask a teacher server to score these tokens, or use them as the support of a divergence.
+    :func:`fastkd.support_union` joins them with the tokens that a teacher lists.
 
     Args:
         student: hidden states [..., H] if weight is given, else logits [..., V].
@@ -200,9 +198,8 @@ def student_topk(
         k: how many tokens, at most the size of the vocabulary. Of tokens with equal logits, the lower id comes first,
             on every device and for any number of processes.
         bias: [V], or None; only with weight.
-        temperature: as in :func:`fused_linear_logprobs`, like every option that is not listed here. Neither it nor a
-            positive logit_scale changes the ids; both change the log-probabilities.
-        logit_scale: as above; a negative one reverses the order.
+        temperature: as in :func:`fused_linear_logprobs`. It changes the log-probabilities, but not the ids.
+        logit_scale: as above. A negative one reverses the order of the tokens.
         softcap: as above.
         mask: as above.
         vocab_size: as above; padding is never among the tokens.
