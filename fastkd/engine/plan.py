@@ -55,7 +55,8 @@ class MemoryPlan(NamedTuple):
     student: int  # the student's hidden states and head
     teacher: int  # the teacher as the caller holds it
     gradients: int  # the gradients of hidden states and weight
-    # What replaces `peak` without chunks: the float32 logits of both sides, and the student's gradient.
+    # What replaces `peak` without chunks: the float32 logits of both sides (without a teacher: the logits and their
+    # log-softmax), and the student's gradient.
     dense: int
 
 
@@ -223,8 +224,8 @@ def memory_plan(
         "dense": (0, vocab_size * dtype.itemsize, 0, rows * vocab_size * dtype.itemsize),
         "linear": (vocab_size, 0, width, linear),
         "topk": (0, TOPK_BYTES * k, 0, rows * k * 12),
-        "none": (0, 0, 0, 0),
         "ensemble": (2 * vocab_size, 0, width, 2 * linear),
+        "none": (0, 0, 0, 0),
     }
     if teacher not in forms:
         raise ValueError(f"teacher must be one of {', '.join(forms)}; got {teacher!r}")

@@ -604,6 +604,20 @@ def test_no_logits_of_all_rows_are_held(monkeypatch: pytest.MonkeyPatch) -> None
         actual(made, memory_budget=1000)
 
 
+def test_the_memory_plan_is_that_of_the_call() -> None:
+    made = problem(300, columns=500, width=16, dtype=torch.bfloat16)
+    budget = 20 << 20
+    for frozen in (False, True):
+        planned = fastkd.memory_plan(
+            300, 500, 16, teacher="none", dtype=torch.bfloat16, weight_gradient=not frozen,
+            memory_budget=budget,
+        )  # fmt: skip
+        student = engine.Student(made.hidden, made.weight)
+        request = engine.Request(500, 1.0, 1.0, None, -100, True, 0, None, budget)
+        assert engine._chunk_size(student, request, not frozen, "cpu") == planned.chunk_size
+    assert planned.teacher == 0 and planned.logits == planned.chunk_size * 500 * 4
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
