@@ -255,6 +255,23 @@ def test_a_temperature_per_row(kernels: str) -> None:
     assert outputs.entropy[1, 1].isnan() and outputs.topk_logprobs[1, 1].isnan().all()
 
 
+@pytest.mark.parametrize("count", [1, 3])
+def test_every_instruction_set(
+    instructions: str, threads: None, monkeypatch: pytest.MonkeyPatch, count: int
+) -> None:
+    monkeypatch.delenv("FASTKD_BACKEND", raising=False)
+    torch.set_num_threads(count)
+    for columns in (5, 64, 2053):
+        made = problem(7, columns=columns)
+        mine, exact = made.leaves(), made.exact()
+        options = {"softcap": 3.0, "temperature": torch.linspace(0.5, 2.0, 7)}
+        outputs, reference = actual(mine, 2, **options), expected(exact, 2, **options)
+        assert_outputs(outputs, reference)
+        assert_near(
+            gradients(weighted(outputs), mine), gradients(weighted(reference), exact), torch.float32
+        )
+
+
 def peaked(rows: int, columns: int) -> Tensor:
     """Logits whose largest leads by 5 to 40, so that its probability is 1 - 1e-2 to 1 - 1e-17."""
     generator = torch.Generator().manual_seed(3)
