@@ -18,7 +18,7 @@ from fastkd.backends.pieces import piece_rows
 from fastkd.core.tensors import finite_max, precision
 
 # The largest tokens of a row are searched in the blocks of columns with the largest maxima.
-BLOCK = 64
+BLOCK = 32
 # Smaller gaps to the maximum count as this one: exp is 0 there, and 0 times an infinite gap would be NaN.
 LEAST_GAP = -1e4
 
@@ -109,17 +109,20 @@ def logprob_gradients(
 
 def top_tokens(z: Tensor, k: int) -> Tensor:
     """The ids [C, k] of the k largest of z [C, V], largest first; of equal ones, the lower id first. NaN is largest."""
-    ids = torch.empty(z.shape[0], k, dtype=torch.int64, device=z.device)
-    for rows in _pieces(z):
-        ids[rows] = _top_of_piece(z[rows], k)
+    count, columns = z.shape
+    ids = torch.empty(count, k, dtype=torch.int64, device=z.device)
+    blocks = columns // BLOCK
+    in_blocks = 2 * k <= blocks
+    # The most values of a row that are sorted at once; each takes a few words of temporary memory.
+    width = max(k * BLOCK, blocks) if in_blocks else columns
+    step = piece_rows(width, z.dtype, z.device.type)
+    for start in range(0, count, step):
+        rows = slice(start, min(start + step, count))
+        ids[rows] = _by_blocks(z[rows], k, blocks) if in_blocks else _first(z[rows], k)
     return ids
 
 
-def _top_of_piece(z: Tensor, k: int) -> Tensor:
-    count, columns = z.shape
-    blocks = columns // BLOCK
-    if 2 * k > blocks:
-        return _first(z, k)
+def _by_blocks(z: Tensor, k: int, blocks: int) -> Tensor:
     # If a token is among the k first, so is its block: the maxima of k blocks before it would be k tokens before it.
     maxima = z[:, : blocks * BLOCK].unflatten(1, (blocks, BLOCK)).amax(-1)
     chosen = (
@@ -127,17 +130,29 @@ def _top_of_piece(z: Tensor, k: int) -> Tensor:
     )  # so that the candidates are in the order of their ids
     of_block = torch.arange(BLOCK, device=z.device)
     ids = (chosen.unsqueeze(-1) * BLOCK + of_block).flatten(1)
-    rest = torch.arange(blocks * BLOCK, columns, device=z.device)
-    ids = torch.cat([ids, rest.expand(count, -1)], 1)
+    rest = torch.arange(blocks * BLOCK, z.shape[1], device=z.device)
+    ids = torch.cat([ids, rest.expand(len(z), -1)], 1)
     return ids.gather(1, _first(z.gather(1, ids), k))
 
 
 def _first(values: Tensor, k: int) -> Tensor:
     """The indices [C, k] of the k largest values, largest first; of equal ones, the lower index first."""
+    if values.device.type != "cpu" or k == values.shape[1]:
+        return _first_in_order(values, k)
+    # torch.topk has no order among equal values, which are rare. A device would have to wait for the comparison.
+    largest, indices = values.topk(k + 1, dim=-1)
+    in_doubt = ~(largest[:, 1:] < largest[:, :-1]).all(-1)  # also if there is a NaN
+    indices = indices[:, :k]
+    if in_doubt.any():
+        indices[in_doubt] = _first_in_order(values[in_doubt], k)
+    return indices
+
+
+def _first_in_order(values: Tensor, k: int) -> Tensor:
     if values.dtype != torch.float32:
         return values.sort(dim=-1, descending=True, stable=True).indices[:, :k]
-    # torch.topk has no order among equal values. So each value becomes a different integer: the bits of the float, in
-    # an order that integers share, followed by the index, counted down.
+    # Each value becomes a different integer: the bits of the float, in an order that integers share, followed by the
+    # index, counted down.
     bits = (values + 0.0).view(torch.int32)  # the sum turns -0.0 into 0.0
     ordered = bits ^ ((bits >> 31) & 0x7FFFFFFF)
     ordered = ordered.masked_fill_(values.isnan(), 0x7FFFFFFF)
