@@ -310,9 +310,13 @@ class _Connection:
             timeout=httpx.Timeout(teacher.timeout, connect=min(teacher.timeout, _CONNECT)),
         )
         self._loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(
-            target=self._loop.run_forever, name="fastkd.serving", daemon=True
-        )
+        self._thread = threading.Thread(target=self._run, name="fastkd.serving", daemon=True)
+
+    def _run(self) -> None:
+        try:
+            self._loop.run_forever()
+        finally:
+            self._loop.close()
 
     def __enter__(self) -> _Connection:
         self._thread.start()
@@ -322,6 +326,10 @@ class _Connection:
         if self._process != os.getpid():
             return  # the loop has no thread in a forked process, and shares its sockets with the one that does
         ended = asyncio.run_coroutine_threadsafe(self._end(), self._loop)
+        if threading.current_thread() is self._thread:
+            # The garbage collector has found an abandoned stream while the loop's thread ran, which cannot wait here.
+            ended.add_done_callback(lambda _: self._loop.stop())
+            return
         try:
             ended.result(timeout=_END)
         except concurrent.futures.TimeoutError:
@@ -329,8 +337,6 @@ class _Connection:
         finally:
             self._loop.call_soon_threadsafe(self._loop.stop)
             self._thread.join(timeout=_END)
-            if not self._thread.is_alive():
-                self._loop.close()
 
     async def _end(self) -> None:
         for task in _others():
