@@ -45,6 +45,7 @@ _AT_FIRST_USE = (
     "response",
     "sampled",
     "sequences",
+    "serving",
 )
 
 if TYPE_CHECKING:

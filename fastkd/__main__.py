@@ -7,7 +7,7 @@
 
 Exit codes: 0 for success; 1 if a result or a cache is wrong; 2 for invalid arguments; 141 if the output is a pipe that
 was closed early. All commands need torch only, except that `cache` needs the extra `cache`, and `cache build` the extra
-`cache-build`.
+`cache-build`, or `serving` with --server.
 """
 
 from __future__ import annotations

@@ -126,6 +126,7 @@ LONG = (
     "test_triton_label_term",
     "test_triton_shards",
     "test_cache",
+    "test_serving_client",
     "test_cuda_host",
     "test_cuda_kernels",
     "test_triton_kernels",

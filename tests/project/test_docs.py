@@ -147,12 +147,14 @@ class Provided(NamedTuple):
     names: Callable[[], dict[str, Any]] = dict
     group: bool = False
     stacks: bool = False  # whether its snippets import another stack
+    served: bool = False  # whether its snippets ask the server at `url`
 
 
 GIVEN = {
     "losses.md": Provided(for_losses),
     "parallel.md": Provided(group=True),
     "stacks/megatron.md": Provided(group=True),
+    "serving.md": Provided(for_losses, served=True),
     "teacher-cache.md": Provided(for_the_cache),
     "teachers.md": Provided(for_teachers),
     "stacks/transformers.md": Provided(for_the_trainer, stacks=True),
@@ -173,6 +175,19 @@ def group(path: Path, tmp_path: Path) -> Iterator[None]:
         yield
     finally:
         dist.destroy_process_group()
+
+
+@pytest.fixture
+def address(path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, str]]:
+    """The url of a server that speaks as vLLM does, for pages that ask one."""
+    if not GIVEN.get(name_of(path), Provided()).served:
+        yield {}
+        return
+    from support.served import Bigram, Server
+
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    with Server(Bigram(30)) as server:
+        yield {"url": server.url}
 
 
 # ---- snippets
@@ -205,13 +220,18 @@ def blocks(path: Path) -> list[Block]:
     ids=name_of,
 )
 def test_snippets_run(
-    path: Path, tmp_path: Path, group: None, monkeypatch: pytest.MonkeyPatch
+    path: Path,
+    tmp_path: Path,
+    group: None,
+    address: dict[str, str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Snippets run in order, in one namespace and an empty folder; a block with a title is a module there."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
     torch.manual_seed(0)
-    names: dict[str, Any] = {"__name__": path.stem, **GIVEN.get(name_of(path), Provided()).names()}
+    given = GIVEN.get(name_of(path), Provided()).names()
+    names: dict[str, Any] = {"__name__": path.stem, **given, **address}
     written = set()
     try:
         for block in blocks(path):
@@ -339,7 +359,7 @@ def test_names_listed_as_no_loss_do_not_end_like_a_loss() -> None:
 def test_every_public_name_has_its_docstring_on_the_site() -> None:
     pages = "".join(path.read_text(encoding="utf-8") for path in PAGES if path.parent.name == "api")
     shown = set(re.findall(r"^::: fastkd\.([\w.]+)$", pages, re.M))
-    assert shown >= {*fastkd.__all__, "teachers.cache", *MODULES}, {
+    assert shown >= {*fastkd.__all__, "teachers.cache", "serving", *MODULES}, {
         *fastkd.__all__,
         *MODULES,
     } - shown

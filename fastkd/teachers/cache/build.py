@@ -6,7 +6,7 @@ import hashlib
 import itertools
 import json
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -73,10 +73,7 @@ def build_cache(
         CacheError: there are no sequences, or they differ from those that the cache was started with; or an error of
             :class:`CacheWriter` or :class:`TeacherCache`.
     """
-    remaining = iter(sequences)
-    first = next(remaining, None)
-    if first is None:
-        raise CacheError("sequences must be at least one, got none")
+    first, sequences = at_least_one(sequences)
     was_training = model.training
     model.eval()
     try:
@@ -96,33 +93,65 @@ def build_cache(
                 **settings,
             )
             with writer:
-                done = writer.examples
-                stored: TeacherCache | None = None
-                if done:
-                    stored = TeacherCache(writer.folder, verify="header", allow_incomplete=True)
-                count = 0
-                for index, sequence in enumerate(itertools.chain([first], remaining)):
-                    if index // shard_examples % world_size == rank:
-                        input_ids = _input_ids(sequence)
-                        if stored is not None and count < done:
-                            if not torch.equal(stored[count].input_ids, input_ids):
-                                raise CacheError(
-                                    f"{writer.folder} was begun with a different sequence {index}; pass the same "
-                                    "sequences in the same order, or build into another folder"
-                                )
-                        else:
-                            rows = _outputs(model, input_ids, kind, dtype, k, temperature)
-                            writer.append(input_ids, **rows)
-                        count += 1
+                unwritten = remaining(writer, sequences, shard_examples, rank, world_size)
+                for index, input_ids in unwritten:
+                    if input_ids is not None:
+                        rows = _outputs(model, input_ids, kind, dtype, k, temperature)
+                        writer.append(input_ids, **rows)
                     if progress is not None:
                         progress(index + 1)
-                if count < done:
-                    raise CacheError(
-                        f"{writer.folder} was begun with at least {done} sequences, got {count}; pass all of them"
-                    )
     finally:
         model.train(was_training)
     return writer.manifest
+
+
+def at_least_one(
+    sequences: Iterable[Tensor | Sequence[int]],
+) -> tuple[Tensor | Sequence[int], Iterable[Tensor | Sequence[int]]]:
+    """Return the first sequence, and all of them; raise CacheError if there is none."""
+    following = iter(sequences)
+    first = next(following, None)
+    if first is None:
+        raise CacheError("sequences must be at least one, got none")
+    return first, itertools.chain([first], following)
+
+
+def remaining(
+    writer: CacheWriter,
+    sequences: Iterable[Tensor | Sequence[int]],
+    shard_examples: int,
+    rank: int,
+    world_size: int,
+) -> Iterator[tuple[int, Tensor | None]]:
+    """Yield the index and the ids of each sequence that this process has to write next, in order.
+
+    Instead of ids, None stands for a sequence that is in the cache already, or belongs to another process.
+
+    Raises:
+        CacheError: the cache was begun with other sequences, or with more.
+    """
+    done = writer.examples
+    stored: TeacherCache | None = None
+    if done:
+        stored = TeacherCache(writer.folder, verify="header", allow_incomplete=True)
+    count = 0
+    for index, sequence in enumerate(sequences):
+        if index // shard_examples % world_size != rank:
+            yield index, None
+            continue
+        input_ids = _input_ids(sequence)
+        known = stored[count].input_ids if stored is not None and count < done else None
+        if known is not None and not torch.equal(known, input_ids):
+            raise CacheError(
+                f"{writer.folder} was begun with a different sequence {index}; pass the same "
+                "sequences in the same order, or build into another folder"
+            )
+        count += 1
+        yield index, input_ids if known is None else None
+    if count < done:
+        raise CacheError(
+            f"{writer.folder} was begun with at least {done} sequences, got {count}; pass all of them"
+        )
 
 
 def _input_ids(sequence: Tensor | Sequence[int]) -> Tensor:
