@@ -323,6 +323,7 @@ class _Connection:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
         await self._client.aclose()
+        await asyncio.sleep(0)  # let the loop close the sockets before it stops
 
     def submit(self, job: _Job) -> concurrent.futures.Future[Scored]:
         """Send a request as soon as fewer than `concurrency` are under way, and read the reply."""
