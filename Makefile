@@ -18,8 +18,8 @@ PROJECT := pyproject.toml setup.py
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help build test test-stacks heavy ptx gpu lint format bench bench-quick bench-compare divergences demo demo-distributed swap examples \
-    docs docs-serve dist wheels install-matrix clean
+.PHONY: help build test test-stacks heavy ptx gpu lint format bench bench-quick bench-compare divergences demo demo-distributed \
+    demo-on-policy swap examples docs docs-serve dist wheels install-matrix clean
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  \1\t/' | expand -t 24
@@ -139,12 +139,15 @@ build/demo/.stamp: examples/demo-requirements.txt | $(VENV)/.torch
 	@touch $@
 
 # Without a GPU, do not build the CUDA extension, which takes minutes; one that already exists is kept.
-demo demo-distributed examples: export FASTKD_CUDA := $(or $(FASTKD_CUDA),$(if $(wildcard /dev/nvidia* fastkd/_cuda*.so),,0))
+demo demo-distributed demo-on-policy examples: export FASTKD_CUDA := $(or $(FASTKD_CUDA),$(if $(wildcard /dev/nvidia* fastkd/_cuda*.so),,0))
 demo: $(VENV)/.demo build/demo/.stamp build ## distil a small model on this machine, with plain PyTorch and with fastkd
 	OMP_WAIT_POLICY=passive $(PY) examples/demo.py $(ARGS)
 
 demo-distributed: $(VENV)/.demo build/demo/.stamp build ## the same on several processes; fails unless the curves match those of one process
 	OMP_WAIT_POLICY=passive $(PY) examples/distributed.py $(ARGS)
+
+demo-on-policy: $(VENV)/.demo build/demo/.stamp build ## distil on text of the student's own, with the teacher in process and behind HTTP; ARGS=--tiny takes seconds
+	OMP_WAIT_POLICY=passive $(PY) examples/on_policy.py $(ARGS)
 
 SWAPS := torch_loop hf_trainer trl_gkd lightning_module
 swap: $(STACKS)/.stacks build/demo/.stamp build ## replace the loss in four training stacks and compare the curves; ARGS=--tiny takes seconds

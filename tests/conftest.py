@@ -61,6 +61,7 @@ FILES_OF_STACKS = (
     "test_sequences",
     "test_examples",
     "test_examples_distributed",
+    "test_examples_on_policy",
     "test_bench_suite",
 )
 
