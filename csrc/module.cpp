@@ -22,10 +22,12 @@ struct InstructionSet {
   decltype(&fastkd::baseline::scale_rows) scale_rows;
   decltype(&fastkd::baseline::mutual_rows) mutual_rows;
   decltype(&fastkd::baseline::angles) angles;
+  decltype(&fastkd::baseline::logprob_rows) logprob_rows;
 };
 #define FASTKD_SET(isa)                                                                                    \
   InstructionSet{#isa, fastkd::isa::kd_rows, fastkd::isa::topk_rows, fastkd::isa::scale_rows,             \
-                 fastkd::isa::mutual_rows, fastkd::isa::angles}
+                 fastkd::isa::mutual_rows, fastkd::isa::angles,                                      \
+                 fastkd::isa::logprob_rows}
 
 // The instruction sets that this processor supports, best first.
 std::vector<InstructionSet> supported() {
@@ -101,6 +103,27 @@ void angles(int64_t points, uintptr_t student, uintptr_t teacher, double delta, 
   chosen->angles(call);
 }
 
+// logit_scale, softcap, temperature, temperatures of rows, whether the centered sum is wanted
+using Tempering = std::tuple<double, double, double, uintptr_t, bool>;
+
+void logprob_rows(int64_t row_count, int64_t columns, int64_t stride, uintptr_t logits, const Tempering& tempering,
+                  uintptr_t statistics, uintptr_t maxima, uintptr_t coefficients, int threads) {
+  fastkd::LogProbs call;
+  call.rows = row_count;
+  call.columns = columns;
+  call.stride = stride;
+  call.logits = pointer(logits);
+  uintptr_t temperatures;
+  std::tie(call.logit_scale, call.softcap, call.temperature, temperatures, call.centered) = tempering;
+  call.temperatures = pointer<const float>(temperatures);
+  call.statistics = pointer<double>(statistics);
+  call.maxima = pointer<const double>(maxima);
+  call.coefficients = pointer<const double>(coefficients);
+  call.threads = threads;
+  py::gil_scoped_release release;
+  chosen->logprob_rows(call);
+}
+
 // temperature, weight of the peers' term, scale, whether T^2 multiplies, peers; labels, ignore_index, weight, scale on
 // the device; loss, total and the two parts
 using Mutual = std::tuple<double, double, double, bool, int, uintptr_t, int64_t, uintptr_t, uintptr_t, uintptr_t, uintptr_t,
@@ -142,6 +165,7 @@ PYBIND11_MODULE(_C, module) {
   module.def("scale_rows", &scale_rows);
   module.def("angles", &angles);
   module.def("mutual_rows", &mutual_rows);
+  module.def("logprob_rows", &logprob_rows);
   module.def("new_output", &fastkd::new_output);
   module.def("idle_output_bytes", &fastkd::idle_output_bytes, "Bytes of the buffers kept for later outputs, which the system may reclaim.");
   module.def("release_idle_outputs", &fastkd::release_idle_outputs, "Unmap the buffers kept for later outputs.");

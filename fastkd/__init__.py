@@ -27,8 +27,9 @@ from fastkd.divergences import (
 )
 from fastkd.engine.plan import MemoryPlan, memory_plan
 from fastkd.functional import Parts, fused_linear_kd_loss, kd_loss
+from fastkd.logprobs import LogProbs, StudentTopK, fused_linear_logprobs, student_topk
 from fastkd.modules import FusedLinearKDLoss, KDLoss
-from fastkd.teachers import Ensemble, LinearTeacher, TopK
+from fastkd.teachers import Ensemble, LinearTeacher, TopK, support_union
 
 __version__ = "0.1.0"
 
@@ -71,8 +72,10 @@ __all__ = [
     "FusedLinearKDLoss",
     "KDLoss",
     "LinearTeacher",
+    "LogProbs",
     "MemoryPlan",
     "Parts",
+    "StudentTopK",
     "Term",
     "TopK",
     "alpha_beta",
@@ -80,6 +83,7 @@ __all__ = [
     "dkd",
     "forward_kl",
     "fused_linear_kd_loss",
+    "fused_linear_logprobs",
     "hellinger",
     "jsd",
     "kd_loss",
@@ -92,5 +96,7 @@ __all__ = [
     "smooth_l1",
     "soft_cross_entropy",
     "squared_error",
+    "student_topk",
+    "support_union",
     "tvd",
 ]

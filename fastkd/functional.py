@@ -17,8 +17,8 @@ from fastkd.call import memo
 from fastkd.call.checks import (
     LossCall,
     check_flags,
+    check_head,
     check_logits,
-    check_student_head,
     check_teacher,
     check_vocabulary,
     is_dtensor,
@@ -47,7 +47,7 @@ Parameters = ParamSpec("Parameters")
 Returned = TypeVar("Returned")
 
 
-def _not_compiled_over_processes(
+def not_compiled_over_processes(
     function: Callable[Parameters, Returned],
 ) -> Callable[Parameters, Returned]:
     """Decorator that runs a call outside compiled graphs if several processes take part, because they communicate."""
@@ -123,7 +123,7 @@ def kd_loss(
     return_parts: bool,
     **options: Unpack[DenseOptions],
 ) -> Tensor | tuple[Tensor, Parts]: ...
-@_not_compiled_over_processes
+@not_compiled_over_processes
 def kd_loss(
     student_logits: Tensor,
     teacher: Teacher,
@@ -329,7 +329,7 @@ def fused_linear_kd_loss(
     return_parts: bool,
     **options: Unpack[LinearOptions],
 ) -> Tensor | tuple[Tensor, Parts]: ...
-@_not_compiled_over_processes
+@not_compiled_over_processes
 def fused_linear_kd_loss(
     student_hidden: Tensor,
     student_weight: Tensor,
@@ -406,7 +406,7 @@ def fused_linear_kd_loss(
         if sequence is not None:
             student_hidden = sequence.stand_in(local_hidden)
             teacher = sequence.with_hidden(teacher, sequence.stand_in)
-        check_student_head(student_hidden, student_weight, student_bias)
+        check_head(student_hidden, student_weight, student_bias)
         lead, device = student_hidden.shape[:-1], student_hidden.device
         teacher = check_teacher(teacher, "student_hidden", lead, device, group is not None)
         if isinstance(teacher, Tensor) and teacher.requires_grad and torch.is_grad_enabled():

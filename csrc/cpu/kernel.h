@@ -59,6 +59,19 @@ struct MutualCall {
   int threads = 1;
 };
 
+// The statistics of rows of logits, or their gradient (logprobs.cpp). One of `statistics` and `coefficients` is given.
+struct LogProbs {
+  int64_t rows = 0, columns = 0, stride = 0;
+  float* logits = nullptr;  // overwritten: with tempered logits, or with the gradient
+  double logit_scale = 1, softcap = 0, temperature = 1;
+  const float* temperatures = nullptr;  // [rows]; null: `temperature` applies to all rows
+  bool centered = false;                // whether the centered sum is wanted
+  double* statistics = nullptr;         // [rows, 3]: max, exp_sum, centered sum of exponentials
+  const double* maxima = nullptr;       // [rows]
+  const double* coefficients = nullptr;  // [rows, 2]
+  int threads = 1;
+};
+
 // Numbers per row that ranks exchange if the vocabulary is divided among them: statistics with a dense teacher, with a
 // label term, with a sparse teacher; and sums.
 constexpr int64_t STATISTICS = 15, APART_STATISTICS = 17, TAIL_STATISTICS = 8, SUMS = 4;
@@ -72,6 +85,7 @@ constexpr int64_t STATISTICS = 15, APART_STATISTICS = 17, TAIL_STATISTICS = 8, S
   void mutual_rows(const MutualCall&);         \
   std::vector<std::string> divergences(); /* by number */ \
   void angles(const Angles&);                \
+  void logprob_rows(const LogProbs&);        \
   }
 FASTKD_DECLARE(baseline)
 #if defined(__x86_64__)

@@ -11,6 +11,7 @@ from torch.utils.dlpack import from_dlpack
 
 from fastkd import _C
 from fastkd.backends import native
+from fastkd.backends.logprobs import Tempering
 from fastkd.call import mutual
 from fastkd.call.contract import Options, Result, Rows, ShardCall, Statistics, Want
 from fastkd.core.tensors import address, readable, unit_stride
@@ -143,3 +144,44 @@ def shard_sums(call: ShardCall) -> Tensor | None:
 def shard_results(call: ShardCall) -> None:
     """Fill the result, given the statistics and the sums of all processes."""
     native.results_step(_launch, call)
+
+
+def logprob_statistics(logits: Tensor, tempering: Tempering, centered: bool) -> Tensor:
+    """Compute the same as :func:`fastkd.backends.logprobs.logprob_statistics`."""
+    statistics = torch.empty(logits.shape[0], 3, dtype=torch.float64)
+    _logprob_rows(logits, tempering, centered, statistics, None, None)
+    return statistics
+
+
+def logprob_gradients(
+    logits: Tensor, tempering: Tempering, maxima: Tensor, coefficients: Tensor
+) -> None:
+    """Compute the same as :func:`fastkd.backends.logprobs.logprob_gradients`."""
+    _logprob_rows(logits, tempering, False, None, maxima, coefficients)
+
+
+def _logprob_rows(
+    logits: Tensor,
+    tempering: Tempering,
+    centered: bool,
+    statistics: Tensor | None,
+    maxima: Tensor | None,
+    coefficients: Tensor | None,
+) -> None:
+    assert logits.dtype == torch.float32 and (logits.shape[1] < 2 or logits.stride(1) == 1)
+    scale, softcap, temperature, temperatures = tempering
+    rows = (
+        None if tensor is None else readable(tensor).contiguous()
+        for tensor in (temperatures, maxima, coefficients)
+    )
+    temperatures, maxima, coefficients = rows
+    _C.logprob_rows(
+        *logits.shape,
+        logits.stride(0),
+        address(logits),
+        (scale, softcap, temperature, address(temperatures), centered),
+        address(statistics),
+        address(maxima),
+        address(coefficients),
+        torch.get_num_threads(),
+    )

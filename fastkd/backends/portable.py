@@ -25,6 +25,7 @@ from fastkd import divergences
 from fastkd.backends import mutual as reference_mutual
 from fastkd.backends import native, reference
 from fastkd.backends.angles import angles
+from fastkd.backends.logprobs import logprob_gradients, logprob_statistics
 from fastkd.backends.pieces import piece_rows
 from fastkd.backends.reference import empty, scale_rows_
 from fastkd.backends.sparse import Events
@@ -53,7 +54,8 @@ from fastkd.divergences import (
 )  # fmt: skip
 
 __all__ = [
-    "angles", "empty", "gather_events", "kd_rows", "mutual_rows", "scale_rows_", "shard_results",
+    "angles", "empty", "gather_events", "kd_rows", "logprob_gradients", "logprob_statistics",
+    "mutual_rows", "scale_rows_", "shard_results",
     "shard_statistics", "shard_sums", "spread_gradient",
 ]  # fmt: skip
 

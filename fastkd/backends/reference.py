@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from fastkd.backends.angles import angles
+from fastkd.backends.logprobs import logprob_gradients, logprob_statistics
 from fastkd.backends.mutual import mutual_rows
 from fastkd.backends.sparse import Events
 from fastkd.call.contract import (
@@ -29,7 +30,8 @@ from fastkd.core.tensors import finite_max, precision
 from fastkd.divergences import Divergence, Target
 
 __all__ = [
-    "angles", "empty", "gather_events", "kd_rows", "mutual_rows", "scale_rows_", "shard_results",
+    "angles", "empty", "gather_events", "kd_rows", "logprob_gradients", "logprob_statistics",
+    "mutual_rows", "scale_rows_", "shard_results",
     "shard_statistics", "shard_sums", "spread_gradient",
 ]  # fmt: skip
 

@@ -363,3 +363,14 @@ def select_angles(backend: str, device: torch.device) -> str:
     strict = os.environ.get("FASTKD_STRICT") == "1"
     fall_back(FALLBACK, f"cpu: {why.reason}. {why.remedy}", strict)
     return FALLBACK
+
+
+def select_logprobs(device: torch.device, dtype: torch.dtype) -> str:
+    """The backend that computes log-probabilities of logits with this dtype on this device.
+
+    FASTKD_BACKEND applies if it names "portable" or "reference".
+    """
+    if dtype == torch.float64 or device.type != "cpu":
+        override = os.environ.get("FASTKD_BACKEND")
+        return override if override in ("portable", "reference") else FALLBACK
+    return select_angles("auto", device)

@@ -214,7 +214,7 @@ def check_values(rows: Rows, options: Options) -> None:
         return
     read = kept_rows(rows, options.ignore_index)
     if rows.ids is not None:
-        _check_ids(rows.ids, options.vocabulary, read)
+        check_ids(rows.ids, options.vocabulary, read)
     if read is None:
         candidates = (rows.labels, rows.temperature, rows.teacher_temperature)
         per_row = next((values for values in candidates if values is not None), None)
@@ -283,21 +283,24 @@ def check_columns(argument: str, logits: object, shard: bool = False) -> Tensor:
     return logits
 
 
-def check_student_head(hidden: object, weight: object, bias: object) -> None:
-    """Raise unless student_hidden [..., H], student_weight [V, H] and student_bias [V] are tensors that match."""
+def check_head(hidden: object, weight: object, bias: object, whose: str = "student_") -> None:
+    """Raise unless hidden [..., H], weight [V, H] and bias [V] are tensors that match.
+
+    whose is the prefix of the names in messages: "student_" or "".
+    """
     for argument, value in (("hidden", hidden), ("weight", weight), ("bias", bias)):
         if argument == "bias" and value is None:
             continue
         if not isinstance(value, Tensor):
-            raise TypeError(f"student_{argument} must be a tensor, got {type(value).__name__}")
-        check_dense(f"student_{argument}", value)
+            raise TypeError(f"{whose}{argument} must be a tensor, got {type(value).__name__}")
+        check_dense(f"{whose}{argument}", value)
         # The others are checked below, after check_linear compares their device with that of hidden.
         if argument == "hidden":
-            check_readable("student_hidden", value)
-    check_linear("student_", hidden, weight, bias)  # type: ignore[arg-type]  # checked above
+            check_readable(f"{whose}hidden", value)
+    check_linear(whose, hidden, weight, bias)  # type: ignore[arg-type]  # checked above
     for argument, value in (("weight", weight), ("bias", bias)):
         if isinstance(value, Tensor):
-            check_readable(f"student_{argument}", value)
+            check_readable(f"{whose}{argument}", value)
 
 
 def check_dense(argument: str, value: Tensor) -> None:
@@ -425,7 +428,7 @@ def with_topk(call: LossCall, teacher: TopK) -> LossCall:
         numbers = numbers._replace(taken_at=teacher.temperature)
     ids = teacher.ids.to(torch.int64).contiguous()
     if checking() and options.vocabulary and numbers is None:
-        _check_ids(ids, options.vocabulary, kept_rows(rows, options.ignore_index))
+        check_ids(ids, options.vocabulary, kept_rows(rows, options.ignore_index))
     tail_logprob = teacher.tail_logprob
     rows = rows._replace(
         teacher_temperature=None if temperatures is None else temperatures / teacher.temperature,
@@ -532,7 +535,9 @@ def _check_logprobs(logprobs: Tensor, rows: Rows, options: Options) -> None:
         )
 
 
-def _check_ids(ids: Tensor, vocabulary: int, kept: Tensor | None) -> None:
+def check_ids(
+    ids: Tensor, vocabulary: int, kept: Tensor | None, argument: str = "teacher.ids"
+) -> None:
     """Raise unless the ids of each kept row are distinct tokens, or -1."""
     if kept is not None:
         ids = ids.masked_fill(~kept.unsqueeze(-1), -1)  # dropped rows may hold any ids
@@ -540,13 +545,13 @@ def _check_ids(ids: Tensor, vocabulary: int, kept: Tensor | None) -> None:
     if bad.any():
         row = int(bad.flatten().nonzero()[0])
         raise ValueError(
-            f"teacher.ids must be in [0, {vocabulary}), or -1 for padding; row {row} has others"
+            f"{argument} must be in [0, {vocabulary}), or -1 for padding; row {row} has others"
         )
     sorted_ids = ids.sort(-1).values
     repeats = ((sorted_ids[..., 1:] == sorted_ids[..., :-1]) & (sorted_ids[..., 1:] >= 0)).any(-1)
     if repeats.any():
         row = int(repeats.flatten().nonzero()[0])
-        raise ValueError(f"teacher.ids must be distinct within a row; row {row} repeats some")
+        raise ValueError(f"{argument} must be distinct within a row; row {row} repeats some")
 
 
 def check_alike(argument: str, value: Tensor, other: str, like: Tensor, remedy: str = "") -> None:

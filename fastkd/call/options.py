@@ -193,6 +193,11 @@ def checked(values: Mapping[str, Any]) -> dict[str, Any]:
     return {row.name: row.check(row.name, values[row.name]) for row in TABLE}
 
 
+def check_options(**values: Any) -> dict[str, Any]:
+    """These options of the table as Options holds them; if one is invalid, raises an error that names it."""
+    return {row.name: row.check(row.name, values[row.name]) for row in TABLE if row.name in values}
+
+
 # ---- numbers in a compiled graph
 
 Number = int | float | None

@@ -266,7 +266,9 @@ class _CrossEntropyAndDistance(torch.autograd.Function):
             ignore_index=ignore_index,
             return_parts=True,
         )
-        return parts.cross_entropy, parts.distillation
+        # kd_loss makes the loss of a row with an invalid label NaN, and its parts are those of a valid one.
+        invalid = (target != ignore_index) & ((target < 0) | (target >= student.shape[-1]))
+        return parts.cross_entropy.masked_fill(invalid, math.nan), parts.distillation
 
     @staticmethod
     def backward(

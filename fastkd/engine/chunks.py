@@ -75,7 +75,7 @@ class Chunked(NamedTuple):
 # ---- the student and the teacher of a chunk
 
 
-class _StudentChunks:
+class StudentChunks:
     """Computes the student's logits of each chunk, and collects the gradients of the student's fields."""
 
     def __init__(
@@ -318,7 +318,7 @@ def chunks_of_rows(
     # While a graph is captured, dropped rows therefore stay in the chunks, and the kernel skips them.
     capturing = student.hidden.is_cuda and torch.cuda.is_current_stream_capturing()
     chunks = Chunks.of(rows, lead, options.ignore_index, chunk_size, even=True, drops=not capturing)
-    student_chunks = _StudentChunks(student, lead, vocabulary, wanted_gradients, want.inplace)
+    student_chunks = StudentChunks(student, lead, vocabulary, wanted_gradients, want.inplace)
     teacher_chunks = _TeacherChunks(teacher, lead, options)
     call_options, options = options, teacher_chunks.kernel_options()
     want = want._replace(student_gradient=any(wanted_gradients), inplace=True, deferred=False)

@@ -55,7 +55,8 @@ class MemoryPlan(NamedTuple):
     student: int  # the student's hidden states and head
     teacher: int  # the teacher as the caller holds it
     gradients: int  # the gradients of hidden states and weight
-    # What replaces `peak` without chunks: the float32 logits of both sides, and the student's gradient.
+    # What replaces `peak` without chunks: the float32 logits of both sides (without a teacher: the logits and their
+    # log-softmax), and the student's gradient.
     dense: int
 
 
@@ -177,11 +178,13 @@ def memory_plan(
 ) -> MemoryPlan:
     """The memory that :func:`fastkd.fused_linear_kd_loss` will hold, without making a tensor.
 
+    With teacher="none" it is the memory that :func:`fastkd.fused_linear_logprobs` will hold in each pass.
+
     Args:
         rows: the number of positions; none is dropped.
         vocab_size: the number of columns, V.
         hidden_size: the width of the student's hidden states.
-        teacher: the form of the teacher: "dense", "linear", "topk" or "ensemble" (of two linear teachers).
+        teacher: the form of the teacher: "dense", "linear", "topk" or "ensemble" (of two linear teachers); or "none".
         teacher_hidden_size: the width of the hidden states of each teacher. None: hidden_size.
         k: the number of tokens per row of a "topk" teacher.
         dtype: the dtype of hidden states, heads and dense teacher logits.
@@ -222,6 +225,7 @@ def memory_plan(
         "linear": (vocab_size, 0, width, linear),
         "topk": (0, TOPK_BYTES * k, 0, rows * k * 12),
         "ensemble": (2 * vocab_size, 0, width, 2 * linear),
+        "none": (0, 0, 0, 0),
     }
     if teacher not in forms:
         raise ValueError(f"teacher must be one of {', '.join(forms)}; got {teacher!r}")

@@ -138,7 +138,7 @@ def local_weight(argument: str, value: Any, group: Any) -> Any:
             f"{argument} has placements {value.placements}; over the processes that share the vocabulary it may be "
             "Shard(0) or Replicate()"
         )
-    if argument.startswith("student") and any(
+    if not argument.startswith("teacher") and any(
         shared and p.is_replicate() and mesh.size(i) > 1
         for i, (p, shared) in enumerate(zip(placements, in_group, strict=True))
     ):
@@ -237,8 +237,12 @@ class Sequence(NamedTuple):
         return teacher
 
 
-def sequence_of(hidden: Any, group: Any, sequence_dim: int | None) -> Sequence | None:
+def sequence_of(
+    hidden: Any, group: Any, sequence_dim: int | None, argument: str = "student_hidden"
+) -> Sequence | None:
     """The layout of sequence-parallel hidden states; None: they are not sequence-parallel.
+
+    argument: the name of the hidden states in messages.
 
     Raises:
         TypeError, ValueError: sequence_dim is not a row dimension of hidden states that are a plain tensor.
@@ -257,7 +261,7 @@ def sequence_of(hidden: Any, group: Any, sequence_dim: int | None) -> Sequence |
     rows = hidden.dim() - 1
     if not -rows - 1 <= sequence_dim < rows or sequence_dim == -1:
         raise ValueError(
-            f"sequence_dim must be a dimension of the rows of student_hidden, {tuple(hidden.shape)}; "
+            f"sequence_dim must be a dimension of the rows of {argument}, {tuple(hidden.shape)}; "
             f"got {sequence_dim}"
         )
     return Sequence(group, sequence_dim % hidden.dim(), hidden.shape[:-1])

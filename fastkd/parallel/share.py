@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fastkd.backends import registry
 from fastkd.call.checks import LossCall, check_values, checking
-from fastkd.call.contract import Rows, Shard, Want
+from fastkd.call.contract import Shard, Want
 from fastkd.core.scalars import check_int
 from fastkd.divergences import function_name
 from fastkd.parallel.agreement import Agreed, Agreement, digest_of
@@ -52,6 +52,33 @@ def share(
     options = call.options._replace(vocab_size=columns, shard=shard)
     check_values(call.rows, options)
     return call._replace(options=options), width
+
+
+def share_columns(
+    agreement: Agreement,
+    argument: str,
+    width: int,
+    vocab_size: int | None,
+    facts: dict[str, object],
+) -> tuple[Shard, int]:
+    """Return (this process's shard of a vocabulary, how many of its columns count), once all processes agree.
+
+    argument: the name of the tensor that has `width` columns on this process; facts: what else has to agree.
+
+    Raises:
+        ValueError, RuntimeError: a process has other arguments, or raises; then every process raises.
+    """
+    agreed = agreement.reached([width, 0], facts | {"vocab_size": vocab_size})
+    return _shard(agreed, vocab_size, agreement.group, argument)
+
+
+def facts_of_rows(per_row: dict[str, Tensor | None]) -> dict[str, object]:
+    """What has to agree of tensors with values per row: their shapes, and under FASTKD_CHECK=1 all values."""
+    return {
+        name: digest_of(value) if checking() else f"a tensor {tuple(value.shape)}"
+        for name, value in per_row.items()
+        if value is not None
+    }
 
 
 _FACTOR = "the factor of the loss (of num_items or the number of rows)"
@@ -99,12 +126,11 @@ def _facts(
         if name not in ("divergence", "scale", "vocab_size", "shard")
     }
     facts[_FACTOR] = call.options.scale
-    for name in Rows._fields:
-        value = getattr(call.rows, name)
-        if value is not None:  # a tensor per row replaces the number of the same name
-            fact = _FACTOR if name == "scale" else name
-            facts[fact] = digest_of(value) if checking() else f"a tensor {tuple(value.shape)}"
-    return facts
+    # A tensor per row replaces the number of the same name.
+    per_row = {
+        _FACTOR if name == "scale" else name: value for name, value in call.rows._asdict().items()
+    }
+    return facts | facts_of_rows(per_row)
 
 
 def _shard(agreed: Agreed, vocab_size: int | None, group: Any, student: str) -> tuple[Shard, int]:

@@ -203,7 +203,8 @@ def importance_weights(
         if limits is not None:
             weights = _limited(weights, *limits)
         if icepop is not None:
-            weights = torch.where((weights >= icepop[0]) & (weights <= icepop[1]), weights, 0.0)
+            outside = (weights < icepop[0]) | (weights > icepop[1])  # False for NaN, which stays
+            weights = torch.where(outside, 0.0, weights)
         if sequence_mask is not None:
             tokens = log_ratio.shape[-1] if mask is None else mask.sum(-1, keepdim=True)
             count = torch.as_tensor(tokens, device=log_ratio.device).clamp(min=1)
@@ -317,14 +318,12 @@ def on_policy_loss(
     """
     _check_form(form, teacher_logprobs, old_logprobs, advantages, clip, dual_clip)
     coef, clamp = _finite("coef", coef), _positive_or_none("clamp", clamp)
-    for name, changed in (
-        ("coef", not torch.compiler.is_compiling() and coef != 1.0),
-        ("clamp", clamp is not None),
-    ):
-        if changed and teacher_logprobs is None:
-            raise ValueError(
-                f"{name} is for the teacher's term, and teacher_logprobs is None; pass {name} to policy_advantages"
-            )
+    if teacher_logprobs is None:
+        for name, changed in (("coef", coef != 1.0), ("clamp", clamp is not None)):
+            if changed:
+                raise ValueError(
+                    f"{name} is for the teacher's term, and teacher_logprobs is None; pass {name} to policy_advantages"
+                )
     clip_range = _clip_range(clip)
     if dual_clip is not None:
         dual_clip = _above_one("dual_clip", dual_clip)
@@ -431,6 +430,9 @@ def _estimate(form: str, student: Tensor, teacher: Tensor, clamp: float | None) 
     """The value of form "k2", "k3" or "abs" for each token."""
     log_ratio = teacher - student
     if form == "k2":
+        if clamp is not None:
+            # The gradient of an infinite log_ratio would be 0 * inf, which is NaN.
+            log_ratio = log_ratio.clamp(-LARGEST, LARGEST)
         value = 0.5 * log_ratio * log_ratio
     elif form == "abs":
         value = log_ratio.abs()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import dataclasses
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
@@ -43,7 +44,8 @@ def build_cache_from_server(
 
     Args:
         path: the folder of the cache.
-        teacher: the server, with k > 0 and temperature 1. Its tail policy is not stored.
+        teacher: the server, with k > 0 and temperature 1. Its tail policy is not stored. If its vocab_size is None,
+            the one below is used.
         sequences: token ids [S] each. Every process, and a resumed build, must pass the same sequences in the same
             order.
         vocab_size: V of the teacher.
@@ -73,6 +75,8 @@ def build_cache_from_server(
             f"teacher.temperature must be 1 for a cache, got {teacher.temperature}: a cache stores the "
             "log-probabilities as the server returns them"
         )
+    if teacher.vocab_size is None:
+        teacher = dataclasses.replace(teacher, vocab_size=vocab_size)
     _, sequences = at_least_one(sequences)
     writer = CacheWriter(
         path,

@@ -8,6 +8,7 @@ import concurrent.futures
 import functools
 import itertools
 import json
+import os
 import random
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -115,6 +116,13 @@ class ServedTeacher:
             ) from None
         if parsed.scheme not in ("http", "https") or not parsed.host:
             raise ValueError(f"url must begin with http:// or https://, got {self.url!r}")
+        key = self.api_key
+        # The message must not show the key.
+        if key is not None and not (key and all("!" <= character <= "~" for character in key)):
+            raise ValueError(
+                "api_key must be printable ASCII without spaces, and not empty; the one that was passed has other "
+                "characters, such as a line break at its end"
+            )
         check_choice("api", self.api, APIS)
         check_choice("tail", self.tail, TAILS)
         check_choice("missing", self.missing, MISSING)
@@ -278,6 +286,11 @@ def _certificates() -> Any:
     return _httpx().create_ssl_context()
 
 
+def _others() -> set[asyncio.Task[Any]]:
+    """Return the running loop's tasks other than the current one."""
+    return {task for task in asyncio.all_tasks() if task is not asyncio.current_task()}
+
+
 class _Connection:
     """The requests of one call, sent by an event loop in a thread of its own.
 
@@ -286,7 +299,7 @@ class _Connection:
 
     def __init__(self, teacher: ServedTeacher) -> None:
         httpx = _httpx()
-        self._teacher = teacher
+        self._teacher, self._process = teacher, os.getpid()
         self._url = teacher.url.rstrip("/").removesuffix("/v1")
         self._slots = asyncio.Semaphore(teacher.concurrency)
         key = teacher.api_key
@@ -297,16 +310,26 @@ class _Connection:
             timeout=httpx.Timeout(teacher.timeout, connect=min(teacher.timeout, _CONNECT)),
         )
         self._loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(
-            target=self._loop.run_forever, name="fastkd.serving", daemon=True
-        )
+        self._thread = threading.Thread(target=self._run, name="fastkd.serving", daemon=True)
+
+    def _run(self) -> None:
+        try:
+            self._loop.run_forever()
+        finally:
+            self._loop.close()
 
     def __enter__(self) -> _Connection:
         self._thread.start()
         return self
 
     def __exit__(self, *_: object) -> None:
+        if self._process != os.getpid():
+            return  # the loop has no thread in a forked process, and shares its sockets with the one that does
         ended = asyncio.run_coroutine_threadsafe(self._end(), self._loop)
+        if threading.current_thread() is self._thread:
+            # The garbage collector has found an abandoned stream while the loop's thread ran, which cannot wait here.
+            ended.add_done_callback(lambda _: self._loop.stop())
+            return
         try:
             ended.result(timeout=_END)
         except concurrent.futures.TimeoutError:
@@ -314,16 +337,15 @@ class _Connection:
         finally:
             self._loop.call_soon_threadsafe(self._loop.stop)
             self._thread.join(timeout=_END)
-            if not self._thread.is_alive():
-                self._loop.close()
 
     async def _end(self) -> None:
-        tasks = asyncio.all_tasks() - {asyncio.current_task()}
-        for task in tasks:
+        for task in _others():
             task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        await asyncio.gather(*_others(), return_exceptions=True)
         await self._client.aclose()
+        await self._loop.shutdown_asyncgens()  # of answers that were not read to the end
         await asyncio.sleep(0)  # let the loop close the sockets before it stops
+        await asyncio.gather(*_others(), return_exceptions=True)
 
     def submit(self, job: _Job) -> concurrent.futures.Future[Scored]:
         """Send a request as soon as fewer than `concurrency` are under way, and read the reply."""
@@ -331,6 +353,10 @@ class _Connection:
 
     def wait(self, future: concurrent.futures.Future[Scored]) -> Scored:
         """Return the scores of a sequence. Every attempt and every pause has a limit, so this ends."""
+        if self._process != os.getpid():
+            raise ServingError(
+                "a stream must be read by the process that has begun it; call stream in the forked process"
+            )
         while True:
             done, _ = concurrent.futures.wait([future], timeout=1.0)
             if done:
@@ -381,20 +407,22 @@ def _read(job: _Job, content: bytes) -> Scored:
     """Return the scores that the body of an answer holds."""
     try:
         reply = json.loads(content)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise _TransientError(f"the answer is not JSON: {error}") from error
     try:
         return job.read(reply)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, RecursionError) as error:
         raise ServingError(f"sequence {job.number}: {error}") from error
 
 
 def _message(response: Any) -> str:
     """Return what the server says in an answer that reports an error."""
+    if response.has_redirect_location:
+        return f"a redirect to {response.headers['Location']}, which is not followed; pass the url of that server"
     text = response.text
     try:
         content = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         return _short(text)
     while isinstance(content, dict):
         named = [content[name] for name in ("error", "message", "detail") if content.get(name)]

@@ -96,6 +96,10 @@ def as_ids(argument: str, value: Any, dimensions: int = 1) -> Tensor:
         ) from None
     if ids.numel() and (ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool):
         raise TypeError(f"{argument} must be integers, got {ids.dtype}")
+    if argument == "input_ids" and ids.numel() and ids.min() < 0:
+        raise ValueError(
+            f"input_ids must not be negative, got {int(ids.min())}; labels that ignore tokens are no token ids"
+        )
     shape = "[S]" if dimensions == 1 else "[n, K]"
     if ids.dim() != dimensions or (dimensions == 1 and not len(ids)):
         raise ValueError(f"{argument} must be {shape}, and not empty; got {tuple(ids.shape)}")

@@ -97,7 +97,7 @@ def _positions(meta_info: Mapping[str, Any], name: str, want: Wanted, option: st
         raise TypeError(
             f"meta_info[{name!r}] must be a list, got {type(listed).__name__}; the request must set {option}"
         )
-    _check_covers(name, len(listed), want)
+    _check_covers(name, len(listed), meta_info, want)
     first = listed[0]
     if first is not None and (name != "input_token_logprobs" or _item(first, 0) is not None):
         raise ValueError(
@@ -106,14 +106,24 @@ def _positions(meta_info: Mapping[str, Any], name: str, want: Wanted, option: st
     return listed[len(listed) - want.rows :]
 
 
-def _check_covers(name: str, positions: int, want: Wanted) -> None:
-    """Raise unless the positions include one before the first scored token, and none before token 0."""
+def _check_covers(name: str, positions: int, meta_info: Mapping[str, Any], want: Wanted) -> None:
+    """Raise unless the positions include one before the first scored token, and none before token 0.
+
+    They must be as many as those of input_token_logprobs, whose ids are compared with input_ids; otherwise the rows of
+    one list would belong to other tokens than those of the other.
+    """
     length = len(want.input_ids)
     if not want.rows + 1 <= positions <= length:
         raise ValueError(
             f"meta_info[{name!r}] must have between {want.rows + 1} and {length} positions for {length} input_ids and "
             f"start={want.start}; got {positions}. Set logprob_start_len to start - 1, {want.start - 1}; or the server "
             "has truncated the prompt"
+        )
+    tokens = len(meta_info["input_token_logprobs"])
+    if positions != tokens:
+        raise ValueError(
+            f"meta_info[{name!r}] must have as many positions as meta_info['input_token_logprobs'], {tokens}; got "
+            f"{positions}"
         )
 
 
@@ -196,7 +206,7 @@ def _flat(meta_info: Mapping[str, Any], want: Wanted) -> Entries:
             f"meta_info[{name + '_shape'!r}] must be [rows, k], with an int {name}_null_prefix; got {shape!r} and "
             f"{nulls!r}: {error}"
         ) from None
-    _check_covers(name, rows + nulls, want)
+    _check_covers(name, rows + nulls, meta_info, want)
     if nulls < 1 or rows < want.rows:
         raise ValueError(
             f"meta_info[{name + '_null_prefix'!r}] must be in [1, {rows + nulls - want.rows}], got {nulls}"

@@ -122,7 +122,7 @@ def _listed(positions: Sequence[Any], start: int) -> Entries:
                     f"{position}"
                 )
     return Entries(
-        in_rows(check_listed(torch.tensor(ids, dtype=torch.int64)), counts, -1),
+        in_rows(check_listed(as_integers("token ids", ids)), counts, -1),
         in_rows(as_floats("logprob", logprobs), counts, math.nan),
         in_rows(as_integers("rank", ranks), counts, 0),
     )
@@ -198,7 +198,7 @@ def from_vllm_token_ids(
         raise ValueError(
             f"token_ids must have one row per scored token, {want.rows}; got {len(ids)}"
         )
-    values = _npy(scores) if isinstance(scores, (str, bytes)) else torch.as_tensor(scores)
+    values = _npy(scores) if isinstance(scores, (str, bytes)) else _array(scores)
     if tuple(values.shape) != (want.rows, 1 + want.k):
         raise ValueError(
             f"scores must be [n, 1 + K], here {(want.rows, 1 + want.k)}, with the sequence's own token in column 0; "
@@ -206,6 +206,18 @@ def from_vllm_token_ids(
         )
     values = values.detach().cpu().to(torch.float32)
     return with_scores(ids, values[:, 1:], values[:, 0], want)
+
+
+def _array(scores: Any) -> Tensor:
+    try:
+        values = torch.as_tensor(scores)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(
+            f"scores must be an array of numbers, got {type(scores).__name__}: {error}"
+        ) from None
+    if values.is_complex() or values.dtype == torch.bool:
+        raise TypeError(f"scores must be an array of numbers, got {values.dtype}")
+    return values
 
 
 _NPY_DTYPES = {"<f4": torch.float32, "<f8": torch.float64, "<f2": torch.float16}
@@ -224,18 +236,18 @@ def _npy(data: str | bytes) -> Tensor:
     end = begin + int.from_bytes(content[8:begin], "little")
     try:
         header = ast.literal_eval(content[begin:end].decode("latin-1"))
-        dtype, shape = _NPY_DTYPES[header["descr"]], tuple(header["shape"])
+        dtype, shape = _NPY_DTYPES[header["descr"]], torch.Size(header["shape"])
         by_row = not header["fortran_order"]
-    except (ValueError, SyntaxError, KeyError, TypeError) as error:
+    except (ValueError, SyntaxError, KeyError, TypeError, RecursionError, MemoryError) as error:
         raise ValueError(
             f"scores must be an .npy file of floats: {error!r} in its header"
         ) from None
     if not by_row or sys.byteorder != "little":
         raise ValueError("scores must be an .npy file in C order on a little-endian machine")
     count = math.prod(shape)
-    if len(content) - end != count * dtype.itemsize:
+    if min(shape, default=0) < 0 or len(content) - end != count * dtype.itemsize:
         raise ValueError(
-            f"scores must have {count * dtype.itemsize} bytes for shape {shape}, got {len(content) - end}"
+            f"scores must have {count * dtype.itemsize} bytes for shape {tuple(shape)}, got {len(content) - end}"
         )
     if not count:
         return torch.zeros(shape, dtype=dtype)

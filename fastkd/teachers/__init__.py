@@ -12,7 +12,7 @@ from typing import Any
 from fastkd.teachers.ensemble import MEANS, Ensemble
 from fastkd.teachers.forms import Teacher, flatten, unflatten, weights_of
 from fastkd.teachers.linear import LinearTeacher, check_linear
-from fastkd.teachers.topk import TAILS, TopK
+from fastkd.teachers.topk import TAILS, TopK, support_union
 
 __all__ = [
     "MEANS",
@@ -23,6 +23,7 @@ __all__ = [
     "TopK",
     "check_linear",
     "flatten",
+    "support_union",
     "unflatten",
     "weights_of",
 ]

@@ -136,3 +136,115 @@ class TopK:
         log_sum = torch.logaddexp(top.logsumexp(-1), tail_log_sum)
         tail_logprob = tail_log_sum - log_sum
         return cls(ids, top - log_sum.unsqueeze(-1), tail, tail_logprob, temperature)
+
+    @classmethod
+    def sampled(
+        cls,
+        ids: Tensor,
+        weights: Tensor | None = None,
+        *,
+        tail: str = "renormalize_teacher",
+        temperature: float = 1.0,
+    ) -> TopK:
+        """The teacher that N sampled tokens per row estimate: p of a token is its share of the row's samples.
+
+        For tokens drawn from the teacher, this p is unbiased, and so is the gradient of forward KL, whereas the
+        largest K tokens are biased towards the head of the distribution (Anshumann et al., "Sparse Logit Sampling",
+        arXiv:2503.16870). If the tokens were drawn from another distribution r, such as the teacher at a higher
+        temperature, pass the weights p / r: the estimate is then the share of weight, and consistent.
+
+        Args:
+            ids: [..., N] int64 or int32, drawn with repetition; -1 is padding, for rows with fewer samples.
+            weights: [..., N] floating point and not negative, the weight of each sample; None: all count alike.
+            tail: one of the policies of the class. The samples have the whole mass, so nothing is left to the tail.
+            temperature: the teacher's temperature that p stands for.
+
+        Returns:
+            A TopK with K = N. A token that was drawn several times is listed once; the other places are padding.
+
+        Raises:
+            TypeError, ValueError: a wrong type, dtype, shape or value; the message names the argument.
+        """
+        check_tensor("ids", ids, (torch.int64, torch.int32))
+        if ids.dim() == 0 or ids.shape[-1] == 0:
+            raise ValueError(f"ids must be [..., N] with N > 0, got shape {tuple(ids.shape)}")
+        exact = torch.float64
+        if weights is None:
+            weights = torch.ones(ids.shape, dtype=torch.float32, device=ids.device)
+        check_tensor("weights", weights, FLOATS)
+        if weights.shape != ids.shape or weights.device != ids.device:
+            raise ValueError(
+                f"weights must have the shape and the device of ids, {tuple(ids.shape)} on {ids.device}; "
+                f"got {tuple(weights.shape)} on {weights.device}"
+            )
+        ids, order = ids.to(torch.int64).sort(-1)
+        weight = weights.detach().gather(-1, order).to(exact).masked_fill(ids < 0, 0.0)
+        differs = ids[..., 1:] != ids[..., :-1]
+        edge = torch.ones_like(ids[..., :1], dtype=torch.bool)
+        is_first, is_last = torch.cat([edge, differs], -1), torch.cat([differs, edge], -1)
+        # The total of a run of equal ids, as a difference of cumulative sums, has the same bits on every run.
+        position = torch.arange(ids.shape[-1], device=ids.device).expand(ids.shape)
+        first = torch.where(is_first, position, 0).cummax(-1).values
+        through = weight.cumsum(-1)
+        total = through - (through - weight).gather(-1, first)
+        listed = is_last & (ids >= 0)
+        logprobs = (total / through[..., -1:]).log().masked_fill(~listed, -math.inf)
+        dtype = torch.float64 if weights.dtype == torch.float64 else torch.float32
+        # Invalid ids below -1 stay, so that a loss reports them.
+        ids = ids.masked_fill(~listed & (ids >= -1), -1)
+        return cls(ids, logprobs.to(dtype), tail, None, temperature)
+
+    @classmethod
+    def union(cls, first: TopK, second: TopK) -> TopK:
+        """Both lists of one teacher's tokens as one: [..., K1 + K2], in which a token of both is listed once.
+
+        Both must hold log-probabilities of the same teacher at the same temperature, with the same policy for the tail.
+        Under "bucket" the mass of the new tail is derived from the log-probabilities (see above).
+
+        Raises:
+            TypeError, ValueError: the two do not fit together; the message names the field.
+        """
+        for name, value in (("first", first), ("second", second)):
+            if not isinstance(value, TopK):
+                raise TypeError(f"{name} must be a TopK, got {type(value).__name__}")
+        for field in ("tail", "temperature"):
+            mine, other = getattr(first, field), getattr(second, field)
+            if mine != other:
+                raise ValueError(
+                    f"second.{field} must equal that of first, {mine!r}; got {other!r}"
+                )
+        ids = support_union(first.ids, second.ids)
+        logprobs = torch.cat([first.logprobs, second.logprobs], -1)
+        return cls(ids, logprobs, first.tail, None, first.temperature)
+
+
+def support_union(first: Tensor, second: Tensor) -> Tensor:
+    """The tokens of two supports, [..., K1] and [..., K2]: ids [..., K1 + K2], distinct within a row.
+
+    The tokens of `first` keep their places, and those of `second` follow. Repeated tokens become padding, -1.
+    So a student's top tokens and a teacher's become the ids to score with both models
+    (:func:`fastkd.fused_linear_logprobs`).
+
+    Args:
+        first: [..., K1] int64 or int32; -1 is padding.
+        second: [..., K2] int64 or int32, with the same leading shape and device.
+
+    Raises:
+        TypeError, ValueError: a wrong type, dtype, shape or device; the message names the argument.
+    """
+    for name, value in (("first", first), ("second", second)):
+        check_tensor(name, value, (torch.int64, torch.int32))
+        if value.dim() == 0:
+            raise ValueError(f"{name} must be [..., K], got a scalar")
+    if second.shape[:-1] != first.shape[:-1] or second.device != first.device:
+        raise ValueError(
+            "second must have the leading shape and the device of first, "
+            f"{tuple(first.shape[:-1])} on {first.device}; got {tuple(second.shape[:-1])} on {second.device}"
+        )
+    ids = torch.cat([first.to(torch.int64), second.to(torch.int64)], -1)
+    ordered, order = ids.sort(
+        dim=-1, stable=True
+    )  # stable: the first of equal ids is the one to keep
+    repeats = torch.zeros_like(ids, dtype=torch.bool)
+    repeats[..., 1:] = ordered[..., 1:] == ordered[..., :-1]
+    return ids.masked_fill(torch.empty_like(repeats).scatter_(-1, order, repeats), -1)

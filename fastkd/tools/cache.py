@@ -344,7 +344,7 @@ def _build_from_server(parsed: argparse.Namespace, rank: int, world_size: int) -
         k=parsed.k,
         model=options.pop("served_model"),
         vocab_size=vocab_size,
-        api_key=os.environ.get(API_KEY),
+        api_key=os.environ.get(API_KEY) or None,
         **options,
     )
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))

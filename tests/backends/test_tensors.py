@@ -346,6 +346,7 @@ SHOWN = {
     "ids": r"(teacher\.)?ids|logprobs must be on meta", "logprobs": r"(teacher\.)?logprobs",
     "tail_logprob": r"(teacher\.)?tail_logprob", "teacher_hidden": ".*hidden",
     "teacher_weight": ".*weight", "teacher_bias": ".*bias",
+    "lm_head": "weight",
 }  # fmt: skip
 OF_KERNELS = [name for name in LOSSES if name.startswith(("kd_loss", "fused", "mutual", "rkd"))]
 OF_KERNELS += [name for name in LOSSES if name.split(",")[0].endswith("_kd_loss")]

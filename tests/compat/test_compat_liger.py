@@ -213,6 +213,23 @@ def test_ce_and_tvd_one_at_a_time(dtype: torch.dtype) -> None:
         assert error(gradient, exact) < 2 * torch.finfo(dtype).eps
 
 
+@pytest.mark.parametrize("label", [-1, 10**6])
+def test_ce_of_an_invalid_label_is_nan(label: int) -> None:
+    """Like its gradient, and like kd_loss. The distance does not depend on the label."""
+    student, teacher, labels = rows("random")
+    leaf = student.clone().requires_grad_()
+    wrong = labels.clone()
+    wrong[0] = label
+    assert labels[0] != IGNORED
+    cross_entropy, distance = ours.LigerFusedCETVDLoss()(leaf, teacher, wrong)
+    right, same = ours.LigerFusedCETVDLoss()(leaf, teacher, labels)
+    assert cross_entropy[0].isnan()
+    assert torch.equal(cross_entropy[1:], right[1:])
+    assert torch.equal(distance, same)
+    (gradient,) = torch.autograd.grad(cross_entropy.sum(), leaf)
+    assert gradient[0].isnan().all() and not gradient[1:].isnan().any()
+
+
 def test_ce_and_tvd_is_a_loss_of_logits_and_holds_no_gradient() -> None:
     student, teacher, labels = rows("random")
     leaf = student.clone().requires_grad_()

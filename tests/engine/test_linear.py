@@ -956,7 +956,7 @@ def test_memory_plan() -> None:
         (
             {"teacher": "x"},
             ValueError,
-            "teacher must be one of dense, linear, topk, ensemble; got 'x'",
+            "teacher must be one of dense, linear, topk, ensemble, none; got 'x'",
         ),
         ({"teacher": torch.ones(2)}, TypeError, "teacher must be the name of a form, got Tensor"),
         ({"rows": -5}, ValueError, "rows must be positive, got -5"),

@@ -329,6 +329,10 @@ EVERY: dict[str, Callable[[Tensor, float], Tensor]] = {
     "draft_loss": lambda s, x: response.draft_loss(
         s, TEACHER, {"lk_hybrid": x, "cross_entropy": 0.5}, eta=x, num_items=x
     ),
+    "fused_linear_logprobs": lambda s, x: sum(
+        value.sum() for value in fastkd.fused_linear_logprobs(s, TEACHER, topk=2, temperature=x, softcap=2 * x)[1::3]
+    ),
+    "student_topk": lambda s, x: s.sum() * fastkd.student_topk(s, TEACHER, k=2, temperature=x).logprobs.sum(),
     "inplace=True": lambda s, x: kd_loss(s * 1.0, TEACHER, temperature=x, inplace=True),
 }  # fmt: skip
 

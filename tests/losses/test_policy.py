@@ -349,6 +349,20 @@ def test_truncation_from_below_and_rejected_tokens() -> None:
     assert 0 < outside < 1
 
 
+def test_a_nan_is_not_rejected_as_a_weight_outside() -> None:
+    """Else a model that returns NaN would only shrink the loss."""
+    current = torch.tensor([[-1.0, math.nan, -1.0]])
+    sampled = torch.full((1, 3), -1.0)
+    for options in (
+        {"icepop": (0.5, 2.0)},
+        {"truncate": 2.0},
+        {"icepop": (0.5, 2.0), "sequence_mask": (0.5, 2.0)},
+    ):
+        assert importance_weights(current, sampled, **options)[0, 1].isnan()
+        mask = torch.tensor([[True, False, True]])
+        assert importance_weights(current, sampled, mask=mask, **options).tolist() == [[1, 0, 1]]
+
+
 def test_position_weights_of_iw_opd() -> None:
     x = _batch(12)
     m = x["mask"]
@@ -525,6 +539,20 @@ def test_a_teacher_without_probability() -> None:
     torch.testing.assert_close(_gradient(loss, student), torch.tensor([[0.25, 2.5]]))
 
 
+@pytest.mark.parametrize(
+    ("form", "first"), [("k2", 0.125), ("k3", math.expm1(-0.5) + 0.5), ("abs", 0.5)]
+)
+def test_a_clamped_form_of_a_teacher_without_probability(form: str, first: float) -> None:
+    """Beyond clamp, the value is constant, also where the estimate is infinite."""
+    student = torch.tensor([[-1.0, -2.0]]).requires_grad_()
+    teacher = torch.tensor([[-1.5, -math.inf]])
+    loss = on_policy_loss(student, teacher, form=form, clamp=5.0)
+    torch.testing.assert_close(loss, torch.tensor((first + 5.0) / 2))
+    gradient = _gradient(loss, student)
+    assert gradient[0, 0] > 0.0
+    assert gradient[0, 1] == 0.0
+
+
 # ---- denominators
 
 
@@ -609,6 +637,18 @@ def test_compiled(form: str) -> None:
             loss, *parts = function(leaf, x, number)
             results.append([loss.detach(), *parts, _gradient(loss, leaf)])
         torch.testing.assert_close(results[0], results[1])
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+def test_a_compiled_graph_does_not_ignore_coef_without_a_teacher() -> None:
+    advantages = torch.ones(2, 3)
+    compiled = torch.compile(
+        lambda s, coef: on_policy_loss(s, advantages=advantages, coef=coef), backend="aot_eager"
+    )
+    compiled(S, 1.0)
+    for coef in (0.5, 0.25):
+        with pytest.raises(Exception, match="coef is for the teacher's term"):
+            compiled(S, coef)
 
 
 # ---- errors

@@ -53,6 +53,7 @@ NOT_LOSSES = {
     "fastkd.online": {"MutualParts"},
     "fastkd.response": {"DraftParts"},
     "fastkd.sampled": {"PolicyParts"},
+    "fastkd.logprobs": {"LogProbs", "StudentTopK"},
 }
 MODULES = (
     "response",
@@ -322,7 +323,7 @@ def public(name: str) -> set[str]:
 LOSSES = {
     "fastkd": {"kd_loss", "fused_linear_kd_loss", "KDLoss", "FusedLinearKDLoss"},
     "divergences": {*fastkd.DIVERGENCES, *WITH_LABELS},
-    **{name: public(name) for name in MODULES},
+    **{name: public(name) for name in (*MODULES, "logprobs")},
 }
 
 

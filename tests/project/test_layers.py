@@ -18,7 +18,7 @@ ORDER = (
     ("fastkd",),  # the package itself, whose __init__ lists the public names
     (
         *("distiller", "online", "response", "features", "relations", "sequences"),
-        *("calibration", "sampled", "serving"),
+        *("calibration", "logprobs", "sampled", "serving"),
     ),
     ("functional", "modules"),
     ("engine",),

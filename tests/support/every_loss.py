@@ -145,6 +145,35 @@ def _fused(reduction: str) -> Callable[..., Tensor]:
     return loss
 
 
+def _head(dtype: torch.dtype) -> Tensors:
+    """A student's head and what fused_linear_logprobs takes per row."""
+    inputs = _linear(dtype)
+    ids = torch.rand(*ROWS, V, generator=_generator()).argsort(-1)[..., :3]
+    return {
+        "hidden": inputs["student"],
+        "lm_head": inputs["student_weight"],
+        "bias": inputs["student_bias"],
+        "targets": inputs["labels"],
+        "ids": ids,
+        "mask": inputs["mask"],
+        "temperature": inputs["temperature"],
+    }
+
+
+def _of_head(given: Tensors) -> Tensor:
+    """All outputs of fused_linear_logprobs, side by side."""
+    outputs = fastkd.fused_linear_logprobs(
+        given["hidden"], given["lm_head"], given["targets"], ids=given["ids"],
+        bias=given["bias"], temperature=given["temperature"], mask=given["mask"], topk=2,
+        chunk_size=2,
+    )  # fmt: skip
+    assert outputs.target is not None and outputs.entropy is not None
+    assert outputs.gathered is not None and outputs.topk_logprobs is not None
+    per_row = torch.stack([outputs.target, outputs.entropy], -1)
+    per_token = torch.cat([outputs.gathered, outputs.topk_logprobs], -1)
+    return torch.cat([per_row, torch.where(per_token > -torch.inf, per_token, 0.0)], -1)
+
+
 def _mutual(reduction: str) -> Callable[..., Tensor]:
     def loss(given: Tensors, **backend: str) -> Tensor:
         losses = online.mutual_loss(
@@ -278,6 +307,7 @@ LOSSES: dict[str, Case] = {
     "fused_linear_kd_loss": Case(_linear, _fused("none"), HEAD),
     "fused_linear_kd_loss, summed": Case(_linear, _fused("mean"), HEAD),
     "fused_linear_kd_loss, frozen head": Case(_linear, _fused("none")),
+    "fused_linear_logprobs": Case(_head, _of_head, ("hidden", "lm_head", "bias"), with_backend=False),
     "mutual_loss": Case(_with_gate, _mutual("none")),
     "mutual_loss, summed": Case(_with_gate, _mutual("mean")),
     "adaptive_kl_loss": Case(_dense, _response(response.adaptive_kl_loss, reduction="none"), PAIR),

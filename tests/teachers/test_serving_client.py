@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import json
 import os
 import pickle
@@ -235,6 +236,7 @@ TRANSIENT = {
     "closed": (Fault(close=True), "RemoteProtocolError"),
     "truncated": (Fault(truncate=True), "RemoteProtocolError"),
     "half JSON": (Fault(text='{"choices": [{"prompt_logp'), "the answer is not JSON"),
+    "deep JSON": (Fault(text="[" * 100_000), "the answer is not JSON"),
     "slow": (Fault(wait=30.0), "no complete answer within 1 s"),
 }  # fmt: skip
 
@@ -326,12 +328,43 @@ def test_other_errors_are_not_tried_again(status: int, text: str, said: str) -> 
         assert server.attempts[tuple(sequences(6)[3].tolist())] == 1
 
 
+def test_a_redirect_is_named() -> None:
+    fault = Fault(307, "", {"Location": "https://elsewhere/v1/completions"})
+    with Server(TEACHER, failing(fault, times=1)) as server:
+        message = (
+            "status 307, a redirect to https://elsewhere/v1/completions, which is not followed"
+        )
+        with pytest.raises(ServingError, match=f"^sequence 3: .* {message}"):
+            client(server).score(sequences(6))
+
+
+def test_an_answer_that_was_not_read_to_the_end_is_closed(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """asyncio would log that a task was destroyed, in about every fifth call."""
+    fault = Fault(text="{}", headers={"Content-Encoding": "gzip"})
+    with Server(TEACHER, lambda ids, attempt: fault) as server:
+        for _ in range(20):
+            with pytest.raises(ServingError, match="^sequence 0: .*decompress"):
+                client(server).score(sequences(4))
+            gc.collect(0)
+    assert not [record for record in caplog.records if record.name == "asyncio"]
+
+
 def _null(reply: dict[str, Any]) -> dict[str, Any]:
     if "meta_info" in reply:
         reply["meta_info"]["input_token_logprobs"][2][0] = None
     else:
         for entry in reply["choices"][0]["prompt_logprobs"][2].values():
             entry["logprob"] = None
+    return reply
+
+
+def _huge(reply: dict[str, Any]) -> dict[str, Any]:
+    if "meta_info" in reply:
+        reply["meta_info"]["input_top_logprobs"][-1][0][1] = 2**70
+    else:
+        reply["choices"][0]["prompt_logprobs"][-1][str(2**70)] = {"logprob": -9.0, "rank": 9}
     return reply
 
 
@@ -350,6 +383,7 @@ BAD_REPLIES: dict[str, tuple[Callable[[Any], Any], str]] = {
     "list": (lambda reply: [1, 2], "the reply must have '(choices|meta_info)', got"),
     "empty": (lambda reply: {}, "the reply must have '(choices|meta_info)', got {}"),
     "number": (lambda reply: 3, "the reply must have '(choices|meta_info)', got 3"),
+    "huge": (_huge, "must be numbers that fit in torch.int64"),
     "other": (lambda reply: {"choices": [], "meta_info": {}}, "must"),
 }
 
@@ -381,6 +415,46 @@ def test_a_stream_that_is_abandoned_ends_its_requests() -> None:
         next(stream)
         stream.close()  # while three requests wait for an answer
     assert time.monotonic() - begin < 45
+
+
+def test_a_stream_that_the_collector_finds_in_the_thread_of_its_requests() -> None:
+    with Server(TEACHER, lambda ids, attempt: Fault(wait=120.0) if ids[0] else None) as server:
+        cycle: list[Any] = [client(server, timeout=200.0).stream(sequences(12))]
+        next(cycle[0])
+        connection = cycle[0].gi_frame.f_locals["connection"]
+        thread, loop = connection._thread, connection._loop
+        cycle.append(cycle)
+        gc.disable()
+        try:
+            del connection, cycle
+            loop.call_soon_threadsafe(gc.collect)
+            thread.join(timeout=30)
+        finally:
+            gc.enable()
+        assert not thread.is_alive() and loop.is_closed()
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_a_forked_process_leaves_a_stream_alone() -> None:
+    """It is told so at once, and the process that has begun the stream reads it to the end."""
+    sent = sequences(40)
+    with Server(TEACHER) as server:
+        stream = client(server).stream(sent)
+        first = next(stream)
+        begin = time.monotonic()
+        child = os.fork()
+        if not child:
+            code = 1
+            try:
+                next(stream)
+            except ServingError as error:
+                code = 0 if "read by the process that has begun it" in str(error) else 2
+            finally:
+                os._exit(code)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+        assert time.monotonic() - begin < 30
+        for scored, ids in zip([first, *stream], sent, strict=True):
+            assert_scores(scored, ids)
 
 
 def test_an_error_of_the_caller_ends_the_requests() -> None:
@@ -423,6 +497,9 @@ def test_bad_sequences(arguments: tuple[Any, ...], message: str) -> None:
         ({"url": "http://a:b"}, "url must be the address of a server, got 'http://a:b'"),
         ({"url": 8000}, "url must be a string, got int"),
         ({"model": 3}, "model must be a string, got int"),
+        ({"api_key": ""}, "api_key must be printable ASCII without spaces, and not empty"),
+        ({"api_key": "secret\n"}, "^((?!secret).)*such as a line break at its end$"),
+        ({"api_key": "sécret"}, "^((?!cret).)*$"),
         ({"api": "openai"}, "api must be one of vllm, sglang; got 'openai'"),
         ({"tail": "rest"}, "tail must be one of"),
         ({"missing": "skip"}, "missing must be one of raise, drop"),
@@ -664,10 +741,11 @@ def files(path: Path) -> dict[str, bytes]:
 def test_a_cache_has_a_row_for_every_token(api: str, dtype: torch.dtype, tmp_path: Path) -> None:
     """Row i is the teacher's output after token i, as in a cache that a model has built; the last one included."""
     sent = sequences(7)
+    assert any((ids == V - 1).any() for ids in sent)  # which SGLang reports as 0
     seen: list[int] = []
     with Server(TEACHER) as server:
         manifest = build_cache_from_server(
-            tmp_path / "cache", client(server, api), sent, vocab_size=V, dtype=dtype, shard_examples=3,
+            tmp_path / "cache", client(server, api, vocab_size=None), sent, vocab_size=V, dtype=dtype, shard_examples=3,
             name="bigram", progress=seen.append,
         )  # fmt: skip
     assert manifest.complete and manifest.examples == 7 and manifest.teacher == "bigram"

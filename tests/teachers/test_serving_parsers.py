@@ -288,6 +288,19 @@ def test_sglang_that_starts_too_late_is_refused(form_of_k: str) -> None:
         from_sglang(meta, IDS, k=3, start=4)
 
 
+@pytest.mark.parametrize("form_of_k", ["lists", "flat", "base64", "named"])
+def test_lists_of_different_lengths_would_shift_rows(form_of_k: str) -> None:
+    named = [1, 2, 3] if form_of_k == "named" else None
+    options = {"form": "lists" if named else form_of_k, "token_ids": named}
+    rows = Bigram(V).rows(IDS)
+    meta = served.sglang_meta(rows, IDS, 3, start_len=3, **options)
+    more = served.sglang_meta(rows, IDS, 3, start_len=2, **options)
+    from_sglang(meta, IDS, k=3, start=4, token_ids=named)
+    meta = {**more, "input_token_logprobs": meta["input_token_logprobs"]}
+    with pytest.raises(ValueError, match="must have as many positions as .*, 4; got 5"):
+        from_sglang(meta, IDS, k=3, start=4, token_ids=named)
+
+
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
@@ -521,6 +534,7 @@ def test_meta_info_that_cannot_be_right(
         ({"input_ids": [[1]]}, "input_ids must be .S., and not empty"),
         ({"input_ids": [1.0] * 7}, "input_ids must be integers, got torch.float32"),
         ({"input_ids": "abc"}, "input_ids must be token ids, got str"),
+        ({"input_ids": [*IDS[:6], -100]}, "input_ids must not be negative, got -100"),
     ],
 )
 def test_bad_arguments(name: str, changed: dict[str, Any], message: str) -> None:
@@ -600,10 +614,16 @@ def _npy_with(old: bytes, new: bytes) -> str:
         (_npy_with(b"'descr'", b"import "), "must be an .npy file of floats"),
         (_npy_with(b"False", b"True "), "must be an .npy file in C order"),
         (_npy_with(b"(4, 4)", b"(4, 9)"), "must have 144 bytes for shape"),
+        (_npy_with(b"(4, 4), ", b"(-4, -4)"), "must have 64 bytes for shape .-4, -4., got"),
+        (_npy_with(b"(4, 4)", b"('a',)"), "must be an .npy file of floats"),
+        (None, "scores must be an array of numbers, got NoneType"),
+        ([[None] * 4] * 4, "scores must be an array of numbers, got list"),
+        ([["-1"] * 4] * 4, "scores must be an array of numbers, got list"),
+        (torch.ones(4, 4, dtype=torch.bool), "scores must be an array of numbers, got torch.bool"),
     ],
 )
 def test_damaged_scores_of_named_tokens(scores: Any, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((TypeError, ValueError), match=message):
         from_vllm_token_ids(scores, IDS, NAMED, start=3)
 
 
