@@ -26,7 +26,7 @@ from fastkd.divergences import (
     tvd,
 )
 from fastkd.engine.plan import MemoryPlan, memory_plan
-from fastkd.functional import Parts, fused_linear_kd_loss, kd_loss
+from fastkd.functional import MeasuredParts, Parts, fused_linear_kd_loss, kd_loss
 from fastkd.modules import FusedLinearKDLoss, KDLoss
 from fastkd.teachers import Ensemble, LinearTeacher, TopK
 
@@ -70,6 +70,7 @@ __all__ = [
     "FusedLinearKDLoss",
     "KDLoss",
     "LinearTeacher",
+    "MeasuredParts",
     "MemoryPlan",
     "Parts",
     "Term",

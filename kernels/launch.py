@@ -554,7 +554,7 @@ def shard_statistics(call: ShardCall) -> Statistics:
     """
     student, teacher, rows, options, result, *_ = call
     gradients = [None if x is None else unit_stride(x) for x in result[2:4]]
-    outputs = Outputs(result.loss, *result[4:])
+    outputs = Outputs(result.loss, *result.parts[:3])
     launch = _prepare(unit_stride(student), teacher, *gradients, outputs, rows, options)
     assert launch.plan is not None
     needed = "statistics" in launch.stages
