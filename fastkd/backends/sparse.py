@@ -28,7 +28,7 @@ from torch import Tensor
 
 from fastkd.call.contract import Options, Result, Rows, ShardCall, Statistics, Want, row_dtype
 from fastkd.call.log_zero import evaluate
-from fastkd.call.measures import sums
+from fastkd.call.measures import sum_dtype, sums
 from fastkd.core.tensors import finite_max
 
 
@@ -153,7 +153,7 @@ def event_measures(events: Events, logprobs: Tensor, rows: Rows, options: Option
     """The measures of the events of a sparse teacher, [..., len(MEASURES)], without the overlap."""
     ids = rows.ids
     assert ids is not None
-    dtype = row_dtype(events.tail.dtype, logprobs.dtype)
+    dtype = sum_dtype(events.tail)
     no_tail = torch.full_like(events.tail, -torch.inf, dtype=dtype)
     s_tail = no_tail if options.tail == "renormalize" else events.tail
     t_tail = no_tail
@@ -178,6 +178,7 @@ def event_measures(events: Events, logprobs: Tensor, rows: Rows, options: Option
     masses = (log[..., :-1].exp().sum(-1) for log in (log_q, log_p))
     numbers = [*sums(log_p, log_q).unbind(-1), agreement, *masses, torch.zeros_like(no_tail)]
     measures = torch.stack([number.to(dtype) for number in numbers], -1)
+    measures = measures.to(row_dtype(events.tail.dtype, logprobs.dtype))
     return measures.masked_fill((ids == -1).all(-1, keepdim=True), 0.0)
 
 
