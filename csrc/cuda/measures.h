@@ -7,11 +7,12 @@
 namespace fastkd::cuda {
 
 constexpr int MEASURES = 5, MEASURE_THREADS = 256;
+constexpr int64_t NO_COLUMN = std::numeric_limits<int64_t>::max();
 
 // One side's largest z, the first column that has it, and the sum of exponentials relative to it.
 struct PartialSoftmax {
   float max = -INF, exp_sum = 0;
-  int64_t column = std::numeric_limits<int64_t>::max();
+  int64_t column = NO_COLUMN;
 };
 
 struct MeasureSums {
@@ -26,8 +27,8 @@ FASTKD_INLINE PartialSoftmax merged(const PartialSoftmax& a, const PartialSoftma
   out.max = fmaxf(a.max, b.max);
   out.exp_sum = a.max == -INF ? a.exp_sum : a.exp_sum * exp2_of_product(a.max - out.max, rate);
   out.exp_sum += b.max == -INF ? b.exp_sum : b.exp_sum * exp2_of_product(b.max - out.max, rate);
-  const int64_t none = std::numeric_limits<int64_t>::max();
-  const int64_t first = a.max == out.max ? a.column : none, second = b.max == out.max ? b.column : none;
+  const int64_t first = a.max == out.max ? a.column : NO_COLUMN;
+  const int64_t second = b.max == out.max ? b.column : NO_COLUMN;
   out.column = first < second ? first : second;
   return out;
 }
