@@ -15,7 +15,8 @@ struct BlockMeasures {
   double teacher_entropy, forward_kl, reverse_kl, acceptance;
 };
 
-// Sums the terms over a block, under the policy for log 0. Padding columns have p = q = 0, and terms of 0.
+// Sums the terms over a block; with LOG_0, under the policy for log 0. Padding columns have p = q = 0, and terms of 0.
+template <bool LOG_0>
 BlockMeasures block_measures(const BlockView& of, int n) {
   const BlockView view = of;
   V entropy{}, forward{}, reverse{}, acceptance{};
@@ -23,7 +24,7 @@ BlockMeasures block_measures(const BlockView& of, int n) {
     V entropy_strip{}, forward_strip{}, reverse_strip{}, acceptance_strip{};
     for (int i = start; i < std::min(start + STRIP, n); i += LANES) {
       V p, q, phi, g, h;
-      evaluate<MeasureTerms, true, true>(view, i, nullptr, 0, p, q, phi, g, h);
+      evaluate<MeasureTerms, LOG_0, true>(view, i, nullptr, 0, p, q, phi, g, h);
       entropy_strip += h;
       forward_strip += phi;
       reverse_strip += g;

@@ -3,7 +3,10 @@
 namespace {
 
 inline void Row::measures(int64_t b, BlockScratch& scratch) {
-  measures_[b] = block_measures(view(b, scratch, true), columns(b));
+  // These moments are finite only if no logit is -inf. A temperature below 1 may take the logarithm of a 0 there.
+  const bool no_log_0 = !log_0_policy_ && (moments_ & (FORWARD | REVERSE)) && student_softmax_.inverse <= 1 &&
+                        teacher_softmax_.inverse <= 1;
+  measures_[b] = (no_log_0 ? block_measures<false> : block_measures<true>)(view(b, scratch, true), columns(b));
 }
 
 // Merges the measures of all blocks, and writes them.

@@ -258,13 +258,15 @@ def test_options_of_the_logits(every_backend: str) -> None:
 
 def test_ties_and_strides(every_backend: str) -> None:
     """Of equal maxima, the first counts; logits may have any strides."""
-    student = torch.zeros(40, 4).T
-    teacher = torch.zeros(2, 4, 40)[1]
+    student = torch.zeros(1100, 5).T
+    teacher = torch.zeros(2, 5, 1100)[1]
     student[0, 7] = student[0, 30] = teacher[0, 7] = 5.0  # the same first maximum
     student[1, 30] = teacher[1, 7] = teacher[1, 30] = 5.0  # another one
-    student[2, 39] = teacher[2, 39] = 5.0
+    student[2, 1099] = teacher[2, 1099] = 5.0
+    student[3, 5::64] = teacher[3, 5] = 5.0  # several of them in the same lane of each backend
+    student[4, 5::64] = teacher[4, 5 + 1024] = 5.0
     _, parts = kd_loss(student, teacher, return_parts=("agreement",), backend=every_backend)
-    assert parts.agreement is not None and parts.agreement.tolist() == [1.0, 0.0, 1.0, 1.0]
+    assert parts.agreement is not None and parts.agreement.tolist() == [1.0, 0.0, 1.0, 1.0, 0.0]
     assert parts.forward_kl is None and parts.acceptance is None
 
 
@@ -361,8 +363,10 @@ def test_shards(
     load = registry.load
     kernels = InShards(load(every_backend), shares)
     student, teacher = (x + shift for x, shift in zip(pair("far", 3, 61), (1e4, -1e4), strict=True))
-    student[2, 0] = student[2, 60] = 1e4 + 6  # equal maxima in the first and the last shard
-    teacher[2, 60] = -1e4 + 6
+    # Equal maxima, each in the first column of a shard; the teacher's is in the second shard.
+    if not tail:
+        student[2, 0] = student[2, 30] = 1e4 + 30
+        teacher[2, 30] = -1e4 + 30
     labels = labels_for(3, vocabulary=61, seed=3)
     labels[1] = -100
     student.requires_grad_()
