@@ -68,10 +68,12 @@ class Row {
 
   bool needs_measures() const { return call_.measures; }
 
-  // Computes the measures of block b. Call it between merge_statistics() and sums().
-  void measures(int64_t b, BlockScratch& scratch);
+  // Computes the measures of block b, with or without the policy for log 0. Call it between merge_statistics() and
+  // sums().
+  void measures(int64_t b, BlockScratch& scratch, bool policy);
 
-  void write_measures();
+  // False if the measures must be computed again with the policy for log 0.
+  bool write_measures(bool policy);
 
   // Turns the policy for log 0 on or off. It is off in the first attempt; rows.cpp explains why.
   void set_policy_for_log_0(bool on) { log_0_policy_ = on; }
@@ -297,9 +299,11 @@ bool value_of(Row& row, int64_t index, Each each, Once once, Statistics statisti
     each(statistics);
     once([&](bool* flags) { flags[0] = row.merge_statistics(); }, &finite);
     if (!finite) continue;
-    if (row.needs_measures()) {
-      each([&](int64_t b, BlockScratch& scratch) { row.measures(b, scratch); });
-      once([&](bool*) { row.write_measures(); }, &finite);
+    for (const bool measures_policy : {false, true}) {
+      if (!row.needs_measures()) break;
+      each([&](int64_t b, BlockScratch& scratch) { row.measures(b, scratch, measures_policy); });
+      once([&](bool* flags) { flags[0] = row.write_measures(measures_policy); }, &finite);
+      if (finite) break;
     }
     if (!row.needs_sums()) break;
     each([&](int64_t b, BlockScratch& scratch) { row.sums(b, scratch); });

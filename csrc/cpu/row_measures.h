@@ -2,15 +2,12 @@
 
 namespace {
 
-inline void Row::measures(int64_t b, BlockScratch& scratch) {
-  // These moments are finite only if no logit is -inf. A temperature below 1 may take the logarithm of a 0 there.
-  const bool no_log_0 = !log_0_policy_ && (moments_ & (FORWARD | REVERSE)) && student_softmax_.inverse <= 1 &&
-                        teacher_softmax_.inverse <= 1;
-  measures_[b] = (no_log_0 ? block_measures<false> : block_measures<true>)(view(b, scratch, true), columns(b));
+inline void Row::measures(int64_t b, BlockScratch& scratch, bool policy) {
+  measures_[b] = (policy ? block_measures<true> : block_measures<false>)(view(b, scratch, true), columns(b));
 }
 
 // Merges the measures of all blocks, and writes them.
-inline void Row::write_measures() {
+inline bool Row::write_measures(bool policy) {
   BlockMeasures row{};
   for (const BlockMeasures& block : measures_) {
     row.teacher_entropy += block.teacher_entropy;
@@ -18,6 +15,8 @@ inline void Row::write_measures() {
     row.reverse_kl += block.reverse_kl;
     row.acceptance += block.acceptance;
   }
+  // As for the loss, arithmetic on -inf gives NaN or infinity exactly where the policy matters.
+  if (!policy && !std::isfinite(row.teacher_entropy + row.forward_kl + row.reverse_kl)) return false;
   if (!sure_scratch_) sure_scratch_.reset(new BlockScratch);
   BlockScratch& scratch = *sure_scratch_;
   const int64_t s_argmax = column_of_maximum([](const BlockStatistics& b) { return b.s_max; }, row_statistics_.s_max,
@@ -28,6 +27,7 @@ inline void Row::write_measures() {
   for (const double value : {row.teacher_entropy, row.forward_kl, row.reverse_kl, row.acceptance,
                              double(s_argmax == t_argmax)})
     *out++ = float(value);
+  return true;
 }
 
 }  // namespace
