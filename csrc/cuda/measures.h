@@ -19,7 +19,12 @@ struct MeasureSums {
   float teacher_entropy = 0, forward_kl = 0, reverse_kl = 0, acceptance = 0;
 };
 
-constexpr int MEASURE_BYTES = MEASURE_THREADS / 32 * int(sizeof(PartialSoftmax));  // shared memory of a block
+// Shared memory of a block: how both sides are tempered, and the parts of its warps.
+struct MeasureMemory {
+  Side student, teacher;
+  alignas(8) char parts[MEASURE_THREADS / 32 * sizeof(PartialSoftmax)];
+};
+constexpr int MEASURE_BYTES = int(sizeof(MeasureMemory));
 static_assert(sizeof(MeasureSums) <= sizeof(PartialSoftmax), "both are merged in the same memory");
 
 FASTKD_INLINE PartialSoftmax merged(const PartialSoftmax& a, const PartialSoftmax& b, float rate) {
@@ -81,14 +86,18 @@ FASTKD_INLINE void add_measures(MeasureSums& sums, float log_p, float log_q) {
 }
 
 FASTKD_DEVICE void measure_row(const Call& call, int64_t row, float* out, char* memory) {
-  float weight = 1;
-  Side student, teacher;
-  open_side(call.student, call.student_tempering, row, student, weight);
-  open_side(call.teacher, call.teacher_tempering, row, teacher, weight);
+  MeasureMemory& shared = *reinterpret_cast<MeasureMemory*>(memory);
+  if (thread_number() == 0) {
+    float weight = 1;
+    open_side(call.student, call.student_tempering, row, shared.student, weight);
+    open_side(call.teacher, call.teacher_tempering, row, shared.teacher, weight);
+  }
+  sync_block();
+  const Side student = shared.student, teacher = shared.teacher;
   const char* s = row_address(call, call.student, row);
   const char* t = row_address(call, call.teacher, row);
-  const PartialSoftmax s_softmax = softmax_of(s, student, call.vocabulary, memory);
-  const PartialSoftmax t_softmax = softmax_of(t, teacher, call.vocabulary, memory);
+  const PartialSoftmax s_softmax = softmax_of(s, student, call.vocabulary, shared.parts);
+  const PartialSoftmax t_softmax = softmax_of(t, teacher, call.vocabulary, shared.parts);
   const float s_log_sum = ::logf(s_softmax.exp_sum), t_log_sum = ::logf(t_softmax.exp_sum);
   MeasureSums local;
 #pragma unroll 1
@@ -97,7 +106,7 @@ FASTKD_DEVICE void measure_row(const Call& call, int64_t row, float* out, char* 
     const float t_gap = teacher.z(load_one(t, teacher.dtype, column)) - t_softmax.max;
     add_measures(local, t_gap * teacher.unit - t_log_sum, s_gap * student.unit - s_log_sum);
   }
-  const MeasureSums sums = merge_block(local, memory, [](const auto& a, const auto& b) { return merged(a, b); });
+  const MeasureSums sums = merge_block(local, shared.parts, [](const auto& a, const auto& b) { return merged(a, b); });
   if (thread_number() != 0) return;
   out[0] = sums.teacher_entropy;
   out[1] = sums.forward_kl;
