@@ -72,7 +72,7 @@ fastkd::Rows rows(const Logits& logits) {
 }
 
 void kd_rows(Strides sizes, const Logits& student, const Logits& teacher, const Logits& student_gradient,
-             const Logits& teacher_gradient, const Description& description, int threads) {
+             const Logits& teacher_gradient, const Description& description, uintptr_t measures, int threads) {
   fastkd::Call call;
   describe(call, sizes, description);
   call.sizes = std::move(sizes);
@@ -80,6 +80,7 @@ void kd_rows(Strides sizes, const Logits& student, const Logits& teacher, const 
   call.teacher = rows(teacher);
   call.student_gradient = rows(student_gradient);
   call.teacher_gradient = rows(teacher_gradient);
+  call.measures = pointer(measures);
   call.threads = threads;
   py::gil_scoped_release release;
   call.ids ? chosen->topk_rows(call) : chosen->kd_rows(call);
@@ -174,6 +175,8 @@ PYBIND11_MODULE(_C, module) {
   module.attr("APART_STATISTICS") = fastkd::APART_STATISTICS;
   module.attr("TAIL_STATISTICS") = fastkd::TAIL_STATISTICS;
   module.attr("SUMS") = fastkd::SUMS;
+  module.attr("DENSE_MEASURES") = fastkd::DENSE_MEASURES;
+  module.attr("MEASURES") = fastkd::MEASURES;
   module.def("divergences", &fastkd::baseline::divergences, "Names of the compiled definitions, by number.");
   module.def("instruction_sets", &instruction_sets, "Instruction sets that this processor supports, best first.");
   module.def("instruction_set", [] { return chosen->name; }, "The instruction set in use.");

@@ -5,6 +5,8 @@ STATISTICS: int
 APART_STATISTICS: int
 TAIL_STATISTICS: int
 SUMS: int
+DENSE_MEASURES: int
+MEASURES: int
 
 def kd_rows(*arguments: Any) -> None: ...
 def scale_rows(*arguments: Any) -> None: ...

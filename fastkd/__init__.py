@@ -26,7 +26,7 @@ from fastkd.divergences import (
     tvd,
 )
 from fastkd.engine.plan import MemoryPlan, memory_plan
-from fastkd.functional import Parts, fused_linear_kd_loss, kd_loss
+from fastkd.functional import MeasuredParts, Parts, fused_linear_kd_loss, kd_loss
 from fastkd.logprobs import LogProbs, StudentTopK, fused_linear_logprobs, student_topk
 from fastkd.modules import FusedLinearKDLoss, KDLoss
 from fastkd.teachers import Ensemble, LinearTeacher, TopK, support_union
@@ -73,6 +73,7 @@ __all__ = [
     "KDLoss",
     "LinearTeacher",
     "LogProbs",
+    "MeasuredParts",
     "MemoryPlan",
     "Parts",
     "StudentTopK",

@@ -7,7 +7,7 @@ be computed first, from hidden states or from several teachers, go to fastkd.eng
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, ParamSpec, TypeVar, overload
 
 import torch
@@ -19,16 +19,19 @@ from fastkd.call.checks import (
     check_flags,
     check_head,
     check_logits,
+    check_parts,
     check_teacher,
     check_vocabulary,
     is_dtensor,
     prepare,
     teacher_widths,
+    with_names,
     with_rows,
     with_tail,
     with_topk,
 )
 from fastkd.call.contract import Want, row_dtype
+from fastkd.call.measures import MEASURES
 from fastkd.call.options import LossOptions
 from fastkd.core.tensors import share_storage, writable
 from fastkd.divergences import Divergence
@@ -76,6 +79,41 @@ class Parts(NamedTuple):
     counted: Tensor  # 0-dim, the number of counted rows
 
 
+class MeasuredParts(NamedTuple):
+    """The fields of :class:`Parts`, and the measures that return_parts names; those that it does not name are None.
+
+    Measures are detached values per row, [...], in the dtype of the loss, with 0 in dropped rows and NaN in rows whose
+    loss is NaN. They compare the distributions p = softmax(teacher / teacher_temperature) and
+    q = softmax(student / temperature), whatever the divergence and alpha are, and are never multiplied by T^2. 0 log 0
+    is 0. A KL divergence is infinite if its second distribution gives no probability to a token to which the first
+    gives some.
+
+    With a :class:`fastkd.TopK`, p and q are the distributions over the K listed tokens and the tail, all other tokens
+    taken together, and the tail counts like one more token. tail="renormalize" has no tail: both are normalized over
+    the K tokens. With "renormalize_teacher" the tail has p = 0, with "truncate" p = 1 - sum p_k. A row that lists no
+    token has measures of 0.
+    """
+
+    distillation: Tensor  # the first four: as in Parts
+    cross_entropy: Tensor
+    student_entropy: Tensor
+    counted: Tensor
+    teacher_entropy: Tensor | None = None  # -sum p log p, in nats
+    forward_kl: Tensor | None = None  # KL(p || q) = sum p (log p - log q)
+    reverse_kl: Tensor | None = None  # KL(q || p) = sum q (log q - log p)
+    # sum min(p, q) = 1 - total variation: how often speculative decoding accepts a token that the student drafts
+    # (Leviathan, Kalman and Matias 2023)
+    acceptance: Tensor | None = None
+    # 1 if both distributions have their maximum at the same token, else 0. Of equal maxima, the first counts, as in
+    # torch.argmax.
+    agreement: Tensor | None = None
+    student_mass: Tensor | None = None  # the sum of q over the listed tokens
+    teacher_mass: Tensor | None = None  # the sum of p over the listed tokens
+    # How many of a row's K listed tokens are among the student's K most probable tokens, in the whole vocabulary. It
+    # takes a torch.topk of the student's logits, a pass of its own; the other measures do not.
+    overlap: Tensor | None = None
+
+
 class DenseOptions(LossOptions, total=False):
     """The keyword options of kd_loss."""
 
@@ -120,9 +158,18 @@ def kd_loss(
     teacher: Teacher,
     labels: Tensor | None = None,
     *,
-    return_parts: bool,
+    return_parts: Collection[str],
     **options: Unpack[DenseOptions],
-) -> Tensor | tuple[Tensor, Parts]: ...
+) -> tuple[Tensor, MeasuredParts]: ...
+@overload
+def kd_loss(
+    student_logits: Tensor,
+    teacher: Teacher,
+    labels: Tensor | None = None,
+    *,
+    return_parts: bool | Collection[str],
+    **options: Unpack[DenseOptions],
+) -> Tensor | tuple[Tensor, Parts] | tuple[Tensor, MeasuredParts]: ...
 @not_compiled_over_processes
 def kd_loss(
     student_logits: Tensor,
@@ -147,9 +194,9 @@ def kd_loss(
     vocab_size: int | None = None,
     process_group: ProcessGroup | DeviceMesh | None = None,
     inplace: bool = False,
-    return_parts: bool = False,
+    return_parts: bool | Collection[str] = False,
     backend: str = "auto",
-) -> Tensor | tuple[Tensor, Parts]:
+) -> Tensor | tuple[Tensor, Parts] | tuple[Tensor, MeasuredParts]:
     r"""Distillation loss of student logits against a teacher.
 
     The forward pass also computes the gradient, except for float16 logits, whose gradient is computed in the backward
@@ -200,7 +247,9 @@ def kd_loss(
         inplace: let the gradient overwrite student_logits, which saves one [..., V] tensor. The version counter of
             student_logits is incremented, so autograd raises if another operation still needs them. Under
             torch.compile this breaks the graph, or raises with fullgraph=True.
-        return_parts: return (loss, :class:`Parts`).
+        return_parts: return (loss, :class:`Parts`). A collection of names, such as ("teacher_entropy", "acceptance"),
+            returns (loss, :class:`MeasuredParts`), which also has the measures of these names. They cost time and
+            memory only if they are asked for.
         backend: "auto", or one of ``fastkd.available_backends()``.
 
     Returns:
@@ -215,6 +264,7 @@ def kd_loss(
         fastkd.parallel.CollectiveError: another process has stopped, or did not make this call in time.
         RuntimeError: another process of the group has raised.
     """
+    wants_parts, names = check_parts(return_parts)
     key = None
     if inplace is not True:  # which is checked each time, because it depends on strides and storage
         key = memo.key_of(
@@ -223,7 +273,7 @@ def kd_loss(
                 divergence, temperature, teacher_temperature, alpha, scale_by_temperature,
                 label_smoothing, ignore_index, reduction, num_items, logit_scale, softcap,
                 teacher_logit_scale, teacher_softcap, vocab_size, process_group, inplace,
-                return_parts, backend,
+                wants_parts, names and " ".join(names), backend,
             ),
         )  # fmt: skip
     checked = memo.recall(key)
@@ -239,7 +289,7 @@ def kd_loss(
         from fastkd.parallel import layout, share
 
         group = layout.group_of(process_group, student_logits, teacher)
-        check_flags(inplace=inplace, return_parts=return_parts)
+        check_flags(inplace=inplace)
         with share.agreed_by(group) as agreement:
             has_all_columns = layout.is_whole(student_logits, group)
             student_logits = layout.local("student_logits", student_logits, -1, group)
@@ -275,7 +325,8 @@ def kd_loss(
                 teacher_softcap=teacher_softcap,
                 backend=backend,
             )
-            want = _want(student_logits, teacher, return_parts, inplace)
+            want = _want(student_logits, teacher, wants_parts, inplace)
+            want = with_names(want, names, teacher, group is not None)
             if want.teacher_gradient and call.options.divergence.degree is None:
                 raise ValueError(
                     f"teacher requires grad, and the divergence {call.options.divergence.name!r} has no degree of "
@@ -291,12 +342,12 @@ def kd_loss(
                 agreement, student_logits, has_all_columns, teacher, call, want, vocab_size, widths
             )
         if isinstance(teacher, TopK):
-            call, teacher = with_tail(call, teacher, _row_dtype(student_logits, teacher))
+            call, teacher = with_tail(call, teacher, _row_dtype(student_logits, teacher), want)
     if isinstance(teacher, Tensor):
         results = autograd.kd_rows(student_logits, teacher, call, want)
     else:
         results = linear.kd_chunks(Student(student_logits), teacher, call, want)
-    return _returned(results, call, return_parts, student_logits.device)
+    return _returned(results, call, wants_parts, names, student_logits.device)
 
 
 @overload
@@ -326,9 +377,19 @@ def fused_linear_kd_loss(
     teacher: Teacher,
     labels: Tensor | None = None,
     *,
-    return_parts: bool,
+    return_parts: Collection[str],
     **options: Unpack[LinearOptions],
-) -> Tensor | tuple[Tensor, Parts]: ...
+) -> tuple[Tensor, MeasuredParts]: ...
+@overload
+def fused_linear_kd_loss(
+    student_hidden: Tensor,
+    student_weight: Tensor,
+    teacher: Teacher,
+    labels: Tensor | None = None,
+    *,
+    return_parts: bool | Collection[str],
+    **options: Unpack[LinearOptions],
+) -> Tensor | tuple[Tensor, Parts] | tuple[Tensor, MeasuredParts]: ...
 @not_compiled_over_processes
 def fused_linear_kd_loss(
     student_hidden: Tensor,
@@ -343,9 +404,9 @@ def fused_linear_kd_loss(
     vocab_size: int | None = None,
     process_group: ProcessGroup | DeviceMesh | None = None,
     sequence_dim: int | None = None,
-    return_parts: bool = False,
+    return_parts: bool | Collection[str] = False,
     **options: Unpack[LossOptions],
-) -> Tensor | tuple[Tensor, Parts]:
+) -> Tensor | tuple[Tensor, Parts] | tuple[Tensor, MeasuredParts]:
     r"""kd_loss of the logits student_hidden @ student_weight.T + student_bias, without ever holding all of them.
 
     Dropped rows are removed first. The other rows are processed in chunks. Each chunk computes the logits of student
@@ -382,7 +443,8 @@ def fused_linear_kd_loss(
             cover all rows too, unless they have the shape of the student's part.
 
     Returns:
-        The loss and, with return_parts, its :class:`Parts`, as kd_loss returns them: float32 (float64 for float64).
+        The loss and, with return_parts, its :class:`Parts` or :class:`MeasuredParts`, as kd_loss returns them: float32
+        (float64 for float64).
 
     Raises:
         ValueError, TypeError: an argument has the wrong shape, dtype, device or value; the message names it.
@@ -393,7 +455,7 @@ def fused_linear_kd_loss(
     from fastkd.parallel import layout, share
 
     group = layout.group_of_head(process_group, student_hidden, student_weight)
-    check_flags(return_parts=return_parts)
+    wants_parts, names = check_parts(return_parts)
     # The shapes of a DTensor are the same on every process, so its collectives can run before the validation.
     hidden_argument = student_hidden
     student_hidden = layout.local_hidden("student_hidden", student_hidden, group)
@@ -439,7 +501,8 @@ def fused_linear_kd_loss(
         )
         trained = [x is not None and x.requires_grad for x in (hidden, head, bias)]
         grad_enabled = torch.is_grad_enabled()
-        want = Want(grad_enabled and any(trained), False, return_parts)
+        want = Want(grad_enabled and any(trained), False, wants_parts)
+        want = with_names(want, names, teacher, group is not None)
         if isinstance(teacher, TopK):
             call = with_topk(call, teacher)
     if agreement is not None:
@@ -459,12 +522,12 @@ def fused_linear_kd_loss(
         teacher = layout.cut_teacher(teacher, call.options.shard, call.options.vocab_size, width)
     assert hidden is not None
     if isinstance(teacher, TopK):
-        call, teacher = with_tail(call, teacher, _row_dtype(hidden, teacher))
+        call, teacher = with_tail(call, teacher, _row_dtype(hidden, teacher), want)
     student = Student(hidden, head, bias)
     results = linear.kd_chunks(
         student, teacher, call, want, logits_dtype, chunk_size, memory_budget
     )
-    return _returned(results, call, return_parts, device)
+    return _returned(results, call, wants_parts, names, device)
 
 
 def _check_logits_dtype(logits_dtype: object, operand_dtype: torch.dtype) -> None:
@@ -495,17 +558,27 @@ def _want(student: Tensor, teacher: Teacher, return_parts: bool, inplace: bool) 
 
 
 def _returned(
-    results: tuple[Tensor | None, ...], call: LossCall, return_parts: bool, device: torch.device
-) -> Tensor | tuple[Tensor, Parts]:
-    loss, distillation, cross_entropy, entropy = results
+    results: tuple[Tensor | None, ...],
+    call: LossCall,
+    wants_parts: bool,
+    names: Sequence[str] | None,
+    device: torch.device,
+) -> Tensor | tuple[Tensor, Parts] | tuple[Tensor, MeasuredParts]:
+    loss, distillation, cross_entropy, entropy, measures = results
     assert loss is not None
-    if not return_parts:
+    if not wants_parts:
         return loss
     assert distillation is not None and cross_entropy is not None and entropy is not None
     counted = call.counted
     if not isinstance(counted, Tensor):
         counted = torch.tensor(counted, device=device)
-    return loss, Parts(distillation, cross_entropy, entropy, counted)
+    parts = Parts(distillation, cross_entropy, entropy, counted)
+    if names is None:
+        return loss, parts
+    named = {}
+    if measures is not None:
+        named = {name: measures[..., MEASURES.index(name)].contiguous() for name in names}
+    return loss, MeasuredParts(*parts, **named)
 
 
 def _check_inplace(

@@ -9,9 +9,17 @@ import torch
 from torch import Tensor, nn
 
 from fastkd.backends.registry import BackendUnavailable
+from fastkd.call.checks import check_parts
 from fastkd.call.options import TABLE
 from fastkd.core.scalars import as_float, plain
-from fastkd.functional import DenseOptions, LinearOptions, Parts, fused_linear_kd_loss, kd_loss
+from fastkd.functional import (
+    DenseOptions,
+    LinearOptions,
+    MeasuredParts,
+    Parts,
+    fused_linear_kd_loss,
+    kd_loss,
+)
 from fastkd.teachers import Teacher
 
 # Arguments that change with every batch. They are passed to the call, not to the constructor.
@@ -47,6 +55,9 @@ class _Loss(nn.Module):
             from fastkd.parallel.layout import group_of
 
             group_of(options["process_group"])
+        # The row below has a dense teacher, for which only some measures exist.
+        check_parts(options.get("return_parts", False))
+        options = options | {"return_parts": False}
         # Calling the function on one row validates the options without a second validator. The call involves this
         # process only.
         width = options.get("vocab_size")
@@ -120,7 +131,7 @@ class KDLoss(_Loss):
         num_items: int | float | Tensor | None = None,
         temperature: Tensor | None = None,
         teacher_temperature: Tensor | None = None,
-    ) -> Tensor | tuple[Tensor, Parts]:
+    ) -> Tensor | tuple[Tensor, Parts] | tuple[Tensor, MeasuredParts]:
         """Return the loss of one batch. Per-row temperatures given here replace those of the options."""
         return kd_loss(
             student_logits,
@@ -178,7 +189,7 @@ class FusedLinearKDLoss(_Loss):
         num_items: int | float | Tensor | None = None,
         temperature: Tensor | None = None,
         teacher_temperature: Tensor | None = None,
-    ) -> Tensor | tuple[Tensor, Parts]:
+    ) -> Tensor | tuple[Tensor, Parts] | tuple[Tensor, MeasuredParts]:
         """Return the loss of one batch. Per-row temperatures given here replace those of the options."""
         return fused_linear_kd_loss(
             student_hidden,

@@ -229,7 +229,7 @@ def student_side(logits: View, gradient: View | None, rows: Rows, options: Optio
     return make_side(logits, gradient, scale, softcap, temperature, rows.temperature)
 
 
-def _teacher_side(logits: View | None, gradient: View | None, rows: Rows, options: Options) -> Side:
+def teacher_side(logits: View | None, gradient: View | None, rows: Rows, options: Options) -> Side:
     """Return the teacher's side; every field is None if its logits are not read."""
     if logits is None:
         return Side(*[None] * len(Side._fields))
@@ -389,7 +389,7 @@ def _prepare(
         splits, block, warps = _plan_and_tile(tensors, options, sweeps, crowded, aligned)
     arguments = (
         student_side(student_view, student_gradient_view, rows, options),
-        _teacher_side(teacher_view, teacher_gradient_view, rows, options),
+        teacher_side(teacher_view, teacher_gradient_view, rows, options),
         Inputs(rows.labels, rows.weight, rows.scale),
         outputs,
         _objective(options, with_label),
@@ -554,7 +554,7 @@ def shard_statistics(call: ShardCall) -> Statistics:
     """
     student, teacher, rows, options, result, *_ = call
     gradients = [None if x is None else unit_stride(x) for x in result[2:4]]
-    outputs = Outputs(result.loss, *result[4:])
+    outputs = Outputs(result.loss, *result.parts[:3])
     launch = _prepare(unit_stride(student), teacher, *gradients, outputs, rows, options)
     assert launch.plan is not None
     needed = "statistics" in launch.stages

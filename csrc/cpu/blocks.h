@@ -5,3 +5,4 @@
 #include "statistics.h"
 #include "block_statistics.h"
 #include "block_divergence.h"
+#include "block_measures.h"

@@ -17,9 +17,13 @@ struct Rows {
   std::vector<int64_t> strides;
 };
 
+// Measures per row (fastkd/call/measures.py).
+constexpr int DENSE_MEASURES = 5, MEASURES = 8;
+
 struct Call : Loss {
   std::vector<int64_t> sizes;  // leading shape
   Rows student, teacher, student_gradient, teacher_gradient;  // gradients: data is null if not wanted
+  float* measures = nullptr;  // [rows, DENSE_MEASURES], or [rows, MEASURES] with a sparse teacher; null if not wanted
   int threads = 1;
 };
 

@@ -30,10 +30,12 @@ class Row {
         t_adjust_{float(call.teacher_tempering.logit_scale), float(call.teacher_tempering.softcap), 0},
         blocks_((call.vocabulary + BLOCK - 1) / BLOCK),
         statistics_(blocks_),
-        sums_(blocks_) {
+        sums_(blocks_),
+        measures_(call.measures ? blocks_ : 0) {
     const int64_t columns = blocks_ * BLOCK;
     const int arrays = needs_cross_entropy(call_) ? 3 : 2;
-    const bool needed_later = needs_sums() || call.student_gradient.data || call.teacher_gradient.data;
+    const bool needed_later =
+        needs_sums() || call.measures || call.student_gradient.data || call.teacher_gradient.data;
     keeps_exponentials_ = whole() && needed_later && call.vocabulary * arrays * 4 <= SCRATCH_BYTES;
     if (keeps_exponentials_) {
       s_exp_ = workspace.reserve(columns * arrays);
@@ -63,6 +65,15 @@ class Row {
 
   // False if the row must be computed again with the policy for log 0.
   bool merge_sums();
+
+  bool needs_measures() const { return call_.measures; }
+
+  // Computes the measures of block b, with or without the policy for log 0. Call it between merge_statistics() and
+  // sums().
+  void measures(int64_t b, BlockScratch& scratch, bool policy);
+
+  // False if the measures must be computed again with the policy for log 0.
+  bool write_measures(bool policy);
 
   // Turns the policy for log 0 on or off. It is off in the first attempt; rows.cpp explains why.
   void set_policy_for_log_0(bool on) { log_0_policy_ = on; }
@@ -243,6 +254,7 @@ class Row {
   const int64_t blocks_;
   std::vector<BlockStatistics> statistics_;
   std::vector<BlockSums> sums_;
+  std::vector<BlockMeasures> measures_;
   float *s_exp_ = nullptr, *t_exp_ = nullptr, *s_exp_t1_ = nullptr;  // [blocks, BLOCK] if kept
   bool keeps_exponentials_, past_cache_;
 
@@ -287,6 +299,12 @@ bool value_of(Row& row, int64_t index, Each each, Once once, Statistics statisti
     each(statistics);
     once([&](bool* flags) { flags[0] = row.merge_statistics(); }, &finite);
     if (!finite) continue;
+    for (const bool measures_policy : {false, true}) {
+      if (!row.needs_measures()) break;
+      each([&](int64_t b, BlockScratch& scratch) { row.measures(b, scratch, measures_policy); });
+      once([&](bool* flags) { flags[0] = row.write_measures(measures_policy); }, &finite);
+      if (finite) break;
+    }
     if (!row.needs_sums()) break;
     each([&](int64_t b, BlockScratch& scratch) { row.sums(b, scratch); });
     once([&](bool* flags) { flags[0] = row.merge_sums(); }, &finite);
@@ -302,5 +320,6 @@ bool value_of(Row& row, int64_t index, Each each, Once once, Statistics statisti
 #include "row_statistics.h"
 #include "row_sure.h"
 #include "row_value.h"
+#include "row_measures.h"
 #include "row_gradient.h"
 #include "row_shard.h"

@@ -108,6 +108,7 @@ class TopKRow {
   void compute_dense();
   void compute_truncated();
   double entropy() const;
+  void write_measures() const;
 
   // topk_gradient.h
   void make_gradient(int64_t b);

@@ -17,7 +17,7 @@ inline Call TopKRow::make_event_call(const Call& call) {
     tempering->logit_scale = 1;
     tempering->softcap = 0;
   }
-  events.student_entropy = events.cross_entropy = nullptr;
+  events.student_entropy = events.cross_entropy = events.measures = nullptr;
   // Dropped rows do not get here, and the cross-entropy concerns the whole row.
   events.labels = nullptr;
   events.shard = {};
@@ -94,6 +94,7 @@ inline void TopKRow::compute_value() {
   }
   write(call_.cross_entropy, cross_entropy);
   write(call_.student_entropy, entropy());
+  if (call_.measures) write_measures();
   cross_entropy_scale_ =
       (1 - call_.alpha) * weight * call_.scale * (call_.scale_on_device ? *call_.scale_on_device : 1);
 }
@@ -166,6 +167,48 @@ inline double TopKRow::entropy() const {
     if (e > 0) moment += e * z;
   }
   return std::log(sum) - moment / sum;
+}
+
+// Writes the measures of the events, without the overlap.
+inline void TopKRow::write_measures() const {
+  float* out = call_.measures + row_ * MEASURES;
+  std::fill_n(out, MEASURES, 0.0f);
+  if (teacher_lists_no_token()) return;
+  const int64_t events = tokens() + !renormalizes();
+  const float* per_row = call_.teacher_tempering.per_row;
+  const double t_inverse = 1 / (per_row ? per_row[row_] : call_.teacher_tempering.temperature);
+  // Probabilities of events are exp(log_q(j)) and exp(log_p(j)) once the log-sums are set.
+  double s_log_sum = 0, t_log_sum = 0;
+  const auto log_q = [&](int64_t j) { return student_events_[j] / softmax_.temperature - s_log_sum; };
+  const auto log_p = [&](int64_t j) {
+    const bool has_mass = j < tokens() || call_.tail_logprob;
+    const float z = !has_mass ? -INF : j < tokens() ? teacher_events_[j] : call_.tail_logprob[row_];
+    return z * t_inverse - t_log_sum;
+  };
+  int64_t s_argmax = 0, t_argmax = 0;
+  for (int64_t j = 1; j < events; ++j) {
+    if (log_q(j) > log_q(s_argmax)) s_argmax = j;
+    if (log_p(j) > log_p(t_argmax)) t_argmax = j;
+  }
+  const auto log_sum = [&](auto log_probability, int64_t argmax) {
+    const double max = log_probability(argmax);
+    double sum = 0;
+    for (int64_t j = 0; j < events; ++j) sum += std::exp(log_probability(j) - max);
+    return max + std::log(sum);
+  };
+  s_log_sum = log_sum(log_q, s_argmax);
+  t_log_sum = log_sum(log_p, t_argmax);
+  double entropy = 0, forward = 0, reverse = 0, acceptance = 0, s_mass = 0, t_mass = 0;
+  for (int64_t j = 0; j < events; ++j) {
+    const double log_p_j = log_p(j), log_q_j = log_q(j), p = std::exp(log_p_j), q = std::exp(log_q_j);
+    if (!(p == 0)) entropy -= p * log_p_j;
+    if (!(p == 0 || (q == 0 && p < NEGLIGIBLE))) forward += p * (log_p_j - log_q_j);
+    if (!(q == 0 || (p == 0 && q < NEGLIGIBLE))) reverse += q * (log_q_j - log_p_j);
+    acceptance += std::min(p, q);
+    if (j < tokens()) s_mass += q, t_mass += p;
+  }
+  for (const double value : {entropy, forward, reverse, acceptance, double(s_argmax == t_argmax), s_mass, t_mass})
+    *out++ = float(value);
 }
 
 }  // namespace

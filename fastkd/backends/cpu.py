@@ -14,10 +14,12 @@ from fastkd.backends import native
 from fastkd.backends.logprobs import Tempering
 from fastkd.call import mutual
 from fastkd.call.contract import Options, Result, Rows, ShardCall, Statistics, Want
+from fastkd.call.measures import measure_count
 from fastkd.core.tensors import address, readable, unit_stride
+from fastkd.divergences import forward_kl
 
-# kd_rows also takes sparse teachers.
-SPARSE = True
+# kd_rows also takes sparse teachers, and computes measures.
+SPARSE = MEASURES = True
 # Bytes from which page faults matter: csrc/memory.h.
 _LARGE = 4 << 20
 
@@ -41,15 +43,32 @@ def _launch(
     rows = native.readable_rows(rows)
     student, teacher = unit_stride(student), unit_stride(teacher)
     _C.kd_rows(
-        *native.arguments(student, teacher, rows, options, result, shard), torch.get_num_threads()
+        *native.arguments(student, teacher, rows, options, result, shard),
+        address(result.measures),
+        torch.get_num_threads(),
     )
 
 
 def kd_rows(student: Tensor, teacher: Tensor, rows: Rows, options: Options, want: Want) -> Result:
     """Compute the loss of each row and its gradients; :class:`fastkd.call.contract.Result` has shapes and meaning."""
-    result = native.outputs(student, teacher, want, empty)
+    if want.measures and not _sweep_has_measures(options):
+        measures = kd_rows(student, teacher, rows, _plain(options), Want(measures=True)).measures
+        want = want._replace(measures=False)
+        return kd_rows(student, teacher, rows, options, want)._replace(measures=measures)
+    result = native.outputs(student, teacher, want, empty, measures=measure_count(options.tail))
     _launch(student, teacher, rows, options, result)
     return result
+
+
+def _sweep_has_measures(options: Options) -> bool:
+    """Whether the sweeps of the loss compute both softmaxes over all columns."""
+    divergence = options.divergence
+    return bool(options.tail) or (divergence.normalized and divergence.target is None)
+
+
+def _plain(options: Options) -> Options:
+    """The options of a loss that reads the same distributions."""
+    return options._replace(divergence=forward_kl(), alpha=1.0, label_smoothing=0.0)
 
 
 def scale_rows_(gradient: Tensor, upstream: Tensor) -> None:

@@ -15,6 +15,7 @@ from fastkd import _cuda
 from fastkd.backends import native
 from fastkd.backends.registry import BackendUnavailable, dotted
 from fastkd.call.contract import Options, Result, Rows, ShardCall, Statistics, Want
+from fastkd.call.measures import DENSE_MEASURES
 from fastkd.core.tensors import address, readable, unit_stride
 
 # kd_rows also takes sparse teachers.
@@ -69,6 +70,20 @@ def kd_rows(student: Tensor, teacher: Tensor, rows: Rows, options: Options, want
     result = native.outputs(student, teacher, want)
     _launch(student, teacher, rows, options, result)
     return result
+
+
+def measure_rows(student: Tensor, teacher: Tensor, rows: Rows, options: Options) -> Tensor:
+    """Compute the measures of dense rows, [..., len(DENSE_MEASURES)]; those of dropped rows are not written."""
+    shape = (*student.shape[:-1], len(DENSE_MEASURES))
+    measures = torch.empty(shape, dtype=torch.float32, device=student.device)
+    rows = native.readable_rows(rows)
+    student, teacher = unit_stride(student), unit_stride(teacher)
+    _cuda.measure_rows(
+        *native.arguments(student, teacher, rows, options, Result(measures, measures)),
+        address(measures),
+        *_stream(student.device),
+    )
+    return measures
 
 
 # The steps where several processes share the vocabulary: fastkd/call/contract.py says what passes between them,

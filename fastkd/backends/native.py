@@ -49,8 +49,12 @@ def outputs(
     want: Want,
     empty: Callable[..., Tensor] = torch.empty,
     row_dtype: torch.dtype = torch.float32,
+    measures: int = 0,
 ) -> Result:
-    """Allocate the wanted outputs; an in-place gradient uses the memory of the student's logits."""
+    """Allocate the wanted outputs; an in-place gradient uses the memory of the student's logits.
+
+    measures: how many a row has, if they are wanted.
+    """
     lead, device = student.shape[:-1], student.device
     student_gradient = teacher_gradient = None
     if want.student_gradient:
@@ -61,10 +65,16 @@ def outputs(
         teacher_gradient = empty(teacher.shape, dtype=teacher.dtype, device=device)
     loss = torch.empty(lead, dtype=row_dtype, device=device)
     total = torch.empty((), dtype=row_dtype, device=device)
+    result = Result(loss, total, student_gradient, teacher_gradient)
+    if want.measures:
+        shape = (*lead, measures)
+        result = result._replace(measures=torch.empty(shape, dtype=row_dtype, device=device))
     if not want.parts:
-        return Result(loss, total, student_gradient, teacher_gradient)
-    parts = (torch.empty(lead, dtype=row_dtype, device=device) for _ in range(3))
-    return Result(loss, total, student_gradient, teacher_gradient, *parts)
+        return result
+    distillation, cross_entropy, entropy = (torch.empty_like(loss) for _ in range(3))
+    return result._replace(
+        distillation=distillation, cross_entropy=cross_entropy, student_entropy=entropy
+    )
 
 
 def shared(

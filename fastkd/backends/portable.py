@@ -1162,7 +1162,7 @@ def kd_rows(student: Tensor, teacher: Tensor, rows: Rows, options: Options, want
     step = min(piece_rows(columns, dtype, device.type), max(count, 1))
     scratch = _Scratch(step, columns, dtype, device)
     gradients = (result.student_gradient, result.teacher_gradient)
-    per_row = (result.loss, *result[4:])
+    per_row = (result.loss, *result.parts[:3])
     if kept is not None:
         _clear_dropped([*per_row, *gradients], kept, lead)
     for indices in _pieces(count, step, kept):

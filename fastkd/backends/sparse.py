@@ -28,6 +28,7 @@ from torch import Tensor
 
 from fastkd.call.contract import Options, Result, Rows, ShardCall, Statistics, Want, row_dtype
 from fastkd.call.log_zero import evaluate
+from fastkd.call.measures import sum_dtype, sums
 from fastkd.core.tensors import finite_max
 
 
@@ -82,7 +83,9 @@ class SparseRows:
         if want.student_gradient:
             contiguous = torch.contiguous_format
             out = student if want.inplace else torch.empty_like(student, memory_format=contiguous)
-        return _results(self.kernels, events, student, logprobs, rows, options, out, want.parts)
+        measures = event_measures(events, logprobs, rows, options) if want.measures else None
+        result = _results(self.kernels, events, student, logprobs, rows, options, out, want.parts)
+        return result._replace(measures=measures)
 
     # The steps where several processes share the vocabulary: fastkd/call/contract.py says what passes between them.
 
@@ -133,12 +136,50 @@ class SparseRows:
         if out is not None and not options.vocab_size:  # all columns here are padding
             out.zero_()
             out = None
+        measures = None
+        if result.measures is not None:
+            measures = event_measures(events, logprobs, rows, options)
         computed = _results(self.kernels, events, student, logprobs, rows, options, out, parts)
+        computed = computed._replace(measures=measures)
         outputs, values = (result.loss, *result[4:]), (computed.loss, *computed[4:])
         for output, value in zip(outputs, values, strict=True):
             if output is not None:
                 assert value is not None
                 output.copy_(value)
+
+
+@torch.no_grad()
+def event_measures(events: Events, logprobs: Tensor, rows: Rows, options: Options) -> Tensor:
+    """The measures of the events of a sparse teacher, [..., len(MEASURES)], without the overlap."""
+    ids = rows.ids
+    assert ids is not None
+    dtype = sum_dtype(events.tail)
+    no_tail = torch.full_like(events.tail, -torch.inf, dtype=dtype)
+    s_tail = no_tail if options.tail == "renormalize" else events.tail
+    t_tail = no_tail
+    if options.tail in ("bucket", "truncate") and rows.tail_logprob is not None:
+        t_tail = rows.tail_logprob
+    is_padding = ids < 0
+
+    def log_probabilities(
+        tokens: Tensor, tail: Tensor, temperature: float, row_temperatures: Tensor | None
+    ) -> Tensor:
+        tokens = tokens.to(dtype).masked_fill(is_padding, -torch.inf)
+        z = torch.cat([tokens, tail.to(dtype).unsqueeze(-1)], -1)
+        if row_temperatures is not None:
+            return (z / row_temperatures.to(dtype).unsqueeze(-1)).log_softmax(-1)
+        return (z / temperature).log_softmax(-1)
+
+    log_q = log_probabilities(events.tokens, s_tail, options.temperature, rows.temperature)
+    log_p = log_probabilities(
+        logprobs, t_tail, options.teacher_temperature, rows.teacher_temperature
+    )
+    agreement = log_q.argmax(-1) == log_p.argmax(-1)
+    masses = (log[..., :-1].exp().sum(-1) for log in (log_q, log_p))
+    numbers = [*sums(log_p, log_q).unbind(-1), agreement, *masses, torch.zeros_like(no_tail)]
+    measures = torch.stack([number.to(dtype) for number in numbers], -1)
+    measures = measures.to(row_dtype(events.tail.dtype, logprobs.dtype))
+    return measures.masked_fill((ids == -1).all(-1, keepdim=True), 0.0)
 
 
 def _results(

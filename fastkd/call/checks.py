@@ -8,14 +8,15 @@ from __future__ import annotations
 import math
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from fastkd.call.contract import Options, Rows, kept_rows
+from fastkd.call.contract import Options, Rows, Want, kept_rows
 from fastkd.call.log_zero import infinite_at_zero
+from fastkd.call.measures import DENSE_MEASURES, MEASURES
 from fastkd.call.options import (
     NEED_LABELS,
     TEMPERATURES,
@@ -259,6 +260,49 @@ def check_flags(**flags: bool) -> None:
         check_flag(argument, flag)
 
 
+def check_parts(return_parts: object) -> tuple[bool, tuple[str, ...] | None]:
+    """(whether a call returns parts, the names of the measures among them; None if return_parts is a bool).
+
+    Raises:
+        TypeError, ValueError: return_parts is neither a bool nor a collection of names.
+    """
+    flag = plain(return_parts)
+    if isinstance(flag, bool):
+        return flag, None
+    if isinstance(flag, (str, Tensor)) or not isinstance(flag, Collection):
+        raise TypeError(
+            "return_parts must be True, False, or a collection of names such as ('acceptance',); got "
+            f"{flag!r}"
+        )
+    for name in flag:
+        if not isinstance(name, str) or name not in MEASURES:
+            raise ValueError(f"return_parts may name {', '.join(MEASURES)}; got {name!r}")
+    return True, tuple(flag)
+
+
+def with_names(want: Want, names: Sequence[str] | None, teacher: Teacher, shared: bool) -> Want:
+    """The outputs, with the measures that the names ask for.
+
+    Raises:
+        ValueError: the call has no such measure.
+    """
+    if not names:
+        return want
+    if not isinstance(teacher, TopK):
+        for name in names:
+            if name not in DENSE_MEASURES:
+                raise ValueError(
+                    f"return_parts: {name!r} is about the tokens that a TopK lists; the teacher is none. Without a "
+                    f"TopK, return_parts may name {', '.join(DENSE_MEASURES)}"
+                )
+    if shared and "overlap" in names:
+        raise ValueError(
+            "return_parts: 'overlap' is not computed if several processes share the vocabulary, because no process has "
+            "the student's most probable tokens; leave it out"
+        )
+    return want._replace(measures=True, overlap="overlap" in names)
+
+
 def _received(value: object) -> str:
     """The value as an error describes it."""
     return f"{tuple(value.shape)} {value.dtype}" if isinstance(value, Tensor) else repr(value)
@@ -464,12 +508,15 @@ def _at_temperature(options: Options, tail: str, taken_at: float, per_row: bool)
     return options._replace(teacher_temperature=options.teacher_temperature / taken_at, tail=tail)
 
 
-def with_tail(call: LossCall, teacher: TopK, dtype: torch.dtype) -> tuple[LossCall, Tensor]:
+def with_tail(
+    call: LossCall, teacher: TopK, dtype: torch.dtype, want: Want
+) -> tuple[LossCall, Tensor]:
     """(the call with the mass of the other tokens in Rows.tail_logprob, the log-probabilities).
 
     The size of the whole vocabulary must be known. In some rows the log-probabilities define no distribution: they
     contain NaN, their probabilities sum to more than MOST, or all of them are -inf and have to be renormalized. Such
-    rows get invalid ids, which make their loss NaN. dtype is the dtype of losses.
+    rows get invalid ids, which make their loss NaN. dtype is the dtype of losses. With "truncate", only measures need
+    the mass.
     """
     options, rows = call.options, call.rows
     ids, logprobs, tail_logprob = rows.ids, teacher.logprobs.detach(), rows.tail_logprob
@@ -481,6 +528,8 @@ def with_tail(call: LossCall, teacher: TopK, dtype: torch.dtype) -> tuple[LossCa
         valid = (highest.abs() < math.inf) | (ids == -1).all(-1)
     else:
         total, tail_mass = masses(ids, logprobs)
+        if teacher.tail == "truncate" and want.measures:
+            tail_logprob = tail_mass.log().to(dtype).contiguous()
         if teacher.tail == "bucket":
             if tail_logprob is None:
                 tail_logprob = tail_mass.log()

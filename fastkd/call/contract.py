@@ -7,8 +7,9 @@ A row is one position, with V student logits and V teacher logits. A backend is 
     empty(shape, dtype, device) -> Tensor
 
 A backend whose kd_rows supports sparse teachers (Options.tail) sets SPARSE = True; every other backend has the two
-steps of :mod:`fastkd.backends.sparse`. A backend may also have mutual_rows (:mod:`fastkd.call.mutual`) and angles
-(:mod:`fastkd.backends.angles`).
+steps of :mod:`fastkd.backends.sparse`. A backend may also have mutual_rows (:mod:`fastkd.call.mutual`), angles
+(:mod:`fastkd.backends.angles`), and measure_rows, the measures of dense rows (:mod:`fastkd.backends.measures`). A
+backend whose kd_rows computes the measures, unless several processes share the vocabulary, sets MEASURES = True.
 
 If several processes share the vocabulary (Options.shard), each has some columns of every row. A backend then works in
 steps, between which the processes exchange a few numbers per row (:mod:`fastkd.parallel`):
@@ -93,6 +94,8 @@ class Want(NamedTuple):
     inplace: bool = False  # the student's gradient overwrites the student's logits
     # A second call, in the backward pass, computes the gradients (fastkd.engine.gradients).
     deferred: bool = False
+    measures: bool = False
+    overlap: bool = False  # whether the measures include the overlap, which takes a pass of its own
 
 
 class Result(NamedTuple):
@@ -109,6 +112,8 @@ class Result(NamedTuple):
     distillation: Tensor | None = None
     cross_entropy: Tensor | None = None
     student_entropy: Tensor | None = None
+    # [..., measure_count(tail)]: MEASURES, in this order.
+    measures: Tensor | None = None
 
     @property
     def gradients(self) -> tuple[Tensor | None, Tensor | None]:
@@ -117,8 +122,8 @@ class Result(NamedTuple):
 
     @property
     def parts(self) -> tuple[Tensor | None, ...]:
-        """The terms of the loss that fastkd.functional.Parts returns."""
-        return self.distillation, self.cross_entropy, self.student_entropy
+        """What a call returns besides the loss: the terms of fastkd.functional.Parts, and the measures."""
+        return self.distillation, self.cross_entropy, self.student_entropy, self.measures
 
 
 class Statistics(NamedTuple):

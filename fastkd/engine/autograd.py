@@ -14,16 +14,17 @@ from torch import Tensor
 from fastkd.backends import registry
 from fastkd.call.checks import LossCall, settled
 from fastkd.call.contract import Options, Result, Rows, Want, row_dtype
+from fastkd.call.measures import measure_count
 from fastkd.engine.backend import kernels_for
 from fastkd.engine.gradients import Differentiable, Loss, without_deferred
-from fastkd.engine.ops import GraphOptions, by_name, filled, made, register_gradient
+from fastkd.engine.ops import GraphOptions, by_name, detached, filled, made, register_gradient
 
 
-def _kernels(student: Tensor, teacher: Tensor, options: Options, backend: str) -> Any:
+def _kernels(student: Tensor, teacher: Tensor, options: Options, backend: str, want: Want) -> Any:
     chosen = registry.select(
         backend, student.device.type, student.dtype, teacher.dtype, options.divergence
     )
-    return kernels_for(chosen, options)
+    return kernels_for(chosen, options, want)
 
 
 @torch.library.custom_op("fastkd::kd_rows", mutates_args=())
@@ -47,15 +48,16 @@ def kd_rows_op(
     constants: list[float],
     integers: list[int],
     symbols: list[Tensor],
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The fields of Result; an output that is not wanted is an empty tensor. The backend is chosen when the op runs."""
     rows = Rows(labels, weight, temperature, teacher_temperature, scale, ids, tail_logprob)
     graph_options = GraphOptions(
         want, vocab_size, ignore_index, tail, divergence, kinds, constants, integers, symbols
     )
     options, _ = graph_options.settled(rows)
-    kernels = _kernels(student, teacher, options, backend)
-    result = kernels.kd_rows(student, teacher, rows, options, without_deferred(Want(*want)))
+    wants = without_deferred(Want(*want))
+    kernels = _kernels(student, teacher, options, backend, wants)
+    result = kernels.kd_rows(student, teacher, rows, options, wants)
     return filled(result, student)  # type: ignore[return-value]  # as many as Result has fields
 
 
@@ -71,6 +73,7 @@ def _kd_rows_fake(*arguments: Any) -> tuple[Tensor, ...]:
         made(student, student.shape, student.dtype, wants.student_gradient),
         made(teacher, teacher.shape, teacher.dtype, wants.teacher_gradient),
         *(made(student, lead, dtype, wants.parts) for _ in range(3)),
+        made(student, (*lead, measure_count(inputs["tail"])), dtype, wants.measures),
     )
 
 
@@ -85,7 +88,7 @@ register_gradient(
 def kd_rows(
     student: Tensor, teacher: Tensor, call: LossCall, want: Want
 ) -> tuple[Tensor | None, ...]:
-    """(loss, distillation, cross_entropy, student_entropy); the loss, [...] or its 0-dim sum, is differentiable."""
+    """(loss, *Result.parts); the loss, [...] or its 0-dim sum, is differentiable."""
     options, rows, numbers = call.options, call.rows, call.numbers
     if torch.compiler.is_compiling():
         if numbers is None or want.inplace:  # the graph broke inside kd_loss, after the validation
@@ -93,9 +96,9 @@ def kd_rows(
         graph_options = GraphOptions.of(options, want, numbers)
         result = Result(*kd_rows_op(student, teacher, *rows, call.backend, *graph_options))
         loss = result.total if call.summed else result.loss
-        return (loss, *(part.detach() if want.parts else None for part in result.parts))  # type: ignore[union-attr]
+        return (loss, *detached(result.parts, want))
     if numbers is not None:  # only the validation was compiled
         options = settled(options.divergence, options.vocab_size, options.tail, numbers, rows)
-    kernels = _kernels(student, teacher, options, call.backend)
+    kernels = _kernels(student, teacher, options, call.backend, want)
     computation = Loss(kernels.kd_rows, options, want, call.summed, kernels.scale_rows_)
     return Differentiable.apply(computation, rows, 2, student, teacher)

@@ -1,6 +1,6 @@
-"""The backend of a call, ready for sparse teachers and for a vocabulary that several processes share.
+"""The backend of a call, ready for sparse teachers, for measures, and for a vocabulary that several processes share.
 
-A backend by itself may support neither; :func:`kernels_for` wraps it in what it lacks.
+A backend by itself may support none of these; :func:`kernels_for` wraps it in what it lacks.
 """
 
 from __future__ import annotations
@@ -8,21 +8,33 @@ from __future__ import annotations
 from typing import Any
 
 from fastkd.backends import registry
+from fastkd.backends.measures import DenseMeasures, MeasuredRows, SparseMeasures, WithMeasures
 from fastkd.backends.sparse import SparseRows
-from fastkd.call.contract import Options
+from fastkd.call.contract import Options, Want
 
 
-def kernels_for(backend: str, options: Options) -> Any:
+def kernels_for(backend: str, options: Options, want: Want) -> Any:
     """The object that computes the rows of a call; it has the functions of a backend (fastkd/call/contract.py)."""
     kernels = for_teacher(registry.load(backend), options)
-    if options.shard is None:
-        return kernels
-    from fastkd.parallel.shards import SharedRows
+    if want.measures:
+        kernels = with_measures(kernels, options)
+    if options.shard is not None:
+        from fastkd.parallel.shards import SharedRows
 
-    return SharedRows(kernels, options.shard)
+        kernels = SharedRows(kernels, options.shard)
+    return MeasuredRows(kernels) if want.measures else kernels
 
 
 def for_teacher(kernels: Any, options: Options) -> Any:
     """The backend, wrapped in SparseRows if the teacher is sparse and the backend's own kd_rows supports none."""
     supported = not options.tail or getattr(kernels, "SPARSE", False)
     return kernels if supported else SparseRows(kernels)
+
+
+def with_measures(kernels: Any, options: Options) -> Any:
+    """The backend of this teacher, wrapped in WithMeasures if it computes no measures itself."""
+    if isinstance(kernels, SparseRows):
+        return kernels
+    if getattr(kernels, "MEASURES", False) and (options.tail or options.shard is None):
+        return kernels
+    return WithMeasures(kernels, SparseMeasures() if options.tail else DenseMeasures(kernels))

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from fastkd.call.contract import Options, Rows, Shard, Want, factor_of, total_of
+from fastkd.call.measures import measure_count
 from fastkd.call.rows import Chunks, RowIndices, put, rows_at, take
 from fastkd.core.tensors import readable
 from fastkd.engine.matmul import add_weight_gradient, as_operand, hidden_gradient, make_logits
@@ -60,6 +61,7 @@ class Chunked(NamedTuple):
     hidden_gradient: Tensor | None
     weight_gradient: Tensor | None
     bias_gradient: Tensor | None
+    measures: Tensor | None
 
     @property
     def gradients(self) -> tuple[Tensor | None, ...]:
@@ -68,8 +70,8 @@ class Chunked(NamedTuple):
 
     @property
     def parts(self) -> tuple[Tensor | None, ...]:
-        """The terms of the loss that fastkd.functional.Parts returns."""
-        return self.distillation, self.cross_entropy, self.student_entropy
+        """The parts of fastkd.call.contract.Result."""
+        return self.distillation, self.cross_entropy, self.student_entropy, self.measures
 
 
 # ---- the student and the teacher of a chunk
@@ -328,9 +330,13 @@ def chunks_of_rows(
     call_rows = rows
     if defers_scale:
         options, rows = options._replace(scale=1.0), rows._replace(scale=None)
-    per_row = [
-        torch.zeros(lead, dtype=row_dtype, device=device) for _ in range(4 if want.parts else 1)
-    ]
+
+    def zeros(wanted: bool, *shape: int) -> Tensor | None:
+        return torch.zeros((*lead, *shape), dtype=row_dtype, device=device) if wanted else None
+
+    loss = torch.zeros(lead, dtype=row_dtype, device=device)
+    parts = [zeros(want.parts) for _ in range(3)]
+    parts.append(zeros(want.measures, measure_count(options.tail)))
     buffers = [kernels.empty((chunks.size, vocabulary), logits_dtype, device)]
     same_dtype = isinstance(teacher, LinearTeacher) and teacher.hidden.dtype == logits_dtype
     teacher_dtype = logits_dtype if same_dtype and student.weight is not None else row_dtype
@@ -344,8 +350,9 @@ def chunks_of_rows(
         student_logits = student_chunks.logits(indices, student_buffer)
         teacher_logits, chunk_rows = teacher_chunks.logits(indices, chunk_rows, teacher_buffers)
         result = kernels.kd_rows(student_logits, teacher_logits, chunk_rows, options, want)
-        for all_rows, values in zip(per_row, (result.loss, *result.parts), strict=False):
-            put(all_rows, lead, indices, values)
+        for all_rows, values in zip((loss, *parts), (result.loss, *result.parts), strict=True):
+            if all_rows is not None:
+                put(all_rows, lead, indices, values)
         if result.student_gradient is not None:
             scratch = buffers[1] if len(buffers) > 1 else None
             student_chunks.add(indices, result.student_gradient, scratch)
@@ -353,13 +360,12 @@ def chunks_of_rows(
     for indices in chunks:
         process_chunk(indices)
     buffers.clear()  # frees them before finished() allocates the gradients in saved_dtype
-    loss, *parts = per_row
     gradients = student_chunks.finished(chunks.indices)
     if defers_scale:
         factor = factor_of(call_rows, call_options)
         for gradient in gradients:
             if gradient is not None:
                 gradient.mul_(factor)
-    distillation, cross_entropy, entropy = parts or (None, None, None)
+    distillation, cross_entropy, entropy, measures = parts
     total = total_of(loss, call_rows, call_options)
-    return Chunked(loss, total, distillation, cross_entropy, entropy, *gradients)
+    return Chunked(loss, total, distillation, cross_entropy, entropy, *gradients, measures)

@@ -71,6 +71,11 @@ def without_deferred(want: Want) -> Want:
     return want._replace(student_gradient=False, teacher_gradient=False, inplace=False)
 
 
+def without_measures(want: Want) -> Want:
+    """The outputs that a backward pass computes; the forward pass has returned the measures."""
+    return want._replace(measures=False, overlap=False)
+
+
 def _per_value(tensor: Tensor | None, value: Tensor) -> TypeGuard[Tensor]:
     """Whether the tensor has an element for each element of the loss."""
     return tensor is not None and tensor.dim() == value.dim()
@@ -192,6 +197,7 @@ class Differentiable(torch.autograd.Function):
         upstream = of_kept_rows(upstream, rows, ctx.options.ignore_index)
         if want.deferred:
             # A retained graph needs the logits again, so nothing may overwrite them.
+            want = without_measures(want)
             want = want._replace(deferred=False, inplace=want.inplace and not graph_is_kept())
             rows = with_upstream(rows, upstream)
             gradients = ctx.compute(*saved, rows, ctx.options, want).gradients

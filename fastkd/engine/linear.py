@@ -17,12 +17,13 @@ from torch import Tensor
 from fastkd.backends import registry
 from fastkd.call.checks import LossCall, settled
 from fastkd.call.contract import Options, Rows, Want, row_dtype
+from fastkd.call.measures import measure_count
 from fastkd.call.options import Numbers
 from fastkd.divergences import Divergence
 from fastkd.engine.backend import kernels_for
 from fastkd.engine.chunks import Chunked, Student, chunks_of_rows, saved_dtype
 from fastkd.engine.gradients import Differentiable, Loss
-from fastkd.engine.ops import GraphOptions, by_name, filled, made, register_gradient
+from fastkd.engine.ops import GraphOptions, by_name, detached, filled, made, register_gradient
 from fastkd.engine.plan import TOPK_BYTES, MemoryPlan, Shape, checked_sizes, plan, wide
 from fastkd.teachers import Ensemble, LinearTeacher, Teacher, flatten, unflatten, weights_of
 
@@ -93,7 +94,7 @@ class ChunkedLoss(NamedTuple):
             options,
             want,
             (False,) * 3 if want.deferred else self.wanted,
-            kernels_for(backend, options),
+            kernels_for(backend, options, want),
             self._plan(student, teacher, rows, options, backend).chunk_size,
             self.logits_dtype,
             self.row_dtype(teacher_tensors),
@@ -175,7 +176,7 @@ def kd_chunks_op(
     constants: list[float],
     integers: list[int],
     symbols: list[Tensor],
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The fields of Chunked; an output that is not wanted is an empty tensor."""
     rows = Rows(labels, weight, temperature, teacher_temperature, scale, ids, tail_logprob)
     graph_options = GraphOptions(
@@ -208,6 +209,7 @@ def _kd_chunks_fake(*arguments: Any) -> tuple[Tensor, ...]:
         made(like, (), dtype),
         *(made(like, lead, dtype, wants.parts) for _ in range(3)),
         *gradients,
+        made(like, (*lead, measure_count(inputs["tail"])), dtype, wants.measures),
     )
 
 
@@ -232,7 +234,7 @@ def kd_chunks(
     chunk_size: int | None = None,
     memory_budget: int | None = None,
 ) -> tuple[Tensor | None, ...]:
-    """(loss, distillation, cross_entropy, student_entropy); the loss, [...] or its 0-dim sum, is differentiable.
+    """(loss, *Result.parts); the loss, [...] or its 0-dim sum, is differentiable.
 
     logits_dtype, chunk_size and memory_budget are those of fused_linear_kd_loss.
     """
@@ -269,7 +271,7 @@ def kd_chunks(
             )
         )  # fmt: skip
         loss = result.total if call.summed else result.loss
-        return (loss, *(part.detach() if want.parts else None for part in result.parts))  # type: ignore[union-attr]
+        return (loss, *detached(result.parts, want))
     chunked = ChunkedLoss(
         wanted, call.backend, form, weights, chunk_size, memory_budget, logits_dtype
     )

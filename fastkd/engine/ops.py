@@ -18,7 +18,7 @@ from fastkd.call.checks import settled
 from fastkd.call.contract import Options, Rows, Want
 from fastkd.call.options import COUNT, Numbers
 from fastkd.core.tensors import copied
-from fastkd.engine.gradients import of_kept_rows, with_upstream
+from fastkd.engine.gradients import of_kept_rows, with_upstream, without_measures
 from fastkd.engine.graphs import described, from_description, pack, unpack
 
 
@@ -84,6 +84,12 @@ def filled(outputs: Sequence[Tensor | None], like: Tensor) -> tuple[Tensor, ...]
     return tuple(like.new_empty(0) if tensor is None else tensor for tensor in outputs)
 
 
+def detached(parts: Sequence[Tensor | None], want: Want) -> tuple[Tensor | None, ...]:
+    """The parts among the outputs of an op, with None in place of the empty tensors."""
+    *terms, measures = (None if part is None else part.detach() for part in parts)
+    return (*(terms if want.parts else [None] * 3), measures if want.measures else None)
+
+
 def register_gradient(
     op: Any,
     outputs: Sequence[str],
@@ -147,7 +153,7 @@ def register_gradient(
         rows = Rows(**{name: saved.get(name) for name in Rows._fields})
         upstream = of_kept_rows(upstream, rows, ctx.arguments["ignore_index"])
         if ctx.deferred:
-            want = list(Want(*ctx.arguments["want"])._replace(deferred=False))
+            want = list(without_measures(Want(*ctx.arguments["want"]))._replace(deferred=False))
             arguments = (
                 ctx.arguments | saved | with_upstream(rows, upstream)._asdict() | {"want": want}
             )

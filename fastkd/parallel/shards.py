@@ -29,6 +29,7 @@ from fastkd.call.contract import (
     row_dtype,
     total_of,
 )
+from fastkd.call.measures import measure_count
 from fastkd.parallel.collectives import Pending, all_gather, all_reduce
 
 # The smallest half, in bytes of one model's logits: to read them takes a device a few hundred microseconds, and a CPU
@@ -81,7 +82,8 @@ class SharedRows:
     ) -> Result:
         """Compute the loss of each row, and the gradients of this process's columns."""
         dtype = row_dtype(student.dtype, teacher.dtype)
-        result = native.outputs(student, teacher, want, self.kernels.empty, dtype)
+        measures = measure_count(options.tail)
+        result = native.outputs(student, teacher, want, self.kernels.empty, dtype, measures)
         lead = student.shape[:-1]
         halves = []
         for part in self._parts(lead, student.dtype):
@@ -118,7 +120,7 @@ class SharedRows:
         return [(*before, slice(middle)), (*before, slice(middle, None))]
 
 
-_PER_ROW = ("loss", "distillation", "cross_entropy", "student_entropy")
+_PER_ROW = ("loss", "distillation", "cross_entropy", "student_entropy", "measures")
 
 
 def _part_of(result: Result, part: tuple[slice, ...]) -> Result:

@@ -16,6 +16,8 @@ from test_linear import problem
 from test_topk import DIVERGENCES, TAILS, defined
 from test_topk import sparse as sparse_teacher
 
+from fastkd import TopK
+
 EVEN = {2: (1.0, 1.0), 4: (1.0, 1.0, 1.0, 1.0)}
 UNEVEN = {2: (1.0, 3.0), 4: (2.0, 0.0, 1.0, 1.5)}  # the second process has no column
 
@@ -360,3 +362,16 @@ def test_unsupported_placements_raise(processes: Processes) -> None:
 def test_an_unsharded_head_raises(processes: Processes) -> None:
     for text in processes.run(2, training.whole_head):
         assert "student_weight has placements (Replicate(),)" in text
+
+
+@pytest.mark.parametrize(("size", "cut"), [(2, "uneven"), (4, "even")])
+def test_measures(processes: Processes, backend: str, size: int, cut: str) -> None:
+    student, teacher = logits(5, 61, seed=1), logits(5, 61, seed=2)
+    names = ["teacher_entropy", "forward_kl", "reverse_kl", "acceptance", "agreement"]
+    case = {"student": student, "teacher": teacher, "weight": torch.eye(61), "names": names}
+    processes.run(size, spread.measures, _shares(size, cut), backend, case)
+    case |= {
+        "teacher": TopK.from_logits(teacher, 6),
+        "names": [*names, "student_mass", "teacher_mass"],
+    }
+    processes.run(size, spread.measures, _shares(size, cut), backend, case)

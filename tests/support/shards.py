@@ -13,7 +13,8 @@ from torch import Tensor
 
 from fastkd.backends import native
 from fastkd.call.contract import Options, Result, Rows, Shard, ShardCall, Statistics, Want
-from fastkd.engine.backend import for_teacher
+from fastkd.call.measures import measure_count
+from fastkd.engine.backend import for_teacher, with_measures
 
 
 class Cut(NamedTuple):
@@ -40,7 +41,7 @@ def cuts(width: int, vocabulary: int, shares: tuple[float, ...]) -> list[Cut]:
 class InShards:
     """A backend's kernels over shards; it replaces the backend's module."""
 
-    SPARSE = True
+    SPARSE = MEASURES = True
 
     def __init__(self, kernels: ModuleType, shares: tuple[float, ...]) -> None:
         self.kernels, self.shares = kernels, shares
@@ -52,7 +53,7 @@ class InShards:
     ) -> Result:
         """Run the steps of the backend one after the other."""
         self.calls += 1
-        result = native.outputs(student, teacher, want)
+        result = native.outputs(student, teacher, want, measures=measure_count(options.tail))
         dtype = torch.float64 if torch.float64 in (student.dtype, teacher.dtype) else torch.float32
         result = Result(
             *(
@@ -88,6 +89,8 @@ class InShards:
             )
             calls.append(ShardCall(student[..., columns], t, rows, here, own_result))
         kernels = for_teacher(self.kernels, options)
+        if want.measures:
+            kernels = with_measures(kernels, calls[0].options)
         each = [kernels.shard_statistics(shard) for shard in calls]
         gathered = torch.stack([one.gathered for one in each])
         summed = None if each[0].summed is None else torch.stack([x.summed for x in each]).sum(0)
@@ -116,4 +119,5 @@ class InShards:
             distillation=first.distillation,
             cross_entropy=first.cross_entropy,
             student_entropy=first.student_entropy,
+            measures=first.measures,
         )

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from typing import Any
 from unittest.mock import patch
 
+import pytest
 import test_linear
 import test_topk
 import torch
@@ -312,3 +313,33 @@ def compiled(group: Any) -> tuple[float, str]:
     except torch._dynamo.exc.Unsupported as error:  # before any process calls another
         return difference, str(error)
     return difference, "nothing"
+
+
+def measures(group: Any, shares: tuple[float, ...], backend: str, case: dict[str, Any]) -> None:
+    """The measures of a shared vocabulary equal those of a whole one; naming the overlap raises on every process."""
+    student, teacher, weight = case["student"], case["teacher"], case["weight"]
+    columns = columns_of(student.shape[-1], shares, dist.get_rank(group))
+    options: dict[str, Any] = {"return_parts": case["names"], "backend": backend}
+    sparse = isinstance(teacher, fastkd.TopK)
+    part = teacher if sparse else teacher[..., columns].clone()
+    _, actual = REAL(student[..., columns].clone(), part, process_group=group, **options)
+    _, wanted = REAL(student, teacher, **options)
+    _, in_chunks = fastkd.fused_linear_kd_loss(
+        student, weight[columns], part, process_group=group, chunk_size=2, **options
+    )
+    _, chunks_of_whole = fastkd.fused_linear_kd_loss(student, weight, teacher, **options)
+    for name in case["names"]:
+        for value, exact in (
+            (getattr(actual, name), getattr(wanted, name)),
+            (getattr(in_chunks, name), getattr(chunks_of_whole, name)),
+        ):
+            torch.testing.assert_close(value, exact, rtol=1e-5, atol=1e-5)
+            _same_everywhere(value, group)
+    if sparse:
+        with pytest.raises(ValueError, match="'overlap' is not computed if several processes"):
+            REAL(
+                student[..., columns].clone(),
+                teacher,
+                process_group=group,
+                return_parts=["overlap"],
+            )

@@ -28,7 +28,7 @@ from fastkd.backends import sparse
 from fastkd.call import mutual as mutual_call
 from fastkd.call.contract import Options, Result, Rows, Want
 from fastkd.kernels import launch as kernels
-from fastkd.kernels import launcher, mutual, split
+from fastkd.kernels import launcher, measures, mutual, split
 from fastkd.kernels import sparse as sparse_kernels
 from support.triton_aot import launch_nothing
 
@@ -36,6 +36,7 @@ COUNT, V = 6, 48
 KERNELS = (
     kernels.kd_kernel,
     kernels.scale_kernel,
+    measures.measure_kernel,
     mutual.mutual_kernel,
     sparse_kernels.mark_kernel,
     sparse_kernels.gather_kernel,
@@ -289,6 +290,10 @@ def check_other_kernels() -> None:
         logits = [placed((COUNT, V), torch.float32, False) for _ in range(count)]
         mutual.mutual_rows(logits, Rows(labels), mutual_call.Options(), [True] * count, False)
 
+    def measure(unaligned: bool) -> None:
+        student, teacher = (placed((COUNT, V), torch.bfloat16, unaligned) for _ in range(2))
+        measures.measure_rows(student, teacher, Rows(labels), options)
+
     def scale(unaligned: bool, shape: tuple[int, ...]) -> None:
         gradient = placed((COUNT, V), torch.bfloat16, unaligned)
         kernels.scale_rows_(gradient, torch.ones(shape))
@@ -305,6 +310,8 @@ def check_other_kernels() -> None:
         lambda: sparse_rows(torch.bfloat16),
         lambda: mutual_rows(2),
         lambda: mutual_rows(3),
+        lambda: measure(False),
+        lambda: measure(True),
         lambda: scale(False, ()),
         lambda: scale(True, ()),
         lambda: scale(False, (COUNT,)),

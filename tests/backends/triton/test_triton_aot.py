@@ -85,6 +85,7 @@ def _least() -> list[Variant]:
         everything._replace(stage="gradient", sharded=True),
         Variant("gather", "everything", width="odd"),
         Variant("spread", "everything", "fp32", "fp32"),
+        Variant("measures", "everything", "fp32", "fp32"),
     ]
 
 
@@ -138,6 +139,7 @@ def _few() -> list[Variant]:
     ):
         results.append(Variant(kernel, "everything", dtype, dtype, width))
     results.append(Variant("mark", ""))
+    results += [Variant("measures", "distillation"), Variant("measures", "everything", width="odd")]
     everything = Variant("jsd", "everything", sharded=True)
     results += [everything._replace(stage=stage) for stage in ("statistics", "gradient")]
     return results + [everything._replace(divergence=kernel) for kernel in ("gather", "spread")]
@@ -199,6 +201,10 @@ def _pairs() -> list[Variant]:
         Variant("forward_kl", "hinton", "bf16", "fp32"),
         Variant("jsd", "hinton", "fp16", "fp16"),
     ]
+    results += [
+        Variant("measures", kind, width=width)
+        for kind in ("distillation", "everything") for width in ("wide", "odd")
+    ]  # fmt: skip
     results += [Variant("scale", "", dtype) for dtype in DTYPES]
     for width, kind in itertools.product(WIDTHS, ("hinton", "everything")):
         if width.startswith("one tile"):
@@ -251,15 +257,15 @@ def topk_variants(widths: Sequence[str]) -> list[Variant]:
 def _launch(variant: Variant, target: str) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
     """(kernel, arguments, options) of the launch that serves a variant."""
     from fastkd.kernels import launch as kernels
+    from fastkd.kernels import measures, split
     from fastkd.kernels import sparse as sparse_kernels
-    from fastkd.kernels import split
 
     own = {
         "mark": sparse_kernels.mark_kernel,
         "gather": sparse_kernels.gather_kernel,
         "spread": sparse_kernels.spread_kernel,
     }
-    for kernel in (kernels.scale_kernel, *own.values()):
+    for kernel in (kernels.scale_kernel, measures.measure_kernel, *own.values()):
         catch(kernel)
     catch(kernels.kd_kernel, variant.stage)
     architecture = target.partition(":")[2]
@@ -280,6 +286,13 @@ def _launch(variant: Variant, target: str) -> tuple[Any, tuple[Any, ...], dict[s
     try:
         if variant.divergence == "scale":
             kernels.scale_rows_(student, numbers)
+        if variant.divergence == "measures":
+            options = Options(fastkd.forward_kl(), vocab_size=width)
+            rows = Rows()
+            if variant.kind == "everything":
+                rows = Rows(labels, numbers, numbers, numbers)
+                options = options._replace(softcap=30.0, teacher_logit_scale=-1.0)
+            measures.measure_rows(student, teacher, rows, options)
         if variant.divergence in own:
             _launch_topk(sparse_kernels, own, variant, student, labels, numbers, shard)
         parameters = LIMITS.get(variant.divergence, {})

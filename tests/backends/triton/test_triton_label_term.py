@@ -390,7 +390,7 @@ def test_only_wanted_outputs_are_computed(divergence: Divergence, alpha: float) 
     student, teacher = pair(1, 20)
     options = {"alpha": alpha, **WARM}
     everything = launch(student, teacher, labels_of(17), divergence, **options)
-    for value in everything:
+    for value in everything[:-1]:  # all but the measures, which kd_rows does not compute
         assert value.isfinite().all()
     inputs = torch.full_like(teacher, math.nan) if alpha == 0 else teacher
     for want in (Want(), Want(False, True), Want(True, inplace=True)):
