@@ -1,6 +1,6 @@
 """On-policy distillation: the student writes, the teacher scores what it has written, and the student learns from that.
 
-    python examples/on_policy.py           # SmolLM2-135M teaches six of its layers: three minutes on two cores
+    python examples/on_policy.py           # SmolLM2-135M teaches six of its layers: a few minutes on two cores
     python examples/on_policy.py --tiny    # random models, in seconds
 
 `Learner.step` is the whole method. It runs twice, with two equal students whose teachers differ in where they are:
