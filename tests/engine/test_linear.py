@@ -1016,7 +1016,10 @@ BAD: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"inplace": True}, TypeError, "fused_linear_kd_loss has no option inplace"),
     ({"temprature": 2.0}, TypeError, "fused_linear_kd_loss has no option temprature"),
     ({"reduction": "batch"}, ValueError, "reduction must be one of none, sum, mean, batchmean; got 'batch'"),
-    ({"return_parts": 1}, TypeError, "return_parts must be True or False, got int"),
+    (
+        {"return_parts": 1}, TypeError,
+        "return_parts must be True, False, or a collection of names such as ('acceptance',); got 1",
+    ),
 ]  # fmt: skip
 
 

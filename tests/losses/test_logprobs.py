@@ -684,6 +684,7 @@ def _of_call(tensors: Problem, temperature: Any, cap: float | None, mask: Tensor
 @pytest.mark.usefixtures("fresh_compiler")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_one_graph(kernels: str, dtype: torch.dtype) -> None:
+    torch._dynamo.utils.counters.clear()  # earlier tests have left theirs
     compiled = torch.compile(_of_call, fullgraph=True, backend="aot_eager")
     made = problem(4, 3, dtype=dtype)
     mask = torch.ones(4, 3, dtype=torch.bool)
