@@ -57,8 +57,10 @@ ADAPTERS = {
             "DistillationTrainer": "trl.DistillationTrainer",
             "SDFTTrainer": "trl.experimental.sdft.SDFTTrainer",
             "SDPOTrainer": "trl.experimental.sdpo.SDPOTrainer",
+            "AsyncDistillationTrainer": "trl.experimental.async_distillation.AsyncDistillationTrainer",
             "generalized_jsd_loss": "trl.experimental.gkd.GKDTrainer.generalized_jsd_loss",
             "chunked_divergence_loss": "trl.trainer.distillation_trainer._chunked_divergence_loss",
+            "chunked_jsd_loss": "trl.experimental.async_distillation.async_distillation_trainer._chunked_jsd_loss",
             **_each(
                 "trl.experimental.sdft.loss_utils",
                 "compute_full_logit_self_distillation_loss", "compute_topk_self_distillation_loss",

@@ -174,15 +174,8 @@ def chunked_divergence_loss(
         ValueError, TypeError: as :func:`fastkd.fused_linear_kd_loss`; also for an lm_head partitioned by DeepSpeed
             ZeRO-3.
     """
-    for name, weight in (
-        ("student_lm_head_weight", student_lm_head_weight),
-        ("teacher_lm_head_weight", teacher_lm_head_weight),
-    ):
-        if hasattr(weight, "ds_id"):
-            raise ValueError(
-                f"{name} is partitioned by DeepSpeed ZeRO-3, which would not receive its gradient; use FSDP2, ZeRO-2, "
-                "or TRL's own DistillationTrainer"
-            )
+    _check_whole("student_lm_head_weight", student_lm_head_weight)
+    _check_whole("teacher_lm_head_weight", teacher_lm_head_weight)
     for side, hidden, weight in (
         ("student", student_hidden_states, student_lm_head_weight),
         ("teacher", teacher_hidden_states, teacher_lm_head_weight),
@@ -290,6 +283,94 @@ def compute_topk_self_distillation_loss(
     return fastkd.kd_loss(student_logits, teacher, divergence=divergence, reduction="none")
 
 
+def _check_whole(name: str, weight: Tensor) -> None:
+    """Raise if DeepSpeed ZeRO-3 has partitioned an lm_head."""
+    if hasattr(weight, "ds_id"):
+        raise ValueError(
+            f"{name} is partitioned by DeepSpeed ZeRO-3, which would not receive its gradient; use FSDP2, ZeRO-2, "
+            "or TRL's own trainer"
+        )
+
+
+def chunked_jsd_loss(
+    hidden_valid: Tensor,
+    lm_head_weight: Tensor,
+    lm_head_bias: Tensor | None,
+    logit_scale: float,
+    final_logit_softcapping: float | None,
+    target_ids: Tensor,
+    teacher_target_logps: Tensor,
+    valid_candidate_mask: Tensor,
+    beta: float,
+    temperature: float,
+    add_tail_bucket: bool,
+    teacher_id_idx: Tensor | None,
+    num_teachers: int,
+    chunk_size: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """``_chunked_jsd_loss`` of ``trl.experimental.async_distillation``: the JSD with a served teacher's tokens.
+
+    It computes the divergence of :func:`generalized_jsd_loss` over the K tokens of each row, from the student's hidden
+    states, by :func:`fastkd.fused_linear_kd_loss`.
+
+    Args:
+        hidden_valid: [N, H], the student's.
+        lm_head_weight: [V, H]; cast to the dtype of the hidden states.
+        lm_head_bias: [V], or None.
+        logit_scale: multiplies the logits; not 0.
+        final_logit_softcapping: > 0, or None.
+        target_ids: [N, K], distinct within a row.
+        teacher_target_logps: [N, K], the teacher's log-probabilities of these tokens.
+        valid_candidate_mask: [N, K] bool, False for padding.
+        beta: in [0, 1], as in :func:`generalized_jsd_loss`.
+        temperature: T > 0, of the student. The teacher's log-probabilities are taken as they are. There is no T^2.
+        add_tail_bucket: one more event stands for all other tokens. Without it, both distributions are normalized over
+            the K tokens.
+        teacher_id_idx: [N], which teacher scored each row, or None.
+        num_teachers: how many there are.
+        chunk_size: rows whose logits are computed at a time.
+
+    Returns:
+        (loss, its detached copy, sum of the student's entropies over the vocabulary, sum of the teacher's entropies
+        over the K tokens and the tail, statistics). The loss is the sum over rows. The statistics are 3 numbers for
+        each teacher: rows, sum of the loss, sum of the teacher's entropy.
+
+    Raises:
+        ValueError, TypeError: as :func:`fastkd.fused_linear_kd_loss`.
+    """
+    _check_whole("lm_head_weight", lm_head_weight)
+    check_side("hidden_valid", hidden_valid, "lm_head_weight", lm_head_weight)
+    dtype = hidden_valid.dtype
+    teacher = fastkd.TopK(
+        target_ids.masked_fill(~valid_candidate_mask, -1),
+        teacher_target_logps,
+        "bucket" if add_tail_bucket else "renormalize",
+        temperature=temperature,
+    )
+    loss, parts = fastkd.fused_linear_kd_loss(
+        hidden_valid,
+        lm_head_weight.to(dtype),
+        teacher,
+        student_bias=None if lm_head_bias is None else lm_head_bias.to(dtype),
+        divergence=fastkd.jsd(beta),
+        temperature=temperature,
+        scale_by_temperature=False,
+        logit_scale=logit_scale,
+        softcap=final_logit_softcapping,
+        chunk_size=chunk_size,
+        reduction="sum",
+        return_parts=("teacher_entropy",),
+    )
+    teacher_entropy = parts.teacher_entropy
+    assert teacher_entropy is not None
+    statistics = loss.new_zeros(num_teachers, 3)
+    if teacher_id_idx is not None:
+        of_rows = (torch.ones_like(teacher_entropy), parts.distillation, teacher_entropy)
+        statistics.index_add_(0, teacher_id_idx, torch.stack(of_rows, dim=-1))
+    sums = (loss.detach(), parts.student_entropy.sum(), teacher_entropy.sum())
+    return loss, *sums, statistics.flatten()
+
+
 # ---- trainers, built at first access because importing TRL takes seconds
 
 
@@ -382,6 +463,15 @@ def _sdpo_trainer() -> type:
     return _self_distillation("sdpo", "SDPOTrainer", _sdpo_trainer)
 
 
+def _async_distillation_trainer() -> type:
+    """TRL's AsyncDistillationTrainer with fastkd's loss. The rollouts and the requests to the teacher are TRL's."""
+    stock = _import_from_trl("trl.experimental.async_distillation", "AsyncDistillationTrainer")
+    name = "_chunked_jsd_loss"
+    _check_signature(importlib.import_module(stock.__module__), name, chunked_jsd_loss)
+    method = _with_global(getattr(stock, "_compute_loss", None), name, chunked_jsd_loss)
+    return _subclass(stock, _async_distillation_trainer, _compute_loss=method)
+
+
 def _self_distillation(package: str, name: str, built_by: Callable[[], type]) -> type:
     stock = _import_from_trl(f"trl.experimental.{package}", name)
     module = importlib.import_module(stock.__module__)
@@ -400,6 +490,7 @@ _TRAINERS = {
     "DistillationTrainer": _distillation_trainer,
     "SDFTTrainer": _sdft_trainer,
     "SDPOTrainer": _sdpo_trainer,
+    "AsyncDistillationTrainer": _async_distillation_trainer,
 }
 
 

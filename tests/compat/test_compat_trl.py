@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import re
 import sys
+from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,11 +13,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
 from datasets import Dataset
 from support import tiny_models
 from support.paths import DATA, ROOT
 from torch import Tensor, nn
 from trl import DistillationConfig, DistillationTrainer
+from trl.experimental.async_distillation import AsyncDistillationTrainer, async_distillation_trainer
 from trl.experimental.gkd import GKDConfig, GKDTrainer
 from trl.experimental.sdft import SDFTConfig, SDFTTrainer
 from trl.experimental.sdft import loss_utils as self_distillation
@@ -398,6 +401,121 @@ def test_self_distillation_where_the_tail_is_tiny() -> None:
     )
     (gradient,) = torch.autograd.grad(loss, student)
     assert (gradient[0, 2:] != 0).all()
+
+
+# ---- a served teacher
+
+
+def served(beta: float, **options: Any) -> dict[str, Any]:
+    """Arguments of _chunked_jsd_loss: 11 rows of 5 tokens, some of which are padding."""
+    torch.manual_seed(0)
+    teacher_logits, hidden, weight = (
+        torch.randn(11, 50), torch.randn(11, 8), 0.7 * torch.randn(50, 8)
+    )  # fmt: skip
+    ids = torch.rand(11, 50).argsort(-1)[:, :5]
+    valid = torch.rand(11, 5) < 0.8
+    valid[:, 0] = True
+    return {
+        "hidden_valid": hidden.requires_grad_(),
+        "lm_head_weight": weight.requires_grad_(),
+        "lm_head_bias": torch.randn(50).requires_grad_(),
+        "logit_scale": 0.9,
+        "final_logit_softcapping": 20.0,
+        "target_ids": ids.where(valid, ids[:, :1]),  # padding repeats a token that counts
+        "teacher_target_logps": (teacher_logits.double() / 1.3)
+        .log_softmax(-1)
+        .gather(-1, ids)
+        .float(),
+        "valid_candidate_mask": valid,
+        "beta": beta,
+        "temperature": 1.3,
+        "add_tail_bucket": True,
+        "teacher_id_idx": torch.randint(2, (11,)),
+        "num_teachers": 3,
+        "chunk_size": 4,
+    } | options
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize("tail", [True, False])
+@pytest.mark.parametrize(
+    "options", [{}, {"teacher_id_idx": None, "lm_head_bias": None, "final_logit_softcapping": None}]
+)
+def test_chunked_jsd_loss(beta: float, tail: bool, options: dict[str, Any]) -> None:
+    """Every output, and the gradients, against TRL's own function, which computes in float32 whatever the dtype is."""
+
+    def result(function: Callable[..., Any]) -> list[Tensor]:
+        given = served(beta, add_tail_bucket=tail, **options)
+        outputs = function(**given)
+        outputs[0].backward()
+        assert not any(output.requires_grad for output in outputs[1:])
+        parameters = ("hidden_valid", "lm_head_weight", "lm_head_bias")
+        gradients = [given[name].grad for name in parameters if given[name] is not None]
+        return [x.detach().double() for x in (*outputs, *gradients)]
+
+    stock = result(async_distillation_trainer._chunked_jsd_loss)
+    actual = result(adapter.chunked_jsd_loss)
+    for ours, theirs in zip(actual, stock, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+    if options:
+        assert not actual[4].any()
+    else:
+        assert actual[4].view(3, 3)[:, 0].tolist() == [
+            *served(beta)["teacher_id_idx"].bincount(minlength=3)
+        ]
+
+
+def test_chunked_jsd_loss_of_a_partitioned_head() -> None:
+    given = served(0.0)
+    given["lm_head_weight"].ds_id = 1
+    with pytest.raises(ValueError, match="lm_head_weight is partitioned by DeepSpeed"):
+        adapter.chunked_jsd_loss(**given)
+
+
+def test_async_distillation_trainer() -> None:
+    """One loss of the real trainer's method, without the servers that its constructor wants."""
+    from types import SimpleNamespace
+
+    student = tiny_models.llama(seed=1)
+    ids = torch.randint(3, 61, (1, 12))
+    top = torch.randn(1, 12, 61).log_softmax(-1).topk(4, -1)
+    inputs = {
+        "input_ids": ids,
+        "attention_mask": torch.ones(1, 12, dtype=torch.int64),
+        "completion_mask": torch.tensor([[0] * 4 + [1] * 8]),
+        "position_ids": torch.arange(12)[None],
+        "teacher_topk_ids": top.indices,
+        "teacher_topk_logprobs": top.values,
+        "global_n_tokens": torch.tensor([8]),
+        "global_n_forward_tokens": torch.tensor([12]),
+        "mean_seq_len": torch.tensor([12.0]),
+    }
+    results = []
+    for kind in (AsyncDistillationTrainer, adapter.AsyncDistillationTrainer):
+        trainer = kind.__new__(kind)
+        trainer.args = SimpleNamespace(beta=0.0, teacher_temperature=1.0, add_tail_bucket=True)
+        trainer.current_gradient_accumulation_steps = 1
+        trainer.accelerator = Accelerator(cpu=True)
+        trainer.model = student
+        trainer._teacher_ids = ["one"]
+        for name in (
+            "forward_tokens",
+            "trained_tokens",
+            "seq_len_weighted",
+            "samples",
+            "forward_s",
+        ):
+            setattr(trainer, f"_step_{name}", 0.0)
+        trainer._metrics = {"train": defaultdict(list), "eval": defaultdict(list)}
+        loss = trainer._compute_loss(student, inputs)
+        student.zero_grad()
+        loss.backward()
+        metrics = {name: values[0] for name, values in trainer._metrics["train"].items()}
+        assert set(metrics) == {"jsd", "entropy", "teacher_entropy"}
+        metrics["loss"] = loss.item()
+        results.append((metrics, student.get_input_embeddings().weight.grad.clone()))
+    assert results[1][0] == pytest.approx(results[0][0], rel=1e-5)
+    torch.testing.assert_close(results[1][1], results[0][1], rtol=1e-4, atol=1e-6)
 
 
 # ---- trainers
