@@ -82,7 +82,7 @@ FASTKD_INLINE void add_measures(MeasureSums& sums, float log_p, float log_q) {
   if (!(p == 0)) sums.teacher_entropy -= p * log_p;
   if (!(p == 0 || (log_q == -INF && p < NEGLIGIBLE))) sums.forward_kl += p * log_ratio;
   if (!(q == 0 || (log_p == -INF && q < NEGLIGIBLE))) sums.reverse_kl -= q * log_ratio;
-  sums.acceptance += p < q ? p : q + 0 * p;  // a NaN on either side is one here
+  sums.acceptance += p < q ? p : q + 0 * p;  // NaN if p or q is NaN
 }
 
 FASTKD_DEVICE void measure_row(const Call& call, int64_t row, float* out, char* memory) {
