@@ -1,6 +1,7 @@
 // The measures of dense rows (fastkd/call/measures.py), in a launch of their own.
 //
-// One block computes a row. It reads the row twice from device memory: for the softmax of both sides, and for the sums.
+// One block computes the measures of a row. It reads the row twice from device memory: for the softmax of both sides,
+// and for the sums.
 #pragma once
 #include "open.h"
 
@@ -70,7 +71,7 @@ FASTKD_DEVICE PartialSoftmax softmax_of(const char* row, const Side& side, int64
       local.max = z;
       local.column = column;
     }
-    // Before the first finite logit the sum stays 0, except that a NaN or an infinity poisons it.
+    // Before its first logit above -inf, a thread's sum is 0, or NaN if a logit was NaN.
     local.exp_sum += local.max == -INF ? (z == -INF ? 0 : z) : exp2_of_product(z - local.max, side.rate);
   }
   return merge_block(local, memory, [&](const auto& a, const auto& b) { return merged(a, b, side.rate); });

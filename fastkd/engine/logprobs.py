@@ -3,8 +3,8 @@
 fastkd/logprobs.py calls :func:`logprobs`. The forward pass saves three numbers per row. The backward pass computes the
 logits of each chunk again and overwrites them with their gradient. The losses instead compute their gradient in the
 forward pass, and multiply it by one upstream gradient later. Here a row has several outputs, each with an upstream
-gradient of its own, so that is impossible. Saving the logits would save one of four matrix products, but the chunks are
-there to avoid their memory.
+gradient of its own, so that is impossible. Keeping the logits would avoid one of four matrix products, but take the
+memory that chunks are there to avoid.
 
 With z the tempered logits of a row, q their softmax, H its entropy and G the upstream gradients,
 

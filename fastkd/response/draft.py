@@ -152,7 +152,7 @@ def draft_loss(
         losses: the name of a term, or a dict from names to weights that are not negative, such as
             {"cross_entropy": 0.1, "tvd": 0.9}. A term of weight 0 is only measured, for return_parts.
         draft_to_target: [D] int64, the target's token for each draft token, all distinct. (EAGLE-3 checkpoints store
-            offsets: pass ``torch.arange(D) + d2t``.) None: both have the same vocabulary.
+            offsets: pass ``torch.arange(D) + d2t``.) None: both models have the same vocabulary.
         eta: of "lk_hybrid", not negative.
         positions: [...] int64, the position of each row in the draft; for position_decay.
         position_decay: g in (0, 1]: the loss of a row is multiplied by g^position.

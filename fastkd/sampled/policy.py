@@ -313,7 +313,7 @@ def on_policy_loss(
         The loss: 0-dim, or [..., T] for "none"; float32 (float64 if an input is float64). If no token is counted, the
         loss is 0 and part of the graph. Differences of log-probabilities that are exponentiated are limited to
         [-20, 20]; beyond it they have no gradient. With FASTKD_CHECK=1, log-probabilities that are positive, NaN or
-        infinite raise.
+        infinite raise; if clamp is given, the teacher's may be -inf.
 
     Raises:
         TypeError, ValueError: an argument has the wrong type, dtype, shape, device or value; the message names it.
