@@ -5,34 +5,119 @@ are confined to its adapter; fastkd's own losses do not know them. Where an adap
 and the stack's page in docs/stacks say so. Importing these modules does not import the stacks: a stack is imported only
 when a class that subclasses one of its own is accessed.
 
-    fastkd.compat.trl            TRL: GKDTrainer, DistillationTrainer and their losses
-    fastkd.compat.transformers   the Hugging Face Trainer
-    fastkd.compat.liger          Liger Kernel
-    fastkd.compat.torchtune      torchtune
-    fastkd.compat.modelopt       NVIDIA Model-Optimizer
-    fastkd.compat.megatron       Megatron-LM and NeMo-RL
-    fastkd.compat.lightning      Lightning
-    fastkd.compat.mdistiller     mdistiller
-    fastkd.compat.torchdistill   torchdistill
+`ADAPTERS` lists the adapters, with the version of each stack that the tests import. `python -m fastkd info` compares
+these versions with what is installed.
 """
 
 import importlib
+import importlib.metadata
+from collections.abc import Mapping
+from dataclasses import dataclass
 from types import ModuleType
 
-_STACKS = (
-    "liger",
-    "lightning",
-    "mdistiller",
-    "megatron",
-    "modelopt",
-    "torchdistill",
-    "torchtune",
-    "transformers",
-    "trl",
-)
+__all__ = ["ADAPTERS", "Adapter"]
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """The adapter of one stack: a row of `ADAPTERS`."""
+
+    stack: str
+    """The stack's name."""
+    package: str | None
+    """The package that pip installs; None if the stack is not on PyPI."""
+    tested: str | None
+    """The version of the package that the tests compare with; None without a package."""
+    replaces: Mapping[str, str]
+    """The adapter's names, each with the name in the stack that it stands in for or subclasses."""
+    page: str
+    """The page in docs/stacks, without its suffix."""
+    tests: str
+    """The file in tests/compat, without its suffix."""
+
+    @property
+    def installed(self) -> str | None:
+        """The version of the package that is installed, or None."""
+        try:
+            return importlib.metadata.version(self.package) if self.package else None
+        except importlib.metadata.PackageNotFoundError:
+            return None
+
+
+def _each(module: str, *names: str) -> dict[str, str]:
+    """Return the entries of names that a stack has in this module and the adapter has under the same name."""
+    return {name: f"{module}.{name}" for name in names}
+
+
+ADAPTERS = {
+    "trl": Adapter(
+        "TRL", "trl", "1.16.0",
+        {
+            "GKDTrainer": "trl.experimental.gkd.GKDTrainer",
+            "DistillationTrainer": "trl.DistillationTrainer",
+            "SDFTTrainer": "trl.experimental.sdft.SDFTTrainer",
+            "SDPOTrainer": "trl.experimental.sdpo.SDPOTrainer",
+            "generalized_jsd_loss": "trl.experimental.gkd.GKDTrainer.generalized_jsd_loss",
+            "chunked_divergence_loss": "trl.trainer.distillation_trainer._chunked_divergence_loss",
+            **_each(
+                "trl.experimental.sdft.loss_utils",
+                "compute_full_logit_self_distillation_loss", "compute_topk_self_distillation_loss",
+            ),
+        },
+        "trl", "test_compat_trl",
+    ),
+    "transformers": Adapter(
+        "transformers", "transformers", "5.24.0",
+        dict.fromkeys(("KDTrainer", "compute_loss_func", "DistillationMixin"), "transformers.Trainer"),
+        "transformers", "test_compat_transformers",
+    ),
+    "liger": Adapter(
+        "Liger Kernel", "liger-kernel", "0.8.5",
+        _each(
+            "liger_kernel.transformers", "LigerJSD", "LigerKLDIVLoss", "LigerTVDLoss", "LigerFusedCETVDLoss",
+            "LigerFusedLinearJSD", "LigerFusedLinearKLDivLoss",
+        ) | _each("liger_kernel.chunked_loss", "LigerFusedLinearJSDLoss"),
+        "liger", "test_compat_liger",
+    ),
+    "torchtune": Adapter(
+        "torchtune", "torchtune", "0.6.1",
+        _each(
+            "torchtune.modules.loss", "ForwardKLLoss", "ReverseKLLoss", "SymmetricKLLoss",
+            "ForwardKLWithChunkedOutputLoss", "ReverseKLWithChunkedOutputLoss", "SymmetricKLWithChunkedOutputLoss",
+        ),
+        "torchtune", "test_compat_torchtune",
+    ),
+    "modelopt": Adapter(
+        "NVIDIA Model-Optimizer", "nvidia-modelopt", "0.47.0",
+        _each("modelopt.torch.distill", "LogitsDistillationLoss", "MFTLoss")
+        | _each("modelopt.torch.distill.plugins.megatron", "LogitsKLLoss", "TopKLogitsKLLoss"),
+        "modelopt", "test_compat_modelopt",
+    ),
+    "megatron": Adapter(
+        "Megatron-LM", "megatron-core", "0.16.1",
+        _each("megatron.training.distillation.cached_logits_loss", "topk_kl_div"),
+        "megatron", "test_compat_megatron",
+    ),
+    "lightning": Adapter(
+        "Lightning", "lightning", "2.6.6",
+        {"DistillationModule": "lightning.LightningModule"},
+        "lightning", "test_compat_lightning",
+    ),
+    "mdistiller": Adapter(
+        "mdistiller", None, None,
+        _each("mdistiller.distillers.KD", "kd_loss") | _each("mdistiller.distillers.DKD", "dkd_loss"),
+        "criteria", "test_compat_criteria",
+    ),
+    "torchdistill": Adapter(
+        "torchdistill", "torchdistill", "1.1.5",
+        _each("torchdistill.losses.mid_level", "KDLoss", "LogitStdKDLoss", "DISTLoss", "ATLoss", "RKDLoss"),
+        "criteria", "test_compat_criteria",
+    ),
+}  # fmt: skip
+"""The adapters by the name of their module: ``fastkd.compat.NAME``."""
 
 
 def __getattr__(name: str) -> ModuleType:
-    if name in _STACKS:
+    if name in ADAPTERS:
         return importlib.import_module(f"{__name__}.{name}")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,7 +1,9 @@
-"""TRL: the losses of GKDTrainer and DistillationTrainer, and both trainers with these losses computed by fastkd.
+"""TRL: the losses of its trainers for distillation, and these trainers with the losses computed by fastkd.
 
     from fastkd.compat.trl import GKDTrainer  # was: from trl.experimental.gkd import GKDTrainer
     from fastkd.compat.trl import DistillationTrainer  # was: from trl import DistillationTrainer
+    from fastkd.compat.trl import SDFTTrainer  # was: from trl.experimental.sdft import SDFTTrainer
+    from fastkd.compat.trl import SDPOTrainer  # was: from trl.experimental.sdpo import SDPOTrainer
 
 TRL's conventions are kept: forward KL at beta = 0, reverse KL at beta = 1, and the generalised JSD of fastkd.jsd in
 between; no T^2; the counted rows are those whose label is not -100, or whose mask is not 0. docs/stacks/trl.md lists
@@ -225,6 +227,69 @@ def chunked_divergence_loss(
     return loss, parts.student_entropy.sum(), parts.counted
 
 
+def compute_full_logit_self_distillation_loss(
+    student_logits: Tensor, teacher_logits: Tensor, *, distillation_alpha: float
+) -> Tensor:
+    """The function of this name in ``trl.experimental.sdft`` and ``sdpo``: the generalised JSD of each row.
+
+        alpha KL(p || m) + (1 - alpha) KL(q || m),   m = alpha p + (1 - alpha) q
+
+    with p the teacher's softmax and q the student's; forward KL at alpha = 0, reverse KL at 1.
+
+    Args:
+        student_logits: [B, L, V].
+        teacher_logits: the same shape; it gets no gradient.
+        distillation_alpha: in [0, 1].
+
+    Returns:
+        [B, L] in float32 (TRL: in the dtype of the logits).
+
+    Raises:
+        ValueError, TypeError: as :func:`fastkd.kd_loss`.
+    """
+    check_pair("teacher_logits", teacher_logits, "student_logits", student_logits, _REMEDY)
+    divergence = fastkd.jsd(distillation_alpha)
+    return fastkd.kd_loss(
+        student_logits, teacher_logits.detach(), divergence=divergence, reduction="none"
+    )
+
+
+def compute_topk_self_distillation_loss(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    *,
+    distillation_topk: int,
+    distillation_alpha: float,
+    distillation_add_tail: bool,
+) -> Tensor:
+    """The function of this name in ``trl.experimental.sdft`` and ``sdpo``: the JSD over the student's top-k tokens.
+
+    With distillation_add_tail, one more event stands for all other tokens. Without it, both softmaxes are taken over
+    the k tokens alone. If several tokens have the student's k-th logit, the lower id is taken; TRL's choice among them
+    is torch.topk's.
+
+    Args:
+        student_logits: [B, L, V].
+        teacher_logits: the same shape; it gets no gradient.
+        distillation_topk: k, in [1, V].
+        distillation_alpha: as in :func:`compute_full_logit_self_distillation_loss`.
+        distillation_add_tail: whether the other tokens count, as one event. The mass of this event is exact; TRL does
+            not let it fall below 1e-7, and it has no gradient there.
+
+    Returns:
+        [B, L] in float32 (TRL: in the dtype of the logits).
+
+    Raises:
+        ValueError, TypeError: as :func:`fastkd.kd_loss`; k is not in [1, V].
+    """
+    check_pair("teacher_logits", teacher_logits, "student_logits", student_logits, _REMEDY)
+    ids = fastkd.student_topk(student_logits.detach(), k=distillation_topk).ids
+    tail = "bucket" if distillation_add_tail else "renormalize"
+    teacher = fastkd.TopK.from_logits(teacher_logits, ids=ids, tail=tail)
+    divergence = fastkd.jsd(distillation_alpha)
+    return fastkd.kd_loss(student_logits, teacher, divergence=divergence, reduction="none")
+
+
 # ---- trainers, built at first access because importing TRL takes seconds
 
 
@@ -301,7 +366,41 @@ def _distillation_trainer() -> type:
     return _subclass(stock, _distillation_trainer, _compute_loss=method, __init__=__init__)
 
 
-_TRAINERS = {"GKDTrainer": _gkd_trainer, "DistillationTrainer": _distillation_trainer}
+def _sdft_trainer() -> type:
+    """TRL's SDFTTrainer with fastkd's loss for distillation_mode "full_logits" and "topk_logits".
+
+    TRL computes the loss of "sampled_token" and the loss with use_teacher_server=True.
+    """
+    return _self_distillation("sdft", "SDFTTrainer", _sdft_trainer)
+
+
+def _sdpo_trainer() -> type:
+    """TRL's SDPOTrainer with fastkd's loss for distillation_mode "full_logits" and "topk_logits".
+
+    TRL computes the loss of "sampled_token", the loss with use_teacher_server=True, and the policy gradient.
+    """
+    return _self_distillation("sdpo", "SDPOTrainer", _sdpo_trainer)
+
+
+def _self_distillation(package: str, name: str, built_by: Callable[[], type]) -> type:
+    stock = _import_from_trl(f"trl.experimental.{package}", name)
+    module = importlib.import_module(stock.__module__)
+    method = getattr(stock, "_compute_self_distillation_loss", None)
+    for replacement in (
+        compute_full_logit_self_distillation_loss,
+        compute_topk_self_distillation_loss,
+    ):
+        _check_signature(module, replacement.__name__, replacement)
+        method = _with_global(method, replacement.__name__, replacement)
+    return _subclass(stock, built_by, _compute_self_distillation_loss=method)
+
+
+_TRAINERS = {
+    "GKDTrainer": _gkd_trainer,
+    "DistillationTrainer": _distillation_trainer,
+    "SDFTTrainer": _sdft_trainer,
+    "SDPOTrainer": _sdpo_trainer,
+}
 
 
 def __getattr__(name: str) -> Any:
@@ -345,7 +444,8 @@ def _with_global(function: Any, name: str, value: Any) -> types.FunctionType:
     """
     code = getattr(function, "__code__", None)
     if code is None or name not in code.co_names:
-        raise _unknown_version(f"does not call {name} in DistillationTrainer._compute_loss")
+        where = getattr(function, "__qualname__", "its trainer")
+        raise _unknown_version(f"does not call {name} in {where}")
     names = {**function.__globals__, name: value}
     copy = types.FunctionType(
         code, names, function.__name__, function.__defaults__, function.__closure__

@@ -23,6 +23,24 @@ def _checked_temperature(value: float) -> float:
     return value
 
 
+def _checked_index(ids: Tensor, logits: Tensor) -> Tensor:
+    """Check ids [..., K] against logits [..., V] and return them as an index of columns, in which padding is 0."""
+    check_tensor("ids", ids, (torch.int64, torch.int32))
+    lead, width = tuple(logits.shape[:-1]), logits.shape[-1]
+    if ids.dim() == 0 or tuple(ids.shape[:-1]) != lead or not ids.shape[-1]:
+        raise ValueError(
+            f"ids must be [..., K] with K > 0 and the leading shape of logits, {lead}; got shape {tuple(ids.shape)}"
+        )
+    if ids.device != logits.device:
+        raise ValueError(f"ids must be on {logits.device}, where logits is; got {ids.device}")
+    if ids.numel() and not -1 <= int(ids.min()) <= int(ids.max()) < width:
+        raise ValueError(
+            f"ids must be in [0, {width}), the columns of logits, or -1 for padding; "
+            f"got {int(ids.min())} to {int(ids.max())}"
+        )
+    return ids.clamp(min=0).to(torch.int64)
+
+
 @dataclass(frozen=True, eq=False)
 class TopK:
     """A sparse teacher: the log-probabilities of K tokens per row, and a policy for the mass of all other tokens.
@@ -114,25 +132,54 @@ class TopK:
 
     @classmethod
     def from_logits(
-        cls, logits: Tensor, k: int, *, tail: str = "bucket", temperature: float = 1.0
+        cls,
+        logits: Tensor,
+        k: int | None = None,
+        *,
+        ids: Tensor | None = None,
+        tail: str = "bucket",
+        temperature: float = 1.0,
     ) -> TopK:
-        """Select the k most probable tokens of dense logits [..., V], with the exact mass of the tail.
+        """Take tokens of dense logits [..., V], with the exact mass of all others.
+
+        Args:
+            logits: [..., V], the teacher's.
+            k: take the k most probable tokens.
+            ids: [..., K] int64 or int32: take these tokens instead, for example those of :func:`fastkd.student_topk`.
+                -1 is padding.
+            tail: as in the class.
+            temperature: the logits are divided by it.
 
         Raises:
-            TypeError, ValueError: logits are not a floating-point tensor [..., V], or k is not in [1, V].
+            TypeError, ValueError: logits are not a floating-point tensor [..., V]; k is not in [1, V]; ids has another
+                dtype, device or leading shape, or an id outside the vocabulary; or not exactly one of k and ids is
+                given.
         """
         check_tensor("logits", logits, FLOATS)
         if logits.dim() == 0:
             raise ValueError("logits must be [..., V], got a scalar")
-        k = plain(k)
-        if type(k) is not int or not 1 <= k <= logits.shape[-1]:
-            raise ValueError(f"k must be an int in [1, {logits.shape[-1]}], got {k!r}")
+        width = logits.shape[-1]
+        if (k is None) == (ids is None):
+            given = "neither" if k is None else "both"
+            raise ValueError(f"pass k or ids, to say which tokens to take; got {given}")
         temperature = _checked_temperature(temperature)
         exact = torch.float64 if logits.dtype == torch.float64 else torch.float32
         tempered = logits.detach().to(exact) / temperature
-        top, ids = tempered.topk(k, dim=-1)
-        # The tail is summed directly: if the k tokens hold nearly all mass, 1 - sum p would be only rounding.
-        tail_log_sum = tempered.scatter(-1, ids, -math.inf).logsumexp(-1)
+        if ids is None:
+            k = plain(k)
+            if type(k) is not int or not 1 <= k <= width:
+                raise ValueError(f"k must be an int in [1, {width}], got {k!r}")
+            top, ids = tempered.topk(k, dim=-1)
+            others = tempered.scatter(-1, ids, -math.inf)
+        else:
+            index = _checked_index(ids, logits)
+            padding = ids < 0
+            top = tempered.gather(-1, index).masked_fill(padding, -math.inf)
+            # +inf leaves the column as it is: padding must not remove token 0.
+            removed = torch.where(padding, math.inf, -math.inf).to(exact)
+            others = tempered.scatter_reduce(-1, index, removed, "amin")
+        # The tail is summed directly: if the tokens hold nearly all mass, 1 - sum p would be only rounding.
+        tail_log_sum = others.logsumexp(-1)
         log_sum = torch.logaddexp(top.logsumexp(-1), tail_log_sum)
         tail_logprob = tail_log_sum - log_sum
         return cls(ids, top - log_sum.unsqueeze(-1), tail, tail_logprob, temperature)

@@ -16,6 +16,7 @@ import torch
 
 import fastkd
 from fastkd.backends import registry
+from fastkd.compat import ADAPTERS
 
 SWITCHES = {
     "FASTKD_BACKEND": "a backend that overrides the argument of every call",
@@ -102,6 +103,35 @@ def _backend(name: str) -> dict[str, Any]:
     }
 
 
+def _adapters() -> dict[str, dict[str, str | None]]:
+    """Describe the adapters of fastkd.compat: the package of each stack, the tested version and the installed one."""
+    return {
+        name: {"package": each.package, "tested": each.tested, "installed": each.installed}
+        for name, each in ADAPTERS.items()
+    }
+
+
+def _adapter_lines(adapters: dict[str, dict[str, str | None]]) -> list[str]:
+    """List the stacks that are installed. A version other than the tested one may compute other losses."""
+    installed = {name: each for name, each in adapters.items() if each["installed"]}
+    lines = columns(
+        (
+            f"fastkd.compat.{name}",
+            f"{each['package']} {each['installed']}",
+            "tested with this version"
+            if each["installed"] == each["tested"]
+            else f"not tested with this version, but with {each['tested']}",
+        )
+        for name, each in installed.items()
+    )
+    absent = [
+        str(each["package"])
+        for each in adapters.values()
+        if each["package"] and not each["installed"]
+    ]
+    return lines + ([f"  not installed: {', '.join(absent)}"] if absent else [])
+
+
 def _serving() -> list[dict[str, Any]]:
     """Return which backend backend="auto" chooses for each kind of tensor, and why if it is not the preferred one."""
     override = os.environ.get("FASTKD_BACKEND")
@@ -152,6 +182,7 @@ def collect() -> dict[str, Any]:
         "native": _native(),
         "backends": {name: _backend(name) for name in fastkd.available_backends()},
         "serves": _serving(),
+        "adapters": _adapters(),
         "environment": {
             name: {"value": os.environ.get(name), "meaning": meaning}
             for name, meaning in SWITCHES.items()
@@ -218,6 +249,7 @@ def text(facts: dict[str, Any]) -> str:
         )
         for served in facts["serves"]
     )
+    lines += ["", "adapters of other stacks", *_adapter_lines(facts["adapters"])]
     lines += ["", "environment"]
     lines += columns(
         (name, switch["value"] or "unset", switch["meaning"])

@@ -18,6 +18,9 @@ from support.paths import DATA, ROOT
 from torch import Tensor, nn
 from trl import DistillationConfig, DistillationTrainer
 from trl.experimental.gkd import GKDConfig, GKDTrainer
+from trl.experimental.sdft import SDFTConfig, SDFTTrainer
+from trl.experimental.sdft import loss_utils as self_distillation
+from trl.experimental.sdpo import SDPOConfig, SDPOTrainer
 from trl.trainer import distillation_trainer
 
 import fastkd
@@ -347,6 +350,56 @@ def test_a_zero3_partitioned_head_raises() -> None:
         chunked_divergence_loss(**heads, beta=0.5)
 
 
+# ---- self-distillation
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.3, 0.5, 1.0])
+@pytest.mark.parametrize("tail", [None, False, True])
+def test_self_distillation_losses(alpha: float, tail: bool | None) -> None:
+    """Value and gradient of every row; tail None: the loss of whole rows."""
+    torch.manual_seed(0)
+    logits = 2.0 * torch.randn(3, 5, 71)
+    teacher_logits = logits + torch.randn(3, 5, 71)
+    upstream = torch.randn(3, 5)
+
+    def result(functions: Any, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+        student = logits.to(dtype).requires_grad_()
+        teacher = teacher_logits.to(dtype).requires_grad_()
+        if tail is None:
+            loss = functions.compute_full_logit_self_distillation_loss(
+                student, teacher.detach(), distillation_alpha=alpha
+            )
+        else:
+            loss = functions.compute_topk_self_distillation_loss(
+                student, teacher.detach() if functions is not adapter else teacher, distillation_topk=9,
+                distillation_alpha=alpha, distillation_add_tail=tail,
+            )  # fmt: skip
+        loss.backward(upstream.to(dtype))
+        assert student.grad is not None and teacher.grad is None
+        return loss.detach().double(), student.grad.double()
+
+    exact = result(self_distillation, torch.float64)
+    for actual, expected in zip(result(adapter), exact, strict=True):
+        assert actual.shape == expected.shape
+        assert (actual - expected).abs().max() < 2e-6 * expected.abs().max()
+
+
+def test_self_distillation_where_the_tail_is_tiny() -> None:
+    """TRL keeps the tail at 1e-7 or more, without a gradient below; fastkd has its mass and gradient exactly."""
+    student = torch.tensor([[30.0, 1.0, 0.0, -1.0]], requires_grad=True)
+    teacher = torch.tensor([[28.0, 3.0, 0.0, -1.0]])
+    loss = adapter.compute_topk_self_distillation_loss(
+        student, teacher, distillation_topk=2, distillation_alpha=1.0, distillation_add_tail=True
+    )
+    q, p = student.detach().double().softmax(-1)[0], teacher.double().softmax(-1)[0]
+    events = [torch.cat([x[:2], x[2:].sum(0, keepdim=True)]) for x in (q, p)]
+    assert loss.item() == pytest.approx(
+        (events[0] * (events[0] / events[1]).log()).sum().item(), rel=1e-5
+    )
+    (gradient,) = torch.autograd.grad(loss, student)
+    assert (gradient[0, 2:] != 0).all()
+
+
 # ---- trainers
 
 PROMPTS = ["in the beginning", "and the earth", "god created", "the heaven and the earth was"]
@@ -408,6 +461,33 @@ def on_policy(trainer: type, path: Path, chosen_models: Any = None, **options: A
     )  # fmt: skip
 
 
+def sdft(trainer: type, path: Path, **options: Any) -> Any:
+    """A student that answers, and the same model as the teacher, with an answer in its prompt."""
+    own = {"max_completion_length": 6, "num_generations": 2, "teacher_model_kind": "live"}
+    args = SDFTConfig(**common(path) | own | options)
+    prompts = [[{"role": "user", "content": prompt}] for prompt in PROMPTS]
+    contexts = ["god created the heaven", "was void", "form and earth", "void"]
+    data = Dataset.from_dict({"prompt": prompts, "privileged_context": contexts})
+    return trainer(
+        model=models()["model"], args=args, train_dataset=data, processing_class=tiny_models.tokenizer()
+    )  # fmt: skip
+
+
+def sdpo(trainer: type, path: Path, **options: Any) -> Any:
+    """A student whose rewarded answers become part of the teacher's prompt."""
+    own = {"max_completion_length": 6, "num_generations": 2, "teacher_model_kind": "live"}
+    args = SDPOConfig(**common(path) | own | options)
+    data = Dataset.from_dict({"prompt": [[{"role": "user", "content": p}] for p in PROMPTS]})
+
+    def reward(completions: list[Any], **_: Any) -> list[float]:
+        return [float(index % 2) for index in range(len(completions))]
+
+    return trainer(
+        model=models()["model"], reward_funcs=reward, args=args, train_dataset=data,
+        processing_class=tiny_models.tokenizer(),
+    )  # fmt: skip
+
+
 def trained(trainer: Any) -> tuple[list[float], list[float], Tensor]:
     """Losses of the steps, entropies if logged, and weights after training."""
     trainer.train()
@@ -451,6 +531,39 @@ def test_trainers(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert (actual[2] - stock[2]).abs().max() < 2e-6
     start = torch.cat([p.detach().flatten() for p in models()["model"].parameters()])
     assert (actual[2] - start).abs().max() > 1e-2
+
+
+SELF_DISTILLATION = {
+    "full logits": {"distillation_mode": "full_logits", "distillation_alpha": 0.5},
+    "tail": {
+        "distillation_mode": "topk_logits", "distillation_topk": 5, "distillation_alpha": 0.3,
+        "distillation_add_tail": True,
+    },
+    "no tail": {"distillation_mode": "topk_logits", "distillation_topk": 5, "distillation_alpha": 1.0},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("mode", SELF_DISTILLATION)
+@pytest.mark.parametrize(("build", "stock_class"), [(sdft, SDFTTrainer), (sdpo, SDPOTrainer)])
+def test_self_distillation_trainers(
+    build: Callable[..., Any],
+    stock_class: type,
+    mode: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    calls = count_calls(monkeypatch, "kd_loss")
+    stock = trained(build(stock_class, tmp_path, **SELF_DISTILLATION[mode]))
+    assert not calls
+    trainer = build(getattr(adapter, stock_class.__name__), tmp_path, **SELF_DISTILLATION[mode])
+    assert isinstance(trainer, stock_class)
+    actual = trained(trainer)
+    assert len(calls) == 10
+    assert len(actual[0]) == 5 and len(set(actual[0])) == 5
+    assert actual[0] == pytest.approx(stock[0], rel=2e-6)
+    assert (actual[2] - stock[2]).abs().max() < 2e-6
+    start = torch.cat([p.detach().flatten() for p in models()["model"].parameters()])
+    assert (actual[2] - start).abs().max() > 1e-3
 
 
 @pytest.mark.parametrize("name", TRAINERS)

@@ -53,7 +53,15 @@ def command(*arguments: str, **options: Any) -> subprocess.CompletedProcess[str]
 
 def test_info_as_json() -> None:
     actual = json.loads(command("info", "--json", FASTKD_STRICT="1").stdout)
-    assert list(actual) == ["versions", "machine", "native", "backends", "serves", "environment"]
+    assert list(actual) == [
+        "versions",
+        "machine",
+        "native",
+        "backends",
+        "serves",
+        "adapters",
+        "environment",
+    ]
     assert actual["versions"]["fastkd"] == fastkd.__version__
     assert set(actual["backends"]) == set(fastkd.available_backends())
     assert actual["backends"]["reference"]["devices"] == info.devices()

@@ -2056,3 +2056,58 @@ def test_one_event_alone_has_no_gradient(everywhere: str) -> None:
                 logits(2, 1, seed=78), named, divergence=divergence, backend=everywhere
             )
             assert (loss.abs() <= ULP).all() and (gradient.abs() <= ULP).all()
+
+
+# ---- tokens that the caller chooses
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("index", [torch.int32, torch.int64])
+def test_from_logits_at_ids(dtype: torch.dtype, index: torch.dtype) -> None:
+    torch.manual_seed(0)
+    logits = 4.0 * torch.randn(6, 40).to(dtype)
+    ids = torch.rand(6, 40).argsort(-1)[:, :7].to(index)
+    ids[0, 3:] = -1
+    ids[1] = -1
+    ids[2, 0], ids[2, 1:] = -1, torch.tensor([0, 5, 6, 7, 8, 9])  # token 0 beside padding
+    ids[3, 0], ids[3, 1:] = -1, torch.tensor([1, 5, 6, 7, 8, 9])  # padding, and token 0 in the tail
+    teacher = fastkd.TopK.from_logits(logits, ids=ids, tail="bucket", temperature=2.0)
+    log_p = (logits.double() / 2.0).log_softmax(-1)
+    assert teacher.ids is ids and teacher.temperature == 2.0 and teacher.tail_logprob is not None
+    for row in range(6):
+        taken = [int(token) for token in ids[row] if token >= 0]
+        valid = ids[row] >= 0
+        torch.testing.assert_close(
+            teacher.logprobs[row][valid].double(), log_p[row, taken], rtol=2e-6, atol=2e-6
+        )
+        rest = [token for token in range(40) if token not in taken]
+        torch.testing.assert_close(
+            teacher.tail_logprob[row].double(), log_p[row, rest].logsumexp(0), rtol=2e-6, atol=2e-6
+        )
+
+
+def test_from_logits_at_all_ids_has_no_tail() -> None:
+    logits = torch.randn(2, 5)
+    teacher = fastkd.TopK.from_logits(logits, ids=torch.arange(5).expand(2, 5))
+    assert teacher.tail_logprob is not None and (teacher.tail_logprob == -torch.inf).all()
+    top = fastkd.TopK.from_logits(logits, 5)
+    student = torch.randn(2, 5)
+    torch.testing.assert_close(fastkd.kd_loss(student, teacher), fastkd.kd_loss(student, top))
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({}, r"pass k or ids, to say which tokens to take; got neither"),
+        ({"k": 2, "ids": torch.zeros(3, 2, dtype=torch.int64)}, r"got both"),
+        ({"ids": torch.full((3, 2), 9)}, r"in \[0, 9\), the columns of logits, or -1 for padding; got 9 to 9"),
+        ({"ids": torch.full((3, 2), -2)}, r"got -2 to -2"),
+        ({"ids": torch.zeros(2, 2, dtype=torch.int64)}, r"leading shape of logits, \(3,\); got shape \(2, 2\)"),
+        ({"ids": torch.zeros(3, 0, dtype=torch.int64)}, r"K > 0"),
+        ({"ids": torch.zeros(3, 2)}, r"ids must be torch\.int64 or torch\.int32"),
+        ({"ids": torch.zeros(3, 2, dtype=torch.int64, device="meta")}, r"on cpu, where logits is; got meta"),
+    ],
+)  # fmt: skip
+def test_from_logits_raises(given: dict[str, Any], message: str) -> None:
+    with pytest.raises((TypeError, ValueError), match=message):
+        fastkd.TopK.from_logits(torch.randn(3, 9), **given)
