@@ -52,7 +52,7 @@ from fastkd.sampled import on_policy_loss
 from fastkd.serving import Batch, Scored, ServedTeacher, collate
 
 LAYERS = (0, 1, 2, 10, 20, 29)
-CHARACTERS = 400_000  # length of the text of the warm-up, and of that of the prompts
+CHARACTERS = 400_000  # length of the warm-up's text, and of the text from which prompts are taken
 WARM_UP_TOKENS = 256  # per step of the warm-up
 HELD_OUT = 32  # prompts that are not used for training
 
@@ -86,7 +86,7 @@ def write(student: PreTrainedModel, prompts: Tensor, count: int, seed: int) -> W
             max_new_tokens=count,
             do_sample=True,
             temperature=1.0,
-            top_k=0,  # generate's default is 50, which is another distribution than the one that learns
+            top_k=0,  # with generate's default, 50, the samples would not come from the student's distribution
             top_p=1.0,
             output_logits=True,
             return_dict_in_generate=True,
@@ -392,7 +392,7 @@ def main(
         bool, typer.Option("--tiny", help="Use two tiny models; needs no download.")
     ] = False,
     steps: Annotated[int, typer.Option(help="Number of on-policy steps.")] = 20,
-    warm_up_steps: Annotated[int, typer.Option(help="Number of steps on text before.")] = 30,
+    warm_up_steps: Annotated[int, typer.Option(help="Number of warm-up steps on text.")] = 30,
     batch: Annotated[int, typer.Option(help="Completions per step.")] = 8,
     prompt_length: Annotated[int, typer.Option(help="Tokens per prompt.")] = 16,
     completion_length: Annotated[int, typer.Option(help="Sampled tokens per completion.")] = 32,

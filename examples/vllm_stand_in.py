@@ -55,7 +55,7 @@ class StandIn:
 
     def __init__(self, score: Score, max_logprobs: int = 20) -> None:
         self._score, self._max_logprobs = score, max_logprobs
-        self._one_at_a_time = threading.Lock()  # parallel passes of one model would share its cores
+        self._one_at_a_time = threading.Lock()  # passes in parallel would share the same cores
 
     def __enter__(self) -> str:
         stand_in = self
@@ -74,7 +74,7 @@ class StandIn:
                 self.wfile.write(content)
 
             def log_message(self, *_: Any) -> None:
-                """Write no line per request."""
+                """Do nothing; the base class writes a line per request."""
 
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         self._server.daemon_threads = True
@@ -99,7 +99,7 @@ class StandIn:
             positions = self._score(ids, k)
         choice = {
             "index": 0,
-            "text": "",  # a real server puts the token here that it has generated
+            "text": "",  # a real server returns the generated token here
             "logprobs": None,
             "finish_reason": "length",
             "prompt_logprobs": prompt_logprobs(ids, positions),

@@ -159,14 +159,14 @@ def open_side(side, row, sizes, ALIGNED: tl.constexpr = True):
 
 
 @triton.jit
-def is_counted(inputs, row, ignore_index):
-    """Return whether a row is counted, that is, excluded neither by its label nor by its weight."""
-    counted = row >= 0
+def is_kept(inputs, row, ignore_index):
+    """Return whether a row is kept, that is, excluded neither by its label nor by a weight of 0."""
+    kept = row >= 0
     if inputs.labels is not None:
-        counted = counted & (tl.load(inputs.labels + row) != ignore_index)
+        kept = kept & (tl.load(inputs.labels + row) != ignore_index)
     if inputs.weight is not None:
-        counted = counted & (tl.load(inputs.weight + row) != 0)
-    return counted
+        kept = kept & (tl.load(inputs.weight + row) != 0)
+    return kept
 
 
 @triton.jit
@@ -607,7 +607,7 @@ def kd_kernel(
     if shard is not None:
         first, vocabulary = shard.first, shard.total
     columns = Columns(V, width, first, vocabulary, shard, split, 0)
-    if is_counted(inputs, row, objective.ignore_index):
+    if is_kept(inputs, row, objective.ignore_index):
         _compute_row(
             row,
             student_side,

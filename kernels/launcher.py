@@ -178,7 +178,10 @@ class Replay(NamedTuple):
     scratch: list[tuple[torch.Size, torch.dtype, Hashable]]  # shape, dtype and traits
 
     def run(self, addresses: list[int], device: torch.device) -> bool:
-        """Launch on the current device and stream; return False if the new scratch has other traits."""
+        """Launch the kernels on the current device and stream.
+
+        Return False, without a launch, if new scratch memory has other traits than the recorded one.
+        """
         scratch = []
         for size, dtype, expected in self.scratch:
             tensor = torch.empty(size, dtype=dtype, device=device)

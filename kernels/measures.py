@@ -1,6 +1,6 @@
 """The measures of dense rows in Triton (fastkd/call/measures.py), in a launch of their own.
 
-One program computes a row: a first sweep for the normalisers of both sides, and a second one for the sums.
+One program computes the measures of a row. It reads both sides twice: for their normalizers, and for the sums.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from fastkd.call.contract import Options, Rows
 from fastkd.call.measures import DENSE_MEASURES
 from fastkd.core.tensors import unit_stride
 
-from .kernel import Inputs, is_counted, open_side
+from .kernel import Inputs, is_kept, open_side
 from .launch import (
     is_aligned,
     lay_out,
@@ -56,7 +56,7 @@ def _normalizer(row, V, BLOCK_V: tl.constexpr, LOWEST: tl.constexpr = LOWEST):
 def _measure_row(
     row, student, teacher, out, V, BLOCK_V: tl.constexpr, NEGLIGIBLE: tl.constexpr = NEGLIGIBLE
 ):
-    """Store the measures of a counted row, with the policy of fastkd/call/log_zero.py."""
+    """Store the measures of a kept row, with the policy of fastkd/call/log_zero.py."""
     s_norm, s_argmax = _normalizer(student, V, BLOCK_V)
     t_norm, t_argmax = _normalizer(teacher, V, BLOCK_V)
     lanes = tl.arange(0, BLOCK_V)
@@ -74,7 +74,7 @@ def _measure_row(
         forward += tl.where(forward_is_0, 0.0, p * (log_p - log_q))
         reverse += tl.where(reverse_is_0, 0.0, q * (log_q - log_p))
         acceptance += tl.where(p < q, p, q)
-    # A comparison may hide NaN, which is in this sum if it is among the teacher's logits.
+    # p < q is False if p is NaN, so the acceptance would not show a NaN of the teacher. The teacher's entropy does.
     is_number = tl.sum(entropy, 0) == tl.sum(entropy, 0)
     place = out + row.to(tl.int64) * COUNT
     tl.store(place, tl.sum(entropy, 0))
@@ -91,7 +91,7 @@ def measure_kernel(
 ):  # fmt: skip
     """Store the measures of one row; a dropped row is not read."""
     row = tl.program_id(0)
-    if is_counted(inputs, row, ignore_index):
+    if is_kept(inputs, row, ignore_index):
         s_logits, s_gradient, s_unit, s_temperature = open_side(student_side, row, sizes, ALIGNED)
         t_logits, t_gradient, t_unit, t_temperature = open_side(teacher_side, row, sizes, ALIGNED)
         student = Row(s_logits, s_gradient, s_unit, None, s_temperature, student_side)
@@ -108,7 +108,7 @@ def measure_rows(student: Tensor, teacher: Tensor, rows: Rows, options: Options)
         return out
     sizes, (s_view, t_view) = lay_out(student, teacher)
     aligned = is_aligned(columns, s_view, t_view)
-    # Each lane has eight accumulators in the second sweep, so tiles are small.
+    # In the second sweep, each column of a tile has four accumulators, so tiles are small.
     block, warps = tile(columns, min(student.itemsize, teacher.itemsize), True, aligned)
     with on_device(student.device):
         arguments = (

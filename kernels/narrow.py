@@ -25,7 +25,7 @@ from .sweeps import (
     _own_gradient,
     _project,
     _store,
-    _sweep_lost,
+    _sweep_skipped,
     _temper,
     _z_at,
     finite_max,
@@ -98,8 +98,8 @@ def tile_statistics(
     p_moment, q_moment, t_at_s_argmax, s_at_t_argmax = 0.0, 0.0, s_max, s_max
     # This sum is not finite if a tempered logit is -inf; the row then needs the policy for log 0.
     finite = tl.sum(x_s, 0)
-    t_lost_max = tl.where(finite - finite == 0.0, lowest, LOWEST)
-    s_lost_max = t_lost_max
+    t_skipped_max = tl.where(finite - finite == 0.0, lowest, LOWEST)
+    s_skipped_max = t_skipped_max
     if teacher.unit is not None:
         t = _exclude(tile.t, column, excluded, PAST_END)
         t_max, t_argmax = _top(t, column, spec.BLOCK_V)
@@ -114,8 +114,8 @@ def tile_statistics(
         t_at_s_argmax = _z_at(teacher, s_argmax, columns.V)
         s_at_t_argmax = _z_at(student, t_argmax, columns.V)
         finite = tl.sum(x_t - x_s, 0)
-        t_lost_max = tl.where(finite - finite == 0.0, lowest, LOWEST)
-        s_lost_max = t_lost_max
+        t_skipped_max = tl.where(finite - finite == 0.0, lowest, LOWEST)
+        s_skipped_max = t_skipped_max
         P_MOMENT: tl.constexpr = moments.forward is not None or moments.cross is not None
         # As in sweep_statistics: LOWEST replaces -inf or NaN where the weight is 0.
         if P_MOMENT:
@@ -126,9 +126,9 @@ def tile_statistics(
         if moments.reverse is not None:
             q_moment = tl.sum(e_s * tl.maximum(x_s - x_t, LOWEST), 0)
         if P_MOMENT or moments.reverse is not None:
-            lost = tl.abs(p_moment) + tl.abs(q_moment)
-            if lost - lost != 0.0:
-                p_moment, q_moment, t_lost, s_lost = _sweep_lost(
+            moment_size = tl.abs(p_moment) + tl.abs(q_moment)
+            if moment_size - moment_size != 0.0:
+                p_moment, q_moment, t_skipped, s_skipped = _sweep_skipped(
                     student,
                     teacher,
                     Lane(s_max, s_argmax, 0.0, 0.0, 0.0, 0.0, 0.0),
@@ -138,8 +138,8 @@ def tile_statistics(
                     columns,
                     spec,
                 )
-                t_lost_max = tl.maximum(t_lost_max, t_lost)
-                s_lost_max = tl.maximum(s_lost_max, s_lost)
+                t_skipped_max = tl.maximum(t_skipped_max, t_skipped)
+                s_skipped_max = tl.maximum(s_skipped_max, s_skipped)
     return Partial(
         s_max,
         t_max,
@@ -150,8 +150,8 @@ def tile_statistics(
         q_moment,
         entropy_moment,
         centered_sum,
-        t_lost_max,
-        s_lost_max,
+        t_skipped_max,
+        s_skipped_max,
         s_argmax.to(tl.float32),
         t_at_s_argmax,
         t_argmax.to(tl.float32),

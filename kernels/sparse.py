@@ -19,7 +19,7 @@ from fastkd.backends.sparse import Events
 from fastkd.call.contract import Options, Rows
 from fastkd.core.tensors import unit_stride
 
-from .kernel import Inputs, is_counted, open_side
+from .kernel import Inputs, is_kept, open_side
 from .launch import (
     is_aligned,
     lay_out,
@@ -287,7 +287,7 @@ def gather_kernel(
 ):
     """Store the events of one row; a dropped row is not read."""
     row = tl.program_id(0)
-    if is_counted(inputs, row, ignore_index):
+    if is_kept(inputs, row, ignore_index):
         logits, gradient, unit, temperature = open_side(side, row, sizes, ADJACENT > 1)
         student = Row(logits, gradient, unit, None, temperature, side)
         _gather_row(
@@ -394,7 +394,7 @@ def spread_kernel(
 ):
     """Write the gradient of one row from that of its events; zeros for a dropped row."""
     row = tl.program_id(0)
-    if is_counted(inputs, row, ignore_index):
+    if is_kept(inputs, row, ignore_index):
         logits, gradient, unit, temperature = open_side(side, row, sizes, ALIGNED)
         student = Row(logits, gradient, unit, None, temperature, side)
         _spread_row(row, student, tokens, inputs, events, gradients, V, BLOCK_V, BLOCK_K)

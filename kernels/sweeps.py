@@ -157,8 +157,8 @@ class Partial(NamedTuple):
     entropy_moment: Any  # sum of e_s x_s
     centered_sum: Any  # sum of z - center
     # Largest t in a column with s = -inf, and s with t = -inf, but at least LOWEST; -inf if there is no such column.
-    t_lost_max: Any
-    s_lost_max: Any
+    t_skipped_max: Any
+    s_skipped_max: Any
     s_argmax: Any  # as a float; -1 if there is none
     t_at_s_argmax: Any
     t_argmax: Any
@@ -415,15 +415,15 @@ def _closed_form(
     s_gap,
     t_gap,
     log_exp_sum_ratio,
-    p_lost,
-    q_lost,
+    p_skipped,
+    q_skipped,
     NEGLIGIBLE: tl.constexpr = NEGLIGIBLE,
     LN2: tl.constexpr = LN2,
 ):
     """Return (sums of phi, g and h, student's gradient at its argmax, teacher's at its own), from the moments.
 
     s_gap: the student's x at the teacher's argmax, in base 2 like the moments; t_gap the reverse.
-    p_lost, q_lost: the largest probability of a side where the other side's z is -inf.
+    p_skipped, q_skipped: the largest probability of a side where the other side's z is -inf.
     """
     s_exp_sum = 1.0 + s_argmax.exp_sum
     t_exp_sum = 1.0 + t_argmax.exp_sum
@@ -447,7 +447,7 @@ def _closed_form(
             weight = moments.forward
             mean += log_exp_sum_ratio
         phi += weight * mean
-        phi += tl.where(p_lost >= NEGLIGIBLE, float("inf"), 0.0)
+        phi += tl.where(p_skipped >= NEGLIGIBLE, float("inf"), 0.0)
         g -= weight
         h += phi + weight
         p_at_s_argmax = tl.div_rn(tl.exp2(t_gap), t_exp_sum)
@@ -459,7 +459,7 @@ def _closed_form(
         t_gradient -= tl.div_rn(weight * LN2 * others, t_exp_sum)
     if moments.reverse is not None:
         reverse = tl.div_rn((q_moment - t_gap) * LN2, s_exp_sum) - log_exp_sum_ratio
-        reverse += tl.where(q_lost >= NEGLIGIBLE, float("inf"), 0.0)
+        reverse += tl.where(q_skipped >= NEGLIGIBLE, float("inf"), 0.0)
         phi += moments.reverse * reverse
         g += moments.reverse * (reverse + 1.0)
         h -= moments.reverse
@@ -616,8 +616,8 @@ def _z_at(row, column, V):
 
 
 @triton.jit
-def _sweep_lost(student, teacher, s, t, excluded, moments, columns, spec):
-    """Return (p_moment, q_moment, t_lost_max, s_lost_max) of a row in which one side alone is -inf somewhere.
+def _sweep_skipped(student, teacher, s, t, excluded, moments, columns, spec):
+    """Return (p_moment, q_moment, t_skipped_max, s_skipped_max) of a row in which one side alone is -inf somewhere.
 
     The moments leave out such columns. The largest z of the other side in them decides later whether the divergence is
     infinite. s and t are the Lanes of the maxima.
@@ -625,7 +625,7 @@ def _sweep_lost(student, teacher, s, t, excluded, moments, columns, spec):
     lanes = tl.arange(0, spec.BLOCK_V)
     zero = _sum_tile(tl.zeros([spec.BLOCK_V], tl.float32), spec)
     p_moment, q_moment = zero, zero
-    t_lost_max, s_lost_max = zero - float("inf"), zero - float("inf")
+    t_skipped_max, s_skipped_max = zero - float("inf"), zero - float("inf")
     s_max, t_max = finite_max(s.max), finite_max(t.max)
     first, last = _tile_range(columns.V, columns.split.num_splits, spec.BLOCK_V, columns.head)
     for tile in range(first, last):
@@ -639,14 +639,23 @@ def _sweep_lost(student, teacher, s, t, excluded, moments, columns, spec):
             x = -x_s if moments.cross is not None else x_t - x_s
             skipped = s_gone | t_gone | (column == t.argmax)
             p_moment += _sum_tile(tl.where(skipped, 0.0, tl.exp2(x_t) * x), spec)
-            lost = tl.where(s_gone, z_t, -float("inf"))
-            t_lost_max = tl.maximum(t_lost_max, fold_max(lost, spec.ADJACENT, spec.THREADS))
+            skipped_t = tl.where(s_gone, z_t, -float("inf"))
+            t_skipped_max = tl.maximum(
+                t_skipped_max, fold_max(skipped_t, spec.ADJACENT, spec.THREADS)
+            )
         if moments.reverse is not None:
             skipped = s_gone | t_gone | (column == s.argmax)
             q_moment += _sum_tile(tl.where(skipped, 0.0, tl.exp2(x_s) * (x_s - x_t)), spec)
-            lost = tl.where(t_gone, z_s, -float("inf"))
-            s_lost_max = tl.maximum(s_lost_max, fold_max(lost, spec.ADJACENT, spec.THREADS))
-    return tl.sum(p_moment, 0), tl.sum(q_moment, 0), tl.max(t_lost_max, 0), tl.max(s_lost_max, 0)
+            skipped_s = tl.where(t_gone, z_s, -float("inf"))
+            s_skipped_max = tl.maximum(
+                s_skipped_max, fold_max(skipped_s, spec.ADJACENT, spec.THREADS)
+            )
+    return (
+        tl.sum(p_moment, 0),
+        tl.sum(q_moment, 0),
+        tl.max(t_skipped_max, 0),
+        tl.max(s_skipped_max, 0),
+    )
 
 
 @triton.jit
@@ -716,7 +725,7 @@ def sweep_statistics(
             x = x_t - x_s
             finite += _sum_tile(x, spec)  # until a side is -inf somewhere
             # Where the side of the weight e is -inf, LOWEST replaces a difference of -inf or NaN, and e is 0. Where the
-            # other side alone is -inf, the moment becomes infinite or NaN, and _sweep_lost computes it instead.
+            # other side alone is -inf, the moment becomes infinite or NaN, and _sweep_skipped computes it instead.
             if moments.forward is not None or moments.cross is not None:
                 p_step = _p_step(moments, s_step, t_step)
                 p_moment = rescale_moment(p_moment, p_step, t_exp_sum, t_factor)
@@ -759,7 +768,7 @@ def _conclude_lanes(
             t_max, teacher, student, s_top, excluded, CROSS, P_MOMENT, False, columns, spec
         )
     # NaN or infinite if one side alone is -inf somewhere.
-    lost = tl.sum(tl.abs(p_moment) + tl.abs(q_moment), 0)
+    moment_size = tl.sum(tl.abs(p_moment) + tl.abs(q_moment), 0)
     threads = tl.arange(0, spec.THREADS)
     of_s, of_t = threads == s_lane, threads == t_lane
     partials = Partial(
@@ -784,15 +793,15 @@ def _conclude_lanes(
         partials, finite_max(s.max) - s_max, finite_max(t.max) - t_max, student, teacher, moments
     )
     p_total, q_total = others.p_moment + t.moment, others.q_moment + s.moment
-    t_lost_max = tl.where(finite - finite == 0.0, -float("inf"), LOWEST)
-    s_lost_max = t_lost_max
+    t_skipped_max = tl.where(finite - finite == 0.0, -float("inf"), LOWEST)
+    s_skipped_max = t_skipped_max
     if P_MOMENT or Q_MOMENT:  # noqa: SIM102
-        if lost - lost != 0.0:
-            p_total, q_total, t_lost, s_lost = _sweep_lost(
+        if moment_size - moment_size != 0.0:
+            p_total, q_total, t_skipped, s_skipped = _sweep_skipped(
                 student, teacher, s, t, excluded, moments, columns, spec
             )
-            t_lost_max = tl.maximum(t_lost_max, t_lost)
-            s_lost_max = tl.maximum(s_lost_max, s_lost)
+            t_skipped_max = tl.maximum(t_skipped_max, t_skipped)
+            s_skipped_max = tl.maximum(s_skipped_max, s_skipped)
     s_argmax, t_argmax = s.argmax, t.argmax
     if columns.shard is not None:
         s_argmax = tl.where(s_argmax < 0, -1, s_argmax + columns.first)
@@ -807,8 +816,8 @@ def _conclude_lanes(
         q_total,
         others.entropy_moment + s.entropy_moment,
         others.centered_sum,
-        t_lost_max,
-        s_lost_max,
+        t_skipped_max,
+        s_skipped_max,
         s_argmax.to(tl.float32),
         s.other_z,
         t_argmax.to(tl.float32),
@@ -876,8 +885,8 @@ def merge_partials(partials, student, teacher, moments):
         q_moment,
         partials.entropy_moment,
         partials.centered_sum,
-        partials.t_lost_max,
-        partials.s_lost_max,
+        partials.t_skipped_max,
+        partials.s_skipped_max,
         partials.s_argmax,
         partials.t_at_s_argmax,
         partials.t_argmax,
@@ -896,8 +905,8 @@ def merge_partials(partials, student, teacher, moments):
         total.q_moment,
         total.entropy_moment,
         total.centered_sum,
-        tl.max(partials.t_lost_max, 0),
-        tl.max(partials.s_lost_max, 0),
+        tl.max(partials.t_skipped_max, 0),
+        tl.max(partials.s_skipped_max, 0),
         s_argmax,
         t_at_s_argmax,
         t_argmax,
@@ -997,8 +1006,8 @@ def conclude(total, student, teacher, moments, LN2: tl.constexpr = LN2):
                 scaled(s_at_t_argmax - s_norm.max, student.unit),
                 scaled(t_at_s_argmax - t_norm.max, teacher.unit),
                 log_exp_sum_ratio,
-                tl.exp(log_probability(total.t_lost_max, t_norm)),
-                tl.exp(log_probability(total.s_lost_max, s_norm)),
+                tl.exp(log_probability(total.t_skipped_max, t_norm)),
+                tl.exp(log_probability(total.s_skipped_max, s_norm)),
             )
             both = s_norm.log_exp_sum + t_norm.log_exp_sum
             phi = tl.where(both - both == 0.0, phi, float("nan"))
@@ -1015,7 +1024,7 @@ def conclude(total, student, teacher, moments, LN2: tl.constexpr = LN2):
         Argmax(t_argmax, t_exp_sum, total.t_max, s_at_t_argmax, t_gradient),
         log_ratio,
         log_exp_sum_ratio,
-        (total.t_lost_max > -float("inf")) | (total.s_lost_max > -float("inf")),
+        (total.t_skipped_max > -float("inf")) | (total.s_skipped_max > -float("inf")),
         phi,
         g,
         h,
@@ -1121,7 +1130,11 @@ def _place(column, start):
 
 @triton.jit
 def _is_special(start, special, spec):
-    """Return whether a tile has an argmax, the label, a log 0, or the end of the row."""
+    """Return whether a tile needs a mask or the policy for log 0.
+
+    It does if it contains an argmax, the label, or columns before or after the row. If the row has a log 0 anywhere,
+    all its tiles do.
+    """
     first = tl.minimum(_place(special.s_argmax, start), _place(special.t_argmax, start))
     first = tl.minimum(first, _place(special.label, start))
     is_special = (first < spec.BLOCK_V) | (start + spec.BLOCK_V > special.end)
@@ -1256,7 +1269,7 @@ def _store(pointer, start, lanes, value, width, WHOLE: tl.constexpr, HEAD: tl.co
 
 @triton.jit
 def _own_gradient(derivative, column, argmax, argmax_gradient, excluded, label_gradient, spec):
-    """Return the derivative with that of the columns which have one of their own: the argmax and the label."""
+    """Return the derivative, after the argmax and the label have got the gradients computed for them alone."""
     if spec.FORM % 2 == 1:
         derivative = tl.where(column == argmax, argmax_gradient, derivative)
     if excluded is not None:

@@ -2,7 +2,8 @@
 
 namespace {
 
-// The terms of one column, in place of a divergence's: phi of KL(p || q), g of KL(q || p), h of the teacher's entropy.
+// One column's terms of three measures, in the places that a divergence has for its terms: KL(p || q) in phi,
+// KL(q || p) in g, the teacher's entropy in h.
 struct MeasureTerms {
   static FASTKD_INLINE void eval(V p, V q, V log_p, V, V log_ratio, const float*, float, V& phi, V& g, V& h) {
     phi = p * log_ratio;

@@ -118,7 +118,8 @@ void statistics_of_row(const LogProbs& call, int64_t row) {
   (call.centered ? add_sums<true> : add_sums<false>)(z, call.columns, center, out[1], out[2]);
 }
 
-// Overwrites the logits with e (a + b (z - maximum)) dz/dlogit T, where e = exp(z - maximum).
+// Overwrites the logits x with e (a + b (z - maximum)) T dz/dx, where e = exp(z - maximum). The caller has divided a
+// and b by T.
 template <bool IDENTITY>
 void gradient_of_row(const LogProbs& call, int64_t row) {
   float* x = call.logits + row * call.stride;

@@ -1,4 +1,5 @@
-// The kernel of the measures, and its launcher. It is apart from kernel.cu, which takes minutes to compile.
+// The kernel of the measures, and its launcher. They have a file of their own, because kernel.cu takes minutes to
+// compile.
 
 #include <cuda_runtime.h>
 

@@ -1,6 +1,7 @@
 // The measures of dense rows (fastkd/call/measures.py), in a launch of their own.
 //
-// One block computes a row. It reads the row twice from device memory: for the softmax of both sides, and for the sums.
+// One block computes the measures of a row. It reads the row twice from device memory: for the softmax of both sides,
+// and for the sums.
 #pragma once
 #include "open.h"
 
@@ -70,7 +71,7 @@ FASTKD_DEVICE PartialSoftmax softmax_of(const char* row, const Side& side, int64
       local.max = z;
       local.column = column;
     }
-    // Before the first finite logit the sum stays 0, except that a NaN or an infinity poisons it.
+    // Before its first logit above -inf, a thread's sum is 0, or NaN if a logit was NaN.
     local.exp_sum += local.max == -INF ? (z == -INF ? 0 : z) : exp2_of_product(z - local.max, side.rate);
   }
   return merge_block(local, memory, [&](const auto& a, const auto& b) { return merged(a, b, side.rate); });
@@ -82,7 +83,7 @@ FASTKD_INLINE void add_measures(MeasureSums& sums, float log_p, float log_q) {
   if (!(p == 0)) sums.teacher_entropy -= p * log_p;
   if (!(p == 0 || (log_q == -INF && p < NEGLIGIBLE))) sums.forward_kl += p * log_ratio;
   if (!(q == 0 || (log_p == -INF && q < NEGLIGIBLE))) sums.reverse_kl -= q * log_ratio;
-  sums.acceptance += p < q ? p : q + 0 * p;  // a NaN on either side is one here
+  sums.acceptance += p < q ? p : q + 0 * p;  // NaN if p or q is NaN
 }
 
 FASTKD_DEVICE void measure_row(const Call& call, int64_t row, float* out, char* memory) {

@@ -3,8 +3,8 @@
 fastkd/logprobs.py calls :func:`logprobs`. The forward pass saves three numbers per row. The backward pass computes the
 logits of each chunk again and overwrites them with their gradient. The losses instead compute their gradient in the
 forward pass, and multiply it by one upstream gradient later. Here a row has several outputs, each with an upstream
-gradient of its own, so that is impossible. Saving the logits would spare one of four matrix products, but take as much
-memory as chunks avoid.
+gradient of its own, so that is impossible. Keeping the logits would avoid one of four matrix products, but take the
+memory that chunks are there to avoid.
 
 With z the tempered logits of a row, q their softmax, H its entropy and G the upstream gradients,
 
@@ -129,7 +129,7 @@ def _chunk_size(student: Student, request: Request, weight_gradient: bool, backe
 def _chunks(
     student: Student, rows: Rows, request: Request, weight_gradient: bool, backend: str
 ) -> tuple[Chunks, bool]:
-    """(the chunks, whether they contain dropped rows); both passes have the same, and so the same bits of logits."""
+    """(the chunks, whether they contain dropped rows); both passes use equal chunks, and so get the same bits."""
     hidden = student.hidden
     capturing = hidden.is_cuda and torch.cuda.is_current_stream_capturing()
     size = _chunk_size(student, request, weight_gradient, backend)
@@ -191,7 +191,7 @@ def _unfilled(student: Student, rows: Rows, request: Request) -> Outputs:
 
 
 def compute(student: Student, rows: Rows, request: Request, weight_gradient: bool) -> Outputs:
-    """All outputs of all rows. weight_gradient: whether the backward pass will need memory for that of the weight."""
+    """All outputs of all rows. weight_gradient: whether the backward pass will compute the gradient of the weight."""
     hidden = student.hidden
     lead, device, logits_dtype = hidden.shape[:-1], hidden.device, wide(hidden.dtype)
     if checking():
@@ -298,7 +298,8 @@ def _exchanged(
     if found is not None:
         found = of_ranks[1].sum(0)  # only one process has the token
     if top_z is not None:
-        # Processes are in the order of their ids, so a stable sort puts the lower of two ids with equal logits first.
+        # A process of a higher rank has higher token ids, so a stable sort puts the lower of two ids with equal logits
+        # first.
         values, ids = (each.transpose(0, 1).flatten(1) for each in of_ranks[-2:])
         order = values.sort(dim=-1, descending=True, stable=True).indices[:, :k]
         top_z, top_ids = values.gather(1, order), ids.gather(1, order).to(torch.int64)
@@ -361,7 +362,7 @@ def gradients(
 def _normalized(upstream: Upstream, kept: Tensor | None) -> tuple[Upstream, Tensor]:
     """(the upstream gradients over their largest magnitude, that magnitude).
 
-    Otherwise small gradients of logits would be 0 as float16 operands of a matrix product.
+    Without this division, small gradients of logits would underflow to 0 as float16 operands of a matrix product.
     """
 
     def of_kept(gradient: Tensor) -> Tensor:
@@ -443,7 +444,8 @@ def _overwrite_with_gradient(
             is_target = False
         else:
             own = own.masked_fill(~column.here, 0.0)
-            # One index per row and call, or distinct ones, so that no two additions race: the result is deterministic.
+            # The ids of a row are distinct, and padding and ids of other processes add 0, so the order of the additions
+            # does not change the result.
             logits.scatter_add_(1, column.local, own.to(logits.dtype))
 
 
@@ -603,7 +605,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
     arguments = by_name(logprobs_op, inputs)
     *_, topk_ids, _, statistics = output
     wanted = dict(zip(_TENSORS, arguments["wanted"], strict=False))
-    # A graph cannot tell whether a constant was made in inference mode, in which autograd could not save it.
+    # A graph cannot tell whether a constant is an inference tensor, which autograd could not save.
     tensors = [
         x if x is None or wanted.get(name) else copied(x)
         for name, x in arguments.items()

@@ -141,9 +141,9 @@ def draft_loss(
     sg stops the gradient. The gradient of "nla" is that of "tvd" divided by a, so it is not small when few tokens are
     accepted, unlike that of "tvd".
 
-    A draft vocabulary may be a subset of the target's. p is then renormalised over the subset in the first four terms
+    A draft vocabulary may be a subset of the target's. p is then renormalized over the subset in the first four terms
     and in the KL of "lk_hybrid". The acceptance a uses p as it is, because the verifier does: the target's mass outside
-    the subset is never accepted. (speculators cuts and renormalises the target's logits for all terms; to get its
+    the subset is never accepted. (speculators cuts and renormalizes the target's logits for all terms; to get its
     values, pass ``teacher[..., draft_to_target]`` and no draft_to_target.)
 
     Args:
@@ -152,7 +152,7 @@ def draft_loss(
         losses: the name of a term, or a dict from names to weights that are not negative, such as
             {"cross_entropy": 0.1, "tvd": 0.9}. A term of weight 0 is only measured, for return_parts.
         draft_to_target: [D] int64, the target's token for each draft token, all distinct. (EAGLE-3 checkpoints store
-            offsets: pass ``torch.arange(D) + d2t``.) None: both have the same vocabulary.
+            offsets: pass ``torch.arange(D) + d2t``.) None: both models have the same vocabulary.
         eta: of "lk_hybrid", not negative.
         positions: [...] int64, the position of each row in the draft; for position_decay.
         position_decay: g in (0, 1]: the loss of a row is multiplied by g^position.
@@ -346,8 +346,8 @@ class _Terms(NamedTuple):
 class _Chunk:
     """The terms of some rows, [C, D] and [C, V], and the gradient of their weighted sum.
 
-    Each kernel call computes one divergence, and the cross-entropy with it where both have the same weight in every
-    row, up to a factor. The gradients are added in the dtype of losses, before their sum is rounded.
+    Each kernel call computes one divergence. It also computes the cross-entropy if the ratio of the two weights is the
+    same in every row. The gradients are added in the dtype of losses, before their sum is rounded.
     """
 
     def __init__(
@@ -364,7 +364,8 @@ class _Chunk:
         self.values: dict[str, Tensor] = {}  # the terms by name, [C], without weights
         self.gradient: Tensor | None = None  # [C, D], of scale * loss
         self.acceptance: Tensor | None = None  # [C]; None if nothing needs it
-        # The logits of the draft vocabulary, these with a column for the target's other tokens, and argmax p.
+        # Both models' logits of the draft vocabulary; the same with one more column, for the target's other tokens; and
+        # argmax p.
         self.subset, self.whole, self.labels = self._pairs(student, teacher)
         of_rows = rows.weight
         self.of_rows = torch.ones_like(self.subset[0][:, 0]) if of_rows is None else of_rows
@@ -407,7 +408,7 @@ class _Chunk:
             self.gradient.mul_((self.of_rows * slope).unsqueeze(-1))
 
     def _sum_low_acceptance(self, acceptance: Tensor) -> None:
-        """Replace the acceptance by sum_v min(p_v, q_v) where 1 - TV has lost digits, which the logarithm shows."""
+        """Replace the acceptance by sum_v min(p_v, q_v) where 1 - TV has lost digits that its logarithm needs."""
         low = (acceptance < LOW_ACCEPTANCE).nonzero().squeeze(-1)
         if low.numel():
             logs = []
@@ -424,7 +425,7 @@ class _Chunk:
         return (-self.terms.eta * self.acceptance).exp()
 
     def _forward_terms(self) -> None:
-        """Compute the KL and "lk_hybrid", whose gradients by the KL are added in one call."""
+        """Compute the KL and "lk_hybrid". One kernel call adds the gradient of the KL in both."""
         terms, values = self.terms, self.values
         onward, hybrid = terms.weight("forward_kl"), terms.weight("lk_hybrid")
         hard = terms.weight("cross_entropy") if "cross_entropy" not in values else 0.0
@@ -495,7 +496,7 @@ class _Chunk:
         # -log of the most probable draft token's probability, among the draft tokens and among all tokens.
         among_draft = self._cross_entropy(t[:, :size], best)
         among_all = self._cross_entropy(teacher, columns[best])
-        # The logarithm of the draft tokens' mass. By rounding it may be 0 or more, and no mass is left for the others.
+        # The logarithm of the draft tokens' mass. If rounding makes it 0 or more, no mass is left for the other tokens.
         mass = among_draft - among_all
         rest = torch.where(mass >= 0.0, -math.inf, (-torch.expm1(mass)).log())
         rest = torch.maximum(top + among_all + rest, top - FAR)

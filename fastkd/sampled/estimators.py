@@ -1,15 +1,15 @@
 """Estimators of KL(q || p) from tokens sampled from the student q, for on-policy distillation.
 
-With log r = log p(x) - log q(x) for a sampled token x (Schulman, "Approximating KL Divergence", 2020). The gradient of
-each estimator treats the samples as fixed, so only k2 has the gradient of KL(q || p) in expectation:
+For a sampled token x, log r = log p(x) - log q(x) (Schulman, "Approximating KL Divergence", 2020). The gradient of each
+estimator treats the samples as fixed, so only k2 has the gradient of KL(q || p) in expectation:
 
     k1  gradient -d log r = d log q(x), which is 0 in expectation. To train on k1 use the score function,
         -sg(log r) d log q(x), where sg stops the gradient.
     k2  gradient -log r d log q(x), in expectation the gradient of KL(q || p)
     k3  gradient (1 - r) d log q(x), in expectation the gradient of KL(p || q), if p is 0 only where q is 0
 
-Sampled sequences are padded. Pass ``mask`` rather than multiplying by one: where padding holds -inf, the product and
-its gradient are NaN.
+Sampled sequences are padded. Pass ``mask``; do not multiply the estimates by a mask: where padding holds -inf, the
+product and its gradient are NaN.
 """
 
 from __future__ import annotations

@@ -98,7 +98,8 @@ def policy_advantages(
         teacher_logprobs: [..., T], log p of the sampled tokens.
         sampled_logprobs: [..., T], log-probabilities of the same tokens under the model that sampled them, or under the
             student before its first update on them. For several updates, the student's current log-probabilities give
-            the exact gradient of KL(q || p), if :func:`on_policy_loss` gets those of sampling as old_logprobs.
+            the exact gradient of KL(q || p), if :func:`on_policy_loss` gets the log-probabilities at the time of
+            sampling as old_logprobs.
         coef: factor of the teacher's term, finite.
         clamp: c > 0; limits log p - log old to [-c, c] before all else. None: no limit; a token to which the teacher
             gives probability 0 then has an infinite advantage.
@@ -292,8 +293,8 @@ def on_policy_loss(
         advantages: [..., T], advantages of a reward or from :func:`policy_advantages`; only for "policy_gradient".
         form: one of the above.
         coef: factor of the teacher's term, finite. With teacher_logprobs only, like clamp.
-        clamp: c > 0; limits t - old, or the value of another form before coef, to [-c, c]. Beyond it the gradient of
-            that form is 0 (verl's loss_max_clamp). None: no limit.
+        clamp: c > 0; limits t - old to [-c, c]. In the other forms, it limits the value before the factor coef; the
+            gradient beyond the limit is 0 (verl's loss_max_clamp). None: no limit.
         clip: PPO's epsilon, or (low, high): clip(r) limits r to [1 - low, 1 + high]. None: no clipping.
         dual_clip: c > 1; the loss of a token with A < 0 is at most -c A (dual-clip PPO, 1912.09729). None: no bound.
         mask: [..., T] bool; tokens where it is False get loss 0 and gradient 0, whatever the inputs hold there.
@@ -304,14 +305,15 @@ def on_policy_loss(
             the sequences with a counted token. A sequence is the last dimension.
         num_items: replaces the denominator of "mean" and "batchmean", and the number of sequences of "sequence_mean":
             a positive number or a 0-dim tensor. For processes with different tokens, pass
-            ``fastkd.parallel.num_items(mask=mask)``; for their sequences, ``mask=mask.any(-1)``.
+            ``fastkd.parallel.num_items(mask=mask)``; with "sequence_mean",
+            ``fastkd.parallel.num_items(mask=mask.any(-1))``.
         return_parts: return (loss, :class:`PolicyParts`).
 
     Returns:
         The loss: 0-dim, or [..., T] for "none"; float32 (float64 if an input is float64). If no token is counted, the
         loss is 0 and part of the graph. Differences of log-probabilities that are exponentiated are limited to
         [-20, 20]; beyond it they have no gradient. With FASTKD_CHECK=1, log-probabilities that are positive, NaN or
-        infinite raise.
+        infinite raise; if clamp is given, the teacher's may be -inf.
 
     Raises:
         TypeError, ValueError: an argument has the wrong type, dtype, shape, device or value; the message names it.
@@ -580,7 +582,10 @@ def _check_mask(mask: Tensor | None, other: str, like: Tensor) -> None:
 def _check_values(
     named: dict[str, Tensor | None], mask: Tensor | None, zero_allowed: bool = False
 ) -> None:
-    """Under FASTKD_CHECK=1, raise unless counted tokens have log-probabilities; -inf only if zero_allowed."""
+    """Under FASTKD_CHECK=1, raise if the value of a counted token is no log-probability.
+
+    zero_allowed: whether -inf is one.
+    """
     if torch.compiler.is_compiling() or not checking():
         return
     for argument, value in named.items():

@@ -33,11 +33,12 @@ def build_cache_from_server(
     world_size: int = 1,
     progress: Callable[[int], None] | None = None,
 ) -> Manifest:
-    """Have a server score token sequences and store the scores, kind "topk"; resumes an interrupted build.
+    """Build a teacher cache of kind "topk" from a server's scores of token sequences, or resume an interrupted build.
 
     The sequences are sent with their last token repeated at the end, so that the teacher's prediction after the last
-    token can be stored as well. The server must therefore accept one token more than the longest sequence, and one
-    more that it generates. The mass of the tail is derived from the K log-probabilities, as :class:`fastkd.TopK` does.
+    token can be stored as well. The server's context must therefore hold two tokens more than the longest sequence: the
+    repeated one, and the one that it generates. The mass of the tail is derived from the K log-probabilities, as in
+    :class:`fastkd.TopK`.
 
     Where values are missing and the teacher has missing="drop", a row has ids -1. Leave such rows out of the loss with
     mask & (batch.teacher.ids >= 0).any(-1).
@@ -52,7 +53,7 @@ def build_cache_from_server(
         dtype: the dtype in which the log-probabilities are stored.
         shard_examples: the number of sequences per shard.
         tokenizer_sha256: see :func:`fastkd.teachers.cache.tokenizer_sha256`.
-        name: a name for the teacher, for people; None: that of the served model.
+        name: a name for the teacher, for people; None: `teacher.model`.
         rank: the rank of this process among the `world_size` that build the cache.
         world_size: the number of processes.
         progress: function called after each sequence with the number of sequences finished so far, including those of

@@ -324,10 +324,10 @@ class _Connection:
 
     def __exit__(self, *_: object) -> None:
         if self._process != os.getpid():
-            return  # the loop has no thread in a forked process, and shares its sockets with the one that does
+            return  # a forked process has no thread that runs the loop, and must not close the sockets that it shares
         ended = asyncio.run_coroutine_threadsafe(self._end(), self._loop)
         if threading.current_thread() is self._thread:
-            # The garbage collector has found an abandoned stream while the loop's thread ran, which cannot wait here.
+            # The garbage collector closes an abandoned stream in the loop's thread, which cannot wait for itself.
             ended.add_done_callback(lambda _: self._loop.stop())
             return
         try:
@@ -372,8 +372,8 @@ class _Connection:
                 pause = teacher.backoff * 2.0 ** min(attempt, 30) * random.uniform(0.5, 1.0)
                 try:
                     content = await asyncio.wait_for(self._attempt(job, address), teacher.timeout)
-                    # In another thread, because decoding a long reply takes seconds. Its JSON is many times as
-                    # large as the scores, so it is not kept until the scores are wanted.
+                    # Another thread decodes the reply, because that may take seconds. It does so at once, because the
+                    # JSON is many times as large as the scores.
                     return await asyncio.to_thread(_read, job, content)
                 except asyncio.TimeoutError:
                     said = f"no complete answer within {teacher.timeout:g} s"

@@ -1,4 +1,4 @@
-"""From the entries that a server lists at each position to the K most probable tokens: what all parsers share."""
+"""What all parsers share: they take the K most probable tokens from the entries that a server lists at a position."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def wanted(
 
 
 def check_k(k: object) -> int:
-    """Return the number of tokens per position; raise unless it is an int from 0."""
+    """Return the number of tokens per position; raise unless it is an int that is at least 0."""
     k = check_int("k", k)
     if k < 0:
         raise ValueError(
@@ -190,8 +190,9 @@ def most_probable(entries: Entries, sampled: Tensor, want: Wanted) -> Scored:
     sampled = sampled.masked_fill(bad, math.nan)
     if not want.k:
         return Scored(None, sampled, ~bad, want.start)
-    # By rank, and by log-probability where ranks are equal; by log-probability alone if a rank of the row is unknown.
-    # vLLM gives the K ranks 1 to K, also if they tie, and lists the own token with a higher one if it is not of them.
+    # Sort by rank, and by log-probability where ranks are equal; if a rank of the row is unknown, sort by
+    # log-probability alone. vLLM's K tokens have ranks 1 to K, even if some are equally probable; an own token that is
+    # not among them has a higher rank.
     known = ((ranks >= 1) | ~listed).all(-1, keepdim=True)
     order = torch.where(listed, logprobs, -math.inf).argsort(stable=True, descending=True)
     by_rank = torch.where(known, ranks, 1).masked_fill(~listed, torch.iinfo(torch.int64).max)
@@ -216,7 +217,7 @@ def _check_ids(ids: Tensor, want: Wanted) -> None:
 
 
 def _check_masses(logprobs: Tensor, sampled: Tensor, kept: Tensor, want: Wanted) -> None:
-    """Raise if the probabilities of a position have a sum above 1, or its own token has one."""
+    """Raise if the probabilities of a position, or that of its own token alone, exceed 1 by more than rounding."""
     total = torch.maximum(logprobs.double().exp().sum(-1), sampled.double().exp())
     bad = (total > MOST) & kept
     if bad.any():
@@ -228,6 +229,9 @@ def _check_masses(logprobs: Tensor, sampled: Tensor, kept: Tensor, want: Wanted)
 
 
 def with_scores(ids: Tensor, logprobs: Tensor, sampled: Tensor, want: Wanted) -> Scored:
-    """Return the result for tokens that the request named: ids and logprobs [n, K], in its order, -1 for padding."""
+    """Return the result for tokens that the request named: ids and logprobs [n, K], in the request's order.
+
+    An id of -1 is padding.
+    """
     ranks = torch.arange(1, want.k + 1).expand(ids.shape)
     return most_probable(Entries(ids, logprobs, ranks), sampled, want)

@@ -1,4 +1,4 @@
-"""Requests that make vLLM and SGLang score a given sequence, with every field that this takes."""
+"""Requests that make vLLM and SGLang score a given sequence, with all fields that the server needs."""
 
 from __future__ import annotations
 

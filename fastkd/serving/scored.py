@@ -131,8 +131,8 @@ def collate(
         layout: one of the above.
         rows: "tokens": one row for each token of a sequence, so that row j belongs to the student's logits at j. The
             rows before the first scored token, and the last one, are masked. "scored": only the rows that the server
-            scored; `positions` says to which of the student's logits they belong. In the packed layout, it counts from
-            the beginning of the first sequence: hidden[batch.positions] are the rows of packed hidden states.
+            scored; `positions` says to which of the student's logits they belong. In the packed layout, positions count
+            from the beginning of the first sequence: hidden[batch.positions] are the rows of packed hidden states.
         width: W of the padded layout, if the student's input_ids are padded to more than the longest sequence.
 
     Returns:
@@ -163,7 +163,7 @@ def collate(
         logprobs = join([one.logprobs for one in teachers])
     ends = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)]).to(mask.device)
     if layout == "nested":
-        # One tensor of offsets for all, so that they can be combined.
+        # All share one tensor of offsets: torch combines nested tensors only if they do.
         jagged = functools.partial(torch.nested.nested_tensor_from_jagged, offsets=ends)
         return Nested(
             None if ids is None else jagged(ids),

@@ -55,8 +55,8 @@ def from_sglang(
             less: SGLang's first entry is always null.
         tail: the tail policy of the :class:`fastkd.TopK`.
         missing: what to do where values are null or NaN: "raise", or "drop" the row (see :class:`Scored`).
-        vocab_size: V of the teacher. SGLang reports the last token of the vocabulary as id 0, so V is needed to
-            compare the ids if it occurs in input_ids.
+        vocab_size: V of the teacher. SGLang reports the last token of the vocabulary as id 0, so V is needed if
+            input_ids contains that token.
         token_ids: the tokens that the request named in token_ids_logprob, the same for all positions. They replace the
             most probable ones.
 
@@ -91,7 +91,7 @@ def from_sglang(
 
 
 def _positions(meta_info: Mapping[str, Any], name: str, want: Wanted, option: str) -> Sequence[Any]:
-    """Return the entries of the scored tokens. The server lists the last positions of the prompt."""
+    """Return the entries of the scored tokens, which are the last ones of the server's list."""
     listed = meta_info.get(name)
     if not isinstance(listed, (list, tuple)):
         raise TypeError(
@@ -107,10 +107,10 @@ def _positions(meta_info: Mapping[str, Any], name: str, want: Wanted, option: st
 
 
 def _check_covers(name: str, positions: int, meta_info: Mapping[str, Any], want: Wanted) -> None:
-    """Raise unless the positions include one before the first scored token, and none before token 0.
+    """Raise unless a list has more positions than there are scored tokens, and no more than there are input_ids.
 
-    They must be as many as those of input_token_logprobs, whose ids are compared with input_ids; otherwise the rows of
-    one list would belong to other tokens than those of the other.
+    It must be as long as input_token_logprobs, whose ids are compared with input_ids. Otherwise row i of the two lists
+    would belong to different tokens.
     """
     length = len(want.input_ids)
     if not want.rows + 1 <= positions <= length:
@@ -176,7 +176,7 @@ def _nested(name: str, positions: Sequence[Any]) -> Entries:
 
 
 def _named(entries: Entries, named: Tensor, sampled: Tensor, want: Wanted) -> Scored:
-    """Return the result for the tokens that the request named, in its order."""
+    """Return the result for the tokens that the request named, in the order of the request."""
     ids = named.expand(want.rows, -1)
     empty = ~(entries.ids >= 0).any(-1, keepdim=True)
     same = entries.ids.unsqueeze(1) == named.unsqueeze(-1)  # [n, K, M]
@@ -195,7 +195,7 @@ def _named(entries: Entries, named: Tensor, sampled: Tensor, want: Wanted) -> Sc
 
 
 def _flat(meta_info: Mapping[str, Any], want: Wanted) -> Entries:
-    """Return the entries of the flat forms, numbers or base64 with their shape and the number of leading nulls."""
+    """Return the entries of a flat reply: one list of numbers or base64, its shape, and the number of leading nulls."""
     name = "input_top_logprobs"
     shape, nulls = meta_info[f"{name}_shape"], meta_info.get(f"{name}_null_prefix")
     try:

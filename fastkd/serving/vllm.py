@@ -94,7 +94,7 @@ def _first_is_listed(prompt_logprobs: Any, flat: bool) -> bool:
 
 
 def _listed(positions: Sequence[Any], start: int) -> Entries:
-    """Return the entries of dicts by token id, whose values are Logprob objects or dicts of JSON."""
+    """Return the entries of dicts from token ids to Logprob objects, or to the dicts that JSON has for them."""
     ids: list[int] = []
     logprobs: list[Any] = []
     ranks: list[Any] = []
@@ -151,9 +151,8 @@ def _flat(flat: Any, start: int) -> Entries:
     ids = check_listed(as_integers("token_ids", flat.token_ids))
     ids = in_rows(ids[index], counts, -1)
     if width:
-        ids[:, 0].masked_fill_(
-            (ids[:, 1:] == ids[:, :1]).any(-1), -1
-        )  # keep the one with the rank in the K
+        # Of the two entries of such a token, the later one has its rank among the K.
+        ids[:, 0].masked_fill_((ids[:, 1:] == ids[:, :1]).any(-1), -1)
     return Entries(
         ids,
         in_rows(as_floats("logprobs", flat.logprobs)[index], counts, math.nan),
@@ -172,7 +171,8 @@ def from_vllm_token_ids(
 ) -> Scored:
     """Read prompt_token_id_logprobs: the teacher's log-probabilities of tokens that the request named.
 
-    With the student's own K most probable tokens, reverse KL and its gradient need no other token, except for the tail.
+    If these are the student's K most probable tokens, reverse KL sums over the tokens that matter most to it; all other
+    tokens are the tail.
 
     Args:
         scores: `RequestOutput.prompt_token_id_logprobs`, an array [n, 1 + K]; or `prompt_token_id_logprobs` of the JSON

@@ -61,7 +61,7 @@ class TopK:
     With K = V, every policy equals the dense teacher but for rounding.
 
     **Temperature.** Log-probabilities are valid at the temperature they were taken at. At another temperature,
-    p^(T_then / T_now) is right up to its normaliser. The renormalising policies do not need the normaliser, so they are
+    p^(T_then / T_now) is right up to its normalizer. The renormalizing policies do not need the normalizer, so they are
     exact at any teacher temperature. "bucket" and "truncate" need the mass of the tail, which K tokens do not
     determine: with them, a loss at another teacher temperature raises, and you must take the log-probabilities at that
     temperature.
@@ -75,10 +75,10 @@ class TopK:
     d < s, log m may have a large error, and reverse KL has q_tail times that error. Pass tail_logprob, or logprobs in
     float32, if the tail matters.
 
-    **Rows.** A row whose ids are all -1 has no distillation term, but its cross-entropy counts. Under a renormalising
+    **Rows.** A row whose ids are all -1 has no distillation term, but its cross-entropy counts. Under a renormalizing
     policy the row is dropped, as by a mask, if it has no cross-entropy either (no labels, or alpha = 1). A counted row
     is NaN if its logprobs contain NaN, if its probabilities sum to more than 1.1 ("bucket", tail included, and
-    "truncate"), or if a renormalising policy finds only -inf. FASTKD_CHECK=1 raises instead and names the row.
+    "truncate"), or if a renormalizing policy finds only -inf. FASTKD_CHECK=1 raises instead and names the row.
 
     Args:
         ids: [..., K] int64 or int32, token ids, distinct within a row; -1 is padding and is skipped.
