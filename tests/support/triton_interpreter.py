@@ -117,7 +117,14 @@ def _converted_if_needed(convert: Any) -> Any:
         elif on_the_left or on_the_right:
             tensor, number = (left, right) if on_the_left else (right, left)
             # repr, because 0.0 == -0.0. The shape is known by its object: see _derived_once.
-            key = (type(number), repr(number), tensor.dtype.name, id(tensor.shape), on_the_left, how)
+            key = (
+                type(number),
+                repr(number),
+                tensor.dtype.name,
+                id(tensor.shape),
+                on_the_left,
+                how,
+            )
             if key in numbers:
                 return (left, numbers[key]) if on_the_left else (numbers[key], right)
             pair = convert(self, left, right, *how)
