@@ -4,6 +4,7 @@ without cycles. Imports inside functions count."""
 from __future__ import annotations
 
 import ast
+import functools
 from collections import defaultdict
 from collections.abc import Iterator
 from graphlib import TopologicalSorter
@@ -60,7 +61,9 @@ def _imported_by(module: str) -> Iterator[str]:
         yield from (name for name in names if name in MODULES and name != module)
 
 
-IMPORTS = {module: set(_imported_by(module)) for module in MODULES}
+@functools.cache
+def _imports() -> dict[str, set[str]]:
+    return {module: set(_imported_by(module)) for module in MODULES}
 
 
 def _package(module: str) -> str:
@@ -74,7 +77,7 @@ def test_every_package_is_listed() -> None:
 def test_imports_go_downwards() -> None:
     wrong = [
         f"{module} imports {other}"
-        for module, others in IMPORTS.items()
+        for module, others in _imports().items()
         for other in others
         if LAYER[_package(module)] > LAYER[_package(other)]
     ]
@@ -83,7 +86,7 @@ def test_imports_go_downwards() -> None:
 
 def test_imports_have_no_cycles() -> None:
     packages: dict[str, set[str]] = defaultdict(set)
-    for module, others in IMPORTS.items():
+    for module, others in _imports().items():
         packages[_package(module)] |= {_package(other) for other in others} - {_package(module)}
-    for graph in (packages, IMPORTS):
+    for graph in (packages, _imports()):
         TopologicalSorter(graph).prepare()  # raises CycleError, which names the cycle

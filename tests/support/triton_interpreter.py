@@ -35,6 +35,41 @@ def _call(self: interpreter.InterpretedFunction, *args: Any, **kwargs: Any) -> A
     return self.rewrite()(*args, **kwargs)
 
 
+_BUILTIN = tl.core.builtin(lambda: None).__code__
+
+
+def _patched_directly(
+    target: Any, name: str, member: Any, builder: Any, scope: interpreter._LangPatchScope
+) -> None:
+    """As the original, but calls the function beneath a builtin, which only checks that there is a _semantic."""
+    inner = member.__wrapped__ if getattr(member, "__code__", None) is _BUILTIN else member
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        kwargs["_semantic"] = interpreter.interpreter_semantic
+        return inner(*args, **kwargs)
+
+    scope.set_attr(target, name, call)
+
+
+def _patched_again(patch: Any) -> Any:
+    """The original looks through all of triton.language at each launch; the patches are the same each time."""
+    known: dict[tuple[bool, bool], list[tuple[Any, str, Any]]] = {}
+
+    def patch_lang(function: Any) -> interpreter._LangPatchScope:
+        seen = {id(value) for value in function.__globals__.values()}
+        kinds = id(tl) in seen, id(tl.core) in seen
+        if kinds not in known:
+            scope = patch(function)
+            known[kinds] = [(x, name, vars(x)[name]) for x, name, _ in scope._changes]
+            return scope
+        scope = interpreter._LangPatchScope()
+        for target, name, member in known[kinds]:
+            scope.set_attr(target, name, member)
+        return scope
+
+    return patch_lang
+
+
 def _rounding(cast: Any) -> Any:
     def rounding(self: Any, source: Any, kind: Any) -> Any:
         if source.dtype.scalar != tl.float32 or kind.scalar != tl.bfloat16:
@@ -58,7 +93,11 @@ def _looked_up_once(dtype: Any) -> Any:
 
 
 def _converted_if_needed(convert: Any) -> Any:
-    """Leaves tensors of one shape and one type of numbers as they are, which the original finds out in 20 calls."""
+    """Leaves operands of one type as they are, and converts a number beside tensors of one type and shape only once.
+
+    The original needs 20 calls to see that there is nothing to convert, and 40 to make a tensor of a number.
+    """
+    numbers: dict[Any, Any] = {}
 
     def convert_if_needed(
         self: Any,
@@ -69,11 +108,30 @@ def _converted_if_needed(convert: Any) -> Any:
         arithmetic_check: bool = True,
         div_or_mod: bool = False,
     ) -> Any:
-        if isinstance(left, tl.tensor) and isinstance(right, tl.tensor) and not div_or_mod:
-            same = left.shape is right.shape and left.dtype is right.dtype
-            if same and not left.dtype.is_ptr():
-                return left, right
-        return convert(self, left, right, left_pointer, right_pointer, arithmetic_check, div_or_mod)
+        how = left_pointer, right_pointer, arithmetic_check, div_or_mod
+        on_the_left, on_the_right = isinstance(left, tl.tensor), isinstance(right, tl.tensor)
+        if on_the_left and on_the_right:
+            kind = left.dtype
+            if kind is right.dtype and (kind is tl.float32 or not (div_or_mod or kind.is_ptr())):
+                return self.broadcast_impl_value(left, right)
+        elif on_the_left or on_the_right:
+            tensor, number = (left, right) if on_the_left else (right, left)
+            # repr, because 0.0 == -0.0. The shape is known by its object: see _derived_once.
+            key = (
+                type(number),
+                repr(number),
+                tensor.dtype.name,
+                id(tensor.shape),
+                on_the_left,
+                how,
+            )
+            if key in numbers:
+                return (left, numbers[key]) if on_the_left else (numbers[key], right)
+            pair = convert(self, left, right, *how)
+            if pair[0 if on_the_left else 1] is tensor:
+                numbers[key] = pair[1 if on_the_left else 0]
+            return pair
+        return convert(self, left, right, *how)
 
     return convert_if_needed
 
@@ -160,6 +218,8 @@ def corrected() -> Iterator[None]:
         builder = interpreter.InterpreterBuilder
         patch.setattr(builder, "cast_impl", _rounding(builder.cast_impl))
         patch.setattr(interpreter.InterpretedFunction, "__call__", _call)
+        patch.setattr(interpreter, "_patch_attr", _patched_directly)
+        patch.setattr(interpreter, "_patch_lang", _patched_again(interpreter._patch_lang))
         patch.setattr(interpreter, "_get_np_dtype", _looked_up_once(interpreter._get_np_dtype))
         semantic = triton.language.semantic.TritonSemantic
         for name, corrected_by in {
