@@ -213,7 +213,7 @@ def four_products(
             s, t = (buffer[: part.stop - start] for buffer in logits)
             make_logits(student[part], weight, None, s)
             make_logits(teacher[part], teacher_weight, None, t)
-            gradient = as_operand(s, weight, t)
+            gradient = as_operand(s, student[part], weight, t)
             hidden_gradient(gradient, weight, hidden_total[part])
             add_weight_gradient(gradient, student[part], weight_total, start == 0)
 

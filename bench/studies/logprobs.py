@@ -30,7 +30,7 @@ from tables import Table
 from torch import Tensor
 
 from fastkd import fused_linear_logprobs
-from fastkd.engine.matmul import add_weight_gradient, hidden_gradient, make_logits
+from fastkd.engine.matmul import add_weight_gradient, as_operand, hidden_gradient, make_logits
 
 CONTENDERS = ("fastkd", "eager", "TRL", "Liger")
 COLUMNS = ("four GEMMs", *CONTENDERS)
@@ -112,8 +112,9 @@ class Step:
         def run() -> None:
             for _ in range(2):
                 make_logits(hidden, weight, None, logits)
-            hidden_gradient(logits, weight, of_hidden)
-            add_weight_gradient(logits, hidden, of_weight, True)
+            gradient = as_operand(logits, hidden, weight, None)
+            hidden_gradient(gradient, weight, of_hidden)
+            add_weight_gradient(gradient, hidden, of_weight, True)
 
         return run
 

@@ -126,7 +126,10 @@ class StudentChunks:
         return make_logits(rows, weight[: self.vocabulary], bias, buffer)
 
     def add(self, indices: RowIndices, gradient: Tensor, scratch: Tensor | None) -> None:
-        """Add these rows' share of the gradients of the student's fields, given the gradient [C, V] of their logits."""
+        """Add these rows' share of the gradients of the student's fields, given the gradient [C, V] of their logits.
+
+        The gradient's memory may be overwritten.
+        """
         hidden, weight, _ = self.student
         columns = slice(self.vocabulary)
         if weight is None:
@@ -138,10 +141,10 @@ class StudentChunks:
             return
         if self.gradients.bias is not None:
             self.gradients.bias[columns] += gradient.sum(0, dtype=self.gradients.bias.dtype)
-        gradient = as_operand(gradient, weight, scratch)
+        rows = take(hidden, self.lead, indices)
+        operand = as_operand(gradient, rows, weight[columns], scratch)
         if self.gradients.weight is not None:
-            rows = take(hidden, self.lead, indices)
-            add_weight_gradient(gradient, rows, self.gradients.weight[columns], self.is_first_chunk)
+            add_weight_gradient(operand, rows, self.gradients.weight[columns], self.is_first_chunk)
         if self.gradients.hidden is not None:
             out = torch.empty(
                 gradient.shape[0],
@@ -149,7 +152,7 @@ class StudentChunks:
                 dtype=self.gradients.hidden.dtype,
                 device=hidden.device,
             )
-            hidden_gradient(gradient, weight[columns], out)
+            hidden_gradient(operand, weight[columns], out)
             put(self.gradients.hidden, self.lead, indices, out)
         self.is_first_chunk = False
 

@@ -1,8 +1,8 @@
 """The matrix products of a fused linear loss, accumulated in float32, or in float64 for float64 operands.
 
-Where torch can multiply operands of lower precision into a wider result only after converting them, the weight is
-converted a slab of rows at a time: a converted copy of a whole lm_head would be as large as the logits that chunks
-avoid.
+On a CPU with AMX, bfloat16 operands are multiplied by fastkd/engine/bf16.py. Where operands of lower precision can be
+multiplied into a wider result only after converting them, the weight is converted a slab of rows at a time: a converted
+copy of a whole lm_head would be as large as the logits that chunks avoid.
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor
+
+from fastkd.engine import bf16
 
 # The size of a converted slab of a weight.
 SLAB_BYTES = 16 << 20
@@ -56,6 +58,8 @@ def make_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor
         return torch.addmm(bias, hidden, weight.T, out=out)
     if _widens(hidden) and out.dtype == torch.float32:
         torch.mm(hidden, weight.T, out_dtype=out.dtype, out=out)
+    elif bf16.multiplies(hidden, weight, out):
+        bf16.multiply(hidden, weight, out, transpose_b=True)
     else:
         wide_hidden = hidden.to(out.dtype)
         for slab in _slabs(weight):
@@ -63,9 +67,14 @@ def make_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor
     return out if bias is None else out.add_(bias)
 
 
-def hidden_gradient(gradient: Tensor, weight: Tensor, out: Tensor) -> None:
+def hidden_gradient(gradient: Tensor | bf16.Halves, weight: Tensor, out: Tensor) -> None:
     """Write gradient [C, V] @ weight [V, H] to out [C, H]."""
-    if gradient.dtype == weight.dtype == out.dtype:
+    if isinstance(gradient, bf16.Halves):
+        total = torch.empty(out.shape, dtype=torch.float32, device=out.device)
+        bf16.multiply(gradient.high, weight, total)
+        bf16.multiply(gradient.low, weight, total, add=True)
+        out.copy_(total)
+    elif gradient.dtype == weight.dtype == out.dtype:
         torch.mm(gradient, weight, out=out)
     elif gradient.dtype == weight.dtype and _widens(weight):
         torch.mm(gradient, weight, out_dtype=out.dtype, out=out)
@@ -76,8 +85,17 @@ def hidden_gradient(gradient: Tensor, weight: Tensor, out: Tensor) -> None:
         out.copy_(total)
 
 
-def add_weight_gradient(gradient: Tensor, hidden: Tensor, total: Tensor, first: bool) -> None:
+def add_weight_gradient(
+    gradient: Tensor | bf16.Halves, hidden: Tensor, total: Tensor, first: bool
+) -> None:
     """Add gradient [C, V].T @ hidden [C, H] to total [V, H]; the first chunk overwrites total."""
+    if isinstance(gradient, bf16.Halves):
+        bf16.multiply(gradient.high, hidden, total, transpose_a=True, add=not first)
+        bf16.multiply(gradient.low, hidden, total, transpose_a=True, add=True)
+        return
+    if bf16.multiplies(gradient, hidden, total):
+        bf16.multiply(gradient, hidden, total, transpose_a=True, add=not first)
+        return
     beta = 0 if first else 1
     if gradient.dtype == hidden.dtype == total.dtype:
         total.addmm_(gradient.T, hidden, beta=beta)
@@ -97,11 +115,25 @@ def add_weight_gradient(gradient: Tensor, hidden: Tensor, total: Tensor, first: 
         total[slab].addmm_(gradient[:, slab].T.to(total.dtype), wide_hidden, beta=beta)
 
 
-def as_operand(gradient: Tensor, weight: Tensor, scratch: Tensor | None) -> Tensor:
-    """The gradient [C, V], converted to the weight's dtype if torch can multiply in it; into scratch, if given."""
-    if gradient.dtype == weight.dtype or not _widens(weight):
+def as_operand(
+    gradient: Tensor, hidden: Tensor, weight: Tensor, scratch: Tensor | None
+) -> Tensor | bf16.Halves:
+    """The gradient [C, V] in the form in which it is multiplied with hidden states and weight.
+
+    On a GPU it is converted to the weight's dtype, into scratch if given. On a CPU with AMX its halves take over its
+    memory, so the caller must not read it afterwards. Elsewhere it is returned as it is.
+    """
+    if gradient.dtype == weight.dtype:
         return gradient
-    if scratch is None:
-        return gradient.to(weight.dtype)
-    converted = scratch.flatten().view(weight.dtype)[: gradient.numel()].view(gradient.shape)
-    return converted.copy_(gradient)
+    if _widens(weight):
+        if scratch is None:
+            return gradient.to(weight.dtype)
+        converted = scratch.flatten().view(weight.dtype)[: gradient.numel()].view(gradient.shape)
+        return converted.copy_(gradient)
+    if (
+        gradient.is_contiguous()
+        and bf16.multiplies(hidden, weight, gradient)
+        and 2 * gradient.shape[1] < 2**31  # the distance of two rows of a half
+    ):
+        return bf16.split(gradient)
+    return gradient
