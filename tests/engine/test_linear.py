@@ -901,6 +901,7 @@ def products_like_a_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
 
     low = (torch.bfloat16, torch.float16)
     monkeypatch.setattr(matmul, "_widens", lambda operand: operand.dtype in low)
+    monkeypatch.setattr(matmul.bf16, "available", lambda: False)  # products of a CPU with AMX
     forget = matmul._accumulates.cache_clear
     forget()
     with torch.library._scoped_library("aten", "IMPL") as library:
