@@ -20,9 +20,13 @@ from fastkd.call.options import Numbers
 from fastkd.divergences import resolve
 from fastkd.engine.ops import GraphOptions
 
-# All backends compile to one operator that takes the backend's name, so one backend in plain PyTorch is enough here.
-# Tests of the graph alone, and not of what the operator returns, use only the cpu backend.
-ONE_OPERATOR = pytest.mark.heavy_with(any_backend="portable")
+
+# All backends compile to one operator that takes the backend's name, so one backend in plain PyTorch and one of kernels
+# are enough here. Tests of the graph alone, and not of what the operator returns, use only the cpu backend.
+def one_operator(test: Any) -> Any:
+    for name in ("portable", "triton"):
+        test = pytest.mark.heavy_with(any_backend=name)(test)
+    return test
 
 
 pytestmark = pytest.mark.usefixtures("fresh_compiler")
@@ -189,7 +193,7 @@ def test_inductor(backend: str) -> None:
     torch.testing.assert_close(results[0], results[1])
 
 
-@ONE_OPERATOR
+@one_operator
 def test_parts_are_compiled(any_backend: str) -> None:
     student, teacher, labels = _batch(5)
 
@@ -217,7 +221,7 @@ def test_a_user_defined_divergence_is_compiled() -> None:
     torch.testing.assert_close(loss, 2 * kd_loss(student, teacher, backend="reference"))
 
 
-@ONE_OPERATOR
+@one_operator
 def test_a_batch_without_a_counted_row_in_a_compiled_function(any_backend: str) -> None:
     compiled = torch.compile(kd_loss, fullgraph=True, dynamic=True, backend="aot_eager")
     for rows in (3, 0):
@@ -228,7 +232,7 @@ def test_a_batch_without_a_counted_row_in_a_compiled_function(any_backend: str) 
         assert loss == 0 and leaf.grad is not None and not leaf.grad.any()
 
 
-@ONE_OPERATOR
+@one_operator
 def test_errors_inside_a_compiled_function(any_backend: str) -> None:
     student, teacher, _ = _batch(3)
     compiled = torch.compile(kd_loss, backend="aot_eager")
@@ -252,7 +256,7 @@ def test_inplace_breaks_the_graph(backend: str) -> None:
         torch.compile(step, backend="aot_eager", fullgraph=True)(student, teacher)
 
 
-@ONE_OPERATOR
+@one_operator
 def test_double_backward_of_a_compiled_function_raises(any_backend: str) -> None:
     student, teacher, _ = _batch(3)
     leaf = student.requires_grad_()
@@ -360,7 +364,7 @@ def test_opcheck(
 # Autocast
 
 
-@ONE_OPERATOR
+@one_operator
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_autocast_leaves_the_loss_in_float32(any_backend: str, dtype: torch.dtype) -> None:
     torch.manual_seed(0)

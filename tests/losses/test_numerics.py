@@ -305,9 +305,8 @@ def test_an_infinite_upstream_gradient_of_dropped_rows(
         torch.tensor([1, math.inf, math.nan, 1]),
     )
     functions = [kd_loss]
-    if (
-        dtype != torch.bfloat16
-    ):  # bfloat16 takes the same path as float32; float16 defers its gradient
+    # bfloat16 takes the same path as float32; float16 defers its gradient. The graph is the same for all backends.
+    if dtype != torch.bfloat16 and any_backend in ("reference", "cpu"):
         functions.append(torch.compile(kd_loss, backend="aot_eager"))
     for function in functions:
         losses = function(
