@@ -91,6 +91,20 @@ def derivatives(
     return phi, g, None if divergence.degree is None else divergence.degree * phi - g
 
 
+def has_teacher_derivative(divergence: Divergence) -> bool:
+    """Whether a teacher can get a gradient: the definition returns h, or has a degree from which h follows."""
+    one = torch.ones((), dtype=torch.float64)
+    return (
+        divergence.degree is not None
+        or derivatives(divergence, one, one, 0.0 * one, 0.0 * one, 0.0 * one)[2] is not None
+    )
+
+
+def has_floor(divergence: Divergence) -> bool:
+    """Whether the divergence is forward KL with a floor, which is for listed tokens only."""
+    return divergence.function is _floored_forward_kl
+
+
 def takes_ratio(function: Callable[..., Any]) -> bool:
     """Whether the fifth argument of a definition is log_ratio."""
     code = getattr(function, "__code__", None)
@@ -285,7 +299,7 @@ def _recorded(make: Callable[Parameters, Divergence]) -> Callable[Parameters, Di
         if torch.compiler.is_compiling() and deferrable:
             return _deferred(name, arguments)
         divergence = make(*values, **named)
-        object.__setattr__(divergence, "made_by", (name, tuple(map(float, arguments))))
+        object.__setattr__(divergence, "made_by", (name, tuple(map(as_float, arguments))))
         return divergence
 
     return recorded
@@ -327,14 +341,54 @@ def _weight(argument: str, value: float) -> float:
     return value
 
 
+# Terms above this would count as infinite (fastkd.call.log_zero), so a larger clip would clip nothing.
+LARGEST_CLIP = 1e6
+
+
+def _clip(value: float) -> float:
+    value = _number("clip", value)
+    if not (0.0 < value <= LARGEST_CLIP or value == math.inf):
+        raise ValueError(
+            f"clip must be positive and at most {LARGEST_CLIP:g}, or infinity for none; got {value}"
+        )
+    return value
+
+
 def _forward_kl(p, q, log_p, log_q, log_ratio):
     phi = p * log_ratio
     return phi, -p, phi + p
 
 
+def _floored_forward_kl(p, q, log_p, log_q, floor):
+    x = where(log_p < floor, floor, log_p)
+    y = where(log_q < floor, floor, log_q)
+    floored_p = exp(x)
+    return floored_p * (x - y), -where(log_q < floor, 0.0, floored_p)
+
+
 @_recorded
-def forward_kl() -> Divergence:
-    """KL(p || q) = sum p (log p - log q), the loss of Hinton, Vinyals and Dean (2015)."""
+def forward_kl(clip: float = math.inf, floor: float = -math.inf) -> Divergence:
+    """KL(p || q) = sum p (log p - log q), the loss of Hinton, Vinyals and Dean (2015).
+
+    Args:
+        clip: the largest contribution of one token, as in :func:`jsd`.
+        floor: for a :class:`fastkd.TopK` with tail="truncate"; any other teacher raises. Log-probabilities of both
+            models below this value are replaced by it (verl's log_prob_min_clamp): with x = max(log p, floor) and
+            y = max(log q, floor), a listed token contributes e^x (x - y). A token with log q < floor has no gradient of
+            its own, though the softmax couples its logit to the others. The floor changes neither measures nor parts
+            other than the loss. Negative; -infinity for none. It cannot be combined with a clip.
+    """
+    clip, floor = _clip(clip), _number("floor", floor)
+    if not floor < 0.0:
+        raise ValueError(f"floor must be negative, or -infinity for none; got {floor}")
+    if floor > -math.inf:
+        if clip < math.inf:
+            raise ValueError(
+                f"floor cannot be combined with a clip; got floor={floor}, clip={clip}"
+            )
+        return Divergence("forward_kl with a floor", _floored_forward_kl, (floor,))
+    if clip < math.inf:
+        return Divergence("forward_kl with a clip", _clipped_mixture, (1.0, 0.0, clip))
     return Divergence("forward_kl", _forward_kl, degree=1.0, closed_form=ClosedForm(forward=1.0))
 
 
@@ -344,8 +398,15 @@ def _reverse_kl(p, q, log_p, log_q, log_ratio):
 
 
 @_recorded
-def reverse_kl() -> Divergence:
-    """KL(q || p) = sum q (log q - log p), which is mode-seeking (MiniLLM, Gu et al. 2024)."""
+def reverse_kl(clip: float = math.inf) -> Divergence:
+    """KL(q || p) = sum q (log q - log p), which is mode-seeking (MiniLLM, Gu et al. 2024).
+
+    Args:
+        clip: the largest contribution of one token, as in :func:`jsd`.
+    """
+    clip = _clip(clip)
+    if clip < math.inf:
+        return Divergence("reverse_kl with a clip", _clipped_mixture, (0.0, 1.0, clip))
     return Divergence("reverse_kl", _reverse_kl, degree=1.0, closed_form=ClosedForm(reverse=1.0))
 
 
@@ -356,17 +417,30 @@ def _mixture(p, q, log_p, log_q, log_ratio, forward, reverse):
     return onward + backward, backward + gap, onward - gap
 
 
+def _clipped_mixture(p, q, log_p, log_q, log_ratio, forward, reverse, clip):
+    onward = forward * p * log_ratio
+    backward = -reverse * q * log_ratio
+    gap = reverse * q - forward * p
+    phi = onward + backward
+    g = where(phi > clip, 0.0, backward + gap)
+    return where(phi > clip, clip, phi), g, where(phi > clip, 0.0, onward - gap)
+
+
 @_recorded
-def mixture(forward: float = 0.5, reverse: float = 0.5) -> Divergence:
+def mixture(forward: float = 0.5, reverse: float = 0.5, clip: float = math.inf) -> Divergence:
     """Weighted sum: forward KL(p || q) + reverse KL(q || p).
 
     Args:
         forward: weight of KL(p || q), finite and not negative.
         reverse: weight of KL(q || p), finite and not negative; the two must not both be 0.
+        clip: the largest contribution of one token, weights included, as in :func:`jsd`.
     """
     forward, reverse = _weight("forward", forward), _weight("reverse", reverse)
     if forward == reverse == 0:
         raise ValueError("forward and reverse must not both be 0")
+    clip = _clip(clip)
+    if clip < math.inf:
+        return Divergence("mixture with a clip", _clipped_mixture, (forward, reverse, clip))
     return Divergence(
         "mixture",
         _mixture,
@@ -406,19 +480,37 @@ def _jsd(p, q, log_p, log_q, log_ratio, beta, rest):
     return phi, -rest * q * (above_q + log_m), -beta * p * (above_p + log_m)
 
 
+def _clipped_jsd(p, q, log_p, log_q, log_ratio, beta, rest, clip):
+    log_m = log_mixture(log_ratio, beta, rest)
+    above_q = where(log_ratio > 0.0, log_ratio, 0.0)
+    above_p = where(log_ratio < 0.0, -log_ratio, 0.0)
+    phi = -(beta * p + rest * q) * log_m - (beta * p * above_p + rest * q * above_q)
+    g = where(phi > clip, 0.0, -rest * q * (above_q + log_m))
+    return where(phi > clip, clip, phi), g, where(phi > clip, 0.0, -beta * p * (above_p + log_m))
+
+
 @_recorded
-def jsd(beta: float = 0.5) -> Divergence:
+def jsd(beta: float = 0.5, clip: float = math.inf) -> Divergence:
     """Generalised Jensen-Shannon: beta KL(p || m) + (1 - beta) KL(q || m), m = beta p + (1 - beta) q.
 
     The endpoints follow the convention of GKD (Agarwal et al. 2024): beta = 0 is KL(p || q) and beta = 1 is
     KL(q || p), the limits of JSD / beta and JSD / (1 - beta). The formula itself is 0 at both endpoints.
 
+    **The clip** is that of OPSD (Zhao et al. 2026): if phi_v is the contribution of token v, D = sum min(phi_v, clip).
+    A token above the clip contributes the clip, and its derivative by log p and log q is 0, so its logit only has the
+    gradient that the softmax passes on from the others: (g_v - q_v sum g) / T with g_v = 0. A sum of clipped
+    contributions can be negative, because single contributions of a KL divergence can be. The clip is compared before
+    T^2 and weights multiply, and also applies to the tail of a :class:`fastkd.TopK` with tail="bucket".
+
     Args:
         beta: weight of the teacher in the mixture, in [0, 1].
+        clip: the largest contribution of one token, positive and at most 1e6; infinity for none. OPSD uses 0.05.
     """
-    beta = _unit("beta", beta)
+    beta, clip = _unit("beta", beta), _clip(clip)
     if beta in (0.0, 1.0):
-        return reverse_kl() if beta else forward_kl()
+        return reverse_kl(clip) if beta else forward_kl(clip)
+    if clip < math.inf:
+        return Divergence("jsd with a clip", _clipped_jsd, (beta, 1.0 - beta, clip))
     return Divergence("jsd", _jsd, (beta, 1.0 - beta), degree=1.0)
 
 
@@ -700,6 +792,9 @@ DEFINITIONS: tuple[Callable[..., tuple[Any, Any]], ...] = (
     _alpha_beta_at_sum_0,
     _half_squared_gap,
     _smooth_l1,
+    _clipped_mixture,
+    _clipped_jsd,
+    _floored_forward_kl,
 )
 
 _functions.update({function_name(function): function for function in DEFINITIONS})

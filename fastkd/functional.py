@@ -30,11 +30,11 @@ from fastkd.call.checks import (
     with_tail,
     with_topk,
 )
-from fastkd.call.contract import Want, row_dtype
+from fastkd.call.contract import Want, kept_rows, row_dtype
 from fastkd.call.measures import MEASURES
-from fastkd.call.options import LossOptions
+from fastkd.call.options import LossOptions, as_tensor
 from fastkd.core.tensors import share_storage, writable
-from fastkd.divergences import Divergence
+from fastkd.divergences import Divergence, has_teacher_derivative
 from fastkd.engine import autograd, linear
 from fastkd.engine.chunks import Student
 from fastkd.engine.plan import wide
@@ -71,6 +71,9 @@ class Parts(NamedTuple):
     """The detached terms of each row's loss, computed in the same pass as the loss. Dropped rows contain 0.
 
     loss of a row = weight (alpha * distillation + (1 - alpha) * cross_entropy)
+
+    A row with an invalid label has NaN in all terms, if the loss reads labels: alpha < 1, or a divergence with a label
+    term.
     """
 
     distillation: Tensor  # [...], multiplied by T^2 if scale_by_temperature
@@ -327,7 +330,7 @@ def kd_loss(
             )
             want = _want(student_logits, teacher, wants_parts, inplace)
             want = with_names(want, names, teacher, group is not None)
-            if want.teacher_gradient and call.options.divergence.degree is None:
+            if want.teacher_gradient and not has_teacher_derivative(call.options.divergence):
                 raise ValueError(
                     f"teacher requires grad, and the divergence {call.options.divergence.name!r} has no degree of "
                     "homogeneity, which the teacher's gradient needs; set Divergence(degree=...) or detach the teacher"
@@ -572,6 +575,11 @@ def _returned(
     counted = call.counted
     if not isinstance(counted, Tensor):
         counted = torch.tensor(counted, device=device)
+    invalid = _invalid_labels(call)
+    if invalid is not None:  # backends differ in what they leave there
+        distillation, cross_entropy, entropy = (
+            term.masked_fill(invalid, torch.nan) for term in (distillation, cross_entropy, entropy)
+        )
     parts = Parts(distillation, cross_entropy, entropy, counted)
     if names is None:
         return loss, parts
@@ -579,6 +587,22 @@ def _returned(
     if measures is not None:
         named = {name: measures[..., MEASURES.index(name)].contiguous() for name in names}
     return loss, MeasuredParts(*parts, **named)
+
+
+def _invalid_labels(call: LossCall) -> Tensor | None:
+    """Whether the label of a row is invalid, [...]; None if no label is read."""
+    options, rows = call.options, call.rows
+    labels = rows.labels
+    # In a graph the options hold a stand-in for alpha, below 1, so reads_labels is True.
+    if labels is None or not options.reads_labels:
+        return None
+    invalid = (labels < 0) | (labels >= options.vocabulary)
+    kept = kept_rows(rows, options.ignore_index)
+    if kept is not None:
+        invalid = invalid & kept
+    if call.numbers is not None and options.divergence.target is None:
+        invalid = invalid & (as_tensor(call.numbers.scalars["alpha"]) < 1.0)
+    return invalid
 
 
 def _check_inplace(

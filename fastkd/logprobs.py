@@ -225,7 +225,7 @@ def student_topk(
         else:
             name = "weight"
             group = layout.group_of_head(process_group, student, weight)
-            student = layout.local_hidden("hidden", student, group)
+            student = layout.local_hidden("student", student, group)
             weight = layout.local_weight("weight", weight, group)
             bias = layout.local_weight("bias", bias, group)
         with share.agreed_by(group) as agreement:
@@ -235,7 +235,7 @@ def student_topk(
                 of_student = Student(check_logits("student", student, group is not None).detach())
                 width = student.shape[-1]
             else:
-                check_head(student, weight, bias, "")
+                check_head(student, weight, bias, "", "student")
                 width = weight.shape[0]
                 of_student = Student(*autocast(student.detach(), weight.detach(), bias))  # type: ignore[arg-type]
             rows, request = _prepared(

@@ -110,6 +110,7 @@ class Row {
   void exclude_sure_columns(const Merged& row);
   BlockStatistics without_sure(int64_t b, BlockScratch& scratch);
   double gap_at(int64_t column, bool student) const;
+  bool sure_columns_are_finite() const;
   void add_sure_columns();
   void set_sure_gradients();
   void store_sure_gradient(int side, int64_t b, double scale, float* gradient) const;

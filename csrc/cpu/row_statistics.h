@@ -96,7 +96,8 @@ inline bool Row::merge_sums() {
     g_ += block.g;
     h_ += block.h;
   }
-  const bool finite = log_0_policy_ || std::isfinite(phi_ + g_ + h_);
+  // The sums leave out the sure columns, whose terms in the blocks may be NaN all the same.
+  const bool finite = log_0_policy_ || (std::isfinite(phi_ + g_ + h_) && sure_columns_are_finite());
   if (whole() && finite) add_sure_columns();
   return finite;
 }

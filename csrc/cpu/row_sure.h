@@ -84,6 +84,13 @@ inline double Row::gap_at(int64_t column, bool student) const {
                  : (z - row_statistics_.t_max) / teacher_softmax_.temperature;
 }
 
+// Whether neither side is at -inf in a sure column of the other.
+inline bool Row::sure_columns_are_finite() const {
+  for (const int64_t column : sure_column_)
+    if (column >= 0 && !std::isfinite(gap_at(column, true) + gap_at(column, false))) return false;
+  return true;
+}
+
 // Adds the sure columns to the sums over the other columns, and computes their gradients.
 inline void Row::add_sure_columns() {
   if (sure_column_[0] < 0 && sure_column_[1] < 0) return;

@@ -152,7 +152,9 @@ FASTKD_INLINE void finish_sums(const Call& call, RowState& row, Sums all) {
   row.h = all.h;
   if (call.shard.step != Step::sums && (row.s_sure.exists || row.t_sure.exists))
     add_sure_columns<Divergence>(call, row);
-  row.finite = row.log_0_policy || finite(float(row.phi) + float(row.g) + float(row.h));
+  // The sums over the columns leave out the sure ones, which need the policy if the other side is at -inf there.
+  const double gaps = (row.s_sure.exists ? row.s_sure.other_gap : 0) + (row.t_sure.exists ? row.t_sure.other_gap : 0);
+  row.finite = row.log_0_policy || finite(float(row.phi) + float(row.g) + float(row.h) + float(gaps));
 }
 
 }  // namespace fastkd::cuda

@@ -294,5 +294,64 @@ struct smooth_l1 {
   }
 };
 
+struct clipped_mixture {
+  static constexpr bool always_normalized = true;
+  static constexpr bool uses_logs = true, gradient_uses_logs = true;
+  // Whether a factor of p and q, with the same logarithms, is one of g.
+  static constexpr bool gradient_is_linear = false;
+  static FASTKD_INLINE void eval(V p, V q, V log_p, V log_q, V log_ratio, const float* params_,
+                                 float degree_, V& phi_, V& g_, V& h_) {
+    const V forward = splat(params_[0]);
+    const V reverse = splat(params_[1]);
+    const V clip = splat(params_[2]);
+    const V onward = ((forward * p) * log_ratio);
+    const V backward = (((-reverse) * q) * log_ratio);
+    const V gap = ((reverse * q) - (forward * p));
+    const V phi = (onward + backward);
+    const V g = where((phi > clip), splat(0.0f), (backward + gap));
+    phi_ = where((phi > clip), clip, phi);
+    g_ = g;
+    h_ = where((phi > clip), splat(0.0f), (onward - gap));
+  }
+};
+
+struct clipped_jsd {
+  static constexpr bool always_normalized = true;
+  static constexpr bool uses_logs = true, gradient_uses_logs = true;
+  // Whether a factor of p and q, with the same logarithms, is one of g.
+  static constexpr bool gradient_is_linear = false;
+  static FASTKD_INLINE void eval(V p, V q, V log_p, V log_q, V log_ratio, const float* params_,
+                                 float degree_, V& phi_, V& g_, V& h_) {
+    const V beta = splat(params_[0]);
+    const V rest = splat(params_[1]);
+    const V clip = splat(params_[2]);
+    const V log_m = log_mixture(log_ratio, beta, rest);
+    const V above_q = where((log_ratio > splat(0.0f)), log_ratio, splat(0.0f));
+    const V above_p = where((log_ratio < splat(0.0f)), (-log_ratio), splat(0.0f));
+    const V phi = (((-((beta * p) + (rest * q))) * log_m) - (((beta * p) * above_p) + ((rest * q) * above_q)));
+    const V g = where((phi > clip), splat(0.0f), (((-rest) * q) * (above_q + log_m)));
+    phi_ = where((phi > clip), clip, phi);
+    g_ = g;
+    h_ = where((phi > clip), splat(0.0f), (((-beta) * p) * (above_p + log_m)));
+  }
+};
+
+struct floored_forward_kl {
+  static constexpr bool always_normalized = true;
+  static constexpr bool uses_logs = true, gradient_uses_logs = true;
+  // Whether a factor of p and q, with the same logarithms, is one of g.
+  static constexpr bool gradient_is_linear = false;
+  static FASTKD_INLINE void eval(V p, V q, V log_p, V log_q, V log_ratio, const float* params_,
+                                 float degree_, V& phi_, V& g_, V& h_) {
+    const V floor = splat(params_[0]);
+    const V x = where((log_p < floor), floor, log_p);
+    const V y = where((log_q < floor), floor, log_q);
+    const V floored_p = exp(x);
+    phi_ = (floored_p * (x - y));
+    g_ = (-where((log_q < floor), splat(0.0f), floored_p));
+    h_ = degree_ * phi_ - g_;
+  }
+};
+
 // The table, in the order of DEFINITIONS.
-#define FASTKD_DIVERGENCES(X) X(forward_kl) X(reverse_kl) X(mixture) X(soft_cross_entropy) X(jsd) X(skew_forward_kl) X(skew_reverse_kl) X(tvd) X(hellinger) X(alpha_beta) X(alpha_beta_of_any_sign) X(alpha_beta_at_beta_0) X(alpha_beta_at_alpha_0) X(alpha_beta_at_sum_0) X(half_squared_gap) X(smooth_l1)
+#define FASTKD_DIVERGENCES(X) X(forward_kl) X(reverse_kl) X(mixture) X(soft_cross_entropy) X(jsd) X(skew_forward_kl) X(skew_reverse_kl) X(tvd) X(hellinger) X(alpha_beta) X(alpha_beta_of_any_sign) X(alpha_beta_at_beta_0) X(alpha_beta_at_alpha_0) X(alpha_beta_at_sum_0) X(half_squared_gap) X(smooth_l1) X(clipped_mixture) X(clipped_jsd) X(floored_forward_kl)

@@ -33,7 +33,7 @@ from fastkd.core.scalars import (
     plain,
 )
 from fastkd.core.tensors import check_readable, check_strided
-from fastkd.divergences import Divergence, resolve
+from fastkd.divergences import Divergence, has_floor, resolve
 from fastkd.teachers import Ensemble, LinearTeacher, Teacher, TopK, check_linear
 
 REDUCTIONS = ("none", "sum", "mean", "batchmean")
@@ -67,6 +67,7 @@ def prepare(
     reduction: str = "mean",
     num_items: int | float | Tensor | None = None,
     backend: str = "auto",
+    tail: str = "",
     **scalars: Any,
 ) -> LossCall:
     """Check the options of a call, and return them with the tensors of its rows.
@@ -85,6 +86,7 @@ def prepare(
         reduction: as in kd_loss.
         num_items: as in kd_loss.
         backend: as in kd_loss.
+        tail: the policy of a TopK that is not passed as the teacher; "" if there is none.
         **scalars: the options of fastkd.call.options.TABLE.
 
     Raises:
@@ -101,6 +103,7 @@ def prepare(
             per_row[name] = _row_temperatures(name, values[name], lead, device)
             values[name] = 1.0
     options = Options(resolve(divergence), **checked(values), vocab_size=vocabulary or 0)
+    _check_floor(options.divergence, teacher.tail if isinstance(teacher, TopK) else tail)
     check_choice("reduction", reduction, REDUCTIONS)
     if num_items is not None and reduction not in ("mean", "batchmean"):
         raise ValueError(
@@ -175,7 +178,7 @@ def settled(
     scalars: dict[str, Any] = numbers.scalars
     call = prepare(
         torch.Size(()), torch.device("cpu"), torch.float32, vocab_size, labels,
-        divergence=divergence, num_items=numbers.num_items, **scalars,
+        divergence=divergence, num_items=numbers.num_items, tail=tail, **scalars,
     )  # fmt: skip
     options = call.options
     if tail:
@@ -183,6 +186,16 @@ def settled(
         options = _at_temperature(options, tail, numbers.taken_at, per_row)
     check_values(rows, options)
     return options
+
+
+def _check_floor(divergence: Divergence, tail: str) -> None:
+    """Raise if the divergence has a floor and the teacher is not a TopK whose policy is "truncate"."""
+    if has_floor(divergence) and tail != "truncate":
+        got = f"tail={tail!r}" if tail else "a teacher that is not a TopK"
+        raise ValueError(
+            f"floor={divergence.params[0]:g} of forward_kl is for a TopK with tail='truncate', the sum over listed "
+            f"tokens; got {got}. Probabilities that are raised to a floor do not sum to 1 over a vocabulary"
+        )
 
 
 def _check_needs_labels(options: Options, labels: Tensor | None, vocabulary: int | None) -> None:
@@ -327,21 +340,25 @@ def check_columns(argument: str, logits: object, shard: bool = False) -> Tensor:
     return logits
 
 
-def check_head(hidden: object, weight: object, bias: object, whose: str = "student_") -> None:
+def check_head(
+    hidden: object, weight: object, bias: object, whose: str = "student_", rows: str = ""
+) -> None:
     """Raise unless hidden [..., H], weight [V, H] and bias [V] are tensors that match.
 
-    whose is the prefix of the names in messages: "student_" or "".
+    whose is the prefix of the names in messages: "student_" or "". rows: the name of the argument that hidden is, if it
+    is not that prefix and "hidden".
     """
-    for argument, value in (("hidden", hidden), ("weight", weight), ("bias", bias)):
-        if argument == "bias" and value is None:
+    rows = rows or f"{whose}hidden"
+    for argument, value in ((rows, hidden), (f"{whose}weight", weight), (f"{whose}bias", bias)):
+        if value is None and argument == f"{whose}bias":
             continue
         if not isinstance(value, Tensor):
-            raise TypeError(f"{whose}{argument} must be a tensor, got {type(value).__name__}")
-        check_dense(f"{whose}{argument}", value)
+            raise TypeError(f"{argument} must be a tensor, got {type(value).__name__}")
+        check_dense(argument, value)
         # The others are checked below, after check_linear compares their device with that of hidden.
-        if argument == "hidden":
-            check_readable(f"{whose}hidden", value)
-    check_linear(whose, hidden, weight, bias)  # type: ignore[arg-type]  # checked above
+        if value is hidden:
+            check_readable(rows, value)
+    check_linear(whose, hidden, weight, bias, rows)  # type: ignore[arg-type]  # checked above
     for argument, value in (("weight", weight), ("bias", bias)):
         if isinstance(value, Tensor):
             check_readable(f"{whose}{argument}", value)

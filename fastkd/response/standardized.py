@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fastkd.call.contract import Options, Rows, Want, row_dtype
-from fastkd.divergences import Divergence
+from fastkd.divergences import Divergence, has_teacher_derivative
 from fastkd.engine.graphs import as_one_op
 from fastkd.response.chunks import (
     Outcome,
@@ -97,7 +97,7 @@ def standardized_kd_loss(
         raise ValueError(
             f"student_logits must have at least 2 columns for a standard deviation, got {width}"
         )
-    if teacher.requires_grad and torch.is_grad_enabled() and chosen.degree is None:
+    if teacher.requires_grad and torch.is_grad_enabled() and not has_teacher_derivative(chosen):
         raise ValueError(
             f"teacher requires grad, and the divergence {chosen.name!r} has no degree; detach the teacher"
         )

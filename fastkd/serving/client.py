@@ -10,9 +10,10 @@ import itertools
 import json
 import os
 import random
+import re
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import KW_ONLY, dataclass, field
+from dataclasses import KW_ONLY, dataclass, field, fields
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -64,7 +65,8 @@ class ServedTeacher:
     other processes.
 
     Args:
-        url: the address of the server, such as http://localhost:8000; a /v1 at its end is ignored.
+        url: the address of the server, such as http://localhost:8000; a /v1 at its end is ignored. A user name and
+            password in it (http://user:password@host) do not appear in messages.
         k: the number of tokens per row; 0 for the log-probabilities of the sequences' own tokens only. vLLM refuses
             more than its --max-logprobs, 20 by default.
         api: "vllm" or "sglang".
@@ -102,6 +104,11 @@ class ServedTeacher:
     timeout: float = 600.0
     api_key: str | None = field(default=None, repr=False)
 
+    def __repr__(self) -> str:
+        values = {entry.name: getattr(self, entry.name) for entry in fields(self) if entry.repr}
+        values["url"] = _shown(self.url)
+        return f"ServedTeacher({', '.join(f'{name}={value!r}' for name, value in values.items())})"
+
     def __post_init__(self) -> None:
         httpx = _httpx()
         for name in ("url", "model", "api_key"):
@@ -111,11 +118,14 @@ class ServedTeacher:
         try:
             parsed = httpx.URL(self.url)
         except httpx.InvalidURL as error:
+            # A password may have made the url invalid, so nothing before the last "@" is shown.
+            shown = self.url.rpartition("@")[2]
+            reason = f": {error}" if shown == self.url else ""
             raise ValueError(
-                f"url must be the address of a server, got {self.url!r}: {error}"
+                f"url must be the address of a server, got {shown!r}{reason}"
             ) from None
         if parsed.scheme not in ("http", "https") or not parsed.host:
-            raise ValueError(f"url must begin with http:// or https://, got {self.url!r}")
+            raise ValueError(f"url must begin with http:// or https://, got {_shown(self.url)!r}")
         key = self.api_key
         # The message must not show the key.
         if key is not None and not (key and all("!" <= character <= "~" for character in key)):
@@ -382,7 +392,9 @@ class _Connection:
                 if attempt < teacher.retries:
                     await asyncio.sleep(min(pause, _LONGEST_PAUSE))
         attempts = "1 attempt" if not teacher.retries else f"{teacher.retries + 1} attempts"
-        raise ServingError(f"sequence {job.number}: {address} failed after {attempts}: {said}")
+        raise ServingError(
+            f"sequence {job.number}: {_shown(address)} failed after {attempts}: {said}"
+        )
 
     async def _attempt(self, job: _Job, address: str) -> bytes:
         """Send a request once, and return the body of the answer."""
@@ -392,13 +404,13 @@ class _Connection:
         except httpx.TransportError as error:
             raise _TransientError(f"{type(error).__name__} {error}".strip()) from error
         except httpx.HTTPError as error:
-            raise ServingError(f"sequence {job.number}: {address}: {error}") from error
+            raise ServingError(f"sequence {job.number}: {_shown(address)}: {error}") from error
         status = response.status_code
         if status == 429 or status >= 500:
             raise _TransientError(f"status {status}, {_message(response)}", _retry_after(response))
         if status != 200:
             raise ServingError(
-                f"sequence {job.number}: {address} answered with status {status}, {_message(response)}"
+                f"sequence {job.number}: {_shown(address)} answered with status {status}, {_message(response)}"
             )
         return response.content
 
@@ -418,7 +430,8 @@ def _read(job: _Job, content: bytes) -> Scored:
 def _message(response: Any) -> str:
     """Return what the server says in an answer that reports an error."""
     if response.has_redirect_location:
-        return f"a redirect to {response.headers['Location']}, which is not followed; pass the url of that server"
+        target = _shown(response.headers["Location"])
+        return f"a redirect to {target}, which is not followed; pass the url of that server"
     text = response.text
     try:
         content = json.loads(text)
@@ -430,6 +443,11 @@ def _message(response: Any) -> str:
             break
         content = named[0]
     return _short(content if isinstance(content, str) else json.dumps(content))
+
+
+def _shown(url: str) -> str:
+    """The url without the user name and password that it may hold, for messages."""
+    return re.sub(r"^([^/?#]*//)?[^/?#]*@", lambda match: match[1] or "", url)
 
 
 def _short(text: str) -> str:

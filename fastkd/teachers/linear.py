@@ -40,16 +40,21 @@ class LinearTeacher:
         check_linear("the teacher's ", self.hidden, self.weight, self.bias)
 
 
-def check_linear(whose: str, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+def check_linear(
+    whose: str, hidden: Tensor, weight: Tensor, bias: Tensor | None, rows: str = ""
+) -> None:
     """Raise unless hidden [..., H], weight [V, H] and bias [V] fit together.
 
-    whose is the prefix of the names in messages: "the teacher's " or "student_".
+    whose is the prefix of the names in messages: "the teacher's " or "student_". rows: the name of hidden, if it is not
+    that prefix and "hidden".
     """
+    rows = rows or f"{whose}hidden"
     if hidden.dim() == 0 or hidden.shape[-1] == 0:
-        raise ValueError(f"{whose}hidden must be [..., H], got shape {tuple(hidden.shape)}")
+        raise ValueError(f"{rows} must be [..., H], got shape {tuple(hidden.shape)}")
     if weight.dim() != 2 or weight.shape[1] != hidden.shape[-1]:
+        width_of = "hidden" if rows == f"{whose}hidden" else rows
         raise ValueError(
-            f"{whose}weight must be [V, {hidden.shape[-1]}], the width of hidden; got {tuple(weight.shape)}"
+            f"{whose}weight must be [V, {hidden.shape[-1]}], the width of {width_of}; got {tuple(weight.shape)}"
         )
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ValueError(
@@ -60,9 +65,9 @@ def check_linear(whose: str, hidden: Tensor, weight: Tensor, bias: Tensor | None
             continue
         if value.device != hidden.device:
             raise ValueError(
-                f"{whose}{name} must be on {hidden.device}, the device of {whose}hidden; got {value.device}"
+                f"{whose}{name} must be on {hidden.device}, the device of {rows}; got {value.device}"
             )
         if value.dtype != hidden.dtype and not torch.is_autocast_enabled(hidden.device.type):
             raise TypeError(
-                f"{whose}{name} must be {hidden.dtype}, the dtype of {whose}hidden; got {value.dtype}"
+                f"{whose}{name} must be {hidden.dtype}, the dtype of {rows}; got {value.dtype}"
             )

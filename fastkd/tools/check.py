@@ -24,7 +24,7 @@ from torch import Tensor
 
 import fastkd
 from fastkd.backends import reference
-from fastkd.divergences import ENTRY, RATIO, arguments_of, derivatives
+from fastkd.divergences import ENTRY, RATIO, arguments_of, derivatives, has_teacher_derivative
 from fastkd.tools import doctor
 from fastkd.tools.info import devices, obstacle
 
@@ -232,6 +232,18 @@ class _Check:
             float(((exact + project(g)) * basis).sum() / (basis * basis).sum().clamp(min=1e-300)), 6
         )
         fits = not _outside(project(fit * phi - g), exact, exact, size).any()
+        if divergence.degree is None and has_teacher_derivative(divergence):
+            p, q = (
+                (log_p.exp(), log_q.exp())
+                if divergence.normalized
+                else (torch.ones_like(log_p),) * 2
+            )
+            h = derivatives(divergence, p, q, log_p, log_q, log_p - log_q)[2]
+            if _outside(project(h), exact, exact, size).any():
+                self.bad("h", "is not d phi / d log p, by finite differences")
+            else:
+                self.good("h", "gives the teacher's gradient, by finite differences")
+            return
         if divergence.degree is None:
             hint = f" Set degree={fit:g}, which fits" if fits else " No degree fits"
             self.note("degree", f"not set, so a teacher that requires grad raises.{hint}")

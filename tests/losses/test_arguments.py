@@ -271,7 +271,9 @@ NUMBERS: dict[str, dict[str, Any]] = {
         "rows": 4, "vocab_size": 8, "hidden_size": 2, "k": 3, "chunk_size": 2, "memory_budget": 1 << 26,
         "teacher_hidden_size": 4, "weight_gradient": False,
     },
-    "mixture": {"forward": 0.25, "reverse": 0.75}, "jsd": {"beta": 0.25}, "skew_forward_kl": {"alpha": 0.25},
+    "forward_kl": {"clip": 0.25, "floor": -8}, "reverse_kl": {"clip": 0.25},
+    "mixture": {"forward": 0.25, "reverse": 0.75, "clip": 2}, "jsd": {"beta": 0.25, "clip": 0.5},
+    "skew_forward_kl": {"alpha": 0.25},
     "skew_reverse_kl": {"alpha": 0.25}, "alpha_beta": {"alpha": 2, "beta": 0.5}, "smooth_l1": {"beta": 2},
     "dkd": {"alpha": 2, "beta": 4}, "nkd": {"gamma": 2}, "ClosedForm": {"forward": 2, "reverse": 0.5, "cross": 1},
     "mutual_loss": {

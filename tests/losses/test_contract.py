@@ -238,6 +238,37 @@ def test_a_label_out_of_range_makes_its_row_nan(any_backend: str, label: int) ->
     ).isfinite()
 
 
+@pytest.mark.parametrize("form", ["dense", *fastkd.teachers.TAILS])
+def test_an_invalid_label_makes_every_part_nan(any_backend: str, form: str) -> None:
+    _check_invalid_labels(kd_loss, any_backend, form)
+
+
+@pytest.mark.parametrize("form", ["dense", "bucket"])
+def test_an_invalid_label_in_a_graph_makes_every_part_nan(form: str) -> None:
+    torch._dynamo.reset()
+    compiled = torch.compile(kd_loss, fullgraph=True, backend="aot_eager")
+    _check_invalid_labels(compiled, "auto", form)
+
+
+def _check_invalid_labels(call: Any, backend: str, form: str) -> None:
+    student, teacher = logits(4, 9, seed=5), logits(4, 9, seed=6)
+    labels = torch.tensor([2, 11, -100, -3])
+    given = teacher if form == "dense" else fastkd.TopK.from_logits(teacher, 4, tail=form)
+    options: dict[str, Any] = {"return_parts": True, "reduction": "none", "backend": backend}
+    for alpha in (0.5, 0.0):
+        loss, parts = call(student, given, labels, alpha=alpha, **options)
+        for value in (loss, *parts[:3]):
+            assert value.isnan().tolist() == [False, True, False, True]
+            assert value[2] == 0
+    # Where the label is not a target, the parts are those of any other label.
+    _, parts = call(student, given, labels, alpha=1.0, **options)
+    _, valid = call(
+        student, given, labels.clamp(max=8).where(labels != -3, 0), alpha=1.0, **options
+    )
+    for value, right in zip(parts, valid, strict=True):
+        assert torch.equal(value, right)
+
+
 @pytest.mark.parametrize("which", ["temperature", "teacher_temperature"])
 @pytest.mark.parametrize("value", [0.0, -1.0, math.nan])
 def test_a_temperature_that_is_not_positive_makes_its_row_nan(

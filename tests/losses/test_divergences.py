@@ -39,6 +39,13 @@ PARAMETERS: list[tuple[str, dict[str, float]]] = [
     ("alpha_beta", {"alpha": 0.0, "beta": 0.4}),
     ("alpha_beta", {"alpha": 0.3, "beta": -0.3}),
     ("alpha_beta", {"alpha": 0.0, "beta": 0.0}),
+    # Clips that some contributions of the rows in these tests exceed, and most do not.
+    ("forward_kl", {"clip": 0.05}),
+    ("reverse_kl", {"clip": 0.1}),
+    ("mixture", {"forward": 0.7, "reverse": 0.2, "clip": 0.2}),
+    ("jsd", {"beta": 0.1, "clip": 0.01}),
+    ("jsd", {"beta": 0.5, "clip": 0.05}),
+    ("jsd", {"beta": 1.0, "clip": 0.03}),
 ]
 VARIANTS = DEFAULTS + PARAMETERS
 NORMALIZED = [name for name in fastkd.DIVERGENCES if name not in oracles.UNNORMALIZED]

@@ -813,13 +813,32 @@ def test_student_topk_leaves_the_logits_and_padding_alone(kernels: str) -> None:
         ({"k": 10}, "k must be at most 9, the size of the vocabulary; got 10"),
         ({"k": 0}, "k must be at least 1, got 0"),
         ({"k": 2, "bias": torch.zeros(9)}, "bias belongs to weight, and weight is None"),
-        ({"k": 2, "weight": torch.zeros(9, 4)}, r"weight must be \[V, 9\]"),
+        (
+            {"k": 2, "weight": torch.zeros(9, 4)},
+            r"weight must be \[V, 9\], the width of student; got",
+        ),
+        (
+            {"k": 2, "weight": torch.zeros(9, 9).double()},
+            "weight must be torch.float32, the dtype of student; got",
+        ),
+        (
+            {"k": 2, "student": None, "weight": torch.zeros(9, 4)},
+            "student must be a tensor, got NoneType",
+        ),
+        (
+            {"k": 2, "student": torch.zeros(()), "weight": torch.zeros(9, 4)},
+            r"student must be \[..., H\]",
+        ),
+        (
+            {"k": 2, "student": torch.zeros(3, 9).int(), "weight": torch.zeros(9, 9)},
+            "student must be float32",
+        ),
         ({"k": 2, "mask": torch.ones(3)}, "mask must be torch.bool"),
     ],
 )
 def test_messages_of_student_topk(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises((ValueError, TypeError), match=message):
-        student_topk(torch.zeros(3, 9), **arguments)
+        student_topk(**{"student": torch.zeros(3, 9)} | arguments)
 
 
 def test_a_support_of_both_models(kernels: str) -> None:

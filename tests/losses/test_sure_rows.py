@@ -362,3 +362,31 @@ def test_jsd_at_one_half_is_symmetric_to_the_bit(backend: str, vocabulary: int) 
 @pytest.mark.parametrize("vocabulary", [7, 40, 2500])
 def test_jsd_is_symmetric_on_every_instruction_set(instructions: str, vocabulary: int) -> None:
     assert_symmetric("cpu", vocabulary)
+
+
+@pytest.mark.parametrize("side", ["student", "teacher"])
+@pytest.mark.parametrize("divergence", ["jsd", "skew_forward_kl", "skew_reverse_kl", "hellinger"])
+def test_a_sure_token_that_the_other_side_excludes(
+    any_backend: str, divergence: str, side: str
+) -> None:
+    """One side has more than half of its probability at a token where the other's logit is -inf."""
+    sure, other = torch.zeros(2, 5), torch.zeros(2, 5)
+    sure[0, 1], other[0, 1] = 3.0, -math.inf
+    sure[1, 4], other[1, 4] = 9.0, -math.inf
+    pair = (other, sure) if side == "student" else (sure, other)
+    results = []
+    for tensors, backend in (
+        (pair, any_backend),
+        (tuple(x.double() for x in pair), "reference"),
+    ):
+        leaves = [x.clone().requires_grad_() for x in tensors]
+        loss = kd_loss(*leaves, divergence=divergence, reduction="none", backend=backend)
+        found = torch.autograd.grad(loss.sum(), leaves)
+        (alone,) = torch.autograd.grad(
+            kd_loss(leaves[0], leaves[1].detach(), divergence=divergence, backend=backend),
+            leaves[0],
+        )
+        results.append([x.double() for x in (loss.detach(), *found, alone)])
+    for value, right in zip(*results, strict=True):
+        assert right.isfinite().all()
+        torch.testing.assert_close(value, right, rtol=1e-5, atol=1e-6)

@@ -23,16 +23,27 @@ def _times(log_x: Tensor, factor: Tensor) -> Tensor:
     return x * factor.masked_fill(x == 0, 0.0)
 
 
-def forward_kl(log_p: Tensor, log_q: Tensor) -> Tensor:
-    return _times(log_p, log_p - log_q)
+def forward_kl(
+    log_p: Tensor, log_q: Tensor, clip: float = math.inf, floor: float = -math.inf
+) -> Tensor:
+    if floor > -math.inf:  # as verl floors both sides before their difference
+        log_p, log_q = log_p.clamp_min(floor), log_q.clamp_min(floor)
+    return _times(log_p, log_p - log_q).clamp(max=clip)
 
 
-def reverse_kl(log_p: Tensor, log_q: Tensor) -> Tensor:
-    return _times(log_q, log_q - log_p)
+def reverse_kl(log_p: Tensor, log_q: Tensor, clip: float = math.inf) -> Tensor:
+    return _times(log_q, log_q - log_p).clamp(max=clip)
 
 
-def mixture(log_p: Tensor, log_q: Tensor, forward: float = 0.5, reverse: float = 0.5) -> Tensor:
-    return forward * forward_kl(log_p, log_q) + reverse * reverse_kl(log_p, log_q)
+def mixture(
+    log_p: Tensor,
+    log_q: Tensor,
+    forward: float = 0.5,
+    reverse: float = 0.5,
+    clip: float = math.inf,
+) -> Tensor:
+    both = forward * forward_kl(log_p, log_q) + reverse * reverse_kl(log_p, log_q)
+    return both.clamp(max=clip)
 
 
 def soft_cross_entropy(log_p: Tensor, log_q: Tensor) -> Tensor:
@@ -44,11 +55,12 @@ def _log_mixture(log_x: Tensor, log_y: Tensor, share: float) -> Tensor:
     return torch.logaddexp(log_x + math.log(share), log_y + math.log1p(-share))
 
 
-def jsd(log_p: Tensor, log_q: Tensor, beta: float = 0.5) -> Tensor:
+def jsd(log_p: Tensor, log_q: Tensor, beta: float = 0.5, clip: float = math.inf) -> Tensor:
     if beta in (0.0, 1.0):  # the convention of GKD
-        return reverse_kl(log_p, log_q) if beta else forward_kl(log_p, log_q)
+        return reverse_kl(log_p, log_q, clip) if beta else forward_kl(log_p, log_q, clip)
     log_m = _log_mixture(log_p, log_q, beta)
-    return beta * _times(log_p, log_p - log_m) + (1 - beta) * _times(log_q, log_q - log_m)
+    jsd = beta * _times(log_p, log_p - log_m) + (1 - beta) * _times(log_q, log_q - log_m)
+    return jsd.clamp(max=clip)
 
 
 def skew_forward_kl(log_p: Tensor, log_q: Tensor, alpha: float = 0.1) -> Tensor:

@@ -309,6 +309,22 @@ def test_no_server() -> None:
         teacher.score([[1, 2, 3]])
 
 
+def test_a_password_in_the_url_is_not_shown() -> None:
+    with Server(TEACHER, failing(Fault(400, "no"), times=1)) as server:
+        host = server.url.removeprefix("http://")
+        teacher = ServedTeacher(f"http://user:secret@{host}/v1", k=2)
+        assert "secret" not in repr(teacher) and f"url='http://{host}/v1', k=2" in repr(teacher)
+        with pytest.raises(
+            ServingError, match=f"sequence 3: http://{host}/v1/completions answered"
+        ):
+            teacher.score(sequences(6))
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+    teacher = ServedTeacher(f"http://user:secret@127.0.0.1:{port}", k=2, retries=0)
+    with pytest.raises(ServingError, match=f"http://127.0.0.1:{port}/v1/completions failed"):
+        teacher.score([[1, 2, 3]])
+
+
 @pytest.mark.parametrize(
     ("status", "text", "said"),
     [
@@ -495,6 +511,9 @@ def test_bad_sequences(arguments: tuple[Any, ...], message: str) -> None:
     [
         ({"url": "localhost:8000"}, "url must begin with http:// or https://, got 'localhost:8000'"),
         ({"url": "http://a:b"}, "url must be the address of a server, got 'http://a:b'"),
+        ({"url": "user:secret@here:80"}, "url must begin with http:// or https://, got 'here:80'"),
+        ({"url": "http://user:secret@a:b"}, "url must be the address of a server, got 'a:b'"),
+        ({"url": "http://user:se/cret@a"}, "url must be the address of a server, got 'a'"),
         ({"url": 8000}, "url must be a string, got int"),
         ({"model": 3}, "model must be a string, got int"),
         ({"api_key": ""}, "api_key must be printable ASCII without spaces, and not empty"),

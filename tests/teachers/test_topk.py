@@ -113,6 +113,9 @@ DIVERGENCES: list[tuple[str, dict[str, float]]] = [
     ("alpha_beta", {"alpha": 0.3, "beta": -0.3}),
     ("alpha_beta", {"alpha": 0.0, "beta": 0.0}),
     ("alpha_beta", {"alpha": 1.3, "beta": -0.2}),
+    ("forward_kl", {"clip": 0.02}),
+    ("jsd", {"beta": 0.5, "clip": 0.01}),
+    ("jsd", {"beta": 1.0, "clip": 0.05}),
 ]
 
 

@@ -445,3 +445,40 @@ def test_a_planted_fault_is_detected(
             test_offsets_and_maxima_in_every_position(emulation, divergence)
         test_rows_at_any_address(emulation, torch.bfloat16, 0, 320)
         test_rows_at_any_address(emulation, torch.bfloat16, 0, 301)
+
+
+@pytest.mark.parametrize("form", ["dense", *fastkd.teachers.TAILS])
+@pytest.mark.parametrize(
+    "divergence",
+    [
+        fastkd.forward_kl(clip=0.01), fastkd.reverse_kl(clip=0.02), fastkd.mixture(0.7, 0.2, clip=0.01),
+        fastkd.jsd(0.3, clip=0.005), fastkd.forward_kl(floor=-6.0),
+    ],
+    ids=lambda divergence: divergence.name,
+)  # fmt: skip
+def test_clips_and_the_floor(
+    emulation: Emulation, divergence: fastkd.Divergence, form: str
+) -> None:
+    if form == "renormalize_teacher" or ("floor" in divergence.name and form != "truncate"):
+        pytest.skip("refused")
+    emulation.ranks = 2
+    student, teacher = logits(4, 300, seed=1, spread=5.0), logits(4, 300, seed=2, spread=5.0)
+    student[1, 7], teacher[1, 7] = (
+        -INF,
+        20.0,
+    )  # the teacher is sure of a token that the student excludes
+    ids = fastkd.TopK.from_logits(teacher, 40).ids
+    ids[:, 3] = -1
+
+    def results(backend: str, dtype: torch.dtype) -> list[Tensor]:
+        s, t = student.to(dtype).requires_grad_(), teacher.to(dtype)
+        listed = t.log_softmax(-1).gather(-1, ids.clamp(min=0))
+        given = t if form == "dense" else fastkd.TopK(ids, listed, form)
+        loss = fastkd.kd_loss(s, given, divergence=divergence, reduction="none", backend=backend)
+        return [loss.detach(), *torch.autograd.grad(loss.sum(), s)]
+
+    for value, right in zip(
+        results("cuda", torch.float32), results("reference", torch.float64), strict=True
+    ):
+        assert right.isfinite().all()
+        torch.testing.assert_close(value.double(), right, rtol=1e-4, atol=1e-5)
