@@ -81,7 +81,7 @@ FASTKD_INLINE void set_entropies(const Call& call, RowState& row, double s_log_s
   row.cross_entropy = 0;
   if (!row.with_labels) return;
   const double max = row.student.max, smoothing = call.label_smoothing;
-  const double mean = smoothing > 0 ? double(all.centered_sum) / double(call.shard.total) + row.pivot - max : 0;
+  const double mean = smoothing > 0 ? double(all.centered_sum) / double(call.shard.total) + row.center - max : 0;
   row.cross_entropy = smoothed_cross_entropy(smoothing, log_sum_t1, double(row.z_label) - max, mean, row.unit_t1);
 }
 

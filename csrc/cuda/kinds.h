@@ -98,7 +98,7 @@ struct Dense {
 struct DenseShard {
   static FASTKD_DEVICE void open(const Call& call, int64_t index, RowState& row) {
     open_row(call, index, row);
-    choose_pivot(call, row);
+    choose_center(call, row);
   }
 
   Block& block;
@@ -125,7 +125,7 @@ struct DenseShard {
 struct Sparse {
   static FASTKD_DEVICE void open(const Call& call, int64_t index, RowState& row) {
     statistics_are_exchanged(call) ? open_sparse_shard(call, index, row) : open_topk_row(call, index, row);
-    if (call.shard.step == Step::statistics) choose_pivot(call, row);
+    if (call.shard.step == Step::statistics) choose_center(call, row);
   }
 
   Block& block;

@@ -65,7 +65,7 @@ FASTKD_PER_ROW void open_row(const Call& call, int64_t index, RowState& row) {
   row.weight = call.weight ? call.weight[index] : 1;
   row.with_labels = call.labels && (call.alpha < 1 || call.target == Target::label);
   row.phi = row.g = row.h = row.cross_entropy = row.entropy = 0;
-  row.z_label = row.t_label = row.pivot = 0;
+  row.z_label = row.t_label = row.center = 0;
   row.label_term = {};
   row.s_sure = row.t_sure = {false, NAN, 0, 0, 0};
   open_side(call.student, call.student_tempering, index, row.student, row.weight);
@@ -85,7 +85,7 @@ FASTKD_PER_ROW void open_row(const Call& call, int64_t index, RowState& row) {
     const bool look = label_is_here(call, row) && !statistics_are_exchanged(call);
     row.z_label = look ? z_at(call, call.student, row.student, index, row.label) : -INF;
     if (has_label_term(call)) row.t_label = look ? z_at(call, call.teacher, row.teacher, index, row.label) : -INF;
-    row.pivot = finite_max(row.z_label);
+    row.center = finite_max(row.z_label);
   }
   if (row.with_labels) {
     if (row.student.temperature != 1) row.flags |= EXP_SUM_T1;

@@ -65,7 +65,7 @@ FASTKD_INLINE void load_rest(const double* from, SparseStatistics& all) {
   all.token_max = float(from[0]), all.token_count = int(from[1]), all.invalid = int(from[2]);
 }
 
-// Stores the statistics of this shard. Its sum of z has no pivot, which ranks would have to share: a double is exact
+// Stores the statistics of this shard. Its sum of z has no center, which ranks would have to share: a double is exact
 // enough.
 template <class Part>
 FASTKD_INLINE void store_partial(const Call& call, const RowState& row, const Part& all) {
@@ -73,8 +73,8 @@ FASTKD_INLINE void store_partial(const Call& call, const RowState& row, const Pa
   const float* swept = reinterpret_cast<const float*>(&all.sweep);
 #pragma unroll
   for (int i = 0; i < SWEPT_FIELDS; ++i) to[i] = swept[i];
-  to[CENTERED_SUM_AT] = all.sweep.centered_sum + double(row.pivot) * double(call.vocabulary);
-  if (has_label_term(call) && label_is_here(call, row)) to[CENTERED_SUM_AT] += double(row.z_label) - double(row.pivot);
+  to[CENTERED_SUM_AT] = all.sweep.centered_sum + double(row.center) * double(call.vocabulary);
+  if (has_label_term(call) && label_is_here(call, row)) to[CENTERED_SUM_AT] += double(row.z_label) - double(row.center);
   to[SWEPT_FIELDS] = row.z_label, to[SWEPT_FIELDS + 1] = row.t_label;
   store_rest(to + SWEPT_FIELDS + 2, all);
 }
@@ -96,15 +96,15 @@ FASTKD_INLINE Part load_partial(const Call& call, RowState& row, Part all) {
     row.z_label = fmaxf(row.z_label, float(from[SWEPT_FIELDS]));
     row.t_label = fmaxf(row.t_label, float(from[SWEPT_FIELDS + 1]));
   }
-  row.pivot = finite_max(row.z_label);
-  all.sweep.centered_sum = float(centered_sum - double(row.pivot) * double(call.shard.total));
+  row.center = finite_max(row.z_label);
+  all.sweep.centered_sum = float(centered_sum - double(row.center) * double(call.shard.total));
   return all;
 }
 
-// Chooses a pivot where the label may be in another shard: any logit of this shard will do.
-FASTKD_PER_ROW void choose_pivot(const Call& call, RowState& row) {
+// Chooses a center where the label may be in another shard: any logit of this shard will do.
+FASTKD_PER_ROW void choose_center(const Call& call, RowState& row) {
   if ((row.flags & CENTERED_SUM) && call.vocabulary)
-    row.pivot = finite_max(z_at(call, call.student, row.student, row.row, 0));
+    row.center = finite_max(z_at(call, call.student, row.student, row.row, 0));
 }
 
 // ---- a dense teacher

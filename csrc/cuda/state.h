@@ -70,7 +70,7 @@ struct Statistics {
   float s_exp_sum, t_exp_sum, s_exp_sum_t1, t_exp_sum_t1;
   float forward, reverse;          // sums of e_t (x_t - x_s) and of e_s (x_s - x_t)
   float cross, entropy;            // sums of e_t x_s and of e_s x_s
-  float centered_sum;              // sum of z - pivot
+  float centered_sum;              // sum of z - center
   float s_max_count, t_max_count;  // columns at the maxima
   float t_at_s_max, s_at_t_max;    // sum of x_t over the student's maxima, of x_s over the teacher's
 };
@@ -104,7 +104,7 @@ struct RowState {
   int label_column;  // column of the label in this block's slice if there is a label term; else NOWHERE
   float weight;
   float z_label, t_label;  // z of the label, the student's and the teacher's
-  float pivot;             // what centered_sum subtracts from each z
+  float center;             // what centered_sum subtracts from each z
   Side student, teacher;
   // log p - log q = ((t - t_origin) unit_ratio - (s - s_origin)) student.unit + log_ratio_low + log_ratio_high
   float s_origin, t_origin, unit_ratio, log_ratio_low, log_ratio_high;

@@ -180,7 +180,7 @@ struct Sweep {
       add(sum.s_exp_sum_t1, [&](int k) { return k < n ? exponential_t1(s[k], sum.s_max, row.rate_t1) : 0; });
     if (flags & TEACHER_EXP_SUM_T1)
       add(sum.t_exp_sum_t1, [&](int k) { return k < n ? exponential_t1(t[k], sum.t_max, row.teacher_rate_t1) : 0; });
-    if (flags & CENTERED_SUM) add(sum.centered_sum, [&](int k) { return k < n ? s[k] - row.pivot : 0; });
+    if (flags & CENTERED_SUM) add(sum.centered_sum, [&](int k) { return k < n ? s[k] - row.center : 0; });
   }
 
   // The statistics, relative to the maxima: what rounding the origins has lost is added.

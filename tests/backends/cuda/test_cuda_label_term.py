@@ -352,7 +352,7 @@ FAULTS = {
     "the others' cross-entropy": ("finish.h", "  row.cross_entropy += softplus(q_log_odds_t1);", ""),
     "the others' entropy": ("common/row_math.h", "+ q_rest * rest_entropy;", "+ rest_entropy;"),
     "labels that are not checked": ("open.h", "row.with_labels || has_label_term(call)) {", "row.with_labels) {"),
-    "a sum of z without the label": ("shard.h", "double(row.z_label) - double(row.pivot)", "0"),
+    "a sum of z without the label": ("shard.h", "double(row.z_label) - double(row.center)", "0"),
     "the label of the last shard": (
         "shard.h", "fmaxf(row.t_label, float(from[SWEPT_FIELDS + 1]))", "float(from[SWEPT_FIELDS + 1])"),
 }  # fmt: skip

@@ -243,7 +243,7 @@ def test_a_shard_that_is_too_wide(emulation: Emulation) -> None:
 FAULTS = {
     "a maximum that has faded": ("shard.h", "all = merge(all, other, row);", "all = other;"),
     "another's sum of z": ("shard.h", "centered_sum += from[CENTERED_SUM_AT];", "spread = from[CENTERED_SUM_AT];"),
-    "a pivot of nothing": ("shard.h", "row.pivot = finite_max(z_at(", "row.pivot = 0 * finite_max(z_at("),
+    "a center of nothing": ("shard.h", "row.center = finite_max(z_at(", "row.center = 0 * finite_max(z_at("),
     "the label of the last process": (
         "shard.h", "fmaxf(row.z_label, float(from[SWEPT_FIELDS]))", "float(from[SWEPT_FIELDS])"),
     "sums of one process": ("shard.h", "    phi += from[0];", "    phi = from[0];"),
