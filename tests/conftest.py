@@ -21,6 +21,7 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 import pytest
 import torch
 from support.cuda_emulation import emulation, host  # noqa: F401 (fixtures)
+from support.pairwise import pairwise
 
 import fastkd
 
@@ -115,25 +116,28 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
 # The slowest files, slowest first. Started last, one of them would keep one process busy after the others are done.
 LONG = (
     "test_triton_aot",
-    "test_linear",
-    "test_triton",
-    "test_topk",
-    "test_compile",
     "test_schedules",
+    "test_topk",
+    "test_triton",
+    "test_compile",
+    "test_linear",
     "test_sure_rows",
-    "test_cli",
     "test_numerics",
-    "test_online",
-    "test_divergences",
-    "test_triton_label_term",
+    "test_cli",
+    "test_parallel",
     "test_triton_shards",
+    "test_online",
+    "test_measures",
+    "test_autograd",
+    "test_logprobs",
     "test_cache",
     "test_serving_client",
     "test_cuda_host",
     "test_cuda_kernels",
+    "test_divergences",
+    "test_triton_label_term",
+    "test_triton_launcher",
     "test_triton_kernels",
-    "test_parallel",
-    "test_autograd",
     "test_tensors",
     "test_install",
     "test_shards",
@@ -160,9 +164,28 @@ def _exists(item: pytest.Item) -> bool:
     return True
 
 
+def _mark_all_but_pairs(items: list[pytest.Item]) -> None:
+    """Mark as heavy what the `pairwise` marks leave out of the grids of their tests."""
+    grids: dict[str, list[pytest.Item]] = {}
+    for item in items:
+        if item.get_closest_marker("pairwise") and not item.get_closest_marker("heavy"):
+            grids.setdefault(item.nodeid.split("[")[0], []).append(item)
+    for grid in grids.values():
+        mark = grid[0].get_closest_marker("pairwise")
+        assert mark is not None
+        # By their repr, because not all values are hashable.
+        combinations = [
+            {name: repr(value) for name, value in item.callspec.params.items()}  # type: ignore[attr-defined]
+            for item in grid
+        ]
+        for item, selected in zip(grid, pairwise(combinations, **mark.kwargs), strict=True):
+            if not selected:
+                item.add_marker(pytest.mark.heavy)
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Run the long files first, drop the items that `only_where` rejects, and apply the `heavy_with` marks."""
+    """Run the long files first, drop the items that `only_where` rejects, apply `pairwise` and `heavy_with` marks."""
     items[:] = [item for item in items if not hasattr(item, "callspec") or _exists(item)]
     if not _with_stacks(config):
         items[:] = [item for item in items if item.get_closest_marker("stacks") is None]
@@ -174,6 +197,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             parameters = item.callspec.params  # type: ignore[attr-defined]
             if all(parameters[name] == value for name, value in mark.kwargs.items()):
                 item.add_marker(pytest.mark.heavy)
+    _mark_all_but_pairs(items)
 
 
 @pytest.hookimpl(trylast=True)

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import math
 import os
 import re
 import sys
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import conftest
 import pytest
 import torch
+from support.pairwise import pairwise
 from support.paths import ROOT
 from support.remembered import remembered
 from torch import Tensor
@@ -114,3 +116,26 @@ def test_oracles_cache_results_by_the_contents_of_tensors() -> None:
     first.value.add_(1.0)
     with pytest.raises(AssertionError, match="was changed in place"):
         doubled(x)
+
+
+@pytest.mark.parametrize("each", [None, "a"])
+def test_a_selection_of_pairs_has_every_pair(each: str | None) -> None:
+    """Of a grid in which some combinations do not exist, and of fewer combinations than there are."""
+    grid = [
+        {"a": a, "b": b, "c": c, "d": d}
+        for a, b, c, d in itertools.product(range(3), range(4), range(2), range(5))
+        if (b, d) != (1, 2)
+    ]
+
+    def pairs(combinations: list[dict[str, int]]) -> set[Any]:
+        return {
+            (x.get(each or ""), first, x[first], second, x[second])
+            for x in combinations
+            for first, second in itertools.combinations("abcd", 2)
+        }
+
+    selected = [x for x, wanted in zip(grid, pairwise(grid, each), strict=True) if wanted]
+    assert pairs(selected) == pairs(grid)
+    assert len(selected) < 2 / 3 * len(grid)
+    assert pairwise(grid, each) == pairwise(grid, each)
+    assert pairwise([{"a": 1}, {"a": 2}, {}]) == [True] * 3

@@ -335,6 +335,7 @@ def _with_options(
 @pytest.mark.only_where(lambda name, dtype: dtype != torch.float16 or name in BRIEF)
 @pytest.mark.parametrize("name", OPTIONS)
 @tails
+@pytest.mark.pairwise(each="everywhere")
 def test_every_option(
     backend: str, tail: str, name: str, dtype: torch.dtype, divergence: str
 ) -> None:
@@ -397,6 +398,7 @@ def test_exponentials_that_are_not_kept(tail: str, columns: int) -> None:
 @dtypes
 @pytest.mark.parametrize("tail_given", [True, False])
 @tails
+@pytest.mark.pairwise(each="backend")
 def test_types_of_the_teacher(
     backend: str, tail: str, tail_given: bool, dtype: torch.dtype
 ) -> None:
@@ -470,6 +472,7 @@ def test_float64_runs_on_the_reference(tail: str) -> None:
 @tails
 @dtypes
 @pytest.mark.parametrize("inplace", [False, True], ids=["new", "in place"])
+@pytest.mark.pairwise(each="everywhere")
 def test_strided_students(everywhere: str, tail: str, dtype: torch.dtype, inplace: bool) -> None:
     """A language model's shifted view, padded columns, and in-place gradients."""
     wide = logits(2, 4, 21, seed=13, dtype=dtype)
@@ -694,6 +697,7 @@ def test_order_of_the_tokens(everywhere: str, tail: str, divergence: str) -> Non
 @defined_divergences
 @tails
 @pytest.mark.parametrize("divergence", ["forward_kl", "jsd", "alpha_beta"])
+@pytest.mark.pairwise(each="everywhere")
 def test_rows_of_the_gradient_sum_to_0(everywhere: str, tail: str, divergence: str) -> None:
     named = with_given_tail(sparse(4, vocabulary=90, k=12, seed=30, tail=tail))
     labels = torch.tensor([0, 89, 5, 6])
@@ -737,6 +741,7 @@ def test_a_truncated_sum_may_be_negative(everywhere: str, divergence: str) -> No
 @pytest.mark.parametrize("mass", [1e-6, 1e-9, 1e-12])
 @pytest.mark.parametrize("divergence", ["forward_kl", "reverse_kl", "jsd", "hellinger"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.pairwise(each="everywhere")
 def test_a_small_tail(everywhere: str, divergence: str, mass: float, dtype: torch.dtype) -> None:
     """Tails of about this mass keep their digits; 1 - sum, or the whole sum minus the tokens' sum, would have none.
 
@@ -774,6 +779,7 @@ def test_a_small_tail(everywhere: str, divergence: str, mass: float, dtype: torc
 @tails
 @pytest.mark.parametrize("depth", [20.0, 200.0, 800.0, 2000.0])
 @pytest.mark.parametrize("divergence", ["forward_kl", "jsd", "reverse_kl"])
+@pytest.mark.pairwise(each="everywhere")
 def test_a_tail_far_below_the_tokens(
     everywhere: str, tail: str, divergence: str, depth: float
 ) -> None:
@@ -796,6 +802,7 @@ def test_a_tail_far_below_the_tokens(
 @tails
 @pytest.mark.parametrize("divergence", ["forward_kl", "jsd", "reverse_kl"])
 @pytest.mark.parametrize("depth", [20.0, 200.0, 2000.0])
+@pytest.mark.pairwise(each="everywhere")
 def test_tokens_far_below_the_tail(
     everywhere: str, tail: str, divergence: str, depth: float
 ) -> None:
@@ -811,6 +818,7 @@ def test_tokens_far_below_the_tail(
 @tails
 @pytest.mark.parametrize("temperature", [0.05, 1000.0])
 @pytest.mark.parametrize("divergence", ["forward_kl", "jsd", "tvd"])
+@pytest.mark.pairwise(each="everywhere")
 def test_temperatures(everywhere: str, tail: str, divergence: str, temperature: float) -> None:
     student = logits(2, 37, seed=37)
     teacher = sparse(2, vocabulary=37, k=6, seed=38, tail=tail, at=temperature)
@@ -1085,6 +1093,7 @@ def test_log_probabilities_at_another_temperature(
 @tails
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 @pytest.mark.parametrize("alpha", [1.0, 0.5, 0.0])
+@pytest.mark.pairwise(each="everywhere")
 def test_a_dropped_row_is_not_read(
     everywhere: str, tail: str, dtype: torch.dtype, alpha: float
 ) -> None:
@@ -1166,6 +1175,7 @@ WRONG: dict[str, Callable[[Tensor], Any]] = {
 @tails
 @pytest.mark.parametrize("alpha", [1.0, 0.5, 0.0])
 @pytest.mark.parametrize("wrong", WRONG.values(), ids=WRONG)
+@pytest.mark.pairwise(each="everywhere")
 def test_wrong_ids_poison_their_row(
     everywhere: str, tail: str, wrong: Callable[[Tensor], Any], alpha: float
 ) -> None:
