@@ -487,6 +487,7 @@ def main() -> None:
                     )),
                     *(f"{errors[name]:.1e}" for name in calls),
                 ])  # fmt: skip
+                progress(*table.rows[-1])
                 measurements.append({
                     "function": label, "shape": shape, "dtype": dtype, "errors": errors, "peaks": peaks,
                     "median_seconds": times and {name: median(each) for name, each in times.items()},
