@@ -102,6 +102,10 @@ def has_teacher_derivative(divergence: Divergence) -> bool:
 
 def has_floor(divergence: Divergence) -> bool:
     """Whether the divergence is forward KL with a floor, which is for listed tokens only."""
+    # A graph must not depend on the function: a schedule of jsd's beta passes through forward_kl's.
+    if divergence.made_by is not None:
+        name, arguments = divergence.made_by
+        return name == "forward_kl" and len(arguments) > 1 and arguments[1] > -math.inf
     return divergence.function is _floored_forward_kl
 
 
@@ -293,6 +297,14 @@ def _recorded(make: Callable[Parameters, Divergence]) -> Callable[Parameters, Di
             *values,
             *(named.get(key, value) for key, value in by_keyword),
         )
+        # A compiled graph takes the arguments as inputs, and an infinite one costs it another graph. Those left out at
+        # the end are infinite for "none" and need not be recorded.
+        while (
+            len(arguments) > len(values)
+            and defaults[len(arguments) - 1][0] not in named
+            and arguments[-1] in (math.inf, -math.inf)
+        ):
+            arguments = arguments[:-1]
         deferrable = len(values) + len(named) <= len(defaults) and all(
             isinstance(argument, (int, float)) for argument in arguments
         )

@@ -17,6 +17,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from fastkd.core.tensors import address
+
 # cblas.h
 _ROW_MAJOR, _AS_IS, _TRANSPOSED = 101, 111, 112
 _INT_MAX = 2**31 - 1
@@ -94,8 +96,8 @@ def multiply(
     (rows, columns), inner = out.shape, a.shape[0 if transpose_a else 1]
     gemm(
         _ROW_MAJOR, _TRANSPOSED if transpose_a else _AS_IS, _TRANSPOSED if transpose_b else _AS_IS,
-        rows, columns, inner, 1.0, a.data_ptr(), a.stride(0), b.data_ptr(), b.stride(0), float(add),
-        out.data_ptr(), out.stride(0),
+        rows, columns, inner, 1.0, address(a), a.stride(0), address(b), b.stride(0), float(add),
+        address(out), out.stride(0),
     )  # fmt: skip
 
 

@@ -105,6 +105,7 @@ def _made(function: Any) -> fastkd.Divergence:
     named = [make() for make in fastkd.DIVERGENCES.values()]
     named += [fastkd.alpha_beta(*pair) for pair in ((-0.5, 0.7), (0.4, 0), (0, 0.4), (0.3, -0.3))]
     named += [fastkd.jsd(0.1), fastkd.skew_forward_kl(0.6)]
+    named += [fastkd.mixture(clip=0.01), fastkd.jsd(clip=0.01), fastkd.forward_kl(floor=-5.0)]
     return next(divergence for divergence in named if divergence.function is function)
 
 
