@@ -257,17 +257,18 @@ class _CrossEntropyAndDistance(torch.autograd.Function):
         ctx.save_for_backward(*savable(student, teacher, target))
         ctx.ignore_index = ignore_index
         ctx.set_materialize_grads(False)
+        # The distance does not depend on the label, but all parts of a row with an invalid label are NaN, so the row
+        # gets a valid one.
+        invalid = (target != ignore_index) & ((target < 0) | (target >= student.shape[-1]))
         _, parts = kd_loss(
             student.detach(),
             teacher.detach(),
-            target,
+            target.masked_fill(invalid, 1 if ignore_index == 0 else 0),
             divergence="tvd",
             alpha=0.5,
             ignore_index=ignore_index,
             return_parts=True,
         )
-        # kd_loss makes the loss of a row with an invalid label NaN, and its parts are those of a valid one.
-        invalid = (target != ignore_index) & ((target < 0) | (target >= student.shape[-1]))
         return parts.cross_entropy.masked_fill(invalid, math.nan), parts.distillation
 
     @staticmethod

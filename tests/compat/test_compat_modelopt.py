@@ -72,6 +72,7 @@ def test_default_divides_by_the_vocabulary() -> None:
 
 def test_low_precision() -> None:
     """Model-Optimizer rounds log-probabilities to bfloat16, which shows for a student near its teacher."""
+    torch.manual_seed(0)  # on other inputs, the error of the loss can be smaller by chance
     student = logits()[0].bfloat16()
     teacher = student + (0.05 * torch.randn(student.shape)).bfloat16()
     exact = run(lambda s, t: kl(s, t).sum(), float64(student), teacher.double())
