@@ -100,13 +100,14 @@ def has_teacher_derivative(divergence: Divergence) -> bool:
     )
 
 
-def has_floor(divergence: Divergence) -> bool:
-    """Whether the divergence is forward KL with a floor, which is for listed tokens only."""
+def floor_of(divergence: Divergence) -> float | None:
+    """The floor of forward KL, which is for listed tokens only; None if the divergence has none."""
     # A graph must not depend on the function: a schedule of jsd's beta passes through forward_kl's.
     if divergence.made_by is not None:
         name, arguments = divergence.made_by
-        return name == "forward_kl" and len(arguments) > 1 and arguments[1] > -math.inf
-    return divergence.function is _floored_forward_kl
+        floored = name == "forward_kl" and len(arguments) > 1 and arguments[1] > -math.inf
+        return arguments[1] if floored else None
+    return divergence.params[0] if divergence.function is _floored_forward_kl else None
 
 
 def takes_ratio(function: Callable[..., Any]) -> bool:

@@ -33,7 +33,7 @@ from fastkd.core.scalars import (
     plain,
 )
 from fastkd.core.tensors import check_readable, check_strided
-from fastkd.divergences import Divergence, has_floor, resolve
+from fastkd.divergences import Divergence, floor_of, resolve
 from fastkd.teachers import Ensemble, LinearTeacher, Teacher, TopK, check_linear
 
 REDUCTIONS = ("none", "sum", "mean", "batchmean")
@@ -190,10 +190,11 @@ def settled(
 
 def _check_floor(divergence: Divergence, tail: str) -> None:
     """Raise if the divergence has a floor and the teacher is not a TopK whose policy is "truncate"."""
-    if has_floor(divergence) and tail != "truncate":
+    floor = floor_of(divergence)
+    if floor is not None and tail != "truncate":
         got = f"tail={tail!r}" if tail else "a teacher that is not a TopK"
         raise ValueError(
-            f"floor={divergence.params[0]:g} of forward_kl is for a TopK with tail='truncate', the sum over listed "
+            f"floor={floor:g} of forward_kl is for a TopK with tail='truncate', the sum over listed "
             f"tokens; got {got}. Probabilities that are raised to a floor do not sum to 1 over a vocabulary"
         )
 

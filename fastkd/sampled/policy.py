@@ -293,7 +293,7 @@ def on_policy_loss(
         advantages: [..., T], advantages of a reward or from :func:`policy_advantages`; only for "policy_gradient".
         form: one of the above.
         coef: factor of the teacher's term, finite. With teacher_logprobs only, like clamp. coef, clamp, clip and
-            dual_clip are Python numbers; a tensor raises. A compiled graph takes other values without a recompile.
+            dual_clip are Python numbers; a tensor raises. Other values cost a compiled graph at most one recompile.
         clamp: c > 0; limits t - old to [-c, c]. In the other forms, it limits the value before the factor coef; the
             gradient beyond the limit is 0 (verl's loss_max_clamp). None: no limit.
         clip: PPO's epsilon, or (low, high): clip(r) limits r to [1 - low, 1 + high]. None: no clipping.
