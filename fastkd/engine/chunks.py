@@ -87,6 +87,7 @@ class StudentChunks:
         vocabulary: int,
         wanted_gradients: Sequence[bool],
         inplace: bool,
+        single_chunk: bool = False,
     ) -> None:
         self.student, self.lead, self.vocabulary = student, lead, vocabulary
         self.is_first_chunk = True
@@ -112,7 +113,12 @@ class StudentChunks:
 
         self.gradients = Gradients(
             zeros(hidden, wanted_gradients[0], False),
-            zeros(weight, wanted_gradients[1], True),
+            # Nothing is added up if there is one chunk, whose product is then rounded a slab at a time.
+            zeros(
+                weight,
+                wanted_gradients[1],
+                not (single_chunk and hidden.device.type == "cpu"),
+            ),
             zeros(bias, wanted_gradients[2], True),
         )
 
@@ -323,7 +329,9 @@ def chunks_of_rows(
     # While a graph is captured, dropped rows therefore stay in the chunks, and the kernel skips them.
     capturing = student.hidden.is_cuda and torch.cuda.is_current_stream_capturing()
     chunks = Chunks.of(rows, lead, options.ignore_index, chunk_size, even=True, drops=not capturing)
-    student_chunks = StudentChunks(student, lead, vocabulary, wanted_gradients, want.inplace)
+    student_chunks = StudentChunks(
+        student, lead, vocabulary, wanted_gradients, want.inplace, chunks.count <= chunks.size
+    )
     teacher_chunks = _TeacherChunks(teacher, lead, options)
     call_options, options = options, teacher_chunks.kernel_options()
     want = want._replace(student_gradient=any(wanted_gradients), inplace=True, deferred=False)

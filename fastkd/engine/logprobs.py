@@ -327,7 +327,9 @@ def gradients(
     factor = None
     if hidden.dtype == torch.float16:
         upstream, factor = _normalized(upstream, kept_rows(rows, request.ignore_index))
-    student_chunks = StudentChunks(student, lead, request.vocab_size, wanted, False)
+    student_chunks = StudentChunks(
+        student, lead, request.vocab_size, wanted, False, chunks.count <= chunks.size
+    )
     buffers = [kernels.empty((chunks.size, request.vocab_size), logits_dtype, device)]
 
     def process_chunk(indices: RowIndices) -> None:

@@ -88,7 +88,13 @@ def hidden_gradient(gradient: Tensor | bf16.Halves, weight: Tensor, out: Tensor)
 def add_weight_gradient(
     gradient: Tensor | bf16.Halves, hidden: Tensor, total: Tensor, first: bool
 ) -> None:
-    """Add gradient [C, V].T @ hidden [C, H] to total [V, H]; the first chunk overwrites total."""
+    """Add gradient [C, V].T @ hidden [C, H] to total [V, H]; the first chunk overwrites total.
+
+    On a CPU, total may be bfloat16 if there is no other chunk; the float32 product is then rounded to it.
+    """
+    if total.dtype == torch.bfloat16 and total.device.type == "cpu":
+        _round_weight_gradient(gradient, hidden, total)
+        return
     if isinstance(gradient, bf16.Halves):
         bf16.multiply(gradient.high, hidden, total, transpose_a=True, add=not first)
         bf16.multiply(gradient.low, hidden, total, transpose_a=True, add=True)
@@ -113,6 +119,18 @@ def add_weight_gradient(
     wide_hidden = hidden.to(total.dtype)
     for slab in _slabs(total):
         total[slab].addmm_(gradient[:, slab].T.to(total.dtype), wide_hidden, beta=beta)
+
+
+def _round_weight_gradient(gradient: Tensor | bf16.Halves, hidden: Tensor, total: Tensor) -> None:
+    """Write gradient.T @ hidden to total, computed in float32 a slab at a time."""
+    for slab in _slabs(total):
+        product = torch.empty(total[slab].shape, dtype=torch.float32)
+        if isinstance(gradient, bf16.Halves):
+            part: Tensor | bf16.Halves = bf16.Halves(gradient.high[:, slab], gradient.low[:, slab])
+        else:
+            part = gradient[:, slab]
+        add_weight_gradient(part, hidden, product, True)
+        total[slab] = product
 
 
 def as_operand(

@@ -179,3 +179,34 @@ def test_without_the_function(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not bf16.multiplies(hidden, weight.T, out)
     matmul.make_logits(hidden, weight, None, out)
     assert _off(out, hidden.double() @ weight.double().T) < 1e-6
+
+
+@pytest.mark.parametrize("with_amx", [pytest.param(True, marks=needs_amx), False])
+@pytest.mark.parametrize("case", ["logprobs", "kd"])
+def test_the_gradient_of_the_head_in_one_chunk(
+    with_amx: bool, case: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is rounded a slab at a time, instead of being added up in float32."""
+    if not with_amx:
+        monkeypatch.setattr(bf16, "_gemm", lambda: None)
+    monkeypatch.setattr(matmul, "slab_rows", lambda width: 100)  # the last of the slabs has one row
+    totals: list[torch.dtype] = []
+    add = matmul.add_weight_gradient
+
+    def noted(gradient: Any, hidden: Tensor, total: Tensor, first: bool) -> None:
+        totals.append(total.dtype)
+        add(gradient, hidden, total, first)
+
+    monkeypatch.setattr("fastkd.engine.chunks.add_weight_gradient", noted)
+
+    def results(rows: int, dtype: torch.dtype) -> list[Tensor]:
+        totals.clear()
+        pair = _matrix(rows, 40).to(dtype), _matrix(301, 40).to(dtype)
+        return _results(case, pair[0].requires_grad_(), pair[1].requires_grad_(), None)
+
+    (*_, found), dtypes = results(9, torch.bfloat16), list(totals)
+    assert dtypes == [torch.bfloat16]
+    (*_, exact) = results(9, torch.float64)
+    assert ((found.double() - exact).abs() <= 2.0**-8 * exact.abs() + 1e-6).all()
+    results(10, torch.bfloat16)
+    assert totals == [torch.float32] * 2
