@@ -49,14 +49,17 @@ $(VENV)/.dev: $(VENV)/.torch $(PROJECT) | build
 
 # The packages that the adapters replace, and the plotting packages of examples and benchmarks. They have many
 # dependencies. torch, Triton and the checkout come from .venv, whose site-packages are appended to this environment's.
-# torchdistill is installed without dependencies, because it requires torchvision, and a torchvision that does not match
-# torch breaks the other packages.
+# Some packages are installed without dependencies: torchdistill requires torchvision, and a torchvision that does not
+# match torch breaks the other packages; verl, VeOmni, NeMo AutoModel, ms-swift and speculators require other releases
+# of it and of transformers.
+ALONE := torchdistill==1.1.5 verl==0.9.1 veomni==0.1.12 nemo-automodel==0.7.0 ms-swift==4.6.0 \
+    speculators==0.9.0
 $(STACKS)/.stacks: $(VENV)/.dev
 	test -x $(STACKS_PY) || $(PY) -m venv $(STACKS)
 	@$(PY) -c 'import site; print(f"import site; site.addsitedir({site.getsitepackages()[0]!r})")' \
 	    > "$$($(STACKS_PY) -c 'import site; print(site.getsitepackages()[0])')/beneath.pth"
 	$(STACKS_PY) -m pip --disable-pip-version-check --no-input install -c $(VENV)/constraints.txt 'fastkd[stacks]'
-	$(STACKS_PY) -m pip --disable-pip-version-check --no-input install --no-deps torchdistill==1.1.5
+	$(STACKS_PY) -m pip --disable-pip-version-check --no-input install --no-deps $(ALONE)
 	@touch $@
 
 $(VENV)/.demo: $(VENV)/.torch $(PROJECT) | build

@@ -78,7 +78,10 @@ ADAPTERS = {
         _each(
             "liger_kernel.transformers", "LigerJSD", "LigerKLDIVLoss", "LigerTVDLoss", "LigerFusedCETVDLoss",
             "LigerFusedLinearJSD", "LigerFusedLinearKLDivLoss",
-        ) | _each("liger_kernel.chunked_loss", "LigerFusedLinearJSDLoss"),
+        ) | _each("liger_kernel.chunked_loss", "LigerFusedLinearJSDLoss") | _each(
+            "liger_kernel.ops",
+            "LigerFusedLinearScaledCrossEntropyFunction", "LigerFusedLinearScaledCrossEntropyTPFunction",
+        ),
         "liger", "test_compat_liger",
     ),
     "torchtune": Adapter(
@@ -99,6 +102,37 @@ ADAPTERS = {
         "Megatron-LM", "megatron-core", "0.16.1",
         _each("megatron.training.distillation.cached_logits_loss", "topk_kl_div"),
         "megatron", "test_compat_megatron",
+    ),
+    "verl": Adapter(
+        "verl", "verl", "0.9.1",
+        {
+            "topk_losses": "verl.trainer.distillation.losses.compute_topk_loss",
+            "register_loss": "verl.trainer.distillation.losses.register_distillation_loss",
+        },
+        "verl", "test_compat_verl",
+    ),
+    "veomni": Adapter(
+        "VeOmni", "veomni", "0.1.12",
+        _each("veomni.ops.kernels.cross_entropy", "chunk_topk_distill_function"),
+        "verl", "test_compat_verl",
+    ),
+    "nemo_automodel": Adapter(
+        "NeMo AutoModel", "nemo-automodel", "0.7.0",
+        _each("nemo_automodel.components.loss.kd_loss", "KDLoss"),
+        "nemo", "test_compat_nemo_swift",
+    ),
+    "swift": Adapter(
+        "ms-swift", "ms-swift", "4.6.0",
+        _each("swift.rlhf_trainers.gkd_loss", "gkd_loss"),
+        "swift", "test_compat_nemo_swift",
+    ),
+    "speculators": Adapter(
+        "speculators", "speculators", "0.9.0",
+        _each(
+            "speculators.losses", "kl_div_loss", "reverse_kl_div_loss", "js_div_loss", "ce_loss", "tv_loss",
+            "neg_log_acceptance_loss", "lk_hybrid_loss",
+        ),
+        "speculators", "test_compat_speculators",
     ),
     "lightning": Adapter(
         "Lightning", "lightning", "2.6.6",

@@ -20,7 +20,7 @@ and fastkd has no kernel that would make it cheaper than Liger's.
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import (
@@ -39,7 +39,11 @@ from fastkd.core.tensors import savable
 from fastkd.divergences import Divergence, jsd
 from fastkd.engine.gradients import differentiable_once
 from fastkd.functional import fused_linear_kd_loss, kd_loss
+from fastkd.logprobs import LogProbs, fused_linear_logprobs
 from fastkd.teachers import LinearTeacher
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 _REMEDY = "Cut both to their n shared tokens, [..., :n], and normalise them again"
 LOWEST = torch.finfo(torch.float32).min
@@ -607,3 +611,115 @@ def _check_sides(
 
 def _teacher(hidden: Tensor, weight: Tensor, bias: Tensor | None = None) -> LinearTeacher:
     return LinearTeacher(hidden.detach(), weight.detach(), None if bias is None else bias.detach())
+
+
+# ---- log-probabilities from hidden states
+
+
+class LigerFusedLinearScaledCrossEntropyFunction:
+    """``liger_kernel.ops.LigerFusedLinearScaledCrossEntropyFunction``: -log q of a token per row, and entropies."""
+
+    @staticmethod
+    def apply(
+        _input: Tensor,
+        weight: Tensor,
+        target: Tensor,
+        temperature: float = 1.0,
+        ignore_index: int = -100,
+        m_tiles_per_cluster: int = 1,
+        return_entropy: bool = False,
+        selected_token_ids: Tensor | None = None,
+    ) -> Tensor | tuple[Tensor, ...]:
+        """Compute -log q(target), with q = softmax(_input @ weight.T / temperature).
+
+        Args:
+            _input: [M, H], hidden states.
+            weight: [V, H], the lm_head.
+            target: [M] int64; the outputs of a row with ignore_index are 0.
+            temperature: T > 0.
+            ignore_index: the target of rows that do not count.
+            m_tiles_per_cluster: accepted, but without effect; it tunes Liger's kernel.
+            return_entropy: also return the entropy of q, [M].
+            selected_token_ids: [K] int64; also return log q of these tokens in every row, [M, K].
+
+        Returns:
+            [M] float32, or a tuple (loss, entropy, selected log-probabilities) of what was requested. All are
+            differentiable.
+
+        Raises:
+            TypeError, ValueError: an argument has the wrong shape, dtype, device or value; the message names it.
+        """
+        ids = inverse = None
+        if selected_token_ids is not None:
+            distinct, inverse = selected_token_ids.unique(return_inverse=True)
+            ids = distinct.expand(*target.shape, -1)
+        outputs = fused_linear_logprobs(
+            _input,
+            weight,
+            target,
+            ids=ids,
+            temperature=temperature,
+            ignore_index=ignore_index,
+            entropy=return_entropy,
+        )
+        return _requested(outputs, target != ignore_index, inverse)
+
+
+class LigerFusedLinearScaledCrossEntropyTPFunction:
+    """``liger_kernel.ops.LigerFusedLinearScaledCrossEntropyTPFunction``: the same over a vocabulary in equal parts."""
+
+    @staticmethod
+    def apply(
+        _input: Tensor,
+        weight: Tensor,
+        target: Tensor,
+        tp_group: ProcessGroup,
+        temperature: float = 1.0,
+        ignore_index: int = -100,
+        tiles_per_reduce: int = 1,
+        return_entropy: bool = False,
+    ) -> Tensor | tuple[Tensor, ...]:
+        """Compute -log q(target) on every process of tp_group.
+
+        Args:
+            _input: [M, H], equal on every process; its gradient is summed over the processes.
+            weight: [V_r, H], this process's part of the lm_head, in rank order.
+            target: [M] int64, tokens of the whole vocabulary.
+            tp_group: the processes that share the vocabulary.
+            temperature: T > 0.
+            ignore_index: the target of rows that do not count.
+            tiles_per_reduce: accepted, but without effect; it tunes Liger's kernel.
+            return_entropy: also return the entropy of q, [M].
+
+        Returns:
+            [M] float32, or a tuple (loss, entropy).
+
+        Raises:
+            TypeError, ValueError: an argument has the wrong shape, dtype, device or value; the message names it.
+        """
+        outputs = fused_linear_logprobs(
+            _input,
+            weight,
+            target,
+            temperature=temperature,
+            ignore_index=ignore_index,
+            entropy=return_entropy,
+            process_group=tp_group,
+        )
+        return _requested(outputs, target != ignore_index, None)
+
+
+def _requested(
+    outputs: LogProbs, counted: Tensor, columns: Tensor | None
+) -> Tensor | tuple[Tensor, ...]:
+    """The outputs in Liger's order, alone or as a tuple. columns: of each selected token among the distinct ones."""
+    assert outputs.target is not None
+    results = [-outputs.target]
+    if outputs.entropy is not None:
+        results.append(outputs.entropy)
+    if columns is not None:
+        assert outputs.gathered is not None
+        # Dropped rows are -inf.
+        kept = outputs.gathered.masked_fill(~counted.unsqueeze(-1), 0.0)
+        results.append(kept[..., columns])
+    return results[0] if len(results) == 1 else tuple(results)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import liger_kernel.ops.kl_div
@@ -11,10 +12,11 @@ import liger_kernel.ops.tvd
 import numpy as np
 import pytest
 import torch
-from liger_kernel import chunked_loss
+from liger_kernel import chunked_loss, ops
 from liger_kernel import transformers as liger
 from support.beside_peers import compare, error, float64, run
 from support.paths import DATA
+from support.processes import Processes
 from torch import Tensor
 
 from fastkd.compat import liger as ours
@@ -564,3 +566,77 @@ def test_signatures(theirs: Any) -> None:
 def test_errors(make: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make()
+
+
+# ---- log-probabilities from hidden states
+
+
+@pytest.mark.parametrize("entropy", [False, True])
+@pytest.mark.parametrize("selected", [None, (3, 17, 3, 0)])
+@pytest.mark.parametrize("temperature", [1.0, 1.7])
+def test_scaled_cross_entropy(
+    entropy: bool, selected: tuple[int, ...] | None, temperature: float
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(11, 8, generator=generator, requires_grad=True)
+    weight = torch.randn(29, 8, generator=generator, requires_grad=True)
+    target = torch.randint(29, (11,), generator=generator)
+    target[2:5] = -100
+    ids = None if selected is None else torch.tensor(selected)
+    outcomes = []
+    for module in (ops, ours):
+        function = module.LigerFusedLinearScaledCrossEntropyFunction
+        outputs = function.apply(hidden, weight, target, temperature, -100, 1, entropy, ids)
+        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+        draws = torch.Generator().manual_seed(1)
+        total = sum((x * torch.randn(x.shape, generator=draws)).sum() for x in outputs)
+        outcomes.append([*outputs, *torch.autograd.grad(total, (hidden, weight))])
+    assert len(outcomes[0]) == 3 + entropy + (ids is not None)
+    torch.testing.assert_close(*outcomes, rtol=1e-4, atol=1e-5)
+    assert all(not x[2:5].any() for x in outcomes[1][:-1])
+
+
+@pytest.fixture(scope="module")
+def processes() -> Iterator[Processes]:
+    pool = Processes(2)
+    yield pool
+    pool.stop()
+
+
+def scaled_in_parts(group: Any) -> list[Tensor]:
+    """Loss, entropy and gradients of a process; without a group, Liger's for the whole vocabulary."""
+    rank, size = (0, 1) if group is None else (group.rank(), group.size())
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(11, 8, generator=generator, requires_grad=True)
+    weight = torch.randn(32, 8, generator=generator).tensor_split(size)[rank]
+    weight = weight.clone().requires_grad_()
+    target = torch.randint(32, (11,), generator=generator)
+    target[2:5] = -100
+    if group is None:
+        function = ops.LigerFusedLinearScaledCrossEntropyFunction
+        loss, entropy = function.apply(hidden, weight, target, 1.7, -100, 1, True)
+    else:
+        in_parts = ours.LigerFusedLinearScaledCrossEntropyTPFunction
+        loss, entropy = in_parts.apply(hidden, weight, target, group, 1.7, -100, 1, True)  # type: ignore[misc]
+    total = loss.sum() - 0.3 * entropy.sum()
+    return [loss.detach(), entropy.detach(), *torch.autograd.grad(total, (hidden, weight))]
+
+
+def test_scaled_cross_entropy_of_parts_of_the_vocabulary(processes: Processes) -> None:
+    """Liger's own function for parts of a vocabulary runs on GPUs only."""
+    *expected, of_weight = scaled_in_parts(None)
+    for found, part in zip(
+        processes.run(2, scaled_in_parts), of_weight.tensor_split(2), strict=True
+    ):
+        torch.testing.assert_close(found, [*expected, part], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["Function", "TPFunction"])
+def test_signatures_of_scaled_cross_entropies(name: str) -> None:
+    expected, actual = (
+        inspect.signature(getattr(module, f"LigerFusedLinearScaledCrossEntropy{name}").apply)
+        for module in (ops, ours)
+    )
+    assert [(p.name, p.default) for p in actual.parameters.values()] == [
+        (p.name, p.default) for p in expected.parameters.values()
+    ]
