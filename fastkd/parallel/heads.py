@@ -23,6 +23,9 @@ from fastkd.core.models import base, logit_transform, without_wrapper
 
 Result = TypeVar("Result")
 
+# The modules in the place of whose forward a function runs now, the innermost last.
+_REDIRECTED: list[nn.Module] = []
+
 _UNGATHERED = (
     "{} is partitioned by DeepSpeed ZeRO-3 and nothing gathers it: call deepspeed.initialize with the model, and pass "
     "the engine or its module"
@@ -222,9 +225,11 @@ class Head:
         Raises:
             ValueError: the lm_head became one that :func:`head` refuses, or ZeRO-3 has partitioned it and does not
                 gather it.
+            RuntimeError: FSDP2 has sharded the model, and its forward does not run.
         """
         owner = self._owner()
         self._check_dropout(owner)
+        self._check_inside()
         if not _has_hooks(owner):
             return function(hidden, *self._operands(owner, hidden.dtype))
 
@@ -332,6 +337,19 @@ class Head:
                 f"target_modules, or {self._otherwise}"
             )
 
+    def _check_inside(self) -> None:
+        """Raise if FSDP2 shards the model and its forward does not run: the gradient might never be reduced."""
+        target: Any = _inside_wrappers(self.model)
+        if any(target is running for running in _REDIRECTED) or not _is_fsdp_unit(target):
+            return
+        state = getattr(target._get_fsdp_state(), "_training_state", None)
+        if getattr(state, "name", "FORWARD") != "FORWARD":
+            raise RuntimeError(
+                f"FSDP2 has sharded {self.name}, and the loss of its hidden states is computed outside of its forward, "
+                "where the gradient of the lm_head may never be reduced; run the model and the loss in a function that "
+                "fastkd.parallel.redirect calls"
+            )
+
     def _check_wrappers(self) -> None:
         kinds = {type(module).__name__ for module in self.model.modules()}
         if "FullyShardedDataParallel" in kinds:
@@ -416,7 +434,11 @@ def _in_place_of_forward(
     def in_place(*args: Any, **kwargs: Any) -> Result:
         restore()
         called.append(True)
-        return function(target.forward, *args, **kwargs)
+        _REDIRECTED.append(target)
+        try:
+            return function(target.forward, *args, **kwargs)
+        finally:
+            _REDIRECTED.pop()
 
     vars(target)["forward"] = in_place
     try:
