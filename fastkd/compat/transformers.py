@@ -719,7 +719,7 @@ class DistillationMixin(_Trainer):
         """Return the lm_head of the student ("model") or of the teacher ("teacher_model"), wrapped as it is now."""
         head = self._heads.get(name)
         if head is None or head.model is not model:
-            head = Head(model, name=name, otherwise="leave fused out")
+            head = Head(model, name=name, otherwise="leave fused out", by_hand="")
             self._heads[name] = head
             side = "" if name == "model" else "teacher_"
             for option, value in (("logit_scale", head.logit_scale), ("softcap", head.softcap)):
@@ -738,21 +738,13 @@ class DistillationMixin(_Trainer):
             captured: the output of its lm_head for the first position.
         """
         options = {} if self._fused_loss is None else self._fused_loss.options
-        scale, softcap = options.get(f"{side}logit_scale", 1.0), options.get(f"{side}softcap")
-        assert captured.projected is not None
-        expected = captured.projected * scale
-        if softcap is not None:
-            expected = softcap * torch.tanh(expected / softcap)
-        if not expected.numel():
-            return
-        error = (logits.detach() - expected).abs().max()
-        allowed = 8 * torch.finfo(expected.dtype).eps * expected.abs().max()
-        if not bool(error <= allowed):
-            raise ValueError(
-                f"fused=True: the logits of {'teacher_model' if side else 'model'} are not those of its lm_head times "
-                f"{scale} with the softcap {softcap}; they differ by up to {float(error):.3g}. Set {side}logit_scale "
-                f"and {side}softcap in loss_kwargs to match the model, or leave fused out"
-            )
+        self._heads["teacher_model" if side else "model"].check_logits(
+            logits,
+            captured,
+            options.get(f"{side}logit_scale", 1.0),
+            options.get(f"{side}softcap"),
+            f"set {side}logit_scale and {side}softcap in loss_kwargs to match the model",
+        )
 
     def prediction_step(
         self,

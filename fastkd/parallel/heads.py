@@ -32,6 +32,14 @@ _UNGATHERED = (
 )
 
 
+def is_redirected(model: nn.Module) -> bool:
+    """Whether :func:`redirect` runs a function inside the model's forward, or just calls it."""
+    if _is_compiled(model):
+        return False
+    target = _inside_wrappers(model)
+    return target is not model or _has_hooks(target)
+
+
 def head(model: nn.Module, *, module: nn.Module | None = None) -> Head:
     """The lm_head of a model, for a loss from hidden states.
 
@@ -84,15 +92,12 @@ def redirect(
             "DataParallel copies the model in every forward, so a loss cannot run inside of it; use "
             "DistributedDataParallel with one process per device"
         )
-    if _is_compiled(model):
-        if _sharding(target):
-            raise ValueError(
-                f"the model is compiled as a whole and its parameters are sharded ({_sharding(target)}), so the loss "
-                "cannot run inside its forward; compile its layers before they are sharded (layer.compile()), not the "
-                "model"
-            )
-        return function(model, *args, **kwargs)
-    if target is model and not _has_hooks(target):
+    if _is_compiled(model) and _sharding(target):
+        raise ValueError(
+            f"the model is compiled as a whole and its parameters are sharded ({_sharding(target)}), so the loss "
+            "cannot run inside its forward; compile its layers before they are sharded (layer.compile()), not the model"
+        )
+    if not is_redirected(model):
         return function(model, *args, **kwargs)
     return _in_place_of_forward(model, target, function, *args, **kwargs)
 
@@ -138,8 +143,9 @@ class Head:
         *,
         name: str = "the model",
         otherwise: str = "compute the loss from logits",
+        by_hand: str = "pass it as module, or ",
     ) -> None:
-        """Find the lm_head. name and otherwise are for the messages: what the model is called, and the last remedy."""
+        """Find the lm_head. The rest is for messages: the model's name, and what to do instead or if there is none."""
         if not isinstance(model, nn.Module):
             raise TypeError(f"{name} must be an nn.Module, got {type(model).__name__}")
         self.name, self.model, self._otherwise = name, model, otherwise
@@ -148,10 +154,9 @@ class Head:
         if module is None and get_head is not None:
             module = get_head()
         if module is None:
-            given = "" if name != "the model" else "pass it as module, or "
             raise ValueError(
                 f"{name} has no lm_head that get_output_embeddings() of {type(inner).__name__} returns; "
-                f"{given}{otherwise}"
+                f"{by_hand}{otherwise}"
             )
         if not isinstance(module, nn.Module):
             raise TypeError(f"module must be an nn.Module, got {type(module).__name__}")
@@ -202,6 +207,48 @@ class Head:
                 parent._modules[name] = self._called
             captured._hidden, captured.projected = stand_in.hidden, stand_in.projected
             stand_in.hidden = stand_in.projected = None
+
+    def check_logits(
+        self,
+        logits: Tensor,
+        captured: Captured,
+        logit_scale: float,
+        softcap: float | None,
+        remedy: str = "pass the logit_scale and the softcap of the model to the loss",
+    ) -> None:
+        """Raise unless the model's logits are those of its lm_head with this scale and softcap.
+
+        For the first batch: it synchronizes with the device.
+
+        Args:
+            logits: [..., 1, V], which the model returned inside of ``captured(project=True)``.
+            captured: what was captured there.
+            logit_scale: the option of the loss.
+            softcap: the option of the loss.
+            remedy: the end of the message.
+
+        Raises:
+            ValueError: the logits differ.
+        """
+        projected = captured.projected
+        if projected is None or not projected.numel():
+            return
+        expected = projected * logit_scale
+        if softcap is not None:
+            expected = softcap * torch.tanh(expected / softcap)
+        if logits.shape != expected.shape:
+            raise ValueError(
+                f"the logits of {self.name} have the shape {tuple(logits.shape)}, and its lm_head returned "
+                f"{tuple(expected.shape)}; the loss takes all hidden states that the lm_head gets, so {self._otherwise}"
+            )
+        error = (logits.detach() - expected).abs().max()
+        allowed = 8 * torch.finfo(expected.dtype).eps * expected.abs().max()
+        if not bool(error <= allowed):
+            raise ValueError(
+                f"the logits of {self.name} are not those of its lm_head times {logit_scale} with the softcap "
+                f"{softcap}; they differ by up to {float(error):.3g}. {remedy[0].upper()}{remedy[1:]}, or "
+                f"{self._otherwise}"
+            )
 
     # ---- the weight
 

@@ -54,7 +54,7 @@ def test_training_equals_that_of_one_process(
     counted row."""
     tied, expected = alone
     if tied and how == "fsdp, head":
-        return  # test_ties_that_fsdp_has_cut
+        return  # FSDP2 cuts the tie: test_models_that_the_loss_cannot_use
     start = dict(Model(1, tied=tied).named_parameters())
     for parameters in processes.run(2, spread_heads.train, how, tied, micro_batches):
         assert parameters.keys() == expected.keys() == start.keys()
@@ -62,6 +62,15 @@ def test_training_equals_that_of_one_process(
             moved = (expected[name] - start[name]).abs().max()
             assert moved > 0.01
             assert (value - expected[name]).abs().max() < 5e-5 * moved, name
+
+
+@pytest.mark.parametrize("how", ["ddp", "fsdp, head", "fsdp, reshards"])
+def test_a_distiller_trains_as_on_one_process(processes: Processes, how: str) -> None:
+    train = spread_heads.train
+    (expected,) = processes.run(1, train, "alone", False, 1, "even", 5)
+    for parameters in processes.run(2, train, how, False, 2, "even", 5, "distiller"):
+        for name, value in parameters.items():
+            torch.testing.assert_close(value, expected[name], rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("how", ["ddp", "fsdp", "fsdp, head"])

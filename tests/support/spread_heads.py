@@ -7,6 +7,7 @@ import datetime
 import os
 import sys
 import types
+from functools import partial
 from typing import Any
 from unittest.mock import patch
 
@@ -20,6 +21,7 @@ from torch.distributed.tensor.debug import CommDebugMode
 from torch.nn.parallel import DistributedDataParallel
 
 import fastkd
+from fastkd.distiller import Distiller, Term
 from fastkd.parallel import head, num_items, redirect
 
 BATCH, LENGTH, WIDTH, VOCABULARY = 8, 6, 24, 97
@@ -99,6 +101,12 @@ def of_hidden_states(
         return redirect(student, step, tokens)
 
 
+def of_distiller(distiller: Distiller, tokens: Tensor, labels: Tensor, items: Any) -> Tensor:
+    """The loss of a Distiller."""
+    loss, _ = distiller(tokens, labels=labels, num_items=items)
+    return loss
+
+
 def spread(model: Model, how: str, group: Any, **options: Any) -> nn.Module:
     """The model, wrapped.
 
@@ -129,11 +137,18 @@ def whole(model: nn.Module) -> dict[str, Tensor]:
 
 
 def train(
-    group: Any, how: str, tied: bool, micro_batches: int = 1, rows: str = "even", steps: int = 20
+    group: Any,
+    how: str,
+    tied: bool,
+    micro_batches: int = 1,
+    rows: str = "even",
+    steps: int = 20,
+    by: str = "head",
 ) -> dict[str, Tensor]:
     """The student's parameters after some steps, in which each process has its own sequences.
 
     rows: "even"; "masked": the last process has no counted row; "none": the first process has all sequences.
+    by: "head": by fastkd.parallel.head; "distiller": by a Distiller of the wrapped student.
     """
     rank, size = dist.get_rank(group), dist.get_world_size(group)
     student, teacher = Model(1, tied=tied), Model(2, 40)
@@ -141,6 +156,10 @@ def train(
     target = spread(teacher, how if how.startswith("fsdp") else "alone", group).requires_grad_(
         False
     )
+    term = Term(fastkd.FusedLinearKDLoss(chunk_size=7, **OPTIONS))
+    loss_of = partial(of_hidden_states, wrapped, target)
+    if by == "distiller":
+        loss_of = partial(of_distiller, Distiller(wrapped, target, {"kd": term}))
     optimizer = torch.optim.SGD(wrapped.parameters(), lr=0.5, momentum=0.9)
     for step in range(steps):
         tokens, labels = batch_of(step)
@@ -155,7 +174,7 @@ def train(
             tokens, labels = tokens[own], labels[own]
             items = num_items(labels, group=group)
             for part in torch.arange(len(tokens)).chunk(micro_batches):
-                of_hidden_states(wrapped, target, tokens[part], labels[part], items).backward()
+                loss_of(tokens[part], labels[part], items).backward()
         optimizer.step()
         optimizer.zero_grad()
     return whole(student)
