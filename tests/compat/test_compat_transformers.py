@@ -536,7 +536,7 @@ def test_fused_in_mixed_precision(
 
 @pytest.mark.heavy
 def test_two_processes_train_as_one(tmp_path: Path) -> None:
-    """Under DDP, with logits and fused; the measured differences are 0 and 1.2e-7."""
+    """Under DDP and FSDP2, compared with the loss of logits on one process."""
     from support import trainer_of_processes
 
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
@@ -550,8 +550,10 @@ def test_two_processes_train_as_one(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stdout + done.stderr
     results = torch.load(tmp_path / "two")
-    for fused, (found_losses, found_weights) in zip((False, True), results, strict=True):
-        expected_losses, expected_weights = trainer_of_processes.run(fused)
+    for case, (found_losses, found_weights) in zip(
+        trainer_of_processes.CASES, results, strict=True
+    ):
+        expected_losses, expected_weights = trainer_of_processes.run(False, "ddp", case[-1])
         assert len(found_losses) == 2 and found_losses == pytest.approx(expected_losses, rel=2e-6)
         assert (found_weights - expected_weights).abs().max() < 1e-6
 
