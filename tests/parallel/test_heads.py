@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 import types
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
-from support import spread_heads
+from support import spread_heads, zero3_stand_in
 from support.processes import Processes
 from support.spread_heads import Model
 from torch import Tensor, nn
@@ -177,7 +178,38 @@ def test_a_frozen_head() -> None:
     check(student, Model(2, 40))
 
 
-def test_half_of_the_logits_are_never_computed() -> None:
+@pytest.mark.parametrize("tied", [False, True])
+def test_zero3_by_its_stand_in(tied: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """tests/compat/test_compat_heads.py has the real one."""
+    monkeypatch.setitem(sys.modules, "deepspeed", zero3_stand_in.deepspeed())
+    student, teacher = Model(1, tied=tied), Model(2, 40)
+    expected = spread_heads.of_logits(student, teacher, *batch())
+    of_logits = gradients(expected, student)
+    zero3_stand_in.partition(student)
+    zero3_stand_in.partition(teacher.requires_grad_(False))
+    for calls in (1, 2):
+        loss = spread_heads.of_hidden_states(student, teacher, *batch())
+        torch.testing.assert_close(loss, expected, rtol=1e-6, atol=0)
+        loss.backward()
+        parameter: Any
+        for name, parameter in student.named_parameters():
+            found = parameter.grad
+            if not name.startswith("block"):
+                assert parameter.numel() == 0 and found is None
+                found = parameter.reduced
+            torch.testing.assert_close(found, calls * of_logits[name], rtol=1e-4, atol=1e-7)
+        weights: list[Any] = [student.lm_head.weight, teacher.lm_head.weight]
+        # Forward and backward, a tied weight also for the embedding. The teacher once.
+        assert [weight.gathered for weight in weights] == [(3 if tied else 2) * calls, calls]
+
+
+def test_a_partition_that_nothing_gathers_raises() -> None:
+    student: Any = zero3_stand_in.partition(Model(1), hooks=False)
+    with pytest.raises(ValueError, match="lm_head of the model is partitioned by DeepSpeed ZeRO-3"):
+        head(student).apply(lambda hidden, weight, bias: hidden.sum(), torch.randn(2, 24))
+
+
+def test_hidden_states_and_weights() -> None:
     student = Model(1)
     of_student = head(student)
     assert isinstance(of_student, Head)
