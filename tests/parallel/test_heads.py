@@ -185,8 +185,9 @@ def test_zero3_by_its_stand_in(tied: bool, monkeypatch: pytest.MonkeyPatch) -> N
     student, teacher = Model(1, tied=tied), Model(2, 40)
     expected = spread_heads.of_logits(student, teacher, *batch())
     of_logits = gradients(expected, student)
-    zero3_stand_in.partition(student)
-    zero3_stand_in.partition(teacher.requires_grad_(False))
+    teacher.requires_grad_(False)
+    for model in (student, teacher):
+        zero3_stand_in.partition(model.embedding, model.lm_head)
     for calls in (1, 2):
         loss = spread_heads.of_hidden_states(student, teacher, *batch())
         torch.testing.assert_close(loss, expected, rtol=1e-6, atol=0)
@@ -204,7 +205,8 @@ def test_zero3_by_its_stand_in(tied: bool, monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_a_partition_that_nothing_gathers_raises() -> None:
-    student: Any = zero3_stand_in.partition(Model(1), hooks=False)
+    student = Model(1)
+    zero3_stand_in.partition(student.lm_head, hooks=False)
     with pytest.raises(ValueError, match="lm_head of the model is partitioned by DeepSpeed ZeRO-3"):
         head(student).apply(lambda hidden, weight, bias: hidden.sum(), torch.randn(2, 24))
 

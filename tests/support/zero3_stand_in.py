@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import contextlib
 import enum
+import importlib.machinery
 import types
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 
 class ZeroParamStatus(enum.Enum):
@@ -59,15 +61,14 @@ def _reduce(parameter: Any) -> None:
     _partition(parameter)
 
 
-def partition(model: Any, *, hooks: bool = True) -> Any:
-    """Partition the embedding and the lm_head of a model. hooks: as by deepspeed.initialize; without, as by zero.Init.
+def partition(*modules: nn.Module, hooks: bool = True) -> None:
+    """Partition the parameters of some modules. hooks: as by deepspeed.initialize; without, as by zero.Init.
 
-    The block stays whole, because torch's attention reads the weights of a submodule without calling it, for which
-    DeepSpeed has code of its own.
+    torch's attention cannot be among them: it reads the weight of a submodule without calling it, for which DeepSpeed
+    has code of its own.
     """
-    modules = nn.ModuleList([model.embedding, model.lm_head])
     parameter: Any
-    for number, parameter in enumerate(modules.parameters()):
+    for number, parameter in enumerate(nn.ModuleList(modules).parameters()):
         parameter.ds_id, parameter.ds_shape, parameter.gathered = number, parameter.shape, 0
         parameter.ds_tensor = parameter.detach().clone().flatten()
         parameter.reduced = torch.zeros(parameter.shape)
@@ -78,7 +79,6 @@ def partition(model: Any, *, hooks: bool = True) -> Any:
     for module in modules if hooks else ():
         module.register_forward_pre_hook(_before)
         module.register_forward_hook(_after)
-    return model
 
 
 def _before(module: nn.Module, inputs: Any) -> None:
@@ -89,8 +89,12 @@ def _before(module: nn.Module, inputs: Any) -> None:
 def _after(module: nn.Module, inputs: Any, output: Any) -> Any:
     for parameter in module.parameters(recurse=False):
         _partition(parameter)
-    trains = isinstance(output, Tensor) and output.requires_grad
-    return _BeforeBackward.apply(module, output) if trains else output
+
+    def attached(value: Any) -> Any:
+        trains = isinstance(value, Tensor) and value.requires_grad
+        return _BeforeBackward.apply(module, value) if trains else value
+
+    return tree_map(attached, output)
 
 
 @contextlib.contextmanager
@@ -106,7 +110,8 @@ def _gathered_parameters(parameters: Sequence[Any], modifier_rank: int | None) -
 
 
 def deepspeed() -> types.ModuleType:
-    """The module."""
+    """The module, which accelerate does not take for the package, because that has metadata."""
     module: Any = types.ModuleType("deepspeed")
+    module.__spec__ = importlib.machinery.ModuleSpec("deepspeed", None)
     module.zero = types.SimpleNamespace(GatheredParameters=_gathered_parameters)
     return module
