@@ -14,6 +14,8 @@ import contextlib
 import inspect
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -24,6 +26,7 @@ from fastkd.distiller import models
 from fastkd.distiller.models import Habits
 from fastkd.functional import Parts
 from fastkd.modules import FusedLinearKDLoss, KDLoss
+from fastkd.parallel.heads import Captured, Head, redirect
 from fastkd.teachers import LinearTeacher, Teacher, TopK
 
 if TYPE_CHECKING:
@@ -397,9 +400,10 @@ class DistillationMixin(_Trainer):
             are added with the student's coefficient, averaged over the rows of a step, and logged as own_loss. "drop":
             they are omitted.
         fused: compute the loss from hidden states and lm_heads by :func:`fastkd.fused_linear_kd_loss`, without holding
-            logits [rows, V]. Supported for heads that are an nn.Linear, on one device or under DDP. If a model scales
-            or caps its logits after the head, loss_kwargs must contain the same logit_scale and softcap; the first
-            batch is checked for this. An evaluation that returns predictions still computes logits.
+            logits [rows, V], on one device or under DDP, FSDP2 or DeepSpeed. :func:`fastkd.parallel.head` says which
+            lm_heads are supported. The scale and softcap of the logits are read from each model's configuration, unless
+            loss_kwargs has them; the first batch is checked for this. An evaluation that returns predictions still
+            computes logits.
 
     Raises:
         ValueError, TypeError: at construction, an option is invalid, or a model's outputs are not logits of a
@@ -419,7 +423,7 @@ class DistillationMixin(_Trainer):
     ) -> None:
         options = _checked_options(loss_kwargs, shift_labels, own_loss)
         super().__init__(*args, **kwargs)
-        self._check_trainer(fused)
+        self._check_trainer()
         models.check_heads(self.model, teacher_model)
         smoothing = self.args.label_smoothing_factor
         if smoothing:
@@ -444,6 +448,9 @@ class DistillationMixin(_Trainer):
         self.teacher_model = teacher_model
         self._loss = KDLoss(return_parts=True, **self._dense_options(options, fused))
         self._fused_loss = FusedLinearKDLoss(return_parts=True, **options) if fused else None
+        # With fused: the lm_heads of both models, and the options that were given.
+        self._heads: dict[str, Head] = {}
+        self._fused_options = frozenset(options)
         self._logs_parts = options.get("alpha", 1.0) < 1.0
         # Sums of distillation, cross-entropy, own loss and rows since the last log.
         self._sums: Tensor | None = None
@@ -504,7 +511,7 @@ class DistillationMixin(_Trainer):
             omitted += ["teacher_logit_scale", "teacher_softcap"]
         return {name: value for name, value in options.items() if name not in omitted}
 
-    def _check_trainer(self, fused: bool) -> None:
+    def _check_trainer(self) -> None:
         if self.compute_loss_func is not None:
             raise ValueError(
                 "compute_loss_func would not be called, because DistillationMixin computes the loss; remove it, or use "
@@ -520,11 +527,6 @@ class DistillationMixin(_Trainer):
             raise ValueError(
                 "sequence parallelism is not supported, because the Trainer replaces the loss under it; disable it in "
                 "the accelerator's parallelism_config"
-            )
-        if fused and (self.is_fsdp_enabled or self.is_deepspeed_enabled or self.args.torch_compile):
-            raise ValueError(
-                "fused=True reads lm_heads outside of the models' forward through hooks, which works in eager mode on "
-                "one device or under DDP, but not with FSDP, DeepSpeed or torch_compile; pass fused=False"
             )
 
     def compute_loss(
@@ -581,8 +583,8 @@ class DistillationMixin(_Trainer):
                 student_inputs = {n: v for n, v in student_inputs.items() if n in names}
             own_loss = "keep" if self._keeps_own_loss else "drop"
             fused = self._fused_loss is not None
-            head = _HeadInput("model", self.accelerator.unwrap_model(model)) if fused else None
-            with head or contextlib.nullcontext():
+            captured = self._head("model", model).captured(project=True) if fused else None
+            with captured or contextlib.nullcontext():
                 self._habits = models.habits_of(call, self.model, student_inputs, labels, own_loss)
         if not self._checked_boundaries and any(name in features for name in models.BOUNDARIES):
             self._checked_boundaries = True
@@ -629,20 +631,17 @@ class DistillationMixin(_Trainer):
             counted.append({"labels": labels})
         return super()._get_num_items_in_batch(counted, device)
 
-    def _call_student(
-        self, model: nn.Module, features: dict[str, Any], labels: Tensor | None
-    ) -> tuple[Any, Tensor | None]:
-        """Return (the student's outputs, the loss that it adds itself or None)."""
-        student_inputs = self._student_inputs(features, labels)
+    def _student_call(
+        self, features: dict[str, Any], labels: Tensor | None
+    ) -> tuple[dict[str, Any], AbstractContextManager[Any], Callable[[Any], Tensor | None]]:
+        """Return (the student's inputs, the context of its call, the loss that it adds itself, from its outputs)."""
+        inputs = self._student_inputs(features, labels)
         assert self._habits is not None
         if not self._keeps_own_loss or self._habits.own == "nothing":
-            return model(**student_inputs), None
+            return inputs, contextlib.nullcontext(), lambda outputs: None
         if self._habits.own == "outputs" or labels is None:
-            outputs = model(**student_inputs)
-            return outputs, models.own_loss(self.model, outputs)
-        with models.LabelLoss(labels):
-            outputs = model(**student_inputs, labels=labels)
-        return outputs, models.loss_in(outputs)
+            return inputs, contextlib.nullcontext(), partial(models.own_loss, self.model)
+        return inputs | {"labels": labels}, models.LabelLoss(labels), models.loss_in
 
     def _loss_of_logits(
         self, model: nn.Module, inputs: dict[str, Any], num_items: int | Tensor | None
@@ -650,7 +649,9 @@ class DistillationMixin(_Trainer):
         features, labels = self._features(inputs), inputs.get("labels")
         teacher_outputs = _teacher_outputs(self.teacher_model, self.model, features, labels)
         teacher = _logits_or_teacher(teacher_outputs, self.teacher_model)
-        outputs, own = self._call_student(model, features, labels)
+        student_inputs, context, own_loss_in = self._student_call(features, labels)
+        with context:
+            outputs = model(**student_inputs)
         logits = models.logits_of(outputs, "the student")
         logits = models.without_soft_prompt(model, logits, _token_shape(inputs))
         targets, mask = self._rows(inputs, logits.shape[:-1])
@@ -658,44 +659,92 @@ class DistillationMixin(_Trainer):
         vocab_size = self._loss.options.get("vocab_size")
         _check_widths(logits.shape[-1], teacher, vocab_size, "loss_kwargs={'vocab_size': ...}")
         row_options = {"labels": targets, "mask": mask, "num_items": num_items}
-        return self._loss(logits, teacher, **row_options), outputs, own
+        return self._loss(logits, teacher, **row_options), outputs, own_loss_in(outputs)
 
     def _loss_of_hidden_states(
         self, model: nn.Module, inputs: dict[str, Any], num_items: int | Tensor | None
     ) -> tuple[tuple[Tensor, Parts], Any, Tensor | None]:
-        assert self._fused_loss is not None
-        options = self._fused_loss.options
         features, labels = self._features(inputs), inputs.get("labels")
-        teacher: Teacher
-        if isinstance(self.teacher_model, nn.Module):
-            with _HeadInput("teacher_model", self.teacher_model) as head:
-                outputs = _teacher_outputs(self.teacher_model, self.model, features, labels)
-            if not self._checked_heads:
-                head.check(models.logits_of(outputs, "the teacher"), options, "teacher_")
-            bias = None if head.linear.bias is None else head.linear.bias.detach()
-            teacher = LinearTeacher(head.hidden, head.linear.weight.detach(), bias)
-        else:
+        if not isinstance(self.teacher_model, nn.Module):
             teacher = _teacher_outputs(self.teacher_model, self.model, features, labels)
-        with _HeadInput("model", self.accelerator.unwrap_model(model)) as head:
-            outputs, own = self._call_student(model, features, labels)
+            return self._fused_step(model, inputs, features, teacher, num_items)
+        head = self._head("teacher_model", self.teacher_model)
+        with head.captured(project=not self._checked_heads or None) as captured:
+            outputs = _teacher_outputs(self.teacher_model, self.model, features, labels)
         if not self._checked_heads:
-            head.check(models.logits_of(outputs, "the student"), options, "")
-            self._checked_heads = True
-        hidden = models.without_soft_prompt(model, head.hidden, _token_shape(inputs))
-        targets, mask = self._rows(inputs, hidden.shape[:-1])
-        teacher = _moved(teacher, hidden.device)
-        weight = head.linear.weight
-        _check_widths(
-            len(weight), teacher, options.get("vocab_size"), "loss_kwargs={'vocab_size': ...}"
+            self._check_logits("teacher_", models.logits_of(outputs, "the teacher"), captured)
+        with head.gathered(captured.hidden.dtype) as (weight, bias):
+            teacher = LinearTeacher(captured.hidden, weight, bias)
+            return self._fused_step(model, inputs, features, teacher, num_items)
+
+    def _fused_step(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        features: dict[str, Any],
+        teacher: Teacher,
+        num_items: int | Tensor | None,
+    ) -> tuple[tuple[Tensor, Parts], Any, Tensor | None]:
+        """Run the student, and inside its forward the loss of its hidden states."""
+        head, fused_loss = self._head("model", model), self._fused_loss
+        assert fused_loss is not None
+        student_inputs, context, own_loss_in = self._student_call(features, inputs.get("labels"))
+        kept: list[Parts] = []  # apart from the outputs, because wrappers may cast those
+
+        def loss_of(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+            hidden = models.without_soft_prompt(model, hidden, _token_shape(inputs))
+            targets, mask = self._rows(inputs, hidden.shape[:-1])
+            target = _moved(teacher, hidden.device)
+            vocab_size = fused_loss.options.get("vocab_size")
+            _check_widths(len(weight), target, vocab_size, "loss_kwargs={'vocab_size': ...}")
+            row_options = {"labels": targets, "mask": mask, "num_items": num_items}
+            # accelerate enables autocast only inside the models' forward
+            with self.accelerator.autocast():
+                loss, parts = fused_loss(hidden, weight, target, student_bias=bias, **row_options)
+            kept.append(parts)
+            return loss
+
+        def step(forward: Callable[..., Any], **student_inputs: Any) -> tuple[Tensor, Any]:
+            with context, head.captured(project=not self._checked_heads or None) as captured:
+                outputs = forward(**student_inputs)
+            if not self._checked_heads:
+                self._check_logits("", models.logits_of(outputs, "the student"), captured)
+                self._checked_heads = True
+            return head.apply(loss_of, captured.hidden), outputs
+
+        loss, outputs = redirect(model, step, **student_inputs)
+        return (loss, kept[0]), outputs, own_loss_in(outputs)
+
+    def _head(self, name: str, model: nn.Module) -> Head:
+        """Return the lm_head of the student ("model") or of the teacher ("teacher_model"), wrapped as it is now."""
+        head = self._heads.get(name)
+        if head is None or head.model is not model:
+            head = Head(model, name=name, otherwise="leave fused out", by_hand="")
+            self._heads[name] = head
+            side = "" if name == "model" else "teacher_"
+            for option, value in (("logit_scale", head.logit_scale), ("softcap", head.softcap)):
+                if side + option not in self._fused_options:
+                    setattr(self._fused_loss, side + option, value)
+        return head
+
+    def _check_logits(self, side: str, logits: Tensor, captured: Captured) -> None:
+        """Raise unless a model's logits are those of its lm_head with the scale and softcap of the loss.
+
+        Synchronizes with the device.
+
+        Args:
+            side: "" for the student's options, "teacher_" for the teacher's.
+            logits: [..., 1, V], the model's, of the first position.
+            captured: the output of its lm_head for the first position.
+        """
+        options = {} if self._fused_loss is None else self._fused_loss.options
+        self._heads["teacher_model" if side else "model"].check_logits(
+            logits,
+            captured,
+            options.get(f"{side}logit_scale", 1.0),
+            options.get(f"{side}softcap"),
+            f"set {side}logit_scale and {side}softcap in loss_kwargs to match the model",
         )
-        row_options = {"labels": targets, "mask": mask, "num_items": num_items}
-        with (
-            self.accelerator.autocast()
-        ):  # accelerate enables autocast only inside the models' forward
-            loss = self._fused_loss(
-                hidden, weight, teacher, student_bias=head.linear.bias, **row_options
-            )
-        return loss, outputs, own
 
     def prediction_step(
         self,
@@ -722,67 +771,6 @@ class DistillationMixin(_Trainer):
                 logs["own_loss"] = own / max(rows, 1)
             self._sums = None
         super().log(logs, *args, **kwargs)
-
-
-class _HeadInput:
-    """Context manager that captures the input of a model's lm_head, which then projects the first position only."""
-
-    def __init__(self, name: str, model: nn.Module) -> None:
-        get_head = getattr(model, "get_output_embeddings", None)
-        linear = None if get_head is None else get_head()
-        if linear is None:
-            raise ValueError(
-                f"fused=True needs a {name} with an lm_head, which its get_output_embeddings() returns; "
-                f"{type(models.base(model)).__name__} has none, so leave fused out (a classifier's logits are small)"
-            )
-        if type(linear) is not nn.Linear:
-            kind = type(linear)
-            raise ValueError(
-                f"fused=True needs a {name} whose get_output_embeddings() is exactly an nn.Linear, got a "
-                f"{kind.__module__}.{kind.__qualname__}, whose output may depend on more than its weight; remove "
-                "lm_head from the adapter's target_modules, merge the adapter (merge_and_unload), or leave fused out"
-            )
-        self.name, self.linear = name, linear
-        self.hidden: Tensor
-        self._projected: Tensor
-
-    def __enter__(self) -> _HeadInput:
-        self._hooks = (
-            self.linear.register_forward_pre_hook(self._capture_input),
-            self.linear.register_forward_hook(self._capture_output),
-        )
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for hook in self._hooks:
-            hook.remove()
-
-    def _capture_input(self, linear: nn.Module, inputs: tuple[Tensor]) -> tuple[Tensor]:
-        (self.hidden,) = inputs
-        return (self.hidden[..., :1, :],)
-
-    def _capture_output(self, linear: nn.Module, inputs: tuple[Tensor], projected: Tensor) -> None:
-        self._projected = projected.detach()
-
-    def check(self, logits: Tensor, options: dict[str, Any], side: str) -> None:
-        """Raise unless the model's logits are those of its head with the scale and softcap of the options.
-
-        Synchronizes with the device. side is "" for the student's options, "teacher_" for the teacher's.
-        """
-        scale = options.get(f"{side}logit_scale", 1.0)
-        softcap = options.get(f"{side}softcap")
-        expected = self._projected * scale
-        if softcap is not None:
-            expected = softcap * torch.tanh(expected / softcap)
-        error = (logits.detach() - expected).abs().max()
-        allowed = 8 * torch.finfo(expected.dtype).eps * expected.abs().max()
-        if not bool(error <= allowed):
-            raise ValueError(
-                f"fused=True: the logits of {self.name} are not those of its lm_head times {scale} with the softcap "
-                f"{softcap}; they differ by up to {float(error):.3g}. Set {side}logit_scale and {side}softcap in "
-                "loss_kwargs to match the model (its config has logit_scale, logits_scaling or "
-                "final_logit_softcapping), or leave fused out"
-            )
 
 
 def _token_shape(inputs: dict[str, Any]) -> torch.Size | None:

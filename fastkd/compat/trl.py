@@ -17,6 +17,7 @@ import inspect
 import math
 import types
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -25,6 +26,7 @@ from torch import Tensor
 import fastkd
 from fastkd.call import log_zero
 from fastkd.call.checks import check_choice, check_pair, check_per_row, check_side
+from fastkd.parallel.heads import Head
 from fastkd.teachers import LinearTeacher
 
 # TRL compares whole vocabularies, and its trainers refuse models whose vocab_size differs.
@@ -171,8 +173,8 @@ def chunked_divergence_loss(
         last two are detached.
 
     Raises:
-        ValueError, TypeError: as :func:`fastkd.fused_linear_kd_loss`; also for an lm_head partitioned by DeepSpeed
-            ZeRO-3.
+        ValueError, TypeError: as :func:`fastkd.fused_linear_kd_loss`; also for an lm_head that DeepSpeed ZeRO-3 has
+            partitioned and nothing has gathered.
     """
     _check_whole("student_lm_head_weight", student_lm_head_weight)
     _check_whole("teacher_lm_head_weight", teacher_lm_head_weight)
@@ -283,12 +285,12 @@ def compute_topk_self_distillation_loss(
     return fastkd.kd_loss(student_logits, teacher, divergence=divergence, reduction="none")
 
 
-def _check_whole(name: str, weight: Tensor) -> None:
-    """Raise if DeepSpeed ZeRO-3 has partitioned an lm_head."""
-    if hasattr(weight, "ds_id"):
+def _check_whole(name: str, weight: Any) -> None:
+    """Raise if DeepSpeed ZeRO-3 has partitioned an lm_head and nothing has gathered it."""
+    if hasattr(weight, "ds_id") and weight.shape != weight.ds_shape:
         raise ValueError(
-            f"{name} is partitioned by DeepSpeed ZeRO-3, which would not receive its gradient; use FSDP2, ZeRO-2, "
-            "or TRL's own trainer"
+            f"{name} is partitioned by DeepSpeed ZeRO-3, which would not receive its gradient; use "
+            "fastkd.compat.trl.DistillationTrainer, which gathers it, FSDP2, ZeRO-2, or TRL's own trainer"
         )
 
 
@@ -430,7 +432,17 @@ def _distillation_trainer() -> type:
     module = importlib.import_module(stock.__module__)
     name = "_chunked_divergence_loss"
     _check_signature(module, name, chunked_divergence_loss)
-    method = _with_global(getattr(stock, "_compute_loss", None), name, chunked_divergence_loss)
+    original = getattr(stock, "_compute_loss", None)
+    method = _with_global(original, name, chunked_divergence_loss)
+
+    def _compute_loss(self: Any, unwrapped_student: Any, inputs: Any, num_items: Any) -> Any:
+        """Return TRL's loss; if DeepSpeed ZeRO-3 has partitioned an lm_head, with that lm_head gathered."""
+        teacher = self.accelerator.unwrap_model(self.teacher_model)
+        if not any(_is_partitioned(model) for model in (unwrapped_student, teacher)):
+            return method(self, unwrapped_student, inputs, num_items)
+        heads = Head(unwrapped_student, name="the student"), Head(teacher, name="the teacher")
+        loss = partial(_gathered_divergence_loss, *heads)
+        return _with_global(original, name, loss)(self, unwrapped_student, inputs, num_items)
 
     def __init__(self: Any, *args: Any, **kwargs: Any) -> None:  # noqa: N807 (becomes a method of the class below)
         stock.__init__(self, *args, **kwargs)  # type: ignore[misc]
@@ -444,7 +456,37 @@ def _distillation_trainer() -> type:
                 "fastkd.compat.trl.GKDTrainer, which add it"
             )
 
-    return _subclass(stock, _distillation_trainer, _compute_loss=method, __init__=__init__)
+    return _subclass(stock, _distillation_trainer, _compute_loss=_compute_loss, __init__=__init__)
+
+
+def _is_partitioned(model: Any) -> bool:
+    """Whether DeepSpeed ZeRO-3 has partitioned the lm_head of a model."""
+    return hasattr(model.get_output_embeddings().weight, "ds_id")
+
+
+def _gathered_divergence_loss(
+    student: Head,
+    teacher: Head,
+    student_hidden_states: Tensor,
+    teacher_hidden_states: Tensor,
+    student_lm_head_weight: object,
+    teacher_lm_head_weight: object,
+    completion_mask: Tensor,
+    beta: float,
+    **options: Any,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return chunked_divergence_loss with the weights and biases of two lm_heads, gathered.
+
+    The student's are gathered by the hooks of its lm_head, which also take its gradient.
+    """
+
+    def loss_of(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Any:
+        biases = {"student_lm_head_bias": bias, "teacher_lm_head_bias": teacher_bias}
+        operands = (hidden, teacher_hidden_states, weight, teacher_weight)
+        return chunked_divergence_loss(*operands, completion_mask, beta, **options | biases)
+
+    with teacher.gathered() as (teacher_weight, teacher_bias):
+        return student.apply(loss_of, student_hidden_states)
 
 
 def _sdft_trainer() -> type:

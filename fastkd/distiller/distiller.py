@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import inspect
 import math
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import partial
 from types import TracebackType
 from typing import Any, NamedTuple
 
@@ -18,6 +21,9 @@ from fastkd.call.checks import check_choice
 from fastkd.core.models import unwrapped
 from fastkd.core.scalars import as_float, plain
 from fastkd.distiller import models
+from fastkd.functional import fused_linear_kd_loss
+from fastkd.modules import FusedLinearKDLoss
+from fastkd.parallel.heads import Captured, Head, is_redirected, redirect
 from fastkd.teachers import Ensemble, LinearTeacher, TopK
 
 # What a call passes to the losses by keyword.
@@ -64,7 +70,8 @@ class Term:
         student_layer: a name from named_modules(), or "" for the whole model; the loss gets the output of that layer.
             With a sequence of names it gets a tuple of outputs. None: if the loss names its layers (attributes
             student_layers and teacher_layers, as in :class:`fastkd.features.FeatureLoss`), it gets dicts of outputs by
-            name; otherwise it gets the logits.
+            name; otherwise it gets the logits. A :class:`fastkd.FusedLinearKDLoss` gets the input and the weight of the
+            lm_head with this name (None: of the model's get_output_embeddings()).
         teacher_layer: the same for the teacher; None: the names in student_layer.
         weight: a number, or a function from the step to a number. A term of weight 0 is not computed.
         select: maps a layer's output to what the loss gets: a tensor, or a tuple or dict of tensors. For a FeatureLoss
@@ -101,6 +108,11 @@ class Term:
             layer = getattr(self, argument)
             if not (layer is None or isinstance(layer, str) or (_all_names(layer) and layer)):
                 raise TypeError(f"{argument} must be a name or a sequence of names, got {layer!r}")
+        if self.fused and not (self.student_layer is None or isinstance(self.student_layer, str)):
+            raise TypeError(
+                "student_layer of a FusedLinearKDLoss must be the name of the lm_head or None, got "
+                f"{self.student_layer!r}"
+            )
         if self.takes is not None and (
             isinstance(self.takes, (str, Tensor))
             or not isinstance(self.takes, Iterable)
@@ -115,7 +127,13 @@ class Term:
     @property
     def on_logits(self) -> bool:
         """Whether the loss gets logits."""
-        return self.student_layer is None and not hasattr(self.loss, "student_layers")
+        named = self.student_layer is not None or hasattr(self.loss, "student_layers")
+        return not named and not self.fused
+
+    @property
+    def fused(self) -> bool:
+        """Whether the loss gets hidden states and lm_heads."""
+        return type(self.loss) is FusedLinearKDLoss
 
     def _layers(self, side: str) -> str | Sequence[str]:
         if self.student_layer is None:
@@ -166,6 +184,12 @@ class Distiller(nn.Module):
     one. A call raises if a layer did not run, ran more than once (its output would be ambiguous), was changed in place
     afterwards, or ran without gradients in a student that trains (as in reentrant checkpointing; the other kind works).
 
+    **Hidden states.** A term whose loss is a :class:`fastkd.FusedLinearKDLoss` is computed from hidden states and
+    lm_heads (:func:`fastkd.parallel.head`), without logits [rows, V], inside the wrappers of the student, which FSDP2
+    or ZeRO-3 may have sharded. The models' logits then have the first position only, so no term can be on logits. The
+    scale and softcap of the logits are read from each model's configuration, unless the loss has them as options; the
+    first batch is checked for this.
+
     **torch.compile** of the student, the teacher or the Distiller works if the model's first run comes after the
     Distiller is made, because torch does not look for new hooks later. If a model ran before, the layers are missing,
     and the call raises. A compiled graph hides in-place changes of a layer's output: try a step in eager mode first.
@@ -200,6 +224,7 @@ class Distiller(nn.Module):
         if not (teacher is None or isinstance(teacher, nn.Module)):
             raise TypeError(f"teacher must be an nn.Module or None, got {type(teacher).__name__}")
         _check_terms(terms)
+        _check_fused(terms.values())
         self.student = student
         self.losses = nn.ModuleDict(
             {name: term.loss for name, term in terms.items() if isinstance(term.loss, nn.Module)}
@@ -211,6 +236,9 @@ class Distiller(nn.Module):
         self._teacher_takes = None if teacher is None else models.beside(teacher, student)
         self._checked_boundaries = False
         self._teacher = (teacher,)  # a tuple hides it from nn.Module
+        # For losses of hidden states: the lm_heads, and those whose logits have been compared with the model's.
+        self._heads: dict[str, Head] = {}
+        self._checked_heads: set[str] = set()
         self._student_capture = _Capture("student", student, _taps(terms.values(), "student"))
         self._teacher_capture = (
             None
@@ -279,28 +307,80 @@ class Distiller(nn.Module):
                     f"{name} is an input of neither model: no forward has this argument"
                 )
         self._check_boundaries(inputs, named_inputs, labels)
-        target, teacher_outputs = self._run_teacher(
-            terms, inputs, named_inputs, labels, teacher_output, teacher_layers
-        )
         chosen = self._takes.chosen(named_inputs)
         chosen = models.with_decoder_inputs(self.student, chosen, labels)
-        output, student_outputs = self._student_capture.run(
-            self.student, inputs, chosen, _taps(terms, "student")
-        )
         batch_options = {"labels": labels, "mask": mask, "num_items": num_items}
+        taps = _taps(terms, "student")
+        with contextlib.ExitStack() as stack:  # in which the teacher's lm_head is gathered
+            target, teacher_outputs = self._run_teacher(
+                stack, terms, inputs, named_inputs, labels, teacher_output, teacher_layers
+            )
+            total_of = partial(self._total, weights, target, teacher_outputs, batch_options)
+            fused = [term for term in terms if term.fused]
+            if not fused:
+                run = self._student_capture.run(self.student, inputs, chosen, taps)
+                return total_of(*run, {})
+            if is_redirected(self.student) and any(tap.name == "" for tap in taps):
+                raise ValueError(
+                    "student_layer '' is the output of the whole student, in the place of which a FusedLinearKDLoss "
+                    "computes the loss of a sharded or wrapped student; name the layers inside it"
+                )
+            head = self._head("student", fused[0])
+            project = None if "student" in self._checked_heads else True
+            heads = {"student": head} if teacher_output is not None else self._heads
+            kept: list[dict[str, Tensor]] = []  # apart from the loss, because wrappers may cast it
+
+            def within(forward: Any, *inputs: Any, **chosen: Any) -> Tensor:
+                with head.captured(project=project) as captured:
+                    output, outputs = self._student_capture.run(forward, inputs, chosen, taps)
+                self._check_logits("student", fused, output, captured)
+
+                def losses_of(
+                    hidden: Tensor, weight: Tensor, bias: Tensor | None
+                ) -> dict[str, Any]:
+                    operands = (hidden, weight, target)
+                    named = {name: self.terms[name] for name in weights if self.terms[name].fused}
+                    return {
+                        name: fused_linear_kd_loss(
+                            *operands,
+                            student_bias=bias,
+                            **_keywords(term, batch_options) | _fused_options(term, heads),
+                        )
+                        for name, term in named.items()
+                    }
+
+                total, parts = total_of(output, outputs, head.apply(losses_of, captured.hidden))
+                kept.append(parts)
+                return total
+
+            return redirect(self.student, within, *inputs, **chosen), kept[0]
+
+    def _total(
+        self,
+        weights: Mapping[str, float],
+        target: Any,
+        teacher_outputs: Mapping[Tap, Any],
+        batch_options: Mapping[str, Any],
+        output: Any,
+        student_outputs: Mapping[Tap, Any],
+        fused: Mapping[str, Any],
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return (the weighted sum, its parts). `fused` has the losses of hidden states, by term."""
         total: Tensor | None = None
         parts = {}
         for name, weight in weights.items():
             term = self.terms[name]
             student: Any
-            if term.on_logits:
-                student, teacher = self.find_logits(output), target
+            if term.fused:
+                value = fused[name]
             else:
-                student = term._arranged("student", _finder(student_outputs, term))
-                teacher = term._arranged("teacher", _finder(teacher_outputs, term))
-            keywords = {key: batch_options[key] for key in term.takes or ()}
-            keywords = {key: value for key, value in keywords.items() if value is not None}
-            value = _checked_loss(name, term.loss(student, teacher, **keywords))
+                if term.on_logits:
+                    student, teacher = self.find_logits(output), target
+                else:
+                    student = term._arranged("student", _finder(student_outputs, term))
+                    teacher = term._arranged("teacher", _finder(teacher_outputs, term))
+                value = term.loss(student, teacher, **_keywords(term, batch_options))
+            value = _checked_loss(name, value)
             total = weight * value if total is None else total + weight * value
             parts[name] = value.detach()
         assert total is not None
@@ -311,8 +391,45 @@ class Distiller(nn.Module):
         parts["loss"] = total.detach()
         return total, parts
 
+    def _head(self, side: str, term: Term) -> Head:
+        """Return the lm_head of the student or the teacher, wrapped as it is now."""
+        model = self.student if side == "student" else self.teacher
+        assert model is not None
+        if side not in self._heads:
+            layer = term.student_layer
+            if side == "teacher" and term.teacher_layer is not None:
+                layer = term.teacher_layer
+            module = unwrapped(model).get_submodule(layer) if isinstance(layer, str) else None
+            self._heads[side] = Head(
+                model,
+                module,
+                name=f"the {side}",
+                otherwise="use KDLoss, a loss of logits",
+                by_hand=f"name it in the term's {side}_layer, or ",
+            )
+        return self._heads[side]
+
+    def _check_logits(
+        self, side: str, fused: Sequence[Term], output: Any, captured: Captured
+    ) -> None:
+        """Raise unless a model's logits are those of its lm_head with the scale and softcap of each loss."""
+        if side in self._checked_heads:
+            return
+        prefix = "" if side == "student" else "teacher_"
+        for term in fused:
+            options = _fused_options(term, self._heads)
+            self._heads[side].check_logits(
+                self.find_logits(output),
+                captured,
+                options[f"{prefix}logit_scale"],
+                options[f"{prefix}softcap"],
+                f"pass {prefix}logit_scale and {prefix}softcap to FusedLinearKDLoss to match the model",
+            )
+        self._checked_heads.add(side)
+
     def _run_teacher(
         self,
+        stack: contextlib.ExitStack,
         terms: Sequence[Term],
         inputs: Sequence[Any],
         named_inputs: Mapping[str, Any],
@@ -320,11 +437,15 @@ class Distiller(nn.Module):
         output: Any,
         layers: Mapping[str, Any] | None,
     ) -> tuple[Any, dict[Tap, Any]]:
-        """Return (the target of losses on logits, layer outputs), as passed, or from a run of the teacher."""
+        """Return (the target of losses on logits, layer outputs), as passed, or from a run of the teacher.
+
+        For losses of hidden states the target of a run is a LinearTeacher, whose weight is gathered in the stack.
+        """
         taps = _taps(terms, "teacher")
         passed = layers or {}
         missing = [tap for tap in taps if tap.name not in passed]
-        needs_logits = any(term.on_logits for term in terms)
+        fused = [term for term in terms if term.fused]
+        needs_logits = bool(fused) or any(term.on_logits for term in terms)
         outputs = {tap: passed[tap.name] for tap in taps if tap.name in passed}
         if missing or (needs_logits and output is None):
             teacher, capture, takes = self.teacher, self._teacher_capture, self._teacher_takes
@@ -332,16 +453,25 @@ class Distiller(nn.Module):
                 wanted = f"teacher_layers[{missing[0].name!r}]" if missing else "teacher_output"
                 raise ValueError(f"{wanted} must be given, because the Distiller has no teacher")
             chosen = models.with_decoder_inputs(teacher, takes.chosen(named_inputs), labels)
+            of_head: AbstractContextManager[Any] = contextlib.nullcontext()
+            if fused and output is None:
+                project = None if "teacher" in self._checked_heads else True
+                of_head = self._head("teacher", fused[0]).captured(project=project)
             training = [module for module in teacher.modules() if module.training]
             try:
                 if training:
                     teacher.eval()
-                with torch.no_grad():
+                with torch.no_grad(), of_head as hidden_states:
                     new_output, captured = capture.run(teacher, inputs, chosen, missing)
             finally:
                 for module in training:
                     module.training = True
             outputs |= captured
+            if hidden_states is not None:
+                self._check_logits("teacher", fused, new_output, hidden_states)
+                hidden = hidden_states.hidden
+                operands = stack.enter_context(self._heads["teacher"].gathered(hidden.dtype))
+                return LinearTeacher(hidden, *operands), outputs
             output = new_output if output is None else output
         if not needs_logits or isinstance(output, (TopK, LinearTeacher, Ensemble)):
             return output, outputs
@@ -434,7 +564,7 @@ class _Capture:
 
     def run(
         self,
-        model: nn.Module,
+        model: Callable[..., Any],
         inputs: Sequence[Any],
         named_inputs: Mapping[str, Any],
         taps: Sequence[Tap],
@@ -482,7 +612,10 @@ class _Capture:
 def _taps(terms: Iterable[Term], side: str) -> list[Tap]:
     """The taps that the terms need on one model, each once."""
     taps = (
-        Tap(name, term.select) for term in terms if not term.on_logits for name in term._names(side)
+        Tap(name, term.select)
+        for term in terms
+        if not term.on_logits and not term.fused
+        for name in term._names(side)
     )
     return list(dict.fromkeys(taps))
 
@@ -528,6 +661,40 @@ def _keep_student(
     prefix += "student."
     unexpected += [key for key in state if key.startswith(prefix)]
     state.update(distiller.student.state_dict(prefix=prefix, keep_vars=True))
+
+
+def _keywords(term: Term, batch_options: Mapping[str, Any]) -> dict[str, Any]:
+    """What the loss of a term gets by keyword."""
+    keywords = {key: batch_options[key] for key in term.takes or ()}
+    return {key: value for key, value in keywords.items() if value is not None}
+
+
+def _fused_options(term: Term, heads: Mapping[str, Head]) -> dict[str, Any]:
+    """The options of a loss of hidden states, with the scales and softcaps of the models' configurations."""
+    options: dict[str, Any] = {}
+    for side, head in heads.items():
+        prefix = "" if side == "student" else "teacher_"
+        options |= {f"{prefix}logit_scale": head.logit_scale, f"{prefix}softcap": head.softcap}
+    own: dict[str, Any] = term.loss.options  # type: ignore[attr-defined]  # a FusedLinearKDLoss
+    return options | own
+
+
+def _check_fused(terms: Iterable[Term]) -> None:
+    """Raise if losses of hidden states cannot be computed beside the other terms."""
+    terms = list(terms)
+    fused = [term for term in terms if term.fused]
+    if not fused:
+        return
+    if any(term.on_logits for term in terms):
+        raise ValueError(
+            "terms must not have losses on logits beside a FusedLinearKDLoss, which leaves the logits out; use KDLoss "
+            "for all of them, or FusedLinearKDLoss with alpha for a cross-entropy"
+        )
+    named = {(term.student_layer, term.teacher_layer) for term in fused}
+    if len(named) > 1:
+        raise ValueError(
+            f"terms with a FusedLinearKDLoss must name the same lm_heads, got {sorted(map(str, named))}"
+        )
 
 
 def _options_of(loss: Callable[..., Tensor]) -> tuple[str, ...]:

@@ -19,16 +19,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from fastkd.core.models import base as base
+
 # The label that drops a position, in transformers and in torch.
 IGNORED = -100
 # Inputs that say where the examples of a packed batch begin.
 BOUNDARIES = ("position_ids", "seq_idx", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")  # fmt: skip
-_WRAPPERS = (
-    "DistributedDataParallel",
-    "DataParallel",
-    "FullyShardedDataParallel",
-    "DeepSpeedEngine",
-)
 # Losses of labels that are not a cross-entropy over classes.
 _OTHER_LOSSES = (
     "mse_loss",
@@ -37,25 +33,6 @@ _OTHER_LOSSES = (
     "binary_cross_entropy",
     "binary_cross_entropy_with_logits",
 )
-
-
-def base(model: nn.Module) -> nn.Module:
-    """The model without the wrappers of torch.compile, data parallelism, FSDP, DeepSpeed and PEFT."""
-    inner: Any
-    while True:
-        if "_orig_mod" in model._modules:
-            inner = model._modules["_orig_mod"]
-        elif type(model).__name__ in _WRAPPERS and isinstance(
-            getattr(model, "module", None), nn.Module
-        ):
-            inner = model.module
-        elif hasattr(model, "peft_config") and hasattr(model, "get_base_model"):
-            inner = model.get_base_model()  # type: ignore[operator]
-        else:
-            return model
-        if not isinstance(inner, nn.Module) or inner is model:
-            return model
-        model = inner
 
 
 def from_transformers(model: nn.Module) -> bool:

@@ -416,10 +416,10 @@ def granite(**config: Any) -> nn.Module:
 
 
 @pytest.mark.parametrize("side", ["", "teacher_"])
-def test_fused_needs_to_know_how_logits_are_scaled(
+def test_fused_reads_how_logits_are_scaled(
     student: nn.Module, arguments: Callable[..., Any], side: str
 ) -> None:
-    """Granite divides its logits; an unnamed scale would train another model."""
+    """Granite divides its logits; another scale would train another model."""
     (batch,) = batches_of(sentences(), 8)
     scaled = granite()
     model, teacher = (student, scaled) if side else (scaled, student)
@@ -429,9 +429,10 @@ def test_fused_needs_to_know_how_logits_are_scaled(
         return trainer.compute_loss(model, batch)
 
     with pytest.raises(ValueError, match=f"Set {side}logit_scale .* in loss_kwargs"):
-        loss(fused=True)
+        loss(fused=True, loss_kwargs=LOSS | {f"{side}logit_scale": 1.0})
     options = LOSS | {f"{side}logit_scale": 0.25}
-    torch.testing.assert_close(loss(fused=True, loss_kwargs=options), loss(), rtol=1e-6, atol=0)
+    for given in (options, LOSS):
+        torch.testing.assert_close(loss(fused=True, loss_kwargs=given), loss(), rtol=1e-6, atol=0)
     trainer = kd_trainer(model, arguments(), teacher_model=teacher, fused=True, loss_kwargs=options)
     evaluated, logits, _ = trainer.prediction_step(model, dict(batch), prediction_loss_only=False)
     assert logits.shape == (8, 7, 61)
@@ -458,8 +459,7 @@ def test_fused_applies_softcaps(teacher: nn.Module, arguments: Callable[..., Any
         )
         with pytest.raises(ValueError, match=f"of model are not .* the softcap {softcap}"):
             trainer.compute_loss(student, batch)
-    options = LOSS | {"softcap": 2.0}
-    fused = kd_trainer(student, arguments(), teacher_model=teacher, fused=True, loss_kwargs=options)
+    fused = kd_trainer(student, arguments(), teacher_model=teacher, fused=True)
     dense = kd_trainer(student, arguments(), teacher_model=teacher)
     expected = dense.compute_loss(student, batch)
     torch.testing.assert_close(fused.compute_loss(student, batch), expected, rtol=1e-6, atol=0)
@@ -479,6 +479,35 @@ def test_fused_computes_no_logits(
     _, outputs = trainer.compute_loss(student, batch, return_outputs=True)
     assert outputs.logits.shape == (8, 1, 61)
     assert student(batch["input_ids"]).logits.shape == (8, 7, 61)  # no hook remains
+
+
+@pytest.mark.heavy
+def test_fused_with_compiled_models(
+    student: nn.Module, teacher: nn.Module, arguments: Callable[..., Any]
+) -> None:
+    """Evaluation with predictions runs the same compiled model with its own lm_head."""
+    (batch,) = batches_of(sentences(), 8)
+    dense = kd_trainer(copy.deepcopy(student), arguments(), teacher_model=copy.deepcopy(teacher))
+    dense.model.train()
+    args = arguments(torch_compile=True, torch_compile_backend="eager")
+    trainer = kd_trainer(student, args, teacher_model=teacher, fused=True)
+    compiled = trainer.accelerator.prepare_model(student)
+    assert all("_orig_mod" in model._modules for model in (compiled, trainer.teacher_model))
+    for step in range(2):
+        compiled.train()
+        actual = trainer.compute_loss(compiled, batch)
+        expected = dense.compute_loss(dense.model, batch)
+        torch.testing.assert_close(actual, expected, rtol=1e-6, atol=0)
+        actual.backward()
+        expected.backward()
+        for one, other in zip(student.parameters(), dense.model.parameters(), strict=True):
+            torch.testing.assert_close(one.grad, other.grad, rtol=1e-4, atol=1e-6)
+        if step == 0:
+            inputs = dict(batch)
+            _, logits, _ = trainer.prediction_step(compiled, inputs, prediction_loss_only=False)
+            inputs.pop("labels")
+            torch.testing.assert_close(logits, dense.model.eval()(**inputs).logits)
+            dense.model.train()
 
 
 def test_fused_in_mixed_precision(
@@ -507,7 +536,7 @@ def test_fused_in_mixed_precision(
 
 @pytest.mark.heavy
 def test_two_processes_train_as_one(tmp_path: Path) -> None:
-    """Under DDP, with logits and fused; the measured differences are 0 and 1.2e-7."""
+    """Under DDP and FSDP2, compared with the loss of logits on one process."""
     from support import trainer_of_processes
 
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
@@ -521,8 +550,10 @@ def test_two_processes_train_as_one(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stdout + done.stderr
     results = torch.load(tmp_path / "two")
-    for fused, (found_losses, found_weights) in zip((False, True), results, strict=True):
-        expected_losses, expected_weights = trainer_of_processes.run(fused)
+    for case, (found_losses, found_weights) in zip(
+        trainer_of_processes.CASES, results, strict=True
+    ):
+        expected_losses, expected_weights = trainer_of_processes.run(False, "ddp", case[-1])
         assert len(found_losses) == 2 and found_losses == pytest.approx(expected_losses, rel=2e-6)
         assert (found_weights - expected_weights).abs().max() < 1e-6
 
@@ -592,8 +623,6 @@ def test_bad_trainer_arguments(
         build(loss_kwargs={"temperature": 0.0})
     with pytest.raises(TypeError, match="chunk_size"):  # an option of the fused loss only
         build(loss_kwargs={"chunk_size": 4})
-    with pytest.raises(ValueError, match="fused=True reads lm_heads outside"):
-        build(args=arguments(torch_compile=True), fused=True)
     several = arguments()
     assert several.n_gpu < 2  # the check runs once
     several._n_gpu = 2
@@ -602,7 +631,7 @@ def test_bad_trainer_arguments(
     student.lm_head = nn.Sequential(student.lm_head)
     trainer = build(fused=True)
     with pytest.raises(
-        ValueError, match="model whose get_output_embeddings\\(\\) is exactly an nn.Linear"
+        ValueError, match="the lm_head of model must be exactly an nn.Linear, got a torch"
     ):
         trainer.compute_loss(student, batches_of(sentences(2), 2)[0])
 

@@ -15,7 +15,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from datasets import Dataset
-from support import tiny_models
+from support import tiny_models, zero3_stand_in
 from support.paths import DATA, ROOT
 from torch import Tensor, nn
 from trl import DistillationConfig, DistillationTrainer
@@ -349,6 +349,7 @@ def test_chunked_averages_over_processes() -> None:
 def test_a_zero3_partitioned_head_raises() -> None:
     heads = two_heads()
     heads["teacher_lm_head_weight"].ds_id = 1
+    heads["teacher_lm_head_weight"].ds_shape = torch.Size([40, 8])
     with pytest.raises(ValueError, match="teacher_lm_head_weight is partitioned by DeepSpeed"):
         chunked_divergence_loss(**heads, beta=0.5)
 
@@ -468,6 +469,7 @@ def test_chunked_jsd_loss(beta: float, tail: bool, options: dict[str, Any]) -> N
 def test_chunked_jsd_loss_of_a_partitioned_head() -> None:
     given = served(0.0)
     given["lm_head_weight"].ds_id = 1
+    given["lm_head_weight"].ds_shape = torch.Size([40, 8])
     with pytest.raises(ValueError, match="lm_head_weight is partitioned by DeepSpeed"):
         adapter.chunked_jsd_loss(**given)
 
@@ -682,6 +684,30 @@ def test_self_distillation_trainers(
     assert (actual[2] - stock[2]).abs().max() < 2e-6
     start = torch.cat([p.detach().flatten() for p in models()["model"].parameters()])
     assert (actual[2] - start).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_partitioned_heads(tied: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """DistillationTrainer with the stand-in for DeepSpeed ZeRO-3."""
+    monkeypatch.setitem(sys.modules, "deepspeed", zero3_stand_in.deepspeed())
+    chosen = models() | {"model": tiny_models.llama(seed=1, tie_word_embeddings=tied)}
+    trainer = on_policy(adapter.DistillationTrainer, tmp_path, chosen)
+    ids = torch.randint(3, 61, (2, 9), generator=torch.Generator().manual_seed(0))
+    inputs = {"prompt_ids": ids[:, :4], "completion_ids": ids[:, 4:]}
+    inputs |= {name.replace("ids", "mask"): torch.ones_like(x) for name, x in inputs.items()}
+    student, teacher = chosen["model"], trainer.teacher_model.requires_grad_(False)
+    results = []
+    for partitioned in (False, True):
+        if partitioned:
+            for model in (student, teacher):
+                zero3_stand_in.partition(model.model.embed_tokens, model.lm_head)
+        trainer.model.zero_grad()
+        loss, entropy, rows = trainer._compute_loss(student, inputs, torch.tensor(7.0))
+        loss.backward()
+        taken = (getattr(p, "reduced", p.grad) for p in student.parameters())
+        results.append([loss.detach(), entropy, rows, *(g.clone() for g in taken)])
+    assert student.lm_head.weight.numel() == 0 and results[1][3].any()
+    torch.testing.assert_close(results[1], results[0], rtol=1e-5, atol=1e-7)
 
 
 @pytest.mark.parametrize("name", TRAINERS)

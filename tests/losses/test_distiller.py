@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from support import spread_heads
 from support.distilling import Net, batch, gradients, in_parallel, pair, terms
 from support.processes import Processes
 from torch import Tensor, nn
@@ -453,3 +454,84 @@ BAD: dict[str, tuple[Any, type[Exception], str]] = {
 def test_bad_input(call: Any, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         call()
+
+
+# Losses of hidden states
+
+
+def fused_and_dense(**options: Any) -> tuple[Term, Term]:
+    options = {"alpha": 0.5, "temperature": 2.0, "divergence": "jsd"} | options
+    return Term(fastkd.FusedLinearKDLoss(**options)), Term(fastkd.KDLoss(**options))
+
+
+@pytest.mark.parametrize("how", ["plain", "tied", "compiled", "precomputed", "topk"])
+def test_a_loss_of_hidden_states_equals_that_of_logits(how: str) -> None:
+    """Beside a loss of layers; the student scales and caps its logits, the teacher too."""
+    student, teacher = spread_heads.Model(1, tied=how == "tied"), spread_heads.Model(2)
+    tokens, labels = spread_heads.batch_of(0)
+    keywords: dict[str, Any] = {"labels": labels, "mask": labels % 3 != 0}
+    if how in ("precomputed", "topk"):
+        logits = teacher(tokens)["logits"].detach()
+        output = (
+            fastkd.TopK.from_logits(logits, 5, temperature=2.0)
+            if how == "topk"
+            else {"logits": logits}
+        )
+        keywords["teacher_output"] = output
+    results = []
+    for kd in fused_and_dense():
+        terms = {"kd": kd, "block": Term(attention_like, "block", weight=0.1)}
+        model = torch.compile(student, backend="eager") if how == "compiled" else student
+        with Distiller(model, teacher, terms) as distiller:
+            for _ in range(2):  # the first call checks the logits
+                student.zero_grad()
+                loss, parts = distiller(tokens, **keywords)
+                loss.backward()
+        results.append((loss, parts, gradients(student)))
+        assert type(student.lm_head) is nn.Linear and type(teacher.lm_head) is nn.Linear
+    (loss, parts, found), (expected_loss, expected_parts, expected) = results
+    torch.testing.assert_close(loss, expected_loss, rtol=1e-6, atol=0)
+    torch.testing.assert_close(parts, expected_parts, rtol=1e-6, atol=0)
+    assert found.keys() == expected.keys()
+    for name in expected:
+        torch.testing.assert_close(found[name], expected[name], rtol=1e-4, atol=1e-7)
+
+
+def attention_like(student: Tensor, teacher: Tensor) -> Tensor:
+    return (student - teacher).square().mean()
+
+
+def test_lm_heads_are_named() -> None:
+    student, teacher = pair()
+    images, labels = batch()
+    fused, dense = fused_and_dense()
+    expected, _ = Distiller(student, teacher, {"kd": dense})(images, labels=labels)
+    for layers in (("head",), ("head", "head")):
+        term = Term(fused.loss, *layers)
+        loss, _ = Distiller(student, teacher, {"kd": term})(images, labels=labels)
+        torch.testing.assert_close(loss, expected, rtol=1e-6, atol=0)
+    with pytest.raises(ValueError, match="of Net returns; name it in the term's teacher_layer, or"):
+        Distiller(student, teacher, {"kd": fused})(images, labels=labels)
+
+
+def test_a_wrong_scale_of_hidden_states_raises() -> None:
+    tokens, labels = spread_heads.batch_of(0)
+    for options, message in (
+        ({"softcap": None}, "of the student are not .* Pass logit_scale and softcap to Fused"),
+        ({"teacher_logit_scale": 1.0}, "of the teacher are not .* Pass teacher_logit_scale and"),
+    ):
+        fused, _ = fused_and_dense(**options)
+        distiller = Distiller(spread_heads.Model(1), spread_heads.Model(2), {"kd": fused})
+        with pytest.raises(ValueError, match=message):
+            distiller(tokens, labels=labels)
+
+
+def test_terms_that_do_not_go_with_hidden_states() -> None:
+    student, teacher = spread_heads.Model(1), spread_heads.Model(2)
+    fused, dense = fused_and_dense()
+    with pytest.raises(ValueError, match="must not have losses on logits beside a FusedLinearKD"):
+        Distiller(student, teacher, {"kd": fused, "ce": dense})
+    with pytest.raises(ValueError, match="must name the same lm_heads"):
+        Distiller(student, teacher, {"kd": fused, "other": Term(fused.loss, "lm_head")})
+    with pytest.raises(TypeError, match="must be the name of the lm_head or None"):
+        Term(fused.loss, ["lm_head"])

@@ -36,6 +36,7 @@ PRELOADED = [
     "processes",
     "spread",
     "training",
+    "spread_heads",
 ]
 
 
