@@ -8,7 +8,7 @@ import importlib.util
 import inspect
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 # OpenMP reads this when torch loads it. Its threads spin while they wait, and on a busy machine that makes every small
@@ -86,6 +86,9 @@ def _missing() -> list[str]:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    # The garbage of torch.compile and of Triton's interpreter is mostly freed by reference counts. At Python's
+    # thresholds, a tenth of the tests' time goes to collections that find little.
+    gc.set_threshold(50_000, 20, 20)
     if _with_stacks(config) and _missing():
         raise pytest.UsageError(
             f"-m {config.option.markexpr!r} needs {', '.join(_missing())}: make test-stacks installs them"
@@ -157,12 +160,17 @@ def _exists(item: pytest.Item) -> bool:
         (wanted,) = mark.args
         parameters = {"test": item.originalname, **item.callspec.params}  # type: ignore[attr-defined]
         parameters["parameters"] = parameters
-        names = inspect.signature(wanted).parameters
+        names = _parameters(wanted)
         if parameters.keys() >= set(names) and not wanted(
             **{name: parameters[name] for name in names}
         ):
             return False
     return True
+
+
+@functools.cache
+def _parameters(function: Callable[..., bool]) -> tuple[str, ...]:
+    return tuple(inspect.signature(function).parameters)
 
 
 def _mark_all_but_pairs(items: list[pytest.Item]) -> None:
@@ -199,6 +207,14 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             if all(parameters[name] == value for name, value in mark.kwargs.items()):
                 item.add_marker(pytest.mark.heavy)
     _mark_all_but_pairs(items)
+
+
+@pytest.hookimpl(hookwrapper=True)
+def pytest_collection() -> Iterator[None]:
+    """Collect no garbage while there is hardly any: thousands of tests are made, and all are kept."""
+    gc.disable()
+    yield
+    gc.enable()
 
 
 @pytest.hookimpl(trylast=True)

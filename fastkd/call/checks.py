@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 import os
-import sys
 from collections.abc import Collection, Sequence
 from typing import Any, NamedTuple
 
@@ -32,7 +31,7 @@ from fastkd.core.scalars import (
     check_magnitude,
     plain,
 )
-from fastkd.core.tensors import check_readable, check_strided
+from fastkd.core.tensors import check_readable, check_strided, of_torch
 from fastkd.divergences import Divergence, floor_of, resolve
 from fastkd.teachers import Ensemble, LinearTeacher, Teacher, TopK, check_linear
 
@@ -264,7 +263,7 @@ def checking() -> bool:
 
 def is_dtensor(value: object) -> bool:
     """Whether the value is a DTensor; does not import the module that defines DTensor."""
-    module = sys.modules.get("torch.distributed.tensor")
+    module = of_torch("distributed", "tensor")
     return module is not None and isinstance(value, module.DTensor)
 
 

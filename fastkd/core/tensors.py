@@ -7,8 +7,7 @@ marks a view as negated or conjugated, and a tensor may have no memory at all. S
 
 from __future__ import annotations
 
-import sys
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -42,6 +41,17 @@ def check_readable(argument: str, value: Tensor) -> None:
         )
 
 
+def of_torch(*names: str) -> Any:
+    """The module of torch with this path if something has imported it, else None; imports nothing.
+
+    It is looked up by attributes rather than in sys.modules, all of which torch.compile would trace and guard.
+    """
+    module: Any = torch
+    for name in names:
+        module = getattr(module, name, None)
+    return module
+
+
 def _is_dual(value: Tensor) -> bool:
     """Whether the tensor carries a tangent of forward-mode differentiation."""
     forward = torch.autograd.forward_ad
@@ -52,7 +62,7 @@ def _has_no_values(value: Tensor) -> bool:
     """Whether the tensor is a meta or fake tensor."""
     if value.is_meta or type(value) is Tensor:
         return value.is_meta
-    module = sys.modules.get("torch._subclasses.fake_tensor")
+    module = of_torch("_subclasses", "fake_tensor")
     return module is not None and isinstance(value, module.FakeTensor)
 
 
@@ -65,7 +75,7 @@ def readable(tensor: MaybeTensor) -> MaybeTensor:
     if tensor is None:
         return tensor
     if type(tensor) is not Tensor:
-        functional = sys.modules.get("torch.distributed._functional_collectives")
+        functional = of_torch("distributed", "_functional_collectives")
         if functional is not None and isinstance(tensor, functional.AsyncCollectiveTensor):
             tensor = tensor.wait()  # the result of a collective that has not finished
     if tensor._is_zerotensor():  # stands for zeros that are not in memory

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -13,6 +12,7 @@ from torch import Tensor
 from fastkd.call.checks import is_dtensor
 from fastkd.call.contract import Shard
 from fastkd.core.scalars import check_int
+from fastkd.core.tensors import of_torch
 from fastkd.parallel.collectives import all_gather, all_reduce, reduce_scatter
 from fastkd.teachers import Ensemble, LinearTeacher, TopK
 
@@ -60,7 +60,7 @@ def _group_of(value: Any, axis: int) -> Any:
 
 
 def _group(process_group: object) -> Any:
-    mesh_module = sys.modules.get("torch.distributed.device_mesh")
+    mesh_module = of_torch("distributed", "device_mesh")
     if mesh_module is not None and isinstance(process_group, mesh_module.DeviceMesh):
         if process_group.ndim != 1:
             raise ValueError(

@@ -240,7 +240,7 @@ def test_errors_inside_a_compiled_function(any_backend: str) -> None:
         compiled(student, teacher, temperature=0.0, backend=any_backend)
 
 
-@pytest.mark.heavy_with(backend="portable")
+@pytest.mark.heavy  # test_the_table_matches_the_graphs has a row of inplace=True
 def test_inplace_breaks_the_graph(backend: str) -> None:
     student, teacher, _ = _batch(3)
     student.requires_grad_()

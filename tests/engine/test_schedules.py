@@ -21,6 +21,7 @@ from support.accuracy import labels_for, logits
 from support.options import TRIED
 from support.paths import ROOT
 from torch import Tensor
+from torch._dynamo.backends.registry import lookup_backend
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._dynamo.utils import counters
 from torch._inductor.utils import fresh_cache
@@ -358,19 +359,31 @@ def test_the_table_lists_every_loss() -> None:
     }  # tests/parallel/test_parallel.py tests that row
 
 
+def _without_aot_of_torch(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Any:
+    """Compiler for graphs whose operators may all be torch's: AOT autograd would test only torch there."""
+    modules = (module for module in graph.modules() if isinstance(module, torch.fx.GraphModule))
+    own = any("fastkd" in str(node.target) for module in modules for node in module.graph.nodes)
+    return lookup_backend("aot_eager" if own else "eager")(graph, inputs)
+
+
 @pytest.mark.parametrize("name", EVERY)
 def test_the_table_matches_the_graphs(name: str) -> None:
     """Each loss compiles to as many graphs as the table says, with right values and gradients while its numbers
     change."""
     loss = EVERY[name]
     whole = _table()[name] == "one graph"
-    counter = CompileCounterWithBackend("aot_eager")
+    counted: list[None] = []
+
+    def counter(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Any:
+        counted.append(None)
+        return _without_aot_of_torch(graph, inputs)
+
     compiled = torch.compile(loss, fullgraph=whole, backend=counter)
     for x in (3.0, 2.0, 1.5):
         actual, wanted = (_outcome(run, STUDENT, x) for run in (compiled, loss))
         torch.testing.assert_close(actual, wanted, rtol=1e-5, atol=1e-6)
     if whole:
-        assert counter.frame_count <= 2
+        assert 1 <= len(counted) <= 2
         return
     torch._dynamo.reset()
     with pytest.raises(torch._dynamo.exc.Unsupported, match="inplace=True is for eager mode"):
@@ -403,7 +416,7 @@ def test_numpy_numbers_in_chunks(options: dict[str, Any]) -> None:
 
     results = [
         torch.autograd.grad(call(hidden), hidden)[0]
-        for call in (loss, torch.compile(loss, backend="aot_eager"))
+        for call in (loss, torch.compile(loss, backend=_without_aot_of_torch))
         for hidden in [student.clone().requires_grad_()]
     ]
     torch.testing.assert_close(results[1], results[0])

@@ -31,6 +31,7 @@ def _thread_counts(backend: str) -> list[list[int]]:
 # Divergences: two sweeps, three sweeps, no normaliser. Rows: fewer than threads, so that threads share a row; one per
 # thread; more than threads and not a multiple of them. Widths: within one block of 2048 columns; several blocks with a
 # tail.
+@pytest.mark.pairwise(each="backend")
 @pytest.mark.parametrize("divergence", ["forward_kl", "jsd", "squared_error"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("columns", [100, 50_001])

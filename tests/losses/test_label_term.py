@@ -155,6 +155,7 @@ IN_SHARDS = TOGETHER | {
 }
 
 
+@pytest.mark.pairwise(each="backend")
 @kinds
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 # Two columns; fewer than a vector; one block of the CPU kernel less one column, exactly one, one more; several blocks.
@@ -194,6 +195,7 @@ def test_one_temperature_per_row(backend: str, name: str, weights: tuple[float, 
     )  # fmt: skip
 
 
+@pytest.mark.pairwise(each="backend")
 @pytest.mark.parametrize("shares", [(1.0,), (1.0, 1.0), (3.0, 1.0, 0.0, 2.0)], ids=str)
 @kinds
 @pytest.mark.parametrize("options", IN_SHARDS.values(), ids=IN_SHARDS)

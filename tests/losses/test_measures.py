@@ -448,7 +448,13 @@ def test_ensemble(backend: str, mean: str) -> None:
 # Without SIMD code, which is irrelevant here and slow to compile. Without caches, because a cached graph keeps what an
 # operator's rules were when it was made.
 @torch._inductor.config.patch({"cpp.vec_isa_ok": False, "force_disable_caches": True})
-def test_compiled(backend: str, fresh_compiler: None) -> None:
+# Inductor compiles one graph, in C++; the second graph, in which the temperature is a symbol, is traced without it.
+@pytest.mark.parametrize(
+    ("compiler", "temperatures"), [("inductor", (2.0,)), ("aot_eager", (2.0, 3.0))], ids=str
+)
+def test_compiled(
+    backend: str, compiler: str, temperatures: tuple[float, ...], fresh_compiler: None
+) -> None:
     student, teacher = pair("far", 4, 50)
     student.requires_grad_()
     head = logits(50, 50, seed=7).mul(0.1).requires_grad_()
@@ -467,8 +473,8 @@ def test_compiled(backend: str, fresh_compiler: None) -> None:
             kd_loss(student, sparse, return_parts=ALL, backend=backend),
         )
 
-    compiled = torch.compile(call, fullgraph=True)
-    for temperature in (2.0, 3.0):
+    compiled = torch.compile(call, fullgraph=True, backend=compiler)
+    for temperature in temperatures:
         results = compiled(student, teacher, temperature)
         for (loss, parts), (eager, eager_parts) in zip(
             results, call(student, teacher, temperature), strict=True

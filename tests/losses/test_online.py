@@ -12,7 +12,6 @@ import itertools
 import json
 import math
 import os
-import subprocess
 import sys
 import weakref
 from collections.abc import Callable, Iterator
@@ -32,6 +31,7 @@ from support.accuracy import (
     upstream_for,
     value_bar,
 )
+from support.interpreters import python
 from support.paths import ROOT
 from support.triton_interpreter import corrected
 from torch import Tensor, nn
@@ -822,8 +822,8 @@ def test_the_triton_kernel_compiles_and_keeps_its_tiles_in_registers(
 ) -> None:
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment |= {"TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": os.pathsep.join(sys.path)}
-    command = [sys.executable, str(ROOT / "tests" / "support" / "mutual_aot.py"), target, full]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    script = str(ROOT / "tests" / "support" / "mutual_aot.py")
+    done = python(script, target, full, env=environment)
     assert done.returncode == 0, done.stderr[-4000:]
     results = [json.loads(line) for line in done.stdout.splitlines()]
     assert results
@@ -1266,11 +1266,8 @@ def test_functions_are_imported_on_first_use() -> None:
     code = (
         "import sys, fastkd; assert 'fastkd.online' not in sys.modules; fastkd.online.mutual_loss"
     )
-    subprocess.run(
-        [sys.executable, "-c", code],
-        check=True,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
-    )
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    assert python("-c", code, env=environment).returncode == 0
 
 
 def test_dropped_rows_do_not_affect_the_gate() -> None:

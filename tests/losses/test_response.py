@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.accuracy import ULP, assert_within, labels_for, logits, ran_on, upstream_for
+from support.interpreters import python
 from support.oracles import DIVERGENCES
 from torch import Tensor
 
@@ -772,7 +773,7 @@ def test_invalid_temperatures_poison_their_row() -> None:
 def test_importing_fastkd_does_not_import_response_losses() -> None:
     names = "('response', 'sequences', 'calibration')"
     code = f"import sys, fastkd; sys.exit(any('fastkd.' + name in sys.modules for name in {names}))"
-    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+    assert python("-c", code).returncode == 0
 
 
 def test_an_argmax_equal_to_ignore_index_is_not_dropped() -> None:

@@ -42,6 +42,7 @@ def sharded(
     assert kernels.calls
 
 
+@pytest.mark.pairwise(each="backend")
 @variants
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_every_divergence(
@@ -56,6 +57,7 @@ def test_every_divergence(
     )
 
 
+@pytest.mark.pairwise(each="backend")
 @pytest.mark.parametrize("divergence", ["forward_kl", "jsd", "squared_error"])
 @pytest.mark.parametrize("options", ALL.values(), ids=ALL)
 def test_every_option(sharded: str, options: dict[str, Any], divergence: str) -> None:
@@ -121,6 +123,7 @@ def test_offsets(sharded: str, offset: float) -> None:
     check(sharded, student, teacher, labels_for(3, vocabulary=61, seed=8), alpha=0.5)
 
 
+@pytest.mark.pairwise(each="backend")
 @pytest.mark.parametrize(
     ("tail", "divergence", "parameters"),
     [(tail, *variant) for tail in TAILS for variant in DIVERGENCES if defined(tail, variant)],

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from support.interpreters import python
 from support.paths import PACKAGE, ROOT
 
 import fastkd
@@ -27,22 +28,24 @@ PAGE = ROOT / "docs" / "adding-a-divergence.md"
 
 
 def run(
-    *arguments: str, cwd: Path = ROOT, code: int = 0, **environment: str
+    *arguments: str, cwd: Path = ROOT, code: int = 0, forked: bool = True, **environment: str
 ) -> subprocess.CompletedProcess[str]:
-    """Run this interpreter and assert its exit code."""
+    """Run this interpreter, by default one that need not import torch, and assert its exit code."""
     results = {k: v for k, v in os.environ.items() if not k.startswith("FASTKD_")}
     del results[
         "TRITON_INTERPRET"
     ]  # Triton's kernels have their own tests and would take most of the time here
     path = os.pathsep.join([str(PACKAGE), results.get("PYTHONPATH", "")])
-    done = subprocess.run(
-        [sys.executable, *arguments],
-        cwd=cwd,
-        env={**results, "PYTHONPATH": path, **environment},
-        capture_output=True,
-        text=True,
-        timeout=1500,
-    )
+    settings: dict[str, Any] = {
+        "cwd": cwd,
+        "env": {**results, "PYTHONPATH": path, **environment},
+        "timeout": 1500,
+    }
+    if forked:
+        done = python(*arguments, **settings)
+    else:
+        command = [sys.executable, *arguments]
+        done = subprocess.run(command, capture_output=True, text=True, **settings)
     assert done.returncode == code, done.stdout + done.stderr
     return done
 
@@ -52,7 +55,7 @@ def command(*arguments: str, **options: Any) -> subprocess.CompletedProcess[str]
 
 
 def test_info_as_json() -> None:
-    actual = json.loads(command("info", "--json", FASTKD_STRICT="1").stdout)
+    actual = json.loads(command("info", "--json", forked=False, FASTKD_STRICT="1").stdout)
     assert list(actual) == [
         "versions",
         "machine",

@@ -136,6 +136,46 @@ def _converted_if_needed(convert: Any) -> Any:
     return convert_if_needed
 
 
+def _of_floats(operation: Any, ufunc: np.ufunc) -> Any:
+    """Applies NumPy's function to two float32 tensors of one shape at once; the original calls ten functions first."""
+
+    @functools.wraps(operation)  # _assert_no_overflow goes by the name
+    def applied(self: Any, left: Any, right: Any, *options: Any) -> Any:
+        if (
+            type(left) is tl.tensor
+            and type(right) is tl.tensor
+            and left.dtype is tl.float32
+            and right.dtype is tl.float32
+            and left.shape is right.shape
+        ):
+            result = ufunc(left.handle.data, right.handle.data)
+            return tl.tensor(interpreter.TensorHandle(result, tl.float32), left.type)
+        return operation(self, left, right, *options)
+
+    return applied
+
+
+def _unwrapped_directly(unwrap: Any) -> Any:
+    """The original asks first whether a tensor is a list or a tuple of constants."""
+
+    def unwrapped(value: Any) -> Any:
+        kind = type(value)
+        if kind is tl.tensor or kind is int:
+            return value
+        return value.value if kind is tl.constexpr else unwrap(value)
+
+    return unwrapped
+
+
+def _make_handle(self: Any, data: Any, dtype: Any, attr: Any = None) -> None:
+    """As the original, but does not compare the sizes of NumPy's type and of Triton's."""
+    self.data, self.dtype, self.attr = data, dtype, {} if attr is None else attr
+
+
+def _same_or_equal(equal: Any) -> Any:
+    return lambda self, other: self is other or equal(self, other)
+
+
 def _broadcast_if_needed(broadcast: Any) -> Any:
     """The original compares a tuple with a list, so it also broadcasts operands of the same shape."""
 
@@ -227,7 +267,13 @@ def corrected() -> Iterator[None]:
             "broadcast_impl_value": _broadcast_if_needed,
         }.items():
             patch.setattr(semantic, name, corrected_by(getattr(semantic, name)))
+        for name, ufunc in {"add": np.add, "sub": np.subtract, "mul": np.multiply}.items():
+            patch.setattr(semantic, name, _of_floats(getattr(semantic, name), ufunc))
         patch.setattr(semantic, "binary_op_sanitize_overflow_impl", _assert_no_overflow)
+        patch.setattr(interpreter.TensorHandle, "__init__", _make_handle)
+        unwrap = tl.core._unwrap_if_constexpr
+        patch.setattr(tl.core, "_unwrap_if_constexpr", _unwrapped_directly(unwrap))
+        patch.setattr(tl.dtype, "__eq__", _same_or_equal(tl.dtype.__eq__))
         patch.setattr(tl.tensor, "__init__", _make_tensor)
         patch.setattr(tl.block_type, "__init__", _derived_once(tl.block_type.__init__))
         _undo.enter_context(np.errstate(all="ignore"))

@@ -12,7 +12,6 @@ import os
 import pickle
 import re
 import shutil
-import subprocess
 import sys
 import tempfile
 import tracemalloc
@@ -25,6 +24,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from support import interpreters
 from support.paths import PACKAGE
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -82,13 +82,8 @@ def sequences(lengths: tuple[int, ...] = LENGTHS) -> list[Tensor]:
 
 def python(script: str, *arguments: str) -> str:
     """The output of a script in its own interpreter."""
-    done = subprocess.run(
-        [sys.executable, "-c", script, *arguments],
-        env=os.environ | {"PYTHONPATH": str(PACKAGE)},
-        capture_output=True,
-        text=True,
-        timeout=900,
-    )
+    environment = os.environ | {"PYTHONPATH": str(PACKAGE)}
+    done = interpreters.python("-c", script, *arguments, env=environment)
     assert done.returncode == 0, done.stderr
     return done.stdout
 

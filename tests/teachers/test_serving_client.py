@@ -20,6 +20,7 @@ from typing import Any
 
 import pytest
 import torch
+from support.interpreters import python
 from support.paths import PACKAGE
 from support.served import Bigram, Fault, Server
 from test_cache import model_folder  # noqa: F401 (a fixture)
@@ -560,10 +561,8 @@ def test_importing_the_parsers_needs_torch_only() -> None:
         "print([name for name in ('httpx', 'rich', 'safetensors', 'vllm', 'sglang') if name in sys.modules])"
     )
     environment = {**os.environ, "PYTHONPATH": str(PACKAGE)}
-    output = subprocess.run(
-        [sys.executable, "-c", script], env=environment, check=True, capture_output=True, text=True, timeout=LIMIT
-    )  # fmt: skip
-    assert output.stdout == "[]\n"
+    output = python("-c", script, env=environment, timeout=LIMIT)
+    assert output.stdout == "[]\n", output.stderr
 
 
 # ---- batches

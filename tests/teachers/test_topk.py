@@ -1717,7 +1717,10 @@ def test_the_graph(everywhere: str, tail: str, dtype: torch.dtype) -> None:
     ("name", "tail", "dtype"),
     [("cpu", "bucket", torch.float32), ("cpu", "renormalize", torch.float16), ("reference", "truncate", torch.float32)],
 )  # fmt: skip
-def test_compiled(name: str, tail: str, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("built", ["outside", "within"])
+@pytest.mark.heavy_with(tail="renormalize", built="outside")
+@pytest.mark.heavy_with(tail="truncate", built="within")
+def test_compiled(built: str, name: str, tail: str, dtype: torch.dtype) -> None:
     """One graph, also for another number of rows; the teacher is built outside or inside the compiled function.
 
     One row names no token, and one is sure.
@@ -1736,26 +1739,26 @@ def test_compiled(name: str, tail: str, dtype: torch.dtype) -> None:
         return kd_loss(student, own, labels, **call)
 
     # One of them takes the number of rows as a symbol from the start, the other after it has changed.
-    for function, dynamic in ((outside, None), (within, True)):
-        compiled = torch.compile(function, backend="aot_eager", fullgraph=True, dynamic=dynamic)
-        for rows in (4, 5, 6):
-            student = logits(rows, 37, seed=rows, dtype=dtype)
-            teacher = sparse(
-                rows, vocabulary=37, k=6, seed=rows + 1, tail=tail, at=2.0, tail_given=False
-            )
-            teacher.ids[1] = -1
-            teacher.logprobs[2] -= teacher.logprobs[2].nan_to_num(-INF).logsumexp(-1)
-            named = with_given_tail(teacher)
-            labels = labels_for(rows, vocabulary=37, seed=rows, ignored=0.2)
-            results = []
-            for run in (function, compiled):
-                leaf = student.clone().requires_grad_()
-                loss = run(leaf, named, labels)
-                loss.backward()
-                results.append((loss.detach(), leaf.grad))
-            torch.testing.assert_close(
-                results[1], results[0], rtol=2 * torch.finfo(dtype).eps, atol=1e-7
-            )
+    function, dynamic = {"outside": (outside, None), "within": (within, True)}[built]
+    compiled = torch.compile(function, backend="aot_eager", fullgraph=True, dynamic=dynamic)
+    for rows in (4, 5, 6):
+        student = logits(rows, 37, seed=rows, dtype=dtype)
+        teacher = sparse(
+            rows, vocabulary=37, k=6, seed=rows + 1, tail=tail, at=2.0, tail_given=False
+        )
+        teacher.ids[1] = -1
+        teacher.logprobs[2] -= teacher.logprobs[2].nan_to_num(-INF).logsumexp(-1)
+        named = with_given_tail(teacher)
+        labels = labels_for(rows, vocabulary=37, seed=rows, ignored=0.2)
+        results = []
+        for run in (function, compiled):
+            leaf = student.clone().requires_grad_()
+            loss = run(leaf, named, labels)
+            loss.backward()
+            results.append((loss.detach(), leaf.grad))
+        torch.testing.assert_close(
+            results[1], results[0], rtol=2 * torch.finfo(dtype).eps, atol=1e-7
+        )
     torch._dynamo.reset()
 
 

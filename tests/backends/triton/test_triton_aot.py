@@ -23,6 +23,7 @@ import torch
 from fastkd.kernels.launch import NARROW, REGISTERS
 from fastkd.kernels.tuning import TILES
 from support import sass
+from support.interpreters import python
 from support.paths import PACKAGE, ROOT
 from support.triton_aot import Caught, Resources, catch, local_in_loop, resources, restored
 from torch import Tensor
@@ -510,8 +511,7 @@ def test_later_groups_are_launched_like_the_first(tmp_path: Path) -> None:
     """Past Triton's own launcher, which looks up the kernel by its arguments: they are the same but for the rows."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     environment |= {"TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": os.pathsep.join(sys.path)}
-    command = [sys.executable, "-c", textwrap.dedent(GROUPS)]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    done = python("-c", textwrap.dedent(GROUPS), env=environment)
     assert done.returncode == 0, done.stderr[-4000:]
     assert done.stdout == "3 kernels\n"
 
@@ -535,7 +535,8 @@ def test_a_spill_in_a_loop_is_detected() -> None:
 if __name__ == "__main__":
     wanted = variants(sys.argv[2])
     workers = min(os.cpu_count() or 1, 8)
-    with ProcessPoolExecutor(workers, get_context("spawn")) as pool:
+    # Forked, because this process has computed nothing and so has no threads, and new ones would import torch.
+    with ProcessPoolExecutor(workers, get_context("fork")) as pool:
         tasks = [(variant, sys.argv[1]) for variant in wanted]
         for variant, used in zip(wanted, pool.map(_measure, tasks, chunksize=2), strict=True):
             print(json.dumps([variant, used]), flush=True)

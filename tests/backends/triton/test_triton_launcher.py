@@ -6,13 +6,13 @@ import ast
 import inspect
 import itertools
 import os
-import subprocess
 import sys
 import textwrap
 from typing import Any
 
 import pytest
 import torch
+from support.interpreters import python
 
 pytest.importorskip("triton")
 
@@ -40,9 +40,7 @@ def test_launches_are_those_of_triton(check: str) -> None:
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = os.pathsep.join(sys.path)
     code = f"from support.triton_launches import CHECKS; CHECKS[{check!r}]()"
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=False
-    )
+    done = python("-c", code, env=environment)
     assert done.returncode == 0, done.stderr[-4000:]
 
 
