@@ -549,7 +549,7 @@ def test_a_step_of_training_under_inductor(backend: str) -> None:
     for run in (step, torch.compile(step, fullgraph=True)):
         hidden, weight, bias = inputs.leaves()
         # Without SIMD code, which is irrelevant here and slow to compile.
-        with torch._inductor.config.patch({"cpp.vec_isa_ok": False}):
+        with torch._inductor.config.patch({"cpp.simdlen": 1}):
             loss = run(hidden, weight, bias)
             wanted = (hidden, weight, *body.parameters())
             outcomes.append([loss.detach(), *torch.autograd.grad(loss, wanted)])

@@ -160,7 +160,7 @@ def _under_inductor(names: Sequence[str], steps: int) -> None:
 
 def test_inductor_with_cold_and_warm_caches() -> None:
     # Without SIMD code, which is irrelevant here: with an empty cache g++ would first try each instruction set.
-    with fresh_cache(), torch._inductor.config.patch({"cpp.vec_isa_ok": False}):
+    with fresh_cache(), torch._inductor.config.patch({"cpp.simdlen": 1}):
         _under_inductor(["all together"], 4)
         assert not counters["aot_autograd"]["autograd_cache_hit"]
         _under_inductor(["all together"], 4)

@@ -447,7 +447,7 @@ def test_ensemble(backend: str, mean: str) -> None:
 @pytest.mark.heavy_with(backend="portable")  # the graph is the same
 # Without SIMD code, which is irrelevant here and slow to compile. Without caches, because a cached graph keeps what an
 # operator's rules were when it was made.
-@torch._inductor.config.patch({"cpp.vec_isa_ok": False, "force_disable_caches": True})
+@torch._inductor.config.patch({"cpp.simdlen": 1, "force_disable_caches": True})
 # Inductor compiles one graph, in C++; the second graph, in which the temperature is a symbol, is traced without it.
 @pytest.mark.parametrize(
     ("compiler", "temperatures"), [("inductor", (2.0,)), ("aot_eager", (2.0, 3.0))], ids=str
