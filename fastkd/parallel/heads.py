@@ -26,11 +26,6 @@ Result = TypeVar("Result")
 # The modules in the place of whose forward a function runs now, the innermost last.
 _REDIRECTED: list[nn.Module] = []
 
-_UNGATHERED = (
-    "{} is partitioned by DeepSpeed ZeRO-3 and nothing gathers it: call deepspeed.initialize with the model, and pass "
-    "the engine or its module"
-)
-
 
 def is_redirected(model: nn.Module) -> bool:
     """Whether :func:`redirect` runs a function inside the model's forward, or just calls it."""
@@ -320,7 +315,10 @@ class Head:
         linear = getattr(owner, "base_layer", owner)
         weight, bias = linear.weight, linear.bias
         if hasattr(weight, "ds_id") and weight.shape != weight.ds_shape:
-            raise ValueError(_UNGATHERED.format(f"the lm_head of {self.name}"))
+            raise ValueError(
+                f"the lm_head of {self.name} is partitioned by DeepSpeed ZeRO-3 and nothing gathers it: call "
+                "deepspeed.initialize with the model, and pass the engine or its module"
+            )
         if linear is not owner:
             weight = _merged(owner, weight)
         if (

@@ -148,8 +148,8 @@ def test_a_soft_prompt(arguments: Callable[..., Any]) -> None:
 @needs_deepspeed
 @pytest.mark.heavy
 def test_two_processes_under_zero3_train_as_one(tmp_path: Path) -> None:
-    """With an lm_head of its own and a tied one, by heads and by KDTrainer. By heads, the measured difference is 3e-6 of
-    how far a parameter has moved. The first run on a machine compiles DeepSpeed's extension, which takes minutes."""
+    """With an lm_head of its own and a tied one, by heads and by KDTrainer. The measured difference by heads is 3e-6
+    of how far a parameter has moved. The first run on a machine compiles DeepSpeed's extension, which takes minutes."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     done = subprocess.run(
         [*command, str(Path(spread_heads.__file__).with_name("zero3.py")), str(tmp_path / "two")],
