@@ -342,6 +342,22 @@ def _check_columns(student: nn.Module, teacher: TeacherModel) -> None:
         )
 
 
+def _gathering(teacher: nn.Module) -> nn.Module:
+    """Return a teacher whose forward works if DeepSpeed ZeRO-3 has partitioned it.
+
+    While a Trainer uses ZeRO-3, transformers loads every model in partitions, which only the hooks of an engine gather.
+    """
+    if isinstance(getattr(teacher, "module", None), nn.Module) or not any(
+        hasattr(parameter, "ds_id") for parameter in teacher.parameters()
+    ):
+        return teacher
+    import deepspeed  # type: ignore[import-not-found]
+
+    config = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": 3}}
+    engine: nn.Module = deepspeed.initialize(model=teacher.requires_grad_(False), config=config)[0]
+    return engine
+
+
 def _weighted_by_rows(own: Tensor, counted: Tensor, num_items: int | Tensor | None) -> Tensor:
     """Weight a batch's own loss by its share of the step's rows, so that a step averages it over all its rows."""
     if num_items is None:
@@ -386,10 +402,10 @@ class DistillationMixin(_Trainer):
         **kwargs: keyword arguments of the Trainer. ``args.label_smoothing_factor`` applies to the cross-entropy.
         teacher_model: a model that returns logits of the same rows. It is set to eval mode and placed by
             ``accelerator.prepare_model(..., evaluation_mode=True)``: a full copy on every process, under the Trainer's
-            mixed precision. Or a function of the batch's features, a dict from which it may remove what the student
-            should not see. The function returns any teacher that :func:`fastkd.kd_loss` accepts, for example a
-            :class:`fastkd.TopK` from a cache, with the leading shape of the student's logits and not shifted. The
-            columns of the data set are kept for it.
+            mixed precision. A teacher that ZeRO-3 has partitioned becomes a DeepSpeed engine. Or a function of the
+            batch's features, a dict from which it may remove what the student should not see. The function returns any
+            teacher that :func:`fastkd.kd_loss` accepts, for example a :class:`fastkd.TopK` from a cache, with the
+            leading shape of the student's logits and not shifted. The columns of the data set are kept for it.
         loss_kwargs: options of :class:`fastkd.KDLoss`, or with fused of :class:`fastkd.FusedLinearKDLoss`: divergence,
             temperature, alpha, ...
         shift_labels: True: position i is trained on the label of i + 1, as in a causal language model whose labels are
@@ -442,9 +458,9 @@ class DistillationMixin(_Trainer):
                 raise ValueError(
                     "teacher_model must not be the student itself; pass another model or a copy"
                 )
-            teacher_model = self.accelerator.prepare_model(
-                teacher_model, evaluation_mode=True
-            ).eval()
+            prepared = self.accelerator.prepare_model(teacher_model, evaluation_mode=True)
+            teacher_model = _gathering(prepared)
+            teacher_model.eval()  # an engine's returns nothing
         self.teacher_model = teacher_model
         self._loss = KDLoss(return_parts=True, **self._dense_options(options, fused))
         self._fused_loss = FusedLinearKDLoss(return_parts=True, **options) if fused else None

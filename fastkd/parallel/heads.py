@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 import torch
@@ -25,11 +25,6 @@ Result = TypeVar("Result")
 
 # The modules in the place of whose forward a function runs now, the innermost last.
 _REDIRECTED: list[nn.Module] = []
-
-_UNGATHERED = (
-    "{} is partitioned by DeepSpeed ZeRO-3 and nothing gathers it: call deepspeed.initialize with the model, and pass "
-    "the engine or its module"
-)
 
 
 def is_redirected(model: nn.Module) -> bool:
@@ -289,7 +284,7 @@ class Head:
     def gathered(self, dtype: torch.dtype | None = None) -> Iterator[tuple[Tensor, Tensor | None]]:
         """A context that yields (weight, bias), whole and without gradients, for a model that does not train.
 
-        The tensors may be used inside the context only. Every process has to enter it.
+        Every process has to enter it. Whole copies of a sharded lm_head exist as long as the tensors are kept.
 
         Args:
             dtype: of the hidden states. A weight that FSDP2 has sharded is cast to it, as FSDP2 does in its forward.
@@ -299,18 +294,31 @@ class Head:
         """
         owner = self._owner()
         self._check_dropout(owner)
-        with _gathered_by_deepspeed(owner):
-            with torch.no_grad():
-                weight, bias = map(_whole, self._operands(owner, dtype))
-            assert weight is not None
-            yield weight.detach(), None if bias is None else bias.detach()
+        kept: list[Tensor | None] = []
+
+        def keep(forward: object = None) -> None:
+            operands = self._operands(owner, dtype)
+            kept.extend(None if x is None else _whole(x).detach() for x in operands)
+
+        with torch.no_grad():
+            if hasattr(getattr(owner, "weight", None), "ds_id"):
+                # Through the hooks, which may be about to prefetch the weight: GatheredParameters would then fail.
+                _in_place_of_forward(owner, owner, keep)
+            else:
+                keep()
+        weight, bias = kept
+        assert weight is not None
+        yield weight, bias
 
     def _operands(self, owner: Any, dtype: torch.dtype | None) -> tuple[Tensor, Tensor | None]:
         """The weight and the bias where they are gathered, cast if FSDP2 would have cast them."""
         linear = getattr(owner, "base_layer", owner)
         weight, bias = linear.weight, linear.bias
         if hasattr(weight, "ds_id") and weight.shape != weight.ds_shape:
-            raise ValueError(_UNGATHERED.format(f"the lm_head of {self.name}"))
+            raise ValueError(
+                f"the lm_head of {self.name} is partitioned by DeepSpeed ZeRO-3 and nothing gathers it: call "
+                "deepspeed.initialize with the model, and pass the engine or its module"
+            )
         if linear is not owner:
             weight = _merged(owner, weight)
         if (
@@ -555,20 +563,6 @@ def _sharding(model: nn.Module) -> str | None:
 
 def _whole(value: Any) -> Any:
     return value.full_tensor() if is_dtensor(value) else value
-
-
-def _gathered_by_deepspeed(module: nn.Module) -> contextlib.AbstractContextManager[Any]:
-    """A context in which ZeRO-3's partitions of a module's parameters are gathered, without gradients."""
-    parameters: Iterable[Any] = module.parameters()
-    partitioned = [p for p in parameters if hasattr(p, "ds_id") and p.ds_status.name != "AVAILABLE"]
-    if not partitioned:
-        return contextlib.nullcontext()
-    import deepspeed  # type: ignore[import-not-found]
-
-    context: contextlib.AbstractContextManager[Any] = deepspeed.zero.GatheredParameters(
-        partitioned, modifier_rank=None
-    )
-    return context
 
 
 def _merged(layer: Any, weight: Tensor) -> Tensor:

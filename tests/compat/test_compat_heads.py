@@ -148,8 +148,8 @@ def test_a_soft_prompt(arguments: Callable[..., Any]) -> None:
 @needs_deepspeed
 @pytest.mark.heavy
 def test_two_processes_under_zero3_train_as_one(tmp_path: Path) -> None:
-    """With a lm_head of its own and a tied one; the measured difference is 3e-6 of how far a parameter has moved. The
-    first run on a machine compiles DeepSpeed's extension for CPUs, which takes minutes."""
+    """With an lm_head of its own and a tied one, by heads and by KDTrainer. The measured difference by heads is 3e-6
+    of how far a parameter has moved. The first run on a machine compiles DeepSpeed's extension, which takes minutes."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     done = subprocess.run(
         [*command, str(Path(spread_heads.__file__).with_name("zero3.py")), str(tmp_path / "two")],
@@ -160,7 +160,14 @@ def test_two_processes_under_zero3_train_as_one(tmp_path: Path) -> None:
         check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    for tied, parameters in zip((False, True), torch.load(tmp_path / "two"), strict=True):
+    from support import zero3
+
+    *of_heads, untied, tied_results = torch.load(tmp_path / "two")
+    for tied, (losses, parameters) in ((False, untied), (True, tied_results)):
+        expected_losses, expected_parameters = zero3.by_kd_trainer(tied, str(tmp_path))
+        torch.testing.assert_close(losses, expected_losses, rtol=2e-6, atol=0)
+        torch.testing.assert_close(parameters, expected_parameters, rtol=1e-5, atol=1e-6)
+    for tied, parameters in zip((False, True), of_heads, strict=True):
         student, teacher = spread_heads.Model(1, tied=tied), spread_heads.Model(2, 40)
         start = {name: p.detach().clone() for name, p in student.named_parameters()}
         optimizer = torch.optim.SGD(student.parameters(), lr=0.5, momentum=0.9)

@@ -687,9 +687,8 @@ def test_self_distillation_trainers(
 
 
 @pytest.mark.parametrize("tied", [False, True])
-def test_partitioned_heads(tied: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_partitioned_heads(tied: bool, tmp_path: Path) -> None:
     """DistillationTrainer with the stand-in for DeepSpeed ZeRO-3."""
-    monkeypatch.setitem(sys.modules, "deepspeed", zero3_stand_in.deepspeed())
     chosen = models() | {"model": tiny_models.llama(seed=1, tie_word_embeddings=tied)}
     trainer = on_policy(adapter.DistillationTrainer, tmp_path, chosen)
     ids = torch.randint(3, 61, (2, 9), generator=torch.Generator().manual_seed(0))

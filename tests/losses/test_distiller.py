@@ -535,3 +535,20 @@ def test_terms_that_do_not_go_with_hidden_states() -> None:
         Distiller(student, teacher, {"kd": fused, "other": Term(fused.loss, "lm_head")})
     with pytest.raises(TypeError, match="must be the name of the lm_head or None"):
         Term(fused.loss, ["lm_head"])
+    whole = Term(attention_like, "", select=lambda output: output["logits"])
+    wrapped = Distiller(DeepSpeedEngine(student), teacher, {"kd": fused, "whole": whole})
+    tokens, labels = spread_heads.batch_of(0)
+    with pytest.raises(ValueError, match="student_layer '' is the output of the whole student"):
+        wrapped(tokens, labels=labels)
+
+
+class DeepSpeedEngine(nn.Module):
+    """A wrapper, named like DeepSpeed's."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, *inputs: Any) -> Any:
+        """Call the module."""
+        return self.module(*inputs)

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import sys
+from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import deepspeed
-import spread_heads
 import torch
 import torch.distributed as dist
 from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
+from test_compat_transformers import batches_of, kd_trainer, sentences
+from transformers import TrainingArguments
 
 from fastkd.parallel import num_items
+from support import spread_heads, tiny_models
 
 CONFIG = {
     "train_micro_batch_size_per_gpu": 4,
@@ -42,8 +46,46 @@ def train(tied: bool, steps: int) -> dict[str, torch.Tensor]:
         return {name: p.detach().clone() for name, p in student.named_parameters()}
 
 
+def by_kd_trainer(tied: bool, folder: str) -> tuple[list[torch.Tensor], dict[str, torch.Tensor]]:
+    """The losses and parameters of three steps of KDTrainer's loss; alone, of the loss of logits.
+
+    zero.Init has partitioned the teacher, as transformers does.
+    """
+    args = TrainingArguments(output_dir=folder, use_cpu=True, report_to=[])
+    rank, size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    (batch,) = batches_of(sentences(), 8)
+    student = tiny_models.llama(seed=1, tie_word_embeddings=tied)
+    teacher = tiny_models.llama(width=24, seed=2)
+    runs = student
+    if size > 1:
+        deepspeed.zero.Init(module=teacher, config_dict_or_path=CONFIG)
+    trainer = kd_trainer(student, args, teacher_model=teacher, fused=size > 1)
+    optimizer = torch.optim.SGD(student.parameters(), lr=0.3)
+    if size > 1:
+        runs, *_ = deepspeed.initialize(model=student, optimizer=optimizer, config=CONFIG)
+        assert isinstance(trainer.teacher_model, deepspeed.DeepSpeedEngine)
+    items = (batch["labels"][:, 1:] != -100).sum() / size
+    losses = []
+    for _ in range(3):
+        inputs = {name: value.chunk(size)[rank] for name, value in batch.items()}
+        loss = trainer.compute_loss(runs, inputs, num_items_in_batch=items)
+        (runs.backward if size > 1 else torch.Tensor.backward)(loss)
+        (runs if size > 1 else optimizer).step()
+        student.zero_grad()
+        loss = loss.detach().clone()
+        if size > 1:
+            dist.all_reduce(loss)
+        losses.append(loss / size)
+    gathered = (
+        deepspeed.zero.GatheredParameters(list(student.parameters())) if size > 1 else nullcontext()
+    )
+    with gathered:
+        return losses, {name: p.detach().clone() for name, p in student.named_parameters()}
+
+
 if __name__ == "__main__":
     deepspeed.init_distributed(dist_backend="gloo")
-    results = [train(tied, 20) for tied in (False, True)]
+    results: list[Any] = [train(tied, 20) for tied in (False, True)]
+    results += [by_kd_trainer(tied, sys.argv[1] + " of a Trainer") for tied in (False, True)]
     if dist.get_rank() == 0:
         torch.save(results, Path(sys.argv[1]))

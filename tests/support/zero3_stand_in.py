@@ -1,17 +1,13 @@
 """A stand-in for DeepSpeed ZeRO-3 in one process, with the states of its parameters and the hooks of its modules.
 
 tests/compat/test_compat_heads.py runs the real one if it is installed. Here a parameter is empty except while a module
-that owns it runs, forward or backward, or inside GatheredParameters, and its gradient is taken away as soon as it has
-been accumulated, as by the hook that reduces it. A gradient that arrives while the parameter is empty raises.
+that owns it runs, forward or backward, and its gradient is taken away as soon as it has been accumulated, as by the
+hook that reduces it. A gradient that arrives while the parameter is empty raises.
 """
 
 from __future__ import annotations
 
-import contextlib
 import enum
-import importlib.machinery
-import types
-from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -95,23 +91,3 @@ def _after(module: nn.Module, inputs: Any, output: Any) -> Any:
         return _BeforeBackward.apply(module, value) if trains else value
 
     return tree_map(attached, output)
-
-
-@contextlib.contextmanager
-def _gathered_parameters(parameters: Sequence[Any], modifier_rank: int | None) -> Iterator[None]:
-    assert all(p.ds_status is ZeroParamStatus.NOT_AVAILABLE for p in parameters)
-    for parameter in parameters:
-        _gather(parameter)
-    try:
-        yield
-    finally:
-        for parameter in parameters:
-            _partition(parameter)
-
-
-def deepspeed() -> types.ModuleType:
-    """The module, which accelerate does not take for the package, because that has metadata."""
-    module: Any = types.ModuleType("deepspeed")
-    module.__spec__ = importlib.machinery.ModuleSpec("deepspeed", None)
-    module.zero = types.SimpleNamespace(GatheredParameters=_gathered_parameters)
-    return module
