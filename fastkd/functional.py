@@ -216,8 +216,8 @@ def kd_loss(
             allowed; the logits are copied only if the stride of the last dimension is not 1.
         teacher: dense teacher logits with the same leading shape, in any of those dtypes; they receive a gradient if
             they require one. Alternatively a :class:`fastkd.TopK`, :class:`fastkd.LinearTeacher` or
-            :class:`fastkd.Ensemble` with the same leading shape. The logits of the last two are computed a chunk of
-            rows at a time; :func:`fastkd.memory_plan` returns the chunk size.
+            :class:`fastkd.Ensemble` with the same leading shape, or a :class:`fastkd.RoutedTeacher`. The logits of the
+            last three are computed a chunk of rows at a time; :func:`fastkd.memory_plan` returns the chunk size.
         labels: [...] int64, the targets of the cross-entropy. Required if alpha < 1, if label_smoothing is not 0, and
             for a divergence that treats the label separately (dkd, nkd). A row whose label is ignore_index is dropped,
             whatever alpha is.
@@ -299,7 +299,9 @@ def kd_loss(
             student_logits = check_logits("student_logits", student_logits, group is not None)
             lead, device = student_logits.shape[:-1], student_logits.device
             teacher = layout.local_teacher(teacher, group)
-            teacher = check_teacher(teacher, "student_logits", lead, device, group is not None)
+            teacher = check_teacher(
+                teacher, "student_logits", lead, device, group is not None, differentiable=True
+            )
             widths = {"student_logits": student_logits.shape[-1], **teacher_widths(teacher)}
             teacher = linear.autocast_teacher(teacher)
             call = prepare(
@@ -426,8 +428,9 @@ def fused_linear_kd_loss(
         student_weight: [V, H], the lm_head, with the dtype and device of student_hidden; under autocast both are cast
             to the autocast dtype. A DTensor sharded by FSDP is gathered once per call, and its gradient is averaged
             over the processes.
-        teacher: a :class:`fastkd.LinearTeacher` (of any width), dense logits [..., V], a :class:`fastkd.TopK` or a
-            :class:`fastkd.Ensemble`. It receives no gradient; a teacher that requires grad raises.
+        teacher: a :class:`fastkd.LinearTeacher` (of any width), dense logits [..., V], a :class:`fastkd.TopK`, a
+            :class:`fastkd.Ensemble` or a :class:`fastkd.RoutedTeacher`. It receives no gradient; a teacher that
+            requires grad raises.
         labels: as in :func:`fastkd.kd_loss`, like every option that is not listed here.
         student_bias: [V], or None.
         chunk_size: rows per chunk; takes precedence over memory_budget. None: as many as memory_budget allows.

@@ -18,7 +18,7 @@ from fastkd.call.checks import check_choice
 from fastkd.core.models import unwrapped
 from fastkd.core.scalars import as_float, plain
 from fastkd.distiller import models
-from fastkd.teachers import Ensemble, LinearTeacher, TopK
+from fastkd.teachers import Ensemble, LinearTeacher, RoutedTeacher, TopK
 
 # What a call passes to the losses by keyword.
 BATCH_OPTIONS = ("labels", "mask", "num_items")
@@ -343,7 +343,7 @@ class Distiller(nn.Module):
                     module.training = True
             outputs |= captured
             output = new_output if output is None else output
-        if not needs_logits or isinstance(output, (TopK, LinearTeacher, Ensemble)):
+        if not needs_logits or isinstance(output, (TopK, LinearTeacher, Ensemble, RoutedTeacher)):
             return output, outputs
         return self.find_logits(output), outputs
 
