@@ -35,10 +35,10 @@ from fastkd.call.measures import MEASURES
 from fastkd.call.options import LossOptions, as_tensor
 from fastkd.core.tensors import share_storage, writable
 from fastkd.divergences import Divergence, has_teacher_derivative
-from fastkd.engine import autograd, linear
+from fastkd.engine import autograd, ensembles, linear
 from fastkd.engine.chunks import Student
 from fastkd.engine.plan import wide
-from fastkd.teachers import Teacher, TopK, flatten
+from fastkd.teachers import Ensemble, Teacher, TopK, flatten
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -53,13 +53,17 @@ Returned = TypeVar("Returned")
 def not_compiled_over_processes(
     function: Callable[Parameters, Returned],
 ) -> Callable[Parameters, Returned]:
-    """Decorator that runs a call outside compiled graphs if several processes take part, because they communicate."""
+    """Decorator that runs a call outside compiled graphs if several processes take part, because they communicate.
+
+    A call with an Ensemble that has a TopK is not compiled either, because it depends on the values of options.
+    """
 
     @functools.wraps(function)
     def call(*arguments: Parameters.args, **options: Parameters.kwargs) -> Returned:
         if torch.compiler.is_compiling() and (
             options.get("process_group") is not None
             or any(map(is_dtensor, (*arguments, *options.values())))
+            or any(isinstance(x, Ensemble) and x.is_sparse for x in (*arguments, *options.values()))
         ):
             return torch.compiler.disable(function)(*arguments, **options)
         return function(*arguments, **options)
@@ -304,7 +308,7 @@ def kd_loss(
             )
             widths = {"student_logits": student_logits.shape[-1], **teacher_widths(teacher)}
             teacher = linear.autocast_teacher(teacher)
-            call = prepare(
+            call, teacher = _prepared(
                 lead,
                 device,
                 _row_dtype(student_logits, teacher),
@@ -496,7 +500,7 @@ def fused_linear_kd_loss(
             if name in options
         }
         labels = layout.local("labels", labels, None, group)
-        call = prepare(
+        call, teacher = _prepared(
             lead,
             device,
             _row_dtype(hidden, teacher),
@@ -534,6 +538,26 @@ def fused_linear_kd_loss(
         student, teacher, call, want, logits_dtype, chunk_size, memory_budget
     )
     return _returned(results, call, wants_parts, names, device)
+
+
+def _prepared(
+    lead: torch.Size,
+    device: torch.device,
+    row_dtype: torch.dtype,
+    vocabulary: int | None,
+    labels: Tensor | None,
+    teacher: Teacher,
+    **options: Any,
+) -> tuple[LossCall, Teacher]:
+    """(the call that fastkd.call.checks.prepare returns, the teacher): an Ensemble with a TopK becomes one TopK."""
+    if not (isinstance(teacher, Ensemble) and teacher.is_sparse):
+        return prepare(lead, device, row_dtype, vocabulary, labels, teacher, **options), teacher
+    call = prepare(lead, device, row_dtype, vocabulary, labels, None, tail=teacher.tail, **options)
+    combined = ensembles.combined(teacher, call, lead, vocabulary)
+    options |= {"teacher_logit_scale": 1.0, "teacher_softcap": None}
+    if teacher.mean == "arithmetic":
+        options["teacher_temperature"] = 1.0
+    return prepare(lead, device, row_dtype, vocabulary, labels, combined, **options), combined
 
 
 def _check_logits_dtype(logits_dtype: object, operand_dtype: torch.dtype) -> None:

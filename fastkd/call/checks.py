@@ -201,7 +201,7 @@ def settled(
     options = call.options
     if tail:
         per_row = rows.teacher_temperature is not None
-        options = _at_temperature(options, tail, numbers.taken_at, per_row)
+        options = at_temperature(options, tail, numbers.taken_at, per_row)
     check_values(rows, options)
     return options
 
@@ -490,6 +490,7 @@ def teacher_widths(teacher: Teacher) -> dict[str, int]:
     return {
         f"teacher.teachers[{index}]": next(iter(teacher_widths(member).values()))
         for index, member in enumerate(teacher.teachers)
+        if not isinstance(member, TopK)
     }
 
 
@@ -534,7 +535,7 @@ def with_topk(call: LossCall, teacher: TopK) -> LossCall:
     numbers = call.numbers
     if numbers is None:
         per_row = temperatures is not None
-        options = _at_temperature(options, teacher.tail, teacher.temperature, per_row)
+        options = at_temperature(options, teacher.tail, teacher.temperature, per_row)
     else:
         options = options._replace(tail=teacher.tail)
         numbers = numbers._replace(taken_at=teacher.temperature)
@@ -552,8 +553,13 @@ def with_topk(call: LossCall, teacher: TopK) -> LossCall:
     return call._replace(options=options, rows=rows, numbers=numbers)
 
 
-def _at_temperature(options: Options, tail: str, taken_at: float, per_row: bool) -> Options:
-    """The options for log-probabilities taken at temperature taken_at. per_row: each row has its own temperature."""
+def at_temperature(
+    options: Options, tail: str, taken_at: float, per_row: bool, name: str = "teacher"
+) -> Options:
+    """The options for log-probabilities taken at temperature taken_at. per_row: each row has its own temperature.
+
+    name: the name of the TopK in messages.
+    """
     divergence = options.divergence
     if options.teacher_logit_scale != 1 or options.teacher_softcap:
         raise ValueError(
@@ -568,7 +574,7 @@ def _at_temperature(options: Options, tail: str, taken_at: float, per_row: bool)
     if tail in ("bucket", "truncate") and (per_row or options.teacher_temperature != taken_at):
         requested = "one a row" if per_row else options.teacher_temperature
         raise ValueError(
-            f"teacher_temperature is {requested}, and teacher.logprobs were taken at {taken_at}: "
+            f"teacher_temperature is {requested}, and {name}.logprobs were taken at {taken_at}: "
             f"tail={tail!r} needs the mass of the tail at the temperature of the loss. Take the "
             "log-probabilities at it (TopK.from_logits(..., temperature=)), pass teacher_temperature, or use "
             "tail='renormalize' or 'renormalize_teacher'"
@@ -591,7 +597,7 @@ def with_tail(
     assert ids is not None
     has_tail = teacher.has_tail if isinstance(teacher, JoinedTopK) else None
     if checking():
-        _check_logprobs(logprobs, rows, options, has_tail)
+        check_logprobs(logprobs, rows, options, has_tail)
     if teacher.renormalizes:
         highest = logprobs.masked_fill(ids < 0, -math.inf).amax(-1)
         valid = (highest.abs() < math.inf) | (ids == -1).all(-1)
@@ -614,22 +620,28 @@ def with_tail(
                 tail_logprob = tail_logprob.masked_fill(lists_all, -math.inf)
             tail_logprob = tail_logprob.to(dtype).contiguous()
         valid = total <= MOST
+    if isinstance(teacher, JoinedTopK) and teacher.highest is not None:
+        valid = valid & (teacher.highest < options.vocabulary)
     ids = ids.masked_fill(~valid.unsqueeze(-1), -2)
     return call._replace(rows=rows._replace(ids=ids, tail_logprob=tail_logprob)), logprobs
 
 
-def _check_logprobs(
-    logprobs: Tensor, rows: Rows, options: Options, has_tail: Tensor | None
+def check_logprobs(
+    logprobs: Tensor,
+    rows: Rows,
+    options: Options,
+    has_tail: Tensor | None = None,
+    teacher: str = "teacher",
 ) -> None:
     """Raise unless kept rows have log-probabilities or, if they are renormalized, logarithms of finite weights.
 
-    has_tail: the rows that have a tail_logprob; None: all, if the rows have one at all.
+    has_tail: the rows that have a tail_logprob; None: all, if the rows have one at all. teacher: the name of the TopK.
     """
     assert rows.ids is not None
-    is_token, names = rows.ids != -1, "teacher.logprobs"
+    is_token, names = rows.ids != -1, f"{teacher}.logprobs"
     logprobs = logprobs.to(torch.float64).masked_fill(~is_token, -math.inf)
     if rows.tail_logprob is not None:
-        names = "teacher.logprobs and teacher.tail_logprob"
+        names = f"{teacher}.logprobs and {teacher}.tail_logprob"
         logprobs = torch.cat([logprobs, rows.tail_logprob.to(logprobs.dtype).unsqueeze(-1)], -1)
     read, kept = is_token.any(-1), kept_rows(rows, options.ignore_index)
     if kept is not None:

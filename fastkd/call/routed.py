@@ -23,12 +23,14 @@ from fastkd.teachers import RoutedTeacher, Teacher, TopK
 
 @dataclass(frozen=True, eq=False)
 class JoinedTopK(TopK):
-    """A TopK whose rows come from several, with what these say about their rows beyond the fields of a TopK."""
+    """A TopK that was made of several, with what these say about their rows beyond the fields of a TopK."""
 
     # As fastkd.call.tail.masses returns them for the TopK of each row, [...] each; None: those of this TopK.
     own_masses: tuple[Tensor, Tensor] | None = None
     # [...] bool, the rows whose TopK has a tail_logprob; others have -inf there. None: all rows, or no row.
     has_tail: Tensor | None = None
+    # [...]: the largest id of each row, if a token was left out; a row is invalid if that is no column.
+    highest: Tensor | None = None
 
 
 class RowsOfTeacher(NamedTuple):
@@ -170,8 +172,10 @@ def _joined_topk(teacher: RoutedTeacher, lead: torch.Size, was_read: bool) -> To
         all_logprobs.append(torch.nn.functional.pad(logprobs, padding, value=-math.inf))
     ids = _in_order(all_ids, places, (*lead, k))
     if not was_read:
-        sizes = torch.tensor(teacher.sizes(), device=numbers.device)
-        ids = ids.masked_fill((count_rows(teacher, numbers) != sizes).any(), -2)
+        # Compared with numbers one by one, because a CUDA graph cannot capture a copy of a list to the device.
+        counts = count_rows(teacher, numbers).unbind()
+        differs = [count != size for count, size in zip(counts, teacher.sizes(), strict=True)]
+        ids = ids.masked_fill(torch.stack(differs).any(), -2)
 
     tails = [member.tail_logprob if member.tail == "bucket" else None for member in members]
     given = [tail for tail in tails if tail is not None]

@@ -288,6 +288,7 @@ class _TeacherChunks:
             if isinstance(member, LinearTeacher):
                 logits = _linear_logits(member, self.lead, indices, buffers[1])
             else:
+                assert isinstance(member, Tensor)  # fastkd.engine.ensembles replaces a TopK
                 logits = take(member, self.lead, indices)
             _add_member(combined, logits, weight, teacher.mean, temper, options.shard)
         if temperatures is not None:  # an invalid temperature makes its row NaN
