@@ -29,7 +29,7 @@ from fastkd.engine.plan import MemoryPlan, memory_plan
 from fastkd.functional import MeasuredParts, Parts, fused_linear_kd_loss, kd_loss
 from fastkd.logprobs import LogProbs, StudentTopK, fused_linear_logprobs, student_topk
 from fastkd.modules import FusedLinearKDLoss, KDLoss
-from fastkd.teachers import Ensemble, LinearTeacher, TopK, support_union
+from fastkd.teachers import Ensemble, LinearTeacher, RoutedTeacher, TopK, support_union
 
 __version__ = "0.1.0"
 
@@ -76,6 +76,7 @@ __all__ = [
     "MeasuredParts",
     "MemoryPlan",
     "Parts",
+    "RoutedTeacher",
     "StudentTopK",
     "Term",
     "TopK",

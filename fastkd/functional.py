@@ -35,10 +35,10 @@ from fastkd.call.measures import MEASURES
 from fastkd.call.options import LossOptions, as_tensor
 from fastkd.core.tensors import share_storage, writable
 from fastkd.divergences import Divergence, has_teacher_derivative
-from fastkd.engine import autograd, linear
+from fastkd.engine import autograd, ensembles, linear
 from fastkd.engine.chunks import Student
 from fastkd.engine.plan import wide
-from fastkd.teachers import Teacher, TopK, flatten
+from fastkd.teachers import Ensemble, Teacher, TopK, flatten
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -53,13 +53,17 @@ Returned = TypeVar("Returned")
 def not_compiled_over_processes(
     function: Callable[Parameters, Returned],
 ) -> Callable[Parameters, Returned]:
-    """Decorator that runs a call outside compiled graphs if several processes take part, because they communicate."""
+    """Decorator that runs a call outside compiled graphs if several processes take part, because they communicate.
+
+    A call with an Ensemble that has a TopK is not compiled either, because it depends on the values of options.
+    """
 
     @functools.wraps(function)
     def call(*arguments: Parameters.args, **options: Parameters.kwargs) -> Returned:
         if torch.compiler.is_compiling() and (
             options.get("process_group") is not None
             or any(map(is_dtensor, (*arguments, *options.values())))
+            or any(isinstance(x, Ensemble) and x.is_sparse for x in (*arguments, *options.values()))
         ):
             return torch.compiler.disable(function)(*arguments, **options)
         return function(*arguments, **options)
@@ -216,8 +220,8 @@ def kd_loss(
             allowed; the logits are copied only if the stride of the last dimension is not 1.
         teacher: dense teacher logits with the same leading shape, in any of those dtypes; they receive a gradient if
             they require one. Alternatively a :class:`fastkd.TopK`, :class:`fastkd.LinearTeacher` or
-            :class:`fastkd.Ensemble` with the same leading shape. The logits of the last two are computed a chunk of
-            rows at a time; :func:`fastkd.memory_plan` returns the chunk size.
+            :class:`fastkd.Ensemble` with the same leading shape, or a :class:`fastkd.RoutedTeacher`. The logits of the
+            last three are computed a chunk of rows at a time; :func:`fastkd.memory_plan` returns the chunk size.
         labels: [...] int64, the targets of the cross-entropy. Required if alpha < 1, if label_smoothing is not 0, and
             for a divergence that treats the label separately (dkd, nkd). A row whose label is ignore_index is dropped,
             whatever alpha is.
@@ -299,10 +303,12 @@ def kd_loss(
             student_logits = check_logits("student_logits", student_logits, group is not None)
             lead, device = student_logits.shape[:-1], student_logits.device
             teacher = layout.local_teacher(teacher, group)
-            teacher = check_teacher(teacher, "student_logits", lead, device, group is not None)
+            teacher = check_teacher(
+                teacher, "student_logits", lead, device, group is not None, differentiable=True
+            )
             widths = {"student_logits": student_logits.shape[-1], **teacher_widths(teacher)}
             teacher = linear.autocast_teacher(teacher)
-            call = prepare(
+            call, teacher = _prepared(
                 lead,
                 device,
                 _row_dtype(student_logits, teacher),
@@ -426,8 +432,9 @@ def fused_linear_kd_loss(
         student_weight: [V, H], the lm_head, with the dtype and device of student_hidden; under autocast both are cast
             to the autocast dtype. A DTensor sharded by FSDP is gathered once per call, and its gradient is averaged
             over the processes.
-        teacher: a :class:`fastkd.LinearTeacher` (of any width), dense logits [..., V], a :class:`fastkd.TopK` or a
-            :class:`fastkd.Ensemble`. It receives no gradient; a teacher that requires grad raises.
+        teacher: a :class:`fastkd.LinearTeacher` (of any width), dense logits [..., V], a :class:`fastkd.TopK`, a
+            :class:`fastkd.Ensemble` or a :class:`fastkd.RoutedTeacher`. It receives no gradient; a teacher that
+            requires grad raises.
         labels: as in :func:`fastkd.kd_loss`, like every option that is not listed here.
         student_bias: [V], or None.
         chunk_size: rows per chunk; takes precedence over memory_budget. None: as many as memory_budget allows.
@@ -493,7 +500,7 @@ def fused_linear_kd_loss(
             if name in options
         }
         labels = layout.local("labels", labels, None, group)
-        call = prepare(
+        call, teacher = _prepared(
             lead,
             device,
             _row_dtype(hidden, teacher),
@@ -531,6 +538,26 @@ def fused_linear_kd_loss(
         student, teacher, call, want, logits_dtype, chunk_size, memory_budget
     )
     return _returned(results, call, wants_parts, names, device)
+
+
+def _prepared(
+    lead: torch.Size,
+    device: torch.device,
+    row_dtype: torch.dtype,
+    vocabulary: int | None,
+    labels: Tensor | None,
+    teacher: Teacher,
+    **options: Any,
+) -> tuple[LossCall, Teacher]:
+    """(the call that fastkd.call.checks.prepare returns, the teacher): an Ensemble with a TopK becomes one TopK."""
+    if not (isinstance(teacher, Ensemble) and teacher.is_sparse):
+        return prepare(lead, device, row_dtype, vocabulary, labels, teacher, **options), teacher
+    call = prepare(lead, device, row_dtype, vocabulary, labels, None, tail=teacher.tail, **options)
+    combined = ensembles.combined(teacher, call, lead, vocabulary)
+    options |= {"teacher_logit_scale": 1.0, "teacher_softcap": None}
+    if teacher.mean == "arithmetic":
+        options["teacher_temperature"] = 1.0
+    return prepare(lead, device, row_dtype, vocabulary, labels, combined, **options), combined
 
 
 def _check_logits_dtype(logits_dtype: object, operand_dtype: torch.dtype) -> None:

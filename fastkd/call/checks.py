@@ -25,6 +25,16 @@ from fastkd.call.options import (
     completed,
     with_stand_ins,
 )
+from fastkd.call.routed import (
+    JoinedTopK,
+    check_counts,
+    check_shapes,
+    check_total,
+    count_rows,
+    joined,
+    numbers_of,
+    reads_index,
+)
 from fastkd.call.tail import MOST, masses
 from fastkd.core.scalars import (
     check_flag,
@@ -33,7 +43,15 @@ from fastkd.core.scalars import (
 )
 from fastkd.core.tensors import check_readable, check_strided, of_torch
 from fastkd.divergences import Divergence, floor_of, resolve
-from fastkd.teachers import Ensemble, LinearTeacher, Teacher, TopK, check_linear
+from fastkd.teachers import (
+    Ensemble,
+    LinearTeacher,
+    RoutedTeacher,
+    Teacher,
+    TopK,
+    check_linear,
+    rows_of,
+)
 
 REDUCTIONS = ("none", "sum", "mean", "batchmean")
 LOGIT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -182,7 +200,7 @@ def settled(
     options = call.options
     if tail:
         per_row = rows.teacher_temperature is not None
-        options = _at_temperature(options, tail, numbers.taken_at, per_row)
+        options = at_temperature(options, tail, numbers.taken_at, per_row)
     check_values(rows, options)
     return options
 
@@ -374,13 +392,22 @@ def check_dense(argument: str, value: Tensor) -> None:
 
 
 def check_teacher(
-    teacher: object, student: str, lead: torch.Size, device: torch.device, shard: bool = False
+    teacher: object,
+    student: str,
+    lead: torch.Size,
+    device: torch.device,
+    shard: bool = False,
+    differentiable: bool = False,
 ) -> Teacher:
-    """Raise unless teacher fits rows of leading shape lead. student: the name of the argument with that shape."""
-    if not isinstance(teacher, (Tensor, TopK, LinearTeacher, Ensemble)):
+    """Raise unless teacher fits rows of leading shape lead; returns the teacher as the loss takes it.
+
+    student: the name of the argument with that shape. differentiable: whether dense teachers of a RoutedTeacher may
+    require grad.
+    """
+    if not isinstance(teacher, (Tensor, TopK, LinearTeacher, Ensemble, RoutedTeacher)):
         raise TypeError(
-            "teacher must be a tensor of logits, a fastkd.TopK, a fastkd.LinearTeacher or a fastkd.Ensemble; "
-            f"got {type(teacher).__name__}"
+            "teacher must be a tensor of logits, a fastkd.TopK, a fastkd.LinearTeacher, a fastkd.Ensemble or a "
+            f"fastkd.RoutedTeacher; got {type(teacher).__name__}"
         )
     if isinstance(teacher, Tensor):
         check_columns("teacher", teacher, shard)
@@ -388,32 +415,34 @@ def check_teacher(
     leading: list[tuple[str, Tensor]] = []  # the tensors whose leading shape must be lead
 
     def visit(name: str, part: Tensor | TopK | LinearTeacher) -> None:
+        leading.append((name, rows_of(part)))
         if isinstance(part, Tensor):
             check_columns(name, part, shard)
-            leading.append((name, part))
         elif isinstance(part, TopK):
-            leading.append((name, part.ids))
-            constants.append((f"{name}.ids", part.ids))
-            constants.append((f"{name}.logprobs", part.logprobs))
-            constants.append((f"{name}.tail_logprob", part.tail_logprob))
+            for field in ("ids", "logprobs", "tail_logprob"):
+                constants.append((f"{name}.{field}", getattr(part, field)))
         else:
-            leading.append((name, part.hidden))
             for field in ("hidden", "weight", "bias"):
                 constants.append((f"{name}.{field}", getattr(part, field)))
 
-    if isinstance(teacher, Ensemble):
+    if isinstance(teacher, (Ensemble, RoutedTeacher)):
+        gets_gradient = differentiable and _may_join(teacher, shard)
         for index, member in enumerate(teacher.teachers):
             name = f"teacher.teachers[{index}]"
             visit(name, member)
-            if isinstance(member, Tensor):
+            if isinstance(member, Tensor) and not gets_gradient:
                 constants.append((name, member))
     else:
         visit("teacher", teacher)
-    for name, part in leading:
-        if part.shape[:-1] != lead:
-            raise ValueError(
-                f"{name} must have the leading shape of {student}, {tuple(lead)}; got {tuple(part.shape[:-1])}"
-            )
+    if isinstance(teacher, RoutedTeacher):
+        check_shapes(teacher, student, lead)
+        leading.append(("teacher.index", teacher.index))
+    else:
+        for name, part in leading:
+            if part.shape[:-1] != lead:
+                raise ValueError(
+                    f"{name} must have the leading shape of {student}, {tuple(lead)}; got {tuple(part.shape[:-1])}"
+                )
     for name, part in leading:
         if part.device != device:
             raise ValueError(f"{name} must be on {device}, where {student} is; got {part.device}")
@@ -425,7 +454,28 @@ def check_teacher(
     for name, value in constants + leading:
         if value is not None:
             check_readable(name, value)
-    return teacher
+    return _joined(teacher, student, lead)
+
+
+def _may_join(teacher: Ensemble | RoutedTeacher, shard: bool) -> bool:
+    """Whether all teachers are dense logits that can be copied into one tensor."""
+    if not isinstance(teacher, RoutedTeacher):
+        return False
+    widths = [member.shape[-1] for member in teacher.teachers if isinstance(member, Tensor)]
+    # In a shard, one width may be that of this process's columns and another that of all columns.
+    return len(widths) == len(teacher.teachers) and (not shard or len(set(widths)) == 1)
+
+
+def _joined(teacher: Teacher, student: str, lead: torch.Size) -> Teacher:
+    """The teacher as the loss takes it; raises if the index of a RoutedTeacher does not fit."""
+    if not isinstance(teacher, RoutedTeacher):
+        return teacher
+    was_read = reads_index(teacher, checking())
+    if was_read:
+        numbers = numbers_of(teacher, lead)
+        check_counts(teacher, numbers, count_rows(teacher, numbers).tolist())
+    check_total(teacher, student, lead)
+    return joined(teacher, lead, was_read)
 
 
 def teacher_widths(teacher: Teacher) -> dict[str, int]:
@@ -439,6 +489,7 @@ def teacher_widths(teacher: Teacher) -> dict[str, int]:
     return {
         f"teacher.teachers[{index}]": next(iter(teacher_widths(member).values()))
         for index, member in enumerate(teacher.teachers)
+        if not isinstance(member, TopK)
     }
 
 
@@ -483,7 +534,7 @@ def with_topk(call: LossCall, teacher: TopK) -> LossCall:
     numbers = call.numbers
     if numbers is None:
         per_row = temperatures is not None
-        options = _at_temperature(options, teacher.tail, teacher.temperature, per_row)
+        options = at_temperature(options, teacher.tail, teacher.temperature, per_row)
     else:
         options = options._replace(tail=teacher.tail)
         numbers = numbers._replace(taken_at=teacher.temperature)
@@ -501,8 +552,13 @@ def with_topk(call: LossCall, teacher: TopK) -> LossCall:
     return call._replace(options=options, rows=rows, numbers=numbers)
 
 
-def _at_temperature(options: Options, tail: str, taken_at: float, per_row: bool) -> Options:
-    """The options for log-probabilities taken at temperature taken_at. per_row: each row has its own temperature."""
+def at_temperature(
+    options: Options, tail: str, taken_at: float, per_row: bool, name: str = "teacher"
+) -> Options:
+    """The options for log-probabilities taken at temperature taken_at. per_row: each row has its own temperature.
+
+    name: the name of the TopK in messages.
+    """
     divergence = options.divergence
     if options.teacher_logit_scale != 1 or options.teacher_softcap:
         raise ValueError(
@@ -517,7 +573,7 @@ def _at_temperature(options: Options, tail: str, taken_at: float, per_row: bool)
     if tail in ("bucket", "truncate") and (per_row or options.teacher_temperature != taken_at):
         requested = "one a row" if per_row else options.teacher_temperature
         raise ValueError(
-            f"teacher_temperature is {requested}, and teacher.logprobs were taken at {taken_at}: "
+            f"teacher_temperature is {requested}, and {name}.logprobs were taken at {taken_at}: "
             f"tail={tail!r} needs the mass of the tail at the temperature of the loss. Take the "
             "log-probabilities at it (TopK.from_logits(..., temperature=)), pass teacher_temperature, or use "
             "tail='renormalize' or 'renormalize_teacher'"
@@ -538,13 +594,15 @@ def with_tail(
     options, rows = call.options, call.rows
     ids, logprobs, tail_logprob = rows.ids, teacher.logprobs.detach(), rows.tail_logprob
     assert ids is not None
+    has_tail = teacher.has_tail if isinstance(teacher, JoinedTopK) else None
     if checking():
-        _check_logprobs(logprobs, rows, options)
+        check_logprobs(logprobs, rows, options, has_tail)
     if teacher.renormalizes:
         highest = logprobs.masked_fill(ids < 0, -math.inf).amax(-1)
         valid = (highest.abs() < math.inf) | (ids == -1).all(-1)
     else:
-        total, tail_mass = masses(ids, logprobs)
+        own_masses = teacher.own_masses if isinstance(teacher, JoinedTopK) else None
+        total, tail_mass = masses(ids, logprobs) if own_masses is None else own_masses
         if teacher.tail == "truncate" and want.measures:
             tail_logprob = tail_mass.log().to(dtype).contiguous()
         if teacher.tail == "bucket":
@@ -554,22 +612,35 @@ def with_tail(
                 tail_logprob = tail_logprob.to(torch.float64)
                 tail_logprob = tail_logprob.masked_fill((ids == -1).all(-1), 0.0)
                 total = total + tail_logprob.exp()
+                if has_tail is not None:
+                    tail_logprob = torch.where(has_tail, tail_logprob, tail_mass.log())
             if ids.shape[-1] >= options.vocabulary:  # a row may list every token
                 lists_all = (ids >= 0).sum(-1) == options.vocabulary
                 tail_logprob = tail_logprob.masked_fill(lists_all, -math.inf)
             tail_logprob = tail_logprob.to(dtype).contiguous()
         valid = total <= MOST
+    if isinstance(teacher, JoinedTopK) and teacher.highest is not None:
+        valid = valid & (teacher.highest < options.vocabulary)
     ids = ids.masked_fill(~valid.unsqueeze(-1), -2)
     return call._replace(rows=rows._replace(ids=ids, tail_logprob=tail_logprob)), logprobs
 
 
-def _check_logprobs(logprobs: Tensor, rows: Rows, options: Options) -> None:
-    """Raise unless kept rows have log-probabilities or, if they are renormalized, logarithms of finite weights."""
+def check_logprobs(
+    logprobs: Tensor,
+    rows: Rows,
+    options: Options,
+    has_tail: Tensor | None = None,
+    teacher: str = "teacher",
+) -> None:
+    """Raise unless kept rows have log-probabilities or, if they are renormalized, logarithms of finite weights.
+
+    has_tail: the rows that have a tail_logprob; None: all, if the rows have one at all. teacher: the name of the TopK.
+    """
     assert rows.ids is not None
-    is_token, names = rows.ids != -1, "teacher.logprobs"
+    is_token, names = rows.ids != -1, f"{teacher}.logprobs"
     logprobs = logprobs.to(torch.float64).masked_fill(~is_token, -math.inf)
     if rows.tail_logprob is not None:
-        names = "teacher.logprobs and teacher.tail_logprob"
+        names = f"{teacher}.logprobs and {teacher}.tail_logprob"
         logprobs = torch.cat([logprobs, rows.tail_logprob.to(logprobs.dtype).unsqueeze(-1)], -1)
     read, kept = is_token.any(-1), kept_rows(rows, options.ignore_index)
     if kept is not None:
@@ -593,7 +664,9 @@ def _check_logprobs(logprobs: Tensor, rows: Rows, options: Options) -> None:
             f"{float(total.flatten()[row]):.4g}. Take log_softmax over the whole vocabulary before the K tokens, "
             "or use tail='renormalize'"
         )
-    row = first_row(highest == -math.inf) if rows.tail_logprob is not None or not absolute else None
+    empty = highest == -math.inf
+    empty = empty if has_tail is None else empty & has_tail
+    row = first_row(empty) if rows.tail_logprob is not None or not absolute else None
     if row is not None:
         raise ValueError(
             f"{names} must not all be -inf in a row; those of row {row} are. "

@@ -101,7 +101,12 @@ class Chunks:
         if indices is not None and indices.numel() == lead.numel():
             indices = None
         count = lead.numel() if indices is None else indices.numel()
-        if even and count:
+        return cls.even(count, size, indices) if even else cls(count, min(size, count), indices)
+
+    @classmethod
+    def even(cls, count: int, size: int, indices: Tensor | None) -> Chunks:
+        """Divide the rows with these indices, or rows 0 to count, into chunks of about equal size, at most `size`."""
+        if count:
             size = -(-count // -(-count // size))
         return cls(count, min(size, count), indices)
 

@@ -24,7 +24,7 @@ from fastkd.distiller import models
 from fastkd.functional import fused_linear_kd_loss
 from fastkd.modules import FusedLinearKDLoss
 from fastkd.parallel.heads import Captured, Head, is_redirected, redirect
-from fastkd.teachers import Ensemble, LinearTeacher, TopK
+from fastkd.teachers import Ensemble, LinearTeacher, RoutedTeacher, TopK
 
 # What a call passes to the losses by keyword.
 BATCH_OPTIONS = ("labels", "mask", "num_items")
@@ -473,7 +473,7 @@ class Distiller(nn.Module):
                 operands = stack.enter_context(self._heads["teacher"].gathered(hidden.dtype))
                 return LinearTeacher(hidden, *operands), outputs
             output = new_output if output is None else output
-        if not needs_logits or isinstance(output, (TopK, LinearTeacher, Ensemble)):
+        if not needs_logits or isinstance(output, (TopK, LinearTeacher, Ensemble, RoutedTeacher)):
             return output, outputs
         return self.find_logits(output), outputs
 

@@ -9,17 +9,18 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from types import ModuleType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from fastkd.call.contract import Options, Rows, Shard, Want, factor_of, total_of
 from fastkd.call.measures import measure_count
+from fastkd.call.routed import rows_by_teacher
 from fastkd.call.rows import Chunks, RowIndices, put, rows_at, take
 from fastkd.core.tensors import readable
 from fastkd.engine.matmul import add_weight_gradient, as_operand, hidden_gradient, make_logits
-from fastkd.teachers import Ensemble, LinearTeacher
+from fastkd.teachers import Ensemble, LinearTeacher, RoutedTeacher, rows_of
 
 # How many logits of an ensemble's chunk are combined at a time; on a CPU, few enough for the cache.
 COMBINED_CPU, COMBINED_DEVICE = 1 << 18, 1 << 24
@@ -245,6 +246,15 @@ class _TeacherChunks:
         linear = any(isinstance(member, LinearTeacher) for member in self.teacher.teachers)
         return 2 if linear else 1
 
+    def buffer_dtype(
+        self, student: Student, logits_dtype: torch.dtype, row_dtype: torch.dtype
+    ) -> torch.dtype:
+        """The dtype of those buffers; the arguments are those of :func:`chunks_of_rows`."""
+        same_dtype = (
+            isinstance(self.teacher, LinearTeacher) and self.teacher.hidden.dtype == logits_dtype
+        )
+        return logits_dtype if same_dtype and student.weight is not None else row_dtype
+
     def kernel_options(self) -> Options:
         """The options for the kernel; it does not temper an ensemble, whose members have been tempered already."""
         if not isinstance(self.teacher, Ensemble):
@@ -284,6 +294,7 @@ class _TeacherChunks:
             if isinstance(member, LinearTeacher):
                 logits = _linear_logits(member, self.lead, indices, buffers[1])
             else:
+                assert isinstance(member, Tensor)  # fastkd.engine.ensembles replaces a TopK
                 logits = take(member, self.lead, indices)
             _add_member(combined, logits, weight, teacher.mean, temper, options.shard)
         if temperatures is not None:  # an invalid temperature makes its row NaN
@@ -296,9 +307,44 @@ class _TeacherChunks:
 # ---- the loop
 
 
+class _Routes(NamedTuple):
+    """The chunks of a call."""
+
+    # For each teacher, its chunks: the indices of their rows among the student's rows and among the teacher's.
+    chunks: list[tuple[_TeacherChunks, list[tuple[RowIndices, RowIndices]]]]
+    size: int  # the rows of the largest chunk
+    indices: Tensor | None  # the indices of all rows in chunks; None: of all rows of the student
+
+    @classmethod
+    def of(
+        cls,
+        teacher: Tensor | LinearTeacher | Ensemble | RoutedTeacher,
+        rows: Rows,
+        lead: torch.Size,
+        options: Options,
+        size: int,
+        drops: bool,
+    ) -> _Routes:
+        """The chunks of at most `size` rows. drops: remove dropped rows; a RoutedTeacher always does."""
+        if not isinstance(teacher, RoutedTeacher):
+            chunks = Chunks.of(rows, lead, options.ignore_index, size, even=True, drops=drops)
+            pairs: list[tuple[RowIndices, RowIndices]] = [(rows, rows) for rows in chunks]
+            return cls(
+                [(_TeacherChunks(teacher, lead, options), pairs)], chunks.size, chunks.indices
+            )
+        parts, largest, kept = rows_by_teacher(teacher, rows, lead, options.ignore_index, size)
+        routes = []
+        for part in parts:
+            member: Any = teacher.teachers[part.number]  # no TopK: fastkd.call.routed joins them
+            routes.append(
+                (_TeacherChunks(member, rows_of(member).shape[:-1], options), part.chunks)
+            )
+        return cls(routes, largest, kept)
+
+
 def chunks_of_rows(
     student: Student,
-    teacher: Tensor | LinearTeacher | Ensemble,
+    teacher: Tensor | LinearTeacher | Ensemble | RoutedTeacher,
     rows: Rows,
     options: Options,
     want: Want,
@@ -328,12 +374,12 @@ def chunks_of_rows(
     # To remove dropped rows, the host must wait for the device to count the others, which CUDA graph capture forbids.
     # While a graph is captured, dropped rows therefore stay in the chunks, and the kernel skips them.
     capturing = student.hidden.is_cuda and torch.cuda.is_current_stream_capturing()
-    chunks = Chunks.of(rows, lead, options.ignore_index, chunk_size, even=True, drops=not capturing)
+    routes = _Routes.of(teacher, rows, lead, options, chunk_size, drops=not capturing)
+    single_chunk = sum(len(chunks) for _, chunks in routes.chunks) <= 1
     student_chunks = StudentChunks(
-        student, lead, vocabulary, wanted_gradients, want.inplace, chunks.count <= chunks.size
+        student, lead, vocabulary, wanted_gradients, want.inplace, single_chunk
     )
-    teacher_chunks = _TeacherChunks(teacher, lead, options)
-    call_options, options = options, teacher_chunks.kernel_options()
+    call_options, options = options, routes.chunks[0][0].kernel_options()
     want = want._replace(student_gradient=any(wanted_gradients), inplace=True, deferred=False)
     # As float16 operands of a matrix product, scaled gradients below 3e-8 would round to 0. The scale is therefore
     # applied afterwards, to the float32 gradients of the student's fields.
@@ -348,18 +394,25 @@ def chunks_of_rows(
     loss = torch.zeros(lead, dtype=row_dtype, device=device)
     parts = [zeros(want.parts) for _ in range(3)]
     parts.append(zeros(want.measures, measure_count(options.tail)))
-    buffers = [kernels.empty((chunks.size, vocabulary), logits_dtype, device)]
-    same_dtype = isinstance(teacher, LinearTeacher) and teacher.hidden.dtype == logits_dtype
-    teacher_dtype = logits_dtype if same_dtype and student.weight is not None else row_dtype
-    for _ in range(teacher_chunks.buffers()):
-        buffers.append(kernels.empty((chunks.size, vocabulary), teacher_dtype, device))
+    buffers = [kernels.empty((routes.size, vocabulary), logits_dtype, device)]
 
-    def process_chunk(indices: RowIndices) -> None:
+    def make_buffers(teacher_chunks: _TeacherChunks) -> None:
+        """Make the buffers that this teacher needs; those of the teacher before may serve."""
+        count = teacher_chunks.buffers()
+        dtype = teacher_chunks.buffer_dtype(student, logits_dtype, row_dtype)
+        if count and any(buffer.dtype != dtype for buffer in buffers[1:]):
+            del buffers[1:]
+        while len(buffers) < 1 + count:
+            buffers.append(kernels.empty((routes.size, vocabulary), dtype, device))
+
+    def process_chunk(
+        teacher_chunks: _TeacherChunks, indices: RowIndices, of_teacher: RowIndices
+    ) -> None:
         chunk_rows = rows_at(rows, lead, indices)
         count = indices.stop - indices.start if isinstance(indices, slice) else indices.numel()
         student_buffer, *teacher_buffers = (buffer[:count] for buffer in buffers)
         student_logits = student_chunks.logits(indices, student_buffer)
-        teacher_logits, chunk_rows = teacher_chunks.logits(indices, chunk_rows, teacher_buffers)
+        teacher_logits, chunk_rows = teacher_chunks.logits(of_teacher, chunk_rows, teacher_buffers)
         result = kernels.kd_rows(student_logits, teacher_logits, chunk_rows, options, want)
         for all_rows, values in zip((loss, *parts), (result.loss, *result.parts), strict=True):
             if all_rows is not None:
@@ -368,10 +421,12 @@ def chunks_of_rows(
             scratch = buffers[1] if len(buffers) > 1 else None
             student_chunks.add(indices, result.student_gradient, scratch)
 
-    for indices in chunks:
-        process_chunk(indices)
+    for teacher_chunks, chunks in routes.chunks:
+        make_buffers(teacher_chunks)
+        for indices, of_teacher in chunks:
+            process_chunk(teacher_chunks, indices, of_teacher)
     buffers.clear()  # frees them before finished() allocates the gradients in saved_dtype
-    gradients = student_chunks.finished(chunks.indices)
+    gradients = student_chunks.finished(routes.indices)
     if defers_scale:
         factor = factor_of(call_rows, call_options)
         for gradient in gradients:

@@ -25,7 +25,15 @@ from fastkd.engine.chunks import Chunked, Student, chunks_of_rows, saved_dtype
 from fastkd.engine.gradients import Differentiable, Loss
 from fastkd.engine.ops import GraphOptions, by_name, detached, filled, made, register_gradient
 from fastkd.engine.plan import TOPK_BYTES, MemoryPlan, Shape, checked_sizes, plan, wide
-from fastkd.teachers import Ensemble, LinearTeacher, Teacher, flatten, unflatten, weights_of
+from fastkd.teachers import (
+    Ensemble,
+    LinearTeacher,
+    RoutedTeacher,
+    Teacher,
+    flatten,
+    unflatten,
+    weights_of,
+)
 
 
 def autocast(*tensors: Tensor | None) -> list[Tensor | None]:
@@ -46,11 +54,13 @@ def autocast_teacher(teacher: Teacher) -> Teacher:
         hidden, weight, bias = autocast(teacher.hidden, teacher.weight, teacher.bias)
         assert hidden is not None and weight is not None
         return LinearTeacher(hidden, weight, bias)
-    if isinstance(teacher, Ensemble):
+    if isinstance(teacher, (Ensemble, RoutedTeacher)):
         members: list[Any] = [
             autocast_teacher(member) if isinstance(member, LinearTeacher) else member
             for member in teacher.teachers
         ]
+        if isinstance(teacher, RoutedTeacher):
+            return RoutedTeacher(members, teacher.index)
         return Ensemble(members, teacher.weights, teacher.mean)
     return teacher
 
@@ -103,7 +113,7 @@ class ChunkedLoss(NamedTuple):
     def _plan(
         self,
         student: Student,
-        teacher: Tensor | LinearTeacher | Ensemble,
+        teacher: Tensor | LinearTeacher | Ensemble | RoutedTeacher,
         rows: Rows,
         options: Options,
         backend: str,
@@ -118,6 +128,13 @@ class ChunkedLoss(NamedTuple):
             linear = [member for member in teacher.teachers if isinstance(member, LinearTeacher)]
             columns = vocabulary * (2 if linear else 1)
             teacher_hidden = max((member.hidden.shape[-1] for member in linear), default=0)
+        elif isinstance(teacher, RoutedTeacher):
+            # A chunk has rows of one teacher. This is the memory for the largest row of any.
+            linear = [member for member in teacher.teachers if isinstance(member, LinearTeacher)]
+            columns = vocabulary if linear else 0
+            teacher_hidden = max((member.hidden.shape[-1] for member in linear), default=0)
+            dense = [member for member in teacher.teachers if isinstance(member, Tensor)]
+            row_bytes = max((vocabulary * member.itemsize for member in dense), default=0)
         elif isinstance(teacher, LinearTeacher):
             columns, teacher_hidden = vocabulary, teacher.hidden.shape[-1]
         elif rows.ids is not None:

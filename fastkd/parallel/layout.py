@@ -14,7 +14,7 @@ from fastkd.call.contract import Shard
 from fastkd.core.scalars import check_int
 from fastkd.core.tensors import of_torch
 from fastkd.parallel.collectives import all_gather, all_reduce, reduce_scatter
-from fastkd.teachers import Ensemble, LinearTeacher, TopK
+from fastkd.teachers import Ensemble, LinearTeacher, RoutedTeacher, TopK
 
 
 def _shards(value: Any, axis: int, index: int) -> bool:
@@ -159,6 +159,9 @@ def local_teacher(teacher: Any, group: Any) -> Any:
     if isinstance(teacher, Ensemble):
         members = [local_teacher(member, group) for member in teacher.teachers]
         return Ensemble(members, teacher.weights, teacher.mean)
+    if isinstance(teacher, RoutedTeacher):
+        members = [local_teacher(member, group) for member in teacher.teachers]
+        return RoutedTeacher(members, local("teacher.index", teacher.index, None, group))
     if isinstance(teacher, LinearTeacher):
         return LinearTeacher(
             local_hidden("teacher.hidden", teacher.hidden, group),
@@ -228,7 +231,10 @@ class Sequence(NamedTuple):
         return _GatherRows.apply(part, self.group, self.dimension)
 
     def with_hidden(self, teacher: Any, change: Callable[[Tensor], Tensor]) -> Any:
-        """The teacher with `change` applied to hidden states that are split like the student's."""
+        """The teacher with `change` applied to hidden states that are split like the student's.
+
+        The teachers of a RoutedTeacher have rows of their own, so they cannot be split like the student's.
+        """
         if isinstance(teacher, Ensemble):
             members = [self.with_hidden(member, change) for member in teacher.teachers]
             return Ensemble(members, teacher.weights, teacher.mean)
@@ -311,6 +317,9 @@ def cut_teacher(teacher: Any, shard: Shard, columns: int, width: int) -> Any:
     if isinstance(teacher, Ensemble):
         members = [cut_teacher(member, shard, columns, width) for member in teacher.teachers]
         return Ensemble(members, teacher.weights, teacher.mean)
+    if isinstance(teacher, RoutedTeacher):
+        members = [cut_teacher(member, shard, columns, width) for member in teacher.teachers]
+        return RoutedTeacher(members, teacher.index)
     if isinstance(teacher, LinearTeacher):
         weight, bias = teacher.weight, teacher.bias
         if weight.shape[0] == width:

@@ -16,7 +16,7 @@ from fastkd.core.scalars import check_int
 from fastkd.divergences import function_name
 from fastkd.parallel.agreement import Agreed, Agreement, digest_of
 from fastkd.parallel.layout import cut, cut_teacher
-from fastkd.teachers import Teacher, flatten, weights_of
+from fastkd.teachers import RoutedTeacher, Teacher, flatten, weights_of
 
 
 def agreed_by(group: Any) -> contextlib.AbstractContextManager[Agreement | None]:
@@ -130,6 +130,9 @@ def _facts(
     per_row = {
         _FACTOR if name == "scale" else name: value for name, value in call.rows._asdict().items()
     }
+    if isinstance(teacher, RoutedTeacher):
+        facts["how many rows each teacher has"] = teacher.sizes()
+        per_row["teacher.index"] = teacher.index
     return facts | facts_of_rows(per_row)
 
 

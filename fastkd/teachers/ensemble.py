@@ -11,8 +11,35 @@ from torch import Tensor
 from fastkd.core.scalars import plain
 from fastkd.teachers.linear import LinearTeacher
 from fastkd.teachers.tensors import FLOATS, check_tensor
+from fastkd.teachers.topk import TopK
 
 MEANS = ("arithmetic", "geometric")
+# For each mean and policy that do not fit together, the reason and what to pass.
+_UNKNOWN = {
+    (
+        "arithmetic",
+        "renormalize",
+    ): "the mean of probabilities needs each teacher's probabilities, and under this "
+    "policy only their ratios are known. Pass tail='bucket', tail='renormalize_teacher' or mean='geometric'",
+    (
+        "arithmetic",
+        "truncate",
+    ): "a sum over the tokens of each teacher has no mean if the tokens differ. Pass "
+    "tail='bucket' or tail='renormalize_teacher'",
+    **{
+        (
+            "geometric",
+            tail,
+        ): "the geometric mean of the other tokens cannot be known from their mass. Pass "
+        "mean='arithmetic', or tail='renormalize', which leaves them out"
+        for tail in ("bucket", "truncate")
+    },
+    (
+        "geometric",
+        "renormalize_teacher",
+    ): "the geometric mean is 0 for each token that one teacher does not list. Pass "
+    "mean='arithmetic', or tail='renormalize' for the tokens that all list",
+}
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,8 +53,24 @@ class Ensemble:
 
     The temperature is applied to each teacher before they are combined, a chunk of rows at a time.
 
+    **TopKs among the teachers.** A TopK knows some of its probabilities only, so the ensemble becomes one TopK, as far
+    as the mean can be known. All TopKs have one policy for the tail:
+
+    - "arithmetic" and "bucket": the tokens that every TopK lists (with their p as above; dense teachers know that of
+      every token), and one event for all others, with the mass that is left. This is the mean of the teachers over a
+      coarser partition, and exact. A token that one TopK lists and another does not is part of the tail.
+    - "arithmetic" and "renormalize_teacher": the tokens that some TopK lists, with p = sum_k w_k p_k / sum p_k, and
+      p_k = 0 for tokens that teacher k does not list. A dense teacher cannot be combined with it.
+    - "geometric" and "renormalize": the tokens that every TopK lists, with p proportional to prod_k p_k^(w_k). This is
+      the geometric mean of the teachers, renormalized over these tokens.
+
+    Other combinations raise, because the mean cannot be known. A row in which a TopK lists no token has no teacher: it
+    is treated like a row of a TopK whose ids are all -1. A row that is invalid in one TopK is NaN. A dense teacher's
+    logits are computed a chunk of rows at a time; it needs its whole vocabulary on each process. Under torch.compile
+    such an ensemble breaks the graph.
+
     Args:
-        teachers: one or more, each dense logits [..., V] or a :class:`LinearTeacher`.
+        teachers: one or more, each dense logits [..., V], a :class:`LinearTeacher` or a :class:`TopK`.
         weights: one per teacher, not negative, with a positive sum, by which they are divided. None: equal weights.
         mean: "arithmetic" or "geometric".
 
@@ -35,7 +78,7 @@ class Ensemble:
         TypeError, ValueError: a wrong type, shape or value; the message names the argument.
     """
 
-    teachers: Sequence[Tensor | LinearTeacher]
+    teachers: Sequence[Tensor | LinearTeacher | TopK]
     weights: Sequence[float] | None = None
     mean: str = "arithmetic"
 
@@ -50,9 +93,9 @@ class Ensemble:
         for index, teacher in enumerate(self.teachers):
             if isinstance(teacher, Tensor):
                 check_tensor(f"teachers[{index}]", teacher, FLOATS)
-            elif not isinstance(teacher, LinearTeacher):
+            elif not isinstance(teacher, (LinearTeacher, TopK)):
                 raise TypeError(
-                    f"teachers[{index}] must be dense logits or a LinearTeacher, got {type(teacher).__name__}"
+                    f"teachers[{index}] must be dense logits, a LinearTeacher or a TopK, got {type(teacher).__name__}"
                 )
         if self.mean not in MEANS:
             raise ValueError(f"mean must be one of {', '.join(MEANS)}; got {self.mean!r}")
@@ -77,3 +120,41 @@ class Ensemble:
         if not 0 < sum(weights) < math.inf:
             raise ValueError(f"weights must have a positive, finite sum, got {weights}")
         object.__setattr__(self, "weights", tuple(weight / sum(weights) for weight in weights))
+        self._check_tails()
+
+    def _check_tails(self) -> None:
+        """Raise unless the policies of all TopKs are one, for which the mean is known."""
+        sparse = {i: member for i, member in enumerate(self.teachers) if isinstance(member, TopK)}
+        if not sparse:
+            return
+        (first, member), *_ = sparse.items()
+        for index, other in sparse.items():
+            if other.tail != member.tail:
+                raise ValueError(
+                    f"teachers[{index}].tail must be that of teachers[{first}], {member.tail!r}; got {other.tail!r}"
+                )
+        reason = _UNKNOWN.get((self.mean, member.tail))
+        if reason is not None:
+            raise ValueError(
+                f"an Ensemble with mean={self.mean!r} cannot combine TopKs with tail={member.tail!r}: {reason}"
+            )
+        if member.tail == "renormalize_teacher" and len(sparse) < len(self.teachers):
+            raise ValueError(
+                "an Ensemble cannot combine TopKs with tail='renormalize_teacher' and dense teachers, because the mean "
+                "has every token. Pass tail='bucket', or TopK.from_logits(..., tail='renormalize_teacher') of the "
+                "dense ones"
+            )
+
+    @property
+    def tail(self) -> str:
+        """The policy of the TopKs; "" if there is none."""
+        return next((member.tail for member in self.teachers if isinstance(member, TopK)), "")
+
+    @property
+    def is_sparse(self) -> bool:
+        """Whether a teacher with a weight other than 0 is a TopK."""
+        assert self.weights is not None
+        return any(
+            isinstance(member, TopK) and weight > 0
+            for member, weight in zip(self.teachers, self.weights, strict=True)
+        )

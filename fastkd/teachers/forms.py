@@ -8,9 +8,10 @@ from torch import Tensor
 
 from fastkd.teachers.ensemble import Ensemble
 from fastkd.teachers.linear import LinearTeacher
+from fastkd.teachers.routed import RoutedTeacher
 from fastkd.teachers.topk import TopK
 
-Teacher = Tensor | TopK | LinearTeacher | Ensemble
+Teacher = Tensor | TopK | LinearTeacher | Ensemble | RoutedTeacher
 
 
 def weights_of(teacher: Teacher) -> tuple[float, ...]:
@@ -35,16 +36,18 @@ def flatten(teacher: Teacher) -> tuple[list[Tensor], str]:
         if teacher.bias is not None:
             tensors.append(teacher.bias)
         return tensors, f"linear{len(tensors)}"
-    tensors, form = [], teacher.mean
+    tensors, form = [], teacher.mean if isinstance(teacher, Ensemble) else "routed"
     for member in teacher.teachers:
         parts, kind = flatten(member)
         tensors, form = tensors + parts, f"{form};{kind}"
+    if isinstance(teacher, RoutedTeacher):
+        tensors.append(teacher.index)
     return tensors, form
 
 
 def unflatten(
     tensors: Sequence[Tensor], form: str, weights: Sequence[float] = ()
-) -> Tensor | LinearTeacher | Ensemble:
+) -> Tensor | LinearTeacher | Ensemble | RoutedTeacher:
     """Rebuild the teacher; a TopK's log-probabilities become a dense teacher."""
     if form == "dense":
         return tensors[0]
@@ -54,6 +57,8 @@ def unflatten(
     teachers: list[Tensor | LinearTeacher] = []
     for kind in members:
         count = 1 if kind == "dense" else int(kind.removeprefix("linear"))
-        teachers.append(unflatten(tensors[:count], kind))  # type: ignore[arg-type]  # a member is not an Ensemble
+        teachers.append(unflatten(tensors[:count], kind))  # type: ignore[arg-type]  # a member is not combined
         tensors = tensors[count:]
+    if mean == "routed":
+        return RoutedTeacher(teachers, tensors[0])
     return Ensemble(teachers, weights, mean)

@@ -23,8 +23,8 @@ def _checked_temperature(value: float) -> float:
     return value
 
 
-def _checked_index(ids: Tensor, logits: Tensor) -> Tensor:
-    """Check ids [..., K] against logits [..., V] and return them as an index of columns, in which padding is 0."""
+def _check_index(ids: Tensor, logits: Tensor) -> None:
+    """Check ids [..., K] against logits [..., V]."""
     check_tensor("ids", ids, (torch.int64, torch.int32))
     lead, width = tuple(logits.shape[:-1]), logits.shape[-1]
     if ids.dim() == 0 or tuple(ids.shape[:-1]) != lead or not ids.shape[-1]:
@@ -38,7 +38,22 @@ def _checked_index(ids: Tensor, logits: Tensor) -> Tensor:
             f"ids must be in [0, {width}), the columns of logits, or -1 for padding; "
             f"got {int(ids.min())} to {int(ids.max())}"
         )
-    return ids.clamp(min=0).to(torch.int64)
+
+
+def taken(tempered: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
+    """(log-probabilities of tokens, log of the mass of all others), given tempered logits [..., V] and ids [..., K].
+
+    The ids are columns or -1, which is padding with a log-probability of -inf.
+    """
+    index, padding = ids.clamp(min=0).to(torch.int64), ids < 0
+    tokens = tempered.gather(-1, index).masked_fill(padding, -math.inf)
+    # +inf leaves the column as it is: padding must not remove token 0.
+    removed = torch.where(padding, math.inf, -math.inf).to(tempered.dtype)
+    others = tempered.scatter_reduce(-1, index, removed, "amin")
+    # The tail is summed directly: if the tokens hold nearly all mass, 1 - sum p would be only rounding.
+    tail_log_sum = others.logsumexp(-1)
+    log_sum = torch.logaddexp(tokens.logsumexp(-1), tail_log_sum)
+    return tokens - log_sum.unsqueeze(-1), tail_log_sum - log_sum
 
 
 @dataclass(frozen=True, eq=False)
@@ -169,20 +184,11 @@ class TopK:
             k = plain(k)
             if type(k) is not int or not 1 <= k <= width:
                 raise ValueError(f"k must be an int in [1, {width}], got {k!r}")
-            top, ids = tempered.topk(k, dim=-1)
-            others = tempered.scatter(-1, ids, -math.inf)
+            ids = tempered.topk(k, dim=-1).indices
         else:
-            index = _checked_index(ids, logits)
-            padding = ids < 0
-            top = tempered.gather(-1, index).masked_fill(padding, -math.inf)
-            # +inf leaves the column as it is: padding must not remove token 0.
-            removed = torch.where(padding, math.inf, -math.inf).to(exact)
-            others = tempered.scatter_reduce(-1, index, removed, "amin")
-        # The tail is summed directly: if the tokens hold nearly all mass, 1 - sum p would be only rounding.
-        tail_log_sum = others.logsumexp(-1)
-        log_sum = torch.logaddexp(top.logsumexp(-1), tail_log_sum)
-        tail_logprob = tail_log_sum - log_sum
-        return cls(ids, top - log_sum.unsqueeze(-1), tail, tail_logprob, temperature)
+            _check_index(ids, logits)
+        logprobs, tail_logprob = taken(tempered, ids)
+        return cls(ids, logprobs, tail, tail_logprob, temperature)
 
     @classmethod
     def sampled(

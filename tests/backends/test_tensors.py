@@ -343,9 +343,12 @@ KINDS: dict[str, tuple[Callable[[Tensor], Tensor], str]] = {
 SHOWN = {
     "student": r"student(_logits|_hidden)?|logits\[0\]|teacher must be on meta",
     "teacher": r"(teacher\.)?teachers\[0\]|logits\[1\]|(the )?teacher",
-    "ids": r"(teacher\.)?ids|logprobs must be on meta", "logprobs": r"(teacher\.)?logprobs",
-    "tail_logprob": r"(teacher\.)?tail_logprob", "teacher_hidden": ".*hidden",
-    "teacher_weight": ".*weight", "teacher_bias": ".*bias",
+    "ids": r"(teacher\.)?(teachers\[0\]\.)?ids|logprobs must be on meta",
+    "logprobs": r"(teacher\.)?(teachers\[0\]\.)?logprobs",
+    "tail_logprob": r"(teacher\.)?(teachers\[0\]\.)?tail_logprob", "teacher_hidden": ".*hidden",
+    "teacher_weight": ".*weight", "teacher_bias": ".*bias", "index": r"(teacher\.)?index",
+    **{f"other_{name}": rf"(teacher\.teachers\[1\]\.)?{name}|logprobs must be on meta"
+       for name in ("ids", "logprobs", "tail_logprob")},
     "lm_head": "weight",
 }  # fmt: skip
 OF_KERNELS = [name for name in LOSSES if name.startswith(("kd_loss", "fused", "mutual", "rkd"))]

@@ -1059,7 +1059,7 @@ def test_bad_teachers() -> None:
         (lambda: fastkd.Ensemble([]), ValueError, "teachers must contain at least one teacher, got none"),
         (lambda: fastkd.Ensemble(states), TypeError, "teachers must be a list of teachers, got Tensor"),
         (lambda: fastkd.Ensemble([None]), TypeError,
-         "teachers[0] must be dense logits or a LinearTeacher, got NoneType"),
+         "teachers[0] must be dense logits, a LinearTeacher or a TopK, got NoneType"),
         (lambda: fastkd.Ensemble([states], [1, 2]), ValueError, "weights must have one number per teacher, 1; got 2"),
         (lambda: fastkd.Ensemble([states], [-1]), ValueError,
          "weights[0] must be finite and not negative, got -1"),

@@ -71,6 +71,7 @@ CALLS: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
     "TopK.from_logits": (fastkd.TopK.from_logits, {"logits": S, "k": 2}),
     "LinearTeacher": (fastkd.LinearTeacher, {"hidden": HIDDEN, "weight": HEAD}),
     "Ensemble": (fastkd.Ensemble, {"teachers": [T, T], "weights": [1.0, 2.0]}),
+    "RoutedTeacher": (fastkd.RoutedTeacher, {"teachers": [T], "index": torch.tensor(0)}),
     "memory_plan": (fastkd.memory_plan, {"rows": 3, "vocab_size": 7, "hidden_size": 4}),
     "k1": (
         fastkd.sampled.k1,

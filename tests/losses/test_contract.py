@@ -28,8 +28,8 @@ BAD: list[tuple[dict[str, Any], type[Exception], str]] = [
     # The logits
     ({"student_logits": [[1.0]]}, TypeError, "student_logits must be a tensor of logits, got list"),
     ({"teacher": None}, TypeError,
-     "teacher must be a tensor of logits, a fastkd.TopK, a fastkd.LinearTeacher or a fastkd.Ensemble; "
-     "got NoneType"),
+     "teacher must be a tensor of logits, a fastkd.TopK, a fastkd.LinearTeacher, a fastkd.Ensemble or a "
+     "fastkd.RoutedTeacher; got NoneType"),
     (
         {"student_logits": torch.ones(3, 7, dtype=torch.int64)},
         TypeError,

@@ -126,6 +126,43 @@ def _ensemble(given: Tensors, **backend: str) -> Tensor:
     )  # fmt: skip
 
 
+# Rows 1, 2, 4 have the second teacher.
+INDEX = torch.tensor([[0, 1, 1], [0, 1, 0]])
+
+
+def _routed_tensors(dtype: torch.dtype) -> Tensors:
+    inputs = _ensemble_tensors(dtype) | {"index": INDEX.clone()}
+    inputs["teacher"] = inputs["teacher"][INDEX == 0]
+    inputs["teacher_hidden"] = inputs["teacher_hidden"][INDEX == 1]
+    return inputs
+
+
+def _routed_topk_tensors(dtype: torch.dtype) -> Tensors:
+    inputs = _topk(dtype) | {"index": INDEX.clone()}
+    for name in ("ids", "logprobs", "tail_logprob"):
+        inputs[f"other_{name}"] = inputs[name][INDEX == 1]
+        inputs[name] = inputs[name][INDEX == 0]
+    return inputs
+
+
+def _routed(given: Tensors, **backend: str) -> Tensor:
+    if "ids" in given:
+        teachers: list[Any] = [
+            TopK(given[f"{which}ids"], given[f"{which}logprobs"], "bucket", given[f"{which}tail_logprob"])
+            for which in ("", "other_")
+        ]  # fmt: skip
+    else:
+        linear = LinearTeacher(
+            given["teacher_hidden"], given["teacher_weight"], given["teacher_bias"]
+        )
+        teachers = [given["teacher"], linear]
+    teacher = fastkd.RoutedTeacher(teachers, given["index"])
+    return fastkd.kd_loss(
+        given["student"], teacher, given["labels"], alpha=0.4, reduction="none",
+        **_options(given), **backend,
+    )  # fmt: skip
+
+
 def _ensemble_tensors(dtype: torch.dtype) -> Tensors:
     inputs = _linear(dtype) | _logits(dtype)
     return {name: inputs[name] for name in inputs if name not in ("student_weight", "student_bias")}
@@ -304,6 +341,8 @@ LOSSES: dict[str, Case] = {
     "kd_loss, by the label": Case(_dense, _kd("dkd")),
     "kd_loss, TopK": Case(_topk, _kd_topk),
     "kd_loss, Ensemble": Case(_ensemble_tensors, _ensemble),
+    "kd_loss, RoutedTeacher": Case(_routed_tensors, _routed),
+    "kd_loss, RoutedTeacher of TopKs": Case(_routed_topk_tensors, _routed),
     "fused_linear_kd_loss": Case(_linear, _fused("none"), HEAD),
     "fused_linear_kd_loss, summed": Case(_linear, _fused("mean"), HEAD),
     "fused_linear_kd_loss, frozen head": Case(_linear, _fused("none")),

@@ -2043,7 +2043,8 @@ REFUSED: list[tuple[dict[str, Any], type[Exception], str]] = [
     (
         {"teacher": (IDS, LOGPROBS)},
         TypeError,
-        "teacher must be a tensor of logits, a fastkd.TopK, a fastkd.LinearTeacher or a fastkd.Ensemble; got tuple",
+        "teacher must be a tensor of logits, a fastkd.TopK, a fastkd.LinearTeacher, a fastkd.Ensemble or a "
+        "fastkd.RoutedTeacher; got tuple",
     ),
 ]
 

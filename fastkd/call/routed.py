@@ -1,0 +1,250 @@
+"""Which rows belong to each teacher of a RoutedTeacher, and its teachers as one where that takes no logits.
+
+The concatenation of the teachers' rows has as many rows as the student, sorted by teacher. A stable sort of the index
+is therefore the order of the student's rows in it. :func:`joined` returns one TopK or one dense teacher for all rows;
+:func:`rows_by_teacher` returns the rows of each teacher, for a loop over chunks.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastkd.call.contract import Rows, kept_rows
+from fastkd.call.rows import Chunks, RowIndices
+from fastkd.call.tail import masses
+from fastkd.teachers import RoutedTeacher, Teacher, TopK
+
+
+@dataclass(frozen=True, eq=False)
+class JoinedTopK(TopK):
+    """A TopK that was made of several, with what these say about their rows beyond the fields of a TopK."""
+
+    # As fastkd.call.tail.masses returns them for the TopK of each row, [...] each; None: those of this TopK.
+    own_masses: tuple[Tensor, Tensor] | None = None
+    # [...] bool, the rows whose TopK has a tail_logprob; others have -inf there. None: all rows, or no row.
+    has_tail: Tensor | None = None
+    # [...]: the largest id of each row, if a token was left out; a row is invalid if that is no column.
+    highest: Tensor | None = None
+
+
+class RowsOfTeacher(NamedTuple):
+    """The kept rows of one teacher in chunks, each as (indices among the student's rows, indices among its own)."""
+
+    number: int
+    chunks: list[tuple[RowIndices, RowIndices]]
+
+
+def numbers_of(teacher: RoutedTeacher, lead: torch.Size) -> Tensor:
+    """The number of each row's teacher, int64 [rows]."""
+    index = teacher.index
+    shape = (*index.shape, *[1] * (len(lead) - index.dim()))
+    return index.to(torch.int64).reshape(shape).expand(lead).reshape(-1)
+
+
+def count_rows(teacher: RoutedTeacher, numbers: Tensor) -> Tensor:
+    """How many rows each teacher has according to the index, int64 [teachers]."""
+    each = torch.arange(len(teacher.teachers), device=numbers.device)
+    return (numbers.unsqueeze(-1) == each).sum(0)
+
+
+def check_shapes(teacher: RoutedTeacher, student: str, lead: torch.Size) -> None:
+    """Raise unless the shapes of the index and of the teachers fit the rows [*lead]; reads no value."""
+    index = teacher.index
+    if index.shape != lead[: index.dim()]:
+        raise ValueError(
+            f"teacher.index must have the leading shape of {student}, {tuple(lead)}, or its first dimensions; "
+            f"got {tuple(index.shape)}"
+        )
+    for number, own in enumerate(teacher.leads()):
+        if not own or own[1:] != lead[max(len(lead) - len(own) + 1, 1) :]:
+            raise ValueError(
+                f"teacher.teachers[{number}] must have its rows in one dimension, or keep the last leading dimensions "
+                f"of {student}, {tuple(lead)}; got rows in {tuple(own)}"
+            )
+
+
+def check_total(teacher: RoutedTeacher, student: str, lead: torch.Size) -> None:
+    """Raise unless the teachers have as many rows together as the student; reads no value."""
+    sizes = teacher.sizes()
+    if sum(sizes) != lead.numel():
+        raise ValueError(
+            f"the teachers of a RoutedTeacher must have as many rows together as {student}, {lead.numel()}; "
+            f"got {sum(sizes)}, {_listed(sizes)}"
+        )
+
+
+def check_counts(teacher: RoutedTeacher, numbers: Tensor, counts: Sequence[int]) -> None:
+    """Raise unless each teacher has as many rows as the index gives it. counts: of :func:`count_rows`, on the host."""
+    sizes = teacher.sizes()
+    if sum(counts) != numbers.numel():
+        raise ValueError(
+            f"teacher.index must be in [0, {len(sizes)}), the number of a teacher; "
+            f"got {int(numbers.min())} to {int(numbers.max())}"
+        )
+    for number, (count, size) in enumerate(zip(counts, sizes, strict=True)):
+        if count != size:
+            raise ValueError(
+                f"teacher.teachers[{number}] must have a row for each row of the student whose index is {number}, "
+                f"{count}; got {size}. Masked rows count too"
+            )
+
+
+def _listed(sizes: Sequence[int]) -> str:
+    return " + ".join(map(str, sizes))
+
+
+def reads_index(teacher: RoutedTeacher, checking: bool) -> bool:
+    """Whether a call reads the index before it computes, to raise: not in a graph, nor by waiting for a device."""
+    if torch.compiler.is_compiling():
+        return False
+    return teacher.index.device.type == "cpu" or checking
+
+
+def joined(teacher: Teacher, lead: torch.Size, was_read: bool) -> Teacher:
+    """The teachers of a RoutedTeacher as one TopK or one dense teacher with gradient; others are returned unchanged.
+
+    was_read: whether the index has been checked. Otherwise all rows of a TopK become NaN if it does not fit.
+    """
+    if not isinstance(teacher, RoutedTeacher):
+        return teacher
+    if teacher.is_sparse:
+        return _joined_topk(teacher, lead, was_read)
+    dense = [member for member in teacher.teachers if isinstance(member, Tensor)]
+    if torch.is_grad_enabled() and any(logits.requires_grad for logits in dense):
+        return _joined_logits(dense, numbers_of(teacher, lead), lead)  # check_teacher allows it
+    return teacher
+
+
+def _joined_logits(dense: Sequence[Tensor], numbers: Tensor, lead: torch.Size) -> Tensor:
+    """Dense teachers as one tensor [..., V] of the narrowest width and the widest dtype."""
+    width = min(logits.shape[-1] for logits in dense)
+    dtype = widest(dense)
+    columns = [logits[..., :width].to(dtype) for logits in dense]
+    return _in_order(columns, _places(numbers), (*lead, width))
+
+
+def _in_order(values: Sequence[Tensor], places: Tensor, shape: Sequence[int]) -> Tensor:
+    """The values of all teachers' rows in the order of the student's rows, in this shape, which ends with columns."""
+    rows = torch.cat([value.reshape(value.shape[:-1].numel(), shape[-1]) for value in values])
+    return rows.index_select(0, places).reshape(shape)
+
+
+def widest(tensors: Sequence[Tensor]) -> torch.dtype:
+    """The dtype to which all of these tensors can be converted without rounding."""
+    dtype = tensors[0].dtype
+    for tensor in tensors:
+        dtype = torch.promote_types(dtype, tensor.dtype)
+    return dtype
+
+
+def _places(numbers: Tensor) -> Tensor:
+    """For each row, its place among the concatenated rows of all teachers."""
+    order = numbers.argsort(stable=True)
+    return torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
+
+
+def _joined_topk(teacher: RoutedTeacher, lead: torch.Size, was_read: bool) -> TopK:
+    members = [member for member in teacher.teachers if isinstance(member, TopK)]
+    numbers, first = numbers_of(teacher, lead), members[0]
+    places = _places(numbers)
+    k = max(member.ids.shape[-1] for member in members)
+    one_temperature = all(member.temperature == first.temperature for member in members)
+    dtype = widest([member.logprobs for member in members])
+    if not one_temperature:
+        dtype = torch.promote_types(dtype, torch.float32)
+
+    def per_row(values: Sequence[Tensor]) -> Tensor:
+        return _in_order([value.unsqueeze(-1) for value in values], places, (*lead, 1)).squeeze(-1)
+
+    all_ids, all_logprobs = [], []
+    for member in members:
+        logprobs = member.logprobs.detach().to(dtype)
+        # p^(T_then / T) is (p^T_then)^(1 / T), so with these logarithms every teacher has T_then = 1.
+        logprobs = logprobs if one_temperature else logprobs * member.temperature
+        padding = (0, k - member.ids.shape[-1])
+        all_ids.append(torch.nn.functional.pad(member.ids.to(torch.int64), padding, value=-1))
+        all_logprobs.append(torch.nn.functional.pad(logprobs, padding, value=-math.inf))
+    ids = _in_order(all_ids, places, (*lead, k))
+    if not was_read:
+        # Compared with numbers one by one, because a CUDA graph cannot capture a copy of a list to the device.
+        counts = count_rows(teacher, numbers).unbind()
+        differs = [count != size for count, size in zip(counts, teacher.sizes(), strict=True)]
+        ids = ids.masked_fill(torch.stack(differs).any(), -2)
+
+    tails = [member.tail_logprob if member.tail == "bucket" else None for member in members]
+    given = [tail for tail in tails if tail is not None]
+    tail_logprob = has_tail = own_masses = None
+    if given:
+        filled = [
+            torch.full_like(member.ids[..., 0], -math.inf, dtype=widest(given))
+            if tail is None
+            else tail.detach().to(widest(given))
+            for member, tail in zip(members, tails, strict=True)
+        ]
+        tail_logprob = per_row(filled)
+    if given and len(given) < len(members):
+        has_tail = per_row(
+            [
+                torch.full_like(member.ids[..., 0], tail is not None, dtype=torch.bool)
+                for member, tail in zip(members, tails, strict=True)
+            ]
+        )
+    if not first.renormalizes and any(member.logprobs.dtype != dtype for member in members):
+        # The rounding error that masses() estimates is that of each teacher's own dtype.
+        of_each = [masses(member.ids, member.logprobs.detach()) for member in members]
+        own_masses = (
+            per_row([total for total, _ in of_each]),
+            per_row([mass for _, mass in of_each]),
+        )
+    temperature = first.temperature if one_temperature else 1.0
+    logprobs = _in_order(all_logprobs, places, (*lead, k))
+    return JoinedTopK(ids, logprobs, first.tail, tail_logprob, temperature, own_masses, has_tail)
+
+
+def rows_by_teacher(
+    teacher: RoutedTeacher, rows: Rows, lead: torch.Size, ignore_index: int, size: int
+) -> tuple[list[RowsOfTeacher], int, Tensor | None]:
+    """(the kept rows of each teacher, in chunks of at most `size`; the largest chunk; the indices of all kept rows).
+
+    The last is None if all rows are kept. The host waits for the device, to count each teacher's rows.
+
+    Raises:
+        ValueError: the index does not fit.
+        RuntimeError: a CUDA graph is being captured.
+    """
+    numbers = numbers_of(teacher, lead)
+    if numbers.is_cuda and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            "a RoutedTeacher of dense logits or LinearTeachers cannot be captured in a CUDA graph, because the rows of "
+            "each teacher are counted on the host: capture the loss of each teacher's rows, or pass TopKs"
+        )
+    kept = kept_rows(rows, ignore_index)
+    order, sizes = numbers.argsort(stable=True), teacher.sizes()
+    counts = count_rows(teacher, numbers)
+    if kept is None:
+        check_counts(teacher, numbers, counts.tolist())
+        kept_order, positions, kept_counts = order, None, sizes
+    else:
+        kept_in_order = kept.flatten()[order]
+        kept_of_each = [part.sum() for part in kept_in_order.split(sizes)]
+        on_host = torch.cat([counts, torch.stack(kept_of_each)]).tolist()
+        check_counts(teacher, numbers, on_host[: len(sizes)])
+        kept_counts = on_host[len(sizes) :]
+        positions = kept_in_order.nonzero().squeeze(1)
+        kept_order = order[positions]
+    parts, first, first_kept, largest = [], 0, 0, 0
+    for number, (own, count) in enumerate(zip(sizes, kept_counts, strict=True)):
+        span = slice(first_kept, first_kept + count)
+        places = None if positions is None or count == own else positions[span] - first
+        of_student = Chunks.even(count, size, kept_order[span])
+        of_teacher = Chunks.even(count, size, places)
+        parts.append(RowsOfTeacher(number, list(zip(of_student, of_teacher, strict=True))))
+        largest = max(largest, of_student.size)
+        first, first_kept = first + own, first_kept + count
+    return parts, largest, None if positions is None else kept_order

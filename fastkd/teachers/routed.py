@@ -1,0 +1,122 @@
+"""Several teachers, of which each row has its own."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fastkd.teachers.linear import LinearTeacher
+from fastkd.teachers.tensors import FLOATS, check_tensor
+from fastkd.teachers.topk import TopK
+
+INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+
+
+@dataclass(frozen=True, eq=False)
+class RoutedTeacher:
+    """Several teachers, of which each row has its own: mathematics from one teacher, code from another, in one call.
+
+        p of row r = p of the i-th row of teachers[k],    k = index[r],    i = how many rows before r have index k
+
+    A teacher runs on its own rows only, and holds nothing else. The loss and its gradient are those of each teacher's
+    own call on its rows, but the reductions count all rows together. Multi-teacher on-policy distillation is described
+    in arXiv:2601.02780.
+
+    Args:
+        teachers: one or more, numbered from 0. All are a :class:`TopK`, or each is dense logits [n, V] or a
+            :class:`LinearTeacher` with hidden states [n, H]; widths, heads and dtypes may differ. n is the number of
+            rows whose index is the number of the teacher, possibly 0. The n rows are in the order of the student's
+            rows, flattened. They include the rows that a mask or a label drops, because a teacher's forward pass
+            computes those too; their values are not read.
+        index: an integer tensor, the number of each row's teacher. Its shape is the leading shape of the student's
+            logits or the first dimensions of it: with logits [B, T, V] it is [B, T], or [B] for whole sequences.
+
+    A teacher's rows may keep the last leading dimensions of the student's. With logits [B, T, V], a teacher of b whole
+    sequences may have [b, T, V] as well as [b T, V].
+
+    Several TopK become one with the largest K, whose shorter rows are padded; all need the same policy for the tail.
+    Each row keeps the mass of the tail that its own teacher gives. Under "bucket" and "truncate" all must have been
+    taken at the same temperature. Dense logits and LinearTeachers are processed in chunks of rows with the same
+    teacher, so the logits of a LinearTeacher are never held for all rows. teacher_temperature, teacher_logit_scale and
+    teacher_softcap of the loss apply to every teacher. If all teachers are dense logits and one requires grad, kd_loss
+    copies them into one tensor [..., V], and each gets the gradient of its rows.
+
+    The loss compares the number of each teacher's rows with index, and raises if they differ. For TopKs on a GPU and in
+    a compiled graph, this comparison stays on the device: the loss of every row is then NaN, and FASTKD_CHECK=1 raises.
+
+    Raises:
+        TypeError, ValueError: a wrong type, dtype or value; the message names the argument.
+    """
+
+    teachers: Sequence[Tensor | TopK | LinearTeacher]
+    index: Tensor
+
+    def __post_init__(self) -> None:
+        if isinstance(self.teachers, Tensor) or not isinstance(self.teachers, Sequence):
+            raise TypeError(
+                f"teachers must be a list of teachers, got {type(self.teachers).__name__}"
+            )
+        object.__setattr__(self, "teachers", tuple(self.teachers))
+        if not self.teachers:
+            raise ValueError("teachers must contain at least one teacher, got none")
+        check_tensor("index", self.index, INTEGERS)
+        for number, teacher in enumerate(self.teachers):
+            if isinstance(teacher, Tensor):
+                check_tensor(f"teachers[{number}]", teacher, FLOATS)
+                if teacher.dim() == 0:
+                    raise ValueError(
+                        f"teachers[{number}] must be dense logits [n, V], got a scalar"
+                    )
+            elif not isinstance(teacher, (TopK, LinearTeacher)):
+                raise TypeError(
+                    f"teachers[{number}] must be dense logits, a TopK or a LinearTeacher, "
+                    f"got {type(teacher).__name__}"
+                )
+        sparse = [isinstance(teacher, TopK) for teacher in self.teachers]
+        if any(sparse) and not all(sparse):
+            raise TypeError(
+                f"teachers[{sparse.index(True)}] is a TopK and teachers[{sparse.index(False)}] is not: pass a TopK for "
+                "all (TopK.from_logits takes the tokens of dense logits), or for none"
+            )
+        self._check_alike()
+
+    def _check_alike(self) -> None:
+        """Raise unless all TopKs have the same policy and, if that needs it, the same temperature."""
+        first = self.teachers[0]
+        if not isinstance(first, TopK):
+            return
+        for number, teacher in enumerate(self.teachers):
+            assert isinstance(teacher, TopK)
+            if teacher.tail != first.tail:
+                raise ValueError(
+                    f"teachers[{number}].tail must be that of teachers[0], {first.tail!r}; got {teacher.tail!r}"
+                )
+            if not first.renormalizes and teacher.temperature != first.temperature:
+                raise ValueError(
+                    f"teachers[{number}].temperature must be that of teachers[0], {first.temperature}, because "
+                    f"tail={first.tail!r} needs log-probabilities at the temperature of the loss; "
+                    f"got {teacher.temperature}"
+                )
+
+    @property
+    def is_sparse(self) -> bool:
+        """Whether the teachers are TopKs."""
+        return isinstance(self.teachers[0], TopK)
+
+    def leads(self) -> list[torch.Size]:
+        """The leading shape of each teacher's rows."""
+        return [rows_of(teacher).shape[:-1] for teacher in self.teachers]
+
+    def sizes(self) -> list[int]:
+        """How many rows each teacher has."""
+        return [lead.numel() for lead in self.leads()]
+
+
+def rows_of(teacher: Tensor | TopK | LinearTeacher) -> Tensor:
+    """The tensor of a teacher that has its leading shape."""
+    if isinstance(teacher, TopK):
+        return teacher.ids
+    return teacher.hidden if isinstance(teacher, LinearTeacher) else teacher
