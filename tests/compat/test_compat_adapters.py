@@ -30,8 +30,8 @@ def _resolved(path: str) -> object:
     raise ModuleNotFoundError(path)
 
 
-# Megatron's training loop and mdistiller are repositories that pip does not install. VeOmni and speculators import packages
-# that the tests do without; their tests load single files.
+# Megatron's training loop and mdistiller are repositories that pip does not install. VeOmni and speculators import
+# packages that the tests do without; their tests load single files.
 @pytest.mark.parametrize(
     ("name", "ours", "theirs"),
     [
