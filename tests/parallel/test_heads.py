@@ -303,6 +303,36 @@ def test_messages() -> None:
         spread_heads.of_hidden_states(Never(1), teacher, *batch())
 
 
+class DeepSpeedEngine(nn.Module):
+    """A wrapper, named like DeepSpeed's."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, *inputs: Any) -> Any:
+        """Call the module."""
+        return self.module(*inputs)
+
+
+def test_a_forward_of_the_instance_is_kept() -> None:
+    """accelerate sets one, for its mixed precision."""
+    student, calls = Model(1), []
+    original = student.forward
+    student.forward = lambda tokens: calls.append(1) or original(tokens)
+    own = student.forward
+    check(DeepSpeedEngine(student), Model(2, 40), student)
+    assert student.forward is own and vars(student)["forward"] is own
+    assert len(calls) == 2
+
+
+def test_a_wrapper_that_does_not_call_the_model_raises() -> None:
+    wrapper = DeepSpeedEngine(Model(1))
+    wrapper.forward = lambda *inputs: None
+    with pytest.raises(RuntimeError, match="the forward of Model did not run when DeepSpeedEngine"):
+        redirect(wrapper, lambda forward: None)
+
+
 def test_an_exception_leaves_the_model_as_it_was() -> None:
     student = Model(1)
 
