@@ -83,6 +83,11 @@ def test_a_process_without_rows_takes_part(processes: Processes, how: str) -> No
                 torch.testing.assert_close(value, expected[name], rtol=1e-4, atol=1e-6)
 
 
+def test_processes_with_different_batches_do_not_wait(processes: Processes) -> None:
+    """One has packed examples, which are checked by a run, and the other has not."""
+    assert processes.run(2, spread_heads.packed) == [[True, True]] * 2
+
+
 @pytest.mark.parametrize(
     # A unit is gathered in forward, and again in backward if it was sharded after its forward, which a root is not.
     ("how", "forward", "backward"),
@@ -263,17 +268,17 @@ class FullyShardedDataParallel(nn.Module):
 
 
 class Twice(Model):
-    def forward(self, tokens: Tensor) -> dict[str, Tensor]:
+    def forward(self, input_ids: Tensor, position_ids: Any = None) -> dict[str, Tensor]:
         """Call the lm_head twice."""
-        self.lm_head(self.embedding(tokens))
-        return super().forward(tokens)
+        self.lm_head(self.embedding(input_ids))
+        return super().forward(input_ids)
 
 
 class Never(Model):
-    def forward(self, tokens: Tensor) -> dict[str, Tensor]:
+    def forward(self, input_ids: Tensor, position_ids: Any = None) -> dict[str, Tensor]:
         """Use the weight of the lm_head, and not the module."""
         weight = self.lm_head.weight
-        return {"logits": self.block(self.embedding(tokens)) @ weight.mT}
+        return {"logits": self.block(self.embedding(input_ids)) @ weight.mT}
 
 
 def test_messages() -> None:
