@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from fastkd.core.models import base as base
+from fastkd.parallel.heads import everywhere
 
 # The label that drops a position, in transformers and in torch.
 IGNORED = -100
@@ -384,7 +385,12 @@ def habits_of(
         ValueError: the model's loss of labels is not a cross-entropy, or cannot be separated from the added loss.
     """
     by_class = shifts_labels(model)
-    if labels is None or not labels.numel() or "labels" not in signature(model).names:
+    has_labels = labels is not None and labels.numel() > 0
+    if (
+        labels is None
+        or "labels" not in signature(model).names
+        or not everywhere(model, has_labels)
+    ):
         return Habits(by_class, "outputs" if own_loss == "keep" else "nothing")
     check_labels(labels)
     one, size = _first_example(inputs, labels)
@@ -613,7 +619,8 @@ def check_boundaries(
 
     The end of one example and the beginning of the next are run twice, without gradients and in eval mode. The second
     run has other tokens in the first example, which must not change the logits of the second. If the model has inputs
-    of other kinds, nothing is checked, because it is not known how to cut them.
+    of other kinds, nothing is checked, because it is not known how to cut them. Neither is a sharded model if the batch
+    of some process has only one example per row, because all processes have to run it.
 
     Args:
         model: the model.
@@ -631,7 +638,7 @@ def check_boundaries(
     if not isinstance(ids, Tensor) or ids.dim() != 2 or others:
         return
     begins = starts(features, ids.shape)
-    if begins is None or not bool(begins.any()):
+    if not everywhere(model, begins is not None and bool(begins.any())) or begins is None:
         return
     row, at = (int(x) for x in begins.nonzero()[0])
     after = begins[row, at + 1 :].nonzero()

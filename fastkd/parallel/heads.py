@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from fastkd.call.checks import is_dtensor
@@ -563,6 +564,23 @@ def _sharding(model: nn.Module) -> str | None:
 
 def _whole(value: Any) -> Any:
     return value.full_tensor() if is_dtensor(value) else value
+
+
+def everywhere(model: nn.Module, here: bool) -> bool:
+    """Whether something holds on all processes that share a sharded model; for other models, whether it holds here.
+
+    What runs a sharded model depending on a batch has to ask this first, because a run is a collective.
+    """
+    sharded = _sharding(model)
+    if not sharded or not dist.is_initialized():
+        return here
+    parameters: list[Any] = list(model.parameters())
+    holds = torch.tensor(float(here), device=parameters[0].device)
+    meshes = [p.device_mesh for p in parameters if is_dtensor(p)]
+    groups = [meshes[0].get_group(i) for i in range(meshes[0].ndim)] if meshes else [None]
+    for group in groups:
+        dist.all_reduce(holds, dist.ReduceOp.MIN, group=group)
+    return bool(holds)
 
 
 def _merged(layer: Any, weight: Tensor) -> Tensor:

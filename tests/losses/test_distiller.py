@@ -478,15 +478,26 @@ def test_a_loss_of_hidden_states_equals_that_of_logits(how: str) -> None:
             else {"logits": logits}
         )
         keywords["teacher_output"] = output
+    else:
+        output = {"logits": teacher(tokens)["logits"].detach()}
+    target = output if how == "topk" else output["logits"]
+    options = {name: keywords[name] for name in ("labels", "mask")}
+    dense = fused_and_dense()[1].loss
+    expected_kd = dense(student(tokens)["logits"], target, **options).detach()
     results = []
     for kd in fused_and_dense():
         terms = {"kd": kd, "block": Term(attention_like, "block", weight=0.1)}
         model = torch.compile(student, backend="eager") if how == "compiled" else student
         with Distiller(model, teacher, terms) as distiller:
+            if (
+                how == "precomputed"
+            ):  # the teacher's scale is for its lm_head, and not for logits that are passed
+                distiller(tokens, labels=labels)
             for _ in range(2):  # the first call checks the logits
                 student.zero_grad()
                 loss, parts = distiller(tokens, **keywords)
                 loss.backward()
+        torch.testing.assert_close(parts["kd"], expected_kd, rtol=1e-6, atol=0)
         results.append((loss, parts, gradients(student)))
         assert type(student.lm_head) is nn.Linear and type(teacher.lm_head) is nn.Linear
     (loss, parts, found), (expected_loss, expected_parts, expected) = results

@@ -83,6 +83,11 @@ def test_a_process_without_rows_takes_part(processes: Processes, how: str) -> No
                 torch.testing.assert_close(value, expected[name], rtol=1e-4, atol=1e-6)
 
 
+def test_processes_with_different_batches_do_not_wait(processes: Processes) -> None:
+    """One has packed examples, which are checked by a run, and the other has not."""
+    assert processes.run(2, spread_heads.packed) == [[True, True]] * 2
+
+
 @pytest.mark.parametrize(
     # A unit is gathered in forward, and again in backward if it was sharded after its forward, which a root is not.
     ("how", "forward", "backward"),
@@ -263,17 +268,17 @@ class FullyShardedDataParallel(nn.Module):
 
 
 class Twice(Model):
-    def forward(self, tokens: Tensor) -> dict[str, Tensor]:
+    def forward(self, input_ids: Tensor, position_ids: Any = None) -> dict[str, Tensor]:
         """Call the lm_head twice."""
-        self.lm_head(self.embedding(tokens))
-        return super().forward(tokens)
+        self.lm_head(self.embedding(input_ids))
+        return super().forward(input_ids)
 
 
 class Never(Model):
-    def forward(self, tokens: Tensor) -> dict[str, Tensor]:
+    def forward(self, input_ids: Tensor, position_ids: Any = None) -> dict[str, Tensor]:
         """Use the weight of the lm_head, and not the module."""
         weight = self.lm_head.weight
-        return {"logits": self.block(self.embedding(tokens)) @ weight.mT}
+        return {"logits": self.block(self.embedding(input_ids)) @ weight.mT}
 
 
 def test_messages() -> None:
@@ -301,6 +306,36 @@ def test_messages() -> None:
         spread_heads.of_hidden_states(Twice(1), teacher, *batch())
     with pytest.raises(RuntimeError, match="did not call its lm_head, so there are no hidden"):
         spread_heads.of_hidden_states(Never(1), teacher, *batch())
+
+
+class DeepSpeedEngine(nn.Module):
+    """A wrapper, named like DeepSpeed's."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, *inputs: Any) -> Any:
+        """Call the module."""
+        return self.module(*inputs)
+
+
+def test_a_forward_of_the_instance_is_kept() -> None:
+    """accelerate sets one, for its mixed precision."""
+    student, calls = Model(1), []
+    original = student.forward
+    student.forward = lambda tokens: calls.append(1) or original(tokens)
+    own = student.forward
+    check(DeepSpeedEngine(student), Model(2, 40), student)
+    assert student.forward is own and vars(student)["forward"] is own
+    assert len(calls) == 2
+
+
+def test_a_wrapper_that_does_not_call_the_model_raises() -> None:
+    wrapper = DeepSpeedEngine(Model(1))
+    wrapper.forward = lambda *inputs: None
+    with pytest.raises(RuntimeError, match="the forward of Model did not run when DeepSpeedEngine"):
+        redirect(wrapper, lambda forward: None)
 
 
 def test_an_exception_leaves_the_model_as_it_was() -> None:

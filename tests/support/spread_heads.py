@@ -51,9 +51,9 @@ class Model(nn.Module):
         """The lm_head."""
         return self.lm_head
 
-    def forward(self, tokens: Tensor) -> dict[str, Tensor]:
-        """The logits of some sequences."""
-        logits = self.lm_head(self.block(self.embedding(tokens)))
+    def forward(self, input_ids: Tensor, position_ids: Tensor | None = None) -> dict[str, Tensor]:
+        """The logits of some sequences. position_ids are ignored."""
+        logits = self.lm_head(self.block(self.embedding(input_ids)))
         return {"logits": SOFTCAP * torch.tanh(SCALE * logits / SOFTCAP)}
 
 
@@ -264,3 +264,24 @@ def leave(group: Any, how: str, seconds: float) -> str:
         if not last:
             store.set("gave up", "")
     return "nothing"
+
+
+def packed(group: Any) -> list[bool]:
+    """Whether the loss of packed batches is finite, of which the first process has two examples per row, the last one.
+
+    A Distiller checks packed batches by running the models, which is a collective.
+    """
+    models = Model(1), Model(2)
+    for model in models:
+        model.block = nn.Linear(WIDTH, WIDTH)  # does not read across the examples
+    student, teacher = spread(models[0], "fsdp, reshards", group), models[1]
+    distiller = Distiller(student, teacher, {"kd": Term(fastkd.FusedLinearKDLoss())})
+    tokens, labels = batch_of(0)
+    positions = torch.arange(LENGTH).expand(BATCH, LENGTH)
+    if dist.get_rank(group) == 0:
+        positions = positions % (LENGTH // 2)
+    results = []
+    for _ in range(2):
+        loss, _ = distiller(input_ids=tokens, position_ids=positions, labels=labels)
+        results.append(bool(loss.isfinite()))
+    return results
