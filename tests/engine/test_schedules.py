@@ -407,12 +407,10 @@ def test_the_table_matches_the_graphs(name: str) -> None:
 def test_numpy_numbers_in_chunks(options: dict[str, Any]) -> None:
     """A NumPy number breaks the graph only inside the validation."""
     student, teacher = logits(ROWS, 4, seed=1), logits(ROWS, COLUMNS, seed=2)
-    head = logits(COLUMNS, 4, seed=3)
+    head, labels = logits(COLUMNS, 4, seed=3), labels_for(ROWS, vocabulary=COLUMNS, seed=4)
 
     def loss(hidden: Tensor) -> Tensor:
-        return fastkd.fused_linear_kd_loss(
-            hidden, head, teacher, labels_for(ROWS, vocabulary=COLUMNS, seed=4), **options
-        )
+        return fastkd.fused_linear_kd_loss(hidden, head, teacher, labels, **options)
 
     results = [
         torch.autograd.grad(call(hidden), hidden)[0]
