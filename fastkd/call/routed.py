@@ -109,7 +109,7 @@ def reads_index(teacher: RoutedTeacher, checking: bool) -> bool:
 def joined(teacher: Teacher, lead: torch.Size, was_read: bool) -> Teacher:
     """The teachers of a RoutedTeacher as one TopK or one dense teacher with gradient; others are returned unchanged.
 
-    was_read: whether the index has been checked. Otherwise all rows of a TopK become NaN if it does not fit.
+    was_read: whether the index has been checked. Otherwise the loss of all rows becomes NaN if it does not fit.
     """
     if not isinstance(teacher, RoutedTeacher):
         return teacher
@@ -117,7 +117,8 @@ def joined(teacher: Teacher, lead: torch.Size, was_read: bool) -> Teacher:
         return _joined_topk(teacher, lead, was_read)
     dense = [member for member in teacher.teachers if isinstance(member, Tensor)]
     if torch.is_grad_enabled() and any(logits.requires_grad for logits in dense):
-        return _joined_logits(dense, numbers_of(teacher, lead), lead)  # check_teacher allows it
+        logits = _joined_logits(dense, numbers_of(teacher, lead), lead)  # check_teacher allows it
+        return logits if was_read else logits.masked_fill(_misfits(teacher, lead), math.nan)
     return teacher
 
 
@@ -127,6 +128,17 @@ def _joined_logits(dense: Sequence[Tensor], numbers: Tensor, lead: torch.Size) -
     dtype = widest(dense)
     columns = [logits[..., :width].to(dtype) for logits in dense]
     return _in_order(columns, _places(numbers), (*lead, width))
+
+
+def _misfits(teacher: RoutedTeacher, lead: torch.Size) -> Tensor:
+    """Whether a teacher has another number of rows than the index gives it, a 0-dim bool that the host has not read.
+
+    An index out of range gives some teacher too few rows, because all together have as many as the student.
+    """
+    # Compared one by one, because a CUDA graph cannot capture a copy of a list to the device.
+    counts = count_rows(teacher, numbers_of(teacher, lead)).unbind()
+    differs = [count != size for count, size in zip(counts, teacher.sizes(), strict=True)]
+    return torch.stack(differs).any()
 
 
 def _in_order(values: Sequence[Tensor], places: Tensor, shape: Sequence[int]) -> Tensor:
@@ -172,10 +184,7 @@ def _joined_topk(teacher: RoutedTeacher, lead: torch.Size, was_read: bool) -> To
         all_logprobs.append(torch.nn.functional.pad(logprobs, padding, value=-math.inf))
     ids = _in_order(all_ids, places, (*lead, k))
     if not was_read:
-        # Compared with numbers one by one, because a CUDA graph cannot capture a copy of a list to the device.
-        counts = count_rows(teacher, numbers).unbind()
-        differs = [count != size for count, size in zip(counts, teacher.sizes(), strict=True)]
-        ids = ids.masked_fill(torch.stack(differs).any(), -2)
+        ids = ids.masked_fill(_misfits(teacher, lead), -2)
 
     tails = [member.tail_logprob if member.tail == "bucket" else None for member in members]
     given = [tail for tail in tails if tail is not None]

@@ -328,7 +328,7 @@ class _Routes(NamedTuple):
         """The chunks of at most `size` rows. drops: remove dropped rows; a RoutedTeacher always does."""
         if not isinstance(teacher, RoutedTeacher):
             chunks = Chunks.of(rows, lead, options.ignore_index, size, even=True, drops=drops)
-            pairs: list[tuple[RowIndices, RowIndices]] = [(rows, rows) for rows in chunks]
+            pairs: list[tuple[RowIndices, RowIndices]] = [(indices, indices) for indices in chunks]
             return cls(
                 [(_TeacherChunks(teacher, lead, options), pairs)], chunks.size, chunks.indices
             )
@@ -416,7 +416,8 @@ def chunks_of_rows(
         result = kernels.kd_rows(student_logits, teacher_logits, chunk_rows, options, want)
         for all_rows, values in zip((loss, *parts), (result.loss, *result.parts), strict=True):
             if all_rows is not None:
-                put(all_rows, lead, indices, values)
+                # A chunk is float32 if only another teacher of a RoutedTeacher is float64.
+                put(all_rows, lead, indices, values.to(all_rows.dtype))
         if result.student_gradient is not None:
             scratch = buffers[1] if len(buffers) > 1 else None
             student_chunks.add(indices, result.student_gradient, scratch)

@@ -36,7 +36,7 @@ class _Listed(NamedTuple):
     def lookup(self, ids: Tensor) -> tuple[Tensor, Tensor]:
         """(the log-probabilities of these tokens [..., n]; the columns that list them, or K if none does)."""
         k = self.ids.shape[-1]
-        ordered, order = self.ids.sort(-1)
+        ordered, order = self.ids.contiguous().sort(-1)
         place = torch.searchsorted(ordered, ids.contiguous()).clamp_(max=k - 1)
         found = (ordered.gather(-1, place) == ids) & (ids >= 0)
         column = order.gather(-1, place)

@@ -44,8 +44,9 @@ class RoutedTeacher:
     teacher_softcap of the loss apply to every teacher. If all teachers are dense logits and one requires grad, kd_loss
     copies them into one tensor [..., V], and each gets the gradient of its rows.
 
-    The loss compares the number of each teacher's rows with index, and raises if they differ. For TopKs on a GPU and in
-    a compiled graph, this comparison stays on the device: the loss of every row is then NaN, and FASTKD_CHECK=1 raises.
+    The loss compares the number of each teacher's rows with index, and raises if they differ. If all teachers are
+    TopKs, or one requires grad, the host does not wait for this comparison on a GPU or in a compiled graph: the loss of
+    every row is then NaN. FASTKD_CHECK=1 raises.
 
     Raises:
         TypeError, ValueError: a wrong type, dtype or value; the message names the argument.

@@ -343,9 +343,9 @@ KINDS: dict[str, tuple[Callable[[Tensor], Tensor], str]] = {
 SHOWN = {
     "student": r"student(_logits|_hidden)?|logits\[0\]|teacher must be on meta",
     "teacher": r"(teacher\.)?teachers\[0\]|logits\[1\]|(the )?teacher",
-    "ids": r"(teacher\.)?(teachers\[0\]\.)?ids|logprobs must be on meta",
-    "logprobs": r"(teacher\.)?(teachers\[0\]\.)?logprobs",
-    "tail_logprob": r"(teacher\.)?(teachers\[0\]\.)?tail_logprob", "teacher_hidden": ".*hidden",
+    "ids": r"(teacher\.)?(teachers\[.\]\.)?ids|logprobs must be on meta",
+    "logprobs": r"(teacher\.)?(teachers\[.\]\.)?logprobs",
+    "tail_logprob": r"(teacher\.)?(teachers\[.\]\.)?tail_logprob", "teacher_hidden": ".*hidden",
     "teacher_weight": ".*weight", "teacher_bias": ".*bias", "index": r"(teacher\.)?index",
     **{f"other_{name}": rf"(teacher\.teachers\[1\]\.)?{name}|logprobs must be on meta"
        for name in ("ids", "logprobs", "tail_logprob")},

@@ -126,6 +126,18 @@ def _ensemble(given: Tensors, **backend: str) -> Tensor:
     )  # fmt: skip
 
 
+def _sparse_ensemble_tensors(dtype: torch.dtype) -> Tensors:
+    return _topk(dtype) | {"teacher": _logits(dtype)["teacher"]}
+
+
+def _sparse_ensemble(given: Tensors, **backend: str) -> Tensor:
+    sparse = TopK(given["ids"], given["logprobs"], "bucket", given["tail_logprob"])
+    return fastkd.kd_loss(
+        given["student"], fastkd.Ensemble([given["teacher"], sparse]), given["labels"], alpha=0.4, reduction="none",
+        **_options(given), **backend,
+    )  # fmt: skip
+
+
 # Rows 1, 2, 4 have the second teacher.
 INDEX = torch.tensor([[0, 1, 1], [0, 1, 0]])
 
@@ -341,6 +353,7 @@ LOSSES: dict[str, Case] = {
     "kd_loss, by the label": Case(_dense, _kd("dkd")),
     "kd_loss, TopK": Case(_topk, _kd_topk),
     "kd_loss, Ensemble": Case(_ensemble_tensors, _ensemble),
+    "kd_loss, Ensemble with TopK": Case(_sparse_ensemble_tensors, _sparse_ensemble),
     "kd_loss, RoutedTeacher": Case(_routed_tensors, _routed),
     "kd_loss, RoutedTeacher of TopKs": Case(_routed_topk_tensors, _routed),
     "fused_linear_kd_loss": Case(_linear, _fused("none"), HEAD),

@@ -277,6 +277,32 @@ def test_any_division_of_rows(rows: int, members: int, seed: int, form: str) -> 
     close(gradient_of(ours, student)[0], gradient_of(theirs, student)[0])
 
 
+@pytest.mark.parametrize("form", ["dense", "linear"])
+def test_one_teacher_in_float64(form: str) -> None:
+    """Each teacher's rows are computed as in its own call; the loss is float64, as that of the float64 teacher."""
+    index = index_of("row")
+    sizes, double = sizes_of(index), torch.float64
+    members: Members = [logits(sizes[0], V, seed=1), linear(sizes[1], 5, seed=2)]
+    last = (
+        logits(sizes[2], V, seed=3, dtype=double)
+        if form == "dense"
+        else linear(sizes[2], 4, 3, double)
+    )
+    members.append(last)
+    student = logits(*LEAD, V, seed=1).requires_grad_()
+    for reduction in ("none", "mean"):
+        loss, parts = kd_loss(
+            student,
+            RoutedTeacher(members, index),
+            reduction=reduction,
+            return_parts=("acceptance",),
+        )
+        exact = compose(student.detach(), in_one(members, index), terms=False, reduction=reduction)
+        assert loss.dtype == parts.acceptance.dtype == double  # type: ignore[union-attr]
+        close(loss.flatten(), exact.loss.flatten())
+    close(gradient_of(loss, student)[0].flatten(0, 1), exact.student_gradient.reshape(-1, V))
+
+
 def test_a_bucket_against_its_formula() -> None:
     """K + 1 events per row in float64, from the rows of teachers with 2 and 5 tokens."""
     index = torch.tensor([1, 0, 1, 1, 0])
@@ -575,7 +601,7 @@ def test_one_graph(form: str) -> None:
     if form == "mixed":
         with pytest.raises(ValueError, match=r"teacher.teachers\[1\] must have a row for each row"):
             compiled(student, wrong, 1.0)
-    if form == "topk":
+    if form in ("topk", "trained"):
         assert compiled(student, wrong, 1.0).isnan()
         assert compiled(student, torch.full_like(index, 3), 1.0).isnan()
         assert compiled(student, torch.full_like(index, -1), 1.0).isnan()
@@ -813,6 +839,9 @@ def test_a_device_compares_the_counts_itself(monkeypatch: pytest.MonkeyPatch) ->
         ValueError, match=r"must have as many rows together as student_logits, 4; got 3, 1 \+ 2"
     ):
         kd_loss(student, RoutedTeacher(_members("topk", 1, 2), index))
+    trained = [x.requires_grad_() for x in _members("dense", 2, 2)]
+    loss = kd_loss(student, RoutedTeacher(trained, index), mask=mask, reduction="none")
+    assert loss.isnan().tolist() == [True, True, True, False]
     # Teachers with logits count on the host before they compute.
     with pytest.raises(
         ValueError, match=r"teachers\[0\] must have a row for each .* is 0, 1; got 2"
