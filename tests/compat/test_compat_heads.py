@@ -85,6 +85,22 @@ def test_adapted_models(options: dict[str, Any], arguments: Callable[..., Any]) 
         torch.testing.assert_close(found[name], gradient, rtol=1e-3, atol=1e-6)
 
 
+def test_biases(arguments: Callable[..., Any]) -> None:
+    results = []
+    for fused in (False, True):
+        student, teacher = tiny_models.llama(seed=1), tiny_models.llama(width=24, seed=2)
+        for model in (student, teacher):
+            model.lm_head.bias = nn.Parameter(torch.linspace(-1.0, 1.0, 61))
+        (batch,) = batches_of(sentences(), 8)
+        args = arguments()
+        trainer = kd_trainer(student, args, teacher_model=teacher, fused=fused, loss_kwargs=LOSS)
+        loss = trainer.compute_loss(student, batch)
+        loss.backward()
+        results.append((loss.detach(), student.lm_head.bias.grad))
+    assert results[0][1].abs().max() > 1e-3
+    torch.testing.assert_close(results[1], results[0], rtol=1e-5, atol=1e-7)
+
+
 @needs_peft
 def test_states_of_an_adapter() -> None:
     """Disabled, merged and several adapters; without dropout in eval mode."""

@@ -690,6 +690,8 @@ def test_self_distillation_trainers(
 def test_partitioned_heads(tied: bool, tmp_path: Path) -> None:
     """DistillationTrainer with the stand-in for DeepSpeed ZeRO-3."""
     chosen = models() | {"model": tiny_models.llama(seed=1, tie_word_embeddings=tied)}
+    for model in chosen.values():
+        model.lm_head.bias = nn.Parameter(torch.randn(61))
     trainer = on_policy(adapter.DistillationTrainer, tmp_path, chosen)
     ids = torch.randint(3, 61, (2, 9), generator=torch.Generator().manual_seed(0))
     inputs = {"prompt_ids": ids[:, :4], "completion_ids": ids[:, 4:]}
