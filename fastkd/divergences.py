@@ -18,7 +18,8 @@ p and q differ by orders of magnitude; definitions that can compute h directly t
 If the fifth argument of a definition is named ``log_ratio``, it receives log p - log q. It is computed as a difference
 of logits minus one constant per row, so it has a single rounding error, while log_p - log_q has the errors of both
 logarithms. Signs and ratios of p and q should be computed from log_ratio. The definitions below do so, and keep the
-precision of phi and g as log_ratio tends to 0.
+precision of phi and g as log_ratio tends to 0. Powers of p and q should be computed by ``power`` and ``power_product``,
+since an exponential turns the rounding error of its argument into several units.
 
 A definition may use only arithmetic, comparisons, its arguments and the functions in VOCABULARY. It does not handle
 log 0: the skeletons do (:func:`fastkd.call.log_zero.evaluate` states the policy). The logarithm of a mixture must
@@ -45,7 +46,9 @@ from torch import Tensor, abs, exp, expm1, log1p, logaddexp, where  # noqa: A004
 
 from fastkd.core.scalars import as_float, plain
 
-VOCABULARY = ("abs", "exp", "expm1", "log1p", "logaddexp", "where", "log_mixture", "distance")
+VOCABULARY = (
+    "abs", "exp", "expm1", "log1p", "logaddexp", "where", "log_mixture", "distance", "power", "power_product",
+)  # fmt: skip
 ENTRY = ("p", "q", "log_p", "log_q")
 RATIO = "log_ratio"
 
@@ -72,6 +75,50 @@ def log_mixture(log_ratio: Tensor, share: float, rest: float) -> Tensor:
 def distance(p: Tensor, q: Tensor, log_ratio: Tensor) -> Tensor:
     """Return |p - q|, given log_ratio = log p - log q, without the cancellation where p and q are close."""
     return -where(log_ratio > 0.0, p, q) * expm1(-abs(log_ratio))
+
+
+def in_two_parts(exponent: float) -> tuple[float, float]:
+    """Return (high, low) with high + low = exponent. high has six bits, as power and power_product require."""
+    fraction, scale = math.frexp(exponent)
+    high = math.ldexp(round(64.0 * fraction), scale - 6)
+    return high, exponent - high
+
+
+def power(log_x: Tensor, high: float, low: float) -> Tensor:
+    """Return x to the power high + low, given log x, without the rounding error of (high + low) log x.
+
+    That error would be relative to the exponent, and so several units of the result. high must have few bits
+    (in_two_parts).
+    """
+    return _exp_of_parts(*_product_in_parts(log_x, high, low))
+
+
+def power_product(
+    log_x: Tensor, a_high: float, a_low: float, log_y: Tensor, b_high: float, b_low: float
+) -> Tensor:
+    """Return power(log_x, a_high, a_low) * power(log_y, b_high, b_low), also where a factor would overflow."""
+    x_exact, x_rest = _product_in_parts(log_x, a_high, a_low)
+    y_exact, y_rest = _product_in_parts(log_y, b_high, b_low)
+    return _exp_of_parts(x_exact + y_exact, x_rest + y_rest)
+
+
+# Adding and subtracting it rounds a float32 below 4096 to a multiple of 2^-10. A product with a number of six bits is
+# then exact.
+SHIFT = 12288.0
+
+
+def _product_in_parts(log_x: Any, high: float, low: float) -> tuple[Any, Any]:
+    """Return (exact, rest), whose sum is (high + low) log_x: a product without rounding error and a small number."""
+    rounded = (log_x + SHIFT) - SHIFT
+    return rounded * high, (log_x - rounded) * high + log_x * low
+
+
+def _exp_of_parts(exact: Tensor, rest: Tensor) -> Tensor:
+    """Return exp(exact + rest). A first-order term corrects the rounding of the sum."""
+    total = exact + rest
+    result = exp(total)
+    lost = where(abs(total) < 80.0, (exact - total) + rest, 0.0)
+    return result * lost + result
 
 
 def derivatives(
@@ -527,12 +574,19 @@ def jsd(beta: float = 0.5, clip: float = math.inf) -> Divergence:
     return Divergence("jsd", _jsd, (beta, 1.0 - beta), degree=1.0)
 
 
-def _skew_forward_kl(p, q, log_p, log_q, log_ratio, alpha, rest):
+def _skew_forward_kl(p, q, log_p, log_q, log_ratio, alpha, rest, odds, if_far, if_near):
+    # rest is 1 - alpha, and odds is rest / alpha.
     log_m = log_mixture(log_ratio, alpha, rest)
     cost = where(log_ratio < 0.0, -log_ratio, 0.0) + log_m  # log(m / p)
     # rest p q / m, of the lower of p and q: an exponential of log_ratio would have several units of error.
     of_q = rest * where(log_ratio > 0.0, q, p) * exp(-log_m)
-    return -p * cost, -of_q, of_q - p * cost
+    # The projection ignores a multiple of p in h; `shift` times p is added (skew_forward_kl). Where p is far above q,
+    # cost tends to log alpha, and without the shift the projection would subtract nearly equal numbers. There,
+    # log(m / (alpha p)) is computed directly. if_far is rest + shift - log alpha, and if_near is rest + shift.
+    less = rest * expm1(-(where(log_ratio > 0.0, log_ratio, 0.0) + log_m))  # rest (q / m - 1)
+    far = less + if_far - log1p(odds * exp(-abs(log_ratio)))
+    h = p * where(log_ratio > 1.0, far, less - cost + if_near)
+    return -p * cost, -of_q, h
 
 
 @_recorded
@@ -545,7 +599,10 @@ def skew_forward_kl(alpha: float = 0.1) -> Divergence:
     alpha = _unit("alpha", alpha, open_right=True)
     if alpha == 0.0:
         return forward_kl()
-    return Divergence("skew_forward_kl", _skew_forward_kl, (alpha, 1.0 - alpha), degree=1.0)
+    # log alpha, but not a number so large that its rounding would matter where p is close to q.
+    rest, shift = 1.0 - alpha, max(math.log(alpha), -2.5)
+    params = (alpha, rest, rest / alpha, rest + shift - math.log(alpha), rest + shift)
+    return Divergence("skew_forward_kl", _skew_forward_kl, params, degree=1.0)
 
 
 def _skew_reverse_kl(p, q, log_p, log_q, log_ratio, alpha, rest):
@@ -619,44 +676,51 @@ def _alpha_beta(
 
 
 def _alpha_beta_of_any_sign(
-    p, q, log_p, log_q, log_ratio, alpha, beta, degree, coefficient, p_share, q_share
+    p, q, log_p, log_q, log_ratio, a, a_low, b, b_low, degree, degree_low, coefficient, p_share
 ):
     # Where p is close to q, pairs of terms cancel. There each pair is replaced by its exact difference, a power of the
-    # ratio minus 1.
+    # ratio minus 1. a + a_low is alpha, and likewise for beta and the degree.
     size = abs(log_ratio)
-    cross = exp(alpha * log_p + beta * log_q)
-    p_power = exp(degree * log_p)
-    q_power = exp(degree * log_q)
-    a = expm1(where(size < 1.0, alpha * log_ratio, 0.0))
-    b = expm1(where(size < 1.0, -beta * log_ratio, 0.0))
-    both = expm1(where(size < 1.0, degree * log_ratio, 0.0))
-    apart = p_share * p_power + q_share * q_power - cross
-    phi = coefficient * where(size < 1.0, q_power * (p_share * both - a), apart)
-    g = coefficient * beta * where(size < 1.0, -q_power * a, q_power - cross)
-    return phi, g, coefficient * alpha * where(size < 1.0, -p_power * b, p_power - cross)
+    cross = power_product(log_p, a, a_low, log_q, b, b_low)
+    p_power = power(log_p, degree, degree_low)
+    q_power = power(log_q, degree, degree_low)
+    alpha = a + a_low
+    beta = b + b_low
+    less_a = expm1(where(size < 1.0, alpha * log_ratio, 0.0))
+    less_b = expm1(where(size < 1.0, -beta * log_ratio, 0.0))
+    both = expm1(where(size < 1.0, (degree + degree_low) * log_ratio, 0.0))
+    apart = p_share * p_power + (1.0 - p_share) * q_power - cross
+    phi = coefficient * where(size < 1.0, q_power * (p_share * both - less_a), apart)
+    g = coefficient * beta * where(size < 1.0, -q_power * less_a, q_power - cross)
+    return phi, g, coefficient * alpha * where(size < 1.0, -p_power * less_b, p_power - cross)
 
 
-def _alpha_beta_at_beta_0(p, q, log_p, log_q, log_ratio, alpha):
-    p_power = exp(alpha * log_p)
+def _alpha_beta_at_beta_0(p, q, log_p, log_q, log_ratio, high, low):
+    p_power = power(log_p, high, low)
+    q_power = power(log_q, high, low)
+    alpha = high + low
     ratio = alpha * log_ratio
     lower = expm1(-abs(ratio))
-    gap = where(ratio > 0.0, p_power * lower, -exp(alpha * log_q) * lower) / alpha  # q^a - p^a
+    gap = where(ratio > 0.0, p_power * lower, -q_power * lower) / alpha  # q^a - p^a
     h = p_power * log_ratio
     return (h + gap) / alpha, gap, h
 
 
-def _alpha_beta_at_alpha_0(p, q, log_p, log_q, log_ratio, beta):
-    q_power = exp(beta * log_q)
+def _alpha_beta_at_alpha_0(p, q, log_p, log_q, log_ratio, high, low):
+    p_power = power(log_p, high, low)
+    q_power = power(log_q, high, low)
+    beta = high + low
     ratio = beta * log_ratio
     lower = expm1(-abs(ratio))
-    gap = where(ratio > 0.0, -exp(beta * log_p) * lower, q_power * lower) / beta  # p^b - q^b
+    gap = where(ratio > 0.0, -p_power * lower, q_power * lower) / beta  # p^b - q^b
     g = -q_power * log_ratio
     return (g + gap) / beta, g, gap
 
 
-def _alpha_beta_at_sum_0(p, q, log_p, log_q, log_ratio, alpha):
+def _alpha_beta_at_sum_0(p, q, log_p, log_q, log_ratio, high, low):
+    alpha = high + low
     ratio = alpha * log_ratio
-    more = expm1(ratio)
+    more = where(abs(ratio) < 1.0, expm1(ratio), power(log_ratio, high, low) - 1.0)
     return (more - ratio) / (alpha * alpha), -more / alpha
 
 
@@ -685,14 +749,17 @@ def alpha_beta(alpha: float = 0.2, beta: float = 0.7) -> Divergence:
     if a == 0.0 and b == 0.0:
         return Divergence("alpha_beta_at_0", _half_squared_gap, degree=0.0)
     if b == 0.0:
-        return Divergence("alpha_beta_at_beta_0", _alpha_beta_at_beta_0, (a,), degree=a)
+        return Divergence("alpha_beta_at_beta_0", _alpha_beta_at_beta_0, in_two_parts(a), degree=a)
     if a == 0.0:
-        return Divergence("alpha_beta_at_alpha_0", _alpha_beta_at_alpha_0, (b,), degree=b)
+        return Divergence(
+            "alpha_beta_at_alpha_0", _alpha_beta_at_alpha_0, in_two_parts(b), degree=b
+        )
     if a + b == 0.0:
-        return Divergence("alpha_beta_at_sum_0", _alpha_beta_at_sum_0, (a,), degree=0.0)
+        return Divergence("alpha_beta_at_sum_0", _alpha_beta_at_sum_0, in_two_parts(a), degree=0.0)
     degree, shares = a + b, (1.0 / (a * b), a / (a + b), b / (a + b))
     if a < 0.0 or b < 0.0:
-        return Divergence("alpha_beta", _alpha_beta_of_any_sign, (a, b, degree, *shares), degree)
+        parts = (*in_two_parts(a), *in_two_parts(b), *in_two_parts(degree))
+        return Divergence("alpha_beta", _alpha_beta_of_any_sign, (*parts, *shares[:2]), degree)
     whole = 1.0 if degree > 0.5 else 0.0
     params = (a, b, *shares, whole, 1.0 - whole, degree - whole)
     return Divergence("alpha_beta", _alpha_beta, params, degree)

@@ -30,6 +30,12 @@ from fastkd.divergences import (
 from fastkd.divergences import (
     log_mixture as log_mixture_of_tensors,
 )
+from fastkd.divergences import (
+    power as power_of_tensors,
+)
+from fastkd.divergences import (
+    power_product as power_product_of_tensors,
+)
 
 # Kernels receive constants as defaults of parameters. Triton compares a global constexpr at every launch with its value
 # at compile time, which costs 2 us of host time each (bench/studies/host.py).
@@ -163,6 +169,38 @@ def distance(p, q, log_ratio):
 
 
 @triton.jit
+def _product_in_parts(log_x, high, low):
+    """Return (exact, rest), whose sum is (high + low) log_x."""
+    rounded = (log_x + 12288.0) - 12288.0
+    return rounded * high, (log_x - rounded) * high + log_x * low
+
+
+@triton.jit
+def _exp_of_parts(exact, rest):
+    """Return exp(exact + rest) as 2^k exp(r). k ln 2 is subtracted in two steps, of which the first is exact."""
+    k = (
+        tl.minimum(tl.maximum(exact, -100.0), 100.0) * 1.4426950408889634 + 12582912.0
+    ) - 12582912.0
+    r = ((exact - k * 0.693359375) + k * 2.12194440e-4) + rest
+    return exp(r) * tl.exp2(k)
+
+
+@triton.jit
+def power(log_x, high, low):
+    """Return fastkd.divergences.power."""
+    exact, rest = _product_in_parts(log_x, high, low)
+    return _exp_of_parts(exact, rest)
+
+
+@triton.jit
+def power_product(log_x, a_high, a_low, log_y, b_high, b_low):
+    """Return fastkd.divergences.power_product."""
+    x_exact, x_rest = _product_in_parts(log_x, a_high, a_low)
+    y_exact, y_rest = _product_in_parts(log_y, b_high, b_low)
+    return _exp_of_parts(x_exact + y_exact, x_rest + y_rest)
+
+
+@triton.jit
 def squash(x):
     """Return (tanh x, its derivative), each to a few units of roundoff for any x.
 
@@ -183,7 +221,13 @@ def squash(x):
 
 _WORDS: dict[Callable[..., Any], Any] = {
     getattr(torch, word): globals()[word] for word in VOCABULARY if hasattr(torch, word)
-} | {builtins.abs: abs, distance_of_tensors: distance, log_mixture_of_tensors: log_mixture}
+} | {
+    builtins.abs: abs,
+    distance_of_tensors: distance,
+    log_mixture_of_tensors: log_mixture,
+    power_of_tensors: power,
+    power_product_of_tensors: power_product,
+}
 
 # Bits of the number that describes a definition to a kernel: it is a function of probabilities, it takes log p - log q,
 # it returns h.

@@ -131,6 +131,35 @@ FASTKD_INLINE V expm1(V x) {
   return where(x > EXP_HIGHEST, splat(__builtin_inff()), more + (power - 1.0f));
 }
 
+// (high + low) log_x as an exact product and a small rest (fastkd/divergences.py, power).
+struct Product {
+  V exact, rest;
+};
+
+FASTKD_INLINE Product product_in_parts(V log_x, V high, V low) {
+  const V rounded = (log_x + 12288.0f) - 12288.0f;
+  return {rounded * high, (log_x - rounded) * high + log_x * low};
+}
+
+// exp(exact + rest) as 2^k exp(r). k ln 2 is subtracted from `exact` in two steps, of which the first is exact.
+FASTKD_INLINE V exp_of_parts(V exact, V rest) {
+  const float magic = 12582912.0f;
+  const V shifted = at_most(at_least(exact, splat(EXP_LOWEST)), splat(EXP_HIGHEST)) * LOG2E_HIGH + magic;
+  const V k = shifted - magic;
+  const V r = ((exact - k * 0.693359375f) + k * 2.12194440e-4f) + rest;
+  return exp(r) * (V)(((U)shifted << 23) + 0x3f800000);
+}
+
+FASTKD_INLINE V power(V log_x, V high, V low) {
+  const Product x = product_in_parts(log_x, high, low);
+  return exp_of_parts(x.exact, x.rest);
+}
+
+FASTKD_INLINE V power_product(V log_x, V a_high, V a_low, V log_y, V b_high, V b_low) {
+  const Product x = product_in_parts(log_x, a_high, a_low), y = product_in_parts(log_y, b_high, b_low);
+  return exp_of_parts(x.exact + y.exact, x.rest + y.rest);
+}
+
 // log(1 + f) for f in [sqrt(1/2) - 1, sqrt(2) - 1]: f + f^2 (f P(f) - 1/2), P as in the Cephes library.
 FASTKD_INLINE V log1p_near_0(V f) {
   V y = f * 7.0376836292e-2f - 1.1514610310e-1f;

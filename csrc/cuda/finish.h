@@ -10,7 +10,7 @@ FASTKD_INLINE double log_of_sum(double rest, double max_count) { return logarith
 
 FASTKD_PER_ROW void set_softmax(Side& side, float max, double rest, double max_count) {
   const Origin origin(max, side.rate);
-  const double sum = rest + max_count, low = origin.low * LN_2_EXACT, offset = -log_of_sum(rest, max_count) - low;
+  const double sum = rest + max_count, low = origin.low * LN_2_EXACT, offset = -log_of_sum(rest, max_count);
   side.max = finite_max(max);
   side.origin = origin.high;
   side.is_far = origin.is_far;
@@ -93,20 +93,45 @@ FASTKD_INLINE bool logs_overflow(const RowState& row) {
                                   (all.t_min - row.teacher.max) * row.teacher.rate == -INF);
 }
 
+// The rate is log2(e) / T, rounded, so an exponential is off by a factor that grows with its distance from the maximum:
+// by 3e-7 at e^-20. Where a side is sure of a column, the others are all far from the maximum, at about the same
+// distance. This is the inverse of their factor, estimated as if an eighth of them had equal exponentials; 1 for other
+// rows.
+FASTKD_INLINE double factor_of_far_columns(const Call& call, const Side& side, float max_count, float rest) {
+  if (max_count != 1 || !(rest < 1) || !(rest > NEGLIGIBLE) || has_label_term(call) || !call.normalized) return 1;
+  const double lost = side.unit * LOG2_E_EXACT - side.rate;
+  const double distance = logarithm(double(rest) * 8 / double(call.shard.total)) / side.unit;
+  return distance < 0 ? exponential(lost * LN_2_EXACT * distance) : 1;
+}
+
+// Corrects the sums over the other columns. Their probabilities are not corrected: they share inverse_sum with that of
+// the sure column, which is exact.
+FASTKD_INLINE void correct_far_columns(const Call& call, RowState& row) {
+  Statistics& all = row.statistics;
+  const double s = factor_of_far_columns(call, row.student, all.s_max_count, all.s_exp_sum);
+  const double t = factor_of_far_columns(call, row.teacher, all.t_max_count, all.t_exp_sum);
+  const auto correct = [](float& sum, double factor) {
+    if (finite(sum)) sum = float(sum * factor);
+  };
+  correct(all.s_exp_sum, s), correct(all.reverse, s), correct(all.entropy, s);
+  correct(all.t_exp_sum, t), correct(all.forward, t), correct(all.cross, t);
+}
+
 // Turns the statistics of the whole row into what later phases need. The row must be in shared memory: this function is
 // not inlined, so a row in registers would first be spilled to the stack in device memory.
 FASTKD_PER_ROW void finish_statistics(const Call& call, RowState& row) {
+  correct_far_columns(call, row);
   const Statistics& all = row.statistics;
-  set_softmax(row.student, all.s_max, all.s_exp_sum, all.s_max_count);
-  set_softmax(row.teacher, all.t_max, all.t_exp_sum, all.t_max_count);
-  const double s_log_sum = log_of_sum(all.s_exp_sum, all.s_max_count);
-  const double t_log_sum = log_of_sum(all.t_exp_sum, all.t_max_count);
-  const double s_inverse = 1 / (double(all.s_exp_sum) + all.s_max_count);
-  const double t_inverse = 1 / (double(all.t_exp_sum) + all.t_max_count);
+  const Lost& lost = row.lost;
+  const double s_exp_sum = double(all.s_exp_sum) + lost.s_exp_sum, t_exp_sum = double(all.t_exp_sum) + lost.t_exp_sum;
+  set_softmax(row.student, all.s_max, s_exp_sum, all.s_max_count);
+  set_softmax(row.teacher, all.t_max, t_exp_sum, all.t_max_count);
+  const double s_log_sum = log_of_sum(s_exp_sum, all.s_max_count), t_log_sum = log_of_sum(t_exp_sum, all.t_max_count);
+  const double s_inverse = 1 / (s_exp_sum + all.s_max_count), t_inverse = 1 / (t_exp_sum + all.t_max_count);
   set_entropies(call, row, s_log_sum, s_inverse);
   set_log_ratio(row, s_log_sum - t_log_sum);
-  const MeanMoments means = {LN_2_EXACT * (double(all.forward) - all.s_at_t_max) * t_inverse,
-                             LN_2_EXACT * (double(all.reverse) - all.t_at_s_max) * s_inverse,
+  const MeanMoments means = {LN_2_EXACT * (double(all.forward) + lost.forward - all.s_at_t_max) * t_inverse,
+                             LN_2_EXACT * (double(all.reverse) + lost.reverse - all.t_at_s_max) * s_inverse,
                              LN_2_EXACT * (double(all.cross) + all.s_at_t_max) * t_inverse};
   // A moment whose flag is not set is not computed, but it is rescaled like the others, so its value has no meaning.
   const MeanMoments weights = {row.flags & FORWARD ? call.forward : 0, row.flags & REVERSE ? call.reverse : 0,

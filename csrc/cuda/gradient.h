@@ -80,7 +80,8 @@ FASTKD_INLINE void gradients(const Call& call, const RowState& shared, Place pla
                              const char* student, const char* teacher, char* student_gradient,
                              char* teacher_gradient) {
   const RowState row = with_factor_in_probabilities<Divergence>(shared);
-  const bool is_usual = student_gradient && !teacher_gradient && call.alpha != 0 && !is_far(shared);
+  const bool is_usual =
+      !is_large<Divergence> && student_gradient && !teacher_gradient && call.alpha != 0 && !is_far(shared);
   const bool with_sure = may_be_sure(shared, warp_max), with_labels = row.with_labels;
   const int64_t start = first_column(call, place.rank);
   each_vector<!LOG_0>(call, shared, place, range, [&](int first, auto vector) {

@@ -62,6 +62,36 @@ FASTKD_INLINE V exp(V x) {
   return finite(lost) && y < INF ? fmaf(y, lost * LN_2, y) : y;
 }
 
+// (high + low) log_x as a rounded product and what rounding lost (fastkd/divergences.py, power).
+struct Product {
+  V rounded, lost;
+};
+
+FASTKD_INLINE Product product_in_parts(V log_x, V high, V low) {
+  const float rounded = product(log_x, high);
+  return {rounded, fmaf(log_x, high, -rounded) + log_x * low};
+}
+
+// exp(rounded + lost), where lost is at most a few percent of the largest term that the sum had.
+FASTKD_INLINE V exp_of_parts(V rounded, V lost) {
+  const float sum = rounded + lost, rest = (rounded - sum) + lost, product = sum * LOG2_E;
+  const float more = fmaf(sum, LOG2_E, -product) + fmaf(sum, LOG2_E_LOW, rest * LOG2_E);
+  const float y = exp2_of(product);
+  return finite(more) && y < INF ? fmaf(y, more * LN_2, y) : y;
+}
+
+FASTKD_INLINE V power(V log_x, V high, V low) {
+  const Product x = product_in_parts(log_x, high, low);
+  return exp_of_parts(x.rounded, x.lost);
+}
+
+FASTKD_INLINE V power_product(V log_x, V a_high, V a_low, V log_y, V b_high, V b_low) {
+  const Product x = product_in_parts(log_x, a_high, a_low), y = product_in_parts(log_y, b_high, b_low);
+  const float sum = x.rounded + y.rounded, part = sum - x.rounded;
+  const float lost = (x.rounded - (sum - part)) + (y.rounded - part);  // by that sum
+  return exp_of_parts(sum, lost + (x.lost + y.lost));
+}
+
 // Below 0.625 the quotient of exponentials cancels; an odd polynomial (Cephes) replaces it there.
 FASTKD_INLINE V tanh(V x) {
   const float size = fminf(fabsf(x), 10.0f), square = size * size;

@@ -36,7 +36,7 @@ struct Side {
   float origin;              // rate * max, rounded
   bool is_far;               // whether exponents are rate (z - max) rather than rate * z - origin (statistics.h, Origin)
   float inverse_sum;         // 2^exponent * inverse_sum is a probability
-  float offset, offset_low;  // log probability = ln(2) exponent + offset + offset_low
+  float offset, offset_low;  // log probability = unit (z - max) + offset + offset_low, without the exponent's rounding
   float threshold;           // an exponential below it has a negligible probability
 
   FASTKD_INLINE bool identity() const { return softcap == 0 && sign == 1; }  // whether z is the logit
@@ -73,6 +73,11 @@ struct Statistics {
   float centered_sum;              // sum of z - center
   float s_max_count, t_max_count;  // columns at the maxima
   float t_at_s_max, s_at_t_max;    // sum of x_t over the student's maxima, of x_s over the teacher's
+};
+
+// What the rounding of some sums has lost, while parts were merged.
+struct Lost {
+  float forward, reverse, s_exp_sum, t_exp_sum;
 };
 
 struct Sums {
@@ -119,6 +124,7 @@ struct RowState {
   float label_gradient, teacher_label_gradient;  // of the label's column, if there is a label term
   TailEvent tail;
   Statistics statistics;  // of the whole row
+  Lost lost;              // by the statistics; 0 if the divergence does not need it
   Sums sums;
 };
 

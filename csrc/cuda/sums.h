@@ -69,13 +69,20 @@ FASTKD_INLINE void evaluate(const Call& call, const RowState& row, V s, V t, V& 
     const V x_s = exponent(row.student, s), x_t = exponent(row.teacher, t);
     p = exp2_of(x_t) * row.teacher.inverse_sum;
     q = exp2_of(x_s) * row.student.inverse_sum;
-    log_p = fmaf(x_t, LN_2, row.teacher.offset_low) + row.teacher.offset;
-    log_q = fmaf(x_s, LN_2, row.student.offset_low) + row.student.offset;
+    const auto logarithm = [](const Side& side, V z) {
+      return fmaf(z - side.max, side.unit, side.offset_low) + side.offset;
+    };
+    log_p = logarithm(row.teacher, t);
+    log_q = logarithm(row.student, s);
     const V gap = product(t - row.t_origin, row.unit_ratio) - (s - row.s_origin);
     log_ratio = fmaf(gap, row.student.unit, row.log_ratio_low) + row.log_ratio_high;
   }
   evaluate_terms<Divergence, LOG_0>(call, p, q, log_p, log_q, log_ratio, phi, g, h);
 }
+
+// Whether eight copies of a definition would need more registers than there are. Its columns then share one copy.
+template <class Divergence>
+constexpr bool is_large = std::is_same<Divergence, alpha_beta_of_any_sign>::value;
 
 FASTKD_INLINE bool is_far(const RowState& row) { return row.student.is_far || row.teacher.is_far; }
 
@@ -91,7 +98,7 @@ template <class Divergence, bool LOG_0, bool WITH_H>
 FASTKD_INLINE void add_sums(Sums& local, const Call& call, const RowState& shared, Place place, Range range,
                             Maxima warp_max, const char* student, const char* teacher) {
   const RowState row = shared;
-  const bool is_usual = !may_be_sure(shared, warp_max) && !is_far(shared);
+  const bool is_usual = !is_large<Divergence> && !may_be_sure(shared, warp_max) && !is_far(shared);
   each_vector_without_label<!LOG_0>(call, shared, place, range, student, teacher, [&](auto vector, auto& s, auto& t) {
     V p, q, phi, g, h;
     Sums part{0, 0, 0};

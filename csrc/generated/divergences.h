@@ -91,12 +91,18 @@ struct skew_forward_kl {
                                  float degree_, V& phi_, V& g_, V& h_) {
     const V alpha = splat(params_[0]);
     const V rest = splat(params_[1]);
+    const V odds = splat(params_[2]);
+    const V if_far = splat(params_[3]);
+    const V if_near = splat(params_[4]);
     const V log_m = log_mixture(log_ratio, alpha, rest);
     const V cost = (where((log_ratio < splat(0.0f)), (-log_ratio), splat(0.0f)) + log_m);
     const V of_q = ((rest * where((log_ratio > splat(0.0f)), q, p)) * exp((-log_m)));
+    const V less = (rest * expm1((-(where((log_ratio > splat(0.0f)), log_ratio, splat(0.0f)) + log_m))));
+    const V far = ((less + if_far) - log1p((odds * exp((-abs(log_ratio))))));
+    const V h = (p * where((log_ratio > splat(1.0f)), far, ((less - cost) + if_near)));
     phi_ = ((-p) * cost);
     g_ = (-of_q);
-    h_ = (of_q - (p * cost));
+    h_ = h;
   }
 };
 
@@ -189,25 +195,29 @@ struct alpha_beta_of_any_sign {
   static constexpr bool gradient_is_linear = false;
   static FASTKD_INLINE void eval(V p, V q, V log_p, V log_q, V log_ratio, const float* params_,
                                  float degree_, V& phi_, V& g_, V& h_) {
-    const V alpha = splat(params_[0]);
-    const V beta = splat(params_[1]);
-    const V degree = splat(params_[2]);
-    const V coefficient = splat(params_[3]);
-    const V p_share = splat(params_[4]);
-    const V q_share = splat(params_[5]);
+    const V a = splat(params_[0]);
+    const V a_low = splat(params_[1]);
+    const V b = splat(params_[2]);
+    const V b_low = splat(params_[3]);
+    const V degree = splat(params_[4]);
+    const V degree_low = splat(params_[5]);
+    const V coefficient = splat(params_[6]);
+    const V p_share = splat(params_[7]);
     const V size = abs(log_ratio);
-    const V cross = exp(((alpha * log_p) + (beta * log_q)));
-    const V p_power = exp((degree * log_p));
-    const V q_power = exp((degree * log_q));
-    const V a = expm1(where((size < splat(1.0f)), (alpha * log_ratio), splat(0.0f)));
-    const V b = expm1(where((size < splat(1.0f)), ((-beta) * log_ratio), splat(0.0f)));
-    const V both = expm1(where((size < splat(1.0f)), (degree * log_ratio), splat(0.0f)));
-    const V apart = (((p_share * p_power) + (q_share * q_power)) - cross);
-    const V phi = (coefficient * where((size < splat(1.0f)), (q_power * ((p_share * both) - a)), apart));
-    const V g = ((coefficient * beta) * where((size < splat(1.0f)), ((-q_power) * a), (q_power - cross)));
+    const V cross = power_product(log_p, a, a_low, log_q, b, b_low);
+    const V p_power = power(log_p, degree, degree_low);
+    const V q_power = power(log_q, degree, degree_low);
+    const V alpha = (a + a_low);
+    const V beta = (b + b_low);
+    const V less_a = expm1(where((size < splat(1.0f)), (alpha * log_ratio), splat(0.0f)));
+    const V less_b = expm1(where((size < splat(1.0f)), ((-beta) * log_ratio), splat(0.0f)));
+    const V both = expm1(where((size < splat(1.0f)), ((degree + degree_low) * log_ratio), splat(0.0f)));
+    const V apart = (((p_share * p_power) + ((splat(1.0f) - p_share) * q_power)) - cross);
+    const V phi = (coefficient * where((size < splat(1.0f)), (q_power * ((p_share * both) - less_a)), apart));
+    const V g = ((coefficient * beta) * where((size < splat(1.0f)), ((-q_power) * less_a), (q_power - cross)));
     phi_ = phi;
     g_ = g;
-    h_ = ((coefficient * alpha) * where((size < splat(1.0f)), ((-p_power) * b), (p_power - cross)));
+    h_ = ((coefficient * alpha) * where((size < splat(1.0f)), ((-p_power) * less_b), (p_power - cross)));
   }
 };
 
@@ -218,11 +228,14 @@ struct alpha_beta_at_beta_0 {
   static constexpr bool gradient_is_linear = false;
   static FASTKD_INLINE void eval(V p, V q, V log_p, V log_q, V log_ratio, const float* params_,
                                  float degree_, V& phi_, V& g_, V& h_) {
-    const V alpha = splat(params_[0]);
-    const V p_power = exp((alpha * log_p));
+    const V high = splat(params_[0]);
+    const V low = splat(params_[1]);
+    const V p_power = power(log_p, high, low);
+    const V q_power = power(log_q, high, low);
+    const V alpha = (high + low);
     const V ratio = (alpha * log_ratio);
     const V lower = expm1((-abs(ratio)));
-    const V gap = (where((ratio > splat(0.0f)), (p_power * lower), ((-exp((alpha * log_q))) * lower)) / alpha);
+    const V gap = (where((ratio > splat(0.0f)), (p_power * lower), ((-q_power) * lower)) / alpha);
     const V h = (p_power * log_ratio);
     phi_ = ((h + gap) / alpha);
     g_ = gap;
@@ -237,11 +250,14 @@ struct alpha_beta_at_alpha_0 {
   static constexpr bool gradient_is_linear = false;
   static FASTKD_INLINE void eval(V p, V q, V log_p, V log_q, V log_ratio, const float* params_,
                                  float degree_, V& phi_, V& g_, V& h_) {
-    const V beta = splat(params_[0]);
-    const V q_power = exp((beta * log_q));
+    const V high = splat(params_[0]);
+    const V low = splat(params_[1]);
+    const V p_power = power(log_p, high, low);
+    const V q_power = power(log_q, high, low);
+    const V beta = (high + low);
     const V ratio = (beta * log_ratio);
     const V lower = expm1((-abs(ratio)));
-    const V gap = (where((ratio > splat(0.0f)), ((-exp((beta * log_p))) * lower), (q_power * lower)) / beta);
+    const V gap = (where((ratio > splat(0.0f)), ((-p_power) * lower), (q_power * lower)) / beta);
     const V g = ((-q_power) * log_ratio);
     phi_ = ((g + gap) / beta);
     g_ = g;
@@ -256,9 +272,11 @@ struct alpha_beta_at_sum_0 {
   static constexpr bool gradient_is_linear = false;
   static FASTKD_INLINE void eval(V p, V q, V log_p, V log_q, V log_ratio, const float* params_,
                                  float degree_, V& phi_, V& g_, V& h_) {
-    const V alpha = splat(params_[0]);
+    const V high = splat(params_[0]);
+    const V low = splat(params_[1]);
+    const V alpha = (high + low);
     const V ratio = (alpha * log_ratio);
-    const V more = expm1(ratio);
+    const V more = where((abs(ratio) < splat(1.0f)), expm1(ratio), (power(log_ratio, high, low) - splat(1.0f)));
     phi_ = ((more - ratio) / (alpha * alpha));
     g_ = ((-more) / alpha);
     h_ = degree_ * phi_ - g_;

@@ -49,6 +49,7 @@ from fastkd.divergences import (
     RATIO,
     VOCABULARY,
     Divergence,
+    _product_in_parts,
     arguments_of,
     takes_ratio,
 )  # fmt: skip
@@ -627,6 +628,27 @@ def _distance(p: _Symbol, q: _Symbol, log_ratio: _Symbol) -> _Symbol:
     return _where(log_ratio > 0.0, p, q) * (-log_ratio.apply("abs")).apply("expm1") * -1.0
 
 
+def _power(log_x: _Symbol, high: float, low: float) -> _Symbol:
+    """Compute the same as power of fastkd.divergences."""
+    return _exp_of_parts(*_product_in_parts(log_x, high, low))
+
+
+def _power_product(
+    log_x: _Symbol, a_high: float, a_low: float, log_y: _Symbol, b_high: float, b_low: float
+) -> _Symbol:
+    """Compute the same as power_product of fastkd.divergences."""
+    x_exact, x_rest = _product_in_parts(log_x, a_high, a_low)
+    y_exact, y_rest = _product_in_parts(log_y, b_high, b_low)
+    return _exp_of_parts(x_exact + y_exact, x_rest + y_rest)
+
+
+def _exp_of_parts(exact: _Symbol, rest: _Symbol) -> _Symbol:
+    total = exact + rest
+    result = total.apply("exp")
+    lost = _where(total.apply("abs") < 80.0, (exact - total) + rest, 0.0)
+    return result * lost + result
+
+
 def _function(operator: str) -> Callable[..., _Symbol]:
     return lambda symbol, *others: symbol.apply(operator, *others)
 
@@ -635,6 +657,8 @@ _WORDS = {word: _function(word) for word in VOCABULARY} | {
     "where": _where,
     "log_mixture": _log_mixture,
     "distance": _distance,
+    "power": _power,
+    "power_product": _power_product,
 }
 
 

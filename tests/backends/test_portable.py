@@ -119,7 +119,7 @@ def test_definitions_in_buffers(function: Any, dtype: torch.dtype) -> None:
     ratio = log_p - log_q
     params = divergence.params
     if function is divergences._skew_forward_kl:
-        params = (0.6, 0.4)
+        params = fastkd.skew_forward_kl(0.6).params
     entry = divergences.arguments_of(function, log_p.exp(), log_q.exp(), log_p, log_q, ratio)
     wanted = [term.to(dtype) for term in function(*entry, *params)]
     before = [tensor.clone() for tensor in entry[:2]]

@@ -5,88 +5,65 @@ from __future__ import annotations
 
 import functools
 import math
+import platform
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from support import sure_rows
 from support.cuda_emulation import Emulation
-from support.sure_rows import Case, Outcome
+from support.sure_rows import VARIANTS, Case, Outcome, shown
 from torch import Tensor
 
 import fastkd
 from fastkd import kd_loss
 from fastkd.backends import registry
+from fastkd.divergences import in_two_parts, power, power_product
 from fastkd.online import mutual_loss
 
-VARIANTS: list[tuple[str, dict[str, float]]] = [
-    *((name, {}) for name in fastkd.DIVERGENCES),
-    ("jsd", {"beta": 0.1}),
-    ("jsd", {"beta": 0.9}),
-    ("skew_forward_kl", {"alpha": 0.6}),
-    ("skew_reverse_kl", {"alpha": 0.6}),
-    ("alpha_beta", {"alpha": 1.0, "beta": 1.0}),
-    ("alpha_beta", {"alpha": 0.4, "beta": 0.0}),
-    ("alpha_beta", {"alpha": 0.0, "beta": 0.4}),
-    ("alpha_beta", {"alpha": 0.3, "beta": -0.3}),
-    ("alpha_beta", {"alpha": 0.0, "beta": 0.0}),
-    ("alpha_beta", {"alpha": -0.3, "beta": 1.2}),
-    ("alpha_beta", {"alpha": 1.2, "beta": -0.3}),
-]
-
-
-def _shown(variant: tuple[str, dict[str, float]]) -> str:
-    return "-".join([variant[0], *(f"{x:g}" for x in variant[1].values())])
-
-
-variants = pytest.mark.parametrize("variant", VARIANTS, ids=_shown)
+variants = pytest.mark.parametrize("variant", VARIANTS, ids=shown)
 # Divergences for Triton's interpreter, at three seconds each: closed forms, a mixture inside a logarithm, and a sign.
 SHORT = ("forward_kl", "reverse_kl", "mixture", "jsd", "skew_reverse_kl", "tvd", "alpha_beta")
 of_triton = pytest.mark.parametrize(
     "variant",
     [
         pytest.param(
-            variant, id=_shown(variant), marks=() if _shown(variant) in SHORT else pytest.mark.heavy
+            variant, id=shown(variant), marks=() if shown(variant) in SHORT else pytest.mark.heavy
         )
         for variant in VARIANTS
     ],
 )
 
 
-class Bar(NamedTuple):
-    """Allowed multiples of plain PyTorch's error; an error counts as at least `units` units in the last place."""
-
-    ratio: float
-    units: float = 1.0
-
-
-# The reference rounds once. On the cpu backend most ratios are at most 1; PER_DIVERGENCE lists the others with reasons.
-# An error of one unit, which is two roundings of the result, is ignored: below it either side is right by luck. The
-# Triton and CUDA kernels, which keep one float per exponential and sum, are allowed four units.
-BARS = {"reference": Bar(1.0), "cpu": Bar(1.1)}
-OTHERS = Bar(3.0, 4.0)
-# At a top probability of 1 - 1e-6 on both sides the sum of the rest carries the rounding of an exponent, 5e-13 of
-# the gradient's largest entry; in PyTorch the two sides' errors cancel to 0.
-ON_CUDA = {
-    "mixture": Bar(6.5, 4.0),
-    # A power of p is made from p itself, whose exponent is rounded: 14 units at a probability of 1e-6.
-    "alpha_beta": Bar(3.3, 4.0),
-}
-PER_DIVERGENCE = {
-    # Gradients of terms that are log(1 / alpha) where p is far above q, and cancel but for a few percent: both
-    # contenders are off by the roundings of that number.
-    "skew_forward_kl": Bar(2.8),  # 1.5 with AVX-512, 2.6 with AVX2
-    "skew_reverse_kl": Bar(1.2),
-    # PyTorch's two rounded normalisers cancel in KL(p || q) + KL(q || p), so that it is right to a unit.
-    "mixture": Bar(2.1),
-    # With exponents of which one is 0 or negative, one unit of log p becomes several of a power of p. 1.0 by default.
-    "alpha_beta": Bar(2.0),
-    # These hold without fused multiply-adds; with them the ratios are 1.0 and 1.05.
-    "hellinger": Bar(1.25),
-    "soft_cross_entropy": Bar(1.5),
-}
+# The largest error that a backend may have, as a multiple of plain PyTorch's, and the divergences that may have a
+# larger one. An error of one unit in the last place, which is two roundings of the result, is ignored: below it either
+# side is right by luck. PyTorch's own error depends on the instructions that it uses (ATEN_CPU_CAPABILITY), so a limit
+# is a few percent above the largest ratio. docs/numerics.md has the reasons for the exceptions.
+LIMITS: dict[str, tuple[float, dict[str, float]]] = {
+    "reference": (1.0, {}),
+    "portable": (1.15, {"soft_cross_entropy": 1.6}),
+    "cpu": (1.1, {"skew_forward_kl": 1.25, "skew_reverse_kl": 1.15}),
+    "cpu without FMA": (
+        1.15,
+        {"mixture": 2.1, "soft_cross_entropy": 1.5, "skew_forward_kl": 1.25, "hellinger": 1.3},
+    ),
+    "triton": (
+        1.1,
+        {
+            "mixture": 2.5, "soft_cross_entropy": 1.9, "skew_forward_kl": 1.25, "skew_reverse_kl": 1.25,
+            "hellinger": 1.3,
+        },
+    ),
+    "cuda": (
+        1.15,
+        {
+            "mixture": 1.75, "soft_cross_entropy": 1.45, "jsd": 1.35, "skew_forward_kl": 1.25,
+            "skew_reverse_kl": 1.45, "hellinger": 1.25, "alpha_beta": 1.25,
+        },
+    ),
+}  # fmt: skip
 
 
 @functools.cache
@@ -116,13 +93,17 @@ def _exact_and_plain(
     )
 
 
-def bar_of(backend: str, divergence: str) -> Bar:
-    """The bar for a backend."""
-    if backend == "cpu":
-        return PER_DIVERGENCE.get(divergence, BARS["cpu"])
-    if backend == "cuda":
-        return ON_CUDA.get(divergence, OTHERS)
-    return BARS.get(backend, OTHERS)
+def _has_no_fma() -> bool:
+    """Whether the cpu backend uses instructions without a fused multiply-add: those of every x86 processor, SSE2."""
+    from fastkd import _C
+
+    return _C.instruction_set() == "baseline" and platform.machine() in ("x86_64", "AMD64")
+
+
+def limit_of(backend: str, variant: tuple[str, dict[str, float]]) -> float:
+    """The largest ratio allowed."""
+    usual, exceptions = LIMITS["cpu without FMA" if backend == "cpu" and _has_no_fma() else backend]
+    return exceptions.get(variant[0], usual)
 
 
 def assert_within_bar(
@@ -131,7 +112,7 @@ def assert_within_bar(
     """Assert that every case is within the bar."""
     name, parameters = variant
     divergence = fastkd.DIVERGENCES[name](**parameters)
-    bar = bar_of(backend, name)
+    limit = limit_of(backend, variant)
     worse = []
     for case in cases:
         exact, plain = _exact_and_plain(name, tuple(parameters.items()), case.name)
@@ -139,8 +120,8 @@ def assert_within_bar(
             lambda s, t: kd_loss(s, t, divergence=divergence, reduction="none", backend=backend),
             case,
         )
-        for what, ratio in sure_rows.ratios(actual, plain, exact, bar.units)._asdict().items():
-            if not ratio <= bar.ratio * (1 + 1e-6):
+        for what, ratio in sure_rows.ratios(actual, plain, exact)._asdict().items():
+            if not ratio <= limit * (1 + 1e-6):
                 worse.append(f"{what} of {case.name}: {ratio:.3g} times the error of PyTorch")
     assert not worse, "\n".join(worse)
 
@@ -156,7 +137,7 @@ def test_real_rows(backend: str, variant: tuple[str, dict[str, float]]) -> None:
 
 
 def assert_within_bar_with(
-    backend: str, divergence: str, cases: tuple[Case, ...], bar: Bar, **options: Any
+    backend: str, divergence: str, cases: tuple[Case, ...], limit: float, **options: Any
 ) -> None:
     """Assert that the cases are within the bar with other options; labels are the teacher's top tokens if alpha needs
     them."""
@@ -173,8 +154,8 @@ def assert_within_bar_with(
             ),
             case,
         )
-        for what, ratio in sure_rows.ratios(actual, plain, exact, bar.units)._asdict().items():
-            if not ratio <= bar.ratio * (1 + 1e-6):
+        for what, ratio in sure_rows.ratios(actual, plain, exact)._asdict().items():
+            if not ratio <= limit * (1 + 1e-6):
                 worse.append(f"{what} of {case.name}: {ratio:.3g} times the error of PyTorch")
     assert not worse, "\n".join(worse)
 
@@ -196,24 +177,23 @@ def rows_at_half() -> tuple[Case, ...]:
 
 @pytest.mark.parametrize("divergence", of_sums)
 def test_low_temperature(backend: str, divergence: str) -> None:
-    bar = Bar(1.2) if backend == "cpu" else OTHERS
-    assert_within_bar_with(backend, divergence, rows_at_half(), bar, temperature=0.5)
+    assert_within_bar_with(backend, divergence, rows_at_half(), 1.2, temperature=0.5)
 
 
 def test_low_temperature_in_triton() -> None:
     pytest.importorskip("triton")
     cases = tuple(case for case in rows_at_half() if case.name.startswith("peaked 0.001, diff"))[:1]
-    assert_within_bar_with("triton", "skew_reverse_kl", cases, OTHERS, temperature=0.5)
+    assert_within_bar_with("triton", "skew_reverse_kl", cases, 1.2, temperature=0.5)
 
 
 @pytest.mark.parametrize("divergence", of_sums)
 def test_low_temperature_of_the_cuda_source(emulation: Emulation, divergence: str) -> None:
-    assert_within_bar_with("cuda", divergence, rows_at_half(), OTHERS, temperature=0.5)
+    assert_within_bar_with("cuda", divergence, rows_at_half(), 1.2, temperature=0.5)
 
 
 @pytest.mark.parametrize("divergence", ["forward_kl", "reverse_kl", "jsd", "skew_forward_kl"])
 def test_high_temperature(divergence: str) -> None:
-    assert_within_bar_with("cpu", divergence, low_precision_rows(), Bar(1.2), temperature=4.0)
+    assert_within_bar_with("cpu", divergence, low_precision_rows(), 1.2, temperature=4.0)
 
 
 def test_temperatures_of_rows_are_as_exact_as_a_number() -> None:
@@ -235,7 +215,7 @@ def test_temperatures_of_rows_are_as_exact_as_a_number() -> None:
 @pytest.mark.parametrize("divergence", ["forward_kl", "jsd"])
 def test_labels(divergence: str, smoothing: float) -> None:
     assert_within_bar_with(
-        "cpu", divergence, low_precision_rows(), Bar(1.2), alpha=0.5, label_smoothing=smoothing
+        "cpu", divergence, low_precision_rows(), 1.2, alpha=0.5, label_smoothing=smoothing
     )
 
 
@@ -266,7 +246,7 @@ def test_mutual_loss(backend: str, labelled: bool, temperature: float) -> None:
 
         actual = sure_rows.run(ours, case, teacher_gradient=False)
         for what, ratio in sure_rows.ratios(actual, plain, exact)._asdict().items():
-            if ratio is not None and not ratio <= 1.75:
+            if ratio is not None and not ratio <= 1.4:
                 worse.append(f"{what} of {case.name}: {ratio:.3g} times the error of PyTorch")
     assert not worse, "\n".join(worse)
 
@@ -340,6 +320,54 @@ def test_a_planted_fault_is_detected(
     with pytest.raises(AssertionError):
         for divergence in ("forward_kl", "mixture", "jsd"):
             assert_within_bar("cuda", (divergence, {}), low_precision_rows())
+
+
+# What keeps digits beyond those of a float, with the divergence that needs it.
+FAULTS_OF_ROUNDING = {
+    "what merging moments rounds off is forgotten": (
+        "mixture", ("statistics.h", "  return finite(lost) ? lost : 0;", "  return 0 * lost;")),
+    "the rounding of log2(e) is not corrected": (
+        "soft_cross_entropy", ("finish.h", "  correct_far_columns(call, row);\n", "")),
+}  # fmt: skip
+
+
+@pytest.mark.heavy
+@pytest.mark.parametrize("fault", FAULTS_OF_ROUNDING)
+def test_a_planted_fault_of_rounding_is_detected(
+    fault: str, emulation: Emulation, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    divergence, edit = FAULTS_OF_ROUNDING[fault]
+    broken = emulation.with_fault(edit, tmp_path)
+    monkeypatch.setattr(registry.load("cuda"), "_cuda", broken)
+    with pytest.raises(AssertionError, match="times the error of PyTorch"):
+        assert_within_bar("cuda", (divergence, {}), synthetic_rows())
+
+
+@pytest.mark.parametrize("exponent", [0.3, -0.3, 0.9, 1.2])
+def test_a_power_does_not_round_its_exponent(exponent: float) -> None:
+    log_x = torch.linspace(-40.0, -0.1, 1000)
+    log_y = log_x.roll(500)
+    parts, others = in_two_parts(exponent), in_two_parts(0.4)
+    first = exponent * log_x.double()
+    for actual, plain, exact in (
+        (power(log_x, *parts), (exponent * log_x).exp(), first.exp()),
+        (
+            power_product(log_x, *parts, log_y, *others),
+            (exponent * log_x + 0.4 * log_y).exp(),
+            (first + 0.4 * log_y.double()).exp(),
+        ),
+    ):
+        error, usual = (
+            float(((x - exact) / exact).abs().max()) / sure_rows.UNIT for x in (actual, plain)
+        )
+        assert error < 1.5 and usual > 4.0
+
+
+def test_a_product_of_powers_is_finite_if_its_factors_are_not() -> None:
+    log_x, log_y = torch.tensor([-200.0]), torch.tensor([-700.0])
+    exact = math.exp(1.2 * -200.0 + 0.3 * 700.0)
+    actual = power_product(log_x, *in_two_parts(1.2), log_y, *in_two_parts(-0.3))
+    torch.testing.assert_close(actual.double(), torch.tensor([exact]).double(), rtol=1e-6, atol=0)
 
 
 def assert_symmetric(backend: str, vocabulary: int, dtype: torch.dtype = torch.float32) -> None:

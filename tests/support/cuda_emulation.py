@@ -110,8 +110,7 @@ def load_host(path: Path) -> ModuleType:
     return module
 
 
-@pytest.fixture(scope="session")
-def host() -> ModuleType:
+def host_module() -> ModuleType:
     """The emulation, compiled once for this state of the sources, even if several processes share the tests."""
     files = [
         *sorted((ROOT / "csrc" / "cuda").iterdir()),
@@ -133,6 +132,12 @@ def host() -> ModuleType:
                 (made.parent / MODULE).rename(directory / MODULE)
                 results = [made.rename(directory / made.name)]
     return load_host(results[0])
+
+
+@pytest.fixture(scope="session")
+def host() -> ModuleType:
+    """The emulation."""
+    return host_module()
 
 
 class Emulation:
@@ -166,19 +171,25 @@ class Emulation:
         return load_host(compile_host(directory, edit, self._folder / MODULE))
 
 
+def install(host: ModuleType, patch: pytest.MonkeyPatch) -> Emulation:
+    """Put the emulation in place of the device's kernels, and have every backend chosen that is asked for by name."""
+    actual = Emulation(host)
+    patch.setitem(sys.modules, "fastkd._cuda", host)
+    patch.setattr(fastkd, "_cuda", host, raising=False)
+    registry.load.cache_clear()
+    cuda = registry.load("cuda")
+    patch.setattr(cuda, "_cuda", host)
+    patch.setattr(cuda, "_capability", lambda device: 0)
+    patch.setattr(cuda, "_stream", lambda device: (actual.ranks, 0))
+    patch.setattr(registry, "_select", lambda backend, *others: (backend, None))
+    return actual
+
+
 @pytest.fixture
 def emulation(host: ModuleType, monkeypatch: pytest.MonkeyPatch) -> Iterator[Emulation]:
     """fastkd.backends.cuda with the emulation in place of the device's kernels, and chosen where it is asked for by
     name. With $FASTKD_PTX, nvcc's PTX for that architecture runs in place of the emulation."""
-    actual = Emulation(host)
-    monkeypatch.setitem(sys.modules, "fastkd._cuda", host)
-    monkeypatch.setattr(fastkd, "_cuda", host, raising=False)
-    registry.load.cache_clear()
-    cuda = registry.load("cuda")
-    monkeypatch.setattr(cuda, "_cuda", host)
-    monkeypatch.setattr(cuda, "_capability", lambda device: 0)
-    monkeypatch.setattr(cuda, "_stream", lambda device: (actual.ranks, 0))
-    monkeypatch.setattr(registry, "_select", lambda backend, *others: (backend, None))
+    actual = install(host, monkeypatch)
     if PTX is None:
         yield actual
     else:

@@ -23,13 +23,35 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fastkd import DIVERGENCES
 from support.oracles import compose
 from support.paths import DATA
 
 SMOLLM2 = DATA / "smollm2.npz"
+Variant = tuple[str, dict[str, float]]
+# Every divergence, and parameters for which a definition takes other branches.
+VARIANTS: list[Variant] = [
+    *((name, {}) for name in DIVERGENCES),
+    ("jsd", {"beta": 0.1}),
+    ("jsd", {"beta": 0.9}),
+    ("skew_forward_kl", {"alpha": 0.6}),
+    ("skew_reverse_kl", {"alpha": 0.6}),
+    ("alpha_beta", {"alpha": 1.0, "beta": 1.0}),
+    ("alpha_beta", {"alpha": 0.4, "beta": 0.0}),
+    ("alpha_beta", {"alpha": 0.0, "beta": 0.4}),
+    ("alpha_beta", {"alpha": 0.3, "beta": -0.3}),
+    ("alpha_beta", {"alpha": 0.0, "beta": 0.0}),
+    ("alpha_beta", {"alpha": -0.3, "beta": 1.2}),
+    ("alpha_beta", {"alpha": 1.2, "beta": -0.3}),
+]
 UNIT = torch.finfo(torch.float32).eps
 TRUTH = 1e-15  # what float64 itself is off by on rows of probabilities
 ROWS = 16
+
+
+def shown(variant: Variant) -> str:
+    """The name of a divergence and its parameters."""
+    return "-".join([variant[0], *(f"{x:g}" for x in variant[1].values())])
 
 
 class Case(NamedTuple):
