@@ -24,7 +24,7 @@ from fastkd.divergences import derivatives
 Call = Callable[..., Tensor]
 Rows = Callable[[Tensor, Tensor], Tensor]  # (student [..., V], teacher [..., V]) -> loss [...]
 
-BETAS = {"forward_kl": 0.0, "jsd": 0.5, "reverse_kl": 1.0}  # of the generalised JSD
+BETAS = {"forward_kl": 0.0, "jsd": 0.5, "reverse_kl": 1.0}  # of the generalized JSD
 
 
 # The formulas of plain PyTorch, in the fastest form that we know of.
@@ -107,7 +107,7 @@ def eager_rows(loss: Loss, dtype: torch.dtype) -> Rows:
 
 
 def mean_of(rows: Rows) -> Call:
-    """The mean over rows, which training minimises."""
+    """The mean over rows, which training minimizes."""
     return lambda student, teacher: rows(student, teacher).mean()
 
 

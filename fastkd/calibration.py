@@ -110,7 +110,7 @@ def fit_temperature(
     bounds: tuple[float, float] = (0.01, 100.0),
     tolerance: float = 1e-8,
 ) -> float:
-    """Fit the T > 0 that minimises the negative log-likelihood of labels under softmax(logits / T) (Guo et al. 2017).
+    """Fit the T > 0 that minimizes the negative log-likelihood of labels under softmax(logits / T) (Guo et al. 2017).
 
     The negative log-likelihood is convex in b = 1 / T. With z the logits and expectations over softmax(b z), its
     derivative is sum_n (E[z] - z_label) and its second derivative sum_n Var[z]. The minimum is found by Newton's

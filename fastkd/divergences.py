@@ -224,7 +224,7 @@ class ClosedForm:
 class Target:
     """The term of the label's token, for divergences that compare the other tokens separately.
 
-    The label's column is excluded from every sum: p, q and their statistics cover the other tokens and are renormalised
+    The label's column is excluded from every sum: p, q and their statistics cover the other tokens and are renormalized
     over them, so nothing cancels as the label's probability tends to 1. With p_y and q_y the label's probabilities, the
     term is
 
@@ -551,7 +551,7 @@ def _clipped_jsd(p, q, log_p, log_q, log_ratio, beta, rest, clip):
 
 @_recorded
 def jsd(beta: float = 0.5, clip: float = math.inf) -> Divergence:
-    """Generalised Jensen-Shannon: beta KL(p || m) + (1 - beta) KL(q || m), m = beta p + (1 - beta) q.
+    """Generalized Jensen-Shannon: beta KL(p || m) + (1 - beta) KL(q || m), m = beta p + (1 - beta) q.
 
     The endpoints follow the convention of GKD (Agarwal et al. 2024): beta = 0 is KL(p || q) and beta = 1 is
     KL(q || p), the limits of JSD / beta and JSD / (1 - beta). The formula itself is 0 at both endpoints.
@@ -802,7 +802,7 @@ def dkd(alpha: float = 1.0, beta: float = 8.0) -> Divergence:
     """Decoupled knowledge distillation (DKD, Zhao et al. 2022): alpha TCKD + beta NCKD. Every row needs a label y.
 
         TCKD = KL((p_y, 1 - p_y) || (q_y, 1 - q_y))
-        NCKD = KL(p' || q'), with p' and q' the probabilities of the other tokens, renormalised without y
+        NCKD = KL(p' || q'), with p' and q' the probabilities of the other tokens, renormalized without y
 
     Since KL(p || q) = TCKD + (1 - p_y) NCKD, plain KL hardly weights the other tokens if the teacher is confident; here
     beta sets their weight. NCKD is computed from sums that exclude the label, without dividing by 1 - p_y.
@@ -818,10 +818,10 @@ def dkd(alpha: float = 1.0, beta: float = 8.0) -> Divergence:
 
 @_recorded
 def nkd(gamma: float = 1.5) -> Divergence:
-    """Normalised knowledge distillation (NKD, Yang et al. 2023): -p_y log q_y - gamma T^2 sum p' log q'.
+    """Normalized knowledge distillation (NKD, Yang et al. 2023): -p_y log q_y - gamma T^2 sum p' log q'.
 
     Every row needs a label y. p_y and q_y are its probabilities at temperature 1; p' and q' are the probabilities of
-    the other tokens at temperature T, renormalised without y. As in the authors' code, T^2 multiplies the second term
+    the other tokens at temperature T, renormalized without y. As in the authors' code, T^2 multiplies the second term
     only. The teacher receives no gradient; one that requires grad raises.
 
     Args:

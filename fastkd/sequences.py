@@ -124,7 +124,7 @@ def gkd_step(
     generate: Mapping[str, Any] | None = None,
     **options: Any,
 ) -> Step:
-    """Compute the loss of one step of generalised knowledge distillation (GKD, Agarwal et al. 2024).
+    """Compute the loss of one step of generalized knowledge distillation (GKD, Agarwal et al. 2024).
 
     With probability on_policy_fraction (lambda in the paper) the student generates completions of the batch's prompts;
     otherwise the completions in the batch are used. The loss is the divergence D(p, q) between the next-token

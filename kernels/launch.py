@@ -619,5 +619,5 @@ def scale_rows_(gradient: Tensor, upstream: Tensor) -> None:
 
 
 def empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Return uninitialised memory for a chunk's logits."""
+    """Return uninitialized memory for a chunk's logits."""
     return torch.empty(shape, dtype=dtype, device=device)

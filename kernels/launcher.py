@@ -1,6 +1,6 @@
 """Launches of Triton kernels without Triton's search for the compiled kernel.
 
-Triton specialises a kernel for its arguments, so every launch first describes all of them and looks the description
+Triton specializes a kernel for its arguments, so every launch first describes all of them and looks the description
 up. With the nested tuples of these kernels, that takes the host longer than the rest of the launch
 (bench/studies/host.py). There are two shortcuts:
 
@@ -10,8 +10,8 @@ up. With the nested tuples of these kernels, that takes the host longer than the
   caller then need not prepare the arguments.
 
 Both leave the launch to Triton if :func:`state` returns None, for example because a profiler has set hooks. Both
-remember only kernels for NVIDIA GPUs, because Triton's other backends specialise on more. AMD's, for example,
-specialises on the size of a tensor's memory.
+remember only kernels for NVIDIA GPUs, because Triton's other backends specialize on more. AMD's, for example,
+specializes on the size of a tensor's memory.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ def state(kernel: Any) -> Hashable:
 def traits(value: Any) -> Hashable:
     """Return the properties of an argument that a kernel may be compiled for; equal traits share a compiled kernel.
 
-    They include everything that Triton specialises on for NVIDIA GPUs: a tensor's dtype and alignment; whether an
+    They include everything that Triton specializes on for NVIDIA GPUs: a tensor's dtype and alignment; whether an
     integer is 1 or divisible by 16, and which of int32, int64 and uint64 it needs; the type of a float or None; and the
     value of anything else. A tuple has the traits of its parts.
     """

@@ -49,7 +49,7 @@ KINDS = {
 
 
 class Case(NamedTuple):
-    """One specialisation of the row kernel."""
+    """One specialization of the row kernel."""
 
     target: str  # "sm_90"
     divergence: str

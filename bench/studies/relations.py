@@ -2,7 +2,7 @@
 
     python bench/studies/relations.py
 
-The dense form follows the paper's code: all differences [N, N, D], normalised, multiplied into cosines [N, N, N], and a
+The dense form follows the paper's code: all differences [N, N, D], normalized, multiplied into cosines [N, N, N], and a
 smooth L1 loss. Each case is measured in a process of its own. It takes one step to warm up, times some steps, and reads
 the highest resident memory of these from Linux, as in memory.py. Errors are against the dense form in float64, computed
 for a few apexes at a time. The dense form is left out if it needs more memory than is free. float64 and fastkd in plain
@@ -94,7 +94,7 @@ def measure(case: dict[str, Any]) -> dict[str, Any]:
 
 def too_large(samples: int, width: int) -> str | None:
     """Why the dense form is left out, or None."""
-    # The cosines of both models and the gradient of one; differences, plain and normalised.
+    # The cosines of both models and the gradient of one; differences, plain and normalized.
     needed = 4 * (3 * samples**3 + 2 * samples**2 * width) * MARGIN
     available = next(
         int(line.split()[1]) * 1024

@@ -374,7 +374,7 @@ CASES = (
         fastkd_sdpo("bucket"),
     ),
     Case(
-        "TRL SDPO top-k, renormalised",
+        "TRL SDPO top-k, renormalized",
         False,
         True,
         partial(sdpo, False),

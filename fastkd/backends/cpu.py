@@ -25,7 +25,7 @@ _LARGE = 4 << 20
 
 
 def empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device | None = None) -> Tensor:
-    """Allocate an uninitialised contiguous tensor; a large one is in memory that calls reuse."""
+    """Allocate an uninitialized contiguous tensor; a large one is in memory that calls reuse."""
     if math.prod(shape) * dtype.itemsize < _LARGE:
         return torch.empty(shape, dtype=dtype, device="cpu")  # whatever the default device is
     return from_dlpack(_C.new_output(list(shape), native.DTYPES[dtype]))

@@ -122,5 +122,5 @@ def scale_rows_(gradient: Tensor, upstream: Tensor) -> None:
 
 
 def empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Allocate uninitialised memory for the logits of a chunk."""
+    """Allocate uninitialized memory for the logits of a chunk."""
     return torch.empty(shape, dtype=dtype, device=device)

@@ -48,7 +48,7 @@ def _project(derivative: Tensor, probabilities: Tensor, total: Tensor | None) ->
     """Convert a derivative with respect to log-probabilities to one with respect to tempered logits.
 
     This is x_v - p_v sum_u x_u.
-    total is the sum over u. None means that the divergence does not normalise; the derivative is then already with
+    total is the sum over u. None means that the divergence does not normalize; the derivative is then already with
     respect to tempered logits.
     """
     return derivative if total is None else derivative - probabilities * total.unsqueeze(-1)
@@ -688,5 +688,5 @@ def scale_rows_(gradient: Tensor, upstream: Tensor) -> None:
 
 
 def empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Allocate uninitialised memory for the logits of a chunk."""
+    """Allocate uninitialized memory for the logits of a chunk."""
     return torch.empty(shape, dtype=dtype, device=device)

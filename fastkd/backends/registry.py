@@ -113,7 +113,7 @@ def _cpu_obstacle() -> Obstacle | None:
 
 
 def _cuda_obstacle() -> Obstacle | None:
-    # This does not initialise CUDA, because a process that only computes on the CPU may fork later.
+    # This does not initialize CUDA, because a process that only computes on the CPU may fork later.
     return _native_obstacle(
         "fastkd._cuda",
         Obstacle(**built) if (built := _built().get("cuda_obstacle")) else None,

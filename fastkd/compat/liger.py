@@ -45,7 +45,7 @@ from fastkd.teachers import LinearTeacher
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-_REMEDY = "Cut both to their n shared tokens, [..., :n], and normalise them again"
+_REMEDY = "Cut both to their n shared tokens, [..., :n], and normalize them again"
 LOWEST = torch.finfo(torch.float32).min
 
 
@@ -128,7 +128,7 @@ def _reduction_options(
 
 
 class LigerJSD(nn.Module):
-    r"""liger_kernel.transformers.LigerJSD: the generalised Jensen-Shannon divergence of log-probabilities.
+    r"""liger_kernel.transformers.LigerJSD: the generalized Jensen-Shannon divergence of log-probabilities.
 
         beta KL(p || m) + (1 - beta) KL(q || m),   m = beta p + (1 - beta) q;   0: KL(p || q), 1: KL(q || p)
 
@@ -524,7 +524,7 @@ class LigerFusedLinearKLDivLoss(nn.Module):
     r"""liger_kernel.transformers.LigerFusedLinearKLDivLoss: KL(target || softmax(s / T)) from hidden states.
 
     The target holds probabilities [N, V], and their logarithms take as much memory again; ``fastkd.TopK`` and
-    ``fastkd.LinearTeacher`` avoid both. Each row of the target is divided by its sum. Liger does not normalise it, so
+    ``fastkd.LinearTeacher`` avoid both. Each row of the target is divided by its sum. Liger does not normalize it, so
     results differ by the rounding error of low-precision targets. There is no T^2, and only the student's logits are
     divided by the temperature.
 
@@ -582,7 +582,7 @@ class LigerFusedLinearKLDivLoss(nn.Module):
             raise ValueError(
                 f"target must have {len(student_weight)} columns, one per row of student_weight; got "
                 f"{tuple(target.shape)}. Cut the wider one to the n shared tokens: student_weight[:n] or "
-                "target[..., :n], which is normalised here"
+                "target[..., :n], which is normalized here"
             )
         return fused_linear_kd_loss(
             student_input,

@@ -5,7 +5,7 @@ r"""mdistiller's losses of logits, with the same signatures and results.
 
 mdistiller is the repository megvii-research/mdistiller, not a package; the code of many papers is derived from it. As
 there, losses have the factor T^2 and are averaged over the batch, and callers add the cross-entropy themselves.
-``logit_stand`` comes from the version with logit standardisation (Sun et al. 2024). For mdistiller's attention,
+``logit_stand`` comes from the version with logit standardization (Sun et al. 2024). For mdistiller's attention,
 relation and hint losses see :mod:`fastkd.features` and :mod:`fastkd.relations`.
 
 mdistiller's dkd_loss takes the logarithm of sums of probabilities. If the student is certain of a label, a sum is 0, so
@@ -33,7 +33,7 @@ def kd_loss(
         logits_student: [B, C].
         logits_teacher: [B, C].
         temperature: T > 0.
-        logit_stand: first standardise the logits of each row: subtract their mean, divide by their standard deviation.
+        logit_stand: first standardize the logits of each row: subtract their mean, divide by their standard deviation.
 
     Returns:
         0-dim.

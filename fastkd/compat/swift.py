@@ -36,7 +36,7 @@ def gkd_loss(
     chunk_size: int = 512,
     process_group: ProcessGroup | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """``swift.rlhf_trainers.gkd_loss.gkd_loss``: the sum of the generalised JSD over the rows that have a label.
+    """``swift.rlhf_trainers.gkd_loss.gkd_loss``: the sum of the generalized JSD over the rows that have a label.
 
         beta KL(p || m) + (1 - beta) KL(q || m),   m = beta p + (1 - beta) q
 

@@ -144,7 +144,7 @@ class KDLoss(_LogitsLoss):
 
 
 class LogitStdKDLoss(KDLoss):
-    r"""torchdistill's LogitStdKDLoss: KDLoss whose KL is computed from standardised logits [N, C].
+    r"""torchdistill's LogitStdKDLoss: KDLoss whose KL is computed from standardized logits [N, C].
 
     The cross-entropy is computed from the original logits.
 

@@ -5,7 +5,7 @@
     from fastkd.compat.trl import SDFTTrainer  # was: from trl.experimental.sdft import SDFTTrainer
     from fastkd.compat.trl import SDPOTrainer  # was: from trl.experimental.sdpo import SDPOTrainer
 
-TRL's conventions are kept: forward KL at beta = 0, reverse KL at beta = 1, and the generalised JSD of fastkd.jsd in
+TRL's conventions are kept: forward KL at beta = 0, reverse KL at beta = 1, and the generalized JSD of fastkd.jsd in
 between; no T^2; the counted rows are those whose label is not -100, or whose mask is not 0. docs/stacks/trl.md lists
 what differs.
 """
@@ -48,7 +48,7 @@ def generalized_jsd_loss(
     reduction: str = "batchmean",
     num_items_in_batch: int | Tensor | None = None,
 ) -> Tensor:
-    """``trl.experimental.gkd.GKDTrainer.generalized_jsd_loss``: the generalised JSD of student and teacher.
+    """``trl.experimental.gkd.GKDTrainer.generalized_jsd_loss``: the generalized JSD of student and teacher.
 
         beta KL(p || m) + (1 - beta) KL(q || m),   m = beta p + (1 - beta) q
 
@@ -225,7 +225,7 @@ def chunked_divergence_loss(
 def compute_full_logit_self_distillation_loss(
     student_logits: Tensor, teacher_logits: Tensor, *, distillation_alpha: float
 ) -> Tensor:
-    """The function of this name in ``trl.experimental.sdft`` and ``sdpo``: the generalised JSD of each row.
+    """The function of this name in ``trl.experimental.sdft`` and ``sdpo``: the generalized JSD of each row.
 
         alpha KL(p || m) + (1 - alpha) KL(q || m),   m = alpha p + (1 - alpha) q
 

@@ -35,13 +35,13 @@ class MeanTeacher(nn.Module):
         theta' <- a theta' + (1 - a) theta,    a = min(1 - 1/(t + 1), decay)
 
     t is 1 at the first update, as in the authors' code. So the teacher is the plain mean of all students so far, until
-    decay limits a. Call :meth:`update` after each step of the optimiser.
+    decay limits a. Call :meth:`update` after each step of the optimizer.
 
     Args:
         student: the module to start from. It is copied, without the wrappers of torch.compile and
             DistributedDataParallel.
         decay: in [0, 1]; in the paper 0.99 while the student improves quickly, and 0.999 later.
-        buffers: how buffers such as the statistics of batch normalisation are updated. "copy" copies the student's.
+        buffers: how buffers such as the statistics of batch normalization are updated. "copy" copies the student's.
             "average" averages floating-point buffers and copies the others. "own" does not update them; the teacher
             collects its own statistics in training mode, as in the authors' code.
         training: whether the teacher runs in training mode, with dropout and batch statistics, as in the authors' code.

@@ -193,7 +193,7 @@ def mutual_loss(
         backend: "auto", "cpu", "triton", "portable" or "reference".
 
     Returns:
-        A tuple of M losses, each in the graph of its own student only: call `losses[k].backward()` with one optimiser
+        A tuple of M losses, each in the graph of its own student only: call `losses[k].backward()` with one optimizer
         per student, or `sum(losses).backward()` with one for all. float32 (float64 for float64 logits); 0-dim, or [...]
         for reduction="none". With no counted row they are 0 with a graph. An invalid label makes its row NaN;
         FASTKD_CHECK=1 raises instead.

@@ -77,7 +77,7 @@ def all_gather(value: Tensor, group: dist.ProcessGroup, what: str) -> Pending:
     flat = gathered.view(size * value.numel())
 
     def start() -> Any:
-        if not value.numel():  # a divergence that does not normalise has no statistics
+        if not value.numel():  # a divergence that does not normalize has no statistics
             return None
         return _all_gather(flat, value.view(-1), group=group, async_op=True)
 

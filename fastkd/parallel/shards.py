@@ -136,4 +136,4 @@ def _part_of(result: Result, part: tuple[slice, ...]) -> Result:
 
 def log_sum_exp(local: Tensor, shard: Shard) -> Tensor:
     """The log-sum-exp over all columns, [..., 1], from those over each process's columns."""
-    return all_gather(local, shard.group, "the normalisers of a teacher").wait().logsumexp(0)
+    return all_gather(local, shard.group, "the normalizers of a teacher").wait().logsumexp(0)

@@ -1,4 +1,4 @@
-"""Distillation of standardised logits, which may differ in scale."""
+"""Distillation of standardized logits, which may differ in scale."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def standardized_kd_loss(
     memory_budget: int | None = None,
     backend: str = "auto",
 ) -> Tensor:
-    r"""Distillation of standardised logits (Sun et al. 2024), for models whose logits differ in scale.
+    r"""Distillation of standardized logits (Sun et al. 2024), for models whose logits differ in scale.
 
         alpha T^2 D(softmax(Z(t) / T), softmax(Z(s) / T)) + (1 - alpha) CE(softmax(s), label),
 
@@ -55,8 +55,8 @@ def standardized_kd_loss(
 
     std is the sample standard deviation, like torch.std. A softmax does not depend on the mean, so this equals kd_loss
     with the temperature T (std + eps) for each row and model, with two differences: the factor stays T^2, and the
-    gradient goes through the standard deviation. Standardised logits are never stored. The cross-entropy uses the
-    logits without standardisation.
+    gradient goes through the standard deviation. Standardized logits are never stored. The cross-entropy uses the
+    logits without standardization.
 
     Args:
         student_logits: [..., V], V > 1, all finite: the deviation of a row with -inf is NaN, and so is its loss.

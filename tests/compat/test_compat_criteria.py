@@ -196,13 +196,13 @@ def test_signatures(theirs: Any, loss: Any) -> None:
 # ---- mdistiller: the formulas of its files, written again
 
 
-def standardised(x: Tensor) -> Tensor:
+def standardized(x: Tensor) -> Tensor:
     return (x - x.mean(-1, keepdim=True)) / (1e-7 + x.std(-1, keepdim=True))
 
 
 def kd(student: Tensor, teacher: Tensor, temperature: float, stand: bool) -> Tensor:
     if stand:
-        student, teacher = standardised(student), standardised(teacher)
+        student, teacher = standardized(student), standardized(teacher)
     log_q, p = (student / temperature).log_softmax(1), (teacher / temperature).softmax(1)
     return temperature**2 * F.kl_div(log_q, p, reduction="none").sum(1).mean()
 
@@ -217,7 +217,7 @@ def dkd(
     stand: bool,
 ) -> Tensor:
     if stand:
-        student, teacher = standardised(student), standardised(teacher)
+        student, teacher = standardized(student), standardized(teacher)
     label = F.one_hot(target, student.shape[1]).bool()
 
     def binary(x: Tensor) -> Tensor:

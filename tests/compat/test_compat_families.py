@@ -550,7 +550,7 @@ def test_a_model_that_reads_across_examples_is_refused(arguments: Callable[..., 
 # ---- what a model adds to its loss
 
 
-class Penalised(transformers.LlamaForCausalLM):
+class Penalized(transformers.LlamaForCausalLM):
     """A subclass whose loss has an extra term, which only a call with labels returns."""
 
     def forward(self, *args: Any, labels: Tensor | None = None, **kwargs: Any) -> Any:
@@ -585,7 +585,7 @@ OWN: dict[str, tuple[Callable[[], nn.Module], Callable[[nn.Module, Batch], Tenso
         lambda model, batch: 0.05 * model(batch["input_ids"], batch["attention_mask"]).aux_loss,
     ),
     "with labels": (
-        lambda: of_llama(Penalised), lambda model, batch: 0.01 * model.lm_head.weight.square().mean(),
+        lambda: of_llama(Penalized), lambda model, batch: 0.01 * model.lm_head.weight.square().mean(),
     ),
     "always": (
         lambda: of_llama(AlwaysPenalised), lambda model, batch: 0.01 * model.lm_head.weight.square().mean(),
@@ -626,7 +626,7 @@ def test_extra_loss_terms_are_kept(name: str, fused: bool, arguments: Callable[.
 
 def test_extra_loss_terms_are_averaged_over_a_step(arguments: Callable[..., Any]) -> None:
     """Four batches of one add the same mean over rows as one batch of four."""
-    student, teacher = of_llama(Penalised), family("LlamaForCausalLM")[1]
+    student, teacher = of_llama(Penalized), family("LlamaForCausalLM")[1]
     batch = token_labels(4)
     trainer = kd_trainer(student, arguments(), teacher_model=teacher)
     items = trainer._get_num_items_in_batch([batch], torch.device("cpu"))
@@ -654,11 +654,11 @@ def test_terms_that_a_function_cannot_keep(arguments: Callable[..., Any]) -> Non
     )
     actual = func(outputs, batch["labels"])
     assert float(actual) == pytest.approx(float(expected + 0.05 * outputs.aux_loss), rel=2e-6)
-    student = of_llama(Penalised)
+    student = of_llama(Penalized)
     func = compute_loss_func(student, teacher, **LOSS)
     with pytest.raises(ValueError, match="adds a loss of its own .* own_loss='drop'"):
         func(student(**inputs), batch["labels"])
-    func = compute_loss_func(of_llama(Penalised), teacher, own_loss="drop", **LOSS)
+    func = compute_loss_func(of_llama(Penalized), teacher, own_loss="drop", **LOSS)
 
 
 class CustomLoss(nn.Module):

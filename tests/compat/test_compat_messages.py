@@ -107,7 +107,7 @@ CALLS: dict[str, tuple[Callable[..., Any], dict[str, Tensor], Callable[..., Any]
         lambda **given: mdistiller.kd_loss(temperature=2.0, **given),
         {"logits_student": logits(4, 7), "logits_teacher": logits(4, 7)}, mdistiller.kd_loss,
     ),
-    "mdistiller.kd_loss standardised": (
+    "mdistiller.kd_loss standardized": (
         lambda **given: mdistiller.kd_loss(temperature=2.0, logit_stand=True, **given),
         {"logits_student": logits(4, 7), "logits_teacher": logits(4, 7)}, mdistiller.kd_loss,
     ),

@@ -161,7 +161,7 @@ def test_top_k_gkd_loss(beta: float, temperature: float) -> None:
 
 
 def test_logits_as_log_probabilities() -> None:
-    """ms-swift's own conversion of dense logits leaves them unnormalised."""
+    """ms-swift's own conversion of dense logits leaves them unnormalized."""
     student, teacher, labels = problem()
     output = ms_swift().TeacherOutput(full_logits=teacher, labels=labels).to_topk(K)
     theirs, _ = ms_swift().gkd_loss(student, output, labels, 0.5, 1.0)

@@ -94,7 +94,7 @@ def test_sampled_token_of_self_distillation(functions: Any, clip: float | None) 
         per_token = functions.apply_importance_sampling_clipping(per_token, current, old, clip)
         weight = importance_weights(current, old, truncate=clip)
         assert (weight == clip).any() and (weight < clip).any()
-    # The normaliser of both trainers: the mean of each sequence, then of the batch.
+    # The normalizer of both trainers: the mean of each sequence, then of the batch.
     theirs = ((per_token * mask).sum(-1) / mask.sum(-1).clamp(min=1)).mean()
     ours = on_policy_loss(
         current, _of_tokens(teacher, tokens), mask=mask, weight=weight, reduction="sequence_mean"

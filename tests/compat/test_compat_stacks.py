@@ -108,7 +108,7 @@ def test_log_probabilities_and_entropies(stack: str, temperature: float) -> None
 
 
 def test_verls_and_veomnis_formula() -> None:
-    """Sum over the teacher's tokens of p (log p - log q), of all tokens as they are: no tail, no renormalisation."""
+    """Sum over the teacher's tokens of p (log p - log q), of all tokens as they are: no tail, no renormalization."""
     hidden, weight, teacher = _operands(4)
     logprobs, ids = teacher.log_softmax(-1).topk(K)
     doubled = [x.detach().double().requires_grad_() for x in (hidden, weight)]

@@ -1,4 +1,4 @@
-"""Calibration: compared with a transcription of the definition, and with a minimiser that shares no code with
+"""Calibration: compared with a transcription of the definition, and with a minimizer that shares no code with
 fastkd."""
 
 from __future__ import annotations

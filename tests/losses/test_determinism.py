@@ -28,7 +28,7 @@ def _thread_counts(backend: str) -> list[list[int]]:
     return [[1, 1], [2, 2]] if backend in ("portable", "reference") else [[1, 2, 2, 3, 1]]
 
 
-# Divergences: two sweeps, three sweeps, no normaliser. Rows: fewer than threads, so that threads share a row; one per
+# Divergences: two sweeps, three sweeps, no normalizer. Rows: fewer than threads, so that threads share a row; one per
 # thread; more than threads and not a multiple of them. Widths: within one block of 2048 columns; several blocks with a
 # tail.
 @pytest.mark.pairwise(each="backend")

@@ -267,7 +267,7 @@ def test_speculators_compound_loss() -> None:
 
 
 def test_spec_forge_lk_loss() -> None:
-    """Its "alpha" form is the negative log of the acceptance; p of the acceptance is not renormalised."""
+    """Its "alpha" form is the negative log of the acceptance; p of the acceptance is not renormalized."""
     student, teacher, ids = _logits(8)
     assert ids is not None
     acceptance = torch.minimum(student.softmax(-1), teacher.softmax(-1)[..., ids]).sum(-1)

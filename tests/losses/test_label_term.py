@@ -1,4 +1,4 @@
-"""DKD and NKD: the label's token is compared by itself, and the other tokens are renormalised without it."""
+"""DKD and NKD: the label's token is compared by itself, and the other tokens are renormalized without it."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def published_loss(
 
     def label_and_others(z: Tensor) -> tuple[Tensor, Tensor]:
         """(log-probabilities of the label and of all other tokens together [..., 2], log-probabilities of the others
-        renormalised)."""
+        renormalized)."""
         log = z.log_softmax(-1)
         others = z.masked_fill(of_label, -INF)
         both = [log[of_label].reshape(labels.shape), log.masked_fill(of_label, -INF).logsumexp(-1)]

@@ -18,7 +18,7 @@ from fastkd import KDLoss, kd_loss
 
 
 # forward_kl has a closed form of moments and takes two sweeps over a row, jsd takes three, squared_error needs no
-# normaliser.
+# normalizer.
 @pytest.mark.parametrize("divergence", ["forward_kl", "jsd", "squared_error"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("options", ALL.values(), ids=ALL)

@@ -29,7 +29,7 @@ from fastkd.divergences import WITH_LABELS
 
 FLOATS = [torch.float32, torch.bfloat16, torch.float16]
 defaults = pytest.mark.parametrize("divergence", fastkd.DIVERGENCES)
-# Two sweeps over a row, three sweeps, no normaliser.
+# Two sweeps over a row, three sweeps, no normalizer.
 kinds = pytest.mark.parametrize("divergence", ["forward_kl", "jsd", "squared_error"])
 
 # One column; fewer than any SIMD vector; vectors of 4, 8 and 16 exactly, and with one column more and less; the C++

@@ -602,7 +602,7 @@ def test_parts(everywhere: str) -> None:
 
 
 def test_each_student_has_its_own_backward(everywhere: str) -> None:
-    """Each student has its own optimiser: no graph is shared, and the other students get no gradient."""
+    """Each student has its own optimizer: no graph is shared, and the other students get no gradient."""
     leaves = [student.requires_grad_() for student in group(3, 2, 20)]
     losses = mutual_loss(leaves, backend=everywhere)
     for k, loss in enumerate(losses):
@@ -949,7 +949,7 @@ class Network(nn.Module):
 
 
 def _stepped(student: nn.Module, seed: int) -> None:
-    """Change the student as a step of an optimiser and a batch would."""
+    """Change the student as a step of an optimizer and a batch would."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for value in itertools.chain(student.parameters(), student.buffers()):

@@ -549,7 +549,7 @@ def test_dist_is_invariant_to_affine_maps_of_probabilities() -> None:
     assert dist_loss(p.log(), flatter, eps=1e-30).abs() < 1e-12
 
 
-# ---- logit standardisation
+# ---- logit standardization
 
 
 @pytest.mark.parametrize("divergence", ["forward_kl", "reverse_kl", "jsd", "tvd"])
@@ -582,12 +582,12 @@ def test_standardized_is_kd_loss_of_standardized_logits(divergence: str) -> None
     s, t = logits(5, 100, seed=1), logits(5, 100, seed=2)
     options = {"divergence": divergence, "labels": t.argmax(-1), "temperature": 4.0}
 
-    def standardised(z: Tensor) -> Tensor:
+    def standardized(z: Tensor) -> Tensor:
         return (z - z.mean(-1, keepdim=True)) / (z.std(-1, keepdim=True) + 1e-7)
 
     actual = differentiated(lambda s: standardized_kd_loss(s, t, **options), s)
     reference = differentiated(
-        lambda s: fastkd.kd_loss(standardised(s), standardised(t), **options), s
+        lambda s: fastkd.kd_loss(standardized(s), standardized(t), **options), s
     )
     for computed, true in zip(actual, reference, strict=True):
         torch.testing.assert_close(computed, true, rtol=1e-5, atol=1e-7)

@@ -30,7 +30,7 @@ ULP = torch.finfo(torch.float32).eps
 FLOOR = 2.0**-52
 # Of max(1, |log p|): float32 cannot tell which of p and q is larger where their logarithms are closer than this. Each
 # is off by up to four units: half a one in the difference to the maximum, the reciprocal temperature, their product,
-# the logarithm of the normaliser and its subtraction; one and a half in the normaliser's sum and the exponential.
+# the logarithm of the normalizer and its subtraction; one and a half in the normalizer's sum and the exponential.
 TIED = 8 * ULP
 
 

@@ -138,7 +138,7 @@ class Outcome(NamedTuple):
     """The loss, its gradients and parts, and the terms of each: how much one unit of error changes it.
 
     A log-probability x computed in floating point carries an error of the order of one unit in the last place times
-    max(1, |x|): the normaliser is the logarithm of a sum that is at least 1. The terms are what a result is a sum of,
+    max(1, |x|): the normalizer is the logarithm of a sum that is at least 1. The terms are what a result is a sum of,
     and its derivatives by the log-probabilities times max(1, |x|).
     """
 

@@ -79,7 +79,7 @@ def catch(kernel: Any, stage: str | None = None) -> None:
 def _compiled(
     kernel: Any, arguments: tuple[Any, ...], options: dict[str, Any], target: Any
 ) -> dict[str, Any]:
-    """The code that Triton compiles for a launch, specialised for the target as on its machine."""
+    """The code that Triton compiles for a launch, specialized for the target as on its machine."""
     import triton
     from triton.compiler import ASTSource, make_backend
     from triton.runtime.jit import create_function_from_signature

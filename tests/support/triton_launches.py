@@ -116,7 +116,7 @@ PLAIN: Case = {
 }
 # How programs share these numbers of rows; other rows have a program each.
 PLANS = {7: split.Plan(3, 7), 8: split.Plan(3, 4), 9: split.Plan(2, 9)}
-# Each differs from PLAIN in one fact that some launch depends on. One row and 16: Triton specialises on both numbers.
+# Each differs from PLAIN in one fact that some launch depends on. One row and 16: Triton specializes on both numbers.
 CHANGES: list[Case] = [
     {},
     {"rows": 1},

@@ -1309,7 +1309,7 @@ def test_wrong_log_probabilities_poison_their_row(
 def test_a_tail_beyond_the_probabilities_poisons_its_row(
     everywhere: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """tail_logprob's mass is part of the sum, which must not exceed 1; a smaller sum is normalised."""
+    """tail_logprob's mass is part of the sum, which must not exceed 1; a smaller sum is normalized."""
     student = logits(4, 21, seed=48)
     ids = torch.tensor([[0, 5], [1, 2], [7, 3], [4, -1]])
     named = TopK(

@@ -342,7 +342,7 @@ def test_a_sparse_teacher_moves_two_tensors(emulation: Emulation, tail: str) -> 
 
 @pytest.mark.parametrize("divergence", ["forward_kl", "jsd", "tvd"])
 def test_a_row_of_padding_alone(emulation: Emulation, divergence: str) -> None:
-    """With no tokens to renormalise over, only the cross-entropy is left; the other row has a divergence."""
+    """With no tokens to renormalize over, only the cross-entropy is left; the other row has a divergence."""
     emulation.ranks = 2
     ids = torch.tensor([[-1, -1], [3, 40]])
     named = fastkd.TopK(ids, torch.full((2, 2), -1.0), tail="renormalize")

@@ -156,7 +156,7 @@ def compare(
     """Infinities and NaN where the reference has them; elsewhere within its float32 error of float64, and a floor.
 
     The floor is 4 units of float32 roundoff of the terms: the argument of an exponential, the exponential, the
-    normaliser and the product round once each.
+    normalizer and the product round once each.
     """
     divergence = fastkd.divergences.resolve(divergence)
     options = Options(divergence, alpha, temperature, temperature, vocab_size=student.shape[-1])
@@ -199,7 +199,7 @@ DIVERGENCES: list[tuple[str, dict[str, float]]] = [
     ("alpha_beta", {"alpha": 1.5, "beta": -0.2}),
 ]
 FLOATS = [torch.float32, torch.bfloat16, torch.float16]
-# Two sweeps over a row, three sweeps, no normaliser.
+# Two sweeps over a row, three sweeps, no normalizer.
 KINDS = ["forward_kl", "jsd", "squared_error"]
 kinds = pytest.mark.parametrize("divergence", KINDS)
 
@@ -363,7 +363,7 @@ def test_a_probability_that_underflows_beside_an_infinity(divergence: str) -> No
 
 
 @however_shared
-# Without a normaliser an infinite logit affects only its own column.
+# Without a normalizer an infinite logit affects only its own column.
 @pytest.mark.parametrize(
     ("divergence", "poison"),
     [*itertools.product(["mixture", "jsd"], [math.nan, INF]), ("squared_error", math.nan)],

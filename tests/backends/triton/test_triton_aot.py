@@ -1,6 +1,6 @@
 """Every Triton kernel compiles ahead of time, for GPUs that are not here, and keeps its tiles in registers.
 
-What is compiled is what the launchers launch: their calls are caught and specialised for the target as on its machine.
+What is compiled is what the launchers launch: their calls are caught and specialized for the target as on its machine.
 Triton's interpreter may be on in the tests, so this runs in a process of its own, which is this file as a script.
 """
 
@@ -52,7 +52,7 @@ WIDTHS |= {f"timed {key[3]}": key[3] for key in TILES}
 
 
 class Variant(NamedTuple):
-    """One specialisation of a kernel."""
+    """One specialization of a kernel."""
 
     divergence: str  # or "scale" for the kernel that scales gradients
     kind: str
@@ -92,7 +92,7 @@ def _least() -> list[Variant]:
 
 def _few() -> list[Variant]:
     both = ["fp32", "bf16"]
-    # A closed form with all its moments, three sweeps, and no normaliser: bare, usual and with all that a row may have.
+    # A closed form with all its moments, three sweeps, and no normalizer: bare, usual and with all that a row may have.
     results = [
         Variant("forward_kl", "hinton"),
         Variant("forward_kl", "distillation", "fp32", "fp32"),
@@ -187,7 +187,7 @@ def _pairs() -> list[Variant]:
     results = [Variant(divergence, "hinton") for divergence in DIVERGENCES]
     for divergence in ("forward_kl", "jsd", "squared_error"):
         results.append(Variant(divergence, "distillation", "fp32", "fp32"))
-    # A closed form with all its moments, three sweeps, and no normaliser.
+    # A closed form with all its moments, three sweeps, and no normalizer.
     for divergence, dtype in itertools.product(("mixture", "jsd", "squared_error"), both):
         results.append(Variant(divergence, "everything", dtype, dtype))
     for width in ("narrow", "medium", "odd"):

@@ -65,13 +65,13 @@ def values() -> list[Any]:
 
 
 def test_traits_tell_apart_what_triton_specialises_on() -> None:
-    def specialised(value: Any) -> Any:
+    def specialized(value: Any) -> Any:
         return str(native_specialize_impl(CUDABackend, value, False, True, True)), type(
             value
         ) if isinstance(value, tuple) else None
 
     for first, second in itertools.combinations(values(), 2):
-        if specialised(first) != specialised(second):
+        if specialized(first) != specialized(second):
             assert traits(first) != traits(second), (first, second)
 
 

@@ -201,7 +201,7 @@ def test_shares_and_lanes(in_shards: InShards, monkeypatch: pytest.MonkeyPatch, 
 
 
 def test_tensors_that_processes_exchange(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Statistics where anything is to be normalised, sums where there is no closed form, of a loss that has them."""
+    """Statistics where anything is to be normalized, sums where there is no closed form, of a loss that has them."""
     student, teacher = pair(2, 7)
     labels = torch.tensor([1, 2], device=DEVICE)
     result = Result(torch.empty(2), torch.empty(()))
