@@ -279,6 +279,30 @@ def test_sums_and_products(name: str, kind: str) -> None:
         )
 
 
+def test_sums_rounded_toward_zero() -> None:
+    inputs = operands(("f32", "f32"))
+    # Sums whose exact value is just below a float32, too close for float64 to tell.
+    close = [
+        np.resize(np.float32(x), len(inputs[0]))
+        for x in ([1, -1, 1, 3e38, 2**-149], [-(2**-80), 2**-80, 2**-80, 3e38, 2**-149])
+    ]
+    for a, b in (close, [x.view(np.float32) for x in inputs]):
+        given = [x.view(inputs[0].dtype) for x in (a, b)]
+        actual = compute("add.rz.f32", "f32", ("f32", "f32"), given).view(np.float32)
+        for x, y, found in zip(a, b, actual, strict=True):
+            if not np.isfinite(x) or not np.isfinite(y):
+                agree(np.array([found]), np.array([x + y]))
+                continue
+            exact = Fraction(float(x)) + Fraction(float(y))
+            assert abs(Fraction(float(found))) <= abs(exact)
+            further = np.nextafter(found, np.float32(np.inf if exact > 0 else -np.inf))
+            assert (
+                exact == Fraction(float(found))
+                or not np.isfinite(further)
+                or abs(Fraction(float(further))) > abs(exact)
+            )
+
+
 @pytest.mark.parametrize("name", ["add", "mul", "fma"])
 def test_pairs_of_float32(name: str) -> None:
     """f32x2 in a register of 64 bits computes what two instructions of f32 do."""
@@ -590,7 +614,7 @@ def test_parts_of_registers() -> None:
 
 @pytest.mark.parametrize(
     "opcode",
-    ["add.cc.u32", "mul24.lo.u32", "add.rz.f32", "cvt.rz.f32.f64", "add.ftz.f16", "ex2.approx.f64"],
+    ["add.cc.u32", "mul24.lo.u32", "mul.rz.f32", "cvt.rz.f32.f64", "add.ftz.f16", "ex2.approx.f64"],
 )
 def test_what_is_not_implemented_is_refused(opcode: str) -> None:
     kind = opcode.rsplit(".", 1)[-1]

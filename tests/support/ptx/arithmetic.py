@@ -22,6 +22,7 @@ from support.ptx.numbers import (
     kind_of,
     odd32,
     size_of,
+    sum32_toward_zero,
 )
 from support.ptx.program import Instruction
 
@@ -80,6 +81,9 @@ def _number_of_sources(instruction: Instruction) -> int:
 
 @_opcode("add", "sub")
 def _sum(instruction: Instruction, noise: Noise) -> Arithmetic:
+    if instruction.has("rz") and instruction.type == "f32" and instruction.name == "add":
+        instruction.only("rz ftz sat")
+        return _same(instruction, sum32_toward_zero, 2)
     instruction.only("rn ftz sat")
     function = {"add": np.add, "sub": np.subtract}[instruction.name]
     if instruction.types[0] == "f32" and instruction.type in ("f16", "bf16"):  # add.f32.bf16

@@ -159,6 +159,14 @@ def odd32(values: Any) -> Any:
     return np.where(inexact, bits | 1, bits).astype(np.int32).view(np.float32)
 
 
+def sum32_toward_zero(a: Any, b: Any) -> Any:
+    """a + b in float32, rounded toward 0 once."""
+    exact = _odd64(*_sum_and_error(np.asarray(a, np.float64), np.asarray(b, np.float64)))
+    rounded = exact.astype(np.float32)
+    beyond = (np.abs(rounded) > np.abs(exact)) & np.isfinite(exact)
+    return (rounded.view(np.int32) - beyond).astype(np.int32).view(np.float32)
+
+
 def fma32(a: Any, b: Any, c: Any) -> Any:
     """a * b + c in float32, rounded once."""
     product = np.asarray(a, np.float64) * b  # exact: 24 digits by 24
