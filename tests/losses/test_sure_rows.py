@@ -39,8 +39,8 @@ of_triton = pytest.mark.parametrize(
 
 # The largest error that a backend may have, as a multiple of plain PyTorch's, and the divergences that may have a
 # larger one. An error of one unit in the last place, which is two roundings of the result, is ignored: below it either
-# side is right by luck. PyTorch's own error depends on the instructions that it uses (ATEN_CPU_CAPABILITY), so a limit
-# is a few percent above the largest ratio. docs/numerics.md has the reasons for the exceptions.
+# side is right by luck. The limits are a few percent above the largest ratios beside PyTorch with AVX-512.
+# docs/numerics.md has the reasons for the exceptions.
 LIMITS: dict[str, tuple[float, dict[str, float]]] = {
     "reference": (1.0, {}),
     "portable": (1.15, {"soft_cross_entropy": 1.6}),
@@ -64,6 +64,9 @@ LIMITS: dict[str, tuple[float, dict[str, float]]] = {
         },
     ),
 }  # fmt: skip
+# PyTorch's own error depends on the instructions that it uses. With others (ATEN_CPU_CAPABILITY=avx2 or default), it is
+# smaller on some rows, and the ratios are up to this multiple of the limits.
+WITHOUT_AVX512 = 1.6
 
 
 @functools.cache
@@ -103,7 +106,10 @@ def _has_no_fma() -> bool:
 def limit_of(backend: str, variant: tuple[str, dict[str, float]]) -> float:
     """The largest ratio allowed."""
     usual, exceptions = LIMITS["cpu without FMA" if backend == "cpu" and _has_no_fma() else backend]
-    return exceptions.get(variant[0], usual)
+    limit = exceptions.get(variant[0], usual)
+    if backend == "reference" or torch.backends.cpu.get_cpu_capability() == "AVX512":
+        return limit
+    return WITHOUT_AVX512 * limit
 
 
 def assert_within_bar(
