@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fastkd.core.scalars import plain
 from fastkd.teachers.linear import LinearTeacher
-from fastkd.teachers.tensors import FLOATS, check_tensor
+from fastkd.teachers.tensors import FLOATS, check_tensor, checked_list
 from fastkd.teachers.topk import TopK
 
 MEANS = ("arithmetic", "geometric")
@@ -83,13 +83,7 @@ class Ensemble:
     mean: str = "arithmetic"
 
     def __post_init__(self) -> None:
-        if isinstance(self.teachers, Tensor) or not isinstance(self.teachers, Sequence):
-            raise TypeError(
-                f"teachers must be a list of teachers, got {type(self.teachers).__name__}"
-            )
-        object.__setattr__(self, "teachers", tuple(self.teachers))
-        if not self.teachers:
-            raise ValueError("teachers must contain at least one teacher, got none")
+        object.__setattr__(self, "teachers", checked_list(self.teachers))
         for index, teacher in enumerate(self.teachers):
             if isinstance(teacher, Tensor):
                 check_tensor(f"teachers[{index}]", teacher, FLOATS)

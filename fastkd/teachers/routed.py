@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fastkd.teachers.linear import LinearTeacher
-from fastkd.teachers.tensors import FLOATS, check_tensor
+from fastkd.teachers.tensors import FLOATS, check_tensor, checked_list
 from fastkd.teachers.topk import TopK
 
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
@@ -56,13 +56,7 @@ class RoutedTeacher:
     index: Tensor
 
     def __post_init__(self) -> None:
-        if isinstance(self.teachers, Tensor) or not isinstance(self.teachers, Sequence):
-            raise TypeError(
-                f"teachers must be a list of teachers, got {type(self.teachers).__name__}"
-            )
-        object.__setattr__(self, "teachers", tuple(self.teachers))
-        if not self.teachers:
-            raise ValueError("teachers must contain at least one teacher, got none")
+        object.__setattr__(self, "teachers", checked_list(self.teachers))
         check_tensor("index", self.index, INTEGERS)
         for number, teacher in enumerate(self.teachers):
             if isinstance(teacher, Tensor):

@@ -120,7 +120,7 @@ def test_oracles_cache_results_by_the_contents_of_tensors() -> None:
 
 @pytest.mark.parametrize("each", [None, "a"])
 def test_a_selection_of_pairs_has_every_pair(each: str | None) -> None:
-    """Of a grid in which some combinations do not exist, and of fewer combinations than there are."""
+    """Every pair of values is selected, although some combinations do not exist and only a part is selected."""
     grid = [
         {"a": a, "b": b, "c": c, "d": d}
         for a, b, c, d in itertools.product(range(3), range(4), range(2), range(5))
