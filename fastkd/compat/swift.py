@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from fastkd.divergences import Divergence, forward_kl, jsd, reverse_kl
+from fastkd.divergences import jsd
 from fastkd.functional import kd_loss
 from fastkd.teachers import TopK
 
@@ -102,7 +102,7 @@ def gkd_loss(
     loss = kd_loss(
         student_logits,
         teacher,
-        divergence=_divergence(beta),
+        divergence=jsd(beta),
         temperature=temperature,
         scale_by_temperature=False,
         mask=counted,
@@ -110,12 +110,6 @@ def gkd_loss(
         process_group=process_group,
     )
     return loss, counted.sum()
-
-
-def _divergence(beta: float) -> Divergence:
-    if beta == 0:
-        return forward_kl()
-    return reverse_kl() if beta == 1 else jsd(beta)
 
 
 def _of_one_width(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
