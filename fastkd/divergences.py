@@ -154,7 +154,7 @@ def floor_of(divergence: Divergence) -> float | None:
         name, arguments = divergence.made_by
         floored = name == "forward_kl" and len(arguments) > 1 and arguments[1] > -math.inf
         return arguments[1] if floored else None
-    return divergence.params[0] if divergence.function is _floored_forward_kl else None
+    return divergence.params[0] if divergence.function in LISTED_TOKENS_ONLY else None
 
 
 def takes_ratio(function: Callable[..., Any]) -> bool:
@@ -876,6 +876,10 @@ DEFINITIONS: tuple[Callable[..., tuple[Any, Any]], ...] = (
     _clipped_jsd,
     _floored_forward_kl,
 )
+# Definitions that the extensions compile for logits divided by the temperature too, as normalized=False needs.
+OF_LOGITS: tuple[Callable[..., tuple[Any, Any]], ...] = (_half_squared_gap, _smooth_l1)
+# Definitions that no dense teacher can have; no kernel for dense rows is compiled from them.
+LISTED_TOKENS_ONLY: tuple[Callable[..., tuple[Any, Any]], ...] = (_floored_forward_kl,)
 
 _functions.update({function_name(function): function for function in DEFINITIONS})
 _DEFAULTS = {name: make() for name, make in (TABLE | WITH_LABELS).items()}

@@ -178,7 +178,7 @@ constexpr Kernels kernels_of() {
 
 const Kernels& kernels_of(const Call& call) {
 #define FASTKD_NORMALIZED(name) kernels_of<name, true>(),
-#define FASTKD_RAW(name) kernels_of<name, false>(),
+#define FASTKD_RAW(name) kernels_of<name, name::always_normalized>(),
   static constexpr Kernels normalized[] = {FASTKD_DIVERGENCES(FASTKD_NORMALIZED)};
   static constexpr Kernels raw[] = {FASTKD_DIVERGENCES(FASTKD_RAW)};
 #undef FASTKD_NORMALIZED

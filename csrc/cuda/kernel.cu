@@ -85,8 +85,17 @@ int clusters_at_a_time(Kernel kernel, const cudaLaunchConfig_t& launch, int rank
 
 }  // namespace
 
+// The kernel of a divergence for dense rows; null if no dense teacher can have it.
+template <class D>
+constexpr Kernel dense_kernel() {
+  if constexpr (D::dense)
+    return kd_kernel<Dense<D>>;
+  else
+    return nullptr;
+}
+
 void kd_rows(Call call, int device, void* stream) {
-#define FASTKD_KERNEL(name) kd_kernel<Dense<name>>,
+#define FASTKD_KERNEL(name) dense_kernel<name>(),
   static constexpr Kernel kernels[] = {FASTKD_DIVERGENCES(FASTKD_KERNEL)};
 #undef FASTKD_KERNEL
   prepare(call);

@@ -5,6 +5,7 @@
 
 struct forward_kl {
   static constexpr bool always_normalized = true;
+  static constexpr bool dense = true;  // whether a dense teacher can have it
   static constexpr bool uses_logs = true, gradient_uses_logs = false;
   // Whether a factor of p and q, with the same logarithms, is one of g.
   static constexpr bool gradient_is_linear = true;
@@ -19,6 +20,7 @@ struct forward_kl {
 
 struct reverse_kl {
   static constexpr bool always_normalized = true;
+  static constexpr bool dense = true;  // whether a dense teacher can have it
   static constexpr bool uses_logs = true, gradient_uses_logs = true;
   // Whether a factor of p and q, with the same logarithms, is one of g.
   static constexpr bool gradient_is_linear = true;
@@ -33,6 +35,7 @@ struct reverse_kl {
 
 struct mixture {
   static constexpr bool always_normalized = true;
+  static constexpr bool dense = true;  // whether a dense teacher can have it
   static constexpr bool uses_logs = true, gradient_uses_logs = true;
   // Whether a factor of p and q, with the same logarithms, is one of g.
   static constexpr bool gradient_is_linear = true;
@@ -51,6 +54,7 @@ struct mixture {
 
 struct soft_cross_entropy {
   static constexpr bool always_normalized = true;
+  static constexpr bool dense = true;  // whether a dense teacher can have it
   static constexpr bool uses_logs = true, gradient_uses_logs = false;
   // Whether a factor of p and q, with the same logarithms, is one of g.
   static constexpr bool gradient_is_linear = true;
@@ -65,6 +69,7 @@ struct soft_cross_entropy {
 
 struct jsd {
   static constexpr bool always_normalized = true;
+  static constexpr bool dense = true;  // whether a dense teacher can have it
   static constexpr bool uses_logs = true, gradient_uses_logs = true;
   // Whether a factor of p and q, with the same logarithms, is one of g.
   static constexpr bool gradient_is_linear = true;
@@ -84,6 +89,7 @@ struct jsd {
 
 struct skew_forward_kl {
   static constexpr bool always_normalized = true;
+  static constexpr bool dense = true;  // whether a dense teacher can have it
   static constexpr bool uses_logs = true, gradient_uses_logs = true;
   // Whether a factor of p and q, with the same logarithms, is one of g.
   static constexpr bool gradient_is_linear = true;
@@ -108,6 +114,7 @@ struct skew_forward_kl {
 
 struct skew_reverse_kl {
   static constexpr bool always_normalized = true;
+  static constexpr bool dense = true;  // whether a dense teacher can have it
   static constexpr bool uses_logs = true, gradient_uses_logs = true;
   // Whether a factor of p and q, with the same logarithms, is one of g.
   static constexpr bool gradient_is_linear = true;
@@ -126,6 +133,7 @@ struct skew_reverse_kl {
 
 struct tvd {
   static constexpr bool always_normalized = true;
+  static constexpr bool dense = true;  // whether a dense teacher can have it
   static constexpr bool uses_logs = true, gradient_uses_logs = true;
   // Whether a factor of p and q, with the same logarithms, is one of g.
   static constexpr bool gradient_is_linear = true;
@@ -140,6 +148,7 @@ struct tvd {
 
 struct hellinger {
   static constexpr bool always_normalized = true;
+  static constexpr bool dense = true;  // whether a dense teacher can have it
   static constexpr bool uses_logs = true, gradient_uses_logs = true;
   // Whether a factor of p and q, with the same logarithms, is one of g.
   static constexpr bool gradient_is_linear = true;
@@ -159,6 +168,7 @@ struct hellinger {
 
 struct alpha_beta {
   static constexpr bool always_normalized = true;
+  static constexpr bool dense = true;  // whether a dense teacher can have it
   static constexpr bool uses_logs = true, gradient_uses_logs = true;
   // Whether a factor of p and q, with the same logarithms, is one of g.
   static constexpr bool gradient_is_linear = false;
@@ -190,6 +200,7 @@ struct alpha_beta {
 
 struct alpha_beta_of_any_sign {
   static constexpr bool always_normalized = true;
+  static constexpr bool dense = true;  // whether a dense teacher can have it
   static constexpr bool uses_logs = true, gradient_uses_logs = true;
   // Whether a factor of p and q, with the same logarithms, is one of g.
   static constexpr bool gradient_is_linear = false;
@@ -223,6 +234,7 @@ struct alpha_beta_of_any_sign {
 
 struct alpha_beta_at_beta_0 {
   static constexpr bool always_normalized = true;
+  static constexpr bool dense = true;  // whether a dense teacher can have it
   static constexpr bool uses_logs = true, gradient_uses_logs = true;
   // Whether a factor of p and q, with the same logarithms, is one of g.
   static constexpr bool gradient_is_linear = false;
@@ -245,6 +257,7 @@ struct alpha_beta_at_beta_0 {
 
 struct alpha_beta_at_alpha_0 {
   static constexpr bool always_normalized = true;
+  static constexpr bool dense = true;  // whether a dense teacher can have it
   static constexpr bool uses_logs = true, gradient_uses_logs = true;
   // Whether a factor of p and q, with the same logarithms, is one of g.
   static constexpr bool gradient_is_linear = false;
@@ -267,6 +280,7 @@ struct alpha_beta_at_alpha_0 {
 
 struct alpha_beta_at_sum_0 {
   static constexpr bool always_normalized = true;
+  static constexpr bool dense = true;  // whether a dense teacher can have it
   static constexpr bool uses_logs = true, gradient_uses_logs = true;
   // Whether a factor of p and q, with the same logarithms, is one of g.
   static constexpr bool gradient_is_linear = false;
@@ -285,6 +299,7 @@ struct alpha_beta_at_sum_0 {
 
 struct half_squared_gap {
   static constexpr bool always_normalized = false;
+  static constexpr bool dense = true;  // whether a dense teacher can have it
   static constexpr bool uses_logs = true, gradient_uses_logs = true;
   // Whether a factor of p and q, with the same logarithms, is one of g.
   static constexpr bool gradient_is_linear = false;
@@ -298,6 +313,7 @@ struct half_squared_gap {
 
 struct smooth_l1 {
   static constexpr bool always_normalized = false;
+  static constexpr bool dense = true;  // whether a dense teacher can have it
   static constexpr bool uses_logs = true, gradient_uses_logs = true;
   // Whether a factor of p and q, with the same logarithms, is one of g.
   static constexpr bool gradient_is_linear = false;
@@ -314,6 +330,7 @@ struct smooth_l1 {
 
 struct clipped_mixture {
   static constexpr bool always_normalized = true;
+  static constexpr bool dense = true;  // whether a dense teacher can have it
   static constexpr bool uses_logs = true, gradient_uses_logs = true;
   // Whether a factor of p and q, with the same logarithms, is one of g.
   static constexpr bool gradient_is_linear = false;
@@ -335,6 +352,7 @@ struct clipped_mixture {
 
 struct clipped_jsd {
   static constexpr bool always_normalized = true;
+  static constexpr bool dense = true;  // whether a dense teacher can have it
   static constexpr bool uses_logs = true, gradient_uses_logs = true;
   // Whether a factor of p and q, with the same logarithms, is one of g.
   static constexpr bool gradient_is_linear = false;
@@ -356,6 +374,7 @@ struct clipped_jsd {
 
 struct floored_forward_kl {
   static constexpr bool always_normalized = true;
+  static constexpr bool dense = false;  // whether a dense teacher can have it
   static constexpr bool uses_logs = true, gradient_uses_logs = true;
   // Whether a factor of p and q, with the same logarithms, is one of g.
   static constexpr bool gradient_is_linear = false;

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import torch
 
 from fastkd.call.options import OPTION_NAMES
-from fastkd.divergences import DEFINITIONS, Divergence
+from fastkd.divergences import DEFINITIONS, OF_LOGITS, Divergence
 
 logger = logging.getLogger("fastkd")
 
@@ -236,6 +236,14 @@ def obstacle(
             return Obstacle(
                 f"divergence {call.divergence.name!r} is not compiled into the extension",
                 f"Add it to fastkd/divergences.py and run `make divergences`, or use backend={other!r}",
+            )
+        if not call.divergence.normalized and call.divergence.function not in OF_LOGITS:
+            other = "portable" if backend == "cpu" else "triton"
+            return Obstacle(
+                f"divergence {call.divergence.name!r} has normalized=False, for which its definition is not compiled "
+                "into the extension",
+                f"Use backend={other!r}, or add the definition to OF_LOGITS in fastkd/divergences.py and run "
+                "`make divergences`",
             )
     if backend == "cuda":
         capabilities, least = _capabilities(), least_capability()

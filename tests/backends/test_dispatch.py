@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -67,6 +68,21 @@ def undecided() -> Iterator[None]:
             ALL,
             "portable",
             "cpu: divergence 'theirs' is not compiled",
+        ),
+        # The extension compiles the definition of tvd for probabilities alone, and that of squared_error for both.
+        (
+            Request("cpu", F32, F32, replace(fastkd.tvd(), normalized=False)),
+            ALL,
+            "portable",
+            "cpu: divergence 'tvd' has normalized=False, for which its definition is not compiled",
+        ),
+        (Request("cuda", F32, F32, replace(fastkd.tvd(), normalized=False)), ALL, "triton", None),
+        (Request("cpu", F32, F32, fastkd.squared_error()), ALL, "cpu", None),
+        (
+            Request("cpu", F32, F32, replace(fastkd.squared_error(), normalized=True)),
+            ALL,
+            "cpu",
+            None,
         ),
         (
             Request("cpu", F64, F32, KL),
