@@ -334,13 +334,8 @@ def kd_loss(
                 teacher_softcap=teacher_softcap,
                 backend=backend,
             )
-            want = _want(student_logits, teacher, wants_parts, inplace)
+            want = _want(student_logits, teacher, call.options.divergence, wants_parts, inplace)
             want = with_names(want, names, teacher, group is not None)
-            if want.teacher_gradient and not has_teacher_derivative(call.options.divergence):
-                raise ValueError(
-                    f"teacher requires grad, and the divergence {call.options.divergence.name!r} has no degree of "
-                    "homogeneity, which the teacher's gradient needs; set Divergence(degree=...) or detach the teacher"
-                )
             if want.inplace:
                 _check_inplace(student_logits, flatten(teacher)[0], want, has_all_columns)
             memo.remember(key, call, want)
@@ -576,11 +571,18 @@ def _row_dtype(student: Tensor, teacher: Teacher) -> torch.dtype:
     return row_dtype(student.dtype, *(tensor.dtype for tensor in flatten(teacher)[0]))
 
 
-def _want(student: Tensor, teacher: Teacher, return_parts: bool, inplace: bool) -> Want:
+def _want(
+    student: Tensor, teacher: Teacher, divergence: Divergence, return_parts: bool, inplace: bool
+) -> Want:
     """The outputs that kd_loss needs. float16 gradients are deferred."""
     grad_enabled = torch.is_grad_enabled()
     of_student = grad_enabled and student.requires_grad
     of_teacher = grad_enabled and isinstance(teacher, Tensor) and teacher.requires_grad
+    if of_teacher and not has_teacher_derivative(divergence):
+        raise ValueError(
+            f"teacher requires grad, and the divergence {divergence.name!r} has no degree of homogeneity, which the "
+            "teacher's gradient needs; set Divergence(degree=...) or detach the teacher"
+        )
     deferred = (of_student and student.dtype == torch.float16) or (
         of_teacher and isinstance(teacher, Tensor) and teacher.dtype == torch.float16
     )
