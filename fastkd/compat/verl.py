@@ -2,9 +2,9 @@ r"""verl: distillation losses on a teacher's top-k tokens, as loss modes of verl
 
     distillation.distillation_loss.loss_mode=fastkd_reverse_kl_bucket  # was: forward_kl_topk
 
-A mode's name is ``fastkd_``, a divergence (``forward_kl``, ``reverse_kl``, ``jsd``) and what becomes of the tokens that
-the teacher does not list (``bucket``, ``renormalize``, ``truncate``; see :class:`fastkd.TopK`).
-``fastkd_forward_kl_truncate`` is verl's own formula. `register_loss` adds modes.
+The name of a mode is ``fastkd_<divergence>_<tail>``. The divergence is ``forward_kl``, ``reverse_kl`` or ``jsd``. The
+tail is the policy for the tokens that the teacher does not list, ``bucket``, ``renormalize`` or ``truncate``
+(:class:`fastkd.TopK`). ``fastkd_forward_kl_truncate`` is verl's own formula. `register_loss` adds modes.
 
 verl finds the modes by itself: fastkd has an entry point in the group ``verl.plugins``, which verl loads when it is
 imported. verl hides errors of plugins, so call `register` if verl does not know a mode. The strategies fsdp, fsdp2,
@@ -97,7 +97,8 @@ _originals: dict[str, Any] = {}
 
 
 def __getattr__(name: str) -> Any:
-    if name == "plugin":  # what fastkd's entry point names: verl loads it, and does not call it
+    # fastkd's entry point names this attribute; verl loads it, but does not call it.
+    if name == "plugin":
         register()
         return register
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
@@ -183,7 +184,7 @@ def topk_losses(
     log_prob_min_clamp: float | None = None,
     process_group: ProcessGroup | None = None,
 ) -> dict[str, Tensor]:
-    """The losses of the tokens and verl's metrics, as ``verl.trainer.distillation.losses.compute_topk_loss`` has them.
+    """The losses of the tokens and verl's metrics, named as in ``verl.trainer.distillation.losses.compute_topk_loss``.
 
     Args:
         student_logits: [B, S, V], already divided by the temperature of the rollout; [B, S, V_r] with process_group.
@@ -269,13 +270,13 @@ def _response_losses(
 ) -> tuple[Tensor, dict[str, Any]]:
     """The losses of the responses' tokens, [B, longest response], and verl's metrics.
 
-    verl's own function sets negative losses to 0, and with them their gradients. These losses are as they are.
+    verl's own function sets negative losses to 0, which also removes their gradients. This function keeps them.
     """
     mode = distillation_config.distillation_loss.loss_mode
     if "overlap_count" not in model_output and LOSSES[mode] != _Loss(forward_kl(), "truncate"):
         raise ValueError(
             f"use_fused_kernels must be False with loss_mode {mode!r}: verl's fused kernels compute no logits, and "
-            "VeOmni's compute forward KL with the tail 'truncate'"
+            "VeOmni's compute only forward KL with the tail 'truncate'"
         )
     if "distillation_losses" not in model_output:
         raise ValueError(

@@ -52,7 +52,7 @@ def _gemm() -> Callable[..., None] | None:
 
 
 def available() -> bool:
-    """Whether this process has such products."""
+    """Whether this process can compute such products."""
     return _gemm() is not None
 
 

@@ -143,8 +143,8 @@ def local_weight(argument: str, value: Any, group: Any) -> Any:
         for i, (p, shared) in enumerate(zip(placements, in_group, strict=True))
     ):
         raise ValueError(
-            f"{argument} has placements {value.placements}, so every process has the whole vocabulary that they "
-            "share; it must be Shard(0) over them"
+            f"{argument} has placements {value.placements}, so every process holds all of its rows; it must be "
+            "Shard(0) over the processes that share the vocabulary"
         )
     whole = value.redistribute(placements=placements)
     return whole.to_local(

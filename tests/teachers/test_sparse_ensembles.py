@@ -559,7 +559,8 @@ CONSTRUCTOR: list[tuple[Callable[[], Any], str]] = [
     (lambda: Ensemble([sparse("renormalize_teacher")], mean="geometric"), "the geometric mean is 0 for each token that "
      "one teacher does not list. Pass mean='arithmetic', or tail='renormalize' for the tokens that all list"),
     (lambda: Ensemble([sparse("renormalize_teacher"), DENSE]), "cannot combine TopKs with tail='renormalize_teacher' "
-     "and dense teachers, because the mean has every token. Pass tail='bucket', or TopK.from_logits"),
+     "and dense teachers, because a dense teacher gives every token a probability. Pass tail='bucket', or "
+     "TopK.from_logits"),
 ]  # fmt: skip
 
 
