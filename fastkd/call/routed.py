@@ -110,9 +110,9 @@ def reads_index(teacher: RoutedTeacher, checking: bool) -> bool:
 
 
 def joined(teacher: Teacher, lead: torch.Size, was_read: bool) -> Teacher:
-    """The teachers of a RoutedTeacher as one TopK or one dense teacher with gradient; others are returned unchanged.
+    """The TopKs of a RoutedTeacher as one, or its dense teachers with gradient as one; other teachers unchanged.
 
-    was_read: whether the index has been checked. Otherwise the loss of all rows becomes NaN if it does not fit.
+    was_read: whether the index has been checked. An unchecked index that does not fit makes every loss NaN.
     """
     if not isinstance(teacher, RoutedTeacher):
         return teacher
@@ -120,7 +120,7 @@ def joined(teacher: Teacher, lead: torch.Size, was_read: bool) -> Teacher:
         return _joined_topk(teacher, lead, was_read)
     dense = [member for member in teacher.teachers if isinstance(member, Tensor)]
     if torch.is_grad_enabled() and any(logits.requires_grad for logits in dense):
-        logits = _joined_logits(dense, numbers_of(teacher, lead), lead)  # check_teacher allows it
+        logits = _joined_logits(dense, numbers_of(teacher, lead), lead)
         return logits if was_read else logits.masked_fill(_misfits(teacher, lead), math.nan)
     return teacher
 

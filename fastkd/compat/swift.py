@@ -114,7 +114,7 @@ def gkd_loss(
 
 
 def _of_one_width(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
-    """Append to the narrower logits the other side's logits of the missing columns."""
+    """Append the extra columns of the wider logits to the narrower ones."""
     width, other = student.shape[-1], teacher.shape[-1]
     if width < other:
         student = torch.cat([student, teacher[..., width:].to(student.dtype)], dim=-1)

@@ -61,7 +61,8 @@ def register_loss(name: str, divergence: Divergence, tail: str = "bucket") -> No
         tail: as in :class:`fastkd.TopK`.
 
     Raises:
-        TypeError, ValueError: the divergence is not a fastkd.Divergence, tail is unknown, or name has another loss.
+        TypeError, ValueError: the divergence is not a fastkd.Divergence, tail is unknown, or name is in use
+            for another loss.
     """
     if not isinstance(divergence, Divergence):
         raise TypeError(
@@ -110,7 +111,7 @@ def __getattr__(name: str) -> Any:
 def _compute_topk_loss(
     config: Any, distillation_config: Any, data: Any, student_logits: Tensor, data_format: str
 ) -> dict[str, Tensor]:
-    """verl's function of that name, which calls fastkd for the modes of `LOSSES`."""
+    """verl's compute_topk_loss, but fastkd computes the modes of `LOSSES`."""
     settings = distillation_config.distillation_loss
     if settings.loss_mode not in LOSSES:
         outputs: dict[str, Tensor] = _originals["compute_topk_loss"](
@@ -156,8 +157,8 @@ def _compute_topk_loss(
 def _counted_rows(data: Any) -> Tensor:
     """A nested uint8 tensor, 1 for each row of logits that predicts a token of the response.
 
-    A token's logits are one row before it. The last row of a sequence predicts nothing, and verl fills in zeros for the
-    teacher.
+    The logits that predict a token are in the row before it. The last row of a sequence predicts nothing, and verl
+    fills in zeros for the teacher.
     """
     offsets = data["teacher_ids"].offsets()
     ends = offsets[1:]

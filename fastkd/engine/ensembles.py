@@ -90,8 +90,8 @@ def combined(
         listed.append(_listed_by(member, weight, call, dtype, vocabulary))
     if dense and vocabulary is None:
         raise ValueError(
-            "an Ensemble of TopKs and dense teachers needs the whole vocabulary of the dense ones, which several "
-            "processes share here: pass TopK.from_logits of them"
+            "an Ensemble of TopKs and dense teachers needs the whole vocabulary of each dense teacher, but several "
+            "processes share the vocabulary here: pass TopK.from_logits of the dense teachers"
         )
     if not dense and (options.teacher_logit_scale != 1 or options.teacher_softcap):
         at_temperature(options, teacher.tail, 1.0, False)  # raises

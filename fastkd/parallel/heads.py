@@ -1,12 +1,12 @@
-"""The lm_head of a model behind its wrappers: its weight for a loss, and the gradient of the loss back into it.
+"""Access to the lm_head of a wrapped model: a loss reads its weight, and the loss's gradient reaches it.
 
 A loss of hidden states reads the lm_head's weight instead of calling the lm_head. FSDP2 and DeepSpeed ZeRO-3 spread
 that weight over processes. They gather it in hooks before a module's forward, and their backward hooks, which reduce
 the gradient, are attached to what a forward returns. DDP prepares its reduction in a forward too. A loss that is
 computed outside of every forward therefore sees a part of the weight, or its gradient is never reduced. `redirect`
-therefore runs a function in the place of the model's forward; the function runs the model and computes the loss. If the
-lm_head is gathered by itself, as a unit of FSDP2 or by ZeRO-3, `Head.apply` runs the loss in the place of the lm_head's
-forward.
+solves this: it runs a function in the place of the model's forward, and the function runs the model and computes the
+loss. If the lm_head is gathered by itself, as a unit of FSDP2 or by ZeRO-3, `Head.apply` runs the loss in the place of
+the lm_head's forward.
 """
 
 from __future__ import annotations
@@ -172,7 +172,7 @@ class Head:
 
     @contextlib.contextmanager
     def captured(self, *, project: bool | None = None) -> Iterator[Captured]:
-        """A context in which the model passes its hidden states to the capture instead of its lm_head.
+        """A context in which the model's hidden states are captured instead of passed to its lm_head.
 
         The model's logits then have the first position only. They are those of the lm_head if it runs for that
         position, and 0 otherwise.
@@ -222,9 +222,9 @@ class Head:
         Args:
             logits: [..., 1, V], which the model returned inside of ``captured(project=True)``.
             captured: what was captured there.
-            logit_scale: the option of the loss.
-            softcap: the option of the loss.
-            remedy: the end of the message.
+            logit_scale: the one that the loss gets.
+            softcap: the one that the loss gets.
+            remedy: what to do, for the message.
 
         Raises:
             ValueError: the logits differ.
@@ -269,8 +269,8 @@ class Head:
             What the function returns: a tensor that depends on hidden, or tuples, lists and dicts of such tensors.
 
         Raises:
-            ValueError: the lm_head became one that :func:`head` refuses, or ZeRO-3 has partitioned it and does not
-                gather it.
+            ValueError: the lm_head has since become one that :func:`head` refuses, or ZeRO-3 has partitioned it and
+                does not gather it.
             RuntimeError: FSDP2 has sharded the model, and its forward does not run.
         """
         owner = self._owner()
@@ -306,7 +306,7 @@ class Head:
 
         with torch.no_grad():
             if hasattr(getattr(owner, "weight", None), "ds_id"):
-                # Through the hooks, which may be about to prefetch the weight: GatheredParameters would then fail.
+                # The hooks gather the weight here. GatheredParameters would fail if a hook is about to prefetch it.
                 _in_place_of_forward(owner, owner, keep)
             else:
                 keep()
@@ -570,10 +570,10 @@ def _whole(value: Any) -> Any:
 
 
 def everywhere(model: nn.Module, here: bool) -> bool:
-    """Whether something holds on all processes that share a sharded model; for other models, whether it holds here.
+    """Whether `here` is True on all processes that share a sharded model; for other models, `here` itself.
 
     A run of a sharded model gathers parameters from all processes, so all of them have to run it, or none. Code that
-    runs it for some batches only asks this function first.
+    runs it only for some batches therefore asks this function first.
     """
     sharded = _sharding(model)
     if not sharded or not dist.is_initialized():

@@ -44,9 +44,10 @@ class RoutedTeacher:
     teacher_softcap of the loss apply to every teacher. If all teachers are dense logits and one requires grad, kd_loss
     copies them into one tensor [..., V], and each gets the gradient of its rows.
 
-    The loss compares the number of each teacher's rows with index, and raises if they differ. If all teachers are
-    TopKs, or one requires grad, raising would make the host wait for the device, so on a GPU and in a compiled graph
-    the loss of every row is NaN instead. In eager mode, FASTKD_CHECK=1 makes it raise there too.
+    The loss compares the number of each teacher's rows with index, and raises if they differ. The exception: if all
+    teachers are TopKs, or one requires grad, the loss of every row is NaN instead on a GPU and under torch.compile,
+    because raising would require waiting for the device or breaking the graph. In eager mode, FASTKD_CHECK=1 makes it
+    raise there too.
 
     Raises:
         TypeError, ValueError: a wrong type, dtype or value; the message names the argument.

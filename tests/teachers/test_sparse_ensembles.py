@@ -531,7 +531,7 @@ def test_a_shared_vocabulary(processes: Processes, mean: str, tail: str) -> None
         2, spread_routed.of_teacher, student, Ensemble([TopK.from_logits(wide[0], 5), wide[1]])
     )
     assert all(
-        not good and "needs the whole vocabulary of the dense ones" in text
+        not good and "needs the whole vocabulary of each dense teacher" in text
         for good, text in failures
     )
 
