@@ -67,8 +67,8 @@ def check_shapes(teacher: RoutedTeacher, student: str, lead: torch.Size) -> None
     for number, own in enumerate(teacher.leads()):
         if not own or own[1:] != lead[max(len(lead) - len(own) + 1, 1) :]:
             raise ValueError(
-                f"teacher.teachers[{number}] must have its rows in one dimension, or in several that equal the last "
-                f"dimensions of the rows of {student}, {tuple(lead)}, except for the first; got rows in {tuple(own)}"
+                f"teacher.teachers[{number}] must have rows of shape (n,) or (n, *rest), where rest is the end of the "
+                f"leading shape of {student}, {tuple(lead)}; got rows in {tuple(own)}"
             )
 
 

@@ -52,10 +52,9 @@ def head(model: nn.Module, *, module: nn.Module | None = None) -> Head:
 
     Raises:
         TypeError: an argument is no module.
-        ValueError: the model has no lm_head; the lm_head is on the meta device; its type is not exactly nn.Linear (PEFT
-            may save a copy of the nn.Linear as one of modules_to_save, or adapt it by plain LoRA); FSDP1 or
-            DataParallel wraps the model; FSDP2 has sharded the two uses of a tied weight separately. The message says
-            what to do.
+        ValueError: the model has no lm_head. Its lm_head is on the meta device, or not exactly an nn.Linear; PEFT may
+            save a copy of it (modules_to_save) or adapt it by plain LoRA. FSDP1 or DataParallel wraps the model. FSDP2
+            has sharded the two uses of a tied weight separately. The message says what to do.
     """
     return Head(model, module)
 

@@ -91,8 +91,8 @@ def local(argument: str, value: Any, axis: int | None, group: Any) -> Any:
         if wrong:
             allowed = "Replicate()" if axis is None else f"Shard({axis}) or Replicate()"
             raise ValueError(
-                f"{argument} has placements {value.placements}; over the processes that share the vocabulary they "
-                f"may be {allowed}, and over others rows may be sharded: redistribute it"
+                f"{argument} has placements {value.placements}; over the processes that share the vocabulary, it must "
+                f"be {allowed}; over other processes, its rows may be sharded. Redistribute it"
             )
     return value.to_local()
 
