@@ -323,8 +323,8 @@ def with_names(want: Want, names: Sequence[str] | None, teacher: Teacher, shared
         for name in names:
             if name not in DENSE_MEASURES:
                 raise ValueError(
-                    f"return_parts: {name!r} is about the tokens that a TopK lists; the teacher is none. Without a "
-                    f"TopK, return_parts may name {', '.join(DENSE_MEASURES)}"
+                    f"return_parts: {name!r} is about the tokens that a TopK lists, and the teacher is not a TopK. "
+                    f"Without one, return_parts may name {', '.join(DENSE_MEASURES)}"
                 )
     if shared and "overlap" in names:
         raise ValueError(

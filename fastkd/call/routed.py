@@ -1,8 +1,10 @@
-"""Which rows belong to each teacher of a RoutedTeacher, and its teachers as one where that takes no logits.
+"""Preparation of a RoutedTeacher: its rows by teacher, and its TopKs or its trained dense teachers as one teacher.
 
-The concatenation of the teachers' rows has as many rows as the student, sorted by teacher. A stable sort of the index
-is therefore the order of the student's rows in it. :func:`joined` returns one TopK or one dense teacher for all rows;
-:func:`rows_by_teacher` returns the rows of each teacher, for a loop over chunks.
+The teachers' rows, concatenated, are the student's rows sorted by teacher. A stable argsort of the index therefore
+gives, for each concatenated row, its number among the student's rows.
+
+:func:`joined` returns one TopK or one dense teacher for all rows; :func:`rows_by_teacher` returns the rows of each
+teacher, for a loop over chunks.
 """
 
 from __future__ import annotations
@@ -23,13 +25,14 @@ from fastkd.teachers import RoutedTeacher, Teacher, TopK
 
 @dataclass(frozen=True, eq=False)
 class JoinedTopK(TopK):
-    """A TopK that was made of several, with what these say about their rows beyond the fields of a TopK."""
+    """A TopK made of several, with facts about their rows that the fields of a TopK cannot hold."""
 
-    # As fastkd.call.tail.masses returns them for the TopK of each row, [...] each; None: those of this TopK.
+    # What fastkd.call.tail.masses returns for the original TopK of each row, [...] each. None: as for this TopK.
     own_masses: tuple[Tensor, Tensor] | None = None
-    # [...] bool, the rows whose TopK has a tail_logprob; others have -inf there. None: all rows, or no row.
+    # [...] bool: whether the original TopK of the row had a tail_logprob; others are -inf here. None: all or none had.
     has_tail: Tensor | None = None
-    # [...]: the largest id of each row, if a token was left out; a row is invalid if that is no column.
+    # [...]: the largest id in any original TopK of the row, if tokens were left out. A row with an id outside the
+    # vocabulary is invalid.
     highest: Tensor | None = None
 
 
@@ -64,8 +67,8 @@ def check_shapes(teacher: RoutedTeacher, student: str, lead: torch.Size) -> None
     for number, own in enumerate(teacher.leads()):
         if not own or own[1:] != lead[max(len(lead) - len(own) + 1, 1) :]:
             raise ValueError(
-                f"teacher.teachers[{number}] must have its rows in one dimension, or keep the last leading dimensions "
-                f"of {student}, {tuple(lead)}; got rows in {tuple(own)}"
+                f"teacher.teachers[{number}] must have rows of shape (n,) or (n, *rest), where rest is the end of the "
+                f"leading shape of {student}, {tuple(lead)}; got rows in {tuple(own)}"
             )
 
 
@@ -100,16 +103,16 @@ def _listed(sizes: Sequence[int]) -> str:
 
 
 def reads_index(teacher: RoutedTeacher, checking: bool) -> bool:
-    """Whether a call reads the index before it computes, to raise: not in a graph, nor by waiting for a device."""
+    """Whether a call reads the index first, in order to raise: not in a graph, and on a device only if `checking`."""
     if torch.compiler.is_compiling():
         return False
     return teacher.index.device.type == "cpu" or checking
 
 
 def joined(teacher: Teacher, lead: torch.Size, was_read: bool) -> Teacher:
-    """The teachers of a RoutedTeacher as one TopK or one dense teacher with gradient; others are returned unchanged.
+    """The TopKs of a RoutedTeacher as one, or its dense teachers with gradient as one; other teachers unchanged.
 
-    was_read: whether the index has been checked. Otherwise the loss of all rows becomes NaN if it does not fit.
+    was_read: whether the index has been checked. An unchecked index that does not fit makes every loss NaN.
     """
     if not isinstance(teacher, RoutedTeacher):
         return teacher
@@ -117,7 +120,7 @@ def joined(teacher: Teacher, lead: torch.Size, was_read: bool) -> Teacher:
         return _joined_topk(teacher, lead, was_read)
     dense = [member for member in teacher.teachers if isinstance(member, Tensor)]
     if torch.is_grad_enabled() and any(logits.requires_grad for logits in dense):
-        logits = _joined_logits(dense, numbers_of(teacher, lead), lead)  # check_teacher allows it
+        logits = _joined_logits(dense, numbers_of(teacher, lead), lead)
         return logits if was_read else logits.masked_fill(_misfits(teacher, lead), math.nan)
     return teacher
 
@@ -131,7 +134,7 @@ def _joined_logits(dense: Sequence[Tensor], numbers: Tensor, lead: torch.Size) -
 
 
 def _misfits(teacher: RoutedTeacher, lead: torch.Size) -> Tensor:
-    """Whether a teacher has another number of rows than the index gives it, a 0-dim bool that the host has not read.
+    """Whether a teacher's number of rows differs from the index: a 0-dim bool tensor; the host does not wait for it.
 
     An index out of range gives some teacher too few rows, because all together have as many as the student.
     """
@@ -142,7 +145,7 @@ def _misfits(teacher: RoutedTeacher, lead: torch.Size) -> Tensor:
 
 
 def _in_order(values: Sequence[Tensor], places: Tensor, shape: Sequence[int]) -> Tensor:
-    """The values of all teachers' rows in the order of the student's rows, in this shape, which ends with columns."""
+    """The rows of all teachers in the order of the student's rows. shape is that of the result, [..., columns]."""
     rows = torch.cat([value.reshape(value.shape[:-1].numel(), shape[-1]) for value in values])
     return rows.index_select(0, places).reshape(shape)
 

@@ -28,8 +28,8 @@ class KDLoss(nn.Module):
         ignore_index: the label of rows that do not count.
         temperature: T > 0.
         fp32_upcast: accepted, but without effect: the loss is always computed in float32.
-        tp_group: the processes that share the vocabulary, if logits are plain tensors. The group of logits that are
-            DTensors sharded over the vocabulary is found in them.
+        tp_group: the processes that share the vocabulary, if logits are plain tensors. DTensors that are sharded over
+            the vocabulary know their group themselves.
         chunk_size: accepted, but without effect: probabilities are never stored.
     """
 

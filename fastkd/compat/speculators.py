@@ -61,6 +61,8 @@ def neg_log_acceptance_loss(logits: Tensor, targets: Tensor) -> Tensor:
 def lk_hybrid_loss(logits: Tensor, targets: Tensor, eta: float = 3.0) -> Tensor:
     """``speculators.losses.lk_hybrid_loss``: l KL(p || q) + (1 - l) TV(p, q), l = exp(-eta sg(sum min(p, q))).
 
+    sg stops the gradient.
+
     Args:
         logits: as in :func:`kl_div_loss`.
         targets: as in :func:`kl_div_loss`.

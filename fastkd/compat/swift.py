@@ -40,12 +40,12 @@ def gkd_loss(
 
         beta KL(p || m) + (1 - beta) KL(q || m),   m = beta p + (1 - beta) q
 
-    with p and q the softmaxes of logits / temperature; forward KL at beta = 0, reverse KL at 1. There is no T^2. If the
-    teacher lists its top-k tokens, both softmaxes are over these alone (the tail "renormalize" of
-    :class:`fastkd.TopK`), and rows without any listed token do not count.
+    with p and q the softmaxes of logits / temperature. beta = 0 is defined as forward KL, beta = 1 as reverse KL. There
+    is no factor T^2. If the teacher lists its top-k tokens, both softmaxes are over these alone (the tail "renormalize"
+    of :class:`fastkd.TopK`), and rows without any listed token do not count.
 
-    If one side has fewer columns, ms-swift gives it the other side's logits in the missing ones. Student and teacher
-    then agree in them up to the normalizers, and the gradient flows through both.
+    If the vocabularies differ in width, ms-swift appends the extra logits of the wider model to those of the narrower
+    one. In these columns, p and q then differ only by their normalizers, and the gradient flows through both.
 
     Args:
         student_logits: [B, S, V].
@@ -89,7 +89,8 @@ def gkd_loss(
         student_logits, target = student_logits[counted], target[other]
         if len(student_logits) != len(target):
             raise ValueError(
-                f"teacher_output.labels must have as many labels as labels, {len(student_logits)}; got {len(target)}"
+                f"teacher_output.labels must have as many rows other than -100 as labels, {len(student_logits)}; "
+                f"got {len(target)}"
             )
         ids = ids[other] if sparse else None
         counted = torch.ones(len(target), dtype=torch.bool, device=target.device)
@@ -113,7 +114,7 @@ def gkd_loss(
 
 
 def _of_one_width(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
-    """Append to the narrower logits the other side's logits of the missing columns."""
+    """Append the extra columns of the wider logits to the narrower ones."""
     width, other = student.shape[-1], teacher.shape[-1]
     if width < other:
         student = torch.cat([student, teacher[..., width:].to(student.dtype)], dim=-1)

@@ -1,4 +1,4 @@
-"""VeOmni: the distillation loss of its models from hidden states, which verl uses for them with fused kernels.
+"""VeOmni: the distillation loss from hidden states, for VeOmni's models in verl with use_fused_kernels=True.
 
     from veomni.ops.kernels import cross_entropy
     from fastkd.compat.veomni import chunk_topk_distill_function
@@ -42,17 +42,18 @@ def chunk_topk_distill_function(
         hidden_states: [B, L, H] or [L, H].
         weights: [V, H].
         labels: [B, L] or [L]; not shifted, unless VeOmni's sequence parallelism is on.
-        teacher_topk_ids: [B, L, K], distinct token ids of a row whose loss is used.
-        teacher_topk_log_probs: [B, L, K], natural logarithms. Without shift_labels, row i describes the token at i.
+        teacher_topk_ids: [B, L, K], token ids, distinct within each row whose loss is used.
+        teacher_topk_log_probs: [B, L, K], natural logarithms. If labels are not shifted, row i describes the
+            token at i.
         chunk_size: accepted, but without effect: chunks are as large as fastkd's memory budget allows.
         ignore_index: rows with this label are 0 in every output.
-        shift_labels: labels that are shifted already, for hidden states and teacher rows as they are.
+        shift_labels: labels that are shifted already. Hidden states and the teacher's rows are then not shifted either.
         temperature: divides the logits.
         log_prob_min_clamp: the smallest log-probability in the losses, or None.
 
     Returns:
         (log_probs, entropy, distillation_losses, student_mass, teacher_mass), float32 in the shape of labels. The first
-        three are differentiable. Without shift_labels, the last position is 0.
+        three are differentiable. If labels are not shifted, the last position is 0.
 
     Raises:
         ValueError, TypeError: an argument has the wrong shape, dtype, device or value; the message names it.

@@ -2,9 +2,9 @@ r"""verl: distillation losses on a teacher's top-k tokens, as loss modes of verl
 
     distillation.distillation_loss.loss_mode=fastkd_reverse_kl_bucket  # was: forward_kl_topk
 
-A mode's name is ``fastkd_``, a divergence (``forward_kl``, ``reverse_kl``, ``jsd``) and what becomes of the tokens that
-the teacher does not list (``bucket``, ``renormalize``, ``truncate``; see :class:`fastkd.TopK`).
-``fastkd_forward_kl_truncate`` is verl's own formula. `register_loss` adds modes.
+The name of a mode is ``fastkd_<divergence>_<tail>``. The divergence is ``forward_kl``, ``reverse_kl`` or ``jsd``. The
+tail is the policy for the tokens that the teacher does not list, ``bucket``, ``renormalize`` or ``truncate``
+(:class:`fastkd.TopK`). ``fastkd_forward_kl_truncate`` is verl's own formula. `register_loss` adds modes.
 
 verl finds the modes by itself: fastkd has an entry point in the group ``verl.plugins``, which verl loads when it is
 imported. verl hides errors of plugins, so call `register` if verl does not know a mode. The strategies fsdp, fsdp2,
@@ -61,7 +61,8 @@ def register_loss(name: str, divergence: Divergence, tail: str = "bucket") -> No
         tail: as in :class:`fastkd.TopK`.
 
     Raises:
-        TypeError, ValueError: the divergence is not a fastkd.Divergence, tail is unknown, or name has another loss.
+        TypeError, ValueError: the divergence is not a fastkd.Divergence, tail is unknown, or name is in use
+            for another loss.
     """
     if not isinstance(divergence, Divergence):
         raise TypeError(
@@ -97,7 +98,8 @@ _originals: dict[str, Any] = {}
 
 
 def __getattr__(name: str) -> Any:
-    if name == "plugin":  # what fastkd's entry point names: verl loads it, and does not call it
+    # fastkd's entry point names this attribute; verl loads it, but does not call it.
+    if name == "plugin":
         register()
         return register
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
@@ -109,7 +111,7 @@ def __getattr__(name: str) -> Any:
 def _compute_topk_loss(
     config: Any, distillation_config: Any, data: Any, student_logits: Tensor, data_format: str
 ) -> dict[str, Tensor]:
-    """verl's function of that name, which calls fastkd for the modes of `LOSSES`."""
+    """verl's compute_topk_loss, but fastkd computes the modes of `LOSSES`."""
     settings = distillation_config.distillation_loss
     if settings.loss_mode not in LOSSES:
         outputs: dict[str, Tensor] = _originals["compute_topk_loss"](
@@ -155,8 +157,8 @@ def _compute_topk_loss(
 def _counted_rows(data: Any) -> Tensor:
     """A nested uint8 tensor, 1 for each row of logits that predicts a token of the response.
 
-    A token's logits are one row before it. The last row of a sequence predicts nothing, and verl fills in zeros for the
-    teacher.
+    The logits that predict a token are in the row before it. The last row of a sequence predicts nothing, and verl
+    fills in zeros for the teacher.
     """
     offsets = data["teacher_ids"].offsets()
     ends = offsets[1:]
@@ -183,7 +185,7 @@ def topk_losses(
     log_prob_min_clamp: float | None = None,
     process_group: ProcessGroup | None = None,
 ) -> dict[str, Tensor]:
-    """The losses of the tokens and verl's metrics, as ``verl.trainer.distillation.losses.compute_topk_loss`` has them.
+    """The losses of the tokens and verl's metrics, named as in ``verl.trainer.distillation.losses.compute_topk_loss``.
 
     Args:
         student_logits: [B, S, V], already divided by the temperature of the rollout; [B, S, V_r] with process_group.
@@ -269,13 +271,13 @@ def _response_losses(
 ) -> tuple[Tensor, dict[str, Any]]:
     """The losses of the responses' tokens, [B, longest response], and verl's metrics.
 
-    verl's own function sets negative losses to 0, and with them their gradients. These losses are as they are.
+    verl's own function sets negative losses to 0, which also removes their gradients. This function keeps them.
     """
     mode = distillation_config.distillation_loss.loss_mode
     if "overlap_count" not in model_output and LOSSES[mode] != _Loss(forward_kl(), "truncate"):
         raise ValueError(
             f"use_fused_kernels must be False with loss_mode {mode!r}: verl's fused kernels compute no logits, and "
-            "VeOmni's compute forward KL with the tail 'truncate'"
+            "VeOmni's compute only forward KL with the tail 'truncate'"
         )
     if "distillation_losses" not in model_output:
         raise ValueError(

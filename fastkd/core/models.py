@@ -51,7 +51,7 @@ def logit_transform(config: Any) -> tuple[float, float | None]:
     """(logit_scale, softcap) of a model of transformers: logits = softcap tanh(scale head(hidden) / softcap).
 
     Cohere multiplies its logits by logit_scale, Falcon-H1 by lm_head_multiplier, others by output_multiplier. Granite
-    and MiniCPM3 divide them by logits_scaling, and HyperCLOVA X multiplies them by it. Gemma caps them.
+    and MiniCPM3 divide them by logits_scaling, and HyperCLOVA X multiplies them by it. Gemma caps its logits.
     """
     if hasattr(config, "get_text_config"):
         config = config.get_text_config()

@@ -322,8 +322,8 @@ class Distiller(nn.Module):
                 return total_of(*run, {})
             if is_redirected(self.student) and any(tap.name == "" for tap in taps):
                 raise ValueError(
-                    "student_layer '' is the output of the whole student, in the place of which a FusedLinearKDLoss "
-                    "computes the loss of a sharded or wrapped student; name the layers inside it"
+                    "student_layer '' is the output of the whole student, but with a FusedLinearKDLoss the forward "
+                    "of a sharded or wrapped student returns the loss; name the layers inside it"
                 )
             head = self._head("student", fused[0])
             project = None if "student" in self._checked_heads else True

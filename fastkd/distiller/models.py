@@ -185,8 +185,8 @@ def with_decoder_inputs(
         ids = shift(labels, pad, start)
     else:
         raise ValueError(
-            f"decoder_input_ids must be in the batch for {type(inner).__name__}: how it makes them from labels is not "
-            "known"
+            f"decoder_input_ids must be in the batch for {type(inner).__name__}, because fastkd does not know how it "
+            "makes them from labels"
         )
     return {**complete, "decoder_input_ids": ids}
 

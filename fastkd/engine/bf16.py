@@ -1,9 +1,9 @@
 """Matrix products of bfloat16 operands with a float32 result, on CPUs with AMX.
 
 torch multiplies bfloat16 matrices on a CPU only into a bfloat16 result, which rounds the logits. AMX accumulates in
-float32, and MKL's gemm_bf16bf16f32 returns that sum; a torch that is linked with MKL exports the function. It depends
-on no global setting. torch.backends.mkldnn.matmul.fp32_precision would give the same result, but while it is set,
-float32 products of other threads would be rounded too.
+float32, and MKL's gemm_bf16bf16f32 returns that sum; a torch that is linked with MKL exports the function. The function
+depends on no global setting. torch.backends.mkldnn.matmul.fp32_precision would give the same result, but while it is
+set, float32 products of other threads would be rounded too.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _PIECE = 1 << 17
 
 
 class Halves(NamedTuple):
-    """A float32 matrix as the sum of two bfloat16 matrices, which keeps 16 of its 24 bits."""
+    """A float32 matrix as the sum of two bfloat16 matrices, which together keep 16 of the 24 bits."""
 
     high: Tensor
     low: Tensor
@@ -52,7 +52,7 @@ def _gemm() -> Callable[..., None] | None:
 
 
 def available() -> bool:
-    """Whether this process has such products."""
+    """Whether this process can compute such products."""
     return _gemm() is not None
 
 

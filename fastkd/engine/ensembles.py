@@ -1,4 +1,4 @@
-"""Ensembles with a TopK among their teachers: one TopK, as far as the listed tokens determine the mean.
+"""Ensembles with a TopK among their teachers, combined into one TopK of the tokens for which the mean is known.
 
 Each TopK knows its probability of every token that it lists, and a dense teacher that of all tokens. What the mean
 needs beyond that depends on the policy for the tail; fastkd.teachers.Ensemble states the formulas. Logarithms are
@@ -31,7 +31,7 @@ class _Listed(NamedTuple):
     ids: Tensor  # int64; -1 is padding
     logprobs: Tensor  # -inf in padding
     tail: Tensor  # log of the mass of all other tokens; -inf if the policy has none
-    valid: Tensor  # bool: whether a loss with this TopK alone has a value
+    valid: Tensor  # bool: False if a loss with this TopK alone would be NaN
 
     def lookup(self, ids: Tensor) -> tuple[Tensor, Tensor]:
         """(the log-probabilities of these tokens [..., n]; the columns that list them, or K if none does)."""
@@ -90,8 +90,8 @@ def combined(
         listed.append(_listed_by(member, weight, call, dtype, vocabulary))
     if dense and vocabulary is None:
         raise ValueError(
-            "an Ensemble of TopKs and dense teachers needs the whole vocabulary of the dense ones, which several "
-            "processes share here: pass TopK.from_logits of them"
+            "an Ensemble of TopKs and dense teachers needs the whole vocabulary of each dense teacher, but several "
+            "processes share the vocabulary here: pass TopK.from_logits of the dense teachers"
         )
     if not dense and (options.teacher_logit_scale != 1 or options.teacher_softcap):
         at_temperature(options, teacher.tail, 1.0, False)  # raises
@@ -207,10 +207,10 @@ def _of_dense(
     dtype: torch.dtype,
     untempered: bool,
 ) -> tuple[Tensor, Tensor]:
-    """(what a dense teacher gives the tokens ids [..., K], the log of the mass of all other tokens [...]).
+    """(a dense teacher's log-probabilities of the tokens ids [..., K], the log of the mass of all other tokens [...]).
 
-    The first is log-probabilities at the temperature of the call or, untempered, log-probabilities at temperature 1.
-    Only kept rows are computed, a chunk at a time; others have 0.
+    Both are at the temperature of the call, or at temperature 1 if untempered. Only kept rows are computed, a chunk at
+    a time; others have 0.
     """
     options, device = call.options, ids.device
     logprobs = torch.zeros(ids.shape, dtype=dtype, device=device)

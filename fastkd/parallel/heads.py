@@ -1,11 +1,12 @@
-"""The lm_head of a model behind its wrappers: its weight for a loss, and the gradient of the loss back into it.
+"""Access to the lm_head of a wrapped model: a loss reads its weight, and the loss's gradient reaches it.
 
 A loss of hidden states reads the lm_head's weight instead of calling the lm_head. FSDP2 and DeepSpeed ZeRO-3 spread
 that weight over processes. They gather it in hooks before a module's forward, and their backward hooks, which reduce
 the gradient, are attached to what a forward returns. DDP prepares its reduction in a forward too. A loss that is
-computed outside of every forward therefore sees a part of the weight, or its gradient is never reduced. So `redirect`
-runs a function, which runs the model and computes the loss, in the place of the model's forward, and `Head.apply` runs
-the loss in the place of the lm_head's forward where the lm_head is gathered by itself.
+computed outside of every forward therefore sees a part of the weight, or its gradient is never reduced. `redirect`
+solves this: it runs a function in the place of the model's forward, and the function runs the model and computes the
+loss. If the lm_head is gathered by itself, as a unit of FSDP2 or by ZeRO-3, `Head.apply` runs the loss in the place of
+the lm_head's forward.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from fastkd.core.models import base, logit_transform, without_wrapper
 
 Result = TypeVar("Result")
 
-# The modules in the place of whose forward a function runs now, the innermost last.
+# The modules whose forward is replaced by a function that runs now, the innermost last.
 _REDIRECTED: list[nn.Module] = []
 
 
@@ -51,9 +52,9 @@ def head(model: nn.Module, *, module: nn.Module | None = None) -> Head:
 
     Raises:
         TypeError: an argument is no module.
-        ValueError: there is no lm_head; it is not exactly an nn.Linear, or one that PEFT saves (modules_to_save) or
-            adapts by plain LoRA; it is on the meta device; FSDP1 or DataParallel wraps the model; FSDP2 has sharded the
-            two uses of a tied weight separately. The message says what to do.
+        ValueError: the model has no lm_head. Its lm_head is on the meta device, or not exactly an nn.Linear; PEFT may
+            save a copy of it (modules_to_save) or adapt it by plain LoRA. FSDP1 or DataParallel wraps the model. FSDP2
+            has sharded the two uses of a tied weight separately. The message says what to do.
     """
     return Head(model, module)
 
@@ -65,13 +66,14 @@ def redirect(
 
     The wrappers (DDP, DeepSpeed) and the hooks (FSDP2, ZeRO-3) of the model run around the function as they do around
     a forward: they move and cast the arguments, gather parameters, and attach the reduction of gradients to the tensors
-    that the function returns. So it must return the loss, and may return more: a tensor, or tuples, lists and dicts of
-    them. A model without wrappers and such hooks, or a compiled one, is not redirected; the function is then just
-    called.
+    that the function returns. The function must therefore return the loss, either alone or with other tensors in a
+    tuple, list or dict. If the model is compiled, or has neither wrappers nor such hooks, nothing is replaced, and the
+    function is only called.
 
     Args:
         model: the model as the training loop calls it.
-        function: called once. Its first argument runs the model without its wrappers, and is to be called at most once.
+        function: called once. Its first argument runs the model without its wrappers; the function may call it at most
+            once.
         *args: passed through the wrappers to the function.
         **kwargs: passed in the same way.
 
@@ -141,7 +143,7 @@ class Head:
         otherwise: str = "compute the loss from logits",
         by_hand: str = "pass it as module, or ",
     ) -> None:
-        """Find the lm_head. The rest is for messages: the model's name, and what to do instead or if there is none."""
+        """Find the lm_head. Messages use the last three arguments: a name for the model, and two remedies."""
         if not isinstance(model, nn.Module):
             raise TypeError(f"{name} must be an nn.Module, got {type(model).__name__}")
         self.name, self.model, self._otherwise = name, model, otherwise
@@ -169,14 +171,14 @@ class Head:
 
     @contextlib.contextmanager
     def captured(self, *, project: bool | None = None) -> Iterator[Captured]:
-        """A context in which the model passes its hidden states to the capture instead of its lm_head.
+        """A context in which the model's hidden states are captured instead of passed to its lm_head.
 
         The model's logits then have the first position only. They are those of the lm_head if it runs for that
         position, and 0 otherwise.
 
         Args:
-            project: whether the lm_head runs for the first position. None: unless it is gathered by itself (a unit of
-                FSDP2, ZeRO-3), which would be one more gathering.
+            project: whether the lm_head runs for the first position. None: it does, unless its own hooks gather it (a
+                unit of FSDP2, ZeRO-3), because it would then be gathered once more.
 
         Raises:
             RuntimeError: at the call of the model, if it calls its lm_head twice.
@@ -214,14 +216,14 @@ class Head:
     ) -> None:
         """Raise unless the model's logits are those of its lm_head with this scale and softcap.
 
-        For the first batch: it synchronizes with the device.
+        Call it for the first batch only, because the host waits for the device.
 
         Args:
             logits: [..., 1, V], which the model returned inside of ``captured(project=True)``.
             captured: what was captured there.
-            logit_scale: the option of the loss.
-            softcap: the option of the loss.
-            remedy: the end of the message.
+            logit_scale: the one that the loss gets.
+            softcap: the one that the loss gets.
+            remedy: what to do, for the message.
 
         Raises:
             ValueError: the logits differ.
@@ -251,7 +253,7 @@ class Head:
     def apply(
         self, function: Callable[[Tensor, Tensor, Tensor | None], Result], hidden: Tensor
     ) -> Result:
-        """Run function(hidden, weight, bias), whose gradient reaches the lm_head wherever its parameters are.
+        """Run function(hidden, weight, bias). Its gradient reaches the lm_head's parameters, even if they are sharded.
 
         weight [V, H] and bias [V] (or None) are whole. FSDP2 and ZeRO-3 gather them once, and reduce their gradient
         over the processes as that of any other parameter. With a plain LoRA adapter the weight is
@@ -266,8 +268,8 @@ class Head:
             What the function returns: a tensor that depends on hidden, or tuples, lists and dicts of such tensors.
 
         Raises:
-            ValueError: the lm_head became one that :func:`head` refuses, or ZeRO-3 has partitioned it and does not
-                gather it.
+            ValueError: the lm_head has since become one that :func:`head` refuses, or ZeRO-3 has partitioned it and
+                does not gather it.
             RuntimeError: FSDP2 has sharded the model, and its forward does not run.
         """
         owner = self._owner()
@@ -303,7 +305,7 @@ class Head:
 
         with torch.no_grad():
             if hasattr(getattr(owner, "weight", None), "ds_id"):
-                # Through the hooks, which may be about to prefetch the weight: GatheredParameters would then fail.
+                # The hooks gather the weight here. GatheredParameters would fail if a hook is about to prefetch it.
                 _in_place_of_forward(owner, owner, keep)
             else:
                 keep()
@@ -312,7 +314,7 @@ class Head:
         yield weight, bias
 
     def _operands(self, owner: Any, dtype: torch.dtype | None) -> tuple[Tensor, Tensor | None]:
-        """The weight and the bias where they are gathered, cast if FSDP2 would have cast them."""
+        """The weight and the bias, cast as FSDP2 would cast them. They are whole only while the lm_head is gathered."""
         linear = getattr(owner, "base_layer", owner)
         weight, bias = linear.weight, linear.bias
         if hasattr(weight, "ds_id") and weight.shape != weight.ds_shape:
@@ -567,9 +569,10 @@ def _whole(value: Any) -> Any:
 
 
 def everywhere(model: nn.Module, here: bool) -> bool:
-    """Whether something holds on all processes that share a sharded model; for other models, whether it holds here.
+    """Whether `here` is True on all processes that share a sharded model; for other models, `here` itself.
 
-    What runs a sharded model depending on a batch has to ask this first, because a run is a collective.
+    A run of a sharded model gathers parameters from all processes, so all of them have to run it, or none. Code that
+    runs it only for some batches therefore asks this function first.
     """
     sharded = _sharding(model)
     if not sharded or not dist.is_initialized():

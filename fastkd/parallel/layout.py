@@ -91,8 +91,8 @@ def local(argument: str, value: Any, axis: int | None, group: Any) -> Any:
         if wrong:
             allowed = "Replicate()" if axis is None else f"Shard({axis}) or Replicate()"
             raise ValueError(
-                f"{argument} has placements {value.placements}; over the processes that share the vocabulary they "
-                f"may be {allowed}, and over others rows may be sharded: redistribute it"
+                f"{argument} has placements {value.placements}; over the processes that share the vocabulary, it must "
+                f"be {allowed}; over other processes, its rows may be sharded. Redistribute it"
             )
     return value.to_local()
 
@@ -143,8 +143,8 @@ def local_weight(argument: str, value: Any, group: Any) -> Any:
         for i, (p, shared) in enumerate(zip(placements, in_group, strict=True))
     ):
         raise ValueError(
-            f"{argument} has placements {value.placements}, so every process has the whole vocabulary that they "
-            "share; it must be Shard(0) over them"
+            f"{argument} has placements {value.placements}, so every process holds all of its rows; it must be "
+            "Shard(0) over the processes that share the vocabulary"
         )
     whole = value.redistribute(placements=placements)
     return whole.to_local(

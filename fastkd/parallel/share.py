@@ -150,8 +150,8 @@ def _shard(agreed: Agreed, vocab_size: int | None, group: Any, student: str) -> 
         if other and not whole:
             has = "tensors of several widths" if other < 0 else f"{other} columns"
             raise ValueError(
-                f"on process {rank} the teacher has {has}, and {student} has {width} of {total} on all processes: "
-                "pass the same columns of the teacher, or all of them"
+                f"on process {rank} the teacher has {has}, and {student} has {width} of the {total} columns of all "
+                "processes: pass the same columns of the teacher, or all of them"
             )
     first = min(sum(widths[: agreed.rank]), vocabulary)
     columns = min(vocabulary - first, widths[agreed.rank])

@@ -14,7 +14,7 @@ from fastkd.teachers.tensors import FLOATS, check_tensor, checked_list
 from fastkd.teachers.topk import TopK
 
 MEANS = ("arithmetic", "geometric")
-# For each mean and policy that do not fit together, the reason and what to pass.
+# For each unsupported pair of mean and policy: the reason, and what to pass instead.
 _UNKNOWN = {
     (
         "arithmetic",
@@ -53,21 +53,21 @@ class Ensemble:
 
     The temperature is applied to each teacher before they are combined, a chunk of rows at a time.
 
-    **TopKs among the teachers.** A TopK knows some of its probabilities only, so the ensemble becomes one TopK, as far
-    as the mean can be known. All TopKs have one policy for the tail:
+    **TopKs among the teachers.** A TopK holds the probabilities of its listed tokens only, so the ensemble becomes one
+    TopK of the tokens for which the mean is known. All TopKs must have the same policy for the tail:
 
     - "arithmetic" and "bucket": the tokens that every TopK lists (with their p as above; dense teachers know that of
       every token), and one event for all others, with the mass that is left. This is the mean of the teachers over a
       coarser partition, and exact. A token that one TopK lists and another does not is part of the tail.
     - "arithmetic" and "renormalize_teacher": the tokens that some TopK lists, with p = sum_k w_k p_k / sum p_k, and
-      p_k = 0 for tokens that teacher k does not list. A dense teacher cannot be combined with it.
+      p_k = 0 for tokens that teacher k does not list. Dense teachers raise.
     - "geometric" and "renormalize": the tokens that every TopK lists, with p proportional to prod_k p_k^(w_k). This is
       the geometric mean of the teachers, renormalized over these tokens.
 
     Other combinations raise, because the mean cannot be known. A row in which a TopK lists no token has no teacher: it
     is treated like a row of a TopK whose ids are all -1. A row that is invalid in one TopK is NaN. A dense teacher's
-    logits are computed a chunk of rows at a time; it needs its whole vocabulary on each process. Under torch.compile
-    such an ensemble breaks the graph.
+    logits are computed a chunk of rows at a time. Every process needs its whole vocabulary. Under torch.compile such an
+    ensemble breaks the graph.
 
     Args:
         teachers: one or more, each dense logits [..., V], a :class:`LinearTeacher` or a :class:`TopK`.
@@ -117,7 +117,7 @@ class Ensemble:
         self._check_tails()
 
     def _check_tails(self) -> None:
-        """Raise unless the policies of all TopKs are one, for which the mean is known."""
+        """Raise unless all TopKs have the same policy, and the mean is known for it."""
         sparse = {i: member for i, member in enumerate(self.teachers) if isinstance(member, TopK)}
         if not sparse:
             return
@@ -134,9 +134,9 @@ class Ensemble:
             )
         if member.tail == "renormalize_teacher" and len(sparse) < len(self.teachers):
             raise ValueError(
-                "an Ensemble cannot combine TopKs with tail='renormalize_teacher' and dense teachers, because the mean "
-                "has every token. Pass tail='bucket', or TopK.from_logits(..., tail='renormalize_teacher') of the "
-                "dense ones"
+                "an Ensemble cannot combine TopKs with tail='renormalize_teacher' and dense teachers, because a dense "
+                "teacher gives every token a probability. Pass tail='bucket', or "
+                "TopK.from_logits(..., tail='renormalize_teacher') of the dense ones"
             )
 
     @property

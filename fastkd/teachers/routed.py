@@ -21,9 +21,9 @@ class RoutedTeacher:
 
         p of row r = p of the i-th row of teachers[k],    k = index[r],    i = how many rows before r have index k
 
-    A teacher runs on its own rows only, and holds nothing else. The loss and its gradient are those of each teacher's
-    own call on its rows, but the reductions count all rows together. Multi-teacher on-policy distillation is described
-    in arXiv:2601.02780.
+    A teacher runs on its own rows only, and its tensors contain no others. The loss and its gradient are those of each
+    teacher's own call on its rows, but the reductions count all rows together. Multi-teacher on-policy distillation is
+    described in arXiv:2601.02780.
 
     Args:
         teachers: one or more, numbered from 0. All are a :class:`TopK`, or each is dense logits [n, V] or a
@@ -34,19 +34,20 @@ class RoutedTeacher:
         index: an integer tensor, the number of each row's teacher. Its shape is the leading shape of the student's
             logits or the first dimensions of it: with logits [B, T, V] it is [B, T], or [B] for whole sequences.
 
-    A teacher's rows may keep the last leading dimensions of the student's. With logits [B, T, V], a teacher of b whole
-    sequences may have [b, T, V] as well as [b T, V].
+    A teacher's rows may be in one dimension or in several. With logits [B, T, V], the logits of a teacher of b whole
+    sequences may be [b T, V] or [b, T, V].
 
-    Several TopK become one with the largest K, whose shorter rows are padded; all need the same policy for the tail.
+    TopKs are joined into one TopK with the largest K; shorter rows are padded. All need the same policy for the tail.
     Each row keeps the mass of the tail that its own teacher gives. Under "bucket" and "truncate" all must have been
     taken at the same temperature. Dense logits and LinearTeachers are processed in chunks of rows with the same
     teacher, so the logits of a LinearTeacher are never held for all rows. teacher_temperature, teacher_logit_scale and
     teacher_softcap of the loss apply to every teacher. If all teachers are dense logits and one requires grad, kd_loss
     copies them into one tensor [..., V], and each gets the gradient of its rows.
 
-    The loss compares the number of each teacher's rows with index, and raises if they differ. If all teachers are
-    TopKs, or one requires grad, the host does not wait for this comparison on a GPU or in a compiled graph: the loss of
-    every row is then NaN. FASTKD_CHECK=1 raises.
+    The loss compares the number of each teacher's rows with index, and raises if they differ. The exception: if all
+    teachers are TopKs, or one requires grad, the loss of every row is NaN instead on a GPU and under torch.compile,
+    because raising would require waiting for the device or breaking the graph. In eager mode, FASTKD_CHECK=1 makes it
+    raise there too.
 
     Raises:
         TypeError, ValueError: a wrong type, dtype or value; the message names the argument.

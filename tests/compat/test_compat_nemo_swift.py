@@ -201,7 +201,7 @@ def test_a_teacher_with_another_prompt(sparse: bool) -> None:
     assert count == their_count
     agree(ours, theirs, student)
     output.labels[0, -1] = -100
-    with pytest.raises(ValueError, match=r"as many labels as labels, 11; got 10"):
+    with pytest.raises(ValueError, match=r"as many rows other than -100 as labels, 11; got 10"):
         swift.gkd_loss(student, output, labels, 0.5, 1.0)
 
 

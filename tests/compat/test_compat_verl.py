@@ -366,7 +366,7 @@ def test_messages() -> None:
         actor, config = configs("fastkd_jsd_bucket", strategy="torchtitan")
         verl_losses.compute_topk_loss(actor, config, given.data, given.logits, "thd")
     for mode, message in (
-        ("fastkd_jsd_bucket", "VeOmni's compute forward KL with the tail 'truncate'"),
+        ("fastkd_jsd_bucket", "VeOmni's compute only forward KL with the tail 'truncate'"),
         ("fastkd_forward_kl_truncate", "kernels compute no distillation losses"),
     ):
         actor, config = configs(mode)

@@ -322,7 +322,10 @@ def test_processes_with_different_calls_raise(
 
 def test_a_teacher_with_another_split_raises(processes: Processes) -> None:
     for text in processes.run(2, training.call, {"teacher": torch.zeros(6, 7)}):
-        assert "on process 1 the teacher has 7 columns, and student_logits has 8 of 16" in text
+        assert (
+            "on process 1 the teacher has 7 columns, and student_logits has 8 of the 16 columns"
+            in text
+        )
 
 
 def test_an_error_in_one_process_raises_in_all(processes: Processes) -> None:

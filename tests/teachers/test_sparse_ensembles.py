@@ -531,7 +531,7 @@ def test_a_shared_vocabulary(processes: Processes, mean: str, tail: str) -> None
         2, spread_routed.of_teacher, student, Ensemble([TopK.from_logits(wide[0], 5), wide[1]])
     )
     assert all(
-        not good and "needs the whole vocabulary of the dense ones" in text
+        not good and "needs the whole vocabulary of each dense teacher" in text
         for good, text in failures
     )
 
@@ -559,7 +559,8 @@ CONSTRUCTOR: list[tuple[Callable[[], Any], str]] = [
     (lambda: Ensemble([sparse("renormalize_teacher")], mean="geometric"), "the geometric mean is 0 for each token that "
      "one teacher does not list. Pass mean='arithmetic', or tail='renormalize' for the tokens that all list"),
     (lambda: Ensemble([sparse("renormalize_teacher"), DENSE]), "cannot combine TopKs with tail='renormalize_teacher' "
-     "and dense teachers, because the mean has every token. Pass tail='bucket', or TopK.from_logits"),
+     "and dense teachers, because a dense teacher gives every token a probability. Pass tail='bucket', or "
+     "TopK.from_logits"),
 ]  # fmt: skip
 
 
