@@ -424,6 +424,21 @@ def _gradient(
 
 
 @triton.jit
+def _open_row(side, row, sizes, weight, T1: tl.constexpr, spec):
+    """Return a side's row, and the row's weight, which becomes NaN if its temperature is not positive."""
+    logits, gradient, unit, temperature = open_side(
+        side, row, sizes, 0 if spec.HEAD or spec.ADJACENT == 1 else ROW_BYTES
+    )
+    unit_t1 = None
+    if T1:  # noqa: SIM102
+        if side.temperature is not None or side.row_temperatures is not None:
+            unit_t1 = side.unit_t1
+    if side.row_temperatures is not None:
+        weight = tl.where(temperature > 0, weight, float("nan"))
+    return Row(logits, gradient, unit, unit_t1, temperature, side), weight
+
+
+@triton.jit
 def _compute_row(
     row,
     student_side,
@@ -447,29 +462,11 @@ def _compute_row(
     if inputs.weight is not None:
         weight = tl.load(inputs.weight + row)
 
-    logits, gradient, unit, temperature = open_side(
-        student_side, row, sizes, 0 if spec.HEAD or spec.ADJACENT == 1 else ROW_BYTES
-    )
-    unit_t1 = None
-    if CROSS_ENTROPY or LABEL_T1:  # noqa: SIM102
-        if student_side.temperature is not None or student_side.row_temperatures is not None:
-            unit_t1 = student_side.unit_t1
-    if student_side.row_temperatures is not None:
-        weight = tl.where(temperature > 0, weight, float("nan"))
-    student = Row(logits, gradient, unit, unit_t1, temperature, student_side)
+    student, weight = _open_row(student_side, row, sizes, weight, CROSS_ENTROPY or LABEL_T1, spec)
     teacher = Row(None, None, None, None, None, None)
     softmax_teacher, softmax_moments = teacher, Moments(None, None, None)
     if teacher_side.logit_scale is not None:
-        logits, gradient, unit, temperature = open_side(
-            teacher_side, row, sizes, 0 if spec.HEAD or spec.ADJACENT == 1 else ROW_BYTES
-        )
-        unit_t1 = None
-        if LABEL_T1:  # noqa: SIM102
-            if teacher_side.temperature is not None or teacher_side.row_temperatures is not None:
-                unit_t1 = teacher_side.unit_t1
-        if teacher_side.row_temperatures is not None:
-            weight = tl.where(temperature > 0, weight, float("nan"))
-        teacher = Row(logits, gradient, unit, unit_t1, temperature, teacher_side)
+        teacher, weight = _open_row(teacher_side, row, sizes, weight, LABEL_T1, spec)
         if NORMALIZED:
             softmax_teacher, softmax_moments = teacher, moments
 
