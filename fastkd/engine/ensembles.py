@@ -107,7 +107,7 @@ def combined(
     assert has_tokens is not None
     ids = ids.masked_fill(~has_tokens, -1).masked_fill(~valid.unsqueeze(-1), -2)
     zero = torch.zeros(lead, dtype=torch.float64, device=ids.device)
-    # The sums of probabilities have been checked teacher by teacher.
+    # Masses of 0 pass the check of the sums of probabilities, which has been made teacher by teacher above.
     return JoinedTopK(ids, logprobs, teacher.tail, tail, 1.0, (zero, zero), None, highest)
 
 

@@ -130,7 +130,7 @@ class Head:
         module: the nn.Linear (or PEFT's LoRA layer around one) that has the weight.
         out_features: V.
         logit_scale: from the model's configuration; 1.0 if it has none. The logits of the model are
-            softcap tanh(logit_scale lm_head(hidden) / softcap).
+            logit_scale lm_head(hidden), or softcap tanh(logit_scale lm_head(hidden) / softcap).
         softcap: from the model's configuration, or None.
     """
 
@@ -261,7 +261,8 @@ class Head:
         every step, also for a batch without counted rows.
 
         Args:
-            function: computes the loss. It must use weight, and must not keep it.
+            function: computes the loss. It must use weight on every process, because the processes reduce its gradient
+                together. It must not keep weight, which FSDP2 and ZeRO-3 free afterwards.
             hidden: [..., H], for example from :meth:`captured`.
 
         Returns:
