@@ -504,8 +504,8 @@ def check_vocabulary(vocab_size: int | None, widths: dict[str, int]) -> int:
         if len(set(widths.values())) > 1:
             listed = ", ".join(f"{name} has {width} columns" for name, width in widths.items())
             raise ValueError(
-                f"{listed}; if the rest is padding of one tokenizer, pass vocab_size (at most {narrowest}), "
-                "the number of real tokens"
+                f"{listed}; if the models have one tokenizer and the extra columns are padding, pass vocab_size (at "
+                f"most {narrowest}), the number of real tokens"
             )
         vocab_size = narrowest
     elif type(vocab_size) is not int:

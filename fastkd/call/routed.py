@@ -1,4 +1,4 @@
-"""Preparation of a RoutedTeacher: its rows by teacher, and its TopKs or its trained dense teachers as one teacher.
+"""Prepares a RoutedTeacher for a loss: finds the rows of each teacher, or merges its teachers into one.
 
 The teachers' rows, concatenated, are the student's rows sorted by teacher. A stable argsort of the index therefore
 gives, for each concatenated row, its number among the student's rows.
@@ -27,12 +27,14 @@ from fastkd.teachers import RoutedTeacher, Teacher, TopK
 class JoinedTopK(TopK):
     """A TopK made of several, with facts about their rows that the fields of a TopK cannot hold."""
 
-    # What fastkd.call.tail.masses returns for the original TopK of each row, [...] each. None: as for this TopK.
+    # The two tensors [...] that fastkd.call.tail.masses returns for the TopKs from which the rows come. None: the loss
+    # computes them from this TopK.
     own_masses: tuple[Tensor, Tensor] | None = None
-    # [...] bool: whether the original TopK of the row had a tail_logprob; others are -inf here. None: all or none had.
+    # [...] bool: whether the TopK from which the row comes has a tail_logprob. If it has none, tail_logprob is -inf
+    # here. None: either all of the TopKs have one, or none has.
     has_tail: Tensor | None = None
-    # [...]: the largest id in any original TopK of the row, if tokens were left out. A row with an id outside the
-    # vocabulary is invalid.
+    # [...]: the largest id that the TopKs list in the row, if this TopK leaves out some of their ids. The row is
+    # invalid if that id is outside the vocabulary.
     highest: Tensor | None = None
 
 
@@ -67,8 +69,8 @@ def check_shapes(teacher: RoutedTeacher, student: str, lead: torch.Size) -> None
     for number, own in enumerate(teacher.leads()):
         if not own or own[1:] != lead[max(len(lead) - len(own) + 1, 1) :]:
             raise ValueError(
-                f"teacher.teachers[{number}] must have rows of shape (n,) or (n, *rest), where rest is the end of the "
-                f"leading shape of {student}, {tuple(lead)}; got rows in {tuple(own)}"
+                f"teacher.teachers[{number}] must have rows of shape (n,) or (n, *rest), where rest stands for the "
+                f"last dimensions of the leading shape of {student}, {tuple(lead)}; got rows in {tuple(own)}"
             )
 
 
@@ -110,7 +112,9 @@ def reads_index(teacher: RoutedTeacher, checking: bool) -> bool:
 
 
 def joined(teacher: Teacher, lead: torch.Size, was_read: bool) -> Teacher:
-    """The TopKs of a RoutedTeacher as one, or its dense teachers with gradient as one; other teachers unchanged.
+    """Merge a RoutedTeacher's TopKs into one TopK, or its dense logits into one tensor if one of them requires grad.
+
+    Any other teacher is returned unchanged.
 
     was_read: whether the index has been checked. An unchecked index that does not fit makes every loss NaN.
     """
@@ -136,7 +140,7 @@ def _joined_logits(dense: Sequence[Tensor], numbers: Tensor, lead: torch.Size) -
 def _misfits(teacher: RoutedTeacher, lead: torch.Size) -> Tensor:
     """Whether a teacher's number of rows differs from the index: a 0-dim bool tensor; the host does not wait for it.
 
-    An index out of range gives some teacher too few rows, because all together have as many as the student.
+    This covers an index out of range: no teacher has it, so the counts add up to less than the teachers' rows.
     """
     # Compared one by one, because a CUDA graph cannot capture a copy of a list to the device.
     counts = count_rows(teacher, numbers_of(teacher, lead)).unbind()
@@ -180,7 +184,8 @@ def _joined_topk(teacher: RoutedTeacher, lead: torch.Size, was_read: bool) -> To
     all_ids, all_logprobs = [], []
     for member in members:
         logprobs = member.logprobs.detach().to(dtype)
-        # p^(T_then / T) is (p^T_then)^(1 / T), so with these logarithms every teacher has T_then = 1.
+        # A loss at temperature T needs p^(t / T), where t is the temperature of p. This is (p^t)^(1 / T), so the
+        # logarithms of p^t are those of a teacher at temperature 1.
         logprobs = logprobs if one_temperature else logprobs * member.temperature
         padding = (0, k - member.ids.shape[-1])
         all_ids.append(torch.nn.functional.pad(member.ids.to(torch.int64), padding, value=-1))

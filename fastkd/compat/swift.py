@@ -45,7 +45,8 @@ def gkd_loss(
     of :class:`fastkd.TopK`), and rows without any listed token do not count.
 
     If the vocabularies differ in width, ms-swift appends the extra logits of the wider model to those of the narrower
-    one. In these columns, p and q then differ only by their normalizers, and the gradient flows through both.
+    one. In these columns, p and q then differ only by their normalizers. If the student is the wider model, the extra
+    logits get a gradient through both p and q.
 
     Args:
         student_logits: [B, S, V].

@@ -47,7 +47,8 @@ def chunk_topk_distill_function(
             token at i.
         chunk_size: accepted, but without effect: chunks are as large as fastkd's memory budget allows.
         ignore_index: rows with this label are 0 in every output.
-        shift_labels: labels that are shifted already. Hidden states and the teacher's rows are then not shifted either.
+        shift_labels: labels that are shifted already, used instead of `labels`. Hidden states and the
+            teacher's rows are then used as they are.
         temperature: divides the logits.
         log_prob_min_clamp: the smallest log-probability in the losses, or None.
 

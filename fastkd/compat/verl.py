@@ -7,8 +7,8 @@ tail is the policy for the tokens that the teacher does not list, ``bucket``, ``
 (:class:`fastkd.TopK`). ``fastkd_forward_kl_truncate`` is verl's own formula. `register_loss` adds modes.
 
 verl finds the modes by itself: fastkd has an entry point in the group ``verl.plugins``, which verl loads when it is
-imported. verl hides errors of plugins, so call `register` if verl does not know a mode. The strategies fsdp, fsdp2,
-veomni and megatron are supported.
+imported. verl hides errors of plugins: if verl does not know a mode, call `register` to see the error. The
+strategies fsdp, fsdp2, veomni and megatron are supported.
 
 fastkd.compat.veomni computes the loss of VeOmni's models from hidden states. docs/stacks/verl.md lists what differs.
 """
@@ -72,13 +72,15 @@ def register_loss(name: str, divergence: Divergence, tail: str = "bucket") -> No
         raise ValueError(f"tail must be one of {', '.join(TAILS)}; got {tail!r}")
     loss = _Loss(divergence, tail)
     if LOSSES.setdefault(name, loss) != loss:
-        raise ValueError(f"name must be new, and {name!r} is already the mode of {LOSSES[name]}")
+        raise ValueError(
+            f"name must be new; {name!r} already exists with another divergence or tail, {LOSSES[name]}"
+        )
     if _registered:
         register()
 
 
 def register() -> None:
-    """Make verl know the modes of `LOSSES`. Importing verl calls this; a second call registers only new modes.
+    """Register the modes of `LOSSES` with verl. Importing verl calls this; a second call registers only new modes.
 
     Raises:
         ImportError: verl, or a package that its losses import, is not installed.
@@ -188,7 +190,8 @@ def topk_losses(
     """The losses of the tokens and verl's metrics, named as in ``verl.trainer.distillation.losses.compute_topk_loss``.
 
     Args:
-        student_logits: [B, S, V], already divided by the temperature of the rollout; [B, S, V_r] with process_group.
+        student_logits: [B, S, V], already divided by the temperature of the rollout; [B, S, V_r],
+            this process's columns, with process_group.
         teacher_topk_log_probs: [B, S, K], natural logarithms. Row i describes the token that row i of the logits
             predicts.
         teacher_topk_ids: [B, S, K], token ids.

@@ -587,8 +587,8 @@ class _Capture:
         layer = f"layer {name!r} of the {self.whose}"
         if not captured:
             raise RuntimeError(
-                f"{layer} was not captured: it did not run, its forward was called directly, without hooks, the "
-                "Distiller is closed, or the model was compiled and ran before the Distiller was made (make the "
+                f"{layer} was not captured: either it did not run, or its forward was called directly, without hooks, "
+                "or the Distiller is closed, or the model was compiled and ran before the Distiller was made (make the "
                 "Distiller first, or call torch.compiler.reset())"
             )
         if len(captured) > 1:

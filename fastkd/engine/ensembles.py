@@ -25,7 +25,7 @@ from fastkd.teachers import Ensemble, LinearTeacher, TopK, flatten, support_unio
 
 
 class _Listed(NamedTuple):
-    """The rows of a TopK, [..., K] and [...]."""
+    """A TopK of the ensemble: tensors [..., K], one entry per listed token, and [...], one per row."""
 
     weight: float  # of the teacher in the ensemble
     ids: Tensor  # int64; -1 is padding
@@ -67,7 +67,7 @@ def combined(
         vocabulary: the number of columns; None if processes share the vocabulary.
 
     Raises:
-        ValueError: the options do not fit; or, with FASTKD_CHECK=1, a value is invalid.
+        ValueError: the options do not fit the TopKs; or, with FASTKD_CHECK=1, a value is invalid.
     """
     options = call.options
     dtype = row_dtype(*(tensor.dtype for tensor in flatten(teacher)[0]))
@@ -107,7 +107,7 @@ def combined(
     assert has_tokens is not None
     ids = ids.masked_fill(~has_tokens, -1).masked_fill(~valid.unsqueeze(-1), -2)
     zero = torch.zeros(lead, dtype=torch.float64, device=ids.device)
-    # The sums of probabilities have been checked teacher by teacher.
+    # Masses of 0 pass the check of the sums of probabilities, which has been made teacher by teacher above.
     return JoinedTopK(ids, logprobs, teacher.tail, tail, 1.0, (zero, zero), None, highest)
 
 
@@ -143,7 +143,7 @@ def _listed_by(
             tail = tail.masked_fill((ids >= 0).sum(-1) == vocabulary, -math.inf)
         return _Listed(weight, ids, logprobs, tail.to(dtype), valid & ((total <= MOST) | empty))
     valid = valid & ((logprobs.amax(-1).abs() < math.inf) | empty)
-    logprobs = logprobs * member.temperature  # logarithms of p^T_then
+    logprobs = logprobs * member.temperature  # of p^t, where t is the temperature of p
     if member.tail == "renormalize_teacher":
         temperatures = call.rows.teacher_temperature
         if temperatures is None:
@@ -216,7 +216,8 @@ def _of_dense(
     logprobs = torch.zeros(ids.shape, dtype=dtype, device=device)
     tails = torch.zeros(lead, dtype=dtype, device=device)
     temperature = 1.0 if untempered else options.teacher_temperature
-    # The logits, their tempered copy, the copy without the tokens, and the exponentials of logsumexp.
+    # Four tensors of this width exist at once: the logits, their tempered copy, the copy without the listed tokens, and
+    # the exponentials of logsumexp.
     row_bytes = 4 * vocabulary * dtype.itemsize
     size = max(RESPONSE_BUDGET.of(device.type) // row_bytes, 1)
     for indices in Chunks.of(call.rows, lead, options.ignore_index, size, even=True):

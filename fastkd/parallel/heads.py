@@ -51,10 +51,10 @@ def head(model: nn.Module, *, module: nn.Module | None = None) -> Head:
         A :class:`Head`.
 
     Raises:
-        TypeError: an argument is no module.
-        ValueError: the model has no lm_head. Its lm_head is on the meta device, or not exactly an nn.Linear; PEFT may
-            save a copy of it (modules_to_save) or adapt it by plain LoRA. FSDP1 or DataParallel wraps the model. FSDP2
-            has sharded the two uses of a tied weight separately. The message says what to do.
+        TypeError: an argument is not a module.
+        ValueError: a loss cannot use the lm_head: the model has none; or it is on the meta device; or it is not exactly
+            an nn.Linear (PEFT's modules_to_save and plain LoRA are allowed); or FSDP1 or DataParallel wraps the model;
+            or FSDP2 has sharded the two uses of a tied weight separately. The message says what to do.
     """
     return Head(model, module)
 
@@ -130,7 +130,7 @@ class Head:
         module: the nn.Linear (or PEFT's LoRA layer around one) that has the weight.
         out_features: V.
         logit_scale: from the model's configuration; 1.0 if it has none. The logits of the model are
-            softcap tanh(logit_scale lm_head(hidden) / softcap).
+            logit_scale lm_head(hidden), or softcap tanh(logit_scale lm_head(hidden) / softcap).
         softcap: from the model's configuration, or None.
     """
 
@@ -261,7 +261,8 @@ class Head:
         every step, also for a batch without counted rows.
 
         Args:
-            function: computes the loss. It must use weight, and must not keep it.
+            function: computes the loss. It must use weight on every process, because the processes reduce its gradient
+                together. It must not keep weight, which FSDP2 and ZeRO-3 free afterwards.
             hidden: [..., H], for example from :meth:`captured`.
 
         Returns:
@@ -270,7 +271,7 @@ class Head:
         Raises:
             ValueError: the lm_head has since become one that :func:`head` refuses, or ZeRO-3 has partitioned it and
                 does not gather it.
-            RuntimeError: FSDP2 has sharded the model, and its forward does not run.
+            RuntimeError: FSDP2 has sharded the model, and the model's forward is not running.
         """
         owner = self._owner()
         self._check_dropout(owner)
@@ -396,7 +397,7 @@ class Head:
             )
 
     def _check_inside(self) -> None:
-        """Raise if FSDP2 shards the model and its forward does not run: the gradient might never be reduced."""
+        """Raise if FSDP2 has sharded the model, whose forward is not running: a gradient might never be reduced."""
         target: Any = _inside_wrappers(self.model)
         if any(target is running for running in _REDIRECTED) or not _is_fsdp_unit(target):
             return
@@ -480,7 +481,7 @@ def _in_place_of_forward(
     **kwargs: Any,
 ) -> Result:
     """Call the outer module with the function in the place of the target's forward; return what the call returns."""
-    own = vars(target).get("forward")  # accelerate sets a forward of the instance
+    own = vars(target).get("forward")  # accelerate gives the instance its own forward
     called: list[bool] = []
 
     def restore() -> None:

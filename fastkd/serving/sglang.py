@@ -145,10 +145,10 @@ def _sampled(own: Sequence[Any], want: Wanted, vocab_size: int | None) -> Tensor
         row = int(differ.nonzero()[0])
         hint = ""
         if vocab_size is None and zeroed[row]:
-            hint = ". SGLang reports the last token of the vocabulary as 0: pass vocab_size if this is it"
+            hint = ". SGLang reports the last token of the vocabulary as 0: if that is the cause, pass vocab_size"
         raise ValueError(
-            f"input_ids must be the ids that the server scored; at position {want.start + row} it has "
-            f"{int(reported[row])} for {int(sent[row])}{hint}"
+            f"input_ids must be the ids that the server scored; at position {want.start + row} the "
+            f"server reports token {int(reported[row])} and input_ids has {int(sent[row])}{hint}"
         )
     return as_floats("input_token_logprobs", [_item(entry, 0) for entry in own])
 

@@ -24,8 +24,8 @@ _UNKNOWN = {
     (
         "arithmetic",
         "truncate",
-    ): "a sum over the tokens of each teacher has no mean if the tokens differ. Pass "
-    "tail='bucket' or tail='renormalize_teacher'",
+    ): "under this policy a teacher says nothing about tokens that it does not list, so "
+    "their mean is unknown if the lists differ. Pass tail='bucket' or tail='renormalize_teacher'",
     **{
         (
             "geometric",
@@ -56,18 +56,18 @@ class Ensemble:
     **TopKs among the teachers.** A TopK holds the probabilities of its listed tokens only, so the ensemble becomes one
     TopK of the tokens for which the mean is known. All TopKs must have the same policy for the tail:
 
-    - "arithmetic" and "bucket": the tokens that every TopK lists (with their p as above; dense teachers know that of
-      every token), and one event for all others, with the mass that is left. This is the mean of the teachers over a
-      coarser partition, and exact. A token that one TopK lists and another does not is part of the tail.
-    - "arithmetic" and "renormalize_teacher": the tokens that some TopK lists, with p = sum_k w_k p_k / sum p_k, and
-      p_k = 0 for tokens that teacher k does not list. Dense teachers raise.
+    - "arithmetic" and "bucket": the tokens that every TopK lists, with p as above, and one event for all other tokens,
+      with the mass that is left. A dense teacher counts as one that lists every token. The probabilities of these
+      events are exactly those of the mean. A token that one TopK lists and another does not is part of the tail.
+    - "arithmetic" and "renormalize_teacher": the tokens that at least one TopK lists, with p = sum_k w_k p_k. Each p_k
+      is divided by its sum over the tokens that teacher k lists, and is 0 for other tokens. Dense teachers raise.
     - "geometric" and "renormalize": the tokens that every TopK lists, with p proportional to prod_k p_k^(w_k). This is
       the geometric mean of the teachers, renormalized over these tokens.
 
     Other combinations raise, because the mean cannot be known. A row in which a TopK lists no token has no teacher: it
     is treated like a row of a TopK whose ids are all -1. A row that is invalid in one TopK is NaN. A dense teacher's
-    logits are computed a chunk of rows at a time. Every process needs its whole vocabulary. Under torch.compile such an
-    ensemble breaks the graph.
+    logits are computed a chunk of rows at a time, and every process needs that teacher's whole vocabulary. Under
+    torch.compile such an ensemble breaks the graph.
 
     Args:
         teachers: one or more, each dense logits [..., V], a :class:`LinearTeacher` or a :class:`TopK`.

@@ -1,4 +1,4 @@
-"""Several teachers, of which each row has its own."""
+"""Several teachers, each for its own rows."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 @dataclass(frozen=True, eq=False)
 class RoutedTeacher:
-    """Several teachers, of which each row has its own: mathematics from one teacher, code from another, in one call.
+    """Several teachers, each for its own rows: mathematics from one teacher, code from another, in one call.
 
         p of row r = p of the i-th row of teachers[k],    k = index[r],    i = how many rows before r have index k
 
-    A teacher runs on its own rows only, and its tensors contain no others. The loss and its gradient are those of each
-    teacher's own call on its rows, but the reductions count all rows together. Multi-teacher on-policy distillation is
-    described in arXiv:2601.02780.
+    A teacher runs on its own rows only, and its tensors contain no others. Each row has the loss that a call with
+    its teacher alone would compute. Reductions such as "mean" are over the rows of all teachers. Multi-teacher
+    on-policy distillation is described in arXiv:2601.02780.
 
     Args:
         teachers: one or more, numbered from 0. All are a :class:`TopK`, or each is dense logits [n, V] or a
@@ -112,7 +112,7 @@ class RoutedTeacher:
 
 
 def rows_of(teacher: Tensor | TopK | LinearTeacher) -> Tensor:
-    """The tensor of a teacher that has its leading shape."""
+    """The tensor of a teacher whose leading shape is that of the teacher's rows."""
     if isinstance(teacher, TopK):
         return teacher.ids
     return teacher.hidden if isinstance(teacher, LinearTeacher) else teacher

@@ -300,7 +300,9 @@ def test_a_mode_of_ones_own() -> None:
         given.logits[0], teacher, divergence=fastkd.jsd(0.1), mask=counted, reduction="none"
     )
     torch.testing.assert_close(outputs["distillation_losses"][0], expected)
-    with pytest.raises(ValueError, match="'mine_jsd' is already the mode of"):
+    with pytest.raises(
+        ValueError, match="'mine_jsd' already exists with another divergence or tail"
+    ):
         adapter.register_loss("mine_jsd", fastkd.jsd(0.2), "bucket")
     with pytest.raises(ValueError, match="tail must be one of bucket, .*; got 'rest'"):
         adapter.register_loss("another", fastkd.jsd(0.2), "rest")

@@ -994,8 +994,8 @@ BAD: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"student_bias": torch.ones(V + 1)}, ValueError,
      f"student_bias must be [{V}], one number per row of weight; got ({V + 1},)"),
     ({"student_weight": torch.ones(V + 4, H)}, ValueError,
-     f"student_weight has {V + 4} columns, teacher has {V} columns; if the rest is padding of one tokenizer, pass "
-     f"vocab_size (at most {V}), the number of real tokens"),
+     f"student_weight has {V + 4} columns, teacher has {V} columns; if the models have one tokenizer and the extra "
+     f"columns are padding, pass vocab_size (at most {V}), the number of real tokens"),
     ({"teacher": torch.ones(N + 1, V)}, ValueError,
      f"teacher must have the leading shape of student_hidden, ({N},); got ({N + 1},)"),
     ({"teacher": torch.ones(N, V, requires_grad=True)}, ValueError,
@@ -1004,7 +1004,8 @@ BAD: list[tuple[dict[str, Any], type[Exception], str]] = [
      "teacher.weight requires grad, and only a teacher of dense logits gets a gradient; detach it"),
     ({"teacher": fastkd.Ensemble([torch.ones(N, V), torch.ones(N, V + 1)])}, ValueError,
      f"student_weight has {V} columns, teacher.teachers[0] has {V} columns, teacher.teachers[1] has {V + 1} columns; "
-     f"if the rest is padding of one tokenizer, pass vocab_size (at most {V}), the number of real tokens"),
+     "if the models have one tokenizer and the extra columns are padding, pass vocab_size (at most "
+     f"{V}), the number of real tokens"),
     ({"teacher": fastkd.Ensemble([torch.ones(N, V)]), "divergence": "squared_error"}, ValueError,
      "the divergence 'squared_error' compares logits, and the arithmetic mean of an Ensemble is a mean of "
      "probabilities; use mean='geometric'"),

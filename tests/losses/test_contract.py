@@ -64,8 +64,8 @@ BAD: list[tuple[dict[str, Any], type[Exception], str]] = [
     (
         {"teacher": torch.ones(3, 9)},
         ValueError,
-        "student_logits has 7 columns, teacher has 9 columns; if the rest is padding of one tokenizer, pass vocab_size "
-        "(at most 7), the number of real tokens",
+        "student_logits has 7 columns, teacher has 9 columns; if the models have one tokenizer and the extra columns "
+        "are padding, pass vocab_size (at most 7), the number of real tokens",
     ),
     ({"vocab_size": 8}, ValueError, "vocab_size must be in [1, 7], the narrowest of the widths; got 8"),
     ({"vocab_size": 0}, ValueError, "vocab_size must be in [1, 7], the narrowest of the widths; got 0"),

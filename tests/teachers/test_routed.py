@@ -730,7 +730,7 @@ def test_errors_of_shapes() -> None:
     swapped = [rows.view(-1, T, V).transpose(0, 1) for rows in good]
     with pytest.raises(
         ValueError,
-        match=r"teachers\[1\] must have rows of shape \(n,\) or \(n, \*rest\), where rest is the end .*5, 2",
+        match=r"teachers\[1\] must have rows of shape \(n,\) or \(n, \*rest\), where rest stands for the last .*5, 2",
     ):
         kd_loss(student, RoutedTeacher([good[0], swapped[1], good[2]], index))
     with pytest.raises(ValueError, match=r"teacher.teachers\[2\].* got rows in \(\)"):

@@ -257,12 +257,15 @@ def test_the_last_token_of_the_vocabulary_is_reported_as_0() -> None:
     for start_len in (0, 1):
         meta = served.sglang_meta(rows, ids, 2, start_len=start_len, vocabulary=V)
         with pytest.raises(
-            ValueError, match="it has 0 for 12. SGLang reports the last .* pass vocab_size"
+            ValueError,
+            match="token 0 and input_ids has 12. SGLang reports the last .* pass vocab_size",
         ):
             from_sglang(meta, ids, k=2, start=start_len + 1)
         scored = from_sglang(meta, ids, k=2, start=start_len + 1, vocab_size=V)
         assert scored.sampled_logprobs[-1] == rows[-1, V - 1]
-    with pytest.raises(ValueError, match="at position 4 it has 0 for 12"):
+    with pytest.raises(
+        ValueError, match="at position 4 the server reports token 0 and input_ids has 12"
+    ):
         from_sglang(meta, ids, k=2, start=2, vocab_size=V + 1)
     with pytest.raises(ValueError, match=r"input_ids must be in \[0, 12\), got 12"):
         from_sglang(meta, ids, k=2, start=2, vocab_size=V - 1)

@@ -549,8 +549,9 @@ CONSTRUCTOR: list[tuple[Callable[[], Any], str]] = [
     (lambda: Ensemble([fastkd.RoutedTeacher([DENSE], torch.tensor(0))]), r"teachers\[0\] must be .*got RoutedTeacher"),
     (lambda: Ensemble([DENSE, sparse(), sparse("truncate")]),
      r"teachers\[2\].tail must be that of teachers\[1\], 'bucket'; got 'truncate'"),
-    (lambda: Ensemble([sparse("truncate")]), "cannot combine TopKs with tail='truncate': a sum over the tokens of each "
-     "teacher has no mean if the tokens differ. Pass tail='bucket' or tail='renormalize_teacher'"),
+    (lambda: Ensemble([sparse("truncate")]), "cannot combine TopKs with tail='truncate': under this policy a "
+     "teacher says nothing about tokens that it does not list, so their mean is unknown if the lists differ. Pass "
+     "tail='bucket' or tail='renormalize_teacher'"),
     (lambda: Ensemble([sparse("renormalize")]), "mean='arithmetic' cannot combine .*='renormalize': the mean of "
      "probabilities needs .* only their ratios are known. Pass tail='bucket', .* or mean='geometric'"),
     (lambda: Ensemble([sparse("bucket")], mean="geometric"), "mean='geometric' cannot combine .*='bucket': the "
