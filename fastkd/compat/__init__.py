@@ -95,7 +95,9 @@ ADAPTERS = {
     "modelopt": Adapter(
         "NVIDIA Model-Optimizer", "nvidia-modelopt", "0.47.0",
         _each("modelopt.torch.distill", "LogitsDistillationLoss", "MFTLoss")
-        | _each("modelopt.torch.distill.plugins.megatron", "LogitsKLLoss", "TopKLogitsKLLoss"),
+        | _each("modelopt.torch.distill.plugins.megatron", "LogitsKLLoss", "TopKLogitsKLLoss")
+        | _each("modelopt.torch.distill.plugins.huggingface", "KDTrainer")
+        | _each("modelopt.torch.quantization.plugins.transformers_trainer", "QADTrainer"),
         "modelopt", "test_compat_modelopt",
     ),
     "megatron": Adapter(
