@@ -151,8 +151,8 @@ demo-distributed: $(VENV)/.demo build/demo/.stamp build ## the same on several p
 demo-on-policy: $(VENV)/.demo build/demo/.stamp build ## distil on text of the student's own, with the teacher in process and behind HTTP; ARGS=--tiny takes seconds
 	OMP_WAIT_POLICY=passive $(PY) examples/on_policy.py $(ARGS)
 
-SWAPS := torch_loop hf_trainer trl_gkd lightning_module
-swap: $(STACKS)/.stacks build/demo/.stamp build ## replace the loss in four training stacks and compare the curves; ARGS=--tiny takes seconds
+SWAPS := torch_loop hf_trainer trl_gkd lightning_module modelopt_qad losses
+swap: $(STACKS)/.stacks build/demo/.stamp build ## replace the losses of the training stacks that run here and compare the curves; ARGS=--tiny takes seconds
 	@for script in $(SWAPS); do echo "examples/swap/$$script.py"; \
 	    OMP_WAIT_POLICY=passive $(STACKS_PY) -W ignore examples/swap/$$script.py $(ARGS) || exit 1; done
 

@@ -1,40 +1,15 @@
-"""Modules of a stack's package, imported without the package's own requirements."""
+"""The helpers of examples/swap/originals.py, which import single files of a stack's package."""
 
 from __future__ import annotations
 
-import contextlib
 import importlib.util
-import sys
-import types
-from collections.abc import Iterator
-from pathlib import Path
-from typing import Any
 
+from support.paths import ROOT
 
-@contextlib.contextmanager
-def stand_ins(*packages: str, **modules: dict[str, Any]) -> Iterator[None]:
-    """Let submodules of these packages be imported, while the packages' own __init__ files do not run.
-
-    modules are stand-ins with the given attributes, for requirements that the tests do without. All that was imported
-    meanwhile is forgotten at the end.
-    """
-    top = packages[0].split(".")[0]
-    before = dict(sys.modules)
-    found = importlib.util.find_spec(top)
-    assert found is not None and found.submodule_search_locations
-    root = Path(next(iter(found.submodule_search_locations)))
-    for name in packages:
-        package: Any = types.ModuleType(name)
-        package.__path__ = [str(root.joinpath(*name.split(".")[1:]))]
-        sys.modules[name] = package
-    for name, attributes in modules.items():
-        module = types.ModuleType(name)
-        vars(module).update(attributes)
-        sys.modules[name] = module
-    try:
-        yield
-    finally:
-        for name in [name for name in sys.modules if name.split(".")[0] in (top, *modules)]:
-            sys.modules.pop(name)
-            if name in before:
-                sys.modules[name] = before[name]
+_spec = importlib.util.spec_from_file_location(
+    "swap_originals", ROOT / "examples" / "swap" / "originals.py"
+)
+assert _spec is not None and _spec.loader is not None
+_module = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(_module)
+stand_ins = _module.stand_ins
