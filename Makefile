@@ -50,10 +50,9 @@ $(VENV)/.dev: $(VENV)/.torch $(PROJECT) | build
 # The packages that the adapters replace, and the plotting packages of examples and benchmarks. They have many
 # dependencies. torch, Triton and the checkout come from .venv, whose site-packages are appended to this environment's.
 # Some packages are installed without dependencies: torchdistill requires torchvision, and a torchvision that does not
-# match torch breaks the other packages; verl, VeOmni, NeMo AutoModel, ms-swift and speculators require other releases
-# of it and of transformers.
+# match torch breaks the other packages; the others require other releases of it and of transformers.
 ALONE := torchdistill==1.1.5 verl==0.9.1 veomni==0.1.12 nemo-automodel==0.7.0 ms-swift==4.6.0 \
-    speculators==0.9.0
+    speculators==0.9.0 specforge==0.2.0 skyrl==0.3.0 axolotl==0.19.0
 $(STACKS)/.stacks: $(VENV)/.dev
 	test -x $(STACKS_PY) || $(PY) -m venv $(STACKS)
 	@$(PY) -c 'import site; print(f"import site; site.addsitedir({site.getsitepackages()[0]!r})")' \
@@ -152,8 +151,8 @@ demo-distributed: $(VENV)/.demo build/demo/.stamp build ## the same on several p
 demo-on-policy: $(VENV)/.demo build/demo/.stamp build ## distil on text of the student's own, with the teacher in process and behind HTTP; ARGS=--tiny takes seconds
 	OMP_WAIT_POLICY=passive $(PY) examples/on_policy.py $(ARGS)
 
-SWAPS := torch_loop hf_trainer trl_gkd lightning_module
-swap: $(STACKS)/.stacks build/demo/.stamp build ## replace the loss in four training stacks and compare the curves; ARGS=--tiny takes seconds
+SWAPS := torch_loop hf_trainer trl_gkd lightning_module modelopt_qad losses
+swap: $(STACKS)/.stacks build/demo/.stamp build ## replace the losses of the training stacks that run here and compare the curves; ARGS=--tiny takes seconds
 	@for script in $(SWAPS); do echo "examples/swap/$$script.py"; \
 	    OMP_WAIT_POLICY=passive $(STACKS_PY) -W ignore examples/swap/$$script.py $(ARGS) || exit 1; done
 

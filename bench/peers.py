@@ -8,9 +8,12 @@ teacher's entropy; it is verified against the formula it does compute, `instead`
 from __future__ import annotations
 
 import importlib.metadata
+import importlib.util
 import math
+import warnings
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from pathlib import Path
+from typing import Annotated, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -281,6 +284,71 @@ def linear_cross_entropy(divergence: str) -> Call:
     return loss
 
 
+def soft_linear_cross_entropy(divergence: str) -> Call:
+    if not hasattr(torch.nn, "LinearCrossEntropyOptions"):
+        raise ImportError("this torch has no linear_cross_entropy in chunks")
+    options = torch.nn.LinearCrossEntropyOptions()
+
+    def loss(student: Tensor, weight: Tensor, teacher: Tensor, teacher_weight: Tensor) -> Tensor:
+        target = F.linear(teacher, teacher_weight).softmax(-1)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that torch 2.13 ignores the options
+            return F.linear_cross_entropy(student, weight, target, options=options)
+
+    return loss
+
+
+def _module_of(name: str, **modules: dict[str, Any]) -> Any:
+    """A module of a stack, without what the package itself requires (examples/swap/originals.py)."""
+    path = Path(__file__).parents[1] / "examples" / "swap" / "originals.py"
+    spec = importlib.util.spec_from_file_location("swap_originals", path)
+    assert spec is not None and spec.loader is not None
+    helper = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(helper)
+    return helper.module_of(name, **modules)
+
+
+def nemo_automodel_logits(divergence: str) -> Call:
+    module = _module_of("nemo_automodel.components.loss.kd_loss").KDLoss()
+    return lambda student, teacher: module(student, teacher, zeros_like_labels(student))
+
+
+def swift_logits(divergence: str) -> Call:
+    file = _module_of("swift.rlhf_trainers.gkd_loss")
+
+    def loss(student: Tensor, teacher: Tensor) -> Tensor:
+        labels = zeros_like_labels(student).unsqueeze(0)
+        output = file.TeacherOutput(full_logits=teacher.unsqueeze(0), labels=labels)
+        total, count = file.gkd_loss(student.unsqueeze(0), output, labels, BETAS[divergence], 1.0)
+        return total / count
+
+    return loss
+
+
+def skyrl_logits(chunk_size: int | None) -> Callable[[str], Call]:
+    def make(divergence: str) -> Call:
+        # Its file imports annotations of shapes only.
+        shapes = dict.fromkeys(("Float", "Integer"), Annotated)
+        file = _module_of("skyrl.backends.skyrl_train.mtp.soft_ce", jaxtyping=shapes)
+
+        def loss(student: Tensor, teacher: Tensor) -> Tensor:
+            pair, ones = (student.unsqueeze(0), teacher.unsqueeze(0)), torch.ones(1, len(student))
+            return file.draft_soft_ce(*pair, ones.to(student.device), chunk_size=chunk_size)
+
+        return loss
+
+    return make
+
+
+SPECULATORS = {"forward_kl": "kl_div", "reverse_kl": "rkl", "jsd": "jsd", "tvd": "tv"}
+
+
+def speculators_logits(divergence: str) -> Call:
+    utils = _module_of("speculators.losses.utils")
+    ((function, _),) = utils.resolve_loss_config(SPECULATORS[divergence], "eager").values()
+    return lambda student, teacher: function(student.unsqueeze(0), teacher.unsqueeze(0)).mean()
+
+
 class Peer(NamedTuple):
     """A contender: who makes the loss, where it can run, and what it is verified against.
 
@@ -369,6 +437,11 @@ _TORCHTUNE_FORWARD: dict[str, Any] = {
     "instead": soft_cross_entropy,
     "note": "omits the teacher's entropy, a constant; the gradient is forward KL's",
 }
+_SKYRL: dict[str, Any] = {
+    "package": "skyrl",
+    "instead": soft_cross_entropy,
+    "note": "adds the teacher's entropy, a constant; the gradient is forward KL's",
+}
 _LIGER: dict[str, Any] = {"package": "liger-kernel", "device": "cuda", "triton": True}
 
 PEERS: list[Peer] = [
@@ -442,6 +515,29 @@ PEERS: list[Peer] = [
         "torch linear_cross_entropy", "linear", _named(linear_cross_entropy), None,
         instead=first_label,
         note="a yardstick: cross-entropy with labels and no teacher; whole logits, its default",
+    ),
+    Peer(
+        "torch linear_cross_entropy, probabilities", "linear", _named(soft_linear_cross_entropy), ("forward_kl",),
+        instead=soft_cross_entropy,
+        note="of the teacher, made here; with its options for chunks, which torch 2.13 ignores for probabilities",
+    ),
+    Peer(
+        "NeMo AutoModel KDLoss", "logits", _named(nemo_automodel_logits), ("forward_kl",), "nemo-automodel",
+        note="takes labels; none is ignored here",
+    ),
+    Peer(
+        "ms-swift gkd_loss", "logits", _named(swift_logits), _BY_BETA, "ms-swift",
+        note="beta 0, 0.5, 1; chunks of 512 rows, its default",
+    ),
+    Peer(
+        "SkyRL draft_soft_ce", "logits", _named(skyrl_logits(None)), ("forward_kl",), **_SKYRL,
+    ),
+    Peer(
+        "SkyRL draft_soft_ce, chunked", "logits", _named(skyrl_logits(64)), ("forward_kl",), **_SKYRL,
+    ),
+    Peer(
+        "speculators, eager", "logits", _named(speculators_logits), tuple(SPECULATORS), "speculators",
+        note="its other implementation is Triton's",
     ),
 ]  # fmt: skip
 

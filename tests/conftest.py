@@ -55,7 +55,7 @@ EVERY_BACKEND = ["reference", *BACKENDS, *INTERPRETED]
 # What `make test-stacks` installs: a test marked `stacks` imports some of it.
 STACKS = (
     *("trl", "liger_kernel", "torchtune", "modelopt", "megatron", "lightning", "torchdistill"),
-    *("verl", "veomni", "nemo_automodel", "swift", "speculators"),
+    *("verl", "veomni", "nemo_automodel", "swift", "speculators", "specforge", "skyrl", "axolotl"),
     *("transformers", "accelerate", "datasets", "sklearn", "matplotlib", "typer", "rich", "pytest_benchmark"),
 )  # fmt: skip
 # Files in which every test needs those packages, so that even importing the file may fail without them. All files

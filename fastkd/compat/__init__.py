@@ -95,7 +95,9 @@ ADAPTERS = {
     "modelopt": Adapter(
         "NVIDIA Model-Optimizer", "nvidia-modelopt", "0.47.0",
         _each("modelopt.torch.distill", "LogitsDistillationLoss", "MFTLoss")
-        | _each("modelopt.torch.distill.plugins.megatron", "LogitsKLLoss", "TopKLogitsKLLoss"),
+        | _each("modelopt.torch.distill.plugins.megatron", "LogitsKLLoss", "TopKLogitsKLLoss")
+        | _each("modelopt.torch.distill.plugins.huggingface", "KDTrainer")
+        | _each("modelopt.torch.quantization.plugins.transformers_trainer", "QADTrainer"),
         "modelopt", "test_compat_modelopt",
     ),
     "megatron": Adapter(
@@ -133,6 +135,27 @@ ADAPTERS = {
             "neg_log_acceptance_loss", "lk_hybrid_loss",
         ),
         "speculators", "test_compat_speculators",
+    ),
+    "specforge": Adapter(
+        "SpecForge", "specforge", "0.2.0",
+        _each("specforge.core.loss", "LogSoftmaxLoss") | _each("specforge.core.lk_loss", "compute_acceptance_rate"),
+        "specforge", "test_compat_draft_heads",
+    ),
+    "skyrl": Adapter(
+        "SkyRL", "skyrl", "0.3.0",
+        _each("skyrl.backends.skyrl_train.mtp.soft_ce", "draft_soft_ce", "draft_soft_ce_topk"),
+        "skyrl", "test_compat_draft_heads",
+    ),
+    "axolotl": Adapter(
+        "Axolotl", "axolotl", "0.19.0",
+        _each("axolotl.integrations.kd.kernels.liger", "LigerFusedLinearKLTopKLogprobLoss")
+        | _each("axolotl.integrations.kd", "KDPlugin"),
+        "axolotl", "test_compat_axolotl",
+    ),
+    "nemo_rl": Adapter(
+        "NeMo-RL", None, None,
+        _each("nemo_rl.algorithms.loss", "DistillationLossFn"),
+        "nemo_rl", "test_compat_nemo_rl",
     ),
     "lightning": Adapter(
         "Lightning", "lightning", "2.6.6",

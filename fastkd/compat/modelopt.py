@@ -2,6 +2,8 @@ r"""NVIDIA Model-Optimizer's distillation losses, with the same constructors, ca
 
     from fastkd.compat.modelopt import LogitsDistillationLoss  # was: modelopt.torch.distill
     from fastkd.compat.modelopt import LogitsKLLoss            # was: modelopt.torch.distill.plugins.megatron
+    from fastkd.compat.modelopt import KDTrainer               # was: modelopt.torch.distill.plugins.huggingface
+    from fastkd.compat.modelopt import QADTrainer              # was: modelopt.torch.quantization.plugins
 
 Model-Optimizer need not be installed. Its criteria subclass torch's ``_Loss``, as
 ``mtd.convert(model, [("kd_loss", {"criterion": LogitsDistillationLoss(), ...})])`` requires, and so do these classes.
@@ -16,7 +18,8 @@ everything is computed in float32, where its LogitsDistillationLoss and MFTLoss 
 
 from __future__ import annotations
 
-from typing import Any
+import importlib
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -25,8 +28,18 @@ from torch.nn.modules.loss import _Loss
 from fastkd.call.checks import check_choice, check_pair, check_per_row
 from fastkd.call.contract import widened
 from fastkd.core.scalars import check_number
-from fastkd.functional import kd_loss
-from fastkd.teachers import TopK
+from fastkd.divergences import jsd
+from fastkd.functional import fused_linear_kd_loss, kd_loss
+from fastkd.teachers import LinearTeacher, TopK
+
+if TYPE_CHECKING:
+
+    class _Trainer:  # one of Model-Optimizer's
+        _last_teacher_outputs: Any
+
+        def __getattr__(self, name: str) -> Any: ...
+else:
+    _Trainer = object
 
 # Log odds of a label whose target probability in MFTLoss is 1. The other tokens keep exp(-100), below normal float32.
 CERTAIN = 100.0
@@ -255,3 +268,72 @@ def _gathered(values: Tensor, group: Any) -> Tensor:
     parts = [torch.empty_like(values) for _ in range(torch.distributed.get_world_size(group))]
     torch.distributed.all_gather(parts, values.contiguous(), group=group)
     return torch.cat(parts, dim=-1)
+
+
+class _Losses(_Trainer):
+    """The losses of Model-Optimizer's KDTrainer, for a subclass of it. The models run as before."""
+
+    def _standard_kd_loss(self, outputs: Any, labels: Tensor | None, **_: Any) -> Tensor:
+        """T^2 KL(p || q), a mean over positions whose next token has a label; without labels, over all but the last."""
+        teacher, self._last_teacher_outputs = self._last_teacher_outputs, None
+        logits = outputs.logits
+        check_pair(
+            "teacher_outputs.logits", teacher.logits, "outputs.logits", logits, _REMEDY, lowest=2
+        )
+        # Position i predicts token i + 1. The last position is masked, because a slice would copy the gradient.
+        mask = torch.zeros(logits.shape[:-1], dtype=torch.bool, device=logits.device)
+        mask[..., :-1] = True if labels is None else labels[..., 1:] != _IGNORED
+        return kd_loss(
+            logits, teacher.logits.detach(), temperature=self._kd_criterion._temperature, mask=mask
+        )
+
+    def _liger_kd_loss(self, outputs: Any, labels: Tensor, **_: Any) -> Tensor:
+        """The generalized JSD of liger_jsd_beta, from hidden states: outputs.logits, as Model-Optimizer calls them."""
+        teacher, self._last_teacher_outputs = self._last_teacher_outputs, None
+        student_head = self._get_lm_head(self.accelerator.unwrap_model(self.model))
+        teacher_head = self._get_lm_head(self._get_unwrapped_teacher())
+        for model, head in (("student", student_head), ("teacher", teacher_head)):
+            for side in ("input", "weight", "output"):
+                if getattr(getattr(head, f"{side}_quantizer", None), "is_enabled", False):
+                    raise ValueError(
+                        f"use_liger_kernel must be False if the lm_head of the {model} is quantized "
+                        f"({side}_quantizer is enabled): the loss reads the head's weight as it is"
+                    )
+        # Layer norms may return float32 although the heads are narrower.
+        student_hidden = outputs.logits.to(student_head.weight.dtype)
+        teacher_hidden = teacher.logits.to(teacher_head.weight.dtype)
+        targets = torch.nn.functional.pad(labels[..., 1:], (0, 1), value=_IGNORED)
+
+        def compute() -> Tensor:
+            return fused_linear_kd_loss(
+                student_hidden,
+                student_head.weight,
+                LinearTeacher(teacher_hidden, teacher_head.weight),
+                targets,
+                divergence=jsd(self._liger_jsd_beta),
+                temperature=self._liger_temperature,
+                scale_by_temperature=False,
+                ignore_index=_IGNORED,
+            )
+
+        return self._sharded_liger_compute(
+            lambda: self._teacher_liger_enabled(compute, teacher_head)
+        )
+
+
+_IGNORED = -100
+_TRAINERS = {
+    "KDTrainer": "modelopt.torch.distill.plugins.huggingface",
+    "QADTrainer": "modelopt.torch.quantization.plugins.transformers_trainer",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Define KDTrainer or QADTrainer, subclasses of Model-Optimizer's, when they are first accessed."""
+    if name not in _TRAINERS:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    original: Any = getattr(importlib.import_module(_TRAINERS[name]), name)
+    text = f"Model-Optimizer's {name} with fastkd's losses; otherwise the same, and with the same arguments."
+    trainer = type(name, (_Losses, original), {"__doc__": text, "__module__": __name__})
+    globals()[name] = trainer
+    return trainer

@@ -12,7 +12,19 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastkd.compat import liger, mdistiller, megatron, modelopt, torchdistill, torchtune, trl
+from fastkd.compat import (
+    axolotl,
+    liger,
+    mdistiller,
+    megatron,
+    modelopt,
+    nemo_rl,
+    skyrl,
+    specforge,
+    torchdistill,
+    torchtune,
+    trl,
+)
 
 # Options of fastkd's losses, which a message must not advise if the stack has no such argument.
 OPTIONS = (
@@ -48,6 +60,25 @@ CHUNKED = {
     "student_lm_head_weight": logits(7, 3), "teacher_lm_head_weight": logits(7, 5),
     "completion_mask": torch.ones(2, 2, dtype=torch.int64),
 }  # fmt: skip
+
+
+DRAFT = {
+    "student_logits": logits(2, 4, 7),
+    "teacher_logits": logits(2, 4, 7),
+    "mask": torch.ones(2, 4),
+}
+SPEC = {"logits": logits(2, 4, 7), "position_mask": torch.ones(2, 4, 1)}
+FORWARD = SimpleNamespace(kl_type="forward", mixed_kl_weight=0.5, zero_outside_topk=False)
+TOKENS = {
+    "teacher_topk_logits": logits(2, 4, 3), "teacher_topk_indices": torch.arange(3).expand(2, 4, 3),
+    "token_mask": torch.ones(2, 4), "sample_mask": torch.ones(2),
+}  # fmt: skip
+
+
+def of_nemo_rl(logits: Tensor, **data: Tensor) -> Tensor:
+    return nemo_rl.DistillationLossFn(FORWARD)(
+        logits, data | {"input_ids": torch.zeros(2, 4)}, None, None
+    )[0]
 
 
 def loss_with_hooks(name: str, **options: Any) -> Callable[..., Tensor]:
@@ -137,6 +168,26 @@ CALLS: dict[str, tuple[Callable[..., Any], dict[str, Tensor], Callable[..., Any]
             "teacher_topk_indices": torch.arange(3).expand(4, 2, 3),
         }, megatron.topk_kl_div,
     ),
+    "draft_soft_ce": (skyrl.draft_soft_ce, DRAFT, skyrl.draft_soft_ce),
+    "draft_soft_ce_topk": (
+        lambda **given: skyrl.draft_soft_ce_topk(k=3, **given), DRAFT, skyrl.draft_soft_ce_topk,
+    ),
+    "LogSoftmaxLoss": (
+        lambda **given: specforge.LogSoftmaxLoss.apply(**given), SPEC | {"target": p(2, 4, 7)},
+        specforge.LogSoftmaxLoss.apply,
+    ),
+    "compute_acceptance_rate": (
+        specforge.compute_acceptance_rate, SPEC | {"target_probs": p(2, 4, 7)}, specforge.compute_acceptance_rate,
+    ),
+    "LigerFusedLinearKLTopKLogprobLoss": (
+        axolotl.LigerFusedLinearKLTopKLogprobLoss(),
+        {
+            "lm_head_weight": logits(7, 5), "student_hidden_states": logits(2, 4, 5),
+            "target_token_ids": torch.arange(3).expand(2, 4, 3), "target_logprobs": log_p(2, 4, 3),
+            "target_mask": torch.ones(2, 4, 3), "true_labels": LABELS.expand(2, 4),
+        }, axolotl.LigerFusedLinearKLTopKLogprobLoss,
+    ),
+    "DistillationLossFn": (of_nemo_rl, TOKENS | {"logits": logits(2, 4, 7)}, nemo_rl.DistillationLossFn.__call__),
     # Extra columns of one head are cut off, as the adapters of Liger's losses document.
     "LigerFusedLinearJSD": (liger.LigerFusedLinearJSD(), HEADS | {"shift_labels": LABELS}, liger.LigerFusedLinearJSD),
     "LigerFusedLinearJSDLoss": (
@@ -160,6 +211,12 @@ TAKEN = {
     ("dkd_loss", "target", "a dimension more"), ("topk_kl_div", "student_logits", "a column more"),
     *((f"generalized_jsd_loss{name}", "labels", "another kind of number") for name in ("", " none")),
     ("chunked_divergence_loss", "completion_mask", "another kind of number"),
+    *((f"draft_soft_ce{name}", "mask", "another kind of number") for name in ("", "_topk")),
+    *((name, "position_mask", "another kind of number") for name in ("LogSoftmaxLoss", "compute_acceptance_rate")),
+    *(("DistillationLossFn", f"{of}_mask", "another kind of number") for of in ("token", "sample")),
+    ("DistillationLossFn", "logits", "a column more"), ("DistillationLossFn", "token_mask", "a column more"),
+    ("LigerFusedLinearKLTopKLogprobLoss", "lm_head_weight", "a row more"),
+    ("LigerFusedLinearKLTopKLogprobLoss", "target_mask", "another kind of number"),
     *(("DISTLoss", "targets", change) for change in CHANGES),
     *(
         (name, f"{side}_weight", "a row more")
