@@ -217,6 +217,26 @@ def test_the_rows_that_trl_merges(tmp_path: Path) -> None:
     assert losses["bayesian", 1] > 10 * losses["bayesian", 2]
 
 
+@pytest.mark.parametrize(("options", "expected"), [({}, 0.25), (HYBRID, 4.0)])
+def test_gradient_accumulation(options: dict[str, Any], expected: float, tmp_path: Path) -> None:
+    """TRL's divisors depend on how a step is split, which docs/stacks/trl.md says. The same four answers are
+    in one batch or in four."""
+    moved = []
+    for steps in (1, 4):
+        trainer = gold(
+            adapter.GOLDTrainer, tmp_path, **options, lmbda=0.0, max_steps=1, learning_rate=1.0, max_grad_norm=0.0,
+            gradient_accumulation_steps=steps, per_device_train_batch_size=4 // steps,
+        )  # fmt: skip
+        start = [p.detach().clone() for p in trainer.model.parameters()]
+        trainer.train()
+        parameters = trainer.model.parameters()
+        moved.append(
+            torch.cat([(p.detach() - x).flatten() for p, x in zip(parameters, start, strict=True)])
+        )
+    torch.testing.assert_close(moved[1], expected * moved[0], rtol=1e-3, atol=1e-5)
+    assert moved[0].abs().max() > 1e-3
+
+
 def test_evaluation(tmp_path: Path) -> None:
     losses = [
         gold(kind, tmp_path, **HYBRID).evaluate()["eval_loss"]

@@ -5,6 +5,8 @@ TRL's own VLLMClient talks to a server on this machine that answers as vLLM does
 
 from __future__ import annotations
 
+import importlib.util
+import inspect
 import json
 import threading
 from collections.abc import Callable, Iterator
@@ -19,7 +21,10 @@ from datasets import Dataset
 from support import served, tiny_models, zero3_stand_in
 from test_compat_trl import PROMPTS, common, count_calls, models, trained
 from torch import Tensor, nn
-from trl.experimental.async_distillation import AsyncDistillationTrainer
+from trl.experimental.async_distillation import (
+    AsyncDistillationConfig,
+    AsyncDistillationTrainer,
+)
 from trl.experimental.iw_opd import IWOPDConfig, IWOPDTrainer
 from trl.experimental.server_distillation import (
     ServerDistillationConfig,
@@ -259,6 +264,14 @@ def test_a_token_that_the_server_does_not_list(tmp_path: Path, teacher: Teacher)
             ValueError, match=r"must return .* at every token that counts; it did not at \d of 8"
         ):
             trainer.compute_loss(trainer.model, batch)
+    # TRL fills up a position that lists fewer than K tokens with token 0, which is no token of the teacher's.
+    teacher.drop = int(teacher.bigrams.table[batch["completion_ids"][0, 1]].argmax())
+    losses = [
+        server_trainer(kind, tmp_path, teacher, beta=0.0, loss_top_k=61).compute_loss(model, batch)
+        for kind in (ServerDistillationTrainer, adapter.ServerDistillationTrainer)
+        for model in [models()["model"]]
+    ]
+    torch.testing.assert_close(losses[1], losses[0])
     # In padding, nothing is missing.
     teacher.drop = int(batch["completion_ids"][1, 4])
     assert teacher.drop not in batch["completion_ids"][0]
@@ -456,10 +469,21 @@ def test_async_distillation_under_zero3(monkeypatch: pytest.MonkeyPatch) -> None
         kind("model")._compute_loss(student, {})
 
 
+@pytest.mark.skipif(
+    importlib.util.find_spec("deepspeed") is None, reason="DeepSpeed is not installed"
+)
+def test_async_distillation_with_the_arguments_of_deepspeed(tmp_path: Path) -> None:
+    config = {"zero_optimization": {"stage": 3}, "train_micro_batch_size_per_gpu": "auto"}
+    args = AsyncDistillationConfig(
+        output_dir=str(tmp_path), use_cpu=True, bf16=False, report_to=[], deepspeed=config,
+        teacher_server_urls={"one": "http://none"},
+    )  # fmt: skip
+    with pytest.raises(ValueError, match="does not support DeepSpeed ZeRO-3"):
+        adapter.AsyncDistillationTrainer("model", args)
+
+
 def test_the_temperature_of_async_distillation() -> None:
     """The loss that the trainer's method calls takes the teacher's log-probabilities to be at temperature 1."""
-    import inspect
-
     method = inspect.getclosurevars(adapter.AsyncDistillationTrainer._compute_loss).nonlocals[
         "method"
     ]
