@@ -58,7 +58,11 @@ ADAPTERS = {
             "SDFTTrainer": "trl.experimental.sdft.SDFTTrainer",
             "SDPOTrainer": "trl.experimental.sdpo.SDPOTrainer",
             "AsyncDistillationTrainer": "trl.experimental.async_distillation.AsyncDistillationTrainer",
+            "GOLDTrainer": "trl.experimental.gold.GOLDTrainer",
+            "IWOPDTrainer": "trl.experimental.iw_opd.IWOPDTrainer",
+            "ServerDistillationTrainer": "trl.experimental.server_distillation.ServerDistillationTrainer",
             "generalized_jsd_loss": "trl.experimental.gkd.GKDTrainer.generalized_jsd_loss",
+            "gold_jsd_loss": "trl.experimental.gold.GOLDTrainer.generalized_jsd_loss",
             "chunked_divergence_loss": "trl.trainer.distillation_trainer._chunked_divergence_loss",
             "chunked_jsd_loss": "trl.experimental.async_distillation.async_distillation_trainer._chunked_jsd_loss",
             **_each(

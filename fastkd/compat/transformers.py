@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from fastkd.call.checks import check_choice, teacher_widths
+from fastkd.core.models import under_zero3
 from fastkd.distiller import models
 from fastkd.distiller.models import Habits
 from fastkd.functional import Parts
@@ -348,7 +349,7 @@ def _gathering(teacher: nn.Module) -> nn.Module:
     While a Trainer uses ZeRO-3, transformers loads every model in partitions, which only the hooks of an engine gather.
     """
     if isinstance(getattr(teacher, "module", None), nn.Module) or not any(
-        hasattr(parameter, "ds_id") for parameter in teacher.parameters()
+        under_zero3(parameter) for parameter in teacher.parameters()
     ):
         return teacher
     import deepspeed  # type: ignore[import-not-found]

@@ -47,6 +47,16 @@ def base(model: nn.Module) -> nn.Module:
         model = inner
 
 
+def under_zero3(parameter: object) -> bool:
+    """Whether DeepSpeed ZeRO-3 manages a parameter: it is empty on every process unless something gathers it."""
+    return hasattr(parameter, "ds_id")
+
+
+def is_partitioned(parameter: Any) -> bool:
+    """Whether DeepSpeed ZeRO-3 manages a parameter that nothing has gathered, so that it is empty now."""
+    return under_zero3(parameter) and parameter.shape != parameter.ds_shape
+
+
 def logit_transform(config: Any) -> tuple[float, float | None]:
     """(logit_scale, softcap) of a model of transformers: logits = softcap tanh(scale head(hidden) / softcap).
 

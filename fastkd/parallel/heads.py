@@ -21,7 +21,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from fastkd.call.checks import is_dtensor
-from fastkd.core.models import base, logit_transform, without_wrapper
+from fastkd.core.models import base, is_partitioned, logit_transform, under_zero3, without_wrapper
 
 Result = TypeVar("Result")
 
@@ -305,7 +305,7 @@ class Head:
             kept.extend(None if x is None else _whole(x).detach() for x in operands)
 
         with torch.no_grad():
-            if hasattr(getattr(owner, "weight", None), "ds_id"):
+            if under_zero3(getattr(owner, "weight", None)):
                 # The hooks gather the weight here. GatheredParameters would fail if a hook is about to prefetch it.
                 _in_place_of_forward(owner, owner, keep)
             else:
@@ -318,7 +318,7 @@ class Head:
         """The weight and the bias, cast as FSDP2 would cast them. They are whole only while the lm_head is gathered."""
         linear = getattr(owner, "base_layer", owner)
         weight, bias = linear.weight, linear.bias
-        if hasattr(weight, "ds_id") and weight.shape != weight.ds_shape:
+        if is_partitioned(weight):
             raise ValueError(
                 f"the lm_head of {self.name} is partitioned by DeepSpeed ZeRO-3 and nothing gathers it: call "
                 "deepspeed.initialize with the model, and pass the engine or its module"
@@ -374,7 +374,7 @@ class Head:
             problem = "has a bias (lora_bias=True)"
         elif getattr(layer, "fan_in_fan_out", False):
             problem = "has a transposed weight (fan_in_fan_out=True)"
-        elif any(is_dtensor(p) or hasattr(p, "ds_id") for p in layer.parameters()):
+        elif any(is_dtensor(p) or under_zero3(p) for p in layer.parameters()):
             problem = (
                 "is sharded over processes, which gather it in forwards that the loss does not run"
             )
@@ -553,12 +553,12 @@ def _is_fsdp_unit(module: object, kind: type = object) -> bool:
 def _has_hooks(module: nn.Module) -> bool:
     """Whether hooks around the module's own forward gather its parameters: a unit of FSDP2, or ZeRO-3."""
     inner: Any = getattr(module, "base_layer", module)
-    return _is_fsdp_unit(inner) or any(hasattr(p, "ds_id") for p in inner.parameters())
+    return _is_fsdp_unit(inner) or any(under_zero3(p) for p in inner.parameters())
 
 
 def _sharding(model: nn.Module) -> str | None:
     """What has spread the parameters of a model over processes."""
-    if any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
+    if any(under_zero3(parameter) for parameter in model.parameters()):
         return "DeepSpeed ZeRO-3"
     if any(_is_fsdp_unit(module) for module in model.modules()):
         return "FSDP2"

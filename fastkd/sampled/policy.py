@@ -138,15 +138,22 @@ def policy_advantages(
         if clamp is not None:
             result = _limited(result, -clamp, clamp)
         if position_gamma:
-            size = result.abs()
-            before = size.cumsum(-1) - size
-            share = before / size.sum(-1, keepdim=True).clamp(min=1e-8)
-            result = result * (1.0 + position_gamma * (1.0 - share))
+            result = result * position_weights(result, position_gamma)
         result = coef * result
         if discount:
             result = _discounted(result, discount)
             result = _masked(result, mask)
         return result if extra is None else result + _masked(extra.detach(), mask)
+
+
+def position_weights(advantages: Tensor, gamma: float, least: float = 1e-8) -> Tensor:
+    """The weights of IW-OPD, [..., T]: 1 + gamma (1 - sum_(i < t) |A_i| / sum_i |A_i|), the last sum at least `least`.
+
+    The advantages are 0 at tokens that do not count.
+    """
+    size = advantages.abs()
+    before = size.cumsum(-1) - size
+    return 1.0 + gamma * (1.0 - before / size.sum(-1, keepdim=True).clamp(min=least))
 
 
 def importance_weights(

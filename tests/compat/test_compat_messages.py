@@ -158,6 +158,10 @@ CALLS: dict[str, tuple[Callable[..., Any], dict[str, Tensor], Callable[..., Any]
     "generalized_jsd_loss none": (
         lambda **given: trl.generalized_jsd_loss(reduction="none", **given), PAIR, trl.generalized_jsd_loss,
     ),
+    "gold_jsd_loss": (trl.gold_jsd_loss, PAIR, trl.gold_jsd_loss),
+    "gold_jsd_loss of probabilities": (
+        lambda **given: trl.gold_jsd_loss(logits_are_probs=True, **given), PAIR, trl.gold_jsd_loss,
+    ),
     "chunked_divergence_loss": (
         lambda **given: trl.chunked_divergence_loss(beta=0.5, **given), CHUNKED, trl.chunked_divergence_loss,
     ),
@@ -210,6 +214,7 @@ TAKEN = {
     *((f"{name}KLLoss", "labels", "a dimension more") for name in ("Forward", "Reverse", "Symmetric")),
     ("dkd_loss", "target", "a dimension more"), ("topk_kl_div", "student_logits", "a column more"),
     *((f"generalized_jsd_loss{name}", "labels", "another kind of number") for name in ("", " none")),
+    *((f"gold_jsd_loss{name}", "labels", "another kind of number") for name in ("", " of probabilities")),
     ("chunked_divergence_loss", "completion_mask", "another kind of number"),
     *((f"draft_soft_ce{name}", "mask", "another kind of number") for name in ("", "_topk")),
     *((name, "position_mask", "another kind of number") for name in ("LogSoftmaxLoss", "compute_acceptance_rate")),
