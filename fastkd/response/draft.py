@@ -270,7 +270,7 @@ def _draft_loss(
                 "teacher requires grad, and draft_loss has no gradient for it; detach it"
             )
         lead, width, device = student.shape[:-1], student.shape[-1], student.device
-        _check_columns(draft_to_target, "student_logits", width, target.shape[-1], device)
+        _check_columns(draft_to_target, width, target.shape[-1], device)
         position_decay = _check_positions(positions, position_decay, lead, device)
         _, memory_budget = checked_sizes(None, memory_budget)
     wanted = torch.is_grad_enabled() and student.requires_grad
@@ -504,7 +504,7 @@ def _fused_linear_draft_loss(
             lead, device, dtype, max(min(width, target_width), 1), None,
             mask=mask, weight=weight, reduction=reduction, num_items=num_items, backend=backend,
         )  # fmt: skip
-        _check_columns(draft_to_target, "student_weight", width, target_width, device, rows=True)
+        _check_columns(draft_to_target, width, target_width, device, rows=True)
         position_decay = _check_positions(positions, position_decay, lead, device)
         chunk_size, memory_budget = checked_sizes(chunk_size, memory_budget)
     trained = tuple(
@@ -713,24 +713,28 @@ def _shared(
 
 def _check_columns(
     draft_to_target: Tensor | None,
-    student: str,
     width: int,
     target_width: int,
     device: torch.device,
     rows: bool = False,
 ) -> None:
-    """Raise unless draft_to_target is a tensor that fits, or None. rows: student is a head, whose rows are tokens."""
-    token = "row" if rows else "column"
-    if draft_to_target is None:
-        if width != target_width:
+    """Raise unless draft_to_target fits both vocabularies. rows: the draft tokens are rows of student_weight."""
+    if draft_to_target is None and width != target_width:
+        if rows:
             raise ValueError(
-                f"{student} has {width} {token}s, and teacher has {target_width}; pass draft_to_target, the "
+                f"student_weight has {width} rows, and teacher has {target_width} columns; pass draft_to_target, the "
                 "target's token for each draft token"
             )
+        raise ValueError(
+            f"student_logits has {width} columns, and teacher has {target_width}; pass draft_to_target, the target's "
+            "token for each draft token"
+        )
+    if draft_to_target is None:
         return
     if isinstance(draft_to_target, Tensor) and draft_to_target.shape != (width,):
         raise ValueError(
-            f"draft_to_target must be [{width}], the target's token for each {token} of {student}; got shape "
+            f"draft_to_target must be [{width}], the target's token for each "
+            f"{'row of student_weight' if rows else 'column of student_logits'}; got shape "
             f"{tuple(draft_to_target.shape)}"
         )
     check_rows("draft_to_target", draft_to_target, torch.Size((width,)), device, (torch.int64,))
@@ -761,14 +765,14 @@ def _with_columns(
 
             valid = all_gather(valid.to(torch.int64), shard.group, "draft_to_target").wait().all()
         if checking() and not valid:
-            where = f"[0, {target_width})"
             if shard is not None:
-                where = (
-                    f"[{first}, {first + target_width}), the target's tokens that this process has"
+                raise ValueError(
+                    f"draft_to_target must be distinct tokens in [{first}, {first + target_width}), the target's tokens "
+                    "that this process has; on some process, some are repeated or outside"
                 )
             raise ValueError(
-                f"draft_to_target must be distinct tokens in {where}; some are repeated or outside. If it holds "
-                "offsets, pass torch.arange(len(draft_to_target)) + draft_to_target"
+                f"draft_to_target must be distinct tokens in [0, {target_width}); some are repeated or outside. If it "
+                "holds offsets, pass torch.arange(len(draft_to_target)) + draft_to_target"
             )
         terms = terms._replace(columns=columns.clamp(0, max(target_width - 1, 0)))
         factor = torch.where(valid, 1.0, math.nan)

@@ -288,7 +288,7 @@ def test_errors_name_the_argument() -> None:
     assert made.ids is not None
     subset = {"draft_to_target": made.ids}
     heads: list[tuple[dict[str, Any], str]] = [
-        ({}, "student_weight has 37 rows, and teacher has 90; pass draft_to_target"),
+        ({}, "student_weight has 37 rows, and teacher has 90 columns; pass draft_to_target"),
         ({"draft_to_target": made.ids[1:]}, r"draft_to_target must be \[37\], .* for each row of student_weight"),
         (subset | {"student_bias": torch.zeros(3)}, r"student_bias must be \[37\]"),
         (subset | {"chunk_size": 0}, "chunk_size must be positive, got 0"),
