@@ -23,11 +23,12 @@ struct InstructionSet {
   decltype(&fastkd::baseline::mutual_rows) mutual_rows;
   decltype(&fastkd::baseline::angles) angles;
   decltype(&fastkd::baseline::logprob_rows) logprob_rows;
+  decltype(&fastkd::baseline::draft_rows) draft_rows;
 };
 #define FASTKD_SET(isa)                                                                                    \
   InstructionSet{#isa, fastkd::isa::kd_rows, fastkd::isa::topk_rows, fastkd::isa::scale_rows,             \
                  fastkd::isa::mutual_rows, fastkd::isa::angles,                                      \
-                 fastkd::isa::logprob_rows}
+                 fastkd::isa::logprob_rows, fastkd::isa::draft_rows}
 
 // The instruction sets that this processor supports, best first.
 std::vector<InstructionSet> supported() {
@@ -158,6 +159,36 @@ void mutual_rows(Strides sizes, const std::vector<Logits>& logits, const std::ve
   chosen->mutual_rows(call);
 }
 
+// weights of the terms, eta, scale; weight of rows, scale on the device; loss, acceptance and the terms
+using Draft = std::tuple<std::vector<double>, double, double, uintptr_t, uintptr_t, uintptr_t, uintptr_t,
+                         std::vector<uintptr_t>>;
+
+void draft_rows(Strides sizes, const Logits& student, const Logits& teacher, const Logits& gradient, uintptr_t columns,
+                const Draft& description, int threads) {
+  const auto& [weights, eta, scale, weight, scale_on_device, loss, acceptance, terms] = description;
+  if (weights.size() != fastkd::DRAFT_TERMS || terms.size() != fastkd::DRAFT_TERMS)
+    throw std::invalid_argument("weights and terms must have one entry per term");
+  fastkd::DraftCall call;
+  call.rows = product(sizes);
+  call.vocabulary = std::get<2>(student);
+  call.sizes = std::move(sizes);
+  call.student = rows(student);
+  call.teacher = rows(teacher);
+  call.gradient = rows(gradient);
+  call.columns = pointer<const int64_t>(columns);
+  std::copy(weights.begin(), weights.end(), call.weights);
+  call.eta = eta;
+  call.scale = scale;
+  call.weight = pointer<const float>(weight);
+  call.scale_on_device = pointer<const float>(scale_on_device);
+  call.loss = pointer(loss);
+  call.acceptance = pointer(acceptance);
+  for (size_t k = 0; k < terms.size(); ++k) call.terms[k] = pointer(terms[k]);
+  call.threads = threads;
+  py::gil_scoped_release release;
+  chosen->draft_rows(call);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, module) {
@@ -167,6 +198,7 @@ PYBIND11_MODULE(_C, module) {
   module.def("angles", &angles);
   module.def("mutual_rows", &mutual_rows);
   module.def("logprob_rows", &logprob_rows);
+  module.def("draft_rows", &draft_rows);
   module.def("new_output", &fastkd::new_output);
   module.def("idle_output_bytes", &fastkd::idle_output_bytes, "Bytes of the buffers kept for later outputs, which the system may reclaim.");
   module.def("release_idle_outputs", &fastkd::release_idle_outputs, "Unmap the buffers kept for later outputs.");

@@ -4,5 +4,6 @@
 #include "softmax.h"
 #include "statistics.h"
 #include "block_statistics.h"
+#include "log_zero.h"
 #include "block_divergence.h"
 #include "block_measures.h"

@@ -63,6 +63,27 @@ struct MutualCall {
   int threads = 1;
 };
 
+// The terms of a draft model's loss (draft.cpp), in the order of DRAFT_LOSSES in fastkd/call/draft.py.
+enum DraftTerm : int { FORWARD_KL, REVERSE_KL, JENSEN_SHANNON, CROSS_ENTROPY, TVD, NLA, LK_HYBRID, DRAFT_TERMS };
+
+struct DraftCall {
+  int64_t rows = 0, vocabulary = 0;     // vocabulary: the draft model's
+  std::vector<int64_t> sizes;           // leading shape
+  Rows student, teacher, gradient;      // gradient: data is null if not wanted
+  const int64_t* columns = nullptr;     // [vocabulary]: the teacher's column of each draft token; null: the same column
+  double weights[DRAFT_TERMS] = {};
+  double eta = 0, scale = 1;
+
+  const float* weight = nullptr;           // [rows], null if not given
+  const float* scale_on_device = nullptr;  // one element
+
+  float* loss = nullptr;                // [rows]
+  float* total = nullptr;               // one element
+  float* acceptance = nullptr;          // [rows], null if not wanted
+  float* terms[DRAFT_TERMS] = {};       // [rows] each, null if not wanted
+  int threads = 1;
+};
+
 // The statistics of rows of logits, or their gradient (logprobs.cpp). One of `statistics` and `coefficients` is given.
 struct LogProbs {
   int64_t rows = 0, columns = 0, stride = 0;
@@ -90,6 +111,7 @@ constexpr int64_t STATISTICS = 15, APART_STATISTICS = 17, TAIL_STATISTICS = 8, S
   std::vector<std::string> divergences(); /* by number */ \
   void angles(const Angles&);                \
   void logprob_rows(const LogProbs&);        \
+  void draft_rows(const DraftCall&);         \
   }
 FASTKD_DECLARE(baseline)
 #if defined(__x86_64__)

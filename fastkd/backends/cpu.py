@@ -12,7 +12,7 @@ from torch.utils.dlpack import from_dlpack
 from fastkd import _C
 from fastkd.backends import native
 from fastkd.backends.logprobs import Tempering
-from fastkd.call import mutual
+from fastkd.call import draft, mutual
 from fastkd.call.contract import Options, Result, Rows, ShardCall, Statistics, Want
 from fastkd.call.measures import measure_count
 from fastkd.core.tensors import address, readable, unit_stride
@@ -138,6 +138,46 @@ def mutual_rows(
         torch.get_num_threads(),
     )
     return result
+
+
+def draft_rows(
+    student: Tensor,
+    teacher: Tensor,
+    rows: Rows,
+    options: Options,
+    terms: draft.Terms,
+    want: Want,
+) -> draft.Result:
+    """Compute all terms of each row, and the gradient of their sum; :mod:`fastkd.call.draft` has the contract."""
+    rows = native.readable_rows(rows)
+    lead = student.shape[:-1]
+    gradient = None
+    if want.student_gradient:
+        gradient = student if want.inplace else empty(student.shape, dtype=student.dtype)
+    student, teacher = unit_stride(student), unit_stride(teacher)
+    columns = None if terms.columns is None else readable(terms.columns).contiguous()
+    loss = torch.empty(lead, device="cpu")
+    acceptance = torch.empty_like(loss) if terms.measured else None
+    values = {name: torch.empty_like(loss) for name in terms.weights if terms.measured}
+    _C.draft_rows(
+        list(lead),
+        native.logits(student),
+        native.logits(teacher),
+        native.logits(gradient),
+        address(columns),
+        (
+            [terms.weight(name) for name in draft.LOSSES],
+            terms.eta,
+            options.scale,
+            address(rows.weight),
+            address(rows.scale),
+            address(loss),
+            address(acceptance),
+            [address(values.get(name)) for name in draft.LOSSES],
+        ),
+        torch.get_num_threads(),
+    )
+    return draft.Result(loss, gradient, acceptance, values)
 
 
 # The steps where several processes share the vocabulary: Shard in csrc/call.h.

@@ -8,8 +8,9 @@ A row is one position, with V student logits and V teacher logits. A backend is 
 
 A backend whose kd_rows supports sparse teachers (Options.tail) sets SPARSE = True; every other backend has the two
 steps of :mod:`fastkd.backends.sparse`. A backend may also have mutual_rows (:mod:`fastkd.call.mutual`), angles
-(:mod:`fastkd.backends.angles`), and measure_rows, the measures of dense rows (:mod:`fastkd.backends.measures`). A
-backend whose kd_rows computes the measures, unless several processes share the vocabulary, sets MEASURES = True.
+(:mod:`fastkd.backends.angles`), draft_rows (:mod:`fastkd.call.draft`), and measure_rows, the measures of dense rows
+(:mod:`fastkd.backends.measures`). A backend whose kd_rows computes the measures, unless several processes share the
+vocabulary, sets MEASURES = True.
 
 If several processes share the vocabulary (Options.shard), each has some columns of every row. A backend then works in
 steps, between which the processes exchange a few numbers per row (:mod:`fastkd.parallel`):

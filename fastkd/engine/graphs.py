@@ -365,6 +365,7 @@ def as_one_op(
     one_loss_per_tensor: bool = False,
     flatten: Flatten | None = None,
     unflatten: Unflatten | None = None,
+    deferred: Callable[[Arguments], bool] | None = None,
 ) -> Callable[[Callable[Parameters, Returned]], Callable[Parameters, Returned]]:
     """A decorator that makes a loss and its gradient one op of a compiled graph; the loss runs eagerly inside the op.
 
@@ -378,6 +379,8 @@ def as_one_op(
             then differentiable with respect to tensor i alone.
         flatten: converts the return value of the loss into a list of tensors. None: the loss returns one tensor.
         unflatten: the inverse of flatten, which also receives the arguments. None: the loss returns one tensor.
+        deferred: a function that takes the arguments by name, as one mapping, and returns whether the gradient must be
+            computed in the backward pass, with the upstream gradient inside. That of float16 tensors always is.
     """
 
     def decorate(function: Callable[Parameters, Returned]) -> Callable[Parameters, Returned]:
@@ -394,11 +397,11 @@ def as_one_op(
             encoded = _encoded(by_name)
             enabled = torch.is_grad_enabled()
             wanted = [enabled and tensor.requires_grad for tensor in encoded.tensors]
-            deferred = False
+            waits = enabled and deferred is not None and deferred(by_name)
             for tensor, wants in zip(encoded.tensors, wanted, strict=True):
-                deferred = deferred or (wants and tensor.dtype == torch.float16)
-            results = loss_op(encoded.tensors, name, wanted, deferred, [], *encoded[1:])
-            losses = results if deferred else results[: len(results) - len(wanted)]
+                waits = waits or (wants and tensor.dtype == torch.float16)
+            results = loss_op(encoded.tensors, name, wanted, waits, [], *encoded[1:])
+            losses = results if waits else results[: len(results) - len(wanted)]
             return losses[0] if unflatten is None else unflatten(losses, by_name)
 
         return call

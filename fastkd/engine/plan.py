@@ -168,6 +168,7 @@ def memory_plan(
     *,
     teacher: str = "linear",
     teacher_hidden_size: int | None = None,
+    teacher_vocab_size: int | None = None,
     k: int = 64,
     dtype: torch.dtype = torch.float32,
     logits_dtype: torch.dtype | None = None,
@@ -186,6 +187,8 @@ def memory_plan(
         hidden_size: the width of the student's hidden states.
         teacher: the form of the teacher: "dense", "linear", "topk" or "ensemble" (of two linear teachers); or "none".
         teacher_hidden_size: the width of the hidden states of each teacher. None: hidden_size.
+        teacher_vocab_size: the number of columns of the target model, for
+            :func:`fastkd.response.fused_linear_draft_loss`. None: vocab_size.
         k: the number of tokens per row of a "topk" teacher.
         dtype: the dtype of hidden states, heads and dense teacher logits.
         logits_dtype: as in the loss.
@@ -203,6 +206,9 @@ def memory_plan(
     hidden_size = check_size("hidden_size", hidden_size)
     k = check_size("k", k)
     width = check_size("teacher_hidden_size", width)
+    columns_of_teacher = vocab_size
+    if teacher_vocab_size is not None:
+        columns_of_teacher = check_size("teacher_vocab_size", teacher_vocab_size)
     weight_gradient = plain(weight_gradient)
     if not isinstance(weight_gradient, bool):
         raise TypeError(
@@ -218,13 +224,14 @@ def memory_plan(
         raise ValueError(f"logits_dtype must be {wide(dtype)} or {dtype}; got {logits_dtype}")
     if not isinstance(teacher, str):
         raise TypeError(f"teacher must be the name of a form, got {type(teacher).__name__}")
-    linear = (rows + vocab_size) * width * dtype.itemsize
+    linear = (rows + columns_of_teacher) * width * dtype.itemsize
+    dense = columns_of_teacher * dtype.itemsize
     # For each form: teacher_columns, teacher_row_bytes, teacher_hidden and teacher_bytes of Shape.
     forms = {
-        "dense": (0, vocab_size * dtype.itemsize, 0, rows * vocab_size * dtype.itemsize),
-        "linear": (vocab_size, 0, width, linear),
+        "dense": (0, dense, 0, rows * dense),
+        "linear": (columns_of_teacher, 0, width, linear),
         "topk": (0, TOPK_BYTES * k, 0, rows * k * 12),
-        "ensemble": (2 * vocab_size, 0, width, 2 * linear),
+        "ensemble": (2 * columns_of_teacher, 0, width, 2 * linear),
         "none": (0, 0, 0, 0),
     }
     if teacher not in forms:

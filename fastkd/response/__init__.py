@@ -7,7 +7,7 @@ so these losses cannot be captured in a CUDA graph. In a compiled graph each is 
 
 from fastkd.response.adaptive_kl import adaptive_kl_loss
 from fastkd.response.dist import dist_loss
-from fastkd.response.draft import DraftParts, draft_loss
+from fastkd.response.draft import DraftParts, draft_loss, fused_linear_draft_loss
 from fastkd.response.policy import policy_distillation_loss
 from fastkd.response.standardized import standardized_kd_loss
 from fastkd.response.uld import common_positions, uld_loss
@@ -18,6 +18,7 @@ __all__ = [
     "common_positions",
     "dist_loss",
     "draft_loss",
+    "fused_linear_draft_loss",
     "policy_distillation_loss",
     "standardized_kd_loss",
     "uld_loss",

@@ -62,20 +62,25 @@ def prepared(
     labels: Tensor | None,
     vocab_size: int | None,
     unequal: bool = False,
+    shared: bool = False,
     **options: Any,
 ) -> tuple[Tensor, Tensor, LossCall]:
-    """Check the arguments that these losses share. unequal: the widths may differ without a vocab_size."""
+    """Check the arguments that these losses share.
+
+    unequal: the widths may differ without a vocab_size. shared: several processes share the vocabulary, so that this
+    one may have no columns.
+    """
     for name, value in (("student_logits", student), ("teacher", teacher)):
         if is_dtensor(value):
             raise TypeError(
                 f"{name} must be a plain tensor with its whole vocabulary, got a DTensor"
             )
-    student = check_logits("student_logits", student)
-    teacher = check_logits("teacher", teacher)
+    student = check_logits("student_logits", student, shared)
+    teacher = check_logits("teacher", teacher, shared)
     lead, device = student.shape[:-1], student.device
-    check_teacher(teacher, "student_logits", lead, device)
+    check_teacher(teacher, "student_logits", lead, device, shared)
     widths = {"student_logits": student.shape[-1], "teacher": teacher.shape[-1]}
-    vocabulary = min(widths.values()) if unequal else check_vocabulary(vocab_size, widths)
+    vocabulary = max(*widths.values(), 1) if unequal else check_vocabulary(vocab_size, widths)
     dtype = row_dtype(student.dtype, teacher.dtype)
     return student, teacher, prepare(lead, device, dtype, vocabulary, labels, **options)
 

@@ -9,14 +9,30 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypedDict, overload
 import torch
 from torch import Tensor
 
-from fastkd.backends import reference
-from fastkd.call.checks import check_choice, check_flags, check_rows, checking
-from fastkd.call.contract import Options, Result, Rows, Want, row_dtype, total_of
+from fastkd.backends import registry
+from fastkd.backends.pieces import PIECE_TEMPORARIES
+from fastkd.call.checks import (
+    LossCall,
+    check_choice,
+    check_flags,
+    check_head,
+    check_rows,
+    check_teacher,
+    checking,
+    is_dtensor,
+    prepare,
+)
+from fastkd.call.contract import Options, Rows, Want, factor_of, row_dtype, total_of
+from fastkd.call.draft import LOSSES, Result, Terms
 from fastkd.call.rows import Chunks, RowIndices, put, rows_at, take
 from fastkd.core.scalars import LARGEST, check_number
-from fastkd.divergences import Divergence, forward_kl, jsd, reverse_kl, tvd
+from fastkd.engine import linear
+from fastkd.engine.chunks import Student, StudentChunks
 from fastkd.engine.gradients import Differentiable, Loss
 from fastkd.engine.graphs import Arguments, as_one_op
+from fastkd.engine.matmul import make_logits
+from fastkd.engine.plan import REFERENCE_TEMPORARIES, Shape, checked_sizes, plan, wide
+from fastkd.functional import not_compiled_over_processes
 from fastkd.response.chunks import (
     TEMPORARIES,
     blank,
@@ -24,22 +40,16 @@ from fastkd.response.chunks import (
     kernels_of,
     prepared,
 )
+from fastkd.response.draft_chunks import ALIGNMENT, Shard, compute_chunk
+from fastkd.teachers import LinearTeacher
 
 if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+    from torch.distributed.device_mesh import DeviceMesh
     from typing_extensions import Unpack
 
-LOSSES = ("forward_kl", "reverse_kl", "jsd", "cross_entropy", "tvd", "nla", "lk_hybrid")
-OF_ACCEPTANCE = ("tvd", "nla", "lk_hybrid")
-# The lowest acceptance that nla distinguishes: below it the loss is constant and has no gradient, as in speculators.
-LOWEST_ACCEPTANCE = 1e-5
-# Below this acceptance, 1 - TV has fewer digits than a sum of minima in the same dtype.
-LOW_ACCEPTANCE = 1 / 16
-# A logit this far below the maximum has probability 0, and a finite logarithm.
-FAR = 1e4
-# [C, V] tensors that a chunk holds at once.
+# [C, V] tensors that a chunk holds at once, unless the backend has a kernel for all terms.
 DRAFT_TEMPORARIES = 10
-# Columns are padded to a multiple of this number, so that rows stay aligned.
-ALIGNMENT = 16
 
 
 class DraftParts(NamedTuple):
@@ -65,7 +75,15 @@ class DraftOptions(TypedDict, total=False):
     reduction: str
     num_items: int | float | Tensor | None
     memory_budget: int | None
+    process_group: ProcessGroup | DeviceMesh | None
     backend: str
+
+
+class LinearDraftOptions(DraftOptions, total=False):
+    """The keyword options of fused_linear_draft_loss, except return_parts."""
+
+    student_bias: Tensor | None
+    chunk_size: int | None
 
 
 def _names(losses: str | Mapping[str, float]) -> dict[str, Any]:
@@ -108,6 +126,7 @@ def draft_loss(
     return_parts: bool,
     **options: Unpack[DraftOptions],
 ) -> Tensor | tuple[Tensor, DraftParts]: ...
+@not_compiled_over_processes
 def draft_loss(
     student_logits: Tensor,
     teacher: Tensor,
@@ -122,6 +141,7 @@ def draft_loss(
     reduction: str = "mean",
     num_items: int | float | Tensor | None = None,
     memory_budget: int | None = None,
+    process_group: ProcessGroup | DeviceMesh | None = None,
     return_parts: bool = False,
     backend: str = "auto",
 ) -> Tensor | tuple[Tensor, DraftParts]:
@@ -161,6 +181,11 @@ def draft_loss(
         reduction: as in :func:`fastkd.kd_loss`. "mean" divides by the number of counted rows, without their weights.
         num_items: as in :func:`fastkd.kd_loss`.
         memory_budget: as in :func:`fastkd.response.adaptive_kl_loss`.
+        process_group: the torch.distributed group, or one-dimensional mesh, whose processes share both vocabularies.
+            student_logits are then [..., D_r] and teacher [..., V_r], this process's columns; shards are in rank order
+            and may be uneven. draft_to_target is [D_r], the target's tokens of this process's draft tokens, which must
+            be among the columns of teacher on this process. All other arguments are equal on every process. Each
+            process gets the same loss and the gradient of its own columns.
         return_parts: return (loss, :class:`DraftParts`).
         backend: as in :func:`fastkd.kd_loss`.
 
@@ -180,7 +205,7 @@ def draft_loss(
         student_logits, teacher, draft_to_target, names=" ".join(weights), **weights, eta=eta,
         positions=positions, position_decay=position_decay, mask=mask, weight=weight,
         reduction=reduction, num_items=num_items, memory_budget=memory_budget,
-        return_parts=return_parts, backend=backend,
+        process_group=process_group, return_parts=return_parts, backend=backend,
     )  # fmt: skip
 
 
@@ -225,90 +250,349 @@ def _draft_loss(
     reduction: str,
     num_items: int | float | Tensor | None,
     memory_budget: int | None,
+    process_group: ProcessGroup | DeviceMesh | None,
     return_parts: bool,
     backend: str,
-    forward_kl: float = 0.0,
-    reverse_kl: float = 0.0,
-    jsd: float = 0.0,
-    cross_entropy: float = 0.0,
-    tvd: float = 0.0,
-    nla: float = 0.0,
-    lk_hybrid: float = 0.0,
+    **weights: float,
 ) -> Tensor | tuple[Tensor, DraftParts]:
     """draft_loss with a number per term; names lists the terms that were passed, separated by spaces."""
-    values = (forward_kl, reverse_kl, jsd, cross_entropy, tvd, nla, lk_hybrid)
-    weights = {
-        name: check_number(f"losses[{name!r}]", value, 0.0, LARGEST)
-        for name, value in zip(LOSSES, values, strict=True)
-        if name in names.split()
-    }
-    if not any(weights.values()):
-        raise ValueError("losses must have a weight that is not 0; all of them are")
-    eta = check_number("eta", eta, 0.0, LARGEST)
-    check_flags(return_parts=return_parts)
-    student, target, call = prepared(
-        student_logits, teacher, None, None, unequal=True,
-        mask=mask, weight=weight, reduction=reduction, num_items=num_items, backend=backend,
-    )  # fmt: skip
-    if target.requires_grad and torch.is_grad_enabled():
-        raise ValueError("teacher requires grad, and draft_loss has no gradient for it; detach it")
-    columns, valid = _columns(draft_to_target, student, target)
-    factor = _row_factor(positions, position_decay, valid, student)
-    if factor is not None:
-        rows = call.rows
-        dtype = row_dtype(student.dtype, target.dtype)
-        whole = factor.to(dtype).expand(student.shape[:-1])
-        if rows.weight is not None:  # a dropped row has weight 0 there, whatever its position is
-            whole = torch.where(rows.weight == 0, 0.0, rows.weight * whole)
-        call = call._replace(rows=rows._replace(weight=whole.contiguous()))
-    kernels, extra = kernels_of(call, student, target)
-    width = student.shape[-1] + ALIGNMENT
+    from fastkd.parallel import layout, share
+
+    group = layout.group_of(process_group)
+    with share.agreed_by(group) as agreement:
+        terms = _terms(names, weights, eta, return_parts)
+        student, target, call = prepared(
+            student_logits, teacher, None, None, unequal=True, shared=group is not None,
+            mask=mask, weight=weight, reduction=reduction, num_items=num_items, backend=backend,
+        )  # fmt: skip
+        if target.requires_grad and torch.is_grad_enabled():
+            raise ValueError(
+                "teacher requires grad, and draft_loss has no gradient for it; detach it"
+            )
+        lead, width, device = student.shape[:-1], student.shape[-1], student.device
+        _check_columns(draft_to_target, width, target.shape[-1], device)
+        position_decay = _check_positions(positions, position_decay, lead, device)
+        _, memory_budget = checked_sizes(None, memory_budget)
+    wanted = torch.is_grad_enabled() and student.requires_grad
     dtype = row_dtype(student.dtype, target.dtype)
-    # The target's rows are copied if some are dropped.
-    held = DRAFT_TEMPORARIES + -(-target.shape[-1] // width) + extra
-    size = chunk_rows(memory_budget, width, dtype, student.device, held - TEMPORARIES)
-    terms = _Terms(kernels, weights, eta, columns, return_parts)
+    shard = None
+    if agreement is not None:
+        shard = _shared(
+            agreement, call, terms, positions, (width, target.shape[-1]), lead,
+            dtypes=(student.dtype, target.dtype), memory_budget=memory_budget, wanted=wanted,
+            position_decay=position_decay, columns=draft_to_target is not None,
+        )  # fmt: skip
+    call, terms = _with_columns(
+        call,
+        terms,
+        draft_to_target,
+        positions,
+        position_decay,
+        target.shape[-1],
+        lead,
+        dtype,
+        shard,
+    )
+    kernels, extra = kernels_of(call, student, target)
+    held, padded = _held(width, target.shape[-1], shard, extra)
+    size = chunk_rows(memory_budget, padded, dtype, device, held - TEMPORARIES)
 
     def compute(
         student: Tensor, teacher: Tensor, rows: Rows, options: Options, want: Want
     ) -> _Computed:
+        if shard is None and hasattr(kernels, "draft_rows"):
+            result = kernels.draft_rows(student, teacher, rows, options, terms, want)
+            parts = (result.acceptance, *result.values.values()) if terms.measured else ()
+            total = total_of(result.loss, rows, options)
+            return _Computed(result.loss, total, (result.student_gradient, None), parts)
         lead = student.shape[:-1]
-        loss, acceptance, *values = (
-            torch.zeros(lead, dtype=dtype, device=student.device)
-            for _ in range(2 + len(weights) * return_parts)
-        )
+        outputs = _Outputs(terms, lead, dtype, student.device)
         gradient = blank(student, want.student_gradient)
 
         # A function, so that its local tensors are freed after each chunk.
         def run(indices: RowIndices) -> None:
             s, t = take(student, lead, indices), take(teacher, lead, indices)
             of_chunk = rows_at(rows, lead, indices)
-            chunk = _Chunk(terms, s, t, of_chunk, options, gradient is not None)
-            put(loss, lead, indices, chunk.loss())
-            if gradient is not None and chunk.gradient is not None:
-                put(gradient, lead, indices, chunk.gradient.to(gradient.dtype))
-            if return_parts:
-                assert chunk.acceptance is not None
-                put(acceptance, lead, indices, chunk.acceptance)
-                for name, value in zip(weights, values, strict=True):
-                    put(value, lead, indices, chunk.values[name])
+            result = compute_chunk(kernels, terms, s, t, of_chunk, options, want, shard)
+            outputs.put(indices, result)
+            if gradient is not None and result.student_gradient is not None:
+                put(gradient, lead, indices, result.student_gradient)
 
         for indices in Chunks.of(rows, lead, options.ignore_index, size):
             run(indices)
-        parts = (acceptance, *values) if return_parts else ()
-        return _Computed(loss, total_of(loss, rows, options), (gradient, None), parts)
+        return outputs.computed(rows, options, (gradient, None))
 
-    wanted = torch.is_grad_enabled() and student.requires_grad
     want = Want(wanted, deferred=wanted and student.dtype == torch.float16)
-    rule = Loss(compute, call.options, want, call.summed, reference.scale_rows_)
-    result, *parts = Differentiable.apply(rule, call.rows, 2, student, target)
-    if not return_parts:
-        return result
-    counted = call.counted
-    if not isinstance(counted, Tensor):
-        counted = torch.tensor(counted, device=student.device)
-    acceptance, *of_terms = parts
-    return result, DraftParts(acceptance, dict(zip(weights, of_terms, strict=True)), counted)
+    rule = Loss(compute, call.options, want, call.summed, kernels.scale_rows_)
+    results = Differentiable.apply(rule, call.rows, 2, student, target)
+    return _with_parts(results, call, terms, device)
+
+
+@overload
+def fused_linear_draft_loss(
+    student_hidden: Tensor,
+    student_weight: Tensor,
+    teacher: Tensor | LinearTeacher,
+    losses: str | Mapping[str, float] = "forward_kl",
+    *,
+    return_parts: Literal[False] = False,
+    **options: Unpack[LinearDraftOptions],
+) -> Tensor: ...
+@overload
+def fused_linear_draft_loss(
+    student_hidden: Tensor,
+    student_weight: Tensor,
+    teacher: Tensor | LinearTeacher,
+    losses: str | Mapping[str, float] = "forward_kl",
+    *,
+    return_parts: Literal[True],
+    **options: Unpack[LinearDraftOptions],
+) -> tuple[Tensor, DraftParts]: ...
+@overload
+def fused_linear_draft_loss(
+    student_hidden: Tensor,
+    student_weight: Tensor,
+    teacher: Tensor | LinearTeacher,
+    losses: str | Mapping[str, float] = "forward_kl",
+    *,
+    return_parts: bool,
+    **options: Unpack[LinearDraftOptions],
+) -> Tensor | tuple[Tensor, DraftParts]: ...
+@not_compiled_over_processes
+def fused_linear_draft_loss(
+    student_hidden: Tensor,
+    student_weight: Tensor,
+    teacher: Tensor | LinearTeacher,
+    losses: str | Mapping[str, float] = "forward_kl",
+    *,
+    student_bias: Tensor | None = None,
+    draft_to_target: Tensor | None = None,
+    eta: float = 3.0,
+    positions: Tensor | None = None,
+    position_decay: float = 1.0,
+    mask: Tensor | None = None,
+    weight: Tensor | None = None,
+    reduction: str = "mean",
+    num_items: int | float | Tensor | None = None,
+    chunk_size: int | None = None,
+    memory_budget: int | None = None,
+    process_group: ProcessGroup | DeviceMesh | None = None,
+    return_parts: bool = False,
+    backend: str = "auto",
+) -> Tensor | tuple[Tensor, DraftParts]:
+    r"""draft_loss of the logits student_hidden @ student_weight.T + student_bias, without ever holding all of them.
+
+    Dropped rows are removed first, and the other rows are processed in chunks. Each chunk computes the logits of both
+    models, overwrites the draft model's logits with their gradient, and computes the gradients of hidden states, weight
+    and bias from it. The gradient of the weight is summed in float32. A chunk costs four matrix products with a
+    :class:`fastkd.LinearTeacher`, and one fewer with dense logits, or if student_weight is frozen. With
+    reduction="none" and a student_weight or student_bias that requires grad, the backward pass computes the logits
+    again, as in :func:`fastkd.fused_linear_kd_loss`.
+
+    Args:
+        student_hidden: [..., H], float32, bfloat16 or float16; float64 is computed in plain PyTorch.
+        student_weight: [D, H], the draft model's head, with the dtype and device of student_hidden; under autocast both
+            are cast to the autocast dtype.
+        teacher: the target model: logits [..., V], or a :class:`fastkd.LinearTeacher` of its hidden states and head.
+            It gets no gradient.
+        losses: as in :func:`draft_loss`, like every option that is not listed here.
+        student_bias: [D], or None.
+        chunk_size: rows per chunk; takes precedence over memory_budget. None: as many as memory_budget allows.
+        memory_budget: bytes that the call may hold beyond its inputs and gradients; None: 384 MiB on a CPU, 2112 MiB
+            elsewhere. :func:`fastkd.memory_plan` with a teacher_vocab_size itemizes them.
+        process_group: as in draft_loss; student_weight is then [D_r, H] and the teacher's weight [V_r, H], this
+            process's parts of column-parallel heads. The gradient of student_hidden is summed over the processes.
+
+    Returns:
+        The loss and, with return_parts, :class:`DraftParts`, as draft_loss returns them.
+
+    Raises:
+        ValueError, TypeError: an argument has the wrong shape, dtype, device or value; the message names it.
+        fastkd.BackendUnavailable: the requested backend cannot serve this call.
+        fastkd.parallel.CollectiveError: another process has stopped, or did not make this call in time.
+        RuntimeError: another process of the group has raised.
+    """
+    from fastkd.parallel import layout, share
+
+    weights = _names(losses)
+    group = layout.group_of(process_group)
+    with share.agreed_by(group):
+        for name, value in (("student_hidden", student_hidden), ("student_weight", student_weight)):
+            if is_dtensor(value):
+                raise TypeError(
+                    f"{name} must be a plain tensor, got a DTensor; pass its local part"
+                )
+        check_head(student_hidden, student_weight, student_bias)
+        lead, device = student_hidden.shape[:-1], student_hidden.device
+        if not isinstance(teacher, (Tensor, LinearTeacher)):
+            raise TypeError(
+                f"teacher must be logits or a LinearTeacher, got {type(teacher).__name__}"
+            )
+        checked: Any = check_teacher(teacher, "student_hidden", lead, device, group is not None)
+        if isinstance(checked, Tensor) and checked.requires_grad and torch.is_grad_enabled():
+            raise ValueError(
+                "teacher requires grad, and fused_linear_draft_loss has no gradient for it; detach it"
+            )
+        if isinstance(checked, LinearTeacher):
+            target = linear.autocast(checked.hidden, checked.weight, checked.bias)
+        else:
+            target = [checked, None, None]
+        hidden, head, bias = linear.autocast(student_hidden, student_weight, student_bias)
+        assert hidden is not None and head is not None and target[0] is not None
+    if group is not None:
+        hidden = layout.summed_gradient(hidden, student_hidden, group)
+    return _fused_linear_draft_loss(
+        hidden, head, bias, target[0], target[1], target[2], draft_to_target,
+        names=" ".join(weights), eta=eta, positions=positions, position_decay=position_decay,
+        mask=mask, weight=weight, reduction=reduction, num_items=num_items, chunk_size=chunk_size,
+        memory_budget=memory_budget, process_group=process_group, return_parts=return_parts,
+        backend=backend, **weights,
+    )  # fmt: skip
+
+
+def _returned_by_fused(arguments: Arguments) -> list[tuple[Sequence[int], torch.dtype]]:
+    """As :func:`_returned`."""
+    of_logits = {"student_logits": arguments["student_hidden"], "teacher": arguments["target"]}
+    return _returned({**arguments, **of_logits})
+
+
+def _head_per_row(arguments: Arguments) -> bool:
+    """Whether the gradient has to wait for the upstream gradients: that of a head sums over rows."""
+    trained = [arguments["student_weight"], arguments["student_bias"]]
+    return arguments["reduction"] == "none" and any(
+        x is not None and x.requires_grad for x in trained
+    )
+
+
+@as_one_op(_returned_by_fused, flatten=_as_list, unflatten=_from_list, deferred=_head_per_row)
+def _fused_linear_draft_loss(
+    student_hidden: Tensor,
+    student_weight: Tensor,
+    student_bias: Tensor | None,
+    target: Tensor,
+    target_weight: Tensor | None,
+    target_bias: Tensor | None,
+    draft_to_target: Tensor | None,
+    *,
+    names: str,
+    eta: float,
+    positions: Tensor | None,
+    position_decay: float,
+    mask: Tensor | None,
+    weight: Tensor | None,
+    reduction: str,
+    num_items: int | float | Tensor | None,
+    chunk_size: int | None,
+    memory_budget: int | None,
+    process_group: ProcessGroup | DeviceMesh | None,
+    return_parts: bool,
+    backend: str,
+    **weights: float,
+) -> Tensor | tuple[Tensor, DraftParts]:
+    """fused_linear_draft_loss of checked operands; target is hidden states if there is a target_weight, else logits."""
+    from fastkd.parallel import layout, share
+
+    group = layout.group_of(process_group)
+    lead, device = student_hidden.shape[:-1], student_hidden.device
+    width = student_weight.shape[0]
+    target_width = target.shape[-1] if target_weight is None else target_weight.shape[0]
+    logits_dtype = wide(student_hidden.dtype)
+    dtype = row_dtype(student_hidden.dtype, target.dtype)
+    with share.agreed_by(group) as agreement:
+        terms = _terms(names, weights, eta, return_parts)
+        call = prepare(
+            lead, device, dtype, max(min(width, target_width), 1), None,
+            mask=mask, weight=weight, reduction=reduction, num_items=num_items, backend=backend,
+        )  # fmt: skip
+        _check_columns(draft_to_target, width, target_width, device, rows=True)
+        position_decay = _check_positions(positions, position_decay, lead, device)
+        chunk_size, memory_budget = checked_sizes(chunk_size, memory_budget)
+    trained = tuple(
+        torch.is_grad_enabled() and x is not None and x.requires_grad
+        for x in (student_hidden, student_weight, student_bias)
+    )
+    shard = None
+    if agreement is not None:
+        shard = _shared(
+            agreement, call, terms, positions, (width, target_width), lead,
+            dtypes=(student_hidden.dtype, target.dtype), memory_budget=memory_budget,
+            chunk_size=chunk_size, wanted=trained, position_decay=position_decay,
+            linear=target_weight is not None, columns=draft_to_target is not None,
+        )  # fmt: skip
+    call, terms = _with_columns(
+        call, terms, draft_to_target, positions, position_decay, target_width, lead, dtype, shard
+    )
+    name = registry.select(call.backend, device.type, dtype, dtype, call.options.divergence)
+    kernels = registry.load(name)
+    native = shard is None and hasattr(kernels, "draft_rows")
+    extra = {"reference": REFERENCE_TEMPORARIES, "portable": PIECE_TEMPORARIES}.get(name, 0)
+    row_bytes = 0 if target_weight is not None else target_width * target.itemsize
+    if not native:
+        held, padded = _held(width, target_width, shard, extra)
+        row_bytes += held * padded * dtype.itemsize
+    widest, widest_target = (width, target_width) if shard is None else shard[3:]
+    shape = Shape(
+        lead.numel(),
+        widest,
+        student_hidden.dtype,
+        logits_dtype,
+        student_hidden.shape[-1],
+        0 if target_weight is None else widest_target,
+        row_bytes,
+        0 if target_weight is None else target.shape[-1],
+        weight_gradient=trained[1],
+        device=device.type,
+    )
+    size = plan(shape, chunk_size, memory_budget).chunk_size
+
+    def compute(hidden: Tensor, head: Tensor, bias: Tensor | None, *others: Any) -> _Computed:
+        *of_target, rows, options, want = others
+        whole, head_of_target, bias_of_target = of_target
+        call_rows, call_options = rows, options
+        # As in fastkd.engine.chunks: scaled float16 gradients would underflow as operands.
+        defers_scale = hidden.dtype == torch.float16
+        if defers_scale:
+            options, rows = options._replace(scale=1.0), rows._replace(scale=None)
+        chunks = Chunks.of(rows, lead, options.ignore_index, size, even=True)
+        wanted = (False,) * 3 if want.deferred else trained
+        student = StudentChunks(
+            Student(hidden, head, bias), lead, width, wanted, False, chunks.count <= chunks.size
+        )
+        outputs = _Outputs(terms, lead, dtype, device)
+        want = want._replace(student_gradient=any(wanted), inplace=True)
+        buffers = [kernels.empty((chunks.size, width), logits_dtype, device)]
+        if head_of_target is not None:
+            buffers.append(kernels.empty((chunks.size, target_width), dtype, device))
+
+        def run(indices: RowIndices) -> None:
+            count = indices.stop - indices.start if isinstance(indices, slice) else indices.numel()
+            logits = student.logits(indices, buffers[0][:count])
+            of_rows = take(whole, lead, indices)
+            if head_of_target is not None:
+                of_rows = make_logits(of_rows, head_of_target, bias_of_target, buffers[1][:count])
+            of_chunk = rows_at(rows, lead, indices)
+            result = compute_chunk(kernels, terms, logits, of_rows, of_chunk, options, want, shard)
+            outputs.put(indices, result)
+            if result.student_gradient is not None:
+                # The target's logits are no longer needed; all processes need not have room there.
+                scratch = buffers[1] if len(buffers) > 1 and width <= target_width else None
+                student.add(indices, result.student_gradient, scratch)
+
+        for indices in chunks:
+            run(indices)
+        buffers.clear()  # frees them before finished() converts the gradients
+        gradients = student.finished(chunks.indices)
+        if defers_scale:
+            factor = factor_of(call_rows, call_options)
+            for gradient in gradients:
+                if gradient is not None:
+                    gradient.mul_(factor)
+        return outputs.computed(call_rows, call_options, gradients)
+
+    want = Want(any(trained), deferred=not call.summed and any(trained[1:]))
+    rule = Loss(compute, call.options, want, call.summed, kernels.scale_rows_)
+    inputs = (student_hidden, student_weight, student_bias, target, target_weight, target_bias)
+    return _with_parts(Differentiable.apply(rule, call.rows, 3, *inputs), call, terms, device)
 
 
 class _Computed(NamedTuple):
@@ -316,247 +600,214 @@ class _Computed(NamedTuple):
 
     loss: Tensor
     total: Tensor
-    gradients: tuple[Tensor | None, Tensor | None]
+    gradients: tuple[Tensor | None, ...]
     parts: tuple[Tensor, ...]
 
 
-class _Terms(NamedTuple):
-    """What all chunks of a call share."""
-
-    kernels: Any  # the backend
-    weights: dict[str, float]  # the weight of each term by name
-    eta: float
-    columns: Tensor | None  # [D], the target's column of each draft token; None: the same columns
-    measured: bool  # whether the values of all terms and the acceptance are wanted
-
-    def weight(self, name: str) -> float:
-        """The weight of a term; 0 if it was not passed."""
-        return self.weights.get(name, 0.0)
-
-    def needed(self, name: str) -> bool:
-        """Whether the value of a term is needed: it was passed, and has a weight or is measured."""
-        return name in self.weights and (self.measured or self.weights[name] > 0.0)
-
-    @property
-    def of_acceptance(self) -> bool:
-        """Whether the acceptance is needed, and so the target's mass outside the draft vocabulary."""
-        return self.measured or any(self.weight(name) for name in OF_ACCEPTANCE)
-
-
-class _Chunk:
-    """The terms of some rows, [C, D] and [C, V], and the gradient of their weighted sum.
-
-    Each kernel call computes one divergence. It also computes the cross-entropy if the ratio of the two weights is the
-    same in every row. The gradients are added in the dtype of losses, before their sum is rounded.
-    """
+class _Outputs:
+    """The results of all rows, which chunks fill; 0 in dropped rows."""
 
     def __init__(
-        self,
-        terms: _Terms,
-        student: Tensor,
-        teacher: Tensor,
-        rows: Rows,
-        options: Options,
-        wanted: bool,
+        self, terms: Terms, lead: torch.Size, dtype: torch.dtype, device: torch.device
     ) -> None:
-        self.terms, self.scale, self.options, self.wanted = terms, rows.scale, options, wanted
-        self.size = student.shape[-1]
-        self.values: dict[str, Tensor] = {}  # the terms by name, [C], without weights
-        self.gradient: Tensor | None = None  # [C, D], of scale * loss
-        self.acceptance: Tensor | None = None  # [C]; None if nothing needs it
-        # Both models' logits of the draft vocabulary; the same with one more column, for the target's other tokens; and
-        # argmax p.
-        self.subset, self.whole, self.labels = self._pairs(student, teacher)
-        of_rows = rows.weight
-        self.of_rows = torch.ones_like(self.subset[0][:, 0]) if of_rows is None else of_rows
-        if terms.of_acceptance:
-            self._terms_of_acceptance()
-        if terms.needed("forward_kl") or terms.needed("lk_hybrid"):
-            self._forward_terms()
-        if terms.needed("cross_entropy") and "cross_entropy" not in self.values:
-            self._add_with_cross_entropy(forward_kl(), self.subset, 0.0)
-        for name, divergence in (("reverse_kl", reverse_kl()), ("jsd", jsd(0.5))):
-            if terms.needed(name):
-                result = self._add(divergence, self.subset, self._factor(terms.weight(name)))
-                self.values[name] = result.distillation
-
-    def loss(self) -> Tensor:
-        """The weighted sum of the terms, times the weight of each row, [C]."""
-        weighted = [w * self.values[name] for name, w in self.terms.weights.items() if w]
-        return self.of_rows * torch.stack(weighted).sum(0)
-
-    def _terms_of_acceptance(self) -> None:
-        """Compute the acceptance and the terms that are functions of it; "lk_hybrid" also needs the KL."""
-        terms = self.terms
-        distance, hybrid = terms.weight("tvd"), terms.weight("lk_hybrid")
-        negative_log = terms.weight("nla")
-        by_row = negative_log > 0.0 or hybrid > 0.0
-        if distance > 0.0 and terms.weight("cross_entropy") > 0.0 and not by_row:
-            result = self._add_with_cross_entropy(tvd(), self.whole, distance)
-        else:
-            factor = torch.ones_like(self.of_rows) if by_row else self._factor(distance)
-            result = self._add(tvd(), self.whole, factor)
-        self.values["tvd"] = result.distillation
-        self.acceptance = acceptance = 1.0 - result.distillation
-        if terms.needed("nla"):
-            self._sum_low_acceptance(acceptance)
-        self.values["nla"] = -acceptance.clamp(min=LOWEST_ACCEPTANCE).log()
-        if self.gradient is not None and by_row:
-            # The gradient of a function of the distance is that of the distance times the function's derivative.
-            slope = torch.where(acceptance >= LOWEST_ACCEPTANCE, negative_log / acceptance, 0.0)
-            slope = slope + distance + hybrid * (1.0 - self._share())
-            self.gradient.mul_((self.of_rows * slope).unsqueeze(-1))
-
-    def _sum_low_acceptance(self, acceptance: Tensor) -> None:
-        """Replace the acceptance by sum_v min(p_v, q_v) where 1 - TV has lost digits that its logarithm needs."""
-        low = (acceptance < LOW_ACCEPTANCE).nonzero().squeeze(-1)
-        if low.numel():
-            logs = []
-            for logits in self.whole:
-                rows = logits if low.numel() == len(logits) else logits[low]
-                top, best = rows.max(-1)
-                log_sum = top + self._cross_entropy(rows, best)
-                logs.append(rows - log_sum.unsqueeze(-1))
-            acceptance[low] = torch.minimum(*logs, out=logs[0]).exp_().sum(-1)
-
-    def _share(self) -> Tensor:
-        """The weight of the KL in "lk_hybrid", [C]."""
-        assert self.acceptance is not None
-        return (-self.terms.eta * self.acceptance).exp()
-
-    def _forward_terms(self) -> None:
-        """Compute the KL and "lk_hybrid". One kernel call adds the gradient of the KL in both."""
-        terms, values = self.terms, self.values
-        onward, hybrid = terms.weight("forward_kl"), terms.weight("lk_hybrid")
-        hard = terms.weight("cross_entropy") if "cross_entropy" not in values else 0.0
-        if onward > 0.0 and hard > 0.0 and hybrid == 0.0:
-            result = self._add_with_cross_entropy(forward_kl(), self.subset, onward)
-        else:
-            factor = self._factor(onward)
-            if hybrid > 0.0:
-                of_hybrid = self.of_rows * hybrid * self._share()
-                factor = of_hybrid if factor is None else factor + of_hybrid
-            result = self._add(forward_kl(), self.subset, factor)
-        values["forward_kl"] = result.distillation
-        if terms.needed("lk_hybrid"):
-            share = self._share()
-            values["lk_hybrid"] = share * values["forward_kl"] + (1.0 - share) * values["tvd"]
-
-    def _factor(self, weight: float) -> Tensor | None:
-        """The factor of each row's gradient for a term of this weight, [C]; None: the term is only measured."""
-        return self.of_rows * weight if weight else None
-
-    def _add_with_cross_entropy(
-        self, divergence: Divergence, pair: tuple[Tensor, Tensor], weight: float
-    ) -> Any:
-        """Compute a divergence of this weight and the cross-entropy in one sweep."""
-        total = weight + self.terms.weight("cross_entropy")
-        alpha = weight / total if total else 0.0
-        result = self._add(divergence, pair, self._factor(total), alpha, self.labels)
-        self.values["cross_entropy"] = result.cross_entropy
-        return result
-
-    def _add(
-        self,
-        divergence: Divergence,
-        pair: tuple[Tensor, Tensor],
-        factor: Tensor | None,
-        alpha: float = 1.0,
-        labels: Tensor | None = None,
-    ) -> Any:
-        """Compute a divergence without weights, and add factor [C] times its gradient if factor is not None."""
-        options = self.options._replace(
-            divergence=divergence, alpha=alpha, vocab_size=pair[0].shape[-1]
+        self.lead, self.names = lead, tuple(terms.weights) if terms.measured else ()
+        # The loss, the acceptance, the terms.
+        count = 2 + len(self.names) if terms.measured else 1
+        self.loss, *self.parts = (
+            torch.zeros(lead, dtype=dtype, device=device) for _ in range(count)
         )
-        rows = Rows(labels=labels, weight=factor, scale=self.scale)
-        want = Want(self.wanted and factor is not None, parts=True)
-        result = self.terms.kernels.kd_rows(*pair, rows, options, want)
-        if result.student_gradient is not None:
-            added = result.student_gradient[:, : self.size]
-            self.gradient = added if self.gradient is None else self.gradient.add_(added)
-        return result
 
-    def _pairs(
-        self, student: Tensor, teacher: Tensor
-    ) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor], Tensor | None]:
-        """(student and teacher, the same with a column for the target's other tokens, argmax p if it is needed)."""
-        dtype, columns = row_dtype(student.dtype, teacher.dtype), self.terms.columns
-        needs_labels = self.terms.needed("cross_entropy")
-        if columns is None or not self.terms.of_acceptance:
-            listed = teacher if columns is None else teacher.index_select(-1, columns)
-            pair = (student.to(dtype), listed.to(dtype))
-            return pair, pair, listed.argmax(-1) if needs_labels else None
-        count, size = student.shape
-        width = -(-(size + 1) // ALIGNMENT) * ALIGNMENT
-        s, t = (student.new_empty(count, width, dtype=dtype)[:, : size + 1] for _ in range(2))
-        s[:, :size] = student
-        s[:, size] = s[:, :size].amax(-1) - FAR
-        t[:, :size] = teacher.index_select(-1, columns)
-        top, best = t[:, :size].max(-1)
-        # -log of the most probable draft token's probability, among the draft tokens and among all tokens.
-        among_draft = self._cross_entropy(t[:, :size], best)
-        among_all = self._cross_entropy(teacher, columns[best])
-        # The logarithm of the draft tokens' mass. If rounding makes it 0 or more, no mass is left for the other tokens.
-        mass = among_draft - among_all
-        rest = torch.where(mass >= 0.0, -math.inf, (-torch.expm1(mass)).log())
-        rest = torch.maximum(top + among_all + rest, top - FAR)
-        t[:, size] = torch.where(top == -math.inf, 0.0, rest)
-        return (s[:, :size], t[:, :size]), (s, t), best
+    def put(self, indices: RowIndices, result: Result) -> None:
+        """Write the results of these rows."""
+        put(self.loss, self.lead, indices, result.loss)
+        if self.parts:
+            of_rows = (result.acceptance, *(result.values[name] for name in self.names))
+            for everywhere, values in zip(self.parts, of_rows, strict=True):
+                assert values is not None
+                put(everywhere, self.lead, indices, values)
 
-    def _cross_entropy(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """-log softmax(logits)[label] of each row, [C]."""
-        options = self.options._replace(alpha=0.0, vocab_size=logits.shape[-1])
-        result: Result = self.terms.kernels.kd_rows(
-            logits, logits, Rows(labels=labels), options, Want(parts=True)
-        )
-        assert result.cross_entropy is not None
-        return result.cross_entropy
+    def computed(
+        self, rows: Rows, options: Options, gradients: tuple[Tensor | None, ...]
+    ) -> _Computed:
+        """The results, once all chunks have been processed."""
+        total = total_of(self.loss, rows, options)
+        return _Computed(self.loss, total, gradients, tuple(self.parts))
 
 
-def _columns(
-    draft_to_target: Tensor | None, student: Tensor, teacher: Tensor
-) -> tuple[Tensor | None, Tensor | None]:
-    """(the target's column of each draft token, whether all of them are distinct columns, 0-dim)."""
-    size, vocabulary = student.shape[-1], teacher.shape[-1]
-    if draft_to_target is None:
-        if size != vocabulary:
+def _with_parts(
+    results: tuple[Tensor, ...], call: LossCall, terms: Terms, device: torch.device
+) -> Tensor | tuple[Tensor, DraftParts]:
+    """What the losses return, given the results of Differentiable."""
+    loss, *parts = results
+    if not terms.measured:
+        return loss
+    counted = call.counted
+    if not isinstance(counted, Tensor):
+        counted = torch.tensor(counted, device=device)
+    acceptance, *values = parts
+    return loss, DraftParts(acceptance, dict(zip(terms.weights, values, strict=True)), counted)
+
+
+def _terms(names: str, weights: Mapping[str, Any], eta: float, return_parts: bool) -> Terms:
+    """The checked terms, without columns. names: those that were passed, separated by spaces."""
+    checked = {
+        name: check_number(f"losses[{name!r}]", weights[name], 0.0, LARGEST)
+        for name in names.split()
+    }
+    if not any(checked.values()):
+        raise ValueError("losses must have a weight that is not 0; all of them are")
+    check_flags(return_parts=return_parts)
+    return Terms(checked, check_number("eta", eta, 0.0, LARGEST), None, return_parts)
+
+
+def _held(width: int, target_width: int, shard: Shard | None, extra: int) -> tuple[int, int]:
+    """(how many [C, width] tensors a chunk holds, their width with padding). extra: those of the backend."""
+    if shard is not None:
+        width, target_width = shard.widest, shard.widest_target
+    padded = width + ALIGNMENT
+    # The target's rows are copied if some are dropped.
+    return DRAFT_TEMPORARIES + -(-target_width // padded) + extra, padded
+
+
+def _shared(
+    agreement: Any,
+    call: LossCall,
+    terms: Terms,
+    positions: Tensor | None,
+    widths: tuple[int, int],
+    lead: torch.Size,
+    **facts: object,
+) -> Shard:
+    """This process's part of both vocabularies, once all processes agree. widths: of draft model and target."""
+    from fastkd.parallel.share import facts_of_rows
+
+    names = {
+        "columns": "whether draft_to_target is given",
+        "dtypes": "the dtypes of student and teacher",
+        "linear": "whether teacher is a LinearTeacher",
+        "wanted": "what requires grad",
+    }
+    agreed = agreement.reached(
+        list(widths),
+        {names.get(name, name): value for name, value in facts.items()}
+        | {
+            "the shape of rows": tuple(lead),
+            "losses": terms.weights,
+            "eta": terms.eta,
+            "return_parts": terms.measured,
+            "the factor of the loss (of num_items or the number of rows)": call.options.scale,
+            "whether the loss is one number": call.summed,
+        }
+        | facts_of_rows(
+            {
+                "num_items": call.rows.scale,
+                "mask and weight": call.rows.weight,
+                "positions": positions,
+            }
+        ),
+    )
+    of_draft, of_target = zip(*agreed.numbers, strict=True)
+    first = sum(of_target[: agreed.rank])
+    return Shard(agreement.group, agreed.rank, first, max(of_draft), max(of_target))
+
+
+def _check_columns(
+    draft_to_target: Tensor | None,
+    width: int,
+    target_width: int,
+    device: torch.device,
+    rows: bool = False,
+) -> None:
+    """Raise unless draft_to_target fits both vocabularies. rows: the draft tokens are rows of student_weight."""
+    if draft_to_target is None and width != target_width:
+        if rows:
             raise ValueError(
-                f"student_logits has {size} columns, and teacher has {vocabulary}; pass draft_to_target, the "
+                f"student_weight has {width} rows, and teacher has {target_width} columns; pass draft_to_target, the "
                 "target's token for each draft token"
             )
-        return None, None
-    if isinstance(draft_to_target, Tensor) and draft_to_target.shape != (size,):
         raise ValueError(
-            f"draft_to_target must be [{size}], the target's token for each column of student_logits; got shape "
+            f"student_logits has {width} columns, and teacher has {target_width}; pass draft_to_target, the target's "
+            "token for each draft token"
+        )
+    if draft_to_target is None:
+        return
+    if isinstance(draft_to_target, Tensor) and draft_to_target.shape != (width,):
+        raise ValueError(
+            f"draft_to_target must be [{width}], the target's token for each "
+            f"{'row of student_weight' if rows else 'column of student_logits'}; got shape "
             f"{tuple(draft_to_target.shape)}"
         )
-    check_rows(
-        "draft_to_target", draft_to_target, torch.Size((size,)), student.device, (torch.int64,)
-    )
-    ordered = draft_to_target.sort().values
-    valid = (ordered[1:] != ordered[:-1]).all() & (ordered[0] >= 0) & (ordered[-1] < vocabulary)
-    if checking() and not valid:
-        raise ValueError(
-            f"draft_to_target must be distinct tokens in [0, {vocabulary}); some are repeated or outside. If it holds "
-            "offsets, pass torch.arange(len(draft_to_target)) + draft_to_target"
-        )
-    return draft_to_target.clamp(0, vocabulary - 1), valid
+    check_rows("draft_to_target", draft_to_target, torch.Size((width,)), device, (torch.int64,))
 
 
-def _row_factor(
-    positions: Tensor | None, position_decay: float, valid: Tensor | None, student: Tensor
-) -> Tensor | None:
-    """The factor of each row's loss, [...] or 0-dim: position_decay^position, and NaN if the columns are not valid."""
+def _with_columns(
+    call: LossCall,
+    terms: Terms,
+    draft_to_target: Tensor | None,
+    positions: Tensor | None,
+    position_decay: float,
+    target_width: int,
+    lead: torch.Size,
+    dtype: torch.dtype,
+    shard: Shard | None,
+) -> tuple[LossCall, Terms]:
+    """The call with position_decay^positions in the weights of rows, and the terms with the target's columns.
+
+    If a token is repeated or is no column of the target, the loss is NaN on every process.
+    """
+    factor = None
+    if draft_to_target is not None:
+        first = 0 if shard is None else shard.first
+        columns = draft_to_target - first
+        valid = _are_distinct(columns, target_width)
+        if shard is not None:
+            from fastkd.parallel.collectives import all_gather
+
+            valid = all_gather(valid.to(torch.int64), shard.group, "draft_to_target").wait().all()
+        if checking() and not valid:
+            if shard is not None:
+                raise ValueError(
+                    f"draft_to_target must be distinct tokens in [{first}, {first + target_width}), the target's tokens "
+                    "that this process has; on some process, some are repeated or outside"
+                )
+            raise ValueError(
+                f"draft_to_target must be distinct tokens in [0, {target_width}); some are repeated or outside. If it "
+                "holds offsets, pass torch.arange(len(draft_to_target)) + draft_to_target"
+            )
+        terms = terms._replace(columns=columns.clamp(0, max(target_width - 1, 0)))
+        factor = torch.where(valid, 1.0, math.nan)
+    if positions is not None:
+        decay = torch.as_tensor(position_decay, dtype=torch.float64, device=positions.device)
+        decay = decay**positions
+        factor = decay if factor is None else decay * factor
+    if factor is None:
+        return call, terms
+    rows = call.rows
+    whole = factor.to(dtype).expand(lead)
+    if rows.weight is not None:  # a dropped row has weight 0 there, whatever its position is
+        whole = torch.where(rows.weight == 0, 0.0, rows.weight * whole)
+    return call._replace(rows=rows._replace(weight=whole.contiguous())), terms
+
+
+def _are_distinct(columns: Tensor, width: int) -> Tensor:
+    """Whether all columns are distinct and in [0, width), 0-dim."""
+    if not columns.numel():
+        return torch.ones((), dtype=torch.bool, device=columns.device)
+    ordered = columns.sort().values
+    return (ordered[1:] != ordered[:-1]).all() & (ordered[0] >= 0) & (ordered[-1] < width)
+
+
+def _check_positions(
+    positions: Tensor | None, position_decay: float, lead: torch.Size, device: torch.device
+) -> float:
+    """The decay as a float; raise unless it and the positions are valid."""
     position_decay = check_number("position_decay", position_decay, 0.0, 1.0)
     if position_decay == 0.0:
         raise ValueError("position_decay must be in (0, 1], got 0.0")
-    factor = None if valid is None else torch.where(valid, 1.0, math.nan)
-    if positions is None:
-        if position_decay != 1.0:
-            raise ValueError(
-                f"positions must be given for position_decay; position_decay is {position_decay}"
-            )
-        return factor
-    check_rows("positions", positions, student.shape[:-1], student.device, (torch.int64,))
-    decay = torch.as_tensor(position_decay, dtype=torch.float64, device=student.device) ** positions
-    return decay if factor is None else decay * factor
+    if positions is not None:
+        check_rows("positions", positions, lead, device, (torch.int64,))
+    elif position_decay != 1.0:
+        raise ValueError(
+            f"positions must be given for position_decay; position_decay is {position_decay}"
+        )
+    return position_decay

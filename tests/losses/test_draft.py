@@ -428,3 +428,152 @@ def test_errors_name_the_argument(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FASTKD_CHECK", "1")
     with pytest.raises(ValueError, match=r"draft_to_target must be distinct tokens in \[0, 90\)"):
         draft_loss(student, teacher, draft_to_target=ids - 1000)
+
+
+# ---- the kernel of the cpu backend, with each instruction set
+
+# One column; a part of a vector; one block of 2048 columns and one more column; several blocks.
+WIDTHS = ((1, 1), (19, 40), (2049, 2500), (4500, 9000))
+
+
+def _wide_rows(
+    seed: int, widths: tuple[int, int], spread: float, near: float | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Rows of these widths. near: the distance of the draft model from its target; None: they are independent."""
+    generator = torch.Generator().manual_seed(seed)
+    size, vocabulary = widths
+    teacher = spread * torch.randn(4, vocabulary, generator=generator)
+    ids = torch.randperm(vocabulary, generator=generator)[:size]
+    student = spread * torch.randn(4, size, generator=generator)
+    if near is not None:
+        student = teacher[:, ids] + near * student / spread
+    return student, teacher, ids
+
+
+@pytest.mark.parametrize("widths", WIDTHS)
+@pytest.mark.parametrize("cut", [True, False])
+def test_errors_are_those_of_float32(instructions: str, widths: tuple[int, int], cut: bool) -> None:
+    """Of each term, the acceptance and the gradient, beside the error of the formulas in float32."""
+    for spread, near in ((2.0, None), (2.0, 0.05), (12.0, None), (30.0, 0.1)):
+        student, teacher, ids = _wide_rows(1, widths, spread, near)
+        columns: Tensor | None = ids
+        if cut:
+            teacher, columns = teacher[:, ids], None
+        exact = _terms(student, teacher, columns)
+        for name in LOSSES:
+            if name == "nla":  # of which low acceptances are tested above
+                continue
+            options: dict[str, Any] = {"draft_to_target": columns, "reduction": "none"}
+            loss, parts = draft_loss(student, teacher, name, return_parts=True, **options)
+            _, gradient = _found(student, teacher, name, **options)
+            wanted = _wanted(student, teacher, columns, {name: 1.0})
+            size = wanted[0].abs().amax()
+            assert (loss - wanted[0]).abs().amax() <= 5e-7 + 2e-6 * size, (spread, near, name)
+            # A difference of probabilities near 1 has an error of one rounding.
+            scale = wanted[1].norm(dim=-1) + 1e-2
+            assert ((gradient - wanted[1]).norm(dim=-1) <= 3e-5 * scale).all(), (spread, near, name)
+        right = exact["acceptance"]
+        assert ((parts.acceptance - right).abs() <= 1e-6 * right + 1e-30).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_sure_draft_model_keeps_the_digits_of_its_gradient(
+    instructions: str, dtype: torch.dtype
+) -> None:
+    """A column with almost all of q: q - p there is a difference of 1e-6, of which a difference of floats has none."""
+    student, teacher, ids = _wide_rows(2, (2049, 2500), 0.5, None)
+    student[:, 7], teacher[:, ids[7]] = 24.0, 25.0
+    student, teacher = student.to(dtype), teacher.to(dtype)
+    for name in ("forward_kl", "cross_entropy", "jsd", "reverse_kl"):
+        for columns, target in ((ids, teacher), (None, teacher[:, ids])):
+            found = _found(student, target, name, draft_to_target=columns, reduction="none")[1]
+            wanted = _wanted(student, target, columns, {name: 1.0})[1]
+            assert 0 < wanted[:, 7].abs().max() < 1e-4
+            rtol = 1e-4 + torch.finfo(dtype).eps
+            # The smallest numbers of float16 are 6e-8 apart.
+            atol = 6e-8 if dtype == torch.float16 else 1e-12
+            torch.testing.assert_close(found[:, 7].double(), wanted[:, 7], rtol=rtol, atol=atol)
+
+
+def test_log_0(instructions: str) -> None:
+    """Logits of -inf on either side and on both, in blocks of their own and beside others."""
+    student, teacher, _ = _wide_rows(3, (4500, 4500), 2.0, None)
+    student[0, :3000] = -math.inf  # the KL is infinite
+    teacher[1, :3000] = -math.inf  # the reverse KL is infinite
+    student[2, 40:4400] = teacher[2, 40:4400] = -math.inf
+    student[3, 5], teacher[3, 5] = -math.inf, -200.0  # p is negligible there
+    q, p = student.double().softmax(-1), teacher.double().softmax(-1)
+    middle = 0.5 * (p + q)
+
+    def kl(a: Tensor, b: Tensor) -> Tensor:
+        terms = torch.where((a == 0) | ((b == 0) & (a < 1e-30)), 0.0, a * (a / b).log())
+        return terms.sum(-1)
+
+    exact = {
+        "forward_kl": kl(p, q), "reverse_kl": kl(q, p),
+        "jsd": 0.5 * (kl(p, middle) + kl(q, middle)), "tvd": 0.5 * (p - q).abs().sum(-1),
+    }  # fmt: skip
+    assert exact["forward_kl"][0] == exact["reverse_kl"][1] == math.inf
+    assert exact["forward_kl"][3].isfinite()
+    for name, value in exact.items():
+        loss, gradient = _found(student, teacher, name, reduction="none")
+        torch.testing.assert_close(loss.double(), value, rtol=1e-6, atol=1e-6)
+        assert gradient[value.isfinite()].isfinite().all()
+        assert not gradient[2, 40:4400].any() and not gradient[3, 5]
+    _, parts = draft_loss(
+        student, teacher, {"tvd": 1.0, "forward_kl": 0.0, "reverse_kl": 0.0}, return_parts=True
+    )
+    for name, value in parts.terms.items():
+        torch.testing.assert_close(value.double(), exact[name], rtol=1e-6, atol=1e-6)
+    _, gradient = _found(student, teacher, {"tvd": 1.0, "reverse_kl": 0.0}, reduction="sum")
+    assert gradient.isfinite().all()
+
+
+@pytest.mark.parametrize("side", ["student", "teacher"])
+def test_nan_and_rows_without_probability(instructions: str, side: str) -> None:
+    student, teacher, ids = _wide_rows(4, (2049, 2500), 1.0, None)
+    changed = student if side == "student" else teacher
+    clean = draft_loss(student, teacher, "tvd", draft_to_target=ids, reduction="none")
+    changed[1, int(ids[3]) if side == "teacher" else 3] = math.nan
+    changed[2] = -math.inf
+    for name in LOSSES:
+        loss = draft_loss(student, teacher, name, draft_to_target=ids, reduction="none")
+        assert loss[[1, 2]].isnan().all() or (
+            name in ("tvd", "nla", "cross_entropy") and loss[1].isnan()
+        ), name
+        assert loss[[0, 3]].isfinite().all()
+        if name == "tvd":
+            assert torch.equal(loss[[0, 3]], clean[[0, 3]])
+
+
+def test_layouts_of_logits(instructions: str) -> None:
+    """Transposed, shifted, expanded and negated logits, and one-byte-aligned rows."""
+    student, teacher, ids = _wide_rows(5, (300, 700), 1.0, None)
+    options: dict[str, Any] = {"draft_to_target": ids, "reduction": "none"}
+    losses = dict.fromkeys(LOSSES, 1.0)
+    wanted = _found(student, teacher, losses, **options)
+    sequence = torch.randn(1, 5, 301)
+    sequence[0, :-1, :-1] = student
+    negated = torch.complex(torch.zeros_like(teacher), -teacher).conj().imag
+    assert negated.is_neg()
+    for s, t in (
+        (sequence[0, :-1, :-1], teacher),
+        (student.T.contiguous().T, teacher.T.contiguous().T),
+        (student, negated),
+    ):
+        torch.testing.assert_close(_found(s, t, losses, **options), wanted, rtol=1e-6, atol=1e-7)
+    one = _found(student[:1].expand(3, -1), teacher[:1].expand(3, -1), losses, **options)
+    torch.testing.assert_close(one[0], wanted[0][:1].expand(3))
+
+
+def test_threads_and_parts_change_no_bit(threads: None, instructions: str) -> None:
+    student, teacher, ids = _wide_rows(6, (4500, 9000), 2.0, None)
+    losses = dict.fromkeys(LOSSES, 1.0)
+    options: dict[str, Any] = {"draft_to_target": ids, "reduction": "none"}
+    results = []
+    for count in (1, 2):
+        torch.set_num_threads(count)
+        results.append(_found(student, teacher, losses, **options))
+    assert all(torch.equal(*pair) for pair in zip(*results, strict=True))
+    measured = draft_loss(student, teacher, losses, return_parts=True, **options)[0]
+    assert torch.equal(measured, results[0][0])
