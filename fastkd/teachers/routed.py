@@ -44,10 +44,10 @@ class RoutedTeacher:
     teacher_softcap of the loss apply to every teacher. If all teachers are dense logits and one requires grad, kd_loss
     copies them into one tensor [..., V], and each gets the gradient of its rows.
 
-    The loss compares the number of each teacher's rows with index, and raises if they differ. The exception: if all
-    teachers are TopKs, or one requires grad, the loss of every row is NaN instead on a GPU and under torch.compile,
-    because raising would require waiting for the device or breaking the graph. In eager mode, FASTKD_CHECK=1 makes it
-    raise there too.
+    The loss compares the number of each teacher's rows with index, and raises if they differ. If all teachers are
+    TopKs, or one requires grad, a loss on a GPU or under torch.compile does not raise: every row is NaN, because
+    raising would require waiting for the device or breaking the graph. In eager mode on a GPU, FASTKD_CHECK=1 makes
+    the loss raise.
 
     Raises:
         TypeError, ValueError: a wrong type, dtype or value; the message names the argument.
@@ -75,7 +75,7 @@ class RoutedTeacher:
         if any(sparse) and not all(sparse):
             raise TypeError(
                 f"teachers[{sparse.index(True)}] is a TopK and teachers[{sparse.index(False)}] is not: pass a TopK for "
-                "all (TopK.from_logits takes the tokens of dense logits), or for none"
+                "all (TopK.from_logits makes one from dense logits), or for none"
             )
         self._check_alike()
 
