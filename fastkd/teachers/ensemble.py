@@ -30,7 +30,7 @@ _UNKNOWN = {
         (
             "geometric",
             tail,
-        ): "the geometric mean of the other tokens cannot be known from their mass. Pass "
+        ): "the geometric mean of the unlisted tokens cannot be known from their mass. Pass "
         "mean='arithmetic', or tail='renormalize', which leaves them out"
         for tail in ("bucket", "truncate")
     },

@@ -555,7 +555,7 @@ CONSTRUCTOR: list[tuple[Callable[[], Any], str]] = [
     (lambda: Ensemble([sparse("renormalize")]), "mean='arithmetic' cannot combine .*='renormalize': the mean of "
      "probabilities needs .* only their ratios are known. Pass tail='bucket', .* or mean='geometric'"),
     (lambda: Ensemble([sparse("bucket")], mean="geometric"), "mean='geometric' cannot combine .*='bucket': the "
-     "geometric mean of the other tokens cannot be known from their mass. Pass mean='arithmetic', or"),
+     "geometric mean of the unlisted tokens cannot be known from their mass. Pass mean='arithmetic', or"),
     (lambda: Ensemble([sparse("truncate")], mean="geometric"), "mean='geometric' cannot combine .*='truncate'"),
     (lambda: Ensemble([sparse("renormalize_teacher")], mean="geometric"), "the geometric mean is 0 for each token that "
      "one teacher does not list. Pass mean='arithmetic', or tail='renormalize' for the tokens that all list"),
