@@ -162,9 +162,9 @@ def draft_loss(
     accepted, unlike that of "tvd".
 
     A draft vocabulary may be a subset of the target's. p is then renormalized over the subset in the first four terms
-    and in the KL of "lk_hybrid". The acceptance a uses p as it is, because the verifier does: the target's mass outside
-    the subset is never accepted. (speculators cuts and renormalizes the target's logits for all terms; to get its
-    values, pass ``teacher[..., draft_to_target]`` and no draft_to_target.)
+    and in the KL of "lk_hybrid". The acceptance a uses p as it is, because the target verifies with it: its
+    mass outside the subset is never accepted. (speculators cuts and renormalizes the target's logits for all terms; to
+    get its values, pass ``teacher[..., draft_to_target]`` and no draft_to_target.)
 
     Args:
         student_logits: [..., D], the draft model's logits, one column per draft token.
@@ -385,7 +385,7 @@ def fused_linear_draft_loss(
     Dropped rows are removed first, and the other rows are processed in chunks. Each chunk computes the logits of both
     models, overwrites the draft model's logits with their gradient, and computes the gradients of hidden states, weight
     and bias from it. The gradient of the weight is summed in float32. A chunk costs four matrix products with a
-    :class:`fastkd.LinearTeacher`, and one fewer with dense logits, or if student_weight is frozen. With
+    :class:`fastkd.LinearTeacher`, one fewer with dense logits, and one fewer if student_weight is frozen. With
     reduction="none" and a student_weight or student_bias that requires grad, the backward pass computes the logits
     again, as in :func:`fastkd.fused_linear_kd_loss`.
 
@@ -457,7 +457,7 @@ def _returned_by_fused(arguments: Arguments) -> list[tuple[Sequence[int], torch.
 
 
 def _head_per_row(arguments: Arguments) -> bool:
-    """Whether the gradient has to wait for the upstream gradients: that of a head sums over rows."""
+    """Whether the gradient has to wait for the upstream gradients, which weight the rows in a head's gradient."""
     trained = [arguments["student_weight"], arguments["student_bias"]]
     return arguments["reduction"] == "none" and any(
         x is not None and x.requires_grad for x in trained
@@ -574,7 +574,7 @@ def _fused_linear_draft_loss(
             result = compute_chunk(kernels, terms, logits, of_rows, of_chunk, options, want, shard)
             outputs.put(indices, result)
             if result.student_gradient is not None:
-                # The target's logits are no longer needed; all processes need not have room there.
+                # The target's logits are no longer needed. Their buffer may be too narrow on some processes.
                 scratch = buffers[1] if len(buffers) > 1 and width <= target_width else None
                 student.add(indices, result.student_gradient, scratch)
 
@@ -655,7 +655,7 @@ def _terms(names: str, weights: Mapping[str, Any], eta: float, return_parts: boo
         for name in names.split()
     }
     if not any(checked.values()):
-        raise ValueError("losses must have a weight that is not 0; all of them are")
+        raise ValueError("losses must have a weight that is not 0; all weights are 0")
     check_flags(return_parts=return_parts)
     return Terms(checked, check_number("eta", eta, 0.0, LARGEST), None, return_parts)
 
@@ -767,8 +767,8 @@ def _with_columns(
         if checking() and not valid:
             if shard is not None:
                 raise ValueError(
-                    f"draft_to_target must be distinct tokens in [{first}, {first + target_width}), the target's tokens "
-                    "that this process has; on some process, some are repeated or outside"
+                    f"draft_to_target must be distinct tokens in [{first}, {first + target_width}), the target's "
+                    "tokens that this process has; on some process, some are repeated or outside"
                 )
             raise ValueError(
                 f"draft_to_target must be distinct tokens in [0, {target_width}); some are repeated or outside. If it "

@@ -288,7 +288,7 @@ def test_a_term_of_weight_0_is_measured() -> None:
     for name in LOSSES:
         torch.testing.assert_close(parts.terms[name].double(), wanted[name], rtol=1e-5, atol=1e-6)
     with pytest.raises(
-        ValueError, match="losses must have a weight that is not 0; all of them are"
+        ValueError, match="losses must have a weight that is not 0; all weights are 0"
     ):
         draft_loss(student, teacher, {"tvd": 0.0}, **options)
 
