@@ -5,7 +5,7 @@
 
     distillation.DistillationLossFn = DistillationLossFn
 
-NeMo-RL is not on PyPI, so the tests compare with its formulas. docs/stacks/nemo.md lists what differs.
+NeMo-RL is not on PyPI, so the tests compare with its formulas. docs/stacks/nemo_rl.md lists what differs.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from fastkd.functional import kd_loss
 from fastkd.parallel import layout
 from fastkd.teachers import TopK
 
-# What NeMo-RL takes for log p of a token outside the teacher's top k.
+# The value that NeMo-RL gives log p of a token outside the teacher's top k.
 LOG_ZERO = -100.0
 
 
@@ -81,7 +81,7 @@ class DistillationLossFn:
             data: has input_ids [B, S], teacher_topk_logits and teacher_topk_indices [B, S, K], and token_mask [B, S]
                 and sample_mask [B], which multiply the loss of a token. Without the masks, all tokens count.
             global_valid_seqs: without effect.
-            global_valid_toks: the number of valid tokens in the whole batch; None: in data.
+            global_valid_toks: the number of valid tokens in the whole batch; None: the sum of the masks in data.
 
         Returns:
             (the loss, 0-dim; {"loss": its value, "num_valid_samples": B}).
@@ -119,7 +119,7 @@ class DistillationLossFn:
         return mixture(weight, 1.0 - weight)
 
     def _teacher(self, ids: Tensor, scores: Tensor, width: int, start: int) -> Tensor | TopK:
-        """The teacher: its k tokens, or the columns [start, start + width) of logits that are -100 elsewhere."""
+        """The teacher: a TopK, or columns [start, start + width) of logits that are -100 outside the top k."""
         if not self.zero_outside_topk:
             return TopK(ids, scores, tail="renormalize")
         if self.kl_type == "forward":
