@@ -5,8 +5,8 @@ r"""NVIDIA Model-Optimizer's distillation losses, with the same constructors, ca
     from fastkd.compat.modelopt import KDTrainer               # was: modelopt.torch.distill.plugins.huggingface
     from fastkd.compat.modelopt import QADTrainer              # was: modelopt.torch.quantization.plugins
 
-Model-Optimizer need not be installed. Its criteria subclass torch's ``_Loss``, as
-``mtd.convert(model, [("kd_loss", {"criterion": LogitsDistillationLoss(), ...})])`` requires, and so do these classes.
+Only the trainers need Model-Optimizer. Its criteria subclass torch's ``_Loss``, as
+``mtd.convert(model, [("kd_loss", {"criterion": LogitsDistillationLoss(), ...})])`` requires; so do those here.
 The two losses of its Megatron plug-in import megatron.core to find the process group, if the vocabulary is spread over
 processes.
 
@@ -47,8 +47,8 @@ CERTAIN = 100.0
 
 _REMEDY = (
     "Model-Optimizer compares whole vocabularies. If the models differ only in padding of one tokenizer, pad both to "
-    "the same size (Megatron's make_vocab_size_divisible_by), or pass the criterion logits[..., :n] of the n real "
-    "tokens"
+    "the same size (Megatron's make_vocab_size_divisible_by), or slice both logits to the n real tokens, "
+    "logits[..., :n], before the criterion"
 )
 
 
@@ -288,7 +288,7 @@ class _Losses(_Trainer):
         )
 
     def _liger_kd_loss(self, outputs: Any, labels: Tensor, **_: Any) -> Tensor:
-        """The generalized JSD of liger_jsd_beta, from hidden states: outputs.logits, as Model-Optimizer calls them."""
+        """The generalized JSD of liger_jsd_beta, from the hidden states that Model-Optimizer calls outputs.logits."""
         teacher, self._last_teacher_outputs = self._last_teacher_outputs, None
         student_head = self._get_lm_head(self.accelerator.unwrap_model(self.model))
         teacher_head = self._get_lm_head(self._get_unwrapped_teacher())
