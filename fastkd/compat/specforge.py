@@ -26,7 +26,7 @@ from fastkd.response import draft_loss
 class LogSoftmaxLoss:
     """``specforge.core.loss.LogSoftmaxLoss``: the soft cross-entropy -sum p log q, a mean over all positions.
 
-    SpecForge's class is an autograd function, which is called by ``apply``; so is this one. SpecForge writes the
+    SpecForge's class is an autograd function, so this class has its ``apply``, too. SpecForge writes the
     gradient over the logits; here the logits stay as they are.
     """
 
@@ -120,7 +120,7 @@ def _masked_mean(
 
 
 def register() -> None:
-    """Make SpecForge use these. Call it in every process, before a model is built.
+    """Make SpecForge use these two losses. Call it in every process, before a model is built.
 
     Raises:
         ImportError: SpecForge is not installed.
