@@ -157,8 +157,8 @@ def gold_jsd_loss(
     may differ from 1. The divergence is the sum over these tokens, so it can be negative.
 
     Args:
-        student_logits: [B, L, V], or any other leading shape. With logits_are_probs: probabilities, each at least 1e-8;
-            smaller ones become 1e-8, without a gradient.
+        student_logits: [B, L, V], or any other leading shape. With logits_are_probs: probabilities; those
+            below 1e-8 become 1e-8, without a gradient.
         teacher_logits: the same shape.
         labels: as in :func:`generalized_jsd_loss`.
         beta: as in :func:`generalized_jsd_loss`.
@@ -198,9 +198,9 @@ def gold_jsd_loss(
 def _loss_of_masses(q: Tensor, p: Tensor, beta: float) -> Tensor:
     """Return the divergence of each row of masses [..., K], which need not sum to 1.
 
-    With one more column for the rest of a total that is larger than both sums, the rows are distributions times that
-    total. kd_loss computes their divergence, and the summand of the additional column is subtracted. This is exact,
-    because a summand of q and p multiplied by a number is the summand times that number.
+    Both rows get one more column, which raises their sums to a common total. Divided by the total, they are
+    distributions. kd_loss computes their divergence, the summand of the additional column is subtracted, and the result
+    is multiplied by the total. This is exact, because a summand is proportional to the scale of q and p.
     """
     sums = q.sum(-1, keepdim=True), p.sum(-1, keepdim=True)
     # At least 1 is left, so that the logarithm of the rest is as exact as the others.
@@ -353,8 +353,8 @@ def compute_topk_self_distillation_loss(
         teacher_logits: the same shape; it gets no gradient.
         distillation_topk: k, in [1, V].
         distillation_alpha: as in :func:`compute_full_logit_self_distillation_loss`.
-        distillation_add_tail: whether the other tokens count, as one event. The mass of this event is exact; TRL does
-            not let it fall below 1e-7, and it has no gradient there.
+        distillation_add_tail: whether the other tokens count, as one event. The mass of this event is exact; TRL
+            raises a smaller mass to 1e-7, which has no gradient.
 
     Returns:
         [B, L] in float32 (TRL: in the dtype of the logits).
@@ -374,8 +374,8 @@ def _check_whole(name: str, weight: Any) -> None:
     """Raise if DeepSpeed ZeRO-3 has partitioned an lm_head and nothing has gathered it."""
     if is_partitioned(weight):
         raise ValueError(
-            f"{name} is partitioned by DeepSpeed ZeRO-3, which would not receive its gradient; use "
-            "fastkd.compat.trl.DistillationTrainer, which gathers it, FSDP2, ZeRO-2, or TRL's own trainer"
+            f"{name} is partitioned by DeepSpeed ZeRO-3, which would not receive its gradient; use FSDP2, ZeRO-2, "
+            "TRL's own trainer, or fastkd.compat.trl.DistillationTrainer, which gathers the lm_head"
         )
 
 
@@ -746,7 +746,7 @@ def _iw_opd_trainer() -> type:
         return_outputs: bool = False,
         num_items_in_batch: int | Tensor | None = None,
     ) -> Any:
-        """Return the loss of a batch; with return_outputs also the student's outputs, without logits."""
+        """Return the loss of a batch; with return_outputs also the student's outputs, empty unless requested."""
         self._raise_if_local_teacher_tokenizer_mismatch()
         start = self._compute_prompt_length(inputs)
         labels, tokens = inputs["labels"][:, start:], inputs["input_ids"][:, start:]
@@ -843,7 +843,7 @@ def _server_distillation_trainer() -> type:
 
 # ---- losses from hidden states, for trainers whose own code takes the logits of whole models
 
-# The methods that these trainers call of TRL's, with their parameters.
+# TRL's methods that these trainers call or override, with their parameters.
 _SERVED_METHODS = {
     "compute_loss": ("self", "model", "inputs", "return_outputs", "num_items_in_batch"),
     "_compute_prompt_length": ("self", "inputs"),
@@ -853,13 +853,13 @@ _OTHERWISE = "use TRL's own trainer"
 
 
 class _Batch(NamedTuple):
-    """The completions of a batch, whose first token is at position start - 1 or later of the hidden states."""
+    """The tokens of a batch from position start, the earliest of a completion; `counted` marks the completions."""
 
     inputs: dict[str, Any]
     start: int
     tokens: Tensor  # [B, C]
     counted: Tensor  # [B, C] bool
-    rollout_logprobs: Tensor | None  # [B, C], as the engine returned them that sampled the tokens
+    rollout_logprobs: Tensor | None  # [B, C], from the engine that sampled the tokens
 
     def cut(self, length: int) -> _Batch:
         """The first tokens."""
@@ -871,7 +871,7 @@ class _Batch(NamedTuple):
         )
 
     def rows(self, hidden: Tensor) -> Tensor:
-        """The hidden states [B, C, H] that predict the tokens, of a sequence's [B, S, H]."""
+        """Those of the hidden states [B, S, H] that predict the tokens, [B, C, H]."""
         first = hidden.shape[1] - self.inputs["input_ids"].shape[1] + self.start - 1
         return hidden[:, first : first + self.tokens.shape[1]]
 
@@ -903,7 +903,7 @@ class _Rows(NamedTuple):
 def _loss_of_student(
     trainer: Any, model: Any, batch: _Batch, loss_of: Callable[[_Rows], Tensor]
 ) -> Tensor:
-    """Run the student, and inside its forward a loss of its hidden states."""
+    """Run the student, and compute a loss of its hidden states inside its forward pass."""
     head, is_new = _head_of(trainer, model, "the student")
 
     def loss_of_hidden(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
