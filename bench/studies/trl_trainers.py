@@ -4,7 +4,7 @@
 
 A step is the trainer's compute_loss and the backward pass: both models run, and nothing is generated or requested. Both
 trainers of a pair have the same models and batch. The models have random weights and few layers. A server's answers are
-random, and are kept.
+random, and the same for both.
 
 - Parity: the study fails unless the losses and the gradients of the two agree.
 - Times: the two take turns in random order; the ratio is the median of the ratios within rounds.
@@ -100,12 +100,12 @@ CASES = (
 
 
 def byte_tokenizer(vocabulary: int, skipped: int = 0) -> Any:
-    """A byte-level BPE tokenizer, which GOLD needs: its tokens are bytes, and pairs of bytes after the skipped ones."""
+    """A byte-level BPE tokenizer, which GOLD needs; its tokens are bytes, and byte pairs after the first `skipped`."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    # Digits and letters first, so that the pairs of the text are among them.
+    # Digits and letters first, so that the merges, which are the first pairs, include those of the text.
     alphabet.sort(key=lambda byte: not byte.isalnum())
     pairs = [(a, b) for a in alphabet for b in alphabet]
     names = ["<pad>", "<eos>", "<unk>", *alphabet]
@@ -122,7 +122,7 @@ def byte_tokenizer(vocabulary: int, skipped: int = 0) -> Any:
 
 
 class Server:
-    """In the place of TRL's client: random log-probabilities, the same for every call."""
+    """A stand-in for TRL's client, with random log-probabilities that are the same in every call."""
 
     def __init__(self, *, vocabulary: int, **_: Any) -> None:
         self.vocabulary = vocabulary
@@ -131,7 +131,7 @@ class Server:
     def get_sequence_logprobs(
         self, sequences: list[list[int]], prompt_lengths: list[int], top_logprobs: int, **_: Any
     ) -> dict[str, list[Any]]:
-        """The K most probable of random tokens, and the sampled one."""
+        """Random log-probabilities of the K most probable tokens and of the sampled one."""
         if self.kept:
             return self.kept
         self.kept = {"logprobs": [], "logprob_token_ids": [], "actual_logprobs": []}
@@ -169,7 +169,7 @@ def dataset(case: Case, sizes: Sizes) -> Dataset:
 
 
 def model(sizes: Sizes, seed: int, width: int) -> Any:
-    """A model with as many positions as a batch needs, twice over for a teacher that sees more than the student."""
+    """A model with positions for a batch, and for the longer prompts of a teacher that sees more than the student."""
     return tiny_models.llama(
         sizes.vocabulary, width, seed, num_hidden_layers=sizes.layers, num_attention_heads=8, num_key_value_heads=4,
         initializer_range=0.05, max_position_embeddings=4 * (sizes.prompt + sizes.completion) + 64,
