@@ -18,9 +18,9 @@
 // coefficients. The exponentials of a row stay in scratch memory, so each logit is converted at most three times and
 // read from memory once if a row fits in the cache.
 //
-// A column whose logit equals the maximum contributes exactly 1 to the sum of exponentials. One such column is left out
-// of the sum, whose logarithm is log1p of the rest. If the draft model gives a column more than 4/5 of its probability,
-// that column's gradient is minus the sum of the others, because q - p would have lost its digits.
+// A column whose logit equals the maximum contributes exactly 1 to the sum of exponentials. `rest` is the sum without
+// one such column; the logarithm of the whole sum is log1p(rest). If the draft model gives a column more than 4/5 of
+// its probability, that column's gradient is minus the sum of the others, because q - p would have lost its digits.
 
 #include "kernel.h"
 
@@ -75,7 +75,7 @@ struct Columns {
         q(load(view.s_exp + i) * view.s_weight),
         r((((t - view.t_origin) - (s - view.s_origin)) + view.ratio_high) + view.ratio_low) {}
 
-  // phi and g of a divergence that uses no logarithm but r. The logits are -inf where log p and log q are.
+  // phi and g of a divergence that uses no logarithm but r. The logits replace log p and log q, used only to find -inf.
   template <class Divergence, bool LOG_0>
   FASTKD_INLINE void evaluate(const float* params, V& phi, V& g) const {
     V h;
@@ -371,8 +371,8 @@ class DraftRow {
     v.s_weight = float(student_.weight(b));
     v.t_weight = empty_ ? 0 : float(target_.weight(b));
     double ratio = (student_.max - target_.max) + (student_.log_sum - target_.log_sum);
-    // The origins are the maxima unless the two sides are close and neither has a column with most of its probability,
-    // whose r then has no rounding error.
+    // The origins are 0 if the sides are close and neither gives most of its probability to one column. Otherwise they
+    // are the maxima, so that r of a column that has both maxima has no rounding error.
     if (std::abs(ratio) >= CLOSE_LOGITS || student_.rest < 1 || target_.rest < 1) {
       v.s_origin = float(student_.max);
       v.t_origin = float(target_.max);
@@ -437,7 +437,7 @@ class DraftRow {
     double of_q = forward + hard;
     if (reverse > 0) of_q -= reverse * value_[REVERSE_KL];
     if (jensen_shannon > 0) of_q -= jensen_shannon * sums_.jsd_g;
-    // The sum of q is 1 but for rounding. With it, the gradient is exactly 0 if q is above m p in all columns.
+    // Dividing by the sum of q, which is 1 but for rounding, makes the gradient exactly 0 if q > m p in all columns.
     if (sign != 0) of_q -= sign * sums_.sign / sums_.q;
     if (empty_ && (forward > 0 || reverse > 0 || jensen_shannon > 0)) of_q = std::nan("");
     const int needs = (reverse > 0) * LOGS | (jensen_shannon > 0) * JSD | (sign != 0) * ACCEPTANCE;
@@ -460,7 +460,7 @@ class DraftRow {
     store_block(gradient_, call_.gradient.dtype, sure, 1, value, false);
   }
 
-  // The sum of n numbers without one of them, which may be elsewhere. It sets the padding to 0.
+  // The sum of n numbers, except the one in `column` if it is one of the n. Sets the padding to 0.
   static double sum_without(float* x, int n, int64_t column) {
     const bool here = column >= 0 && column < n;
     const float kept = here ? std::exchange(x[column], 0.0f) : 0;
