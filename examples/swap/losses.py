@@ -4,8 +4,8 @@
     python examples/swap/losses.py --tiny               # random models, in seconds
     python examples/swap/losses.py --only verl --only axolotl
 
-These stacks need GPUs or a cluster to train, but their losses run here. Each loss is called as its stack calls it, once
-as it is and once as fastkd's adapter has it. Both train the same student on the same batches; the run fails if the
+These stacks need GPUs or a cluster to train, but their losses run here. The loss and fastkd's adapter for it are called
+in the way in which the stack calls the loss. Both train the same student on the same batches; the run fails if the
 curves differ by more than rounding errors.
 """
 
@@ -121,7 +121,7 @@ def swift(module: Any) -> Loss:
 
 
 def verl(module: Any) -> Loss:
-    """verl's truncated forward KL, of all positions of the batch in one row."""
+    """verl's truncated forward KL, with all positions of the batch as one sequence."""
     options = SimpleNamespace(
         log_prob_min_clamp=None, use_chunked_topk=False, chunked_topk_chunk_size=4096
     )
@@ -159,7 +159,7 @@ def veomni(module: Any) -> Loss:
 
 
 def axolotl(module: Any) -> Loss:
-    """Axolotl's loss from hidden states. At temperature 1: at others, its gradient is not that of its loss."""
+    """Axolotl's loss from hidden states, at temperature 1, because at others its gradient is not that of its loss."""
     loss = module.LigerFusedLinearKLTopKLogprobLoss(0.1, 0.9, 1.0, 0.0, compiled=False)
 
     def call(step: Step) -> Tensor:
@@ -180,7 +180,7 @@ def skyrl(module: Any) -> Loss:
 
 
 def skyrl_topk(module: Any) -> Loss:
-    """The same over the policy's top k."""
+    """SkyRL's loss of a draft head over the policy's top k."""
     return lambda step: module.draft_soft_ce_topk(step.logits, step.teacher_logits, step.mask, K)
 
 
@@ -214,7 +214,7 @@ def specforge(module: Any) -> Loss:
 
 
 def _veomni() -> Any:
-    """VeOmni's file asks the package only whether sequences are sharded."""
+    """Import VeOmni's file with a stand-in for what it asks its package: whether sequences are sharded."""
     state = "veomni.distributed.parallel_state"
     parents = ("veomni.distributed", state)
     for name in parents:
@@ -265,7 +265,7 @@ def train(models: Setting, batches: list[Batch], loss_of_step: Loss, note: Note)
 
 def main(
     tiny: Annotated[bool, typer.Option(help="Use two tiny models; needs no download.")] = False,
-    only: Annotated[list[str] | None, typer.Option(help="A stack; all without this.")] = None,
+    only: Annotated[list[str] | None, typer.Option(help="A stack; default: all.")] = None,
     steps: Annotated[int, typer.Option(min=1)] = 3,
     assets: Annotated[Path, typer.Option(help="Folder with SmolLM2.")] = ASSETS,
 ) -> None:
