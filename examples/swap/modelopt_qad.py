@@ -53,7 +53,7 @@ def quantized(student: Any, number_format: Format, batches: list[dict[str, Any]]
         for batch in batches:
             model(batch["input_ids"])
 
-    with contextlib.redirect_stdout(io.StringIO()):  # what it has inserted
+    with contextlib.redirect_stdout(io.StringIO()):  # it prints what it has inserted
         return mtq.quantize(student.eval(), CONFIGS[number_format], calibrate).train()
 
 
