@@ -3,8 +3,8 @@
 The teachers' rows, concatenated, are the student's rows sorted by teacher. A stable argsort of the index therefore
 gives, for each concatenated row, its number among the student's rows.
 
-:func:`joined` returns one TopK or one dense teacher for all rows; :func:`rows_by_teacher` returns the rows of each
-teacher, for a loop over chunks.
+:func:`joined` merges TopKs, or dense teachers of which one requires grad, into one teacher of all rows;
+:func:`rows_by_teacher` returns the rows of each teacher, for a loop over chunks.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class JoinedTopK(TopK):
 
 
 class RowsOfTeacher(NamedTuple):
-    """The kept rows of one teacher in chunks, each as (indices among the student's rows, indices among its own)."""
+    """The kept rows of one teacher in chunks, each as (indices among the student's rows, among the teacher's)."""
 
     number: int
     chunks: list[tuple[RowIndices, RowIndices]]
@@ -85,7 +85,7 @@ def check_total(teacher: RoutedTeacher, student: str, lead: torch.Size) -> None:
 
 
 def check_counts(teacher: RoutedTeacher, numbers: Tensor, counts: Sequence[int]) -> None:
-    """Raise unless each teacher has as many rows as the index gives it. counts: of :func:`count_rows`, on the host."""
+    """Raise unless each teacher has as many rows as the index gives it. counts: what count_rows returns, as a list."""
     sizes = teacher.sizes()
     if sum(counts) != numbers.numel():
         raise ValueError(
@@ -105,7 +105,7 @@ def _listed(sizes: Sequence[int]) -> str:
 
 
 def reads_index(teacher: RoutedTeacher, checking: bool) -> bool:
-    """Whether a call reads the index first, in order to raise: not in a graph, and on a device only if `checking`."""
+    """Whether a call first checks the values of the index: never under torch.compile, on a GPU only if `checking`."""
     if torch.compiler.is_compiling():
         return False
     return teacher.index.device.type == "cpu" or checking
@@ -138,7 +138,7 @@ def _joined_logits(dense: Sequence[Tensor], numbers: Tensor, lead: torch.Size) -
 
 
 def _misfits(teacher: RoutedTeacher, lead: torch.Size) -> Tensor:
-    """Whether a teacher's number of rows differs from the index: a 0-dim bool tensor; the host does not wait for it.
+    """Whether a teacher has more or fewer rows than the index gives it; 0-dim bool, for which the host does not wait.
 
     This covers an index out of range: no teacher has it, so the counts add up to less than the teachers' rows.
     """
@@ -213,7 +213,7 @@ def _joined_topk(teacher: RoutedTeacher, lead: torch.Size, was_read: bool) -> To
             ]
         )
     if not first.renormalizes and any(member.logprobs.dtype != dtype for member in members):
-        # The rounding error that masses() estimates is that of each teacher's own dtype.
+        # masses() derives the rounding error from the dtype, so each teacher's sums are taken in its own dtype.
         of_each = [masses(member.ids, member.logprobs.detach()) for member in members]
         own_masses = (
             per_row([total for total, _ in of_each]),
