@@ -41,7 +41,7 @@ def draft_soft_ce(
         student_logits: [B, S, V], the draft head's; with vocab_parallel_group, this process's columns.
         teacher_logits: the policy's, with the same columns, aligned with the student's and detached.
         mask: [B, S], 1 for positions that count; other numbers weight the loss of a position.
-        global_normalization_factor: replaces the divisor, the sum of the mask; at least 1.
+        global_normalization_factor: the divisor; None: the sum of the mask. A divisor below 1 becomes 1.
         vocab_parallel_group: the processes that share the vocabulary.
         chunk_size: accepted, but without effect: probabilities are never stored.
 
@@ -68,13 +68,13 @@ def draft_soft_ce_topk(
 ) -> Tensor:
     """``skyrl.backends.skyrl_train.mtp.soft_ce.draft_soft_ce_topk``: both softmaxes over the teacher's top k only.
 
-    With vocab_parallel_group, the tokens are the top k of each process's columns together, as in SkyRL.
+    With vocab_parallel_group, each process contributes the top k of its own columns, as in SkyRL.
 
     Args:
         student_logits: as in :func:`draft_soft_ce`.
         teacher_logits: as in :func:`draft_soft_ce`, but not aligned if roll_shift is not 0.
         mask: as in :func:`draft_soft_ce`.
-        k: the number of tokens; more than there are columns means all columns.
+        k: the number of tokens; if there are fewer columns, all are taken.
         global_normalization_factor: as in :func:`draft_soft_ce`.
         vocab_parallel_group: as in :func:`draft_soft_ce`.
         roll_shift: position t learns from the teacher's position t + roll_shift.
@@ -104,7 +104,7 @@ def draft_soft_ce_topk(
     return _masked_mean(student_logits, teacher, mask, global_normalization_factor, group)
 
 
-_REMEDY = "Slice the columns that pad one vocabulary off both"
+_REMEDY = "If one vocabulary is padded, remove the columns of its padding"
 
 
 def _check(student_logits: Tensor, teacher_logits: Tensor, mask: Tensor) -> None:
