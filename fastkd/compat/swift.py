@@ -50,8 +50,8 @@ def gkd_loss(
 
     Args:
         student_logits: [B, S, V].
-        teacher_output: has full_logits [B', S', V], or topk_logprobs and topk_indices [B', S', K]; and labels [B', S'],
-            or None if rows match the student's. Entries with log-probability -inf are padding.
+        teacher_output: has full_logits [B', S', V], or topk_logprobs and topk_indices [B', S', K]. Its labels are
+            [B', S'], or None if its rows match the student's. Entries with log-probability -inf are padding.
         labels: [B, S], already shifted; rows with -100 do not count.
         beta: in [0, 1].
         temperature: T > 0.
