@@ -84,7 +84,7 @@ def register() -> None:
 
     Raises:
         ImportError: verl, or a package that its losses import, is not installed.
-        ValueError: verl has a mode of that name from elsewhere.
+        ValueError: verl has another mode with the name of one in `LOSSES`.
     """
     verl: Any = importlib.import_module(_VERL)
     for name in LOSSES.keys() - _registered:
@@ -197,14 +197,14 @@ def topk_losses(
         teacher_topk_ids: [B, S, K], token ids.
         divergence: the divergence of teacher and student.
         tail: the policy for the tokens that the teacher does not list, as in :class:`fastkd.TopK`.
-        counted: [B, S] bool; the other rows are 0, and their inputs are not read. None: all rows count.
-        log_prob_min_clamp: the smallest log-probability of both sides, as in verl, for forward KL with the policy
-            "truncate". The other losses are finite without it.
+        counted: [B, S] bool; where it is False, the results are 0 and the inputs are not read. None: all rows count.
+        log_prob_min_clamp: smaller log-probabilities of both sides are raised to it, as in verl; only for forward KL
+            with the policy "truncate". The other losses are finite without it.
         process_group: the processes that share the vocabulary, as in :func:`fastkd.kd_loss`.
 
     Returns:
-        Tensors [B, S]: "distillation_losses", which is differentiable, "student_mass" and "teacher_mass", the
-        probabilities of the listed tokens; "overlap_count", how many listed tokens are among the student's K most
+        Tensors [B, S]: the differentiable "distillation_losses"; "student_mass" and "teacher_mass", each side's total
+        probability of the listed tokens; "overlap_count", how many listed tokens are among the student's K most
         probable ones; and "overlap_token_advantage", the mean of -p (log p - log q) over these.
 
     Raises:
