@@ -1,6 +1,6 @@
 """Ensembles with a TopK among their teachers, combined into one TopK of the tokens for which the mean is known.
 
-Each TopK knows its probability of every token that it lists, and a dense teacher that of all tokens. What the mean
+Each TopK has the probabilities of the tokens that it lists, a dense teacher those of all tokens. What the mean
 needs beyond that depends on the policy for the tail; fastkd.teachers.Ensemble states the formulas. Logarithms are
 float32, or float64 if one of the teachers is.
 """
@@ -189,7 +189,7 @@ def _intersection(
         columns = columns.masked_fill(is_padding, each.ids.shape[-1])
         tails.append(math.log(each.weight) + each.log_mass_except(columns))
     for member, weight in dense:
-        assert vocabulary is not None  # combined() has raised
+        assert vocabulary is not None  # else combined() has raised
         logits, tail = _of_dense(member, ids, call, lead, vocabulary, terms[0].dtype, geometric)
         terms.append(weight * logits if geometric else math.log(weight) + logits)
         tails.append(math.log(weight) + tail)
