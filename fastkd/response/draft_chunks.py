@@ -272,7 +272,7 @@ class Shared:
         return self.of_rows * torch.stack(weighted).sum(0)
 
     def _gathered(self, numbers: list[Tensor], what: str) -> list[Tensor]:
-        """Numbers [C] per row, of all processes: [processes, C] each."""
+        """All processes' values of these numbers [C], as [processes, C] each."""
         from fastkd.parallel.collectives import all_gather
 
         stacked = torch.stack([number.to(self.wide) for number in numbers])
@@ -365,7 +365,7 @@ class Shared:
     def _gradient(
         self, log_q: Tensor, log_p: Tensor, sums: dict[str, Tensor], g: dict[str, Tensor]
     ) -> Tensor:
-        """The gradient of the weighted sum, [C, D_r]: sum_k w_k (g_k - q sum g_k), and q - 1 of the cross-entropy."""
+        """The gradient of the weighted sum, [C, D_r]: sum_k w_k (g_k - q sum g_k), plus w (q - onehot) of CE."""
         terms, dtype = self.terms, log_q.dtype
         hard = terms.weight("cross_entropy")
         slopes: dict[str, Tensor | float] = {
