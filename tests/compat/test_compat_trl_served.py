@@ -25,6 +25,7 @@ from trl.experimental.async_distillation import (
     AsyncDistillationConfig,
     AsyncDistillationTrainer,
 )
+from trl.experimental.gold import gold_trainer
 from trl.experimental.iw_opd import IWOPDConfig, IWOPDTrainer
 from trl.experimental.server_distillation import (
     ServerDistillationConfig,
@@ -292,10 +293,12 @@ def test_no_whole_logits(tmp_path: Path, teacher: Teacher) -> None:
         model=tiny_models.built("MixtralForCausalLM", output_router_logits=False),
     )
     trainer.model.config.logit_scale = 2.0
-    with pytest.raises(
-        ValueError, match="the student are not those of its lm_head times 2.0 .*or use TRL's own"
-    ):
-        trainer.compute_loss(trainer.model, one_batch())
+    for _ in range(2):
+        with pytest.raises(
+            ValueError,
+            match="the student are not those of its lm_head times 2.0 .*or use TRL's own",
+        ):
+            trainer.compute_loss(trainer.model, one_batch())
     with pytest.raises(ValueError, match="ServerDistillationTrainer ignores the router's"):
         server_trainer(
             adapter.ServerDistillationTrainer,
@@ -505,3 +508,21 @@ def test_the_temperature_of_async_distillation() -> None:
     as_given = adapter.chunked_jsd_loss(*arguments)[0]
     assert abs(as_given - expected) > 0.01
     assert fastkd.TopK(listed.indices, listed.values).temperature == 1.0
+
+
+def test_an_unsupported_version_of_trl(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An error names the change if TRL differs from the supported version."""
+    for name in ("GOLDTrainer", "IWOPDTrainer", "ServerDistillationTrainer"):
+        monkeypatch.delitem(vars(adapter), name, raising=False)
+    with monkeypatch.context() as patch:
+        patch.delattr(IWOPDTrainer, "_compute_prompt_length")
+        with pytest.raises(ImportError, match="TRL 1.16.0 has no _compute_prompt_length in IWOPD"):
+            adapter.IWOPDTrainer  # noqa: B018
+    with monkeypatch.context() as patch:
+        patch.setattr(ServerDistillationTrainer, "compute_loss", lambda self, model: None)
+        with pytest.raises(ImportError, match=r"has compute_loss\('self', 'model'\), and not"):
+            adapter.ServerDistillationTrainer  # noqa: B018
+    with monkeypatch.context() as patch:
+        patch.delattr(gold_trainer, "ULDLoss")
+        with pytest.raises(ImportError, match="has no ULDLoss in trl.experimental.gold"):
+            adapter.GOLDTrainer  # noqa: B018
