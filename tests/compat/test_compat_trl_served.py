@@ -444,6 +444,41 @@ def test_partitioned_heads(objective: str, tmp_path: Path) -> None:
     torch.testing.assert_close(results[1], results[0], rtol=1e-5, atol=1e-7)
 
 
+@pytest.mark.parametrize("objective", ["iw_opd", "jsd"])
+@pytest.mark.parametrize("target", [["q_proj"], ["q_proj", "lm_head"]])
+def test_adapted_students(objective: str, target: list[str], tmp_path: Path) -> None:
+    """LoRA, also of the lm_head. The adapters do not start as 0."""
+    peft = pytest.importorskip("peft", reason="PEFT is not installed")
+    results = []
+    for kind in (IWOPDTrainer, adapter.IWOPDTrainer):
+        config = peft.LoraConfig(r=3, target_modules=target, init_lora_weights=False)
+        torch.manual_seed(7)
+        chosen = models()
+        chosen["model"] = peft.get_peft_model(chosen["model"], config)
+        trainer = iw_opd_trainer(kind, tmp_path, chosen, distillation_objective=objective)
+        loss = trainer.compute_loss(trainer.model, iw_opd_batch())
+        loss.backward()
+        gradients = [p.grad for p in trainer.model.parameters() if p.grad is not None]
+        assert len(gradients) == (4 if len(target) == 1 else 6)
+        results.append([loss.detach(), *gradients])
+    torch.testing.assert_close(results[1], results[0], rtol=1e-4, atol=1e-6)
+
+
+def test_mixed_precision(tmp_path: Path) -> None:
+    """Under bfloat16's autocast, the losses differ by its rounding: TRL rounds the logits, and fastkd the operands."""
+    losses = []
+    for kind in (IWOPDTrainer, adapter.IWOPDTrainer):
+        trainer = iw_opd_trainer(kind, tmp_path, bf16=True)
+        model = trainer.accelerator.prepare_model(trainer.model)
+        loss = trainer.compute_loss(model, iw_opd_batch())
+        loss.backward()
+        losses.append(loss.item())
+        assert loss.dtype == torch.float32
+        assert model.lm_head.weight.grad.isfinite().all()
+    assert losses[1] == pytest.approx(losses[0], rel=2e-2)
+    assert losses[1] != losses[0]
+
+
 # ---- AsyncDistillationTrainer
 
 
