@@ -30,7 +30,7 @@ import fastkd
 from fastkd.call import log_zero
 from fastkd.call.checks import check_choice, check_pair, check_per_row, check_side
 from fastkd.core.models import is_partitioned, under_zero3
-from fastkd.parallel.heads import Head, redirect
+from fastkd.parallel.heads import Captured, Head, redirect
 from fastkd.sampled.policy import position_weights
 from fastkd.teachers import LinearTeacher
 
@@ -484,6 +484,279 @@ def _chunked_jsd_loss(
     return loss, *sums, statistics.flatten()
 
 
+# ---- losses from hidden states, for trainers whose own code takes the logits of whole models
+
+
+class _Batch(NamedTuple):
+    """The tokens of a batch from position start, the earliest of a completion; `counted` marks the completions."""
+
+    inputs: dict[str, Any]
+    start: int
+    tokens: Tensor  # [B, C]
+    counted: Tensor  # [B, C] bool
+    rollout_logprobs: Tensor | None  # [B, C], from the engine that sampled the tokens
+
+    def cut(self, length: int) -> _Batch:
+        """The first tokens."""
+        rollout = self.rollout_logprobs
+        return self._replace(
+            tokens=self.tokens[:, :length],
+            counted=self.counted[:, :length],
+            rollout_logprobs=None if rollout is None else rollout[:, :length],
+        )
+
+    def rows(self, hidden: Tensor) -> Tensor:
+        """Those of the hidden states [B, S, H] that predict the tokens, [B, C, H]."""
+        first = hidden.shape[1] - self.inputs["input_ids"].shape[1] + self.start - 1
+        return hidden[:, first : first + self.tokens.shape[1]]
+
+
+class _Rows(NamedTuple):
+    """The hidden states of one model, and what makes logits of them."""
+
+    hidden: Tensor  # [B, C, H]
+    weight: Tensor  # [V, H]
+    bias: Tensor | None
+    logit_scale: float
+    softcap: float | None
+
+    def logprobs(self, batch: _Batch, temperature: float, **requested: Any) -> Any:
+        """fastkd.fused_linear_logprobs of the counted rows."""
+        return fastkd.fused_linear_logprobs(
+            self.hidden,
+            self.weight,
+            bias=self.bias,
+            temperature=temperature,
+            logit_scale=self.logit_scale,
+            softcap=self.softcap,
+            mask=batch.counted,
+            entropy=False,
+            **requested,
+        )
+
+
+def _loss_of_student(
+    trainer: Any, model: Any, batch: _Batch, loss_of: Callable[[_Rows], Tensor]
+) -> Tensor:
+    """Run the student, and compute a loss of its hidden states inside its forward pass."""
+    head = _head_of(trainer, model, "the student")
+    checked = _checked_heads(trainer)
+
+    def loss_of_hidden(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        # accelerate enables autocast inside the models' forward only.
+        with trainer.accelerator.autocast():
+            return loss_of(_Rows(batch.rows(hidden), weight, bias, head.logit_scale, head.softcap))
+
+    def step(forward: Callable[..., Any], **inputs: Tensor) -> Tensor:
+        with head.captured(project=head.name not in checked or None) as captured:
+            outputs = forward(**inputs)
+        _check_logits(head, checked, outputs, captured)
+        return head.apply(loss_of_hidden, captured.hidden)
+
+    return redirect(model, step, **_model_inputs(batch))
+
+
+@contextlib.contextmanager
+def _teacher_rows(trainer: Any, batch: _Batch) -> Iterator[_Rows]:
+    """A context that yields the teacher's rows, without gradients."""
+    model = trainer.teacher_model
+    if model is None:
+        raise ValueError("teacher_model must be given, or use_teacher_server=True; got neither")
+    model.eval()
+    head, checked = _head_of(trainer, model, "the teacher"), _checked_heads(trainer)
+    with torch.no_grad(), head.captured(project=head.name not in checked or None) as captured:
+        outputs = model(**_model_inputs(batch))
+    _check_logits(head, checked, outputs, captured)
+    hidden = batch.rows(captured.hidden)
+    with head.gathered(hidden.dtype) as (weight, bias):
+        yield _Rows(hidden, weight, bias, head.logit_scale, head.softcap)
+
+
+def _model_inputs(batch: _Batch) -> dict[str, Tensor]:
+    return {name: batch.inputs[name] for name in ("input_ids", "attention_mask")}
+
+
+def _head_of(trainer: Any, model: Any, name: str) -> Head:
+    """Return the lm_head of a model as it is wrapped now."""
+    heads: dict[str, Head] = vars(trainer).setdefault("_fastkd_heads", {})
+    if name not in heads or heads[name].model is not model:
+        heads[name] = Head(model, name=name, otherwise="use TRL's own trainer", by_hand="")
+    return heads[name]
+
+
+def _checked_heads(trainer: Any) -> set[str]:
+    """The names of the models whose logits were those of their lm_heads in a first batch."""
+    checked: set[str] = vars(trainer).setdefault("_fastkd_checked", set())
+    return checked
+
+
+def _check_logits(head: Head, checked: set[str], outputs: Any, captured: Captured) -> None:
+    if head.name not in checked:
+        remedy = "correct the scale and the softcap of the logits in the model's configuration"
+        head.check_logits(outputs.logits, captured, head.logit_scale, head.softcap, remedy)
+        checked.add(head.name)
+
+
+def _iw_opd_loss(
+    trainer: Any,
+    batch: _Batch,
+    teacher: _Rows | dict[str, Tensor],
+    num_items: int | Tensor | None,
+    student: _Rows,
+) -> Tensor:
+    """IW-OPD's loss of the sampled tokens: the mean of -w A log q, with TRL's metrics."""
+    temperature, counted = trainer.temperature, batch.counted
+    of_student = student.logprobs(batch, temperature, targets=batch.tokens).target
+    with torch.no_grad():
+        if isinstance(teacher, _Rows):
+            of_teacher = teacher.logprobs(batch, temperature, targets=batch.tokens).target
+        else:
+            of_teacher = teacher["actual_logprobs"].to(of_student.device)
+        _check_served(of_teacher, counted, "the log-probability of the sampled token")
+        sampled = of_student if batch.rollout_logprobs is None else batch.rollout_logprobs
+        advantages = torch.where(counted, of_teacher - sampled, 0.0)
+        weights = position_weights(advantages, trainer.iw_opd_gamma, trainer.iw_opd_epsilon)
+        weighted = weights * advantages
+        if counted.any():
+            metrics = trainer._metrics["train" if trainer.model.training else "eval"]
+            for name, value in (
+                ("mean_advantage", weighted[counted].mean()),
+                ("mean_abs_advantage", advantages[counted].abs().mean()),
+                ("mean_weight", weights[counted].mean()),
+                ("min_weight", weights[counted].min()),
+                ("max_weight", weights[counted].max()),
+            ):
+                metrics[f"iw_opd/{name}"].append(value.item())
+    # fused_linear_logprobs returns 0 for tokens that do not count.
+    return -(weighted * of_student).sum() / _items(counted, num_items)
+
+
+def _jsd_loss(
+    trainer: Any,
+    batch: _Batch,
+    teacher: _Rows | dict[str, Tensor],
+    num_items: int | Tensor | None,
+    student: _Rows,
+) -> Tensor:
+    """The JSD of a batch, over the vocabulary or over the tokens that the trainer's arguments select."""
+    options: dict[str, Any] = {}
+    target: fastkd.LinearTeacher | fastkd.TopK
+    if not isinstance(teacher, _Rows):
+        target = _served_topk(trainer, batch, teacher)
+    elif 0 < trainer.loss_top_k < len(student.weight):
+        with torch.no_grad():
+            target = _local_topk(trainer, batch, teacher, student)
+    else:
+        target = LinearTeacher(teacher.hidden, teacher.weight, teacher.bias)
+        options = {"teacher_logit_scale": teacher.logit_scale, "teacher_softcap": teacher.softcap}
+    return fastkd.fused_linear_kd_loss(
+        student.hidden,
+        student.weight,
+        target,
+        student_bias=student.bias,
+        divergence=fastkd.jsd(trainer.beta),
+        temperature=trainer.temperature,
+        scale_by_temperature=False,
+        mask=batch.counted,
+        num_items=_items(batch.counted, num_items),
+        logit_scale=student.logit_scale,
+        softcap=student.softcap,
+        **options,
+    )
+
+
+def _tail(trainer: Any) -> str:
+    return "bucket" if trainer.loss_add_tail else "renormalize"
+
+
+def _local_topk(trainer: Any, batch: _Batch, teacher: _Rows, student: _Rows) -> fastkd.TopK:
+    """The teacher at the tokens of IWOPDTrainer's loss_top_k.
+
+    They are the teacher's k most probable tokens at beta = 0, the student's at beta = 1, and both in between. With
+    k = 1 and beta > 0 the student's token is the sampled one, or with reverse_kl_top_1_mode="argmax" its most probable.
+    """
+    k, beta, temperature, counted = (
+        trainer.loss_top_k,
+        trainer.beta,
+        trainer.temperature,
+        batch.counted,
+    )
+    supports = []
+    if beta < 1.0:
+        top = teacher.logprobs(batch, temperature, topk=k)
+        if beta == 0.0:
+            return fastkd.TopK(
+                top.topk_ids, top.topk_logprobs, _tail(trainer), temperature=temperature
+            )
+        supports.append(top.topk_ids)
+    if k == 1 and trainer.reverse_kl_top_1_mode != "argmax":
+        supports.append(batch.tokens.masked_fill(~counted, -1).unsqueeze(-1))
+    else:
+        supports.append(student.logprobs(batch, temperature, topk=k).topk_ids)
+    ids = supports[0] if len(supports) == 1 else fastkd.support_union(*supports)
+    logprobs = teacher.logprobs(batch, temperature, ids=ids).gathered
+    return fastkd.TopK(ids, logprobs, _tail(trainer), temperature=temperature)
+
+
+def _served_topk(trainer: Any, batch: _Batch, served: dict[str, Tensor]) -> fastkd.TopK:
+    """The tokens of a server: its K most probable at beta = 0, the sampled one at beta = 1, and both in between."""
+    ids, logprobs = served["topk_token_ids"], served["topk_logprobs"]
+    if trainer.beta > 0.0:
+        own = served["actual_logprobs"]
+        _check_served(own, batch.counted, "the log-probability of the sampled token")
+        tokens = batch.tokens.unsqueeze(-1)
+        if trainer.beta == 1.0:
+            ids, logprobs = tokens, own.unsqueeze(-1)
+        else:
+            _check_served(logprobs[..., 0], batch.counted, "its most probable token")
+            ids = fastkd.support_union(ids, tokens)
+            logprobs = torch.cat([logprobs, own.unsqueeze(-1)], dim=-1)
+    # vllm_client fills up positions with token 0 and -inf.
+    ids = ids.masked_fill(logprobs == -torch.inf, -1)
+    # Log-probabilities of a prompt are at temperature 1, whatever the request says.
+    return fastkd.TopK(ids, logprobs, _tail(trainer), temperature=1.0)
+
+
+def _check_served(logprobs: Tensor, counted: Tensor, what: str) -> None:
+    """Raise if the teacher has no log-probability of a token that counts."""
+    missing = counted & ~torch.isfinite(logprobs)
+    if missing.any():
+        raise ValueError(
+            f"the teacher must return {what} at every token that counts; it did not at {int(missing.sum())} of "
+            f"{int(counted.sum())}"
+        )
+
+
+def _items(counted: Tensor, num_items: int | Tensor | None) -> Tensor:
+    """The divisor: num_items, or the number of tokens that count, at least 1."""
+    if num_items is None:
+        return counted.sum().clamp(min=1)
+    return torch.as_tensor(num_items, device=counted.device)
+
+
+def _check_server_temperature(
+    temperature: float, needs_mass: bool, name: str = "temperature", tail: str | None = None
+) -> None:
+    """Raise if the log-probabilities of a server cannot be converted to the temperature of the loss.
+
+    Args:
+        temperature: that of the loss.
+        needs_mass: whether the loss needs the mass of a token, and not only the ratios of listed tokens.
+        name: the argument that is the temperature.
+        tail: the argument that adds an event for the other tokens; None: the loss is of sampled tokens.
+    """
+    if temperature == 1.0 or not needs_mass:
+        return
+    remedy = (
+        f"{name}=1.0, or use a local teacher" if tail is None else f"{tail}=False or {name}=1.0"
+    )
+    raise ValueError(
+        f"{name} must be 1 with a teacher's server, got {temperature}: the server's log-probabilities are at "
+        "temperature 1, whatever the request says, and a few of them do not determine the probabilities at another. "
+        f"Set {remedy}"
+    )
+
+
 # ---- trainers, built at first access because importing TRL takes seconds
 
 
@@ -693,7 +966,9 @@ def _gold_trainer() -> type:
 
 def _uld_loss(module: Any) -> type:
     """TRL's ULDLoss with fastkd's divergence of the tokens that both tokenizers have."""
-    stock = module.ULDLoss
+    stock: Any = getattr(module, "ULDLoss", None)
+    if stock is None:
+        raise _unknown_version(f"has no ULDLoss in {module.__name__}")
 
     def _compute_jsd_loss_for_matched_tokens(
         self: Any, student_logits: Tensor, teacher_logits: Tensor
@@ -720,6 +995,14 @@ def _uld_loss(module: Any) -> type:
     return type(
         "ULDLoss", (stock,), {"__module__": __name__, "__doc__": _uld_loss.__doc__, **members}
     )
+
+
+# The methods of TRL that the trainers below call or replace, with their parameters.
+_SERVED_METHODS = {
+    "compute_loss": ("self", "model", "inputs", "return_outputs", "num_items_in_batch"),
+    "_compute_prompt_length": ("self", "inputs"),
+    "_get_teacher_token_logprobs_from_server": ("self", "inputs", "aligned_prompt_length"),
+}
 
 
 def _iw_opd_trainer() -> type:
@@ -838,281 +1121,6 @@ def _server_distillation_trainer() -> type:
 
     return _subclass(
         stock, _server_distillation_trainer, __init__=__init__, compute_loss=compute_loss
-    )
-
-
-# ---- losses from hidden states, for trainers whose own code takes the logits of whole models
-
-# TRL's methods that these trainers call or override, with their parameters.
-_SERVED_METHODS = {
-    "compute_loss": ("self", "model", "inputs", "return_outputs", "num_items_in_batch"),
-    "_compute_prompt_length": ("self", "inputs"),
-    "_get_teacher_token_logprobs_from_server": ("self", "inputs", "aligned_prompt_length"),
-}
-_OTHERWISE = "use TRL's own trainer"
-
-
-class _Batch(NamedTuple):
-    """The tokens of a batch from position start, the earliest of a completion; `counted` marks the completions."""
-
-    inputs: dict[str, Any]
-    start: int
-    tokens: Tensor  # [B, C]
-    counted: Tensor  # [B, C] bool
-    rollout_logprobs: Tensor | None  # [B, C], from the engine that sampled the tokens
-
-    def cut(self, length: int) -> _Batch:
-        """The first tokens."""
-        rollout = self.rollout_logprobs
-        return self._replace(
-            tokens=self.tokens[:, :length],
-            counted=self.counted[:, :length],
-            rollout_logprobs=None if rollout is None else rollout[:, :length],
-        )
-
-    def rows(self, hidden: Tensor) -> Tensor:
-        """Those of the hidden states [B, S, H] that predict the tokens, [B, C, H]."""
-        first = hidden.shape[1] - self.inputs["input_ids"].shape[1] + self.start - 1
-        return hidden[:, first : first + self.tokens.shape[1]]
-
-
-class _Rows(NamedTuple):
-    """The hidden states of one model, and what makes logits of them."""
-
-    hidden: Tensor  # [B, C, H]
-    weight: Tensor  # [V, H]
-    bias: Tensor | None
-    logit_scale: float
-    softcap: float | None
-
-    def logprobs(self, batch: _Batch, temperature: float, **requested: Any) -> Any:
-        """fastkd.fused_linear_logprobs of the counted rows."""
-        return fastkd.fused_linear_logprobs(
-            self.hidden,
-            self.weight,
-            bias=self.bias,
-            temperature=temperature,
-            logit_scale=self.logit_scale,
-            softcap=self.softcap,
-            mask=batch.counted,
-            entropy=False,
-            **requested,
-        )
-
-
-def _loss_of_student(
-    trainer: Any, model: Any, batch: _Batch, loss_of: Callable[[_Rows], Tensor]
-) -> Tensor:
-    """Run the student, and compute a loss of its hidden states inside its forward pass."""
-    head, is_new = _head_of(trainer, model, "the student")
-
-    def loss_of_hidden(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        with (
-            trainer.accelerator.autocast()
-        ):  # accelerate enables it inside the models' forward only
-            return loss_of(_Rows(batch.rows(hidden), weight, bias, head.logit_scale, head.softcap))
-
-    def step(forward: Callable[..., Any], **inputs: Tensor) -> Tensor:
-        with head.captured(project=is_new or None) as captured:
-            outputs = forward(**inputs)
-        _check_logits(head, is_new, outputs, captured)
-        return head.apply(loss_of_hidden, captured.hidden)
-
-    return redirect(model, step, **_model_inputs(batch))
-
-
-@contextlib.contextmanager
-def _teacher_rows(trainer: Any, batch: _Batch) -> Iterator[_Rows]:
-    """A context that yields the teacher's rows, without gradients."""
-    model = trainer.teacher_model
-    if model is None:
-        raise ValueError("teacher_model must be given, or use_teacher_server=True; got neither")
-    model.eval()
-    head, is_new = _head_of(trainer, model, "the teacher")
-    with torch.no_grad(), head.captured(project=is_new or None) as captured:
-        outputs = model(**_model_inputs(batch))
-    _check_logits(head, is_new, outputs, captured)
-    hidden = batch.rows(captured.hidden)
-    with head.gathered(hidden.dtype) as (weight, bias):
-        yield _Rows(hidden, weight, bias, head.logit_scale, head.softcap)
-
-
-def _model_inputs(batch: _Batch) -> dict[str, Tensor]:
-    return {name: batch.inputs[name] for name in ("input_ids", "attention_mask")}
-
-
-def _head_of(trainer: Any, model: Any, name: str) -> tuple[Head, bool]:
-    """Return the lm_head of a model, and whether the model's logits are still to be checked against it."""
-    heads: dict[str, Head] = vars(trainer).setdefault("_fastkd_heads", {})
-    before = heads.get(name)
-    if before is None or before.model is not model:
-        heads[name] = Head(model, name=name, otherwise=_OTHERWISE, by_hand="")
-    return heads[name], before is None
-
-
-def _check_logits(head: Head, is_new: bool, outputs: Any, captured: Any) -> None:
-    if is_new:
-        remedy = "correct the scale and the softcap of the logits in the model's configuration"
-        head.check_logits(outputs.logits, captured, head.logit_scale, head.softcap, remedy)
-
-
-def _iw_opd_loss(
-    trainer: Any,
-    batch: _Batch,
-    teacher: _Rows | dict[str, Tensor],
-    num_items: int | Tensor | None,
-    student: _Rows,
-) -> Tensor:
-    """IW-OPD's loss of the sampled tokens: the mean of -w A log q, with TRL's metrics."""
-    temperature, counted = trainer.temperature, batch.counted
-    of_student = student.logprobs(batch, temperature, targets=batch.tokens).target
-    with torch.no_grad():
-        if isinstance(teacher, _Rows):
-            of_teacher = teacher.logprobs(batch, temperature, targets=batch.tokens).target
-        else:
-            of_teacher = teacher["actual_logprobs"].to(of_student.device)
-        _check_served(of_teacher, counted, "the log-probability of the sampled token")
-        sampled = of_student if batch.rollout_logprobs is None else batch.rollout_logprobs
-        advantages = torch.where(counted, of_teacher - sampled, 0.0)
-        weights = position_weights(advantages, trainer.iw_opd_gamma, trainer.iw_opd_epsilon)
-        weighted = weights * advantages
-        if counted.any():
-            metrics = trainer._metrics["train" if trainer.model.training else "eval"]
-            for name, value in (
-                ("mean_advantage", weighted[counted].mean()),
-                ("mean_abs_advantage", advantages[counted].abs().mean()),
-                ("mean_weight", weights[counted].mean()),
-                ("min_weight", weights[counted].min()),
-                ("max_weight", weights[counted].max()),
-            ):
-                metrics[f"iw_opd/{name}"].append(value.item())
-    # fused_linear_logprobs returns 0 for tokens that do not count.
-    return -(weighted * of_student).sum() / _items(counted, num_items)
-
-
-def _jsd_loss(
-    trainer: Any,
-    batch: _Batch,
-    teacher: _Rows | dict[str, Tensor],
-    num_items: int | Tensor | None,
-    student: _Rows,
-) -> Tensor:
-    """The JSD of a batch, over the vocabulary or over the tokens that the trainer's arguments select."""
-    options: dict[str, Any] = {}
-    target: fastkd.LinearTeacher | fastkd.TopK
-    if not isinstance(teacher, _Rows):
-        target = _served_topk(trainer, batch, teacher)
-    elif 0 < trainer.loss_top_k < len(student.weight):
-        with torch.no_grad():
-            target = _local_topk(trainer, batch, teacher, student)
-    else:
-        target = LinearTeacher(teacher.hidden, teacher.weight, teacher.bias)
-        options = {"teacher_logit_scale": teacher.logit_scale, "teacher_softcap": teacher.softcap}
-    return fastkd.fused_linear_kd_loss(
-        student.hidden,
-        student.weight,
-        target,
-        student_bias=student.bias,
-        divergence=fastkd.jsd(trainer.beta),
-        temperature=trainer.temperature,
-        scale_by_temperature=False,
-        mask=batch.counted,
-        num_items=_items(batch.counted, num_items),
-        logit_scale=student.logit_scale,
-        softcap=student.softcap,
-        **options,
-    )
-
-
-def _tail(trainer: Any) -> str:
-    return "bucket" if trainer.loss_add_tail else "renormalize"
-
-
-def _local_topk(trainer: Any, batch: _Batch, teacher: _Rows, student: _Rows) -> fastkd.TopK:
-    """The teacher at the tokens of IWOPDTrainer's loss_top_k.
-
-    They are the teacher's k most probable tokens at beta = 0, the student's at beta = 1, and both in between. With
-    k = 1 and beta > 0 the student's token is the sampled one, or with reverse_kl_top_1_mode="argmax" its most probable.
-    """
-    k, beta, temperature, counted = (
-        trainer.loss_top_k,
-        trainer.beta,
-        trainer.temperature,
-        batch.counted,
-    )
-    supports = []
-    if beta < 1.0:
-        top = teacher.logprobs(batch, temperature, topk=k)
-        if beta == 0.0:
-            return fastkd.TopK(
-                top.topk_ids, top.topk_logprobs, _tail(trainer), temperature=temperature
-            )
-        supports.append(top.topk_ids)
-    if k == 1 and trainer.reverse_kl_top_1_mode != "argmax":
-        supports.append(batch.tokens.masked_fill(~counted, -1).unsqueeze(-1))
-    else:
-        supports.append(student.logprobs(batch, temperature, topk=k).topk_ids)
-    ids = supports[0] if len(supports) == 1 else fastkd.support_union(*supports)
-    logprobs = teacher.logprobs(batch, temperature, ids=ids).gathered
-    return fastkd.TopK(ids, logprobs, _tail(trainer), temperature=temperature)
-
-
-def _served_topk(trainer: Any, batch: _Batch, served: dict[str, Tensor]) -> fastkd.TopK:
-    """The tokens of a server: its K most probable at beta = 0, the sampled one at beta = 1, and both in between."""
-    ids, logprobs = served["topk_token_ids"], served["topk_logprobs"]
-    if trainer.beta > 0.0:
-        own = served["actual_logprobs"]
-        _check_served(own, batch.counted, "the log-probability of the sampled token")
-        tokens = batch.tokens.unsqueeze(-1)
-        if trainer.beta == 1.0:
-            ids, logprobs = tokens, own.unsqueeze(-1)
-        else:
-            _check_served(logprobs[..., 0], batch.counted, "its most probable token")
-            ids = fastkd.support_union(ids, tokens)
-            logprobs = torch.cat([logprobs, own.unsqueeze(-1)], dim=-1)
-    # vllm_client fills up positions with token 0 and -inf.
-    ids = ids.masked_fill(logprobs == -torch.inf, -1)
-    # Log-probabilities of a prompt are at temperature 1, whatever the request says.
-    return fastkd.TopK(ids, logprobs, _tail(trainer), temperature=1.0)
-
-
-def _check_served(logprobs: Tensor, counted: Tensor, what: str) -> None:
-    """Raise if the teacher has no log-probability of a token that counts."""
-    missing = counted & ~torch.isfinite(logprobs)
-    if missing.any():
-        raise ValueError(
-            f"the teacher must return {what} at every token that counts; it did not at {int(missing.sum())} of "
-            f"{int(counted.sum())}"
-        )
-
-
-def _items(counted: Tensor, num_items: int | Tensor | None) -> Tensor:
-    """The divisor: num_items, or the number of tokens that count, at least 1."""
-    if num_items is None:
-        return counted.sum().clamp(min=1)
-    return torch.as_tensor(num_items, device=counted.device)
-
-
-def _check_server_temperature(
-    temperature: float, needs_mass: bool, name: str = "temperature", tail: str | None = None
-) -> None:
-    """Raise if the log-probabilities of a server cannot be converted to the temperature of the loss.
-
-    Args:
-        temperature: that of the loss.
-        needs_mass: whether the loss needs the mass of a token, and not only the ratios of listed tokens.
-        name: the argument that is the temperature.
-        tail: the argument that adds an event for the other tokens; None: the loss is of sampled tokens.
-    """
-    if temperature == 1.0 or not needs_mass:
-        return
-    remedy = (
-        f"{name}=1.0, or use a local teacher" if tail is None else f"{tail}=False or {name}=1.0"
-    )
-    raise ValueError(
-        f"{name} must be 1 with a teacher's server, got {temperature}: the server's log-probabilities are at "
-        "temperature 1, whatever the request says, and a few of them do not determine the probabilities at another. "
-        f"Set {remedy}"
     )
 
 

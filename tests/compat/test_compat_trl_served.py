@@ -25,6 +25,7 @@ from trl.experimental.async_distillation import (
     AsyncDistillationConfig,
     AsyncDistillationTrainer,
 )
+from trl.experimental.gold import gold_trainer
 from trl.experimental.iw_opd import IWOPDConfig, IWOPDTrainer
 from trl.experimental.server_distillation import (
     ServerDistillationConfig,
@@ -292,10 +293,12 @@ def test_no_whole_logits(tmp_path: Path, teacher: Teacher) -> None:
         model=tiny_models.built("MixtralForCausalLM", output_router_logits=False),
     )
     trainer.model.config.logit_scale = 2.0
-    with pytest.raises(
-        ValueError, match="the student are not those of its lm_head times 2.0 .*or use TRL's own"
-    ):
-        trainer.compute_loss(trainer.model, one_batch())
+    for _ in range(2):
+        with pytest.raises(
+            ValueError,
+            match="the student are not those of its lm_head times 2.0 .*or use TRL's own",
+        ):
+            trainer.compute_loss(trainer.model, one_batch())
     with pytest.raises(ValueError, match="ServerDistillationTrainer ignores the router's"):
         server_trainer(
             adapter.ServerDistillationTrainer,
@@ -441,6 +444,41 @@ def test_partitioned_heads(objective: str, tmp_path: Path) -> None:
     torch.testing.assert_close(results[1], results[0], rtol=1e-5, atol=1e-7)
 
 
+@pytest.mark.parametrize("objective", ["iw_opd", "jsd"])
+@pytest.mark.parametrize("target", [["q_proj"], ["q_proj", "lm_head"]])
+def test_adapted_students(objective: str, target: list[str], tmp_path: Path) -> None:
+    """LoRA, also of the lm_head. The adapters do not start as 0."""
+    peft = pytest.importorskip("peft", reason="PEFT is not installed")
+    results = []
+    for kind in (IWOPDTrainer, adapter.IWOPDTrainer):
+        config = peft.LoraConfig(r=3, target_modules=target, init_lora_weights=False)
+        torch.manual_seed(7)
+        chosen = models()
+        chosen["model"] = peft.get_peft_model(chosen["model"], config)
+        trainer = iw_opd_trainer(kind, tmp_path, chosen, distillation_objective=objective)
+        loss = trainer.compute_loss(trainer.model, iw_opd_batch())
+        loss.backward()
+        gradients = [p.grad for p in trainer.model.parameters() if p.grad is not None]
+        assert len(gradients) == (4 if len(target) == 1 else 6)
+        results.append([loss.detach(), *gradients])
+    torch.testing.assert_close(results[1], results[0], rtol=1e-4, atol=1e-6)
+
+
+def test_mixed_precision(tmp_path: Path) -> None:
+    """Under bfloat16's autocast, the losses differ by its rounding: TRL rounds the logits, and fastkd the operands."""
+    losses = []
+    for kind in (IWOPDTrainer, adapter.IWOPDTrainer):
+        trainer = iw_opd_trainer(kind, tmp_path, bf16=True)
+        model = trainer.accelerator.prepare_model(trainer.model)
+        loss = trainer.compute_loss(model, iw_opd_batch())
+        loss.backward()
+        losses.append(loss.item())
+        assert loss.dtype == torch.float32
+        assert model.lm_head.weight.grad.isfinite().all()
+    assert losses[1] == pytest.approx(losses[0], rel=2e-2)
+    assert losses[1] != losses[0]
+
+
 # ---- AsyncDistillationTrainer
 
 
@@ -505,3 +543,21 @@ def test_the_temperature_of_async_distillation() -> None:
     as_given = adapter.chunked_jsd_loss(*arguments)[0]
     assert abs(as_given - expected) > 0.01
     assert fastkd.TopK(listed.indices, listed.values).temperature == 1.0
+
+
+def test_an_unsupported_version_of_trl(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An error names the change if TRL differs from the supported version."""
+    for name in ("GOLDTrainer", "IWOPDTrainer", "ServerDistillationTrainer"):
+        monkeypatch.delitem(vars(adapter), name, raising=False)
+    with monkeypatch.context() as patch:
+        patch.delattr(IWOPDTrainer, "_compute_prompt_length")
+        with pytest.raises(ImportError, match="TRL 1.16.0 has no _compute_prompt_length in IWOPD"):
+            adapter.IWOPDTrainer  # noqa: B018
+    with monkeypatch.context() as patch:
+        patch.setattr(ServerDistillationTrainer, "compute_loss", lambda self, model: None)
+        with pytest.raises(ImportError, match=r"has compute_loss\('self', 'model'\), and not"):
+            adapter.ServerDistillationTrainer  # noqa: B018
+    with monkeypatch.context() as patch:
+        patch.delattr(gold_trainer, "ULDLoss")
+        with pytest.raises(ImportError, match="has no ULDLoss in trl.experimental.gold"):
+            adapter.GOLDTrainer  # noqa: B018
