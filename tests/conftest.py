@@ -261,6 +261,17 @@ def any_backend(request: pytest.FixtureRequest) -> Iterator[str]:
         yield name
 
 
+@pytest.fixture(scope="module")
+def corrected_interpreter() -> Iterator[None]:
+    """Triton's interpreter, corrected: without the corrections it takes several times as long."""
+    pytest.importorskip("triton")
+    # Imported here for the same reason as in any_backend.
+    from support.triton_interpreter import corrected
+
+    with corrected():
+        yield
+
+
 def _instruction_sets() -> list[str]:
     """Instruction sets of the native extension; empty if it is missing, and their tests are then skipped."""
     try:
