@@ -124,12 +124,12 @@ LONG = (
     "test_topk",
     "test_cuda_kernels",
     "test_parallel",
-    "test_sure_rows",
     "test_linear",
     "test_numerics",
     "test_compile",
     "test_triton_aot",
     "test_cli",
+    "test_sure_rows",
     "test_triton_shards",
     "test_online",
     "test_measures",
@@ -259,6 +259,17 @@ def any_backend(request: pytest.FixtureRequest) -> Iterator[str]:
 
     with corrected():
         yield name
+
+
+@pytest.fixture(scope="module")
+def corrected_interpreter() -> Iterator[None]:
+    """Triton's interpreter, corrected: without the corrections it takes several times as long."""
+    pytest.importorskip("triton")
+    # Imported here for the same reason as in any_backend.
+    from support.triton_interpreter import corrected
+
+    with corrected():
+        yield
 
 
 def _instruction_sets() -> list[str]:

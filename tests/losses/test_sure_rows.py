@@ -24,8 +24,9 @@ from fastkd.divergences import in_two_parts, power, power_product
 from fastkd.online import mutual_loss
 
 variants = pytest.mark.parametrize("variant", VARIANTS, ids=shown)
-# Divergences for Triton's interpreter, at three seconds each: closed forms, a mixture inside a logarithm, and a sign.
+# Divergences for Triton's interpreter, a second for each: closed forms, a mixture inside a logarithm, and a sign.
 SHORT = ("forward_kl", "reverse_kl", "mixture", "jsd", "skew_reverse_kl", "tvd", "alpha_beta")
+in_triton = pytest.mark.usefixtures("corrected_interpreter")
 of_triton = pytest.mark.parametrize(
     "variant",
     [
@@ -186,8 +187,8 @@ def test_low_temperature(backend: str, divergence: str) -> None:
     assert_within_bar_with(backend, divergence, rows_at_half(), 1.2, temperature=0.5)
 
 
+@in_triton
 def test_low_temperature_in_triton() -> None:
-    pytest.importorskip("triton")
     cases = tuple(case for case in rows_at_half() if case.name.startswith("peaked 0.001, diff"))[:1]
     assert_within_bar_with("triton", "skew_reverse_kl", cases, 1.2, temperature=0.5)
 
@@ -262,9 +263,9 @@ def test_a_sure_row_keeps_its_digits(backend: str, name: str) -> None:
     assert_digits(backend, name)
 
 
+@in_triton
 @pytest.mark.parametrize("name", ["forward_kl", "reverse_kl"])
 def test_a_sure_row_keeps_its_digits_in_triton(name: str) -> None:
-    pytest.importorskip("triton")
     assert_digits("triton", name)
 
 
@@ -289,9 +290,9 @@ def test_every_instruction_set(instructions: str, variant: tuple[str, dict[str, 
     assert_within_bar("cpu", variant, low_precision_rows())
 
 
+@in_triton
 @of_triton
 def test_triton(variant: tuple[str, dict[str, float]]) -> None:
-    pytest.importorskip("triton")
     # Without rows that leave 1e-3 to the other tokens: those that leave less take the same branches.
     cases = tuple(case for case in low_precision_rows() if "peaked 0.001" not in case.name)
     assert len(cases) == len(low_precision_rows()) - 3

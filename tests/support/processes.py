@@ -1,7 +1,7 @@
 """Processes of a torch.distributed group that wait for functions to run, because a start takes longer than most tests.
 
-They are forked from a server that has only imported torch and fastkd: four processes that each import these take
-fifteen seconds of a core.
+They are forked from a server that has only imported torch, fastkd and a few modules of tests: four processes that each
+import these take fifteen seconds of a core.
 """
 
 from __future__ import annotations
@@ -27,16 +27,16 @@ import torch.multiprocessing as mp
 TIMEOUT, PATIENCE, AFTERWARDS = 300, 900, 20
 
 
-# What the server imports before it forks. It computes nothing, so it has no threads that a fork would lose.
+# What the server imports before it forks, because the functions of support.spread and its like need it. These modules
+# start no thread. test_linear, which support.spread imports, does, and a fork would lose that thread.
 PRELOADED = [
     "torch",
     "torch.distributed.tensor",
+    "torch._dynamo.testing",
     "fastkd",
     "fastkd.parallel",
-    "processes",
-    "spread",
-    "training",
-    "spread_heads",
+    "pytest",
+    "support.accuracy",
 ]
 
 

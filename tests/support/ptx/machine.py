@@ -90,10 +90,7 @@ class Machine:
         self.barriers = Barriers(self.count, ranks, self.memory, self.races, self._lot)
         self.state = self.barriers.state
         self.place = np.zeros(self.count, np.int64)  # of the next instruction
-        self.registers = {
-            name: np.zeros(self.count, np.bool_ if kind == "pred" else UNSIGNED[size_of(kind)])
-            for name, kind in program.registers.items()
-        }
+        self._place_registers()
         self.slots = {
             name: np.zeros((self.count, size + 15 & ~15), np.uint8)
             for name, size in program.parameters.items()
@@ -103,7 +100,11 @@ class Machine:
         self._block = [np.zeros(self.count, np.uint32) for _ in range(3)]
         self.executed = 0  # instructions, summed over lanes
         self.reached = np.zeros(len(program.instructions), np.bool_)
-        self._operations = self._prepared()
+        # An instruction is prepared when a thread reaches it: a kernel has thousands, most of them for other layouts.
+        self._operations: list[Operation | None] = [None] * len(program.instructions)
+        self._leaders = set(program.labels.values())
+        self._leaders |= {function.first for function in program.functions.values()}
+        self._refuse_unknown_instructions()
 
     def _place_variables(self, dynamic: int) -> None:
         def lay_out(variables: list[Parameter], at: int) -> tuple[dict[str, int], int]:
@@ -121,6 +122,22 @@ class Machine:
         self.local_variables, self._local_end = lay_out(self.program.local, 0)
         self.entry_parameters, self._parameters_end = lay_out(self.program.entry.parameters, 0)
 
+    def _place_registers(self) -> None:
+        """Make the registers rows of one array per type, which _reset fills at once."""
+        by_type: dict[Any, list[str]] = {}
+        for name, kind in self.program.registers.items():
+            by_type.setdefault(np.bool_ if kind == "pred" else UNSIGNED[size_of(kind)], []).append(
+                name
+            )
+        self._registers = [
+            np.zeros((len(names), self.count), kind) for kind, names in by_type.items()
+        ]
+        self.registers = {
+            name: row
+            for names, rows in zip(by_type.values(), self._registers, strict=True)
+            for name, row in zip(names, rows, strict=True)
+        }
+
     def _ready(self, instruction: Instruction) -> Operation:
         from support.ptx.instructions import prepare
 
@@ -135,19 +152,32 @@ class Machine:
 
     def replace(self, at: int, instruction: Instruction) -> Callable[[], None]:
         """Run another instruction in the place of one; return what undoes it."""
-        before, after = self._operations[at], self._ready(instruction)
+        before, after = self.operation(at), self._ready(instruction)
         after.leads = before.leads
         self._operations[at] = after
         return lambda: self._operations.__setitem__(at, before)
 
-    def _prepared(self) -> list[Operation]:
-        operations = [self._ready(instruction) for instruction in self.program.instructions]
-        leaders = set(self.program.labels.values())
-        leaders |= {function.first for function in self.program.functions.values()}
-        for at, operation in enumerate(operations):
-            after = at > 0 and operations[at - 1].kind == "ends"
-            operation.leads = at in leaders or after or operation.kind == "gathers"
-        return operations
+    def operation(self, at: int) -> Operation:
+        """The instruction at a place of the program, ready to run."""
+        operation = self._operations[at]
+        if operation is None:
+            instructions = self.program.instructions
+            operation = self._operations[at] = self._ready(instructions[at])
+            operation.leads = at in self._leaders or operation.kind == "gathers"
+            if at and not operation.leads:
+                before = self._operations[at - 1] or self._ready(instructions[at - 1])
+                operation.leads = before.kind == "ends"
+        return operation
+
+    def _refuse_unknown_instructions(self) -> None:
+        """Prepare one instruction of each kind, so that a kind that is not understood raises even where no thread
+        gets."""
+        seen = set()
+        for at, instruction in enumerate(self.program.instructions):
+            kind = instruction.name, instruction.modifiers, instruction.types
+            if kind not in seen:
+                seen.add(kind)
+                self.operation(at)
 
     # Operands
 
@@ -250,14 +280,14 @@ class Machine:
         self.barriers.reset()
         for axis, number in enumerate(block):
             self._block[axis][:] = number + (self.rank if axis == 0 else 0)
-        for register in self.registers.values():  # undefined
-            register.view(np.uint8)[:] = 1 if register.dtype == np.bool_ else 0xA5
+        for registers in self._registers:  # undefined
+            registers.view(np.uint8)[:] = 1 if registers.dtype == np.bool_ else 0xA5
         self.place[:] = self.program.entry.first
         self._depth[:] = 0
 
     def _where(self) -> str:
         found = Counter(
-            (STATES[state], self._operations[at].text)
+            (STATES[state], self.operation(at).text)
             for state, at in zip(self.state.tolist(), self.place.tolist(), strict=True)
             if state != DONE
         )
@@ -281,7 +311,7 @@ class Machine:
         """Run lanes from an instruction to the end of its basic block."""
         self.state[lanes] = RUNS
         while True:
-            operation = self._operations[at]
+            operation = self.operation(at)
             self.executed += len(self.numbers[lanes])
             self.reached[at] = True
             try:
@@ -298,7 +328,7 @@ class Machine:
             except Fault as fault:
                 raise Fault(f"{fault}\n  at {operation.text}") from None
             at += 1
-            if self._operations[at].leads:
+            if self.operation(at).leads:
                 self.place[lanes] = at
                 return
 
@@ -333,9 +363,6 @@ class Machine:
         return self._lot.random() < 0.5
 
     # Control flow
-
-    def operation(self, at: int) -> Operation:
-        return self._operations[at]
 
     def branch(self, at: int, lanes: Lanes, taken: Lanes | None, target: int) -> None:
         self.place[lanes] = at + 1

@@ -85,13 +85,15 @@ class Function:
 
 def split_operands(text: str) -> list[str]:
     """Split at the commas outside brackets."""
-    parts, depth, start = [], 0, 0
-    for place, character in enumerate(text):
-        depth += (character in "[{(") - (character in "]})")
-        if character == "," and depth == 0:
-            parts.append(text[start:place].strip())
-            start = place + 1
-    return [*parts, text[start:].strip()] if text[start:].strip() else parts
+    parts, depth, pending = [], 0, ""
+    for piece in text.split(","):
+        pending = f"{pending},{piece}" if depth else piece
+        depth += sum(map(piece.count, "[{(")) - sum(map(piece.count, "]})"))
+        if depth == 0:
+            parts.append(pending.strip())
+    if depth:
+        parts.append(pending.strip())
+    return parts if parts[-1] else parts[:-1]
 
 
 def _parameter(text: str) -> Parameter:
