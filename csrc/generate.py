@@ -79,12 +79,18 @@ def power(node: ast.expr, powers: dict[str, int]) -> int | None:
             go(condition) == 0
         ):
             return go(left) if go(left) == go(right) else None
+        case ast.Call(func=ast.Name(id="distance"), args=[left, right, ratio]) if go(ratio) == 0:
+            return go(left) if go(left) == go(right) else None
     inner = {powers.get(name, 0) for name in names(node)}
     return 0 if inner <= {0} else None
 
 
 def functor(
-    function: ast.FunctionDef, vocabulary: tuple[str, ...], always_normalized: bool, dense: bool
+    function: ast.FunctionDef,
+    vocabulary: tuple[str, ...],
+    always_normalized: bool,
+    dense: bool,
+    exact: bool,
 ) -> str:
     """One definition as a struct."""
     arguments = [argument.arg for argument in function.args.args]
@@ -127,6 +133,7 @@ def functor(
             f"  static constexpr bool uses_logs = {uses_logs(read)}, gradient_uses_logs = {uses_logs(needed)};",
             "  // Whether a factor of p and q, with the same logarithms, is one of g.",
             f"  static constexpr bool gradient_is_linear = {str(linear).lower()};",
+            f"  static constexpr bool exact_exponents = {str(exact).lower()};",
             "  static FASTKD_INLINE void eval(V p, V q, V log_p, V log_q, V log_ratio, const float* params_,",
             "                                 float degree_, V& phi_, V& g_, V& h_) {",
             *lines,
@@ -155,6 +162,7 @@ def header(source: str) -> str:
             vocabulary,
             name not in tables["OF_LOGITS"],
             name not in tables["LISTED_TOKENS_ONLY"],
+            name in tables["WITH_EXACT_EXPONENTS"],
         )
         for name in tables["DEFINITIONS"]
     )

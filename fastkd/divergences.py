@@ -13,7 +13,9 @@ translates it to a C++ functor. The gradients follow from g and h:
     dD/dt_v = (h_v - p_v sum_u h_u) / T              t: teacher logits
 
 A definition that returns only (phi, g) has h = degree * phi - g (:class:`Divergence`). That difference loses digits if
-p and q differ by orders of magnitude; definitions that can compute h directly therefore return it.
+p and q differ by orders of magnitude; definitions that can compute h directly therefore return it. g may also contain a
+multiple of q, and h a multiple of p, because the differences above remove them; not with a closed form, from which
+their sums are computed.
 
 If the fifth argument of a definition is named ``log_ratio``, it receives log p - log q. It is computed as a difference
 of logits minus one constant per row, so it has a single rounding error, while log_p - log_q has the errors of both
@@ -145,6 +147,14 @@ def has_teacher_derivative(divergence: Divergence) -> bool:
         divergence.degree is not None
         or derivatives(divergence, one, one, 0.0 * one, 0.0 * one, 0.0 * one)[2] is not None
     )
+
+
+def is_cross_entropy(divergence: Divergence) -> bool:
+    """Whether the divergence is a multiple of the cross-entropy -sum p log q over all columns."""
+    form = divergence.closed_form
+    if form is None or divergence.target is not None:
+        return False
+    return form.cross != 0.0 and form.forward == form.reverse == 0.0
 
 
 def floor_of(divergence: Divergence) -> float | None:
@@ -470,11 +480,13 @@ def reverse_kl(clip: float = math.inf) -> Divergence:
     return Divergence("reverse_kl", _reverse_kl, degree=1.0, closed_form=ClosedForm(reverse=1.0))
 
 
-def _mixture(p, q, log_p, log_q, log_ratio, forward, reverse):
-    onward = forward * p * log_ratio
-    backward = -reverse * q * log_ratio
-    gap = reverse * q - forward * p
-    return onward + backward, backward + gap, onward - gap
+def _mixture(p, q, log_p, log_q, log_ratio, forward, reverse, more):
+    # more is forward - reverse. The projection ignores forward q - reverse q in g, and likewise for h. Without it,
+    # every term tends to 0 as p tends to q. If the weights are equal, phi has no negative terms.
+    size = distance(p, q, log_ratio)
+    gap = where(log_ratio > 0.0, size, -size)  # p - q
+    phi = (reverse * gap + more * p) * log_ratio
+    return phi, -forward * gap - reverse * q * log_ratio, forward * p * log_ratio + reverse * gap
 
 
 def _clipped_mixture(p, q, log_p, log_q, log_ratio, forward, reverse, clip):
@@ -501,13 +513,8 @@ def mixture(forward: float = 0.5, reverse: float = 0.5, clip: float = math.inf) 
     clip = _clip(clip)
     if clip < math.inf:
         return Divergence("mixture with a clip", _clipped_mixture, (forward, reverse, clip))
-    return Divergence(
-        "mixture",
-        _mixture,
-        (forward, reverse),
-        1.0,
-        ClosedForm(forward=forward, reverse=reverse),
-    )
+    # Not from a closed form: if p is close to q, it would be a small difference of moments.
+    return Divergence("mixture", _mixture, (forward, reverse, forward - reverse), degree=1.0)
 
 
 def _soft_cross_entropy(p, q, log_p, log_q, weight):
@@ -813,7 +820,8 @@ def dkd(alpha: float = 1.0, beta: float = 8.0) -> Divergence:
     """
     alpha, beta = _weight("alpha", alpha), _weight("beta", beta)
     target = Target("binary", alpha)
-    return Divergence("dkd", _mixture, (beta, 0.0), 1.0, ClosedForm(forward=beta), target=target)
+    form = ClosedForm(forward=beta)
+    return Divergence("dkd", _clipped_mixture, (beta, 0.0, math.inf), 1.0, form, target=target)
 
 
 @_recorded
@@ -832,6 +840,15 @@ def nkd(gamma: float = 1.5) -> Divergence:
     form = ClosedForm(cross=gamma)
     return Divergence("nkd", _soft_cross_entropy, (gamma,), None, form, target=Target("label"))
 
+
+# The definitions for which Triton and CUDA correct the rounding of every exponent of p and q. The other operations of
+# these definitions round little, so most of the error would come from the exponents: up to eight units in the last place
+# where a probability is 1e-12.
+WITH_EXACT_EXPONENTS: tuple[Callable[..., tuple[Any, Any]], ...] = (
+    _mixture,
+    _soft_cross_entropy,
+    _hellinger,
+)
 
 # The constructors of all divergences without labels, by name. Tests, benchmarks and `doctor` iterate over them.
 TABLE: dict[str, Callable[..., Divergence]] = {

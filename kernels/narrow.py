@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from .skeleton import LOWEST, exp_scaled, scaled
+from .skeleton import LOWEST, exp2_of_scaled, exp_scaled, scaled
 from .sweeps import (
     PAST_END,
     Lane,
@@ -85,7 +85,8 @@ def tile_statistics(
     s_finite = finite_max(s_max)
     x_s = scaled(s - s_finite, student.unit)
     is_s = column == s_argmax
-    e_s = tl.where(is_s, 0.0, tl.exp2(x_s))
+    EXACT: tl.constexpr = moments.cross is not None
+    e_s = tl.where(is_s, 0.0, exp2_of_scaled(x_s, s - s_finite, student.unit, EXACT))
     s_exp_sum, s_exp_sum_t1, entropy_moment, centered_sum = tl.sum(e_s, 0), 0.0, 0.0, 0.0
     if student.unit_t1 is not None:
         e_t1 = exp_scaled(s - s_finite, student.unit_t1)
@@ -106,7 +107,7 @@ def tile_statistics(
         t_finite = finite_max(t_max)
         x_t = scaled(t - t_finite, teacher.unit)
         is_t = column == t_argmax
-        e_t = tl.where(is_t, 0.0, tl.exp2(x_t))
+        e_t = tl.where(is_t, 0.0, exp2_of_scaled(x_t, t - t_finite, teacher.unit, EXACT))
         t_exp_sum = tl.sum(e_t, 0)
         if teacher.unit_t1 is not None:
             e_t1 = exp_scaled(t - t_finite, teacher.unit_t1)

@@ -21,6 +21,7 @@ import triton.language as tl
 from fastkd.call import log_zero
 from fastkd.divergences import (
     VOCABULARY,
+    WITH_EXACT_EXPONENTS,
     Divergence,
     takes_ratio,
 )
@@ -44,6 +45,7 @@ NEGLIGIBLE = log_zero.NEGLIGIBLE
 INFINITE = log_zero.INFINITE
 LOG2E = math.log2(math.e)
 LN2 = math.log(2.0)
+LOG2E_LOW = 1.925963033500011e-8  # log2(e) minus its float32
 
 
 @triton.jit
@@ -56,6 +58,24 @@ def abs(x):  # noqa: A001 (the vocabulary has torch's names)
 def scaled(difference, unit, LOG2E: tl.constexpr = LOG2E):
     """Return a difference of z as a tempered logit in base 2: difference * unit * log2(e)."""
     return difference * (unit * LOG2E)
+
+
+@triton.jit
+def exp2_of_scaled(
+    x, difference, unit, EXACT: tl.constexpr, LOG2E: tl.constexpr = LOG2E,
+    LOG2E_LOW: tl.constexpr = LOG2E_LOW, LN2: tl.constexpr = LN2,
+):  # fmt: skip
+    """Return 2 to the power x, where x is scaled(difference, unit).
+
+    EXACT: with a first-order correction of what rounding x loses, which is up to eight units where the power is 1e-12.
+    """
+    power = tl.exp2(x)
+    if EXACT:
+        rate = unit * LOG2E
+        rate_low = tl.fma(unit, LOG2E, -rate) + unit * LOG2E_LOW
+        lost = tl.fma(difference, rate, -x) + difference * rate_low
+        power = tl.where(power == 0.0, 0.0, power * (lost * LN2) + power)
+    return power
 
 
 @triton.jit
@@ -230,8 +250,8 @@ _WORDS: dict[Callable[..., Any], Any] = {
 }
 
 # Bits of the number that describes a definition to a kernel: it is a function of probabilities, it takes log p - log q,
-# it returns h.
-NORMALIZED, RATIO, H = 1, 2, 4
+# it returns h, the rounding of exponents is corrected.
+NORMALIZED, RATIO, H, EXACT = 1, 2, 4, 8
 
 
 @functools.cache
@@ -249,6 +269,7 @@ def form_of(divergence: Divergence) -> int:
         NORMALIZED * divergence.normalized
         + RATIO * takes_ratio(divergence.function)
         + H * returns_h
+        + EXACT * (divergence.normalized and divergence.function in WITH_EXACT_EXPONENTS)
     )
 
 
@@ -333,7 +354,7 @@ def evaluate(
     else:
         terms = DIVERGENCE(p, q, log_p, log_q, *parameters)
     phi, g = terms[0], terms[1]
-    h = terms[2] if FORM // 4 == 1 else degree * phi - g
+    h = terms[2] if FORM // 4 % 2 == 1 else degree * phi - g
     if POLICY:
         one_side = p_gone ^ q_gone
         nothing = (p_gone & (q < NEGLIGIBLE)) | (q_gone & (p < NEGLIGIBLE)) | (p_gone & q_gone)

@@ -19,7 +19,17 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from .skeleton import LN2, LOWEST, NEGLIGIBLE, evaluate, exp_scaled, log1p, scaled, squash
+from .skeleton import (
+    LN2,
+    LOWEST,
+    NEGLIGIBLE,
+    evaluate,
+    exp2_of_scaled,
+    exp_scaled,
+    log1p,
+    scaled,
+    squash,
+)
 
 
 class Spec(NamedTuple):
@@ -185,6 +195,9 @@ class Statistics(NamedTuple):
     phi: Any  # sum, from the closed form or from the second sweep
     g: Any  # sum, likewise
     h: Any  # sum, likewise; only if the teacher's gradient is wanted
+    # What a definition's log q is relative to: s_norm.log_exp_sum, but for a cross-entropy the number that makes the
+    # mean of log q under p 0 (_center_log_q)
+    log_q_origin: Any
 
 
 class Label(NamedTuple):
@@ -473,6 +486,19 @@ def _closed_form(
 
 
 @triton.jit
+def _center_log_q(moments, total, s_gap, log_exp_sum, phi, h, LN2: tl.constexpr = LN2):
+    """Return (Statistics.log_q_origin, sum of h) of a cross-entropy.
+
+    The teacher's gradient is -p (log q - mean), with the mean of log q under p. p log q and p times the mean would be
+    rounded before their difference is taken, so the mean is subtracted from log q, which leaves the projection next to
+    nothing to subtract. s_gap: the student's x at the teacher's argmax, in base 2.
+    """
+    mean = tl.div_rn((s_gap - total.p_moment) * LN2, 1.0 + total.t_exp_sum)
+    finite = phi - phi == 0.0
+    return tl.where(finite, mean, log_exp_sum), tl.where(finite, moments.cross, h)
+
+
+@triton.jit
 def _add_lanes(partials, s_rise, t_rise, student, teacher, moments):
     """Return the sums of partial results relative to the maximum of all of them: a Partial without maxima and argmaxes.
 
@@ -481,13 +507,14 @@ def _add_lanes(partials, s_rise, t_rise, student, teacher, moments):
     times the sum of e.
     """
     s_step, t_step = scaled(s_rise, student.unit), 0.0
-    s_factor = tl.exp2(-s_step)
+    EXACT: tl.constexpr = moments.cross is not None
+    s_factor = exp2_of_scaled(-s_step, -s_rise, student.unit, EXACT)
     s_exp_sum, s_exp_sum_t1 = partials.s_exp_sum, partials.s_exp_sum_t1
     t_exp_sum, t_exp_sum_t1 = partials.t_exp_sum, partials.t_exp_sum_t1
     p_moment, q_moment = partials.p_moment, partials.q_moment
     if teacher.unit is not None:
         t_step = scaled(t_rise, teacher.unit)
-        t_factor = tl.exp2(-t_step)
+        t_factor = exp2_of_scaled(-t_step, -t_rise, teacher.unit, EXACT)
         if moments.reverse is not None:
             q_moment = rescale_moment(q_moment, t_step - s_step, s_exp_sum, s_factor)
         if moments.forward is not None or moments.cross is not None:
@@ -552,7 +579,7 @@ def _read_included(row, column, excluded, V, HEAD: tl.constexpr):
 @triton.jit
 def _sum_lane(
     maxima, row, other, other_max, excluded, CROSS: tl.constexpr, MOMENT: tl.constexpr,
-    ENTROPY: tl.constexpr, columns, spec,
+    ENTROPY: tl.constexpr, EXACT: tl.constexpr, columns, spec,
 ):  # fmt: skip
     """Return (the lane that has a side's maximum, its Lane). other_max: the other side's maximum.
 
@@ -581,7 +608,8 @@ def _sum_lane(
         column = _lane_columns(lane, chunk - first, first, columns.head, spec)
         z = _read_included(row, column, excluded, V, spec.HEAD)
         x = scaled(z - finite, row.unit)
-        e = tl.where(column == argmax, 0.0, tl.exp2(x))
+        e = exp2_of_scaled(x, z - finite, row.unit, EXACT)
+        e = tl.where(column == argmax, 0.0, e)
         exp_sum += e
         if row.unit_t1 is not None:
             e_t1 = exp_scaled(z - finite, row.unit_t1)
@@ -682,6 +710,7 @@ def sweep_statistics(
     s_max, t_max = zero + LOWEST, zero + LOWEST
     s_exp_sum, t_exp_sum, s_exp_sum_t1, t_exp_sum_t1 = zero, zero, zero, zero
     p_moment, q_moment, entropy_moment, centered_sum, finite = zero, zero, zero, zero, zero
+    EXACT: tl.constexpr = moments.cross is not None
     V = columns.V
     first, last = _tile_range(V, columns.split.num_splits, spec.BLOCK_V, columns.head)
     for tile in range(first, last):
@@ -704,9 +733,9 @@ def sweep_statistics(
         old_s_max, s_max = s_max, tl.maximum(s_max, fold_max(s, spec.ADJACENT, spec.THREADS))
         s = s - spread(s_max, spec.ADJACENT, spec.BLOCK_V)
         s_step = scaled(s_max - old_s_max, student.unit)
-        s_factor = tl.exp2(-s_step)
+        s_factor = exp2_of_scaled(-s_step, old_s_max - s_max, student.unit, EXACT)
         x_s = scaled(s, student.unit)
-        e_s = tl.exp2(x_s)
+        e_s = exp2_of_scaled(x_s, s, student.unit, EXACT)
         if ENTROPY:
             term = _sum_tile(e_s * tl.maximum(x_s, LOWEST), spec)
             entropy_moment = rescale_moment(entropy_moment, -s_step, s_exp_sum, s_factor) + term
@@ -719,9 +748,9 @@ def sweep_statistics(
             old_t_max, t_max = t_max, tl.maximum(t_max, fold_max(t, spec.ADJACENT, spec.THREADS))
             t = t - spread(t_max, spec.ADJACENT, spec.BLOCK_V)
             t_step = scaled(t_max - old_t_max, teacher.unit)
-            t_factor = tl.exp2(-t_step)
+            t_factor = exp2_of_scaled(-t_step, old_t_max - t_max, teacher.unit, EXACT)
             x_t = scaled(t, teacher.unit)
-            e_t = tl.exp2(x_t)
+            e_t = exp2_of_scaled(x_t, t, teacher.unit, EXACT)
             x = x_t - x_s
             finite += _sum_tile(x, spec)  # until a side is -inf somewhere
             # Where the side of the weight e is -inf, LOWEST replaces a difference of -inf or NaN, and e is 0. Where the
@@ -760,12 +789,12 @@ def _conclude_lanes(
     CROSS: tl.constexpr = moments.cross is not None
     Q_MOMENT: tl.constexpr = moments.reverse is not None
     s_lane, s = _sum_lane(
-        s_max, student, teacher, t_top, excluded, False, Q_MOMENT, ENTROPY, columns, spec
+        s_max, student, teacher, t_top, excluded, False, Q_MOMENT, ENTROPY, CROSS, columns, spec
     )
     t_lane, t = s_lane, s
     if teacher.unit is not None:
         t_lane, t = _sum_lane(
-            t_max, teacher, student, s_top, excluded, CROSS, P_MOMENT, False, columns, spec
+            t_max, teacher, student, s_top, excluded, CROSS, P_MOMENT, False, CROSS, columns, spec
         )
     # NaN or infinite if one side alone is -inf somewhere.
     moment_size = tl.sum(tl.abs(p_moment) + tl.abs(q_moment), 0)
@@ -975,6 +1004,14 @@ def probability(z, normalizer):
 
 
 @triton.jit
+def _exact_probability(z, normalizer):
+    """Return `probability`, with a correction of what rounding the exponent loses."""
+    distance = z - normalizer.max
+    x = scaled(distance, normalizer.unit)
+    return exp2_of_scaled(x, distance, normalizer.unit, True) * normalizer.share
+
+
+@triton.jit
 def conclude(total, student, teacher, moments, LN2: tl.constexpr = LN2):
     """Return the Statistics of a row from the Partial of all its columns."""
     P_MOMENT: tl.constexpr = moments.forward is not None or moments.cross is not None
@@ -983,6 +1020,7 @@ def conclude(total, student, teacher, moments, LN2: tl.constexpr = LN2):
     t_norm, s_norm_t1, t_norm_t1, phi, g, h = s_norm, s_norm, s_norm, 0.0, 0.0, 0.0
     log_ratio = LogRatio(0.0, 0.0, 1.0, student.unit, 0.0, 0.0)
     s_gradient, t_gradient, log_exp_sum_ratio = 0.0, 0.0, 0.0
+    log_q_origin = s_norm.log_exp_sum
     t_exp_sum, t_argmax = total.s_exp_sum, total.s_argmax
     t_at_s_argmax, s_at_t_argmax = total.s_max, total.s_max
     if student.unit_t1 is not None:
@@ -1011,6 +1049,10 @@ def conclude(total, student, teacher, moments, LN2: tl.constexpr = LN2):
             )
             both = s_norm.log_exp_sum + t_norm.log_exp_sum
             phi = tl.where(both - both == 0.0, phi, float("nan"))
+        if moments.cross is not None:  # noqa: SIM102 (Triton does not evaluate `and` at compile time)
+            if moments.reverse is None:
+                s_gap = scaled(s_at_t_argmax - s_norm.max, student.unit)
+                log_q_origin, h = _center_log_q(moments, total, s_gap, log_q_origin, phi, h)
     entropy = s_norm.log_exp_sum - tl.div_rn(LN2 * total.entropy_moment, 1.0 + total.s_exp_sum)
     entropy = tl.where(s_norm.log_exp_sum > -float("inf"), entropy, float("nan"))
     return Statistics(
@@ -1028,6 +1070,7 @@ def conclude(total, student, teacher, moments, LN2: tl.constexpr = LN2):
         phi,
         g,
         h,
+        log_q_origin,
     )
 
 
@@ -1038,8 +1081,9 @@ def no_statistics(s_unit):
     none = Argmax(tl.full([], -1.0, tl.float32), 0.0, 0.0, 0.0, 0.0)
     log_ratio = LogRatio(0.0, 0.0, 1.0, s_unit, 0.0, 0.0)
     return Statistics(
-        s_norm, s_norm, s_norm, s_norm, 0.0, 0.0, none, none, log_ratio, 0.0, True, 0.0, 0.0, 0.0
-    )
+        s_norm, s_norm, s_norm, s_norm, 0.0, 0.0, none, none, log_ratio, 0.0, True, 0.0, 0.0, 0.0,
+        0.0,
+    )  # fmt: skip
 
 
 @triton.jit
@@ -1065,6 +1109,7 @@ def without_softmax(statistics, s_unit, t_unit):
         statistics.phi,
         statistics.g,
         statistics.h,
+        0.0,
     )
 
 
@@ -1087,6 +1132,7 @@ def with_sums(statistics, phi, g, h, s_gradient, t_gradient):
         phi,
         g,
         h,
+        statistics.log_q_origin,
     )
 
 
@@ -1094,8 +1140,12 @@ def with_sums(statistics, phi, g, h, s_gradient, t_gradient):
 def _evaluate_tile(s, t, statistics, degree, parameters, POLICY: tl.constexpr, spec):
     """Return (phi, g, h, q, p) of a tile."""
     s_norm, t_norm = statistics.s_norm, statistics.t_norm
-    q, p = probability(s, s_norm), probability(t, t_norm)
-    log_q, log_p = log_probability(s, s_norm), log_probability(t, t_norm)
+    if spec.FORM // 8 == 1:
+        q, p = _exact_probability(s, s_norm), _exact_probability(t, t_norm)
+    else:
+        q, p = probability(s, s_norm), probability(t, t_norm)
+    log_q = (s - s_norm.max) * s_norm.unit - statistics.log_q_origin
+    log_p = log_probability(t, t_norm)
     ratio = evaluate_log_ratio(s, t, statistics.log_ratio)
     phi, g, h = evaluate(
         spec.DIVERGENCE, parameters, p, q, log_p, log_q, ratio, degree, POLICY, spec.FORM

@@ -31,7 +31,7 @@ from fastkd.kernels import tuning
 # 16384 columns are no candidate: with 32 warps they spill 72 to 192 bytes on sm_90, for all of KINDS.
 CANDIDATES = ((2048, 4), (2048, 8), (4096, 8), (4096, 16), (8192, 16), (8192, 32))
 # By whether there is a closed form. The first divergence is timed; the second needs the most registers.
-KINDS = {True: ("forward_kl", "mixture"), False: ("jsd", "alpha_beta")}
+KINDS = {True: ("forward_kl", "reverse_kl"), False: ("jsd", "alpha_beta")}
 DTYPES = (torch.bfloat16, torch.float32)
 WIDTHS = tuple(2**power for power in range(12, 19))
 BYTES = 1 << 30  # of the student's logits, and of the teacher's

@@ -48,6 +48,11 @@ FASTKD_INLINE void set_closed_form(const MeanMoments& weights, const MeanMoments
   if (weights.cross != 0) phi += weights.cross * (s_log_sum - means.cross), g -= weights.cross;
 }
 
+// Whether the divergence is a multiple of the cross-entropy -sum p log q over all columns.
+FASTKD_INLINE bool is_cross_entropy(const Loss& loss) {
+  return loss.closed_form && loss.forward == 0 && loss.reverse == 0 && loss.cross != 0 && !has_label_term(loss);
+}
+
 // ---- sure columns
 //
 // A side (the student or the teacher) is sure of a column if its probability there is more than 1/2. Call this column

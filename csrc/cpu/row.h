@@ -271,6 +271,7 @@ class Row {
   int moments_ = 0;
   RowStatistics row_statistics_{};
   double phi_ = 0, g_ = 0, h_ = 0;  // sums over the row
+  double centering_ = 0;            // added to log q in gradients, so that the mean of log q under p is 0
   RowScales scales_{};
   double z_label_ = 0, t_label_ = 0;              // z of the label, the student's and the teacher's
   double s_skipped_max_ = 0, t_skipped_max_ = 0;  // as in ShardStatistics

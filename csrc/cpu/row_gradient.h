@@ -109,9 +109,10 @@ inline BlockView Row::view(int64_t b, BlockScratch& scratch, bool logits) {
   if (!call_.normalized) return v;
   v.s_max = statistics_[b].s_max;
   v.t_max = statistics_[b].t_max;
-  v.s_offset = float(s_offset(b));
+  const double log_q_offset = s_offset(b) + centering_;
+  v.s_offset = float(log_q_offset);
   v.t_offset = float(t_offset(b));
-  v.s_offset_low = float(s_offset(b) - v.s_offset);
+  v.s_offset_low = float(log_q_offset - v.s_offset);
   v.t_offset_low = float(t_offset(b) - v.t_offset);
   double offset = t_offset(b) - s_offset(b);
   const RowStatistics& row = row_statistics_;

@@ -42,6 +42,7 @@ inline bool Row::start(int64_t row) {
   if (call_.closed_form && !moments_) moments_ = FORWARD;  // its weight is 0, but it shows whether log 0 occurs
   if (call_.student_entropy || (with_labels_ && call_.label_smoothing > 0)) moments_ |= SINGLE;
   log_0_policy_ = false;
+  centering_ = 0;
   sure_column_[0] = sure_column_[1] = -1;
   s_skipped_max_ = t_skipped_max_ = -INF;
   return true;

@@ -108,6 +108,11 @@ inline void Row::set_sums_from_moments() {
   set_closed_form({call_.forward, call_.reverse, call_.cross}, {row.forward, row.reverse, row.cross}, row.s_log_sum,
                   row.t_log_sum, phi_, g_);
   h_ = call_.degree * phi_ - g_;
+  // The teacher's gradient of a cross-entropy is -p (log q - mean), with the mean of log q under p. p log q and p times
+  // the mean would be rounded before their difference is taken, so the mean is subtracted from log q, which leaves the
+  // projection next to nothing to subtract.
+  centering_ = is_cross_entropy(call_) && std::isfinite(phi_) ? phi_ / call_.cross : 0;
+  h_ -= call_.degree * call_.cross * centering_;
 }
 
 // Whether some (z - max) / T is -inf. Only a temperature below 1 takes finite gaps there.

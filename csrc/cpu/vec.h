@@ -52,6 +52,18 @@ FASTKD_INLINE float maximum_lane(V v) {
   return lanes[0];
 }
 
+// a * b - integer, where integer is a * b rounded. Without a fused multiply-add, rounding the product would cost several
+// units of an exponential. The products of the upper halves of a and b are exact, and so is their difference from the
+// integer.
+FASTKD_INLINE V product_less_integer(V a, V b, V integer) {
+#if defined(__FP_FAST_FMAF)
+  return a * b - integer;
+#else
+  const V a_high = (V)((I)a & -4096), b_high = (V)((I)b & -4096);
+  return (a_high * b_high - integer) + (a_high * (b - b_high) + (a - a_high) * b);
+#endif
+}
+
 // 2^(d * (high + low)) for d * high in (-127, 128]; subnormal at the lower end, which FlushSubnormals makes 0. high +
 // low is the factor as two floats: with one float the relative error grows to 1e-6 at d * high = -30.
 //
@@ -61,7 +73,7 @@ FASTKD_INLINE V exp2_core(V d, V high, V low) {
   const float magic = 12582912.0f;
   const V shifted = d * high + magic;
   const V integer = shifted - magic;
-  const V fraction = d * low + (d * high - integer);
+  const V fraction = d * low + product_less_integer(d, high, integer);
   V y = fraction * 1.546144469e-4f + 1.340042818e-3f;
   y = y * fraction + 9.618056679e-3f;
   y = y * fraction + 5.550327227e-2f;
@@ -103,7 +115,7 @@ FASTKD_INLINE V exp_less_power_in_range(V x, V& power) {
   const float magic = 12582912.0f;
   const V shifted = x * LOG2E_HIGH + magic;
   const V integer = shifted - magic;
-  const V fraction = x * LOG2E_LOW + (x * LOG2E_HIGH - integer);
+  const V fraction = x * LOG2E_LOW + product_less_integer(x, splat(LOG2E_HIGH), integer);
   V y = fraction * 1.546144469e-4f + 1.340042818e-3f;
   y = y * fraction + 9.618056679e-3f;
   y = y * fraction + 5.550327227e-2f;

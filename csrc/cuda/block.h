@@ -22,12 +22,11 @@ struct Shared {
   Maxima warp_maxima[WARPS];  // of the columns of each warp; infinite if not known
   // Partial results to be merged: those of this block's warps, and those of the cluster's blocks. Exchanges alternate
   // between the two buffers for blocks, since a block may be one exchange ahead of the others, but never two.
-  alignas(PIECE) char warp_parts[WARPS * sizeof(PreciseStatistics)];
-  alignas(PIECE) char rank_parts[2][MOST_RANKS * sizeof(PreciseStatistics)];
+  alignas(PIECE) char warp_parts[WARPS * sizeof(SparseStatistics)];
+  alignas(PIECE) char rank_parts[2][MOST_RANKS * sizeof(SparseStatistics)];
 };
 static_assert(sizeof(Shared) <= STATE, "plan.h reserves STATE bytes");
-static_assert(sizeof(ShardStatistics) <= sizeof(PreciseStatistics), "warp_parts and rank_parts fit the largest one");
-static_assert(sizeof(SparseStatistics) <= sizeof(PreciseStatistics), "warp_parts and rank_parts fit the largest one");
+static_assert(sizeof(ShardStatistics) <= sizeof(SparseStatistics), "warp_parts and rank_parts fit the larger one");
 
 class Block {
  public:

@@ -22,9 +22,9 @@ FASTKD_DEVICE void compute_value(Block& block, Kind& kind) {
   for (int policy = 0; policy < 2; ++policy) {
     if (kind.has_statistics()) {
       if (!kind.statistics_are_known()) {
-        const auto all =
+        const Statistics all =
             block.merged(policy ? kind.template statistics<true>() : kind.template statistics<false>());
-        if (block.leads()) set_statistics(row, all);
+        if (block.leads()) row.statistics = all;
       }
       if (block.leads()) kind.finish_phase();
     } else if (block.leads()) {

@@ -122,16 +122,15 @@ FASTKD_INLINE void correct_far_columns(const Call& call, RowState& row) {
 FASTKD_PER_ROW void finish_statistics(const Call& call, RowState& row) {
   correct_far_columns(call, row);
   const Statistics& all = row.statistics;
-  const Lost& lost = row.lost;
-  const double s_exp_sum = double(all.s_exp_sum) + lost.s_exp_sum, t_exp_sum = double(all.t_exp_sum) + lost.t_exp_sum;
+  const double s_exp_sum = all.s_exp_sum, t_exp_sum = all.t_exp_sum;
   set_softmax(row.student, all.s_max, s_exp_sum, all.s_max_count);
   set_softmax(row.teacher, all.t_max, t_exp_sum, all.t_max_count);
   const double s_log_sum = log_of_sum(s_exp_sum, all.s_max_count), t_log_sum = log_of_sum(t_exp_sum, all.t_max_count);
   const double s_inverse = 1 / (s_exp_sum + all.s_max_count), t_inverse = 1 / (t_exp_sum + all.t_max_count);
   set_entropies(call, row, s_log_sum, s_inverse);
   set_log_ratio(row, s_log_sum - t_log_sum);
-  const MeanMoments means = {LN_2_EXACT * (double(all.forward) + lost.forward - all.s_at_t_max) * t_inverse,
-                             LN_2_EXACT * (double(all.reverse) + lost.reverse - all.t_at_s_max) * s_inverse,
+  const MeanMoments means = {LN_2_EXACT * (double(all.forward) - all.s_at_t_max) * t_inverse,
+                             LN_2_EXACT * (double(all.reverse) - all.t_at_s_max) * s_inverse,
                              LN_2_EXACT * (double(all.cross) + all.s_at_t_max) * t_inverse};
   // A moment whose flag is not set is not computed, but it is rescaled like the others, so its value has no meaning.
   const MeanMoments weights = {row.flags & FORWARD ? call.forward : 0, row.flags & REVERSE ? call.reverse : 0,

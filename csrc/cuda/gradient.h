@@ -11,10 +11,25 @@ FASTKD_INLINE void store_value(const Call& call, const RowState& row, double dis
   if (call.student_entropy) call.student_entropy[row.row] = float(row.entropy);
 }
 
+// The teacher's gradient of a cross-entropy is -p (log q - mean), with the mean of log q under p. p log q and p times the
+// mean would be rounded before their difference is taken, so this subtracts the mean from log q and leaves the
+// projection next to nothing to subtract.
+FASTKD_INLINE void center_log_q(const Call& call, RowState& row) {
+  if (!is_cross_entropy(call) || !wants_sum_of_h(call) || !finite(float(row.phi))) return;
+  Side& side = row.student;
+  const double offset = row.phi / call.cross + side.offset + double(side.offset_low);
+  side.offset = float(offset);
+  side.offset_low = float(offset - side.offset);
+  row.h -= call.degree * row.phi;
+}
+
 // Writes the value of the row, and sets what its gradients are multiplied by.
 FASTKD_PER_ROW void write_value(const Call& call, RowState& row, int rank) {
   const LabelTerm& label_term = row.label_term;
-  if (call.closed_form) row.h = call.degree * row.phi - row.g;
+  if (call.closed_form) {
+    row.h = call.degree * row.phi - row.g;
+    center_log_q(call, row);
+  }
   row.phi += label_term.phi;
   row.g += label_term.g;
   row.h += label_term.h;

@@ -33,11 +33,8 @@ struct Dense {
   FASTKD_DEVICE bool statistics_are_known() const { return statistics_are_exchanged(block.call); }
   FASTKD_DEVICE bool sums_are_known() const { return block.call.shard.step == Step::results; }
 
-  // The moments of a mixture cancel if the sides are close.
-  using Part = std::conditional_t<std::is_same<Divergence, mixture>::value, PreciseStatistics, Statistics>;
-
   template <bool LOG_0>
-  FASTKD_DEVICE Part statistics() {
+  FASTKD_DEVICE Statistics statistics() {
     const RowState& row = block.row();
     Maxima max{row.student.max, row.teacher.max};  // with LOG_0, known from the first attempt
     Extremes local;
@@ -51,7 +48,7 @@ struct Dense {
       add_statistics(sweep, block.call, row, block.place, range, block.slice(0).stage(stage),
                      block.slice(1).stage(stage));
     });
-    return Part{sweep.result()};
+    return sweep.result();
   }
 
   FASTKD_DEVICE void finish_phase() {

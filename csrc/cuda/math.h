@@ -118,17 +118,34 @@ FASTKD_INLINE V expm1(V x) {
   return fabsf(x) < 0.5f ? y * (near * near) + near : exp(x) - 1;
 }
 
-// log(m / max(p, q)) as in fastkd/divergences.py: the series of log(1 + change) if change is small, else the log of the
-// sum.
+template <class To, class From>
+FASTKD_INLINE To as(From from) {
+  static_assert(sizeof(To) == sizeof(From), "a cast of bits");
+  To to;
+  memcpy(&to, &from, sizeof(To));
+  return to;
+}
+
+// log(m / max(p, q)) as in fastkd/divergences.py. It is log(1 + x) + k log 2 with 1 + x in [sqrt(1/2), sqrt(2)); the
+// polynomial is that of Cephes' logf. If k is 0, expm1 computes x, so x is accurate however close to 0 it is.
 FASTKD_INLINE V log_mixture(V log_ratio, V share, V rest) {
   const bool above = log_ratio > 0;
   const float lower = above ? rest : share, size = -fabsf(log_ratio), change = lower * expm1(size);
-  float y = 0.14285714f * change - 0.16666667f;
-  y = y * change + 0.2f;
-  y = y * change - 0.25f;
-  y = y * change + 0.33333334f;
-  y = y * change - 0.5f;
-  return change > -0.03f ? y * (change * change) + change : ::logf((above ? share : rest) + lower * exp2_of(size * LOG2_E));
+  const float sum = (above ? share : rest) + lower * exp2_of(size * LOG2_E);
+  const bool far = change < -0.29289322f;  // k is not 0; false for a NaN
+  const uint32_t bits = as<uint32_t>(sum);
+  const int k = far ? int(bits - 0x3f3504f3) >> 23 : 0;
+  const float x = far ? as<float>(bits - (uint32_t(k) << 23)) - 1 : change;
+  float y = 7.0376836292e-2f * x - 1.1514610310e-1f;
+  y = y * x + 1.1676998740e-1f;
+  y = y * x - 1.2420140846e-1f;
+  y = y * x + 1.4249322787e-1f;
+  y = y * x - 1.6668057665e-1f;
+  y = y * x + 2.0000714765e-1f;
+  y = y * x - 2.4999993993e-1f;
+  y = y * x + 3.3333331174e-1f;
+  y = y * x - 0.5f;
+  return float(k) * LN_2 + (y * (x * x) + x);
 }
 
 // |p - q| as in fastkd/divergences.py.
@@ -152,14 +169,6 @@ FASTKD_INLINE V logaddexp(V a, V b) {
 }
 
 // ---- bits
-
-template <class To, class From>
-FASTKD_INLINE To as(From from) {
-  static_assert(sizeof(To) == sizeof(From), "a cast of bits");
-  To to;
-  memcpy(&to, &from, sizeof(To));
-  return to;
-}
 
 FASTKD_INLINE float from_bf16(uint16_t x) { return as<float>(uint32_t(x) << 16); }
 

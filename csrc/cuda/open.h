@@ -64,7 +64,6 @@ FASTKD_PER_ROW void open_row(const Call& call, int64_t index, RowState& row) {
   row.label = call.labels ? call.labels[index] : -1;
   row.weight = call.weight ? call.weight[index] : 1;
   row.with_labels = call.labels && (call.alpha < 1 || call.target == Target::label);
-  row.lost = {};
   row.phi = row.g = row.h = row.cross_entropy = row.entropy = 0;
   row.z_label = row.t_label = row.center = 0;
   row.label_term = {};

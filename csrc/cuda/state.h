@@ -75,11 +75,6 @@ struct Statistics {
   float t_at_s_max, s_at_t_max;    // sum of x_t over the student's maxima, of x_s over the teacher's
 };
 
-// What the rounding of some sums has lost, while parts were merged.
-struct Lost {
-  float forward, reverse, s_exp_sum, t_exp_sum;
-};
-
 struct Sums {
   float phi, g, h;  // h is 0 if no teacher's gradient is wanted
 };
@@ -124,7 +119,6 @@ struct RowState {
   float label_gradient, teacher_label_gradient;  // of the label's column, if there is a label term
   TailEvent tail;
   Statistics statistics;  // of the whole row
-  Lost lost;              // by the statistics; 0 if the divergence does not need it
   Sums sums;
 };
 

@@ -80,42 +80,6 @@ FASTKD_INLINE Statistics merge(Statistics a, Statistics b, const RowState& row) 
   return add(a, b);
 }
 
-// Statistics whose sums keep what merging rounds off. The value of a mixture is a small difference of moments if the
-// sides are close, and a rounding error of the last few additions would be several of its units.
-struct PreciseStatistics {
-  Statistics sweep;
-  Lost lost;
-};
-
-// What rounding a + b loses.
-FASTKD_INLINE float lost_by_sum(float a, float b) {
-  const float sum = a + b, part = sum - a, lost = (a - (sum - part)) + (b - part);
-  return finite(lost) ? lost : 0;
-}
-
-FASTKD_INLINE PreciseStatistics add(const PreciseStatistics& a, const PreciseStatistics& b) {
-  const auto lost = [&](float Statistics::* sum, float Lost::* rest) {
-    return lost_by_sum(a.sweep.*sum, b.sweep.*sum) + (a.lost.*rest + b.lost.*rest);
-  };
-  return {add(a.sweep, b.sweep),
-          {lost(&Statistics::forward, &Lost::forward), lost(&Statistics::reverse, &Lost::reverse),
-           lost(&Statistics::s_exp_sum, &Lost::s_exp_sum), lost(&Statistics::t_exp_sum, &Lost::t_exp_sum)}};
-}
-
-FASTKD_INLINE Maxima maxima_of(const PreciseStatistics& a) { return maxima_of(a.sweep); }
-
-// The sums of a part with the highest maxima do not change; of the others, what was lost is not rescaled but forgotten.
-FASTKD_INLINE void rescale(PreciseStatistics& a, Maxima max, const RowState& row) {
-  if (max.s != a.sweep.s_max || max.t != a.sweep.t_max) a.lost = {};
-  rescale(a.sweep, max, row);
-}
-
-FASTKD_INLINE void set_statistics(RowState& row, const Statistics& all) { row.statistics = all; }
-FASTKD_INLINE void set_statistics(RowState& row, const PreciseStatistics& all) {
-  row.statistics = all.sweep;
-  row.lost = all.lost;
-}
-
 template <int N>
 FASTKD_INLINE float maximum_of(const V (&z)[N]) {
   float max = z[0];

@@ -6,7 +6,7 @@ namespace fastkd::cuda {
 
 // The divergence that the call names, chosen at run time: for few columns, which are not worth a kernel per divergence.
 struct AnyDivergence {
-  static constexpr bool always_normalized = true;
+  static constexpr bool always_normalized = true, exact_exponents = false;
 };
 
 struct Terms {
@@ -56,6 +56,17 @@ FASTKD_INLINE void evaluate_terms(const Call& call, V p, V q, V log_p, V log_q, 
   h = settled(h);
 }
 
+// A probability, with a first-order correction of what rounding the exponent loses.
+FASTKD_INLINE V exact_probability(const Side& side, V z) {
+  // inverse_sum is for exponents that lack the low part of their origin (statistics.h, Origin); these do not.
+  const float low = side.is_far ? 0 : fmaf(side.max, side.rate, -side.origin);
+  const float inverse_sum = fmaf(side.inverse_sum, expm1(low * LN_2), side.inverse_sum);
+  const float rate_low = fmaf(side.unit, LOG2_E, -side.rate) + side.unit * LOG2_E_LOW;
+  const float distance = z - side.max, x = product(distance, side.rate), e = exp2_of(x);
+  const float lost = fmaf(distance, side.rate, -x) + distance * rate_low;
+  return (e > 0 ? fmaf(e, lost * LN_2, e) : e) * inverse_sum;
+}
+
 // With MAY_BE_FAR, the maxima may be far from 0.
 template <class Divergence, bool LOG_0, bool MAY_BE_FAR = true>
 FASTKD_INLINE void evaluate(const Call& call, const RowState& row, V s, V t, V& p, V& q, V& phi, V& g, V& h) {
@@ -66,9 +77,11 @@ FASTKD_INLINE void evaluate(const Call& call, const RowState& row, V s, V t, V& 
     const auto exponent = [](const Side& side, V z) {
       return MAY_BE_FAR && side.is_far ? product(z - side.max, side.rate) : fmaf(z, side.rate, -side.origin);
     };
-    const V x_s = exponent(row.student, s), x_t = exponent(row.teacher, t);
-    p = exp2_of(x_t) * row.teacher.inverse_sum;
-    q = exp2_of(x_s) * row.student.inverse_sum;
+    const auto probability = [&](const Side& side, V z) {
+      return Divergence::exact_exponents ? exact_probability(side, z) : exp2_of(exponent(side, z)) * side.inverse_sum;
+    };
+    p = probability(row.teacher, t);
+    q = probability(row.student, s);
     const auto logarithm = [](const Side& side, V z) {
       return fmaf(z - side.max, side.unit, side.offset_low) + side.offset;
     };

@@ -9,6 +9,7 @@ struct forward_kl {
   static constexpr bool uses_logs = true, gradient_uses_logs = false;
   // Whether a factor of p and q, with the same logarithms, is one of g.
   static constexpr bool gradient_is_linear = true;
+  static constexpr bool exact_exponents = false;
   static FASTKD_INLINE void eval(V p, V q, V log_p, V log_q, V log_ratio, const float* params_,
                                  float degree_, V& phi_, V& g_, V& h_) {
     const V phi = (p * log_ratio);
@@ -24,6 +25,7 @@ struct reverse_kl {
   static constexpr bool uses_logs = true, gradient_uses_logs = true;
   // Whether a factor of p and q, with the same logarithms, is one of g.
   static constexpr bool gradient_is_linear = true;
+  static constexpr bool exact_exponents = false;
   static FASTKD_INLINE void eval(V p, V q, V log_p, V log_q, V log_ratio, const float* params_,
                                  float degree_, V& phi_, V& g_, V& h_) {
     const V phi = ((-q) * log_ratio);
@@ -39,16 +41,18 @@ struct mixture {
   static constexpr bool uses_logs = true, gradient_uses_logs = true;
   // Whether a factor of p and q, with the same logarithms, is one of g.
   static constexpr bool gradient_is_linear = true;
+  static constexpr bool exact_exponents = true;
   static FASTKD_INLINE void eval(V p, V q, V log_p, V log_q, V log_ratio, const float* params_,
                                  float degree_, V& phi_, V& g_, V& h_) {
     const V forward = splat(params_[0]);
     const V reverse = splat(params_[1]);
-    const V onward = ((forward * p) * log_ratio);
-    const V backward = (((-reverse) * q) * log_ratio);
-    const V gap = ((reverse * q) - (forward * p));
-    phi_ = (onward + backward);
-    g_ = (backward + gap);
-    h_ = (onward - gap);
+    const V more = splat(params_[2]);
+    const V size = distance(p, q, log_ratio);
+    const V gap = where((log_ratio > splat(0.0f)), size, (-size));
+    const V phi = (((reverse * gap) + (more * p)) * log_ratio);
+    phi_ = phi;
+    g_ = (((-forward) * gap) - ((reverse * q) * log_ratio));
+    h_ = (((forward * p) * log_ratio) + (reverse * gap));
   }
 };
 
@@ -58,6 +62,7 @@ struct soft_cross_entropy {
   static constexpr bool uses_logs = true, gradient_uses_logs = false;
   // Whether a factor of p and q, with the same logarithms, is one of g.
   static constexpr bool gradient_is_linear = true;
+  static constexpr bool exact_exponents = true;
   static FASTKD_INLINE void eval(V p, V q, V log_p, V log_q, V log_ratio, const float* params_,
                                  float degree_, V& phi_, V& g_, V& h_) {
     const V weight = splat(params_[0]);
@@ -73,6 +78,7 @@ struct jsd {
   static constexpr bool uses_logs = true, gradient_uses_logs = true;
   // Whether a factor of p and q, with the same logarithms, is one of g.
   static constexpr bool gradient_is_linear = true;
+  static constexpr bool exact_exponents = false;
   static FASTKD_INLINE void eval(V p, V q, V log_p, V log_q, V log_ratio, const float* params_,
                                  float degree_, V& phi_, V& g_, V& h_) {
     const V beta = splat(params_[0]);
@@ -93,6 +99,7 @@ struct skew_forward_kl {
   static constexpr bool uses_logs = true, gradient_uses_logs = true;
   // Whether a factor of p and q, with the same logarithms, is one of g.
   static constexpr bool gradient_is_linear = true;
+  static constexpr bool exact_exponents = false;
   static FASTKD_INLINE void eval(V p, V q, V log_p, V log_q, V log_ratio, const float* params_,
                                  float degree_, V& phi_, V& g_, V& h_) {
     const V alpha = splat(params_[0]);
@@ -118,6 +125,7 @@ struct skew_reverse_kl {
   static constexpr bool uses_logs = true, gradient_uses_logs = true;
   // Whether a factor of p and q, with the same logarithms, is one of g.
   static constexpr bool gradient_is_linear = true;
+  static constexpr bool exact_exponents = false;
   static FASTKD_INLINE void eval(V p, V q, V log_p, V log_q, V log_ratio, const float* params_,
                                  float degree_, V& phi_, V& g_, V& h_) {
     const V alpha = splat(params_[0]);
@@ -137,6 +145,7 @@ struct tvd {
   static constexpr bool uses_logs = true, gradient_uses_logs = true;
   // Whether a factor of p and q, with the same logarithms, is one of g.
   static constexpr bool gradient_is_linear = true;
+  static constexpr bool exact_exponents = false;
   static FASTKD_INLINE void eval(V p, V q, V log_p, V log_q, V log_ratio, const float* params_,
                                  float degree_, V& phi_, V& g_, V& h_) {
     const V sign = (where((log_ratio < splat(0.0f)), splat(1.0f), splat(0.0f)) - where((log_ratio > splat(0.0f)), splat(1.0f), splat(0.0f)));
@@ -152,6 +161,7 @@ struct hellinger {
   static constexpr bool uses_logs = true, gradient_uses_logs = true;
   // Whether a factor of p and q, with the same logarithms, is one of g.
   static constexpr bool gradient_is_linear = true;
+  static constexpr bool exact_exponents = true;
   static FASTKD_INLINE void eval(V p, V q, V log_p, V log_q, V log_ratio, const float* params_,
                                  float degree_, V& phi_, V& g_, V& h_) {
     const V size = ((-splat(0.5f)) * abs(log_ratio));
@@ -172,6 +182,7 @@ struct alpha_beta {
   static constexpr bool uses_logs = true, gradient_uses_logs = true;
   // Whether a factor of p and q, with the same logarithms, is one of g.
   static constexpr bool gradient_is_linear = false;
+  static constexpr bool exact_exponents = false;
   static FASTKD_INLINE void eval(V p, V q, V log_p, V log_q, V log_ratio, const float* params_,
                                  float degree_, V& phi_, V& g_, V& h_) {
     const V alpha = splat(params_[0]);
@@ -204,6 +215,7 @@ struct alpha_beta_of_any_sign {
   static constexpr bool uses_logs = true, gradient_uses_logs = true;
   // Whether a factor of p and q, with the same logarithms, is one of g.
   static constexpr bool gradient_is_linear = false;
+  static constexpr bool exact_exponents = false;
   static FASTKD_INLINE void eval(V p, V q, V log_p, V log_q, V log_ratio, const float* params_,
                                  float degree_, V& phi_, V& g_, V& h_) {
     const V a = splat(params_[0]);
@@ -238,6 +250,7 @@ struct alpha_beta_at_beta_0 {
   static constexpr bool uses_logs = true, gradient_uses_logs = true;
   // Whether a factor of p and q, with the same logarithms, is one of g.
   static constexpr bool gradient_is_linear = false;
+  static constexpr bool exact_exponents = false;
   static FASTKD_INLINE void eval(V p, V q, V log_p, V log_q, V log_ratio, const float* params_,
                                  float degree_, V& phi_, V& g_, V& h_) {
     const V high = splat(params_[0]);
@@ -261,6 +274,7 @@ struct alpha_beta_at_alpha_0 {
   static constexpr bool uses_logs = true, gradient_uses_logs = true;
   // Whether a factor of p and q, with the same logarithms, is one of g.
   static constexpr bool gradient_is_linear = false;
+  static constexpr bool exact_exponents = false;
   static FASTKD_INLINE void eval(V p, V q, V log_p, V log_q, V log_ratio, const float* params_,
                                  float degree_, V& phi_, V& g_, V& h_) {
     const V high = splat(params_[0]);
@@ -284,6 +298,7 @@ struct alpha_beta_at_sum_0 {
   static constexpr bool uses_logs = true, gradient_uses_logs = true;
   // Whether a factor of p and q, with the same logarithms, is one of g.
   static constexpr bool gradient_is_linear = false;
+  static constexpr bool exact_exponents = false;
   static FASTKD_INLINE void eval(V p, V q, V log_p, V log_q, V log_ratio, const float* params_,
                                  float degree_, V& phi_, V& g_, V& h_) {
     const V high = splat(params_[0]);
@@ -303,6 +318,7 @@ struct half_squared_gap {
   static constexpr bool uses_logs = true, gradient_uses_logs = true;
   // Whether a factor of p and q, with the same logarithms, is one of g.
   static constexpr bool gradient_is_linear = false;
+  static constexpr bool exact_exponents = false;
   static FASTKD_INLINE void eval(V p, V q, V log_p, V log_q, V log_ratio, const float* params_,
                                  float degree_, V& phi_, V& g_, V& h_) {
     phi_ = ((splat(0.5f) * log_ratio) * log_ratio);
@@ -317,6 +333,7 @@ struct smooth_l1 {
   static constexpr bool uses_logs = true, gradient_uses_logs = true;
   // Whether a factor of p and q, with the same logarithms, is one of g.
   static constexpr bool gradient_is_linear = false;
+  static constexpr bool exact_exponents = false;
   static FASTKD_INLINE void eval(V p, V q, V log_p, V log_q, V log_ratio, const float* params_,
                                  float degree_, V& phi_, V& g_, V& h_) {
     const V beta = splat(params_[0]);
@@ -334,6 +351,7 @@ struct clipped_mixture {
   static constexpr bool uses_logs = true, gradient_uses_logs = true;
   // Whether a factor of p and q, with the same logarithms, is one of g.
   static constexpr bool gradient_is_linear = false;
+  static constexpr bool exact_exponents = false;
   static FASTKD_INLINE void eval(V p, V q, V log_p, V log_q, V log_ratio, const float* params_,
                                  float degree_, V& phi_, V& g_, V& h_) {
     const V forward = splat(params_[0]);
@@ -356,6 +374,7 @@ struct clipped_jsd {
   static constexpr bool uses_logs = true, gradient_uses_logs = true;
   // Whether a factor of p and q, with the same logarithms, is one of g.
   static constexpr bool gradient_is_linear = false;
+  static constexpr bool exact_exponents = false;
   static FASTKD_INLINE void eval(V p, V q, V log_p, V log_q, V log_ratio, const float* params_,
                                  float degree_, V& phi_, V& g_, V& h_) {
     const V beta = splat(params_[0]);
@@ -378,6 +397,7 @@ struct floored_forward_kl {
   static constexpr bool uses_logs = true, gradient_uses_logs = true;
   // Whether a factor of p and q, with the same logarithms, is one of g.
   static constexpr bool gradient_is_linear = false;
+  static constexpr bool exact_exponents = false;
   static FASTKD_INLINE void eval(V p, V q, V log_p, V log_q, V log_ratio, const float* params_,
                                  float degree_, V& phi_, V& g_, V& h_) {
     const V floor = splat(params_[0]);

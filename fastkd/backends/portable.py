@@ -51,6 +51,7 @@ from fastkd.divergences import (
     Divergence,
     _product_in_parts,
     arguments_of,
+    is_cross_entropy,
     takes_ratio,
 )  # fmt: skip
 
@@ -493,7 +494,35 @@ def _terms(
         if term is not None:
             term.scatter_(-1, top_columns, 0.0)
     tops_differ = (top_columns[:, :1] != top_columns[:, 1:]).to(log_q.dtype)
-    return _Terms(*columns, top_columns, tops_differ, top_terms, (log_q, log_p))
+    terms = _Terms(*columns, top_columns, tops_differ, top_terms, (log_q, log_p))
+    if wants_h and is_cross_entropy(divergence):
+        return _with_centered_h(terms, divergence, s, t, scratch)
+    return terms
+
+
+def _with_centered_h(
+    terms: _Terms, divergence: Divergence, s: _Side, t: _Side, scratch: _Scratch
+) -> _Terms:
+    """Replace h of a multiple of the cross-entropy by -p (log q - mean), with the mean of log q under p.
+
+    The two differ by a multiple of p, which the projection removes. Here it has next to nothing to remove, whereas p
+    log q and p times the mean would be rounded before their difference is taken. Rows with a log 0 stay as they are.
+    """
+    assert divergence.closed_form is not None and s.softmax is not None and t.softmax is not None
+    assert terms.h is not None and terms.top_columns is not None and terms.top_logs is not None
+    weight = divergence.closed_form.cross
+    log_q, log_p = terms.top_logs
+    mean = terms.phi_sum() / -weight
+    origin = mean + s.softmax.log_exp_sum
+    h = torch.sub(s.z, s.softmax.row_max, out=scratch("centered h", s.z.shape[0]))
+    h = _divide(h, s.temperature).sub_(origin.to(h.dtype))
+    h.mul_(t.softmax.exps).mul_(-weight).scatter_(-1, terms.top_columns, 0.0)
+    top_h = -weight * log_p.exp() * (log_q - mean)
+    finite = _finite_rows(h) & _finite_rows(top_h)
+    if not _all(finite):
+        finite = finite.unsqueeze(-1)
+        h, top_h = h.where(finite, terms.h), top_h.where(finite, terms.top_terms[2])
+    return terms._replace(h=h, top_terms=(*terms.top_terms[:2], top_h))
 
 
 def _project(

@@ -44,26 +44,11 @@ of_triton = pytest.mark.parametrize(
 # docs/numerics.md has the reasons for the exceptions.
 LIMITS: dict[str, tuple[float, dict[str, float]]] = {
     "reference": (1.0, {}),
-    "portable": (1.15, {"soft_cross_entropy": 1.6}),
-    "cpu": (1.1, {"skew_forward_kl": 1.25, "skew_reverse_kl": 1.15}),
-    "cpu without FMA": (
-        1.15,
-        {"mixture": 2.1, "soft_cross_entropy": 1.5, "skew_forward_kl": 1.25, "hellinger": 1.3},
-    ),
-    "triton": (
-        1.1,
-        {
-            "mixture": 2.5, "soft_cross_entropy": 1.9, "skew_forward_kl": 1.25, "skew_reverse_kl": 1.25,
-            "hellinger": 1.3,
-        },
-    ),
-    "cuda": (
-        1.15,
-        {
-            "mixture": 1.75, "soft_cross_entropy": 1.45, "jsd": 1.35, "skew_forward_kl": 1.25,
-            "skew_reverse_kl": 1.45, "hellinger": 1.25, "alpha_beta": 1.25,
-        },
-    ),
+    "portable": (1.15, {}),
+    "cpu": (1.1, {"skew_forward_kl": 1.2, "skew_reverse_kl": 1.15}),
+    "cpu without FMA": (1.15, {"skew_forward_kl": 1.2}),
+    "triton": (1.1, {"skew_forward_kl": 1.2, "skew_reverse_kl": 1.2}),
+    "cuda": (1.15, {"skew_forward_kl": 1.2, "alpha_beta": 1.2}),
 }  # fmt: skip
 # PyTorch's own error depends on the instructions that it uses. With others (ATEN_CPU_CAPABILITY=avx2 or default), it is
 # smaller on some rows, and the ratios are up to this multiple of the limits.
@@ -331,8 +316,10 @@ def test_a_planted_fault_is_detected(
 
 # What keeps digits beyond those of a float, with the divergence that needs it.
 FAULTS_OF_ROUNDING = {
-    "what merging moments rounds off is forgotten": (
-        "mixture", ("statistics.h", "  return finite(lost) ? lost : 0;", "  return 0 * lost;")),
+    "the mean of log q is not subtracted": (
+        "soft_cross_entropy", ("gradient.h", "    center_log_q(call, row);\n", "")),
+    "log q keeps one float of its offset": (
+        "soft_cross_entropy", ("gradient.h", "side.offset_low = float(offset - side.offset);", "side.offset_low = 1e-6f;")),
     "the rounding of log2(e) is not corrected": (
         "soft_cross_entropy", ("finish.h", "  correct_far_columns(call, row);\n", "")),
 }  # fmt: skip

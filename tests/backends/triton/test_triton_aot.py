@@ -92,7 +92,7 @@ def _least() -> list[Variant]:
 
 def _few() -> list[Variant]:
     both = ["fp32", "bf16"]
-    # A closed form with all its moments, three sweeps, and no normalizer: bare, usual and with all that a row may have.
+    # A closed form, three sweeps, and no normalizer: bare, usual and with all that a row may have.
     results = [
         Variant("forward_kl", "hinton"),
         Variant("forward_kl", "distillation", "fp32", "fp32"),
@@ -187,7 +187,7 @@ def _pairs() -> list[Variant]:
     results = [Variant(divergence, "hinton") for divergence in DIVERGENCES]
     for divergence in ("forward_kl", "jsd", "squared_error"):
         results.append(Variant(divergence, "distillation", "fp32", "fp32"))
-    # A closed form with all its moments, three sweeps, and no normalizer.
+    # Three sweeps, and no normalizer.
     for divergence, dtype in itertools.product(("mixture", "jsd", "squared_error"), both):
         results.append(Variant(divergence, "everything", dtype, dtype))
     for width in ("narrow", "medium", "odd"):
