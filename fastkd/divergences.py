@@ -842,8 +842,8 @@ def nkd(gamma: float = 1.5) -> Divergence:
 
 
 # The definitions for which Triton and CUDA correct the rounding of every exponent of p and q. The other operations of
-# these definitions round little, so most of the error would come from the exponents: up to eight units in the last place
-# where a probability is 1e-12.
+# these definitions round little, so most of the error would come from the exponents: up to eight units in the last
+# place where a probability is 1e-12.
 WITH_EXACT_EXPONENTS: tuple[Callable[..., tuple[Any, Any]], ...] = (
     _mixture,
     _soft_cross_entropy,

@@ -120,7 +120,8 @@ class LigerFusedLinearKLTopKLogprobLoss(nn.Module):
                 "target_token_ids must be integers and target_logprobs floating point, got "
                 f"{target_token_ids.dtype} and {target_logprobs.dtype}"
             )
-        listed = target_mask != 0
+        # Without a weight, what the teacher lists is not read, even if it is invalid.
+        listed = (target_mask != 0) & (self.weight_soft_loss > 0.0)
         teacher = TopK(
             target_token_ids.masked_fill(~listed, -1),
             target_logprobs.detach().float(),
@@ -132,7 +133,7 @@ class LigerFusedLinearKLTopKLogprobLoss(nn.Module):
         hard = self.weight_hard_loss if self.compute_ce_loss else 0.0
         labelled = (labels != self.ignore_index) if hard else torch.zeros_like(listed[..., 0])
         # Rows whose only loss is the divergence; the other rows take both losses from one pass.
-        unlabelled = listed.any(-1) & ~labelled & (soft > 0.0)
+        unlabelled = listed.any(-1) & ~labelled
 
         def total(mask: Tensor, **options: Any) -> Tensor:
             return fused_linear_kd_loss(

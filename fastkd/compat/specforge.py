@@ -36,7 +36,8 @@ class LogSoftmaxLoss:
 
         Args:
             logits: [B, T, D], the draft model's.
-            target: [B, T, D], the target model's probabilities, which sum to 1 over the draft vocabulary.
+            target: [B, T, D], the target model's probabilities of the draft vocabulary, not negative; they need not sum
+                to 1.
             position_mask: [B, T, 1]; positions where it is 0 count in the divisor B T, but not in the sum.
 
         Returns:
@@ -46,14 +47,17 @@ class LogSoftmaxLoss:
             ValueError, TypeError: an argument has the wrong shape, dtype or device; the message names it.
         """
         _check("target", target, logits, position_mask)
-        rows = logits.shape[:-1].numel()
+        target = target.detach().float()
+        # The loss normalizes the target; the weight undoes that.
+        mass = target.sum(-1)
         return kd_loss(
             logits,
-            target.detach().float().log(),
+            target.log(),
             divergence=soft_cross_entropy(),
-            mask=position_mask.squeeze(-1) != 0,
+            mask=(position_mask.squeeze(-1) != 0) & (mass != 0),
+            weight=mass,
             reduction="sum",
-        ) / max(rows, 1)
+        ) / max(mass.numel(), 1)
 
 
 def compute_acceptance_rate(

@@ -132,6 +132,17 @@ def test_without_cross_entropy() -> None:
     torch.testing.assert_close(without, make(0.0, 0.7)(**given))
 
 
+def test_without_divergence_the_teacher_is_not_read() -> None:
+    given = problem()
+    loss = axolotl.LigerFusedLinearKLTopKLogprobLoss(0.5, 0.0)(**given)
+    given["target_token_ids"] = given["target_token_ids"] * 0
+    given["target_logprobs"] = given["target_logprobs"] * torch.nan
+    again = axolotl.LigerFusedLinearKLTopKLogprobLoss(0.5, 0.0)(**given)
+    assert torch.equal(again, loss)
+    for found, expected in zip(gradients(again, given), gradients(loss, given), strict=True):
+        assert torch.equal(found, expected)
+
+
 def test_no_row_counts() -> None:
     given = problem()
     given["target_mask"] = given["target_mask"] * 0

@@ -187,14 +187,16 @@ def draft_problem(
     return logits, listed / listed.sum(-1, keepdim=True), listed, mask.unsqueeze(-1)
 
 
-@pytest.mark.parametrize(("dtype", "real"), [
-    (torch.float32, False), (torch.float32, True), (torch.bfloat16, False),
+@pytest.mark.parametrize(("dtype", "real", "scale"), [
+    (torch.float32, False, 1), (torch.float32, True, 1), (torch.bfloat16, False, 1), (torch.float32, False, 0.3),
 ])  # fmt: skip
-def test_log_softmax_loss(dtype: torch.dtype, real: bool) -> None:
+def test_log_softmax_loss(dtype: torch.dtype, real: bool, scale: float) -> None:
     """SpecForge's class runs on GPUs only; its file also has the formula, which is compiled."""
     with stand_ins("specforge", "specforge.core"), torch.compiler.set_stance("force_eager"):
         formula = importlib.import_module("specforge.core.loss")._compute_loss
         logits, target, _, mask = draft_problem(dtype, real)
+        target = scale * target
+        target[1, 1] = 0.0
         expected = formula(logits, target, mask)
     tolerance = 1e-5 if dtype == torch.float32 else 1e-2
     before = logits.detach().clone()
