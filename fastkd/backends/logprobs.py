@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastkd.backends.pieces import piece_rows
+from fastkd.core.pieces import piece_rows
 from fastkd.core.tensors import finite_max, precision
 
 # The largest tokens of a row are searched in the blocks of columns with the largest maxima.

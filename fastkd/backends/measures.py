@@ -19,7 +19,6 @@ import torch
 from torch import Tensor
 
 from fastkd.backends import sparse
-from fastkd.backends.pieces import piece_rows
 from fastkd.call.contract import (
     Options,
     Result,
@@ -32,6 +31,7 @@ from fastkd.call.contract import (
 )
 from fastkd.call.measures import DENSE_MEASURES, MEASURES, sum_dtype, sums
 from fastkd.call.rows import Chunks, put, rows_at, take
+from fastkd.core.pieces import piece_rows
 from fastkd.core.tensors import finite_max
 
 ACCEPTANCE, AGREEMENT = MEASURES.index("acceptance"), MEASURES.index("agreement")

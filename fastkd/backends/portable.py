@@ -26,7 +26,6 @@ from fastkd.backends import mutual as reference_mutual
 from fastkd.backends import native, reference
 from fastkd.backends.angles import angles
 from fastkd.backends.logprobs import logprob_gradients, logprob_statistics
-from fastkd.backends.pieces import piece_rows
 from fastkd.backends.reference import empty, scale_rows_
 from fastkd.backends.sparse import Events
 from fastkd.call import mutual
@@ -42,6 +41,7 @@ from fastkd.call.contract import (
 )
 from fastkd.call.log_zero import evaluate
 from fastkd.call.rows import RowIndices, put, rows_at, take
+from fastkd.core.pieces import piece_rows
 from fastkd.core.tensors import finite_max, readable
 from fastkd.divergences import (
     DEFINITIONS,

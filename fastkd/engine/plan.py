@@ -6,8 +6,8 @@ from typing import NamedTuple
 
 import torch
 
-from fastkd.backends.pieces import piece_bytes
 from fastkd.call.contract import row_dtype
+from fastkd.core.pieces import piece_bytes
 from fastkd.core.scalars import plain
 from fastkd.engine.matmul import slab_rows
 

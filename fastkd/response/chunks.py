@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from fastkd.backends import reference, registry
-from fastkd.backends.pieces import PIECE_TEMPORARIES
 from fastkd.call.checks import (
     LossCall,
     check_logits,
@@ -20,6 +19,7 @@ from fastkd.call.checks import (
 )
 from fastkd.call.contract import Options, Result, Rows, Want, row_dtype, total_of
 from fastkd.call.rows import Chunks, RowIndices, put, rows_at, take
+from fastkd.core.pieces import PIECE_TEMPORARIES
 from fastkd.core.scalars import LARGEST, check_number
 from fastkd.engine.gradients import Differentiable, Loss
 from fastkd.engine.graphs import Arguments

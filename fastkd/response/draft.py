@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from fastkd.backends import registry
-from fastkd.backends.pieces import PIECE_TEMPORARIES
 from fastkd.call.checks import (
     LossCall,
     check_choice,
@@ -25,6 +24,7 @@ from fastkd.call.checks import (
 from fastkd.call.contract import Options, Rows, Want, factor_of, row_dtype, total_of
 from fastkd.call.draft import LOSSES, Result, Terms
 from fastkd.call.rows import Chunks, RowIndices, put, rows_at, take
+from fastkd.core.pieces import PIECE_TEMPORARIES
 from fastkd.core.scalars import LARGEST, check_number
 from fastkd.engine import linear
 from fastkd.engine.chunks import Student, StudentChunks

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fastkd.core.pieces import piece_rows
 from fastkd.core.scalars import as_float, plain
 from fastkd.teachers.tensors import FLOATS, check_tensor
 
@@ -178,17 +179,39 @@ class TopK:
             given = "neither" if k is None else "both"
             raise ValueError(f"pass k or ids, to say which tokens to take; got {given}")
         temperature = _checked_temperature(temperature)
-        exact = torch.float64 if logits.dtype == torch.float64 else torch.float32
-        tempered = logits.detach().to(exact) / temperature
         if ids is None:
             k = plain(k)
             if type(k) is not int or not 1 <= k <= width:
                 raise ValueError(f"k must be an int in [1, {width}], got {k!r}")
-            ids = tempered.topk(k, dim=-1).indices
         else:
             _check_index(ids, logits)
-        logprobs, tail_logprob = taken(tempered, ids)
-        return cls(ids, logprobs, tail, tail_logprob, temperature)
+        exact = torch.float64 if logits.dtype == torch.float64 else torch.float32
+        lead = logits.shape[:-1]
+        count = lead.numel()
+        rows = logits.detach().reshape(count, width)
+        index = None if ids is None else ids.reshape(count, ids.shape[-1])
+        # A few rows at a time, because several tensors as wide as the logits exist at once. A compiler would unroll the
+        # loop, so a graph has a single piece.
+        step = piece_rows(width, exact, logits.device.type)
+        if torch.compiler.is_compiling():
+            step = max(count, 1)
+        results = []
+        for start in range(0, max(count, 1), step):
+            tempered = rows[start : start + step].to(exact) / temperature
+            if index is None:
+                of_piece = tempered.topk(k, dim=-1).indices
+            else:
+                of_piece = index[start : start + step]
+            results.append((of_piece, *taken(tempered, of_piece)))
+        taken_ids, logprobs, tail_logprob = map(torch.cat, zip(*results, strict=True))
+        shape = (*lead, taken_ids.shape[-1])
+        return cls(
+            taken_ids.view(shape) if ids is None else ids,
+            logprobs.view(shape),
+            tail,
+            tail_logprob.view(lead),
+            temperature,
+        )
 
     @classmethod
     def sampled(

@@ -1,4 +1,4 @@
-"""The size of a piece of the portable backend: rows computed at once, and the memory that they need."""
+"""The size of a piece: rows that PyTorch code computes at once, and the memory that they need."""
 
 from __future__ import annotations
 
