@@ -481,8 +481,8 @@ def reverse_kl(clip: float = math.inf) -> Divergence:
 
 
 def _mixture(p, q, log_p, log_q, log_ratio, forward, reverse, more):
-    # more is forward - reverse. The projection ignores forward q - reverse q in g, and likewise for h. Without it, every
-    # term tends to 0 as p tends to q. If the weights are equal, phi has no negative terms.
+    # more is forward - reverse. g leaves out (reverse - forward) q and h leaves out (forward - reverse) p, which the
+    # projection removes. What remains tends to 0 as p tends to q. If the weights are equal, no phi is negative.
     size = distance(p, q, log_ratio)
     gap = where(log_ratio > 0.0, size, -size)  # p - q
     phi = (reverse * gap + more * p) * log_ratio
@@ -841,8 +841,8 @@ def nkd(gamma: float = 1.5) -> Divergence:
     return Divergence("nkd", _soft_cross_entropy, (gamma,), None, form, target=Target("label"))
 
 
-# The definitions for which Triton and CUDA correct the rounding of every exponent of p and q. Their own arithmetic loses
-# little, so that rounding would be most of their error: it is up to eight units where a probability is 1e-12.
+# The definitions for which Triton and CUDA correct the rounding of every exponent of p and q. Their own arithmetic
+# loses little, so most of their error would be that rounding, which is up to eight units where a probability is 1e-12.
 WITH_EXACT_EXPONENTS: tuple[Callable[..., tuple[Any, Any]], ...] = (
     _mixture,
     _soft_cross_entropy,
