@@ -13,9 +13,7 @@ translates it to a C++ functor. The gradients follow from g and h:
     dD/dt_v = (h_v - p_v sum_u h_u) / T              t: teacher logits
 
 A definition that returns only (phi, g) has h = degree * phi - g (:class:`Divergence`). That difference loses digits if
-p and q differ by orders of magnitude; definitions that can compute h directly therefore return it. g may also contain a
-multiple of q, and h a multiple of p, because the differences above remove them; not with a closed form, from which
-their sums are computed.
+p and q differ by orders of magnitude; definitions that can compute h directly therefore return it.
 
 If the fifth argument of a definition is named ``log_ratio``, it receives log p - log q. It is computed as a difference
 of logits minus one constant per row, so it has a single rounding error, while log_p - log_q has the errors of both
@@ -481,12 +479,12 @@ def reverse_kl(clip: float = math.inf) -> Divergence:
 
 
 def _mixture(p, q, log_p, log_q, log_ratio, forward, reverse, more):
-    # more is forward - reverse. The projection ignores forward q - reverse q in g, and likewise for h. Without it,
-    # every term tends to 0 as p tends to q. If the weights are equal, phi has no negative terms.
+    # more is forward - reverse. If it is 0, all terms tend to 0 as p tends to q, and no phi is negative.
     size = distance(p, q, log_ratio)
     gap = where(log_ratio > 0.0, size, -size)  # p - q
     phi = (reverse * gap + more * p) * log_ratio
-    return phi, -forward * gap - reverse * q * log_ratio, forward * p * log_ratio + reverse * gap
+    g = -forward * gap - reverse * q * log_ratio - more * q
+    return phi, g, forward * p * log_ratio + reverse * gap + more * p
 
 
 def _clipped_mixture(p, q, log_p, log_q, log_ratio, forward, reverse, clip):

@@ -50,9 +50,10 @@ struct mixture {
     const V size = distance(p, q, log_ratio);
     const V gap = where((log_ratio > splat(0.0f)), size, (-size));
     const V phi = (((reverse * gap) + (more * p)) * log_ratio);
+    const V g = ((((-forward) * gap) - ((reverse * q) * log_ratio)) - (more * q));
     phi_ = phi;
-    g_ = (((-forward) * gap) - ((reverse * q) * log_ratio));
-    h_ = (((forward * p) * log_ratio) + (reverse * gap));
+    g_ = g;
+    h_ = ((((forward * p) * log_ratio) + (reverse * gap)) + (more * p));
   }
 };
 
