@@ -76,7 +76,7 @@ class Case(NamedTuple):
     stack: Callable[[], Callable[[Operands], Tensor]]  # imports the package
     formula: Callable[[Operands], Tensor]  # in float64, or in place of a package that is missing
     fastkd: Callable[[Operands], Tensor]
-    rounded: bool = False  # whether fastkd's logits are rounded to the operands' dtype, so that its errors are a stack's
+    rounded: bool = False  # whether fastkd's logits have the operands' dtype, so that its errors may be a stack's
 
 
 def operands(case: Case, shape: tuple[int, int], dtype: torch.dtype) -> Operands:

@@ -23,7 +23,7 @@ from fastkd.core.tensors import address
 # cblas.h
 _ROW_MAJOR, _AS_IS, _TRANSPOSED = 101, 111, 112
 _INT_MAX = 2**31 - 1
-# Elements that split() converts at once without the extension, so that temporary tensors stay in the second-level cache.
+# Elements that split() converts at once without the extension, so that temporary tensors stay in cache.
 _PIECE = 1 << 17
 
 

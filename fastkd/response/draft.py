@@ -767,8 +767,8 @@ def _with_columns(
         if checking() and not valid:
             if shard is not None:
                 raise ValueError(
-                    f"draft_to_target must be distinct tokens in [{first}, {first + target_width}), the target's tokens "
-                    "that this process has; on some process, some are repeated or outside"
+                    f"draft_to_target must be distinct tokens in [{first}, {first + target_width}), the target's "
+                    "tokens that this process has; on some process, some are repeated or outside"
                 )
             raise ValueError(
                 f"draft_to_target must be distinct tokens in [0, {target_width}); some are repeated or outside. If it "
