@@ -24,11 +24,13 @@ struct InstructionSet {
   decltype(&fastkd::baseline::angles) angles;
   decltype(&fastkd::baseline::logprob_rows) logprob_rows;
   decltype(&fastkd::baseline::draft_rows) draft_rows;
+  decltype(&fastkd::baseline::split_halves) split_halves;
 };
 #define FASTKD_SET(isa)                                                                                    \
   InstructionSet{#isa, fastkd::isa::kd_rows, fastkd::isa::topk_rows, fastkd::isa::scale_rows,             \
                  fastkd::isa::mutual_rows, fastkd::isa::angles,                                      \
-                 fastkd::isa::logprob_rows, fastkd::isa::draft_rows}
+                 fastkd::isa::logprob_rows, fastkd::isa::draft_rows,                              \
+                 fastkd::isa::split_halves}
 
 // The instruction sets that this processor supports, best first.
 std::vector<InstructionSet> supported() {
@@ -126,6 +128,11 @@ void logprob_rows(int64_t row_count, int64_t columns, int64_t stride, uintptr_t 
   chosen->logprob_rows(call);
 }
 
+void split_halves(uintptr_t matrix, int64_t row_count, int64_t columns, int threads) {
+  py::gil_scoped_release release;
+  chosen->split_halves(pointer(matrix), row_count, columns, threads);
+}
+
 // temperature, weight of the peers' term, scale, whether T^2 multiplies, peers; labels, ignore_index, weight, scale on
 // the device; loss, total and the two parts
 using Mutual = std::tuple<double, double, double, bool, int, uintptr_t, int64_t, uintptr_t, uintptr_t, uintptr_t, uintptr_t,
@@ -199,6 +206,7 @@ PYBIND11_MODULE(_C, module) {
   module.def("mutual_rows", &mutual_rows);
   module.def("logprob_rows", &logprob_rows);
   module.def("draft_rows", &draft_rows);
+  module.def("split_halves", &split_halves);
   module.def("new_output", &fastkd::new_output);
   module.def("idle_output_bytes", &fastkd::idle_output_bytes, "Bytes of the buffers kept for later outputs, which the system may reclaim.");
   module.def("release_idle_outputs", &fastkd::release_idle_outputs, "Unmap the buffers kept for later outputs.");

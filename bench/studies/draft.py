@@ -12,6 +12,7 @@ its own as in memory.py. The error is the largest of any loss per row, against f
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import study
@@ -27,7 +28,8 @@ from fastkd.response import draft_loss
 
 CASES = ((256, 32_000, 128_256),)
 LOSSES: tuple[dict[str, float], ...] = (
-    {"forward_kl": 1.0}, {"cross_entropy": 0.1, "tvd": 0.9}, {"nla": 1.0}, {"lk_hybrid": 1.0}
+    {"forward_kl": 1.0}, {"cross_entropy": 0.1, "tvd": 0.9}, {"nla": 1.0}, {"lk_hybrid": 1.0},
+    {"forward_kl": 0.4, "reverse_kl": 0.3, "jsd": 0.2, "tvd": 0.1},
 )  # fmt: skip
 ROWS_OF_ERRORS = 4
 COLUMNS = ("N x D of V", "logits", "loss", "target", "", "ms", "of fastkd's", "memory", "error")
@@ -42,6 +44,16 @@ def formula(
         log_q, p = student.log_softmax(-1, dtype=dtype), teacher.softmax(-1, dtype=dtype)
         return kl_div(log_q, p, reduction="none").sum(-1)
 
+    def reverse_kl() -> Tensor:
+        log_p, q = teacher.log_softmax(-1, dtype=dtype), student.softmax(-1, dtype=dtype)
+        return (q * (q.log() - log_p)).sum(-1)
+
+    def jsd() -> Tensor:
+        log_q, log_p = (x.log_softmax(-1, dtype=dtype) for x in (student, teacher))
+        log_m = torch.logaddexp(log_q, log_p) - math.log(2.0)
+        to_p, to_q = (kl_div(log_m, x, reduction="none", log_target=True) for x in (log_p, log_q))
+        return 0.5 * (to_p + to_q).sum(-1)
+
     def acceptance() -> Tensor:
         pair = (logits.softmax(-1, dtype=dtype) for logits in (student, teacher))
         return torch.minimum(*pair).sum(-1)
@@ -53,6 +65,8 @@ def formula(
 
     terms = {
         "forward_kl": forward_kl,
+        "reverse_kl": reverse_kl,
+        "jsd": jsd,
         "cross_entropy": lambda: cross_entropy(student, teacher.argmax(-1), reduction="none"),
         "tvd": lambda: 1.0 - acceptance(),
         "nla": lambda: -acceptance().clamp_min(1e-5).log(),

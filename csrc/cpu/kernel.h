@@ -112,6 +112,7 @@ constexpr int64_t STATISTICS = 15, APART_STATISTICS = 17, TAIL_STATISTICS = 8, S
   void angles(const Angles&);                \
   void logprob_rows(const LogProbs&);        \
   void draft_rows(const DraftCall&);         \
+  void split_halves(float* matrix, int64_t rows, int64_t columns, int threads); \
   }
 FASTKD_DECLARE(baseline)
 #if defined(__x86_64__)

@@ -85,6 +85,11 @@ def scale_rows_(gradient: Tensor, upstream: Tensor) -> None:
     )
 
 
+def split_halves(matrix: Tensor) -> None:
+    """Replace each row of a contiguous float32 matrix by the halves of :func:`fastkd.engine.bf16.split`."""
+    _C.split_halves(address(matrix), *matrix.shape, torch.get_num_threads())
+
+
 def angles(
     student: Tensor, teacher: Tensor, delta: float, derivatives: bool
 ) -> tuple[Tensor, Tensor | None]:

@@ -17,12 +17,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from fastkd.backends.registry import available_backends, function
 from fastkd.core.tensors import address
 
 # cblas.h
 _ROW_MAJOR, _AS_IS, _TRANSPOSED = 101, 111, 112
 _INT_MAX = 2**31 - 1
-# Elements that split() converts at once, so that its temporary tensors stay in the second-level cache.
+# Elements that split() converts at once without the extension, so that temporary tensors stay in cache.
 _PIECE = 1 << 17
 
 
@@ -49,6 +50,15 @@ def _gemm() -> Callable[..., None] | None:
     function.argtypes = [*[size] * 6, number, *operand, *operand, number, *operand]
     function.restype = None
     return function
+
+
+@functools.cache
+def _native_split() -> Callable[[Tensor], None] | None:
+    """The cpu backend's function, or None if the extension is missing."""
+    if available_backends()["cpu"] is not None:
+        return None
+    split: Callable[[Tensor], None] = function("cpu", "split_halves")
+    return split
 
 
 def available() -> bool:
@@ -106,6 +116,10 @@ def split(matrix: Tensor) -> Halves:
     rows, columns = matrix.shape
     both = matrix.view(torch.bfloat16)
     high, low = both[:, :columns], both[:, columns:]
+    native = _native_split()
+    if native is not None:
+        native(matrix)
+        return Halves(high, low)
     step = max(_PIECE // columns, 1)
     for start in range(0, rows, step):
         piece = slice(start, min(start + step, rows))

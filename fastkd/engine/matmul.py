@@ -17,6 +17,9 @@ from fastkd.engine import bf16
 
 # The size of a converted slab of a weight.
 SLAB_BYTES = 16 << 20
+# The size of an operand or a product of AMX that is processed at a time. It stays in cache: on a Xeon with AMX, the
+# logits of a head of 49,152 x 576 then take 0.75 of the time, and the rounded gradient of the head 0.6.
+AMX_SLAB_BYTES = 4 << 20
 
 
 def slab_rows(width: int) -> int:
@@ -24,8 +27,8 @@ def slab_rows(width: int) -> int:
     return max(SLAB_BYTES // (4 * width), 256)
 
 
-def _slabs(weight: Tensor) -> Iterator[slice]:
-    step = slab_rows(weight.shape[1])
+def _slabs(weight: Tensor, step: int | None = None) -> Iterator[slice]:
+    step = slab_rows(weight.shape[1]) if step is None else step
     for start in range(0, weight.shape[0], step):
         yield slice(start, min(start + step, weight.shape[0]))
 
@@ -59,7 +62,10 @@ def make_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor
     if _widens(hidden) and out.dtype == torch.float32:
         torch.mm(hidden, weight.T, out_dtype=out.dtype, out=out)
     elif bf16.multiplies(hidden, weight, out):
-        bf16.multiply(hidden, weight, out, transpose_b=True)
+        # MKL packs the hidden states again for each slab, so slabs are much longer than the hidden states.
+        step = max(AMX_SLAB_BYTES // (2 * weight.shape[1]), 8 * hidden.shape[0])
+        for slab in _slabs(weight, step):
+            bf16.multiply(hidden, weight[slab], out[:, slab], transpose_b=True)
     else:
         wide_hidden = hidden.to(out.dtype)
         for slab in _slabs(weight):
@@ -123,8 +129,11 @@ def add_weight_gradient(
 
 def _round_weight_gradient(gradient: Tensor | bf16.Halves, hidden: Tensor, total: Tensor) -> None:
     """Write gradient.T @ hidden to total, computed in float32 a slab at a time."""
-    for slab in _slabs(total):
-        product = torch.empty(total[slab].shape, dtype=torch.float32)
+    width = total.shape[1]
+    step = min(max(AMX_SLAB_BYTES // (4 * width), 1024), slab_rows(width))
+    buffer = torch.empty(min(step, len(total)), width, dtype=torch.float32)
+    for slab in _slabs(total, step):
+        product = buffer[: slab.stop - slab.start]
         if isinstance(gradient, bf16.Halves):
             part: Tensor | bf16.Halves = bf16.Halves(gradient.high[:, slab], gradient.low[:, slab])
         else:

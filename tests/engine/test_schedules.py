@@ -330,6 +330,9 @@ EVERY: dict[str, Callable[[Tensor, float], Tensor]] = {
     "draft_loss": lambda s, x: response.draft_loss(
         s, TEACHER, {"lk_hybrid": x, "cross_entropy": 0.5}, eta=x, num_items=x
     ),
+    "fused_linear_draft_loss": lambda s, x: response.fused_linear_draft_loss(
+        s, torch.eye(s.shape[-1]), TEACHER, {"lk_hybrid": x, "cross_entropy": 0.5}, eta=x, num_items=x
+    ),
     "fused_linear_logprobs": lambda s, x: sum(
         value.sum() for value in fastkd.fused_linear_logprobs(s, TEACHER, topk=2, temperature=x, softcap=2 * x)[1::3]
     ),

@@ -154,6 +154,19 @@ CALLS: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
             "mask": MASK,
         },
     ),
+    "fused_linear_draft_loss": (
+        response.fused_linear_draft_loss,
+        {
+            "student_hidden": HIDDEN,
+            "student_weight": HEAD,
+            "teacher": T,
+            "losses": "lk_hybrid",
+            "student_bias": torch.zeros(len(HEAD)),
+            "positions": LABELS,
+            "position_decay": 0.5,
+            "mask": MASK,
+        },
+    ),
     "common_positions": (
         response.common_positions,
         {"student_labels": LABELS, "teacher_labels": LABELS},

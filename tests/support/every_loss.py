@@ -342,6 +342,33 @@ def _draft(losses: Any) -> Callable[..., Tensor]:
     return loss
 
 
+def _draft_head_tensors(dtype: torch.dtype) -> Tensors:
+    inputs = _linear(dtype)
+    names = ("student", "student_weight", "student_bias", "teacher_hidden", "teacher_weight")
+    return {
+        **{name: inputs[name] for name in (*names, "teacher_bias", "mask", "weight")},
+        "student_weight": inputs["student_weight"][:7],
+        "student_bias": inputs["student_bias"][:7],
+        "draft_to_target": torch.randperm(V, generator=_generator())[:7],
+        "positions": torch.arange(3).expand(ROWS).clone(),
+    }
+
+
+def _draft_of_heads(reduction: str) -> Callable[..., Tensor]:
+    def loss(given: Tensors, **backend: str) -> Tensor:
+        teacher = LinearTeacher(
+            given["teacher_hidden"], given["teacher_weight"], given["teacher_bias"]
+        )
+        return response.fused_linear_draft_loss(
+            given["student"], given["student_weight"], teacher, {"tvd": 0.9, "lk_hybrid": 0.5},
+            student_bias=given["student_bias"], mask=given["mask"], weight=given["weight"],
+            draft_to_target=given["draft_to_target"], positions=given["positions"],
+            position_decay=0.9, chunk_size=2, reduction=reduction, **backend,
+        )  # fmt: skip
+
+    return loss
+
+
 HEAD = ("student", "student_weight", "student_bias")
 PAIR = ("student", "teacher")
 
@@ -425,6 +452,8 @@ LOSSES: dict[str, Case] = {
     },
     "draft_loss": Case(_draft_tensors, _draft({"tvd": 0.9, "cross_entropy": 0.1})),
     "draft_loss, of the acceptance": Case(_draft_tensors, _draft({"nla": 0.9, "lk_hybrid": 0.1})),
+    "fused_linear_draft_loss": Case(_draft_head_tensors, _draft_of_heads("none"), HEAD),
+    "fused_linear_draft_loss, summed": Case(_draft_head_tensors, _draft_of_heads("mean"), HEAD),
 }  # fmt: skip
 
 
