@@ -20,7 +20,8 @@ def stand_ins(*packages: str, **modules: dict[str, Any]) -> Iterator[None]:
     top = packages[0].split(".")[0]
     before = dict(sys.modules)
     found = importlib.util.find_spec(top)
-    assert found is not None and found.submodule_search_locations
+    if found is None or not found.submodule_search_locations:
+        raise ModuleNotFoundError(f"No module named {top!r}", name=top)
     root = Path(next(iter(found.submodule_search_locations)))
     for name in packages:
         package: Any = types.ModuleType(name)
