@@ -183,13 +183,15 @@ class TopK:
             k = plain(k)
             if type(k) is not int or not 1 <= k <= width:
                 raise ValueError(f"k must be an int in [1, {width}], got {k!r}")
+            count_taken = k
         else:
             _check_index(ids, logits)
+            count_taken = ids.shape[-1]
         exact = torch.float64 if logits.dtype == torch.float64 else torch.float32
         lead = logits.shape[:-1]
         count = lead.numel()
         rows = logits.detach().reshape(count, width)
-        index = None if ids is None else ids.reshape(count, ids.shape[-1])
+        index = None if ids is None else ids.reshape(count, count_taken)
         # A few rows at a time, because several tensors as wide as the logits exist at once. A compiler would unroll the
         # loop, so a graph has a single piece.
         step = piece_rows(width, exact, logits.device.type)
@@ -197,14 +199,12 @@ class TopK:
             step = max(count, 1)
         results = []
         for start in range(0, max(count, 1), step):
-            tempered = rows[start : start + step].to(exact) / temperature
-            if index is None:
-                of_piece = tempered.topk(k, dim=-1).indices
-            else:
-                of_piece = index[start : start + step]
+            piece = slice(start, start + step)
+            tempered = rows[piece].to(exact) / temperature
+            of_piece = tempered.topk(count_taken).indices if index is None else index[piece]
             results.append((of_piece, *taken(tempered, of_piece)))
         taken_ids, logprobs, tail_logprob = map(torch.cat, zip(*results, strict=True))
-        shape = (*lead, taken_ids.shape[-1])
+        shape = (*lead, count_taken)
         return cls(
             taken_ids.view(shape) if ids is None else ids,
             logprobs.view(shape),
