@@ -14,8 +14,9 @@ from torch.utils._pytree import tree_leaves
 
 import fastkd
 from fastkd import divergences, kd_loss
-from fastkd.backends import pieces, portable
+from fastkd.backends import portable
 from fastkd.call.contract import Options, Rows, Want
+from fastkd.core import pieces
 from fastkd.divergences import DEFINITIONS
 
 NAN, INF = torch.nan, torch.inf

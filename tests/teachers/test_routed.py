@@ -671,7 +671,7 @@ CONSTRUCTOR: list[tuple[Callable[[], Any], type, str]] = [
     (lambda: routed(ROW.long()), TypeError, r"teachers\[0\] must be torch.float32 or .*, got torch.int64"),
     (lambda: routed(torch.tensor(1.0)), ValueError, r"teachers\[0\] must be dense logits \[n, V\], got a scalar"),
     (lambda: routed(ROW, SPARSE), TypeError,
-     r"teachers\[1\] is a TopK and teachers\[0\] is not: pass a TopK for all \(TopK.from_logits takes the tokens"),
+     r"teachers\[1\] is a TopK and teachers\[0\] is not: pass a TopK for all \(TopK.from_logits makes one"),
     (lambda: routed(SPARSE, linear(1, 2, seed=0)), TypeError, r"teachers\[0\] is a TopK and teachers\[1\] is not"),
     (lambda: routed(ROW, index=[0]), TypeError, "index must be a tensor, got list"),
     (lambda: routed(ROW, index=torch.tensor([True])), TypeError, "index must be torch.int64 or .*, got torch.bool"),

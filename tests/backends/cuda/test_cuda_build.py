@@ -26,9 +26,10 @@ REGISTERS = 65_536  # of a multiprocessor
 THREADS = 512  # of a block that has it to itself, or of two
 
 
-# Bytes that ptxas may park in local memory for a thread. On sm_90, no column is swept with a number from there, but for
-# alpha_beta; on sm_100 and sm_120, up to seven loads come to eight columns.
+# Bytes that ptxas may park in local memory for a thread. On sm_90, no column is swept with a number from there, except
+# in the kernels below. On sm_100 and sm_120, up to seven loads come to eight columns.
 SPILLED = 64
+SWEPT_WITH_SPILLS = ("alpha_beta", "skew_forward_kl", "mixture")
 
 
 def _targets() -> list[str]:
@@ -73,7 +74,11 @@ def test_every_kernel_exists_and_stays_in_registers() -> None:
             assert sum(f"{len(name)}{name}E" in kernel for kernel in rows) == 1, name
         for name, used in kernels.items():
             assert used["LOCAL"] == 0 and used["STACK"] <= SPILLED, name
-            if used["STACK"] and target == "sm_90" and "alpha_beta" not in name:
+            if (
+                used["STACK"]
+                and target == "sm_90"
+                and not any(kind in name for kind in SWEPT_WITH_SPILLS)
+            ):
                 _check_columns_stay_in_registers(target, name)
         for name, used in rows.items():
             assert used["REG"] * THREADS <= REGISTERS, name
