@@ -206,7 +206,8 @@ def test_tensors_that_processes_exchange(monkeypatch: pytest.MonkeyPatch) -> Non
     labels = torch.tensor([1, 2], device=DEVICE)
     result = Result(torch.empty(2), torch.empty(()))
     cases: list[tuple[str, float, bool, bool]] = [
-        ("mixture", 1.0, True, False),
+        ("reverse_kl", 1.0, True, False),
+        ("mixture", 1.0, True, True),
         ("jsd", 0.5, True, True),
         ("jsd", 0.0, True, False),
         ("squared_error", 0.5, True, True),
