@@ -145,6 +145,9 @@ LONG = (
     "test_tensors",
     "test_install",
     "test_shards",
+    "test_shared_draft",
+    "test_linear_draft",
+    "test_draft",
     "test_examples",
 )
 
