@@ -506,7 +506,7 @@ class _Batch(NamedTuple):
         )
 
     def rows(self, hidden: Tensor) -> Tensor:
-        """Those of the hidden states [B, S, H] that predict the tokens, [B, C, H]."""
+        """The rows of the hidden states [B, S, H] that predict the tokens: [B, C, H]."""
         first = hidden.shape[1] - self.inputs["input_ids"].shape[1] + self.start - 1
         return hidden[:, first : first + self.tokens.shape[1]]
 
