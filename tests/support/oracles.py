@@ -23,16 +23,21 @@ def _times(log_x: Tensor, factor: Tensor) -> Tensor:
     return x * factor.masked_fill(x == 0, 0.0)
 
 
+def _clipped(x: Tensor, clip: float) -> Tensor:
+    """min(x, clip). Without a clip, x itself: in torch 2.14, the derivative of clamp is 0 where x equals the limit."""
+    return x.clamp(max=clip) if clip < math.inf else x
+
+
 def forward_kl(
     log_p: Tensor, log_q: Tensor, clip: float = math.inf, floor: float = -math.inf
 ) -> Tensor:
     if floor > -math.inf:  # as verl floors both sides before their difference
         log_p, log_q = log_p.clamp_min(floor), log_q.clamp_min(floor)
-    return _times(log_p, log_p - log_q).clamp(max=clip)
+    return _clipped(_times(log_p, log_p - log_q), clip)
 
 
 def reverse_kl(log_p: Tensor, log_q: Tensor, clip: float = math.inf) -> Tensor:
-    return _times(log_q, log_q - log_p).clamp(max=clip)
+    return _clipped(_times(log_q, log_q - log_p), clip)
 
 
 def mixture(
@@ -43,7 +48,7 @@ def mixture(
     clip: float = math.inf,
 ) -> Tensor:
     both = forward * forward_kl(log_p, log_q) + reverse * reverse_kl(log_p, log_q)
-    return both.clamp(max=clip)
+    return _clipped(both, clip)
 
 
 def soft_cross_entropy(log_p: Tensor, log_q: Tensor) -> Tensor:
@@ -60,7 +65,7 @@ def jsd(log_p: Tensor, log_q: Tensor, beta: float = 0.5, clip: float = math.inf)
         return reverse_kl(log_p, log_q, clip) if beta else forward_kl(log_p, log_q, clip)
     log_m = _log_mixture(log_p, log_q, beta)
     jsd = beta * _times(log_p, log_p - log_m) + (1 - beta) * _times(log_q, log_q - log_m)
-    return jsd.clamp(max=clip)
+    return _clipped(jsd, clip)
 
 
 def skew_forward_kl(log_p: Tensor, log_q: Tensor, alpha: float = 0.1) -> Tensor:
