@@ -100,7 +100,7 @@ CASES = (
 
 
 def byte_tokenizer(vocabulary: int, skipped: int = 0) -> Any:
-    """A byte-level BPE tokenizer, which GOLD needs; its tokens are bytes, and byte pairs after the first `skipped`."""
+    """A byte-level BPE tokenizer, which GOLD needs; its tokens: bytes, and byte pairs without the first `skipped`."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -169,7 +169,7 @@ def dataset(case: Case, sizes: Sizes) -> Dataset:
 
 
 def model(sizes: Sizes, seed: int, width: int) -> Any:
-    """A model with positions for a batch, and for the longer prompts of a teacher that sees more than the student."""
+    """A model with enough positions for a batch, and for the teacher's prompts, which are longer in SDFT and SDPO."""
     return tiny_models.llama(
         sizes.vocabulary, width, seed, num_hidden_layers=sizes.layers, num_attention_heads=8, num_key_value_heads=4,
         initializer_range=0.05, max_position_embeddings=4 * (sizes.prompt + sizes.completion) + 64,

@@ -1,5 +1,5 @@
-// The loss of a draft model on the CPU: every term of a weighted sum, the acceptance and the gradient of the sum, in one
-// visit to each row (fastkd/call/draft.py has the contract).
+// The loss of a draft model on the CPU: every term of a weighted sum, the acceptance and the gradient of the sum, in
+// one visit to each row (fastkd/call/draft.py has the contract).
 //
 //   statistics   maximum and sum of exponentials of each block of both sides, merged in double, in block order
 //   sums         the sums over columns that the terms need, all in one sweep
@@ -159,7 +159,7 @@ DraftSums draft_sums(const DraftView& of, int n) {
           sum_lanes(lanes.acceptance), sum_lanes(lanes.distance), sum_lanes(lanes.sign), sum_lanes(lanes.q)};
 }
 
-// The factors of a row's gradient: of q and p, and of the terms that differ from column to column.
+// The factors of the gradient's parts, equal in all columns: of q, p, reverse KL's phi, JSD's g and q half_sign.
 struct Coefficients {
   float q, p, reverse, jsd, sign;
 };
@@ -431,7 +431,7 @@ class DraftRow {
       forward += weights[LK_HYBRID] * share_;
       sign += weights[LK_HYBRID] * (1 - share_);
     }
-    // A NaN passes.
+    // `!(a < b)` instead of `a >= b`, so that a NaN acceptance makes the gradient NaN.
     if (weights[NLA] > 0 && !(acceptance_ < LOWEST_ACCEPTANCE)) sign += weights[NLA] / acceptance_;
     const double reverse = weights[REVERSE_KL], jensen_shannon = weights[JENSEN_SHANNON], hard = weights[CROSS_ENTROPY];
     double of_q = forward + hard;

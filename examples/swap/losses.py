@@ -4,9 +4,9 @@
     python examples/swap/losses.py --tiny               # random models, in seconds
     python examples/swap/losses.py --only verl --only axolotl
 
-These stacks need GPUs or a cluster to train, but their losses run here. The loss and fastkd's adapter for it are called
-in the way in which the stack calls the loss. Both train the same student on the same batches; the run fails if the
-curves differ by more than rounding errors.
+These stacks need GPUs or a cluster to train, but their losses run here. Each stack's loss and fastkd's adapter are both
+called as the stack calls its loss. Both train the same student on the same batches; the run fails if the curves differ
+by more than rounding errors.
 """
 
 import importlib
@@ -89,7 +89,7 @@ def nemo_automodel(module: Any) -> Loss:
 
 
 def torchtune(module: Any) -> Loss:
-    """torchtune's symmetric KL; its forward KL is a cross-entropy."""
+    """torchtune's symmetric KL; what it calls forward KL omits the teacher's entropy."""
     loss = module.SymmetricKLLoss()
     return lambda step: loss(step.logits, step.teacher_logits, step.labels)
 
@@ -185,7 +185,7 @@ def skyrl_topk(module: Any) -> Loss:
 
 
 def speculators(module: Any) -> Loss:
-    """speculators' compound loss of a draft model, here the student, as its options name it."""
+    """speculators' weighted sum of cross-entropy and TV for a draft model, here the student."""
     if module is compat.speculators:
         terms = [(module.ce_loss, 0.1), (module.tv_loss, 0.9)]
     else:
@@ -214,7 +214,7 @@ def specforge(module: Any) -> Loss:
 
 
 def _veomni() -> Any:
-    """Import VeOmni's file with a stand-in for what it asks its package: whether sequences are sharded."""
+    """Import VeOmni's file with a stand-in for the module that tells it whether sequences are sharded."""
     state = "veomni.distributed.parallel_state"
     parents = ("veomni.distributed", state)
     for name in parents:

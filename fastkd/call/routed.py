@@ -27,8 +27,8 @@ from fastkd.teachers import RoutedTeacher, Teacher, TopK
 class JoinedTopK(TopK):
     """A TopK made of several, with facts about their rows that the fields of a TopK cannot hold."""
 
-    # The two tensors [...] that fastkd.call.tail.masses returns for the TopKs from which the rows come. None: the loss
-    # computes them from this TopK.
+    # For each row [...], the sum of the listed probabilities and an estimate of the mass of the tail, which
+    # fastkd.call.tail.masses has computed from the TopK of the row. None: the loss computes them from this TopK.
     own_masses: tuple[Tensor, Tensor] | None = None
     # [...] bool: whether the TopK from which the row comes has a tail_logprob. If it has none, tail_logprob is -inf
     # here. None: either all of the TopKs have one, or none has.
@@ -130,7 +130,7 @@ def joined(teacher: Teacher, lead: torch.Size, was_read: bool) -> Teacher:
 
 
 def _joined_logits(dense: Sequence[Tensor], numbers: Tensor, lead: torch.Size) -> Tensor:
-    """Dense teachers as one tensor [..., V] of the narrowest width and the widest dtype."""
+    """Dense teachers as one tensor [..., V] of the widest dtype; columns beyond the narrowest width are padding."""
     width = min(logits.shape[-1] for logits in dense)
     dtype = widest(dense)
     columns = [logits[..., :width].to(dtype) for logits in dense]

@@ -91,8 +91,8 @@ class MFTLoss(_Loss):
 
     Each row has its own m, which raises the target probability of the label y above that of every other token by the
     threshold. If the teacher's most probable token is not y, m = (p_max - p_y + threshold) / (1 + p_max - p_y);
-    otherwise m = (p_y + threshold - p_max) / (1 - p_max), with p_y + threshold at most 1. The logits of p' differ from
-    the teacher's only in the label's column, so the target is a copy of them with that column changed.
+    otherwise m = min(threshold / (1 - p_y), 1). The logits of p' differ from the teacher's only in the label's column,
+    so the target is a copy of them with that column changed.
 
     Args:
         temperature: T > 0.
@@ -132,7 +132,7 @@ class MFTLoss(_Loss):
     def _target_logits(self, logits: Tensor, labels: Tensor) -> Tensor:
         """Return logits whose softmax is p'."""
         tempered = widened(logits) / self._temperature
-        # Shift the maximum to 0, so that rounding the label's new logit does not lose its odds.
+        # Shift the maximum to 0: a common offset would increase the rounding error of the label's new logit.
         tempered -= tempered.amax(-1, keepdim=True)
         column = labels.unsqueeze(-1)
         label = tempered.gather(-1, column).double()
@@ -141,7 +141,7 @@ class MFTLoss(_Loss):
         others = tempered.logsumexp(-1, keepdim=True).double()
         p_y, p_others = (label - others).sigmoid(), (others - label).sigmoid()
         p_best = (tempered.amax(-1, keepdim=True).double() - others).exp() * p_others
-        # The probability of the other tokens in p', if the label is not the teacher's best token and if it is.
+        # What p' gives all other tokens together, in two cases: the label is the teacher's most probable token, or not.
         if_not_best = p_others * (1.0 - self._threshold) / (1.0 + p_best - p_y)
         if_best = (p_others - self._threshold).clamp(min=0.0)
         target_others = torch.where(p_best > p_y, if_not_best, if_best)
@@ -299,7 +299,7 @@ class _Losses(_Trainer):
                         f"use_liger_kernel must be False if the lm_head of the {model} is quantized "
                         f"({side}_quantizer is enabled): the loss reads the head's weight as it is"
                     )
-        # Layer norms may return float32 although the heads are narrower.
+        # Layer norms may return float32 although the heads are, for example, bfloat16.
         student_hidden = outputs.logits.to(student_head.weight.dtype)
         teacher_hidden = teacher.logits.to(teacher_head.weight.dtype)
         targets = torch.nn.functional.pad(labels[..., 1:], (0, 1), value=_IGNORED)

@@ -154,7 +154,7 @@ def register() -> None:
     soft_ce = importlib.import_module("skyrl.backends.skyrl_train.mtp.soft_ce")
     for function in (draft_soft_ce, draft_soft_ce_topk):
         original = getattr(soft_ce, function.__name__)
-        # The worker of Megatron has imported the functions by name.
+        # SkyRL's Megatron worker has imported the functions by name, so its module has references of its own.
         for name, module in list(sys.modules.items()):
             if name.startswith("skyrl.") and vars(module).get(function.__name__) is original:
                 setattr(module, function.__name__, function)

@@ -160,7 +160,7 @@ def _counted_rows(data: Any) -> Tensor:
     """A nested uint8 tensor, 1 for each row of logits that predicts a token of the response.
 
     The logits that predict a token are in the row before it. The last row of a sequence predicts nothing, and verl
-    fills in zeros for the teacher.
+    sets the teacher's values in it to 0.
     """
     offsets = data["teacher_ids"].offsets()
     ends = offsets[1:]

@@ -1,8 +1,8 @@
 """Ensembles with a TopK among their teachers, combined into one TopK of the tokens for which the mean is known.
 
-Each TopK has the probabilities of the tokens that it lists, a dense teacher those of all tokens. What the mean
-needs beyond that depends on the policy for the tail; fastkd.teachers.Ensemble states the formulas. Logarithms are
-float32, or float64 if one of the teachers is.
+Each TopK has the probabilities of the tokens that it lists, a dense teacher those of all tokens. The
+policy for the tail decides which tokens the combined TopK lists; fastkd.teachers.Ensemble states the formulas.
+Logarithms are float32, or float64 if one of the teachers is.
 """
 
 from __future__ import annotations

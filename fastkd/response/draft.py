@@ -162,9 +162,9 @@ def draft_loss(
     accepted, unlike that of "tvd".
 
     A draft vocabulary may be a subset of the target's. p is then renormalized over the subset in the first four terms
-    and in the KL of "lk_hybrid". The acceptance a uses p as it is, because the target verifies with it: its
-    mass outside the subset is never accepted. (speculators cuts and renormalizes the target's logits for all terms; to
-    get its values, pass ``teacher[..., draft_to_target]`` and no draft_to_target.)
+    and in the KL of "lk_hybrid". The acceptance a uses p as it is, because the target verifies tokens with all of p:
+    the mass of p outside the subset is never accepted. (speculators cuts and renormalizes the target's logits for all
+    terms; to get its values, pass ``teacher[..., draft_to_target]`` and no draft_to_target.)
 
     Args:
         student_logits: [..., D], the draft model's logits, one column per draft token.
@@ -255,7 +255,7 @@ def _draft_loss(
     backend: str,
     **weights: float,
 ) -> Tensor | tuple[Tensor, DraftParts]:
-    """draft_loss with a number per term; names lists the terms that were passed, separated by spaces."""
+    """draft_loss with one argument per weight; `names` is the names of the passed terms, separated by spaces."""
     from fastkd.parallel import layout, share
 
     group = layout.group_of(process_group)
@@ -574,7 +574,7 @@ def _fused_linear_draft_loss(
             result = compute_chunk(kernels, terms, logits, of_rows, of_chunk, options, want, shard)
             outputs.put(indices, result)
             if result.student_gradient is not None:
-                # The target's logits are no longer needed. Their buffer may be too narrow on some processes.
+                # The target's logits are no longer needed, so their buffer is scratch memory if it is wide enough.
                 scratch = buffers[1] if len(buffers) > 1 and width <= target_width else None
                 student.add(indices, result.student_gradient, scratch)
 
@@ -649,7 +649,7 @@ def _with_parts(
 
 
 def _terms(names: str, weights: Mapping[str, Any], eta: float, return_parts: bool) -> Terms:
-    """The checked terms, without columns. names: those that were passed, separated by spaces."""
+    """The checked terms; their columns are still None. names: those that were passed, separated by spaces."""
     checked = {
         name: check_number(f"losses[{name!r}]", weights[name], 0.0, LARGEST)
         for name in names.split()
@@ -678,7 +678,7 @@ def _shared(
     lead: torch.Size,
     **facts: object,
 ) -> Shard:
-    """This process's part of both vocabularies, once all processes agree. widths: of draft model and target."""
+    """Check that all processes make the same call; return this one's Shard. widths: of draft model and target."""
     from fastkd.parallel.share import facts_of_rows
 
     names = {

@@ -351,7 +351,7 @@ class Shared:
                 values[name] = sums[name].masked_fill(self.empty, math.nan)
         self.acceptance: Tensor | None = None
         if terms.of_acceptance:
-            # sum max(q - m p, 0): half of sum |q - m p|, and half of the mass outside the draft vocabulary.
+            # sum max(q - m p, 0) = sum |q - m p| / 2 + (1 - m) / 2, where m is the target's mass on the draft tokens.
             values["tvd"] = sums["tvd"] - 0.5 * torch.expm1(self.log_mass)
             acceptance = sums["acceptance"]
             values["nla"] = -acceptance.clamp(min=LOWEST_ACCEPTANCE).log()

@@ -80,7 +80,7 @@ class RoutedTeacher:
         self._check_alike()
 
     def _check_alike(self) -> None:
-        """Raise unless all TopKs have the same policy and, if that needs it, the same temperature."""
+        """Raise unless all TopKs have the same policy and, if the policy needs it, the same temperature."""
         first = self.teachers[0]
         if not isinstance(first, TopK):
             return
@@ -112,7 +112,7 @@ class RoutedTeacher:
 
 
 def rows_of(teacher: Tensor | TopK | LinearTeacher) -> Tensor:
-    """The tensor of a teacher whose leading shape is that of the teacher's rows."""
+    """The teacher's ids, hidden states or logits: a tensor with one vector per row of the teacher."""
     if isinstance(teacher, TopK):
         return teacher.ids
     return teacher.hidden if isinstance(teacher, LinearTeacher) else teacher
