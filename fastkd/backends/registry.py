@@ -231,14 +231,13 @@ def obstacle(
                 f"the logits are on {call.device!r}",
                 f"Use backend='auto' for tensors on {call.device!r}",
             )
+        other = "portable" if backend == "cpu" else "triton"
         if call.divergence.function not in DEFINITIONS:
-            other = "portable" if backend == "cpu" else "triton"
             return Obstacle(
                 f"divergence {call.divergence.name!r} is not compiled into the extension",
                 f"Add it to fastkd/divergences.py and run `make divergences`, or use backend={other!r}",
             )
         if not call.divergence.normalized and call.divergence.function not in OF_LOGITS:
-            other = "portable" if backend == "cpu" else "triton"
             return Obstacle(
                 f"divergence {call.divergence.name!r} has normalized=False, for which its definition is not compiled "
                 "into the extension",

@@ -7,12 +7,13 @@ import torch
 # Bytes of one tensor of a piece. On a CPU this is per thread: small enough for the cache, and large enough that the
 # overhead of operator calls does not matter. On a device it is large enough to keep a launch busy.
 PIECE_CPU, PIECE_DEVICE = 2 << 20, 32 << 20
-# The most tensors of this size that a piece holds at once; tests/backends/test_portable.py measures it.
+# The most tensors of this size that a piece of the portable backend holds at once; measured by
+# tests/backends/test_portable.py.
 PIECE_TEMPORARIES = 18
 
 
 def piece_rows(columns: int, dtype: torch.dtype, device: str) -> int:
-    """How many rows of `columns` columns the portable backend computes at once; dtype is the dtype of losses."""
+    """How many rows of `columns` columns are computed at once in PyTorch; dtype is that of the computation."""
     room = PIECE_CPU * torch.get_num_threads() if device == "cpu" else PIECE_DEVICE
     return max(room // max(columns * dtype.itemsize, 1), 1)
 
