@@ -496,7 +496,6 @@ def _fused_linear_draft_loss(
     lead, device = student_hidden.shape[:-1], student_hidden.device
     width = student_weight.shape[0]
     target_width = target.shape[-1] if target_weight is None else target_weight.shape[0]
-    logits_dtype = wide(student_hidden.dtype)
     dtype = row_dtype(student_hidden.dtype, target.dtype)
     with share.agreed_by(group) as agreement:
         terms = _terms(names, weights, eta, return_parts)
@@ -524,54 +523,95 @@ def _fused_linear_draft_loss(
     )
     name = registry.select(call.backend, device.type, dtype, dtype, call.options.divergence)
     kernels = registry.load(name)
-    native = shard is None and hasattr(kernels, "draft_rows")
-    extra = {"reference": REFERENCE_TEMPORARIES, "portable": PIECE_TEMPORARIES}.get(name, 0)
+    student = Student(student_hidden, student_weight, student_bias)
     row_bytes = 0 if target_weight is not None else target_width * target.itemsize
-    if not native:
+    if shard is not None or not hasattr(kernels, "draft_rows"):
+        extra = {"reference": REFERENCE_TEMPORARIES, "portable": PIECE_TEMPORARIES}.get(name, 0)
         held, padded = _held(width, target_width, shard, extra)
         row_bytes += held * padded * dtype.itemsize
-    widest, widest_target = (width, target_width) if shard is None else shard[3:]
-    shape = Shape(
-        lead.numel(),
-        widest,
-        student_hidden.dtype,
-        logits_dtype,
-        student_hidden.shape[-1],
-        0 if target_weight is None else widest_target,
-        row_bytes,
-        0 if target_weight is None else target.shape[-1],
-        weight_gradient=trained[1],
-        device=device.type,
-    )
+    shape = _shape_of(student, target, target_weight, shard, row_bytes, trained[1])
     size = plan(shape, chunk_size, memory_budget).chunk_size
+    chunked = _ChunkedDraft(terms, shard, kernels, size, trained, dtype)
+    want = Want(any(trained), deferred=not call.summed and any(trained[1:]))
+    rule = Loss(chunked.compute, call.options, want, call.summed, kernels.scale_rows_)
+    inputs = (*student, target, target_weight, target_bias)
+    return _with_parts(Differentiable.apply(rule, call.rows, 3, *inputs), call, terms, device)
 
-    def compute(hidden: Tensor, head: Tensor, bias: Tensor | None, *others: Any) -> _Computed:
-        *of_target, rows, options, want = others
-        whole, head_of_target, bias_of_target = of_target
-        call_rows, call_options = rows, options
+
+def _shape_of(
+    student: Student,
+    target: Tensor,
+    target_weight: Tensor | None,
+    shard: Shard | None,
+    row_bytes: int,
+    weight_gradient: bool,
+) -> Shape:
+    """What the memory plan needs to know of a call. row_bytes: those of a row beside its logits."""
+    hidden, head, _ = student
+    assert head is not None
+    target_width = 0 if target_weight is None else target_weight.shape[0]
+    width, widest_target = head.shape[0], target_width
+    if (
+        shard is not None
+    ):  # every process plans for the widest part, so that all have the same chunks
+        width, widest_target = shard.widest, shard.widest_target
+    return Shape(
+        hidden.shape[:-1].numel(),
+        width,
+        hidden.dtype,
+        wide(hidden.dtype),
+        hidden.shape[-1],
+        widest_target if target_weight is not None else 0,
+        row_bytes,
+        target.shape[-1] if target_weight is not None else 0,
+        weight_gradient=weight_gradient,
+        device=hidden.device.type,
+    )
+
+
+class _ChunkedDraft(NamedTuple):
+    """What fused_linear_draft_loss needs besides the tensors that a graph saves for the backward pass."""
+
+    terms: Terms
+    shard: Shard | None
+    kernels: Any  # the module of the backend
+    chunk_size: int
+    wanted: tuple[bool, ...]  # for each field of Student, whether its gradient is wanted
+    dtype: torch.dtype  # of the losses and of the target's logits
+
+    def compute(self, hidden: Tensor, head: Tensor, bias: Tensor | None, *others: Any) -> _Computed:
+        """Loop over the chunks. others: the target and its head, weight and bias, then rows, options and want."""
+        target, target_weight, target_bias, call_rows, call_options, want = others
+        rows, options = call_rows, call_options
+        lead, width, device = hidden.shape[:-1], head.shape[0], hidden.device
         # As in fastkd.engine.chunks: scaled float16 gradients would underflow as operands.
         defers_scale = hidden.dtype == torch.float16
         if defers_scale:
             options, rows = options._replace(scale=1.0), rows._replace(scale=None)
-        chunks = Chunks.of(rows, lead, options.ignore_index, size, even=True)
-        wanted = (False,) * 3 if want.deferred else trained
+        chunks = Chunks.of(rows, lead, options.ignore_index, self.chunk_size, even=True)
+        wanted = (False,) * 3 if want.deferred else self.wanted
         student = StudentChunks(
             Student(hidden, head, bias), lead, width, wanted, False, chunks.count <= chunks.size
         )
-        outputs = _Outputs(terms, lead, dtype, device)
+        outputs = _Outputs(self.terms, lead, self.dtype, device)
         want = want._replace(student_gradient=any(wanted), inplace=True)
-        buffers = [kernels.empty((chunks.size, width), logits_dtype, device)]
-        if head_of_target is not None:
-            buffers.append(kernels.empty((chunks.size, target_width), dtype, device))
+        buffers = [self.kernels.empty((chunks.size, width), wide(hidden.dtype), device)]
+        if target_weight is not None:
+            target_width = target_weight.shape[0]
+            buffers.append(self.kernels.empty((chunks.size, target_width), self.dtype, device))
 
         def run(indices: RowIndices) -> None:
             count = indices.stop - indices.start if isinstance(indices, slice) else indices.numel()
             logits = student.logits(indices, buffers[0][:count])
-            of_rows = take(whole, lead, indices)
-            if head_of_target is not None:
-                of_rows = make_logits(of_rows, head_of_target, bias_of_target, buffers[1][:count])
+            target_logits = take(target, lead, indices)
+            if target_weight is not None:
+                target_logits = make_logits(
+                    target_logits, target_weight, target_bias, buffers[1][:count]
+                )
             of_chunk = rows_at(rows, lead, indices)
-            result = compute_chunk(kernels, terms, logits, of_rows, of_chunk, options, want, shard)
+            result = compute_chunk(
+                self.kernels, self.terms, logits, target_logits, of_chunk, options, want, self.shard
+            )
             outputs.put(indices, result)
             if result.student_gradient is not None:
                 # The target's logits are no longer needed, so their buffer is scratch memory if it is wide enough.
@@ -588,11 +628,6 @@ def _fused_linear_draft_loss(
                 if gradient is not None:
                     gradient.mul_(factor)
         return outputs.computed(call_rows, call_options, gradients)
-
-    want = Want(any(trained), deferred=not call.summed and any(trained[1:]))
-    rule = Loss(compute, call.options, want, call.summed, kernels.scale_rows_)
-    inputs = (student_hidden, student_weight, student_bias, target, target_weight, target_bias)
-    return _with_parts(Differentiable.apply(rule, call.rows, 3, *inputs), call, terms, device)
 
 
 class _Computed(NamedTuple):
