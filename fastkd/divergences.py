@@ -47,7 +47,8 @@ from torch import Tensor, abs, exp, expm1, log1p, logaddexp, where  # noqa: A004
 from fastkd.core.scalars import as_float, plain
 
 VOCABULARY = (
-    "abs", "exp", "expm1", "log1p", "logaddexp", "where", "log_mixture", "distance", "power", "power_product",
+    "abs", "exp", "expm1", "log1p", "logaddexp", "where", "log_mixture", "log_even_mixture", "distance", "power",
+    "power_product",
 )  # fmt: skip
 ENTRY = ("p", "q", "log_p", "log_q")
 RATIO = "log_ratio"
@@ -70,6 +71,11 @@ def log_mixture(log_ratio: Tensor, share: float, rest: float) -> Tensor:
     far = (larger_share + smaller_share * exp(log_smaller_over_larger)).log()
     # log1p is precise for small changes. Near -1 the sum of the two shares is more precise.
     return where(change > -0.3, log1p(change), far)
+
+
+def log_even_mixture(log_ratio: Tensor) -> Tensor:
+    """Return log_mixture for m = (p + q) / 2, which kernels compute in fewer steps."""
+    return log_mixture(log_ratio, 0.5, 0.5)
 
 
 def distance(p: Tensor, q: Tensor, log_ratio: Tensor) -> Tensor:
@@ -536,22 +542,31 @@ def soft_cross_entropy() -> Divergence:
 
 
 def _jsd(p, q, log_p, log_q, log_ratio, beta, rest):
-    # rest is 1 - beta. Either above_q or above_p is 0. For beta = 1/2 swapping p and q swaps the terms of the sum, so
-    # the result is exactly symmetric.
+    # rest is 1 - beta. Either above_q or above_p is 0.
     log_m = log_mixture(log_ratio, beta, rest)
     above_q = where(log_ratio > 0.0, log_ratio, 0.0)
     above_p = where(log_ratio < 0.0, -log_ratio, 0.0)
-    phi = -(beta * p + rest * q) * log_m - (beta * p * above_p + rest * q * above_q)
-    return phi, -rest * q * (above_q + log_m), -beta * p * (above_p + log_m)
+    g = -rest * q * (above_q + log_m)
+    h = -beta * p * (above_p + log_m)
+    return g + h, g, h
+
+
+def _even_jsd(p, q, log_p, log_q, log_ratio):
+    # Swapping p and q swaps g and h and leaves every operation of phi as it is, so the result is exactly symmetric.
+    log_m = log_even_mixture(log_ratio)
+    above_q = where(log_ratio > 0.0, log_ratio, 0.0)
+    phi = -0.5 * ((p + q) * log_m + where(log_ratio > 0.0, q, p) * abs(log_ratio))
+    return phi, -0.5 * q * (above_q + log_m), -0.5 * p * ((above_q - log_ratio) + log_m)
 
 
 def _clipped_jsd(p, q, log_p, log_q, log_ratio, beta, rest, clip):
     log_m = log_mixture(log_ratio, beta, rest)
     above_q = where(log_ratio > 0.0, log_ratio, 0.0)
     above_p = where(log_ratio < 0.0, -log_ratio, 0.0)
-    phi = -(beta * p + rest * q) * log_m - (beta * p * above_p + rest * q * above_q)
-    g = where(phi > clip, 0.0, -rest * q * (above_q + log_m))
-    return where(phi > clip, clip, phi), g, where(phi > clip, 0.0, -beta * p * (above_p + log_m))
+    g = -rest * q * (above_q + log_m)
+    h = -beta * p * (above_p + log_m)
+    phi = g + h
+    return where(phi > clip, clip, phi), where(phi > clip, 0.0, g), where(phi > clip, 0.0, h)
 
 
 @_recorded
@@ -576,6 +591,8 @@ def jsd(beta: float = 0.5, clip: float = math.inf) -> Divergence:
         return reverse_kl(clip) if beta else forward_kl(clip)
     if clip < math.inf:
         return Divergence("jsd with a clip", _clipped_jsd, (beta, 1.0 - beta, clip))
+    if beta == 0.5:
+        return Divergence("jsd", _even_jsd, degree=1.0)
     return Divergence("jsd", _jsd, (beta, 1.0 - beta), degree=1.0)
 
 
@@ -876,6 +893,7 @@ DEFINITIONS: tuple[Callable[..., tuple[Any, Any]], ...] = (
     _mixture,
     _soft_cross_entropy,
     _jsd,
+    _even_jsd,
     _skew_forward_kl,
     _skew_reverse_kl,
     _tvd,

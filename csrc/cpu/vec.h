@@ -227,6 +227,25 @@ FASTKD_INLINE V log_mixture(V log_ratio, V share, V rest) {
   return log1p_near_0(where(near, change, m - 1.0f)) + __builtin_convertvector(k, V) * 0.69314718f;
 }
 
+// log_mixture of equal shares. With r = |log_ratio| it is log cosh(r / 2) - r / 2 up to 1.25, where the even function is
+// r^2 times a polynomial of relative error 2e-8, and beyond that log1p(exp(-r)) - log 2, a polynomial in exp(-r).
+FASTKD_INLINE V log_even_mixture(V log_ratio) {
+  const V size = abs(log_ratio), square = size * size;
+  V near = square * 1.56494246e-06f - 2.56289625e-05f;
+  near = near * square + 3.46835398e-04f;
+  near = near * square - 5.20825996e-03f;
+  near = near * square + 1.24999998e-01f;
+  near = (near * size - 0.5f) * size;
+  const V ratio = exp2_of_negative(-at_most(size, splat(-EXP_LOWEST)), splat(LOG2E_HIGH), splat(LOG2E_LOW));
+  V far = ratio * -7.6661080e-02f + 1.7033771e-01f;
+  far = far * ratio - 2.4472148e-01f;
+  far = far * ratio + 3.3283427e-01f;
+  far = far * ratio - 4.9997717e-01f;
+  far = far * ratio + 9.9999961e-01f;
+  far = far * ratio - 6.9314718e-01f;
+  return where(size < 1.25f, near, far);
+}
+
 // |p - q| (fastkd/divergences.py). If p and q are close, it is (p + q) tanh(|log_ratio| / 2), and the polynomial (a
 // Chebyshev fit) is within 3e-9 of tanh(x / 2) / x. Apart from that the subtraction is exact to a few units.
 FASTKD_INLINE V distance(V p, V q, V log_ratio) {

@@ -87,10 +87,29 @@ struct jsd {
     const V log_m = log_mixture(log_ratio, beta, rest);
     const V above_q = where((log_ratio > splat(0.0f)), log_ratio, splat(0.0f));
     const V above_p = where((log_ratio < splat(0.0f)), (-log_ratio), splat(0.0f));
-    const V phi = (((-((beta * p) + (rest * q))) * log_m) - (((beta * p) * above_p) + ((rest * q) * above_q)));
+    const V g = (((-rest) * q) * (above_q + log_m));
+    const V h = (((-beta) * p) * (above_p + log_m));
+    phi_ = (g + h);
+    g_ = g;
+    h_ = h;
+  }
+};
+
+struct even_jsd {
+  static constexpr bool always_normalized = true;
+  static constexpr bool dense = true;  // whether a dense teacher can have it
+  static constexpr bool uses_logs = true, gradient_uses_logs = true;
+  // Whether a factor of p and q, with the same logarithms, is one of g.
+  static constexpr bool gradient_is_linear = true;
+  static constexpr bool exact_exponents = false;
+  static FASTKD_INLINE void eval(V p, V q, V log_p, V log_q, V log_ratio, const float* params_,
+                                 float degree_, V& phi_, V& g_, V& h_) {
+    const V log_m = log_even_mixture(log_ratio);
+    const V above_q = where((log_ratio > splat(0.0f)), log_ratio, splat(0.0f));
+    const V phi = ((-splat(0.5f)) * (((p + q) * log_m) + (where((log_ratio > splat(0.0f)), q, p) * abs(log_ratio))));
     phi_ = phi;
-    g_ = (((-rest) * q) * (above_q + log_m));
-    h_ = (((-beta) * p) * (above_p + log_m));
+    g_ = (((-splat(0.5f)) * q) * (above_q + log_m));
+    h_ = (((-splat(0.5f)) * p) * ((above_q - log_ratio) + log_m));
   }
 };
 
@@ -384,11 +403,12 @@ struct clipped_jsd {
     const V log_m = log_mixture(log_ratio, beta, rest);
     const V above_q = where((log_ratio > splat(0.0f)), log_ratio, splat(0.0f));
     const V above_p = where((log_ratio < splat(0.0f)), (-log_ratio), splat(0.0f));
-    const V phi = (((-((beta * p) + (rest * q))) * log_m) - (((beta * p) * above_p) + ((rest * q) * above_q)));
-    const V g = where((phi > clip), splat(0.0f), (((-rest) * q) * (above_q + log_m)));
+    const V g = (((-rest) * q) * (above_q + log_m));
+    const V h = (((-beta) * p) * (above_p + log_m));
+    const V phi = (g + h);
     phi_ = where((phi > clip), clip, phi);
-    g_ = g;
-    h_ = where((phi > clip), splat(0.0f), (((-beta) * p) * (above_p + log_m)));
+    g_ = where((phi > clip), splat(0.0f), g);
+    h_ = where((phi > clip), splat(0.0f), h);
   }
 };
 
@@ -412,4 +432,4 @@ struct floored_forward_kl {
 };
 
 // The table, in the order of DEFINITIONS.
-#define FASTKD_DIVERGENCES(X) X(forward_kl) X(reverse_kl) X(mixture) X(soft_cross_entropy) X(jsd) X(skew_forward_kl) X(skew_reverse_kl) X(tvd) X(hellinger) X(alpha_beta) X(alpha_beta_of_any_sign) X(alpha_beta_at_beta_0) X(alpha_beta_at_alpha_0) X(alpha_beta_at_sum_0) X(half_squared_gap) X(smooth_l1) X(clipped_mixture) X(clipped_jsd) X(floored_forward_kl)
+#define FASTKD_DIVERGENCES(X) X(forward_kl) X(reverse_kl) X(mixture) X(soft_cross_entropy) X(jsd) X(even_jsd) X(skew_forward_kl) X(skew_reverse_kl) X(tvd) X(hellinger) X(alpha_beta) X(alpha_beta_of_any_sign) X(alpha_beta_at_beta_0) X(alpha_beta_at_alpha_0) X(alpha_beta_at_sum_0) X(half_squared_gap) X(smooth_l1) X(clipped_mixture) X(clipped_jsd) X(floored_forward_kl)

@@ -685,6 +685,7 @@ def _function(operator: str) -> Callable[..., _Symbol]:
 _WORDS = {word: _function(word) for word in VOCABULARY} | {
     "where": _where,
     "log_mixture": _log_mixture,
+    "log_even_mixture": lambda log_ratio: _log_mixture(log_ratio, 0.5, 0.5),
     "distance": _distance,
     "power": _power,
     "power_product": _power_product,
