@@ -1,6 +1,6 @@
 """The sweeps over a row: statistics, the sums of phi, g and h, and the gradients.
 
-All arithmetic is in float32. Each thread has accumulators of its own columns, which are merged once, at the end. A row
+All arithmetic is in float32. Each thread has accumulators for its own columns; they are merged once, at the end. A row
 of 262144 columns therefore adds only a few hundred numbers in sequence.
 
 ``z`` is a logit after logit_scale and softcap, up to the positive factor ``Row.unit``. Differences of z are taken
@@ -9,7 +9,7 @@ z = -inf on both sides, and the policy for log 0 gives them no contribution. If 
 (``label_term.py``), every sum except the sum of z excludes the label's column in the same way.
 
 Names: ``s`` and ``t`` are z of the student and of the teacher; ``x_s`` and ``x_t`` are tempered, relative to the
-maximum and in base 2, that is, times log2(e); ``e_s`` and ``e_t`` are 2 to their power. ``_t1`` means at temperature 1.
+maximum and in base 2, that is, times log2(e); ``e_s`` is 2^x_s and ``e_t`` 2^x_t. ``_t1`` means at temperature 1.
 """
 
 from __future__ import annotations

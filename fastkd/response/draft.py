@@ -48,7 +48,7 @@ if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
     from typing_extensions import Unpack
 
-# [C, V] tensors that a chunk holds at once, unless the backend has a kernel for all terms.
+# How many [C, V] tensors a chunk holds at once, unless the backend has a kernel for all terms.
 DRAFT_TEMPORARIES = 10
 
 
@@ -211,7 +211,7 @@ def draft_loss(
 
 
 def _returned(arguments: Arguments) -> list[tuple[Sequence[int], torch.dtype]]:
-    """The shapes and dtypes of :func:`_as_list`, for a compiled graph."""
+    """The shapes and dtypes of the tensors that :func:`_as_list` returns, for a compiled graph."""
     student, teacher = arguments["student_logits"], arguments["teacher"]
     lead, dtype = student.shape[:-1], row_dtype(student.dtype, teacher.dtype)
     per_row = arguments.get("reduction", "mean") == "none"
@@ -452,7 +452,7 @@ def fused_linear_draft_loss(
 
 
 def _returned_by_fused(arguments: Arguments) -> list[tuple[Sequence[int], torch.dtype]]:
-    """As :func:`_returned`."""
+    """As :func:`_returned`, for fused_linear_draft_loss."""
     of_logits = {"student_logits": arguments["student_hidden"], "teacher": arguments["target"]}
     return _returned({**arguments, **of_logits})
 
