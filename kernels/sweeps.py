@@ -1,6 +1,6 @@
 """The sweeps over a row: statistics, the sums of phi, g and h, and the gradients.
 
-All arithmetic is in float32. Each thread has accumulators of its own columns, which are merged once, at the end. A row
+All arithmetic is in float32. Each thread has accumulators for its own columns; they are merged once, at the end. A row
 of 262144 columns therefore adds only a few hundred numbers in sequence.
 
 ``z`` is a logit after logit_scale and softcap, up to the positive factor ``Row.unit``. Differences of z are taken
@@ -9,7 +9,7 @@ z = -inf on both sides, and the policy for log 0 gives them no contribution. If 
 (``label_term.py``), every sum except the sum of z excludes the label's column in the same way.
 
 Names: ``s`` and ``t`` are z of the student and of the teacher; ``x_s`` and ``x_t`` are tempered, relative to the
-maximum and in base 2, that is, times log2(e); ``e_s`` and ``e_t`` are 2 to their power. ``_t1`` means at temperature 1.
+maximum and in base 2, that is, times log2(e); ``e_s`` is 2^x_s and ``e_t`` 2^x_t. ``_t1`` means at temperature 1.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ class Split(NamedTuple):
     num_partials: Any  # partial results per row that a kernel loads: those of all processes
 
 
-# One program per row. Its fields are tested for None, not the tuple, as those of Row are.
+# One program per row. Test a field for None, not the tuple (see Row).
 NOT_SPLIT = Split(None, None, None, None, None, None)
 
 
@@ -102,7 +102,7 @@ class Row(NamedTuple):
 class Moments(NamedTuple):
     """Weights of the moments to collect, from fastkd.divergences.ClosedForm; None for 0, or without a closed form."""
 
-    forward: Any  # None if cross is not: the two share p_moment
+    forward: Any  # None if cross is not None, because both use p_moment
     cross: Any
     reverse: Any
 
@@ -166,7 +166,7 @@ class Partial(NamedTuple):
     q_moment: Any  # sum of e_s (x_s - x_t)
     entropy_moment: Any  # sum of e_s x_s
     centered_sum: Any  # sum of z - center
-    # Largest t in a column with s = -inf, and s with t = -inf, but at least LOWEST; -inf if there is no such column.
+    # The largest t where s = -inf, and the largest s where t = -inf, at least LOWEST; both -inf if no logit is -inf.
     t_skipped_max: Any
     s_skipped_max: Any
     s_argmax: Any  # as a float; -1 if there is none
@@ -195,8 +195,8 @@ class Statistics(NamedTuple):
     phi: Any  # sum, from the closed form or from the second sweep
     g: Any  # sum, likewise
     h: Any  # sum, likewise; only if the teacher's gradient is wanted
-    # What a definition's log q is relative to: s_norm.log_exp_sum, but for a cross-entropy the number that makes the
-    # mean of log q under p 0 (_center_log_q)
+    # What a definition's log q is relative to: s_norm.log_exp_sum, but for a cross-entropy the number for which the
+    # mean of log q under p is 0 (_center_log_q)
     log_q_origin: Any
 
 
@@ -393,10 +393,10 @@ def rescale_moment(moment, shift, exp_sum, factor):
 
 @triton.jit
 def rescale_sum(exp_sum, rise, factor):
-    """Return a sum of exponentials relative to a maximum that lies `rise` above its own; at a rise of 0, factor is 1.
+    """Return a sum of exponentials relative to a new maximum, which lies `rise` above the old one.
 
-    The choice changes no value. Without it, the compiler fuses the product with the first addition of tl.sum, and the
-    lanes of a warp hold sums that differ in the last bit.
+    At a rise of 0 the factor is 1, so tl.where changes no value. Without it, the compiler fuses the product with the
+    first addition of tl.sum, and the lanes of a warp hold sums that differ in the last bit.
     """
     return tl.where(rise == 0.0, exp_sum, factor * exp_sum)
 
@@ -440,7 +440,7 @@ def _closed_form(
     """
     s_exp_sum = 1.0 + s_argmax.exp_sum
     t_exp_sum = 1.0 + t_argmax.exp_sum
-    # If both sides are nearly certain of one column, the difference of its probabilities is that of all others.
+    # If both sides are nearly certain of one column, q - p of it is computed as p - q of the other columns together.
     sure = (
         (s_argmax.column == t_argmax.column) & (s_argmax.exp_sum < 1.0) & (t_argmax.exp_sum < 1.0)
     )
@@ -564,7 +564,7 @@ class Lane(NamedTuple):
 
 @triton.jit
 def _lane_columns(lane, chunk, first, head, spec):
-    """Return THREADS columns of a lane: those of its chunk with this number. `head` is Columns.head."""
+    """Return the columns of chunk number `chunk` of a lane, THREADS of them. `head` is Columns.head."""
     index = chunk * spec.THREADS + tl.arange(0, spec.THREADS)
     group = index // spec.ADJACENT * spec.THREADS + lane
     return first * spec.BLOCK_V - head + group * spec.ADJACENT + index % spec.ADJACENT
@@ -583,8 +583,8 @@ def _sum_lane(
 ):  # fmt: skip
     """Return (the lane that has a side's maximum, its Lane). other_max: the other side's maximum.
 
-    A sweep adds every column to the sums of its lane. In the lane of the maximum, the exponential of 1 rounds the
-    others away, so this lane is read a second time.
+    A sweep adds every column to the sums of its lane. In the lane of the maximum, the maximum adds 1, beside which
+    smaller exponentials are rounded away, so this lane is read a second time.
     """
     threads = tl.arange(0, spec.THREADS)
     lane = tl.min(tl.where(maxima == tl.max(maxima, 0), threads, spec.THREADS - 1), 0)
@@ -752,9 +752,9 @@ def sweep_statistics(
             x_t = scaled(t, teacher.unit)
             e_t = exp2_of_scaled(x_t, t, teacher.unit, EXACT)
             x = x_t - x_s
-            finite += _sum_tile(x, spec)  # until a side is -inf somewhere
-            # Where the side of the weight e is -inf, LOWEST replaces a difference of -inf or NaN, and e is 0. Where the
-            # other side alone is -inf, the moment becomes infinite or NaN, and _sweep_skipped computes it instead.
+            finite += _sum_tile(x, spec)  # stays finite if no logit is -inf
+            # Where e is 0 because its side is -inf, LOWEST replaces a difference of -inf or NaN. Where the other side
+            # alone is -inf, the moment becomes infinite or NaN, and _sweep_skipped computes it instead.
             if moments.forward is not None or moments.cross is not None:
                 p_step = _p_step(moments, s_step, t_step)
                 p_moment = rescale_moment(p_moment, p_step, t_exp_sum, t_factor)
@@ -1005,7 +1005,7 @@ def probability(z, normalizer):
 
 @triton.jit
 def _exact_probability(z, normalizer):
-    """Return `probability`, with a correction of what rounding the exponent loses."""
+    """Return `probability`, corrected for the rounding error of the exponent."""
     distance = z - normalizer.max
     x = scaled(distance, normalizer.unit)
     return exp2_of_scaled(x, distance, normalizer.unit, True) * normalizer.share
@@ -1319,7 +1319,7 @@ def _store(pointer, start, lanes, value, width, WHOLE: tl.constexpr, HEAD: tl.co
 
 @triton.jit
 def _own_gradient(derivative, column, argmax, argmax_gradient, excluded, label_gradient, spec):
-    """Return the derivative, after the argmax and the label have got the gradients computed for them alone."""
+    """Return the derivative, with the columns of the argmax and the label replaced by their own gradients."""
     if spec.FORM % 2 == 1:
         derivative = tl.where(column == argmax, argmax_gradient, derivative)
     if excluded is not None:

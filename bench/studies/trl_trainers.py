@@ -36,7 +36,7 @@ from torch import Tensor
 import fastkd.compat.trl as adapter
 
 COLUMNS = ("trainer", "TRL's ms", "fastkd's", "times as fast", "TRL's MiB", "fastkd's", "share")
-# The largest relative difference of a loss and of the norm of the gradients.
+# The largest relative difference that is allowed, between the two losses and between the norms of their gradients.
 TOLERANCE = 1e-3
 
 
@@ -100,12 +100,15 @@ CASES = (
 
 
 def byte_tokenizer(vocabulary: int, skipped: int = 0) -> Any:
-    """A byte-level BPE tokenizer, which GOLD needs; its tokens: bytes, and byte pairs without the first `skipped`."""
+    """A byte-level BPE tokenizer, which GOLD needs.
+
+    Its tokens are the bytes and, in their order, as many byte pairs as fit after the first `skipped` pairs.
+    """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    # Digits and letters first, so that the merges, which are the first pairs, include those of the text.
+    # Digits and letters come first, so that the text contains many of the pairs that become tokens.
     alphabet.sort(key=lambda byte: not byte.isalnum())
     pairs = [(a, b) for a in alphabet for b in alphabet]
     names = ["<pad>", "<eos>", "<unk>", *alphabet]
@@ -150,7 +153,7 @@ def dataset(case: Case, sizes: Sizes) -> Dataset:
 
     def words(count: int) -> str:
         ids = torch.randint(30, sizes.vocabulary // 2, (count,), generator=generator)
-        if case.name == "GOLDTrainer":  # its tokenizer has about four tokens a word
+        if case.name == "GOLDTrainer":  # its tokenizer makes about four tokens of a word
             ids = ids[: count // 4]
         return " ".join(f"w{i}" for i in ids.tolist())
 
@@ -182,7 +185,7 @@ def rewards(completions: Sequence[Any], **_: Any) -> list[float]:
 
 
 def trainers(case: Case, sizes: Sizes, folder: Path) -> tuple[Any, Any, Any]:
-    """TRL's trainer, fastkd's, and a batch of the first."""
+    """TRL's trainer, fastkd's trainer, and a batch that TRL's has prepared."""
     import importlib
 
     from trl.generation import vllm_client
@@ -232,7 +235,7 @@ def trainers(case: Case, sizes: Sizes, folder: Path) -> tuple[Any, Any, Any]:
 
 
 def asynchronous(sizes: Sizes) -> tuple[Any, Any, Any]:
-    """AsyncDistillationTrainer without the servers that its constructor wants, and a batch."""
+    """TRL's AsyncDistillationTrainer, fastkd's, and a batch. No constructor is called, because it needs servers."""
     from trl.experimental.async_distillation import AsyncDistillationTrainer
 
     student = model(sizes, 1, sizes.width).train()
@@ -299,7 +302,7 @@ def check_parity(label: str, contenders: dict[str, Contender], student: Any) -> 
     for one, other in zip(*found, strict=True):
         if not abs(one - other) <= TOLERANCE * abs(one):
             raise SystemExit(
-                f"{label}: TRL's loss and gradient are {found[0]}, and fastkd's {found[1]}"
+                f"{label}: the loss and the gradient's norm are {found[0]} in TRL, and {found[1]} in fastkd"
             )
 
 
@@ -335,7 +338,7 @@ def main() -> None:
         metavar="SEQUENCESxPROMPTxCOMPLETIONxVxWIDTHxLAYERS", help="the teacher is twice as wide",
     )  # fmt: skip
     parser.add_argument(
-        "--trainers", nargs="+", metavar="NAME", help="those whose label contains a name"
+        "--trainers", nargs="+", metavar="NAME", help="only trainers whose label contains a NAME"
     )
     arguments = study.parsed(parser)
     warnings.filterwarnings("ignore")

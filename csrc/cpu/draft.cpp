@@ -75,14 +75,15 @@ struct Columns {
         q(load(view.s_exp + i) * view.s_weight),
         r((((t - view.t_origin) - (s - view.s_origin)) + view.ratio_high) + view.ratio_low) {}
 
-  // phi and g of a divergence that uses no logarithm but r. The logits replace log p and log q, used only to find -inf.
+  // phi and g of a divergence that uses no logarithm but r. log p and log q are needed only to find -inf, so the logits
+  // are passed in their place.
   template <class Divergence, bool LOG_0>
   FASTKD_INLINE void evaluate(const float* params, V& phi, V& g) const {
     V h;
     evaluate_terms<Divergence, LOG_0>(p, q, t, s, r, params, 1, phi, g, h);
   }
 
-  // Log m p - log q. Where both are log 0, it is NaN without the policy, and compares as neither above nor below.
+  // log(m p) - log q. It is NaN where both logits are -inf, so comparisons with 0 are false there.
   FASTKD_INLINE V accepted_ratio(const DraftView& view) const { return r + view.log_mass; }
 };
 
@@ -351,7 +352,7 @@ class DraftRow {
   void statistics() {
     student_.statistics(s_exp_, scratch_s_);
     empty_ = target_.empty();
-    if (empty_) target_.adjust.shift = 0;  // no draft token has probability: nothing is accepted
+    if (empty_) target_.adjust.shift = 0;  // every draft token has probability 0: nothing is accepted
     target_.statistics(t_exp_, scratch_t_);
     if (empty_) target_.max = target_.log_sum = 0, log_mass_ = -INF;
     if (!call_.columns || !of_acceptance_ || empty_) return;

@@ -236,7 +236,7 @@ FASTKD_INLINE Sums event_sums(const Call& call, const RowState& row, Place place
   return local;
 }
 
-// If the student has no probability on any event, the divergence is NaN; Sparse::finish_row makes it 0 if the teacher
+// If the student gives every event probability 0, the divergence is NaN; Sparse::finish_row makes it 0 if the teacher
 // lists no token.
 FASTKD_INLINE void finish_event_sums(const Call& call, RowState& row, Sums all) {
   finish_sums<AnyDivergence>(call, row, all);

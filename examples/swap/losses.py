@@ -29,7 +29,7 @@ from torch import Tensor, nn
 import fastkd
 from fastkd import compat
 
-K = 32  # tokens that a teacher lists, if the vocabulary has so many
+K = 32  # tokens that a teacher lists, if the vocabulary has that many
 T = 2.0
 
 
@@ -89,7 +89,7 @@ def nemo_automodel(module: Any) -> Loss:
 
 
 def torchtune(module: Any) -> Loss:
-    """torchtune's symmetric KL; what it calls forward KL omits the teacher's entropy."""
+    """torchtune's symmetric KL, whose forward part is -sum p log q."""
     loss = module.SymmetricKLLoss()
     return lambda step: loss(step.logits, step.teacher_logits, step.labels)
 
@@ -159,13 +159,13 @@ def veomni(module: Any) -> Loss:
 
 
 def axolotl(module: Any) -> Loss:
-    """Axolotl's loss from hidden states, at temperature 1, because at others its gradient is not that of its loss."""
+    """Axolotl's loss from hidden states, at temperature 1, because its gradient lacks the factor T^2."""
     loss = module.LigerFusedLinearKLTopKLogprobLoss(0.1, 0.9, 1.0, 0.0, compiled=False)
 
     def call(step: Step) -> Tensor:
         logprobs, ids = step.topk
         counted = (step.labels != -100).unsqueeze(-1).expand_as(ids)
-        # Axolotl shifts the labels; the last position then has none.
+        # Axolotl shifts the labels itself, so this undoes the shift of step.labels.
         labels = torch.cat([torch.full_like(step.labels[:, :1], -100), step.labels[:, :-1]], 1)
         normalized = logprobs.log_softmax(-1)
         total = loss(step.head, step.hidden, ids, normalized, counted, labels)

@@ -85,7 +85,7 @@ def _sum_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
 def _kept_indices(rows: Rows, ignore_index: int, device: torch.device) -> Tensor | None:
     """Indices of the kept rows; None where all rows are computed.
 
-    On other devices than the CPU all rows are computed, because counting them would synchronize; dropped rows are then
+    On devices other than the CPU, all rows are computed, because counting them would synchronize; dropped rows are then
     set to 0.
     """
     if _synchronizes(device):
@@ -391,7 +391,7 @@ def _evaluated(
     if separate_label is not None:
         ratio.scatter_(-1, separate_label, 0.0)
     # The treatment of log 0 (fastkd.call.log_zero) costs more than all the rest, so rows without a log 0 skip it. On
-    # other devices than the CPU no row skips it, because checking for a log 0 would synchronize.
+    # devices other than the CPU, no row skips it, because checking for a log 0 would synchronize.
     finite = _finite_rows(ratio)
     log_p = log_q = ratio
     if not _all(finite) or not reads.isdisjoint(ENTRY[2:]):
@@ -422,7 +422,7 @@ def _evaluated(
 
 
 def _all(rows: Tensor) -> bool:
-    """Whether the mask is True in all rows; False on other devices than the CPU, where reading it would synchronize."""
+    """Whether the mask is True in all rows; False on devices other than the CPU, where reading it would synchronize."""
     return not _synchronizes(rows.device) and bool(rows.all())
 
 
@@ -505,8 +505,8 @@ def _with_centered_h(
 ) -> _Terms:
     """Replace h of a multiple of the cross-entropy by -p (log q - mean), with the mean of log q under p.
 
-    The two differ by a multiple of p, which the projection removes. Here it has next to nothing to remove, whereas p
-    log q and p times the mean would be rounded before their difference is taken. Rows with a log 0 stay as they are.
+    The two differ by a multiple of p, which the projection removes. From p log q, it would subtract p times the mean
+    after both are rounded; here, the mean is subtracted before that. Rows with a log 0 stay as they are.
     """
     assert divergence.closed_form is not None and s.softmax is not None and t.softmax is not None
     assert terms.h is not None and terms.top_columns is not None and terms.top_logs is not None
@@ -1398,7 +1398,7 @@ def _events_of_piece(
 
 
 def _valid_ids(ids: Tensor, options: Options) -> Tensor:
-    """Which rows list only ids of the vocabulary, and none of them twice, besides padding (-1)."""
+    """Which rows list only distinct ids of the vocabulary, apart from padding (-1)."""
     in_vocabulary = ((ids == -1) | ((ids >= 0) & (ids < options.vocabulary))).all(-1)
     ordered = ids.sort(-1).values
     repeated = ((ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] >= 0)).any(-1)

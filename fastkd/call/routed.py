@@ -39,7 +39,10 @@ class JoinedTopK(TopK):
 
 
 class RowsOfTeacher(NamedTuple):
-    """The kept rows of one teacher in chunks, each as (indices among the student's rows, among the teacher's)."""
+    """The kept rows of one teacher, in chunks.
+
+    A chunk holds the indices of its rows twice: among the student's rows, and among the teacher's rows.
+    """
 
     number: int
     chunks: list[tuple[RowIndices, RowIndices]]
@@ -75,12 +78,12 @@ def check_shapes(teacher: RoutedTeacher, student: str, lead: torch.Size) -> None
 
 
 def check_total(teacher: RoutedTeacher, student: str, lead: torch.Size) -> None:
-    """Raise unless the teachers have as many rows together as the student; reads no value."""
+    """Raise unless the teachers have, together, as many rows as the student; reads no value."""
     sizes = teacher.sizes()
     if sum(sizes) != lead.numel():
         raise ValueError(
-            f"the teachers of a RoutedTeacher must have as many rows together as {student}, {lead.numel()}; "
-            f"got {sum(sizes)}, {_listed(sizes)}"
+            f"the numbers of rows of a RoutedTeacher's teachers must add up to {lead.numel()}, the number of rows of "
+            f"{student}; got {_listed(sizes)} = {sum(sizes)}"
         )
 
 
@@ -95,8 +98,8 @@ def check_counts(teacher: RoutedTeacher, numbers: Tensor, counts: Sequence[int])
     for number, (count, size) in enumerate(zip(counts, sizes, strict=True)):
         if count != size:
             raise ValueError(
-                f"teacher.teachers[{number}] must have a row for each row of the student whose index is {number}, "
-                f"{count}; got {size}. Masked rows count too"
+                f"the number of rows of teacher.teachers[{number}] must be {count}, one for each row of the student "
+                f"whose index is {number}; got {size}. Masked rows count too"
             )
 
 
@@ -130,7 +133,7 @@ def joined(teacher: Teacher, lead: torch.Size, was_read: bool) -> Teacher:
 
 
 def _joined_logits(dense: Sequence[Tensor], numbers: Tensor, lead: torch.Size) -> Tensor:
-    """Dense teachers as one tensor [..., V] of the widest dtype; columns beyond the narrowest width are padding."""
+    """Dense teachers as one tensor [..., V] of the widest dtype, cut to the narrowest width: the rest is padding."""
     width = min(logits.shape[-1] for logits in dense)
     dtype = widest(dense)
     columns = [logits[..., :width].to(dtype) for logits in dense]
@@ -227,9 +230,9 @@ def _joined_topk(teacher: RoutedTeacher, lead: torch.Size, was_read: bool) -> To
 def rows_by_teacher(
     teacher: RoutedTeacher, rows: Rows, lead: torch.Size, ignore_index: int, size: int
 ) -> tuple[list[RowsOfTeacher], int, Tensor | None]:
-    """(the kept rows of each teacher, in chunks of at most `size`; the largest chunk; the indices of all kept rows).
+    """(the kept rows of each teacher, in chunks of at most `size`; the size of the largest; the indices of kept rows).
 
-    The last is None if all rows are kept. The host waits for the device, to count each teacher's rows.
+    The indices are None if all rows are kept. The host waits for the device, to count each teacher's rows.
 
     Raises:
         ValueError: the index does not fit.

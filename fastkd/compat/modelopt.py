@@ -5,8 +5,8 @@ r"""NVIDIA Model-Optimizer's distillation losses, with the same constructors, ca
     from fastkd.compat.modelopt import KDTrainer               # was: modelopt.torch.distill.plugins.huggingface
     from fastkd.compat.modelopt import QADTrainer              # was: modelopt.torch.quantization.plugins
 
-Only the trainers need Model-Optimizer. Its criteria subclass torch's ``_Loss``, as
-``mtd.convert(model, [("kd_loss", {"criterion": LogitsDistillationLoss(), ...})])`` requires; so do those here.
+Only the trainers need Model-Optimizer. The losses of this module subclass torch's ``_Loss``, because
+``mtd.convert(model, [("kd_loss", {"criterion": LogitsDistillationLoss(), ...})])`` requires it.
 The two losses of its Megatron plug-in import megatron.core to find the process group, if the vocabulary is spread over
 processes.
 
@@ -41,12 +41,13 @@ if TYPE_CHECKING:
 else:
     _Trainer = object
 
-# Log odds of a label whose target probability in MFTLoss is 1. The other tokens keep exp(-100), below normal float32.
+# Log odds of a label whose target probability in MFTLoss is 1. The other tokens then have a probability of exp(-100)
+# together, which is less than the smallest normal float32.
 CERTAIN = 100.0
 
 
 _REMEDY = (
-    "Model-Optimizer compares whole vocabularies. If the models differ only in padding of one tokenizer, pad both to "
+    "Model-Optimizer compares whole vocabularies. If both models use one tokenizer and differ in padding, pad both to "
     "the same size (Megatron's make_vocab_size_divisible_by), or slice both logits to the n real tokens, "
     "logits[..., :n], before the criterion"
 )
@@ -141,7 +142,7 @@ class MFTLoss(_Loss):
         others = tempered.logsumexp(-1, keepdim=True).double()
         p_y, p_others = (label - others).sigmoid(), (others - label).sigmoid()
         p_best = (tempered.amax(-1, keepdim=True).double() - others).exp() * p_others
-        # What p' gives all other tokens together, in two cases: the label is the teacher's most probable token, or not.
+        # The probability of all other tokens together under p': the label is the teacher's most probable token, or not.
         if_not_best = p_others * (1.0 - self._threshold) / (1.0 + p_best - p_y)
         if_best = (p_others - self._threshold).clamp(min=0.0)
         target_others = torch.where(p_best > p_y, if_not_best, if_best)

@@ -34,7 +34,7 @@ from fastkd.divergences import mixture
 from fastkd.functional import kd_loss
 
 _REMEDY = (
-    "torchtune's losses compare whole vocabularies. If the models differ only in padding of one tokenizer, cut the "
+    "torchtune's losses compare whole vocabularies. If both models use one tokenizer and differ in padding, cut the "
     "logits of both to the n real tokens, [..., :n], before the loss"
 )
 

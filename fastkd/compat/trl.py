@@ -752,7 +752,7 @@ def _check_server_temperature(
     )
     raise ValueError(
         f"{name} must be 1 with a teacher's server, got {temperature}: the server's log-probabilities are at "
-        "temperature 1, whatever the request says, and a few of them do not determine the probabilities at another. "
+        "temperature 1, whatever the request says, and a few of them do not determine those at another temperature. "
         f"Set {remedy}"
     )
 

@@ -153,7 +153,7 @@ class Head:
             module = get_head()
         if module is None:
             raise ValueError(
-                f"{name} has no lm_head that get_output_embeddings() of {type(inner).__name__} returns; "
+                f"{name} has no lm_head: get_output_embeddings() of {type(inner).__name__} returns none; "
                 f"{by_hand}{otherwise}"
             )
         if not isinstance(module, nn.Module):

@@ -81,7 +81,7 @@ def facts_of_rows(per_row: dict[str, Tensor | None]) -> dict[str, object]:
     }
 
 
-_FACTOR = "the factor of the loss (of num_items or the number of rows)"
+_FACTOR = "the factor of the loss (from num_items or the number of rows)"
 
 
 def _facts(

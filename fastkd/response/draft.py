@@ -48,7 +48,7 @@ if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
     from typing_extensions import Unpack
 
-# [C, V] tensors that a chunk holds at once, unless the backend has a kernel for all terms.
+# How many [C, V] tensors a chunk holds at once, unless the backend has a kernel for all terms.
 DRAFT_TEMPORARIES = 10
 
 
@@ -173,12 +173,13 @@ def draft_loss(
             {"cross_entropy": 0.1, "tvd": 0.9}. A term of weight 0 is only measured, for return_parts.
         draft_to_target: [D] int64, the target's token for each draft token, all distinct. (EAGLE-3 checkpoints store
             offsets: pass ``torch.arange(D) + d2t``.) None: both models have the same vocabulary.
-        eta: of "lk_hybrid", not negative.
+        eta: the rate in the weight l of "lk_hybrid", not negative.
         positions: [...] int64, the position of each row in the draft; for position_decay.
         position_decay: g in (0, 1]: the loss of a row is multiplied by g^position.
         mask: [...] bool; a row where it is False is dropped.
         weight: [...] float, multiplies the loss of a row.
-        reduction: as in :func:`fastkd.kd_loss`. "mean" divides by the number of counted rows, without their weights.
+        reduction: as in :func:`fastkd.kd_loss`. "mean" divides by the number of counted rows, not by
+            the sum of their weights.
         num_items: as in :func:`fastkd.kd_loss`.
         memory_budget: as in :func:`fastkd.response.adaptive_kl_loss`.
         process_group: the torch.distributed group, or one-dimensional mesh, whose processes share both vocabularies.
@@ -210,7 +211,7 @@ def draft_loss(
 
 
 def _returned(arguments: Arguments) -> list[tuple[Sequence[int], torch.dtype]]:
-    """The shapes and dtypes of :func:`_as_list`, for a compiled graph."""
+    """The shapes and dtypes of the tensors that :func:`_as_list` returns, for a compiled graph."""
     student, teacher = arguments["student_logits"], arguments["teacher"]
     lead, dtype = student.shape[:-1], row_dtype(student.dtype, teacher.dtype)
     per_row = arguments.get("reduction", "mean") == "none"
@@ -255,7 +256,7 @@ def _draft_loss(
     backend: str,
     **weights: float,
 ) -> Tensor | tuple[Tensor, DraftParts]:
-    """draft_loss with one argument per weight; `names` is the names of the passed terms, separated by spaces."""
+    """draft_loss with one argument per weight. names: those of the passed terms, separated by spaces."""
     from fastkd.parallel import layout, share
 
     group = layout.group_of(process_group)
@@ -451,7 +452,7 @@ def fused_linear_draft_loss(
 
 
 def _returned_by_fused(arguments: Arguments) -> list[tuple[Sequence[int], torch.dtype]]:
-    """As :func:`_returned`."""
+    """As :func:`_returned`, for fused_linear_draft_loss."""
     of_logits = {"student_logits": arguments["student_hidden"], "teacher": arguments["target"]}
     return _returned({**arguments, **of_logits})
 
@@ -696,7 +697,7 @@ def _terms(names: str, weights: Mapping[str, Any], eta: float, return_parts: boo
 
 
 def _held(width: int, target_width: int, shard: Shard | None, extra: int) -> tuple[int, int]:
-    """(how many [C, width] tensors a chunk holds, their width with padding). extra: those of the backend."""
+    """(how many [C, width] tensors a chunk holds, their width with padding). extra: how many the backend adds."""
     if shard is not None:
         width, target_width = shard.widest, shard.widest_target
     padded = width + ALIGNMENT
@@ -730,7 +731,7 @@ def _shared(
             "losses": terms.weights,
             "eta": terms.eta,
             "return_parts": terms.measured,
-            "the factor of the loss (of num_items or the number of rows)": call.options.scale,
+            "the factor of the loss (from num_items or the number of rows)": call.options.scale,
             "whether the loss is one number": call.summed,
         }
         | facts_of_rows(

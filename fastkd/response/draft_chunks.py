@@ -21,7 +21,7 @@ from fastkd.divergences import Divergence, forward_kl, jsd, reverse_kl, tvd
 
 # Below this acceptance, 1 - TV has fewer digits than a sum of minima in the same dtype.
 LOW_ACCEPTANCE = 1 / 16
-# A logit this far below the maximum has probability 0, and a finite logarithm.
+# The probability of a logit this far below the maximum rounds to 0, but its logarithm is finite.
 FAR = 1e4
 # Columns are padded to a multiple of this number, so that rows stay aligned.
 ALIGNMENT = 16
@@ -33,8 +33,8 @@ class Shard(NamedTuple):
     group: Any  # torch.distributed.ProcessGroup
     rank: int
     first: int  # the target's token of this process's first target column
-    widest: int  # the number of draft tokens of the process that has most
-    widest_target: int  # the number of target columns of the process that has most
+    widest: int  # the number of draft tokens of the process that has the most
+    widest_target: int  # the number of target columns of the process that has the most
 
 
 def compute_chunk(

@@ -140,8 +140,8 @@ class ServedTeacher:
         if temperature != 1.0 and self.tail in ("bucket", "truncate"):
             raise ValueError(
                 f"temperature must be 1 with tail={self.tail!r}, got {temperature}: a server's log-probabilities are "
-                "at temperature 1, and K of them do not determine the tail at another. Pass tail='renormalize' or "
-                "tail='renormalize_teacher'"
+                "at temperature 1, and K of them do not determine the tail at another temperature. Pass "
+                "tail='renormalize' or tail='renormalize_teacher'"
             )
         settings: dict[str, Any] = {"k": check_k(self.k), "temperature": temperature}
         for name, least in (("concurrency", 1), ("retries", 0), ("vocab_size", 1)):

@@ -26,8 +26,8 @@ class RoutedTeacher:
     on-policy distillation is described in arXiv:2601.02780.
 
     Args:
-        teachers: one or more, numbered from 0. All are a :class:`TopK`, or each is dense logits [n, V] or a
-            :class:`LinearTeacher` with hidden states [n, H]; widths, heads and dtypes may differ. n is the number of
+        teachers: one or more, numbered from 0. Either all are TopKs (:class:`TopK`), or each is dense logits [n, V] or
+            a :class:`LinearTeacher` with hidden states [n, H]; widths, heads and dtypes may differ. n is the number of
             rows whose index is the number of the teacher, possibly 0. The n rows are in the order of the student's
             rows, flattened. They include the rows that a mask or a label drops, because a teacher's forward pass
             computes those too; their values are not read.

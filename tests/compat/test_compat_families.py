@@ -829,7 +829,7 @@ def test_heads_that_cannot_be_fused(arguments: Callable[..., Any]) -> None:
     pair = family("BertForSequenceClassification")
     trainer = kd_trainer(pair[0], arguments(), teacher_model=pair[1], fused=True)
     with pytest.raises(
-        ValueError, match="of BertForSequenceClassification returns; leave fused out"
+        ValueError, match="of BertForSequenceClassification returns none; leave fused out"
     ):
         trainer.compute_loss(pair[0], class_labels())
 

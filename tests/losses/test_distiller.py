@@ -521,7 +521,9 @@ def test_lm_heads_are_named() -> None:
         term = Term(fused.loss, *layers)
         loss, _ = Distiller(student, teacher, {"kd": term})(images, labels=labels)
         torch.testing.assert_close(loss, expected, rtol=1e-6, atol=0)
-    with pytest.raises(ValueError, match="of Net returns; name it in the term's teacher_layer, or"):
+    with pytest.raises(
+        ValueError, match="of Net returns none; name it in the term's teacher_layer, or"
+    ):
         Distiller(student, teacher, {"kd": fused})(images, labels=labels)
 
 

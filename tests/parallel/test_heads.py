@@ -286,7 +286,7 @@ def test_messages() -> None:
         head(3)  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="module must be an nn.Module, got str"):
         head(Model(1), module="lm_head")  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="of Linear returns; pass it as module, or compute"):
+    with pytest.raises(ValueError, match="of Linear returns none; pass it as module, or compute"):
         head(nn.Linear(2, 3))
     linear = nn.Sequential(nn.Linear(2, 3))
     assert head(linear, module=linear[0]).module is linear[0]

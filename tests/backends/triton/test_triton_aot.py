@@ -418,7 +418,7 @@ CEILINGS = {
     Variant("forward_kl", "hinton", "bf16", "fp32"): 47.5,
     Variant("forward_kl", "hinton", "fp32", "fp32", "odd"): 58.0,
     Variant("forward_kl", "inplace", width="odd"): 48.0,
-    Variant("jsd", "hinton", "fp16", "fp16"): 155.0,
+    Variant("jsd", "hinton", "fp16", "fp16"): 112.0,
 }
 
 
