@@ -11,7 +11,7 @@ import triton.language as tl
 
 from fastkd.call.measures import DENSE_MEASURES
 
-from .skeleton import NEGLIGIBLE
+from .skeleton import NEGLIGIBLE, exp
 from .sweeps import (
     _is_special,
     _read_tile,
@@ -31,14 +31,12 @@ PARTIALS = 6
 
 
 @triton.jit
-def _terms(s, t, statistics, POLICY: tl.constexpr, NEGLIGIBLE: tl.constexpr = NEGLIGIBLE):
+def _terms(p, q, log_p, log_ratio, POLICY: tl.constexpr, NEGLIGIBLE: tl.constexpr = NEGLIGIBLE):
     """Return the terms of the teacher's entropy, of forward and reverse KL, and of the acceptance, for each column.
 
     POLICY: with the policy of fastkd/call/log_zero.py.
     """
-    q, p = probability(s, statistics.s_norm), probability(t, statistics.t_norm)
-    log_ratio = evaluate_log_ratio(s, t, statistics.log_ratio)
-    entropy = -p * log_probability(t, statistics.t_norm)
+    entropy = -p * log_p
     forward, reverse = p * log_ratio, -q * log_ratio
     if POLICY:
         entropy = tl.where(p == 0.0, 0.0, entropy)
@@ -66,7 +64,13 @@ def _measure_tile(
     """
     s, _ = _read_tile(student, start, lanes, columns.V, not SPECIAL, spec.HEAD)
     t, _ = _read_tile(teacher, start, lanes, columns.V, not SPECIAL, spec.HEAD)
-    entropy, forward, reverse, acceptance = _terms(s, t, statistics, SPECIAL)
+    entropy, forward, reverse, acceptance = _terms(
+        probability(t, statistics.t_norm),
+        probability(s, statistics.s_norm),
+        log_probability(t, statistics.t_norm),
+        evaluate_log_ratio(s, t, statistics.log_ratio),
+        SPECIAL,
+    )
     column = start + lanes
     s_first = _first_columns(s, statistics.s_norm, column, columns.V)
     t_first = _first_columns(t, statistics.t_norm, column, columns.V)
@@ -127,16 +131,24 @@ def sweep_measures(
 
 @triton.jit
 def tile_measures(row, tile, statistics, out, columns, spec):
-    """Store the measures of a row whose columns are in registers."""
-    column = tl.arange(0, spec.BLOCK_V)
-    exists = column < columns.V
-    entropy, forward, reverse, acceptance = _terms(tile.s, tile.t, statistics, True)
+    """Store the measures of a row whose columns are in registers.
+
+    The probabilities are not computed by `probability`. If they were, the branches of `evaluate_row` would take over
+    their products from here, where the compiler cannot fuse them with the additions there, and the gradients would have
+    other bits than without measures.
+    """
+    exists = tl.arange(0, spec.BLOCK_V) < columns.V
+    log_p = log_probability(tile.t, statistics.t_norm)
+    p = tl.where(exists, exp(log_p), 0.0)
+    q = tl.where(exists, exp(log_probability(tile.s, statistics.s_norm)), 0.0)
+    log_ratio = evaluate_log_ratio(tile.s, tile.t, statistics.log_ratio)
+    entropy, forward, reverse, acceptance = _terms(p, q, log_p, log_ratio, True)
     _store(
         row,
-        tl.sum(tl.where(exists, entropy, 0.0), 0),
-        tl.sum(tl.where(exists, forward, 0.0), 0),
-        tl.sum(tl.where(exists, reverse, 0.0), 0),
-        tl.sum(tl.where(exists, acceptance, 0.0), 0),
+        tl.sum(entropy, 0),
+        tl.sum(forward, 0),
+        tl.sum(reverse, 0),
+        tl.sum(acceptance, 0),
         statistics.s_argmax.column.to(
             tl.int32
         ),  # in a row of one tile, the first column of the maximum

@@ -7,9 +7,9 @@ namespace fastkd::cuda {
 constexpr int MEASURES = 5;
 
 struct MeasureSums {
-  float gap = 0;                                     // sum of p (t - t_max), for the teacher's entropy
-  float forward = 0, reverse = 0, acceptance = 0;    // sums of p log(p / q), of q log(q / p) and of min(p, q)
-  int s_first = INT32_MAX, t_first = INT32_MAX;      // first columns of the maxima
+  float gap = 0;                                   // sum of p (t - t_max), for the teacher's entropy
+  float forward = 0, reverse = 0, acceptance = 0;  // sums of p log(p / q), of q log(q / p) and of min(p, q)
+  int s_first = INT32_MAX, t_first = INT32_MAX;    // first columns of the maxima
 };
 
 FASTKD_INLINE MeasureSums add(const MeasureSums& a, const MeasureSums& b) {
@@ -102,7 +102,8 @@ FASTKD_PER_ROW MeasureSums measure_slice(const Call& call, const RowState& row, 
   return sums;
 }
 
-FASTKD_PER_ROW void write_measures(const Call& call, const RowState& row, const MeasureSums& sums) {
+// `sums` is no reference, which would put it on the stack.
+FASTKD_PER_ROW void write_measures(const Call& call, const RowState& row, MeasureSums sums) {
   float* out = call.measures + row.row * MEASURES;
   const Side& teacher = row.teacher;
   out[0] = -fmaf(teacher.unit, sums.gap, teacher.offset_low) - teacher.offset;
