@@ -61,7 +61,7 @@ if sysconfig.get_platform().endswith("x86_64"):
 ARCHITECTURES = (90, 100, 120)
 NVCC = ["-O3", "-std=c++17", "--threads", "0", "--split-compile", "0", "-Xfatbin=-compress-all"]
 NVCC += ["-Xcompiler", "-fPIC,-fvisibility=hidden"]
-CUDA_SOURCES = ["csrc/cuda/kernel.cu", "csrc/cuda/measures.cu", "csrc/cuda/module.cpp"]
+CUDA_SOURCES = ["csrc/cuda/kernel.cu", "csrc/cuda/module.cpp"]
 
 SOURCES = [*sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("csrc/*.cpp")), *KERNELS]
 
@@ -232,9 +232,8 @@ def ninja_text(
             f"  command = {command(nvcc + host)} -shared -cudart static $in -o $out",
             "  description = link $out",
             edge("cuda_kernel", "nvcc", CUDA_SOURCES[0]),
-            edge("cuda_measures", "nvcc", CUDA_SOURCES[1]),
-            edge("cuda_module", "compile", CUDA_SOURCES[2]),
-            f"build {outputs['_cuda']}: nvlink cuda_kernel.o cuda_measures.o cuda_module.o",
+            edge("cuda_module", "compile", CUDA_SOURCES[1]),
+            f"build {outputs['_cuda']}: nvlink cuda_kernel.o cuda_module.o",
         ]
     return "\n".join(lines) + "\n"
 

@@ -21,6 +21,7 @@ import triton
 import triton.language as tl
 
 from .label_term import binary, entropy_of_all, label_probability, normalizer_of_all, weighted
+from .measures import sweep_measures, tile_measures
 from .narrow import Terms, Tile, evaluate_row, load_tile, tile_statistics, write_gradients
 from .split import (
     load_centered_sum,
@@ -98,6 +99,7 @@ class Outputs(NamedTuple):
     distillation: Any
     cross_entropy: Any
     entropy: Any
+    measures: Any  # [rows, len(DENSE_MEASURES)]
 
 
 class Objective(NamedTuple):
@@ -363,6 +365,7 @@ def _squared_temperature(student, spec):
 
 @triton.jit
 def _gradient(
+    row,
     tile,
     terms,
     student,
@@ -373,12 +376,13 @@ def _gradient(
     excluded,
     weight,
     inputs,
+    outputs,
     objective,
     parameters,
     columns,
     spec,
 ):
-    """Write the gradients of a row."""
+    """Write the gradients of a row, and the measures that are computed in the same sweep."""
     scale = objective.scale
     if inputs.scale is not None:
         scale *= tl.load(inputs.scale)
@@ -406,6 +410,12 @@ def _gradient(
         write_gradients(
             tile, terms, student, teacher, value,
             Factors(s_factor, ce_factor, t_factor, smoothing), label.column, excluded, columns, spec,
+        )  # fmt: skip
+    elif outputs.measures is not None:
+        sweep_measures(
+            row, student, teacher, statistics, value,
+            Factors(s_factor, ce_factor, t_factor, smoothing), label.column, excluded,
+            objective.degree, parameters, outputs.measures, columns, spec,
         )  # fmt: skip
     else:
         sweep_gradients(
@@ -505,6 +515,8 @@ def _compute_row(
         P_MOMENT: tl.constexpr = moments.forward is not None or moments.cross is not None
         sums = Sums(0.0, 0.0, 0.0)
         if spec.ONE_TILE:
+            if outputs.measures is not None:  # before the terms of the divergence take registers
+                tile_measures(row, tile, statistics, outputs.measures, columns, spec)
             terms, sums = evaluate_row(
                 tile, student, teacher, statistics, excluded, objective.degree, parameters, columns,
                 spec,
@@ -527,9 +539,16 @@ def _compute_row(
         )  # fmt: skip
         if columns.width is not None:
             _gradient(
-                tile, terms, student, teacher, statistics, value, label, excluded, weight, inputs, objective,
-                parameters, columns, spec,
+                row, tile, terms, student, teacher, statistics, value, label, excluded, weight, inputs,
+                outputs, objective, parameters, columns, spec,
             )  # fmt: skip
+        elif not spec.ONE_TILE:  # noqa: SIM102
+            if outputs.measures is not None:
+                sweep_measures(
+                    row, student, teacher, statistics, value, Factors(None, None, None, None),
+                    label.column, excluded, objective.degree, parameters, outputs.measures, columns,
+                    spec,
+                )  # fmt: skip
 
 
 @triton.jit

@@ -24,7 +24,7 @@ from fastkd.call.contract import Options, Result, Rows, ShardCall, Statistics, W
 from fastkd.core.tensors import address, readable, unit_stride
 from fastkd.divergences import Divergence
 
-from . import launcher
+from . import launcher, measures
 from .kernel import Inputs, Objective, Outputs, Side, View, kd_kernel, scale_kernel
 from .skeleton import bind, form_of
 from .split import FIELDS, LABEL_TERM_FIELDS, LANES, SUMS, Device, Plan, device_of, plan, shard_plan
@@ -287,6 +287,12 @@ class Launch(NamedTuple):
     constants: tuple[Any, ...]
     options: dict[str, Any]
 
+    @property
+    def outputs(self) -> Outputs:
+        """The outputs among the arguments."""
+        outputs: Outputs = self.arguments[3]
+        return outputs
+
     def empty_partials(self, fields: int, device: torch.device) -> Tensor:
         """Return memory for the partial results of all programs."""
         assert self.plan is not None
@@ -296,8 +302,9 @@ class Launch(NamedTuple):
     def grid(self, stage: str, rows: int) -> tuple[int, int, int]:
         """Return the grid of a stage over this many rows."""
         assert self.plan is not None
-        # Without a gradient, the last stage only stores a row's loss and parts: one program does.
-        single = stage == "gradient" and self.arguments[-2] is None
+        # Without a gradient or measures, the last stage only stores a row's loss and parts: one program does.
+        unread = self.arguments[-2] is None and self.outputs.measures is None
+        single = stage == "gradient" and unread
         return rows, 1 if single else self.plan.num_splits, 1
 
 
@@ -358,11 +365,11 @@ def _prepare(
     rows = native.readable_rows(rows)
     divergence, alpha = options.divergence, options.alpha
     with_label = rows.labels is not None and alpha < 1.0
-    parts = outputs.distillation is not None
+    parts, measured = outputs.distillation is not None, outputs.measures is not None
     crowded = teacher_gradient is not None or options.softcap > 0 or options.teacher_softcap > 0
     tensors = _Tensors(
         student,
-        unit_stride(teacher) if alpha or parts else None,
+        unit_stride(teacher) if alpha or parts or measured else None,
         student_gradient,
         teacher_gradient if alpha else None,
     )
@@ -377,7 +384,7 @@ def _prepare(
     given = student_view, teacher_view, student_gradient_view, teacher_gradient_view
     aligned = rows_on_16_bytes(options.vocab_size, *given)
     stages = _stages(divergence, with_label, parts, teacher_view is not None)
-    sweeps = len(stages) - (width is None)
+    sweeps = len(stages) - (width is None)  # with measures too, so that the loss has the same bits
     splits, block, warps = _plan_and_tile(tensors, options, sweeps, crowded, aligned)
     widest = max(options.vocab_size, width or 0)
     one_tile = splits is None and widest <= NARROW
@@ -404,7 +411,7 @@ def _prepare(
     itemsize = min(tensor.itemsize for tensor in tensors if tensor is not None)
     layout = threads_of(block, warps, aligned, itemsize)
     constants = (function, form, options.scale_by_temperature, *layout, block, one_tile, head)
-    many = crowded or divergence.target is not None or not any(_moments(divergence))
+    many = crowded or measured or divergence.target is not None or not any(_moments(divergence))
     launch_options = {
         "num_warps": warps,
         "enable_fp_fusion": True,
@@ -436,13 +443,22 @@ def _launch_splits(
     if launch.label_term:
         label_term = launch.empty_partials(LABEL_TERM_FIELDS, device)
         scratch.append(label_term)
+    partials = None
+    if launch.outputs.measures is not None:
+        partials = launch.empty_partials(measures.PARTIALS, device)
+        scratch.append(partials)
     launches = []
     for first_row in range(0, launch.num_rows, group):
-        split = Split(statistics, sums, label_term, first_row, num_splits, num_splits)
+        split = Split(statistics, sums, label_term, first_row, num_splits, num_splits, partials)
         for stage in launch.stages:
             grid = launch.grid(stage, min(group, launch.num_rows - first_row))
             arguments = (*launch.arguments, split, *launch.constants, LANES, stage)
             launches.append(launcher.launch(kd_kernel, grid, arguments, **launch.options))
+    if partials is not None:
+        grid = (launch.num_rows, 1, 1)
+        out = launch.outputs.measures
+        arguments = (partials, num_splits, out, measures.PARTIALS, LANES)
+        launches.append(launcher.launch(measures.merge_kernel, grid, arguments, num_warps=1))
     return launches, scratch
 
 
@@ -463,7 +479,7 @@ def kd_rows(student: Tensor, teacher: Tensor, rows: Rows, options: Options, want
     lead = shape[:-1]
     student_gradient = teacher_gradient = read_teacher = None
     source, rows = unit_stride(student), native.readable_rows(rows)
-    if options.alpha or want.parts:
+    if options.alpha or want.parts or want.measures:
         read_teacher = unit_stride(teacher)
     if want.student_gradient:
         student_gradient = source
@@ -476,16 +492,19 @@ def kd_rows(student: Tensor, teacher: Tensor, rows: Rows, options: Options, want
     parts: tuple[Tensor | None, ...] = (None, None, None)
     if want.parts:
         parts = tuple(torch.empty(lead, dtype=torch.float32, device=device) for _ in range(3))
+    measured = None
+    if want.measures:
+        measured = torch.empty((*lead, measures.COUNT.value), dtype=torch.float32, device=device)
     count = loss.numel()
     if count:
-        made = (None if want.inplace else student_gradient, teacher_gradient, *parts)
+        made = (None if want.inplace else student_gradient, teacher_gradient, *parts, measured)
         optional = (read_teacher, *made, *rows)
         tensors = [source, loss, *[tensor for tensor in optional if tensor is not None]]
         present = tuple([tensor is not None for tensor in optional])
         with on_device(device):
             key, done = launcher.replay(kd_kernel, (options, want, present), tensors)
             if not done:
-                outputs = Outputs(loss, *parts)
+                outputs = Outputs(loss, *parts, measured)
                 launch = _prepare(
                     source, teacher, student_gradient, teacher_gradient, outputs, rows, options
                 )
@@ -501,7 +520,7 @@ def kd_rows(student: Tensor, teacher: Tensor, rows: Rows, options: Options, want
             total.mul_(options.scale)
     if rows.scale is not None:
         total = total * rows.scale
-    return Result(loss, total, student_gradient, teacher_gradient, *parts)
+    return Result(loss, total, student_gradient, teacher_gradient, *parts, measured)
 
 
 # The shard steps. fastkd/call/contract.py specifies what passes between them.
@@ -518,7 +537,7 @@ def _launch_stage(
     """Launch one stage over all rows."""
     assert launch.plan is not None
     if launch.num_rows:
-        split = Split(statistics, sums, label_term, 0, launch.plan.num_splits, num_partials)
+        split = Split(statistics, sums, label_term, 0, launch.plan.num_splits, num_partials, None)
         lanes = max(LANES, _power_of_2(num_partials))
         arguments = (*launch.arguments, split, *launch.constants, lanes, stage)
         with on_device(statistics.device):
@@ -554,7 +573,7 @@ def shard_statistics(call: ShardCall) -> Statistics:
     """
     student, teacher, rows, options, result, *_ = call
     gradients = [None if x is None else unit_stride(x) for x in result[2:4]]
-    outputs = Outputs(result.loss, *result.parts[:3])
+    outputs = Outputs(result.loss, *result.parts[:3], None)
     launch = _prepare(unit_stride(student), teacher, *gradients, outputs, rows, options)
     assert launch.plan is not None
     needed = "statistics" in launch.stages

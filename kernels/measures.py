@@ -1,133 +1,206 @@
-"""The measures of dense rows in Triton (fastkd/call/measures.py), in a launch of their own.
+"""The measures of dense rows in Triton (fastkd/call/measures.py), from the statistics and the last sweep of the loss.
 
-One program computes the measures of a row. It reads both sides twice: for their normalizers, and for the sums.
+The columns of a narrow row are in registers (``tile_measures``). ``sweep_measures`` reads any other row, and also
+writes its gradients. If several programs share a row, each stores partial sums, and ``merge_kernel`` adds them.
 """
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
-from fastkd.backends.native import readable_rows
-from fastkd.call.contract import Options, Rows
 from fastkd.call.measures import DENSE_MEASURES
-from fastkd.core.tensors import unit_stride
 
-from .kernel import Inputs, is_kept, open_side
-from .launch import (
-    is_aligned,
-    lay_out,
-    on_device,
-    register_limit,
-    student_side,
-    teacher_side,
-    tile,
+from .skeleton import NEGLIGIBLE, exp
+from .sweeps import (
+    _is_special,
+    _read_tile,
+    _special,
+    _sum_tile,
+    _tile_range,
+    _write_tile,
+    evaluate_log_ratio,
+    fold_min,
+    log_probability,
+    probability,
 )
-from .launcher import launch
-from .skeleton import LOWEST, NEGLIGIBLE, exp_scaled
-from .sweeps import Normalizer, Row, log_probability, read
 
 COUNT = tl.constexpr(len(DENSE_MEASURES))
+# Partial results of a program: its part of four sums, and the first column in which each side has the row's maximum.
+PARTIALS = 6
 
 
 @triton.jit
-def _normalizer(row, V, BLOCK_V: tl.constexpr, LOWEST: tl.constexpr = LOWEST):
-    """Return (Normalizer of a side, the first column of its maximum). Each lane has its own maximum and sum."""
-    lanes = tl.arange(0, BLOCK_V)
-    lane_max = tl.full([BLOCK_V], LOWEST, tl.float32)
-    exp_sum = tl.zeros([BLOCK_V], tl.float32)
-    argmax = tl.zeros([BLOCK_V], tl.int32)
-    for number in range(tl.cdiv(V, BLOCK_V)):
-        column = number * BLOCK_V + lanes
-        z, _ = read(row, column, V)
-        old_max, lane_max = lane_max, tl.maximum(lane_max, z)
-        argmax = tl.where(z > old_max, column, argmax)
-        exp_sum *= exp_scaled(old_max - lane_max, row.unit)
-        exp_sum += exp_scaled(z - lane_max, row.unit)
-    row_max = tl.max(lane_max, 0)
-    log_exp_sum = tl.log(tl.sum(exp_sum * exp_scaled(lane_max - row_max, row.unit), 0))
-    first = tl.min(tl.where(lane_max == row_max, argmax, V), 0)
-    return Normalizer(row_max, row.unit, log_exp_sum, 0.0), first
+def _terms(p, q, log_p, log_ratio, POLICY: tl.constexpr, NEGLIGIBLE: tl.constexpr = NEGLIGIBLE):
+    """Return the terms of the teacher's entropy, of forward and reverse KL, and of the acceptance, for each column.
+
+    POLICY: with the policy of fastkd/call/log_zero.py.
+    """
+    entropy = -p * log_p
+    forward, reverse = p * log_ratio, -q * log_ratio
+    if POLICY:
+        entropy = tl.where(p == 0.0, 0.0, entropy)
+        forward_is_0 = (p == 0.0) | ((log_ratio == float("inf")) & (p < NEGLIGIBLE))
+        forward = tl.where(forward_is_0, 0.0, forward)
+        reverse_is_0 = (q == 0.0) | ((log_ratio == -float("inf")) & (q < NEGLIGIBLE))
+        reverse = tl.where(reverse_is_0, 0.0, reverse)
+    return entropy, forward, reverse, tl.minimum(p, q)
 
 
 @triton.jit
-def _measure_row(
-    row, student, teacher, out, V, BLOCK_V: tl.constexpr, NEGLIGIBLE: tl.constexpr = NEGLIGIBLE
-):
-    """Store the measures of a kept row, with the policy of fastkd/call/log_zero.py."""
-    s_norm, s_argmax = _normalizer(student, V, BLOCK_V)
-    t_norm, t_argmax = _normalizer(teacher, V, BLOCK_V)
-    lanes = tl.arange(0, BLOCK_V)
-    zero = tl.zeros([BLOCK_V], tl.float32)
-    entropy, forward, reverse, acceptance = zero, zero, zero, zero
-    for number in range(tl.cdiv(V, BLOCK_V)):
-        column = number * BLOCK_V + lanes
-        s, _ = read(student, column, V)
-        t, _ = read(teacher, column, V)
-        log_q, log_p = log_probability(s, s_norm), log_probability(t, t_norm)
-        q, p = tl.exp(log_q), tl.exp(log_p)
-        forward_is_0 = (p == 0.0) | ((log_q == -float("inf")) & (p < NEGLIGIBLE))
-        reverse_is_0 = (q == 0.0) | ((log_p == -float("inf")) & (q < NEGLIGIBLE))
-        entropy += tl.where(p == 0.0, 0.0, -p * log_p)
-        forward += tl.where(forward_is_0, 0.0, p * (log_p - log_q))
-        reverse += tl.where(reverse_is_0, 0.0, q * (log_q - log_p))
-        acceptance += tl.where(p < q, p, q)
-    # p < q is False if p is NaN, so the acceptance would not show a NaN of the teacher. The teacher's entropy does.
-    is_number = tl.sum(entropy, 0) == tl.sum(entropy, 0)
-    place = out + row.to(tl.int64) * COUNT
-    tl.store(place, tl.sum(entropy, 0))
-    tl.store(place + 1, tl.sum(forward, 0))
-    tl.store(place + 2, tl.sum(reverse, 0))
-    tl.store(place + 3, tl.where(is_number, tl.sum(acceptance, 0), float("nan")))
-    tl.store(place + 4, (s_argmax == t_argmax).to(tl.float32))
+def _first_columns(z, norm, column, V):
+    """Return each column that has the row's maximum, and V or more in place of the others."""
+    return tl.where(z == norm.max, column, V)
 
 
-@triton.jit(do_not_specialize=["sizes"])
-def measure_kernel(
-    student_side, teacher_side, inputs, out, ignore_index, sizes, V,
-    ALIGNED: tl.constexpr, BLOCK_V: tl.constexpr,
+@triton.jit
+def _measure_tile(
+    start, lanes, student, teacher, statistics, value, factors, special, excluded, degree,
+    parameters, columns, SPECIAL: tl.constexpr, spec,
 ):  # fmt: skip
-    """Store the measures of one row; a dropped row is not read."""
+    """Write the gradients of a tile, if they are wanted; return the sums of the measures' terms for each thread.
+
+    The loads and exponentials that the gradients need too occur once in the compiled code.
+    """
+    s, _ = _read_tile(student, start, lanes, columns.V, not SPECIAL, spec.HEAD)
+    t, _ = _read_tile(teacher, start, lanes, columns.V, not SPECIAL, spec.HEAD)
+    entropy, forward, reverse, acceptance = _terms(
+        probability(t, statistics.t_norm),
+        probability(s, statistics.s_norm),
+        log_probability(t, statistics.t_norm),
+        evaluate_log_ratio(s, t, statistics.log_ratio),
+        SPECIAL,
+    )
+    column = start + lanes
+    s_first = _first_columns(s, statistics.s_norm, column, columns.V)
+    t_first = _first_columns(t, statistics.t_norm, column, columns.V)
+    if columns.width is not None:
+        _write_tile(
+            start, lanes, student, teacher, statistics, value, factors, special, excluded, degree,
+            parameters, columns, SPECIAL, spec,
+        )  # fmt: skip
+    return (
+        _sum_tile(entropy, spec),
+        _sum_tile(forward, spec),
+        _sum_tile(reverse, spec),
+        _sum_tile(acceptance, spec),
+        fold_min(s_first, spec.ADJACENT, spec.THREADS),
+        fold_min(t_first, spec.ADJACENT, spec.THREADS),
+    )
+
+
+@triton.jit
+def sweep_measures(
+    row, student, teacher, statistics, value, factors, label_column, excluded, degree, parameters,
+    out, columns, spec,
+):  # fmt: skip
+    """Store the measures of a row, and write its gradients, if they are wanted, as `sweep_gradients` does."""
+    lanes = tl.arange(0, spec.BLOCK_V)
+    entropy = _sum_tile(tl.zeros([spec.BLOCK_V], tl.float32), spec)
+    forward, reverse, acceptance = entropy, entropy, entropy
+    s_first = tl.full([spec.THREADS], 2147483647, tl.int32)
+    t_first = s_first
+    special = _special(value.s_argmax, value.t_argmax, label_column, statistics.careful, columns)
+    width = columns.V
+    if columns.width is not None:
+        width = columns.width
+    first, last = _tile_range(width, columns.split.num_splits, spec.BLOCK_V, columns.head)
+    for reverse_number in range(first, last):
+        start = (first + last - 1 - reverse_number) * spec.BLOCK_V - columns.head
+        if _is_special(start, special, spec):
+            e, f, r, a, s_column, t_column = _measure_tile(
+                start, lanes, student, teacher, statistics, value, factors, special, excluded,
+                degree, parameters, columns, True, spec,
+            )  # fmt: skip
+        else:
+            e, f, r, a, s_column, t_column = _measure_tile(
+                start, lanes, student, teacher, statistics, value, factors, special, excluded,
+                degree, parameters, columns, False, spec,
+            )  # fmt: skip
+        entropy += e
+        forward += f
+        reverse += r
+        acceptance += a
+        s_first = tl.minimum(s_first, s_column)
+        t_first = tl.minimum(t_first, t_column)
+    _store(
+        row, tl.sum(entropy, 0), tl.sum(forward, 0), tl.sum(reverse, 0), tl.sum(acceptance, 0),
+        tl.min(s_first, 0), tl.min(t_first, 0), statistics, out, columns.split,
+    )  # fmt: skip
+
+
+@triton.jit
+def tile_measures(row, tile, statistics, out, columns, spec):
+    """Store the measures of a row whose columns are in registers.
+
+    The probabilities are not computed by `probability`. If they were, the branches of `evaluate_row` would take over
+    their products from here, where the compiler cannot fuse them with the additions there, and the gradients would have
+    other bits than without measures.
+    """
+    exists = tl.arange(0, spec.BLOCK_V) < columns.V
+    log_p = log_probability(tile.t, statistics.t_norm)
+    p = tl.where(exists, exp(log_p), 0.0)
+    q = tl.where(exists, exp(log_probability(tile.s, statistics.s_norm)), 0.0)
+    log_ratio = evaluate_log_ratio(tile.s, tile.t, statistics.log_ratio)
+    entropy, forward, reverse, acceptance = _terms(p, q, log_p, log_ratio, True)
+    _store(
+        row,
+        tl.sum(entropy, 0),
+        tl.sum(forward, 0),
+        tl.sum(reverse, 0),
+        tl.sum(acceptance, 0),
+        statistics.s_argmax.column.to(
+            tl.int32
+        ),  # in a row of one tile, the first column of the maximum
+        statistics.t_argmax.column.to(tl.int32),
+        statistics,
+        out,
+        columns.split,
+    )
+
+
+@triton.jit
+def _store(
+    row, entropy, forward, reverse, acceptance, s_first, t_first, statistics, out, split,
+    PARTIALS: tl.constexpr = PARTIALS,
+):  # fmt: skip
+    """Store the measures of a row, or this program's part of them."""
+    # A comparison may hide a NaN, and a side that is -inf throughout has no distribution.
+    log_exp_sums = statistics.s_norm.log_exp_sum + statistics.t_norm.log_exp_sum
+    acceptance = tl.where(tl.abs(log_exp_sums) < float("inf"), acceptance, float("nan"))
+    if split.num_splits is not None:
+        place = split.measures + row.to(tl.int64) * PARTIALS * split.num_splits + tl.program_id(1)
+        tl.store(place, entropy)
+        tl.store(place + split.num_splits, forward)
+        tl.store(place + 2 * split.num_splits, reverse)
+        tl.store(place + 3 * split.num_splits, acceptance)
+        tl.store(place + 4 * split.num_splits, s_first.to(tl.float32))
+        tl.store(place + 5 * split.num_splits, t_first.to(tl.float32))
+    else:
+        _store_row(row, entropy, forward, reverse, acceptance, s_first == t_first, out)
+
+
+@triton.jit
+def _store_row(row, entropy, forward, reverse, acceptance, agreement, out):
+    place = out + row.to(tl.int64) * COUNT
+    tl.store(place, entropy)
+    tl.store(place + 1, forward)
+    tl.store(place + 2, reverse)
+    tl.store(place + 3, acceptance)
+    tl.store(place + 4, agreement.to(tl.float32))
+
+
+@triton.jit
+def merge_kernel(partials, num_splits, out, PARTIALS: tl.constexpr, LANES: tl.constexpr):
+    """Store the measures of one row, from the partial results of its programs; a dropped row gets any numbers."""
     row = tl.program_id(0)
-    if is_kept(inputs, row, ignore_index):
-        s_logits, s_gradient, s_unit, s_temperature = open_side(student_side, row, sizes, ALIGNED)
-        t_logits, t_gradient, t_unit, t_temperature = open_side(teacher_side, row, sizes, ALIGNED)
-        student = Row(s_logits, s_gradient, s_unit, None, s_temperature, student_side)
-        teacher = Row(t_logits, t_gradient, t_unit, None, t_temperature, teacher_side)
-        _measure_row(row, student, teacher, out, V, BLOCK_V)
-
-
-def measure_rows(student: Tensor, teacher: Tensor, rows: Rows, options: Options) -> Tensor:
-    """Compute the measures of dense rows, [..., len(DENSE_MEASURES)]; those of dropped rows are not written."""
-    student, teacher, rows = unit_stride(student), unit_stride(teacher), readable_rows(rows)
-    lead, columns = student.shape[:-1], options.vocab_size
-    out = student.new_empty((*lead, len(DENSE_MEASURES)), dtype=torch.float32)
-    if not lead.numel():
-        return out
-    sizes, (s_view, t_view) = lay_out(student, teacher)
-    aligned = is_aligned(columns, s_view, t_view)
-    # In the second sweep, each column of a tile has four accumulators, so tiles are small.
-    block, warps = tile(columns, min(student.itemsize, teacher.itemsize), True, aligned)
-    with on_device(student.device):
-        arguments = (
-            student_side(s_view, None, rows, options),
-            teacher_side(t_view, None, rows, options),
-            Inputs(rows.labels, rows.weight, None),
-            out,
-            options.ignore_index,
-            sizes,
-            columns,
-            aligned,
-            block,
-        )
-        launch(
-            measure_kernel,
-            (lead.numel(), 1, 1),
-            arguments,
-            num_warps=warps,
-            enable_fp_fusion=True,
-            **register_limit(True),
-        )
-    return out
+    lanes = tl.arange(0, LANES)
+    exists = lanes < num_splits
+    place = partials + row.to(tl.int64) * PARTIALS * num_splits + lanes
+    entropy = tl.sum(tl.load(place, mask=exists, other=0.0), 0)
+    forward = tl.sum(tl.load(place + num_splits, mask=exists, other=0.0), 0)
+    reverse = tl.sum(tl.load(place + 2 * num_splits, mask=exists, other=0.0), 0)
+    acceptance = tl.sum(tl.load(place + 3 * num_splits, mask=exists, other=0.0), 0)
+    s_first = tl.min(tl.load(place + 4 * num_splits, mask=exists, other=float("inf")), 0)
+    t_first = tl.min(tl.load(place + 5 * num_splits, mask=exists, other=float("inf")), 0)
+    _store_row(row, entropy, forward, reverse, acceptance, s_first == t_first, out)

@@ -78,10 +78,11 @@ class Split(NamedTuple):
     first_row: Any  # row of the kernel's first program
     num_splits: Any  # programs per row in this process
     num_partials: Any  # partial results per row that a kernel loads: those of all processes
+    measures: Any  # float32 [rows, measures.PARTIALS, ..]; None if no measures are wanted
 
 
 # One program per row. Test a field for None, not the tuple (see Row).
-NOT_SPLIT = Split(None, None, None, None, None, None)
+NOT_SPLIT = Split(None, None, None, None, None, None, None)
 
 
 class Row(NamedTuple):
@@ -364,6 +365,12 @@ def fold(tile, ADJACENT: tl.constexpr, THREADS: tl.constexpr):
 def fold_max(tile, ADJACENT: tl.constexpr, THREADS: tl.constexpr):
     """Return the maximum of the columns of each thread."""
     return tl.max(tl.max(_by_thread(tile, ADJACENT, THREADS), 2), 0)
+
+
+@triton.jit
+def fold_min(tile, ADJACENT: tl.constexpr, THREADS: tl.constexpr):
+    """Return the minimum of the columns of each thread."""
+    return tl.min(tl.min(_by_thread(tile, ADJACENT, THREADS), 2), 0)
 
 
 @triton.jit

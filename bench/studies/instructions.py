@@ -40,11 +40,17 @@ from fastkd.kernels import split
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 # Rows of 128,256 columns start at multiples of 16 bytes; rows of 50,257 columns do not.
 WIDTHS = (128_256, 50_257)
-# The keyword arguments of Options, and whether there are labels.
+# The keyword arguments of Options, whether there are labels, and what is computed.
 KINDS = {
-    "distillation": ({}, False),
-    "with labels": ({"alpha": 0.5}, True),
-    "with labels, T = 2": ({"alpha": 0.5, "temperature": 2.0, "teacher_temperature": 2.0}, True),
+    "distillation": ({}, False, Want(True)),
+    "with labels": ({"alpha": 0.5}, True, Want(True)),
+    "with labels, T = 2": (
+        {"alpha": 0.5, "temperature": 2.0, "teacher_temperature": 2.0},
+        True,
+        Want(True),
+    ),
+    "with parts": ({"alpha": 0.5}, True, Want(True, parts=True)),
+    "with measures": ({"alpha": 0.5}, True, Want(True, parts=True, measures=True)),
 }
 
 
@@ -61,7 +67,7 @@ class Case(NamedTuple):
 def compiled(case: Case) -> Resources:
     """What the row kernel of a case needs, with one program per row and the student's gradient."""
     torch.set_num_threads(1)
-    options, with_labels = KINDS[case.kind]
+    options, with_labels, want = KINDS[case.kind]
     student, teacher = (torch.empty(2, case.width, dtype=DTYPES[case.dtype]) for _ in range(2))
     rows = Rows(torch.zeros(2, dtype=torch.int64)) if with_labels else Rows()
     kernels.device_of = lambda device: split.Device(case.target, 1, 1, True)
@@ -74,7 +80,7 @@ def compiled(case: Case) -> Resources:
             teacher,
             rows,
             Options(divergence, vocab_size=case.width, **options),
-            Want(True),
+            want,
         )
     except Caught as launch:
         return resources(*launch.args, f"cuda:{case.target.removeprefix('sm_')}")

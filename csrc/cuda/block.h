@@ -212,6 +212,7 @@ class Block {
     rescale(local, from_first_lane(max), row());
   }
   FASTKD_DEVICE void rescale_lanes(Sums&, int) {}
+  FASTKD_DEVICE void rescale_lanes(MeasureSums&, int) {}
 
   // In one register: the lowest bit counts rows, the next one exchanges.
   FASTKD_DEVICE int parity_of_row() const { return parities_ & 1; }

@@ -21,6 +21,7 @@ struct Call : Loss {
   int dimensions = 0;
   int64_t sizes[DIMENSIONS] = {};  // the leading shape
   Rows student, teacher, student_gradient, teacher_gradient;
+  float* measures = nullptr;  // [rows, MEASURES] of dense rows (measures.h), or null
 
   // Set by plan (plan.h) and prepare (row.h): how a row is divided among a cluster, whether its least logits are needed.
   int ranks = 1;            // blocks per row

@@ -108,6 +108,7 @@ FASTKD_DEVICE void run(const Call& call, char* memory) {
     if (more && block.place.thread == call.threads - 1)
       block.open<Kind>(next, 1);  // while other threads wait for copies
     compute_value(block, kind);
+    if (call.measures) kind.measure();
     if (block.leads()) kind.finish_row();
     sync_block();
     write_gradients(block, kind, more);

@@ -1,4 +1,4 @@
-// The launchers of kernel.cu and measures.cu. tests/support/cuda_host.cpp has launchers of the same names for a CPU.
+// The launchers of kernel.cu. tests/support/cuda_host.cpp has launchers of the same names for a CPU.
 #pragma once
 #include <string>
 #include <vector>
@@ -10,8 +10,6 @@ namespace fastkd::cuda {
 // Launch on a stream of a device, asynchronously. All throw std::runtime_error with CUDA's message; kd_rows throws
 // DoesNotFit (plan.h) if the device cannot hold a row in the shared memory of a cluster.
 void kd_rows(Call call, int device, void* stream);
-// Writes the measures of dense rows, [rows, 5] (measures.h), except those of dropped rows.
-void measure_rows(const Call& call, float* measures, int device, void* stream);
 // gradient[row] *= factor[row * stride], in place, where the gradient is call.student. A row whose factor is 1 is not
 // touched.
 void scale_rows(const Call& call, const float* factor, int64_t stride, int device, void* stream);

@@ -75,6 +75,13 @@ struct Dense {
     return local;
   }
 
+  // Every stage has arrived, because a call with measures has statistics.
+  FASTKD_DEVICE void measure() {
+    const MeasureSums all =
+        block.merged(measure_slice(block.call, block.row(), block.place, block.slice(0), block.slice(1)));
+    if (block.leads() && block.place.rank == 0) write_measures(block.call, block.row(), all);
+  }
+
   FASTKD_DEVICE void finish_row() {
     if (block.call.shard.step != Step::sums)
       write_value(block.call, block.row(), block.place.rank);
@@ -116,6 +123,7 @@ struct DenseShard {
     return all;
   }
 
+  FASTKD_DEVICE void measure() {}
   FASTKD_DEVICE void finish_row() {}
   FASTKD_DEVICE void start_gradients(const Slice&) {}
   FASTKD_DEVICE void gradient(Range, int, char*, char*) {}
@@ -188,6 +196,8 @@ struct Sparse {
   FASTKD_DEVICE Sums sums() {
     return event_sums<LOG_0>(block.call, block.row(), block.place, block.slice(0));
   }
+
+  FASTKD_DEVICE void measure() {}
 
   FASTKD_DEVICE void finish_row() {
     if (block.call.shard.step == Step::statistics) return;

@@ -1,126 +1,116 @@
-// The measures of dense rows (fastkd/call/measures.py), in a launch of their own.
-//
-// One block computes the measures of a row. It reads the row twice from device memory: for the softmax of both sides,
-// and for the sums.
+// The measures of a dense row (fastkd/call/measures.py), from the statistics of its loss and the logits in shared memory.
 #pragma once
-#include "open.h"
+#include "statistics.h"
 
 namespace fastkd::cuda {
 
-constexpr int MEASURES = 5, MEASURE_THREADS = 256;
-constexpr int64_t NO_COLUMN = std::numeric_limits<int64_t>::max();
-
-// One side's largest z, the first column that has it, and the sum of exponentials relative to it.
-struct PartialSoftmax {
-  float max = -INF, exp_sum = 0;
-  int64_t column = NO_COLUMN;
-};
+constexpr int MEASURES = 5;
 
 struct MeasureSums {
-  float teacher_entropy = 0, forward_kl = 0, reverse_kl = 0, acceptance = 0;
+  float gap = 0;                                   // sum of p (t - t_max), for the teacher's entropy
+  float forward = 0, reverse = 0, acceptance = 0;  // sums of p log(p / q), of q log(q / p) and of min(p, q)
+  int s_first = INT32_MAX, t_first = INT32_MAX;    // first columns of the maxima
 };
 
-// Shared memory of a block: how both sides are tempered, and the parts of its warps.
-struct MeasureMemory {
-  Side student, teacher;
-  alignas(8) char parts[MEASURE_THREADS / 32 * sizeof(PartialSoftmax)];
+FASTKD_INLINE MeasureSums add(const MeasureSums& a, const MeasureSums& b) {
+  return {a.gap + b.gap,
+          a.forward + b.forward,
+          a.reverse + b.reverse,
+          a.acceptance + b.acceptance,
+          a.s_first < b.s_first ? a.s_first : b.s_first,
+          a.t_first < b.t_first ? a.t_first : b.t_first};
+}
+
+// What the terms of a column depend on. A thread keeps it in registers.
+struct Measuring {
+  float s_max, t_max, s_rate, t_rate, s_inverse_sum, t_inverse_sum;
+  float s_origin, t_origin, unit_ratio, unit, log_ratio_low, log_ratio_high;  // as in RowState
+
+  FASTKD_INLINE explicit Measuring(const RowState& row)
+      : s_max(row.student.max),
+        t_max(row.teacher.max),
+        s_rate(row.student.rate),
+        t_rate(row.teacher.rate),
+        s_inverse_sum(1 / (row.statistics.s_exp_sum + row.statistics.s_max_count)),
+        t_inverse_sum(1 / (row.statistics.t_exp_sum + row.statistics.t_max_count)),
+        s_origin(row.s_origin),
+        t_origin(row.t_origin),
+        unit_ratio(row.unit_ratio),
+        unit(row.student.unit),
+        log_ratio_low(row.log_ratio_low),
+        log_ratio_high(row.log_ratio_high) {}
+
+  // Adds the terms of one column; with LOG_0, under the policy of fastkd/call/log_zero.py.
+  template <bool LOG_0>
+  FASTKD_INLINE void add(MeasureSums& sums, V s, V t) const {
+    const float q = exp2_of(product(s - s_max, s_rate)) * s_inverse_sum, gap = t - t_max;
+    const float p = exp2_of(product(gap, t_rate)) * t_inverse_sum;
+    const float log_ratio =
+        fmaf(product(t - t_origin, unit_ratio) - (s - s_origin), unit, log_ratio_low) + log_ratio_high;
+    if (!LOG_0 || !(p == 0)) sums.gap = fmaf(p, gap, sums.gap);
+    if (!LOG_0 || !(p == 0 || (log_ratio == INF && p < NEGLIGIBLE))) sums.forward = fmaf(p, log_ratio, sums.forward);
+    if (!LOG_0 || !(q == 0 || (log_ratio == -INF && q < NEGLIGIBLE))) sums.reverse = fmaf(-q, log_ratio, sums.reverse);
+    sums.acceptance += p < q ? p : fmaf(p, 0, q);  // NaN if p or q is NaN
+  }
 };
-constexpr int MEASURE_BYTES = int(sizeof(MeasureMemory));
-static_assert(sizeof(MeasureSums) <= sizeof(PartialSoftmax), "both are merged in the same memory");
 
-FASTKD_INLINE PartialSoftmax merged(const PartialSoftmax& a, const PartialSoftmax& b, float rate) {
-  PartialSoftmax out;
-  out.max = fmaxf(a.max, b.max);
-  out.exp_sum = a.max == -INF ? a.exp_sum : a.exp_sum * exp2_of_product(a.max - out.max, rate);
-  out.exp_sum += b.max == -INF ? b.exp_sum : b.exp_sum * exp2_of_product(b.max - out.max, rate);
-  const int64_t first = a.max == out.max ? a.column : NO_COLUMN;
-  const int64_t second = b.max == out.max ? b.column : NO_COLUMN;
-  out.column = first < second ? first : second;
-  return out;
-}
-
-FASTKD_INLINE MeasureSums merged(const MeasureSums& a, const MeasureSums& b) {
-  return {a.teacher_entropy + b.teacher_entropy, a.forward_kl + b.forward_kl, a.reverse_kl + b.reverse_kl,
-          a.acceptance + b.acceptance};
-}
-
-// Merges the parts of all threads in a fixed order. Every thread gets the result.
-template <class Part, class Merge>
-FASTKD_DEVICE Part merge_block(Part local, char* memory, Merge merge) {
-  constexpr int LANES = 32, WARPS = MEASURE_THREADS / LANES;
-  const int warp = thread_number() / LANES, lane = thread_number() % LANES;
-  Part* parts = reinterpret_cast<Part*>(memory);
+// Adds the first n columns of a vector, one at a time.
+FASTKD_INLINE void add_carefully(MeasureSums& sums, const Measuring& measuring, V (&s)[VECTOR], V (&t)[VECTOR], int n) {
 #pragma unroll 1
-  for (int step = LANES / 2; step > 0; step /= 2) local = merge(local, from_lane_above(local, step));
-  if (lane == 0) parts[warp] = local;
-  sync_block();
-  local = parts[lane < WARPS ? lane : 0];
-#pragma unroll 1
-  for (int step = WARPS / 2; step > 0; step /= 2) local = merge(local, from_lane_above(local, step));
-  sync_block();  // the memory may be written again
-  return from_first_lane(local);
-}
-
-FASTKD_DEVICE PartialSoftmax softmax_of(const char* row, const Side& side, int64_t vocabulary, char* memory) {
-  PartialSoftmax local;
-#pragma unroll 1
-  for (int64_t column = thread_number(); column < vocabulary; column += MEASURE_THREADS) {
-    const float z = side.z(load_one(row, side.dtype, column));
-    if (z > local.max) {
-      if (local.max != -INF) local.exp_sum *= exp2_of_product(local.max - z, side.rate);
-      local.max = z;
-      local.column = column;
-    }
-    // Before its first logit above -inf, a thread's sum is 0, or NaN if a logit was NaN.
-    local.exp_sum += local.max == -INF ? (z == -INF ? 0 : z) : exp2_of_product(z - local.max, side.rate);
+  for (int k = 0; k < n; ++k) {
+    measuring.add<true>(sums, s[0], t[0]);
+    shift_in(s, s[0]);
+    shift_in(t, t[0]);
   }
-  return merge_block(local, memory, [&](const auto& a, const auto& b) { return merged(a, b, side.rate); });
 }
 
-// Adds the terms of one column, with the policy of fastkd/call/log_zero.py.
-FASTKD_INLINE void add_measures(MeasureSums& sums, float log_p, float log_q) {
-  const float p = exp(log_p), q = exp(log_q), log_ratio = log_p - log_q;
-  if (!(p == 0)) sums.teacher_entropy -= p * log_p;
-  if (!(p == 0 || (log_q == -INF && p < NEGLIGIBLE))) sums.forward_kl += p * log_ratio;
-  if (!(q == 0 || (log_p == -INF && q < NEGLIGIBLE))) sums.reverse_kl -= q * log_ratio;
-  sums.acceptance += p < q ? p : q + 0 * p;  // NaN if p or q is NaN
+// The first column in which z is the maximum, or `known` if that is less. Few vectors have such a column.
+FASTKD_INLINE int first_of_maximum(const V (&z)[VECTOR], float max, int column, int known) {
+  if (maximum_of(z) < max) return known;
+  for (int k = VECTOR; k-- > 0;)
+    if (z[k] == max && column + k < known) known = column + k;
+  return known;
 }
 
-FASTKD_DEVICE void measure_row(const Call& call, int64_t row, float* out, char* memory) {
-  MeasureMemory& shared = *reinterpret_cast<MeasureMemory*>(memory);
-  if (thread_number() == 0) {
-    float weight = 1;
-    open_side(call.student, call.student_tempering, row, shared.student, weight);
-    open_side(call.teacher, call.teacher_tempering, row, shared.teacher, weight);
-  }
-  sync_block();
-  const Side student = shared.student, teacher = shared.teacher;
-  const char* s = row_address(call, call.student, row);
-  const char* t = row_address(call, call.teacher, row);
-  const PartialSoftmax s_softmax = softmax_of(s, student, call.vocabulary, shared.parts);
-  const PartialSoftmax t_softmax = softmax_of(t, teacher, call.vocabulary, shared.parts);
-  const float s_log_sum = ::logf(s_softmax.exp_sum), t_log_sum = ::logf(t_softmax.exp_sum);
-  MeasureSums local;
+// This thread's part of the measures, from the block's slice of a row. Not inlined, so that all kernels share one copy.
+FASTKD_PER_ROW MeasureSums measure_slice(const Call& call, const RowState& row, Place place, Slice student,
+                                         Slice teacher) {
+  const Measuring measuring(row);
+  const int start = int(first_column(call, place.rank));
+  MeasureSums sums;
 #pragma unroll 1
-  for (int64_t column = thread_number(); column < call.vocabulary; column += MEASURE_THREADS) {
-    const float s_gap = student.z(load_one(s, student.dtype, column)) - s_softmax.max;
-    const float t_gap = teacher.z(load_one(t, teacher.dtype, column)) - t_softmax.max;
-    add_measures(local, t_gap * teacher.unit - t_log_sum, s_gap * student.unit - s_log_sum);
+  for (int stage = 0; stage < STAGES; ++stage) {
+    const char *s_memory = student.stage(stage), *t_memory = teacher.stage(stage);
+    each_vector<true>(call, row, place, stage_range(call, place.rank, stage, row.shift), [&](int first, auto vector) {
+      V s[VECTOR], t[VECTOR];
+      load_z(s_memory, row.student, first, vector, s);
+      load_z(t_memory, row.teacher, first, vector, t);
+      sums.s_first = first_of_maximum(s, measuring.s_max, start + first, sums.s_first);
+      sums.t_first = first_of_maximum(t, measuring.t_max, start + first, sums.t_first);
+      if constexpr (is_whole<decltype(vector)>) {
+        MeasureSums all = sums;
+        each_column<false>(s, t, [&](int, V s_k, V t_k) { measuring.add<false>(all, s_k, t_k); });
+        // Arithmetic on -inf gives NaN or infinity exactly where the policy for log 0 matters.
+        if (finite(all.gap + all.forward + all.reverse)) {
+          sums = all;
+          return;
+        }
+      }
+      add_carefully(sums, measuring, s, t, vector.n);
+    });
   }
-  const MeasureSums sums = merge_block(local, shared.parts, [](const auto& a, const auto& b) { return merged(a, b); });
-  if (thread_number() != 0) return;
-  out[0] = sums.teacher_entropy;
-  out[1] = sums.forward_kl;
-  out[2] = sums.reverse_kl;
+  return sums;
+}
+
+// `sums` is no reference, which would put it on the stack.
+FASTKD_PER_ROW void write_measures(const Call& call, const RowState& row, MeasureSums sums) {
+  float* out = call.measures + row.row * MEASURES;
+  const Side& teacher = row.teacher;
+  out[0] = -fmaf(teacher.unit, sums.gap, teacher.offset_low) - teacher.offset;
+  out[1] = sums.forward;
+  out[2] = sums.reverse;
   out[3] = sums.acceptance;
-  out[4] = s_softmax.column == t_softmax.column ? 1 : 0;
-}
-
-// Writes the measures of this block's rows, [rows, MEASURES], except those of dropped rows.
-FASTKD_DEVICE void measure(const Call& call, float* measures, char* memory) {
-#pragma unroll 1
-  for (int64_t row = block_number(); row < call.rows; row += block_count())
-    if (!is_dropped(call, row)) measure_row(call, row, measures + row * MEASURES, memory);
+  out[4] = sums.s_first == sums.t_first ? 1 : 0;
 }
 
 }  // namespace fastkd::cuda

@@ -58,18 +58,12 @@ Call make_call(const Strides& sizes, const Logits& student, const Logits& teache
 }
 
 void launch(const Strides& sizes, const Logits& student, const Logits& teacher, const Logits& student_gradient,
-            const Logits& teacher_gradient, const Description& description, int device, uintptr_t stream) {
-  const Call call = make_call(sizes, student, teacher, student_gradient, teacher_gradient, description);
+            const Logits& teacher_gradient, const Description& description, uintptr_t measures, int device,
+            uintptr_t stream) {
+  Call call = make_call(sizes, student, teacher, student_gradient, teacher_gradient, description);
+  call.measures = pointer(measures);
   py::gil_scoped_release release;
   kd_rows(call, device, pointer<void>(stream));
-}
-
-void measure(const Strides& sizes, const Logits& student, const Logits& teacher, const Logits& student_gradient,
-             const Logits& teacher_gradient, const Description& description, uintptr_t measures, int device,
-             uintptr_t stream) {
-  const Call call = make_call(sizes, student, teacher, student_gradient, teacher_gradient, description);
-  py::gil_scoped_release release;
-  measure_rows(call, pointer(measures), device, pointer<void>(stream));
 }
 
 void scale(const Strides& sizes, const Logits& gradient, uintptr_t factor, int64_t stride, int device,
@@ -108,7 +102,6 @@ PYBIND11_MODULE(FASTKD_MODULE, module) {
   module.doc() = "CUDA kernels of fastkd; called by fastkd.backends.cuda.";
   module.def("kd_rows", &launch);
   module.def("scale_rows", &scale);
-  module.def("measure_rows", &measure);
   module.def("plan", &layout_of_a_row, py::arg("vocabulary"), py::arg("student_dtype"), py::arg("teacher_dtype"), py::arg("sparse"), py::arg("rows") = 1, py::arg("multiprocessors") = 0,
              py::arg("shared") = MOST_SHARED, "(blocks per row, threads per block, columns per block); None if a row does not fit on chip.");
   module.attr("OPTION_NAMES") = OPTION_NAMES;

@@ -8,6 +8,7 @@
 //   statistics.h   computes a thread's maxima, sums of exponentials and moments; they are merged over threads and blocks
 //   finish.h       computes what follows from the statistics of the whole row
 //   sums.h         sums phi, g and h if there is no closed form; merged likewise
+//   measures.h     compares the two distributions, if the call wants measures
 //   gradient.h     writes the value and the gradient: over the logits in shared memory, or directly to device memory
 //
 // If a divergence has a label term (fastkd/divergences.py, Target), the label's column is excluded from statistics and
@@ -20,6 +21,7 @@
 // policy of fastkd/call/log_zero.py matters. A row whose merged sums are not finite is computed again with the policy.
 #pragma once
 #include "gradient.h"
+#include "measures.h"
 
 namespace fastkd::cuda {
 

@@ -16,10 +16,10 @@ from fastkd.call import draft, mutual
 from fastkd.call.contract import Options, Result, Rows, ShardCall, Statistics, Want
 from fastkd.call.measures import measure_count
 from fastkd.core.tensors import address, readable, unit_stride
-from fastkd.divergences import forward_kl
 
-# kd_rows also takes sparse teachers, and computes measures.
-SPARSE = MEASURES = True
+# kd_rows also takes sparse teachers, and computes the measures of both forms of teacher.
+SPARSE = True
+MEASURES = ("dense", "sparse")
 # Bytes from which page faults matter: csrc/memory.h.
 _LARGE = 4 << 20
 
@@ -51,24 +51,9 @@ def _launch(
 
 def kd_rows(student: Tensor, teacher: Tensor, rows: Rows, options: Options, want: Want) -> Result:
     """Compute the loss of each row and its gradients; :class:`fastkd.call.contract.Result` has shapes and meaning."""
-    if want.measures and not _sweep_has_measures(options):
-        measures = kd_rows(student, teacher, rows, _plain(options), Want(measures=True)).measures
-        want = want._replace(measures=False)
-        return kd_rows(student, teacher, rows, options, want)._replace(measures=measures)
     result = native.outputs(student, teacher, want, empty, measures=measure_count(options.tail))
     _launch(student, teacher, rows, options, result)
     return result
-
-
-def _sweep_has_measures(options: Options) -> bool:
-    """Whether the sweeps of the loss compute both softmaxes over all columns."""
-    divergence = options.divergence
-    return bool(options.tail) or (divergence.normalized and divergence.target is None)
-
-
-def _plain(options: Options) -> Options:
-    """The options of a loss that reads the same distributions."""
-    return options._replace(divergence=forward_kl(), alpha=1.0, label_smoothing=0.0)
 
 
 def scale_rows_(gradient: Tensor, upstream: Tensor) -> None:

@@ -18,8 +18,9 @@ from fastkd.call.contract import Options, Result, Rows, ShardCall, Statistics, W
 from fastkd.call.measures import DENSE_MEASURES
 from fastkd.core.tensors import address, readable, unit_stride
 
-# kd_rows also takes sparse teachers.
+# kd_rows also takes sparse teachers, and computes the measures of dense ones.
 SPARSE = True
+MEASURES = ("dense",)
 
 
 @functools.cache
@@ -55,6 +56,7 @@ def _launch(
     try:
         _cuda.kd_rows(
             *native.arguments(student, teacher, rows, options, result, shared),
+            address(result.measures),
             *_stream(student.device),
         )
     except _cuda.DoesNotFitError as error:
@@ -67,23 +69,9 @@ def _launch(
 
 def kd_rows(student: Tensor, teacher: Tensor, rows: Rows, options: Options, want: Want) -> Result:
     """Compute the loss of each row and its gradients; :class:`fastkd.call.contract.Result` has shapes and meaning."""
-    result = native.outputs(student, teacher, want)
+    result = native.outputs(student, teacher, want, measures=len(DENSE_MEASURES))
     _launch(student, teacher, rows, options, result)
     return result
-
-
-def measure_rows(student: Tensor, teacher: Tensor, rows: Rows, options: Options) -> Tensor:
-    """Compute the measures of dense rows, [..., len(DENSE_MEASURES)]; those of dropped rows are not written."""
-    shape = (*student.shape[:-1], len(DENSE_MEASURES))
-    measures = torch.empty(shape, dtype=torch.float32, device=student.device)
-    rows = native.readable_rows(rows)
-    student, teacher = unit_stride(student), unit_stride(teacher)
-    _cuda.measure_rows(
-        *native.arguments(student, teacher, rows, options, Result(measures, measures)),
-        address(measures),
-        *_stream(student.device),
-    )
-    return measures
 
 
 # The steps where several processes share the vocabulary: fastkd/call/contract.py says what passes between them,

@@ -1,11 +1,8 @@
 """The measures of rows (fastkd.call.measures.MEASURES), which a call returns on request beside its loss.
 
-A backend may compute the measures of dense rows itself, in its kd_rows (MEASURES = True) or by a function
-
-    measure_rows(student, teacher, rows, options) -> Tensor [..., len(DENSE_MEASURES)]
-
-Every other backend has this module's :func:`measure_rows`, in plain torch operations. The measures of a sparse teacher
-compare the K + 1 events of fastkd/backends/sparse.py. fastkd/engine/backend.py puts these together:
+A backend's kd_rows may compute them from the sweeps of the loss (MEASURES in its module). Every other backend has
+plain torch operations: :func:`measure_rows` for dense rows, and for a sparse teacher a comparison of the K + 1 events
+of fastkd/backends/sparse.py. fastkd/engine/backend.py puts these together:
 
     MeasuredRows(kernels)        completes the measures of any backend: dropped rows, invalid rows, and the overlap
     WithMeasures(kernels, ...)   adds measures to a backend that computes none
@@ -33,6 +30,7 @@ from fastkd.call.measures import DENSE_MEASURES, MEASURES, sum_dtype, sums
 from fastkd.call.rows import Chunks, put, rows_at, take
 from fastkd.core.pieces import piece_rows
 from fastkd.core.tensors import finite_max
+from fastkd.divergences import forward_kl
 
 ACCEPTANCE, AGREEMENT = MEASURES.index("acceptance"), MEASURES.index("agreement")
 OVERLAP = MEASURES.index("overlap")
@@ -118,11 +116,20 @@ def measure_rows(student: Tensor, teacher: Tensor, rows: Rows, options: Options)
     return measures
 
 
-class DenseMeasures:
-    """The measures of dense rows by the functions of a backend's module and of this one."""
+def sweeps_have_measures(options: Options) -> bool:
+    """Whether the sweeps of a dense row's loss compute both softmaxes over all columns."""
+    divergence = options.divergence
+    return divergence.normalized and divergence.target is None
 
-    def __init__(self, kernels: Any) -> None:
-        self.measure_rows = getattr(kernels, "measure_rows", measure_rows)
+
+class DenseMeasures:
+    """The measures of dense rows, in plain torch operations."""
+
+    def measure_rows(
+        self, student: Tensor, teacher: Tensor, rows: Rows, options: Options
+    ) -> Tensor:
+        """The measures, [..., len(DENSE_MEASURES)]."""
+        return measure_rows(student, teacher, rows, options)
 
     # The steps where several processes share the vocabulary: fastkd/call/contract.py.
 
@@ -156,6 +163,22 @@ class DenseMeasures:
         numbers = call.sums.sum(0).reshape(*call.student.shape[:-1], -1)
         agreement = student.argmax == teacher.argmax
         call.result.measures.copy_(torch.cat([numbers, agreement], -1))
+
+
+class SimplerLoss(DenseMeasures):
+    """The measures of dense rows from a loss without gradients, for losses whose own sweeps do not have them."""
+
+    def __init__(self, kernels: Any) -> None:
+        self.kernels = kernels
+
+    def measure_rows(
+        self, student: Tensor, teacher: Tensor, rows: Rows, options: Options
+    ) -> Tensor:
+        """The measures, [..., len(DENSE_MEASURES)]; anything in dropped rows."""
+        options = options._replace(divergence=forward_kl(), alpha=1.0, label_smoothing=0.0)
+        want = Want(measures=True)
+        measures: Tensor = self.kernels.kd_rows(student, teacher, rows, options, want).measures
+        return measures
 
 
 class _Merged(NamedTuple):

@@ -8,9 +8,10 @@ A row is one position, with V student logits and V teacher logits. A backend is 
 
 A backend whose kd_rows supports sparse teachers (Options.tail) sets SPARSE = True; every other backend has the two
 steps of :mod:`fastkd.backends.sparse`. A backend may also have mutual_rows (:mod:`fastkd.call.mutual`), angles
-(:mod:`fastkd.backends.angles`), draft_rows (:mod:`fastkd.call.draft`), and measure_rows, the measures of dense rows
-(:mod:`fastkd.backends.measures`). A backend whose kd_rows computes the measures, unless several processes share the
-vocabulary, sets MEASURES = True.
+(:mod:`fastkd.backends.angles`) and draft_rows (:mod:`fastkd.call.draft`). A backend whose kd_rows computes the measures
+(:mod:`fastkd.backends.measures`) names the teachers with which it does, "dense", "sparse" or both, in a tuple MEASURES.
+It may leave out those of dense teachers where :func:`fastkd.backends.measures.sweeps_have_measures` is false, and where
+several processes share the vocabulary.
 
 If several processes share the vocabulary (Options.shard), each has some columns of every row. A backend then works in
 steps, between which the processes exchange a few numbers per row (:mod:`fastkd.parallel`):

@@ -8,7 +8,14 @@ from __future__ import annotations
 from typing import Any
 
 from fastkd.backends import registry
-from fastkd.backends.measures import DenseMeasures, MeasuredRows, SparseMeasures, WithMeasures
+from fastkd.backends.measures import (
+    DenseMeasures,
+    MeasuredRows,
+    SimplerLoss,
+    SparseMeasures,
+    WithMeasures,
+    sweeps_have_measures,
+)
 from fastkd.backends.sparse import SparseRows
 from fastkd.call.contract import Options, Want
 
@@ -32,9 +39,14 @@ def for_teacher(kernels: Any, options: Options) -> Any:
 
 
 def with_measures(kernels: Any, options: Options) -> Any:
-    """The backend of this teacher, wrapped in WithMeasures if it computes no measures itself."""
-    if isinstance(kernels, SparseRows):
+    """The backend of this teacher, wrapped in WithMeasures if its kd_rows does not compute the measures."""
+    own = getattr(kernels, "MEASURES", ())
+    if isinstance(kernels, SparseRows) or (options.tail and "sparse" in own):
         return kernels
-    if getattr(kernels, "MEASURES", False) and (options.tail or options.shard is None):
+    if options.tail:
+        return WithMeasures(kernels, SparseMeasures())
+    if "dense" not in own or options.shard is not None:
+        return WithMeasures(kernels, DenseMeasures())
+    if sweeps_have_measures(options):
         return kernels
-    return WithMeasures(kernels, SparseMeasures() if options.tail else DenseMeasures(kernels))
+    return WithMeasures(kernels, SimplerLoss(kernels))

@@ -150,6 +150,33 @@ def assert_measures(
         )
 
 
+def check_measures(emulation: Emulation, divergence: str, dtype: torch.dtype, ranks: int) -> None:
+    """Compare rows of 1000 columns with and without measures: equal maxima, -inf, an ordinary row, and NaN."""
+    emulation.ranks = ranks
+    student, teacher = pair("far", 4, 1000, dtype=dtype)
+    student[0, 30::64] = teacher[0, 30] = teacher[0, 610] = 40.0
+    student[1, 7] = teacher[1, 8] = -math.inf  # both divergences are infinite
+    student[1, 100:], teacher[1, 100:] = -math.inf, -math.inf
+    wanted = expected(student, teacher, 0.5, 2.0)
+    student[3, 9] = math.nan
+    results = []
+    for names in (DENSE, True):
+        leaves = [x.clone().requires_grad_() for x in (student, teacher)]
+        loss, parts = kd_loss(
+            *leaves, divergence=divergence, temperature=0.5, teacher_temperature=2.0, reduction="none",
+            return_parts=names, backend="cuda",
+        )  # fmt: skip
+        loss.sum().backward()
+        results.append((loss, *(leaf.grad for leaf in leaves), parts))
+    for with_measures, plain in zip(results[0][:3], results[1][:3], strict=True):
+        torch.testing.assert_close(with_measures, plain, rtol=0, atol=0, equal_nan=True)
+    kept = torch.tensor([True, True, True, False])
+    measures = MeasuredParts(*(x if x is None else torch.where(kept, x, 0) for x in results[0][3]))
+    assert wanted["agreement"][0] == 1.0 and wanted["forward_kl"][1] == math.inf
+    assert_measures(measures, wanted, kept)
+    assert results[0][3].acceptance[3].isnan()
+
+
 def pair(kind: str, *shape: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
     student, teacher = logits(*shape, seed=1, dtype=dtype), logits(*shape, seed=2, dtype=dtype)
     if kind == "near":

@@ -44,6 +44,7 @@ OF_KERNELS = (
     "finish",
     "sums",
     "gradient",
+    "measures",
 )
 OF_KERNELS = (*OF_KERNELS, "row", "block", "kinds", "cluster", "shard", "topk", "common/row_math")
 

@@ -5,7 +5,6 @@
 
 #include "cuda/cluster.h"
 #include "cuda/kernel.h"
-#include "cuda/measures.h"
 
 namespace fastkd::cuda {
 namespace {
@@ -81,16 +80,6 @@ void kd_rows(Call call, int ranks, void*) {  // a device's number serves to ask 
   double total = 0;
   for (int64_t i = 0; i < call.rows; ++i) total += call.loss[i];
   *call.total = float(total * call.scale * (call.scale_on_device ? *call.scale_on_device : 1));
-}
-
-// With a launcher too: it runs the kernels of kernel.cu only.
-void measure_rows(const Call& call, float* measures, int, void*) {
-  auto& machine = host::machine;
-  machine.ranks = 1;
-  machine.threads = MEASURE_THREADS;
-  machine.clusters = call.rows < 2 ? call.rows : 2;
-  for (machine.cluster = 0; machine.cluster < machine.clusters; ++machine.cluster)
-    machine.run(MEASURE_BYTES, [&](char* memory) { measure(call, measures, memory); });
 }
 
 void scale_rows(const Call& call, const float* factor, int64_t stride, int, void*) {

@@ -41,7 +41,8 @@ def cuts(width: int, vocabulary: int, shares: tuple[float, ...]) -> list[Cut]:
 class InShards:
     """A backend's kernels over shards; it replaces the backend's module."""
 
-    SPARSE = MEASURES = True
+    SPARSE = True
+    MEASURES = ("dense", "sparse")
 
     def __init__(self, kernels: ModuleType, shares: tuple[float, ...]) -> None:
         self.kernels, self.shares = kernels, shares

@@ -27,8 +27,9 @@ from fastkd import TopK
 from fastkd.backends import sparse
 from fastkd.call import mutual as mutual_call
 from fastkd.call.contract import Options, Result, Rows, Want
+from fastkd.engine.backend import with_measures
+from fastkd.kernels import backend, launcher, measures, mutual, split
 from fastkd.kernels import launch as kernels
-from fastkd.kernels import launcher, measures, mutual, split
 from fastkd.kernels import sparse as sparse_kernels
 from support.triton_aot import launch_nothing
 
@@ -36,7 +37,7 @@ COUNT, V = 6, 48
 KERNELS = (
     kernels.kd_kernel,
     kernels.scale_kernel,
-    measures.measure_kernel,
+    measures.merge_kernel,
     mutual.mutual_kernel,
     sparse_kernels.mark_kernel,
     sparse_kernels.gather_kernel,
@@ -145,10 +146,12 @@ CHANGES: list[Case] = [
     {"want": Want(True, True)},
     {"want": Want(True, parts=True)},
     {"want": Want(True, inplace=True)},
+    {"want": Want(True, measures=True)},
     {"padding": 1},
     {"padding": 16},
     {"rows": 7},
     {"rows": 8},
+    {"rows": 8, "want": Want(measures=True)},
     {"rows": 9, "options": {"divergence": fastkd.jsd(0.5)}},
 ]  # fmt: skip
 
@@ -250,6 +253,22 @@ def check_replays() -> None:
             assert addresses == [logits.data_ptr(), teacher.data_ptr()]
 
 
+def check_measures_take_no_launch() -> None:
+    """A call with measures has one launch, or that of another loss besides if its own sweeps do not have them."""
+    with without_compiler() as launches:
+        for options, count in (
+            ({}, 1),
+            ({"alpha": 0.0}, 1),
+            ({"divergence": fastkd.squared_error()}, 2),
+        ):
+            for want in (Want(True, parts=True, measures=True), Want(parts=True, measures=True)):
+                resolved = Options(**({"divergence": fastkd.jsd(), "vocab_size": V} | options))
+                triton = with_measures(backend, resolved)
+                launches.clear()
+                triton.kd_rows(torch.ones(COUNT, V), torch.ones(COUNT, V), Rows(), resolved, want)
+                assert len(launches) == count, (options, want)
+
+
 def check_rows_that_start_alike() -> None:
     """Rows that start equally far past 16 bytes have another kernel than rows that do not, whichever came first."""
     options = Options(fastkd.forward_kl(), vocab_size=V)
@@ -290,10 +309,6 @@ def check_other_kernels() -> None:
         logits = [placed((COUNT, V), torch.float32, False) for _ in range(count)]
         mutual.mutual_rows(logits, Rows(labels), mutual_call.Options(), [True] * count, False)
 
-    def measure(unaligned: bool) -> None:
-        student, teacher = (placed((COUNT, V), torch.bfloat16, unaligned) for _ in range(2))
-        measures.measure_rows(student, teacher, Rows(labels), options)
-
     def scale(unaligned: bool, shape: tuple[int, ...]) -> None:
         gradient = placed((COUNT, V), torch.bfloat16, unaligned)
         kernels.scale_rows_(gradient, torch.ones(shape))
@@ -310,8 +325,6 @@ def check_other_kernels() -> None:
         lambda: sparse_rows(torch.bfloat16),
         lambda: mutual_rows(2),
         lambda: mutual_rows(3),
-        lambda: measure(False),
-        lambda: measure(True),
         lambda: scale(False, ()),
         lambda: scale(True, ()),
         lambda: scale(False, (COUNT,)),

@@ -18,6 +18,7 @@ import torch
 from support.accuracy import check, labels_for, logits
 from support.cuda_emulation import Emulation
 from support.options import BRIEF, TOGETHER, Sets, prepared
+from test_measures import check_measures
 from torch import Tensor
 
 import fastkd
@@ -291,10 +292,24 @@ def test_device_memory_moves_three_tensors(
         fastkd.kd_loss(leaf, t, labels, divergence=divergence, backend="cuda")
         read, written = emulation.traffic()
         assert read == 3 * both  # the dropped row is not read
+        names = ("acceptance", "agreement")  # a call with measures reads nothing more
+        fastkd.kd_loss(leaf, t, labels, divergence=divergence, backend="cuda", return_parts=names)
+        assert emulation.traffic() == [read, written]
         assert written == (rows * width * s.itemsize if leaf.requires_grad else 0)
         fastkd.kd_loss(leaf, t, labels, divergence=divergence, alpha=0.5, backend="cuda")
         # The label's logit is also read by every block.
         assert emulation.traffic()[0] == 3 * (both + emulation.ranks * s.itemsize)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "ranks"),
+    [(torch.bfloat16, 1), (torch.bfloat16, 4), (torch.float16, 2), (torch.float32, 2)],
+    ids=str,
+)
+@pytest.mark.parametrize("divergence", ["forward_kl", "soft_cross_entropy", "jsd"])
+def test_measures(emulation: Emulation, divergence: str, dtype: torch.dtype, ranks: int) -> None:
+    """They are right in whole vectors, and leave the loss and the gradients as they are."""
+    check_measures(emulation, divergence, dtype, ranks)
 
 
 # How a row is spread

@@ -18,6 +18,7 @@ from support.cuda_emulation import Emulation
 from support.ptx import cuda, planted
 from support.ptx.faults import Fault
 from support.shards import InShards
+from test_measures import check_measures
 from test_topk import check_topk, sparse
 from torch import Tensor
 
@@ -101,6 +102,23 @@ def test_log_0(emulation: Emulation, launches: list[dict[str, Any]], divergence:
     student[0, 8:200], teacher[0, 8:200] = -INF, -INF
     teacher[2, 100:140] = -INF
     check("cuda", student, teacher, divergence=divergence)
+
+
+@pytest.mark.parametrize(
+    ("divergence", "dtype", "ranks"),
+    [("forward_kl", torch.bfloat16, 2), ("soft_cross_entropy", torch.float32, 1)],
+    ids=str,
+)
+def test_measures(
+    emulation: Emulation,
+    launches: list[dict[str, Any]],
+    divergence: str,
+    dtype: torch.dtype,
+    ranks: int,
+) -> None:
+    check_measures(emulation, divergence, dtype, ranks)
+    of_rows = [launch for launch in launches if launch["kernel"] != "total_kernel"]
+    assert [launch["kernel"] for launch in of_rows] == 2 * [divergence]
 
 
 @pytest.mark.parametrize("tail", ["bucket", "renormalize"])

@@ -43,6 +43,7 @@ def _python(*arguments: str, architecture: str, settings: str = "") -> str:
 SELECTED = (
     "(test_divergences and (forward_kl or jsd) and alone and not skew)"
     " or test_results_do_not_depend_on_the_groups or (test_a_dropped_row_is_not_read and jsd)"
+    " or (test_measures and gradients and alone)"
 )
 
 

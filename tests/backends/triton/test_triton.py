@@ -31,6 +31,8 @@ from support.accuracy import (
 )
 from support.options import ALL, BRIEF, dropped_by, for_kd_loss
 from support.triton_interpreter import PTX, Access, corrected, in_interpreter, memory_accesses
+from test_measures import NEAR
+from test_measures import expected as expected_measures
 from torch import Tensor
 from triton.runtime import interpreter
 
@@ -437,7 +439,6 @@ def test_a_dropped_row_is_not_read(divergence: str, dtype: torch.dtype) -> None:
     student[1::2], teacher[1::2] = math.nan, math.nan
     actual = launch(student, teacher, rows, alpha=0.5, divergence=divergence)
     same(actual, clean)
-    assert actual.measures is None
     terms = actual.distillation, actual.cross_entropy, actual.student_entropy
     for value in (actual.loss, *actual.gradients, *terms):
         assert value is not None and value[::2].isfinite().all() and not value[1::2].any()
@@ -974,6 +975,40 @@ def test_a_group_of_rows_that_a_cache_holds_is_read_once(
     cache = group * 2 * width * 4 + 2048  # the group's logits and its programs' partial results
     assert 3.0 <= moved(group, cache) < 3.06
     assert moved(rows, cache) > 2 * sweeps + 0.99, "a group that the cache does not hold"
+
+
+# Measures
+
+
+@pytest.mark.parametrize(
+    "shares", [None, ONE_TILE, split.Plan(4, 2)], indirect=True, ids=["alone", "one tile", "shared"]
+)
+@pytest.mark.parametrize(
+    ("divergence", "want"),
+    [("forward_kl", Want(True, True, True)), ("jsd", Want())],
+    ids=["gradients", "value"],
+)
+def test_measures(divergence: str, want: Want) -> None:
+    """They are right, and leave the loss and the gradients as they are. test_measures.py has more kinds of rows."""
+    student, teacher = pair(5, 37)
+    student[0, 30] = teacher[0, 30] = 9.0
+    student[1, 5] = student[1, 19] = teacher[1, 5] = 9.0  # the lane of column 19 is the lower one
+    student[2, ::3] = teacher[2, ::3] = -INF
+    student[2, 1] = teacher[2, 4] = -INF  # both divergences are infinite
+    rows = Rows(torch.tensor([1, 2, 30, -100, 5], device=DEVICE))
+    student[3], teacher[4, 7] = math.nan, math.nan
+    plain = launch(student, teacher, rows, divergence, want, alpha=0.5, temperature=2.0)
+    assert plain.measures is None
+    want = want._replace(measures=True)
+    actual = launch(student, teacher, rows, divergence, want, alpha=0.5, temperature=2.0)
+    same(actual._replace(measures=None), plain)
+    measures = actual.measures
+    assert measures is not None and measures[4, 3].isnan()
+    wanted = expected_measures(student[:3].cpu(), teacher[:3].cpu(), 2.0, 1.0)
+    assert wanted["agreement"].tolist() == [1.0, 1.0, 0.0] and wanted["forward_kl"][2] == INF
+    torch.testing.assert_close(
+        measures[:3].cpu().double(), torch.stack([*wanted.values()], -1), rtol=NEAR, atol=NEAR
+    )
 
 
 # Rows that several programs share

@@ -86,7 +86,7 @@ def _least() -> list[Variant]:
         everything._replace(stage="gradient", sharded=True),
         Variant("gather", "everything", width="odd"),
         Variant("spread", "everything", "fp32", "fp32"),
-        Variant("measures", "everything", "fp32", "fp32"),
+        Variant("forward_kl", "measures", width="odd"),
     ]
 
 
@@ -140,7 +140,9 @@ def _few() -> list[Variant]:
     ):
         results.append(Variant(kernel, "everything", dtype, dtype, width))
     results.append(Variant("mark", ""))
-    results += [Variant("measures", "distillation"), Variant("measures", "everything", width="odd")]
+    results += [Variant("jsd", "measures", "fp32", "fp32"), Variant("forward_kl", "measured value")]
+    results += [Variant("mixture", "measures", width="one tile of 1024")]
+    results += [Variant("forward_kl", "measures", stage=stage) for stage in ("gradient", "merge")]
     everything = Variant("jsd", "everything", sharded=True)
     results += [everything._replace(stage=stage) for stage in ("statistics", "gradient")]
     return results + [everything._replace(divergence=kernel) for kernel in ("gather", "spread")]
@@ -203,8 +205,10 @@ def _pairs() -> list[Variant]:
         Variant("jsd", "hinton", "fp16", "fp16"),
     ]
     results += [
-        Variant("measures", kind, width=width)
-        for kind in ("distillation", "everything") for width in ("wide", "odd")
+        Variant(divergence, kind, width=width)
+        for divergence in ("forward_kl", "jsd", "soft_cross_entropy")
+        for kind in ("measures", "measured value", "measured everything")
+        for width in ("one tile of 1024", "wide", "odd")
     ]  # fmt: skip
     results += [Variant("scale", "", dtype) for dtype in DTYPES]
     for width, kind in itertools.product(WIDTHS, ("hinton", "everything")):
@@ -266,7 +270,7 @@ def _launch(variant: Variant, target: str) -> tuple[Any, tuple[Any, ...], dict[s
         "gather": sparse_kernels.gather_kernel,
         "spread": sparse_kernels.spread_kernel,
     }
-    for kernel in (kernels.scale_kernel, measures.measure_kernel, *own.values()):
+    for kernel in (kernels.scale_kernel, measures.merge_kernel, *own.values()):
         catch(kernel)
     catch(kernels.kd_kernel, variant.stage)
     architecture = target.partition(":")[2]
@@ -287,13 +291,6 @@ def _launch(variant: Variant, target: str) -> tuple[Any, tuple[Any, ...], dict[s
     try:
         if variant.divergence == "scale":
             kernels.scale_rows_(student, numbers)
-        if variant.divergence == "measures":
-            options = Options(fastkd.forward_kl(), vocab_size=width)
-            rows = Rows()
-            if variant.kind == "everything":
-                rows = Rows(labels, numbers, numbers, numbers)
-                options = options._replace(softcap=30.0, teacher_logit_scale=-1.0)
-            measures.measure_rows(student, teacher, rows, options)
         if variant.divergence in own:
             _launch_topk(sparse_kernels, own, variant, student, labels, numbers, shard)
         parameters = LIMITS.get(variant.divergence, {})
@@ -306,6 +303,7 @@ def _launch(variant: Variant, target: str) -> tuple[Any, tuple[Any, ...], dict[s
                 Options(divergence, 0.5, 2.0, 2.0),
                 Want(True, inplace=True),
             ),
+            "measures": (Rows(labels), Options(divergence, 0.5, 2.0, 2.0), Want(True)),
             "value": (Rows(labels), Options(divergence, 0.5, 2.0, 2.0), Want()),
             "cross-entropy": (Rows(labels), Options(divergence, 0.0), Want(True)),
             "everything": (
@@ -313,7 +311,9 @@ def _launch(variant: Variant, target: str) -> tuple[Any, tuple[Any, ...], dict[s
                 Options(divergence, 0.5, label_smoothing=0.1, softcap=30.0, teacher_softcap=30.0),
                 Want(True, True, True),
             ),
-        }[variant.kind]
+        }[variant.kind.removeprefix("measured ")]
+        if variant.kind.startswith("measure"):
+            want = want._replace(parts=True, measures=True)
         options = options._replace(vocab_size=width, shard=shard)
         if shard is None:
             kernels.kd_rows(student, teacher, rows, options, want)

@@ -27,6 +27,7 @@ from fastkd.core.tensors import address
 CHECKS = (
     "calls_in_any_order",
     "replays",
+    "measures_take_no_launch",
     "rows_that_start_alike",
     "other_kernels",
     "settings",
