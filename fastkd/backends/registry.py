@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import torch
 
 from fastkd.call.options import OPTION_NAMES
-from fastkd.divergences import DEFINITIONS, OF_LOGITS, Divergence
+from fastkd.divergences import DEFINITIONS, OF_LOGITS, Divergence, forward_kl
 
 logger = logging.getLogger("fastkd")
 
@@ -375,9 +375,21 @@ def select_angles(backend: str, device: torch.device) -> str:
 def select_logprobs(device: torch.device, dtype: torch.dtype) -> str:
     """The backend that computes log-probabilities of logits with this dtype on this device.
 
-    FASTKD_BACKEND applies if it names "portable" or "reference".
+    FASTKD_BACKEND applies if it names one that can: "portable", "reference", or "triton" for tensors that its kernels
+    take.
     """
-    if dtype == torch.float64 or device.type != "cpu":
-        override = os.environ.get("FASTKD_BACKEND")
+    override = os.environ.get("FASTKD_BACKEND")
+    on_cpu = device.type == "cpu"
+    if dtype == torch.float64 or (override in ("portable", "reference") and not on_cpu):
         return override if override in ("portable", "reference") else FALLBACK
-    return select_angles("auto", device)
+    if on_cpu and override != "triton":
+        return select_angles("auto", device)
+    call = Request(device.type, dtype, dtype, forward_kl())
+    why = obstacle("triton", call, available_backends())
+    if why is None:
+        return "triton"
+    if on_cpu:
+        return select_angles("auto", device)
+    strict = os.environ.get("FASTKD_STRICT") == "1"
+    fall_back(FALLBACK, f"triton: {why.reason}. {why.remedy}", strict)
+    return FALLBACK
