@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from conftest import INTERPRETED, _instruction_sets
+from conftest import INTERPRETED, PTX, _instruction_sets
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -450,9 +450,9 @@ class Kernel(NamedTuple):
         return (1, 1), (part, 2 * part), (self.block + 1, self.block + part), (several, 2 * several)
 
 
-# Blocks of 2048 columns in C++; tiles of 16 in Triton, because its interpreter is slow.
+# Blocks of 2048 columns in C++; tiles of 16 in Triton, because its interpreter is slow, and of two warps in its PTX.
 KERNELS = {name: Kernel("cpu", 2048) for name in _instruction_sets()}
-KERNELS |= {name: Kernel(name, 16) for name in INTERPRETED}
+KERNELS |= {name: Kernel(name, 64 if PTX else 16) for name in INTERPRETED}
 
 
 @pytest.fixture(params=KERNELS)
@@ -467,7 +467,7 @@ def kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> I
 
     from fastkd.kernels import draft
 
-    monkeypatch.setattr(draft, "tile", lambda *row: (tested.block, 1))
+    monkeypatch.setattr(draft, "tile", lambda *row: (tested.block, 2 if PTX else 1))
     with corrected():
         yield tested
 
