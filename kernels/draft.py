@@ -361,7 +361,7 @@ def _store_values(
         number = sides.s.log_exp_sum + sides.t.log_exp_sum + log_mass
         poison = tl.where(number == number, 0.0, float("nan"))
         acceptance = sums.acceptance + poison
-        # The target's other tokens have 1 - m more of p than of q.
+        # The target's other tokens, which have a probability of 1 - m under p and of 0 under q, add (1 - m) / 2.
         distance = sums.tvd - 0.5 * expm1(log_mass) + poison
         loss = _put(loss, values.tvd, weights.tvd, row_number, distance)
         clamped = tl.where(acceptance < LOWEST_ACCEPTANCE, LOWEST_ACCEPTANCE, acceptance)

@@ -379,11 +379,14 @@ def select_logprobs(device: torch.device, dtype: torch.dtype) -> str:
     take.
     """
     override = os.environ.get("FASTKD_BACKEND")
+    in_torch = override if override in ("portable", "reference") else None
+    if dtype == torch.float64:
+        return in_torch or FALLBACK
     on_cpu = device.type == "cpu"
-    if dtype == torch.float64 or (override in ("portable", "reference") and not on_cpu):
-        return override if override in ("portable", "reference") else FALLBACK
     if on_cpu and override != "triton":
         return select_angles("auto", device)
+    if in_torch is not None:
+        return in_torch
     call = Request(device.type, dtype, dtype, forward_kl())
     why = obstacle("triton", call, available_backends())
     if why is None:

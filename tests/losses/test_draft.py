@@ -17,6 +17,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import fastkd
+from fastkd.backends import registry
+from fastkd.call.contract import Options, Rows, Want
+from fastkd.call.draft import Terms
 from fastkd.response import draft_loss
 from fastkd.response.draft import LOSSES
 
@@ -204,6 +207,20 @@ def test_a_target_that_excludes_the_draft_vocabulary(any_backend: str) -> None:
     kept[0, 1] = False
     wanted = _wanted(student, teacher, ids, {"tvd": 1.0, "nla": 1.0})
     _close((loss[kept], gradient[kept]), (wanted[0][kept], wanted[1][kept]), torch.float32)
+
+
+def test_a_draft_vocabulary_masked_with_the_lowest_number(any_backend: str) -> None:
+    """p is uniform over the draft tokens, which have the lowest finite logit; that is far from -inf."""
+    student, teacher, ids = _logits(15)
+    assert ids is not None
+    lowest = torch.finfo(torch.float32).min
+    teacher[0, 1, ids] = lowest
+    student[1, 2] = lowest
+    losses = {"forward_kl": 1.0, "jsd": 0.5, "cross_entropy": 0.5}
+    for columns, target in ((ids, teacher), (None, teacher[..., ids])):
+        options = {"draft_to_target": columns, "reduction": "none", "backend": any_backend}
+        found = _found(student, target, losses, **options)
+        _close(found, _wanted(student, target, columns, losses), torch.float32)
 
 
 @pytest.mark.heavy_with(any_backend="triton", hole=math.inf)
@@ -633,6 +650,30 @@ def test_layouts_of_logits(kernel: Kernel) -> None:
         torch.testing.assert_close(_found(s, t, losses, **options), wanted, rtol=1e-6, atol=1e-7)
     one = _found(student[:1].expand(3, -1), teacher[:1].expand(3, -1), losses, **options)
     torch.testing.assert_close(one[0], wanted[0][:1].expand(3))
+
+
+def test_of_equal_target_logits_the_first_is_the_label(kernel: Kernel) -> None:
+    width = kernel.widths[3][0]
+    student, teacher, _ = _wide_rows(7, (width, width), 1.0, None)
+    for row, columns in enumerate(((3, 4), (3, 3 + kernel.block), (0, width - 1))):
+        teacher[row, list(columns)] = 9.0
+    found = draft_loss(student, teacher, "cross_entropy", reduction="none", backend=kernel.backend)
+    wanted = -student.double().log_softmax(-1)
+    for row, label in enumerate((3, 3, 0)):
+        assert found[row].item() == pytest.approx(wanted[row, label].item(), rel=1e-6)
+
+
+def test_the_gradient_in_place_of_logits_in_another_order(kernel: Kernel) -> None:
+    student, teacher, ids = _wide_rows(9, kernel.widths[1], 1.0, None)
+    wanted = _wanted(student, teacher, ids, {"forward_kl": 1.0})[1]
+    columns_first = student.T.contiguous().T
+    options = Options(fastkd.forward_kl(), vocab_size=student.shape[-1])
+    terms = Terms({"forward_kl": 1.0}, 3.0, ids, measured=False)
+    result = registry.load(kernel.backend).draft_rows(
+        columns_first, teacher, Rows(), options, terms, Want(True, inplace=True)
+    )
+    assert result.student_gradient is columns_first
+    torch.testing.assert_close(columns_first.double(), wanted, rtol=1e-5, atol=1e-6)
 
 
 def test_threads_and_parts_change_no_bit(threads: None, instructions: str) -> None:

@@ -364,6 +364,15 @@ def test_errors_are_at_most_those_of_log_softmax(kernels: str, rows: str, of: st
         assert (error <= bar + scale).all(), (name, error, bar, scale)
 
 
+def test_a_row_of_the_lowest_number_is_uniform(kernels: str) -> None:
+    logits = torch.full((2, 70), torch.finfo(torch.float32).min)
+    logits[1, 66:] = 3.0
+    outputs = fused_linear_logprobs(*head_of(logits), torch.tensor([5, 67]))
+    sizes = torch.tensor([70.0, 4.0])
+    torch.testing.assert_close(outputs.target, -sizes.log())
+    torch.testing.assert_close(outputs.entropy, sizes.log())
+
+
 def test_a_certain_target_keeps_its_digits(kernels: str) -> None:
     # Plain float32 returns 0 for log q = log(1 - 8e-9), and a gradient of 0.
     logits = torch.zeros(1, 5)
@@ -820,6 +829,20 @@ def test_student_topk(kernels: str, tempering: dict[str, Any], dtype: torch.dtyp
     dense = student_topk(rows.requires_grad_(), k=5, **tempering)
     assert torch.equal(dense.ids, exact.topk_ids) and not dense.logprobs.requires_grad
     torch.testing.assert_close(dense.logprobs.double(), exact.topk_logprobs, rtol=1e-5, atol=1e-5)
+
+
+@temperings
+def test_student_topk_of_masked_logits(kernels: str, tempering: dict[str, Any]) -> None:
+    logits = torch.randn(3, 70, generator=torch.Generator().manual_seed(7))
+    masked = math.inf if tempering.get("logit_scale", 1.0) < 0 else -math.inf
+    logits[:, ::3] = masked
+    exact = tempered(logits.double(), tempering).log_softmax(-1)
+    top = student_topk(logits, k=60, **tempering)
+    torch.testing.assert_close(
+        top.logprobs.double(), exact.gather(-1, top.ids), rtol=1e-5, atol=1e-5
+    )
+    if "softcap" not in tempering:
+        assert (top.logprobs[:, 46:] == -math.inf).all() and (top.ids[:, 46:] % 3 == 0).all()
 
 
 def test_student_topk_leaves_the_logits_and_padding_alone(kernels: str) -> None:
