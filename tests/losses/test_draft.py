@@ -549,6 +549,8 @@ def test_errors_are_those_of_float32(kernel: Kernel, number: int, cut: bool) -> 
         assert ((parts.acceptance - right).abs() <= bar * right + 1e-30).all()
 
 
+@pytest.mark.heavy_with(kernel="triton", dtype=torch.float32)
+@pytest.mark.heavy_with(kernel="triton", dtype=torch.bfloat16)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_a_sure_draft_model_keeps_the_digits_of_its_gradient(
     kernel: Kernel, dtype: torch.dtype
