@@ -1,6 +1,8 @@
 """The triton backend: the functions of its modules that fastkd/call/contract.py asks of a backend."""
 
+from .draft import draft_rows
 from .launch import empty, kd_rows, scale_rows_, shard_results, shard_statistics, shard_sums
+from .logprobs import logprob_gradients, logprob_statistics
 from .mutual import mutual_rows
 from .sparse import gather_events, spread_gradient
 
@@ -8,6 +10,6 @@ from .sparse import gather_events, spread_gradient
 MEASURES = ("dense",)
 
 __all__ = [
-    "MEASURES", "empty", "gather_events", "kd_rows", "mutual_rows", "scale_rows_", "shard_results",
-    "shard_statistics", "shard_sums", "spread_gradient",
+    "MEASURES", "draft_rows", "empty", "gather_events", "kd_rows", "logprob_gradients", "logprob_statistics",
+    "mutual_rows", "scale_rows_", "shard_results", "shard_statistics", "shard_sums", "spread_gradient",
 ]  # fmt: skip

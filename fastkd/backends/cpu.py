@@ -141,17 +141,17 @@ def draft_rows(
     """Compute all terms of each row, and the gradient of their sum; :mod:`fastkd.call.draft` has the contract."""
     rows = native.readable_rows(rows)
     lead = student.shape[:-1]
+    source, teacher = unit_stride(student), unit_stride(teacher)
     gradient = None
     if want.student_gradient:
-        gradient = student if want.inplace else empty(student.shape, dtype=student.dtype)
-    student, teacher = unit_stride(student), unit_stride(teacher)
+        gradient = source if want.inplace else empty(student.shape, dtype=student.dtype)
     columns = None if terms.columns is None else readable(terms.columns).contiguous()
     loss = torch.empty(lead, device="cpu")
     acceptance = torch.empty_like(loss) if terms.measured else None
     values = {name: torch.empty_like(loss) for name in terms.weights if terms.measured}
     _C.draft_rows(
         list(lead),
-        native.logits(student),
+        native.logits(source),
         native.logits(teacher),
         native.logits(gradient),
         address(columns),
@@ -167,6 +167,8 @@ def draft_rows(
         ),
         torch.get_num_threads(),
     )
+    if want.inplace and gradient is not None:
+        gradient = student if source is student else student.copy_(source)
     return draft.Result(loss, gradient, acceptance, values)
 
 

@@ -1,8 +1,8 @@
 """Log-probabilities of a chunk of logits in PyTorch: statistics of its rows, their gradient, and their top tokens.
 
-The portable backend and the reference use all of it. The cpu backend has its own :func:`logprob_statistics` and
-:func:`logprob_gradients` (csrc/cpu/logprobs.cpp). Logits are processed a piece of rows at a time, so that the
-temporaries stay in the cache.
+The portable backend and the reference use all of it. The cpu and triton backends have their own
+:func:`logprob_statistics` and :func:`logprob_gradients` (csrc/cpu/logprobs.cpp, kernels/logprobs.py). Logits are
+processed a piece of rows at a time, so that the temporaries stay in the cache.
 """
 
 from __future__ import annotations

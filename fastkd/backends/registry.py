@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import torch
 
 from fastkd.call.options import OPTION_NAMES
-from fastkd.divergences import DEFINITIONS, OF_LOGITS, Divergence
+from fastkd.divergences import DEFINITIONS, OF_LOGITS, Divergence, forward_kl
 
 logger = logging.getLogger("fastkd")
 
@@ -375,9 +375,24 @@ def select_angles(backend: str, device: torch.device) -> str:
 def select_logprobs(device: torch.device, dtype: torch.dtype) -> str:
     """The backend that computes log-probabilities of logits with this dtype on this device.
 
-    FASTKD_BACKEND applies if it names "portable" or "reference".
+    FASTKD_BACKEND applies if it names one that can: "portable", "reference", or "triton" for tensors that its kernels
+    take.
     """
-    if dtype == torch.float64 or device.type != "cpu":
-        override = os.environ.get("FASTKD_BACKEND")
-        return override if override in ("portable", "reference") else FALLBACK
-    return select_angles("auto", device)
+    override = os.environ.get("FASTKD_BACKEND")
+    in_torch = override if override in ("portable", "reference") else None
+    if dtype == torch.float64:
+        return in_torch or FALLBACK
+    on_cpu = device.type == "cpu"
+    if on_cpu and override != "triton":
+        return select_angles("auto", device)
+    if in_torch is not None:
+        return in_torch
+    call = Request(device.type, dtype, dtype, forward_kl())
+    why = obstacle("triton", call, available_backends())
+    if why is None:
+        return "triton"
+    if on_cpu:
+        return select_angles("auto", device)
+    strict = os.environ.get("FASTKD_STRICT") == "1"
+    fall_back(FALLBACK, f"triton: {why.reason}. {why.remedy}", strict)
+    return FALLBACK

@@ -121,7 +121,7 @@ def _chunk_size(student: Student, request: Request, weight_gradient: bool, backe
         0 if weight is None else hidden.shape[-1],
         weight_gradient=weight_gradient,
         device=hidden.device.type,
-        backend="" if backend == "cpu" and not request.topk else "portable",
+        backend="" if backend in ("cpu", "triton") and not request.topk else "portable",
     )
     return plan(shape, request.chunk_size, request.memory_budget).chunk_size
 

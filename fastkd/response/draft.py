@@ -199,7 +199,8 @@ def draft_loss(
         ValueError, TypeError: an argument has the wrong shape, dtype, device or value; the message names it.
         fastkd.BackendUnavailable: the requested backend cannot serve this call.
 
-    Memory: the gradient, and one chunk; on the cpu backend, the gradient and one row per thread.
+    Memory: the gradient, and one chunk; on the cpu backend, the gradient and one row per thread; with Triton, only the
+    gradient.
     """
     weights = _names(losses)
     return _draft_loss(

@@ -363,6 +363,39 @@ def test_a_missing_extension_is_an_obstacle(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 @pytest.mark.usefixtures("undecided")
+def test_the_backend_of_log_probabilities(monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu, cuda = torch.device("cpu"), torch.device("cuda")
+    triton: list[Obstacle | None] = [None]
+    monkeypatch.setattr(registry, "_cpu_obstacle", lambda: None)
+    monkeypatch.setattr(registry, "_triton_obstacle", lambda: triton[0])
+    monkeypatch.setattr(registry, "interpreting", lambda: False)
+
+    def chosen(device: torch.device, dtype: torch.dtype = torch.float32) -> str:
+        return registry.select_logprobs(device, dtype)
+
+    assert chosen(cpu) == "cpu" and chosen(cuda) == "triton"
+    for device in (cpu, cuda):
+        assert chosen(device, torch.float64) == "portable"
+    for name in ("portable", "reference"):
+        monkeypatch.setenv("FASTKD_BACKEND", name)
+        for device in (cpu, cuda):
+            assert chosen(device) == chosen(device, torch.float64) == name
+    monkeypatch.setenv("FASTKD_BACKEND", "triton")
+    assert chosen(cpu) == "cpu" and chosen(cuda) == "triton"
+    monkeypatch.setattr(registry, "interpreting", lambda: True)
+    assert chosen(cpu) == "triton" and chosen(cpu, torch.float64) == "portable"
+    monkeypatch.delenv("FASTKD_BACKEND")
+    assert chosen(cpu) == "cpu"
+    triton[0] = NO_TRITON
+    registry.available_backends.cache_clear()
+    assert chosen(cuda) == "portable"
+    monkeypatch.setenv("FASTKD_STRICT", "1")
+    assert chosen(cuda, torch.float64) == "portable"
+    with pytest.raises(BackendUnavailable, match="forbids the fallback to portable.*no triton"):
+        chosen(cuda)
+
+
+@pytest.mark.usefixtures("undecided")
 def test_fastkd_backend_overrides(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(registry, "_cpu_obstacle", lambda: NO_COMPILER)
     ran = ran_on(monkeypatch, "reference", "portable")

@@ -11,6 +11,7 @@ from torch import Tensor
 
 import fastkd
 from fastkd import LinearTeacher
+from fastkd.backends import registry
 from fastkd.engine import plan
 from fastkd.response import draft_loss, fused_linear_draft_loss
 from fastkd.response.draft import LOSSES
@@ -87,6 +88,27 @@ def close(found: Any, wanted: Any, dtype: torch.dtype) -> None:
 def test_values_parts_and_gradients(
     backend: str, dtype: torch.dtype, subset: bool, linear: bool, reduction: str
 ) -> None:
+    _check_values(backend, dtype, subset, linear, reduction)
+
+
+@pytest.mark.only_where(lambda any_backend: any_backend == "triton")
+@pytest.mark.parametrize(
+    ("dtype", "subset", "linear", "reduction"),
+    [
+        (torch.bfloat16, True, False, "none"),
+        (torch.float16, False, True, "mean"),
+        (torch.float32, True, True, "sum"),
+    ],
+)
+def test_values_in_triton(
+    any_backend: str, dtype: torch.dtype, subset: bool, linear: bool, reduction: str
+) -> None:
+    _check_values(any_backend, dtype, subset, linear, reduction)
+
+
+def _check_values(
+    backend: str, dtype: torch.dtype, subset: bool, linear: bool, reduction: str
+) -> None:
     if dtype == torch.float64:
         backend = "auto"  # the cpu backend has no float64
     made = problem(1, dtype, subset)
@@ -119,30 +141,30 @@ def test_values_parts_and_gradients(
         close((loss.detach(), parts, gradients), wanted, dtype)
 
 
-def test_the_backend_that_runs(monkeypatch: pytest.MonkeyPatch) -> None:
-    from fastkd.backends import cpu
-
-    ran = []
-    real = cpu.draft_rows
-    monkeypatch.setattr(
-        cpu, "draft_rows", lambda *given: ran.append(given[0].shape[0]) or real(*given)
-    )
+def test_the_backend_that_runs(monkeypatch: pytest.MonkeyPatch, any_backend: str) -> None:
+    """The cpu backend and Triton compute all terms in one call per chunk; the other backends, each divergence."""
+    kernels = registry.load(any_backend)
+    name = "draft_rows" if any_backend in ("cpu", "triton") else "kd_rows"
+    ran, real = [], getattr(kernels, name)
+    monkeypatch.setattr(kernels, name, lambda *given: ran.append(given[0].shape[0]) or real(*given))
     made = problem(3)
     fused_linear_draft_loss(
-        made.hidden, made.weight, made.target, draft_to_target=made.ids, chunk_size=4
-    )
+        made.hidden, made.weight, made.target, draft_to_target=made.ids, chunk_size=4,
+        backend=any_backend,
+    )  # fmt: skip
     assert ran == [4, 4, 2]
 
 
+@pytest.mark.heavy_with(any_backend="triton", hole=math.inf)
 @pytest.mark.parametrize("hole", [math.nan, math.inf])
-def test_dropped_rows_are_not_read(backend: str, hole: float) -> None:
+def test_dropped_rows_are_not_read(any_backend: str, hole: float) -> None:
     made = problem(4)
     mask = torch.rand(ROWS, generator=torch.Generator().manual_seed(5)) < 0.6
     made.hidden[~mask], made.target.hidden[~mask] = hole, hole
     hidden, weight, bias = leaves = made.leaves()
     loss = fused_linear_draft_loss(
         hidden, weight, made.target, EVERY, student_bias=bias, draft_to_target=made.ids, mask=mask,
-        chunk_size=2, backend=backend,
+        chunk_size=2, backend=any_backend,
     )  # fmt: skip
     gradients = torch.autograd.grad(loss, leaves)
     assert loss.isfinite() and all(x.isfinite().all() for x in gradients)

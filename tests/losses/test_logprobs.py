@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 import torch
+from conftest import INTERPRETED
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.accuracy import FLOOR, ULP
@@ -34,14 +35,16 @@ TEMPERINGS: dict[str, dict[str, Any]] = {
 temperings = pytest.mark.parametrize("tempering", TEMPERINGS.values(), ids=TEMPERINGS)
 
 
-@pytest.fixture(params=["cpu", "portable"])
+@pytest.fixture(params=["cpu", "portable", *INTERPRETED])
 def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """Each implementation of the rows; checks afterwards that no other one ran."""
     name, ran = request.param, set()
     if name == "cpu" and registry.available_backends()["cpu"] is not None:
         pytest.skip("the native extension is not built")
     monkeypatch.setenv("FASTKD_BACKEND", "auto" if name == "cpu" else name)
-    for other in ("cpu", "portable"):
+    if name == "triton":
+        request.getfixturevalue("small_tiles")
+    for other in {"cpu", "portable", name}:
         if other == "cpu" and registry.available_backends()["cpu"] is not None:
             continue
         module = registry.load(other)
@@ -55,6 +58,19 @@ def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
         monkeypatch.setattr(module, "logprob_statistics", recording)
     yield name
     assert ran <= {name}, ran
+
+
+@pytest.fixture
+def small_tiles(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Triton's interpreter, with tiles of 32 columns, so that short rows have several; two warps in compiled PTX."""
+    from support.triton_interpreter import PTX, corrected
+
+    from fastkd.kernels import logprobs
+
+    small = (32, 1) if PTX is None else (64, 2)
+    monkeypatch.setattr(logprobs, "tile", lambda width, *row: small if width < 200 else (1024, 4))
+    with corrected():
+        yield
 
 
 class Problem(NamedTuple):
@@ -173,12 +189,16 @@ def assert_outputs(
 
 
 @temperings
+@pytest.mark.heavy_with(
+    kernels="triton", dtype=torch.bfloat16
+)  # the kernels' logits are in float32
+@pytest.mark.heavy_with(kernels="triton", dtype=torch.float16)
+@pytest.mark.only_where(lambda kernels, dtype: kernels == "portable" or dtype != torch.float64)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
 def test_values_and_gradients(kernels: str, tempering: dict[str, Any], dtype: torch.dtype) -> None:
-    # 4 columns, fewer than a vector; 64 and 61 around whole vectors; 2,053 past a block of the kernel.
-    for columns in (4, 61, 64, 2053):
-        if kernels == "cpu" and dtype == torch.float64:
-            return  # float64 runs in PyTorch
+    # 4 columns, fewer than a vector; 64 and 61 around whole vectors, or around two tiles of Triton; 2,053 past a block
+    # of the kernel in C++.
+    for columns in (4, 61, 64, 130) if kernels == "triton" else (4, 61, 64, 2053):
         made = problem(3, 5, columns=columns, dtype=dtype, k=3)
         mine, exact = made.leaves(), made.exact()
         outputs, reference = (
@@ -302,6 +322,8 @@ def head_of(logits: Tensor) -> tuple[Tensor, Tensor]:
     return torch.eye(len(logits)), logits.T.contiguous()
 
 
+@pytest.mark.heavy_with(kernels="triton", rows="real")
+@pytest.mark.heavy_with(kernels="triton", rows="flat")
 @pytest.mark.parametrize("rows", ROWS)
 @pytest.mark.parametrize("of", ["argmax", "others"])
 def test_errors_are_at_most_those_of_log_softmax(kernels: str, rows: str, of: str) -> None:
@@ -342,6 +364,15 @@ def test_errors_are_at_most_those_of_log_softmax(kernels: str, rows: str, of: st
         assert (error <= bar + scale).all(), (name, error, bar, scale)
 
 
+def test_a_row_of_the_lowest_number_is_uniform(kernels: str) -> None:
+    logits = torch.full((2, 70), torch.finfo(torch.float32).min)
+    logits[1, 66:] = 3.0
+    outputs = fused_linear_logprobs(*head_of(logits), torch.tensor([5, 67]))
+    sizes = torch.tensor([70.0, 4.0])
+    torch.testing.assert_close(outputs.target, -sizes.log())
+    torch.testing.assert_close(outputs.entropy, sizes.log())
+
+
 def test_a_certain_target_keeps_its_digits(kernels: str) -> None:
     # Plain float32 returns 0 for log q = log(1 - 8e-9), and a gradient of 0.
     logits = torch.zeros(1, 5)
@@ -355,6 +386,8 @@ def test_a_certain_target_keeps_its_digits(kernels: str) -> None:
     assert abs(float(gradient[2]) / -exact - 1) < 1e-6
 
 
+@pytest.mark.heavy_with(kernels="triton", rows=7)
+@pytest.mark.heavy_with(kernels="triton", rows=13)
 @pytest.mark.parametrize("rows", [1, 7, 13])
 def test_every_chunk_size_gives_the_same(kernels: str, rows: int) -> None:
     made = problem(rows, columns=130)
@@ -682,6 +715,7 @@ def _of_call(tensors: Problem, temperature: Any, cap: float | None, mask: Tensor
 
 
 @pytest.mark.usefixtures("fresh_compiler")
+@pytest.mark.heavy_with(kernels="triton")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_one_graph(kernels: str, dtype: torch.dtype) -> None:
     torch._dynamo.utils.counters.clear()  # earlier tests have left theirs
@@ -704,6 +738,7 @@ def test_one_graph(kernels: str, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.usefixtures("fresh_compiler")
+@pytest.mark.heavy_with(kernels="triton")
 def test_one_graph_with_some_outputs(kernels: str) -> None:
     made = problem(3)
     frozen = made._replace(weight=made.weight.requires_grad_(False))
@@ -780,10 +815,9 @@ def test_top_tokens_of_many_columns() -> None:
 
 
 @temperings
+@pytest.mark.only_where(lambda kernels, dtype: kernels == "portable" or dtype != torch.float64)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 def test_student_topk(kernels: str, tempering: dict[str, Any], dtype: torch.dtype) -> None:
-    if kernels == "cpu" and dtype == torch.float64:
-        return
     made = problem(3, 2, dtype=dtype)
     logits = made.hidden.double() @ made.weight.double().T + made.bias.double()
     exact = of_logits(tempered(logits, tempering), made.targets, made.ids, 5)
@@ -795,6 +829,20 @@ def test_student_topk(kernels: str, tempering: dict[str, Any], dtype: torch.dtyp
     dense = student_topk(rows.requires_grad_(), k=5, **tempering)
     assert torch.equal(dense.ids, exact.topk_ids) and not dense.logprobs.requires_grad
     torch.testing.assert_close(dense.logprobs.double(), exact.topk_logprobs, rtol=1e-5, atol=1e-5)
+
+
+@temperings
+def test_student_topk_of_masked_logits(kernels: str, tempering: dict[str, Any]) -> None:
+    logits = torch.randn(3, 70, generator=torch.Generator().manual_seed(7))
+    masked = math.inf if tempering.get("logit_scale", 1.0) < 0 else -math.inf
+    logits[:, ::3] = masked
+    exact = tempered(logits.double(), tempering).log_softmax(-1)
+    top = student_topk(logits, k=60, **tempering)
+    torch.testing.assert_close(
+        top.logprobs.double(), exact.gather(-1, top.ids), rtol=1e-5, atol=1e-5
+    )
+    if "softcap" not in tempering:
+        assert (top.logprobs[:, 46:] == -math.inf).all() and (top.ids[:, 46:] % 3 == 0).all()
 
 
 def test_student_topk_leaves_the_logits_and_padding_alone(kernels: str) -> None:

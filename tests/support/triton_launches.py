@@ -25,10 +25,12 @@ from triton.runtime.jit import JITFunction
 import fastkd
 from fastkd import TopK
 from fastkd.backends import sparse
+from fastkd.backends.logprobs import Tempering
 from fastkd.call import mutual as mutual_call
 from fastkd.call.contract import Options, Result, Rows, Want
+from fastkd.call.draft import Terms
 from fastkd.engine.backend import with_measures
-from fastkd.kernels import backend, launcher, measures, mutual, split
+from fastkd.kernels import backend, draft, launcher, logprobs, measures, mutual, split
 from fastkd.kernels import launch as kernels
 from fastkd.kernels import sparse as sparse_kernels
 from support.triton_aot import launch_nothing
@@ -38,6 +40,9 @@ KERNELS = (
     kernels.kd_kernel,
     kernels.scale_kernel,
     measures.merge_kernel,
+    draft.draft_kernel,
+    logprobs.logprob_statistics_kernel,
+    logprobs.logprob_gradient_kernel,
     mutual.mutual_kernel,
     sparse_kernels.mark_kernel,
     sparse_kernels.gather_kernel,
@@ -309,6 +314,16 @@ def check_other_kernels() -> None:
         logits = [placed((COUNT, V), torch.float32, False) for _ in range(count)]
         mutual.mutual_rows(logits, Rows(labels), mutual_call.Options(), [True] * count, False)
 
+    def draft_rows(*names: str, columns: Tensor | None = None) -> None:
+        student, teacher = (placed((COUNT, V), torch.float32, False) for _ in range(2))
+        terms = Terms(dict.fromkeys(names, 1.0), 3.0, columns, measured=False)
+        draft.draft_rows(student, teacher, Rows(), options, terms, Want(True))
+
+    def log_probabilities(unaligned: bool, tempering: Tempering) -> None:
+        logits = placed((COUNT, V), torch.float32, unaligned)
+        statistics = logprobs.logprob_statistics(logits, tempering, True)
+        logprobs.logprob_gradients(logits, tempering, statistics[:, 0], statistics[:, 1:])
+
     def scale(unaligned: bool, shape: tuple[int, ...]) -> None:
         gradient = placed((COUNT, V), torch.bfloat16, unaligned)
         kernels.scale_rows_(gradient, torch.ones(shape))
@@ -325,6 +340,12 @@ def check_other_kernels() -> None:
         lambda: sparse_rows(torch.bfloat16),
         lambda: mutual_rows(2),
         lambda: mutual_rows(3),
+        lambda: draft_rows("forward_kl"),
+        lambda: draft_rows("tvd", "jsd"),
+        lambda: draft_rows("tvd", columns=torch.arange(V)),
+        lambda: log_probabilities(False, Tempering()),
+        lambda: log_probabilities(True, Tempering()),
+        lambda: log_probabilities(False, Tempering(0.5, 3.0, temperatures=torch.ones(COUNT))),
         lambda: scale(False, ()),
         lambda: scale(True, ()),
         lambda: scale(False, (COUNT,)),

@@ -45,12 +45,22 @@ SELECTED = (
     " or test_results_do_not_depend_on_the_groups or (test_a_dropped_row_is_not_read and jsd)"
     " or (test_measures and gradients and alone)"
 )
+# Log-probabilities and draft losses, of which `make ptx` runs all tests.
+OF_LOSSES = "triton and (test_a_temperature_per_row or test_a_target_that_excludes)"
 
 
-def test_selected_tests_pass_on_ptx() -> None:
+@pytest.mark.parametrize(
+    ("files", "selected"),
+    [
+        (["tests/backends/triton/test_triton.py"], SELECTED),
+        (["tests/losses/test_logprobs.py", "tests/losses/test_draft.py"], OF_LOSSES),
+    ],
+    ids=["row kernel", "other losses"],
+)
+def test_selected_tests_pass_on_ptx(files: list[str], selected: str) -> None:
     output = _python(
-        "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/backends/triton/test_triton.py", "-k", SELECTED,
-        architecture="sm_90", settings="random",
+        "-m", "pytest", "-q", "-p", "no:cacheprovider", *files, "-k", selected, architecture="sm_90",
+        settings="random",
     )  # fmt: skip
     assert "passed" in output and "failed" not in output
 

@@ -30,8 +30,10 @@ from torch import Tensor
 
 import fastkd
 from fastkd import divergences
+from fastkd.backends.logprobs import Tempering
 from fastkd.backends.native import outputs
 from fastkd.call.contract import Options, Rows, Shard, ShardCall, Want
+from fastkd.call.draft import LOSSES, Terms
 
 TARGETS = ["cuda:80", "cuda:90", "cuda:100", "hip:gfx942"]
 LIMITS: dict[str, dict[str, float]] = {
@@ -87,6 +89,9 @@ def _least() -> list[Variant]:
         Variant("gather", "everything", width="odd"),
         Variant("spread", "everything", "fp32", "fp32"),
         Variant("forward_kl", "measures", width="odd"),
+        DRAFT,
+        Variant("logprobs", "statistics", "fp32", "fp32"),
+        Variant("logprobs", "gradient", "fp32", "fp32"),
     ]
 
 
@@ -210,6 +215,14 @@ def _pairs() -> list[Variant]:
         for kind in ("measures", "measured value", "measured everything")
         for width in ("one tile of 1024", "wide", "odd")
     ]  # fmt: skip
+    results += [
+        Variant("logprobs", kind, "fp32", "fp32", width)
+        for kind in ("statistics", "gradient", "tempered statistics", "tempered gradient")
+        for width in ("wide", "odd")
+    ]  # fmt: skip
+    results += [DRAFT, Variant("draft", "everything", "fp32", "fp32")]
+    results += [Variant("draft", kind, width="odd") for kind in ("four terms", "subset")]
+    results += [Variant("draft", "subset", "fp16", "bf16")]
     results += [Variant("scale", "", dtype) for dtype in DTYPES]
     for width, kind in itertools.product(WIDTHS, ("hinton", "everything")):
         if width.startswith("one tile"):
@@ -261,8 +274,8 @@ def topk_variants(widths: Sequence[str]) -> list[Variant]:
 
 def _launch(variant: Variant, target: str) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
     """(kernel, arguments, options) of the launch that serves a variant."""
+    from fastkd.kernels import draft, logprobs, measures, split
     from fastkd.kernels import launch as kernels
-    from fastkd.kernels import measures, split
     from fastkd.kernels import sparse as sparse_kernels
 
     own = {
@@ -270,7 +283,10 @@ def _launch(variant: Variant, target: str) -> tuple[Any, tuple[Any, ...], dict[s
         "gather": sparse_kernels.gather_kernel,
         "spread": sparse_kernels.spread_kernel,
     }
-    for kernel in (kernels.scale_kernel, measures.merge_kernel, *own.values()):
+    for kernel in (
+        kernels.scale_kernel, measures.merge_kernel, draft.draft_kernel,
+        logprobs.logprob_statistics_kernel, logprobs.logprob_gradient_kernel, *own.values(),
+    ):  # fmt: skip
         catch(kernel)
     catch(kernels.kd_kernel, variant.stage)
     architecture = target.partition(":")[2]
@@ -291,6 +307,10 @@ def _launch(variant: Variant, target: str) -> tuple[Any, tuple[Any, ...], dict[s
     try:
         if variant.divergence == "scale":
             kernels.scale_rows_(student, numbers)
+        if variant.divergence == "draft":
+            _launch_draft(draft, variant.kind, student, teacher, numbers)
+        if variant.divergence == "logprobs":
+            _launch_logprobs(logprobs, variant.kind, width)
         if variant.divergence in own:
             _launch_topk(sparse_kernels, own, variant, student, labels, numbers, shard)
         parameters = LIMITS.get(variant.divergence, {})
@@ -322,6 +342,33 @@ def _launch(variant: Variant, target: str) -> tuple[Any, tuple[Any, ...], dict[s
     except Caught as caught:
         return caught.args
     raise AssertionError("nothing was launched")
+
+
+def _launch_draft(draft: Any, kind: str, student: Tensor, teacher: Tensor, numbers: Tensor) -> None:
+    """Launch the kernel of a draft model's loss: four terms, or all of them, or all with half of the tokens."""
+    weights = dict.fromkeys(LOSSES, 1.0)
+    columns = None
+    if kind == "four terms":
+        weights = {name: weights[name] for name in ("forward_kl", "jsd", "cross_entropy", "tvd")}
+    if kind == "subset":
+        columns = torch.arange(0, student.shape[-1] - 1, 2)
+        student = student[..., : len(columns)]
+    terms = Terms(weights, 3.0, columns, measured=kind != "four terms")
+    options = Options(fastkd.forward_kl(), vocab_size=student.shape[-1])
+    rows = Rows(weight=numbers, scale=torch.ones(()))
+    draft.draft_rows(student, teacher, rows, options, terms, Want(True))
+
+
+def _launch_logprobs(logprobs: Any, kind: str, width: int) -> None:
+    """Launch a kernel of log-probabilities."""
+    logits, statistics = torch.empty(2, width), torch.empty(2, 3, dtype=torch.float64)
+    tempering = Tempering()
+    if "tempered" in kind:
+        tempering = Tempering(0.5, 30.0, temperatures=torch.ones(2))
+    if "statistics" in kind:
+        logprobs.logprob_statistics(logits, tempering, True)
+    else:
+        logprobs.logprob_gradients(logits, tempering, statistics[:, 0], statistics[:, 1:])
 
 
 def _launch_shard(kernels: Any, *given: Any) -> None:
@@ -422,6 +469,13 @@ CEILINGS = {
 }
 
 
+# A draft model's loss of four terms. Three launches, one per divergence, took 255, besides converting both sides to
+# float32 and adding the gradients.
+DRAFT, DRAFT_CEILING = Variant("draft", "four terms"), 204.0
+# Log-probabilities: statistics with the entropy, and the gradient.
+LOGPROBS_CEILINGS = {"statistics": 23.0, "gradient": 16.0}
+
+
 # One target in every run. The others differ in registers per thread and in the chosen instructions, but not in the
 # Triton code of the kernels. Triton's cache is kept between runs: its key has the source of a kernel and of all that it
 # calls, the types and constants of the launch, the options, and Triton's own files.
@@ -433,6 +487,17 @@ def test_kernels_compile_and_keep_their_tiles_in_registers() -> None:
         assert sum(sweep.path for sweep in sweeps) <= ceiling * used.columns_per_thread, variant
         assert not any(sweep.barriers + sweep.shuffles for sweep in sweeps), variant
         assert used.registers <= REGISTERS[with_sums], variant
+    used = actual[DRAFT]
+    statistics, *others = [loop for loop in used.loops if loop.loads]
+    # The sums and the gradient each have a second loop, for rows with a log 0, which executes more.
+    sweeps = [statistics, *(min(others[i : i + 2]) for i in (0, 2))]
+    assert sum(sweep.path for sweep in sweeps) <= DRAFT_CEILING * used.columns_per_thread
+    assert not any(sweep.barriers + sweep.shuffles for sweep in sweeps)
+    for kind, ceiling in LOGPROBS_CEILINGS.items():
+        used = actual[Variant("logprobs", kind, "fp32", "fp32")]
+        (sweep,) = [loop for loop in used.loops if loop.loads]
+        assert sweep.path <= ceiling * used.columns_per_thread, kind
+        assert not sweep.barriers + sweep.shuffles, kind
 
 
 @pytest.mark.heavy

@@ -51,6 +51,16 @@ for target in ("sm_80", "sm_90", "sm_100"):
             ["tests/engine/test_linear.py", "-k", "triton"],
         ),
         Run("Triton, mutual learning", target, ["tests/losses/test_online.py", "-k", "triton"]),
+        Run(
+            "Triton, log-probabilities",
+            target,
+            ["tests/losses/test_logprobs.py", "-k", "triton and not real and not flat"],
+        ),
+        Run(
+            "Triton, draft losses",
+            target,
+            ["tests/losses/test_draft.py", "tests/losses/test_linear_draft.py", "-k", "triton"],
+        ),
     ]
 RUNS.append(
     Run(
