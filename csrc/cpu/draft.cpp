@@ -53,7 +53,6 @@ namespace {
 // What a sweep computes: bits of a template parameter.
 enum Needs { LOGS = 1, JSD = 2, ACCEPTANCE = 4 };
 
-constexpr float JSD_PARAMETERS[2] = {0.5f, 0.5f};
 constexpr float LOWEST_ACCEPTANCE = 1e-5f;  // as in fastkd/call/draft.py
 constexpr double SURE = 0.25;               // the sum of the other exponentials, if one column has 4/5
 
@@ -78,9 +77,9 @@ struct Columns {
   // phi and g of a divergence that uses no logarithm but r. log p and log q are needed only to find -inf, so the logits
   // are passed in their place.
   template <class Divergence, bool LOG_0>
-  FASTKD_INLINE void evaluate(const float* params, V& phi, V& g) const {
+  FASTKD_INLINE void evaluate(V& phi, V& g) const {
     V h;
-    evaluate_terms<Divergence, LOG_0>(p, q, t, s, r, params, 1, phi, g, h);
+    evaluate_terms<Divergence, LOG_0>(p, q, t, s, r, nullptr, 1, phi, g, h);
   }
 
   // log(m p) - log q. It is NaN where both logits are -inf, so comparisons with 0 are false there.
@@ -135,13 +134,13 @@ DraftSums draft_sums(const DraftView& of, int n) {
       const Columns at(view, i);
       V phi, g;
       if (NEEDS & LOGS) {
-        at.evaluate<forward_kl, LOG_0>(nullptr, phi, g);
+        at.evaluate<forward_kl, LOG_0>(phi, g);
         strip.forward += phi;
-        at.evaluate<reverse_kl, LOG_0>(nullptr, phi, g);
+        at.evaluate<reverse_kl, LOG_0>(phi, g);
         strip.reverse += phi;
       }
       if (NEEDS & JSD) {
-        at.evaluate<jsd, LOG_0>(JSD_PARAMETERS, phi, g);
+        at.evaluate<even_jsd, LOG_0>(phi, g);
         strip.jsd += phi;
         strip.jsd_g += g;
         store(view.g + i, g);
@@ -174,7 +173,7 @@ void draft_gradient(const DraftView& of, int n, const Coefficients& by, float* o
     const Columns at(view, i);
     V value = at.q * factor.q - at.p * factor.p, phi, g;
     if (NEEDS & LOGS) {
-      at.evaluate<reverse_kl, LOG_0>(nullptr, phi, g);
+      at.evaluate<reverse_kl, LOG_0>(phi, g);
       value += phi * factor.reverse;
     }
     if (NEEDS & JSD) value += load(view.g + i) * factor.jsd;
