@@ -96,7 +96,7 @@ define SUITE
 	    status=$$?; $(STACKS_PY) bench/tables.py build/bench/$(1).json && exit $$status
 endef
 
-bench-quick: $(STACKS)/.stacks build build/demo/.stamp ## compare fastkd with other libraries in under five minutes; writes build/bench/quick.*
+bench-quick: $(STACKS)/.stacks build build/demo/.stamp ## compare fastkd with other libraries in about seven minutes; writes build/bench/quick.*
 	$(call SUITE,quick,--quick)
 
 bench-compare: $(STACKS)/.stacks ## compare two runs: make bench-compare BEFORE=a.json AFTER=b.json ARGS="--fail 10"
