@@ -76,6 +76,8 @@ NARROW = 4096
 NARROW_COLUMNS = (32, 16)
 # Their limits of registers per thread, as REGISTERS: with up to 168, a multiprocessor holds twelve warps.
 NARROW_REGISTERS = (168, 168)
+# With measures, ptxas would park twice as much in local memory at that limit.
+NARROW_REGISTERS_WITH_MEASURES = (255, 255)
 
 
 def narrow_tile(width: int, crowded: bool) -> tuple[int, int]:
@@ -412,10 +414,13 @@ def _prepare(
     layout = threads_of(block, warps, aligned, itemsize)
     constants = (function, form, options.scale_by_temperature, *layout, block, one_tile, head)
     many = crowded or measured or divergence.target is not None or not any(_moments(divergence))
+    limits = REGISTERS
+    if one_tile:
+        limits = NARROW_REGISTERS_WITH_MEASURES if measured else NARROW_REGISTERS
     launch_options = {
         "num_warps": warps,
         "enable_fp_fusion": True,
-        **register_limit(many, NARROW_REGISTERS if one_tile else REGISTERS),
+        **register_limit(many, limits),
     }
     return Launch(
         student.shape[:-1].numel(),

@@ -1,4 +1,4 @@
-// The measures of a dense row (fastkd/call/measures.py), from the statistics of its loss and the logits in shared memory.
+// The measures of a dense row (fastkd/call/measures.py), from its statistics and its logits in shared memory.
 #pragma once
 #include "statistics.h"
 

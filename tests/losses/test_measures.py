@@ -151,12 +151,16 @@ def assert_measures(
 
 
 def check_measures(emulation: Emulation, divergence: str, dtype: torch.dtype, ranks: int) -> None:
-    """Compare rows of 1000 columns with and without measures: equal maxima, -inf, an ordinary row, and NaN."""
+    """Compare rows with and without measures: equal maxima, -inf, maxima in the same place of two blocks, and NaN.
+
+    Rows of 1003 columns have whole vectors, and at their ends columns that are none.
+    """
     emulation.ranks = ranks
-    student, teacher = pair("far", 4, 1000, dtype=dtype)
+    student, teacher = pair("far", 4, 1003, dtype=dtype)
     student[0, 30::64] = teacher[0, 30] = teacher[0, 610] = 40.0
     student[1, 7] = teacher[1, 8] = -math.inf  # both divergences are infinite
     student[1, 100:], teacher[1, 100:] = -math.inf, -math.inf
+    student[2, 600] = teacher[2, 600 % (-(-1003 // (8 * ranks)) * 8)] = 40.0
     wanted = expected(student, teacher, 0.5, 2.0)
     student[3, 9] = math.nan
     results = []
