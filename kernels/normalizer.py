@@ -56,7 +56,7 @@ def merge_lanes(lane_max, others, LOWEST: tl.constexpr = LOWEST):
     row_max = tl.max(lane_max, 0)
     lanes = tl.arange(0, lane_max.shape[0])
     first = tl.min(tl.where(lane_max == row_max, lanes, lane_max.shape[0]), 0)
-    # In a lane whose maximum is still LOWEST, the sum leaves out no column: a z of -inf has added 0, and one of LOWEST 1.
+    # In a lane whose maximum is still LOWEST, the sum leaves out no column: a z of -inf has added 0, one of LOWEST 1.
     own = tl.where((lane_max > LOWEST) & (lanes != first), 1.0, 0.0)
     factor = exponential(lane_max - row_max)
     # Not fused with the first addition of tl.sum, which would give lanes different sums (sweeps.rescale_sum).
