@@ -83,7 +83,7 @@ def fused_linear_logprobs(
         sum_m G_m (1_m - q) - G_H q (log q + H)
 
     Dropped rows are removed first. The other rows are processed in chunks, whose logits are float32 (float64 for
-    float64). The forward pass saves its inputs and three numbers per row. The backward pass computes the logits of each
+    float64). The forward pass saves its inputs and four numbers per row. The backward pass computes the logits of each
     chunk again, and overwrites them with their gradient. A training step therefore costs four matrix products, or three
     if weight is frozen: one more than with saved logits. Between the passes, the call holds no logits. Since the
     backward pass reads weight again, weight must not change before it, and the whole weight that was gathered from FSDP

@@ -77,6 +77,9 @@ class Values(NamedTuple):
     lk_hybrid: Any
 
 
+OUTPUTS = len(Values._fields)
+
+
 class Spec(NamedTuple):
     """What the kernel is compiled for; every field is a constexpr."""
 
@@ -531,9 +534,9 @@ def _compute_row(
 
 
 @triton.jit
-def _drop_row(number, gradient, values, D, BLOCK_V: tl.constexpr):
+def _drop_row(number, gradient, values, D, BLOCK_V: tl.constexpr, OUTPUTS: tl.constexpr = OUTPUTS):
     """Store zeros for a dropped row, which is not read."""
-    for field in tl.static_range(len(values)):
+    for field in tl.static_range(OUTPUTS):
         if values[field] is not None:
             tl.store(values[field] + number, 0.0)
     if gradient is not None:

@@ -21,7 +21,7 @@ from .launcher import launch
 from .normalizer import (
     add_centered_columns,
     add_columns,
-    exact_exp,
+    exponential,
     merge_centered,
     merge_lanes,
     start_lanes,
@@ -128,7 +128,7 @@ def logprob_gradient_kernel(
         x = tl.load(pointer + column, mask=column < V, other=0.0)
         z, slope = _temper(x, tempering, temperature, reciprocal)
         gap = tl.maximum(z - center, LEAST_GAP)
-        gradient = exact_exp(gap) * (a + b * gap) * slope
+        gradient = exponential(gap) * (a + b * gap) * slope
         tl.store(pointer + column, gradient, mask=column < V)
 
 

@@ -15,7 +15,7 @@ from .skeleton import LOWEST, exp2_of_scaled, scaled
 
 
 @triton.jit
-def exact_exp(x, EXACT: tl.constexpr = True):
+def exponential(x, EXACT: tl.constexpr = True):
     """Return e to the power x. EXACT: with a correction of what rounding x log2(e) loses."""
     return exp2_of_scaled(scaled(x, 1.0), x, 1.0, EXACT)
 
@@ -30,7 +30,7 @@ def start_lanes(BLOCK_V: tl.constexpr, LOWEST: tl.constexpr = LOWEST):
 @triton.jit
 def add_columns(lane_max, others, z, EXACT: tl.constexpr):
     """Return (maximum, sum of the other exponentials) with these columns."""
-    e = exact_exp(-tl.abs(z - lane_max), EXACT)
+    e = exponential(-tl.abs(z - lane_max), EXACT)
     others = tl.where(z > lane_max, e, 1.0) * others + e
     return tl.maximum(lane_max, z), others
 
@@ -39,7 +39,7 @@ def add_columns(lane_max, others, z, EXACT: tl.constexpr):
 def add_centered_columns(lane_max, others, centered, z, LEAST_GAP: tl.constexpr):
     """Return what `add_columns` returns, and the sum of e (z - maximum). Gaps count as LEAST_GAP at least."""
     gap = -tl.abs(z - lane_max)
-    e = exact_exp(gap)
+    e = exponential(gap)
     gap = tl.maximum(gap, LEAST_GAP)
     rises = z > lane_max
     factor = tl.where(rises, e, 1.0)
@@ -49,16 +49,16 @@ def add_centered_columns(lane_max, others, centered, z, LEAST_GAP: tl.constexpr)
 
 @triton.jit
 def merge_lanes(lane_max, others, LOWEST: tl.constexpr = LOWEST):
-    """Return (maximum of a row, sum of the other exponentials, contribution of each lane's own maximum to that sum).
+    """Return (maximum of a row, sum of the other exponentials, what each lane adds to the sum for its own maximum).
 
-    The first is -inf if every z is -inf. If one is +inf, the sum is NaN.
+    The maximum is -inf if every z is -inf. The sum is NaN if a z is +inf.
     """
     row_max = tl.max(lane_max, 0)
     lanes = tl.arange(0, lane_max.shape[0])
     first = tl.min(tl.where(lane_max == row_max, lanes, lane_max.shape[0]), 0)
-    # A lane that no column has raised has no column of its own. A z of LOWEST itself is in its sum.
+    # In a lane whose maximum is still LOWEST, the sum leaves out no column: a z of -inf has added 0, one of LOWEST 1.
     own = tl.where((lane_max > LOWEST) & (lanes != first), 1.0, 0.0)
-    factor = exact_exp(lane_max - row_max)
+    factor = exponential(lane_max - row_max)
     # Not fused with the first addition of tl.sum, which would give lanes different sums (sweeps.rescale_sum).
     total = tl.sum(tl.where(factor == 1.0, others + own, factor * (others + own)), 0)
     raised = row_max > LOWEST
@@ -73,6 +73,6 @@ def merge_centered(
 ):
     """Return the sum of e (z - maximum) of a row, from what `merge_lanes` took and returned."""
     gap = tl.where(lane_max > LOWEST, tl.maximum(lane_max - row_max, LEAST_GAP), 0.0)
-    factor = exact_exp(gap)
+    factor = exponential(gap)
     moved = centered + gap * (others + own)
     return tl.sum(tl.where(factor == 1.0, moved, factor * moved), 0)

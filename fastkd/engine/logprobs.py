@@ -1,6 +1,6 @@
 """Log-probabilities, entropies and top tokens of logits that are computed a chunk of rows at a time; differentiable.
 
-fastkd/logprobs.py calls :func:`logprobs`. The forward pass saves three numbers per row. The backward pass computes the
+fastkd/logprobs.py calls :func:`logprobs`. The forward pass saves four numbers per row. The backward pass computes the
 logits of each chunk again and overwrites them with their gradient. The losses instead compute their gradient in the
 forward pass, and multiply it by one upstream gradient later. Here a row has several outputs, each with an upstream
 gradient of its own, so that is impossible. Keeping the logits would avoid one of four matrix products, but take the
@@ -62,6 +62,10 @@ class Request(NamedTuple):
         return 0 if self.shard is None else self.shard.first
 
 
+# The numbers of a row that the forward pass saves for the backward pass.
+STATISTICS = 4
+
+
 class Outputs(NamedTuple):
     """The results of all rows; one that is not requested is None. :func:`logprobs` says what dropped rows contain."""
 
@@ -70,8 +74,8 @@ class Outputs(NamedTuple):
     gathered: Tensor | None
     topk_ids: Tensor | None
     topk_logprobs: Tensor | None
-    # [..., 3], for the backward pass: the maximum of z, the sum of exp(z - max) and the entropy; float64 where the
-    # device has it.
+    # [..., 4], for the backward pass: the maximum of z, the sum of exp(z - max), the entropy, and z - max of the target
+    # or 0; float64 where the device has it.
     statistics: Tensor
 
 
@@ -186,7 +190,7 @@ def _unfilled(student: Student, rows: Rows, request: Request) -> Outputs:
         None if rows.ids is None else impossible(rows.ids.shape[-1]),
         top,
         impossible(request.topk) if request.topk else None,
-        torch.zeros((*lead, 3), dtype=precision(device), device=device),
+        torch.zeros((*lead, STATISTICS), dtype=precision(device), device=device),
     )
 
 
@@ -250,6 +254,9 @@ def _results(z: Tensor, statistics: Tensor, rows: Rows, request: Request) -> Out
         return (values - maximum.unsqueeze(-1)) - log_sum.unsqueeze(-1)
 
     target = gathered = None
+    target_gap = torch.zeros_like(maximum)
+    if labels is not None and found is not None:
+        target_gap = found[:, 0] - maximum
     if tokens is not None and found is not None:
         valid = (tokens >= 0) & (tokens < request.vocabulary)
         found = logprobs(found).masked_fill(~valid, math.nan)
@@ -263,7 +270,7 @@ def _results(z: Tensor, statistics: Tensor, rows: Rows, request: Request) -> Out
         gathered,
         top_ids,
         None if top_z is None else logprobs(top_z),
-        torch.stack([maximum, exp_sum, entropy], -1),
+        torch.stack([maximum, exp_sum, entropy, target_gap], -1),
     )
 
 
@@ -394,7 +401,7 @@ def _overwrite_with_gradient(
 ) -> None:
     """Overwrite the logits [C, V] of a chunk with their gradient."""
     wide_dtype = statistics.dtype
-    maximum, exp_sum, entropy = statistics.unbind(-1)
+    maximum, exp_sum, entropy, target_gap = statistics.unbind(-1)
     of_target, of_entropy, of_gathered, of_top = (
         None if gradient is None else gradient.to(wide_dtype) for gradient in upstream
     )
@@ -437,9 +444,8 @@ def _overwrite_with_gradient(
         )
         if is_target:
             # Where the target has almost all probability, its own gradient cancels the share of all columns, so the
-            # sum is computed in float64.
-            gap = tempering.divide_(capped.clone()) - maximum.unsqueeze(-1)
-            gap = gap.clamp_(min=-1e4)
+            # sum is computed in float64. Its z is that of the forward pass, which is rounded as the maximum is.
+            gap = target_gap.unsqueeze(-1).clamp(min=-1e4)
             own = own + gap.exp() * (a.unsqueeze(-1) + b.unsqueeze(-1) * gap) * slope
             own = torch.where(column.here, own, logits.gather(1, column.local).to(wide_dtype))
             logits.scatter_(1, column.local, own.to(logits.dtype))
@@ -584,7 +590,7 @@ def _logprobs_fake(*arguments: Any) -> tuple[Tensor, ...]:
         made(hidden, (*lead, width), dtype, ids is not None),
         made(hidden, (*lead, k), torch.int64, k > 0),
         made(hidden, (*lead, k), dtype, k > 0),
-        made(hidden, (*lead, 3), precision(hidden.device)),
+        made(hidden, (*lead, STATISTICS), precision(hidden.device)),
     )
 
 

@@ -11,9 +11,11 @@ from support.oracles import UNNORMALIZED
 from torch import Tensor
 
 import fastkd
+import fastkd.response
 from fastkd import kd_loss
 from fastkd.backends import registry
 from fastkd.backends.registry import Request
+from fastkd.call.draft import LOSSES
 
 pytestmark = [
     pytest.mark.gpu,
@@ -248,3 +250,48 @@ def test_sparse_teachers(on_gpu: str, tail: str) -> None:
         expected = _gradient(student.double(), sparse_teacher, backend="reference")
         for value, exact in zip(actual, expected, strict=True):
             torch.testing.assert_close(value.double(), exact.double(), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("subset", [True, False])
+def test_draft_losses(subset: bool, dtype: torch.dtype) -> None:
+    """All terms in Triton's kernel, beside the reference in float64."""
+    for width in (31, 2051, 50_257, 128_256):
+        student, teacher = _pair(5, width, dtype=dtype)
+        ids = None
+        if subset:
+            ids = torch.randperm(width, device=DEVICE)[: width // 2]
+            student = student[:, : width // 2]
+        losses = {name: 0.5 + k for k, name in enumerate(LOSSES)}
+        options: dict[str, Any] = {"draft_to_target": ids, "reduction": "none"}
+        results = []
+        for s, t, backend in (
+            (student, teacher, "triton"), (student.double(), teacher.double(), "reference"),
+        ):  # fmt: skip
+            leaf = s.detach().requires_grad_()
+            loss = fastkd.response.draft_loss(leaf, t, losses, backend=backend, **options)
+            results.append(
+                (loss.detach().double(), torch.autograd.grad(loss.sum(), leaf)[0].double())
+            )
+        torch.testing.assert_close(results[0][0], results[1][0], rtol=1e-5, atol=1e-5)
+        error = (results[0][1] - results[1][1]).norm(dim=-1)
+        bar = (1e-5 + torch.finfo(dtype).eps) * results[1][1].norm(dim=-1)
+        assert (error <= bar).all()
+
+
+@pytest.mark.parametrize("options", [{}, {"softcap": 20.0, "temperature": 0.7}], ids=str)
+def test_log_probabilities(options: dict[str, Any]) -> None:
+    """Triton's kernels, beside the same call in float64, which runs in PyTorch."""
+    for width in (31, 2051, 50_257):
+        hidden, weight = logits(6, 16, seed=1).to(DEVICE), logits(width, 16, seed=2).to(DEVICE)
+        targets = labels_for(6, vocabulary=width, seed=3).to(DEVICE)
+        assert registry.select_logprobs(hidden.device, torch.float32) == "triton"
+        results = []
+        for dtype in (torch.float32, torch.float64):
+            leaves = [x.to(dtype).requires_grad_() for x in (hidden, weight)]
+            outputs = fastkd.fused_linear_logprobs(*leaves, targets, topk=3, **options)
+            loss = (outputs.target + outputs.entropy + outputs.topk_logprobs.sum(-1)).sum()
+            gradients = torch.autograd.grad(loss, leaves)
+            results.append([loss.detach(), outputs.target.detach(), *gradients])
+        for value, exact in zip(*results, strict=True):
+            assert (value - exact).norm() <= 1e-4 * exact.norm()

@@ -33,6 +33,7 @@ IN_TRITON = {
     "kd_loss, summed": ("all",),
     "kd_loss, TopK": ("all",),
     "mutual_loss": ("student", "all"),
+    "draft_loss": ("all",),
 }
 
 

@@ -678,6 +678,37 @@ def test_the_gradient_in_place_of_logits_in_another_order(kernel: Kernel) -> Non
     torch.testing.assert_close(columns_first.double(), wanted, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.heavy
+@pytest.mark.only_where(lambda any_backend: any_backend in ("cpu", "triton"))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("widths", [(32_000, 128_256), (50_257, 50_257)])
+def test_real_vocabularies(any_backend: str, widths: tuple[int, int], dtype: torch.dtype) -> None:
+    """With the tiles that are shipped, aligned and not; the second row is sure of a column."""
+    generator = torch.Generator().manual_seed(10)
+    size, width = widths
+    teacher = 3.0 * torch.randn(2, width, generator=generator)
+    ids = None
+    if size < width:
+        ids = torch.randperm(width, generator=generator)[:size].sort().values
+    student = teacher if ids is None else teacher[:, ids]
+    student = student + torch.randn(2, size, generator=generator)
+    student[1, 7] += 30.0
+    student, teacher = student.to(dtype), teacher.to(dtype)
+    losses = {name: 0.5 + k for k, name in enumerate(LOSSES)}
+    wanted = _wanted(student, teacher, ids, losses)
+    options: dict[str, Any] = {"draft_to_target": ids, "reduction": "none", "backend": any_backend}
+    leaf = student.clone().requires_grad_()
+    loss, parts = draft_loss(leaf, teacher, losses, return_parts=True, **options)
+    (gradient,) = torch.autograd.grad(loss.sum(), leaf)
+    exact = _terms(student, teacher, ids)
+    torch.testing.assert_close(loss.detach().double(), wanted[0], rtol=1e-6, atol=1e-6)
+    for name, value in (("acceptance", parts.acceptance), *parts.terms.items()):
+        torch.testing.assert_close(value.double(), exact[name], rtol=1e-6, atol=1e-6)
+    rounding = 0.0 if dtype == torch.float32 else torch.finfo(dtype).eps / 2
+    error = (gradient - wanted[1]).norm(dim=-1)
+    assert (error <= (2e-7 + rounding) * wanted[1].norm(dim=-1)).all()
+
+
 def test_threads_and_parts_change_no_bit(threads: None, instructions: str) -> None:
     student, teacher, ids = _wide_rows(6, (4500, 9000), 2.0, None)
     losses = dict.fromkeys(LOSSES, 1.0)

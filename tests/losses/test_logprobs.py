@@ -386,6 +386,32 @@ def test_a_certain_target_keeps_its_digits(kernels: str) -> None:
     assert abs(float(gradient[2]) / -exact - 1) < 1e-6
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"temperature": 0.7},
+        {"temperature": torch.tensor([0.7])},
+        {"temperature": 0.7, "softcap": 150.0, "logit_scale": 1.3},
+    ],
+    ids=["number", "tensor", "softcap"],
+)
+def test_a_certain_target_far_from_0_keeps_its_digits(
+    kernels: str, options: dict[str, Any]
+) -> None:
+    """z of the target is rounded by 1e-5, as the maximum is; only their difference, 0, decides the gradient."""
+    logits = torch.full((1, 5), 101.3)
+    logits[0, 2] += 14.0
+    hidden, weight = head_of(logits)
+    weight.requires_grad_()
+    target = fused_linear_logprobs(hidden, weight, torch.tensor([2]), **options).target
+    (gradient,) = torch.autograd.grad(target, weight)
+    exact_logits = logits.double().requires_grad_()
+    exact = tempered(exact_logits, options).log_softmax(-1)[0, 2]
+    (reference,) = torch.autograd.grad(exact, exact_logits)
+    assert 0 < reference[0, 2] < 1e-4
+    torch.testing.assert_close(gradient.T.double(), reference, rtol=1e-3, atol=0.0)
+
+
 @pytest.mark.heavy_with(kernels="triton", rows=7)
 @pytest.mark.heavy_with(kernels="triton", rows=13)
 @pytest.mark.parametrize("rows", [1, 7, 13])
