@@ -32,6 +32,7 @@ from support.accuracy import (
 )
 from support.interpreters import python
 from support.paths import ROOT
+from support.remembered import remembered
 from support.triton_interpreter import corrected
 from torch import Tensor, nn
 
@@ -84,6 +85,7 @@ class Exact(NamedTuple):
     gradient_terms: list[Tensor]
 
 
+@remembered
 def compose(
     students: list[Tensor],
     labels: Tensor | None = None,
