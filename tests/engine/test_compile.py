@@ -138,6 +138,7 @@ def test_one_graph_and_no_recompilation_across_rows(
 
 
 @pytest.mark.heavy_with(backend="portable")
+@pytest.mark.heavy_with(name="defaults")
 @pytest.mark.parametrize("name", ["defaults", "per row"])
 def test_by_default_the_second_size_makes_rows_dynamic(backend: str, name: str) -> None:
     call = CALLS[name]
@@ -149,6 +150,7 @@ def test_by_default_the_second_size_makes_rows_dynamic(backend: str, name: str) 
 
 
 @pytest.mark.heavy_with(backend="portable")
+@pytest.mark.heavy_with(dynamic=True)  # test_a_schedule_with_dynamic_true changes it, too
 @pytest.mark.parametrize("dynamic", [True, None])
 def test_a_temperature_that_changes_breaks_no_graph(backend: str, dynamic: bool | None) -> None:
     """An annealed temperature is an argument, which the compiler may turn into a symbol."""
@@ -222,6 +224,7 @@ def test_a_user_defined_divergence_is_compiled() -> None:
 
 
 @one_operator
+@pytest.mark.heavy_with(any_backend="cpu")  # the graph is the same
 def test_a_batch_without_a_counted_row_in_a_compiled_function(any_backend: str) -> None:
     compiled = torch.compile(kd_loss, fullgraph=True, dynamic=True, backend="aot_eager")
     for rows in (3, 0):
@@ -350,6 +353,7 @@ def _op_arguments(
     ],
     ids=["nothing", "student", "everything", "deferred"],
 )
+@pytest.mark.pairwise(each="backend")
 def test_opcheck(
     backend: str, want: Want, per_row: bool, divergence: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -159,8 +159,10 @@ def _under_inductor(names: Sequence[str], steps: int) -> None:
 
 
 def test_inductor_with_cold_and_warm_caches() -> None:
-    # Without SIMD code, which is irrelevant here: with an empty cache g++ would first try each instruction set.
-    with fresh_cache(), torch._inductor.config.patch({"cpp.simdlen": 1}):
+    # Without SIMD code, which is irrelevant here: with an empty cache g++ would first try each instruction set. Nor are
+    # headers compiled beforehand, which takes longer than the few kernels that would include them.
+    settings = {"cpp.simdlen": 1, "cpp_cache_precompile_headers": False}
+    with fresh_cache(), torch._inductor.config.patch(settings):
         _under_inductor(["all together"], 4)
         assert not counters["aot_autograd"]["autograd_cache_hit"]
         _under_inductor(["all together"], 4)
@@ -274,7 +276,8 @@ def test_a_wrong_number_raises_the_same_error_as_in_eager_mode(
             options["divergence"] = fastkd.jsd(options["divergence"])
         return kd_loss(student, teacher, **options)
 
-    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    # The validation is traced, so nothing depends on what comes after.
+    compiled = torch.compile(loss, fullgraph=True, backend="eager")
     with pytest.raises(ValueError, match=message):
         compiled(student, teacher, **bad)
     compiled(student, teacher, **good)
@@ -396,14 +399,18 @@ def test_the_table_matches_the_graphs(name: str) -> None:
 @pytest.mark.parametrize(
     "options",
     [
-        {"temperature": np.float32(2.0), "num_items": np.int64(3), "chunk_size": np.int32(2)},
+        {"temperature": np.float32(2.0), "num_items": np.int64(3)},
+        {"chunk_size": np.int32(2)},
+        pytest.param(  # breaks the graph at several places, of which each costs half a second
+            {"temperature": np.float32(2.0), "num_items": np.int64(3), "chunk_size": np.int32(2)},
+            marks=pytest.mark.heavy,
+        ),
         pytest.param(
             {"chunk_size": np.int32(2), "memory_budget": np.int64(2**30)}, marks=pytest.mark.heavy
         ),
         pytest.param({"temperature": np.float32(2.0)}, marks=pytest.mark.heavy),
         pytest.param({"alpha": np.float64(0.5)}, marks=pytest.mark.heavy),
         pytest.param({"num_items": np.int64(3)}, marks=pytest.mark.heavy),
-        pytest.param({"chunk_size": np.int64(2)}, marks=pytest.mark.heavy),
     ],
     ids=str,
 )

@@ -331,6 +331,8 @@ def test_the_clip_comes_before_temperature_and_weight() -> None:
 # Both
 
 
+@pytest.mark.heavy_with(option="clip", fused=True)
+@pytest.mark.heavy_with(option="floor", fused=False)
 @pytest.mark.parametrize("option", ["clip", "floor"])
 @pytest.mark.parametrize("fused", [False, True])
 def test_values_change_without_a_recompile(option: str, fused: bool) -> None:

@@ -89,8 +89,9 @@ def test_value_and_gradients(
 @pytest.mark.parametrize("weighted", [False, True], ids=["plain", "weighted"])
 @pytest.mark.parametrize("reduction", ["none", "sum", "mean", "batchmean"])
 @defaults
+@pytest.mark.pairwise
 def test_gradcheck_in_float64(name: str, reduction: str, weighted: bool) -> None:
-    labels = torch.tensor([3, -100, 0, 4])
+    labels = torch.tensor([2, -100, 0, 1])
     weight = torch.tensor([0.5, 2.0, -1.5, 0.0], dtype=torch.float64) if weighted else None
 
     def loss(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
@@ -100,8 +101,8 @@ def test_gradcheck_in_float64(name: str, reduction: str, weighted: bool) -> None
             reduction=reduction, backend="reference",
         )  # fmt: skip
 
-    student = logits(4, 5, seed=4, dtype=torch.float64).requires_grad_()
-    teacher = logits(4, 5, seed=5, dtype=torch.float64).requires_grad_()
+    student = logits(4, 3, seed=4, dtype=torch.float64).requires_grad_()
+    teacher = logits(4, 3, seed=5, dtype=torch.float64).requires_grad_()
     assert torch.autograd.gradcheck(loss, (student, teacher), atol=1e-7, rtol=1e-5)
 
 
@@ -257,7 +258,7 @@ def test_a_closed_form_equals_the_sum(name: str) -> None:
 
 properties = settings(
     deadline=None,
-    max_examples=12,
+    max_examples=8,
     derandomize=True,
     database=None,
     phases=(Phase.explicit, Phase.generate, Phase.shrink),

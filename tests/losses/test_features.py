@@ -362,7 +362,7 @@ def test_autocast(loss: Any, formula: Any, shape: tuple[int, ...]) -> None:
 
 
 def test_compiled() -> None:
-    """All feature losses in one graph, so that the test compiles once."""
+    """All feature losses in one graph, so that the test compiles once; all its operators are torch's own."""
 
     def together(student: Tensor, teacher: Tensor) -> Tensor:
         mask = student[..., 0] > 0
@@ -373,7 +373,7 @@ def test_compiled() -> None:
 
     student, teacher = normal(3, 4, 5, seed=34).float(), normal(3, 4, 5, seed=35).float()
     plain = value_and_gradients(together, student, teacher)
-    compiled = torch.compile(together, fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(together, fullgraph=True, backend="eager")
     torch.testing.assert_close(value_and_gradients(compiled, student, teacher), plain)
 
 

@@ -15,7 +15,6 @@ import os
 import sys
 import weakref
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
@@ -33,6 +32,7 @@ from support.accuracy import (
 )
 from support.interpreters import python
 from support.paths import ROOT
+from support.remembered import remembered
 from support.triton_interpreter import corrected
 from torch import Tensor, nn
 
@@ -85,6 +85,7 @@ class Exact(NamedTuple):
     gradient_terms: list[Tensor]
 
 
+@remembered
 def compose(
     students: list[Tensor],
     labels: Tensor | None = None,
@@ -225,12 +226,16 @@ def group(
 @pytest.mark.only_where(
     lambda backend, columns: backend == "cpu" or columns != 2048
 )  # the CPU kernel works in blocks
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 4.0])
+@forms
 @pytest.mark.parametrize("columns", [1, 2, 31, 2048, 2049, 4097])
 @pytest.mark.parametrize("count", [2, 3, 4, 5, 8])
-def test_values_and_gradients(backend: str, count: int, columns: int) -> None:
+@pytest.mark.pairwise(each="backend")
+def test_values_and_gradients(
+    backend: str, count: int, columns: int, peers: str, temperature: float
+) -> None:
     students, labels = group(count, 2, columns), labels_for(2, vocabulary=columns, seed=1)
-    for peers, temperature in itertools.product(PEERS, (0.5, 1.0, 4.0)):
-        check(backend, students, labels, peers=peers, temperature=temperature)
+    check(backend, students, labels, peers=peers, temperature=temperature)
 
 
 @forms
@@ -808,7 +813,8 @@ def test_the_requested_kernel_ran(monkeypatch: pytest.MonkeyPatch) -> None:
     assert ran == ["cpu", "cpu", "reference"]
 
 
-# The other targets and variants differ in the chosen instructions and in the tile size.
+# The other targets and variants differ in the chosen instructions and in the tile size. Triton's cache is kept between
+# runs, as in tests/backends/triton/test_triton_aot.py.
 @pytest.mark.parametrize(
     ("target", "full"),
     [
@@ -818,10 +824,13 @@ def test_the_requested_kernel_ran(monkeypatch: pytest.MonkeyPatch) -> None:
     ],
 )
 def test_the_triton_kernel_compiles_and_keeps_its_tiles_in_registers(
-    target: str, full: str, tmp_path: Path
+    target: str, full: str
 ) -> None:
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment |= {"TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": os.pathsep.join(sys.path)}
+    environment |= {
+        "TRITON_CACHE_DIR": str(ROOT / "build" / "triton_aot"),
+        "PYTHONPATH": os.pathsep.join(sys.path),
+    }
     script = str(ROOT / "tests" / "support" / "mutual_aot.py")
     done = python(script, target, full, env=environment)
     assert done.returncode == 0, done.stderr[-4000:]

@@ -35,8 +35,8 @@ def test_the_data_matches_its_description(real: tuple[Tensor, Tensor, Tensor]) -
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("name", fastkd.DIVERGENCES)
 def test_divergences(real: tuple[Tensor, Tensor, Tensor], name: str, dtype: torch.dtype) -> None:
-    """Each backend in turn, so that the oracle computes the expected values once."""
-    student, teacher, labels = real
+    """Each backend in turn, so that the oracle computes the expected values once. Four rows, two of them ignored."""
+    student, teacher, labels = (x[1:5] for x in real)
     student, teacher = student.to(dtype), teacher.to(dtype)
     options = {"divergence": name, "temperature": 2.0, "alpha": 0.5}
     for backend in BACKENDS:

@@ -35,8 +35,18 @@ def _shares(size: int, cut: str) -> tuple[float, ...]:
 
 
 sizes = pytest.mark.parametrize("size", [2, 4])
+# Most runs have half of a test's cases in each of its settings.
+halves = pytest.mark.parametrize(
+    "half", [True, pytest.param(False, marks=pytest.mark.heavy)], ids=["half", "whole"]
+)
 
 
+def _cases(cases: list[dict[str, Any]], half: bool, *setting: bool) -> list[dict[str, Any]]:
+    """All cases, or every other one. A setting that differs in one respect has the other half."""
+    return cases[sum(setting) % 2 :: 2] if half else cases
+
+
+@halves
 @pytest.mark.parametrize(
     ("size", "cut", "dtype"),
     [
@@ -47,7 +57,7 @@ sizes = pytest.mark.parametrize("size", [2, 4])
     ],
 )
 def test_every_divergence(
-    processes: Processes, backend: str, size: int, cut: str, dtype: torch.dtype
+    processes: Processes, backend: str, size: int, cut: str, dtype: torch.dtype, half: bool
 ) -> None:
     cases = []
     for number, (divergence, parameters) in enumerate(VARIANTS):
@@ -63,14 +73,16 @@ def test_every_divergence(
                 "label_smoothing": 0.1,
             }
         )
+    cases = _cases(cases, half, size == 4, cut == "uneven", backend == "cpu")
     actual = processes.run(size, spread.dense, _shares(size, cut), "plain", backend, cases)
     assert sum(actual) == len(cases)
 
 
+@halves
 @pytest.mark.parametrize(("size", "cut"), [(2, "even"), (4, "uneven")])
 @pytest.mark.parametrize("divergence", ["forward_kl", "jsd", "squared_error"])
 def test_every_option(
-    processes: Processes, backend: str, size: int, cut: str, divergence: str
+    processes: Processes, backend: str, size: int, cut: str, divergence: str, half: bool
 ) -> None:
     cases = []
     for options in ALL.values():
@@ -92,6 +104,7 @@ def test_every_option(
         {**rows, "divergence": divergence, "reduction": "mean", "num_items": 7},
         {**rows, "divergence": divergence, "reduction": "batchmean"},
     ]
+    cases = _cases(cases, half, size == 4, backend == "cpu")
     actual = processes.run(size, spread.dense, _shares(size, cut), "plain", backend, cases)
     assert sum(actual) == len(cases)
 
@@ -116,9 +129,12 @@ def test_forms(processes: Processes, backend: str, size: int, form: str) -> None
     assert sum(actual) == len(cases)
 
 
+@halves
 @pytest.mark.parametrize(("size", "cut"), [(2, "uneven"), (4, "even")])
 @pytest.mark.parametrize("tail", TAILS)
-def test_topk(processes: Processes, backend: str, size: int, cut: str, tail: str) -> None:
+def test_topk(
+    processes: Processes, backend: str, size: int, cut: str, tail: str, half: bool
+) -> None:
     cases = []
     for variant in DIVERGENCES:
         if defined(tail, variant):
@@ -135,6 +151,7 @@ def test_topk(processes: Processes, backend: str, size: int, cut: str, tail: str
                     "label_smoothing": 0.1,
                 }
             )
+    cases = _cases(cases, half, size == 4, backend == "cpu")
     # K = V: only all processes together can tell that there is no other token.
     every = sparse_teacher(3, vocabulary=61, k=61, seed=9, tail=tail, padding=0.0, tail_given=False)
     cases.append({"student": logits(3, 61, seed=8), "teacher": every})
@@ -146,6 +163,7 @@ def test_topk(processes: Processes, backend: str, size: int, cut: str, tail: str
     assert sum(actual) == len(cases)
 
 
+@halves
 @pytest.mark.parametrize(
     ("size", "form"),
     [
@@ -158,7 +176,7 @@ def test_topk(processes: Processes, backend: str, size: int, cut: str, tail: str
         (4, "sequence"),
     ],
 )
-def test_linear(processes: Processes, backend: str, size: int, form: str) -> None:
+def test_linear(processes: Processes, backend: str, size: int, form: str, half: bool) -> None:
     labels = labels_for(12, vocabulary=130, seed=3, ignored=0.3)
     cases: list[dict[str, Any]] = [
         {"given": problem(teacher, 12, rows=130, teacher_rows=130, bias=bias), **options}
@@ -173,9 +191,10 @@ def test_linear(processes: Processes, backend: str, size: int, form: str) -> Non
             ("linear", True, {"mask": torch.zeros(12, dtype=torch.bool)}),
         )
     ]
-    half = problem("linear", 12, rows=130, teacher_rows=130, dtype=torch.bfloat16)
+    low = problem("linear", 12, rows=130, teacher_rows=130, dtype=torch.bfloat16)
     # Every process rounds its part of the hidden states' gradient, and the sum is rounded again.
-    cases.append({"given": half, "rounding": 2**-7})
+    cases.append({"given": low, "rounding": 2**-7})
+    cases = _cases(cases, half, size == 4, backend == "cpu")
     plain = form in ("plain", "whole teacher")
     processes.run(
         size, spread.linear, _shares(size, "uneven" if plain else "even"), form, backend, cases

@@ -142,7 +142,7 @@ def train(
     tied: bool,
     micro_batches: int = 1,
     rows: str = "even",
-    steps: int = 20,
+    steps: int = 8,
     by: str = "head",
 ) -> dict[str, Tensor]:
     """The student's parameters after some steps, in which each process has its own sequences.

@@ -26,6 +26,7 @@ from torch import Tensor
 from fastkd import DIVERGENCES
 from support.oracles import compose
 from support.paths import DATA
+from support.remembered import remembered
 
 SMOLLM2 = DATA / "smollm2.npz"
 Variant = tuple[str, dict[str, float]]
@@ -164,6 +165,7 @@ def run(loss: Loss, case: Case, teacher_gradient: bool = True) -> Outcome:
     return Outcome(value.detach().double(), results[0], results[1] if teacher_gradient else None)
 
 
+@remembered
 def plain(case: Case, dtype: torch.dtype, teacher_gradient: bool = True, **options: Any) -> Outcome:
     """The published formula in the given dtype."""
     actual = compose(

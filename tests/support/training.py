@@ -60,7 +60,7 @@ def _data(step: int) -> tuple[Tensor, Tensor, Tensor]:
     return tokens, teacher, labels
 
 
-def train(group: Any, how: str, micro_batches: int, steps: int = 20) -> dict[str, Tensor]:
+def train(group: Any, how: str, micro_batches: int, steps: int = 8) -> dict[str, Tensor]:
     """The parameters after some steps.
 
     how: "alone", "ddp", "fsdp" (the loss inside the forward), "fsdp, head" (the loss of the spread head, outside),

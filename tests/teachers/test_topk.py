@@ -1719,6 +1719,7 @@ def test_the_graph(everywhere: str, tail: str, dtype: torch.dtype) -> None:
 )  # fmt: skip
 @pytest.mark.parametrize("built", ["outside", "within"])
 @pytest.mark.heavy_with(tail="renormalize", built="outside")
+@pytest.mark.heavy_with(tail="bucket", built="within")
 @pytest.mark.heavy_with(tail="truncate", built="within")
 def test_compiled(built: str, name: str, tail: str, dtype: torch.dtype) -> None:
     """One graph, also for another number of rows; the teacher is built outside or inside the compiled function.

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import pytest
 import torch
 from support.accuracy import check, labels_for, logits
+from torch import Tensor
 
 import fastkd
 from fastkd import kd_loss
@@ -70,21 +72,29 @@ def test_large_calls_equal_single_rows(instructions: str, name: str, dtype: torc
             torch.testing.assert_close(gradient[row], expected[0], rtol=0, atol=0, equal_nan=True)
 
 
+@functools.cache
+def _large(rows: int, columns: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Student and teacher in bfloat16; the loss at temperature 2 and its gradient in float64."""
+    student, teacher = (logits(rows, columns, seed=seed).bfloat16() for seed in (4, 5))
+    p, q = ((x.double() / 2).softmax(-1) for x in (teacher, student))
+    gradient = (q - p) * 2 / rows  # T^2 / T / N
+    return student, teacher, (p * (p / q).log()).sum(-1).mean() * 4, gradient
+
+
 @pytest.mark.parametrize("inplace", [False, True], ids=["new", "in place"])
-@pytest.mark.parametrize("columns", [32_768, 65_541, 200_000])
-def test_large_calls_against_float64(instructions: str, columns: int, inplace: bool) -> None:
+@pytest.mark.parametrize(("rows", "columns"), [(64, 32_768), (33, 65_541), (11, 200_000)])
+def test_large_calls_against_float64(
+    instructions: str, rows: int, columns: int, inplace: bool
+) -> None:
     """Rows whose exponentials are kept, kept at odd offsets, and recomputed."""
-    student, teacher = logits(40, columns, seed=4), logits(40, columns, seed=5)
-    student, teacher = student.bfloat16(), teacher.bfloat16()
+    student, teacher, value, exact = _large(rows, columns)
+    assert student.nbytes >= cpu._LARGE
     leaf = student.detach().requires_grad_()
     loss = kd_loss(leaf * 1, teacher, temperature=2.0, inplace=inplace, backend="cpu")
     (gradient,) = torch.autograd.grad(loss, leaf)
-    p, q = ((x.double() / 2).softmax(-1) for x in (teacher, student))
-    exact = (q - p) * 2 / 40  # T^2 / T / N
     assert (
         (gradient.double() - exact).abs() <= exact.abs() * 2**-8 + exact.abs().max() * 1e-6
     ).all()
-    value = (p * (p / q).log()).sum(-1).mean() * 4
     torch.testing.assert_close(loss.double(), value, rtol=3e-7, atol=0)
 
 

@@ -529,6 +529,7 @@ def strided(student: Tensor) -> dict[str, Tensor]:
 @however_shared
 @pytest.mark.parametrize("layout", strided(torch.zeros(2, 3, 2, 2, 17)))
 @pytest.mark.parametrize("inplace", [False, True], ids=["", "inplace"])
+@pytest.mark.pairwise
 def test_layouts(monkeypatch: pytest.MonkeyPatch, layout: str, inplace: bool) -> None:
     # Where tiles start at multiples of 16 bytes, the order of a sum depends on where its row starts.
     monkeypatch.setattr(kernels, "rows_start_alike", lambda *views: False)

@@ -475,12 +475,15 @@ DRAFT, DRAFT_CEILING = Variant("draft", "four terms"), 204.0
 # Log-probabilities: statistics with the entropy, and the gradient.
 LOGPROBS_CEILINGS = {"statistics": 23.0, "gradient": 16.0}
 
+# Triton's cache, which is kept between runs: its key has the source of a kernel and of all that it calls, the types and
+# constants of the launch, the options, and Triton's own files.
+CACHE = ROOT / "build" / "triton_aot"
+
 
 # One target in every run. The others differ in registers per thread and in the chosen instructions, but not in the
-# Triton code of the kernels. Triton's cache is kept between runs: its key has the source of a kernel and of all that it
-# calls, the types and constants of the launch, the options, and Triton's own files.
+# Triton code of the kernels.
 def test_kernels_compile_and_keep_their_tiles_in_registers() -> None:
-    actual = _check("cuda:90", "least", ROOT / "build" / "triton_aot")
+    actual = _check("cuda:90", "least", CACHE)
     for variant, ceiling in CEILINGS.items():
         used, with_sums = actual[variant], MADE[variant.divergence]().closed_form is None
         sweeps = used.sweeps(with_sums)
@@ -572,10 +575,10 @@ GROUPS = """
 """
 
 
-def test_later_groups_are_launched_like_the_first(tmp_path: Path) -> None:
+def test_later_groups_are_launched_like_the_first() -> None:
     """Past Triton's own launcher, which looks up the kernel by its arguments: they are the same but for the rows."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    environment |= {"TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": os.pathsep.join(sys.path)}
+    environment |= {"TRITON_CACHE_DIR": str(CACHE), "PYTHONPATH": os.pathsep.join(sys.path)}
     done = python("-c", textwrap.dedent(GROUPS), env=environment)
     assert done.returncode == 0, done.stderr[-4000:]
     assert done.stdout == "3 kernels\n"
