@@ -268,7 +268,7 @@ def _probabilities(row, start, lanes, sides, WHOLE: tl.constexpr):
 
 @triton.jit
 def _add_tile(
-    sums, row, start, lanes, sides, mass, log_mass, jsd_parameters, WHOLE: tl.constexpr,
+    sums, row, start, lanes, sides, mass, log_mass, WHOLE: tl.constexpr,
     POLICY: tl.constexpr, spec,
 ):  # fmt: skip
     """Return the DraftSums with those of a tile, as a tuple."""
@@ -281,9 +281,7 @@ def _add_tile(
         phi, _, _ = evaluate(spec.REVERSE, (), p, q, log_p, log_q, ratio, 1.0, POLICY, spec.FORM)
         reverse += phi
     if spec.WITH_JSD:
-        phi, g, _ = evaluate(
-            spec.JSD, jsd_parameters, p, q, log_p, log_q, ratio, 1.0, POLICY, spec.FORM
-        )
+        phi, g, _ = evaluate(spec.JSD, (), p, q, log_p, log_q, ratio, 1.0, POLICY, spec.FORM)
         jsd += phi
         jsd_g += g
     if spec.WITH_ACCEPTANCE:
@@ -299,7 +297,7 @@ def _add_tile(
 
 
 @triton.jit
-def _sweep_sums(row, sides, mass, log_mass, jsd_parameters, POLICY: tl.constexpr, spec):
+def _sweep_sums(row, sides, mass, log_mass, POLICY: tl.constexpr, spec):
     """Return the DraftSums of a row as a tuple, from the last tile to the first."""
     lanes = tl.arange(0, spec.BLOCK_V)
     zero = tl.zeros([spec.BLOCK_V], tl.float32)
@@ -312,11 +310,11 @@ def _sweep_sums(row, sides, mass, log_mass, jsd_parameters, POLICY: tl.constexpr
         sums = DraftSums(forward, reverse, jsd, jsd_g, acceptance, tvd, tvd_g, q)
         if start + spec.BLOCK_V <= row.D:
             forward, reverse, jsd, jsd_g, acceptance, tvd, tvd_g, q = _add_tile(
-                sums, row, start, lanes, sides, mass, log_mass, jsd_parameters, True, POLICY, spec
+                sums, row, start, lanes, sides, mass, log_mass, True, POLICY, spec
             )
         else:
             forward, reverse, jsd, jsd_g, acceptance, tvd, tvd_g, q = _add_tile(
-                sums, row, start, lanes, sides, mass, log_mass, jsd_parameters, False, POLICY, spec
+                sums, row, start, lanes, sides, mass, log_mass, False, POLICY, spec
             )
     return (
         tl.sum(forward, 0), tl.sum(reverse, 0), tl.sum(jsd, 0), tl.sum(jsd_g, 0),
@@ -417,7 +415,7 @@ def _slopes(
 
 @triton.jit
 def _write_tile(
-    row, gradient, start, lanes, sides, slopes, weights, sure, mass, log_mass, jsd_parameters,
+    row, gradient, start, lanes, sides, slopes, weights, sure, mass, log_mass,
     WHOLE: tl.constexpr, POLICY: tl.constexpr, spec,
 ):  # fmt: skip
     """Write the gradient of a tile, except in the column `sure`; return what was written.
@@ -432,9 +430,7 @@ def _write_tile(
         phi, _, _ = evaluate(spec.REVERSE, (), p, q, log_p, log_q, ratio, 1.0, POLICY, spec.FORM)
         value += phi * slopes.reverse
     if weights.jsd is not None:
-        _, g, _ = evaluate(
-            spec.JSD, jsd_parameters, p, q, log_p, log_q, ratio, 1.0, POLICY, spec.FORM
-        )
+        _, g, _ = evaluate(spec.JSD, (), p, q, log_p, log_q, ratio, 1.0, POLICY, spec.FORM)
         value += g * slopes.jsd
     if weights.tvd is not None or (weights.nla is not None or weights.lk_hybrid is not None):
         _, g, _ = evaluate(
@@ -455,7 +451,7 @@ def _write_tile(
 
 @triton.jit
 def _sweep_gradient(
-    row, gradient, sides, slopes, weights, mass, log_mass, jsd_parameters, POLICY: tl.constexpr, spec,
+    row, gradient, sides, slopes, weights, mass, log_mass, POLICY: tl.constexpr, spec,
     SURE: tl.constexpr = SURE,
 ):  # fmt: skip
     """Write the gradient of a row."""
@@ -467,13 +463,11 @@ def _sweep_gradient(
         special = tl.minimum(_place(sure, start), _place(sides.t_argmax, start))
         if (start + spec.BLOCK_V <= row.D) & (special >= spec.BLOCK_V):
             others += _write_tile(
-                row, gradient, start, lanes, sides, slopes, weights, sure, mass, log_mass,
-                jsd_parameters, True, POLICY, spec,
+                row, gradient, start, lanes, sides, slopes, weights, sure, mass, log_mass, True, POLICY, spec,
             )  # fmt: skip
         else:
             others += _write_tile(
-                row, gradient, start, lanes, sides, slopes, weights, sure, mass, log_mass,
-                jsd_parameters, False, POLICY, spec,
+                row, gradient, start, lanes, sides, slopes, weights, sure, mass, log_mass, False, POLICY, spec,
             )  # fmt: skip
     of_sure = -tl.sum(others, 0)
     if sure >= 0:
@@ -482,7 +476,7 @@ def _sweep_gradient(
 
 @triton.jit
 def _compute_row(
-    number, row, gradient, inputs, weights, values, eta, scale, jsd_parameters, V, spec,
+    number, row, gradient, inputs, weights, values, eta, scale, V, spec,
 ):  # fmt: skip
     """Compute the loss, the terms and the gradient of a kept row."""
     weight = 1.0
@@ -500,15 +494,15 @@ def _compute_row(
     if WITH_LOGS:
         if sides.careful:
             forward, reverse, jsd, jsd_g, acceptance, tvd, tvd_g, q = _sweep_sums(
-                row, sides, mass, log_mass, jsd_parameters, True, spec
+                row, sides, mass, log_mass, True, spec
             )
         else:
             forward, reverse, jsd, jsd_g, acceptance, tvd, tvd_g, q = _sweep_sums(
-                row, sides, mass, log_mass, jsd_parameters, False, spec
+                row, sides, mass, log_mass, False, spec
             )
     elif spec.WITH_ACCEPTANCE:
         forward, reverse, jsd, jsd_g, acceptance, tvd, tvd_g, q = _sweep_sums(
-            row, sides, mass, log_mass, jsd_parameters, False, spec
+            row, sides, mass, log_mass, False, spec
         )
     sums = DraftSums(forward, reverse, jsd, jsd_g, acceptance, tvd, tvd_g, q)
     acceptance, share = _store_values(
@@ -519,18 +513,16 @@ def _compute_row(
         if WITH_LOGS:
             if sides.careful:
                 _sweep_gradient(
-                    row, gradient, sides, slopes, weights, mass, log_mass, jsd_parameters, True,
+                    row, gradient, sides, slopes, weights, mass, log_mass, True,
                     spec,
                 )  # fmt: skip
             else:
                 _sweep_gradient(
-                    row, gradient, sides, slopes, weights, mass, log_mass, jsd_parameters, False,
+                    row, gradient, sides, slopes, weights, mass, log_mass, False,
                     spec,
                 )  # fmt: skip
         else:
-            _sweep_gradient(
-                row, gradient, sides, slopes, weights, mass, log_mass, jsd_parameters, False, spec
-            )
+            _sweep_gradient(row, gradient, sides, slopes, weights, mass, log_mass, False, spec)
 
 
 @triton.jit
@@ -547,7 +539,7 @@ def _drop_row(number, gradient, values, D, BLOCK_V: tl.constexpr, OUTPUTS: tl.co
 # sweep share a layout.
 @triton.jit(do_not_specialize=["ids"])
 def draft_kernel(
-    student, teacher, gradient, ids, inputs, weights, values, eta, scale, jsd_parameters, sizes, D,
+    student, teacher, gradient, ids, inputs, weights, values, eta, scale, sizes, D,
     V,
     FORWARD: tl.constexpr,
     REVERSE: tl.constexpr,
@@ -574,7 +566,7 @@ def draft_kernel(
             D,
         )
         _compute_row(
-            number, row, of_gradient, inputs, weights, values, eta, scale, jsd_parameters, V,
+            number, row, of_gradient, inputs, weights, values, eta, scale, V,
             # Not a variable: an assignment would turn its constexprs into tensors.
             Spec(
                 FORWARD, REVERSE, JSD, TVD, FORM, WITH_KL, WITH_JSD, WITH_ACCEPTANCE, WITH_LABEL,
@@ -635,7 +627,6 @@ def draft_rows(
             Values(loss, acceptance, *(values.get(name) for name in LOSSES)),
             terms.eta,
             options.scale,
-            DIVERGENCES[2].params,
             sizes,
             size,
             width if ids is not None and terms.of_acceptance else None,
