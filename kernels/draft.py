@@ -46,8 +46,8 @@ from .sweeps import (
 )
 
 DIVERGENCES = forward_kl(), reverse_kl(), jsd(0.5), tvd()
-# If the other columns together have less than this share of the largest one's exponential, that column has 4/5 of the
-# draft model's probability. Its gradient is then minus the sum of the others, because q - p would have lost its digits.
+# If the exponentials of the other columns add up to less than this share of the largest one, its column has over 4/5 of
+# the probability, and its gradient is minus the sum of the other gradients, because q - p would have lost its digits.
 SURE = 0.25
 
 
@@ -105,7 +105,7 @@ class Row(NamedTuple):
 
 
 class Sides(NamedTuple):
-    """What the first sweep finds out about both sides."""
+    """The results of the first sweep over both sides."""
 
     s: Any  # Normalizer of the draft model
     t: Any  # Normalizer of the target among the draft tokens; it gives p = 0 if all of their logits are -inf
@@ -146,7 +146,7 @@ class Slopes(NamedTuple):
 
 @triton.jit
 def _read(row, start, lanes, s_past, t_past, WHOLE: tl.constexpr):
-    """Return a tile of logits of both sides in float32; s_past and t_past past the end. WHOLE: it ends in the row."""
+    """Return a tile of float32 logits of both sides; s_past and t_past past the end. WHOLE: no column is past it."""
     column = start + lanes
     place = column
     if WHOLE:
@@ -216,7 +216,7 @@ def _sweep_statistics(row, spec):
     label, s_label = _first_column(t_max, t_top, t_argmax), 0.0
     if spec.WITH_LABEL:
         s_label = tl.load(row.student + label).to(tl.float32)
-        # So that no thread loads it after another one has overwritten it with its gradient.
+        # Without the barrier, a thread could load the logit after another thread has overwritten it.
         tl.debug_barrier()
     sum_of_finite = tl.sum(finite, 0)
     return Sides(
@@ -271,7 +271,7 @@ def _add_tile(
     sums, row, start, lanes, sides, mass, log_mass, WHOLE: tl.constexpr,
     POLICY: tl.constexpr, spec,
 ):  # fmt: skip
-    """Return the DraftSums with those of a tile, as a tuple."""
+    """Return the DraftSums plus the terms of a tile, as a tuple."""
     q, p, log_q, log_p, ratio = _probabilities(row, start, lanes, sides, WHOLE)
     forward, reverse, jsd, jsd_g = sums.forward, sums.reverse, sums.jsd, sums.jsd_g
     acceptance, tvd, tvd_g, q_sum = sums.acceptance, sums.tvd, sums.tvd_g, sums.q
@@ -535,8 +535,8 @@ def _drop_row(number, gradient, values, D, BLOCK_V: tl.constexpr, OUTPUTS: tl.co
         sweep_zeros(gradient, D, None, BLOCK_V)
 
 
-# ids is not specialized, so that a thread loads ids one by one, as it does the logits in their places: all tensors of a
-# sweep share a layout.
+# ids is not specialized, so Triton does not know its alignment, and each thread loads ids one by one. It loads the
+# logits in their places one by one in any case, and all tensors of a sweep share a layout.
 @triton.jit(do_not_specialize=["ids"])
 def draft_kernel(
     student, teacher, gradient, ids, inputs, weights, values, eta, scale, sizes, D,

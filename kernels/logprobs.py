@@ -1,6 +1,6 @@
 """Log-probabilities in Triton: the statistics of rows of logits, and their gradient in place.
 
-fastkd/backends/logprobs.py is the same in PyTorch, and finds the top tokens. One program computes a row, in one sweep.
+fastkd/backends/logprobs.py computes the same in PyTorch, and the top tokens. One program processes a row in one sweep.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def _temper(x, tempering, temperature, reciprocal):
         slope *= tempering.logit_scale
     TEMPERED: tl.constexpr = tempering.temperature is not None or tempering.temperatures is not None
     if TEMPERED:
-        # A quotient rounded to nearest. The step that corrects the product would make NaN of an infinite one.
+        # Round the quotient correctly. An infinite quotient stays, because the correction would make it NaN.
         quotient = z * reciprocal
         corrected = tl.fma(tl.fma(-quotient, temperature, z), reciprocal, quotient)
         z = tl.where(tl.abs(quotient) < float("inf"), corrected, quotient)

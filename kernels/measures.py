@@ -60,7 +60,7 @@ def _measure_tile(
 ):  # fmt: skip
     """Write the gradients of a tile, if they are wanted; return the sums of the measures' terms for each thread.
 
-    The loads and exponentials that the gradients need too occur once in the compiled code.
+    In the compiled code, the measures and the gradients share loads and exponentials.
     """
     s, _ = _read_tile(student, start, lanes, columns.V, not SPECIAL, spec.HEAD)
     t, _ = _read_tile(teacher, start, lanes, columns.V, not SPECIAL, spec.HEAD)
@@ -133,9 +133,9 @@ def sweep_measures(
 def tile_measures(row, tile, statistics, out, columns, spec):
     """Store the measures of a row whose columns are in registers.
 
-    The probabilities are not computed by `probability`. If they were, the branches of `evaluate_row` would take over
-    their products from here, where the compiler cannot fuse them with the additions there, and the gradients would have
-    other bits than without measures.
+    The probabilities are not computed by `probability`. If they were, the compiler would compute their products only
+    here and reuse them in the branches of `evaluate_row`. It could not fuse them with the additions there, and the
+    gradients would differ in the last bits from those of a call without measures.
     """
     exists = tl.arange(0, spec.BLOCK_V) < columns.V
     log_p = log_probability(tile.t, statistics.t_norm)
@@ -192,7 +192,7 @@ def _store_row(row, entropy, forward, reverse, acceptance, agreement, out):
 
 @triton.jit
 def merge_kernel(partials, num_splits, out, PARTIALS: tl.constexpr, LANES: tl.constexpr):
-    """Store the measures of one row, from the partial results of its programs; a dropped row gets any numbers."""
+    """Store the measures of one row, from the partial results of its programs; a dropped row gets arbitrary ones."""
     row = tl.program_id(0)
     lanes = tl.arange(0, LANES)
     exists = lanes < num_splits

@@ -167,7 +167,7 @@ class Partial(NamedTuple):
     q_moment: Any  # sum of e_s (x_s - x_t)
     entropy_moment: Any  # sum of e_s x_s
     centered_sum: Any  # sum of z - center
-    # The largest t where s = -inf, and the largest s where t = -inf, at least LOWEST; both -inf if no logit is -inf.
+    # The largest t where s = -inf, and the largest s where t = -inf; both -inf if no logit is -inf, else >= LOWEST.
     t_skipped_max: Any
     s_skipped_max: Any
     s_argmax: Any  # as a float; -1 if there is none
@@ -196,8 +196,8 @@ class Statistics(NamedTuple):
     phi: Any  # sum, from the closed form or from the second sweep
     g: Any  # sum, likewise
     h: Any  # sum, likewise; only if the teacher's gradient is wanted
-    # What a definition's log q is relative to: s_norm.log_exp_sum, but for a cross-entropy the number for which the
-    # mean of log q under p is 0 (_center_log_q)
+    # Subtracted from (z - max) * unit to give a definition's log q: s_norm.log_exp_sum, or, for a cross-entropy, the
+    # number that makes the mean of log q under p equal to 0 (_center_log_q)
     log_q_origin: Any
 
 
@@ -286,7 +286,7 @@ def _tile_address(pointer, start, HEAD: tl.constexpr):
     return pointer
 
 
-# In a sweep, an address is that of the tile's first column plus a constant per lane, which a load can add by itself.
+# An address in a sweep is the tile's first column plus a constant per lane, so that load instructions add the constant.
 @triton.jit
 def _read_tile(row, start, lanes, V, WHOLE: tl.constexpr, HEAD: tl.constexpr):
     """Return what `read` returns for a tile. WHOLE: all its columns exist, and no mask is needed."""
@@ -326,7 +326,7 @@ def _load_pair(
         if teacher.unit is not None:
             t_address = _tile_address(teacher.logits, start, HEAD) + lanes
             t = tl.load(t_address, mask=exists, other=0.0)
-        # In float32, because PAST_END in float16 is -inf, for which the whole row would need the policy for log 0.
+        # Convert first: in float16, PAST_END would be -inf, and the whole row would need the policy for log 0.
         s = tl.where(exists, s.to(tl.float32), PAST_END)
         t = tl.where(exists, t.to(tl.float32), PAST_END)
     return s, t
@@ -496,9 +496,9 @@ def _closed_form(
 def _center_log_q(moments, total, s_gap, log_exp_sum, phi, h, LN2: tl.constexpr = LN2):
     """Return (Statistics.log_q_origin, sum of h) of a cross-entropy.
 
-    The teacher's gradient is -p (log q - mean), with the mean of log q under p. p log q and p times the mean would be
-    rounded before their difference is taken, so the mean is subtracted from log q, which leaves the projection next to
-    nothing to subtract. s_gap: the student's x at the teacher's argmax, in base 2.
+    The teacher's gradient is -p (log q - mean), where mean is that of log q under p. As p log q - p mean, both products
+    would be rounded before they cancel. Log q is therefore taken relative to its mean; the sum of h is then exactly the
+    weight of the cross-entropy. s_gap: the student's x at the teacher's argmax, in base 2.
     """
     mean = tl.div_rn((s_gap - total.p_moment) * LN2, 1.0 + total.t_exp_sum)
     finite = phi - phi == 0.0
@@ -509,9 +509,9 @@ def _center_log_q(moments, total, s_gap, log_exp_sum, phi, h, LN2: tl.constexpr 
 def _add_lanes(partials, s_rise, t_rise, student, teacher, moments):
     """Return the sums of partial results relative to the maximum of all of them: a Partial without maxima and argmaxes.
 
-    A rise is how far that maximum lies above a partial result's own, in z. Sums of exponentials shrink by its
-    exponential. A moment is a sum of e x in which x is relative to the maximum too, so it also changes by the step
-    times the sum of e.
+    A rise is how far that maximum lies above a partial result's own, in z. Sums of exponentials are divided by the
+    exponential of the rise. A moment is a sum of e x in which x is relative to the maximum too, so it also changes by
+    the step times the sum of e.
     """
     s_step, t_step = scaled(s_rise, student.unit), 0.0
     EXACT: tl.constexpr = moments.cross is not None
@@ -571,7 +571,7 @@ class Lane(NamedTuple):
 
 @triton.jit
 def _lane_columns(lane, chunk, first, head, spec):
-    """Return the columns of chunk number `chunk` of a lane, THREADS of them. `head` is Columns.head."""
+    """Return the THREADS columns of chunk number `chunk` of a lane. `head` is Columns.head."""
     index = chunk * spec.THREADS + tl.arange(0, spec.THREADS)
     group = index // spec.ADJACENT * spec.THREADS + lane
     return first * spec.BLOCK_V - head + group * spec.ADJACENT + index % spec.ADJACENT
@@ -1161,7 +1161,7 @@ def _evaluate_tile(s, t, statistics, degree, parameters, POLICY: tl.constexpr, s
 
 
 class Special(NamedTuple):
-    """The columns whose tiles need attention."""
+    """Columns whose tiles need masks or the policy for log 0 (_is_special)."""
 
     s_argmax: Any
     t_argmax: Any
@@ -1181,7 +1181,7 @@ def _special(s_argmax, t_argmax, label_column, careful, columns):
 
 @triton.jit
 def _place(column, start):
-    """Return a column's place in a tile; a number beyond every tile if it lies before the tile."""
+    """Return a column's index in a tile; for a column before the tile, a number above every index."""
     return (column - start).to(tl.uint32, bitcast=True)
 
 
@@ -1228,7 +1228,7 @@ def sweep_sums(
 ):
     """Return the sums of phi, g and h of a divergence without a closed form; the argmaxes' columns are excluded.
 
-    h is summed if the teacher's gradient is wanted. As degree * phi - g, its sum would cancel where p is far from q.
+    h is summed if the teacher's gradient is wanted: the sum of degree * phi - g would cancel where p is far from q.
     """
     lanes = tl.arange(0, spec.BLOCK_V)
     phi_sum = _sum_tile(tl.zeros([spec.BLOCK_V], tl.float32), spec)

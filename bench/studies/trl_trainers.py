@@ -2,11 +2,11 @@
 
     python bench/studies/trl_trainers.py
 
-A step is the trainer's compute_loss and the backward pass: both models run, and nothing is generated or requested. Both
-trainers of a pair have the same models and batch. The models have random weights and few layers. A server's answers are
-random, and the same for both.
+A step is the trainer's compute_loss and the backward pass: both models run, but no text is generated and no server is
+contacted. Both trainers of a pair have the same models and batch. The models have random weights and few layers. A
+stand-in for the server returns the same random log-probabilities to both.
 
-- Parity: the study fails unless the losses and the gradients of the two agree.
+- Parity: the study fails unless the losses and the norms of the gradients agree.
 - Times: the two take turns in random order; the ratio is the median of the ratios within rounds.
 - Memory: the peak of a step beyond the models and the batch, gradients included.
 """
@@ -102,7 +102,7 @@ CASES = (
 def byte_tokenizer(vocabulary: int, skipped: int = 0) -> Any:
     """A byte-level BPE tokenizer, which GOLD needs.
 
-    Its tokens are the bytes and, in their order, as many byte pairs as fit after the first `skipped` pairs.
+    The vocabulary contains all bytes. Pairs of bytes, in order and without the first `skipped` ones, fill the rest.
     """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
@@ -148,12 +148,12 @@ class Server:
 
 
 def dataset(case: Case, sizes: Sizes) -> Dataset:
-    """As many examples as a batch has."""
+    """A data set with the examples of one batch."""
     generator = torch.Generator().manual_seed(0)
 
     def words(count: int) -> str:
         ids = torch.randint(30, sizes.vocabulary // 2, (count,), generator=generator)
-        if case.name == "GOLDTrainer":  # its tokenizer makes about four tokens of a word
+        if case.name == "GOLDTrainer":  # its tokenizer splits a word into about four tokens
             ids = ids[: count // 4]
         return " ".join(f"w{i}" for i in ids.tolist())
 
@@ -180,7 +180,7 @@ def model(sizes: Sizes, seed: int, width: int) -> Any:
 
 
 def rewards(completions: Sequence[Any], **_: Any) -> list[float]:
-    """Every other answer is right."""
+    """The reward of each completion: 1 for every other one, 0 for the rest."""
     return [float(index % 2) for index in range(len(completions))]
 
 
@@ -235,7 +235,7 @@ def trainers(case: Case, sizes: Sizes, folder: Path) -> tuple[Any, Any, Any]:
 
 
 def asynchronous(sizes: Sizes) -> tuple[Any, Any, Any]:
-    """TRL's AsyncDistillationTrainer, fastkd's, and a batch. No constructor is called, because it needs servers."""
+    """TRL's AsyncDistillationTrainer, fastkd's, and a batch. The constructors need servers, so they are not called."""
     from trl.experimental.async_distillation import AsyncDistillationTrainer
 
     student = model(sizes, 1, sizes.width).train()
@@ -290,7 +290,7 @@ def step_of(trainer: Any, batch: Any) -> Contender:
 
 
 def check_parity(label: str, contenders: dict[str, Contender], student: Any) -> None:
-    """Raise unless losses and gradients agree."""
+    """Raise unless the losses and the norms of the gradients agree."""
     found = []
     for run, clean_up in contenders.values():
         loss: Any = run()

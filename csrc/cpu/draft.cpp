@@ -15,8 +15,8 @@
 //   cross_entropy   q, minus 1 in the column of the target's most probable token
 //
 // The negative log of the acceptance and the LK hybrid are functions of these values, so they change only the
-// coefficients. The exponentials of a row stay in scratch memory, so each logit is converted at most three times and
-// read from memory once if a row fits in the cache.
+// coefficients. The exponentials of a row stay in scratch memory. Each sweep converts the logits again, but reads them
+// from the cache if the row fits in it. If a sum is not finite, the sums are repeated with the policy for log 0.
 //
 // A column whose logit equals the maximum contributes exactly 1 to the sum of exponentials. `rest` is the sum without
 // one such column; the logarithm of the whole sum is log1p(rest). If the draft model gives a column more than 4/5 of
@@ -223,7 +223,7 @@ void draft_exponentials(const float* z, int n, const char* next, int width, floa
   out.others = sum_lanes(others);
 }
 
-// One side of a row: its logits, and what the statistics find out.
+// One side of a row: its logits and its statistics.
 struct Side {
   const char* logits = nullptr;
   Dtype dtype = Dtype::f32;
@@ -446,7 +446,7 @@ class DraftRow {
     const DraftGradientKernel kernel = GRADIENT_KERNELS[policy_][needs];
     const int64_t sure = student_.rest < SURE ? student_.argmax(scratch_s_) : -1;
     double others = 0;
-    // The last blocks are still in the cache.
+    // From the last block to the first, because the last ones are still in the cache.
     for (int64_t b = blocks_ - 1; b >= 0; --b) {
       const int n = student_.width(b);
       kernel(view(b), padded(n), by, out_);

@@ -102,7 +102,7 @@ FASTKD_PER_ROW MeasureSums measure_slice(const Call& call, const RowState& row, 
   return sums;
 }
 
-// `sums` is no reference, which would put it on the stack.
+// `sums` is passed by value, because a reference would put it on the stack.
 FASTKD_PER_ROW void write_measures(const Call& call, const RowState& row, MeasureSums sums) {
   float* out = call.measures + row.row * MEASURES;
   const Side& teacher = row.teacher;

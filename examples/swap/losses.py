@@ -1,12 +1,12 @@
 """Replace the losses of other training stacks, each in the same plain loop.
 
-    python examples/swap/losses.py                      # SmolLM2-135M teaches six of its layers
+    python examples/swap/losses.py                      # SmolLM2-135M teaches a student of six of its layers
     python examples/swap/losses.py --tiny               # random models, in seconds
     python examples/swap/losses.py --only verl --only axolotl
 
-These stacks need GPUs or a cluster to train, but their losses run here. Each stack's loss and fastkd's adapter are both
-called as the stack calls its loss. Both train the same student on the same batches; the run fails if the curves differ
-by more than rounding errors.
+Most of these stacks train only on GPUs or a cluster, but their losses run on any machine. Each stack's loss and
+fastkd's adapter are both called as the stack calls its loss. Both train the same student on the same batches; the run
+fails if the curves differ by more than rounding errors.
 """
 
 import importlib

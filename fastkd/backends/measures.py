@@ -99,7 +99,7 @@ def _sides(student: Tensor, teacher: Tensor, rows: Rows, options: Options) -> tu
 
 @torch.no_grad()
 def measure_rows(student: Tensor, teacher: Tensor, rows: Rows, options: Options) -> Tensor:
-    """The measures of dense rows, [..., len(DENSE_MEASURES)]; 0 in dropped rows on a CPU, anything elsewhere."""
+    """The measures of dense rows, [..., len(DENSE_MEASURES)]; dropped rows have 0 on a CPU, any number on a GPU."""
     lead, device = student.shape[:-1], student.device
     dtype = row_dtype(student.dtype, teacher.dtype)
     measures = torch.zeros((*lead, len(DENSE_MEASURES)), dtype=dtype, device=device)
@@ -166,7 +166,7 @@ class DenseMeasures:
 
 
 class SimplerLoss(DenseMeasures):
-    """The measures of dense rows from a loss without gradients, for losses whose own sweeps do not have them."""
+    """The measures of dense rows, computed with a second loss if the sweeps of the requested loss cannot yield them."""
 
     def __init__(self, kernels: Any) -> None:
         self.kernels = kernels
@@ -174,7 +174,7 @@ class SimplerLoss(DenseMeasures):
     def measure_rows(
         self, student: Tensor, teacher: Tensor, rows: Rows, options: Options
     ) -> Tensor:
-        """The measures, [..., len(DENSE_MEASURES)]; anything in dropped rows."""
+        """The measures, [..., len(DENSE_MEASURES)]; dropped rows have arbitrary numbers."""
         options = options._replace(divergence=forward_kl(), alpha=1.0, label_smoothing=0.0)
         want = Want(measures=True)
         measures: Tensor = self.kernels.kd_rows(student, teacher, rows, options, want).measures
@@ -182,7 +182,7 @@ class SimplerLoss(DenseMeasures):
 
 
 class _Merged(NamedTuple):
-    """What _Side has of some columns, of all columns; [..., 1] in float64."""
+    """The statistics of one side over the columns of all processes; [..., 1] in float64."""
 
     max: Tensor
     argmax: Tensor
@@ -271,7 +271,7 @@ class WithMeasures:
             measures = self.measuring.measure_rows(student, teacher, rows, options)
             want = want._replace(measures=False, overlap=False)
         if options.tail == "truncate":
-            rows = rows._replace(tail_logprob=None)  # only the measures have a tail
+            rows = rows._replace(tail_logprob=None)  # only the measures use the tail
         return self.kernels.kd_rows(student, teacher, rows, options, want)._replace(
             measures=measures
         )
@@ -371,7 +371,7 @@ class MeasuredRows:
 
 
 def _overlap(student: Tensor, rows: Rows, options: Options) -> Tensor:
-    """How many of each row's listed tokens are among as many of the student's most probable tokens."""
+    """How many of a row's n listed tokens are among the student's n most probable tokens."""
     assert rows.ids is not None and options.shard is None
     is_listed = (rows.ids >= 0) & (rows.ids < options.vocab_size)
     logits = student[..., : options.vocab_size]

@@ -505,8 +505,8 @@ def _with_centered_h(
 ) -> _Terms:
     """Replace h of a multiple of the cross-entropy by -p (log q - mean), with the mean of log q under p.
 
-    The two differ by a multiple of p, which the projection removes. From p log q, it would subtract p times the mean
-    after both are rounded; here, the mean is subtracted before that. Rows with a log 0 stay as they are.
+    The two differ by a multiple of p, which the projection removes. Without this step, the projection would subtract p
+    times the mean from p log q after both have been rounded. Rows with a log 0 stay as they are.
     """
     assert divergence.closed_form is not None and s.softmax is not None and t.softmax is not None
     assert terms.h is not None and terms.top_columns is not None and terms.top_logs is not None

@@ -142,7 +142,7 @@ class MFTLoss(_Loss):
         others = tempered.logsumexp(-1, keepdim=True).double()
         p_y, p_others = (label - others).sigmoid(), (others - label).sigmoid()
         p_best = (tempered.amax(-1, keepdim=True).double() - others).exp() * p_others
-        # The probability of all other tokens together under p': the label is the teacher's most probable token, or not.
+        # The other tokens' total probability under p', if the label is not the teacher's best token, and if it is.
         if_not_best = p_others * (1.0 - self._threshold) / (1.0 + p_best - p_y)
         if_best = (p_others - self._threshold).clamp(min=0.0)
         target_others = torch.where(p_best > p_y, if_not_best, if_best)
@@ -272,7 +272,7 @@ def _gathered(values: Tensor, group: Any) -> Tensor:
 
 
 class _Losses(_Trainer):
-    """The losses of Model-Optimizer's KDTrainer, for a subclass of it. The models run as before."""
+    """Replaces the losses of Model-Optimizer's KDTrainer in a subclass, which runs the models as KDTrainer does."""
 
     def _standard_kd_loss(self, outputs: Any, labels: Tensor | None, **_: Any) -> Tensor:
         """T^2 KL(p || q), a mean over positions whose next token has a label; without labels, over all but the last."""

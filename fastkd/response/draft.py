@@ -184,8 +184,8 @@ def draft_loss(
         memory_budget: as in :func:`fastkd.response.adaptive_kl_loss`.
         process_group: the torch.distributed group, or one-dimensional mesh, whose processes share both vocabularies.
             student_logits are then [..., D_r] and teacher [..., V_r], this process's columns; shards are in rank order
-            and may be uneven. draft_to_target is [D_r], the target's tokens of this process's draft tokens, which must
-            be among the columns of teacher on this process. All other arguments are equal on every process. Each
+            and may be uneven. draft_to_target is [D_r], the target's token for each of this process's draft tokens;
+            it must be one of this process's columns of teacher. All other arguments are equal on every process. Each
             process gets the same loss and the gradient of its own columns.
         return_parts: return (loss, :class:`DraftParts`).
         backend: as in :func:`fastkd.kd_loss`.
@@ -459,7 +459,7 @@ def _returned_by_fused(arguments: Arguments) -> list[tuple[Sequence[int], torch.
 
 
 def _head_per_row(arguments: Arguments) -> bool:
-    """Whether the gradient has to wait for the upstream gradients, which weight the rows in a head's gradient."""
+    """Whether the backward pass computes the gradient: upstream gradients weight the rows in a head's gradient."""
     trained = [arguments["student_weight"], arguments["student_bias"]]
     return arguments["reduction"] == "none" and any(
         x is not None and x.requires_grad for x in trained
@@ -548,7 +548,7 @@ def _shape_of(
     row_bytes: int,
     weight_gradient: bool,
 ) -> Shape:
-    """What the memory plan needs to know of a call. row_bytes: those of a row beside its logits."""
+    """What the memory plan needs to know about a call. row_bytes: the bytes per row besides its logits."""
     hidden, head, _ = student
     assert head is not None
     target_width = 0 if target_weight is None else target_weight.shape[0]

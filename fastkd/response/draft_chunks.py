@@ -1,7 +1,7 @@
-"""The rows of a draft model's loss: the terms of a chunk, their weighted sum and its gradient, in three ways.
+"""Computes a chunk of rows of a draft model's loss: the terms, their weighted sum and its gradient.
 
-:func:`compute_chunk` chooses one: the backend's draft_rows (:mod:`fastkd.call.draft`); :class:`Composed`, one call of
-kd_rows per divergence; or :class:`Shared`, where several processes share both vocabularies.
+:func:`compute_chunk` chooses one of three ways: the backend's draft_rows (:mod:`fastkd.call.draft`); :class:`Composed`,
+one call of kd_rows per divergence; or :class:`Shared`, where several processes share both vocabularies.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class Shard(NamedTuple):
 
     group: Any  # torch.distributed.ProcessGroup
     rank: int
-    first: int  # the target's token of this process's first target column
+    first: int  # the index of this process's first target column among those of all processes
     widest: int  # the number of draft tokens of the process that has the most
     widest_target: int  # the number of target columns of the process that has the most
 
@@ -236,8 +236,9 @@ class Composed:
 
 
 class Shared:
-    """The terms of some rows of which this process has columns [C, D_r] and [C, V_r], and its columns' gradient.
+    """The terms of some rows whose columns several processes share, and the gradient of their weighted sum.
 
+    This process has the columns [C, D_r] of the draft model and [C, V_r] of the target, and gets their gradient.
     The processes exchange a few numbers per row, twice: the normalizers of both sides, and the sums over columns. Each
     process has the target's columns of its own draft tokens. Everything is computed in PyTorch.
     """
@@ -299,7 +300,7 @@ class Shared:
         self.owns_top = owner == self.shard.rank
         top_logit = top_logits.gather(0, owner.unsqueeze(0)).squeeze(0)
         self.hard = s_log_sum - (top_logit - s_max)
-        # The target gives no draft token any probability: nothing is accepted, and no renormalized p exists.
+        # Rows in which the target excludes every draft token: nothing is accepted, and no renormalized p exists.
         self.empty = t_max == -math.inf
         self.log_mass = torch.zeros_like(t_max)
         for maximum, log_sum in whole:
