@@ -37,6 +37,7 @@ from fastkd.core.tensors import share_storage, writable
 from fastkd.divergences import Divergence, has_teacher_derivative
 from fastkd.engine import autograd, ensembles, linear
 from fastkd.engine.chunks import Student
+from fastkd.engine.gradients import Differentiable, Loss
 from fastkd.engine.plan import wide
 from fastkd.teachers import Ensemble, Teacher, TopK, flatten
 
@@ -285,7 +286,7 @@ def kd_loss(
         )  # fmt: skip
     checked = memo.recall(key)
     if checked is not None:
-        call, want = checked
+        call, want, kernels = checked
         if not (labels is None and mask is None and weight is None):
             call = with_rows(
                 call, student_logits.shape[:-1], student_logits.device,
@@ -309,36 +310,27 @@ def kd_loss(
             widths = {"student_logits": student_logits.shape[-1], **teacher_widths(teacher)}
             teacher = linear.autocast_teacher(teacher)
             call, teacher = _prepared(
-                lead,
-                device,
-                _row_dtype(student_logits, teacher),
+                lead, device, _row_dtype(student_logits, teacher),
                 check_vocabulary(vocab_size, widths) if group is None else None,
-                layout.local("labels", labels, None, group),
-                teacher,
+                layout.local("labels", labels, None, group), teacher,
                 divergence=divergence,
                 temperature=layout.local("temperature", temperature, None, group),
                 teacher_temperature=layout.local(
                     "teacher_temperature", teacher_temperature, None, group
                 ),
-                alpha=alpha,
-                scale_by_temperature=scale_by_temperature,
-                label_smoothing=label_smoothing,
-                ignore_index=ignore_index,
+                alpha=alpha, scale_by_temperature=scale_by_temperature,
+                label_smoothing=label_smoothing, ignore_index=ignore_index,
                 mask=layout.local("mask", mask, None, group),
                 weight=layout.local("weight", weight, None, group),
-                reduction=reduction,
-                num_items=num_items,
-                logit_scale=logit_scale,
-                softcap=softcap,
-                teacher_logit_scale=teacher_logit_scale,
-                teacher_softcap=teacher_softcap,
+                reduction=reduction, num_items=num_items,
+                logit_scale=logit_scale, softcap=softcap,
+                teacher_logit_scale=teacher_logit_scale, teacher_softcap=teacher_softcap,
                 backend=backend,
-            )
+            )  # fmt: skip
             want = _want(student_logits, teacher, call.options.divergence, wants_parts, inplace)
             want = with_names(want, names, teacher, group is not None)
             if want.inplace:
                 _check_inplace(student_logits, flatten(teacher)[0], want, has_all_columns)
-            memo.remember(key, call, want)
             if isinstance(teacher, TopK):
                 call = with_topk(call, teacher)
         if agreement is not None:
@@ -347,11 +339,20 @@ def kd_loss(
             )
         if isinstance(teacher, TopK):
             call, teacher = with_tail(call, teacher, _row_dtype(student_logits, teacher), want)
-    if isinstance(teacher, Tensor):
-        results = autograd.kd_rows(student_logits, teacher, call, want)
-    else:
+    if not isinstance(teacher, Tensor):
         results = linear.kd_chunks(Student(student_logits), teacher, call, want)
-    return _returned(results, call, wants_parts, names, student_logits.device)
+    elif checked is None and torch.compiler.is_compiling():
+        results = autograd.traced(student_logits, teacher, call, want)
+    else:
+        if checked is None:
+            kernels, call = autograd.kernels_of(student_logits, teacher, call, want)
+            memo.remember(key, call, want, kernels)
+        loss = Loss(kernels.kd_rows, call.options, want, call.summed, kernels.scale_rows_)
+        results = Differentiable.apply(loss, call.rows, 2, student_logits, teacher)
+    if not wants_parts:
+        assert results[0] is not None
+        return results[0]
+    return _with_parts(results, call, names, student_logits.device)
 
 
 @overload
@@ -532,7 +533,10 @@ def fused_linear_kd_loss(
     results = linear.kd_chunks(
         student, teacher, call, want, logits_dtype, chunk_size, memory_budget
     )
-    return _returned(results, call, wants_parts, names, device)
+    if not wants_parts:
+        assert results[0] is not None
+        return results[0]
+    return _with_parts(results, call, names, device)
 
 
 def _prepared(
@@ -589,17 +593,15 @@ def _want(
     return Want(of_student, of_teacher, return_parts, inplace, deferred)
 
 
-def _returned(
+def _with_parts(
     results: tuple[Tensor | None, ...],
     call: LossCall,
-    wants_parts: bool,
     names: Sequence[str] | None,
     device: torch.device,
-) -> Tensor | tuple[Tensor, Parts] | tuple[Tensor, MeasuredParts]:
+) -> tuple[Tensor, Parts] | tuple[Tensor, MeasuredParts]:
+    """What a call with return_parts returns, given the loss and the parts of a Result."""
     loss, distillation, cross_entropy, entropy, measures = results
     assert loss is not None
-    if not wants_parts:
-        return loss
     assert distillation is not None and cross_entropy is not None and entropy is not None
     counted = call.counted
     if not isinstance(counted, Tensor):

@@ -27,6 +27,7 @@ from fastkd.call.draft import LOSSES, LOWEST_ACCEPTANCE, Result, Terms
 from fastkd.core.tensors import readable, unit_stride
 from fastkd.divergences import forward_kl, jsd, reverse_kl, tvd
 
+from .gradient import sweep_zeros
 from .kernel import Inputs, View, is_kept, row_pointer
 from .launch import is_aligned, lay_out, on_device, register_limit, tile
 from .launcher import launch
@@ -42,7 +43,6 @@ from .sweeps import (
     evaluate_log_ratio,
     log_probability,
     probability,
-    sweep_zeros,
 )
 
 DIVERGENCES = forward_kl(), reverse_kl(), jsd(0.5), tvd()

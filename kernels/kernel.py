@@ -1,9 +1,9 @@
 """The row kernel: one kernel for every divergence.
 
 Read it from the end: `kd_kernel` is the entry point. `_compute_row` computes a counted row in four steps: it opens the
-row, and then calls `_statistics`, `_value` and `_gradient`. The sweeps over the row are in ``sweeps.py``, the partial
-results of several programs in ``split.py``, the label term in ``label_term.py``, and the divergence's own functions in
-``skeleton.py``. ``launch.py`` prepares the arguments.
+row, and then calls `_statistics`, `_value` and `write_gradients`. The sweeps over the row are in ``sweeps.py``, the
+gradients in ``gradient.py``, the partial results of several programs in ``split.py``, the label term in
+``label_term.py``, and the divergence's own functions in ``skeleton.py``. ``launch.py`` prepares the arguments.
 
 A row is read twice if the divergence has a closed form (statistics, gradient), and otherwise three times (statistics,
 sums, gradient). With one program per row, one launch does all of it (STAGE "row"). With several programs per row, or
@@ -20,9 +20,17 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
+from .gradient import (
+    Factors,
+    OpenRow,
+    squared_temperature,
+    sweep_measures,
+    sweep_zeros,
+    write_gradients,
+)
 from .label_term import binary, entropy_of_all, label_probability, normalizer_of_all, weighted
-from .measures import sweep_measures, tile_measures
-from .narrow import Terms, Tile, evaluate_row, load_tile, tile_statistics, write_gradients
+from .measures import tile_measures
+from .narrow import Terms, Tile, evaluate_row, load_tile, tile_statistics
 from .split import (
     load_centered_sum,
     load_partials,
@@ -36,7 +44,6 @@ from .split import (
 )
 from .sweeps import (
     Columns,
-    Factors,
     Label,
     Moments,
     Row,
@@ -50,10 +57,8 @@ from .sweeps import (
     merge_partials,
     no_statistics,
     read,
-    sweep_gradients,
     sweep_statistics,
     sweep_sums,
-    sweep_zeros,
     where_finite,
     with_more,
     with_sums,
@@ -106,7 +111,7 @@ class Objective(NamedTuple):
     """The loss of a row: weight * (alpha T^2 D + ce_weight CE); its gradients are also multiplied by scale."""
 
     alpha: Any  # None for 0
-    ce_weight: Any  # 1 - alpha; None without cross-entropy
+    ce_weight: Any  # Options.cross_entropy_weight; None without cross-entropy
     smoothing: Any  # None for 0
     scale: Any
     degree: Any  # fastkd.divergences.Divergence.degree
@@ -338,7 +343,7 @@ def _value(
         h += label_sums.h
     loss, distillation, cross_entropy = 0.0, 0.0, 0.0
     if teacher.unit is not None:
-        distillation = _squared_temperature(student, spec) * phi
+        distillation = squared_temperature(student, spec) * phi
         if objective.label_weight is not None:
             distillation += weighted(label_weight, -log_probability(label.s, s_norm_t1))
         if objective.alpha is not None:
@@ -358,94 +363,18 @@ def _value(
 
 
 @triton.jit
-def _squared_temperature(student, spec):
-    """Return the student's T^2 if the distillation term is multiplied by it, else 1."""
-    return student.temperature * student.temperature if spec.SQUARED else 1.0
+def _open_row(side, row, sizes, weight, spec):
+    """Return (address of the logits, address of the gradient, unit, temperature, weight) of one side's row.
 
-
-@triton.jit
-def _gradient(
-    row,
-    tile,
-    terms,
-    student,
-    teacher,
-    statistics,
-    value,
-    label,
-    excluded,
-    weight,
-    inputs,
-    outputs,
-    objective,
-    parameters,
-    columns,
-    spec,
-):
-    """Write the gradients of a row, and the measures that are computed in the same sweep."""
-    scale = objective.scale
-    if inputs.scale is not None:
-        scale *= tl.load(inputs.scale)
-    s_scale = weight * scale * student.side.logit_scale
-    s_factor, t_factor, ce_factor, smoothing = None, None, None, objective.smoothing
-    if objective.alpha is not None:
-        squared = _squared_temperature(student, spec)
-        s_factor = objective.alpha * squared / student.temperature * s_scale
-        t_factor = objective.alpha * squared / teacher.temperature
-        t_factor = t_factor * weight * scale * teacher.side.logit_scale
-    if objective.ce_weight is not None:
-        ce_factor = objective.ce_weight * s_scale
-    # Nested, because Triton evaluates `x is not None` at compile time, but not an `and` of two such tests.
-    if objective.label_weight is not None:  # noqa: SIM102
-        if objective.alpha is not None:
-            # The label term is a cross-entropy without smoothing. Its sum with the smoothed cross-entropy is a single
-            # cross-entropy with less smoothing.
-            total_weight = objective.alpha * value.label_weight
-            if objective.ce_weight is not None:
-                total_weight += objective.ce_weight
-                if smoothing is not None:
-                    smoothing *= objective.ce_weight / total_weight
-            ce_factor = total_weight * s_scale
-    if spec.ONE_TILE:
-        write_gradients(
-            tile, terms, student, teacher, value,
-            Factors(s_factor, ce_factor, t_factor, smoothing), label.column, excluded, columns, spec,
-        )  # fmt: skip
-    elif outputs.measures is not None:
-        sweep_measures(
-            row, student, teacher, statistics, value,
-            Factors(s_factor, ce_factor, t_factor, smoothing), label.column, excluded,
-            objective.degree, parameters, outputs.measures, columns, spec,
-        )  # fmt: skip
-    else:
-        sweep_gradients(
-            student,
-            teacher,
-            statistics,
-            value,
-            Factors(s_factor, ce_factor, t_factor, smoothing),
-            label.column,
-            excluded,
-            objective.degree,
-            parameters,
-            columns,
-            spec,
-        )
-
-
-@triton.jit
-def _open_row(side, row, sizes, weight, T1: tl.constexpr, spec):
-    """Return a side's row, and the row's weight, which becomes NaN if its temperature is not positive."""
+    The weight becomes NaN if the temperature is not positive. The result is no Row, because Triton 3.5 cannot return a
+    tuple that contains None.
+    """
     logits, gradient, unit, temperature = open_side(
         side, row, sizes, 0 if spec.HEAD or spec.ADJACENT == 1 else ROW_BYTES
     )
-    unit_t1 = None
-    if T1:  # noqa: SIM102
-        if side.temperature is not None or side.row_temperatures is not None:
-            unit_t1 = side.unit_t1
     if side.row_temperatures is not None:
         weight = tl.where(temperature > 0, weight, float("nan"))
-    return Row(logits, gradient, unit, unit_t1, temperature, side), weight
+    return logits, gradient, unit, temperature, weight
 
 
 @triton.jit
@@ -472,11 +401,23 @@ def _compute_row(
     if inputs.weight is not None:
         weight = tl.load(inputs.weight + row)
 
-    student, weight = _open_row(student_side, row, sizes, weight, CROSS_ENTROPY or LABEL_T1, spec)
+    logits, gradient, unit, temperature, weight = _open_row(student_side, row, sizes, weight, spec)
+    unit_t1 = None
+    if CROSS_ENTROPY or LABEL_T1:  # noqa: SIM102
+        if student_side.temperature is not None or student_side.row_temperatures is not None:
+            unit_t1 = student_side.unit_t1
+    student = Row(logits, gradient, unit, unit_t1, temperature, student_side)
     teacher = Row(None, None, None, None, None, None)
     softmax_teacher, softmax_moments = teacher, Moments(None, None, None)
     if teacher_side.logit_scale is not None:
-        teacher, weight = _open_row(teacher_side, row, sizes, weight, LABEL_T1, spec)
+        logits, gradient, unit, temperature, weight = _open_row(
+            teacher_side, row, sizes, weight, spec
+        )
+        unit_t1 = None
+        if LABEL_T1:  # noqa: SIM102
+            if teacher_side.temperature is not None or teacher_side.row_temperatures is not None:
+                unit_t1 = teacher_side.unit_t1
+        teacher = Row(logits, gradient, unit, unit_t1, temperature, teacher_side)
         if NORMALIZED:
             softmax_teacher, softmax_moments = teacher, moments
 
@@ -538,15 +479,22 @@ def _compute_row(
             columns, spec,
         )  # fmt: skip
         if columns.width is not None:
-            _gradient(
-                row, tile, terms, student, teacher, statistics, value, label, excluded, weight, inputs,
-                outputs, objective, parameters, columns, spec,
+            write_gradients(
+                row,
+                OpenRow(
+                    student, teacher, tile, terms, statistics, value, label, excluded, weight, columns
+                ),
+                inputs, objective, outputs.measures, parameters, spec,
             )  # fmt: skip
         elif not spec.ONE_TILE:  # noqa: SIM102
             if outputs.measures is not None:
                 sweep_measures(
-                    row, student, teacher, statistics, value, Factors(None, None, None, None),
-                    label.column, excluded, objective.degree, parameters, outputs.measures, columns,
+                    row,
+                    OpenRow(
+                        student, teacher, tile, terms, statistics, value, label, excluded, weight,
+                        columns,
+                    ),
+                    Factors(None, None, None, None), outputs.measures, objective.degree, parameters,
                     spec,
                 )  # fmt: skip
 

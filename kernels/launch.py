@@ -262,7 +262,7 @@ def _objective(options: Options, with_label: bool) -> Objective:
     label_weights = {} if target is None else {target.form: float(target.weight)}
     return Objective(
         alpha=alpha or None,
-        ce_weight=1.0 - alpha if with_label else None,
+        ce_weight=options.cross_entropy_weight if with_label else None,
         smoothing=(options.label_smoothing or None) if with_label else None,
         scale=options.scale,
         degree=divergence.degree or 0.0,

@@ -1,7 +1,8 @@
 """The measures of dense rows in Triton (fastkd/call/measures.py), from the statistics and the last sweep of the loss.
 
-The columns of a narrow row are in registers (``tile_measures``). ``sweep_measures`` reads any other row, and also
-writes its gradients. If several programs share a row, each stores partial sums, and ``merge_kernel`` adds them.
+The columns of a narrow row are in registers (``tile_measures``). Any other row is read once more, by the sweep that
+writes its gradients (``gradient.py``, ``sweep_measures``). If several programs share a row, each stores partial sums,
+and ``merge_kernel`` adds them.
 """
 
 from __future__ import annotations
@@ -13,12 +14,8 @@ from fastkd.call.measures import DENSE_MEASURES
 
 from .skeleton import NEGLIGIBLE, exp
 from .sweeps import (
-    _is_special,
     _read_tile,
-    _special,
     _sum_tile,
-    _tile_range,
-    _write_tile,
     evaluate_log_ratio,
     fold_min,
     log_probability,
@@ -54,16 +51,14 @@ def _first_columns(z, norm, column, V):
 
 
 @triton.jit
-def _measure_tile(
-    start, lanes, student, teacher, statistics, value, factors, special, excluded, degree,
-    parameters, columns, SPECIAL: tl.constexpr, spec,
-):  # fmt: skip
-    """Write the gradients of a tile, if they are wanted; return the sums of the measures' terms for each thread.
+def measure_tile(start, lanes, row, SPECIAL: tl.constexpr, spec):
+    """Return the sums of the measures' terms over each thread's columns of a tile, and the first columns of the maxima.
 
     In the compiled code, the measures and the gradients share loads and exponentials.
     """
-    s, _ = _read_tile(student, start, lanes, columns.V, not SPECIAL, spec.HEAD)
-    t, _ = _read_tile(teacher, start, lanes, columns.V, not SPECIAL, spec.HEAD)
+    statistics, V = row.statistics, row.columns.V
+    s, _ = _read_tile(row.student, start, lanes, V, not SPECIAL, spec.HEAD)
+    t, _ = _read_tile(row.teacher, start, lanes, V, not SPECIAL, spec.HEAD)
     entropy, forward, reverse, acceptance = _terms(
         probability(t, statistics.t_norm),
         probability(s, statistics.s_norm),
@@ -72,13 +67,8 @@ def _measure_tile(
         SPECIAL,
     )
     column = start + lanes
-    s_first = _first_columns(s, statistics.s_norm, column, columns.V)
-    t_first = _first_columns(t, statistics.t_norm, column, columns.V)
-    if columns.width is not None:
-        _write_tile(
-            start, lanes, student, teacher, statistics, value, factors, special, excluded, degree,
-            parameters, columns, SPECIAL, spec,
-        )  # fmt: skip
+    s_first = _first_columns(s, statistics.s_norm, column, V)
+    t_first = _first_columns(t, statistics.t_norm, column, V)
     return (
         _sum_tile(entropy, spec),
         _sum_tile(forward, spec),
@@ -87,46 +77,6 @@ def _measure_tile(
         fold_min(s_first, spec.ADJACENT, spec.THREADS),
         fold_min(t_first, spec.ADJACENT, spec.THREADS),
     )
-
-
-@triton.jit
-def sweep_measures(
-    row, student, teacher, statistics, value, factors, label_column, excluded, degree, parameters,
-    out, columns, spec,
-):  # fmt: skip
-    """Store the measures of a row, and write its gradients, if they are wanted, as `sweep_gradients` does."""
-    lanes = tl.arange(0, spec.BLOCK_V)
-    entropy = _sum_tile(tl.zeros([spec.BLOCK_V], tl.float32), spec)
-    forward, reverse, acceptance = entropy, entropy, entropy
-    s_first = tl.full([spec.THREADS], 2147483647, tl.int32)
-    t_first = s_first
-    special = _special(value.s_argmax, value.t_argmax, label_column, statistics.careful, columns)
-    width = columns.V
-    if columns.width is not None:
-        width = columns.width
-    first, last = _tile_range(width, columns.split.num_splits, spec.BLOCK_V, columns.head)
-    for reverse_number in range(first, last):
-        start = (first + last - 1 - reverse_number) * spec.BLOCK_V - columns.head
-        if _is_special(start, special, spec):
-            e, f, r, a, s_column, t_column = _measure_tile(
-                start, lanes, student, teacher, statistics, value, factors, special, excluded,
-                degree, parameters, columns, True, spec,
-            )  # fmt: skip
-        else:
-            e, f, r, a, s_column, t_column = _measure_tile(
-                start, lanes, student, teacher, statistics, value, factors, special, excluded,
-                degree, parameters, columns, False, spec,
-            )  # fmt: skip
-        entropy += e
-        forward += f
-        reverse += r
-        acceptance += a
-        s_first = tl.minimum(s_first, s_column)
-        t_first = tl.minimum(t_first, t_column)
-    _store(
-        row, tl.sum(entropy, 0), tl.sum(forward, 0), tl.sum(reverse, 0), tl.sum(acceptance, 0),
-        tl.min(s_first, 0), tl.min(t_first, 0), statistics, out, columns.split,
-    )  # fmt: skip
 
 
 @triton.jit
@@ -143,7 +93,7 @@ def tile_measures(row, tile, statistics, out, columns, spec):
     q = tl.where(exists, exp(log_probability(tile.s, statistics.s_norm)), 0.0)
     log_ratio = evaluate_log_ratio(tile.s, tile.t, statistics.log_ratio)
     entropy, forward, reverse, acceptance = _terms(p, q, log_p, log_ratio, True)
-    _store(
+    store_measures(
         row,
         tl.sum(entropy, 0),
         tl.sum(forward, 0),
@@ -160,7 +110,7 @@ def tile_measures(row, tile, statistics, out, columns, spec):
 
 
 @triton.jit
-def _store(
+def store_measures(
     row, entropy, forward, reverse, acceptance, s_first, t_first, statistics, out, split,
     PARTIALS: tl.constexpr = PARTIALS,
 ):  # fmt: skip

@@ -22,14 +22,10 @@ from .sweeps import (
     _evaluate_tile,
     _exclude,
     _load_pair,
-    _own_gradient,
-    _project,
-    _store,
     _sweep_skipped,
     _temper,
     _z_at,
     finite_max,
-    probability,
 )
 
 
@@ -203,46 +199,3 @@ def evaluate_row(
     if teacher.side.width is not None:
         h_sum = tl.sum(tl.where(summed, h, 0.0), 0)
     return Terms(g, h, q, p), Sums(phi_sum, g_sum, h_sum)
-
-
-@triton.jit
-def _stored_width(width, spec):
-    """Return the width of a gradient unchanged; the expression lets Triton infer that it is a multiple of ADJACENT."""
-    return width // spec.ADJACENT * spec.ADJACENT
-
-
-@triton.jit
-def write_gradients(
-    tile, terms, student, teacher, value, factors, label_column, excluded, columns, spec
-):  # fmt: skip
-    """Write the gradients of a row."""
-    column = tl.arange(0, spec.BLOCK_V)
-    gradient = tl.zeros([spec.BLOCK_V], tl.float32)
-    if factors.distillation is not None:
-        argmax = value.s_argmax.column.to(tl.int32)
-        own, label = value.s_argmax.gradient, value.label_sums.g
-        gradient = _project(terms.g, terms.q, value.sums.g, spec.FORM)
-        gradient = _own_gradient(gradient, column, argmax, own, excluded, label, spec)
-        gradient *= factors.distillation
-        if teacher.side.width is not None:
-            argmax = value.t_argmax.column.to(tl.int32)
-            own, label = value.t_argmax.gradient, value.label_sums.h
-            h = _project(terms.h, terms.p, value.sums.h, spec.FORM)
-            h = _own_gradient(h, column, argmax, own, excluded, label, spec)
-            h *= tile.t_slope * factors.teacher
-            h = tl.where(column < columns.V, h, 0.0)
-            width = _stored_width(teacher.side.width, spec)
-            _store(teacher.gradient, 0, column, h, width, False, False)
-    if student.side.width is not None:
-        if factors.cross_entropy is not None:
-            target, of_label = 0.0, 1.0
-            if factors.smoothing is not None:
-                target = factors.smoothing / columns.vocabulary
-                of_label = 1.0 - factors.smoothing
-            target += tl.where(column == label_column, of_label, 0.0)
-            q_t1 = probability(tile.s, value.s_norm_t1)
-            gradient += (q_t1 - target) * factors.cross_entropy
-        gradient *= tile.s_slope
-        gradient = tl.where(column < columns.V, gradient, 0.0)
-        width = _stored_width(student.side.width, spec)
-        _store(student.gradient, 0, column, gradient, width, False, False)

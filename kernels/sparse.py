@@ -19,6 +19,7 @@ from fastkd.backends.sparse import Events
 from fastkd.call.contract import Options, Rows
 from fastkd.core.tensors import unit_stride
 
+from .gradient import sweep_zeros
 from .kernel import Inputs, is_kept, open_side
 from .launch import (
     is_aligned,
@@ -41,7 +42,6 @@ from .sweeps import (
     rescale_moment,
     rescale_sum,
     spread,
-    sweep_zeros,
 )
 
 BLOCK_K = 256

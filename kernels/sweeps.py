@@ -1,4 +1,4 @@
-"""The sweeps over a row: statistics, the sums of phi, g and h, and the gradients.
+"""The sweeps over a row for its loss: statistics, and the sums of phi, g and h. ``gradient.py`` has the gradients.
 
 All arithmetic is in float32. Each thread has accumulators for its own columns; they are merged once, at the end. A row
 of 262144 columns therefore adds only a few hundred numbers in sequence.
@@ -219,15 +219,6 @@ class Value(NamedTuple):
     s_norm_t1: Any  # Normalizer that includes the label's column
     s_argmax: Any  # Argmax
     t_argmax: Any  # Argmax
-
-
-class Factors(NamedTuple):
-    """Factors of the terms of a row's gradients; None if a term is absent."""
-
-    distillation: Any
-    cross_entropy: Any
-    teacher: Any
-    smoothing: Any
 
 
 @triton.jit
@@ -776,21 +767,27 @@ def sweep_statistics(
                 t_exp_sum_t1 *= exp_scaled(old_t_max - t_max, teacher.unit_t1)
                 t_exp_sum_t1 += _sum_tile(exp_scaled(t, teacher.unit_t1), spec)
         s_exp_sum = s_factor * s_exp_sum + _sum_tile(e_s, spec)
-    sums = (s_exp_sum, t_exp_sum, s_exp_sum_t1, p_moment, q_moment, entropy_moment, centered_sum)
+    sums = (
+        s_exp_sum, t_exp_sum, s_exp_sum_t1, t_exp_sum_t1, p_moment, q_moment, entropy_moment,
+        centered_sum,
+    )  # fmt: skip
     return _conclude_lanes(
-        s_max, t_max, sums, t_exp_sum_t1, tl.sum(finite, 0), student, teacher, excluded, moments,
-        columns, ENTROPY, spec,
+        s_max, t_max, sums, tl.sum(finite, 0), student, teacher, excluded, moments, columns,
+        ENTROPY, spec,
     )  # fmt: skip
 
 
 @triton.jit
 def _conclude_lanes(
-    s_max, t_max, sums, t_exp_sum_t1, finite, student, teacher, excluded, moments, columns,
-    ENTROPY: tl.constexpr, spec, LOWEST: tl.constexpr = LOWEST,
+    s_max, t_max, sums, finite, student, teacher, excluded, moments, columns, ENTROPY: tl.constexpr,
+    spec, LOWEST: tl.constexpr = LOWEST,
 ):  # fmt: skip
     """Return a Partial from the lanes of the accumulators. finite: a finite number if no logit is -inf."""
     lowest: tl.constexpr = -float("inf")
-    s_exp_sum, t_exp_sum, s_exp_sum_t1, p_moment, q_moment, entropy_moment, centered_sum = sums
+    (
+        s_exp_sum, t_exp_sum, s_exp_sum_t1, t_exp_sum_t1, p_moment, q_moment, entropy_moment,
+        centered_sum,
+    ) = sums  # fmt: skip
     s_top, t_top = tl.max(s_max, 0), tl.max(t_max, 0)
     P_MOMENT: tl.constexpr = moments.forward is not None or moments.cross is not None
     CROSS: tl.constexpr = moments.cross is not None
@@ -1300,129 +1297,7 @@ def with_more(argmax, more):
 
 @triton.jit
 def where_finite(argmax, phi):
-    """Return an Argmax, or none if the divergence is infinite: sweep_gradients then finds the limit of the gradient."""
+    """Return an Argmax, or none if the divergence is infinite: write_gradients then finds the limit of the gradient."""
     finite = (phi - phi == 0.0) & (argmax.gradient - argmax.gradient == 0.0)
     column = tl.where(finite, argmax.column, -1.0)
     return Argmax(column, argmax.exp_sum, argmax.z, argmax.z_other, argmax.gradient)
-
-
-@triton.jit
-def _project(derivative, x, total, FORM: tl.constexpr):
-    """Return a derivative with respect to tempered logits, from one with respect to log-probabilities; x is q or p."""
-    if FORM % 2 == 1:
-        derivative -= x * total
-    return derivative
-
-
-@triton.jit
-def _store(pointer, start, lanes, value, width, WHOLE: tl.constexpr, HEAD: tl.constexpr):
-    value = value.to(pointer.dtype.element_ty)
-    address = _tile_address(pointer, start, HEAD) + lanes
-    if WHOLE:
-        tl.store(address, value)
-    else:
-        tl.store(address, value, mask=exist(start + lanes, width, HEAD))
-
-
-@triton.jit
-def _own_gradient(derivative, column, argmax, argmax_gradient, excluded, label_gradient, spec):
-    """Return the derivative, with the columns of the argmax and the label replaced by their own gradients."""
-    if spec.FORM % 2 == 1:
-        derivative = tl.where(column == argmax, argmax_gradient, derivative)
-    if excluded is not None:
-        derivative = tl.where(column == excluded, label_gradient, derivative)
-    return derivative
-
-
-@triton.jit
-def _write_tile(
-    start, lanes, student, teacher, statistics, value, factors, special, excluded, degree,
-    parameters, columns, SPECIAL: tl.constexpr, spec,
-):  # fmt: skip
-    """Write the gradients of a tile."""
-    column = start + lanes
-    V = columns.V
-    s, s_slope = _read_tile(student, start, lanes, V, not SPECIAL, spec.HEAD)
-    gradient = tl.zeros([spec.BLOCK_V], tl.float32)
-    if factors.distillation is not None:
-        t, t_slope = _read_tile(teacher, start, lanes, V, not SPECIAL, spec.HEAD)
-        s_others, t_others = s, t
-        if SPECIAL:
-            s_others = _exclude(s, column, excluded)
-            t_others = _exclude(t, column, excluded)
-        _, g, h, q, p = _evaluate_tile(
-            s_others, t_others, statistics, degree, parameters, SPECIAL, spec
-        )
-        gradient = _project(g, q, value.sums.g, spec.FORM)
-        if SPECIAL:
-            own, label = value.s_argmax.gradient, value.label_sums.g
-            gradient = _own_gradient(gradient, column, special.s_argmax, own, excluded, label, spec)
-        gradient *= factors.distillation
-        if teacher.side.width is not None:
-            h = _project(h, p, value.sums.h, spec.FORM)
-            if SPECIAL:
-                own, label = value.t_argmax.gradient, value.label_sums.h
-                h = _own_gradient(h, column, special.t_argmax, own, excluded, label, spec)
-            h *= t_slope * factors.teacher
-            if SPECIAL:
-                h = tl.where(column < V, h, 0.0)
-            width = teacher.side.width
-            _store(teacher.gradient, start, lanes, h, width, not SPECIAL, spec.HEAD)
-    if student.side.width is not None:
-        if factors.cross_entropy is not None:
-            target = 0.0
-            if factors.smoothing is not None:
-                target = factors.smoothing / columns.vocabulary
-            if SPECIAL:
-                of_label = 1.0
-                if factors.smoothing is not None:
-                    of_label = 1.0 - factors.smoothing
-                target += tl.where(column == special.label, of_label, 0.0)
-            q_t1 = probability(s, value.s_norm_t1)
-            gradient += (q_t1 - target) * factors.cross_entropy
-        gradient *= s_slope
-        if SPECIAL:
-            gradient = tl.where(column < V, gradient, 0.0)
-        width = student.side.width
-        _store(student.gradient, start, lanes, gradient, width, not SPECIAL, spec.HEAD)
-
-
-@triton.jit
-def sweep_gradients(
-    student,
-    teacher,
-    statistics,
-    value,
-    factors,
-    label_column,
-    excluded,
-    degree,
-    parameters,
-    columns,
-    spec,
-):
-    """Write the gradients, in reverse order, because caches still contain what the previous sweep read last."""
-    lanes = tl.arange(0, spec.BLOCK_V)
-    special = _special(value.s_argmax, value.t_argmax, label_column, statistics.careful, columns)
-    first, last = _tile_range(columns.width, columns.split.num_splits, spec.BLOCK_V, columns.head)
-    for reverse in range(first, last):
-        start = (first + last - 1 - reverse) * spec.BLOCK_V - columns.head
-        if _is_special(start, special, spec):
-            _write_tile(
-                start, lanes, student, teacher, statistics, value, factors, special, excluded,
-                degree, parameters, columns, True, spec,
-            )  # fmt: skip
-        else:
-            _write_tile(
-                start, lanes, student, teacher, statistics, value, factors, special, excluded,
-                degree, parameters, columns, False, spec,
-            )  # fmt: skip
-
-
-@triton.jit
-def sweep_zeros(pointer, width, num_splits, BLOCK_V: tl.constexpr):
-    """Write zeros: the gradient of a dropped row."""
-    first, last = _tile_range(width, num_splits, BLOCK_V)
-    for tile in range(first, last):
-        zeros = tl.zeros([BLOCK_V], tl.float32)
-        _store(pointer, tile * BLOCK_V, tl.arange(0, BLOCK_V), zeros, width, False, False)

@@ -24,6 +24,7 @@ from support.cuda_emulation import emulation, host  # noqa: F401 (fixtures)
 from support.pairwise import pairwise
 
 import fastkd
+from fastkd.call import memo
 
 # The architecture, such as sm_90, for which Triton's kernels are compiled to PTX. tests/support/ptx then runs that PTX
 # in the interpreter's place; docs/ptx.md explains it.
@@ -311,6 +312,14 @@ def fresh_compiler() -> Iterator[None]:
     torch.compiler.reset()
     yield
     torch.compiler.reset()
+
+
+@pytest.fixture(autouse=True)
+def no_remembered_calls() -> Iterator[None]:
+    """Start and end each test without remembered calls, because a remembered call is not given another backend."""
+    memo.forget()
+    yield
+    memo.forget()
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -272,7 +272,7 @@ def small_steps(rounds: int) -> tuple[Table, list[dict[str, Any]]]:
         return memo.recall(memo.key_of(tensors, ("forward_kl", 2.0, None, *(1.0,) * 16)))
 
     def packed(of: Tensor) -> tuple[Any, ...]:
-        result = native.outputs(of, of, want, cpu.empty)
+        result = native.outputs(of, of, want, cpu.empty, per_row=cpu.empty)
         results.append(result)  # keeps its memory
         return native.arguments(of, of, Rows(), options, result)
 
@@ -289,10 +289,10 @@ def small_steps(rounds: int) -> tuple[Table, list[dict[str, Any]]]:
             _Nothing.apply(student, logits, one), student
         ),
         "backend's kd_rows": lambda: cpu.kd_rows(logits, teacher, Rows(), options, want),
-        "allocation": lambda: native.outputs(logits, teacher, want, cpu.empty),
+        "allocation": lambda: native.outputs(logits, teacher, want, cpu.empty, per_row=cpu.empty),
         "packing": lambda: native.arguments(logits, teacher, Rows(), options, result),
-        "pybind11 call, of no rows": lambda: _C.kd_rows(*empty, 1),
-        "pybind11 call, of 8 rows": lambda: _C.kd_rows(*full, 1),
+        "pybind11 call, of no rows": lambda: _C.kd_rows(*empty, 0, 1),
+        "pybind11 call, of 8 rows": lambda: _C.kd_rows(*full, 0, 1),
         "scaling of the gradient": lambda: cpu.scale_rows_(logits, one),
     }
     times = {name: min(values) for name, values in in_turns(runs, rounds, 50).items()}

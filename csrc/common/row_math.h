@@ -146,15 +146,18 @@ FASTKD_INLINE double temperature_factor(const Loss& loss, double temperature) {
   return loss.scale_by_temperature ? temperature * temperature : 1;
 }
 
+// The factor of the cross-entropy in the loss; Options in fastkd/call/options.py has the same property.
+FASTKD_INLINE double cross_entropy_weight(const Loss& loss) { return 1 - loss.alpha; }
+
 // The loss of a row, not yet multiplied by its weight.
 FASTKD_INLINE double row_loss(const Loss& loss, double distillation, double cross_entropy, bool with_labels) {
   const double value = loss.alpha == 0 ? 0 : loss.alpha * distillation;
-  return with_labels && loss.alpha < 1 ? value + (1 - loss.alpha) * cross_entropy : value;
+  return with_labels && loss.alpha < 1 ? value + cross_entropy_weight(loss) * cross_entropy : value;
 }
 
 // The weight of -log q of the label, in the cross-entropy and in the label term together.
 FASTKD_INLINE double total_nll_weight(const Loss& loss, double nll_weight) {
-  return 1 - loss.alpha + (loss.alpha == 0 ? 0 : loss.alpha * nll_weight);
+  return cross_entropy_weight(loss) + (loss.alpha == 0 ? 0 : loss.alpha * nll_weight);
 }
 
 // Factors of the gradients of a row. The comments say what each factor multiplies.
@@ -166,7 +169,7 @@ struct RowScales {
 
 FASTKD_INLINE RowScales row_scales(const Loss& loss, double temperature, double weight, double nll_weight) {
   const double scale = weight * loss.scale * (loss.scale_on_device ? *loss.scale_on_device : 1);
-  return {loss.alpha * temperature_factor(loss, temperature) * scale, (1 - loss.alpha) * scale,
+  return {loss.alpha * temperature_factor(loss, temperature) * scale, cross_entropy_weight(loss) * scale,
           total_nll_weight(loss, nll_weight) * scale};
 }
 

@@ -124,7 +124,6 @@ class Row {
 
   // row_gradient.h
   void write_teacher_gradient(int64_t b, BlockScratch& scratch, PendingGradient pending);
-  PendingGradient begin_student_gradient(int64_t b, BlockScratch& scratch, PendingGradient pending);
   void add_cross_entropy(int64_t b, BlockScratch& scratch, const BlockView& v);
   BlockView view(int64_t b, BlockScratch& scratch, bool logits);
   void exponentials(int64_t b, const float* s, const float* t, BlockScratch& scratch);

@@ -10,27 +10,6 @@ inline PendingGradient Row::begin_gradient(int64_t b, BlockScratch& scratch) {
   pending.params = call_.params;
   if (teacher_gradient_) write_teacher_gradient(b, scratch, pending);
   if (!student_gradient_) return {};
-  return begin_student_gradient(b, scratch, pending);
-}
-
-inline void Row::write_teacher_gradient(int64_t b, BlockScratch& scratch, PendingGradient pending) {
-  const int n = columns(b);
-  pending.kernel = kernels_.teacher[log_0_policy_];
-  pending.degree = float(call_.degree);
-  pending.sum = float(h_);
-  pending.coefficient = float(scales_.distillation / t_temperature_);
-  pending.out = scratch.gradient;
-  if (call_.alpha == 0)
-    std::fill_n(scratch.gradient, padded(n), 0.0f);
-  else
-    pending.write(0, n);
-  store_sure_gradient(1, b, scales_.distillation / t_temperature_, scratch.gradient);
-  if (!t_adjust_.identity()) chain(t_adjust_, pending.view.t, n, scratch.gradient);
-  if (label_column_in(b)) scratch.gradient[label_column_ - b * BLOCK] = teacher_gradient_of_label();
-  store_block(teacher_gradient_, call_.teacher.dtype, b * BLOCK, n, scratch.gradient, past_cache_);
-}
-
-inline PendingGradient Row::begin_student_gradient(int64_t b, BlockScratch& scratch, PendingGradient pending) {
   const int n = columns(b);
   const Dtype dtype = call_.student.dtype;
   char* const place = student_gradient_ + b * BLOCK * element_size(dtype);
@@ -60,6 +39,23 @@ inline PendingGradient Row::begin_student_gradient(int64_t b, BlockScratch& scra
   if (label_column_in(b)) scratch.gradient[label_column_ - b * BLOCK] = student_gradient_of_label();
   store_block(student_gradient_, dtype, b * BLOCK, n, scratch.gradient, past_cache_);
   return {};
+}
+
+inline void Row::write_teacher_gradient(int64_t b, BlockScratch& scratch, PendingGradient pending) {
+  const int n = columns(b);
+  pending.kernel = kernels_.teacher[log_0_policy_];
+  pending.degree = float(call_.degree);
+  pending.sum = float(h_);
+  pending.coefficient = float(scales_.distillation / t_temperature_);
+  pending.out = scratch.gradient;
+  if (call_.alpha == 0)
+    std::fill_n(scratch.gradient, padded(n), 0.0f);
+  else
+    pending.write(0, n);
+  store_sure_gradient(1, b, scales_.distillation / t_temperature_, scratch.gradient);
+  if (!t_adjust_.identity()) chain(t_adjust_, pending.view.t, n, scratch.gradient);
+  if (label_column_in(b)) scratch.gradient[label_column_ - b * BLOCK] = teacher_gradient_of_label();
+  store_block(teacher_gradient_, call_.teacher.dtype, b * BLOCK, n, scratch.gradient, past_cache_);
 }
 
 inline void Row::add_cross_entropy(int64_t b, BlockScratch& scratch, const BlockView& v) {

@@ -86,7 +86,7 @@ inline void TopKRow::compute_value() {
     const double mean = smoothing > 0 ? z_sum_ / call_.shard.total - max_ : 0;
     const double target = (1 - smoothing) * (z_label_ - max_) + smoothing * mean;
     cross_entropy = log_sum_t1_ - target / UNTEMPERED.temperature;
-    call_.loss[row_] = float(call_.loss[row_] + weight * (1 - call_.alpha) * cross_entropy);
+    call_.loss[row_] = float(call_.loss[row_] + weight * cross_entropy_weight(call_) * cross_entropy);
   }
   if (!valid_) {
     write(call_.loss, std::nanf(""));
@@ -96,7 +96,7 @@ inline void TopKRow::compute_value() {
   write(call_.student_entropy, entropy());
   if (call_.measures) write_measures();
   cross_entropy_scale_ =
-      (1 - call_.alpha) * weight * call_.scale * (call_.scale_on_device ? *call_.scale_on_device : 1);
+      cross_entropy_weight(call_) * weight * call_.scale * (call_.scale_on_device ? *call_.scale_on_device : 1);
 }
 
 // `nothing` is 0, or NaN if the row's weight is NaN.

@@ -73,14 +73,31 @@ class Block {
 
   FASTKD_DEVICE Range range(int stage) const { return stage_range(call, place.rank, stage, row().shift); }
 
-  // Whether gradients replace the logits in shared memory: whole vectors are not at multiples of PIECE in device memory.
-  FASTKD_DEVICE bool is_staged(int side) const {
-    const char* gradient = device_slices().gradients[side];
-    return gradient && skew_of(gradient) != row().shift * element_size(side);
-  }
-
   // This row's slice in shared memory, with the alignment that it has in device memory.
   FASTKD_DEVICE Slice slice(int side) const { return slice(device_slices(), side); }
+
+  FASTKD_DEVICE bool wants_gradients() const {
+    return device_slices().gradients[0] || device_slices().gradients[1];
+  }
+
+  // Where this row's gradients are written: directly in device memory if their vectors are at multiples of PIECE there.
+  // Otherwise they replace the logits in shared memory, and copy_gradients_out copies them from there.
+  FASTKD_DEVICE Slice gradient_slice(int side) const {
+    return is_staged(side) ? slice(side) : Slice{device_slices().gradients[side], 0};
+  }
+
+  FASTKD_DEVICE void copy_gradients_out(int stage) const {
+    if (!is_staged(0) && !is_staged(1)) return;
+    sync_block();
+    for (int side = 0; side < 2; ++side)
+      if (is_staged(side)) {
+        const Range columns = range(stage);
+        const int64_t offset = int64_t(columns.first) * element_size(side);
+        const int64_t bytes = int64_t(columns.last - columns.first) * element_size(side);
+        copy_out(call, place, device_slices().gradients[side] + offset, slice(side).stage(stage) + offset, bytes,
+                 element_size(side));
+      }
+  }
 
   // One bit per column of the slice, set if a sparse teacher lists it, in the place of a dense teacher's logits.
   FASTKD_DEVICE uint32_t* bits() const { return reinterpret_cast<uint32_t*>(memory(1)); }
@@ -172,6 +189,11 @@ class Block {
   }
   FASTKD_DEVICE const Rows& logits(int side) const { return side ? call.teacher : call.student; }
   FASTKD_DEVICE int element_size(int side) const { return size_of_element(logits(side).dtype); }
+
+  FASTKD_DEVICE bool is_staged(int side) const {
+    const char* gradient = device_slices().gradients[side];
+    return gradient && skew_of(gradient) != row().shift * element_size(side);
+  }
 
   FASTKD_DEVICE char* part_of(const Rows& rows, int64_t row) const {
     char* memory = row_address(call, rows, row);

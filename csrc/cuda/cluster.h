@@ -52,45 +52,10 @@ FASTKD_DEVICE void compute_value(Block& block, DenseShard& kind) {
   if (block.leads() && block.place.rank == 0) store_partial(block.call, block.row(), all);
 }
 
-// Writes the gradients, and fetches the stages of the next row. A block's gradients go directly to device memory if
-// their vectors are at multiples of PIECE there; otherwise they replace the logits in shared memory and are copied from
-// there.
+// The kernel: processes all rows of a cluster.
 template <class Kind>
-FASTKD_DEVICE void write_gradients(Block& block, Kind& kind, bool more) {
-  const Call& call = block.call;
-  const auto staged = [&](int side) { return block.is_staged(side); };
-  const auto to = [&](int side) {
-    return staged(side) ? block.slice(side) : Slice{block.device_slices().gradients[side], 0};
-  };
-  kind.start_gradients(to(0));
-#pragma unroll 1
-  for (int stage = 0; stage < STAGES; ++stage) {
-    const Range range = block.range(stage);
-    if (block.device_slices().gradients[0] || block.device_slices().gradients[1])
-      kind.gradient(range, stage, to(0).stage(stage), to(1).stage(stage));
-    if (staged(0) || staged(1)) {
-      sync_block();
-      for (int side = 0; side < 2; ++side)
-        if (staged(side)) {
-          const int element_size = size_of_element(side ? call.teacher.dtype : call.student.dtype);
-          const int64_t offset = int64_t(range.first) * element_size;
-          const int64_t bytes = int64_t(range.last - range.first) * element_size;
-          copy_out(call, block.place, block.device_slices().gradients[side] + offset, to(side).stage(stage) + offset,
-                   bytes, element_size);
-        }
-    }
-    if (more) {
-      order_before_copies();
-      sync_block();
-      block.fetch(1, stage);
-    }
-  }
-}
-
-// Processes all rows of a cluster.
-template <class Kind>
-FASTKD_DEVICE void run(const Call& call, char* memory) {
-  Block block(call, memory);
+FASTKD_KERNEL(MOST_THREADS) kd_kernel(const FASTKD_PARAMETER Call call) {
+  Block block(call, shared_memory());
   const int64_t first = block.first_row();
   if (first >= call.rows) return;
   if (block.leads()) block.open<Kind>(first, 0);
@@ -111,7 +76,18 @@ FASTKD_DEVICE void run(const Call& call, char* memory) {
     if (call.measures) kind.measure();
     if (block.leads()) kind.finish_row();
     sync_block();
-    write_gradients(block, kind, more);
+    kind.start_gradients(block.gradient_slice(0));
+#pragma unroll 1
+    for (int stage = 0; stage < STAGES; ++stage) {
+      if (block.wants_gradients())
+        kind.gradient(block.range(stage), stage, block.gradient_slice(0).stage(stage),
+                      block.gradient_slice(1).stage(stage));
+      block.copy_gradients_out(stage);
+      if (!more) continue;
+      order_before_copies();
+      sync_block();
+      block.fetch(1, stage);
+    }
   }
 }
 

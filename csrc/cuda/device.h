@@ -5,12 +5,20 @@
 #include <cstdint>
 
 #define FASTKD_DEVICE __device__ __forceinline__
+#define FASTKD_KERNEL(most_threads) __global__ void __launch_bounds__(most_threads, 1)
+#define FASTKD_PARAMETER __grid_constant__
 
 namespace fastkd::cuda {
 
 FASTKD_DEVICE int64_t block_number() { return blockIdx.x; }
 FASTKD_DEVICE int64_t block_count() { return gridDim.x; }
 FASTKD_DEVICE int thread_number() { return int(threadIdx.x); }
+
+// The shared memory of this block, of the size that the launch asks for.
+FASTKD_DEVICE char* shared_memory() {
+  extern __shared__ __align__(128) char memory[];
+  return memory;
+}
 
 FASTKD_DEVICE void sync_block() { __syncthreads(); }
 FASTKD_DEVICE void sync_warp() { __syncwarp(); }

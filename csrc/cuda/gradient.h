@@ -45,7 +45,7 @@ FASTKD_PER_ROW void write_value(const Call& call, RowState& row, int rank) {
   row.cross_entropy_factor = float(scales.nll * row.unit_t1);
   // The factor above multiplies this too, but smoothing concerns the cross-entropy alone.
   const double uniform = call.label_smoothing / double(call.shard.total);
-  const double cross_entropy_share = (1 - call.alpha) / total_nll_weight(call, label_term.nll_weight);
+  const double cross_entropy_share = cross_entropy_weight(call) / total_nll_weight(call, label_term.nll_weight);
   row.uniform = float(label_term.nll_weight != 0 ? uniform * cross_entropy_share : uniform);
   if (!has_label_term(call)) return;
   const double s = student_label_gradient(call, label_term, scales, row.student.unit, row.unit_t1, row.with_labels);

@@ -1,4 +1,4 @@
-// The kernels and their launchers. cluster.h has the loop of a cluster over its rows.
+// The launchers, and the small kernels. cluster.h has the kernel of the rows.
 
 #include <cuda_runtime.h>
 
@@ -14,12 +14,6 @@
 
 namespace fastkd::cuda {
 namespace {
-
-template <class Kind>
-__global__ void __launch_bounds__(MOST_THREADS, 1) kd_kernel(const __grid_constant__ Call call) {
-  extern __shared__ __align__(128) char memory[];
-  run<Kind>(call, memory);
-}
 
 // Sums the losses in a fixed order, in one block.
 __global__ void __launch_bounds__(1024) total_kernel(const __grid_constant__ Call call) {

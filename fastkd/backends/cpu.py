@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 
@@ -24,35 +25,38 @@ MEASURES = ("dense", "sparse")
 _LARGE = 4 << 20
 
 
+@functools.lru_cache(maxsize=1024)
+def _template(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor | None:
+    """A tensor of this shape with the memory of one element, on the CPU; None if its contiguous copy would be large."""
+    if math.prod(shape) * dtype.itemsize >= _LARGE:
+        return None
+    return torch.empty((), dtype=dtype, device="cpu").expand(
+        shape
+    )  # whatever the default device is
+
+
 def empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device | None = None) -> Tensor:
-    """Allocate an uninitialized contiguous tensor; a large one is in memory that calls reuse."""
-    if math.prod(shape) * dtype.itemsize < _LARGE:
-        return torch.empty(shape, dtype=dtype, device="cpu")  # whatever the default device is
-    return from_dlpack(_C.new_output(list(shape), native.DTYPES[dtype]))
+    """Allocate an uninitialized contiguous tensor; a large one is in memory that calls reuse.
 
-
-def _launch(
-    student: Tensor,
-    teacher: Tensor,
-    rows: Rows,
-    options: Options,
-    result: Result,
-    shard: tuple[int, ...] = (),
-) -> None:
-    """Fill the result, or run the step of a shared vocabulary that `shard` describes (fastkd.backends.native)."""
-    rows = native.readable_rows(rows)
-    student, teacher = unit_stride(student), unit_stride(teacher)
-    _C.kd_rows(
-        *native.arguments(student, teacher, rows, options, result, shard),
-        address(result.measures),
-        torch.get_num_threads(),
-    )
+    torch.empty takes twice as long as torch.empty_like of a template.
+    """
+    template = _template(tuple(shape), dtype)
+    if template is None:
+        return from_dlpack(_C.new_output(list(shape), native.DTYPES[dtype]))
+    return torch.empty_like(template, memory_format=torch.contiguous_format)
 
 
 def kd_rows(student: Tensor, teacher: Tensor, rows: Rows, options: Options, want: Want) -> Result:
     """Compute the loss of each row and its gradients; :class:`fastkd.call.contract.Result` has shapes and meaning."""
-    result = native.outputs(student, teacher, want, empty, measures=measure_count(options.tail))
-    _launch(student, teacher, rows, options, result)
+    result = native.outputs(
+        student, teacher, want, empty, measures=measure_count(options.tail), per_row=empty
+    )
+    student, teacher, rows = native.readable_inputs(student, teacher, rows)
+    _C.kd_rows(
+        *native.arguments(student, teacher, rows, options, result),
+        address(result.measures),
+        torch.get_num_threads(),
+    )
     return result
 
 
@@ -175,6 +179,23 @@ def draft_rows(
 # The steps where several processes share the vocabulary: Shard in csrc/call.h.
 
 
+def _take_step(
+    student: Tensor,
+    teacher: Tensor,
+    rows: Rows,
+    options: Options,
+    result: Result,
+    shard: tuple[int, ...],
+) -> None:
+    """Run the step that `shard` describes (fastkd.backends.native.shared)."""
+    student, teacher, rows = native.readable_inputs(student, teacher, rows)
+    _C.kd_rows(
+        *native.arguments(student, teacher, rows, options, result, shard),
+        address(result.measures),
+        torch.get_num_threads(),
+    )
+
+
 def shard_statistics(call: ShardCall) -> Statistics:
     """Compute the statistics of this process's columns, in float64.
 
@@ -184,17 +205,17 @@ def shard_statistics(call: ShardCall) -> Statistics:
     has_label_term = call.options.divergence.target is not None
     dense = _C.APART_STATISTICS if has_label_term else _C.STATISTICS
     fields = dense if call.rows.ids is None else _C.TAIL_STATISTICS
-    return native.statistics_step(_launch, fields, call)
+    return native.statistics_step(_take_step, fields, call)
 
 
 def shard_sums(call: ShardCall) -> Tensor | None:
     """Compute the sums over this process's columns, given the statistics of all: 4 numbers per row in float64."""
-    return native.sums_step(_launch, _C.SUMS, call)
+    return native.sums_step(_take_step, _C.SUMS, call)
 
 
 def shard_results(call: ShardCall) -> None:
     """Fill the result, given the statistics and the sums of all processes."""
-    native.results_step(_launch, call)
+    native.results_step(_take_step, call)
 
 
 def logprob_statistics(logits: Tensor, tempering: Tempering, centered: bool) -> Tensor:

@@ -6,7 +6,9 @@ from device memory once.
 
 from __future__ import annotations
 
+import contextlib
 import functools
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -16,7 +18,7 @@ from fastkd.backends import native
 from fastkd.backends.registry import BackendUnavailable, dotted
 from fastkd.call.contract import Options, Result, Rows, ShardCall, Statistics, Want
 from fastkd.call.measures import DENSE_MEASURES
-from fastkd.core.tensors import address, readable, unit_stride
+from fastkd.core.tensors import address, readable
 
 # kd_rows also takes sparse teachers, and computes the measures of dense ones.
 SPARSE = True
@@ -35,30 +37,22 @@ def _stream(device: torch.device) -> tuple[int, int]:
     return number, torch.cuda.current_stream(device).cuda_stream
 
 
-def _launch(
-    student: Tensor,
-    teacher: Tensor,
-    rows: Rows,
-    options: Options,
-    result: Result,
-    shared: tuple[int, ...] = (),
-) -> None:
-    """Fill the result, or run the step of a shared vocabulary that `shared` describes (fastkd.backends.native)."""
-    capability, least = _capability(student.device), min(_cuda.architectures())
+def _check_capability(device: torch.device) -> None:
+    """Raise unless the kernels run on the device."""
+    capability, least = _capability(device), min(_cuda.architectures())
     if capability < least:
         raise BackendUnavailable(
             "cuda",
-            f"{student.device} has compute capability {dotted(capability)}; the kernels need {dotted(least)} or newer",
+            f"{device} has compute capability {dotted(capability)}; the kernels need {dotted(least)} or newer",
             "Use backend='triton'",
         )
-    rows = native.readable_rows(rows)
-    student, teacher = unit_stride(student), unit_stride(teacher)
+
+
+@contextlib.contextmanager
+def _explained() -> Iterator[None]:
+    """Raise BackendUnavailable, with a remedy, if the device's chip cannot hold a row."""
     try:
-        _cuda.kd_rows(
-            *native.arguments(student, teacher, rows, options, result, shared),
-            address(result.measures),
-            *_stream(student.device),
-        )
+        yield
     except _cuda.DoesNotFitError as error:
         raise BackendUnavailable(
             "cuda",
@@ -69,13 +63,33 @@ def _launch(
 
 def kd_rows(student: Tensor, teacher: Tensor, rows: Rows, options: Options, want: Want) -> Result:
     """Compute the loss of each row and its gradients; :class:`fastkd.call.contract.Result` has shapes and meaning."""
+    _check_capability(student.device)
     result = native.outputs(student, teacher, want, measures=len(DENSE_MEASURES))
-    _launch(student, teacher, rows, options, result)
+    student, teacher, rows = native.readable_inputs(student, teacher, rows)
+    arguments = native.arguments(student, teacher, rows, options, result)
+    with _explained():
+        _cuda.kd_rows(*arguments, address(result.measures), *_stream(student.device))
     return result
 
 
 # The steps where several processes share the vocabulary: fastkd/call/contract.py says what passes between them,
 # csrc/cuda/shard.h what each launch computes.
+
+
+def _take_step(
+    student: Tensor,
+    teacher: Tensor,
+    rows: Rows,
+    options: Options,
+    result: Result,
+    shard: tuple[int, ...],
+) -> None:
+    """Run the step that `shard` describes (fastkd.backends.native.shared)."""
+    _check_capability(student.device)
+    student, teacher, rows = native.readable_inputs(student, teacher, rows)
+    arguments = native.arguments(student, teacher, rows, options, result, shard)
+    with _explained():
+        _cuda.kd_rows(*arguments, *_stream(student.device))
 
 
 def _without_gradients(call: ShardCall) -> ShardCall:
@@ -84,17 +98,17 @@ def _without_gradients(call: ShardCall) -> ShardCall:
 
 def shard_statistics(call: ShardCall) -> Statistics:
     """Compute the statistics of this process's columns in float64, and the tokens' logits; 0 in dropped rows."""
-    return native.statistics_step(_launch, _cuda.STATISTICS, _without_gradients(call))
+    return native.statistics_step(_take_step, _cuda.STATISTICS, _without_gradients(call))
 
 
 def shard_sums(call: ShardCall) -> Tensor | None:
     """Compute the sums over this process's columns in float64; None if the statistics are enough."""
-    return native.sums_step(_launch, _cuda.SUMS, _without_gradients(call))
+    return native.sums_step(_take_step, _cuda.SUMS, _without_gradients(call))
 
 
 def shard_results(call: ShardCall) -> None:
     """Fill the result, given the statistics and the sums of all processes."""
-    native.results_step(_launch, call)
+    native.results_step(_take_step, call)
 
 
 def scale_rows_(gradient: Tensor, upstream: Tensor) -> None:

@@ -14,22 +14,21 @@ from torch import Tensor
 
 from fastkd.call.contract import Options, Result, Rows, ShardCall, Statistics, Want
 from fastkd.call.options import OPTION_NAMES
-from fastkd.core.tensors import address, readable
+from fastkd.core.tensors import address, readable, unit_stride
 from fastkd.divergences import DEFINITIONS, Divergence, Target
 from fastkd.teachers import TAILS
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _NUMBER = {function: number for number, function in enumerate(DEFINITIONS)}
 _scalars = attrgetter(*OPTION_NAMES)  # the tuple that csrc/generated/options.h unpacks
-_NOWHERE: tuple[int, int, int, list[int]] = (0, 0, 0, [])
+_NOWHERE: tuple[int, int, int, tuple[int, ...]] = (0, 0, 0, ())
 
 
-def logits(tensor: Tensor | None) -> tuple[int, int, int, list[int]]:
+def logits(tensor: Tensor | None) -> tuple[int, int, int, tuple[int, ...]]:
     """Return (address, dtype, width, leading strides) of a tensor [..., V] whose last stride is 1."""
     if tensor is None:
         return _NOWHERE
-    *strides, _ = tensor.stride()
-    return address(tensor), DTYPES[tensor.dtype], tensor.size(-1), strides
+    return address(tensor), DTYPES[tensor.dtype], tensor.shape[-1], tensor.stride()[:-1]
 
 
 def readable_rows(rows: Rows) -> Rows:
@@ -43,6 +42,11 @@ def readable_rows(rows: Rows) -> Rows:
     return Rows(*[None if value is None else readable(value) for value in rows])
 
 
+def readable_inputs(student: Tensor, teacher: Tensor, rows: Rows) -> tuple[Tensor, Tensor, Rows]:
+    """The inputs of a call as a kernel reads them, which are copies where memory holds them otherwise."""
+    return unit_stride(student), unit_stride(teacher), readable_rows(rows)
+
+
 def outputs(
     student: Tensor,
     teacher: Tensor,
@@ -50,10 +54,18 @@ def outputs(
     empty: Callable[..., Tensor] = torch.empty,
     row_dtype: torch.dtype = torch.float32,
     measures: int = 0,
+    per_row: Callable[..., Tensor] = torch.empty,
 ) -> Result:
     """Allocate the wanted outputs; an in-place gradient uses the memory of the student's logits.
 
-    measures: how many a row has, if they are wanted.
+    Args:
+        student: the student's logits.
+        teacher: the teacher's logits.
+        want: the wanted outputs.
+        empty: allocates a gradient, given shape, dtype and device.
+        row_dtype: the dtype of the values per row.
+        measures: how many measures a row has, if they are wanted.
+        per_row: allocates values per row and the total, like `empty`.
     """
     lead, device = student.shape[:-1], student.device
     student_gradient = teacher_gradient = None
@@ -63,8 +75,8 @@ def outputs(
             student_gradient = empty(student.shape, dtype=student.dtype, device=device)
     if want.teacher_gradient:
         teacher_gradient = empty(teacher.shape, dtype=teacher.dtype, device=device)
-    loss = torch.empty(lead, dtype=row_dtype, device=device)
-    total = torch.empty((), dtype=row_dtype, device=device)
+    loss = per_row(lead, dtype=row_dtype, device=device)
+    total = per_row((), dtype=row_dtype, device=device)
     result = Result(loss, total, student_gradient, teacher_gradient)
     if want.measures:
         shape = (*lead, measures)
@@ -128,7 +140,7 @@ def arguments(
         shard or shared(options),
     )
     return (
-        list(student.shape[:-1]),
+        student.shape[:-1],
         logits(student),
         logits(teacher),
         logits(result.student_gradient),

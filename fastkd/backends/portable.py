@@ -525,34 +525,6 @@ def _with_centered_h(
     return terms._replace(h=h, top_terms=(*terms.top_terms[:2], top_h))
 
 
-def _project(
-    terms: _Terms,
-    index: int,
-    side: _Side,
-    label_term: Tensor | None,
-    factor: float | Tensor,
-    out: Tensor,
-) -> Tensor:
-    """Write the projection of x, times the factor, to out: factor * (x_v - q_v sum_u x_u), with q the side's softmax.
-
-    x is terms.field(index), which is overwritten. label_term [rows, 1] is added to the sum.
-    """
-    x = terms.field(index)
-    if terms.top_columns is None or side.softmax is None:
-        return torch.mul(x, factor, out=out)
-    assert terms.top_logs is not None and terms.tops_differ is not None
-    top_values, log_q = terms.top_terms[index], terms.top_logs[index - 1]
-    # For each of the two top columns, the sum over all columns but itself.
-    others = _sum(x) + terms.tops_differ * top_values.flip(-1)
-    if label_term is not None:
-        others = others + label_term
-    total = others[:, :1] + top_values[:, :1]
-    top_gradients = -top_values * log_q.expm1() - log_q.exp() * others
-    _multiply(x, factor)
-    torch.addcmul(x, side.softmax.exps, (total * factor).to(x.dtype), value=-1.0, out=out)
-    return out.scatter_(-1, terms.top_columns, (top_gradients * factor).to(out.dtype))
-
-
 # Running the definitions of fastkd.divergences in reused buffers
 #
 # A definition's code runs once on symbols instead of tensors, which records its operations as a list of steps. Steps
@@ -1102,7 +1074,7 @@ def _dense_piece(
     if options.alpha:
         loss = options.alpha * divergence_result.distillation
     if piece.has_cross_entropy:
-        loss = loss + (1.0 - options.alpha) * cross_entropy
+        loss = loss + options.cross_entropy_weight * cross_entropy
     weight = _weights(piece, s, t)
     loss = loss * weight
 
@@ -1110,7 +1082,20 @@ def _dense_piece(
     if _synchronizes(student.device):
         kept = kept_rows(rows, options.ignore_index)
         kept = None if kept is None else kept.unsqueeze(-1)
-    _write_gradients(piece, s, t, divergence_result, weight, kept, outs)
+    scale = options.scale if rows.scale is None else options.scale * rows.scale.to(scratch.dtype)
+    row_scale = weight * scale
+    student_out, teacher_out = outs
+    # The teacher's gradient comes first, because the student's may overwrite logits that are still read.
+    if teacher_out is not None:
+        if t is None:
+            teacher_out.copy_((torch.zeros_like(loss) * row_scale).expand_as(teacher_out))
+        else:
+            gradient = _divergence_gradient(piece, t, divergence_result, 2, row_scale, teacher_out)
+            _finish(gradient, t.slope, options.teacher_logit_scale, kept, teacher_out)
+    if student_out is not None:
+        gradient = _divergence_gradient(piece, s, divergence_result, 1, row_scale, student_out)
+        _add_cross_entropies(gradient, piece, s, divergence_result, row_scale)
+        _finish(gradient, s.slope, options.logit_scale, kept, student_out)
 
     def zero_dropped(value: Tensor) -> Tensor:
         return value if kept is None else value.masked_fill(~kept, 0.0)
@@ -1124,64 +1109,77 @@ def _dense_piece(
     )
 
 
-def _write_gradients(
+def _divergence_gradient(
     piece: _Piece,
-    s: _Side,
-    t: _Side | None,
+    side: _Side,
     divergence_result: _DivergenceResult,
-    weight: float | Tensor,
-    kept: Tensor | None,
-    outs: Sequence[Tensor | None],
-) -> None:
-    options, alpha, dtype = piece.options, piece.options.alpha, piece.scratch.dtype
-    scale = (
-        options.scale if piece.rows.scale is None else options.scale * piece.rows.scale.to(dtype)
-    )
-    row_scale = weight * scale
+    index: int,
+    row_scale: float | Tensor,
+    out: Tensor,
+) -> Tensor:
+    """Compute the gradient of the divergence with respect to one side's z, in `out` if that has the right dtype.
 
-    def divergence_gradient(index: int, side: _Side, out: Tensor) -> Tensor:
-        """The gradient of the divergence with respect to one side's z; index 1 selects g, 2 selects h."""
-        buffer = out if out.dtype == dtype else piece.scratch("gradient", out.shape[0])
-        if not alpha:
-            return buffer.zero_()
-        assert divergence_result.terms is not None
-        label = None if divergence_result.label is None else divergence_result.label[index]
-        factor = row_scale * (alpha * piece.t_squared / side.temperature)
-        gradient = _project(divergence_result.terms, index, side, label, factor, buffer)
+    It is factor * (x_v - p_v sum_u x_u), with p the side's softmax and x the field of _Terms that index selects: 1 for
+    g and the student's gradient, 2 for h and the teacher's. x is overwritten.
+    """
+    dtype, terms, label = piece.scratch.dtype, divergence_result.terms, divergence_result.label
+    if out.dtype != dtype:
+        out = piece.scratch("gradient", out.shape[0])
+    if not piece.options.alpha:
+        return out.zero_()
+    assert terms is not None
+    factor = row_scale * (piece.options.alpha * piece.t_squared / side.temperature)
+    x = terms.field(index)
+    if terms.top_columns is None or side.softmax is None:
+        torch.mul(x, factor, out=out)
+    else:
+        assert terms.top_logs is not None and terms.tops_differ is not None
+        top_values, log_p = terms.top_terms[index], terms.top_logs[index - 1]
+        # For each of the two top columns, the sum over all columns but itself.
+        others = _sum(x) + terms.tops_differ * top_values.flip(-1)
         if label is not None:
-            assert piece.label is not None
-            gradient.scatter_(-1, piece.label, (label * factor).to(dtype))
-        return gradient
+            others = others + label[index]
+        total = others[:, :1] + top_values[:, :1]
+        top_gradients = -top_values * log_p.expm1() - log_p.exp() * others
+        _multiply(x, factor)
+        torch.addcmul(x, side.softmax.exps, (total * factor).to(x.dtype), value=-1.0, out=out)
+        out.scatter_(-1, terms.top_columns, (top_gradients * factor).to(dtype))
+    if label is not None:
+        assert piece.label is not None
+        out.scatter_(-1, piece.label, (label[index] * factor).to(dtype))
+    return out
 
-    def finish(gradient: Tensor, slope: Tensor | None, scale: float, out: Tensor) -> None:
-        _multiply(gradient, scale if slope is None else slope)
-        if kept is not None:
-            gradient.masked_fill_(~kept, 0.0)
-        if gradient is not out:
-            out.copy_(gradient)
 
-    student_out, teacher_out = outs
-    # The teacher's gradient comes first, because the student's may overwrite logits that are still read.
-    if teacher_out is not None:
-        if t is None:
-            zeros = torch.zeros_like(divergence_result.distillation)
-            teacher_out.copy_((zeros * row_scale).expand_as(teacher_out))
-        else:
-            gradient = divergence_gradient(2, t, teacher_out)
-            finish(gradient, t.slope, options.teacher_logit_scale, teacher_out)
-    if student_out is not None:
-        gradient = divergence_gradient(1, s, student_out)
-        if piece.has_cross_entropy:
-            factor = (1.0 - alpha) * row_scale
-            _add_cross_entropy(gradient, s, piece.label, factor, options, options.label_smoothing)
-        if piece.has_label_cross_entropy and divergence_result.label is not None and alpha:
-            factor = alpha * row_scale * divergence_result.label.cross_entropy_weight
-            _add_cross_entropy(gradient, s, piece.label, factor, options, 0.0)
-        finish(gradient, s.slope, options.logit_scale, student_out)
+def _finish(
+    gradient: Tensor, slope: Tensor | None, scale: float, kept: Tensor | None, out: Tensor
+) -> None:
+    """Turn a gradient with respect to z into one with respect to the logits, and write it to `out`."""
+    _multiply(gradient, scale if slope is None else slope)
+    if kept is not None:
+        gradient.masked_fill_(~kept, 0.0)
+    if gradient is not out:
+        out.copy_(gradient)
 
 
 def _multiply(gradient: Tensor, factor: float | Tensor) -> Tensor:
     return gradient.mul_(factor) if isinstance(factor, Tensor) or factor != 1.0 else gradient
+
+
+def _add_cross_entropies(
+    gradient: Tensor,
+    piece: _Piece,
+    s: _Side,
+    divergence_result: _DivergenceResult,
+    row_scale: float | Tensor,
+) -> None:
+    """Add the gradients of the cross-entropy, and of a label term that is a cross-entropy."""
+    options, label = piece.options, divergence_result.label
+    if piece.has_cross_entropy:
+        factor = options.cross_entropy_weight * row_scale
+        _add_cross_entropy(gradient, s, piece.label, factor, options, options.label_smoothing)
+    if piece.has_label_cross_entropy and label is not None and options.alpha:
+        factor = options.alpha * row_scale * label.cross_entropy_weight
+        _add_cross_entropy(gradient, s, piece.label, factor, options, 0.0)
 
 
 def _add_cross_entropy(

@@ -44,16 +44,6 @@ def _adjust(logits: Tensor, scale: float, softcap: float) -> tuple[Tensor, Tenso
     return softcap * squashed, scale * (1.0 - squashed * squashed)
 
 
-def _project(derivative: Tensor, probabilities: Tensor, total: Tensor | None) -> Tensor:
-    """Convert a derivative with respect to log-probabilities to one with respect to tempered logits.
-
-    This is x_v - p_v sum_u x_u.
-    total is the sum over u. None means that the divergence does not normalize; the derivative is then already with
-    respect to tempered logits.
-    """
-    return derivative if total is None else derivative - probabilities * total.unsqueeze(-1)
-
-
 class Side(NamedTuple):
     """One model's logits without padding columns, and how they are tempered."""
 
@@ -398,14 +388,16 @@ def _cross_entropy(
 class _Losses(NamedTuple):
     """The unweighted terms of each row's loss, [...] each, and what labels add to the gradient."""
 
+    # Over all tokens, with the label's separate term.
+    sums: _Sums
     distillation: Tensor
     cross_entropy: _CrossEntropy
-    entropy: Tensor
     # Gradient of the part of the distillation that is a cross-entropy of the label (Target.form "label").
     label_gradient: Tensor | float
 
 
-def _losses(sweeps: _Sweeps, sums: _Sums, rows: Rows, options: Options) -> _Losses:
+def _losses(sweeps: _Sweeps, rows: Rows, options: Options) -> _Losses:
+    sums = _sums_with_label(sweeps)
     t_squared = _t_squared(sweeps, options)
     distillation = sums.phi * (
         t_squared.squeeze(-1) if isinstance(t_squared, Tensor) else t_squared
@@ -421,7 +413,7 @@ def _losses(sweeps: _Sweeps, sums: _Sums, rows: Rows, options: Options) -> _Loss
         value, gradient = _cross_entropy(sweeps, rows, options, 0.0)
         distillation = distillation + torch.where(factor == 0, 0.0, factor * value)
         label_gradient = factor.unsqueeze(-1) * gradient
-    return _Losses(distillation, cross_entropy, sums.entropy, label_gradient)
+    return _Losses(sums, distillation, cross_entropy, label_gradient)
 
 
 def _t_squared(sweeps: _Sweeps, options: Options) -> Tensor | float:
@@ -456,31 +448,32 @@ def _row_weights(sweeps: _Sweeps, rows: Rows, options: Options) -> tuple[Tensor,
     return weight, counted
 
 
-def _student_gradient(
-    sweeps: _Sweeps, sums: _Sums, losses: _Losses, rows: Rows, options: Options
-) -> Tensor:
+def _student_gradient(sweeps: _Sweeps, losses: _Losses, rows: Rows, options: Options) -> Tensor:
     """The gradient of each row's unweighted loss with respect to the student's logits."""
     s, terms, alpha = sweeps.s, sweeps.terms, options.alpha
     gradient = torch.zeros_like(s.z)
     if alpha:
-        total = sums.g if options.divergence.normalized else None
-        gradient = _project(terms.g, terms.q.probabilities, total)
+        gradient = terms.g
+        if options.divergence.normalized:
+            # From the derivative with respect to log-probabilities to that with respect to tempered logits.
+            gradient = gradient - terms.q.probabilities * losses.sums.g.unsqueeze(-1)
         if sweeps.label is not None and s.is_label is not None:
             gradient = torch.where(s.is_label, sweeps.label.g.unsqueeze(-1), gradient)
         factor = _t_squared(sweeps, options) / s.temperature
         gradient = alpha * (gradient * factor + losses.label_gradient)
     if _has_cross_entropy(rows, options):
-        gradient = gradient + (1.0 - alpha) * losses.cross_entropy.gradient
+        gradient = gradient + options.cross_entropy_weight * losses.cross_entropy.gradient
     return gradient * s.slope
 
 
-def _teacher_gradient(sweeps: _Sweeps, sums: _Sums, options: Options) -> Tensor:
+def _teacher_gradient(sweeps: _Sweeps, losses: _Losses, options: Options) -> Tensor:
     """The gradient of each row's unweighted loss with respect to the teacher's logits."""
     t, terms, label, alpha = sweeps.t, sweeps.terms, sweeps.label, options.alpha
     gradient = torch.zeros_like(t.z)
     if alpha:
-        total = sums.h if options.divergence.normalized else None
-        gradient = _project(terms.h, terms.p.probabilities, total)
+        gradient = terms.h
+        if options.divergence.normalized:
+            gradient = gradient - terms.p.probabilities * losses.sums.h.unsqueeze(-1)
         if label is not None and t.is_label is not None:
             gradient = torch.where(t.is_label, label.h.unsqueeze(-1), gradient)
         gradient = gradient * (alpha * _t_squared(sweeps, options) / t.temperature)
@@ -488,12 +481,19 @@ def _teacher_gradient(sweeps: _Sweeps, sums: _Sums, options: Options) -> Tensor:
 
 
 def _results(
-    student: Tensor, teacher: Tensor, sweeps: _Sweeps, rows: Rows, options: Options, want: Want
+    computed: tuple[_Sweeps, _Losses, Tensor | None, Tensor | None],
+    student: Tensor,
+    teacher: Tensor,
+    rows: Rows,
+    options: Options,
+    parts: bool,
 ) -> Result:
-    """Compute every wanted output in fresh tensors."""
+    """The outputs in fresh tensors, weighted and without dropped rows.
+
+    computed: the sweeps, the losses, and the gradients of the unweighted losses, None if they are not wanted.
+    """
+    sweeps, losses, *gradients = computed
     alpha = options.alpha
-    sums = _sums_with_label(sweeps)
-    losses = _losses(sweeps, sums, rows, options)
     weight, counted = _row_weights(sweeps, rows, options)
     scale: float | Tensor = options.scale
     if rows.scale is not None:
@@ -504,33 +504,27 @@ def _results(
     if alpha:
         loss = alpha * losses.distillation
     if _has_cross_entropy(rows, options):
-        loss = loss + (1.0 - alpha) * losses.cross_entropy.value
+        loss = loss + options.cross_entropy_weight * losses.cross_entropy.value
     # A dropped row contributes 0, whatever its logits are. Its value is replaced, because NaN times 0 is NaN.
     loss = torch.where(counted, loss * weight, 0.0)
 
-    def finish(gradient: Tensor, like: Tensor) -> Tensor:
+    def finish(gradient: Tensor | None, like: Tensor) -> Tensor | None:
+        if gradient is None:
+            return None
         gradient = torch.where(counted.unsqueeze(-1), gradient * row_scale, 0.0).to(like.dtype)
         padding = like.shape[-1] - options.vocab_size
         return torch.nn.functional.pad(gradient, (0, padding)) if padding else gradient.contiguous()
 
-    student_gradient = teacher_gradient = None
-    if want.student_gradient:
-        gradient = _student_gradient(sweeps, sums, losses, rows, options)
-        student_gradient = finish(gradient, student)
-    if want.teacher_gradient:
-        teacher_gradient = finish(_teacher_gradient(sweeps, sums, options), teacher)
-    if want.inplace and student_gradient is not None:
-        student_gradient = student.copy_(student_gradient)
-
     dtype = row_dtype(student.dtype, teacher.dtype)
-    parts: tuple[Tensor | None, ...] = (None, None, None)
-    if want.parts:
-        parts = tuple(
-            torch.where(counted, part, 0.0).to(dtype)
-            for part in (losses.distillation, losses.cross_entropy.value, losses.entropy)
+    terms: tuple[Tensor | None, ...] = (None, None, None)
+    if parts:
+        terms = tuple(
+            torch.where(counted, term, 0.0).to(dtype)
+            for term in (losses.distillation, losses.cross_entropy.value, losses.sums.entropy)
         )
     total = (loss.sum() * scale).to(dtype)
-    return Result(loss.to(dtype), total, student_gradient, teacher_gradient, *parts)
+    student_gradient, teacher_gradient = map(finish, gradients, (student, teacher))
+    return Result(loss.to(dtype), total, student_gradient, teacher_gradient, *terms)
 
 
 def kd_rows(student: Tensor, teacher: Tensor, rows: Rows, options: Options, want: Want) -> Result:
@@ -539,7 +533,14 @@ def kd_rows(student: Tensor, teacher: Tensor, rows: Rows, options: Options, want
     statistics = _merged(torch.stack(_statistics(s, t, rows, options), -1).unsqueeze(0))
     terms = _terms(s, t, statistics, options.divergence)
     sweeps = _sweeps(s, t, statistics, terms, _sums(terms), options.divergence.target)
-    return _results(student, teacher, sweeps, rows, options, want)
+    losses = _losses(sweeps, rows, options)
+    of_student = _student_gradient(sweeps, losses, rows, options) if want.student_gradient else None
+    of_teacher = _teacher_gradient(sweeps, losses, options) if want.teacher_gradient else None
+    computed = (sweeps, losses, of_student, of_teacher)
+    result = _results(computed, student, teacher, rows, options, want.parts)
+    if want.inplace and result.student_gradient is not None:
+        result = result._replace(student_gradient=student.copy_(result.student_gradient))
+    return result
 
 
 # The steps of a call if several processes share the vocabulary; fastkd/call/contract.py describes what they exchange.
@@ -568,14 +569,16 @@ def shard_results(call: ShardCall) -> None:
     statistics = _merged_statistics(call.known(), student)
     terms = _terms(s, t, statistics, options.divergence)
     sums = _Sums(*gathered_sums.sum(0).reshape(*student.shape[:-1], -1).unbind(-1))
-    want = Want(
-        result.student_gradient is not None,
-        result.teacher_gradient is not None,
-        result.distillation is not None,
-    )
     sweeps = _sweeps(s, t, statistics, terms, sums, options.divergence.target)
-    computed = _results(student, teacher, sweeps, rows, options, want)
-    for output, value in zip(result, computed, strict=True):
+    losses = _losses(sweeps, rows, options)
+    of_student = of_teacher = None
+    if result.student_gradient is not None:
+        of_student = _student_gradient(sweeps, losses, rows, options)
+    if result.teacher_gradient is not None:
+        of_teacher = _teacher_gradient(sweeps, losses, options)
+    computed = (sweeps, losses, of_student, of_teacher)
+    outputs = _results(computed, student, teacher, rows, options, result.distillation is not None)
+    for output, value in zip(result, outputs, strict=True):
         if output is not None and output is not result.total:
             assert value is not None
             output.copy_(value)

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import torch
 
 from fastkd.call.options import OPTION_NAMES
+from fastkd.core.environment import variables
 from fastkd.divergences import DEFINITIONS, OF_LOGITS, Divergence, forward_kl
 
 logger = logging.getLogger("fastkd")
@@ -300,7 +301,7 @@ def select(
 
     A fallback is logged once for each reason; under FASTKD_STRICT=1 it raises BackendUnavailable.
     """
-    override = os.environ.get("FASTKD_BACKEND")
+    (override,) = variables("FASTKD_BACKEND")
     chosen, fallback = _select(backend, device, student_dtype, teacher_dtype, divergence, override)
     if fallback is not None:
         fall_back(chosen, fallback, os.environ.get("FASTKD_STRICT") == "1")

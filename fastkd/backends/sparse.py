@@ -221,7 +221,7 @@ def _results(
     cross_entropy_scale = None
     if rows.labels is not None and options.alpha < 1.0:
         cross_entropy = torch.where(counted, _cross_entropy(events, options), 0.0)
-        cross_entropy_weight = (1.0 - options.alpha) * weight
+        cross_entropy_weight = options.cross_entropy_weight * weight
         loss = loss + torch.where(counted, cross_entropy_weight * cross_entropy, 0.0)
         cross_entropy_scale = cross_entropy_weight * scale
     if gradient is not None:

@@ -297,6 +297,8 @@ def check_parts(return_parts: object) -> tuple[bool, tuple[str, ...] | None]:
     Raises:
         TypeError, ValueError: return_parts is neither a bool nor a collection of names.
     """
+    if return_parts is False:
+        return False, None
     flag = plain(return_parts)
     if isinstance(flag, bool):
         return flag, None

@@ -1,8 +1,9 @@
 """The calls of kd_loss that have been checked: an equal call is not checked again.
 
 The checks of small calls take longer than their kernels. All checks but those of values depend on a call's options, and
-on the shapes, dtypes, devices and layouts of its tensors. :func:`key_of` collects these facts; it returns no key for a
-call that must be checked each time. Values, such as those that FASTKD_CHECK=1 checks, are in no key.
+on the shapes, dtypes, devices and layouts of its tensors. So does the choice of the backend, which also depends on two
+environment variables. :func:`key_of` collects these facts; it returns no key for a call that must be checked each time.
+Values, such as those that FASTKD_CHECK=1 checks, are in no key.
 """
 
 from __future__ import annotations
@@ -14,8 +15,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastkd.call.checks import LossCall, checking
+from fastkd.call.checks import LossCall
 from fastkd.call.contract import Rows, Want
+from fastkd.core.environment import variables
 from fastkd.divergences import Divergence
 
 Key = tuple[Any, ...]
@@ -29,16 +31,19 @@ _is_transformed = torch._C._functorch.is_functorch_wrapped_tensor
 
 
 class Checked(NamedTuple):
-    """What the checks of a call returned.
+    """What the checks of a call returned, and its backend.
 
     `call` has no tensors, which the memo would keep alive; checks.with_rows adds those of another call.
     """
 
     call: LossCall
     want: Want
+    kernels: Any  # from fastkd.engine.backend.kernels_for
 
 
-_checked: dict[Key, Checked] = {}
+# By key, the types of the options, and the checked call. Types matter because True == 1 == 1.0, and not every option
+# accepts all three.
+_checked: dict[Key, tuple[tuple[type, ...], Checked]] = {}
 _lock = threading.Lock()
 
 
@@ -46,15 +51,14 @@ def key_of(tensors: Iterable[object], options: tuple[object, ...]) -> Key | None
     """Everything that the checks of a call depend on; None if the call must be checked each time.
 
     The checks depend on more than the key for tensors of a subclass and for tensors that a transform traces, and, under
-    FASTKD_CHECK=1, on values.
+    FASTKD_CHECK=1, on values. The options come first.
     """
-    if torch.compiler.is_compiling() or torch.autograd.forward_ad._current_level >= 0 or checking():
+    if torch.compiler.is_compiling() or torch.autograd.forward_ad._current_level >= 0:
         return None
-    # Types are a part of the key because True == 1 == 1.0, and not every option accepts all three.
-    types = tuple(map(type, options))
-    if not PLAIN.issuperset(types):
+    check, *environment = variables("FASTKD_CHECK", "FASTKD_BACKEND", "FASTKD_STRICT")
+    if check == "1":
         return None
-    facts: list[object] = [torch.is_grad_enabled(), options, types]
+    facts: list[object] = [options, torch.is_grad_enabled(), *environment]
     for tensor in tensors:
         if tensor is None:
             facts.append(None)
@@ -68,20 +72,26 @@ def key_of(tensors: Iterable[object], options: tuple[object, ...]) -> Key | None
 
 
 def recall(key: Key | None) -> Checked | None:
-    """What the checks of an equal call returned; None if there was none."""
-    return None if key is None else _checked.get(key)
-
-
-def remember(key: Key | None, call: LossCall, want: Want) -> None:
-    """Remember a call that has been checked, if it has a key."""
+    """What is remembered of an equal call; None if there was none."""
     if key is None:
+        return None
+    try:
+        known = _checked.get(key)
+    except TypeError:  # an option, such as a list, has no hash
+        return None
+    return None if known is None or known[0] != tuple(map(type, key[0])) else known[1]
+
+
+def remember(key: Key | None, call: LossCall, want: Want, kernels: Any) -> None:
+    """Remember a call that has been checked, if it has a key and its options are of PLAIN types."""
+    if key is None or not PLAIN.issuperset(types := tuple(map(type, key[0]))):
         return
     if isinstance(call.counted, Tensor) or any(tensor is not None for tensor in call.rows):
         call = call._replace(rows=Rows(), counted=0)
     with _lock:
         if len(_checked) >= LIMIT:
             _checked.clear()
-        _checked[key] = Checked(call, want)
+        _checked[key] = types, Checked(call, want, kernels)
 
 
 def forget() -> None:

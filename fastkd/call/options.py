@@ -166,6 +166,11 @@ class Options(NamedTuple):
         return self.vocab_size if self.shard is None else self.shard.total
 
     @property
+    def cross_entropy_weight(self) -> float:
+        """The factor of the cross-entropy in the loss; csrc/common/row_math.h has the same function."""
+        return 1.0 - self.alpha
+
+    @property
     def reads_labels(self) -> bool:
         """Whether the loss reads the labels, other than to drop rows."""
         return self.alpha < 1.0 or self.divergence.target is not None

@@ -1,7 +1,8 @@
 """Differentiation of dense rows: in eager mode, and as a custom op for torch.compile and export.
 
-fastkd.functional calls :func:`kd_rows`. All losses share one rule for saving, deferring and scaling gradients:
-fastkd/engine/gradients.py implements it for eager mode, fastkd/engine/ops.py for a graph.
+fastkd.functional calls :func:`kernels_of` in eager mode, and :func:`traced` under torch.compile. All losses share one
+rule for saving, deferring and scaling gradients: fastkd/engine/gradients.py implements it for eager mode,
+fastkd/engine/ops.py for a graph.
 """
 
 from __future__ import annotations
@@ -85,20 +86,34 @@ register_gradient(
 )
 
 
-def kd_rows(
+def kernels_of(
+    student: Tensor, teacher: Tensor, call: LossCall, want: Want
+) -> tuple[Any, LossCall]:
+    """(the backend of a call in eager mode, the call, whose options are settled if only its checks were compiled)."""
+    options = call.options
+    if call.numbers is not None:
+        options = settled(
+            options.divergence, options.vocab_size, options.tail, call.numbers, call.rows
+        )
+        call = call._replace(options=options)
+    return _kernels(student, teacher, options, call.backend, want), call
+
+
+def traced(
     student: Tensor, teacher: Tensor, call: LossCall, want: Want
 ) -> tuple[Tensor | None, ...]:
-    """(loss, *Result.parts); the loss, [...] or its 0-dim sum, is differentiable."""
-    options, rows, numbers = call.options, call.rows, call.numbers
-    if torch.compiler.is_compiling():
-        if numbers is None or want.inplace:  # the graph broke inside kd_loss, after the validation
-            return torch.compiler.disable(kd_rows)(student, teacher, call, want)
-        graph_options = GraphOptions.of(options, want, numbers)
-        result = Result(*kd_rows_op(student, teacher, *rows, call.backend, *graph_options))
-        loss = result.total if call.summed else result.loss
-        return (loss, *detached(result.parts, want))
-    if numbers is not None:  # only the validation was compiled
-        options = settled(options.divergence, options.vocab_size, options.tail, numbers, rows)
-    kernels = _kernels(student, teacher, options, call.backend, want)
-    computation = Loss(kernels.kd_rows, options, want, call.summed, kernels.scale_rows_)
-    return Differentiable.apply(computation, rows, 2, student, teacher)
+    """(loss, *Result.parts) under torch.compile; the loss, [...] or its 0-dim sum, is differentiable."""
+    if call.numbers is None or want.inplace:  # the graph broke inside kd_loss, after the validation
+        return torch.compiler.disable(_eager)(student, teacher, call, want)
+    graph_options = GraphOptions.of(call.options, want, call.numbers)
+    result = Result(*kd_rows_op(student, teacher, *call.rows, call.backend, *graph_options))
+    loss = result.total if call.summed else result.loss
+    return (loss, *detached(result.parts, want))
+
+
+def _eager(
+    student: Tensor, teacher: Tensor, call: LossCall, want: Want
+) -> tuple[Tensor | None, ...]:
+    kernels, call = kernels_of(student, teacher, call, want)
+    loss = Loss(kernels.kd_rows, call.options, want, call.summed, kernels.scale_rows_)
+    return Differentiable.apply(loss, call.rows, 2, student, teacher)

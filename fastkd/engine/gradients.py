@@ -99,22 +99,6 @@ def with_upstream(rows: Rows, upstream: Tensor) -> Rows:
     return rows._replace(weight=weight.contiguous())
 
 
-def scaled(
-    scale_rows_: Callable[[Tensor, Tensor], None],
-    gradients: Sequence[Tensor | None],
-    upstream: Tensor,
-) -> list[Tensor | None]:
-    """The saved gradients times upstream: scaled in place, or as copies if the graph is retained."""
-    copies = graph_is_kept()
-    results: list[Tensor | None] = []
-    for gradient in gradients:
-        if gradient is not None:
-            gradient = gradient.clone() if copies else gradient
-            scale_rows_(gradient, upstream)
-        results.append(gradient)
-    return results
-
-
 class _Once(torch.autograd.Function):
     """The identity, whose derivative raises: to treat a gradient as a constant would be silently wrong."""
 
@@ -142,7 +126,10 @@ def differentiable_once(gradients: Sequence[Tensor | None]) -> tuple[Tensor | No
 
 
 class Differentiable(torch.autograd.Function):
-    """apply(loss, rows, trained, *inputs) returns (loss, *parts); the first `trained` inputs receive gradients."""
+    """apply(loss, rows, trained, *inputs) returns (loss, *parts); the first `trained` inputs receive gradients.
+
+    It returns (loss,) if no part is computed.
+    """
 
     @staticmethod
     def forward(
@@ -154,57 +141,73 @@ class Differentiable(torch.autograd.Function):
         value = computed.total if loss.summed else computed.loss
         # torch raises if a saved tensor changes before the backward pass, so only what that pass reads is saved.
         if want.deferred:
-            saved = (*inputs, *rows)
+            ctx.save_for_backward(*savable(*inputs, *rows))
         elif _per_value(rows.labels, value) or _per_value(rows.weight, value):
-            saved = (*computed.gradients, *rows)
+            ctx.save_for_backward(*computed.gradients, *savable(*rows))
         else:
-            saved = computed.gradients
-        ctx.save_for_backward(*savable(*saved))
+            ctx.save_for_backward(*computed.gradients)
         if want.inplace and not want.deferred:
             assert inputs[0] is not None
             torch.autograd.graph.increment_version(inputs[0])
         # The computation may hold tensors, so only a deferred loss keeps it.
         ctx.compute = loss.compute if want.deferred else None
         ctx.options, ctx.want, ctx.scale_rows_ = loss.options, want, loss.scale_rows_
-        ctx.count = len(inputs)
         ctx.dtypes = [None if x is None else x.dtype for x in inputs[:trained]]
+        ctx.constants = (None,) * (len(inputs) - trained)
         ctx.set_materialize_grads(False)
         parts = computed.parts
-        ctx.mark_non_differentiable(*[part for part in parts if part is not None])
+        detached = [part for part in parts if part is not None]
+        if not detached:  # torch takes time for each output, even for None
+            return (value,)
+        ctx.mark_non_differentiable(*detached)
         return (value, *parts)
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
         """Return the saved gradients times upstream, or compute the deferred gradients with upstream inside."""
         if upstream is None:
-            return (None,) * (3 + ctx.count)
+            return (None, None, None, *(None for _ in ctx.dtypes), *ctx.constants)
+        run = Differentiable._scaled if ctx.compute is None else Differentiable._deferred
         if torch.is_grad_enabled():  # create_graph=True
             with torch.no_grad():
-                gradients = Differentiable._gradients(ctx, upstream)
+                gradients = run(ctx, upstream)
             gradients = differentiable_once(gradients)
         else:
-            gradients = Differentiable._gradients(ctx, upstream)
-        constants = ctx.count - len(gradients)
-        return (None, None, None, *gradients, *(None,) * constants)
+            gradients = run(ctx, upstream)
+        return (None, None, None, *gradients, *ctx.constants)
+
+    # ctx.saved_tensors is read only once, because a second read raises under activation checkpointing.
 
     @staticmethod
-    def _gradients(ctx: Any, upstream: Tensor) -> Sequence[Tensor | None]:
-        want = ctx.want
-        # Read only once, because a second read raises under activation checkpointing.
+    def _scaled(ctx: Any, upstream: Tensor) -> Sequence[Tensor | None]:
+        """The saved gradients times upstream: scaled in place, or as copies if the graph is retained."""
+        saved, dtypes = ctx.saved_tensors, ctx.dtypes
+        if len(saved) > len(dtypes):
+            rows = Rows(*saved[len(dtypes) :])
+            upstream = of_kept_rows(upstream, rows, ctx.options.ignore_index)
+        copies = graph_is_kept()
+        gradients: list[Tensor | None] = []
+        for gradient, dtype in zip(saved, dtypes, strict=False):
+            if gradient is not None:
+                gradient = gradient.clone() if copies else gradient
+                ctx.scale_rows_(gradient, upstream)
+                gradient = gradient if gradient.dtype == dtype else gradient.to(dtype)
+            gradients.append(gradient)
+        return gradients
+
+    @staticmethod
+    def _deferred(ctx: Any, upstream: Tensor) -> Sequence[Tensor | None]:
+        """The gradients, computed from the saved inputs."""
+        count = len(ctx.dtypes) + len(ctx.constants)
         tensors = ctx.saved_tensors
-        count = ctx.count if want.deferred else len(ctx.dtypes)
-        saved, rows = tensors[:count], Rows(*tensors[count:])
-        upstream = of_kept_rows(upstream, rows, ctx.options.ignore_index)
-        if want.deferred:
-            # A retained graph needs the logits again, so nothing may overwrite them.
-            want = without_measures(want)
-            want = want._replace(deferred=False, inplace=want.inplace and not graph_is_kept())
-            rows = with_upstream(rows, upstream)
-            gradients = ctx.compute(*saved, rows, ctx.options, want).gradients
-            if want.inplace:
-                torch.autograd.graph.increment_version(saved[0])
-        else:
-            gradients = scaled(ctx.scale_rows_, saved, upstream)
+        inputs, rows = tensors[:count], Rows(*tensors[count:])
+        # A retained graph needs the logits again, so nothing may overwrite them.
+        want = without_measures(ctx.want)
+        want = want._replace(deferred=False, inplace=want.inplace and not graph_is_kept())
+        rows = with_upstream(rows, of_kept_rows(upstream, rows, ctx.options.ignore_index))
+        gradients = ctx.compute(*inputs, rows, ctx.options, want).gradients
+        if want.inplace:
+            torch.autograd.graph.increment_version(inputs[0])
         return [
             gradient if gradient is None or gradient.dtype == dtype else gradient.to(dtype)
             for gradient, dtype in zip(gradients, ctx.dtypes, strict=True)

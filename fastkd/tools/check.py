@@ -23,7 +23,6 @@ import torch
 from torch import Tensor
 
 import fastkd
-from fastkd.backends import reference
 from fastkd.divergences import ENTRY, RATIO, arguments_of, derivatives, has_teacher_derivative
 from fastkd.tools import doctor
 from fastkd.tools.info import devices, obstacle
@@ -110,6 +109,13 @@ def _evaluate(divergence: fastkd.Divergence, log_p: Tensor, log_q: Tensor) -> tu
     p, q = (log_p.exp(), log_q.exp()) if divergence.normalized else (torch.ones_like(log_p),) * 2
     phi, g, _ = derivatives(divergence, p, q, log_p, log_q, log_p - log_q)
     return phi.expand_as(log_p), g.expand_as(log_p)
+
+
+def _projected(derivative: Tensor, log_p: Tensor, divergence: fastkd.Divergence) -> Tensor:
+    """Return a derivative by tempered logits, from that by log_p; x - p sum(x) if the divergence normalizes."""
+    if not divergence.normalized:
+        return derivative
+    return derivative - log_p.exp() * derivative.sum(-1, keepdim=True)
 
 
 def _derivatives(f: Callable[[Tensor], Tensor], at: Tensor) -> tuple[Tensor, Tensor]:
@@ -222,7 +228,7 @@ class _Check:
         left, right = _derivatives(lambda x: _evaluate(divergence, x, log_q)[0], log_p)
 
         def project(x: Tensor) -> Tensor:
-            return reference._project(x, log_p.exp(), x.sum(-1) if divergence.normalized else None)
+            return _projected(x, log_p, divergence)
 
         exact = project((left + right) / 2)
         size = ((left.abs() + g.abs() + phi.abs()).amax(-1, keepdim=True)).expand_as(exact)
@@ -274,8 +280,7 @@ class _Check:
         log_p, log_q = _rows(divergence.normalized)
         best, at_best = _evaluate(divergence, log_p, log_p)
         phi, g = _evaluate(divergence, log_p, log_q)
-        total = at_best.sum(-1) if divergence.normalized else None
-        gradient = reference._project(at_best, log_p.exp(), total)
+        gradient = _projected(at_best, log_p, divergence)
         rounding = 1e-9 * (phi.abs() + best.abs()).sum(-1)
         if not bool((gradient.abs() <= 1e-9 * g.abs().sum(-1, keepdim=True)).all()):
             self.bad("minimum", "the gradient is not 0 where the student equals the teacher")

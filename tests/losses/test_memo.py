@@ -5,32 +5,27 @@ from __future__ import annotations
 import gc
 import threading
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from support.accuracy import ran_on
+from support.options import TRIED, Sets, prepared
 from torch import Tensor, nn
 
 import fastkd
 from fastkd import functional, kd_loss
 from fastkd.call import memo
+from fastkd.call.options import OPTION_NAMES
 
 ROWS, COLUMNS = 6, 11
 S, T = torch.randn(2, ROWS, COLUMNS, generator=torch.Generator().manual_seed(0))
 LABELS = torch.tensor([3, -100, 0, 10, 5, -100])
 MASK = torch.tensor([True, True, False, True, True, True])
 WEIGHT = torch.tensor([1.0, 2.0, 0.5, 0.0, 3.0, 1.0])
-
-
-@pytest.fixture(autouse=True)
-def forgotten() -> Iterator[None]:
-    """Start and end without remembered calls."""
-    memo.forget()
-    yield
-    memo.forget()
 
 
 @pytest.fixture
@@ -90,6 +85,27 @@ def test_new_values_of_rows_are_read() -> None:
         memo.forget()
         for a, b in zip(remembered, results(T, mask=mask), strict=True):
             assert torch.equal(a, b)
+
+
+OTHER_OPTIONS: dict[str, Sets] = {
+    "divergence": {"jsd": {"divergence": "jsd"}},
+    "reduction": {"sum": {"reduction": "sum"}},
+    "num_items": {"num_items": {"num_items": 3}},
+    "vocab_size": {"vocab_size": {"vocab_size": COLUMNS - 2}},
+    "inplace": {"in place": {"inplace": True}},
+}
+
+
+@pytest.mark.parametrize("name", [*OPTION_NAMES, *OTHER_OPTIONS])
+def test_every_option_is_in_the_key(name: str) -> None:
+    """A call that differs from a remembered one in this option alone has the results of a first call."""
+    sets = OTHER_OPTIONS[name] if name in OTHER_OPTIONS else TRIED[name].sets
+    for chosen in sets.values():
+        labels, options = prepared(chosen, ROWS, columns=COLUMNS, seed=3)
+        kd_loss(S, T, labels, **{other: options[other] for other in options if other != name})
+        after_another = kd_loss(S.clone(), T, labels, **options)
+        memo.forget()
+        assert torch.equal(after_another, kd_loss(S.clone(), T, labels, **options))
 
 
 class Subclass(Tensor):
@@ -155,6 +171,41 @@ def test_the_environment_is_read_in_every_call(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setenv("FASTKD_BACKEND", "gpu")
     with pytest.raises(ValueError, match="FASTKD_BACKEND"):
         kd_loss(S, T)
+
+
+def test_another_backend_runs_once_the_call_or_the_environment_names_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    ran = ran_on(monkeypatch, "portable", "reference")
+    for name in ("reference", "portable"):
+        kd_loss(S, T, backend=name)
+    for name in ("reference", "portable"):
+        monkeypatch.setenv("FASTKD_BACKEND", name)
+        for _ in range(2):
+            kd_loss(S, T, backend="portable")
+    assert ran == ["reference", "portable", "reference", "reference", "portable", "portable"]
+
+
+def test_a_fallback_raises_as_soon_as_the_environment_forbids_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for _ in range(2):
+        kd_loss(S.double(), T.double())
+    monkeypatch.setenv("FASTKD_STRICT", "1")
+    for _ in range(2):
+        with pytest.raises(fastkd.BackendUnavailable, match="FASTKD_STRICT"):
+            kd_loss(S.double(), T.double())
+
+
+def test_equal_options_of_other_types_are_checked_in_turn(checks: list[None]) -> None:
+    """True == 1 == 1.0, so the three have one entry."""
+    for _ in range(2):
+        kd_loss(S, T, temperature=1)
+        kd_loss(S, T, temperature=1.0)
+        with pytest.raises(TypeError, match="temperature"):
+            kd_loss(S, T, temperature=True)
+    kd_loss(S, T, temperature=1.0)
+    assert len(checks) == 6  # the last call repeats the one that succeeded before it
 
 
 def test_a_gradient_for_the_teacher_is_checked_by_itself() -> None:

@@ -21,6 +21,7 @@ import pytest
 
 import fastkd
 from fastkd.backends import registry
+from fastkd.call import memo
 from support.paths import ROOT
 
 PTX = os.environ.get("FASTKD_PTX")
@@ -183,6 +184,7 @@ def install(host: ModuleType, patch: pytest.MonkeyPatch) -> Emulation:
     patch.setattr(cuda, "_capability", lambda device: 0)
     patch.setattr(cuda, "_stream", lambda device: (actual.ranks, 0))
     patch.setattr(registry, "_select", lambda backend, *others: (backend, None))
+    memo.forget()
     return actual
 
 

@@ -15,11 +15,6 @@ struct Device {
   int64_t shared = MOST_SHARED;
 } device;
 
-template <class Kind>
-void rows_of(const Call& call, char* memory) {
-  run<Kind>(call, memory);
-}
-
 // A launch of one of kernel.cu's kernels: its argument, and the further ones of scale_kernel.
 struct Launch {
   const char* kernel;
@@ -64,18 +59,18 @@ void kd_rows(Call call, int ranks, void*) {  // a device's number serves to ask 
   prepare(call);
   plan_for_device(call, device.shared, 0, [](const Call& call) { return call.ranks <= device.most_ranks; });
   if (call.ranks < ranks) spread_over(call, ranks);
-#define FASTKD_ROWS(name) rows_of<Dense<name>>,
-  static constexpr void (*kernels[])(const Call&, char*) = {FASTKD_DIVERGENCES(FASTKD_ROWS)};
+#define FASTKD_ROWS(name) kd_kernel<Dense<name>>,
+  static constexpr void (*kernels[])(Call) = {FASTKD_DIVERGENCES(FASTKD_ROWS)};
 #undef FASTKD_ROWS
-  const auto dense = call.shard.step == Step::statistics ? rows_of<DenseShard> : kernels[call.divergence];
-  const auto kernel = call.ids ? rows_of<Sparse> : dense;
+  const auto dense = call.shard.step == Step::statistics ? kd_kernel<DenseShard> : kernels[call.divergence];
+  const auto kernel = call.ids ? kd_kernel<Sparse> : dense;
   auto& machine = host::machine;
   machine.ranks = call.ranks;
   machine.threads = call.threads;
   machine.clusters = call.rows < 2 ? call.rows : 2;  // each has several rows, one after the other
   if (launcher) return hand_over_rows(call, machine.clusters);
   for (machine.cluster = 0; machine.cluster < machine.clusters; ++machine.cluster)
-    machine.run(shared_bytes(call), [&](char* memory) { kernel(call, memory); });
+    machine.run(shared_bytes(call), [&](char*) { kernel(call); });
   if (call.shard.step != Step::all) return;
   double total = 0;
   for (int64_t i = 0; i < call.rows; ++i) total += call.loss[i];

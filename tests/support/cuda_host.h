@@ -38,6 +38,8 @@ inline Traffic traffic;
 inline void trace_access(const void* memory, int64_t bytes, bool writes);
 #define FASTKD_TRACE_ACCESS(memory, bytes, writes) trace_access(memory, bytes, writes)
 #define FASTKD_DEVICE inline
+#define FASTKD_KERNEL(most_threads) void
+#define FASTKD_PARAMETER
 
 namespace fastkd::cuda {
 
@@ -275,6 +277,8 @@ namespace fastkd::cuda {
 inline int64_t block_number() { return host::machine.cluster * host::machine.ranks + host::machine.rank(); }
 inline int64_t block_count() { return host::machine.clusters * host::machine.ranks; }
 inline int thread_number() { return host::machine.fiber() % host::machine.threads; }
+
+inline char* shared_memory() { return host::machine.memory(host::machine.rank()); }
 
 inline void sync_block() { host::machine.sync_block(); }
 inline void sync_warp() { host::machine.sync_warp(); }

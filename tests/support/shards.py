@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from fastkd.backends import native
+from fastkd.call import memo
 from fastkd.call.contract import Options, Result, Rows, Shard, ShardCall, Statistics, Want
 from fastkd.call.measures import measure_count
 from fastkd.engine.backend import for_teacher, with_measures
@@ -48,6 +49,7 @@ class InShards:
         self.kernels, self.shares = kernels, shares
         self.scale_rows_, self.empty = kernels.scale_rows_, kernels.empty
         self.calls = 0
+        memo.forget()  # otherwise a repeated call would run on the backend that it ran on before
 
     def kd_rows(
         self, student: Tensor, teacher: Tensor, rows: Rows, options: Options, want: Want
