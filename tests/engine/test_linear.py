@@ -587,7 +587,7 @@ def test_a_compiled_call_raises_what_an_eager_one_does(backend: str) -> None:
 
     def compiled(**options: Any) -> Tensor:
         torch.compiler.reset()
-        run = torch.compile(fastkd.fused_linear_kd_loss, backend="eager")
+        run = torch.compile(fastkd.fused_linear_kd_loss, backend="aot_eager")
         return run(inputs.hidden, inputs.weight, inputs.teacher, backend=backend, **options)
 
     # The compiler wraps the message of an error in a custom op.
