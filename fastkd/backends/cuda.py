@@ -89,7 +89,7 @@ def _take_step(
     student, teacher, rows = native.readable_inputs(student, teacher, rows)
     arguments = native.arguments(student, teacher, rows, options, result, shard)
     with _explained():
-        _cuda.kd_rows(*arguments, *_stream(student.device))
+        _cuda.kd_rows(*arguments, address(None), *_stream(student.device))
 
 
 def _without_gradients(call: ShardCall) -> ShardCall:

@@ -76,7 +76,7 @@ def compile_host(
             copy.parent.mkdir(parents=True, exist_ok=True)
             text = changed if header == source else header.read_text()
             copy.write_text(
-                re.sub(r"(#define FASTKD_DIVERGENCES\(X\)(?: X\(\w+\)){5}).*", r"\1", text)
+                re.sub(r"(#define FASTKD_DIVERGENCES\(X\)(?: X\(\w+\)){6}).*", r"\1", text)
             )
     import pybind11
 
