@@ -341,11 +341,12 @@ def kd_loss(
             call, teacher = with_tail(call, teacher, _row_dtype(student_logits, teacher), want)
     if not isinstance(teacher, Tensor):
         results = linear.kd_chunks(Student(student_logits), teacher, call, want)
-    elif checked is None and torch.compiler.is_compiling():
-        results = autograd.traced(student_logits, teacher, call, want)
+    elif checked is None and (key is None or call.numbers is not None):
+        # torch.compile may trace what this call does, even if it does not trace this function.
+        results = autograd.kd_rows(student_logits, teacher, call, want)
     else:
         if checked is None:
-            kernels, call = autograd.kernels_of(student_logits, teacher, call, want)
+            kernels = autograd.kernels_of(student_logits, teacher, call, want)
             memo.remember(key, call, want, kernels)
         loss = Loss(kernels.kd_rows, call.options, want, call.summed, kernels.scale_rows_)
         results = Differentiable.apply(loss, call.rows, 2, student_logits, teacher)

@@ -1,8 +1,8 @@
 """Differentiation of dense rows: in eager mode, and as a custom op for torch.compile and export.
 
-fastkd.functional calls :func:`kernels_of` in eager mode, and :func:`traced` under torch.compile. All losses share one
-rule for saving, deferring and scaling gradients: fastkd/engine/gradients.py implements it for eager mode,
-fastkd/engine/ops.py for a graph.
+fastkd.functional calls :func:`kernels_of` in eager mode, and :func:`kd_rows` if torch.compile may trace the call. All
+losses share one rule for saving, deferring and scaling gradients: fastkd/engine/gradients.py implements it for eager
+mode, fastkd/engine/ops.py for a graph.
 """
 
 from __future__ import annotations
@@ -86,23 +86,17 @@ register_gradient(
 )
 
 
-def kernels_of(
-    student: Tensor, teacher: Tensor, call: LossCall, want: Want
-) -> tuple[Any, LossCall]:
-    """(the backend of a call in eager mode, the call, whose options are settled if only its checks were compiled)."""
-    options = call.options
-    if call.numbers is not None:
-        options = settled(
-            options.divergence, options.vocab_size, options.tail, call.numbers, call.rows
-        )
-        call = call._replace(options=options)
-    return _kernels(student, teacher, options, call.backend, want), call
+def kernels_of(student: Tensor, teacher: Tensor, call: LossCall, want: Want) -> Any:
+    """The backend of a call in eager mode."""
+    return _kernels(student, teacher, call.options, call.backend, want)
 
 
-def traced(
+def kd_rows(
     student: Tensor, teacher: Tensor, call: LossCall, want: Want
 ) -> tuple[Tensor | None, ...]:
-    """(loss, *Result.parts) under torch.compile; the loss, [...] or its 0-dim sum, is differentiable."""
+    """(loss, *Result.parts); the loss, [...] or its 0-dim sum, is differentiable. torch.compile may trace it."""
+    if not torch.compiler.is_compiling():
+        return _eager(student, teacher, call, want)
     if call.numbers is None or want.inplace:  # the graph broke inside kd_loss, after the validation
         return torch.compiler.disable(_eager)(student, teacher, call, want)
     graph_options = GraphOptions.of(call.options, want, call.numbers)
@@ -114,6 +108,11 @@ def traced(
 def _eager(
     student: Tensor, teacher: Tensor, call: LossCall, want: Want
 ) -> tuple[Tensor | None, ...]:
-    kernels, call = kernels_of(student, teacher, call, want)
-    loss = Loss(kernels.kd_rows, call.options, want, call.summed, kernels.scale_rows_)
+    options = call.options
+    if call.numbers is not None:  # only the validation was compiled
+        options = settled(
+            options.divergence, options.vocab_size, options.tail, call.numbers, call.rows
+        )
+    kernels = _kernels(student, teacher, options, call.backend, want)
+    loss = Loss(kernels.kd_rows, options, want, call.summed, kernels.scale_rows_)
     return Differentiable.apply(loss, call.rows, 2, student, teacher)
