@@ -88,8 +88,6 @@ def _least() -> list[Variant]:
         everything._replace(stage="gradient", sharded=True),
         Variant("gather", "everything", width="odd"),
         Variant("spread", "everything", "fp32", "fp32"),
-        Variant("forward_kl", "measures", width="odd"),
-        DRAFT,
         Variant("logprobs", "statistics", "fp32", "fp32"),
         Variant("logprobs", "gradient", "fp32", "fp32"),
     ]
@@ -490,12 +488,6 @@ def test_kernels_compile_and_keep_their_tiles_in_registers() -> None:
         assert sum(sweep.path for sweep in sweeps) <= ceiling * used.columns_per_thread, variant
         assert not any(sweep.barriers + sweep.shuffles for sweep in sweeps), variant
         assert used.registers <= REGISTERS[with_sums], variant
-    used = actual[DRAFT]
-    statistics, *others = [loop for loop in used.loops if loop.loads]
-    # The sums and the gradient each have a second loop, for rows with a log 0, which executes more.
-    sweeps = [statistics, *(min(others[i : i + 2]) for i in (0, 2))]
-    assert sum(sweep.path for sweep in sweeps) <= DRAFT_CEILING * used.columns_per_thread
-    assert not any(sweep.barriers + sweep.shuffles for sweep in sweeps)
     for kind, ceiling in LOGPROBS_CEILINGS.items():
         used = actual[Variant("logprobs", kind, "fp32", "fp32")]
         (sweep,) = [loop for loop in used.loops if loop.loads]
@@ -506,7 +498,15 @@ def test_kernels_compile_and_keep_their_tiles_in_registers() -> None:
 @pytest.mark.heavy
 @pytest.mark.parametrize("target", TARGETS)
 def test_pairs_of_choices(target: str, tmp_path: Path) -> None:
-    _check(target, "pairs", tmp_path)
+    actual = _check(target, "pairs", tmp_path)
+    if target != "cuda:90":
+        return
+    used = actual[DRAFT]
+    statistics, *others = [loop for loop in used.loops if loop.loads]
+    # The sums and the gradient each have a second loop, for rows with a log 0, which executes more.
+    sweeps = [statistics, *(min(others[i : i + 2]) for i in (0, 2))]
+    assert sum(sweep.path for sweep in sweeps) <= DRAFT_CEILING * used.columns_per_thread
+    assert not any(sweep.barriers + sweep.shuffles for sweep in sweeps)
 
 
 @pytest.mark.heavy
