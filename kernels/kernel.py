@@ -478,24 +478,16 @@ def _compute_row(
             row, student, teacher, statistics, label, excluded, center, weight, outputs, objective,
             columns, spec,
         )  # fmt: skip
+        opened = OpenRow(
+            student, teacher, tile, terms, statistics, value, label, excluded, weight, columns
+        )
         if columns.width is not None:
-            write_gradients(
-                row,
-                OpenRow(
-                    student, teacher, tile, terms, statistics, value, label, excluded, weight, columns
-                ),
-                inputs, objective, outputs.measures, parameters, spec,
-            )  # fmt: skip
+            write_gradients(row, opened, inputs, objective, outputs.measures, parameters, spec)
         elif not spec.ONE_TILE:  # noqa: SIM102
             if outputs.measures is not None:
                 sweep_measures(
-                    row,
-                    OpenRow(
-                        student, teacher, tile, terms, statistics, value, label, excluded, weight,
-                        columns,
-                    ),
-                    Factors(None, None, None, None), outputs.measures, objective.degree, parameters,
-                    spec,
+                    row, opened, Factors(None, None, None, None), outputs.measures, objective.degree,
+                    parameters, spec,
                 )  # fmt: skip
 
 

@@ -108,11 +108,12 @@ def kd_rows(
 def _eager(
     student: Tensor, teacher: Tensor, call: LossCall, want: Want
 ) -> tuple[Tensor | None, ...]:
-    options = call.options
     if call.numbers is not None:  # only the validation was compiled
+        options = call.options
         options = settled(
             options.divergence, options.vocab_size, options.tail, call.numbers, call.rows
         )
-    kernels = _kernels(student, teacher, options, call.backend, want)
-    loss = Loss(kernels.kd_rows, options, want, call.summed, kernels.scale_rows_)
+        call = call._replace(options=options)
+    kernels = kernels_of(student, teacher, call, want)
+    loss = Loss(kernels.kd_rows, call.options, want, call.summed, kernels.scale_rows_)
     return Differentiable.apply(loss, call.rows, 2, student, teacher)

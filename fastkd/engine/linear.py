@@ -292,7 +292,7 @@ def kd_chunks(
     chunked = ChunkedLoss(
         wanted, call.backend, form, weights, chunk_size, memory_budget, logits_dtype
     )
-    # The graph broke inside the validation or after it; see fastkd.engine.autograd.traced.
+    # The graph broke inside the validation or after it; see fastkd.engine.autograd.kd_rows.
     broken = compiling or numbers is not None
     run = torch.compiler.disable(_differentiable) if broken else _differentiable
     return run(student, tensors, rows, options, chunked, want, call.summed, numbers)
